@@ -1,0 +1,46 @@
+"""Build what is missing of the cache, then train. ``python -m jobs.distill CONFIG [k.k=v …]``."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from jobs.build_cache import build_cache, describe
+from jobs.entry import config_command
+from jobs.ray_runtime import cluster
+from jobs.train_student import train_student
+from pipeline.config import load_config, require
+from pipeline.student.loop import check_config
+from schemas.config import Config
+
+
+def distill(config: Config) -> dict[str, Any]:
+    """The union of a build's and a training's config; ``data.cache`` is ``cache.url``. Returns the run's summary.
+
+    Raises:
+        StillroomError: as the build and the training do; both configs are checked before either starts.
+    """
+    require(config, "cache.url", "data.shards", "teacher.model", "student.model", "run.url", "loss", command="distill")
+    assert config.cache is not None
+    training = config.model_copy(update={"data": config.data.model_copy(update={"cache": config.cache.url})})
+    check_config(training)
+    if config.ray.address == "none":
+        return _both(config, training)
+    with cluster(config.ray):
+        return _both(config, training)
+
+
+def _both(config: Config, training: Config) -> dict[str, Any]:
+    if config.teacher.mode == "cache":
+        print(describe(build_cache(config)), file=sys.stderr)
+    return train_student(training)
+
+
+def main(source: str, overrides: list[str]) -> None:
+    summary = distill(load_config(source, overrides))
+    top1 = "" if summary["top1"] is None else f", top-1 {summary['top1']:.2%}"
+    print(f"distill: {summary['steps']} steps in {summary['seconds']:.1f} s{top1}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    config_command("distill", main)

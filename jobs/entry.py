@@ -1,0 +1,38 @@
+"""How every command starts and ends: one message, one exit code, no traceback for what a person can mend."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from pipeline.errors import StillroomError
+
+INTERRUPTED = 130
+
+
+def run_command(command: Callable[[], None], *, resume: str | None = None) -> int:
+    """Runs a command and returns its exit code: 0, 2 for bad input, 1 for failure, 130 for Ctrl-C.
+
+    ``resume`` is the command that goes on from what is committed; it is printed after Ctrl-C.
+    """
+    try:
+        command()
+    except StillroomError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; what is committed stays", file=sys.stderr)
+        if resume is not None:
+            print(f"resume with: {resume}", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def config_command(name: str, command: Callable[[str, list[str]], None]) -> None:
+    """The whole of ``python -m jobs.NAME CONFIG [k.k=v …]``."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"usage: python -m jobs.{name} CONFIG [section.key=value ...]", file=sys.stderr)
+        raise SystemExit(0 if arguments else 2)
+    again = f"python -m jobs.{name} {' '.join(arguments)}"
+    raise SystemExit(run_command(lambda: command(arguments[0], arguments[1:]), resume=again))

@@ -1,0 +1,50 @@
+"""Index shards without a teacher: all that online training needs. ``python -m jobs.index_shards CONFIG [k.k=v …]``."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+
+from jobs.entry import config_command
+from jobs.fan_out import fan_out
+from jobs.progress import ProgressView
+from pipeline import storage
+from pipeline.config import load_config, require
+from pipeline.shards.names import shard_ids
+from pipeline.shards.publish import publish_shard_index
+from pipeline.student.sources import index_url
+from schemas.config import Config
+
+
+def index_shards(config: Config, index_url: str) -> int:
+    """Writes ``<index_url>/<shard_id>.parquet`` for every shard that has none. Returns the number of ok rows.
+
+    Raises:
+        ShardError: a shard is damaged, has a bad sample under ``bad_samples: fail``, or changed since it was indexed.
+    """
+    require(config, "data.shards", command="shards index")
+    assert config.data.shards is not None
+    urls = [storage.absolute(url) for url in storage.expand(config.data.shards)]
+    shard_ids(urls)
+    work = partial(
+        publish_shard_index, data=config.data, folder_url=storage.absolute(index_url), threads=config.ray.cpus_per_task
+    )
+    num_ok = 0
+    with ProgressView("index", len(urls)) as progress:
+        for done, (_, count) in enumerate(fan_out(work, urls, config.ray, what="an index task"), start=1):
+            num_ok += count
+            progress.update(done, f"{num_ok} rows")
+    return num_ok
+
+
+def main(source: str, overrides: list[str]) -> None:
+    config = load_config(source, overrides)
+    if config.data.index is None:
+        require(config, "run.url", command="shards index without data.index")
+    url = index_url(config)
+    num_ok = index_shards(config, url)
+    print(f"index: {num_ok} rows in {url}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    config_command("index_shards", main)

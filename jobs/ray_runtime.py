@@ -1,0 +1,77 @@
+"""Reach a Ray cluster, or start one here, and say plainly what it lacks."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+from ray.exceptions import AuthenticationError
+
+from pipeline.errors import ResourceError
+from schemas.config import RayConfig
+
+# A private cluster of this process needs no dashboard, phones nowhere, and leaves logs to its own files.
+_LOCAL_ENV = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}
+
+
+@contextmanager
+def cluster(config: RayConfig) -> Iterator[None]:
+    """A connection to the cluster of ``ray.address`` for the length of a ``with``; one that stands is used as it is.
+
+    Raises:
+        ResourceError: there is no cluster at this address.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    for name, value in _LOCAL_ENV.items():
+        os.environ.setdefault(name, value)
+    _connect(config.address)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _connect(address: str) -> None:
+    common = {"log_to_driver": False, "logging_level": logging.WARNING}
+    # Inside a submitted job Ray names the job's own cluster; a local one would escape the job's resources.
+    inside_job = "RAY_JOB_ID" in os.environ or "RAY_ADDRESS" in os.environ
+    try:
+        if address == "local" and not inside_job:
+            ray.init(address="local", include_dashboard=False, **common)
+        else:
+            ray.init(address="auto" if address == "local" else address, **common)
+    except (ConnectionError, AuthenticationError) as error:
+        raise ResourceError(
+            "no Ray cluster answers",
+            where=f"ray.address={address}",
+            got=str(error).splitlines()[0],
+            next_step="start one (ray start --head), or set ray.address=local to start one here",
+        ) from error
+
+
+def require_resources(needed: dict[str, float], *, what: str, where: str) -> None:
+    """
+    Raises:
+        ResourceError: the whole cluster, idle, could not run it.
+    """
+    available = ray.cluster_resources()
+    lacking = {name: amount for name, amount in needed.items() if amount > available.get(name, 0)}
+    if lacking:
+        raise ResourceError(
+            f"{what} cannot be placed on this cluster",
+            where=where,
+            got=", ".join(f"{available.get(name, 0):g} {name}" for name in lacking),
+            wanted=", ".join(f"{amount:g} {name}" for name, amount in lacking.items()),
+            next_step=f"lower the keys above, or add nodes with {' and '.join(lacking)}",
+        )
+
+
+def slots(resources: dict[str, float]) -> int:
+    """How many tasks with these resources the cluster runs at once, at least one."""
+    available = ray.cluster_resources()
+    return max(1, min(int(available.get(name, 0) // amount) for name, amount in resources.items() if amount))

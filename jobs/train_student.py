@@ -1,0 +1,235 @@
+"""Train a student with DDP under Ray Train. ``python -m jobs.train_student CONFIG [k.k=v …]``."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import threading
+import uuid
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+
+from jobs.entry import config_command
+from jobs.index_shards import index_shards
+from jobs.progress import ProgressView
+from jobs.ray_runtime import cluster, require_resources
+from pipeline import storage
+from pipeline.config import load_config
+from pipeline.errors import ConfigError, StillroomError, TrainingError
+from pipeline.student.checkpoint import read_summary
+from pipeline.student.loop import check_config, train
+from pipeline.student.sources import index_url
+from pipeline.student.world import World
+from schemas.config import Config
+
+_POLL_S = 0.5
+
+
+def train_student(config: Config) -> dict[str, Any]:
+    """Trains to the end, from wherever the run stands, and returns its summary. Indexes the shards first where a run
+    without a cache has no index yet.
+
+    Raises:
+        StillroomError: bad input, too few resources, or a training that failed for good.
+    """
+    config = _with_absolute_paths(config)
+    run_url = check_config(config)
+    if config.ray.address == "none":
+        if config.ray.num_workers > 1:
+            raise ConfigError(
+                "several workers need Ray", where="ray.address", got="none", next_step="set ray.num_workers=1"
+            )
+        _ensure_index(config)
+        with TrainingView() as view:
+            return train(config, report=view.show)
+    with cluster(config.ray):
+        summary = read_summary(run_url)
+        if summary is None:
+            _ensure_index(config)
+        return _fit(config)
+
+
+def _ensure_index(config: Config) -> None:
+    if config.teacher.mode != "cache":
+        index_shards(config, index_url(config))
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    """Workers run in other directories."""
+    update: dict[str, Any] = {}
+    if config.run is not None:
+        update["run"] = config.run.model_copy(update={"url": storage.absolute(config.run.url)})
+    data = {
+        name: tuple(storage.absolute(url) for url in storage.expand(value))
+        for name in ("shards", "val_shards")
+        if (value := getattr(config.data, name)) is not None
+    }
+    for name in ("cache", "index"):
+        if (value := getattr(config.data, name)) is not None:
+            data[name] = storage.absolute(value)
+    update["data"] = config.data.model_copy(update=data)
+    for name in ("teacher", "student"):
+        section = getattr(config, name)
+        if section is not None and section.weights not in ("random", "pretrained"):
+            update[name] = section.model_copy(update={"weights": storage.absolute(section.weights)})
+    return config.model_copy(update=update)
+
+
+class TrainingView:
+    """Shows what a training reports."""
+
+    def __init__(self) -> None:
+        self._view: ProgressView | None = None
+
+    def __enter__(self) -> TrainingView:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._view is not None:
+            self._view.__exit__(*error)
+
+    def show(self, event: dict[str, Any]) -> None:
+        kind = event["kind"]
+        if kind == "begin":
+            self._view = ProgressView(_name(event["run"]), event["total_steps"], done=event["first_step"]).__enter__()
+        elif self._view is not None and kind == "step":
+            self._view.update(event["step"] + 1, f"loss {event['loss']:.4f}")
+        elif self._view is not None and kind == "eval" and event["top1"] is not None:
+            self._view.say(f"{_name(event['run'])}: epoch {event['epoch']}, top-1 {event['top1']:.2%}")
+        elif kind == "finished":
+            print(f"{_name(event['run'])}: finished before; nothing to do", file=sys.stderr)
+
+
+def _name(run_url: str) -> str:
+    return f"train {run_url.rstrip('/').rsplit('/', 1)[-1]}"
+
+
+@ray.remote(num_cpus=0)
+class Relay:
+    """What workers tell the driver: events to show, and the error that a person should read."""
+
+    def __init__(self) -> None:
+        self._events: list[dict[str, Any]] = []
+        self._error: StillroomError | None = None
+
+    def push(self, event: dict[str, Any]) -> None:
+        self._events.append(event)
+
+    def drain(self) -> list[dict[str, Any]]:
+        events, self._events = self._events, []
+        return events
+
+    def fail(self, error: StillroomError) -> None:
+        self._error = self._error or error
+
+    def error(self) -> StillroomError | None:
+        return self._error
+
+
+def _worker(arguments: dict[str, Any]) -> None:
+    """One DDP rank, in a process that Ray Train started."""
+    relay = arguments["relay"]
+    # A restart cannot mend bad input: it ends at once instead of repeating the work up to the same error.
+    if (fatal := ray.get(relay.error.remote())) is not None:
+        raise fatal
+    context = get_context()
+    world = World(context.get_world_rank(), context.get_world_size(), get_device())
+    try:
+        train(Config.model_validate_json(arguments["config"]), world, report=lambda event: relay.push.remote(event))
+    except StillroomError as error:
+        if error.exit_code == ConfigError.exit_code:
+            ray.get(relay.fail.remote(error))
+        raise
+
+
+def _fit(config: Config) -> dict[str, Any]:
+    ray_config = config.ray
+    per_worker = {"CPU": float(ray_config.cpus_per_worker), **({"GPU": 1.0} if ray_config.use_gpu else {})}
+    require_resources(
+        {name: amount * ray_config.num_workers for name, amount in per_worker.items()},
+        what=f"training with {ray_config.num_workers} workers",
+        where=f"ray.num_workers={ray_config.num_workers}, ray.cpus_per_worker={ray_config.cpus_per_worker}, "
+        f"ray.use_gpu={ray_config.use_gpu}",
+    )
+    relay = Relay.remote()
+    with tempfile.TemporaryDirectory(prefix="stillroom-ray-", ignore_cleanup_errors=True) as folder:
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config={"config": config.model_dump_json(exclude_unset=True), "relay": relay},
+            torch_config=TorchConfig(backend="nccl" if ray_config.use_gpu else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=ray_config.num_workers, use_gpu=ray_config.use_gpu, resources_per_worker=per_worker
+            ),
+            run_config=RunConfig(
+                # Ray Train resumes a name it knows; recovery is ours, so every fit has a name of its own.
+                name=f"stillroom-{uuid.uuid4().hex[:8]}",
+                storage_path=str(Path(folder)),
+                failure_config=FailureConfig(max_failures=ray_config.max_failures),
+            ),
+        )
+        with TrainingView() as view, _Watch(relay, view):
+            _run(trainer, relay)
+    assert config.run is not None
+    summary = read_summary(config.run.url)
+    assert summary is not None, "a training that ended without error has written its summary"
+    return summary
+
+
+def _run(trainer: TorchTrainer, relay: Any) -> None:
+    try:
+        trainer.fit()
+    except StillroomError:
+        raise
+    except Exception as error:
+        told = ray.get(relay.error.remote())
+        if told is not None:
+            raise told from None
+        raise TrainingError(
+            "training failed",
+            got=_first_line(error),
+            next_step="run the command again: it goes on from the last checkpoint; ray.max_failures restarts by itself",
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1] if lines else ''}"
+
+
+class _Watch:
+    """Shows the workers' events while ``fit`` blocks."""
+
+    def __init__(self, relay: Any, view: TrainingView) -> None:
+        self._relay, self._view = relay, view
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._poll, name="progress", daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _poll(self) -> None:
+        while not self._stop.wait(_POLL_S):
+            self._show()
+        self._show()
+
+    def _show(self) -> None:
+        for event in ray.get(self._relay.drain.remote()):
+            self._view.show(event)
+
+
+def main(source: str, overrides: list[str]) -> None:
+    summary = train_student(load_config(source, overrides))
+    top1 = "" if summary["top1"] is None else f", top-1 {summary['top1']:.2%}"
+    print(f"train: {summary['steps']} steps in {summary['seconds']:.1f} s{top1}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    config_command("train_student", main)

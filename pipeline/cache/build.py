@@ -1,0 +1,282 @@
+"""Build one part: a block of views of one shard, from tar bytes to a commit. Any task may be killed, repeated or raced."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline import storage
+from pipeline.cache import layout
+from pipeline.cache.codec import encode, row_bytes
+from pipeline.cache.commit import publish_commit, publish_file
+from pipeline.cache.identity import claim, make_header
+from pipeline.cache.means import ClassSums, encode_sums, merge, sum_rows
+from pipeline.cache.statistics import StatisticsSum
+from pipeline.cache.writer import PartWriter, view_ranges
+from pipeline.config import require
+from pipeline.errors import ConfigError, ShardError
+from pipeline.fingerprint import digest
+from pipeline.shards.index import (
+    STATUSES,
+    IndexBuilder,
+    ShardIndex,
+    check_samples,
+    decode_index,
+    encode_index,
+    index_settings,
+)
+from pipeline.shards.names import shard_id
+from pipeline.shards.publish import publish_index
+from pipeline.teacher.groups import GroupViews, Rendering, fresh_samples, indexed_samples, read_groups
+from pipeline.teacher.infer import Answers, Teacher, ask_groups, load_teacher
+from pipeline.teacher.prefetch import prefetch
+from pipeline.teacher.runtime import numeric_env, pick_device, pin_numerics
+from pipeline.views.params import is_canary, sample_keys
+from pipeline.views.pixels import pixel_digest, pixel_mean
+from schemas.cache import part_schema
+from schemas.config import CacheConfig, Config
+from schemas.manifest import Commit, FileRef, Header, ViewBlock
+
+_NUM_NAMED = 5
+
+
+@dataclass(frozen=True, slots=True)
+class PartTask:
+    """One unit of work: everything a process needs to build one part."""
+
+    config: Config
+    shard_url: str
+    block: ViewBlock
+
+
+@dataclass(frozen=True, slots=True)
+class _Builder:
+    """What a process keeps from part to part: its teacher, and the header of the cache it writes to."""
+
+    config: Config
+    cache: CacheConfig
+    teacher: Teacher
+    header: Header
+
+
+def cache_config(config: Config) -> CacheConfig:
+    """The cache section, checked against the sections it depends on.
+
+    Raises:
+        ConfigError: a key that a build needs is missing, or two keys contradict each other.
+    """
+    require(config, "data.shards", "data.num_classes", "teacher.model", "cache.url", command="cache build")
+    cache = config.cache
+    assert cache is not None
+    if config.views.mixes and cache.class_means == "view0":
+        raise ConfigError(
+            "class means of mixed images mean nothing",
+            where="cache.class_means",
+            got="view0",
+            wanted="eval or none under views.kind=function_matching",
+        )
+    if cache.class_means != "none":
+        _check_labels(config)
+    return cache
+
+
+def _check_labels(config: Config) -> None:
+    if config.data.label is None:
+        raise ConfigError("class means need labels", where="data.label", got="null", wanted="a member extension")
+
+
+def prepare(config: Config) -> Header:
+    """Loads the teacher and claims the cache for it. The first step of every build, before any work.
+
+    Raises:
+        CacheError: the cache was begun by another teacher, plan or encoding.
+    """
+    return _builder(config.model_dump_json()).header
+
+
+@lru_cache(maxsize=1)
+def _builder(config_json: str) -> _Builder:
+    """Once a process, whatever number of parts it builds."""
+    config = Config.model_validate_json(config_json)
+    cache = cache_config(config)
+    assert config.data.num_classes is not None
+    pin_numerics(config.ray.cpus_per_task)
+    teacher = load_teacher(
+        config.teacher,
+        num_classes=config.data.num_classes,
+        size=config.views.size,
+        device=pick_device(config.ray.gpus_per_task > 0),
+    )
+    header = claim(cache.url, make_header(teacher, plan=config.views, cache=cache, data=config.data))
+    return _Builder(config, cache, teacher, header)
+
+
+def build_part(task: PartTask) -> Commit:
+    """Builds and commits one part. Returns the commit that stands, which may be that of a faster builder.
+
+    Raises:
+        ShardError: the shard is damaged or changed, holds a bad sample under ``data.bad_samples: fail``, or one on which
+            the teacher gives NaN or infinity.
+        CacheError: the cache is another teacher's, or an output does not fit its encoding.
+    """
+    builder = _builder(task.config.model_dump_json())
+    with tempfile.TemporaryDirectory(prefix="stillroom-") as folder:
+        return _PartBuild(builder, task, Path(folder)).run()
+
+
+@dataclass
+class _PartBuild:
+    """One part under construction."""
+
+    builder: _Builder
+    task: PartTask
+    scratch: Path
+    sums: list[ClassSums] = field(default_factory=list[ClassSums])
+
+    def __post_init__(self) -> None:
+        spec, header = self.builder.teacher.loaded.input, self.builder.header
+        self.data = self.builder.config.data
+        self.shard_id = shard_id(self.task.shard_url)
+        self.where = storage.redact(self.task.shard_url)
+        self.rendering = Rendering(
+            plan=self.builder.config.views, block=self.task.block, size=spec.size, interpolation=spec.interpolation
+        )
+        self.row_sizes = {output.name: row_bytes(output) for output in header.outputs}
+        self.schema = part_schema(self.row_sizes)
+        self.statistics = StatisticsSum(header)
+        self.first_row: int | None = None
+
+    def run(self) -> Commit:
+        local = storage.local_copy(self.task.shard_url, self.scratch / "shard")
+        index = self._known_index()
+        views = self.rendering.view_numbers
+        with PartWriter(self.scratch, views, self.schema, row_size_bytes=sum(self.row_sizes.values())) as writer:
+            if index is None:
+                fresh = IndexBuilder(self.shard_id)
+                self._fill(writer, local, index, fresh)
+                index = fresh.finish()
+            else:
+                self._fill(writer, local, index, None)
+            check_samples(index, self.data, where=self.where)
+            part = writer.close()
+        return self._publish(part, index, shard_size_bytes=local.stat().st_size)
+
+    def _known_index(self) -> ShardIndex | None:
+        url = storage.join(self.builder.cache.url, layout.index_path(self.shard_id))
+        if not storage.exists(url):
+            return None
+        return decode_index(storage.read(url), where=storage.redact(url), settings=index_settings(self.data))
+
+    def _fill(self, writer: PartWriter, local: Path, index: ShardIndex | None, fresh: IndexBuilder | None) -> None:
+        samples = (
+            fresh_samples(local, self.data, where=self.where)
+            if index is None
+            else indexed_samples(local, index, where=self.where)
+        )
+        threads = self.builder.config.ray.cpus_per_task
+        with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
+            groups = read_groups(
+                samples, self.rendering, pool, shard_id=self.shard_id, max_pixels=self.data.max_pixels, builder=fresh
+            )
+            for group, answers in ask_groups(prefetch(groups), self.builder.teacher):
+                self._keep(writer, group, answers)
+
+    def _keep(self, writer: PartWriter, group: GroupViews, answers: list[Answers]) -> None:
+        if self.first_row is None:
+            self.first_row = int(group.row_N[0])
+        for position, view in enumerate(self.rendering.view_numbers):
+            self._check_finite(group, view, answers[position])
+            writer.add(view, self._rows(group, position, view, answers[position]))
+            self.statistics.add(group, answers[position])
+        if self._holds_means:
+            self.sums.append(sum_rows(answers[0].embedding_ND, group.label_N))
+
+    @property
+    def _holds_means(self) -> bool:
+        kind, block = self.builder.cache.class_means, self.task.block
+        return block.is_eval if kind == "eval" else kind == "view0" and block.start == 0
+
+    def _check_finite(self, group: GroupViews, view: int, answers: Answers) -> None:
+        bad_N = ~(np.isfinite(answers.logits_NK).all(1) & np.isfinite(answers.embedding_ND).all(1))
+        if bad_N.any():
+            keys = [group.samples[row].key for row in np.flatnonzero(bad_N)[:_NUM_NAMED]]
+            raise ShardError(
+                f"the teacher gave NaN or infinity for {int(bad_N.sum())} rows",
+                where=f"{self.where}, view {view}, keys {', '.join(keys)}",
+                next_step="use teacher.precision=fp32, or check the weights",
+            )
+
+    def _rows(self, group: GroupViews, position: int, view: int, answers: Answers) -> pa.RecordBatch:
+        row_N, box_N4 = group.row_N, group.box_VN4[position]
+        norm_N = np.linalg.norm(answers.embedding_ND.astype(np.float64), axis=1)
+        digests, means = self._canaries(group, position, view)
+        columns: dict[str, object] = {
+            "row": row_N,
+            "view": np.full(len(row_N), view, np.uint16),
+            "content_hash": group.content_hash_N,
+            "box_left": box_N4[:, 0],
+            "box_top": box_N4[:, 1],
+            "box_width": box_N4[:, 2],
+            "box_height": box_N4[:, 3],
+            "flip": group.flip_VN[position],
+            "mix_row": row_N[group.partner_VN[position]],
+            "mix_lambda": group.mix_lambda_VN[position],
+            "embedding_norm": norm_N.astype(np.float32),
+            "pixel_digest": digests,
+            "pixel_mean": means,
+        }
+        values = {"logits": answers.logits_NK, "embedding": answers.embedding_ND}
+        for output in self.builder.header.outputs:
+            columns[output.name] = encode(values[output.name], output)
+        return pa.record_batch([pa.array(columns[item.name], item.type) for item in self.schema], schema=self.schema)
+
+    def _canaries(self, group: GroupViews, position: int, view: int) -> tuple[list[bytes | None], list[bytes | None]]:
+        """Digests and block means of the first ok row of the shard and of about one row in a thousand."""
+        keys_N2 = sample_keys(self.builder.config.views.seed, group.sample_ids)
+        chosen_N = is_canary(keys_N2, np.full(len(keys_N2), view, np.int64)) | (group.row_N == self.first_row)
+        pixels = group.pixels_VNCHW[position]
+        digests = [pixel_digest(pixels[row]) if chosen else None for row, chosen in enumerate(chosen_N)]
+        means = [pixel_mean(pixels[row]) if chosen else None for row, chosen in enumerate(chosen_N)]
+        return digests, means
+
+    def _publish(self, part: Path, index: ShardIndex, *, shard_size_bytes: int) -> Commit:
+        url, block = self.builder.cache.url, self.task.block
+        ranges, footer = view_ranges(part, dict.fromkeys(self.rendering.view_numbers, index.num_ok))
+        # The index is in place before any part: a part alone could not say which rows it answers for.
+        index_bytes = encode_index(index, index_settings(self.data))
+        publish_index(storage.join(url, layout.INDEX), self.shard_id, index_bytes)
+        statuses = Counter(STATUSES[code] for code in index.status.tolist())
+        commit = Commit(
+            fingerprint=self.builder.header.fingerprint,
+            shard_id=self.shard_id,
+            shard_size_bytes=shard_size_bytes,
+            block=block,
+            part=publish_file(url, part, layout.part_path(self.shard_id, block)),
+            index=FileRef(
+                path=layout.index_path(self.shard_id), sha256=digest(index_bytes), size_bytes=len(index_bytes)
+            ),
+            means=self._publish_means(),
+            num_ok=index.num_ok,
+            read=len(index),
+            written=index.num_ok,
+            skipped={status: count for status, count in sorted(statuses.items()) if status != "ok"},
+            views=ranges,
+            footer=footer,
+            statistics=self.statistics.result(),
+            environment=numeric_env(self.builder.teacher.device, batch_size=self.builder.teacher.batch_size),
+        )
+        return publish_commit(url, commit)
+
+    def _publish_means(self) -> FileRef | None:
+        if not self.sums:
+            return None
+        local = self.scratch / "means.parquet"
+        local.write_bytes(encode_sums(merge(self.sums)))
+        return publish_file(self.builder.cache.url, local, layout.means_path(self.shard_id, self.task.block))

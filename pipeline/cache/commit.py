@@ -1,0 +1,97 @@
+"""Publish a part, and prove it: files named by their content first, the commit last and only once.
+
+Any number of builders may work on the same block. The first commit wins; the others find it and remove their own files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from pipeline import storage
+from pipeline.cache import layout
+from pipeline.errors import CacheError
+from pipeline.fingerprint import seal, unseal
+from schemas.manifest import Commit, FileRef, ViewBlock
+
+_READ_THREADS = 16
+
+
+def publish_file(cache_url: str, local: Path, path_of: str) -> FileRef:
+    """A local file under a name with its content's hash; ``path_of`` holds ``{sha16}`` where the hash goes."""
+    sha256 = file_digest(local)
+    path = path_of.replace("{sha16}", sha256[:16])
+    storage.put(local, storage.join(cache_url, path))
+    return FileRef(path=path, sha256=sha256, size_bytes=local.stat().st_size)
+
+
+def file_digest(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def publish_commit(cache_url: str, commit: Commit) -> Commit:
+    """The commit that stands: this one, or that of a builder who was first."""
+    url = storage.join(cache_url, layout.commit_path(commit.shard_id, commit.block))
+    if storage.create(url, seal(commit.model_dump(mode="json"))):
+        return commit
+    winner = read_commit(cache_url, layout.commit_path(commit.shard_id, commit.block))
+    for own, other in ((commit.part, winner.part), (commit.means, winner.means)):
+        # Equal content has an equal name: then the file is the winner's too.
+        if own is not None and (other is None or own.path != other.path):
+            storage.delete(storage.join(cache_url, own.path))
+    return winner
+
+
+def read_commit(cache_url: str, path: str) -> Commit:
+    """
+    Raises:
+        CacheError: the commit was changed after it was written.
+    """
+    url = storage.join(cache_url, path)
+    where = storage.redact(url)
+    body = unseal(storage.read(url), where=where)
+    body.pop("digest")
+    try:
+        return Commit.model_validate(body)
+    except ValidationError as error:
+        raise CacheError("this commit is of another format", where=where, got=str(error.errors()[0]["msg"])) from error
+
+
+def read_commits(cache_url: str) -> list[Commit]:
+    """Every commit of a cache, by shard and block. Found by listing: nothing else proves that work is done."""
+    paths = [f"commits/{name}" for name in storage.listing(storage.join(cache_url, "commits"))]
+    paths = [path for path in paths if layout.is_commit(path)]
+    with ThreadPoolExecutor(_READ_THREADS) as pool:
+        return list(pool.map(lambda path: read_commit(cache_url, path), paths))
+
+
+def missing_blocks(
+    commits: list[Commit], *, num_views: int, views_per_part: int, wants_eval: bool, where: str
+) -> list[ViewBlock]:
+    """What one shard still lacks: uncovered runs of views, cut into blocks, and the eval pass.
+
+    Raises:
+        CacheError: two committed blocks overlap, which no builder of ours writes.
+    """
+    covered: set[int] = set()
+    for commit in commits:
+        views = set() if commit.block.is_eval else set(commit.block.views)
+        if covered & views:
+            raise CacheError("two commits cover the same view", where=where, got=f"view {min(covered & views)}")
+        covered |= views
+    blocks: list[ViewBlock] = []
+    if wants_eval and not any(commit.block.is_eval for commit in commits):
+        blocks.append(ViewBlock(start=0, stop=1, is_eval=True))
+    start = None
+    for view in range(num_views + 1):
+        open_run = view < num_views and view not in covered
+        if start is not None and (not open_run or view - start == views_per_part):
+            blocks.append(ViewBlock(start=start, stop=view))
+            start = None
+        if open_run and start is None:
+            start = view
+    return blocks

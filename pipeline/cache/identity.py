@@ -1,0 +1,144 @@
+"""Who writes here: views id, fingerprint and header. A builder that differs in any of it stops before it writes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline import storage
+from pipeline.cache import layout
+from pipeline.cache.codec import outputs_of
+from pipeline.errors import CacheError
+from pipeline.fingerprint import differences, seal, short, unseal, weights_digest
+from pipeline.shards.index import index_settings
+from pipeline.teacher.infer import Teacher
+from pipeline.views.params import sample_keys
+from pipeline.views.philox import RNG_VERSION, philox4x64
+from schemas.config import CacheConfig, DataConfig, ViewsConfig
+from schemas.manifest import Header
+
+_NUM_PROBES = 4
+# Hardware and libraries round differently; another network differs by whole logits.
+_PROBE_TOLERANCE = {"fp32": 1e-2, "bf16": 0.15, "fp16": 0.05}
+
+
+def views_body(plan: ViewsConfig) -> dict[str, Any]:
+    """What decides the pixels of a view, less the teacher's size: its hash is the views id."""
+    body = plan.model_dump(mode="json", exclude={"count", "size"})
+    return {**body, "rng_version": RNG_VERSION}
+
+
+def views_id(plan: ViewsConfig) -> str:
+    return short(views_body(plan))
+
+
+def teacher_body(teacher: Teacher, plan: ViewsConfig, cache: CacheConfig) -> dict[str, Any]:
+    """What decides the words of the teacher; with the views id, its hash is the fingerprint."""
+    spec = teacher.loaded.input
+    return {
+        "architecture": teacher.loaded.architecture,
+        "weights": weights_digest(teacher.state()),
+        "size": spec.size,
+        "interpolation": spec.interpolation,
+        "mean": list(spec.mean),
+        "std": list(spec.std),
+        "precision": teacher.precision,
+        "logits": cache.logits,
+        "embeddings": cache.embeddings,
+        "class_means": cache.class_means,
+        "views_id": views_id(plan),
+    }
+
+
+def make_header(teacher: Teacher, *, plan: ViewsConfig, cache: CacheConfig, data: DataConfig) -> Header:
+    """The header that this config and these weights would write."""
+    body = teacher_body(teacher, plan, cache)
+    module = teacher.module
+    return Header(
+        views_id=views_id(plan),
+        views=views_body(plan),
+        fingerprint=short(body),
+        teacher=body,
+        data=index_settings(data),
+        num_classes=module.num_classes,
+        embedding_dim=module.embedding_dim,
+        outputs=outputs_of(cache, num_classes=module.num_classes, embedding_dim=module.embedding_dim),
+        probe_logits=tuple(tuple(float(value) for value in row) for row in _probe(teacher)),
+    )
+
+
+def _probe(teacher: Teacher) -> NDArray[np.float32]:
+    """Logits on four fixed noise images: what notices code that changed behind unchanged weights."""
+    size = teacher.loaded.input.size
+    num_words = -(-3 * size * size // 32)
+    keys = np.repeat(sample_keys(0, [f"probe/{number}" for number in range(_NUM_PROBES)]), num_words, axis=0)
+    counters = np.zeros((len(keys), 4), np.uint64)
+    counters[:, 0] = np.tile(np.arange(num_words, dtype=np.uint64), _NUM_PROBES)
+    noise = philox4x64(keys, counters).astype("<u8").view(np.uint8).reshape(_NUM_PROBES, -1)
+    pixels = torch.from_numpy(noise[:, : 3 * size * size].reshape(_NUM_PROBES, 3, size, size).copy())
+    return teacher.answer(pixels).logits_NK
+
+
+def claim(cache_url: str, header: Header) -> Header:
+    """Writes the header if there is none; else checks that it says the same.
+
+    Raises:
+        CacheError: the cache belongs to another teacher, transform, plan or encoding; the difference is spelled out.
+    """
+    url = storage.join(cache_url, layout.HEADER)
+    if storage.create(url, seal(header.model_dump(mode="json"))):
+        return header
+    found = read_header(cache_url)
+    _check_same(found, header, cache_url)
+    return found
+
+
+def read_header(cache_url: str) -> Header:
+    """
+    Raises:
+        CacheError: there is no cache here, it is damaged, or of another format.
+    """
+    url = storage.join(cache_url, layout.HEADER)
+    if not storage.exists(url):
+        raise CacheError(
+            "there is no cache here", where=storage.redact(cache_url), next_step="run: stillroom cache build CONFIG"
+        )
+    return parse_header(storage.read(url), where=storage.redact(url))
+
+
+def parse_header(data: bytes, *, where: str) -> Header:
+    body = unseal(data, where=where)
+    body.pop("digest")
+    if body.get("format_version") != 1:
+        raise CacheError("unknown cache format", where=where, got=body.get("format_version"), wanted=1)
+    return Header.model_validate(body)
+
+
+def _check_same(found: Header, wanted: Header, cache_url: str) -> None:
+    changed = [
+        *differences(found.views, wanted.views, "views."),
+        *differences(found.teacher, wanted.teacher, "teacher."),
+        *differences(found.data, wanted.data, "data."),
+    ]
+    if changed:
+        raise CacheError(
+            "this cache was begun by another config or another teacher",
+            where=storage.redact(cache_url),
+            got="; ".join(changed),
+            wanted=f"fingerprint {found.fingerprint}",
+            next_step="build into another cache.url, or restore what changed",
+        )
+    old, new = np.array(found.probe_logits), np.array(wanted.probe_logits)
+    drift = float(np.abs(old - new).max() / max(float(old.std()), 1e-6))
+    tolerance = _PROBE_TOLERANCE[str(wanted.teacher["precision"])]
+    if drift > tolerance:
+        raise CacheError(
+            "the teacher's weights are unchanged, but it answers the four probe images differently",
+            where=storage.redact(cache_url),
+            got=f"logits differ by {drift:.3g} of their standard deviation",
+            wanted=f"at most {tolerance}",
+            next_step="model code or a library changed; build into another cache.url",
+        )

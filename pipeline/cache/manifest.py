@@ -1,0 +1,214 @@
+"""The fold of all commits into a manifest: what turns finished parts into a cache."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import ValidationError
+
+from pipeline import storage
+from pipeline.cache import layout
+from pipeline.cache.commit import read_commits
+from pipeline.cache.identity import read_header
+from pipeline.cache.means import ClassSums, decode_sums, encode_means, merge
+from pipeline.cache.statistics import merge_statistics
+from pipeline.errors import CacheError
+from pipeline.fingerprint import digest, seal, unseal
+from schemas.manifest import Commit, FileRef, Manifest
+
+_READ_THREADS = 16
+
+
+def publish_manifest(cache_url: str, shard_urls: dict[str, str]) -> Manifest:
+    """Folds the commits of ``shard_urls`` (shard id to URL) into a manifest and removes parts that no commit names.
+
+    Raises:
+        CacheError: a shard has no complete view, or a commit is of another teacher.
+    """
+    header = read_header(cache_url)
+    commits = [commit for commit in read_commits(cache_url) if commit.shard_id in shard_urls]
+    _check_commits(commits, header.fingerprint, cache_url)
+    by_shard: defaultdict[str, list[Commit]] = defaultdict(list)
+    for commit in commits:
+        by_shard[commit.shard_id].append(commit)
+    num_views = min((_complete_views(by_shard[shard]) for shard in shard_urls), default=0)
+    if num_views == 0:
+        raise CacheError("no view is complete for every shard", where=storage.redact(cache_url))
+    firsts = [by_shard[shard][0] for shard in shard_urls]
+    base, names = _relative(shard_urls)
+    skipped: Counter[str] = Counter()
+    for commit in firsts:
+        skipped.update(commit.skipped)
+    manifest = Manifest(
+        header_sha256=digest(storage.read(storage.join(cache_url, layout.HEADER))),
+        views_id=header.views_id,
+        fingerprint=header.fingerprint,
+        base=base,
+        num_shards=len(firsts),
+        num_samples=sum(commit.read for commit in firsts),
+        num_ok=sum(commit.num_ok for commit in firsts),
+        num_views=num_views,
+        size_bytes=sum(commit.part.size_bytes for commit in commits),
+        skipped=dict(sorted(skipped.items())),
+        statistics=merge_statistics([commit.statistics for commit in commits]),
+        shards=_publish(cache_url, layout.SHARDS, _shards_table(firsts, names)),
+        parts=_publish(cache_url, layout.PARTS, _parts_table(commits)),
+        class_means=_publish_means(cache_url, commits, header.fingerprint),
+        environment=firsts[0].environment,
+    )
+    storage.write(storage.join(cache_url, layout.MANIFEST), seal(manifest.model_dump(mode="json")))
+    _remove_unnamed(cache_url, commits)
+    return manifest
+
+
+def read_manifest(cache_url: str) -> tuple[Manifest, bytes]:
+    """The manifest and its exact bytes, which a run copies.
+
+    Raises:
+        CacheError: there is none (the build did not finish), or it is damaged.
+    """
+    url = storage.join(cache_url, layout.MANIFEST)
+    if not storage.exists(url):
+        begun = storage.exists(storage.join(cache_url, layout.HEADER))
+        raise CacheError(
+            "this cache is not finished: it has no manifest" if begun else "there is no cache here",
+            where=storage.redact(cache_url),
+            next_step="run: stillroom cache build CONFIG" + (" (it resumes)" if begun else ""),
+        )
+    data = storage.read(url)
+    return parse_manifest(data, where=storage.redact(url)), data
+
+
+def parse_manifest(data: bytes, *, where: str) -> Manifest:
+    body = unseal(data, where=where)
+    body.pop("digest")
+    try:
+        return Manifest.model_validate(body)
+    except ValidationError as error:
+        raise CacheError("unknown manifest format", where=where, got=str(error.errors()[0]["msg"])) from error
+
+
+def read_table(cache_url: str, ref: FileRef) -> pa.Table:
+    """A table that the manifest names, checked against its digest."""
+    url = storage.join(cache_url, ref.path)
+    data = storage.read(url)
+    if digest(data) != ref.sha256:
+        raise CacheError(
+            "this file is not the one that the manifest names",
+            where=storage.redact(url),
+            got=digest(data)[:16],
+            wanted=ref.sha256[:16],
+        )
+    return pq.read_table(pa.BufferReader(data))
+
+
+def _check_commits(commits: list[Commit], fingerprint: str, cache_url: str) -> None:
+    for commit in commits:
+        if commit.fingerprint != fingerprint:
+            raise CacheError(
+                "a commit is of another teacher",
+                where=f"{commit.shard_id}/{commit.block.name} in {storage.redact(cache_url)}",
+                got=commit.fingerprint,
+                wanted=fingerprint,
+            )
+    indexes: dict[str, str] = {}
+    for commit in commits:
+        if indexes.setdefault(commit.shard_id, commit.index.sha256) != commit.index.sha256:
+            raise CacheError(
+                "two parts of one shard were built on different indexes",
+                where=f"{commit.shard_id} in {storage.redact(cache_url)}",
+            )
+
+
+def _complete_views(commits: list[Commit]) -> int:
+    """The length of the run of views from 0 that is covered."""
+    views = {view for commit in commits if not commit.block.is_eval for view in commit.block.views}
+    return next(view for view in range(len(views) + 1) if view not in views)
+
+
+def _relative(shard_urls: dict[str, str]) -> tuple[str, dict[str, str]]:
+    """A common base and each shard's path below it. Queries are never stored: they may hold secrets."""
+    plain = {shard: storage.redact(url) for shard, url in shard_urls.items()}
+    folders = [url.rsplit("/", 1)[0].split("/") for url in plain.values()]
+    common: list[str] = []
+    for level in zip(*folders, strict=False):
+        if len(set(level)) > 1:
+            break
+        common.append(level[0])
+    base = "/".join(common)
+    return base, {shard: url[len(base) + 1 :] for shard, url in plain.items()}
+
+
+def _shards_table(firsts: list[Commit], names: dict[str, str]) -> pa.Table:
+    return pa.table(
+        {
+            "shard_id": pa.array([commit.shard_id for commit in firsts], pa.string()),
+            "path": pa.array([names[commit.shard_id] for commit in firsts], pa.string()),
+            "size_bytes": pa.array([commit.shard_size_bytes for commit in firsts], pa.int64()),
+            "num_samples": pa.array([commit.read for commit in firsts], pa.int64()),
+            "num_ok": pa.array([commit.num_ok for commit in firsts], pa.int64()),
+            "index_sha256": pa.array([commit.index.sha256 for commit in firsts], pa.string()),
+        }
+    )
+
+
+def _parts_table(commits: list[Commit]) -> pa.Table:
+    """One row per (shard, view): all that a reader needs for its one range read."""
+    rows = [(commit, view) for commit in commits for view in commit.views]
+    return pa.table(
+        {
+            "shard_id": pa.array([commit.shard_id for commit, _ in rows], pa.string()),
+            "view": pa.array([view.view for _, view in rows], pa.uint16()),
+            "path": pa.array([commit.part.path for commit, _ in rows], pa.string()),
+            "part_sha256": pa.array([commit.part.sha256 for commit, _ in rows], pa.string()),
+            "part_size_bytes": pa.array([commit.part.size_bytes for commit, _ in rows], pa.int64()),
+            "offset": pa.array([view.offset for _, view in rows], pa.int64()),
+            "size_bytes": pa.array([view.size_bytes for _, view in rows], pa.int64()),
+            "footer_offset": pa.array([commit.footer.offset for commit, _ in rows], pa.int64()),
+            "rows": pa.array([view.rows for _, view in rows], pa.int64()),
+            "digest": pa.array([view.digest for _, view in rows], pa.string()),
+        }
+    )
+
+
+def _publish(cache_url: str, path: str, table: pa.Table) -> FileRef:
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    return _publish_bytes(cache_url, path, sink.getvalue())
+
+
+def _publish_bytes(cache_url: str, path: str, data: bytes) -> FileRef:
+    storage.write(storage.join(cache_url, path), data)
+    return FileRef(path=path, sha256=digest(data), size_bytes=len(data))
+
+
+def _publish_means(cache_url: str, commits: list[Commit], fingerprint: str) -> FileRef | None:
+    refs = [commit.means for commit in commits if commit.means is not None]
+    if not refs:
+        return None
+    with ThreadPoolExecutor(_READ_THREADS) as pool:
+        sums: list[ClassSums] = list(pool.map(lambda ref: _read_sums(cache_url, ref), refs))
+    return _publish_bytes(cache_url, layout.CLASS_MEANS, encode_means(merge(sums), fingerprint=fingerprint))
+
+
+def _read_sums(cache_url: str, ref: FileRef) -> ClassSums:
+    url = storage.join(cache_url, ref.path)
+    data = storage.read(url)
+    if digest(data) != ref.sha256:
+        raise CacheError("class sums were changed after they were written", where=storage.redact(url))
+    return decode_sums(data, where=storage.redact(url))
+
+
+def _remove_unnamed(cache_url: str, commits: list[Commit]) -> None:
+    """Parts of builders that were killed or lost a race; of shards in this manifest only."""
+    named = {ref.path for commit in commits for ref in (commit.part, commit.means) if ref is not None}
+    shards = {commit.shard_id for commit in commits}
+    for folder in ("parts", "means"):
+        for name in storage.listing(storage.join(cache_url, folder)):
+            path = f"{folder}/{name}"
+            if path not in named and name.rsplit("/", 1)[0] in shards:
+                storage.delete(storage.join(cache_url, path))

@@ -1,0 +1,215 @@
+"""Read a finished cache: of each (shard, view) one range, checked against its commit, decoded to dense arrays."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipeline import storage
+from pipeline.cache import layout
+from pipeline.cache.codec import decode
+from pipeline.cache.identity import parse_header
+from pipeline.cache.manifest import parse_manifest, read_manifest, read_table
+from pipeline.cache.means import ClassMeans, decode_means
+from pipeline.errors import CacheError
+from pipeline.fingerprint import digest
+from pipeline.shards.index import ShardIndex, decode_index
+from schemas.manifest import Header, Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class ViewColumns:
+    """What the cache holds of one view of one shard; N ok rows in tar order."""
+
+    row_N: NDArray[np.int32]
+    content_hash_N: NDArray[np.uint64]
+    box_N4: NDArray[np.int32]
+    flip_N: NDArray[np.bool_]
+    mix_row_N: NDArray[np.int32]
+    mix_lambda_N: NDArray[np.float32]
+    embedding_norm_N: NDArray[np.float32]
+    logits_NK: NDArray[np.float32]
+    embedding_ND: NDArray[np.float32] | None
+    pixel_digest: tuple[bytes | None, ...]
+    pixel_mean: tuple[bytes | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ShardEntry:
+    """One shard of the manifest."""
+
+    shard_id: str
+    path: str
+    size_bytes: int
+    num_ok: int
+    index_sha256: str
+
+
+class TeacherCache:
+    """A finished cache, opened for reading. ``manifest_bytes`` are the run's own copy, if it has one."""
+
+    def __init__(self, url: str, manifest: Manifest, manifest_bytes: bytes, header: Header) -> None:
+        self.url, self.manifest, self.manifest_bytes, self.header = url, manifest, manifest_bytes, header
+
+    @property
+    def num_views(self) -> int:
+        return self.manifest.num_views
+
+    @cached_property
+    def shards(self) -> list[ShardEntry]:
+        table = read_table(self.url, self.manifest.shards)
+        columns = (table[name].to_pylist() for name in ("shard_id", "path", "size_bytes", "num_ok", "index_sha256"))
+        return [ShardEntry(*row) for row in zip(*columns, strict=True)]
+
+    @cached_property
+    def _parts(self) -> tuple[pa.Table, dict[tuple[str, int], int]]:
+        table = read_table(self.url, self.manifest.parts)
+        keys = zip(table["shard_id"].to_pylist(), table["view"].to_pylist(), strict=True)
+        return table, {key: row for row, key in enumerate(keys)}
+
+    def index(self, shard: ShardEntry) -> ShardIndex:
+        """The shard's index, checked against the manifest."""
+        url = storage.join(self.url, layout.index_path(shard.shard_id))
+        data = storage.read(url)
+        if digest(data) != shard.index_sha256:
+            raise CacheError("this index is not the one that the manifest names", where=storage.redact(url))
+        return decode_index(data, where=storage.redact(url))
+
+    def class_means(self) -> ClassMeans | None:
+        ref = self.manifest.class_means
+        if ref is None:
+            return None
+        url = storage.join(self.url, ref.path)
+        data = storage.read(url)
+        if digest(data) != ref.sha256:
+            raise CacheError("class means were changed after they were written", where=storage.redact(url))
+        return decode_means(
+            data,
+            num_classes=self.header.num_classes,
+            fingerprint=self.header.fingerprint,
+            where=storage.redact(url),
+        )
+
+    def view(self, shard_id: str, view: int) -> ViewColumns:
+        """The columns of one view of one shard.
+
+        Raises:
+            CacheError: the view is not in the cache, or its bytes are not those that were committed.
+        """
+        table, rows = self._parts
+        if (shard_id, view) not in rows:
+            raise CacheError(
+                "the cache does not hold this view",
+                where=f"{shard_id}, view {view} in {storage.redact(self.url)}",
+                wanted=f"views 0..{self.num_views - 1}",
+            )
+        entry = table.slice(rows[shard_id, view], 1).to_pylist()[0]
+        return _decode_columns(self._fetch(entry), self.header)
+
+    def _fetch(self, entry: dict[str, object]) -> pa.Table:
+        url = storage.join(self.url, str(entry["path"]))
+        where = f"view {entry['view']} of {storage.redact(url)}"
+        offset, size_bytes = int(str(entry["offset"])), int(str(entry["size_bytes"]))
+        end, footer = int(str(entry["part_size_bytes"])), int(str(entry["footer_offset"]))
+        data = storage.read_range(url, offset, size_bytes)
+        if hashlib.sha256(data).hexdigest() != entry["digest"]:
+            raise CacheError(
+                "these bytes are not those that were committed",
+                where=where,
+                next_step="restore the part, or remove its commit and run the build again",
+            )
+        tail = storage.read_range(url, footer, end - footer)
+        source = _Range(end, offset, data)
+        try:
+            # Given its metadata, Parquet reads no footer, which it would look for with a guess of 64 KiB.
+            metadata = pq.read_metadata(pa.BufferReader(b"PAR1" + tail))
+            file = pq.ParquetFile(pa.PythonFile(source, mode="r"), metadata=metadata, pre_buffer=False)
+            groups = _row_groups(file.metadata, offset, offset + size_bytes)
+            found = file.read_row_groups(groups, use_threads=False)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise CacheError("this part's footer is damaged", where=where, got=str(error)) from error
+        if found.num_rows != entry["rows"]:
+            raise CacheError("a view has another number of rows", where=where, got=found.num_rows, wanted=entry["rows"])
+        return found
+
+
+class _Range(io.RawIOBase):
+    """A file of which only one range was fetched; reading outside it is an error, never zeros."""
+
+    def __init__(self, size_bytes: int, offset: int, data: bytes) -> None:
+        self._size, self._offset, self._data, self._position = size_bytes, offset, data, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = start + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def read(self, size: int = -1) -> bytes:
+        start, stop = self._position, self._size if size < 0 else min(self._size, self._position + size)
+        if start < self._offset or stop > self._offset + len(self._data):
+            raise OSError(f"bytes {start}..{stop} were not fetched")
+        self._position = stop
+        return self._data[start - self._offset : stop - self._offset]
+
+
+def _row_groups(metadata: pq.FileMetaData, start: int, stop: int) -> list[int]:
+    return [
+        number
+        for number in range(metadata.num_row_groups)
+        if start <= metadata.row_group(number).column(0).data_page_offset < stop
+    ]
+
+
+def _decode_columns(table: pa.Table, header: Header) -> ViewColumns:
+    for name in ("row", "content_hash", "embedding_norm", "mix_row", "mix_lambda", "flip"):
+        if table[name].null_count:
+            raise CacheError(f"column {name} has empty cells")
+    logits, embedding = header.output("logits"), header.output("embedding")
+    assert logits is not None
+    box = [table[f"box_{side}"].to_numpy() for side in ("left", "top", "width", "height")]
+    return ViewColumns(
+        row_N=table["row"].to_numpy(),
+        content_hash_N=table["content_hash"].to_numpy(),
+        box_N4=np.stack(box, axis=1),
+        flip_N=table["flip"].combine_chunks().to_numpy(zero_copy_only=False),
+        mix_row_N=table["mix_row"].to_numpy(),
+        mix_lambda_N=table["mix_lambda"].to_numpy(),
+        embedding_norm_N=table["embedding_norm"].to_numpy(),
+        logits_NK=decode(table["logits"], logits),
+        embedding_ND=None if embedding is None else decode(table["embedding"], embedding),
+        pixel_digest=tuple(table["pixel_digest"].to_pylist()),
+        pixel_mean=tuple(table["pixel_mean"].to_pylist()),
+    )
+
+
+def open_cache(url: str, *, manifest_bytes: bytes | None = None) -> TeacherCache:
+    """Opens a finished cache, or the state of it that ``manifest_bytes`` name.
+
+    Raises:
+        CacheError: no cache, unfinished, damaged, or the header is not the manifest's.
+    """
+    where = storage.redact(url)
+    if manifest_bytes is None:
+        manifest, manifest_bytes = read_manifest(url)
+    else:
+        manifest = parse_manifest(manifest_bytes, where=f"the run's copy of the manifest of {where}")
+    data = storage.read(storage.join(url, layout.HEADER))
+    if digest(data) != manifest.header_sha256:
+        raise CacheError("this header is not the one that the manifest was made with", where=where)
+    return TeacherCache(url, manifest, manifest_bytes, parse_header(data, where=where))

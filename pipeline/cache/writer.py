@@ -1,0 +1,136 @@
+"""One part: Parquet, view-major, from rows that arrive group by group.
+
+Groups arrive with all views at once, the file wants one view after the other. So each view spills to an Arrow stream on
+local scratch, and the part is assembled from these at close: memory stays that of one row group.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import StorageError
+from schemas.manifest import ByteRange, ViewRange
+
+_ROW_GROUP_BYTES = 32 << 20
+_PAGE_BYTES = 1 << 20
+
+
+class PartWriter:
+    """Rows in, one checked local Parquet file out. Use as a context manager: leaving it removes the spilled rows."""
+
+    def __init__(self, scratch: Path, views: Sequence[int], schema: pa.Schema, *, row_size_bytes: int) -> None:
+        self._scratch = scratch
+        self._schema = schema
+        self._rows_per_group = max(256, _ROW_GROUP_BYTES // max(1, row_size_bytes))
+        self._spills = {view: _Spill(scratch / f"view-{view:05d}.arrows", schema) for view in views}
+
+    def __enter__(self) -> PartWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for spill in self._spills.values():
+            spill.remove()
+
+    def add(self, view: int, batch: pa.RecordBatch) -> None:
+        """Appends rows of one view; the order of calls is the order of rows."""
+        self._spills[view].write(batch)
+
+    def close(self) -> Path:
+        """Assembles the part, reopens it and counts its rows.
+
+        Raises:
+            StorageError: what was written does not read back with the rows that were added.
+        """
+        path = self._scratch / "part.parquet"
+        # Payload columns are numbers without repeats: dictionaries cost time and gain nothing.
+        with pq.ParquetWriter(
+            path, self._schema, compression="zstd", use_dictionary=False, data_page_size=_PAGE_BYTES
+        ) as writer:
+            for spill in self._spills.values():
+                for table in spill.tables(self._rows_per_group):
+                    writer.write_table(table, row_group_size=self._rows_per_group)
+        self._check(path)
+        return path
+
+    def _check(self, path: Path) -> None:
+        wanted = sum(spill.num_rows for spill in self._spills.values())
+        got = pq.ParquetFile(path).metadata.num_rows
+        if got != wanted:
+            raise StorageError("a part did not read back whole", where=str(path), got=got, wanted=f"{wanted} rows")
+
+
+class _Spill:
+    """Rows of one view, on local disk."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self.path = path
+        self.num_rows = 0
+        self._schema = schema
+        self._sink = pa.OSFile(str(path), "wb")
+        self._stream = pa.ipc.new_stream(self._sink, schema)
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        self._stream.write_batch(batch)
+        self.num_rows += batch.num_rows
+
+    def tables(self, max_rows: int):  # noqa: ANN201 - a generator of pa.Table, which has no stubs
+        self._finish()
+        with pa.memory_map(str(self.path)) as source:
+            pending: list[pa.RecordBatch] = []
+            for batch in pa.ipc.open_stream(source):
+                if pending and sum(item.num_rows for item in pending) + batch.num_rows > max_rows:
+                    yield pa.Table.from_batches(pending, self._schema)
+                    pending = []
+                pending.append(batch)
+            if pending:
+                yield pa.Table.from_batches(pending, self._schema)
+
+    def _finish(self) -> None:
+        if not self._sink.closed:
+            self._stream.close()
+            self._sink.close()
+
+    def remove(self) -> None:
+        self._finish()
+        self.path.unlink(missing_ok=True)
+
+
+def view_ranges(path: Path, counts: Mapping[int, int]) -> tuple[tuple[ViewRange, ...], ByteRange]:
+    """Where each view lies in a part, and the footer: what one range read each needs.
+
+    ``counts`` gives the rows of each view, in the order written; row groups never span two views.
+    """
+    metadata = pq.ParquetFile(path).metadata
+    data = path.read_bytes()
+    ranges: list[ViewRange] = []
+    group = 0
+    end = len(b"PAR1")
+    for view, rows in counts.items():
+        start, seen = end, 0
+        while seen < rows:
+            seen += metadata.row_group(group).num_rows
+            end = _end_of(metadata.row_group(group))
+            group += 1
+        chunk = data[start:end]
+        ranges.append(
+            ViewRange(
+                view=view, offset=start, size_bytes=len(chunk), rows=rows, digest=hashlib.sha256(chunk).hexdigest()
+            )
+        )
+    return tuple(ranges), ByteRange(offset=end, size_bytes=len(data) - end)
+
+
+def _end_of(row_group: pq.RowGroupMetaData) -> int:
+    ends: list[int] = []
+    for number in range(row_group.num_columns):
+        column = row_group.column(number)
+        start = column.data_page_offset
+        if column.has_dictionary_page:
+            start = min(start, column.dictionary_page_offset)
+        ends.append(start + column.total_compressed_size)
+    return max(ends)

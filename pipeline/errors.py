@@ -1,0 +1,93 @@
+"""One way to fail: an error says what, where, got, wanted and what to do next.
+
+The exit code travels with the exception, so that a command line, a Ray task and a Ray job all end the same way:
+2 for input that a person has to change, 1 for everything else.
+"""
+
+from __future__ import annotations
+
+
+class StillroomError(Exception):
+    """Base of every error raised on purpose. Its text is the whole message a user sees."""
+
+    exit_code: int = 1
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str | None = None,
+        got: object = None,
+        wanted: object = None,
+        next_step: str | None = None,
+    ) -> None:
+        self.what, self.where, self.got, self.wanted, self.next_step = what, where, got, wanted, next_step
+        super().__init__(self._text())
+
+    def _text(self) -> str:
+        lines = [self.what]
+        for name, value in (
+            ("where", self.where),
+            ("got", self.got),
+            ("wanted", self.wanted),
+            ("next", self.next_step),
+        ):
+            if value is not None:
+                lines.append(f"  {name + ':':<8}{value}")
+        return "\n".join(lines)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Keyword-only arguments defeat the default pickling, and these errors cross process borders.
+        # got and wanted may be any object; their text is what matters on the other side.
+        return _rebuild, (
+            type(self),
+            self.what,
+            self.where,
+            None if self.got is None else str(self.got),
+            None if self.wanted is None else str(self.wanted),
+            self.next_step,
+        )
+
+
+def _rebuild(
+    kind: type[StillroomError], what: str, where: str | None, got: str | None, wanted: str | None, next_step: str | None
+) -> StillroomError:
+    return kind(what, where=where, got=got, wanted=wanted, next_step=next_step)
+
+
+class InputError(StillroomError):
+    """Something a person gave is wrong: a config key, a URL, a shard, a cache. Never retried. Exit code 2."""
+
+    exit_code = 2
+
+
+class ConfigError(InputError):
+    """A YAML document or override that does not say what is allowed."""
+
+
+class StorageInputError(InputError):
+    """A URL that is refused, missing, or not readable."""
+
+
+class ShardError(InputError):
+    """A shard, or a sample in it, that breaks a rule of the format."""
+
+
+class ModelError(InputError):
+    """A model that is unknown, cannot be built as asked, or whose weights do not fit."""
+
+
+class CacheError(InputError):
+    """A cache that is incomplete, damaged, of another teacher, or does not match the images beside it."""
+
+
+class ResourceError(InputError):
+    """More workers, CPUs or GPUs were asked for than there are."""
+
+
+class StorageError(StillroomError):
+    """Storage that failed although the request was right. Worth another try."""
+
+
+class TrainingError(StillroomError):
+    """Training that cannot go on, such as a loss that is not finite."""

@@ -1,0 +1,165 @@
+"""The small residual networks of the CIFAR distillation tables, for ``python:pipeline.models.cifar:resnet``.
+
+Parameter names are those of the published checkpoints of that literature, so that these load. Any input from 8×8 pixels
+up works: the pooling is adaptive.
+
+| name | factory | kwargs | embedding |
+|---|---|---|---|
+| resnet20, 56, 110 | ``resnet`` | ``{depth: 20}`` | 64 |
+| resnet8x4, resnet32x4 | ``resnet`` | ``{depth: 8, widths: [32, 64, 128, 256]}`` | 256 |
+| wrn_16_2, wrn_40_1, wrn_40_2 | ``wide_resnet`` | ``{depth: 40, width_factor: 2}`` | 64 × width_factor |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d, relu
+
+from pipeline.errors import ModelError
+
+
+def resnet(num_classes: int, depth: int, widths: Sequence[int] = (16, 16, 32, 64)) -> nn.Module:
+    """ResNet of basic blocks in three stages (He 2016, 1512.03385, sec. 4.2), with projection shortcuts.
+
+    Args:
+        depth: 6n + 2 layers.
+        widths: channels of the stem and of the three stages; the last is the embedding's width.
+
+    Raises:
+        ModelError: a depth that is not 6n + 2, or not four widths.
+    """
+    if len(widths) != 4 or min(widths) < 1:
+        raise ModelError("a CIFAR ResNet has four widths", got=list(widths), wanted="stem and three stages, above 0")
+    return CifarResNet(num_classes, _blocks_per_stage(depth, step=6, rest=2), tuple(widths))
+
+
+def wide_resnet(num_classes: int, depth: int, width_factor: int) -> nn.Module:
+    """Wide ResNet of pre-activation blocks (Zagoruyko 2016, 1605.07146), without dropout.
+
+    Args:
+        depth: 6n + 4 layers.
+        width_factor: k; stages have 16k, 32k and 64k channels, and 64k is the embedding's width.
+
+    Raises:
+        ModelError: a depth that is not 6n + 4, or a factor below 1.
+    """
+    if width_factor < 1:
+        raise ModelError("a wide ResNet's width_factor is at least 1", got=width_factor)
+    return CifarWideResNet(num_classes, _blocks_per_stage(depth, step=6, rest=4), width_factor)
+
+
+def _blocks_per_stage(depth: int, *, step: int, rest: int) -> int:
+    blocks, remainder = divmod(depth - rest, step)
+    if remainder or blocks < 1:
+        raise ModelError("this depth does not split into three equal stages", got=depth, wanted=f"{step}n + {rest}")
+    return blocks
+
+
+def _conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False)
+
+
+def _init_convolutions(network: nn.Module) -> None:
+    """He 2015 (1502.01852) by fan-out, as both papers' recipes assume."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+class BasicBlock(nn.Module):
+    """Two 3×3 convolutions and a shortcut, activated after the sum. [B,C,H,W] -> [B,C',H/stride,W/stride]."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = _conv3x3(in_channels, out_channels, stride)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = _conv3x3(out_channels, out_channels)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.downsample = None
+        if stride != 1 or in_channels != out_channels:
+            projection = nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=stride, bias=False)
+            self.downsample = nn.Sequential(projection, nn.BatchNorm2d(out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        return relu(out + (x if self.downsample is None else self.downsample(x)))
+
+
+class CifarResNet(nn.Module):
+    """images_BCHW -> logits_BK; the embedding is the pooled last stage, after its ReLU."""
+
+    def __init__(self, num_classes: int, blocks: int, widths: tuple[int, ...]) -> None:
+        super().__init__()
+        self.conv1 = _conv3x3(3, widths[0])
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        self.layer1 = _stage(widths[0], widths[1], blocks, stride=1)
+        self.layer2 = _stage(widths[1], widths[2], blocks, stride=2)
+        self.layer3 = _stage(widths[2], widths[3], blocks, stride=2)
+        self.fc = nn.Linear(widths[3], num_classes)
+        _init_convolutions(self)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        x = relu(self.bn1(self.conv1(images_BCHW)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.fc(adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+def _stage(in_channels: int, out_channels: int, blocks: int, *, stride: int) -> nn.Sequential:
+    rest = [BasicBlock(out_channels, out_channels, 1) for _ in range(blocks - 1)]
+    return nn.Sequential(BasicBlock(in_channels, out_channels, stride), *rest)
+
+
+class WideBlock(nn.Module):
+    """Two 3×3 convolutions, each after its normalisation and ReLU. [B,C,H,W] -> [B,C',H/stride,W/stride]."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = _conv3x3(in_channels, out_channels, stride)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.conv2 = _conv3x3(out_channels, out_channels)
+        self.convShortcut = None
+        if in_channels != out_channels:
+            self.convShortcut = nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        activated = relu(self.bn1(x))
+        out = self.conv2(relu(self.bn2(self.conv1(activated))))
+        return out + (x if self.convShortcut is None else self.convShortcut(activated))
+
+
+class WideStage(nn.Module):
+    """A stage under the name ``layer``, one level deeper than it need be, as published checkpoints have it."""
+
+    def __init__(self, in_channels: int, out_channels: int, blocks: int, stride: int) -> None:
+        super().__init__()
+        rest = [WideBlock(out_channels, out_channels, 1) for _ in range(blocks - 1)]
+        self.layer = nn.Sequential(WideBlock(in_channels, out_channels, stride), *rest)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+class CifarWideResNet(nn.Module):
+    """images_BCHW -> logits_BK; the embedding is the pooled last stage, normalised and after its ReLU."""
+
+    def __init__(self, num_classes: int, blocks: int, width_factor: int) -> None:
+        super().__init__()
+        widths = (16, 16 * width_factor, 32 * width_factor, 64 * width_factor)
+        self.conv1 = _conv3x3(3, widths[0])
+        self.block1 = WideStage(widths[0], widths[1], blocks, stride=1)
+        self.block2 = WideStage(widths[1], widths[2], blocks, stride=2)
+        self.block3 = WideStage(widths[2], widths[3], blocks, stride=2)
+        self.bn1 = nn.BatchNorm2d(widths[3])
+        self.fc = nn.Linear(widths[3], num_classes)
+        _init_convolutions(self)
+        with torch.no_grad():
+            self.fc.bias.zero_()
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        x = self.block3(self.block2(self.block1(self.conv1(images_BCHW))))
+        return self.fc(adaptive_avg_pool2d(relu(self.bn1(x)), 1).flatten(1))

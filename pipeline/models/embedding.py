@@ -1,0 +1,120 @@
+"""One forward, two answers: any classifier's logits and the input of its head."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+# Where the running forward collects its heads' inputs. A context variable belongs to one thread and one call: two
+# forwards of one module never mix, a deep copy or pickle of the module carries nothing along, and no activation
+# outlives the call that made it.
+_captured: ContextVar[list[Tensor] | None] = ContextVar("captured head inputs", default=None)
+
+
+class EmbeddingModel(nn.Module):
+    """A classifier that answers ``forward(images_BCHW) -> (logits_BK, embedding_BD)``.
+
+    The embedding is what the head reads: captured on its way in, so it costs no second forward, keeps its gradient and
+    is exact under autocast and DDP. Positions that a head classifies one by one (a convolution over a feature map) are
+    averaged; so are the inputs of several equally wide heads (distilled ViTs); unequal ones (CrossViT) are joined.
+    Under dropout before the head, the embedding is the dropped-out one: the one that made the logits.
+
+    A network with ``forward_embedding(images_BCHW) -> (logits_BK, embedding_BD)`` is asked through it instead.
+
+    Attributes:
+        network: the library's module under its own parameter names; save and load *its* ``state_dict``.
+        num_classes: K.
+        embedding_dim: D.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        heads: tuple[str, ...],
+        *,
+        num_classes: int,
+        embedding_dim: int,
+        linear_head: str | None,
+    ) -> None:
+        """Called by ``pipeline.models.probe.wrap``, which observes the heads and finds out K, D and the linear head.
+
+        Args:
+            heads: names of the submodules whose input is the embedding; none for ``forward_embedding``.
+            linear_head: name of the ``nn.Linear`` that turns the embedding into the logits, where there is one.
+        """
+        super().__init__()
+        self.network = network
+        self.num_classes = num_classes
+        self.embedding_dim = embedding_dim
+        self._heads = heads
+        self._linear_head = linear_head
+
+    @property
+    def head(self) -> nn.Linear | None:
+        """The layer with ``head(embedding_BD) == logits_BK``; None where no single linear layer does that."""
+        if self._linear_head is None:
+            return None
+        layer = self.network.get_submodule(self._linear_head)
+        assert isinstance(layer, nn.Linear)
+        return layer
+
+    def forward(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        return ask(self.network, self._heads, images_BCHW)
+
+
+def observe(network: nn.Module, heads: tuple[str, ...]) -> None:
+    """Lets ``ask`` see what these submodules read. Once per network; without ``ask`` it does nothing."""
+    for name in heads:
+        network.get_submodule(name).register_forward_pre_hook(_capture)
+
+
+def ask(network: nn.Module, heads: tuple[str, ...], images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    """One forward of an observed network: (logits_BK, embedding_BD).
+
+    Raises:
+        RuntimeError: a head did not run exactly once, so that its input is not one embedding.
+    """
+    if not heads:
+        logits_BK, embedding_BD = network.forward_embedding(images_BCHW)  # pyright: ignore[reportCallIssue]
+        return logits_BK, embedding_BD
+    inputs: list[Tensor] = []
+    token = _captured.set(inputs)
+    try:
+        logits_BK = network(images_BCHW)
+    finally:
+        _captured.reset(token)
+    if len(inputs) != len(heads):
+        raise RuntimeError(f"{' and '.join(heads)} ran {len(inputs)} times in one forward, not once each")
+    return logits_BK, _united(inputs)
+
+
+def _capture(module: nn.Module, args: tuple[Any, ...]) -> None:
+    inputs = _captured.get()
+    if inputs is not None:
+        inputs.append(_pooled(args[0], channels_first=isinstance(module, nn.Conv2d)))
+
+
+def _united(inputs: list[Tensor]) -> Tensor:
+    """The heads' inputs, each [B,Di], as one [B,D]."""
+    if len(inputs) == 1:
+        return inputs[0]
+    return torch.stack(inputs).mean(0) if len({x.shape for x in inputs}) == 1 else torch.cat(inputs, dim=1)
+
+
+def _pooled(x: Tensor, *, channels_first: bool) -> Tensor:
+    """[B,D,H,W] (channels first) or [B,...,D] to [B,D]: the mean over positions."""
+    if x.ndim <= 2:
+        return x
+    return x.flatten(2).mean(2) if channels_first else x.flatten(1, -2).mean(1)
+
+
+def reproduces(layer: nn.Linear, embedding_BD: Tensor, logits_BK: Tensor) -> bool:
+    """Whether the layer alone turns this embedding into these logits (to fp32 rounding)."""
+    if (layer.in_features, layer.out_features) != (embedding_BD.shape[1], logits_BK.shape[1]):
+        return False
+    expected_BK = linear(embedding_BD, layer.weight, layer.bias)
+    return torch.allclose(expected_BK, logits_BK, rtol=1e-4, atol=1e-5 * (1 + float(logits_BK.abs().max())))

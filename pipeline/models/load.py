@@ -1,0 +1,179 @@
+"""From a YAML section to a network that gives logits and embedding, and what it must be fed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+
+from pipeline import storage
+from pipeline.errors import ConfigError, ModelError
+from pipeline.fingerprint import canonical_json
+from pipeline.models import python_source, timm_source, torchvision_source
+from pipeline.models.embedding import EmbeddingModel
+from pipeline.models.probe import wrap
+from pipeline.models.source import Built, OwnInput, Request
+from pipeline.models.weights import load_state, read_state
+from schemas.config import Interpolation, ModelConfig, Triple
+
+_SOURCES: dict[str, Callable[[Request], Built]] = {
+    "timm/": timm_source.build,
+    "torchvision/": torchvision_source.build,
+    "python:": python_source.build,
+}
+_WITHOUT_FILE = ("random", "pretrained")
+
+
+@dataclass(frozen=True, slots=True)
+class InputSpec:
+    """What a network eats.
+
+    Attributes:
+        size: height and width in pixels.
+        mean: per channel, of [0,1] RGB.
+        std: per channel, of [0,1] RGB.
+        interpolation: how a box of the original is resized to ``size``.
+    """
+
+    size: int
+    mean: Triple
+    std: Triple
+    interpolation: Interpolation
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A network on the CPU in eval mode, its input, and its part of the fingerprint.
+
+    Attributes:
+        architecture: JSON of what the weights do not tell: model name, kwargs, num_classes.
+    """
+
+    module: EmbeddingModel
+    input: InputSpec
+    architecture: dict[str, object]
+
+
+def load_model(
+    config: ModelConfig,
+    *,
+    num_classes: int,
+    size: int | None,
+    seed: int = 0,
+    allow_new_head: bool = False,
+    where: str = "teacher",
+) -> LoadedModel:
+    """Builds the network, loads its weights and proves both with one forward.
+
+    Args:
+        num_classes: K; the network answers with exactly as many logits.
+        size: input height and width in pixels; None: the model's own.
+        seed: random weights are a pure function of it and the config. No global generator is touched.
+        allow_new_head: a student may start from pretrained weights of another width, with a head drawn anew; a teacher
+            may not, since it would speak with an untrained head.
+        where: YAML section of ``config``, for messages.
+
+    Raises:
+        ConfigError: a key is missing or contradicts another.
+        ModelError: the model is unknown, cannot be built as asked or not run at this size, or its weights do not fit.
+        StorageInputError: the weights' URL is refused, missing or not readable.
+    """
+    build, request = _resolve(config, num_classes, allow_new_head, where)
+    architecture = _architecture(request)
+    with _derived_randomness(seed):
+        built = build(request)
+    spec = _input_spec(config, built.own, size, where)
+    if config.weights not in _WITHOUT_FILE:
+        state = read_state(config.weights, sha256=config.sha256, where=f"{where}.weights")
+        load_state(built.network, state, source=storage.redact(config.weights), where=f"{where}.weights")
+    return LoadedModel(wrap(built, request, size=spec.size), spec, architecture)
+
+
+def _resolve(
+    config: ModelConfig, num_classes: int, allow_new_head: bool, where: str
+) -> tuple[Callable[[Request], Built], Request]:
+    if config.model is None:
+        raise ConfigError("no model is named", where=f"{where}.model", wanted=_forms())
+    if config.sha256 is not None and config.weights in _WITHOUT_FILE:
+        raise ConfigError(
+            "sha256 checks a weights URL, and there is none",
+            where=f"{where}.sha256",
+            got=f"weights: {config.weights}",
+            next_step="remove sha256, or give weights as a URL",
+        )
+    for prefix, build in _SOURCES.items():
+        name = config.model.removeprefix(prefix)
+        if name and name != config.model:
+            return build, Request(
+                config=config, name=name, num_classes=num_classes, allow_new_head=allow_new_head, where=where
+            )
+    raise ModelError("this is not the name of a model", where=f"{where}.model", got=config.model, wanted=_forms())
+
+
+def _forms() -> str:
+    return "timm/NAME, torchvision/NAME or python:package.module:factory"
+
+
+def _architecture(request: Request) -> dict[str, object]:
+    described = {
+        "model": request.config.model,
+        "kwargs": request.config.kwargs,
+        "num_classes": request.num_classes,
+    }
+    try:
+        return json.loads(canonical_json(described))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            "kwargs must be plain YAML: text, numbers, booleans, lists and maps with text keys",
+            where=f"{request.where}.kwargs",
+            got=str(error),
+        ) from error
+
+
+@contextlib.contextmanager
+def _derived_randomness(seed: int) -> Generator[None]:
+    # The CPU generator alone: networks are built there, and torch.manual_seed would reseed every GPU as well.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def _input_spec(config: ModelConfig, own: OwnInput, size: int | None, where: str) -> InputSpec:
+    """What the YAML says, else what the network says. No mean, std or size is ever made up."""
+    chosen: dict[str, Any] = {
+        "size": size or own.size,
+        "mean": config.mean or own.mean,
+        "std": config.std or own.std,
+    }
+    missing = [key for key, value in chosen.items() if value is None]
+    if missing:
+        raise ConfigError(
+            f"{config.model} does not say what it eats; {', '.join(missing)} must be given",
+            where=where,
+            got=f"no {', '.join(missing)}",
+            wanted=f"{where}.mean and {where}.std of [0,1] RGB, and a size in pixels (views.size or student.size)",
+        )
+    if min(chosen["std"]) <= 0:
+        raise ConfigError("std must be above 0", where=f"{where}.std", got=list(chosen["std"]))
+    return InputSpec(**chosen, interpolation=_interpolation(config, own, where))
+
+
+def _interpolation(config: ModelConfig, own: OwnInput, where: str) -> Interpolation:
+    known: dict[str, Interpolation] = {name: name for name in get_args(Interpolation)}
+    if config.interpolation is not None:
+        return config.interpolation
+    if own.interpolation is None and (config.model or "").startswith("python:"):
+        return "bilinear"  # nobody can know what the user's own network was trained with: documented, and can be set
+    if own.interpolation not in known:
+        raise ModelError(
+            f"{config.model} was trained with an interpolation that is not offered here",
+            where=f"{where}.interpolation",
+            got=own.interpolation,
+            wanted=" or ".join(known),
+            next_step=f"set {where}.interpolation and check the model's accuracy",
+        )
+    return known[own.interpolation]

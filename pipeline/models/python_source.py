@@ -1,0 +1,77 @@
+"""``python:module:factory``: the user's own network, called as ``factory(num_classes=K, **kwargs) -> nn.Module``."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from pipeline.errors import ModelError
+from pipeline.models.source import Built, OwnInput, Request, building, cause, last_layer, refuse_reserved
+
+
+def build(request: Request) -> Built:
+    """Builds with the user's factory. Such a network says nothing of its input: the YAML has to.
+
+    Raises:
+        ModelError: nothing of that name can be imported or called, or it returns no network with a head to read.
+    """
+    refuse_reserved(request, {"num_classes"})
+    if request.pretrained:
+        raise ModelError(
+            "a python: factory has no pretrained weights to download",
+            where=f"{request.where}.weights",
+            got="pretrained",
+            wanted="random, or the URL of a .safetensors or .pt file",
+        )
+    factory = _imported(request)
+    with building(request):
+        network = factory(num_classes=request.num_classes, **request.config.kwargs)
+    if not isinstance(network, nn.Module):
+        raise ModelError(
+            f"{request.config.model} did not return a network",
+            where=f"{request.where}.model",
+            got=type(network).__name__,
+            wanted="torch.nn.Module",
+        )
+    return Built(network=network, heads=_heads(network, request), own=OwnInput())
+
+
+def _imported(request: Request) -> Callable[..., Any]:
+    module_name, _, attribute = request.name.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module_name), attribute)
+    except Exception as error:  # the module is the user's code: it may raise anything while it is imported
+        raise ModelError(
+            "this factory cannot be imported",
+            where=f"{request.where}.model",
+            got=f"{request.config.model}: {cause(error)}",
+            wanted="python:package.module:factory",
+            next_step="correct the name, or put the folder that holds the package on PYTHONPATH",
+        ) from error
+    if not callable(factory):
+        raise ModelError(
+            "this factory cannot be called",
+            where=f"{request.where}.model",
+            got=f"{request.config.model} is a {type(factory).__name__}",
+            wanted="factory(num_classes=…, **kwargs) -> torch.nn.Module",
+        )
+    return factory
+
+
+def _heads(network: nn.Module, request: Request) -> tuple[str, ...]:
+    if callable(getattr(network, "forward_embedding", None)):
+        return ()
+    name = last_layer(network, nn.Linear)
+    layer = network.get_submodule(name) if name is not None else None
+    if name is None or not isinstance(layer, nn.Linear) or layer.out_features != request.num_classes:
+        raise ModelError(
+            "the embedding is the input of the last nn.Linear, and this network does not end in one",
+            where=f"{request.where}.model",
+            got=f"{name}: {layer}" if name is not None else "no nn.Linear at all",
+            wanted=f"a last nn.Linear with out_features={request.num_classes} (data.num_classes)",
+            next_step="register the head last, or give the network forward_embedding(x) -> (logits, embedding)",
+        )
+    return (name,)

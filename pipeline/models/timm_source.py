@@ -1,0 +1,113 @@
+"""``timm/NAME``: bare names of the installed timm, never a hub repository."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import timm
+from timm.data.config import resolve_model_data_config
+from torch import nn
+
+from pipeline.errors import ModelError
+from pipeline.models.source import (
+    Built,
+    OwnInput,
+    Request,
+    building,
+    no_download,
+    refuse_reserved,
+    refuse_untrained_head,
+    unknown_name,
+)
+
+# checkpoint_path and the pretrained_cfg family load files that no sha256 covers.
+_RESERVED = frozenset(
+    {
+        "num_classes",
+        "pretrained",
+        "checkpoint_path",
+        "pretrained_cfg",
+        "pretrained_cfg_overlay",
+        "pretrained_strict",
+        "cache_dir",
+    }
+)
+# timm downloads through whichever HTTP client its hub package uses; not all of their errors are OSErrors.
+_NETWORK_PACKAGES = frozenset({"httpx", "httpcore", "requests", "urllib3", "huggingface_hub"})
+
+
+def build(request: Request) -> Built:
+    """Builds a timm model; its input comes from its pretrained configuration, whatever weights it gets.
+
+    Raises:
+        ModelError: unknown name or tag, no or unreachable pretrained weights, or arguments that do not fit.
+    """
+    _check_name(request)
+    refuse_reserved(request, _RESERVED)
+    if request.pretrained:
+        _check_pretrained(request)
+    with building(request):
+        network = _create(request)
+    return Built(
+        network=network, heads=_heads(network), own=_own_input(network, request.config.kwargs), size_kwarg="img_size"
+    )
+
+
+def _create(request: Request) -> nn.Module:
+    try:
+        return timm.create_model(
+            request.name, pretrained=request.pretrained, num_classes=request.num_classes, **request.config.kwargs
+        )
+    except Exception as error:
+        package = type(error).__module__.partition(".")[0]
+        if request.pretrained and (isinstance(error, OSError) or package in _NETWORK_PACKAGES):
+            raise no_download(request, error) from error
+        raise
+
+
+def _check_name(request: Request) -> None:
+    if any(mark in request.name for mark in ":/"):
+        raise ModelError(
+            "only bare timm names are built; hub repositories and folders are not",
+            where=f"{request.where}.model",
+            got=request.config.model,
+            wanted="timm/NAME or timm/NAME.TAG",
+            next_step=f"name the architecture, and give the file's URL as {request.where}.weights",
+        )
+    architecture, _, tag = request.name.partition(".")
+    if not timm.is_model(architecture):
+        raise unknown_name(request, timm.list_models())
+    if tag and timm.get_pretrained_cfg(request.name, allow_unregistered=False) is None:
+        raise unknown_name(request, timm.list_pretrained(f"{architecture}*"))
+
+
+def _check_pretrained(request: Request) -> None:
+    pretrained = timm.get_pretrained_cfg(request.name)
+    if pretrained is None or not pretrained.has_weights:
+        raise ModelError(
+            "timm has no pretrained weights for this model",
+            where=f"{request.where}.weights",
+            got=request.config.model,
+            next_step="choose a name with weights, or give weights: random or a URL",
+        )
+    refuse_untrained_head(request, pretrained.num_classes)
+
+
+def _heads(network: Any) -> tuple[str, ...]:
+    """Names of the classifier, or of all where a distilled or multi-scale model has several."""
+    classifier = network.get_classifier()
+    wanted: Iterable[nn.Module] = classifier if isinstance(classifier, tuple | nn.ModuleList) else (classifier,)
+    names = {id(module): name for name, module in network.named_modules()}
+    return tuple(names[id(module)] for module in wanted)
+
+
+def _own_input(network: nn.Module, kwargs: dict[str, Any]) -> OwnInput:
+    img_size = kwargs.get("img_size")
+    found = resolve_model_data_config(network, args={"img_size": img_size} if isinstance(img_size, int) else None)
+    return OwnInput(
+        size=found["input_size"][-1],
+        mean=tuple(found["mean"]),
+        std=tuple(found["std"]),
+        interpolation=found["interpolation"],
+    )

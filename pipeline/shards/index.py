@@ -1,0 +1,269 @@
+"""The index of a shard: one row per sample in tar order, final after a full decode, the same bytes every time."""
+
+from __future__ import annotations
+
+import io
+import json
+from array import array
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+from numpy.typing import NDArray
+
+from pipeline.errors import CacheError, ShardError
+from pipeline.fingerprint import canonical_json, differences
+from pipeline.shards.decode import BadImageError, decode
+from pipeline.shards.names import shard_id
+from pipeline.shards.tar import Sample, image_extensions, read_samples
+from pipeline.storage import redact
+from schemas.cache import FORMAT_VERSION, INDEX_SCHEMA, Status
+from schemas.config import DataConfig
+
+STATUSES: tuple[Status, ...] = get_args(Status)
+"""``ShardIndex.status`` holds positions in this tuple; ok is 0."""
+
+NO_LABEL = -1
+_METADATA_KEY = b"stillroom"
+_ROWS_PER_GROUP = 65_536
+_NUM_NAMED = 5
+
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
+
+
+@dataclass(frozen=True, eq=False)
+class ShardIndex:
+    """Columns over the N samples of one shard, in tar order."""
+
+    shard_id: str
+    keys: pa.StringArray
+    status: NDArray[np.uint8]  # position in STATUSES
+    label: NDArray[np.int32]  # NO_LABEL: none
+    offset: NDArray[np.int64]  # bytes into the tar; 0 where there is no image
+    size: NDArray[np.int32]  # bytes
+    width: NDArray[np.int32]  # pixels after EXIF rotation; 0 unless ok
+    height: NDArray[np.int32]
+    content_hash: NDArray[np.uint64]  # xxh3 of the encoded image
+
+    def __len__(self) -> int:
+        return len(self.status)
+
+    @cached_property
+    def row(self) -> NDArray[np.int32]:
+        """0 … N−1."""
+        return np.arange(len(self), dtype=np.int32)
+
+    @cached_property
+    def ok(self) -> NDArray[np.int64]:
+        """Rows whose image can be used, ascending: pairing, order and counts run over these alone."""
+        return np.flatnonzero(self.status == STATUSES.index("ok"))
+
+    @property
+    def num_ok(self) -> int:
+        return len(self.ok)
+
+    def sample_ids(self, rows: Sequence[int] | NDArray[np.integer[Any]]) -> list[str]:
+        """``shard_id/key`` of each row."""
+        return [f"{self.shard_id}/{key}" for key in self.keys.take(pa.array(rows, pa.int64())).to_pylist()]
+
+
+class IndexBuilder:
+    """Collects rows in tar order; about 50 bytes a row beside the keys."""
+
+    def __init__(self, shard_id: str) -> None:
+        self._shard_id = shard_id
+        self._keys: list[str] = []
+        self._status, self._label = array("B"), array("i")
+        self._offset, self._size = array("q"), array("i")
+        self._width, self._height = array("i"), array("i")
+        self._content_hash = array("Q")
+
+    def add(self, sample: Sample, status: Status, width: int, height: int) -> None:
+        """Appends one sample with what decoding made of it; width and height are 0 unless the status is ok."""
+        assert sample.row == len(self._keys), "rows are added in tar order"
+        self._keys.append(sample.key)
+        self._status.append(STATUSES.index(status))
+        self._label.append(NO_LABEL if sample.label is None else sample.label)
+        self._offset.append(sample.offset)
+        self._size.append(sample.size)
+        self._width.append(width)
+        self._height.append(height)
+        self._content_hash.append(xxhash.xxh3_64_intdigest(sample.data))
+
+    def finish(self) -> ShardIndex:
+        return ShardIndex(
+            shard_id=self._shard_id,
+            keys=pa.array(self._keys, pa.string()),
+            status=np.array(self._status, np.uint8),
+            label=np.array(self._label, np.int32),
+            offset=np.array(self._offset, np.int64),
+            size=np.array(self._size, np.int32),
+            width=np.array(self._width, np.int32),
+            height=np.array(self._height, np.int32),
+            content_hash=np.array(self._content_hash, np.uint64),
+        )
+
+
+def index_settings(data: DataConfig) -> dict[str, Any]:
+    """What decides an index besides the tar: stored with it, compared when it is used."""
+    return {
+        "image": image_extensions(data),
+        "label": None if data.label is None else data.label.lower(),
+        "num_classes": data.num_classes,
+        "max_pixels": data.max_pixels,
+    }
+
+
+def index_shard(path: Path, data: DataConfig, *, where: str, threads: int = 1) -> ShardIndex:
+    """Indexes a local tar by decoding every image; holds at most a few images a thread.
+
+    Args:
+        where: the shard's URL, which names it.
+
+    Raises:
+        ShardError: the tar is damaged or a label cannot be used. Bad images become rows; see ``check_samples``.
+    """
+    builder = IndexBuilder(shard_id(where))
+    samples = read_samples(path, data, where=where)
+    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
+        measure = partial(_measure, max_pixels=data.max_pixels)
+        for sample, (status, width, height) in _in_order(pool, measure, samples, ahead=2 * threads):
+            builder.add(sample, status, width, height)
+    return builder.finish()
+
+
+def _measure(sample: Sample, *, max_pixels: int) -> tuple[Status, int, int]:
+    """(status, width, height) after a full decode."""
+    if sample.status != "ok":
+        return sample.status, 0, 0
+    try:
+        _, height, width = decode(sample.data, max_pixels=max_pixels).shape
+    except BadImageError as error:
+        return error.status, 0, 0
+    return "ok", width, height
+
+
+def _in_order(
+    pool: ThreadPoolExecutor, work: Callable[[_In], _Out], items: Iterable[_In], *, ahead: int
+) -> Iterator[tuple[_In, _Out]]:
+    """Each item with its result, in the order given; at most ``ahead`` are under way, however many there are."""
+    pending: deque[tuple[_In, Future[_Out]]] = deque()
+    for item in items:
+        pending.append((item, pool.submit(work, item)))
+        if len(pending) > ahead:
+            done, future = pending.popleft()
+            yield done, future.result()
+    for done, future in pending:
+        yield done, future.result()
+
+
+def check_samples(index: ShardIndex, data: DataConfig, *, where: str) -> None:
+    """Holds an index to ``data.bad_samples``: fail refuses any sample that is not ok, skip lets them be recorded.
+
+    Raises:
+        ShardError: names counts, reasons and the first keys.
+    """
+    counts = Counter(STATUSES[code] for code in index.status.tolist() if STATUSES[code] != "ok")
+    if data.bad_samples == "skip" or not counts:
+        return
+    bad = np.flatnonzero(index.status != STATUSES.index("ok"))[:_NUM_NAMED].tolist()
+    named = [f"{index.keys[row].as_py()} ({STATUSES[index.status[row]]})" for row in bad]
+    raise ShardError(
+        f"{counts.total()} of {len(index)} samples cannot be used",
+        where=redact(where),
+        got=f"{', '.join(f'{count} {status}' for status, count in sorted(counts.items()))}; first {', '.join(named)}",
+        wanted="one whole JPEG, PNG or WebP image a sample, every key once",
+        next_step="repair the shard, or set data.bad_samples: skip to record and leave them out",
+    )
+
+
+def encode_index(index: ShardIndex, settings: Mapping[str, Any]) -> bytes:
+    """Parquet bytes of ``INDEX_SCHEMA``: equal for equal index, settings and pyarrow."""
+    columns: list[pa.Array] = [
+        pa.array(index.row),
+        index.keys,
+        pa.DictionaryArray.from_arrays(pa.array(index.status, pa.int8()), pa.array(STATUSES)).dictionary_decode(),
+        pa.array(index.label, mask=index.label == NO_LABEL),
+        *(pa.array(column) for column in (index.offset, index.size, index.width, index.height, index.content_hash)),
+    ]
+    about = {"format_version": FORMAT_VERSION, "shard_id": index.shard_id, "settings": dict(settings)}
+    schema = INDEX_SCHEMA.with_metadata({_METADATA_KEY: canonical_json(about)})
+    sink = io.BytesIO()
+    pq.write_table(
+        pa.Table.from_arrays(columns, schema=schema),
+        sink,
+        row_group_size=_ROWS_PER_GROUP,
+        compression="zstd",
+        use_dictionary=["status", "label"],  # pyright: ignore[reportArgumentType]
+        write_page_checksum=True,
+    )
+    return sink.getvalue()
+
+
+def decode_index(data: bytes, *, where: str, settings: Mapping[str, Any] | None = None) -> ShardIndex:
+    """The index that ``encode_index`` wrote.
+
+    Args:
+        settings: those of the reader's config; an index made under others is refused. None accepts any.
+
+    Raises:
+        CacheError: damaged, of another format version, or made under other settings.
+    """
+    try:
+        table = pq.read_table(io.BytesIO(data), page_checksum_verification=True)
+        index = _from_table(table, _about(table, settings, where)["shard_id"])
+    # pyarrow raises ArrowException or OSError for bytes that are not what they claim; the rest are our own checks.
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CacheError(
+            "this index is damaged",
+            where=redact(where),
+            got=str(error).splitlines()[0],
+            next_step="remove it, and index the shard again",
+        ) from error
+    return index
+
+
+def _about(table: pa.Table, settings: Mapping[str, Any] | None, where: str) -> dict[str, Any]:
+    about: dict[str, Any] = json.loads((table.schema.metadata or {})[_METADATA_KEY])
+    if about["format_version"] != FORMAT_VERSION:
+        raise CacheError(
+            "this index is of another format version",
+            where=redact(where),
+            got=about["format_version"],
+            wanted=FORMAT_VERSION,
+            next_step="index the shard again",
+        )
+    if settings is not None and (changed := differences(about["settings"], settings)):
+        raise CacheError(
+            "this index was made under other settings",
+            where=redact(where),
+            got="; ".join(changed),
+            next_step="use the settings it was made with, or another data.index",
+        )
+    return about
+
+
+def _from_table(table: pa.Table, shard_id: str) -> ShardIndex:
+    if not table.schema.equals(INDEX_SCHEMA):
+        raise ValueError(f"its columns are {table.schema.names}, not those of an index, or of other types")
+    if empty := [field.name for field in INDEX_SCHEMA if not field.nullable and table[field.name].null_count]:
+        raise ValueError(f"nulls in {', '.join(empty)}")
+    if not np.array_equal(table["row"].to_numpy(), np.arange(len(table))):
+        raise ValueError("its rows are not 0, 1, 2 … in order")
+    names: list[Status] = table["status"].to_pylist()
+    if unknown := {*names} - {*STATUSES}:
+        raise ValueError(f"unknown status {', '.join(sorted(unknown))}")
+    status = np.array([STATUSES.index(name) for name in names], np.uint8)
+    numbers = {name: table[name].to_numpy() for name in ("offset", "size", "width", "height", "content_hash")}
+    label = table["label"].fill_null(NO_LABEL).to_numpy()
+    keys = table["key"].combine_chunks()
+    return ShardIndex(shard_id, keys, status=status, label=label, **numbers)

@@ -1,0 +1,53 @@
+"""Put an index where others find it: created once, and never replaced by a different one."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from pipeline import storage
+from pipeline.errors import ShardError
+from pipeline.shards.index import check_samples, decode_index, encode_index, index_settings, index_shard
+from pipeline.shards.names import shard_id
+from schemas.config import DataConfig
+
+
+def index_name(shard: str) -> str:
+    """File name of a shard's index in an index folder."""
+    return f"{shard}.parquet"
+
+
+def publish_index(folder_url: str, shard: str, data: bytes) -> None:
+    """Writes the index of a shard, or checks that the one that stands there has the same bytes.
+
+    Raises:
+        ShardError: it has other bytes: the shard or the reading rules changed since.
+    """
+    url = storage.join(folder_url, index_name(shard))
+    if not storage.create(url, data) and storage.read(url) != data:
+        raise ShardError(
+            "this shard now gives another index than the one that stands",
+            where=f"{shard} in {storage.redact(folder_url)}",
+            next_step="restore the shard and the data section, or write to another URL",
+        )
+
+
+def publish_shard_index(url: str, *, data: DataConfig, folder_url: str, threads: int) -> int:
+    """Indexes one shard unless that was done before. Returns its number of ok rows.
+
+    Raises:
+        ShardError: the shard is damaged, or holds bad samples under ``bad_samples: fail``.
+        CacheError: the index that stands is damaged or was made under other settings.
+    """
+    shard, where = shard_id(url), storage.redact(url)
+    target = storage.join(folder_url, index_name(shard))
+    settings = index_settings(data)
+    if storage.exists(target):
+        index = decode_index(storage.read(target), where=storage.redact(target), settings=settings)
+    else:
+        with tempfile.TemporaryDirectory(prefix="stillroom-") as scratch:
+            index = index_shard(storage.local_copy(url, Path(scratch)), data, where=where, threads=threads)
+        check_samples(index, data, where=where)
+        publish_index(folder_url, shard, encode_index(index, settings))
+    check_samples(index, data, where=where)
+    return index.num_ok

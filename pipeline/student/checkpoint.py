@@ -1,0 +1,115 @@
+"""A run's folder: its config, its copy of the manifest, checkpoints that replace each other whole, and its summary."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+import torch
+
+from pipeline import storage
+from pipeline.errors import CacheError, ConfigError
+from pipeline.fingerprint import differences, seal, unseal
+from schemas.config import Config
+
+CONFIG = "config.json"
+MANIFEST = "manifest.json"
+LAST = "checkpoints/last.pt"
+BEST = "checkpoints/best.pt"
+METRICS = "metrics.jsonl"
+SUMMARY = "summary.json"
+
+# Where and how fast a run goes may change between its starts; what it computes may not.
+_MAY_CHANGE = {"ray": True, "run": True, "train": {"num_workers", "checkpoint_every_epochs"}}
+
+
+def claim_run(run_url: str, config: Config) -> None:
+    """Writes the config of a new run, or checks that a begun one goes on with the same.
+
+    Raises:
+        ConfigError: the run was begun with another config; the difference is spelled out.
+    """
+    url = storage.join(run_url, CONFIG)
+    body = config.model_dump(mode="json")
+    if storage.create(url, seal(body)):
+        return
+    began = _comparable(read_config(run_url))
+    changed = differences(began, _comparable(config))
+    if changed:
+        raise ConfigError(
+            "this run was begun with another config",
+            where=storage.redact(run_url),
+            got="; ".join(changed),
+            next_step="choose another run.url, or undo the change to go on with this run",
+        )
+
+
+def read_config(run_url: str) -> Config:
+    """
+    Raises:
+        ConfigError: there is no run here.
+    """
+    url = storage.join(run_url, CONFIG)
+    if not storage.exists(url):
+        raise ConfigError(
+            "there is no run here", where=storage.redact(run_url), next_step="run: stillroom train CONFIG"
+        )
+    body = unseal(storage.read(url), where=storage.redact(url))
+    body.pop("digest")
+    return Config.model_validate(body)
+
+
+def _comparable(config: Config) -> dict[str, Any]:
+    return config.model_dump(mode="json", exclude=_MAY_CHANGE)
+
+
+def pin_manifest(run_url: str, manifest_bytes: bytes) -> bytes:
+    """The run's own copy of the manifest: made at its first start, used for life, so that extending a cache does not
+    change a running job. Returns the copy that counts."""
+    url = storage.join(run_url, MANIFEST)
+    if storage.create(url, manifest_bytes):
+        return manifest_bytes
+    return storage.read(url)
+
+
+def pinned_manifest(run_url: str) -> bytes | None:
+    url = storage.join(run_url, MANIFEST)
+    return storage.read(url) if storage.exists(url) else None
+
+
+def save(run_url: str, name: str, state: dict[str, Any]) -> None:
+    """One whole file, replaced in one step: a reader sees the old or the new one, never half of either."""
+    sink = io.BytesIO()
+    torch.save(state, sink)
+    storage.write(storage.join(run_url, name), sink.getvalue())
+
+
+def load(run_url: str, name: str) -> dict[str, Any] | None:
+    """A checkpoint's state on the CPU, or None. No code in it is ever run (weights_only).
+
+    Raises:
+        CacheError: the file is damaged.
+    """
+    url = storage.join(run_url, name)
+    if not storage.exists(url):
+        return None
+    try:
+        return torch.load(io.BytesIO(storage.read(url)), map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CacheError(
+            "this checkpoint is damaged",
+            where=storage.redact(url),
+            got=f"{type(error).__name__}: {str(error).splitlines()[0]}",
+            next_step="remove it to start the run again",
+        ) from error
+
+
+def write_summary(run_url: str, summary: dict[str, Any]) -> None:
+    storage.write(storage.join(run_url, SUMMARY), json.dumps(summary, indent=2).encode() + b"\n")
+
+
+def read_summary(run_url: str) -> dict[str, Any] | None:
+    """What a finished run reached; None while it is not finished."""
+    url = storage.join(run_url, SUMMARY)
+    return json.loads(storage.read(url)) if storage.exists(url) else None

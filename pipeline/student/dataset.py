@@ -1,0 +1,187 @@
+"""Steps in, batches out: reads, checks, decodes and joins the rows of one rank.
+
+A dataset over global steps, not over samples: a loader with any number of workers gives the same batches in the same
+order, and resuming is starting at another step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+import xxhash
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from pipeline.errors import CacheError
+from pipeline.shards.decode import decode
+from pipeline.student.order import EpochOrder, OrderedRows, TrainingOrder
+from pipeline.student.sources import RowSource, ShardRows
+from pipeline.views.pixels import apply_view
+from schemas.config import Interpolation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """One rank's rows of one step; uint8 pixels, labels -1 where there is none, partners as positions in the batch."""
+
+    step: int
+    epoch: int
+    num_rows_global: int
+    sample_ids: list[str]
+    pixels_BCHW: Tensor
+    teacher_pixels_BCHW: Tensor | None
+    labels_B: Tensor
+    partner_B: Tensor | None
+    lambda_B: Tensor | None
+    teacher_BK: Tensor | None
+    teacher_norm_B: Tensor | None
+
+    def to(self, device: torch.device) -> Batch:
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, move) -> Batch:  # noqa: ANN001
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return replace(self, **{name: move(value) for name, value in values.items() if isinstance(value, Tensor)})
+
+
+@dataclass(frozen=True, slots=True)
+class InputSize:
+    """The square a view is resized to, in pixels, and how."""
+
+    size: int
+    interpolation: Interpolation
+
+
+class StepDataset(Dataset[Batch]):
+    """``dataset[step]`` is the batch of one rank at a global step, counted over all epochs."""
+
+    def __init__(
+        self,
+        source: RowSource,
+        order: TrainingOrder,
+        *,
+        rank: int,
+        world_size: int,
+        student: InputSize,
+        teacher: InputSize | None,
+        max_pixels: int,
+    ) -> None:
+        order.lanes_of(rank, world_size)
+        self.source, self.order = source, order
+        self.rank, self.world_size = rank, world_size
+        self.student = student
+        # One rendering serves both networks where they eat the same pixels.
+        self.teacher = None if teacher == student else teacher
+        self.max_pixels = max_pixels
+        self._epoch: EpochOrder | None = None
+
+    def __getitem__(self, step: int) -> Batch:
+        epoch, local_step = divmod(step, self.order.num_steps)
+        if self._epoch is None or self._epoch.epoch != epoch:
+            self._epoch = self.order.epoch(epoch, self.source.view_of(epoch))
+        rows = self._epoch.rows(local_step, self.rank, self.world_size)
+        return self._batch(step, epoch, rows, self.order.global_rows(local_step))
+
+    def _batch(self, step: int, epoch: int, rows: OrderedRows, num_rows_global: int) -> Batch:
+        size = len(rows.row_B)
+        joined = _Joined(size)
+        pixels: list[Tensor | None] = [None] * size
+        teacher_pixels: list[Tensor | None] = [None] * size
+        for shard in np.unique(rows.shard_B).tolist():
+            where_N = np.flatnonzero(rows.shard_B == shard)
+            found = self.source.rows(shard, rows.row_B[where_N], epoch)
+            self._check_partners(rows, where_N, found, shard)
+            joined.put(where_N, found)
+            for position, image, view in self._decoded(shard, where_N, found):
+                pixels[position] = self._render(image, *view, self.student)
+                if self.teacher is not None:
+                    teacher_pixels[position] = self._render(image, *view, self.teacher)
+        mixes = self.order.plan.mixes
+        return Batch(
+            step=step,
+            epoch=epoch,
+            num_rows_global=num_rows_global,
+            sample_ids=joined.sample_ids,
+            pixels_BCHW=_stack(pixels),
+            teacher_pixels_BCHW=None if self.teacher is None else _stack(teacher_pixels),
+            labels_B=torch.from_numpy(joined.label_B),
+            partner_B=torch.from_numpy(rows.partner_B.astype(np.int64)) if mixes else None,
+            lambda_B=torch.from_numpy(joined.lambda_B) if mixes else None,
+            teacher_BK=None if joined.logits_BK is None else torch.from_numpy(joined.logits_BK),
+            teacher_norm_B=None if joined.norm_B is None else torch.from_numpy(joined.norm_B),
+        )
+
+    def _check_partners(self, rows: OrderedRows, where_N: NDArray[np.int64], found: ShardRows, shard: int) -> None:
+        """The order draws partners, a cache stores them: pixels would be mixed otherwise than the teacher saw them."""
+        if not self.order.plan.mixes:
+            return
+        wrong = np.flatnonzero(rows.row_B[rows.partner_B[where_N]] != found.partner_N)
+        if len(wrong):
+            raise CacheError(
+                "the cached mixup partners are not those of the training order",
+                where=f"{found.sample_ids[wrong[0]]} in shard {self.source.shard_ids[shard]}",
+                next_step="the cache was made by another version of the views; build another cache",
+            )
+
+    def _decoded(self, shard: int, where_N: NDArray[np.int64], found: ShardRows):  # noqa: ANN202
+        reader = self.source.open(shard)
+        for row, position in enumerate(where_N.tolist()):
+            data = reader.read(int(found.offset_N[row]), int(found.size_N[row]))
+            if xxhash.xxh3_64_intdigest(data) != int(found.content_hash_N[row]):
+                raise CacheError(
+                    "an image is not the one that was cached",
+                    where=found.sample_ids[row],
+                    got=f"content hash {xxhash.xxh3_64_intdigest(data):016x}",
+                    wanted=f"{int(found.content_hash_N[row]):016x}",
+                    next_step="the shard changed since it was indexed; restore it or build another cache",
+                )
+            image = decode(data, max_pixels=self.max_pixels)
+            yield position, image, (found.box_N4[row].tolist(), bool(found.flip_N[row]))
+
+    def _render(self, image: Tensor, box: list[int], flip: bool, target: InputSize) -> Tensor:
+        return apply_view(image, box, flip, size=target.size, interpolation=target.interpolation)
+
+
+class _Joined:
+    """Columns of a batch, filled shard by shard."""
+
+    def __init__(self, size: int) -> None:
+        self.sample_ids = [""] * size
+        self.label_B = np.full(size, -1, np.int64)
+        self.lambda_B = np.ones(size, np.float32)
+        self.logits_BK: NDArray[np.float32] | None = None
+        self.norm_B: NDArray[np.float32] | None = None
+
+    def put(self, where_N: NDArray[np.int64], found: ShardRows) -> None:
+        for position, sample_id in zip(where_N.tolist(), found.sample_ids, strict=True):
+            self.sample_ids[position] = sample_id
+        self.label_B[where_N] = found.label_N
+        self.lambda_B[where_N] = found.mix_lambda_N
+        if found.logits_NK is not None and found.embedding_norm_N is not None:
+            if self.logits_BK is None or self.norm_B is None:
+                self.logits_BK = np.empty((len(self.label_B), found.logits_NK.shape[1]), np.float32)
+                self.norm_B = np.empty(len(self.label_B), np.float32)
+            self.logits_BK[where_N] = found.logits_NK
+            self.norm_B[where_N] = found.embedding_norm_N
+
+
+def _stack(pixels: list[Tensor | None]) -> Tensor:
+    return torch.stack([image for image in pixels if image is not None])
+
+
+def make_loader(dataset: StepDataset, steps: range, *, num_workers: int, pin_memory: bool) -> DataLoader[Batch]:
+    """The batches of these steps, in order, whatever the number of workers."""
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=steps,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        prefetch_factor=2 if num_workers else None,
+    )

@@ -1,0 +1,422 @@
+"""Train one student: the same loop for a cached teacher, an online one, or none; for one process or many ranks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline import storage
+from pipeline.cache.identity import views_id
+from pipeline.cache.reader import TeacherCache, open_cache
+from pipeline.config import require
+from pipeline.errors import CacheError, ConfigError, ModelError
+from pipeline.fingerprint import differences, short
+from pipeline.models import InputSpec, load_model
+from pipeline.shards.index import index_settings
+from pipeline.student import checkpoint
+from pipeline.student.canaries import check_canaries
+from pipeline.student.dataset import Batch, InputSize, StepDataset, make_loader
+from pipeline.student.evaluate import Evaluation, Evaluator, make_evaluator
+from pipeline.student.losses import BatchShare, CompositeLoss, LossInputs, check_class_means
+from pipeline.student.metrics import MetricsFile, StepLog
+from pipeline.student.network import Student
+from pipeline.student.optim import make_optimizer, make_schedule
+from pipeline.student.order import TrainingOrder
+from pipeline.student.sources import RowSource, index_url, open_cached, open_indexed
+from pipeline.student.world import World
+from pipeline.teacher.infer import Teacher, load_teacher
+from pipeline.teacher.runtime import pin_numerics
+from pipeline.views.philox import key_of
+from pipeline.views.pixels import to_input
+from schemas.config import Config, DataConfig, ViewsConfig
+
+Report = Callable[[dict[str, Any]], None]
+_FLUSH_STEPS = 50
+
+
+def _quiet(_: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Lessons:
+    """What the student learns from: rows, their views, and the teacher in whichever form it is there."""
+
+    source: RowSource
+    plan: ViewsConfig
+    data: DataConfig
+    num_classes: int
+    cache: TeacherCache | None
+    teacher: Teacher | None
+    class_means_KD: Tensor | None
+
+    @property
+    def teacher_dim(self) -> int | None:
+        """Width of the teacher's embedding."""
+        if self.cache is not None:
+            return self.cache.header.embedding_dim
+        return None if self.teacher is None else self.teacher.module.embedding_dim
+
+
+def train(config: Config, world: World | None = None, report: Report = _quiet) -> dict[str, Any]:
+    """Trains the student of a config to its end, from wherever its run stands. Returns the run's summary.
+
+    Every rank calls it with the same config; rank 0 writes and reports. A finished run is left as it is.
+
+    Raises:
+        StillroomError: bad input (config, shards, cache), or a loss that is not finite.
+    """
+    world = world or World()
+    run_url = check_config(config)
+    finished = checkpoint.read_summary(run_url)
+    if world.leads:
+        checkpoint.claim_run(run_url, config)
+    world.wait()
+    if finished is not None:
+        report({"kind": "finished", "run": run_url, **finished})
+        return finished
+    pin_numerics(config.ray.cpus_per_worker)
+    return Trainer(config, world, report).run()
+
+
+def check_config(config: Config) -> str:
+    require(config, "student.model", "run.url", "loss", command="train")
+    if config.teacher.mode == "cache":
+        require(config, "data.cache", command="train")
+    else:
+        require(config, "data.shards", "data.num_classes", command="train")
+    assert config.run is not None
+    return config.run.url
+
+
+def open_lessons(config: Config, loss: CompositeLoss, device: torch.device, *, leads: bool) -> Lessons:
+    """Opens what the config says the student learns from, and checks that it can teach what the loss asks."""
+    mode = config.teacher.mode
+    if mode == "cache":
+        return _open_cache_lessons(config, loss, device, leads=leads)
+    _check_teacher_needs(config, loss)
+    assert config.data.num_classes is not None
+    source = open_indexed(index_url(config), config.data, config.views)
+    teacher = None
+    if mode == "online":
+        teacher = load_teacher(
+            config.teacher, num_classes=config.data.num_classes, size=config.views.size, device=device
+        )
+    return Lessons(source, config.views, config.data, config.data.num_classes, None, teacher, None)
+
+
+def _check_teacher_needs(config: Config, loss: CompositeLoss) -> None:
+    """Without a cache there are no class means, and without a teacher there is nothing but labels."""
+    mode = config.teacher.mode
+    if loss.needs_embedding:
+        raise ConfigError("nd needs class means, which a cache holds", where="teacher.mode", got=mode, wanted="cache")
+    if loss.needs_logits and mode == "none":
+        raise ConfigError("a loss needs the teacher's logits", where="teacher.mode", got=mode, wanted="cache or online")
+    if mode == "online":
+        require(config, "teacher.model", command="train with teacher.mode=online")
+
+
+def _open_cache_lessons(config: Config, loss: CompositeLoss, device: torch.device, *, leads: bool) -> Lessons:
+    assert config.data.cache is not None
+    assert config.run is not None
+    cache = open_cache(config.data.cache, manifest_bytes=checkpoint.pinned_manifest(config.run.url))
+    if leads:
+        checkpoint.pin_manifest(config.run.url, cache.manifest_bytes)
+    header = cache.header
+    plan = ViewsConfig.model_validate({key: value for key, value in header.views.items() if key != "rng_version"})
+    _check_same_views(config, plan, cache)
+    data = _data_of_cache(config, cache)
+    source = open_cached(cache, data)
+    if leads:
+        check_canaries(source, max_pixels=data.max_pixels)
+    means = cache.class_means() if loss.needs_embedding else None
+    if loss.needs_embedding and means is None:
+        raise ConfigError(
+            "nd needs class means, and this cache has none",
+            where=storage.redact(cache.url),
+            next_step="build a cache with cache.class_means=eval (into another cache.url)",
+        )
+    if means is not None:
+        check_class_means(torch.from_numpy(means.mean_KD), torch.from_numpy(means.count_K), where=cache.url)
+    means_KD = None if means is None else torch.from_numpy(means.mean_KD).to(device)
+    return Lessons(source, plan, data, header.num_classes, cache, None, means_KD)
+
+
+def _check_same_views(config: Config, plan: ViewsConfig, cache: TeacherCache) -> None:
+    """A views section beside a cache must mean the cache's views: silently training on others would be a lie."""
+    if "views" not in config.model_fields_set:
+        return
+    named = config.views.model_dump(mode="json", include=config.views.model_fields_set - {"count", "size"})
+    changed = differences({key: plan.model_dump(mode="json")[key] for key in named}, named)
+    if changed:
+        raise CacheError(
+            "the views of this config are not those of the cache",
+            where=storage.redact(cache.url),
+            got="; ".join(changed),
+            wanted=f"views id {cache.header.views_id}, not {views_id(config.views)}",
+            next_step="remove the views section, or build another cache",
+        )
+
+
+def _data_of_cache(config: Config, cache: TeacherCache) -> DataConfig:
+    """The data section with the cache's own reading rules, which a config may repeat but not change."""
+    stored = cache.header.data
+    named = {key: value for key, value in index_settings(config.data).items() if key in config.data.model_fields_set}
+    named = {key: value for key, value in named.items() if value is not None}
+    changed = differences({key: stored[key] for key in named}, named)
+    if changed:
+        raise CacheError(
+            "this config reads the shards otherwise than the cache did",
+            where=f"data, against {storage.redact(cache.url)}",
+            got="; ".join(changed),
+            next_step="remove these keys, or build another cache",
+        )
+    return config.data.model_copy(update={**stored, "image": ";".join(stored["image"])})
+
+
+class Trainer:
+    """One run in one process: everything that lives from its first step to its last."""
+
+    def __init__(self, config: Config, world: World, report: Report) -> None:
+        assert config.run is not None
+        assert config.student is not None
+        self.config, self.world, self.report, self.run_url = config, world, report, config.run.url
+        self.loss = CompositeLoss(config.loss, where="loss")
+        self.lessons = open_lessons(config, self.loss, world.device, leads=world.leads)
+        self.order = TrainingOrder.build(
+            self.lessons.source.shard_ids,
+            self.lessons.source.num_ok,
+            seed=config.train.seed,
+            global_batch_size=config.train.global_batch_size,
+            lanes=config.train.lanes,
+            kind=config.train.order,
+            tail=config.train.tail,
+            plan=self.lessons.plan,
+        )
+        loaded = load_model(
+            config.student,
+            num_classes=self.lessons.num_classes,
+            size=config.student.size or self._default_size(),
+            seed=config.train.seed,
+            where="student",
+            allow_new_head=True,
+        )
+        self.spec: InputSpec = loaded.input
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.train.seed)
+            teacher_dim = self.lessons.teacher_dim if self.loss.needs_embedding else None
+            self.student = Student(loaded.module, teacher_dim=teacher_dim).to(world.device)
+        self.optimizer = make_optimizer(self.student, config.train)
+        self.schedule = make_schedule(self.optimizer, config.train, total_steps=self.total_steps)
+        self.module: nn.Module = DistributedDataParallel(self.student) if world.size > 1 else self.student
+        self.evaluator = self._make_evaluator()
+        self.step = 0
+        self.best_top1: float | None = None
+        self.seconds = 0.0
+        self._mean_C = torch.tensor(self.spec.mean, device=world.device)
+        self._std_C = torch.tensor(self.spec.std, device=world.device)
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.train.epochs * self.order.num_steps
+
+    def _default_size(self) -> int | None:
+        cache = self.lessons.cache
+        return int(cache.header.teacher["size"]) if cache is not None else self.config.views.size
+
+    def _make_evaluator(self) -> Evaluator | None:
+        if self.config.data.val_shards is None:
+            return None
+        return make_evaluator(
+            self.config.data.val_shards,
+            self.lessons.data,
+            self.lessons.plan,
+            self.world,
+            num_threads=self.config.ray.cpus_per_worker,
+        )
+
+    def run(self) -> dict[str, Any]:
+        """From the last checkpoint to the end."""
+        self._resume()
+        self._say("begin", total_steps=self.total_steps, steps_per_epoch=self.order.num_steps, first_step=self.step)
+        metrics = MetricsFile(self.run_url, first_step=self.step) if self.world.leads else None
+        began = time.monotonic() - self.seconds
+        log = StepLog(self.world)
+        evaluation: Evaluation | None = None
+        for batch in make_loader(
+            self._dataset(),
+            range(self.step, self.total_steps),
+            num_workers=self.config.train.num_workers,
+            pin_memory=self.world.device.type == "cuda",
+        ):
+            self._train_step(batch.to(self.world.device), log)
+            self.seconds = time.monotonic() - began
+            epoch, local_step = divmod(self.step, self.order.num_steps)
+            if len(log) >= _FLUSH_STEPS or local_step == 0:
+                self._flush(log, metrics)
+            if local_step == 0:
+                evaluation = self._end_epoch(epoch, metrics)
+        return self._finish(evaluation, metrics)
+
+    def _dataset(self) -> StepDataset:
+        teacher = self.lessons.teacher
+        return StepDataset(
+            self.lessons.source,
+            self.order,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            student=InputSize(self.spec.size, self.spec.interpolation),
+            teacher=None
+            if teacher is None
+            else InputSize(teacher.loaded.input.size, teacher.loaded.input.interpolation),
+            max_pixels=self.lessons.data.max_pixels,
+        )
+
+    def _train_step(self, batch: Batch, log: StepLog) -> None:
+        # Dropout must not depend on what ran before, or a resumed run would differ from an undisturbed one.
+        torch.manual_seed(int(key_of("dropout", self.config.train.seed, batch.step, self.world.rank)[0] >> 1))
+        images = to_input(
+            batch.pixels_BCHW,
+            mean_C=self._mean_C,
+            std_C=self._std_C,
+            partner_B=batch.partner_B,
+            lambda_B=batch.lambda_B,
+        )
+        inputs = self._forward(images, batch)
+        total, terms = self.loss(inputs, self._share(inputs, batch), epoch=batch.epoch)
+        total.backward()
+        if self.config.train.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.student.parameters(), self.config.train.clip_norm)
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.schedule.step()
+        log.add(batch.step, batch.epoch, lr, total, terms)
+        self.step = batch.step + 1
+
+    def _forward(self, images: Tensor, batch: Batch) -> LossInputs:
+        autocast = self.config.train.precision == "bf16"
+        with torch.autocast(self.world.device.type, dtype=torch.bfloat16) if autocast else nullcontext():
+            student_BK, student_BD = self.module(images)
+        teacher_BK, teacher_norm_B = batch.teacher_BK, batch.teacher_norm_B
+        if self.lessons.teacher is not None:
+            pixels = batch.pixels_BCHW if batch.teacher_pixels_BCHW is None else batch.teacher_pixels_BCHW
+            teacher_BK, teacher_BD = self.lessons.teacher.forward(pixels, batch.partner_B, batch.lambda_B)
+            teacher_norm_B = teacher_BD.norm(dim=1)
+        return LossInputs(
+            student_BK=student_BK,
+            student_BD=student_BD,
+            labels_B=self._labels(batch),
+            teacher_BK=teacher_BK,
+            teacher_norm_B=teacher_norm_B,
+            class_means_KD=self.lessons.class_means_KD,
+            partner_B=batch.partner_B,
+            lambda_B=batch.lambda_B,
+        )
+
+    def _labels(self, batch: Batch) -> Tensor:
+        if self.loss.needs_labels and self.config.data.missing_labels == "refuse" and (batch.labels_B < 0).any():
+            missing = [name for name, label in zip(batch.sample_ids, batch.labels_B.tolist(), strict=True) if label < 0]
+            raise ConfigError(
+                f"{len(missing)} samples of a batch have no label, and a loss needs them",
+                where=", ".join(missing[:3]),
+                next_step="set data.missing_labels=ignore to average over labelled rows, or use kd or dist alone",
+            )
+        return batch.labels_B
+
+    def _share(self, inputs: LossInputs, batch: Batch) -> BatchShare:
+        num_labelled = inputs.num_labelled
+        num_labelled_global = num_labelled
+        if self.loss.needs_labels and self.config.data.missing_labels == "ignore":
+            num_labelled_global = self.world.sum(num_labelled.clone())
+        elif self.world.size > 1:
+            num_labelled_global = batch.num_rows_global
+        return BatchShare(
+            world_size=self.world.size,
+            num_rows=len(batch.labels_B),
+            num_rows_global=batch.num_rows_global,
+            num_labelled=num_labelled,
+            num_labelled_global=num_labelled_global,
+        )
+
+    def _flush(self, log: StepLog, metrics: MetricsFile | None) -> None:
+        records = log.flush()
+        if metrics is not None and records:
+            metrics.add(records)
+            self._say("step", total_steps=self.total_steps, seconds=self.seconds, **records[-1])
+
+    def _end_epoch(self, epoch: int, metrics: MetricsFile | None) -> Evaluation | None:
+        last = self.step == self.total_steps
+        train = self.config.train
+        evaluation = None
+        if self.evaluator is not None and (last or (train.eval_every_epochs and epoch % train.eval_every_epochs == 0)):
+            evaluation = self.evaluator(self.student.model, self.spec)
+            self._say("eval", epoch=epoch, **evaluation.as_dict())
+        improved = evaluation is not None and evaluation.top1 is not None and evaluation.top1 > (self.best_top1 or -1.0)
+        if improved and evaluation is not None:
+            self.best_top1 = evaluation.top1
+        if self.world.leads:
+            if improved:
+                checkpoint.save(self.run_url, checkpoint.BEST, self._state())
+            if last or epoch % train.checkpoint_every_epochs == 0:
+                checkpoint.save(self.run_url, checkpoint.LAST, self._state())
+                if metrics is not None:
+                    metrics.publish()
+        return evaluation
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "model": self.student.model.network.state_dict(),
+            "projector": None if self.student.projector is None else self.student.projector.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "step": self.step,
+            "best_top1": self.best_top1,
+            "seconds": self.seconds,
+            "order": self._order_id(),
+        }
+
+    def _order_id(self) -> str:
+        """What the position in a checkpoint counts in: another order would repeat some rows and skip others."""
+        return short([self.order.seed, self.order.global_batch_size, self.order.num_lanes, *self.order.shard_ids])
+
+    def _resume(self) -> None:
+        state = checkpoint.load(self.run_url, checkpoint.LAST)
+        if state is None:
+            return
+        if state["order"] != self._order_id():
+            raise ModelError("the checkpoint's position counts in another order", where=storage.redact(self.run_url))
+        self.student.model.network.load_state_dict(state["model"])
+        if self.student.projector is not None:
+            self.student.projector.load_state_dict(state["projector"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.best_top1, self.seconds = state["step"], state["best_top1"], state["seconds"]
+        self.schedule.load_state_dict(state["schedule"])
+
+    def _finish(self, evaluation: Evaluation | None, metrics: MetricsFile | None) -> dict[str, Any]:
+        if evaluation is None and self.evaluator is not None:
+            evaluation = self.evaluator(self.student.model, self.spec)
+        summary = {
+            "steps": self.step,
+            "epochs": self.config.train.epochs,
+            "seconds": round(self.seconds, 3),
+            "top1": None if evaluation is None else evaluation.top1,
+            "top5": None if evaluation is None else evaluation.top5,
+            "best_top1": self.best_top1,
+        }
+        if metrics is not None:
+            metrics.close()
+            checkpoint.write_summary(self.run_url, summary)
+        self.world.wait()
+        self._say("end", **summary)
+        return summary
+
+    def _say(self, kind: str, **values: Any) -> None:
+        if self.world.leads:
+            self.report({"kind": kind, "run": self.run_url, **values})

@@ -1,0 +1,195 @@
+"""The loss section of a config as one function: weights, warm-up, and shares that make DDP's mean exact."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import ConfigError, TrainingError
+from pipeline.student.losses.arithmetic import is_labelled
+from pipeline.student.losses.ce import ce
+from pipeline.student.losses.dist import dist
+from pipeline.student.losses.kd import kd
+from pipeline.student.losses.nd import nd
+from schemas.config import LossConfig, LossSection
+
+# A loss says what it needs by its parameters: those named like an attribute of LossInputs are filled from the batch,
+# the others are the keys of its section in the YAML. A loss that takes labels averages over the labelled rows.
+LOSSES: Mapping[str, Callable[..., Tensor]] = {
+    "ce": ce,
+    "dist": dist,
+    "kd": kd,
+    "nd": nd,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossInputs:
+    """What one rank knows about one batch, all on one device. B is the rank's own number of rows."""
+
+    student_BK: Tensor  # logits
+    labels_B: Tensor  # int64, -1: none
+    student_BD: Tensor | None = None  # embedding, projected to the teacher's width where the widths differ
+    teacher_BK: Tensor | None = None  # logits
+    teacher_norm_B: Tensor | None = None  # norms of the teacher's embeddings
+    class_means_KD: Tensor | None = None  # the teacher's; NaN rows: classes it never saw
+    partner_B: Tensor | None = None  # int64, each row's mixup partner as a position in this batch; None: not mixed
+    lambda_B: Tensor | None = None  # each row's own share of its mixed pixels; comes with partner_B
+
+    @property
+    def mixed_labels_B(self) -> Tensor | None:
+        """int64 ``[B]``, the partners' labels; None where the batch is not mixed."""
+        return None if self.partner_B is None else self.labels_B[self.partner_B]
+
+    @property
+    def num_labelled(self) -> Tensor:
+        """0-d int64 on the batch's device: rows over which losses with labels average. Sum it over ranks."""
+        return is_labelled(self.labels_B, self.mixed_labels_B).sum()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchShare:
+    """This rank's part of the global batch of one step.
+
+    DDP takes the plain mean of the ranks' gradients. A term that is a mean over ``num`` of ``num_global`` valid rows
+    therefore counts ``num · W / num_global`` here, and the mean over ranks is the mean over the global batch.
+    Tensors are 0-d and on the batch's device, so that no step waits for a count.
+    """
+
+    world_size: int
+    num_rows: int | Tensor
+    num_rows_global: int | Tensor
+    num_labelled: int | Tensor
+    num_labelled_global: int | Tensor
+
+    @property
+    def of_rows(self) -> float | Tensor:
+        """Factor of a term that averages over all rows; 0 where there are none on any rank."""
+        return self._factor(self.num_rows, self.num_rows_global)
+
+    @property
+    def of_labelled(self) -> float | Tensor:
+        """Factor of a term that averages over the labelled rows; 0 where there are none on any rank."""
+        return self._factor(self.num_labelled, self.num_labelled_global)
+
+    def _factor(self, num: int | Tensor, num_global: int | Tensor) -> float | Tensor:
+        divisor = num_global.clamp_min(1) if isinstance(num_global, Tensor) else max(num_global, 1)
+        return num * self.world_size / divisor
+
+
+@dataclass(frozen=True, slots=True)
+class _Term:
+    """One entry of the loss section, ready to be called."""
+
+    key: str
+    section: LossSection
+    loss: Callable[..., Tensor]
+    required: frozenset[str]
+    optional: frozenset[str]
+    options: dict[str, Any]
+
+    @property
+    def uses_labels(self) -> bool:
+        return "labels_B" in self.required
+
+    def weight(self, epoch: int) -> float:
+        """The weight in a 0-based epoch: 0 in all of the first one while warming up (Wang 2023)."""
+        warmup_epochs = self.section.warmup_epochs
+        return self.section.weight * (min(1.0, epoch / warmup_epochs) if warmup_epochs else 1.0)
+
+    def value(self, inputs: LossInputs) -> Tensor:
+        tensors = {name: getattr(inputs, name) for name in self.required | self.optional}
+        missing = sorted(name for name in self.required if tensors[name] is None)
+        if missing:
+            raise TrainingError(
+                f"the loss {self.key} lacks inputs",
+                where="LossInputs of one batch",
+                got=f"None for {', '.join(missing)}",
+                wanted=", ".join(sorted(self.required)),
+                next_step="ask needs_labels, needs_logits and needs_embedding before training, and fill what they name",
+            )
+        return self.loss(**tensors, **self.options)
+
+
+class CompositeLoss:
+    """The weighted sum of the terms of a config's loss section.
+
+    Args:
+        terms: the ``loss`` section, in its order. The same loss may occur several times (two temperatures, say).
+        where: the config, for messages.
+
+    Raises:
+        ConfigError: there is no term.
+    """
+
+    def __init__(self, terms: Sequence[LossConfig], *, where: str) -> None:
+        if not terms:
+            raise ConfigError(
+                "the loss section is missing",
+                where=where,
+                wanted=f"one or more of {', '.join(LOSSES)}",
+                next_step="add a section such as  loss: [{name: kd, weight: 1.0, temperature: 4.0}]",
+            )
+        self._terms = [_term(key, section) for key, section in zip(_keys(terms), terms, strict=True)]
+
+    def __call__(self, inputs: LossInputs, share: BatchShare, *, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The total to call ``backward`` on, and what each term was.
+
+        Args:
+            inputs: this rank's batch.
+            share: this rank's part of the global batch.
+            epoch: 0-based, for warm-up.
+
+        Returns:
+            fp32 scalar, weighted and scaled for DDP's mean over ranks; and by term (``kd``, ``kd_2``, …) the fp32 mean
+            over this rank's valid rows, unweighted, unscaled and detached.
+
+        Raises:
+            TrainingError: a term needs something that the batch does not carry.
+        """
+        total = inputs.student_BK.new_zeros((), dtype=torch.float32)
+        values: dict[str, Tensor] = {}
+        for term in self._terms:
+            value = term.value(inputs)
+            total = total + term.weight(epoch) * (share.of_labelled if term.uses_labels else share.of_rows) * value
+            values[term.key] = value.detach()
+        return total, values
+
+    @property
+    def needs_labels(self) -> bool:
+        """Some term averages over labelled rows."""
+        return self._needs("labels_B")
+
+    @property
+    def needs_logits(self) -> bool:
+        """Some term needs the teacher's logits."""
+        return self._needs("teacher_BK")
+
+    @property
+    def needs_embedding(self) -> bool:
+        """Some term needs the student's embedding, the teacher's norms and its class means."""
+        return self._needs("student_BD")
+
+    def _needs(self, name: str) -> bool:
+        return any(name in term.required for term in self._terms)
+
+
+def _keys(terms: Sequence[LossConfig]) -> list[str]:
+    """``kd``, ``ce``, ``kd_2``: each term's name, numbered from its second occurrence."""
+    names = [term.name for term in terms]
+    counts = [names[: i + 1].count(name) for i, name in enumerate(names)]
+    return [name if count == 1 else f"{name}_{count}" for name, count in zip(names, counts, strict=True)]
+
+
+def _term(key: str, section: LossConfig) -> _Term:
+    loss = LOSSES[section.name]
+    options = section.model_dump(exclude={"name", *LossSection.model_fields})
+    parameters = inspect.signature(loss).parameters
+    from_batch = parameters.keys() - options.keys()
+    optional = frozenset(name for name in from_batch if parameters[name].default is None)
+    return _Term(key, section, loss, frozenset(from_batch) - optional, optional, options)

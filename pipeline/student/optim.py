@@ -1,0 +1,38 @@
+"""Optimiser and schedule of a config, from torch."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from schemas.config import TrainConfig
+
+
+def make_optimizer(module: nn.Module, train: TrainConfig) -> Optimizer:
+    """Weight decay on tensors of two or more dimensions alone: norms and biases are not kernels."""
+    decayed = [parameter for parameter in module.parameters() if parameter.requires_grad and parameter.ndim > 1]
+    others = [parameter for parameter in module.parameters() if parameter.requires_grad and parameter.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": train.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    if train.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum, nesterov=train.nesterov)
+    return torch.optim.AdamW(groups, lr=train.lr)
+
+
+def make_schedule(optimizer: Optimizer, train: TrainConfig, *, total_steps: int) -> LambdaLR:
+    """Linear warm-up from 0, then cosine to 0 or constant. Stepped once an optimiser step."""
+    return LambdaLR(optimizer, partial(lr_factor, train=train, total_steps=total_steps))
+
+
+def lr_factor(step: int, *, train: TrainConfig, total_steps: int) -> float:
+    """The share of the peak learning rate at a 0-based step."""
+    if step < train.warmup_steps:
+        return (step + 1) / train.warmup_steps
+    if train.schedule == "constant":
+        return 1.0
+    progress = (step - train.warmup_steps) / max(1, total_steps - train.warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

@@ -1,0 +1,264 @@
+"""Where a run's rows come from: a finished cache, or shards with an index. Both give the same views of the same rows."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline import storage
+from pipeline.cache.reader import ShardEntry, TeacherCache, ViewColumns
+from pipeline.errors import CacheError, ShardError
+from pipeline.shards.index import ShardIndex, decode_index, index_settings
+from pipeline.shards.names import shard_ids
+from pipeline.shards.publish import index_name
+from pipeline.shards.tar import ShardReader
+from pipeline.views.params import sample_keys, shard_partners, view_params
+from schemas.config import Config, DataConfig, ViewsConfig
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+
+class Recent(Generic[K, V]):
+    """The last ``size`` results of a function, by key."""
+
+    def __init__(self, make: Callable[[K], V], size: int) -> None:
+        self._make, self._size = make, size
+        self._kept: OrderedDict[K, V] = OrderedDict()
+
+    def __call__(self, key: K) -> V:
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        value = self._make(key)
+        self._kept[key] = value
+        if len(self._kept) > self._size:
+            self._kept.popitem(last=False)
+        return value
+
+
+@dataclass(frozen=True, slots=True)
+class ShardRows:
+    """N ok rows of one shard under one view: where their bytes are, how they are cropped, what the teacher said."""
+
+    sample_ids: list[str]
+    offset_N: NDArray[np.int64]
+    size_N: NDArray[np.int32]
+    content_hash_N: NDArray[np.uint64]
+    label_N: NDArray[np.int32]
+    box_N4: NDArray[np.int32]
+    flip_N: NDArray[np.bool_]
+    mix_lambda_N: NDArray[np.float32]
+    partner_N: NDArray[np.int32]
+    """Ordinal among the shard's ok rows; its own where nothing is mixed."""
+    logits_NK: NDArray[np.float32] | None
+    embedding_norm_N: NDArray[np.float32] | None
+
+
+class RowSource(Protocol):
+    """What a training reads from."""
+
+    shard_ids: list[str]
+    num_ok: list[int]
+
+    def rows(self, shard: int, ordinal_N: NDArray[np.int32], epoch: int) -> ShardRows: ...
+
+    def view_of(self, epoch: int) -> int: ...
+
+    def open(self, shard: int) -> ShardReader: ...
+
+    def index(self, shard: int) -> ShardIndex: ...
+
+
+class _Files:
+    """Shards by position, local or fetched once a node."""
+
+    def __init__(self, urls: list[str]) -> None:
+        self.urls = urls
+        self._folder = Path(tempfile.gettempdir()) / "stillroom-shards"
+
+    def open(self, shard: int) -> ShardReader:
+        return ShardReader(storage.local_copy(self.urls[shard], self._folder), where=self.urls[shard])
+
+
+_OPEN_SHARDS = 64
+_KEPT_VIEWS = 64
+
+
+class IndexedSource:
+    """Views drawn here and now, for training without a cache: epoch e sees view e."""
+
+    def __init__(self, urls: list[str], indexes: list[ShardIndex], plan: ViewsConfig) -> None:
+        self.shard_ids = shard_ids(urls)
+        self.num_ok = [index.num_ok for index in indexes]
+        self.plan = plan
+        self.open = Recent(_Files(urls).open, _OPEN_SHARDS)
+        self._indexes = indexes
+        self._partners = Recent(self._draw_partners, _KEPT_VIEWS)
+
+    def view_of(self, epoch: int) -> int:
+        return epoch if self.plan.kind != "eval" else 0
+
+    def index(self, shard: int) -> ShardIndex:
+        return self._indexes[shard]
+
+    def _draw_partners(self, key: tuple[int, int]) -> NDArray[np.int32]:
+        shard, view = key
+        num_ok = self.num_ok[shard]
+        if not self.plan.mixes:
+            return np.arange(num_ok, dtype=np.int32)
+        return shard_partners(self.plan, self.shard_ids[shard], view, num_ok)
+
+    def rows(self, shard: int, ordinal_N: NDArray[np.int32], epoch: int) -> ShardRows:
+        """The rows with these ordinals among the shard's ok rows, under the epoch's view."""
+        index, view = self._indexes[shard], self.view_of(epoch)
+        position_N = index.ok[ordinal_N]
+        sample_ids = index.sample_ids(position_N)
+        views_N = np.full(len(ordinal_N), view, np.int64)
+        keys_N2 = sample_keys(self.plan.seed, sample_ids)
+        drawn = view_params(self.plan, keys_N2, views_N, index.width[position_N], index.height[position_N])
+        partner_N = self._partners((shard, view))[ordinal_N]
+        return ShardRows(
+            sample_ids=sample_ids,
+            offset_N=index.offset[position_N],
+            size_N=index.size[position_N],
+            content_hash_N=index.content_hash[position_N],
+            label_N=index.label[position_N],
+            box_N4=drawn.box_N4,
+            flip_N=drawn.flip_N,
+            mix_lambda_N=np.where(partner_N == ordinal_N, np.float32(1), drawn.mix_lambda_N),
+            partner_N=partner_N,
+            logits_NK=None,
+            embedding_norm_N=None,
+        )
+
+
+class CachedSource:
+    """Views and teacher outputs as the cache stores them: epoch e sees view e mod V."""
+
+    def __init__(self, cache: TeacherCache, shards: list[ShardEntry], urls: list[str]) -> None:
+        self.cache, self._shards = cache, shards
+        self.shard_ids = [shard.shard_id for shard in shards]
+        self.num_ok = [shard.num_ok for shard in shards]
+        self.open = Recent(_Files(urls).open, _OPEN_SHARDS)
+        self.index = Recent(lambda shard: cache.index(shards[shard]), _KEPT_VIEWS)
+        self._columns = Recent(self._join, _KEPT_VIEWS)
+
+    def view_of(self, epoch: int) -> int:
+        return epoch % self.cache.num_views
+
+    def _join(self, key: tuple[int, int]) -> tuple[ViewColumns, NDArray[np.int32]]:
+        shard, view = key
+        index = self.index(shard)
+        columns = self.cache.view(self.shard_ids[shard], view)
+        check_alignment(columns, index, where=f"view {view} of {self.shard_ids[shard]} in {self.cache.url}")
+        partner_N = np.searchsorted(columns.row_N, columns.mix_row_N).astype(np.int32)
+        return columns, partner_N
+
+    def rows(self, shard: int, ordinal_N: NDArray[np.int32], epoch: int) -> ShardRows:
+        """The rows with these ordinals among the shard's ok rows, under the epoch's view, with the teacher's words."""
+        index = self.index(shard)
+        columns, partner_N = self._columns((shard, self.view_of(epoch)))
+        position_N = index.ok[ordinal_N]
+        return ShardRows(
+            sample_ids=index.sample_ids(position_N),
+            offset_N=index.offset[position_N],
+            size_N=index.size[position_N],
+            content_hash_N=columns.content_hash_N[ordinal_N],
+            label_N=index.label[position_N],
+            box_N4=columns.box_N4[ordinal_N],
+            flip_N=columns.flip_N[ordinal_N],
+            mix_lambda_N=columns.mix_lambda_N[ordinal_N],
+            partner_N=partner_N[ordinal_N],
+            logits_NK=columns.logits_NK[ordinal_N],
+            embedding_norm_N=columns.embedding_norm_N[ordinal_N],
+        )
+
+
+def check_alignment(columns: ViewColumns, index: ShardIndex, *, where: str) -> None:
+    """The cached rows are the index's ok rows: each once, in order, with the same content.
+
+    Raises:
+        CacheError: a row is missing, repeated, foreign, or of another image; the first such row is named.
+    """
+    wanted_N = index.row[index.ok]
+    if not np.array_equal(columns.row_N, wanted_N):
+        missing = sorted(set(wanted_N.tolist()) - set(columns.row_N.tolist()))
+        rows, counts = np.unique(columns.row_N, return_counts=True)
+        repeated = rows[counts > 1].tolist()
+        told = (
+            f"rows missing {missing[:5]}" if missing else f"rows repeated {repeated[:5]}" if repeated else "other order"
+        )
+        raise CacheError(
+            "the cached rows are not the shard's rows",
+            where=where,
+            got=f"{len(columns.row_N)} rows, {told}",
+            wanted=f"{len(wanted_N)} rows, each ok row of the index once, in tar order",
+            next_step="run: stillroom cache build CONFIG, into another cache.url",
+        )
+    wrong = np.flatnonzero(columns.content_hash_N != index.content_hash[index.ok])
+    if len(wrong):
+        raise CacheError(
+            f"{len(wrong)} cached rows are of other images",
+            where=f"{where}, {index.sample_ids(index.ok[wrong[:1]])[0]}",
+            got=f"content hash {int(columns.content_hash_N[wrong[0]]):016x}",
+            wanted=f"{int(index.content_hash[index.ok][wrong[0]]):016x}",
+            next_step="the shards changed since the cache was built; restore them or build another cache",
+        )
+
+
+def open_cached(cache: TeacherCache, data: DataConfig) -> CachedSource:
+    """The cache's rows, with shards from ``data.shards`` if given, else from where the cache found them.
+
+    Raises:
+        CacheError: a shard is not in the cache.
+    """
+    if data.shards is None:
+        urls = [storage.join(cache.manifest.base, shard.path) for shard in cache.shards]
+        return CachedSource(cache, cache.shards, urls)
+    urls = storage.expand(data.shards)
+    by_id = {shard.shard_id: shard for shard in cache.shards}
+    names = shard_ids(urls)
+    unknown = [name for name in names if name not in by_id]
+    if unknown:
+        raise CacheError(
+            f"{len(unknown)} of {len(names)} shards are not in the cache",
+            where=storage.redact(cache.url),
+            got=", ".join(unknown[:5]),
+            next_step="run: stillroom cache build CONFIG with these shards (it adds them)",
+        )
+    return CachedSource(cache, [by_id[name] for name in names], urls)
+
+
+def index_url(config: Config) -> str:
+    """The folder of the index of a run that trains without a cache: ``data.index``, or the run's own."""
+    assert config.run is not None or config.data.index is not None
+    return config.data.index or storage.join(config.run.url if config.run else "", "index")
+
+
+def open_indexed(folder_url: str, data: DataConfig, plan: ViewsConfig) -> IndexedSource:
+    """Shards with the index that ``stillroom shards index`` wrote.
+
+    Raises:
+        ShardError: a shard has no index there.
+    """
+    assert data.shards is not None
+    urls = storage.expand(data.shards)
+    indexes: list[ShardIndex] = []
+    for name in shard_ids(urls):
+        url = storage.join(folder_url, index_name(name))
+        if not storage.exists(url):
+            raise ShardError(
+                f"shard {name} has no index",
+                where=storage.redact(folder_url),
+                next_step="run: stillroom shards index CONFIG",
+            )
+        indexes.append(decode_index(storage.read(url), where=storage.redact(url), settings=index_settings(data)))
+    return IndexedSource(urls, indexes, plan)

@@ -1,0 +1,240 @@
+"""From a shard to mix groups of rendered views: each image decoded once for all views of a block.
+
+Memory holds mix group x views of a block, never the rows of a shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+import xxhash
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.errors import ShardError
+from pipeline.shards.decode import BadImageError, decode, image_size
+from pipeline.shards.index import IndexBuilder, ShardIndex
+from pipeline.shards.tar import Sample, ShardReader, read_samples
+from pipeline.views.params import (
+    EVAL_VIEW,
+    ViewParams,
+    eval_params,
+    mix_partners,
+    sample_keys,
+    unmix_singles,
+    view_params,
+)
+from pipeline.views.pixels import apply_view
+from schemas.cache import Status
+from schemas.config import DataConfig, Interpolation, ViewsConfig
+from schemas.manifest import ViewBlock
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rendering:
+    """Which views of an image are wanted, at what size. ``size`` in pixels."""
+
+    plan: ViewsConfig
+    block: ViewBlock
+    size: int
+    interpolation: Interpolation
+
+    @property
+    def view_numbers(self) -> list[int]:
+        return [EVAL_VIEW] if self.block.is_eval else list(self.block.views)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupViews:
+    """One mix group: N consecutive ok rows of a shard under the V views of a block."""
+
+    shard_id: str
+    samples: list[Sample]
+    content_hash_N: NDArray[np.uint64]
+    label_N: NDArray[np.int32]
+    box_VN4: NDArray[np.int32]
+    flip_VN: NDArray[np.bool_]
+    partner_VN: NDArray[np.int32]
+    mix_lambda_VN: NDArray[np.float32]
+    pixels_VNCHW: Tensor
+
+    @property
+    def row_N(self) -> NDArray[np.int32]:
+        return np.array([sample.row for sample in self.samples], np.int32)
+
+    @property
+    def mixes(self) -> bool:
+        return bool((self.mix_lambda_VN != 1).any())
+
+    @property
+    def sample_ids(self) -> list[str]:
+        return [f"{self.shard_id}/{sample.key}" for sample in self.samples]
+
+
+@dataclass(frozen=True, slots=True)
+class _Rendered:
+    """What became of one candidate: its pixels, or the status that keeps it out. Sizes in pixels."""
+
+    status: Status
+    width: int
+    height: int
+    pixels_VCHW: Tensor | None
+
+
+def fresh_samples(path: Path, data: DataConfig, *, where: str) -> Iterator[Sample]:
+    """Candidates of a shard that has no index yet: every sample, in tar order."""
+    return read_samples(path, data, where=where)
+
+
+def indexed_samples(path: Path, index: ShardIndex, *, where: str) -> Iterator[Sample]:
+    """The ok samples of an indexed shard, by byte range.
+
+    Raises:
+        ShardError: the bytes are not those that were indexed.
+    """
+    with ShardReader(path, where=where) as reader:
+        for position in index.ok:
+            data = reader.read(int(index.offset[position]), int(index.size[position]))
+            key = index.keys[position].as_py()
+            if xxhash.xxh3_64_intdigest(data) != int(index.content_hash[position]):
+                raise ShardError(
+                    "this shard was changed after it was indexed",
+                    where=f"{where}, key {key!r}",
+                    next_step="restore the shard, or give the changed one another name",
+                )
+            label = int(index.label[position])
+            yield Sample(
+                row=int(index.row[position]),
+                key=key,
+                status="ok",
+                label=None if label < 0 else label,
+                offset=int(index.offset[position]),
+                size=int(index.size[position]),
+                data=data,
+            )
+
+
+def read_groups(
+    samples: Iterator[Sample],
+    rendering: Rendering,
+    pool: ThreadPoolExecutor,
+    *,
+    shard_id: str,
+    max_pixels: int,
+    builder: IndexBuilder | None,
+) -> Iterator[GroupViews]:
+    """Mix groups in tar order.
+
+    Every candidate of a fresh shard is reported to ``builder``, so that an index falls out of the first pass. Without
+    one the candidates come from an index, and every one of them must be usable.
+
+    Raises:
+        ShardError: the shard is damaged, or an indexed image can no longer be used.
+    """
+    number = 0
+    exhausted = False
+    while not exhausted:
+        kept: list[tuple[Sample, _Rendered, ViewParams]] = []
+        # A bad image makes room for the next candidate, so that groups are always full but for the last.
+        while len(kept) < rendering.plan.mix_group and not exhausted:
+            wanted = rendering.plan.mix_group - len(kept)
+            chunk = list(islice(samples, wanted))
+            exhausted = len(chunk) < wanted
+            kept.extend(_render_chunk(chunk, rendering, pool, shard_id, max_pixels, builder))
+        if kept:
+            yield _assemble(kept, rendering, shard_id, number)
+            number += 1
+
+
+def _render_chunk(
+    chunk: list[Sample],
+    rendering: Rendering,
+    pool: ThreadPoolExecutor,
+    shard_id: str,
+    max_pixels: int,
+    builder: IndexBuilder | None,
+) -> Iterator[tuple[Sample, _Rendered, ViewParams]]:
+    sizes_N2 = np.array(list(pool.map(_size_or_one, chunk)), np.int64).reshape(-1, 2)
+    drawn = _draw(rendering, [f"{shard_id}/{sample.key}" for sample in chunk], sizes_N2)
+    rendered = pool.map(lambda job: _render(*job, rendering, max_pixels), zip(chunk, drawn, strict=True))
+    for sample, outcome, params in zip(chunk, rendered, drawn, strict=True):
+        if builder is not None:
+            builder.add(sample, outcome.status, outcome.width, outcome.height)
+        elif outcome.status != "ok":
+            raise ShardError(
+                "an image that could be used when its shard was indexed cannot be used now",
+                where=f"{shard_id}/{sample.key}",
+                got=outcome.status,
+                next_step="use the decoder versions the index was made with",
+            )
+        if outcome.status == "ok":
+            yield sample, outcome, params
+
+
+def _size_or_one(sample: Sample) -> tuple[int, int]:
+    """(width, height) from the header; 1 x 1 for what will not decode, so that parameters can be drawn in one call."""
+    if sample.status != "ok":
+        return 1, 1
+    try:
+        return image_size(sample.data)
+    except BadImageError:
+        return 1, 1
+
+
+def _draw(rendering: Rendering, sample_ids: list[str], sizes_N2: NDArray[np.int64]) -> list[ViewParams]:
+    """Parameters of the V views of each sample, drawn in one vectorised call."""
+    views = rendering.view_numbers
+    if not sample_ids:
+        return []
+    widths, heights = (np.repeat(sizes_N2[:, axis], len(views)) for axis in (0, 1))
+    if rendering.block.is_eval:
+        params = eval_params(rendering.plan, widths, heights)
+    else:
+        keys = np.repeat(sample_keys(rendering.plan.seed, sample_ids), len(views), axis=0)
+        params = view_params(rendering.plan, keys, np.tile(np.array(views, np.int64), len(sample_ids)), widths, heights)
+    cuts = [slice(start, start + len(views)) for start in range(0, len(widths), len(views))]
+    return [ViewParams(params.box_N4[cut], params.flip_N[cut], params.mix_lambda_N[cut]) for cut in cuts]
+
+
+def _render(sample: Sample, params: ViewParams, rendering: Rendering, max_pixels: int) -> _Rendered:
+    if sample.status != "ok":
+        return _Rendered(sample.status, 0, 0, None)
+    try:
+        image = decode(sample.data, max_pixels=max_pixels)
+    except BadImageError as error:
+        return _Rendered(error.status, 0, 0, None)
+    views = [
+        apply_view(image, box, bool(flip), size=rendering.size, interpolation=rendering.interpolation)
+        for box, flip in zip(params.box_N4.tolist(), params.flip_N.tolist(), strict=True)
+    ]
+    return _Rendered("ok", image.shape[2], image.shape[1], torch.stack(views))
+
+
+def _assemble(
+    kept: list[tuple[Sample, _Rendered, ViewParams]], rendering: Rendering, shard_id: str, number: int
+) -> GroupViews:
+    samples = [sample for sample, _, _ in kept]
+    num_ok, views = len(kept), rendering.view_numbers
+    own = np.arange(num_ok, dtype=np.int32)
+    mixes = rendering.plan.mixes and not rendering.block.is_eval
+    partner_VN = np.stack(
+        [mix_partners(rendering.plan, shard_id, number, view, num_ok) if mixes else own for view in views]
+    )
+    lambda_VN = np.stack([params.mix_lambda_N for _, _, params in kept], axis=1)
+    return GroupViews(
+        shard_id=shard_id,
+        samples=samples,
+        content_hash_N=np.array([xxhash.xxh3_64_intdigest(sample.data) for sample in samples], np.uint64),
+        label_N=np.array([-1 if sample.label is None else sample.label for sample in samples], np.int32),
+        box_VN4=np.stack([params.box_N4 for _, _, params in kept], axis=1),
+        flip_VN=np.stack([params.flip_N for _, _, params in kept], axis=1),
+        partner_VN=partner_VN,
+        mix_lambda_VN=unmix_singles(lambda_VN, partner_VN),
+        pixels_VNCHW=torch.stack([outcome.pixels_VCHW for _, outcome, _ in kept if outcome.pixels_VCHW is not None], 1),
+    )

@@ -1,0 +1,48 @@
+"""The numeric environment: what must be equal for two builds to give the same bytes, and the switches that fix it."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import PIL
+import torch
+import torchvision
+
+
+def pin_numerics(threads: int) -> None:
+    """Fixes every switch that changes results from run to run. Process-wide."""
+    torch.set_num_threads(threads)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def numeric_env(device: torch.device, *, batch_size: int) -> dict[str, object]:
+    """Equal environments give byte-identical parts. Names no host and no time."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_model(),
+        "device_type": device.type,
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "pillow": PIL.__version__,
+        "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
+        "threads": torch.get_num_threads(),
+        "tf32": False,
+        "cudnn_benchmark": False,
+        "batch_size": batch_size,
+    }
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def pick_device(use_gpu: bool) -> torch.device:
+    """cuda where the task was given a GPU, else cpu."""
+    return torch.device("cuda") if use_gpu and torch.cuda.is_available() else torch.device("cpu")

@@ -1,0 +1,91 @@
+"""Random words by counter, not by state: Philox4x64-10 (Salmon 2011, "Parallel random numbers: as easy as 1, 2, 3").
+
+A word is a function of (key, counter) alone, so any row of any view can be drawn without drawing those before it.
+Only raw words and our own mappings are used: a library promises its bit stream, never its distributions. Everything
+here is part of the format; a change of any output needs a new ``RNG_VERSION``, which is part of every views id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+from numpy.typing import NDArray
+
+RNG_VERSION = 1
+
+Words = NDArray[np.uint64]
+
+_ROUNDS = 10
+_MULTIPLIERS_21 = np.array([[0xD2E7470EE14C6C93], [0xCA5A826395121157]], dtype=np.uint64)
+_KEY_STEPS_21 = np.array([[0x9E3779B97F4A7C15], [0xBB67AE8584CAA73B]], dtype=np.uint64)
+_LOW_HALF = np.uint64(0xFFFFFFFF)
+_HALF_BITS = np.uint64(32)
+_MULTIPLIERS_HIGH_21 = _MULTIPLIERS_21 >> _HALF_BITS
+_MULTIPLIERS_LOW_21 = _MULTIPLIERS_21 & _LOW_HALF
+
+
+def philox4x64(keys_N2: Words, counters_N4: Words) -> Words:
+    """Ten rounds of Philox4x64; word order as in Random123.
+
+    Args:
+        keys_N2: uint64 keys; one row serves every counter.
+        counters_N4: uint64 counters, word 0 the least significant.
+
+    Returns:
+        uint64 [N, 4].
+    """
+    even_2N, odd_2N = counters_N4.T[0::2], counters_N4.T[1::2]
+    keys_2N = keys_N2.T
+    for number in range(_ROUNDS):
+        if number:
+            keys_2N = keys_2N + _KEY_STEPS_21
+        even_2N, odd_2N = (_high_product(even_2N)[::-1] ^ odd_2N ^ keys_2N), (even_2N * _MULTIPLIERS_21)[::-1]
+    words_4N = np.stack([even_2N[0], odd_2N[0], even_2N[1], odd_2N[1]])
+    return np.ascontiguousarray(words_4N.T)
+
+
+def _high_product(words_2N: Words) -> Words:
+    """Upper 64 bits of the 128-bit products with the round's multipliers; NumPy has no wider integer than 64 bits."""
+    high, low = words_2N >> _HALF_BITS, words_2N & _LOW_HALF
+    low_low = low * _MULTIPLIERS_LOW_21
+    high_low = high * _MULTIPLIERS_LOW_21
+    # At most (2^32 - 1)^2 + 2 (2^32 - 1) = 2^64 - 1, so neither sum can wrap.
+    middle = (low_low >> _HALF_BITS) + (high_low & _LOW_HALF) + low * _MULTIPLIERS_HIGH_21
+    return high * _MULTIPLIERS_HIGH_21 + (high_low >> _HALF_BITS) + (middle >> _HALF_BITS)
+
+
+def key_of(*parts: str | int) -> Words:
+    """The key of these arguments: uint64 [2].
+
+    The bytes hashed are those of the parts, one after another: for an integer ``i`` and its 8 bytes, signed,
+    little-endian; for a string ``s``, its length in bytes as 8 bytes unsigned little-endian, and its UTF-8 (a lone
+    surrogate, as undecodable file names have, as its own three bytes). Equal bytes mean equal arguments. The key is
+    the first 16 bytes of their BLAKE2b-512, read as two little-endian words.
+
+    Raises:
+        OverflowError: an integer outside [-2^63, 2^63).
+    """
+    canonical = b"".join(_canonical(part) for part in parts)
+    return np.frombuffer(hashlib.blake2b(canonical).digest()[:16], dtype="<u8").astype(np.uint64)
+
+
+def _canonical(part: str | int) -> bytes:
+    if isinstance(part, int):
+        return b"i" + part.to_bytes(8, "little", signed=True)
+    data = part.encode("utf-8", "surrogatepass")
+    return b"s" + len(data).to_bytes(8, "little") + data
+
+
+def uniform(words: Words) -> NDArray[np.float64]:
+    """Words to float64 in [0, 1), exactly ``(word >> 11) * 2**-53``; same shape."""
+    return np.asarray((words >> np.uint64(11)) * 2.0**-53, dtype=np.float64)
+
+
+def permutation(key_2: Words, size: int) -> NDArray[np.int64]:
+    """The permutation of ``range(size)`` that sorts the key's first words, ties in order: int64 [size]."""
+    blocks = np.arange(-(-size // 4), dtype=np.uint64)
+    counters_N4 = np.zeros((len(blocks), 4), dtype=np.uint64)
+    counters_N4[:, 0] = blocks
+    words = philox4x64(key_2[None], counters_N4).reshape(-1)[:size]
+    return np.argsort(words, kind="stable")

@@ -1,0 +1,114 @@
+"""The pixels of a view: crop, resize and flip on uint8, on the CPU; mixing and normalising on float, on the device.
+
+The canonical view is the uint8 result of ``apply_view``: it is what a canary's digest proves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import xxhash
+from numpy.typing import NDArray
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional
+
+from schemas.config import Interpolation
+
+_BLOCKS = 8
+
+
+def apply_view(image_CHW: Tensor, box: Sequence[int], flip: bool, *, size: int, interpolation: Interpolation) -> Tensor:
+    """Crop, antialiased resize, then flip.
+
+    Pixels do not depend on the strides of the input. An image stored as H×W×C (a decoder's own layout, permuted) is
+    resized about twice as fast as one stored as C×H×W, so decoders should not repack. The whole image at its own size
+    comes back as it is, possibly sharing memory. Deterministic, and safe to call from several threads.
+
+    Args:
+        image_CHW: uint8 [3, H, W].
+        box: (left, top, width, height) in pixels of ``image_CHW``.
+        size: height and width of the result, in pixels.
+
+    Returns:
+        uint8 [3, size, size] over H×W×C memory.
+    """
+    left, top, width, height = (int(value) for value in box)
+    crop_HWC = image_CHW[:, top : top + height, left : left + width].permute(1, 2, 0).contiguous()
+    view_CHW = functional.resize(
+        crop_HWC.permute(2, 0, 1), [size, size], interpolation=InterpolationMode(interpolation), antialias=True
+    )
+    return view_CHW.flip(-1) if flip else view_CHW
+
+
+def to_input(
+    pixels_BCHW: Tensor,
+    *,
+    mean_C: Tensor,
+    std_C: Tensor,
+    partner_B: Tensor | None = None,
+    lambda_B: Tensor | None = None,
+    partner_pixels_NCHW: Tensor | None = None,
+) -> Tensor:
+    """Views to a model's input: [0,1], then ``λ·x + (1−λ)·x[partner]``, then ``(x − mean) / std``.
+
+    Each row is computed alone, and λ = 1 gives the bits of a row that is not mixed, so batching changes nothing.
+
+    Args:
+        pixels_BCHW: uint8, on the device.
+        mean_C, std_C: float32 on the same device, on the [0,1] scale.
+        partner_B: int; whom each row is mixed with. ``None``: nothing is mixed.
+        lambda_B: float32; each row's own weight. Required with ``partner_B``.
+        partner_pixels_NCHW: uint8; what ``partner_B`` indexes, where a partner lies outside the batch. Default: the
+            batch itself.
+
+    Returns:
+        float32 [B, 3, H, W] in the memory format of ``pixels_BCHW``.
+    """
+    assert (partner_B is None) == (lambda_B is None), "partners and their weights come together"
+    unit_BCHW = _to_unit(pixels_BCHW)
+    if partner_B is not None and lambda_B is not None:
+        pool_NCHW = pixels_BCHW if partner_pixels_NCHW is None else partner_pixels_NCHW
+        own_B111 = lambda_B.to(torch.float32).view(-1, 1, 1, 1)
+        # Two products and a sum, not lerp: backends may fuse a lerp, and then its bits differ.
+        unit_BCHW = own_B111 * unit_BCHW + (1 - own_B111) * _to_unit(pool_NCHW[partner_B])
+    return (unit_BCHW - mean_C.view(-1, 1, 1)) / std_C.view(-1, 1, 1)
+
+
+def _to_unit(pixels_BCHW: Tensor) -> Tensor:
+    return pixels_BCHW.to(torch.float32) / 255
+
+
+def pixel_digest(view_CHW: Tensor) -> bytes:
+    """16 bytes: XXH3-128 (canonical, big-endian) of the uint8 pixels in H×W×C order. Not of their shape."""
+    return xxhash.xxh3_128_digest(_as_hwc(view_CHW).tobytes())
+
+
+def pixel_mean(view_CHW: Tensor) -> bytes:
+    """192 bytes: uint8 [8, 8, 3] block means (row, column, channel), so that drift has a size and a place.
+
+    Along an axis of length n, block i covers pixels ⌊i·n/8⌋ to ⌈(i+1)·n/8⌉ − 1: neighbours share a pixel where 8 does
+    not divide n, and no block is empty for n ≥ 1. A mean is rounded half up, in integers: ⌊(2·sum + m) / 2m⌋ for m
+    pixels.
+    """
+    view_HWC = _as_hwc(view_CHW)
+    height, width, _ = view_HWC.shape
+    # Sums over all rectangles from the corner: a block's sum is then four look-ups, also where blocks overlap.
+    corner = np.pad(view_HWC.astype(np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0), (0, 0)))
+    (top, bottom), (left, right) = _block_edges(height), _block_edges(width)
+    bands = corner[bottom] - corner[top]
+    sums = bands[:, right] - bands[:, left]
+    counts = ((bottom - top)[:, None] * (right - left)[None, :])[..., None]
+    return ((2 * sums + counts) // (2 * counts)).astype(np.uint8).tobytes()
+
+
+def _block_edges(length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    starts = np.arange(_BLOCKS, dtype=np.int64) * length // _BLOCKS
+    stops = -(-(np.arange(_BLOCKS, dtype=np.int64) + 1) * length // _BLOCKS)
+    return starts, stops
+
+
+def _as_hwc(view_CHW: Tensor) -> NDArray[np.uint8]:
+    return view_CHW.permute(1, 2, 0).contiguous().numpy()

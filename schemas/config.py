@@ -1,0 +1,209 @@
+"""Every YAML key: typed, frozen, with its meaning and unit. One ``Config``; each command names the sections it needs.
+
+Unknown keys are refused. Nothing here touches a file, a network or a model.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Precision = Literal["fp32", "bf16", "fp16"]
+Interpolation = Literal["bilinear", "bicubic"]
+Triple = tuple[float, float, float]
+
+
+class Section(BaseModel):
+    """A frozen group of keys that refuses names it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataConfig(Section):
+    """Which images, which labels, and what to do with bad ones."""
+
+    shards: str | tuple[str, ...] | None = Field(
+        None, description="Training shards: URL with {a..b} braces, or a list."
+    )
+    val_shards: str | tuple[str, ...] | None = Field(None, description="Validation shards, same form.")
+    image: str = Field("jpg;jpeg;png;webp", description="Member extensions that hold the image, first match wins.")
+    label: str | None = Field(
+        "cls", description="Member extension that holds the class index as text; null: no labels."
+    )
+    num_classes: int | None = Field(None, ge=2, description="K. Labels must lie in [0, K).")
+    cache: str | None = Field(None, description="URL of a finished teacher cache to train from.")
+    index: str | None = Field(None, description="URL of the folder with <shard_id>.parquet; default <run url>/index.")
+    bad_samples: Literal["fail", "skip"] = Field(
+        "fail", description="Images that cannot be used: stop, or record and skip."
+    )
+    missing_labels: Literal["refuse", "ignore"] = Field(
+        "refuse", description="Samples without a label: refuse for losses that need one, or average over the others."
+    )
+    max_pixels: int = Field(64_000_000, gt=0, description="Images with more pixels are not decoded (status too_large).")
+
+
+class ModelConfig(Section):
+    """How to build a network and what it eats. Mean, std and size come from the model's own config unless given."""
+
+    model: str | None = Field(None, description="timm/NAME, torchvision/NAME or python:package.module:factory.")
+    weights: str = Field("random", description="pretrained, random, or URL of .safetensors/.pt (weights_only).")
+    sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$", description="Checked before a weights URL is loaded.")
+    mean: Triple | None = Field(None, description="Per-channel mean of [0,1] RGB.")
+    std: Triple | None = Field(None, description="Per-channel standard deviation of [0,1] RGB.")
+    interpolation: Interpolation | None = Field(None, description="How a box is resized to the input size.")
+    kwargs: dict[str, Any] = Field(default_factory=dict, description="Passed on to the model's constructor.")
+
+
+class TeacherConfig(ModelConfig):
+    """The network that is asked."""
+
+    mode: Literal["none", "cache", "online"] = Field("cache", description="What a student learns from, in training.")
+    precision: Precision = Field("fp32", description="Arithmetic of the forward pass (autocast below fp32).")
+    batch_size: int = Field(64, ge=1, description="Rows per forward; the last batch of a mix group is padded to it.")
+
+
+class StudentConfig(ModelConfig):
+    """The network that learns."""
+
+    size: int | None = Field(None, ge=1, description="Input height and width in pixels; default views.size.")
+
+
+class ViewsConfig(Section):
+    """The plan of augmented views. All of it but count and size is part of the views id."""
+
+    kind: Literal["eval", "crop", "function_matching"] = Field("crop", description="See docs/format.md.")
+    count: int = Field(1, ge=1, le=65_535, description="V, views per image in a cache.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Views are a pure function of it and the sample id.")
+    size: int | None = Field(None, ge=1, description="The teacher's input height and width in pixels.")
+    area: tuple[float, float] = Field((0.05, 1.0), description="Box area as a share of the image, drawn uniformly.")
+    aspect: tuple[float, float] = Field((0.75, 4 / 3), description="Box width / height, drawn log-uniformly.")
+    flip: float = Field(0.5, ge=0, le=1, description="Probability of a horizontal flip.")
+    crop_fraction: float = Field(0.875, gt=0, le=1, description="Eval views: side of the centred box / shorter edge.")
+    mix_group: int = Field(256, ge=2, description="Consecutive ok rows among which mixup partners are matched.")
+
+    @model_validator(mode="after")
+    def _check_ranges(self) -> ViewsConfig:
+        if not 0 < self.area[0] <= self.area[1] <= 1:
+            raise ValueError(f"area is {list(self.area)}; wanted 0 < low <= high <= 1")
+        if not 0 < self.aspect[0] <= self.aspect[1]:
+            raise ValueError(f"aspect is {list(self.aspect)}; wanted 0 < low <= high")
+        if self.kind == "eval" and self.count != 1:
+            raise ValueError(f"kind eval has one view, count is {self.count}")
+        return self
+
+    @property
+    def mixes(self) -> bool:
+        return self.kind == "function_matching"
+
+
+class CacheConfig(Section):
+    """What is kept of the teacher's words, and where."""
+
+    url: str = Field(description="Folder of the cache; any allowed URL.")
+    logits: Literal["fp32", "fp16"] = Field("fp16", description="Encoding of the logits.")
+    embeddings: Literal["fp32", "fp16", "none"] = Field("none", description="Encoding of the penultimate embedding.")
+    class_means: Literal["none", "eval", "view0"] = Field("none", description="From one extra eval pass, or view 0.")
+    views_per_part: int = Field(5, ge=1, description="Views in one part: the unit of work and of loss.")
+
+
+class LossSection(Section):
+    """One term of the total loss."""
+
+    weight: float = Field(1.0, ge=0, description="Factor of this term in the total.")
+    warmup_epochs: int = Field(0, ge=0, description="The weight is scaled by min(1, epoch / warmup_epochs), 0-based.")
+
+
+class CeLoss(LossSection):
+    """Cross-entropy against the labels."""
+
+    name: Literal["ce"]
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+
+
+class KdLoss(LossSection):
+    """Hinton 2015; FunMatch is this term alone."""
+
+    name: Literal["kd"]
+    temperature: float = Field(4.0, gt=0)
+
+
+class DistLoss(LossSection):
+    """DIST, Huang 2022."""
+
+    name: Literal["dist"]
+    temperature: float = Field(1.0, gt=0)
+    inter_weight: float = Field(1.0, ge=0)
+    intra_weight: float = Field(1.0, ge=0)
+
+
+class NdLoss(LossSection):
+    """Norm and direction, Wang 2023; needs class means and embedding norms."""
+
+    name: Literal["nd"]
+
+
+LossConfig = Annotated[CeLoss | KdLoss | DistLoss | NdLoss, Field(discriminator="name")]
+
+
+class TrainConfig(Section):
+    """Optimiser, schedule and order of training."""
+
+    epochs: int = Field(1, ge=1)
+    global_batch_size: int = Field(256, ge=1, description="G, rows per optimiser step over all ranks.")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast; losses stay fp32.")
+    optimizer: Literal["sgd", "adamw"] = "adamw"
+    lr: float = Field(1e-3, gt=0, description="Peak learning rate.")
+    momentum: float = Field(0.9, ge=0, lt=1, description="sgd alone.")
+    nesterov: bool = Field(False, description="sgd alone.")
+    weight_decay: float = Field(0.0, ge=0, description="On weights of two or more dimensions only.")
+    warmup_steps: int = Field(0, ge=0, description="Linear from 0.")
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="After warm-up; cosine ends at 0.")
+    clip_norm: float | None = Field(None, gt=0, description="Global gradient norm.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Initial weights, order, dropout.")
+    order: Literal["global", "pinned"] = Field("global", description="Shards permuted per epoch, or by the seed alone.")
+    lanes: int | None = Field(None, ge=1, description="C; default: the largest divisor of G (pairs: G/2) up to 64.")
+    tail: Literal["drop", "short"] = Field("drop", description="Rows beyond the last full global batch.")
+    num_workers: int = Field(0, ge=0, description="Loader processes per rank.")
+    eval_every_epochs: int = Field(1, ge=0, description="0: only after the last epoch.")
+    checkpoint_every_epochs: int = Field(1, ge=1)
+
+
+class RunConfig(Section):
+    """Where a training run lives."""
+
+    url: str = Field(description="Folder of the run; any allowed URL.")
+
+
+class RayConfig(Section):
+    """How work is spread."""
+
+    address: str = Field("local", description="local, auto, none (no Ray: one process), or ray://host:port.")
+    cpus_per_task: int = Field(1, ge=1, description="CPUs of one cache task; also its decode threads.")
+    gpus_per_task: float = Field(0, ge=0, description="GPUs of one cache task; a fraction lets tasks share one.")
+    max_retries: int = Field(3, ge=0, description="Per part, for crashed or lost workers and failing storage.")
+    num_workers: int = Field(1, ge=1, description="DDP world size.")
+    cpus_per_worker: int = Field(1, ge=1, description="CPUs of one DDP worker.")
+    use_gpu: bool = Field(False, description="One GPU per DDP worker, NCCL; else gloo.")
+    max_failures: int = Field(0, ge=0, description="Restarts of a training whose worker died.")
+
+
+class Config(Section):
+    """The one document. ``require`` says which sections a command cannot do without."""
+
+    data: DataConfig = Field(default_factory=lambda: DataConfig.model_validate({}))
+    teacher: TeacherConfig = Field(default_factory=lambda: TeacherConfig.model_validate({}))
+    views: ViewsConfig = Field(default_factory=lambda: ViewsConfig.model_validate({}))
+    cache: CacheConfig | None = None
+    student: StudentConfig | None = None
+    loss: tuple[LossConfig, ...] = ()
+    train: TrainConfig = Field(default_factory=lambda: TrainConfig.model_validate({}))
+    run: RunConfig | None = None
+    ray: RayConfig = Field(default_factory=lambda: RayConfig.model_validate({}))
+
+    @field_validator("loss")
+    @classmethod
+    def _check_loss(cls, loss: tuple[LossSection, ...]) -> tuple[LossSection, ...]:
+        if loss and not any(term.weight for term in loss):
+            raise ValueError("every weight is 0, so there is nothing to learn")
+        return loss

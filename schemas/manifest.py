@@ -1,0 +1,142 @@
+"""What a cache writes down about itself: header, shard commits, manifest. Cache format v1."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+FORMAT_VERSION = 1
+EVAL_BLOCK = "eval"
+
+
+class Record(BaseModel):
+    """Written once and never changed; unknown keys mean another format version."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ViewBlock(Record):
+    """Views start..stop-1 of one shard: the unit of work, commit and loss. The eval pass is a block of its own."""
+
+    start: int = Field(ge=0)
+    stop: int = Field(ge=0)
+    is_eval: bool = False
+
+    @property
+    def name(self) -> str:
+        return EVAL_BLOCK if self.is_eval else f"v{self.start:04d}-{self.stop - 1:04d}"
+
+    @property
+    def views(self) -> range:
+        return range(self.start, self.stop)
+
+
+class Output(Record):
+    """One tensor per row: its name, shape without the batch, the dtype of its stored numbers, and how they are packed."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: Literal["float32", "float16"]
+    encoding: Literal["dense"]
+
+
+class FileRef(Record):
+    """A file of the cache by relative path and content."""
+
+    path: str
+    sha256: str
+    size_bytes: int
+
+
+class ByteRange(Record):
+    offset: int
+    size_bytes: int
+
+
+class ViewRange(Record):
+    """Where one view lies in its part: one range read fetches it, the digest checks it."""
+
+    view: int
+    offset: int
+    size_bytes: int
+    rows: int
+    digest: str
+
+
+class Statistics(Record):
+    """Sums, not means, so that any fold of commits is exact in counts and associative in meaning."""
+
+    labelled: int = 0
+    top1_hits: int = 0
+    top5_hits: int = 0
+    class_counts: dict[int, int] = Field(default_factory=dict)
+    fidelity_rows: int = 0
+    kl_sum: dict[str, float] = Field(default_factory=dict, description="Nats at T, summed over the sampled rows.")
+    argmax_flips: int = 0
+
+
+class Header(Record):
+    """Who writes here. Created before any work; a builder that differs stops at it."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    views_id: str
+    views: dict[str, Any]
+    fingerprint: str
+    teacher: dict[str, Any]
+    data: dict[str, Any]
+    num_classes: int
+    embedding_dim: int
+    outputs: tuple[Output, ...]
+    probe_logits: tuple[tuple[float, ...], ...] = Field(description="fp32 logits on four fixed images.")
+
+    def output(self, name: str) -> Output | None:
+        return next((output for output in self.outputs if output.name == name), None)
+
+
+class Commit(Record):
+    """The only proof that a block of a shard is done."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    fingerprint: str
+    shard_id: str
+    shard_size_bytes: int
+    block: ViewBlock
+    part: FileRef
+    index: FileRef
+    means: FileRef | None
+    num_ok: int
+    read: int
+    written: int
+    skipped: dict[str, int]
+    views: tuple[ViewRange, ...]
+    footer: ByteRange
+    statistics: Statistics
+    environment: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _nothing_vanishes(self) -> Commit:
+        if self.read != self.written + sum(self.skipped.values()):
+            raise ValueError(f"read {self.read} != written {self.written} + skipped {self.skipped}")
+        return self
+
+
+class Manifest(Record):
+    """The fold of all commits: constant in size, written last. Without it there is no cache."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    header_sha256: str
+    views_id: str
+    fingerprint: str
+    base: str = Field(description="Folder URL of the shards; a training config may name another.")
+    num_shards: int
+    num_samples: int
+    num_ok: int
+    num_views: int = Field(description="V: views complete for every shard.")
+    size_bytes: int = Field(description="All parts.")
+    skipped: dict[str, int]
+    statistics: Statistics
+    shards: FileRef
+    parts: FileRef
+    class_means: FileRef | None
+    environment: dict[str, Any] = Field(description="Numeric environment of the first part, for messages on drift.")

@@ -1,0 +1,85 @@
+"""Networks of the kind a user would bring, for ``python:tests.pipeline.models.factories:…``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Plain(nn.Module):
+    """Ends in a linear head over ``width`` pooled features."""
+
+    def __init__(self, num_classes: int, width: int = 5) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3)
+        self.fc = nn.Linear(width, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.stem(x).mean((2, 3)))
+
+
+class Scaled(Plain):
+    """The last linear layer is there, and yet it does not make the logits alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 3 * super().forward(x)
+
+
+class SelfDescribed(Plain):
+    """Says itself what its embedding is: here, twice the head's input."""
+
+    def forward_embedding(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features_BD = self.stem(x).mean((2, 3))
+        return self.fc(features_BD), 2 * features_BD
+
+
+class ProjectorRegisteredLast(Plain):
+    """The last nn.Linear is not the head."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.projector = nn.Linear(5, 3)
+
+
+class Headless(nn.Module):
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, num_classes, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.stem(x).mean((2, 3))
+
+
+class SharedHead(Plain):
+    """Asks its head twice, so there are two candidates for the embedding."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + super().forward(x.flip(3))
+
+
+class Transposed(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).T
+
+
+class Tokens(nn.Module):
+    """Classifies every position and averages: by linearity, the head of the averaged embedding."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 5, 4, stride=4)
+        self.fc = nn.Linear(5, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.stem(x).flatten(2).transpose(1, 2)).mean(1)
+
+
+def fails(num_classes: int) -> nn.Module:
+    raise RuntimeError(f"no network for {num_classes} classes today\nand a second line")
+
+
+def not_a_network(num_classes: int) -> Tensor:
+    return torch.zeros(num_classes)
+
+
+not_callable = 3

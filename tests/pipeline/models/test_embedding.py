@@ -1,0 +1,220 @@
+"""The embedding is the head's input, in one forward, for every family and library."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipeline.models import EmbeddingModel, load_model
+from schemas.config import ModelConfig
+
+OWN = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+FACTORIES = "python:tests.pipeline.models.factories"
+
+
+def build(model: str, *, size: int = 64, **keys: Any) -> EmbeddingModel:
+    config = ModelConfig.model_validate({"model": model, **(OWN if model.startswith("python:") else {}), **keys})
+    return load_model(config, num_classes=7, size=size).module
+
+
+def images(size: int = 64, rows: int = 3) -> Tensor:
+    return torch.rand(rows, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+TIMM: list[tuple[str, dict[str, Any]]] = [
+    ("timm/test_resnet", {}),
+    ("timm/test_efficientnet", {}),
+    ("timm/test_vit", {"img_size": 64}),
+    ("timm/test_convnext", {}),
+    ("timm/resnet18", {}),
+    ("timm/mobilenetv3_small_050", {}),
+    ("timm/vit_tiny_patch16_224", {"img_size": 64}),
+]
+TORCHVISION: list[tuple[str, dict[str, Any]]] = [
+    ("torchvision/resnet18", {}),
+    ("torchvision/mobilenet_v3_small", {}),
+    ("torchvision/efficientnet_b0", {}),
+    ("torchvision/vit_b_16", {"image_size": 64}),
+]
+
+
+@pytest.mark.parametrize(("name", "kwargs"), TIMM + TORCHVISION)
+def test_embedding_times_head_is_the_logits(name: str, kwargs: dict[str, Any]) -> None:
+    model = build(name, kwargs=kwargs)
+    with torch.no_grad():
+        logits_BK, embedding_BD = model(images())
+    assert logits_BK.shape == (3, model.num_classes) == (3, 7)
+    assert embedding_BD.shape == (3, model.embedding_dim)
+    assert model.head is not None
+    expected_BK = embedding_BD.double() @ model.head.weight.double().T + model.head.bias.double()
+    torch.testing.assert_close(logits_BK.double(), expected_BK, rtol=1e-5, atol=1e-5)
+    # Different images, different embeddings: equality above is no accident of a dead network.
+    assert not torch.allclose(embedding_BD[0], embedding_BD[1], rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        *TIMM,
+        ("timm/deit_tiny_distilled_patch16_224", {"img_size": 64}),
+        ("timm/crossvit_tiny_240", {"img_size": 64}),
+        ("timm/test_resnet", {"drop_rate": 0.5}),
+    ],
+)
+def test_timm_embedding_is_timms_own_pre_logits(name: str, kwargs: dict[str, Any]) -> None:
+    model = build(name, kwargs=kwargs)
+    network: Any = model.network
+    with torch.no_grad():
+        logits_BK, embedding_BD = model(images())
+        features = network.forward_features(images())
+        torch.testing.assert_close(embedding_BD, network.forward_head(features, pre_logits=True))
+        torch.testing.assert_close(logits_BK, network(images()))
+
+
+def _resnet_by_hand(net: Any, x: Tensor) -> Tensor:
+    x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
+    return net.layer4(net.layer3(net.layer2(net.layer1(x)))).mean((2, 3))
+
+
+def _mobilenet_by_hand(net: Any, x: Tensor) -> Tensor:
+    x = net.features(x).mean((2, 3))
+    return nn.functional.hardswish(nn.functional.linear(x, net.classifier[0].weight, net.classifier[0].bias))
+
+
+def _vit_by_hand(net: Any, x: Tensor) -> Tensor:
+    tokens = net.conv_proj(x).flatten(2).transpose(1, 2)
+    class_token = net.class_token.expand(len(x), 1, -1)
+    return net.encoder(torch.cat([class_token, tokens], dim=1))[:, 0]
+
+
+def _squeezenet_by_hand(net: Any, x: Tensor) -> Tensor:
+    return net.features(x).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "by_hand"),
+    [
+        ("resnet18", {}, _resnet_by_hand),
+        ("mobilenet_v3_small", {}, _mobilenet_by_hand),
+        ("vit_b_16", {"image_size": 64}, _vit_by_hand),
+        ("squeezenet1_1", {}, _squeezenet_by_hand),
+    ],
+)
+def test_torchvision_embedding_is_what_its_modules_give_by_hand(
+    name: str, kwargs: dict[str, Any], by_hand: Any
+) -> None:
+    model = build(f"torchvision/{name}", kwargs=kwargs)
+    with torch.no_grad():
+        _, embedding_BD = model(images())
+        torch.testing.assert_close(embedding_BD, by_hand(model.network, images()), rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_that_does_not_make_the_logits_is_not_offered() -> None:
+    assert build(f"{FACTORIES}:Plain").head is not None
+    assert build(f"{FACTORIES}:Scaled").head is None
+    assert build("torchvision/squeezenet1_1").head is None
+
+
+def test_forward_embedding_of_the_network_is_believed() -> None:
+    model = build(f"{FACTORIES}:SelfDescribed")
+    logits_BK, embedding_BD = model(images())
+    torch.testing.assert_close(embedding_BD, 2 * model.network.stem(images()).mean((2, 3)))
+    torch.testing.assert_close(logits_BK, model.network(images()))
+    assert model.head is None
+
+
+def test_a_head_over_positions_gives_their_mean() -> None:
+    model = build(f"{FACTORIES}:Tokens")
+    logits_BK, embedding_BD = model(images())
+    assert embedding_BD.shape == (3, 5)
+    assert model.head is not None
+    torch.testing.assert_close(model.head(embedding_BD), logits_BK)
+
+
+def test_gradients_flow_through_logits_and_embedding_to_the_stem() -> None:
+    model = build(f"{FACTORIES}:Plain")
+    for answer in model.train()(images()):
+        model.zero_grad()
+        answer.square().sum().backward(retain_graph=True)
+        gradient = model.network.stem.weight.grad
+        assert gradient is not None
+        assert gradient.abs().sum() > 0
+
+
+def test_gradient_of_the_embedding_is_that_of_the_bare_modules() -> None:
+    model = build(f"{FACTORIES}:Plain")
+    stem: Any = model.network.stem
+    model(images())[1].square().sum().backward()
+    (expected,) = torch.autograd.grad(stem(images()).mean((2, 3)).square().sum(), [stem.weight])
+    torch.testing.assert_close(stem.weight.grad, expected)
+
+
+def test_no_activation_outlives_its_forward() -> None:
+    model = build("timm/test_resnet")
+    _, embedding_BD = model(images())
+    alive = weakref.ref(embedding_BD)
+    del embedding_BD, _
+    gc.collect()
+    assert alive() is None
+
+
+def test_a_failing_forward_leaves_the_next_one_right() -> None:
+    model = build(f"{FACTORIES}:Plain")
+    expected = model(images())[1]
+    with pytest.raises(RuntimeError):
+        model(torch.zeros(1, 1, 8, 8))
+    torch.testing.assert_close(model(images())[1], expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_answers_with_its_own_weights(duplicate: Any) -> None:
+    model = build(f"{FACTORIES}:Plain")
+    twin = duplicate(model)
+    with torch.no_grad():
+        twin.network.stem.weight.zero_()
+        twin.network.stem.bias.fill_(2.0)
+        before = model(images())
+        after = twin(images())
+    assert torch.equal(after[1], torch.full((3, 5), 2.0))
+    assert not torch.allclose(before[1], after[1])
+    torch.testing.assert_close(twin.head(after[1]), after[0])
+
+
+def test_threads_that_share_a_model_get_their_own_embeddings() -> None:
+    model = build("timm/test_resnet")
+    batches = [images(rows=2) * scale for scale in range(1, 17)]
+    with torch.no_grad():
+        expected = [model(batch)[1] for batch in batches]
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda batch: model(batch)[1].detach(), batches))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_autocast_gives_the_embedding_that_made_the_logits() -> None:
+    model = build("timm/test_resnet")
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        logits_BK, embedding_BD = model(images())
+        assert model.head is not None
+        torch.testing.assert_close(model.head(embedding_BD), logits_BK, rtol=0, atol=0)
+    assert logits_BK.dtype == torch.bfloat16
+
+
+def test_state_dict_of_the_network_has_the_librarys_names() -> None:
+    assert "stem.weight" in build(f"{FACTORIES}:Plain").network.state_dict()
+    assert "layer1.0.conv1.weight" in build("timm/resnet18").network.state_dict()
+
+
+def test_googlenet_trains_without_heads_that_no_loss_reads() -> None:
+    model = build("torchvision/googlenet").train()
+    logits_BK, embedding_BD = model(images())
+    (logits_BK.sum() + embedding_BD.sum()).backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []

@@ -1,0 +1,53 @@
+"""Tars for tests, written by the standard library, and the real webdataset reader to compare with."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from schemas.config import DataConfig
+
+DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
+BLOCK = 512
+
+
+def data_config(**keys: Any) -> DataConfig:
+    return DataConfig.model_validate(keys)
+
+
+def make_tar(members: Iterable[tuple[str, bytes]], *, form: int = tarfile.PAX_FORMAT) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=form) as archive:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def webdataset_samples(path: Path) -> list[dict[str, Any]]:
+    """What the library itself makes of a tar."""
+    with path.open("rb") as stream:
+        return list(group_by_keys(tar_file_expander([{"url": str(path), "stream": stream}])))
+
+
+def image_bytes(form: str = "PNG", mode: str = "RGB", size: tuple[int, int] = (7, 5), **options: Any) -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def real_shard(name: str) -> Path:
+    path = DATA / name
+    if not path.is_file():
+        pytest.skip(f"needs the real shards in {DATA}")
+    return path

@@ -1,0 +1,212 @@
+from __future__ import annotations
+
+import io
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import ExifTags, Image, ImageOps
+
+from pipeline.shards.decode import BadImageError, decode, image_size
+from pipeline.shards.tar import read_samples
+from tests.pipeline.shards.tars import data_config, image_bytes, real_shard
+
+PLENTY = 1_000_000
+
+
+def oriented(form: str, orientation: int, **options: Any) -> bytes:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    return image_bytes(form, exif=exif, **options)
+
+
+def pillow(data: bytes) -> np.ndarray[Any, Any]:
+    """[3,H,W], the other decoder's pixels."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+        return np.asarray(upright.convert("RGB")).transpose(2, 0, 1)
+
+
+def sixteen_bit(values_HW: np.ndarray[Any, Any]) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(values_HW.astype(np.uint16)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def translucent(form: str, **options: Any) -> bytes:
+    pixels_HWC = np.random.default_rng(1).integers(0, 256, (5, 7, 4), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels_HWC, "RGBA").save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+IMAGES = {
+    "jpeg": image_bytes("JPEG"),
+    "jpeg grayscale": image_bytes("JPEG", "L"),
+    "jpeg cmyk": image_bytes("JPEG", "CMYK"),
+    "jpeg progressive": image_bytes("JPEG", progressive=True),
+    "jpeg 4:4:4": image_bytes("JPEG", subsampling=0),
+    "jpeg on its side": oriented("JPEG", 6),
+    "png": image_bytes(),
+    "png grayscale": image_bytes(mode="L"),
+    "png grayscale and alpha": image_bytes(mode="LA"),
+    "png palette": image_bytes(mode="P"),
+    "png palette, one entry transparent": image_bytes(mode="P", transparency=3),
+    "png palette, every entry with its alpha": image_bytes(mode="P", transparency=bytes(range(256))),
+    "png one bit": image_bytes(mode="1"),
+    "png on its side": oriented("PNG", 8),
+    "webp": image_bytes("WEBP"),
+    "webp lossless": image_bytes("WEBP", lossless=True),
+    "webp on its side": oriented("WEBP", 5),
+}
+
+
+@pytest.mark.parametrize("data", IMAGES.values(), ids=IMAGES)
+def test_pixels_and_size_are_those_of_pillow(data: bytes) -> None:
+    expected_CHW = pillow(data)
+    decoded_CHW = decode(data, max_pixels=PLENTY)
+    assert decoded_CHW.dtype == torch.uint8
+    np.testing.assert_array_equal(decoded_CHW.numpy(), expected_CHW)
+    assert image_size(data) == (expected_CHW.shape[2], expected_CHW.shape[1])
+
+
+@pytest.mark.parametrize("name", ["imagenet-samples/sample-00001.tar", "cifar10/val-00000.tar"])
+def test_real_images_decode_as_pillow_decodes_them(name: str) -> None:
+    for sample, _ in zip(read_samples(real_shard(name), data_config(), where=name), range(40), strict=False):
+        np.testing.assert_array_equal(decode(sample.data, max_pixels=PLENTY).numpy(), pillow(sample.data))
+
+
+# Where the corner F of a 2×3 image comes to lie, by CIPA DC-008: (row, column) of the stored top-left pixel.
+CORNERS = {1: (0, 0), 2: (0, 1), 3: (2, 1), 4: (2, 0), 5: (0, 0), 6: (0, 2), 7: (1, 2), 8: (1, 0)}
+
+
+@pytest.mark.parametrize("form", ["PNG", "WEBP"])
+@pytest.mark.parametrize(("orientation", "corner"), CORNERS.items())
+def test_each_orientation_puts_the_first_pixel_in_its_corner(
+    form: str, orientation: int, corner: tuple[int, int]
+) -> None:
+    stored = Image.new("RGB", (2, 3))
+    stored.putpixel((0, 0), (255, 255, 255))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    buffer = io.BytesIO()
+    stored.save(buffer, form, exif=exif, lossless=True)
+    upright_HW = decode(buffer.getvalue(), max_pixels=6)[0]
+    assert tuple(upright_HW.shape) == ((3, 2) if orientation < 5 else (2, 3))
+    assert upright_HW.nonzero().tolist() == [list(corner)]
+
+
+def test_of_sixteen_bits_the_high_byte_is_kept() -> None:
+    values_HW = np.array([[0, 255, 256, 65_535], [32_767, 32_768, 513, 4_660]])
+    expected_HW = [[0, 0, 1, 255], [127, 128, 2, 0x12]]
+    assert decode(sixteen_bit(values_HW), max_pixels=8).tolist() == [expected_HW] * 3
+
+
+@pytest.mark.parametrize(
+    "data", [translucent("PNG"), translucent("WEBP", lossless=True, exact=True)], ids=["png", "webp"]
+)
+def test_alpha_is_dropped_and_the_stored_colour_kept(data: bytes) -> None:
+    stored_HWC = np.random.default_rng(1).integers(0, 256, (5, 7, 4), dtype=np.uint8)
+    np.testing.assert_array_equal(decode(data, max_pixels=PLENTY).numpy(), stored_HWC[..., :3].transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("name", ["jpeg", "jpeg progressive", "jpeg grayscale", "webp", "webp lossless"])
+def test_an_image_cut_anywhere_is_undecodable(name: str) -> None:
+    data = IMAGES[name]
+    for length in range(1, len(data)):
+        with pytest.raises(BadImageError) as caught:
+            decode(data[:length], max_pixels=PLENTY)
+        assert caught.value.status == "undecodable"
+
+
+def test_a_cut_png_is_undecodable_unless_every_pixel_came_before_the_cut() -> None:
+    data = IMAGES["png"]
+    whole_CHW = decode(data, max_pixels=PLENTY)
+    num_whole = 0
+    for length in range(1, len(data)):
+        try:
+            assert torch.equal(decode(data[:length], max_pixels=PLENTY), whole_CHW)
+            num_whole += 1
+        except BadImageError as error:
+            assert error.status == "undecodable"
+    assert num_whole <= len(b"\0\0\0\0IEND\xae\x42\x60\x82")
+
+
+def test_no_bytes_are_empty() -> None:
+    for read in (image_size, lambda data: decode(data, max_pixels=PLENTY)):
+        with pytest.raises(BadImageError) as caught:
+            read(b"")
+        assert caught.value.status == "empty"
+
+
+@pytest.mark.parametrize(
+    "data", [b"x", b"not an image" * 9, image_bytes("GIF"), image_bytes("BMP"), image_bytes("TIFF")]
+)
+def test_other_formats_are_undecodable_whatever_a_decoder_could_do(data: bytes) -> None:
+    for read in (image_size, lambda data: decode(data, max_pixels=PLENTY)):
+        with pytest.raises(BadImageError) as caught:
+            read(data)
+        assert caught.value.status == "undecodable"
+
+
+def test_the_pixel_limit_is_the_last_size_that_decodes() -> None:
+    data = image_bytes(size=(7, 5))
+    assert decode(data, max_pixels=35).shape == (3, 5, 7)
+    with pytest.raises(BadImageError) as caught:
+        decode(data, max_pixels=34)
+    assert caught.value.status == "too_large"
+
+
+def bomb() -> bytes:
+    """A JPEG header of 65,000 × 65,000 pixels over the data of a few."""
+    data = bytearray(image_bytes("JPEG"))
+    frame = data.index(b"\xff\xc0")
+    data[frame + 5 : frame + 9] = (65_000).to_bytes(2, "big") * 2
+    return bytes(data)
+
+
+def test_a_bomb_is_too_large_without_a_warning_and_by_our_limit_alone() -> None:
+    with pytest.raises(BadImageError) as caught:
+        decode(bomb(), max_pixels=64_000_000)
+    assert caught.value.status == "too_large"
+    assert image_size(bomb()) == (65_000, 65_000)
+    assert Image.MAX_IMAGE_PIXELS is not None
+
+
+def test_broken_metadata_neither_warns_nor_costs_the_image() -> None:
+    data = IMAGES["jpeg"]
+    segment = b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01"
+    broken = data[:2] + b"\xff\xe1" + (len(segment) + 2).to_bytes(2, "big") + segment + data[2:]
+    np.testing.assert_array_equal(decode(broken, max_pixels=PLENTY).numpy(), pillow(data))
+
+
+@settings(max_examples=150, deadline=None)
+@given(name=st.sampled_from(sorted(IMAGES)), data=st.data())
+def test_damaged_bytes_decode_to_their_headers_size_or_are_refused(name: str, data: st.DataObject) -> None:
+    damaged = bytearray(IMAGES[name])
+    for place in data.draw(st.lists(st.integers(0, len(damaged) - 1), min_size=1, max_size=4)):
+        damaged[place] = data.draw(st.integers(0, 255))
+    try:
+        _, height, width = decode(bytes(damaged), max_pixels=PLENTY).shape
+    except BadImageError:
+        return
+    assert image_size(bytes(damaged)) == (width, height)
+
+
+def test_threads_decode_what_one_thread_decodes() -> None:
+    many = [*IMAGES.values(), IMAGES["jpeg"][:-9], b""] * 8
+
+    def outcome(data: bytes) -> object:
+        try:
+            return decode(data, max_pixels=PLENTY).tolist()
+        except BadImageError as error:
+            return error.status
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(outcome, many)) == [outcome(data) for data in many]

@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import xxhash
+from PIL import Image
+
+from pipeline.errors import CacheError, ShardError
+from pipeline.shards import index as index_module
+from pipeline.shards.index import (
+    NO_LABEL,
+    STATUSES,
+    ShardIndex,
+    check_samples,
+    decode_index,
+    encode_index,
+    index_settings,
+    index_shard,
+)
+from pipeline.shards.tar import ShardReader
+from schemas.cache import INDEX_SCHEMA
+from tests.pipeline.shards.tars import data_config, image_bytes, make_tar, real_shard, webdataset_samples
+
+WHOLE = image_bytes("JPEG", size=(40, 30))
+MEMBERS = [
+    ("a.jpg", WHOLE),
+    ("a.cls", b"1"),
+    ("broken.jpg", WHOLE[:-20]),
+    ("broken.cls", b"2"),
+    ("large.jpg", image_bytes("JPEG", size=(50, 41))),
+    ("nothing.jpg", b""),
+    ("words.txt", b"hello"),
+    ("b.png", image_bytes(size=(3, 9))),
+    ("a.jpg", WHOLE),
+]
+CONFIG = data_config(num_classes=3, max_pixels=2000)
+EXPECTED = ["ok", "undecodable", "too_large", "empty", "no_image", "ok", "duplicate_key"]
+
+
+@pytest.fixture
+def shard(tmp_path: Path) -> Path:
+    path = tmp_path / "x.tar"
+    path.write_bytes(make_tar(MEMBERS))
+    return path
+
+
+@pytest.fixture
+def index(shard: Path) -> ShardIndex:
+    return index_shard(shard, CONFIG, where="s3://bucket/x.tar")
+
+
+def same(left: ShardIndex, right: ShardIndex) -> bool:
+    return encode_index(left, {}) == encode_index(right, {})
+
+
+def test_every_sample_has_a_row_with_its_final_status(index: ShardIndex) -> None:
+    assert [STATUSES[code] for code in index.status] == EXPECTED
+    assert index.label.tolist() == [1, 2, NO_LABEL, NO_LABEL, NO_LABEL, NO_LABEL, NO_LABEL]
+    assert list(zip(index.width.tolist(), index.height.tolist(), strict=True)) == [
+        (40, 30), (0, 0), (0, 0), (0, 0), (0, 0), (3, 9), (0, 0)
+    ]  # fmt: skip
+    assert index.ok.tolist() == [0, 5]
+    assert index.num_ok == 2
+    assert index.sample_ids(index.ok) == ["x/a", "x/b"]
+
+
+def test_byte_ranges_and_hashes_are_those_of_the_encoded_images(shard: Path, index: ShardIndex) -> None:
+    images = [WHOLE, WHOLE[:-20], MEMBERS[4][1], b"", b"", MEMBERS[7][1], WHOLE]
+    with ShardReader(shard, where="x") as reader:
+        ranges = zip(index.offset.tolist(), index.size.tolist(), strict=True)
+        assert [reader.read(offset, size) for offset, size in ranges] == images
+    assert index.content_hash.tolist() == [xxhash.xxh3_64(image).intdigest() for image in images]
+
+
+@pytest.mark.parametrize("name", ["cifar10/val-00001.tar", "imagenet-samples/sample-00003.tar"])
+def test_a_real_shard_indexes_to_what_webdataset_and_pillow_read(name: str) -> None:
+    path = real_shard(name)
+    index = index_shard(path, data_config(num_classes=1000), where=name, threads=2)
+    samples = webdataset_samples(path)
+    assert index.num_ok == len(index) == len(samples)
+    assert index.keys.to_pylist() == [sample["__key__"] for sample in samples]
+    assert index.label.tolist() == [int(sample["cls"]) for sample in samples]
+    sizes = [Image.open(io.BytesIO(sample["jpg"])).size for sample in samples]
+    assert list(zip(index.width.tolist(), index.height.tolist(), strict=True)) == sizes
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+def test_the_same_tar_gives_the_same_bytes_for_any_number_of_threads(
+    shard: Path, index: ShardIndex, threads: int
+) -> None:
+    again = index_shard(shard, CONFIG, where="file:///elsewhere/x.tar", threads=threads)
+    settings = index_settings(CONFIG)
+    assert encode_index(again, settings) == encode_index(index, settings)
+
+
+def test_an_index_survives_its_bytes(index: ShardIndex) -> None:
+    back = decode_index(encode_index(index, index_settings(CONFIG)), where="x", settings=index_settings(CONFIG))
+    for name in ("row", "status", "label", "offset", "size", "width", "height", "content_hash"):
+        ours, theirs = getattr(index, name), getattr(back, name)
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(ours, theirs)
+    assert back.keys.equals(index.keys)
+    assert back.shard_id == "x"
+
+
+def test_an_index_is_parquet_that_others_read(index: ShardIndex) -> None:
+    table = pq.read_table(io.BytesIO(encode_index(index, {})))
+    assert table.schema.equals(INDEX_SCHEMA)
+    assert table["status"].to_pylist() == EXPECTED
+    assert table["label"].to_pylist() == [1, 2, None, None, None, None, None]
+    assert table["row"].to_pylist() == list(range(7))
+
+
+def test_a_flipped_byte_never_gives_other_columns(index: ShardIndex) -> None:
+    data = encode_index(index, index_settings(CONFIG))
+    footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    found = 0
+    for place in range(footer):
+        damaged = bytearray(data)
+        damaged[place] ^= 0x10
+        try:
+            assert same(decode_index(bytes(damaged), where="x"), index), place
+        except CacheError:
+            found += 1
+    assert found > footer // 2
+
+
+@pytest.mark.parametrize("cut", [0, 1, 100, -1, -8, -500])
+def test_an_index_cut_short_is_damaged(index: ShardIndex, cut: int) -> None:
+    with pytest.raises(CacheError, match="damaged"):
+        decode_index(encode_index(index, {})[:cut], where="x")
+
+
+def rewritten(index: ShardIndex, change: dict[str, pa.Array]) -> bytes:
+    table = pq.read_table(io.BytesIO(encode_index(index, {})))
+    for name, column in change.items():
+        table = table.set_column(
+            table.schema.get_field_index(name), pa.field(name, column.type, name == "label"), column
+        )
+    sink = io.BytesIO()
+    pq.write_table(table, sink)
+    return sink.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"row": pa.array([0, 1, 2, 3, 4, 6, 5], pa.int32())}, "in order"),
+        ({"status": pa.array(["ok"] * 6 + ["fine"])}, "unknown status fine"),
+        ({"size": pa.array([1] * 7, pa.int64())}, "other types"),
+        ({"key": pa.array(["a"] * 7, pa.large_string())}, "other types"),
+    ],
+)
+def test_columns_that_break_the_schema_are_refused(index: ShardIndex, change: dict[str, pa.Array], reason: str) -> None:
+    with pytest.raises(CacheError, match=reason):
+        decode_index(rewritten(index, change), where="x")
+
+
+def test_parquet_that_is_no_index_is_refused() -> None:
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"a": [1]}), sink)
+    with pytest.raises(CacheError, match="damaged"):
+        decode_index(sink.getvalue(), where="x")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "difference"),
+    [
+        ("image", "png", "image"),
+        ("label", None, "label: cls -> None"),
+        ("num_classes", 4, "num_classes: 3 -> 4"),
+        ("max_pixels", 9, "max_pixels: 2000 -> 9"),
+    ],
+)
+def test_an_index_of_other_settings_is_refused_with_the_difference(
+    index: ShardIndex, key: str, value: Any, difference: str
+) -> None:
+    data = encode_index(index, index_settings(CONFIG))
+    other = index_settings(CONFIG.model_copy(update={key: value}))
+    with pytest.raises(CacheError, match=difference):
+        decode_index(data, where="x", settings=other)
+
+
+def test_settings_that_do_not_decide_content_do_not_change_the_index() -> None:
+    assert index_settings(CONFIG) == index_settings(
+        CONFIG.model_copy(update={"bad_samples": "skip", "shards": "x.tar"})
+    )
+
+
+def test_bad_samples_fail_with_counts_reasons_and_first_keys(index: ShardIndex) -> None:
+    with pytest.raises(ShardError) as caught:
+        check_samples(index, CONFIG, where="s3://bucket/x.tar")
+    message = str(caught.value)
+    assert "5 of 7 samples" in message
+    assert "1 duplicate_key, 1 empty, 1 no_image, 1 too_large, 1 undecodable" in message
+    assert "first broken (undecodable), large (too_large)" in message
+    assert "s3://bucket/x.tar" in message
+
+
+def test_bad_samples_pass_when_they_may_be_skipped(index: ShardIndex) -> None:
+    check_samples(index, CONFIG.model_copy(update={"bad_samples": "skip"}), where="x")
+
+
+def test_whole_samples_pass_when_bad_ones_fail(shard: Path) -> None:
+    shard.write_bytes(make_tar([("a.jpg", WHOLE), ("b.jpg", WHOLE)]))
+    check_samples(index_shard(shard, CONFIG, where="x.tar"), CONFIG, where="x.tar")
+
+
+def test_decoding_runs_only_so_far_ahead() -> None:
+    taken: list[int] = []
+
+    def items() -> Iterator[int]:
+        for number in range(50):
+            taken.append(number)
+            yield number
+
+    lock = threading.Lock()
+    with ThreadPoolExecutor(3) as pool, lock:
+        results = index_module._in_order(pool, lambda number: number * 2, items(), ahead=6)
+        for number, (item, doubled) in enumerate(results):
+            assert (item, doubled) == (number, 2 * number)
+            assert len(taken) <= number + 7
+    assert len(taken) == 50

@@ -1,0 +1,311 @@
+from __future__ import annotations
+
+import gzip
+import io
+import re
+import string
+import tarfile
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipeline.errors import ShardError
+from pipeline.shards.tar import Sample, ShardReader, read_samples
+from tests.pipeline.shards.tars import BLOCK, data_config, make_tar, real_shard, webdataset_samples
+
+LAWS = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+END_OF_ARCHIVE = b"\0" * (2 * BLOCK)
+
+PAIR = [("a.jpg", b"A" * 700), ("a.cls", b"3"), ("b.jpg", b"B"), ("b.cls", b"4\n")]
+
+
+def samples_of(path: Path, content: bytes, **keys: Any) -> list[Sample]:
+    path.write_bytes(content)
+    return list(read_samples(path, data_config(**keys), where="s3://bucket/x.tar"))
+
+
+@pytest.fixture
+def shard(tmp_path: Path) -> Path:
+    return tmp_path / "x.tar"
+
+
+@pytest.mark.parametrize(
+    "name", ["cifar10/train-00003.tar", "cifar10/val-00001.tar", "imagenet-samples/sample-00002.tar"]
+)
+def test_real_shards_read_as_webdataset_reads_them(name: str) -> None:
+    path = real_shard(name)
+    ours = [(s.key, s.label, s.data) for s in read_samples(path, data_config(num_classes=1000), where=name)]
+    theirs = [(s["__key__"], int(s["cls"]), s["jpg"]) for s in webdataset_samples(path)]
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("name", ["cifar10/val-00000.tar", "imagenet-samples/sample-00001.tar"])
+def test_byte_ranges_of_real_shards_give_the_same_bytes(name: str) -> None:
+    path = real_shard(name)
+    samples = list(read_samples(path, data_config(), where=name))
+    with ShardReader(path, where=name) as reader, ThreadPoolExecutor(4) as pool:
+        ranges = pool.map(lambda sample: reader.read(sample.offset, sample.size), samples)
+        assert list(ranges) == [sample.data for sample in samples]
+
+
+def test_samples_carry_label_status_and_byte_range(shard: Path) -> None:
+    first, second = samples_of(shard, make_tar(PAIR))
+    assert (first.row, first.key, first.status, first.label, first.data) == (0, "a", "ok", 3, b"A" * 700)
+    assert (second.row, second.key, second.status, second.label, second.size) == (1, "b", "ok", 4, 1)
+    assert shard.read_bytes()[first.offset : first.offset + first.size] == first.data
+
+
+NAMES = st.text(st.sampled_from("ab.B_/é \n"), min_size=1, max_size=9) | st.sampled_from(
+    [
+        "__meta__/a.jpg",
+        "__x__",
+        "__x__.jpg",
+        "d/__x__/a.jpg",
+        "d/.hidden",
+        "._a.jpg",
+        "a.tar.gz",
+        "x" * 150 + "/a.jpg",
+        "a.",
+    ]
+)
+TARS = st.lists(st.tuples(NAMES, st.binary(max_size=40)), max_size=8)
+FORMATS = st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+
+
+def expected_groups(path: Path) -> list[tuple[str, dict[str, bytes]]] | None:
+    try:
+        samples = webdataset_samples(path)
+    except ValueError:
+        return None
+    return [(s["__key__"], {k: v for k, v in s.items() if not k.startswith("__")}) for s in samples]
+
+
+@LAWS
+@given(members=TARS, form=FORMATS)
+def test_keys_and_images_are_webdatasets_whatever_the_names(
+    shard: Path, members: list[tuple[str, bytes]], form: int
+) -> None:
+    shard.write_bytes(make_tar(members, form=form))
+    groups = expected_groups(shard)
+    if not groups:
+        return  # no sample, or a repeated member: the tests below say what happens then
+    extensions = sorted({extension for _, found in groups for extension in found})
+    config = data_config(image=";".join(extensions), label=None)
+    ours = list(read_samples(shard, config, where="x"))
+    assert [sample.key for sample in ours] == [key for key, _ in groups]
+    listed = [name for name in extensions if name.strip() == name and name]
+    for sample, (_, found) in zip(ours, groups, strict=True):
+        best = next((found[name] for name in listed if name in found), b"")
+        assert sample.data == best
+
+
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_long_names_are_read_whole(shard: Path, form: int) -> None:
+    key = "/".join(["folder" * 20] * 5) + "/kéy"
+    (sample,) = samples_of(shard, make_tar([(f"{key}.jpg", b"x")], form=form))
+    assert sample.key == key
+
+
+def test_a_key_that_comes_again_is_a_duplicate_and_the_first_stays(shard: Path) -> None:
+    content = make_tar([("a.jpg", b"1"), ("b.jpg", b"2"), ("a.jpg", b"3")])
+    assert [(s.key, s.status) for s in samples_of(shard, content)] == [("a", "ok"), ("b", "ok"), ("a", "duplicate_key")]
+
+
+def test_an_extension_repeated_inside_a_sample_is_a_duplicate(shard: Path) -> None:
+    (sample,) = samples_of(shard, make_tar([("a.jpg", b"1"), ("a.JPG", b"2")]))
+    assert sample.status == "duplicate_key"
+
+
+def test_samples_without_image_bytes_say_which_kind(shard: Path) -> None:
+    content = make_tar([("a.jpg", b""), ("a.cls", b"1"), ("b.cls", b"1"), ("c.txt", b"words")])
+    assert [s.status for s in samples_of(shard, content)] == ["empty", "no_image", "no_image"]
+
+
+def test_the_first_listed_image_extension_wins_wherever_it_stands(shard: Path) -> None:
+    content = make_tar([("a.png", b"png"), ("a.jpg", b"jpg"), ("b.jpg", b"jpg"), ("b.png", b"png")])
+    assert [s.data for s in samples_of(shard, content, image="png; JPG")] == [b"png", b"png"]
+
+
+def test_an_image_longer_than_its_pixels_could_be_is_not_read(shard: Path) -> None:
+    limit = 8 * 10 + (1 << 20)
+    content = make_tar([("a.jpg", b"x" * limit), ("b.jpg", b"x" * (limit + 1))])
+    whole, bomb = samples_of(shard, content, max_pixels=10)
+    assert (whole.status, bomb.status, bomb.data, bomb.size) == ("ok", "too_large", b"", 0)
+
+
+def test_members_that_are_not_files_are_passed_over(shard: Path) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, kind in (("d.jpg", tarfile.DIRTYPE), ("l.jpg", tarfile.SYMTYPE), ("h.jpg", tarfile.LNKTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "a.jpg"
+            archive.addfile(info)
+    link_block = buffer.getvalue()[: 3 * BLOCK]
+    (sample,) = samples_of(shard, link_block + make_tar([("a.jpg", b"x")]))
+    assert sample.key == "a"
+
+
+def test_no_label_is_none_and_a_null_label_reads_none(shard: Path) -> None:
+    content = make_tar([("a.jpg", b"1"), ("b.jpg", b"2"), ("b.cls", b"not a number")])
+    assert [s.label for s in samples_of(shard, content, label=None)] == [None, None]
+    assert [s.label for s in samples_of(shard, content, label="other")] == [None, None]
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"x", b"1.0", b"-1", b"10", b"1_0", b"\xd9\xa3", b"\xff", b"1" * 70, b"+3", b"3 4"]
+)
+def test_a_label_that_is_no_class_names_shard_and_key(shard: Path, text: bytes) -> None:
+    content = make_tar([("a.jpg", b"1"), ("a.cls", b"9"), ("bad.jpg", b"2"), ("bad.cls", text)])
+    with pytest.raises(ShardError, match=r"'bad'[^$]*s3://bucket/x.tar.*after 1 samples"):
+        samples_of(shard, content, num_classes=10, bad_samples="skip")
+
+
+def test_every_label_below_num_classes_is_read(shard: Path) -> None:
+    content = make_tar([(f"{k}.cls", f" {k}\n".encode()) for k in range(10)])
+    assert [s.label for s in samples_of(shard, content, num_classes=10)] == list(range(10))
+
+
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_a_tar_cut_anywhere_is_refused_or_lost_nothing(shard: Path, form: int) -> None:
+    members = [("n" * 120 + "/a.jpg", b"A" * 700), ("n" * 120 + "/a.cls", b"3"), ("b.jpg", b"B" * BLOCK)]
+    content = make_tar(members, form=form)
+    end = len(content.rstrip(b"\0"))
+    end += -end % BLOCK + len(END_OF_ARCHIVE)
+    whole = samples_of(shard, content)
+    assert samples_of(shard, content[:end]) == whole
+    for cut in range(0, end, 7):
+        with pytest.raises(ShardError):
+            samples_of(shard, content[:cut])
+
+
+def test_a_cut_says_where_and_how_many_samples_came_before(shard: Path) -> None:
+    content = make_tar(PAIR)
+    # Headers and data: a.jpg 0 and 512 to 1536, a.cls 1536 and 2048, b.jpg 2560 and 3072.
+    with pytest.raises(ShardError, match=r"s3://bucket/x\.tar, byte 2560, after 0 samples"):
+        samples_of(shard, content[:3073])
+    with pytest.raises(ShardError, match=r"byte 3584, after 1 samples"):
+        samples_of(shard, content[:4100])
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 10240, b"\0" * 100, b"x" * 2000, gzip.compress(make_tar(PAIR))])
+def test_files_without_samples_are_refused(shard: Path, content: bytes) -> None:
+    with pytest.raises(ShardError, match=r"after 0 samples"):
+        samples_of(shard, content)
+
+
+def test_a_tar_of_metadata_alone_is_refused(shard: Path) -> None:
+    with pytest.raises(ShardError, match="holds no samples"):
+        samples_of(shard, make_tar([("__index__/a.json", b"{}"), ("README", b"hello")]))
+
+
+@pytest.mark.parametrize("start", [1536, 2560])
+def test_a_header_wiped_to_zeros_is_refused(shard: Path, start: int) -> None:
+    content = bytearray(make_tar(PAIR))
+    content[start : start + BLOCK] = bytes(BLOCK)
+    with pytest.raises(ShardError, match="garbled"):
+        samples_of(shard, bytes(content))
+
+
+def test_a_hole_of_zeros_over_several_members_is_refused(shard: Path) -> None:
+    content = bytearray(make_tar(PAIR))
+    content[1536:3072] = bytes(1536)
+    with pytest.raises(ShardError, match="bytes follow the end"):
+        samples_of(shard, bytes(content))
+
+
+def test_two_tars_in_one_file_are_refused(shard: Path) -> None:
+    with pytest.raises(ShardError, match="byte 10240, after 1 samples"):
+        samples_of(shard, make_tar(PAIR) + make_tar([("c.jpg", b"C")]))
+
+
+@LAWS
+@given(header=st.sampled_from([0, 1536, 2560, 3584]), place=st.integers(0, BLOCK - 1), bit=st.integers(0, 7))
+def test_a_flipped_bit_in_a_header_is_refused_or_changes_nothing(
+    shard: Path, header: int, place: int, bit: int
+) -> None:
+    content = bytearray(make_tar(PAIR))
+    whole = samples_of(shard, bytes(content))
+    content[header + place] ^= 1 << bit
+    try:
+        assert samples_of(shard, bytes(content)) == whole
+    except ShardError as error:
+        assert f"byte {header}," in str(error)
+
+
+@LAWS
+@given(data=st.data())
+def test_random_damage_never_escapes_as_another_error(shard: Path, data: st.DataObject) -> None:
+    content = bytearray(make_tar([("é" * 80 + ".jpg", b"A" * 30), ("b.jpg", b"B"), ("b.cls", b"1")]))
+    for place in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=6)):
+        content[place] = data.draw(st.integers(0, 255))
+    try:
+        samples_of(shard, bytes(content))
+    except ShardError:
+        return
+
+
+def with_checksum(header: bytearray) -> bytes:
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+def test_a_negative_member_size_cannot_loop_for_ever(shard: Path) -> None:
+    content = bytearray(make_tar(PAIR))
+    header = content[1536 : 1536 + BLOCK]
+    header[124:136] = b"\xff" * 10 + b"\xf8\x00"  # base 256, two's complement: -2048
+    content[1536 : 1536 + BLOCK] = with_checksum(header)
+    with pytest.raises(ShardError, match="garbled"):
+        samples_of(shard, bytes(content))
+
+
+def test_a_sparse_member_is_refused(shard: Path) -> None:
+    header = bytearray(make_tar([("a.jpg", b"")], form=tarfile.GNU_FORMAT)[:BLOCK])
+    header[156:157] = tarfile.GNUTYPE_SPARSE
+    header[483:495] = b"%011o\0" % 512
+    with pytest.raises(ShardError, match="sparse"):
+        samples_of(shard, with_checksum(header) + END_OF_ARCHIVE)
+
+
+def test_a_name_that_is_not_utf8_is_refused(shard: Path) -> None:
+    header = bytearray(make_tar([("a.jpg", b"")])[:BLOCK])
+    header[0:1] = b"\xff"
+    with pytest.raises(ShardError, match="not UTF-8"):
+        samples_of(shard, with_checksum(header) + END_OF_ARCHIVE)
+
+
+def test_reading_past_the_end_of_a_shard_is_an_error(shard: Path) -> None:
+    shard.write_bytes(b"0123456789")
+    with ShardReader(shard, where="s3://bucket/x.tar") as reader:
+        assert reader.read(2, 3) == b"234"
+        with pytest.raises(ShardError, match=r"s3://bucket/x\.tar, byte 8"):
+            reader.read(8, 3)
+
+
+def peak_of_reading(path: Path, num_samples: int) -> int:
+    names = (f"{a}{b}{c}" for a in string.ascii_letters for b in string.ascii_letters for c in string.ascii_letters)
+    path.write_bytes(make_tar([(f"{name}.jpg", b"x") for name, _ in zip(names, range(num_samples), strict=False)]))
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in read_samples(path, data_config(), where="x")) == num_samples
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_memory_holds_the_keys_and_not_the_members(shard: Path) -> None:
+    few, many = peak_of_reading(shard, 200), peak_of_reading(shard, 4200)
+    # A TarInfo is about 1,500 bytes; a short key in a set is under 150.
+    assert (many - few) / 4000 < 200
+
+
+def test_messages_keep_credentials_of_the_url_out(shard: Path) -> None:
+    shard.write_bytes(b"")
+    with pytest.raises(ShardError) as caught:
+        list(read_samples(shard, data_config(), where="s3://key:secret@bucket/x.tar?token=abc"))
+    assert not re.search("secret|token", str(caught.value))

@@ -1,0 +1,107 @@
+"""Cross-entropy against a float64 loop over rows and classes."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pipeline.student.losses import ce
+
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def draw(seed: int, num_rows: int, num_classes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Logits, labels with some missing, partners' labels with some missing, lambdas."""
+    generator = torch.Generator().manual_seed(seed)
+    logits_BK = 3 * torch.randn(num_rows, num_classes, generator=generator)
+    labels_B, mixed_B = torch.randint(-1, num_classes, (2, num_rows), generator=generator)
+    return logits_BK, labels_B, mixed_B, 0.5 + torch.rand(num_rows, generator=generator) / 2
+
+
+def softmax(row: np.ndarray) -> np.ndarray:
+    weights = np.exp(row - row.max())
+    return weights / weights.sum()
+
+
+def targets(labels: list[int], mixed: list[int], lambdas: list[float], num_classes: int, smoothing: float):
+    """float64 target distribution of each row; None for a row that has no label."""
+    for label, other, share in zip(labels, mixed, lambdas, strict=True):
+        if label < 0 or other < 0:
+            yield None
+            continue
+        target = np.full(num_classes, smoothing / num_classes)
+        target[label] += (1 - smoothing) * share
+        target[other] += (1 - smoothing) * (1 - share)
+        yield target
+
+
+def oracle(logits_BK: Tensor, rows: list[np.ndarray | None]) -> tuple[float, np.ndarray]:
+    """Value and gradient ``(softmax - target) / labelled rows``."""
+    num = max(sum(target is not None for target in rows), 1)
+    value, gradient_BK = 0.0, np.zeros(tuple(logits_BK.shape))
+    for i, (logits, target) in enumerate(zip(logits_BK.double().numpy(), rows, strict=True)):
+        if target is not None:
+            probs = softmax(logits)
+            value -= float((target * np.log(probs)).sum()) / num
+            gradient_BK[i] = (probs - target) / num
+    return value, gradient_BK
+
+
+@given(
+    seed=SEEDS, num_rows=st.integers(1, 6), num_classes=st.integers(2, 5), smoothing=st.sampled_from([0.0, 0.1, 0.7])
+)
+def test_ce_equals_a_float64_loop_over_the_labelled_rows(
+    seed: int, num_rows: int, num_classes: int, smoothing: float
+) -> None:
+    logits_BK, labels_B, _, _ = draw(seed, num_rows, num_classes)
+    rows = list(targets(labels_B.tolist(), labels_B.tolist(), [1.0] * num_rows, num_classes, smoothing))
+    value, gradient_BK = oracle(logits_BK, rows)
+    logits_BK.requires_grad_()
+    loss = ce(logits_BK, labels_B, label_smoothing=smoothing)
+    loss.backward()
+    assert loss.item() == pytest.approx(value, abs=2e-6, rel=1e-5)
+    np.testing.assert_allclose(logits_BK.grad, gradient_BK, atol=1e-6)
+
+
+@given(seed=SEEDS, num_rows=st.integers(1, 6), num_classes=st.integers(2, 5), smoothing=st.sampled_from([0.0, 0.1]))
+def test_mixed_ce_equals_a_float64_loop_over_rows_with_both_labels(
+    seed: int, num_rows: int, num_classes: int, smoothing: float
+) -> None:
+    logits_BK, labels_B, mixed_B, lambda_B = draw(seed, num_rows, num_classes)
+    rows = list(targets(labels_B.tolist(), mixed_B.tolist(), lambda_B.tolist(), num_classes, smoothing))
+    value, gradient_BK = oracle(logits_BK, rows)
+    logits_BK.requires_grad_()
+    loss = ce(logits_BK, labels_B, label_smoothing=smoothing, mixed_labels_B=mixed_B, lambda_B=lambda_B)
+    loss.backward()
+    assert loss.item() == pytest.approx(value, abs=2e-6, rel=1e-5)
+    np.testing.assert_allclose(logits_BK.grad, gradient_BK, atol=1e-6)
+
+
+def test_ce_of_equal_logits_is_the_log_of_the_number_of_classes() -> None:
+    assert ce(torch.zeros(3, 7), torch.tensor([0, 3, 6])).item() == pytest.approx(math.log(7))
+
+
+def test_ce_equals_torch_cross_entropy_with_smoothing() -> None:
+    logits_BK = torch.randn(16, 10, generator=torch.Generator().manual_seed(0))
+    labels_B = torch.arange(16) % 10
+    theirs = torch.nn.functional.cross_entropy(logits_BK, labels_B, label_smoothing=0.1)
+    torch.testing.assert_close(ce(logits_BK, labels_B, label_smoothing=0.1), theirs)
+
+
+def test_ce_of_a_batch_without_labels_is_zero_with_zero_gradient() -> None:
+    logits_BK = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    loss = ce(logits_BK, torch.full((4,), -1))
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.equal(logits_BK.grad, torch.zeros(4, 3))
+
+
+def test_ce_refuses_partners_without_lambdas() -> None:
+    with pytest.raises(AssertionError, match="come together"):
+        ce(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), mixed_labels_B=torch.zeros(2, dtype=torch.int64))

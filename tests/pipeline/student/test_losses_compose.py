@@ -1,0 +1,228 @@
+"""The composition: which term weighs how much when, and that ranks together learn what one process would."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pipeline.errors import ConfigError, TrainingError
+from pipeline.student.losses import LOSSES, BatchShare, CompositeLoss, LossInputs, ce, dist, kd, nd
+from schemas.config import Config
+
+K, D, WIDTH = 5, 4, 3
+KD_PLUS_PLUS = [
+    {"name": "ce", "label_smoothing": 0.1},
+    {"name": "kd", "weight": 2.5, "temperature": 4.0, "warmup_epochs": 4},
+    {"name": "nd", "weight": 0.5},
+]
+
+
+def compose(*sections: dict[str, Any]) -> CompositeLoss:
+    return CompositeLoss(Config.model_validate({"loss": list(sections)}).loss, where="a test")
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """Rows of a global batch for a linear student; rows 2i and 2i+1 are mixed where it is mixed."""
+
+    features_BF: Tensor
+    labels_B: Tensor
+    teacher_BK: Tensor
+    teacher_norm_B: Tensor
+    lambda_B: Tensor | None
+    class_means_KD: Tensor
+
+    @classmethod
+    def draw(cls, seed: int, num_rows: int, *, missing: float, mixed: bool) -> GlobalBatch:
+        generator = torch.Generator().manual_seed(seed)
+        labels_B = torch.randint(K, (num_rows,), generator=generator)
+        labels_B[torch.rand(num_rows, generator=generator) < missing] = -1
+        return cls(
+            torch.randn(num_rows, WIDTH, generator=generator),
+            labels_B,
+            torch.randn(num_rows, K, generator=generator),
+            4 * torch.rand(num_rows, generator=generator),
+            0.5 + torch.rand(num_rows, generator=generator) / 2 if mixed else None,
+            torch.randn(K, D, generator=generator),
+        )
+
+    def inputs(self, rows: slice, weights_FN: Tensor) -> LossInputs:
+        student_BN = self.features_BF[rows] @ weights_FN
+        num_rows = len(student_BN)
+        return LossInputs(
+            student_BK=student_BN[:, :K],
+            student_BD=student_BN[:, K:],
+            labels_B=self.labels_B[rows],
+            teacher_BK=self.teacher_BK[rows],
+            teacher_norm_B=self.teacher_norm_B[rows],
+            class_means_KD=self.class_means_KD,
+            partner_B=None if self.lambda_B is None else torch.arange(num_rows) ^ 1,
+            lambda_B=None if self.lambda_B is None else self.lambda_B[rows],
+        )
+
+
+def gradient(loss: CompositeLoss, batch: GlobalBatch, sizes: Sequence[int]) -> Tensor:
+    """The mean over ranks of the gradient by the student's weights: what DDP hands to the optimiser."""
+    weights_FN = torch.linspace(-1, 1, WIDTH * (K + D)).reshape(WIDTH, K + D).requires_grad_()
+    ends = torch.tensor(sizes).cumsum(0).tolist()
+    ranks = [batch.inputs(slice(end - size, end), weights_FN) for end, size in zip(ends, sizes, strict=True)]
+    num_labelled_global = torch.stack([rank.num_labelled for rank in ranks]).sum()
+    gradients: list[Tensor] = []
+    for rank, size in zip(ranks, sizes, strict=True):
+        share = BatchShare(
+            world_size=len(sizes),
+            num_rows=size,
+            num_rows_global=sum(sizes),
+            num_labelled=rank.num_labelled,
+            num_labelled_global=num_labelled_global,
+        )
+        total, _ = loss(rank, share, epoch=1)
+        gradients.append(torch.autograd.grad(total, weights_FN, retain_graph=True)[0])
+    return torch.stack(gradients).mean(dim=0)
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    pairs=st.lists(st.integers(0, 4), min_size=1, max_size=4).filter(any),
+    missing=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
+    mixed=st.booleans(),
+)
+def test_the_mean_over_ranks_of_any_split_is_the_gradient_of_the_global_batch(
+    seed: int, pairs: list[int], missing: float, mixed: bool
+) -> None:
+    sizes = [2 * num if mixed else num for num in pairs]
+    batch = GlobalBatch.draw(seed, sum(sizes), missing=missing, mixed=mixed)
+    loss = compose(*KD_PLUS_PLUS)
+    torch.testing.assert_close(gradient(loss, batch, sizes), gradient(loss, batch, [sum(sizes)]), rtol=1e-5, atol=1e-5)
+
+
+def alone(inputs: LossInputs) -> BatchShare:
+    num_rows, num_labelled = len(inputs.labels_B), int(inputs.num_labelled)
+    return BatchShare(
+        world_size=1,
+        num_rows=num_rows,
+        num_rows_global=num_rows,
+        num_labelled=num_labelled,
+        num_labelled_global=num_labelled,
+    )
+
+
+def inputs(*, mixed: bool = False, missing: float = 0.0) -> LossInputs:
+    weights_FN = torch.linspace(-1, 1, WIDTH * (K + D)).reshape(WIDTH, K + D)
+    return GlobalBatch.draw(0, 6, missing=missing, mixed=mixed).inputs(slice(None), weights_FN)
+
+
+def test_kd_plus_plus_is_the_weighted_sum_of_its_terms() -> None:
+    batch = inputs()
+    total, values = compose(*KD_PLUS_PLUS)(batch, alone(batch), epoch=1)
+    terms = {
+        "ce": ce(batch.student_BK, batch.labels_B, label_smoothing=0.1),
+        "kd": kd(batch.student_BK, batch.teacher_BK, temperature=4.0),
+        "nd": nd(batch.student_BD, batch.teacher_norm_B, batch.class_means_KD, batch.labels_B),
+    }
+    torch.testing.assert_close(values, terms)
+    # kd's weight 2.5 is a quarter warm in epoch 1 of 4.
+    torch.testing.assert_close(total, terms["ce"] + 2.5 / 4 * terms["kd"] + 0.5 * terms["nd"])
+
+
+def test_every_key_of_dist_reaches_it() -> None:
+    batch = inputs()
+    section = {"name": "dist", "temperature": 2.0, "inter_weight": 0.25, "intra_weight": 3.0}
+    total, _ = compose(section)(batch, alone(batch), epoch=0)
+    wanted = dist(batch.student_BK, batch.teacher_BK, temperature=2.0, inter_weight=0.25, intra_weight=3.0)
+    torch.testing.assert_close(total, wanted)
+
+
+def test_a_mixed_batch_mixes_the_labels_of_partners() -> None:
+    batch = inputs(mixed=True, missing=0.4)
+    _, values = compose({"name": "ce"}, {"name": "nd"})(batch, alone(batch), epoch=0)
+    mixed = {"mixed_labels_B": batch.labels_B[[1, 0, 3, 2, 5, 4]], "lambda_B": batch.lambda_B}
+    torch.testing.assert_close(values["ce"], ce(batch.student_BK, batch.labels_B, **mixed))
+    torch.testing.assert_close(
+        values["nd"], nd(batch.student_BD, batch.teacher_norm_B, batch.class_means_KD, batch.labels_B, **mixed)
+    )
+
+
+def test_a_mixed_row_is_labelled_only_with_its_partner() -> None:
+    batch = LossInputs(
+        student_BK=torch.zeros(4, K),
+        labels_B=torch.tensor([1, -1, 2, 3]),
+        partner_B=torch.tensor([1, 0, 3, 2]),
+        lambda_B=torch.full((4,), 0.75),
+    )
+    assert batch.num_labelled == 2
+
+
+@pytest.mark.parametrize(("epoch", "share"), [(0, 0.0), (1, 0.25), (3, 0.75), (4, 1.0), (9, 1.0)])
+def test_warm_up_rises_from_zero_in_the_first_epoch_and_then_stays(epoch: int, share: float) -> None:
+    batch = inputs()
+    loss = compose({"name": "kd", "weight": 3.0, "warmup_epochs": 4})
+    total, values = loss(batch, alone(batch), epoch=epoch)
+    torch.testing.assert_close(total, 3 * share * values["kd"])
+    assert values["kd"] > 0
+
+
+def test_without_warm_up_the_first_epoch_weighs_in_full() -> None:
+    batch = inputs()
+    total, values = compose({"name": "kd", "weight": 3.0})(batch, alone(batch), epoch=0)
+    torch.testing.assert_close(total, 3 * values["kd"])
+
+
+def test_terms_of_one_name_keep_apart() -> None:
+    batch = inputs()
+    temperatures = [1.0, 4.0, 10.0]
+    sections = [{"name": "kd", "temperature": temperature} for temperature in temperatures]
+    _, values = compose(sections[0], {"name": "ce"}, *sections[1:])(batch, alone(batch), epoch=0)
+    assert list(values) == ["kd", "ce", "kd_2", "kd_3"]
+    for key, temperature in zip(["kd", "kd_2", "kd_3"], temperatures, strict=True):
+        torch.testing.assert_close(values[key], kd(batch.student_BK, batch.teacher_BK, temperature=temperature))
+
+
+def test_values_are_off_the_graph_and_the_total_is_on_it() -> None:
+    batch = inputs()
+    student_BK = batch.student_BK.clone().requires_grad_()
+    batch = LossInputs(student_BK=student_BK, labels_B=batch.labels_B)
+    total, values = compose({"name": "ce"})(batch, alone(batch), epoch=0)
+    assert total.requires_grad
+    assert not values["ce"].requires_grad
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "logits", "embedding"),
+    [("ce", True, False, False), ("kd", False, True, False), ("dist", False, True, False), ("nd", True, False, True)],
+)
+def test_a_loss_says_what_it_needs(name: str, labels: bool, logits: bool, embedding: bool) -> None:
+    loss = compose({"name": name})
+    assert (loss.needs_labels, loss.needs_logits, loss.needs_embedding) == (labels, logits, embedding)
+
+
+def test_a_composition_needs_what_any_of_its_terms_needs() -> None:
+    loss = compose(*KD_PLUS_PLUS)
+    assert (loss.needs_labels, loss.needs_logits, loss.needs_embedding) == (True, True, True)
+
+
+def test_every_registered_loss_can_be_built_from_its_name_alone_and_called() -> None:
+    batch = inputs()
+    for name in LOSSES:
+        total, _ = compose({"name": name})(batch, alone(batch), epoch=0)
+        assert total.isfinite()
+
+
+def test_a_batch_without_what_a_term_needs_is_refused_by_name() -> None:
+    batch = LossInputs(student_BK=torch.zeros(2, K), labels_B=torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(TrainingError, match=r"the loss nd lacks[\s\S]*class_means_KD, student_BD, teacher_norm_B"):
+        compose({"name": "nd"})(batch, alone(batch), epoch=0)
+
+
+def test_an_empty_loss_section_is_refused_with_an_example() -> None:
+    with pytest.raises(ConfigError, match="loss section is missing") as refusal:
+        CompositeLoss((), where="train.yaml")
+    assert refusal.value.where == "train.yaml"
+    assert "name: kd" in str(refusal.value.next_step)
