@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
 import tempfile
 import threading
 import uuid
@@ -180,7 +181,7 @@ def put(local: Path, url: str) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = _scratch_beside(target)
         try:
-            scratch.write_bytes(local.read_bytes())
+            shutil.copyfile(local, scratch)
             _fsync(scratch)
             scratch.replace(target)
         finally:

@@ -33,7 +33,7 @@ class ViewBlock(Record):
 
 
 class Output(Record):
-    """One tensor per row: its name, shape without the batch, the dtype of its stored numbers, and how they are packed."""
+    """One tensor per row: name, shape without the batch, dtype of the stored numbers, and how they are packed."""
 
     name: str
     shape: tuple[int, ...]

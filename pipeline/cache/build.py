@@ -1,11 +1,16 @@
-"""Build one part: a block of views of one shard, from tar bytes to a commit. Any task may be killed, repeated or raced."""
+"""Build one part: a block of views of one shard, from tar bytes to a commit.
+
+Any task may be killed, repeated or raced.
+"""
 
 from __future__ import annotations
 
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -34,6 +39,7 @@ from pipeline.shards.index import (
 )
 from pipeline.shards.names import shard_id
 from pipeline.shards.publish import publish_index
+from pipeline.shards.tar import Sample
 from pipeline.teacher.groups import GroupViews, Rendering, fresh_samples, indexed_samples, read_groups
 from pipeline.teacher.infer import Answers, Teacher, ask_groups, load_teacher
 from pipeline.teacher.prefetch import prefetch
@@ -98,37 +104,50 @@ def prepare(config: Config) -> Header:
     Raises:
         CacheError: the cache was begun by another teacher, plan or encoding.
     """
-    return _builder(config.model_dump_json()).header
+    return _claimed(config).header
+
+
+def _claimed(config: Config) -> _Builder:
+    # Every time, unlike loading: the folder may have been emptied, and another job in this process may have set threads.
+    pin_numerics(config.ray.cpus_per_task)
+    builder = _builder(config.model_dump_json())
+    return replace(builder, header=claim(builder.cache.url, builder.header))
 
 
 @lru_cache(maxsize=1)
 def _builder(config_json: str) -> _Builder:
-    """Once a process, whatever number of parts it builds."""
+    """Once a process, whatever number of parts it builds. The header is the one this builder would write."""
     config = Config.model_validate_json(config_json)
     cache = cache_config(config)
     assert config.data.num_classes is not None
-    pin_numerics(config.ray.cpus_per_task)
     teacher = load_teacher(
         config.teacher,
         num_classes=config.data.num_classes,
         size=config.views.size,
         device=pick_device(config.ray.gpus_per_task > 0),
     )
-    header = claim(cache.url, make_header(teacher, plan=config.views, cache=cache, data=config.data))
-    return _Builder(config, cache, teacher, header)
+    return _Builder(config, cache, teacher, make_header(teacher, plan=config.views, cache=cache, data=config.data))
 
 
 def build_part(task: PartTask) -> Commit:
     """Builds and commits one part. Returns the commit that stands, which may be that of a faster builder.
 
     Raises:
-        ShardError: the shard is damaged or changed, holds a bad sample under ``data.bad_samples: fail``, or one on which
-            the teacher gives NaN or infinity.
+        ShardError: the shard is damaged or changed; or it holds a sample that cannot be used under ``data.bad_samples:
+            fail``, has no label for class means, or makes the teacher answer NaN or infinity.
         CacheError: the cache is another teacher's, or an output does not fit its encoding.
     """
-    builder = _builder(task.config.model_dump_json())
+    builder = _claimed(task.config)
     with tempfile.TemporaryDirectory(prefix="stillroom-") as folder:
         return _PartBuild(builder, task, Path(folder)).run()
+
+
+@dataclass(frozen=True, slots=True)
+class _StoredIndex:
+    """An index and the very bytes that stand in the cache, which another version of Parquet might write differently."""
+
+    index: ShardIndex
+    data: bytes
 
 
 @dataclass
@@ -155,38 +174,47 @@ class _PartBuild:
 
     def run(self) -> Commit:
         local = storage.local_copy(self.task.shard_url, self.scratch / "shard")
-        index = self._known_index()
+        known = self._known_index()
         views = self.rendering.view_numbers
         with PartWriter(self.scratch, views, self.schema, row_size_bytes=sum(self.row_sizes.values())) as writer:
-            if index is None:
-                fresh = IndexBuilder(self.shard_id)
-                self._fill(writer, local, index, fresh)
-                index = fresh.finish()
+            if known is None:
+                known = self._fill_and_index(writer, local)
             else:
-                self._fill(writer, local, index, None)
-            check_samples(index, self.data, where=self.where)
+                self._fill(writer, indexed_samples(local, known.index, where=self.where), None)
             part = writer.close()
-        return self._publish(part, index, shard_size_bytes=local.stat().st_size)
+        return self._publish(part, known, shard_size_bytes=local.stat().st_size)
 
-    def _known_index(self) -> ShardIndex | None:
+    def _known_index(self) -> _StoredIndex | None:
         url = storage.join(self.builder.cache.url, layout.index_path(self.shard_id))
         if not storage.exists(url):
             return None
-        return decode_index(storage.read(url), where=storage.redact(url), settings=index_settings(self.data))
+        data = storage.read(url)
+        index = decode_index(data, where=storage.redact(url), settings=index_settings(self.data))
+        check_samples(index, self.data, where=self.where)
+        return _StoredIndex(index, data)
 
-    def _fill(self, writer: PartWriter, local: Path, index: ShardIndex | None, fresh: IndexBuilder | None) -> None:
-        samples = (
-            fresh_samples(local, self.data, where=self.where)
-            if index is None
-            else indexed_samples(local, index, where=self.where)
-        )
+    def _fill_and_index(self, writer: PartWriter, local: Path) -> _StoredIndex:
+        """The first pass over a shard: its index falls out, and is in place before any part.
+
+        A part alone could not say which rows it answers for.
+        """
+        fresh = IndexBuilder(self.shard_id)
+        self._fill(writer, fresh_samples(local, self.data, where=self.where), fresh)
+        index = fresh.finish()
+        check_samples(index, self.data, where=self.where)
+        data = encode_index(index, index_settings(self.data))
+        publish_index(storage.join(self.builder.cache.url, layout.INDEX), self.shard_id, data)
+        return _StoredIndex(index, data)
+
+    def _fill(self, writer: PartWriter, samples: Iterator[Sample], fresh: IndexBuilder | None) -> None:
         threads = self.builder.config.ray.cpus_per_task
         with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
             groups = read_groups(
                 samples, self.rendering, pool, shard_id=self.shard_id, max_pixels=self.data.max_pixels, builder=fresh
             )
-            for group, answers in ask_groups(prefetch(groups), self.builder.teacher):
-                self._keep(writer, group, answers)
+            with closing(prefetch(groups)) as ahead:
+                for group, answers in ask_groups(ahead, self.builder.teacher):
+                    self._keep(writer, group, answers)
 
     def _keep(self, writer: PartWriter, group: GroupViews, answers: list[Answers]) -> None:
         if self.first_row is None:
@@ -196,12 +224,22 @@ class _PartBuild:
             writer.add(view, self._rows(group, position, view, answers[position]))
             self.statistics.add(group, answers[position])
         if self._holds_means:
+            self._check_labelled(group)
             self.sums.append(sum_rows(answers[0].embedding_ND, group.label_N))
 
     @property
     def _holds_means(self) -> bool:
         kind, block = self.builder.cache.class_means, self.task.block
         return block.is_eval if kind == "eval" else kind == "view0" and block.start == 0
+
+    def _check_labelled(self, group: GroupViews) -> None:
+        unlabelled = np.flatnonzero(group.label_N < 0)
+        if len(unlabelled) and self.data.missing_labels == "refuse":
+            raise ShardError(
+                "class means need a label for every sample",
+                where=f"{self.where}, keys {', '.join(group.samples[row].key for row in unlabelled[:_NUM_NAMED])}",
+                next_step="set data.missing_labels=ignore to average over the others, or cache.class_means=none",
+            )
 
     def _check_finite(self, group: GroupViews, view: int, answers: Answers) -> None:
         bad_N = ~(np.isfinite(answers.logits_NK).all(1) & np.isfinite(answers.embedding_ND).all(1))
@@ -246,12 +284,9 @@ class _PartBuild:
         means = [pixel_mean(pixels[row]) if chosen else None for row, chosen in enumerate(chosen_N)]
         return digests, means
 
-    def _publish(self, part: Path, index: ShardIndex, *, shard_size_bytes: int) -> Commit:
-        url, block = self.builder.cache.url, self.task.block
+    def _publish(self, part: Path, stored: _StoredIndex, *, shard_size_bytes: int) -> Commit:
+        url, block, index = self.builder.cache.url, self.task.block, stored.index
         ranges, footer = view_ranges(part, dict.fromkeys(self.rendering.view_numbers, index.num_ok))
-        # The index is in place before any part: a part alone could not say which rows it answers for.
-        index_bytes = encode_index(index, index_settings(self.data))
-        publish_index(storage.join(url, layout.INDEX), self.shard_id, index_bytes)
         statuses = Counter(STATUSES[code] for code in index.status.tolist())
         commit = Commit(
             fingerprint=self.builder.header.fingerprint,
@@ -260,7 +295,7 @@ class _PartBuild:
             block=block,
             part=publish_file(url, part, layout.part_path(self.shard_id, block)),
             index=FileRef(
-                path=layout.index_path(self.shard_id), sha256=digest(index_bytes), size_bytes=len(index_bytes)
+                path=layout.index_path(self.shard_id), sha256=digest(stored.data), size_bytes=len(stored.data)
             ),
             means=self._publish_means(),
             num_ok=index.num_ok,

@@ -9,12 +9,11 @@ import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from pipeline import storage
 from pipeline.cache import layout
+from pipeline.cache.files import parse_record
 from pipeline.errors import CacheError
-from pipeline.fingerprint import seal, unseal
+from pipeline.fingerprint import seal
 from schemas.manifest import Commit, FileRef, ViewBlock
 
 _READ_THREADS = 16
@@ -49,16 +48,10 @@ def publish_commit(cache_url: str, commit: Commit) -> Commit:
 def read_commit(cache_url: str, path: str) -> Commit:
     """
     Raises:
-        CacheError: the commit was changed after it was written.
+        CacheError: the commit was changed after it was written, or is of another format.
     """
     url = storage.join(cache_url, path)
-    where = storage.redact(url)
-    body = unseal(storage.read(url), where=where)
-    body.pop("digest")
-    try:
-        return Commit.model_validate(body)
-    except ValidationError as error:
-        raise CacheError("this commit is of another format", where=where, got=str(error.errors()[0]["msg"])) from error
+    return parse_record(Commit, storage.read(url), where=storage.redact(url))
 
 
 def read_commits(cache_url: str) -> list[Commit]:

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from pipeline import storage
 from pipeline.cache import layout
 from pipeline.cache.codec import outputs_of
-from pipeline.errors import CacheError
-from pipeline.fingerprint import differences, seal, short, unseal, weights_digest
+from pipeline.cache.files import parse_record
+from pipeline.errors import CacheError, ModelError
+from pipeline.fingerprint import differences, seal, short, weights_digest
 from pipeline.shards.index import index_settings
 from pipeline.teacher.infer import Teacher
 from pipeline.views.params import sample_keys
@@ -54,7 +55,11 @@ def teacher_body(teacher: Teacher, plan: ViewsConfig, cache: CacheConfig) -> dic
 
 
 def make_header(teacher: Teacher, *, plan: ViewsConfig, cache: CacheConfig, data: DataConfig) -> Header:
-    """The header that this config and these weights would write."""
+    """The header that this config and these weights would write.
+
+    Raises:
+        ModelError: the teacher answers the probe images with NaN or infinity.
+    """
     body = teacher_body(teacher, plan, cache)
     module = teacher.module
     return Header(
@@ -79,7 +84,14 @@ def _probe(teacher: Teacher) -> NDArray[np.float32]:
     counters[:, 0] = np.tile(np.arange(num_words, dtype=np.uint64), _NUM_PROBES)
     noise = philox4x64(keys, counters).astype("<u8").view(np.uint8).reshape(_NUM_PROBES, -1)
     pixels = torch.from_numpy(noise[:, : 3 * size * size].reshape(_NUM_PROBES, 3, size, size).copy())
-    return teacher.answer(pixels).logits_NK
+    logits_NK = teacher.answer(pixels).logits_NK
+    if not np.isfinite(logits_NK).all():
+        raise ModelError(
+            "the teacher answers images of plain noise with NaN or infinity",
+            where="teacher",
+            next_step="use teacher.precision=fp32, or check the weights",
+        )
+    return logits_NK
 
 
 def claim(cache_url: str, header: Header) -> Header:
@@ -110,11 +122,7 @@ def read_header(cache_url: str) -> Header:
 
 
 def parse_header(data: bytes, *, where: str) -> Header:
-    body = unseal(data, where=where)
-    body.pop("digest")
-    if body.get("format_version") != 1:
-        raise CacheError("unknown cache format", where=where, got=body.get("format_version"), wanted=1)
-    return Header.model_validate(body)
+    return parse_record(Header, data, where=where)
 
 
 def _check_same(found: Header, wanted: Header, cache_url: str) -> None:

@@ -14,7 +14,9 @@ SHARDS = "manifest/shards.parquet"
 PARTS = "manifest/parts.parquet"
 CLASS_MEANS = "class_means.parquet"
 
-_COMMIT = re.compile(r"commits/(?P<shard>.+)/(?P<block>eval|v\d{4,}-\d{4,})\.json")
+_BLOCK = r"(?:eval|v(?P<first>\d{4,})-(?P<last>\d{4,}))"
+_COMMIT = re.compile(rf"commits/(?P<shard>[^/]+)/{_BLOCK}\.json")
+_NAMED_BY_CONTENT = re.compile(rf"(?:parts|means)/(?P<shard>[^/]+)/{_BLOCK}\.[0-9a-f]{{16}}\.parquet")
 
 
 def index_path(shard_id: str) -> str:
@@ -35,5 +37,20 @@ def commit_path(shard_id: str, block: ViewBlock) -> str:
     return f"commits/{shard_id}/{block.name}.json"
 
 
+def former_path(sha256: str) -> str:
+    """Where a table or the class means go that an extended cache no longer names, for runs that still do."""
+    return f"manifest/former/{sha256}.parquet"
+
+
 def is_commit(path: str) -> bool:
     return _COMMIT.fullmatch(path) is not None
+
+
+def owner(path: str) -> tuple[str, ViewBlock] | None:
+    """The shard and block that a file of ``parts`` or ``means`` is of; None for a file of another name."""
+    match = _NAMED_BY_CONTENT.fullmatch(path)
+    if match is None:
+        return None
+    if match["first"] is None:
+        return match["shard"], ViewBlock(start=0, stop=1, is_eval=True)
+    return match["shard"], ViewBlock(start=int(match["first"]), stop=int(match["last"]) + 1)

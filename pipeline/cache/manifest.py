@@ -8,17 +8,18 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import ValidationError
 
 from pipeline import storage
 from pipeline.cache import layout
 from pipeline.cache.commit import read_commits
+from pipeline.cache.files import parse_record, publish_named, read_named
 from pipeline.cache.identity import read_header
 from pipeline.cache.means import ClassSums, decode_sums, encode_means, merge
 from pipeline.cache.statistics import merge_statistics
 from pipeline.errors import CacheError
-from pipeline.fingerprint import digest, seal, unseal
-from schemas.manifest import Commit, FileRef, Manifest
+from pipeline.fingerprint import digest, seal
+from pipeline.views.params import EVAL_VIEW
+from schemas.manifest import Commit, FileRef, Manifest, ViewBlock
 
 _READ_THREADS = 16
 
@@ -26,8 +27,10 @@ _READ_THREADS = 16
 def publish_manifest(cache_url: str, shard_urls: dict[str, str]) -> Manifest:
     """Folds the commits of ``shard_urls`` (shard id to URL) into a manifest and removes parts that no commit names.
 
+    Commits of other shards stay, but are not part of this state of the cache.
+
     Raises:
-        CacheError: a shard has no complete view, or a commit is of another teacher.
+        CacheError: a shard has no complete view, a commit is of another teacher, or a shard changed between two.
     """
     header = read_header(cache_url)
     commits = [commit for commit in read_commits(cache_url) if commit.shard_id in shard_urls]
@@ -84,26 +87,12 @@ def read_manifest(cache_url: str) -> tuple[Manifest, bytes]:
 
 
 def parse_manifest(data: bytes, *, where: str) -> Manifest:
-    body = unseal(data, where=where)
-    body.pop("digest")
-    try:
-        return Manifest.model_validate(body)
-    except ValidationError as error:
-        raise CacheError("unknown manifest format", where=where, got=str(error.errors()[0]["msg"])) from error
+    return parse_record(Manifest, data, where=where)
 
 
 def read_table(cache_url: str, ref: FileRef) -> pa.Table:
     """A table that the manifest names, checked against its digest."""
-    url = storage.join(cache_url, ref.path)
-    data = storage.read(url)
-    if digest(data) != ref.sha256:
-        raise CacheError(
-            "this file is not the one that the manifest names",
-            where=storage.redact(url),
-            got=digest(data)[:16],
-            wanted=ref.sha256[:16],
-        )
-    return pq.read_table(pa.BufferReader(data))
+    return pq.read_table(pa.BufferReader(read_named(cache_url, ref)))
 
 
 def _check_commits(commits: list[Commit], fingerprint: str, cache_url: str) -> None:
@@ -115,12 +104,16 @@ def _check_commits(commits: list[Commit], fingerprint: str, cache_url: str) -> N
                 got=commit.fingerprint,
                 wanted=fingerprint,
             )
-    indexes: dict[str, str] = {}
+    firsts: dict[str, Commit] = {}
     for commit in commits:
-        if indexes.setdefault(commit.shard_id, commit.index.sha256) != commit.index.sha256:
+        first = firsts.setdefault(commit.shard_id, commit)
+        if (first.index.sha256, first.shard_size_bytes) != (commit.index.sha256, commit.shard_size_bytes):
             raise CacheError(
-                "two parts of one shard were built on different indexes",
+                "the shard changed between two of its parts",
                 where=f"{commit.shard_id} in {storage.redact(cache_url)}",
+                got=f"{commit.block.name}: {commit.shard_size_bytes} bytes, index {commit.index.sha256[:16]}",
+                wanted=f"{first.block.name}: {first.shard_size_bytes} bytes, index {first.index.sha256[:16]}",
+                next_step="restore the shard and remove the later commits, or build into another cache.url",
             )
 
 
@@ -131,16 +124,23 @@ def _complete_views(commits: list[Commit]) -> int:
 
 
 def _relative(shard_urls: dict[str, str]) -> tuple[str, dict[str, str]]:
-    """A common base and each shard's path below it. Queries are never stored: they may hold secrets."""
-    plain = {shard: storage.redact(url) for shard, url in shard_urls.items()}
-    folders = [url.rsplit("/", 1)[0].split("/") for url in plain.values()]
-    common: list[str] = []
-    for level in zip(*folders, strict=False):
-        if len(set(level)) > 1:
-            break
-        common.append(level[0])
+    """A common base and each shard's path below it: ``locate`` puts them together again.
+
+    Queries are never stored: they may hold secrets. Shards of different stores have no base, and whole URLs for paths.
+    """
+    plain = {shard: storage.redact(storage.absolute(url)) for shard, url in shard_urls.items()}
+    levels = [url.split("/")[:-1] for url in plain.values()]
+    num_common = next((at for at, names in enumerate(zip(*levels, strict=False)) if len({*names}) > 1), None)
+    common = levels[0][: min(map(len, levels)) if num_common is None else num_common]
     base = "/".join(common)
+    if "://" in next(iter(plain.values())) and not base.partition("://")[2]:
+        return "", plain
     return base, {shard: url[len(base) + 1 :] for shard, url in plain.items()}
+
+
+def locate(base: str, path: str) -> str:
+    """The URL of a shard from a manifest's base and its path in the table of shards."""
+    return path if "://" in path else storage.join(base, path)
 
 
 def _shards_table(firsts: list[Commit], names: dict[str, str]) -> pa.Table:
@@ -178,12 +178,7 @@ def _parts_table(commits: list[Commit]) -> pa.Table:
 def _publish(cache_url: str, path: str, table: pa.Table) -> FileRef:
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")
-    return _publish_bytes(cache_url, path, sink.getvalue())
-
-
-def _publish_bytes(cache_url: str, path: str, data: bytes) -> FileRef:
-    storage.write(storage.join(cache_url, path), data)
-    return FileRef(path=path, sha256=digest(data), size_bytes=len(data))
+    return publish_named(cache_url, path, sink.getvalue())
 
 
 def _publish_means(cache_url: str, commits: list[Commit], fingerprint: str) -> FileRef | None:
@@ -192,23 +187,27 @@ def _publish_means(cache_url: str, commits: list[Commit], fingerprint: str) -> F
         return None
     with ThreadPoolExecutor(_READ_THREADS) as pool:
         sums: list[ClassSums] = list(pool.map(lambda ref: _read_sums(cache_url, ref), refs))
-    return _publish_bytes(cache_url, layout.CLASS_MEANS, encode_means(merge(sums), fingerprint=fingerprint))
+    return publish_named(cache_url, layout.CLASS_MEANS, encode_means(merge(sums), fingerprint=fingerprint))
 
 
 def _read_sums(cache_url: str, ref: FileRef) -> ClassSums:
-    url = storage.join(cache_url, ref.path)
-    data = storage.read(url)
-    if digest(data) != ref.sha256:
-        raise CacheError("class sums were changed after they were written", where=storage.redact(url))
-    return decode_sums(data, where=storage.redact(url))
+    return decode_sums(read_named(cache_url, ref), where=storage.redact(storage.join(cache_url, ref.path)))
 
 
 def _remove_unnamed(cache_url: str, commits: list[Commit]) -> None:
-    """Parts of builders that were killed or lost a race; of shards in this manifest only."""
+    """Files of builders that were killed or lost a race.
+
+    Only of views that are committed: others may be the work of a builder that is about to commit them.
+    """
     named = {ref.path for commit in commits for ref in (commit.part, commit.means) if ref is not None}
-    shards = {commit.shard_id for commit in commits}
+    done = {key for commit in commits for key in _views_of(commit.shard_id, commit.block)}
     for folder in ("parts", "means"):
         for name in storage.listing(storage.join(cache_url, folder)):
             path = f"{folder}/{name}"
-            if path not in named and name.rsplit("/", 1)[0] in shards:
+            owner = layout.owner(path)
+            if owner is not None and path not in named and not done.isdisjoint(_views_of(*owner)):
                 storage.delete(storage.join(cache_url, path))
+
+
+def _views_of(shard_id: str, block: ViewBlock) -> list[tuple[str, int]]:
+    return [(shard_id, view) for view in ([EVAL_VIEW] if block.is_eval else block.views)]

@@ -1,7 +1,8 @@
 """Per-class sums of embeddings: exact, so that any order, retry or later insertion gives the same bits.
 
 Sums are int64 fixed point with 24 fractional bits. Integer addition is associative; float addition is not, and a mean
-that depended on which task finished first could not be compared by digest. Class means serve ND (Wang 2023, 2305.17007).
+that depended on which task finished first could not be compared by digest. Class means serve ND (Wang 2023,
+2305.17007).
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def sum_rows(embedding_ND: NDArray[np.float32], label_N: NDArray[np.int32]) -> C
     """
     labelled = label_N >= 0
     scaled_ND = np.rint(np.ldexp(embedding_ND[labelled].astype(np.float64), FRACTION_BITS))
-    _check_range(scaled_ND)
+    # The sum of magnitudes bounds every class sum and each of its partial sums.
+    _check_range(np.abs(scaled_ND).sum(0))
     classes, inverse, counts = np.unique(label_N[labelled], return_inverse=True, return_counts=True)
     sum_CD = np.zeros((len(classes), embedding_ND.shape[1]), np.int64)
     np.add.at(sum_CD, inverse, scaled_ND.astype(np.int64))

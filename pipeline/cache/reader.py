@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from pipeline import storage
 from pipeline.cache import layout
 from pipeline.cache.codec import decode
+from pipeline.cache.files import read_named
 from pipeline.cache.identity import parse_header
-from pipeline.cache.manifest import parse_manifest, read_manifest, read_table
+from pipeline.cache.manifest import locate, parse_manifest, read_manifest, read_table
 from pipeline.cache.means import ClassMeans, decode_means
 from pipeline.errors import CacheError
 from pipeline.fingerprint import digest
@@ -82,19 +83,19 @@ class TeacherCache:
             raise CacheError("this index is not the one that the manifest names", where=storage.redact(url))
         return decode_index(data, where=storage.redact(url))
 
+    def shard_url(self, shard: ShardEntry) -> str:
+        """Where the build found the shard, without any query its URL had."""
+        return locate(self.manifest.base, shard.path)
+
     def class_means(self) -> ClassMeans | None:
         ref = self.manifest.class_means
         if ref is None:
             return None
-        url = storage.join(self.url, ref.path)
-        data = storage.read(url)
-        if digest(data) != ref.sha256:
-            raise CacheError("class means were changed after they were written", where=storage.redact(url))
         return decode_means(
-            data,
+            read_named(self.url, ref),
             num_classes=self.header.num_classes,
             fingerprint=self.header.fingerprint,
-            where=storage.redact(url),
+            where=storage.redact(storage.join(self.url, ref.path)),
         )
 
     def view(self, shard_id: str, view: int) -> ViewColumns:

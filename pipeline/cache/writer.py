@@ -7,8 +7,9 @@ local scratch, and the part is assembled from these at close: memory stays that 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -78,7 +79,8 @@ class _Spill:
         self._stream.write_batch(batch)
         self.num_rows += batch.num_rows
 
-    def tables(self, max_rows: int):  # noqa: ANN201 - a generator of pa.Table, which has no stubs
+    def tables(self, max_rows: int) -> Iterator[pa.Table]:
+        """The rows in order, as tables of at most ``max_rows`` rows unless a single batch has more."""
         self._finish()
         with pa.memory_map(str(self.path)) as source:
             pending: list[pa.RecordBatch] = []
@@ -105,24 +107,31 @@ def view_ranges(path: Path, counts: Mapping[int, int]) -> tuple[tuple[ViewRange,
 
     ``counts`` gives the rows of each view, in the order written; row groups never span two views.
     """
-    metadata = pq.ParquetFile(path).metadata
-    data = path.read_bytes()
+    metadata = pq.read_metadata(path)
     ranges: list[ViewRange] = []
-    group = 0
-    end = len(b"PAR1")
-    for view, rows in counts.items():
-        start, seen = end, 0
-        while seen < rows:
-            seen += metadata.row_group(group).num_rows
-            end = _end_of(metadata.row_group(group))
-            group += 1
-        chunk = data[start:end]
-        ranges.append(
-            ViewRange(
-                view=view, offset=start, size_bytes=len(chunk), rows=rows, digest=hashlib.sha256(chunk).hexdigest()
-            )
-        )
-    return tuple(ranges), ByteRange(offset=end, size_bytes=len(data) - end)
+    group, end = 0, len(b"PAR1")
+    with path.open("rb") as file:
+        for view, rows in counts.items():
+            start, seen = end, 0
+            while seen < rows:
+                seen += metadata.row_group(group).num_rows
+                end = _end_of(metadata.row_group(group))
+                group += 1
+            assert seen == rows, "row groups never span two views"
+            digest = _range_digest(file, start, end - start)
+            ranges.append(ViewRange(view=view, offset=start, size_bytes=end - start, rows=rows, digest=digest))
+    return tuple(ranges), ByteRange(offset=end, size_bytes=path.stat().st_size - end)
+
+
+def _range_digest(file: IO[bytes], offset: int, size_bytes: int) -> str:
+    """SHA-256 of a range, a page at a time: a view may be larger than memory allows."""
+    hasher = hashlib.sha256()
+    file.seek(offset)
+    while size_bytes:
+        chunk = file.read(min(_PAGE_BYTES, size_bytes))
+        hasher.update(chunk)
+        size_bytes -= len(chunk)
+    return hasher.hexdigest()
 
 
 def _end_of(row_group: pq.RowGroupMetaData) -> int:

@@ -145,9 +145,9 @@ def _derived_randomness(seed: int) -> Generator[None]:
 def _input_spec(config: ModelConfig, own: OwnInput, size: int | None, where: str) -> InputSpec:
     """What the YAML says, else what the network says. No mean, std or size is ever made up."""
     chosen: dict[str, Any] = {
-        "size": size or own.size,
         "mean": config.mean or own.mean,
         "std": config.std or own.std,
+        "size": size or own.size,
     }
     missing = [key for key, value in chosen.items() if value is None]
     if missing:

@@ -19,13 +19,14 @@ def wrap(built: Built, request: Request, *, size: int) -> EmbeddingModel:
     built.network.eval()
     observe(built.network, built.heads)
     logits_BK, embedding_BD = _answers(built, request, size)
-    return EmbeddingModel(
+    model = EmbeddingModel(
         built.network,
         built.heads,
         num_classes=request.num_classes,
         embedding_dim=embedding_BD.shape[1],
         linear_head=_linear_head(built, embedding_BD, logits_BK),
     )
+    return model.eval()
 
 
 def _answers(built: Built, request: Request, size: int) -> tuple[Tensor, Tensor]:

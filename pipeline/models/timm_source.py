@@ -75,11 +75,13 @@ def _check_name(request: Request) -> None:
             wanted="timm/NAME or timm/NAME.TAG",
             next_step=f"name the architecture, and give the file's URL as {request.where}.weights",
         )
-    architecture, _, tag = request.name.partition(".")
+    architecture = request.name.partition(".")[0]
     if not timm.is_model(architecture):
         raise unknown_name(request, timm.list_models())
-    if tag and timm.get_pretrained_cfg(request.name, allow_unregistered=False) is None:
-        raise unknown_name(request, timm.list_pretrained(f"{architecture}*"))
+    try:
+        timm.get_pretrained_cfg(request.name)
+    except RuntimeError as error:
+        raise unknown_name(request, timm.list_pretrained(f"{architecture}*")) from error
 
 
 def _check_pretrained(request: Request) -> None:

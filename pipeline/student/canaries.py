@@ -47,13 +47,15 @@ def check_canaries(source: CachedSource, *, max_pixels: int) -> int:
 
 def _check_shard(source: CachedSource, shard: int, max_pixels: int) -> tuple[int, list[_Drift]]:
     columns = source.cache.view(source.shard_ids[shard], 0)
-    index, reader = source.index(shard), source.open(shard)
+    index = source.index(shard)
     teacher = source.cache.header.teacher
     ordinals = [row for row, digest in enumerate(columns.pixel_digest) if digest is not None]
     drifts: list[_Drift] = []
     for ordinal in ordinals:
         position = int(index.ok[ordinal])
-        image = decode(reader.read(int(index.offset[position]), int(index.size[position])), max_pixels=max_pixels)
+        image = decode(
+            source.read(shard, int(index.offset[position]), int(index.size[position])), max_pixels=max_pixels
+        )
         view = apply_view(
             image,
             columns.box_N4[ordinal].tolist(),

@@ -6,6 +6,7 @@ order, and resuming is starting at another step.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -45,7 +46,7 @@ class Batch:
     def pin_memory(self) -> Batch:
         return self._map(lambda tensor: tensor.pin_memory())
 
-    def _map(self, move) -> Batch:  # noqa: ANN001
+    def _map(self, move: Callable[[Tensor], Tensor]) -> Batch:
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         return replace(self, **{name: move(value) for name, value in values.items() if isinstance(value, Tensor)})
 
@@ -129,10 +130,11 @@ class StepDataset(Dataset[Batch]):
                 next_step="the cache was made by another version of the views; build another cache",
             )
 
-    def _decoded(self, shard: int, where_N: NDArray[np.int64], found: ShardRows):  # noqa: ANN202
-        reader = self.source.open(shard)
+    def _decoded(
+        self, shard: int, where_N: NDArray[np.int64], found: ShardRows
+    ) -> Iterator[tuple[int, Tensor, tuple[list[int], bool]]]:
         for row, position in enumerate(where_N.tolist()):
-            data = reader.read(int(found.offset_N[row]), int(found.size_N[row]))
+            data = self.source.read(shard, int(found.offset_N[row]), int(found.size_N[row]))
             if xxhash.xxh3_64_intdigest(data) != int(found.content_hash_N[row]):
                 raise CacheError(
                     "an image is not the one that was cached",

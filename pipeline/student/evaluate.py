@@ -12,19 +12,22 @@ import torch
 from torch import Tensor
 
 from pipeline import storage
-from pipeline.errors import ConfigError
-from pipeline.models import EmbeddingModel, InputSpec
+from pipeline.errors import CacheError, ConfigError
+from pipeline.fingerprint import weights_digest
+from pipeline.models import EmbeddingModel, InputSpec, load_model
 from pipeline.shards.index import IndexBuilder, check_samples
 from pipeline.shards.names import shard_id, shard_ids
+from pipeline.student import checkpoint
+from pipeline.student.facts import LessonFacts, lesson_facts
+from pipeline.student.sources import SHARD_FOLDER
 from pipeline.student.world import World
 from pipeline.teacher.groups import GroupViews, Rendering, fresh_samples, read_groups
-from pipeline.teacher.infer import Teacher
+from pipeline.teacher.infer import Teacher, load_teacher
 from pipeline.views.pixels import to_input
-from schemas.config import DataConfig, ViewsConfig
+from schemas.config import Config, DataConfig, ViewsConfig
 from schemas.manifest import ViewBlock
 
 _BATCH = 128
-_SCRATCH = Path("/tmp/stillroom-shards")  # noqa: S108
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +86,7 @@ class Evaluator:
         counts = torch.zeros(6, dtype=torch.float64)
         with ExitStack() as stack:
             pool = stack.enter_context(ThreadPoolExecutor(self.num_threads))
-            local = storage.local_copy(url, _SCRATCH)
+            local = storage.local_copy(url, SHARD_FOLDER)
             builder = IndexBuilder(shard_id(url))
             for group in self._groups(local, url, spec, pool, builder):
                 logits = _logits(model, spec, group.pixels_VNCHW[0], self.world.device)
@@ -152,3 +155,54 @@ def make_evaluator(
     urls = storage.expand(shards)
     shard_ids(urls)
     return Evaluator(urls, data, plan, world, num_threads)
+
+
+def evaluate_run(
+    run_url: str, shards: str | tuple[str, ...], *, checkpoint_name: str, num_threads: int, device: torch.device
+) -> Evaluation:
+    """A trained student on validation shards; with the agreement, where the run's config names its teacher.
+
+    Args:
+        checkpoint_name: ``best`` or ``last``.
+
+    Raises:
+        ConfigError: there is no run, or it has no such checkpoint.
+        CacheError: the teacher that the config names is not the one whose words the student learnt.
+    """
+    config = checkpoint.read_config(run_url)
+    lessons = lesson_facts(config)
+    assert config.student is not None
+    loaded = load_model(
+        config.student.model_copy(update={"weights": "random", "sha256": None}),
+        num_classes=lessons.num_classes,
+        size=config.student.size or lessons.size,
+        where="student",
+    )
+    name = checkpoint.BEST if checkpoint_name == "best" else checkpoint.LAST
+    state = checkpoint.load(run_url, name)
+    if state is None:
+        raise ConfigError(
+            f"this run has no {checkpoint_name} checkpoint",
+            where=storage.redact(run_url),
+            next_step="train it to the end of an epoch" + (", with data.val_shards" if name == checkpoint.BEST else ""),
+        )
+    loaded.module.network.load_state_dict(state["model"])
+    evaluator = make_evaluator(shards, lessons.data, lessons.plan, World(device=device), num_threads=num_threads)
+    return evaluator(loaded.module.to(device), loaded.input, _teacher_of(config, lessons, device))
+
+
+def _teacher_of(config: Config, lessons: LessonFacts, device: torch.device) -> Teacher | None:
+    if config.teacher.model is None:
+        return None
+    teacher = load_teacher(
+        config.teacher, num_classes=lessons.num_classes, size=config.views.size or lessons.size, device=device
+    )
+    if lessons.teacher_weights is not None and weights_digest(teacher.state()) != lessons.teacher_weights:
+        raise CacheError(
+            "the teacher of this config is not the one whose words were cached",
+            where="teacher.weights",
+            got=storage.redact(config.teacher.weights),
+            wanted=f"weights with digest {lessons.teacher_weights[:16]}",
+            next_step="name the cache's teacher, or remove the teacher's model to evaluate without agreement",
+        )
+    return teacher

@@ -13,17 +13,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import storage
-from pipeline.cache.identity import views_id
-from pipeline.cache.reader import TeacherCache, open_cache
+from pipeline.cache.reader import TeacherCache
 from pipeline.config import require
-from pipeline.errors import CacheError, ConfigError, ModelError
-from pipeline.fingerprint import differences, short
+from pipeline.errors import ConfigError, ModelError
+from pipeline.fingerprint import short
 from pipeline.models import InputSpec, load_model
-from pipeline.shards.index import index_settings
 from pipeline.student import checkpoint
 from pipeline.student.canaries import check_canaries
 from pipeline.student.dataset import Batch, InputSize, StepDataset, make_loader
 from pipeline.student.evaluate import Evaluation, Evaluator, make_evaluator
+from pipeline.student.facts import LessonFacts, lesson_facts
 from pipeline.student.losses import BatchShare, CompositeLoss, LossInputs, check_class_means
 from pipeline.student.metrics import MetricsFile, StepLog
 from pipeline.student.network import Student
@@ -35,7 +34,7 @@ from pipeline.teacher.infer import Teacher, load_teacher
 from pipeline.teacher.runtime import pin_numerics
 from pipeline.views.philox import key_of
 from pipeline.views.pixels import to_input
-from schemas.config import Config, DataConfig, ViewsConfig
+from schemas.config import Config
 
 Report = Callable[[dict[str, Any]], None]
 _FLUSH_STEPS = 50
@@ -48,20 +47,10 @@ def _quiet(_: dict[str, Any]) -> None: ...
 class Lessons:
     """What the student learns from: rows, their views, and the teacher in whichever form it is there."""
 
+    facts: LessonFacts
     source: RowSource
-    plan: ViewsConfig
-    data: DataConfig
-    num_classes: int
-    cache: TeacherCache | None
     teacher: Teacher | None
     class_means_KD: Tensor | None
-
-    @property
-    def teacher_dim(self) -> int | None:
-        """Width of the teacher's embedding."""
-        if self.cache is not None:
-            return self.cache.header.embedding_dim
-        return None if self.teacher is None else self.teacher.module.embedding_dim
 
 
 def train(config: Config, world: World | None = None, report: Report = _quiet) -> dict[str, Any]:
@@ -82,7 +71,11 @@ def train(config: Config, world: World | None = None, report: Report = _quiet) -
         report({"kind": "finished", "run": run_url, **finished})
         return finished
     pin_numerics(config.ray.cpus_per_worker)
-    return Trainer(config, world, report).run()
+    trainer = Trainer(config, world, report)
+    try:
+        return trainer.run()
+    finally:
+        trainer.lessons.source.close()
 
 
 def check_config(config: Config) -> str:
@@ -96,19 +89,21 @@ def check_config(config: Config) -> str:
 
 
 def open_lessons(config: Config, loss: CompositeLoss, device: torch.device, *, leads: bool) -> Lessons:
-    """Opens what the config says the student learns from, and checks that it can teach what the loss asks."""
-    mode = config.teacher.mode
-    if mode == "cache":
-        return _open_cache_lessons(config, loss, device, leads=leads)
+    """Opens what the config says the student learns from, and checks that it can teach what the loss asks.
+
+    Raises:
+        ConfigError: a loss needs what this teacher mode does not offer.
+        CacheError: the cache is not usable, or this machine makes other pixels than the teacher saw.
+    """
+    facts = lesson_facts(config)
+    if facts.cache is not None:
+        return _cached_lessons(config, loss, facts, facts.cache, device, leads=leads)
     _check_teacher_needs(config, loss)
-    assert config.data.num_classes is not None
-    source = open_indexed(index_url(config), config.data, config.views)
+    source = open_indexed(index_url(config), facts.data, facts.plan)
     teacher = None
-    if mode == "online":
-        teacher = load_teacher(
-            config.teacher, num_classes=config.data.num_classes, size=config.views.size, device=device
-        )
-    return Lessons(source, config.views, config.data, config.data.num_classes, None, teacher, None)
+    if config.teacher.mode == "online":
+        teacher = load_teacher(config.teacher, num_classes=facts.num_classes, size=facts.size, device=device)
+    return Lessons(facts, source, teacher, None)
 
 
 def _check_teacher_needs(config: Config, loss: CompositeLoss) -> None:
@@ -122,62 +117,26 @@ def _check_teacher_needs(config: Config, loss: CompositeLoss) -> None:
         require(config, "teacher.model", command="train with teacher.mode=online")
 
 
-def _open_cache_lessons(config: Config, loss: CompositeLoss, device: torch.device, *, leads: bool) -> Lessons:
-    assert config.data.cache is not None
+def _cached_lessons(
+    config: Config, loss: CompositeLoss, facts: LessonFacts, cache: TeacherCache, device: torch.device, *, leads: bool
+) -> Lessons:
     assert config.run is not None
-    cache = open_cache(config.data.cache, manifest_bytes=checkpoint.pinned_manifest(config.run.url))
+    source = open_cached(cache, facts.data)
     if leads:
         checkpoint.pin_manifest(config.run.url, cache.manifest_bytes)
-    header = cache.header
-    plan = ViewsConfig.model_validate({key: value for key, value in header.views.items() if key != "rng_version"})
-    _check_same_views(config, plan, cache)
-    data = _data_of_cache(config, cache)
-    source = open_cached(cache, data)
-    if leads:
-        check_canaries(source, max_pixels=data.max_pixels)
-    means = cache.class_means() if loss.needs_embedding else None
-    if loss.needs_embedding and means is None:
+        check_canaries(source, max_pixels=facts.data.max_pixels)
+    if not loss.needs_embedding:
+        return Lessons(facts, source, None, None)
+    means = cache.class_means()
+    if means is None:
         raise ConfigError(
             "nd needs class means, and this cache has none",
             where=storage.redact(cache.url),
             next_step="build a cache with cache.class_means=eval (into another cache.url)",
         )
-    if means is not None:
-        check_class_means(torch.from_numpy(means.mean_KD), torch.from_numpy(means.count_K), where=cache.url)
-    means_KD = None if means is None else torch.from_numpy(means.mean_KD).to(device)
-    return Lessons(source, plan, data, header.num_classes, cache, None, means_KD)
-
-
-def _check_same_views(config: Config, plan: ViewsConfig, cache: TeacherCache) -> None:
-    """A views section beside a cache must mean the cache's views: silently training on others would be a lie."""
-    if "views" not in config.model_fields_set:
-        return
-    named = config.views.model_dump(mode="json", include=config.views.model_fields_set - {"count", "size"})
-    changed = differences({key: plan.model_dump(mode="json")[key] for key in named}, named)
-    if changed:
-        raise CacheError(
-            "the views of this config are not those of the cache",
-            where=storage.redact(cache.url),
-            got="; ".join(changed),
-            wanted=f"views id {cache.header.views_id}, not {views_id(config.views)}",
-            next_step="remove the views section, or build another cache",
-        )
-
-
-def _data_of_cache(config: Config, cache: TeacherCache) -> DataConfig:
-    """The data section with the cache's own reading rules, which a config may repeat but not change."""
-    stored = cache.header.data
-    named = {key: value for key, value in index_settings(config.data).items() if key in config.data.model_fields_set}
-    named = {key: value for key, value in named.items() if value is not None}
-    changed = differences({key: stored[key] for key in named}, named)
-    if changed:
-        raise CacheError(
-            "this config reads the shards otherwise than the cache did",
-            where=f"data, against {storage.redact(cache.url)}",
-            got="; ".join(changed),
-            next_step="remove these keys, or build another cache",
-        )
-    return config.data.model_copy(update={**stored, "image": ";".join(stored["image"])})
+    means_KD = torch.from_numpy(means.mean_KD)
+    check_class_means(means_KD, torch.from_numpy(means.count_K), where=storage.redact(cache.url))
+    return Lessons(facts, source, None, means_KD.to(device))
 
 
 class Trainer:
@@ -197,12 +156,12 @@ class Trainer:
             lanes=config.train.lanes,
             kind=config.train.order,
             tail=config.train.tail,
-            plan=self.lessons.plan,
+            plan=self.lessons.facts.plan,
         )
         loaded = load_model(
             config.student,
-            num_classes=self.lessons.num_classes,
-            size=config.student.size or self._default_size(),
+            num_classes=self.lessons.facts.num_classes,
+            size=config.student.size or self.lessons.facts.size,
             seed=config.train.seed,
             where="student",
             allow_new_head=True,
@@ -210,7 +169,8 @@ class Trainer:
         self.spec: InputSpec = loaded.input
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.train.seed)
-            teacher_dim = self.lessons.teacher_dim if self.loss.needs_embedding else None
+            means_KD = self.lessons.class_means_KD
+            teacher_dim = None if means_KD is None else means_KD.shape[1]
             self.student = Student(loaded.module, teacher_dim=teacher_dim).to(world.device)
         self.optimizer = make_optimizer(self.student, config.train)
         self.schedule = make_schedule(self.optimizer, config.train, total_steps=self.total_steps)
@@ -226,17 +186,13 @@ class Trainer:
     def total_steps(self) -> int:
         return self.config.train.epochs * self.order.num_steps
 
-    def _default_size(self) -> int | None:
-        cache = self.lessons.cache
-        return int(cache.header.teacher["size"]) if cache is not None else self.config.views.size
-
     def _make_evaluator(self) -> Evaluator | None:
         if self.config.data.val_shards is None:
             return None
         return make_evaluator(
             self.config.data.val_shards,
-            self.lessons.data,
-            self.lessons.plan,
+            self.lessons.facts.data,
+            self.lessons.facts.plan,
             self.world,
             num_threads=self.config.ray.cpus_per_worker,
         )
@@ -275,7 +231,7 @@ class Trainer:
             teacher=None
             if teacher is None
             else InputSize(teacher.loaded.input.size, teacher.loaded.input.interpolation),
-            max_pixels=self.lessons.data.max_pixels,
+            max_pixels=self.lessons.facts.data.max_pixels,
         )
 
     def _train_step(self, batch: Batch, log: StepLog) -> None:

@@ -57,7 +57,7 @@ class StepLog:
             raise TrainingError(
                 "the loss is not finite",
                 where=f"first in step {bad[0]}, seen between steps {records[0]['step']} and {records[-1]['step']}",
-                next_step="lower train.lr, set train.clip_norm, or use train.precision=fp32; the last checkpoint is sound",
+                next_step="lower train.lr, set train.clip_norm, or use train.precision=fp32; checkpoints stand",
             )
         return records
 

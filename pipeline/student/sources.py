@@ -1,4 +1,4 @@
-"""Where a run's rows come from: a finished cache, or shards with an index. Both give the same views of the same rows."""
+"""Where a run's rows come from: a finished cache, or shards with an index. Both give the same views of a row."""
 
 from __future__ import annotations
 
@@ -22,26 +22,37 @@ from pipeline.shards.tar import ShardReader
 from pipeline.views.params import sample_keys, shard_partners, view_params
 from schemas.config import Config, DataConfig, ViewsConfig
 
+SHARD_FOLDER = Path(tempfile.gettempdir()) / "stillroom-shards"
+"""Where remote shards are kept on a node, for all processes on it."""
+
+_OPEN_SHARDS = 64
+_KEPT_VIEWS = 64
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
 
 class Recent(Generic[K, V]):
-    """The last ``size`` results of a function, by key."""
+    """The last ``size`` results of a function, by key. ``drop`` is called on a result that leaves."""
 
-    def __init__(self, make: Callable[[K], V], size: int) -> None:
-        self._make, self._size = make, size
+    def __init__(self, make: Callable[[K], V], size: int, drop: Callable[[V], None] | None = None) -> None:
+        self._make, self._size, self._drop = make, size, drop
         self._kept: OrderedDict[K, V] = OrderedDict()
 
-    def __call__(self, key: K) -> V:
-        if key in self._kept:
-            self._kept.move_to_end(key)
-            return self._kept[key]
-        value = self._make(key)
-        self._kept[key] = value
-        if len(self._kept) > self._size:
-            self._kept.popitem(last=False)
-        return value
+    def get(self, key: K) -> V:
+        if key not in self._kept:
+            self._kept[key] = self._make(key)
+            self._shrink(self._size)
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+    def clear(self) -> None:
+        self._shrink(0)
+
+    def _shrink(self, size: int) -> None:
+        while len(self._kept) > size:
+            _, value = self._kept.popitem(last=False)
+            if self._drop is not None:
+                self._drop(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,33 +74,39 @@ class ShardRows:
 
 
 class RowSource(Protocol):
-    """What a training reads from."""
+    """What a training reads from. Shards are named by position; ``rows`` takes ordinals among a shard's ok rows."""
 
-    shard_ids: list[str]
-    num_ok: list[int]
+    @property
+    def shard_ids(self) -> list[str]: ...
 
-    def rows(self, shard: int, ordinal_N: NDArray[np.int32], epoch: int) -> ShardRows: ...
+    @property
+    def num_ok(self) -> list[int]: ...
 
     def view_of(self, epoch: int) -> int: ...
 
-    def open(self, shard: int) -> ShardReader: ...
+    def rows(self, shard: int, ordinal_N: NDArray[np.int32], epoch: int) -> ShardRows: ...
 
-    def index(self, shard: int) -> ShardIndex: ...
+    def read(self, shard: int, offset: int, size: int) -> bytes: ...
+
+    def close(self) -> None: ...
 
 
 class _Files:
-    """Shards by position, local or fetched once a node."""
+    """Shards by position, local or fetched once a node; the last used stay open."""
 
     def __init__(self, urls: list[str]) -> None:
-        self.urls = urls
-        self._folder = Path(tempfile.gettempdir()) / "stillroom-shards"
+        self._urls = urls
+        self._readers = Recent(self._open, _OPEN_SHARDS, ShardReader.close)
 
-    def open(self, shard: int) -> ShardReader:
-        return ShardReader(storage.local_copy(self.urls[shard], self._folder), where=self.urls[shard])
+    def _open(self, shard: int) -> ShardReader:
+        url = self._urls[shard]
+        return ShardReader(storage.local_copy(url, SHARD_FOLDER), where=url)
 
+    def read(self, shard: int, offset: int, size: int) -> bytes:
+        return self._readers.get(shard).read(offset, size)
 
-_OPEN_SHARDS = 64
-_KEPT_VIEWS = 64
+    def close(self) -> None:
+        self._readers.clear()
 
 
 class IndexedSource:
@@ -99,15 +116,13 @@ class IndexedSource:
         self.shard_ids = shard_ids(urls)
         self.num_ok = [index.num_ok for index in indexes]
         self.plan = plan
-        self.open = Recent(_Files(urls).open, _OPEN_SHARDS)
+        files = _Files(urls)
+        self.read, self.close = files.read, files.close
         self._indexes = indexes
         self._partners = Recent(self._draw_partners, _KEPT_VIEWS)
 
     def view_of(self, epoch: int) -> int:
         return epoch if self.plan.kind != "eval" else 0
-
-    def index(self, shard: int) -> ShardIndex:
-        return self._indexes[shard]
 
     def _draw_partners(self, key: tuple[int, int]) -> NDArray[np.int32]:
         shard, view = key
@@ -123,8 +138,9 @@ class IndexedSource:
         sample_ids = index.sample_ids(position_N)
         views_N = np.full(len(ordinal_N), view, np.int64)
         keys_N2 = sample_keys(self.plan.seed, sample_ids)
-        drawn = view_params(self.plan, keys_N2, views_N, index.width[position_N], index.height[position_N])
-        partner_N = self._partners((shard, view))[ordinal_N]
+        widths_N, heights_N = (side[position_N].astype(np.int64) for side in (index.width, index.height))
+        drawn = view_params(self.plan, keys_N2, views_N, widths_N, heights_N)
+        partner_N = self._partners.get((shard, view))[ordinal_N]
         return ShardRows(
             sample_ids=sample_ids,
             offset_N=index.offset[position_N],
@@ -147,12 +163,19 @@ class CachedSource:
         self.cache, self._shards = cache, shards
         self.shard_ids = [shard.shard_id for shard in shards]
         self.num_ok = [shard.num_ok for shard in shards]
-        self.open = Recent(_Files(urls).open, _OPEN_SHARDS)
-        self.index = Recent(lambda shard: cache.index(shards[shard]), _KEPT_VIEWS)
+        files = _Files(urls)
+        self.read, self.close = files.read, files.close
+        self._indexes = Recent(self._read_index, _KEPT_VIEWS)
         self._columns = Recent(self._join, _KEPT_VIEWS)
 
     def view_of(self, epoch: int) -> int:
         return epoch % self.cache.num_views
+
+    def index(self, shard: int) -> ShardIndex:
+        return self._indexes.get(shard)
+
+    def _read_index(self, shard: int) -> ShardIndex:
+        return self.cache.index(self._shards[shard])
 
     def _join(self, key: tuple[int, int]) -> tuple[ViewColumns, NDArray[np.int32]]:
         shard, view = key
@@ -165,7 +188,7 @@ class CachedSource:
     def rows(self, shard: int, ordinal_N: NDArray[np.int32], epoch: int) -> ShardRows:
         """The rows with these ordinals among the shard's ok rows, under the epoch's view, with the teacher's words."""
         index = self.index(shard)
-        columns, partner_N = self._columns((shard, self.view_of(epoch)))
+        columns, partner_N = self._columns.get((shard, self.view_of(epoch)))
         position_N = index.ok[ordinal_N]
         return ShardRows(
             sample_ids=index.sample_ids(position_N),

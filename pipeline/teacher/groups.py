@@ -56,6 +56,7 @@ class GroupViews:
 
     shard_id: str
     samples: list[Sample]
+    row_N: NDArray[np.int32]
     content_hash_N: NDArray[np.uint64]
     label_N: NDArray[np.int32]
     box_VN4: NDArray[np.int32]
@@ -63,10 +64,6 @@ class GroupViews:
     partner_VN: NDArray[np.int32]
     mix_lambda_VN: NDArray[np.float32]
     pixels_VNCHW: Tensor
-
-    @property
-    def row_N(self) -> NDArray[np.int32]:
-        return np.array([sample.row for sample in self.samples], np.int32)
 
     @property
     def mixes(self) -> bool:
@@ -162,7 +159,7 @@ def _render_chunk(
 ) -> Iterator[tuple[Sample, _Rendered, ViewParams]]:
     sizes_N2 = np.array(list(pool.map(_size_or_one, chunk)), np.int64).reshape(-1, 2)
     drawn = _draw(rendering, [f"{shard_id}/{sample.key}" for sample in chunk], sizes_N2)
-    rendered = pool.map(lambda job: _render(*job, rendering, max_pixels), zip(chunk, drawn, strict=True))
+    rendered = pool.map(lambda sample, params: _render(sample, params, rendering, max_pixels), chunk, drawn)
     for sample, outcome, params in zip(chunk, rendered, drawn, strict=True):
         if builder is not None:
             builder.add(sample, outcome.status, outcome.width, outcome.height)
@@ -230,6 +227,7 @@ def _assemble(
     return GroupViews(
         shard_id=shard_id,
         samples=samples,
+        row_N=np.array([sample.row for sample in samples], np.int32),
         content_hash_N=np.array([xxhash.xxh3_64_intdigest(sample.data) for sample in samples], np.uint64),
         label_N=np.array([-1 if sample.label is None else sample.label for sample in samples], np.int32),
         box_VN4=np.stack([params.box_N4 for _, _, params in kept], axis=1),

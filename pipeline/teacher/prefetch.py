@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -15,10 +15,10 @@ class _End:
         self.error = error
 
 
-def prefetch(items: Iterator[T], *, depth: int = 1) -> Iterator[T]:
+def prefetch(items: Iterator[T], *, depth: int = 1) -> Generator[T]:
     """The same items in the same order, ``depth`` of them made ahead. Errors arrive where they happened in the order.
 
-    Closing the returned generator stops the thread before its next item.
+    Closing the returned generator stops the thread before its next item, and closes ``items`` if it is a generator.
     """
     ready: queue.Queue[T | _End] = queue.Queue(maxsize=depth)
     stop = threading.Event()
@@ -40,6 +40,10 @@ def prefetch(items: Iterator[T], *, depth: int = 1) -> Iterator[T]:
                     return
         except BaseException as caught:
             error = caught
+        finally:
+            # Here, since a generator may only be closed where it does not run; it may hold an open file.
+            if isinstance(items, Generator):
+                items.close()
         offer(_End(error))
 
     thread = threading.Thread(target=work, name="prefetch", daemon=True)

@@ -6,23 +6,41 @@ import copy
 import gc
 import pickle
 import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from pipeline.models import EmbeddingModel, load_model
+from pipeline.models.embedding import ask, observe
 from schemas.config import ModelConfig
 
+Built = Callable[[str, dict[str, Any]], EmbeddingModel]
 OWN = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 FACTORIES = "python:tests.pipeline.models.factories"
 
 
-def build(model: str, *, size: int = 64, **keys: Any) -> EmbeddingModel:
-    config = ModelConfig.model_validate({"model": model, **(OWN if model.startswith("python:") else {}), **keys})
-    return load_model(config, num_classes=7, size=size).module
+def build(model: str, kwargs: dict[str, Any] | None = None) -> EmbeddingModel:
+    given = {"model": model, "kwargs": kwargs or {}, **(OWN if model.startswith("python:") else {})}
+    return load_model(ModelConfig.model_validate(given), num_classes=7, size=64).module
+
+
+@pytest.fixture(scope="module")
+def built() -> Built:
+    """Builds each network once; for tests that only ask it."""
+    kept: dict[str, EmbeddingModel] = {}
+
+    def once(model: str, kwargs: dict[str, Any]) -> EmbeddingModel:
+        key = f"{model} {kwargs}"
+        if key not in kept:
+            kept[key] = build(model, kwargs)
+        return kept[key]
+
+    return once
 
 
 def images(size: int = 64, rows: int = 3) -> Tensor:
@@ -47,8 +65,8 @@ TORCHVISION: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("name", "kwargs"), TIMM + TORCHVISION)
-def test_embedding_times_head_is_the_logits(name: str, kwargs: dict[str, Any]) -> None:
-    model = build(name, kwargs=kwargs)
+def test_embedding_times_head_is_the_logits(built: Built, name: str, kwargs: dict[str, Any]) -> None:
+    model = built(name, kwargs)
     with torch.no_grad():
         logits_BK, embedding_BD = model(images())
     assert logits_BK.shape == (3, model.num_classes) == (3, 7)
@@ -65,12 +83,11 @@ def test_embedding_times_head_is_the_logits(name: str, kwargs: dict[str, Any]) -
     [
         *TIMM,
         ("timm/deit_tiny_distilled_patch16_224", {"img_size": 64}),
-        ("timm/crossvit_tiny_240", {"img_size": 64}),
         ("timm/test_resnet", {"drop_rate": 0.5}),
     ],
 )
-def test_timm_embedding_is_timms_own_pre_logits(name: str, kwargs: dict[str, Any]) -> None:
-    model = build(name, kwargs=kwargs)
+def test_timm_embedding_is_timms_own_pre_logits(built: Built, name: str, kwargs: dict[str, Any]) -> None:
+    model = built(name, kwargs)
     network: Any = model.network
     with torch.no_grad():
         logits_BK, embedding_BD = model(images())
@@ -109,9 +126,9 @@ def _squeezenet_by_hand(net: Any, x: Tensor) -> Tensor:
     ],
 )
 def test_torchvision_embedding_is_what_its_modules_give_by_hand(
-    name: str, kwargs: dict[str, Any], by_hand: Any
+    built: Built, name: str, kwargs: dict[str, Any], by_hand: Any
 ) -> None:
-    model = build(f"torchvision/{name}", kwargs=kwargs)
+    model = built(f"torchvision/{name}", kwargs)
     with torch.no_grad():
         _, embedding_BD = model(images())
         torch.testing.assert_close(embedding_BD, by_hand(model.network, images()), rtol=1e-4, atol=1e-5)
@@ -213,8 +230,40 @@ def test_state_dict_of_the_network_has_the_librarys_names() -> None:
     assert "layer1.0.conv1.weight" in build("timm/resnet18").network.state_dict()
 
 
+def test_ddp_reduces_the_gradients_of_both_answers(tmp_path: Path) -> None:
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        bare = build(f"{FACTORIES}:Plain")
+        wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(bare))
+        for model in (bare, wrapped):
+            logits_BK, embedding_BD = model(images())
+            (logits_BK.sum() + embedding_BD.square().sum()).backward()
+    finally:
+        distributed.destroy_process_group()
+    for ours, theirs in zip(wrapped.module.parameters(), bare.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
 def test_googlenet_trains_without_heads_that_no_loss_reads() -> None:
     model = build("torchvision/googlenet").train()
     logits_BK, embedding_BD = model(images())
     (logits_BK.sum() + embedding_BD.sum()).backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+def test_heads_of_unequal_width_give_their_joined_inputs() -> None:
+    network = nn.ModuleDict({"a": nn.Linear(2, 3), "b": nn.Linear(4, 3)})
+    pair = _Pair(network)
+    observe(pair, ("parts.a", "parts.b"))
+    x_BD = torch.arange(12.0).reshape(2, 6)
+    _, embedding_BD = ask(pair, ("parts.a", "parts.b"), x_BD)
+    assert torch.equal(embedding_BD, x_BD)
+
+
+class _Pair(nn.Module):
+    def __init__(self, parts: nn.ModuleDict) -> None:
+        super().__init__()
+        self.parts = parts
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        return (self.parts["a"](x_BD[:, :2]) + self.parts["b"](x_BD[:, 2:])) / 2

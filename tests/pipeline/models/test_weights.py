@@ -140,7 +140,9 @@ def test_what_does_not_fit_is_counted_and_named(state: dict[str, Tensor], tmp_pa
 
 def test_weights_for_other_classes_name_both_shapes(state: dict[str, Tensor], tmp_path: Path) -> None:
     message = refusal(save(state, tmp_path / "seven.safetensors"), num_classes=10)
-    assert "2 of another shape (fc.weight (7, 5) for (10, 5), fc.bias (7,) for (10,))" in message
+    assert "2 of another shape" in message
+    assert "fc.weight (7, 5) for (10, 5)" in message
+    assert "fc.bias (7,) for (10,)" in message
 
 
 def test_a_long_list_of_misfits_is_cut(tmp_path: Path) -> None:
@@ -166,7 +168,7 @@ def test_a_file_cut_anywhere_is_refused(tmp_path_factory: pytest.TempPathFactory
     path = tmp_path_factory.mktemp("cut") / f"weights{suffix}"
     data = _bytes(Plain(7).state_dict(), suffix)
     path.write_bytes(data[: int(len(data) * share)])
-    with pytest.raises(ModelError, match="damaged|more than tensors"):
+    with pytest.raises(ModelError, match=r"damaged|more than tensors"):
         read_state(str(path), sha256=None, where="teacher.weights")
 
 

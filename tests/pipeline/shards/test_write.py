@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import hashlib
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +9,7 @@ from pipeline import storage
 from pipeline.errors import ShardError
 from pipeline.shards.tar import read_samples
 from pipeline.shards.write import pack_shards
-from tests.pipeline.shards.tars import data_config
+from tests.pipeline.shards.tars import data_config, make_tar
 
 SAMPLES = [(f"digits/{number:02}", {"png": bytes([number]) * 9, "cls": b"%d" % number}) for number in range(7)]
 
@@ -21,16 +19,15 @@ def test_packed_samples_come_back_in_order_in_shards_of_the_size_asked(tmp_path:
     assert urls == [f"{tmp_path}/out/train-{number:05}.tar" for number in range(3)]
     read = [[(s.key, s.label, s.data) for s in read_samples(Path(u), data_config(), where=u)] for u in urls]
     assert [len(shard) for shard in read] == [3, 3, 1]
-    assert sum(read, []) == [(key, int(members["cls"]), members["png"]) for key, members in SAMPLES]
+    assert [sample for shard in read for sample in shard] == [
+        (key, int(members["cls"]), members["png"]) for key, members in SAMPLES
+    ]
 
 
-def test_the_bytes_of_a_shard_do_not_change_from_run_to_run(tmp_path: Path) -> None:
-    (url,) = pack_shards(SAMPLES[:2], f"{tmp_path}/a-%d.tar", shard_size=2)
-    with tarfile.open(url) as archive:
-        owners = {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) for m in archive}
-    assert owners == {(0, 0, 0, "", "", 0o644)}
-    digest = hashlib.sha256(Path(url).read_bytes()).hexdigest()
-    assert digest == "PLACEHOLDER"
+def test_a_shard_is_the_plain_tar_of_its_members_without_clock_or_owner(tmp_path: Path) -> None:
+    (url,) = pack_shards(SAMPLES, f"{tmp_path}/a-%d.tar", shard_size=7)
+    members = [(f"{key}.{name}", content[name]) for key, content in SAMPLES for name in ("cls", "png")]
+    assert Path(url).read_bytes() == make_tar(members)
 
 
 def test_shards_go_to_any_writable_url() -> None:
@@ -54,7 +51,7 @@ def test_a_shard_whose_samples_fail_half_way_never_appears(tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["x-0.tar"]
 
 
-@pytest.mark.parametrize("key", ["a.b", "", "__meta__/a", "d/"])
+@pytest.mark.parametrize("key", ["a.b", "", "__meta__/a", "d/.x"])
 def test_a_key_that_would_be_read_back_as_another_is_refused(tmp_path: Path, key: str) -> None:
     with pytest.raises(ShardError, match="read back as another key"):
         pack_shards([(key, {"png": b"x"})], f"{tmp_path}/x-%d.tar", shard_size=2)

@@ -7,13 +7,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.errors import ModelError
 from pipeline.student.losses import dist
 
+# A loaded machine is no finding.
+law = settings(deadline=None, max_examples=40)
 SEEDS = st.integers(0, 2**32 - 1)
 STUDENT_BK = torch.tensor([[1.0, 2, 3], [0, 1, 0], [2, 0, 1]])
 TEACHER_BK = torch.tensor([[1.0, 2, 4], [0, 2, 0], [3, 0, 1]])
@@ -82,6 +84,7 @@ def test_dist_of_equal_logits_is_zero(temperature: float) -> None:
     assert dist(TEACHER_BK, TEACHER_BK, temperature=temperature).item() == pytest.approx(0, abs=1e-6 * temperature**2)
 
 
+@law
 @given(seed=SEEDS, num_rows=st.integers(3, 6), num_classes=st.integers(3, 6), temperature=st.sampled_from([1.0, 4.0]))
 def test_dist_equals_a_float64_loop(seed: int, num_rows: int, num_classes: int, temperature: float) -> None:
     student_BK, teacher_BK = draw(seed, num_rows, num_classes)
@@ -143,10 +146,11 @@ def test_two_classes_agree_wholly_or_not_at_all() -> None:
     def inter(student: list[float]) -> float:
         return dist(torch.tensor([student]), torch.tensor([[1.0, 0.0]]), temperature=1.0, intra_weight=0.0).item()
 
-    assert inter([5.0, 0.0]) == pytest.approx(0, abs=1e-6 * temperature**2)
+    assert inter([5.0, 0.0]) == pytest.approx(0, abs=1e-5)
     assert inter([0.0, 0.5]) == pytest.approx(2, abs=1e-5)
 
 
+@law
 @given(seed=SEEDS, num_rows=st.integers(2, 8), num_classes=st.integers(2, 8))
 def test_dist_ignores_the_order_of_rows_and_classes(seed: int, num_rows: int, num_classes: int) -> None:
     student_BK, teacher_BK = draw(seed, num_rows, num_classes)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
@@ -15,6 +15,8 @@ from torch.nn import functional
 from pipeline.errors import ModelError
 from pipeline.student.losses import kd
 
+# A loaded machine is no finding.
+law = settings(deadline=None, max_examples=40)
 SEEDS = st.integers(0, 2**32 - 1)
 TEMPERATURES = st.sampled_from([0.5, 1.0, 4.0, 20.0])
 
@@ -37,6 +39,7 @@ def oracle(student_BK: Tensor, teacher_BK: Tensor, temperature: float) -> tuple[
     return value, gradient_BK
 
 
+@law
 @given(seed=SEEDS, temperature=TEMPERATURES, num_rows=st.integers(1, 5), num_classes=st.integers(2, 8))
 def test_kd_equals_a_float64_loop(seed: int, temperature: float, num_rows: int, num_classes: int) -> None:
     student_BK, teacher_BK = draw(seed, num_rows, num_classes)
@@ -49,6 +52,7 @@ def test_kd_equals_a_float64_loop(seed: int, temperature: float, num_rows: int, 
     np.testing.assert_allclose(student_BK.grad, gradient_BK, atol=1e-6 * max(temperature, 1))
 
 
+@law
 @given(seed=SEEDS, temperature=TEMPERATURES)
 def test_kd_equals_torch_kl_div(seed: int, temperature: float) -> None:
     student_BK, teacher_BK = draw(seed)
@@ -58,6 +62,7 @@ def test_kd_equals_torch_kl_div(seed: int, temperature: float) -> None:
     torch.testing.assert_close(kd(student_BK, teacher_BK, temperature=temperature), theirs, rtol=1e-5, atol=1e-6)
 
 
+@law
 @given(seed=SEEDS, temperature=TEMPERATURES, shift=st.floats(-10, 10))
 def test_kd_ignores_a_constant_added_to_a_row(seed: int, temperature: float, shift: float) -> None:
     student_BK, teacher_BK = draw(seed)
@@ -66,6 +71,7 @@ def test_kd_ignores_a_constant_added_to_a_row(seed: int, temperature: float, shi
     torch.testing.assert_close(shifted, loss, rtol=1e-3, atol=1e-4 * max(temperature, 1))
 
 
+@law
 @given(seed=SEEDS, temperature=TEMPERATURES)
 def test_kd_of_equal_logits_is_zero_with_zero_gradient(seed: int, temperature: float) -> None:
     student_BK, teacher_BK = draw(seed)[0].requires_grad_(), draw(seed)[0]

@@ -1,0 +1,35 @@
+"""Evaluate a trained run on validation shards: top-1, top-5, agreement with its teacher."""
+
+from __future__ import annotations
+
+import torch
+
+from pipeline.student.evaluate import Evaluation, evaluate_run
+
+
+def evaluate(run_url: str, shards: str | tuple[str, ...], *, checkpoint: str = "last", threads: int = 1) -> Evaluation:
+    """On a GPU where there is one.
+
+    Raises:
+        StillroomError: no run, no checkpoint, or shards that cannot be read.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(threads)
+    return evaluate_run(run_url, shards, checkpoint_name=checkpoint, num_threads=threads, device=device)
+
+
+def percent(share: float | None) -> str:
+    """``97.2 %``, or a dash where nothing was measured."""
+    return "-" if share is None else f"{share:.1%}".replace("%", " %")
+
+
+def describe(evaluation: Evaluation) -> str:
+    """The lines that the command prints."""
+    lines = [
+        ("images", str(evaluation.num_rows)),
+        ("top-1", percent(evaluation.top1)),
+        ("top-5", percent(evaluation.top5)),
+        ("agreement with the teacher", percent(evaluation.agreement)),
+        ("teacher top-1", percent(evaluation.teacher_top1)),
+    ]
+    return "\n".join(f"{name:<28}{value}" for name, value in lines)

@@ -1,0 +1,72 @@
+"""Files of a cache, checked as they are read: JSON records by the digest they carry, tables by the digest that names them."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from pipeline import storage
+from pipeline.cache import layout
+from pipeline.errors import CacheError
+from pipeline.fingerprint import digest, unseal
+from schemas.manifest import FORMAT_VERSION, FileRef, Record
+
+R = TypeVar("R", bound=Record)
+
+
+def parse_record(kind: type[R], data: bytes, *, where: str) -> R:
+    """
+    Raises:
+        CacheError: changed after it was written, or of another format version.
+    """
+    body = unseal(data, where=where)
+    body.pop("digest")
+    if body.get("format_version") != FORMAT_VERSION:
+        raise CacheError("unknown cache format", where=where, got=body.get("format_version"), wanted=FORMAT_VERSION)
+    try:
+        return kind.model_validate(body)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise CacheError(
+            f"this is no {kind.__name__.lower()} of cache format {FORMAT_VERSION}",
+            where=where,
+            got=f"{key}: {first['msg']}" if key else first["msg"],
+            next_step="read it with the version that wrote it",
+        ) from error
+
+
+def publish_named(cache_url: str, path: str, data: bytes) -> FileRef:
+    """Publishes a file whose name stays and whose content may change; what it replaces is kept under its digest.
+
+    A run uses its own copy of the manifest for life, and that copy names the former content.
+    """
+    ref = FileRef(path=path, sha256=digest(data), size_bytes=len(data))
+    url = storage.join(cache_url, path)
+    if storage.exists(url) and (sha256 := digest(former := storage.read(url))) != ref.sha256:
+        storage.write(storage.join(cache_url, layout.former_path(sha256)), former)
+    storage.write(url, data)
+    return ref
+
+
+def read_named(cache_url: str, ref: FileRef) -> bytes:
+    """A file by name and content, also where an extension of the cache has replaced it since.
+
+    Raises:
+        CacheError: no file has the content.
+    """
+    url = storage.join(cache_url, ref.path)
+    data = storage.read(url)
+    if (got := digest(data)) == ref.sha256:
+        return data
+    former = storage.join(cache_url, layout.former_path(ref.sha256))
+    if storage.exists(former) and digest(data := storage.read(former)) == ref.sha256:
+        return data
+    raise CacheError(
+        "this file was changed after it was written",
+        where=storage.redact(url),
+        got=f"sha256 {got[:16]}",
+        wanted=ref.sha256[:16],
+        next_step="restore the file, or run: stillroom cache build CONFIG (it publishes tables and means anew)",
+    )

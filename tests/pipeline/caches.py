@@ -1,0 +1,76 @@
+"""Small caches for tests: built by the plain loop that any job amounts to, and read back by hand."""
+
+from __future__ import annotations
+
+import shutil
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline import storage
+from pipeline.cache.build import PartTask, build_part, prepare
+from pipeline.cache.commit import missing_blocks, read_commits
+from pipeline.cache.manifest import publish_manifest
+from pipeline.shards.names import shard_ids
+from schemas.config import CacheConfig, Config
+from schemas.manifest import Commit, Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class TinyCache:
+    """A finished cache of one's own, and the config that built it."""
+
+    url: str
+    config: Config
+
+
+def cache_section(config: Config) -> CacheConfig:
+    assert config.cache is not None
+    return config.cache
+
+
+def shard_urls(config: Config) -> dict[str, str]:
+    """Shard id to URL."""
+    assert config.data.shards is not None
+    urls = [storage.absolute(url) for url in storage.expand(config.data.shards)]
+    return dict(zip(shard_ids(urls), urls, strict=True))
+
+
+def open_tasks(config: Config) -> list[PartTask]:
+    """The parts that no commit names."""
+    cache = cache_section(config)
+    committed: defaultdict[str, list[Commit]] = defaultdict(list)
+    for commit in read_commits(cache.url):
+        committed[commit.shard_id].append(commit)
+    return [
+        PartTask(config, url, block)
+        for shard, url in shard_urls(config).items()
+        for block in missing_blocks(
+            committed[shard],
+            num_views=config.views.count,
+            views_per_part=cache.views_per_part,
+            wants_eval=cache.class_means == "eval",
+            where=shard,
+        )
+    ]
+
+
+def build(config: Config, tasks: Iterable[PartTask] | None = None) -> Manifest:
+    """Claims the cache, builds the open parts (or ``tasks``, in this order), publishes the manifest."""
+    prepare(config)
+    for task in open_tasks(config) if tasks is None else tasks:
+        build_part(task)
+    return publish_manifest(cache_section(config).url, shard_urls(config))
+
+
+def copy_of(cache: TinyCache, folder: Path) -> TinyCache:
+    """The same cache under another URL, to do as one likes with."""
+    shutil.copytree(cache.url, folder)
+    section = cache_section(cache.config).model_copy(update={"url": str(folder)})
+    return TinyCache(str(folder), cache.config.model_copy(update={"cache": section}))
+
+
+def files(url: str) -> dict[str, bytes]:
+    """Every file of a cache by relative path."""
+    return {path: storage.read(storage.join(url, path)) for path in storage.listing(url)}

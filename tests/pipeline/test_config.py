@@ -1,0 +1,256 @@
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipeline import storage
+from pipeline.config import build_config, load_config, require
+from pipeline.errors import ConfigError
+from schemas.config import Config, KdLoss
+
+TRAINING = """\
+data:
+  cache: s3://bucket/caches/r152
+  num_classes: 10
+loss:
+  - {name: kd, weight: 1.0, temperature: 2}
+  - name: ce
+train:
+  lr: 3e-4
+  epochs: 5
+"""
+
+
+@pytest.fixture
+def yaml_file(tmp_path: Path) -> Path:
+    return tmp_path / "train.yaml"
+
+
+def load(path: Path, text: str, *overrides: str) -> Config:
+    path.write_text(text)
+    return load_config(str(path), overrides)
+
+
+def refusal(path: Path, text: str, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(path, text, *overrides)
+    message = str(caught.value)
+    assert caught.value.exit_code == 2
+    assert not any(
+        word in message for word in ("pydantic", "validation error", "Traceback", "input_value", "OmegaConf")
+    )
+    return message
+
+
+def test_a_document_becomes_a_config(yaml_file: Path) -> None:
+    config = load(yaml_file, TRAINING)
+    assert config.train.lr == 0.0003
+    assert [term.name for term in config.loss] == ["kd", "ce"]
+    assert config.data.num_classes == 10
+    assert config.views.count == 1
+
+
+def test_a_document_is_read_from_any_allowed_url() -> None:
+    storage.write("memory://configs/a.yaml", TRAINING.encode())
+    assert load_config("memory://configs/a.yaml").train.epochs == 5
+
+
+def test_overrides_are_yaml_and_the_last_one_wins(yaml_file: Path) -> None:
+    config = load(
+        yaml_file,
+        TRAINING,
+        "loss.0.weight=2",
+        "loss.1={name: kd, temperature: 1}",
+        "train.lr=1",
+        "train.lr=2e-2",
+        "cache.url=memory://x?a=b",
+        "data.shards=[a.tar, b.tar]",
+        "data.label=null",
+        "student.kwargs.drop.rate=0.1",
+    )
+    assert config.loss[0].weight == 2
+    assert config.loss[1] == KdLoss(name="kd", temperature=1.0, weight=1.0, warmup_epochs=0)
+    assert config.train.lr == 0.02
+    assert config.cache is not None
+    assert config.cache.url == "memory://x?a=b"
+    assert config.data.shards == ("a.tar", "b.tar")
+    assert config.data.label is None
+    assert config.student is not None
+    assert config.student.kwargs == {"drop": {"rate": 0.1}}
+
+
+def test_interpolation_is_resolved_after_overrides(yaml_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STILLROOM_TEST_BUCKET", "s3://mine")
+    text = "views: {size: 32}\nstudent: {size: '${views.size}'}\nrun: {url: '${oc.env:STILLROOM_TEST_BUCKET}/r'}\n"
+    config = load(yaml_file, text, "views.size=64")
+    assert config.student is not None
+    assert config.student.size == 64
+    assert config.run is not None
+    assert config.run.url == "s3://mine/r"
+
+
+def test_a_section_override_merges_into_the_section(yaml_file: Path) -> None:
+    config = load(yaml_file, TRAINING, "train={epochs: 9}")
+    assert (config.train.epochs, config.train.lr) == (9, 0.0003)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("train:\n  lr: 1\n  epoch: 3\n", ["unknown key: train.epoch", "line 3", "did you mean epochs?"]),
+        ("los: []\n", ["unknown key: los", "line 1", "did you mean loss?"]),
+        ("zzzzzz: 1\n", ["unknown key: zzzzzz", "data, teacher, views, cache"]),
+        ("loss:\n- name: kd\n  temprature: 3\n", ["unknown key: loss.0.temprature", "line 3", "mean temperature?"]),
+        ("cache: {url: x, logit: fp16}\n", ["unknown key: cache.logit", "did you mean logits?"]),
+        ("loss:\n- {name: ce}\n- {name: kdd}\n", ["unknown loss: loss.1.name", "'kdd'", "ce, kd, dist, nd", "line 3"]),
+        ("loss: [{weight: 1}]\n", ["missing key: loss.0.name", "ce, kd, dist, nd"]),
+        ("cache: {logits: fp16}\n", ["missing key: cache.url", "line 1", "Folder of the cache"]),
+        ("train: {lr: fast}\n", ["wrong value: train.lr", "'fast' (text)", "number"]),
+        ("train: {epochs: 0}\n", ["wrong value: train.epochs", "got:    0", "greater than or equal to 1"]),
+        ("train: 3\n", ["wrong value: train", "3 (a number)", "mapping"]),
+        ("views:\n", ["wrong value: views", "null", "mapping"]),
+        ("data: {shards: 3}\n", ["wrong value: data.shards", "text or list"]),
+        ("data: {shards: [a, 1]}\n", ["wrong value: data.shards.1", "1 (a number)", "text"]),
+        ("loss: {name: kd}\n", ["wrong value: loss", "a mapping", "list"]),
+        ("views: {kind: evil}\n", ["wrong value: views.kind", "'evil'", "'eval', 'crop' or 'function_matching'"]),
+        ("views: {area: [2, 1]}\n", ["views", "area is [2.0, 1.0]", "0 < low <= high <= 1"]),
+        ("teacher: {mean: [1, 2]}\n", ["teacher.mean.2"]),
+        ("1: 2\n", ["unknown key: 1", "line 1"]),
+        ("run: {url: '${nope.x}'}\n", ["cannot be resolved", "run.url", "nope"]),
+        ("run: {url: '???'}\n", ["cannot be resolved", "run.url"]),
+        ("train: {lr: 1, lr: 2}\n", ["not YAML", "line 1, column 16", "duplicate key lr"]),
+        ("train:\n  lr: [1,\n  epochs: 3\n", ["not YAML", "line 4, column 1"]),
+        ("a: b: c\n", ["not YAML", "line 1, column 5"]),
+        ("run: {url: !!python/object:os.system x}\n", ["not YAML", "line 1, column 12"]),
+        ("a: \x01\n", ["not YAML", "special characters"]),
+        ("", ["empty"]),
+        ("# nothing\n", ["empty"]),
+        ("- 1\n", ["not a mapping", "a list"]),
+        ("train\n", ["not a mapping", "a single value"]),
+        ("train: {}\n---\ntrain: {}\n", ["several YAML documents"]),
+    ],
+)
+def test_a_mistake_is_told_in_one_message_with_its_place(yaml_file: Path, text: str, parts: list[str]) -> None:
+    message = refusal(yaml_file, text)
+    assert str(yaml_file) in message
+    for part in parts:
+        assert part in message
+
+
+def test_every_mistake_is_listed_with_its_line(yaml_file: Path) -> None:
+    message = refusal(yaml_file, "train:\n  lr: fast\n  epoch: 3\nlos: []\nloss: [{name: kdd}]\n", "views.kind=evil")
+    assert "5 keys of this config are wrong" in message
+    for line in (
+        "train.lr, line 2: wrong value; got 'fast' (text); wanted number",
+        "train.epoch, line 3: unknown key; did you mean epochs?",
+        "los, line 4: unknown key; did you mean loss?",
+        "loss.0.name, line 5: unknown loss; got 'kdd'",
+        "views.kind, override 'views.kind=evil': wrong value",
+    ):
+        assert line in message
+    assert len(message.splitlines()) <= 9
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("train.lr", ["does not set a key", "section.key=value"]),
+        ("=3", ["does not set a key"]),
+        ("train..lr=3", ["does not set a key"]),
+        ("trian.lr=1", ["unknown key: trian", "override 'trian.lr=1'", "did you mean train?"]),
+        ("train.learning=1", ["unknown key: train.learning", "override 'train.learning=1'"]),
+        ("train.lr=fast", ["wrong value: train.lr", "override 'train.lr=fast'"]),
+        ("train.lr=[1", ["not YAML", "override 'train.lr=[1'"]),
+        ("loss.7.weight=1", ["list item that is not there", "override 'loss.7.weight=1'"]),
+        ("loss.kd.weight=1", ["list item that is not there"]),
+        ("train.lr.x=1", ["wrong value: train.lr", "a mapping"]),
+        ("data.shards=${nope}", ["cannot be resolved", "data.shards"]),
+    ],
+)
+def test_a_wrong_override_is_quoted(yaml_file: Path, override: str, parts: list[str]) -> None:
+    message = refusal(yaml_file, TRAINING, override)
+    for part in parts:
+        assert part in message
+
+
+def test_an_override_replaces_a_mistake_of_the_document(yaml_file: Path) -> None:
+    assert load(yaml_file, "train: {lr: fast}\n", "train.lr=0.1").train.lr == 0.1
+
+
+@pytest.mark.parametrize("source", ["nowhere/train.yaml", "."])
+def test_a_document_that_is_not_there_is_named(source: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be read") as caught:
+        load_config(source)
+    assert source in str(caught.value)
+
+
+def test_a_document_is_not_fetched_from_a_refused_url() -> None:
+    with pytest.raises(ConfigError, match="refused"):
+        load_config("pipe:cat /etc/passwd")
+
+
+def test_bytes_that_are_not_text_are_refused(yaml_file: Path) -> None:
+    yaml_file.write_bytes(b"train: \xff\xfe")
+    with pytest.raises(ConfigError, match="UTF-8"):
+        load_config(str(yaml_file))
+
+
+def test_no_message_shows_the_credentials_of_a_url(yaml_file: Path) -> None:
+    secret = "s3://key:secret@bucket/x?token=secret"
+    for text, override in ((f"train: {{lr: '{secret}'}}\n", "train.epochs=1"), ("train: {}\n", f"train.lr={secret}")):
+        assert "secret" not in refusal(yaml_file, text, override)
+
+
+def test_long_values_are_cut_in_messages(yaml_file: Path) -> None:
+    assert len(refusal(yaml_file, f"train: {{lr: {'x' * 5000}}}\n")) < 500
+
+
+def test_a_tree_is_checked_like_a_document() -> None:
+    assert build_config({"train": {"lr": 1}}, where="demo").train.lr == 1
+    with pytest.raises(ConfigError, match=r"train\.lrr[^$]*demo[^$]*did you mean lr"):
+        build_config({"train": {"lrr": 1}}, where="demo")
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
+NAMES = st.sampled_from([*Config.model_fields, "name", "url", "lr", "weight", "kind", "kd"]) | st.text(max_size=4)
+TREES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3))
+
+
+@settings(max_examples=150, deadline=None)
+@given(tree=st.dictionaries(NAMES, TREES, max_size=4))
+def test_any_tree_is_a_config_or_a_config_error(tree: dict[str, Any]) -> None:
+    try:
+        build_config(tree, where="x")
+    except ConfigError as error:
+        message = str(error)
+    else:
+        return
+    assert "pydantic" not in message
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    text=st.text(st.sampled_from("ab:[]{}-'\"&*!%#\n $?,0"), max_size=25), override=st.text("ab.=[]{}: $01", max_size=9)
+)
+def test_any_text_is_a_config_or_a_config_error(yaml_file: Path, text: str, override: str) -> None:
+    for overrides in ([], [override]):
+        with contextlib.suppress(ConfigError):
+            assert isinstance(load(yaml_file, text, *overrides), Config)
+
+
+def test_require_names_each_missing_key_and_what_it_means() -> None:
+    config = build_config({"cache": {"url": "memory://x"}}, where="x")
+    require(config, "cache.url", "views", "train.lr", command="stillroom cache build")
+    with pytest.raises(ConfigError) as caught:
+        require(config, "cache.url", "teacher.model", "run.url", "loss", command="stillroom train")
+    message = str(caught.value)
+    assert "stillroom train needs" in message
+    assert "teacher.model: timm/NAME" in message
+    assert "loss: a list of terms, named ce, kd, dist, nd" in message
+    assert "teacher.model=… run.url=… loss=…" in message
+    assert "cache.url" not in message

@@ -1,0 +1,272 @@
+from __future__ import annotations
+
+import multiprocessing
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+
+import fsspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline import storage
+from pipeline.errors import StorageError, StorageInputError
+
+
+@pytest.fixture(params=["file", "memory"])
+def base(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    if request.param == "file":
+        yield str(tmp_path / "store")
+        return
+    yield f"memory://{tmp_path.name}"
+    filesystem = fsspec.filesystem("memory")
+    if filesystem.exists(f"/{tmp_path.name}"):
+        filesystem.rm(f"/{tmp_path.name}", recursive=True)
+
+
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        ("a/b.tar", "file"),
+        ("/a/b:c.tar", "file"),
+        ("file:///a", "file"),
+        ("S3://bucket/a", "s3"),
+        ("hf://datasets/x/y", "hf"),
+        ("https://host/a?b=c", "https"),
+        ("memory://a", "memory"),
+        ("abfss://c@account/a", "abfss"),
+    ],
+)
+def test_allowed_urls_have_a_protocol(url: str, name: str) -> None:
+    assert storage.protocol(url) == name
+
+
+REFUSED = [
+    "pipe:cat /etc/passwd",
+    "PIPE:cat x",
+    "pipe://cat x",
+    "simplecache::s3://bucket/a",
+    "zip://a.jpg::s3://bucket/a.zip",
+    "a::b",
+    "ssh://host/a",
+    "ftp://host/a",
+    "sftp://host/a",
+    "reference://a",
+    "local://a",
+    "dir://a",
+    "://a",
+    "",
+    "  ",
+    "a\0b",
+]
+
+
+@pytest.mark.parametrize("url", REFUSED)
+def test_chained_command_and_unknown_urls_are_refused_by_every_call(url: str, tmp_path: Path) -> None:
+    calls = (
+        storage.protocol,
+        storage.exists,
+        storage.read,
+        storage.listing,
+        storage.delete,
+        storage.expand,
+        lambda refused: storage.write(refused, b""),
+        lambda refused: storage.create(refused, b""),
+        lambda refused: storage.local_copy(refused, tmp_path),
+    )
+    for call in calls:
+        with pytest.raises(StorageInputError, match="refused"):
+            call(url)
+
+
+@pytest.mark.parametrize("url", ["https://host/a", "http://host/a", "hf://datasets/x"])
+def test_read_only_protocols_are_never_written(url: str) -> None:
+    for call in (storage.write, storage.create):
+        with pytest.raises(StorageInputError, match="read-only"):
+            call(url, b"")
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("s3://key:secret@bucket/a", "s3://bucket/a"),
+        ("https://host/a?X-Amz-Signature=secret#secret", "https://host/a"),
+        ("https://user:sec@ret@host", "https://host"),
+        ("https://host/a@b", "https://host/a@b"),
+        ("folder/a?b", "folder/a?b"),
+    ],
+)
+def test_redaction_drops_user_password_query_and_fragment(url: str, shown: str) -> None:
+    assert storage.redact(url) == shown
+
+
+@given(user=st.text("abc:@", min_size=1), query=st.text("abc=&?#@/"))
+def test_redaction_leaves_host_and_path_whatever_surrounds_them(user: str, query: str) -> None:
+    assert storage.redact(f"https://{user}@host/path?{query}") == "https://host/path"
+
+
+def test_braces_expand_in_the_order_written() -> None:
+    assert storage.expand("s3://b/t-{00..02}.tar") == ["s3://b/t-00.tar", "s3://b/t-01.tar", "s3://b/t-02.tar"]
+    assert storage.expand(("b{1,0}.tar", "a.tar")) == ["b1.tar", "b0.tar", "a.tar"]
+
+
+def test_an_open_brace_and_a_refused_protocol_inside_braces_are_errors() -> None:
+    with pytest.raises(StorageInputError, match="brace"):
+        storage.expand("t-{00..02.tar")
+    with pytest.raises(StorageInputError, match="refused"):
+        storage.expand("{s3,ssh}://b/t.tar")
+
+
+def test_what_is_written_is_read_and_sized(base: str) -> None:
+    url = storage.join(base, "deep", "a.bin")
+    assert not storage.exists(url)
+    storage.write(url, b"old and longer")
+    storage.write(url, b"0123456789")
+    assert storage.exists(url)
+    assert storage.read(url) == b"0123456789"
+    assert storage.size(url) == 10
+
+
+def test_a_range_is_exact_or_an_error(base: str) -> None:
+    url = storage.join(base, "a.bin")
+    storage.write(url, b"0123456789")
+    assert storage.read_range(url, 3, 4) == b"3456"
+    assert storage.read_range(url, 6, 4) == b"6789"
+    for offset, size_bytes in ((7, 4), (10, 1), (50, 1)):
+        with pytest.raises(StorageError, match="shorter"):
+            storage.read_range(url, offset, size_bytes)
+
+
+def test_an_absent_object_is_bad_input_with_its_url(base: str) -> None:
+    url = storage.join(base, "absent")
+    for call in (storage.read, storage.size, lambda absent: storage.read_range(absent, 0, 1)):
+        with pytest.raises(StorageInputError, match="absent"):
+            call(url)
+
+
+def test_listing_is_sorted_relative_and_deep(base: str) -> None:
+    assert storage.listing(base) == []
+    for name in ("b", "a/c.json", "a/b.json", "a.json"):
+        storage.write(storage.join(base, *name.split("/")), b"x")
+    assert storage.listing(base) == ["a.json", "a/b.json", "a/c.json", "b"]
+    assert storage.listing(storage.join(base, "a")) == ["b.json", "c.json"]
+    assert storage.listing(storage.join(base, "a/")) == ["b.json", "c.json"]
+
+
+def test_listing_passes_over_what_a_killed_writer_left(tmp_path: Path) -> None:
+    storage.write(f"{tmp_path}/a", b"x")
+    (tmp_path / ".tmp-0123").write_bytes(b"half")
+    assert storage.listing(str(tmp_path)) == ["a"]
+
+
+def test_delete_is_idempotent(base: str) -> None:
+    url = storage.join(base, "a")
+    storage.write(url, b"x")
+    storage.delete(url)
+    storage.delete(url)
+    assert not storage.exists(url)
+
+
+def test_create_writes_once_and_keeps_the_first(base: str) -> None:
+    url = storage.join(base, "commits", "a.json")
+    assert storage.create(url, b"first")
+    assert not storage.create(url, b"second, and longer")
+    assert storage.read(url) == b"first"
+    assert storage.listing(base) == ["commits/a.json"]
+
+
+def test_one_of_many_threads_creates_and_its_bytes_stay(base: str) -> None:
+    num_threads = 16
+    for attempt in range(8):
+        url = storage.join(base, f"{attempt}.json")
+        barrier = threading.Barrier(num_threads)
+
+        def race(number: int, url: str = url, barrier: threading.Barrier = barrier) -> bool:
+            barrier.wait()
+            return storage.create(url, b"%d" % number * 1000)
+
+        with ThreadPoolExecutor(num_threads) as pool:
+            won = list(pool.map(race, range(num_threads)))
+        assert sum(won) == 1
+        assert storage.read(url) == b"%d" % won.index(True) * 1000
+
+
+def create_all(folder: str, number: int, num_files: int) -> list[bool]:
+    return [storage.create(f"{folder}/{name}", b"%d" % number * 1000) for name in range(num_files)]
+
+
+def test_one_of_many_processes_creates_each_file_and_its_bytes_stay(tmp_path: Path) -> None:
+    num_files, num_processes = 200, 3
+    with ProcessPoolExecutor(num_processes, mp_context=multiprocessing.get_context("forkserver")) as pool:
+        racers = [pool.submit(create_all, str(tmp_path), number, num_files) for number in range(num_processes)]
+        outcomes = [racer.result() for racer in racers]
+    for name, won in enumerate(zip(*outcomes, strict=True)):
+        assert sum(won) == 1
+        assert storage.read(f"{tmp_path}/{name}") == b"%d" % won.index(True) * 1000
+    assert len(storage.listing(str(tmp_path))) == num_files == len(list(tmp_path.iterdir()))
+
+
+def test_readers_see_an_old_object_or_a_new_one_and_never_a_part(tmp_path: Path) -> None:
+    url = f"{tmp_path}/a"
+    contents = {b"a" * 100_000, b"b" * 200_000}
+    storage.write(url, b"a" * 100_000)
+    done = threading.Event()
+
+    def rewrite() -> None:
+        for _ in range(20):
+            for content in sorted(contents):
+                storage.write(url, content)
+        done.set()
+
+    with ThreadPoolExecutor(1) as pool:
+        writer = pool.submit(rewrite)
+        while not done.is_set() and not writer.done():
+            assert storage.read(url) in contents
+        writer.result()
+
+
+def test_a_put_that_fails_leaves_neither_temporary_nor_target(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    with pytest.raises(StorageInputError):
+        storage.put(tmp_path / "absent", str(store / "a"))
+    assert list(store.iterdir()) == []
+
+
+def test_a_put_that_cannot_replace_its_target_leaves_no_temporary(tmp_path: Path) -> None:
+    local = tmp_path / "local"
+    local.write_bytes(b"x")
+    (tmp_path / "store" / "a" / "full").mkdir(parents=True)
+    with pytest.raises((StorageInputError, StorageError)):
+        storage.put(local, f"{tmp_path}/store/a")
+    assert [path.name for path in (tmp_path / "store").iterdir()] == ["a"]
+
+
+def test_a_local_copy_of_a_local_file_is_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(b"x")
+    assert storage.local_copy(str(path), tmp_path / "scratch") == path
+    assert not (tmp_path / "scratch").exists()
+    with pytest.raises(StorageInputError, match="no such file"):
+        storage.local_copy(f"{tmp_path}/b.tar", tmp_path)
+
+
+def test_a_remote_object_is_copied_once_for_all_threads(tmp_path: Path) -> None:
+    url = f"memory://{tmp_path.name}/a.tar"
+    storage.write(url, b"x" * 1000)
+    with ThreadPoolExecutor(8) as pool:
+        paths = set(pool.map(lambda _: storage.local_copy(url, tmp_path / "scratch"), range(16)))
+    (path,) = paths
+    assert path.read_bytes() == b"x" * 1000
+    assert path.name.endswith("a.tar")
+    changed = path.stat().st_mtime_ns
+    storage.local_copy(url, tmp_path / "scratch")
+    assert path.stat().st_mtime_ns == changed
+    storage.delete(url)
+
+
+def test_a_relative_path_becomes_absolute_and_a_url_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert storage.absolute("a/b") == f"{tmp_path}/a/b"
+    assert storage.absolute("s3://bucket/a") == "s3://bucket/a"
