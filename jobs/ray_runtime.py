@@ -13,8 +13,10 @@ from ray.exceptions import AuthenticationError
 from pipeline.errors import ResourceError
 from schemas.config import RayConfig
 
-# A private cluster of this process needs no dashboard, phones nowhere, and leaves logs to its own files.
-_LOCAL_ENV = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}
+# A private cluster phones nowhere and lets nobody in without its token, whatever else this machine runs.
+_LOCAL_ENV = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token"}
+# Ray sets this in the driver of a submitted job.
+_JOB_ENV = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
 @contextmanager
@@ -27,8 +29,6 @@ def cluster(config: RayConfig) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    for name, value in _LOCAL_ENV.items():
-        os.environ.setdefault(name, value)
     _connect(config.address)
     try:
         yield
@@ -38,10 +38,11 @@ def cluster(config: RayConfig) -> Iterator[None]:
 
 def _connect(address: str) -> None:
     common = {"log_to_driver": False, "logging_level": logging.WARNING}
-    # Inside a submitted job Ray names the job's own cluster; a local one would escape the job's resources.
-    inside_job = "RAY_JOB_ID" in os.environ or "RAY_ADDRESS" in os.environ
     try:
-        if address == "local" and not inside_job:
+        # A submitted job runs on the cluster it was submitted to: a local one would escape the job's resources.
+        if address == "local" and _JOB_ENV not in os.environ:
+            for name, value in _LOCAL_ENV.items():
+                os.environ.setdefault(name, value)
             ray.init(address="local", include_dashboard=False, **common)
         else:
             ray.init(address="auto" if address == "local" else address, **common)

@@ -108,7 +108,7 @@ def prepare(config: Config) -> Header:
 
 
 def _claimed(config: Config) -> _Builder:
-    # Every time, unlike loading: the folder may have been emptied, and another job in this process may have set threads.
+    # Every time, unlike loading: the folder may have been emptied, and another job of this process may set threads.
     pin_numerics(config.ray.cpus_per_task)
     builder = _builder(config.model_dump_json())
     return replace(builder, header=claim(builder.cache.url, builder.header))

@@ -1,4 +1,4 @@
-"""Files of a cache, checked as they are read: JSON records by the digest they carry, tables by the digest that names them."""
+"""Files of a cache, checked as they are read: records by the digest they carry, tables by the one that names them."""
 
 from __future__ import annotations
 

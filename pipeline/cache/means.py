@@ -87,7 +87,7 @@ def decode_sums(data: bytes, *, where: str) -> ClassSums:
     dim = int(table.schema.metadata[b"stillroom:embedding_dim"])
     packed = b"".join(table["sum"].to_pylist())
     return ClassSums(
-        table["class"].to_numpy(), table["count"].to_numpy(), np.frombuffer(packed, np.int64).reshape(-1, dim)
+        table["class"].to_numpy(), table["count"].to_numpy(), np.frombuffer(packed, np.int64).reshape(len(table), dim)
     )
 
 
@@ -130,7 +130,8 @@ def decode_means(data: bytes, *, num_classes: int, fingerprint: str, where: str)
             wanted=fingerprint,
         )
     classes = table["class"].to_numpy()
-    mean_CD = table["mean"].combine_chunks().flatten().to_numpy().reshape(len(classes), -1)
+    dim = table.schema.field("mean").type.list_size
+    mean_CD = table["mean"].combine_chunks().flatten().to_numpy().reshape(len(classes), dim)
     mean_KD = np.full((num_classes, mean_CD.shape[1]), np.nan, np.float32)
     count_K = np.zeros(num_classes, np.int64)
     mean_KD[classes] = mean_CD

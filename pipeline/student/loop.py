@@ -171,7 +171,7 @@ class Trainer:
             torch.manual_seed(config.train.seed)
             means_KD = self.lessons.class_means_KD
             teacher_dim = None if means_KD is None else means_KD.shape[1]
-            self.student = Student(loaded.module, teacher_dim=teacher_dim).to(world.device)
+            self.student = Student(loaded.module, teacher_dim=teacher_dim).to(world.device).train()
         self.optimizer = make_optimizer(self.student, config.train)
         self.schedule = make_schedule(self.optimizer, config.train, total_steps=self.total_steps)
         self.module: nn.Module = DistributedDataParallel(self.student) if world.size > 1 else self.student

@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits
 
 from pipeline import storage
 from pipeline.cache.build import PartTask, build_part, prepare
 from pipeline.cache.commit import missing_blocks, read_commits
 from pipeline.cache.manifest import publish_manifest
 from pipeline.shards.names import shard_ids
+from pipeline.shards.write import Members
 from schemas.config import CacheConfig, Config
 from schemas.manifest import Commit, Manifest
+
+
+def digit_samples(count: int) -> Iterator[tuple[str, Members]]:
+    """Handwritten digits on coloured grounds, in sizes that differ, so that no axis can be taken for another."""
+    digits, random = load_digits(), np.random.default_rng(0)
+    for row in range(count):
+        ink = np.kron(digits.images[row] / 16, np.ones((3, 3)))
+        ground, stroke = random.uniform(0, 255, (2, 3))
+        pixels = (ground + (stroke - ground) * ink[:, :, None]).astype(np.uint8)
+        image = Image.fromarray(pixels).resize((17 + row % 7, 23 - row % 5))
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        yield f"digit-{row:04d}", {"png": buffer.getvalue(), "cls": str(digits.target[row]).encode()}
 
 
 @dataclass(frozen=True, slots=True)

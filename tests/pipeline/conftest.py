@@ -2,43 +2,26 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
-from sklearn.datasets import load_digits
 
-from pipeline.shards.write import Members, pack_shards
+from pipeline.shards.write import pack_shards
 from schemas.config import Config
-from tests.pipeline.caches import TinyCache, build, copy_of
+from tests.pipeline.caches import TinyCache, build, copy_of, digit_samples
 
 NUM_DIGITS, DIGITS_PER_SHARD = 35, 20
 
 TinyConfig = Callable[..., Config]
 
 
-def _digit_samples(count: int) -> Iterator[tuple[str, Members]]:
-    """Handwritten digits on coloured grounds, in sizes that differ, so that no axis can be taken for another."""
-    digits, random = load_digits(), np.random.default_rng(0)
-    for row in range(count):
-        ink = np.kron(digits.images[row] / 16, np.ones((3, 3)))
-        ground, stroke = random.uniform(0, 255, (2, 3))
-        pixels = (ground + (stroke - ground) * ink[:, :, None]).astype(np.uint8)
-        image = Image.fromarray(pixels).resize((17 + row % 7, 23 - row % 5))
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        yield f"digit-{row:04d}", {"png": buffer.getvalue(), "cls": str(digits.target[row]).encode()}
-
-
 @pytest.fixture(scope="session")
 def digits_shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Two shards of 20 and 15 digits with labels: paths of files not to be changed (copy them to change them)."""
     folder = tmp_path_factory.mktemp("digits")
-    return pack_shards(_digit_samples(NUM_DIGITS), f"{folder}/digits-%02d.tar", shard_size=DIGITS_PER_SHARD)
+    return pack_shards(digit_samples(NUM_DIGITS), f"{folder}/digits-%02d.tar", shard_size=DIGITS_PER_SHARD)
 
 
 def _tiny_config(shards: list[str], cache_url: str, overrides: dict[str, Any]) -> Config:

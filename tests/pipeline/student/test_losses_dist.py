@@ -118,6 +118,17 @@ def test_dist_stays_within_2e_4_of_the_formula_on_random_logits(num_classes: int
         assert (student_BK.grad - gradient_BK).abs().max() <= 2e-4
 
 
+@pytest.mark.parametrize("num_classes", [10, 100])
+def test_logits_that_differ_by_thousandths_are_still_above_the_floor(num_classes: int) -> None:
+    student_BK, teacher_BK = draw(0, 8, num_classes)
+    student_BK = 0.002 * student_BK
+    value, gradient_BK = official(student_BK, teacher_BK)
+    loss = dist(student_BK.requires_grad_(), teacher_BK, temperature=1.0)
+    loss.backward()
+    assert loss.item() == pytest.approx(value.item(), abs=2e-4)
+    assert (student_BK.grad - gradient_BK).norm() <= 2e-3 * gradient_BK.norm()
+
+
 @pytest.mark.parametrize("num_classes", [3, 10, 100, 1000])
 @pytest.mark.parametrize("scale", [0.0, 1e-7, 1e-5, 1e-3])
 def test_the_gradient_of_a_zero_initialised_head_is_bounded(num_classes: int, scale: float) -> None:

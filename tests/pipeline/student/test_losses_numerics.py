@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from pipeline.student.losses import ce, dist, kd, nd
 
@@ -98,6 +100,29 @@ def test_an_enclosing_autocast_changes_nothing(name: str) -> None:
         cast = value_and_gradient()
     assert torch.equal(cast[0], plain[0])
     assert torch.equal(cast[1], plain[1])
+
+
+class AutocastWatch(TorchFunctionMode):
+    """Notes for every operation by name whether autocast was on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[str, bool]] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.add((func.__name__, torch.is_autocast_enabled("cpu")))
+        return func(*args, **(kwargs or {}))
+
+
+@losses
+def test_autocast_is_off_for_the_arithmetic_of_a_loss(name: str) -> None:
+    # What the table above does to its arguments is not among these.
+    arithmetic = {"clamp", "softmax", "log_softmax", "kl_div", "linalg_vector_norm", "lerp", "mean", "sum"}
+    with torch.autocast("cpu", dtype=torch.bfloat16), AutocastWatch() as watch:
+        LOSSES[name](*draw(16, 10), labels(16))
+    seen = {(operation, on) for operation, on in watch.seen if operation in arithmetic}
+    assert len(seen) >= 3
+    assert not any(on for _, on in seen)
 
 
 # vmap has no batching rule for kl_div and says that its fallback, a loop on the host, is slower.

@@ -1,0 +1,181 @@
+"""The ``stillroom`` command. Ray and torch are imported inside commands, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from jobs.entry import run_command
+
+app = typer.Typer(
+    name="stillroom",
+    help="Distil image models at scale: cache a teacher's words on exact augmented views, train students from them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+shards_app = typer.Typer(help="WebDataset shards and their index.", no_args_is_help=True)
+cache_app = typer.Typer(help="Teacher caches.", no_args_is_help=True)
+app.add_typer(shards_app, name="shards")
+app.add_typer(cache_app, name="cache")
+
+ConfigArgument = Annotated[str, typer.Argument(help="YAML file or URL.", metavar="CONFIG")]
+OverridesArgument = Annotated[
+    list[str] | None, typer.Argument(help="section.key=value, the value as YAML.", metavar="[K.K=V]...")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def _run(command: Callable[[], None]) -> None:
+    raise typer.Exit(run_command(command, resume=shlex.join(["stillroom", *sys.argv[1:]])))
+
+
+def _versions() -> str:
+    """What a bug report needs."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    def of(name: str) -> str:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return "not installed"
+
+    packages = ("torch", "torchvision", "ray", "pyarrow", "webdataset", "fsspec", "timm", "numpy")
+    lines = [f"stillroom {of('stillroom')}", f"python {platform.python_version()} on {platform.platform()}"]
+    return "\n".join([*lines, *(f"{name} {of(name)}" for name in packages)])
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(_versions())
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Versions for a bug report.")
+    ] = False,
+) -> None: ...
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for shards, cache, runs and results.json.")] = Path("runs/demo"),
+) -> None:
+    """Run the main job on real digits: shards, teacher, cache, students, a table. Needs no network."""
+
+    def command() -> None:
+        from jobs.demo import run_demo
+
+        print(f"results in {run_demo(out)}", file=sys.stderr)
+
+    _run(command)
+
+
+@shards_app.command("index")
+def shards_index(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
+    """Index shards without a teacher: all that online training needs."""
+
+    def command() -> None:
+        from jobs.index_shards import main
+
+        main(config, overrides or [])
+
+    _run(command)
+
+
+@cache_app.command("build")
+def cache_build(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
+    """Build a teacher cache with Ray tasks. Resumes by itself."""
+
+    def command() -> None:
+        from jobs.build_cache import main
+
+        main(config, overrides or [])
+
+    _run(command)
+
+
+@cache_app.command("inspect")
+def cache_inspect(cache: Annotated[str, typer.Argument(help="URL of the cache.")], as_json: JsonOption = False) -> None:
+    """Show what a cache holds, or how far its build has come."""
+
+    def command() -> None:
+        from pipeline.cache.inspect import inspect_cache
+
+        report = inspect_cache(cache).as_dict()
+        print(json.dumps(report, indent=2) if as_json else _screen(report))
+
+    _run(command)
+
+
+def _screen(report: dict[str, Any]) -> str:
+    def text(value: object) -> str:
+        if value is None:
+            return "-"
+        if isinstance(value, dict):
+            return ", ".join(f"{key} {text(item)}" for key, item in value.items()) or "none"
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    return "\n".join(f"{name.replace('_', ' '):<16}{text(value)}" for name, value in report.items())
+
+
+@app.command()
+def train(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
+    """Train a student from a cache, from an online teacher, or from labels alone. Resumes by itself."""
+
+    def command() -> None:
+        from jobs.train_student import main
+
+        main(config, overrides or [])
+
+    _run(command)
+
+
+@app.command()
+def distill(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
+    """Build what is missing of the cache, then train."""
+
+    def command() -> None:
+        from jobs.distill import main
+
+        main(config, overrides or [])
+
+    _run(command)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[str, typer.Argument(help="URL of a run.")],
+    shards: Annotated[str, typer.Option(help="Validation shards, {a..b} braces allowed.")],
+    checkpoint: Annotated[Literal["best", "last"], typer.Option(help="Which weights.")] = "last",
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a trained student: top-1, top-5, agreement with its teacher."""
+
+    def command() -> None:
+        from jobs.evaluate import describe
+        from jobs.evaluate import evaluate as measure
+
+        found = measure(run, shards, checkpoint=checkpoint, threads=threads)
+        print(json.dumps(found.as_dict(), indent=2) if as_json else describe(found))
+
+    _run(command)
+
+
+def main() -> None:
+    """Entry point of the console command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
