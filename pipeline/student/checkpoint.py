@@ -25,14 +25,21 @@ _MAY_CHANGE = {"ray": True, "run": True, "train": {"num_workers", "checkpoint_ev
 
 
 def claim_run(run_url: str, config: Config) -> None:
-    """Writes the config of a new run, or checks that a begun one goes on with the same.
+    """Writes the config of a new run, or checks that a begun one goes on with the same. Any rank may be first.
 
     Raises:
         ConfigError: the run was begun with another config; the difference is spelled out.
     """
-    url = storage.join(run_url, CONFIG)
-    body = config.model_dump(mode="json")
-    if storage.create(url, seal(body)):
+    if not storage.create(storage.join(run_url, CONFIG), seal(config.model_dump(mode="json"))):
+        check_begun(run_url, config)
+
+
+def check_begun(run_url: str, config: Config) -> None:
+    """
+    Raises:
+        ConfigError: there is a run, begun with another config; the difference is spelled out.
+    """
+    if not storage.exists(storage.join(run_url, CONFIG)):
         return
     began = _comparable(read_config(run_url))
     changed = differences(began, _comparable(config))

@@ -11,15 +11,13 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
-import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pipeline.errors import CacheError
-from pipeline.shards.decode import decode
+from pipeline.errors import CacheError, StillroomError
 from pipeline.student.order import EpochOrder, OrderedRows, TrainingOrder
-from pipeline.student.sources import RowSource, ShardRows
+from pipeline.student.sources import RowSource, ShardRows, check_labelled, read_image
 from pipeline.views.pixels import apply_view
 from schemas.config import Interpolation
 
@@ -60,7 +58,10 @@ class InputSize:
 
 
 class StepDataset(Dataset[Batch]):
-    """``dataset[step]`` is the batch of one rank at a global step, counted over all epochs."""
+    """``dataset[step]`` is the batch of one rank at a global step, counted over all epochs.
+
+    With ``needs_labels`` a row without a label is an error: found here, where labels are still on the CPU.
+    """
 
     def __init__(
         self,
@@ -72,6 +73,7 @@ class StepDataset(Dataset[Batch]):
         student: InputSize,
         teacher: InputSize | None,
         max_pixels: int,
+        needs_labels: bool,
     ) -> None:
         order.lanes_of(rank, world_size)
         self.source, self.order = source, order
@@ -79,7 +81,7 @@ class StepDataset(Dataset[Batch]):
         self.student = student
         # One rendering serves both networks where they eat the same pixels.
         self.teacher = None if teacher == student else teacher
-        self.max_pixels = max_pixels
+        self.max_pixels, self.needs_labels = max_pixels, needs_labels
         self._epoch: EpochOrder | None = None
 
     def __getitem__(self, step: int) -> Batch:
@@ -98,11 +100,14 @@ class StepDataset(Dataset[Batch]):
             where_N = np.flatnonzero(rows.shard_B == shard)
             found = self.source.rows(shard, rows.row_B[where_N], epoch)
             self._check_partners(rows, where_N, found, shard)
+            if self.needs_labels:
+                check_labelled(found.sample_ids, found.label_N)
             joined.put(where_N, found)
-            for position, image, view in self._decoded(shard, where_N, found):
-                pixels[position] = self._render(image, *view, self.student)
+            for row, position in enumerate(where_N.tolist()):
+                image = read_image(self.source, shard, found, row, max_pixels=self.max_pixels)
+                pixels[position] = _render(image, found, row, self.student)
                 if self.teacher is not None:
-                    teacher_pixels[position] = self._render(image, *view, self.teacher)
+                    teacher_pixels[position] = _render(image, found, row, self.teacher)
         mixes = self.order.plan.mixes
         return Batch(
             step=step,
@@ -120,8 +125,6 @@ class StepDataset(Dataset[Batch]):
 
     def _check_partners(self, rows: OrderedRows, where_N: NDArray[np.int64], found: ShardRows, shard: int) -> None:
         """The order draws partners, a cache stores them: pixels would be mixed otherwise than the teacher saw them."""
-        if not self.order.plan.mixes:
-            return
         wrong = np.flatnonzero(rows.row_B[rows.partner_B[where_N]] != found.partner_N)
         if len(wrong):
             raise CacheError(
@@ -130,24 +133,11 @@ class StepDataset(Dataset[Batch]):
                 next_step="the cache was made by another version of the views; build another cache",
             )
 
-    def _decoded(
-        self, shard: int, where_N: NDArray[np.int64], found: ShardRows
-    ) -> Iterator[tuple[int, Tensor, tuple[list[int], bool]]]:
-        for row, position in enumerate(where_N.tolist()):
-            data = self.source.read(shard, int(found.offset_N[row]), int(found.size_N[row]))
-            if xxhash.xxh3_64_intdigest(data) != int(found.content_hash_N[row]):
-                raise CacheError(
-                    "an image is not the one that was cached",
-                    where=found.sample_ids[row],
-                    got=f"content hash {xxhash.xxh3_64_intdigest(data):016x}",
-                    wanted=f"{int(found.content_hash_N[row]):016x}",
-                    next_step="the shard changed since it was indexed; restore it or build another cache",
-                )
-            image = decode(data, max_pixels=self.max_pixels)
-            yield position, image, (found.box_N4[row].tolist(), bool(found.flip_N[row]))
 
-    def _render(self, image: Tensor, box: list[int], flip: bool, target: InputSize) -> Tensor:
-        return apply_view(image, box, flip, size=target.size, interpolation=target.interpolation)
+def _render(image_CHW: Tensor, rows: ShardRows, row: int, target: InputSize) -> Tensor:
+    """uint8 [3,size,size]; the box is in pixels of the original, so any size shows the same crop."""
+    box, flip = rows.box_N4[row].tolist(), bool(rows.flip_N[row])
+    return apply_view(image_CHW, box, flip, size=target.size, interpolation=target.interpolation)
 
 
 class _Joined:
@@ -177,13 +167,38 @@ def _stack(pixels: list[Tensor | None]) -> Tensor:
     return torch.stack([image for image in pixels if image is not None])
 
 
-def make_loader(dataset: StepDataset, steps: range, *, num_workers: int, pin_memory: bool) -> DataLoader[Batch]:
-    """The batches of these steps, in order, whatever the number of workers."""
-    return DataLoader(
-        dataset,
+class _Outcomes(Dataset[Batch | StillroomError]):
+    """A dataset whose errors are results.
+
+    A loader raises what its processes raise with a traceback for a message; an error that was returned arrives as it
+    was raised.
+    """
+
+    def __init__(self, dataset: StepDataset) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, step: int) -> Batch | StillroomError:
+        try:
+            return self._dataset[step]
+        except StillroomError as error:
+            return error
+
+
+def load_batches(dataset: StepDataset, steps: range, *, num_workers: int, pin_memory: bool) -> Iterator[Batch]:
+    """The batches of these steps, in order, whatever the number of loader processes.
+
+    Raises:
+        StillroomError: what the dataset raised, in whichever process, at its step.
+    """
+    loader = DataLoader(
+        _Outcomes(dataset),
         batch_size=None,
         sampler=steps,
         num_workers=num_workers,
         pin_memory=pin_memory,
         prefetch_factor=2 if num_workers else None,
     )
+    for outcome in loader:
+        if isinstance(outcome, StillroomError):
+            raise outcome
+        yield outcome

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,12 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline import storage
 from pipeline.cache.reader import TeacherCache
 from pipeline.config import require
-from pipeline.errors import ConfigError, ModelError
+from pipeline.errors import ConfigError
 from pipeline.fingerprint import short
 from pipeline.models import InputSpec, load_model
 from pipeline.student import checkpoint
 from pipeline.student.canaries import check_canaries
-from pipeline.student.dataset import Batch, InputSize, StepDataset, make_loader
+from pipeline.student.dataset import Batch, InputSize, StepDataset, load_batches
 from pipeline.student.evaluate import Evaluation, Evaluator, make_evaluator
 from pipeline.student.facts import LessonFacts, lesson_facts
 from pipeline.student.losses import BatchShare, CompositeLoss, LossInputs, check_class_means
@@ -56,26 +56,41 @@ class Lessons:
 def train(config: Config, world: World | None = None, report: Report = _quiet) -> dict[str, Any]:
     """Trains the student of a config to its end, from wherever its run stands. Returns the run's summary.
 
-    Every rank calls it with the same config; rank 0 writes and reports. A finished run is left as it is.
+    Every rank calls it with the same config; rank 0 writes and reports. Each rank checks everything by itself, so that
+    what is wrong stops them all and none waits for another. A finished run is left as it is.
 
     Raises:
         StillroomError: bad input (config, shards, cache), or a loss that is not finite.
     """
     world = world or World()
     run_url = check_config(config)
+    checkpoint.check_begun(run_url, config)
     finished = checkpoint.read_summary(run_url)
-    if world.leads:
-        checkpoint.claim_run(run_url, config)
-    world.wait()
     if finished is not None:
-        report({"kind": "finished", "run": run_url, **finished})
+        if world.leads:
+            report({"kind": "finished", "run": run_url, **finished})
         return finished
     pin_numerics(config.ray.cpus_per_worker)
-    trainer = Trainer(config, world, report)
+    trainer = _begin(config, world, report)
     try:
         return trainer.run()
     finally:
-        trainer.lessons.source.close()
+        trainer.close()
+
+
+def _begin(config: Config, world: World, report: Report) -> Trainer:
+    """A trainer on the state of the cache that counts for this run.
+
+    The run is claimed only now that everything is checked: a refused config leaves none behind.
+    """
+    trainer = Trainer(config, world, report)
+    checkpoint.claim_run(trainer.run_url, config)
+    cache = trainer.lessons.facts.cache
+    if cache is None or checkpoint.pin_manifest(trainer.run_url, cache.manifest_bytes) == cache.manifest_bytes:
+        return trainer
+    # Another rank opened the cache before or after it was extended, and was first to pin what it saw.
+    trainer.close()
+    return Trainer(config, world, report)
 
 
 def check_config(config: Config) -> str:
@@ -88,18 +103,20 @@ def check_config(config: Config) -> str:
     return config.run.url
 
 
-def open_lessons(config: Config, loss: CompositeLoss, device: torch.device, *, leads: bool) -> Lessons:
+def open_lessons(config: Config, loss: CompositeLoss, device: torch.device) -> Lessons:
     """Opens what the config says the student learns from, and checks that it can teach what the loss asks.
 
     Raises:
-        ConfigError: a loss needs what this teacher mode does not offer.
+        ConfigError: a loss needs what this teacher mode does not offer, or labels that are missing.
         CacheError: the cache is not usable, or this machine makes other pixels than the teacher saw.
     """
     facts = lesson_facts(config)
     if facts.cache is not None:
-        return _cached_lessons(config, loss, facts, facts.cache, device, leads=leads)
+        return _cached_lessons(loss, facts, facts.cache, device)
     _check_teacher_needs(config, loss)
     source = open_indexed(index_url(config), facts.data, facts.plan)
+    if _refuses_unlabelled(config, loss):
+        source.check_labelled()
     teacher = None
     if config.teacher.mode == "online":
         teacher = load_teacher(config.teacher, num_classes=facts.num_classes, size=facts.size, device=device)
@@ -117,14 +134,14 @@ def _check_teacher_needs(config: Config, loss: CompositeLoss) -> None:
         require(config, "teacher.model", command="train with teacher.mode=online")
 
 
-def _cached_lessons(
-    config: Config, loss: CompositeLoss, facts: LessonFacts, cache: TeacherCache, device: torch.device, *, leads: bool
-) -> Lessons:
-    assert config.run is not None
+def _refuses_unlabelled(config: Config, loss: CompositeLoss) -> bool:
+    return loss.needs_labels and config.data.missing_labels == "refuse"
+
+
+def _cached_lessons(loss: CompositeLoss, facts: LessonFacts, cache: TeacherCache, device: torch.device) -> Lessons:
     source = open_cached(cache, facts.data)
-    if leads:
-        checkpoint.pin_manifest(config.run.url, cache.manifest_bytes)
-        check_canaries(source, max_pixels=facts.data.max_pixels)
+    # On every rank: each may run on another machine, with pixels of its own.
+    check_canaries(source, max_pixels=facts.data.max_pixels)
     if not loss.needs_embedding:
         return Lessons(facts, source, None, None)
     means = cache.class_means()
@@ -140,14 +157,17 @@ def _cached_lessons(
 
 
 class Trainer:
-    """One run in one process: everything that lives from its first step to its last."""
+    """One run in one process: everything that lives from its first step to its last.
+
+    Making one talks to no other rank and writes nothing; ``run`` does both.
+    """
 
     def __init__(self, config: Config, world: World, report: Report) -> None:
         assert config.run is not None
         assert config.student is not None
         self.config, self.world, self.report, self.run_url = config, world, report, config.run.url
         self.loss = CompositeLoss(config.loss, where="loss")
-        self.lessons = open_lessons(config, self.loss, world.device, leads=world.leads)
+        self.lessons = open_lessons(config, self.loss, world.device)
         self.order = TrainingOrder.build(
             self.lessons.source.shard_ids,
             self.lessons.source.num_ok,
@@ -172,9 +192,10 @@ class Trainer:
             means_KD = self.lessons.class_means_KD
             teacher_dim = None if means_KD is None else means_KD.shape[1]
             self.student = Student(loaded.module, teacher_dim=teacher_dim).to(world.device).train()
+        _check_batches(self.order, self.student, world.size)
         self.optimizer = make_optimizer(self.student, config.train)
         self.schedule = make_schedule(self.optimizer, config.train, total_steps=self.total_steps)
-        self.module: nn.Module = DistributedDataParallel(self.student) if world.size > 1 else self.student
+        self.module: nn.Module = self.student
         self.evaluator = self._make_evaluator()
         self.step = 0
         self.best_top1: float | None = None
@@ -200,12 +221,21 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """From the last checkpoint to the end."""
         self._resume()
+        if self.world.size > 1:
+            self.module = DistributedDataParallel(self.student)
         self._say("begin", total_steps=self.total_steps, steps_per_epoch=self.order.num_steps, first_step=self.step)
-        metrics = MetricsFile(self.run_url, first_step=self.step) if self.world.leads else None
+        with ExitStack() as stack:
+            metrics = None
+            if self.world.leads:
+                metrics = stack.enter_context(MetricsFile(self.run_url, first_step=self.step))
+            return self._finish(self._train(metrics), metrics)
+
+    def _train(self, metrics: MetricsFile | None) -> Evaluation | None:
+        """All steps that are left. Returns the evaluation after the last epoch, where one was made."""
         began = time.monotonic() - self.seconds
         log = StepLog(self.world)
         evaluation: Evaluation | None = None
-        for batch in make_loader(
+        for batch in load_batches(
             self._dataset(),
             range(self.step, self.total_steps),
             num_workers=self.config.train.num_workers,
@@ -218,7 +248,10 @@ class Trainer:
                 self._flush(log, metrics)
             if local_step == 0:
                 evaluation = self._end_epoch(epoch, metrics)
-        return self._finish(evaluation, metrics)
+        return evaluation
+
+    def close(self) -> None:
+        self.lessons.source.close()
 
     def _dataset(self) -> StepDataset:
         teacher = self.lessons.teacher
@@ -232,6 +265,7 @@ class Trainer:
             if teacher is None
             else InputSize(teacher.loaded.input.size, teacher.loaded.input.interpolation),
             max_pixels=self.lessons.facts.data.max_pixels,
+            needs_labels=_refuses_unlabelled(self.config, self.loss),
         )
 
     def _train_step(self, batch: Batch, log: StepLog) -> None:
@@ -268,23 +302,13 @@ class Trainer:
         return LossInputs(
             student_BK=student_BK,
             student_BD=student_BD,
-            labels_B=self._labels(batch),
+            labels_B=batch.labels_B,
             teacher_BK=teacher_BK,
             teacher_norm_B=teacher_norm_B,
             class_means_KD=self.lessons.class_means_KD,
             partner_B=batch.partner_B,
             lambda_B=batch.lambda_B,
         )
-
-    def _labels(self, batch: Batch) -> Tensor:
-        if self.loss.needs_labels and self.config.data.missing_labels == "refuse" and (batch.labels_B < 0).any():
-            missing = [name for name, label in zip(batch.sample_ids, batch.labels_B.tolist(), strict=True) if label < 0]
-            raise ConfigError(
-                f"{len(missing)} samples of a batch have no label, and a loss needs them",
-                where=", ".join(missing[:3]),
-                next_step="set data.missing_labels=ignore to average over labelled rows, or use kd or dist alone",
-            )
-        return batch.labels_B
 
     def _share(self, inputs: LossInputs, batch: Batch) -> BatchShare:
         num_labelled = inputs.num_labelled
@@ -311,19 +335,25 @@ class Trainer:
         last = self.step == self.total_steps
         train = self.config.train
         evaluation = None
-        if self.evaluator is not None and (last or (train.eval_every_epochs and epoch % train.eval_every_epochs == 0)):
-            evaluation = self.evaluator(self.student.model, self.spec)
-            self._say("eval", epoch=epoch, **evaluation.as_dict())
-        improved = evaluation is not None and evaluation.top1 is not None and evaluation.top1 > (self.best_top1 or -1.0)
-        if improved and evaluation is not None:
+        if last or (train.eval_every_epochs and epoch % train.eval_every_epochs == 0):
+            evaluation = self._evaluate(epoch)
+        if metrics is not None and (last or epoch % train.checkpoint_every_epochs == 0):
+            metrics.publish()
+            checkpoint.save(self.run_url, checkpoint.LAST, self._state())
+        return evaluation
+
+    def _evaluate(self, epoch: int) -> Evaluation | None:
+        """Evaluates where there is something to evaluate on, and keeps the weights if none were better."""
+        if self.evaluator is None:
+            return None
+        # Each rank's BatchNorm has statistics of its own since the last step; the checkpoint holds the leader's.
+        self.world.copy_from_leader(self.student.buffers())
+        evaluation = self.evaluator(self.student.model, self.spec)
+        self._say("eval", epoch=epoch, **evaluation.as_dict())
+        if evaluation.top1 is not None and (self.best_top1 is None or evaluation.top1 > self.best_top1):
             self.best_top1 = evaluation.top1
-        if self.world.leads:
-            if improved:
+            if self.world.leads:
                 checkpoint.save(self.run_url, checkpoint.BEST, self._state())
-            if last or epoch % train.checkpoint_every_epochs == 0:
-                checkpoint.save(self.run_url, checkpoint.LAST, self._state())
-                if metrics is not None:
-                    metrics.publish()
         return evaluation
 
     def _state(self) -> dict[str, Any]:
@@ -340,14 +370,21 @@ class Trainer:
 
     def _order_id(self) -> str:
         """What the position in a checkpoint counts in: another order would repeat some rows and skip others."""
-        return short([self.order.seed, self.order.global_batch_size, self.order.num_lanes, *self.order.shard_ids])
+        order = self.order
+        rows = [*zip(order.shard_ids, order.num_ok_S.tolist(), strict=True)]
+        return short([order.seed, order.global_batch_size, order.num_lanes, order.kind, order.tail, rows])
 
     def _resume(self) -> None:
         state = checkpoint.load(self.run_url, checkpoint.LAST)
         if state is None:
             return
         if state["order"] != self._order_id():
-            raise ModelError("the checkpoint's position counts in another order", where=storage.redact(self.run_url))
+            raise ConfigError(
+                "the checkpoint's position counts in another order of training",
+                where=storage.redact(self.run_url),
+                got="other shards, or other rows in them, than when the run was begun",
+                next_step="restore the shards and their index, or choose another run.url",
+            )
         self.student.model.network.load_state_dict(state["model"])
         if self.student.projector is not None:
             self.student.projector.load_state_dict(state["projector"])
@@ -356,8 +393,8 @@ class Trainer:
         self.schedule.load_state_dict(state["schedule"])
 
     def _finish(self, evaluation: Evaluation | None, metrics: MetricsFile | None) -> dict[str, Any]:
-        if evaluation is None and self.evaluator is not None:
-            evaluation = self.evaluator(self.student.model, self.spec)
+        if evaluation is None:
+            evaluation = self._evaluate(self.config.train.epochs)
         summary = {
             "steps": self.step,
             "epochs": self.config.train.epochs,
@@ -367,7 +404,7 @@ class Trainer:
             "best_top1": self.best_top1,
         }
         if metrics is not None:
-            metrics.close()
+            metrics.publish()
             checkpoint.write_summary(self.run_url, summary)
         self.world.wait()
         self._say("end", **summary)
@@ -376,3 +413,20 @@ class Trainer:
     def _say(self, kind: str, **values: Any) -> None:
         if self.world.leads:
             self.report({"kind": kind, "run": self.run_url, **values})
+
+
+def _check_batches(order: TrainingOrder, student: Student, world_size: int) -> None:
+    """Every rank has enough rows in every step: one without rows could not answer the others' gradients."""
+    rows, step = order.fewest_rows(world_size)
+    if rows >= student.min_rows:
+        return
+    all_rows = order.global_rows(step)
+    reason = "; BatchNorm has no statistics of a single row" if rows else ""
+    change = "set another train.global_batch_size, or fewer ray.num_workers"
+    raise ConfigError(
+        f"a rank would have too few rows in a step{reason}",
+        where=f"step {step} of {order.num_steps} of every epoch",
+        got=f"{rows} of its {all_rows} rows, over {world_size} ranks",
+        wanted=f"at least {student.min_rows} rows on each",
+        next_step=change if all_rows == order.global_batch_size else f"{change}, or train.tail: drop",
+    )

@@ -16,6 +16,12 @@ class Student(nn.Module):
         needs_projector = teacher_dim is not None and teacher_dim != model.embedding_dim
         self.projector = projector(model.embedding_dim, teacher_dim) if needs_projector and teacher_dim else None
 
+    @property
+    def min_rows(self) -> int:
+        """The fewest rows of a batch that it can be trained on: BatchNorm has no statistics of a single row."""
+        kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+        return 2 if any(isinstance(module, kinds) for module in self.modules()) else 1
+
     def forward(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         logits_BK, embedding_BD = self.model(images_BCHW)
         return logits_BK, embedding_BD if self.projector is None else self.projector(embedding_BD)

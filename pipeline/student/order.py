@@ -159,6 +159,25 @@ class TrainingOrder:
             )
         return range(rank * self.num_lanes // world_size, (rank + 1) * self.num_lanes // world_size)
 
+    def fewest_rows(self, world_size: int) -> tuple[int, int]:
+        """The fewest rows that a rank gets in a step, and that step; all full steps are alike.
+
+        Raises:
+            ConfigError: more ranks than lanes.
+        """
+        return min(
+            (self._rows_of(step, rank, world_size), step)
+            for step in {0, self.num_steps - 1}
+            for rank in range(world_size)
+        )
+
+    def _rows_of(self, step: int, rank: int, world_size: int) -> int:
+        bounds = [self.lane_bounds(lane) for lane in self.lanes_of(rank, world_size)]
+        size = self.units_per_lane_step
+        rows = sum(min(max(stop - start - step * size, 0), size) for start, stop in bounds) * self.rows_per_unit
+        ends_the_epoch = self.tail == "short" and (step, rank) == (self.num_steps - 1, world_size - 1)
+        return rows - self.num_rows % self.rows_per_unit if ends_the_epoch else rows
+
     def epoch(self, epoch: int, view: int) -> EpochOrder:
         """The order of one epoch, whose mates are those of ``view``. Lanes are built when first asked for."""
         keyed_by = (epoch,) if self.kind == "global" else ()

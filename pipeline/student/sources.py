@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
+from torch import Tensor
 
 from pipeline import storage
 from pipeline.cache.reader import ShardEntry, TeacherCache, ViewColumns
-from pipeline.errors import CacheError, ShardError
+from pipeline.errors import CacheError, ConfigError, ShardError
+from pipeline.shards.decode import BadImageError, decode
 from pipeline.shards.index import ShardIndex, decode_index, index_settings
 from pipeline.shards.names import shard_ids
 from pipeline.shards.publish import index_name
@@ -91,6 +94,49 @@ class RowSource(Protocol):
     def close(self) -> None: ...
 
 
+def read_image(source: RowSource, shard: int, rows: ShardRows, row: int, *, max_pixels: int) -> Tensor:
+    """The whole image of one of these rows, uint8 [3,H,W], proven to be the one that was indexed.
+
+    Raises:
+        CacheError: the tar holds other bytes now.
+        ShardError: they no longer decode, or the tar ends before them.
+    """
+    data = source.read(shard, int(rows.offset_N[row]), int(rows.size_N[row]))
+    content_hash, wanted = xxhash.xxh3_64_intdigest(data), int(rows.content_hash_N[row])
+    if content_hash != wanted:
+        raise CacheError(
+            "an image is not the one that was indexed",
+            where=rows.sample_ids[row],
+            got=f"content hash {content_hash:016x}",
+            wanted=f"{wanted:016x}",
+            next_step="the shard changed since; restore it, or build another cache or index from it",
+        )
+    try:
+        return decode(data, max_pixels=max_pixels)
+    except BadImageError as error:
+        raise ShardError(
+            "an image that could be used when its shard was indexed cannot be used now",
+            where=rows.sample_ids[row],
+            got=f"{error.status}: {error.reason}",
+            next_step="use the decoder versions that the index was made with",
+        ) from error
+
+
+def check_labelled(sample_ids: list[str], label_N: NDArray[np.int32]) -> None:
+    """
+    Raises:
+        ConfigError: some of these samples have no label; the first are named.
+    """
+    unlabelled = np.flatnonzero(label_N < 0)
+    if len(unlabelled):
+        raise ConfigError(
+            "a loss needs labels, and some samples have none",
+            where=", ".join(sample_ids[row] for row in unlabelled[:3]),
+            got=f"{len(unlabelled)} of {len(label_N)} samples without a label",
+            next_step="set data.missing_labels=ignore to average over labelled rows, or use kd or dist alone",
+        )
+
+
 class _Files:
     """Shards by position, local or fetched once a node; the last used stay open."""
 
@@ -120,6 +166,14 @@ class IndexedSource:
         self.read, self.close = files.read, files.close
         self._indexes = indexes
         self._partners = Recent(self._draw_partners, _KEPT_VIEWS)
+
+    def check_labelled(self) -> None:
+        """
+        Raises:
+            ConfigError: an ok row has no label.
+        """
+        for index in self._indexes:
+            check_labelled(index.sample_ids(index.ok), index.label[index.ok])
 
     def view_of(self, epoch: int) -> int:
         return epoch if self.plan.kind != "eval" else 0
@@ -171,23 +225,24 @@ class CachedSource:
     def view_of(self, epoch: int) -> int:
         return epoch % self.cache.num_views
 
-    def index(self, shard: int) -> ShardIndex:
-        return self._indexes.get(shard)
-
     def _read_index(self, shard: int) -> ShardIndex:
         return self.cache.index(self._shards[shard])
 
     def _join(self, key: tuple[int, int]) -> tuple[ViewColumns, NDArray[np.int32]]:
         shard, view = key
-        index = self.index(shard)
         columns = self.cache.view(self.shard_ids[shard], view)
-        check_alignment(columns, index, where=f"view {view} of {self.shard_ids[shard]} in {self.cache.url}")
+        where = f"view {view} of {self.shard_ids[shard]} in {storage.redact(self.cache.url)}"
+        check_alignment(columns, self._indexes.get(shard), where=where)
         partner_N = np.searchsorted(columns.row_N, columns.mix_row_N).astype(np.int32)
         return columns, partner_N
 
+    def columns(self, shard: int, view: int) -> ViewColumns:
+        """All ok rows of a shard under a view, proven to be those of the index."""
+        return self._columns.get((shard, view))[0]
+
     def rows(self, shard: int, ordinal_N: NDArray[np.int32], epoch: int) -> ShardRows:
         """The rows with these ordinals among the shard's ok rows, under the epoch's view, with the teacher's words."""
-        index = self.index(shard)
+        index = self._indexes.get(shard)
         columns, partner_N = self._columns.get((shard, self.view_of(epoch)))
         position_N = index.ok[ordinal_N]
         return ShardRows(
@@ -206,23 +261,18 @@ class CachedSource:
 
 
 def check_alignment(columns: ViewColumns, index: ShardIndex, *, where: str) -> None:
-    """The cached rows are the index's ok rows: each once, in order, with the same content.
+    """The cached rows are the index's ok rows: each once, in order, with the same content, mixed among themselves.
 
     Raises:
-        CacheError: a row is missing, repeated, foreign, or of another image; the first such row is named.
+        CacheError: a row is missing, repeated, foreign, of another image, or mixed with a row that is none of these;
+            the first such row is named.
     """
     wanted_N = index.row[index.ok]
     if not np.array_equal(columns.row_N, wanted_N):
-        missing = sorted(set(wanted_N.tolist()) - set(columns.row_N.tolist()))
-        rows, counts = np.unique(columns.row_N, return_counts=True)
-        repeated = rows[counts > 1].tolist()
-        told = (
-            f"rows missing {missing[:5]}" if missing else f"rows repeated {repeated[:5]}" if repeated else "other order"
-        )
         raise CacheError(
             "the cached rows are not the shard's rows",
             where=where,
-            got=f"{len(columns.row_N)} rows, {told}",
+            got=f"{len(columns.row_N)} rows: {_misplaced(columns.row_N, wanted_N)}",
             wanted=f"{len(wanted_N)} rows, each ok row of the index once, in tar order",
             next_step="run: stillroom cache build CONFIG, into another cache.url",
         )
@@ -235,6 +285,26 @@ def check_alignment(columns: ViewColumns, index: ShardIndex, *, where: str) -> N
             wanted=f"{int(index.content_hash[index.ok][wrong[0]]):016x}",
             next_step="the shards changed since the cache was built; restore them or build another cache",
         )
+    foreign = np.flatnonzero(~np.isin(columns.mix_row_N, wanted_N))
+    if len(foreign):
+        raise CacheError(
+            f"{len(foreign)} cached rows are mixed with rows that the shard does not have",
+            where=f"{where}, {index.sample_ids(index.ok[foreign[:1]])[0]}",
+            got=f"row {columns.mix_row_N[foreign[0]]}",
+            next_step="build another cache",
+        )
+
+
+def _misplaced(row_N: NDArray[np.int32], wanted_N: NDArray[np.int32]) -> str:
+    """How two unequal lists of rows differ; the first few of each kind are named."""
+    rows, counts = np.unique(row_N, return_counts=True)
+    kinds = {
+        "missing": np.setdiff1d(wanted_N, rows),
+        "foreign": np.setdiff1d(rows, wanted_N),
+        "repeated": rows[counts > 1],
+    }
+    told = [f"{kind} {found[:5].tolist()}" for kind, found in kinds.items() if len(found)]
+    return ", ".join(told) or "the right ones in another order"
 
 
 def open_cached(cache: TeacherCache, data: DataConfig) -> CachedSource:
@@ -244,8 +314,7 @@ def open_cached(cache: TeacherCache, data: DataConfig) -> CachedSource:
         CacheError: a shard is not in the cache.
     """
     if data.shards is None:
-        urls = [storage.join(cache.manifest.base, shard.path) for shard in cache.shards]
-        return CachedSource(cache, cache.shards, urls)
+        return CachedSource(cache, cache.shards, [cache.shard_url(shard) for shard in cache.shards])
     urls = storage.expand(data.shards)
     by_id = {shard.shard_id: shard for shard in cache.shards}
     names = shard_ids(urls)

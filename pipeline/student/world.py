@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -27,6 +28,12 @@ class World:
         if self.size > 1:
             dist.all_reduce(values)
         return values
+
+    def copy_from_leader(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrites these tensors, in place, with those of rank 0."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
 
     def wait(self) -> None:
         """Until every rank is here."""

@@ -106,6 +106,14 @@ def test_the_mean_over_ranks_of_any_split_is_the_gradient_of_the_global_batch(
     torch.testing.assert_close(gradient(loss, batch, sizes), gradient(loss, batch, [sum(sizes)]), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("zero", [0, torch.tensor(0)], ids=["int", "tensor"])
+def test_a_term_without_a_label_on_any_rank_leaves_the_others_as_they_are(zero: int | Tensor) -> None:
+    batch = inputs(missing=1.0)
+    share = BatchShare(world_size=2, num_rows=6, num_rows_global=12, num_labelled=zero, num_labelled_global=zero)
+    total, values = compose({"name": "ce"}, {"name": "kd"})(batch, share, epoch=0)
+    torch.testing.assert_close(total, values["kd"])
+
+
 def alone(inputs: LossInputs) -> BatchShare:
     num_rows, num_labelled = len(inputs.labels_B), int(inputs.num_labelled)
     return BatchShare(

@@ -1,0 +1,85 @@
+"""A real Ray cluster shared by the tests of this folder, and configs over tiny shards of real digits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import yaml
+
+from pipeline.shards.write import pack_shards
+from schemas.config import Config
+from tests.pipeline.caches import digit_samples
+
+NUM_CPUS = 4
+NETWORK = {
+    "model": "python:pipeline.models.cifar:resnet",
+    "kwargs": {"depth": 8, "widths": [4, 4, 6, 8]},
+    "mean": [0.5, 0.5, 0.5],
+    "std": [0.5, 0.5, 0.5],
+}
+
+Tree = Callable[..., dict[str, Any]]
+Document = Callable[..., str]
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """Four logical CPUs, whatever the machine has. Jobs find it and use it."""
+    ray.init(address="local", num_cpus=NUM_CPUS, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Four shards of 24 digits. Not to be changed."""
+    folder = tmp_path_factory.mktemp("shards")
+    return pack_shards(digit_samples(96), f"{folder}/digits-%02d.tar", shard_size=24)
+
+
+@pytest.fixture
+def tree(shards: list[str], tmp_path: Path) -> Tree:
+    """The plain tree of a config for a build and a training below ``tmp_path``; sections given are merged over it."""
+
+    def make(**sections: Any) -> dict[str, Any]:
+        base: dict[str, Any] = {
+            "data": {"shards": list(shards), "val_shards": shards[-1], "num_classes": 10},
+            "teacher": {**NETWORK, "batch_size": 8},
+            "views": {"kind": "crop", "count": 3, "size": 16, "mix_group": 16, "area": [0.5, 1.0], "flip": 0.0},
+            "cache": {"url": str(tmp_path / "cache"), "class_means": "eval", "views_per_part": 2},
+            "student": dict(NETWORK),
+            "loss": [{"name": "kd", "temperature": 2.0}],
+            "train": {"epochs": 2, "global_batch_size": 24, "lr": 0.003},
+            "run": {"url": str(tmp_path / "run")},
+            "ray": {"address": "none"},
+        }
+        for name, keys in sections.items():
+            base[name] = {**base[name], **keys} if isinstance(keys, dict) and name in base else keys
+        return base
+
+    return make
+
+
+@pytest.fixture
+def document(tree: Tree, tmp_path: Path) -> Document:
+    """The path of a YAML file with that tree."""
+
+    def write(**sections: Any) -> str:
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(tree(**sections)))
+        return str(path)
+
+    return write
+
+
+def config_of(tree: dict[str, Any]) -> Config:
+    return Config.model_validate(tree)
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    """Every file by its relative path."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

@@ -1,0 +1,146 @@
+"""The commands as a user meets them: exit codes, one message, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from jobs import cli
+from pipeline.models.cifar import resnet
+from tests.jobs.conftest import Document, files_below
+
+Stillroom = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def stillroom(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Stillroom:
+    """Runs the console entry point in this process: (exit code, standard output, standard error)."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["stillroom", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(caught.value.code or 0), out, err
+
+    return run
+
+
+BAD_CONFIGS = {
+    "missing shard": ({"data": {"shards": "/nowhere/a-{00..01}.tar"}}, "/nowhere/a-00.tar"),
+    "refused URL": ({"data": {"shards": "pipe:cat a.tar"}}, "refused"),
+    "chained URL": ({"cache": {"url": "simplecache::s3://b/c"}}, "refused"),
+    "unknown protocol": ({"data": {"shards": "ftp://host/a.tar"}}, "ftp"),
+    "unknown model": ({"teacher": {"model": "timm/resnet5O", "kwargs": {}}}, "resnet50"),
+    "label outside range": ({"data": {"num_classes": 5}}, "label"),
+    "YAML typo": ({"data": {"num_clases": 10}}, "num_classes"),
+    "wrong type": ({"views": {"count": "many"}}, "views.count"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CONFIGS)
+def test_bad_input_to_a_build_is_one_message_and_exit_2_and_nothing_that_looks_done(
+    name: str, stillroom: Stillroom, document: Document, tmp_path: Path
+) -> None:
+    sections, told = BAD_CONFIGS[name]
+    code, out, err = stillroom("cache", "build", document(**sections))
+    assert code == 2
+    assert out == ""
+    assert err.count("error:") == 1
+    assert told in err
+    assert "Traceback" not in err
+    left = files_below(tmp_path)
+    assert not [path for path in left if path.startswith(("cache/commits", "cache/manifest", "cache/parts"))]
+
+
+def test_a_teacher_with_other_classes_than_its_weights_is_refused(
+    stillroom: Stillroom, document: Document, tmp_path: Path
+) -> None:
+    torch.save(resnet(num_classes=7, depth=8, widths=(4, 4, 6, 8)).state_dict(), tmp_path / "seven.pt")
+    code, _, err = stillroom("cache", "build", document(teacher={"weights": str(tmp_path / "seven.pt")}))
+    assert code == 2
+    assert "fc.weight (7, 8) for (10, 8)" in err
+
+
+def test_training_from_an_unfinished_cache_says_how_to_finish_it(
+    stillroom: Stillroom, document: Document, tmp_path: Path
+) -> None:
+    config = document(data={"cache": str(tmp_path / "cache")})
+    assert stillroom("cache", "build", config)[0] == 0
+    (tmp_path / "cache" / "manifest.json").unlink()
+    code, _, err = stillroom("train", config)
+    assert code == 2
+    assert "no manifest" in err
+    assert "cache build" in err
+    code, out, _ = stillroom("cache", "inspect", str(tmp_path / "cache"), "--json")
+    assert code == 0
+    assert (json.loads(out)["finished"], json.loads(out)["num_parts"]) == (False, 12)
+
+
+def test_a_cache_of_another_teacher_is_refused_with_the_difference(stillroom: Stillroom, document: Document) -> None:
+    assert stillroom("cache", "build", document())[0] == 0
+    code, _, err = stillroom("cache", "build", document(), "teacher.precision=bf16")
+    assert code == 2
+    assert "teacher.precision: fp32 -> bf16" in err
+
+
+def test_build_train_evaluate_inspect_from_one_yaml_with_overrides(
+    stillroom: Stillroom, document: Document, shards: list[str], tmp_path: Path
+) -> None:
+    config = document(data={"cache": str(tmp_path / "cache")})
+    assert stillroom("cache", "build", config, "views.count=2", "cache.logits=fp32")[0] == 0
+    code, out, _ = stillroom("cache", "inspect", str(tmp_path / "cache"))
+    assert code == 0
+    assert "float32 [10]" in out
+    assert stillroom("train", config, "views.count=2", "train.epochs=1", "loss.0.temperature=3")[0] == 0
+    code, out, _ = stillroom("evaluate", str(tmp_path / "run"), "--shards", shards[-1], "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["num_rows"] == 24
+    assert 0 <= found["agreement"] <= 1
+
+
+def test_shards_index_writes_the_bytes_that_a_cache_build_writes(
+    stillroom: Stillroom, document: Document, tmp_path: Path
+) -> None:
+    config = document(data={"index": str(tmp_path / "index")})
+    assert stillroom("shards", "index", config)[0] == 0
+    assert stillroom("cache", "build", document())[0] == 0
+    assert files_below(tmp_path / "index") == files_below(tmp_path / "cache" / "index")
+
+
+def test_an_unknown_run_and_an_unknown_command_exit_2(stillroom: Stillroom, tmp_path: Path) -> None:
+    assert stillroom("evaluate", str(tmp_path), "--shards", "a.tar")[0] == 2
+    assert stillroom("destil", "a.yaml")[0] == 2
+
+
+def test_ctrl_c_exits_130_and_prints_the_command_that_resumes(
+    stillroom: Stillroom, document: Document, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jobs.build_cache.build_cache", interrupted)
+    config = document()
+    code, _, err = stillroom("cache", "build", config)
+    assert code == 130
+    assert f"stillroom cache build {config}" in err
+
+
+def test_help_and_version_need_neither_torch_nor_ray() -> None:
+    program = (
+        "import sys; sys.argv = ['stillroom', '--help']\n"
+        "from jobs import cli\n"
+        "try: cli.main()\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'ray', 'pyarrow'} & sys.modules.keys()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "distill" in done.stdout

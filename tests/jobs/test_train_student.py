@@ -1,0 +1,63 @@
+"""DDP under Ray Train: two real workers, gloo."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jobs.build_cache import build_cache
+from jobs.distill import distill
+from jobs.train_student import train_student
+from pipeline.errors import CacheError, ResourceError
+from tests.jobs.conftest import Tree, config_of, files_below
+
+pytestmark = pytest.mark.ray
+TWO = {"address": "local", "num_workers": 2}
+
+
+def steps_of(run: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_distill_builds_then_trains_with_two_workers_and_again_does_nothing(tree: Tree, tmp_path: Path) -> None:
+    config = config_of(tree(ray=TWO, loss=[{"name": "ce"}, {"name": "dist"}, {"name": "nd"}]))
+    summary = distill(config)
+    assert summary["steps"] == 8
+    assert 0 <= summary["top1"] <= 1
+    assert steps_of(tmp_path / "run") == list(range(8))
+    before = files_below(tmp_path)
+    assert distill(config) == summary
+    assert files_below(tmp_path) == before
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_workers_error_reaches_the_driver_as_its_one_message(tree: Tree, tmp_path: Path) -> None:
+    config = config_of(tree(ray={**TWO, "max_failures": 1}))
+    build_cache(config)
+    part = next((tmp_path / "cache" / "parts" / "digits-01").glob("v0000*"))
+    data = bytearray(part.read_bytes())
+    data[200] ^= 1
+    part.write_bytes(bytes(data))
+    training = config_of(tree(ray={**TWO, "max_failures": 1}, data={"cache": str(tmp_path / "cache")}))
+    with pytest.raises(CacheError, match="not those that were committed"):
+        train_student(training)
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_more_workers_than_the_cluster_holds_are_refused_with_the_numbers(tree: Tree) -> None:
+    config = config_of(
+        tree(ray={"address": "local", "num_workers": 9}, teacher={"mode": "none"}, loss=[{"name": "ce"}])
+    )
+    with pytest.raises(ResourceError, match="9 workers") as caught:
+        train_student(config)
+    assert "4 CPU" in str(caught.value)
+
+
+def test_training_without_a_cache_indexes_the_shards_itself(tree: Tree, tmp_path: Path) -> None:
+    summary = train_student(config_of(tree(teacher={"mode": "online"})))
+    assert summary["steps"] == 8
+    assert len(list((tmp_path / "run" / "index").iterdir())) == 4

@@ -1,0 +1,52 @@
+"""Caches that a training replays for twelve epochs, one of each kind of views, built once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from schemas.config import Config
+from tests.pipeline.caches import TinyCache, build, cache_section, copy_of
+from tests.pipeline.student.runs import close_sources
+
+NUM_VIEWS = 12
+Replay = Callable[[str], TinyCache]
+
+
+@pytest.fixture(autouse=True)
+def _leave_no_trace() -> Iterator[None]:
+    """Training sets the number of threads for its whole process, and sources keep shards open."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    close_sources()
+
+
+def _with_views(config: Config, kind: str, url: str) -> Config:
+    views = config.views.model_copy(update={"kind": kind, "count": NUM_VIEWS})
+    cache = cache_section(config).model_copy(update={"url": url, "views_per_part": 4})
+    return config.model_copy(update={"views": views, "cache": cache})
+
+
+@pytest.fixture(scope="session")
+def replays(built_cache: TinyCache, tmp_path_factory: pytest.TempPathFactory) -> Replay:
+    """``replays("crop")``, ``replays("function_matching")``: twelve fp32 views of 35 digits. Never to be written."""
+    built: dict[str, TinyCache] = {}
+
+    def get(kind: str) -> TinyCache:
+        if kind not in built:
+            config = _with_views(built_cache.config, kind, str(tmp_path_factory.mktemp("replay") / kind))
+            build(config)
+            built[kind] = TinyCache(cache_section(config).url, config)
+        return built[kind]
+
+    return get
+
+
+@pytest.fixture
+def own_replay(replays: Replay, tmp_path: Path) -> Replay:
+    """The same, as copies to do as one likes with."""
+    return lambda kind: copy_of(replays(kind), tmp_path / f"replay-{kind}")

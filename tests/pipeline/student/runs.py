@@ -1,0 +1,145 @@
+"""Runs, datasets and damaged caches for tests of training."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline import storage
+from pipeline.cache import layout
+from pipeline.cache.commit import publish_file, read_commits
+from pipeline.cache.manifest import publish_manifest
+from pipeline.cache.reader import open_cache
+from pipeline.cache.writer import PartWriter, view_ranges
+from pipeline.fingerprint import seal
+from pipeline.shards.publish import publish_shard_index
+from pipeline.student.dataset import InputSize, StepDataset
+from pipeline.student.order import TrainingOrder
+from pipeline.student.sources import CachedSource, IndexedSource, RowSource, open_cached, open_indexed
+from schemas.config import Config, DataConfig, ViewsConfig
+from tests.pipeline.caches import TinyCache, shard_urls
+
+SMALL: dict[str, Any] = {
+    "model": "python:tests.pipeline.student.networks:Small",
+    "mean": [0.5, 0.5, 0.5],
+    "std": [0.5, 0.5, 0.5],
+}
+NORMALISED = {**SMALL, "model": "python:tests.pipeline.student.networks:Normalised"}
+KD = [{"name": "kd", "temperature": 1.0}]
+CE = [{"name": "ce"}]
+
+
+_opened: list[RowSource] = []
+
+
+def close_sources() -> None:
+    """Closes every source that was opened here; called after each test."""
+    while _opened:
+        _opened.pop().close()
+
+
+def run_config(base: Config, url: Path, *, mode: str = "cache", **sections: Any) -> Config:
+    """A training of ``Small`` by the shards, teacher and views of ``base``, batches of 8 of every row; sections are
+    merged key by key over that."""
+    tree = base.model_dump(mode="json", exclude_unset=True)
+    cache = tree.pop("cache", None)
+    defaults: dict[str, Any] = {
+        "data": {"cache": cache["url"]} if mode == "cache" and cache else {},
+        "teacher": {"mode": mode},
+        "student": SMALL,
+        "loss": KD,
+        "train": {"epochs": 2, "global_batch_size": 8, "tail": "short", "lr": 3e-3, "schedule": "constant"},
+        "run": {"url": str(url)},
+    }
+    for part in (defaults, sections):
+        for section, keys in part.items():
+            tree[section] = {**tree.get(section, {}), **keys} if isinstance(keys, dict) else keys
+    return Config.model_validate(tree)
+
+
+def index_shards(config: Config, folder: Path) -> None:
+    for url in shard_urls(config).values():
+        publish_shard_index(url, data=config.data, folder_url=str(folder), threads=1)
+
+
+def indexed_source(config: Config, folder: Path) -> IndexedSource:
+    index_shards(config, folder)
+    source = open_indexed(str(folder), config.data, config.views)
+    _opened.append(source)
+    return source
+
+
+def cached_source(cache: TinyCache, data: DataConfig | None = None) -> CachedSource:
+    source = open_cached(open_cache(cache.url), cache.config.data if data is None else data)
+    _opened.append(source)
+    return source
+
+
+def order_of(source: RowSource, plan: ViewsConfig, **changes: Any) -> TrainingOrder:
+    keys: dict[str, Any] = {"seed": 0, "global_batch_size": 8, "lanes": None, "kind": "global", "tail": "short"}
+    return TrainingOrder.build(source.shard_ids, source.num_ok, plan=plan, **{**keys, **changes})
+
+
+def dataset(source: RowSource, plan: ViewsConfig, **changes: Any) -> StepDataset:
+    """One rank's batches of 8 rows at 16 pixels, unless changed."""
+    keys: dict[str, Any] = {
+        "rank": 0,
+        "world_size": 1,
+        "student": InputSize(16, "bilinear"),
+        "teacher": None,
+        "max_pixels": 10**6,
+        "needs_labels": False,
+    }
+    return StepDataset(source, order_of(source, plan), **{**keys, **changes})
+
+
+def metrics(run_url: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run_url / "metrics.jsonl").read_text().splitlines()]
+
+
+def rewrite_view(cache: TinyCache, shard_id: str, view: int, change: Callable[[pa.Table], pa.Table]) -> None:
+    """Replaces the rows of one view in its part, with every digest, commit and table made anew: nothing but a look at
+    the rows themselves can tell."""
+    commit = next(
+        commit
+        for commit in read_commits(cache.url)
+        if commit.shard_id == shard_id and not commit.block.is_eval and view in commit.block.views
+    )
+    whole = pq.read_table(storage.join(cache.url, commit.part.path))
+    views = {number: whole.filter(pc.equal(whole["view"], number)) for number in commit.block.views}
+    views[view] = change(views[view])
+    with tempfile.TemporaryDirectory() as folder:
+        with PartWriter(Path(folder), list(views), whole.schema, row_size_bytes=64) as writer:
+            for number, table in views.items():
+                for batch in table.combine_chunks().to_batches():
+                    writer.add(number, batch)
+            part = writer.close()
+        ranges, footer = view_ranges(part, {number: table.num_rows for number, table in views.items()})
+        ref = publish_file(cache.url, part, layout.part_path(shard_id, commit.block))
+    changed = commit.model_copy(update={"part": ref, "views": ranges, "footer": footer})
+    url = storage.join(cache.url, layout.commit_path(shard_id, commit.block))
+    storage.write(url, seal(changed.model_dump(mode="json")))
+    publish_manifest(cache.url, shard_urls(cache.config))
+
+
+def set_column(table: pa.Table, name: str, values: list[Any]) -> pa.Table:
+    field = table.schema.field(name)
+    return table.set_column(table.schema.get_field_index(name), field, pa.array(values, field.type))
+
+
+def set_cell(name: str, row: int, value: Any) -> Callable[[pa.Table], pa.Table]:
+    """A change of one cell, for ``rewrite_view``; ``value`` may be a function of the old one."""
+
+    def change(table: pa.Table) -> pa.Table:
+        values = table[name].to_pylist()
+        values[row] = value(values[row]) if callable(value) else value
+        return set_column(table, name, values)
+
+    return change

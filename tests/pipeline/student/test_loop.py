@@ -1,0 +1,311 @@
+"""Training as a whole: it learns, replays exactly, resumes bitwise, and refuses what it cannot do before it begins."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.errors import CacheError, ConfigError, TrainingError
+from pipeline.student import checkpoint
+from pipeline.student.loop import train
+from schemas.config import Config
+from tests.pipeline.caches import TinyCache, build
+from tests.pipeline.student.conftest import NUM_VIEWS, Replay
+from tests.pipeline.student.runs import CE, KD, NORMALISED, index_shards, metrics, run_config
+
+ALL_TERMS = [*CE, {"name": "kd", "temperature": 2.0, "warmup_epochs": 2}, {"name": "dist"}, {"name": "nd"}]
+Event = dict[str, Any]
+
+
+class Stop(Exception):
+    """Somebody pulled the plug."""
+
+
+def run(config: Config, *, stop: tuple[str, int] | None = None) -> list[Event]:
+    """Trains; with ``stop`` the process dies at the n-th event of that kind. Returns what was reported."""
+    assert config.run is not None
+    if config.teacher.mode != "cache":
+        index_shards(config, Path(config.run.url) / "index")
+    events: list[Event] = []
+
+    def report(event: Event) -> None:
+        events.append(event)
+        if stop is not None and sum(one["kind"] == stop[0] for one in events) == stop[1]:
+            raise Stop
+
+    if stop is None:
+        train(config, report=report)
+    else:
+        with pytest.raises(Stop):
+            train(config, report=report)
+    return events
+
+
+def losses(run_url: Path) -> list[float]:
+    return [record["loss"] for record in metrics(run_url)]
+
+
+def state(run_url: Path, name: str = checkpoint.LAST) -> dict[str, Any]:
+    found = checkpoint.load(str(run_url), name)
+    assert found is not None
+    return found
+
+
+def assert_bitwise(one: Any, other: Any, path: str = "") -> None:
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), path
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for key in one.keys() - {"seconds"}:
+            assert_bitwise(one[key], other[key], f"{path}/{key}")
+    elif isinstance(one, list):
+        assert len(one) == len(other), path
+        for place, (left, right) in enumerate(zip(one, other, strict=True)):
+            assert_bitwise(left, right, f"{path}/{place}")
+    else:
+        assert one == other, path
+
+
+@pytest.mark.parametrize(
+    ("mode", "terms"), [("none", CE), ("online", KD), ("cache", KD), ("cache", ALL_TERMS)], ids=str
+)
+def test_training_learns(replays: Replay, tmp_path: Path, mode: str, terms: list[dict[str, Any]]) -> None:
+    config = run_config(
+        replays("crop").config,
+        tmp_path,
+        mode=mode,
+        loss=terms,
+        student=NORMALISED,
+        train={"epochs": 12, "lr": 0.02},
+    )
+    run(config)
+    curve = losses(tmp_path)
+    assert len(curve) == 12 * 5
+    assert sum(curve[-5:]) < 0.7 * sum(curve[:5])
+
+
+@pytest.mark.parametrize("kind", ["crop", "function_matching"])
+def test_parity_loss_of_a_cached_and_an_online_run(replays: Replay, tmp_path: Path, kind: str) -> None:
+    base = replays(kind).config
+    keys: dict[str, Any] = {"student": NORMALISED, "train": {"epochs": NUM_VIEWS, "lr": 0.01}}
+    for mode in ("cache", "online"):
+        run(run_config(base, tmp_path / mode, mode=mode, **keys))
+    cached, online = losses(tmp_path / "cache"), losses(tmp_path / "online")
+    assert len(cached) == 60
+    assert min(cached) > 1e-3
+    assert max(cached) > 1.2 * min(cached)
+    assert max(abs(one / other - 1) for one, other in zip(cached, online, strict=True)) < 1e-4
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("stop", [("step", 3), ("step", 8), ("eval", 2)], ids=str)
+def test_kill_and_resume_is_bitwise(
+    replays: Replay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: tuple[str, int], optimizer: str
+) -> None:
+    """In the midst of an epoch, at its end, and between its last step and its checkpoint; with BatchNorm, Dropout and
+    a projector."""
+    monkeypatch.setattr("pipeline.student.loop._FLUSH_STEPS", 1)
+    base = replays("function_matching").config
+    keys: dict[str, Any] = {
+        "data": {"val_shards": base.data.shards},
+        "loss": ALL_TERMS,
+        "student": NORMALISED,
+        "train": {"epochs": 3, "optimizer": optimizer, "schedule": "cosine", "warmup_steps": 3, "clip_norm": 1.0},
+    }
+    run(run_config(base, tmp_path / "straight", **keys))
+    stopped = run_config(base, tmp_path / "stopped", **keys)
+    run(stopped, stop=stop)
+    assert checkpoint.read_summary(str(tmp_path / "stopped")) is None
+    events = run(stopped)
+    assert events[0]["first_step"] == {("step", 3): 0, ("step", 8): 5, ("eval", 2): 5}[stop]
+    for name in (checkpoint.LAST, checkpoint.BEST):
+        assert_bitwise(state(tmp_path / "straight", name), state(tmp_path / "stopped", name))
+    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "straight")
+    assert [record["step"] for record in metrics(tmp_path / "stopped")] == list(range(15))
+
+
+def test_loader_processes_may_change_between_the_starts_of_a_run(replays: Replay, tmp_path: Path) -> None:
+    base = replays("crop").config
+    run(run_config(base, tmp_path / "straight"))
+    run(run_config(base, tmp_path / "stopped"), stop=("step", 2))
+    run(run_config(base, tmp_path / "stopped", train={"num_workers": 1}, ray={"cpus_per_worker": 1, "max_failures": 2}))
+    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "straight")
+
+
+def test_a_finished_run_is_left_as_it_is(replays: Replay, tmp_path: Path) -> None:
+    config = run_config(replays("crop").config, tmp_path)
+    run(config)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    assert [event["kind"] for event in run(config)] == ["finished"]
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_goes_on_only_with_the_config_it_was_begun_with(replays: Replay, tmp_path: Path) -> None:
+    base = replays("crop").config
+    run(run_config(base, tmp_path), stop=("step", 1))
+    with pytest.raises(ConfigError, match="begun with another config") as caught:
+        train(run_config(base, tmp_path, train={"lr": 0.5}, loss=[*KD, *CE]))
+    assert "train.lr: 0.003 -> 0.5" in str(caught.value.got)
+    assert "loss: " in str(caught.value.got)
+
+
+def test_a_refused_config_leaves_no_run_behind(replays: Replay, tmp_path: Path) -> None:
+    base = replays("crop").config
+    with pytest.raises(ConfigError, match="too few rows"):
+        train(run_config(base, tmp_path, student=NORMALISED, train={"global_batch_size": 34}))
+    assert list(tmp_path.iterdir()) == []
+    run(run_config(base, tmp_path))
+
+
+def test_one_row_is_enough_for_a_student_without_batchnorm(replays: Replay, tmp_path: Path) -> None:
+    run(run_config(replays("crop").config, tmp_path, train={"global_batch_size": 34}))
+    assert len(losses(tmp_path)) == 4
+
+
+def test_a_projector_needs_two_rows_like_any_batchnorm(replays: Replay, tmp_path: Path) -> None:
+    config = run_config(replays("crop").config, tmp_path, loss=ALL_TERMS, train={"global_batch_size": 34})
+    with pytest.raises(ConfigError, match="BatchNorm has no statistics of a single row") as caught:
+        train(config)
+    assert caught.value.where == "step 1 of 2 of every epoch"
+    assert caught.value.got == "1 of its 1 rows, over 1 ranks"
+    assert "train.tail: drop" in str(caught.value.next_step)
+
+
+def test_a_run_keeps_to_the_views_it_was_begun_with_when_its_cache_grows(own_replay: Replay, tmp_path: Path) -> None:
+    cache = own_replay("crop")
+    keys: dict[str, Any] = {"train": {"epochs": NUM_VIEWS + 2}}
+    run(run_config(cache.config, tmp_path / "straight", **keys))
+    run(run_config(cache.config, tmp_path / "grown", **keys), stop=("step", 2))
+    more = cache.config.views.model_copy(update={"count": NUM_VIEWS + 2})
+    build(cache.config.model_copy(update={"views": more}))
+    run(run_config(cache.config, tmp_path / "grown", **keys))
+    assert metrics(tmp_path / "grown") == metrics(tmp_path / "straight")
+    run(run_config(cache.config, tmp_path / "later", **keys))
+    assert losses(tmp_path / "later")[:60] == losses(tmp_path / "straight")[:60]
+    assert losses(tmp_path / "later")[60:] != losses(tmp_path / "straight")[60:]
+
+
+def test_a_rank_that_opened_a_later_state_of_the_cache_takes_the_one_that_was_pinned(
+    own_replay: Replay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = own_replay("crop")
+    keys: dict[str, Any] = {"train": {"epochs": NUM_VIEWS + 1}}
+    run(run_config(cache.config, tmp_path / "alone", **keys))
+    first_rank = (Path(cache.url) / "manifest.json").read_bytes()
+    build(cache.config.model_copy(update={"views": cache.config.views.model_copy(update={"count": NUM_VIEWS + 1})}))
+
+    def claim(run_url: str, config: Config) -> None:
+        """Between this rank's look at the cache and its claim, another rank pins what it saw."""
+        claim_run(run_url, config)
+        checkpoint.pin_manifest(run_url, first_rank)
+
+    claim_run = checkpoint.claim_run
+    monkeypatch.setattr(checkpoint, "claim_run", claim)
+    run(run_config(cache.config, tmp_path / "raced", **keys))
+    assert metrics(tmp_path / "raced") == metrics(tmp_path / "alone")
+
+
+def test_missing_labels_are_found_before_the_first_step(replays: Replay, tmp_path: Path) -> None:
+    base = replays("crop").config
+    config = run_config(base, tmp_path, mode="none", loss=CE, data={"label": None})
+    index_shards(config, tmp_path / "index")
+    with pytest.raises(ConfigError, match="20 of 20 samples without a label"):
+        train(config)
+
+
+def test_missing_labels_in_a_cache_stop_the_losses_that_need_them(own_replay: Replay, tmp_path: Path) -> None:
+    base = own_replay("crop").config
+    sections: dict[str, Any] = {"data": {"label": None}, "cache": {"url": str(tmp_path / "c"), "class_means": "none"}}
+    tree = base.model_dump(mode="json", exclude_unset=True)
+    unlabelled = Config.model_validate({**tree, **{key: {**tree[key], **keys} for key, keys in sections.items()}})
+    build(unlabelled)
+    with pytest.raises(ConfigError, match="a loss needs labels"):
+        train(run_config(unlabelled, tmp_path / "ce", loss=CE))
+    run(run_config(unlabelled, tmp_path / "kd"))
+    run(run_config(unlabelled, tmp_path / "both", loss=[*CE, *KD], data={"missing_labels": "ignore"}))
+    assert losses(tmp_path / "both") == losses(tmp_path / "kd")
+
+
+@pytest.mark.parametrize(
+    ("mode", "terms", "told"),
+    [
+        ("none", KD, "a loss needs the teacher's logits"),
+        ("none", [{"name": "nd"}], "nd needs class means, which a cache holds"),
+        ("online", [{"name": "nd"}], "nd needs class means, which a cache holds"),
+    ],
+)
+def test_a_loss_that_this_teacher_cannot_serve_is_refused(
+    replays: Replay, tmp_path: Path, mode: str, terms: list[dict[str, Any]], told: str
+) -> None:
+    with pytest.raises(ConfigError, match=told):
+        train(run_config(replays("crop").config, tmp_path, mode=mode, loss=terms))
+
+
+def test_views_that_are_not_the_caches_are_refused(replays: Replay, tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match="not those of the cache") as caught:
+        train(run_config(replays("crop").config, tmp_path, views={"seed": 5}))
+    assert caught.value.got == "seed: 0 -> 5"
+
+
+def test_reading_rules_that_are_not_the_caches_are_refused(replays: Replay, tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match="otherwise than the cache did") as caught:
+        train(run_config(replays("crop").config, tmp_path, data={"max_pixels": 10**6}))
+    assert "max_pixels: 64000000 -> 1000000" in str(caught.value.got)
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_step_and_without_a_checkpoint(
+    replays: Replay, tmp_path: Path
+) -> None:
+    config = run_config(replays("crop").config, tmp_path, train={"lr": 1e30, "optimizer": "sgd"})
+    with pytest.raises(TrainingError, match="the loss is not finite") as caught:
+        run(config)
+    assert "seen between steps 0 and 4" in str(caught.value.where)
+    assert caught.value.exit_code == 1
+    assert checkpoint.load(str(tmp_path), checkpoint.LAST) is None
+
+
+def test_the_best_checkpoint_is_that_of_the_best_epoch(replays: Replay, tmp_path: Path) -> None:
+    base = replays("crop").config
+    config = run_config(base, tmp_path, loss=CE, data={"val_shards": base.data.shards}, train={"epochs": 8, "lr": 0.05})
+    events = run(config)
+    top1 = [event["top1"] for event in events if event["kind"] == "eval"]
+    summary = checkpoint.read_summary(str(tmp_path))
+    assert summary is not None
+    best = state(tmp_path, checkpoint.BEST)
+    assert len(top1) == 8
+    assert best["best_top1"] == summary["best_top1"] == max(top1)
+    # The first epoch that reached it: equal accuracy is no improvement.
+    assert best["step"] == 5 * (top1.index(max(top1)) + 1)
+    assert summary["top1"] == top1[-1]
+
+
+def test_without_labels_in_validation_there_is_no_best_checkpoint(replays: Replay, tmp_path: Path) -> None:
+    base = replays("crop").config
+    keys: dict[str, Any] = {"data": {"val_shards": base.data.shards, "label": None}}
+    run(run_config(base, tmp_path, mode="online", **keys))
+    summary = checkpoint.read_summary(str(tmp_path))
+    assert summary is not None
+    assert (summary["top1"], summary["best_top1"]) == (None, None)
+    assert checkpoint.load(str(tmp_path), checkpoint.BEST) is None
+
+
+def test_bf16_training_stays_near_fp32(replays: Replay, tmp_path: Path) -> None:
+    base = replays("crop").config
+    for precision in ("fp32", "bf16"):
+        run(run_config(base, tmp_path / precision, train={"precision": precision}))
+    for one, other in zip(losses(tmp_path / "fp32"), losses(tmp_path / "bf16"), strict=True):
+        assert math.isclose(one, other, rel_tol=0.05)
+    assert losses(tmp_path / "fp32") != losses(tmp_path / "bf16")
+
+
+def test_the_same_config_gives_the_same_run(replays: Replay, tmp_path: Path) -> None:
+    base: TinyCache = replays("crop")
+    torch.manual_seed(1)
+    run(run_config(base.config, tmp_path / "one", student=NORMALISED, loss=ALL_TERMS))
+    torch.manual_seed(2)
+    run(run_config(base.config, tmp_path / "two", student=NORMALISED, loss=ALL_TERMS))
+    assert_bitwise(state(tmp_path / "one"), state(tmp_path / "two"))
