@@ -24,16 +24,10 @@ def distill(config: Config) -> dict[str, Any]:
     assert config.cache is not None
     training = config.model_copy(update={"data": config.data.model_copy(update={"cache": config.cache.url})})
     check_config(training)
-    if config.ray.address == "none":
-        return _both(config, training)
     with cluster(config.ray):
-        return _both(config, training)
-
-
-def _both(config: Config, training: Config) -> dict[str, Any]:
-    if config.teacher.mode == "cache":
-        print(describe(build_cache(config)), file=sys.stderr)
-    return train_student(training)
+        if config.teacher.mode == "cache":
+            print(describe(build_cache(config)), file=sys.stderr)
+        return train_student(training)
 
 
 def main(source: str, overrides: list[str]) -> None:

@@ -19,12 +19,13 @@ _JOB_ENV = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 @contextmanager
 def cluster(config: RayConfig) -> Iterator[None]:
-    """A connection to the cluster of ``ray.address`` for the length of a ``with``; one that stands is used as it is.
+    """A connection to the cluster of ``ray.address`` for the length of a ``with``; one that stands is used as it is,
+    and ``none`` asks for none.
 
     Raises:
         ResourceError: there is no cluster at this address.
     """
-    if ray.is_initialized():
+    if config.address == "none" or ray.is_initialized():
         yield
         return
     _connect(config.address)

@@ -50,8 +50,11 @@ class FileRef(Record):
 
 
 class ByteRange(Record):
+    """Bytes of a file, and their SHA-256."""
+
     offset: int
     size_bytes: int
+    digest: str
 
 
 class ViewRange(Record):

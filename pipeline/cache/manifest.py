@@ -133,14 +133,14 @@ def _relative(shard_urls: dict[str, str]) -> tuple[str, dict[str, str]]:
     num_common = next((at for at, names in enumerate(zip(*levels, strict=False)) if len({*names}) > 1), None)
     common = levels[0][: min(map(len, levels)) if num_common is None else num_common]
     base = "/".join(common)
-    if "://" in next(iter(plain.values())) and not base.partition("://")[2]:
+    if any("://" in url for url in plain.values()) and not base.partition("://")[2]:
         return "", plain
     return base, {shard: url[len(base) + 1 :] for shard, url in plain.items()}
 
 
 def locate(base: str, path: str) -> str:
     """The URL of a shard from a manifest's base and its path in the table of shards."""
-    return path if "://" in path else storage.join(base, path)
+    return path if "://" in path or path.startswith("/") else storage.join(base, path)
 
 
 def _shards_table(firsts: list[Commit], names: dict[str, str]) -> pa.Table:
@@ -169,6 +169,7 @@ def _parts_table(commits: list[Commit]) -> pa.Table:
             "offset": pa.array([view.offset for _, view in rows], pa.int64()),
             "size_bytes": pa.array([view.size_bytes for _, view in rows], pa.int64()),
             "footer_offset": pa.array([commit.footer.offset for commit, _ in rows], pa.int64()),
+            "footer_digest": pa.array([commit.footer.digest for commit, _ in rows], pa.string()),
             "rows": pa.array([view.rows for _, view in rows], pa.int64()),
             "digest": pa.array([view.digest for _, view in rows], pa.string()),
         }

@@ -119,14 +119,8 @@ class TeacherCache:
         where = f"view {entry['view']} of {storage.redact(url)}"
         offset, size_bytes = int(str(entry["offset"])), int(str(entry["size_bytes"]))
         end, footer = int(str(entry["part_size_bytes"])), int(str(entry["footer_offset"]))
-        data = storage.read_range(url, offset, size_bytes)
-        if hashlib.sha256(data).hexdigest() != entry["digest"]:
-            raise CacheError(
-                "these bytes are not those that were committed",
-                where=where,
-                next_step="restore the part, or remove its commit and run the build again",
-            )
-        tail = storage.read_range(url, footer, end - footer)
+        data = _read_range(url, offset, size_bytes, digest=entry["digest"], where=where)
+        tail = _read_range(url, footer, end - footer, digest=entry["footer_digest"], where=f"footer of {where}")
         source = _Range(end, offset, data)
         try:
             # Given its metadata, Parquet reads no footer, which it would look for with a guess of 64 KiB.
@@ -139,6 +133,17 @@ class TeacherCache:
         if found.num_rows != entry["rows"]:
             raise CacheError("a view has another number of rows", where=where, got=found.num_rows, wanted=entry["rows"])
         return found
+
+
+def _read_range(url: str, offset: int, size_bytes: int, *, digest: object, where: str) -> bytes:
+    data = storage.read_range(url, offset, size_bytes)
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise CacheError(
+            "these bytes are not those that were committed",
+            where=where,
+            next_step="restore the part, or remove its commit and run the build again",
+        )
+    return data
 
 
 class _Range(io.RawIOBase):

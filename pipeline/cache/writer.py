@@ -120,7 +120,9 @@ def view_ranges(path: Path, counts: Mapping[int, int]) -> tuple[tuple[ViewRange,
             assert seen == rows, "row groups never span two views"
             digest = _range_digest(file, start, end - start)
             ranges.append(ViewRange(view=view, offset=start, size_bytes=end - start, rows=rows, digest=digest))
-    return tuple(ranges), ByteRange(offset=end, size_bytes=path.stat().st_size - end)
+        size_bytes = path.stat().st_size - end
+        footer = ByteRange(offset=end, size_bytes=size_bytes, digest=_range_digest(file, end, size_bytes))
+    return tuple(ranges), footer
 
 
 def _range_digest(file: IO[bytes], offset: int, size_bytes: int) -> str:

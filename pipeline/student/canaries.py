@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import torchvision
+import torch
 
 from pipeline import storage
 from pipeline.errors import CacheError
 from pipeline.student.sources import CachedSource, read_image
+from pipeline.teacher.runtime import numeric_env
 from pipeline.views.pixels import apply_view, pixel_digest, pixel_mean
 
 _MAX_SHARDS = 8
+# What decodes and resizes.
+_PACKAGES = ("torchvision", "pillow", "torch")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +42,7 @@ def check_canaries(source: CachedSource, *, max_pixels: int) -> int:
         # Shards open again when they are read; until then a training that does not begin leaves none open.
         source.close()
     if drifts:
-        worst = max(drifts, key=lambda drift: drift.levels)
-        raise CacheError(
-            "this machine makes other pixels than those the teacher saw",
-            where=f"{len(drifts)} of {compared} canaries, first {drifts[0].sample_id}",
-            got=f"block means differ by up to {worst.levels} of 255; torchvision here is {torchvision.__version__}",
-            wanted=f"torchvision of the cache: {_built_with(source)}",
-            next_step="install the versions the cache was built with, or build another cache",
-        )
+        raise _drift_error(source, drifts, compared)
     if not compared:
         raise CacheError(
             "no row of this cache carries a pixel digest, so nothing proves that this machine makes the same pixels",
@@ -53,6 +50,17 @@ def check_canaries(source: CachedSource, *, max_pixels: int) -> int:
             next_step="build another cache",
         )
     return compared
+
+
+def _drift_error(source: CachedSource, drifts: list[_Drift], compared: int) -> CacheError:
+    here = numeric_env(torch.device("cpu"), batch_size=1)
+    return CacheError(
+        "this machine makes other pixels than those the teacher saw",
+        where=f"{len(drifts)} of {compared} canaries, first {drifts[0].sample_id}",
+        got=f"block means differ by up to {max(drift.levels for drift in drifts)} of 255; here: {_told(here)}",
+        wanted=f"the cache was built with {_told(source.cache.manifest.environment)}",
+        next_step="install the versions the cache was built with, or build another cache",
+    )
 
 
 def _check_shard(source: CachedSource, shard: int, max_pixels: int) -> tuple[int, list[_Drift]]:
@@ -78,5 +86,5 @@ def _distance(mean: bytes, stored: bytes | None) -> int:
     return int(np.abs(np.frombuffer(mean, np.uint8).astype(np.int16) - np.frombuffer(stored, np.uint8)).max())
 
 
-def _built_with(source: CachedSource) -> str:
-    return str(source.cache.manifest.environment.get("torchvision", "unknown"))
+def _told(versions: Mapping[str, object]) -> str:
+    return ", ".join(f"{name} {versions.get(name, 'unknown')}" for name in _PACKAGES)

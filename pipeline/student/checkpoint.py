@@ -11,6 +11,7 @@ import torch
 from pipeline import storage
 from pipeline.errors import CacheError, ConfigError
 from pipeline.fingerprint import differences, seal, unseal
+from pipeline.models.source import cause
 from schemas.config import Config
 
 CONFIG = "config.json"
@@ -101,13 +102,14 @@ def load(run_url: str, name: str) -> dict[str, Any] | None:
     url = storage.join(run_url, name)
     if not storage.exists(url):
         return None
+    data = storage.read(url)
     try:
-        return torch.load(io.BytesIO(storage.read(url)), map_location="cpu", weights_only=True)
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
         raise CacheError(
             "this checkpoint is damaged",
             where=storage.redact(url),
-            got=f"{type(error).__name__}: {str(error).splitlines()[0]}",
+            got=cause(error),
             next_step="remove it to start the run again",
         ) from error
 

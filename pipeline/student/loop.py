@@ -34,7 +34,7 @@ from pipeline.teacher.infer import Teacher, load_teacher
 from pipeline.teacher.runtime import pin_numerics
 from pipeline.views.philox import key_of
 from pipeline.views.pixels import to_input
-from schemas.config import Config
+from schemas.config import Config, TrainConfig
 
 Report = Callable[[dict[str, Any]], None]
 _FLUSH_STEPS = 50
@@ -164,34 +164,12 @@ class Trainer:
 
     def __init__(self, config: Config, world: World, report: Report) -> None:
         assert config.run is not None
-        assert config.student is not None
         self.config, self.world, self.report, self.run_url = config, world, report, config.run.url
         self.loss = CompositeLoss(config.loss, where="loss")
         self.lessons = open_lessons(config, self.loss, world.device)
-        self.order = TrainingOrder.build(
-            self.lessons.source.shard_ids,
-            self.lessons.source.num_ok,
-            seed=config.train.seed,
-            global_batch_size=config.train.global_batch_size,
-            lanes=config.train.lanes,
-            kind=config.train.order,
-            tail=config.train.tail,
-            plan=self.lessons.facts.plan,
-        )
-        loaded = load_model(
-            config.student,
-            num_classes=self.lessons.facts.num_classes,
-            size=config.student.size or self.lessons.facts.size,
-            seed=config.train.seed,
-            where="student",
-            allow_new_head=True,
-        )
-        self.spec: InputSpec = loaded.input
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.train.seed)
-            means_KD = self.lessons.class_means_KD
-            teacher_dim = None if means_KD is None else means_KD.shape[1]
-            self.student = Student(loaded.module, teacher_dim=teacher_dim).to(world.device).train()
+        self.order = _order(config.train, self.lessons)
+        self.student, self.spec = _student(config, self.lessons)
+        self.student.to(world.device).train()
         _check_batches(self.order, self.student, world.size)
         self.optimizer = make_optimizer(self.student, config.train)
         self.schedule = make_schedule(self.optimizer, config.train, total_steps=self.total_steps)
@@ -413,6 +391,36 @@ class Trainer:
     def _say(self, kind: str, **values: Any) -> None:
         if self.world.leads:
             self.report({"kind": kind, "run": self.run_url, **values})
+
+
+def _order(train: TrainConfig, lessons: Lessons) -> TrainingOrder:
+    return TrainingOrder.build(
+        lessons.source.shard_ids,
+        lessons.source.num_ok,
+        seed=train.seed,
+        global_batch_size=train.global_batch_size,
+        lanes=train.lanes,
+        kind=train.order,
+        tail=train.tail,
+        plan=lessons.facts.plan,
+    )
+
+
+def _student(config: Config, lessons: Lessons) -> tuple[Student, InputSpec]:
+    """The student with its first weights, a function of ``train.seed`` alone, and what it eats."""
+    assert config.student is not None
+    loaded = load_model(
+        config.student,
+        num_classes=lessons.facts.num_classes,
+        size=config.student.size or lessons.facts.size,
+        seed=config.train.seed,
+        where="student",
+        allow_new_head=True,
+    )
+    teacher_dim = None if lessons.class_means_KD is None else lessons.class_means_KD.shape[1]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.train.seed)
+        return Student(loaded.module, teacher_dim=teacher_dim), loaded.input
 
 
 def _check_batches(order: TrainingOrder, student: Student, world_size: int) -> None:

@@ -7,9 +7,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+import torchvision
 
 # What decodes, resizes, answers and encodes: another version of any may change bytes.
-_PACKAGES = ("torch", "torchvision", "pillow", "timm", "numpy", "pyarrow")
+_PACKAGES = ("pillow", "timm", "numpy", "pyarrow")
 
 
 def pin_numerics(threads: int) -> None:
@@ -25,6 +26,9 @@ def numeric_env(device: torch.device, *, batch_size: int) -> dict[str, object]:
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_model(),
         "device_type": device.type,
+        # These two also tell the build, such as +cu132, which package metadata leaves out.
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
         **{name: version(name) for name in _PACKAGES},
         "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
         "threads": torch.get_num_threads(),

@@ -24,8 +24,7 @@ class NanOnPlainImages(Scaled):
     """Divides by the contrast of an image, which an image of one colour has none of."""
 
     def forward(self, x: Tensor) -> Tensor:
-        contrast_B1 = x.flatten(1).std(1, keepdim=True)
-        return super().forward(x) * torch.where(contrast_B1 < 1e-3, torch.nan, 1.0)
+        return super().forward(x) * torch.where(_contrast(x) < 1e-3, torch.nan, 1.0)
 
 
 class Loud(Scaled):
@@ -35,8 +34,13 @@ class Loud(Scaled):
         return super().forward(x) + 1e5
 
 
-class SilentlyNan(Scaled):
-    """No word of it is a number."""
+class NanOnNoise(Scaled):
+    """Runs on smooth images, so that it can be loaded, and breaks on rough ones."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * torch.nan
+        return super().forward(x) * torch.where(_contrast(x) > 0.9, torch.nan, 1.0)
+
+
+def _contrast(x: Tensor) -> Tensor:
+    """Largest standard deviation of a channel: [B,1]."""
+    return x.flatten(2).std(2).amax(1, keepdim=True)

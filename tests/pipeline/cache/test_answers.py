@@ -135,9 +135,10 @@ def test_plans_that_do_not_mix_equal_a_recomputation_by_hand(
         assert (columns.mix_lambda_N == 1).all()
 
 
+@pytest.mark.usefixtures("network")
 @pytest.mark.parametrize(("mode", "kind", "view"), [("eval", "function_matching", EVAL_VIEW), ("view0", "crop", 0)])
 def test_class_means_are_those_of_the_stored_embeddings(
-    mode: str, kind: str, view: int, tiny_config: TinyConfig, tmp_path: Path, network: CifarResNet
+    mode: str, kind: str, view: int, tiny_config: TinyConfig, tmp_path: Path
 ) -> None:
     cache = open_built(tiny_config, tmp_path, views={"kind": kind, "count": 3}, cache={"class_means": mode})
     means = cache.class_means()
@@ -153,7 +154,8 @@ def test_class_means_are_those_of_the_stored_embeddings(
     np.testing.assert_allclose(means.mean_KD, total / count[:, None], rtol=1e-6, atol=1e-7)
 
 
-def test_the_batch_size_changes_no_answer(tiny_config: TinyConfig, tmp_path: Path, network: CifarResNet) -> None:
+@pytest.mark.usefixtures("network")
+def test_the_batch_size_changes_no_answer(tiny_config: TinyConfig, tmp_path: Path) -> None:
     found: list[NDArray[np.float32]] = []
     for batch_size in (3, 8, 64):
         weights = str(tmp_path / "teacher.safetensors")
@@ -168,9 +170,8 @@ def test_the_batch_size_changes_no_answer(tiny_config: TinyConfig, tmp_path: Pat
     np.testing.assert_allclose(found[0], found[2], rtol=1e-5, atol=1e-5)
 
 
-def test_half_precision_is_stored_to_half_a_unit_in_the_last_place(
-    tiny_config: TinyConfig, tmp_path: Path, network: CifarResNet
-) -> None:
+@pytest.mark.usefixtures("network")
+def test_half_precision_is_stored_to_half_a_unit_in_the_last_place(tiny_config: TinyConfig, tmp_path: Path) -> None:
     full = open_built(tiny_config, tmp_path).view("digits-00", 0)
     section = {"url": str(tmp_path / "half"), "logits": "fp16", "embeddings": "none"}
     half = open_built(tiny_config, tmp_path, cache=section).view("digits-00", 0)
@@ -179,8 +180,9 @@ def test_half_precision_is_stored_to_half_a_unit_in_the_last_place(
     assert np.array_equal(half.embedding_norm_N, full.embedding_norm_N)
 
 
+@pytest.mark.usefixtures("network")
 def test_the_first_row_of_every_view_proves_its_pixels(
-    tiny_config: TinyConfig, digits_shards: list[str], tmp_path: Path, network: CifarResNet
+    tiny_config: TinyConfig, digits_shards: list[str], tmp_path: Path
 ) -> None:
     cache = open_built(tiny_config, tmp_path)
     for url, shard in zip(digits_shards, SHARDS, strict=True):
@@ -207,9 +209,8 @@ def test_about_one_row_in_a_thousand_is_a_canary() -> None:
     assert abs(share - 0.001) < 5e-4
 
 
-def test_statistics_count_what_the_eval_pass_answers(
-    tiny_config: TinyConfig, tmp_path: Path, network: CifarResNet
-) -> None:
+@pytest.mark.usefixtures("network")
+def test_statistics_count_what_the_eval_pass_answers(tiny_config: TinyConfig, tmp_path: Path) -> None:
     cache = open_built(tiny_config, tmp_path)
     top1 = top5 = 0
     for entry in cache.shards:

@@ -36,7 +36,7 @@ def commit(of: ViewBlock, **changes: Any) -> Commit:
         "written": 3,
         "skipped": {"empty": 2},
         "views": (),
-        "footer": ByteRange(offset=0, size_bytes=0),
+        "footer": ByteRange(offset=0, size_bytes=0, digest="0"),
         "statistics": Statistics(),
         "environment": {},
     }

@@ -16,9 +16,8 @@ NUM_CLASSES, DIM = 5, 3
 
 def rows(seed: int, count: int) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
     random = np.random.default_rng(seed)
-    return random.normal(0, 3, (count, DIM)).astype(np.float32), random.integers(-1, NUM_CLASSES, count).astype(
-        np.int32
-    )
+    labels = random.integers(-1, NUM_CLASSES, count)
+    return random.normal(0, 3, (count, DIM)).astype(np.float32), labels.astype(np.int32)
 
 
 def means_of(sums: ClassSums) -> NDArray[np.float32]:

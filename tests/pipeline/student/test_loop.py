@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,20 @@ import torch
 
 from pipeline.errors import CacheError, ConfigError, TrainingError
 from pipeline.student import checkpoint
-from pipeline.student.loop import train
+from pipeline.student.loop import Trainer, train
+from pipeline.student.metrics import MetricsFile
+from pipeline.student.world import World
 from schemas.config import Config
 from tests.pipeline.caches import TinyCache, build
 from tests.pipeline.student.conftest import NUM_VIEWS, Replay
-from tests.pipeline.student.runs import CE, KD, NORMALISED, index_shards, metrics, run_config
+from tests.pipeline.student.runs import CE, KD, NORMALISED, SMALL, index_shards, metrics, run_config
 
 ALL_TERMS = [*CE, {"name": "kd", "temperature": 2.0, "warmup_epochs": 2}, {"name": "dist"}, {"name": "nd"}]
 Event = dict[str, Any]
 
 
-class Stop(Exception):
-    """Somebody pulled the plug."""
+class PlugPulledError(Exception):
+    """The end of a process, as far as a run can tell."""
 
 
 def run(config: Config, *, stop: tuple[str, int] | None = None) -> list[Event]:
@@ -35,12 +38,12 @@ def run(config: Config, *, stop: tuple[str, int] | None = None) -> list[Event]:
     def report(event: Event) -> None:
         events.append(event)
         if stop is not None and sum(one["kind"] == stop[0] for one in events) == stop[1]:
-            raise Stop
+            raise PlugPulledError
 
     if stop is None:
         train(config, report=report)
     else:
-        with pytest.raises(Stop):
+        with pytest.raises(PlugPulledError):
             train(config, report=report)
     return events
 
@@ -71,20 +74,22 @@ def assert_bitwise(one: Any, other: Any, path: str = "") -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "terms"), [("none", CE), ("online", KD), ("cache", KD), ("cache", ALL_TERMS)], ids=str
+    ("mode", "terms", "epochs"),
+    [("none", CE, 30), ("online", KD, 12), ("cache", KD, 12), ("cache", ALL_TERMS, 12)],
+    ids=["labels", "online", "cached", "cached, all terms"],
 )
-def test_training_learns(replays: Replay, tmp_path: Path, mode: str, terms: list[dict[str, Any]]) -> None:
+def test_training_learns(replays: Replay, tmp_path: Path, mode: str, terms: list[dict[str, Any]], epochs: int) -> None:
     config = run_config(
         replays("crop").config,
         tmp_path,
         mode=mode,
         loss=terms,
         student=NORMALISED,
-        train={"epochs": 12, "lr": 0.02},
+        train={"epochs": epochs, "lr": 0.02},
     )
     run(config)
     curve = losses(tmp_path)
-    assert len(curve) == 12 * 5
+    assert len(curve) == epochs * 5
     assert sum(curve[-5:]) < 0.7 * sum(curve[:5])
 
 
@@ -126,6 +131,36 @@ def test_kill_and_resume_is_bitwise(
         assert_bitwise(state(tmp_path / "straight", name), state(tmp_path / "stopped", name))
     assert metrics(tmp_path / "stopped") == metrics(tmp_path / "straight")
     assert [record["step"] for record in metrics(tmp_path / "stopped")] == list(range(15))
+
+
+@pytest.mark.parametrize(("module", "name"), [(MetricsFile, "publish"), (checkpoint, "write_summary")])
+def test_a_run_killed_while_it_writes_loses_nothing_and_repeats_nothing(
+    replays: Replay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any, name: str
+) -> None:
+    base = replays("crop").config
+    run(run_config(base, tmp_path / "straight"))
+    stopped = run_config(base, tmp_path / "stopped")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, dies_at(getattr(module, name), 2 if name == "publish" else 1))
+        with pytest.raises(PlugPulledError):
+            run(stopped)
+    run(stopped)
+    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "straight")
+    assert_bitwise(state(tmp_path / "straight"), state(tmp_path / "stopped"))
+    one, other = (checkpoint.read_summary(str(tmp_path / name)) for name in ("straight", "stopped"))
+    assert_bitwise(one, other)
+
+
+def dies_at(function: Any, number: int) -> Any:
+    """The function, but at its n-th call the process ends before it does anything."""
+    calls = count(1)
+
+    def call(*arguments: Any) -> Any:
+        if next(calls) == number:
+            raise PlugPulledError
+        return function(*arguments)
+
+    return call
 
 
 def test_loader_processes_may_change_between_the_starts_of_a_run(replays: Replay, tmp_path: Path) -> None:
@@ -173,6 +208,32 @@ def test_a_projector_needs_two_rows_like_any_batchnorm(replays: Replay, tmp_path
     assert caught.value.where == "step 1 of 2 of every epoch"
     assert caught.value.got == "1 of its 1 rows, over 1 ranks"
     assert "train.tail: drop" in str(caught.value.next_step)
+
+
+@pytest.mark.parametrize("rank", range(2))
+@pytest.mark.parametrize(
+    ("student", "batch", "got"),
+    [(NORMALISED, 8, "1 of its 3 rows, over 2 ranks"), (SMALL, 34, "0 of its 1 rows, over 2 ranks")],
+    ids=["one row under BatchNorm", "no row at all"],
+)
+def test_a_rank_with_too_few_rows_stops_every_rank_before_it_waits(
+    replays: Replay, tmp_path: Path, rank: int, student: dict[str, Any], batch: int, got: str
+) -> None:
+    """Of 35 rows the last step has what is left."""
+    config = run_config(replays("crop").config, tmp_path, student=student, train={"global_batch_size": batch})
+    with pytest.raises(ConfigError, match="too few rows in a step") as caught:
+        Trainer(config, World(rank, 2), print)
+    assert caught.value.got == got
+
+
+def test_ordinary_batches_of_one_row_a_rank_are_refused_under_batchnorm(replays: Replay, tmp_path: Path) -> None:
+    config = run_config(
+        replays("crop").config, tmp_path, student=NORMALISED, train={"global_batch_size": 5, "tail": "drop"}
+    )
+    with pytest.raises(ConfigError, match="BatchNorm") as caught:
+        Trainer(config, World(0, 5), print)
+    assert caught.value.got == "1 of its 5 rows, over 5 ranks"
+    assert "train.tail" not in str(caught.value.next_step)
 
 
 def test_a_run_keeps_to_the_views_it_was_begun_with_when_its_cache_grows(own_replay: Replay, tmp_path: Path) -> None:

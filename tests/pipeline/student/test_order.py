@@ -78,6 +78,18 @@ def cases(draw: st.DrawFn) -> Case:
 LAW = settings(max_examples=60, deadline=None)
 
 
+@LAW
+@given(cases())
+def test_the_fewest_rows_are_those_of_the_rank_and_step_with_the_fewest(case: Case) -> None:
+    epoch = case.fresh
+    rows = {
+        (len(epoch.rows(step, rank, case.world_size).row_B), step)
+        for step in range(case.order.num_steps)
+        for rank in range(case.world_size)
+    }
+    assert case.order.fewest_rows(case.world_size) == min(rows)
+
+
 @given(cases())
 @LAW
 def test_each_row_comes_once_an_epoch_or_is_counted_as_dropped(case: Case) -> None:

@@ -1,0 +1,136 @@
+"""A run's folder: claimed once, replaced whole, read without running code."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.errors import CacheError, ConfigError
+from pipeline.student import checkpoint
+from pipeline.student.optim import make_optimizer, make_schedule
+from schemas.config import Config, TrainConfig
+
+
+def config(**sections: Any) -> Config:
+    return Config.model_validate({"run": {"url": "anywhere"}, **sections})
+
+
+def test_what_a_run_computes_may_not_change(tmp_path: Path) -> None:
+    url = str(tmp_path)
+    checkpoint.claim_run(url, config())
+    with pytest.raises(ConfigError, match="begun with another config") as caught:
+        checkpoint.claim_run(url, config(train={"lr": 0.5, "epochs": 3}, data={"num_classes": 7}))
+    assert caught.value.got == "data.num_classes: None -> 7; train.epochs: 1 -> 3; train.lr: 0.001 -> 0.5"
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"ray": {"num_workers": 4, "cpus_per_worker": 2, "max_failures": 3}},
+        {"run": {"url": "elsewhere"}},
+        {"train": {"num_workers": 8, "checkpoint_every_epochs": 5}},
+    ],
+    ids=str,
+)
+def test_where_and_how_fast_it_goes_may_change(tmp_path: Path, sections: dict[str, Any]) -> None:
+    checkpoint.claim_run(str(tmp_path), config())
+    checkpoint.claim_run(str(tmp_path), config(**sections))
+    assert checkpoint.read_config(str(tmp_path)) == config()
+
+
+def test_a_folder_without_a_run_is_begun_by_nobody(tmp_path: Path) -> None:
+    checkpoint.check_begun(str(tmp_path), config())
+    with pytest.raises(ConfigError, match="there is no run here"):
+        checkpoint.read_config(str(tmp_path))
+
+
+def test_a_config_that_was_edited_in_the_run_is_refused(tmp_path: Path) -> None:
+    checkpoint.claim_run(str(tmp_path), config())
+    file = tmp_path / checkpoint.CONFIG
+    file.write_bytes(file.read_bytes().replace(b'"epochs":1', b'"epochs":2'))
+    with pytest.raises(CacheError, match="changed after it was written"):
+        checkpoint.read_config(str(tmp_path))
+
+
+def test_the_first_pinned_manifest_counts_for_all(tmp_path: Path) -> None:
+    url = str(tmp_path)
+    assert checkpoint.pinned_manifest(url) is None
+    assert checkpoint.pin_manifest(url, b"first") == b"first"
+    assert checkpoint.pin_manifest(url, b"second") == b"first"
+    assert checkpoint.pinned_manifest(url) == b"first"
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_optimizer_and_schedule_come_back_bitwise(tmp_path: Path, name: str) -> None:
+    train = TrainConfig.model_validate({"optimizer": name, "warmup_steps": 2, "weight_decay": 0.1})
+
+    def begin() -> tuple[nn.Module, torch.optim.Optimizer, Any]:
+        layer = nn.Linear(3, 2)
+        optimizer = make_optimizer(layer, train)
+        return layer, optimizer, make_schedule(optimizer, train, total_steps=9)
+
+    def steps(layer: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any, count: int) -> None:
+        for number in range(count):
+            layer(torch.full((4, 3), float(number))).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+
+    layer, optimizer, schedule = begin()
+    steps(layer, optimizer, schedule, 3)
+    state = {"model": layer.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+    checkpoint.save(str(tmp_path), checkpoint.LAST, state)
+    found = checkpoint.load(str(tmp_path), checkpoint.LAST)
+    assert found is not None
+    again, its_optimizer, its_schedule = begin()
+    again.load_state_dict(found["model"])
+    its_optimizer.load_state_dict(found["optimizer"])
+    its_schedule.load_state_dict(found["schedule"])
+    steps(layer, optimizer, schedule, 4)
+    steps(again, its_optimizer, its_schedule, 4)
+    for one, other in zip(layer.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+class Marker:
+    """Pickles to a call that leaves a file behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_code_in_a_checkpoint_is_never_run(tmp_path: Path) -> None:
+    trap = tmp_path / "ran"
+    pickle.loads(pickle.dumps(Marker(trap)))
+    assert trap.exists()
+    trap.unlink()
+    (tmp_path / "checkpoints").mkdir()
+    torch.save({"model": Marker(trap)}, tmp_path / checkpoint.LAST)
+    with pytest.raises(CacheError, match="this checkpoint is damaged"):
+        checkpoint.load(str(tmp_path), checkpoint.LAST)
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.5, 0.99])
+def test_a_truncated_checkpoint_is_told_as_such(tmp_path: Path, kept: float) -> None:
+    checkpoint.save(str(tmp_path), checkpoint.LAST, {"model": {"weight": torch.zeros(100)}})
+    file = tmp_path / checkpoint.LAST
+    data = file.read_bytes()
+    file.write_bytes(data[: int(kept * len(data))])
+    with pytest.raises(CacheError, match="this checkpoint is damaged") as caught:
+        checkpoint.load(str(tmp_path), checkpoint.LAST)
+    assert caught.value.where == str(file)
+
+
+def test_a_run_is_finished_once_it_has_a_summary(tmp_path: Path) -> None:
+    assert checkpoint.read_summary(str(tmp_path)) is None
+    checkpoint.write_summary(str(tmp_path), {"steps": 5, "top1": None})
+    assert checkpoint.read_summary(str(tmp_path)) == {"steps": 5, "top1": None}

@@ -1,0 +1,172 @@
+"""Accuracy and agreement against a loop over single images."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.errors import CacheError, ConfigError, ShardError
+from pipeline.models import InputSpec, LoadedModel, load_model
+from pipeline.shards.decode import decode
+from pipeline.shards.index import index_shard
+from pipeline.shards.tar import ShardReader
+from pipeline.student import checkpoint
+from pipeline.student.evaluate import Evaluator, evaluate_run, make_evaluator
+from pipeline.student.loop import train
+from pipeline.student.world import World
+from pipeline.teacher.infer import Teacher, load_teacher
+from pipeline.views.pixels import apply_view
+from schemas.config import Config, StudentConfig
+from tests.pipeline.caches import TinyCache, shard_urls
+from tests.pipeline.student.conftest import Replay
+from tests.pipeline.student.runs import CE, NORMALISED, run_config
+
+CPU = torch.device("cpu")
+
+
+def network(seed: int = 0, size: int = 12) -> LoadedModel:
+    return load_model(StudentConfig.model_validate(NORMALISED), num_classes=10, size=size, seed=seed, where="student")
+
+
+def evaluator(config: Config, **data: Any) -> Evaluator:
+    shards = tuple(shard_urls(config).values())
+    return make_evaluator(shards, config.data.model_copy(update=data), config.views, World(), num_threads=2)
+
+
+def teacher_of(config: Config) -> Teacher:
+    return load_teacher(config.teacher, num_classes=10, size=16, device=CPU)
+
+
+def one_by_one(config: Config, module: Any, spec: InputSpec) -> tuple[Tensor, Tensor]:
+    """Logits and labels, image by image: the central square of 7/8 of the shorter side, resized, normalised."""
+    logits, labels = list[Tensor](), list[int]()
+    mean, std = (torch.tensor(values)[:, None, None] for values in (spec.mean, spec.std))
+    for url in shard_urls(config).values():
+        index = index_shard(Path(url), config.data, where=url)
+        with ShardReader(Path(url), where=url) as reader:
+            for row in range(len(index)):
+                image = decode(reader.read(int(index.offset[row]), int(index.size[row])), max_pixels=10**6)
+                height, width = image.shape[1:]
+                side = round(0.875 * min(height, width))
+                box = ((width - side) // 2, (height - side) // 2, side, side)
+                view = apply_view(image, box, False, size=spec.size, interpolation=spec.interpolation)
+                with torch.no_grad():
+                    logits.append(module(((view / 255 - mean) / std)[None])[0][0])
+                labels.append(int(index.label[row]))
+    return torch.stack(logits), torch.tensor(labels)
+
+
+def test_accuracy_and_agreement_are_those_of_a_loop_over_images(replays: Replay) -> None:
+    config = replays("crop").config
+    teacher = teacher_of(config)
+    # The teacher's weights on smaller pictures: a student that agrees now and then.
+    student = load_model(config.teacher, num_classes=10, size=12)
+    own_NK, label_N = one_by_one(config, student.module, student.input)
+    their_NK, _ = one_by_one(config, teacher.module, teacher.loaded.input)
+    found = evaluator(config)(student.module, student.input, teacher)
+    assert found.num_rows == len(label_N) == 35
+    assert found.top1 == pytest.approx((own_NK.argmax(1) == label_N).double().mean().item())
+    assert found.top5 == pytest.approx((own_NK.topk(5).indices == label_N[:, None]).any(1).double().mean().item())
+    assert found.agreement == pytest.approx((own_NK.argmax(1) == their_NK.argmax(1)).double().mean().item())
+    assert found.teacher_top1 == pytest.approx((their_NK.argmax(1) == label_N).double().mean().item())
+    assert 0 < found.agreement < 1
+
+
+def test_a_teacher_agrees_with_itself(replays: Replay) -> None:
+    config = replays("crop").config
+    teacher = teacher_of(config)
+    found = evaluator(config)(teacher.module, teacher.loaded.input, teacher)
+    assert found.agreement == 1
+    assert found.top1 == found.teacher_top1
+
+
+def test_without_labels_agreement_is_all_that_is_measured(replays: Replay) -> None:
+    config = replays("crop").config
+    teacher = teacher_of(config)
+    found = evaluator(config, label=None)(teacher.module, teacher.loaded.input, teacher)
+    assert (found.num_rows, found.top1, found.top5, found.teacher_top1) == (35, None, None, None)
+    assert found.agreement == 1
+
+
+def test_evaluation_leaves_no_trace_in_the_model(replays: Replay) -> None:
+    student = network()
+    student.module.train()
+    before = {name: value.clone() for name, value in student.module.state_dict().items()}
+    evaluator(replays("crop").config)(student.module, student.input)
+    assert student.module.training
+    assert all(torch.equal(value, before[name]) for name, value in student.module.state_dict().items())
+
+
+def test_the_size_of_a_batch_changes_no_count(replays: Replay, monkeypatch: pytest.MonkeyPatch) -> None:
+    student = network()
+    whole = evaluator(replays("crop").config)(student.module, student.input)
+    monkeypatch.setattr("pipeline.student.evaluate._BATCH", 3)
+    assert evaluator(replays("crop").config)(student.module, student.input) == whole
+
+
+def test_bad_images_follow_the_configs_rule(replays: Replay) -> None:
+    config, student = replays("crop").config, network()
+    with pytest.raises(ShardError, match="20 of 20 samples cannot be used"):
+        evaluator(config, max_pixels=5)(student.module, student.input)
+    with pytest.raises(ConfigError, match="no images to evaluate on"):
+        evaluator(config, max_pixels=5, bad_samples="skip")(student.module, student.input)
+
+
+def trained(cache: TinyCache, url: Path, **sections: Any) -> Config:
+    config = run_config(cache.config, url, loss=CE, data={"val_shards": cache.config.data.shards}, **sections)
+    train(config)
+    return config
+
+
+def test_a_run_evaluates_as_it_did_while_it_was_trained(replays: Replay, tmp_path: Path) -> None:
+    cache = replays("crop")
+    config = trained(cache, tmp_path, student=NORMALISED, train={"epochs": 6, "lr": 0.05})
+    assert config.data.val_shards is not None
+    summary = checkpoint.read_summary(str(tmp_path))
+    assert summary is not None
+    for name, key in (("last", "top1"), ("best", "best_top1")):
+        found = evaluate_run(str(tmp_path), config.data.val_shards, checkpoint_name=name, num_threads=1, device=CPU)
+        assert found.top1 == summary[key]
+        assert found.agreement is not None
+
+
+def test_a_teacher_other_than_the_caches_is_refused(replays: Replay, tmp_path: Path) -> None:
+    cache = replays("crop")
+    kwargs = {"depth": 8, "widths": [4, 4, 6, 8]}
+    config = trained(cache, tmp_path, teacher={"kwargs": kwargs}, train={"epochs": 1})
+    assert config.data.val_shards is not None
+    with pytest.raises(CacheError, match="not the one whose words were cached"):
+        evaluate_run(str(tmp_path), config.data.val_shards, checkpoint_name="last", num_threads=1, device=CPU)
+
+
+def test_a_run_without_the_wanted_checkpoint_says_how_to_get_it(replays: Replay, tmp_path: Path) -> None:
+    cache = replays("crop")
+    config = run_config(cache.config, tmp_path)
+    train(config)
+    shards = cache.config.data.shards
+    assert shards is not None
+    with pytest.raises(ConfigError, match="no best checkpoint") as caught:
+        evaluate_run(str(tmp_path), shards, checkpoint_name="best", num_threads=1, device=CPU)
+    assert "data.val_shards" in str(caught.value.next_step)
+    with pytest.raises(ConfigError, match="there is no run here"):
+        evaluate_run(str(tmp_path / "nowhere"), shards, checkpoint_name="last", num_threads=1, device=CPU)
+
+
+def test_a_rank_without_a_shard_counts_nothing(replays: Replay) -> None:
+    """Two shards over three ranks: the ranks' own counts, before they are added up, are of disjoint images."""
+    config, student = replays("crop").config, network()
+    rows: list[int] = []
+    for rank in range(3):
+        shards = evaluator(config).urls[rank::3]
+        share = replace(evaluator(config), urls=shards)
+        if shards:
+            rows.append(share(student.module, student.input).num_rows)
+        else:
+            with pytest.raises(ConfigError, match="no images to evaluate on"):
+                share(student.module, student.input)
+    assert rows == [20, 15]

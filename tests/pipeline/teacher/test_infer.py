@@ -1,0 +1,111 @@
+"""The teacher answers a row the same whatever stands beside it."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.teacher.infer import Teacher, load_teacher
+from pipeline.teacher.runtime import numeric_env, pick_device, pin_numerics
+from schemas.config import TeacherConfig
+
+CPU = torch.device("cpu")
+
+
+def teacher(batch_size: int = 4, precision: str = "fp32") -> Teacher:
+    config = TeacherConfig.model_validate(
+        {
+            "model": "python:pipeline.models.cifar:resnet",
+            "kwargs": {"depth": 8, "widths": [4, 4, 6, 7]},
+            "mean": [0.5, 0.4, 0.3],
+            "std": [0.2, 0.3, 0.25],
+            "batch_size": batch_size,
+            "precision": precision,
+        }
+    )
+    return load_teacher(config, num_classes=10, size=8, device=CPU)
+
+
+def pixels(count: int) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(3).integers(0, 256, (count, 3, 8, 8), dtype=np.uint8))
+
+
+@pytest.fixture(scope="module")
+def four_at_a_time() -> Teacher:
+    return teacher(4)
+
+
+@given(st.integers(1, 11), st.integers(0, 10))
+def test_a_row_of_one_batch_position_has_the_same_bits_in_any_company(
+    four_at_a_time: Teacher, count: int, start: int
+) -> None:
+    """Rows are at the same place of a batch when they start at a multiple of its size."""
+    start = 4 * (start % 3)
+    alone = four_at_a_time.answer(pixels(12)[start : start + count])
+    whole = four_at_a_time.answer(pixels(12))
+    rows = slice(start, min(12, start + count))
+    assert np.array_equal(alone.logits_NK, whole.logits_NK[rows])
+    assert np.array_equal(alone.embedding_ND, whole.embedding_ND[rows])
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 5, 64])
+def test_padding_to_the_batch_size_changes_no_row(batch_size: int, four_at_a_time: Teacher) -> None:
+    found, wanted = teacher(batch_size).answer(pixels(11)), four_at_a_time.answer(pixels(11))
+    np.testing.assert_allclose(found.logits_NK, wanted.logits_NK, rtol=1e-5, atol=1e-5)
+    assert found.logits_NK.shape == (11, 10)
+    assert found.embedding_ND.shape == (11, 7)
+
+
+def test_partners_may_lie_in_another_batch(four_at_a_time: Teacher) -> None:
+    partner_N = np.array([9, 8, 7, 6, 5, 4, 3, 2, 1, 0], np.int32)
+    lambda_N = np.linspace(0.5, 1, 10).astype(np.float32)
+    in_batches = four_at_a_time.answer(pixels(10), partner_N, lambda_N)
+    logits, embedding = four_at_a_time.forward(pixels(10), torch.from_numpy(partner_N), torch.from_numpy(lambda_N))
+    np.testing.assert_allclose(in_batches.logits_NK, logits.numpy(), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(in_batches.embedding_ND, embedding.numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_row_alone_is_answered_as_if_nothing_were_mixed(four_at_a_time: Teacher) -> None:
+    own = four_at_a_time.answer(pixels(6), np.arange(6, dtype=np.int32), np.ones(6, np.float32))
+    assert np.array_equal(own.logits_NK, four_at_a_time.answer(pixels(6)).logits_NK)
+
+
+def test_half_precision_answers_are_given_in_fp32() -> None:
+    answers, exact = teacher(precision="bf16").answer(pixels(5)), teacher().answer(pixels(5))
+    assert answers.logits_NK.dtype == answers.embedding_ND.dtype == np.float32
+    difference = np.abs(answers.logits_NK - exact.logits_NK).max()
+    assert 0 < difference < 0.05 * np.abs(exact.logits_NK).max()
+
+
+def test_a_teacher_learns_nothing(four_at_a_time: Teacher) -> None:
+    before = {name: tensor.clone() for name, tensor in four_at_a_time.state().items()}
+    logits, _ = four_at_a_time.forward(pixels(4))
+    assert not logits.requires_grad
+    assert not four_at_a_time.module.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in four_at_a_time.state().items())
+
+
+def test_the_environment_is_plain_json_and_names_what_changes_bytes() -> None:
+    pin_numerics(1)
+    environment = numeric_env(CPU, batch_size=8)
+    assert json.loads(json.dumps(environment)) == environment
+    assert environment["threads"] == 1
+    assert environment["torch"] == torch.__version__
+    assert {"torchvision", "pillow", "pyarrow", "device", "batch_size"} <= environment.keys()
+
+
+def test_numerics_stay_pinned_on_every_switch() -> None:
+    torch.backends.cudnn.benchmark = True
+    pin_numerics(1)
+    assert not torch.backends.cudnn.benchmark
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert not torch.backends.cudnn.allow_tf32
+
+
+def test_without_a_gpu_asked_for_the_device_is_the_cpu() -> None:
+    assert pick_device(False) == CPU
