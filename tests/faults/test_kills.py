@@ -18,7 +18,7 @@ from tests.jobs.conftest import NETWORK, files_below
 from tests.pipeline.caches import digit_samples
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-NUM_KILLS = 6
+NUM_KILLS = 4
 
 
 def config_file(folder: Path, name: str, shards: list[str]) -> Path:

@@ -55,7 +55,8 @@ def test_closing_early_ends_the_thread_and_closes_the_source() -> None:
         finally:
             closed.set()
 
-    ahead = prefetch(source(), depth=2)
+    items = source()
+    ahead = prefetch(items, depth=2)
     assert next(ahead) == 0
     ahead.close()
     assert closed.is_set()
