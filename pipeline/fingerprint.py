@@ -56,7 +56,7 @@ def unseal(data: bytes, *, where: str) -> dict[str, Any]:
 
 
 def weights_digest(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over sorted name, dtype, shape and bytes of a state dict: what the weights *are*, wherever they came from."""
+    """SHA-256 over sorted name, dtype, shape and bytes of a state dict: what weights *are*, wherever they came from."""
     hasher = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()

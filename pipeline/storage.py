@@ -13,12 +13,12 @@ import shutil
 import tempfile
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import fsspec
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 from filelock import FileLock
 
 from pipeline.errors import StorageError, StorageInputError
@@ -75,7 +75,7 @@ def expand(patterns: str | tuple[str, ...]) -> list[str]:
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
         try:
             urls.extend(braceexpand(pattern))
-        except UnbalancedBracesError as error:
+        except ValueError as error:
             raise StorageInputError(
                 "a brace in this pattern is not closed", where=redact(pattern), wanted="…{00000..00009}.tar"
             ) from error
@@ -107,7 +107,7 @@ def _writable(url: str) -> tuple[Any, str]:
 
 
 @contextlib.contextmanager
-def _told(url: str, doing: str) -> Iterator[None]:
+def _told(url: str, doing: str) -> Generator[None]:
     """Turns what a storage library raises into one of our errors, with the URL in it."""
     try:
         yield

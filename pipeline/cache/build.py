@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -157,7 +157,7 @@ class _PartBuild:
     builder: _Builder
     task: PartTask
     scratch: Path
-    sums: list[ClassSums] = field(default_factory=list[ClassSums])
+    sums: ClassSums | None = None
 
     def __post_init__(self) -> None:
         spec, header = self.builder.teacher.loaded.input, self.builder.header
@@ -225,7 +225,8 @@ class _PartBuild:
             self.statistics.add(group, answers[position])
         if self._holds_means:
             self._check_labelled(group)
-            self.sums.append(sum_rows(answers[0].embedding_ND, group.label_N))
+            rows = sum_rows(answers[0].embedding_ND, group.label_N)
+            self.sums = rows if self.sums is None else merge([self.sums, rows])
 
     @property
     def _holds_means(self) -> bool:
@@ -310,8 +311,8 @@ class _PartBuild:
         return publish_commit(url, commit)
 
     def _publish_means(self) -> FileRef | None:
-        if not self.sums:
+        if self.sums is None:
             return None
         local = self.scratch / "means.parquet"
-        local.write_bytes(encode_sums(merge(self.sums)))
+        local.write_bytes(encode_sums(self.sums))
         return publish_file(self.builder.cache.url, local, layout.means_path(self.shard_id, self.task.block))

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from pipeline.errors import CacheError, StillroomError
 from pipeline.student.order import EpochOrder, OrderedRows, TrainingOrder
 from pipeline.student.sources import RowSource, ShardRows, check_labelled, read_image
-from pipeline.views.pixels import apply_view
+from pipeline.views.pixels import apply_view, stack_views
 from schemas.config import Interpolation
 
 
@@ -164,7 +164,7 @@ class _Joined:
 
 
 def _stack(pixels: list[Tensor | None]) -> Tensor:
-    return torch.stack([image for image in pixels if image is not None])
+    return stack_views([image for image in pixels if image is not None])
 
 
 class _Outcomes(Dataset[Batch | StillroomError]):

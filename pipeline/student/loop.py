@@ -17,7 +17,7 @@ from pipeline.cache.reader import TeacherCache
 from pipeline.config import require
 from pipeline.errors import ConfigError
 from pipeline.fingerprint import short
-from pipeline.models import InputSpec, load_model
+from pipeline.models import InputSpec, lay_out, load_model
 from pipeline.student import checkpoint
 from pipeline.student.canaries import check_canaries
 from pipeline.student.dataset import Batch, InputSize, StepDataset, load_batches
@@ -169,7 +169,7 @@ class Trainer:
         self.lessons = open_lessons(config, self.loss, world.device)
         self.order = _order(config.train, self.lessons)
         self.student, self.spec = _student(config, self.lessons)
-        self.student.to(world.device).train()
+        lay_out(self.student.train(), world.device)
         _check_batches(self.order, self.student, world.size)
         self.optimizer = make_optimizer(self.student, config.train)
         self.schedule = make_schedule(self.optimizer, config.train, total_steps=self.total_steps)

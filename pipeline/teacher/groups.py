@@ -12,7 +12,6 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import torch
 import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
@@ -30,7 +29,7 @@ from pipeline.views.params import (
     unmix_singles,
     view_params,
 )
-from pipeline.views.pixels import apply_view
+from pipeline.views.pixels import apply_view, stack_views
 from schemas.cache import Status
 from schemas.config import DataConfig, Interpolation, ViewsConfig
 from schemas.manifest import ViewBlock
@@ -210,7 +209,7 @@ def _render(sample: Sample, params: ViewParams, rendering: Rendering, max_pixels
         apply_view(image, box, bool(flip), size=rendering.size, interpolation=rendering.interpolation)
         for box, flip in zip(params.box_N4.tolist(), params.flip_N.tolist(), strict=True)
     ]
-    return _Rendered("ok", image.shape[2], image.shape[1], torch.stack(views))
+    return _Rendered("ok", image.shape[2], image.shape[1], stack_views(views))
 
 
 def _assemble(
@@ -234,5 +233,7 @@ def _assemble(
         flip_VN=np.stack([params.flip_N for _, _, params in kept], axis=1),
         partner_VN=partner_VN,
         mix_lambda_VN=unmix_singles(lambda_VN, partner_VN),
-        pixels_VNCHW=torch.stack([outcome.pixels_VCHW for _, outcome, _ in kept if outcome.pixels_VCHW is not None], 1),
+        pixels_VNCHW=stack_views(
+            [outcome.pixels_VCHW for _, outcome, _ in kept if outcome.pixels_VCHW is not None]
+        ).transpose(0, 1),
     )

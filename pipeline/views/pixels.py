@@ -43,6 +43,14 @@ def apply_view(image_CHW: Tensor, box: Sequence[int], flip: bool, *, size: int, 
     return view_CHW.flip(-1) if flip else view_CHW
 
 
+def stack_views(views: Sequence[Tensor]) -> Tensor:
+    """uint8 [..., 3, S, S] each, of one shape, to [N, ..., 3, S, S] in channels-last memory.
+
+    That is how ``apply_view`` leaves pixels and how convolutions read them fastest, so nothing is repacked on the way.
+    """
+    return torch.stack([view.movedim(-3, -1) for view in views]).movedim(-1, -3)
+
+
 def to_input(
     pixels_BCHW: Tensor,
     *,
