@@ -1,0 +1,58 @@
+"""Interleaved timing: each variant in turn, many rounds, ratios within a round. A shared machine slows all alike."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Median and quartiles."""
+
+    low: float
+    median: float
+    high: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> Spread:
+        low, median, high = statistics.quantiles(values, n=4)
+        return cls(low, median, high)
+
+    def __str__(self) -> str:
+        return f"{self.median:.4g} ({self.low:.4g} to {self.high:.4g})"
+
+
+def interleaved(variants: Mapping[str, Callable[[], object]], *, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call; one warm-up round is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(rounds + 1):
+        for name, call in variants.items():
+            began = time.perf_counter()
+            call()
+            if number:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def ratio(above: list[float], below: list[float]) -> Spread:
+    """Of one round's times, over all rounds."""
+    return Spread.of([a / b for a, b in zip(above, below, strict=True)])
+
+
+def machine() -> str:
+    """What a number must be read with."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return (
+        f"{os.cpu_count()} CPUs, {platform.machine()}, torch {torch.__version__}, commit {commit.stdout.strip() or '-'}"
+    )

@@ -1,0 +1,101 @@
+"""S3 by its real protocol, against a server on loopback: conditional create, and the whole way from one bucket."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from jobs.build_cache import build_cache
+from jobs.train_student import train_student
+from pipeline import storage
+from pipeline.errors import StorageInputError
+from pipeline.shards.write import pack_shards
+from schemas.config import Config
+from tests.jobs.clusters import free_port
+from tests.jobs.conftest import NETWORK
+from tests.pipeline.caches import digit_samples
+
+pytestmark = pytest.mark.slow
+BUCKET = "s3://stillroom-test"
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """An empty bucket; credentials and endpoint come from the environment, as a user gives them."""
+    port = free_port()
+    log = tmp_path_factory.mktemp("moto") / "log"
+    with log.open("wb") as sink, pytest.MonkeyPatch.context() as patch:
+        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+        server = subprocess.Popen(command, stdout=sink, stderr=sink)
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "a-secret-that-nobody-may-see")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        try:
+            _make_bucket()
+            yield BUCKET
+        finally:
+            fsspec.get_filesystem_class("s3").clear_instance_cache()
+            server.terminate()
+            server.wait()
+
+
+def _make_bucket() -> None:
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            fsspec.filesystem("s3", skip_instance_cache=True).mkdir(BUCKET)
+        except OSError:
+            assert time.monotonic() < deadline, "the S3 server did not start"
+            time.sleep(0.3)
+        else:
+            return
+
+
+def test_of_many_creators_exactly_one_wins(s3: str) -> None:
+    url = f"{s3}/raced.json"
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(lambda number: storage.create(url, str(number).encode()), range(16)))
+    assert sum(won) == 1
+    assert storage.read(url) == str(won.index(True)).encode()
+
+
+def test_put_read_range_list_and_delete(s3: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"0123456789")
+    storage.put(tmp_path / "file", f"{s3}/folder/file")
+    assert storage.read_range(f"{s3}/folder/file", 2, 3) == b"234"
+    assert storage.listing(f"{s3}/folder") == ["file"]
+    storage.delete(f"{s3}/folder/file")
+    assert storage.listing(f"{s3}/folder") == []
+    with pytest.raises(StorageInputError, match="no such file"):
+        storage.read(f"{s3}/folder/file")
+
+
+def test_shards_cache_and_run_in_a_bucket_and_no_secret_in_any_of_them(s3: str, tmp_path: Path) -> None:
+    for local in pack_shards(digit_samples(48), f"{tmp_path}/digits-%02d.tar", shard_size=24):
+        storage.put(Path(local), f"{s3}/shards/{Path(local).name}")
+    tree = {
+        "data": {"shards": f"{s3}/shards/digits-{{00..01}}.tar", "num_classes": 10, "cache": f"{s3}/cache"},
+        "teacher": {**NETWORK, "batch_size": 8},
+        "views": {"kind": "crop", "count": 2, "size": 16, "mix_group": 16},
+        "cache": {"url": f"{s3}/cache", "class_means": "eval"},
+        "student": NETWORK,
+        "loss": [{"name": "kd"}],
+        "train": {"epochs": 2, "global_batch_size": 24},
+        "run": {"url": f"{s3}/run"},
+        "ray": {"address": "none"},
+    }
+    manifest = build_cache(Config.model_validate(tree))
+    assert (manifest.num_ok, manifest.num_views, manifest.base) == (48, 2, f"{s3}/shards")
+    assert train_student(Config.model_validate(tree))["steps"] == 4
+    written = {name: storage.read(f"{s3}/{name}") for name in storage.listing(s3)}
+    assert "run/metrics.jsonl" in written
+    assert not [name for name, data in written.items() if os.environ["AWS_SECRET_ACCESS_KEY"].encode() in data]
