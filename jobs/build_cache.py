@@ -8,7 +8,9 @@ from collections import defaultdict
 
 from jobs.entry import config_command
 from jobs.fan_out import fan_out
+from jobs.paths import with_absolute_paths
 from jobs.progress import ProgressView
+from jobs.ray_runtime import cluster
 from pipeline import storage
 from pipeline.cache.build import PartTask, build_part, cache_config, prepare
 from pipeline.cache.commit import missing_blocks, read_commits
@@ -16,7 +18,7 @@ from pipeline.cache.manifest import publish_manifest
 from pipeline.config import load_config
 from pipeline.shards.names import shard_ids
 from schemas.config import Config
-from schemas.manifest import Commit, Header, Manifest
+from schemas.manifest import Commit, Manifest
 
 
 def build_cache(config: Config) -> Manifest:
@@ -27,34 +29,25 @@ def build_cache(config: Config) -> Manifest:
         ShardError: a shard is missing, damaged, or changed.
         ResourceError: no node could run a task.
     """
+    config = with_absolute_paths(config)
     cache = cache_config(config)
     assert config.data.shards is not None
-    urls = [storage.absolute(url) for url in storage.expand(config.data.shards)]
+    urls = storage.expand(config.data.shards)
     by_id = dict(zip(shard_ids(urls), urls, strict=True))
-    config = _with_absolute_paths(config)
-    # One small task first: a wrong teacher or a foreign cache is found before anything is queued.
-    next(iter(fan_out(_prepare, [config], config.ray, what="a cache task")))
+    with cluster(config.ray):
+        # One small task first: a wrong teacher or a foreign cache is found before anything is queued.
+        list(fan_out(prepare, [config], config.ray, what="a cache task"))
+        _build_parts(config, by_id)
+    return publish_manifest(cache.url, by_id)
+
+
+def _build_parts(config: Config, by_id: dict[str, str]) -> None:
     tasks, num_done = plan_tasks(config, by_id)
     rows, began = 0, time.monotonic()
     with ProgressView("cache", num_done + len(tasks), done=num_done) as progress:
         for done, (_, commit) in enumerate(fan_out(build_part, tasks, config.ray, what="a cache task"), start=1):
             rows += commit.written * len(commit.views)
             progress.update(num_done + done, f"{rows / (time.monotonic() - began):.0f} rows/s")
-    return publish_manifest(storage.absolute(cache.url), by_id)
-
-
-def _prepare(config: Config) -> Header:
-    return prepare(config)
-
-
-def _with_absolute_paths(config: Config) -> Config:
-    """Workers run in other directories."""
-    assert config.cache is not None
-    cache = config.cache.model_copy(update={"url": storage.absolute(config.cache.url)})
-    weights = config.teacher.weights
-    if weights not in ("random", "pretrained"):
-        weights = storage.absolute(weights)
-    return config.model_copy(update={"cache": cache, "teacher": config.teacher.model_copy(update={"weights": weights})})
 
 
 def plan_tasks(config: Config, by_id: dict[str, str]) -> tuple[list[PartTask], int]:

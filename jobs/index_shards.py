@@ -7,6 +7,7 @@ from functools import partial
 
 from jobs.entry import config_command
 from jobs.fan_out import fan_out
+from jobs.paths import with_absolute_paths
 from jobs.progress import ProgressView
 from pipeline import storage
 from pipeline.config import load_config, require
@@ -16,19 +17,17 @@ from pipeline.student.sources import index_url
 from schemas.config import Config
 
 
-def index_shards(config: Config, index_url: str) -> int:
-    """Writes ``<index_url>/<shard_id>.parquet`` for every shard that has none. Returns the number of ok rows.
+def index_shards(config: Config, folder_url: str) -> int:
+    """Writes ``<folder_url>/<shard_id>.parquet`` for every shard that has none. Returns the number of ok rows.
 
     Raises:
         ShardError: a shard is damaged, has a bad sample under ``bad_samples: fail``, or changed since it was indexed.
     """
     require(config, "data.shards", command="shards index")
     assert config.data.shards is not None
-    urls = [storage.absolute(url) for url in storage.expand(config.data.shards)]
+    urls = storage.expand(config.data.shards)
     shard_ids(urls)
-    work = partial(
-        publish_shard_index, data=config.data, folder_url=storage.absolute(index_url), threads=config.ray.cpus_per_task
-    )
+    work = partial(publish_shard_index, data=config.data, folder_url=folder_url, threads=config.ray.cpus_per_task)
     num_ok = 0
     with ProgressView("index", len(urls)) as progress:
         for done, (_, count) in enumerate(fan_out(work, urls, config.ray, what="an index task"), start=1):
@@ -38,7 +37,7 @@ def index_shards(config: Config, index_url: str) -> int:
 
 
 def main(source: str, overrides: list[str]) -> None:
-    config = load_config(source, overrides)
+    config = with_absolute_paths(load_config(source, overrides))
     if config.data.index is None:
         require(config, "run.url", command="shards index without data.index")
     url = index_url(config)

@@ -16,9 +16,9 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 
 from jobs.entry import config_command
 from jobs.index_shards import index_shards
+from jobs.paths import with_absolute_paths
 from jobs.progress import ProgressView
 from jobs.ray_runtime import cluster, require_resources
-from pipeline import storage
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, InputError, StillroomError, TrainingError
 from pipeline.student.checkpoint import check_begun, read_summary
@@ -37,7 +37,7 @@ def train_student(config: Config) -> dict[str, Any]:
     Raises:
         StillroomError: bad input, too few resources, or a training that failed for good.
     """
-    config = _with_absolute_paths(config)
+    config = with_absolute_paths(config)
     run_url = check_config(config)
     if config.ray.address == "none":
         if config.ray.num_workers > 1:
@@ -58,27 +58,6 @@ def train_student(config: Config) -> dict[str, Any]:
 def _ensure_index(config: Config) -> None:
     if config.teacher.mode != "cache":
         index_shards(config, index_url(config))
-
-
-def _with_absolute_paths(config: Config) -> Config:
-    """Workers run in other directories."""
-    update: dict[str, Any] = {}
-    if config.run is not None:
-        update["run"] = config.run.model_copy(update={"url": storage.absolute(config.run.url)})
-    data = {
-        name: tuple(storage.absolute(url) for url in storage.expand(value))
-        for name in ("shards", "val_shards")
-        if (value := getattr(config.data, name)) is not None
-    }
-    for name in ("cache", "index"):
-        if (value := getattr(config.data, name)) is not None:
-            data[name] = storage.absolute(value)
-    update["data"] = config.data.model_copy(update=data)
-    for name in ("teacher", "student"):
-        section = getattr(config, name)
-        if section is not None and section.weights not in ("random", "pretrained"):
-            update[name] = section.model_copy(update={"weights": storage.absolute(section.weights)})
-    return config.model_copy(update=update)
 
 
 class TrainingView:
