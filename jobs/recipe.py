@@ -157,13 +157,14 @@ def write_results(recipe: Recipe, rows: dict[str, Row]) -> Path:
 
 def print_table(title: str, rows: dict[str, Row]) -> None:
     """To standard output."""
-    table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column("")
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    console.print(title, style="bold", highlight=False)
+    table = Table("")
     for heading in ("top-1", "agreement with teacher", "seconds"):
         table.add_column(heading, justify="right")
     for name, row in rows.items():
         table.add_row(name, percent(row.evaluation.top1), percent(row.evaluation.agreement), f"{row.seconds:.1f}")
-    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    console.print(table)
 
 
 def main(source: str, overrides: list[str]) -> None:
