@@ -118,23 +118,23 @@ class CeLoss(LossSection):
     """Cross-entropy against the labels."""
 
     name: Literal["ce"]
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share of the target spread over all classes.")
 
 
 class KdLoss(LossSection):
     """Hinton 2015; FunMatch is this term alone."""
 
     name: Literal["kd"]
-    temperature: float = Field(4.0, gt=0)
+    temperature: float = Field(4.0, gt=0, description="T of both softmaxes; the loss is scaled by T².")
 
 
 class DistLoss(LossSection):
     """DIST, Huang 2022."""
 
     name: Literal["dist"]
-    temperature: float = Field(1.0, gt=0)
-    inter_weight: float = Field(1.0, ge=0)
-    intra_weight: float = Field(1.0, ge=0)
+    temperature: float = Field(1.0, gt=0, description="T of both softmaxes; the loss is scaled by T².")
+    inter_weight: float = Field(1.0, ge=0, description="β: relations among the classes of one sample.")
+    intra_weight: float = Field(1.0, ge=0, description="γ: relations among the samples of one class.")
 
 
 class NdLoss(LossSection):
@@ -149,15 +149,15 @@ LossConfig = Annotated[CeLoss | KdLoss | DistLoss | NdLoss, Field(discriminator=
 class TrainConfig(Section):
     """Optimiser, schedule and order of training."""
 
-    epochs: int = Field(1, ge=1)
+    epochs: int = Field(1, ge=1, description="Passes over the training rows; epoch e sees one view of each.")
     global_batch_size: int = Field(256, ge=1, description="G, rows per optimiser step over all ranks.")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast; losses stay fp32.")
-    optimizer: Literal["sgd", "adamw"] = "adamw"
+    optimizer: Literal["sgd", "adamw"] = Field("adamw", description="From torch.optim.")
     lr: float = Field(1e-3, gt=0, description="Peak learning rate.")
     momentum: float = Field(0.9, ge=0, lt=1, description="sgd alone.")
     nesterov: bool = Field(False, description="sgd alone.")
     weight_decay: float = Field(0.0, ge=0, description="On weights of two or more dimensions only.")
-    warmup_steps: int = Field(0, ge=0, description="Linear from 0.")
+    warmup_steps: int = Field(0, ge=0, description="Step s of the warm-up has (s + 1) / warmup_steps of lr.")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="After warm-up; cosine ends at 0.")
     clip_norm: float | None = Field(None, gt=0, description="Global gradient norm.")
     seed: int = Field(0, ge=0, lt=2**63, description="Initial weights, order, dropout.")
@@ -166,7 +166,7 @@ class TrainConfig(Section):
     tail: Literal["drop", "short"] = Field("drop", description="Rows beyond the last full global batch.")
     num_workers: int = Field(0, ge=0, description="Loader processes per rank.")
     eval_every_epochs: int = Field(1, ge=0, description="0: only after the last epoch.")
-    checkpoint_every_epochs: int = Field(1, ge=1)
+    checkpoint_every_epochs: int = Field(1, ge=1, description="How much a killed run loses at most.")
 
 
 class RunConfig(Section):

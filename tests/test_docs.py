@@ -1,0 +1,197 @@
+"""The documents against the code: keys, commands, targets, files and the snippet are those that exist."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeGuard, get_args
+
+import numpy as np
+import pytest
+import typer.main
+import yaml
+from pydantic import BaseModel
+
+from jobs.cli import app
+from pipeline.cache.reader import open_cache
+from pipeline.shards.write import pack_shards
+from schemas.config import Config, LossConfig, LossSection
+from tests.pipeline.caches import build, digit_samples
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+DOCUMENTS = [*sorted((ROOT / "docs").glob("*.md")), *(ROOT / name for name in NAMES)]
+_PATH = re.compile(r"(?:jobs|pipeline|schemas|tests|docs|infra)/[\w./-]*\w|[A-Z]+\.md|pyproject\.toml|\.ci/run")
+_SECTIONS = "data|teacher|student|views|cache|train|run"
+_KEY = re.compile(rf"(?:{_SECTIONS})\.[a-z_]+")
+
+
+@pytest.fixture(params=DOCUMENTS, ids=lambda path: path.name)
+def document(request: pytest.FixtureRequest) -> str:
+    if not request.param.exists():
+        pytest.skip(f"{request.param.name} is not here")
+    return request.param.read_text()
+
+
+def fences(text: str) -> list[str]:
+    """The bodies of fenced blocks."""
+    return re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def spans(text: str) -> list[str]:
+    """Inline code outside of fenced blocks."""
+    return re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
+
+
+def code_lines(text: str) -> Iterator[str]:
+    """Every line of code, without comments."""
+    for piece in (*spans(text), *fences(text)):
+        yield from (line.partition("#")[0].strip() for line in piece.splitlines())
+
+
+def documented_defaults() -> dict[str, Any]:
+    """``section.key`` to the default that docs/config.md states; losses as ``loss`` and ``loss: kd``."""
+    found: dict[str, Any] = {}
+    section = ""
+    for line in (ROOT / "docs" / "config.md").read_text().splitlines():
+        if heading := re.match(r"#+ (.+)", line):
+            section = heading[1]
+        if row := re.match(r"\| `(\w+)` \| .+ \| (required|`.*`) \| .+ \|$", line):
+            found[f"{section}.{row[1]}"] = row[2] if row[2] == "required" else yaml.safe_load(row[2].strip("`"))
+    return found
+
+
+def coded_defaults() -> dict[str, Any]:
+    """The same from schemas/config.py."""
+    found = _defaults("loss", LossSection)
+    for name, field in Config.model_fields.items():
+        models = [kind for kind in (field.annotation, *get_args(field.annotation)) if _is_section(kind)]
+        for model in models:
+            found |= _defaults(name, model)
+    for model in get_args(get_args(LossConfig)[0]):
+        own = _defaults(f"loss: {get_args(model.model_fields['name'].annotation)[0]}", model)
+        common = {"name", *LossSection.model_fields}
+        found |= {key: value for key, value in own.items() if key.rpartition(".")[2] not in common}
+    return found
+
+
+def _is_section(kind: object) -> TypeGuard[type[BaseModel]]:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def _defaults(section: str, model: type[BaseModel]) -> dict[str, Any]:
+    return {
+        f"{section}.{name}": "required" if field.is_required() else _plain(field.get_default(call_default_factory=True))
+        for name, field in model.model_fields.items()
+    }
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def test_every_key_is_documented_with_its_default_and_no_other_is() -> None:
+    assert documented_defaults() == coded_defaults()
+
+
+def test_every_loss_has_a_part_of_the_document() -> None:
+    text = (ROOT / "docs" / "config.md").read_text()
+    losses = {get_args(model.model_fields["name"].annotation)[0] for model in get_args(get_args(LossConfig)[0])}
+    assert set(re.findall(r"^### loss: (\w+)$", text, re.MULTILINE)) == losses
+
+
+def test_every_make_target_that_is_mentioned_exists(document: str) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    mentioned = {
+        word
+        for line in code_lines(document)
+        if line.startswith("make ")
+        for word in re.split(r"[\s|]+", line)[1:]
+        if word and "=" not in word
+    }
+    assert mentioned <= targets
+
+
+def test_every_command_that_is_mentioned_exists(document: str) -> None:
+    root: Any = typer.main.get_command(app)
+    commands: dict[str, Any] = root.commands
+    known = {name: set(getattr(command, "commands", {})) for name, command in commands.items()}
+    for line in code_lines(document):
+        for name, rest in re.findall(r"(?<![\w/.-])stillroom ([a-z]+)(?: ([a-z]+))?", line):
+            assert name in known, line
+            assert not known[name] or rest in known[name], line
+
+
+def test_every_module_that_is_run_exists(document: str) -> None:
+    for name in re.findall(r"python -m ((?:jobs|tests|pipeline)[\w.]*)", document):
+        path = ROOT / name.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists() or name == "jobs.NAME", name
+
+
+def test_every_file_that_is_mentioned_exists(document: str) -> None:
+    mentioned = {span for span in spans(document) if _PATH.fullmatch(span.rstrip("/"))}
+    missing = {path for path in mentioned if not (ROOT / path).exists()}
+    assert not missing
+
+
+def test_every_link_leads_to_a_file_and_to_a_heading_in_it() -> None:
+    for path in filter(Path.exists, DOCUMENTS):
+        for target, anchor in re.findall(r"\]\(([^)#:]+)(?:#([^)]*))?\)", path.read_text()):
+            linked = path.parent / target
+            assert linked.exists(), f"{path.name}: {target}"
+            if anchor:
+                headings = re.findall(r"^#+ (.+)$", linked.read_text(), re.MULTILINE)
+                assert anchor in {heading.lower().replace(" ", "-") for heading in headings}, f"{path.name}: #{anchor}"
+
+
+def test_every_key_that_is_mentioned_exists(document: str) -> None:
+    mentioned = {
+        match[0]
+        for span in spans(document)
+        if (match := _KEY.match(span)) and not re.match(r"(/|\.(?:json|py|yaml|parquet|pt))", span[match.end() :])
+    }
+    keys = coded_defaults()
+    assert {key for key in mentioned if key not in keys} == set()
+
+
+def test_the_map_names_every_module_and_no_other() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    named = {span for span in spans(text) if re.fullmatch(r"(?:jobs|pipeline|schemas)/[\w/]+\.py", span)}
+    modules = {
+        str(path.relative_to(ROOT))
+        for folder in ("jobs", "pipeline", "schemas")
+        for path in (ROOT / folder).rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    assert named == modules
+
+
+def test_the_snippet_of_the_format_reads_what_the_reader_reads(tmp_path: Path) -> None:
+    shards = pack_shards(digit_samples(12), f"{tmp_path}/digits-%02d.tar", shard_size=7)
+    config = Config.model_validate(
+        {
+            "data": {"shards": shards, "num_classes": 10},
+            "teacher": {
+                "model": "python:pipeline.models.cifar:resnet",
+                "kwargs": {"depth": 8, "widths": [4, 4, 4, 4]},
+                "mean": [0.5, 0.5, 0.5],
+                "std": [0.5, 0.5, 0.5],
+                "batch_size": 4,
+            },
+            "views": {"count": 3, "size": 8},
+            "cache": {"url": str(tmp_path / "cache"), "views_per_part": 2},
+            "ray": {"address": "none"},
+        }
+    )
+    build(config)
+    names: dict[str, Any] = {}
+    snippet = re.search(r"^```python\n(.*?)^```", (ROOT / "docs" / "format.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert snippet is not None
+    exec(snippet[1], names)
+    cache = open_cache(str(tmp_path / "cache"))
+    for shard in cache.shards:
+        for view in range(3):
+            found = names["read_logits"](cache.url, shard.shard_id, view)
+            assert found.dtype == np.float16
+            np.testing.assert_array_equal(found, cache.view(shard.shard_id, view).logits_NK)
