@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 
 from jobs.entry import config_command
 from jobs.fan_out import fan_out
@@ -12,20 +13,25 @@ from jobs.paths import with_absolute_paths
 from jobs.progress import ProgressView
 from jobs.ray_runtime import cluster
 from pipeline import storage
-from pipeline.cache.build import PartTask, build_part, cache_config, prepare
-from pipeline.cache.commit import missing_blocks, read_commits
-from pipeline.cache.manifest import publish_manifest
+from pipeline.cache import layout
+from pipeline.cache.build import IndexTask, PartTask, build_part, cache_config, prepare, restore_index
+from pipeline.cache.commit import files_present, is_void, missing_blocks, read_commits, withdraw
+from pipeline.cache.manifest import publish_manifest, read_manifest, read_table
 from pipeline.config import load_config
+from pipeline.errors import CacheError, ShardError, StorageInputError
 from pipeline.shards.names import shard_ids
 from schemas.config import Config
 from schemas.manifest import Commit, Manifest
+
+_SIZE_THREADS = 16
+_NUM_NAMED = 5
 
 
 def build_cache(config: Config) -> Manifest:
     """Builds every part that has no commit yet, then publishes the manifest. Resumes by itself.
 
     Raises:
-        CacheError: the cache was begun by another config or teacher.
+        CacheError: the cache was begun by another config or teacher, or holds shards that this config lacks.
         ShardError: a shard is missing, damaged, or changed.
         ResourceError: no node could run a task.
     """
@@ -34,6 +40,7 @@ def build_cache(config: Config) -> Manifest:
     assert config.data.shards is not None
     urls = storage.expand(config.data.shards)
     by_id = dict(zip(shard_ids(urls), urls, strict=True))
+    check_shards(cache.url, by_id)
     with cluster(config.ray):
         # One small task first: a wrong teacher or a foreign cache is found before anything is queued.
         list(fan_out(prepare, [config], config.ray, what="a cache task"))
@@ -41,22 +48,90 @@ def build_cache(config: Config) -> Manifest:
     return publish_manifest(cache.url, by_id)
 
 
+def check_shards(cache_url: str, by_id: dict[str, str]) -> None:
+    """Changes nothing. What a build would find out late, or not at all.
+
+    Raises:
+        CacheError: the finished cache has shards that are not asked for: it would lose them.
+        ShardError: a shard is missing, or has another size than when its parts were built.
+    """
+    commits = read_commits(cache_url)
+    lacking = sorted(_finished_shards(cache_url, commits) - by_id.keys())
+    if lacking:
+        raise CacheError(
+            f"this config lacks {len(lacking)} shards of the finished cache, which would lose them",
+            where=storage.redact(cache_url),
+            got=", ".join(lacking[:_NUM_NAMED]) + (", ..." if len(lacking) > _NUM_NAMED else ""),
+            next_step="name all shards in data.shards, or build into another cache.url",
+        )
+    with ThreadPoolExecutor(_SIZE_THREADS) as pool:
+        sizes = dict(zip(by_id, pool.map(_size_of, by_id.values()), strict=True))
+    for commit in commits:
+        if commit.shard_id in sizes and sizes[commit.shard_id] != commit.shard_size_bytes:
+            raise ShardError(
+                "this shard changed since its parts were built",
+                where=storage.redact(by_id[commit.shard_id]),
+                got=f"{sizes[commit.shard_id]} bytes",
+                wanted=f"{commit.shard_size_bytes} bytes",
+                next_step="restore the shard, or build into another cache.url",
+            )
+
+
+def _finished_shards(cache_url: str, commits: list[Commit]) -> set[str]:
+    if not storage.exists(storage.join(cache_url, layout.MANIFEST)):
+        return set()
+    try:
+        return set(read_table(cache_url, read_manifest(cache_url)[0].shards)["shard_id"].to_pylist())
+    except CacheError:
+        # A damaged manifest or table is published anew; the commits bound what it can have named.
+        return {commit.shard_id for commit in commits}
+
+
+def _size_of(url: str) -> int:
+    try:
+        return storage.size(url)
+    except StorageInputError as error:
+        raise ShardError(
+            "this shard is missing",
+            where=storage.redact(url),
+            got=error.what,
+            next_step="restore the shard, or correct data.shards",
+        ) from error
+
+
 def _build_parts(config: Config, by_id: dict[str, str]) -> None:
-    tasks, num_done = plan_tasks(config, by_id)
-    rows, began = 0, time.monotonic()
+    commits, lost = _take_stock(config, by_id)
+    list(fan_out(restore_index, lost, config.ray, what="an index task"))
+    tasks = plan_tasks(config, by_id, commits)
+    num_done, rows, began = len(commits), 0, time.monotonic()
     with ProgressView("cache", num_done + len(tasks), done=num_done) as progress:
         for done, (_, commit) in enumerate(fan_out(build_part, tasks, config.ray, what="a cache task"), start=1):
             rows += commit.written * len(commit.views)
             progress.update(num_done + done, f"{rows / (time.monotonic() - began):.0f} rows/s")
 
 
-def plan_tasks(config: Config, by_id: dict[str, str]) -> tuple[list[PartTask], int]:
-    """The parts that no commit names, and how many do have one."""
+def _take_stock(config: Config, by_id: dict[str, str]) -> tuple[list[Commit], list[IndexTask]]:
+    """The commits of these shards whose files are there, and the indexes they miss. Void commits are taken back."""
+    assert config.cache is not None
+    url = config.cache.url
+    commits = [commit for commit in read_commits(url) if commit.shard_id in by_id]
+    present = files_present(url)
+    void = [commit for commit in commits if is_void(commit, present)]
+    if void:
+        print(f"cache: {len(void)} commits were void: their files are gone, and are built again", file=sys.stderr)
+        withdraw(url, void)
+    standing = [commit for commit in commits if not is_void(commit, present)]
+    lost = {commit.shard_id: commit.index for commit in standing if commit.index.path not in present}
+    return standing, [IndexTask(config, by_id[shard], index.sha256) for shard, index in lost.items()]
+
+
+def plan_tasks(config: Config, by_id: dict[str, str], commits: list[Commit]) -> list[PartTask]:
+    """The parts that none of these commits names."""
     assert config.cache is not None
     committed: defaultdict[str, list[Commit]] = defaultdict(list)
-    for commit in read_commits(config.cache.url):
+    for commit in commits:
         committed[commit.shard_id].append(commit)
-    tasks = [
+    return [
         PartTask(config, url, block)
         for shard, url in by_id.items()
         for block in missing_blocks(
@@ -67,7 +142,6 @@ def plan_tasks(config: Config, by_id: dict[str, str]) -> tuple[list[PartTask], i
             where=f"{shard} in {storage.redact(config.cache.url)}",
         )
     ]
-    return tasks, sum(len(committed[shard]) for shard in by_id)
 
 
 def describe(manifest: Manifest) -> str:

@@ -13,6 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from jobs.recipe import load_recipe, print_table, run_recipe, write_results
+from pipeline.errors import StorageInputError
 from pipeline.shards.write import pack_shards
 
 NUM_LABELLED = 150
@@ -32,7 +33,12 @@ def pack_digits(folder: Path) -> None:
     order = list(range(len(digits.target)))
     random.Random(0).shuffle(order)
     train, val = order[_NUM_VAL:], order[:_NUM_VAL]
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageInputError(
+            "this folder cannot be made", where=str(folder), got=str(error), next_step="choose another --out"
+        ) from error
     for name, rows, shards in (("train", train, _TRAIN_SHARDS), ("val", val, _VAL_SHARDS)):
         labelled = set(rows[:NUM_LABELLED]) if name == "train" else set(rows)
         # Labelled digits are spread over all shards; the packer keeps the order it is given.

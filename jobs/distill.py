@@ -10,7 +10,7 @@ from jobs.entry import config_command
 from jobs.ray_runtime import cluster
 from jobs.train_student import train_student
 from pipeline.config import load_config, require
-from pipeline.student.loop import check_config
+from pipeline.student.preflight import check_distillation
 from schemas.config import Config
 
 
@@ -23,7 +23,7 @@ def distill(config: Config) -> dict[str, Any]:
     require(config, "cache.url", "data.shards", "teacher.model", "student.model", "run.url", "loss", command="distill")
     assert config.cache is not None
     training = config.model_copy(update={"data": config.data.model_copy(update={"cache": config.cache.url})})
-    check_config(training)
+    check_distillation(training)
     with cluster(config.ray):
         if config.teacher.mode == "cache":
             print(describe(build_cache(config)), file=sys.stderr)

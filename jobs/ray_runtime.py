@@ -46,7 +46,7 @@ def _connect(address: str) -> None:
             ray.init(address="local", include_dashboard=False, **common)
         else:
             ray.init(address="auto" if address == "local" else address, **common)
-    except (ConnectionError, AuthenticationError) as error:
+    except (ConnectionError, ValueError, AuthenticationError) as error:
         raise ResourceError(
             "no Ray cluster answers",
             where=f"ray.address={address}",

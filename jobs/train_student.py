@@ -6,6 +6,7 @@ import sys
 import tempfile
 import threading
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from jobs.ray_runtime import cluster, require_resources
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, InputError, StillroomError, TrainingError
 from pipeline.student.checkpoint import check_begun, read_summary
-from pipeline.student.loop import check_config, train
+from pipeline.student.loop import train
+from pipeline.student.preflight import check_config, check_training
 from pipeline.student.sources import index_url
 from pipeline.student.world import World
 from schemas.config import Config
@@ -39,20 +41,30 @@ def train_student(config: Config) -> dict[str, Any]:
     """
     config = with_absolute_paths(config)
     run_url = check_config(config)
-    if config.ray.address == "none":
-        if config.ray.num_workers > 1:
-            raise ConfigError(
-                "several workers need Ray", where="ray.address", got="none", next_step="set ray.num_workers=1"
-            )
-        _ensure_index(config)
-        with TrainingView() as view:
-            return train(config, report=view.show)
     check_begun(run_url, config)
     if (summary := read_summary(run_url)) is not None:
+        print(f"{_name(run_url)}: finished before; nothing to do", file=sys.stderr)
         return summary
+    check_training(config)
+    if config.ray.address == "none":
+        return _train_here(config)
     with cluster(config.ray):
         _ensure_index(config)
         return _fit(config)
+
+
+def _train_here(config: Config) -> dict[str, Any]:
+    """One process, no Ray."""
+    if config.ray.num_workers > 1 or config.ray.use_gpu:
+        raise ConfigError(
+            "several workers and GPUs are Ray's to give",
+            where="ray.address",
+            got=f"none, with num_workers={config.ray.num_workers}, use_gpu={config.ray.use_gpu}",
+            next_step="set ray.address=local, or ray.num_workers=1 and ray.use_gpu=false",
+        )
+    _ensure_index(config)
+    with TrainingView() as view:
+        return train(config, report=view.show)
 
 
 def _ensure_index(config: Config) -> None:
@@ -81,8 +93,6 @@ class TrainingView:
             self._view.update(event["step"] + 1, f"loss {event['loss']:.4f}")
         elif self._view is not None and kind == "eval" and event["top1"] is not None:
             self._view.say(f"{_name(event['run'])}: epoch {event['epoch']}, top-1 {event['top1']:.2%}")
-        elif kind == "finished":
-            print(f"{_name(event['run'])}: finished before; nothing to do", file=sys.stderr)
 
 
 def _name(run_url: str) -> str:
@@ -167,7 +177,7 @@ def _fit(config: Config) -> dict[str, Any]:
 
 def _run(trainer: TorchTrainer, relay: Any) -> None:
     try:
-        trainer.fit()
+        _in_thread(trainer.fit)
     except TrainingFailedError as error:
         told = ray.get(relay.error.remote())
         if told is not None:
@@ -177,6 +187,26 @@ def _run(trainer: TorchTrainer, relay: Any) -> None:
             got=_cause(error),
             next_step="run the command again: it goes on from the last checkpoint; ray.max_failures restarts by itself",
         ) from error
+
+
+def _in_thread(work: Callable[[], object]) -> None:
+    """Runs work beside the main thread, where Ray Train would take over Ctrl-C and keep it after its end."""
+    outcome: list[BaseException | None] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            outcome.append(error)
+        else:
+            outcome.append(None)
+
+    thread = threading.Thread(target=run, name="fit", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(_POLL_S)
+    if outcome[0] is not None:
+        raise outcome[0]
 
 
 def _cause(error: TrainingFailedError) -> str:

@@ -7,8 +7,10 @@ was written so far. A writer makes a local temporary file, closes it, and ``put`
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -21,11 +23,23 @@ import fsspec
 from braceexpand import braceexpand
 from filelock import FileLock
 
-from pipeline.errors import StorageError, StorageInputError
+from pipeline.errors import StillroomError, StorageError, StorageInputError
 
 WRITABLE = ("file", "memory", "s3", "gs", "gcs", "az", "abfs", "abfss")
 READABLE = (*WRITABLE, "http", "https", "hf")
 _EXTRA = {"s3": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure", "hf": "hf"}
+# What these packages raise is seldom an OSError.
+_LIBRARIES = (
+    *("botocore", "aiobotocore", "s3fs", "google", "gcsfs", "azure", "adlfs", "huggingface_hub"),
+    *("aiohttp", "httpx", "httpcore", "requests", "urllib3"),
+)
+_NO_CREDENTIALS = re.compile(
+    r"Credential|Authentication|TokenRetrieval|TokenLoad|SSOToken|ProfileNotFound|RefreshError"
+)
+_NO_CONNECTION = re.compile(
+    r"Connector|ConnectionRefused|EndpointConnection|ProxyConnection|ConnectTimeout|ConnectError"
+)
+_SCHEME_WITHOUT_SLASHES = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:(?!//)")
 _memory_lock = threading.Lock()
 
 
@@ -33,20 +47,29 @@ def protocol(url: str) -> str:
     """The URL's protocol, ``file`` for a bare path.
 
     Raises:
-        StorageInputError: the protocol is not on the allow-list, or the URL is chained or runs a command.
+        StorageInputError: the protocol is not on the allow-list, or the URL is empty, chained, runs a command, lacks
+            the slashes after its protocol, or names no bucket.
     """
-    head, sep, _ = url.partition("://")
+    head, sep, tail = url.partition("://")
     name = head.lower() if sep else "file"
-    runs_a_command = not sep and url.split("/", 1)[0].lower().startswith("pipe:")
-    if "::" in url or runs_a_command or name not in READABLE or "\0" in url or not url.strip():
-        raise StorageInputError(
-            "this URL is refused",
-            where=redact(url),
-            got="a chained URL" if "::" in url else f"protocol {('pipe' if runs_a_command else name)!r}",
-            wanted=f"a path, or one of {', '.join(READABLE)}",
-            next_step="give a plain URL; commands and chained URLs are never run",
-        )
+    if not url.strip():
+        raise _refused(url, got="an empty URL", next_step="name a file or a folder")
+    if "::" in url:
+        raise _refused(url, got="a chained URL", next_step="give a plain URL; commands and chained URLs are never run")
+    if not sep and (scheme := _SCHEME_WITHOUT_SLASHES.match(url)):
+        got = f"{scheme[0]!r} without the two slashes of a URL"
+        raise _refused(url, got=got, next_step="write PROTOCOL://…, or ./ before a path that has a colon in its name")
+    if name not in READABLE or "\0" in url:
+        got = "a zero byte" if "\0" in url else f"protocol {name!r}"
+        raise _refused(url, got=got, next_step="give a plain URL; commands and chained URLs are never run")
+    if name not in ("file", "memory") and not tail.partition("/")[0].rpartition("@")[2]:
+        raise _refused(url, got=f"{name}:// without a bucket or host", next_step=f"write {name}://NAME/…")
     return name
+
+
+def _refused(url: str, *, got: str, next_step: str) -> StorageInputError:
+    wanted = f"a path, or one of {', '.join(READABLE)}"
+    return StorageInputError("this URL is refused", where=redact(url), got=got, wanted=wanted, next_step=next_step)
 
 
 def redact(url: str) -> str:
@@ -60,8 +83,9 @@ def redact(url: str) -> str:
 
 
 def join(base: str, *parts: str) -> str:
-    """``base/part/…`` for a path or a URL."""
-    return "/".join([base.rstrip("/"), *parts])
+    """``base/part/…`` for a path or a URL; the slashes of a bare ``s3://`` stay."""
+    head, sep, tail = base.rpartition("://")
+    return "/".join([head + sep + tail.rstrip("/"), *parts])
 
 
 def absolute(url: str) -> str:
@@ -87,7 +111,8 @@ def expand(patterns: str | tuple[str, ...]) -> list[str]:
 def _filesystem(url: str) -> tuple[Any, str]:
     name = protocol(url)
     try:
-        filesystem, path = fsspec.core.url_to_fs(url)
+        with _told(url, "open"):
+            filesystem, path = fsspec.core.url_to_fs(url)
     except ImportError as error:
         raise StorageInputError(
             f"{name}:// needs a package that is not installed",
@@ -111,32 +136,129 @@ def _told(url: str, doing: str) -> Generator[None]:
     """Turns what a storage library raises into one of our errors, with the URL in it."""
     try:
         yield
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        raise StorageInputError(f"cannot {doing}: there is no such file", where=redact(url)) from error
-    except PermissionError as error:
-        raise StorageInputError(f"cannot {doing}: permission denied", where=redact(url)) from error
-    except OSError as error:
-        raise StorageError(f"cannot {doing}", where=redact(url), got=f"{type(error).__name__}: {error}") from error
+    except StillroomError:
+        raise
+    except Exception as error:
+        told = _translated(_truth(error), url, doing)
+        if told is None:
+            raise
+        raise told from error
+
+
+def _truth(error: Exception) -> Exception:
+    """fsspec calls whatever fails over HTTP a missing file; its cause tells what happened."""
+    cause = error.__cause__
+    if not isinstance(error, FileNotFoundError) or not isinstance(cause, Exception):
+        return error
+    failed = _package(cause) == "aiohttp" or (_package(cause) == "builtins" and isinstance(cause, OSError))
+    missing = isinstance(cause, FileNotFoundError) or _status(cause) == 404
+    return cause if failed and not missing else error
+
+
+def _package(error: BaseException) -> str:
+    return type(error).__module__.partition(".")[0]
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status by whichever name this library gives it."""
+    found = (getattr(error, name, None) for name in ("status", "status_code", "code"))
+    return next((status for status in found if isinstance(status, int)), None)
+
+
+def _translated(error: Exception, url: str, doing: str) -> StorageError | StorageInputError | None:
+    """Our error for what a storage library raised; None where it is none of theirs, and so a bug of ours."""
+    where, name = redact(url), type(error).__name__
+    of_library = _package(error) in _LIBRARIES
+    origin = error.__cause__ or error.__context__
+    of_argument = isinstance(error, ValueError) and origin is not None and _package(origin) in _LIBRARIES
+    if not (of_library or of_argument or isinstance(error, OSError)):
+        return None
+    got = f"{name}: {_without_secrets(str(error))}"
+    if of_library and _NO_CREDENTIALS.search(name):
+        next_step = "set the credentials of this store in the environment or in its configuration file, and try again"
+        return StorageInputError(f"cannot {doing}: no valid credentials", where=where, got=got, next_step=next_step)
+    if isinstance(error, PermissionError) or (of_library and _status(error) in (401, 403)):
+        return StorageInputError(f"cannot {doing}: permission denied", where=where)
+    if _NO_CONNECTION.search(name):
+        return StorageError(f"cannot {doing}: could not connect", where=where, got=got)
+    if (reason := _wrong_path(error)) is not None:
+        return StorageInputError(f"cannot {doing}: {reason}", where=where, next_step=_glob_hint(error, where))
+    if of_argument:
+        return StorageInputError(f"cannot {doing}: the store does not take this name", where=where, got=got)
+    return StorageError(f"cannot {doing}", where=where, got=got)
+
+
+def _wrong_path(error: Exception) -> str | None:
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
+    if isinstance(error, IsADirectoryError):
+        return "this is a folder"
+    if isinstance(error, (NotADirectoryError, FileExistsError)):
+        return "a part of this path is a file"
+    if isinstance(error, OSError) and error.errno == errno.EROFS:
+        return "this file system is read-only"
+    return None
+
+
+def _glob_hint(error: Exception, path: str) -> str | None:
+    if isinstance(error, FileNotFoundError) and re.search(r"[*?\[]", path):
+        return "globs are not expanded; use braces, as in {00000..00009}"
+    return None
+
+
+def _without_secrets(text: str) -> str:
+    return re.sub(r"\w+://[^\s'\"]+", lambda found: redact(found[0]), text)
 
 
 def exists(url: str) -> bool:
+    """Whether a file is there now; a store that cannot tell is an error, never an absent file."""
     filesystem, path = _filesystem(url)
     with _told(url, "look for"):
-        return bool(filesystem.isfile(path))
+        found = _info(filesystem, path)
+        return found is not None and found["type"] == "file"
+
+
+def _info(filesystem: Any, path: str) -> dict[str, Any] | None:
+    """What the store says of a path now, past any cached listing, or None where nothing is."""
+    # fsspec's own exists and isfile answer False to every exception, also to a refused or throttled request.
+    filesystem.invalidate_cache(path.rstrip("/").rpartition("/")[0])
+    try:
+        return dict(filesystem.info(path))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if _truth(error) is not error:
+            raise
+        return None
 
 
 def size(url: str) -> int:
     """Size in bytes."""
     filesystem, path = _filesystem(url)
     with _told(url, "stat"):
-        return int(filesystem.size(path))
+        return _file_size(filesystem, path)
+
+
+def _file_size(filesystem: Any, path: str) -> int:
+    found = filesystem.info(path)
+    if found["type"] == "directory":
+        raise IsADirectoryError(path)
+    if found["type"] != "file":
+        raise FileNotFoundError(path)
+    if found["size"] is None:
+        raise OSError("the server does not tell the size")
+    return int(found["size"])
 
 
 def read(url: str) -> bytes:
     """The whole object."""
     filesystem, path = _filesystem(url)
     with _told(url, "read"):
-        return bytes(filesystem.cat_file(path))
+        try:
+            return bytes(filesystem.cat_file(path))
+        except FileNotFoundError:
+            # An object store has no folders, and calls a prefix missing.
+            if filesystem.isdir(path):
+                raise IsADirectoryError(path) from None
+            raise
 
 
 def read_range(url: str, offset: int, size_bytes: int) -> bytes:
@@ -158,7 +280,7 @@ def listing(url: str) -> list[str]:
     """Paths relative to ``url`` of every object below it, sorted; empty where the folder is absent."""
     filesystem, path = _filesystem(url)
     with _told(url, "list"):
-        if not filesystem.exists(path):
+        if _info(filesystem, path) is None:
             return []
         filesystem.invalidate_cache(path)
         found = filesystem.find(path)
@@ -269,11 +391,10 @@ def local_copy(url: str, folder: Path) -> Path:
     Safe among processes: one downloads under a lock, the others wait and find it.
     """
     filesystem, path = _filesystem(url)
+    with _told(url, "read"):
+        size_bytes = _file_size(filesystem, path)
     if protocol(url) == "file":
-        if not Path(path).is_file():
-            raise StorageInputError("cannot read: there is no such file", where=url)
         return Path(path)
-    size_bytes = size(url)
     name = hashlib.sha256(f"{url}\n{size_bytes}".encode()).hexdigest()[:24]
     target = folder / f"{name}-{path.rsplit('/', 1)[-1]}"
     folder.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ Triple = tuple[float, float, float]
 class Section(BaseModel):
     """A frozen group of keys that refuses names it does not know."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class DataConfig(Section):
@@ -186,6 +186,13 @@ class RayConfig(Section):
     cpus_per_worker: int = Field(1, ge=1, description="CPUs of one DDP worker.")
     use_gpu: bool = Field(False, description="One GPU per DDP worker, NCCL; else gloo.")
     max_failures: int = Field(0, ge=0, description="Restarts of a training whose worker died.")
+
+    @field_validator("address")
+    @classmethod
+    def _check_address(cls, address: str) -> str:
+        if address not in ("local", "auto", "none") and ":" not in address:
+            raise ValueError(f"address is {address!r}; wanted local, auto, none, HOST:PORT or ray://HOST:PORT")
+        return address
 
 
 class Config(Section):

@@ -26,7 +26,7 @@ from pipeline.cache.means import ClassSums, encode_sums, merge, sum_rows
 from pipeline.cache.statistics import StatisticsSum
 from pipeline.cache.writer import PartWriter, view_ranges
 from pipeline.config import require
-from pipeline.errors import ConfigError, ShardError
+from pipeline.errors import CacheError, ConfigError, ShardError
 from pipeline.fingerprint import digest
 from pipeline.shards.index import (
     STATUSES,
@@ -36,6 +36,7 @@ from pipeline.shards.index import (
     decode_index,
     encode_index,
     index_settings,
+    index_shard,
 )
 from pipeline.shards.names import shard_id
 from pipeline.shards.publish import publish_index
@@ -60,6 +61,15 @@ class PartTask:
     config: Config
     shard_url: str
     block: ViewBlock
+
+
+@dataclass(frozen=True, slots=True)
+class IndexTask:
+    """An index that is gone while commits of its shard stand: they say which bytes it had."""
+
+    config: Config
+    shard_url: str
+    sha256: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +150,31 @@ def build_part(task: PartTask) -> Commit:
     builder = _claimed(task.config)
     with tempfile.TemporaryDirectory(prefix="stillroom-") as folder:
         return _PartBuild(builder, task, Path(folder)).run()
+
+
+def restore_index(task: IndexTask) -> None:
+    """Makes an index anew from its shard; asks no teacher, so that parts stay as they are.
+
+    Raises:
+        CacheError: the bytes are not those that the parts of the shard were built with.
+        ShardError: the shard is damaged.
+    """
+    data, cache = task.config.data, cache_config(task.config)
+    shard, where = shard_id(task.shard_url), storage.redact(task.shard_url)
+    with tempfile.TemporaryDirectory(prefix="stillroom-") as scratch:
+        local = storage.local_copy(task.shard_url, Path(scratch))
+        index = index_shard(local, data, where=where, threads=task.config.ray.cpus_per_task)
+    made = encode_index(index, index_settings(data))
+    if (got := digest(made)) != task.sha256:
+        raise CacheError(
+            "an index is gone, and its shard no longer gives the one that the parts were built with",
+            where=where,
+            got=f"sha256 {got[:16]}",
+            wanted=task.sha256[:16],
+            next_step=f"restore the shard or the index; or remove commits/{shard} in "
+            f"{storage.redact(cache.url)} and run the build again, which makes all parts of this shard anew",
+        )
+    publish_index(storage.join(cache.url, layout.INDEX), shard, made)
 
 
 @dataclass(frozen=True, slots=True)

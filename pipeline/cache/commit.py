@@ -62,6 +62,26 @@ def read_commits(cache_url: str) -> list[Commit]:
         return list(pool.map(lambda path: read_commit(cache_url, path), paths))
 
 
+def files_present(cache_url: str) -> set[str]:
+    """Every part, class-sum partial and index, by three listings.
+
+    List after the commits are read: a file is there before its commit is, so none can seem to be missing.
+    """
+    folders = ("parts", "means", layout.INDEX)
+    return {f"{folder}/{name}" for folder in folders for name in storage.listing(storage.join(cache_url, folder))}
+
+
+def is_void(commit: Commit, present: set[str]) -> bool:
+    """Whether the part or the class sums that this commit names are gone."""
+    return any(ref is not None and ref.path not in present for ref in (commit.part, commit.means))
+
+
+def withdraw(cache_url: str, commits: list[Commit]) -> None:
+    """Takes back commits that are void. Commits are created only if absent, so a stale one would stand forever."""
+    for commit in commits:
+        storage.delete(storage.join(cache_url, layout.commit_path(commit.shard_id, commit.block)))
+
+
 def missing_blocks(
     commits: list[Commit], *, num_views: int, views_per_part: int, wants_eval: bool, where: str
 ) -> list[ViewBlock]:

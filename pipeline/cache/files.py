@@ -8,11 +8,14 @@ from pydantic import ValidationError
 
 from pipeline import storage
 from pipeline.cache import layout
-from pipeline.errors import CacheError
+from pipeline.errors import CacheError, StorageInputError
 from pipeline.fingerprint import digest, unseal
 from schemas.manifest import FORMAT_VERSION, FileRef, Record
 
 R = TypeVar("R", bound=Record)
+
+REBUILD = "remove this file and run: stillroom cache build CONFIG"
+"""The way out of any damage: a build makes what is missing, and takes back the commits that name it."""
 
 
 def parse_record(kind: type[R], data: bytes, *, where: str) -> R:
@@ -37,6 +40,28 @@ def parse_record(kind: type[R], data: bytes, *, where: str) -> R:
         ) from error
 
 
+def read_file(cache_url: str, path: str) -> bytes:
+    """
+    Raises:
+        CacheError: the file is not there, or may not be read.
+    """
+    url = storage.join(cache_url, path)
+    try:
+        return storage.read(url)
+    except StorageInputError as error:
+        raise gone(url, error) from error
+
+
+def gone(url: str, error: StorageInputError) -> CacheError:
+    """What to raise for a file that the cache names and storage does not give."""
+    return CacheError(
+        "a file of this cache is missing",
+        where=storage.redact(url),
+        got=error.what,
+        next_step="restore it, or run: stillroom cache build CONFIG",
+    )
+
+
 def publish_named(cache_url: str, path: str, data: bytes) -> FileRef:
     """Publishes a file whose name stays and whose content may change; what it replaces is kept under its digest.
 
@@ -57,7 +82,7 @@ def read_named(cache_url: str, ref: FileRef) -> bytes:
         CacheError: no file has the content.
     """
     url = storage.join(cache_url, ref.path)
-    data = storage.read(url)
+    data = read_file(cache_url, ref.path)
     if (got := digest(data)) == ref.sha256:
         return data
     former = storage.join(cache_url, layout.former_path(ref.sha256))
@@ -68,5 +93,5 @@ def read_named(cache_url: str, ref: FileRef) -> bytes:
         where=storage.redact(url),
         got=f"sha256 {got[:16]}",
         wanted=ref.sha256[:16],
-        next_step="restore the file, or run: stillroom cache build CONFIG (it publishes tables and means anew)",
+        next_step=REBUILD,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,7 +17,11 @@ from schemas.manifest import Header, Statistics
 
 @dataclass(frozen=True, slots=True)
 class CacheReport:
-    """Facts for a screen or for ``--json``. Shares are of 1, sizes in bytes; None: not known (yet)."""
+    """Facts for a screen or for ``--json``. Shares are of 1, sizes in bytes; None: not known (yet).
+
+    What stands in commits is counted at any time: ``shards_begun``, parts, rows and bytes. Totals of the cache are
+    known once it is finished.
+    """
 
     url: str
     finished: bool
@@ -24,13 +29,16 @@ class CacheReport:
     views_id: str
     teacher: str
     views: str
-    num_shards: int
-    num_parts: int
-    num_ok: int
+    num_shards: int | None
+    num_ok: int | None
     num_views: int | None
+    shards_begun: int
+    num_parts: int
+    parts_by_block: dict[str, int]
+    rows_by_block: dict[str, int]
     size_bytes: int
     bytes_per_row: float | None
-    skipped: dict[str, int]
+    skipped: dict[str, int] | None
     outputs: dict[str, str]
     class_means: str
     teacher_top1: float | None
@@ -50,8 +58,9 @@ def inspect_cache(cache_url: str) -> CacheReport:
     commits = read_commits(cache_url)
     finished = storage.exists(storage.join(cache_url, layout.MANIFEST))
     manifest = read_manifest(cache_url)[0] if finished else None
-    firsts = {commit.shard_id: commit for commit in commits}
-    rows = sum(view.rows for commit in commits for view in commit.views)
+    rows: Counter[str] = Counter()
+    for commit in commits:
+        rows[commit.block.name] += sum(view.rows for view in commit.views)
     size_bytes = sum(commit.part.size_bytes for commit in commits)
     statistics = manifest.statistics if manifest else merge_statistics([commit.statistics for commit in commits])
     return CacheReport(
@@ -61,13 +70,16 @@ def inspect_cache(cache_url: str) -> CacheReport:
         views_id=header.views_id,
         teacher=f"{_model(header)}, {header.num_classes} classes, {header.teacher['precision']}",
         views=f"{header.views['kind']}, seed {header.views['seed']}, {header.teacher['size']} px",
-        num_shards=manifest.num_shards if manifest else len(firsts),
-        num_parts=len(commits),
-        num_ok=manifest.num_ok if manifest else sum(commit.num_ok for commit in firsts.values()),
+        num_shards=manifest.num_shards if manifest else None,
+        num_ok=manifest.num_ok if manifest else None,
         num_views=manifest.num_views if manifest else None,
+        shards_begun=len({commit.shard_id for commit in commits}),
+        num_parts=len(commits),
+        parts_by_block=dict(sorted(Counter(commit.block.name for commit in commits).items())),
+        rows_by_block=dict(sorted(rows.items())),
         size_bytes=size_bytes,
-        bytes_per_row=size_bytes / rows if rows else None,
-        skipped=manifest.skipped if manifest else {},
+        bytes_per_row=size_bytes / rows.total() if rows.total() else None,
+        skipped=manifest.skipped if manifest else None,
         outputs={output.name: f"{output.dtype} {list(output.shape)}" for output in header.outputs},
         class_means=str(header.teacher["class_means"]),
         teacher_top1=statistics.top1_hits / statistics.labelled if statistics.labelled else None,

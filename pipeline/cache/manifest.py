@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.cache import layout
 from pipeline.cache.commit import read_commits
-from pipeline.cache.files import parse_record, publish_named, read_named
+from pipeline.cache.files import parse_record, publish_named, read_file, read_named
 from pipeline.cache.identity import read_header
 from pipeline.cache.means import ClassSums, decode_sums, encode_means, merge
 from pipeline.cache.statistics import merge_statistics
@@ -30,7 +30,8 @@ def publish_manifest(cache_url: str, shard_urls: dict[str, str]) -> Manifest:
     Commits of other shards stay, but are not part of this state of the cache.
 
     Raises:
-        CacheError: a shard has no complete view, a commit is of another teacher, or a shard changed between two.
+        CacheError: a shard has no complete view, a commit is of another teacher, a shard changed between two, or class
+            means are wanted and no row has a label.
     """
     header = read_header(cache_url)
     commits = [commit for commit in read_commits(cache_url) if commit.shard_id in shard_urls]
@@ -46,8 +47,9 @@ def publish_manifest(cache_url: str, shard_urls: dict[str, str]) -> Manifest:
     skipped: Counter[str] = Counter()
     for commit in firsts:
         skipped.update(commit.skipped)
+    class_means = _publish_means(cache_url, commits, header.fingerprint)
     manifest = Manifest(
-        header_sha256=digest(storage.read(storage.join(cache_url, layout.HEADER))),
+        header_sha256=digest(read_file(cache_url, layout.HEADER)),
         views_id=header.views_id,
         fingerprint=header.fingerprint,
         base=base,
@@ -60,7 +62,7 @@ def publish_manifest(cache_url: str, shard_urls: dict[str, str]) -> Manifest:
         statistics=merge_statistics([commit.statistics for commit in commits]),
         shards=_publish(cache_url, layout.SHARDS, _shards_table(firsts, names)),
         parts=_publish(cache_url, layout.PARTS, _parts_table(commits)),
-        class_means=_publish_means(cache_url, commits, header.fingerprint),
+        class_means=class_means,
         environment=firsts[0].environment,
     )
     storage.write(storage.join(cache_url, layout.MANIFEST), seal(manifest.model_dump(mode="json")))
@@ -188,7 +190,15 @@ def _publish_means(cache_url: str, commits: list[Commit], fingerprint: str) -> F
         return None
     with ThreadPoolExecutor(_READ_THREADS) as pool:
         sums: list[ClassSums] = list(pool.map(lambda ref: _read_sums(cache_url, ref), refs))
-    return publish_named(cache_url, layout.CLASS_MEANS, encode_means(merge(sums), fingerprint=fingerprint))
+    merged = merge(sums)
+    if not len(merged.class_C):
+        raise CacheError(
+            "class means are wanted, but no row of the whole cache has a label",
+            where=storage.redact(cache_url),
+            wanted="labelled samples",
+            next_step="check data.label, or build into another cache.url with cache.class_means=none",
+        )
+    return publish_named(cache_url, layout.CLASS_MEANS, encode_means(merged, fingerprint=fingerprint))
 
 
 def _read_sums(cache_url: str, ref: FileRef) -> ClassSums:

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipeline.cache.files import REBUILD
 from pipeline.errors import CacheError
 
 FRACTION_BITS = 24
@@ -128,6 +129,7 @@ def decode_means(data: bytes, *, num_classes: int, fingerprint: str, where: str)
             where=where,
             got=written_by or "no fingerprint",
             wanted=fingerprint,
+            next_step=REBUILD,
         )
     classes = table["class"].to_numpy()
     dim = table.schema.field("mean").type.list_size
@@ -149,4 +151,4 @@ def _read(data: bytes, where: str) -> pa.Table:
     try:
         return pq.read_table(pa.BufferReader(data))
     except (pa.ArrowInvalid, OSError) as error:
-        raise CacheError("this file is not readable Parquet", where=where, got=str(error)) from error
+        raise CacheError("this file is not readable Parquet", where=where, got=str(error), next_step=REBUILD) from error

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from pipeline import storage
 from pipeline.cache import layout
 from pipeline.cache.codec import decode
-from pipeline.cache.files import read_named
+from pipeline.cache.files import REBUILD, gone, read_file, read_named
 from pipeline.cache.identity import parse_header
 from pipeline.cache.manifest import locate, parse_manifest, read_manifest, read_table
 from pipeline.cache.means import ClassMeans, decode_means
-from pipeline.errors import CacheError
+from pipeline.errors import CacheError, StorageError, StorageInputError
 from pipeline.fingerprint import digest
 from pipeline.shards.index import ShardIndex, decode_index
 from schemas.manifest import Header, Manifest
@@ -77,11 +77,12 @@ class TeacherCache:
 
     def index(self, shard: ShardEntry) -> ShardIndex:
         """The shard's index, checked against the manifest."""
-        url = storage.join(self.url, layout.index_path(shard.shard_id))
-        data = storage.read(url)
+        path = layout.index_path(shard.shard_id)
+        where = storage.redact(storage.join(self.url, path))
+        data = read_file(self.url, path)
         if digest(data) != shard.index_sha256:
-            raise CacheError("this index is not the one that the manifest names", where=storage.redact(url))
-        return decode_index(data, where=storage.redact(url))
+            raise CacheError("this index is not the one that the manifest names", where=where, next_step=REBUILD)
+        return decode_index(data, where=where)
 
     def shard_url(self, shard: ShardEntry) -> str:
         """Where the build found the shard, without any query its URL had."""
@@ -119,8 +120,10 @@ class TeacherCache:
         where = f"view {entry['view']} of {storage.redact(url)}"
         offset, size_bytes = int(str(entry["offset"])), int(str(entry["size_bytes"]))
         end, footer = int(str(entry["part_size_bytes"])), int(str(entry["footer_offset"]))
-        data = _read_range(url, offset, size_bytes, digest=entry["digest"], where=where)
-        tail = _read_range(url, footer, end - footer, digest=entry["footer_digest"], where=f"footer of {where}")
+        data = _read_range(url, offset, size_bytes, end=end, digest=entry["digest"], where=where)
+        tail = _read_range(
+            url, footer, end - footer, end=end, digest=entry["footer_digest"], where=f"footer of {where}"
+        )
         source = _Range(end, offset, data)
         try:
             # Given its metadata, Parquet reads no footer, which it would look for with a guess of 64 KiB.
@@ -129,21 +132,45 @@ class TeacherCache:
             groups = _row_groups(file.metadata, offset, offset + size_bytes)
             found = file.read_row_groups(groups, use_threads=False)
         except (pa.ArrowInvalid, OSError) as error:
-            raise CacheError("this part's footer is damaged", where=where, got=str(error)) from error
+            raise CacheError("this part's footer is damaged", where=where, got=str(error), next_step=REBUILD) from error
         if found.num_rows != entry["rows"]:
-            raise CacheError("a view has another number of rows", where=where, got=found.num_rows, wanted=entry["rows"])
+            raise CacheError(
+                "a view has another number of rows",
+                where=where,
+                got=found.num_rows,
+                wanted=entry["rows"],
+                next_step=REBUILD,
+            )
         return found
 
 
-def _read_range(url: str, offset: int, size_bytes: int, *, digest: object, where: str) -> bytes:
-    data = storage.read_range(url, offset, size_bytes)
+def _read_range(url: str, offset: int, size_bytes: int, *, end: int, digest: object, where: str) -> bytes:
+    try:
+        data = storage.read_range(url, offset, size_bytes)
+    except StorageInputError as error:
+        raise gone(url, error) from error
+    except StorageError as error:
+        _check_size(url, end, error)
+        raise
     if hashlib.sha256(data).hexdigest() != digest:
         raise CacheError(
             "these bytes are not those that were committed",
             where=where,
-            next_step="restore the part, or remove its commit and run the build again",
+            next_step=REBUILD,
         )
     return data
+
+
+def _check_size(url: str, wanted: int, cause: StorageError) -> None:
+    """Tells a part that was cut short, which no retry mends, from storage that failed."""
+    if (got := storage.size(url)) != wanted:
+        raise CacheError(
+            "this part is not as long as its commit says",
+            where=storage.redact(url),
+            got=f"{got} bytes",
+            wanted=f"{wanted} bytes",
+            next_step=REBUILD,
+        ) from cause
 
 
 class _Range(io.RawIOBase):
@@ -215,7 +242,11 @@ def open_cache(url: str, *, manifest_bytes: bytes | None = None) -> TeacherCache
         manifest, manifest_bytes = read_manifest(url)
     else:
         manifest = parse_manifest(manifest_bytes, where=f"the run's copy of the manifest of {where}")
-    data = storage.read(storage.join(url, layout.HEADER))
+    data = read_file(url, layout.HEADER)
     if digest(data) != manifest.header_sha256:
-        raise CacheError("this header is not the one that the manifest was made with", where=where)
+        raise CacheError(
+            "this header is not the one that the manifest was made with",
+            where=storage.redact(storage.join(url, layout.HEADER)),
+            next_step=REBUILD,
+        )
     return TeacherCache(url, manifest, manifest_bytes, parse_header(data, where=where))

@@ -14,7 +14,7 @@ def wrap(built: Built, request: Request, *, size: int) -> EmbeddingModel:
     """The network as an ``EmbeddingModel`` in eval mode, proven by a forward of two images of ``size`` pixels.
 
     Raises:
-        ModelError: the forward fails at this size, or does not give [2,K] logits and a [2,D] embedding.
+        ModelError: the forward fails at this size, or does not give finite [2,K] logits and a finite [2,D] embedding.
     """
     built.network.eval()
     observe(built.network, built.heads)
@@ -44,6 +44,7 @@ def _answers(built: Built, request: Request, size: int) -> tuple[Tensor, Tensor]
             next_step=_size_advice(built, request, size),
         ) from error
     _check(logits_BK, embedding_BD, request)
+    _check_finite(logits_BK, embedding_BD, request)
     return logits_BK, embedding_BD
 
 
@@ -57,6 +58,18 @@ def _check(logits_BK: object, embedding_BD: object, request: Request) -> None:
         got=f"for 2 images: logits {logits_shape}, embedding {embedding_shape}",
         wanted=f"logits (2, {request.num_classes}), embedding (2, D)",
         next_step="check kwargs; a network of your own may give forward_embedding(x) -> (logits, embedding)",
+    )
+
+
+def _check_finite(logits_BK: Tensor, embedding_BD: Tensor, request: Request) -> None:
+    if logits_BK.isfinite().all() and embedding_BD.isfinite().all():
+        return
+    raise ModelError(
+        "the network answers with NaN or infinity",
+        where=f"{request.where}.model",
+        got=f"from {request.config.model}, for two smooth images",
+        wanted="finite logits and embedding",
+        next_step=f"check the weights ({request.where}.weights)",
     )
 
 

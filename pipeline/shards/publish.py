@@ -5,9 +5,11 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+import xxhash
+
 from pipeline import storage
-from pipeline.errors import ShardError
-from pipeline.shards.index import check_samples, decode_index, encode_index, index_settings, index_shard
+from pipeline.errors import ShardError, StorageError
+from pipeline.shards.index import ShardIndex, check_samples, decode_index, encode_index, index_settings, index_shard
 from pipeline.shards.names import shard_id
 from schemas.config import DataConfig
 
@@ -36,7 +38,7 @@ def publish_shard_index(url: str, *, data: DataConfig, folder_url: str, threads:
     """Indexes one shard unless that was done before. Returns its number of ok rows.
 
     Raises:
-        ShardError: the shard is damaged, or holds bad samples under ``bad_samples: fail``.
+        ShardError: the shard is damaged, was replaced since, or holds bad samples under ``bad_samples: fail``.
         CacheError: the index that stands is damaged or was made under other settings.
     """
     shard, where = shard_id(url), storage.redact(url)
@@ -44,6 +46,7 @@ def publish_shard_index(url: str, *, data: DataConfig, folder_url: str, threads:
     settings = index_settings(data)
     if storage.exists(target):
         index = decode_index(storage.read(target), where=storage.redact(target), settings=settings)
+        _check_last_image(url, index)
     else:
         with tempfile.TemporaryDirectory(prefix="stillroom-") as scratch:
             index = index_shard(storage.local_copy(url, Path(scratch)), data, where=where, threads=threads)
@@ -51,3 +54,24 @@ def publish_shard_index(url: str, *, data: DataConfig, folder_url: str, threads:
         publish_index(folder_url, shard, encode_index(index, settings))
     check_samples(index, data, where=where)
     return index.num_ok
+
+
+def _check_last_image(url: str, index: ShardIndex) -> None:
+    """One range read: a shard written anew under its old name hardly has the same last image at the same place."""
+    if not index.num_ok:
+        return
+    row = int(index.ok[-1])
+    offset, size_bytes = int(index.offset[row]), int(index.size[row])
+    try:
+        same = xxhash.xxh3_64_intdigest(storage.read_range(url, offset, size_bytes)) == int(index.content_hash[row])
+    except StorageError:
+        if storage.size(url) >= offset + size_bytes:
+            raise
+        same = False
+    if not same:
+        raise ShardError(
+            "this shard is not the one that was indexed",
+            where=f"{storage.redact(url)}, key {index.keys[row]}",
+            got="other bytes where the index has its last image",
+            next_step="restore the shard, or remove its index and run: stillroom shards index",
+        )

@@ -22,7 +22,12 @@ METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 
 # Where and how fast a run goes may change between its starts; what it computes may not.
-_MAY_CHANGE = {"ray": True, "run": True, "train": {"num_workers", "checkpoint_every_epochs"}}
+_MAY_CHANGE = {
+    "ray": True,
+    "run": True,
+    "data": {"val_shards"},
+    "train": {"num_workers", "checkpoint_every_epochs"},
+}
 
 
 def claim_run(run_url: str, config: Config) -> None:
@@ -121,4 +126,14 @@ def write_summary(run_url: str, summary: dict[str, Any]) -> None:
 def read_summary(run_url: str) -> dict[str, Any] | None:
     """What a finished run reached; None while it is not finished."""
     url = storage.join(run_url, SUMMARY)
-    return json.loads(storage.read(url)) if storage.exists(url) else None
+    if not storage.exists(url):
+        return None
+    try:
+        return json.loads(storage.read(url))
+    except ValueError as error:
+        raise CacheError(
+            "this summary is damaged",
+            where=storage.redact(url),
+            got=str(error),
+            next_step="remove it and run the training again: it goes on from its last checkpoint",
+        ) from error

@@ -188,10 +188,15 @@ def evaluate_run(
         )
     loaded.module.network.load_state_dict(state["model"])
     evaluator = make_evaluator(shards, lessons.data, lessons.plan, World(device=device), num_threads=num_threads)
-    return evaluator(loaded.module.to(device), loaded.input, _teacher_of(config, lessons, device))
+    return evaluator(loaded.module.to(device), loaded.input, teacher_of_run(config, lessons, device))
 
 
-def _teacher_of(config: Config, lessons: LessonFacts, device: torch.device) -> Teacher | None:
+def teacher_of_run(config: Config, lessons: LessonFacts, device: torch.device) -> Teacher | None:
+    """The teacher that a run's config names, if it names one.
+
+    Raises:
+        CacheError: it is not the one whose words the run's cache holds.
+    """
     if config.teacher.model is None:
         return None
     teacher = load_teacher(
@@ -203,6 +208,6 @@ def _teacher_of(config: Config, lessons: LessonFacts, device: torch.device) -> T
             where="teacher.weights",
             got=storage.redact(config.teacher.weights),
             wanted=f"weights with digest {lessons.teacher_weights[:16]}",
-            next_step="name the cache's teacher, or remove the teacher's model to evaluate without agreement",
+            next_step="name the cache's teacher, or no teacher at all; a cached run needs none",
         )
     return teacher

@@ -13,6 +13,8 @@ from pipeline.shards.index import index_settings
 from pipeline.student import checkpoint
 from schemas.config import Config, DataConfig, ViewsConfig
 
+_TEACHER_KEYS = ("model", "kwargs", "mean", "std", "interpolation")
+
 
 @dataclass(frozen=True, slots=True)
 class LessonFacts:
@@ -44,6 +46,7 @@ def lesson_facts(config: Config) -> LessonFacts:
     header = cache.header
     plan = ViewsConfig.model_validate({key: value for key, value in header.views.items() if key != "rng_version"})
     _check_same_views(config, plan, cache)
+    _check_same_teacher(config, cache)
     return LessonFacts(_data_of(config, cache), plan, header.num_classes, int(header.teacher["size"]), cache)
 
 
@@ -59,6 +62,23 @@ def _check_same_views(config: Config, plan: ViewsConfig, cache: TeacherCache) ->
             got="; ".join(changed),
             wanted=f"views id {cache.header.views_id}, not {views_id(config.views)}",
             next_step="remove the views section, or build another cache",
+        )
+
+
+def _check_same_teacher(config: Config, cache: TeacherCache) -> None:
+    """A teacher named beside a cache must be the cache's. Its weights are compared where they are loaded anyway."""
+    stored, given = cache.header.teacher, config.teacher
+    if given.model is None:
+        return
+    told = {"model": stored["architecture"]["model"], "kwargs": stored["architecture"]["kwargs"], **stored}
+    named = given.model_dump(mode="json", include=given.model_fields_set & set(_TEACHER_KEYS), exclude_none=True)
+    changed = differences({key: told[key] for key in named}, named)
+    if changed:
+        raise CacheError(
+            "the teacher of this config is not the one whose words are cached",
+            where=f"teacher, against {storage.redact(cache.url)}",
+            got="; ".join(changed),
+            next_step="name the cache's teacher or none at all, or build another cache",
         )
 
 

@@ -14,7 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import storage
 from pipeline.cache.reader import TeacherCache
-from pipeline.config import require
 from pipeline.errors import ConfigError
 from pipeline.fingerprint import short
 from pipeline.models import InputSpec, lay_out, load_model
@@ -28,6 +27,7 @@ from pipeline.student.metrics import MetricsFile, StepLog
 from pipeline.student.network import Student
 from pipeline.student.optim import make_optimizer, make_schedule
 from pipeline.student.order import TrainingOrder
+from pipeline.student.preflight import check_config
 from pipeline.student.sources import RowSource, index_url, open_cached, open_indexed
 from pipeline.student.world import World
 from pipeline.teacher.infer import Teacher, load_teacher
@@ -93,16 +93,6 @@ def _begin(config: Config, world: World, report: Report) -> Trainer:
     return Trainer(config, world, report)
 
 
-def check_config(config: Config) -> str:
-    require(config, "student.model", "run.url", "loss", command="train")
-    if config.teacher.mode == "cache":
-        require(config, "data.cache", command="train")
-    else:
-        require(config, "data.shards", "data.num_classes", command="train")
-    assert config.run is not None
-    return config.run.url
-
-
 def open_lessons(config: Config, loss: CompositeLoss, device: torch.device) -> Lessons:
     """Opens what the config says the student learns from, and checks that it can teach what the loss asks.
 
@@ -113,7 +103,6 @@ def open_lessons(config: Config, loss: CompositeLoss, device: torch.device) -> L
     facts = lesson_facts(config)
     if facts.cache is not None:
         return _cached_lessons(loss, facts, facts.cache, device)
-    _check_teacher_needs(config, loss)
     source = open_indexed(index_url(config), facts.data, facts.plan)
     if _refuses_unlabelled(config, loss):
         source.check_labelled()
@@ -121,17 +110,6 @@ def open_lessons(config: Config, loss: CompositeLoss, device: torch.device) -> L
     if config.teacher.mode == "online":
         teacher = load_teacher(config.teacher, num_classes=facts.num_classes, size=facts.size, device=device)
     return Lessons(facts, source, teacher, None)
-
-
-def _check_teacher_needs(config: Config, loss: CompositeLoss) -> None:
-    """Without a cache there are no class means, and without a teacher there is nothing but labels."""
-    mode = config.teacher.mode
-    if loss.needs_embedding:
-        raise ConfigError("nd needs class means, which a cache holds", where="teacher.mode", got=mode, wanted="cache")
-    if loss.needs_logits and mode == "none":
-        raise ConfigError("a loss needs the teacher's logits", where="teacher.mode", got=mode, wanted="cache or online")
-    if mode == "online":
-        require(config, "teacher.model", command="train with teacher.mode=online")
 
 
 def _refuses_unlabelled(config: Config, loss: CompositeLoss) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 import subprocess
@@ -22,23 +23,53 @@ NUM_KILLS = 4
 
 
 def config_file(folder: Path, name: str, shards: list[str]) -> Path:
-    tree = {
-        "data": {"shards": shards, "num_classes": 10},
-        "teacher": {**NETWORK, "kwargs": {"depth": 14}, "batch_size": 8},
-        "views": {"kind": "function_matching", "count": 12, "size": 32, "mix_group": 32},
-        "cache": {"url": str(folder / name), "class_means": "eval", "views_per_part": 4},
-        "ray": {"address": "local"},
-    }
-    path = folder / f"{name}.yaml"
+    return write(
+        folder / f"{name}.yaml",
+        {
+            "data": {"shards": shards, "num_classes": 10},
+            "teacher": {**NETWORK, "kwargs": {"depth": 14}, "batch_size": 8},
+            "views": {"kind": "function_matching", "count": 12, "size": 32, "mix_group": 32},
+            "cache": {"url": str(folder / name), "class_means": "eval", "views_per_part": 4},
+            "ray": {"address": "local"},
+        },
+    )
+
+
+def training_file(folder: Path, name: str, shards: list[str]) -> Path:
+    return write(
+        folder / f"{name}.yaml",
+        {
+            "data": {"shards": shards, "num_classes": 10},
+            "teacher": {"mode": "none"},
+            "views": {"kind": "crop", "size": 16},
+            "student": NETWORK,
+            "loss": [{"name": "ce"}],
+            "train": {"epochs": 40, "global_batch_size": 40},
+            "run": {"url": str(folder / name)},
+            "ray": {"address": "local", "num_workers": 2},
+        },
+    )
+
+
+def write(path: Path, tree: dict[str, object]) -> Path:
     path.write_text(yaml.safe_dump(tree))
     return path
 
 
-def start_build(config: Path) -> subprocess.Popen[bytes]:
-    """A build in a session of its own; what it says goes to ``said(config)``."""
-    command = [sys.executable, "-m", "jobs.build_cache", str(config)]
+def start(job: str, config: Path) -> subprocess.Popen[bytes]:
+    """A job in a session of its own that hears Ctrl-C; what it says goes to ``said(config)``."""
+    command = [sys.executable, "-m", f"jobs.{job}", str(config)]
     with config.with_suffix(".log").open("ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, preexec_fn=_hear_ctrl_c)
+
+
+def _hear_ctrl_c() -> None:
+    """Whoever runs the tests in the background of a script has them, and all they start, ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def start_build(config: Path) -> subprocess.Popen[bytes]:
+    return start("build_cache", config)
 
 
 def said(config: Path) -> str:
@@ -57,8 +88,12 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 def wait_for_commits(folder: Path, count: int, process: subprocess.Popen[bytes]) -> None:
+    wait_for(folder, "commits/*/*.json", count, process)
+
+
+def wait_for(folder: Path, pattern: str, count: int, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + 120
-    while len(list(folder.glob("commits/*/*.json"))) < count:
+    while len(list(folder.glob(pattern))) < count:
         assert time.monotonic() < deadline
         if process.poll() is not None:
             return
@@ -110,3 +145,16 @@ def test_ctrl_c_exits_130_keeps_commits_and_prints_how_to_resume(shards: list[st
     assert f"python -m jobs.build_cache {config}" in said(config)
     assert list((tmp_path / "interrupted").glob("commits/*/*.json"))
     assert not (tmp_path / "interrupted" / "manifest.json").exists()
+
+
+def test_ctrl_c_in_a_ray_training_exits_130_and_the_same_command_goes_on(shards: list[str], tmp_path: Path) -> None:
+    config = training_file(tmp_path, "training", shards)
+    process = start("train_student", config)
+    wait_for(tmp_path / "training", "checkpoints/last.pt", 1, process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(90) == 130, said(config)
+    assert f"python -m jobs.train_student {config}" in said(config)
+    assert not (tmp_path / "training" / "summary.json").exists()
+    assert start("train_student", config).wait() == 0, said(config)
+    lines = (tmp_path / "training" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(400))

@@ -79,6 +79,28 @@ def test_put_read_range_list_and_delete(s3: str, tmp_path: Path) -> None:
         storage.read(f"{s3}/folder/file")
 
 
+def test_another_process_s_object_is_seen_and_a_folder_or_a_lack_of_credentials_is_told(
+    s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"{s3}/seen/a"
+    storage.write(f"{s3}/seen/b", b"x")
+    assert not storage.exists(url)
+    assert storage.listing(f"{s3}/seen") == ["b"]
+    fsspec.filesystem("s3", skip_instance_cache=True).pipe_file(url, b"x")
+    assert storage.exists(url)
+    for call in (storage.read, storage.size):
+        with pytest.raises(StorageInputError, match="is a folder"):
+            call(f"{s3}/seen")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    for call in (storage.exists, storage.read, storage.listing):
+        with pytest.raises(StorageInputError, match="no valid credentials"):
+            call(url)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
 def test_shards_cache_and_run_in_a_bucket_and_no_secret_in_any_of_them(s3: str, tmp_path: Path) -> None:
     for local in pack_shards(digit_samples(48), f"{tmp_path}/digits-%02d.tar", shard_size=24):
         storage.put(Path(local), f"{s3}/shards/{Path(local).name}")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from jobs.build_cache import build_cache
 from pipeline.errors import CacheError, ShardError
+from pipeline.shards.write import pack_shards
 from tests.jobs.conftest import Tree, config_of, files_below
+from tests.pipeline.caches import digit_samples
 
 pytestmark = pytest.mark.ray
 
@@ -73,4 +76,83 @@ def test_another_teacher_is_refused_before_any_work(tree: Tree, tmp_path: Path) 
     other = tree()["teacher"] | {"kwargs": {"depth": 8, "widths": [4, 4, 6, 10]}}
     with pytest.raises(CacheError, match=r"teacher\.architecture\.kwargs"):
         build_cache(config_of(tree(teacher=other)))
+    assert files_below(tmp_path / "cache") == whole
+
+
+@pytest.mark.parametrize("lost", ["parts/digits-02/v0000-0001.*", "means/digits-01/*", "index/digits-03.parquet"])
+def test_a_deleted_file_is_built_again_though_a_commit_names_it(
+    tree: Tree, tmp_path: Path, lost: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_of(tree())
+    build_cache(config)
+    whole = files_below(tmp_path / "cache")
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache" / "parts").rglob("*.parquet")}
+    next((tmp_path / "cache").glob(lost)).unlink()
+    capsys.readouterr()
+    build_cache(config)
+    assert files_below(tmp_path / "cache") == whole
+    is_index = lost.startswith("index")
+    assert ("cache: 1 commits were void" in capsys.readouterr().err) is not is_index
+    # An index needs no teacher: every part stays.
+    assert sum(path.stat().st_mtime_ns != stamp for path, stamp in stamps.items()) == (0 if is_index else 1)
+
+
+def own_shards(shards: list[str], folder: Path) -> list[str]:
+    folder.mkdir()
+    return [str(shutil.copy(url, folder)) for url in shards]
+
+
+def test_an_index_is_not_restored_from_a_shard_that_changed(tree: Tree, shards: list[str], tmp_path: Path) -> None:
+    own = own_shards(shards, tmp_path / "own")
+    config = config_of(tree(data={"shards": own}))
+    build_cache(config)
+    index = tmp_path / "cache" / "index" / "digits-00.parquet"
+    index.unlink()
+    renamed = [(key.replace("0003", "9003"), members) for key, members in digit_samples(24)]
+    pack_shards(renamed, f"{tmp_path}/own/digits-%02d.tar", shard_size=24)
+    with pytest.raises(CacheError, match=r"no longer gives the one[\s\S]*remove commits/digits-00"):
+        build_cache(config)
+    assert not index.exists()
+    shutil.rmtree(tmp_path / "cache" / "commits" / "digits-00")
+    assert build_cache(config).num_ok == 96
+
+
+def test_fewer_shards_than_the_finished_cache_are_refused_before_any_change(
+    tree: Tree, shards: list[str], tmp_path: Path
+) -> None:
+    build_cache(config_of(tree()))
+    whole = files_below(tmp_path / "cache")
+    fewer = config_of(tree(data={"shards": shards[1:3]}, views={"count": 5}))
+    with pytest.raises(CacheError, match=r"lacks 2 shards[\s\S]*digits-00, digits-03[\s\S]*name all shards"):
+        build_cache(fewer)
+    assert files_below(tmp_path / "cache") == whole
+
+
+def test_a_damaged_table_of_shards_is_mended_and_still_keeps_shards_from_being_lost(
+    tree: Tree, shards: list[str], tmp_path: Path
+) -> None:
+    build_cache(config_of(tree()))
+    whole = files_below(tmp_path / "cache")
+    (tmp_path / "cache" / "manifest" / "shards.parquet").write_bytes(b"damaged")
+    with pytest.raises(CacheError, match="lacks 1 shards"):
+        build_cache(config_of(tree(data={"shards": shards[1:]})))
+    build_cache(config_of(tree()))
+    mended = files_below(tmp_path / "cache")
+    assert {name: mended[name] for name in whole} == whole
+
+
+@pytest.mark.parametrize("change", ["removed", "grown"])
+def test_a_committed_shard_that_is_gone_or_changed_is_named(
+    tree: Tree, shards: list[str], tmp_path: Path, change: str
+) -> None:
+    own = own_shards(shards, tmp_path / "own")
+    config = config_of(tree(data={"shards": own}))
+    build_cache(config)
+    whole = files_below(tmp_path / "cache")
+    if change == "removed":
+        Path(own[1]).unlink()
+    else:
+        Path(own[1]).write_bytes(Path(own[1]).read_bytes() + bytes(10240))
+    with pytest.raises(ShardError, match=r"(is missing|changed since)[\s\S]*digits-01\.tar"):
+        build_cache(config)
     assert files_below(tmp_path / "cache") == whole

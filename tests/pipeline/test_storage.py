@@ -1,13 +1,19 @@
 from __future__ import annotations
 
+import errno
+import http.server
 import multiprocessing
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, ClassVar
 
+import aiohttp
+import botocore.exceptions
 import fsspec
 import pytest
+from fsspec.asyn import AsyncFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -31,6 +37,11 @@ def base(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     [
         ("a/b.tar", "file"),
         ("/a/b:c.tar", "file"),
+        ("/s3:/a", "file"),
+        ("a/s3:b.tar", "file"),
+        ("./s3:b.tar", "file"),
+        ("../2020-01-01T00:00/a", "file"),
+        ("memory:///a", "memory"),
         ("file:///a", "file"),
         ("S3://bucket/a", "s3"),
         ("hf://datasets/x/y", "hf"),
@@ -59,6 +70,15 @@ REFUSED = [
     "://a",
     "",
     "  ",
+    "s3://",
+    "s3:///x",
+    "gs:///x",
+    "https:///x",
+    "s3://key:secret@/x",
+    "s3:/bucket/x",
+    "s3:x",
+    "file:relative",
+    "host.name:path",
     "a\0b",
 ]
 
@@ -270,3 +290,227 @@ def test_a_relative_path_becomes_absolute_and_a_url_stays(tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     assert storage.absolute("a/b") == f"{tmp_path}/a/b"
     assert storage.absolute("s3://bucket/a") == "s3://bucket/a"
+
+
+def test_a_refused_url_tells_what_is_wrong_with_it() -> None:
+    for url, told in (
+        ("", "an empty URL"),
+        ("s3:///x", "without a bucket"),
+        ("s3:/x", "without the two slashes"),
+        ("file:relative", "without the two slashes"),
+        ("ssh://host/a", "protocol 'ssh'"),
+        ("a::b", "chained"),
+    ):
+        with pytest.raises(StorageInputError, match=told):
+            storage.protocol(url)
+
+
+@pytest.mark.parametrize(
+    ("base", "joined"),
+    [
+        ("s3://bucket/", "s3://bucket/a/b"),
+        ("s3://", "s3:///a/b"),
+        ("memory://", "memory:///a/b"),
+        ("file:///", "file:///a/b"),
+        ("/", "/a/b"),
+        ("folder//", "folder/a/b"),
+    ],
+)
+def test_join_keeps_the_slashes_of_a_protocol(base: str, joined: str) -> None:
+    assert storage.join(base, "a", "b") == joined
+
+
+class FailingStore(AsyncFileSystem):
+    """A remote store whose every answer is ``failure``, or, with none, one file that a stale listing lacks."""
+
+    failure: ClassVar[Exception | None] = None
+    cachable = False
+
+    async def _info(self, path: str, **_: Any) -> dict[str, Any]:
+        if self.failure is not None:
+            raise self.failure
+        if self._parent(path) in self.dircache:
+            raise FileNotFoundError(path)
+        return {"name": path, "size": 1, "type": "file"}
+
+    async def _cat_file(self, path: str, start: int | None = None, end: int | None = None, **_: Any) -> bytes:
+        del start, end
+        await self._info(path)
+        return b"x"
+
+    def invalidate_cache(self, path: str | None = None) -> None:
+        self.dircache.pop(path, None)
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> FailingStore:
+    filesystem = FailingStore()
+    monkeypatch.setattr(FailingStore, "failure", None)
+    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda url: (filesystem, url.partition("://")[2]))
+    return filesystem
+
+
+def failing(failure: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FailingStore, "failure", failure)
+
+
+def status_error(status: int) -> aiohttp.ClientResponseError:
+    info = aiohttp.RequestInfo("https://host/a?token=hidden", "GET", None)  # pyright: ignore[reportArgumentType]
+    return aiohttp.ClientResponseError(info, (), status=status, message="no")
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind"),
+    [
+        (PermissionError("403"), StorageInputError),
+        (OSError(errno.EBUSY, "503 slow down"), StorageError),
+        (status_error(503), StorageError),
+        (botocore.exceptions.NoCredentialsError(), StorageInputError),
+    ],
+)
+def test_a_store_that_cannot_tell_is_never_an_absent_file(
+    store: FailingStore, failure: Exception, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(failure, monkeypatch)
+    assert store.isfile("bucket/a") is False
+    for call in (storage.exists, storage.listing):
+        with pytest.raises(kind, match="s3://bucket/a"):
+            call("s3://bucket/a")
+
+
+@pytest.mark.usefixtures("store")
+def test_a_missing_object_is_absent_and_not_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(FileNotFoundError("bucket/a"), monkeypatch)
+    assert not storage.exists("s3://bucket/a")
+    assert storage.listing("s3://bucket/a") == []
+
+
+def test_a_new_object_is_seen_past_a_cached_listing(store: FailingStore) -> None:
+    store.dircache["bucket"] = []
+    assert storage.exists("s3://bucket/a")
+
+
+def test_a_folder_is_no_file_and_a_path_through_a_file_is_absent(base: str, tmp_path: Path) -> None:
+    storage.write(storage.join(base, "folder", "a"), b"x")
+    assert not storage.exists(storage.join(base, "folder"))
+    (tmp_path / "plain").write_bytes(b"x")
+    assert not storage.exists(f"{tmp_path}/plain/a")
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind", "told"),
+    [
+        (botocore.exceptions.NoCredentialsError(), StorageInputError, "credentials"),
+        (botocore.exceptions.PartialCredentialsError(provider="env", cred_var="x"), StorageInputError, "credentials"),
+        (botocore.exceptions.CredentialRetrievalError(provider="x", error_msg="x"), StorageInputError, "credentials"),
+        (botocore.exceptions.EndpointConnectionError(endpoint_url="http://x"), StorageError, "could not connect"),
+        (botocore.exceptions.ReadTimeoutError(endpoint_url="http://x"), StorageError, "ReadTimeoutError"),
+        (aiohttp.ServerDisconnectedError(), StorageError, "ServerDisconnectedError"),
+        (status_error(403), StorageInputError, "permission denied"),
+        (status_error(500), StorageError, "500"),
+        (ConnectionRefusedError(), StorageError, "could not connect"),
+        (FileExistsError(), StorageInputError, "a part of this path is a file"),
+        (NotADirectoryError(), StorageInputError, "a part of this path is a file"),
+        (IsADirectoryError(), StorageInputError, "is a folder"),
+        (OSError(errno.EROFS, "read-only"), StorageInputError, "file system is read-only"),
+        (OSError(errno.ENOSPC, "No space left on device"), StorageError, "No space left"),
+    ],
+)
+@pytest.mark.usefixtures("store")
+def test_each_failure_of_a_library_is_told_as_ours(
+    failure: Exception, kind: type[Exception], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(failure, monkeypatch)
+    with pytest.raises(kind, match=told) as caught:
+        storage.read("s3://bucket/a")
+    assert "s3://bucket/a" in str(caught.value)
+    assert "hidden" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("store")
+def test_a_name_that_a_store_does_not_take_is_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = ValueError("Failed to list path")
+    refused.__context__ = botocore.exceptions.ParamValidationError(report="Invalid bucket name")
+    failing(refused, monkeypatch)
+    with pytest.raises(StorageInputError, match="does not take this name"):
+        storage.exists("s3://a bucket/a")
+
+
+@pytest.mark.usefixtures("store")
+def test_missing_credentials_come_with_a_next_step_and_bugs_stay_bugs(monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(botocore.exceptions.NoCredentialsError(), monkeypatch)
+    with pytest.raises(StorageInputError, match=r"next: +set the credentials"):
+        storage.size("s3://bucket/a")
+    failing(ZeroDivisionError("ours"), monkeypatch)
+    with pytest.raises(ZeroDivisionError):
+        storage.size("s3://bucket/a")
+
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    """The status that the path names."""
+
+    def do_GET(self) -> None:
+        self.send_response(int(self.path[1:4]))
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Tests read no log."""
+
+
+@pytest.fixture
+def host() -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def test_over_http_only_a_404_is_a_missing_file(host: str, tmp_path: Path) -> None:
+    reads = (storage.read, storage.size, lambda url: storage.local_copy(url, tmp_path))
+    assert not storage.exists(f"{host}/404")
+    for call in reads:
+        with pytest.raises(StorageInputError, match="no such file"):
+            call(f"{host}/404")
+    for call in (storage.exists, *reads):
+        with pytest.raises(StorageInputError, match="permission denied"):
+            call(f"{host}/403")
+        with pytest.raises(StorageError, match="503") as caught:
+            call(f"{host}/503?token=hidden")
+        assert "hidden" not in str(caught.value)
+
+
+def test_a_refused_connection_is_not_a_missing_file(tmp_path: Path) -> None:
+    with http.server.HTTPServer(("127.0.0.1", 0), Answers) as server:
+        url = f"http://127.0.0.1:{server.server_address[1]}/a"
+    for call in (storage.exists, storage.read, storage.size, lambda gone: storage.local_copy(gone, tmp_path)):
+        with pytest.raises(StorageError, match="could not connect"):
+            call(url)
+
+
+def test_a_folder_where_a_file_is_wanted_is_told(base: str, tmp_path: Path) -> None:
+    storage.write(storage.join(base, "folder", "a"), b"x")
+    folder = storage.join(base, "folder")
+    for call in (storage.read, storage.size, lambda url: storage.local_copy(url, tmp_path / "scratch")):
+        with pytest.raises(StorageInputError, match="is a folder"):
+            call(folder)
+
+
+def test_a_write_through_a_file_tells_that_a_part_of_the_path_is_one(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_bytes(b"x")
+    for path in ("plain/a", "plain/b/a"):
+        for call in (storage.write, storage.create):
+            with pytest.raises(StorageInputError, match="a part of this path is a file"):
+                call(f"{tmp_path}/{path}", b"x")
+
+
+@pytest.mark.parametrize("name", ["t-*.tar", "t-?.tar", "t-[01].tar"])
+def test_a_glob_that_names_no_file_is_told_to_be_braces(name: str, tmp_path: Path) -> None:
+    url = f"{tmp_path}/{name}"
+    for call in (storage.read, storage.size, lambda absent: storage.local_copy(absent, tmp_path)):
+        with pytest.raises(StorageInputError, match="globs are not expanded; use braces"):
+            call(url)
+    storage.write(url, b"x")
+    assert storage.read(url) == b"x"

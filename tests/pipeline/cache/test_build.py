@@ -200,6 +200,25 @@ def test_an_index_made_without_a_teacher_is_taken_over(built_cache: TinyCache, t
     assert files(cache_section(config).url) == files(built_cache.url)
 
 
+@pytest.mark.parametrize("count", [20, 5], ids=["as long", "shorter"])
+def test_indexing_a_shard_that_was_replaced_under_its_name_is_refused(
+    tiny_config: TinyConfig, tmp_path: Path, count: int
+) -> None:
+    config = with_samples(tmp_path, tiny_config, lambda _, members: members)
+    assert isinstance(config.data.shards, tuple)
+    url, folder = config.data.shards[0], str(tmp_path / "indexes")
+    assert [publish_shard_index(url, data=config.data, folder_url=folder, threads=1) for _ in range(2)] == [20, 20]
+    digits = [members for _, members in digit_samples(21)][21 - count :]
+    pack_shards(
+        [(f"digit-{row:04d}", members) for row, members in enumerate(digits)],
+        f"{tmp_path}/again/own-%02d.tar",
+        shard_size=count,
+    )
+    Path(url).write_bytes((tmp_path / "again/own-00.tar").read_bytes())
+    with pytest.raises(ShardError, match=r"not the one that was indexed[\s\S]*digit-0019"):
+        publish_shard_index(url, data=config.data, folder_url=folder, threads=1)
+
+
 def bad(row: int, members: dict[str, bytes]) -> Members:
     """Rows 3, 4 and 12 cannot be decoded, are empty, or have no image."""
     changes = {3: {"png": b"not a png"}, 4: {"png": b""}, 12: {"png": None}}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pipeline.cache.commit import read_commits
 from pipeline.cache.manifest import publish_manifest
 from pipeline.cache.reader import open_cache
-from pipeline.errors import CacheError, StorageError
+from pipeline.errors import CacheError
 from tests.pipeline.caches import TinyCache, build, files, shard_urls
 
 
@@ -63,8 +63,27 @@ def test_a_flipped_bit_in_class_sums_is_found_when_they_are_merged(tiny_cache: T
 def test_a_part_cut_short_is_found(tiny_cache: TinyCache) -> None:
     path = next(Path(tiny_cache.url, "parts/digits-01").glob("v0002*"))
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(StorageError, match="shorter than its commit says"):
+    with pytest.raises(CacheError, match=r"not as long as its commit says[\s\S]*remove this file and run"):
         open_cache(tiny_cache.url).view("digits-01", 2)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["header.json", "class_means.parquet", "manifest/parts.parquet", "index/digits-01.parquet", "parts/*1/v0002*"],
+)
+def test_a_missing_file_is_named_with_the_way_out(tiny_cache: TinyCache, pattern: str) -> None:
+    path = next(Path(tiny_cache.url).glob(pattern))
+    path.unlink()
+    with pytest.raises(CacheError, match=rf"is missing[\s\S]*{path.name}[\s\S]*run: stillroom cache build CONFIG"):
+        read_everything(tiny_cache.url)
+
+
+@pytest.mark.parametrize("pattern", ["class_means.parquet", "index/digits-01.parquet", "parts/*1/v0002*"])
+def test_a_damaged_file_is_found_with_the_way_out(tiny_cache: TinyCache, pattern: str) -> None:
+    path = next(Path(tiny_cache.url).glob(pattern))
+    path.write_bytes(bytes(len(path.read_bytes())))
+    with pytest.raises(CacheError, match="remove this file and run: stillroom cache build CONFIG"):
+        read_everything(tiny_cache.url)
 
 
 @pytest.mark.parametrize("path", ["manifest/parts.parquet", "manifest/shards.parquet", "class_means.parquet"])

@@ -14,14 +14,16 @@ from pipeline import storage
 from pipeline.cache import layout
 from pipeline.cache.build import PartTask, build_part, prepare
 from pipeline.cache.commit import read_commit, read_commits
+from pipeline.cache.inspect import inspect_cache
 from pipeline.cache.manifest import _relative as relative  # pyright: ignore[reportPrivateUsage]
 from pipeline.cache.manifest import locate, publish_manifest, read_manifest
 from pipeline.cache.reader import open_cache
 from pipeline.errors import CacheError
 from pipeline.fingerprint import seal
+from pipeline.shards.write import pack_shards
 from schemas.config import Config
 from schemas.manifest import ViewBlock
-from tests.pipeline.caches import TinyCache, build, cache_section, files, shard_urls
+from tests.pipeline.caches import TinyCache, build, cache_section, digit_samples, files, shard_urls
 from tests.pipeline.conftest import TinyConfig
 
 
@@ -112,6 +114,29 @@ def test_commits_of_shards_no_longer_asked_for_stay_and_do_not_count(
     after = files(tiny_cache.url)
     parts = [path for path in before if path.startswith(("parts/", "commits/", "means/"))]
     assert all(after[path] == before[path] for path in parts)
+
+
+def test_class_means_without_any_label_are_refused_and_nothing_is_published(
+    tiny_config: TinyConfig, tmp_path: Path
+) -> None:
+    samples = [(key, {"png": members["png"]}) for key, members in digit_samples(5)]
+    shards = pack_shards(samples, f"{tmp_path}/bare-%02d.tar", shard_size=5)
+    config = tiny_config(data={"shards": shards, "missing_labels": "ignore"})
+    with pytest.raises(CacheError, match=r"no row of the whole cache has a label[\s\S]*data\.label"):
+        build(config)
+    assert not [path for path in files(url_of(config)) if path.startswith("manifest")]
+
+
+def test_a_build_that_has_not_ended_shows_blocks_and_claims_no_totals(tiny_config: TinyConfig) -> None:
+    config = tiny_config()
+    prepare(config)
+    for shard in ("digits-00", "digits-01"):
+        build_part(PartTask(config, shard_urls(config)[shard], ViewBlock(start=0, stop=2)))
+    build_part(PartTask(config, shard_urls(config)["digits-00"], ViewBlock(start=2, stop=3)))
+    report = inspect_cache(url_of(config))
+    assert report.parts_by_block == {"v0000-0001": 2, "v0002-0002": 1}
+    assert report.rows_by_block == {"v0000-0001": 70, "v0002-0002": 20}
+    assert (report.shards_begun, report.num_shards, report.num_ok, report.skipped) == (2, None, None, None)
 
 
 def test_a_run_reads_its_own_copy_of_the_manifest_after_the_cache_was_extended(

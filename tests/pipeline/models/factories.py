@@ -83,3 +83,19 @@ def not_a_network(num_classes: int) -> Tensor:
 
 
 not_callable = 3
+
+
+class Poisoned(Plain):
+    """As if its weights came from a run that diverged."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        nn.init.constant_(self.fc.weight, float("nan"))
+
+
+class PoisonedEmbedding(SelfDescribed):
+    """Good logits, and an embedding that is not finite."""
+
+    def forward_embedding(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits_BK, embedding_BD = super().forward_embedding(x)
+        return logits_BK, embedding_BD / 0

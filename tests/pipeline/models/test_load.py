@@ -167,6 +167,13 @@ def test_an_own_network_that_cannot_serve_says_why(target: str, said: str) -> No
     assert "second line" not in message
 
 
+@pytest.mark.parametrize("network", ["Poisoned", "PoisonedEmbedding"])
+def test_a_network_that_answers_with_nan_is_refused(network: str) -> None:
+    said = refusal(ModelError, f"python:tests.pipeline.models.factories:{network}", **OWN)
+    assert "the network answers with NaN or infinity" in said
+    assert "check the weights" in said
+
+
 def test_kwargs_reach_the_factory() -> None:
     assert load(PLAIN, kwargs={"width": 9}, **OWN).module.embedding_dim == 9
 

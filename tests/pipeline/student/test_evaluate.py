@@ -18,6 +18,7 @@ from pipeline.shards.tar import ShardReader
 from pipeline.student import checkpoint
 from pipeline.student.evaluate import Evaluator, evaluate_run, make_evaluator
 from pipeline.student.loop import train
+from pipeline.student.preflight import check_training
 from pipeline.student.world import World
 from pipeline.teacher.infer import Teacher, load_teacher
 from pipeline.views.pixels import apply_view
@@ -135,13 +136,25 @@ def test_a_run_evaluates_as_it_did_while_it_was_trained(replays: Replay, tmp_pat
         assert found.agreement is not None
 
 
-def test_a_teacher_other_than_the_caches_is_refused(replays: Replay, tmp_path: Path) -> None:
-    cache = replays("crop")
+def test_another_architecture_than_the_caches_teacher_is_refused_before_training(
+    replays: Replay, tmp_path: Path
+) -> None:
     kwargs = {"depth": 8, "widths": [4, 4, 6, 8]}
-    config = trained(cache, tmp_path, teacher={"kwargs": kwargs}, train={"epochs": 1})
+    with pytest.raises(CacheError, match=r"kwargs\.widths: \[4, 4, 6, 7\] -> \[4, 4, 6, 8\]"):
+        trained(replays("crop"), tmp_path, teacher={"kwargs": kwargs})
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_weights_than_the_caches_teachers_are_refused(replays: Replay, tmp_path: Path) -> None:
+    cache = replays("crop")
+    other = load_model(cache.config.teacher, num_classes=10, size=16, seed=1)
+    torch.save(other.module.network.state_dict(), tmp_path / "other.pt")
+    config = trained(cache, tmp_path / "run", teacher={"weights": str(tmp_path / "other.pt")}, train={"epochs": 1})
     assert config.data.val_shards is not None
     with pytest.raises(CacheError, match="not the one whose words were cached"):
-        evaluate_run(str(tmp_path), config.data.val_shards, checkpoint_name="last", num_threads=1, device=CPU)
+        evaluate_run(str(tmp_path / "run"), config.data.val_shards, checkpoint_name="last", num_threads=1, device=CPU)
+    with pytest.raises(CacheError, match="not the one whose words were cached"):
+        check_training(config)
 
 
 def test_a_run_without_the_wanted_checkpoint_says_how_to_get_it(replays: Replay, tmp_path: Path) -> None:

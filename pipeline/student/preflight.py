@@ -1,0 +1,108 @@
+"""What can be known to be wrong before any work is done, so that it is found first and nothing is written."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from pipeline import storage
+from pipeline.config import require
+from pipeline.errors import ConfigError
+from pipeline.models import load_model
+from pipeline.shards.names import shard_ids
+from pipeline.student.evaluate import teacher_of_run
+from pipeline.student.facts import lesson_facts
+from pipeline.student.losses import CompositeLoss
+from schemas.config import Config
+
+_LOOK_UPS = 16
+
+
+def check_config(config: Config) -> str:
+    """What the config alone shows; reads nothing. Returns the run's URL.
+
+    Raises:
+        ConfigError: a key is missing, or two sections contradict each other.
+    """
+    require(config, "student.model", "run.url", "loss", command="train")
+    mode = config.teacher.mode
+    if mode == "cache":
+        require(config, "data.cache", command="train")
+    else:
+        require(config, "data.shards", "data.num_classes", command="train")
+        _check_teacher_needs(config, CompositeLoss(config.loss, where="loss"))
+    assert config.run is not None
+    if config.run.url in (config.data.cache, config.cache.url if config.cache else None):
+        raise ConfigError(
+            "a run and a cache cannot share a folder", where="run.url", got=config.run.url, wanted="another folder"
+        )
+    return config.run.url
+
+
+def _check_teacher_needs(config: Config, loss: CompositeLoss) -> None:
+    """Without a cache there are no class means, and without a teacher there is nothing but labels."""
+    mode = config.teacher.mode
+    if loss.needs_embedding:
+        raise ConfigError("nd needs class means, which a cache holds", where="teacher.mode", got=mode, wanted="cache")
+    if loss.needs_logits and mode == "none":
+        raise ConfigError("a loss needs the teacher's logits", where="teacher.mode", got=mode, wanted="cache or online")
+    if mode == "online":
+        require(config, "teacher.model", command="train with teacher.mode=online")
+
+
+def check_training(config: Config) -> None:
+    """What a look at the cache's header, the models and the validation shards shows; trains nothing, writes nothing.
+
+    Raises:
+        StillroomError: a model cannot be built, a validation shard is missing, or the cache is not there or not of the
+            teacher that the config names.
+    """
+    check_config(config)
+    facts = lesson_facts(config)
+    _check_student(config, facts.num_classes, facts.size)
+    _check_val_shards(config)
+    if facts.cache is not None and config.teacher.weights != "pretrained":
+        teacher_of_run(config, facts, torch.device("cpu"))
+
+
+def check_distillation(config: Config) -> None:
+    """The same for a config whose cache is still to be built; ``data.cache`` is its URL already.
+
+    Raises:
+        StillroomError: as ``check_training``; or the cache would lack what the loss needs.
+    """
+    check_config(config)
+    assert config.cache is not None
+    cached = config.teacher.mode == "cache"
+    if cached and CompositeLoss(config.loss, where="loss").needs_embedding and config.cache.class_means == "none":
+        raise ConfigError(
+            "nd needs class means, and this cache would have none",
+            where="cache.class_means",
+            got="none",
+            wanted="eval, or view0 where views are not mixed",
+        )
+    assert config.data.num_classes is not None
+    _check_student(config, config.data.num_classes, config.views.size)
+    _check_val_shards(config)
+
+
+def _check_student(config: Config, num_classes: int, size: int | None) -> None:
+    assert config.student is not None
+    load_model(
+        config.student,
+        num_classes=num_classes,
+        size=config.student.size or size,
+        seed=config.train.seed,
+        where="student",
+        allow_new_head=True,
+    )
+
+
+def _check_val_shards(config: Config) -> None:
+    if config.data.val_shards is None:
+        return
+    urls = storage.expand(config.data.val_shards)
+    shard_ids(urls)
+    with ThreadPoolExecutor(_LOOK_UPS) as pool:
+        list(pool.map(storage.size, urls))
