@@ -62,6 +62,9 @@ def load_recipe(source: str, overrides: list[str]) -> Recipe:
     try:
         tree = OmegaConf.create(storage.read(source).decode())
         assert isinstance(tree, DictConfig)
+        if "vars" in tree:
+            # A mistyped variable would otherwise be a new one that nothing reads.
+            OmegaConf.set_struct(tree["vars"], True)
         tree.merge_with_dotlist(overrides)
         plain = OmegaConf.to_container(tree, resolve=True)
     except (OmegaConfBaseException, AssertionError, UnicodeDecodeError, ValueError) as error:

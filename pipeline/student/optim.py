@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from pipeline.errors import ConfigError
 from schemas.config import TrainConfig
 
 
@@ -24,7 +25,19 @@ def make_optimizer(module: nn.Module, train: TrainConfig) -> Optimizer:
 
 
 def make_schedule(optimizer: Optimizer, train: TrainConfig, *, total_steps: int) -> LambdaLR:
-    """Linear warm-up from 0, then cosine to 0 or constant. Stepped once an optimiser step."""
+    """Linear warm-up from 0, then cosine to 0 or constant. Stepped once an optimiser step.
+
+    Raises:
+        ConfigError: the warm-up takes the whole training, so the peak learning rate would never be reached.
+    """
+    if train.warmup_steps >= total_steps:
+        raise ConfigError(
+            "the warm-up is as long as the training",
+            where="train.warmup_steps",
+            got=f"{train.warmup_steps} of {total_steps} steps",
+            wanted="fewer steps than the training has",
+            next_step="lower train.warmup_steps, or train for more epochs",
+        )
     return LambdaLR(optimizer, partial(lr_factor, train=train, total_steps=total_steps))
 
 

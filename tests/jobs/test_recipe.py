@@ -30,6 +30,13 @@ def test_a_mistake_in_one_student_is_named_with_its_stage_before_anything_runs(t
     assert "temperature" in str(caught.value)
 
 
+def test_a_mistyped_variable_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="dta"):
+        load_recipe(str(CONFIGS / "cifar10.yaml"), [f"out={tmp_path}", "vars.dta=/elsewhere"])
+    recipe = load_recipe(str(CONFIGS / "cifar10.yaml"), [f"out={tmp_path}", "vars.data=/elsewhere"])
+    assert recipe.cache.data.shards == "/elsewhere/train-{00000..00009}.tar"
+
+
 def test_unknown_and_missing_sections_are_told(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("title: x\nout: y\nteachers: {}\n")
     with pytest.raises(ConfigError, match="teachers") as caught:

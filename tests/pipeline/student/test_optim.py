@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from pipeline.errors import ConfigError
 from pipeline.student.optim import lr_factor, make_optimizer, make_schedule
 from schemas.config import TrainConfig
 
@@ -51,10 +52,6 @@ def test_cosine_ends_at_zero_and_stays_there() -> None:
     assert factors == pytest.approx([1.0, 0.5, 0.0, 0.0])
 
 
-def test_a_training_shorter_than_its_warm_up_has_a_rate_in_every_step() -> None:
-    assert rates(train(schedule="cosine", warmup_steps=4), 2) == pytest.approx([0.05, 0.1])
-
-
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_weight_decay_is_for_kernels_alone(name: str) -> None:
     module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
@@ -82,3 +79,11 @@ def test_one_step_of_sgd_is_the_hand_number() -> None:
     optimizer.step()
     # 2 - 0.2 (3 + 0.5 * 2) and 1 - 0.2: no decay on the bias.
     assert (layer.weight.item(), layer.bias.item()) == pytest.approx((1.2, 0.8))
+
+
+def test_a_warm_up_as_long_as_the_training_is_refused() -> None:
+    config = train(warmup_steps=12)
+    optimizer = make_optimizer(nn.Linear(2, 2), config)
+    with pytest.raises(ConfigError, match="warm-up"):
+        make_schedule(optimizer, config, total_steps=12)
+    make_schedule(optimizer, config, total_steps=13)
