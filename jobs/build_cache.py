@@ -40,22 +40,22 @@ def build_cache(config: Config) -> Manifest:
     assert config.data.shards is not None
     urls = storage.expand(config.data.shards)
     by_id = dict(zip(shard_ids(urls), urls, strict=True))
-    check_shards(cache.url, by_id)
+    commits = read_commits(cache.url)
+    check_shards(cache.url, by_id, commits)
     with cluster(config.ray):
         # One small task first: a wrong teacher or a foreign cache is found before anything is queued.
         list(fan_out(prepare, [config], config.ray, what="a cache task"))
-        _build_parts(config, by_id)
+        _build_parts(config, by_id, commits)
     return publish_manifest(cache.url, by_id)
 
 
-def check_shards(cache_url: str, by_id: dict[str, str]) -> None:
+def check_shards(cache_url: str, by_id: dict[str, str], commits: list[Commit]) -> None:
     """Changes nothing. What a build would find out late, or not at all.
 
     Raises:
         CacheError: the finished cache has shards that are not asked for: it would lose them.
         ShardError: a shard is missing, or has another size than when its parts were built.
     """
-    commits = read_commits(cache_url)
     lacking = sorted(_finished_shards(cache_url, commits) - by_id.keys())
     if lacking:
         raise CacheError(
@@ -99,8 +99,8 @@ def _size_of(url: str) -> int:
         ) from error
 
 
-def _build_parts(config: Config, by_id: dict[str, str]) -> None:
-    commits, lost = _take_stock(config, by_id)
+def _build_parts(config: Config, by_id: dict[str, str], found: list[Commit]) -> None:
+    commits, lost = _take_stock(config, by_id, found)
     list(fan_out(restore_index, lost, config.ray, what="an index task"))
     tasks = plan_tasks(config, by_id, commits)
     num_done, rows, began = len(commits), 0, time.monotonic()
@@ -110,11 +110,11 @@ def _build_parts(config: Config, by_id: dict[str, str]) -> None:
             progress.update(num_done + done, f"{rows / (time.monotonic() - began):.0f} rows/s")
 
 
-def _take_stock(config: Config, by_id: dict[str, str]) -> tuple[list[Commit], list[IndexTask]]:
+def _take_stock(config: Config, by_id: dict[str, str], found: list[Commit]) -> tuple[list[Commit], list[IndexTask]]:
     """The commits of these shards whose files are there, and the indexes they miss. Void commits are taken back."""
     assert config.cache is not None
     url = config.cache.url
-    commits = [commit for commit in read_commits(url) if commit.shard_id in by_id]
+    commits = [commit for commit in found if commit.shard_id in by_id]
     present = files_present(url)
     void = [commit for commit in commits if is_void(commit, present)]
     if void:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from jobs.recipe import load_recipe, print_table, run_recipe, write_results
+from jobs.recipe import perform
 from pipeline.errors import StorageInputError
 from pipeline.shards.write import pack_shards
 
@@ -65,8 +65,4 @@ def _png(image_HW: NDArray[np.float64]) -> bytes:
 def run_demo(out: Path) -> Path:
     """Runs the embedded recipe below ``out`` and returns the path of ``results.json``. Resumes by itself."""
     pack_digits(out / "shards")
-    recipe = load_recipe(str(_RECIPE), [f"out={out.absolute()}"])
-    rows = run_recipe(recipe)
-    path = write_results(recipe, rows)
-    print_table(recipe.title, rows)
-    return path
+    return perform(str(_RECIPE), [f"out={out.absolute()}"])

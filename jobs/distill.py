@@ -8,6 +8,7 @@ from typing import Any
 from jobs.build_cache import build_cache, describe
 from jobs.entry import config_command
 from jobs.ray_runtime import cluster
+from jobs.train_student import describe as describe_training
 from jobs.train_student import train_student
 from pipeline.config import load_config, require
 from pipeline.student.preflight import check_distillation
@@ -31,9 +32,7 @@ def distill(config: Config) -> dict[str, Any]:
 
 
 def main(source: str, overrides: list[str]) -> None:
-    summary = distill(load_config(source, overrides))
-    top1 = "" if summary["top1"] is None else f", top-1 {summary['top1']:.2%}"
-    print(f"distill: {summary['steps']} steps in {summary['seconds']:.1f} s{top1}", file=sys.stderr)
+    print(f"distill: {describe_training(distill(load_config(source, overrides)))}", file=sys.stderr)
 
 
 if __name__ == "__main__":

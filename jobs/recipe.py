@@ -170,12 +170,18 @@ def print_table(title: str, rows: dict[str, Row]) -> None:
     console.print(table)
 
 
-def main(source: str, overrides: list[str]) -> None:
-    began = time.monotonic()
+def perform(source: str, overrides: list[str]) -> Path:
+    """The whole of it: runs a recipe, prints its table, and returns the path of ``results.json``."""
     recipe = load_recipe(source, overrides)
     rows = run_recipe(recipe)
     path = write_results(recipe, rows)
     print_table(recipe.title, rows)
+    return path
+
+
+def main(source: str, overrides: list[str]) -> None:
+    began = time.monotonic()
+    path = perform(source, overrides)
     _tell(f"{path} written after {time.monotonic() - began:.0f} s")
 
 

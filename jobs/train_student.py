@@ -191,22 +191,20 @@ def _run(trainer: TorchTrainer, relay: Any) -> None:
 
 def _in_thread(work: Callable[[], object]) -> None:
     """Runs work beside the main thread, where Ray Train would take over Ctrl-C and keep it after its end."""
-    outcome: list[BaseException | None] = []
+    errors: list[BaseException] = []
 
     def run() -> None:
         try:
             work()
         except BaseException as error:
-            outcome.append(error)
-        else:
-            outcome.append(None)
+            errors.append(error)
 
     thread = threading.Thread(target=run, name="fit", daemon=True)
     thread.start()
     while thread.is_alive():
         thread.join(_POLL_S)
-    if outcome[0] is not None:
-        raise outcome[0]
+    if errors:
+        raise errors[0]
 
 
 def _cause(error: TrainingFailedError) -> str:
@@ -242,10 +240,14 @@ class _Watch:
             self._view.show(event)
 
 
-def main(source: str, overrides: list[str]) -> None:
-    summary = train_student(load_config(source, overrides))
+def describe(summary: dict[str, Any]) -> str:
+    """One line for the end of a training."""
     top1 = "" if summary["top1"] is None else f", top-1 {summary['top1']:.2%}"
-    print(f"train: {summary['steps']} steps in {summary['seconds']:.1f} s{top1}", file=sys.stderr)
+    return f"{summary['steps']} steps in {summary['seconds']:.1f} s{top1}"
+
+
+def main(source: str, overrides: list[str]) -> None:
+    print(f"train: {describe(train_student(load_config(source, overrides)))}", file=sys.stderr)
 
 
 if __name__ == "__main__":

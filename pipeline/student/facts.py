@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline import storage
 from pipeline.cache.identity import views_id
@@ -52,17 +54,14 @@ def lesson_facts(config: Config) -> LessonFacts:
 
 def _check_same_views(config: Config, plan: ViewsConfig, cache: TeacherCache) -> None:
     """A views section beside a cache must mean the cache's views: silently training on others would be a lie."""
-    named = config.views.model_dump(mode="json", include=config.views.model_fields_set - {"count", "size"})
-    stored = plan.model_dump(mode="json")
-    changed = differences({key: stored[key] for key in named}, named)
-    if "views" in config.model_fields_set and changed:
-        raise CacheError(
-            "the views of this config are not those of the cache",
-            where=storage.redact(cache.url),
-            got="; ".join(changed),
-            wanted=f"views id {cache.header.views_id}, not {views_id(config.views)}",
-            next_step="remove the views section, or build another cache",
-        )
+    _require_same(
+        plan.model_dump(mode="json"),
+        config.views.model_dump(mode="json", include=config.views.model_fields_set - {"count", "size"}),
+        what="the views of this config are not those of the cache",
+        where=storage.redact(cache.url),
+        wanted=f"views id {cache.header.views_id}, not {views_id(config.views)}",
+        next_step="remove the views section, or build another cache",
+    )
 
 
 def _check_same_teacher(config: Config, cache: TeacherCache) -> None:
@@ -70,28 +69,38 @@ def _check_same_teacher(config: Config, cache: TeacherCache) -> None:
     stored, given = cache.header.teacher, config.teacher
     if given.model is None:
         return
-    told = {"model": stored["architecture"]["model"], "kwargs": stored["architecture"]["kwargs"], **stored}
-    named = given.model_dump(mode="json", include=given.model_fields_set & set(_TEACHER_KEYS), exclude_none=True)
-    changed = differences({key: told[key] for key in named}, named)
-    if changed:
-        raise CacheError(
-            "the teacher of this config is not the one whose words are cached",
-            where=f"teacher, against {storage.redact(cache.url)}",
-            got="; ".join(changed),
-            next_step="name the cache's teacher or none at all, or build another cache",
-        )
+    _require_same(
+        {**stored["architecture"], **stored},
+        given.model_dump(mode="json", include=given.model_fields_set & set(_TEACHER_KEYS), exclude_none=True),
+        what="the teacher of this config is not the one whose words are cached",
+        where=f"teacher, against {storage.redact(cache.url)}",
+        next_step="name the cache's teacher or none at all, or build another cache",
+    )
 
 
 def _data_of(config: Config, cache: TeacherCache) -> DataConfig:
     """The data section with the cache's own reading rules, which a config may repeat but not change."""
     stored = cache.header.data
-    named = {key: value for key, value in index_settings(config.data).items() if key in config.data.model_fields_set}
+    _require_same(
+        stored,
+        {key: value for key, value in index_settings(config.data).items() if key in config.data.model_fields_set},
+        what="this config reads the shards otherwise than the cache did",
+        where=f"data, against {storage.redact(cache.url)}",
+        next_step="remove these keys, or build another cache",
+    )
+    return config.data.model_copy(update={**stored, "image": ";".join(stored["image"])})
+
+
+def _require_same(
+    stored: Mapping[str, Any],
+    named: Mapping[str, Any],
+    *,
+    what: str,
+    where: str,
+    next_step: str,
+    wanted: str | None = None,
+) -> None:
+    """What a config names must be what the cache stores; what it leaves out is the cache's to say."""
     changed = differences({key: stored[key] for key in named}, named)
     if changed:
-        raise CacheError(
-            "this config reads the shards otherwise than the cache did",
-            where=f"data, against {storage.redact(cache.url)}",
-            got="; ".join(changed),
-            next_step="remove these keys, or build another cache",
-        )
-    return config.data.model_copy(update={**stored, "image": ";".join(stored["image"])})
+        raise CacheError(what, where=where, got="; ".join(changed), wanted=wanted, next_step=next_step)

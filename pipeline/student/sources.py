@@ -331,8 +331,10 @@ def open_cached(cache: TeacherCache, data: DataConfig) -> CachedSource:
 
 def index_url(config: Config) -> str:
     """The folder of the index of a run that trains without a cache: ``data.index``, or the run's own."""
-    assert config.run is not None or config.data.index is not None
-    return config.data.index or storage.join(config.run.url if config.run else "", "index")
+    if config.data.index is not None:
+        return config.data.index
+    assert config.run is not None
+    return storage.join(config.run.url, "index")
 
 
 def open_indexed(folder_url: str, data: DataConfig, plan: ViewsConfig) -> IndexedSource:
