@@ -52,8 +52,14 @@ def encode(values_ND: NDArray[np.float32], output: Output) -> pa.Array:
     return pa.Array.from_buffers(arrow_type(output), len(stored), [None, pa.py_buffer(stored.tobytes())])
 
 
-def decode(column: pa.Array | pa.ChunkedArray, output: Output) -> NDArray[np.float32]:
-    """N stored rows to [N,D] fp32."""
+def depends_on_temperature(output: Output) -> bool:
+    """Whether what ``decode`` gives is a function of the temperature of the loss that reads it."""
+    return output.encoding != "dense"
+
+
+def decode(column: pa.Array | pa.ChunkedArray, output: Output, *, temperature: float = 1.0) -> NDArray[np.float32]:
+    """N stored rows to [N,D] fp32, as a loss at this temperature sees them; the same at all where ``output`` is dense."""
+    assert temperature > 0
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()
     if column.null_count:
