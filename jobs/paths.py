@@ -1,10 +1,14 @@
-"""Bare paths made absolute once, in the process that the user started: Ray's workers run in other directories."""
+"""URLs of a config made good for other processes, once, in the one that the user started.
+
+Ray's workers run in other directories, so bare paths become absolute; and they have another memory.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 from pipeline import storage
+from pipeline.errors import ConfigError
 from schemas.config import Config
 
 _WITHOUT_FILE = ("random", "pretrained")
@@ -15,16 +19,29 @@ def with_absolute_paths(config: Config) -> Config:
 
     Raises:
         StorageInputError: a URL is refused.
+        ConfigError: a cache or a run in this process's memory, where Ray's workers would not find it.
     """
     update: dict[str, Any] = {"data": config.data.model_copy(update=_data(config))}
     for name in ("cache", "run"):
         if (section := getattr(config, name)) is not None:
+            _check_shared(section.url, config.ray.address, where=f"{name}.url")
             update[name] = section.model_copy(update={"url": storage.absolute(section.url)})
     for name in ("teacher", "student"):
         section = getattr(config, name)
         if section is not None and section.weights not in _WITHOUT_FILE:
             update[name] = section.model_copy(update={"weights": storage.absolute(section.weights)})
     return config.model_copy(update=update)
+
+
+def _check_shared(url: str, address: str, *, where: str) -> None:
+    if storage.protocol(url) == "memory" and address != "none":
+        raise ConfigError(
+            "memory:// lives in one process, and Ray works in others",
+            where=where,
+            got=url,
+            wanted="a URL that all processes see",
+            next_step="name a folder or a bucket, or set ray.address=none",
+        )
 
 
 def _data(config: Config) -> dict[str, Any]:

@@ -36,6 +36,10 @@ BAD_CONFIGS = {
     "missing shard": ({"data": {"shards": "/nowhere/a-{00..01}.tar"}}, "/nowhere/a-00.tar"),
     "refused URL": ({"data": {"shards": "pipe:cat a.tar"}}, "refused"),
     "chained URL": ({"cache": {"url": "simplecache::s3://b/c"}}, "refused"),
+    "a cache in another process's memory": (
+        {"cache": {"url": "memory://cache"}, "ray": {"address": "local"}},
+        "memory",
+    ),
     "unknown protocol": ({"data": {"shards": "ftp://host/a.tar"}}, "ftp"),
     "unknown model": ({"teacher": {"model": "timm/resnet5O", "kwargs": {}}}, "resnet50"),
     "label outside range": ({"data": {"num_classes": 5}}, "label"),
