@@ -1,14 +1,26 @@
-"""``make bench``: ratios against a baseline of the same run; seconds alone mean little on a shared machine."""
+"""``make bench``: ratios against a baseline of the same run; seconds alone mean little on a shared machine.
+
+``python -m tests.benchmarks NAME…`` runs some of them.
+"""
 
 from __future__ import annotations
+
+import sys
 
 from tests.benchmarks import build, nd_loss
 from tests.benchmarks.timing import machine
 
-BENCHMARKS = {"ND loss, forward and backward, B=256 K=1000 D=2048": nd_loss.run, "Cache build, one process": build.run}
+BENCHMARKS = {
+    "build": ("Cache build", build.run),
+    "nd": ("ND loss, forward and backward, B=256 K=1000 D=2048", nd_loss.run),
+}
 
 if __name__ == "__main__":
+    names = sys.argv[1:] or [*BENCHMARKS]
+    if unknown := [name for name in names if name not in BENCHMARKS]:
+        raise SystemExit(f"no benchmark is called {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}")
     print(f"{machine()}; median (quartiles)")
-    for title, benchmark in BENCHMARKS.items():
+    for name in names:
+        title, benchmark = BENCHMARKS[name]
         print(title)
         benchmark()

@@ -1,38 +1,82 @@
-"""A cache build in one process against the sum of what it cannot avoid: bare decode, bare views, bare forward."""
+"""A whole cache build, in one process and through Ray, against what it cannot avoid: decode, views, forward."""
 
 from __future__ import annotations
 
 import shutil
+import statistics
 import tempfile
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from pipeline.cache.build import PartTask, build_part, prepare
+from jobs.build_cache import build_cache
+from jobs.fan_out import fan_out
+from jobs.ray_runtime import cluster
+from pipeline import storage
+from pipeline.cache import build as build_module
+from pipeline.cache.build import prepare
+from pipeline.cache.statistics import StatisticsSum
+from pipeline.cache.writer import PartWriter
 from pipeline.shards.decode import decode
 from pipeline.shards.tar import read_samples
 from pipeline.teacher.infer import Teacher, load_teacher
 from pipeline.views.params import sample_keys, view_params
 from pipeline.views.pixels import apply_view, stack_views
 from schemas.config import Config
-from schemas.manifest import ViewBlock
-from tests.benchmarks.timing import SHARED, Spread, interleaved, ratio
+from tests.benchmarks.timing import SHARED, Spread, Stopwatch, interleaved, ratio
 
-THREADS, VIEWS = 2, 4
+THREADS = 2
+# What turns answers into a committed part: all that a build does besides reading, decoding, views and the teacher.
+STORING = (
+    (build_module._PartBuild, "_rows"),
+    (StatisticsSum, "add"),
+    (PartWriter, "add"),
+    (PartWriter, "close"),
+    (build_module._PartBuild, "_publish"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """One teacher on some real shards."""
+
+    shards: str
+    teacher: dict[str, object]
+    size: int
+    num_classes: int
+    views: int
+    rounds: int
+
+    def config(self, folder: str) -> Config:
+        return Config.model_validate(
+            {
+                "data": {"shards": str(SHARED / self.shards), "num_classes": self.num_classes},
+                "teacher": self.teacher,
+                "views": {"kind": "crop", "count": self.views, "size": self.size},
+                "cache": {"url": f"{folder}/cache", "views_per_part": self.views},
+                "ray": {"address": "none", "cpus_per_task": THREADS},
+            }
+        )
+
+
 CASES = {
-    "imagenet-samples, ResNet-50, 224, bf16": (
-        SHARED / "imagenet-samples" / "sample-00000.tar",
-        {"model": "timm/resnet50", "precision": "bf16", "batch_size": 64},
-        {"size": 224},
-        1000,
-        3,
+    "imagenet-samples, ResNet-50, 224, bf16": _Case(
+        shards="imagenet-samples/sample-{00000..00003}.tar",
+        teacher={"model": "timm/resnet50", "precision": "bf16", "batch_size": 64},
+        size=224,
+        num_classes=1000,
+        views=8,
+        rounds=3,
     ),
-    "cifar10, ResNet-20, 32, bf16": (
-        SHARED / "cifar10" / "train-00000.tar",
-        {
+    "cifar10, ResNet-20, 32, bf16": _Case(
+        shards="cifar10/val-00000.tar",
+        teacher={
             "model": "python:pipeline.models.cifar:resnet",
             "kwargs": {"depth": 20},
             "mean": (0.5, 0.5, 0.5),
@@ -40,35 +84,26 @@ CASES = {
             "precision": "bf16",
             "batch_size": 128,
         },
-        {"size": 32},
-        10,
-        5,
+        size=32,
+        num_classes=10,
+        views=4,
+        rounds=5,
     ),
 }
-
-
-def _config(shard: Path, teacher: dict[str, object], views: dict[str, object], num_classes: int, url: str) -> Config:
-    return Config.model_validate(
-        {
-            "data": {"shards": str(shard), "num_classes": num_classes},
-            "teacher": teacher,
-            "views": {"kind": "crop", "count": VIEWS, **views},
-            "cache": {"url": url, "views_per_part": VIEWS},
-            "ray": {"address": "none", "cpus_per_task": THREADS},
-        }
-    )
 
 
 class _Bare:
     """The parts by themselves, on the same rows and threads, everything in memory."""
 
-    def __init__(self, config: Config, shard: Path) -> None:
+    def __init__(self, config: Config) -> None:
+        assert config.data.shards is not None
+        assert config.data.num_classes is not None
         self.config = config
-        self.samples = list(read_samples(shard, config.data, where=str(shard)))
+        urls = storage.expand(config.data.shards)
+        self.samples = [sample for url in urls for sample in read_samples(Path(url), config.data, where=url)]
+        self.num_rows = len(self.samples) * config.views.count
         self.images = self.decode()
         self.views = self.render()
-        self.num_rows = len(self.samples) * VIEWS
-        assert config.data.num_classes is not None
         self.teacher: Teacher = load_teacher(
             config.teacher,
             num_classes=config.data.num_classes,
@@ -87,7 +122,7 @@ class _Bare:
         keys = sample_keys(0, [sample.key for sample in self.samples])
         widths, heights = (np.array([image.shape[axis] for image in self.images], np.int64) for axis in (2, 1))
         rendered: list[torch.Tensor] = []
-        for view in range(VIEWS):
+        for view in range(self.config.views.count):
             drawn = view_params(self.config.views, keys, np.full(len(keys), view, np.int64), widths, heights)
             rendered += self._map(self._apply, self.images, drawn.box_N4.tolist(), drawn.flip_N.tolist())
         return rendered
@@ -97,34 +132,65 @@ class _Bare:
         return apply_view(image, box, flip, size=self.config.views.size, interpolation="bicubic")
 
     def forward(self) -> None:
-        pixels = stack_views(self.views)
-        for start in range(0, len(pixels), 256):
-            self.teacher.answer(pixels[start : start + 256])
+        for start in range(0, len(self.views), 256):
+            self.teacher.answer(stack_views(self.views[start : start + 256]))
 
 
 def run() -> None:
-    for title, (shard, teacher, views, num_classes, rounds) in CASES.items():
-        if not shard.exists():
-            print(f"  {title}: skipped, {shard} is absent")
+    for title, case in CASES.items():
+        if not SHARED.exists():
+            print(f"  {title}: skipped, {SHARED} is absent")
             continue
         with tempfile.TemporaryDirectory() as folder:
-            _report(title, _config(shard, teacher, views, num_classes, folder + "/cache"), shard, Path(folder), rounds)
+            _report(title, case.config(folder), case.rounds)
 
 
-def _report(title: str, config: Config, shard: Path, folder: Path, rounds: int) -> None:
+def _report(title: str, config: Config, rounds: int) -> None:
     torch.set_num_threads(THREADS)
-    bare = _Bare(config, shard)
+    bare = _Bare(config)
+    ray_config = config.model_copy(update={"ray": config.ray.model_copy(update={"address": "local"})})
+    stored = Stopwatch()
+    with cluster(ray_config.ray):
+        # Start-up: loading the teacher, in this process and in a worker. The same config each time keeps both loaded.
+        start_up = {name: _seconds(partial(_start_up, each)) for name, each in _ways(config, ray_config)}
+        with stored.on(STORING):
+            seconds = interleaved(
+                {
+                    "decode": bare.decode,
+                    "views": bare.render,
+                    "forward": bare.forward,
+                    **{name: partial(_build, each) for name, each in _ways(config, ray_config)},
+                },
+                rounds=rounds,
+            )
+    per_row = {name: [value / bare.num_rows * 1e3 for value in values] for name, values in seconds.items()}
+    # An image is decoded once for all its views.
+    print(f"  {title}: {bare.num_rows} rows, {config.views.count} views an image")
+    for name, values in per_row.items():
+        print(f"    {name:<24}{Spread.of(values)} ms a row")
+    limits = [sum(parts) for parts in zip(*(seconds[part] for part in ("decode", "views", "forward")), strict=True)]
+    for name, _ in _ways(config, ray_config):
+        print(f"    throughput / limit, {name}: {ratio(limits, seconds[name])}; start-up {start_up[name]:.1f} s apart")
+    # The stopwatch also saw the round that is not counted.
+    share = stored.seconds / (rounds + 1) / statistics.median(seconds["one process"])
+    print(f"    encoding, statistics, Parquet, hashing and publishing: {share:.2%} of the build in one process")
 
-    def build() -> None:
-        # The same config each time, so that the teacher stays loaded: start-up is not part of the number.
-        shutil.rmtree(folder / "cache", ignore_errors=True)
-        build_part(PartTask(config, str(shard), ViewBlock(start=0, stop=VIEWS)))
 
-    prepare(config)
-    parts = {"decode": bare.decode, "views": bare.render, "forward": bare.forward, "build": build}
-    seconds = interleaved(parts, rounds=rounds)
-    print(f"  {title}: {bare.num_rows} rows, {VIEWS} views an image")
-    for name, values in seconds.items():
-        print(f"    {name:<8}{Spread.of([value / bare.num_rows * 1e3 for value in values])} ms a row")
-    limits = [sum(seconds[part][number] for part in ("decode", "views", "forward")) for number in range(rounds)]
-    print(f"    throughput / limit: {ratio(limits, seconds['build'])}")
+def _ways(config: Config, ray_config: Config) -> list[tuple[str, Config]]:
+    return [("one process", config), ("through Ray", ray_config)]
+
+
+def _start_up(config: Config) -> None:
+    list(fan_out(prepare, [config], config.ray, what="a cache task"))
+
+
+def _build(config: Config) -> None:
+    assert config.cache is not None
+    shutil.rmtree(config.cache.url)
+    build_cache(config)
+
+
+def _seconds(call: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began

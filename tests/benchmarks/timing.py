@@ -7,7 +7,8 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,35 @@ class Spread:
 
     def __str__(self) -> str:
         return f"{self.median:.4g} ({self.low:.4g} to {self.high:.4g})"
+
+
+class Stopwatch:
+    """Adds up the time inside some functions, called from one thread at a time and not from each other."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    @contextmanager
+    def on(self, functions: Iterable[tuple[type, str]]) -> Iterator[None]:
+        """Watches these methods, given as (class, name), for the length of a ``with``."""
+        originals = [(owner, name, getattr(owner, name)) for owner, name in functions]
+        for owner, name, original in originals:
+            setattr(owner, name, self._watched(original))
+        try:
+            yield
+        finally:
+            for owner, name, original in originals:
+                setattr(owner, name, original)
+
+    def _watched(self, original: Callable[..., object]) -> Callable[..., object]:
+        def call(*args: object, **kwargs: object) -> object:
+            began = time.perf_counter()
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self.seconds += time.perf_counter() - began
+
+        return call
 
 
 def interleaved(variants: Mapping[str, Callable[[], object]], *, rounds: int) -> dict[str, list[float]]:
