@@ -5,6 +5,7 @@ Unknown keys are refused. Nothing here touches a file, a network or a model.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -101,10 +102,17 @@ class CacheConfig(Section):
     """What is kept of the teacher's words, and where."""
 
     url: str = Field(description="Folder of the cache; any allowed URL.")
-    logits: Literal["fp32", "fp16"] = Field("fp16", description="Encoding of the logits.")
-    embeddings: Literal["fp32", "fp16", "none"] = Field("none", description="Encoding of the penultimate embedding.")
+    logits: str = Field("fp16", description="fp32, fp16, int8, int4, topk:k or none: encoding of the logits.")
+    embeddings: Literal["fp32", "fp16", "int8", "none"] = Field("none", description="Of the penultimate embedding.")
     class_means: Literal["none", "eval", "view0"] = Field("none", description="From one extra eval pass, or view 0.")
     views_per_part: int = Field(5, ge=1, description="Views in one part: the unit of work and of loss.")
+
+    @field_validator("logits")
+    @classmethod
+    def _check_logits(cls, logits: str) -> str:
+        if not re.fullmatch(r"fp32|fp16|int8|int4|none|topk:[1-9][0-9]*", logits):
+            raise ValueError(f"logits is {logits!r}; wanted fp32, fp16, int8, int4, none or topk:k, such as topk:16")
+        return logits
 
 
 class LossSection(Section):

@@ -32,13 +32,27 @@ class ViewBlock(Record):
         return range(self.start, self.stop)
 
 
+class RowField(Record):
+    """A run of equal numbers inside a stored row."""
+
+    name: str
+    dtype: str = Field(description="As NumPy spells it, little-endian: <f4, <f2, <i4, <u2, |u1.")
+    count: int = Field(ge=1)
+
+
 class Output(Record):
-    """One tensor per row: name, shape without the batch, dtype of the stored numbers, and how they are packed."""
+    """One tensor per row: name, shape without the batch, dtype of the stored numbers, and how they are packed.
+
+    ``fields`` are the bytes of a row, one after another. Any name of an encoding parses: a reader ignores outputs that
+    it does not ask for, and refuses an encoding where it would have to decode it.
+    """
 
     name: str
     shape: tuple[int, ...]
-    dtype: Literal["float32", "float16"]
-    encoding: Literal["dense"]
+    dtype: str
+    encoding: str
+    fields: tuple[RowField, ...]
+    temperatures: tuple[float, ...] = Field(default=(), description="At which the encoding keeps facts of its own.")
 
 
 class FileRef(Record):

@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel
 
 from jobs.cli import app
+from pipeline.cache.codec import decode, encode
 from pipeline.cache.reader import open_cache
 from pipeline.shards.write import pack_shards
 from schemas.config import Config, LossConfig, LossSection
@@ -167,11 +168,13 @@ def test_the_map_names_every_module_and_no_other() -> None:
     assert named == modules
 
 
-def test_the_snippet_of_the_format_reads_what_the_reader_reads(tmp_path: Path) -> None:
+@pytest.mark.parametrize("logits", ["fp32", "fp16", "int8", "int4", "topk:5"])
+def test_the_snippet_of_the_format_reads_what_the_reader_reads(tmp_path: Path, logits: str) -> None:
     shards = pack_shards(digit_samples(12), f"{tmp_path}/digits-%02d.tar", shard_size=7)
     config = Config.model_validate(
         {
-            "data": {"shards": shards, "num_classes": 10},
+            # int4 wants many classes, and an odd number leaves half a byte over.
+            "data": {"shards": shards, "num_classes": 131},
             "teacher": {
                 "model": "python:pipeline.models.cifar:resnet",
                 "kwargs": {"depth": 8, "widths": [4, 4, 4, 4]},
@@ -180,7 +183,7 @@ def test_the_snippet_of_the_format_reads_what_the_reader_reads(tmp_path: Path) -
                 "batch_size": 4,
             },
             "views": {"count": 3, "size": 8},
-            "cache": {"url": str(tmp_path / "cache"), "views_per_part": 2},
+            "cache": {"url": str(tmp_path / "cache"), "views_per_part": 2, "logits": logits},
             "ray": {"address": "none"},
         }
     )
@@ -190,8 +193,18 @@ def test_the_snippet_of_the_format_reads_what_the_reader_reads(tmp_path: Path) -
     assert snippet is not None
     exec(snippet[1], names)
     cache = open_cache(str(tmp_path / "cache"))
+    output = cache.header.output("logits")
+    assert output is not None
     for shard in cache.shards:
         for view in range(3):
             found = names["read_logits"](cache.url, shard.shard_id, view)
-            assert found.dtype == np.float16
             np.testing.assert_array_equal(found, cache.view(shard.shard_id, view).logits_NK)
+    stored = encode(found, output)
+    for temperature in (0.5, 1.0, 3.0, 4.0, 20.0):
+        row_dtype = np.dtype([(field.name, field.dtype, (field.count,)) for field in output.fields])
+        rows = np.frombuffer(b"".join(stored.to_pylist()), row_dtype)
+        np.testing.assert_allclose(
+            names["unpack"](rows, output.model_dump(), temperature),
+            decode(stored, output, temperature=temperature),
+            rtol=1e-6,
+        )

@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from pipeline import storage
 from pipeline.cache import layout
-from pipeline.cache.codec import encode, row_bytes
+from pipeline.cache.codec import encode, outputs_of, row_bytes
 from pipeline.cache.commit import publish_commit, publish_file
 from pipeline.cache.identity import claim, make_header
 from pipeline.cache.means import ClassSums, encode_sums, merge, sum_rows
@@ -100,6 +100,9 @@ def cache_config(config: Config) -> CacheConfig:
         )
     if cache.class_means != "none":
         _check_labels(config)
+    assert config.data.num_classes is not None
+    # What these classes are too few for is found before a teacher is loaded.
+    outputs_of(cache, num_classes=config.data.num_classes, embedding_dim=1)
     return cache
 
 
@@ -308,7 +311,7 @@ class _PartBuild:
         }
         values = {"logits": answers.logits_NK, "embedding": answers.embedding_ND}
         for output in self.builder.header.outputs:
-            columns[output.name] = encode(values[output.name], output)
+            columns[output.name] = encode(values[output.name], output, keys=[sample.key for sample in group.samples])
         return pa.record_batch([pa.array(columns[item.name], item.type) for item in self.schema], schema=self.schema)
 
     def _canaries(self, group: GroupViews, position: int, view: int) -> tuple[list[bytes | None], list[bytes | None]]:

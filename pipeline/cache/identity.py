@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from pipeline import storage
 from pipeline.cache import layout
-from pipeline.cache.codec import outputs_of
+from pipeline.cache.codec import check_encodings, outputs_of
 from pipeline.cache.files import parse_record
 from pipeline.errors import CacheError, ModelError
 from pipeline.fingerprint import differences, seal, short, weights_digest
@@ -122,7 +122,9 @@ def read_header(cache_url: str) -> Header:
 
 
 def parse_header(data: bytes, *, where: str) -> Header:
-    return parse_record(Header, data, where=where)
+    header = parse_record(Header, data, where=where)
+    check_encodings(header.outputs)
+    return header
 
 
 def _check_same(found: Header, wanted: Header, cache_url: str) -> None:

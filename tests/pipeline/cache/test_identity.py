@@ -184,5 +184,11 @@ def test_a_header_of_another_format_is_refused(tiny_config: TinyConfig) -> None:
 def test_an_unknown_encoding_is_refused(tiny_config: TinyConfig) -> None:
     body = header_of(tiny_config()).model_dump(mode="json")
     body["outputs"][0]["encoding"] = "packed"
-    with pytest.raises(CacheError, match=r"outputs\.0\.encoding"):
+    with pytest.raises(CacheError, match=r"logits of this cache[\s\S]*got: +packed"):
         identity.parse_header(seal(body), where="here")
+
+
+def test_an_unknown_output_is_ignored_however_it_is_packed(tiny_config: TinyConfig) -> None:
+    body = header_of(tiny_config()).model_dump(mode="json")
+    body["outputs"].append({**body["outputs"][0], "name": "depth", "encoding": "packed"})
+    assert identity.parse_header(seal(body), where="here").outputs[-1].encoding == "packed"
