@@ -29,6 +29,7 @@ ConfigArgument = Annotated[str, typer.Argument(help="YAML file or URL.", metavar
 OverridesArgument = Annotated[
     list[str] | None, typer.Argument(help="section.key=value, the value as YAML.", metavar="[K.K=V]...")
 ]
+_NUM_NAMED = 10
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -113,6 +114,28 @@ def cache_inspect(cache: Annotated[str, typer.Argument(help="URL of the cache.")
 
         report = inspect_cache(cache).as_dict()
         print(json.dumps(report, indent=2) if as_json else _screen(report))
+
+    _run(command)
+
+
+@cache_app.command("means")
+def cache_means(
+    cache: Annotated[str, typer.Argument(help="URL of the cache.")],
+    out: Annotated[str, typer.Option(help="JSON file or URL to write.")],
+    full_precision: Annotated[bool, typer.Option(help="Every digit instead of four decimals.")] = False,
+) -> None:
+    """Write class means as the JSON that ND's authors use."""
+
+    def command() -> None:
+        from pipeline.cache.export import export_means
+
+        done = export_means(cache, out, full_precision=full_precision)
+        absent = ", ".join(map(str, done.absent[:_NUM_NAMED])) + (", …" if len(done.absent) > _NUM_NAMED else "")
+        without = f"; {len(done.absent)} classes have no mean: {absent}" if done.absent else ""
+        print(
+            f"class means: {done.num_written} classes of {done.embedding_dim} numbers in {out}{without}",
+            file=sys.stderr,
+        )
 
     _run(command)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.errors import ConfigError
-from schemas.config import Config
+from schemas.config import CacheConfig, Config
 
 _WITHOUT_FILE = ("random", "pretrained")
 
@@ -25,7 +25,10 @@ def with_absolute_paths(config: Config) -> Config:
     for name in ("cache", "run"):
         if (section := getattr(config, name)) is not None:
             _check_shared(section.url, config.ray.address, where=f"{name}.url")
-            update[name] = section.model_copy(update={"url": storage.absolute(section.url)})
+    if config.run is not None:
+        update["run"] = config.run.model_copy(update={"url": storage.absolute(config.run.url)})
+    if config.cache is not None:
+        update["cache"] = config.cache.model_copy(update=_cache(config.cache))
     for name in ("teacher", "student"):
         section = getattr(config, name)
         if section is not None and section.weights not in _WITHOUT_FILE:
@@ -42,6 +45,13 @@ def _check_shared(url: str, address: str, *, where: str) -> None:
             wanted="a URL that all processes see",
             next_step="name a folder or a bucket, or set ray.address=none",
         )
+
+
+def _cache(cache: CacheConfig) -> dict[str, Any]:
+    urls = {"url": storage.absolute(cache.url)}
+    if cache.class_means_url is not None:
+        urls["class_means"] = storage.absolute(cache.class_means_url)
+    return urls
 
 
 def _data(config: Config) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from pipeline.cache import layout
 from pipeline.cache.codec import encode, outputs_of, row_bytes
 from pipeline.cache.commit import publish_commit, publish_file
 from pipeline.cache.identity import claim, make_header
+from pipeline.cache.imported import ImportedMeans, keep_means, read_means
 from pipeline.cache.means import ClassSums, encode_sums, merge, sum_rows
 from pipeline.cache.statistics import StatisticsSum
 from pipeline.cache.writer import PartWriter, view_ranges
@@ -80,6 +81,7 @@ class _Builder:
     cache: CacheConfig
     teacher: Teacher
     header: Header
+    imported: ImportedMeans | None
 
 
 def cache_config(config: Config) -> CacheConfig:
@@ -98,7 +100,7 @@ def cache_config(config: Config) -> CacheConfig:
             got="view0",
             wanted="eval or none under views.kind=function_matching",
         )
-    if cache.class_means != "none":
+    if cache.class_means in ("eval", "view0"):
         _check_labels(config)
     assert config.data.num_classes is not None
     # What these classes are too few for is found before a teacher is loaded.
@@ -115,9 +117,15 @@ def prepare(config: Config) -> Header:
     """Loads the teacher and claims the cache for it. The first step of every build, before any work.
 
     Raises:
-        CacheError: the cache was begun by another teacher, plan or encoding.
+        CacheError: the cache was begun by another teacher, plan or encoding, or with other class means.
+        ConfigError: class means are to be imported, and the file is not this teacher's.
     """
-    return _claimed(config).header
+    # A process may build again after the files behind the same URLs have changed.
+    _builder.cache_clear()
+    builder = _claimed(config)
+    if builder.imported is not None:
+        keep_means(builder.cache.url, builder.imported)
+    return builder.header
 
 
 def _claimed(config: Config) -> _Builder:
@@ -139,7 +147,11 @@ def _builder(config_json: str) -> _Builder:
         size=config.views.size,
         device=pick_device(config.ray.gpus_per_task > 0),
     )
-    return _Builder(config, cache, teacher, make_header(teacher, plan=config.views, cache=cache, data=config.data))
+    imported, module = None, teacher.module
+    if cache.class_means_url is not None:
+        imported = read_means(cache.class_means_url, num_classes=module.num_classes, embedding_dim=module.embedding_dim)
+    header = make_header(teacher, plan=config.views, cache=cache, data=config.data, imported=imported)
+    return _Builder(config, cache, teacher, header, imported)
 
 
 def build_part(task: PartTask) -> Commit:

@@ -12,6 +12,7 @@ from pipeline import storage
 from pipeline.cache import layout
 from pipeline.cache.codec import check_encodings, outputs_of
 from pipeline.cache.files import parse_record
+from pipeline.cache.imported import ImportedMeans
 from pipeline.errors import CacheError, ModelError
 from pipeline.fingerprint import differences, seal, short, weights_digest
 from pipeline.shards.index import index_settings
@@ -36,7 +37,7 @@ def views_id(plan: ViewsConfig) -> str:
     return short(views_body(plan))
 
 
-def teacher_body(teacher: Teacher, plan: ViewsConfig, cache: CacheConfig) -> dict[str, Any]:
+def teacher_body(teacher: Teacher, plan: ViewsConfig, cache: CacheConfig, class_means: str) -> dict[str, Any]:
     """What decides the words of the teacher; with the views id, its hash is the fingerprint."""
     spec = teacher.loaded.input
     return {
@@ -49,18 +50,25 @@ def teacher_body(teacher: Teacher, plan: ViewsConfig, cache: CacheConfig) -> dic
         "precision": teacher.precision,
         "logits": cache.logits,
         "embeddings": cache.embeddings,
-        "class_means": cache.class_means,
+        "class_means": class_means,
         "views_id": views_id(plan),
     }
 
 
-def make_header(teacher: Teacher, *, plan: ViewsConfig, cache: CacheConfig, data: DataConfig) -> Header:
-    """The header that this config and these weights would write.
+def make_header(
+    teacher: Teacher,
+    *,
+    plan: ViewsConfig,
+    cache: CacheConfig,
+    data: DataConfig,
+    imported: ImportedMeans | None = None,
+) -> Header:
+    """The header that this config, these weights and these imported class means would write.
 
     Raises:
         ModelError: the teacher answers the probe images with NaN or infinity.
     """
-    body = teacher_body(teacher, plan, cache)
+    body = teacher_body(teacher, plan, cache, cache.class_means if imported is None else imported.mode)
     module = teacher.module
     return Header(
         views_id=views_id(plan),

@@ -13,6 +13,7 @@ MANIFEST = "manifest.json"
 SHARDS = "manifest/shards.parquet"
 PARTS = "manifest/parts.parquet"
 CLASS_MEANS = "class_means.parquet"
+IMPORTED_MEANS = "class_means.json"
 
 _BLOCK = r"(?:eval|v(?P<first>\d{4,})-(?P<last>\d{4,}))"
 _COMMIT = re.compile(rf"commits/(?P<shard>[^/]+)/{_BLOCK}\.json")

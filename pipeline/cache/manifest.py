@@ -14,12 +14,13 @@ from pipeline.cache import layout
 from pipeline.cache.commit import read_commits
 from pipeline.cache.files import parse_record, publish_named, read_file, read_named
 from pipeline.cache.identity import read_header
-from pipeline.cache.means import ClassSums, decode_sums, encode_means, merge
+from pipeline.cache.imported import imported_sha256, read_kept
+from pipeline.cache.means import ClassSums, decode_sums, encode_imported, encode_means, merge
 from pipeline.cache.statistics import merge_statistics
 from pipeline.errors import CacheError
 from pipeline.fingerprint import digest, seal
 from pipeline.views.params import EVAL_VIEW
-from schemas.manifest import Commit, FileRef, Manifest, ViewBlock
+from schemas.manifest import Commit, FileRef, Header, Manifest, ViewBlock
 
 _READ_THREADS = 16
 
@@ -30,8 +31,8 @@ def publish_manifest(cache_url: str, shard_urls: dict[str, str]) -> Manifest:
     Commits of other shards stay, but are not part of this state of the cache.
 
     Raises:
-        CacheError: a shard has no complete view, a commit is of another teacher, a shard changed between two, or class
-            means are wanted and no row has a label.
+        CacheError: a shard has no complete view, a commit is of another teacher, a shard changed between two, class
+            means are wanted and no row has a label, or imported ones were changed.
     """
     header = read_header(cache_url)
     commits = [commit for commit in read_commits(cache_url) if commit.shard_id in shard_urls]
@@ -47,7 +48,7 @@ def publish_manifest(cache_url: str, shard_urls: dict[str, str]) -> Manifest:
     skipped: Counter[str] = Counter()
     for commit in firsts:
         skipped.update(commit.skipped)
-    class_means = _publish_means(cache_url, commits, header.fingerprint)
+    class_means = _publish_means(cache_url, commits, header)
     manifest = Manifest(
         header_sha256=digest(read_file(cache_url, layout.HEADER)),
         views_id=header.views_id,
@@ -184,7 +185,11 @@ def _publish(cache_url: str, path: str, table: pa.Table) -> FileRef:
     return publish_named(cache_url, path, sink.getvalue())
 
 
-def _publish_means(cache_url: str, commits: list[Commit], fingerprint: str) -> FileRef | None:
+def _publish_means(cache_url: str, commits: list[Commit], header: Header) -> FileRef | None:
+    if (sha256 := imported_sha256(header)) is not None:
+        kept = read_kept(cache_url, header)
+        data = encode_imported(kept.class_C, kept.mean_CD, fingerprint=header.fingerprint, sha256=sha256)
+        return publish_named(cache_url, layout.CLASS_MEANS, data)
     refs = [commit.means for commit in commits if commit.means is not None]
     if not refs:
         return None
@@ -198,7 +203,7 @@ def _publish_means(cache_url: str, commits: list[Commit], fingerprint: str) -> F
             wanted="labelled samples",
             next_step="check data.label, or build into another cache.url with cache.class_means=none",
         )
-    return publish_named(cache_url, layout.CLASS_MEANS, encode_means(merged, fingerprint=fingerprint))
+    return publish_named(cache_url, layout.CLASS_MEANS, encode_means(merged, fingerprint=header.fingerprint))
 
 
 def _read_sums(cache_url: str, ref: FileRef) -> ClassSums:

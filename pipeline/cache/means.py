@@ -96,24 +96,38 @@ def encode_means(sums: ClassSums, *, fingerprint: str) -> bytes:
     """``class_means.parquet``: class, count, mean (fp32), norm. Carries the teacher's fingerprint: another teacher's
     means of the same width would otherwise load silently."""
     mean_CD = np.ldexp(sums.sum_CD.astype(np.float64), -FRACTION_BITS) / sums.count_C[:, None]
+    return _encode(sums.class_C, pa.array(sums.count_C), mean_CD, {"stillroom:fingerprint": fingerprint})
+
+
+def encode_imported(
+    class_C: NDArray[np.int32], mean_CD: NDArray[np.float32], *, fingerprint: str, sha256: str
+) -> bytes:
+    """The same from a file with this SHA-256. Counts are null: the file does not say over how many rows it averaged."""
+    metadata = {"stillroom:fingerprint": fingerprint, "stillroom:imported": sha256}
+    return _encode(class_C, pa.nulls(len(class_C), pa.int64()), mean_CD.astype(np.float64), metadata)
+
+
+def _encode(
+    class_C: NDArray[np.int32], count_C: pa.Array, mean_CD: NDArray[np.float64], metadata: dict[str, str]
+) -> bytes:
     flat = pa.array(mean_CD.astype(np.float32).ravel())
     table = pa.table(
         {
-            "class": sums.class_C,
-            "count": sums.count_C,
+            "class": class_C,
+            "count": count_C,
             "mean": pa.FixedSizeListArray.from_arrays(flat, mean_CD.shape[1]),
             "norm": np.linalg.norm(mean_CD, axis=1).astype(np.float32),
         }
     )
-    return _parquet(table.replace_schema_metadata({"stillroom:fingerprint": fingerprint}))
+    return _parquet(table.replace_schema_metadata(metadata))
 
 
 @dataclass(frozen=True, slots=True)
 class ClassMeans:
-    """[K,D] means with NaN rows for classes that no labelled row has, and [K] counts."""
+    """[K,D] means with NaN rows for classes that have none, and the [K] rows they are of; None: imported, unknown."""
 
     mean_KD: NDArray[np.float32]
-    count_K: NDArray[np.int64]
+    count_K: NDArray[np.int64] | None
 
 
 def decode_means(data: bytes, *, num_classes: int, fingerprint: str, where: str) -> ClassMeans:
@@ -135,8 +149,10 @@ def decode_means(data: bytes, *, num_classes: int, fingerprint: str, where: str)
     dim = table.schema.field("mean").type.list_size
     mean_CD = table["mean"].combine_chunks().flatten().to_numpy().reshape(len(classes), dim)
     mean_KD = np.full((num_classes, mean_CD.shape[1]), np.nan, np.float32)
-    count_K = np.zeros(num_classes, np.int64)
     mean_KD[classes] = mean_CD
+    if table["count"].null_count:
+        return ClassMeans(mean_KD, None)
+    count_K = np.zeros(num_classes, np.int64)
     count_K[classes] = table["count"].to_numpy()
     return ClassMeans(mean_KD, count_K)
 

@@ -130,7 +130,9 @@ def _cached_lessons(loss: CompositeLoss, facts: LessonFacts, cache: TeacherCache
             next_step="build a cache with cache.class_means=eval (into another cache.url)",
         )
     means_KD = torch.from_numpy(means.mean_KD)
-    check_class_means(means_KD, torch.from_numpy(means.count_K), where=storage.redact(cache.url))
+    # Means of the cache's own are of the labels that occur; imported ones may be of others.
+    count_K = source.label_counts(len(means_KD)) if means.count_K is None else means.count_K
+    check_class_means(means_KD, torch.from_numpy(count_K), where=storage.redact(cache.url))
     return Lessons(facts, source, None, means_KD.to(device))
 
 

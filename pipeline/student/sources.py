@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
@@ -18,7 +19,7 @@ from pipeline import storage
 from pipeline.cache.reader import ShardEntry, TeacherCache, ViewColumns
 from pipeline.errors import CacheError, ConfigError, ShardError
 from pipeline.shards.decode import BadImageError, decode
-from pipeline.shards.index import ShardIndex, decode_index, index_settings
+from pipeline.shards.index import NO_LABEL, ShardIndex, decode_index, index_settings
 from pipeline.shards.names import shard_ids
 from pipeline.shards.publish import index_name
 from pipeline.shards.tar import ShardReader
@@ -29,6 +30,7 @@ SHARD_FOLDER = Path(tempfile.gettempdir()) / "stillroom-shards"
 """Where remote shards are kept on a node, for all processes on it."""
 
 _OPEN_SHARDS = 64
+_READ_THREADS = 16
 _KEPT_VIEWS = 64
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -235,6 +237,17 @@ class CachedSource:
         check_alignment(columns, self._indexes.get(shard), where=where)
         partner_N = np.searchsorted(columns.row_N, columns.mix_row_N).astype(np.int32)
         return columns, partner_N
+
+    def label_counts(self, num_classes: int) -> NDArray[np.int64]:
+        """How many ok rows of all shards have each label; reads every index. int64 [K]."""
+
+        def count(shard: ShardEntry) -> NDArray[np.int64]:
+            index = self.cache.index(shard)
+            label_N = index.label[index.ok]
+            return np.bincount(label_N[label_N != NO_LABEL], minlength=num_classes)
+
+        with ThreadPoolExecutor(_READ_THREADS) as pool:
+            return np.sum(list(pool.map(count, self._shards)), axis=0)
 
     def columns(self, shard: int, view: int) -> ViewColumns:
         """All ok rows of a shard under a view, proven to be those of the index."""

@@ -110,6 +110,26 @@ def test_build_train_evaluate_inspect_from_one_yaml_with_overrides(
     assert 0 <= found["agreement"] <= 1
 
 
+def test_class_means_leave_one_cache_as_json_and_enter_another(
+    stillroom: Stillroom, document: Document, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert stillroom("cache", "build", document())[0] == 0
+    # A bare path is taken from the folder of the command.
+    monkeypatch.chdir(tmp_path)
+    code, out, err = stillroom("cache", "means", str(tmp_path / "cache"), "--out", "means.json")
+    assert (code, out) == (0, "")
+    assert "10 classes of 8 numbers in means.json" in err
+    table = json.loads((tmp_path / "means.json").read_text())
+    assert {len(row) for row in table.values()} == {8}
+    keys = ["cache.url=imported", "cache.class_means=means.json", "data.cache=imported", "loss=[{name: nd}]"]
+    assert stillroom("distill", document(), *keys)[0] == 0
+    code, out, _ = stillroom("cache", "inspect", "imported", "--json")
+    assert json.loads(out)["class_means"].startswith("imported:")
+    code, _, err = stillroom("cache", "build", document(), "cache.url=other", "cache.class_means=nowhere.json")
+    assert code == 2
+    assert f"{tmp_path}/nowhere.json" in err
+
+
 def test_shards_index_writes_the_bytes_that_a_cache_build_writes(
     stillroom: Stillroom, document: Document, tmp_path: Path
 ) -> None:

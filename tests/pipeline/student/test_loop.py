@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from itertools import count
 from pathlib import Path
@@ -10,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.cache.export import export_means
 from pipeline.errors import CacheError, ConfigError, TrainingError
 from pipeline.student import checkpoint
 from pipeline.student.loop import Trainer, train
 from pipeline.student.metrics import MetricsFile
 from pipeline.student.world import World
 from schemas.config import Config
-from tests.pipeline.caches import TinyCache, build
+from tests.pipeline.caches import TinyCache, build, cache_section
 from tests.pipeline.student.conftest import NUM_VIEWS, Replay
 from tests.pipeline.student.runs import CE, KD, NORMALISED, SMALL, index_shards, metrics, run_config
 
@@ -289,6 +291,49 @@ def test_missing_labels_in_a_cache_stop_the_losses_that_need_them(own_replay: Re
     run(run_config(unlabelled, tmp_path / "kd"))
     run(run_config(unlabelled, tmp_path / "both", loss=[*CE, *KD], data={"missing_labels": "ignore"}))
     assert losses(tmp_path / "both") == losses(tmp_path / "kd")
+
+
+def with_imported_means(base: Config, folder: Path, table: dict[str, list[float]]) -> Config:
+    """A cache over the same views whose class means are this table; built."""
+    (folder / "means.json").write_text(json.dumps(table))
+    section = {"url": str(folder / "cache"), "class_means": str(folder / "means.json")}
+    config = base.model_copy(update={"cache": cache_section(base).model_copy(update=section)})
+    build(config)
+    return config
+
+
+def test_nd_learns_the_same_from_exported_and_imported_means(replays: Replay, tmp_path: Path) -> None:
+    base, out = replays("function_matching"), tmp_path / "out.json"
+    export_means(base.url, str(out), full_precision=True)
+    config = with_imported_means(base.config, tmp_path, json.loads(out.read_text()))
+    terms = [{"name": "nd"}, *KD]
+    run(run_config(base.config, tmp_path / "own", loss=terms))
+    run(run_config(config, tmp_path / "imported", loss=terms))
+    assert losses(tmp_path / "imported") == losses(tmp_path / "own")
+
+
+def test_nd_learns_from_the_means_that_were_imported(replays: Replay, tmp_path: Path) -> None:
+    base, out = replays("crop"), tmp_path / "out.json"
+    export_means(base.url, str(out), full_precision=True)
+    reversed_table = {name: [-value for value in row] for name, row in json.loads(out.read_text()).items()}
+    config = with_imported_means(base.config, tmp_path, reversed_table)
+    terms = [{"name": "nd"}]
+    run(run_config(base.config, tmp_path / "own", loss=terms))
+    run(run_config(config, tmp_path / "imported", loss=terms))
+    # Of one untrained student, the cosine with the opposite direction has the opposite sign.
+    own, imported = losses(tmp_path / "own")[0], losses(tmp_path / "imported")[0]
+    assert own + imported == pytest.approx(2, abs=1e-5)
+    assert own != imported
+
+
+def test_nd_refuses_imported_means_that_lack_a_class_that_occurs(replays: Replay, tmp_path: Path) -> None:
+    base, out = replays("crop"), tmp_path / "out.json"
+    export_means(base.url, str(out), full_precision=True)
+    table = {name: row for name, row in json.loads(out.read_text()).items() if name not in ("3", "8")}
+    config = with_imported_means(base.config, tmp_path, table)
+    with pytest.raises(CacheError, match=r"no mean, which nd needs[\s\S]*2 without a mean: 3, 8"):
+        train(run_config(config, tmp_path / "nd", loss=[{"name": "nd"}]))
+    run(run_config(config, tmp_path / "kd"))
 
 
 @pytest.mark.parametrize(
