@@ -12,13 +12,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from pipeline.shards.decode import BadImageError, decode, image_size
 from pipeline.shards.tar import read_samples
 from tests.pipeline.shards.tars import data_config, image_bytes, real_shard
 
 PLENTY = 1_000_000
+_PNG = b"\x89PNG\r\n\x1a\n"
+# Under this profile the same numbers are other colours.
+PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+TURNED_BY_XMP = (
+    b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta xmlns:x="adobe:ns:meta/"><r tiff:Orientation="6"/></x:xmpmeta>'
+)
 
 
 def oriented(form: str, orientation: int, **options: Any) -> bytes:
@@ -43,7 +49,40 @@ def sixteen_bit_png(values_HWC: np.ndarray[Any, Any], color_type: int) -> bytes:
     height, width, _ = values_HWC.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values_HWC)
     header = struct.pack(">IIBBBBB", width, height, 16, color_type, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return _PNG + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def gray_png(bits: int) -> bytes:
+    """All levels of so many bits in one row."""
+    levels = range(2**bits)
+    row = int("".join(f"{level:0{bits}b}" for level in levels), 2).to_bytes(len(levels) * bits // 8, "big")
+    header = struct.pack(">IIBBBBB", len(levels), 1, bits, 0, 0, 0, 0)
+    return _PNG + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b"")
+
+
+def with_segment(jpeg: bytes, marker: int, content: bytes) -> bytes:
+    """A segment more, right after the start of the image."""
+    return jpeg[:2] + bytes([0xFF, marker]) + (len(content) + 2).to_bytes(2, "big") + content + jpeg[2:]
+
+
+def adobe_transform(jpeg: bytes, transform: int) -> bytes:
+    """The same stored channels under another transform: 0 is CMYK, 2 is YCCK."""
+    at = jpeg.index(b"Adobe") + 11
+    return jpeg[:at] + bytes([transform]) + jpeg[at + 1 :]
+
+
+def without_adobe(jpeg: bytes) -> bytes:
+    at = jpeg.index(b"\xff\xee")
+    return jpeg[:at] + jpeg[at + 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big") :]
+
+
+def several(form: str, **options: Any) -> tuple[bytes, Image.Image]:
+    """Three pictures in one file, and the first of them."""
+    pixels = np.random.default_rng(3).integers(0, 256, (3, 6, 9, 3), dtype=np.uint8)
+    first, *others = (Image.fromarray(picture) for picture in pixels)
+    buffer = io.BytesIO()
+    first.save(buffer, form, save_all=True, append_images=others, **options)
+    return buffer.getvalue(), first
 
 
 def translucent(form: str, **options: Any) -> bytes:
@@ -59,7 +98,16 @@ IMAGES = {
     "jpeg cmyk": image_bytes("JPEG", "CMYK"),
     "jpeg progressive": image_bytes("JPEG", progressive=True),
     "jpeg 4:4:4": image_bytes("JPEG", subsampling=0),
-    "jpeg on its side": oriented("JPEG", 6),
+    "jpeg 4:2:2": image_bytes("JPEG", subsampling=1, size=(17, 9)),
+    "jpeg 4:2:0, odd": image_bytes("JPEG", subsampling=2, size=(19, 33)),
+    "jpeg without a transform": image_bytes("JPEG", keep_rgb=True),
+    "jpeg with restart markers": image_bytes("JPEG", size=(40, 40), restart_marker_rows=1),
+    "jpeg with a profile": image_bytes("JPEG", icc_profile=PROFILE),
+    "jpeg cmyk without a marker": without_adobe(image_bytes("JPEG", "CMYK")),
+    "jpeg ycck": adobe_transform(image_bytes("JPEG", "CMYK"), 2),
+    "jpeg of one pixel": image_bytes("JPEG", size=(1, 1)),
+    "jpeg turned by XMP": with_segment(image_bytes("JPEG"), 0xE1, TURNED_BY_XMP),
+    **{f"jpeg in orientation {number}": oriented("JPEG", number) for number in range(1, 9)},
     "png": image_bytes(),
     "png grayscale": image_bytes(mode="L"),
     "png grayscale and alpha": image_bytes(mode="LA"),
@@ -67,9 +115,15 @@ IMAGES = {
     "png palette, one entry transparent": image_bytes(mode="P", transparency=3),
     "png palette, every entry with its alpha": image_bytes(mode="P", transparency=bytes(range(256))),
     "png one bit": image_bytes(mode="1"),
+    "png two bits": gray_png(2),
+    "png four bits": gray_png(4),
+    "png, one colour transparent": image_bytes(transparency=(1, 2, 3)),
+    "png grayscale, one level transparent": image_bytes(mode="L", transparency=7),
+    "png with a profile": image_bytes(icc_profile=PROFILE),
     "png on its side": oriented("PNG", 8),
     "webp": image_bytes("WEBP"),
     "webp lossless": image_bytes("WEBP", lossless=True),
+    "webp with a profile": image_bytes("WEBP", icc_profile=PROFILE),
     "webp on its side": oriented("WEBP", 5),
 }
 
@@ -120,6 +174,67 @@ def test_of_sixteen_bits_the_high_byte_is_kept(color_type: int, channels: list[i
     values_HWC[0, 0], values_HWC[0, 1], values_HWC[0, 2] = 255, 256, 65_535
     decoded_CHW = decode(sixteen_bit_png(values_HWC, color_type), max_pixels=12)
     np.testing.assert_array_equal(decoded_CHW.numpy(), (values_HWC // 256)[..., channels].transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_levels_of_few_bits_are_spread_from_black_to_white(bits: int) -> None:
+    levels = decode(gray_png(bits) if bits > 1 else image_bytes(mode="1"), max_pixels=PLENTY)
+    assert set(levels.flatten().tolist()) == {level * 255 // (2**bits - 1) for level in range(2**bits)}
+
+
+def flat_cmyk(cmyk: tuple[int, int, int, int], transform: int) -> bytes:
+    return adobe_transform(image_bytes_of(Image.new("CMYK", (8, 8), cmyk)), transform)
+
+
+def image_bytes_of(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=100)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("ink", [(0, 0, 0, 0), (255, 0, 0, 0), (0, 255, 0, 0), (20, 90, 200, 60), (0, 0, 0, 255)])
+def test_cmyk_is_inverted_ink_times_inverted_black(ink: tuple[int, int, int, int]) -> None:
+    black = 255 - ink[3]
+    wanted = [(255 - channel) * black / 255 for channel in ink[:3]]
+    for data in (flat_cmyk(ink, 0), without_adobe(flat_cmyk(ink, 0))):
+        # The inks of a flat block come back within one level.
+        assert decode(data, max_pixels=64)[:, 3, 3].tolist() == pytest.approx(wanted, abs=2)
+
+
+@pytest.mark.parametrize("stored", [(255, 128, 128, 255), (150, 90, 200, 255), (120, 160, 110, 100)])
+def test_ycck_is_ycc_turned_to_inks_by_the_jfif_formula(stored: tuple[int, int, int, int]) -> None:
+    # Pillow inverts what it writes, so these channels stand in the file as they are here.
+    data = flat_cmyk((255 - stored[0], 255 - stored[1], 255 - stored[2], 255 - stored[3]), 2)
+    luma, blue, red = stored[0], stored[1] - 128, stored[2] - 128
+    inks = (luma + 1.402 * red, luma - 0.344136 * blue - 0.714136 * red, luma + 1.772 * blue)
+    # libjpeg gives 255 less each, which are the inverted inks of Adobe's files.
+    wanted = [min(max(255 - ink, 0), 255) * stored[3] / 255 for ink in inks]
+    assert decode(data, max_pixels=64)[:, 3, 3].tolist() == pytest.approx(wanted, abs=3)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+def test_a_profile_changes_no_pixel(form: str) -> None:
+    plain, tagged = image_bytes(form), image_bytes(form, icc_profile=PROFILE)
+    assert len(tagged) > len(plain) + 100
+    assert torch.equal(decode(plain, max_pixels=PLENTY), decode(tagged, max_pixels=PLENTY))
+
+
+@pytest.mark.parametrize("own_first", [False, True])
+def test_of_an_animated_png_the_first_picture_is_taken(own_first: bool) -> None:
+    data, first = several("PNG", default_image=own_first)
+    np.testing.assert_array_equal(decode(data, max_pixels=PLENTY).permute(1, 2, 0).numpy(), np.asarray(first))
+
+
+def test_of_a_multi_picture_jpeg_the_first_picture_is_taken() -> None:
+    data, first = several("MPO")
+    np.testing.assert_array_equal(decode(data, max_pixels=PLENTY).numpy(), pillow(data))
+    assert image_size(data) == first.size
+
+
+def test_an_animated_webp_is_undecodable() -> None:
+    with pytest.raises(BadImageError) as caught:
+        decode(several("WEBP")[0], max_pixels=PLENTY)
+    assert caught.value.status == "undecodable"
 
 
 @pytest.mark.parametrize(
@@ -199,6 +314,56 @@ def test_broken_metadata_neither_warns_nor_costs_the_image() -> None:
     segment = b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01"
     broken = data[:2] + b"\xff\xe1" + (len(segment) + 2).to_bytes(2, "big") + segment + data[2:]
     np.testing.assert_array_equal(decode(broken, max_pixels=PLENTY).numpy(), pillow(data))
+
+
+def test_an_exif_that_stands_behind_other_segments_turns_the_image() -> None:
+    turned = oriented("JPEG", 6)
+    for marker, content in (
+        (0xE2, b"ICC_PROFILE\0\1\1" + PROFILE),
+        (0xFE, b"a comment"),
+        (0xEE, b"Adobe\0d\0\0\0\0\0"),
+    ):
+        np.testing.assert_array_equal(
+            decode(with_segment(turned, marker, content), max_pixels=PLENTY).numpy(),
+            pillow(with_segment(turned, marker, content)),
+        )
+    frame = (plain := image_bytes("JPEG", size=(9, 4))).index(b"\xff\xc0")
+    segment = with_segment(b"\xff\xd8", 0xE1, b"Exif\0\0" + exif_of(6))[2:]
+    after = frame + 2 + int.from_bytes(plain[frame + 2 : frame + 4], "big")
+    late = plain[:after] + segment + plain[after:]
+    assert image_size(late) == (4, 9)
+    np.testing.assert_array_equal(decode(late, max_pixels=PLENTY).numpy(), pillow(late))
+
+
+def exif_of(orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    return exif.tobytes().removeprefix(b"Exif\0\0")
+
+
+JPEGS = {name: data for name, data in IMAGES.items() if name.startswith("jpeg")}
+
+
+@settings(max_examples=300, deadline=None)
+@given(name=st.sampled_from(sorted(JPEGS)), data=st.data())
+def test_a_jpeg_header_says_what_pillow_reads_in_it(name: str, data: st.DataObject) -> None:
+    """Also where the segments before the scan are damaged, as long as Pillow reads it at all."""
+    damaged = bytearray(JPEGS[name])
+    scan = damaged.index(b"\xff\xda") + 2
+    for place in data.draw(st.lists(st.integers(2, scan), max_size=3)):
+        damaged[place] = data.draw(st.integers(0, 255))
+    try:
+        found = image_size(bytes(damaged))
+    except BadImageError:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            image = Image.open(io.BytesIO(damaged), formats=("JPEG",))
+        except Exception:
+            return
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in range(5, 9)
+    assert found == (image.size[::-1] if turned else image.size)
 
 
 @settings(max_examples=150, deadline=None)
