@@ -9,7 +9,7 @@ import pyarrow as pa
 
 FORMAT_VERSION = 1
 
-Status = Literal["ok", "undecodable", "empty", "too_large", "duplicate_key", "no_image"]
+Status = Literal["ok", "undecodable", "empty", "too_large", "duplicate_key", "no_image", "truncated"]
 """What became of a sample's image. Only ``ok`` rows are seen by a teacher or a student."""
 
 

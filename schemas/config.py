@@ -38,6 +38,9 @@ class DataConfig(Section):
     bad_samples: Literal["fail", "skip"] = Field(
         "fail", description="Images that cannot be used: stop, or record and skip."
     )
+    max_bad_share: float = Field(
+        0.1, ge=0, le=1, description="Under skip: a shard with a larger share of bad samples fails."
+    )
     missing_labels: Literal["refuse", "ignore"] = Field(
         "refuse", description="Samples without a label: refuse for losses that need one, or average over the others."
     )

@@ -167,13 +167,15 @@ def _in_order(
 
 
 def check_samples(index: ShardIndex, data: DataConfig, *, where: str) -> None:
-    """Holds an index to ``data.bad_samples``: fail refuses any sample that is not ok, skip lets them be recorded.
+    """Holds an index to ``data.bad_samples``: fail refuses any sample that is not ok, skip lets up to
+    ``data.max_bad_share`` of them be recorded.
 
     Raises:
         ShardError: names counts, reasons and the first keys.
     """
     counts = Counter(STATUSES[code] for code in index.status.tolist() if STATUSES[code] != "ok")
-    if data.bad_samples == "skip" or not counts:
+    skips = data.bad_samples == "skip"
+    if counts.total() <= (data.max_bad_share * len(index) if skips else 0):
         return
     bad = np.flatnonzero(index.status != STATUSES.index("ok"))[:_NUM_NAMED].tolist()
     named = [f"{index.keys[row].as_py()} ({STATUSES[index.status[row]]})" for row in bad]
@@ -181,8 +183,12 @@ def check_samples(index: ShardIndex, data: DataConfig, *, where: str) -> None:
         f"{counts.total()} of {len(index)} samples cannot be used",
         where=redact(where),
         got=f"{', '.join(f'{count} {status}' for status, count in sorted(counts.items()))}; first {', '.join(named)}",
-        wanted="one whole JPEG, PNG or WebP image a sample, every key once",
-        next_step="repair the shard, or set data.bad_samples: skip to record and leave them out",
+        wanted=f"at most {data.max_bad_share:.4g} of them bad (data.max_bad_share)"
+        if skips
+        else "one whole JPEG, PNG or WebP image a sample, every key once",
+        next_step="repair the shard, or raise data.max_bad_share"
+        if skips
+        else "repair the shard, or set data.bad_samples: skip to record and leave them out",
     )
 
 

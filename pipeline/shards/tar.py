@@ -1,4 +1,4 @@
-"""Samples out of a tar, in order and with their byte ranges; a damaged tar is an error, never a shorter read.
+"""Samples out of a tar, in order and with their byte ranges; a damaged tar is never a shorter read without a word.
 
 ``tarfile`` ends quietly at a garbled header, at a missing end of archive and at a hole of zeros, so each of its ends
 is checked here against the bytes themselves.
@@ -64,6 +64,7 @@ class _Group:
     key: str
     extensions: set[str] = field(default_factory=set[str])
     repeated: bool = False
+    truncated: bool = False
     label: int | None = None
     image: _Member | None = None
     data: bytes = b""
@@ -83,11 +84,15 @@ def image_extensions(data: DataConfig) -> list[str]:
 def read_samples(path: Path, data: DataConfig, *, where: str) -> Iterator[Sample]:
     """Every sample of a local tar, in tar order. Memory does not grow with the tar, but for the set of keys.
 
+    Under ``bad_samples: skip`` a tar that was cut short ends in a sample of status ``truncated``: the last one that it
+    names, since nobody can know what that one lacks.
+
     Args:
         where: the shard's URL, for messages.
 
     Raises:
-        ShardError: the tar is damaged, ends early, holds no sample, or a label is not an integer in [0, num_classes).
+        ShardError: the tar is damaged, holds no sample, or ends early under ``bad_samples: fail``; or a label is not an
+            integer in [0, num_classes).
     """
     yield from _ShardScan(data, redact(where)).samples(path)
 
@@ -101,6 +106,7 @@ class _ShardScan:
         self._label = None if data.label is None else data.label.lower()
         self._num_classes = data.num_classes
         self._max_bytes = min(_MAX_INT32, data.max_pixels * _BYTES_PER_PIXEL + _HEADROOM_BYTES)
+        self._may_be_cut, self._is_cut = data.bad_samples == "skip", False
         self._seen: set[str] = set()
         self._num_samples = 0
 
@@ -112,34 +118,47 @@ class _ShardScan:
                     if group is not None:
                         yield self._finish(group)
                     group = _Group(member.key)
-                self._take(group, member, file)
+                if not self._is_cut:
+                    self._take(group, member, file)
             if group is None:
                 raise self._error("this shard holds no samples", 0, wanted="members called <key>.<extension>")
+            group.truncated = self._is_cut
             yield self._finish(group)
 
     def _members(self, file: IO[bytes]) -> Iterator[_Member]:
+        """Where the tar is cut inside a member, that one comes last; ``_is_cut`` is set before."""
         size_bytes = os.fstat(file.fileno()).st_size
         try:
             archive = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape")
         except _BAD_HEADER as error:
             raise self._error("this is not an uncompressed tar", 0, got=str(error)) from error
         end = 0
-        while (info := self._next(archive, end)) is not None:
+        while not self._is_cut and (info := self._next(archive, file, end)) is not None:
             # A size below zero would send tarfile back over the same members for ever.
             if info.size < 0 or archive.offset <= end:
                 raise self._error("a garbled tar header", end, got=f"a member of {info.size} bytes")
             if archive.offset > size_bytes:
-                raise self._error("this shard ends inside a member", end, got=f"{size_bytes} bytes in all")
+                self._cut("this shard ends inside a member", end, got=f"{size_bytes} bytes in all")
             end = archive.offset
             if (member := self._member(info)) is not None:
                 yield member
-        self._check_end(file, end)
+        if not self._is_cut:
+            self._check_end(file, end)
 
-    def _next(self, archive: tarfile.TarFile, end: int) -> tarfile.TarInfo | None:
+    def _cut(self, what: str, offset: int, *, got: str | None = None) -> None:
+        if not self._may_be_cut:
+            raise self._error(what, offset, got=got)
+        self._is_cut = True
+
+    def _next(self, archive: tarfile.TarFile, file: IO[bytes], end: int) -> tarfile.TarInfo | None:
         try:
             info = archive.next()
         except _BAD_HEADER as error:
-            raise self._error("a garbled tar header", end, got=str(error)) from error
+            # Extended headers are read one after another; whoever runs out of bytes among them was cut there.
+            if file.read(1) or not end:
+                raise self._error("a garbled tar header", end, got=str(error)) from error
+            self._cut("this shard ends inside a header", end)
+            return None
         # tarfile remembers every member it has seen; a million of them is a gigabyte.
         archive.members.clear()  # pyright: ignore[reportAttributeAccessIssue]
         return info
@@ -159,7 +178,8 @@ class _ShardScan:
         tail = file.read(_END_OF_ARCHIVE)
         garbled = bool(tail.strip(b"\0"))
         if len(tail) < (tarfile.BLOCKSIZE if garbled else _END_OF_ARCHIVE):
-            raise self._error("this shard has no end-of-archive block: it was cut short", end)
+            self._cut("this shard has no end-of-archive block: it was cut short", end)
+            return
         if garbled:
             raise self._error("a garbled tar header", end)
         while chunk := file.read(_CHUNK_BYTES):
@@ -213,6 +233,8 @@ class _ShardScan:
         return sample
 
     def _status(self, group: _Group) -> Status:
+        if group.truncated:
+            return "truncated"
         if group.repeated or group.key in self._seen:
             return "duplicate_key"
         if group.image is None:

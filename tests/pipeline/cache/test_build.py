@@ -6,6 +6,7 @@ import io
 import multiprocessing
 import random
 import shutil
+import tarfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
@@ -30,6 +31,7 @@ from tests.pipeline.caches import TinyCache, build, cache_section, digit_samples
 from tests.pipeline.conftest import TinyConfig
 
 EVAL = ViewBlock(start=0, stop=1, is_eval=True)
+SKIP = {"bad_samples": "skip", "max_bad_share": 1.0}
 
 
 def first_view(config: Config) -> PartTask:
@@ -228,7 +230,7 @@ def bad(row: int, members: dict[str, bytes]) -> Members:
 def test_groups_are_full_whatever_bad_samples_lie_between(tiny_config: TinyConfig, tmp_path: Path) -> None:
     # Without an eval pass before it, the first block of views meets the bad samples itself.
     section = {"class_means": "none"}
-    config = with_samples(tmp_path, tiny_config, bad, data={"bad_samples": "skip"}, cache=section)
+    config = with_samples(tmp_path, tiny_config, bad, data=SKIP, cache=section)
     manifest = build(config)
     assert (manifest.num_samples, manifest.num_ok) == (20, 17)
     assert manifest.skipped == {"empty": 1, "no_image": 1, "undecodable": 1}
@@ -252,15 +254,39 @@ def test_a_bad_sample_under_fail_leaves_no_commit(tiny_config: TinyConfig, tmp_p
 
 
 def test_a_known_index_with_bad_samples_is_refused_under_fail(tiny_config: TinyConfig, tmp_path: Path) -> None:
-    build(with_samples(tmp_path, tiny_config, bad, data={"bad_samples": "skip"}, views={"count": 1}))
+    build(with_samples(tmp_path, tiny_config, bad, data=SKIP, views={"count": 1}))
     with pytest.raises(ShardError, match="3 of 20 samples cannot be used"):
         build(with_samples(tmp_path, tiny_config, bad))
 
 
+def test_more_bad_samples_than_may_be_skipped_leave_no_commit_and_no_index(
+    tiny_config: TinyConfig, tmp_path: Path
+) -> None:
+    config = with_samples(tmp_path, tiny_config, bad, data={"bad_samples": "skip"})
+    with pytest.raises(ShardError, match=r"3 of 20 samples cannot be used[\s\S]*digit-0003[\s\S]*at most 0\.1 "):
+        build(config)
+    assert list(files(cache_section(config).url)) == ["header.json"]
+    build(with_samples(tmp_path, tiny_config, bad, data={"bad_samples": "skip", "max_bad_share": 0.15}))
+
+
+def test_a_cut_shard_gives_its_whole_samples_and_counts_the_one_that_was_cut(
+    tiny_config: TinyConfig, tmp_path: Path
+) -> None:
+    config = with_samples(tmp_path, tiny_config, lambda _, members: members, data={"bad_samples": "skip"})
+    assert isinstance(config.data.shards, tuple)
+    path = Path(config.data.shards[0])
+    with tarfile.open(path) as archive:
+        place = archive.getmember("digit-0015.png").offset_data
+    path.write_bytes(path.read_bytes()[: place + 10])
+    manifest = build(config)
+    assert (manifest.num_samples, manifest.num_ok, manifest.skipped) == (16, 15, {"truncated": 1})
+    assert open_cache(cache_section(config).url).view("own-00", 2).row_N.tolist() == list(range(15))
+    with pytest.raises(ShardError, match="1 of 16 samples cannot be used"):
+        build(tiny_config(data={"shards": [str(path)]}, views={"count": 4}))
+
+
 def test_a_shard_without_one_good_sample_is_a_cache_of_no_rows(tiny_config: TinyConfig, tmp_path: Path) -> None:
-    config = with_samples(
-        tmp_path, tiny_config, lambda _, members: {**members, "png": b"no"}, data={"bad_samples": "skip"}
-    )
+    config = with_samples(tmp_path, tiny_config, lambda _, members: {**members, "png": b"no"}, data=SKIP)
     manifest = build(config)
     cache = open_cache(cache_section(config).url)
     assert (manifest.num_ok, manifest.skipped) == (0, {"undecodable": 20})

@@ -71,7 +71,7 @@ MEANINGLESS: list[dict[str, dict[str, Any]]] = [
     {"cache": {"url": "memory://elsewhere"}},
     {"cache": {"views_per_part": 1}},
     {"data": {"shards": "other-{0..3}.tar"}},
-    {"data": {"bad_samples": "skip"}},
+    {"data": {"bad_samples": "skip", "max_bad_share": 0.5}},
     {"ray": {"cpus_per_task": 2}},
     {"train": {"epochs": 3}},
 ]

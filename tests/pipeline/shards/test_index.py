@@ -206,8 +206,37 @@ def test_bad_samples_fail_with_counts_reasons_and_first_keys(index: ShardIndex) 
     assert "s3://bucket/x.tar" in message
 
 
-def test_bad_samples_pass_when_they_may_be_skipped(index: ShardIndex) -> None:
-    check_samples(index, CONFIG.model_copy(update={"bad_samples": "skip"}), where="x")
+def test_as_many_bad_samples_pass_as_may_be_skipped(index: ShardIndex) -> None:
+    """Five of seven are bad."""
+    check_samples(index, CONFIG.model_copy(update={"bad_samples": "skip", "max_bad_share": 5 / 7}), where="x")
+    with pytest.raises(ShardError) as caught:
+        check_samples(index, CONFIG.model_copy(update={"bad_samples": "skip", "max_bad_share": 0.71}), where="x")
+    message = str(caught.value)
+    assert "5 of 7 samples" in message
+    assert "1 duplicate_key, 1 empty" in message
+    assert "first broken (undecodable)" in message
+    assert "0.71" in message
+    assert "max_bad_share" in message
+
+
+def test_whole_samples_pass_where_no_bad_one_may_be_skipped(shard: Path) -> None:
+    shard.write_bytes(make_tar([("a.jpg", WHOLE)]))
+    config = CONFIG.model_copy(update={"bad_samples": "skip", "max_bad_share": 0.0})
+    check_samples(index_shard(shard, config, where="x.tar"), config, where="x.tar")
+
+
+def test_a_cut_shard_is_indexed_up_to_its_cut_when_told_to_skip(shard: Path) -> None:
+    content = make_tar([("a.jpg", WHOLE), ("a.cls", b"1"), ("b.jpg", WHOLE), ("c.jpg", WHOLE)])
+    shard.write_bytes(content[: content.rindex(WHOLE) + 100])
+    config = CONFIG.model_copy(update={"bad_samples": "skip"})
+    index = index_shard(shard, config, where="x.tar")
+    assert [STATUSES[code] for code in index.status] == ["ok", "ok", "truncated"]
+    assert index.keys.to_pylist() == ["a", "b", "c"]
+    assert (index.offset[2], index.size[2]) == (0, 0)
+    back = decode_index(encode_index(index, index_settings(config)), where="x", settings=index_settings(config))
+    assert same(back, index)
+    with pytest.raises(ShardError, match=r"1 of 3 samples[\s\S]*1 truncated[\s\S]*first c \(truncated\)"):
+        check_samples(index, CONFIG, where="x.tar")
 
 
 def test_whole_samples_pass_when_bad_ones_fail(shard: Path) -> None:

@@ -183,6 +183,39 @@ def test_a_tar_cut_anywhere_is_refused_or_lost_nothing(shard: Path, form: int) -
             samples_of(shard, content[:cut])
 
 
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_a_tar_cut_anywhere_keeps_its_whole_samples_when_told_to_skip(shard: Path, form: int) -> None:
+    members = [
+        ("n" * 120 + "/a.jpg", b"A" * 700),
+        ("n" * 120 + "/a.cls", b"3"),
+        ("b.jpg", b"B" * BLOCK),
+        ("c.jpg", b"C"),
+    ]
+    content = make_tar(members, form=form)
+    whole = samples_of(shard, content)
+    # Where each sample's first header ends: from there on the tar names it.
+    named = [content.index(data) for data in (b"A" * 700, b"B" * BLOCK, b"C" + b"\0" * 511)]
+    end = len(content.rstrip(b"\0"))
+    end += -end % BLOCK + len(END_OF_ARCHIVE)
+    assert samples_of(shard, content[:end], bad_samples="skip") == whole
+    for cut in range(named[0], end, 7):
+        *kept, last = samples_of(shard, content[:cut], bad_samples="skip")
+        assert len(kept) == sum(place <= cut for place in named) - 1
+        assert kept == whole[: len(kept)]
+        assert (last.row, last.key, last.status) == (len(kept), whole[len(kept)].key, "truncated")
+    for cut in range(0, named[0], 7):
+        with pytest.raises(ShardError):
+            samples_of(shard, content[:cut], bad_samples="skip")
+
+
+@pytest.mark.parametrize("start", [1536, 2560])
+def test_damage_that_is_no_cut_is_refused_also_when_told_to_skip(shard: Path, start: int) -> None:
+    content = bytearray(make_tar(PAIR))
+    content[start : start + BLOCK] = b"x" * BLOCK
+    with pytest.raises(ShardError, match="garbled"):
+        samples_of(shard, bytes(content), bad_samples="skip")
+
+
 def test_a_cut_says_where_and_how_many_samples_came_before(shard: Path) -> None:
     content = make_tar(PAIR)
     # Headers and data: a.jpg 0 and 512 to 1536, a.cls 1536 and 2048, b.jpg 2560 and 3072.

@@ -115,7 +115,7 @@ def test_bad_images_follow_the_configs_rule(replays: Replay) -> None:
     with pytest.raises(ShardError, match="20 of 20 samples cannot be used"):
         evaluator(config, max_pixels=5)(student.module, student.input)
     with pytest.raises(ConfigError, match="no images to evaluate on"):
-        evaluator(config, max_pixels=5, bad_samples="skip")(student.module, student.input)
+        evaluator(config, max_pixels=5, bad_samples="skip", max_bad_share=1.0)(student.module, student.input)
 
 
 def trained(cache: TinyCache, url: Path, **sections: Any) -> Config:
