@@ -6,9 +6,11 @@ Unknown keys are refused. Nothing here touches a file, a network or a model.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Interpolation = Literal["bilinear", "bicubic"]
@@ -19,6 +21,44 @@ class Section(BaseModel):
     """A frozen group of keys that refuses names it does not know."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_booleans(cls, values: Any) -> Any:
+        """Pydantic takes true for 1, which nobody means."""
+        given: dict[str, Any] = values if isinstance(values, dict) else {}
+        wrong = [
+            InitErrorDetails(
+                type=PydanticCustomError("boolean", "Input should be a valid number"), loc=loc, input=value
+            )
+            for name, field in cls.model_fields.items()
+            if name in given and _takes_numbers(field.annotation)
+            for loc, value in _booleans(given[name], (name,))
+        ]
+        if wrong:
+            raise ValidationError.from_exception_data(cls.__name__, wrong)
+        return values
+
+
+def _takes_numbers(annotation: Any) -> bool:
+    kinds = list(_kinds(annotation))
+    return (int in kinds or float in kinds) and bool not in kinds
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """The types of which an annotation is made."""
+    yield annotation
+    for inner in get_args(annotation):
+        yield from _kinds(inner)
+
+
+def _booleans(value: Any, loc: tuple[str | int, ...]) -> Iterator[tuple[tuple[str | int, ...], bool]]:
+    """The booleans in a value or list, by place."""
+    if isinstance(value, bool):
+        yield loc, value
+    elif isinstance(value, list | tuple):
+        for position, part in enumerate(value):
+            yield from _booleans(part, (*loc, position))
 
 
 class DataConfig(Section):

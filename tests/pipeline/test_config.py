@@ -94,6 +94,12 @@ def test_interpolation_is_resolved_after_overrides(yaml_file: Path, monkeypatch:
     assert config.run.url == "s3://mine/r"
 
 
+def test_booleans_stay_where_they_are_meant(yaml_file: Path) -> None:
+    config = load(yaml_file, "train: {nesterov: yes}\nteacher: {kwargs: {drop: true, sizes: [false]}}\n")
+    assert config.train.nesterov is True
+    assert config.teacher.kwargs == {"drop": True, "sizes": [False]}
+
+
 def test_a_section_override_merges_into_the_section(yaml_file: Path) -> None:
     config = load(yaml_file, TRAINING, "train={epochs: 9}")
     assert (config.train.epochs, config.train.lr) == (9, 0.0003)
@@ -112,6 +118,10 @@ def test_a_section_override_merges_into_the_section(yaml_file: Path) -> None:
         ("cache: {logits: fp16}\n", ["missing key: cache.url", "line 1", "Folder of the cache"]),
         ("train: {lr: fast}\n", ["wrong value: train.lr", "'fast' (text)", "number"]),
         ("train: {epochs: 0}\n", ["wrong value: train.epochs", "got:    0", "greater than or equal to 1"]),
+        ("train: {epochs: true}\n", ["wrong value: train.epochs", "line 1", "True (true/false)", "number"]),
+        ("train: {clip_norm: false}\n", ["wrong value: train.clip_norm", "False (true/false)", "number"]),
+        ("views: {area: [0.1, yes]}\n", ["wrong value: views.area.1", "True (true/false)", "number"]),
+        ("loss: [{name: kd, temperature: true}]\n", ["wrong value: loss.0.temperature", "line 1", "number"]),
         ("train: 3\n", ["wrong value: train", "3 (a number)", "mapping"]),
         ("views:\n", ["wrong value: views", "null", "mapping"]),
         ("data: {shards: 3}\n", ["wrong value: data.shards", "text or list"]),
