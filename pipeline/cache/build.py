@@ -230,7 +230,7 @@ class _PartBuild:
             if known is None:
                 known = self._fill_and_index(writer, local)
             else:
-                self._fill(writer, indexed_samples(local, known.index, where=self.where), None)
+                self._fill(writer, indexed_samples(local, known.index, self.data, where=self.where), None)
             part = writer.close()
         return self._publish(part, known, shard_size_bytes=local.stat().st_size)
 

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import xxhash
@@ -17,9 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.errors import ShardError
-from pipeline.shards.decode import BadImageError, decode, image_size
-from pipeline.shards.index import IndexBuilder, ShardIndex
-from pipeline.shards.tar import Sample, ShardReader, read_samples
+from pipeline.fingerprint import differences
+from pipeline.shards.decode import BadImageError, BadStatus, decode, image_size
+from pipeline.shards.index import NO_LABEL, STATUSES, IndexBuilder, ShardIndex
+from pipeline.shards.tar import Sample, read_samples
 from pipeline.views.params import (
     EVAL_VIEW,
     ViewParams,
@@ -33,6 +35,8 @@ from pipeline.views.pixels import apply_view, stack_views
 from schemas.cache import Status
 from schemas.config import DataConfig, Interpolation, ViewsConfig
 from schemas.manifest import ViewBlock
+
+_AFTER_DECODING = ("ok", *get_args(BadStatus))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,32 +92,55 @@ def fresh_samples(path: Path, data: DataConfig, *, where: str) -> Iterator[Sampl
     return read_samples(path, data, where=where)
 
 
-def indexed_samples(path: Path, index: ShardIndex, *, where: str) -> Iterator[Sample]:
-    """The ok samples of an indexed shard, by byte range.
+def indexed_samples(path: Path, index: ShardIndex, data: DataConfig, *, where: str) -> Iterator[Sample]:
+    """The ok samples of an indexed shard, in tar order. The whole tar is read, and each sample is held to its row.
 
     Raises:
-        ShardError: the bytes are not those that were indexed.
+        ShardError: the tar is not the one that was indexed, or is damaged.
     """
-    with ShardReader(path, where=where) as reader:
-        for position in index.ok:
-            data = reader.read(int(index.offset[position]), int(index.size[position]))
-            key = index.keys[position].as_py()
-            if xxhash.xxh3_64_intdigest(data) != int(index.content_hash[position]):
-                raise ShardError(
-                    "this shard was changed after it was indexed",
-                    where=f"{where}, key {key!r}",
-                    next_step="restore the shard, or give the changed one another name",
-                )
-            label = int(index.label[position])
-            yield Sample(
-                row=int(index.row[position]),
-                key=key,
-                status="ok",
-                label=None if label < 0 else label,
-                offset=int(index.offset[position]),
-                size=int(index.size[position]),
-                data=data,
-            )
+    keys, num_read = index.keys.to_pylist(), 0
+    for sample in read_samples(path, data, where=where):
+        num_read += 1
+        if num_read > len(index):
+            raise _changed(where, got=f"a sample {sample.key!r} beyond the {len(index)} indexed")
+        _check_indexed(sample, index, keys[sample.row], where)
+        if index.status[sample.row] == STATUSES.index("ok"):
+            yield sample
+    if num_read < len(index):
+        raise _changed(where, got=f"{num_read} samples", wanted=f"{len(index)}")
+
+
+def _check_indexed(sample: Sample, index: ShardIndex, key: str, where: str) -> None:
+    row, status = sample.row, STATUSES[index.status[sample.row]]
+    indexed = {
+        "key": key,
+        "label": int(index.label[row]),
+        "offset": int(index.offset[row]),
+        "size": int(index.size[row]),
+        "content_hash": int(index.content_hash[row]),
+        # Only a decoder tells whether an image that is there can be used.
+        "status": "ok" if sample.status == "ok" and status in _AFTER_DECODING else status,
+    }
+    found = {
+        "key": sample.key,
+        "label": NO_LABEL if sample.label is None else sample.label,
+        "offset": sample.offset,
+        "size": sample.size,
+        "content_hash": xxhash.xxh3_64_intdigest(sample.data),
+        "status": sample.status,
+    }
+    if changed := differences(indexed, found):
+        raise _changed(f"{where}, key {key!r}", got="; ".join(changed))
+
+
+def _changed(where: str, *, got: str, wanted: str | None = None) -> ShardError:
+    return ShardError(
+        "this shard was changed after it was indexed",
+        where=where,
+        got=got,
+        wanted=wanted,
+        next_step="restore the shard, or give the changed one another name",
+    )
 
 
 def read_groups(

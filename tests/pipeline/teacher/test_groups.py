@@ -20,6 +20,7 @@ from pipeline.views.params import EVAL_VIEW
 from schemas.config import DataConfig, ViewsConfig
 from schemas.manifest import ViewBlock
 from tests.pipeline.caches import digit_samples
+from tests.pipeline.shards.tars import make_tar
 
 MIX_GROUP = 6
 DATA = DataConfig.model_validate({"num_classes": 10})
@@ -66,7 +67,7 @@ def test_every_group_but_the_last_is_full_whatever_lies_between(kinds: list[str]
 def test_a_first_pass_and_an_indexed_pass_make_the_same_groups(digits_shards: list[str]) -> None:
     url, index = digits_shards[0], index_of(digits_shards[0])
     fresh = groups_of(fresh_samples(Path(url), DATA, where=url), rendering(), IndexBuilder("s"))
-    again = groups_of(indexed_samples(Path(url), index, where=url), rendering(), None)
+    again = groups_of(indexed_samples(Path(url), index, DATA, where=url), rendering(), None)
     assert [len(group.samples) for group in fresh] == [6, 6, 6, 2]
     for one, other in zip(fresh, again, strict=True):
         assert torch.equal(one.pixels_VNCHW, other.pixels_VNCHW)
@@ -122,5 +123,35 @@ def test_bytes_that_are_not_those_indexed_are_named(digits_shards: list[str], tm
     data[int(index.offset[4]) + 40] ^= 1
     changed = tmp_path / "digits-00.tar"
     changed.write_bytes(data)
-    with pytest.raises(ShardError, match=r"changed after it was indexed[\s\S]*digit-0004"):
-        list(indexed_samples(changed, index, where="here"))
+    with pytest.raises(ShardError, match=r"changed after it was indexed[\s\S]*digit-0004[\s\S]*content_hash"):
+        list(indexed_samples(changed, index, DATA, where="here"))
+
+
+MEMBERS = [("a.png", PNG), ("a.cls", b"1"), ("b.png", PNG), ("b.cls", b"2"), ("c.png", b"no image")]
+
+
+@pytest.mark.parametrize(
+    ("members", "told"),
+    [
+        ([*MEMBERS[:3], ("b.cls", b"3"), *MEMBERS[4:]], r"key 'b'\n.*label: 2 -> 3"),
+        ([*MEMBERS[:3], ("b.txt", b"2"), *MEMBERS[4:]], r"key 'b'\n.*label: 2 -> -1"),
+        ([*MEMBERS[:4], ("d.png", b"no image")], r"key 'c'\n.*key: c -> d"),
+        ([*MEMBERS, ("d.cls", b"1")], r"a sample 'd' beyond the 3 indexed"),
+        (MEMBERS[:4], r"got: +2 samples\n.*3"),
+        ([*MEMBERS, ("c.PNG", b"")], r"key 'c'\n.*status: undecodable -> duplicate_key"),
+        ([*MEMBERS[:2], MEMBERS[3], MEMBERS[2], *MEMBERS[4:]], r"key 'b'\n.*offset"),
+        ([*MEMBERS[:4], ("c.png", b"no picture")], r"key 'c'\n.*content_hash.*size"),
+    ],
+    ids=["label", "no label", "key", "added", "removed", "repeated", "moved", "bad image"],
+)
+def test_whatever_changed_in_a_tar_of_the_same_size_is_told(
+    members: list[tuple[str, bytes]], told: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "s.tar"
+    path.write_bytes(make_tar(MEMBERS))
+    index, size_bytes = index_of(str(path)), path.stat().st_size
+    assert [sample.key for sample in indexed_samples(path, index, DATA, where="here")] == ["a", "b"]
+    path.write_bytes(make_tar(members))
+    assert path.stat().st_size == size_bytes
+    with pytest.raises(ShardError, match=rf"changed after it was indexed[\s\S]*{told}"):
+        list(indexed_samples(path, index, DATA, where="here"))
