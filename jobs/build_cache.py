@@ -40,6 +40,7 @@ def build_cache(config: Config) -> Manifest:
     assert config.data.shards is not None
     urls = storage.expand(config.data.shards)
     by_id = dict(zip(shard_ids(urls), urls, strict=True))
+    storage.probe(cache.url)
     commits = read_commits(cache.url)
     check_shards(cache.url, by_id, commits)
     with cluster(config.ray):

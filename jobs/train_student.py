@@ -20,6 +20,7 @@ from jobs.index_shards import index_shards
 from jobs.paths import with_absolute_paths
 from jobs.progress import ProgressView
 from jobs.ray_runtime import cluster, require_resources
+from pipeline import storage
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, InputError, StillroomError, TrainingError
 from pipeline.student.checkpoint import check_begun, read_summary
@@ -46,6 +47,7 @@ def train_student(config: Config) -> dict[str, Any]:
         print(f"{_name(run_url)}: finished before; nothing to do", file=sys.stderr)
         return summary
     check_training(config)
+    storage.probe(run_url)
     if config.ray.address == "none":
         return _train_here(config)
     with cluster(config.ray):

@@ -86,7 +86,11 @@ class ResourceError(InputError):
 
 
 class StorageError(StillroomError):
-    """Storage that failed although the request was right. Worth another try."""
+    """Storage that failed although the request was right."""
+
+
+class PassingStorageError(StorageError):
+    """Storage that failed in a way that often passes by itself: throttling, a lost connection. Worth another try."""
 
 
 class TrainingError(StillroomError):

@@ -2,28 +2,46 @@
 
 Writes are never streamed into their final name: an exception inside an fsspec or Arrow output stream publishes what
 was written so far. A writer makes a local temporary file, closes it, and ``put`` publishes it in one step.
+
+Every operation may be repeated, so what may pass by itself (throttling, a lost connection, a short answer) is tried
+again here, a few times within a minute; what a caller sees has lasted. See ``_repeated``.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import errno
 import hashlib
+import logging
 import os
 import re
 import shutil
 import tempfile
 import threading
 import uuid
-from collections.abc import Generator
+import zlib
+from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import fsspec
 from braceexpand import braceexpand
 from filelock import FileLock
+from tenacity import (
+    before_sleep_log,
+    retry,
+    retry_if_exception_type,
+    stop_after_attempt,
+    stop_before_delay,
+    wait_random_exponential,
+)
 
-from pipeline.errors import StillroomError, StorageError, StorageInputError
+from pipeline.errors import PassingStorageError, StillroomError, StorageError, StorageInputError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+_log = logging.getLogger(__name__)
 
 WRITABLE = ("file", "memory", "s3", "gs", "gcs", "az", "abfs", "abfss")
 READABLE = (*WRITABLE, "http", "https", "hf")
@@ -39,8 +57,45 @@ _NO_CREDENTIALS = re.compile(
 _NO_CONNECTION = re.compile(
     r"Connector|ConnectionRefused|EndpointConnection|ProxyConnection|ConnectTimeout|ConnectError"
 )
+# S3 answers these with a status that elsewhere means a wrong request. NoSuchUpload: the answer to the end of a
+# multipart upload was lost, and its repetition finds the upload gone; a new upload is right.
+_PASSING_CODES = frozenset(
+    {
+        *("BadDigest", "ConditionalRequestConflict", "IncompleteBody", "NoSuchUpload", "OperationAborted"),
+        *("RequestTimeout", "SlowDown", "Throttling", "ThrottlingException", "XAmzContentSHA256Mismatch"),
+    }
+)
+_PASSING_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504, 507, 509, 529})
+_PASSING_ERRNO = frozenset(
+    {
+        *(errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.ENOLCK),
+        *(errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH),
+    }
+)
+_DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_MAX_ATTEMPTS = 5
+_MAX_REPEATING_S = 60
+# Full jitter: many tasks that were throttled together come back apart.
+_PAUSE = wait_random_exponential(multiplier=0.2, max=8)
+# One request up to twice this size, else parts of it, a few at a time: bounds the memory of an upload.
+_S3_CHUNK_BYTES, _S3_CONCURRENCY = 32 * 2**20, 4
+# A CRC of the whole object, which the store computes from what arrived and refuses if it differs. Of the algorithms
+# that botocore has without a native extension, S3 folds only this one over the parts of a multipart upload.
+_S3_CHECKSUM = {"ChecksumAlgorithm": "CRC32", "ChecksumType": "FULL_OBJECT"}
+_READ_BLOCK_BYTES = 2**20
 _SCHEME_WITHOUT_SLASHES = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:(?!//)")
 _memory_lock = threading.Lock()
+
+
+def _repeated(operation: Callable[P, R]) -> Callable[P, R]:
+    """Tries again what may pass, with growing random pauses. ``operation`` is idempotent, and never inside another."""
+    return retry(
+        retry=retry_if_exception_type(PassingStorageError),
+        stop=stop_after_attempt(_MAX_ATTEMPTS) | stop_before_delay(_MAX_REPEATING_S),
+        wait=_PAUSE,
+        before_sleep=before_sleep_log(_log, logging.INFO),
+        reraise=True,
+    )(operation)
 
 
 def protocol(url: str) -> str:
@@ -113,6 +168,10 @@ def _filesystem(url: str) -> tuple[Any, str]:
     try:
         with _told(url, "open"):
             filesystem, path = fsspec.core.url_to_fs(url)
+            if name == "s3":
+                # botocore repeats single requests (AWS_MAX_ATTEMPTS, AWS_RETRY_MODE), we repeat operations. s3fs in
+                # between would multiply both.
+                filesystem.retries = 1
     except ImportError as error:
         raise StorageInputError(
             f"{name}:// needs a package that is not installed",
@@ -174,18 +233,53 @@ def _translated(error: Exception, url: str, doing: str) -> StorageError | Storag
     if not (of_library or of_argument or isinstance(error, OSError)):
         return None
     got = f"{name}: {_without_secrets(str(error))}"
+    if _error_code(error) in _PASSING_CODES:
+        return PassingStorageError(f"cannot {doing}", where=where, got=got)
     if of_library and _NO_CREDENTIALS.search(name):
         next_step = "set the credentials of this store in the environment or in its configuration file, and try again"
         return StorageInputError(f"cannot {doing}: no valid credentials", where=where, got=got, next_step=next_step)
     if isinstance(error, PermissionError) or (of_library and _status(error) in (401, 403)):
         return StorageInputError(f"cannot {doing}: permission denied", where=where)
     if _NO_CONNECTION.search(name):
-        return StorageError(f"cannot {doing}: could not connect", where=where, got=got)
+        kind = PassingStorageError if _may_pass(error) else StorageError
+        return kind(f"cannot {doing}: could not connect", where=where, got=got)
     if (reason := _wrong_path(error)) is not None:
         return StorageInputError(f"cannot {doing}: {reason}", where=where, next_step=_glob_hint(error, where))
     if of_argument:
         return StorageInputError(f"cannot {doing}: the store does not take this name", where=where, got=got)
-    return StorageError(f"cannot {doing}", where=where, got=got)
+    if isinstance(error, OSError) and error.errno in _DISK_FULL:
+        return _disk_full(error, where, doing)
+    kind = PassingStorageError if _may_pass(error) else StorageError
+    return kind(f"cannot {doing}", where=where, got=got)
+
+
+def _error_code(error: BaseException) -> str | None:
+    """The code in S3's answer; s3fs keeps that as the cause."""
+    response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
+    return response.get("Error", {}).get("Code") if isinstance(response, dict) else None
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the same request may succeed later: a timeout, a lost connection, a store that is overloaded."""
+    if isinstance(error, (TimeoutError, ConnectionError)):
+        return True
+    response = getattr(error.__cause__, "response", None)
+    status = response["ResponseMetadata"].get("HTTPStatusCode") if isinstance(response, dict) else _status(error)
+    if status is not None:
+        return status in _PASSING_STATUS
+    if _package(error) in _LIBRARIES:
+        # Bad certificates and URLs are values; the rest is connections and half answers.
+        return not isinstance(error, ValueError)
+    return isinstance(error, OSError) and error.errno in _PASSING_ERRNO
+
+
+def _disk_full(error: OSError, where: str, doing: str) -> StorageError:
+    return StorageError(
+        f"cannot {doing}: no space is left",
+        where=where,
+        got=f"{type(error).__name__}: {error}",
+        next_step="free some space (or set TMPDIR, if it is the scratch folder) and run the command again; it resumes",
+    )
 
 
 def _wrong_path(error: Exception) -> str | None:
@@ -210,6 +304,7 @@ def _without_secrets(text: str) -> str:
     return re.sub(r"\w+://[^\s'\"]+", lambda found: redact(found[0]), text)
 
 
+@_repeated
 def exists(url: str) -> bool:
     """Whether a file is there now; a store that cannot tell is an error, never an absent file."""
     filesystem, path = _filesystem(url)
@@ -230,6 +325,7 @@ def _info(filesystem: Any, path: str) -> dict[str, Any] | None:
         return None
 
 
+@_repeated
 def size(url: str) -> int:
     """Size in bytes."""
     filesystem, path = _filesystem(url)
@@ -248,6 +344,7 @@ def _file_size(filesystem: Any, path: str) -> int:
     return int(found["size"])
 
 
+@_repeated
 def read(url: str) -> bytes:
     """The whole object."""
     filesystem, path = _filesystem(url)
@@ -261,12 +358,19 @@ def read(url: str) -> bytes:
             raise
 
 
+@_repeated
 def read_range(url: str, offset: int, size_bytes: int) -> bytes:
     """Exactly ``size_bytes`` from ``offset``; a shorter object is an error, never a short answer."""
     filesystem, path = _filesystem(url)
     with _told(url, "read"):
         data = bytes(filesystem.cat_file(path, start=offset, end=offset + size_bytes))
-    if len(data) != size_bytes:
+        is_short = len(data) != size_bytes
+        is_cut = is_short and _file_size(filesystem, path) >= offset + size_bytes
+    if is_cut:
+        raise PassingStorageError(
+            "the answer was cut short", where=redact(url), got=f"{len(data)} of {size_bytes} bytes"
+        )
+    if is_short:
         raise StorageError(
             "the object is shorter than its commit says",
             where=redact(url),
@@ -276,6 +380,7 @@ def read_range(url: str, offset: int, size_bytes: int) -> bytes:
     return data
 
 
+@_repeated
 def listing(url: str) -> list[str]:
     """Paths relative to ``url`` of every object below it, sorted; empty where the folder is absent."""
     filesystem, path = _filesystem(url)
@@ -292,73 +397,102 @@ def _is_temporary(name: str) -> bool:
     return name.rsplit("/", 1)[-1].startswith(".tmp-")
 
 
+@_repeated
 def put(local: Path, url: str) -> None:
     """Publishes a closed local file under ``url``: one replace on a file system, one upload on an object store."""
     filesystem, path = _writable(url)
+    name = protocol(url)
     with _told(url, "write"):
-        if protocol(url) != "file":
+        if name == "file":
+            _put_file(local, Path(path))
+        elif name == "s3":
+            _put_s3(filesystem, local, path, where=redact(url))
+        else:
             filesystem.put_file(str(local), path)
-            return
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = _scratch_beside(target)
-        try:
-            shutil.copyfile(local, scratch)
-            _fsync(scratch)
-            scratch.replace(target)
-        finally:
-            scratch.unlink(missing_ok=True)
+
+
+def _put_file(local: Path, target: Path) -> None:
+    _make_folder(target.parent)
+    scratch = _scratch_beside(target)
+    try:
+        shutil.copyfile(local, scratch)
+        _fsync(scratch)
+        scratch.replace(target)
+        _fsync_folder(target.parent)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _put_s3(filesystem: Any, local: Path, path: str, *, where: str) -> None:
+    """Uploads with a checksum, and asks what arrived: not every store heeds the checksum."""
+    filesystem.put_file(str(local), path, chunksize=_S3_CHUNK_BYTES, max_concurrency=_S3_CONCURRENCY, **_S3_CHECKSUM)
+    bucket, key, _ = filesystem.split_path(path)
+    stored = filesystem.call_s3("head_object", Bucket=bucket, Key=key, ChecksumMode="ENABLED")
+    wanted = {"size": local.stat().st_size, "crc32": _crc32(local)}
+    # A store without checksums has none to tell.
+    got = {"size": stored["ContentLength"], "crc32": stored.get("ChecksumCRC32", wanted["crc32"])}
+    if got != wanted:
+        raise PassingStorageError("the store holds other bytes than were sent", where=where, got=got, wanted=wanted)
+
+
+def _crc32(path: Path) -> str:
+    """As S3 writes it: base64 of the big-endian word."""
+    value = 0
+    with path.open("rb") as handle:
+        while block := handle.read(_READ_BLOCK_BYTES):
+            value = zlib.crc32(block, value)
+    return base64.b64encode(value.to_bytes(4, "big")).decode()
 
 
 def write(url: str, data: bytes) -> None:
     """Publishes bytes under ``url``, replacing what was there."""
-    with tempfile.TemporaryDirectory() as folder:
-        local = Path(folder) / "object"
+    with scratch_folder() as folder:
+        local = folder / "object"
         local.write_bytes(data)
         put(local, url)
 
 
+@_repeated
 def create(url: str, data: bytes) -> bool:
-    """Publishes bytes only where nothing is. True if this call did it; False if another was first.
+    """Publishes bytes only where nothing is. True if they stand now; False if others were first.
+
+    Who finds its own bytes has won too: its first answer was lost, or an equal builder was as fast. Nobody could tell
+    the two apart, and nobody has to, since equal bytes mean the same to every reader.
 
     Raises:
         StorageInputError: the store offers no conditional create that is implemented here.
     """
     filesystem, path = _writable(url)
-    name = protocol(url)
+    creates = _CREATES.get(protocol(url))
+    if creates is None:
+        raise StorageInputError(
+            "this store has no create-if-absent here yet",
+            where=redact(url),
+            got=protocol(url),
+            wanted="file, memory or s3 for caches and runs",
+            next_step="write to one of these; reading from it works",
+        )
     with _told(url, "create"):
-        if name == "file":
-            return _create_file(Path(path), data)
-        if name == "memory":
-            with _memory_lock:
-                if filesystem.exists(path):
-                    return False
-                filesystem.pipe_file(path, data)
-                return True
-        if name == "s3":
-            try:
-                # s3fs turns this mode into PutObject with If-None-Match: *, which the store decides atomically.
-                filesystem.pipe_file(path, data, mode="create")
-            except FileExistsError:
-                return False
+        if creates(filesystem, path, data):
             return True
-    raise StorageInputError(
-        "this store has no create-if-absent here yet",
-        where=redact(url),
-        got=name,
-        wanted="file, memory or s3 for caches and runs",
-        next_step="write to one of these; reading from it works",
-    )
+        try:
+            return bytes(filesystem.cat_file(path)) == data
+        except FileNotFoundError as error:
+            raise PassingStorageError("what stood here was removed at this moment", where=redact(url)) from error
 
 
-def _create_file(target: Path, data: bytes) -> bool:
-    target.parent.mkdir(parents=True, exist_ok=True)
+def _create_file(_: Any, path: str, data: bytes) -> bool:
+    target = Path(path)
+    if target.is_file():
+        return False
+    _make_folder(target.parent)
     scratch = _scratch_beside(target)
     try:
         scratch.write_bytes(data)
         _fsync(scratch)
         # A hard link either appears with all its bytes or not at all, also over NFS.
         os.link(scratch, target)
+        _fsync_folder(target.parent)
     except FileExistsError:
         return False
     finally:
@@ -366,15 +500,95 @@ def _create_file(target: Path, data: bytes) -> bool:
     return True
 
 
+def _create_memory(filesystem: Any, path: str, data: bytes) -> bool:
+    with _memory_lock:
+        if filesystem.exists(path):
+            return False
+        filesystem.pipe_file(path, data)
+        return True
+
+
+def _create_s3(filesystem: Any, path: str, data: bytes) -> bool:
+    try:
+        # s3fs turns this mode into PutObject with If-None-Match: *, which the store decides atomically.
+        filesystem.pipe_file(path, data, mode="create", **_S3_CHECKSUM)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        # Not every store names the condition that failed, as s3fs wants it.
+        if _error_code(error) == "PreconditionFailed":
+            return False
+        raise
+    return True
+
+
+_CREATES: dict[str, Callable[[Any, str, bytes], bool]] = {
+    "file": _create_file,
+    "memory": _create_memory,
+    "s3": _create_s3,
+}
+
+
+def probe(url: str) -> None:
+    """Proves before any work that files can be created, kept from a second creator, and removed below ``url``.
+
+    Raises:
+        StorageInputError: one of these fails. Nothing is left behind.
+    """
+    name = f".tmp-probe-{uuid.uuid4().hex}"
+    target = join(_existing_folder(url) if protocol(url) == "file" else url, name)
+    if not create(target, b"first"):
+        raise StorageError("another object stands under a new random name", where=redact(target))
+    try:
+        is_safe = not create(target, b"second")
+    finally:
+        delete(target)
+    if not is_safe:
+        raise StorageInputError(
+            "this store does not heed create-if-absent: two builders would overwrite each other's work",
+            where=redact(url),
+            got="a second create of the same object that succeeded",
+            next_step="use a store or a version of it with conditional writes (If-None-Match)",
+        )
+
+
+def _existing_folder(url: str) -> str:
+    """The deepest folder on the way to a local path that is there: a probe leaves no new one."""
+    path = Path(_filesystem(url)[1])
+    return str(next(folder for folder in (path, *path.parents) if folder.exists()))
+
+
+def _make_folder(folder: Path) -> None:
+    """A folder and what it lacks above it, each entry on disk before something is put into it."""
+    if folder.is_dir():
+        return
+    _make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    _fsync_folder(folder.parent)
+
+
 def _scratch_beside(target: Path) -> Path:
     return target.with_name(f".tmp-{uuid.uuid4().hex}")
 
 
 def _fsync(path: Path) -> None:
-    with path.open("rb") as handle:
-        os.fsync(handle.fileno())
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
+def _fsync_folder(folder: Path) -> None:
+    """Puts new names on disk. A file system that cannot (some network ones) does it by itself, or never."""
+    try:
+        _fsync(folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+
+
+@_repeated
 def delete(url: str) -> None:
     """Removes one object; an absent one is fine, since another builder may have been first."""
     filesystem, path = _writable(url)
@@ -385,6 +599,7 @@ def delete(url: str) -> None:
             return
 
 
+@_repeated
 def local_copy(url: str, folder: Path) -> Path:
     """A local path with the object's bytes: itself if it is local, else a copy in ``folder``, fetched once a node.
 
@@ -400,11 +615,33 @@ def local_copy(url: str, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(str(target) + ".lock"):
         if not target.exists():
-            scratch = _scratch_beside(target)
-            with _told(url, "fetch"):
-                filesystem.get_file(path, str(scratch))
-            if scratch.stat().st_size != size_bytes:
-                scratch.unlink()
-                raise StorageError("the download was cut short", where=redact(url), wanted=f"{size_bytes} bytes")
-            scratch.replace(target)
+            _fetch(filesystem, path, target, url=url, size_bytes=size_bytes)
     return target
+
+
+def _fetch(filesystem: Any, path: str, target: Path, *, url: str, size_bytes: int) -> None:
+    scratch = _scratch_beside(target)
+    try:
+        with _told(url, "fetch"):
+            filesystem.get_file(path, str(scratch))
+        if scratch.stat().st_size != size_bytes:
+            raise PassingStorageError("the download was cut short", where=redact(url), wanted=f"{size_bytes} bytes")
+        scratch.replace(target)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Generator[Path]:
+    """A local folder of one's own for the length of a ``with``.
+
+    Raises:
+        StorageError: what was done inside filled the disk.
+    """
+    with tempfile.TemporaryDirectory(prefix="stillroom-") as folder:
+        try:
+            yield Path(folder)
+        except OSError as error:
+            if error.errno not in _DISK_FULL:
+                raise
+            raise _disk_full(error, folder, "write scratch files") from error

@@ -5,7 +5,6 @@ Any task may be killed, repeated or raced.
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -163,8 +162,8 @@ def build_part(task: PartTask) -> Commit:
         CacheError: the cache is another teacher's, or an output does not fit its encoding.
     """
     builder = _claimed(task.config)
-    with tempfile.TemporaryDirectory(prefix="stillroom-") as folder:
-        return _PartBuild(builder, task, Path(folder)).run()
+    with storage.scratch_folder() as scratch:
+        return _PartBuild(builder, task, scratch).run()
 
 
 def restore_index(task: IndexTask) -> None:
@@ -176,8 +175,8 @@ def restore_index(task: IndexTask) -> None:
     """
     data, cache = task.config.data, cache_config(task.config)
     shard, where = shard_id(task.shard_url), storage.redact(task.shard_url)
-    with tempfile.TemporaryDirectory(prefix="stillroom-") as scratch:
-        local = storage.local_copy(task.shard_url, Path(scratch))
+    with storage.scratch_folder() as scratch:
+        local = storage.local_copy(task.shard_url, scratch)
         index = index_shard(local, data, where=where, threads=task.config.ray.cpus_per_task)
     made = encode_index(index, index_settings(data))
     if (got := digest(made)) != task.sha256:

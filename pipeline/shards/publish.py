@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
 
 import xxhash
 
@@ -48,8 +46,8 @@ def publish_shard_index(url: str, *, data: DataConfig, folder_url: str, threads:
         index = decode_index(storage.read(target), where=storage.redact(target), settings=settings)
         _check_last_image(url, index)
     else:
-        with tempfile.TemporaryDirectory(prefix="stillroom-") as scratch:
-            index = index_shard(storage.local_copy(url, Path(scratch)), data, where=where, threads=threads)
+        with storage.scratch_folder() as scratch:
+            index = index_shard(storage.local_copy(url, scratch), data, where=where, threads=threads)
         check_samples(index, data, where=where)
         publish_index(folder_url, shard, encode_index(index, settings))
     check_samples(index, data, where=where)

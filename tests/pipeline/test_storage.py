@@ -3,22 +3,33 @@ from __future__ import annotations
 import errno
 import http.server
 import multiprocessing
+import os
+import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import aiohttp
 import botocore.exceptions
 import fsspec
 import pytest
+import tenacity
 from fsspec.asyn import AsyncFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
+from s3fs.errors import translate_boto_error
 
 from pipeline import storage
-from pipeline.errors import StorageError, StorageInputError
+from pipeline.errors import PassingStorageError, StorageError, StorageInputError
+
+
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is tried again is tried again at once."""
+    monkeypatch.setattr(storage._PAUSE, "multiplier", 0)
 
 
 @pytest.fixture(params=["file", "memory"])
@@ -197,6 +208,51 @@ def test_create_writes_once_and_keeps_the_first(base: str) -> None:
     assert storage.listing(base) == ["commits/a.json"]
 
 
+def test_who_finds_its_own_bytes_has_created_them(base: str) -> None:
+    url = storage.join(base, "a.json")
+    assert storage.create(url, b"same")
+    assert storage.create(url, b"same")
+    assert not storage.create(url, b"other")
+
+
+def test_a_probe_leaves_nothing_behind(base: str, tmp_path: Path) -> None:
+    storage.probe(storage.join(base, "deep", "cache"))
+    storage.write(storage.join(base, "deep", "a"), b"x")
+    storage.probe(storage.join(base, "deep"))
+    assert storage.listing(base) == ["deep/a"]
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "a"] == []
+    assert not (tmp_path / "store" / "deep" / "cache").exists()
+
+
+def test_a_probe_through_a_file_or_of_a_read_only_protocol_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_bytes(b"x")
+    with pytest.raises(StorageInputError, match="a part of this path is a file"):
+        storage.probe(f"{tmp_path}/plain/cache")
+    with pytest.raises(StorageInputError, match="read-only"):
+        storage.probe("https://host/cache")
+
+
+@pytest.fixture
+def locked_folder() -> Iterator[Path]:
+    """A folder that this process may read and not write; root lays its powers down for it."""
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / "locked"
+        folder.mkdir(mode=0o555)
+        Path(parent).chmod(0o755)
+        was = os.geteuid()
+        if was == 0:
+            os.seteuid(65534)
+        yield folder
+        os.seteuid(was)
+
+
+def test_a_probe_where_nothing_may_be_written_is_refused(locked_folder: Path) -> None:
+    for url in (f"{locked_folder}", f"{locked_folder}/deep/cache"):
+        with pytest.raises(StorageInputError, match="cannot create: permission denied"):
+            storage.probe(url)
+    assert list(locked_folder.iterdir()) == []
+
+
 def test_one_of_many_threads_creates_and_its_bytes_stay(base: str) -> None:
     num_threads = 16
     for attempt in range(8):
@@ -321,13 +377,17 @@ def test_join_keeps_the_slashes_of_a_protocol(base: str, joined: str) -> None:
 
 
 class FailingStore(AsyncFileSystem):
-    """A remote store whose every answer is ``failure``, or, with none, one file that a stale listing lacks."""
+    """A remote store that fails ``num_failures`` times; it has every file that is asked for, and a stale listing."""
 
     failure: ClassVar[Exception | None] = None
+    num_failures: ClassVar[float] = float("inf")
+    num_asked: ClassVar[int] = 0
     cachable = False
 
     async def _info(self, path: str, **_: Any) -> dict[str, Any]:
-        if self.failure is not None:
+        cls = type(self)
+        cls.num_asked += 1
+        if self.failure is not None and self.num_asked <= self.num_failures:
             raise self.failure
         if self._parent(path) in self.dircache:
             raise FileNotFoundError(path)
@@ -345,7 +405,8 @@ class FailingStore(AsyncFileSystem):
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> FailingStore:
     filesystem = FailingStore()
-    monkeypatch.setattr(FailingStore, "failure", None)
+    for name, value in (("failure", None), ("num_failures", float("inf")), ("num_asked", 0)):
+        monkeypatch.setattr(FailingStore, name, value)
     monkeypatch.setattr(fsspec.core, "url_to_fs", lambda url: (filesystem, url.partition("://")[2]))
     return filesystem
 
@@ -425,6 +486,84 @@ def test_each_failure_of_a_library_is_told_as_ours(
         storage.read("s3://bucket/a")
     assert "s3://bucket/a" in str(caught.value)
     assert "hidden" not in str(caught.value)
+
+
+def client_error(code: str, status: int) -> OSError:
+    """As s3fs tells what S3 answered."""
+    answer: Any = {"Error": {"Code": code, "Message": "told"}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    return translate_boto_error(botocore.exceptions.ClientError(answer, "GetObject"))
+
+
+PASSING = [
+    client_error("InternalError", 500),
+    client_error("SlowDown", 503),
+    client_error("ServiceUnavailable", 503),
+    client_error("503", 503),
+    client_error("RequestTimeout", 400),
+    client_error("BadDigest", 400),
+    client_error("ConditionalRequestConflict", 409),
+    client_error("NoSuchUpload", 404),
+    client_error("429", 429),
+    status_error(500),
+    status_error(429),
+    aiohttp.ServerDisconnectedError(),
+    aiohttp.ClientPayloadError(),
+    botocore.exceptions.ReadTimeoutError(endpoint_url="http://x"),
+    botocore.exceptions.IncompleteReadError(actual_bytes=1, expected_bytes=2),
+    fsspec.exceptions.FSTimeoutError(),
+    ConnectionResetError(),
+    OSError(errno.ESTALE, "stale handle"),
+]
+LASTING = [
+    (client_error("NoSuchKey", 404), StorageInputError),
+    (client_error("NoSuchBucket", 404), StorageInputError),
+    (client_error("AccessDenied", 403), StorageInputError),
+    (client_error("InvalidRequest", 400), StorageError),
+    (client_error("NotImplemented", 501), StorageError),
+    (botocore.exceptions.NoCredentialsError(), StorageInputError),
+    (status_error(404), StorageError),
+    (aiohttp.InvalidURL("x"), StorageError),
+    (OSError(errno.ENOSPC, "full"), StorageError),
+    (OSError(errno.EDQUOT, "full"), StorageError),
+    (OSError(errno.EINVAL, "invalid"), StorageError),
+]
+
+
+@pytest.mark.parametrize("failure", PASSING, ids=lambda failure: f"{type(failure).__name__} {failure}"[:40])
+@pytest.mark.usefixtures("store")
+def test_what_may_pass_is_tried_again_and_a_bounded_number_of_times(
+    failure: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(failure, monkeypatch)
+    with pytest.raises(PassingStorageError):
+        storage.size("s3://bucket/a")
+    assert FailingStore.num_asked == 5
+    monkeypatch.setattr(FailingStore, "num_asked", 0)
+    monkeypatch.setattr(FailingStore, "num_failures", 4)
+    assert storage.size("s3://bucket/a") == 1
+    assert FailingStore.num_asked == 5
+
+
+@pytest.mark.parametrize(("failure", "kind"), LASTING, ids=lambda value: f"{value}"[:40])
+@pytest.mark.usefixtures("store")
+def test_what_lasts_is_told_at_once(failure: Exception, kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(failure, monkeypatch)
+    with pytest.raises(kind) as caught:
+        storage.size("s3://bucket/a")
+    assert not isinstance(caught.value, PassingStorageError)
+    assert FailingStore.num_asked == 1
+
+
+def test_a_store_that_never_recovers_is_given_up_within_a_minute(
+    store: FailingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that runs 40 s an attempt."""
+    ticks = iter(range(0, 4000, 40))
+    monkeypatch.setattr(tenacity, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    failing(ConnectionResetError(), monkeypatch)
+    with pytest.raises(PassingStorageError):
+        storage.read("s3://bucket/a")
+    assert store.num_asked == 2
 
 
 @pytest.mark.usefixtures("store")
