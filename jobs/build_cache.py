@@ -45,7 +45,7 @@ def build_cache(config: Config) -> Manifest:
     check_shards(cache.url, by_id, commits)
     with cluster(config.ray):
         # One small task first: a wrong teacher or a foreign cache is found before anything is queued.
-        list(fan_out(prepare, [config], config.ray, what="a cache task"))
+        list(fan_out(prepare, [config], config.ray, what="a cache task", name=lambda _: "the header of the cache"))
         _build_parts(config, by_id, commits)
     return publish_manifest(cache.url, by_id)
 
@@ -102,11 +102,14 @@ def _size_of(url: str) -> int:
 
 def _build_parts(config: Config, by_id: dict[str, str], found: list[Commit]) -> None:
     commits, lost = _take_stock(config, by_id, found)
-    list(fan_out(restore_index, lost, config.ray, what="an index task"))
+    list(
+        fan_out(restore_index, lost, config.ray, what="an index task", name=lambda task: storage.redact(task.shard_url))
+    )
     tasks = plan_tasks(config, by_id, commits)
     num_done, rows, began = len(commits), 0, time.monotonic()
     with ProgressView("cache", num_done + len(tasks), done=num_done) as progress:
-        for done, (_, commit) in enumerate(fan_out(build_part, tasks, config.ray, what="a cache task"), start=1):
+        built = fan_out(build_part, tasks, config.ray, what="a cache task", name=_name_of)
+        for done, (_, commit) in enumerate(built, start=1):
             rows += commit.written * len(commit.views)
             progress.update(num_done + done, f"{rows / (time.monotonic() - began):.0f} rows/s")
 
@@ -124,6 +127,10 @@ def _take_stock(config: Config, by_id: dict[str, str], found: list[Commit]) -> t
     standing = [commit for commit in commits if not is_void(commit, present)]
     lost = {commit.shard_id: commit.index for commit in standing if commit.index.path not in present}
     return standing, [IndexTask(config, by_id[shard], index.sha256) for shard, index in lost.items()]
+
+
+def _name_of(task: PartTask) -> str:
+    return f"{storage.redact(task.shard_url)}, {task.block.name}"
 
 
 def plan_tasks(config: Config, by_id: dict[str, str], commits: list[Commit]) -> list[PartTask]:

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
 from jobs.ray_runtime import cluster, require_resources, slots
-from pipeline.errors import StillroomError, StorageError
+from pipeline.errors import PassingStorageError, ShardError, StillroomError, StorageError
 from schemas.config import RayConfig
 
 T = TypeVar("T")
 R = TypeVar("R")
-_BACKOFF_S = 1.0
+_BACKOFF_S, _MAX_BACKOFF_S = 1.0, 30.0
+# More than this is no longer a few bad shards among good ones, and each may cost its retries.
+_MAX_FAILURES = 16
+
+
+class LostTaskError(StorageError):
+    """A worker or node that died with its task. As passing as a storage that failed, and retried as often."""
+
+
+# One damaged shard, or one node's bad luck, says nothing about the other items.
+_OF_ONE_ITEM = (ShardError, PassingStorageError, LostTaskError)
 
 
 # max_calls=0 keeps the worker process, and with it the loaded model, from task to task also on GPUs, where Ray would
@@ -30,25 +42,88 @@ def _call(work: Callable[[Any], Any], item: Any) -> tuple[Any, StillroomError | 
         return None, error
 
 
-def fan_out(work: Callable[[T], R], items: Sequence[T], config: RayConfig, *, what: str) -> Iterator[tuple[T, R]]:
+def fan_out(
+    work: Callable[[T], R], items: Iterable[T], config: RayConfig, *, what: str, name: Callable[[T], str] = str
+) -> Iterator[tuple[T, R]]:
     """Each item with its result, in the order of completion.
 
     About two tasks a slot are in flight: enough to keep every worker busy and to show an autoscaler what is waiting,
-    few enough that the driver's memory does not grow with the number of items.
+    few enough that the driver's memory does not grow with the number of items. ``items`` is drawn as they start.
+    ``what`` is for the message that tasks of this kind fit nowhere, ``name`` for one about a single item.
 
     Raises:
-        StillroomError: an item failed for good. What is in flight is cancelled.
+        StillroomError: an item failed for good. Where that says nothing about others (a damaged shard, retries that
+            were used up) they are finished first, and one error names all that failed; any other failure ends
+            everything at once, and what is in flight is cancelled.
     """
+    failures = _Failures()
     if config.address == "none":
-        for item in items:
-            yield item, work(item)
-        return
-    with cluster(config):
-        yield from _Flight(work, config, what).run(items)
+        yield from _loop(work, items, failures)
+    else:
+        with cluster(config):
+            yield from _Flight(work, config, what, name, failures).run(items)
+    failures.raise_any("the others are done")
+
+
+def _loop(work: Callable[[T], R], items: Iterable[T], failures: _Failures) -> Iterator[tuple[T, R]]:
+    for item in items:
+        try:
+            result = work(item)
+        except _OF_ONE_ITEM as error:
+            failures.add(error)
+        else:
+            yield item, result
+
+
+class _Failures:
+    """What failed for good while other items went on. Blocks of one shard fail with one message, which counts once."""
+
+    def __init__(self) -> None:
+        self._by_text: dict[str, StillroomError] = {}
+
+    def add(self, error: StillroomError) -> None:
+        """
+        Raises:
+            StillroomError: this failure, or that there are so many, speaks against going on.
+        """
+        if not isinstance(error, _OF_ONE_ITEM):
+            raise error
+        self._by_text[str(error)] = error
+        if len(self._by_text) > _MAX_FAILURES:
+            self.raise_any("stopped there")
+
+    def raise_any(self, then: str) -> None:
+        errors = sorted(self._by_text.values(), key=str)
+        if len(errors) == 1:
+            raise errors[0]
+        if errors:
+            # What passes (exit code 1) may be tried again as it is, so it decides how the whole ended.
+            kind = type(min(errors, key=lambda error: error.exit_code))
+            raise kind(
+                f"{len(errors)} failures; {then}",
+                got="".join(f"\n- {error}".replace("\n", "\n    ") for error in errors),
+                next_step="see each; then run the command again: it does only what is not done",
+            )
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """An item on its way, with the failures it has had, by kind."""
+
+    item: Any
+    failed: Counter[str] = field(default_factory=Counter)
+    not_before: float = 0.0
 
 
 class _Flight:
-    def __init__(self, work: Callable[[Any], Any], config: RayConfig, what: str) -> None:
+    def __init__(
+        self,
+        work: Callable[[Any], Any],
+        config: RayConfig,
+        what: str,
+        name: Callable[[Any], str],
+        failures: _Failures,
+    ) -> None:
         needed = {"CPU": float(config.cpus_per_task), "GPU": config.gpus_per_task}
         where = f"ray.cpus_per_task={config.cpus_per_task}, ray.gpus_per_task={config.gpus_per_task:g}"
         require_resources(needed, what=what, where=where)
@@ -56,14 +131,16 @@ class _Flight:
         self._work = ray.put(work)
         self._limit = 2 * slots(needed)
         self._max_retries = config.max_retries
-        self._waiting: deque[tuple[Any, int, float]] = deque()
-        self._flying: dict[ray.ObjectRef, tuple[Any, int]] = {}
+        self._name, self._failures = name, failures
+        self._waiting: list[_Attempt] = []
+        self._flying: dict[ray.ObjectRef, _Attempt] = {}
+        self._retries: Counter[str] = Counter()
 
-    def run(self, items: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
-        self._waiting.extend((item, 0, 0.0) for item in items)
+    def run(self, items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+        fresh = (_Attempt(item) for item in items)
         try:
-            while self._waiting or self._flying:
-                self._launch()
+            while self._launch(fresh):
+                # A timeout, so that a retry whose pause is over does not wait for others to finish.
                 ready, _ = ray.wait(list(self._flying), num_returns=1, timeout=0.5) if self._flying else ([], [])
                 if not self._flying:
                     time.sleep(0.05)
@@ -72,35 +149,56 @@ class _Flight:
         finally:
             for reference in self._flying:
                 ray.cancel(reference, force=True)
+            if self._retries:
+                kinds = ", ".join(f"{count} after {kind}" for kind, count in sorted(self._retries.items()))
+                print(f"tasks were retried: {kinds}", file=sys.stderr)
 
-    def _launch(self) -> None:
-        for _ in range(len(self._waiting)):
-            if len(self._flying) >= self._limit:
-                return
-            item, attempt, not_before = self._waiting.popleft()
-            if time.monotonic() < not_before:
-                self._waiting.append((item, attempt, not_before))
-                continue
-            self._flying[self._remote.remote(self._work, item)] = (item, attempt)
+    def _launch(self, fresh: Iterator[_Attempt]) -> bool:
+        """Fills the flight, retries first. False where nothing flies or waits any more."""
+        while len(self._flying) < self._limit and (attempt := self._next_retry() or next(fresh, None)) is not None:
+            self._flying[self._remote.remote(self._work, attempt.item)] = attempt
+        return bool(self._flying or self._waiting)
+
+    def _next_retry(self) -> _Attempt | None:
+        now = time.monotonic()
+        due = next((attempt for attempt in self._waiting if attempt.not_before <= now), None)
+        if due is not None:
+            self._waiting.remove(due)
+        return due
 
     def _collect(self, reference: ray.ObjectRef) -> Iterator[tuple[Any, Any]]:
-        item, attempt = self._flying.pop(reference)
+        attempt = self._flying.pop(reference)
         try:
             result, error = ray.get(reference)
+        except RayTaskError:
+            # Not a StillroomError, so a bug: its traceback is what helps.
+            raise
         except RayError as lost:
-            result, error = None, _lost(lost)
+            self._retry(attempt, _lost(lost, self._name(attempt.item)), kind=type(lost).__name__)
+            return
         if error is None:
-            yield item, result
-        elif isinstance(error, StorageError) and attempt < self._max_retries:
-            self._waiting.append((item, attempt + 1, time.monotonic() + _BACKOFF_S * 2**attempt))
+            yield attempt.item, result
+        elif isinstance(error, PassingStorageError):
+            self._retry(attempt, error, kind="a failure of storage")
         else:
-            raise error
+            self._failures.add(error)
+
+    def _retry(self, attempt: _Attempt, error: StillroomError, *, kind: str) -> None:
+        """Each kind has its own count: on nodes that come and go, a lost one must not use up what a storage needs."""
+        attempt.failed[kind] += 1
+        if attempt.failed[kind] > self._max_retries:
+            self._failures.add(error)
+            return
+        self._retries[kind] += 1
+        pause_s = min(_BACKOFF_S * 2 ** (attempt.failed.total() - 1), _MAX_BACKOFF_S)
+        attempt.not_before = time.monotonic() + pause_s
+        self._waiting.append(attempt)
 
 
-def _lost(error: RayError) -> StorageError:
-    """A worker or node that died: as passing as a storage that failed, and retried as often."""
-    return StorageError(
+def _lost(error: RayError, name: str) -> LostTaskError:
+    return LostTaskError(
         "a worker did not finish its task",
+        where=name,
         got=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}",
         next_step="run the command again: finished parts stay; if it repeats, lower teacher.batch_size or max_pixels",
     )

@@ -30,7 +30,8 @@ def index_shards(config: Config, folder_url: str) -> int:
     work = partial(publish_shard_index, data=config.data, folder_url=folder_url, threads=config.ray.cpus_per_task)
     num_ok = 0
     with ProgressView("index", len(urls)) as progress:
-        for done, (_, count) in enumerate(fan_out(work, urls, config.ray, what="an index task"), start=1):
+        indexed = fan_out(work, urls, config.ray, what="an index task", name=storage.redact)
+        for done, (_, count) in enumerate(indexed, start=1):
             num_ok += count
             progress.update(done, f"{num_ok} rows")
     return num_ok

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from jobs.fan_out import fan_out
-from pipeline.errors import ResourceError, ShardError, StorageError
+from pipeline.errors import CacheError, PassingStorageError, ResourceError, ShardError, StillroomError, StorageError
 from schemas.config import RayConfig
+from tests.jobs.conftest import NUM_CPUS
 
 pytestmark = pytest.mark.ray
 RAY = RayConfig(max_retries=2)
@@ -28,7 +30,7 @@ def _attempt(folder: Path, number: int) -> int:
 
 def _fail_once(folder: Path, number: int) -> int:
     if _attempt(folder, number) == 1 and number == 1:
-        raise StorageError("the store had a bad moment")
+        raise PassingStorageError("the store had a bad moment")
     return number
 
 
@@ -43,8 +45,43 @@ def _always(folder: Path, error: type[Exception], number: int) -> int:
     raise error("nothing helps")
 
 
+def _alternate(folder: Path, number: int) -> int:
+    """Dies twice and fails twice, by turns, before it gives an answer."""
+    attempt = _attempt(folder, number)
+    if attempt in (1, 3):
+        os._exit(1)
+    if attempt in (2, 4):
+        raise PassingStorageError("the store had a bad moment")
+    return number
+
+
+def _odd_shards_are_bad(folder: Path, number: int) -> int:
+    _attempt(folder, number)
+    if number % 2:
+        raise ShardError("this shard is cut", where=f"shard {number % 4}")
+    return number
+
+
+def _fail_by_kind(errors: dict[int, type[StillroomError]], number: int) -> int:
+    if number in errors:
+        raise errors[number](f"item {number} failed")
+    return number
+
+
+def _draw(limit: int, drawn: list[int]) -> Iterator[int]:
+    for number in range(limit):
+        drawn.append(number)
+        yield number
+
+
 def attempts(folder: Path) -> int:
     return len(list(folder.iterdir()))
+
+
+def collect(flown: Iterator[tuple[int, int]], done: list[int]) -> None:
+    """Into ``done``, also what came before an error."""
+    for item, _ in flown:
+        done.append(item)
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -68,9 +105,80 @@ def test_a_passing_fault_costs_one_more_attempt_of_one_item(fault, tmp_path: Pat
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_fault_that_stays_ends_after_the_counted_retries(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="nothing helps"):
-        list(fan_out(partial(_always, tmp_path, StorageError), [1], RAY, what="a task"))
+    with pytest.raises(PassingStorageError, match="nothing helps"):
+        list(fan_out(partial(_always, tmp_path, PassingStorageError), [1], RAY, what="a task"))
     assert attempts(tmp_path) == 1 + RAY.max_retries
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_each_kind_of_fault_has_retries_of_its_own_and_all_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert list(fan_out(partial(_alternate, tmp_path), [1], RAY, what="a task")) == [(1, 1)]
+    assert attempts(tmp_path) == 5
+    assert "retried: 2 after WorkerCrashedError, 2 after a failure of storage" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("address", ["none", "local"])
+def test_bad_shards_are_told_together_when_the_others_are_done(address: str, tmp_path: Path) -> None:
+    done: list[int] = []
+    with pytest.raises(ShardError) as caught:
+        collect(
+            fan_out(partial(_odd_shards_are_bad, tmp_path), range(8), RayConfig(address=address), what="a task"), done
+        )
+    assert sorted(done) == [0, 2, 4, 6]
+    assert attempts(tmp_path) == 8
+    assert str(caught.value).count("this shard is cut") == 2
+    assert "shard 1" in str(caught.value)
+    assert "shard 3" in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_one_bad_shard_is_told_as_it_is() -> None:
+    with pytest.raises(ShardError, match=r"^item 1 failed$"):
+        list(fan_out(partial(_fail_by_kind, {1: ShardError}), range(3), RayConfig(address="none"), what="a task"))
+
+
+def test_a_failure_that_may_pass_decides_the_exit_code() -> None:
+    errors: dict[int, type[StillroomError]] = {1: ShardError, 2: PassingStorageError}
+    with pytest.raises(PassingStorageError) as caught:
+        list(fan_out(partial(_fail_by_kind, errors), range(4), RayConfig(address="none"), what="a task"))
+    assert caught.value.exit_code == 1
+    assert "item 1 failed" in str(caught.value)
+    assert "item 2 failed" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [CacheError, StorageError])
+def test_a_failure_that_speaks_of_all_items_stops_at_once(kind: type[StillroomError]) -> None:
+    done: list[int] = []
+    with pytest.raises(kind, match="item 2 failed"):
+        collect(fan_out(partial(_fail_by_kind, {2: kind}), range(9), RayConfig(address="none"), what="a task"), done)
+    assert done == [0, 1]
+
+
+def test_shards_that_are_all_bad_stop_it_before_the_last() -> None:
+    drawn: list[int] = []
+    errors: dict[int, type[StillroomError]] = dict.fromkeys(range(100), ShardError)
+    with pytest.raises(ShardError, match="17 failures"):
+        list(fan_out(partial(_fail_by_kind, errors), _draw(100, drawn), RayConfig(address="none"), what="a task"))
+    assert len(drawn) == 17
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_items_are_drawn_as_they_start() -> None:
+    drawn: list[int] = []
+    flown = fan_out(_square, _draw(1000, drawn), RAY, what="a task")
+    next(flown)
+    assert len(drawn) <= 2 * NUM_CPUS
+    flown.close()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_bug_in_the_work_keeps_its_traceback_and_is_not_retried(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError, match="_always"):
+        list(fan_out(partial(_always, tmp_path, ZeroDivisionError), [1], RAY, what="a task"))
+    assert attempts(tmp_path) == 1
 
 
 @pytest.mark.usefixtures("ray_cluster")
