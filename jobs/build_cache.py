@@ -11,12 +11,14 @@ from jobs.entry import config_command
 from jobs.fan_out import fan_out
 from jobs.paths import with_absolute_paths
 from jobs.progress import ProgressView
-from jobs.ray_runtime import cluster
+from jobs.ray_runtime import cluster, num_tasks_here
 from pipeline import storage
 from pipeline.cache import layout
 from pipeline.cache.build import IndexTask, PartTask, build_part, cache_config, prepare, restore_index
 from pipeline.cache.commit import files_present, is_void, missing_blocks, read_commits, withdraw
 from pipeline.cache.manifest import publish_manifest, read_manifest, read_table
+from pipeline.cache.plan import survey_ground
+from pipeline.cache.space import check_space
 from pipeline.config import load_config
 from pipeline.errors import CacheError, ShardError, StorageInputError
 from pipeline.shards.names import shard_ids
@@ -34,6 +36,7 @@ def build_cache(config: Config) -> Manifest:
         CacheError: the cache was begun by another config or teacher, or holds shards that this config lacks.
         ShardError: a shard is missing, damaged, or changed.
         ResourceError: no node could run a task.
+        StorageInputError: what is to be written does not fit on the disk it would go to.
     """
     config = with_absolute_paths(config)
     cache = cache_config(config)
@@ -42,7 +45,11 @@ def build_cache(config: Config) -> Manifest:
     by_id = dict(zip(shard_ids(urls), urls, strict=True))
     storage.probe(cache.url)
     commits = read_commits(cache.url)
-    check_shards(cache.url, by_id, commits)
+    sizes = check_shards(cache.url, by_id, commits)
+    for warning in check_space(
+        survey_ground(config, cache, by_id, sizes, commits), num_tasks=num_tasks_here(config.ray)
+    ):
+        print(f"cache: {warning}", file=sys.stderr)
     with cluster(config.ray):
         # One small task first: a wrong teacher or a foreign cache is found before anything is queued.
         list(fan_out(prepare, [config], config.ray, what="a cache task", name=lambda _: "the header of the cache"))
@@ -50,8 +57,8 @@ def build_cache(config: Config) -> Manifest:
     return publish_manifest(cache.url, by_id)
 
 
-def check_shards(cache_url: str, by_id: dict[str, str], commits: list[Commit]) -> None:
-    """Changes nothing. What a build would find out late, or not at all.
+def check_shards(cache_url: str, by_id: dict[str, str], commits: list[Commit]) -> dict[str, int]:
+    """Changes nothing. What a build would find out late, or not at all. Returns the bytes of each shard.
 
     Raises:
         CacheError: the finished cache has shards that are not asked for: it would lose them.
@@ -76,6 +83,7 @@ def check_shards(cache_url: str, by_id: dict[str, str], commits: list[Commit]) -
                 wanted=f"{commit.shard_size_bytes} bytes",
                 next_step="restore the shard, or build into another cache.url",
             )
+    return sizes
 
 
 def _finished_shards(cache_url: str, commits: list[Commit]) -> set[str]:

@@ -105,6 +105,25 @@ def cache_build(config: ConfigArgument, overrides: OverridesArgument = None) -> 
     _run(command)
 
 
+@cache_app.command("plan")
+def cache_plan(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Time a short sample with the real teacher.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a build would make and cost: rows, bytes, requests, teacher forwards, break-even. Writes nothing."""
+
+    def command() -> None:
+        from jobs.plan_cache import describe, report
+        from pipeline.config import load_config
+
+        found = report(load_config(config, overrides or []), measured=measure)
+        print(json.dumps(found.as_dict(), indent=2) if as_json else describe(found))
+
+    _run(command)
+
+
 @cache_app.command("inspect")
 def cache_inspect(cache: Annotated[str, typer.Argument(help="URL of the cache.")], as_json: JsonOption = False) -> None:
     """Show what a cache holds, or how far its build has come."""

@@ -12,6 +12,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 _LINE_EVERY_S = 10.0
 
 
+def duration(seconds: float) -> str:
+    """``0.35 s``, ``12 s``, ``3.5 min``, ``1.2 h``, ``2.5 days``."""
+    for limit, unit, name in ((90, 1, "s"), (5400, 60, "min"), (172_800, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / unit:.2g} {name}"
+    return f"{seconds / 86_400:.1f} days"
+
+
 class ProgressView:
     """One running count with a note beside it. Writes to standard error, so that results can be piped."""
 

@@ -76,3 +76,19 @@ def slots(resources: dict[str, float]) -> int:
     """How many tasks with these resources the cluster runs at once, at least one."""
     available = ray.cluster_resources()
     return max(1, min(int(available.get(name, 0) // amount) for name, amount in resources.items() if amount))
+
+
+def num_slots(config: RayConfig) -> int:
+    """How many cache tasks run at once; inside ``cluster``."""
+    if config.address == "none":
+        return 1
+    return slots({"CPU": float(config.cpus_per_task), "GPU": config.gpus_per_task})
+
+
+def num_tasks_here(config: RayConfig) -> int:
+    """How many cache tasks this machine will run at once, before any cluster is reached; 0: others run them."""
+    if config.address == "none":
+        return 1
+    if config.address == "local" and _JOB_ENV not in os.environ:
+        return max(1, len(os.sched_getaffinity(0)) // config.cpus_per_task)
+    return 0

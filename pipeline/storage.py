@@ -21,7 +21,7 @@ import tempfile
 import threading
 import uuid
 import zlib
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -391,6 +391,49 @@ def listing(url: str) -> list[str]:
         found = filesystem.find(path)
     base = path.rstrip("/") + "/"
     return sorted(name[len(base) :] for name in found if name.startswith(base) and not _is_temporary(name))
+
+
+def sizes(url: str) -> dict[str, int]:
+    """Bytes of every object below ``url`` by its relative path, sorted; empty where the folder is absent.
+
+    Local links are followed, to folders too: image trees are often made of them.
+    """
+    filesystem, path = _filesystem(url)
+    with _told(url, "list"):
+        if protocol(url) == "file":
+            return dict(sorted(_local_sizes(Path(path))))
+        if _info(filesystem, path) is None:
+            return {}
+        filesystem.invalidate_cache(path)
+        found = filesystem.find(path, detail=True)
+    base = path.rstrip("/") + "/"
+    return {name[len(base) :]: int(info["size"]) for name, info in sorted(found.items()) if name.startswith(base)}
+
+
+def _local_sizes(folder: Path) -> Iterator[tuple[str, int]]:
+    for parent, _, names in os.walk(folder, followlinks=True):
+        for name in names:
+            path = Path(parent, name)
+            yield str(path.relative_to(folder)), path.stat().st_size
+
+
+def folders(url: str) -> list[str]:
+    """Names of the folders right below ``url``, sorted; empty ones too on a file system, which has such."""
+    filesystem, path = _filesystem(url)
+    with _told(url, "list"):
+        if protocol(url) == "file":
+            return sorted(item.name for item in Path(path).iterdir() if item.is_dir())
+        filesystem.invalidate_cache(path)
+        found = filesystem.ls(path, detail=True)
+    return sorted(info["name"].rstrip("/").rsplit("/", 1)[-1] for info in found if info["type"] == "directory")
+
+
+def local_folder(url: str) -> Path | None:
+    """The nearest folder of this machine in which the objects of ``url`` lie or would lie; None for other stores."""
+    if protocol(url) != "file":
+        return None
+    path = Path(_filesystem(url)[1])
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
 def _is_temporary(name: str) -> bool:

@@ -1,0 +1,191 @@
+"""Say what a build would make and cost. ``stillroom cache plan CONFIG [k.k=v …] [--measure]``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from rich.filesize import decimal
+
+from jobs.build_cache import check_shards
+from jobs.fan_out import fan_out
+from jobs.paths import with_absolute_paths
+from jobs.progress import duration
+from jobs.ray_runtime import cluster, num_slots, num_tasks_here
+from pipeline import storage
+from pipeline.cache.advice import advice
+from pipeline.cache.build import cache_config
+from pipeline.cache.commit import files_present, is_void, read_commits
+from pipeline.cache.measure import Forecast, Measurement, MeasureTask, advice_on_time, forecast, measure
+from pipeline.cache.plan import CachePlan, Ground, embedding_dim, needs_embedding_dim, plan_cache, survey_ground
+from pipeline.cache.space import check_space
+from pipeline.cache.survey import Span
+from pipeline.errors import ConfigError, StorageInputError
+from pipeline.shards.names import shard_ids
+from pipeline.student.order import TrainingOrder
+from schemas.config import Config
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A plan, what a sample of it took, how an epoch of the config's training ends, and what speaks against any."""
+
+    plan: CachePlan
+    measurement: Measurement | None
+    forecast: Forecast | None
+    training: str | None
+    warnings: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def report(config: Config, *, measured: bool) -> Report:
+    """Writes nothing; loads the teacher only to measure.
+
+    Raises:
+        ConfigError: a key that a build needs is missing.
+        ShardError: a shard is missing, changed, or holds no image.
+        CacheError: the cache that stands is damaged.
+    """
+    config = with_absolute_paths(config)
+    ground = _ground(config)
+    plan = plan_cache(ground)
+    warnings = advice(ground, plan) + _space(ground)
+    found, times = _measure(config, ground, plan) if measured else (None, None)
+    if times is not None:
+        warnings += advice_on_time(times, ground.cache.views_per_part)
+    training, tail = _training(config, ground)
+    return Report(plan, found, times, training, (*warnings, *tail))
+
+
+def _ground(config: Config) -> Ground:
+    cache = cache_config(config)
+    assert config.data.shards is not None
+    urls = storage.expand(config.data.shards)
+    by_id = dict(zip(shard_ids(urls), urls, strict=True))
+    commits, present = read_commits(cache.url), files_present(cache.url)
+    commits = [commit for commit in commits if not is_void(commit, present)]
+    sizes = check_shards(cache.url, by_id, commits)
+    ground = survey_ground(config, cache, by_id, sizes, commits)
+    return replace(ground, embedding_dim=embedding_dim(config)) if needs_embedding_dim(ground) else ground
+
+
+def _space(ground: Ground) -> list[str]:
+    """What a build would refuse to begin for is a warning here."""
+    try:
+        return check_space(ground, num_tasks=num_tasks_here(ground.config.ray))
+    except StorageInputError as error:
+        return [f"{error.what}: {error.got} in {error.where}, wanted {error.wanted}"]
+
+
+def _measure(config: Config, ground: Ground, plan: CachePlan) -> tuple[Measurement, Forecast]:
+    """As one Ray task where the build would run as Ray tasks, with the CPUs and GPUs that these would have."""
+    urls = list(ground.urls.values())
+    task = MeasureTask(config, urls[len(urls) // 2])
+    with cluster(config.ray):
+        ((_, found),) = fan_out(measure, [task], config.ray, what="a cache task")
+        return found, forecast(plan, config, found, num_slots=num_slots(config.ray))
+
+
+def _training(config: Config, ground: Ground) -> tuple[str | None, list[str]]:
+    """How an epoch of the config's own training ends, if it has any; and what that training would be refused for."""
+    train = config.train
+    if not train.model_fields_set:
+        return None, []
+    try:
+        order = TrainingOrder.build(
+            list(ground.urls),
+            [round(rows.expected) for rows in ground.survey.rows.values()],
+            seed=train.seed,
+            global_batch_size=train.global_batch_size,
+            lanes=train.lanes,
+            kind=train.order,
+            tail=train.tail,
+            plan=config.views,
+        )
+    except ConfigError as error:
+        return None, [f"training would be refused: {error.what} ({error.where}: {error.got})"]
+    last = f"{order.rows_dropped} rows dropped" if train.tail == "drop" else _short_step(order)
+    return f"{order.num_steps} steps of {train.global_batch_size} rows, {last} (train.tail: {train.tail})", []
+
+
+def _short_step(order: TrainingOrder) -> str:
+    return f"the last of {order.global_rows(order.num_steps - 1)}"
+
+
+def describe(found: Report) -> str:
+    """The screen that the command prints."""
+    lines = [*_plan_lines(found.plan), *_time_lines(found)]
+    if found.training is not None:
+        lines.append(("epoch", found.training))
+    screen = [f"{name:<16}{text}" for name, text in lines]
+    return "\n".join([*screen, *(f"warning: {warning}" for warning in found.warnings)])
+
+
+def _plan_lines(plan: CachePlan) -> list[tuple[str, str]]:
+    work, size, traffic = plan.work, plan.size, plan.traffic
+    how = "counted" if work.rows.is_exact else f"{work.num_counted} shards counted, the others by a look at a few"
+    stored = "as measured in its parts" if size.is_measured else "before compression"
+    columns = ", ".join([f"{name} {num_bytes}" for name, num_bytes in size.outputs.items()])
+    build, epoch = traffic.build, traffic.epoch
+    lines = [
+        ("images", f"{_count(work.rows)} in {work.num_shards} shards ({how})"),
+        ("parts", f"{work.num_parts}, {work.blocks_per_shard} a shard; {work.num_parts_open} still to make"),
+        ("bytes a row", f"{size.row.expected:.0f} {stored} ({columns}, other columns {size.columns:.0f})"),
+        ("bytes", f"{_bytes(size.parts)}, {decimal(round(size.parts_of_shard.expected))} a shard"),
+        ("still to write", _bytes(size.parts_open)),
+        ("scratch", f"{_bytes(size.scratch)} a task"),
+        ("shards read", f"{decimal(size.read)}: each once a part"),
+        ("objects", str(traffic.num_objects)),
+        ("requests", f"about {build.put} put, {build.get} get, {build.list} list; {epoch.get} get an epoch and node"),
+        ("teacher", f"{_count(work.forwards)} forwards, {_count(work.forwards_open)} still to do"),
+        ("break-even", _break_even(plan)),
+    ]
+    if size.means:
+        lines.insert(5, ("class sums", f"at most {decimal(size.means)}"))
+    return lines
+
+
+def _break_even(plan: CachePlan) -> str:
+    even = plan.break_even
+    text = f"asks the teacher less than training online where students x epochs > {even.forwards_per_image}"
+    if even.epochs is None:
+        return text
+    students = f"{even.num_students} student{'s' * (even.num_students != 1)}"
+    return f"{text}; with train.epochs={even.epochs} from {students} on"
+
+
+def _time_lines(found: Report) -> list[tuple[str, str]]:
+    measured, times = found.measurement, found.forecast
+    if measured is None or times is None:
+        return []
+    stages = measured.stages
+    return [
+        ("measured", f"{measured.num_images} images x {measured.num_views} views on {measured.device}"),
+        (
+            "stages alone",
+            f"decode {_milliseconds(stages.decode_s)} an image, view {_milliseconds(stages.view_s)}, "
+            f"forward {_milliseconds(stages.forward_s)} a row",
+        ),
+        ("a task", f"{1 / measured.row_s:.1f} rows/s; a worker begins after {duration(measured.load_s)}"),
+        ("a part", f"{duration(times.part_s)}, {duration(measured.fetch_s)} of it to fetch its shard"),
+        ("build", f"{duration(times.build_s)} with {times.num_slots} at once"),
+        ("bytes to write", f"{decimal(round(times.size_bytes))}, {measured.row_bytes:.0f} a row as stored"),
+    ]
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.2f} ms"
+
+
+def _count(span: Span) -> str:
+    if span.is_exact:
+        return f"{span.expected:.0f}"
+    return f"about {span.expected:.0f} ({span.low:.0f} to {span.high:.0f})"
+
+
+def _bytes(span: Span) -> str:
+    if span.is_exact:
+        return decimal(round(span.expected))
+    return f"about {decimal(round(span.expected))} ({decimal(round(span.low))} to {decimal(round(span.high))})"

@@ -1,0 +1,380 @@
+"""What a build would make and cost, before it makes anything: rows, bytes, objects, requests, teacher forwards."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline import storage
+from pipeline.cache import layout
+from pipeline.cache.codec import outputs_of, row_bytes
+from pipeline.cache.commit import missing_blocks
+from pipeline.cache.identity import read_header
+from pipeline.cache.survey import Span, Survey, survey_shards, total
+from pipeline.models import load_model
+from schemas.cache import part_schema
+from schemas.config import CacheConfig, Config
+from schemas.manifest import Commit, Header, Output, ViewBlock
+
+_CANARY_SHARE = 0.001
+# Compression hardly touches the low bits of floats, nor hashes and boxes: half of a row and more.
+_LEAST_STORED = 0.5
+# How far the bytes of rows to come may lie from those of rows that are there.
+_MEASURED_SPREAD = 0.1
+_NAMES_A_LISTING = 1000
+_CLASS_SUM_BYTES = 12  # class and count, beside 8 a dimension
+
+
+@dataclass(frozen=True, slots=True)
+class ShardBlocks:
+    """The parts of one shard that stand, and those still to make."""
+
+    committed: tuple[Commit, ...]
+    missing: tuple[ViewBlock, ...]
+
+    @property
+    def num_parts(self) -> int:
+        return len(self.committed) + len(self.missing)
+
+    @property
+    def missing_views(self) -> int:
+        """With the eval pass, which is one view."""
+        return sum(len(block.views) for block in self.missing)
+
+    @property
+    def num_views(self) -> int:
+        return self.missing_views + sum(len(commit.block.views) for commit in self.committed)
+
+
+@dataclass(frozen=True)
+class Ground:
+    """All that a plan is made from. Shards are named by id.
+
+    Attributes:
+        sizes: bytes of each shard.
+        embedding_dim: D; None where only a loaded teacher could tell: then embeddings and class sums are left out.
+    """
+
+    config: Config
+    cache: CacheConfig
+    urls: Mapping[str, str]
+    sizes: Mapping[str, int]
+    commits: Sequence[Commit]
+    survey: Survey
+    header: Header | None
+    embedding_dim: int | None
+
+    @cached_property
+    def blocks(self) -> dict[str, ShardBlocks]:
+        """By shard id.
+
+        Raises:
+            CacheError: two commits overlap.
+        """
+        committed: defaultdict[str, list[Commit]] = defaultdict(list)
+        for commit in self.commits:
+            committed[commit.shard_id].append(commit)
+        fresh = self._missing([], "")
+        return {
+            shard: ShardBlocks(tuple(found), self._missing(found, shard) if found else fresh)
+            for shard, found in ((shard, committed[shard]) for shard in self.urls)
+        }
+
+    def _missing(self, commits: list[Commit], shard: str) -> tuple[ViewBlock, ...]:
+        return tuple(
+            missing_blocks(
+                commits,
+                num_views=self.config.views.count,
+                views_per_part=self.cache.views_per_part,
+                wants_eval=self.cache.class_means == "eval",
+                where=f"{shard} in {storage.redact(self.cache.url)}",
+            )
+        )
+
+    @property
+    def is_remote(self) -> bool:
+        return any(storage.protocol(url) != "file" for url in self.urls.values())
+
+    @property
+    def num_partials(self) -> int:
+        """Files of class sums: one a shard."""
+        return len(self.urls) if self.cache.class_means in ("eval", "view0") else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Attributes:
+    rows: images that can be used.
+    num_counted: shards whose rows were counted; those of the others are estimated.
+    forwards: rows the teacher is asked about, the eval pass included; ``forwards_open`` without committed parts.
+    blocks_per_shard: how often a shard is read and decoded.
+    """
+
+    rows: Span
+    num_shards: int
+    num_counted: int
+    num_parts: int
+    num_parts_open: int
+    blocks_per_shard: int
+    forwards: Span
+    forwards_open: Span
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Bytes.
+
+    Attributes:
+        outputs: of one row of each tensor, before compression; ``columns`` those of all other columns.
+        row: of one row in a part; as measured where parts are there (``is_measured``), else bounded.
+        parts: all of them; ``parts_open`` those still to make; ``parts_of_shard`` those of a shard of middle size.
+        means: partial class sums, at most; None where D is not known.
+        scratch: on the local disk of the task with the largest part.
+        read: of the shards, by the parts still to make.
+    """
+
+    outputs: dict[str, int]
+    columns: float
+    row: Span
+    is_measured: bool
+    parts: Span
+    parts_open: Span
+    parts_of_shard: Span
+    means: int | None
+    scratch: Span
+    read: int
+
+
+@dataclass(frozen=True, slots=True)
+class Requests:
+    """Asked of a store; a look at one object counts as a get."""
+
+    put: int
+    get: int
+    list: int
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Objects of the finished cache; requests of what is left of the build, and of an epoch of training on one node."""
+
+    num_objects: int
+    build: Requests
+    epoch: Requests
+
+
+@dataclass(frozen=True, slots=True)
+class BreakEven:
+    """When a cache asks the teacher less often than training online: forwards an image < students x epochs.
+
+    Attributes:
+        forwards_per_image: V, and one for an eval pass.
+        epochs: of the config's training, if it names any; ``num_students`` is then the fewest that pay.
+    """
+
+    forwards_per_image: int
+    epochs: int | None
+    num_students: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class CachePlan:
+    """What ``cache build`` would do."""
+
+    work: Work
+    size: Size
+    traffic: Traffic
+    break_even: BreakEven
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def survey_ground(
+    config: Config,
+    cache: CacheConfig,
+    urls: Mapping[str, str],
+    sizes: Mapping[str, int],
+    commits: Sequence[Commit],
+) -> Ground:
+    """Looks at header, commits, indexes and a few shards; loads no network.
+
+    Raises:
+        CacheError: the header or an index is damaged.
+        ShardError: a shard has no sample with an image.
+    """
+    known = storage.exists(storage.join(cache.url, layout.HEADER))
+    header = read_header(cache.url) if known else None
+    commits = [commit for commit in commits if commit.shard_id in urls]
+    index_urls = [storage.join(cache.url, layout.INDEX), *filter(None, [config.data.index])]
+    return Ground(
+        config=config,
+        cache=cache,
+        urls=urls,
+        sizes=sizes,
+        commits=commits,
+        survey=survey_shards(urls, sizes, commits, config.data, index_urls=index_urls),
+        header=header,
+        embedding_dim=header.embedding_dim if header else None,
+    )
+
+
+def embedding_dim(config: Config) -> int:
+    """D of the config's teacher, from its architecture: its weights are not read.
+
+    Raises:
+        ModelError: the network cannot be built as asked.
+    """
+    assert config.data.num_classes is not None
+    teacher = config.teacher.model_copy(update={"weights": "random", "sha256": None})
+    return load_model(teacher, num_classes=config.data.num_classes, size=config.views.size).module.embedding_dim
+
+
+def needs_embedding_dim(ground: Ground) -> bool:
+    """Whether the bytes depend on a D that is not known."""
+    return ground.embedding_dim is None and (ground.cache.embeddings != "none" or ground.num_partials > 0)
+
+
+def plan_cache(ground: Ground) -> CachePlan:
+    """
+    Raises:
+        CacheError: two commits overlap.
+    """
+    work = plan_work(ground)
+    return CachePlan(work, plan_size(ground), plan_traffic(ground), break_even(ground.config))
+
+
+def plan_work(ground: Ground) -> Work:
+    blocks, rows = ground.blocks, ground.survey.rows
+    return Work(
+        rows=ground.survey.num_rows,
+        num_shards=len(blocks),
+        num_counted=ground.survey.num_counted,
+        num_parts=sum(of_shard.num_parts for of_shard in blocks.values()),
+        num_parts_open=sum(len(of_shard.missing) for of_shard in blocks.values()),
+        blocks_per_shard=max(of_shard.num_parts for of_shard in blocks.values()),
+        forwards=total(rows[shard] * of_shard.num_views for shard, of_shard in blocks.items()),
+        forwards_open=_forwards_open(ground),
+    )
+
+
+def _forwards_open(ground: Ground) -> Span:
+    return total(ground.survey.rows[shard] * of_shard.missing_views for shard, of_shard in ground.blocks.items())
+
+
+def plan_size(ground: Ground) -> Size:
+    outputs = {output.name: row_bytes(output) for output in _outputs(ground)}
+    raw = sum(outputs.values()) + _column_bytes()
+    measured = _measured(ground.commits)
+    row = measured or Span(_LEAST_STORED * raw, raw, raw)
+    parts_open = _forwards_open(ground) * row
+    committed = sum(commit.part.size_bytes for item in ground.blocks.values() for commit in item.committed)
+    return Size(
+        outputs=outputs,
+        columns=_column_bytes(),
+        row=row,
+        is_measured=measured is not None,
+        parts=parts_open + Span.exactly(committed),
+        parts_open=parts_open,
+        parts_of_shard=_middle(ground) * row,
+        means=_means_bytes(ground),
+        scratch=_scratch(ground, raw, row),
+        read=sum(ground.sizes[shard] * len(of_shard.missing) for shard, of_shard in ground.blocks.items()),
+    )
+
+
+def _outputs(ground: Ground) -> tuple[Output, ...]:
+    if ground.header is not None:
+        return ground.header.outputs
+    assert ground.config.data.num_classes is not None
+    # Without D the embedding is left out, and what is left is a lower bound.
+    known = {} if ground.embedding_dim else {"embeddings": "none"}
+    cache = ground.cache.model_copy(update=known)
+    return outputs_of(cache, num_classes=ground.config.data.num_classes, embedding_dim=ground.embedding_dim or 1)
+
+
+def _column_bytes() -> float:
+    """Of a row's columns beside the outputs, before compression; those of canaries by their share."""
+    return sum(_bits(item.type) / 8 * (_CANARY_SHARE if item.nullable else 1) for item in part_schema({}))
+
+
+def _bits(kind: pa.DataType) -> int:
+    return int(kind.bit_width)
+
+
+def _measured(commits: Sequence[Commit]) -> Span | None:
+    rows = sum(view.rows for commit in commits for view in commit.views)
+    if not rows:
+        return None
+    each = sum(commit.part.size_bytes for commit in commits) / rows
+    return Span((1 - _MEASURED_SPREAD) * each, each, (1 + _MEASURED_SPREAD) * each)
+
+
+def _middle(ground: Ground) -> Span:
+    """Rows of all views of the shard in the middle by rows."""
+    of_shards = [ground.survey.rows[shard] * of_shard.num_views for shard, of_shard in ground.blocks.items()]
+    return sorted(of_shards, key=lambda span: span.expected)[len(of_shards) // 2]
+
+
+def _means_bytes(ground: Ground) -> int | None:
+    """Every shard may hold every class."""
+    if not ground.num_partials:
+        return 0
+    if ground.embedding_dim is None:
+        return None
+    assert ground.config.data.num_classes is not None
+    row = 8 * ground.embedding_dim + _CLASS_SUM_BYTES
+    return sum(row * round(min(ground.config.data.num_classes, rows.high)) for rows in ground.survey.rows.values())
+
+
+def _scratch(ground: Ground, raw: float, row: Span) -> Span:
+    """Rows lie in spill files as they are, then in the assembled part as well; a remote shard lies beside them."""
+    found = [Span.exactly(0)]
+    for shard, of_shard in ground.blocks.items():
+        for num_views in {len(block.views) for block in of_shard.missing}:
+            rows = ground.survey.rows[shard] * num_views
+            fetched = ground.sizes[shard] if storage.protocol(ground.urls[shard]) != "file" else 0
+            found.append(rows * (row + Span.exactly(raw)) + Span.exactly(fetched))
+    return max(found, key=lambda span: span.expected)
+
+
+def plan_traffic(ground: Ground) -> Traffic:
+    parts = sum(of_shard.num_parts for of_shard in ground.blocks.values())
+    return Traffic(
+        num_objects=2 * parts + len(ground.urls) + ground.num_partials + _num_published(ground),
+        build=_build_requests(ground, parts),
+        epoch=Requests(put=0, get=(3 if ground.is_remote else 2) * len(ground.urls), list=0),
+    )
+
+
+def _num_published(ground: Ground) -> int:
+    """Header, manifest and its two tables; class means."""
+    return 4 + (ground.cache.class_means != "none")
+
+
+def _build_requests(ground: Ground, num_parts: int) -> Requests:
+    """What ``build_part`` asks for each part, and the driver before and after."""
+    num_open = sum(len(of_shard.missing) for of_shard in ground.blocks.values())
+    started = {commit.shard_id for commit in ground.commits}
+    partials_open = ground.num_partials - sum(commit.means is not None for commit in ground.commits)
+    # A part tries to create the header and creates its commit; its shard's first also creates the index.
+    put = 3 * num_open + partials_open + len(ground.urls) - len(started) + _num_published(ground)
+    # Header and index, each looked for and read; the size of the shard; the shard itself where it is remote.
+    get = (6 if ground.is_remote else 5) * num_open + len(ground.urls)
+    # Commits at the start and at the end, class sums at the end.
+    get += len(ground.commits) + num_parts + ground.num_partials
+    pages = -(-num_parts // _NAMES_A_LISTING)
+    return Requests(put=put, get=get, list=4 * pages + 3 * pages)
+
+
+def break_even(config: Config) -> BreakEven:
+    """Offline forwards are paid once; online, each student pays one forward an image and epoch."""
+    has_eval_pass = config.cache is not None and config.cache.class_means == "eval"
+    per_image = config.views.count + has_eval_pass
+    epochs = config.train.epochs if "epochs" in config.train.model_fields_set else None
+    return BreakEven(per_image, epochs, None if epochs is None else per_image // epochs + 1)

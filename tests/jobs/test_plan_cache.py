@@ -1,0 +1,101 @@
+"""The plan of a build against the build itself."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.build_cache import build_cache
+from jobs.plan_cache import describe, report
+from pipeline import storage
+from pipeline.errors import StorageInputError
+from tests.jobs.conftest import Tree, config_of, files_below
+
+
+def test_a_plan_writes_nothing_and_names_what_it_found(tree: Tree, tmp_path: Path) -> None:
+    found = report(config_of(tree()), measured=False)
+    assert files_below(tmp_path) == {}
+    screen = describe(found)
+    assert "96 in 4 shards (counted)" in screen
+    assert "384 forwards, 384 still to do" in screen
+    assert "students x epochs > 4; with train.epochs=2 from 3 students on" in screen
+    assert "4 steps of 24 rows, 0 rows dropped" in screen
+
+
+def test_a_finished_cache_leaves_nothing_to_do(tree: Tree) -> None:
+    config = config_of(tree())
+    build_cache(config)
+    found = report(config, measured=False)
+    assert (found.plan.work.num_parts, found.plan.work.num_parts_open) == (12, 0)
+    assert found.plan.size.parts_open.high == 0
+    assert not found.warnings
+
+
+def test_a_part_that_is_gone_is_planned_again_though_a_commit_names_it(tree: Tree, tmp_path: Path) -> None:
+    config = config_of(tree())
+    build_cache(config)
+    next((tmp_path / "cache").glob("parts/digits-02/v0000-0001.*")).unlink()
+    assert report(config, measured=False).plan.work.forwards_open.expected == 24 * 2
+
+
+@pytest.mark.parametrize(("tail", "told"), [("short", "5 steps of 20 rows, the last of 16"), ("drop", "refused")])
+def test_the_end_of_an_epoch_is_said(tree: Tree, tail: str, told: str) -> None:
+    config = config_of(tree(train={"global_batch_size": 20, "tail": tail}))
+    assert told in describe(report(config, measured=False))
+
+
+def test_requests_are_about_those_of_the_build(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = report(config_of(tree()), measured=False).plan.traffic.build
+    asked: Counter[str] = Counter()
+    kinds = {
+        "put": ("put", "create"),
+        "get": ("read", "read_range", "exists", "size", "local_copy"),
+        "list": ("listing", "sizes"),
+    }
+    for kind, name in ((kind, name) for kind, names in kinds.items() for name in names):
+        monkeypatch.setattr(storage, name, _counting(getattr(storage, name), asked, kind))
+    build_cache(config_of(tree()))
+    for kind in kinds:
+        assert getattr(planned, kind) == pytest.approx(asked[kind], rel=0.3), asked
+
+
+def _counting(function: Any, asked: Counter[str], kind: str) -> Any:
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        asked[kind] += 1
+        return function(*arguments, **keywords)
+
+    return call
+
+
+def test_a_measured_plan_tells_rate_bytes_and_hours_and_leaves_nothing(tree: Tree, tmp_path: Path) -> None:
+    found = report(config_of(tree()), measured=True)
+    measured, times = found.measurement, found.forecast
+    assert measured is not None
+    assert times is not None
+    assert files_below(tmp_path) == {}
+    assert (measured.num_images, measured.num_views) == (16, 2)
+    stages = measured.stages
+    assert min(stages.decode_s, stages.forward_s, measured.load_s) > 0
+    # One task, 384 rows; two views are decoded at once as they are in a part.
+    assert times.build_s == pytest.approx(384 * measured.row_s + 12 * measured.fetch_s)
+    assert times.size_bytes == pytest.approx(384 * measured.row_bytes)
+    assert "a part takes" in describe(found)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_sample_is_measured_as_a_ray_task_for_all_slots_of_the_cluster(tree: Tree) -> None:
+    found = report(config_of(tree(ray={"address": "local", "cpus_per_task": 2})), measured=True)
+    assert found.forecast is not None
+    assert found.forecast.num_slots == 2
+
+
+def test_a_build_that_cannot_fit_stops_before_it_writes(tree: Tree, tmp_path: Path) -> None:
+    views = {"count": 65_535, "size": 16}
+    config = config_of(tree(views=views, data={"num_classes": 2_000_000_000}, cache={"class_means": "none"}))
+    with pytest.raises(StorageInputError, match="not enough room for the cache and scratch of 1 parts"):
+        build_cache(config)
+    assert files_below(tmp_path) == {}
