@@ -92,7 +92,8 @@ def test_an_index_says_how_many_images_can_be_used(
 ) -> None:
     members = [("a.png", b"no image"), ("a.cls", b"1"), ("b.png", next(digit_samples(1))[1]["png"]), ("b.cls", b"1")]
     (tmp_path / "bad.tar").write_bytes(make_tar(members))
-    data = {"shards": [*digits_shards, f"{tmp_path}/bad.tar"], "index": f"{tmp_path}/index", "bad_samples": "skip"}
+    skip = {"bad_samples": "skip", "max_bad_share": 0.5}
+    data = {"shards": [*digits_shards, f"{tmp_path}/bad.tar"], "index": f"{tmp_path}/index", **skip}
     config = tiny_config(data=data)
     assert plan_cache(ground_of(config)).work.rows.expected == NUM_DIGITS + 2
     for url in shard_urls(config).values():
