@@ -97,7 +97,7 @@ def cache_config(config: Config) -> CacheConfig:
             "class means of mixed images mean nothing",
             where="cache.class_means",
             got="view0",
-            wanted="eval or none under views.kind=function_matching",
+            wanted="eval, none or the URL of a file under views.kind=function_matching",
         )
     if cache.class_means in ("eval", "view0"):
         _check_labels(config)

@@ -80,7 +80,7 @@ def check_distillation(config: Config) -> None:
             "nd needs class means, and this cache would have none",
             where="cache.class_means",
             got="none",
-            wanted="eval, or view0 where views are not mixed",
+            wanted="eval, the URL of a file, or view0 where views are not mixed",
         )
     assert config.data.num_classes is not None
     _check_student(config, config.data.num_classes, config.views.size)
