@@ -70,6 +70,9 @@ def coded_defaults() -> dict[str, Any]:
         models = [kind for kind in (field.annotation, *get_args(field.annotation)) if _is_section(kind)]
         for model in models:
             found |= _defaults(name, model)
+            for option, inner in model.model_fields.items():
+                for kind in filter(_is_section, get_args(inner.annotation)):
+                    found |= _defaults(f"{name}: {option}", kind)
     for model in get_args(get_args(LossConfig)[0]):
         own = _defaults(f"loss: {get_args(model.model_fields['name'].annotation)[0]}", model)
         common = {"name", *LossSection.model_fields}

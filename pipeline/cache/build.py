@@ -47,7 +47,7 @@ from pipeline.teacher.prefetch import prefetch
 from pipeline.teacher.runtime import numeric_env, pick_device, pin_numerics
 from pipeline.views.params import is_canary, sample_keys
 from pipeline.views.pixels import pixel_digest, pixel_mean
-from schemas.cache import part_schema
+from schemas.cache import drawn_columns, part_schema
 from schemas.config import CacheConfig, Config
 from schemas.manifest import Commit, FileRef, Header, ViewBlock
 
@@ -217,7 +217,8 @@ class _PartBuild:
             plan=self.builder.config.views, block=self.task.block, size=spec.size, interpolation=spec.interpolation
         )
         self.row_sizes = {output.name: row_bytes(output) for output in header.outputs}
-        self.schema = part_schema(self.row_sizes)
+        drawn = {} if self.task.block.is_eval else drawn_columns(self.builder.config.views)
+        self.schema = part_schema(self.row_sizes, drawn)
         self.statistics = StatisticsSum(header)
         self.first_row: int | None = None
 
@@ -316,6 +317,7 @@ class _PartBuild:
             "flip": group.flip_VN[position],
             "mix_row": row_N[group.partner_VN[position]],
             "mix_lambda": group.mix_lambda_VN[position],
+            **{name: values_VN[position] for name, values_VN in group.drawn_VN.items()},
             "embedding_norm": norm_N.astype(np.float32),
             "pixel_digest": digests,
             "pixel_mean": means,

@@ -29,12 +29,17 @@ _PROBE_TOLERANCE = {"fp32": 1e-2, "bf16": 0.15, "fp16": 0.05}
 
 def views_body(plan: ViewsConfig) -> dict[str, Any]:
     """What decides the pixels of a view, less the teacher's size: its hash is the views id."""
-    body = plan.model_dump(mode="json", exclude={"count", "size"})
+    body = plan.model_dump(mode="json", exclude={"count", "size"}, exclude_none=True)
     return {**body, "rng_version": RNG_VERSION}
 
 
 def views_id(plan: ViewsConfig) -> str:
     return short(views_body(plan))
+
+
+def plan_of(header: Header) -> ViewsConfig:
+    """The plan of a cache's views; its count and size are not in it."""
+    return ViewsConfig.model_validate({key: value for key, value in header.views.items() if key != "rng_version"})
 
 
 def teacher_body(teacher: Teacher, plan: ViewsConfig, cache: CacheConfig, class_means: str) -> dict[str, Any]:

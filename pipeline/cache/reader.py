@@ -6,6 +6,7 @@ import hashlib
 import io
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,12 +17,14 @@ from pipeline import storage
 from pipeline.cache import layout
 from pipeline.cache.codec import decode
 from pipeline.cache.files import REBUILD, gone, read_file, read_named
-from pipeline.cache.identity import parse_header
+from pipeline.cache.identity import parse_header, plan_of
 from pipeline.cache.manifest import locate, parse_manifest, read_manifest, read_table
 from pipeline.cache.means import ClassMeans, decode_means
 from pipeline.errors import CacheError, StorageError, StorageInputError
 from pipeline.fingerprint import digest
 from pipeline.shards.index import ShardIndex, decode_index
+from pipeline.views.params import EVAL_VIEW
+from schemas.cache import drawn_columns
 from schemas.manifest import Header, Manifest
 
 
@@ -35,6 +38,7 @@ class ViewColumns:
     flip_N: NDArray[np.bool_]
     mix_row_N: NDArray[np.int32]
     mix_lambda_N: NDArray[np.float32]
+    drawn: dict[str, NDArray[Any]]
     embedding_norm_N: NDArray[np.float32]
     logits_NK: NDArray[np.float32]
     embedding_ND: NDArray[np.float32] | None
@@ -113,7 +117,9 @@ class TeacherCache:
                 wanted=f"views 0..{self.num_views - 1}",
             )
         entry = table.slice(rows[shard_id, view], 1).to_pylist()[0]
-        return _decode_columns(self._fetch(entry), self.header)
+        # An eval pass has nothing of the plan's options.
+        drawn = {} if view == EVAL_VIEW else drawn_columns(plan_of(self.header))
+        return _decode_columns(self._fetch(entry), self.header, list(drawn))
 
     def _fetch(self, entry: dict[str, object]) -> pa.Table:
         url = storage.join(self.url, str(entry["path"]))
@@ -209,8 +215,8 @@ def _row_groups(metadata: pq.FileMetaData, start: int, stop: int) -> list[int]:
     ]
 
 
-def _decode_columns(table: pa.Table, header: Header) -> ViewColumns:
-    for name in ("row", "content_hash", "embedding_norm", "mix_row", "mix_lambda", "flip"):
+def _decode_columns(table: pa.Table, header: Header, drawn: list[str]) -> ViewColumns:
+    for name in ("row", "content_hash", "embedding_norm", "mix_row", "mix_lambda", "flip", *drawn):
         if table[name].null_count:
             raise CacheError(f"column {name} has empty cells")
     logits, embedding = header.output("logits"), header.output("embedding")
@@ -223,6 +229,7 @@ def _decode_columns(table: pa.Table, header: Header) -> ViewColumns:
         flip_N=table["flip"].combine_chunks().to_numpy(zero_copy_only=False),
         mix_row_N=table["mix_row"].to_numpy(),
         mix_lambda_N=table["mix_lambda"].to_numpy(),
+        drawn={name: table[name].to_numpy() for name in drawn},
         embedding_norm_N=table["embedding_norm"].to_numpy(),
         logits_NK=decode(table["logits"], logits),
         embedding_ND=None if embedding is None else decode(table["embedding"], embedding),

@@ -12,6 +12,7 @@ from pipeline import storage
 from pipeline.errors import CacheError
 from pipeline.student.sources import CachedSource, read_image
 from pipeline.teacher.runtime import numeric_env
+from pipeline.views.options import drawn_row
 from pipeline.views.pixels import apply_view, pixel_digest, pixel_mean
 
 _MAX_SHARDS = 8
@@ -73,7 +74,8 @@ def _check_shard(source: CachedSource, shard: int, max_pixels: int) -> tuple[int
     for row, ordinal in enumerate(ordinals):
         image = read_image(source, shard, rows, row, max_pixels=max_pixels)
         box, flip = rows.box_N4[row].tolist(), bool(rows.flip_N[row])
-        view = apply_view(image, box, flip, size=size, interpolation=interpolation)
+        drawn = drawn_row(rows.drawn, row)
+        view = apply_view(image, box, flip, drawn, size=size, interpolation=interpolation)
         if pixel_digest(view) != columns.pixel_digest[ordinal]:
             drifts.append(_Drift(rows.sample_ids[row], _distance(pixel_mean(view), columns.pixel_mean[ordinal])))
     return len(ordinals), drifts

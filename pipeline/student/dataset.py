@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from pipeline.errors import CacheError, StillroomError
 from pipeline.student.order import EpochOrder, OrderedRows, TrainingOrder
 from pipeline.student.sources import RowSource, ShardRows, check_labelled, read_image
+from pipeline.views.options import cut_boxes, drawn_row
 from pipeline.views.pixels import apply_view, stack_views
 from schemas.config import Interpolation
 
@@ -35,6 +36,7 @@ class Batch:
     labels_B: Tensor
     partner_B: Tensor | None
     lambda_B: Tensor | None
+    cut_B4: Tensor | None
     teacher_BK: Tensor | None
     teacher_norm_B: Tensor | None
 
@@ -119,6 +121,7 @@ class StepDataset(Dataset[Batch]):
             labels_B=torch.from_numpy(joined.label_B),
             partner_B=torch.from_numpy(rows.partner_B.astype(np.int64)) if mixes else None,
             lambda_B=torch.from_numpy(joined.lambda_B) if mixes else None,
+            cut_B4=None if joined.cut_B4 is None else torch.from_numpy(joined.cut_B4),
             teacher_BK=None if joined.logits_BK is None else torch.from_numpy(joined.logits_BK),
             teacher_norm_B=None if joined.norm_B is None else torch.from_numpy(joined.norm_B),
         )
@@ -137,7 +140,8 @@ class StepDataset(Dataset[Batch]):
 def _render(image_CHW: Tensor, rows: ShardRows, row: int, target: InputSize) -> Tensor:
     """uint8 [3,size,size]; the box is in pixels of the original, so any size shows the same crop."""
     box, flip = rows.box_N4[row].tolist(), bool(rows.flip_N[row])
-    return apply_view(image_CHW, box, flip, size=target.size, interpolation=target.interpolation)
+    drawn = drawn_row(rows.drawn, row)
+    return apply_view(image_CHW, box, flip, drawn, size=target.size, interpolation=target.interpolation)
 
 
 class _Joined:
@@ -147,6 +151,7 @@ class _Joined:
         self.sample_ids = [""] * size
         self.label_B = np.full(size, -1, np.int64)
         self.lambda_B = np.ones(size, np.float32)
+        self.cut_B4: NDArray[np.float32] | None = None
         self.logits_BK: NDArray[np.float32] | None = None
         self.norm_B: NDArray[np.float32] | None = None
 
@@ -155,6 +160,10 @@ class _Joined:
             self.sample_ids[position] = sample_id
         self.label_B[where_N] = found.label_N
         self.lambda_B[where_N] = found.mix_lambda_N
+        cut_N4 = cut_boxes(found.drawn)
+        if cut_N4 is not None:
+            self.cut_B4 = np.zeros((len(self.label_B), 4), np.float32) if self.cut_B4 is None else self.cut_B4
+            self.cut_B4[where_N] = cut_N4
         if found.logits_NK is not None and found.embedding_norm_N is not None:
             if self.logits_BK is None or self.norm_B is None:
                 self.logits_BK = np.empty((len(self.label_B), found.logits_NK.shape[1]), np.float32)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline import storage
-from pipeline.cache.identity import views_id
+from pipeline.cache.identity import plan_of, views_id
 from pipeline.cache.reader import TeacherCache, open_cache
 from pipeline.errors import CacheError
 from pipeline.fingerprint import differences
@@ -46,7 +46,7 @@ def lesson_facts(config: Config) -> LessonFacts:
     assert config.run is not None
     cache = open_cache(config.data.cache, manifest_bytes=checkpoint.pinned_manifest(config.run.url))
     header = cache.header
-    plan = ViewsConfig.model_validate({key: value for key, value in header.views.items() if key != "rng_version"})
+    plan = plan_of(header)
     _check_same_views(config, plan, cache)
     _check_same_teacher(config, cache)
     return LessonFacts(_data_of(config, cache), plan, header.num_classes, int(header.teacher["size"]), cache)

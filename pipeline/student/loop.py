@@ -235,6 +235,7 @@ class Trainer:
             std_C=self._std_C,
             partner_B=batch.partner_B,
             lambda_B=batch.lambda_B,
+            cut_B4=batch.cut_B4,
         )
         inputs = self._forward(images, batch)
         total, terms = self.loss(inputs, self._share(inputs, batch), epoch=batch.epoch)
@@ -255,7 +256,7 @@ class Trainer:
         teacher_BK, teacher_norm_B = batch.teacher_BK, batch.teacher_norm_B
         if self.lessons.teacher is not None:
             pixels = batch.pixels_BCHW if batch.teacher_pixels_BCHW is None else batch.teacher_pixels_BCHW
-            teacher_BK, teacher_BD = self.lessons.teacher.forward(pixels, batch.partner_B, batch.lambda_B)
+            teacher_BK, teacher_BD = self.lessons.teacher.forward(pixels, batch.partner_B, batch.lambda_B, batch.cut_B4)
             teacher_norm_B = teacher_BD.norm(dim=1)
         return LossInputs(
             student_BK=student_BK,

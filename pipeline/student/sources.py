@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import xxhash
@@ -23,7 +23,7 @@ from pipeline.shards.index import NO_LABEL, ShardIndex, decode_index, index_sett
 from pipeline.shards.names import shard_ids
 from pipeline.shards.publish import index_name
 from pipeline.shards.tar import ShardReader
-from pipeline.views.params import sample_keys, shard_partners, view_params
+from pipeline.views.params import sample_keys, shard_partners, unmix, view_params
 from schemas.config import Config, DataConfig, ViewsConfig
 
 SHARD_FOLDER = Path(tempfile.gettempdir()) / "stillroom-shards"
@@ -72,6 +72,7 @@ class ShardRows:
     box_N4: NDArray[np.int32]
     flip_N: NDArray[np.bool_]
     mix_lambda_N: NDArray[np.float32]
+    drawn: dict[str, NDArray[Any]]
     partner_N: NDArray[np.int32]
     """Ordinal among the shard's ok rows; its own where nothing is mixed."""
     logits_NK: NDArray[np.float32] | None
@@ -195,17 +196,18 @@ class IndexedSource:
         views_N = np.full(len(ordinal_N), view, np.int64)
         keys_N2 = sample_keys(self.plan.seed, sample_ids)
         widths_N, heights_N = (side[position_N].astype(np.int64) for side in (index.width, index.height))
-        drawn = view_params(self.plan, keys_N2, views_N, widths_N, heights_N)
         partner_N = self._partners.get((shard, view))[ordinal_N]
+        params = unmix(view_params(self.plan, keys_N2, views_N, widths_N, heights_N), partner_N == ordinal_N)
         return ShardRows(
             sample_ids=sample_ids,
             offset_N=index.offset[position_N],
             size_N=index.size[position_N],
             content_hash_N=index.content_hash[position_N],
             label_N=index.label[position_N],
-            box_N4=drawn.box_N4,
-            flip_N=drawn.flip_N,
-            mix_lambda_N=np.where(partner_N == ordinal_N, np.float32(1), drawn.mix_lambda_N),
+            box_N4=params.box_N4,
+            flip_N=params.flip_N,
+            mix_lambda_N=params.mix_lambda_N,
+            drawn=dict(params.drawn),
             partner_N=partner_N,
             logits_NK=None,
             embedding_norm_N=None,
@@ -267,6 +269,7 @@ class CachedSource:
             box_N4=columns.box_N4[ordinal_N],
             flip_N=columns.flip_N[ordinal_N],
             mix_lambda_N=columns.mix_lambda_N[ordinal_N],
+            drawn={name: values_N[ordinal_N] for name, values_N in columns.drawn.items()},
             partner_N=partner_N[ordinal_N],
             logits_NK=columns.logits_NK[ordinal_N],
             embedding_norm_N=columns.embedding_norm_N[ordinal_N],

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import xxhash
@@ -22,13 +22,14 @@ from pipeline.fingerprint import differences
 from pipeline.shards.decode import BadImageError, BadStatus, decode, image_size
 from pipeline.shards.index import NO_LABEL, STATUSES, IndexBuilder, ShardIndex
 from pipeline.shards.tar import Sample, read_samples
+from pipeline.views.options import cut_boxes, drawn_row
 from pipeline.views.params import (
     EVAL_VIEW,
     ViewParams,
     eval_params,
     mix_partners,
     sample_keys,
-    unmix_singles,
+    unmix,
     view_params,
 )
 from pipeline.views.pixels import apply_view, stack_views
@@ -66,11 +67,18 @@ class GroupViews:
     flip_VN: NDArray[np.bool_]
     partner_VN: NDArray[np.int32]
     mix_lambda_VN: NDArray[np.float32]
+    drawn_VN: dict[str, NDArray[Any]]
     pixels_VNCHW: Tensor
 
     @property
     def mixes(self) -> bool:
         return bool((self.mix_lambda_VN != 1).any())
+
+    @property
+    def mixing(self) -> list[tuple[NDArray[Any], ...]]:
+        """Of each view partners, λ and, where the plan has them, boxes: what ``Teacher.answer`` mixes by."""
+        cut_VN4 = cut_boxes(self.drawn_VN)
+        return list(zip(self.partner_VN, self.mix_lambda_VN, *([] if cut_VN4 is None else [cut_VN4]), strict=True))
 
     @property
     def sample_ids(self) -> list[str]:
@@ -221,8 +229,7 @@ def _draw(rendering: Rendering, sample_ids: list[str], sizes_N2: NDArray[np.int6
     else:
         keys = np.repeat(sample_keys(rendering.plan.seed, sample_ids), len(views), axis=0)
         params = view_params(rendering.plan, keys, np.tile(np.array(views, np.int64), len(sample_ids)), widths, heights)
-    cuts = [slice(start, start + len(views)) for start in range(0, len(widths), len(views))]
-    return [ViewParams(params.box_N4[cut], params.flip_N[cut], params.mix_lambda_N[cut]) for cut in cuts]
+    return [params.take(slice(start, start + len(views))) for start in range(0, len(widths), len(views))]
 
 
 def _render(sample: Sample, params: ViewParams, rendering: Rendering, max_pixels: int) -> _Rendered:
@@ -233,8 +240,15 @@ def _render(sample: Sample, params: ViewParams, rendering: Rendering, max_pixels
     except BadImageError as error:
         return _Rendered(error.status, 0, 0, None)
     views = [
-        apply_view(image, box, bool(flip), size=rendering.size, interpolation=rendering.interpolation)
-        for box, flip in zip(params.box_N4.tolist(), params.flip_N.tolist(), strict=True)
+        apply_view(
+            image,
+            box,
+            flip,
+            drawn_row(params.drawn, view),
+            size=rendering.size,
+            interpolation=rendering.interpolation,
+        )
+        for view, (box, flip) in enumerate(zip(params.box_N4.tolist(), params.flip_N.tolist(), strict=True))
     ]
     return _Rendered("ok", image.shape[2], image.shape[1], stack_views(views))
 
@@ -249,18 +263,29 @@ def _assemble(
     partner_VN = np.stack(
         [mix_partners(rendering.plan, shard_id, number, view, num_ok) if mixes else own for view in views]
     )
-    lambda_VN = np.stack([params.mix_lambda_N for _, _, params in kept], axis=1)
+    params_VN = unmix(_stack([params for _, _, params in kept]), partner_VN == own)
     return GroupViews(
         shard_id=shard_id,
         samples=samples,
         row_N=np.array([sample.row for sample in samples], np.int32),
         content_hash_N=np.array([xxhash.xxh3_64_intdigest(sample.data) for sample in samples], np.uint64),
         label_N=np.array([-1 if sample.label is None else sample.label for sample in samples], np.int32),
-        box_VN4=np.stack([params.box_N4 for _, _, params in kept], axis=1),
-        flip_VN=np.stack([params.flip_N for _, _, params in kept], axis=1),
+        box_VN4=params_VN.box_N4,
+        flip_VN=params_VN.flip_N,
         partner_VN=partner_VN,
-        mix_lambda_VN=unmix_singles(lambda_VN, partner_VN),
+        mix_lambda_VN=params_VN.mix_lambda_N,
+        drawn_VN=dict(params_VN.drawn),
         pixels_VNCHW=stack_views(
             [outcome.pixels_VCHW for _, outcome, _ in kept if outcome.pixels_VCHW is not None]
         ).transpose(0, 1),
+    )
+
+
+def _stack(params: list[ViewParams]) -> ViewParams:
+    """N samples' parameters of V views each as one, [V, N, ...]."""
+    return ViewParams(
+        np.stack([one.box_N4 for one in params], axis=1),
+        np.stack([one.flip_N for one in params], axis=1),
+        np.stack([one.mix_lambda_N for one in params], axis=1),
+        {name: np.stack([one.drawn[name] for one in params], axis=1) for name in params[0].drawn},
     )

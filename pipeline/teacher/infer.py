@@ -41,11 +41,16 @@ class Teacher:
 
     @torch.inference_mode()
     def forward(
-        self, pixels_BCHW: Tensor, partner_B: Tensor | None = None, lambda_B: Tensor | None = None
+        self,
+        pixels_BCHW: Tensor,
+        partner_B: Tensor | None = None,
+        lambda_B: Tensor | None = None,
+        cut_B4: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """uint8 pixels [B,C,H,W] to fp32 logits [B,K] and embedding [B,D], on the device.
 
-        Mixes row b with row ``partner_B[b]`` on [0,1] pixels first, with weight ``lambda_B[b]`` on its own.
+        Mixes row b with row ``partner_B[b]`` on [0,1] pixels first, with weight ``lambda_B[b]`` on its own, or in the
+        box ``cut_B4[b]``.
         """
         images = to_input(
             pixels_BCHW.to(self.device, non_blocking=True),
@@ -53,6 +58,7 @@ class Teacher:
             std_C=self._std_C,
             partner_B=None if partner_B is None else partner_B.to(self.device),
             lambda_B=None if lambda_B is None else lambda_B.to(self.device),
+            cut_B4=None if cut_B4 is None else cut_B4.to(self.device),
         )
         return self._ask(images)
 
@@ -68,6 +74,7 @@ class Teacher:
         pixels_NCHW: Tensor,
         partner_N: NDArray[np.int32] | None = None,
         lambda_N: NDArray[np.float32] | None = None,
+        cut_N4: NDArray[np.float32] | None = None,
     ) -> Answers:
         """All rows in batches of exactly ``batch_size``; the last is padded, so that every row's arithmetic is the same
         whatever came before it."""
@@ -78,7 +85,7 @@ class Teacher:
         for start in range(0, num_rows, self.batch_size):
             rows = position_N[start : start + self.batch_size]
             padded = torch.cat([rows, rows[-1:].expand(self.batch_size - len(rows))])
-            images = self._mixed_input(pixels_NCHW, padded, partner_N, lambda_N)
+            images = self._mixed_input(pixels_NCHW, padded, partner_N, lambda_N, cut_N4)
             logits_BK, embedding_BD = self._ask(images)
             logits.append(logits_BK[: len(rows)].cpu())
             embeddings.append(embedding_BD[: len(rows)].cpu())
@@ -90,6 +97,7 @@ class Teacher:
         rows_B: Tensor,
         partner_N: NDArray[np.int32] | None,
         lambda_N: NDArray[np.float32] | None,
+        cut_N4: NDArray[np.float32] | None,
     ) -> Tensor:
         """Mixing needs the partner's pixels, which may lie in another batch of the same group."""
         pixels = _pick(pixels_NCHW, rows_B).to(self.device, non_blocking=True)
@@ -102,6 +110,7 @@ class Teacher:
             std_C=self._std_C,
             partner_B=torch.arange(len(rows_B), device=self.device),
             lambda_B=torch.from_numpy(lambda_N)[rows_B].to(self.device),
+            cut_B4=None if cut_N4 is None else torch.from_numpy(cut_N4)[rows_B].to(self.device),
             partner_pixels_NCHW=_pick(pixels_NCHW, partner_B).to(self.device, non_blocking=True),
         )
 
@@ -127,7 +136,7 @@ def load_teacher(config: TeacherConfig, *, num_classes: int, size: int | None, d
 def ask_groups(groups: Iterator[GroupViews], teacher: Teacher) -> Iterator[tuple[GroupViews, list[Answers]]]:
     """Each group with the teacher's answers for each of its V views."""
     for group in groups:
-        mixing = list(zip(group.partner_VN, group.mix_lambda_VN, strict=True)) if group.mixes else None
+        mixing = group.mixing if group.mixes else None
         yield (
             group,
             [

@@ -1,9 +1,8 @@
-"""What a view is: a box, a flip and a mixing weight, drawn by a pure function of (plan, sample, view).
+"""What a view is: box, flip, mixing weight and its plan's options, drawn by a pure function of (plan, sample, view).
 
 A row's parameters depend on nothing but its own arguments: not on the other rows of a call, their number or order.
-Boxes come from float64 +, ×, ÷, √, floor and rint alone, each of which IEEE 754 rounds exactly, so they are the same
-bits on every platform; the exponential of the aspect ratio is our own for that reason, since libm and SIMD versions
-differ in the last bit. A cache stores the parameters, so replay depends on none of this; ``verify`` does.
+They are the same bits on every platform (see ``draws.py``). A cache stores them, so replay depends on none of this;
+``verify`` does.
 
 Counter layout (part of the format): a view's words are those of key ("view", seed, sample id) at counter
 (block, view, stream, 0); a matching's those of key ("mix", seed, shard id) at (block, group, view, 0).
@@ -11,15 +10,25 @@ Counter layout (part of the format): a view's words are those of key ("view", se
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from decimal import Decimal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.views.philox import Words, key_of, philox4x64, uniform
+from pipeline.views.draws import (
+    STREAM_BOX,
+    STREAM_CANARY,
+    STREAM_FLIP_AND_MIX,
+    Floats,
+    Ints,
+    between,
+    draws,
+    log_between,
+)
+from pipeline.views.options import draw_options, without_boxes
+from pipeline.views.philox import Words, key_of, philox4x64
 from schemas.config import ViewsConfig
 
 EVAL_VIEW = 65_535
@@ -27,12 +36,6 @@ EVAL_VIEW = 65_535
 
 _CROP_ATTEMPTS = 10
 _CANARY_SHARE = 0.001
-
-# Streams keep draws apart, so that a further augmentation moves none of the present ones.
-_STREAM_BOX, _STREAM_FLIP_AND_MIX, _STREAM_CANARY = 0, 1, 2
-
-Ints = NDArray[np.int64]
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +46,18 @@ class ViewParams:
         box_N4: int32 (left, top, width, height) in pixels of the original after EXIF rotation; inside the image.
         flip_N: bool; the crop is mirrored left to right after resizing.
         mix_lambda_N: float32 in [0.5, 1], the row's own weight; 1 where the plan does not mix. A row that turns out
-            to be its own partner needs ``unmix_singles``: partners are known by shard, not by sample.
+            to be its own partner needs ``unmix``: partners are known by shard, not by sample.
+        drawn: what the plan's options drew, by column (``schemas.cache.drawn_columns``), one number a row each.
     """
 
     box_N4: NDArray[np.int32]
     flip_N: NDArray[np.bool_]
     mix_lambda_N: NDArray[np.float32]
+    drawn: Mapping[str, NDArray[Any]]
+
+    def take(self, rows: slice) -> ViewParams:
+        drawn = {name: values_N[rows] for name, values_N in self.drawn.items()}
+        return ViewParams(self.box_N4[rows], self.flip_N[rows], self.mix_lambda_N[rows], drawn)
 
 
 def sample_keys(seed: int, sample_ids: Sequence[str]) -> Words:
@@ -68,15 +77,16 @@ def view_params(plan: ViewsConfig, keys_N2: Words, views_N: Ints, widths_N: Ints
     if plan.kind == "eval":
         return eval_params(plan, widths_N, heights_N)
     box_N4 = _crop_boxes(plan, keys_N2, views_N, widths_N, heights_N)
-    draws_N4 = _draws(keys_N2, views_N, _STREAM_FLIP_AND_MIX)
+    draws_N4 = draws(keys_N2, views_N, STREAM_FLIP_AND_MIX)
     flip_N = draws_N4[:, 0] < plan.flip
     # Beta(1, 1) is uniform. The larger share is the row's own, so that a row remains a view of its own image.
     own_N = np.maximum(draws_N4[:, 1], 1 - draws_N4[:, 1]) if plan.mixes else np.ones(len(keys_N2))
-    return ViewParams(box_N4, flip_N, own_N.astype(np.float32))
+    lambda_N = own_N.astype(np.float32)
+    return ViewParams(box_N4, flip_N, lambda_N, draw_options(plan, keys_N2, _as_ints(views_N), lambda_N))
 
 
 def eval_params(plan: ViewsConfig, widths_N: Ints, heights_N: Ints) -> ViewParams:
-    """The centred square, neither flipped nor mixed.
+    """The centred square, neither flipped nor mixed, without any option of the plan.
 
     Its side is ``rint(crop_fraction * min(width, height))`` in float64 (halves to even), at least 1; left and top are
     ``(width - side) // 2`` and ``(height - side) // 2``.
@@ -84,12 +94,12 @@ def eval_params(plan: ViewsConfig, widths_N: Ints, heights_N: Ints) -> ViewParam
     widths_N, heights_N = _as_ints(widths_N), _as_ints(heights_N)
     side_N = np.maximum(_rint(plan.crop_fraction * np.minimum(widths_N, heights_N)), 1)
     box_N4 = _boxes((widths_N - side_N) // 2, (heights_N - side_N) // 2, side_N, side_N)
-    return ViewParams(box_N4, np.zeros(len(box_N4), dtype=np.bool_), np.ones(len(box_N4), dtype=np.float32))
+    return ViewParams(box_N4, np.zeros(len(box_N4), dtype=np.bool_), np.ones(len(box_N4), dtype=np.float32), {})
 
 
 def is_canary(keys_N2: Words, views_N: Ints) -> NDArray[np.bool_]:
     """Which of these (sample, view) carry a pixel digest by hash, about one in a thousand: bool [N]."""
-    return _draws(keys_N2, views_N, _STREAM_CANARY)[:, 0] < _CANARY_SHARE
+    return draws(keys_N2, views_N, STREAM_CANARY)[:, 0] < _CANARY_SHARE
 
 
 def mix_partners(plan: ViewsConfig, shard_id: str, group: int, view: int, num_ok: int) -> NDArray[np.int32]:
@@ -111,9 +121,10 @@ def shard_partners(plan: ViewsConfig, shard_id: str, view: int, num_ok: int) -> 
     return (np.concatenate(groups) + np.arange(num_ok) // plan.mix_group * plan.mix_group).astype(np.int32)
 
 
-def unmix_singles(mix_lambda_N: NDArray[np.float32], partner_N: NDArray[np.int32]) -> NDArray[np.float32]:
-    """λ with 1 for every row that is its own partner; partners are positions in the same array. float32 [N]."""
-    return np.where(partner_N == np.arange(partner_N.shape[-1]), np.float32(1), mix_lambda_N)
+def unmix(params: ViewParams, single_N: NDArray[np.bool_]) -> ViewParams:
+    """The parameters with nothing mixed into the rows that are their own partners: λ = 1, no box."""
+    lambda_N = np.where(single_N, np.float32(1), params.mix_lambda_N)
+    return replace(params, mix_lambda_N=lambda_N, drawn=without_boxes(params.drawn, single_N))
 
 
 def _matching_words(plan: ViewsConfig, shard_id: str, groups_G: Ints, view: int) -> Words:
@@ -137,22 +148,13 @@ def _match(words_GM: Words) -> NDArray[np.int32]:
     return partners_GM
 
 
-def _draws(keys_N2: Words, views_N: Ints, stream: int, block: int = 0) -> Floats:
-    """Four uniforms in [0, 1) a row: float64 [N, 4]."""
-    counters_N4 = np.zeros((len(keys_N2), 4), dtype=np.uint64)
-    counters_N4[:, 0] = block
-    counters_N4[:, 1] = views_N
-    counters_N4[:, 2] = stream
-    return uniform(philox4x64(keys_N2, counters_N4))
-
-
 def _crop_boxes(plan: ViewsConfig, keys_N2: Words, views_N: Ints, widths_N: Ints, heights_N: Ints) -> NDArray[np.int32]:
     """Inception crops (Szegedy 2015): the first of ten attempts that fits, else the central crop. int32 [N, 4]."""
     widths_N, heights_N, views_N = _as_ints(widths_N), _as_ints(heights_N), _as_ints(views_N)
     box_N4 = _central_boxes(plan, widths_N, heights_N)
     open_M = np.arange(len(keys_N2))
     for attempt in range(_CROP_ATTEMPTS):
-        draws_M4 = _draws(keys_N2[open_M], views_N[open_M], _STREAM_BOX, attempt)
+        draws_M4 = draws(keys_N2[open_M], views_N[open_M], STREAM_BOX, attempt)
         tried_M4, fits_M = _attempt(plan, draws_M4, widths_N[open_M], heights_N[open_M])
         box_N4[open_M[fits_M]] = tried_M4[fits_M]
         open_M = open_M[~fits_M]
@@ -163,9 +165,8 @@ def _attempt(
     plan: ViewsConfig, draws_M4: Floats, widths_M: Ints, heights_M: Ints
 ) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
     """One attempt a row from its draws (area, aspect, left, top): int32 [M, 4], and bool [M] where it fits."""
-    low, high = plan.area
-    area_M = widths_M * heights_M * (low + (high - low) * draws_M4[:, 0])
-    aspect_M = plan.aspect[0] * _exp(_log_ratio(*plan.aspect) * draws_M4[:, 1])
+    area_M = widths_M * heights_M * between(*plan.area, draws_M4[:, 0])
+    aspect_M = log_between(plan.aspect, draws_M4[:, 1])
     width_M, height_M = _rint(np.sqrt(area_M * aspect_M)), _rint(np.sqrt(area_M / aspect_M))
     fits_M = (width_M > 0) & (width_M <= widths_M) & (height_M > 0) & (height_M <= heights_M)
     # u * n stays below n for u <= 1 - 2^-53, so no offset can leave the image.
@@ -181,22 +182,6 @@ def _central_boxes(plan: ViewsConfig, widths_N: Ints, heights_N: Ints) -> NDArra
     width_N = np.where(ratio_N > high, np.maximum(_rint(heights_N * high), 1), widths_N)
     height_N = np.where(ratio_N < low, np.maximum(_rint(widths_N / low), 1), heights_N)
     return _boxes((widths_N - width_N) // 2, (heights_N - height_N) // 2, width_N, height_N)
-
-
-def _log_ratio(low: float, high: float) -> float:
-    # Decimal's logarithm is correctly rounded in software: the same on every platform.
-    return float((Decimal(high) / Decimal(low)).ln())
-
-
-def _exp(x_N: Floats) -> Floats:
-    """e^x for x >= 0 from exactly rounded operations only; relative error about (2 + x) · 1e-16."""
-    ln2 = 0.6931471805599453
-    power_N = np.rint(x_N / ln2)
-    rest_N = x_N - power_N * ln2
-    sum_N = np.ones_like(x_N)
-    for degree in range(14, 0, -1):
-        sum_N = 1 + sum_N * rest_N / degree
-    return np.ldexp(sum_N, power_N.astype(np.int32))
 
 
 def _as_ints(values_N: Ints) -> Ints:

@@ -1,11 +1,11 @@
-"""The pixels of a view: crop, resize and flip on uint8, on the CPU; mixing and normalising on float, on the device.
+"""The pixels of a view: crop, resize, flip and options on uint8, on the CPU; mixing and normalising on the device.
 
 The canonical view is the uint8 result of ``apply_view``: it is what a canary's digest proves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -15,13 +15,22 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
+from pipeline.views.effects import apply_options, pixel_edges
 from schemas.config import Interpolation
 
 _BLOCKS = 8
 
 
-def apply_view(image_CHW: Tensor, box: Sequence[int], flip: bool, *, size: int, interpolation: Interpolation) -> Tensor:
-    """Crop, antialiased resize, then flip.
+def apply_view(
+    image_CHW: Tensor,
+    box: Sequence[int],
+    flip: bool,
+    drawn: Mapping[str, float] | None = None,
+    *,
+    size: int,
+    interpolation: Interpolation,
+) -> Tensor:
+    """Crop, antialiased resize, flip, then what the plan's options drew.
 
     Pixels do not depend on the strides of the input. An image stored as H×W×C (a decoder's own layout, permuted) is
     resized about twice as fast as one stored as C×H×W, so decoders should not repack. The whole image at its own size
@@ -30,6 +39,7 @@ def apply_view(image_CHW: Tensor, box: Sequence[int], flip: bool, *, size: int, 
     Args:
         image_CHW: uint8 [3, H, W].
         box: (left, top, width, height) in pixels of ``image_CHW``.
+        drawn: see ``apply_options``.
         size: height and width of the result, in pixels.
 
     Returns:
@@ -40,7 +50,8 @@ def apply_view(image_CHW: Tensor, box: Sequence[int], flip: bool, *, size: int, 
     view_CHW = functional.resize(
         crop_HWC.permute(2, 0, 1), [size, size], interpolation=InterpolationMode(interpolation), antialias=True
     )
-    return view_CHW.flip(-1) if flip else view_CHW
+    view_CHW = view_CHW.flip(-1) if flip else view_CHW
+    return apply_options(view_CHW, drawn) if drawn else view_CHW
 
 
 def stack_views(views: Sequence[Tensor]) -> Tensor:
@@ -58,17 +69,21 @@ def to_input(
     std_C: Tensor,
     partner_B: Tensor | None = None,
     lambda_B: Tensor | None = None,
+    cut_B4: Tensor | None = None,
     partner_pixels_NCHW: Tensor | None = None,
 ) -> Tensor:
-    """Views to a model's input: [0,1], then ``λ·x + (1−λ)·x[partner]``, then ``(x − mean) / std``.
+    """Views to a model's input: [0,1], then ``w·x + (1−w)·x[partner]``, then ``(x − mean) / std``.
 
-    Each row is computed alone, and λ = 1 gives the bits of a row that is not mixed, so batching changes nothing.
+    The weight w is λ all over a row that is blended, and in a row with a box 0 inside of it and 1 outside. Each row is
+    computed alone, and a weight of 1 or 0 gives the bits of the one image, so batching changes nothing.
 
     Args:
         pixels_BCHW: uint8, on the device.
         mean_C, std_C: float32 on the same device, on the [0,1] scale.
         partner_B: int; whom each row is mixed with. ``None``: nothing is mixed.
         lambda_B: float32; each row's own weight. Required with ``partner_B``.
+        cut_B4: float32 (left, top, width, height) in fractions of the view; the box that shows the partner, by the
+            rounding of ``pixel_edges``. Width 0: a blend. ``None``: all rows are blended.
         partner_pixels_NCHW: uint8; what ``partner_B`` indexes, where a partner lies outside the batch. Default: the
             batch itself.
 
@@ -79,10 +94,22 @@ def to_input(
     unit_BCHW = _to_unit(pixels_BCHW)
     if partner_B is not None and lambda_B is not None:
         pool_NCHW = pixels_BCHW if partner_pixels_NCHW is None else partner_pixels_NCHW
-        own_B111 = lambda_B.to(torch.float32).view(-1, 1, 1, 1)
+        own_B1HW = lambda_B.to(torch.float32).view(-1, 1, 1, 1)
+        if cut_B4 is not None:
+            own_B1HW = _own_share(own_B1HW, cut_B4, *pixels_BCHW.shape[2:])
         # Two products and a sum, not lerp: backends may fuse a lerp, and then its bits differ.
-        unit_BCHW = own_B111 * unit_BCHW + (1 - own_B111) * _to_unit(pool_NCHW[partner_B])
+        unit_BCHW = own_B1HW * unit_BCHW + (1 - own_B1HW) * _to_unit(pool_NCHW[partner_B])
     return (unit_BCHW - mean_C.view(-1, 1, 1)) / std_C.view(-1, 1, 1)
+
+
+def _own_share(lambda_B111: Tensor, cut_B4: Tensor, height: int, width: int) -> Tensor:
+    """The weight of each row's own pixels where some rows have boxes: float32 [B, 1, H, W]."""
+    left, top, right, bottom = pixel_edges(cut_B4, height=height, width=width).view(-1, 4, 1, 1, 1).unbind(1)
+    x_W = torch.arange(width, device=cut_B4.device)
+    y_H1 = torch.arange(height, device=cut_B4.device)[:, None]
+    outside_B1HW = (x_W < left) | (x_W >= right) | (y_H1 < top) | (y_H1 >= bottom)
+    has_box_B111 = (cut_B4[:, 2] > 0).view(-1, 1, 1, 1)
+    return torch.where(has_box_B111, outside_B1HW.to(torch.float32), lambda_B111)
 
 
 def _to_unit(pixels_BCHW: Tensor) -> Tensor:

@@ -53,6 +53,10 @@ MEANINGFUL: list[dict[str, dict[str, Any]]] = [
     {"views": {"flip": 0.0}},
     {"views": {"crop_fraction": 1.0}},
     {"views": {"mix_group": 4}},
+    {"views": {"jitter": {}}},
+    {"views": {"randaugment": {}}},
+    {"views": {"erasing": {}}},
+    {"views": {"cutmix": 0.5}},
     {"views": {"size": 8}},
     {"teacher": {"kwargs": {"depth": 14, "widths": [4, 4, 6, 7]}}},
     {"teacher": {"mean": [0.5, 0.5, 0.5]}},
@@ -113,12 +117,13 @@ def test_the_views_id_hangs_on_the_plan_alone() -> None:
     [
         ({"views": {"seed": 1}}, "views.seed: 0 -> 1"),
         ({"views": {"size": 8}}, "teacher.size: 16 -> 8"),
+        ({"views": {"cutmix": 0.5}}, "views.cutmix: None -> 0.5"),
         ({"teacher": {"precision": "bf16"}}, "teacher.precision: fp32 -> bf16"),
         ({"cache": {"logits": "fp16"}}, "teacher.logits: fp32 -> fp16"),
         ({"data": {"max_pixels": 1000}}, "data.max_pixels: 64000000 -> 1000"),
         ({"data": {"image": "png"}}, "data.image"),
     ],
-    ids=["plan", "size", "precision", "encoding", "limit", "member"],
+    ids=["plan", "size", "option", "precision", "encoding", "limit", "member"],
 )
 def test_a_builder_that_differs_is_told_in_what_before_it_writes(
     change: dict[str, Any], told: str, tiny_cache: TinyCache, tiny_config: TinyConfig

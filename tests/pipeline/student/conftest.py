@@ -4,15 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from schemas.config import Config
+from schemas.config import Config, ViewsConfig
 from tests.pipeline.caches import TinyCache, build, cache_section, copy_of
 from tests.pipeline.student.runs import close_sources
 
 NUM_VIEWS = 12
+PLANS: dict[str, dict[str, Any]] = {
+    "crop": {"kind": "crop"},
+    "function_matching": {"kind": "function_matching"},
+    "everything": {
+        "kind": "function_matching",
+        "size": 32,
+        "jitter": {"probability": 0.8, "hue": 0.2},
+        "randaugment": {"num_ops": 2, "magnitude": 15, "magnitude_spread": 15},
+        "erasing": {"probability": 0.5},
+        "cutmix": 0.5,
+    },
+}
 Replay = Callable[[str], TinyCache]
 
 
@@ -26,14 +39,14 @@ def _leave_no_trace() -> Iterator[None]:
 
 
 def _with_views(config: Config, kind: str, url: str) -> Config:
-    views = config.views.model_copy(update={"kind": kind, "count": NUM_VIEWS})
+    views = ViewsConfig.model_validate({**config.views.model_dump(), "count": NUM_VIEWS, **PLANS[kind]})
     cache = cache_section(config).model_copy(update={"url": url, "views_per_part": 4})
     return config.model_copy(update={"views": views, "cache": cache})
 
 
 @pytest.fixture(scope="session")
 def replays(built_cache: TinyCache, tmp_path_factory: pytest.TempPathFactory) -> Replay:
-    """``replays("crop")``, ``replays("function_matching")``: twelve fp32 views of 35 digits. Never to be written."""
+    """``replays("crop")`` and so on through ``PLANS``: twelve fp32 views of 35 digits. Never to be written."""
     built: dict[str, TinyCache] = {}
 
     def get(kind: str) -> TinyCache:

@@ -27,7 +27,7 @@ def check(cache: TinyCache) -> int:
     return check_canaries(cached_source(cache), max_pixels=MAX_PIXELS)
 
 
-@pytest.mark.parametrize("kind", ["crop", "function_matching"])
+@pytest.mark.parametrize("kind", ["crop", "function_matching", "everything"])
 def test_the_machine_that_built_a_cache_renders_its_canaries(replays: Replay, kind: str) -> None:
     assert check(replays(kind)) >= 2
 

@@ -17,13 +17,14 @@ from pipeline.errors import CacheError, ConfigError, ShardError
 from pipeline.student.dataset import Batch, InputSize, StepDataset, load_batches
 from pipeline.student.sources import CachedSource, IndexedSource
 from pipeline.teacher.infer import load_teacher
-from pipeline.views.pixels import pixel_digest
+from pipeline.views.pixels import pixel_digest, to_input
+from schemas.cache import drawn_columns
 from schemas.config import DataConfig
 from tests.pipeline.caches import TinyCache, shard_urls
 from tests.pipeline.student.conftest import NUM_VIEWS, Replay
 from tests.pipeline.student.runs import cached_source, dataset, indexed_source, rewrite_view, set_cell, set_column
 
-KINDS = ["crop", "function_matching"]
+KINDS = ["crop", "function_matching", "everything"]
 STEPS_AN_EPOCH = 5
 
 
@@ -70,7 +71,8 @@ def test_the_ranks_batches_laid_together_are_the_batch_of_one_process(
         for name in ("pixels_BCHW", "labels_B", "teacher_BK", "teacher_norm_B"):
             assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name)), name
         assert {part.num_rows_global for part in parts} == {len(batch.sample_ids)}
-        if kind == "function_matching":
+        if kind != "crop":
+            assert torch.equal(torch.cat([part.lambda_B for part in parts]), batch.lambda_B)
             assert {key: value for part in parts for key, value in partners(part).items()} == partners(batch)
 
 
@@ -103,7 +105,7 @@ def test_parity_views_of_cached_and_online_are_bitwise_equal(replays: Replay, tm
     for one, other in zip(load(dataset(stored, plan), steps), load(dataset(drawn, plan), steps), strict=True):
         assert one.sample_ids == other.sample_ids
         assert [pixel_digest(view) for view in one.pixels_BCHW] == [pixel_digest(view) for view in other.pixels_BCHW]
-        for name in ("labels_B", "partner_B", "lambda_B"):
+        for name in ("labels_B", "partner_B", "lambda_B", "cut_B4"):
             left, right = getattr(one, name), getattr(other, name)
             assert left is right is None or torch.equal(left, right), name
     for epoch in range(NUM_VIEWS):
@@ -113,6 +115,10 @@ def test_parity_views_of_cached_and_online_are_bitwise_equal(replays: Replay, tm
             assert one.sample_ids == other.sample_ids
             for name in ("box_N4", "flip_N", "partner_N", "mix_lambda_N", "content_hash_N", "offset_N", "size_N"):
                 assert np.array_equal(getattr(one, name), getattr(other, name)), name
+            assert [*one.drawn] == [*other.drawn] == [*drawn_columns(plan)]
+            for name, values in one.drawn.items():
+                assert values.dtype == other.drawn[name].dtype, name
+                assert np.array_equal(values, other.drawn[name]), name
 
 
 def test_a_cache_begins_anew_after_its_last_view_and_online_training_does_not(replays: Replay, tmp_path: Path) -> None:
@@ -128,7 +134,7 @@ def teacher_input(cache: TinyCache) -> InputSize:
     return InputSize(int(header["size"]), header["interpolation"])
 
 
-@pytest.mark.parametrize("student_size", [16, 11])
+@pytest.mark.parametrize("student_size", [16, 24, 11])
 @pytest.mark.parametrize("kind", KINDS)
 def test_parity_outputs_of_cached_and_online_teacher(
     replays: Replay, tmp_path: Path, kind: str, student_size: int
@@ -140,15 +146,49 @@ def test_parity_outputs_of_cached_and_online_teacher(
     own = InputSize(student_size, "bilinear")
     online = dataset(drawn, config.views, student=own, teacher=theirs)
     replayed = dataset(stored, config.views, student=own)
-    teacher = load_teacher(config.teacher, num_classes=10, size=16, device=torch.device("cpu"))
+    teacher = load_teacher(config.teacher, num_classes=10, size=theirs.size, device=torch.device("cpu"))
     for step in range(0, NUM_VIEWS * STEPS_AN_EPOCH, 7):
         batch, wanted = online[step], replayed[step]
         assert torch.equal(batch.pixels_BCHW, wanted.pixels_BCHW)
         assert batch.pixels_BCHW.shape[2:] == (student_size, student_size)
         pixels = batch.pixels_BCHW if batch.teacher_pixels_BCHW is None else batch.teacher_pixels_BCHW
-        logits_BK, embedding_BD = teacher.forward(pixels, batch.partner_B, batch.lambda_B)
+        logits_BK, embedding_BD = teacher.forward(pixels, batch.partner_B, batch.lambda_B, batch.cut_B4)
         torch.testing.assert_close(logits_BK, wanted.teacher_BK, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(embedding_BD.norm(dim=1), wanted.teacher_norm_B, rtol=1e-5, atol=1e-5)
+
+
+def test_a_plan_with_everything_shows_everything(replays: Replay) -> None:
+    """Otherwise parity would be that of options that never happen."""
+    source = cached_source(replays("everything"))
+    rows = [source.rows(0, np.arange(20, dtype=np.int32), epoch) for epoch in range(NUM_VIEWS)]
+    drawn = {name: np.concatenate([one.drawn[name] for one in rows]) for name in rows[0].drawn}
+    assert {*drawn["op1"].tolist(), *drawn["op2"].tolist()} == {*range(14)}
+    assert len({*drawn["jitter_order"].tolist()}) == 24
+    for name, neutral in (("jitter_hue", 0), ("erase_width", 0), ("cut_width", 0)):
+        assert 0 < (drawn[name] == neutral).sum() < len(drawn[name])
+
+
+def test_inputs_of_a_build_and_of_training_are_the_same_bits(replays: Replay) -> None:
+    """The build mixes a batch with partners in another one, training with partners in the same."""
+    cache = replays("everything")
+    theirs = teacher_input(cache)
+    batches = cached(cache, student=theirs)
+    mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.3, 0.25])
+    for step in range(STEPS_AN_EPOCH):
+        batch = batches[step]
+        assert batch.partner_B is not None
+        assert batch.cut_B4 is not None
+        mixing = {"partner_B": batch.partner_B, "lambda_B": batch.lambda_B, "cut_B4": batch.cut_B4}
+        whole = to_input(batch.pixels_BCHW, mean_C=mean, std_C=std, **mixing)
+        for row in range(len(batch.sample_ids)):
+            alone = to_input(
+                batch.pixels_BCHW[row : row + 1],
+                mean_C=mean,
+                std_C=std,
+                **{name: values[row : row + 1] for name, values in mixing.items() if values is not None},
+                partner_pixels_NCHW=batch.pixels_BCHW,
+            )
+            assert torch.equal(alone[0], whole[row])
 
 
 def test_one_rendering_serves_both_networks_where_they_eat_the_same(replays: Replay, tmp_path: Path) -> None:

@@ -95,10 +95,11 @@ def test_training_learns(replays: Replay, tmp_path: Path, mode: str, terms: list
     assert sum(curve[-5:]) < 0.7 * sum(curve[:5])
 
 
-@pytest.mark.parametrize("kind", ["crop", "function_matching"])
+@pytest.mark.parametrize("kind", ["crop", "function_matching", "everything"])
 def test_parity_loss_of_a_cached_and_an_online_run(replays: Replay, tmp_path: Path, kind: str) -> None:
     base = replays(kind).config
-    keys: dict[str, Any] = {"student": NORMALISED, "train": {"epochs": NUM_VIEWS, "lr": 0.01}}
+    student = {**NORMALISED, "size": 24} if kind == "everything" else NORMALISED
+    keys: dict[str, Any] = {"student": student, "train": {"epochs": NUM_VIEWS, "lr": 0.01}}
     for mode in ("cache", "online"):
         run(run_config(base, tmp_path / mode, mode=mode, **keys))
     cached, online = losses(tmp_path / "cache"), losses(tmp_path / "online")

@@ -53,6 +53,7 @@ def columns(rows: list[int]) -> ViewColumns:
         flip_N=nothing.astype(np.bool_),
         mix_row_N=np.full(len(rows), 0, np.int32),
         mix_lambda_N=nothing,
+        drawn={},
         embedding_norm_N=nothing,
         logits_NK=nothing[:, None],
         embedding_ND=None,

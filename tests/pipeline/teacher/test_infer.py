@@ -61,6 +61,21 @@ def test_padding_to_the_batch_size_changes_no_row(batch_size: int, four_at_a_tim
     assert found.embedding_ND.shape == (11, 7)
 
 
+def test_boxes_may_show_partners_of_another_batch(four_at_a_time: Teacher) -> None:
+    partner_N = np.array([9, 8, 7, 6, 5, 4, 3, 2, 1, 0], np.int32)
+    lambda_N = np.full(10, 0.75, np.float32)
+    cut_N4 = np.tile(np.array([0.25, 0.0, 0.5, 0.5], np.float32), (10, 1))
+    cut_N4[::3] = 0
+    found = four_at_a_time.answer(pixels(10), partner_N, lambda_N, cut_N4)
+    boxed = pixels(10)
+    boxed[:, :, 0:4, 2:6] = pixels(10)[partner_N.tolist(), :, 0:4, 2:6]
+    by_hand = four_at_a_time.answer(boxed)
+    blended = four_at_a_time.answer(pixels(10), partner_N, lambda_N)
+    for row in range(10):
+        wanted = blended if row % 3 == 0 else by_hand
+        assert np.array_equal(found.logits_NK[row], wanted.logits_NK[row])
+
+
 def test_partners_may_lie_in_another_batch(four_at_a_time: Teacher) -> None:
     partner_N = np.array([9, 8, 7, 6, 5, 4, 3, 2, 1, 0], np.int32)
     lambda_N = np.linspace(0.5, 1, 10).astype(np.float32)

@@ -20,7 +20,7 @@ from pipeline.views.params import (
     mix_partners,
     sample_keys,
     shard_partners,
-    unmix_singles,
+    unmix,
     view_params,
 )
 from pipeline.views.philox import key_of
@@ -248,9 +248,11 @@ def test_matchings_differ_between_views_groups_shards_and_seeds() -> None:
 
 
 def test_a_single_is_not_mixed() -> None:
-    mixed = unmix_singles(np.array([0.75, 0.5, 0.875], dtype=np.float32), np.array([2, 1, 0], dtype=np.int32))
-    assert mixed.dtype == np.float32
-    assert mixed.tolist() == [0.75, 1.0, 0.875]
+    params = draw(MIX, ids(3), [0] * 3, [(9, 9)] * 3)
+    mixed = unmix(params, np.array([False, True, False]))
+    own = params.mix_lambda_N.tolist()
+    assert mixed.mix_lambda_N.dtype == np.float32
+    assert mixed.mix_lambda_N.tolist() == [own[0], 1.0, own[2]]
 
 
 def test_canaries_are_frozen() -> None:

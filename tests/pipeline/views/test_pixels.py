@@ -133,11 +133,59 @@ def test_lambda_one_is_the_unmixed_row_bitwise() -> None:
     assert torch.equal(mixed, to_input(pixels, mean_C=MEAN, std_C=STD))
 
 
+def some_boxes() -> tuple[Tensor, Tensor, Tensor]:
+    """Six rows of 12 x 10 pixels, two of them blends, one whose box is less than a pixel: partners, λ, boxes."""
+    partner = torch.tensor([3, 4, 5, 0, 1, 2])
+    own = torch.tensor([0.75, 0.9, 0.5, 0.84, 0.9999, 0.6])
+    side = (1 - own).sqrt()
+    place = torch.tensor([[0.1, 0.4], [0.0, 0.0], [0.29, 0.0], [0.6, 0.6], [0.52, 0.52], [0.0, 0.0]])
+    box = torch.cat([place, side[:, None], side[:, None]], dim=1)
+    box[[1, 5]] = 0
+    return partner, own, box
+
+
+def test_a_box_shows_the_partner_and_a_blend_stays_a_blend() -> None:
+    pixels = noise(6, 3, 12, 10)
+    partner, own, box = some_boxes()
+    zero, one = torch.zeros(3), torch.ones(3)
+    made = to_input(pixels, mean_C=zero, std_C=one, partner_B=partner, lambda_B=own, cut_B4=box)
+    blended = to_input(pixels, mean_C=zero, std_C=one, partner_B=partner, lambda_B=own)
+    assert torch.equal(made[[1, 5]], blended[[1, 5]])
+    for row in (0, 2, 3, 4):
+        left, top, wide, high = box[row].tolist()
+        for y, x in np.ndindex(12, 10):
+            inside = round(10 * left) <= x < round(10 * (left + wide)) and round(12 * top) <= y < round(
+                12 * (top + high)
+            )
+            shown = pixels[int(partner[row]) if inside else row, :, y, x]
+            assert torch.equal(made[row, :, y, x], shown.to(torch.float32) / 255)
+
+
+def test_boxes_do_not_depend_on_batching() -> None:
+    """Also where partners lie in another batch, as in a build."""
+    pixels = noise(6, 3, 12, 10)
+    partner, own, box = some_boxes()
+    whole = to_input(pixels, mean_C=MEAN, std_C=STD, partner_B=partner, lambda_B=own, cut_B4=box)
+    for rows in (slice(0, 1), slice(1, 5), slice(5, 6)):
+        part = to_input(
+            pixels[rows],
+            mean_C=MEAN,
+            std_C=STD,
+            partner_B=torch.arange(len(pixels[rows])),
+            lambda_B=own[rows],
+            cut_B4=box[rows],
+            partner_pixels_NCHW=pixels[partner[rows]],
+        )
+        assert torch.equal(part, whole[rows])
+
+
 def test_input_keeps_channels_last() -> None:
     pixels = noise(2, 3, 8, 8).contiguous(memory_format=torch.channels_last)
-    made = to_input(pixels, mean_C=MEAN, std_C=STD, partner_B=torch.tensor([1, 0]), lambda_B=torch.tensor([0.5, 0.75]))
-    assert made.is_contiguous(memory_format=torch.channels_last)
-    assert made.dtype == torch.float32
+    mixing = {"partner_B": torch.tensor([1, 0]), "lambda_B": torch.tensor([0.5, 0.75])}
+    for boxes in (None, torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.25, 0.25, 0.5, 0.5]])):
+        made = to_input(pixels, mean_C=MEAN, std_C=STD, **mixing, cut_B4=boxes)
+        assert made.is_contiguous(memory_format=torch.channels_last)
+        assert made.dtype == torch.float32
 
 
 def test_digest_is_of_the_pixels_in_row_column_channel_order() -> None:
