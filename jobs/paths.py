@@ -56,12 +56,11 @@ def _cache(cache: CacheConfig) -> dict[str, Any]:
 
 def _data(config: Config) -> dict[str, Any]:
     data: dict[str, Any] = {}
-    for name in ("shards", "val_shards"):
+    for name in ("shards", "val_shards", "cache"):
         if isinstance(patterns := getattr(config.data, name), str):
             data[name] = storage.absolute(patterns)
         elif patterns is not None:
             data[name] = tuple(storage.absolute(pattern) for pattern in patterns)
-    for name in ("cache", "index"):
-        if (url := getattr(config.data, name)) is not None:
-            data[name] = storage.absolute(url)
+    if config.data.index is not None:
+        data["index"] = storage.absolute(config.data.index)
     return data

@@ -76,7 +76,9 @@ class DataConfig(Section):
         "cls", description="Member extension that holds the class index as text; null: no labels."
     )
     num_classes: int | None = Field(None, ge=2, description="K. Labels must lie in [0, K).")
-    cache: str | None = Field(None, description="URL of a finished teacher cache to train from.")
+    cache: str | tuple[str, ...] | None = Field(
+        None, description="URL of a finished teacher cache to train from, or a list: one a teacher."
+    )
     index: str | None = Field(None, description="URL of the folder with <shard_id>.parquet; default <run url>/index.")
     bad_samples: Literal["fail", "skip"] = Field(
         "fail", description="Images that cannot be used: stop, or record and skip."
@@ -88,6 +90,11 @@ class DataConfig(Section):
         "refuse", description="Samples without a label: refuse for losses that need one, or average over the others."
     )
     max_pixels: int = Field(64_000_000, gt=0, description="Images with more pixels are not decoded (status too_large).")
+
+    @property
+    def caches(self) -> tuple[str, ...]:
+        """The URLs of ``cache``."""
+        return (self.cache,) if isinstance(self.cache, str) else self.cache or ()
 
 
 class ModelConfig(Section):

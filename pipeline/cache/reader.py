@@ -1,4 +1,4 @@
-"""Read a finished cache: of each (shard, view) one range, checked against its commit, decoded to dense arrays."""
+"""Read a finished cache: of each (shard, view) one range, checked against its commit, decoded when it is needed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pipeline import storage
 from pipeline.cache import layout
-from pipeline.cache.codec import decode
+from pipeline.cache.codec import decode, depends_on_temperature
 from pipeline.cache.files import REBUILD, gone, read_file, read_named
 from pipeline.cache.identity import parse_header, plan_of
 from pipeline.cache.manifest import locate, parse_manifest, read_manifest, read_table
@@ -25,7 +25,31 @@ from pipeline.fingerprint import digest
 from pipeline.shards.index import ShardIndex, decode_index
 from pipeline.views.params import EVAL_VIEW
 from schemas.cache import drawn_columns
-from schemas.manifest import Header, Manifest
+from schemas.manifest import Header, Manifest, Output
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRows:
+    """N rows of one output as the cache stores them; dense only when asked for, at the temperature of who asks."""
+
+    column: pa.Array
+    output: Output
+
+    def __len__(self) -> int:
+        return len(self.column)
+
+    @property
+    def depends_on_temperature(self) -> bool:
+        """Whether ``dense`` is a function of the temperature."""
+        return depends_on_temperature(self.output)
+
+    def take(self, row_N: NDArray[np.integer[Any]]) -> StoredRows:
+        """Some of the rows, by position."""
+        return StoredRows(self.column.take(pa.array(row_N)), self.output)
+
+    def dense(self, *, temperature: float = 1.0) -> NDArray[np.float32]:
+        """[N,D] as a loss at this temperature sees them."""
+        return decode(self.column, self.output, temperature=temperature)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +64,20 @@ class ViewColumns:
     mix_lambda_N: NDArray[np.float32]
     drawn: dict[str, NDArray[Any]]
     embedding_norm_N: NDArray[np.float32]
-    logits_NK: NDArray[np.float32]
-    embedding_ND: NDArray[np.float32] | None
+    logits: StoredRows | None
+    embedding: StoredRows | None
     pixel_digest: tuple[bytes | None, ...]
     pixel_mean: tuple[bytes | None, ...]
+
+    @property
+    def logits_NK(self) -> NDArray[np.float32] | None:
+        """All rows, dense at T = 1; None: the cache keeps no logits."""
+        return None if self.logits is None else self.logits.dense()
+
+    @property
+    def embedding_ND(self) -> NDArray[np.float32] | None:
+        """All rows, dense; None: the cache keeps no embeddings."""
+        return None if self.embedding is None else self.embedding.dense()
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,8 +253,6 @@ def _decode_columns(table: pa.Table, header: Header, drawn: list[str]) -> ViewCo
     for name in ("row", "content_hash", "embedding_norm", "mix_row", "mix_lambda", "flip", *drawn):
         if table[name].null_count:
             raise CacheError(f"column {name} has empty cells")
-    logits, embedding = header.output("logits"), header.output("embedding")
-    assert logits is not None
     box = [table[f"box_{side}"].to_numpy() for side in ("left", "top", "width", "height")]
     return ViewColumns(
         row_N=table["row"].to_numpy(),
@@ -231,11 +263,19 @@ def _decode_columns(table: pa.Table, header: Header, drawn: list[str]) -> ViewCo
         mix_lambda_N=table["mix_lambda"].to_numpy(),
         drawn={name: table[name].to_numpy() for name in drawn},
         embedding_norm_N=table["embedding_norm"].to_numpy(),
-        logits_NK=decode(table["logits"], logits),
-        embedding_ND=None if embedding is None else decode(table["embedding"], embedding),
+        logits=_stored(table, header.output("logits")),
+        embedding=_stored(table, header.output("embedding")),
         pixel_digest=tuple(table["pixel_digest"].to_pylist()),
         pixel_mean=tuple(table["pixel_mean"].to_pylist()),
     )
+
+
+def _stored(table: pa.Table, output: Output | None) -> StoredRows | None:
+    if output is None:
+        return None
+    if null_count := table[output.name].null_count:
+        raise CacheError(f"{null_count} rows have no {output.name}")
+    return StoredRows(table[output.name].combine_chunks(), output)
 
 
 def open_cache(url: str, *, manifest_bytes: bytes | None = None) -> TeacherCache:

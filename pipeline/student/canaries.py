@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from pipeline import storage
+from pipeline.cache.reader import TeacherCache
 from pipeline.errors import CacheError
 from pipeline.student.sources import CachedSource, read_image
 from pipeline.teacher.runtime import numeric_env
@@ -28,45 +29,51 @@ class _Drift:
 
 
 def check_canaries(source: CachedSource, *, max_pixels: int) -> int:
-    """Recomputes the canaries of view 0 in up to eight shards spread over the cache. Returns how many were compared.
+    """Recomputes the canaries of view 0 of each cache in up to eight shards spread over it, at its teacher's size.
+    Returns how many were compared.
 
     Raises:
         CacheError: this machine's decoder or resize gives other pixels than those the teacher saw, an image is not the
             cached one, or the cache carries no proof.
     """
-    compared, drifts = 0, list[_Drift]()
     try:
-        for shard in range(0, len(source.shard_ids), -(-len(source.shard_ids) // _MAX_SHARDS)):
-            number, found = _check_shard(source, shard, max_pixels)
-            compared, drifts = compared + number, drifts + found
+        return sum(_check_cache(source, number, max_pixels) for number in range(len(source.caches)))
     finally:
         # Shards open again when they are read; until then a training that does not begin leaves none open.
         source.close()
+
+
+def _check_cache(source: CachedSource, number: int, max_pixels: int) -> int:
+    cache = source.caches[number]
+    compared, drifts = 0, list[_Drift]()
+    for shard in range(0, len(source.shard_ids), -(-len(source.shard_ids) // _MAX_SHARDS)):
+        in_shard, found = _check_shard(source, number, shard, max_pixels)
+        compared, drifts = compared + in_shard, drifts + found
     if drifts:
-        raise _drift_error(source, drifts, compared)
+        raise _drift_error(cache, drifts, compared)
     if not compared:
         raise CacheError(
             "no row of this cache carries a pixel digest, so nothing proves that this machine makes the same pixels",
-            where=storage.redact(source.cache.url),
+            where=storage.redact(cache.url),
             next_step="build another cache",
         )
     return compared
 
 
-def _drift_error(source: CachedSource, drifts: list[_Drift], compared: int) -> CacheError:
+def _drift_error(cache: TeacherCache, drifts: list[_Drift], compared: int) -> CacheError:
     here = numeric_env(torch.device("cpu"), batch_size=1)
     return CacheError(
         "this machine makes other pixels than those the teacher saw",
         where=f"{len(drifts)} of {compared} canaries, first {drifts[0].sample_id}",
         got=f"block means differ by up to {max(drift.levels for drift in drifts)} of 255; here: {_told(here)}",
-        wanted=f"the cache was built with {_told(source.cache.manifest.environment)}",
+        wanted=f"the cache was built with {_told(cache.manifest.environment)}",
         next_step="install the versions the cache was built with, or build another cache",
     )
 
 
-def _check_shard(source: CachedSource, shard: int, max_pixels: int) -> tuple[int, list[_Drift]]:
-    columns = source.columns(shard, 0)
-    teacher = source.cache.header.teacher
+def _check_shard(source: CachedSource, number: int, shard: int, max_pixels: int) -> tuple[int, list[_Drift]]:
+    columns = source.columns(shard, 0)[number]
+    teacher = source.caches[number].header.teacher
     size, interpolation = int(teacher["size"]), teacher["interpolation"]
     ordinals = [row for row, digest in enumerate(columns.pixel_digest) if digest is not None]
     rows = source.rows(shard, np.array(ordinals, np.int32), 0)

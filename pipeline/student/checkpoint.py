@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -77,18 +78,25 @@ def _comparable(config: Config) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude=_MAY_CHANGE)
 
 
-def pin_manifest(run_url: str, manifest_bytes: bytes) -> bytes:
-    """The run's own copy of the manifest: made at its first start, used for life, so that extending a cache does not
-    change a running job. Returns the copy that counts."""
-    url = storage.join(run_url, MANIFEST)
-    if storage.create(url, manifest_bytes):
-        return manifest_bytes
-    return storage.read(url)
+def pin_manifests(run_url: str, manifests: Sequence[bytes]) -> tuple[bytes, ...]:
+    """The run's own copies of its caches' manifests: made at its first start, used for life, so that extending a cache
+    does not change a running job. Returns the copies that count."""
+    return tuple(_pin(_manifest_url(run_url, number), data) for number, data in enumerate(manifests))
 
 
-def pinned_manifest(run_url: str) -> bytes | None:
-    url = storage.join(run_url, MANIFEST)
-    return storage.read(url) if storage.exists(url) else None
+def pinned_manifests(run_url: str, num_caches: int) -> tuple[bytes | None, ...]:
+    """One a cache, in the order of ``data.cache``; None: not pinned yet."""
+    urls = [_manifest_url(run_url, number) for number in range(num_caches)]
+    return tuple(storage.read(url) if storage.exists(url) else None for url in urls)
+
+
+def _manifest_url(run_url: str, number: int) -> str:
+    """``manifest.json`` of the first cache, ``manifest-1.json`` of the next."""
+    return storage.join(run_url, f"manifest-{number}.json" if number else MANIFEST)
+
+
+def _pin(url: str, data: bytes) -> bytes:
+    return data if storage.create(url, data) else storage.read(url)
 
 
 def save(run_url: str, name: str, state: dict[str, Any]) -> None:

@@ -6,8 +6,9 @@ order, and resuming is starting at another step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from pipeline.errors import CacheError, StillroomError
 from pipeline.student.order import EpochOrder, OrderedRows, TrainingOrder
 from pipeline.student.sources import RowSource, ShardRows, check_labelled, read_image
+from pipeline.student.words import TeacherWords
 from pipeline.views.options import cut_boxes, drawn_row
 from pipeline.views.pixels import apply_view, stack_views
 from schemas.config import Interpolation
@@ -37,8 +39,8 @@ class Batch:
     partner_B: Tensor | None
     lambda_B: Tensor | None
     cut_B4: Tensor | None
-    teacher_BK: Tensor | None
-    teacher_norm_B: Tensor | None
+    words: tuple[TeacherWords, ...]
+    """One a cache."""
 
     def to(self, device: torch.device) -> Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
@@ -48,7 +50,8 @@ class Batch:
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> Batch:
         values = {item.name: getattr(self, item.name) for item in fields(self)}
-        return replace(self, **{name: move(value) for name, value in values.items() if isinstance(value, Tensor)})
+        moved: dict[str, Any] = {name: move(value) for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **moved, words=tuple(words.map(move) for words in self.words))
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,7 @@ class InputSize:
 class StepDataset(Dataset[Batch]):
     """``dataset[step]`` is the batch of one rank at a global step, counted over all epochs.
 
+    ``temperatures`` are those at which the losses read logits; where there is none, no logits are decoded.
     With ``needs_labels`` a row without a label is an error: found here, where labels are still on the CPU.
     """
 
@@ -76,6 +80,7 @@ class StepDataset(Dataset[Batch]):
         teacher: InputSize | None,
         max_pixels: int,
         needs_labels: bool,
+        temperatures: tuple[float, ...],
     ) -> None:
         order.lanes_of(rank, world_size)
         self.source, self.order = source, order
@@ -83,7 +88,7 @@ class StepDataset(Dataset[Batch]):
         self.student = student
         # One rendering serves both networks where they eat the same pixels.
         self.teacher = None if teacher == student else teacher
-        self.max_pixels, self.needs_labels = max_pixels, needs_labels
+        self.max_pixels, self.needs_labels, self.temperatures = max_pixels, needs_labels, temperatures
         self._epoch: EpochOrder | None = None
 
     def __getitem__(self, step: int) -> Batch:
@@ -95,7 +100,7 @@ class StepDataset(Dataset[Batch]):
 
     def _batch(self, step: int, epoch: int, rows: OrderedRows, num_rows_global: int) -> Batch:
         size = len(rows.row_B)
-        joined = _Joined(size)
+        joined = _Joined(size, self.temperatures)
         pixels: list[Tensor | None] = [None] * size
         teacher_pixels: list[Tensor | None] = [None] * size
         for shard in np.unique(rows.shard_B).tolist():
@@ -122,8 +127,7 @@ class StepDataset(Dataset[Batch]):
             partner_B=torch.from_numpy(rows.partner_B.astype(np.int64)) if mixes else None,
             lambda_B=torch.from_numpy(joined.lambda_B) if mixes else None,
             cut_B4=None if joined.cut_B4 is None else torch.from_numpy(joined.cut_B4),
-            teacher_BK=None if joined.logits_BK is None else torch.from_numpy(joined.logits_BK),
-            teacher_norm_B=None if joined.norm_B is None else torch.from_numpy(joined.norm_B),
+            words=tuple(words.finish() for words in joined.words),
         )
 
     def _check_partners(self, rows: OrderedRows, where_N: NDArray[np.int64], found: ShardRows, shard: int) -> None:
@@ -147,13 +151,13 @@ def _render(image_CHW: Tensor, rows: ShardRows, row: int, target: InputSize) -> 
 class _Joined:
     """Columns of a batch, filled shard by shard."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, temperatures: tuple[float, ...]) -> None:
+        self._temperatures = temperatures
         self.sample_ids = [""] * size
         self.label_B = np.full(size, -1, np.int64)
         self.lambda_B = np.ones(size, np.float32)
         self.cut_B4: NDArray[np.float32] | None = None
-        self.logits_BK: NDArray[np.float32] | None = None
-        self.norm_B: NDArray[np.float32] | None = None
+        self.words: list[_JoinedWords] = []
 
     def put(self, where_N: NDArray[np.int64], found: ShardRows) -> None:
         for position, sample_id in zip(where_N.tolist(), found.sample_ids, strict=True):
@@ -164,12 +168,33 @@ class _Joined:
         if cut_N4 is not None:
             self.cut_B4 = np.zeros((len(self.label_B), 4), np.float32) if self.cut_B4 is None else self.cut_B4
             self.cut_B4[where_N] = cut_N4
-        if found.logits_NK is not None and found.embedding_norm_N is not None:
-            if self.logits_BK is None or self.norm_B is None:
-                self.logits_BK = np.empty((len(self.label_B), found.logits_NK.shape[1]), np.float32)
-                self.norm_B = np.empty(len(self.label_B), np.float32)
-            self.logits_BK[where_N] = found.logits_NK
-            self.norm_B[where_N] = found.embedding_norm_N
+        self.words = self.words or [_JoinedWords(len(self.label_B)) for _ in found.words]
+        for words, stored in zip(self.words, found.words, strict=True):
+            words.put(where_N, stored.dense(self._temperatures), stored.norm_N)
+
+
+class _JoinedWords:
+    """The same for what one teacher said."""
+
+    def __init__(self, size: int) -> None:
+        self._norm_B = np.empty(size, np.float32)
+        self._logits: dict[float | None, NDArray[np.float32]] = {}
+
+    def put(
+        self,
+        where_N: NDArray[np.int64],
+        logits: Mapping[float | None, NDArray[np.float32]],
+        norm_N: NDArray[np.float32],
+    ) -> None:
+        self._norm_B[where_N] = norm_N
+        for key, logits_NK in logits.items():
+            if key not in self._logits:
+                self._logits[key] = np.empty((len(self._norm_B), logits_NK.shape[1]), np.float32)
+            self._logits[key][where_N] = logits_NK
+
+    def finish(self) -> TeacherWords:
+        logits = {key: torch.from_numpy(logits_BK) for key, logits_BK in self._logits.items()}
+        return TeacherWords(logits, torch.from_numpy(self._norm_B))
 
 
 def _stack(pixels: list[Tensor | None]) -> Tensor:

@@ -202,12 +202,14 @@ def teacher_of_run(config: Config, lessons: LessonFacts, device: torch.device) -
     teacher = load_teacher(
         config.teacher, num_classes=lessons.num_classes, size=config.views.size or lessons.size, device=device
     )
-    if lessons.teacher_weights is not None and weights_digest(teacher.state()) != lessons.teacher_weights:
+    # Beside several caches no teacher is named.
+    cached = [str(cache.header.teacher["weights"]) for cache in lessons.caches]
+    if cached and weights_digest(teacher.state()) != cached[0]:
         raise CacheError(
             "the teacher of this config is not the one whose words were cached",
             where="teacher.weights",
             got=storage.redact(config.teacher.weights),
-            wanted=f"weights with digest {lessons.teacher_weights[:16]}",
+            wanted=f"weights with digest {cached[0][:16]}",
             next_step="name the cache's teacher, or no teacher at all; a cached run needs none",
         )
     return teacher

@@ -1,18 +1,19 @@
-"""What a run's config leaves to its cache: classes, input size, reading rules, views. Read without opening a shard."""
+"""What a run's config leaves to its caches: classes, input size, reading rules, views. Read without opening a shard."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline import storage
 from pipeline.cache.identity import plan_of, views_id
 from pipeline.cache.reader import TeacherCache, open_cache
-from pipeline.errors import CacheError
+from pipeline.errors import CacheError, ConfigError
 from pipeline.fingerprint import differences
 from pipeline.shards.index import index_settings
 from pipeline.student import checkpoint
+from pipeline.student.ensemble import check_same_plans
 from schemas.config import Config, DataConfig, ViewsConfig
 
 _TEACHER_KEYS = ("model", "kwargs", "mean", "std", "interpolation")
@@ -26,30 +27,43 @@ class LessonFacts:
     plan: ViewsConfig
     num_classes: int
     size: int | None
-    cache: TeacherCache | None
-
-    @property
-    def teacher_weights(self) -> str | None:
-        """Digest of the weights of the teacher whose words are cached."""
-        return None if self.cache is None else str(self.cache.header.teacher["weights"])
+    caches: tuple[TeacherCache, ...]
+    """One a teacher; none where a teacher is asked in training, or nobody is."""
 
 
 def lesson_facts(config: Config) -> LessonFacts:
     """
     Raises:
-        CacheError: there is no such cache, or the config contradicts it.
+        CacheError: there is no such cache, the config contradicts it, or two caches do not go together.
+        ConfigError: the config names one teacher or no size where there are several.
     """
     if config.teacher.mode != "cache":
         assert config.data.num_classes is not None
-        return LessonFacts(config.data, config.views, config.data.num_classes, config.views.size, None)
-    assert config.data.cache is not None
+        return LessonFacts(config.data, config.views, config.data.num_classes, config.views.size, ())
     assert config.run is not None
-    cache = open_cache(config.data.cache, manifest_bytes=checkpoint.pinned_manifest(config.run.url))
-    header = cache.header
-    plan = plan_of(header)
-    _check_same_views(config, plan, cache)
-    _check_same_teacher(config, cache)
-    return LessonFacts(_data_of(config, cache), plan, header.num_classes, int(header.teacher["size"]), cache)
+    urls = config.data.caches
+    pinned = checkpoint.pinned_manifests(config.run.url, len(urls))
+    caches = tuple(open_cache(url, manifest_bytes=manifest) for url, manifest in zip(urls, pinned, strict=True))
+    check_same_plans(caches)
+    # All say the same of views, classes and reading rules.
+    first = caches[0]
+    plan = plan_of(first.header)
+    _check_same_views(config, plan, first)
+    _check_same_teacher(config, caches)
+    return LessonFacts(_data_of(config, first), plan, first.header.num_classes, _size_of(config, caches), caches)
+
+
+def _size_of(config: Config, caches: Sequence[TeacherCache]) -> int:
+    """The teachers' input size, which the student takes unless it has its own."""
+    sizes = sorted({int(cache.header.teacher["size"]) for cache in caches})
+    if len(sizes) > 1 and (config.student is None or config.student.size is None):
+        raise ConfigError(
+            "the teachers of these caches have different input sizes, so the student's has to be said",
+            where="student.size",
+            got=f"teachers of {', '.join(map(str, sizes))} pixels",
+            next_step=f"set student.size={sizes[0]}, or any other",
+        )
+    return sizes[0]
 
 
 def _check_same_views(config: Config, plan: ViewsConfig, cache: TeacherCache) -> None:
@@ -64,11 +78,20 @@ def _check_same_views(config: Config, plan: ViewsConfig, cache: TeacherCache) ->
     )
 
 
-def _check_same_teacher(config: Config, cache: TeacherCache) -> None:
+def _check_same_teacher(config: Config, caches: Sequence[TeacherCache]) -> None:
     """A teacher named beside a cache must be the cache's. Its weights are compared where they are loaded anyway."""
-    stored, given = cache.header.teacher, config.teacher
+    given = config.teacher
     if given.model is None:
         return
+    if len(caches) > 1:
+        raise ConfigError(
+            "the teacher section names one teacher, and this run learns from several",
+            where="teacher.model",
+            got=f"{given.model}, beside {len(caches)} caches",
+            next_step="remove teacher.model, or append teacher.model=null; agreement is measured for one teacher",
+        )
+    cache = caches[0]
+    stored = cache.header.teacher
     _require_same(
         {**stored["architecture"], **stored},
         given.model_dump(mode="json", include=given.model_fields_set & set(_TEACHER_KEYS), exclude_none=True),

@@ -22,13 +22,14 @@ from pipeline.student.canaries import check_canaries
 from pipeline.student.dataset import Batch, InputSize, StepDataset, load_batches
 from pipeline.student.evaluate import Evaluation, Evaluator, make_evaluator
 from pipeline.student.facts import LessonFacts, lesson_facts
-from pipeline.student.losses import BatchShare, CompositeLoss, LossInputs, check_class_means
+from pipeline.student.losses import BatchShare, CompositeLoss, LossInputs, TeacherInputs, check_class_means
 from pipeline.student.metrics import MetricsFile, StepLog
 from pipeline.student.network import Student
 from pipeline.student.optim import make_optimizer, make_schedule
 from pipeline.student.order import TrainingOrder
-from pipeline.student.preflight import check_config
-from pipeline.student.sources import RowSource, index_url, open_cached, open_indexed
+from pipeline.student.preflight import check_caches_serve, check_config
+from pipeline.student.sources import CachedSource, RowSource, check_any_labelled, index_url, open_cached, open_indexed
+from pipeline.student.words import TeacherWords
 from pipeline.student.world import World
 from pipeline.teacher.infer import Teacher, load_teacher
 from pipeline.teacher.runtime import pin_numerics
@@ -50,7 +51,8 @@ class Lessons:
     facts: LessonFacts
     source: RowSource
     teacher: Teacher | None
-    class_means_KD: Tensor | None
+    class_means: tuple[Tensor | None, ...]
+    """One a teacher: [K,D] where the loss needs it."""
 
 
 def train(config: Config, world: World | None = None, report: Report = _quiet) -> dict[str, Any]:
@@ -79,16 +81,16 @@ def train(config: Config, world: World | None = None, report: Report = _quiet) -
 
 
 def _begin(config: Config, world: World, report: Report) -> Trainer:
-    """A trainer on the state of the cache that counts for this run.
+    """A trainer on the state of its caches that counts for this run.
 
     The run is claimed only now that everything is checked: a refused config leaves none behind.
     """
     trainer = Trainer(config, world, report)
     checkpoint.claim_run(trainer.run_url, config)
-    cache = trainer.lessons.facts.cache
-    if cache is None or checkpoint.pin_manifest(trainer.run_url, cache.manifest_bytes) == cache.manifest_bytes:
+    opened = tuple(cache.manifest_bytes for cache in trainer.lessons.facts.caches)
+    if checkpoint.pin_manifests(trainer.run_url, opened) == opened:
         return trainer
-    # Another rank opened the cache before or after it was extended, and was first to pin what it saw.
+    # Another rank opened a cache before or after it was extended, and was first to pin what it saw.
     trainer.close()
     return Trainer(config, world, report)
 
@@ -101,39 +103,46 @@ def open_lessons(config: Config, loss: CompositeLoss, device: torch.device) -> L
         CacheError: the cache is not usable, or this machine makes other pixels than the teacher saw.
     """
     facts = lesson_facts(config)
-    if facts.cache is not None:
-        return _cached_lessons(loss, facts, facts.cache, device)
+    check_caches_serve(loss, facts.caches)
+    if facts.caches:
+        return _cached_lessons(loss, facts, device)
     source = open_indexed(index_url(config), facts.data, facts.plan)
     if _refuses_unlabelled(config, loss):
         source.check_labelled()
-    teacher = None
-    if config.teacher.mode == "online":
-        teacher = load_teacher(config.teacher, num_classes=facts.num_classes, size=facts.size, device=device)
-    return Lessons(facts, source, teacher, None)
+    _check_labels(loss, source, facts)
+    if config.teacher.mode == "none":
+        return Lessons(facts, source, None, ())
+    teacher = load_teacher(config.teacher, num_classes=facts.num_classes, size=facts.size, device=device)
+    return Lessons(facts, source, teacher, (None,))
 
 
 def _refuses_unlabelled(config: Config, loss: CompositeLoss) -> bool:
     return loss.needs_labels and config.data.missing_labels == "refuse"
 
 
-def _cached_lessons(loss: CompositeLoss, facts: LessonFacts, cache: TeacherCache, device: torch.device) -> Lessons:
-    source = open_cached(cache, facts.data)
+def _check_labels(loss: CompositeLoss, source: RowSource, facts: LessonFacts) -> None:
+    if loss.needs_labels:
+        check_any_labelled(source, facts.data)
+
+
+def _cached_lessons(loss: CompositeLoss, facts: LessonFacts, device: torch.device) -> Lessons:
+    source = open_cached(facts.caches, facts.data)
+    _check_labels(loss, source, facts)
     # On every rank: each may run on another machine, with pixels of its own.
     check_canaries(source, max_pixels=facts.data.max_pixels)
-    if not loss.needs_embedding:
-        return Lessons(facts, source, None, None)
+    means = tuple(_class_means(cache, source).to(device) if loss.needs_embedding else None for cache in facts.caches)
+    return Lessons(facts, source, None, means)
+
+
+def _class_means(cache: TeacherCache, source: CachedSource) -> Tensor:
+    """[K,D] on the CPU."""
     means = cache.class_means()
-    if means is None:
-        raise ConfigError(
-            "nd needs class means, and this cache has none",
-            where=storage.redact(cache.url),
-            next_step="build a cache with cache.class_means=eval (into another cache.url)",
-        )
+    assert means is not None, "check_caches_serve has seen to it"
     means_KD = torch.from_numpy(means.mean_KD)
     # Means of the cache's own are of the labels that occur; imported ones may be of others.
     count_K = source.label_counts(len(means_KD)) if means.count_K is None else means.count_K
     check_class_means(means_KD, torch.from_numpy(count_K), where=storage.redact(cache.url))
-    return Lessons(facts, source, None, means_KD.to(device))
+    return means_KD
 
 
 class Trainer:
@@ -224,6 +233,7 @@ class Trainer:
             else InputSize(teacher.loaded.input.size, teacher.loaded.input.interpolation),
             max_pixels=self.lessons.facts.data.max_pixels,
             needs_labels=_refuses_unlabelled(self.config, self.loss),
+            temperatures=self.loss.temperatures,
         )
 
     def _train_step(self, batch: Batch, log: StepLog) -> None:
@@ -252,19 +262,16 @@ class Trainer:
     def _forward(self, images: Tensor, batch: Batch) -> LossInputs:
         autocast = self.config.train.precision == "bf16"
         with torch.autocast(self.world.device.type, dtype=torch.bfloat16) if autocast else nullcontext():
-            student_BK, student_BD = self.module(images)
-        teacher_BK, teacher_norm_B = batch.teacher_BK, batch.teacher_norm_B
-        if self.lessons.teacher is not None:
-            pixels = batch.pixels_BCHW if batch.teacher_pixels_BCHW is None else batch.teacher_pixels_BCHW
-            teacher_BK, teacher_BD = self.lessons.teacher.forward(pixels, batch.partner_B, batch.lambda_B, batch.cut_B4)
-            teacher_norm_B = teacher_BD.norm(dim=1)
+            student_BK, embeddings = self.module(images)
+        words = batch.words if self.lessons.teacher is None else (_ask(self.lessons.teacher, batch),)
+        teachers = zip(words, embeddings, self.lessons.class_means, strict=True)
         return LossInputs(
             student_BK=student_BK,
-            student_BD=student_BD,
             labels_B=batch.labels_B,
-            teacher_BK=teacher_BK,
-            teacher_norm_B=teacher_norm_B,
-            class_means_KD=self.lessons.class_means_KD,
+            teachers=tuple(
+                TeacherInputs(words=said, student_BD=student_BD, class_means_KD=means_KD)
+                for said, student_BD, means_KD in teachers
+            ),
             partner_B=batch.partner_B,
             lambda_B=batch.lambda_B,
         )
@@ -318,7 +325,7 @@ class Trainer:
     def _state(self) -> dict[str, Any]:
         return {
             "model": self.student.model.network.state_dict(),
-            "projector": None if self.student.projector is None else self.student.projector.state_dict(),
+            "projectors": self.student.projectors.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "step": self.step,
@@ -345,8 +352,7 @@ class Trainer:
                 next_step="restore the shards and their index, or choose another run.url",
             )
         self.student.model.network.load_state_dict(state["model"])
-        if self.student.projector is not None:
-            self.student.projector.load_state_dict(state["projector"])
+        self.student.projectors.load_state_dict(state["projectors"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.best_top1, self.seconds = state["step"], state["best_top1"], state["seconds"]
         self.schedule.load_state_dict(state["schedule"])
@@ -374,6 +380,12 @@ class Trainer:
             self.report({"kind": kind, "run": self.run_url, **values})
 
 
+def _ask(teacher: Teacher, batch: Batch) -> TeacherWords:
+    pixels = batch.pixels_BCHW if batch.teacher_pixels_BCHW is None else batch.teacher_pixels_BCHW
+    teacher_BK, teacher_BD = teacher.forward(pixels, batch.partner_B, batch.lambda_B, batch.cut_B4)
+    return TeacherWords({None: teacher_BK}, teacher_BD.norm(dim=1))
+
+
 def _order(train: TrainConfig, lessons: Lessons) -> TrainingOrder:
     return TrainingOrder.build(
         lessons.source.shard_ids,
@@ -398,10 +410,10 @@ def _student(config: Config, lessons: Lessons) -> tuple[Student, InputSpec]:
         where="student",
         allow_new_head=True,
     )
-    teacher_dim = None if lessons.class_means_KD is None else lessons.class_means_KD.shape[1]
+    teacher_dims = [None if means_KD is None else means_KD.shape[1] for means_KD in lessons.class_means]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
-        return Student(loaded.module, teacher_dim=teacher_dim), loaded.input
+        return Student(loaded.module, teacher_dims=teacher_dims), loaded.input
 
 
 def _check_batches(order: TrainingOrder, student: Student, world_size: int) -> None:

@@ -1,6 +1,8 @@
-"""The student: a network, and where ND needs it a projector to the teacher's width that exists in training only."""
+"""The student: a network, and where ND needs them projectors to the teachers' widths that exist in training only."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -8,13 +10,16 @@ from pipeline.models import EmbeddingModel
 
 
 class Student(nn.Module):
-    """forward(images_BCHW) -> (logits [B,K], embedding [B,Dt] in the teacher's width, or the student's own)."""
+    """forward(images_BCHW) -> (logits [B,K], one embedding [B,Dt] a teacher, in its width).
 
-    def __init__(self, model: EmbeddingModel, *, teacher_dim: int | None) -> None:
+    Args:
+        teacher_dims: one a teacher; None takes the student's embedding in its own width.
+    """
+
+    def __init__(self, model: EmbeddingModel, *, teacher_dims: Sequence[int | None]) -> None:
         super().__init__()
         self.model = model
-        needs_projector = teacher_dim is not None and teacher_dim != model.embedding_dim
-        self.projector = projector(model.embedding_dim, teacher_dim) if needs_projector and teacher_dim else None
+        self.projectors = nn.ModuleList(_bridge(model.embedding_dim, teacher_dim) for teacher_dim in teacher_dims)
 
     @property
     def min_rows(self) -> int:
@@ -22,9 +27,15 @@ class Student(nn.Module):
         kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
         return 2 if any(isinstance(module, kinds) for module in self.modules()) else 1
 
-    def forward(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images_BCHW: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         logits_BK, embedding_BD = self.model(images_BCHW)
-        return logits_BK, embedding_BD if self.projector is None else self.projector(embedding_BD)
+        return logits_BK, tuple(project(embedding_BD) for project in self.projectors)
+
+
+def _bridge(student_dim: int, teacher_dim: int | None) -> nn.Module:
+    if teacher_dim is None or teacher_dim == student_dim:
+        return nn.Identity()
+    return projector(student_dim, teacher_dim)
 
 
 def projector(student_dim: int, teacher_dim: int) -> nn.Sequential:

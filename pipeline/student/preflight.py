@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from pipeline import storage
+from pipeline.cache.reader import TeacherCache
 from pipeline.config import require
 from pipeline.errors import ConfigError
 from pipeline.models import load_model
@@ -14,7 +16,7 @@ from pipeline.shards.names import shard_ids
 from pipeline.student.evaluate import teacher_of_run
 from pipeline.student.facts import lesson_facts
 from pipeline.student.losses import CompositeLoss
-from schemas.config import Config
+from schemas.config import CacheConfig, Config
 
 _LOOK_UPS = 16
 
@@ -29,15 +31,25 @@ def check_config(config: Config) -> str:
     mode = config.teacher.mode
     if mode == "cache":
         require(config, "data.cache", command="train")
+        _check_caches(config.data.caches)
     else:
         require(config, "data.shards", "data.num_classes", command="train")
         _check_teacher_needs(config, CompositeLoss(config.loss, where="loss"))
     assert config.run is not None
-    if config.run.url in (config.data.cache, config.cache.url if config.cache else None):
+    if config.run.url in (*config.data.caches, config.cache.url if config.cache else None):
         raise ConfigError(
             "a run and a cache cannot share a folder", where="run.url", got=config.run.url, wanted="another folder"
         )
     return config.run.url
+
+
+def _check_caches(urls: Sequence[str]) -> None:
+    """Twice the same words would weigh as two teachers'."""
+    twice = sorted({url for url in urls if urls.count(url) > 1})
+    if twice:
+        raise ConfigError(
+            "data.cache names a cache twice", where="data.cache", got=", ".join(map(storage.redact, twice))
+        )
 
 
 def _check_teacher_needs(config: Config, loss: CompositeLoss) -> None:
@@ -55,15 +67,37 @@ def check_training(config: Config) -> None:
     """What a look at the cache's header, the models and the validation shards shows; trains nothing, writes nothing.
 
     Raises:
-        StillroomError: a model cannot be built, a validation shard is missing, or the cache is not there or not of the
-            teacher that the config names.
+        StillroomError: a model cannot be built, a validation shard is missing, or a cache is not there, not of the
+            teacher that the config names, or lacks what the loss needs.
     """
     check_config(config)
     facts = lesson_facts(config)
+    check_caches_serve(CompositeLoss(config.loss, where="loss"), facts.caches)
     _check_student(config, facts.num_classes, facts.size)
     _check_val_shards(config)
-    if facts.cache is not None and config.teacher.weights != "pretrained":
+    if facts.caches and config.teacher.weights != "pretrained":
         teacher_of_run(config, facts, torch.device("cpu"))
+
+
+def check_caches_serve(loss: CompositeLoss, caches: Sequence[TeacherCache]) -> None:
+    """
+    Raises:
+        ConfigError: a cache does not hold what the loss needs.
+    """
+    for cache in caches:
+        if loss.needs_logits and cache.header.output("logits") is None:
+            raise ConfigError(
+                "a loss needs the teacher's logits, and this cache keeps none",
+                where=storage.redact(cache.url),
+                got="a cache built with cache.logits=none",
+                next_step="train with nd or ce alone, or build a cache with logits (into another cache.url)",
+            )
+        if loss.needs_embedding and cache.manifest.class_means is None:
+            raise ConfigError(
+                "nd needs class means, and this cache has none",
+                where=storage.redact(cache.url),
+                next_step="build a cache with cache.class_means=eval (into another cache.url)",
+            )
 
 
 def check_distillation(config: Config) -> None:
@@ -74,17 +108,28 @@ def check_distillation(config: Config) -> None:
     """
     check_config(config)
     assert config.cache is not None
-    cached = config.teacher.mode == "cache"
-    if cached and CompositeLoss(config.loss, where="loss").needs_embedding and config.cache.class_means == "none":
+    if config.teacher.mode == "cache":
+        _check_cache_will_serve(CompositeLoss(config.loss, where="loss"), config.cache)
+    assert config.data.num_classes is not None
+    _check_student(config, config.data.num_classes, config.views.size)
+    _check_val_shards(config)
+
+
+def _check_cache_will_serve(loss: CompositeLoss, cache: CacheConfig) -> None:
+    if loss.needs_logits and cache.logits == "none":
+        raise ConfigError(
+            "a loss needs the teacher's logits, and this cache would keep none",
+            where="cache.logits",
+            got="none",
+            wanted="an encoding, or a loss section of nd and ce",
+        )
+    if loss.needs_embedding and cache.class_means == "none":
         raise ConfigError(
             "nd needs class means, and this cache would have none",
             where="cache.class_means",
             got="none",
             wanted="eval, the URL of a file, or view0 where views are not mixed",
         )
-    assert config.data.num_classes is not None
-    _check_student(config, config.data.num_classes, config.views.size)
-    _check_val_shards(config)
 
 
 def _check_student(config: Config, num_classes: int, size: int | None) -> None:

@@ -1,11 +1,10 @@
-"""Where a run's rows come from: a finished cache, or shards with an index. Both give the same views of a row."""
+"""Where a run's rows come from: finished caches, or shards with an index. Both give the same views of a row."""
 
 from __future__ import annotations
 
 import tempfile
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -23,6 +22,8 @@ from pipeline.shards.index import NO_LABEL, ShardIndex, decode_index, index_sett
 from pipeline.shards.names import shard_ids
 from pipeline.shards.publish import index_name
 from pipeline.shards.tar import ShardReader
+from pipeline.student.ensemble import check_same_samples, check_same_shards, check_same_views
+from pipeline.student.words import StoredWords
 from pipeline.views.params import sample_keys, shard_partners, unmix, view_params
 from schemas.config import Config, DataConfig, ViewsConfig
 
@@ -75,8 +76,8 @@ class ShardRows:
     drawn: dict[str, NDArray[Any]]
     partner_N: NDArray[np.int32]
     """Ordinal among the shard's ok rows; its own where nothing is mixed."""
-    logits_NK: NDArray[np.float32] | None
-    embedding_norm_N: NDArray[np.float32] | None
+    words: tuple[StoredWords, ...]
+    """Of each cache; none where views are drawn here."""
 
 
 class RowSource(Protocol):
@@ -91,6 +92,8 @@ class RowSource(Protocol):
     def view_of(self, epoch: int) -> int: ...
 
     def rows(self, shard: int, ordinal_N: NDArray[np.int32], epoch: int) -> ShardRows: ...
+
+    def labels(self, shard: int) -> NDArray[np.int32]: ...
 
     def read(self, shard: int, offset: int, size: int) -> bytes: ...
 
@@ -140,6 +143,23 @@ def check_labelled(sample_ids: list[str], label_N: NDArray[np.int32]) -> None:
         )
 
 
+def check_any_labelled(source: RowSource, data: DataConfig) -> None:
+    """
+    Raises:
+        ConfigError: not one row has a label, so that losses that need one would learn nothing.
+    """
+    # Where nothing reads labels there is no need to open every index to see it.
+    shards = range(len(source.shard_ids) if data.label is not None else 0)
+    if not any((source.labels(shard) >= 0).any() for shard in shards):
+        raise ConfigError(
+            "a loss needs labels, and not one sample has one",
+            where="data.label",
+            got=f"{data.label}, in {sum(source.num_ok)} samples",
+            wanted="the member extension that holds the class",
+            next_step="use kd or dist alone, or shards, an index and a cache that have labels",
+        )
+
+
 class _Files:
     """Shards by position, local or fetched once a node; the last used stay open."""
 
@@ -178,6 +198,10 @@ class IndexedSource:
         for index in self._indexes:
             check_labelled(index.sample_ids(index.ok), index.label[index.ok])
 
+    def labels(self, shard: int) -> NDArray[np.int32]:
+        index = self._indexes[shard]
+        return index.label[index.ok]
+
     def view_of(self, epoch: int) -> int:
         return epoch if self.plan.kind != "eval" else 0
 
@@ -209,57 +233,61 @@ class IndexedSource:
             mix_lambda_N=params.mix_lambda_N,
             drawn=dict(params.drawn),
             partner_N=partner_N,
-            logits_NK=None,
-            embedding_norm_N=None,
+            words=(),
         )
 
 
 class CachedSource:
-    """Views and teacher outputs as the cache stores them: epoch e sees view e mod V."""
+    """Views and teachers' words as the caches store them: epoch e sees view e mod V, the fewest views of any cache.
 
-    def __init__(self, cache: TeacherCache, shards: list[ShardEntry], urls: list[str]) -> None:
-        self.cache, self._shards = cache, shards
+    All caches hold the same views of the same rows; index and views are the first one's.
+    """
+
+    def __init__(self, caches: Sequence[TeacherCache], shards: list[ShardEntry], urls: list[str]) -> None:
+        self.caches, self._shards = tuple(caches), shards
+        self.num_views = min(cache.num_views for cache in caches)
         self.shard_ids = [shard.shard_id for shard in shards]
         self.num_ok = [shard.num_ok for shard in shards]
         files = _Files(urls)
         self.read, self.close = files.read, files.close
         self._indexes = Recent(self._read_index, _KEPT_VIEWS)
+        # Of the outputs these hold what the parts hold, before page compression.
         self._columns = Recent(self._join, _KEPT_VIEWS)
 
     def view_of(self, epoch: int) -> int:
-        return epoch % self.cache.num_views
+        return epoch % self.num_views
+
+    def labels(self, shard: int) -> NDArray[np.int32]:
+        index = self._indexes.get(shard)
+        return index.label[index.ok]
 
     def _read_index(self, shard: int) -> ShardIndex:
-        return self.cache.index(self._shards[shard])
+        return self.caches[0].index(self._shards[shard])
 
-    def _join(self, key: tuple[int, int]) -> tuple[ViewColumns, NDArray[np.int32]]:
+    def _join(self, key: tuple[int, int]) -> tuple[ViewColumns, ...]:
         shard, view = key
-        columns = self.cache.view(self.shard_ids[shard], view)
-        where = f"view {view} of {self.shard_ids[shard]} in {storage.redact(self.cache.url)}"
-        check_alignment(columns, self._indexes.get(shard), where=where)
-        partner_N = np.searchsorted(columns.row_N, columns.mix_row_N).astype(np.int32)
-        return columns, partner_N
+        index, where = self._indexes.get(shard), f"view {view} of {self.shard_ids[shard]}"
+        of_caches = tuple(cache.view(index.shard_id, view) for cache in self.caches)
+        for cache, columns in zip(self.caches, of_caches, strict=True):
+            check_alignment(columns, index, where=f"{where} in {storage.redact(cache.url)}")
+        check_same_views(of_caches, where=where)
+        return of_caches
 
     def label_counts(self, num_classes: int) -> NDArray[np.int64]:
         """How many ok rows of all shards have each label; reads every index. int64 [K]."""
+        labels = (self.labels(shard) for shard in range(len(self.shard_ids)))
+        counts = [np.bincount(label_N[label_N != NO_LABEL], minlength=num_classes) for label_N in labels]
+        return np.sum(counts, axis=0)
 
-        def count(shard: ShardEntry) -> NDArray[np.int64]:
-            index = self.cache.index(shard)
-            label_N = index.label[index.ok]
-            return np.bincount(label_N[label_N != NO_LABEL], minlength=num_classes)
-
-        with ThreadPoolExecutor(_READ_THREADS) as pool:
-            return np.sum(list(pool.map(count, self._shards)), axis=0)
-
-    def columns(self, shard: int, view: int) -> ViewColumns:
-        """All ok rows of a shard under a view, proven to be those of the index."""
-        return self._columns.get((shard, view))[0]
+    def columns(self, shard: int, view: int) -> tuple[ViewColumns, ...]:
+        """Of each cache all ok rows of a shard under a view, proven to be those of the index."""
+        return self._columns.get((shard, view))
 
     def rows(self, shard: int, ordinal_N: NDArray[np.int32], epoch: int) -> ShardRows:
         """The rows with these ordinals among the shard's ok rows, under the epoch's view, with the teacher's words."""
         index = self._indexes.get(shard)
-        columns, partner_N = self._columns.get((shard, self.view_of(epoch)))
-        position_N = index.ok[ordinal_N]
+        of_caches = self._columns.get((shard, self.view_of(epoch)))
+        columns, position_N = of_caches[0], index.ok[ordinal_N]
         return ShardRows(
             sample_ids=index.sample_ids(position_N),
             offset_N=index.offset[position_N],
@@ -270,9 +298,8 @@ class CachedSource:
             flip_N=columns.flip_N[ordinal_N],
             mix_lambda_N=columns.mix_lambda_N[ordinal_N],
             drawn={name: values_N[ordinal_N] for name, values_N in columns.drawn.items()},
-            partner_N=partner_N[ordinal_N],
-            logits_NK=columns.logits_NK[ordinal_N],
-            embedding_norm_N=columns.embedding_norm_N[ordinal_N],
+            partner_N=np.searchsorted(columns.row_N, columns.mix_row_N[ordinal_N]).astype(np.int32),
+            words=tuple(StoredWords.of(columns, ordinal_N) for columns in of_caches),
         )
 
 
@@ -323,18 +350,29 @@ def _misplaced(row_N: NDArray[np.int32], wanted_N: NDArray[np.int32]) -> str:
     return ", ".join(told) or "the right ones in another order"
 
 
-def open_cached(cache: TeacherCache, data: DataConfig) -> CachedSource:
-    """The cache's rows, with shards from ``data.shards`` if given, else from where the cache found them.
+def open_cached(caches: Sequence[TeacherCache], data: DataConfig) -> CachedSource:
+    """The caches' rows, with shards from ``data.shards`` if given, else all of them from where the first cache found
+    them.
 
     Raises:
-        CacheError: a shard is not in the cache.
+        CacheError: a shard is not in a cache, or two caches do not hold the same shards or the same samples in them.
     """
+    first = caches[0]
     if data.shards is None:
-        return CachedSource(cache, cache.shards, [cache.shard_url(shard) for shard in cache.shards])
-    urls = storage.expand(data.shards)
-    by_id = {shard.shard_id: shard for shard in cache.shards}
+        check_same_shards(caches)
+        urls = [first.shard_url(shard) for shard in first.shards]
+    else:
+        urls = storage.expand(data.shards)
     names = shard_ids(urls)
-    unknown = [name for name in names if name not in by_id]
+    for cache in caches:
+        _check_holds(cache, names)
+    check_same_samples(caches, names)
+    by_id = {shard.shard_id: shard for shard in first.shards}
+    return CachedSource(caches, [by_id[name] for name in names], urls)
+
+
+def _check_holds(cache: TeacherCache, names: list[str]) -> None:
+    unknown = sorted({*names} - {shard.shard_id for shard in cache.shards})
     if unknown:
         raise CacheError(
             f"{len(unknown)} of {len(names)} shards are not in the cache",
@@ -342,7 +380,6 @@ def open_cached(cache: TeacherCache, data: DataConfig) -> CachedSource:
             got=", ".join(unknown[:5]),
             next_step="run: stillroom cache build CONFIG with these shards (it adds them)",
         )
-    return CachedSource(cache, [by_id[name] for name in names], urls)
 
 
 def index_url(config: Config) -> str:

@@ -16,10 +16,12 @@ from pipeline.student.losses.ce import ce
 from pipeline.student.losses.dist import dist
 from pipeline.student.losses.kd import kd
 from pipeline.student.losses.nd import nd
+from pipeline.student.words import TeacherWords
 from schemas.config import LossConfig, LossSection
 
 # A loss says what it needs by its parameters: those named like an attribute of LossInputs are filled from the batch,
-# the others are the keys of its section in the YAML. A loss that takes labels averages over the labelled rows.
+# those named in TeacherInputs.at from a teacher, the others are the keys of its section in the YAML. A loss that takes
+# labels averages over the labelled rows; one that takes anything of a teacher is summed over the teachers.
 LOSSES: Mapping[str, Callable[..., Tensor]] = {
     "ce": ce,
     "dist": dist,
@@ -28,16 +30,34 @@ LOSSES: Mapping[str, Callable[..., Tensor]] = {
 }
 
 
+_OF_TEACHER = frozenset({"teacher_BK", "teacher_norm_B", "student_BD", "class_means_KD"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherInputs:
+    """One teacher beside one batch, on its device."""
+
+    words: TeacherWords
+    student_BD: Tensor | None = None  # the student's embedding, projected where this teacher's width is another
+    class_means_KD: Tensor | None = None  # NaN rows: classes it never saw
+
+    def at(self, temperature: float) -> dict[str, Tensor | None]:
+        """What a loss at this temperature may take of the teacher, by parameter."""
+        return {
+            "teacher_BK": self.words.logits_at(temperature),
+            "teacher_norm_B": self.words.norm_B,
+            "student_BD": self.student_BD,
+            "class_means_KD": self.class_means_KD,
+        }
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossInputs:
     """What one rank knows about one batch, all on one device. B is the rank's own number of rows."""
 
     student_BK: Tensor  # logits
     labels_B: Tensor  # int64, -1: none
-    student_BD: Tensor | None = None  # embedding, projected to the teacher's width where the widths differ
-    teacher_BK: Tensor | None = None  # logits
-    teacher_norm_B: Tensor | None = None  # norms of the teacher's embeddings
-    class_means_KD: Tensor | None = None  # the teacher's; NaN rows: classes it never saw
+    teachers: tuple[TeacherInputs, ...] = ()
     partner_B: Tensor | None = None  # int64, each row's mixup partner as a position in this batch; None: not mixed
     lambda_B: Tensor | None = None  # each row's own share of its mixed pixels; comes with partner_B
 
@@ -102,8 +122,22 @@ class _Term:
         warmup_epochs = self.section.warmup_epochs
         return self.section.weight * (min(1.0, epoch / warmup_epochs) if warmup_epochs else 1.0)
 
-    def value(self, inputs: LossInputs) -> Tensor:
-        tensors = {name: getattr(inputs, name) for name in self.required | self.optional}
+    @property
+    def temperature(self) -> float:
+        """Of the teacher's logits as this term sees them; 1 where it has none."""
+        return self.options.get("temperature", 1.0)
+
+    def values(self, inputs: LossInputs) -> list[Tensor]:
+        """One for each teacher if the loss takes anything of a teacher, else one."""
+        asks = bool(self.required & _OF_TEACHER)
+        seen = [teacher.at(self.temperature) for teacher in inputs.teachers] if asks else []
+        return [self._value(inputs, of_teacher) for of_teacher in seen or [{}]]
+
+    def _value(self, inputs: LossInputs, of_teacher: Mapping[str, Tensor | None]) -> Tensor:
+        tensors = {
+            name: of_teacher.get(name) if name in _OF_TEACHER else getattr(inputs, name)
+            for name in self.required | self.optional
+        }
         missing = sorted(name for name in self.required if tensors[name] is None)
         if missing:
             raise TrainingError(
@@ -147,7 +181,8 @@ class CompositeLoss:
 
         Returns:
             fp32 scalar, weighted and scaled for DDP's mean over ranks; and by term (``kd``, ``kd_2``, …) the fp32 mean
-            over this rank's valid rows, unweighted, unscaled and detached.
+            over this rank's valid rows, unweighted, unscaled and detached. Of several teachers a term is the sum, and
+            ``kd/0``, ``kd/1``, … are each one's (FunMatch, Beyer 2022: losses of several teachers are summed).
 
         Raises:
             TrainingError: a term needs something that the batch does not carry.
@@ -155,10 +190,18 @@ class CompositeLoss:
         total = inputs.student_BK.new_zeros((), dtype=torch.float32)
         values: dict[str, Tensor] = {}
         for term in self._terms:
-            value = term.value(inputs)
+            parts = term.values(inputs)
+            value = torch.stack(parts).sum()
             total = total + term.weight(epoch) * (share.of_labelled if term.uses_labels else share.of_rows) * value
             values[term.key] = value.detach()
+            if len(parts) > 1:
+                values |= {f"{term.key}/{number}": part.detach() for number, part in enumerate(parts)}
         return total, values
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """At which the terms read a teacher's logits, ascending; none where no term does."""
+        return tuple(sorted({term.temperature for term in self._terms if "teacher_BK" in term.required}))
 
     @property
     def needs_labels(self) -> bool:

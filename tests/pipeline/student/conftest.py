@@ -63,3 +63,14 @@ def replays(built_cache: TinyCache, tmp_path_factory: pytest.TempPathFactory) ->
 def own_replay(replays: Replay, tmp_path: Path) -> Replay:
     """The same, as copies to do as one likes with."""
     return lambda kind: copy_of(replays(kind), tmp_path / f"replay-{kind}")
+
+
+@pytest.fixture(scope="session")
+def colleague(built_cache: TinyCache, tmp_path_factory: pytest.TempPathFactory) -> TinyCache:
+    """The views of ``replays("crop")``, two fewer, as a wider teacher saw them in 12 pixels. Never to be written."""
+    config = _with_views(built_cache.config, "crop", str(tmp_path_factory.mktemp("colleague") / "cache"))
+    teacher = config.teacher.model_copy(update={"kwargs": {"depth": 8, "widths": [4, 4, 6, 9]}})
+    views = config.views.model_copy(update={"count": NUM_VIEWS - 2, "size": 12})
+    config = config.model_copy(update={"teacher": teacher, "views": views})
+    build(config)
+    return TinyCache(cache_section(config).url, config)

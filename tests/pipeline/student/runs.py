@@ -76,8 +76,9 @@ def indexed_source(config: Config, folder: Path) -> IndexedSource:
     return source
 
 
-def cached_source(cache: TinyCache, data: DataConfig | None = None) -> CachedSource:
-    source = open_cached(open_cache(cache.url), cache.config.data if data is None else data)
+def cached_source(cache: TinyCache, *others: TinyCache, data: DataConfig | None = None) -> CachedSource:
+    caches = [open_cache(one.url) for one in (cache, *others)]
+    source = open_cached(caches, cache.config.data if data is None else data)
     _opened.append(source)
     return source
 
@@ -96,6 +97,7 @@ def dataset(source: RowSource, plan: ViewsConfig, **changes: Any) -> StepDataset
         "teacher": None,
         "max_pixels": 10**6,
         "needs_labels": False,
+        "temperatures": (1.0,),
     }
     return StepDataset(source, order_of(source, plan), **{**keys, **changes})
 

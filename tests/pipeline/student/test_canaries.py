@@ -88,6 +88,6 @@ def test_a_changed_image_is_told_as_that_and_not_as_another_decoder(replays: Rep
             data[int(index.offset[0]) + 30] ^= 1
         (tmp_path / Path(url).name).write_bytes(bytes(data))
         paths.append(str(tmp_path / Path(url).name))
-    source = cached_source(cache, cache.config.data.model_copy(update={"shards": tuple(paths)}))
+    source = cached_source(cache, data=cache.config.data.model_copy(update={"shards": tuple(paths)}))
     with pytest.raises(CacheError, match="an image is not the one that was indexed"):
         check_canaries(source, max_pixels=MAX_PIXELS)

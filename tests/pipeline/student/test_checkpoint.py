@@ -59,10 +59,16 @@ def test_a_config_that_was_edited_in_the_run_is_refused(tmp_path: Path) -> None:
 
 def test_the_first_pinned_manifest_counts_for_all(tmp_path: Path) -> None:
     url = str(tmp_path)
-    assert checkpoint.pinned_manifest(url) is None
-    assert checkpoint.pin_manifest(url, b"first") == b"first"
-    assert checkpoint.pin_manifest(url, b"second") == b"first"
-    assert checkpoint.pinned_manifest(url) == b"first"
+    assert checkpoint.pinned_manifests(url, 2) == (None, None)
+    assert checkpoint.pin_manifests(url, [b"first", b"other"]) == (b"first", b"other")
+    assert checkpoint.pin_manifests(url, [b"second", b"other"]) == (b"first", b"other")
+    assert checkpoint.pinned_manifests(url, 2) == (b"first", b"other")
+
+
+def test_one_cache_is_pinned_by_the_same_name_as_the_first_of_several(tmp_path: Path) -> None:
+    checkpoint.pin_manifests(str(tmp_path), [b"first"])
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+    assert checkpoint.pinned_manifests(str(tmp_path), 2) == (b"first", None)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])

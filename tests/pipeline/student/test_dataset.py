@@ -39,8 +39,21 @@ def load(batches: StepDataset, steps: range, num_workers: int = 0) -> list[Batch
 def assert_same(one: Batch, other: Batch) -> None:
     for item in fields(Batch):
         left, right = getattr(one, item.name), getattr(other, item.name)
-        same = torch.equal(left, right) if isinstance(left, Tensor) and isinstance(right, Tensor) else left == right
-        assert same, item.name
+        if item.name == "words":
+            for ours, theirs in zip(left, right, strict=True):
+                assert ours.logits.keys() == theirs.logits.keys()
+                assert all(torch.equal(ours.logits[key], theirs.logits[key]) for key in ours.logits)
+                assert torch.equal(ours.norm_B, theirs.norm_B)
+        elif isinstance(left, Tensor) and isinstance(right, Tensor):
+            assert torch.equal(left, right), item.name
+        else:
+            assert left == right, item.name
+
+
+def logits(batch: Batch, teacher: int = 0, temperature: float = 1.0) -> Tensor:
+    found = batch.words[teacher].logits_at(temperature)
+    assert found is not None
+    return found
 
 
 def partners(batch: Batch) -> dict[str, str]:
@@ -68,8 +81,10 @@ def test_the_ranks_batches_laid_together_are_the_batch_of_one_process(
     for step in steps:
         batch, parts = whole[step], [share[step] for share in shares]
         assert [name for part in parts for name in part.sample_ids] == batch.sample_ids
-        for name in ("pixels_BCHW", "labels_B", "teacher_BK", "teacher_norm_B"):
+        for name in ("pixels_BCHW", "labels_B"):
             assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name)), name
+        assert torch.equal(torch.cat([logits(part) for part in parts]), logits(batch))
+        assert torch.equal(torch.cat([part.words[0].norm_B for part in parts]), batch.words[0].norm_B)
         assert {part.num_rows_global for part in parts} == {len(batch.sample_ids)}
         if kind != "crop":
             assert torch.equal(torch.cat([part.lambda_B for part in parts]), batch.lambda_B)
@@ -153,8 +168,8 @@ def test_parity_outputs_of_cached_and_online_teacher(
         assert batch.pixels_BCHW.shape[2:] == (student_size, student_size)
         pixels = batch.pixels_BCHW if batch.teacher_pixels_BCHW is None else batch.teacher_pixels_BCHW
         logits_BK, embedding_BD = teacher.forward(pixels, batch.partner_B, batch.lambda_B, batch.cut_B4)
-        torch.testing.assert_close(logits_BK, wanted.teacher_BK, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(embedding_BD.norm(dim=1), wanted.teacher_norm_B, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(logits_BK, logits(wanted), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(embedding_BD.norm(dim=1), wanted.words[0].norm_B, rtol=1e-5, atol=1e-5)
 
 
 def test_a_plan_with_everything_shows_everything(replays: Replay) -> None:

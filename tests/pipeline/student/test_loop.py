@@ -13,12 +13,14 @@ import torch
 
 from pipeline.cache.export import export_means
 from pipeline.errors import CacheError, ConfigError, TrainingError
+from pipeline.shards.write import pack_shards
 from pipeline.student import checkpoint
 from pipeline.student.loop import Trainer, train
 from pipeline.student.metrics import MetricsFile
 from pipeline.student.world import World
 from schemas.config import Config
-from tests.pipeline.caches import TinyCache, build, cache_section
+from tests.pipeline.caches import TinyCache, build, cache_section, digit_samples
+from tests.pipeline.conftest import TinyConfig
 from tests.pipeline.student.conftest import NUM_VIEWS, Replay
 from tests.pipeline.student.runs import CE, KD, NORMALISED, SMALL, index_shards, metrics, run_config
 
@@ -265,7 +267,7 @@ def test_a_rank_that_opened_a_later_state_of_the_cache_takes_the_one_that_was_pi
     def claim(run_url: str, config: Config) -> None:
         """Between this rank's look at the cache and its claim, another rank pins what it saw."""
         claim_run(run_url, config)
-        checkpoint.pin_manifest(run_url, first_rank)
+        checkpoint.pin_manifests(run_url, [first_rank])
 
     claim_run = checkpoint.claim_run
     monkeypatch.setattr(checkpoint, "claim_run", claim)
@@ -290,8 +292,37 @@ def test_missing_labels_in_a_cache_stop_the_losses_that_need_them(own_replay: Re
     with pytest.raises(ConfigError, match="a loss needs labels"):
         train(run_config(unlabelled, tmp_path / "ce", loss=CE))
     run(run_config(unlabelled, tmp_path / "kd"))
-    run(run_config(unlabelled, tmp_path / "both", loss=[*CE, *KD], data={"missing_labels": "ignore"}))
-    assert losses(tmp_path / "both") == losses(tmp_path / "kd")
+
+
+@pytest.mark.parametrize("label", [None, "txt"], ids=["no member is read", "no sample has the member"])
+@pytest.mark.parametrize("mode", ["cache", "none"])
+def test_without_a_single_label_a_loss_that_needs_them_is_refused_at_the_start(
+    tiny_config: TinyConfig, tmp_path: Path, mode: str, label: str | None
+) -> None:
+    """Also where missing labels are ignored: there would be nothing to learn."""
+    base = tiny_config(data={"label": label}, views={"kind": "crop"}, cache={"class_means": "none"})
+    if mode == "cache":
+        build(base)
+    config = run_config(base, tmp_path / "ce", mode=mode, loss=[*CE], data={"missing_labels": "ignore", "label": label})
+    index_shards(config, tmp_path / "ce" / "index")
+    with pytest.raises(ConfigError, match="not one sample has one") as caught:
+        train(config)
+    assert caught.value.got == f"{label}, in 35 samples"
+    assert not (tmp_path / "ce" / "config.json").exists()
+
+
+def test_labels_of_a_few_are_enough_where_missing_ones_are_ignored(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    samples = (
+        (key, {name: data for name, data in members.items() if name == "png" or row % 5 == 4})
+        for row, (key, members) in enumerate(digit_samples(35))
+    )
+    shards = pack_shards(samples, f"{tmp_path}/few-%02d.tar", shard_size=20)
+    base = tiny_config(
+        data={"shards": shards, "missing_labels": "ignore"}, views={"kind": "crop"}, cache={"class_means": "none"}
+    )
+    build(base)
+    run(run_config(base, tmp_path / "run", loss=[*CE, *KD]))
+    assert any(record["loss/ce"] > 1 for record in metrics(tmp_path / "run"))
 
 
 def with_imported_means(base: Config, folder: Path, table: dict[str, list[float]]) -> Config:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.errors import ConfigError, TrainingError
-from pipeline.student.losses import LOSSES, BatchShare, CompositeLoss, LossInputs, ce, dist, kd, nd
+from pipeline.student.losses import LOSSES, BatchShare, CompositeLoss, LossInputs, TeacherInputs, ce, dist, kd, nd
+from pipeline.student.words import TeacherWords
 from schemas.config import Config
 
 # A loaded machine is no finding.
@@ -60,11 +61,14 @@ class GlobalBatch:
         num_rows = len(student_BN)
         return LossInputs(
             student_BK=student_BN[:, :K],
-            student_BD=student_BN[:, K:],
             labels_B=self.labels_B[rows],
-            teacher_BK=self.teacher_BK[rows],
-            teacher_norm_B=self.teacher_norm_B[rows],
-            class_means_KD=self.class_means_KD,
+            teachers=(
+                TeacherInputs(
+                    words=TeacherWords({None: self.teacher_BK[rows]}, self.teacher_norm_B[rows]),
+                    student_BD=student_BN[:, K:],
+                    class_means_KD=self.class_means_KD,
+                ),
+            ),
             partner_B=None if self.lambda_B is None else torch.arange(num_rows) ^ 1,
             lambda_B=None if self.lambda_B is None else self.lambda_B[rows],
         )
@@ -130,13 +134,25 @@ def inputs(*, mixed: bool = False, missing: float = 0.0) -> LossInputs:
     return GlobalBatch.draw(0, 6, missing=missing, mixed=mixed).inputs(slice(None), weights_FN)
 
 
+def seen(batch: LossInputs) -> dict[str, Any]:
+    """What its only teacher shows to a loss at T = 1."""
+    (teacher,) = batch.teachers
+    return teacher.at(1.0)
+
+
+def nd_of(batch: LossInputs, teacher: int = 0, **mixed: Any) -> Tensor:
+    """By hand from the parts of the batch."""
+    one = batch.teachers[teacher]
+    return nd(one.student_BD, one.words.norm_B, one.class_means_KD, batch.labels_B, **mixed)
+
+
 def test_kd_plus_plus_is_the_weighted_sum_of_its_terms() -> None:
     batch = inputs()
     total, values = compose(*KD_PLUS_PLUS)(batch, alone(batch), epoch=1)
     terms = {
         "ce": ce(batch.student_BK, batch.labels_B, label_smoothing=0.1),
-        "kd": kd(batch.student_BK, batch.teacher_BK, temperature=4.0),
-        "nd": nd(batch.student_BD, batch.teacher_norm_B, batch.class_means_KD, batch.labels_B),
+        "kd": kd(batch.student_BK, seen(batch)["teacher_BK"], temperature=4.0),
+        "nd": nd_of(batch),
     }
     torch.testing.assert_close(values, terms)
     # kd's weight 2.5 is a quarter warm in epoch 1 of 4.
@@ -147,7 +163,7 @@ def test_every_key_of_dist_reaches_it() -> None:
     batch = inputs()
     section = {"name": "dist", "temperature": 2.0, "inter_weight": 0.25, "intra_weight": 3.0}
     total, _ = compose(section)(batch, alone(batch), epoch=0)
-    wanted = dist(batch.student_BK, batch.teacher_BK, temperature=2.0, inter_weight=0.25, intra_weight=3.0)
+    wanted = dist(batch.student_BK, seen(batch)["teacher_BK"], temperature=2.0, inter_weight=0.25, intra_weight=3.0)
     torch.testing.assert_close(total, wanted)
 
 
@@ -156,9 +172,7 @@ def test_a_mixed_batch_mixes_the_labels_of_partners() -> None:
     _, values = compose({"name": "ce"}, {"name": "nd"})(batch, alone(batch), epoch=0)
     mixed = {"mixed_labels_B": batch.labels_B[[1, 0, 3, 2, 5, 4]], "lambda_B": batch.lambda_B}
     torch.testing.assert_close(values["ce"], ce(batch.student_BK, batch.labels_B, **mixed))
-    torch.testing.assert_close(
-        values["nd"], nd(batch.student_BD, batch.teacher_norm_B, batch.class_means_KD, batch.labels_B, **mixed)
-    )
+    torch.testing.assert_close(values["nd"], nd_of(batch, **mixed))
 
 
 def test_a_mixed_row_is_labelled_only_with_its_partner() -> None:
@@ -193,7 +207,84 @@ def test_terms_of_one_name_keep_apart() -> None:
     _, values = compose(sections[0], {"name": "ce"}, *sections[1:])(batch, alone(batch), epoch=0)
     assert list(values) == ["kd", "ce", "kd_2", "kd_3"]
     for key, temperature in zip(["kd", "kd_2", "kd_3"], temperatures, strict=True):
-        torch.testing.assert_close(values[key], kd(batch.student_BK, batch.teacher_BK, temperature=temperature))
+        torch.testing.assert_close(
+            values[key], kd(batch.student_BK, seen(batch)["teacher_BK"], temperature=temperature)
+        )
+
+
+def test_a_term_reads_the_logits_that_are_for_its_temperature() -> None:
+    batch = inputs()
+    words = {
+        temperature: torch.randn(6, K, generator=torch.Generator().manual_seed(seed))
+        for seed, temperature in enumerate((1.0, 4.0))
+    }
+    batch = replace(batch, teachers=(replace(batch.teachers[0], words=TeacherWords(words, torch.ones(6))),))
+    loss = compose({"name": "kd", "temperature": 4.0}, {"name": "dist"}, {"name": "kd", "temperature": 1.0})
+    assert loss.temperatures == (1.0, 4.0)
+    _, values = loss(batch, alone(batch), epoch=0)
+    torch.testing.assert_close(values["kd"], kd(batch.student_BK, words[4.0], temperature=4.0))
+    torch.testing.assert_close(values["dist"], dist(batch.student_BK, words[1.0], temperature=1.0))
+    torch.testing.assert_close(values["kd_2"], kd(batch.student_BK, words[1.0], temperature=1.0))
+
+
+def test_a_temperature_that_nobody_decoded_for_is_refused_and_never_stood_in_for() -> None:
+    batch = inputs()
+    words = TeacherWords({1.0: torch.zeros(6, K)}, torch.ones(6))
+    batch = replace(batch, teachers=(replace(batch.teachers[0], words=words),))
+    with pytest.raises(TrainingError, match=r"the loss kd lacks[\s\S]*None for teacher_BK"):
+        compose({"name": "kd", "temperature": 2.0})(batch, alone(batch), epoch=0)
+
+
+@pytest.mark.parametrize(
+    ("sections", "temperatures"),
+    [
+        ([{"name": "ce"}, {"name": "nd"}], ()),
+        ([{"name": "kd", "temperature": 4.0}, {"name": "ce"}], (4.0,)),
+        ([{"name": "kd", "temperature": 4.0}, {"name": "dist"}, {"name": "kd", "temperature": 4.0}], (1.0, 4.0)),
+    ],
+)
+def test_a_composition_says_at_which_temperatures_it_reads_logits(
+    sections: list[dict[str, Any]], temperatures: tuple[float, ...]
+) -> None:
+    assert compose(*sections).temperatures == temperatures
+
+
+def with_teachers(batch: LossInputs, num: int) -> LossInputs:
+    """The same rows before teachers of different widths."""
+    generator = torch.Generator().manual_seed(5)
+    teachers = [
+        TeacherInputs(
+            words=TeacherWords({None: torch.randn(6, K, generator=generator)}, 4 * torch.rand(6, generator=generator)),
+            student_BD=torch.randn(6, 3 + number, generator=generator),
+            class_means_KD=torch.randn(K, 3 + number, generator=generator),
+        )
+        for number in range(num)
+    ]
+    return replace(batch, teachers=tuple(teachers))
+
+
+def test_losses_of_several_teachers_are_summed_and_each_is_told() -> None:
+    batch = with_teachers(inputs(), 3)
+    total, values = compose({"name": "kd", "weight": 2.0}, {"name": "ce"}, {"name": "nd", "weight": 0.5})(
+        batch, alone(batch), epoch=0
+    )
+    kds = [kd(batch.student_BK, one.words.logits[None], temperature=4.0) for one in batch.teachers]
+    nds = [nd_of(batch, number) for number in range(3)]
+    alone_ce = ce(batch.student_BK, batch.labels_B)
+    assert list(values) == ["kd", "kd/0", "kd/1", "kd/2", "ce", "nd", "nd/0", "nd/1", "nd/2"]
+    for number in range(3):
+        torch.testing.assert_close(values[f"kd/{number}"], kds[number])
+        torch.testing.assert_close(values[f"nd/{number}"], nds[number])
+    torch.testing.assert_close(values["kd"], kds[0] + kds[1] + kds[2])
+    # Labels are one, whatever the number of teachers.
+    torch.testing.assert_close(values["ce"], alone_ce)
+    torch.testing.assert_close(total, 2 * sum(kds) + alone_ce + 0.5 * sum(nds))
+
+
+def test_one_teacher_is_told_once() -> None:
+    batch = with_teachers(inputs(), 1)
+    _, values = compose({"name": "kd"}, {"name": "nd"})(batch, alone(batch), epoch=0)
+    assert list(values) == ["kd", "nd"]
 
 
 def test_values_are_off_the_graph_and_the_total_is_on_it() -> None:

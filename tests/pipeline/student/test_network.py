@@ -20,15 +20,22 @@ def model(section: dict[str, Any]) -> EmbeddingModel:
 
 @pytest.mark.parametrize(("teacher_dim", "width"), [(None, 16), (16, 16), (7, 7)])
 def test_the_embedding_comes_in_the_teachers_width(teacher_dim: int | None, width: int) -> None:
-    student = Student(model(SMALL), teacher_dim=teacher_dim)
-    logits_BK, embedding_BD = student(torch.rand(4, 3, 16, 16))
+    student = Student(model(SMALL), teacher_dims=[teacher_dim])
+    logits_BK, (embedding_BD,) = student(torch.rand(4, 3, 16, 16))
     assert (logits_BK.shape, embedding_BD.shape) == ((4, 10), (4, width))
-    assert (student.projector is None) == (width == 16)
+    assert (not list(student.projectors.parameters())) == (width == 16)
+
+
+def test_each_teacher_has_a_bridge_of_its_own() -> None:
+    student = Student(model(SMALL), teacher_dims=[7, 16, 7])
+    _, embeddings = student.eval()(torch.rand(4, 3, 16, 16))
+    assert [embedding_BD.shape[1] for embedding_BD in embeddings] == [7, 16, 7]
+    assert not torch.equal(embeddings[0], embeddings[2])
 
 
 def test_a_projector_leaves_the_networks_logits_as_they_are() -> None:
     network, images = model(SMALL), torch.rand(4, 3, 16, 16)
-    torch.testing.assert_close(Student(network, teacher_dim=7)(images)[0], network(images)[0])
+    torch.testing.assert_close(Student(network, teacher_dims=[7])(images)[0], network(images)[0])
 
 
 @pytest.mark.parametrize(
@@ -37,7 +44,7 @@ def test_a_projector_leaves_the_networks_logits_as_they_are() -> None:
 def test_a_student_asks_for_as_many_rows_as_it_can_train_on(
     section: dict[str, Any], teacher_dim: int | None, rows: int
 ) -> None:
-    student = Student(model(section), teacher_dim=teacher_dim).train()
+    student = Student(model(section), teacher_dims=[teacher_dim]).train()
     assert student.min_rows == rows
     student(torch.rand(rows, 3, 16, 16))
 

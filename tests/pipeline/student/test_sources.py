@@ -55,8 +55,8 @@ def columns(rows: list[int]) -> ViewColumns:
         mix_lambda_N=nothing,
         drawn={},
         embedding_norm_N=nothing,
-        logits_NK=nothing[:, None],
-        embedding_ND=None,
+        logits=None,
+        embedding=None,
         pixel_digest=(None,) * len(rows),
         pixel_mean=(None,) * len(rows),
     )
@@ -164,9 +164,9 @@ def test_shards_of_the_config_stand_in_for_those_of_the_manifest(replays: Replay
     moved = tmp_path / "digits-01.tar"
     moved.write_bytes(Path(url).read_bytes())
     opened = open_cache(cache.url)
-    source = open_cached(opened, cache.config.data.model_copy(update={"shards": str(moved)}))
+    source = open_cached([opened], cache.config.data.model_copy(update={"shards": str(moved)}))
     assert (source.shard_ids, source.num_ok) == (["digits-01"], [15])
-    assert open_cached(opened, cache.config.data.model_copy(update={"shards": None})).shard_ids == [
+    assert open_cached([opened], cache.config.data.model_copy(update={"shards": None})).shard_ids == [
         "digits-00",
         "digits-01",
     ]
@@ -178,7 +178,7 @@ def test_shards_of_the_config_stand_in_for_those_of_the_manifest(replays: Replay
 def test_a_shard_that_the_cache_does_not_hold_is_named(replays: Replay) -> None:
     cache = replays("crop")
     with pytest.raises(CacheError, match="1 of 1 shards are not in the cache") as caught:
-        open_cached(open_cache(cache.url), cache.config.data.model_copy(update={"shards": "other-07.tar"}))
+        open_cached([open_cache(cache.url)], cache.config.data.model_copy(update={"shards": "other-07.tar"}))
     assert caught.value.got == "other-07"
 
 
