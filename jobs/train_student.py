@@ -89,7 +89,9 @@ class TrainingView:
 
     def show(self, event: dict[str, Any]) -> None:
         kind = event["kind"]
-        if kind == "begin":
+        if kind == "warning":
+            print(f"{_name(event['run'])}: warning: {event['text']}", file=sys.stderr, flush=True)
+        elif kind == "begin":
             self._view = ProgressView(_name(event["run"]), event["total_steps"], done=event["first_step"]).__enter__()
         elif self._view is not None and kind == "step":
             self._view.update(event["step"] + 1, f"loss {event['loss']:.4f}")

@@ -90,7 +90,11 @@ class Statistics(Record):
     class_counts: dict[int, int] = Field(default_factory=dict)
     fidelity_rows: int = 0
     kl_sum: dict[str, float] = Field(default_factory=dict, description="Nats at T, summed over the sampled rows.")
+    pearson_sum: dict[str, float] = Field(
+        default_factory=dict, description="1 - correlation of the probabilities at T, summed over the sampled rows."
+    )
     argmax_flips: int = 0
+    embedding_cosine_sum: float = 0.0
 
 
 class Header(Record):

@@ -8,11 +8,12 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.cache import layout
+from pipeline.cache.codec import row_bytes
 from pipeline.cache.commit import read_commits
 from pipeline.cache.identity import read_header
 from pipeline.cache.manifest import read_manifest
 from pipeline.cache.statistics import merge_statistics
-from schemas.manifest import Header, Statistics
+from schemas.manifest import Header, Output, Statistics
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,9 @@ class CacheReport:
     class_means: str
     teacher_top1: float | None
     kl_nats: dict[str, float]
+    pearson: dict[str, float]
+    argmax_flips: float | None
+    embedding_cosine: float | None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -80,10 +84,10 @@ def inspect_cache(cache_url: str) -> CacheReport:
         size_bytes=size_bytes,
         bytes_per_row=size_bytes / rows.total() if rows.total() else None,
         skipped=manifest.skipped if manifest else None,
-        outputs={output.name: f"{output.dtype} {list(output.shape)}" for output in header.outputs},
+        outputs={output.name: _encoding(header, output) for output in header.outputs},
         class_means=str(header.teacher["class_means"]),
         teacher_top1=statistics.top1_hits / statistics.labelled if statistics.labelled else None,
-        kl_nats=_kl(statistics),
+        **_fidelity(header, statistics),
     )
 
 
@@ -91,8 +95,19 @@ def _model(header: Header) -> str:
     return str(header.teacher["architecture"]["model"])
 
 
-def _kl(statistics: Statistics) -> dict[str, float]:
-    """Mean KL from the fp32 logits to the stored ones at each temperature, over the sampled rows."""
-    if not statistics.fidelity_rows:
-        return {}
-    return {temperature: total / statistics.fidelity_rows for temperature, total in statistics.kl_sum.items()}
+def _encoding(header: Header, output: Output) -> str:
+    word = header.teacher["logits" if output.name == "logits" else "embeddings"]
+    return f"{word}, {row_bytes(output)} bytes for {output.shape}"
+
+
+def _fidelity(header: Header, statistics: Statistics) -> dict[str, Any]:
+    """Means over the sampled rows, of stored numbers against fp32: KL and 1 − correlation at each temperature, share of
+    rows whose largest class is another, cosine of embeddings."""
+    rows = statistics.fidelity_rows
+    logits, embedding = (rows if header.output(name) else 0 for name in ("logits", "embedding"))
+    return {
+        "kl_nats": {key: total / logits for key, total in statistics.kl_sum.items()} if logits else {},
+        "pearson": {key: total / logits for key, total in statistics.pearson_sum.items()} if logits else {},
+        "argmax_flips": statistics.argmax_flips / logits if logits else None,
+        "embedding_cosine": statistics.embedding_cosine_sum / embedding if embedding else None,
+    }

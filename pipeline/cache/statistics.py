@@ -8,10 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.cache.codec import decode, encode
+from pipeline.cache.fidelity import cosine_sum, kl_sum, pearson_sum
 from pipeline.teacher.groups import GroupViews
 from pipeline.teacher.infer import Answers
 from pipeline.views.params import sample_keys
-from schemas.manifest import Header, Statistics
+from schemas.manifest import Header, Output, Statistics
 
 TEMPERATURES = (1.0, 2.0, 4.0)
 _SAMPLE_ONE_IN = 64
@@ -21,16 +22,17 @@ class StatisticsSum:
     """Adds up over the views and groups of one part."""
 
     def __init__(self, header: Header) -> None:
-        self._logits = header.output("logits")
+        self._logits, self._embedding = header.output("logits"), header.output("embedding")
         self._labelled = self._top1 = self._top5 = self._rows = self._flips = 0
         self._classes: Counter[int] = Counter()
-        self._kl = dict.fromkeys(TEMPERATURES, 0.0)
+        self._kl, self._pearson = dict.fromkeys(TEMPERATURES, 0.0), dict.fromkeys(TEMPERATURES, 0.0)
+        self._cosine = 0.0
 
     def add(self, group: GroupViews, answers: Answers) -> None:
         """Counts one view of one group; hits only where images are not mixed."""
         if not group.mixes:
             self._count_hits(answers.logits_NK, group.label_N)
-        self._measure_fidelity(group, answers.logits_NK)
+        self._measure_fidelity(group, answers)
 
     def _count_hits(self, logits_NK: NDArray[np.float32], label_N: NDArray[np.int32]) -> None:
         labelled = label_N >= 0
@@ -41,19 +43,25 @@ class StatisticsSum:
         self._top5 += int((rank_M < 5).sum())
         self._classes.update(label_M.tolist())
 
-    def _measure_fidelity(self, group: GroupViews, logits_NK: NDArray[np.float32]) -> None:
-        if self._logits is None:
-            return
+    def _measure_fidelity(self, group: GroupViews, answers: Answers) -> None:
         # Keyed by the sample, so that the same rows are measured whatever the order of work.
         chosen = sample_keys(0, group.sample_ids)[:, 0] % np.uint64(_SAMPLE_ONE_IN) == 0
         if not chosen.any():
             return
-        exact = logits_NK[chosen]
-        stored = decode(encode(exact, self._logits), self._logits)
-        self._rows += len(exact)
-        self._flips += int((exact.argmax(1) != stored.argmax(1)).sum())
+        self._rows += int(chosen.sum())
+        if self._logits is not None:
+            self._measure_logits(answers.logits_NK[chosen], self._logits)
+        if self._embedding is not None:
+            exact = answers.embedding_ND[chosen]
+            self._cosine += cosine_sum(exact, decode(encode(exact, self._embedding), self._embedding))
+
+    def _measure_logits(self, exact_NK: NDArray[np.float32], output: Output) -> None:
+        column = encode(exact_NK, output)
+        self._flips += int((exact_NK.argmax(1) != decode(column, output).argmax(1)).sum())
         for temperature in TEMPERATURES:
-            self._kl[temperature] += _kl_sum(exact, stored, temperature)
+            stored_NK = decode(column, output, temperature=temperature)
+            self._kl[temperature] += kl_sum(exact_NK, stored_NK, temperature)
+            self._pearson[temperature] += pearson_sum(exact_NK, stored_NK, temperature)
 
     def result(self) -> Statistics:
         return Statistics(
@@ -63,7 +71,9 @@ class StatisticsSum:
             class_counts=dict(sorted(self._classes.items())),
             fidelity_rows=self._rows,
             kl_sum={str(temperature): value for temperature, value in self._kl.items()},
+            pearson_sum={str(temperature): value for temperature, value in self._pearson.items()},
             argmax_flips=self._flips,
+            embedding_cosine_sum=self._cosine,
         )
 
 
@@ -78,16 +88,12 @@ def merge_statistics(parts: list[Statistics]) -> Statistics:
         top5_hits=sum(part.top5_hits for part in parts),
         class_counts=dict(sorted(classes.items())),
         fidelity_rows=sum(part.fidelity_rows for part in parts),
-        kl_sum={str(t): sum(part.kl_sum.get(str(t), 0.0) for part in parts) for t in TEMPERATURES},
+        kl_sum=_sum_by_temperature([part.kl_sum for part in parts]),
+        pearson_sum=_sum_by_temperature([part.pearson_sum for part in parts]),
         argmax_flips=sum(part.argmax_flips for part in parts),
+        embedding_cosine_sum=sum(part.embedding_cosine_sum for part in parts),
     )
 
 
-def _kl_sum(exact_NK: NDArray[np.float32], stored_NK: NDArray[np.float32], temperature: float) -> float:
-    log_p, log_q = (_log_softmax(values.astype(np.float64) / temperature) for values in (exact_NK, stored_NK))
-    return float((np.exp(log_p) * (log_p - log_q)).sum())
-
-
-def _log_softmax(values_NK: NDArray[np.float64]) -> NDArray[np.float64]:
-    shifted = values_NK - values_NK.max(1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+def _sum_by_temperature(parts: list[dict[str, float]]) -> dict[str, float]:
+    return {str(t): sum(part.get(str(t), 0.0) for part in parts) for t in TEMPERATURES}

@@ -22,6 +22,7 @@ from pipeline.student.canaries import check_canaries
 from pipeline.student.dataset import Batch, InputSize, StepDataset, load_batches
 from pipeline.student.evaluate import Evaluation, Evaluator, make_evaluator
 from pipeline.student.facts import LessonFacts, lesson_facts
+from pipeline.student.fidelity import fidelity_warnings
 from pipeline.student.losses import BatchShare, CompositeLoss, LossInputs, TeacherInputs, check_class_means
 from pipeline.student.metrics import MetricsFile, StepLog
 from pipeline.student.network import Student
@@ -190,12 +191,18 @@ class Trainer:
         self._resume()
         if self.world.size > 1:
             self.module = DistributedDataParallel(self.student)
+        self._warn()
         self._say("begin", total_steps=self.total_steps, steps_per_epoch=self.order.num_steps, first_step=self.step)
         with ExitStack() as stack:
             metrics = None
             if self.world.leads:
                 metrics = stack.enter_context(MetricsFile(self.run_url, first_step=self.step))
             return self._finish(self._train(metrics), metrics)
+
+    def _warn(self) -> None:
+        for cache in self.lessons.facts.caches:
+            for text in fidelity_warnings(cache.header, cache.manifest.statistics, self.config.loss):
+                self._say("warning", text=text)
 
     def _train(self, metrics: MetricsFile | None) -> Evaluation | None:
         """All steps that are left. Returns the evaluation after the last epoch, where one was made."""

@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors.torch import save_file
 from sklearn.cluster import MiniBatchKMeans
+from torch import nn
 
 from jobs.build_cache import build_cache
 from jobs.train_student import train_student
@@ -55,7 +58,7 @@ class BenchTeacher:
 
 def ten_classes() -> BenchTeacher:
     data = {"shards": f"{CIFAR}/train-{{00000..00009}}.tar", "val_shards": f"{CIFAR}/val-{{00000..00001}}.tar"}
-    return _trained("teacher10", {"depth": 20}, {**data, "num_classes": 10}, _CROPS, epochs=8)
+    return _trained("teacher10", {**data, "num_classes": 10}, _CROPS, epochs=8)
 
 
 def thousand_classes() -> BenchTeacher:
@@ -66,20 +69,33 @@ def thousand_classes() -> BenchTeacher:
     views = {**_CROPS, "area": [0.7, 1.0]}
     # The last shard's images are in no other.
     data = {"shards": f"{folder}/crops-{{00..08}}.tar", "val_shards": f"{folder}/crops-09.tar"}
-    kwargs = {"depth": 8, "widths": [16, 16, 32, 128]}
-    return _trained("teacher1000", kwargs, {**data, "num_classes": _NUM_PSEUDO}, views, epochs=5)
+    return _trained(
+        "teacher1000", {**data, "num_classes": _NUM_PSEUDO}, views, epochs=3, weights=str(_trunk(ten_classes()))
+    )
+
+
+def _trunk(teacher: BenchTeacher) -> Path:
+    """A teacher's weights under a head of 1000 classes: learning starts from features that tell the crops apart."""
+    state = torch.load(teacher.section["weights"], weights_only=True)["model"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        head = nn.Linear(state["fc.weight"].shape[1], _NUM_PSEUDO)
+    path = BENCH / "trunk.safetensors"
+    state |= {"fc.weight": head.weight.data, "fc.bias": head.bias.data}
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+    return path
 
 
 def _trained(
-    name: str, kwargs: dict[str, Any], data: dict[str, Any], views: dict[str, Any], *, epochs: int
+    name: str, data: dict[str, Any], views: dict[str, Any], *, epochs: int, weights: str = "random"
 ) -> BenchTeacher:
-    section = {"model": "python:pipeline.models.cifar:resnet", "kwargs": kwargs, **_INPUT}
+    section = {"model": "python:pipeline.models.cifar:resnet", "kwargs": {"depth": 20}, **_INPUT}
     run = BENCH / name
     config = Config.model_validate(
         {
             "data": data,
             "teacher": {"mode": "none"},
-            "student": section,
+            "student": {**section, "weights": weights},
             "views": views,
             "loss": [{"name": "ce"}],
             "train": {

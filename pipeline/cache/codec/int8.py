@@ -20,21 +20,12 @@ def int8_output(name: str, width: int) -> Output:
     return Output(name=name, shape=(width,), dtype="uint8", encoding="int8", fields=fields)
 
 
-def steps(values_ND: NDArray[np.float32], num_steps: int) -> tuple[NDArray[np.float32], ...]:
-    """offset [N,1], scale [N,1] and codes [N,D], whole numbers of 0 to ``num_steps``.
-
-    The offset is the smallest number, so that it (of a ReLU's output, zero) and a constant row come back exactly. The
-    scale is infinite where a row spans more than float32 holds.
-    """
-    offset_N1 = values_ND.min(axis=1, keepdims=True)
-    scale_N1 = (values_ND.max(axis=1, keepdims=True) - offset_N1) / np.float32(num_steps)
-    # Spans of a few denormals have a scale of zero: they are constant for all that float32 can tell.
-    codes_ND = np.rint((values_ND - offset_N1) / np.where(scale_N1 > 0, scale_N1, np.float32(np.inf)))
-    return offset_N1, scale_N1, codes_ND
-
-
 def _pack(values_ND: NDArray[np.float32], rows_N: Rows) -> None:
-    offset_N1, scale_N1, codes_ND = steps(values_ND, _LAST)
+    # The smallest number is stored as it is: it (of a ReLU's output, zero) and a constant row come back exactly.
+    offset_N1 = values_ND.min(axis=1, keepdims=True)
+    scale_N1 = (values_ND.max(axis=1, keepdims=True) - offset_N1) / np.float32(_LAST)
+    # A span of a few denormals has a scale of zero, and is constant for all that float32 can tell.
+    codes_ND = np.rint((values_ND - offset_N1) / np.where(scale_N1 > 0, scale_N1, np.float32(np.inf)))
     rows_N["offset"], rows_N["scale"], rows_N["codes"] = offset_N1, scale_N1, np.minimum(codes_ND, _LAST)
 
 
