@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -251,7 +251,7 @@ class CachedSource:
         files = _Files(urls)
         self.read, self.close = files.read, files.close
         self._indexes = Recent(self._read_index, _KEPT_VIEWS)
-        # Of the outputs these hold what the parts hold, before page compression.
+        # Of each row these hold its stored logits, and about a hundred bytes.
         self._columns = Recent(self._join, _KEPT_VIEWS)
 
     def view_of(self, epoch: int) -> int:
@@ -267,7 +267,8 @@ class CachedSource:
     def _join(self, key: tuple[int, int]) -> tuple[ViewColumns, ...]:
         shard, view = key
         index, where = self._indexes.get(shard), f"view {view} of {self.shard_ids[shard]}"
-        of_caches = tuple(cache.view(index.shard_id, view) for cache in self.caches)
+        # Losses take norms and class means; embeddings would be kept for nobody.
+        of_caches = tuple(replace(cache.view(index.shard_id, view), embedding=None) for cache in self.caches)
         for cache, columns in zip(self.caches, of_caches, strict=True):
             check_alignment(columns, index, where=f"{where} in {storage.redact(cache.url)}")
         check_same_views(of_caches, where=where)
@@ -280,7 +281,7 @@ class CachedSource:
         return np.sum(counts, axis=0)
 
     def columns(self, shard: int, view: int) -> tuple[ViewColumns, ...]:
-        """Of each cache all ok rows of a shard under a view, proven to be those of the index."""
+        """Of each cache all ok rows of a shard under a view, less embeddings, proven to be those of the index."""
         return self._columns.get((shard, view))
 
     def rows(self, shard: int, ordinal_N: NDArray[np.int32], epoch: int) -> ShardRows:

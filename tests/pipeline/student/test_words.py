@@ -57,12 +57,14 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> Decoded:
 @pytest.mark.parametrize(("encoding", "row_bytes"), [("fp32", 40), ("fp16", 20)])
 def test_a_kept_view_costs_its_stored_bytes(tiny_config: TinyConfig, encoding: str, row_bytes: int) -> None:
     cache = built(tiny_config, logits=encoding, embeddings="fp16")
-    source = cached_source(cache)
-    (columns,) = source.columns(0, 1)
+    columns = open_cache(cache.url).view("digits-00", 1)
     assert columns.logits is not None
     assert columns.embedding is not None
     assert columns.logits.column.nbytes == 20 * row_bytes
     assert columns.embedding.column.nbytes == 20 * 7 * 2
+    (kept,) = cached_source(cache).columns(0, 1)
+    assert kept.logits is not None
+    assert (kept.logits.column.nbytes, kept.embedding) == (20 * row_bytes, None)
 
 
 def test_some_rows_are_those_of_the_whole_view(replays: Replay) -> None:
