@@ -19,7 +19,7 @@ import pyarrow as pa
 from pipeline import storage
 from pipeline.cache import layout
 from pipeline.cache.codec import encode, outputs_of, row_bytes
-from pipeline.cache.commit import publish_commit, publish_file
+from pipeline.cache.commit import find_commit, publish_commit, publish_file
 from pipeline.cache.identity import claim, make_header
 from pipeline.cache.imported import ImportedMeans, keep_means, read_means
 from pipeline.cache.means import ClassSums, encode_sums, merge, sum_rows
@@ -154,7 +154,7 @@ def _builder(config_json: str) -> _Builder:
 
 
 def build_part(task: PartTask) -> Commit:
-    """Builds and commits one part. Returns the commit that stands, which may be that of a faster builder.
+    """Builds and commits one part, unless that is done. Returns the commit that stands, perhaps of a faster builder.
 
     Raises:
         ShardError: the shard is damaged or changed; or it holds a sample that cannot be used under ``data.bad_samples:
@@ -162,6 +162,10 @@ def build_part(task: PartTask) -> Commit:
         CacheError: the cache is another teacher's, or an output does not fit its encoding.
     """
     builder = _claimed(task.config)
+    # A worker may die after its commit and before its answer, and a second builder plans as the first one does.
+    done = find_commit(builder.cache.url, shard_id(task.shard_url), task.block)
+    if done is not None:
+        return done
     with storage.scratch_folder() as scratch:
         return _PartBuild(builder, task, scratch).run()
 

@@ -45,6 +45,12 @@ def publish_commit(cache_url: str, commit: Commit) -> Commit:
     return winner
 
 
+def find_commit(cache_url: str, shard_id: str, block: ViewBlock) -> Commit | None:
+    """The commit of a block, or None while there is none."""
+    path = layout.commit_path(shard_id, block)
+    return read_commit(cache_url, path) if storage.exists(storage.join(cache_url, path)) else None
+
+
 def read_commit(cache_url: str, path: str) -> Commit:
     """
     Raises:

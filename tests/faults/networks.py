@@ -1,0 +1,36 @@
+"""A teacher that leaves a trace of every batch it is asked, outside of any cache."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from pipeline.models.cifar import resnet
+
+LOG = "STILLROOM_TEST_FORWARDS"
+
+
+class Traced(nn.Module):
+    """A digest of each batch of images goes to the file that the environment names: one line, one write."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.network = resnet(num_classes=num_classes, depth=8, widths=[4, 4, 6, 8])
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        seen = hashlib.sha256(images_BCHW.detach().float().contiguous().numpy().tobytes()).hexdigest()
+        handle = os.open(os.environ[LOG], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        try:
+            os.write(handle, f"{seen}\n".encode())
+        finally:
+            os.close(handle)
+        return self.network(images_BCHW)
+
+
+def forwards() -> list[str]:
+    """Digests of all batches so far, in order."""
+    log = Path(os.environ[LOG])
+    return log.read_text().splitlines() if log.exists() else []

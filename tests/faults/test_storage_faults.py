@@ -1,0 +1,319 @@
+"""Every file operation of a small build fails once, in each way, one after the other; the cache comes out the same.
+
+The faults come from the interpreter's audit events, which see each opening, renaming, linking and removing below the
+cache's folder, whichever line of ours does it.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import yaml
+
+from jobs.build_cache import build_cache
+from pipeline import storage
+from pipeline.cache.build import _builder, prepare
+from pipeline.errors import StorageError
+from pipeline.fingerprint import digest
+from pipeline.shards.write import pack_shards
+from schemas.config import Config
+from tests.faults.networks import LOG, forwards
+from tests.pipeline.caches import digit_samples, files
+
+PARTS = ("eval", "v0000-0000", "v0001-0001")
+WRITES = ("open for writing", "os.mkdir", "os.rename", "os.link")
+
+
+class Killed(BaseException):
+    """What a SIGKILL is to the code that runs: nothing after it happens."""
+
+
+@dataclass
+class Faults:
+    """Sees every operation below ``folder`` and may raise in its stead."""
+
+    folder: Path
+    strike: Callable[[Faults, str, Path], None]
+    seen: list[str] = field(default_factory=list)
+    struck: bool = False
+
+    def operation(self, event: str, arguments: tuple[object, ...]) -> None:
+        if event == "open":
+            path, _, flags = arguments
+            writes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR)
+            event = "open for writing" if writes else "open"
+        else:
+            path = arguments[0]
+        if isinstance(path, (str, os.PathLike)) and Path(path).is_relative_to(self.folder):
+            self.seen.append(event)
+            self.strike(self, event, Path(path))
+
+
+_active: Faults | None = None
+
+
+def _hook(event: str, arguments: tuple[object, ...]) -> None:
+    if _active is not None and event in ("open", "os.mkdir", "os.rename", "os.link", "os.remove", "os.listdir"):
+        _active.operation(event, arguments)
+
+
+@contextmanager
+def injected(folder: Path, strike: Callable[[Faults, str, Path], None]) -> Iterator[Faults]:
+    global _active
+    _active = Faults(folder, strike)
+    try:
+        yield _active
+    finally:
+        _active = None
+
+
+@contextmanager
+def no_faults() -> Iterator[None]:
+    global _active
+    former, _active = _active, None
+    try:
+        yield
+    finally:
+        _active = former
+
+
+@pytest.fixture(scope="module", autouse=True)
+def audit() -> None:
+    """An audit hook stays for the life of the interpreter; without faults it does nothing."""
+    sys.addaudithook(_hook)
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(storage._PAUSE, "multiplier", 0)
+    monkeypatch.setenv(LOG, str(tmp_path / "forwards"))
+
+
+@pytest.fixture(scope="module")
+def shard(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Seven digits and one image that nobody can decode."""
+    samples = [*digit_samples(7), ("broken", {"png": b"no image", "cls": b"1"})]
+    (url,) = pack_shards(samples, f"{tmp_path_factory.mktemp('shard')}/one-%d.tar", shard_size=8)
+    return url
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """In memory where the machine allows it: a sync to a disk is most of the time of a small build."""
+    root = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=root if root.is_dir() and os.access(root, os.W_OK) else None) as name:
+        yield Path(name)
+
+
+def config_of(shard: str, url: Path) -> Config:
+    return Config.model_validate(
+        {
+            "data": {"shards": shard, "num_classes": 10, "bad_samples": "skip"},
+            "teacher": {
+                "model": "python:tests.faults.networks:Traced",
+                "mean": [0.5, 0.5, 0.5],
+                "std": [0.5, 0.5, 0.5],
+                "batch_size": 8,
+            },
+            "views": {"kind": "crop", "count": 2, "size": 8},
+            "cache": {"url": str(url), "class_means": "eval", "views_per_part": 1},
+            "ray": {"address": "none"},
+        }
+    )
+
+
+@pytest.fixture
+def undisturbed(shard: str, folder: Path) -> dict[str, bytes]:
+    build_cache(config_of(shard, folder / "undisturbed"))
+    return files(str(folder / "undisturbed"))
+
+
+@pytest.fixture
+def asked(shard: str, folder: Path) -> Callable[[], int]:
+    """How many batches of images the teacher was asked so far; what it is asked as it is loaded is no image."""
+    _builder.cache_clear()
+    before = len(forwards())
+    prepare(config_of(shard, folder / "prepared"))
+    of_loading = {*forwards()[before:]}
+    return lambda: sum(batch not in of_loading for batch in forwards())
+
+
+def operations(shard: str, url: Path) -> list[str]:
+    """The operations of an undisturbed build, in order."""
+    with injected(url, lambda *_: None) as faults:
+        build_cache(config_of(shard, url))
+    return faults.seen
+
+
+def commits(found: dict[str, bytes]) -> dict[str, dict[str, object]]:
+    return {Path(name).stem: json.loads(data) for name, data in found.items() if name.startswith("commits/")}
+
+
+def check_half_built(found: dict[str, bytes], undisturbed: dict[str, bytes]) -> None:
+    """Whatever stands under a final name is whole, and what a commit names is there."""
+    assert {name: digest(data) for name, data in found.items()} == {
+        name: digest(undisturbed[name]) for name in found if name in undisturbed
+    }
+    for commit in commits(found).values():
+        for named in (commit["part"], commit["index"], commit["means"]):
+            assert named is None or named["path"] in found
+
+
+def check_resumed(shard: str, url: Path, undisturbed: dict[str, bytes], asked: Callable[[], int]) -> None:
+    """From here an undisturbed build ends with the same bytes, and asks nothing again that is committed."""
+    found = files(str(url))
+    check_half_built(found, undisturbed)
+    before = asked()
+    manifest = build_cache(config_of(shard, url))
+    # One batch a part.
+    assert asked() - before == len(PARTS) - len(commits(found))
+    assert files(str(url)) == undisturbed
+    assert (manifest.num_samples, manifest.num_ok, manifest.skipped) == (8, 7, {"undecodable": 1})
+    for commit in commits(undisturbed).values():
+        assert commit["read"] == commit["written"] + sum(commit["skipped"].values())
+
+
+def places(seen: list[str], kinds: tuple[str, ...]) -> list[int]:
+    return [number for number, event in enumerate(seen) if event in kinds]
+
+
+@pytest.mark.slow
+def test_an_operation_that_fails_once_is_done_again_and_nothing_else_is(
+    shard: str, folder: Path, undisturbed: dict[str, bytes], asked: Callable[[], int]
+) -> None:
+    for place in range(len(operations(shard, folder / "count"))):
+
+        def strike(faults: Faults, event: str, path: Path, place: int = place) -> None:
+            del event
+            if len(faults.seen) == place + 1:
+                raise OSError(errno.EIO, "a bad moment", str(path))
+
+        url, before = folder / f"cache-{place}", asked()
+        with injected(url, strike):
+            build_cache(config_of(shard, url))
+        assert files(str(url)) == undisturbed, place
+        assert asked() - before == len(PARTS), place
+
+
+def test_a_disk_that_fills_at_any_write_gives_one_error_and_a_build_that_resumes(
+    shard: str, folder: Path, undisturbed: dict[str, bytes], asked: Callable[[], int]
+) -> None:
+    for place in places(operations(shard, folder / "count"), WRITES):
+
+        def strike(faults: Faults, event: str, path: Path, place: int = place) -> None:
+            if len(faults.seen) > place and event in WRITES:
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+        url = folder / f"cache-{place}"
+        with injected(url, strike), pytest.raises(StorageError, match="no space is left") as caught:
+            build_cache(config_of(shard, url))
+        assert caught.value.exit_code == 1
+        check_resumed(shard, url, undisturbed, asked)
+
+
+def test_a_replace_or_link_that_keeps_failing_gives_one_error_and_a_build_that_resumes(
+    shard: str, folder: Path, undisturbed: dict[str, bytes], asked: Callable[[], int]
+) -> None:
+    for place in places(operations(shard, folder / "count"), ("os.rename", "os.link")):
+
+        def strike(faults: Faults, event: str, path: Path, place: int = place) -> None:
+            if len(faults.seen) > place and event in ("os.rename", "os.link"):
+                raise OSError(errno.EIO, "this stays", str(path))
+
+        url = folder / f"cache-{place}"
+        with injected(url, strike) as faults, pytest.raises(StorageError, match="this stays") as caught:
+            build_cache(config_of(shard, url))
+        assert caught.value.exit_code == 1
+        # Each of the tasks that met it gave up after its fifth attempt.
+        assert faults.seen[place:].count(faults.seen[place]) % 5 == 0
+        check_resumed(shard, url, undisturbed, asked)
+
+
+def test_a_death_at_any_operation_with_a_torn_file_left_behind_leaves_a_build_that_resumes(
+    shard: str, folder: Path, undisturbed: dict[str, bytes], asked: Callable[[], int]
+) -> None:
+    for place in range(len(operations(shard, folder / "count"))):
+
+        def strike(faults: Faults, event: str, path: Path, place: int = place) -> None:
+            if len(faults.seen) <= place:
+                return
+            if not faults.struck and event in ("os.rename", "os.link"):
+                with no_faults():
+                    os.truncate(path, path.stat().st_size // 2)
+            faults.struck = True
+            raise Killed
+
+        url = folder / f"cache-{place}"
+        with injected(url, strike), pytest.raises(Killed):
+            build_cache(config_of(shard, url))
+        check_resumed(shard, url, undisturbed, asked)
+
+
+def test_a_second_builder_may_come_and_finish_at_any_write(
+    shard: str, folder: Path, undisturbed: dict[str, bytes]
+) -> None:
+    for place in places(operations(shard, folder / "count"), WRITES):
+
+        def strike(faults: Faults, event: str, path: Path, place: int = place) -> None:
+            del event, path
+            if len(faults.seen) > place and not faults.struck:
+                faults.struck = True
+                with no_faults():
+                    build_cache(config_of(shard, faults.folder))
+
+        url = folder / f"cache-{place}"
+        with injected(url, strike):
+            build_cache(config_of(shard, url))
+        assert files(str(url)) == undisturbed, place
+
+
+# A disk of its own that another program fills after the first commit, and then leaves.
+FILL = """
+mount -t tmpfs -o size=64m tmpfs {disk} || exit 99
+{python} -m jobs.build_cache {config} 2> {out}/first.log & builder=$!
+until ls {commits}/*/*.json > /dev/null 2>&1; do kill -0 $builder || break; done
+cat /dev/zero > {disk}/filler 2> /dev/null
+wait $builder; echo $? > {out}/first
+ls {commits}/*/ > {out}/committed
+rm {disk}/filler
+{python} -m jobs.build_cache {config} 2> {out}/second.log; echo $? > {out}/second
+cp -r {cache} {out}/copy 2> /dev/null || true
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(subprocess.run(["unshare", "-rm", "true"], check=False).returncode != 0, reason="no namespaces")
+@pytest.mark.parametrize("full", ["cache", "scratch"])
+def test_a_disk_that_is_really_full_exits_1_with_one_message_and_the_same_command_resumes(
+    full: str, shard: str, tmp_path: Path
+) -> None:
+    disk, out = tmp_path / "disk", tmp_path / "out"
+    disk.mkdir()
+    out.mkdir()
+    cache = (disk if full == "cache" else out) / "cache"
+    tree = config_of(shard, cache).model_dump(mode="json")
+    tree["views"]["count"] = 60
+    (out / "config.yaml").write_text(yaml.safe_dump(tree))
+    named = {"disk": disk, "out": out, "cache": cache, "commits": cache / "commits", "config": out / "config.yaml"}
+    script = FILL.format(python=sys.executable, **named)
+    scratch = {"TMPDIR": str(disk)} if full == "scratch" else {}
+    subprocess.run(["unshare", "-rm", "bash", "-c", script], env={**os.environ, **scratch}, check=True)
+    said = (out / "first.log").read_text()
+    assert (out / "first").read_text() == "1\n", said
+    assert (out / "second").read_text() == "0\n", (out / "second.log").read_text()
+    assert said.count("error: ") == 1
+    assert "no space is left" in said
+    assert "Traceback" not in said
+    assert 0 < len((out / "committed").read_text().split()) < 61
+    build_cache(Config.model_validate({**tree, "cache": {**tree["cache"], "url": str(tmp_path / "undisturbed")}}))
+    assert files(str(out / ("copy" if full == "cache" else "cache"))) == files(str(tmp_path / "undisturbed"))
