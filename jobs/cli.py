@@ -30,6 +30,8 @@ OverridesArgument = Annotated[
     list[str] | None, typer.Argument(help="section.key=value, the value as YAML.", metavar="[K.K=V]...")
 ]
 _NUM_NAMED = 10
+CacheArgument = Annotated[str, typer.Argument(help="URL of the cache.", metavar="CACHE")]
+ThreadsOption = Annotated[int, typer.Option(min=1, help="CPU threads.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -125,7 +127,7 @@ def cache_plan(
 
 
 @cache_app.command("inspect")
-def cache_inspect(cache: Annotated[str, typer.Argument(help="URL of the cache.")], as_json: JsonOption = False) -> None:
+def cache_inspect(cache: CacheArgument, as_json: JsonOption = False) -> None:
     """Show what a cache holds, or how far its build has come."""
 
     def command() -> None:
@@ -155,6 +157,28 @@ def cache_means(
             f"class means: {done.num_written} classes of {done.embedding_dim} numbers in {out}{without}",
             file=sys.stderr,
         )
+
+    _run(command)
+
+
+@cache_app.command("verify")
+def cache_verify(
+    cache: CacheArgument,
+    shards: Annotated[
+        str | None, typer.Option(help="Where the images are, {a..b} braces allowed; default: where the build was.")
+    ] = None,
+    threads: ThreadsOption = 4,
+    as_json: JsonOption = False,
+) -> None:
+    """Check every file of a cache, its rows against index and plan, and its pixels. Exit code 1 for any problem."""
+
+    def command() -> None:
+        from jobs.verify_cache import describe, verify
+
+        report = verify(cache, shards=shards, threads=threads)
+        print(json.dumps(report.as_dict(), indent=2) if as_json else describe(report))
+        if not report.ok:
+            raise typer.Exit(1)
 
     _run(command)
 
@@ -199,7 +223,7 @@ def evaluate(
     run: Annotated[str, typer.Argument(help="URL of a run.")],
     shards: Annotated[str, typer.Option(help="Validation shards, {a..b} braces allowed.")],
     checkpoint: Annotated[Literal["best", "last"], typer.Option(help="Which weights.")] = "last",
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    threads: ThreadsOption = 1,
     as_json: JsonOption = False,
 ) -> None:
     """Measure a trained student: top-1, top-5, agreement with its teacher."""

@@ -53,11 +53,11 @@ class ProgressView:
         elif kind is None:
             self._line("")
 
-    def update(self, done: int, note: str = "") -> None:
-        """Sets the count; the note says what is happening now."""
-        self.done = done
+    def update(self, done: int, note: str = "", *, total: int | None = None) -> None:
+        """Sets the count; the note says what is happening now. ``total`` where it was not known before."""
+        self.done, self.total = done, self.total if total is None else total
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, note=note)
+            self._bar.update(self._task, completed=done, total=self.total, note=note)
         elif time.monotonic() - self._told >= _LINE_EVERY_S and done < self.total:
             self._told = time.monotonic()
             self._line(note)

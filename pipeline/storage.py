@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import datetime as dt
 import errno
 import hashlib
 import logging
@@ -21,7 +22,8 @@ import tempfile
 import threading
 import uuid
 import zlib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -380,17 +382,54 @@ def read_range(url: str, offset: int, size_bytes: int) -> bytes:
     return data
 
 
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One object below a folder."""
+
+    path: str
+    """Relative to the folder."""
+    size_bytes: int
+    modified_s: float | None
+    """Seconds since 1970 by the store's clock; None: the store does not tell."""
+
+    @property
+    def is_temporary(self) -> bool:
+        """Whether it is what a killed writer left: never a file that was published."""
+        return self.path.rsplit("/", 1)[-1].startswith(".tmp-")
+
+
 @_repeated
-def listing(url: str) -> list[str]:
-    """Paths relative to ``url`` of every object below it, sorted; empty where the folder is absent."""
+def entries(url: str) -> list[Entry]:
+    """Every object below ``url`` by path, leftovers of killed writers included; empty where the folder is absent."""
     filesystem, path = _filesystem(url)
     with _told(url, "list"):
         if _info(filesystem, path) is None:
             return []
         filesystem.invalidate_cache(path)
-        found = filesystem.find(path)
+        found = filesystem.find(path, detail=True)
     base = path.rstrip("/") + "/"
-    return sorted(name[len(base) :] for name in found if name.startswith(base) and not _is_temporary(name))
+    return sorted(
+        (
+            Entry(name[len(base) :], int(info["size"] or 0), _modified_s(info))
+            for name, info in found.items()
+            if name.startswith(base)
+        ),
+        key=lambda entry: entry.path,
+    )
+
+
+def _modified_s(info: Mapping[str, Any]) -> float | None:
+    """The time of the last change by whichever name this store gives it."""
+    names = ("mtime", "LastModified", "last_modified", "updated", "created")
+    found = next((info[name] for name in names if info.get(name) is not None), None)
+    if isinstance(found, str):
+        found = dt.datetime.fromisoformat(found)
+    return found.timestamp() if isinstance(found, dt.datetime) else found
+
+
+def listing(url: str) -> list[str]:
+    """Paths relative to ``url`` of every published object below it, sorted; empty where the folder is absent."""
+    return [entry.path for entry in entries(url) if not entry.is_temporary]
 
 
 def sizes(url: str) -> dict[str, int]:
@@ -398,16 +437,10 @@ def sizes(url: str) -> dict[str, int]:
 
     Local links are followed, to folders too: image trees are often made of them.
     """
-    filesystem, path = _filesystem(url)
-    with _told(url, "list"):
-        if protocol(url) == "file":
-            return dict(sorted(_local_sizes(Path(path))))
-        if _info(filesystem, path) is None:
-            return {}
-        filesystem.invalidate_cache(path)
-        found = filesystem.find(path, detail=True)
-    base = path.rstrip("/") + "/"
-    return {name[len(base) :]: int(info["size"]) for name, info in sorted(found.items()) if name.startswith(base)}
+    if protocol(url) == "file":
+        with _told(url, "list"):
+            return dict(sorted(_local_sizes(Path(_filesystem(url)[1]))))
+    return {entry.path: entry.size_bytes for entry in entries(url)}
 
 
 def _local_sizes(folder: Path) -> Iterator[tuple[str, int]]:
@@ -434,10 +467,6 @@ def local_folder(url: str) -> Path | None:
         return None
     path = Path(_filesystem(url)[1])
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
-
-
-def _is_temporary(name: str) -> bool:
-    return name.rsplit("/", 1)[-1].startswith(".tmp-")
 
 
 @_repeated

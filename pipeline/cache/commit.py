@@ -6,6 +6,7 @@ Any number of builders may work on the same block. The first commit wins; the ot
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -75,6 +76,16 @@ def files_present(cache_url: str) -> set[str]:
     """
     folders = ("parts", "means", layout.INDEX)
     return {f"{folder}/{name}" for folder in folders for name in storage.listing(storage.join(cache_url, folder))}
+
+
+def named(commits: Iterable[Commit]) -> set[str]:
+    """Every part, class-sum partial and index that a commit names."""
+    return {ref.path for commit in commits for ref in (commit.part, commit.means, commit.index) if ref is not None}
+
+
+def unnamed(commits: Iterable[Commit], present: Iterable[str]) -> list[str]:
+    """What no commit names of ``files_present``: its builder was killed, lost a race, or is about to commit."""
+    return sorted(set(present) - named(commits))
 
 
 def is_void(commit: Commit, present: set[str]) -> bool:

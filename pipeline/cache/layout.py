@@ -14,6 +14,8 @@ SHARDS = "manifest/shards.parquet"
 PARTS = "manifest/parts.parquet"
 CLASS_MEANS = "class_means.parquet"
 IMPORTED_MEANS = "class_means.json"
+FORMER = "manifest/former/"
+LOG = "log/"
 
 _BLOCK = r"(?:eval|v(?P<first>\d{4,})-(?P<last>\d{4,}))"
 _COMMIT = re.compile(rf"commits/(?P<shard>[^/]+)/{_BLOCK}\.json")
@@ -40,7 +42,7 @@ def commit_path(shard_id: str, block: ViewBlock) -> str:
 
 def former_path(sha256: str) -> str:
     """Where a table or the class means go that an extended cache no longer names, for runs that still do."""
-    return f"manifest/former/{sha256}.parquet"
+    return f"{FORMER}{sha256}.parquet"
 
 
 def is_commit(path: str) -> bool:

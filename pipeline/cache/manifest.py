@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 from collections import Counter, defaultdict
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.cache import layout
-from pipeline.cache.commit import read_commits
+from pipeline.cache.commit import files_present, read_commits, unnamed
 from pipeline.cache.files import parse_record, publish_named, read_file, read_named
 from pipeline.cache.identity import read_header
 from pipeline.cache.imported import imported_sha256, read_kept
@@ -37,38 +40,60 @@ def publish_manifest(cache_url: str, shard_urls: dict[str, str]) -> Manifest:
     header = read_header(cache_url)
     commits = [commit for commit in read_commits(cache_url) if commit.shard_id in shard_urls]
     _check_commits(commits, header.fingerprint, cache_url)
-    by_shard: defaultdict[str, list[Commit]] = defaultdict(list)
-    for commit in commits:
-        by_shard[commit.shard_id].append(commit)
-    num_views = min((_complete_views(by_shard[shard]) for shard in shard_urls), default=0)
-    if num_views == 0:
+    fold = fold_commits(commits, shard_urls)
+    if fold.totals["num_views"] == 0:
         raise CacheError("no view is complete for every shard", where=storage.redact(cache_url))
-    firsts = [by_shard[shard][0] for shard in shard_urls]
     base, names = _relative(shard_urls)
-    skipped: Counter[str] = Counter()
-    for commit in firsts:
-        skipped.update(commit.skipped)
     class_means = _publish_means(cache_url, commits, header)
+    paths = pa.array([names[shard] for shard in shard_urls], pa.string())
     manifest = Manifest(
         header_sha256=digest(read_file(cache_url, layout.HEADER)),
         views_id=header.views_id,
         fingerprint=header.fingerprint,
         base=base,
-        num_shards=len(firsts),
-        num_samples=sum(commit.read for commit in firsts),
-        num_ok=sum(commit.num_ok for commit in firsts),
-        num_views=num_views,
-        size_bytes=sum(commit.part.size_bytes for commit in commits),
-        skipped=dict(sorted(skipped.items())),
-        statistics=merge_statistics([commit.statistics for commit in commits]),
-        shards=_publish(cache_url, layout.SHARDS, _shards_table(firsts, names)),
-        parts=_publish(cache_url, layout.PARTS, _parts_table(commits)),
+        shards=_publish(cache_url, layout.SHARDS, fold.shards.add_column(1, "path", paths)),
+        parts=_publish(cache_url, layout.PARTS, fold.parts),
         class_means=class_means,
-        environment=firsts[0].environment,
+        **fold.totals,
     )
     storage.write(storage.join(cache_url, layout.MANIFEST), seal(manifest.model_dump(mode="json")))
     _remove_unnamed(cache_url, commits)
     return manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """What a manifest says of its commits alone: its totals by key, and its two tables, but for the paths of shards."""
+
+    totals: dict[str, Any]
+    shards: pa.Table
+    parts: pa.Table
+
+
+def fold_commits(commits: list[Commit], shard_ids: Collection[str]) -> Fold:
+    """Commits by path, of no shards but these; shards in the order in which they were asked for.
+
+    ``num_views`` is 0 where some shard lacks view 0.
+    """
+    by_shard: defaultdict[str, list[Commit]] = defaultdict(list)
+    for commit in commits:
+        by_shard[commit.shard_id].append(commit)
+    num_views = min((_complete_views(by_shard[shard]) for shard in shard_ids), default=0)
+    firsts = [by_shard[shard][0] for shard in shard_ids if by_shard[shard]]
+    skipped: Counter[str] = Counter()
+    for commit in firsts:
+        skipped.update(commit.skipped)
+    totals: dict[str, Any] = {
+        "num_shards": len(firsts),
+        "num_samples": sum(commit.read for commit in firsts),
+        "num_ok": sum(commit.num_ok for commit in firsts),
+        "num_views": num_views,
+        "size_bytes": sum(commit.part.size_bytes for commit in commits),
+        "skipped": dict(sorted(skipped.items())),
+        "statistics": merge_statistics([commit.statistics for commit in commits]),
+        "environment": firsts[0].environment if firsts else {},
+    }
+    return Fold(totals, _shards_table(firsts), _parts_table(commits))
 
 
 def read_manifest(cache_url: str) -> tuple[Manifest, bytes]:
@@ -146,11 +171,10 @@ def locate(base: str, path: str) -> str:
     return path if "://" in path or path.startswith("/") else storage.join(base, path)
 
 
-def _shards_table(firsts: list[Commit], names: dict[str, str]) -> pa.Table:
+def _shards_table(firsts: list[Commit]) -> pa.Table:
     return pa.table(
         {
             "shard_id": pa.array([commit.shard_id for commit in firsts], pa.string()),
-            "path": pa.array([names[commit.shard_id] for commit in firsts], pa.string()),
             "size_bytes": pa.array([commit.shard_size_bytes for commit in firsts], pa.int64()),
             "num_samples": pa.array([commit.read for commit in firsts], pa.int64()),
             "num_ok": pa.array([commit.num_ok for commit in firsts], pa.int64()),
@@ -215,14 +239,11 @@ def _remove_unnamed(cache_url: str, commits: list[Commit]) -> None:
 
     Only of views that are committed: others may be the work of a builder that is about to commit them.
     """
-    named = {ref.path for commit in commits for ref in (commit.part, commit.means) if ref is not None}
     done = {key for commit in commits for key in _views_of(commit.shard_id, commit.block)}
-    for folder in ("parts", "means"):
-        for name in storage.listing(storage.join(cache_url, folder)):
-            path = f"{folder}/{name}"
-            owner = layout.owner(path)
-            if owner is not None and path not in named and not done.isdisjoint(_views_of(*owner)):
-                storage.delete(storage.join(cache_url, path))
+    for path in unnamed(commits, files_present(cache_url)):
+        owner = layout.owner(path)
+        if owner is not None and not done.isdisjoint(_views_of(*owner)):
+            storage.delete(storage.join(cache_url, path))
 
 
 def _views_of(shard_id: str, block: ViewBlock) -> list[tuple[str, int]]:

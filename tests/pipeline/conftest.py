@@ -24,7 +24,7 @@ def digits_shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return pack_shards(digit_samples(NUM_DIGITS), f"{folder}/digits-%02d.tar", shard_size=DIGITS_PER_SHARD)
 
 
-def _tiny_config(shards: list[str], cache_url: str, overrides: dict[str, Any]) -> Config:
+def tiny_config_of(shards: list[str], cache_url: str, overrides: dict[str, Any]) -> Config:
     tree: dict[str, Any] = {
         "data": {"shards": shards, "num_classes": 10},
         "teacher": {
@@ -55,14 +55,14 @@ def tiny_config(digits_shards: list[str], tmp_path: Path) -> TinyConfig:
 
     Its cache URL is a folder of the test's own, which does not exist yet.
     """
-    return lambda **overrides: _tiny_config(digits_shards, str(tmp_path / "cache"), overrides)
+    return lambda **overrides: tiny_config_of(digits_shards, str(tmp_path / "cache"), overrides)
 
 
 @pytest.fixture(scope="session")
 def built_cache(digits_shards: list[str], tmp_path_factory: pytest.TempPathFactory) -> TinyCache:
     """The cache of the default config, built once. To be read, never written."""
     url = str(tmp_path_factory.mktemp("built") / "cache")
-    config = _tiny_config(digits_shards, url, {})
+    config = tiny_config_of(digits_shards, url, {})
     build(config)
     return TinyCache(url, config)
 

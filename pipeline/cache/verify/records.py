@@ -1,0 +1,323 @@
+"""Header, commits and manifest: each record by its seal, all of them by each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import ValidationError
+
+from pipeline import storage
+from pipeline.cache import layout
+from pipeline.cache.commit import named, read_commit
+from pipeline.cache.files import REBUILD, read_file
+from pipeline.cache.identity import parse_header
+from pipeline.cache.manifest import fold_commits, locate, parse_manifest
+from pipeline.cache.verify.report import Findings, Problem
+from pipeline.errors import CacheError, ShardError
+from pipeline.fingerprint import digest, short
+from pipeline.shards.names import shard_id
+from pipeline.views.params import EVAL_VIEW
+from pipeline.views.philox import RNG_VERSION
+from schemas.config import ViewsConfig
+from schemas.manifest import Commit, FileRef, Header, Manifest
+
+_READ_THREADS = 16
+_MAGIC_BYTES = len(b"PAR1")
+_DAMAGED = "totals of the manifest: a commit is damaged or missing"
+
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    """What the records say, as far as they can be trusted. ``commits`` are in order of their paths."""
+
+    header: Header | None
+    manifest: Manifest | None
+    commits: list[Commit]
+    broken: set[str]
+    """Paths of commits that say nothing."""
+    in_manifest: set[str] = field(default_factory=set[str])
+    """Paths of the parts that the manifest names."""
+    shard_urls: dict[str, str] = field(default_factory=dict[str, str])
+    """Where the build found each shard of the manifest."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether the manifest's parts are known, and the commit of each."""
+        return bool(self.in_manifest) and self.in_manifest <= {commit.part.path for commit in self.commits}
+
+    @property
+    def plan(self) -> ViewsConfig | None:
+        """The plan of views, if this version draws it as the builder did."""
+        if self.header is None or self.header.views.get("rng_version") != RNG_VERSION:
+            return None
+        try:
+            return ViewsConfig.model_validate(
+                {key: value for key, value in self.header.views.items() if key != "rng_version"}
+            )
+        except ValidationError:
+            return None
+
+    def unnamed(self, entries: Iterable[storage.Entry]) -> list[str]:
+        """Files that no record names, as far as the records can be read."""
+        known = {layout.HEADER, layout.MANIFEST, layout.SHARDS, layout.PARTS, layout.CLASS_MEANS}
+        known |= named(self.commits) | self.in_manifest
+        return [entry.path for entry in entries if entry.is_temporary or not self._is_named(entry.path, known)]
+
+    def _is_named(self, path: str, known: set[str]) -> bool:
+        if path in known or layout.is_commit(path) or path.startswith((layout.FORMER, layout.LOG)):
+            return True
+        owner = layout.owner(path)
+        if owner is not None:
+            return layout.commit_path(*owner) in self.broken
+        return any(path == layout.index_path(commit.split("/")[1]) for commit in self.broken)
+
+
+def read_records(cache_url: str, entries: Sequence[storage.Entry], findings: Findings) -> Records:
+    """Reads every record and table and compares them; what is wrong is told and left out."""
+    header = _read_header(cache_url, findings)
+    commits, broken = _read_commits(cache_url, entries, header, findings)
+    manifest = _read_manifest(cache_url, header, findings)
+    records = Records(header, manifest, commits, broken)
+    if manifest is not None:
+        _check_tables(cache_url, manifest, records, findings)
+    for entry in entries:
+        if entry.path.startswith(layout.FORMER) and not entry.is_temporary:
+            _check_former(cache_url, entry.path, findings)
+    return records
+
+
+def check_bytes(data: bytes, ref: FileRef) -> None:
+    """
+    Raises:
+        CacheError: these are not the bytes that a record names.
+    """
+    if (len(data), got := digest(data)) != (ref.size_bytes, ref.sha256):
+        raise CacheError(
+            "this file is not the one that was committed",
+            got=f"{len(data)} bytes, sha256 {got[:16]}",
+            wanted=f"{ref.size_bytes} bytes, sha256 {ref.sha256[:16]}",
+            next_step=REBUILD,
+        )
+
+
+def read_parquet(data: bytes) -> pa.Table:
+    """
+    Raises:
+        CacheError: no Parquet.
+    """
+    try:
+        return pq.read_table(pa.BufferReader(data))
+    except (pa.ArrowException, OSError) as error:
+        raise CacheError("this file is not readable Parquet", got=str(error).splitlines()[0]) from error
+
+
+def _read_header(cache_url: str, findings: Findings) -> Header | None:
+    with findings.told(layout.HEADER):
+        findings.checked["records"] += 1
+        header = parse_header(read_file(cache_url, layout.HEADER), where=layout.HEADER)
+        findings.expect(layout.HEADER, "the views id is not that of the views", header.views_id, short(header.views))
+        findings.expect(
+            layout.HEADER, "the fingerprint is not that of the teacher", header.fingerprint, short(header.teacher)
+        )
+        findings.expect(
+            layout.HEADER, "the teacher was asked about other views", header.teacher.get("views_id"), header.views_id
+        )
+        return header
+    return None
+
+
+def _read_manifest(cache_url: str, header: Header | None, findings: Findings) -> Manifest | None:
+    with findings.told(layout.MANIFEST):
+        findings.checked["records"] += 1
+        if not storage.exists(storage.join(cache_url, layout.MANIFEST)):
+            raise CacheError(
+                "there is none: the build did not finish, or it was removed",
+                wanted="run: stillroom cache build CONFIG",
+            )
+        manifest = parse_manifest(read_file(cache_url, layout.MANIFEST), where=layout.MANIFEST)
+        if header is not None:
+            same = digest(read_file(cache_url, layout.HEADER)) == manifest.header_sha256
+            findings.expect(layout.MANIFEST, "it was made with another header", same, True)
+        return manifest
+    return None
+
+
+def _read_commits(
+    cache_url: str, entries: Sequence[storage.Entry], header: Header | None, findings: Findings
+) -> tuple[list[Commit], set[str]]:
+    """The commits that can be trusted, by path, and the paths of the others."""
+    paths = [entry.path for entry in entries if layout.is_commit(entry.path)]
+
+    def read(path: str) -> tuple[Commit | None, Findings]:
+        own = Findings()
+        with own.told(path):
+            own.checked["records"] += 1
+            commit = read_commit(cache_url, path)
+            _check_commit(path, commit, header, own)
+            return (commit if not own.num_problems else None), own
+        return None, own
+
+    firsts: dict[str, Commit] = {}
+    covered: set[tuple[str, int]] = set()
+    commits: list[Commit] = []
+    broken: set[str] = set()
+    with ThreadPoolExecutor(_READ_THREADS) as pool:
+        for path, (commit, own) in zip(paths, pool.map(read, paths), strict=True):
+            if commit is not None:
+                _check_beside(path, commit, firsts.setdefault(commit.shard_id, commit), covered, own)
+            findings.merge(own)
+            if commit is None or own.num_problems:
+                broken.add(path)
+            else:
+                commits.append(commit)
+    return commits, broken
+
+
+def _check_commit(path: str, commit: Commit, header: Header | None, findings: Findings) -> None:
+    """What a commit says of itself, against its name and the header."""
+    shard, block, sha16 = commit.shard_id, commit.block, commit.part.sha256[:16]
+    mismatch = "this commit names a {} that is not its own"
+    findings.expect(path, "this commit is of another block", layout.commit_path(shard, block), path)
+    part_path = layout.part_path(shard, block).replace("{sha16}", sha16)
+    findings.expect(path, mismatch.format("part"), commit.part.path, part_path)
+    findings.expect(path, mismatch.format("index"), commit.index.path, layout.index_path(shard))
+    if commit.means is not None:
+        means_path = layout.means_path(shard, block).replace("{sha16}", commit.means.sha256[:16])
+        findings.expect(path, mismatch.format("file of class sums"), commit.means.path, means_path)
+    views = [EVAL_VIEW] if block.is_eval else list(block.views)
+    rows = dict.fromkeys(views, commit.num_ok)
+    findings.expect(path, "rows by view", {view.view: view.rows for view in commit.views}, rows)
+    findings.expect(path, "samples written", commit.written, commit.num_ok)
+    starts = [*(view.offset for view in commit.views), commit.footer.offset, commit.part.size_bytes]
+    findings.expect(path, "byte ranges that do not follow each other", starts, _ends(commit))
+    if header is not None:
+        findings.expect(path, "this commit is of another teacher", commit.fingerprint, header.fingerprint)
+        wants_means = commit.num_ok > 0 and holds_means(commit, header)
+        findings.expect(path, "this commit names class sums", commit.means is not None, wants_means)
+
+
+def holds_means(commit: Commit, header: Header) -> bool:
+    """Whether the class sums of a shard come from this block."""
+    kind, block = header.teacher.get("class_means"), commit.block
+    return block.is_eval if kind == "eval" else kind == "view0" and block.start == 0
+
+
+def _ends(commit: Commit) -> list[int]:
+    """Where the magic, each view and the footer end."""
+    return [_MAGIC_BYTES, *(item.offset + item.size_bytes for item in (*commit.views, commit.footer))]
+
+
+def _check_beside(path: str, commit: Commit, first: Commit, covered: set[tuple[str, int]], findings: Findings) -> None:
+    """Against the commits of the same shard that come before it."""
+    shard = commit.shard_id
+    findings.expect(path, "this commit is of another index than the shard's first", commit.index, first.index)
+    findings.expect(path, "the shard changed between two of its parts", _samples(commit), _samples(first))
+    views = {(shard, view.view) for view in commit.views}
+    findings.expect(path, "views that another commit covers", sorted(views & covered), [])
+    covered |= views
+
+
+def _samples(commit: Commit) -> dict[str, object]:
+    """What is the same in every commit of a shard."""
+    return commit.model_dump(include={"shard_size_bytes", "num_ok", "read", "written", "skipped"})
+
+
+def _check_former(cache_url: str, path: str, findings: Findings) -> None:
+    with findings.told(path):
+        findings.checked["former tables"] += 1
+        wanted = PurePosixPath(path).stem
+        findings.expect(path, "this file is not the one of its name", digest(read_file(cache_url, path)), wanted)
+
+
+def _check_tables(cache_url: str, manifest: Manifest, records: Records, findings: Findings) -> None:
+    shards = _read_table(cache_url, manifest.shards, layout.SHARDS, findings)
+    parts = _read_table(cache_url, manifest.parts, layout.PARTS, findings)
+    if shards is None or parts is None:
+        return
+    try:
+        records.in_manifest.update(parts["path"].to_pylist())
+        _check_fold(manifest, shards, parts, records, findings)
+        names = zip(shards["shard_id"].to_pylist(), shards["path"].to_pylist(), strict=True)
+    except KeyError as error:
+        findings.add(Problem(layout.MANIFEST, "a table lacks a column", got=str(error)))
+        return
+    for shard, path in names:
+        with findings.told(layout.SHARDS, shard=shard):
+            findings.expect(layout.SHARDS, "the path of another shard", _shard_of(path), shard, shard=shard)
+            records.shard_urls[shard] = locate(manifest.base, path)
+
+
+def _shard_of(path: str) -> str:
+    try:
+        return shard_id(path)
+    except ShardError as error:
+        return error.what
+
+
+def _read_table(cache_url: str, ref: FileRef, path: str, findings: Findings) -> pa.Table | None:
+    findings.expect(layout.MANIFEST, "this manifest names another file", ref.path, path)
+    with findings.told(path):
+        findings.checked["records"] += 1
+        data = read_file(cache_url, path)
+        check_bytes(data, ref)
+        return read_parquet(data)
+    return None
+
+
+def _check_fold(manifest: Manifest, shards: pa.Table, parts: pa.Table, records: Records, findings: Findings) -> None:
+    """The manifest is the fold of the commits of the parts that it names; others belong to a build that goes on."""
+    shard_ids: list[str] = shards["shard_id"].to_pylist()
+    inside = [commit for commit in records.commits if commit.part.path in records.in_manifest]
+    if beyond := len(records.commits) - len(inside):
+        findings.checked["commits that are not in the manifest yet"] += beyond
+    findings.expect(layout.PARTS, "parts of other shards", sorted({*parts["shard_id"].to_pylist()} - {*shard_ids}), [])
+    paths = {commit.part.path for commit in inside}
+    for path in sorted(records.in_manifest - paths):
+        _tell_missing(path, records, findings)
+    fold = fold_commits(inside, shard_ids)
+    if records.complete:
+        for key, wanted in fold.totals.items():
+            findings.expect(layout.MANIFEST, f"{key} is not the sum of the commits", getattr(manifest, key), wanted)
+    else:
+        findings.not_checked[_DAMAGED] += 1
+        shards = _of(shards, "shard_id", {*fold.shards["shard_id"].to_pylist()})
+        parts = _of(parts, "path", paths)
+    _check_table(layout.SHARDS, shards.drop_columns("path"), fold.shards, findings)
+    _check_table(layout.PARTS, parts, fold.parts, findings)
+
+
+def _of(table: pa.Table, name: str, values: set[str]) -> pa.Table:
+    """The rows whose cell is one of these values."""
+    return table.filter(pa.array([value in values for value in table[name].to_pylist()], pa.bool_()))
+
+
+def _tell_missing(part_path: str, records: Records, findings: Findings) -> None:
+    owner = layout.owner(part_path)
+    if owner is None:
+        findings.add(Problem(layout.PARTS, "this is not the name of a part", got=part_path))
+        return
+    path = layout.commit_path(*owner)
+    if path not in records.broken:
+        what = "the manifest names a part of this block that no commit names"
+        findings.add(Problem(path, what, got=part_path, shard=owner[0]))
+
+
+def _check_table(path: str, got: pa.Table, wanted: pa.Table, findings: Findings) -> None:
+    """Row by row; the first difference is named."""
+    if got.equals(wanted):
+        return
+    what = "this table is not the fold of the commits"
+    if got.schema != wanted.schema or len(got) != len(wanted):
+        findings.expect(path, what, (got.schema.names, len(got)), (wanted.schema.names, len(wanted)))
+        return
+    for name in wanted.schema.names:
+        for row, (one, other) in enumerate(zip(got[name].to_pylist(), wanted[name].to_pylist(), strict=True)):
+            if one != other:
+                shard = str(wanted["shard_id"][row])
+                findings.expect(path, f"{what}: {name}", one, other, shard=shard)
+                return

@@ -1,0 +1,114 @@
+"""What a verification found: every problem is counted, the first are kept, and what was not checked is said."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pipeline.errors import StillroomError
+
+_KEPT_PROBLEMS = 200
+_KEPT_NAMES = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong. ``rows`` counts those that it is wrong of; shard, view and key are of the first."""
+
+    file: str
+    what: str
+    got: str | None = None
+    wanted: str | None = None
+    shard: str | None = None
+    view: int | None = None
+    key: str | None = None
+    rows: int | None = None
+
+    def __str__(self) -> str:
+        place = {"shard": self.shard, "view": self.view, "key": self.key, "rows": self.rows}
+        told = ", ".join(f"{name} {value}" for name, value in place.items() if value is not None)
+        lines = [f"{self.file}: {self.what}" + (f" ({told})" if told else "")]
+        lines += [f"  {name + ':':<8}{text}" for name, text in (("got", self.got), ("wanted", self.wanted)) if text]
+        return "\n".join(lines)
+
+
+@dataclass(slots=True)
+class Findings:
+    """Collects what one piece of the work finds; pieces are added up in order."""
+
+    checked: Counter[str] = field(default_factory=Counter[str])
+    """How many of what were checked, whatever came out."""
+    not_checked: Counter[str] = field(default_factory=Counter[str])
+    """Reasons, and how often each was met."""
+    problems: list[Problem] = field(default_factory=list[Problem])
+    num_problems: int = 0
+
+    def add(self, problem: Problem) -> None:
+        self.num_problems += 1
+        if len(self.problems) < _KEPT_PROBLEMS:
+            self.problems.append(problem)
+
+    def expect(self, file: str, what: str, got: object, wanted: object, *, shard: str | None = None) -> bool:
+        """Whether ``got`` is ``wanted``; a problem where it is not."""
+        if got != wanted:
+            self.add(Problem(file, what, got=_brief(got), wanted=_brief(wanted), shard=shard))
+        return got == wanted
+
+    @contextmanager
+    def told(self, file: str, *, shard: str | None = None, view: int | None = None) -> Generator[None]:
+        """Turns an error into a problem of this file, so that the rest is still checked."""
+        try:
+            yield
+        except StillroomError as error:
+            what = error.what if error.where is None else f"{error.what} ({error.where})"
+            got, wanted = (None if value is None else _brief(value) for value in (error.got, error.wanted))
+            self.add(Problem(file, what, got=got, wanted=wanted, shard=shard, view=view))
+
+    def merge(self, other: Findings) -> None:
+        self.checked.update(other.checked)
+        self.not_checked.update(other.not_checked)
+        self.num_problems += other.num_problems
+        self.problems.extend(other.problems[: _KEPT_PROBLEMS - len(self.problems)])
+
+
+def _brief(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 300 else text[:299] + "…"
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """The result for a screen or for ``--json``. ``problems`` are the first of ``num_problems``."""
+
+    url: str
+    fingerprint: str | None
+    num_problems: int
+    problems: tuple[Problem, ...]
+    checked: dict[str, int]
+    not_checked: dict[str, int]
+    num_unnamed: int
+    unnamed: tuple[str, ...]
+    """Files that nothing names, and what killed writers left: no harm; ``stillroom cache gc`` removes them."""
+
+    @property
+    def ok(self) -> bool:
+        return self.num_problems == 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"ok": self.ok, **asdict(self)}
+
+    @classmethod
+    def of(cls, url: str, *, fingerprint: str | None, findings: Findings, unnamed: list[str]) -> VerifyReport:
+        return cls(
+            url=url,
+            fingerprint=fingerprint,
+            num_problems=findings.num_problems,
+            problems=tuple(findings.problems),
+            checked=dict(findings.checked),
+            not_checked=dict(findings.not_checked),
+            num_unnamed=len(unnamed),
+            unnamed=tuple(unnamed[:_KEPT_NAMES]),
+        )

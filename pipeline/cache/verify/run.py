@@ -1,0 +1,118 @@
+"""The whole of a verification: every file once, in threads, in the memory of a row group a thread."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+
+from pipeline import storage
+from pipeline.cache import layout
+from pipeline.cache.commit import file_digest
+from pipeline.cache.files import read_file
+from pipeline.cache.means import ClassSums, encode_means, merge
+from pipeline.cache.verify.records import Records, check_bytes, read_parquet, read_records
+from pipeline.cache.verify.report import Findings, VerifyReport
+from pipeline.cache.verify.shard import ShardTask, check_shard
+from pipeline.errors import CacheError
+from pipeline.shards.names import shard_ids
+from schemas.manifest import Commit, Manifest
+
+Progress = Callable[[int, int], None]
+"""Called with the number of shards done and of all."""
+
+
+def verify_cache(
+    cache_url: str,
+    *,
+    shards: str | tuple[str, ...] | None = None,
+    threads: int = 1,
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Holds every file of a cache to its digest, to what names it and to what it has to contain.
+
+    Args:
+        shards: where the images are, for the canaries; default: where the build found them.
+        threads: shards that are checked at a time.
+
+    Raises:
+        CacheError: there is no cache here.
+        StorageInputError: ``shards`` is no list of URLs, or the cache's own URL is refused.
+    """
+    entries = storage.entries(cache_url)
+    if not any(entry.path in (layout.HEADER, layout.MANIFEST) or layout.is_commit(entry.path) for entry in entries):
+        raise CacheError(
+            "there is no cache here", where=storage.redact(cache_url), next_step="run: stillroom cache build CONFIG"
+        )
+    findings = Findings()
+    records = read_records(cache_url, entries, findings)
+    tasks = _tasks(cache_url, records, shards)
+    sums: list[ClassSums] = []
+    whole = records.complete
+    with ThreadPoolExecutor(threads, thread_name_prefix="verify") as pool:
+        for done, result in enumerate(pool.map(check_shard, tasks), start=1):
+            findings.merge(result.findings)
+            whole &= not result.lost_sums
+            if result.sums is not None:
+                sums = [merge([*sums, result.sums])]
+            if progress is not None:
+                progress(done, len(tasks))
+    _check_ownerless(cache_url, entries, records, findings)
+    if records.manifest is not None:
+        _check_class_means(cache_url, records.manifest, sums if whole else None, findings)
+    return VerifyReport.of(
+        storage.redact(cache_url),
+        fingerprint=None if records.header is None else records.header.fingerprint,
+        findings=findings,
+        unnamed=records.unnamed(entries),
+    )
+
+
+def _tasks(cache_url: str, records: Records, shards: str | tuple[str, ...] | None) -> list[ShardTask]:
+    urls = records.shard_urls
+    if shards is not None:
+        given = storage.expand(shards)
+        urls = dict(zip(shard_ids(given), given, strict=True))
+    by_shard: defaultdict[str, list[Commit]] = defaultdict(list)
+    for commit in records.commits:
+        by_shard[commit.shard_id].append(commit)
+    return [ShardTask(cache_url, records, commits, urls.get(shard)) for shard, commits in by_shard.items()]
+
+
+def _check_ownerless(cache_url: str, entries: Sequence[storage.Entry], records: Records, findings: Findings) -> None:
+    """Parts and class sums whose commit cannot be read still carry the beginning of their digest in their name."""
+    known = {layout.commit_path(commit.shard_id, commit.block) for commit in records.commits}
+    for entry in entries:
+        owner = layout.owner(entry.path)
+        commit_path = None if owner is None else layout.commit_path(*owner)
+        named = commit_path in records.broken or entry.path in records.in_manifest
+        if not named or commit_path in known:
+            continue
+        with findings.told(entry.path), tempfile.TemporaryDirectory(prefix="stillroom-") as scratch:
+            local = storage.local_copy(storage.join(cache_url, entry.path), Path(scratch))
+            sha16 = PurePosixPath(entry.path).stem.rpartition(".")[2]
+            findings.expect(entry.path, "this file is not the one of its name", file_digest(local)[:16], sha16)
+
+
+def _check_class_means(cache_url: str, manifest: Manifest, sums: list[ClassSums] | None, findings: Findings) -> None:
+    """The class means from the sums of all shards again, bit for bit; ``None``: some sums are lost."""
+    ref, path = manifest.class_means, layout.CLASS_MEANS
+    if sums is not None:
+        findings.expect(layout.MANIFEST, "this manifest names class means", ref is not None, bool(sums))
+    if ref is None:
+        return
+    findings.expect(layout.MANIFEST, "this manifest names another file", ref.path, path)
+    with findings.told(path):
+        findings.checked["class means"] += 1
+        data = read_file(cache_url, path)
+        check_bytes(data, ref)
+        if sums is None:
+            findings.not_checked["class means against class sums: a file of these is damaged"] += 1
+        elif sums and not _same_table(data, encode_means(sums[0], fingerprint=manifest.fingerprint)):
+            raise CacheError("these class means are not those of the class sums")
+
+
+def _same_table(one: bytes, other: bytes) -> bool:
+    return read_parquet(one).equals(read_parquet(other), check_metadata=True)

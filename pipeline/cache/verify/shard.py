@@ -1,0 +1,191 @@
+"""One shard of a cache: its index, then every part that stands on it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from pipeline import storage
+from pipeline.cache.files import gone, read_file
+from pipeline.cache.means import ClassSums, decode_sums, merge
+from pipeline.cache.verify.draws import ShardDraws
+from pipeline.cache.verify.images import ShardImages, check_canaries
+from pipeline.cache.verify.part import Canary, PartCheck, PartContent, check_file
+from pipeline.cache.verify.records import Records, check_bytes
+from pipeline.cache.verify.report import Findings
+from pipeline.errors import StillroomError, StorageInputError
+from pipeline.shards.index import NO_LABEL, STATUSES, ShardIndex, decode_index
+from schemas.manifest import Commit, FileRef
+
+_NO_INDEX = "rows of parts: their index cannot be read"
+_NO_HEADER = "rows of parts: the header cannot be read"
+_NO_PLAN = "drawn parameters and canaries: the plan is of another version"
+
+
+@dataclass(frozen=True, slots=True)
+class ShardTask:
+    """The commits of one shard, and where its images are; None: nowhere that is known."""
+
+    cache_url: str
+    records: Records
+    commits: list[Commit]
+    shard_url: str | None
+
+
+@dataclass(slots=True)
+class ShardResult:
+    """``sums`` are those of the commits that the manifest names, as far as they are there and whole."""
+
+    findings: Findings = field(default_factory=Findings)
+    sums: ClassSums | None = None
+    lost_sums: bool = False
+
+
+def check_shard(task: ShardTask) -> ShardResult:
+    """Reads every file of a shard once."""
+    with ThreadPoolExecutor(1, thread_name_prefix="decode") as decoders:
+        return _ShardCheck(task, decoders).run()
+
+
+class _ShardCheck:
+    def __init__(self, task: ShardTask, decoders: ThreadPoolExecutor) -> None:
+        self._task, self._decoders = task, decoders
+        self._shard_id = task.commits[0].shard_id
+        self._result = ShardResult()
+        self._findings = self._result.findings
+        self._index = self._read_index()
+        plan = task.records.plan
+        self._draws = None if plan is None or self._index is None else ShardDraws.of(plan, self._index)
+        self._images = self._open_images()
+
+    def run(self) -> ShardResult:
+        for commit in self._task.commits:
+            content = self._check_part(commit)
+            self._check_sums(commit, content)
+            if content is not None and content.canaries:
+                self._check_canaries(commit, content.canaries)
+        return self._result
+
+    def _read_index(self) -> ShardIndex | None:
+        commit, header = self._task.commits[0], self._task.records.header
+        path = commit.index.path
+        with self._findings.told(path, shard=self._shard_id):
+            self._findings.checked["indexes"] += 1
+            data = read_file(self._task.cache_url, path)
+            check_bytes(data, commit.index)
+            index = decode_index(data, where=path, settings=None if header is None else header.data)
+            _check_index(path, index, commit, self._findings)
+            return index
+        return None
+
+    def _check_part(self, commit: Commit) -> PartContent | None:
+        """The content of a part whose bytes are those committed."""
+        header = self._task.records.header
+        with (
+            self._findings.told(commit.part.path, shard=self._shard_id),
+            tempfile.TemporaryDirectory(prefix="stillroom-") as scratch,
+        ):
+            self._findings.checked["parts"] += 1
+            path = _fetch(self._task.cache_url, commit.part, Path(scratch))
+            check_file(path, commit.part)
+            self._findings.checked["bytes"] += commit.part.size_bytes
+            if header is None or self._index is None:
+                self._findings.not_checked[_NO_HEADER if header is None else _NO_INDEX] += 1
+                return None
+            if self._draws is None:
+                self._findings.not_checked[_NO_PLAN] += 1
+            return PartCheck(commit, header, self._index, self._draws, self._findings).run(path)
+        return None
+
+    def _check_sums(self, commit: Commit, content: PartContent | None) -> None:
+        if commit.means is None:
+            return
+        sums = self._read_sums(commit.means)
+        in_manifest = commit.part.path in self._task.records.in_manifest
+        self._result.lost_sums |= sums is None and in_manifest
+        if sums is None:
+            return
+        path, known = commit.means.path, self._result.sums
+        if self._index is not None:
+            _check_counts(path, sums, self._index, self._findings)
+        if content is not None and content.sums is not None:
+            same = _equal(sums, content.sums)
+            self._findings.expect(path, "the sums of the part's embeddings", same, True, shard=self._shard_id)
+        if in_manifest:
+            self._result.sums = sums if known is None else merge([known, sums])
+
+    def _read_sums(self, ref: FileRef) -> ClassSums | None:
+        with self._findings.told(ref.path, shard=self._shard_id):
+            self._findings.checked["class sums"] += 1
+            data = read_file(self._task.cache_url, ref.path)
+            check_bytes(data, ref)
+            return decode_sums(data, where=ref.path)
+        return None
+
+    def _open_images(self) -> ShardImages | None:
+        """The shard, if it can be reached."""
+        url, records, commit = self._task.shard_url, self._task.records, self._task.commits[0]
+        if url is None or records.header is None or self._index is None or records.plan is None:
+            return None
+        images = ShardImages(url, self._index, records.header, records.plan, self._decoders)
+        try:
+            size_bytes = storage.size(url)
+        except StillroomError as error:
+            self._findings.not_checked[f"canaries of a shard: {error.what}"] += 1
+            return None
+        where = storage.redact(url)
+        what = "this shard is not as long as when its parts were built"
+        same = self._findings.expect(where, what, size_bytes, commit.shard_size_bytes, shard=self._shard_id)
+        return images if same else None
+
+    def _check_canaries(self, commit: Commit, canaries: list[Canary]) -> None:
+        if self._images is None:
+            self._findings.not_checked["canaries: their shard is not here"] += len(canaries)
+            return
+        check_canaries(self._images, commit, canaries, self._findings)
+
+
+def _fetch(cache_url: str, ref: FileRef, scratch: Path) -> Path:
+    url = storage.join(cache_url, ref.path)
+    try:
+        return storage.local_copy(url, scratch)
+    except StorageInputError as error:
+        raise gone(url, error) from error
+
+
+def _check_index(path: str, index: ShardIndex, commit: Commit, findings: Findings) -> None:
+    """An index against the commits that stand on it, and against itself."""
+    shard = commit.shard_id
+    findings.checked["samples"] += len(index)
+    findings.expect(path, "this index is of another shard", index.shard_id, shard)
+    statuses = Counter(STATUSES[code] for code in index.status.tolist())
+    skipped = {status: count for status, count in statuses.items() if status != "ok"}
+    findings.expect(path, "samples read", len(index), commit.read, shard=shard)
+    findings.expect(path, "samples that can be used", index.num_ok, commit.num_ok, shard=shard)
+    findings.expect(path, "samples skipped", dict(sorted(skipped.items())), commit.skipped, shard=shard)
+    keys = index.keys.take(index.ok).to_pylist()
+    repeated = [key for key, count in Counter(keys).items() if count > 1]
+    findings.expect(path, "keys that stand there twice", repeated, [], shard=shard)
+    sides = np.stack([index.width[index.ok], index.height[index.ok]])
+    findings.expect(path, "images without a size", int((sides < 1).any(0).sum()), 0, shard=shard)
+    ends = index.offset.astype(np.int64) + index.size
+    inside = (index.offset >= 0) & (index.size >= 0) & (ends <= commit.shard_size_bytes)
+    findings.expect(path, "byte ranges outside of the shard", int((~inside).sum()), 0, shard=shard)
+
+
+def _check_counts(path: str, sums: ClassSums, index: ShardIndex, findings: Findings) -> None:
+    label_N = index.label[index.ok]
+    classes, counts = np.unique(label_N[label_N != NO_LABEL], return_counts=True)
+    wanted = dict(zip(classes.tolist(), counts.tolist(), strict=True))
+    got = dict(zip(sums.class_C.tolist(), sums.count_C.tolist(), strict=True))
+    findings.expect(path, "rows by class are not those of the index", got, wanted, shard=index.shard_id)
+
+
+def _equal(one: ClassSums, other: ClassSums) -> bool:
+    pairs = ((one.class_C, other.class_C), (one.count_C, other.count_C), (one.sum_CD, other.sum_CD))
+    return all(np.array_equal(first, second) for first, second in pairs)

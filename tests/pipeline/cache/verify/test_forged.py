@@ -1,0 +1,278 @@
+"""What digests cannot tell: files with other content under their right names, and records that agree with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import storage
+from pipeline.cache.codec import encode
+from pipeline.cache.identity import read_header
+from pipeline.cache.verify import Problem, VerifyReport, verify_cache
+from pipeline.fingerprint import seal
+from schemas.manifest import Header
+from tests.pipeline.cache.verify.forge import commit_of, replace_commit, republish, rewrite_part, set_cell
+from tests.pipeline.caches import TinyCache, build, copy_of
+from tests.pipeline.conftest import TinyConfig
+
+SHARD, BLOCK = "digits-01", "v0000-0001"
+
+
+def only(report: VerifyReport) -> Problem:
+    """The one problem."""
+    assert report.num_problems == 1, report.problems
+    return report.problems[0]
+
+
+def forged(cache: TinyCache, change: Callable[[pa.Table], pa.Table], block: str = BLOCK) -> VerifyReport:
+    rewrite_part(cache, commit_of(cache, SHARD, block), change)
+    republish(cache)
+    return verify_cache(cache.url)
+
+
+def test_a_part_written_anew_without_a_change_is_no_problem(cache: TinyCache) -> None:
+    assert forged(cache, lambda table: table).ok
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("box_left", 1),
+        ("box_top", 1),
+        ("box_width", 3),
+        ("box_height", 3),
+        ("flip", None),
+        ("mix_row", 0),
+        ("mix_lambda", 0.75),
+        ("row", 14),
+        ("content_hash", 7),
+    ],
+)
+def test_a_parameter_that_the_plan_does_not_draw_is_found_with_its_row(
+    cache: TinyCache, name: str, value: object
+) -> None:
+    # Row 17 of the part is the third of view 1.
+    def change(table: pa.Table) -> pa.Table:
+        old = table[name][17].as_py()
+        return set_cell(table, name, 17, (not old) if value is None else old + 1 if value == old else value)
+
+    problem = only(forged(cache, change))
+    assert problem.file.startswith(f"parts/{SHARD}/{BLOCK}")
+    assert name in problem.what
+    assert (problem.shard, problem.view, problem.key, problem.rows) == (SHARD, 1, "digit-0022", 1)
+
+
+def test_parts_that_changed_shards_are_not_of_their_index(cache: TinyCache) -> None:
+    first, second = commit_of(cache, "digits-00", "eval"), commit_of(cache, "digits-01", "eval")
+    short = pq.read_table(storage.join(cache.url, first.part.path)).slice(0, 15)
+    rewrite_part(cache, second, lambda _: short)
+    republish(cache)
+    report = verify_cache(cache.url)
+    assert {"row is not what it has to be", "content_hash is not what it has to be"} <= {
+        problem.what for problem in report.problems
+    }
+
+
+def test_rows_in_another_order_are_found(cache: TinyCache) -> None:
+    report = forged(cache, lambda table: table.take([*range(13), 14, 13, *range(15, 30)]))
+    assert ("row is not what it has to be", "digit-0033", 2) in {
+        (problem.what, problem.key, problem.rows) for problem in report.problems
+    }
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_words_that_are_not_finite_are_found(cache: TinyCache, value: float) -> None:
+    logits = read_header(cache.url).output("logits")
+    assert logits is not None
+    cell = np.array([value, *range(9)], np.float32).tobytes()
+    problem = only(forged(cache, lambda table: set_cell(table, "logits", 3, cell)))
+    assert (problem.what, problem.key, problem.rows) == ("logits with NaN or infinity", "digit-0023", 1)
+
+
+@pytest.mark.parametrize("value", [-1.0, np.nan])
+def test_a_norm_that_is_none_is_found(cache: TinyCache, value: float) -> None:
+    report = forged(cache, lambda table: set_cell(table, "embedding_norm", 0, value))
+    assert "the norm of an embedding is none" in {problem.what for problem in report.problems}
+
+
+def test_a_norm_that_is_not_the_embeddings_is_found(cache: TinyCache) -> None:
+    def change(table: pa.Table) -> pa.Table:
+        return set_cell(table, "embedding_norm", 20, table["embedding_norm"][20].as_py() * 1.0001)
+
+    problem = only(forged(cache, change))
+    assert (problem.what, problem.key, problem.view) == ("the norm is not the embedding's", "digit-0025", 1)
+
+
+def test_a_proof_of_pixels_that_is_missing_or_of_other_pixels_is_found(cache: TinyCache) -> None:
+    problem = only(forged(cache, lambda table: set_cell(table, "pixel_digest", 0, None)))
+    assert "a proof of pixels" in problem.what
+
+
+def test_other_pixels_are_found_with_the_size_of_the_difference(cache: TinyCache) -> None:
+    def change(table: pa.Table) -> pa.Table:
+        mean = bytearray(table["pixel_mean"][0].as_py())
+        mean[5] ^= 8
+        return set_cell(set_cell(table, "pixel_mean", 0, bytes(mean)), "pixel_digest", 0, bytes(16))
+
+    problem = only(forged(cache, change))
+    assert problem.what == "these are not the pixels that the teacher saw"
+    assert (problem.shard, problem.view, problem.key) == (SHARD, 0, "digit-0020")
+    assert "differ by up to 8 of 255" in str(problem.got)
+
+
+def test_logits_that_other_hits_were_counted_of_are_found(cache: TinyCache) -> None:
+    def change(table: pa.Table) -> pa.Table:
+        logits = read_header(cache.url).output("logits")
+        assert logits is not None
+        values = np.zeros((15, 10), np.float32)
+        values[np.arange(15), 0] = 1
+        return table.set_column(
+            table.schema.get_field_index("logits"), table.schema.field("logits"), encode(values, logits)
+        )
+
+    report = forged(cache, change, block="eval")
+    assert any("hits are not those of the stored logits" in problem.what for problem in report.problems)
+
+
+def test_embeddings_that_other_class_sums_were_made_of_are_found(cache: TinyCache) -> None:
+    def change(table: pa.Table) -> pa.Table:
+        # Rows of two classes; each keeps its norm.
+        cells = table["embedding"].to_pylist()
+        norms = table["embedding_norm"].to_pylist()
+        cells[0], cells[1], norms[0], norms[1] = cells[1], cells[0], norms[1], norms[0]
+        for name, values in (("embedding", cells), ("embedding_norm", norms)):
+            field = table.schema.field(name)
+            table = table.set_column(table.schema.get_field_index(name), field, pa.array(values, field.type))
+        return table
+
+    problem = only(forged(cache, change, block="eval"))
+    assert problem.file.startswith(f"means/{SHARD}/")
+    assert problem.what == "the sums of the part's embeddings"
+
+
+@pytest.mark.parametrize(
+    "update",
+    [
+        {"fingerprint": "0" * 16},
+        {"shard_size_bytes": 7},
+        {"num_ok": 14, "written": 14, "read": 14},
+        {"read": 16, "skipped": {"empty": 1}},
+    ],
+)
+def test_a_commit_that_says_something_else_under_a_seal_of_its_own_is_found(
+    cache: TinyCache, update: dict[str, object]
+) -> None:
+    commit = commit_of(cache, SHARD, BLOCK)
+    replace_commit(cache, commit.model_copy(update=update))
+    report = verify_cache(cache.url)
+    assert not report.ok
+    assert {problem.file for problem in report.problems} & {
+        f"commits/{SHARD}/{BLOCK}.json",
+        f"commits/{SHARD}/v0002-0002.json",
+        "manifest/shards.parquet",
+        "index/digits-01.parquet",
+    }
+
+
+@pytest.mark.parametrize("key", ["labelled", "top1_hits", "class_counts", "fidelity_rows"])
+def test_statistics_that_the_manifest_did_not_add_up_are_found(cache: TinyCache, key: str) -> None:
+    commit = commit_of(cache, SHARD, "eval")
+    value: object = {1: 15} if key == "class_counts" else 99
+    replace_commit(cache, commit.model_copy(update={"statistics": commit.statistics.model_copy(update={key: value})}))
+    assert "statistics is not the sum of the commits" in {problem.what for problem in verify_cache(cache.url).problems}
+
+
+def test_a_commit_of_another_cache_is_found(cache: TinyCache, tiny_config: TinyConfig, tmp_path: Path) -> None:
+    other = tiny_config(cache={"url": str(tmp_path / "other")}, teacher={"precision": "bf16"})
+    build(other)
+    foreign = Path(tmp_path, "other", "commits", SHARD, "eval.json")
+    Path(cache.url, "commits", SHARD, "eval.json").write_bytes(foreign.read_bytes())
+    report = verify_cache(cache.url)
+    assert (f"commits/{SHARD}/eval.json", "this commit is of another teacher") in {
+        (problem.file, problem.what) for problem in report.problems
+    }
+
+
+def test_a_commit_of_views_that_others_cover_is_found(cache: TinyCache) -> None:
+    commit = commit_of(cache, SHARD, BLOCK)
+    block = commit.block.model_copy(update={"start": 1, "stop": 3})
+    replace_commit(cache, commit.model_copy(update={"block": block}))
+    assert f"commits/{SHARD}/v0001-0002.json" in {problem.file for problem in verify_cache(cache.url).problems}
+
+
+def test_a_build_that_has_gone_on_since_the_manifest_is_no_problem(cache: TinyCache, grown_cache: TinyCache) -> None:
+    before = _published(grown_cache)
+    views = cache.config.views.model_copy(update={"count": 7})
+    build(cache.config.model_copy(update={"views": views}))
+    for path, data in before.items():
+        Path(cache.url, path).write_bytes(data)
+    report = verify_cache(cache.url)
+    assert report.ok, report.problems
+    assert report.checked["commits that are not in the manifest yet"] == 2
+    assert report.checked["parts"] == 10
+
+
+def _published(cache: TinyCache) -> dict[str, bytes]:
+    names = ("manifest.json", "manifest/shards.parquet", "manifest/parts.parquet", "class_means.parquet")
+    return {name: Path(cache.url, name).read_bytes() for name in names}
+
+
+@pytest.mark.parametrize("section", ["views", "teacher"])
+def test_a_header_whose_ids_are_not_of_what_it_says_is_found(cache: TinyCache, section: str) -> None:
+    header = read_header(cache.url)
+    changed = {**getattr(header, section), "seed": 5}
+    body = header.model_copy(update={section: changed}).model_dump(mode="json")
+    storage.write(storage.join(cache.url, "header.json"), seal(Header.model_validate(body).model_dump(mode="json")))
+    republish(cache)
+    assert "header.json" in {problem.file for problem in verify_cache(cache.url).problems}
+
+
+def test_canaries_are_not_checked_where_the_shards_are_not(cache: TinyCache, tmp_path: Path) -> None:
+    shards = [Path(url) for url in cache.config.data.shards or ()]
+    report = verify_cache(cache.url, shards=tuple(str(tmp_path / path.name) for path in shards))
+    assert report.ok
+    assert "canaries" not in report.checked
+    assert report.not_checked["canaries: their shard is not here"] >= 12
+
+
+def test_canaries_are_checked_in_shards_that_have_moved(cache: TinyCache, tmp_path: Path) -> None:
+    moved: list[str] = []
+    for url in cache.config.data.shards or ():
+        target = tmp_path / "moved" / Path(url).name
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(Path(url).read_bytes())
+        moved.append(str(target))
+    assert verify_cache(cache.url, shards=tuple(moved)).checked["canaries"] >= 12
+    tar = bytearray(Path(moved[1]).read_bytes())
+    tar[tar.index(b"IDAT") + 20] ^= 1
+    Path(moved[1]).write_bytes(tar)
+    report = verify_cache(cache.url, shards=tuple(moved))
+    assert {(problem.file, problem.shard) for problem in report.problems} == {(moved[1], "digits-01")}
+
+
+def test_a_cache_that_mixes_nothing_and_has_no_embeddings_verifies(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    config = tiny_config(
+        views={"kind": "crop", "count": 2},
+        cache={"logits": "fp16", "embeddings": "none", "class_means": "view0"},
+    )
+    build(config)
+    report = verify_cache(str(tmp_path / "cache"))
+    assert report.ok, report.problems
+    assert report.checked["class sums"] == 2
+
+
+def test_half_precision_embeddings_are_held_to_their_norms(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    config = tiny_config(cache={"logits": "fp16", "embeddings": "fp16"})
+    build(config)
+    cache = TinyCache(str(tmp_path / "cache"), config)
+    assert verify_cache(cache.url).ok
+    copy = copy_of(cache, tmp_path / "copy")
+    report = forged(
+        copy, lambda table: set_cell(table, "embedding_norm", 4, table["embedding_norm"][4].as_py() * 1.002)
+    )
+    assert only(report).what == "the norm is not the embedding's"
