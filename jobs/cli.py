@@ -83,6 +83,30 @@ def demo(
     _run(command)
 
 
+@shards_app.command("pack")
+def shards_pack(
+    source: Annotated[str, typer.Argument(help="Folder or URL of images, one folder a class.", metavar="SRC")],
+    out: Annotated[str, typer.Argument(help="New folder or URL for the shards.", metavar="OUT")],
+    shard_size: Annotated[int, typer.Option(min=1, help="Images in a shard, at most.")] = 10_000,
+    shard_bytes: Annotated[int, typer.Option(min=1, help="Bytes of a shard, at most.")] = 256 << 20,
+    seed: Annotated[int, typer.Option(help="Of the shuffle.")] = 0,
+    val_share: Annotated[float, typer.Option(min=0, max=0.99, help="Share of each class for validation shards.")] = 0,
+    labels: Annotated[Literal["folder", "none"], typer.Option(help="The first folder's name is the class.")] = "folder",
+    classes: Annotated[str | None, typer.Option(help="classes.json of another packing, whose indexes to use.")] = None,
+    name: Annotated[str, typer.Option(help="Stem of the shards' names.")] = "train",
+) -> None:
+    """Pack a folder tree of images into shuffled shards. Resumes by itself."""
+
+    def command() -> None:
+        from jobs.pack_shards import describe, pack
+        from pipeline.shards.pack import PackSettings
+
+        settings = PackSettings(name, shard_size, shard_bytes, seed, val_share, labels)
+        print(describe(pack(source, out, settings, classes_url=classes), out))
+
+    _run(command)
+
+
 @shards_app.command("index")
 def shards_index(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
     """Index shards without a teacher: all that online training needs."""

@@ -32,17 +32,26 @@ def pack_shards(samples: Iterable[tuple[str, Members]], pattern: str, *, shard_s
     base, slash, name = pattern.rpartition("/")
     _check_pattern(name, pattern)
     stream, urls = iter(samples), list[str]()
+    for number in count():
+        first = next(stream, None)
+        if first is None:
+            return urls
+        url = base + slash + name % number
+        write_shard(chain([first], islice(stream, shard_size - 1)), url)
+        urls.append(url)
+    raise AssertionError("count() has no end")
+
+
+def write_shard(samples: Iterable[tuple[str, Members]], url: str) -> None:
+    """Writes one shard, which appears whole or not at all. Holds one sample at a time.
+
+    Raises:
+        ShardError: a name would not come back as its key and extension.
+    """
     with tempfile.TemporaryDirectory() as folder:
         local = Path(folder) / "shard.tar"
-        for number in count():
-            first = next(stream, None)
-            if first is None:
-                return urls
-            _write_shard(local, chain([first], islice(stream, shard_size - 1)))
-            url = base + slash + name % number
-            put(local, url)
-            urls.append(url)
-    raise AssertionError("count() has no end")
+        _write_tar(local, samples)
+        put(local, url)
 
 
 def _check_pattern(name: str, pattern: str) -> None:
@@ -56,15 +65,19 @@ def _check_pattern(name: str, pattern: str) -> None:
         )
 
 
-def _write_shard(path: Path, samples: Iterable[tuple[str, Members]]) -> None:
+def _write_tar(path: Path, samples: Iterable[tuple[str, Members]]) -> None:
     with TarWriter(str(path), encoder=False, user="", group="", mode=0o644, mtime=0) as writer:
         for key, members in samples:
             for extension in members:
-                _check_name(key, extension)
+                check_name(key, extension)
             writer.write({"__key__": key, **members})
 
 
-def _check_name(key: str, extension: str) -> None:
+def check_name(key: str, extension: str) -> None:
+    """
+    Raises:
+        ShardError: the name would not come back as this key and extension.
+    """
     name = f"{key}.{extension}"
     if split_name(name) != (key, extension):
         raise ShardError(

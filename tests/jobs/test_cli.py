@@ -139,6 +139,35 @@ def test_shards_index_writes_the_bytes_that_a_cache_build_writes(
     assert files_below(tmp_path / "index") == files_below(tmp_path / "cache" / "index")
 
 
+def test_a_plan_is_one_json_object_or_a_screen_and_needs_the_keys_of_a_build(
+    stillroom: Stillroom, document: Document, tmp_path: Path
+) -> None:
+    code, out, _ = stillroom("cache", "plan", document(), "views.count=50", "--json")
+    assert code == 0
+    assert json.loads(out)["plan"]["break_even"]["forwards_per_image"] == 51
+    assert "break-even" in stillroom("cache", "plan", document())[1]
+    code, _, err = stillroom("cache", "plan", document(teacher={"model": None}))
+    assert code == 2
+    assert "no teacher.model" in err
+    assert stillroom("cache", "plan", document(data={"shards": "/nowhere/a.tar"}))[0] == 2
+    assert files_below(tmp_path).keys() == {"config.yaml"}
+
+
+def test_packing_prints_the_data_section_and_refuses_a_folder_without_images(
+    stillroom: Stillroom, tmp_path: Path
+) -> None:
+    for name in ("a/x.png", "b/y.png"):
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / name).write_bytes(b"not decoded")
+    code, out, _ = stillroom("shards", "pack", str(tmp_path / "images"), str(tmp_path / "out"))
+    assert code == 0
+    assert f'shards: "{tmp_path}/out/train-00000.tar"' in out
+    assert "num_classes: 2" in out
+    code, _, err = stillroom("shards", "pack", str(tmp_path / "nowhere"), str(tmp_path / "other"))
+    assert code == 2
+    assert "no images here" in err
+
+
 def test_an_unknown_run_and_an_unknown_command_exit_2(stillroom: Stillroom, tmp_path: Path) -> None:
     assert stillroom("evaluate", str(tmp_path), "--shards", "a.tar")[0] == 2
     assert stillroom("destil", "a.yaml")[0] == 2

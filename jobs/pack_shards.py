@@ -1,0 +1,60 @@
+"""Pack a folder tree of images into shuffled shards. ``stillroom shards pack SRC OUT``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+
+from jobs.progress import ProgressView
+from pipeline import storage
+from pipeline.errors import ShardError
+from pipeline.shards.pack import CLASSES, Packing, PackSettings, plan_packing, tell_skipped, write_packing
+
+
+def pack(source_url: str, out_url: str, settings: PackSettings, *, classes_url: str | None = None) -> Packing:
+    """Goes on where an earlier run of the same packing was stopped.
+
+    Raises:
+        ShardError: there is nothing to pack, or classes that cannot be used.
+        StorageInputError: something else is in ``out_url``.
+    """
+    classes = None if classes_url is None else _read_classes(classes_url)
+    packing = plan_packing(source_url, settings, classes=classes)
+    if packing.skipped:
+        print(f"pack: skipped {tell_skipped(packing.skipped)}", file=sys.stderr)
+    with ProgressView("pack", packing.num_images) as progress:
+        for num_images in write_packing(packing, out_url):
+            progress.update(progress.done + num_images)
+    return packing
+
+
+def _read_classes(url: str) -> Mapping[str, int]:
+    try:
+        classes = json.loads(storage.read(url))
+        fits = sorted(classes.values()) == list(range(len(classes)))
+    except (ValueError, AttributeError, TypeError):
+        classes, fits = {}, False
+    if not fits:
+        raise ShardError(
+            "these are not the classes of a packing",
+            where=storage.redact(url),
+            wanted=f"{CLASSES} as another packing wrote it: names with indexes 0, 1, 2 …",
+        )
+    return classes
+
+
+def describe(packing: Packing, out_url: str) -> str:
+    """What was packed, and what a config says of it."""
+    names: dict[str, list[str]] = {}
+    for name in packing.shards:
+        names.setdefault(name.rpartition("-")[0], []).append(name)
+    lines = [f"# {packing.num_images} images in {len(packing.shards)} shards", "data:"]
+    for stem, shards in names.items():
+        key = "val_shards" if stem == "val" else "shards"
+        lines.append(f'  {key}: "{storage.join(out_url, _pattern(stem, len(shards)))}"')
+    return "\n".join([*lines, f"  num_classes: {len(packing.classes)}" if packing.classes else "  label: null"])
+
+
+def _pattern(stem: str, num_shards: int) -> str:
+    return f"{stem}-{{00000..{num_shards - 1:05d}}}.tar" if num_shards > 1 else f"{stem}-00000.tar"

@@ -1,0 +1,334 @@
+"""A folder tree of images into shuffled shards: the same bytes for the same tree and settings, copied, never decoded.
+
+All of the plan is made from one listing, names and sizes alone; then each shard is written by itself. A packing that
+was killed goes on where it stopped: ``packing.json``, created first, says of what and how.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from pipeline import storage
+from pipeline.errors import ShardError, StorageInputError
+from pipeline.fingerprint import canonical_json, digest, seal
+from pipeline.shards.write import Members, check_name, write_shard
+
+Labels = Literal["folder", "none"]
+
+RECORD, CLASSES = "packing.json", "classes.json"
+EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+_VAL = "val"
+_READ_THREADS = 16
+_READ_AHEAD = 64  # images; what is held at a time
+_BLOCK = 512
+_NUM_NAMED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class PackSettings:
+    """How a tree becomes shards. A shard is closed at whichever of its two limits comes first.
+
+    Attributes:
+        name: the shards are called ``<name>-00000.tar`` and so on.
+        shard_size: images; ``shard_bytes``: of the tar, unless a single image is larger.
+        val_share: of each class, which goes into shards of their own, ``val-00000.tar`` and so on.
+    """
+
+    name: str = "train"
+    shard_size: int = 10_000
+    shard_bytes: int = 256 << 20
+    seed: int = 0
+    val_share: float = 0.0
+    labels: Labels = "folder"
+
+
+@dataclass(frozen=True, slots=True)
+class SourceImage:
+    """One image of the tree: its path below the source, its key and extension in the shard, its class."""
+
+    path: str
+    key: str
+    extension: str
+    label: int | None
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """What will be written.
+
+    Attributes:
+        shards: images by file name, in order.
+        classes: index by folder name; empty without labels.
+        skipped: paths of what is not packed, by reason.
+    """
+
+    source_url: str
+    settings: PackSettings
+    shards: dict[str, list[SourceImage]]
+    classes: dict[str, int]
+    skipped: dict[str, list[str]]
+
+    @property
+    def num_images(self) -> int:
+        return sum(map(len, self.shards.values()))
+
+    def record(self) -> bytes:
+        """Equal for packings that write the same bytes."""
+        source = [[image.key, image.extension, image.size_bytes] for images in self.shards.values() for image in images]
+        return seal(
+            {
+                "settings": asdict(self.settings),
+                "classes": {_readable(name): index for name, index in self.classes.items()},
+                "source": digest(canonical_json(source)),
+                "num_images": self.num_images,
+                "num_shards": len(self.shards),
+            }
+        )
+
+
+def plan_packing(source_url: str, settings: PackSettings, *, classes: Mapping[str, int] | None = None) -> Packing:
+    """Lists the tree. The class of an image is its first folder, as in torchvision's ``ImageFolder``.
+
+    Args:
+        classes: the index of every class, where another tree has settled it; else the folders are numbered by name.
+
+    Raises:
+        ShardError: there is nothing to pack, a class has no image, or there are fewer than two classes.
+    """
+    if settings.val_share and settings.name == _VAL:
+        raise ShardError("training and validation shards would have the same names", where="name", got=settings.name)
+    sizes = storage.sizes(source_url)
+    usable, skipped = _sort_out(sizes, settings.labels)
+    where = storage.redact(source_url)
+    if not usable:
+        raise _nothing_to_pack(where, skipped, settings.labels)
+    indexes: dict[str, int] = {}
+    if settings.labels == "folder":
+        indexes = _class_indexes(source_url, sorted({_class_of(path) for path in usable}), classes)
+    keys = _keys(usable)
+    images = [
+        SourceImage(path, keys[path], _extension(path), indexes.get(_class_of(path)), sizes[path]) for path in usable
+    ]
+    for image in images:
+        check_name(image.key, image.extension)
+    return Packing(source_url, settings, _cut(images, settings), indexes, skipped)
+
+
+def _extension(path: str) -> str:
+    """Lower case, without the dot; empty where there is none."""
+    stem, dot, extension = path.rpartition("/")[2].rpartition(".")
+    return extension.lower() if dot and stem else ""
+
+
+def _class_of(path: str) -> str:
+    return path.partition("/")[0]
+
+
+def _sort_out(sizes: Mapping[str, int], labels: Labels) -> tuple[list[str], dict[str, list[str]]]:
+    """The paths of images, and those of all else by reason."""
+    usable, skipped = list[str](), defaultdict[str, list[str]](list)
+    for path, size_bytes in sizes.items():
+        reason = _reason_to_skip(path, size_bytes, labels)
+        (usable if reason is None else skipped[reason]).append(path)
+    return usable, dict(sorted(skipped.items()))
+
+
+def _reason_to_skip(path: str, size_bytes: int, labels: Labels) -> str | None:
+    extension = _extension(path)
+    if any(part.startswith(".") for part in path.split("/")):
+        return "hidden"
+    if extension not in EXTENSIONS:
+        return f".{extension}" if extension else "no extension"
+    if not size_bytes:
+        return "empty"
+    return "in no class folder" if labels == "folder" and "/" not in path else None
+
+
+def _nothing_to_pack(where: str, skipped: Mapping[str, Sequence[str]], labels: Labels) -> ShardError:
+    loose = labels == "folder" and "in no class folder" in skipped
+    return ShardError(
+        "there are no images in class folders" if loose else "there are no images here",
+        where=where,
+        got=tell_skipped(skipped) or "no files at all",
+        wanted=f"{'<class>/' if labels == 'folder' else ''}<name>.{{{','.join(EXTENSIONS)}}}",
+        next_step="pass --labels none to pack images without labels" if loose else None,
+    )
+
+
+def tell_skipped(skipped: Mapping[str, Sequence[str]]) -> str:
+    """``3 .txt (a.txt, …), 1 hidden (.x)``."""
+    return ", ".join(
+        f"{len(paths)} {reason} ({', '.join(paths[:_NUM_NAMED])}{', …' if len(paths) > _NUM_NAMED else ''})"
+        for reason, paths in skipped.items()
+    )
+
+
+def _class_indexes(source_url: str, found: list[str], settled: Mapping[str, int] | None) -> dict[str, int]:
+    """
+    Raises:
+        ShardError: a class folder has no image or no index, or there is only one class.
+    """
+    where = storage.redact(source_url)
+    empty = sorted({name for name in storage.folders(source_url) if not name.startswith(".")} - {*found})
+    if empty:
+        raise ShardError(
+            f"{len(empty)} class folders have no images",
+            where=where,
+            got=_named(empty),
+            next_step="remove them, since they would take up class indexes; or fill them",
+        )
+    if settled is not None and (unknown := [name for name in found if name not in settled]):
+        raise ShardError("some class folders are not among the classes", where=where, got=_named(unknown))
+    indexes = dict(settled) if settled is not None else {name: index for index, name in enumerate(found)}
+    if len(indexes) < 2:
+        raise ShardError(
+            "there is only one class",
+            where=where,
+            got=_named(found),
+            wanted="a folder for each class",
+            next_step="name the folder above it, or pass --labels none",
+        )
+    return indexes
+
+
+def _named(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NUM_NAMED]) + (", …" if len(names) > _NUM_NAMED else "")
+
+
+def _keys(paths: Sequence[str]) -> dict[str, str]:
+    """A WebDataset key for each path: less its extension, without dots in its last part, unique.
+
+    Of two files whose keys would be equal (``a.jpg`` and ``a.png``, ``a.b.jpg`` and ``a_b.jpg``), the later in the
+    listing gets a number.
+    """
+    keys: dict[str, str] = {}
+    taken: set[str] = set()
+    for path in paths:
+        folder, slash, name = _readable(path).rpartition("/")
+        base = key = folder + slash + name.rpartition(".")[0].replace(".", "_")
+        number = 1
+        while key in taken:
+            number += 1
+            key = f"{base}-{number}"
+        taken.add(key)
+        keys[path] = key
+    return keys
+
+
+def _readable(path: str) -> str:
+    """UTF-8, also for file names that are not."""
+    return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def _cut(images: list[SourceImage], settings: PackSettings) -> dict[str, list[SourceImage]]:
+    """Shuffled shards by file name.
+
+    The order is that of a hash of seed and path: an image's place does not depend on which others there are, nor on
+    how a store lists them.
+    """
+    shuffled = sorted(images, key=lambda image: _draw(settings.seed, image.path))
+    val = _first_of_each_class(shuffled, settings.val_share)
+    train = [image for image in shuffled if image.path not in val]
+    cuts = {_VAL: [image for image in shuffled if image.path in val], settings.name: train}
+    return {
+        f"{name}-{number:05d}.tar": shard
+        for name, members in cuts.items()
+        for number, shard in enumerate(_runs(members, settings))
+    }
+
+
+def _draw(seed: int, path: str) -> bytes:
+    return hashlib.blake2b(f"{seed}/{_readable(path)}".encode(), digest_size=16).digest()
+
+
+def _first_of_each_class(shuffled: list[SourceImage], share: float) -> set[str]:
+    """Paths of that share of every class, rounded."""
+    by_class: defaultdict[int | None, list[str]] = defaultdict(list)
+    for image in shuffled:
+        by_class[image.label].append(image.path)
+    return {path for paths in by_class.values() for path in paths[: round(share * len(paths))]}
+
+
+def _runs(images: list[SourceImage], settings: PackSettings) -> Iterator[list[SourceImage]]:
+    run: list[SourceImage] = []
+    size_bytes = 0
+    for image in images:
+        added = _tar_bytes(image)
+        if run and (len(run) == settings.shard_size or size_bytes + added > settings.shard_bytes):
+            yield run
+            run, size_bytes = [], 0
+        run.append(image)
+        size_bytes += added
+    if run:
+        yield run
+
+
+def _tar_bytes(image: SourceImage) -> int:
+    """A header and whole blocks for the image, the same for its label."""
+    label = 0 if image.label is None else 2 * _BLOCK
+    return _BLOCK + -(-image.size_bytes // _BLOCK) * _BLOCK + label
+
+
+def write_packing(packing: Packing, out_url: str) -> Iterator[int]:
+    """Writes the shards that are not there yet, then ``classes.json``. Yields the images of each shard as it is there.
+
+    Raises:
+        StorageInputError: there is something else in ``out_url``.
+    """
+    present = _begin(packing, out_url)
+    with ThreadPoolExecutor(_READ_THREADS) as pool:
+        for name, images in packing.shards.items():
+            if name not in present:
+                write_shard(_samples(packing.source_url, images, pool), storage.join(out_url, name))
+            yield len(images)
+    if packing.classes:
+        storage.write(storage.join(out_url, CLASSES), json.dumps(packing.classes, indent=0).encode() + b"\n")
+
+
+def _begin(packing: Packing, out_url: str) -> set[str]:
+    """What an earlier run of the same packing has written."""
+    present, url = set(storage.listing(out_url)), storage.join(out_url, RECORD)
+    if present and RECORD not in present:
+        raise StorageInputError(
+            "this folder is not empty", where=storage.redact(out_url), next_step="name a new one for the shards"
+        )
+    if not storage.create(url, packing.record()) and storage.read(url) != packing.record():
+        raise StorageInputError(
+            "other images, or the same in another way, were packed here",
+            where=storage.redact(out_url),
+            next_step="name another folder, or remove this one",
+        )
+    return present
+
+
+def _samples(source_url: str, images: Sequence[SourceImage], pool: ThreadPoolExecutor) -> Iterator[tuple[str, Members]]:
+    """Reads a few images ahead, so that a remote source keeps up."""
+    for start in range(0, len(images), _READ_AHEAD):
+        few = images[start : start + _READ_AHEAD]
+        for image, data in zip(few, pool.map(lambda one: _read(source_url, one), few), strict=True):
+            label = {} if image.label is None else {"cls": str(image.label).encode()}
+            yield image.key, {image.extension: data, **label}
+
+
+def _read(source_url: str, image: SourceImage) -> bytes:
+    """
+    Raises:
+        ShardError: the image has another size than when it was listed.
+    """
+    data = storage.read(storage.join(source_url, image.path))
+    if len(data) != image.size_bytes:
+        raise ShardError(
+            "an image changed while it was packed",
+            where=storage.redact(storage.join(source_url, image.path)),
+            got=f"{len(data)} bytes",
+            wanted=f"{image.size_bytes} bytes",
+            next_step="pack into another folder when the images stay as they are",
+        )
+    return data

@@ -1,0 +1,251 @@
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import storage
+from pipeline.errors import ShardError, StorageInputError
+from pipeline.shards.pack import PackSettings, plan_packing, write_packing
+from tests.pipeline.shards.tars import image_bytes, webdataset_samples
+
+NUM_IMAGES = {"ant": 30, "bee": 20, "cat": 10}
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """Three classes of images that all differ, in folders of their own, one of them deeper."""
+    for name, count in NUM_IMAGES.items():
+        for row in range(count):
+            path = tmp_path / "tree" / name / ("deep" if row % 5 == 0 else "") / f"{name}.{row:02}.{_extension(row)}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(image_bytes("JPEG" if row % 2 else "PNG", size=(8 + row, 9)) + name.encode())
+    return tmp_path / "tree"
+
+
+def _extension(row: int) -> str:
+    return ("png", "JPEG")[row % 2]
+
+
+def packed(tree: Path | str, out: Path | str, classes: dict[str, int] | None = None, **settings: Any) -> list[str]:
+    """The shards' names."""
+    packing = plan_packing(str(tree), PackSettings(**settings), classes=classes)
+    assert sum(write_packing(packing, str(out))) == packing.num_images
+    return list(packing.shards)
+
+
+def read_all(out: Path, pattern: str = "*.tar") -> list[dict[str, Any]]:
+    """What webdataset itself makes of the shards."""
+    return [sample for path in sorted(out.glob(pattern)) for sample in webdataset_samples(path)]
+
+
+def image_of(sample: dict[str, Any]) -> bytes:
+    return sample.get("png") or sample["jpeg"]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_every_image_comes_back_once_byte_for_byte_with_its_class(tree: Path, tmp_path: Path) -> None:
+    packed(tree, tmp_path / "out", shard_size=16)
+    samples = read_all(tmp_path / "out")
+    wanted = {path.read_bytes(): path.relative_to(tree).parts[0] for path in tree.rglob("*.*") if path.is_file()}
+    classes = json.loads((tmp_path / "out" / "classes.json").read_text())
+    assert classes == {"ant": 0, "bee": 1, "cat": 2}
+    assert {image_of(sample): int(sample["cls"]) for sample in samples} == {
+        data: classes[name] for data, name in wanted.items()
+    }
+    assert len(samples) == len({sample["__key__"] for sample in samples}) == 60
+    assert all(sample["__key__"].split("/")[0] == wanted[image_of(sample)] for sample in samples)
+
+
+def test_shards_are_shuffled_and_of_the_size_asked(tree: Path, tmp_path: Path) -> None:
+    assert packed(tree, tmp_path / "out", shard_size=16) == [f"train-{number:05}.tar" for number in range(4)]
+    shards = [webdataset_samples(tmp_path / "out" / f"train-{number:05}.tar") for number in range(4)]
+    assert [len(shard) for shard in shards] == [16, 16, 16, 12]
+    # 30, 20 and 10 of 60 spread over shards: sorted ones would have one or two classes each.
+    assert all(len({sample["cls"] for sample in shard}) == 3 for shard in shards)
+
+
+def test_the_same_tree_and_seed_give_the_same_bytes_and_another_seed_another_order(tree: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        packed(tree, tmp_path / name, seed=seed)
+    keys = {name: [sample["__key__"] for sample in read_all(tmp_path / name)] for name in "abc"}
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+    assert keys["a"] != keys["c"]
+    assert sorted(keys["a"]) == sorted(keys["c"])
+
+
+def test_an_image_more_leaves_the_others_in_their_order(tree: Path, tmp_path: Path) -> None:
+    packed(tree, tmp_path / "a")
+    (tree / "bee" / "new.png").write_bytes(image_bytes())
+    packed(tree, tmp_path / "b")
+    first, second = ([sample["__key__"] for sample in read_all(tmp_path / name)] for name in "ab")
+    assert [key for key in second if key != "bee/new"] == first
+
+
+def test_a_shard_stays_below_the_bytes_asked_unless_one_image_is_larger(tree: Path, tmp_path: Path) -> None:
+    (tree / "ant" / "large.png").write_bytes(b"x" * 30_000)
+    packed(tree, tmp_path / "out", shard_bytes=20_000)
+    shards = {path: webdataset_samples(path) for path in (tmp_path / "out").glob("*.tar")}
+    assert len(shards) > 5
+    for path, samples in shards.items():
+        # Two blocks end an archive, which is then filled to 10,240 bytes.
+        assert path.stat().st_size <= 20_000 + 1024 + 10_240 or len(samples) == 1
+
+
+def test_a_share_of_every_class_goes_into_validation_shards(tree: Path, tmp_path: Path) -> None:
+    packed(tree, tmp_path / "out", val_share=0.2)
+    train, val = (read_all(tmp_path / "out", f"{name}-*.tar") for name in ("train", "val"))
+    assert Counter(sample["cls"] for sample in val) == {b"0": 6, b"1": 4, b"2": 2}
+    assert not {sample["__key__"] for sample in train} & {sample["__key__"] for sample in val}
+    assert len(train) + len(val) == 60
+
+
+def test_names_that_would_be_one_sample_get_keys_of_their_own(tmp_path: Path) -> None:
+    names = ("a.jpg", "a.png", "a.b.png", "a_b.png", "A.PNG")
+    for name in names:
+        path = tmp_path / "tree" / "x" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode())
+    packed(tmp_path / "tree", tmp_path / "out", labels="none")
+    found = {sample["__key__"]: sample.get("png") or sample["jpg"] for sample in read_all(tmp_path / "out")}
+    assert found == {
+        "x/A": b"A.PNG",
+        "x/a_b": b"a.b.png",
+        "x/a": b"a.jpg",
+        "x/a-2": b"a.png",
+        "x/a_b-2": b"a_b.png",
+    }
+
+
+def test_what_is_no_image_is_named_and_the_rest_is_packed(tree: Path) -> None:
+    for name in ("notes.txt", "ant/x.gif", "ant/.hidden.png", "ant/README", "loose.png", "ant/empty.png"):
+        (tree / name).write_bytes(b"" if "empty" in name else b"x")
+    packing = plan_packing(str(tree), PackSettings())
+    assert packing.num_images == 60
+    assert packing.skipped == {
+        ".gif": ["ant/x.gif"],
+        ".txt": ["notes.txt"],
+        "empty": ["ant/empty.png"],
+        "hidden": ["ant/.hidden.png"],
+        "in no class folder": ["loose.png"],
+        "no extension": ["ant/README"],
+    }
+
+
+def test_linked_images_and_class_folders_are_packed(tree: Path, tmp_path: Path) -> None:
+    linked = tmp_path / "linked"
+    (linked / "ant").mkdir(parents=True)
+    for path in (tree / "ant").rglob("*.*"):
+        (linked / "ant" / path.name).symlink_to(path)
+    for name in ("bee", "cat"):
+        (linked / name).symlink_to(tree / name)
+    packed(linked, tmp_path / "out")
+    assert {image_of(sample) for sample in read_all(tmp_path / "out")} == {
+        path.read_bytes() for path in tree.rglob("*.*") if path.is_file()
+    }
+
+
+def test_trees_and_shards_may_lie_at_any_url(tree: Path, tmp_path: Path) -> None:
+    for path in tree.rglob("*.*"):
+        if path.is_file():
+            storage.write(f"memory://{tmp_path.name}/tree/{path.relative_to(tree)}", path.read_bytes())
+    packed(f"memory://{tmp_path.name}/tree", f"memory://{tmp_path.name}/out", shard_size=40)
+    packed(tree, tmp_path / "out", shard_size=40)
+    base = f"memory://{tmp_path.name}/out"
+    assert {name: storage.read(storage.join(base, name)) for name in storage.listing(base)} == files_of(
+        tmp_path / "out"
+    )
+
+
+def test_a_packing_that_was_killed_goes_on_and_ends_in_the_same_bytes(tree: Path, tmp_path: Path) -> None:
+    packed(tree, tmp_path / "whole", shard_size=16)
+    writing = write_packing(plan_packing(str(tree), PackSettings(shard_size=16)), str(tmp_path / "out"))
+    next(writing), next(writing)
+    writing.close()
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.tar")}
+    assert len(stamps) == 2
+    packed(tree, tmp_path / "out", shard_size=16)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+    assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
+
+
+def test_a_folder_with_anything_else_in_it_is_refused_and_left_alone(tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("x")
+    with pytest.raises(StorageInputError, match="not empty"):
+        packed(tree, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("change", ["seed", "image"])
+def test_another_packing_into_the_same_folder_is_refused(tree: Path, tmp_path: Path, change: str) -> None:
+    packed(tree, tmp_path / "out")
+    before = files_of(tmp_path / "out")
+    if change == "image":
+        (tree / "ant" / "new.png").write_bytes(image_bytes())
+    with pytest.raises(StorageInputError, match="other images, or the same in another way"):
+        packed(tree, tmp_path / "out", seed=int(change == "seed"))
+    assert files_of(tmp_path / "out") == before
+
+
+def test_an_image_that_changes_while_it_is_packed_stops_the_packing(tree: Path, tmp_path: Path) -> None:
+    packing = plan_packing(str(tree), PackSettings())
+    next(tree.glob("cat/*.png")).write_bytes(b"shorter")
+    with pytest.raises(ShardError, match="changed while it was packed"):
+        list(write_packing(packing, str(tmp_path / "out")))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["packing.json"]
+
+
+def test_indexes_of_another_tree_are_used_though_a_class_is_missing_here(tree: Path, tmp_path: Path) -> None:
+    classes = {"aardvark": 0, "ant": 1, "bee": 2, "cat": 3, "dog": 4}
+    packed(tree, tmp_path / "out", classes=classes)
+    assert Counter(sample["cls"] for sample in read_all(tmp_path / "out")) == {b"1": 30, b"2": 20, b"3": 10}
+    assert json.loads((tmp_path / "out" / "classes.json").read_text()) == classes
+    with pytest.raises(ShardError, match=r"not among the classes[\s\S]*cat"):
+        packed(tree, tmp_path / "other", classes={"ant": 0, "bee": 1})
+
+
+BAD_TREES: dict[str, tuple[list[str], str]] = {
+    "missing": ([], r"no images here[\s\S]*no files at all"),
+    "no images": (["a/x.txt", "b/y.gif"], r"no images here[\s\S]*1 \.gif \(b/y\.gif\), 1 \.txt"),
+    "no folders": (["x.png", "y.png"], r"no images in class folders[\s\S]*--labels none"),
+    "one class": (["a/x.png"], "only one class"),
+    "a class without images": (["a/x.png", "b/y.png", "c/z.txt"], r"1 class folders have no images[\s\S]*c"),
+    "an empty folder": (["a/x.png", "b/y.png", "c/"], r"1 class folders have no images[\s\S]*c"),
+    "metadata": (["__a__/x.png", "b/y.png"], "read back as another key"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TREES)
+def test_a_tree_that_cannot_be_packed_is_refused_before_anything_is_written(name: str, tmp_path: Path) -> None:
+    paths, told = BAD_TREES[name]
+    for path in paths:
+        target = tmp_path / "tree" / path
+        (target if path.endswith("/") else target.parent).mkdir(parents=True, exist_ok=True)
+        if not path.endswith("/"):
+            target.write_bytes(b"x")
+    with pytest.raises(ShardError, match=told):
+        packed(tmp_path / "tree", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_labels_any_tree_is_packed(tmp_path: Path) -> None:
+    for path in ("x.png", "a/y.png", "a/b/z.png"):
+        target = tmp_path / "tree" / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.encode())
+    packed(tmp_path / "tree", tmp_path / "out", labels="none")
+    samples = read_all(tmp_path / "out")
+    assert {sample["__key__"]: sample["png"] for sample in samples} == {
+        "x": b"x.png",
+        "a/y": b"a/y.png",
+        "a/b/z": b"a/b/z.png",
+    }
+    assert not any("cls" in sample for sample in samples)
+    assert not (tmp_path / "out" / "classes.json").exists()
