@@ -353,8 +353,8 @@ def plan_traffic(ground: Ground) -> Traffic:
 
 
 def _num_published(ground: Ground) -> int:
-    """Header, manifest and its two tables; class means."""
-    return 4 + (ground.cache.class_means != "none")
+    """Header, manifest and its two tables; class means, and the JSON that they were imported from."""
+    return 4 + (ground.cache.class_means != "none") + (ground.cache.class_means_url is not None)
 
 
 def _build_requests(ground: Ground, num_parts: int) -> Requests:

@@ -50,7 +50,7 @@ def check_encodings(outputs: Iterable[Output]) -> None:
 
 def row_bytes(output: Output) -> int:
     """Bytes of one row as stored, before page compression."""
-    return _row_dtype(output).itemsize
+    return sum(np.dtype(field.dtype).itemsize * field.count for field in output.fields)
 
 
 def arrow_type(output: Output) -> pa.DataType:
