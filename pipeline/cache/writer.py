@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,6 +19,7 @@ from schemas.manifest import ByteRange, ViewRange
 
 _ROW_GROUP_BYTES = 32 << 20
 _PAGE_BYTES = 1 << 20
+_ZSTD_LEVEL = 3
 
 
 class PartWriter:
@@ -48,10 +49,7 @@ class PartWriter:
             StorageError: what was written does not read back with the rows that were added.
         """
         path = self._scratch / "part.parquet"
-        # Payload columns are numbers without repeats: dictionaries cost time and gain nothing.
-        with pq.ParquetWriter(
-            path, self._schema, compression="zstd", use_dictionary=False, data_page_size=_PAGE_BYTES
-        ) as writer:
+        with pq.ParquetWriter(path, self._schema, **parquet_settings(self._schema)) as writer:
             for spill in self._spills.values():
                 for table in spill.tables(self._rows_per_group):
                     writer.write_table(table, row_group_size=self._rows_per_group)
@@ -63,6 +61,24 @@ class PartWriter:
         got = pq.ParquetFile(path).metadata.num_rows
         if got != wanted:
             raise StorageError("a part did not read back whole", where=str(path), got=got, wanted=f"{wanted} rows")
+
+
+def parquet_settings(schema: pa.Schema) -> dict[str, Any]:
+    """How a part is encoded and compressed: what was smallest among the settings that cost microseconds a row.
+
+    Numbers without repeats gain nothing from dictionaries. The high bytes of small integers and of floats are alike and
+    compress when they stand together. Least and greatest packed rows mean nothing, and are as long as rows.
+    """
+    numbers = [field for field in schema if not pa.types.is_fixed_size_binary(field.type)]
+    split = {field.name: "BYTE_STREAM_SPLIT" for field in numbers if field.type in (pa.int32(), pa.float32())}
+    return {
+        "compression": "zstd",
+        "compression_level": _ZSTD_LEVEL,
+        "use_dictionary": False,
+        "column_encoding": {**split, "row": "DELTA_BINARY_PACKED"},
+        "write_statistics": [field.name for field in numbers],
+        "data_page_size": _PAGE_BYTES,
+    }
 
 
 class _Spill:
