@@ -1,7 +1,7 @@
 """``python -m tests.benchmarks.fidelity``: what each encoding costs, against the published one at equal bytes.
 
-Published: the k largest probabilities of T = 1 in 4 bytes each (id and value), the rest shared evenly. It is granted exact
-probabilities here; in float16 it can only be worse.
+Published: the k largest probabilities of T = 1 in 4 bytes each (id and value), the rest shared evenly. It is granted
+exact probabilities here, so that what it would lose in float16 does not count against it.
 """
 
 from __future__ import annotations

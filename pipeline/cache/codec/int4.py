@@ -1,8 +1,6 @@
-"""``int4``: the sixteen largest logits of a row as float16, the others in 16 steps that widen downwards.
+"""``int4``: the sixteen largest logits of a row as float16, the others in 16 steps below the largest of these others.
 
-The largest would stretch the steps of all others, and of these the upper ones weigh most in any softmax. So a code
-counts equal steps of log(1 + d / 3), where d is how far a logit lies below the largest of the others. Two codes share
-a byte.
+The sixteen would stretch the steps of all the rest. Two codes share a byte.
 """
 
 from __future__ import annotations
@@ -11,12 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.cache.codec.encoding import Encoding, Rows, id_field, largest
+from pipeline.cache.codec.steps import from_codes, step_of, to_codes
 from schemas.manifest import Output, RowField
 
 NUM_EXACT = 16
 _LAST = 15
-# Logits are in nats: within about this distance of the largest of the others the steps are nearly equal.
-_KNEE = 3.0
 
 
 def int4_output(name: str, width: int) -> Output:
@@ -34,9 +31,9 @@ def _pack(values_NK: NDArray[np.float32], rows_N: Rows) -> None:
     ids_Nk = largest(values_NK, NUM_EXACT + 1)
     largest_Nk = np.take_along_axis(values_NK, ids_Nk, axis=1)
     next_N1, ids_Nk = largest_Nk[:, -1:], ids_Nk[:, :-1]
-    logs_NK = np.log1p(np.maximum(next_N1 - values_NK, 0) / _KNEE)
-    step_N1 = logs_NK.max(axis=1, keepdims=True) / _LAST
-    codes_NK = np.rint(logs_NK / np.where(step_N1 > 0, step_N1, np.inf)).astype(np.uint8)
+    below_NK = next_N1 - values_NK
+    step_N1 = step_of(below_NK, _LAST)
+    codes_NK = to_codes(below_NK, step_N1, _LAST)
     if codes_NK.shape[1] % 2:
         codes_NK = np.pad(codes_NK, ((0, 0), (0, 1)))
     rows_N["next"], rows_N["step"] = next_N1, step_N1
@@ -45,12 +42,11 @@ def _pack(values_NK: NDArray[np.float32], rows_N: Rows) -> None:
 
 
 def _unpack(rows_N: Rows, output: Output, _temperature: float) -> NDArray[np.float32]:
-    below_NL = _KNEE * np.expm1(rows_N["step"] * np.arange(_LAST + 1, dtype=np.float32))
     packed_NC, (width,) = rows_N["codes"], output.shape
     codes_NC2 = np.stack([packed_NC & 0xF, packed_NC >> 4], axis=2)
     codes_NK = codes_NC2.reshape(len(rows_N), 2 * packed_NC.shape[1])[:, :width]
-    values_NL = (rows_N["next"] - below_NL).astype(np.float32, copy=False)
-    values_NK = np.take_along_axis(values_NL, codes_NK.astype(np.int64), axis=1)
+    sixteen_NL = rows_N["next"] - from_codes(np.arange(_LAST + 1)[None], rows_N["step"])
+    values_NK = np.take_along_axis(sixteen_NL, codes_NK.astype(np.int64), axis=1)
     np.put_along_axis(values_NK, rows_N["ids"].astype(np.int64), rows_N["largest"].astype(np.float32), axis=1)
     return values_NK
 

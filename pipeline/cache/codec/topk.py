@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.cache.codec.encoding import Encoding, Rows, id_field, largest
+from pipeline.cache.codec.steps import from_codes, step_of, to_codes
 from schemas.manifest import Output, RowField
 
 TEMPERATURES = (1.0, 2.0, 4.0, 10.0)
@@ -34,12 +35,12 @@ def _pack(values_NK: NDArray[np.float32], rows_N: Rows) -> None:
     levels_N4 = _levels(values_NK, ids_Nk)
     top_N1 = largest_Nk[:, :1]
     # Levels fall with the temperature and lie below all k, so the last is the lowest of what is kept.
-    step_N1 = _round_up((top_N1 - levels_N4[:, -1:]) / _LAST)
-    codes_Nk = _codes(top_N1 - largest_Nk, step_N1)
-    # The first stays the only first: what is less than it never decodes to the same.
+    step_N1 = _round_up(step_of(top_N1 - levels_N4[:, -1:], _LAST))
+    codes_Nk = to_codes(top_N1 - largest_Nk, step_N1, _LAST)
+    # The first stays the only first: what is less than it has another code.
     codes_Nk = np.maximum(codes_Nk, largest_Nk < top_N1)
     rows_N["top"], rows_N["step"], rows_N["ids"], rows_N["codes"] = top_N1, step_N1, ids_Nk, codes_Nk
-    rows_N["levels"] = _codes(top_N1 - levels_N4, step_N1)
+    rows_N["levels"] = to_codes(top_N1 - levels_N4, step_N1, _LAST)
 
 
 def _levels(values_NK: NDArray[np.float32], ids_Nk: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -59,15 +60,11 @@ def _round_up(step_N1: NDArray[np.floating]) -> NDArray[np.floating]:
     return np.where(half_N1 < step_N1, np.nextafter(half_N1, np.float16(np.inf)), half_N1).astype(np.float32)
 
 
-def _codes(below_NC: NDArray[np.floating], step_N1: NDArray[np.floating]) -> NDArray[np.floating]:
-    return np.clip(np.rint(below_NC / np.where(step_N1 > 0, step_N1, np.float32(np.inf))), 0, _LAST)
-
-
 def _unpack(rows_N: Rows, output: Output, temperature: float) -> NDArray[np.float32]:
-    top_N1, step_N1 = rows_N["top"].astype(np.float32), rows_N["step"].astype(np.float32)
-    level_N1 = _interpolate(rows_N["levels"].astype(np.float32), output.temperatures, temperature)
-    values_NK = np.repeat(top_N1 - step_N1 * level_N1, output.shape[0], axis=1).astype(np.float32, copy=False)
-    largest_Nk = top_N1 - step_N1 * rows_N["codes"].astype(np.float32)
+    top_N1 = rows_N["top"].astype(np.float32)
+    levels_N4 = top_N1 - from_codes(rows_N["levels"], rows_N["step"])
+    values_NK = np.repeat(_interpolate(levels_N4, output.temperatures, temperature), output.shape[0], axis=1)
+    largest_Nk = top_N1 - from_codes(rows_N["codes"], rows_N["step"])
     np.put_along_axis(values_NK, rows_N["ids"].astype(np.int64), largest_Nk, axis=1)
     return values_NK
 
