@@ -13,7 +13,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from jobs.ray_runtime import cluster, require_resources, slots
-from pipeline.errors import PassingStorageError, ShardError, StillroomError, StorageError
+from pipeline.errors import LostGpuError, PassingStorageError, ShardError, StillroomError, StorageError
 from schemas.config import RayConfig
 
 T = TypeVar("T")
@@ -38,6 +38,9 @@ def _call(work: Callable[[Any], Any], item: Any) -> tuple[Any, StillroomError | 
     # Returned, not raised: Ray would wrap it in an exception of its own making.
     try:
         return work(item), None
+    except LostGpuError as error:
+        # This process will never see its new GPU: it ends, frees what it holds of the old one, and counts as lost.
+        sys.exit(str(error))
     except StillroomError as error:
         return None, error
 

@@ -182,11 +182,9 @@ def _apply(document: DictConfig, override: str, where: str) -> KeyPath:
         OmegaConf.update(document, key, value["value"], force_add=True)
     except yaml.YAMLError as error:
         raise _yaml_error(error, place) from error
-    except IndexError as error:
-        # OmegaConf reads brackets in a key as a list item, and stumbles over one without a name.
-        raise ConfigError("this override does not set a key", where=place, wanted="section.key=value") from error
-    # OmegaConf raises ValueError or TypeError for a name where a list wants a position, its own for a position too far.
-    except (OmegaConfBaseException, ValueError, TypeError) as error:
+    # OmegaConf raises ValueError or TypeError for a name where a list wants a position, its own for a position too far,
+    # and IndexError for a bracket alone.
+    except (OmegaConfBaseException, ValueError, TypeError, IndexError) as error:
         raise ConfigError(
             "this override sets a list item that is not there",
             where=place,

@@ -93,5 +93,9 @@ class PassingStorageError(StorageError):
     """Storage that failed in a way that often passes by itself: throttling, a lost connection. Worth another try."""
 
 
+class LostGpuError(StillroomError):
+    """A process that was given another GPU than the one it holds. Another process can do its work."""
+
+
 class TrainingError(StillroomError):
     """Training that cannot go on, such as a loss that is not finite."""

@@ -328,6 +328,15 @@ def _info(filesystem: Any, path: str) -> dict[str, Any] | None:
 
 
 @_repeated
+def stamp(url: str) -> str:
+    """What the store says of a file now, tag and times included: another text once the file was replaced."""
+    filesystem, path = _filesystem(url)
+    with _told(url, "stat"):
+        filesystem.invalidate_cache(path.rpartition("/")[0])
+        return str(sorted(filesystem.info(path).items()))
+
+
+@_repeated
 def size(url: str) -> int:
     """Size in bytes."""
     filesystem, path = _filesystem(url)

@@ -28,6 +28,7 @@ from pipeline.cache.writer import PartWriter, view_ranges
 from pipeline.config import require
 from pipeline.errors import CacheError, ConfigError, ShardError
 from pipeline.fingerprint import digest
+from pipeline.models.load import WITHOUT_FILE
 from pipeline.shards.index import (
     STATUSES,
     IndexBuilder,
@@ -44,7 +45,7 @@ from pipeline.shards.tar import Sample
 from pipeline.teacher.groups import GroupViews, Rendering, fresh_samples, indexed_samples, read_groups
 from pipeline.teacher.infer import Answers, Teacher, ask_groups, load_teacher
 from pipeline.teacher.prefetch import prefetch
-from pipeline.teacher.runtime import numeric_env, pick_device, pin_numerics
+from pipeline.teacher.runtime import check_gpu, numeric_env, pick_device, pin_numerics, visible_gpus
 from pipeline.views.params import is_canary, sample_keys
 from pipeline.views.pixels import pixel_digest, pixel_mean
 from schemas.cache import drawn_columns, part_schema
@@ -81,6 +82,7 @@ class _Builder:
     teacher: Teacher
     header: Header
     imported: ImportedMeans | None
+    gpus: str | None
 
 
 def cache_config(config: Config) -> CacheConfig:
@@ -130,12 +132,17 @@ def prepare(config: Config) -> Header:
 def _claimed(config: Config) -> _Builder:
     # Every time, unlike loading: the folder may have been emptied, and another job of this process may set threads.
     pin_numerics(config.ray.cpus_per_task)
-    builder = _builder(config.model_dump_json())
+    builder = _builder(config.model_dump_json(), _weights_stamp(config.teacher.weights))
+    check_gpu(builder.teacher.device, builder.gpus)
     return replace(builder, header=claim(builder.cache.url, builder.header))
 
 
+def _weights_stamp(weights: str) -> str | None:
+    return None if weights in WITHOUT_FILE else storage.stamp(weights)
+
+
 @lru_cache(maxsize=1)
-def _builder(config_json: str) -> _Builder:
+def _builder(config_json: str, weights_stamp: str | None) -> _Builder:  # noqa: ARG001 - other weights, another builder
     """Once a process, whatever number of parts it builds. The header is the one this builder would write."""
     config = Config.model_validate_json(config_json)
     cache = cache_config(config)
@@ -150,7 +157,7 @@ def _builder(config_json: str) -> _Builder:
     if cache.class_means_url is not None:
         imported = read_means(cache.class_means_url, num_classes=module.num_classes, embedding_dim=module.embedding_dim)
     header = make_header(teacher, plan=config.views, cache=cache, data=config.data, imported=imported)
-    return _Builder(config, cache, teacher, header, imported)
+    return _Builder(config, cache, teacher, header, imported, gpus=visible_gpus())
 
 
 def build_part(task: PartTask) -> Commit:
@@ -264,11 +271,21 @@ class _PartBuild:
         threads = self.builder.config.ray.cpus_per_task
         with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
             groups = read_groups(
-                samples, self.rendering, pool, shard_id=self.shard_id, max_pixels=self.data.max_pixels, builder=fresh
+                samples,
+                self.rendering,
+                pool,
+                shard_id=self.shard_id,
+                max_pixels=self.data.max_pixels,
+                builder=fresh,
+                pinned=self.builder.teacher.device.type == "cuda",
             )
-            with closing(prefetch(groups)) as ahead:
-                for group, answers in ask_groups(ahead, self.builder.teacher):
-                    self._keep(writer, group, answers)
+            # Three stages, one group in each: rendered, asked about, encoded.
+            with (
+                closing(prefetch(groups)) as rendered,
+                closing(prefetch(ask_groups(rendered, self.builder.teacher))) as asked,
+            ):
+                for item in asked:
+                    self._keep(writer, item.group, item.answers())
 
     def _keep(self, writer: PartWriter, group: GroupViews, answers: list[Answers]) -> None:
         if self.first_row is None:

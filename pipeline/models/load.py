@@ -25,7 +25,7 @@ _SOURCES: dict[str, Callable[[Request], Built]] = {
     "torchvision/": torchvision_source.build,
     "python:": python_source.build,
 }
-_WITHOUT_FILE = ("random", "pretrained")
+WITHOUT_FILE = ("random", "pretrained")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ def load_model(
     with _derived_randomness(seed):
         built = build(request)
     spec = _input_spec(config, built.own, size, where)
-    if config.weights not in _WITHOUT_FILE:
+    if config.weights not in WITHOUT_FILE:
         state = read_state(config.weights, sha256=config.sha256, where=f"{where}.weights")
         load_state(built.network, state, source=storage.redact(config.weights), where=f"{where}.weights")
     return LoadedModel(wrap(built, request, size=spec.size), spec, architecture)
@@ -98,7 +98,7 @@ def _resolve(
 ) -> tuple[Callable[[Request], Built], Request]:
     if config.model is None:
         raise ConfigError("no model is named", where=f"{where}.model", wanted=_forms())
-    if config.sha256 is not None and config.weights in _WITHOUT_FILE:
+    if config.sha256 is not None and config.weights in WITHOUT_FILE:
         raise ConfigError(
             "sha256 checks a weights URL, and there is none",
             where=f"{where}.sha256",

@@ -1,6 +1,6 @@
 """From a shard to mix groups of rendered views: each image decoded once for all views of a block.
 
-Memory holds mix group x views of a block, never the rows of a shard.
+Memory holds mix group x views of a block, never the rows of a shard: each view is rendered to its place in the group.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+import torch
 import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
@@ -32,7 +33,7 @@ from pipeline.views.params import (
     unmix,
     view_params,
 )
-from pipeline.views.pixels import apply_view, stack_views
+from pipeline.views.pixels import apply_view
 from schemas.cache import Status
 from schemas.config import DataConfig, Interpolation, ViewsConfig
 from schemas.manifest import ViewBlock
@@ -87,12 +88,11 @@ class GroupViews:
 
 @dataclass(frozen=True, slots=True)
 class _Rendered:
-    """What became of one candidate: its pixels, or the status that keeps it out. Sizes in pixels."""
+    """What became of one candidate; width and height in pixels, 0 unless ok."""
 
     status: Status
-    width: int
-    height: int
-    pixels_VCHW: Tensor | None
+    width: int = 0
+    height: int = 0
 
 
 def fresh_samples(path: Path, data: DataConfig, *, where: str) -> Iterator[Sample]:
@@ -159,11 +159,13 @@ def read_groups(
     shard_id: str,
     max_pixels: int,
     builder: IndexBuilder | None,
+    pinned: bool = False,
 ) -> Iterator[GroupViews]:
     """Mix groups in tar order.
 
     Every candidate of a fresh shard is reported to ``builder``, so that an index falls out of the first pass. Without
-    one the candidates come from an index, and every one of them must be usable.
+    one the candidates come from an index, and every one of them must be usable. ``pinned`` pixels lie in page-locked
+    memory, from which a GPU copies while it computes.
 
     Raises:
         ShardError: the shard is damaged, or an indexed image can no longer be used.
@@ -171,30 +173,48 @@ def read_groups(
     number = 0
     exhausted = False
     while not exhausted:
-        kept: list[tuple[Sample, _Rendered, ViewParams]] = []
+        kept: list[tuple[Sample, ViewParams]] = []
+        room_VNHWC = torch.empty(0)
         # A bad image makes room for the next candidate, so that groups are always full but for the last.
         while len(kept) < rendering.plan.mix_group and not exhausted:
             wanted = rendering.plan.mix_group - len(kept)
             chunk = list(islice(samples, wanted))
             exhausted = len(chunk) < wanted
-            kept.extend(_render_chunk(chunk, rendering, pool, shard_id, max_pixels, builder))
+            if not kept:
+                room_VNHWC = _room(rendering, len(chunk), pinned)
+            free_VMHWC = room_VNHWC[:, len(kept) :]
+            kept.extend(_render_chunk(chunk, free_VMHWC, rendering, pool, shard_id, max_pixels, builder))
         if kept:
-            yield _assemble(kept, rendering, shard_id, number)
+            yield _assemble(kept, room_VNHWC[:, : len(kept)], rendering, shard_id, number)
             number += 1
+
+
+def _room(rendering: Rendering, num_rows: int, pinned: bool) -> Tensor:
+    """Where the views of a group are rendered to, in the layout that convolutions read: uint8 [V,N,H,W,C]."""
+    shape = (len(rendering.view_numbers), num_rows, rendering.size, rendering.size, 3)
+    # A tensor made in inference mode could not be written by the pool's threads, which are not in it.
+    with torch.inference_mode(False):
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
 
 
 def _render_chunk(
     chunk: list[Sample],
+    free_VMHWC: Tensor,
     rendering: Rendering,
     pool: ThreadPoolExecutor,
     shard_id: str,
     max_pixels: int,
     builder: IndexBuilder | None,
-) -> Iterator[tuple[Sample, _Rendered, ViewParams]]:
+) -> list[tuple[Sample, ViewParams]]:
+    """The candidates that can be used; their views stand at the start of ``free_VMHWC``, in the same order."""
     sizes_N2 = np.array(list(pool.map(_size_or_one, chunk)), np.int64).reshape(-1, 2)
     drawn = _draw(rendering, [f"{shard_id}/{sample.key}" for sample in chunk], sizes_N2)
-    rendered = pool.map(lambda sample, params: _render(sample, params, rendering, max_pixels), chunk, drawn)
-    for sample, outcome, params in zip(chunk, rendered, drawn, strict=True):
+    rendered = pool.map(
+        lambda place, sample, params: _render(sample, params, free_VMHWC[:, place], rendering, max_pixels),
+        *(range(len(chunk)), chunk, drawn),
+    )
+    good: list[int] = []
+    for place, (sample, outcome) in enumerate(zip(chunk, rendered, strict=True)):
         if builder is not None:
             builder.add(sample, outcome.status, outcome.width, outcome.height)
         elif outcome.status != "ok":
@@ -205,7 +225,10 @@ def _render_chunk(
                 next_step="use the decoder versions the index was made with",
             )
         if outcome.status == "ok":
-            yield sample, outcome, params
+            good.append(place)
+    if len(good) < len(chunk):
+        free_VMHWC[:, : len(good)] = free_VMHWC[:, good]
+    return [(chunk[place], drawn[place]) for place in good]
 
 
 def _size_or_one(sample: Sample) -> tuple[int, int]:
@@ -232,15 +255,16 @@ def _draw(rendering: Rendering, sample_ids: list[str], sizes_N2: NDArray[np.int6
     return [params.take(slice(start, start + len(views))) for start in range(0, len(widths), len(views))]
 
 
-def _render(sample: Sample, params: ViewParams, rendering: Rendering, max_pixels: int) -> _Rendered:
+def _render(sample: Sample, params: ViewParams, views_VHWC: Tensor, rendering: Rendering, max_pixels: int) -> _Rendered:
+    """Decodes once and fills ``views_VHWC``; leaves it as it is where the image cannot be used."""
     if sample.status != "ok":
-        return _Rendered(sample.status, 0, 0, None)
+        return _Rendered(sample.status)
     try:
         image = decode(sample.data, max_pixels=max_pixels)
     except BadImageError as error:
-        return _Rendered(error.status, 0, 0, None)
-    views = [
-        apply_view(
+        return _Rendered(error.status)
+    for view, (box, flip) in enumerate(zip(params.box_N4.tolist(), params.flip_N.tolist(), strict=True)):
+        view_CHW = apply_view(
             image,
             box,
             flip,
@@ -248,22 +272,21 @@ def _render(sample: Sample, params: ViewParams, rendering: Rendering, max_pixels
             size=rendering.size,
             interpolation=rendering.interpolation,
         )
-        for view, (box, flip) in enumerate(zip(params.box_N4.tolist(), params.flip_N.tolist(), strict=True))
-    ]
-    return _Rendered("ok", image.shape[2], image.shape[1], stack_views(views))
+        views_VHWC[view].copy_(view_CHW.permute(1, 2, 0))
+    return _Rendered("ok", image.shape[2], image.shape[1])
 
 
 def _assemble(
-    kept: list[tuple[Sample, _Rendered, ViewParams]], rendering: Rendering, shard_id: str, number: int
+    kept: list[tuple[Sample, ViewParams]], pixels_VNHWC: Tensor, rendering: Rendering, shard_id: str, number: int
 ) -> GroupViews:
-    samples = [sample for sample, _, _ in kept]
+    samples = [sample for sample, _ in kept]
     num_ok, views = len(kept), rendering.view_numbers
     own = np.arange(num_ok, dtype=np.int32)
     mixes = rendering.plan.mixes and not rendering.block.is_eval
     partner_VN = np.stack(
         [mix_partners(rendering.plan, shard_id, number, view, num_ok) if mixes else own for view in views]
     )
-    params_VN = unmix(_stack([params for _, _, params in kept]), partner_VN == own)
+    params_VN = unmix(_stack([params for _, params in kept]), partner_VN == own)
     return GroupViews(
         shard_id=shard_id,
         samples=samples,
@@ -275,9 +298,7 @@ def _assemble(
         partner_VN=partner_VN,
         mix_lambda_VN=params_VN.mix_lambda_N,
         drawn_VN=dict(params_VN.drawn),
-        pixels_VNCHW=stack_views(
-            [outcome.pixels_VCHW for _, outcome, _ in kept if outcome.pixels_VCHW is not None]
-        ).transpose(0, 1),
+        pixels_VNCHW=pixels_VNHWC.movedim(-1, -3),
     )
 
 

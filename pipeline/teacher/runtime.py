@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import torchvision
+
+from pipeline.errors import LostGpuError, ResourceError
 
 # What decodes, resizes, answers and encodes: another version of any may change bytes.
 _PACKAGES = ("pillow", "timm", "numpy", "pyarrow")
@@ -48,5 +51,38 @@ def _cpu_model() -> str:
 
 
 def pick_device(use_gpu: bool) -> torch.device:
-    """cuda where the task was given a GPU, else cpu."""
-    return torch.device("cuda") if use_gpu and torch.cuda.is_available() else torch.device("cpu")
+    """cuda where the task was given a GPU, else cpu.
+
+    Raises:
+        ResourceError: a GPU was given, and torch cannot use it.
+    """
+    if not use_gpu:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ResourceError(
+            "a task was given a GPU that torch cannot use",
+            where="ray.gpus_per_task",
+            got=f"torch {torch.__version__}, CUDA_VISIBLE_DEVICES={visible_gpus()!r}",
+            next_step="install torch for CUDA and the driver on every GPU node, or set ray.gpus_per_task=0",
+        )
+    return torch.device("cuda")
+
+
+def visible_gpus() -> str | None:
+    """What this process is told to see. CUDA looks once, when it starts."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+def check_gpu(device: torch.device, seen: str | None) -> None:
+    """Holds a process that is used again to the GPU it began with; ``seen`` is what ``visible_gpus`` said then.
+
+    Raises:
+        LostGpuError: it was given another one since, which CUDA will not see.
+    """
+    if device.type == "cuda" and visible_gpus() != seen:
+        raise LostGpuError(
+            "a worker lost its GPU",
+            got=f"CUDA_VISIBLE_DEVICES={visible_gpus()!r}",
+            wanted=f"{seen!r}, which held the teacher",
+            next_step="nothing: another process takes the part",
+        )

@@ -7,10 +7,19 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 
 from jobs.fan_out import fan_out
-from pipeline.errors import CacheError, PassingStorageError, ResourceError, ShardError, StillroomError, StorageError
+from pipeline.errors import (
+    CacheError,
+    LostGpuError,
+    PassingStorageError,
+    ResourceError,
+    ShardError,
+    StillroomError,
+    StorageError,
+)
 from schemas.config import RayConfig
 from tests.jobs.conftest import NUM_CPUS
 
@@ -38,6 +47,13 @@ def _die_once(folder: Path, number: int) -> int:
     if _attempt(folder, number) == 1 and number == 1:
         os._exit(1)
     return number
+
+
+def _lose_the_gpu_once(folder: Path, number: int) -> int:
+    if _attempt(folder, number) == 1:
+        (folder.parent / "lost").write_text(str(os.getpid()))
+        raise LostGpuError("a worker lost its GPU")
+    return os.getpid()
 
 
 def _always(folder: Path, error: type[Exception], number: int) -> int:
@@ -82,6 +98,17 @@ def collect(flown: Iterator[tuple[int, int]], done: list[int]) -> None:
     """Into ``done``, also what came before an error."""
     for item, _ in flown:
         done.append(item)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_worker_that_lost_its_gpu_ends_and_another_does_its_work(tmp_path: Path) -> None:
+    folder = tmp_path / "attempts"
+    folder.mkdir()
+    ((_, worker),) = fan_out(partial(_lose_the_gpu_once, folder), [1], RAY, what="a task")
+    lost = int((tmp_path / "lost").read_text())
+    assert worker != lost
+    assert attempts(folder) == 2
+    assert not psutil.pid_exists(lost) or psutil.Process(lost).status() == psutil.STATUS_ZOMBIE
 
 
 @pytest.mark.usefixtures("ray_cluster")

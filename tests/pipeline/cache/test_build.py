@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
+import torch
 from PIL import Image
 
 from pipeline import storage
@@ -22,11 +24,13 @@ from pipeline.cache import layout
 from pipeline.cache.build import PartTask, build_part, cache_config, prepare
 from pipeline.cache.commit import publish_commit, publish_file, read_commit, read_commits
 from pipeline.cache.reader import open_cache
-from pipeline.errors import CacheError, ConfigError, ShardError
+from pipeline.errors import CacheError, ConfigError, ResourceError, ShardError
+from pipeline.models.cifar import resnet
 from pipeline.shards.publish import publish_shard_index
 from pipeline.shards.write import Members, pack_shards
 from schemas.config import Config
 from schemas.manifest import ViewBlock
+from tests.pipeline.cache import teachers
 from tests.pipeline.caches import TinyCache, build, cache_section, digit_samples, files, open_tasks
 from tests.pipeline.conftest import TinyConfig
 
@@ -305,6 +309,63 @@ def test_a_teacher_that_answers_nan_names_the_samples(tiny_config: TinyConfig, t
     with pytest.raises(ShardError, match=r"NaN or infinity for 1 rows[\s\S]*keys digit-0005"):
         build(config)
     assert read_commits(cache_section(config).url) == []
+
+
+def grey_or_white(row: int, members: dict[str, bytes]) -> Members:
+    buffer = io.BytesIO()
+    Image.new("RGB", (20, 20), (255, 255, 255) if row in (5, 11) else (110, 110, 110)).save(buffer, "PNG")
+    return {**members, "png": buffer.getvalue()}
+
+
+def test_infinity_in_half_precision_names_the_samples(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    hot = {"model": "python:tests.pipeline.cache.teachers:HotOnWhite", "kwargs": {}}
+    config = with_samples(
+        tmp_path, tiny_config, grey_or_white, teacher={**hot, "precision": "fp16"}, views={"kind": "crop"}
+    )
+    with pytest.raises(ShardError, match=r"NaN or infinity for 1 rows[\s\S]*keys digit-0005"):
+        build(config)
+    assert read_commits(cache_section(config).url) == []
+    build(
+        with_samples(
+            tmp_path,
+            tiny_config,
+            grey_or_white,
+            teacher=hot,
+            views={"kind": "crop"},
+            cache={"url": f"{tmp_path}/fp32"},
+        )
+    )
+
+
+def test_a_batch_beyond_memory_is_found_before_any_work(
+    tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teachers, "room", 6)
+    config = tiny_config(teacher={"model": "python:tests.pipeline.cache.teachers:Large", "kwargs": {}, "batch_size": 8})
+    with pytest.raises(ResourceError, match=r"set teacher\.batch_size=4"):
+        prepare(config)
+    assert files(cache_section(config).url) == {}
+
+
+def save_weights(path: Path, *, seed: int) -> str:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        safetensors.torch.save_file(resnet(10, 8, (4, 4, 6, 7)).state_dict(), path)
+    return str(path)
+
+
+def test_weights_replaced_under_their_url_are_noticed_by_a_process_that_holds_the_old_ones(
+    tiny_config: TinyConfig, tmp_path: Path
+) -> None:
+    config = tiny_config(teacher={"weights": save_weights(tmp_path / "w.safetensors", seed=1)})
+    prepare(config)
+    first, second, *_ = open_tasks(config)
+    build_part(first)
+    save_weights(tmp_path / "w.safetensors", seed=2)
+    with pytest.raises(CacheError, match=r"teacher\.weights: [0-9a-f]{64} -> [0-9a-f]{64}"):
+        build_part(second)
+    save_weights(tmp_path / "w.safetensors", seed=1)
+    build_part(second)
 
 
 def test_logits_beyond_half_precision_stop_the_build(tiny_config: TinyConfig) -> None:

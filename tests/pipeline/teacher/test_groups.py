@@ -64,6 +64,29 @@ def test_every_group_but_the_last_is_full_whatever_lies_between(kinds: list[str]
     assert index.ok.tolist() == good
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.sampled_from([True, True, False]), max_size=25))
+def test_bad_samples_between_good_ones_move_no_pixel(good: list[bool]) -> None:
+    images = [members["png"] for _, members in digit_samples(len(good))]
+    mixed = [sample(row, image if ok else b"garbage") for row, (ok, image) in enumerate(zip(good, images, strict=True))]
+    found = groups_of(iter(mixed), rendering(), IndexBuilder("s"))
+    # Views are keyed by sample, so each good image alone makes the same.
+    for group in found:
+        for place, one in enumerate(group.samples):
+            (alone,) = groups_of(iter([one]), rendering(), None)
+            assert torch.equal(group.pixels_VNCHW[:, place], alone.pixels_VNCHW[:, 0])
+    assert sum(len(group.samples) for group in found) == sum(good)
+
+
+def test_a_groups_pixels_are_one_tensor_in_channels_last_memory(digits_shards: list[str]) -> None:
+    url = digits_shards[0]
+    for group in groups_of(fresh_samples(Path(url), DATA, where=url), rendering(), IndexBuilder("s")):
+        for pixels_NCHW in group.pixels_VNCHW:
+            assert pixels_NCHW.is_contiguous(memory_format=torch.channels_last)
+        num_bytes = group.pixels_VNCHW.untyped_storage().nbytes()
+        assert num_bytes == 2 * len(group.samples) * 8 * 8 * 3
+
+
 def test_a_first_pass_and_an_indexed_pass_make_the_same_groups(digits_shards: list[str]) -> None:
     url, index = digits_shards[0], index_of(digits_shards[0])
     fresh = groups_of(fresh_samples(Path(url), DATA, where=url), rendering(), IndexBuilder("s"))

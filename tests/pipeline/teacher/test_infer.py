@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.errors import LostGpuError, ResourceError
 from pipeline.teacher.infer import Teacher, load_teacher
-from pipeline.teacher.runtime import numeric_env, pick_device, pin_numerics
+from pipeline.teacher.runtime import check_gpu, numeric_env, pick_device, pin_numerics, visible_gpus
 from schemas.config import TeacherConfig
+from tests.pipeline.cache import teachers
 
 CPU = torch.device("cpu")
 
 
-def teacher(batch_size: int = 4, precision: str = "fp32") -> Teacher:
+def teacher(batch_size: int = 4, precision: str = "fp32", **keys: Any) -> Teacher:
     config = TeacherConfig.model_validate(
         {
             "model": "python:pipeline.models.cifar:resnet",
@@ -26,6 +29,7 @@ def teacher(batch_size: int = 4, precision: str = "fp32") -> Teacher:
             "std": [0.2, 0.3, 0.25],
             "batch_size": batch_size,
             "precision": precision,
+            **keys,
         }
     )
     return load_teacher(config, num_classes=10, size=8, device=CPU)
@@ -37,9 +41,11 @@ def pixels(count: int) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def four_at_a_time() -> Teacher:
+    pin_numerics(1)
     return teacher(4)
 
 
+@settings(deadline=None, max_examples=40)
 @given(st.integers(1, 11), st.integers(0, 10))
 def test_a_row_of_one_batch_position_has_the_same_bits_in_any_company(
     four_at_a_time: Teacher, count: int, start: int
@@ -124,3 +130,40 @@ def test_numerics_stay_pinned_on_every_switch() -> None:
 
 def test_without_a_gpu_asked_for_the_device_is_the_cpu() -> None:
     assert pick_device(False) == CPU
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has what the test lacks")
+def test_a_gpu_that_torch_cannot_use_is_told_and_never_replaced_by_the_cpu() -> None:
+    with pytest.raises(ResourceError, match=r"a GPU that torch cannot use[\s\S]*ray\.gpus_per_task"):
+        pick_device(True)
+
+
+def test_a_process_that_is_given_another_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    seen = visible_gpus()
+    check_gpu(torch.device("cuda"), seen)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    check_gpu(CPU, seen)
+    with pytest.raises(LostGpuError, match=r"got: +CUDA_VISIBLE_DEVICES='0'\n +wanted: +'3'"):
+        check_gpu(torch.device("cuda"), seen)
+
+
+@pytest.mark.parametrize(("batch_size", "room", "fits"), [(64, 63, 32), (64, 10, 8), (7, 3, 3), (9, 2, 2), (2, 1, 1)])
+def test_a_batch_beyond_memory_is_refused_with_a_size_that_ran(
+    batch_size: int, room: int, fits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, smaller = (
+        teacher(size, model="python:tests.pipeline.cache.teachers:Large", kwargs={}) for size in (batch_size, fits)
+    )
+    monkeypatch.setattr(teachers, "room", room)
+    with pytest.raises(ResourceError, match=rf"batch_size={batch_size}\n[\s\S]*set teacher\.batch_size={fits},"):
+        loaded.answer(pixels(4))
+    assert smaller.answer(pixels(4)).logits_NK.shape == (4, 10)
+
+
+def test_a_single_row_beyond_memory_is_refused_without_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = teacher(4, model="python:tests.pipeline.cache.teachers:Large", kwargs={})
+    monkeypatch.setattr(teachers, "room", 0)
+    with pytest.raises(ResourceError, match=r"memory for a single row[\s\S]*a smaller views\.size") as caught:
+        loaded.answer(pixels(4))
+    assert "set teacher.batch_size" not in str(caught.value)

@@ -1,0 +1,102 @@
+"""What a GPU does differently: other numbers, queued work, memory that runs out. Needs one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.cache.build import PartTask, build_part, prepare
+from pipeline.errors import ResourceError
+from pipeline.teacher.groups import GroupViews
+from pipeline.teacher.infer import Teacher, ask_groups, load_teacher
+from pipeline.teacher.runtime import pick_device, pin_numerics
+from schemas.config import TeacherConfig
+from schemas.manifest import Commit, ViewBlock
+from tests.pipeline.conftest import TinyConfig
+
+pytestmark = pytest.mark.gpu
+SIZE = 32
+
+
+def teacher(*, precision: str = "fp32", batch_size: int = 8, use_gpu: bool = True) -> Teacher:
+    pin_numerics(1)
+    config = TeacherConfig.model_validate({"model": "timm/resnet18", "batch_size": batch_size, "precision": precision})
+    return load_teacher(config, num_classes=1000, size=SIZE, device=pick_device(use_gpu))
+
+
+def group(*, num_rows: int, num_views: int, pinned: bool) -> GroupViews:
+    """Noise, mixed in pairs; its pixels lie as ``read_groups`` lays them."""
+    random = np.random.default_rng(num_rows)
+    pixels = torch.from_numpy(random.integers(0, 256, (num_views, num_rows, SIZE, SIZE, 3), dtype=np.uint8))
+    lambda_VN = random.uniform(0.5, 1, (num_views, num_rows)).astype(np.float32)
+    return GroupViews(
+        shard_id="s",
+        samples=[],
+        row_N=np.arange(num_rows, dtype=np.int32),
+        content_hash_N=np.zeros(num_rows, np.uint64),
+        label_N=np.zeros(num_rows, np.int32),
+        box_VN4=np.zeros((num_views, num_rows, 4), np.int32),
+        flip_VN=np.zeros((num_views, num_rows), np.bool_),
+        partner_VN=np.tile(np.arange(num_rows, dtype=np.int32)[::-1], (num_views, 1)),
+        mix_lambda_VN=lambda_VN,
+        pixels_VNCHW=(pixels.pin_memory() if pinned else pixels).movedim(-1, -3),
+    )
+
+
+def test_a_gpu_answers_in_fp32_as_the_cpu_does() -> None:
+    (on_gpu,) = ask_groups(iter([group(num_rows=21, num_views=2, pinned=True)]), teacher())
+    (on_cpu,) = ask_groups(iter([group(num_rows=21, num_views=2, pinned=False)]), teacher(use_gpu=False))
+    for found, wanted in zip(on_gpu.answers(), on_cpu.answers(), strict=True):
+        np.testing.assert_allclose(found.logits_NK, wanted.logits_NK, rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(found.embedding_ND, wanted.embedding_ND, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_groups_that_are_queued_behind_each_other_are_answered_as_if_alone(precision: str) -> None:
+    asked = teacher(precision=precision)
+    groups = [group(num_rows=num_rows, num_views=3, pinned=True) for num_rows in (16, 9, 23, 16)]
+    alone = [next(iter(ask_groups(iter([one]), asked))).answers() for one in groups]
+    # All are queued before any is waited for.
+    queued = list(ask_groups(iter(groups), asked))
+    for found, wanted in zip(queued, alone, strict=True):
+        for one, other in zip(found.answers(), wanted, strict=True):
+            assert np.array_equal(one.logits_NK, other.logits_NK)
+            assert np.array_equal(one.embedding_ND, other.embedding_ND)
+
+
+def test_page_locked_pixels_change_no_bit() -> None:
+    asked = teacher(precision="bf16")
+    pinned, pageable = (group(num_rows=12, num_views=1, pinned=flag) for flag in (True, False))
+    assert pinned.pixels_VNCHW.is_pinned()
+    one, other = (found.answers()[0] for found in ask_groups(iter([pinned, pageable]), asked))
+    assert np.array_equal(one.logits_NK, other.logits_NK)
+
+
+def test_memory_that_runs_out_names_a_batch_size_that_then_runs() -> None:
+    pixels = torch.zeros(1, 3, SIZE, SIZE, dtype=torch.uint8)
+    free_bytes, total_bytes = torch.cuda.mem_get_info()
+    taken = min(free_bytes, 2 << 30)
+    torch.cuda.set_per_process_memory_fraction(taken / total_bytes)
+    try:
+        with pytest.raises(ResourceError, match=r"set teacher\.batch_size=\d+") as caught:
+            teacher(batch_size=1 << 18).answer(pixels)
+        fits = int(str(caught.value.next_step).partition("batch_size=")[2].partition(",")[0])
+        assert teacher(batch_size=fits).answer(pixels).logits_NK.shape == (1, 1000)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_two_builds_on_a_gpu_give_the_same_part(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    assert [first_part(tiny_config, tmp_path / name).part.sha256 for name in "ab"] == [
+        first_part(tiny_config, tmp_path / "c").part.sha256
+    ] * 2
+
+
+def first_part(tiny_config: TinyConfig, folder: Path) -> Commit:
+    config = tiny_config(cache={"url": str(folder)}, ray={"gpus_per_task": 1}, teacher={"precision": "bf16"})
+    assert isinstance(config.data.shards, tuple)
+    prepare(config)
+    return build_part(PartTask(config, config.data.shards[0], ViewBlock(start=0, stop=2)))
