@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,45 +15,10 @@ from pipeline import storage
 from pipeline.errors import StorageInputError
 from pipeline.shards.write import pack_shards
 from schemas.config import Config
-from tests.jobs.clusters import free_port
 from tests.jobs.conftest import NETWORK
 from tests.pipeline.caches import digit_samples
 
 pytestmark = pytest.mark.slow
-BUCKET = "s3://stillroom-test"
-
-
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """An empty bucket; credentials and endpoint come from the environment, as a user gives them."""
-    port = free_port()
-    log = tmp_path_factory.mktemp("moto") / "log"
-    with log.open("wb") as sink, pytest.MonkeyPatch.context() as patch:
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-        server = subprocess.Popen(command, stdout=sink, stderr=sink)
-        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "a-secret-that-nobody-may-see")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        try:
-            _make_bucket()
-            yield BUCKET
-        finally:
-            fsspec.get_filesystem_class("s3").clear_instance_cache()
-            server.terminate()
-            server.wait()
-
-
-def _make_bucket() -> None:
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            fsspec.filesystem("s3", skip_instance_cache=True).mkdir(BUCKET)
-        except OSError:
-            assert time.monotonic() < deadline, "the S3 server did not start"
-            time.sleep(0.3)
-        else:
-            return
 
 
 def test_of_many_creators_exactly_one_wins(s3: str) -> None:

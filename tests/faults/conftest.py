@@ -1,0 +1,48 @@
+"""An S3 server on loopback."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import fsspec
+import pytest
+
+from tests.jobs.clusters import free_port
+
+BUCKET = "s3://stillroom-test"
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """An empty bucket; credentials and endpoint come from the environment, as a user gives them."""
+    port = free_port()
+    log = tmp_path_factory.mktemp("moto") / "log"
+    with log.open("wb") as sink, pytest.MonkeyPatch.context() as patch:
+        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+        server = subprocess.Popen(command, stdout=sink, stderr=sink)
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "a-secret-that-nobody-may-see")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        try:
+            _make_bucket()
+            yield BUCKET
+        finally:
+            fsspec.get_filesystem_class("s3").clear_instance_cache()
+            server.terminate()
+            server.wait()
+
+
+def _make_bucket() -> None:
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            fsspec.filesystem("s3", skip_instance_cache=True).mkdir(BUCKET)
+        except OSError:
+            assert time.monotonic() < deadline, "the S3 server did not start"
+            time.sleep(0.3)
+        else:
+            return

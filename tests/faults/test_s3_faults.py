@@ -1,0 +1,167 @@
+"""S3 that throttles, fails, resets, loses answers, cuts and damages bodies: same cache, same losses."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import fsspec
+import pytest
+
+from jobs.build_cache import build_cache
+from jobs.train_student import train_student
+from pipeline import storage
+from pipeline.errors import PassingStorageError, StorageInputError
+from pipeline.shards.write import pack_shards
+from schemas.config import Config
+from tests.faults.s3_proxy import FAULTS, Weather, proxy
+from tests.jobs.conftest import NETWORK
+from tests.pipeline.caches import digit_samples, files
+
+pytestmark = pytest.mark.slow
+Storm = Callable[[Weather], str]
+
+
+@pytest.fixture
+def storm(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Storm]:
+    """``storm(weather)`` puts a proxy with that weather before the server of ``s3`` until the test ends."""
+    # Repetitions are ours alone and at once: botocore's own layer would hide them, and both would wait.
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr(storage._PAUSE, "multiplier", 0)
+    monkeypatch.setattr(fsspec.get_filesystem_class("s3"), "connect_timeout", 2)
+    class_of_s3 = fsspec.get_filesystem_class("s3")
+    target = urlsplit(os.environ["AWS_ENDPOINT_URL"]).netloc
+    with pytest.MonkeyPatch.context() as patch:
+        proxies = []
+
+        def start(weather: Weather) -> str:
+            through = proxy(target, weather)
+            patch.setenv("AWS_ENDPOINT_URL", through.__enter__())
+            proxies.append(through)
+            class_of_s3.clear_instance_cache()
+            return s3
+
+        yield start
+        for through in proxies:
+            through.__exit__(None, None, None)
+    class_of_s3.clear_instance_cache()
+
+
+def tree(s3: str, name: str) -> dict[str, Any]:
+    return {
+        "data": {"shards": f"{s3}/shards/digits-{{00..01}}.tar", "num_classes": 10, "cache": f"{s3}/{name}"},
+        "teacher": {**NETWORK, "batch_size": 8},
+        "views": {"kind": "function_matching", "count": 4, "size": 16, "mix_group": 16},
+        "cache": {"url": f"{s3}/{name}", "class_means": "eval", "views_per_part": 1},
+        "student": NETWORK,
+        "loss": [{"name": "kd"}],
+        "train": {"epochs": 2, "global_batch_size": 24},
+        "run": {"url": f"{s3}/run-{name}"},
+        "ray": {"address": "none"},
+    }
+
+
+def losses(s3: str, name: str) -> list[tuple[int, float]]:
+    lines = storage.read(f"{s3}/run-{name}/metrics.jsonl").decode().splitlines()
+    return [(line["step"], line["loss"]) for line in map(json.loads, lines)]
+
+
+def test_a_build_and_a_training_through_a_storm_end_as_they_do_in_calm(
+    storm: Storm, s3: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for local in pack_shards(digit_samples(48), f"{tmp_path}/digits-%02d.tar", shard_size=24):
+        storage.put(Path(local), f"{s3}/shards/{Path(local).name}")
+    for name in ("calm", "stormy"):
+        if name == "stormy":
+            weather = Weather(share=0.4, draw=random.Random(11))
+            storm(weather)
+        build_cache(Config.model_validate(tree(s3, name)))
+        train_student(Config.model_validate(tree(s3, name)))
+    injected = weather.injected.copy()
+    weather.share = 0
+    with capsys.disabled():
+        print(f"\ninjected: {dict(injected)}; uploads {dict(weather.checksums)} checksum")
+    assert {*injected} == {*FAULTS}
+    assert weather.checksums["without"] == 0
+    assert files(f"{s3}/stormy") == files(f"{s3}/calm")
+    assert losses(s3, "stormy") == losses(s3, "calm")
+
+
+@pytest.mark.parametrize("fault", ["answer lost", "damaged upload", "reset"])
+def test_a_creation_that_failed_on_its_way_is_done_once_and_is_ours(fault: str, storm: Storm) -> None:
+    class Once(Weather):
+        def fault_for(self, method: str, path: str) -> str | None:
+            del path
+            if method != "PUT" or self.injected[fault]:
+                return None
+            self.injected[fault] += 1
+            return fault
+
+    weather = Once(share=0, draw=random.Random(0))
+    bucket = storm(weather)
+    url = f"{bucket}/once/{fault.replace(' ', '-')}.json"
+    assert storage.create(url, b"ours")
+    assert weather.injected == {fault: 1}
+    assert storage.read(url) == b"ours"
+    assert not storage.create(url, b"theirs")
+
+
+def test_a_large_upload_goes_in_parts_with_checksums_and_a_damaged_part_is_sent_again(
+    storm: Storm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # S3's smallest part; what follows is more than two of them.
+    monkeypatch.setattr(storage, "_S3_CHUNK_BYTES", 5 * 2**20)
+    (tmp_path / "large").write_bytes(random.Random(3).randbytes(12 * 2**20))
+
+    class FirstPart(Weather):
+        def fault_for(self, method: str, path: str) -> str | None:
+            del method
+            if "partNumber=2" not in path or self.injected["damaged upload"]:
+                return None
+            self.injected["damaged upload"] += 1
+            return "damaged upload"
+
+    weather = FirstPart(share=0, draw=random.Random(0))
+    bucket = storm(weather)
+    storage.put(tmp_path / "large", f"{bucket}/large")
+    assert weather.injected == {"damaged upload": 1}
+    assert weather.checksums["without"] == 0
+    assert weather.checksums["with"] == 6
+    assert storage.read(f"{bucket}/large") == (tmp_path / "large").read_bytes()
+
+
+def test_a_store_that_does_not_recover_is_given_up_and_a_missing_bucket_at_once(storm: Storm) -> None:
+    class Down(Weather):
+        def fault_for(self, method: str, path: str) -> str | None:
+            self.injected[f"{method} {path}"] += 1
+            return "slow down"
+
+    weather = Down(share=1, draw=random.Random(0))
+    bucket = storm(weather)
+    with pytest.raises(PassingStorageError, match="Service Unavailable"):
+        storage.size(f"{bucket}/a")
+    assert 5 <= sum(weather.injected.values()) <= 15
+    calm = Weather(share=0, draw=random.Random(0))
+    storm(calm)
+    with pytest.raises(StorageInputError):
+        storage.write("s3://no-such-bucket/a", b"x")
+
+
+def test_a_store_that_ignores_conditions_is_refused_by_the_probe(storm: Storm) -> None:
+    bucket = storm(Weather(share=0, draw=random.Random(0), heeds_conditions=False))
+    with pytest.raises(StorageInputError, match="does not heed create-if-absent"):
+        storage.probe(f"{bucket}/careless")
+    assert storage.listing(f"{bucket}/careless") == []
+
+
+def test_a_probe_of_a_bucket_leaves_nothing_and_one_that_is_not_there_is_refused(s3: str) -> None:
+    storage.probe(f"{s3}/probed")
+    assert storage.listing(f"{s3}/probed") == []
+    assert fsspec.filesystem("s3").find(f"{s3}/probed") == []
+    with pytest.raises(StorageInputError):
+        storage.probe("s3://no-such-bucket/cache")
