@@ -188,18 +188,24 @@ def cache_means(
 @cache_app.command("verify")
 def cache_verify(
     cache: CacheArgument,
+    overrides: OverridesArgument = None,
+    config: Annotated[str | None, typer.Option(help="The build's YAML: asks its teacher again.")] = None,
+    sample: Annotated[int, typer.Option(min=1, help="Rows to ask about, with --config.")] = 256,
     shards: Annotated[
         str | None, typer.Option(help="Where the images are, {a..b} braces allowed; default: where the build was.")
     ] = None,
     threads: ThreadsOption = 4,
     as_json: JsonOption = False,
 ) -> None:
-    """Check every file of a cache, its rows against index and plan, and its pixels. Exit code 1 for any problem."""
+    """Check every file of a cache, its rows and its pixels; with --config, the teacher's words. Problems exit 1."""
 
     def command() -> None:
-        from jobs.verify_cache import describe, verify
+        from jobs.verify_cache import describe, read_config, verify
 
-        report = verify(cache, shards=shards, threads=threads)
+        if overrides and config is None:
+            raise typer.BadParameter("overrides change a config: give --config too")
+        built_with = read_config(config, overrides or [])
+        report = verify(cache, shards=shards, threads=threads, config=built_with, num_rows=sample)
         print(json.dumps(report.as_dict(), indent=2) if as_json else describe(report))
         if not report.ok:
             raise typer.Exit(1)

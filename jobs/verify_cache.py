@@ -1,26 +1,64 @@
-"""Verify a teacher cache: its files against each other and, on wish, against its teacher."""
+"""Verify a teacher cache: its files against each other and, given a config, against its teacher."""
 
 from __future__ import annotations
 
+from jobs.paths import with_absolute_paths
 from jobs.progress import ProgressView
-from pipeline.cache.verify import VerifyReport, verify_cache
+from pipeline import storage
+from pipeline.cache.verify import Recomputed, VerifyReport, load_live, recompute, verify_cache
+from pipeline.config import load_config
+from pipeline.shards.names import shard_ids
+from schemas.config import Config
 
 _NUM_PRINTED = 20
 
 
-def verify(cache_url: str, *, shards: str | None = None, threads: int = 1) -> VerifyReport:
-    """Every file of the cache, with progress on standard error.
+def verify(
+    cache_url: str,
+    *,
+    shards: str | None = None,
+    threads: int = 1,
+    config: Config | None = None,
+    num_rows: int = 256,
+) -> VerifyReport:
+    """Every file of the cache; with a config, the teacher's words on ``num_rows`` rows too. Progress on standard error.
+
+    Args:
+        shards: where the images are; default: ``data.shards`` of the config, or where the build found them.
 
     Raises:
         CacheError: there is no cache here.
+        ConfigError, ModelError: the config names no teacher that can be loaded.
     """
+    # First, since a wrong config should not be found after an hour of reading.
+    live = None if config is None else load_live(with_absolute_paths(config))
+    named = shards if shards is not None or live is None else live.config.data.shards
+    urls = None if named is None else storage.expand(named)
+    by_id = {} if urls is None else dict(zip(shard_ids(urls), urls, strict=True))
     with ProgressView("verify", 0) as progress:
-        return verify_cache(
+        report = verify_cache(
             cache_url,
-            shards=shards,
+            shard_urls=by_id,
             threads=threads,
             progress=lambda done, total: progress.update(done, "shards", total=total),
         )
+    if live is None:
+        return report
+    with ProgressView("recompute", 0) as progress:
+        return report.joined(
+            *recompute(
+                cache_url,
+                live,
+                num_rows=num_rows,
+                shard_urls=by_id,
+                progress=lambda done, total: progress.update(done, "views", total=total),
+            )
+        )
+
+
+def read_config(source: str | None, overrides: list[str]) -> Config | None:
+    """The config of ``--config``, if there is one."""
+    return None if source is None else load_config(source, overrides)
 
 
 def describe(report: VerifyReport) -> str:
@@ -29,6 +67,8 @@ def describe(report: VerifyReport) -> str:
     if (more := report.num_problems - len(lines)) > 0:
         lines.append(f"… and {more} more problems")
     lines += _counts("checked", report.checked) + _counts("not checked", report.not_checked)
+    if report.recomputed is not None:
+        lines.append(f"recomputed:  {_recomputed(report.recomputed)}")
     if report.num_unnamed:
         lines.append(f"{report.num_unnamed} files that nothing names, first {', '.join(report.unnamed[:3])}")
         lines.append("  no harm; stillroom cache gc removes what killed builders left")
@@ -38,3 +78,10 @@ def describe(report: VerifyReport) -> str:
 
 def _counts(title: str, counts: dict[str, int]) -> list[str]:
     return [f"{title + ':':<13}{', '.join(f'{count} {name}' for name, count in counts.items())}"] if counts else []
+
+
+def _recomputed(found: Recomputed) -> str:
+    return (
+        f"{found.rows} rows, {found.identical} with the same bits, largest difference {found.largest_difference:.2g} "
+        f"standard deviations; {found.same_environment} rows were built in this numeric environment"
+    )

@@ -129,6 +129,13 @@ def prepare(config: Config) -> Header:
     return builder.header
 
 
+def teacher_of(config: Config) -> tuple[Teacher, Header]:
+    """The teacher that a build with this config would ask, as it would ask it, and the header that it would write."""
+    pin_numerics(config.ray.cpus_per_task)
+    builder = _builder(config.model_dump_json())
+    return builder.teacher, builder.header
+
+
 def _claimed(config: Config) -> _Builder:
     # Every time, unlike loading: the folder may have been emptied, and another job of this process may set threads.
     pin_numerics(config.ray.cpus_per_task)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from pipeline import storage
 from pipeline.cache import layout
@@ -23,8 +24,9 @@ from schemas.config import CacheConfig, DataConfig, ViewsConfig
 from schemas.manifest import Header
 
 _NUM_PROBES = 4
-# Hardware and libraries round differently; another network differs by whole logits.
-_PROBE_TOLERANCE = {"fp32": 1e-2, "bf16": 0.15, "fp16": 0.05}
+MAX_DRIFT = {"fp32": 1e-2, "bf16": 0.15, "fp16": 0.05}
+"""How far logits may move, as a share of their standard deviation: hardware and libraries round differently, another
+network differs by whole logits."""
 
 
 def views_body(plan: ViewsConfig) -> dict[str, Any]:
@@ -40,6 +42,25 @@ def views_id(plan: ViewsConfig) -> str:
 def plan_of(header: Header) -> ViewsConfig:
     """The plan of a cache's views; its count and size are not in it."""
     return ViewsConfig.model_validate({key: value for key, value in header.views.items() if key != "rng_version"})
+
+
+def drawable_plan(header: Header) -> ViewsConfig:
+    """``plan_of``, for those who draw its views again.
+
+    Raises:
+        CacheError: this version does not draw as the builder did.
+    """
+    if header.views.get("rng_version") != RNG_VERSION:
+        raise CacheError(
+            "the views of this cache were drawn by another version",
+            got=f"rng_version {header.views.get('rng_version')}",
+            wanted=RNG_VERSION,
+            next_step="read it with the version that wrote it",
+        )
+    try:
+        return plan_of(header)
+    except ValidationError as error:
+        raise CacheError("the views of this header are no plan", got=str(error.errors()[0]["loc"])) from error
 
 
 def teacher_body(teacher: Teacher, plan: ViewsConfig, cache: CacheConfig, class_means: str) -> dict[str, Any]:
@@ -118,7 +139,7 @@ def claim(cache_url: str, header: Header) -> Header:
     if not storage.exists(url) and storage.create(url, seal(header.model_dump(mode="json"))):
         return header
     found = read_header(cache_url)
-    _check_same(found, header, cache_url)
+    check_same(found, header, cache_url)
     return found
 
 
@@ -141,7 +162,11 @@ def parse_header(data: bytes, *, where: str) -> Header:
     return header
 
 
-def _check_same(found: Header, wanted: Header, cache_url: str) -> None:
+def check_same(found: Header, wanted: Header, cache_url: str) -> None:
+    """
+    Raises:
+        CacheError: a cache with the header ``found`` is not one that ``wanted`` would be written to.
+    """
     changed = [
         *differences(found.views, wanted.views, "views."),
         *differences(found.teacher, wanted.teacher, "teacher."),
@@ -157,7 +182,7 @@ def _check_same(found: Header, wanted: Header, cache_url: str) -> None:
         )
     old, new = np.array(found.probe_logits), np.array(wanted.probe_logits)
     drift = float(np.abs(old - new).max() / max(float(old.std()), 1e-6))
-    tolerance = _PROBE_TOLERANCE[str(wanted.teacher["precision"])]
+    tolerance = MAX_DRIFT[str(wanted.teacher["precision"])]
     if drift > tolerance:
         raise CacheError(
             "the teacher's weights are unchanged, but it answers the four probe images differently",

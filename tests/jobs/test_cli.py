@@ -130,6 +130,36 @@ def test_class_means_leave_one_cache_as_json_and_enter_another(
     assert f"{tmp_path}/nowhere.json" in err
 
 
+def test_verify_ends_with_0_for_a_whole_cache_1_for_a_problem_and_2_where_no_cache_is(
+    stillroom: Stillroom, document: Document, tmp_path: Path
+) -> None:
+    config, url = document(), str(tmp_path / "cache")
+    assert stillroom("cache", "verify", url)[0] == 2
+    assert stillroom("cache", "build", config)[0] == 0
+    code, out, _ = stillroom("cache", "verify", url, "--config", config, "--sample", "20", "ray.cpus_per_task=1")
+    assert code == 0
+    assert "20 rows, 20 with the same bits" in out
+    part = next((tmp_path / "cache" / "parts").rglob("*.parquet"))
+    part.write_bytes(part.read_bytes()[:-1])
+    code, out, _ = stillroom("cache", "verify", url, "--json")
+    found = json.loads(out)
+    assert code == 1
+    assert (found["ok"], found["num_problems"]) == (False, 1)
+    assert found["problems"][0]["file"] == str(part.relative_to(tmp_path / "cache"))
+    code, _, err = stillroom("cache", "verify", url, "views.count=2")
+    assert (code, "give --config too" in err) == (2, True)
+
+
+def test_verify_says_which_config_is_not_that_of_the_cache(
+    stillroom: Stillroom, document: Document, tmp_path: Path
+) -> None:
+    config, url = document(), str(tmp_path / "cache")
+    assert stillroom("cache", "build", config)[0] == 0
+    code, out, _ = stillroom("cache", "verify", url, "teacher.precision=bf16", "--config", config)
+    assert code == 1
+    assert "teacher.precision: fp32 -> bf16" in out
+
+
 def test_shards_index_writes_the_bytes_that_a_cache_build_writes(
     stillroom: Stillroom, document: Document, tmp_path: Path
 ) -> None:

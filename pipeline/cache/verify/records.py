@@ -9,20 +9,18 @@ from pathlib import PurePosixPath
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import ValidationError
 
 from pipeline import storage
 from pipeline.cache import layout
 from pipeline.cache.commit import named, read_commit
 from pipeline.cache.files import REBUILD, read_file
-from pipeline.cache.identity import parse_header
+from pipeline.cache.identity import drawable_plan, parse_header
 from pipeline.cache.manifest import fold_commits, locate, parse_manifest
 from pipeline.cache.verify.report import Findings, Problem
 from pipeline.errors import CacheError, ShardError
 from pipeline.fingerprint import digest, short
 from pipeline.shards.names import shard_id
 from pipeline.views.params import EVAL_VIEW
-from pipeline.views.philox import RNG_VERSION
 from schemas.config import ViewsConfig
 from schemas.manifest import Commit, FileRef, Header, Manifest
 
@@ -53,13 +51,9 @@ class Records:
     @property
     def plan(self) -> ViewsConfig | None:
         """The plan of views, if this version draws it as the builder did."""
-        if self.header is None or self.header.views.get("rng_version") != RNG_VERSION:
-            return None
         try:
-            return ViewsConfig.model_validate(
-                {key: value for key, value in self.header.views.items() if key != "rng_version"}
-            )
-        except ValidationError:
+            return None if self.header is None else drawable_plan(self.header)
+        except CacheError:
             return None
 
     def unnamed(self, entries: Iterable[storage.Entry]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pipeline.errors import StillroomError
@@ -80,6 +80,25 @@ def _brief(value: object) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Recomputed:
+    """What came of asking the teacher again. The difference is a share of the standard deviation of all answers."""
+
+    rows: int = 0
+    same_environment: int = 0
+    """Rows whose part was built in the numeric environment of here, which must be the same bits."""
+    identical: int = 0
+    largest_difference: float = 0.0
+
+    def plus(self, other: Recomputed) -> Recomputed:
+        return Recomputed(
+            self.rows + other.rows,
+            self.same_environment + other.same_environment,
+            self.identical + other.identical,
+            max(self.largest_difference, other.largest_difference),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class VerifyReport:
     """The result for a screen or for ``--json``. ``problems`` are the first of ``num_problems``."""
 
@@ -92,6 +111,7 @@ class VerifyReport:
     num_unnamed: int
     unnamed: tuple[str, ...]
     """Files that nothing names, and what killed writers left: no harm; ``stillroom cache gc`` removes them."""
+    recomputed: Recomputed | None = None
 
     @property
     def ok(self) -> bool:
@@ -99,6 +119,16 @@ class VerifyReport:
 
     def as_dict(self) -> dict[str, Any]:
         return {"ok": self.ok, **asdict(self)}
+
+    def joined(self, findings: Findings, recomputed: Recomputed) -> VerifyReport:
+        """With what a live teacher says."""
+        return replace(
+            self,
+            num_problems=self.num_problems + findings.num_problems,
+            problems=(*self.problems, *findings.problems)[:_KEPT_PROBLEMS],
+            not_checked={**self.not_checked, **findings.not_checked},
+            recomputed=recomputed,
+        )
 
     @classmethod
     def of(cls, url: str, *, fingerprint: str | None, findings: Findings, unnamed: list[str]) -> VerifyReport:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
@@ -17,7 +17,6 @@ from pipeline.cache.verify.records import Records, check_bytes, read_parquet, re
 from pipeline.cache.verify.report import Findings, VerifyReport
 from pipeline.cache.verify.shard import ShardTask, check_shard
 from pipeline.errors import CacheError
-from pipeline.shards.names import shard_ids
 from schemas.manifest import Commit, Manifest
 
 Progress = Callable[[int, int], None]
@@ -27,19 +26,19 @@ Progress = Callable[[int, int], None]
 def verify_cache(
     cache_url: str,
     *,
-    shards: str | tuple[str, ...] | None = None,
+    shard_urls: Mapping[str, str] | None = None,
     threads: int = 1,
     progress: Progress | None = None,
 ) -> VerifyReport:
     """Holds every file of a cache to its digest, to what names it and to what it has to contain.
 
     Args:
-        shards: where the images are, for the canaries; default: where the build found them.
+        shard_urls: where images are, by shard id, for the canaries; of other shards, where the build found them.
         threads: shards that are checked at a time.
 
     Raises:
         CacheError: there is no cache here.
-        StorageInputError: ``shards`` is no list of URLs, or the cache's own URL is refused.
+        StorageInputError: the URL is refused.
     """
     entries = storage.entries(cache_url)
     if not any(entry.path in (layout.HEADER, layout.MANIFEST) or layout.is_commit(entry.path) for entry in entries):
@@ -48,7 +47,7 @@ def verify_cache(
         )
     findings = Findings()
     records = read_records(cache_url, entries, findings)
-    tasks = _tasks(cache_url, records, shards)
+    tasks = _tasks(cache_url, records, {**records.shard_urls, **(shard_urls or {})})
     sums: list[ClassSums] = []
     whole = records.complete
     with ThreadPoolExecutor(threads, thread_name_prefix="verify") as pool:
@@ -70,11 +69,7 @@ def verify_cache(
     )
 
 
-def _tasks(cache_url: str, records: Records, shards: str | tuple[str, ...] | None) -> list[ShardTask]:
-    urls = records.shard_urls
-    if shards is not None:
-        given = storage.expand(shards)
-        urls = dict(zip(shard_ids(given), given, strict=True))
+def _tasks(cache_url: str, records: Records, urls: Mapping[str, str]) -> list[ShardTask]:
     by_shard: defaultdict[str, list[Commit]] = defaultdict(list)
     for commit in records.commits:
         by_shard[commit.shard_id].append(commit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from pipeline.cache.verify import Problem, VerifyReport, verify_cache
 from pipeline.fingerprint import seal
 from schemas.manifest import Header
 from tests.pipeline.cache.verify.forge import commit_of, replace_commit, republish, rewrite_part, set_cell
-from tests.pipeline.caches import TinyCache, build, copy_of
+from tests.pipeline.caches import TinyCache, build, copy_of, shard_urls
 from tests.pipeline.conftest import TinyConfig
 
 SHARD, BLOCK = "digits-01", "v0000-0001"
@@ -233,26 +234,21 @@ def test_a_header_whose_ids_are_not_of_what_it_says_is_found(cache: TinyCache, s
 
 
 def test_canaries_are_not_checked_where_the_shards_are_not(cache: TinyCache, tmp_path: Path) -> None:
-    shards = [Path(url) for url in cache.config.data.shards or ()]
-    report = verify_cache(cache.url, shards=tuple(str(tmp_path / path.name) for path in shards))
+    gone = {shard: str(tmp_path / Path(url).name) for shard, url in shard_urls(cache.config).items()}
+    report = verify_cache(cache.url, shard_urls=gone)
     assert report.ok
     assert "canaries" not in report.checked
     assert report.not_checked["canaries: their shard is not here"] >= 12
 
 
 def test_canaries_are_checked_in_shards_that_have_moved(cache: TinyCache, tmp_path: Path) -> None:
-    moved: list[str] = []
-    for url in cache.config.data.shards or ():
-        target = tmp_path / "moved" / Path(url).name
-        target.parent.mkdir(exist_ok=True)
-        target.write_bytes(Path(url).read_bytes())
-        moved.append(str(target))
-    assert verify_cache(cache.url, shards=tuple(moved)).checked["canaries"] >= 12
-    tar = bytearray(Path(moved[1]).read_bytes())
+    moved = {shard: shutil.copy(url, tmp_path) for shard, url in shard_urls(cache.config).items()}
+    assert verify_cache(cache.url, shard_urls=moved).checked["canaries"] >= 12
+    tar = bytearray(Path(moved[SHARD]).read_bytes())
     tar[tar.index(b"IDAT") + 20] ^= 1
-    Path(moved[1]).write_bytes(tar)
-    report = verify_cache(cache.url, shards=tuple(moved))
-    assert {(problem.file, problem.shard) for problem in report.problems} == {(moved[1], "digits-01")}
+    Path(moved[SHARD]).write_bytes(tar)
+    report = verify_cache(cache.url, shard_urls=moved)
+    assert {(problem.file, problem.shard) for problem in report.problems} == {(moved[SHARD], SHARD)}
 
 
 def test_a_cache_that_mixes_nothing_and_has_no_embeddings_verifies(tiny_config: TinyConfig, tmp_path: Path) -> None:
