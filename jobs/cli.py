@@ -213,6 +213,30 @@ def cache_verify(
     _run(command)
 
 
+@cache_app.command("gc")
+def cache_gc(
+    cache: CacheArgument,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would go.")] = False,
+    min_age: Annotated[
+        float, typer.Option(min=0, help="Minutes: younger files stay, since a running build commits them later.")
+    ] = 60.0,
+    former: Annotated[
+        bool, typer.Option("--former", help="Also tables that an extension replaced; older runs may still read them.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove what no commit names: files of builders that were killed or lost a race."""
+
+    def command() -> None:
+        from jobs.collect_garbage import describe
+        from pipeline.cache.gc import collect_garbage
+
+        report = collect_garbage(cache, min_age_s=60 * min_age, former=former, dry_run=dry_run)
+        print(json.dumps(report.as_dict(), indent=2) if as_json else describe(report))
+
+    _run(command)
+
+
 def _screen(report: dict[str, Any]) -> str:
     def text(value: object) -> str:
         if value is None:

@@ -19,6 +19,7 @@ LOG = "log/"
 
 _BLOCK = r"(?:eval|v(?P<first>\d{4,})-(?P<last>\d{4,}))"
 _COMMIT = re.compile(rf"commits/(?P<shard>[^/]+)/{_BLOCK}\.json")
+_INDEX = re.compile(rf"{INDEX}/[^/]+\.parquet")
 _NAMED_BY_CONTENT = re.compile(rf"(?:parts|means)/(?P<shard>[^/]+)/{_BLOCK}\.[0-9a-f]{{16}}\.parquet")
 
 
@@ -47,6 +48,10 @@ def former_path(sha256: str) -> str:
 
 def is_commit(path: str) -> bool:
     return _COMMIT.fullmatch(path) is not None
+
+
+def is_index(path: str) -> bool:
+    return _INDEX.fullmatch(path) is not None
 
 
 def owner(path: str) -> tuple[str, ViewBlock] | None:

@@ -150,6 +150,18 @@ def test_verify_ends_with_0_for_a_whole_cache_1_for_a_problem_and_2_where_no_cac
     assert (code, "give --config too" in err) == (2, True)
 
 
+def test_gc_lists_on_a_dry_run_and_then_removes(stillroom: Stillroom, document: Document, tmp_path: Path) -> None:
+    assert stillroom("cache", "build", document())[0] == 0
+    url, stray = str(tmp_path / "cache"), tmp_path / "cache" / "parts" / ".tmp-1"
+    stray.write_bytes(bytes(2_000_000))
+    assert stillroom("cache", "gc", url)[1].splitlines()[-1].endswith("cache: 0 files, freed 0.0 MB")
+    code, out, _ = stillroom("cache", "gc", url, "--min-age", "0", "--dry-run")
+    assert (code, "would remove parts/.tmp-1" in out, stray.exists()) == (0, True, True)
+    code, out, _ = stillroom("cache", "gc", url, "--min-age", "0", "--json")
+    assert (code, json.loads(out)["freed_bytes"], stray.exists()) == (0, 2_000_000, False)
+    assert stillroom("cache", "gc", str(tmp_path))[0] == 2
+
+
 def test_verify_says_which_config_is_not_that_of_the_cache(
     stillroom: Stillroom, document: Document, tmp_path: Path
 ) -> None:
