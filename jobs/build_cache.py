@@ -16,6 +16,7 @@ from pipeline import storage
 from pipeline.cache import layout
 from pipeline.cache.build import IndexTask, PartTask, build_part, cache_config, prepare, restore_index
 from pipeline.cache.commit import files_present, is_void, missing_blocks, read_commits, withdraw
+from pipeline.cache.log import BuildLogWriter, remove_logs
 from pipeline.cache.manifest import publish_manifest, read_manifest, read_table
 from pipeline.cache.plan import survey_ground
 from pipeline.cache.space import check_space
@@ -54,7 +55,9 @@ def build_cache(config: Config) -> Manifest:
         # One small task first: a wrong teacher or a foreign cache is found before anything is queued.
         list(fan_out(prepare, [config], config.ray, what="a cache task", name=lambda _: "the header of the cache"))
         _build_parts(config, by_id, commits)
-    return publish_manifest(cache.url, by_id)
+    manifest = publish_manifest(cache.url, by_id)
+    remove_logs(cache.url)
+    return manifest
 
 
 def check_shards(cache_url: str, by_id: dict[str, str], commits: list[Commit]) -> dict[str, int]:
@@ -109,16 +112,20 @@ def _size_of(url: str) -> int:
 
 
 def _build_parts(config: Config, by_id: dict[str, str], found: list[Commit]) -> None:
+    assert config.cache is not None
     commits, lost = _take_stock(config, by_id, found)
     list(
         fan_out(restore_index, lost, config.ray, what="an index task", name=lambda task: storage.redact(task.shard_url))
     )
     tasks = plan_tasks(config, by_id, commits)
     num_done, rows, began = len(commits), 0, time.monotonic()
+    log = BuildLogWriter(config.cache.url, num_parts=num_done + len(tasks), num_before=num_done)
+    log.update(num_done)
     with ProgressView("cache", num_done + len(tasks), done=num_done) as progress:
         built = fan_out(build_part, tasks, config.ray, what="a cache task", name=_name_of)
         for done, (_, commit) in enumerate(built, start=1):
             rows += commit.written * len(commit.views)
+            log.update(num_done + done)
             progress.update(num_done + done, f"{rows / (time.monotonic() - began):.0f} rows/s")
 
 

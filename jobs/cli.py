@@ -238,6 +238,8 @@ def cache_gc(
 
 
 def _screen(report: dict[str, Any]) -> str:
+    from jobs.progress import duration
+
     def text(value: object) -> str:
         if value is None:
             return "-"
@@ -245,7 +247,12 @@ def _screen(report: dict[str, Any]) -> str:
             return ", ".join(f"{key} {text(item)}" for key, item in value.items()) or "none"
         return f"{value:.4g}" if isinstance(value, float) else str(value)
 
-    return "\n".join(f"{name.replace('_', ' '):<16}{text(value)}" for name, value in report.items())
+    def line(name: str, value: object) -> str:
+        if name.endswith("_s") and isinstance(value, float):
+            name, value = name.removesuffix("_s"), duration(value)
+        return f"{name.replace('_', ' '):<20}{text(value)}"
+
+    return "\n".join(line(name, value) for name, value in report.items())
 
 
 @app.command()

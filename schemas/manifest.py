@@ -142,6 +142,19 @@ class Commit(Record):
         return self
 
 
+class BuildLog(Record):
+    """How far one driver has come. Outside of every digest, and gone when the build is finished."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    host: str
+    process: int
+    began_s: float = Field(description="Seconds since 1970.")
+    renewed_s: float
+    num_parts: int = Field(description="Of the whole cache as this driver's config wants it.")
+    num_before: int = Field(description="Parts that stood when this driver began.")
+    num_done: int
+
+
 class Manifest(Record):
     """The fold of all commits: constant in size, written last. Without it there is no cache."""
 

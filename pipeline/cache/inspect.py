@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,9 +12,13 @@ from pipeline.cache import layout
 from pipeline.cache.codec import row_bytes
 from pipeline.cache.commit import read_commits
 from pipeline.cache.identity import read_header
+from pipeline.cache.log import read_last_log
 from pipeline.cache.manifest import read_manifest
 from pipeline.cache.statistics import merge_statistics
-from schemas.manifest import Header, Output, Statistics
+from schemas.manifest import BuildLog, Header, Output, Statistics
+
+# A driver that is silent for longer has most likely ended.
+_SILENT_S, _SILENT_PARTS = 600, 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +26,8 @@ class CacheReport:
     """Facts for a screen or for ``--json``. Shares are of 1, sizes in bytes; None: not known (yet).
 
     What stands in commits is counted at any time: ``shards_begun``, parts, rows and bytes. Totals of the cache are
-    known once it is finished.
+    known once it is finished. A build that has not ended says how many parts it plans, who builds, how long ago it was
+    heard of and how long it still takes (None too after a long silence).
     """
 
     url: str
@@ -35,6 +41,10 @@ class CacheReport:
     num_views: int | None
     shards_begun: int
     num_parts: int
+    num_parts_planned: int | None
+    builder: str | None
+    last_heard_s: float | None
+    eta_s: float | None
     parts_by_block: dict[str, int]
     rows_by_block: dict[str, int]
     size_bytes: int
@@ -52,8 +62,8 @@ class CacheReport:
         return asdict(self)
 
 
-def inspect_cache(cache_url: str) -> CacheReport:
-    """Reads header and manifest; of an unfinished build, the commits.
+def inspect_cache(cache_url: str, *, now_s: float | None = None) -> CacheReport:
+    """Reads header, manifest and commits; of a build under way, its log too. ``now_s``: seconds since 1970.
 
     Raises:
         CacheError: there is no cache here, or it is damaged.
@@ -65,6 +75,8 @@ def inspect_cache(cache_url: str) -> CacheReport:
     rows: Counter[str] = Counter()
     for commit in commits:
         rows[commit.block.name] += sum(view.rows for view in commit.views)
+    log = read_last_log(cache_url)
+    now_s = time.time() if now_s is None else now_s
     size_bytes = sum(commit.part.size_bytes for commit in commits)
     statistics = manifest.statistics if manifest else merge_statistics([commit.statistics for commit in commits])
     return CacheReport(
@@ -79,6 +91,10 @@ def inspect_cache(cache_url: str) -> CacheReport:
         num_views=manifest.num_views if manifest else None,
         shards_begun=len({commit.shard_id for commit in commits}),
         num_parts=len(commits),
+        num_parts_planned=log.num_parts if log else None,
+        builder=f"process {log.process} on {log.host}" if log else None,
+        last_heard_s=now_s - log.renewed_s if log else None,
+        eta_s=_eta_s(log, len(commits), now_s) if log else None,
         parts_by_block=dict(sorted(Counter(commit.block.name for commit in commits).items())),
         rows_by_block=dict(sorted(rows.items())),
         size_bytes=size_bytes,
@@ -89,6 +105,17 @@ def inspect_cache(cache_url: str) -> CacheReport:
         teacher_top1=statistics.top1_hits / statistics.labelled if statistics.labelled else None,
         **_fidelity(header, statistics),
     )
+
+
+def _eta_s(log: BuildLog, num_commits: int, now_s: float) -> float | None:
+    """By the mean time of the parts that this driver has made so far."""
+    made = log.num_done - log.num_before
+    if not made:
+        return None
+    part_s = (log.renewed_s - log.began_s) / made
+    if now_s - log.renewed_s > max(_SILENT_S, _SILENT_PARTS * part_s):
+        return None
+    return max(log.num_parts - num_commits, 0) * part_s
 
 
 def _model(header: Header) -> str:

@@ -9,6 +9,7 @@ from schemas.manifest import ViewBlock
 
 HEADER = "header.json"
 INDEX = "index"
+LOG = "log"
 MANIFEST = "manifest.json"
 SHARDS = "manifest/shards.parquet"
 PARTS = "manifest/parts.parquet"

@@ -81,5 +81,6 @@ def config_of(tree: dict[str, Any]) -> Config:
 
 
 def files_below(folder: Path) -> dict[str, bytes]:
-    """Every file by its relative path."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """Every file by its relative path, but for those of a cache's ``log/``."""
+    found = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {str(name): path.read_bytes() for name, path in found.items() if "log" not in name.parts}

@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from jobs.build_cache import build_cache
+from pipeline.cache.build import PartTask, build_part
+from pipeline.cache.inspect import inspect_cache
 from pipeline.errors import CacheError, ShardError
 from pipeline.shards.write import pack_shards
+from schemas.manifest import Commit
 from tests.jobs.conftest import Tree, config_of, files_below
 from tests.pipeline.caches import digit_samples
 
@@ -156,3 +159,26 @@ def test_a_committed_shard_that_is_gone_or_changed_is_named(
     with pytest.raises(ShardError, match=r"(is missing|changed since)[\s\S]*digits-01\.tar"):
         build_cache(config)
     assert files_below(tmp_path / "cache") == whole
+
+
+def test_a_build_that_was_stopped_can_be_asked_how_far_it_came_and_a_finished_one_leaves_no_log(
+    tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = 0
+
+    def stops_after_five(task: PartTask) -> Commit:
+        nonlocal made
+        if made == 5:
+            raise KeyboardInterrupt
+        made += 1
+        return build_part(task)
+
+    config = config_of(tree())
+    with monkeypatch.context() as patch:
+        patch.setattr("jobs.build_cache.build_part", stops_after_five)
+        with pytest.raises(KeyboardInterrupt):
+            build_cache(config)
+    report = inspect_cache(str(tmp_path / "cache"))
+    assert (report.num_parts, report.num_parts_planned, report.finished) == (5, 12, False)
+    build_cache(config)
+    assert not list((tmp_path / "cache").glob("log/*"))

@@ -186,6 +186,39 @@ def test_listing_is_sorted_relative_and_deep(base: str) -> None:
     assert storage.listing(storage.join(base, "a/")) == ["b.json", "c.json"]
 
 
+def test_sizes_tell_the_bytes_of_every_object_by_its_relative_path(base: str) -> None:
+    assert storage.sizes(base) == {}
+    for name in ("b", "a/c.json", "a/b.json"):
+        storage.write(storage.join(base, *name.split("/")), name.encode())
+    assert list(storage.sizes(base).items()) == [("a/b.json", 8), ("a/c.json", 8), ("b", 1)]
+    assert storage.sizes(storage.join(base, "a/")) == {"b.json": 8, "c.json": 8}
+
+
+def test_sizes_follow_links_and_name_one_that_leads_nowhere(tmp_path: Path) -> None:
+    storage.write(f"{tmp_path}/real/a", b"123")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "file").symlink_to(tmp_path / "real" / "a")
+    (tmp_path / "links" / "folder").symlink_to(tmp_path / "real")
+    assert storage.sizes(f"{tmp_path}/links") == {"file": 3, "folder/a": 3}
+    assert storage.folders(f"{tmp_path}/links") == ["folder"]
+    (tmp_path / "links" / "broken").symlink_to(tmp_path / "gone")
+    with pytest.raises(StorageInputError, match="no such file"):
+        storage.sizes(f"{tmp_path}/links")
+
+
+def test_folders_are_those_right_below(base: str) -> None:
+    for name in ("b/x/y", "a/c", "d"):
+        storage.write(storage.join(base, *name.split("/")), b"x")
+    assert storage.folders(base) == ["a", "b"]
+
+
+def test_the_local_folder_of_a_url_is_the_nearest_that_exists(tmp_path: Path) -> None:
+    assert storage.local_folder(f"{tmp_path}/a/b") == tmp_path
+    assert storage.local_folder(f"file://{tmp_path}") == tmp_path
+    assert storage.local_folder("s3://bucket/a") is None
+    assert storage.local_folder("memory://a") is None
+
+
 def test_listing_passes_over_what_a_killed_writer_left(tmp_path: Path) -> None:
     storage.write(f"{tmp_path}/a", b"x")
     (tmp_path / ".tmp-0123").write_bytes(b"half")
