@@ -16,7 +16,6 @@ PARTS = "manifest/parts.parquet"
 CLASS_MEANS = "class_means.parquet"
 IMPORTED_MEANS = "class_means.json"
 FORMER = "manifest/former/"
-LOG = "log/"
 
 _BLOCK = r"(?:eval|v(?P<first>\d{4,})-(?P<last>\d{4,}))"
 _COMMIT = re.compile(rf"commits/(?P<shard>[^/]+)/{_BLOCK}\.json")

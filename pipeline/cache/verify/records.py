@@ -63,7 +63,7 @@ class Records:
         return [entry.path for entry in entries if entry.is_temporary or not self._is_named(entry.path, known)]
 
     def _is_named(self, path: str, known: set[str]) -> bool:
-        if path in known or layout.is_commit(path) or path.startswith((layout.FORMER, layout.LOG)):
+        if path in known or layout.is_commit(path) or path.startswith((layout.FORMER, f"{layout.LOG}/")):
             return True
         owner = layout.owner(path)
         if owner is not None:
