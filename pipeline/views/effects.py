@@ -8,8 +8,8 @@ such a step are torchvision's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from itertools import permutations
+from collections.abc import Callable, Iterator, Mapping
+from itertools import count, permutations
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torchvision.transforms.v2 import functional
 
 from pipeline.views.options import OPS
 
+Effect = Callable[[Tensor, float], Tensor]
 _ORDERS = list(permutations(("brightness", "contrast", "saturation", "hue")))
 _UNCOVERED = 128
 
@@ -29,21 +30,29 @@ def apply_options(view_CHW: Tensor, drawn: Mapping[str, float]) -> Tensor:
         drawn: one row of ``schemas.cache.drawn_columns``; those of mixing are for ``to_input``.
 
     Returns:
-        uint8 [3, S, S].
+        uint8 [3, S, S] over H×W×C memory.
     """
-    if "jitter_order" in drawn:
-        for name in _ORDERS[int(drawn["jitter_order"])]:
-            view_CHW = _JITTERS[name](view_CHW, drawn[f"jitter_{name}"])
-    number = 1
-    while f"op{number}" in drawn:
-        view_CHW = apply_op(view_CHW, int(drawn[f"op{number}"]), drawn[f"op{number}_magnitude"])
-        number += 1
+    steps = [*_jitter_steps(drawn), *_op_steps(drawn)]
+    if steps:
+        # Planes: channels that lie apart are about twice as fast here, and 7 times in autocontrast.
+        view_CHW = view_CHW.contiguous()
+        for effect, value in steps:
+            view_CHW = effect(view_CHW, value)
+        view_CHW = view_CHW.permute(1, 2, 0).contiguous().permute(2, 0, 1)
     return _erase(view_CHW, drawn) if drawn.get("erase_width") else view_CHW
 
 
-def apply_op(view_CHW: Tensor, op: int, magnitude: float) -> Tensor:
-    """One operation of RandAugment on uint8 [3, S, S]; ``op`` is its place in ``OPS``."""
-    return _APPLY[OPS[op]](view_CHW, magnitude)
+def _jitter_steps(drawn: Mapping[str, float]) -> Iterator[tuple[Effect, float]]:
+    if "jitter_order" in drawn:
+        for name in _ORDERS[int(drawn["jitter_order"])]:
+            yield _JITTERS[name], drawn[f"jitter_{name}"]
+
+
+def _op_steps(drawn: Mapping[str, float]) -> Iterator[tuple[Effect, float]]:
+    for number in count(1):
+        if f"op{number}" not in drawn:
+            return
+        yield _OPS[OPS[int(drawn[f"op{number}"])]], drawn[f"op{number}_magnitude"]
 
 
 def pixel_edges(box_B4: Tensor, *, height: int, width: int) -> Tensor:
@@ -57,28 +66,27 @@ def pixel_edges(box_B4: Tensor, *, height: int, width: int) -> Tensor:
     Returns:
         int64 [B, 4]: left, top, right, bottom.
     """
-    box_B22 = box_B4.double().view(-1, 2, 2)
-    edges_B22 = torch.cat([box_B22[:, :1], box_B22.sum(1, keepdim=True)], dim=1)
-    size_2 = torch.tensor([width, height], dtype=torch.float64, device=box_B4.device)
-    return torch.round(edges_B22 * size_2).long().view(-1, 4)
+    left_B, top_B, wide_B, high_B = box_B4.double().unbind(-1)
+    edges = [left_B * width, top_B * height, (left_B + wide_B) * width, (top_B + high_B) * height]
+    return torch.stack(edges, dim=-1).round_().long()
 
 
-def _blend(view_CHW: Tensor, other_CHW: Tensor | int, factor: float) -> Tensor:
+def _blend(view_CHW: Tensor, other_CHW: Tensor, factor: float) -> Tensor:
     """``factor · view + (1 − factor) · other``, to the nearest level within 0..255."""
     if factor == 1:
         return view_CHW
-    mixed_CHW = view_CHW.to(torch.float32) * factor + other_CHW * (1 - factor)
-    return mixed_CHW.round_().clamp_(0, 255).to(torch.uint8)
+    own_CHW = view_CHW.to(torch.float32).mul_(factor)
+    return own_CHW.add_(other_CHW.to(torch.float32) * (1 - factor)).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def _grey(view_CHW: Tensor) -> Tensor:
     """ITU-R 601 luma in 16-bit fixed point, as Pillow's mode L: int32 [1, S, S]."""
-    red, green, blue = view_CHW.contiguous().to(torch.int32)
+    red, green, blue = view_CHW.to(torch.int32)
     return ((19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16)[None]
 
 
 def _brightness(view_CHW: Tensor, factor: float) -> Tensor:
-    return _blend(view_CHW, 0, factor)
+    return _blend(view_CHW, torch.zeros(()), factor)
 
 
 def _saturation(view_CHW: Tensor, factor: float) -> Tensor:
@@ -89,28 +97,25 @@ def _contrast(view_CHW: Tensor, factor: float) -> Tensor:
     grey = _grey(view_CHW)
     # In integers: a float32 sum of more than 256 x 256 levels depends on the number of threads.
     mean = (2 * int(grey.sum()) + grey.numel()) // (2 * grey.numel())
-    return _blend(view_CHW, mean, factor)
+    return _blend(view_CHW, torch.tensor(mean), factor)
 
 
 def _hue(view_CHW: Tensor, turn: float) -> Tensor:
     """The hue of HSV moved on by ``turn``, a share of the colour circle; greys stay."""
     if turn == 0:
         return view_CHW
-    levels_CHW = view_CHW.contiguous().to(torch.float32)
+    levels_CHW = view_CHW.to(torch.float32)
     red, green, blue = levels_CHW
-    high, low = levels_CHW.amax(0), levels_CHW.amin(0)
-    span = high - low
-    sixths = torch.where(
-        high == red,
-        (green - blue) / span.clamp_min(1),
-        torch.where(high == green, (blue - red) / span.clamp_min(1) + 2, (red - green) / span.clamp_min(1) + 4),
-    )
-    made: list[Tensor] = []
-    for place in (5, 3, 1):
-        angle = sixths + (6 * turn + place)
-        angle = angle - 6 * torch.floor(angle / 6)
-        made.append(high - span * torch.minimum(angle, 4 - angle).clamp_(0, 1))
-    return torch.stack(made, dim=-1).round_().to(torch.uint8).permute(2, 0, 1)
+    high = torch.maximum(torch.maximum(red, green), blue)
+    span = high - torch.minimum(torch.minimum(red, green), blue)
+    is_red, is_green = high == red, high == green
+    across = torch.where(is_red, green - blue, torch.where(is_green, blue - red, red - green))
+    start = torch.where(is_red, 0.0, torch.where(is_green, 2.0, 4.0))
+    sixths = across / span.clamp_min(1) + start
+    angle_CHW = torch.stack([sixths + (6 * turn + place) for place in (5, 3, 1)])
+    angle_CHW -= 6 * torch.floor(angle_CHW / 6)
+    share_CHW = torch.minimum(angle_CHW, 4 - angle_CHW).clamp_(0, 1)
+    return (high - span * share_CHW).round_().to(torch.uint8)
 
 
 def _sharpness(view_CHW: Tensor, factor: float) -> Tensor:
@@ -140,7 +145,7 @@ def _moved(view_CHW: Tensor, matrix: tuple[float, float, float, float], shift: t
     source_SS = (rows_SS * size + columns_SS).masked_fill_(outside_SS, size * size)
     grey_1C = torch.full((1, 3), _UNCOVERED, dtype=torch.uint8)
     pixels_PC = torch.cat([view_CHW.permute(1, 2, 0).reshape(-1, 3), grey_1C])
-    return pixels_PC.index_select(0, source_SS.view(-1)).view(size, size, 3).permute(2, 0, 1)
+    return pixels_PC.index_select(0, source_SS.view(-1)).view(size, size, 3).permute(2, 0, 1).contiguous()
 
 
 def _rotated(view_CHW: Tensor, degrees: float) -> Tensor:
@@ -166,13 +171,13 @@ def _erase(view_CHW: Tensor, drawn: Mapping[str, float]) -> Tensor:
     return made_CHW
 
 
-_JITTERS: dict[str, Callable[[Tensor, float], Tensor]] = {
+_JITTERS: dict[str, Effect] = {
     "brightness": _brightness,
     "contrast": _contrast,
     "saturation": _saturation,
     "hue": _hue,
 }
-_APPLY: dict[str, Callable[[Tensor, float], Tensor]] = {
+_OPS: dict[str, Effect] = {
     "identity": lambda view, _: view,
     "shear_x": lambda view, by: _moved(view, (1, by, 0, 1), (0, 0)),
     "shear_y": lambda view, by: _moved(view, (1, 0, by, 1), (0, 0)),

@@ -104,7 +104,8 @@ def to_input(
 
 def _own_share(lambda_B111: Tensor, cut_B4: Tensor, height: int, width: int) -> Tensor:
     """The weight of each row's own pixels where some rows have boxes: float32 [B, 1, H, W]."""
-    left, top, right, bottom = pixel_edges(cut_B4, height=height, width=width).view(-1, 4, 1, 1, 1).unbind(1)
+    edges_B4111 = pixel_edges(cut_B4, height=height, width=width).view(-1, 4, 1, 1, 1)
+    left, top, right, bottom = edges_B4111.unbind(1)
     x_W = torch.arange(width, device=cut_B4.device)
     y_H1 = torch.arange(height, device=cut_B4.device)[:, None]
     outside_B1HW = (x_W < left) | (x_W >= right) | (y_H1 < top) | (y_H1 >= bottom)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from tests.benchmarks import build, decoders, eval_view, fan_out, nd_loss
+from tests.benchmarks import build, decoders, eval_view, fan_out, nd_loss, view_options
 from tests.benchmarks.timing import machine
 
 BENCHMARKS = {
@@ -16,6 +16,7 @@ BENCHMARKS = {
     "eval_view": ("Eval views against timm's eval transform", eval_view.run),
     "fan_out": ("Ray tasks over 10,000 tiny parts", fan_out.run),
     "nd": ("ND loss, forward and backward, B=256 K=1000 D=2048", nd_loss.run),
+    "view_options": ("Options of views", view_options.run),
 }
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pipeline import storage
 from pipeline.config import build_config, load_config, require
 from pipeline.errors import ConfigError
-from schemas.config import Config, KdLoss
+from schemas.config import Config, JitterConfig, KdLoss, RandAugmentConfig
 
 TRAINING = """\
 data:
@@ -100,6 +100,12 @@ def test_booleans_stay_where_they_are_meant(yaml_file: Path) -> None:
     assert config.teacher.kwargs == {"drop": True, "sizes": [False]}
 
 
+def test_an_option_of_views_can_be_set_from_nothing(yaml_file: Path) -> None:
+    config = load(yaml_file, TRAINING, "views.jitter.hue=0.1", "views.randaugment={}")
+    assert config.views.jitter == JitterConfig(hue=0.1)
+    assert config.views.randaugment == RandAugmentConfig()
+
+
 def test_a_section_override_merges_into_the_section(yaml_file: Path) -> None:
     config = load(yaml_file, TRAINING, "train={epochs: 9}")
     assert (config.train.epochs, config.train.lr) == (9, 0.0003)
@@ -129,6 +135,14 @@ def test_a_section_override_merges_into_the_section(yaml_file: Path) -> None:
         ("loss: {name: kd}\n", ["wrong value: loss", "a mapping", "list"]),
         ("views: {kind: evil}\n", ["wrong value: views.kind", "'evil'", "'eval', 'crop' or 'function_matching'"]),
         ("views: {area: [2, 1]}\n", ["views", "area is [2.0, 1.0]", "0 < low <= high <= 1"]),
+        ("views: {kind: eval, jitter: {}}\n", ["views", "kind eval is never augmented, but jitter is set"]),
+        ("views: {cutmix: 0.5}\n", ["views", "kind crop mixes nothing", "function_matching"]),
+        ("views: {jitter: {hue: 0.6}}\n", ["wrong value: views.jitter.hue", "less than or equal to 0.5"]),
+        ("views: {jitter: {hues: 0.1}}\n", ["unknown key: views.jitter.hues", "did you mean hue?"]),
+        ("views: {jitter: {brightness: 0, contrast: 0, saturation: 0}}\n", ["views.jitter", "nothing is jittered"]),
+        ("views: {randaugment: {magnitude: 31}}\n", ["views.randaugment.magnitude", "less than or equal to 30"]),
+        ("views: {erasing: {area: [0.5, 0.1]}}\n", ["views.erasing", "area is [0.5, 0.1]"]),
+        ("views: {erasing: {fill: [0, 0, 256]}}\n", ["views.erasing.fill.2", "less than or equal to 255"]),
         ("teacher: {mean: [1, 2]}\n", ["teacher.mean.2"]),
         ("1: 2\n", ["unknown key: 1", "line 1"]),
         ("run: {url: '${nope.x}'}\n", ["cannot be resolved", "run.url", "nope"]),

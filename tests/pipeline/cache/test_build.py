@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import torch
@@ -23,11 +25,14 @@ from pipeline.cache import build as build_module
 from pipeline.cache import layout
 from pipeline.cache.build import PartTask, build_part, cache_config, prepare
 from pipeline.cache.commit import publish_commit, publish_file, read_commit, read_commits
+from pipeline.cache.manifest import publish_manifest
 from pipeline.cache.reader import open_cache
 from pipeline.errors import CacheError, ConfigError, ResourceError, ShardError
 from pipeline.models.cifar import resnet
 from pipeline.shards.publish import publish_shard_index
 from pipeline.shards.write import Members, pack_shards
+from pipeline.views.params import EVAL_VIEW, sample_keys, shard_partners, unmix, view_params
+from schemas.cache import drawn_columns
 from schemas.config import Config
 from schemas.manifest import ViewBlock
 from tests.pipeline.cache import teachers
@@ -88,6 +93,55 @@ def test_blocks_of_one_view_hold_the_same_rows(built_cache: TinyCache, tiny_conf
     assert {path: data for path, data in files(cache_section(config).url).items() if path.startswith(same)} == {
         path: data for path, data in files(built_cache.url).items() if path.startswith(same)
     }
+
+
+OPTIONS = {"jitter": {"hue": 0.1}, "randaugment": {}, "erasing": {"probability": 0.5}, "cutmix": 0.5}
+
+
+def test_what_was_drawn_is_plain_columns_of_a_part_but_for_the_eval_pass(tiny_config: TinyConfig) -> None:
+    config = tiny_config(views=OPTIONS)
+    build(config)
+    cache = open_cache(cache_section(config).url)
+    own = set(drawn_columns(config.views))
+    for path in (path for path in files(cache.url) if path.startswith("parts/")):
+        part = pq.read_table(storage.join(cache.url, path))
+        assert own & {*part.column_names} == (set() if "/eval." in path else own)
+        for view in part["view"].unique().to_pylist():
+            rows = part.filter(pc.equal(part["view"], view))
+            stored = cache.view(path.split("/")[1], view).drawn
+            assert all(rows[name].to_pylist() == stored[name].tolist() for name in stored)
+    assert cache.view("digits-00", EVAL_VIEW).drawn == {}
+
+
+def test_the_last_views_that_a_plan_can_have_stand_beside_the_eval_pass(tiny_config: TinyConfig) -> None:
+    """Their 65,535 views would take minutes to build, so only the first and the last ones are."""
+    config = tiny_config(views={**OPTIONS, "count": 65_535}, cache={"views_per_part": 3})
+    tasks = [task for task in open_tasks(config) if task.shard_url.endswith("digits-01.tar")]
+    assert [(task.block.start, task.block.stop) for task in tasks[-2:]] == [(65_529, 65_532), (65_532, 65_535)]
+    prepare(config)
+    for task in (*tasks[:2], tasks[-1]):
+        build_part(task)
+    last = read_commits(cache_section(config).url)[-1]
+    assert last.block.name == "v65532-65534"
+    assert [view.view for view in last.views] == [65_532, 65_533, 65_534]
+    publish_manifest(cache_section(config).url, {"digits-01": tasks[0].shard_url})
+    cache = open_cache(cache_section(config).url)
+    assert cache.num_views == 3
+    assert isinstance(config.data.shards, tuple)
+    index = cache.index(cache.shards[0])
+    keys, sizes = sample_keys(0, index.sample_ids(index.ok)), (index.width[index.ok], index.height[index.ok])
+    for view in (2, 65_532, 65_534):
+        found = cache.view("digits-01", view)
+        wanted = view_params(
+            config.views, keys, np.full(15, view, np.int64), *(side.astype(np.int64) for side in sizes)
+        )
+        assert np.array_equal(found.box_N4, wanted.box_N4)
+        partners = shard_partners(config.views, "digits-01", view, 15)
+        assert np.array_equal(found.mix_row_N, partners)
+        single = partners == np.arange(15)
+        for name, values in unmix(wanted, single).drawn.items():
+            assert np.array_equal(found.drawn[name], values), name
+    assert cache.view("digits-01", EVAL_VIEW).mix_lambda_N.tolist() == [1] * 15
 
 
 def test_a_memory_url_holds_the_same_parts(built_cache: TinyCache, tiny_config: TinyConfig, tmp_path: Path) -> None:

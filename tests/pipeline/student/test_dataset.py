@@ -144,6 +144,15 @@ def test_a_cache_begins_anew_after_its_last_view_and_online_training_does_not(re
     assert not np.array_equal(drawn.rows(0, rows, 0).box_N4, drawn.rows(0, rows, 12).box_N4)
 
 
+def test_online_training_draws_options_beyond_the_views_of_any_cache(replays: Replay, tmp_path: Path) -> None:
+    source = indexed_source(replays("everything").config, tmp_path)
+    rows = np.arange(20, dtype=np.int32)
+    # Their lowest 16 bits are equal.
+    early, late = (source.rows(0, rows, epoch).drawn for epoch in (4464, 65_536 + 4464))
+    assert [*early] == [*late]
+    assert not np.array_equal(early["op1_magnitude"], late["op1_magnitude"])
+
+
 def teacher_input(cache: TinyCache) -> InputSize:
     header = open_cache(cache.url).header.teacher
     return InputSize(int(header["size"]), header["interpolation"])

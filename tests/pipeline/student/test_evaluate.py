@@ -40,7 +40,7 @@ def evaluator(config: Config, **data: Any) -> Evaluator:
 
 
 def teacher_of(config: Config) -> Teacher:
-    return load_teacher(config.teacher, num_classes=10, size=16, device=CPU)
+    return load_teacher(config.teacher, num_classes=10, size=config.views.size, device=CPU)
 
 
 def one_by_one(config: Config, module: Any, spec: InputSpec) -> tuple[Tensor, Tensor]:
@@ -62,8 +62,10 @@ def one_by_one(config: Config, module: Any, spec: InputSpec) -> tuple[Tensor, Te
     return torch.stack(logits), torch.tensor(labels)
 
 
-def test_accuracy_and_agreement_are_those_of_a_loop_over_images(replays: Replay) -> None:
-    config = replays("crop").config
+@pytest.mark.parametrize("kind", ["crop", "everything"])
+def test_accuracy_and_agreement_are_those_of_a_loop_over_images(replays: Replay, kind: str) -> None:
+    """Whatever the training views are made of: eval views are never augmented."""
+    config = replays(kind).config
     teacher = teacher_of(config)
     # The teacher's weights on smaller pictures: a student that agrees now and then.
     student = load_model(config.teacher, num_classes=10, size=12)

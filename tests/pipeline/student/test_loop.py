@@ -386,6 +386,8 @@ def test_a_loss_that_this_teacher_cannot_serve_is_refused(
 def test_views_that_are_not_the_caches_are_refused(replays: Replay, tmp_path: Path) -> None:
     with pytest.raises(CacheError, match="not those of the cache") as caught:
         train(run_config(replays("crop").config, tmp_path, views={"seed": 5}))
+    with pytest.raises(CacheError, match=r"jitter\.hue: 0\.2 -> 0\.1"):
+        train(run_config(replays("everything").config, tmp_path, views={"jitter": {"probability": 0.8, "hue": 0.1}}))
     assert caught.value.got == "seed: 0 -> 5"
 
 

@@ -17,6 +17,7 @@ from pipeline.shards.index import IndexBuilder, ShardIndex, index_shard
 from pipeline.shards.tar import Sample
 from pipeline.teacher.groups import GroupViews, Rendering, fresh_samples, indexed_samples, read_groups
 from pipeline.views.params import EVAL_VIEW
+from schemas.cache import drawn_columns
 from schemas.config import DataConfig, ViewsConfig
 from schemas.manifest import ViewBlock
 from tests.pipeline.caches import digit_samples
@@ -27,8 +28,12 @@ DATA = DataConfig.model_validate({"num_classes": 10})
 PNG = next(digit_samples(1))[1]["png"]
 
 
+OPTIONS = {"jitter": {"hue": 0.1}, "randaugment": {}, "erasing": {"probability": 0.5}, "cutmix": 0.5}
+
+
 def rendering(*, kind: str = "function_matching", views: int = 2, is_eval: bool = False) -> Rendering:
-    plan = ViewsConfig.model_validate({"kind": kind, "count": views, "size": 8, "mix_group": MIX_GROUP})
+    options = OPTIONS if kind == "function_matching" else {}
+    plan = ViewsConfig.model_validate({"kind": kind, "count": views, "size": 8, "mix_group": MIX_GROUP, **options})
     block = ViewBlock(start=0, stop=1 if is_eval else views, is_eval=is_eval)
     return Rendering(plan=plan, block=block, size=8, interpolation="bilinear")
 
@@ -96,6 +101,20 @@ def test_a_first_pass_and_an_indexed_pass_make_the_same_groups(digits_shards: li
         assert torch.equal(one.pixels_VNCHW, other.pixels_VNCHW)
         for name in ("row_N", "content_hash_N", "label_N", "box_VN4", "flip_VN", "partner_VN", "mix_lambda_VN"):
             assert np.array_equal(getattr(one, name), getattr(other, name))
+        assert [*one.drawn_VN] == [*other.drawn_VN] == [*drawn_columns(rendering().plan)]
+        assert all(np.array_equal(one.drawn_VN[name], other.drawn_VN[name]) for name in one.drawn_VN)
+
+
+def test_the_odd_row_of_a_group_has_no_box(digits_shards: list[str]) -> None:
+    wanted = rendering(views=8)
+    plan = wanted.plan.model_copy(update={"mix_group": 5, "cutmix": 1.0})
+    wanted = Rendering(plan=plan, block=wanted.block, size=8, interpolation="bilinear")
+    url = digits_shards[0]
+    for group in groups_of(fresh_samples(Path(url), DATA, where=url), wanted, IndexBuilder("s")):
+        single_VN = group.partner_VN == np.arange(5)
+        assert single_VN.sum(axis=1).tolist() == [1] * 8
+        assert np.array_equal(group.drawn_VN["cut_width"] == 0, single_VN)
+        assert np.array_equal(group.mix_lambda_VN == 1, single_VN)
 
 
 def test_the_index_of_a_first_pass_is_the_index_made_alone(digits_shards: list[str]) -> None:
@@ -127,6 +146,7 @@ def test_the_eval_pass_of_a_mixing_plan_is_neither_mixed_nor_flipped(digits_shar
         assert not group.mixes
         assert not group.flip_VN.any()
         assert group.partner_VN.tolist() == [list(range(len(group.samples)))]
+        assert group.drawn_VN == {}
 
 
 def test_an_image_beyond_the_pixel_limit_is_recorded_and_left_out() -> None:

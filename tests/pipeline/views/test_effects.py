@@ -20,7 +20,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from pipeline.views.effects import apply_op, apply_options, pixel_edges
+from pipeline.views.effects import apply_options, pixel_edges
 from pipeline.views.options import OPS
 from pipeline.views.pixels import pixel_digest
 
@@ -65,7 +65,7 @@ def levels_apart(view: Tensor, other: Image.Image | Tensor) -> int:
 
 
 def op(view: Tensor, name: str, magnitude: float = 0.0) -> Tensor:
-    return apply_op(view, OPS.index(name), magnitude)
+    return apply_options(view, {"op1": OPS.index(name), "op1_magnitude": magnitude})
 
 
 ENHANCERS = {
