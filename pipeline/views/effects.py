@@ -95,7 +95,7 @@ def _saturation(view_CHW: Tensor, factor: float) -> Tensor:
 
 def _contrast(view_CHW: Tensor, factor: float) -> Tensor:
     grey = _grey(view_CHW)
-    # In integers: a float32 sum of more than 256 x 256 levels depends on the number of threads.
+    # In integers: a float32 sum of more than 256 x 256 levels is not exact, and then its order matters.
     mean = (2 * int(grey.sum()) + grey.numel()) // (2 * grey.numel())
     return _blend(view_CHW, torch.tensor(mean), factor)
 
