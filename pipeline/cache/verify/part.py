@@ -88,7 +88,7 @@ class PartCheck:
                     self._check_view(view, rows, (file.read_row_group(at, use_threads=False) for at in numbers))
         # What pyarrow and NumPy raise for bytes that are not what they claim.
         except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
-            raise CacheError("this part cannot be read", got=str(error).splitlines()[0]) from error
+            raise CacheError("this part cannot be read", got=f"{type(error).__name__}: {error}") from error
         if self._hits is not None:
             self._hits.compare(self._commit.statistics, self._tell)
         return self._content

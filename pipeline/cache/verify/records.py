@@ -233,17 +233,16 @@ def _check_tables(cache_url: str, manifest: Manifest, records: Records, findings
     parts = _read_table(cache_url, manifest.parts, layout.PARTS, findings)
     if shards is None or parts is None:
         return
-    try:
-        records.in_manifest.update(parts["path"].to_pylist())
-        _check_fold(manifest, shards, parts, records, findings)
-        names = zip(shards["shard_id"].to_pylist(), shards["path"].to_pylist(), strict=True)
-    except KeyError as error:
-        findings.add(Problem(layout.MANIFEST, "a table lacks a column", got=str(error)))
+    empty = fold_commits([], [])
+    same = findings.expect(layout.PARTS, "this table has other columns", parts.schema.names, empty.parts.schema.names)
+    names = ["shard_id", "path", *empty.shards.schema.names[1:]]
+    if not (findings.expect(layout.SHARDS, "this table has other columns", shards.schema.names, names) and same):
         return
-    for shard, path in names:
-        with findings.told(layout.SHARDS, shard=shard):
-            findings.expect(layout.SHARDS, "the path of another shard", _shard_of(path), shard, shard=shard)
-            records.shard_urls[shard] = locate(manifest.base, path)
+    records.in_manifest.update(map(str, parts["path"].to_pylist()))
+    _check_fold(manifest, shards, parts, records, findings)
+    for shard, path in zip(shards["shard_id"].to_pylist(), shards["path"].to_pylist(), strict=True):
+        findings.expect(layout.SHARDS, "the path of another shard", _shard_of(str(path)), shard, shard=shard)
+        records.shard_urls[shard] = locate(manifest.base, str(path))
 
 
 def _shard_of(path: str) -> str:
@@ -269,7 +268,8 @@ def _check_fold(manifest: Manifest, shards: pa.Table, parts: pa.Table, records: 
     inside = [commit for commit in records.commits if commit.part.path in records.in_manifest]
     if beyond := len(records.commits) - len(inside):
         findings.checked["commits that are not in the manifest yet"] += beyond
-    findings.expect(layout.PARTS, "parts of other shards", sorted({*parts["shard_id"].to_pylist()} - {*shard_ids}), [])
+    foreign = {*parts["shard_id"].to_pylist()} - {*shard_ids}
+    findings.expect(layout.PARTS, "parts of other shards", sorted(map(str, foreign)), [])
     paths = {commit.part.path for commit in inside}
     for path in sorted(records.in_manifest - paths):
         _tell_missing(path, records, findings)

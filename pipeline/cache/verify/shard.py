@@ -18,7 +18,7 @@ from pipeline.cache.verify.images import ShardImages, check_canaries
 from pipeline.cache.verify.part import Canary, PartCheck, PartContent, check_file
 from pipeline.cache.verify.records import Records, check_bytes
 from pipeline.cache.verify.report import Findings
-from pipeline.errors import StillroomError, StorageInputError
+from pipeline.errors import CacheError, StillroomError, StorageInputError
 from pipeline.shards.index import NO_LABEL, STATUSES, ShardIndex, decode_index
 from schemas.manifest import Commit, FileRef
 
@@ -124,7 +124,11 @@ class _ShardCheck:
             self._findings.checked["class sums"] += 1
             data = read_file(self._task.cache_url, ref.path)
             check_bytes(data, ref)
-            return decode_sums(data, where=ref.path)
+            try:
+                return decode_sums(data, where=ref.path)
+            # Parquet of other columns or other metadata.
+            except (KeyError, TypeError, ValueError) as error:
+                raise CacheError("these are no class sums", got=f"{type(error).__name__}: {error}") from error
         return None
 
     def _open_images(self) -> ShardImages | None:

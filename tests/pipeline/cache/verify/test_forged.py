@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import time
+import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +15,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import storage
+from pipeline.cache import layout
 from pipeline.cache.codec import encode
+from pipeline.cache.commit import publish_file
+from pipeline.cache.gc import collect_garbage
 from pipeline.cache.identity import read_header
 from pipeline.cache.verify import Problem, VerifyReport, verify_cache
 from pipeline.fingerprint import seal
 from schemas.manifest import Header
 from tests.pipeline.cache.verify.forge import commit_of, replace_commit, republish, rewrite_part, set_cell
-from tests.pipeline.caches import TinyCache, build, copy_of, shard_urls
+from tests.pipeline.caches import TinyCache, build, copy_of, files, shard_urls
 from tests.pipeline.conftest import TinyConfig
 
 SHARD, BLOCK = "digits-01", "v0000-0001"
@@ -272,3 +278,53 @@ def test_half_precision_embeddings_are_held_to_their_norms(tiny_config: TinyConf
         copy, lambda table: set_cell(table, "embedding_norm", 4, table["embedding_norm"][4].as_py() * 1.002)
     )
     assert only(report).what == "the norm is not the embedding's"
+
+
+def swap_file(cache: TinyCache, data: bytes) -> VerifyReport:
+    """A part that is other bytes altogether, under the right name and digest."""
+    commit = commit_of(cache, SHARD, BLOCK)
+    local = Path(cache.url, "other")
+    local.write_bytes(data)
+    part = publish_file(cache.url, local, layout.part_path(SHARD, commit.block))
+    local.unlink()
+    # Ranges as long as the file, so that only the file itself can tell.
+    first, second = commit.views
+    first = first.model_copy(update={"offset": 4, "size_bytes": 1})
+    second = second.model_copy(update={"offset": 5, "size_bytes": 1})
+    footer = commit.footer.model_copy(update={"offset": 6, "size_bytes": len(data) - 6})
+    replace_commit(cache, commit.model_copy(update={"part": part, "views": (first, second), "footer": footer}))
+    republish(cache)
+    return verify_cache(cache.url)
+
+
+def test_a_part_that_is_no_parquet_or_lacks_columns_or_cells_is_one_problem(cache: TinyCache) -> None:
+    intact = pq.read_table(storage.join(cache.url, commit_of(cache, SHARD, BLOCK).part.path))
+    assert "cannot be read" in only(swap_file(cache, b"no Parquet at all")).what
+    for table, what in (
+        (intact.drop_columns("flip"), "this part has other columns"),
+        (intact.slice(0, 29), "a row group spans views"),
+        (intact, "a row group spans views"),
+    ):
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink)
+        assert only(swap_file(cache, sink.getvalue().to_pybytes())).what == what
+
+
+def test_class_sums_that_are_none_are_one_problem(cache: TinyCache) -> None:
+    commit = commit_of(cache, SHARD, "eval")
+    local = Path(cache.url, "other")
+    pq.write_table(pa.table({"class": [1]}), local)
+    means = publish_file(cache.url, local, layout.means_path(SHARD, commit.block))
+    local.unlink()
+    replace_commit(cache, commit.model_copy(update={"means": means}))
+    problem = only(verify_cache(cache.url))
+    assert (problem.file, problem.what) == (means.path, "these are no class sums")
+
+
+def test_a_cache_in_object_storage_is_verified_and_swept_alike(cache: TinyCache) -> None:
+    url = f"memory://verify-{uuid.uuid4().hex}"
+    for path, data in files(cache.url).items():
+        storage.write(storage.join(url, path), data)
+    storage.write(storage.join(url, "parts/digits-01/eval.0123456789abcdef.parquet"), b"stray")
+    assert collect_garbage(url, min_age_s=0, now_s=time.time() + 1).freed_bytes == 5
+    assert verify_cache(url, threads=3) == replace(verify_cache(cache.url), url=url)
