@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pipeline import storage
 from pipeline.cache import layout
 from pipeline.cache.files import REBUILD, read_file
+from pipeline.cache.means import encode_imported
 from pipeline.cache.nd_json import NdMeans, max_size_bytes, parse_nd_json
 from pipeline.errors import CacheError, ConfigError, StorageInputError
 from pipeline.fingerprint import digest
@@ -87,3 +88,14 @@ def read_kept(cache_url: str, header: Header) -> NdMeans:
             next_step=REBUILD,
         )
     return parse_nd_json(data, num_classes=header.num_classes, embedding_dim=header.embedding_dim, where=where)
+
+
+def encode_kept(cache_url: str, header: Header) -> bytes:
+    """``class_means.parquet`` of a cache that was begun with a file.
+
+    Raises:
+        CacheError: the cache's copy is missing, or was changed.
+    """
+    kept = read_kept(cache_url, header)
+    sha256 = str(imported_sha256(header))
+    return encode_imported(kept.class_C, kept.mean_CD, fingerprint=header.fingerprint, sha256=sha256)

@@ -17,8 +17,8 @@ from pipeline.cache import layout
 from pipeline.cache.commit import files_present, read_commits, unnamed
 from pipeline.cache.files import parse_record, publish_named, read_file, read_named
 from pipeline.cache.identity import read_header
-from pipeline.cache.imported import imported_sha256, read_kept
-from pipeline.cache.means import ClassSums, decode_sums, encode_imported, encode_means, merge
+from pipeline.cache.imported import encode_kept, imported_sha256
+from pipeline.cache.means import ClassSums, decode_sums, encode_means, merge
 from pipeline.cache.statistics import merge_statistics
 from pipeline.errors import CacheError
 from pipeline.fingerprint import digest, seal
@@ -210,10 +210,8 @@ def _publish(cache_url: str, path: str, table: pa.Table) -> FileRef:
 
 
 def _publish_means(cache_url: str, commits: list[Commit], header: Header) -> FileRef | None:
-    if (sha256 := imported_sha256(header)) is not None:
-        kept = read_kept(cache_url, header)
-        data = encode_imported(kept.class_C, kept.mean_CD, fingerprint=header.fingerprint, sha256=sha256)
-        return publish_named(cache_url, layout.CLASS_MEANS, data)
+    if imported_sha256(header) is not None:
+        return publish_named(cache_url, layout.CLASS_MEANS, encode_kept(cache_url, header))
     refs = [commit.means for commit in commits if commit.means is not None]
     if not refs:
         return None

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import sys
 
-from tests.benchmarks import build, decoders, eval_view, fan_out, nd_loss, view_options
+from tests.benchmarks import build, bytes_a_row, decoders, eval_view, fan_out, fidelity, nd_loss, view_options
 from tests.benchmarks.timing import machine
 
 BENCHMARKS = {
     "build": ("Cache build", build.run),
+    "bytes_a_row": ("Bytes a row by encoding", bytes_a_row.run),
     "decoders": ("JPEG decoders", decoders.run),
     "eval_view": ("Eval views against timm's eval transform", eval_view.run),
     "fan_out": ("Ray tasks over 10,000 tiny parts", fan_out.run),
+    "fidelity": ("Fidelity of stored logits", fidelity.run),
     "nd": ("ND loss, forward and backward, B=256 K=1000 D=2048", nd_loss.run),
     "view_options": ("Options of views", view_options.run),
 }

@@ -1,4 +1,4 @@
-"""``python -m tests.benchmarks.bytes_a_row``: bytes and microseconds a row of real parts, by encoding."""
+"""``python -m tests.benchmarks bytes_a_row``: bytes and microseconds a row of real parts, by encoding."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from schemas.cache import part_schema
 from schemas.config import CacheConfig
 from schemas.manifest import Output
 from tests.benchmarks.teachers import BENCH, CIFAR, ten_classes, thousand_classes
-from tests.benchmarks.timing import machine
 
 _GROUP, _ROUNDS = 256, 3
 _STAGES = ("encode", "write", "hash", "read", "decode")
@@ -133,8 +132,3 @@ def run() -> None:
         print(f"    {'':<9}{'raw':>6}{'stored':>9}{'part':>9}{titles}")
         for kind in kinds:
             _report(rows, logits_NK, kind)
-
-
-if __name__ == "__main__":
-    print(machine())
-    run()

@@ -13,27 +13,23 @@ from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
 
-from jobs.train_student import train_student
 from pipeline.shards.decode import decode
 from pipeline.shards.tar import Sample, read_samples
-from pipeline.student.checkpoint import LAST
 from pipeline.teacher.infer import Teacher, load_teacher
 from pipeline.views.params import eval_params
 from pipeline.views.pixels import apply_view, stack_views
-from schemas.config import Config, DataConfig, TeacherConfig, ViewsConfig
+from schemas.config import DataConfig, TeacherConfig, ViewsConfig
+from tests.benchmarks.teachers import CIFAR, ten_classes
 from tests.benchmarks.timing import SHARED, Spread
 
-BENCH = Path(__file__).resolve().parents[2] / "runs" / "bench"
-CIFAR, PHOTOGRAPHS = SHARED / "cifar10", SHARED / "imagenet-samples"
-_INPUT = {"mean": [0.4914, 0.4822, 0.4465], "std": [0.247, 0.2435, 0.2616]}
-_NUM_CLASSES = 10
+PHOTOGRAPHS = SHARED / "imagenet-samples"
 
 
 def run() -> None:
     if not SHARED.exists():
         print(f"  skipped, {SHARED} is absent")
         return
-    small = _load({**_trained(), "batch_size": 128}, num_classes=_NUM_CLASSES, size=32)
+    small = _load({**ten_classes().section, "batch_size": 128}, num_classes=10, size=32)
     for fraction in (1.0, 0.875):
         _report(f"CIFAR-10, ResNet-20, crop fraction {fraction}", small, sorted(CIFAR.glob("val-*.tar")), fraction)
     # Weights of an ImageNet network are not at hand: its pixels and the cosine of its logits are what can be told.
@@ -46,36 +42,6 @@ def run() -> None:
 def _load(section: dict[str, Any], *, num_classes: int, size: int) -> Teacher:
     config = TeacherConfig.model_validate(section)
     return load_teacher(config, num_classes=num_classes, size=size, device=torch.device("cpu"))
-
-
-def _trained() -> dict[str, Any]:
-    """A ResNet-20 trained for a few minutes, once."""
-    section = {"model": "python:pipeline.models.cifar:resnet", "kwargs": {"depth": 20}, **_INPUT}
-    tree = {
-        "data": {
-            "shards": f"{CIFAR}/train-{{00000..00009}}.tar",
-            "val_shards": f"{CIFAR}/val-{{00000..00001}}.tar",
-            "num_classes": _NUM_CLASSES,
-        },
-        "teacher": {"mode": "none"},
-        "student": section,
-        "views": {"kind": "crop", "size": 32, "area": [0.4, 1.0], "crop_fraction": 1.0},
-        "loss": [{"name": "ce"}],
-        "train": {
-            "epochs": 8,
-            "global_batch_size": 128,
-            "lr": 0.004,
-            "warmup_steps": 200,
-            "weight_decay": 0.05,
-            "clip_norm": 1.0,
-            "precision": "bf16",
-            "eval_every_epochs": 0,
-        },
-        "run": {"url": str(BENCH / "teacher10")},
-        "ray": {"address": "none"},
-    }
-    train_student(Config.model_validate(tree))
-    return {**section, "weights": str(BENCH / "teacher10" / LAST)}
 
 
 def _report(title: str, teacher: Teacher, shards: list[Path], fraction: float) -> None:

@@ -1,4 +1,4 @@
-"""``python -m tests.benchmarks.fidelity``: what each encoding costs, against the published one at equal bytes.
+"""``python -m tests.benchmarks fidelity``: what each encoding costs, against the published one at equal bytes.
 
 Published: the k largest probabilities of T = 1 in 4 bytes each (id and value), the rest shared evenly. It is granted
 exact probabilities here, so that what it would lose in float16 does not count against it.
@@ -15,7 +15,6 @@ from pipeline.cache.codec import decode, encode, outputs_of, row_bytes
 from pipeline.cache.fidelity import kl_sum, pearson_sum
 from schemas.config import CacheConfig
 from tests.benchmarks.teachers import CIFAR, ten_classes, thousand_classes
-from tests.benchmarks.timing import machine
 
 Matrix = NDArray[np.float32]
 _FEW = ("fp32", "fp16", "int8", "topk:4", "topk:5", "topk:6")
@@ -78,8 +77,3 @@ def run() -> None:
             if teacher.num_classes > len(_MANY) and views == "clean":
                 # Half the temperature: as sure of itself as teachers of ImageNet are on what they were trained with.
                 _table(f"{teacher.name}, {views}, logits doubled", 2 * logits_NK, kinds)
-
-
-if __name__ == "__main__":
-    print(machine())
-    run()

@@ -15,6 +15,7 @@ from pipeline.cache import layout
 from pipeline.cache.commit import named, read_commit
 from pipeline.cache.files import REBUILD, read_file
 from pipeline.cache.identity import drawable_plan, parse_header
+from pipeline.cache.imported import imported_sha256
 from pipeline.cache.manifest import fold_commits, locate, parse_manifest
 from pipeline.cache.verify.report import Findings, Problem
 from pipeline.errors import CacheError, ShardError
@@ -60,6 +61,8 @@ class Records:
         """Files that no record names, as far as the records can be read."""
         known = {layout.HEADER, layout.MANIFEST, layout.SHARDS, layout.PARTS, layout.CLASS_MEANS}
         known |= named(self.commits) | self.in_manifest
+        if self.header is not None and imported_sha256(self.header) is not None:
+            known.add(layout.IMPORTED_MEANS)
         return [entry.path for entry in entries if entry.is_temporary or not self._is_named(entry.path, known)]
 
     def _is_named(self, path: str, known: set[str]) -> bool:

@@ -12,12 +12,13 @@ from pipeline import storage
 from pipeline.cache import layout
 from pipeline.cache.commit import file_digest
 from pipeline.cache.files import read_file
+from pipeline.cache.imported import encode_kept, imported_sha256
 from pipeline.cache.means import ClassSums, encode_means, merge
 from pipeline.cache.verify.records import Records, check_bytes, read_parquet, read_records
 from pipeline.cache.verify.report import Findings, VerifyReport
 from pipeline.cache.verify.shard import ShardTask, check_shard
 from pipeline.errors import CacheError
-from schemas.manifest import Commit, Manifest
+from schemas.manifest import Commit, Header, Manifest
 
 Progress = Callable[[int, int], None]
 """Called with the number of shards done and of all."""
@@ -59,7 +60,9 @@ def verify_cache(
             if progress is not None:
                 progress(done, len(tasks))
     _check_ownerless(cache_url, entries, records, findings)
-    if records.manifest is not None:
+    if records.header is not None and imported_sha256(records.header) is not None:
+        _check_imported(cache_url, records.header, records.manifest, findings)
+    elif records.manifest is not None:
         _check_class_means(cache_url, records.manifest, sums if whole else None, findings)
     return VerifyReport.of(
         storage.redact(cache_url),
@@ -107,6 +110,23 @@ def _check_class_means(cache_url: str, manifest: Manifest, sums: list[ClassSums]
             findings.not_checked["class means against class sums: a file of these is damaged"] += 1
         elif sums and not _same_table(data, encode_means(sums[0], fingerprint=manifest.fingerprint)):
             raise CacheError("these class means are not those of the class sums")
+
+
+def _check_imported(cache_url: str, header: Header, manifest: Manifest | None, findings: Findings) -> None:
+    """The kept JSON by its digest in the header, and the class means from it again, bit for bit."""
+    with findings.told(layout.IMPORTED_MEANS):
+        made = encode_kept(cache_url, header)
+        if manifest is None:
+            return
+        findings.expect(layout.MANIFEST, "this manifest names class means", manifest.class_means is not None, True)
+        if manifest.class_means is None:
+            return
+        with findings.told(layout.CLASS_MEANS):
+            findings.checked["class means"] += 1
+            data = read_file(cache_url, layout.CLASS_MEANS)
+            check_bytes(data, manifest.class_means)
+            if not _same_table(data, made):
+                raise CacheError("these class means are not those of the imported file")
 
 
 def _same_table(one: bytes, other: bytes) -> bool:

@@ -22,6 +22,7 @@ from pipeline.cache.identity import read_header
 from pipeline.cache.imported import imported_sha256
 from pipeline.cache.manifest import publish_manifest
 from pipeline.cache.reader import open_cache
+from pipeline.cache.verify import verify_cache
 from pipeline.errors import CacheError, ConfigError
 from pipeline.fingerprint import digest
 from pipeline.shards.write import pack_shards
@@ -280,3 +281,17 @@ def test_a_cache_without_class_means_has_none_to_export(tiny_config: TinyConfig,
     with pytest.raises(CacheError, match="has no class means"):
         export_means(cache_section(config).url, str(tmp_path / "out.json"), full_precision=False)
     assert not (tmp_path / "out.json").exists()
+
+
+def test_verify_holds_the_means_to_the_file_and_the_file_to_the_header(importing: Import) -> None:
+    config = importing()
+    build(config)
+    url = cache_section(config).url
+    whole = verify_cache(url)
+    assert (whole.ok, whole.unnamed) == (True, ())
+    for name in (layout.IMPORTED_MEANS, layout.CLASS_MEANS):
+        path = Path(url, name)
+        data = path.read_bytes()
+        path.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+        assert {problem.file for problem in verify_cache(url).problems} == {name}
+        path.write_bytes(data)
