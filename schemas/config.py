@@ -215,7 +215,7 @@ class CacheConfig(Section):
     class_means: str = Field(
         "none", min_length=1, description="none, eval (one extra eval pass), view0, or the URL of ND's JSON."
     )
-    views_per_part: int = Field(5, ge=1, description="Views in one part: the unit of work and of loss.")
+    views_per_part: int = Field(5, ge=1, le=500, description="Views in one part: the unit of work and of loss.")
 
     @field_validator("logits")
     @classmethod

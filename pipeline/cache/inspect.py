@@ -15,6 +15,7 @@ from pipeline.cache.identity import read_header
 from pipeline.cache.log import read_last_log
 from pipeline.cache.manifest import read_manifest
 from pipeline.cache.statistics import merge_statistics
+from schemas.config import ViewsConfig
 from schemas.manifest import BuildLog, Header, Output, Statistics
 
 # A driver that is silent for longer has most likely ended.
@@ -85,7 +86,7 @@ def inspect_cache(cache_url: str, *, now_s: float | None = None) -> CacheReport:
         fingerprint=header.fingerprint,
         views_id=header.views_id,
         teacher=f"{_model(header)}, {header.num_classes} classes, {header.teacher['precision']}",
-        views=f"{header.views['kind']}, seed {header.views['seed']}, {header.teacher['size']} px",
+        views=f"{', '.join(_view_names(header))}, seed {header.views['seed']}, {header.teacher['size']} px",
         num_shards=manifest.num_shards if manifest else None,
         num_ok=manifest.num_ok if manifest else None,
         num_views=manifest.num_views if manifest else None,
@@ -116,6 +117,12 @@ def _eta_s(log: BuildLog, num_commits: int, now_s: float) -> float | None:
     if now_s - log.renewed_s > max(_SILENT_S, _SILENT_PARTS * part_s):
         return None
     return max(log.num_parts - num_commits, 0) * part_s
+
+
+def _view_names(header: Header) -> list[str]:
+    """The kind of views, and the options of the plan."""
+    options = (name for name, field in ViewsConfig.model_fields.items() if field.default is None)
+    return [str(header.views["kind"]), *(name for name in options if name in header.views)]
 
 
 def _model(header: Header) -> str:

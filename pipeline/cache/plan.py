@@ -17,8 +17,8 @@ from pipeline.cache.commit import missing_blocks
 from pipeline.cache.identity import read_header
 from pipeline.cache.survey import Span, Survey, survey_shards, total
 from pipeline.models import load_model
-from schemas.cache import part_schema
-from schemas.config import CacheConfig, Config
+from schemas.cache import drawn_columns, part_schema
+from schemas.config import CacheConfig, Config, ViewsConfig
 from schemas.manifest import Commit, Header, Output, ViewBlock
 
 _CANARY_SHARE = 0.001
@@ -269,14 +269,14 @@ def _forwards_open(ground: Ground) -> Span:
 
 def plan_size(ground: Ground) -> Size:
     outputs = {output.name: row_bytes(output) for output in _outputs(ground)}
-    raw = sum(outputs.values()) + _column_bytes()
+    raw = sum(outputs.values()) + _column_bytes(ground.config.views)
     measured = _measured(ground.commits)
     row = measured or Span(_LEAST_STORED * raw, raw, raw)
     parts_open = _forwards_open(ground) * row
     committed = sum(commit.part.size_bytes for item in ground.blocks.values() for commit in item.committed)
     return Size(
         outputs=outputs,
-        columns=_column_bytes(),
+        columns=_column_bytes(ground.config.views),
         row=row,
         is_measured=measured is not None,
         parts=parts_open + Span.exactly(committed),
@@ -298,9 +298,10 @@ def _outputs(ground: Ground) -> tuple[Output, ...]:
     return outputs_of(cache, num_classes=ground.config.data.num_classes, embedding_dim=ground.embedding_dim or 1)
 
 
-def _column_bytes() -> float:
+def _column_bytes(plan: ViewsConfig) -> float:
     """Of a row's columns beside the outputs, before compression; those of canaries by their share."""
-    return sum(_bits(item.type) / 8 * (_CANARY_SHARE if item.nullable else 1) for item in part_schema({}))
+    columns = part_schema({}, drawn_columns(plan))
+    return sum(_bits(item.type) / 8 * (_CANARY_SHARE if item.nullable else 1) for item in columns)
 
 
 def _bits(kind: pa.DataType) -> int:

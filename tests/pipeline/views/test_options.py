@@ -278,7 +278,7 @@ def stored(plan: ViewsConfig, params: ViewParams) -> pa.Table:
 
 
 @given(PLANS, st.lists(VIEW, min_size=1, max_size=3), st.integers(5, 40))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_views_rebuilt_from_stored_columns_are_those_drawn_anew(plan: ViewsConfig, views: list[int], size: int) -> None:
     names, sizes = ids(len(views)), [(31, 45)] * len(views)
     params = draw(plan, names, views, sizes)
@@ -302,7 +302,7 @@ def test_views_rebuilt_from_stored_columns_are_those_drawn_anew(plan: ViewsConfi
 
 
 @given(PLANS, PLANS, st.integers(1, 65_535), st.integers(1, 512))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_views_id_changes_exactly_where_a_meaningful_key_does(
     one: ViewsConfig, other: ViewsConfig, count: int, size: int
 ) -> None:

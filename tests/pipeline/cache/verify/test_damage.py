@@ -63,7 +63,6 @@ def test_a_whole_cache_has_no_problem_and_everything_was_checked(grown_cache: Ti
 @settings(
     max_examples=100,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
-    deadline=None,
 )
 @given(st.data())
 def test_a_flipped_bit_is_found_in_whatever_file_it_is(cache: TinyCache, data: st.DataObject) -> None:
