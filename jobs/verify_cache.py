@@ -72,6 +72,9 @@ def describe(report: VerifyReport) -> str:
     if report.num_unnamed:
         lines.append(f"{report.num_unnamed} files that nothing names, first {', '.join(report.unnamed[:3])}")
         lines.append("  no harm; stillroom cache gc removes what killed builders left")
+    if not report.ok:
+        lines.append("next: remove what is damaged and run stillroom cache build CONFIG, which makes it anew;")
+        lines.append("  a cache whose rows are wrong under right digests has to be built into another cache.url")
     verdict = "no problems" if report.ok else f"{report.num_problems} problems"
     return "\n".join([*lines, f"{report.url}: {verdict}"])
 

@@ -141,6 +141,7 @@ def test_verify_ends_with_0_for_a_whole_cache_1_for_a_problem_and_2_where_no_cac
     assert "20 rows, 20 with the same bits" in out
     part = next((tmp_path / "cache" / "parts").rglob("*.parquet"))
     part.write_bytes(part.read_bytes()[:-1])
+    assert "run stillroom cache build CONFIG" in stillroom("cache", "verify", url)[1]
     code, out, _ = stillroom("cache", "verify", url, "--json")
     found = json.loads(out)
     assert code == 1

@@ -61,7 +61,7 @@ def test_a_whole_cache_has_no_problem_and_everything_was_checked(grown_cache: Ti
 
 
 @settings(
-    max_examples=100,
+    max_examples=60,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(st.data())
