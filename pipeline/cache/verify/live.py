@@ -80,7 +80,8 @@ def _compare(pool: Pool, live: LiveTeacher, findings: Findings) -> Recomputed:
     same_N = np.array([row.same_environment for row in pool.rows])
     for output in live.header.outputs:
         scale = max(float(made[output.name].std()), 1e-6)
-        off_N, allowed_N = _distance(pool, made[output.name], output, drift * scale, same_N)
+        stored_ND = np.stack([row.stored[output.name] for row in pool.rows])
+        off_N, allowed_N = distance(stored_ND, made[output.name], output, drift=drift * scale, same_N=same_N)
         _tell(pool, output.name, off_N / scale, allowed_N / scale, findings)
         differs_N |= off_N > 0
         largest = max(largest, float(off_N.max()) / scale)
@@ -96,13 +97,17 @@ def _compare(pool: Pool, live: LiveTeacher, findings: Findings) -> Recomputed:
     )
 
 
-def _distance(
-    pool: Pool, made_ND: NDArray[np.float32], output: Output, drift: float, same_N: NDArray[np.bool_]
+def distance(
+    stored_ND: NDArray[np.float32],
+    made_ND: NDArray[np.float32],
+    output: Output,
+    *,
+    drift: float,
+    same_N: NDArray[np.bool_],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """How far each row is off at most, and how far it may be."""
-    stored_ND = np.stack([row.stored[output.name] for row in pool.rows]).astype(np.float64)
+    """How far each row is off at most, and how far it may be: nothing at all for rows of ``same_N``."""
     kept_ND = decode(encode(made_ND, output), output)
-    bits_N, exact_N = (np.abs(stored_ND - values_ND).max(1) for values_ND in (kept_ND, made_ND))
+    bits_N, exact_N = (np.abs(stored_ND.astype(np.float64) - values_ND).max(1) for values_ND in (kept_ND, made_ND))
     encoding_N = np.abs(kept_ND - made_ND.astype(np.float64)).max(1)
     return np.where(same_N | (bits_N == 0), bits_N, exact_N), np.where(same_N, 0.0, encoding_N + drift)
 

@@ -22,7 +22,7 @@ from pipeline.errors import CacheError, StillroomError, StorageInputError
 from pipeline.shards.index import NO_LABEL, STATUSES, ShardIndex, decode_index
 from schemas.manifest import Commit, FileRef
 
-_NO_INDEX = "rows of parts: their index cannot be read"
+_NO_INDEX = "rows of parts: their index cannot be trusted"
 _NO_HEADER = "rows of parts: the header cannot be read"
 _NO_PLAN = "drawn parameters and canaries: the plan is of another version"
 
@@ -72,16 +72,21 @@ class _ShardCheck:
         return self._result
 
     def _read_index(self) -> ShardIndex | None:
+        """The index, if it contradicts neither itself nor the commits: rows are held to nothing less."""
         commit, header = self._task.commits[0], self._task.records.header
-        path = commit.index.path
-        with self._findings.told(path, shard=self._shard_id):
-            self._findings.checked["indexes"] += 1
+        path, own = commit.index.path, Findings()
+        index = None
+        with own.told(path, shard=self._shard_id):
+            own.checked["indexes"] += 1
             data = read_file(self._task.cache_url, path)
             check_bytes(data, commit.index)
             index = decode_index(data, where=path, settings=None if header is None else header.data)
-            _check_index(path, index, commit, self._findings)
-            return index
-        return None
+            _check_index(path, index, commit, own)
+            if header is not None:
+                beyond = int(((index.label < NO_LABEL) | (index.label >= header.num_classes)).sum())
+                own.expect(path, "labels outside of the classes", beyond, 0, shard=self._shard_id)
+        self._findings.merge(own)
+        return None if own.num_problems else index
 
     def _check_part(self, commit: Commit) -> PartContent | None:
         """The content of a part whose bytes are those committed."""

@@ -17,12 +17,13 @@ import pytest
 from pipeline import storage
 from pipeline.cache import layout
 from pipeline.cache.codec import encode
-from pipeline.cache.commit import publish_file
+from pipeline.cache.commit import publish_file, read_commits
 from pipeline.cache.gc import collect_garbage
 from pipeline.cache.identity import read_header
+from pipeline.cache.manifest import publish_manifest
 from pipeline.cache.verify import Problem, VerifyReport, verify_cache
-from pipeline.fingerprint import seal
-from schemas.manifest import Header
+from pipeline.fingerprint import digest, seal
+from schemas.manifest import FileRef, Header
 from tests.pipeline.cache.verify.forge import commit_of, replace_commit, republish, rewrite_part, set_cell
 from tests.pipeline.caches import TinyCache, build, copy_of, files, shard_urls
 from tests.pipeline.conftest import TinyConfig
@@ -115,9 +116,20 @@ def test_a_norm_that_is_not_the_embeddings_is_found(cache: TinyCache) -> None:
     assert (problem.what, problem.key, problem.view) == ("the norm is not the embedding's", "digit-0025", 1)
 
 
-def test_a_proof_of_pixels_that_is_missing_or_of_other_pixels_is_found(cache: TinyCache) -> None:
-    problem = only(forged(cache, lambda table: set_cell(table, "pixel_digest", 0, None)))
+@pytest.mark.parametrize(
+    ("row", "digest", "mean"),
+    [(0, None, bytes(192)), (0, None, None), (7, bytes(16), bytes(192))],
+    ids=["half of one", "none where one belongs", "one where none belongs"],
+)
+def test_a_proof_of_pixels_that_is_missing_or_too_many_is_found(
+    cache: TinyCache, row: int, digest: bytes | None, mean: bytes | None
+) -> None:
+    def change(table: pa.Table) -> pa.Table:
+        return set_cell(set_cell(table, "pixel_digest", row, digest), "pixel_mean", row, mean)
+
+    problem = only(forged(cache, change))
     assert "a proof of pixels" in problem.what
+    assert (problem.view, problem.key) == (0, f"digit-{20 + row:04d}")
 
 
 def test_other_pixels_are_found_with_the_size_of_the_difference(cache: TinyCache) -> None:
@@ -144,6 +156,16 @@ def test_logits_that_other_hits_were_counted_of_are_found(cache: TinyCache) -> N
 
     report = forged(cache, change, block="eval")
     assert any("hits are not those of the stored logits" in problem.what for problem in report.problems)
+
+
+@pytest.mark.parametrize("key", ["top1_hits", "top5_hits", "labelled"])
+@pytest.mark.parametrize("added", [-1, 1])
+def test_a_count_of_hits_that_is_off_by_one_is_found(cache: TinyCache, key: str, added: int) -> None:
+    commit = commit_of(cache, SHARD, "eval")
+    value = getattr(commit.statistics, key) + added
+    replace_commit(cache, commit.model_copy(update={"statistics": commit.statistics.model_copy(update={key: value})}))
+    republish(cache)
+    assert only(verify_cache(cache.url)).file == commit.part.path
 
 
 def test_embeddings_that_other_class_sums_were_made_of_are_found(cache: TinyCache) -> None:
@@ -328,3 +350,37 @@ def test_a_cache_in_object_storage_is_verified_and_swept_alike(cache: TinyCache)
     storage.write(storage.join(url, "parts/digits-01/eval.0123456789abcdef.parquet"), b"stray")
     assert collect_garbage(url, min_age_s=0, now_s=time.time() + 1).freed_bytes == 5
     assert verify_cache(url, threads=3) == replace(verify_cache(cache.url), url=url)
+
+
+def test_commits_of_shards_that_the_manifest_lacks_do_not_count(cache: TinyCache) -> None:
+    urls = shard_urls(cache.config)
+    publish_manifest(cache.url, {SHARD: urls[SHARD]})
+    report = verify_cache(cache.url)
+    assert report.ok, report.problems
+    assert report.checked["commits that are not in the manifest yet"] == 4
+    assert report.checked["parts"] == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "what"),
+    [
+        ("key", "digit-0021", "keys that stand there twice"),
+        ("label", 10, "labels outside of the classes"),
+        ("size", 1 << 30, "byte ranges outside of the shard"),
+        ("width", 0, "images without a size"),
+        ("status", "empty", "samples skipped"),
+    ],
+)
+def test_an_index_that_contradicts_itself_is_found(cache: TinyCache, name: str, value: object, what: str) -> None:
+    path = layout.index_path(SHARD)
+    table = set_cell(pq.read_table(storage.join(cache.url, path)), name, 3, value)
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    data = sink.getvalue().to_pybytes()
+    storage.write(storage.join(cache.url, path), data)
+    ref = FileRef(path=path, sha256=digest(data), size_bytes=len(data))
+    for commit in read_commits(cache.url):
+        if commit.shard_id == SHARD:
+            replace_commit(cache, commit.model_copy(update={"index": ref}))
+    republish(cache)
+    assert (path, what) in {(problem.file, problem.what) for problem in verify_cache(cache.url).problems}

@@ -15,9 +15,11 @@ from pipeline.cache.codec import decode, encode
 from pipeline.cache.commit import read_commits
 from pipeline.cache.identity import read_header
 from pipeline.cache.verify import LiveTeacher, load_live, recompute
+from pipeline.cache.verify.live import distance
 from pipeline.cache.verify.report import Findings, Recomputed
 from pipeline.cache.verify.sample import arrange, pick
 from schemas.config import Config
+from schemas.manifest import Output
 from tests.pipeline.cache.verify.forge import commit_of, replace_commit, republish, rewrite_part
 from tests.pipeline.caches import TinyCache, build
 from tests.pipeline.conftest import TinyConfig
@@ -110,6 +112,18 @@ def test_half_precision_is_allowed_its_rounding_on_another_machine(tiny_config: 
     cache = TinyCache(str(tmp_path / "cache"), config)
     elsewhere(cache)
     assert asked(cache, 10_000)[0].problems == []
+
+
+def test_an_answer_that_rounds_the_other_way_elsewhere_passes_and_one_beyond_it_does_not() -> None:
+    fp16 = Output(name="logits", shape=(2,), dtype="float16", encoding="dense")
+    # Between 512 and 1024 float16 has steps of 0.5: 1000.26 is kept as 1000.5, and a hair less as 1000.
+    made = np.array([[1000.26, 0.0]] * 3, np.float32)
+    stored = np.array([[1000.0, 0.0], [1000.5, 0.0], [999.5, 0.0]], np.float32)
+    off, allowed = distance(stored, made, fp16, drift=0.05, same_N=np.zeros(3, np.bool_))
+    np.testing.assert_allclose(off, [0.26, 0, 0.76], atol=1e-4)
+    np.testing.assert_allclose(allowed, 0.24 + 0.05, atol=1e-4)
+    off, allowed = distance(stored, made, fp16, drift=0.05, same_N=np.ones(3, np.bool_))
+    assert (off.tolist(), allowed.tolist()) == ([0.5, 0.0, 1.0], [0.0, 0.0, 0.0])
 
 
 def test_another_teacher_is_told_with_what_differs(cache: TinyCache, tiny_config: TinyConfig) -> None:
