@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
 
+from pipeline.cache.build import build_part, prepare
+from pipeline.cache.layout import commit_path
 from pipeline.shards.write import pack_shards
-from tests.jobs.conftest import NETWORK, files_below
-from tests.pipeline.caches import digit_samples
+from schemas.config import Config
+from tests.faults.networks import LOG, forwards
+from tests.jobs.conftest import NETWORK
+from tests.pipeline.caches import digit_samples, files, open_tasks
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-NUM_KILLS = 4
+NUM_KILLS = 12
 
 
 def config_file(folder: Path, name: str, shards: list[str]) -> Path:
@@ -33,6 +42,16 @@ def config_file(folder: Path, name: str, shards: list[str]) -> Path:
             "ray": {"address": "local"},
         },
     )
+
+
+def traced_file(folder: Path, name: str, shards: list[str]) -> Path:
+    """Many small parts, and a teacher that leaves a trace of what it is asked."""
+    path = config_file(folder, name, shards)
+    tree = yaml.safe_load(path.read_text())
+    tree["teacher"] |= {"model": "python:tests.faults.networks:Traced", "kwargs": {}}
+    tree["views"]["count"] = 24
+    tree["cache"]["views_per_part"] = 2
+    return write(path, tree)
 
 
 def training_file(folder: Path, name: str, shards: list[str]) -> Path:
@@ -76,17 +95,6 @@ def said(config: Path) -> str:
     return config.with_suffix(".log").read_text()
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
-    """The driver and all that it started, by process id."""
-    family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
-    for pid in family:
-        try:
-            psutil.Process(pid).kill()
-        except psutil.NoSuchProcess:
-            continue
-    process.wait()
-
-
 def wait_for_commits(folder: Path, count: int, process: subprocess.Popen[bytes]) -> None:
     wait_for(folder, "commits/*/*.json", count, process)
 
@@ -106,21 +114,136 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return pack_shards(digit_samples(400), f"{folder}/digits-%02d.tar", shard_size=80)
 
 
-def test_a_build_killed_at_random_points_ends_with_the_bytes_of_an_undisturbed_one(
-    shards: list[str], tmp_path: Path
+@dataclass
+class Kills:
+    """Ends driver, worker or raylet of a build at random points; knows what was committed when nobody was alive."""
+
+    config: Path
+    folder: Path
+    draw: random.Random
+    counts: Counter[str] = field(default_factory=Counter)
+    num_agents: int = 0
+    # (parts that were committed, number of batches the teacher had been asked by then)
+    snapshots: list[tuple[set[str], int]] = field(default_factory=list)
+
+    def run(self, num_kills: int) -> None:
+        builders: list[subprocess.Popen[bytes]] = []
+        while self.counts.total() < num_kills:
+            if not builders:
+                builders = [start_build(self.config) for _ in range(self.draw.choice((1, 1, 2)))]
+            self._wait(builders[0])
+            killed = self._kill(builders[0], self.draw.choice(("driver", "worker", "raylet")))
+            if killed == "worker":
+                if len(builders) == 1:
+                    self._remember()
+                continue
+            for racer in builders[1:]:
+                self._kill(racer, "driver")
+            builders = []
+            self._remember()
+
+    def _wait(self, builder: subprocess.Popen[bytes]) -> None:
+        """To a random commit, or to a random moment of the start."""
+        if self.draw.random() < 0.2:
+            wait_until(lambda: builder.poll() is not None, self.draw.uniform(0, 6))
+            return
+        wanted = len(committed(self.folder)) + self.draw.randint(1, 4)
+        wait_until(lambda: builder.poll() is not None or len(committed(self.folder)) >= wanted, 120)
+        wait_until(lambda: False, self.draw.random() * 0.2)
+
+    def _kill(self, builder: subprocess.Popen[bytes], wanted: str) -> str:
+        """Kills one process and returns what it was. After driver or raylet, the whole builder is gone."""
+        if builder.poll() is not None:
+            return "nothing"
+        family = psutil.Process(builder.pid).children(recursive=True)
+        found = [process for process in family if is_a(process, wanted)]
+        victim = self.draw.choice(found) if found else psutil.Process(builder.pid)
+        killed = wanted if found else "driver"
+        victim.kill()
+        self.counts[killed] += 1
+        if killed != "worker":
+            # A driver without its raylet ends by itself, and workers end without their driver. Ray's agents do not.
+            builder.wait(60)
+            agents = [process for process in family if is_a(process, "agent")]
+            for process in agents:
+                process.kill()
+            self.num_agents += len(agents)
+            assert not psutil.wait_procs(family, timeout=60)[1]
+        return killed
+
+    def _remember(self) -> None:
+        done = committed(self.folder)
+        self.snapshots.append((done, len(forwards())))
+
+
+def is_a(process: psutil.Process, kind: str) -> bool:
+    try:
+        command = " ".join(process.cmdline())
+    except psutil.Error:
+        return False
+    is_agent = command.startswith("ray::") and "Agent" in command
+    kinds = {
+        "agent": is_agent,
+        "worker": command.startswith("ray::") and not is_agent,
+        "raylet": "/raylet/raylet" in command,
+        "driver": False,
+    }
+    return kinds[kind]
+
+
+def committed(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.glob("commits/*/*.json")}
+
+
+def wait_until(holds: Callable[[], bool], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def batches_of_parts(config: Path, folder: Path) -> dict[str, set[str]]:
+    """What the teacher is asked for each part, by commit: one part after the other, without Ray."""
+    tree = yaml.safe_load(config.read_text())
+    tree["cache"]["url"], tree["ray"]["address"] = str(folder), "none"
+    alone = Config.model_validate(tree)
+    prepare(alone)
+    found: dict[str, set[str]] = {}
+    for task in open_tasks(alone):
+        before = len(forwards())
+        commit = build_part(task)
+        found[commit_path(commit.shard_id, commit.block)] = {*forwards()[before:]}
+    return found
+
+
+def digest_of(found: dict[str, bytes]) -> str:
+    whole = hashlib.sha256()
+    for name, data in sorted(found.items()):
+        whole.update(f"{name}\n{len(data)}\n".encode() + data)
+    return whole.hexdigest()
+
+
+@pytest.mark.timeout(1200)
+def test_a_build_killed_and_raced_at_random_points_ends_with_the_bytes_of_an_undisturbed_one(
+    shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    undisturbed = config_file(tmp_path, "undisturbed", shards)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))
+    monkeypatch.setenv(LOG, str(tmp_path / "forwards"))
+    seed = int(os.environ.get("STILLROOM_TEST_SEED", "7"))
+    undisturbed, config = (traced_file(tmp_path, name, shards) for name in ("undisturbed", "killed"))
     assert start_build(undisturbed).wait() == 0, said(undisturbed)
-    config = config_file(tmp_path, "killed", shards)
-    draw = random.Random(7)
-    for _ in range(NUM_KILLS):
-        process = start_build(config)
-        seen = len(list((tmp_path / "killed").glob("commits/*/*.json")))
-        wait_for_commits(tmp_path / "killed", seen + draw.randint(1, 3), process)
-        time.sleep(draw.random() * 0.2)
-        end(process)
+    asked_for = batches_of_parts(undisturbed, tmp_path / "mapped")
+    kills = Kills(config, tmp_path / "killed", random.Random(seed))
+    kills.run(NUM_KILLS)
     assert start_build(config).wait() == 0, said(config)
-    assert files_below(tmp_path / "killed") == files_below(tmp_path / "undisturbed")
+    whole, broken = files(str(tmp_path / "undisturbed")), files(str(tmp_path / "killed"))
+    print(f"\nseed {seed}; {kills.counts.total()} kills: {dict(kills.counts)}; {kills.num_agents} agents of Ray left")
+    print(f"committed at each: {[len(done) for done, _ in kills.snapshots]} of {len(asked_for)} parts")
+    print(f"undisturbed {digest_of(whole)}\nkilled      {digest_of(broken)}")
+    assert broken == whole
+    assert len({*whole}) > len(asked_for)
+    asked = forwards()
+    for done, count in kills.snapshots:
+        assert not set().union(*(asked_for[path] for path in done)) & {*asked[count:]}
 
 
 def test_a_killed_worker_costs_a_retry_and_not_the_build(shards: list[str], tmp_path: Path) -> None:
