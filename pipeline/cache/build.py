@@ -121,8 +121,9 @@ def prepare(config: Config) -> Header:
         CacheError: the cache was begun by another teacher, plan or encoding, or with other class means.
         ConfigError: class means are to be imported, and the file is not this teacher's.
     """
-    # A process may build again after the files behind the same URLs have changed.
-    _builder.cache_clear()
+    if cache_config(config).class_means_url is not None:
+        # A process may build again after the file behind the URL has changed.
+        _builder.cache_clear()
     builder = _claimed(config)
     if builder.imported is not None:
         keep_means(builder.cache.url, builder.imported)
@@ -131,21 +132,24 @@ def prepare(config: Config) -> Header:
 
 def teacher_of(config: Config) -> tuple[Teacher, Header]:
     """The teacher that a build with this config would ask, as it would ask it, and the header that it would write."""
-    pin_numerics(config.ray.cpus_per_task)
-    builder = _builder(config.model_dump_json())
+    builder = _current(config)
     return builder.teacher, builder.header
 
 
 def _claimed(config: Config) -> _Builder:
-    # Every time, unlike loading: the folder may have been emptied, and another job of this process may set threads.
-    pin_numerics(config.ray.cpus_per_task)
-    builder = _builder(config.model_dump_json(), _weights_stamp(config.teacher.weights))
-    check_gpu(builder.teacher.device, builder.gpus)
+    builder = _current(config)
+    # Every time: the folder may have been emptied.
     return replace(builder, header=claim(builder.cache.url, builder.header))
 
 
-def _weights_stamp(weights: str) -> str | None:
-    return None if weights in WITHOUT_FILE else storage.stamp(weights)
+def _current(config: Config) -> _Builder:
+    """What this process keeps for the config, made again where the weights' file was replaced."""
+    # Every time: another job of this process may set threads.
+    pin_numerics(config.ray.cpus_per_task)
+    weights = config.teacher.weights
+    builder = _builder(config.model_dump_json(), None if weights in WITHOUT_FILE else storage.stamp(weights))
+    check_gpu(builder.teacher.device, builder.gpus)
+    return builder
 
 
 @lru_cache(maxsize=1)

@@ -131,7 +131,7 @@ def _model(header: Header) -> str:
 
 def _encoding(header: Header, output: Output) -> str:
     word = header.teacher["logits" if output.name == "logits" else "embeddings"]
-    return f"{word}, {row_bytes(output)} bytes for {output.shape}"
+    return f"{word} {list(output.shape)}, {row_bytes(output)} bytes a row"
 
 
 def _fidelity(header: Header, statistics: Statistics) -> dict[str, Any]:

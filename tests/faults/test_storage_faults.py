@@ -118,7 +118,7 @@ def folder() -> Iterator[Path]:
 def config_of(shard: str, url: Path) -> Config:
     return Config.model_validate(
         {
-            "data": {"shards": shard, "num_classes": 10, "bad_samples": "skip"},
+            "data": {"shards": shard, "num_classes": 10, "bad_samples": "skip", "max_bad_share": 0.2},
             "teacher": {
                 "model": "python:tests.faults.networks:Traced",
                 "mean": [0.5, 0.5, 0.5],

@@ -101,7 +101,7 @@ def test_build_train_evaluate_inspect_from_one_yaml_with_overrides(
     assert stillroom("cache", "build", config, "views.count=2", "cache.logits=fp32")[0] == 0
     code, out, _ = stillroom("cache", "inspect", str(tmp_path / "cache"))
     assert code == 0
-    assert "float32 [10]" in out
+    assert "fp32 [10]" in out
     assert stillroom("train", config, "views.count=2", "train.epochs=1", "loss.0.temperature=3")[0] == 0
     code, out, _ = stillroom("evaluate", str(tmp_path / "run"), "--shards", shards[-1], "--json")
     found = json.loads(out)

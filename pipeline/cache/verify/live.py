@@ -66,7 +66,9 @@ def _ask(pool: Pool, teacher: Teacher) -> Answers:
     if (lambda_M == 1).all():
         answers = teacher.answer(pixels_MCHW)
     else:
-        answers = teacher.answer(pixels_MCHW, place[np.array(pool.partner)[order]].astype(np.int32), lambda_M)
+        partner_M = place[np.array(pool.partner)[order]].astype(np.int32)
+        cut_M4 = np.stack([pool.rows[row].cut_4 for row in order])
+        answers = teacher.answer(pixels_MCHW, partner_M, lambda_M, cut_M4 if cut_M4.any() else None)
     return Answers(answers.logits_NK[place], answers.embedding_ND[place])
 
 

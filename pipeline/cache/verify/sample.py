@@ -24,6 +24,7 @@ from pipeline.errors import CacheError
 from pipeline.shards.index import ShardIndex
 from pipeline.teacher.infer import Teacher
 from pipeline.teacher.runtime import numeric_env
+from pipeline.views.options import cut_boxes
 from pipeline.views.params import EVAL_VIEW
 from pipeline.views.philox import key_of, philox4x64, uniform
 from schemas.config import Config
@@ -61,6 +62,8 @@ class Row:
     """Place in the teacher's batch: a row's last bits may depend on it."""
     pixels_CHW: Tensor
     mix_lambda: np.float32
+    cut_4: NDArray[np.float32]
+    """The part of the view that comes from the partner, as fractions; width 0: a blend."""
     stored: dict[str, NDArray[np.float32]]
     norm: np.float32
 
@@ -157,8 +160,11 @@ class Sample:
         for unit in units:
             group = next(images.groups(unit, block_of(view)))
             start = len(pool.rows)
+            boxes = cut_boxes(group.drawn_VN)
+            cut_N4 = np.zeros((len(unit), 4), np.float32) if boxes is None else boxes[0]
             for position, ordinal in enumerate(unit):
-                pool.rows.append(make(ordinal, group.pixels_VNCHW[0, position], group.mix_lambda_VN[0, position]))
+                seen = (group.pixels_VNCHW[0, position], group.mix_lambda_VN[0, position], cut_N4[position])
+                pool.rows.append(make(ordinal, *seen))
                 pool.partner.append(start + int(group.partner_VN[0, position]))
 
     def _row(
@@ -170,11 +176,12 @@ class Sample:
         ordinal: int,
         pixels_CHW: Tensor,
         mix_lambda: np.float32,
+        cut_4: NDArray[np.float32],
         *,
         file: str,
         same_environment: bool,
     ) -> Row:
-        dense = {"logits": columns.logits_NK, "embedding": columns.embedding_ND}
+        stored = {"logits": columns.logits, "embedding": columns.embedding}
         return Row(
             shard=entry.shard_id,
             view=view,
@@ -184,7 +191,10 @@ class Sample:
             slot=ordinal % self._plan.mix_group % self._live.teacher.batch_size,
             pixels_CHW=pixels_CHW,
             mix_lambda=mix_lambda,
-            stored={name: values_ND[ordinal] for name, values_ND in dense.items() if values_ND is not None},
+            cut_4=cut_4,
+            stored={
+                name: rows.take(np.array([ordinal])).dense()[0] for name, rows in stored.items() if rows is not None
+            },
             norm=columns.embedding_norm_N[ordinal],
         )
 
