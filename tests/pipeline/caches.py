@@ -91,5 +91,6 @@ def copy_of(cache: TinyCache, folder: Path) -> TinyCache:
 
 
 def files(url: str) -> dict[str, bytes]:
-    """Every file of a cache by relative path."""
-    return {path: storage.read(storage.join(url, path)) for path in storage.listing(url)}
+    """Every file of a cache by relative path, but for those of ``log/``."""
+    paths = (path for path in storage.listing(url) if not path.startswith("log/"))
+    return {path: storage.read(storage.join(url, path)) for path in paths}

@@ -11,15 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.cache.codec import decode, encode
+from pipeline.cache.codec import decode, encode, outputs_of
 from pipeline.cache.commit import read_commits
 from pipeline.cache.identity import read_header
 from pipeline.cache.verify import LiveTeacher, load_live, recompute
 from pipeline.cache.verify.live import distance
 from pipeline.cache.verify.report import Findings, Recomputed
 from pipeline.cache.verify.sample import arrange, pick
-from schemas.config import Config
-from schemas.manifest import Output
+from schemas.config import CacheConfig, Config
 from tests.pipeline.cache.verify.forge import commit_of, replace_commit, republish, rewrite_part
 from tests.pipeline.caches import TinyCache, build
 from tests.pipeline.conftest import TinyConfig
@@ -115,7 +114,8 @@ def test_half_precision_is_allowed_its_rounding_on_another_machine(tiny_config: 
 
 
 def test_an_answer_that_rounds_the_other_way_elsewhere_passes_and_one_beyond_it_does_not() -> None:
-    fp16 = Output(name="logits", shape=(2,), dtype="float16", encoding="dense")
+    config = CacheConfig(url="x", logits="fp16")
+    (fp16,) = outputs_of(config, num_classes=2, embedding_dim=1)
     # Between 512 and 1024 float16 has steps of 0.5: 1000.26 is kept as 1000.5, and a hair less as 1000.
     made = np.array([[1000.26, 0.0]] * 3, np.float32)
     stored = np.array([[1000.0, 0.0], [1000.5, 0.0], [999.5, 0.0]], np.float32)
