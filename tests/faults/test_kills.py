@@ -141,6 +141,8 @@ class Kills:
                 self._kill(racer, "driver")
             builders = []
             self._remember()
+        # Whose worker was the last to be killed goes on, and so does a second one beside it.
+        assert [builder.wait(300) for builder in builders] == [0] * len(builders), said(self.config)
 
     def _wait(self, builder: subprocess.Popen[bytes]) -> None:
         """To a random commit, or to a random moment of the start."""
