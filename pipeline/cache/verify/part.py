@@ -22,7 +22,7 @@ from pipeline.cache.verify.report import Findings, Problem
 from pipeline.cache.writer import view_ranges
 from pipeline.errors import CacheError
 from pipeline.shards.index import ShardIndex
-from schemas.cache import part_schema
+from schemas.cache import drawn_columns, part_schema
 from schemas.manifest import Commit, FileRef, Header, Output
 
 # What the norm of stored numbers may differ by from that of the exact ones, as a share of it: a rounding each, and the
@@ -102,9 +102,11 @@ class PartCheck:
 
     def _check_structure(self, file: pq.ParquetFile, path: Path) -> list[list[int]]:
         """The row groups of each view."""
-        schema = part_schema({output.name: row_bytes(output) for output in self._header.outputs})
-        if not file.schema_arrow.equals(schema):
-            raise CacheError("this part has other columns", got=file.schema_arrow.names, wanted=schema.names)
+        if self._draws is not None:
+            drawn = {} if self._commit.block.is_eval else drawn_columns(self._draws.plan)
+            schema = part_schema({output.name: row_bytes(output) for output in self._header.outputs}, drawn)
+            if not file.schema_arrow.equals(schema):
+                raise CacheError("this part has other columns", got=file.schema_arrow.names, wanted=schema.names)
         sizes = [file.metadata.row_group(number).num_rows for number in range(file.metadata.num_row_groups)]
         groups = _split(sizes, list(self._rows_by_view().values()))
         if groups is None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pipeline.cache.codec import decode, encode, outputs_of
 from pipeline.cache.commit import read_commits
 from pipeline.cache.identity import read_header
-from pipeline.cache.verify import LiveTeacher, load_live, recompute
+from pipeline.cache.verify import LiveTeacher, load_live, recompute, verify_cache
 from pipeline.cache.verify.live import distance
 from pipeline.cache.verify.report import Findings, Recomputed
 from pipeline.cache.verify.sample import arrange, pick
@@ -24,6 +24,7 @@ from tests.pipeline.caches import TinyCache, build
 from tests.pipeline.conftest import TinyConfig
 
 SHARD, BLOCK = "digits-01", "v0000-0001"
+EVERY_OPTION: dict[str, Any] = {"jitter": {"hue": 0.1}, "randaugment": {}, "erasing": {}, "cutmix": 0.5}
 
 
 def asked(cache: TinyCache, num_rows: int, *, config: Config | None = None) -> tuple[Findings, Recomputed]:
@@ -60,14 +61,16 @@ def elsewhere(cache: TinyCache) -> None:
         {"cache": {"logits": "fp16", "embeddings": "fp16", "class_means": "none"}},
         {"views": {"kind": "crop"}, "teacher": {"precision": "bf16"}},
         {"views": {"mix_group": 5}, "teacher": {"batch_size": 7}},
+        {"views": EVERY_OPTION, "cache": {"logits": "topk:3", "embeddings": "int8"}},
     ],
-    ids=["fp32", "fp16", "crop in bf16", "odd groups and batches"],
+    ids=["fp32", "fp16", "crop in bf16", "odd groups and batches", "every option of views"],
 )
 def test_every_row_is_the_same_bits_in_the_environment_of_the_build(
     tiny_config: TinyConfig, tmp_path: Path, overrides: dict[str, Any]
 ) -> None:
     config = tiny_config(**overrides)
     build(config)
+    assert verify_cache(str(tmp_path / "cache")).problems == ()
     findings, found = asked(TinyCache(str(tmp_path / "cache"), config), 10_000)
     has_eval = config.cache is not None and config.cache.class_means == "eval"
     num_rows = 35 * (3 + has_eval)
