@@ -43,7 +43,7 @@ from pipeline.shards.names import shard_id
 from pipeline.shards.publish import publish_index
 from pipeline.shards.tar import Sample
 from pipeline.teacher.groups import GroupViews, Rendering, fresh_samples, indexed_samples, read_groups
-from pipeline.teacher.infer import Answers, Teacher, ask_groups, load_teacher
+from pipeline.teacher.infer import Answers, AskedGroup, Teacher, ask_groups, load_teacher
 from pipeline.teacher.prefetch import prefetch
 from pipeline.teacher.runtime import check_gpu, numeric_env, pick_device, pin_numerics, visible_gpus
 from pipeline.views.params import is_canary, sample_keys
@@ -290,15 +290,16 @@ class _PartBuild:
                 builder=fresh,
                 pinned=self.builder.teacher.device.type == "cuda",
             )
-            # Three stages, one group in each: rendered, asked about, encoded.
-            with (
-                closing(prefetch(groups)) as rendered,
-                closing(prefetch(ask_groups(rendered, self.builder.teacher))) as asked,
-            ):
-                for item in asked:
-                    self._keep(writer, item.group, item.answers())
+            # Three stages, one group in each: rendered ahead, asked about here, kept behind.
+            with closing(prefetch(groups)) as rendered, ThreadPoolExecutor(1, thread_name_prefix="keep") as behind:
+                kept = behind.submit(lambda: None)
+                for asked in ask_groups(rendered, self.builder.teacher):
+                    kept.result()
+                    kept = behind.submit(self._keep, writer, asked)
+                kept.result()
 
-    def _keep(self, writer: PartWriter, group: GroupViews, answers: list[Answers]) -> None:
+    def _keep(self, writer: PartWriter, asked: AskedGroup) -> None:
+        group, answers = asked.group, asked.answers()
         if self.first_row is None:
             self.first_row = int(group.row_N[0])
         for position, view in enumerate(self.rendering.view_numbers):

@@ -53,6 +53,7 @@ class PartWriter:
             for spill in self._spills.values():
                 for table in spill.tables(self._rows_per_group):
                     writer.write_table(table, row_group_size=self._rows_per_group)
+                    del table  # before the next one is read
         self._check(path)
         return path
 
@@ -98,7 +99,8 @@ class _Spill:
     def tables(self, max_rows: int) -> Iterator[pa.Table]:
         """The rows in order, as tables of at most ``max_rows`` rows unless a single batch has more."""
         self._finish()
-        with pa.memory_map(str(self.path)) as source:
+        # Read, not mapped: mapped pages of a long shard's view would stay in memory until the last is done.
+        with pa.OSFile(str(self.path), "rb") as source:
             pending: list[pa.RecordBatch] = []
             for batch in pa.ipc.open_stream(source):
                 if pending and sum(item.num_rows for item in pending) + batch.num_rows > max_rows:

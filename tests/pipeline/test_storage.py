@@ -686,3 +686,15 @@ def test_a_glob_that_names_no_file_is_told_to_be_braces(name: str, tmp_path: Pat
             call(url)
     storage.write(url, b"x")
     assert storage.read(url) == b"x"
+
+
+def test_a_stamp_stays_until_the_file_is_replaced(tmp_path: Path) -> None:
+    for url in (str(tmp_path / "weights.pt"), f"memory://{tmp_path.name}/weights.pt"):
+        storage.write(url, b"one")
+        first = storage.stamp(url)
+        assert storage.stamp(url) == first
+        storage.write(url, b"two")
+        assert storage.stamp(url) != first
+        storage.delete(url)
+        with pytest.raises(StorageInputError, match="no such file"):
+            storage.stamp(url)

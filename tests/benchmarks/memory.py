@@ -1,0 +1,88 @@
+"""The most memory a task takes, over a shard of 1,000 images and over one of 10,000; a fresh process for each."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipeline.cache.build import PartTask, build_part, prepare
+from pipeline.shards.tar import read_samples
+from pipeline.shards.write import Members, pack_shards
+from schemas.config import Config, DataConfig
+from schemas.manifest import ViewBlock
+from tests.benchmarks.timing import SHARED, Spread, ratio
+
+SIZES, ROUNDS = (1_000, 10_000), 3
+VIEWS = 2
+# So many classes that already the smaller shard fills a row group of 32 MiB; the larger one's rows are 655 MB.
+NUM_CLASSES = 8_192
+
+
+def _config(shard: str, url: str) -> Config:
+    return Config.model_validate(
+        {
+            "data": {"shards": shard, "num_classes": NUM_CLASSES},
+            "teacher": {
+                "model": "python:pipeline.models.cifar:resnet",
+                "kwargs": {"depth": 8},
+                "mean": (0.5, 0.5, 0.5),
+                "std": (0.25, 0.25, 0.25),
+            },
+            "views": {"kind": "function_matching", "count": VIEWS, "size": 32},
+            "cache": {"url": url, "logits": "fp32", "views_per_part": VIEWS},
+            "ray": {"address": "none"},
+        }
+    )
+
+
+def _images() -> Iterator[tuple[str, Members]]:
+    """CIFAR-10's training images, shard after shard, under keys of their own."""
+    data = DataConfig.model_validate({})
+    for path in sorted((SHARED / "cifar10").glob("train-*.tar")):
+        for sample in read_samples(path, data, where=str(path)):
+            yield f"{path.stem}-{sample.key}", {"jpg": sample.data, "cls": str(sample.label).encode()}
+
+
+def run() -> None:
+    if not SHARED.exists():
+        print(f"  skipped, {SHARED} is absent")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        shards = {size: pack_shards(_images(), f"{folder}/of-{size}-%02d.tar", shard_size=size)[0] for size in SIZES}
+        peaks: dict[int, list[float]] = {size: [] for size in SIZES}
+        for number in range(ROUNDS):
+            for size, shard in shards.items():
+                peaks[size].append(_in_a_process(shard, f"{folder}/cache-{size}-{number}"))
+    for size, values in peaks.items():
+        print(f"  a shard of {size:>6} images, {VIEWS} views: {Spread.of(values)} MB above a loaded teacher")
+    print(f"  {SIZES[1]} / {SIZES[0]}: {ratio(peaks[SIZES[1]], peaks[SIZES[0]])}")
+
+
+def _in_a_process(shard: str, cache_url: str) -> float:
+    command = [sys.executable, "-m", "tests.benchmarks.memory", shard, cache_url]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def _peak_of_a_part(shard: str, cache_url: str) -> float:
+    """MB (10⁶ bytes) that building one part takes at most beside what a process with its teacher has."""
+    config = _config(shard, cache_url)
+    prepare(config)
+    before_bytes = _status_bytes("VmRSS")
+    # Linux begins the high-water mark anew.
+    Path("/proc/self/clear_refs").write_text("5")
+    build_part(PartTask(config, shard, ViewBlock(start=0, stop=VIEWS)))
+    return (_status_bytes("VmHWM") - before_bytes) / 1e6
+
+
+def _status_bytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (value,) = [line.split()[1] for line in lines if line.startswith(f"{name}:")]
+    return int(value) * 1024
+
+
+if __name__ == "__main__":
+    print(json.dumps(_peak_of_a_part(*sys.argv[1:])))
