@@ -108,11 +108,13 @@ class Ground:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Attributes:
-    rows: images that can be used.
-    num_counted: shards whose rows were counted; those of the others are estimated.
-    forwards: rows the teacher is asked about, the eval pass included; ``forwards_open`` without committed parts.
-    blocks_per_shard: how often a shard is read and decoded.
+    """Counts; what ends in ``open`` is not committed yet.
+
+    Attributes:
+        rows: images that can be used.
+        num_counted: shards whose rows were counted; those of the others are estimated.
+        blocks_per_shard: how often a shard is read and decoded.
+        forwards: rows the teacher is asked about, the eval pass included.
     """
 
     rows: Span

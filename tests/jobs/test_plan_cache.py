@@ -95,7 +95,7 @@ def test_a_sample_is_measured_as_a_ray_task_for_all_slots_of_the_cluster(tree: T
 
 def test_a_build_that_cannot_fit_stops_before_it_writes(tree: Tree, tmp_path: Path) -> None:
     views = {"count": 65_535, "size": 16}
-    config = config_of(tree(views=views, data={"num_classes": 2_000_000_000}, cache={"class_means": "none"}))
+    config = config_of(tree(views=views, data={"num_classes": 10**12}, cache={"class_means": "none"}))
     with pytest.raises(StorageInputError, match="not enough room for the cache and scratch of 1 parts"):
         build_cache(config)
     assert files_below(tmp_path) == {}

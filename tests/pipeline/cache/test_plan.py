@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -221,9 +222,9 @@ def test_int8_of_many_classes_is_warned_of_with_its_bytes(built_cache: TinyCache
 
 
 def huge(tiny_config: TinyConfig, **cache: object) -> Config:
-    """More bytes than any disk has: 65,535 views of 35 rows of two million fp32 logits, 18 TB a view."""
+    """More bytes than any disk has: 65,535 views of 35 rows of 4 TB."""
     keys = {"embeddings": "none", "class_means": "none", "views_per_part": 1, **cache}
-    return tiny_config(data={"num_classes": 2_000_000_000}, views={"count": 65_535}, cache=keys)
+    return tiny_config(data={"num_classes": 10**12}, views={"count": 65_535}, cache=keys)
 
 
 def test_a_cache_that_cannot_fit_on_its_disk_is_refused_before_any_work(tiny_config: TinyConfig) -> None:
@@ -238,6 +239,18 @@ def test_a_part_that_cannot_fit_into_scratch_is_refused_though_the_cache_lies_el
     assert check_space(ground_of(config), num_tasks=0) == []
     with pytest.raises(StorageInputError, match=r"scratch of 8 parts[\s\S]*TMPDIR[\s\S]*views_per_part"):
         check_space(ground_of(config), num_tasks=8)
+
+
+@pytest.mark.parametrize(("share_of_disk", "warned"), [(1.4, True), (0.6, False)])
+def test_what_may_not_fit_is_warned_of_and_only_what_cannot_is_refused(
+    tiny_config: TinyConfig, tmp_path: Path, share_of_disk: float, warned: bool
+) -> None:
+    # The lower bound of 1.4 of the free bytes is 0.7 of them.
+    views, rows = 65_535, NUM_DIGITS
+    num_classes = int(share_of_disk * shutil.disk_usage(tmp_path).free / (4 * views * rows))
+    keys = {"embeddings": "none", "class_means": "none"}
+    ground = ground_of(tiny_config(data={"num_classes": num_classes}, views={"count": views}, cache=keys))
+    assert ["the cache may not fit" in warning for warning in check_space(ground, num_tasks=0)] == [True] * warned
 
 
 def test_what_fits_is_neither_refused_nor_warned_of(tiny_config: TinyConfig) -> None:
