@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.cache import layout
 from pipeline.cache.commit import files_present, read_commits, unnamed
-from pipeline.cache.files import parse_record, publish_named, read_file, read_named
+from pipeline.cache.files import parse_record, publish_named, read_file, read_named, read_parquet
 from pipeline.cache.identity import read_header
 from pipeline.cache.imported import encode_kept, imported_sha256
 from pipeline.cache.means import ClassSums, decode_sums, encode_means, merge
@@ -120,7 +120,7 @@ def parse_manifest(data: bytes, *, where: str) -> Manifest:
 
 def read_table(cache_url: str, ref: FileRef) -> pa.Table:
     """A table that the manifest names, checked against its digest."""
-    return pq.read_table(pa.BufferReader(read_named(cache_url, ref)))
+    return read_parquet(read_named(cache_url, ref), where=storage.redact(storage.join(cache_url, ref.path)))
 
 
 def _check_commits(commits: list[Commit], fingerprint: str, cache_url: str) -> None:

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.cache.files import REBUILD
+from pipeline.cache.files import REBUILD, read_parquet
 from pipeline.errors import CacheError
 
 FRACTION_BITS = 24
@@ -84,7 +84,7 @@ def encode_sums(sums: ClassSums) -> bytes:
 
 
 def decode_sums(data: bytes, *, where: str) -> ClassSums:
-    table = _read(data, where)
+    table = read_parquet(data, where=where)
     dim = int(table.schema.metadata[b"stillroom:embedding_dim"])
     packed = b"".join(table["sum"].to_pylist())
     return ClassSums(
@@ -135,7 +135,7 @@ def decode_means(data: bytes, *, num_classes: int, fingerprint: str, where: str)
     Raises:
         CacheError: the means are another teacher's.
     """
-    table = _read(data, where)
+    table = read_parquet(data, where=where)
     written_by = (table.schema.metadata or {}).get(b"stillroom:fingerprint", b"").decode()
     if written_by != fingerprint:
         raise CacheError(
@@ -161,10 +161,3 @@ def _parquet(table: pa.Table) -> bytes:
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd", use_dictionary=False)
     return sink.getvalue()
-
-
-def _read(data: bytes, where: str) -> pa.Table:
-    try:
-        return pq.read_table(pa.BufferReader(data))
-    except (pa.ArrowInvalid, OSError) as error:
-        raise CacheError("this file is not readable Parquet", where=where, got=str(error), next_step=REBUILD) from error

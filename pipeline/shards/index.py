@@ -225,7 +225,7 @@ def decode_index(data: bytes, *, where: str, settings: Mapping[str, Any] | None 
         CacheError: damaged, of another format version, or made under other settings.
     """
     try:
-        table = pq.read_table(io.BytesIO(data), page_checksum_verification=True)
+        table = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True).read()
         index = _from_table(table, _about(table, settings, where)["shard_id"])
     # pyarrow raises ArrowException or OSError for bytes that are not what they claim; the rest are our own checks.
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:

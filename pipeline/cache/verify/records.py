@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.cache import layout
 from pipeline.cache.commit import named, read_commit
-from pipeline.cache.files import REBUILD, read_file
+from pipeline.cache.files import REBUILD, read_file, read_parquet
 from pipeline.cache.identity import drawable_plan, parse_header
 from pipeline.cache.imported import imported_sha256
 from pipeline.cache.manifest import fold_commits, locate, parse_manifest
@@ -100,17 +99,6 @@ def check_bytes(data: bytes, ref: FileRef) -> None:
             wanted=f"{ref.size_bytes} bytes, sha256 {ref.sha256[:16]}",
             next_step=REBUILD,
         )
-
-
-def read_parquet(data: bytes) -> pa.Table:
-    """
-    Raises:
-        CacheError: no Parquet.
-    """
-    try:
-        return pq.read_table(pa.BufferReader(data))
-    except (pa.ArrowException, OSError) as error:
-        raise CacheError("this file is not readable Parquet", got=str(error).splitlines()[0]) from error
 
 
 def _read_header(cache_url: str, findings: Findings) -> Header | None:

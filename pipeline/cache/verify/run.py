@@ -11,10 +11,10 @@ from pathlib import Path, PurePosixPath
 from pipeline import storage
 from pipeline.cache import layout
 from pipeline.cache.commit import file_digest
-from pipeline.cache.files import read_file
+from pipeline.cache.files import read_file, read_parquet
 from pipeline.cache.imported import encode_kept, imported_sha256
 from pipeline.cache.means import ClassSums, encode_means, merge
-from pipeline.cache.verify.records import Records, check_bytes, read_parquet, read_records
+from pipeline.cache.verify.records import Records, check_bytes, read_records
 from pipeline.cache.verify.report import Findings, VerifyReport
 from pipeline.cache.verify.shard import ShardTask, check_shard
 from pipeline.errors import CacheError
