@@ -72,7 +72,7 @@ CASES = {
         size=224,
         num_classes=1000,
         views=8,
-        rounds=3,
+        rounds=7,
     ),
     "cifar10, ResNet-20, 32, bf16": _Case(
         shards="cifar10/val-00000.tar",
