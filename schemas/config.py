@@ -117,12 +117,6 @@ class TeacherConfig(ModelConfig):
     batch_size: int = Field(64, ge=1, description="Rows per forward; the last batch of a mix group is padded to it.")
 
 
-class StudentConfig(ModelConfig):
-    """The network that learns."""
-
-    size: int | None = Field(None, ge=1, description="Input height and width in pixels; default views.size.")
-
-
 class JitterConfig(Section):
     """Colour jitter, in one of the 24 orders: drawn factors of brightness, contrast, saturation, and a shift of hue."""
 
@@ -204,6 +198,27 @@ class ViewsConfig(Section):
     @property
     def mixes(self) -> bool:
         return self.kind == "function_matching"
+
+
+class StudentConfig(ModelConfig):
+    """The network that learns."""
+
+    size: int | None = Field(None, ge=1, description="Input height and width in pixels; default views.size.")
+    views: ViewsConfig | None = Field(
+        None, description="Views of the student alone, drawn anew each epoch; null: it sees what its teacher sees."
+    )
+
+    @model_validator(mode="after")
+    def _check_views(self) -> StudentConfig:
+        if self.views is None:
+            return self
+        if self.views.mixes:
+            raise ValueError("views mix images, but the teacher's words are of one image alone; wanted crop or eval")
+        if named := sorted({"count", "size"} & self.views.model_fields_set):
+            raise ValueError(
+                f"views has {', '.join(named)}, which it does not take: every epoch has a view, in student.size"
+            )
+        return self
 
 
 class CacheConfig(Section):

@@ -71,8 +71,10 @@ def coded_defaults() -> dict[str, Any]:
         for model in models:
             found |= _defaults(name, model)
             for option, inner in model.model_fields.items():
+                # A section that is also one of the document's own is described there.
                 for kind in filter(_is_section, get_args(inner.annotation)):
-                    found |= _defaults(f"{name}: {option}", kind)
+                    if option not in Config.model_fields:
+                        found |= _defaults(f"{name}: {option}", kind)
     for model in get_args(get_args(LossConfig)[0]):
         own = _defaults(f"loss: {get_args(model.model_fields['name'].annotation)[0]}", model)
         common = {"name", *LossSection.model_fields}

@@ -21,8 +21,9 @@ from pipeline.student.order import EpochOrder, OrderedRows, TrainingOrder
 from pipeline.student.sources import RowSource, ShardRows, check_labelled, read_image
 from pipeline.student.words import TeacherWords
 from pipeline.views.options import cut_boxes, drawn_row
+from pipeline.views.params import draw_views
 from pipeline.views.pixels import apply_view, stack_views
-from schemas.config import Interpolation
+from schemas.config import Interpolation, ViewsConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +66,7 @@ class InputSize:
 class StepDataset(Dataset[Batch]):
     """``dataset[step]`` is the batch of one rank at a global step, counted over all epochs.
 
+    ``student_views`` is the plan of a student that sees other views than its teacher, a new one each epoch.
     ``temperatures`` are those at which the losses read logits; where there is none, no logits are decoded.
     With ``needs_labels`` a row without a label is an error: found here, where labels are still on the CPU.
     """
@@ -81,13 +83,14 @@ class StepDataset(Dataset[Batch]):
         max_pixels: int,
         needs_labels: bool,
         temperatures: tuple[float, ...],
+        student_views: ViewsConfig | None = None,
     ) -> None:
         order.lanes_of(rank, world_size)
         self.source, self.order = source, order
         self.rank, self.world_size = rank, world_size
-        self.student = student
+        self.student, self.student_views = student, student_views
         # One rendering serves both networks where they eat the same pixels.
-        self.teacher = None if teacher == student else teacher
+        self.teacher = None if teacher == student and student_views is None else teacher
         self.max_pixels, self.needs_labels, self.temperatures = max_pixels, needs_labels, temperatures
         self._epoch: EpochOrder | None = None
 
@@ -110,9 +113,10 @@ class StepDataset(Dataset[Batch]):
             if self.needs_labels:
                 check_labelled(found.sample_ids, found.label_N)
             joined.put(where_N, found)
+            seen = found if self.student_views is None else _drawn_anew(found, self.student_views, epoch)
             for row, position in enumerate(where_N.tolist()):
                 image = read_image(self.source, shard, found, row, max_pixels=self.max_pixels)
-                pixels[position] = _render(image, found, row, self.student)
+                pixels[position] = _render(image, seen, row, self.student)
                 if self.teacher is not None:
                     teacher_pixels[position] = _render(image, found, row, self.teacher)
         mixes = self.order.plan.mixes
@@ -139,6 +143,12 @@ class StepDataset(Dataset[Batch]):
                 where=f"{found.sample_ids[wrong[0]]} in shard {self.source.shard_ids[shard]}",
                 next_step="the cache was made by another version of the views; build another cache",
             )
+
+
+def _drawn_anew(rows: ShardRows, plan: ViewsConfig, view: int) -> ShardRows:
+    """The same rows under a view of another plan, which mixes nothing."""
+    params = draw_views(plan, rows.sample_ids, view, rows.width_N, rows.height_N)
+    return replace(rows, box_N4=params.box_N4, flip_N=params.flip_N, drawn=dict(params.drawn))
 
 
 def _render(image_CHW: Tensor, rows: ShardRows, row: int, target: InputSize) -> Tensor:

@@ -187,7 +187,9 @@ def evaluate_run(
             next_step="train it to the end of an epoch" + (", with data.val_shards" if name == checkpoint.BEST else ""),
         )
     loaded.module.network.load_state_dict(state["model"])
-    evaluator = make_evaluator(shards, lessons.data, lessons.plan, World(device=device), num_threads=num_threads)
+    evaluator = make_evaluator(
+        shards, lessons.data, lessons.student_plan, World(device=device), num_threads=num_threads
+    )
     return evaluator(loaded.module.to(device), loaded.input, teacher_of_run(config, lessons, device))
 
 

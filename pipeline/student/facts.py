@@ -25,10 +25,18 @@ class LessonFacts:
 
     data: DataConfig
     plan: ViewsConfig
+    """What the teacher sees; where there is none, the student."""
+    student_views: ViewsConfig | None
+    """What the student sees, where that is something else."""
     num_classes: int
     size: int | None
     caches: tuple[TeacherCache, ...]
     """One a teacher; none where a teacher is asked in training, or nobody is."""
+
+    @property
+    def student_plan(self) -> ViewsConfig:
+        """The student's views, which are its teacher's unless it has its own."""
+        return self.student_views or self.plan
 
 
 def lesson_facts(config: Config) -> LessonFacts:
@@ -39,7 +47,8 @@ def lesson_facts(config: Config) -> LessonFacts:
     """
     if config.teacher.mode != "cache":
         assert config.data.num_classes is not None
-        return LessonFacts(config.data, config.views, config.data.num_classes, config.views.size, ())
+        own = student_views(config, config.views)
+        return LessonFacts(config.data, config.views, own, config.data.num_classes, config.views.size, ())
     assert config.run is not None
     urls = config.data.caches
     pinned = checkpoint.pinned_manifests(config.run.url, len(urls))
@@ -50,7 +59,37 @@ def lesson_facts(config: Config) -> LessonFacts:
     plan = plan_of(first.header)
     _check_same_views(config, plan, first)
     _check_same_teacher(config, caches)
-    return LessonFacts(_data_of(config, first), plan, first.header.num_classes, _size_of(config, caches), caches)
+    return LessonFacts(
+        data=_data_of(config, first),
+        plan=plan,
+        student_views=student_views(config, plan),
+        num_classes=first.header.num_classes,
+        size=_size_of(config, caches),
+        caches=caches,
+    )
+
+
+def student_views(config: Config, plan: ViewsConfig) -> ViewsConfig | None:
+    """The plan of a student that sees other views than its teacher: FunMatch's *fixed* where the teacher sees eval
+    views, *independent* where it sees crops of its own (Beyer 2022, sec. 3.1).
+
+    Raises:
+        ConfigError: ``student.views`` with a teacher that sees mixed images or the very same views, or with none.
+    """
+    own = None if config.student is None else config.student.views
+    if own is None:
+        return None
+    if config.teacher.mode == "none":
+        got, next_step = "teacher.mode: none", "without a teacher, views says what the student sees"
+    elif plan.mixes:
+        got, next_step = f"a teacher that sees {plan.kind}", "remove student.views: its words are of mixed images"
+    elif views_id(own) == views_id(plan):
+        got, next_step = "the views of its teacher", "remove student.views, or set another student.views.seed"
+    else:
+        return own
+    raise ConfigError(
+        "the student cannot have views of its own here", where="student.views", got=got, next_step=next_step
+    )
 
 
 def _size_of(config: Config, caches: Sequence[TeacherCache]) -> int:

@@ -181,7 +181,7 @@ class Trainer:
         return make_evaluator(
             self.config.data.val_shards,
             self.lessons.facts.data,
-            self.lessons.facts.plan,
+            self.lessons.facts.student_plan,
             self.world,
             num_threads=self.config.ray.cpus_per_worker,
         )
@@ -241,6 +241,7 @@ class Trainer:
             max_pixels=self.lessons.facts.data.max_pixels,
             needs_labels=_refuses_unlabelled(self.config, self.loss),
             temperatures=self.loss.temperatures,
+            student_views=self.lessons.facts.student_views,
         )
 
     def _train_step(self, batch: Batch, log: StepLog) -> None:

@@ -14,7 +14,7 @@ from pipeline.errors import ConfigError
 from pipeline.models import load_model
 from pipeline.shards.names import shard_ids
 from pipeline.student.evaluate import teacher_of_run
-from pipeline.student.facts import lesson_facts
+from pipeline.student.facts import lesson_facts, student_views
 from pipeline.student.losses import CompositeLoss
 from schemas.config import CacheConfig, Config
 
@@ -110,6 +110,7 @@ def check_distillation(config: Config) -> None:
     assert config.cache is not None
     if config.teacher.mode == "cache":
         _check_cache_will_serve(CompositeLoss(config.loss, where="loss"), config.cache)
+    student_views(config, config.views)
     assert config.data.num_classes is not None
     _check_student(config, config.data.num_classes, config.views.size)
     _check_val_shards(config)

@@ -24,7 +24,7 @@ from pipeline.shards.publish import index_name
 from pipeline.shards.tar import ShardReader
 from pipeline.student.ensemble import check_same_samples, check_same_shards, check_same_views
 from pipeline.student.words import StoredWords
-from pipeline.views.params import sample_keys, shard_partners, unmix, view_params
+from pipeline.views.params import draw_views, shard_partners, unmix
 from schemas.config import Config, DataConfig, ViewsConfig
 
 SHARD_FOLDER = Path(tempfile.gettempdir()) / "stillroom-shards"
@@ -70,6 +70,9 @@ class ShardRows:
     size_N: NDArray[np.int32]
     content_hash_N: NDArray[np.uint64]
     label_N: NDArray[np.int32]
+    width_N: NDArray[np.int32]
+    height_N: NDArray[np.int32]
+    """Sides of the whole image, in pixels after EXIF rotation."""
     box_N4: NDArray[np.int32]
     flip_N: NDArray[np.bool_]
     mix_lambda_N: NDArray[np.float32]
@@ -217,17 +220,17 @@ class IndexedSource:
         index, view = self._indexes[shard], self.view_of(epoch)
         position_N = index.ok[ordinal_N]
         sample_ids = index.sample_ids(position_N)
-        views_N = np.full(len(ordinal_N), view, np.int64)
-        keys_N2 = sample_keys(self.plan.seed, sample_ids)
-        widths_N, heights_N = (side[position_N].astype(np.int64) for side in (index.width, index.height))
+        width_N, height_N = index.width[position_N], index.height[position_N]
         partner_N = self._partners.get((shard, view))[ordinal_N]
-        params = unmix(view_params(self.plan, keys_N2, views_N, widths_N, heights_N), partner_N == ordinal_N)
+        params = unmix(draw_views(self.plan, sample_ids, view, width_N, height_N), partner_N == ordinal_N)
         return ShardRows(
             sample_ids=sample_ids,
             offset_N=index.offset[position_N],
             size_N=index.size[position_N],
             content_hash_N=index.content_hash[position_N],
             label_N=index.label[position_N],
+            width_N=width_N,
+            height_N=height_N,
             box_N4=params.box_N4,
             flip_N=params.flip_N,
             mix_lambda_N=params.mix_lambda_N,
@@ -295,6 +298,8 @@ class CachedSource:
             size_N=index.size[position_N],
             content_hash_N=columns.content_hash_N[ordinal_N],
             label_N=index.label[position_N],
+            width_N=index.width[position_N],
+            height_N=index.height[position_N],
             box_N4=columns.box_N4[ordinal_N],
             flip_N=columns.flip_N[ordinal_N],
             mix_lambda_N=columns.mix_lambda_N[ordinal_N],

@@ -85,6 +85,14 @@ def view_params(plan: ViewsConfig, keys_N2: Words, views_N: Ints, widths_N: Ints
     return ViewParams(box_N4, flip_N, lambda_N, draw_options(plan, keys_N2, _as_ints(views_N), lambda_N))
 
 
+def draw_views(
+    plan: ViewsConfig, sample_ids: Sequence[str], view: int, width_N: NDArray[np.int32], height_N: NDArray[np.int32]
+) -> ViewParams:
+    """``view_params`` of one view of these samples, whose images have these sides."""
+    views_N = np.full(len(sample_ids), view, np.int64)
+    return view_params(plan, sample_keys(plan.seed, sample_ids), views_N, _as_ints(width_N), _as_ints(height_N))
+
+
 def eval_params(plan: ViewsConfig, widths_N: Ints, heights_N: Ints) -> ViewParams:
     """The centred square, neither flipped nor mixed, without any option of the plan.
 
@@ -184,7 +192,7 @@ def _central_boxes(plan: ViewsConfig, widths_N: Ints, heights_N: Ints) -> NDArra
     return _boxes((widths_N - width_N) // 2, (heights_N - height_N) // 2, width_N, height_N)
 
 
-def _as_ints(values_N: Ints) -> Ints:
+def _as_ints(values_N: NDArray[np.integer[Any]]) -> Ints:
     # Index columns are int32, in which an area would overflow.
     return np.asarray(values_N, dtype=np.int64)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 import torch
@@ -26,7 +26,12 @@ PLANS: dict[str, dict[str, Any]] = {
         "cutmix": 0.5,
     },
 }
-Replay = Callable[[str], TinyCache]
+
+
+class Replay(Protocol):
+    """A cache of one of the plans, with twelve views unless said otherwise."""
+
+    def __call__(self, kind: str, *, num_views: int = NUM_VIEWS) -> TinyCache: ...
 
 
 @pytest.fixture(autouse=True)
@@ -38,8 +43,8 @@ def _leave_no_trace() -> Iterator[None]:
     close_sources()
 
 
-def _with_views(config: Config, kind: str, url: str) -> Config:
-    views = ViewsConfig.model_validate({**config.views.model_dump(), "count": NUM_VIEWS, **PLANS[kind]})
+def _with_views(config: Config, kind: str, url: str, num_views: int = NUM_VIEWS) -> Config:
+    views = ViewsConfig.model_validate({**config.views.model_dump(), "count": num_views, **PLANS[kind]})
     cache = cache_section(config).model_copy(update={"url": url, "views_per_part": 4})
     return config.model_copy(update={"views": views, "cache": cache})
 
@@ -47,14 +52,15 @@ def _with_views(config: Config, kind: str, url: str) -> Config:
 @pytest.fixture(scope="session")
 def replays(built_cache: TinyCache, tmp_path_factory: pytest.TempPathFactory) -> Replay:
     """``replays("crop")`` and so on through ``PLANS``: twelve fp32 views of 35 digits. Never to be written."""
-    built: dict[str, TinyCache] = {}
+    built: dict[tuple[str, int], TinyCache] = {}
 
-    def get(kind: str) -> TinyCache:
-        if kind not in built:
-            config = _with_views(built_cache.config, kind, str(tmp_path_factory.mktemp("replay") / kind))
+    def get(kind: str, *, num_views: int = NUM_VIEWS) -> TinyCache:
+        if (kind, num_views) not in built:
+            url = str(tmp_path_factory.mktemp("replay") / kind)
+            config = _with_views(built_cache.config, kind, url, num_views)
             build(config)
-            built[kind] = TinyCache(cache_section(config).url, config)
-        return built[kind]
+            built[kind, num_views] = TinyCache(cache_section(config).url, config)
+        return built[kind, num_views]
 
     return get
 
@@ -62,7 +68,11 @@ def replays(built_cache: TinyCache, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture
 def own_replay(replays: Replay, tmp_path: Path) -> Replay:
     """The same, as copies to do as one likes with."""
-    return lambda kind: copy_of(replays(kind), tmp_path / f"replay-{kind}")
+
+    def get(kind: str, *, num_views: int = NUM_VIEWS) -> TinyCache:
+        return copy_of(replays(kind, num_views=num_views), tmp_path / f"replay-{kind}-{num_views}")
+
+    return get
 
 
 @pytest.fixture(scope="session")

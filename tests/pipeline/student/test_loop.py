@@ -99,13 +99,18 @@ def test_training_learns(replays: Replay, tmp_path: Path, mode: str, terms: list
 
 @pytest.mark.parametrize("kind", ["crop", "function_matching", "everything"])
 def test_parity_loss_of_a_cached_and_an_online_run(replays: Replay, tmp_path: Path, kind: str) -> None:
-    base = replays(kind).config
+    """Over 205 steps, each epoch on views of its own."""
+    base = replays(kind, num_views=41).config
     student = {**NORMALISED, "size": 24} if kind == "everything" else NORMALISED
-    keys: dict[str, Any] = {"student": student, "train": {"epochs": NUM_VIEWS, "lr": 0.01}}
+    # A slow descent: a loss near 0 is a difference of rounded logarithms, whose relative error has no bound.
+    keys: dict[str, Any] = {
+        "student": student,
+        "train": {"epochs": 41, "optimizer": "sgd", "momentum": 0.0, "lr": 0.02},
+    }
     for mode in ("cache", "online"):
         run(run_config(base, tmp_path / mode, mode=mode, **keys))
     cached, online = losses(tmp_path / "cache"), losses(tmp_path / "online")
-    assert len(cached) == 60
+    assert len(cached) == 205
     assert min(cached) > 1e-3
     assert max(cached) > 1.2 * min(cached)
     assert max(abs(one / other - 1) for one, other in zip(cached, online, strict=True)) < 1e-4

@@ -1,0 +1,91 @@
+"""What a run takes from its caches instead of its config, and what a config may not say beside them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from pipeline.errors import ConfigError
+from pipeline.student.facts import lesson_facts
+from pipeline.student.loop import train
+from pipeline.student.preflight import check_distillation
+from schemas.config import StudentConfig
+from tests.pipeline.caches import cache_section
+from tests.pipeline.student.conftest import Replay
+from tests.pipeline.student.runs import SMALL, index_shards, metrics, run_config
+
+
+def with_views(**views: Any) -> dict[str, Any]:
+    return {**SMALL, "views": views}
+
+
+@pytest.mark.parametrize("mode", ["cache", "online"])
+def test_a_student_has_views_of_its_own_only_where_the_config_says_so(
+    replays: Replay, tmp_path: Path, mode: str
+) -> None:
+    base = replays("crop").config
+    same = lesson_facts(run_config(base, tmp_path, mode=mode))
+    other = lesson_facts(run_config(base, tmp_path, mode=mode, student=with_views(kind="crop", seed=7)))
+    assert same.student_views is None
+    assert same.student_plan.seed == same.plan.seed == other.plan.seed == 0
+    assert other.student_plan.seed == 7
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "views", "told"),
+    [
+        ("crop", "none", {"kind": "eval"}, "teacher.mode: none"),
+        ("function_matching", "cache", {"kind": "crop", "seed": 1}, "a teacher that sees function_matching"),
+        ("function_matching", "online", {"kind": "eval"}, "a teacher that sees function_matching"),
+        ("crop", "cache", None, "the views of its teacher"),
+        ("crop", "online", None, "the views of its teacher"),
+    ],
+)
+def test_views_that_no_words_are_of_are_refused(
+    replays: Replay, tmp_path: Path, kind: str, mode: str, views: dict[str, Any] | None, told: str
+) -> None:
+    base = replays(kind).config
+    own = base.views.model_dump(exclude={"count", "size"}) if views is None else views
+    config = run_config(base, tmp_path, mode=mode, student=with_views(**own))
+    with pytest.raises(ConfigError, match="cannot have views of its own") as caught:
+        lesson_facts(config)
+    assert caught.value.got == told
+
+
+def test_they_are_refused_before_a_cache_is_built(replays: Replay, tmp_path: Path) -> None:
+    base = replays("function_matching").config
+    url = str(tmp_path / "to-build")
+    config = run_config(base, tmp_path / "run", data={"cache": url}, student=with_views(kind="eval"))
+    config = config.model_copy(update={"cache": cache_section(base).model_copy(update={"url": url})})
+    with pytest.raises(ConfigError, match="cannot have views of its own"):
+        check_distillation(config)
+
+
+@pytest.mark.parametrize(
+    ("views", "told"),
+    [
+        ({"kind": "function_matching"}, "wanted crop or eval"),
+        ({"kind": "crop", "count": 3}, "views has count"),
+        ({"kind": "crop", "size": 16, "count": 1}, "views has count, size"),
+    ],
+)
+def test_keys_without_a_meaning_for_a_student_are_refused(views: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValidationError, match=told):
+        StudentConfig.model_validate({"views": views})
+
+
+@pytest.mark.parametrize("views", [{"kind": "eval"}, {"kind": "crop", "seed": 1}], ids=["eval", "independent"])
+def test_parity_loss_of_a_cached_and_an_online_run_whose_student_has_views_of_its_own(
+    replays: Replay, tmp_path: Path, views: dict[str, Any]
+) -> None:
+    for mode in ("cache", "online"):
+        config = run_config(replays("crop").config, tmp_path / mode, mode=mode, student=with_views(**views))
+        if mode == "online":
+            index_shards(config, tmp_path / mode / "index")
+        train(config)
+    cached, online = ([record["loss"] for record in metrics(tmp_path / mode)] for mode in ("cache", "online"))
+    assert len(cached) == 10
+    assert max(abs(one / other - 1) for one, other in zip(cached, online, strict=True)) < 1e-4
