@@ -45,7 +45,7 @@ from pipeline.shards.tar import Sample
 from pipeline.teacher.groups import GroupViews, Rendering, fresh_samples, indexed_samples, read_groups
 from pipeline.teacher.infer import Answers, AskedGroup, Teacher, ask_groups, load_teacher
 from pipeline.teacher.prefetch import prefetch
-from pipeline.teacher.runtime import check_gpu, numeric_env, pick_device, pin_numerics, visible_gpus
+from pipeline.teacher.runtime import check_gpu, numeric_env, pick_device, pin_numerics, trim_memory, visible_gpus
 from pipeline.views.params import is_canary, sample_keys
 from pipeline.views.pixels import pixel_digest, pixel_mean
 from schemas.cache import drawn_columns, part_schema
@@ -310,6 +310,7 @@ class _PartBuild:
             self._check_labelled(group)
             rows = sum_rows(answers[0].embedding_ND, group.label_N)
             self.sums = rows if self.sums is None else merge([self.sums, rows])
+        trim_memory()
 
     @property
     def _holds_means(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 from importlib.metadata import version
@@ -48,6 +49,16 @@ def _cpu_model() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def trim_memory() -> None:
+    """Gives freed memory back to the system, where the C library would keep it (glibc; elsewhere nothing is done).
+
+    Arrays of a few MB that come and go in several threads leave gaps, and the process grows with every group.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def pick_device(use_gpu: bool) -> torch.device:
