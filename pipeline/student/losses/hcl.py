@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d
+from torch.nn.functional import adaptive_avg_pool1d, adaptive_avg_pool2d
 
 from pipeline.errors import ModelError
 from pipeline.student.losses.arithmetic import no_autocast
@@ -41,10 +41,21 @@ def _of_level(student_BCHW: Tensor, teacher_BCHW: Tensor) -> Tensor:
     # Pooling is linear: what is pooled once is the difference of the maps, and not both of them.
     difference_BCHW = _difference(student_BCHW, teacher_BCHW)
     coarser = [side for side in _POOLED_SIDES if side < difference_BCHW.shape[2]]
-    scales = [difference_BCHW, *(adaptive_avg_pool2d(difference_BCHW, side) for side in coarser)]
+    scales = [difference_BCHW, *(_pooled(difference_BCHW, side) for side in coarser)]
     weights = [0.5**number for number in range(len(scales))]
     errors = [weight * _mean_square(scale) for weight, scale in zip(weights, scales, strict=True)]
     return torch.stack(errors).sum() / sum(weights)
+
+
+def _pooled(x_BCHW: Tensor, side: int) -> Tensor:
+    """[B,C,H,W] to [B,C,side,side]."""
+    if not torch.are_deterministic_algorithms_enabled():
+        return adaptive_avg_pool2d(x_BCHW, side)
+    # Torch has no deterministic gradient of that on GPUs. Products with the same windows have one, and take up to
+    # four times as long.
+    eyes = (torch.eye(length, dtype=x_BCHW.dtype, device=x_BCHW.device) for length in x_BCHW.shape[2:])
+    rows_HS, columns_WS = (adaptive_avg_pool1d(eye, side) for eye in eyes)
+    return rows_HS.T @ (x_BCHW @ columns_WS)
 
 
 def _difference(student_BCHW: Tensor, teacher_BCHW: Tensor) -> Tensor:

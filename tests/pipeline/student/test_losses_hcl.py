@@ -99,6 +99,24 @@ def test_the_gradient_is_that_of_finite_differences(side: int) -> None:
     assert torch.autograd.gradcheck(lambda x: hcl([x], [teacher]), (student.requires_grad_(),))
 
 
+@pytest.mark.parametrize("side", [1, 2, 5, 7, 8])
+def test_deterministic_algorithms_give_the_same_value_and_gradient(side: int) -> None:
+    ((student, teacher),) = draw(1, (2, 3, side, side))
+    student.requires_grad_()
+
+    def value_and_gradient() -> list[Tensor]:
+        loss = hcl([student], [teacher])
+        return [loss.detach(), *torch.autograd.grad(loss, student)]
+
+    usual = value_and_gradient()
+    torch.use_deterministic_algorithms(True)
+    try:
+        deterministic = value_and_gradient()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(deterministic, usual)
+
+
 def test_no_gradient_flows_to_the_teacher() -> None:
     ((student, teacher),) = draw(2, (2, 3, 5, 5))
     teacher.requires_grad_()
