@@ -281,7 +281,30 @@ class NdLoss(LossSection):
     name: Literal["nd"]
 
 
-LossConfig = Annotated[CeLoss | KdLoss | DistLoss | NdLoss, Field(discriminator="name")]
+class ReviewKdLoss(LossSection):
+    """ReviewKD, Chen 2021: feature maps of both networks; needs the teacher online."""
+
+    name: Literal["review_kd"]
+    student_layers: tuple[str, ...] = Field(
+        min_length=1, description="Dotted names as in network.named_modules(), shallow to deep."
+    )
+    teacher_layers: tuple[str, ...] = Field(min_length=1, description="One beside each of the student's.")
+    mid_channels: int = Field(256, ge=1, description="Channels in which levels are fused; most of the loss's cost.")
+    embedding: bool = Field(True, description="The pooled embeddings are one more level, the deepest.")
+
+    @model_validator(mode="after")
+    def _check_pairs(self) -> ReviewKdLoss:
+        pairs = len(self.student_layers), len(self.teacher_layers)
+        if pairs[0] != pairs[1]:
+            raise ValueError(f"{pairs[0]} student_layers and {pairs[1]} teacher_layers; wanted one beside each")
+        for key in ("student_layers", "teacher_layers"):
+            layers: tuple[str, ...] = getattr(self, key)
+            if len({*layers}) < len(layers):
+                raise ValueError(f"{key} names a layer twice: {', '.join(layers)}")
+        return self
+
+
+LossConfig = Annotated[CeLoss | KdLoss | DistLoss | NdLoss | ReviewKdLoss, Field(discriminator="name")]
 
 
 class TrainConfig(Section):

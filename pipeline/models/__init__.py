@@ -1,7 +1,20 @@
 """Teachers and students: any timm, torchvision or own network as logits and penultimate embedding in one forward."""
 
 from pipeline.models.embedding import EmbeddingModel, lay_out
+from pipeline.models.features import FeatureMap, find_maps, observe_maps, with_maps
 from pipeline.models.load import InputSpec, LoadedModel, load_model
 from pipeline.models.weights import load_state, read_state
 
-__all__ = ["EmbeddingModel", "InputSpec", "LoadedModel", "lay_out", "load_model", "load_state", "read_state"]
+__all__ = [
+    "EmbeddingModel",
+    "FeatureMap",
+    "InputSpec",
+    "LoadedModel",
+    "find_maps",
+    "lay_out",
+    "load_model",
+    "load_state",
+    "observe_maps",
+    "read_state",
+    "with_maps",
+]

@@ -16,7 +16,7 @@ from pipeline import storage
 from pipeline.cache.reader import TeacherCache
 from pipeline.errors import ConfigError
 from pipeline.fingerprint import short
-from pipeline.models import InputSpec, lay_out, load_model
+from pipeline.models import InputSpec, LoadedModel, lay_out, load_model, observe_maps, with_maps
 from pipeline.student import checkpoint
 from pipeline.student.canaries import check_canaries
 from pipeline.student.dataset import Batch, InputSize, StepDataset, load_batches
@@ -29,6 +29,7 @@ from pipeline.student.network import Student
 from pipeline.student.optim import make_optimizer, make_schedule
 from pipeline.student.order import TrainingOrder
 from pipeline.student.preflight import check_caches_serve, check_config
+from pipeline.student.review import Review, ReviewPlan, plan_review, review_section
 from pipeline.student.sources import CachedSource, RowSource, check_any_labelled, index_url, open_cached, open_indexed
 from pipeline.student.words import TeacherWords
 from pipeline.student.world import World
@@ -270,14 +271,23 @@ class Trainer:
     def _forward(self, images: Tensor, batch: Batch) -> LossInputs:
         autocast = self.config.train.precision == "bf16"
         with torch.autocast(self.world.device.type, dtype=torch.bfloat16) if autocast else nullcontext():
-            student_BK, embeddings = self.module(images)
-        words = batch.words if self.lessons.teacher is None else (_ask(self.lessons.teacher, batch),)
+            student_BK, embeddings, student_maps = self.module(images)
+        words, teacher_maps = batch.words, ()
+        if self.lessons.teacher is not None:
+            said, teacher_maps = _ask(self.lessons.teacher, batch, self.student.review)
+            words = (said,)
         teachers = zip(words, embeddings, self.lessons.class_means, strict=True)
         return LossInputs(
             student_BK=student_BK,
             labels_B=batch.labels_B,
             teachers=tuple(
-                TeacherInputs(words=said, student_BD=student_BD, class_means_KD=means_KD)
+                TeacherInputs(
+                    words=said,
+                    student_BD=student_BD,
+                    class_means_KD=means_KD,
+                    student_maps=student_maps or None,
+                    teacher_maps=teacher_maps or None,
+                )
                 for said, student_BD, means_KD in teachers
             ),
             partner_B=batch.partner_B,
@@ -334,6 +344,7 @@ class Trainer:
         return {
             "model": self.student.model.network.state_dict(),
             "projectors": self.student.projectors.state_dict(),
+            "review": None if self.student.review is None else self.student.review.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "step": self.step,
@@ -361,6 +372,8 @@ class Trainer:
             )
         self.student.model.network.load_state_dict(state["model"])
         self.student.projectors.load_state_dict(state["projectors"])
+        if self.student.review is not None:
+            self.student.review.load_state_dict(state["review"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.best_top1, self.seconds = state["step"], state["best_top1"], state["seconds"]
         self.schedule.load_state_dict(state["schedule"])
@@ -388,10 +401,14 @@ class Trainer:
             self.report({"kind": kind, "run": self.run_url, **values})
 
 
-def _ask(teacher: Teacher, batch: Batch) -> TeacherWords:
+def _ask(teacher: Teacher, batch: Batch, review: Review | None) -> tuple[TeacherWords, tuple[Tensor, ...]]:
+    """An online teacher's words on a batch, and its levels where a loss reviews them."""
     pixels = batch.pixels_BCHW if batch.teacher_pixels_BCHW is None else batch.teacher_pixels_BCHW
-    teacher_BK, teacher_BD = teacher.forward(pixels, batch.partner_B, batch.lambda_B, batch.cut_B4)
-    return TeacherWords({None: teacher_BK}, teacher_BD.norm(dim=1))
+    named = () if review is None else review.plan.teacher
+    asked = pixels, batch.partner_B, batch.lambda_B, batch.cut_B4
+    (teacher_BK, teacher_BD), maps = with_maps(named, teacher.forward, *asked)
+    levels = () if review is None else review.plan.levels(maps, teacher_BD)
+    return TeacherWords({None: teacher_BK}, teacher_BD.norm(dim=1)), levels
 
 
 def _order(train: TrainConfig, lessons: Lessons) -> TrainingOrder:
@@ -419,9 +436,21 @@ def _student(config: Config, lessons: Lessons) -> tuple[Student, InputSpec]:
         allow_new_head=True,
     )
     teacher_dims = [None if means_KD is None else means_KD.shape[1] for means_KD in lessons.class_means]
+    review = _review(config, loaded, lessons.teacher)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
-        return Student(loaded.module, teacher_dims=teacher_dims), loaded.input
+        return Student(loaded.module, teacher_dims=teacher_dims, review=review), loaded.input
+
+
+def _review(config: Config, student: LoadedModel, teacher: Teacher | None) -> ReviewPlan | None:
+    """What ``review_kd`` compares, with the teacher ready to show it; None where no loss does."""
+    section = review_section(config.loss)
+    if section is None:
+        return None
+    assert teacher is not None, "check_config has seen to it"
+    plan = plan_review(section, student, teacher.loaded)
+    observe_maps(teacher.loaded.module.network, plan.teacher)
+    return plan
 
 
 def _check_batches(order: TrainingOrder, student: Student, world_size: int) -> None:

@@ -1,4 +1,4 @@
-"""The student: a network, and where ND needs them projectors to the teachers' widths that exist in training only."""
+"""The student: a network, and what some losses put around it in training only: projectors, fused feature maps."""
 
 from __future__ import annotations
 
@@ -6,20 +6,27 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from pipeline.models import EmbeddingModel
+from pipeline.models import EmbeddingModel, observe_maps, with_maps
+from pipeline.student.review import Review, ReviewPlan
 
 
 class Student(nn.Module):
-    """forward(images_BCHW) -> (logits [B,K], one embedding [B,Dt] a teacher, in its width).
+    """forward(images_BCHW) -> (logits [B,K], one embedding [B,Dt] a teacher, in its width, one map a reviewed level).
 
     Args:
         teacher_dims: one a teacher; None takes the student's embedding in its own width.
+        review: the feature maps that ``review_kd`` compares; None: there are none.
     """
 
-    def __init__(self, model: EmbeddingModel, *, teacher_dims: Sequence[int | None]) -> None:
+    def __init__(
+        self, model: EmbeddingModel, *, teacher_dims: Sequence[int | None], review: ReviewPlan | None = None
+    ) -> None:
         super().__init__()
         self.model = model
         self.projectors = nn.ModuleList(_bridge(model.embedding_dim, teacher_dim) for teacher_dim in teacher_dims)
+        self.review = None if review is None else Review(review)
+        if review is not None:
+            observe_maps(model.network, review.student)
 
     @property
     def min_rows(self) -> int:
@@ -27,9 +34,13 @@ class Student(nn.Module):
         kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
         return 2 if any(isinstance(module, kinds) for module in self.modules()) else 1
 
-    def forward(self, images_BCHW: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        logits_BK, embedding_BD = self.model(images_BCHW)
-        return logits_BK, tuple(project(embedding_BD) for project in self.projectors)
+    def forward(self, images_BCHW: Tensor) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        review = self.review
+        named = () if review is None else review.plan.student
+        (logits_BK, embedding_BD), maps = with_maps(named, self.model, images_BCHW)
+        # Fused here and not in the loss: DDP waits for the gradients of all that learns, so all of it runs in here.
+        fused = () if review is None else review(review.plan.levels(maps, embedding_BD))
+        return logits_BK, tuple(project(embedding_BD) for project in self.projectors), fused
 
 
 def _bridge(student_dim: int, teacher_dim: int | None) -> nn.Module:

@@ -11,11 +11,12 @@ from pipeline import storage
 from pipeline.cache.reader import TeacherCache
 from pipeline.config import require
 from pipeline.errors import ConfigError
-from pipeline.models import load_model
+from pipeline.models import LoadedModel, load_model
 from pipeline.shards.names import shard_ids
 from pipeline.student.evaluate import teacher_of_run
 from pipeline.student.facts import lesson_facts, student_views
 from pipeline.student.losses import CompositeLoss
+from pipeline.student.review import plan_review, review_section
 from schemas.config import CacheConfig, Config
 
 _LOOK_UPS = 16
@@ -29,6 +30,7 @@ def check_config(config: Config) -> str:
     """
     require(config, "student.model", "run.url", "loss", command="train")
     mode = config.teacher.mode
+    _check_review(config)
     if mode == "cache":
         require(config, "data.cache", command="train")
         _check_caches(config.data.caches)
@@ -41,6 +43,19 @@ def check_config(config: Config) -> str:
             "a run and a cache cannot share a folder", where="run.url", got=config.run.url, wanted="another folder"
         )
     return config.run.url
+
+
+def _check_review(config: Config) -> None:
+    """Feature maps are far larger than images, so no cache keeps them."""
+    mode = config.teacher.mode
+    if review_section(config.loss) is not None and mode != "online":
+        raise ConfigError(
+            "review_kd needs feature maps of the teacher, which no cache holds",
+            where="teacher.mode",
+            got=mode,
+            wanted="online",
+            next_step="set teacher.mode=online (with teacher.model and data.shards), or drop review_kd",
+        )
 
 
 def _check_caches(urls: Sequence[str]) -> None:
@@ -73,7 +88,7 @@ def check_training(config: Config) -> None:
     check_config(config)
     facts = lesson_facts(config)
     check_caches_serve(CompositeLoss(config.loss, where="loss"), facts.caches)
-    _check_student(config, facts.num_classes, facts.size)
+    _check_layers(config, _check_student(config, facts.num_classes, facts.size))
     _check_val_shards(config)
     if facts.caches and config.teacher.weights != "pretrained":
         teacher_of_run(config, facts, torch.device("cpu"))
@@ -112,7 +127,7 @@ def check_distillation(config: Config) -> None:
         _check_cache_will_serve(CompositeLoss(config.loss, where="loss"), config.cache)
     student_views(config, config.views)
     assert config.data.num_classes is not None
-    _check_student(config, config.data.num_classes, config.views.size)
+    _check_layers(config, _check_student(config, config.data.num_classes, config.views.size))
     _check_val_shards(config)
 
 
@@ -133,9 +148,9 @@ def _check_cache_will_serve(loss: CompositeLoss, cache: CacheConfig) -> None:
         )
 
 
-def _check_student(config: Config, num_classes: int, size: int | None) -> None:
+def _check_student(config: Config, num_classes: int, size: int | None) -> LoadedModel:
     assert config.student is not None
-    load_model(
+    return load_model(
         config.student,
         num_classes=num_classes,
         size=config.student.size or size,
@@ -143,6 +158,16 @@ def _check_student(config: Config, num_classes: int, size: int | None) -> None:
         where="student",
         allow_new_head=True,
     )
+
+
+def _check_layers(config: Config, student: LoadedModel) -> None:
+    """Both networks answer with maps where ``review_kd`` looks, whatever their weights."""
+    section = review_section(config.loss)
+    if section is None:
+        return
+    assert config.data.num_classes is not None
+    teacher = config.teacher.model_copy(update={"weights": "random", "sha256": None})
+    plan_review(section, student, load_model(teacher, num_classes=config.data.num_classes, size=config.views.size))
 
 
 def _check_val_shards(config: Config) -> None:

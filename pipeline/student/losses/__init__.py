@@ -3,6 +3,7 @@
 from pipeline.student.losses.ce import ce
 from pipeline.student.losses.compose import LOSSES, BatchShare, CompositeLoss, LossInputs, TeacherInputs
 from pipeline.student.losses.dist import dist
+from pipeline.student.losses.hcl import hcl
 from pipeline.student.losses.kd import kd
 from pipeline.student.losses.nd import check_class_means, nd
 
@@ -15,6 +16,7 @@ __all__ = [
     "ce",
     "check_class_means",
     "dist",
+    "hcl",
     "kd",
     "nd",
 ]

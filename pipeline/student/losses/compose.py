@@ -14,6 +14,7 @@ from pipeline.errors import ConfigError, TrainingError
 from pipeline.student.losses.arithmetic import is_labelled
 from pipeline.student.losses.ce import ce
 from pipeline.student.losses.dist import dist
+from pipeline.student.losses.hcl import hcl
 from pipeline.student.losses.kd import kd
 from pipeline.student.losses.nd import nd
 from pipeline.student.words import TeacherWords
@@ -27,10 +28,16 @@ LOSSES: Mapping[str, Callable[..., Tensor]] = {
     "dist": dist,
     "kd": kd,
     "nd": nd,
+    "review_kd": hcl,
 }
 
 
-_OF_TEACHER = frozenset({"teacher_BK", "teacher_norm_B", "student_BD", "class_means_KD"})
+_OF_TEACHER = frozenset(
+    {"teacher_BK", "teacher_norm_B", "student_BD", "class_means_KD", "student_maps", "teacher_maps"}
+)
+# Keys of a section that say how networks are built and asked, not how the loss is computed.
+_OF_NETWORKS = frozenset({"student_layers", "teacher_layers", "mid_channels", "embedding"})
+_FromTeacher = Tensor | tuple[Tensor, ...] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,14 +47,18 @@ class TeacherInputs:
     words: TeacherWords
     student_BD: Tensor | None = None  # the student's embedding, projected where this teacher's width is another
     class_means_KD: Tensor | None = None  # NaN rows: classes it never saw
+    student_maps: tuple[Tensor, ...] | None = None  # [B,C,H,W] a level, fused into the shapes of teacher_maps
+    teacher_maps: tuple[Tensor, ...] | None = None
 
-    def at(self, temperature: float) -> dict[str, Tensor | None]:
+    def at(self, temperature: float) -> dict[str, _FromTeacher]:
         """What a loss at this temperature may take of the teacher, by parameter."""
         return {
             "teacher_BK": self.words.logits_at(temperature),
             "teacher_norm_B": self.words.norm_B,
             "student_BD": self.student_BD,
             "class_means_KD": self.class_means_KD,
+            "student_maps": self.student_maps,
+            "teacher_maps": self.teacher_maps,
         }
 
 
@@ -133,7 +144,7 @@ class _Term:
         seen = [teacher.at(self.temperature) for teacher in inputs.teachers] if asks else []
         return [self._value(inputs, of_teacher) for of_teacher in seen or [{}]]
 
-    def _value(self, inputs: LossInputs, of_teacher: Mapping[str, Tensor | None]) -> Tensor:
+    def _value(self, inputs: LossInputs, of_teacher: Mapping[str, _FromTeacher]) -> Tensor:
         tensors = {
             name: of_teacher.get(name) if name in _OF_TEACHER else getattr(inputs, name)
             for name in self.required | self.optional
@@ -145,7 +156,7 @@ class _Term:
                 where="LossInputs of one batch",
                 got=f"None for {', '.join(missing)}",
                 wanted=", ".join(sorted(self.required)),
-                next_step="ask needs_labels, needs_logits and needs_embedding before training, and fill what they name",
+                next_step="ask needs_labels, needs_logits, … before training, and fill what they name",
             )
         return self.loss(**tensors, **self.options)
 
@@ -231,7 +242,7 @@ def _keys(terms: Sequence[LossConfig]) -> list[str]:
 
 def _term(key: str, section: LossConfig) -> _Term:
     loss = LOSSES[section.name]
-    options = section.model_dump(exclude={"name", *LossSection.model_fields})
+    options = section.model_dump(exclude={"name", *LossSection.model_fields, *_OF_NETWORKS})
     parameters = inspect.signature(loss).parameters
     from_batch = parameters.keys() - options.keys()
     optional = frozenset(name for name in from_batch if parameters[name].default is None)

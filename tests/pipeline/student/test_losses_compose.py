@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.errors import ConfigError, TrainingError
-from pipeline.student.losses import LOSSES, BatchShare, CompositeLoss, LossInputs, TeacherInputs, ce, dist, kd, nd
+from pipeline.student.losses import LOSSES, BatchShare, CompositeLoss, LossInputs, TeacherInputs, ce, dist, hcl, kd, nd
 from pipeline.student.words import TeacherWords
 from schemas.config import Config
 
@@ -25,6 +25,8 @@ KD_PLUS_PLUS = [
     {"name": "kd", "weight": 2.5, "temperature": 4.0, "warmup_epochs": 4},
     {"name": "nd", "weight": 0.5},
 ]
+REVIEW = {"name": "review_kd", "weight": 3.0, "student_layers": ["a", "b"], "teacher_layers": ["c", "d"]}
+REVIEW_PLUS_PLUS = [{"name": "ce"}, REVIEW, {"name": "nd", "weight": 0.5}]
 
 
 def compose(*sections: dict[str, Any]) -> CompositeLoss:
@@ -67,11 +69,18 @@ class GlobalBatch:
                     words=TeacherWords({None: self.teacher_BK[rows]}, self.teacher_norm_B[rows]),
                     student_BD=student_BN[:, K:],
                     class_means_KD=self.class_means_KD,
+                    student_maps=_as_maps(student_BN),
+                    teacher_maps=_as_maps(self.teacher_BK[rows]),
                 ),
             ),
             partner_B=None if self.lambda_B is None else torch.arange(num_rows) ^ 1,
             lambda_B=None if self.lambda_B is None else self.lambda_B[rows],
         )
+
+
+def _as_maps(x_BN: Tensor) -> tuple[Tensor, Tensor]:
+    """The first numbers of each row as a level of four positions and one of one."""
+    return x_BN[:, :4].reshape(-1, 1, 2, 2), x_BN[:, :3, None, None]
 
 
 def gradient(loss: CompositeLoss, batch: GlobalBatch, sizes: Sequence[int]) -> Tensor:
@@ -106,7 +115,7 @@ def test_the_mean_over_ranks_of_any_split_is_the_gradient_of_the_global_batch(
 ) -> None:
     sizes = [2 * num if mixed else num for num in pairs]
     batch = GlobalBatch.draw(seed, sum(sizes), missing=missing, mixed=mixed)
-    loss = compose(*KD_PLUS_PLUS)
+    loss = compose(*KD_PLUS_PLUS, REVIEW)
     torch.testing.assert_close(gradient(loss, batch, sizes), gradient(loss, batch, [sum(sizes)]), rtol=1e-5, atol=1e-5)
 
 
@@ -157,6 +166,21 @@ def test_kd_plus_plus_is_the_weighted_sum_of_its_terms() -> None:
     torch.testing.assert_close(values, terms)
     # kd's weight 2.5 is a quarter warm in epoch 1 of 4.
     torch.testing.assert_close(total, terms["ce"] + 2.5 / 4 * terms["kd"] + 0.5 * terms["nd"])
+
+
+def test_review_kd_plus_plus_is_the_weighted_sum_of_its_terms() -> None:
+    batch = inputs()
+    total, values = compose(*REVIEW_PLUS_PLUS)(batch, alone(batch), epoch=0)
+    (teacher,) = batch.teachers
+    assert teacher.student_maps is not None
+    assert teacher.teacher_maps is not None
+    terms = {
+        "ce": ce(batch.student_BK, batch.labels_B),
+        "review_kd": hcl(teacher.student_maps, teacher.teacher_maps),
+        "nd": nd_of(batch),
+    }
+    torch.testing.assert_close(values, terms)
+    torch.testing.assert_close(total, terms["ce"] + 3 * terms["review_kd"] + 0.5 * terms["nd"])
 
 
 def test_every_key_of_dist_reaches_it() -> None:
@@ -296,6 +320,12 @@ def test_values_are_off_the_graph_and_the_total_is_on_it() -> None:
     assert not values["ce"].requires_grad
 
 
+def test_review_kd_needs_neither_labels_nor_logits_nor_class_means() -> None:
+    loss = compose(REVIEW)
+    assert (loss.needs_labels, loss.needs_logits, loss.needs_embedding) == (False, False, False)
+    assert loss.temperatures == ()
+
+
 @pytest.mark.parametrize(
     ("name", "labels", "logits", "embedding"),
     [("ce", True, False, False), ("kd", False, True, False), ("dist", False, True, False), ("nd", True, False, True)],
@@ -310,10 +340,12 @@ def test_a_composition_needs_what_any_of_its_terms_needs() -> None:
     assert (loss.needs_labels, loss.needs_logits, loss.needs_embedding) == (True, True, True)
 
 
-def test_every_registered_loss_can_be_built_from_its_name_alone_and_called() -> None:
+def test_every_registered_loss_can_be_built_from_its_required_keys_alone_and_called() -> None:
+    """Only feature maps have to be named: no network says which of them are worth comparing."""
     batch = inputs()
+    required = {"review_kd": {key: REVIEW[key] for key in ("student_layers", "teacher_layers")}}
     for name in LOSSES:
-        total, _ = compose({"name": name})(batch, alone(batch), epoch=0)
+        total, _ = compose({"name": name, **required.get(name, {})})(batch, alone(batch), epoch=0)
         assert total.isfinite()
 
 

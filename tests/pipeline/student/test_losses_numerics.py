@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from pipeline.student.losses import ce, dist, kd, nd
+from pipeline.student.losses import ce, dist, hcl, kd, nd
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
-# Every loss as a function of student, teacher and labels; nd takes the logits for embeddings.
+# Every loss as a function of student, teacher and labels; nd takes the logits for embeddings, review_kd for maps.
 LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "ce": lambda student, _teacher, labels: ce(student, labels),
     "ce_smoothed": lambda student, _teacher, labels: ce(student, labels, label_smoothing=0.1),
@@ -26,6 +26,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "dist_1": lambda student, teacher, _labels: dist(student, teacher, temperature=1.0),
     "dist_4": lambda student, teacher, _labels: dist(student, teacher, temperature=4.0),
     "nd": lambda student, teacher, labels: nd(student, teacher.float().norm(dim=1), class_means(student), labels),
+    "review_kd": lambda student, teacher, _labels: hcl(maps(student), maps(teacher)),
 }
 losses = pytest.mark.parametrize("name", LOSSES)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -34,6 +35,13 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def class_means(student_BD: Tensor) -> Tensor:
     """Means of three classes as wide as the student: one usual, one zero, one absent."""
     return torch.tensor([[1.0], [0.0], [math.nan]]).expand(3, student_BD.shape[1])
+
+
+def maps(logits_BK: Tensor) -> list[Tensor]:
+    """Two levels of 5×5 positions and of one, whose entries are these numbers."""
+    level_BK11 = logits_BK[:, :, None, None]
+    # Powers of two, so that making the maps rounds nothing.
+    return [level_BK11 * torch.tensor([-1, 0.5, 1, 0.25, 0]).expand(5, 5).to(logits_BK), level_BK11]
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:

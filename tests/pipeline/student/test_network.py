@@ -21,14 +21,14 @@ def model(section: dict[str, Any]) -> EmbeddingModel:
 @pytest.mark.parametrize(("teacher_dim", "width"), [(None, 16), (16, 16), (7, 7)])
 def test_the_embedding_comes_in_the_teachers_width(teacher_dim: int | None, width: int) -> None:
     student = Student(model(SMALL), teacher_dims=[teacher_dim])
-    logits_BK, (embedding_BD,) = student(torch.rand(4, 3, 16, 16))
+    logits_BK, (embedding_BD,), _ = student(torch.rand(4, 3, 16, 16))
     assert (logits_BK.shape, embedding_BD.shape) == ((4, 10), (4, width))
     assert (not list(student.projectors.parameters())) == (width == 16)
 
 
 def test_each_teacher_has_a_bridge_of_its_own() -> None:
     student = Student(model(SMALL), teacher_dims=[7, 16, 7])
-    _, embeddings = student.eval()(torch.rand(4, 3, 16, 16))
+    _, embeddings, _ = student.eval()(torch.rand(4, 3, 16, 16))
     assert [embedding_BD.shape[1] for embedding_BD in embeddings] == [7, 16, 7]
     assert not torch.equal(embeddings[0], embeddings[2])
 

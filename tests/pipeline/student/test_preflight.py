@@ -15,6 +15,7 @@ from tests.pipeline.student.runs import run_config
 
 ND = [{"name": "nd"}]
 KD = [{"name": "kd"}]
+REVIEW: dict[str, Any] = {"name": "review_kd", "student_layers": ["conv2"], "teacher_layers": ["layer3"]}
 
 
 @pytest.mark.parametrize(
@@ -23,6 +24,9 @@ KD = [{"name": "kd"}]
         ({"loss": ND, "teacher": {"mode": "online"}}, "nd needs class means"),
         ({"loss": KD, "teacher": {"mode": "none"}}, "needs the teacher's logits"),
         ({"loss": KD, "teacher": {"mode": "online", "model": None}}, "teacher.model"),
+        ({"loss": [REVIEW], "teacher": {"mode": "cache"}}, "set teacher.mode=online"),
+        ({"loss": [REVIEW], "teacher": {"mode": "none"}}, "set teacher.mode=online"),
+        ({"loss": [REVIEW, REVIEW], "teacher": {"mode": "online"}}, "review_kd occurs more than once"),
     ],
 )
 def test_a_loss_that_this_teacher_mode_cannot_serve_is_refused_by_the_config_alone(
@@ -45,13 +49,21 @@ def test_a_run_in_the_folder_of_its_cache_is_refused(replays: Replay) -> None:
         {"student": {"model": "timm/nonsense", "kwargs": {}}},
         {"data": {"val_shards": "/nowhere/val.tar"}},
         {"teacher": {"model": "timm/resnet18", "kwargs": {}}},
+        {"teacher": {"mode": "online"}, "loss": [{**REVIEW, "student_layers": ["conv9"]}]},
+        {"teacher": {"mode": "online"}, "loss": [{**REVIEW, "teacher_layers": ["fc"]}]},
     ],
-    ids=["unknown student", "missing validation shard", "another teacher than the cache's"],
+    ids=[
+        "unknown student",
+        "missing validation shard",
+        "another teacher than the cache's",
+        "unknown layer of the student",
+        "a layer of the teacher that is no map",
+    ],
 )
 def test_what_would_stop_a_training_later_stops_it_first(
     sections: dict[str, Any], replays: Replay, tmp_path: Path
 ) -> None:
-    config = run_config(replays("crop").config, tmp_path, loss=KD, **sections)
+    config = run_config(replays("crop").config, tmp_path, **{"loss": KD, **sections})
     with pytest.raises(InputError):
         check_training(config)
     assert not list(tmp_path.iterdir())
