@@ -15,6 +15,7 @@ from pipeline.models import load_model
 from pipeline.shards.names import shard_ids
 from pipeline.student.evaluate import teacher_of_run
 from pipeline.student.facts import lesson_facts
+from pipeline.student.freeze import freeze
 from pipeline.student.losses import CompositeLoss
 from schemas.config import CacheConfig, Config
 
@@ -134,7 +135,7 @@ def _check_cache_will_serve(loss: CompositeLoss, cache: CacheConfig) -> None:
 
 def _check_student(config: Config, num_classes: int, size: int | None) -> None:
     assert config.student is not None
-    load_model(
+    loaded = load_model(
         config.student,
         num_classes=num_classes,
         size=config.student.size or size,
@@ -142,6 +143,7 @@ def _check_student(config: Config, num_classes: int, size: int | None) -> None:
         where="student",
         allow_new_head=True,
     )
+    freeze(loaded.module.network, config.train.freeze)
 
 
 def _check_val_shards(config: Config) -> None:
