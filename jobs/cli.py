@@ -287,7 +287,7 @@ def evaluate(
     threads: ThreadsOption = 1,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure a trained student: top-1, top-5, agreement with its teacher."""
+    """Measure a trained student: top-1, top-5, calibration, agreement with its teacher."""
 
     def command() -> None:
         from jobs.evaluate import describe

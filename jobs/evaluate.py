@@ -1,4 +1,4 @@
-"""Evaluate a trained run on validation shards: top-1, top-5, agreement with its teacher."""
+"""Evaluate a trained run on validation shards: accuracy, calibration, and how near it is to its teacher."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ def describe(evaluation: Evaluation) -> str:
         ("images", str(evaluation.num_rows)),
         ("top-1", percent(evaluation.top1)),
         ("top-5", percent(evaluation.top5)),
+        ("calibration error", percent(evaluation.ece)),
         ("agreement with the teacher", percent(evaluation.agreement)),
+        ("KL from the teacher", "-" if evaluation.kl is None else f"{evaluation.kl:.4f} nats"),
         ("teacher top-1", percent(evaluation.teacher_top1)),
     ]
     return "\n".join(f"{name:<28}{value}" for name, value in lines)

@@ -94,9 +94,14 @@ class TrainingView:
         elif kind == "begin":
             self._view = ProgressView(_name(event["run"]), event["total_steps"], done=event["first_step"]).__enter__()
         elif self._view is not None and kind == "step":
-            self._view.update(event["step"] + 1, f"loss {event['loss']:.4f}")
+            self._view.update(event["step"] + 1, _note(event))
         elif self._view is not None and kind == "eval" and event["top1"] is not None:
             self._view.say(f"{_name(event['run'])}: epoch {event['epoch']}, top-1 {event['top1']:.2%}")
+
+
+def _note(event: dict[str, Any]) -> str:
+    """How it goes since it was last said."""
+    return f"loss {event['loss']:.4f}, {event['images_per_s']:.0f} images/s, {event['data_wait']:.0%} waiting for data"
 
 
 def _name(run_url: str) -> str:

@@ -20,6 +20,8 @@ MANIFEST = "manifest.json"
 LAST = "checkpoints/last.pt"
 BEST = "checkpoints/best.pt"
 METRICS = "metrics.jsonl"
+SPEED = "speed.jsonl"
+EVALUATIONS = "evaluations.jsonl"
 SUMMARY = "summary.json"
 
 # Where and how fast a run goes may change between its starts; what it computes may not.
@@ -27,7 +29,13 @@ _MAY_CHANGE = {
     "ray": True,
     "run": True,
     "data": {"val_shards"},
-    "train": {"num_workers", "checkpoint_every_epochs"},
+    "train": {
+        "num_workers",
+        "checkpoint_every_epochs",
+        "checkpoint_every_steps",
+        "keep_every_epochs",
+        "tensorboard",
+    },
 }
 
 
@@ -97,6 +105,11 @@ def _manifest_url(run_url: str, number: int) -> str:
 
 def _pin(url: str, data: bytes) -> bytes:
     return data if storage.create(url, data) else storage.read(url)
+
+
+def kept(epoch: int) -> str:
+    """Name of the checkpoint after so many epochs that none replaces."""
+    return f"checkpoints/epoch-{epoch:04d}.pt"
 
 
 def save(run_url: str, name: str, state: dict[str, Any]) -> None:

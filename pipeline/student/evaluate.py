@@ -1,15 +1,19 @@
-"""Accuracy on validation shards, and agreement with the teacher on the same pictures."""
+"""Accuracy and calibration on validation shards, and agreement with the teacher on the same pictures.
+
+In fp32, whatever a student was trained in: the numbers are those of its weights, as anyone who exports them will see.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import kl_div
+from torchmetrics.classification import MulticlassCalibrationError
 
 from pipeline import storage
 from pipeline.errors import CacheError, ConfigError
@@ -28,20 +32,84 @@ from schemas.config import Config, DataConfig, ViewsConfig
 from schemas.manifest import ViewBlock
 
 _BATCH = 128
+_ECE_BINS = 15
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Shares of 1; None where nothing was measured."""
+    """None where nothing was measured.
+
+    Attributes:
+        top1, top5: shares of the labelled rows.
+        ece: expected calibration error (Guo 2017): mean over the labelled rows of |accuracy - confidence| in 15 bins.
+        agreement: share of the rows on whose class student and teacher agree.
+        kl: mean over the rows of KL(teacher ‖ student) at T = 1, in nats.
+        teacher_top1: share of the labelled rows.
+    """
 
     num_rows: int
     top1: float | None
     top5: float | None
+    ece: float | None
     agreement: float | None
+    kl: float | None
     teacher_top1: float | None
 
     def as_dict(self) -> dict[str, float | int | None]:
         return asdict(self)
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What one rank has counted."""
+
+    calibration: MulticlassCalibrationError
+    rows: int = 0
+    labelled: int = 0
+    top1: int = 0
+    top5: int = 0
+    agreed: int = 0
+    teacher_top1: int = 0
+    kl: float = 0.0
+
+    def add(self, logits_NK: Tensor, label_N: Tensor, teacher_NK: Tensor | None) -> None:
+        labelled_N = label_N >= 0
+        logits_MK, label_M = logits_NK[labelled_N], label_N[labelled_N].long()
+        rank_M = (logits_MK > logits_MK.gather(1, label_M[:, None])).sum(1)
+        self.rows += len(logits_NK)
+        self.labelled += len(label_M)
+        self.top1 += int((rank_M < 1).sum())
+        self.top5 += int((rank_M < 5).sum())
+        if len(label_M):
+            # As probabilities: logits that happen to lie in [0, 1] would be taken for such.
+            device = self.calibration.device
+            self.calibration.update(logits_MK.softmax(1).to(device), label_M.to(device))
+        if teacher_NK is not None:
+            self._compare(logits_NK, teacher_NK, label_N)
+
+    def _compare(self, logits_NK: Tensor, teacher_NK: Tensor, label_N: Tensor) -> None:
+        guess_N = teacher_NK.argmax(1)
+        self.agreed += int((logits_NK.argmax(1) == guess_N).sum())
+        self.teacher_top1 += int((guess_N == label_N).sum())
+        log_p, log_q = teacher_NK.double().log_softmax(1), logits_NK.double().log_softmax(1)
+        self.kl += float(kl_div(log_q, log_p, reduction="sum", log_target=True))
+
+    def finish(self, world: World, *, compared: bool) -> Evaluation | None:
+        """Of all ranks together; None where none of them has seen an image."""
+        counts = [self.rows, self.labelled, self.top1, self.top5, self.agreed, self.teacher_top1, self.kl]
+        summed = world.sum(torch.tensor(counts, dtype=torch.float64, device=world.device)).tolist()
+        rows, labelled, top1, top5, agreed, teacher_top1, kl = summed
+        if not rows:
+            return None
+        return Evaluation(
+            num_rows=int(rows),
+            top1=top1 / labelled if labelled else None,
+            top5=top5 / labelled if labelled else None,
+            ece=float(self.calibration.compute()) if labelled else None,
+            agreement=agreed / rows if compared else None,
+            kl=kl / rows if compared else None,
+            teacher_top1=teacher_top1 / labelled if compared and labelled else None,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,46 +123,53 @@ class Evaluator:
     num_threads: int = 1
 
     def __call__(self, model: EmbeddingModel, spec: InputSpec, teacher: Teacher | None = None) -> Evaluation:
-        """Leaves the model in the mode it was in.
+        """Leaves each module of the model in the mode it was in: frozen ones may differ from the others.
 
         Raises:
             ConfigError: the shards hold no images.
         """
-        was_training = model.training
+        modes = {module: module.training for module in model.modules()}
         model.eval()
+        tally = _Tally(self._calibration())
         try:
-            counts = torch.zeros(6, dtype=torch.float64)
             for url in self.urls[self.world.rank :: self.world.size]:
-                counts += self._shard(url, model, spec, teacher)
+                self._shard(url, model, spec, teacher, tally)
         finally:
-            model.train(was_training)
-        rows, labelled, top1, top5, agreed, teacher_top1 = self.world.sum(counts.to(self.world.device)).tolist()
-        if rows == 0:
+            for module, was_training in modes.items():
+                module.training = was_training
+        found = tally.finish(self.world, compared=teacher is not None)
+        if found is None:
             raise ConfigError(
                 "there are no images to evaluate on", where="data.val_shards", got=f"{len(self.urls)} shards"
             )
-        return Evaluation(
-            num_rows=int(rows),
-            top1=top1 / labelled if labelled else None,
-            top5=top5 / labelled if labelled else None,
-            agreement=agreed / rows if teacher else None,
-            teacher_top1=teacher_top1 / labelled if teacher and labelled else None,
-        )
+        return found
+
+    def _calibration(self) -> MulticlassCalibrationError:
+        """Gathers confidences over all ranks by itself, also from ranks without any."""
+        assert self.data.num_classes is not None
+        metric = MulticlassCalibrationError(self.data.num_classes, n_bins=_ECE_BINS, norm="l1")
+        return metric.to(self.world.device)
 
     @torch.inference_mode()
-    def _shard(self, url: str, model: EmbeddingModel, spec: InputSpec, teacher: Teacher | None) -> Tensor:
-        counts = torch.zeros(6, dtype=torch.float64)
-        with ExitStack() as stack:
-            pool = stack.enter_context(ThreadPoolExecutor(self.num_threads))
-            local = storage.local_copy(url, SHARD_FOLDER)
-            builder = IndexBuilder(shard_id(url))
-            for group in self._groups(local, url, spec, pool, builder):
-                logits = _logits(model, spec, group.pixels_VNCHW[0], self.world.device)
-                counts += _count(logits, torch.from_numpy(group.label_N))
-            check_samples(builder.finish(), self.data, where=storage.redact(url))
-            if teacher is not None:
-                counts += self._agreement(local, url, model, spec, teacher, pool)
-        return counts
+    def _shard(self, url: str, model: EmbeddingModel, spec: InputSpec, teacher: Teacher | None, tally: _Tally) -> None:
+        builder = IndexBuilder(shard_id(url))
+        with ThreadPoolExecutor(self.num_threads) as pool:
+            for group, teacher_group in self._pairs(url, spec, teacher, pool, builder):
+                logits_NK = _logits(model, spec, group.pixels_VNCHW[0], self.world.device)
+                words_NK = None if teacher is None else teacher.ask(teacher_group.pixels_VNCHW[0])[0].cpu()
+                tally.add(logits_NK, torch.from_numpy(group.label_N), words_NK)
+        check_samples(builder.finish(), self.data, where=storage.redact(url))
+
+    def _pairs(
+        self, url: str, spec: InputSpec, teacher: Teacher | None, pool: ThreadPoolExecutor, builder: IndexBuilder
+    ) -> Iterator[tuple[GroupViews, GroupViews]]:
+        """Each mix group as the student sees it and as the teacher does: the same one where they eat alike."""
+        local = storage.local_copy(url, SHARD_FOLDER)
+        own = self._groups(local, url, spec, pool, builder)
+        if teacher is None or _rendering(teacher.loaded.input) == _rendering(spec):
+            return ((group, group) for group in own)
+        theirs = self._groups(local, url, teacher.loaded.input, pool, IndexBuilder(shard_id(url)))
+        return zip(own, theirs, strict=True)
 
     def _groups(
         self, local: Path, url: str, spec: InputSpec, pool: ThreadPoolExecutor, builder: IndexBuilder
@@ -110,20 +185,10 @@ class Evaluator:
             samples, rendering, pool, shard_id=shard_id(url), max_pixels=self.data.max_pixels, builder=builder
         )
 
-    def _agreement(
-        self, local: Path, url: str, model: EmbeddingModel, spec: InputSpec, teacher: Teacher, pool: ThreadPoolExecutor
-    ) -> Tensor:
-        counts = torch.zeros(6, dtype=torch.float64)
-        name = shard_id(url)
-        own = self._groups(local, url, spec, pool, IndexBuilder(name))
-        theirs = self._groups(local, url, teacher.loaded.input, pool, IndexBuilder(name))
-        for group, teacher_group in zip(own, theirs, strict=True):
-            logits = _logits(model, spec, group.pixels_VNCHW[0], self.world.device)
-            words = torch.from_numpy(teacher.answer(teacher_group.pixels_VNCHW[0]).logits_NK)
-            label_N = torch.from_numpy(group.label_N)
-            counts[4] += (logits.argmax(1) == words.argmax(1)).sum()
-            counts[5] += ((words.argmax(1) == label_N) & (label_N >= 0)).sum()
-        return counts
+
+def _rendering(spec: InputSpec) -> tuple[int, str]:
+    """What the pixels that a network eats depend on."""
+    return spec.size, spec.interpolation
 
 
 def _logits(model: EmbeddingModel, spec: InputSpec, pixels_NCHW: Tensor, device: torch.device) -> Tensor:
@@ -133,15 +198,6 @@ def _logits(model: EmbeddingModel, spec: InputSpec, pixels_NCHW: Tensor, device:
         for pixels in pixels_NCHW.split(_BATCH)
     ]
     return torch.cat(batches)
-
-
-def _count(logits_NK: Tensor, label_N: Tensor) -> Tensor:
-    labelled = label_N >= 0
-    logits_MK, label_M = logits_NK[labelled], label_N[labelled].long()
-    rank_M = (logits_MK > logits_MK.gather(1, label_M[:, None])).sum(1)
-    return torch.tensor(
-        [len(logits_NK), len(label_M), int((rank_M < 1).sum()), int((rank_M < 5).sum()), 0, 0], dtype=torch.float64
-    )
 
 
 def make_evaluator(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,19 +18,24 @@ from pipeline.errors import ConfigError
 from pipeline.fingerprint import short
 from pipeline.models import InputSpec, LoadedModel, lay_out, load_model, observe_maps, with_maps
 from pipeline.student import checkpoint
+from pipeline.student.accumulate import combined, fewest_rows, micro_batches, num_pieces
 from pipeline.student.canaries import check_canaries
 from pipeline.student.dataset import Batch, InputSize, StepDataset, load_batches
 from pipeline.student.evaluate import Evaluation, Evaluator, make_evaluator
 from pipeline.student.facts import LessonFacts, lesson_facts
 from pipeline.student.fidelity import fidelity_warnings
+from pipeline.student.freeze import freeze
 from pipeline.student.losses import BatchShare, CompositeLoss, LossInputs, TeacherInputs, check_class_means
+from pipeline.student.losses.arithmetic import is_labelled
 from pipeline.student.metrics import MetricsFile, StepLog
 from pipeline.student.network import Student
-from pipeline.student.optim import make_optimizer, make_schedule
 from pipeline.student.order import TrainingOrder
 from pipeline.student.preflight import check_caches_serve, check_config
 from pipeline.student.review import Review, ReviewPlan, plan_review, review_section
+from pipeline.student.runtime import check_compiler, demand_workspace, deterministic
 from pipeline.student.sources import CachedSource, RowSource, check_any_labelled, index_url, open_cached, open_indexed
+from pipeline.student.speed import Speedometer
+from pipeline.student.update import Updater
 from pipeline.student.words import TeacherWords
 from pipeline.student.world import World
 from pipeline.teacher.infer import Teacher, load_teacher
@@ -41,6 +46,7 @@ from schemas.config import Config, TrainConfig
 
 Report = Callable[[dict[str, Any]], None]
 _FLUSH_STEPS = 50
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def _quiet(_: dict[str, Any]) -> None: ...
@@ -75,9 +81,12 @@ def train(config: Config, world: World | None = None, report: Report = _quiet) -
             report({"kind": "finished", "run": run_url, **finished})
         return finished
     pin_numerics(config.ray.cpus_per_worker)
+    if config.train.deterministic:
+        demand_workspace()
     trainer = _begin(config, world, report)
     try:
-        return trainer.run()
+        with deterministic(config.train.deterministic):
+            return trainer.run()
     finally:
         trainer.close()
 
@@ -161,9 +170,11 @@ class Trainer:
         self.order = _order(config.train, self.lessons)
         self.student, self.spec = _student(config, self.lessons)
         lay_out(self.student.train(), world.device)
-        _check_batches(self.order, self.student, world.size)
-        self.optimizer = make_optimizer(self.student, config.train)
-        self.schedule = make_schedule(self.optimizer, config.train, total_steps=self.total_steps)
+        freeze(self.student.model.network, config.train.freeze)
+        _check_batches(self.order, self.student, world.size, config.train.accumulate)
+        if config.train.compile:
+            check_compiler(world.device)
+        self.updater = Updater(self.student, config.train, total_steps=self.total_steps, device=world.device)
         self.module: nn.Module = self.student
         self.evaluator = self._make_evaluator()
         self.step = 0
@@ -192,12 +203,17 @@ class Trainer:
         self._resume()
         if self.world.size > 1:
             self.module = DistributedDataParallel(self.student)
+        if self.config.train.compile:
+            # In place, so that names in a state dict stay what they are.
+            self.module.compile()
         self._warn()
         self._say("begin", total_steps=self.total_steps, steps_per_epoch=self.order.num_steps, first_step=self.step)
         with ExitStack() as stack:
             metrics = None
             if self.world.leads:
-                metrics = stack.enter_context(MetricsFile(self.run_url, first_step=self.step))
+                metrics = stack.enter_context(
+                    MetricsFile(self.run_url, first_step=self.step, tensorboard=self.config.train.tensorboard)
+                )
             return self._finish(self._train(metrics), metrics)
 
     def _warn(self) -> None:
@@ -208,22 +224,55 @@ class Trainer:
     def _train(self, metrics: MetricsFile | None) -> Evaluation | None:
         """All steps that are left. Returns the evaluation after the last epoch, where one was made."""
         began = time.monotonic() - self.seconds
-        log = StepLog(self.world)
+        log, speed = StepLog(self.world), Speedometer()
         evaluation: Evaluation | None = None
-        for batch in load_batches(
+        batches = load_batches(
             self._dataset(),
             range(self.step, self.total_steps),
             num_workers=self.config.train.num_workers,
             pin_memory=self.world.device.type == "cuda",
-        ):
+        )
+        for batch in speed.watch(batches):
             self._train_step(batch.to(self.world.device), log)
             self.seconds = time.monotonic() - began
-            epoch, local_step = divmod(self.step, self.order.num_steps)
-            if len(log) >= _FLUSH_STEPS or local_step == 0:
-                self._flush(log, metrics)
-            if local_step == 0:
-                evaluation = self._end_epoch(epoch, metrics)
+            if (saves := self._saves_now()) or self._ends_epoch or len(log) >= _FLUSH_STEPS:
+                self._flush(log, speed, metrics)
+            if self._ends_epoch:
+                evaluation = self._end_epoch(metrics)
+            if saves and metrics is not None:
+                self._save(metrics)
+            if saves or self._ends_epoch:
+                speed.reset()
         return evaluation
+
+    @property
+    def _epochs_done(self) -> int:
+        return self.step // self.order.num_steps
+
+    @property
+    def _ends_epoch(self) -> bool:
+        return self.step % self.order.num_steps == 0
+
+    def _saves_now(self) -> bool:
+        train = self.config.train
+        every_steps = train.checkpoint_every_steps
+        return (
+            self.step == self.total_steps
+            or (every_steps is not None and self.step % every_steps == 0)
+            or (self._ends_epoch and self._epochs_done % train.checkpoint_every_epochs == 0)
+            or self._keeps_now()
+        )
+
+    def _keeps_now(self) -> bool:
+        every_epochs = self.config.train.keep_every_epochs
+        return every_epochs is not None and self._ends_epoch and self._epochs_done % every_epochs == 0
+
+    def _save(self, metrics: MetricsFile) -> None:
+        metrics.publish()
+        state = self._state()
+        if self._keeps_now():
+            checkpoint.save(self.run_url, checkpoint.kept(self._epochs_done), state)
+        checkpoint.save(self.run_url, checkpoint.LAST, state)
 
     def close(self) -> None:
         self.lessons.source.close()
@@ -246,8 +295,29 @@ class Trainer:
         )
 
     def _train_step(self, batch: Batch, log: StepLog) -> None:
+        train = self.config.train
+        pieces = micro_batches(batch, num_pieces(train.accumulate, batch.num_rows_global, train.global_batch_size))
+        num_labelled_global = self._num_labelled_global(batch)
+        learnt: list[tuple[Tensor, dict[str, Tensor]]] = []
+        for number, piece in enumerate(pieces):
+            with self._gathering(last=number == len(pieces) - 1):
+                learnt.append(self._learn(piece, number, num_labelled_global))
+        total, terms = combined(learnt, [len(piece.labels_B) for piece in pieces])
+        update = self.updater.step()
+        log.add(batch.step, batch.epoch, update.lr, total, terms, grad_norm=update.grad_norm, scale=update.scale)
+        self.step = batch.step + 1
+
+    def _gathering(self, *, last: bool) -> AbstractContextManager[None]:
+        """Ranks exchange gradients once a step: in its last backward pass."""
+        if last or not isinstance(self.module, DistributedDataParallel):
+            return nullcontext()
+        return self.module.no_sync()
+
+    def _learn(self, batch: Batch, number: int, num_labelled_global: int | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Adds the gradients of a step's micro-batch. Returns its part of the total loss, and its terms."""
         # Dropout must not depend on what ran before, or a resumed run would differ from an undisturbed one.
-        torch.manual_seed(int(key_of("dropout", self.config.train.seed, batch.step, self.world.rank)[0] >> 1))
+        key = key_of("dropout", self.config.train.seed, batch.step, self.world.rank, *([number] if number else []))
+        torch.manual_seed(int(key[0] >> 1))
         images = to_input(
             batch.pixels_BCHW,
             mean_C=self._mean_C,
@@ -257,20 +327,13 @@ class Trainer:
             cut_B4=batch.cut_B4,
         )
         inputs = self._forward(images, batch)
-        total, terms = self.loss(inputs, self._share(inputs, batch), epoch=batch.epoch)
-        total.backward()
-        if self.config.train.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.student.parameters(), self.config.train.clip_norm)
-        lr = float(self.optimizer.param_groups[0]["lr"])
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.schedule.step()
-        log.add(batch.step, batch.epoch, lr, total, terms)
-        self.step = batch.step + 1
+        total, terms = self.loss(inputs, self._share(inputs, batch, num_labelled_global), epoch=batch.epoch)
+        self.updater.backward(total)
+        return total.detach(), terms
 
     def _forward(self, images: Tensor, batch: Batch) -> LossInputs:
-        autocast = self.config.train.precision == "bf16"
-        with torch.autocast(self.world.device.type, dtype=torch.bfloat16) if autocast else nullcontext():
+        dtype = _AUTOCAST.get(self.config.train.precision)
+        with torch.autocast(self.world.device.type, dtype=dtype, enabled=dtype is not None):
             student_BK, embeddings, student_maps = self.module(images)
         words, teacher_maps = batch.words, ()
         if self.lessons.teacher is not None:
@@ -294,46 +357,49 @@ class Trainer:
             lambda_B=batch.lambda_B,
         )
 
-    def _share(self, inputs: LossInputs, batch: Batch) -> BatchShare:
-        num_labelled = inputs.num_labelled
-        num_labelled_global = num_labelled
-        if self.loss.needs_labels and self.config.data.missing_labels == "ignore":
-            num_labelled_global = self.world.sum(num_labelled.clone())
-        elif self.world.size > 1:
-            num_labelled_global = batch.num_rows_global
+    def _num_labelled_global(self, batch: Batch) -> int | Tensor:
+        """Rows of the step with a label, over all ranks; every one where none may be missing."""
+        if not (self.loss.needs_labels and self.config.data.missing_labels == "ignore"):
+            return batch.num_rows_global
+        mixed_labels_B = None if batch.partner_B is None else batch.labels_B[batch.partner_B]
+        return self.world.sum(is_labelled(batch.labels_B, mixed_labels_B).sum())
+
+    def _share(self, inputs: LossInputs, batch: Batch, num_labelled_global: int | Tensor) -> BatchShare:
         return BatchShare(
             world_size=self.world.size,
             num_rows=len(batch.labels_B),
             num_rows_global=batch.num_rows_global,
-            num_labelled=num_labelled,
+            num_labelled=inputs.num_labelled,
             num_labelled_global=num_labelled_global,
         )
 
-    def _flush(self, log: StepLog, metrics: MetricsFile | None) -> None:
+    def _flush(self, log: StepLog, speed: Speedometer, metrics: MetricsFile | None) -> None:
         records = log.flush()
-        if metrics is not None and records:
-            metrics.add(records)
-            self._say("step", total_steps=self.total_steps, seconds=self.seconds, **records[-1])
+        if not records:
+            return
+        self.updater.check(where=f"between steps {records[0]['step']} and {records[-1]['step']}")
+        if metrics is not None:
+            measured = speed.read()
+            metrics.add(records, measured)
+            self._say("step", total_steps=self.total_steps, seconds=self.seconds, **records[-1], **measured)
 
-    def _end_epoch(self, epoch: int, metrics: MetricsFile | None) -> Evaluation | None:
-        last = self.step == self.total_steps
-        train = self.config.train
-        evaluation = None
-        if last or (train.eval_every_epochs and epoch % train.eval_every_epochs == 0):
-            evaluation = self._evaluate(epoch)
-        if metrics is not None and (last or epoch % train.checkpoint_every_epochs == 0):
-            metrics.publish()
-            checkpoint.save(self.run_url, checkpoint.LAST, self._state())
-        return evaluation
+    def _end_epoch(self, metrics: MetricsFile | None) -> Evaluation | None:
+        every_epochs = self.config.train.eval_every_epochs
+        if self.step < self.total_steps and not (every_epochs and self._epochs_done % every_epochs == 0):
+            return None
+        return self._evaluate(metrics)
 
-    def _evaluate(self, epoch: int) -> Evaluation | None:
+    def _evaluate(self, metrics: MetricsFile | None) -> Evaluation | None:
         """Evaluates where there is something to evaluate on, and keeps the weights if none were better."""
         if self.evaluator is None:
             return None
         # Each rank's BatchNorm has statistics of its own since the last step; the checkpoint holds the leader's.
         self.world.copy_from_leader(self.student.buffers())
-        evaluation = self.evaluator(self.student.model, self.spec)
-        self._say("eval", epoch=epoch, **evaluation.as_dict())
+        self.world.copy_from_leader(self.updater.averaged_buffers())
+        evaluation = self.evaluator(self.updater.evaluated, self.spec, self.lessons.teacher)
+        self._say("eval", epoch=self._epochs_done, **evaluation.as_dict())
+        if metrics is not None:
+            metrics.add_evaluation(self.step - 1, self._epochs_done, evaluation.as_dict())
         if evaluation.top1 is not None and (self.best_top1 is None or evaluation.top1 > self.best_top1):
             self.best_top1 = evaluation.top1
             if self.world.leads:
@@ -341,12 +407,14 @@ class Trainer:
         return evaluation
 
     def _state(self) -> dict[str, Any]:
+        raw, evaluated = self.student.model.network, self.updater.evaluated.network
         return {
-            "model": self.student.model.network.state_dict(),
+            # Whoever opens a checkpoint finds the weights that were evaluated; those that learn are there to go on.
+            "model": evaluated.state_dict(),
+            "raw": None if evaluated is raw else raw.state_dict(),
             "projectors": self.student.projectors.state_dict(),
             "review": None if self.student.review is None else self.student.review.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
+            **self.updater.state_dict(),
             "step": self.step,
             "best_top1": self.best_top1,
             "seconds": self.seconds,
@@ -370,23 +438,26 @@ class Trainer:
                 got="other shards, or other rows in them, than when the run was begun",
                 next_step="restore the shards and their index, or choose another run.url",
             )
-        self.student.model.network.load_state_dict(state["model"])
+        self.updater.evaluated.network.load_state_dict(state["model"])
+        if state["raw"] is not None:
+            self.student.model.network.load_state_dict(state["raw"])
         self.student.projectors.load_state_dict(state["projectors"])
         if self.student.review is not None:
             self.student.review.load_state_dict(state["review"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.updater.load_state_dict(state)
         self.step, self.best_top1, self.seconds = state["step"], state["best_top1"], state["seconds"]
-        self.schedule.load_state_dict(state["schedule"])
 
     def _finish(self, evaluation: Evaluation | None, metrics: MetricsFile | None) -> dict[str, Any]:
         if evaluation is None:
-            evaluation = self._evaluate(self.config.train.epochs)
+            # Resumed after its last step: the files have this evaluation already.
+            evaluation = self._evaluate(None)
         summary = {
             "steps": self.step,
             "epochs": self.config.train.epochs,
             "seconds": round(self.seconds, 3),
             "top1": None if evaluation is None else evaluation.top1,
             "top5": None if evaluation is None else evaluation.top5,
+            "ece": None if evaluation is None else evaluation.ece,
             "best_top1": self.best_top1,
         }
         if metrics is not None:
@@ -453,18 +524,21 @@ def _review(config: Config, student: LoadedModel, teacher: Teacher | None) -> Re
     return plan
 
 
-def _check_batches(order: TrainingOrder, student: Student, world_size: int) -> None:
+def _check_batches(order: TrainingOrder, student: Student, world_size: int, accumulate: int) -> None:
     """Every rank has enough rows in every step: one without rows could not answer the others' gradients."""
     rows, step = order.fewest_rows(world_size)
-    if rows >= student.min_rows:
-        return
     all_rows = order.global_rows(step)
-    reason = "; BatchNorm has no statistics of a single row" if rows else ""
-    change = "set another train.global_batch_size, or fewer ray.num_workers"
+    pieces = num_pieces(accumulate, all_rows, order.global_batch_size)
+    fewest = fewest_rows(rows, pieces, rows_per_unit=order.rows_per_unit)
+    if fewest >= student.min_rows:
+        return
+    reason = "; BatchNorm has no statistics of a single row" if fewest else ""
+    smaller = "" if accumulate == 1 else ", a smaller train.accumulate"
+    change = f"set another train.global_batch_size{smaller}, or fewer ray.num_workers"
     raise ConfigError(
-        f"a rank would have too few rows in a step{reason}",
+        f"a rank would have too few rows in a {'step' if pieces == 1 else 'micro-batch'}{reason}",
         where=f"step {step} of {order.num_steps} of every epoch",
-        got=f"{rows} of its {all_rows} rows, over {world_size} ranks",
-        wanted=f"at least {student.min_rows} rows on each",
+        got=f"{rows} of its {all_rows} rows, over {world_size} ranks" + (f", cut into {pieces}" if pieces > 1 else ""),
+        wanted=f"at least {student.min_rows} rows {'on each' if pieces == 1 else 'in each'}",
         next_step=change if all_rows == order.global_batch_size else f"{change}, or train.tail: drop",
     )

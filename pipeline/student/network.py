@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from pipeline.models import EmbeddingModel, observe_maps, with_maps
 from pipeline.student.review import Review, ReviewPlan
 
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
 
 class Student(nn.Module):
     """forward(images_BCHW) -> (logits [B,K], one embedding [B,Dt] a teacher, in its width, one map a reviewed level).
@@ -31,8 +33,7 @@ class Student(nn.Module):
     @property
     def min_rows(self) -> int:
         """The fewest rows of a batch that it can be trained on: BatchNorm has no statistics of a single row."""
-        kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-        return 2 if any(isinstance(module, kinds) for module in self.modules()) else 1
+        return 2 if any(isinstance(module, BATCH_NORMS) and module.training for module in self.modules()) else 1
 
     def forward(self, images_BCHW: Tensor) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
         review = self.review

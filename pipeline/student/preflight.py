@@ -15,6 +15,7 @@ from pipeline.models import LoadedModel, load_model
 from pipeline.shards.names import shard_ids
 from pipeline.student.evaluate import teacher_of_run
 from pipeline.student.facts import lesson_facts, student_views
+from pipeline.student.freeze import freeze
 from pipeline.student.losses import CompositeLoss
 from pipeline.student.review import plan_review, review_section
 from schemas.config import CacheConfig, Config
@@ -150,7 +151,7 @@ def _check_cache_will_serve(loss: CompositeLoss, cache: CacheConfig) -> None:
 
 def _check_student(config: Config, num_classes: int, size: int | None) -> LoadedModel:
     assert config.student is not None
-    return load_model(
+    loaded = load_model(
         config.student,
         num_classes=num_classes,
         size=config.student.size or size,
@@ -158,6 +159,8 @@ def _check_student(config: Config, num_classes: int, size: int | None) -> Loaded
         where="student",
         allow_new_head=True,
     )
+    freeze(loaded.module.network, config.train.freeze)
+    return loaded
 
 
 def _check_layers(config: Config, student: LoadedModel) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from pipeline.views.pixels import apply_view
 from schemas.config import Config, StudentConfig
 from tests.pipeline.caches import TinyCache, shard_urls
 from tests.pipeline.student.conftest import Replay
-from tests.pipeline.student.runs import CE, NORMALISED, run_config
+from tests.pipeline.student.runs import CE, NORMALISED, index_shards, run_config
 
 CPU = torch.device("cpu")
 
@@ -77,7 +79,39 @@ def test_accuracy_and_agreement_are_those_of_a_loop_over_images(replays: Replay,
     assert found.top5 == pytest.approx((own_NK.topk(5).indices == label_N[:, None]).any(1).double().mean().item())
     assert found.agreement == pytest.approx((own_NK.argmax(1) == their_NK.argmax(1)).double().mean().item())
     assert found.teacher_top1 == pytest.approx((their_NK.argmax(1) == label_N).double().mean().item())
+    assert found.ece == pytest.approx(calibration_error(own_NK, label_N), rel=1e-4)
+    assert found.kl == pytest.approx(divergence(their_NK, own_NK), rel=1e-4)
     assert 0 < found.agreement < 1
+
+
+def calibration_error(logits_NK: Tensor, label_N: Tensor) -> float:
+    """Guo 2017 in float64: rows sorted into 15 bins of their confidence; the empty ones count for nothing."""
+    bins: list[list[tuple[float, bool]]] = [[] for _ in range(15)]
+    for row_K, label in zip(logits_NK.double().softmax(1).tolist(), label_N.tolist(), strict=True):
+        confidence = max(row_K)
+        bins[min(int(confidence * 15), 14)].append((confidence, row_K.index(confidence) == label))
+    gaps = [abs(sum(right for _, right in rows) - sum(sure for sure, _ in rows)) for rows in bins]
+    return sum(gaps) / len(label_N)
+
+
+def divergence(teacher_NK: Tensor, student_NK: Tensor) -> float:
+    """Mean KL(teacher ‖ student), class by class."""
+    total = 0.0
+    for teacher_K, student_K in zip(teacher_NK.double().softmax(1), student_NK.double().softmax(1), strict=True):
+        total += sum(p * math.log(p / q) for p, q in zip(teacher_K.tolist(), student_K.tolist(), strict=True))
+    return total / len(teacher_NK)
+
+
+def test_logits_between_0_and_1_are_not_taken_for_probabilities(replays: Replay) -> None:
+    """Torchmetrics would, by itself."""
+    config, student = replays("crop").config, network()
+    with torch.no_grad():
+        student.module.network.fc.weight.mul_(1e-3)
+        student.module.network.fc.bias.copy_(torch.linspace(0.1, 0.9, 10))
+    logits_NK, label_N = one_by_one(config, student.module.eval(), student.input)
+    assert 0 < logits_NK.min() < logits_NK.max() < 1
+    found = evaluator(config)(student.module, student.input)
+    assert found.ece == pytest.approx(calibration_error(logits_NK, label_N), abs=1e-5)
 
 
 def test_a_teacher_agrees_with_itself(replays: Replay) -> None:
@@ -85,6 +119,7 @@ def test_a_teacher_agrees_with_itself(replays: Replay) -> None:
     teacher = teacher_of(config)
     found = evaluator(config)(teacher.module, teacher.loaded.input, teacher)
     assert found.agreement == 1
+    assert found.kl == pytest.approx(0, abs=1e-6)
     assert found.top1 == found.teacher_top1
 
 
@@ -92,16 +127,18 @@ def test_without_labels_agreement_is_all_that_is_measured(replays: Replay) -> No
     config = replays("crop").config
     teacher = teacher_of(config)
     found = evaluator(config, label=None)(teacher.module, teacher.loaded.input, teacher)
-    assert (found.num_rows, found.top1, found.top5, found.teacher_top1) == (35, None, None, None)
+    assert (found.num_rows, found.top1, found.top5, found.ece, found.teacher_top1) == (35, None, None, None, None)
     assert found.agreement == 1
 
 
 def test_evaluation_leaves_no_trace_in_the_model(replays: Replay) -> None:
     student = network()
     student.module.train()
+    student.module.network.conv2.eval()
     before = {name: value.clone() for name, value in student.module.state_dict().items()}
     evaluator(replays("crop").config)(student.module, student.input)
     assert student.module.training
+    assert not student.module.network.conv2.training
     assert all(torch.equal(value, before[name]) for name, value in student.module.state_dict().items())
 
 
@@ -109,7 +146,10 @@ def test_the_size_of_a_batch_changes_no_count(replays: Replay, monkeypatch: pyte
     student = network()
     whole = evaluator(replays("crop").config)(student.module, student.input)
     monkeypatch.setattr("pipeline.student.evaluate._BATCH", 3)
-    assert evaluator(replays("crop").config)(student.module, student.input) == whole
+    found = evaluator(replays("crop").config)(student.module, student.input)
+    # A mean of confidences is no count: convolutions round otherwise in another batch.
+    assert found.ece == pytest.approx(whole.ece, abs=1e-5)
+    assert replace(found, ece=whole.ece) == whole
 
 
 def test_bad_images_follow_the_configs_rule(replays: Replay) -> None:
@@ -136,6 +176,36 @@ def test_a_run_evaluates_as_it_did_while_it_was_trained(replays: Replay, tmp_pat
         found = evaluate_run(str(tmp_path), config.data.val_shards, checkpoint_name=name, num_threads=1, device=CPU)
         assert found.top1 == summary[key]
         assert found.agreement is not None
+        assert found.kl is not None
+
+
+def test_with_an_average_its_weights_are_evaluated_and_kept_as_the_model(replays: Replay, tmp_path: Path) -> None:
+    cache = replays("crop")
+    config = trained(cache, tmp_path, student=NORMALISED, train={"epochs": 4, "lr": 0.05, "ema": 0.9})
+    state = checkpoint.load(str(tmp_path), checkpoint.LAST)
+    assert state is not None
+    assert not torch.equal(state["model"]["fc.weight"], state["raw"]["fc.weight"])
+    student = network(size=16)
+    found: dict[str, float | None] = {}
+    for name in ("model", "raw"):
+        student.module.network.load_state_dict(state[name])
+        found[name] = evaluator(config)(student.module, student.input).ece
+    lines = (tmp_path / "evaluations.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3, 4]
+    assert json.loads(lines[-1])["ece"] == found["model"] != found["raw"]
+    assert config.data.val_shards is not None
+    last = evaluate_run(str(tmp_path), config.data.val_shards, checkpoint_name="last", num_threads=1, device=CPU)
+    assert last.ece == found["model"]
+
+
+def test_a_training_with_its_teacher_in_the_loop_measures_how_near_it_comes(replays: Replay, tmp_path: Path) -> None:
+    base = replays("crop").config
+    config = run_config(base, tmp_path, mode="online", data={"val_shards": base.data.shards}, train={"epochs": 6})
+    index_shards(config, tmp_path / "index")
+    train(config)
+    found = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
+    assert all(0 <= one["agreement"] <= 1 for one in found)
+    assert 0 < found[-1]["kl"] < found[0]["kl"]
 
 
 def test_another_architecture_than_the_caches_teacher_is_refused_before_training(

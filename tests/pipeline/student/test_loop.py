@@ -143,6 +143,100 @@ def test_kill_and_resume_is_bitwise(
     assert [record["step"] for record in metrics(tmp_path / "stopped")] == list(range(15))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"precision": "bf16", "ema": 0.9},
+        {"precision": "fp16", "accumulate": 2, "clip_norm": 1.0},
+        {"optimizer": "lamb", "schedule": "step", "milestones": [1], "accumulate": 3},
+        {"optimizer": "rmsprop_tf", "schedule": "exponential", "decay_epochs": 0.5, "eps": 1e-3},
+        {"optimizer": "soap", "ema": 0.99, "freeze": ["conv1"], "deterministic": True},
+    ],
+    ids=str,
+)
+def test_a_resume_from_the_midst_of_an_epoch_is_bitwise_under_every_option(
+    replays: Replay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """From a checkpoint one step into an epoch; the process had gone on to the next step but one."""
+    monkeypatch.setattr("pipeline.student.loop._FLUSH_STEPS", 1)
+    base = replays("function_matching").config
+    # Steps of 12, 12 and 11 rows.
+    train_keys = {"epochs": 5, "global_batch_size": 12, "warmup_steps": 2, "checkpoint_every_steps": 7, **options}
+    keys: dict[str, Any] = {
+        "data": {"val_shards": base.data.shards},
+        "loss": ALL_TERMS,
+        "student": NORMALISED,
+        "train": train_keys,
+    }
+    run(run_config(base, tmp_path / "straight", **keys))
+    stopped = run_config(base, tmp_path / "stopped", **keys)
+    run(stopped, stop=("step", 9))
+    assert run(stopped)[0]["first_step"] == 7
+    for name in (checkpoint.LAST, checkpoint.BEST):
+        assert_bitwise(state(tmp_path / "straight", name), state(tmp_path / "stopped", name))
+    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "straight")
+    evaluations = [(tmp_path / name / checkpoint.EVALUATIONS).read_text() for name in ("straight", "stopped")]
+    assert evaluations[0] == evaluations[1]
+
+
+def test_an_evaluation_that_is_made_again_for_the_summary_is_told_once(
+    replays: Replay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = replays("crop").config
+    config = run_config(base, tmp_path, loss=CE, data={"val_shards": base.data.shards})
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_summary", dies_at(checkpoint.write_summary, 1))
+        with pytest.raises(PlugPulledError):
+            run(config)
+    run(config)
+    found = [json.loads(line) for line in (tmp_path / checkpoint.EVALUATIONS).read_text().splitlines()]
+    summary = checkpoint.read_summary(str(tmp_path))
+    assert summary is not None
+    assert [(one["step"], one["epoch"]) for one in found] == [(4, 1), (9, 2)]
+    assert (found[-1]["top1"], found[-1]["ece"]) == (summary["top1"], summary["ece"])
+
+
+def test_checkpoints_come_by_steps_and_some_are_kept(replays: Replay, tmp_path: Path) -> None:
+    """Five epochs of five steps. Each kept one is the last one of its time."""
+    base = replays("crop").config
+    keys = {"epochs": 5, "checkpoint_every_epochs": 5, "checkpoint_every_steps": 4, "keep_every_epochs": 2}
+    saved: list[tuple[str, int]] = []
+    save = checkpoint.save
+
+    def record(run_url: str, name: str, found: dict[str, Any]) -> None:
+        saved.append((name, found["step"]))
+        save(run_url, name, found)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "save", record)
+        run(run_config(base, tmp_path, train=keys))
+    kept = {name: step for name, step in saved if name != checkpoint.LAST}
+    assert kept == {"checkpoints/epoch-0002.pt": 10, "checkpoints/epoch-0004.pt": 20}
+    assert [step for name, step in saved if name == checkpoint.LAST] == [4, 8, 10, 12, 16, 20, 24, 25]
+    for name, step in kept.items():
+        assert state(tmp_path, name)["step"] == step
+
+
+def test_fp16_training_stays_near_fp32_and_tells_its_scale(replays: Replay, tmp_path: Path) -> None:
+    base = replays("crop").config
+    for precision in ("fp32", "fp16"):
+        run(run_config(base, tmp_path / precision, train={"precision": precision, "clip_norm": 1.0}))
+    for one, other in zip(losses(tmp_path / "fp32"), losses(tmp_path / "fp16"), strict=True):
+        assert math.isclose(one, other, rel_tol=0.01)
+    assert losses(tmp_path / "fp32") != losses(tmp_path / "fp16")
+    assert {record["scale"] for record in metrics(tmp_path / "fp16")} == {65536.0}
+    assert all(record["grad_norm"] > 0 for record in metrics(tmp_path / "fp16"))
+
+
+def test_a_loss_that_is_not_finite_is_told_with_its_step_under_accumulation_and_fp16(
+    replays: Replay, tmp_path: Path
+) -> None:
+    keys = {"lr": 1e30, "optimizer": "sgd", "accumulate": 2, "precision": "fp16"}
+    with pytest.raises(TrainingError, match="the loss is not finite") as caught:
+        run(run_config(replays("crop").config, tmp_path, train=keys))
+    assert "seen between steps 0 and 4" in str(caught.value.where)
+
+
 @pytest.mark.parametrize(("module", "name"), [(MetricsFile, "publish"), (checkpoint, "write_summary")])
 def test_a_run_killed_while_it_writes_loses_nothing_and_repeats_nothing(
     replays: Replay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any, name: str
