@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from pipeline.errors import ConfigError
 from pipeline.fingerprint import short
 from pipeline.models import InputSpec, lay_out, load_model
 from pipeline.student import checkpoint
-from pipeline.student.canaries import check_canaries
+from pipeline.student.canaries import CanaryReport, check_canaries
 from pipeline.student.dataset import Batch, InputSize, StepDataset, load_batches
 from pipeline.student.evaluate import Evaluation, Evaluator, make_evaluator
 from pipeline.student.facts import LessonFacts, lesson_facts
@@ -55,6 +55,7 @@ class Lessons:
     class_means: tuple[Tensor | None, ...]
     """One a teacher: [K,D] where the loss needs it."""
 
+    canaries: CanaryReport = field(default_factory=CanaryReport)
 
 def train(config: Config, world: World | None = None, report: Report = _quiet) -> dict[str, Any]:
     """Trains the student of a config to its end, from wherever its run stands. Returns the run's summary.
@@ -130,9 +131,9 @@ def _cached_lessons(loss: CompositeLoss, facts: LessonFacts, device: torch.devic
     source = open_cached(facts.caches, facts.data)
     _check_labels(loss, source, facts)
     # On every rank: each may run on another machine, with pixels of its own.
-    check_canaries(source, max_pixels=facts.data.max_pixels)
+    canaries = check_canaries(source, max_pixels=facts.data.max_pixels, allowed_levels=facts.data.allow_pixel_drift)
     means = tuple(_class_means(cache, source).to(device) if loss.needs_embedding else None for cache in facts.caches)
-    return Lessons(facts, source, None, means)
+    return Lessons(facts, source, None, means, canaries)
 
 
 def _class_means(cache: TeacherCache, source: CachedSource) -> Tensor:
@@ -203,6 +204,10 @@ class Trainer:
         for cache in self.lessons.facts.caches:
             for text in fidelity_warnings(cache.header, cache.manifest.statistics, self.config.loss):
                 self._say("warning", text=text)
+        if self.config.data.allow_pixel_drift:
+            drift = self.lessons.canaries.over_ranks(self.world)
+            if drift.num_drifted:
+                self._say("warning", text=drift.warning())
 
     def _train(self, metrics: MetricsFile | None) -> Evaluation | None:
         """All steps that are left. Returns the evaluation after the last epoch, where one was made."""
