@@ -27,7 +27,7 @@ from pipeline.student.losses import BatchShare, CompositeLoss, LossInputs, Teach
 from pipeline.student.metrics import MetricsFile, StepLog
 from pipeline.student.network import Student
 from pipeline.student.optim import make_optimizer, make_schedule
-from pipeline.student.order import TrainingOrder
+from pipeline.student.order import TrainingOrder, order_of
 from pipeline.student.preflight import check_caches_serve, check_config
 from pipeline.student.sources import CachedSource, RowSource, check_any_labelled, index_url, open_cached, open_indexed
 from pipeline.student.words import TeacherWords
@@ -36,7 +36,7 @@ from pipeline.teacher.infer import Teacher, load_teacher
 from pipeline.teacher.runtime import pin_numerics
 from pipeline.views.philox import key_of
 from pipeline.views.pixels import to_input
-from schemas.config import Config, TrainConfig
+from schemas.config import Config
 
 Report = Callable[[dict[str, Any]], None]
 _FLUSH_STEPS = 50
@@ -158,7 +158,8 @@ class Trainer:
         self.config, self.world, self.report, self.run_url = config, world, report, config.run.url
         self.loss = CompositeLoss(config.loss, where="loss")
         self.lessons = open_lessons(config, self.loss, world.device)
-        self.order = _order(config.train, self.lessons)
+        source = self.lessons.source
+        self.order = order_of(config.train, source.shard_ids, source.num_ok, self.lessons.facts.plan)
         self.student, self.spec = _student(config, self.lessons)
         lay_out(self.student.train(), world.device)
         _check_batches(self.order, self.student, world.size)
@@ -396,19 +397,6 @@ def _ask(teacher: Teacher, batch: Batch) -> TeacherWords:
     pixels = batch.pixels_BCHW if batch.teacher_pixels_BCHW is None else batch.teacher_pixels_BCHW
     teacher_BK, teacher_BD = teacher.forward(pixels, batch.partner_B, batch.lambda_B, batch.cut_B4)
     return TeacherWords({None: teacher_BK}, teacher_BD.norm(dim=1))
-
-
-def _order(train: TrainConfig, lessons: Lessons) -> TrainingOrder:
-    return TrainingOrder.build(
-        lessons.source.shard_ids,
-        lessons.source.num_ok,
-        seed=train.seed,
-        global_batch_size=train.global_batch_size,
-        lanes=train.lanes,
-        kind=train.order,
-        tail=train.tail,
-        plan=lessons.facts.plan,
-    )
 
 
 def _student(config: Config, lessons: Lessons) -> tuple[Student, InputSpec]:
