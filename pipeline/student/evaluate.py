@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -14,12 +14,12 @@ from torch import Tensor
 from pipeline import storage
 from pipeline.errors import CacheError, ConfigError
 from pipeline.fingerprint import weights_digest
-from pipeline.models import EmbeddingModel, InputSpec, load_model
-from pipeline.shards.index import IndexBuilder, check_samples
+from pipeline.models import EmbeddingModel, InputSpec
+from pipeline.shards.index import IndexBuilder, ShardIndex, check_samples
 from pipeline.shards.names import shard_id, shard_ids
-from pipeline.student import checkpoint
-from pipeline.student.facts import LessonFacts, lesson_facts
+from pipeline.student.facts import LessonFacts
 from pipeline.student.sources import SHARD_FOLDER
+from pipeline.student.trained import CheckpointName, load_trained
 from pipeline.student.world import World
 from pipeline.teacher.groups import GroupViews, Rendering, fresh_samples, read_groups
 from pipeline.teacher.infer import Teacher, load_teacher
@@ -54,8 +54,17 @@ class Evaluator:
     world: World
     num_threads: int = 1
 
-    def __call__(self, model: EmbeddingModel, spec: InputSpec, teacher: Teacher | None = None) -> Evaluation:
+    def __call__(
+        self,
+        model: EmbeddingModel,
+        spec: InputSpec,
+        teacher: Teacher | None = None,
+        on_index: Callable[[ShardIndex], None] | None = None,
+    ) -> Evaluation:
         """Leaves the model in the mode it was in.
+
+        Args:
+            on_index: told the index of each shard that this rank has read, which an evaluation makes anyway.
 
         Raises:
             ConfigError: the shards hold no images.
@@ -65,7 +74,10 @@ class Evaluator:
         try:
             counts = torch.zeros(6, dtype=torch.float64)
             for url in self.urls[self.world.rank :: self.world.size]:
-                counts += self._shard(url, model, spec, teacher)
+                found, index = self._shard(url, model, spec, teacher)
+                counts += found
+                if on_index is not None:
+                    on_index(index)
         finally:
             model.train(was_training)
         rows, labelled, top1, top5, agreed, teacher_top1 = self.world.sum(counts.to(self.world.device)).tolist()
@@ -82,7 +94,9 @@ class Evaluator:
         )
 
     @torch.inference_mode()
-    def _shard(self, url: str, model: EmbeddingModel, spec: InputSpec, teacher: Teacher | None) -> Tensor:
+    def _shard(
+        self, url: str, model: EmbeddingModel, spec: InputSpec, teacher: Teacher | None
+    ) -> tuple[Tensor, ShardIndex]:
         counts = torch.zeros(6, dtype=torch.float64)
         with ExitStack() as stack:
             pool = stack.enter_context(ThreadPoolExecutor(self.num_threads))
@@ -91,10 +105,11 @@ class Evaluator:
             for group in self._groups(local, url, spec, pool, builder):
                 logits = _logits(model, spec, group.pixels_VNCHW[0], self.world.device)
                 counts += _count(logits, torch.from_numpy(group.label_N))
-            check_samples(builder.finish(), self.data, where=storage.redact(url))
+            index = builder.finish()
+            check_samples(index, self.data, where=storage.redact(url))
             if teacher is not None:
                 counts += self._agreement(local, url, model, spec, teacher, pool)
-        return counts
+        return counts, index
 
     def _groups(
         self, local: Path, url: str, spec: InputSpec, pool: ThreadPoolExecutor, builder: IndexBuilder
@@ -158,7 +173,12 @@ def make_evaluator(
 
 
 def evaluate_run(
-    run_url: str, shards: str | tuple[str, ...], *, checkpoint_name: str, num_threads: int, device: torch.device
+    run_url: str,
+    shards: str | tuple[str, ...],
+    *,
+    checkpoint_name: CheckpointName,
+    num_threads: int,
+    device: torch.device,
 ) -> Evaluation:
     """A trained student on validation shards; with the agreement, where the run's config names its teacher.
 
@@ -169,26 +189,10 @@ def evaluate_run(
         ConfigError: there is no run, or it has no such checkpoint.
         CacheError: the teacher that the config names is not the one whose words the student learnt.
     """
-    config = checkpoint.read_config(run_url)
-    lessons = lesson_facts(config)
-    assert config.student is not None
-    loaded = load_model(
-        config.student.model_copy(update={"weights": "random", "sha256": None}),
-        num_classes=lessons.num_classes,
-        size=config.student.size or lessons.size,
-        where="student",
-    )
-    name = checkpoint.BEST if checkpoint_name == "best" else checkpoint.LAST
-    state = checkpoint.load(run_url, name)
-    if state is None:
-        raise ConfigError(
-            f"this run has no {checkpoint_name} checkpoint",
-            where=storage.redact(run_url),
-            next_step="train it to the end of an epoch" + (", with data.val_shards" if name == checkpoint.BEST else ""),
-        )
-    loaded.module.network.load_state_dict(state["model"])
+    trained = load_trained(run_url, checkpoint_name)
+    lessons, student = trained.lessons, trained.student
     evaluator = make_evaluator(shards, lessons.data, lessons.plan, World(device=device), num_threads=num_threads)
-    return evaluator(loaded.module.to(device), loaded.input, teacher_of_run(config, lessons, device))
+    return evaluator(student.module.to(device), student.input, teacher_of_run(trained.config, lessons, device))
 
 
 def teacher_of_run(config: Config, lessons: LessonFacts, device: torch.device) -> Teacher | None:
