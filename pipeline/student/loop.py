@@ -28,6 +28,7 @@ from pipeline.student.metrics import MetricsFile, StepLog
 from pipeline.student.network import Student
 from pipeline.student.optim import make_optimizer, make_schedule
 from pipeline.student.order import TrainingOrder, order_of
+from pipeline.student.overlap import SeenImages
 from pipeline.student.preflight import check_caches_serve, check_config
 from pipeline.student.sources import CachedSource, RowSource, check_any_labelled, index_url, open_cached, open_indexed
 from pipeline.student.words import TeacherWords
@@ -54,8 +55,8 @@ class Lessons:
     teacher: Teacher | None
     class_means: tuple[Tensor | None, ...]
     """One a teacher: [K,D] where the loss needs it."""
-
     canaries: CanaryReport = field(default_factory=CanaryReport)
+
 
 def train(config: Config, world: World | None = None, report: Report = _quiet) -> dict[str, Any]:
     """Trains the student of a config to its end, from wherever its run stands. Returns the run's summary.
@@ -170,6 +171,7 @@ class Trainer:
         self.step = 0
         self.best_top1: float | None = None
         self.seconds = 0.0
+        self._knows_overlap = False
         self._mean_C = torch.tensor(self.spec.mean, device=world.device)
         self._std_C = torch.tensor(self.spec.std, device=world.device)
 
@@ -202,13 +204,13 @@ class Trainer:
             return self._finish(self._train(metrics), metrics)
 
     def _warn(self) -> None:
-        for cache in self.lessons.facts.caches:
-            for text in fidelity_warnings(cache.header, cache.manifest.statistics, self.config.loss):
-                self._say("warning", text=text)
         if self.config.data.allow_pixel_drift:
             drift = self.lessons.canaries.over_ranks(self.world)
             if drift.num_drifted:
                 self._say("warning", text=drift.warning())
+        for cache in self.lessons.facts.caches:
+            for text in fidelity_warnings(cache.header, cache.manifest.statistics, self.config.loss):
+                self._say("warning", text=text)
 
     def _train(self, metrics: MetricsFile | None) -> Evaluation | None:
         """All steps that are left. Returns the evaluation after the last epoch, where one was made."""
@@ -327,13 +329,24 @@ class Trainer:
             return None
         # Each rank's BatchNorm has statistics of its own since the last step; the checkpoint holds the leader's.
         self.world.copy_from_leader(self.student.buffers())
-        evaluation = self.evaluator(self.student.model, self.spec)
+        seen = SeenImages()
+        evaluation = self.evaluator(self.student.model, self.spec, on_index=seen.add)
+        self._warn_of_overlap(seen)
         self._say("eval", epoch=epoch, **evaluation.as_dict())
         if evaluation.top1 is not None and (self.best_top1 is None or evaluation.top1 > self.best_top1):
             self.best_top1 = evaluation.top1
             if self.world.leads:
                 checkpoint.save(self.run_url, checkpoint.BEST, self._state())
         return evaluation
+
+    def _warn_of_overlap(self, seen: SeenImages) -> None:
+        """Once in the life of this process, at its first evaluation, which has read the validation images anyway."""
+        if self._knows_overlap:
+            return
+        self._knows_overlap = True
+        overlap = seen.overlap(self.lessons.source, self.world)
+        if overlap.num_rows:
+            self._say("warning", text=overlap.warning())
 
     def _state(self) -> dict[str, Any]:
         return {
