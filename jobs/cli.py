@@ -326,6 +326,33 @@ def evaluate(
     _run(command)
 
 
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="URL of a run.")],
+    out: Annotated[str, typer.Option(help="File or URL to write: .safetensors (weights), .pt2 (torch.export), .onnx.")],
+    format: Annotated[
+        Literal["safetensors", "pt2", "onnx"] | None, typer.Option(help="Where the suffix does not say it.")
+    ] = None,
+    checkpoint: Annotated[Literal["best", "last"], typer.Option(help="Which weights.")] = "last",
+    with_normalization: Annotated[
+        bool,
+        typer.Option(
+            "--with-normalization", help="The graph takes uint8 RGB [N,3,S,S]; default: float32, normalised before."
+        ),
+    ] = False,
+) -> None:
+    """Write a trained student as one file. A graph takes any batch size and is checked against the student."""
+
+    def command() -> None:
+        from jobs.export import describe
+        from pipeline.student.export import export_run
+
+        done = export_run(run, out, format=format, checkpoint_name=checkpoint, with_normalization=with_normalization)
+        print(describe(done), file=sys.stderr)
+
+    _run(command)
+
+
 def main() -> None:
     """Entry point of the console command."""
     app()
