@@ -26,7 +26,7 @@ class Overlap:
         more = ", …" if self.num_rows > len(self.sample_ids) else ""
         return (
             f"{self.num_rows} training images are also in the validation shards, byte for byte: "
-            f"{', '.join(self.sample_ids)}{more}; leave them out of one of the two, or accuracy is too high"
+            f"{', '.join(self.sample_ids)}{more}; accuracy on them says nothing of new images"
         )
 
 
