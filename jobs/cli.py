@@ -32,6 +32,15 @@ OverridesArgument = Annotated[
 _NUM_NAMED = 10
 CacheArgument = Annotated[str, typer.Argument(help="URL of the cache.", metavar="CACHE")]
 ThreadsOption = Annotated[int, typer.Option(min=1, help="CPU threads.")]
+PixelDriftOption = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        max=255,
+        metavar="N",
+        help="Levels of 255 by which canaries may differ here; sets data.allow_pixel_drift.",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -53,6 +62,10 @@ def _versions() -> str:
     packages = ("torch", "torchvision", "ray", "pyarrow", "webdataset", "fsspec", "timm", "numpy")
     lines = [f"stillroom {of('stillroom')}", f"python {platform.python_version()} on {platform.platform()}"]
     return "\n".join([*lines, *(f"{name} {of(name)}" for name in packages)])
+
+
+def _with_drift(overrides: list[str] | None, levels: int | None) -> list[str]:
+    return [*(overrides or []), *([] if levels is None else [f"data.allow_pixel_drift={levels}"])]
 
 
 def _show_version(wanted: bool) -> None:
@@ -195,6 +208,9 @@ def cache_verify(
         str | None, typer.Option(help="Where the images are, {a..b} braces allowed; default: where the build was.")
     ] = None,
     threads: ThreadsOption = 4,
+    allow_pixel_drift: Annotated[
+        int, typer.Option(min=0, max=255, metavar="N", help="Levels of 255 by which canaries may differ here.")
+    ] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Check every file of a cache, its rows and its pixels; with --config, the teacher's words. Problems exit 1."""
@@ -205,7 +221,14 @@ def cache_verify(
         if overrides and config is None:
             raise typer.BadParameter("overrides change a config: give --config too")
         built_with = read_config(config, overrides or [])
-        report = verify(cache, shards=shards, threads=threads, config=built_with, num_rows=sample)
+        report = verify(
+            cache,
+            shards=shards,
+            threads=threads,
+            config=built_with,
+            num_rows=sample,
+            allow_pixel_drift=allow_pixel_drift,
+        )
         print(json.dumps(report.as_dict(), indent=2) if as_json else describe(report))
         if not report.ok:
             raise typer.Exit(1)
@@ -256,25 +279,29 @@ def _screen(report: dict[str, Any]) -> str:
 
 
 @app.command()
-def train(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
+def train(
+    config: ConfigArgument, overrides: OverridesArgument = None, allow_pixel_drift: PixelDriftOption = None
+) -> None:
     """Train a student from a cache, from an online teacher, or from labels alone. Resumes by itself."""
 
     def command() -> None:
         from jobs.train_student import main
 
-        main(config, overrides or [])
+        main(config, _with_drift(overrides, allow_pixel_drift))
 
     _run(command)
 
 
 @app.command()
-def distill(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
+def distill(
+    config: ConfigArgument, overrides: OverridesArgument = None, allow_pixel_drift: PixelDriftOption = None
+) -> None:
     """Build what is missing of the cache, then train."""
 
     def command() -> None:
         from jobs.distill import main
 
-        main(config, overrides or [])
+        main(config, _with_drift(overrides, allow_pixel_drift))
 
     _run(command)
 
@@ -295,6 +322,33 @@ def evaluate(
 
         found = measure(run, shards, checkpoint=checkpoint, threads=threads)
         print(json.dumps(found.as_dict(), indent=2) if as_json else describe(found))
+
+    _run(command)
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="URL of a run.")],
+    out: Annotated[str, typer.Option(help="File or URL to write: .safetensors (weights), .pt2 (torch.export), .onnx.")],
+    format: Annotated[
+        Literal["safetensors", "pt2", "onnx"] | None, typer.Option(help="Where the suffix does not say it.")
+    ] = None,
+    checkpoint: Annotated[Literal["best", "last"], typer.Option(help="Which weights.")] = "last",
+    with_normalization: Annotated[
+        bool,
+        typer.Option(
+            "--with-normalization", help="The graph takes uint8 RGB [N,3,S,S]; default: float32, normalised before."
+        ),
+    ] = False,
+) -> None:
+    """Write a trained student as one file. A graph takes any batch size and is checked against the student."""
+
+    def command() -> None:
+        from jobs.export import describe
+        from pipeline.student.export import export_run
+
+        done = export_run(run, out, format=format, checkpoint_name=checkpoint, with_normalization=with_normalization)
+        print(describe(done), file=sys.stderr)
 
     _run(command)
 

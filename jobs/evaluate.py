@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 
 from pipeline.student.evaluate import Evaluation, evaluate_run
+from pipeline.student.trained import CheckpointName
 
 
-def evaluate(run_url: str, shards: str | tuple[str, ...], *, checkpoint: str = "last", threads: int = 1) -> Evaluation:
+def evaluate(
+    run_url: str, shards: str | tuple[str, ...], *, checkpoint: CheckpointName = "last", threads: int = 1
+) -> Evaluation:
     """On a GPU where there is one.
 
     Raises:

@@ -90,13 +90,20 @@ class TrainingView:
     def show(self, event: dict[str, Any]) -> None:
         kind = event["kind"]
         if kind == "warning":
-            print(f"{_name(event['run'])}: warning: {event['text']}", file=sys.stderr, flush=True)
+            self._warn(f"{_name(event['run'])}: warning: {event['text']}")
         elif kind == "begin":
             self._view = ProgressView(_name(event["run"]), event["total_steps"], done=event["first_step"]).__enter__()
         elif self._view is not None and kind == "step":
             self._view.update(event["step"] + 1, _note(event))
         elif self._view is not None and kind == "eval" and event["top1"] is not None:
             self._view.say(f"{_name(event['run'])}: epoch {event['epoch']}, top-1 {event['top1']:.2%}")
+
+    def _warn(self, text: str) -> None:
+        # Below a bar that is being drawn, a line would be drawn over.
+        if self._view is None:
+            print(text, file=sys.stderr, flush=True)
+        else:
+            self._view.say(text)
 
 
 def _note(event: dict[str, Any]) -> str:

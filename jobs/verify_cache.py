@@ -20,11 +20,13 @@ def verify(
     threads: int = 1,
     config: Config | None = None,
     num_rows: int = 256,
+    allow_pixel_drift: int = 0,
 ) -> VerifyReport:
     """Every file of the cache; with a config, the teacher's words on ``num_rows`` rows too. Progress on standard error.
 
     Args:
         shards: where the images are; default: ``data.shards`` of the config, or where the build found them.
+        allow_pixel_drift: levels of 255 by which canaries may differ on this machine.
 
     Raises:
         CacheError: there is no cache here.
@@ -40,6 +42,7 @@ def verify(
             cache_url,
             shard_urls=by_id,
             threads=threads,
+            allowed_levels=allow_pixel_drift,
             progress=lambda done, total: progress.update(done, "shards", total=total),
         )
     if live is None:
@@ -67,6 +70,10 @@ def describe(report: VerifyReport) -> str:
     if (more := report.num_problems - len(lines)) > 0:
         lines.append(f"… and {more} more problems")
     lines += _counts("checked", report.checked) + _counts("not checked", report.not_checked)
+    if report.drift:
+        most = max(report.drift)
+        count = sum(report.drift.values())
+        lines.append(f"pixel drift: {count} canaries differ, block means by up to {most} of 255, which was allowed")
     if report.recomputed is not None:
         lines.append(f"recomputed:  {_recomputed(report.recomputed)}")
     if report.num_unnamed:

@@ -192,6 +192,15 @@ def _writable(url: str) -> tuple[Any, str]:
     return _filesystem(url)
 
 
+def check_writable(url: str) -> None:
+    """What can be known without writing.
+
+    Raises:
+        StorageInputError: the URL is refused, or its protocol is read-only.
+    """
+    _writable(url)
+
+
 @contextlib.contextmanager
 def _told(url: str, doing: str) -> Generator[None]:
     """Turns what a storage library raises into one of our errors, with the URL in it."""

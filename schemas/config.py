@@ -101,6 +101,10 @@ class DataConfig(Section):
     )
     max_pixels: int = Field(64_000_000, gt=0, description="Images with more pixels are not decoded (status too_large).")
 
+    allow_pixel_drift: int = Field(
+        0, ge=0, le=255, description="Levels by which block means of a canary may differ here from the cache's."
+    )
+
     @property
     def caches(self) -> tuple[str, ...]:
         """The URLs of ``cache``."""

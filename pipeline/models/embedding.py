@@ -65,6 +65,10 @@ class EmbeddingModel(nn.Module):
     def forward(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         return ask(self.network, self._heads, images_BCHW)
 
+    def logits(self, images_BCHW: Tensor) -> Tensor:
+        """[B,K] alone, by the network's own forward where it has a head: no embedding is made on the way."""
+        return self.network(images_BCHW) if self._heads else self(images_BCHW)[0]
+
 
 def lay_out(module: nn.Module, device: torch.device) -> None:
     """Moves a module to a device, with convolution weights in channels-last memory.

@@ -12,6 +12,7 @@ from pipeline import storage
 from pipeline.cache.reader import TeacherCache
 from pipeline.errors import CacheError
 from pipeline.student.sources import CachedSource, read_image
+from pipeline.student.world import World
 from pipeline.teacher.runtime import numeric_env
 from pipeline.views.options import drawn_row
 from pipeline.views.pixels import apply_view, pixel_digest, pixel_mean
@@ -22,34 +23,66 @@ _PACKAGES = ("torchvision", "pillow", "torch")
 
 
 @dataclass(frozen=True, slots=True)
+class CanaryReport:
+    """How many canaries were compared, and how far those drifted whose drift is allowed."""
+
+    num_compared: int = 0
+    num_drifted: int = 0
+    levels: int = 0
+    """Largest difference of an 8x8 block mean among these, in uint8 levels."""
+
+    def plus(self, other: CanaryReport) -> CanaryReport:
+        compared, drifted = self.num_compared + other.num_compared, self.num_drifted + other.num_drifted
+        return CanaryReport(compared, drifted, max(self.levels, other.levels))
+
+    def over_ranks(self, world: World) -> CanaryReport:
+        """What all ranks found: each may run on a machine of its own. Every rank calls it."""
+        counts = torch.tensor([self.num_compared, self.num_drifted], device=world.device)
+        compared, drifted = world.sum(counts).tolist()
+        return CanaryReport(compared, drifted, int(world.max(torch.tensor(self.levels, device=world.device))))
+
+    def warning(self) -> str:
+        return (
+            f"this machine makes other pixels than those the teacher saw: {self.num_drifted} of {self.num_compared} "
+            f"canaries differ, block means by up to {self.levels} of 255, which data.allow_pixel_drift allows"
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class _Drift:
     sample_id: str
     levels: int
-    """Largest difference of an 8x8 block mean, in uint8 levels."""
 
 
-def check_canaries(source: CachedSource, *, max_pixels: int) -> int:
+def check_canaries(source: CachedSource, *, max_pixels: int, allowed_levels: int = 0) -> CanaryReport:
     """Recomputes the canaries of view 0 of each cache in up to eight shards spread over it, at its teacher's size.
-    Returns how many were compared.
+
+    Args:
+        allowed_levels: how far block means may differ, in uint8 levels; 0: pixels must be the same.
 
     Raises:
         CacheError: this machine's decoder or resize gives other pixels than those the teacher saw, an image is not the
             cached one, or the cache carries no proof.
     """
     try:
-        return sum(_check_cache(source, number, max_pixels) for number in range(len(source.caches)))
+        found = CanaryReport()
+        for number in range(len(source.caches)):
+            found = found.plus(_check_cache(source, number, max_pixels, allowed_levels))
+        return found
     finally:
         # Shards open again when they are read; until then a training that does not begin leaves none open.
         source.close()
 
 
-def _check_cache(source: CachedSource, number: int, max_pixels: int) -> int:
+def _check_cache(source: CachedSource, number: int, max_pixels: int, allowed_levels: int) -> CanaryReport:
     cache = source.caches[number]
     compared, drifts = 0, list[_Drift]()
     for shard in range(0, len(source.shard_ids), -(-len(source.shard_ids) // _MAX_SHARDS)):
         in_shard, found = _check_shard(source, number, shard, max_pixels)
         compared, drifts = compared + in_shard, drifts + found
-    if drifts:
+    levels = max((drift.levels for drift in drifts), default=0)
+    # Pixels that differ by less than a level of any block still differ.
+    if drifts and max(levels, 1) > allowed_levels:
         raise _drift_error(cache, drifts, compared)
     if not compared:
         raise CacheError(
@@ -57,17 +90,18 @@ def _check_cache(source: CachedSource, number: int, max_pixels: int) -> int:
             where=storage.redact(cache.url),
             next_step="build another cache",
         )
-    return compared
+    return CanaryReport(compared, len(drifts), levels)
 
 
 def _drift_error(cache: TeacherCache, drifts: list[_Drift], compared: int) -> CacheError:
-    here = numeric_env(torch.device("cpu"), batch_size=1)
+    here, levels = numeric_env(torch.device("cpu"), batch_size=1), max(drift.levels for drift in drifts)
     return CacheError(
         "this machine makes other pixels than those the teacher saw",
         where=f"{len(drifts)} of {compared} canaries, first {drifts[0].sample_id}",
-        got=f"block means differ by up to {max(drift.levels for drift in drifts)} of 255; here: {_told(here)}",
+        got=f"block means differ by up to {levels} of 255; here: {_told(here)}",
         wanted=f"the cache was built with {_told(cache.manifest.environment)}",
-        next_step="install the versions the cache was built with, or build another cache",
+        next_step="install the versions the cache was built with, or build another cache; to train on these pixels all "
+        f"the same, and have it recorded: --allow-pixel-drift {max(levels, 1)} (data.allow_pixel_drift)",
     )
 
 

@@ -5,7 +5,7 @@ In fp32, whatever a student was trained in: the numbers are those of its weights
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,12 +18,12 @@ from torchmetrics.classification import MulticlassCalibrationError
 from pipeline import storage
 from pipeline.errors import CacheError, ConfigError
 from pipeline.fingerprint import weights_digest
-from pipeline.models import EmbeddingModel, InputSpec, load_model
-from pipeline.shards.index import IndexBuilder, check_samples
+from pipeline.models import EmbeddingModel, InputSpec
+from pipeline.shards.index import IndexBuilder, ShardIndex, check_samples
 from pipeline.shards.names import shard_id, shard_ids
-from pipeline.student import checkpoint
-from pipeline.student.facts import LessonFacts, lesson_facts
+from pipeline.student.facts import LessonFacts
 from pipeline.student.sources import SHARD_FOLDER
+from pipeline.student.trained import CheckpointName, load_trained
 from pipeline.student.world import World
 from pipeline.teacher.groups import GroupViews, Rendering, fresh_samples, read_groups
 from pipeline.teacher.infer import Teacher, load_teacher
@@ -122,8 +122,17 @@ class Evaluator:
     world: World
     num_threads: int = 1
 
-    def __call__(self, model: EmbeddingModel, spec: InputSpec, teacher: Teacher | None = None) -> Evaluation:
+    def __call__(
+        self,
+        model: EmbeddingModel,
+        spec: InputSpec,
+        teacher: Teacher | None = None,
+        on_index: Callable[[ShardIndex], None] | None = None,
+    ) -> Evaluation:
         """Leaves each module of the model in the mode it was in: frozen ones may differ from the others.
+
+        Args:
+            on_index: told the index of each shard that this rank has read, which an evaluation makes anyway.
 
         Raises:
             ConfigError: the shards hold no images.
@@ -133,7 +142,9 @@ class Evaluator:
         tally = _Tally(self._calibration())
         try:
             for url in self.urls[self.world.rank :: self.world.size]:
-                self._shard(url, model, spec, teacher, tally)
+                index = self._shard(url, model, spec, teacher, tally)
+                if on_index is not None:
+                    on_index(index)
         finally:
             for module, was_training in modes.items():
                 module.training = was_training
@@ -151,14 +162,18 @@ class Evaluator:
         return metric.to(self.world.device)
 
     @torch.inference_mode()
-    def _shard(self, url: str, model: EmbeddingModel, spec: InputSpec, teacher: Teacher | None, tally: _Tally) -> None:
+    def _shard(
+        self, url: str, model: EmbeddingModel, spec: InputSpec, teacher: Teacher | None, tally: _Tally
+    ) -> ShardIndex:
         builder = IndexBuilder(shard_id(url))
         with ThreadPoolExecutor(self.num_threads) as pool:
             for group, teacher_group in self._pairs(url, spec, teacher, pool, builder):
                 logits_NK = _logits(model, spec, group.pixels_VNCHW[0], self.world.device)
                 words_NK = None if teacher is None else teacher.ask(teacher_group.pixels_VNCHW[0])[0].cpu()
                 tally.add(logits_NK, torch.from_numpy(group.label_N), words_NK)
-        check_samples(builder.finish(), self.data, where=storage.redact(url))
+        index = builder.finish()
+        check_samples(index, self.data, where=storage.redact(url))
+        return index
 
     def _pairs(
         self, url: str, spec: InputSpec, teacher: Teacher | None, pool: ThreadPoolExecutor, builder: IndexBuilder
@@ -214,7 +229,12 @@ def make_evaluator(
 
 
 def evaluate_run(
-    run_url: str, shards: str | tuple[str, ...], *, checkpoint_name: str, num_threads: int, device: torch.device
+    run_url: str,
+    shards: str | tuple[str, ...],
+    *,
+    checkpoint_name: CheckpointName,
+    num_threads: int,
+    device: torch.device,
 ) -> Evaluation:
     """A trained student on validation shards; with the agreement, where the run's config names its teacher.
 
@@ -225,28 +245,12 @@ def evaluate_run(
         ConfigError: there is no run, or it has no such checkpoint.
         CacheError: the teacher that the config names is not the one whose words the student learnt.
     """
-    config = checkpoint.read_config(run_url)
-    lessons = lesson_facts(config)
-    assert config.student is not None
-    loaded = load_model(
-        config.student.model_copy(update={"weights": "random", "sha256": None}),
-        num_classes=lessons.num_classes,
-        size=config.student.size or lessons.size,
-        where="student",
-    )
-    name = checkpoint.BEST if checkpoint_name == "best" else checkpoint.LAST
-    state = checkpoint.load(run_url, name)
-    if state is None:
-        raise ConfigError(
-            f"this run has no {checkpoint_name} checkpoint",
-            where=storage.redact(run_url),
-            next_step="train it to the end of an epoch" + (", with data.val_shards" if name == checkpoint.BEST else ""),
-        )
-    loaded.module.network.load_state_dict(state["model"])
+    trained = load_trained(run_url, checkpoint_name)
+    lessons, student = trained.lessons, trained.student
     evaluator = make_evaluator(
         shards, lessons.data, lessons.student_plan, World(device=device), num_threads=num_threads
     )
-    return evaluator(loaded.module.to(device), loaded.input, teacher_of_run(config, lessons, device))
+    return evaluator(student.module.to(device), student.input, teacher_of_run(trained.config, lessons, device))
 
 
 def teacher_of_run(config: Config, lessons: LessonFacts, device: torch.device) -> Teacher | None:

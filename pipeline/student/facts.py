@@ -53,6 +53,16 @@ def lesson_facts(config: Config) -> LessonFacts:
     urls = config.data.caches
     pinned = checkpoint.pinned_manifests(config.run.url, len(urls))
     caches = tuple(open_cache(url, manifest_bytes=manifest) for url, manifest in zip(urls, pinned, strict=True))
+    return facts_of(config, caches)
+
+
+def facts_of(config: Config, caches: tuple[TeacherCache, ...]) -> LessonFacts:
+    """What these caches state, held against what the config names.
+
+    Raises:
+        CacheError: the config contradicts them, or two of them do not go together.
+        ConfigError: the config names one teacher or no size where there are several.
+    """
     check_same_plans(caches)
     # All say the same of views, classes and reading rules.
     first = caches[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from pipeline.fingerprint import short
 from pipeline.models import InputSpec, LoadedModel, lay_out, load_model, observe_maps, with_maps
 from pipeline.student import checkpoint
 from pipeline.student.accumulate import combined, fewest_rows, micro_batches, num_pieces
-from pipeline.student.canaries import check_canaries
+from pipeline.student.canaries import CanaryReport, check_canaries
 from pipeline.student.dataset import Batch, InputSize, StepDataset, load_batches
 from pipeline.student.evaluate import Evaluation, Evaluator, make_evaluator
 from pipeline.student.facts import LessonFacts, lesson_facts
@@ -29,7 +29,8 @@ from pipeline.student.losses import BatchShare, CompositeLoss, LossInputs, Teach
 from pipeline.student.losses.arithmetic import is_labelled
 from pipeline.student.metrics import MetricsFile, StepLog
 from pipeline.student.network import Student
-from pipeline.student.order import TrainingOrder
+from pipeline.student.order import TrainingOrder, order_of
+from pipeline.student.overlap import SeenImages
 from pipeline.student.preflight import check_caches_serve, check_config
 from pipeline.student.review import Review, ReviewPlan, plan_review, review_section
 from pipeline.student.runtime import check_compiler, demand_workspace, deterministic
@@ -42,7 +43,7 @@ from pipeline.teacher.infer import Teacher, load_teacher
 from pipeline.teacher.runtime import pin_numerics
 from pipeline.views.philox import key_of
 from pipeline.views.pixels import to_input
-from schemas.config import Config, TrainConfig
+from schemas.config import Config
 
 Report = Callable[[dict[str, Any]], None]
 _FLUSH_STEPS = 50
@@ -61,6 +62,7 @@ class Lessons:
     teacher: Teacher | None
     class_means: tuple[Tensor | None, ...]
     """One a teacher: [K,D] where the loss needs it."""
+    canaries: CanaryReport = field(default_factory=CanaryReport)
 
 
 def train(config: Config, world: World | None = None, report: Report = _quiet) -> dict[str, Any]:
@@ -140,9 +142,9 @@ def _cached_lessons(loss: CompositeLoss, facts: LessonFacts, device: torch.devic
     source = open_cached(facts.caches, facts.data)
     _check_labels(loss, source, facts)
     # On every rank: each may run on another machine, with pixels of its own.
-    check_canaries(source, max_pixels=facts.data.max_pixels)
+    canaries = check_canaries(source, max_pixels=facts.data.max_pixels, allowed_levels=facts.data.allow_pixel_drift)
     means = tuple(_class_means(cache, source).to(device) if loss.needs_embedding else None for cache in facts.caches)
-    return Lessons(facts, source, None, means)
+    return Lessons(facts, source, None, means, canaries)
 
 
 def _class_means(cache: TeacherCache, source: CachedSource) -> Tensor:
@@ -167,7 +169,8 @@ class Trainer:
         self.config, self.world, self.report, self.run_url = config, world, report, config.run.url
         self.loss = CompositeLoss(config.loss, where="loss")
         self.lessons = open_lessons(config, self.loss, world.device)
-        self.order = _order(config.train, self.lessons)
+        source = self.lessons.source
+        self.order = order_of(config.train, source.shard_ids, source.num_ok, self.lessons.facts.plan)
         self.student, self.spec = _student(config, self.lessons)
         lay_out(self.student.train(), world.device)
         freeze(self.student.model.network, config.train.freeze)
@@ -180,6 +183,7 @@ class Trainer:
         self.step = 0
         self.best_top1: float | None = None
         self.seconds = 0.0
+        self._knows_overlap = False
         self._mean_C = torch.tensor(self.spec.mean, device=world.device)
         self._std_C = torch.tensor(self.spec.std, device=world.device)
 
@@ -217,6 +221,10 @@ class Trainer:
             return self._finish(self._train(metrics), metrics)
 
     def _warn(self) -> None:
+        if self.config.data.allow_pixel_drift:
+            drift = self.lessons.canaries.over_ranks(self.world)
+            if drift.num_drifted:
+                self._say("warning", text=drift.warning())
         for cache in self.lessons.facts.caches:
             for text in fidelity_warnings(cache.header, cache.manifest.statistics, self.config.loss):
                 self._say("warning", text=text)
@@ -396,7 +404,9 @@ class Trainer:
         # Each rank's BatchNorm has statistics of its own since the last step; the checkpoint holds the leader's.
         self.world.copy_from_leader(self.student.buffers())
         self.world.copy_from_leader(self.updater.averaged_buffers())
-        evaluation = self.evaluator(self.updater.evaluated, self.spec, self.lessons.teacher)
+        seen = SeenImages()
+        evaluation = self.evaluator(self.updater.evaluated, self.spec, self.lessons.teacher, on_index=seen.add)
+        self._warn_of_overlap(seen)
         self._say("eval", epoch=self._epochs_done, **evaluation.as_dict())
         if metrics is not None:
             metrics.add_evaluation(self.step - 1, self._epochs_done, evaluation.as_dict())
@@ -405,6 +415,15 @@ class Trainer:
             if self.world.leads:
                 checkpoint.save(self.run_url, checkpoint.BEST, self._state())
         return evaluation
+
+    def _warn_of_overlap(self, seen: SeenImages) -> None:
+        """Once in the life of this process, at its first evaluation, which has read the validation images anyway."""
+        if self._knows_overlap:
+            return
+        self._knows_overlap = True
+        overlap = seen.overlap(self.lessons.source, self.world)
+        if overlap.num_rows:
+            self._say("warning", text=overlap.warning())
 
     def _state(self) -> dict[str, Any]:
         raw, evaluated = self.student.model.network, self.updater.evaluated.network
@@ -480,19 +499,6 @@ def _ask(teacher: Teacher, batch: Batch, review: Review | None) -> tuple[Teacher
     (teacher_BK, teacher_BD), maps = with_maps(named, teacher.forward, *asked)
     levels = () if review is None else review.plan.levels(maps, teacher_BD)
     return TeacherWords({None: teacher_BK}, teacher_BD.norm(dim=1)), levels
-
-
-def _order(train: TrainConfig, lessons: Lessons) -> TrainingOrder:
-    return TrainingOrder.build(
-        lessons.source.shard_ids,
-        lessons.source.num_ok,
-        seed=train.seed,
-        global_batch_size=train.global_batch_size,
-        lanes=train.lanes,
-        kind=train.order,
-        tail=train.tail,
-        plan=lessons.facts.plan,
-    )
 
 
 def _student(config: Config, lessons: Lessons) -> tuple[Student, InputSpec]:

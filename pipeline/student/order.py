@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pipeline.errors import ConfigError
 from pipeline.views.params import shard_partners
 from pipeline.views.philox import key_of, permutation
-from schemas.config import ViewsConfig
+from schemas.config import TrainConfig, ViewsConfig
 
 OrderKind = Literal["global", "pinned"]
 Tail = Literal["drop", "short"]
@@ -322,6 +322,24 @@ class EpochOrder:
             for window, length in enumerate(np.diff(edges))
         ]
         return units[np.concatenate(shuffled)]
+
+
+def order_of(train: TrainConfig, shard_ids: Sequence[str], num_ok: Sequence[int], plan: ViewsConfig) -> TrainingOrder:
+    """The order that a config's ``train`` section asks for.
+
+    Raises:
+        ConfigError: as ``TrainingOrder.build``.
+    """
+    return TrainingOrder.build(
+        shard_ids,
+        num_ok,
+        seed=train.seed,
+        global_batch_size=train.global_batch_size,
+        lanes=train.lanes,
+        kind=train.order,
+        tail=train.tail,
+        plan=plan,
+    )
 
 
 def _checked_lanes(global_batch_size: int, lanes: int | None, *, rows_per_unit: int) -> int:

@@ -98,6 +98,8 @@ class RowSource(Protocol):
 
     def labels(self, shard: int) -> NDArray[np.int32]: ...
 
+    def index(self, shard: int) -> ShardIndex: ...
+
     def read(self, shard: int, offset: int, size: int) -> bytes: ...
 
     def close(self) -> None: ...
@@ -205,6 +207,9 @@ class IndexedSource:
         index = self._indexes[shard]
         return index.label[index.ok]
 
+    def index(self, shard: int) -> ShardIndex:
+        return self._indexes[shard]
+
     def view_of(self, epoch: int) -> int:
         return epoch if self.plan.kind != "eval" else 0
 
@@ -261,8 +266,11 @@ class CachedSource:
         return epoch % self.num_views
 
     def labels(self, shard: int) -> NDArray[np.int32]:
-        index = self._indexes.get(shard)
+        index = self.index(shard)
         return index.label[index.ok]
+
+    def index(self, shard: int) -> ShardIndex:
+        return self._indexes.get(shard)
 
     def _read_index(self, shard: int) -> ShardIndex:
         return self.caches[0].index(self._shards[shard])

@@ -29,6 +29,24 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def max(self, values: Tensor) -> Tensor:
+        """The largest over ranks, on every rank."""
+        if self.size > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return values
+
+    def join(self, values_N: Tensor) -> Tensor:
+        """The ranks' values [N], of whatever lengths, one after another, on every rank."""
+        if self.size == 1:
+            return values_N
+        lengths = torch.zeros(self.size, dtype=torch.int64, device=values_N.device)
+        lengths[self.rank] = len(values_N)
+        ends = self.sum(lengths).cumsum(0).tolist()
+        # A sum of what lies in places of its own: all backends have it, for any lengths.
+        joined = torch.zeros(ends[-1], dtype=values_N.dtype, device=values_N.device)
+        joined[ends[self.rank] - len(values_N) : ends[self.rank]] = values_N
+        return self.sum(joined)
+
     def copy_from_leader(self, tensors: Iterable[Tensor]) -> None:
         """Overwrites these tensors, in place, with those of rank 0."""
         if self.size > 1:

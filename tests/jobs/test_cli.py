@@ -110,6 +110,40 @@ def test_build_train_evaluate_inspect_from_one_yaml_with_overrides(
     assert 0 <= found["agreement"] <= 1
 
 
+def test_allowed_drift_is_a_key_of_the_run_and_a_line_of_a_verification(
+    stillroom: Stillroom, document: Document, tmp_path: Path
+) -> None:
+    config = document(data={"cache": str(tmp_path / "cache")}, train={"epochs": 1})
+    assert stillroom("distill", config, "--allow-pixel-drift", "5")[0] == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["data"]["allow_pixel_drift"] == 5
+    code, _, err = stillroom("train", config, "--allow-pixel-drift", "6")
+    assert (code, "data.allow_pixel_drift: 5 -> 6" in err) == (2, True)
+    code, out, _ = stillroom("cache", "verify", str(tmp_path / "cache"), "--allow-pixel-drift", "5")
+    assert (code, "pixel drift" in out) == (0, False)
+    assert stillroom("train", config, "--allow-pixel-drift", "256")[0] == 2
+
+
+def test_a_student_is_exported_and_wrong_requests_exit_2_with_one_message(
+    stillroom: Stillroom, document: Document, tmp_path: Path
+) -> None:
+    config, run = document(data={"cache": str(tmp_path / "cache")}, train={"epochs": 1}), str(tmp_path / "run")
+    assert stillroom("distill", config)[0] == 0
+    out = tmp_path / "student.safetensors"
+    code, _, err = stillroom("export", run, "--out", str(out))
+    assert code == 0
+    assert f"export: step 4 as safetensors in {out}" in err
+    changes = [f"student.weights={out}", f"run.url={tmp_path / 'second'}"]
+    assert stillroom("train", config, *changes)[0] == 0
+    wrong = [[str(tmp_path), "--out", str(out)], [run, "--out", "a.pth"], [run, "--out", f"{out}/a.safetensors"]]
+    (tmp_path / "second" / "summary.json").unlink()
+    for arguments in [*wrong, [str(tmp_path / "second"), "--out", str(tmp_path / "b.safetensors")]]:
+        code, _, err = stillroom("export", *arguments)
+        assert code == 2
+        assert err.count("error:") == 1
+        assert "Traceback" not in err
+    assert not (tmp_path / "b.safetensors").exists()
+
+
 def test_class_means_leave_one_cache_as_json_and_enter_another(
     stillroom: Stillroom, document: Document, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

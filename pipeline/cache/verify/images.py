@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -78,30 +79,44 @@ def block_of(view: int) -> ViewBlock:
     return ViewBlock(start=view, stop=view + 1)
 
 
-def check_canaries(images: ShardImages, commit: Commit, canaries: Sequence[Canary], findings: Findings) -> None:
+def check_canaries(
+    images: ShardImages, commit: Commit, canaries: Sequence[Canary], findings: Findings, *, allowed_levels: int = 0
+) -> None:
     """Makes the pixels of every canary of a part anew; of its first row, all views from one decoding."""
+    compare = partial(_compare, images, commit, findings, allowed_levels)
     first = [canary for canary in canaries if canary.ordinal == 0]
     with findings.told(storage.redact(images.url), shard=commit.shard_id):
         if len(first) == len(commit.views):
             group = next(images.groups([0], commit.block))
             for position, canary in enumerate(first):
-                _compare(images, commit, canary, group.pixels_VNCHW[position, 0], findings)
+                compare(canary, group.pixels_VNCHW[position, 0])
         for canary in canaries:
             if canary.ordinal:
                 group = next(images.groups([canary.ordinal], block_of(canary.view)))
-                _compare(images, commit, canary, group.pixels_VNCHW[0, 0], findings)
+                compare(canary, group.pixels_VNCHW[0, 0])
 
 
-def _compare(images: ShardImages, commit: Commit, canary: Canary, pixels_CHW: torch.Tensor, findings: Findings) -> None:
+def _compare(
+    images: ShardImages,
+    commit: Commit,
+    findings: Findings,
+    allowed_levels: int,
+    canary: Canary,
+    pixels_CHW: torch.Tensor,
+) -> None:
     findings.checked["canaries"] += 1
     if pixel_digest(pixels_CHW) == canary.digest:
         return
     stored, made = (np.frombuffer(data, np.uint8).astype(int) for data in (canary.mean, pixel_mean(pixels_CHW)))
+    levels = int(np.abs(stored - made).max())
+    if max(levels, 1) <= allowed_levels:
+        findings.drift[levels] += 1
+        return
     findings.add(
         Problem(
             commit.part.path,
             "these are not the pixels that the teacher saw",
-            got=f"block means differ by up to {np.abs(stored - made).max()} of 255; here: {_versions(_here())}",
+            got=f"block means differ by up to {levels} of 255; here: {_versions(_here())}",
             wanted=f"the part was built with {_versions(commit.environment)}",
             shard=commit.shard_id,
             view=canary.view,

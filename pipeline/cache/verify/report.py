@@ -45,6 +45,8 @@ class Findings:
     """Reasons, and how often each was met."""
     problems: list[Problem] = field(default_factory=list[Problem])
     num_problems: int = 0
+    drift: Counter[int] = field(default_factory=Counter[int])
+    """Canaries that drifted as far as is allowed, by how many levels."""
 
     def add(self, problem: Problem) -> None:
         self.num_problems += 1
@@ -70,6 +72,7 @@ class Findings:
     def merge(self, other: Findings) -> None:
         self.checked.update(other.checked)
         self.not_checked.update(other.not_checked)
+        self.drift.update(other.drift)
         self.num_problems += other.num_problems
         self.problems.extend(other.problems[: _KEPT_PROBLEMS - len(self.problems)])
 
@@ -112,6 +115,8 @@ class VerifyReport:
     unnamed: tuple[str, ...]
     """Files that nothing names, and what killed writers left: no harm; ``stillroom cache gc`` removes them."""
     recomputed: Recomputed | None = None
+    drift: dict[int, int] = field(default_factory=dict[int, int])
+    """Canaries whose pixels differ and were allowed to, by how many levels of 255 their block means differ at most."""
 
     @property
     def ok(self) -> bool:
@@ -141,4 +146,5 @@ class VerifyReport:
             not_checked=dict(findings.not_checked),
             num_unnamed=len(unnamed),
             unnamed=tuple(unnamed[:_KEPT_NAMES]),
+            drift=dict(findings.drift),
         )

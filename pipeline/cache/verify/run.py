@@ -29,6 +29,7 @@ def verify_cache(
     *,
     shard_urls: Mapping[str, str] | None = None,
     threads: int = 1,
+    allowed_levels: int = 0,
     progress: Progress | None = None,
 ) -> VerifyReport:
     """Holds every file of a cache to its digest, to what names it and to what it has to contain.
@@ -36,6 +37,7 @@ def verify_cache(
     Args:
         shard_urls: where images are, by shard id, for the canaries; of other shards, where the build found them.
         threads: shards that are checked at a time.
+        allowed_levels: how far block means of canaries may differ, in uint8 levels; 0: pixels must be the same.
 
     Raises:
         CacheError: there is no cache here.
@@ -48,7 +50,7 @@ def verify_cache(
         )
     findings = Findings()
     records = read_records(cache_url, entries, findings)
-    tasks = _tasks(cache_url, records, {**records.shard_urls, **(shard_urls or {})})
+    tasks = _tasks(cache_url, records, {**records.shard_urls, **(shard_urls or {})}, allowed_levels)
     sums: list[ClassSums] = []
     whole = records.complete
     with ThreadPoolExecutor(threads, thread_name_prefix="verify") as pool:
@@ -72,11 +74,13 @@ def verify_cache(
     )
 
 
-def _tasks(cache_url: str, records: Records, urls: Mapping[str, str]) -> list[ShardTask]:
+def _tasks(cache_url: str, records: Records, urls: Mapping[str, str], allowed_levels: int) -> list[ShardTask]:
     by_shard: defaultdict[str, list[Commit]] = defaultdict(list)
     for commit in records.commits:
         by_shard[commit.shard_id].append(commit)
-    return [ShardTask(cache_url, records, commits, urls.get(shard)) for shard, commits in by_shard.items()]
+    return [
+        ShardTask(cache_url, records, commits, urls.get(shard), allowed_levels) for shard, commits in by_shard.items()
+    ]
 
 
 def _check_ownerless(cache_url: str, entries: Sequence[storage.Entry], records: Records, findings: Findings) -> None:

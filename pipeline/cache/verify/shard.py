@@ -35,6 +35,8 @@ class ShardTask:
     records: Records
     commits: list[Commit]
     shard_url: str | None
+    allowed_levels: int = 0
+    """By which block means of canaries may differ."""
 
 
 @dataclass(slots=True)
@@ -156,7 +158,7 @@ class _ShardCheck:
         if self._images is None:
             self._findings.not_checked["canaries: their shard is not here"] += len(canaries)
             return
-        check_canaries(self._images, commit, canaries, self._findings)
+        check_canaries(self._images, commit, canaries, self._findings, allowed_levels=self._task.allowed_levels)
 
 
 def _fetch(cache_url: str, ref: FileRef, scratch: Path) -> Path:

@@ -279,6 +279,20 @@ def test_canaries_are_checked_in_shards_that_have_moved(cache: TinyCache, tmp_pa
     assert {(problem.file, problem.shard) for problem in report.problems} == {(moved[SHARD], SHARD)}
 
 
+def test_pixels_that_drift_as_far_as_is_allowed_are_counted_and_no_problem(cache: TinyCache) -> None:
+    def change(table: pa.Table) -> pa.Table:
+        (mean,) = {value.as_py() for value in table["pixel_mean"].slice(0, 1)}
+        moved = bytes([mean[0] + 3 if mean[0] < 128 else mean[0] - 3]) + mean[1:]
+        return set_cell(set_cell(table, "pixel_digest", 0, bytes(16)), "pixel_mean", 0, moved)
+
+    assert only(forged(cache, change)).got is not None
+    report = verify_cache(cache.url, allowed_levels=3)
+    assert report.ok
+    assert report.drift == {3: 1}
+    assert report.as_dict()["drift"] == {3: 1}
+    assert not verify_cache(cache.url, allowed_levels=2).ok
+
+
 def test_a_cache_that_mixes_nothing_and_has_no_embeddings_verifies(tiny_config: TinyConfig, tmp_path: Path) -> None:
     config = tiny_config(
         views={"kind": "crop", "count": 2},

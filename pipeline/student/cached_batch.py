@@ -1,0 +1,138 @@
+"""What ``CachedDataset`` yields: one rank's rows of one step, in a form that cannot part teacher and pixels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from pipeline.errors import ConfigError
+from pipeline.student.dataset import Batch
+from pipeline.student.words import TeacherWords
+from pipeline.views.pixels import to_input
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CachedBatch:
+    """B rows: the views that the teacher saw, what it said of them, and labels. A short last step has fewer rows.
+
+    Pixels stay uint8 until ``images`` is called: a quarter of the bytes on the way to a GPU, and they are mixed there.
+
+    Attributes:
+        rows: the training loop's own batch; its pixels are not mixed yet.
+        mean_C, std_C: of the student's input, on the scale of [0,1] RGB.
+        num_classes: K.
+        ddp_weight: factor of this rank's mean loss, rows · W / rows of all ranks, with which DDP's mean of gradients
+            is that of the global batch. 1 in one process.
+    """
+
+    rows: Batch
+    mean_C: Tensor
+    std_C: Tensor
+    num_classes: int
+    ddp_weight: float
+
+    def __len__(self) -> int:
+        return len(self.rows.labels_B)
+
+    @property
+    def epoch(self) -> int:
+        return self.rows.epoch
+
+    @property
+    def step(self) -> int:
+        """Counted from the first step of epoch 0."""
+        return self.rows.step
+
+    @property
+    def sample_ids(self) -> list[str]:
+        """``shard_id/key`` of each row."""
+        return self.rows.sample_ids
+
+    @property
+    def labels_B(self) -> Tensor:
+        """int64; −1 where a sample has none."""
+        return self.rows.labels_B
+
+    @property
+    def mixed_labels_B(self) -> Tensor:
+        """int64; the label of the sample that a row is mixed with, its own where it is not mixed."""
+        partner_B = self.rows.partner_B
+        return self.labels_B if partner_B is None else self.labels_B[partner_B]
+
+    @property
+    def lambda_B(self) -> Tensor:
+        """float32; a row's own share of its mixed pixels and label, 1 where it is not mixed."""
+        lambda_B = self.rows.lambda_B
+        return torch.ones_like(self.labels_B, dtype=torch.float32) if lambda_B is None else lambda_B
+
+    def images(self) -> Tensor:
+        """float32 [B,3,S,S] in channels-last memory, mixed as the teacher saw them and normalised for the student.
+
+        Computed anew at each call, on the device of the batch.
+        """
+        rows = self.rows
+        return to_input(
+            rows.pixels_BCHW,
+            mean_C=self.mean_C,
+            std_C=self.std_C,
+            partner_B=rows.partner_B,
+            lambda_B=rows.lambda_B,
+            cut_B4=rows.cut_B4,
+        )
+
+    def teacher_logits(self, *, temperature: float = 1.0, teacher: int = 0) -> Tensor:
+        """float32 [B,K], as a loss at this temperature reads them; only topk logits depend on it.
+
+        Args:
+            teacher: position in the list of caches.
+
+        Raises:
+            ConfigError: the cache keeps no logits, or they were not decoded for this temperature.
+        """
+        words = self.rows.words[teacher]
+        logits_BK = words.logits_at(temperature)
+        if logits_BK is None:
+            raise _no_logits(words, temperature)
+        return logits_BK
+
+    def teacher_norms(self, *, teacher: int = 0) -> Tensor:
+        """float32 [B]: of the teacher's embeddings, which ND reads."""
+        return self.rows.words[teacher].norm_B
+
+    def targets(self) -> Tensor:
+        """float32 [B,K]: labels as distributions, mixed like the pixels. What has no label adds nothing to its row."""
+        own_B1 = self.lambda_B[:, None]
+        return own_B1 * self._one_hot(self.labels_B) + (1 - own_B1) * self._one_hot(self.mixed_labels_B)
+
+    def _one_hot(self, labels_B: Tensor) -> Tensor:
+        return one_hot(labels_B.clamp(min=0), self.num_classes) * (labels_B >= 0)[:, None].to(torch.float32)
+
+    def to(self, device: torch.device | str) -> CachedBatch:
+        device = torch.device(device)
+        mean_C, std_C = self.mean_C.to(device, non_blocking=True), self.std_C.to(device, non_blocking=True)
+        return replace(self, rows=self.rows.to(device), mean_C=mean_C, std_C=std_C)
+
+    def pin_memory(self) -> CachedBatch:
+        """Called by a ``DataLoader`` with ``pin_memory=True``."""
+        return replace(
+            self, rows=self.rows.pin_memory(), mean_C=self.mean_C.pin_memory(), std_C=self.std_C.pin_memory()
+        )
+
+
+def _no_logits(words: TeacherWords, temperature: float) -> ConfigError:
+    decoded = [f"{known:g}" for known in words.logits if known is not None]
+    if not decoded:
+        return ConfigError(
+            "there are no logits of this teacher",
+            got="a cache built with cache.logits=none, or temperatures=()",
+            next_step="use teacher_norms with nd, or build a cache with logits (into another cache.url)",
+        )
+    return ConfigError(
+        "the logits of this cache depend on the temperature, and were not decoded for this one",
+        got=f"temperature {temperature:g}",
+        wanted=f"one of {', '.join(decoded)}",
+        next_step=f"make the dataset with CachedDataset(…, temperatures=({temperature:g},))",
+    )

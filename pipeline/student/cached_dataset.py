@@ -1,0 +1,209 @@
+"""A finished cache as a PyTorch dataset, for training loops other than ours: same order, same pixels, same words."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch.utils.data import Dataset
+
+from pipeline.cache.reader import open_cache
+from pipeline.config import build_config, require
+from pipeline.errors import ConfigError
+from pipeline.student.cached_batch import CachedBatch
+from pipeline.student.canaries import check_canaries
+from pipeline.student.dataset import InputSize, StepDataset
+from pipeline.student.facts import LessonFacts, facts_of
+from pipeline.student.order import TrainingOrder, order_of
+from pipeline.student.sources import CachedSource, check_any_labelled, open_cached
+from schemas.config import Config, Interpolation, StudentConfig, Triple
+
+
+class CachedDataset(Dataset[CachedBatch]):
+    """``dataset[i]`` is this rank's batch of a step of one epoch: image views, labels and what the teachers said.
+
+    Items are whole batches in the one order of training, so a loader neither batches nor shuffles nor samples:
+    ``DataLoader(dataset, batch_size=None, num_workers=8)``. Any number of workers gives the same batches, any world
+    size the same global ones. docs/python.md has an example.
+    """
+
+    def __init__(
+        self,
+        cache: str | Sequence[str],
+        shards: str | Sequence[str] | None = None,
+        *,
+        epoch: int = 0,
+        start_step: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        global_batch_size: int = 256,
+        seed: int = 0,
+        order: Literal["global", "pinned"] = "global",
+        tail: Literal["drop", "short"] = "drop",
+        lanes: int | None = None,
+        size: int | None = None,
+        interpolation: Interpolation | None = None,
+        mean: Triple | None = None,
+        std: Triple | None = None,
+        temperatures: Sequence[float] = (1.0,),
+        require_labels: bool = False,
+        verify_canaries: bool = True,
+        allow_pixel_drift: int = 0,
+    ) -> None:
+        """Opens the caches and, unless told otherwise, proves on some views that this machine makes their pixels.
+
+        Options that are called like a key of the config (``train.*``, ``student.*``, ``data.*``) mean the same, and
+        errors name them by that key.
+
+        Args:
+            cache: URL of a finished cache, or a list: one a teacher, all over the same views.
+            shards: URLs or paths with ``{a..b}`` braces; default: all of the cache, where its build found them.
+            epoch, start_step: see ``set_epoch``.
+            global_batch_size: rows of a step over all ranks.
+            size, interpolation: of the student's square input; default: the teacher's.
+            mean, std: per channel, of [0,1] RGB, for ``CachedBatch.images``; default: the teacher's.
+            temperatures: at which losses will read logits, where these depend on it (topk); empty: decode none.
+            require_labels: a row without a label is an error.
+            verify_canaries: False begins sooner; a decoder or resize that differs is then never noticed.
+
+        Raises:
+            ConfigError: an option is wrong, or contradicts another or the cache.
+            CacheError: a cache is unfinished or damaged, caches do not go together, or pixels are not the teacher's.
+        """
+        data = {"cache": _plain(cache), "shards": _plain(shards), "allow_pixel_drift": allow_pixel_drift}
+        student = {"size": size, "interpolation": interpolation, "mean": mean, "std": std}
+        train = {"global_batch_size": global_batch_size, "seed": seed, "order": order, "tail": tail, "lanes": lanes}
+        config = build_config({"data": data, "student": student, "train": train}, where="CachedDataset")
+        require(config, "data.cache", command="CachedDataset")
+        _check_place(rank, world_size)
+        _check_temperatures(temperatures)
+        self._facts = facts_of(config, tuple(open_cache(url) for url in config.data.caches))
+        self._source = _open_rows(self._facts, verify_canaries=verify_canaries, require_labels=require_labels)
+        self._order = _checked_order(config, self._facts, self._source, world_size)
+        self._input = _own_input(config, self._facts)
+        self._steps = StepDataset(
+            self._source,
+            self._order,
+            rank=rank,
+            world_size=world_size,
+            student=InputSize(int(self._input["size"]), self._input["interpolation"]),
+            teacher=None,
+            max_pixels=self._facts.data.max_pixels,
+            needs_labels=require_labels,
+            temperatures=tuple(temperatures),
+        )
+        # Shared memory, so that loader processes that outlive an epoch see the next one.
+        self._position = torch.zeros(2, dtype=torch.int64).share_memory_()
+        self.set_epoch(epoch, start_step=start_step)
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return self._facts.num_classes
+
+    @property
+    def num_views(self) -> int:
+        """V: epoch e shows view e mod V."""
+        return self._source.num_views
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self._order.num_steps
+
+    def set_epoch(self, epoch: int, *, start_step: int = 0) -> None:
+        """Another epoch: another order and the next view. Call it before the loader is iterated, not meanwhile.
+
+        Args:
+            start_step: steps of this epoch that were taken before an interruption, and are left out.
+
+        Raises:
+            ConfigError: there is no such epoch or step.
+        """
+        if epoch < 0:
+            raise ConfigError("there is no such epoch", where="epoch", got=epoch, wanted="0 or more")
+        if not 0 <= start_step <= self.steps_per_epoch:
+            raise ConfigError(
+                "there is no such step", where="start_step", got=start_step, wanted=f"0 to {self.steps_per_epoch}"
+            )
+        self._position.copy_(torch.tensor([epoch, start_step]))
+
+    def __len__(self) -> int:
+        """Steps that are left of the epoch."""
+        return self.steps_per_epoch - int(self._position[1])
+
+    def __getitem__(self, index: int) -> CachedBatch:
+        epoch, start_step = self._position.tolist()
+        # Python's own loop over a sequence ends at an IndexError.
+        if not 0 <= index < self.steps_per_epoch - start_step:
+            raise IndexError(f"step {index} of {self.steps_per_epoch - start_step} that are left of epoch {epoch}")
+        rows = self._steps[epoch * self.steps_per_epoch + start_step + index]
+        return CachedBatch(
+            rows=rows,
+            mean_C=torch.tensor(self._input["mean"]),
+            std_C=torch.tensor(self._input["std"]),
+            num_classes=self.num_classes,
+            ddp_weight=len(rows.labels_B) * self._steps.world_size / rows.num_rows_global,
+        )
+
+    def close(self) -> None:
+        """Closes the shards; they open again when they are read."""
+        self._source.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Open files cannot go to a loader process that is spawned.
+        self.close()
+        return self.__dict__
+
+
+def _plain(urls: str | Sequence[str] | None) -> str | list[str] | None:
+    return urls if urls is None or isinstance(urls, str) else list(urls)
+
+
+def _check_place(rank: int, world_size: int) -> None:
+    if not 0 <= rank < world_size:
+        raise ConfigError(
+            "there is no such rank",
+            where="rank, world_size",
+            got=f"{rank}, {world_size}",
+            wanted="0 <= rank < world_size",
+        )
+
+
+def _check_temperatures(temperatures: Sequence[float]) -> None:
+    if not all(0 < temperature < math.inf for temperature in temperatures):
+        raise ConfigError("a temperature is above 0", where="temperatures", got=list(temperatures))
+
+
+def _open_rows(facts: LessonFacts, *, verify_canaries: bool, require_labels: bool) -> CachedSource:
+    source = open_cached(facts.caches, facts.data)
+    if require_labels:
+        check_any_labelled(source, facts.data)
+    if verify_canaries:
+        found = check_canaries(source, max_pixels=facts.data.max_pixels, allowed_levels=facts.data.allow_pixel_drift)
+        if found.num_drifted:
+            warnings.warn(found.warning(), stacklevel=3)
+    return source
+
+
+def _checked_order(config: Config, facts: LessonFacts, source: CachedSource, world_size: int) -> TrainingOrder:
+    order = order_of(config.train, source.shard_ids, source.num_ok, facts.plan)
+    rows, step = order.fewest_rows(world_size)
+    if rows == 0:
+        raise ConfigError(
+            "a rank would have no rows in a step",
+            where=f"step {step} of {order.num_steps} of every epoch",
+            got=f"{order.global_rows(step)} rows over {world_size} ranks",
+            next_step="set another global_batch_size, fewer ranks, or tail='drop'",
+        )
+    return order
+
+
+def _own_input(config: Config, facts: LessonFacts) -> dict[str, Any]:
+    """Size, interpolation, mean and std: the student's where they are given, else the first teacher's."""
+    given = config.student or StudentConfig.model_validate({})
+    teacher = facts.caches[0].header.teacher
+    own = {name: getattr(given, name) or teacher[name] for name in ("interpolation", "mean", "std")}
+    return {**own, "size": given.size or facts.size}

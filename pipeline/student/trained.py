@@ -1,0 +1,52 @@
+"""A run's checkpoint as the network that was trained, in eval mode."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pipeline import storage
+from pipeline.errors import ConfigError
+from pipeline.models import LoadedModel, load_model
+from pipeline.student import checkpoint
+from pipeline.student.facts import LessonFacts, lesson_facts
+from schemas.config import Config
+
+CheckpointName = Literal["best", "last"]
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """``step`` counts the optimiser steps behind the weights; projectors, which only training has, are not loaded."""
+
+    config: Config
+    lessons: LessonFacts
+    student: LoadedModel
+    step: int
+
+
+def load_trained(run_url: str, checkpoint_name: CheckpointName) -> Trained:
+    """
+    Raises:
+        ConfigError: there is no run, or it has no such checkpoint.
+        CacheError: the run's cache cannot be read, or the checkpoint is damaged.
+    """
+    config = checkpoint.read_config(run_url)
+    lessons = lesson_facts(config)
+    assert config.student is not None
+    student = load_model(
+        config.student.model_copy(update={"weights": "random", "sha256": None}),
+        num_classes=lessons.num_classes,
+        size=config.student.size or lessons.size,
+        where="student",
+    )
+    name = checkpoint.BEST if checkpoint_name == "best" else checkpoint.LAST
+    state = checkpoint.load(run_url, name)
+    if state is None:
+        raise ConfigError(
+            f"this run has no {checkpoint_name} checkpoint",
+            where=storage.redact(run_url),
+            next_step="train it to the end of an epoch" + (", with data.val_shards" if name == checkpoint.BEST else ""),
+        )
+    student.module.network.load_state_dict(state["model"])
+    return Trained(config, lessons, student, int(state["step"]))

@@ -1,0 +1,291 @@
+"""The public dataset: the batches of our own training loop, for any loader and any world size, in anybody's loop."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from pipeline.errors import CacheError, ConfigError
+from pipeline.student import CachedBatch, CachedDataset
+from pipeline.student.loop import Trainer
+from pipeline.student.losses import BatchShare, LossInputs, ce
+from pipeline.student.world import World
+from tests.pipeline.caches import TinyCache, build, cache_section, shard_urls
+from tests.pipeline.student.conftest import NUM_VIEWS, Replay
+from tests.pipeline.student.runs import CE, KD, SMALL, rewrite_view, run_config, set_cell
+
+KINDS = ["crop", "function_matching", "everything"]
+STEPS = 5
+Of = Callable[..., CachedDataset]
+
+
+@pytest.fixture
+def of() -> Iterator[Of]:
+    """``of(cache)``: batches of 8 of every row of a cache, unless changed. Closed after the test."""
+    opened: list[CachedDataset] = []
+
+    def make(cache: TinyCache | str | list[str], **options: Any) -> CachedDataset:
+        url = cache.url if isinstance(cache, TinyCache) else cache
+        opened.append(CachedDataset(url, **{"global_batch_size": 8, "tail": "short", **options}))
+        return opened[-1]
+
+    yield make
+    for dataset in opened:
+        dataset.close()
+
+
+def assert_same(one: CachedBatch, other: CachedBatch) -> None:
+    assert (one.sample_ids, one.epoch, one.step) == (other.sample_ids, other.epoch, other.step)
+    assert torch.equal(one.images(), other.images())
+    assert torch.equal(one.teacher_logits(), other.teacher_logits())
+    assert torch.equal(one.targets(), other.targets())
+    assert one.ddp_weight == other.ddp_weight
+
+
+class Spy:
+    """A loss that keeps what it is given."""
+
+    def __init__(self, loss: Any) -> None:
+        self.loss = loss
+        self.given: list[tuple[LossInputs, BatchShare]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loss, name)
+
+    def __call__(self, inputs: LossInputs, share: BatchShare, *, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
+        self.given.append((inputs, share))
+        return self.loss(inputs, share, epoch=epoch)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_student_and_loss_are_given_what_the_training_loop_gives_them(
+    replays: Replay, of: Of, kind: str, tmp_path: Path
+) -> None:
+    cache = replays(kind)
+    trainer = Trainer(run_config(cache.config, tmp_path, loss=[*CE, *KD]), World(), lambda _: None)
+    images: list[Tensor] = []
+    trainer.student.register_forward_pre_hook(lambda _, args: images.append(args[0].clone()))
+    spy: Any = Spy(trainer.loss)
+    trainer.loss = spy
+    trainer.run()
+    trainer.close()
+
+    dataset = of(cache, mean=SMALL["mean"], std=SMALL["std"])
+    batches = list(dataset)
+    dataset.set_epoch(1)
+    batches += dataset
+    assert len(batches) == 2 * STEPS
+    for batch, images_BCHW, (inputs, share) in zip(batches, images, spy.given, strict=True):
+        assert torch.equal(batch.images(), images_BCHW)
+        assert torch.equal(batch.teacher_logits(), inputs.teachers[0].words.logits[None])
+        assert torch.equal(batch.teacher_norms(), inputs.teachers[0].words.norm_B)
+        assert torch.equal(batch.labels_B, inputs.labels_B)
+        assert batch.ddp_weight == share.of_rows
+        if kind != "crop":
+            assert inputs.mixed_labels_B is not None
+            assert inputs.lambda_B is not None
+            assert torch.equal(batch.mixed_labels_B, inputs.mixed_labels_B)
+            assert torch.equal(batch.lambda_B, inputs.lambda_B)
+
+
+def test_without_mixing_a_rows_partner_is_itself(replays: Replay, of: Of) -> None:
+    batch = of(replays("crop"))[0]
+    assert torch.equal(batch.mixed_labels_B, batch.labels_B)
+    assert torch.equal(batch.lambda_B, torch.ones(8))
+
+
+def test_targets_are_labels_mixed_like_pixels(replays: Replay, of: Of) -> None:
+    batch = of(replays("function_matching"))[0]
+    wanted = np.zeros((8, 10))
+    for row in range(8):
+        wanted[row, int(batch.labels_B[row])] += float(batch.lambda_B[row])
+        wanted[row, int(batch.mixed_labels_B[row])] += 1 - float(batch.lambda_B[row])
+    np.testing.assert_allclose(batch.targets().numpy(), wanted, atol=1e-6)
+    logits_BK = batch.teacher_logits()
+    torch.testing.assert_close(
+        torch.nn.functional.cross_entropy(logits_BK, batch.targets()),
+        ce(logits_BK, batch.labels_B, mixed_labels_B=batch.mixed_labels_B, lambda_B=batch.lambda_B),
+    )
+
+
+@pytest.mark.parametrize(("num_workers", "persistent"), [(1, False), (2, True)])
+def test_loader_processes_change_no_batch_of_any_epoch(
+    replays: Replay, of: Of, num_workers: int, persistent: bool
+) -> None:
+    cache = replays("function_matching")
+    dataset, alone = of(cache), of(cache)
+    loader = DataLoader(dataset, batch_size=None, num_workers=num_workers, persistent_workers=persistent)
+    for epoch, start_step in ((0, 0), (1, 3), (NUM_VIEWS + 1, 0)):
+        dataset.set_epoch(epoch, start_step=start_step)
+        alone.set_epoch(epoch, start_step=start_step)
+        assert len(loader) == STEPS - start_step
+        for one, other in zip(loader, alone, strict=True):
+            assert_same(one, other)
+            assert one.epoch == epoch
+
+
+def test_a_loader_process_that_is_spawned_reads_the_same(replays: Replay, of: Of) -> None:
+    dataset = of(replays("function_matching"))
+    first = dataset[0]
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert_same(copy[0], first)
+    copy.close()
+    loader = DataLoader(dataset, batch_size=None, num_workers=1, multiprocessing_context="spawn")
+    for one, other in zip(loader, dataset, strict=True):
+        assert_same(one, other)
+
+
+def test_going_on_at_a_step_gives_the_rest_of_the_epoch(replays: Replay, of: Of) -> None:
+    dataset = of(replays("crop"), epoch=3)
+    whole = list(dataset)
+    for start_step in range(STEPS + 1):
+        rest = of(replays("crop"), epoch=3, start_step=start_step)
+        assert len(rest) == STEPS - start_step
+        for one, other in zip(rest, whole[start_step:], strict=True):
+            assert_same(one, other)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "options"),
+    [(2, {}), (3, {"tail": "drop", "global_batch_size": 34})],
+    ids=["two ranks, the last step of three rows", "three ranks of unequal lanes"],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_weighted_losses_of_the_ranks_have_the_global_batchs_mean(
+    replays: Replay, of: Of, kind: str, world_size: int, options: dict[str, Any]
+) -> None:
+    whole = of(replays(kind), **options)
+    ranks = [of(replays(kind), rank=rank, world_size=world_size, **options) for rank in range(world_size)]
+    for step, batch in enumerate(whole):
+        shares = [rank[step] for rank in ranks]
+        assert [name for share in shares for name in share.sample_ids] == batch.sample_ids
+        assert torch.equal(torch.cat([share.images() for share in shares]), batch.images())
+        means = [share.teacher_logits().double().square().mean() * share.ddp_weight for share in shares]
+        torch.testing.assert_close(
+            torch.stack(means).mean(), batch.teacher_logits().double().square().mean(), rtol=1e-12, atol=0
+        )
+
+
+def test_images_come_in_any_size_and_normalisation(replays: Replay, of: Of) -> None:
+    cache = replays("crop")
+    small = of(cache, size=12, interpolation="bicubic", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))[0].images()
+    assert small.shape == (8, 3, 12, 12)
+    assert 0 <= float(small.min()) < float(small.max()) <= 1
+    own = of(cache)[0]
+    mean, std = (
+        torch.tensor(values)[:, None, None] for values in (cache.config.teacher.mean, cache.config.teacher.std)
+    )
+    torch.testing.assert_close(own.images(), (own.rows.pixels_BCHW / 255 - mean) / std)
+
+
+def test_several_caches_speak_of_the_same_images(replays: Replay, colleague: TinyCache, of: Of) -> None:
+    cache = replays("crop")
+    both = of([cache.url, colleague.url], size=16)
+    alone, other = of(cache), of(colleague, size=16)
+    for dataset in (both, alone, other):
+        dataset.set_epoch(1)
+    for one, first, second in zip(both, alone, other, strict=True):
+        assert torch.equal(one.images(), first.images())
+        assert torch.equal(one.teacher_logits(), first.teacher_logits())
+        assert torch.equal(one.teacher_logits(teacher=1), second.teacher_logits())
+    assert both.num_views == NUM_VIEWS - 2
+    with pytest.raises(ConfigError, match="different input sizes"):
+        of([cache.url, colleague.url])
+
+
+def test_a_short_form_of_logits_is_read_at_the_temperatures_that_were_named(
+    replays: Replay, of: Of, tmp_path: Path
+) -> None:
+    config = replays("crop").config
+    section = cache_section(config).model_copy(update={"url": str(tmp_path / "topk"), "logits": "topk:3"})
+    build(config.model_copy(update={"cache": section}))
+    batch = of(section.url, temperatures=(1.0, 4.0))[0]
+    assert not torch.equal(batch.teacher_logits(temperature=4.0), batch.teacher_logits())
+    with pytest.raises(ConfigError, match="not decoded for this one") as caught:
+        batch.teacher_logits(temperature=2.0)
+    assert caught.value.wanted == "one of 1, 4"
+    with pytest.raises(ConfigError, match="no logits of this teacher"):
+        of(replays("crop"), temperatures=())[0].teacher_logits()
+
+
+def test_drift_stops_it_unless_allowed_or_not_looked_for(own_replay: Replay, of: Of) -> None:
+    cache = own_replay("crop")
+    rewrite_view(cache, "digits-00", 0, set_cell("pixel_digest", 0, bytes(16)))
+    with pytest.raises(CacheError, match="other pixels than those the teacher saw"):
+        of(cache)
+    assert len(of(cache, verify_canaries=False)) == STEPS
+    with pytest.warns(UserWarning, match="1 of 2 canaries differ, block means by up to 0 of 255"):
+        of(cache, allow_pixel_drift=1)
+
+
+BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "no rows a step": ({"global_batch_size": 0}, "global_batch_size"),
+    "an unknown order": ({"order": "random"}, "train.order"),
+    "a size of nothing": ({"size": 0}, "student.size"),
+    "a rank beyond the world": ({"rank": 2, "world_size": 2}, "no such rank"),
+    "more ranks than lanes": ({"rank": 0, "world_size": 9}, "more ranks than lanes"),
+    "ranks without rows": ({"rank": 0, "world_size": 8}, "no rows in a step"),
+    "an epoch before the first": ({"epoch": -1}, "no such epoch"),
+    "a step beyond the epoch": ({"start_step": STEPS + 1}, "no such step"),
+    "a temperature of 0": ({"temperatures": (0.0,)}, "temperature is above 0"),
+    "a large dropped tail": ({"tail": "drop"}, "too many rows would be dropped"),
+    "shards that the cache lacks": ({"shards": "/nowhere/other-{0..1}.tar"}, "2 of 2 shards are not in the cache"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_OPTIONS)
+def test_a_wrong_option_is_told_in_one_message(replays: Replay, of: Of, name: str) -> None:
+    options, told = BAD_OPTIONS[name]
+    with pytest.raises((ConfigError, CacheError), match=told):
+        of(replays("crop"), **options)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_image_that_is_not_the_cached_one_gives_no_batch(
+    replays: Replay, of: Of, tmp_path: Path, num_workers: int
+) -> None:
+    paths: list[str] = []
+    for url in shard_urls(replays("crop").config).values():
+        tar = bytearray(Path(url).read_bytes())
+        tar[tar.rindex(b"IDAT") + 20] ^= 1
+        paths.append(str(tmp_path / Path(url).name))
+        Path(paths[-1]).write_bytes(tar)
+    dataset = of(replays("crop"), shards=paths)
+    with pytest.raises(CacheError, match="an image is not the one that was indexed"):
+        list(DataLoader(dataset, batch_size=None, num_workers=num_workers))
+
+
+def test_no_cache_is_told_as_that(of: Of, tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match="there is no cache here"):
+        of(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"data\.cache"):
+        of([])
+
+
+def test_rows_without_labels_are_refused_where_labels_are_required(replays: Replay, of: Of, tmp_path: Path) -> None:
+    config = replays("crop").config
+    section = cache_section(config).model_copy(update={"url": str(tmp_path / "cache"), "class_means": "none"})
+    data = config.data.model_copy(update={"label": None})
+    build(config.model_copy(update={"cache": section, "data": data}))
+    batch = of(section.url)[0]
+    assert batch.labels_B.tolist() == [-1] * 8
+    assert not batch.targets().any()
+    with pytest.raises(ConfigError, match="a loss needs labels"):
+        of(section.url, require_labels=True)
+
+
+def test_the_package_loads_nothing_until_it_is_asked() -> None:
+    code = "import sys, pipeline.student as s; assert 'torch' not in sys.modules; assert 'CachedDataset' in s.__all__"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        __import__("pipeline.student", fromlist=["x"]).Nothing  # noqa: B018

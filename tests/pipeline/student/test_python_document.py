@@ -1,0 +1,82 @@
+"""The example of docs/python.md runs as it stands there, in one process and in two that train as one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from tests.pipeline.student.conftest import Replay
+from tests.pipeline.student.networks import Small
+from tests.pipeline.student.test_ranks import group
+
+DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "python.md"
+OPTIONS: dict[str, Any] = {"global_batch_size": 8, "tail": "short", "epochs": 3}
+
+
+def snippets() -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", DOCUMENT.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def distil() -> Callable[..., torch.nn.Module]:
+    """The function that the document defines."""
+    names: dict[str, Any] = {}
+    exec(snippets()[0], names)
+    return names["distil"]
+
+
+def teach(cache_url: str, **place: Any) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    model = distil()(Small(num_classes=10), cache_url, **OPTIONS, **place)
+    return model.state_dict()
+
+
+def teach_second_rank(rendezvous: Path, cache_url: str) -> None:
+    with group(rendezvous, 1):
+        teach(cache_url, rank=1, world_size=2)
+
+
+@pytest.mark.parametrize("kind", ["crop", "function_matching"])
+def test_two_ranks_learn_what_one_process_learns(replays: Replay, tmp_path: Path, kind: str) -> None:
+    """The last step of an epoch has three rows: ``ddp_weight`` matters."""
+    url = replays(kind).url
+    alone = teach(url)
+    other = mp.get_context("spawn").Process(target=teach_second_rank, args=(tmp_path / "rendezvous", url))
+    other.start()
+    try:
+        with group(tmp_path / "rendezvous", 0):
+            together = teach(url, rank=0, world_size=2)
+        other.join(60)
+    finally:
+        other.kill()
+        other.join()
+    assert other.exitcode == 0
+    torch.manual_seed(0)
+    untaught = Small(num_classes=10).state_dict()
+    for name, value in alone.items():
+        assert not torch.equal(value, untaught[name])
+        torch.testing.assert_close(together[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_the_example_with_timm_runs_with_loader_processes(replays: Replay) -> None:
+    changes = {
+        '"resnet50", num_classes=1000': '"test_resnet", num_classes=10',
+        "s3://bucket/caches/r152-fm50": replays("function_matching").url,
+        "epochs=300": "epochs=1",
+        '"cuda"': '"cpu"',
+        "num_workers=8": "num_workers=2",
+        "global_batch_size=1024": "global_batch_size=34",
+    }
+    code = snippets()[1]
+    for written, small in changes.items():
+        assert written in code
+        code = code.replace(written, small)
+    names: dict[str, Any] = {"distil": distil()}
+    exec(code, names)
+    assert names["student"](torch.zeros(2, 3, 32, 32)).shape == (2, 10)
