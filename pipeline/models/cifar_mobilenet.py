@@ -68,10 +68,11 @@ class CifarMobileNetV2(nn.Module):
             channels = out_channels
         width = int(_EMBEDDING * max(1.0, width_factor))
         self.conv2 = nn.Sequential(*_activated(conv1x1(channels, width)))
-        self.classifier = nn.Sequential(nn.Linear(width, num_classes))
+        head = nn.Linear(width, num_classes)
+        nn.init.normal_(head.weight, std=0.01)
+        nn.init.zeros_(head.bias)
+        self.classifier = nn.Sequential(head)
         init_convolutions(self)
-        nn.init.normal_(self.classifier[0].weight, std=0.01)
-        nn.init.zeros_(self.classifier[0].bias)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         x = self.conv2(self.blocks(self.conv1(images_BCHW)))
