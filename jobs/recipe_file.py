@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from pipeline import storage
-from pipeline.config import build_config
+from pipeline.config import build_config, require
 from pipeline.errors import ConfigError
 from pipeline.student.checkpoint import LAST
 from schemas.config import Config, StudentConfig, TeacherConfig
@@ -114,9 +114,10 @@ class _Reading:
         """The stage, and the network it ends with as the teacher section of the stages after it."""
         stage = self.document.teacher
         given = stage.get("teacher", {})
-        if "student" in stage and "weights" not in given:
+        if "weights" not in given:
             made = {"run": {"url": str(self.out / "teacher")}, "ray": {"address": "none"}, "teacher": {"mode": "none"}}
             config = self._stage("teacher", made, stage)
+            require(config, "student.model", command="a recipe that names no teacher.weights")
             assert config.student is not None
             said = config.student.model_dump(mode="json", exclude_unset=True, exclude=_OF_STUDENTS)
             return config, {**said, "weights": str(self.out / "teacher" / LAST)}

@@ -81,7 +81,7 @@ common:
   views: {{size: 16, mix_group: 8}}
   student: {network}
   ray: {{address: none}}
-teacher: {{views: {{kind: crop}}, loss: [{{name: ce}}], train: {{global_batch_size: 24}}, student: {{}}}}
+teacher: {{views: {{kind: crop}}, loss: [{{name: ce}}], train: {{global_batch_size: 24}}}}
 caches:
   crop: {{views: {{kind: crop, count: 2}}, cache: {{logits: fp16}}}}
   mixed: {{views: {{kind: function_matching, count: 3}}, cache: {{logits: fp16}}}}
@@ -136,6 +136,7 @@ def test_only_some_students_need_only_their_caches(grid: Path) -> None:
         ("grid.epochs=[0]", r"grid\.epochs"),
         ("students.online.grid.sead=3", "sead"),
         ("cache.cache.logits=fp16", "cache and caches"),
+        ("common.student.model=null", r"student\.model"),
     ],
 )
 def test_mistakes_in_a_grid_are_told_before_anything_runs(grid: Path, override: str, told: str) -> None:
