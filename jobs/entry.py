@@ -28,11 +28,12 @@ def run_command(command: Callable[[], None], *, resume: str | None = None) -> in
     return 0
 
 
-def config_command(name: str, command: Callable[[str, list[str]], None]) -> None:
-    """The whole of ``python -m jobs.NAME CONFIG [k.k=v …]``."""
+def config_command(name: str, command: Callable[[str, list[str]], None], *, option: str | None = None) -> None:
+    """The whole of ``python -m jobs.NAME CONFIG [k.k=v …]``; an option is passed on among the overrides."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(f"usage: python -m jobs.{name} CONFIG [section.key=value ...]", file=sys.stderr)
+        more = f" [{option}]" if option else ""
+        print(f"usage: python -m jobs.{name} CONFIG [section.key=value ...]{more}", file=sys.stderr)
         raise SystemExit(0 if arguments else 2)
     again = f"python -m jobs.{name} {' '.join(arguments)}"
     raise SystemExit(run_command(lambda: command(arguments[0], arguments[1:]), resume=again))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2.api.exceptions import TrainingFailedError
@@ -33,9 +34,12 @@ from schemas.config import Config
 _POLL_S = 0.5
 
 
-def train_student(config: Config) -> dict[str, Any]:
+def train_student(config: Config, *, device: torch.device | None = None) -> dict[str, Any]:
     """Trains to the end, from wherever the run stands, and returns its summary. Indexes the shards first where a run
     without a cache has no index yet.
+
+    Args:
+        device: of a training without Ray; None: the CPU.
 
     Raises:
         StillroomError: bad input, too few resources, or a training that failed for good.
@@ -49,13 +53,13 @@ def train_student(config: Config) -> dict[str, Any]:
     check_training(config)
     storage.probe(run_url)
     if config.ray.address == "none":
-        return _train_here(config)
+        return _train_here(config, World() if device is None else World(device=device))
     with cluster(config.ray):
         _ensure_index(config)
         return _fit(config)
 
 
-def _train_here(config: Config) -> dict[str, Any]:
+def _train_here(config: Config, world: World) -> dict[str, Any]:
     """One process, no Ray."""
     if config.ray.num_workers > 1 or config.ray.use_gpu:
         raise ConfigError(
@@ -66,7 +70,7 @@ def _train_here(config: Config) -> dict[str, Any]:
         )
     _ensure_index(config)
     with TrainingView() as view:
-        return train(config, report=view.show)
+        return train(config, world, view.show)
 
 
 def _ensure_index(config: Config) -> None:

@@ -228,7 +228,9 @@ class StudentConfig(ModelConfig):
             return self
         if self.views.mixes:
             raise ValueError("views mix images, but the teacher's words are of one image alone; wanted crop or eval")
-        if named := sorted({"count", "size"} & self.views.model_fields_set):
+        # By value, since a run's own copy of its config names every key.
+        defaults = {name: ViewsConfig.model_fields[name].default for name in ("count", "size")}
+        if named := [name for name, default in defaults.items() if getattr(self.views, name) != default]:
             raise ValueError(
                 f"views has {', '.join(named)}, which it does not take: every epoch has a view, in student.size"
             )

@@ -18,6 +18,7 @@ from pipeline.cache.codec import decode, encode
 from pipeline.cache.reader import open_cache
 from pipeline.shards.write import pack_shards
 from schemas.config import Config, LossConfig, LossSection
+from schemas.recipe import GridConfig, LongTailConfig, RecipeConfig
 from tests.pipeline.caches import build, digit_samples
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,6 +76,8 @@ def coded_defaults() -> dict[str, Any]:
                 for kind in filter(_is_section, get_args(inner.annotation)):
                     if option not in Config.model_fields:
                         found |= _defaults(f"{name}: {option}", kind)
+    found |= _defaults("Recipes", RecipeConfig)
+    found |= _defaults("Recipes: grid", GridConfig) | _defaults("Recipes: subsets", LongTailConfig)
     for model in get_args(get_args(LossConfig)[0]):
         own = _defaults(f"loss: {get_args(model.model_fields['name'].annotation)[0]}", model)
         common = {"name", *LossSection.model_fields}

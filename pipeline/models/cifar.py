@@ -8,6 +8,9 @@ up works: the pooling is adaptive.
 | resnet20, 56, 110 | ``resnet`` | ``{depth: 20}`` | 64 |
 | resnet8x4, resnet32x4 | ``resnet`` | ``{depth: 8, widths: [32, 64, 128, 256]}`` | 256 |
 | wrn_16_2, wrn_40_1, wrn_40_2 | ``wide_resnet`` | ``{depth: 40, width_factor: 2}`` | 64 × width_factor |
+
+The tables' other networks are in ``cifar_bottleneck`` (ResNet50), ``cifar_mobilenet`` (MobileNetV2) and
+``cifar_shufflenet`` (ShuffleV1, ShuffleV2).
 """
 
 from __future__ import annotations
@@ -58,12 +61,18 @@ def _blocks_per_stage(depth: int, *, step: int, rest: int) -> int:
     return blocks
 
 
-def _conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False)
+def conv3x3(in_channels: int, out_channels: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    """Without bias, the size kept but for the stride."""
+    return nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, groups=groups, bias=False)
 
 
-def _init_convolutions(network: nn.Module) -> None:
-    """He 2015 (1502.01852) by fan-out, as both papers' recipes assume."""
+def conv1x1(in_channels: int, out_channels: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    """Without bias."""
+    return nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=stride, groups=groups, bias=False)
+
+
+def init_convolutions(network: nn.Module) -> None:
+    """He 2015 (1502.01852) by fan-out, as the papers' recipes assume."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -74,14 +83,13 @@ class BasicBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
-        self.conv1 = _conv3x3(in_channels, out_channels, stride)
+        self.conv1 = conv3x3(in_channels, out_channels, stride)
         self.bn1 = nn.BatchNorm2d(out_channels)
-        self.conv2 = _conv3x3(out_channels, out_channels)
+        self.conv2 = conv3x3(out_channels, out_channels)
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.downsample = None
         if stride != 1 or in_channels != out_channels:
-            projection = nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=stride, bias=False)
-            self.downsample = nn.Sequential(projection, nn.BatchNorm2d(out_channels))
+            self.downsample = nn.Sequential(conv1x1(in_channels, out_channels, stride), nn.BatchNorm2d(out_channels))
         # Its output is the block before its last ReLU, which review_kd may name.
         self.preact = nn.Identity()
 
@@ -96,13 +104,13 @@ class CifarResNet(nn.Module):
 
     def __init__(self, num_classes: int, blocks: int, widths: tuple[int, ...]) -> None:
         super().__init__()
-        self.conv1 = _conv3x3(3, widths[0])
+        self.conv1 = conv3x3(3, widths[0])
         self.bn1 = nn.BatchNorm2d(widths[0])
         self.layer1 = _stage(widths[0], widths[1], blocks, stride=1)
         self.layer2 = _stage(widths[1], widths[2], blocks, stride=2)
         self.layer3 = _stage(widths[2], widths[3], blocks, stride=2)
         self.fc = nn.Linear(widths[3], num_classes)
-        _init_convolutions(self)
+        init_convolutions(self)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         x = relu(self.bn1(self.conv1(images_BCHW)))
@@ -121,12 +129,12 @@ class WideBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
         self.bn1 = nn.BatchNorm2d(in_channels)
-        self.conv1 = _conv3x3(in_channels, out_channels, stride)
+        self.conv1 = conv3x3(in_channels, out_channels, stride)
         self.bn2 = nn.BatchNorm2d(out_channels)
-        self.conv2 = _conv3x3(out_channels, out_channels)
+        self.conv2 = conv3x3(out_channels, out_channels)
         self.convShortcut = None
         if in_channels != out_channels:
-            self.convShortcut = nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=stride, bias=False)
+            self.convShortcut = conv1x1(in_channels, out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         activated = relu(self.bn1(x))
@@ -152,13 +160,13 @@ class CifarWideResNet(nn.Module):
     def __init__(self, num_classes: int, blocks: int, width_factor: int) -> None:
         super().__init__()
         widths = (16, 16 * width_factor, 32 * width_factor, 64 * width_factor)
-        self.conv1 = _conv3x3(3, widths[0])
+        self.conv1 = conv3x3(3, widths[0])
         self.block1 = WideStage(widths[0], widths[1], blocks, stride=1)
         self.block2 = WideStage(widths[1], widths[2], blocks, stride=2)
         self.block3 = WideStage(widths[2], widths[3], blocks, stride=2)
         self.bn1 = nn.BatchNorm2d(widths[3])
         self.fc = nn.Linear(widths[3], num_classes)
-        _init_convolutions(self)
+        init_convolutions(self)
         with torch.no_grad():
             self.fc.bias.zero_()
 

@@ -82,20 +82,21 @@ def load_model(
         ModelError: the model is unknown, cannot be built as asked or not run at this size, or its weights do not fit.
         StorageInputError: the weights' URL is refused, missing or not readable.
     """
-    build, request = _resolve(config, num_classes, allow_new_head, where)
+    build, request = resolve(config, num_classes, allow_new_head, where)
     architecture = _architecture(request)
     with _derived_randomness(seed):
         built = build(request)
-    spec = _input_spec(config, built.own, size, where)
+    spec = input_spec(config, built.own, size, where)
     if config.weights not in WITHOUT_FILE:
         state = read_state(config.weights, sha256=config.sha256, where=f"{where}.weights")
         load_state(built.network, state, source=storage.redact(config.weights), where=f"{where}.weights")
     return LoadedModel(wrap(built, request, size=spec.size), spec, architecture)
 
 
-def _resolve(
+def resolve(
     config: ModelConfig, num_classes: int, allow_new_head: bool, where: str
 ) -> tuple[Callable[[Request], Built], Request]:
+    """What builds this network, and what it is asked; arguments as of ``load_model``."""
     if config.model is None:
         raise ConfigError("no model is named", where=f"{where}.model", wanted=_forms())
     if config.sha256 is not None and config.weights in WITHOUT_FILE:
@@ -142,7 +143,7 @@ def _derived_randomness(seed: int) -> Generator[None]:
         yield
 
 
-def _input_spec(config: ModelConfig, own: OwnInput, size: int | None, where: str) -> InputSpec:
+def input_spec(config: ModelConfig, own: OwnInput, size: int | None, where: str) -> InputSpec:
     """What the YAML says, else what the network says. No mean, std or size is ever made up."""
     chosen: dict[str, Any] = {
         "mean": config.mean or own.mean,

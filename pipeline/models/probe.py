@@ -16,9 +16,8 @@ def wrap(built: Built, request: Request, *, size: int) -> EmbeddingModel:
     Raises:
         ModelError: the forward fails at this size, or does not give finite [2,K] logits and a finite [2,D] embedding.
     """
-    built.network.eval()
-    observe(built.network, built.heads)
-    logits_BK, embedding_BD = _answers(built, request, size)
+    logits_BK, embedding_BD = answers(built, request, size=size)
+    _check_finite(logits_BK, embedding_BD, request)
     model = EmbeddingModel(
         built.network,
         built.heads,
@@ -29,9 +28,17 @@ def wrap(built: Built, request: Request, *, size: int) -> EmbeddingModel:
     return model.eval()
 
 
-def _answers(built: Built, request: Request, size: int) -> tuple[Tensor, Tensor]:
+def answers(built: Built, request: Request, *, size: int) -> tuple[Tensor, Tensor]:
+    """logits_BK and embedding_BD of two images, in eval mode, on the device of the network (``meta`` has no numbers).
+
+    Raises:
+        ModelError: the forward fails at this size, or does not give [2,K] logits and a [2,D] embedding.
+    """
+    built.network.eval()
+    observe(built.network, built.heads)
+    device = next(built.network.parameters(), torch.empty(0)).device
     # A ramp, not zeros: a black image can leave every embedding at zero, and then any layer seems to be the head.
-    images_BCHW = torch.linspace(-1, 1, 2 * 3 * size * size).reshape(2, 3, size, size)
+    images_BCHW = torch.linspace(-1, 1, 2 * 3 * size * size, device=device).reshape(2, 3, size, size)
     try:
         with torch.no_grad():
             logits_BK, embedding_BD = ask(built.network, built.heads, images_BCHW)
@@ -44,7 +51,6 @@ def _answers(built: Built, request: Request, size: int) -> tuple[Tensor, Tensor]
             next_step=_size_advice(built, request, size),
         ) from error
     _check(logits_BK, embedding_BD, request)
-    _check_finite(logits_BK, embedding_BD, request)
     return logits_BK, embedding_BD
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -9,18 +11,21 @@ import pytest
 import jobs
 from jobs.recipe import load_recipe, run_recipe, write_results
 from pipeline.errors import ConfigError
+from pipeline.shards.tar import read_samples
+from schemas.config import DataConfig
 from tests.jobs.conftest import NETWORK
 
 CONFIGS = Path(jobs.__file__).parent / "configs"
 
 
 @pytest.mark.parametrize("name", ["demo.yaml", "cifar10.yaml"])
-def test_every_recipe_of_the_project_loads(name: str, tmp_path: Path) -> None:
+def test_the_recipes_of_one_table_load(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(str(CONFIGS / name), [f"out={tmp_path}"])
-    assert set(recipe.students) == {"labels", "kd", "dist++"}
-    assert {term.name for term in recipe.students["dist++"].loss} == {"ce", "dist", "nd"}
-    assert recipe.students["kd"].teacher.weights == str(tmp_path / "teacher" / "checkpoints" / "last.pt")
-    views = {stage.views.model_dump_json(exclude={"count"}) for stage in [recipe.cache, *recipe.students.values()]}
+    students = {cell.student: cell.config for cell in recipe.cells}
+    assert set(students) == {"labels", "kd", "dist++"}
+    assert {term.name for term in students["dist++"].loss} == {"ce", "dist", "nd"}
+    assert students["kd"].teacher.weights == str(tmp_path / "teacher" / "checkpoints" / "last.pt")
+    views = {stage.views.model_dump_json(exclude={"count"}) for stage in [recipe.caches["cache"], *students.values()]}
     assert len(views) == 1
 
 
@@ -34,7 +39,7 @@ def test_a_mistyped_variable_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="dta"):
         load_recipe(str(CONFIGS / "cifar10.yaml"), [f"out={tmp_path}", "vars.dta=/elsewhere"])
     recipe = load_recipe(str(CONFIGS / "cifar10.yaml"), [f"out={tmp_path}", "vars.data=/elsewhere"])
-    assert recipe.cache.data.shards == "/elsewhere/train-{00000..00009}.tar"
+    assert recipe.caches["cache"].data.shards == "/elsewhere/train-{00000..00009}.tar"
 
 
 def test_unknown_and_missing_sections_are_told(tmp_path: Path) -> None:
@@ -66,3 +71,129 @@ students:
     assert run_recipe(recipe) == first
     assert (tmp_path / "out" / "students" / "fm" / "metrics.jsonl").stat().st_mtime_ns == metrics
     assert write_results(recipe, first).read_text().count("agreement") == 1
+
+
+GRID = """
+title: tiny
+out: {out}
+common:
+  data: {{shards: {shards}, val_shards: {shards}, num_classes: 10}}
+  views: {{size: 16, mix_group: 8}}
+  student: {network}
+  ray: {{address: none}}
+teacher: {{views: {{kind: crop}}, loss: [{{name: ce}}], train: {{global_batch_size: 24}}}}
+caches:
+  crop: {{views: {{kind: crop, count: 2}}, cache: {{logits: fp16}}}}
+  mixed: {{views: {{kind: function_matching, count: 3}}, cache: {{logits: fp16}}}}
+grid: {{epochs: [1, 2], seeds: [0, 1]}}
+students:
+  crop: &student {{cache: crop, loss: [{{name: kd}}], train: {{global_batch_size: 24}}}}
+  mixed: {{<<: *student, cache: mixed}}
+  online: {{<<: *student, cache: mixed, teacher: {{mode: online}}, grid: {{epochs: [2], seeds: [5]}}}}
+"""
+
+
+@pytest.fixture
+def grid(shards: list[str], tmp_path: Path) -> Path:
+    path = tmp_path / "grid.yaml"
+    path.write_text(GRID.format(out=tmp_path / "out", shards=shards, network=NETWORK).replace("'", '"'))
+    return path
+
+
+def test_a_grid_has_a_cell_for_every_length_and_seed_and_a_student_may_have_its_own(grid: Path) -> None:
+    recipe = load_recipe(str(grid), [])
+    assert [(cell.student, cell.epochs, cell.seed) for cell in recipe.cells] == [
+        *((student, epochs, seed) for student in ("crop", "mixed") for epochs in (1, 2) for seed in (0, 1)),
+        ("online", 2, 5),
+    ]
+    assert all((cell.config.train.epochs, cell.config.train.seed) == (cell.epochs, cell.seed) for cell in recipe.cells)
+    assert len({cell.name for cell in recipe.cells}) == 9
+    assert recipe.cells[-1].name == "online-epochs2-seed5"
+
+
+def test_a_student_sees_the_views_of_the_cache_it_names_also_online(grid: Path, tmp_path: Path) -> None:
+    found = {cell.student: cell.config for cell in load_recipe(str(grid), []).cells}
+    assert {name: config.views.kind for name, config in found.items()} == {
+        "crop": "crop",
+        "mixed": "function_matching",
+        "online": "function_matching",
+    }
+    assert found["mixed"].data.cache == str(tmp_path / "out" / "caches" / "mixed")
+    assert found["online"].data.cache is None
+
+
+def test_only_some_students_need_only_their_caches(grid: Path) -> None:
+    recipe = load_recipe(str(grid), ["only=[crop]", "grid.seeds=[7]"])
+    assert list(recipe.caches) == ["crop"]
+    assert [cell.name for cell in recipe.cells] == ["crop-epochs1-seed7", "crop-epochs2-seed7"]
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("students.crop.cache=crops", "crops"),
+        ("only=[cropp]", "cropp"),
+        ("grid.epochs=[0]", r"grid\.epochs"),
+        ("students.online.grid.sead=3", "sead"),
+        ("cache.cache.logits=fp16", "cache and caches"),
+        ("common.student.model=null", r"student\.model"),
+    ],
+)
+def test_mistakes_in_a_grid_are_told_before_anything_runs(grid: Path, override: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        load_recipe(str(grid), [override])
+
+
+def test_a_grid_is_trained_once_and_its_results_hold_every_cell(grid: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(str(grid), ["only=[crop,online]"])
+    first = run_recipe(recipe)
+    told = json.loads(write_results(recipe, first).read_text())
+    assert [(cell["student"], cell["epochs"], cell["seed"]) for cell in told["cells"]] == [
+        (cell.student, cell.epochs, cell.seed) for cell in recipe.cells
+    ]
+    runs = [tmp_path / "out" / "students" / cell.name / "summary.json" for cell in recipe.cells]
+    written = [path.stat().st_mtime_ns for path in runs]
+    assert run_recipe(recipe) == first
+    assert [path.stat().st_mtime_ns for path in runs] == written
+    # A seed more trains only the new cells.
+    wider = run_recipe(load_recipe(str(grid), ["only=[crop,online]", "grid.seeds=[0,1,2]"]))
+    assert len(wider.cells) == len(first.cells) + 2
+    assert [path.stat().st_mtime_ns for path in runs] == written
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_cells_as_tasks_come_to_what_a_loop_comes_to(grid: Path, tmp_path: Path) -> None:
+    overrides = ["only=[crop]", "grid.seeds=[0]"]
+    loop = run_recipe(load_recipe(str(grid), overrides))
+    beside = load_recipe(str(grid), [*overrides, f"out={tmp_path / 'tasks'}", "common.ray.address=auto"])
+    tasks = run_recipe(beside)
+    assert [cell.name for cell, _ in tasks.cells] == [cell.name for cell, _ in loop.cells]
+    assert [row.evaluation for _, row in tasks.cells] == [row.evaluation for _, row in loop.cells]
+
+
+def test_a_subset_is_written_and_learnt_from(shards: list[str], tmp_path: Path) -> None:
+    recipe_file = tmp_path / "recipe.yaml"
+    recipe_file.write_text(
+        f"""
+title: tiny
+out: {tmp_path}/out
+subsets: {{tail: {{shards: {shards}, imbalance: 4, shard_size: 1000}}}}
+common:
+  data: {{shards: {shards}, val_shards: {shards}, num_classes: 10}}
+  views: {{kind: crop, size: 16, mix_group: 8}}
+  ray: {{address: none}}
+teacher: {{student: {NETWORK}, loss: [{{name: ce}}], train: {{global_batch_size: 24}}}}
+caches: {{tail: {{data: {{shards: "${{out}}/shards/tail-00000.tar"}}, cache: {{logits: fp16}}}}}}
+students:
+  kd: {{cache: tail, student: {NETWORK}, loss: [{{name: kd}}], train: {{global_batch_size: 8, tail: short}}}}
+""".replace("'", '"')
+    )
+    recipe = load_recipe(str(recipe_file), [])
+    run_recipe(recipe)
+    tail = str(tmp_path / "out" / "shards" / "tail-00000.tar")
+    assert recipe.cells[0].config.data.shards == tail
+    counts = Counter(sample.label for sample in read_samples(Path(tail), DataConfig(num_classes=10), where=tail))
+    assert counts[0] > counts[9] > 0
+    steps = len((tmp_path / "out" / "students" / "kd" / "metrics.jsonl").read_text().splitlines())
+    assert steps == -(-counts.total() // 8)

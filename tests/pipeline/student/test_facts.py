@@ -9,6 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from pipeline.errors import ConfigError
+from pipeline.student import checkpoint
 from pipeline.student.facts import lesson_facts
 from pipeline.student.loop import train
 from pipeline.student.preflight import check_distillation
@@ -69,12 +70,19 @@ def test_they_are_refused_before_a_cache_is_built(replays: Replay, tmp_path: Pat
     [
         ({"kind": "function_matching"}, "wanted crop or eval"),
         ({"kind": "crop", "count": 3}, "views has count"),
-        ({"kind": "crop", "size": 16, "count": 1}, "views has count, size"),
+        ({"kind": "crop", "size": 16, "count": 2}, "views has count, size"),
     ],
 )
 def test_keys_without_a_meaning_for_a_student_are_refused(views: dict[str, Any], told: str) -> None:
     with pytest.raises(ValidationError, match=told):
         StudentConfig.model_validate({"views": views})
+
+
+def test_a_run_with_views_of_its_student_goes_on_and_can_be_evaluated(replays: Replay, tmp_path: Path) -> None:
+    config = run_config(replays("crop").config, tmp_path / "run", student=with_views(kind="crop", seed=1))
+    summary = train(config)
+    assert checkpoint.read_config(str(tmp_path / "run")) == config
+    assert train(config) == summary
 
 
 @pytest.mark.parametrize("views", [{"kind": "eval"}, {"kind": "crop", "seed": 1}], ids=["eval", "independent"])

@@ -1,0 +1,42 @@
+"""What a network is, without a number of its weights: for a look ahead at networks that are large or not here yet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.models.load import InputSpec, input_spec, resolve
+from pipeline.models.probe import answers
+from schemas.config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """``embedding_dim`` is D."""
+
+    num_parameters: int
+    embedding_dim: int
+    input: InputSpec
+
+
+def outline_model(config: ModelConfig, *, num_classes: int, size: int | None, where: str) -> Outline:
+    """Builds the network on torch's meta device and runs one forward there. Loads no weights and fetches nothing.
+
+    Args:
+        num_classes: K.
+        size: input height and width in pixels; None: the model's own.
+        where: YAML section of ``config``, for messages.
+
+    Raises:
+        ConfigError: a key is missing or contradicts another.
+        ModelError: the model is unknown, cannot be built as asked, or does not run at this size.
+    """
+    unloaded = config.model_copy(update={"weights": "random", "sha256": None})
+    build, request = resolve(unloaded, num_classes, True, where)
+    with torch.device("meta"):
+        built = build(request)
+    spec = input_spec(config, built.own, size, where)
+    _, embedding_BD = answers(built, request, size=spec.size)
+    num_parameters = sum(parameter.numel() for parameter in built.network.parameters())
+    return Outline(num_parameters, embedding_BD.shape[1], spec)

@@ -1,0 +1,64 @@
+"""The document of a recipe: a whole experiment, whose stages are parts of a config. ``python -m jobs.recipe``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from schemas.config import Section
+
+Stage = dict[str, Any]
+"""A part of a config. It is checked as a config once it is put together."""
+
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class GridConfig(Section):
+    """Every student is trained for each of these epochs with each of these seeds: one cell of the table each."""
+
+    epochs: tuple[Count, ...] | None = Field(None, min_length=1, description="Lengths; null: the stage's train.epochs.")
+    seeds: tuple[Seed, ...] = Field((0,), min_length=1, description="Values of train.seed.")
+
+
+class LongTailConfig(Section):
+    """A long-tailed subset: the share that class k of K keeps falls exponentially with k (Cao 2019)."""
+
+    shards: str | tuple[str, ...] = Field(description="Of what: URL with braces, or a list.")
+    imbalance: float = Field(ge=1, description="Images of the largest class over those of the smallest.")
+    seed: int = Field(0, ge=0, description="Decides which images stay.")
+    shard_size: int = Field(1000, ge=1, description="Images in one written shard.")
+
+
+class RecipeConfig(Section):
+    """One document, one table."""
+
+    title: str = Field(description="Printed above the table.")
+    out: str = Field(description="Folder of everything that the recipe makes.")
+    vars: dict[str, Any] = Field(default_factory=dict, description="Values and choices of one's own, for ${vars.name}.")
+    images: int | None = Field(None, ge=1, description="Training images, so that a dry run can count steps.")
+    published: dict[str, float] = Field(
+        default_factory=dict, description="Top-1 by name (teacher or a student's) in per cent, as the paper has it."
+    )
+    subsets: dict[str, LongTailConfig] = Field(
+        default_factory=dict, description="Written first, as out/shards/NAME-00000.tar and so on."
+    )
+    common: Stage = Field(default_factory=dict, description="Keys of all stages.")
+    teacher: Stage = Field(description="A training, or a teacher section with the weights of a teacher that is there.")
+    cache: Stage | None = Field(None, description="The build of the one cache.")
+    caches: dict[str, Stage] = Field(default_factory=dict, description="Builds of several, by name.")
+    students: dict[str, Stage] = Field(
+        min_length=1, description="Trainings by name; beside a config's, the keys cache (a name) and grid."
+    )
+    only: tuple[str, ...] | None = Field(None, min_length=1, description="The students to train; null: all.")
+    grid: GridConfig | None = Field(None, description="Lengths and seeds of all students.")
+
+    @model_validator(mode="after")
+    def _check_names(self) -> RecipeConfig:
+        if self.cache is not None and self.caches:
+            raise ValueError("cache and caches are both given; wanted one of them")
+        unknown = sorted(set(self.only or ()) - set(self.students))
+        if unknown:
+            raise ValueError(f"only names {', '.join(unknown)}; wanted some of {', '.join(self.students)}")
+        return self

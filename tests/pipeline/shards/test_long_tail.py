@@ -1,0 +1,90 @@
+"""Long-tailed subsets: the published profile, the same images for the same seed, nothing changed in what stays."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.errors import ShardError
+from pipeline.shards.long_tail import draw_long_tail, write_long_tail
+from pipeline.shards.tar import Sample, read_samples
+from pipeline.shards.write import pack_shards
+from schemas.config import DataConfig
+from schemas.recipe import LongTailConfig
+from tests.pipeline.caches import digit_samples
+
+DATA = DataConfig(num_classes=10)
+
+
+def samples(urls: list[str]) -> list[Sample]:
+    return [sample for url in urls for sample in read_samples(Path(url), DATA, where=url)]
+
+
+@pytest.mark.parametrize(
+    ("imbalance", "wanted"),
+    [
+        # 1000 · imbalance^(-k/9) by hand; CIFAR-10-LT has five times these (Cao 2019).
+        (50, [1000, 647, 419, 271, 175, 113, 73, 47, 30, 20]),
+        (100, [1000, 599, 359, 215, 129, 77, 46, 27, 16, 10]),
+        (1, [1000] * 10),
+    ],
+)
+def test_the_profile_is_the_published_one(imbalance: float, wanted: list[int]) -> None:
+    labels = {f"train/{row:05d}": row % 10 for row in range(10_000)}
+    kept = Counter(labels[name] for name in draw_long_tail(labels, imbalance, 0))
+    assert [kept[label] for label in range(10)] == wanted
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=200), st.floats(1, 1000), st.integers(0, 5))
+def test_every_class_stays_and_none_outgrows_the_one_before(labels: list[int], imbalance: float, seed: int) -> None:
+    of = {f"s/{row}": label for row, label in enumerate(labels)}
+    kept = draw_long_tail(of, imbalance, seed)
+    assert kept <= of.keys()
+    counts = Counter(of[name] for name in kept)
+    assert counts.keys() == set(labels)
+    in_order = [counts[label] for label in sorted(counts)]
+    assert in_order == sorted(in_order, reverse=True)
+    assert in_order[0] == min(Counter(labels).values())
+
+
+@given(st.permutations(range(40)))
+def test_what_stays_does_not_hang_on_the_order_of_listing(order: list[int]) -> None:
+    names = [f"s/{row}" for row in order]
+    labels = {name: int(name.rpartition("/")[2]) % 4 for name in names}
+    assert draw_long_tail(labels, 8, 3) == draw_long_tail(dict(sorted(labels.items())), 8, 3)
+
+
+def test_what_stays_is_copied_byte_for_byte_in_its_order_and_twice_the_same(tmp_path: Path) -> None:
+    source = pack_shards(digit_samples(400), f"{tmp_path}/all-%d.tar", shard_size=150)
+    tail = LongTailConfig(shards=tuple(source), imbalance=8, shard_size=60)
+    first = write_long_tail(source, f"{tmp_path}/a/tail-%05d.tar", tail, DATA)
+    again = write_long_tail(source, f"{tmp_path}/b/tail-%05d.tar", tail, DATA)
+    assert [Path(url).read_bytes() for url in first.urls] == [Path(url).read_bytes() for url in again.urls]
+    whole = {f"all-{row // 150}/{sample.key}": sample for row, sample in enumerate(samples(source))}
+    kept = samples(first.urls)
+    assert [name for name in whole if name in {sample.key for sample in kept}] == [sample.key for sample in kept]
+    assert all((sample.data, sample.label) == (whole[sample.key].data, whole[sample.key].label) for sample in kept)
+    assert first.counts == [Counter(sample.label for sample in kept)[label] for label in range(10)]
+    assert len(first.urls) == -(-sum(first.counts) // 60)
+
+
+def test_another_seed_keeps_other_images_of_the_same_profile(tmp_path: Path) -> None:
+    source = pack_shards(digit_samples(300), f"{tmp_path}/all-%d.tar", shard_size=300)
+    kept = []
+    for seed in (0, 1):
+        tail = LongTailConfig(shards=tuple(source), imbalance=10, seed=seed)
+        kept.append(write_long_tail(source, f"{tmp_path}/{seed}-%d.tar", tail, DATA))
+    assert kept[0].counts == kept[1].counts
+    assert {sample.key for sample in samples(kept[0].urls)} != {sample.key for sample in samples(kept[1].urls)}
+
+
+def test_a_sample_without_a_label_is_named(tmp_path: Path) -> None:
+    members = [(key, {"png": sample["png"]} if key == "digit-0003" else sample) for key, sample in digit_samples(8)]
+    source = pack_shards(members, f"{tmp_path}/all-%d.tar", shard_size=8)
+    with pytest.raises(ShardError, match="digit-0003") as caught:
+        write_long_tail(source, f"{tmp_path}/tail-%d.tar", LongTailConfig(shards=source[0], imbalance=2), DATA)
+    assert "label None" in str(caught.value)
