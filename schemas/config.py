@@ -91,6 +91,13 @@ class DataConfig(Section):
     )
     max_pixels: int = Field(64_000_000, gt=0, description="Images with more pixels are not decoded (status too_large).")
 
+    local_dir: str | None = Field(
+        None, description="Folder on every node for copies of shards and cached views; default: the temporary folder."
+    )
+    local_bytes: int | None = Field(
+        None, gt=0, description="Bytes a node keeps there at most; default: four fifths of what the disk has for it."
+    )
+
     @property
     def caches(self) -> tuple[str, ...]:
         """The URLs of ``cache``."""

@@ -6,7 +6,7 @@ order, and resuming is starting at another step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from pipeline.errors import CacheError, StillroomError
 from pipeline.student.order import EpochOrder, OrderedRows, TrainingOrder
+from pipeline.student.prefetch import Prefetcher
 from pipeline.student.sources import RowSource, ShardRows, check_labelled, read_image
-from pipeline.student.words import TeacherWords
+from pipeline.student.words import StoredWords, TeacherWords
 from pipeline.views.options import cut_boxes, drawn_row
 from pipeline.views.pixels import apply_view, stack_views
 from schemas.config import Interpolation
@@ -127,7 +128,7 @@ class StepDataset(Dataset[Batch]):
             partner_B=torch.from_numpy(rows.partner_B.astype(np.int64)) if mixes else None,
             lambda_B=torch.from_numpy(joined.lambda_B) if mixes else None,
             cut_B4=None if joined.cut_B4 is None else torch.from_numpy(joined.cut_B4),
-            words=tuple(words.finish() for words in joined.words),
+            words=joined.words(),
         )
 
     def _check_partners(self, rows: OrderedRows, where_N: NDArray[np.int64], found: ShardRows, shard: int) -> None:
@@ -157,7 +158,7 @@ class _Joined:
         self.label_B = np.full(size, -1, np.int64)
         self.lambda_B = np.ones(size, np.float32)
         self.cut_B4: NDArray[np.float32] | None = None
-        self.words: list[_JoinedWords] = []
+        self._pieces: list[tuple[NDArray[np.int64], tuple[StoredWords, ...]]] = []
 
     def put(self, where_N: NDArray[np.int64], found: ShardRows) -> None:
         for position, sample_id in zip(where_N.tolist(), found.sample_ids, strict=True):
@@ -168,33 +169,18 @@ class _Joined:
         if cut_N4 is not None:
             self.cut_B4 = np.zeros((len(self.label_B), 4), np.float32) if self.cut_B4 is None else self.cut_B4
             self.cut_B4[where_N] = cut_N4
-        self.words = self.words or [_JoinedWords(len(self.label_B)) for _ in found.words]
-        for words, stored in zip(self.words, found.words, strict=True):
-            words.put(where_N, stored.dense(self._temperatures), stored.norm_N)
+        self._pieces.append((where_N, found.words))
 
+    def words(self) -> tuple[TeacherWords, ...]:
+        """Of each teacher; decoded for the whole batch at once, since a step takes few rows of many shards."""
+        num_teachers = len(self._pieces[0][1]) if self._pieces else 0
+        return tuple(self._words_of(teacher) for teacher in range(num_teachers))
 
-class _JoinedWords:
-    """The same for what one teacher said."""
-
-    def __init__(self, size: int) -> None:
-        self._norm_B = np.empty(size, np.float32)
-        self._logits: dict[float | None, NDArray[np.float32]] = {}
-
-    def put(
-        self,
-        where_N: NDArray[np.int64],
-        logits: Mapping[float | None, NDArray[np.float32]],
-        norm_N: NDArray[np.float32],
-    ) -> None:
-        self._norm_B[where_N] = norm_N
-        for key, logits_NK in logits.items():
-            if key not in self._logits:
-                self._logits[key] = np.empty((len(self._norm_B), logits_NK.shape[1]), np.float32)
-            self._logits[key][where_N] = logits_NK
-
-    def finish(self) -> TeacherWords:
-        logits = {key: torch.from_numpy(logits_BK) for key, logits_BK in self._logits.items()}
-        return TeacherWords(logits, torch.from_numpy(self._norm_B))
+    def _words_of(self, teacher: int) -> TeacherWords:
+        pieces = [(where_N, words[teacher]) for where_N, words in self._pieces]
+        stored = StoredWords.placed(pieces, len(self.label_B))
+        logits = {key: torch.from_numpy(logits_BK) for key, logits_BK in stored.dense(self._temperatures).items()}
+        return TeacherWords(logits, torch.from_numpy(stored.norm_N))
 
 
 def _stack(pixels: list[Tensor | None]) -> Tensor:
@@ -232,7 +218,11 @@ def load_batches(dataset: StepDataset, steps: range, *, num_workers: int, pin_me
         pin_memory=pin_memory,
         prefetch_factor=2 if num_workers else None,
     )
-    for outcome in loader:
-        if isinstance(outcome, StillroomError):
-            raise outcome
-        yield outcome
+    outcomes = iter(loader)
+    ahead = Prefetcher(dataset.source, dataset.order, rank=dataset.rank, world_size=dataset.world_size, steps=steps)
+    with ahead:
+        for outcome in outcomes:
+            if isinstance(outcome, StillroomError):
+                raise outcome
+            ahead.advance(outcome.step)
+            yield outcome

@@ -19,7 +19,7 @@ from pipeline.shards.index import IndexBuilder, check_samples
 from pipeline.shards.names import shard_id, shard_ids
 from pipeline.student import checkpoint
 from pipeline.student.facts import LessonFacts, lesson_facts
-from pipeline.student.sources import SHARD_FOLDER
+from pipeline.student.node_store import NodeStore
 from pipeline.student.world import World
 from pipeline.teacher.groups import GroupViews, Rendering, fresh_samples, read_groups
 from pipeline.teacher.infer import Teacher, load_teacher
@@ -86,7 +86,7 @@ class Evaluator:
         counts = torch.zeros(6, dtype=torch.float64)
         with ExitStack() as stack:
             pool = stack.enter_context(ThreadPoolExecutor(self.num_threads))
-            local = storage.local_copy(url, SHARD_FOLDER)
+            local = stack.enter_context(NodeStore.of(self.data).hold_url(url)).path
             builder = IndexBuilder(shard_id(url))
             for group in self._groups(local, url, spec, pool, builder):
                 logits = _logits(model, spec, group.pixels_VNCHW[0], self.world.device)

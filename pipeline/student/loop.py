@@ -28,6 +28,7 @@ from pipeline.student.metrics import MetricsFile, StepLog
 from pipeline.student.network import Student
 from pipeline.student.optim import make_optimizer, make_schedule
 from pipeline.student.order import TrainingOrder
+from pipeline.student.prefetch import crowding
 from pipeline.student.preflight import check_caches_serve, check_config
 from pipeline.student.sources import CachedSource, RowSource, check_any_labelled, index_url, open_cached, open_indexed
 from pipeline.student.words import TeacherWords
@@ -203,6 +204,9 @@ class Trainer:
         for cache in self.lessons.facts.caches:
             for text in fidelity_warnings(cache.header, cache.manifest.statistics, self.config.loss):
                 self._say("warning", text=text)
+        text = crowding(self.lessons.source, self.order, rank=self.world.rank, world_size=self.world.size)
+        if text is not None:
+            self._say("warning", text=text)
 
     def _train(self, metrics: MetricsFile | None) -> Evaluation | None:
         """All steps that are left. Returns the evaluation after the last epoch, where one was made."""
