@@ -40,7 +40,8 @@ class JoinedRows:
     """The N ok rows of a shard under a view. Arrays may lie in a mapped file, and are not to be written to."""
 
     columns: ViewColumns
-    keys: pa.StringArray
+    ids: pa.StringArray
+    """``shard_id/key``."""
     offset_N: NDArray[np.int64]
     size_N: NDArray[np.int32]
     label_N: NDArray[np.int32]
@@ -50,9 +51,8 @@ class JoinedRows:
     def __len__(self) -> int:
         return len(self.offset_N)
 
-    def sample_ids(self, shard_id: str, ordinal_N: NDArray[np.int32]) -> list[str]:
-        """``shard_id/key`` of each of these rows."""
-        return [f"{shard_id}/{key}" for key in self.keys.take(pa.array(ordinal_N)).to_pylist()]
+    def sample_ids(self, ordinal_N: NDArray[np.int32]) -> list[str]:
+        return self.ids.take(pa.array(ordinal_N)).to_pylist()
 
 
 def join_rows(columns: ViewColumns, index: ShardIndex, *, where: str) -> JoinedRows:
@@ -64,7 +64,7 @@ def join_rows(columns: ViewColumns, index: ShardIndex, *, where: str) -> JoinedR
     check_alignment(columns, index, where=where)
     return JoinedRows(
         columns=columns,
-        keys=index.keys.take(pa.array(index.ok)),
+        ids=pa.array(index.sample_ids(index.ok), pa.string()),
         offset_N=index.offset[index.ok],
         size_N=index.size[index.ok],
         label_N=index.label[index.ok],
@@ -179,7 +179,7 @@ def _to_batch(rows: JoinedRows) -> pa.RecordBatch:
     return pa.record_batch(
         {
             **{name: pa.array(values_N) for name, values_N in arrays.items()},
-            "key": rows.keys,
+            "id": rows.ids,
             "box": column_of(np.ascontiguousarray(columns.box_N4, np.int32).view(np.uint8)),
             "pixel_digest": pa.array(columns.pixel_digest, pa.binary(16)),
             "pixel_mean": pa.array(columns.pixel_mean, pa.binary(192)),
@@ -206,4 +206,4 @@ def _from_batch(batch: pa.RecordBatch, outputs: Mapping[str, Output]) -> JoinedR
         pixel_digest=(),
         pixel_mean=(),
     )
-    return JoinedRows(columns, batch["key"], arrays["offset"], arrays["size"], arrays["label"], arrays["partner"])
+    return JoinedRows(columns, batch["id"], arrays["offset"], arrays["size"], arrays["label"], arrays["partner"])

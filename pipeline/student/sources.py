@@ -277,12 +277,16 @@ class CachedSource:
         """Of each cache all ok rows of a shard under a view, less embeddings, proven to be those of the index."""
         return self._views.columns(shard, view)
 
+    def mapped(self, shard: int, view: int) -> tuple[ViewColumns, ...]:
+        """The same without pixel digests, over memory that all processes share."""
+        return tuple(joined.columns for joined in self._views.get(shard, view))
+
     def rows(self, shard: int, ordinal_N: NDArray[np.int32], epoch: int) -> ShardRows:
         """The rows with these ordinals among the shard's ok rows, under the epoch's view, with the teacher's words."""
         of_caches = self._views.get(shard, self.view_of(epoch))
         joined, columns = of_caches[0], of_caches[0].columns
         return ShardRows(
-            sample_ids=joined.sample_ids(self.shard_ids[shard], ordinal_N),
+            sample_ids=joined.sample_ids(ordinal_N),
             offset_N=joined.offset_N[ordinal_N],
             size_N=joined.size_N[ordinal_N],
             content_hash_N=columns.content_hash_N[ordinal_N],
