@@ -133,7 +133,8 @@ class StepDataset(Dataset[Batch]):
     def _pixels(self, joined: JoinedStep) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """Of each row for the student, and for the teacher if it takes others; each image is read and decoded once."""
         size = len(joined.sample_ids)
-        pixels, teacher_pixels = [None] * size, [None] * size
+        pixels: list[Tensor | None] = [None] * size
+        teacher_pixels: list[Tensor | None] = [None] * size
         for shard, where_N, found in joined.pieces:
             for row, position in enumerate(where_N.tolist()):
                 image = read_image(self.source, shard, found, row, max_pixels=self.max_pixels)

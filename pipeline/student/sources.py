@@ -118,7 +118,7 @@ def is_local(urls: Sequence[str]) -> bool:
     return all(storage.protocol(url) == "file" for url in urls)
 
 
-def check_labelled(sample_ids: list[str], label_N: NDArray[np.int32]) -> None:
+def check_labelled(sample_ids: list[str], label_N: NDArray[np.integer[Any]]) -> None:
     """
     Raises:
         ConfigError: some of these samples have no label; the first are named.

@@ -2,8 +2,8 @@
 
 One thread, page cache warm. Rows of a step are as the order gives them: some of every shard. ``torch.load``: a file an
 image. ``records``: a file a shard of equal records, opened, sought and read for each key. ``memmap``: the same file,
-mapped once and kept open, one gather a shard. Each ends with fp32 logits [256, 1000] in the order of the batch. Ours, like
-these, of logits (and norms); and the whole join of the loader, with boxes, flips, mates, labels, hashes and sample ids.
+mapped once and kept open, one gather a shard. Each ends with fp32 logits [256, 1000] in the order of the batch. Ours,
+like these, of logits (and norms); and the loader's whole join, with boxes, flips, mates, labels, hashes and sample ids.
 """
 
 from __future__ import annotations
