@@ -61,6 +61,7 @@ def _data(config: Config) -> dict[str, Any]:
             data[name] = storage.absolute(patterns)
         elif patterns is not None:
             data[name] = tuple(storage.absolute(pattern) for pattern in patterns)
-    if config.data.index is not None:
-        data["index"] = storage.absolute(config.data.index)
+    for name in ("index", "local_dir"):
+        if (url := getattr(config.data, name)) is not None:
+            data[name] = storage.absolute(url)
     return data

@@ -479,6 +479,11 @@ def folders(url: str) -> list[str]:
     return sorted(info["name"].rstrip("/").rsplit("/", 1)[-1] for info in found if info["type"] == "directory")
 
 
+def local_path(url: str) -> Path | None:
+    """The path of a file of this machine; None for other stores."""
+    return Path(_filesystem(url)[1]) if protocol(url) == "file" else None
+
+
 def local_folder(url: str) -> Path | None:
     """The nearest folder of this machine in which the objects of ``url`` lie or would lie; None for other stores."""
     if protocol(url) != "file":
@@ -712,13 +717,29 @@ def local_copy(url: str, folder: Path) -> Path:
 def _fetch(filesystem: Any, path: str, target: Path, *, url: str, size_bytes: int) -> None:
     scratch = _scratch_beside(target)
     try:
-        with _told(url, "fetch"):
-            filesystem.get_file(path, str(scratch))
-        if scratch.stat().st_size != size_bytes:
-            raise PassingStorageError("the download was cut short", where=redact(url), wanted=f"{size_bytes} bytes")
+        _fill(filesystem, path, scratch, url=url, size_bytes=size_bytes)
         scratch.replace(target)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+@_repeated
+def download(url: str, target: Path, size_bytes: int) -> None:
+    """Fills a local file with the object's bytes, in place; another length than the object's size is an error."""
+    filesystem, path = _filesystem(url)
+    _fill(filesystem, path, target, url=url, size_bytes=size_bytes)
+
+
+def _fill(filesystem: Any, path: str, target: Path, *, url: str, size_bytes: int) -> None:
+    with _told(url, "fetch"):
+        filesystem.get_file(path, str(target))
+    if target.stat().st_size != size_bytes:
+        raise PassingStorageError("the download was cut short", where=redact(url), wanted=f"{size_bytes} bytes")
+
+
+def on_disk(path: Path, doing: str) -> contextlib.AbstractContextManager[None]:
+    """Turns what a file system raises inside a ``with`` into one of our errors, with the path in it."""
+    return _told(str(path), doing)
 
 
 @contextlib.contextmanager

@@ -104,6 +104,12 @@ class DataConfig(Section):
     allow_pixel_drift: int = Field(
         0, ge=0, le=255, description="Levels by which block means of a canary may differ here from the cache's."
     )
+    local_dir: str | None = Field(
+        None, description="Folder on every node for copies of shards and cached views; default: the temporary folder."
+    )
+    local_bytes: int | None = Field(
+        None, gt=0, description="Bytes a node keeps there at most; default: four fifths of what the disk has for it."
+    )
 
     @property
     def caches(self) -> tuple[str, ...]:

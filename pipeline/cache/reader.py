@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from pipeline import storage
 from pipeline.cache import layout
-from pipeline.cache.codec import decode, depends_on_temperature
+from pipeline.cache.codec import column_of, decode, depends_on_temperature, raw_rows, row_bytes
 from pipeline.cache.files import REBUILD, gone, read_file, read_named
 from pipeline.cache.identity import parse_header, plan_of
 from pipeline.cache.manifest import locate, parse_manifest, read_manifest, read_table
@@ -45,7 +46,17 @@ class StoredRows:
 
     def take(self, row_N: NDArray[np.integer[Any]]) -> StoredRows:
         """Some of the rows, by position."""
-        return StoredRows(self.column.take(pa.array(row_N)), self.output)
+        return StoredRows(column_of(raw_rows(self.column).take(row_N, axis=0)), self.output)
+
+    @classmethod
+    def placed(cls, pieces: Sequence[tuple[NDArray[np.integer[Any]], StoredRows]], num_rows: int) -> StoredRows:
+        """One of ``num_rows`` out of pieces of one output; each comes with the places that its rows go to, and all
+        places are filled."""
+        output = pieces[0][1].output
+        raw_NW = np.empty((num_rows, row_bytes(output)), np.uint8)
+        for place_P, rows in pieces:
+            raw_NW[place_P] = raw_rows(rows.column)
+        return cls(column_of(raw_NW), output)
 
     def dense(self, *, temperature: float = 1.0) -> NDArray[np.float32]:
         """[N,D] as a loss at this temperature sees them."""
@@ -89,6 +100,15 @@ class ShardEntry:
     size_bytes: int
     num_ok: int
     index_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class CommittedView:
+    """The bytes of one view of one shard, by what they must be."""
+
+    size_bytes: int
+    digest: str
+    footer_digest: str
 
 
 class TeacherCache:
@@ -137,12 +157,8 @@ class TeacherCache:
             where=storage.redact(storage.join(self.url, ref.path)),
         )
 
-    def view(self, shard_id: str, view: int) -> ViewColumns:
-        """The columns of one view of one shard.
-
-        Raises:
-            CacheError: the view is not in the cache, or its bytes are not those that were committed.
-        """
+    def _entry(self, shard_id: str, view: int) -> dict[str, object]:
+        """The row of the manifest about one view of one shard."""
         table, rows = self._parts
         if (shard_id, view) not in rows:
             raise CacheError(
@@ -150,7 +166,24 @@ class TeacherCache:
                 where=f"{shard_id}, view {view} in {storage.redact(self.url)}",
                 wanted=f"views 0..{self.num_views - 1}",
             )
-        entry = table.slice(rows[shard_id, view], 1).to_pylist()[0]
+        return table.slice(rows[shard_id, view], 1).to_pylist()[0]
+
+    def committed_view(self, shard_id: str, view: int) -> CommittedView:
+        """What is committed of one view of one shard.
+
+        Raises:
+            CacheError: the view is not in the cache.
+        """
+        entry = self._entry(shard_id, view)
+        return CommittedView(int(str(entry["size_bytes"])), str(entry["digest"]), str(entry["footer_digest"]))
+
+    def view(self, shard_id: str, view: int) -> ViewColumns:
+        """The columns of one view of one shard.
+
+        Raises:
+            CacheError: the view is not in the cache, or its bytes are not those that were committed.
+        """
+        entry = self._entry(shard_id, view)
         # An eval pass has nothing of the plan's options.
         drawn = {} if view == EVAL_VIEW else drawn_columns(plan_of(self.header))
         return _decode_columns(self._fetch(entry), self.header, list(drawn))

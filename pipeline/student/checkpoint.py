@@ -28,7 +28,7 @@ SUMMARY = "summary.json"
 _MAY_CHANGE = {
     "ray": True,
     "run": True,
-    "data": {"val_shards"},
+    "data": {"val_shards", "local_dir", "local_bytes"},
     "train": {
         "num_workers",
         "checkpoint_every_epochs",

@@ -6,7 +6,7 @@ order, and resuming is starting at another step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from pipeline.errors import CacheError, StillroomError
 from pipeline.student.order import EpochOrder, OrderedRows, TrainingOrder
+from pipeline.student.prefetch import Prefetcher
 from pipeline.student.sources import RowSource, ShardRows, check_labelled, read_image
-from pipeline.student.words import TeacherWords
+from pipeline.student.words import StoredWords, TeacherWords
 from pipeline.views.options import cut_boxes, drawn_row
 from pipeline.views.params import draw_views
 from pipeline.views.pixels import apply_view, stack_views
@@ -102,23 +103,9 @@ class StepDataset(Dataset[Batch]):
         return self._batch(step, epoch, rows, self.order.global_rows(local_step))
 
     def _batch(self, step: int, epoch: int, rows: OrderedRows, num_rows_global: int) -> Batch:
-        size = len(rows.row_B)
-        joined = _Joined(size, self.temperatures)
-        pixels: list[Tensor | None] = [None] * size
-        teacher_pixels: list[Tensor | None] = [None] * size
-        for shard in np.unique(rows.shard_B).tolist():
-            where_N = np.flatnonzero(rows.shard_B == shard)
-            found = self.source.rows(shard, rows.row_B[where_N], epoch)
-            self._check_partners(rows, where_N, found, shard)
-            if self.needs_labels:
-                check_labelled(found.sample_ids, found.label_N)
-            joined.put(where_N, found)
-            seen = found if self.student_views is None else _drawn_anew(found, self.student_views, epoch)
-            for row, position in enumerate(where_N.tolist()):
-                image = read_image(self.source, shard, found, row, max_pixels=self.max_pixels)
-                pixels[position] = _render(image, seen, row, self.student)
-                if self.teacher is not None:
-                    teacher_pixels[position] = _render(image, found, row, self.teacher)
+        joined = join_step(self.source, rows, epoch)
+        self._check(rows, joined)
+        pixels, teacher_pixels = self._pixels(joined, epoch)
         mixes = self.order.plan.mixes
         return Batch(
             step=step,
@@ -131,18 +118,34 @@ class StepDataset(Dataset[Batch]):
             partner_B=torch.from_numpy(rows.partner_B.astype(np.int64)) if mixes else None,
             lambda_B=torch.from_numpy(joined.lambda_B) if mixes else None,
             cut_B4=None if joined.cut_B4 is None else torch.from_numpy(joined.cut_B4),
-            words=tuple(words.finish() for words in joined.words),
+            words=joined.words(self.temperatures),
         )
 
-    def _check_partners(self, rows: OrderedRows, where_N: NDArray[np.int64], found: ShardRows, shard: int) -> None:
+    def _check(self, rows: OrderedRows, joined: JoinedStep) -> None:
         """The order draws partners, a cache stores them: pixels would be mixed otherwise than the teacher saw them."""
-        wrong = np.flatnonzero(rows.row_B[rows.partner_B[where_N]] != found.partner_N)
+        wrong = np.flatnonzero(rows.row_B[rows.partner_B] != joined.partner_B)
         if len(wrong):
             raise CacheError(
                 "the cached mixup partners are not those of the training order",
-                where=f"{found.sample_ids[wrong[0]]} in shard {self.source.shard_ids[shard]}",
+                where=joined.sample_ids[wrong[0]],
                 next_step="the cache was made by another version of the views; build another cache",
             )
+        if self.needs_labels:
+            check_labelled(joined.sample_ids, joined.label_B)
+
+    def _pixels(self, joined: JoinedStep, epoch: int) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """Of each row for the student, and for the teacher if it takes others; each image is read and decoded once."""
+        size = len(joined.sample_ids)
+        pixels: list[Tensor | None] = [None] * size
+        teacher_pixels: list[Tensor | None] = [None] * size
+        for shard, where_N, found in joined.pieces:
+            seen = found if self.student_views is None else _drawn_anew(found, self.student_views, epoch)
+            for row, position in enumerate(where_N.tolist()):
+                image = read_image(self.source, shard, found, row, max_pixels=self.max_pixels)
+                pixels[position] = _render(image, seen, row, self.student)
+                if self.teacher is not None:
+                    teacher_pixels[position] = _render(image, found, row, self.teacher)
+        return pixels, teacher_pixels
 
 
 def _drawn_anew(rows: ShardRows, plan: ViewsConfig, view: int) -> ShardRows:
@@ -158,53 +161,52 @@ def _render(image_CHW: Tensor, rows: ShardRows, row: int, target: InputSize) -> 
     return apply_view(image_CHW, box, flip, drawn, size=target.size, interpolation=target.interpolation)
 
 
-class _Joined:
-    """Columns of a batch, filled shard by shard."""
+class JoinedStep:
+    """Columns of a batch of B rows, filled shard by shard."""
 
-    def __init__(self, size: int, temperatures: tuple[float, ...]) -> None:
-        self._temperatures = temperatures
+    def __init__(self, size: int) -> None:
         self.sample_ids = [""] * size
         self.label_B = np.full(size, -1, np.int64)
         self.lambda_B = np.ones(size, np.float32)
+        self.partner_B = np.empty(size, np.int32)
+        """Ordinals in the shard, as they are stored."""
         self.cut_B4: NDArray[np.float32] | None = None
-        self.words: list[_JoinedWords] = []
+        self.pieces: list[tuple[int, NDArray[np.int64], ShardRows]] = []
+        """Each shard with the places of its rows in the batch."""
 
-    def put(self, where_N: NDArray[np.int64], found: ShardRows) -> None:
+    def put(self, shard: int, where_N: NDArray[np.int64], found: ShardRows) -> None:
         for position, sample_id in zip(where_N.tolist(), found.sample_ids, strict=True):
             self.sample_ids[position] = sample_id
         self.label_B[where_N] = found.label_N
         self.lambda_B[where_N] = found.mix_lambda_N
+        self.partner_B[where_N] = found.partner_N
         cut_N4 = cut_boxes(found.drawn)
         if cut_N4 is not None:
             self.cut_B4 = np.zeros((len(self.label_B), 4), np.float32) if self.cut_B4 is None else self.cut_B4
             self.cut_B4[where_N] = cut_N4
-        self.words = self.words or [_JoinedWords(len(self.label_B)) for _ in found.words]
-        for words, stored in zip(self.words, found.words, strict=True):
-            words.put(where_N, stored.dense(self._temperatures), stored.norm_N)
+        self.pieces.append((shard, where_N, found))
+
+    def words(self, temperatures: tuple[float, ...]) -> tuple[TeacherWords, ...]:
+        """Of each teacher; decoded for the whole batch at once, since a step takes few rows of many shards."""
+        num_teachers = len(self.pieces[0][2].words) if self.pieces else 0
+        return tuple(self._words_of(teacher, temperatures) for teacher in range(num_teachers))
+
+    def _words_of(self, teacher: int, temperatures: tuple[float, ...]) -> TeacherWords:
+        pieces = [(where_N, found.words[teacher]) for _, where_N, found in self.pieces]
+        stored = StoredWords.placed(pieces, len(self.label_B))
+        logits = {key: torch.from_numpy(logits_BK) for key, logits_BK in stored.dense(temperatures).items()}
+        return TeacherWords(logits, torch.from_numpy(stored.norm_N))
 
 
-class _JoinedWords:
-    """The same for what one teacher said."""
-
-    def __init__(self, size: int) -> None:
-        self._norm_B = np.empty(size, np.float32)
-        self._logits: dict[float | None, NDArray[np.float32]] = {}
-
-    def put(
-        self,
-        where_N: NDArray[np.int64],
-        logits: Mapping[float | None, NDArray[np.float32]],
-        norm_N: NDArray[np.float32],
-    ) -> None:
-        self._norm_B[where_N] = norm_N
-        for key, logits_NK in logits.items():
-            if key not in self._logits:
-                self._logits[key] = np.empty((len(self._norm_B), logits_NK.shape[1]), np.float32)
-            self._logits[key][where_N] = logits_NK
-
-    def finish(self) -> TeacherWords:
-        logits = {key: torch.from_numpy(logits_BK) for key, logits_BK in self._logits.items()}
-        return TeacherWords(logits, torch.from_numpy(self._norm_B))
+def join_step(source: RowSource, rows: OrderedRows, epoch: int) -> JoinedStep:
+    """What is known of the rows of a step before their images are read."""
+    joined = JoinedStep(len(rows.row_B))
+    by_shard = np.argsort(rows.shard_B, kind="stable")
+    starts = np.flatnonzero(np.diff(rows.shard_B[by_shard], prepend=-1))
+    for where_N in np.split(by_shard, starts[1:]) if len(by_shard) else ():
+        shard = int(rows.shard_B[where_N[0]])
+        joined.put(shard, where_N, source.rows(shard, rows.row_B[where_N], epoch))
+    return joined
 
 
 def _stack(pixels: list[Tensor | None]) -> Tensor:
@@ -242,7 +244,11 @@ def load_batches(dataset: StepDataset, steps: range, *, num_workers: int, pin_me
         pin_memory=pin_memory,
         prefetch_factor=2 if num_workers else None,
     )
-    for outcome in loader:
-        if isinstance(outcome, StillroomError):
-            raise outcome
-        yield outcome
+    outcomes = iter(loader)
+    ahead = Prefetcher(dataset.source, dataset.order, rank=dataset.rank, world_size=dataset.world_size, steps=steps)
+    with ahead:
+        for outcome in outcomes:
+            if isinstance(outcome, StillroomError):
+                raise outcome
+            ahead.advance(outcome.step)
+            yield outcome

@@ -22,7 +22,7 @@ from pipeline.models import EmbeddingModel, InputSpec
 from pipeline.shards.index import IndexBuilder, ShardIndex, check_samples
 from pipeline.shards.names import shard_id, shard_ids
 from pipeline.student.facts import LessonFacts
-from pipeline.student.sources import SHARD_FOLDER
+from pipeline.student.node_store import NodeStore
 from pipeline.student.trained import CheckpointName, load_trained
 from pipeline.student.world import World
 from pipeline.teacher.groups import GroupViews, Rendering, fresh_samples, read_groups
@@ -166,8 +166,8 @@ class Evaluator:
         self, url: str, model: EmbeddingModel, spec: InputSpec, teacher: Teacher | None, tally: _Tally
     ) -> ShardIndex:
         builder = IndexBuilder(shard_id(url))
-        with ThreadPoolExecutor(self.num_threads) as pool:
-            for group, teacher_group in self._pairs(url, spec, teacher, pool, builder):
+        with NodeStore.of(self.data).hold_url(url) as held, ThreadPoolExecutor(self.num_threads) as pool:
+            for group, teacher_group in self._pairs(held.path, url, spec, teacher, pool, builder):
                 logits_NK = _logits(model, spec, group.pixels_VNCHW[0], self.world.device)
                 words_NK = None if teacher is None else teacher.ask(teacher_group.pixels_VNCHW[0])[0].cpu()
                 tally.add(logits_NK, torch.from_numpy(group.label_N), words_NK)
@@ -176,10 +176,15 @@ class Evaluator:
         return index
 
     def _pairs(
-        self, url: str, spec: InputSpec, teacher: Teacher | None, pool: ThreadPoolExecutor, builder: IndexBuilder
+        self,
+        local: Path,
+        url: str,
+        spec: InputSpec,
+        teacher: Teacher | None,
+        pool: ThreadPoolExecutor,
+        builder: IndexBuilder,
     ) -> Iterator[tuple[GroupViews, GroupViews]]:
         """Each mix group as the student sees it and as the teacher does: the same one where they eat alike."""
-        local = storage.local_copy(url, SHARD_FOLDER)
         own = self._groups(local, url, spec, pool, builder)
         if teacher is None or _rendering(teacher.loaded.input) == _rendering(spec):
             return ((group, group) for group in own)

@@ -31,6 +31,7 @@ from pipeline.student.metrics import MetricsFile, StepLog
 from pipeline.student.network import Student
 from pipeline.student.order import TrainingOrder, order_of
 from pipeline.student.overlap import SeenImages
+from pipeline.student.prefetch import crowding
 from pipeline.student.preflight import check_caches_serve, check_config
 from pipeline.student.review import Review, ReviewPlan, plan_review, review_section
 from pipeline.student.runtime import check_compiler, demand_workspace, deterministic
@@ -228,6 +229,9 @@ class Trainer:
         for cache in self.lessons.facts.caches:
             for text in fidelity_warnings(cache.header, cache.manifest.statistics, self.config.loss):
                 self._say("warning", text=text)
+        text = crowding(self.lessons.source, self.order, rank=self.world.rank, world_size=self.world.size)
+        if text is not None:
+            self._say("warning", text=text)
 
     def _train(self, metrics: MetricsFile | None) -> Evaluation | None:
         """All steps that are left. Returns the evaluation after the last epoch, where one was made."""

@@ -205,6 +205,23 @@ class TrainingOrder:
         """Units that a full step takes from each lane."""
         return self.global_batch_size // self.rows_per_unit // self.num_lanes
 
+    @property
+    def window_units(self) -> int:
+        """About how many units of a lane are shuffled together: a few shards, two steps at the least."""
+        per_shard = -(-self.num_rows // self.rows_per_unit // len(self.shard_ids))
+        shards = min(_WINDOW_SHARDS * per_shard, -(-self.num_rows // self.rows_per_unit // self.num_lanes))
+        return max(shards, _WINDOW_STEPS * self.units_per_lane_step)
+
+    @property
+    def window_steps(self) -> int:
+        """Steps in which a lane gets through a window."""
+        return -(-self.window_units // self.units_per_lane_step)
+
+    def shards_at_once(self, rank: int, world_size: int) -> int:
+        """About how many shards a rank takes rows from within a window; a lane begins and ends inside of one."""
+        shards = len(self.shard_ids) * self.window_units // max(1, self.num_rows // self.rows_per_unit) + 1
+        return min(len(self.lanes_of(rank, world_size)) * shards, len(self.shard_ids))
+
     def lane_bounds(self, lane: int) -> tuple[int, int]:
         """First and last + 1 of a lane's places in the epoch's sequence of units.
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import xxhash
@@ -21,44 +18,17 @@ from pipeline.shards.decode import BadImageError, decode
 from pipeline.shards.index import NO_LABEL, ShardIndex, decode_index, index_settings
 from pipeline.shards.names import shard_ids
 from pipeline.shards.publish import index_name
-from pipeline.shards.tar import ShardReader
-from pipeline.student.ensemble import check_same_samples, check_same_shards, check_same_views
+from pipeline.student.ensemble import check_same_samples, check_same_shards
+from pipeline.student.node_store import NodeStore
+from pipeline.student.recent import Recent
+from pipeline.student.shard_files import ShardFiles
+from pipeline.student.view_files import ViewFiles
 from pipeline.student.words import StoredWords
 from pipeline.views.params import draw_views, shard_partners, unmix
 from schemas.config import Config, DataConfig, ViewsConfig
 
-SHARD_FOLDER = Path(tempfile.gettempdir()) / "stillroom-shards"
-"""Where remote shards are kept on a node, for all processes on it."""
-
-_OPEN_SHARDS = 64
-_READ_THREADS = 16
-_KEPT_VIEWS = 64
-K = TypeVar("K", bound=Hashable)
-V = TypeVar("V")
-
-
-class Recent(Generic[K, V]):
-    """The last ``size`` results of a function, by key. ``drop`` is called on a result that leaves."""
-
-    def __init__(self, make: Callable[[K], V], size: int, drop: Callable[[V], None] | None = None) -> None:
-        self._make, self._size, self._drop = make, size, drop
-        self._kept: OrderedDict[K, V] = OrderedDict()
-
-    def get(self, key: K) -> V:
-        if key not in self._kept:
-            self._kept[key] = self._make(key)
-            self._shrink(self._size)
-        self._kept.move_to_end(key)
-        return self._kept[key]
-
-    def clear(self) -> None:
-        self._shrink(0)
-
-    def _shrink(self, size: int) -> None:
-        while len(self._kept) > size:
-            _, value = self._kept.popitem(last=False)
-            if self._drop is not None:
-                self._drop(value)
+_KEPT = 64
+_SAMPLED = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +72,16 @@ class RowSource(Protocol):
 
     def read(self, shard: int, offset: int, size: int) -> bytes: ...
 
+    def reread(self, shard: int, offset: int, size: int) -> bytes: ...
+
+    def fetch(self, shard: int, epoch: int) -> None: ...
+
+    @property
+    def fetched_bytes(self) -> int: ...
+
+    @property
+    def store(self) -> NodeStore: ...
+
     def close(self) -> None: ...
 
 
@@ -112,8 +92,13 @@ def read_image(source: RowSource, shard: int, rows: ShardRows, row: int, *, max_
         CacheError: the tar holds other bytes now.
         ShardError: they no longer decode, or the tar ends before them.
     """
-    data = source.read(shard, int(rows.offset_N[row]), int(rows.size_N[row]))
-    content_hash, wanted = xxhash.xxh3_64_intdigest(data), int(rows.content_hash_N[row])
+    place, wanted = (shard, int(rows.offset_N[row]), int(rows.size_N[row])), int(rows.content_hash_N[row])
+    data = source.read(*place)
+    content_hash = xxhash.xxh3_64_intdigest(data)
+    if content_hash != wanted:
+        # It may be this node's copy alone that is wrong.
+        data = source.reread(*place)
+        content_hash = xxhash.xxh3_64_intdigest(data)
     if content_hash != wanted:
         raise CacheError(
             "an image is not the one that was indexed",
@@ -133,7 +118,12 @@ def read_image(source: RowSource, shard: int, rows: ShardRows, row: int, *, max_
         ) from error
 
 
-def check_labelled(sample_ids: list[str], label_N: NDArray[np.int32]) -> None:
+def is_local(urls: Sequence[str]) -> bool:
+    """Whether all of these are files of this machine, which are read where they are."""
+    return all(storage.protocol(url) == "file" for url in urls)
+
+
+def check_labelled(sample_ids: list[str], label_N: NDArray[np.integer[Any]]) -> None:
     """
     Raises:
         ConfigError: some of these samples have no label; the first are named.
@@ -165,35 +155,29 @@ def check_any_labelled(source: RowSource, data: DataConfig) -> None:
         )
 
 
-class _Files:
-    """Shards by position, local or fetched once a node; the last used stay open."""
-
-    def __init__(self, urls: list[str]) -> None:
-        self._urls = urls
-        self._readers = Recent(self._open, _OPEN_SHARDS, ShardReader.close)
-
-    def _open(self, shard: int) -> ShardReader:
-        url = self._urls[shard]
-        return ShardReader(storage.local_copy(url, SHARD_FOLDER), where=url)
-
-    def read(self, shard: int, offset: int, size: int) -> bytes:
-        return self._readers.get(shard).read(offset, size)
-
-    def close(self) -> None:
-        self._readers.clear()
-
-
 class IndexedSource:
     """Views drawn here and now, for training without a cache: epoch e sees view e."""
 
-    def __init__(self, urls: list[str], indexes: list[ShardIndex], plan: ViewsConfig) -> None:
-        self.shard_ids = shard_ids(urls)
+    def __init__(self, urls: list[str], indexes: list[ShardIndex], plan: ViewsConfig, store: NodeStore) -> None:
+        self.shard_ids, self._urls = shard_ids(urls), urls
         self.num_ok = [index.num_ok for index in indexes]
         self.plan = plan
-        files = _Files(urls)
-        self.read, self.close = files.read, files.close
+        self.store, self._files = store, ShardFiles(urls, store)
+        self.read, self.reread, self.close = self._files.read, self._files.reread, self._files.close
         self._indexes = indexes
-        self._partners = Recent(self._draw_partners, _KEPT_VIEWS)
+        self._partners = Recent(self._draw_partners, _KEPT)
+
+    def fetch(self, shard: int, epoch: int) -> None:  # noqa: ARG002
+        """Brings a shard to this node; the same in every epoch. Threads may share it."""
+        self._files.fetch(shard)
+
+    @property
+    def fetched_bytes(self) -> int:
+        """About how many bytes ``fetch`` brings of a shard, on average."""
+        if is_local(self._urls):
+            return 0
+        ends = [int((index.offset + index.size).max(initial=0)) for index in self._indexes]
+        return sum(ends) // len(ends)
 
     def check_labelled(self) -> None:
         """
@@ -251,16 +235,18 @@ class CachedSource:
     All caches hold the same views of the same rows; index and views are the first one's.
     """
 
-    def __init__(self, caches: Sequence[TeacherCache], shards: list[ShardEntry], urls: list[str]) -> None:
-        self.caches, self._shards = tuple(caches), shards
+    def __init__(
+        self, caches: Sequence[TeacherCache], shards: list[ShardEntry], urls: list[str], store: NodeStore
+    ) -> None:
+        self.caches, self._shards, self._urls = tuple(caches), shards, urls
         self.num_views = min(cache.num_views for cache in caches)
         self.shard_ids = [shard.shard_id for shard in shards]
         self.num_ok = [shard.num_ok for shard in shards]
-        files = _Files(urls)
-        self.read, self.close = files.read, files.close
-        self._indexes = Recent(self._read_index, _KEPT_VIEWS)
-        # Of each row these hold its stored logits, and about a hundred bytes.
-        self._columns = Recent(self._join, _KEPT_VIEWS)
+        self.store = store
+        self._files, self._views = ShardFiles(urls, store), ViewFiles(self.caches, shards, store)
+        self.read, self.reread = self._files.read, self._files.reread
+        # A view's file has what training needs of it; only labels are asked for without a view.
+        self._indexes = Recent(self._read_index, _KEPT)
 
     def view_of(self, epoch: int) -> int:
         return epoch % self.num_views
@@ -275,15 +261,22 @@ class CachedSource:
     def _read_index(self, shard: int) -> ShardIndex:
         return self.caches[0].index(self._shards[shard])
 
-    def _join(self, key: tuple[int, int]) -> tuple[ViewColumns, ...]:
-        shard, view = key
-        index, where = self._indexes.get(shard), f"view {view} of {self.shard_ids[shard]}"
-        # Losses take norms and class means; embeddings would be kept for nobody.
-        of_caches = tuple(replace(cache.view(index.shard_id, view), embedding=None) for cache in self.caches)
-        for cache, columns in zip(self.caches, of_caches, strict=True):
-            check_alignment(columns, index, where=f"{where} in {storage.redact(cache.url)}")
-        check_same_views(of_caches, where=where)
-        return of_caches
+    def fetch(self, shard: int, epoch: int) -> None:
+        """Brings what ``rows`` and ``read`` take of a shard in this epoch to this node. Threads may share it."""
+        self._views.fetch(shard, self.view_of(epoch))
+        self._files.fetch(shard)
+
+    @property
+    def fetched_bytes(self) -> int:
+        """About how many bytes ``fetch`` brings of a shard, on average."""
+        some = self._shards[:: -(-len(self._shards) // _SAMPLED)]
+        views = sum(cache.committed_view(shard.shard_id, 0).size_bytes for shard in some for cache in self.caches)
+        shards = 0 if is_local(self._urls) else sum(shard.size_bytes for shard in some)
+        return (views + shards) // len(some)
+
+    def close(self) -> None:
+        self._files.close()
+        self._views.close()
 
     def label_counts(self, num_classes: int) -> NDArray[np.int64]:
         """How many ok rows of all shards have each label; reads every index. int64 [K]."""
@@ -293,75 +286,31 @@ class CachedSource:
 
     def columns(self, shard: int, view: int) -> tuple[ViewColumns, ...]:
         """Of each cache all ok rows of a shard under a view, less embeddings, proven to be those of the index."""
-        return self._columns.get((shard, view))
+        return self._views.columns(shard, view)
+
+    def mapped(self, shard: int, view: int) -> tuple[ViewColumns, ...]:
+        """The same without pixel digests, over memory that all processes share."""
+        return tuple(joined.columns for joined in self._views.get(shard, view))
 
     def rows(self, shard: int, ordinal_N: NDArray[np.int32], epoch: int) -> ShardRows:
         """The rows with these ordinals among the shard's ok rows, under the epoch's view, with the teacher's words."""
-        index = self._indexes.get(shard)
-        of_caches = self._columns.get((shard, self.view_of(epoch)))
-        columns, position_N = of_caches[0], index.ok[ordinal_N]
+        of_caches = self._views.get(shard, self.view_of(epoch))
+        joined, columns = of_caches[0], of_caches[0].columns
         return ShardRows(
-            sample_ids=index.sample_ids(position_N),
-            offset_N=index.offset[position_N],
-            size_N=index.size[position_N],
+            sample_ids=joined.sample_ids(ordinal_N),
+            offset_N=joined.offset_N[ordinal_N],
+            size_N=joined.size_N[ordinal_N],
             content_hash_N=columns.content_hash_N[ordinal_N],
-            label_N=index.label[position_N],
-            width_N=index.width[position_N],
-            height_N=index.height[position_N],
+            label_N=joined.label_N[ordinal_N],
+            width_N=joined.width_N[ordinal_N],
+            height_N=joined.height_N[ordinal_N],
             box_N4=columns.box_N4[ordinal_N],
             flip_N=columns.flip_N[ordinal_N],
             mix_lambda_N=columns.mix_lambda_N[ordinal_N],
             drawn={name: values_N[ordinal_N] for name, values_N in columns.drawn.items()},
-            partner_N=np.searchsorted(columns.row_N, columns.mix_row_N[ordinal_N]).astype(np.int32),
-            words=tuple(StoredWords.of(columns, ordinal_N) for columns in of_caches),
+            partner_N=joined.partner_N[ordinal_N],
+            words=tuple(StoredWords.of(rows.columns, ordinal_N) for rows in of_caches),
         )
-
-
-def check_alignment(columns: ViewColumns, index: ShardIndex, *, where: str) -> None:
-    """The cached rows are the index's ok rows: each once, in order, with the same content, mixed among themselves.
-
-    Raises:
-        CacheError: a row is missing, repeated, foreign, of another image, or mixed with a row that is none of these;
-            the first such row is named.
-    """
-    wanted_N = index.row[index.ok]
-    if not np.array_equal(columns.row_N, wanted_N):
-        raise CacheError(
-            "the cached rows are not the shard's rows",
-            where=where,
-            got=f"{len(columns.row_N)} rows: {_misplaced(columns.row_N, wanted_N)}",
-            wanted=f"{len(wanted_N)} rows, each ok row of the index once, in tar order",
-            next_step="run: stillroom cache build CONFIG, into another cache.url",
-        )
-    wrong = np.flatnonzero(columns.content_hash_N != index.content_hash[index.ok])
-    if len(wrong):
-        raise CacheError(
-            f"{len(wrong)} cached rows are of other images",
-            where=f"{where}, {index.sample_ids(index.ok[wrong[:1]])[0]}",
-            got=f"content hash {int(columns.content_hash_N[wrong[0]]):016x}",
-            wanted=f"{int(index.content_hash[index.ok][wrong[0]]):016x}",
-            next_step="the shards changed since the cache was built; restore them or build another cache",
-        )
-    foreign = np.flatnonzero(~np.isin(columns.mix_row_N, wanted_N))
-    if len(foreign):
-        raise CacheError(
-            f"{len(foreign)} cached rows are mixed with rows that the shard does not have",
-            where=f"{where}, {index.sample_ids(index.ok[foreign[:1]])[0]}",
-            got=f"row {columns.mix_row_N[foreign[0]]}",
-            next_step="build another cache",
-        )
-
-
-def _misplaced(row_N: NDArray[np.int32], wanted_N: NDArray[np.int32]) -> str:
-    """How two unequal lists of rows differ; the first few of each kind are named."""
-    rows, counts = np.unique(row_N, return_counts=True)
-    kinds = {
-        "missing": np.setdiff1d(wanted_N, rows),
-        "foreign": np.setdiff1d(rows, wanted_N),
-        "repeated": rows[counts > 1],
-    }
-    told = [f"{kind} {found[:5].tolist()}" for kind, found in kinds.items() if len(found)]
-    return ", ".join(told) or "the right ones in another order"
 
 
 def open_cached(caches: Sequence[TeacherCache], data: DataConfig) -> CachedSource:
@@ -382,7 +331,7 @@ def open_cached(caches: Sequence[TeacherCache], data: DataConfig) -> CachedSourc
         _check_holds(cache, names)
     check_same_samples(caches, names)
     by_id = {shard.shard_id: shard for shard in first.shards}
-    return CachedSource(caches, [by_id[name] for name in names], urls)
+    return CachedSource(caches, [by_id[name] for name in names], urls, NodeStore.of(data))
 
 
 def _check_holds(cache: TeacherCache, names: list[str]) -> None:
@@ -422,4 +371,4 @@ def open_indexed(folder_url: str, data: DataConfig, plan: ViewsConfig) -> Indexe
                 next_step="run: stillroom shards index CONFIG",
             )
         indexes.append(decode_index(storage.read(url), where=storage.redact(url), settings=index_settings(data)))
-    return IndexedSource(urls, indexes, plan)
+    return IndexedSource(urls, indexes, plan, NodeStore.of(data))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,15 @@ class StoredWords:
         """Some rows of a view, by ordinal."""
         logits = columns.logits
         return cls(None if logits is None else logits.take(row_N), columns.embedding_norm_N[row_N])
+
+    @classmethod
+    def placed(cls, pieces: Sequence[tuple[NDArray[np.integer[Any]], StoredWords]], num_rows: int) -> StoredWords:
+        """One of ``num_rows`` out of pieces, each with the places of its rows; all places are filled."""
+        norm_N = np.empty(num_rows, np.float32)
+        for place_P, words in pieces:
+            norm_N[place_P] = words.norm_N
+        logits = [(place_P, words.logits) for place_P, words in pieces if words.logits is not None]
+        return cls(StoredRows.placed(logits, num_rows) if logits else None, norm_N)
 
     def dense(self, temperatures: Sequence[float]) -> dict[float | None, NDArray[np.float32]]:
         """[N,K] by temperature, as in ``TeacherWords``: each decoded once, one for all where they are the same."""

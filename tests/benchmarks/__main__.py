@@ -7,7 +7,18 @@ from __future__ import annotations
 
 import sys
 
-from tests.benchmarks import build, bytes_a_row, decoders, eval_view, fan_out, fidelity, memory, nd_loss, view_options
+from tests.benchmarks import (
+    build,
+    bytes_a_row,
+    decoders,
+    eval_view,
+    fan_out,
+    fidelity,
+    join,
+    memory,
+    nd_loss,
+    view_options,
+)
 from tests.benchmarks.timing import machine
 
 BENCHMARKS = {
@@ -17,6 +28,7 @@ BENCHMARKS = {
     "eval_view": ("Eval views against timm's eval transform", eval_view.run),
     "fan_out": ("Ray tasks over 10,000 tiny parts", fan_out.run),
     "fidelity": ("Fidelity of stored logits", fidelity.run),
+    "join": ("Teacher columns joined, B=256 K=1000", join.run),
     "memory": ("Memory of a cache task over shards of two sizes", memory.run),
     "nd": ("ND loss, forward and backward, B=256 K=1000 D=2048", nd_loss.run),
     "view_options": ("Options of views", view_options.run),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from pipeline.cache.codec.encoding import Encoding, Rows
@@ -21,7 +22,8 @@ def _pack(values_ND: NDArray[np.float32], rows_N: Rows) -> None:
 
 
 def _unpack(rows_N: Rows, _output: Output, _temperature: float) -> NDArray[np.float32]:
-    return rows_N["values"].astype(np.float32)
+    # Same bits as NumPy's conversion of float16, several times as fast.
+    return torch.from_numpy(rows_N["values"].copy()).float().numpy()
 
 
 DENSE = Encoding(_pack, _unpack)

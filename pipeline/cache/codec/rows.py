@@ -91,6 +91,21 @@ def _check_fits(values_ND: NDArray[np.float32], rows_N: Rows, output: Output, ke
     )
 
 
+def raw_rows(column: pa.Array) -> NDArray[np.uint8]:
+    """A column of fixed-size bytes as [N, bytes of a row], over its own memory."""
+    width, first = column.type.byte_width, column.offset
+    if not len(column):
+        return np.empty((0, width), np.uint8)
+    raw = np.frombuffer(column.buffers()[1], np.uint8)
+    return raw[first * width : (first + len(column)) * width].reshape(-1, width)
+
+
+def column_of(raw_NW: NDArray[np.uint8]) -> pa.Array:
+    """The inverse, over the memory of the rows."""
+    num_rows, width = raw_NW.shape
+    return pa.Array.from_buffers(pa.binary(width), num_rows, [None, pa.py_buffer(np.ascontiguousarray(raw_NW))])
+
+
 def decode(column: pa.Array | pa.ChunkedArray, output: Output, *, temperature: float = 1.0) -> NDArray[np.float32]:
     """N stored rows to [N,D] fp32, as a loss at this temperature sees them; most encodings give the same at any.
 
@@ -103,7 +118,4 @@ def decode(column: pa.Array | pa.ChunkedArray, output: Output, *, temperature: f
         column = column.combine_chunks()
     if column.null_count:
         raise CacheError(f"{column.null_count} rows have no {output.name}")
-    raw = np.frombuffer(column.buffers()[1], np.uint8)
-    first, width = column.offset, dtype.itemsize
-    rows_N = raw[first * width : (first + len(column)) * width].view(dtype)
-    return encoding.unpack(rows_N, output, temperature)
+    return encoding.unpack(raw_rows(column).view(dtype)[:, 0], output, temperature)

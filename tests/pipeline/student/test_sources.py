@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from pipeline.cache.reader import ViewColumns, open_cache
 from pipeline.errors import CacheError, ShardError
 from pipeline.shards.index import NO_LABEL, STATUSES, ShardIndex
-from pipeline.student.sources import Recent, check_alignment, open_cached, open_indexed
+from pipeline.student.joined import check_alignment
+from pipeline.student.recent import Recent
+from pipeline.student.sources import open_cached, open_indexed
 from tests.pipeline.caches import shard_urls
 from tests.pipeline.student.conftest import Replay
 from tests.pipeline.student.runs import cached_source, index_shards, rewrite_view, set_cell, set_column

@@ -1,0 +1,187 @@
+"""Teacher columns joined to the 256 rows of a step, against files that one would write oneself.
+
+One thread, page cache warm. Rows of a step are as the order gives them: some of every shard. ``torch.load``: a file an
+image. ``records``: a file a shard of equal records, opened, sought and read for each key. ``memmap``: the same file,
+mapped once and kept open, one gather a shard. Each ends with fp32 logits [256, 1000] in the order of the batch. Ours,
+like these, of logits (and norms); and the loader's whole join, with boxes, flips, mates, labels, hashes and sample ids.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from jobs.build_cache import build_cache
+from pipeline.cache.codec import raw_rows
+from pipeline.cache.reader import TeacherCache, open_cache
+from pipeline.student.dataset import join_step
+from pipeline.student.order import OrderedRows, TrainingOrder
+from pipeline.student.sources import CachedSource, open_cached
+from pipeline.student.words import StoredWords
+from schemas.config import Config
+from tests.benchmarks.teachers import BENCH, CIFAR
+from tests.benchmarks.timing import Spread, interleaved, ratio
+
+ROUNDS, BATCH = 40, 256
+Values = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
+
+
+def random_teacher(encoding: str) -> Config:
+    """1,000 classes over CIFAR-10's images, by a network that learnt nothing: only the bytes matter here."""
+    return Config.model_validate(
+        {
+            "data": {"shards": f"{CIFAR}/train-{{00000..00009}}.tar", "num_classes": 1000},
+            "teacher": {
+                "model": "python:pipeline.models.cifar:resnet",
+                "kwargs": {"depth": 8},
+                "mean": (0.5, 0.5, 0.5),
+                "std": (0.25, 0.25, 0.25),
+                "batch_size": 256,
+            },
+            "views": {"kind": "crop", "count": 1, "size": 32},
+            "cache": {"url": str(BENCH / f"random1000-{encoding}"), "logits": encoding},
+            "ray": {"address": "none", "cpus_per_task": 2},
+        }
+    )
+
+
+def built(config: Config) -> TeacherCache:
+    """The finished cache of a config, built once."""
+    assert config.cache is not None
+    build_cache(config)
+    return open_cache(config.cache.url)
+
+
+def run() -> None:
+    if not CIFAR.exists():
+        print(f"  skipped, {CIFAR} is absent")
+        return
+    torch.set_num_threads(1)
+    for encoding in ("fp16", "int8"):
+        config = random_teacher(encoding)
+        source = open_cached([built(config)], config.data)
+        with tempfile.TemporaryDirectory() as folder:
+            _compare(encoding, source, config, Path(folder))
+        source.close()
+
+
+def _compare(encoding: str, source: CachedSource, config: Config, folder: Path) -> None:
+    order = TrainingOrder.build(
+        source.shard_ids,
+        source.num_ok,
+        seed=0,
+        global_batch_size=BATCH,
+        lanes=None,
+        kind="global",
+        tail="drop",
+        plan=config.views,
+    )
+    rows = order.epoch(0, 0)
+    steps = [rows.rows(step % order.num_steps, 0, 1) for step in range(ROUNDS + 1)]
+    layouts = _layouts(encoding, source, folder)
+    variants: dict[str, Callable[[OrderedRows], torch.Tensor]] = {
+        "ours, all columns": lambda rows: _all_columns(source, rows),
+        "ours, logits": lambda rows: _logits_alone(source, rows),
+        **layouts,
+    }
+    wanted = variants["ours, all columns"](steps[0])
+    for name, call in variants.items():
+        assert torch.equal(call(steps[0]), wanted), name
+    queues = {name: iter(steps) for name in variants}
+    seconds = interleaved(
+        {name: lambda call=call, name=name: call(next(queues[name])) for name, call in variants.items()}, rounds=ROUNDS
+    )
+    shards = np.mean([len(np.unique(step.shard_B)) for step in steps])
+    print(f"  {encoding}, {BATCH} rows of {shards:.0f} shards, 1000 classes")
+    for name, values in seconds.items():
+        each = Spread.of([value / BATCH * 1e6 for value in values])
+        print(f"    {name:<20}{each} us a row, time / ours {ratio(values, seconds['ours, logits'])}")
+
+
+def _all_columns(source: CachedSource, rows: OrderedRows) -> torch.Tensor:
+    found = join_step(source, rows, 0).words((1.0,))[0].logits_at(1.0)
+    assert found is not None
+    return found
+
+
+def _logits_alone(source: CachedSource, rows: OrderedRows) -> torch.Tensor:
+    pieces: list[tuple[NDArray[np.int64], StoredWords]] = []
+    for shard in np.unique(rows.shard_B).tolist():
+        where_N = np.flatnonzero(rows.shard_B == shard)
+        (columns,) = source.mapped(shard, 0)
+        pieces.append((where_N, StoredWords.of(columns, rows.row_B[where_N])))
+    return torch.from_numpy(StoredWords.placed(pieces, len(rows.row_B)).dense([1.0])[None])
+
+
+def _layouts(encoding: str, source: CachedSource, folder: Path) -> dict[str, Callable[[OrderedRows], torch.Tensor]]:
+    """Each shard's logits in files of one's own, in the cache's own bytes."""
+    names: dict[tuple[int, int], str] = {}
+    maps: list[NDArray[np.uint8]] = []
+    places: dict[str, tuple[Path, int]] = {}
+    for shard, num_ok in enumerate(source.num_ok):
+        raw_NW = raw_rows(source.columns(shard, 0)[0].logits.column)
+        path = folder / f"{source.shard_ids[shard]}.bin"
+        path.write_bytes(raw_NW.tobytes())
+        maps.append(np.memmap(path, np.uint8, "r", shape=raw_NW.shape))
+        ids = source.rows(shard, np.arange(num_ok, dtype=np.int32), 0).sample_ids
+        for row, sample_id in enumerate(ids):
+            names[shard, row] = sample_id
+            places[sample_id] = path, row * raw_NW.shape[1]
+            file = folder / f"{sample_id}.pt"
+            file.parent.mkdir(exist_ok=True)
+            torch.save(_saved(encoding, raw_NW[row]), file)
+    width = maps[0].shape[1]
+    values = _fp16 if encoding == "fp16" else _int8
+
+    def ids_of(rows: OrderedRows) -> list[str]:
+        return [names[key] for key in zip(rows.shard_B.tolist(), rows.row_B.tolist(), strict=True)]
+
+    def torch_load(rows: OrderedRows) -> torch.Tensor:
+        return torch.stack([_loaded(torch.load(folder / f"{name}.pt", weights_only=True)) for name in ids_of(rows)])
+
+    def records(rows: OrderedRows) -> torch.Tensor:
+        found = np.empty((len(rows.row_B), width), np.uint8)
+        for number, name in enumerate(ids_of(rows)):
+            path, offset = places[name]
+            with path.open("rb") as file:
+                file.seek(offset)
+                file.readinto(found[number])
+        return torch.from_numpy(values(found))
+
+    def memmap(rows: OrderedRows) -> torch.Tensor:
+        found = np.empty((len(rows.row_B), width), np.uint8)
+        for shard in np.unique(rows.shard_B).tolist():
+            where = np.flatnonzero(rows.shard_B == shard)
+            found[where] = maps[shard][rows.row_B[where]]
+        return torch.from_numpy(values(found))
+
+    return {"torch.load": torch_load, "records": records, "memmap": memmap}
+
+
+def _saved(encoding: str, row_W: NDArray[np.uint8]) -> Any:
+    if encoding == "fp16":
+        return torch.from_numpy(row_W.view(np.float16).copy())
+    offset, scale = row_W[:8].view(np.float32).tolist()
+    return {"offset": offset, "scale": scale, "codes": torch.from_numpy(row_W[8:].copy())}
+
+
+def _loaded(saved: Any) -> torch.Tensor:
+    if isinstance(saved, torch.Tensor):
+        return saved.float()
+    return torch.tensor(saved["offset"]) + torch.tensor(saved["scale"]) * saved["codes"].float()
+
+
+def _fp16(found_NW: NDArray[np.uint8]) -> NDArray[np.float32]:
+    # As fast as there is; NumPy takes longer for it than for the rest.
+    return torch.from_numpy(found_NW.view(np.float16)).float().numpy()
+
+
+def _int8(found_NW: NDArray[np.uint8]) -> NDArray[np.float32]:
+    numbers_N2 = found_NW[:, :8].copy().view(np.float32)
+    return numbers_N2[:, :1] + numbers_N2[:, 1:] * found_NW[:, 8:].astype(np.float32)
