@@ -6,7 +6,7 @@ order, and resuming is starting at another step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from pipeline.errors import CacheError, StillroomError
 from pipeline.student.order import EpochOrder, OrderedRows, TrainingOrder
 from pipeline.student.sources import RowSource, ShardRows, check_labelled, read_image
-from pipeline.student.words import TeacherWords
+from pipeline.student.words import StoredWords, TeacherWords
 from pipeline.views.options import cut_boxes, drawn_row
 from pipeline.views.pixels import apply_view, stack_views
 from schemas.config import Interpolation
@@ -170,7 +170,7 @@ class _Joined:
             self.cut_B4[where_N] = cut_N4
         self.words = self.words or [_JoinedWords(len(self.label_B)) for _ in found.words]
         for words, stored in zip(self.words, found.words, strict=True):
-            words.put(where_N, stored.dense(self._temperatures), stored.norm_N)
+            words.put(where_N, stored, self._temperatures)
 
 
 class _JoinedWords:
@@ -179,22 +179,27 @@ class _JoinedWords:
     def __init__(self, size: int) -> None:
         self._norm_B = np.empty(size, np.float32)
         self._logits: dict[float | None, NDArray[np.float32]] = {}
+        self._embedding_BD: NDArray[np.float32] | None = None
 
-    def put(
-        self,
-        where_N: NDArray[np.int64],
-        logits: Mapping[float | None, NDArray[np.float32]],
-        norm_N: NDArray[np.float32],
-    ) -> None:
-        self._norm_B[where_N] = norm_N
-        for key, logits_NK in logits.items():
-            if key not in self._logits:
-                self._logits[key] = np.empty((len(self._norm_B), logits_NK.shape[1]), np.float32)
-            self._logits[key][where_N] = logits_NK
+    def put(self, where_N: NDArray[np.int64], stored: StoredWords, temperatures: tuple[float, ...]) -> None:
+        self._norm_B[where_N] = stored.norm_N
+        for key, logits_NK in stored.dense(temperatures).items():
+            self._logits[key] = self._placed(self._logits.get(key), where_N, logits_NK)
+        if stored.embedding is not None:
+            self._embedding_BD = self._placed(self._embedding_BD, where_N, stored.embedding.dense())
+
+    def _placed(
+        self, into: NDArray[np.float32] | None, where_N: NDArray[np.int64], rows: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        """Rows at their places in ``into``, which the first rows make."""
+        into = np.empty((len(self._norm_B), rows.shape[1]), np.float32) if into is None else into
+        into[where_N] = rows
+        return into
 
     def finish(self) -> TeacherWords:
         logits = {key: torch.from_numpy(logits_BK) for key, logits_BK in self._logits.items()}
-        return TeacherWords(logits, torch.from_numpy(self._norm_B))
+        embedding_BD = None if self._embedding_BD is None else torch.from_numpy(self._embedding_BD)
+        return TeacherWords(logits, torch.from_numpy(self._norm_B), embedding_BD)
 
 
 def _stack(pixels: list[Tensor | None]) -> Tensor:

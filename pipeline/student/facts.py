@@ -29,6 +29,13 @@ class LessonFacts:
     size: int | None
     caches: tuple[TeacherCache, ...]
     """One a teacher; none where a teacher is asked in training, or nobody is."""
+    means_cache: TeacherCache | None = None
+    """Where the class means of a teacher online are kept."""
+
+    @property
+    def opened(self) -> tuple[TeacherCache, ...]:
+        """All caches that the run reads, in the order in which it pins their manifests."""
+        return self.caches if self.means_cache is None else (self.means_cache,)
 
 
 def lesson_facts(config: Config) -> LessonFacts:
@@ -39,11 +46,9 @@ def lesson_facts(config: Config) -> LessonFacts:
     """
     if config.teacher.mode != "cache":
         assert config.data.num_classes is not None
-        return LessonFacts(config.data, config.views, config.data.num_classes, config.views.size, ())
-    assert config.run is not None
-    urls = config.data.caches
-    pinned = checkpoint.pinned_manifests(config.run.url, len(urls))
-    caches = tuple(open_cache(url, manifest_bytes=manifest) for url, manifest in zip(urls, pinned, strict=True))
+        means = _open(config, () if config.teacher.class_means is None else (config.teacher.class_means,))
+        return LessonFacts(config.data, config.views, config.data.num_classes, config.views.size, (), *means)
+    caches = _open(config, config.data.caches)
     check_same_plans(caches)
     # All say the same of views, classes and reading rules.
     first = caches[0]
@@ -51,6 +56,13 @@ def lesson_facts(config: Config) -> LessonFacts:
     _check_same_views(config, plan, first)
     _check_same_teacher(config, caches)
     return LessonFacts(_data_of(config, first), plan, first.header.num_classes, _size_of(config, caches), caches)
+
+
+def _open(config: Config, urls: Sequence[str]) -> tuple[TeacherCache, ...]:
+    """In the states that the run has pinned."""
+    assert config.run is not None
+    pinned = checkpoint.pinned_manifests(config.run.url, len(urls))
+    return tuple(open_cache(url, manifest_bytes=manifest) for url, manifest in zip(urls, pinned, strict=True))
 
 
 def _size_of(config: Config, caches: Sequence[TeacherCache]) -> int:

@@ -13,23 +13,23 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import storage
-from pipeline.cache.reader import TeacherCache
 from pipeline.errors import ConfigError
 from pipeline.fingerprint import short
 from pipeline.models import InputSpec, lay_out, load_model
 from pipeline.student import checkpoint
 from pipeline.student.canaries import check_canaries
+from pipeline.student.class_means import cached_means, online_means
 from pipeline.student.dataset import Batch, InputSize, StepDataset, load_batches
 from pipeline.student.evaluate import Evaluation, Evaluator, make_evaluator
 from pipeline.student.facts import LessonFacts, lesson_facts
 from pipeline.student.fidelity import fidelity_warnings
-from pipeline.student.losses import BatchShare, CompositeLoss, LossInputs, TeacherInputs, check_class_means
+from pipeline.student.losses import BatchShare, ClassDirections, CompositeLoss, LossInputs, TeacherInputs
 from pipeline.student.metrics import MetricsFile, StepLog
 from pipeline.student.network import Student
 from pipeline.student.optim import make_optimizer, make_schedule
 from pipeline.student.order import TrainingOrder
-from pipeline.student.preflight import check_caches_serve, check_config
-from pipeline.student.sources import CachedSource, RowSource, check_any_labelled, index_url, open_cached, open_indexed
+from pipeline.student.preflight import check_caches_serve, check_config, check_means_serve
+from pipeline.student.sources import RowSource, check_any_labelled, index_url, open_cached, open_indexed
 from pipeline.student.words import TeacherWords
 from pipeline.student.world import World
 from pipeline.teacher.infer import Teacher, load_teacher
@@ -52,8 +52,10 @@ class Lessons:
     facts: LessonFacts
     source: RowSource
     teacher: Teacher | None
-    class_means: tuple[Tensor | None, ...]
-    """One a teacher: [K,D] where the loss needs it."""
+    class_directions: tuple[ClassDirections | None, ...]
+    """One a teacher, where the loss needs it."""
+    teacher_dims: tuple[int, ...]
+    """Widths of the teachers' embeddings."""
 
 
 def train(config: Config, world: World | None = None, report: Report = _quiet) -> dict[str, Any]:
@@ -88,7 +90,7 @@ def _begin(config: Config, world: World, report: Report) -> Trainer:
     """
     trainer = Trainer(config, world, report)
     checkpoint.claim_run(trainer.run_url, config)
-    opened = tuple(cache.manifest_bytes for cache in trainer.lessons.facts.caches)
+    opened = tuple(cache.manifest_bytes for cache in trainer.lessons.facts.opened)
     if checkpoint.pin_manifests(trainer.run_url, opened) == opened:
         return trainer
     # Another rank opened a cache before or after it was extended, and was first to pin what it saw.
@@ -105,6 +107,7 @@ def open_lessons(config: Config, loss: CompositeLoss, device: torch.device) -> L
     """
     facts = lesson_facts(config)
     check_caches_serve(loss, facts.caches)
+    check_means_serve(loss, facts)
     if facts.caches:
         return _cached_lessons(loss, facts, device)
     source = open_indexed(index_url(config), facts.data, facts.plan)
@@ -112,9 +115,12 @@ def open_lessons(config: Config, loss: CompositeLoss, device: torch.device) -> L
         source.check_labelled()
     _check_labels(loss, source, facts)
     if config.teacher.mode == "none":
-        return Lessons(facts, source, None, ())
+        return Lessons(facts, source, None, (), ())
     teacher = load_teacher(config.teacher, num_classes=facts.num_classes, size=facts.size, device=device)
-    return Lessons(facts, source, teacher, (None,))
+    directions = None
+    if loss.needs_class_means and facts.means_cache is not None:
+        directions = ClassDirections.of(online_means(facts.means_cache, teacher, source).to(device))
+    return Lessons(facts, source, teacher, (directions,), (teacher.module.embedding_dim,))
 
 
 def _refuses_unlabelled(config: Config, loss: CompositeLoss) -> bool:
@@ -127,23 +133,15 @@ def _check_labels(loss: CompositeLoss, source: RowSource, facts: LessonFacts) ->
 
 
 def _cached_lessons(loss: CompositeLoss, facts: LessonFacts, device: torch.device) -> Lessons:
-    source = open_cached(facts.caches, facts.data)
+    source = open_cached(facts.caches, facts.data, keeps_embeddings=loss.needs_teacher_embedding)
     _check_labels(loss, source, facts)
     # On every rank: each may run on another machine, with pixels of its own.
     check_canaries(source, max_pixels=facts.data.max_pixels)
-    means = tuple(_class_means(cache, source).to(device) if loss.needs_embedding else None for cache in facts.caches)
-    return Lessons(facts, source, None, means)
-
-
-def _class_means(cache: TeacherCache, source: CachedSource) -> Tensor:
-    """[K,D] on the CPU."""
-    means = cache.class_means()
-    assert means is not None, "check_caches_serve has seen to it"
-    means_KD = torch.from_numpy(means.mean_KD)
-    # Means of the cache's own are of the labels that occur; imported ones may be of others.
-    count_K = source.label_counts(len(means_KD)) if means.count_K is None else means.count_K
-    check_class_means(means_KD, torch.from_numpy(count_K), where=storage.redact(cache.url))
-    return means_KD
+    directions = tuple(
+        ClassDirections.of(cached_means(cache, source).to(device)) if loss.needs_class_means else None
+        for cache in facts.caches
+    )
+    return Lessons(facts, source, None, directions, tuple(cache.header.embedding_dim for cache in facts.caches))
 
 
 class Trainer:
@@ -158,7 +156,7 @@ class Trainer:
         self.loss = CompositeLoss(config.loss, where="loss")
         self.lessons = open_lessons(config, self.loss, world.device)
         self.order = _order(config.train, self.lessons)
-        self.student, self.spec = _student(config, self.lessons)
+        self.student, self.spec = _student(config, self.lessons, self.loss)
         lay_out(self.student.train(), world.device)
         _check_batches(self.order, self.student, world.size)
         self.optimizer = make_optimizer(self.student, config.train)
@@ -269,18 +267,23 @@ class Trainer:
     def _forward(self, images: Tensor, batch: Batch) -> LossInputs:
         autocast = self.config.train.precision == "bf16"
         with torch.autocast(self.world.device.type, dtype=torch.bfloat16) if autocast else nullcontext():
-            student_BK, embeddings = self.module(images)
+            student_BK, embedding_BD, projected = self.module(images)
         words = batch.words if self.lessons.teacher is None else (_ask(self.lessons.teacher, batch),)
-        teachers = zip(words, embeddings, self.lessons.class_means, strict=True)
         return LossInputs(
             student_BK=student_BK,
             labels_B=batch.labels_B,
+            embedding_BD=embedding_BD,
             teachers=tuple(
-                TeacherInputs(words=said, student_BD=student_BD, class_means_KD=means_KD)
-                for said, student_BD, means_KD in teachers
+                TeacherInputs(
+                    words=said,
+                    projected={key: student_BD[number] for key, student_BD in projected.items()},
+                    class_directions=directions,
+                )
+                for number, (said, directions) in enumerate(zip(words, self.lessons.class_directions, strict=True))
             ),
             partner_B=batch.partner_B,
             lambda_B=batch.lambda_B,
+            sum_over_ranks=self.world.sum_with_gradient,
         )
 
     def _share(self, inputs: LossInputs, batch: Batch) -> BatchShare:
@@ -390,7 +393,7 @@ class Trainer:
 def _ask(teacher: Teacher, batch: Batch) -> TeacherWords:
     pixels = batch.pixels_BCHW if batch.teacher_pixels_BCHW is None else batch.teacher_pixels_BCHW
     teacher_BK, teacher_BD = teacher.forward(pixels, batch.partner_B, batch.lambda_B, batch.cut_B4)
-    return TeacherWords({None: teacher_BK}, teacher_BD.norm(dim=1))
+    return TeacherWords({None: teacher_BK}, teacher_BD.norm(dim=1), teacher_BD)
 
 
 def _order(train: TrainConfig, lessons: Lessons) -> TrainingOrder:
@@ -406,7 +409,7 @@ def _order(train: TrainConfig, lessons: Lessons) -> TrainingOrder:
     )
 
 
-def _student(config: Config, lessons: Lessons) -> tuple[Student, InputSpec]:
+def _student(config: Config, lessons: Lessons, loss: CompositeLoss) -> tuple[Student, InputSpec]:
     """The student with its first weights, a function of ``train.seed`` alone, and what it eats."""
     assert config.student is not None
     loaded = load_model(
@@ -417,10 +420,10 @@ def _student(config: Config, lessons: Lessons) -> tuple[Student, InputSpec]:
         where="student",
         allow_new_head=True,
     )
-    teacher_dims = [None if means_KD is None else means_KD.shape[1] for means_KD in lessons.class_means]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
-        return Student(loaded.module, teacher_dims=teacher_dims), loaded.input
+        student = Student(loaded.module, terms=loss.projected, teacher_dims=lessons.teacher_dims)
+    return student, loaded.input
 
 
 def _check_batches(order: TrainingOrder, student: Student, world_size: int) -> None:

@@ -160,6 +160,16 @@ def check_any_labelled(source: RowSource, data: DataConfig) -> None:
         )
 
 
+def label_counts(source: RowSource, num_classes: int, *, shards: Sequence[int] | None = None) -> NDArray[np.int64]:
+    """How many ok rows of all shards, or of these, have each label; reads their indexes. int64 [K]."""
+    shards = range(len(source.shard_ids)) if shards is None else shards
+    counts = np.zeros(num_classes, np.int64)
+    for shard in shards:
+        label_N = source.labels(shard)
+        counts += np.bincount(label_N[label_N != NO_LABEL], minlength=num_classes)
+    return counts
+
+
 class _Files:
     """Shards by position, local or fetched once a node; the last used stay open."""
 
@@ -243,8 +253,10 @@ class CachedSource:
     All caches hold the same views of the same rows; index and views are the first one's.
     """
 
-    def __init__(self, caches: Sequence[TeacherCache], shards: list[ShardEntry], urls: list[str]) -> None:
-        self.caches, self._shards = tuple(caches), shards
+    def __init__(
+        self, caches: Sequence[TeacherCache], shards: list[ShardEntry], urls: list[str], *, keeps_embeddings: bool
+    ) -> None:
+        self.caches, self._shards, self._keeps_embeddings = tuple(caches), shards, keeps_embeddings
         self.num_views = min(cache.num_views for cache in caches)
         self.shard_ids = [shard.shard_id for shard in shards]
         self.num_ok = [shard.num_ok for shard in shards]
@@ -267,21 +279,17 @@ class CachedSource:
     def _join(self, key: tuple[int, int]) -> tuple[ViewColumns, ...]:
         shard, view = key
         index, where = self._indexes.get(shard), f"view {view} of {self.shard_ids[shard]}"
-        # Losses take norms and class means; embeddings would be kept for nobody.
-        of_caches = tuple(replace(cache.view(index.shard_id, view), embedding=None) for cache in self.caches)
+        of_caches = tuple(cache.view(index.shard_id, view) for cache in self.caches)
+        if not self._keeps_embeddings:
+            # Most losses take norms and class means; embeddings would be kept for nobody.
+            of_caches = tuple(replace(columns, embedding=None) for columns in of_caches)
         for cache, columns in zip(self.caches, of_caches, strict=True):
             check_alignment(columns, index, where=f"{where} in {storage.redact(cache.url)}")
         check_same_views(of_caches, where=where)
         return of_caches
 
-    def label_counts(self, num_classes: int) -> NDArray[np.int64]:
-        """How many ok rows of all shards have each label; reads every index. int64 [K]."""
-        labels = (self.labels(shard) for shard in range(len(self.shard_ids)))
-        counts = [np.bincount(label_N[label_N != NO_LABEL], minlength=num_classes) for label_N in labels]
-        return np.sum(counts, axis=0)
-
     def columns(self, shard: int, view: int) -> tuple[ViewColumns, ...]:
-        """Of each cache all ok rows of a shard under a view, less embeddings, proven to be those of the index."""
+        """Of each cache all ok rows of a shard under a view, proven to be those of the index."""
         return self._columns.get((shard, view))
 
     def rows(self, shard: int, ordinal_N: NDArray[np.int32], epoch: int) -> ShardRows:
@@ -351,9 +359,9 @@ def _misplaced(row_N: NDArray[np.int32], wanted_N: NDArray[np.int32]) -> str:
     return ", ".join(told) or "the right ones in another order"
 
 
-def open_cached(caches: Sequence[TeacherCache], data: DataConfig) -> CachedSource:
+def open_cached(caches: Sequence[TeacherCache], data: DataConfig, *, keeps_embeddings: bool = False) -> CachedSource:
     """The caches' rows, with shards from ``data.shards`` if given, else all of them from where the first cache found
-    them.
+    them; with the teachers' embeddings only where a loss reads them.
 
     Raises:
         CacheError: a shard is not in a cache, or two caches do not hold the same shards or the same samples in them.
@@ -369,7 +377,7 @@ def open_cached(caches: Sequence[TeacherCache], data: DataConfig) -> CachedSourc
         _check_holds(cache, names)
     check_same_samples(caches, names)
     by_id = {shard.shard_id: shard for shard in first.shards}
-    return CachedSource(caches, [by_id[name] for name in names], urls)
+    return CachedSource(caches, [by_id[name] for name in names], urls, keeps_embeddings=keeps_embeddings)
 
 
 def _check_holds(cache: TeacherCache, names: list[str]) -> None:
