@@ -17,6 +17,7 @@ from pipeline.errors import ConfigError
 from pipeline.fingerprint import short
 from pipeline.models import InputSpec, lay_out, load_model
 from pipeline.student import checkpoint
+from pipeline.student.advice import advice
 from pipeline.student.canaries import check_canaries
 from pipeline.student.class_means import cached_means, online_means
 from pipeline.student.dataset import Batch, InputSize, StepDataset, load_batches
@@ -198,9 +199,13 @@ class Trainer:
             return self._finish(self._train(metrics), metrics)
 
     def _warn(self) -> None:
+        if not self.world.leads:
+            return
         for cache in self.lessons.facts.caches:
             for text in fidelity_warnings(cache.header, cache.manifest.statistics, self.config.loss):
                 self._say("warning", text=text)
+        for text in advice(self.config, self.lessons.facts, self.lessons.source, world_size=self.world.size):
+            self._say("warning", text=text)
 
     def _train(self, metrics: MetricsFile | None) -> Evaluation | None:
         """All steps that are left. Returns the evaluation after the last epoch, where one was made."""
