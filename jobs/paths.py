@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.errors import ConfigError
-from schemas.config import CacheConfig, Config
+from schemas.config import CacheConfig, Config, ModelConfig, TeacherConfig
 
 _WITHOUT_FILE = ("random", "pretrained")
 
@@ -31,8 +31,8 @@ def with_absolute_paths(config: Config) -> Config:
         update["cache"] = config.cache.model_copy(update=_cache(config.cache))
     for name in ("teacher", "student"):
         section = getattr(config, name)
-        if section is not None and section.weights not in _WITHOUT_FILE:
-            update[name] = section.model_copy(update={"weights": storage.absolute(section.weights)})
+        if section is not None:
+            update[name] = section.model_copy(update=_model(section))
     return config.model_copy(update=update)
 
 
@@ -45,6 +45,15 @@ def _check_shared(url: str, address: str, *, where: str) -> None:
             wanted="a URL that all processes see",
             next_step="name a folder or a bucket, or set ray.address=none",
         )
+
+
+def _model(section: ModelConfig) -> dict[str, Any]:
+    urls: dict[str, Any] = {}
+    if section.weights not in _WITHOUT_FILE:
+        urls["weights"] = storage.absolute(section.weights)
+    if isinstance(section, TeacherConfig) and section.class_means is not None:
+        urls["class_means"] = storage.absolute(section.class_means)
+    return urls
 
 
 def _cache(cache: CacheConfig) -> dict[str, Any]:

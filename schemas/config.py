@@ -135,6 +135,9 @@ class TeacherConfig(ModelConfig):
     mode: Literal["none", "cache", "online"] = Field("cache", description="What a student learns from, in training.")
     precision: Precision = Field("fp32", description="Arithmetic of the forward pass (autocast below fp32).")
     batch_size: int = Field(64, ge=1, description="Rows per forward; the last batch of a mix group is padded to it.")
+    class_means: str | None = Field(
+        None, min_length=1, description="mode online, for nd: URL of a finished cache of this teacher with class means."
+    )
 
 
 class JitterConfig(Section):
@@ -295,6 +298,22 @@ class DistLoss(LossSection):
     temperature: float = Field(1.0, gt=0, description="T of both softmaxes; the loss is scaled by T².")
     inter_weight: float = Field(1.0, ge=0, description="β: relations among the classes of one sample.")
     intra_weight: float = Field(1.0, ge=0, description="γ: relations among the samples of one class.")
+    gather: bool = Field(False, description="Relations over the global batch instead of each rank's own rows.")
+
+
+class DkdLoss(LossSection):
+    """DKD, Zhao 2022."""
+
+    name: Literal["dkd"]
+    temperature: float = Field(4.0, gt=0, description="T of both softmaxes; the loss is scaled by T².")
+    alpha: float = Field(1.0, ge=0, description="Weight of TCKD: target against not target.")
+    beta: float = Field(8.0, ge=0, description="Weight of NCKD: the other classes among themselves.")
+
+
+class HardLoss(LossSection):
+    """Cross-entropy against the teacher's argmax."""
+
+    name: Literal["hard"]
 
 
 class NdLoss(LossSection):
@@ -326,7 +345,29 @@ class ReviewKdLoss(LossSection):
         return self
 
 
-LossConfig = Annotated[CeLoss | KdLoss | DistLoss | NdLoss | ReviewKdLoss, Field(discriminator="name")]
+class SifnLoss(LossSection):
+    """Longer embeddings step by step, whatever the teacher says; an ablation of the ND paper."""
+
+    name: Literal["sifn"]
+    increase: float = Field(1.0, gt=0, description="r: by how much the embedding's norm is to grow.")
+
+
+class CosineLoss(LossSection):
+    """1 - cosine of the student's and the teacher's embedding; needs cached embeddings or a teacher online."""
+
+    name: Literal["cosine"]
+
+
+class MseLoss(LossSection):
+    """Mean squared difference of the same."""
+
+    name: Literal["mse"]
+
+
+LossConfig = Annotated[
+    CeLoss | KdLoss | DistLoss | DkdLoss | HardLoss | NdLoss | SifnLoss | CosineLoss | MseLoss | ReviewKdLoss,
+    Field(discriminator="name"),
+]
 
 
 class TrainConfig(Section):

@@ -195,7 +195,8 @@ class JoinedStep:
         pieces = [(where_N, found.words[teacher]) for _, where_N, found in self.pieces]
         stored = StoredWords.placed(pieces, len(self.label_B))
         logits = {key: torch.from_numpy(logits_BK) for key, logits_BK in stored.dense(temperatures).items()}
-        return TeacherWords(logits, torch.from_numpy(stored.norm_N))
+        embedding_BD = None if stored.embedding is None else torch.from_numpy(stored.embedding.dense())
+        return TeacherWords(logits, torch.from_numpy(stored.norm_N), embedding_BD)
 
 
 def join_step(source: RowSource, rows: OrderedRows, epoch: int) -> JoinedStep:

@@ -32,6 +32,13 @@ class LessonFacts:
     size: int | None
     caches: tuple[TeacherCache, ...]
     """One a teacher; none where a teacher is asked in training, or nobody is."""
+    means_cache: TeacherCache | None = None
+    """Where the class means of a teacher online are kept."""
+
+    @property
+    def opened(self) -> tuple[TeacherCache, ...]:
+        """All caches that the run reads, in the order in which it pins their manifests."""
+        return self.caches if self.means_cache is None else (self.means_cache,)
 
     @property
     def student_plan(self) -> ViewsConfig:
@@ -48,12 +55,9 @@ def lesson_facts(config: Config) -> LessonFacts:
     if config.teacher.mode != "cache":
         assert config.data.num_classes is not None
         own = student_views(config, config.views)
-        return LessonFacts(config.data, config.views, own, config.data.num_classes, config.views.size, ())
-    assert config.run is not None
-    urls = config.data.caches
-    pinned = checkpoint.pinned_manifests(config.run.url, len(urls))
-    caches = tuple(open_cache(url, manifest_bytes=manifest) for url, manifest in zip(urls, pinned, strict=True))
-    return facts_of(config, caches)
+        means = _open(config, () if config.teacher.class_means is None else (config.teacher.class_means,))
+        return LessonFacts(config.data, config.views, own, config.data.num_classes, config.views.size, (), *means)
+    return facts_of(config, _open(config, config.data.caches))
 
 
 def facts_of(config: Config, caches: tuple[TeacherCache, ...]) -> LessonFacts:
@@ -100,6 +104,13 @@ def student_views(config: Config, plan: ViewsConfig) -> ViewsConfig | None:
     raise ConfigError(
         "the student cannot have views of its own here", where="student.views", got=got, next_step=next_step
     )
+
+
+def _open(config: Config, urls: Sequence[str]) -> tuple[TeacherCache, ...]:
+    """In the states that the run has pinned."""
+    assert config.run is not None
+    pinned = checkpoint.pinned_manifests(config.run.url, len(urls))
+    return tuple(open_cache(url, manifest_bytes=manifest) for url, manifest in zip(urls, pinned, strict=True))
 
 
 def _size_of(config: Config, caches: Sequence[TeacherCache]) -> int:

@@ -13,29 +13,30 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import storage
-from pipeline.cache.reader import TeacherCache
 from pipeline.errors import ConfigError
 from pipeline.fingerprint import short
 from pipeline.models import InputSpec, LoadedModel, lay_out, load_model, observe_maps, with_maps
 from pipeline.student import checkpoint
 from pipeline.student.accumulate import combined, fewest_rows, micro_batches, num_pieces
+from pipeline.student.advice import advice
 from pipeline.student.canaries import CanaryReport, check_canaries
+from pipeline.student.class_means import cached_means, online_means
 from pipeline.student.dataset import Batch, InputSize, StepDataset, load_batches
 from pipeline.student.evaluate import Evaluation, Evaluator, make_evaluator
 from pipeline.student.facts import LessonFacts, lesson_facts
 from pipeline.student.fidelity import fidelity_warnings
 from pipeline.student.freeze import freeze
-from pipeline.student.losses import BatchShare, CompositeLoss, LossInputs, TeacherInputs, check_class_means
+from pipeline.student.losses import BatchShare, ClassDirections, CompositeLoss, LossInputs, TeacherInputs
 from pipeline.student.losses.arithmetic import is_labelled
 from pipeline.student.metrics import MetricsFile, StepLog
-from pipeline.student.network import Student
+from pipeline.student.network import Student, StudentAnswer
 from pipeline.student.order import TrainingOrder, order_of
 from pipeline.student.overlap import SeenImages
 from pipeline.student.prefetch import crowding
-from pipeline.student.preflight import check_caches_serve, check_config
+from pipeline.student.preflight import check_caches_serve, check_config, check_means_serve
 from pipeline.student.review import Review, ReviewPlan, plan_review, review_section
 from pipeline.student.runtime import check_compiler, demand_workspace, deterministic
-from pipeline.student.sources import CachedSource, RowSource, check_any_labelled, index_url, open_cached, open_indexed
+from pipeline.student.sources import RowSource, check_any_labelled, index_url, open_cached, open_indexed
 from pipeline.student.speed import Speedometer
 from pipeline.student.update import Updater
 from pipeline.student.words import TeacherWords
@@ -61,8 +62,10 @@ class Lessons:
     facts: LessonFacts
     source: RowSource
     teacher: Teacher | None
-    class_means: tuple[Tensor | None, ...]
-    """One a teacher: [K,D] where the loss needs it."""
+    class_directions: tuple[ClassDirections | None, ...]
+    """One a teacher, where the loss needs it."""
+    teacher_dims: tuple[int, ...]
+    """Widths of the teachers' embeddings."""
     canaries: CanaryReport = field(default_factory=CanaryReport)
 
 
@@ -101,7 +104,7 @@ def _begin(config: Config, world: World, report: Report) -> Trainer:
     """
     trainer = Trainer(config, world, report)
     checkpoint.claim_run(trainer.run_url, config)
-    opened = tuple(cache.manifest_bytes for cache in trainer.lessons.facts.caches)
+    opened = tuple(cache.manifest_bytes for cache in trainer.lessons.facts.opened)
     if checkpoint.pin_manifests(trainer.run_url, opened) == opened:
         return trainer
     # Another rank opened a cache before or after it was extended, and was first to pin what it saw.
@@ -118,6 +121,7 @@ def open_lessons(config: Config, loss: CompositeLoss, device: torch.device) -> L
     """
     facts = lesson_facts(config)
     check_caches_serve(loss, facts.caches)
+    check_means_serve(loss, facts)
     if facts.caches:
         return _cached_lessons(loss, facts, device)
     source = open_indexed(index_url(config), facts.data, facts.plan)
@@ -125,9 +129,12 @@ def open_lessons(config: Config, loss: CompositeLoss, device: torch.device) -> L
         source.check_labelled()
     _check_labels(loss, source, facts)
     if config.teacher.mode == "none":
-        return Lessons(facts, source, None, ())
+        return Lessons(facts, source, None, (), ())
     teacher = load_teacher(config.teacher, num_classes=facts.num_classes, size=facts.size, device=device)
-    return Lessons(facts, source, teacher, (None,))
+    directions = None
+    if loss.needs_class_means and facts.means_cache is not None:
+        directions = ClassDirections.of(online_means(facts.means_cache, teacher, source).to(device))
+    return Lessons(facts, source, teacher, (directions,), (teacher.module.embedding_dim,))
 
 
 def _refuses_unlabelled(config: Config, loss: CompositeLoss) -> bool:
@@ -140,23 +147,16 @@ def _check_labels(loss: CompositeLoss, source: RowSource, facts: LessonFacts) ->
 
 
 def _cached_lessons(loss: CompositeLoss, facts: LessonFacts, device: torch.device) -> Lessons:
-    source = open_cached(facts.caches, facts.data)
+    source = open_cached(facts.caches, facts.data, keeps_embeddings=loss.needs_teacher_embedding)
     _check_labels(loss, source, facts)
     # On every rank: each may run on another machine, with pixels of its own.
     canaries = check_canaries(source, max_pixels=facts.data.max_pixels, allowed_levels=facts.data.allow_pixel_drift)
-    means = tuple(_class_means(cache, source).to(device) if loss.needs_embedding else None for cache in facts.caches)
-    return Lessons(facts, source, None, means, canaries)
-
-
-def _class_means(cache: TeacherCache, source: CachedSource) -> Tensor:
-    """[K,D] on the CPU."""
-    means = cache.class_means()
-    assert means is not None, "check_caches_serve has seen to it"
-    means_KD = torch.from_numpy(means.mean_KD)
-    # Means of the cache's own are of the labels that occur; imported ones may be of others.
-    count_K = source.label_counts(len(means_KD)) if means.count_K is None else means.count_K
-    check_class_means(means_KD, torch.from_numpy(count_K), where=storage.redact(cache.url))
-    return means_KD
+    directions = tuple(
+        ClassDirections.of(cached_means(cache, source).to(device)) if loss.needs_class_means else None
+        for cache in facts.caches
+    )
+    widths = tuple(cache.header.embedding_dim for cache in facts.caches)
+    return Lessons(facts, source, None, directions, widths, canaries)
 
 
 class Trainer:
@@ -172,7 +172,7 @@ class Trainer:
         self.lessons = open_lessons(config, self.loss, world.device)
         source = self.lessons.source
         self.order = order_of(config.train, source.shard_ids, source.num_ok, self.lessons.facts.plan)
-        self.student, self.spec = _student(config, self.lessons)
+        self.student, self.spec = _student(config, self.lessons, self.loss)
         lay_out(self.student.train(), world.device)
         freeze(self.student.model.network, config.train.freeze)
         _check_batches(self.order, self.student, world.size, config.train.accumulate)
@@ -226,9 +226,13 @@ class Trainer:
             drift = self.lessons.canaries.over_ranks(self.world)
             if drift.num_drifted:
                 self._say("warning", text=drift.warning())
+        if not self.world.leads:
+            return
         for cache in self.lessons.facts.caches:
             for text in fidelity_warnings(cache.header, cache.manifest.statistics, self.config.loss):
                 self._say("warning", text=text)
+        for text in advice(self.config, self.lessons.facts, self.lessons.source, world_size=self.world.size):
+            self._say("warning", text=text)
         text = crowding(self.lessons.source, self.order, rank=self.world.rank, world_size=self.world.size)
         if text is not None:
             self._say("warning", text=text)
@@ -346,27 +350,28 @@ class Trainer:
     def _forward(self, images: Tensor, batch: Batch) -> LossInputs:
         dtype = _AUTOCAST.get(self.config.train.precision)
         with torch.autocast(self.world.device.type, dtype=dtype, enabled=dtype is not None):
-            student_BK, embeddings, student_maps = self.module(images)
+            answer: StudentAnswer = self.module(images)
         words, teacher_maps = batch.words, ()
         if self.lessons.teacher is not None:
             said, teacher_maps = _ask(self.lessons.teacher, batch, self.student.review)
             words = (said,)
-        teachers = zip(words, embeddings, self.lessons.class_means, strict=True)
         return LossInputs(
-            student_BK=student_BK,
+            student_BK=answer.logits_BK,
             labels_B=batch.labels_B,
+            embedding_BD=answer.embedding_BD,
             teachers=tuple(
                 TeacherInputs(
                     words=said,
-                    student_BD=student_BD,
-                    class_means_KD=means_KD,
-                    student_maps=student_maps or None,
+                    projected={key: of_teachers[number] for key, of_teachers in answer.projected.items()},
+                    class_directions=directions,
+                    student_maps=answer.maps or None,
                     teacher_maps=teacher_maps or None,
                 )
-                for said, student_BD, means_KD in teachers
+                for number, (said, directions) in enumerate(zip(words, self.lessons.class_directions, strict=True))
             ),
             partner_B=batch.partner_B,
             lambda_B=batch.lambda_B,
+            sum_over_ranks=self.world.sum_with_gradient,
         )
 
     def _num_labelled_global(self, batch: Batch) -> int | Tensor:
@@ -502,10 +507,10 @@ def _ask(teacher: Teacher, batch: Batch, review: Review | None) -> tuple[Teacher
     asked = pixels, batch.partner_B, batch.lambda_B, batch.cut_B4
     (teacher_BK, teacher_BD), maps = with_maps(named, teacher.forward, *asked)
     levels = () if review is None else review.plan.levels(maps, teacher_BD)
-    return TeacherWords({None: teacher_BK}, teacher_BD.norm(dim=1)), levels
+    return TeacherWords({None: teacher_BK}, teacher_BD.norm(dim=1), teacher_BD), levels
 
 
-def _student(config: Config, lessons: Lessons) -> tuple[Student, InputSpec]:
+def _student(config: Config, lessons: Lessons, loss: CompositeLoss) -> tuple[Student, InputSpec]:
     """The student with its first weights, a function of ``train.seed`` alone, and what it eats."""
     assert config.student is not None
     loaded = load_model(
@@ -516,11 +521,11 @@ def _student(config: Config, lessons: Lessons) -> tuple[Student, InputSpec]:
         where="student",
         allow_new_head=True,
     )
-    teacher_dims = [None if means_KD is None else means_KD.shape[1] for means_KD in lessons.class_means]
     review = _review(config, loaded, lessons.teacher)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
-        return Student(loaded.module, teacher_dims=teacher_dims, review=review), loaded.input
+        student = Student(loaded.module, terms=loss.projected, teacher_dims=lessons.teacher_dims, review=review)
+    return student, loaded.input
 
 
 def _review(config: Config, student: LoadedModel, teacher: Teacher | None) -> ReviewPlan | None:

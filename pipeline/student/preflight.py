@@ -14,7 +14,7 @@ from pipeline.errors import ConfigError
 from pipeline.models import LoadedModel, load_model
 from pipeline.shards.names import shard_ids
 from pipeline.student.evaluate import teacher_of_run
-from pipeline.student.facts import lesson_facts, student_views
+from pipeline.student.facts import LessonFacts, lesson_facts, student_views
 from pipeline.student.freeze import freeze
 from pipeline.student.losses import CompositeLoss
 from pipeline.student.review import plan_review, review_section
@@ -32,6 +32,8 @@ def check_config(config: Config) -> str:
     require(config, "student.model", "run.url", "loss", command="train")
     mode = config.teacher.mode
     _check_review(config)
+    if mode != "online":
+        _refuse_class_means(config)
     if mode == "cache":
         require(config, "data.cache", command="train")
         _check_caches(config.data.caches)
@@ -69,14 +71,44 @@ def _check_caches(urls: Sequence[str]) -> None:
 
 
 def _check_teacher_needs(config: Config, loss: CompositeLoss) -> None:
-    """Without a cache there are no class means, and without a teacher there is nothing but labels."""
+    """Without a teacher there is nothing but labels, and a teacher online has class means only if it is given them."""
     mode = config.teacher.mode
-    if loss.needs_embedding:
-        raise ConfigError("nd needs class means, which a cache holds", where="teacher.mode", got=mode, wanted="cache")
-    if loss.needs_logits and mode == "none":
-        raise ConfigError("a loss needs the teacher's logits", where="teacher.mode", got=mode, wanted="cache or online")
+    needs = {
+        "logits": loss.needs_logits,
+        "embeddings": loss.needs_teacher_embedding,
+        "class means": loss.needs_class_means,
+    }
+    for words, needed in needs.items():
+        if needed and mode == "none":
+            raise ConfigError(
+                f"a loss needs the teacher's {words}", where="teacher.mode", got=mode, wanted="cache or online"
+            )
     if mode == "online":
         require(config, "teacher.model", command="train with teacher.mode=online")
+        if loss.needs_class_means:
+            _require_class_means(config)
+
+
+def _require_class_means(config: Config) -> None:
+    if config.teacher.class_means is None:
+        raise ConfigError(
+            "nd needs class means, and a teacher online makes none",
+            where="teacher.class_means",
+            wanted="the URL of a finished cache of this teacher that has class means",
+            next_step="build one with views.count=1, cache.logits=none and cache.class_means=eval, or use "
+            "teacher.mode=cache",
+        )
+
+
+def _refuse_class_means(config: Config) -> None:
+    """Silently learning from others than those that the config names would be a lie."""
+    if config.teacher.class_means is not None:
+        raise ConfigError(
+            "class means beside a teacher that is not asked online",
+            where="teacher.class_means",
+            got=f"{storage.redact(config.teacher.class_means)}, with teacher.mode={config.teacher.mode}",
+            next_step="remove teacher.class_means: a cache has its own (cache.class_means)",
+        )
 
 
 def check_training(config: Config) -> None:
@@ -88,11 +120,36 @@ def check_training(config: Config) -> None:
     """
     check_config(config)
     facts = lesson_facts(config)
-    check_caches_serve(CompositeLoss(config.loss, where="loss"), facts.caches)
+    loss = CompositeLoss(config.loss, where="loss")
+    check_caches_serve(loss, facts.caches)
+    check_means_serve(loss, facts)
     _check_layers(config, _check_student(config, facts.num_classes, facts.size))
     _check_val_shards(config)
     if facts.caches and config.teacher.weights != "pretrained":
         teacher_of_run(config, facts, torch.device("cpu"))
+
+
+def check_means_serve(loss: CompositeLoss, facts: LessonFacts) -> None:
+    """
+    Raises:
+        ConfigError: the cache beside a teacher online has no class means, or its classes are not the data's.
+    """
+    cache = facts.means_cache
+    if cache is None or not loss.needs_class_means:
+        return
+    if cache.manifest.class_means is None:
+        raise ConfigError(
+            "nd needs class means, and this cache has none",
+            where=f"teacher.class_means: {storage.redact(cache.url)}",
+            next_step="name a cache that was built with cache.class_means=eval",
+        )
+    if cache.header.num_classes != facts.num_classes:
+        raise ConfigError(
+            "these class means are of another number of classes",
+            where=f"teacher.class_means: {storage.redact(cache.url)}",
+            got=f"K = {cache.header.num_classes}",
+            wanted=f"K = {facts.num_classes}, data.num_classes",
+        )
 
 
 def check_caches_serve(loss: CompositeLoss, caches: Sequence[TeacherCache]) -> None:
@@ -108,7 +165,15 @@ def check_caches_serve(loss: CompositeLoss, caches: Sequence[TeacherCache]) -> N
                 got="a cache built with cache.logits=none",
                 next_step="train with nd or ce alone, or build a cache with logits (into another cache.url)",
             )
-        if loss.needs_embedding and cache.manifest.class_means is None:
+        if loss.needs_teacher_embedding and cache.header.output("embedding") is None:
+            raise ConfigError(
+                "a loss needs the teacher's embeddings, and this cache keeps none",
+                where=storage.redact(cache.url),
+                got="a cache built with cache.embeddings=none",
+                next_step="drop cosine and mse from the loss section, or build a cache with cache.embeddings=fp16 "
+                "(into another cache.url)",
+            )
+        if loss.needs_class_means and cache.manifest.class_means is None:
             raise ConfigError(
                 "nd needs class means, and this cache has none",
                 where=storage.redact(cache.url),
@@ -140,7 +205,14 @@ def _check_cache_will_serve(loss: CompositeLoss, cache: CacheConfig) -> None:
             got="none",
             wanted="an encoding, or a loss section of nd and ce",
         )
-    if loss.needs_embedding and cache.class_means == "none":
+    if loss.needs_teacher_embedding and cache.embeddings == "none":
+        raise ConfigError(
+            "a loss needs the teacher's embeddings, and this cache would keep none",
+            where="cache.embeddings",
+            got="none",
+            wanted="fp32, fp16 or int8, or a loss section without cosine and mse",
+        )
+    if loss.needs_class_means and cache.class_means == "none":
         raise ConfigError(
             "nd needs class means, and this cache would have none",
             where="cache.class_means",

@@ -155,6 +155,16 @@ def check_any_labelled(source: RowSource, data: DataConfig) -> None:
         )
 
 
+def label_counts(source: RowSource, num_classes: int, *, shards: Sequence[int] | None = None) -> NDArray[np.int64]:
+    """How many ok rows of all shards, or of these, have each label; reads their indexes. int64 [K]."""
+    shards = range(len(source.shard_ids)) if shards is None else shards
+    counts = np.zeros(num_classes, np.int64)
+    for shard in shards:
+        label_N = source.labels(shard)
+        counts += np.bincount(label_N[label_N != NO_LABEL], minlength=num_classes)
+    return counts
+
+
 class IndexedSource:
     """Views drawn here and now, for training without a cache: epoch e sees view e."""
 
@@ -236,14 +246,23 @@ class CachedSource:
     """
 
     def __init__(
-        self, caches: Sequence[TeacherCache], shards: list[ShardEntry], urls: list[str], store: NodeStore
+        self,
+        caches: Sequence[TeacherCache],
+        shards: list[ShardEntry],
+        urls: list[str],
+        store: NodeStore,
+        *,
+        keeps_embeddings: bool,
     ) -> None:
         self.caches, self._shards, self._urls = tuple(caches), shards, urls
         self.num_views = min(cache.num_views for cache in caches)
         self.shard_ids = [shard.shard_id for shard in shards]
         self.num_ok = [shard.num_ok for shard in shards]
         self.store = store
-        self._files, self._views = ShardFiles(urls, store), ViewFiles(self.caches, shards, store)
+        self._files, self._views = (
+            ShardFiles(urls, store),
+            ViewFiles(self.caches, shards, store, keeps_embeddings=keeps_embeddings),
+        )
         self.read, self.reread = self._files.read, self._files.reread
         # A view's file has what training needs of it; only labels are asked for without a view.
         self._indexes = Recent(self._read_index, _KEPT)
@@ -278,14 +297,8 @@ class CachedSource:
         self._files.close()
         self._views.close()
 
-    def label_counts(self, num_classes: int) -> NDArray[np.int64]:
-        """How many ok rows of all shards have each label; reads every index. int64 [K]."""
-        labels = (self.labels(shard) for shard in range(len(self.shard_ids)))
-        counts = [np.bincount(label_N[label_N != NO_LABEL], minlength=num_classes) for label_N in labels]
-        return np.sum(counts, axis=0)
-
     def columns(self, shard: int, view: int) -> tuple[ViewColumns, ...]:
-        """Of each cache all ok rows of a shard under a view, less embeddings, proven to be those of the index."""
+        """Of each cache all ok rows of a shard under a view, proven to be those of the index."""
         return self._views.columns(shard, view)
 
     def mapped(self, shard: int, view: int) -> tuple[ViewColumns, ...]:
@@ -313,9 +326,9 @@ class CachedSource:
         )
 
 
-def open_cached(caches: Sequence[TeacherCache], data: DataConfig) -> CachedSource:
+def open_cached(caches: Sequence[TeacherCache], data: DataConfig, *, keeps_embeddings: bool = False) -> CachedSource:
     """The caches' rows, with shards from ``data.shards`` if given, else all of them from where the first cache found
-    them.
+    them; with the teachers' embeddings only where a loss reads them.
 
     Raises:
         CacheError: a shard is not in a cache, or two caches do not hold the same shards or the same samples in them.
@@ -331,7 +344,9 @@ def open_cached(caches: Sequence[TeacherCache], data: DataConfig) -> CachedSourc
         _check_holds(cache, names)
     check_same_samples(caches, names)
     by_id = {shard.shard_id: shard for shard in first.shards}
-    return CachedSource(caches, [by_id[name] for name in names], urls, NodeStore.of(data))
+    return CachedSource(
+        caches, [by_id[name] for name in names], urls, NodeStore.of(data), keeps_embeddings=keeps_embeddings
+    )
 
 
 def _check_holds(cache: TeacherCache, names: list[str]) -> None:

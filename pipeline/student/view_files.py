@@ -40,12 +40,20 @@ class _OpenView:
 class ViewFiles:
     """Views by (position of the shard, view); the last used stay mapped. All caches hold the samples of the first."""
 
-    def __init__(self, caches: Sequence[TeacherCache], shards: Sequence[ShardEntry], store: NodeStore) -> None:
+    def __init__(
+        self,
+        caches: Sequence[TeacherCache],
+        shards: Sequence[ShardEntry],
+        store: NodeStore,
+        *,
+        keeps_embeddings: bool,
+    ) -> None:
         self._caches, self._shards, self._store = caches, shards, store
+        self._keeps_embeddings = keeps_embeddings
         self._opened = Recent(self._open, most_kept(len(caches)), _OpenView.close)
 
     def get(self, shard: int, view: int) -> tuple[JoinedRows, ...]:
-        """Of each cache all ok rows of a shard under a view, less embeddings, proven to be those of the index.
+        """Of each cache all ok rows of a shard under a view, proven to be those of the index.
 
         Raises:
             CacheError: they are not, or two caches hold different views.
@@ -84,8 +92,10 @@ class ViewFiles:
                 held.discard()
             else:
                 files.callback(held.close)
-                # Losses take norms and class means; nobody reads embeddings.
-                return replace(rows, columns=replace(rows.columns, embedding=None)), held
+                if not self._keeps_embeddings:
+                    # Most losses take norms and class means; embeddings would be gathered for nobody.
+                    rows = replace(rows, columns=replace(rows.columns, embedding=None))
+                return rows, held
         raise StorageError(
             "a file that was just written is read as other bytes",
             where=str(self._store.folder),

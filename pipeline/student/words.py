@@ -15,16 +15,20 @@ from pipeline.cache.reader import StoredRows, ViewColumns
 
 @dataclass(frozen=True, slots=True)
 class StoredWords:
-    """Of N rows, as a cache keeps it. ``logits`` is None where the cache has only norms."""
+    """Of N rows, as a cache keeps it. ``logits`` is None where the cache has none, ``embedding`` also where no loss
+    reads it."""
 
     logits: StoredRows | None
     norm_N: NDArray[np.float32]
+    embedding: StoredRows | None = None
 
     @classmethod
     def of(cls, columns: ViewColumns, row_N: NDArray[np.int32]) -> StoredWords:
         """Some rows of a view, by ordinal."""
-        logits = columns.logits
-        return cls(None if logits is None else logits.take(row_N), columns.embedding_norm_N[row_N])
+        logits, embedding = (
+            None if stored is None else stored.take(row_N) for stored in (columns.logits, columns.embedding)
+        )
+        return cls(logits, columns.embedding_norm_N[row_N], embedding)
 
     @classmethod
     def placed(cls, pieces: Sequence[tuple[NDArray[np.integer[Any]], StoredWords]], num_rows: int) -> StoredWords:
@@ -32,8 +36,9 @@ class StoredWords:
         norm_N = np.empty(num_rows, np.float32)
         for place_P, words in pieces:
             norm_N[place_P] = words.norm_N
-        logits = [(place_P, words.logits) for place_P, words in pieces if words.logits is not None]
-        return cls(StoredRows.placed(logits, num_rows) if logits else None, norm_N)
+        logits = [(place_P, words.logits) for place_P, words in pieces]
+        embeddings = [(place_P, words.embedding) for place_P, words in pieces]
+        return cls(_placed(logits, num_rows), norm_N, _placed(embeddings, num_rows))
 
     def dense(self, temperatures: Sequence[float]) -> dict[float | None, NDArray[np.float32]]:
         """[N,K] by temperature, as in ``TeacherWords``: each decoded once, one for all where they are the same."""
@@ -44,6 +49,11 @@ class StoredWords:
         return {temperature: self.logits.dense(temperature=temperature) for temperature in temperatures}
 
 
+def _placed(pieces: Sequence[tuple[NDArray[np.integer[Any]], StoredRows | None]], num_rows: int) -> StoredRows | None:
+    there = [(place_P, stored) for place_P, stored in pieces if stored is not None]
+    return StoredRows.placed(there, num_rows) if there else None
+
+
 @dataclass(frozen=True, slots=True)
 class TeacherWords:
     """Of B rows, as losses take it.
@@ -51,10 +61,12 @@ class TeacherWords:
     Attributes:
         logits: fp32 [B,K] by the temperature of the loss that reads them; under None where they are the same at any.
         norm_B: fp32, of the embeddings.
+        embedding_BD: fp32; None where no loss reads it, or there is none.
     """
 
     logits: Mapping[float | None, Tensor]
     norm_B: Tensor
+    embedding_BD: Tensor | None = None
 
     def logits_at(self, temperature: float) -> Tensor | None:
         """[B,K] as a loss at this temperature sees them; None: nobody asked for them, or there are none."""
@@ -62,4 +74,8 @@ class TeacherWords:
 
     def map(self, move: Callable[[Tensor], Tensor]) -> TeacherWords:
         """The same, each tensor moved."""
-        return TeacherWords({key: move(logits_BK) for key, logits_BK in self.logits.items()}, move(self.norm_B))
+        return TeacherWords(
+            {key: move(logits_BK) for key, logits_BK in self.logits.items()},
+            move(self.norm_B),
+            None if self.embedding_BD is None else move(self.embedding_BD),
+        )

@@ -4,10 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """torch.distributed.nn has the same, deprecated; what it names instead is private."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:  # noqa: ARG004
+        return _all_reduced(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:  # noqa: ARG004
+        return _all_reduced(gradients[0])
+
+
+def _all_reduced(values: Tensor) -> Tensor:
+    total = values.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
+    return total
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +47,13 @@ class World:
         if self.size > 1:
             dist.all_reduce(values)
         return values
+
+    def sum_with_gradient(self, values: Tensor) -> Tensor:
+        """The sum over ranks for values that a loss hangs on: a rank's values get the gradient of all ranks' losses.
+
+        Every rank calls it, and goes backward through it, as often as the others.
+        """
+        return _SumOverRanks.apply(values) if self.size > 1 else values
 
     def max(self, values: Tensor) -> Tensor:
         """The largest over ranks, on every rank."""

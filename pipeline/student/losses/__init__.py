@@ -3,20 +3,29 @@
 from pipeline.student.losses.ce import ce
 from pipeline.student.losses.compose import LOSSES, BatchShare, CompositeLoss, LossInputs, TeacherInputs
 from pipeline.student.losses.dist import dist
+from pipeline.student.losses.dkd import dkd
+from pipeline.student.losses.embedding import cosine, mse, sifn
+from pipeline.student.losses.hard import hard
 from pipeline.student.losses.hcl import hcl
 from pipeline.student.losses.kd import kd
-from pipeline.student.losses.nd import check_class_means, nd
+from pipeline.student.losses.nd import ClassDirections, check_class_means, nd
 
 __all__ = [
     "LOSSES",
     "BatchShare",
+    "ClassDirections",
     "CompositeLoss",
     "LossInputs",
     "TeacherInputs",
     "ce",
     "check_class_means",
+    "cosine",
     "dist",
+    "dkd",
+    "hard",
     "hcl",
     "kd",
+    "mse",
     "nd",
+    "sifn",
 ]

@@ -9,6 +9,10 @@ from pipeline.errors import ModelError
 
 # Sums over rows and classes of differences this large stay below fp32's 3.4e38.
 _LARGEST_LOGIT = 1e30
+# Squares of entries this large still sum within fp32 at any width.
+_LARGEST_ENTRY = 1e15
+SMALLEST_NORM = 1e-4
+"""Below it an embedding has no direction worth learning, and 1/norm would overflow an fp16 gradient."""
 
 
 def no_autocast(tensor: Tensor) -> torch.autocast:
@@ -19,6 +23,11 @@ def no_autocast(tensor: Tensor) -> torch.autocast:
 def finite_logits(logits_BK: Tensor) -> Tensor:
     """fp32 logits, limited to ±1e30; nothing changes, nor any gradient, up to there."""
     return logits_BK.float().clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT)
+
+
+def finite_embedding(embedding_BD: Tensor) -> Tensor:
+    """fp32 entries, limited to ±1e15; nothing changes, nor any gradient, up to there."""
+    return embedding_BD.float().clamp(-_LARGEST_ENTRY, _LARGEST_ENTRY)
 
 
 def finite_pair(student_BK: Tensor, teacher_BK: Tensor) -> tuple[Tensor, Tensor]:

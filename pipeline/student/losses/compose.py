@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,31 +13,39 @@ from torch import Tensor
 from pipeline.errors import ConfigError, TrainingError
 from pipeline.student.losses.arithmetic import is_labelled
 from pipeline.student.losses.ce import ce
-from pipeline.student.losses.dist import dist
+from pipeline.student.losses.dist import SumOverRanks, dist
+from pipeline.student.losses.dkd import dkd
+from pipeline.student.losses.embedding import cosine, mse, sifn
+from pipeline.student.losses.hard import hard
 from pipeline.student.losses.hcl import hcl
 from pipeline.student.losses.kd import kd
-from pipeline.student.losses.nd import nd
+from pipeline.student.losses.nd import ClassDirections, nd
 from pipeline.student.words import TeacherWords
 from schemas.config import LossConfig, LossSection
 
 # A loss says what it needs by its parameters: those named like an attribute of LossInputs are filled from the batch,
 # those named in TeacherInputs.at from a teacher, the others are the keys of its section in the YAML. A loss that takes
-# labels averages over the labelled rows; one that takes anything of a teacher is summed over the teachers.
+# labels averages over the labelled rows; one that takes anything of a teacher is summed over the teachers. One whose
+# section has ``gather: true`` is of the global batch already, on every rank.
 LOSSES: Mapping[str, Callable[..., Tensor]] = {
     "ce": ce,
+    "cosine": cosine,
     "dist": dist,
+    "dkd": dkd,
+    "hard": hard,
     "kd": kd,
+    "mse": mse,
     "nd": nd,
     "review_kd": hcl,
+    "sifn": sifn,
 }
 
 
 _OF_TEACHER = frozenset(
-    {"teacher_BK", "teacher_norm_B", "student_BD", "class_means_KD", "student_maps", "teacher_maps"}
+    {"teacher_BK", "teacher_norm_B", "teacher_BD", "student_BD", "class_directions", "student_maps", "teacher_maps"}
 )
 # Keys of a section that say how networks are built and asked, not how the loss is computed.
 _OF_NETWORKS = frozenset({"student_layers", "teacher_layers", "mid_channels", "embedding"})
-_FromTeacher = Tensor | tuple[Tensor, ...] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,18 +53,21 @@ class TeacherInputs:
     """One teacher beside one batch, on its device."""
 
     words: TeacherWords
-    student_BD: Tensor | None = None  # the student's embedding, projected where this teacher's width is another
-    class_means_KD: Tensor | None = None  # NaN rows: classes it never saw
-    student_maps: tuple[Tensor, ...] | None = None  # [B,C,H,W] a level, fused into the shapes of teacher_maps
+    projected: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """The student's embedding in this teacher's width, by the key of the term that takes it."""
+    class_directions: ClassDirections | None = None
+    student_maps: tuple[Tensor, ...] | None = None
+    """[B,C,H,W] a level, fused into the shapes of ``teacher_maps``."""
     teacher_maps: tuple[Tensor, ...] | None = None
 
-    def at(self, temperature: float) -> dict[str, _FromTeacher]:
-        """What a loss at this temperature may take of the teacher, by parameter."""
+    def at(self, key: str, temperature: float) -> dict[str, Any]:
+        """What the term of this key may take of the teacher, by parameter, with logits for its temperature."""
         return {
             "teacher_BK": self.words.logits_at(temperature),
             "teacher_norm_B": self.words.norm_B,
-            "student_BD": self.student_BD,
-            "class_means_KD": self.class_means_KD,
+            "teacher_BD": self.words.embedding_BD,
+            "student_BD": self.projected.get(key),
+            "class_directions": self.class_directions,
             "student_maps": self.student_maps,
             "teacher_maps": self.teacher_maps,
         }
@@ -68,9 +79,11 @@ class LossInputs:
 
     student_BK: Tensor  # logits
     labels_B: Tensor  # int64, -1: none
+    embedding_BD: Tensor | None = None  # the student's own, in its own width
     teachers: tuple[TeacherInputs, ...] = ()
     partner_B: Tensor | None = None  # int64, each row's mixup partner as a position in this batch; None: not mixed
     lambda_B: Tensor | None = None  # each row's own share of its mixed pixels; comes with partner_B
+    sum_over_ranks: SumOverRanks | None = None  # for terms that gather
 
     @property
     def mixed_labels_B(self) -> Tensor | None:
@@ -128,6 +141,12 @@ class _Term:
     def uses_labels(self) -> bool:
         return "labels_B" in self.required
 
+    def factor(self, share: BatchShare) -> float | Tensor:
+        """What makes DDP's mean over ranks the mean over the global batch."""
+        if "sum_over_ranks" in self.required:
+            return 1.0
+        return share.of_labelled if self.uses_labels else share.of_rows
+
     def weight(self, epoch: int) -> float:
         """The weight in a 0-based epoch: 0 in all of the first one while warming up (Wang 2023)."""
         warmup_epochs = self.section.warmup_epochs
@@ -141,10 +160,10 @@ class _Term:
     def values(self, inputs: LossInputs) -> list[Tensor]:
         """One for each teacher if the loss takes anything of a teacher, else one."""
         asks = bool(self.required & _OF_TEACHER)
-        seen = [teacher.at(self.temperature) for teacher in inputs.teachers] if asks else []
+        seen = [teacher.at(self.key, self.temperature) for teacher in inputs.teachers] if asks else []
         return [self._value(inputs, of_teacher) for of_teacher in seen or [{}]]
 
-    def _value(self, inputs: LossInputs, of_teacher: Mapping[str, _FromTeacher]) -> Tensor:
+    def _value(self, inputs: LossInputs, of_teacher: Mapping[str, Any]) -> Tensor:
         tensors = {
             name: of_teacher.get(name) if name in _OF_TEACHER else getattr(inputs, name)
             for name in self.required | self.optional
@@ -156,7 +175,7 @@ class _Term:
                 where="LossInputs of one batch",
                 got=f"None for {', '.join(missing)}",
                 wanted=", ".join(sorted(self.required)),
-                next_step="ask needs_labels, needs_logits, … before training, and fill what they name",
+                next_step="ask what the composition needs (needs_labels and so on) before training, and fill it",
             )
         return self.loss(**tensors, **self.options)
 
@@ -198,12 +217,13 @@ class CompositeLoss:
         Raises:
             TrainingError: a term needs something that the batch does not carry.
         """
-        total = inputs.student_BK.new_zeros((), dtype=torch.float32)
+        # A 0 that hangs on the logits: where no term reads them, DDP would wait for the gradient of the head.
+        total = inputs.student_BK[:0].float().sum()
         values: dict[str, Tensor] = {}
         for term in self._terms:
             parts = term.values(inputs)
             value = torch.stack(parts).sum()
-            total = total + term.weight(epoch) * (share.of_labelled if term.uses_labels else share.of_rows) * value
+            total = total + term.weight(epoch) * term.factor(share) * value
             values[term.key] = value.detach()
             if len(parts) > 1:
                 values |= {f"{term.key}/{number}": part.detach() for number, part in enumerate(parts)}
@@ -225,9 +245,19 @@ class CompositeLoss:
         return self._needs("teacher_BK")
 
     @property
-    def needs_embedding(self) -> bool:
-        """Some term needs the student's embedding, the teacher's norms and its class means."""
-        return self._needs("student_BD")
+    def needs_class_means(self) -> bool:
+        """Some term needs the teacher's class means."""
+        return self._needs("class_directions")
+
+    @property
+    def needs_teacher_embedding(self) -> bool:
+        """Some term needs the teacher's embedding of each row."""
+        return self._needs("teacher_BD")
+
+    @property
+    def projected(self) -> tuple[str, ...]:
+        """The keys of the terms that take the student's embedding in a teacher's width: each in one of its own."""
+        return tuple(term.key for term in self._terms if "student_BD" in term.required)
 
     def _needs(self, name: str) -> bool:
         return any(name in term.required for term in self._terms)
@@ -245,5 +275,7 @@ def _term(key: str, section: LossConfig) -> _Term:
     options = section.model_dump(exclude={"name", *LossSection.model_fields, *_OF_NETWORKS})
     parameters = inspect.signature(loss).parameters
     from_batch = parameters.keys() - options.keys()
-    optional = frozenset(name for name in from_batch if parameters[name].default is None)
-    return _Term(key, section, loss, frozenset(from_batch) - optional, optional, options)
+    optional = {name for name in from_batch if parameters[name].default is None}
+    if options.get("gather"):
+        optional.discard("sum_over_ranks")
+    return _Term(key, section, loss, frozenset(from_batch - optional), frozenset(optional), options)

@@ -76,9 +76,11 @@ def indexed_source(config: Config, folder: Path) -> IndexedSource:
     return source
 
 
-def cached_source(cache: TinyCache, *others: TinyCache, data: DataConfig | None = None) -> CachedSource:
+def cached_source(
+    cache: TinyCache, *others: TinyCache, data: DataConfig | None = None, keeps_embeddings: bool = False
+) -> CachedSource:
     caches = [open_cache(one.url) for one in (cache, *others)]
-    source = open_cached(caches, cache.config.data if data is None else data)
+    source = open_cached(caches, cache.config.data if data is None else data, keeps_embeddings=keeps_embeddings)
     _opened.append(source)
     return source
 

@@ -110,7 +110,7 @@ def test_a_student_learns_from_two_teachers_of_different_widths_by_every_loss(
     assert sum(curve[-5:]) < 0.8 * sum(curve[:5])
     state = checkpoint.load(str(tmp_path), checkpoint.LAST)
     assert state is not None
-    assert [state["projectors"][f"{number}.2.weight"].shape for number in (0, 1)] == [(7, 16), (9, 16)]
+    assert [state["projectors"][f"nd.{number}.2.weight"].shape for number in (0, 1)] == [(7, 16), (9, 16)]
 
 
 def test_two_teachers_resume_bitwise(replays: Replay, colleague: TinyCache, tmp_path: Path) -> None:

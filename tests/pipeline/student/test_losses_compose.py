@@ -13,7 +13,23 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.errors import ConfigError, TrainingError
-from pipeline.student.losses import LOSSES, BatchShare, CompositeLoss, LossInputs, TeacherInputs, ce, dist, hcl, kd, nd
+from pipeline.student.losses import (
+    LOSSES,
+    BatchShare,
+    ClassDirections,
+    CompositeLoss,
+    LossInputs,
+    TeacherInputs,
+    ce,
+    cosine,
+    dist,
+    dkd,
+    hcl,
+    kd,
+    mse,
+    nd,
+    sifn,
+)
 from pipeline.student.words import TeacherWords
 from schemas.config import Config
 
@@ -27,6 +43,14 @@ KD_PLUS_PLUS = [
 ]
 REVIEW = {"name": "review_kd", "weight": 3.0, "student_layers": ["a", "b"], "teacher_layers": ["c", "d"]}
 REVIEW_PLUS_PLUS = [{"name": "ce"}, REVIEW, {"name": "nd", "weight": 0.5}]
+DKD_PLUS_PLUS = [
+    {"name": "ce"},
+    {"name": "dkd", "alpha": 2.5, "beta": 4.0, "warmup_epochs": 4},
+    {"name": "nd", "weight": 3.5},
+]
+DIST_PLUS_PLUS = [{"name": "ce"}, {"name": "dist", "weight": 2.0, "temperature": 4.0}, {"name": "nd"}]
+EVERY_OTHER = [{"name": "hard"}, {"name": "sifn", "increase": 0.5}, {"name": "cosine"}, {"name": "mse"}]
+PROJECTED = ("nd", "cosine", "mse")
 
 
 def compose(*sections: dict[str, Any]) -> CompositeLoss:
@@ -40,7 +64,7 @@ class GlobalBatch:
     features_BF: Tensor
     labels_B: Tensor
     teacher_BK: Tensor
-    teacher_norm_B: Tensor
+    teacher_BD: Tensor
     lambda_B: Tensor | None
     class_means_KD: Tensor
 
@@ -53,7 +77,7 @@ class GlobalBatch:
             torch.randn(num_rows, WIDTH, generator=generator),
             labels_B,
             torch.randn(num_rows, K, generator=generator),
-            4 * torch.rand(num_rows, generator=generator),
+            torch.randn(num_rows, D, generator=generator),
             0.5 + torch.rand(num_rows, generator=generator) / 2 if mixed else None,
             torch.randn(K, D, generator=generator),
         )
@@ -64,11 +88,14 @@ class GlobalBatch:
         return LossInputs(
             student_BK=student_BN[:, :K],
             labels_B=self.labels_B[rows],
+            embedding_BD=student_BN[:, K:],
             teachers=(
                 TeacherInputs(
-                    words=TeacherWords({None: self.teacher_BK[rows]}, self.teacher_norm_B[rows]),
-                    student_BD=student_BN[:, K:],
-                    class_means_KD=self.class_means_KD,
+                    words=TeacherWords(
+                        {None: self.teacher_BK[rows]}, self.teacher_BD[rows].norm(dim=1), self.teacher_BD[rows]
+                    ),
+                    projected=dict.fromkeys(PROJECTED, student_BN[:, K:]),
+                    class_directions=ClassDirections.of(self.class_means_KD),
                     student_maps=_as_maps(student_BN),
                     teacher_maps=_as_maps(self.teacher_BK[rows]),
                 ),
@@ -109,13 +136,14 @@ def gradient(loss: CompositeLoss, batch: GlobalBatch, sizes: Sequence[int]) -> T
     pairs=st.lists(st.integers(0, 4), min_size=1, max_size=4).filter(any),
     missing=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
     mixed=st.booleans(),
+    sections=st.sampled_from([[*KD_PLUS_PLUS, REVIEW], DKD_PLUS_PLUS, EVERY_OTHER]),
 )
 def test_the_mean_over_ranks_of_any_split_is_the_gradient_of_the_global_batch(
-    seed: int, pairs: list[int], missing: float, mixed: bool
+    seed: int, pairs: list[int], missing: float, mixed: bool, sections: list[dict[str, Any]]
 ) -> None:
     sizes = [2 * num if mixed else num for num in pairs]
     batch = GlobalBatch.draw(seed, sum(sizes), missing=missing, mixed=mixed)
-    loss = compose(*KD_PLUS_PLUS, REVIEW)
+    loss = compose(*sections)
     torch.testing.assert_close(gradient(loss, batch, sizes), gradient(loss, batch, [sum(sizes)]), rtol=1e-5, atol=1e-5)
 
 
@@ -146,13 +174,13 @@ def inputs(*, mixed: bool = False, missing: float = 0.0) -> LossInputs:
 def seen(batch: LossInputs) -> dict[str, Any]:
     """What its only teacher shows to a loss at T = 1."""
     (teacher,) = batch.teachers
-    return teacher.at(1.0)
+    return teacher.at("nd", 1.0)
 
 
 def nd_of(batch: LossInputs, teacher: int = 0, **mixed: Any) -> Tensor:
     """By hand from the parts of the batch."""
     one = batch.teachers[teacher]
-    return nd(one.student_BD, one.words.norm_B, one.class_means_KD, batch.labels_B, **mixed)
+    return nd(one.projected["nd"], one.words.norm_B, one.class_directions, batch.labels_B, **mixed)
 
 
 def test_kd_plus_plus_is_the_weighted_sum_of_its_terms() -> None:
@@ -181,6 +209,66 @@ def test_review_kd_plus_plus_is_the_weighted_sum_of_its_terms() -> None:
     }
     torch.testing.assert_close(values, terms)
     torch.testing.assert_close(total, terms["ce"] + 3 * terms["review_kd"] + 0.5 * terms["nd"])
+
+
+def test_dkd_plus_plus_is_the_weighted_sum_of_its_terms() -> None:
+    batch = inputs(mixed=True, missing=0.3)
+    mixed = {"mixed_labels_B": batch.mixed_labels_B, "lambda_B": batch.lambda_B}
+    total, values = compose(*DKD_PLUS_PLUS)(batch, alone(batch), epoch=1)
+    terms = {
+        "ce": ce(batch.student_BK, batch.labels_B, **mixed),
+        "dkd": dkd(
+            batch.student_BK,
+            seen(batch)["teacher_BK"],
+            batch.labels_B,
+            temperature=4.0,
+            alpha=2.5,
+            beta=4.0,
+            **mixed,
+        ),
+        "nd": nd_of(batch, **mixed),
+    }
+    torch.testing.assert_close(values, terms)
+    torch.testing.assert_close(total, terms["ce"] + terms["dkd"] / 4 + 3.5 * terms["nd"])
+
+
+def test_dist_plus_plus_is_the_weighted_sum_of_its_terms() -> None:
+    batch = inputs()
+    total, values = compose(*DIST_PLUS_PLUS)(batch, alone(batch), epoch=0)
+    terms = {
+        "ce": ce(batch.student_BK, batch.labels_B),
+        "dist": dist(batch.student_BK, seen(batch)["teacher_BK"], temperature=4.0),
+        "nd": nd_of(batch),
+    }
+    torch.testing.assert_close(values, terms)
+    torch.testing.assert_close(total, terms["ce"] + 2 * terms["dist"] + terms["nd"])
+
+
+def test_each_loss_on_embeddings_takes_the_embedding_that_is_meant_for_it() -> None:
+    batch, generator = inputs(), torch.Generator().manual_seed(1)
+    own = {name: torch.randn(6, D, generator=generator) for name in PROJECTED}
+    (teacher,) = batch.teachers
+    batch = replace(batch, teachers=(replace(teacher, projected=own),), embedding_BD=torch.ones(6, 2))
+    loss = compose(*EVERY_OTHER, {"name": "nd"})
+    assert loss.projected == ("cosine", "mse", "nd")
+    _, values = loss(batch, alone(batch), epoch=0)
+    torch.testing.assert_close(values["cosine"], cosine(own["cosine"], teacher.words.embedding_BD))
+    torch.testing.assert_close(values["mse"], mse(own["mse"], teacher.words.embedding_BD))
+    torch.testing.assert_close(values["nd"], nd_of(batch))
+    torch.testing.assert_close(values["sifn"], sifn(torch.ones(6, 2), increase=0.5))
+
+
+def test_a_gathered_term_is_not_weighed_by_the_ranks_rows_again() -> None:
+    batch = replace(inputs(), sum_over_ranks=lambda sums: sums)
+    share = BatchShare(world_size=2, num_rows=6, num_rows_global=8, num_labelled=6, num_labelled_global=8)
+    total, values = compose({"name": "dist", "gather": True})(batch, share, epoch=0)
+    torch.testing.assert_close(total, values["dist"])
+
+
+def test_a_gathered_term_without_a_way_to_sum_over_ranks_is_refused_and_never_local() -> None:
+    batch = inputs()
+    with pytest.raises(TrainingError, match=r"the loss dist lacks[\s\S]*None for sum_over_ranks"):
+        compose({"name": "dist", "gather": True})(batch, alone(batch), epoch=0)
 
 
 def test_every_key_of_dist_reaches_it() -> None:
@@ -279,8 +367,8 @@ def with_teachers(batch: LossInputs, num: int) -> LossInputs:
     teachers = [
         TeacherInputs(
             words=TeacherWords({None: torch.randn(6, K, generator=generator)}, 4 * torch.rand(6, generator=generator)),
-            student_BD=torch.randn(6, 3 + number, generator=generator),
-            class_means_KD=torch.randn(K, 3 + number, generator=generator),
+            projected={"nd": torch.randn(6, 3 + number, generator=generator)},
+            class_directions=ClassDirections.of(torch.randn(K, 3 + number, generator=generator)),
         )
         for number in range(num)
     ]
@@ -311,6 +399,15 @@ def test_one_teacher_is_told_once() -> None:
     assert list(values) == ["kd", "nd"]
 
 
+def test_logits_that_no_term_reads_get_a_zero_gradient_whatever_they_are() -> None:
+    student_BK = torch.full((6, K), torch.inf, requires_grad=True)
+    batch = replace(inputs(), student_BK=student_BK)
+    total, values = compose({"name": "nd"})(batch, alone(batch), epoch=0)
+    total.backward()
+    assert total == values["nd"]
+    assert torch.equal(student_BK.grad, torch.zeros(6, K))
+
+
 def test_values_are_off_the_graph_and_the_total_is_on_it() -> None:
     batch = inputs()
     student_BK = batch.student_BK.clone().requires_grad_()
@@ -327,17 +424,29 @@ def test_review_kd_needs_neither_labels_nor_logits_nor_class_means() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "labels", "logits", "embedding"),
-    [("ce", True, False, False), ("kd", False, True, False), ("dist", False, True, False), ("nd", True, False, True)],
+    ("name", "needs"),
+    [
+        ("ce", {"labels"}),
+        ("cosine", {"teacher_embedding", "projector"}),
+        ("dist", {"logits"}),
+        ("dkd", {"labels", "logits"}),
+        ("hard", {"logits"}),
+        ("kd", {"logits"}),
+        ("mse", {"teacher_embedding", "projector"}),
+        ("nd", {"labels", "class_means", "projector"}),
+        ("sifn", set[str]()),
+    ],
 )
-def test_a_loss_says_what_it_needs(name: str, labels: bool, logits: bool, embedding: bool) -> None:
+def test_a_loss_says_what_it_needs(name: str, needs: set[str]) -> None:
     loss = compose({"name": name})
-    assert (loss.needs_labels, loss.needs_logits, loss.needs_embedding) == (labels, logits, embedding)
+    said = {what for what in ("labels", "logits", "class_means", "teacher_embedding") if getattr(loss, f"needs_{what}")}
+    assert said | ({"projector"} if loss.projected else set()) == needs
 
 
 def test_a_composition_needs_what_any_of_its_terms_needs() -> None:
     loss = compose(*KD_PLUS_PLUS)
-    assert (loss.needs_labels, loss.needs_logits, loss.needs_embedding) == (True, True, True)
+    assert (loss.needs_labels, loss.needs_logits, loss.needs_class_means) == (True, True, True)
+    assert not loss.needs_teacher_embedding
 
 
 def test_every_registered_loss_can_be_built_from_its_required_keys_alone_and_called() -> None:
@@ -351,7 +460,7 @@ def test_every_registered_loss_can_be_built_from_its_required_keys_alone_and_cal
 
 def test_a_batch_without_what_a_term_needs_is_refused_by_name() -> None:
     batch = LossInputs(student_BK=torch.zeros(2, K), labels_B=torch.zeros(2, dtype=torch.int64))
-    with pytest.raises(TrainingError, match=r"the loss nd lacks[\s\S]*class_means_KD, student_BD, teacher_norm_B"):
+    with pytest.raises(TrainingError, match=r"the loss nd lacks[\s\S]*class_directions, student_BD, teacher_norm_B"):
         compose({"name": "nd"})(batch, alone(batch), epoch=0)
 
 

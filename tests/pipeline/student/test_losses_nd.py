@@ -12,13 +12,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.errors import CacheError
-from pipeline.student.losses import check_class_means, nd
+from pipeline.student.losses import ClassDirections, check_class_means
+from pipeline.student.losses import nd as nd_of_directions
 
 # A loaded machine is no finding.
 law = settings(deadline=None, max_examples=40)
 SEEDS = st.integers(0, 2**32 - 1)
 MEANS_KD = torch.tensor([[3.0, 4.0], [0.0, 2.0], [0.0, 0.0], [math.nan, math.nan]])
 E0 = torch.tensor([0.6, 0.8])
+
+
+def nd(student_BD: Tensor, teacher_norm_B: Tensor, class_means_KD: Tensor, labels_B: Tensor, **mixed: Tensor) -> Tensor:
+    return nd_of_directions(student_BD, teacher_norm_B, ClassDirections.of(class_means_KD), labels_B, **mixed)
 
 
 def one(student: Tensor, teacher_norm: float, label: int = 0) -> tuple[float, Tensor]:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from pipeline.student.losses import ce, dist, hcl, kd, nd
+from pipeline.student.losses import ClassDirections, ce, cosine, dist, dkd, hard, hcl, kd, mse, nd, sifn
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
-# Every loss as a function of student, teacher and labels; nd takes the logits for embeddings, review_kd for maps.
+# Every loss as a function of student, teacher and labels; those on embeddings or maps take the logits for such.
 LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "ce": lambda student, _teacher, labels: ce(student, labels),
     "ce_smoothed": lambda student, _teacher, labels: ce(student, labels, label_smoothing=0.1),
@@ -25,8 +25,26 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "kd_20": lambda student, teacher, _labels: kd(student, teacher, temperature=20.0),
     "dist_1": lambda student, teacher, _labels: dist(student, teacher, temperature=1.0),
     "dist_4": lambda student, teacher, _labels: dist(student, teacher, temperature=4.0),
-    "nd": lambda student, teacher, labels: nd(student, teacher.float().norm(dim=1), class_means(student), labels),
     "review_kd": lambda student, teacher, _labels: hcl(maps(student), maps(teacher)),
+    "dist_gathered": lambda student, teacher, _labels: dist(
+        student, teacher, temperature=1.0, gather=True, sum_over_ranks=lambda sums: sums
+    ),
+    "dkd_4": lambda student, teacher, labels: dkd(student, teacher, labels, temperature=4.0),
+    "dkd_mixed": lambda student, teacher, labels: dkd(
+        student,
+        teacher,
+        labels,
+        temperature=1.0,
+        mixed_labels_B=labels.flip(0),
+        lambda_B=torch.full_like(teacher[:, 0], 0.75),
+    ),
+    "hard": lambda student, teacher, _labels: hard(student, teacher),
+    "cosine": lambda student, teacher, _labels: cosine(student, teacher),
+    "mse": lambda student, teacher, _labels: mse(student, teacher),
+    "sifn": lambda student, _teacher, _labels: sifn(student),
+    "nd": lambda student, teacher, labels: nd(
+        student, teacher.float().norm(dim=1), ClassDirections.of(class_means(student)), labels
+    ),
 }
 losses = pytest.mark.parametrize("name", LOSSES)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -126,6 +144,7 @@ class AutocastWatch(TorchFunctionMode):
 def test_autocast_is_off_for_the_arithmetic_of_a_loss(name: str) -> None:
     # What the table above does to its arguments is not among these.
     arithmetic = {"clamp", "softmax", "log_softmax", "kl_div", "linalg_vector_norm", "lerp", "mean", "sum"}
+    arithmetic |= {"logsumexp", "cosine_similarity", "mse_loss", "square", "linalg_vecdot"}
     with torch.autocast("cpu", dtype=torch.bfloat16), AutocastWatch() as watch:
         LOSSES[name](*draw(16, 10), labels(16))
     seen = {(operation, on) for operation, on in watch.seen if operation in arithmetic}

@@ -22,7 +22,10 @@ REVIEW: dict[str, Any] = {"name": "review_kd", "student_layers": ["conv2"], "tea
     ("sections", "told"),
     [
         ({"loss": ND, "teacher": {"mode": "online"}}, "nd needs class means"),
+        ({"loss": ND, "teacher": {"mode": "none"}}, "needs the teacher's class means"),
+        ({"loss": [{"name": "mse"}], "teacher": {"mode": "none"}}, "needs the teacher's embeddings"),
         ({"loss": KD, "teacher": {"mode": "none"}}, "needs the teacher's logits"),
+        ({"loss": KD, "teacher": {"mode": "cache", "class_means": "x"}}, "a teacher that is not asked online"),
         ({"loss": KD, "teacher": {"mode": "online", "model": None}}, "teacher.model"),
         ({"loss": [REVIEW], "teacher": {"mode": "cache"}}, "set teacher.mode=online"),
         ({"loss": [REVIEW], "teacher": {"mode": "none"}}, "set teacher.mode=online"),
@@ -78,6 +81,16 @@ def test_a_sound_config_passes_and_writes_nothing(replays: Replay, tmp_path: Pat
     check_training(run_config(replays("crop").config, tmp_path, loss=KD))
     check_distillation(to_build(replays, tmp_path, "eval", ND))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_cache_to_be_built_without_the_embeddings_that_a_loss_needs_is_refused(
+    replays: Replay, tmp_path: Path
+) -> None:
+    cache = {"url": str(tmp_path / "cache"), "embeddings": "none"}
+    config = run_config(replays("crop").config, tmp_path / "run", loss=[{"name": "cosine"}], cache=cache)
+    with pytest.raises(ConfigError, match="this cache would keep none") as caught:
+        check_distillation(config)
+    assert caught.value.where == "cache.embeddings"
 
 
 def test_a_cache_to_be_built_without_the_means_that_nd_needs_is_refused(replays: Replay, tmp_path: Path) -> None:

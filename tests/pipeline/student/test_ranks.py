@@ -1,4 +1,4 @@
-"""Two real ranks over gloo: together they are one process."""
+"""Real ranks over gloo: together they are one process."""
 
 from __future__ import annotations
 
@@ -13,24 +13,28 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.errors import TrainingError
 from pipeline.student import checkpoint
 from pipeline.student.loop import Trainer, train
+from pipeline.student.losses import BatchShare, CompositeLoss, LossInputs, TeacherInputs
 from pipeline.student.metrics import StepLog
+from pipeline.student.words import TeacherWords
 from pipeline.student.world import World
-from schemas.config import Config
+from schemas.config import Config, LossConfig
 from tests.pipeline.student.conftest import Replay
 from tests.pipeline.student.runs import CE, KD, NORMALISED, metrics, run_config
 
 
 @contextmanager
-def group(rendezvous: Path, rank: int) -> Iterator[World]:
+def group(rendezvous: Path, rank: int, size: int = 2) -> Iterator[World]:
     dist.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
     )
     try:
-        yield World(rank=rank, size=2)
+        yield World(rank=rank, size=size)
     finally:
         dist.destroy_process_group()
 
@@ -89,7 +93,8 @@ def interrupt(config: Config) -> None:
 
 def test_two_ranks_train_as_one_process(replays: Replay, tmp_path: Path) -> None:
     """Plain SGD, so that weights differ as gradients do. The last step of an epoch has three rows: two for one rank,
-    one for the other. One validation shard, so that one rank evaluates nothing. ``grown`` was begun by one process."""
+    one for the other. One validation shard, so that one rank evaluates nothing. ``grown`` was begun by one process, no
+    loss of ``headless`` reads its logits."""
     base = replays("function_matching").config
     shards = base.data.shards
     assert shards is not None
@@ -103,23 +108,30 @@ def test_two_ranks_train_as_one_process(replays: Replay, tmp_path: Path) -> None
     interrupt(run_config(base, tmp_path / "grown", **keys))
     ranks = {"ray": {"num_workers": 2}}
     two = [run_config(base, tmp_path / name, **keys, **ranks) for name in ("two", "grown")]
+    # A new student's probabilities are nearly equal, where dist is steep: rounding grows from step to step.
+    gathering = {**keys, "loss": [*CE, {"name": "dist", "gather": True}], "train": {**keys["train"], "lr": 0.01}}
+    headless = {**gathering, "loss": [{"name": "sifn"}]}
+    for name, changed in (("gathered", gathering), ("headless", headless)):
+        train(run_config(base, tmp_path / f"{name}-alone", **changed))
+        two.append(run_config(base, tmp_path / name, **changed, **ranks))
     # BatchNorm has statistics of its own on each rank; both evaluate with those of the checkpoint.
     normalised = {**keys, "student": NORMALISED, "data": {"val_shards": shards}}
     normalised["train"] = {**keys["train"], "global_batch_size": 12}
     train_with_two_ranks([*two, run_config(base, tmp_path / "normalised", **normalised, **ranks)], tmp_path)
 
-    wanted = weights(tmp_path / "alone")
-    for name in ("two", "grown"):
+    pairs = [(name, "alone", 1e-6) for name in ("two", "grown")]
+    pairs += [(name, f"{name}-alone", 1e-5) for name in ("gathered", "headless")]
+    for name, one, atol in pairs:
+        wanted = weights(tmp_path / one)
         for key, value in weights(tmp_path / name).items():
-            torch.testing.assert_close(value, wanted[key], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(value, wanted[key], rtol=1e-5, atol=atol)
         records = metrics(tmp_path / name)
         assert [record["step"] for record in records] == list(range(15))
-        losses = torch.tensor([[record["loss"] for record in metrics(tmp_path / run)] for run in ("alone", name)])
-        torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-6)
-        one, other = (checkpoint.read_summary(str(tmp_path / run)) for run in ("alone", name))
-        assert one is not None
-        assert other is not None
-        assert (other["top1"], other["ece"]) == pytest.approx((one["top1"], one["ece"]), abs=1e-5)
+        losses = torch.tensor([[record["loss"] for record in metrics(tmp_path / run)] for run in (one, name)])
+        torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=atol)
+        summaries = [checkpoint.read_summary(str(tmp_path / run)) for run in (name, one)]
+        found, expected = ((summary["top1"], summary["ece"]) for summary in summaries if summary is not None)
+        assert found == pytest.approx(expected, abs=1e-5)
 
 
 def test_two_ranks_accumulate_clip_and_average_as_one_process(replays: Replay, tmp_path: Path) -> None:
@@ -152,3 +164,86 @@ def test_two_ranks_accumulate_clip_and_average_as_one_process(replays: Replay, t
         one, other = (state_of(tmp_path / name)[kind] for name in ("alone", "two"))
         for key, value in one.items():
             torch.testing.assert_close(other[key], value, rtol=1e-5, atol=1e-6)
+
+
+GATHERED: tuple[LossConfig, ...] = Config.model_validate(
+    {"loss": [*CE, {"name": "dist", "temperature": 2.0, "inter_weight": 0.5, "intra_weight": 3.0, "gather": True}]}
+).loss
+NUM_FEATURES, NUM_CLASSES = 4, 6
+
+
+def one_step(world: World, sizes: list[int], side: int) -> tuple[Tensor, Tensor]:
+    """Total and gradient on this rank of a linear student, of ``side²`` pixels a row, after DDP's mean over ranks."""
+    rows = slice(sum(sizes[: world.rank]), sum(sizes[: world.rank + 1]))
+    generator = torch.Generator().manual_seed(3)
+    images, teacher = (
+        torch.randn(sum(sizes), channels, side, side, generator=generator)[rows]
+        for channels in (NUM_FEATURES, NUM_CLASSES)
+    )
+    labels_B = torch.randint(NUM_CLASSES, (sum(sizes),), generator=generator)[rows]
+    student: nn.Module = nn.Conv2d(NUM_FEATURES, NUM_CLASSES, 1, bias=False)
+    weight = nn.Parameter(torch.randn(NUM_CLASSES, NUM_FEATURES, 1, 1, generator=generator))
+    student.weight = weight
+    if world.size > 1:
+        student = DistributedDataParallel(student)
+    logits = student(images)
+    loss = CompositeLoss(GATHERED if side == 1 else GATHERED[1:], where="a test")
+    num = labels_B.numel()
+    total, values = loss(
+        LossInputs(
+            student_BK=logits.flatten(1) if side == 1 else logits,
+            labels_B=labels_B,
+            teachers=(
+                TeacherInputs(
+                    words=TeacherWords({None: teacher.flatten(1) if side == 1 else teacher}, labels_B.float())
+                ),
+            ),
+            sum_over_ranks=world.sum_with_gradient,
+        ),
+        BatchShare(
+            world_size=world.size,
+            num_rows=num,
+            num_rows_global=sum(sizes),
+            num_labelled=num,
+            num_labelled_global=sum(sizes),
+        ),
+        epoch=0,
+    )
+    total.backward()
+    assert weight.grad is not None
+    return values["dist"], weight.grad
+
+
+def save_steps(rendezvous: Path, rank: int, splits: list[tuple[list[int], int]]) -> None:
+    with group(rendezvous, rank, len(splits[0][0])) as world:
+        torch.save([one_step(world, *split) for split in splits], rendezvous.with_name(f"rank-{rank}.pt"))
+
+
+@pytest.mark.parametrize(
+    "splits",
+    [
+        [([4, 4], 1), ([5, 2], 1), ([1, 1], 1), ([7, 1], 2)],
+        [([3, 3, 3], 1), ([3, 2, 2], 1), ([1, 6, 2], 1), ([2, 0, 1], 2)],
+    ],
+    ids=["2 ranks", "3 ranks"],
+)
+def test_parity_gathered_dist_has_the_value_and_gradient_of_the_global_batch_on_any_ranks(
+    tmp_path: Path, splits: list[tuple[list[int], int]]
+) -> None:
+    """Even and uneven ranks, one row a rank, a rank without rows, logits of pixels."""
+    context = mp.get_context("spawn")
+    ranks = [
+        context.Process(target=save_steps, args=(tmp_path / "rendezvous", rank, splits))
+        for rank in range(len(splits[0][0]))
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+        process.kill()
+        assert process.exitcode == 0
+    for number, (sizes, side) in enumerate(splits):
+        wanted = one_step(World(), [sum(sizes)], side)
+        for rank in range(len(sizes)):
+            found = torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True)[number]
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)

@@ -143,16 +143,17 @@ def test_the_embeddings_are_the_deepest_level() -> None:
 def student_of(**keys: Any) -> tuple[Student, ReviewPlan]:
     student = loaded(SMALL)
     plan = plan_review(section(**keys), student, loaded(RESNET))
-    return Student(student.module, teacher_dims=[None], review=plan).train(), plan
+    return Student(student.module, terms=["nd"], teacher_dims=[student.module.embedding_dim], review=plan).train(), plan
 
 
 @pytest.mark.parametrize("embedding", [True, False])
 def test_a_student_answers_in_the_shapes_of_the_teachers_levels(embedding: bool) -> None:
     student, plan = student_of(embedding=embedding)
     assert [(one.channels, one.side) for one in plan.student] == [(8, 8), (16, 4)]
-    logits_BK, (embedding_BD,), maps = student(torch.rand(4, 3, 16, 16))
-    assert (logits_BK.shape, embedding_BD.shape) == ((4, 10), (4, 16))
-    assert [tuple(one.shape[1:]) for one in maps] == [(6, 8, 8), (7, 4, 4), (7, 1, 1)][: 2 + embedding]
+    answer = student(torch.rand(4, 3, 16, 16))
+    (projected_BD,) = answer.projected["nd"]
+    assert (answer.logits_BK.shape, projected_BD.shape) == ((4, 10), (4, 16))
+    assert [tuple(one.shape[1:]) for one in answer.maps] == [(6, 8, 8), (7, 4, 4), (7, 1, 1)][: 2 + embedding]
 
 
 def test_the_students_levels_are_what_its_layers_answer() -> None:
@@ -170,15 +171,15 @@ def test_the_students_levels_are_what_its_layers_answer() -> None:
 
 def test_everything_but_the_head_learns_from_the_maps_alone() -> None:
     student, _ = student_of()
-    _, _, maps = student(torch.rand(4, 3, 16, 16))
+    *_, maps = student(torch.rand(4, 3, 16, 16))
     torch.stack([one.square().sum() for one in maps]).sum().backward()
     idle = {name for name, parameter in student.named_parameters() if parameter.grad is None}
     assert idle == {"model.network.fc.weight", "model.network.fc.bias"}
 
 
 def test_a_student_without_a_review_answers_with_no_maps_and_has_nothing_more_to_learn() -> None:
-    student = Student(loaded(SMALL).module, teacher_dims=[None])
-    assert student(torch.rand(4, 3, 16, 16))[2] == ()
+    student = Student(loaded(SMALL).module)
+    assert student(torch.rand(4, 3, 16, 16)).maps == ()
     assert not [name for name in student.state_dict() if not name.startswith("model.network.")]
 
 
@@ -196,14 +197,14 @@ def test_a_compiled_student_answers_alike(backend: str) -> None:
     wanted = student(images)
     found: Any = torch.compile(student, backend=backend)(images)
     torch.testing.assert_close(found[0], wanted[0])
-    for one, other in zip(found[2], wanted[2], strict=True):
+    for one, other in zip(found.maps, wanted.maps, strict=True):
         torch.testing.assert_close(one, other)
 
 
 def test_the_fusion_follows_the_layers_it_was_planned_for_under_autocast() -> None:
     student, _ = student_of()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        _, _, maps = student(torch.rand(4, 3, 16, 16))
+        *_, maps = student(torch.rand(4, 3, 16, 16))
     assert [tuple(one.shape[1:]) for one in maps] == [(6, 8, 8), (7, 4, 4), (7, 1, 1)]
     assert all(one.isfinite().all() for one in maps)
 

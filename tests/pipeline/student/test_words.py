@@ -67,6 +67,27 @@ def test_a_kept_view_costs_its_stored_bytes(tiny_config: TinyConfig, encoding: s
     assert (kept.logits.column.nbytes, kept.embedding) == (20 * row_bytes, None)
 
 
+def test_embeddings_are_kept_as_stored_where_a_loss_reads_them(tiny_config: TinyConfig) -> None:
+    cache = built(tiny_config, embeddings="fp16")
+    source = cached_source(cache, keeps_embeddings=True)
+    (kept,) = source.columns(0, 1)
+    assert kept.embedding is not None
+    assert kept.embedding.column.nbytes == 20 * 7 * 2
+    batch = dataset(source, cache.config.views)[0]
+    for place, sample_id in enumerate(batch.sample_ids):
+        shard, _, key = sample_id.partition("/")
+        index = open_cache(cache.url).index(source.caches[0].shards[int(shard[-1])])
+        stored = open_cache(cache.url).view(shard, 0).embedding_ND
+        assert stored is not None
+        assert batch.words[0].embedding_BD is not None
+        np.testing.assert_array_equal(batch.words[0].embedding_BD[place], stored[index.keys.to_pylist().index(key)])
+
+
+def test_without_such_a_loss_a_batch_carries_no_embeddings(replays: Replay) -> None:
+    cache = replays("crop")
+    assert dataset(cached_source(cache), cache.config.views)[0].words[0].embedding_BD is None
+
+
 def test_some_rows_are_those_of_the_whole_view(replays: Replay) -> None:
     columns = open_cache(replays("crop").url).view("digits-00", 3)
     assert columns.logits is not None
@@ -174,6 +195,20 @@ def test_a_loss_that_needs_logits_is_refused_before_any_work_where_there_are_non
         with pytest.raises(ConfigError, match="needs the teacher's logits, and this cache keeps none") as caught:
             refuse(config)
         assert caught.value.where == cache.url
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("loss", [[{"name": "cosine"}], [*KD, {"name": "mse"}]], ids=["cosine", "mse"])
+def test_a_loss_that_needs_embeddings_is_refused_before_any_work_where_there_are_none(
+    tiny_config: TinyConfig, tmp_path: Path, loss: list[dict[str, Any]]
+) -> None:
+    cache = built(tiny_config, embeddings="none")
+    config = run_config(cache.config, tmp_path / "run", loss=loss)
+    for refuse in (train, check_training):
+        with pytest.raises(ConfigError, match="needs the teacher's embeddings, and this cache keeps none") as caught:
+            refuse(config)
+        assert caught.value.where == cache.url
+        assert "cache.embeddings=fp16" in str(caught.value.next_step)
     assert not (tmp_path / "run").exists()
 
 
