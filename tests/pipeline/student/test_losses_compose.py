@@ -419,7 +419,7 @@ def test_values_are_off_the_graph_and_the_total_is_on_it() -> None:
 
 def test_review_kd_needs_neither_labels_nor_logits_nor_class_means() -> None:
     loss = compose(REVIEW)
-    assert (loss.needs_labels, loss.needs_logits, loss.needs_embedding) == (False, False, False)
+    assert (loss.needs_labels, loss.needs_logits, loss.needs_class_means) == (False, False, False)
     assert loss.temperatures == ()
 
 
