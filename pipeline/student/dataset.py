@@ -136,18 +136,19 @@ class StepDataset(Dataset[Batch]):
         pixels: list[Tensor | None] = [None] * size
         teacher_pixels: list[Tensor | None] = [None] * size
         for shard, where_N, found in joined.pieces:
+            # Lists: to take a number out of an array costs as much as the hash of a small image.
+            boxes, flips = found.box_N4.tolist(), found.flip_N.tolist()
             for row, position in enumerate(where_N.tolist()):
                 image = read_image(self.source, shard, found, row, max_pixels=self.max_pixels)
-                pixels[position] = _render(image, found, row, self.student)
+                view = (image, boxes[row], flips[row], drawn_row(found.drawn, row))
+                pixels[position] = _render(*view, self.student)
                 if self.teacher is not None:
-                    teacher_pixels[position] = _render(image, found, row, self.teacher)
+                    teacher_pixels[position] = _render(*view, self.teacher)
         return pixels, teacher_pixels
 
 
-def _render(image_CHW: Tensor, rows: ShardRows, row: int, target: InputSize) -> Tensor:
+def _render(image_CHW: Tensor, box: list[int], flip: bool, drawn: dict[str, float], target: InputSize) -> Tensor:
     """uint8 [3,size,size]; the box is in pixels of the original, so any size shows the same crop."""
-    box, flip = rows.box_N4[row].tolist(), bool(rows.flip_N[row])
-    drawn = drawn_row(rows.drawn, row)
     return apply_view(image_CHW, box, flip, drawn, size=target.size, interpolation=target.interpolation)
 
 
