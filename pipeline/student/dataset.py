@@ -139,26 +139,38 @@ class StepDataset(Dataset[Batch]):
         pixels: list[Tensor | None] = [None] * size
         teacher_pixels: list[Tensor | None] = [None] * size
         for shard, where_N, found in joined.pieces:
-            seen = found if self.student_views is None else _drawn_anew(found, self.student_views, epoch)
+            theirs = _RowViews.of(found)
+            own = theirs if self.student_views is None else _RowViews.drawn_anew(found, self.student_views, epoch)
             for row, position in enumerate(where_N.tolist()):
                 image = read_image(self.source, shard, found, row, max_pixels=self.max_pixels)
-                pixels[position] = _render(image, seen, row, self.student)
+                pixels[position] = own.render(image, row, self.student)
                 if self.teacher is not None:
-                    teacher_pixels[position] = _render(image, found, row, self.teacher)
+                    teacher_pixels[position] = theirs.render(image, row, self.teacher)
         return pixels, teacher_pixels
 
 
-def _drawn_anew(rows: ShardRows, plan: ViewsConfig, view: int) -> ShardRows:
-    """The same rows under a view of another plan, which mixes nothing."""
-    params = draw_views(plan, rows.sample_ids, view, rows.width_N, rows.height_N)
-    return replace(rows, box_N4=params.box_N4, flip_N=params.flip_N, drawn=dict(params.drawn))
+@dataclass(frozen=True, slots=True)
+class _RowViews:
+    """Views of rows, as lists: to take a number out of an array costs as much as the hash of a small image."""
 
+    boxes: list[list[int]]
+    flips: list[bool]
+    drawn: Mapping[str, NDArray[Any]]
 
-def _render(image_CHW: Tensor, rows: ShardRows, row: int, target: InputSize) -> Tensor:
-    """uint8 [3,size,size]; the box is in pixels of the original, so any size shows the same crop."""
-    box, flip = rows.box_N4[row].tolist(), bool(rows.flip_N[row])
-    drawn = drawn_row(rows.drawn, row)
-    return apply_view(image_CHW, box, flip, drawn, size=target.size, interpolation=target.interpolation)
+    @classmethod
+    def of(cls, rows: ShardRows) -> _RowViews:
+        return cls(rows.box_N4.tolist(), rows.flip_N.tolist(), rows.drawn)
+
+    @classmethod
+    def drawn_anew(cls, rows: ShardRows, plan: ViewsConfig, view: int) -> _RowViews:
+        """Of the same rows, a view of another plan, which mixes nothing."""
+        params = draw_views(plan, rows.sample_ids, view, rows.width_N, rows.height_N)
+        return cls(params.box_N4.tolist(), params.flip_N.tolist(), params.drawn)
+
+    def render(self, image_CHW: Tensor, row: int, target: InputSize) -> Tensor:
+        """uint8 [3,size,size]; the box is in pixels of the original, so any size shows the same crop."""
+        box, flip, drawn = self.boxes[row], self.flips[row], drawn_row(self.drawn, row)
+        return apply_view(image_CHW, box, flip, drawn, size=target.size, interpolation=target.interpolation)
 
 
 class JoinedStep:

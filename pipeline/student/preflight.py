@@ -18,7 +18,7 @@ from pipeline.student.facts import LessonFacts, lesson_facts, student_views
 from pipeline.student.freeze import freeze
 from pipeline.student.losses import CompositeLoss
 from pipeline.student.review import plan_review, review_section
-from schemas.config import CacheConfig, Config
+from schemas.config import CacheConfig, Config, DistLoss
 
 _LOOK_UPS = 16
 
@@ -32,6 +32,7 @@ def check_config(config: Config) -> str:
     require(config, "student.model", "run.url", "loss", command="train")
     mode = config.teacher.mode
     _check_review(config)
+    _check_gathers(config)
     if mode != "online":
         _refuse_class_means(config)
     if mode == "cache":
@@ -58,6 +59,19 @@ def _check_review(config: Config) -> None:
             got=mode,
             wanted="online",
             next_step="set teacher.mode=online (with teacher.model and data.shards), or drop review_kd",
+        )
+
+
+def _check_gathers(config: Config) -> None:
+    """Relations over all ranks are of the rows of one backward pass, and a step has several where it accumulates."""
+    gathers = any(isinstance(term, DistLoss) and term.gather for term in config.loss)
+    if gathers and config.train.accumulate > 1:
+        raise ConfigError(
+            "dist gathers the rows of a whole step, which no micro-batch has",
+            where="train.accumulate",
+            got=config.train.accumulate,
+            wanted="1 beside gather: true of dist",
+            next_step="set train.accumulate=1, or gather: false, which relates the rows of one micro-batch",
         )
 
 

@@ -32,11 +32,11 @@ ROUNDS, BATCH = 40, 256
 Values = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 
 
-def random_teacher(encoding: str) -> Config:
-    """1,000 classes over CIFAR-10's images, by a network that learnt nothing: only the bytes matter here."""
+def random_teacher(encoding: str, num_classes: int = 1000) -> Config:
+    """Some classes over CIFAR-10's images, by a network that learnt nothing: only the bytes matter here."""
     return Config.model_validate(
         {
-            "data": {"shards": f"{CIFAR}/train-{{00000..00009}}.tar", "num_classes": 1000},
+            "data": {"shards": f"{CIFAR}/train-{{00000..00009}}.tar", "num_classes": num_classes},
             "teacher": {
                 "model": "python:pipeline.models.cifar:resnet",
                 "kwargs": {"depth": 8},
@@ -45,7 +45,7 @@ def random_teacher(encoding: str) -> Config:
                 "batch_size": 256,
             },
             "views": {"kind": "crop", "count": 1, "size": 32},
-            "cache": {"url": str(BENCH / f"random1000-{encoding}"), "logits": encoding},
+            "cache": {"url": str(BENCH / f"random{num_classes}-{encoding}"), "logits": encoding},
             "ray": {"address": "none", "cpus_per_task": 2},
         }
     )

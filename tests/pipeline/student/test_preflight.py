@@ -40,6 +40,14 @@ def test_a_loss_that_this_teacher_mode_cannot_serve_is_refused_by_the_config_alo
     assert told in str(caught.value)
 
 
+def test_dist_over_all_ranks_and_micro_batches_do_not_go_together(replays: Replay, tmp_path: Path) -> None:
+    gathered = [{"name": "dist", "gather": True}]
+    base = replays("crop").config
+    check_config(run_config(base, tmp_path, loss=gathered))
+    with pytest.raises(ConfigError, match="which no micro-batch has"):
+        check_config(run_config(base, tmp_path, loss=gathered, train={"accumulate": 2}))
+
+
 def test_a_run_in_the_folder_of_its_cache_is_refused(replays: Replay) -> None:
     cache = replays("crop")
     with pytest.raises(ConfigError, match="cannot share a folder"):
