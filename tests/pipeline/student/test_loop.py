@@ -138,15 +138,17 @@ def test_parity_loss_of_a_cached_and_an_online_run(replays: Replay, tmp_path: Pa
     assert max(abs(one / other - 1) for one, other in zip(cached, online, strict=True)) < 1e-4
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize(
+    ("kind", "optimizer"), [("crop", "adamw"), ("function_matching", "adamw"), ("function_matching", "sgd")]
+)
 @pytest.mark.parametrize("stop", [("step", 3), ("step", 8), ("eval", 2)], ids=str)
-def test_kill_and_resume_is_bitwise(
-    replays: Replay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: tuple[str, int], optimizer: str
+def test_parity_kill_and_resume_is_bitwise(
+    replays: Replay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: tuple[str, int], kind: str, optimizer: str
 ) -> None:
     """In the midst of an epoch, at its end, and between its last step and its checkpoint; with BatchNorm, Dropout and
     a projector."""
     monkeypatch.setattr("pipeline.student.loop._FLUSH_STEPS", 1)
-    base = replays("function_matching").config
+    base = replays(kind).config
     keys: dict[str, Any] = {
         "data": {"val_shards": base.data.shards},
         "loss": ALL_TERMS,
