@@ -24,6 +24,7 @@ from schemas.config import DataConfig
 _NAME = re.compile(r"(?P<key>(?:.*/)?[^.]+)\.(?P<extension>[^/]*)")
 _METADATA = re.compile(r"__[^/]*__($|/)")
 
+_EXTENDED = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 _END_OF_ARCHIVE = 2 * tarfile.BLOCKSIZE
 _CHUNK_BYTES = 1 << 20
 _MAX_LABEL_BYTES = 64
@@ -177,6 +178,10 @@ class _ShardScan:
         file.seek(end)
         tail = file.read(_END_OF_ARCHIVE)
         garbled = bool(tail.strip(b"\0"))
+        size_bytes = os.fstat(file.fileno()).st_size
+        if garbled and _outgrows(tail[: tarfile.BLOCKSIZE], size_bytes - end):
+            self._cut("this shard ends inside a header", end)
+            return
         if len(tail) < (tarfile.BLOCKSIZE if garbled else _END_OF_ARCHIVE):
             self._cut("this shard has no end-of-archive block: it was cut short", end)
             return
@@ -253,6 +258,18 @@ class _ShardScan:
             wanted=wanted,
             next_step=next_step or "write or fetch this shard again",
         )
+
+
+def _outgrows(block: bytes, size_bytes: int) -> bool:
+    """Whether an extended header (a long name, PAX) begins here whose data do not fit into what is left of the file.
+
+    Recent versions of tarfile take the part that is there for a garbled header, and end without a word.
+    """
+    try:
+        info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    return info.type in _EXTENDED and tarfile.BLOCKSIZE + info.size > size_bytes
 
 
 def _read(file: IO[bytes], member: _Member, limit: int) -> bytes:

@@ -119,8 +119,19 @@ def test_a_section_override_merges_into_the_section(yaml_file: Path) -> None:
         ("zzzzzz: 1\n", ["unknown key: zzzzzz", "data, teacher, views, cache"]),
         ("loss:\n- name: kd\n  temprature: 3\n", ["unknown key: loss.0.temprature", "line 3", "mean temperature?"]),
         ("cache: {url: x, logit: fp16}\n", ["unknown key: cache.logit", "did you mean logits?"]),
-        ("loss:\n- {name: ce}\n- {name: kdd}\n", ["unknown loss: loss.1.name", "'kdd'", "ce, kd, dist, nd", "line 3"]),
-        ("loss: [{weight: 1}]\n", ["missing key: loss.0.name", "ce, kd, dist, nd"]),
+        (
+            "loss:\n- {name: ce}\n- {name: kdd}\n",
+            [
+                "unknown loss: loss.1.name",
+                "'kdd'",
+                "ce, kd, dist, dkd, hard, nd, sifn, cosine, mse, review_kd",
+                "line 3",
+            ],
+        ),
+        (
+            "loss: [{weight: 1}]\n",
+            ["missing key: loss.0.name", "ce, kd, dist, dkd, hard, nd, sifn, cosine, mse, review_kd"],
+        ),
         ("cache: {logits: fp16}\n", ["missing key: cache.url", "line 1", "Folder of the cache"]),
         ("train: {lr: fast}\n", ["wrong value: train.lr", "'fast' (text)", "number"]),
         ("train: {epochs: 0}\n", ["wrong value: train.epochs", "got:    0", "greater than or equal to 1"]),
@@ -275,6 +286,6 @@ def test_require_names_each_missing_key_and_what_it_means() -> None:
     message = str(caught.value)
     assert "stillroom train needs" in message
     assert "teacher.model: timm/NAME" in message
-    assert "loss: a list of terms, named ce, kd, dist, nd" in message
+    assert "loss: a list of terms, named ce, kd, dist, dkd, hard, nd, sifn, cosine, mse, review_kd" in message
     assert "teacher.model=… run.url=… loss=…" in message
     assert "cache.url" not in message
