@@ -253,6 +253,7 @@ class EpochOrder:
     joined_S: Ints
     last_single: int | None
     _lanes: dict[int, _Units] = field(default_factory=dict[int, _Units], repr=False, compare=False)
+    _last_shard: dict[int, _Units] = field(default_factory=dict[int, _Units], repr=False, compare=False)
 
     def rows(self, step: int, rank: int, world_size: int) -> OrderedRows:
         """The rank's part of the step's global batch; ranks in order make the batch. Any step, in any sequence.
@@ -291,7 +292,13 @@ class EpochOrder:
         return _concatenate(pieces)
 
     def _shard_units(self, shard: int) -> _Units:
-        """All units of one shard, permuted."""
+        """All units of one shard, permuted. The last one is kept: where lanes are many, neighbours share shards."""
+        if shard not in self._last_shard:
+            self._last_shard.clear()
+            self._last_shard[shard] = self._permuted_units(shard)
+        return self._last_shard[shard]
+
+    def _permuted_units(self, shard: int) -> _Units:
         order = self.order
         units = self._mated_units(shard) if order.plan.mixes else _single_units(shard, int(order.num_ok_S[shard]))
         key = key_of("order/units", order.seed, self.epoch, order.shard_ids[shard])
