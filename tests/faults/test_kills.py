@@ -58,7 +58,7 @@ def training_file(folder: Path, name: str, shards: list[str]) -> Path:
     return write(
         folder / f"{name}.yaml",
         {
-            "data": {"shards": shards, "num_classes": 10},
+            "data": {"shards": shards, "num_classes": 10, "local_dir": str(folder / f"{name}-node")},
             "teacher": {"mode": "none"},
             "views": {"kind": "crop", "size": 16},
             "student": NETWORK,

@@ -52,9 +52,15 @@ def storm(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Storm]:
     class_of_s3.clear_instance_cache()
 
 
-def tree(s3: str, name: str) -> dict[str, Any]:
+def tree(s3: str, name: str, folder: Path) -> dict[str, Any]:
+    """With a node of its own, or the storm would find what the calm has fetched."""
     return {
-        "data": {"shards": f"{s3}/shards/digits-{{00..01}}.tar", "num_classes": 10, "cache": f"{s3}/{name}"},
+        "data": {
+            "shards": f"{s3}/shards/digits-{{00..01}}.tar",
+            "num_classes": 10,
+            "cache": f"{s3}/{name}",
+            "local_dir": str(folder / f"node-{name}"),
+        },
         "teacher": {**NETWORK, "batch_size": 8},
         "views": {"kind": "function_matching", "count": 4, "size": 16, "mix_group": 16},
         "cache": {"url": f"{s3}/{name}", "class_means": "eval", "views_per_part": 1},
@@ -80,8 +86,8 @@ def test_a_build_and_a_training_through_a_storm_end_as_they_do_in_calm(
         if name == "stormy":
             weather = Weather(share=0.4, draw=random.Random(11))
             storm(weather)
-        build_cache(Config.model_validate(tree(s3, name)))
-        train_student(Config.model_validate(tree(s3, name)))
+        build_cache(Config.model_validate(tree(s3, name, tmp_path)))
+        train_student(Config.model_validate(tree(s3, name, tmp_path)))
     injected = weather.injected.copy()
     weather.share = 0
     with capsys.disabled():
