@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from pipeline.errors import CacheError, StillroomError
 from pipeline.student.order import EpochOrder, OrderedRows, TrainingOrder
@@ -25,6 +25,8 @@ from pipeline.views.options import cut_boxes, drawn_row
 from pipeline.views.params import draw_views
 from pipeline.views.pixels import apply_view, stack_views
 from schemas.config import Interpolation, ViewsConfig
+
+_INLINE_BYTES = 1 << 18
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,14 +47,15 @@ class Batch:
     """One a cache."""
 
     def to(self, device: torch.device) -> Batch:
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.map_columns(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        return self._map(lambda tensor: tensor.pin_memory())
+        return self.map_columns(lambda tensor: tensor.pin_memory())
 
-    def _map(self, move: Callable[[Tensor], Tensor]) -> Batch:
+    def map_columns(self, move: Callable[[Any], Any]) -> Batch:
+        """The same, with ``move`` applied to every tensor, the words' too."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
-        moved: dict[str, Any] = {name: move(value) for name, value in values.items() if isinstance(value, Tensor)}
+        moved = {name: move(value) for name, value in values.items() if isinstance(value, Tensor | np.ndarray)}
         return replace(self, **moved, words=tuple(words.map(move) for words in self.words))
 
 
@@ -226,7 +229,29 @@ def _stack(pixels: list[Tensor | None]) -> Tensor:
     return stack_views([image for image in pixels if image is not None])
 
 
-class _Outcomes(Dataset[Batch | StillroomError]):
+@dataclass(frozen=True, slots=True)
+class _Parcel:
+    """A batch between two processes. A tensor travels in shared memory of its own, for which the receiver has to
+    connect to the sender; small columns go as arrays in the message itself."""
+
+    columns: Batch
+    """With arrays in place of small tensors."""
+
+    @classmethod
+    def of(cls, batch: Batch) -> _Parcel:
+        return cls(batch.map_columns(lambda tensor: tensor.numpy() if tensor.nbytes <= _INLINE_BYTES else tensor))
+
+    def open(self) -> Batch:
+        return self.columns.map_columns(
+            lambda column: torch.from_numpy(column) if isinstance(column, np.ndarray) else column
+        )
+
+    def pin_memory(self) -> Batch:
+        """Called by a ``DataLoader`` that is told to pin."""
+        return self.open().pin_memory()
+
+
+class _Outcomes(Dataset[Batch | _Parcel | StillroomError]):
     """A dataset whose errors are results.
 
     A loader raises what its processes raise with a traceback for a message; an error that was returned arrives as it
@@ -236,11 +261,12 @@ class _Outcomes(Dataset[Batch | StillroomError]):
     def __init__(self, dataset: StepDataset) -> None:
         self._dataset = dataset
 
-    def __getitem__(self, step: int) -> Batch | StillroomError:
+    def __getitem__(self, step: int) -> Batch | _Parcel | StillroomError:
         try:
-            return self._dataset[step]
+            batch = self._dataset[step]
         except StillroomError as error:
             return error
+        return batch if get_worker_info() is None else _Parcel.of(batch)
 
 
 def load_batches(dataset: StepDataset, steps: range, *, num_workers: int, pin_memory: bool) -> Iterator[Batch]:
@@ -263,5 +289,6 @@ def load_batches(dataset: StepDataset, steps: range, *, num_workers: int, pin_me
         for outcome in outcomes:
             if isinstance(outcome, StillroomError):
                 raise outcome
-            ahead.advance(outcome.step)
-            yield outcome
+            batch = outcome.open() if isinstance(outcome, _Parcel) else outcome
+            ahead.advance(batch.step)
+            yield batch
