@@ -166,12 +166,21 @@ class Kills:
         if killed != "worker":
             # A driver without its raylet ends by itself, and workers end without their driver. Ray's agents do not.
             builder.wait(60)
-            agents = [process for process in family if is_a(process, "agent")]
-            for process in agents:
-                process.kill()
-            self.num_agents += len(agents)
-            assert not psutil.wait_procs(family, timeout=60)[1]
+            self._end(family)
         return killed
+
+    def _end(self, family: list[psutil.Process]) -> None:
+        """Sees that a builder's processes end; kills the agents, which may have been at their very start, where they do
+        not bear their names yet."""
+        deadline = time.monotonic() + 60
+        agents: set[psutil.Process] = set()
+        while family and time.monotonic() < deadline:
+            for process in (process for process in family if is_a(process, "agent")):
+                process.kill()
+                agents.add(process)
+            family = psutil.wait_procs(family, timeout=1)[1]
+        self.num_agents += len(agents)
+        assert not family
 
     def _remember(self) -> None:
         done = committed(self.folder)
