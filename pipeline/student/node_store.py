@@ -62,10 +62,6 @@ class Held:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @property
-    def is_copy(self) -> bool:
-        return self.store is not None
-
     def close(self) -> None:
         """Lets go. Memory that was mapped stays readable."""
         if self.store is None:
