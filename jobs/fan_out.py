@@ -57,7 +57,10 @@ def fan_out(
     Raises:
         StillroomError: an item failed for good. Where that says nothing about others (a damaged shard, retries that
             were used up) they are finished first, and one error names all that failed; any other failure ends
-            everything at once, and what is in flight is cancelled.
+            everything at once.
+
+    What is in flight then ends with the driver's connection. It is not cancelled: in Ray 2.60 a cancellation that meets
+    the task's own answer aborts the driver (task_manager.cc, "Tried to complete task that was not pending").
     """
     failures = _Failures()
     if config.address == "none":
@@ -150,8 +153,6 @@ class _Flight:
                 for reference in ready:
                     yield from self._collect(reference)
         finally:
-            for reference in self._flying:
-                ray.cancel(reference, force=True)
             if self._retries:
                 kinds = ", ".join(f"{count} after {kind}" for kind, count in sorted(self._retries.items()))
                 print(f"tasks were retried: {kinds}", file=sys.stderr)

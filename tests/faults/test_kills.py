@@ -24,6 +24,7 @@ from pipeline.cache.layout import commit_path
 from pipeline.shards.write import pack_shards
 from schemas.config import Config
 from tests.faults.networks import LOG, forwards
+from tests.jobs.clusters import head_node
 from tests.jobs.conftest import NETWORK
 from tests.pipeline.caches import digit_samples, files, open_tasks
 
@@ -279,6 +280,19 @@ def test_ctrl_c_exits_130_keeps_commits_and_prints_how_to_resume(shards: list[st
     assert f"python -m jobs.build_cache {config}" in said(config)
     assert list((tmp_path / "interrupted").glob("commits/*/*.json"))
     assert not (tmp_path / "interrupted" / "manifest.json").exists()
+
+
+def test_ctrl_c_on_a_cluster_that_goes_on_ends_what_was_in_flight(tmp_path: Path) -> None:
+    flight = "list(fan_out(time.sleep, [600.0] * 4, RayConfig(address=sys.argv[1]), what='a task'))"
+    script = f"import sys, time\nfrom jobs.fan_out import fan_out\nfrom schemas.config import RayConfig\n{flight}"
+    with head_node(tmp_path, num_cpus=2) as node:
+        driver = subprocess.Popen([sys.executable, "-c", script, node.address], env=node.env, preexec_fn=_hear_ctrl_c)
+        wait_until(lambda: len(node.busy_workers()) == 2, 60)
+        assert len(node.busy_workers()) == 2
+        driver.send_signal(signal.SIGINT)
+        assert driver.wait(60) == -signal.SIGINT
+        wait_until(lambda: not node.busy_workers(), 30)
+        assert not node.busy_workers()
 
 
 def test_ctrl_c_in_a_ray_training_exits_130_and_the_same_command_goes_on(shards: list[str], tmp_path: Path) -> None:

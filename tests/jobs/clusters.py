@@ -22,14 +22,28 @@ _START_TIMEOUT_S = 60
 class HeadNode:
     """Where a started cluster listens, and the environment that may talk to it."""
 
+    address: str
     dashboard_url: str
     env: dict[str, str]
+    session: int
+
+    def busy_workers(self) -> list[int]:
+        """The processes that run a task of ``fan_out`` now: Ray names its workers after their task."""
+        pids = [found.pid for found in psutil.process_iter() if _name_of(found).startswith("ray::_call")]
+        return [pid for pid in pids if _session_of(pid) == self.session]
 
 
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def _name_of(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return ""
 
 
 @contextmanager
@@ -51,7 +65,7 @@ def head_node(folder: Path, *, num_cpus: int) -> Iterator[HeadNode]:
         process = subprocess.Popen([*command, *options], env=env, stdout=log, stderr=log, start_new_session=True)
         try:
             _wait_for(dashboard_port, process)
-            yield HeadNode(f"http://127.0.0.1:{dashboard_port}", env)
+            yield HeadNode(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard_port}", env, process.pid)
         finally:
             _end(process)
 
