@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import ConfigError
 from pipeline.views.params import shard_partners
-from pipeline.views.philox import key_of, permutation
+from pipeline.views.philox import key_of, permutation, permutations
 from schemas.config import TrainConfig, ViewsConfig
 
 OrderKind = Literal["global", "pinned"]
@@ -266,19 +266,30 @@ class EpochOrder:
             raise IndexError(f"step {step} of an epoch of {self.order.num_steps} steps")
         size = self.order.units_per_lane_step
         taken = slice(step * size, (step + 1) * size)
-        return _flatten(_concatenate([self._lane(lane)[taken] for lane in self.order.lanes_of(rank, world_size)]))
+        return _flatten(_concatenate([units[taken] for units in self._lanes_of(rank, world_size)]))
 
-    def _lane(self, lane: int) -> _Units:
-        if lane not in self._lanes:
-            self._lanes[lane] = self._build_lane(lane)
-        return self._lanes[lane]
+    def first_steps(self, steps: range, rank: int, world_size: int) -> list[tuple[int, int]]:
+        """(step, shard) of each shard that the rank meets in these steps, by the step at which it meets it first."""
+        size, first_S = self.order.units_per_lane_step, np.full(len(self.order.shard_ids), steps.stop)
+        for units in self._lanes_of(rank, world_size):
+            met_UW = units[steps.start * size : steps.stop * size].shard_UW
+            step_U = steps.start + np.arange(len(met_UW)) // size
+            np.minimum.at(first_S, met_UW, step_U[:, None])
+        found = np.flatnonzero(first_S < steps.stop)
+        return sorted(zip(first_S[found].tolist(), found.tolist(), strict=True))
 
-    def _build_lane(self, lane: int) -> _Units:
-        start, stop = self.order.lane_bounds(lane)
-        num_units = int(self.ends_S[-1])
-        units = self._shuffle(lane, self._cut(start, min(stop, num_units)))
-        # Left out of the shuffle: anywhere but at the end, one row would shift the pairs behind it.
-        return _concatenate([units, self._last_unit()]) if stop > num_units else units
+    def _lanes_of(self, rank: int, world_size: int) -> list[_Units]:
+        lanes = self.order.lanes_of(rank, world_size)
+        self._build([lane for lane in lanes if lane not in self._lanes])
+        return [self._lanes[lane] for lane in lanes]
+
+    def _build(self, lanes: Sequence[int]) -> None:
+        """All at once: they are many and short, so most of the time goes into calls."""
+        bounds, num_units = [self.order.lane_bounds(lane) for lane in lanes], int(self.ends_S[-1])
+        shuffled = self._shuffle(lanes, [self._cut(start, min(stop, num_units)) for start, stop in bounds])
+        for lane, (_, stop), units in zip(lanes, bounds, shuffled, strict=True):
+            # Left out of the shuffle: anywhere but at the end, one row would shift the pairs behind it.
+            self._lanes[lane] = _concatenate([units, self._last_unit()]) if stop > num_units else units
 
     def _cut(self, start: int, stop: int) -> _Units:
         """Units ``start`` to ``stop`` of the epoch's sequence."""
@@ -330,22 +341,31 @@ class EpochOrder:
         shard_12 = np.full((1, 2), self.last_single, dtype=np.int32)
         return _Units(shard_12, np.array([[row, -1]], dtype=np.int32), np.zeros(1, dtype=np.bool_))
 
-    def _shuffle(self, lane: int, units: _Units) -> _Units:
-        """Permutes inside windows of equal size.
+    def _shuffle(self, lanes: Sequence[int], units: Sequence[_Units]) -> list[_Units]:
+        """Permutes each lane's units inside windows of equal size."""
+        seed, edges = self.order.seed, [self._edges(len(of_lane)) for of_lane in units]
+        keys = [
+            key_of("order/window", seed, self.epoch, lane, window)
+            for lane, of_lane in zip(lanes, edges, strict=True)
+            for window in range(len(of_lane) - 1)
+        ]
+        sizes = [size for of_lane in edges for size in np.diff(of_lane).tolist()]
+        permuted = permutations(np.array(keys, dtype=np.uint64).reshape(-1, 2), sizes)
+        return [
+            of_lane[np.concatenate([edge + next(permuted) for edge in within[:-1]])]
+            for of_lane, within in zip(units, edges, strict=True)
+        ]
+
+    def _edges(self, num_units: int) -> list[int]:
+        """Where the windows of a lane of so many units begin, and where the last ends.
 
         A window spans a few shards, and two steps at the least: what a dropped tail loses is then another random part
         of the last window each epoch, also where shards are tiny and their order is pinned.
         """
-        order = self.order
-        per_shard = -(-int(self.ends_S[-1]) // len(order.shard_ids))
-        size = max(_WINDOW_SHARDS * per_shard, _WINDOW_STEPS * order.units_per_lane_step)
-        num_windows = max(1, len(units) // size)
-        edges = np.arange(num_windows + 1) * len(units) // num_windows
-        shuffled = [
-            edges[window] + permutation(key_of("order/window", order.seed, self.epoch, lane, window), int(length))
-            for window, length in enumerate(np.diff(edges))
-        ]
-        return units[np.concatenate(shuffled)]
+        per_shard = -(-int(self.ends_S[-1]) // len(self.order.shard_ids))
+        size = max(_WINDOW_SHARDS * per_shard, _WINDOW_STEPS * self.order.units_per_lane_step)
+        num_windows = max(1, num_units // size)
+        return (np.arange(num_windows + 1) * num_units // num_windows).tolist()
 
 
 def order_of(train: TrainConfig, shard_ids: Sequence[str], num_ok: Sequence[int], plan: ViewsConfig) -> TrainingOrder:

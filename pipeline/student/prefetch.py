@@ -14,8 +14,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Self
 
-import numpy as np
-
 from pipeline.errors import StillroomError
 from pipeline.student.order import TrainingOrder
 from pipeline.student.sources import RowSource
@@ -83,14 +81,12 @@ class Prefetcher:
             self._next = None
 
     def _look_ahead(self, steps: range) -> Iterator[_Coming]:
-        for epoch in range(steps.start // self._order.num_steps, -(-steps.stop // self._order.num_steps)):
-            rows, met = self._order.epoch(epoch, self._source.view_of(epoch)), set[int]()
-            first = epoch * self._order.num_steps
-            for step in range(max(first, steps.start), min(first + self._order.num_steps, steps.stop)):
-                shards = np.unique(rows.rows(step - first, self._rank, self._world_size).shard_B)
-                for shard in set(shards.tolist()) - met:
-                    yield _Coming(step, shard, epoch)
-                met |= set(shards.tolist())
+        num_steps = self._order.num_steps
+        for epoch in range(steps.start // num_steps, -(-steps.stop // num_steps)):
+            first, rows = epoch * num_steps, self._order.epoch(epoch, self._source.view_of(epoch))
+            wanted = range(max(steps.start - first, 0), min(steps.stop - first, num_steps))
+            for step, shard in rows.first_steps(wanted, self._rank, self._world_size):
+                yield _Coming(first + step, shard, epoch)
 
     def _fetch(self, coming: _Coming) -> None:
         try:

@@ -163,6 +163,19 @@ def test_any_step_can_be_asked_for_alone(case: Case, data: st.DataObject) -> Non
     assert suffix == batches[step:]
 
 
+@given(cases(), st.data())
+@LAW
+def test_first_steps_are_those_at_which_rows_name_a_shard_first(case: Case, data: st.DataObject) -> None:
+    start, stop = sorted(data.draw(st.tuples(*[st.integers(0, case.order.num_steps)] * 2)))
+    for rank in range(case.world_size):
+        met: dict[int, int] = {}
+        for step in range(start, stop):
+            for shard in case.fresh.rows(step, rank, case.world_size).shard_B.tolist():
+                met.setdefault(shard, step)
+        expected = sorted((step, shard) for shard, step in met.items())
+        assert case.fresh.first_steps(range(start, stop), rank, case.world_size) == expected
+
+
 @pytest.mark.parametrize("kind", ["global", "pinned"])
 @pytest.mark.parametrize("plan", ["crop", "function_matching"])
 def test_epochs_seeds_and_steps_differ(kind: str, plan: str) -> None:

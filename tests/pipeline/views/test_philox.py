@@ -6,10 +6,10 @@ import hashlib
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.views.philox import key_of, permutation, philox4x64, uniform
+from pipeline.views.philox import key_of, permutation, permutations, philox4x64, uniform
 
 WORD = st.integers(0, 2**64 - 1)
 FULL = 2**64 - 1
@@ -103,3 +103,13 @@ def test_permutation_sorts_the_keys_first_words(size: int, seed: int) -> None:
     key = key_of("test", seed)
     words = [word for block in range(-(-size // 4)) for word in numpy_philox(tuple(key.tolist()), (block, 0, 0, 0))]
     assert permutation(key, size).tolist() == sorted(range(size), key=lambda place: words[place])
+
+
+@given(st.lists(st.integers(0, 40_000), max_size=12))
+@settings(max_examples=30)
+def test_permutations_drawn_together_are_those_drawn_alone(sizes: list[int]) -> None:
+    keys = [key_of("test", number) for number in range(len(sizes))]
+    together = [*permutations(np.array(keys, np.uint64).reshape(-1, 2), sizes)]
+    assert [one.tolist() for one in together] == [
+        permutation(key, size).tolist() for key, size in zip(keys, sizes, strict=True)
+    ]
