@@ -226,7 +226,9 @@ def join_step(source: RowSource, rows: OrderedRows, epoch: int) -> JoinedStep:
 
 
 def _stack(pixels: list[Tensor | None]) -> Tensor:
-    return stack_views([image for image in pixels if image is not None])
+    """In a loader's process straight into the memory that it shares with the training's: a copy less."""
+    views = [image for image in pixels if image is not None]
+    return stack_views(views, shared=get_worker_info() is not None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,7 +42,7 @@ from pipeline.student.update import Updater
 from pipeline.student.words import TeacherWords
 from pipeline.student.world import World
 from pipeline.teacher.infer import Teacher, load_teacher
-from pipeline.teacher.runtime import pin_numerics
+from pipeline.teacher.runtime import keep_memory, pin_numerics
 from pipeline.views.philox import key_of
 from pipeline.views.pixels import to_input
 from schemas.config import Config
@@ -87,6 +87,7 @@ def train(config: Config, world: World | None = None, report: Report = _quiet) -
             report({"kind": "finished", "run": run_url, **finished})
         return finished
     pin_numerics(config.ray.cpus_per_worker)
+    keep_memory()
     if config.train.deterministic:
         demand_workspace()
     trainer = _begin(config, world, report)

@@ -15,6 +15,9 @@ from pipeline.errors import LostGpuError, ResourceError
 
 # What decodes, resizes, answers and encodes: another version of any may change bytes.
 _PACKAGES = ("pillow", "timm", "numpy", "pyarrow")
+# Of mallopt(3), in bytes; an int is as much as it takes.
+_M_TRIM_THRESHOLD, _MOST_KEPT = -1, 2**31 - 1
+_M_MMAP_THRESHOLD, _LARGEST_KEPT = -3, 32 << 20
 
 
 def pin_numerics(threads: int) -> None:
@@ -59,6 +62,19 @@ def trim_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def keep_memory() -> None:
+    """Keeps freed memory in this process for the next step (glibc; elsewhere nothing is done).
+
+    Activations of some MB come and go every step. glibc gives them back to the system, and a step then waits for every
+    page anew: an online teacher's on a CPU costs a tenth of the whole step.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_TRIM_THRESHOLD, _MOST_KEPT)
+        # Where the other is set this no longer grows by itself, up to this.
+        mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT)
 
 
 def pick_device(use_gpu: bool) -> torch.device:

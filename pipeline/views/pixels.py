@@ -5,6 +5,7 @@ The canonical view is the uint8 result of ``apply_view``: it is what a canary's 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -54,12 +55,20 @@ def apply_view(
     return apply_options(view_CHW, drawn) if drawn else view_CHW
 
 
-def stack_views(views: Sequence[Tensor]) -> Tensor:
+def stack_views(views: Sequence[Tensor], *, shared: bool = False) -> Tensor:
     """uint8 [..., 3, S, S] each, of one shape, to [N, ..., 3, S, S] in channels-last memory.
 
     That is how ``apply_view`` leaves pixels and how convolutions read them fastest, so nothing is repacked on the way.
+    ``shared`` puts them into memory that other processes can map.
     """
-    return torch.stack([view.movedim(-3, -1) for view in views]).movedim(-1, -3)
+    channels_last = [view.movedim(-3, -1) for view in views]
+    out = None
+    if shared and views:
+        shape = (len(views), *channels_last[0].shape)
+        # As torch's own collate functions do; torch.empty(shape).share_memory_() would copy.
+        storage = torch.UntypedStorage._new_shared(math.prod(shape))  # pyright: ignore[reportPrivateUsage]
+        out = torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)
+    return torch.stack(channels_last, out=out).movedim(-1, -3)
 
 
 def to_input(

@@ -21,6 +21,7 @@ from pipeline.student.dataset import Batch, load_batches
 from pipeline.student.loop import Trainer
 from pipeline.student.metrics import StepLog
 from pipeline.student.world import World
+from pipeline.teacher.runtime import keep_memory
 from schemas.config import Config
 from tests.benchmarks.timing import SHARED, Spread
 
@@ -85,6 +86,7 @@ def run() -> None:
         print(f"  skipped, {SHARED} is absent")
         return
     torch.set_num_threads(THREADS)
+    keep_memory()
     with tempfile.TemporaryDirectory() as folder:
         build_cache(_config(folder, "cache"))
         index_shards(_config(folder, "none"), f"{folder}/index")
