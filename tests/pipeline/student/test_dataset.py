@@ -68,6 +68,16 @@ def test_loader_processes_change_no_batch(replays: Replay, num_workers: int) -> 
         assert_same(one, other)
 
 
+def test_loader_processes_change_no_pixels_of_teachers_online(replays: Replay, tmp_path: Path) -> None:
+    config = replays("crop").config
+    # Larger and smaller than what travels in the message itself.
+    eaten = [InputSize(12, "bilinear"), InputSize(128, "bicubic")]
+    batches = dataset(indexed_source(config, tmp_path), config.views, teachers=eaten)
+    for one, other in zip(load(batches, range(3)), load(batches, range(3), 1), strict=True):
+        assert [*one.teacher_pixels] == [*other.teacher_pixels] == eaten
+        assert all(torch.equal(one.teacher_pixels[size], other.teacher_pixels[size]) for size in eaten)
+
+
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_ranks_batches_laid_together_are_the_batch_of_one_process(
