@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.errors import ConfigError
-from schemas.config import CacheConfig, Config, ModelConfig, TeacherConfig
+from schemas.config import AskedConfig, CacheConfig, Config, ModelConfig, TeacherConfig
 
 _WITHOUT_FILE = ("random", "pretrained")
 
@@ -51,8 +51,10 @@ def _model(section: ModelConfig) -> dict[str, Any]:
     urls: dict[str, Any] = {}
     if section.weights not in _WITHOUT_FILE:
         urls["weights"] = storage.absolute(section.weights)
-    if isinstance(section, TeacherConfig) and section.class_means is not None:
+    if isinstance(section, AskedConfig) and section.class_means is not None:
         urls["class_means"] = storage.absolute(section.class_means)
+    if isinstance(section, TeacherConfig):
+        urls["others"] = tuple(other.model_copy(update=_model(other)) for other in section.others)
     return urls
 
 

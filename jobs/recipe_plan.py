@@ -125,7 +125,11 @@ def _needs(recipe: Recipe) -> Iterator[str]:
     for key in ("shards", "val_shards"):
         if key in data:
             yield _line(f"needs {key}", _named(data[key]))
-    sections = [recipe.teacher.student or recipe.teacher.teacher, *(cell.config.student for cell in recipe.cells)]
+    sections = [
+        recipe.teacher.student or recipe.teacher.teacher,
+        *(cell.config.student for cell in recipe.cells),
+        *(other for cell in recipe.cells for other in cell.config.teacher.others),
+    ]
     wanted = {section.weights: section for section in sections if section and section.weights != "random"}
     for section in wanted.values():
         yield _line("needs weights", _weights(section))

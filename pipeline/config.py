@@ -83,7 +83,8 @@ def require(config: Config, *keys: str, command: str) -> None:
 def _value(config: BaseModel, key: str) -> Any:
     value: Any = config
     for name in key.split("."):
-        value = None if value is None else getattr(value, name)
+        if value is not None:
+            value = value[int(name)] if name.isdigit() else getattr(value, name)
     return value
 
 

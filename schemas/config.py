@@ -129,15 +129,36 @@ class ModelConfig(Section):
     kwargs: dict[str, Any] = Field(default_factory=dict, description="Passed on to the model's constructor.")
 
 
-class TeacherConfig(ModelConfig):
-    """The network that is asked."""
+class AskedConfig(ModelConfig):
+    """A network that is asked."""
 
-    mode: Literal["none", "cache", "online"] = Field("cache", description="What a student learns from, in training.")
     precision: Precision = Field("fp32", description="Arithmetic of the forward pass (autocast below fp32).")
     batch_size: int = Field(64, ge=1, description="Rows per forward; the last batch of a mix group is padded to it.")
     class_means: str | None = Field(
         None, min_length=1, description="mode online, for nd: URL of a finished cache of this teacher with class means."
     )
+
+
+class OtherTeacherConfig(AskedConfig):
+    """One of several teachers online, beside the first."""
+
+    size: int | None = Field(
+        None, ge=1, description="Input height and width in pixels; default views.size, else the model's own."
+    )
+
+
+class TeacherConfig(AskedConfig):
+    """The network that is asked, or the first of several."""
+
+    mode: Literal["none", "cache", "online"] = Field("cache", description="What a student learns from, in training.")
+    others: tuple[OtherTeacherConfig, ...] = Field(
+        (), description="mode online: further teachers, asked about the same views; losses are summed over all."
+    )
+
+    @property
+    def asked(self) -> dict[str, AskedConfig]:
+        """All teachers of mode online, by the names of their sections."""
+        return {"teacher": self, **{f"teacher.others.{number}": other for number, other in enumerate(self.others)}}
 
 
 class JitterConfig(Section):

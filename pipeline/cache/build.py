@@ -94,6 +94,13 @@ def cache_config(config: Config) -> CacheConfig:
     require(config, "data.shards", "data.num_classes", "teacher.model", "cache.url", command="cache build")
     cache = config.cache
     assert cache is not None
+    if config.teacher.others:
+        raise ConfigError(
+            "a cache holds the words of one teacher",
+            where="teacher.others",
+            got=f"{len(config.teacher.others)} beside teacher.model",
+            next_step="append teacher.others=[], and build a cache of each other teacher from a config of its own",
+        )
     if config.views.mixes and cache.class_means == "view0":
         raise ConfigError(
             "class means of mixed images mean nothing",

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,12 +42,10 @@ def micro_batches(batch: Batch, pieces: int) -> list[Batch]:
 
 
 def _piece(batch: Batch, rows: slice) -> Batch:
-    values = {item.name: getattr(batch, item.name) for item in fields(batch)}
-    cut: dict[str, Any] = {name: value[rows] for name, value in values.items() if isinstance(value, Tensor | list)}
-    if batch.partner_B is not None:
-        # Positions in the batch become positions in the piece.
-        cut["partner_B"] = cut["partner_B"] - rows.start
-    return replace(batch, **cut, words=tuple(words.map(lambda tensor: tensor[rows]) for words in batch.words))
+    piece = batch.map_columns(lambda column: column[rows])
+    # Positions in the batch become positions in the piece.
+    partner_B = None if piece.partner_B is None else piece.partner_B - rows.start
+    return replace(piece, sample_ids=batch.sample_ids[rows], partner_B=partner_B)
 
 
 def combined(

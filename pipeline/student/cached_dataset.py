@@ -90,7 +90,6 @@ class CachedDataset(Dataset[CachedBatch]):
             rank=rank,
             world_size=world_size,
             student=InputSize(int(self._input["size"]), self._input["interpolation"]),
-            teacher=None,
             max_pixels=self._facts.data.max_pixels,
             needs_labels=require_labels,
             temperatures=tuple(temperatures),

@@ -29,13 +29,16 @@ def cached_means(cache: TeacherCache, source: RowSource) -> Tensor:
     return means_KD
 
 
-def online_means(cache: TeacherCache, teacher: Teacher, source: RowSource) -> Tensor:
+def online_means(cache: TeacherCache, teacher: Teacher, source: RowSource, *, section: str) -> Tensor:
     """[K,D] on the CPU, of a cache of this teacher, which may be over other shards and views than are trained on.
+
+    Args:
+        section: the teacher's in the YAML, for messages.
 
     Raises:
         CacheError: the cache is another teacher's, or a class occurs in the labels but has no mean.
     """
-    _check_same_teacher(cache, teacher)
+    _check_same_teacher(cache, teacher, section)
     means = cache.class_means()
     assert means is not None, "check_means_serve has seen to it"
     means_KD = torch.from_numpy(means.mean_KD)
@@ -45,7 +48,7 @@ def online_means(cache: TeacherCache, teacher: Teacher, source: RowSource) -> Te
     return means_KD
 
 
-def _check_same_teacher(cache: TeacherCache, teacher: Teacher) -> None:
+def _check_same_teacher(cache: TeacherCache, teacher: Teacher, section: str) -> None:
     """Means of another teacher may be as wide: they would load, and mislead."""
     online = {
         "architecture": teacher.loaded.architecture,
@@ -57,7 +60,7 @@ def _check_same_teacher(cache: TeacherCache, teacher: Teacher) -> None:
     if changed:
         raise CacheError(
             "these class means are another teacher's",
-            where=f"teacher.class_means: {storage.redact(cache.url)}",
+            where=f"{section}.class_means: {storage.redact(cache.url)}",
             got="; ".join(changed),
             next_step="name a cache of the teacher that is asked, or none and drop nd from the loss section",
         )

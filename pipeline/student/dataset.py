@@ -6,7 +6,7 @@ order, and resuming is starting at another step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -29,6 +29,14 @@ from schemas.config import Interpolation, ViewsConfig
 _INLINE_BYTES = 1 << 18
 
 
+@dataclass(frozen=True, slots=True)
+class InputSize:
+    """The square a view is resized to, in pixels, and how."""
+
+    size: int
+    interpolation: Interpolation
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """One rank's rows of one step; uint8 pixels, labels -1 where there is none, partners as positions in the batch."""
@@ -38,7 +46,8 @@ class Batch:
     num_rows_global: int
     sample_ids: list[str]
     pixels_BCHW: Tensor
-    teacher_pixels_BCHW: Tensor | None
+    teacher_pixels: Mapping[InputSize, Tensor]
+    """[B,C,H,W] for the teachers online who eat other pixels than the student, by what they eat."""
     labels_B: Tensor
     partner_B: Tensor | None
     lambda_B: Tensor | None
@@ -53,23 +62,17 @@ class Batch:
         return self.map_columns(lambda tensor: tensor.pin_memory())
 
     def map_columns(self, move: Callable[[Any], Any]) -> Batch:
-        """The same, with ``move`` applied to every tensor, the words' too."""
+        """The same, with ``move`` applied to every column, those of teachers too."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         moved = {name: move(value) for name, value in values.items() if isinstance(value, Tensor | np.ndarray)}
-        return replace(self, **moved, words=tuple(words.map(move) for words in self.words))
-
-
-@dataclass(frozen=True, slots=True)
-class InputSize:
-    """The square a view is resized to, in pixels, and how."""
-
-    size: int
-    interpolation: Interpolation
+        pixels = {size: move(pixels_BCHW) for size, pixels_BCHW in self.teacher_pixels.items()}
+        return replace(self, **moved, teacher_pixels=pixels, words=tuple(words.map(move) for words in self.words))
 
 
 class StepDataset(Dataset[Batch]):
     """``dataset[step]`` is the batch of one rank at a global step, counted over all epochs.
 
+    ``teachers`` says what those eat who are asked online about the same views.
     ``student_views`` is the plan of a student that sees other views than its teacher, a new one each epoch.
     ``temperatures`` are those at which the losses read logits; where there is none, no logits are decoded.
     With ``needs_labels`` a row without a label is an error: found here, where labels are still on the CPU.
@@ -83,18 +86,19 @@ class StepDataset(Dataset[Batch]):
         rank: int,
         world_size: int,
         student: InputSize,
-        teacher: InputSize | None,
         max_pixels: int,
         needs_labels: bool,
         temperatures: tuple[float, ...],
+        teachers: Sequence[InputSize] = (),
         student_views: ViewsConfig | None = None,
     ) -> None:
         order.lanes_of(rank, world_size)
         self.source, self.order = source, order
         self.rank, self.world_size = rank, world_size
         self.student, self.student_views = student, student_views
-        # One rendering serves both networks where they eat the same pixels.
-        self.teacher = None if teacher == student and student_views is None else teacher
+        # One rendering serves all networks that eat the same pixels.
+        shared = () if student_views is not None else (student,)
+        self.teachers = tuple(size for size in dict.fromkeys(teachers) if size not in shared)
         self.max_pixels, self.needs_labels, self.temperatures = max_pixels, needs_labels, temperatures
         self._epoch: EpochOrder | None = None
 
@@ -116,7 +120,7 @@ class StepDataset(Dataset[Batch]):
             num_rows_global=num_rows_global,
             sample_ids=joined.sample_ids,
             pixels_BCHW=_stack(pixels),
-            teacher_pixels_BCHW=None if self.teacher is None else _stack(teacher_pixels),
+            teacher_pixels={size: _stack(views) for size, views in teacher_pixels.items()},
             labels_B=torch.from_numpy(joined.label_B),
             partner_B=torch.from_numpy(rows.partner_B.astype(np.int64)) if mixes else None,
             lambda_B=torch.from_numpy(joined.lambda_B) if mixes else None,
@@ -136,19 +140,21 @@ class StepDataset(Dataset[Batch]):
         if self.needs_labels:
             check_labelled(joined.sample_ids, joined.label_B)
 
-    def _pixels(self, joined: JoinedStep, epoch: int) -> tuple[list[Tensor | None], list[Tensor | None]]:
-        """Of each row for the student, and for the teacher if it takes others; each image is read and decoded once."""
+    def _pixels(
+        self, joined: JoinedStep, epoch: int
+    ) -> tuple[list[Tensor | None], dict[InputSize, list[Tensor | None]]]:
+        """Of each row for the student, and for teachers who take others; each image is read and decoded once."""
         size = len(joined.sample_ids)
         pixels: list[Tensor | None] = [None] * size
-        teacher_pixels: list[Tensor | None] = [None] * size
+        teacher_pixels: dict[InputSize, list[Tensor | None]] = {eaten: [None] * size for eaten in self.teachers}
         for shard, where_N, found in joined.pieces:
             theirs = _RowViews.of(found)
             own = theirs if self.student_views is None else _RowViews.drawn_anew(found, self.student_views, epoch)
             for row, position in enumerate(where_N.tolist()):
                 image = read_image(self.source, shard, found, row, max_pixels=self.max_pixels)
                 pixels[position] = own.render(image, row, self.student)
-                if self.teacher is not None:
-                    teacher_pixels[position] = theirs.render(image, row, self.teacher)
+                for eaten, views in teacher_pixels.items():
+                    views[position] = theirs.render(image, row, eaten)
         return pixels, teacher_pixels
 
 

@@ -259,12 +259,13 @@ def evaluate_run(
 
 
 def teacher_of_run(config: Config, lessons: LessonFacts, device: torch.device) -> Teacher | None:
-    """The teacher that a run's config names, if it names one.
+    """The teacher that a run's config names, if it names one and no others.
 
     Raises:
         CacheError: it is not the one whose words the run's cache holds.
     """
-    if config.teacher.model is None:
+    # Agreement is measured with one teacher alone.
+    if config.teacher.model is None or config.teacher.others:
         return None
     teacher = load_teacher(
         config.teacher, num_classes=lessons.num_classes, size=config.views.size or lessons.size, device=device

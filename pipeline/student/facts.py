@@ -31,14 +31,14 @@ class LessonFacts:
     num_classes: int
     size: int | None
     caches: tuple[TeacherCache, ...]
-    """One a teacher; none where a teacher is asked in training, or nobody is."""
-    means_cache: TeacherCache | None = None
-    """Where the class means of a teacher online are kept."""
+    """One a teacher; none where teachers are asked in training, or nobody is."""
+    means_caches: tuple[TeacherCache | None, ...] = ()
+    """Where the class means of each teacher online are kept; None: nowhere."""
 
     @property
     def opened(self) -> tuple[TeacherCache, ...]:
         """All caches that the run reads, in the order in which it pins their manifests."""
-        return self.caches if self.means_cache is None else (self.means_cache,)
+        return self.caches or tuple(cache for cache in self.means_caches if cache is not None)
 
     @property
     def student_plan(self) -> ViewsConfig:
@@ -54,9 +54,9 @@ def lesson_facts(config: Config) -> LessonFacts:
     """
     if config.teacher.mode != "cache":
         assert config.data.num_classes is not None
-        own = student_views(config, config.views)
-        means = _open(config, () if config.teacher.class_means is None else (config.teacher.class_means,))
-        return LessonFacts(config.data, config.views, own, config.data.num_classes, config.views.size, (), *means)
+        own, size = student_views(config, config.views), config.views.size
+        _check_size_said(config, asked_sizes(config))
+        return LessonFacts(config.data, config.views, own, config.data.num_classes, size, (), _means_caches(config))
     return facts_of(config, _open(config, config.data.caches))
 
 
@@ -113,17 +113,33 @@ def _open(config: Config, urls: Sequence[str]) -> tuple[TeacherCache, ...]:
     return tuple(open_cache(url, manifest_bytes=manifest) for url, manifest in zip(urls, pinned, strict=True))
 
 
+def _means_caches(config: Config) -> tuple[TeacherCache | None, ...]:
+    urls = [section.class_means for section in config.teacher.asked.values()]
+    opened = iter(_open(config, [url for url in urls if url is not None]))
+    return tuple(None if url is None else next(opened) for url in urls)
+
+
+def asked_sizes(config: Config) -> list[int | None]:
+    """Input sizes of the teachers online in pixels, as the config says them; None: the model's own."""
+    return [config.views.size, *(other.size or config.views.size for other in config.teacher.others)]
+
+
 def _size_of(config: Config, caches: Sequence[TeacherCache]) -> int:
     """The teachers' input size, which the student takes unless it has its own."""
-    sizes = sorted({int(cache.header.teacher["size"]) for cache in caches})
-    if len(sizes) > 1 and (config.student is None or config.student.size is None):
+    sizes = [int(cache.header.teacher["size"]) for cache in caches]
+    _check_size_said(config, sizes)
+    return min(sizes)
+
+
+def _check_size_said(config: Config, sizes: Sequence[int | None]) -> None:
+    known = sorted({size for size in sizes if size is not None})
+    if len({*sizes}) > 1 and (config.student is None or config.student.size is None):
         raise ConfigError(
-            "the teachers of these caches have different input sizes, so the student's has to be said",
+            "the teachers have different input sizes, so the student's has to be said",
             where="student.size",
-            got=f"teachers of {', '.join(map(str, sizes))} pixels",
-            next_step=f"set student.size={sizes[0]}, or any other",
+            got=f"teachers of {', '.join(map(str, known))} pixels" + (" and a model's own" if None in sizes else ""),
+            next_step=f"set student.size={known[0]}, or any other",
         )
-    return sizes[0]
 
 
 def _check_same_views(config: Config, plan: ViewsConfig, cache: TeacherCache) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +23,7 @@ from pipeline.student.canaries import CanaryReport, check_canaries
 from pipeline.student.class_means import cached_means, online_means
 from pipeline.student.dataset import Batch, InputSize, StepDataset, load_batches
 from pipeline.student.evaluate import Evaluation, Evaluator, make_evaluator
-from pipeline.student.facts import LessonFacts, lesson_facts
+from pipeline.student.facts import LessonFacts, asked_sizes, lesson_facts
 from pipeline.student.fidelity import fidelity_warnings
 from pipeline.student.freeze import freeze
 from pipeline.student.losses import BatchShare, ClassDirections, CompositeLoss, LossInputs, TeacherInputs
@@ -57,16 +57,22 @@ def _quiet(_: dict[str, Any]) -> None: ...
 
 @dataclass(frozen=True, slots=True)
 class Lessons:
-    """What the student learns from: rows, their views, and the teacher in whichever form it is there."""
+    """What the student learns from: rows, their views, and the teachers in whichever form they are there."""
 
     facts: LessonFacts
     source: RowSource
-    teacher: Teacher | None
+    teachers: tuple[Teacher, ...]
+    """Those who are asked online."""
     class_directions: tuple[ClassDirections | None, ...]
     """One a teacher, where the loss needs it."""
     teacher_dims: tuple[int, ...]
     """Widths of the teachers' embeddings."""
     canaries: CanaryReport = field(default_factory=CanaryReport)
+
+    @property
+    def compared(self) -> Teacher | None:
+        """Whom evaluations compare the student with, which they do where one teacher is online."""
+        return self.teachers[0] if len(self.teachers) == 1 else None
 
 
 def train(config: Config, world: World | None = None, report: Report = _quiet) -> dict[str, Any]:
@@ -122,7 +128,7 @@ def open_lessons(config: Config, loss: CompositeLoss, device: torch.device) -> L
     """
     facts = lesson_facts(config)
     check_caches_serve(loss, facts.caches)
-    check_means_serve(loss, facts)
+    check_means_serve(config, loss, facts)
     if facts.caches:
         return _cached_lessons(loss, facts, device)
     source = open_indexed(index_url(config), facts.data, facts.plan)
@@ -130,12 +136,8 @@ def open_lessons(config: Config, loss: CompositeLoss, device: torch.device) -> L
         source.check_labelled()
     _check_labels(loss, source, facts)
     if config.teacher.mode == "none":
-        return Lessons(facts, source, None, (), ())
-    teacher = load_teacher(config.teacher, num_classes=facts.num_classes, size=facts.size, device=device)
-    directions = None
-    if loss.needs_class_means and facts.means_cache is not None:
-        directions = ClassDirections.of(online_means(facts.means_cache, teacher, source).to(device))
-    return Lessons(facts, source, teacher, (directions,), (teacher.module.embedding_dim,))
+        return Lessons(facts, source, (), (), ())
+    return _online_lessons(config, loss, facts, source, device)
 
 
 def _refuses_unlabelled(config: Config, loss: CompositeLoss) -> bool:
@@ -145,6 +147,24 @@ def _refuses_unlabelled(config: Config, loss: CompositeLoss) -> bool:
 def _check_labels(loss: CompositeLoss, source: RowSource, facts: LessonFacts) -> None:
     if loss.needs_labels:
         check_any_labelled(source, facts.data)
+
+
+def _online_lessons(
+    config: Config, loss: CompositeLoss, facts: LessonFacts, source: RowSource, device: torch.device
+) -> Lessons:
+    asked = config.teacher.asked
+    teachers = tuple(
+        load_teacher(section, num_classes=facts.num_classes, size=size, device=device, where=name)
+        for (name, section), size in zip(asked.items(), asked_sizes(config), strict=True)
+    )
+    directions = tuple(
+        ClassDirections.of(online_means(cache, teacher, source, section=name).to(device))
+        if cache is not None and loss.needs_class_means
+        else None
+        for name, cache, teacher in zip(asked, facts.means_caches, teachers, strict=True)
+    )
+    widths = tuple(teacher.module.embedding_dim for teacher in teachers)
+    return Lessons(facts, source, teachers, directions, widths)
 
 
 def _cached_lessons(loss: CompositeLoss, facts: LessonFacts, device: torch.device) -> Lessons:
@@ -157,7 +177,7 @@ def _cached_lessons(loss: CompositeLoss, facts: LessonFacts, device: torch.devic
         for cache in facts.caches
     )
     widths = tuple(cache.header.embedding_dim for cache in facts.caches)
-    return Lessons(facts, source, None, directions, widths, canaries)
+    return Lessons(facts, source, (), directions, widths, canaries)
 
 
 class Trainer:
@@ -295,16 +315,13 @@ class Trainer:
         self.lessons.source.close()
 
     def _dataset(self) -> StepDataset:
-        teacher = self.lessons.teacher
         return StepDataset(
             self.lessons.source,
             self.order,
             rank=self.world.rank,
             world_size=self.world.size,
-            student=InputSize(self.spec.size, self.spec.interpolation),
-            teacher=None
-            if teacher is None
-            else InputSize(teacher.loaded.input.size, teacher.loaded.input.interpolation),
+            student=_eaten(self.spec),
+            teachers=[_eaten(teacher.loaded.input) for teacher in self.lessons.teachers],
             max_pixels=self.lessons.facts.data.max_pixels,
             needs_labels=_refuses_unlabelled(self.config, self.loss),
             temperatures=self.loss.temperatures,
@@ -352,10 +369,7 @@ class Trainer:
         dtype = _AUTOCAST.get(self.config.train.precision)
         with torch.autocast(self.world.device.type, dtype=dtype, enabled=dtype is not None):
             answer: StudentAnswer = self.module(images)
-        words, teacher_maps = batch.words, ()
-        if self.lessons.teacher is not None:
-            said, teacher_maps = _ask(self.lessons.teacher, batch, self.student.review)
-            words = (said,)
+        heard = self._listen(batch)
         return LossInputs(
             student_BK=answer.logits_BK,
             labels_B=batch.labels_B,
@@ -368,12 +382,19 @@ class Trainer:
                     student_maps=answer.maps or None,
                     teacher_maps=teacher_maps or None,
                 )
-                for number, (said, directions) in enumerate(zip(words, self.lessons.class_directions, strict=True))
+                for number, ((said, teacher_maps), directions) in enumerate(
+                    zip(heard, self.lessons.class_directions, strict=True)
+                )
             ),
             partner_B=batch.partner_B,
             lambda_B=batch.lambda_B,
             sum_over_ranks=self.world.sum_with_gradient,
         )
+
+    def _listen(self, batch: Batch) -> list[tuple[TeacherWords, tuple[Tensor, ...]]]:
+        """Each teacher's words on a batch, cached or asked for now, and his levels where a loss reviews them."""
+        asked = [_ask(teacher, batch, self.student.review) for teacher in self.lessons.teachers]
+        return asked or [(words, ()) for words in batch.words]
 
     def _num_labelled_global(self, batch: Batch) -> int | Tensor:
         """Rows of the step with a label, over all ranks; every one where none may be missing."""
@@ -415,7 +436,7 @@ class Trainer:
         self.world.copy_from_leader(self.student.buffers())
         self.world.copy_from_leader(self.updater.averaged_buffers())
         seen = SeenImages()
-        evaluation = self.evaluator(self.updater.evaluated, self.spec, self.lessons.teacher, on_index=seen.add)
+        evaluation = self.evaluator(self.updater.evaluated, self.spec, self.lessons.compared, on_index=seen.add)
         self._warn_of_overlap(seen)
         self._say("eval", epoch=self._epochs_done, **evaluation.as_dict())
         if metrics is not None:
@@ -501,11 +522,15 @@ class Trainer:
             self.report({"kind": kind, "run": self.run_url, **values})
 
 
+def _eaten(spec: InputSpec) -> InputSize:
+    return InputSize(spec.size, spec.interpolation)
+
+
 def _ask(teacher: Teacher, batch: Batch, review: Review | None) -> tuple[TeacherWords, tuple[Tensor, ...]]:
     """An online teacher's words on a batch, and its levels where a loss reviews them."""
-    pixels = batch.pixels_BCHW if batch.teacher_pixels_BCHW is None else batch.teacher_pixels_BCHW
+    pixels_BCHW = batch.teacher_pixels.get(_eaten(teacher.loaded.input), batch.pixels_BCHW)
     named = () if review is None else review.plan.teacher
-    asked = pixels, batch.partner_B, batch.lambda_B, batch.cut_B4
+    asked = pixels_BCHW, batch.partner_B, batch.lambda_B, batch.cut_B4
     (teacher_BK, teacher_BD), maps = with_maps(named, teacher.forward, *asked)
     levels = () if review is None else review.plan.levels(maps, teacher_BD)
     return TeacherWords({None: teacher_BK}, teacher_BD.norm(dim=1), teacher_BD), levels
@@ -522,19 +547,20 @@ def _student(config: Config, lessons: Lessons, loss: CompositeLoss) -> tuple[Stu
         where="student",
         allow_new_head=True,
     )
-    review = _review(config, loaded, lessons.teacher)
+    review = _review(config, loaded, lessons.teachers)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
         student = Student(loaded.module, terms=loss.projected, teacher_dims=lessons.teacher_dims, review=review)
     return student, loaded.input
 
 
-def _review(config: Config, student: LoadedModel, teacher: Teacher | None) -> ReviewPlan | None:
+def _review(config: Config, student: LoadedModel, teachers: Sequence[Teacher]) -> ReviewPlan | None:
     """What ``review_kd`` compares, with the teacher ready to show it; None where no loss does."""
     section = review_section(config.loss)
     if section is None:
         return None
-    assert teacher is not None, "check_config has seen to it"
+    assert len(teachers) == 1, "check_config has seen to it"
+    teacher = teachers[0]
     plan = plan_review(section, student, teacher.loaded)
     observe_maps(teacher.loaded.module.network, plan.teacher)
     return plan

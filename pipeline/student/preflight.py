@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 
@@ -14,13 +15,15 @@ from pipeline.errors import ConfigError
 from pipeline.models import LoadedModel, load_model
 from pipeline.shards.names import shard_ids
 from pipeline.student.evaluate import teacher_of_run
-from pipeline.student.facts import LessonFacts, lesson_facts, student_views
+from pipeline.student.facts import LessonFacts, asked_sizes, lesson_facts, student_views
 from pipeline.student.freeze import freeze
 from pipeline.student.losses import CompositeLoss
 from pipeline.student.review import plan_review, review_section
 from schemas.config import CacheConfig, Config, DistLoss
 
 _LOOK_UPS = 16
+# What a teacher says depends on these keys and the input size.
+_OF_WORDS = {"model", "kwargs", "weights", "mean", "std", "interpolation", "precision"}
 
 
 def check_config(config: Config) -> str:
@@ -34,6 +37,7 @@ def check_config(config: Config) -> str:
     _check_review(config)
     _check_gathers(config)
     if mode != "online":
+        _refuse_others(config)
         _refuse_class_means(config)
     if mode == "cache":
         require(config, "data.cache", command="train")
@@ -41,6 +45,7 @@ def check_config(config: Config) -> str:
     else:
         require(config, "data.shards", "data.num_classes", command="train")
         _check_teacher_needs(config, CompositeLoss(config.loss, where="loss"))
+        _check_others(config)
     assert config.run is not None
     if config.run.url in (*config.data.caches, config.cache.url if config.cache else None):
         raise ConfigError(
@@ -59,6 +64,13 @@ def _check_review(config: Config) -> None:
             got=mode,
             wanted="online",
             next_step="set teacher.mode=online (with teacher.model and data.shards), or drop review_kd",
+        )
+    if review_section(config.loss) is not None and config.teacher.others:
+        raise ConfigError(
+            "review_kd reviews the feature maps of one teacher",
+            where="teacher.others",
+            got=f"{len(config.teacher.others)} beside teacher.model",
+            next_step="append teacher.others=[], or drop review_kd",
         )
 
 
@@ -84,6 +96,31 @@ def _check_caches(urls: Sequence[str]) -> None:
         )
 
 
+def _check_others(config: Config) -> None:
+    """Twice the same words would weigh as two teachers': ``others`` are those beside the first, who is not listed."""
+    seen: list[dict[str, Any]] = []
+    for (where, section), size in zip(config.teacher.asked.items(), asked_sizes(config), strict=True):
+        words = {**section.model_dump(include=_OF_WORDS), "size": size}
+        if words in seen:
+            raise ConfigError(
+                "a teacher is named twice",
+                where=where,
+                got=section.model,
+                wanted="in teacher.others the teachers beside the one of the teacher section",
+            )
+        seen.append(words)
+
+
+def _refuse_others(config: Config) -> None:
+    if config.teacher.others:
+        raise ConfigError(
+            "several teachers are named, and none is asked online",
+            where="teacher.others",
+            got=f"{len(config.teacher.others)} beside teacher.model, with teacher.mode={config.teacher.mode}",
+            next_step="set teacher.mode=online, or remove teacher.others: data.cache takes a list of caches",
+        )
+
+
 def _check_teacher_needs(config: Config, loss: CompositeLoss) -> None:
     """Without a teacher there is nothing but labels, and a teacher online has class means only if it is given them."""
     mode = config.teacher.mode
@@ -98,20 +135,21 @@ def _check_teacher_needs(config: Config, loss: CompositeLoss) -> None:
                 f"a loss needs the teacher's {words}", where="teacher.mode", got=mode, wanted="cache or online"
             )
     if mode == "online":
-        require(config, "teacher.model", command="train with teacher.mode=online")
+        require(config, *(f"{name}.model" for name in config.teacher.asked), command="train with teacher.mode=online")
         if loss.needs_class_means:
             _require_class_means(config)
 
 
 def _require_class_means(config: Config) -> None:
-    if config.teacher.class_means is None:
-        raise ConfigError(
-            "nd needs class means, and a teacher online makes none",
-            where="teacher.class_means",
-            wanted="the URL of a finished cache of this teacher that has class means",
-            next_step="build one with views.count=1, cache.logits=none and cache.class_means=eval, or use "
-            "teacher.mode=cache",
-        )
+    for where, section in config.teacher.asked.items():
+        if section.class_means is None:
+            raise ConfigError(
+                "nd needs class means, and a teacher online makes none",
+                where=f"{where}.class_means",
+                wanted="the URL of a finished cache of this teacher that has class means",
+                next_step="build one with views.count=1, cache.logits=none and cache.class_means=eval, or use "
+                "teacher.mode=cache",
+            )
 
 
 def _refuse_class_means(config: Config) -> None:
@@ -136,34 +174,36 @@ def check_training(config: Config) -> None:
     facts = lesson_facts(config)
     loss = CompositeLoss(config.loss, where="loss")
     check_caches_serve(loss, facts.caches)
-    check_means_serve(loss, facts)
+    check_means_serve(config, loss, facts)
     _check_layers(config, _check_student(config, facts.num_classes, facts.size))
     _check_val_shards(config)
     if facts.caches and config.teacher.weights != "pretrained":
         teacher_of_run(config, facts, torch.device("cpu"))
 
 
-def check_means_serve(loss: CompositeLoss, facts: LessonFacts) -> None:
+def check_means_serve(config: Config, loss: CompositeLoss, facts: LessonFacts) -> None:
     """
     Raises:
-        ConfigError: the cache beside a teacher online has no class means, or its classes are not the data's.
+        ConfigError: a cache beside a teacher online has no class means, or its classes are not the data's.
     """
-    cache = facts.means_cache
-    if cache is None or not loss.needs_class_means:
+    if facts.caches or not loss.needs_class_means:
         return
-    if cache.manifest.class_means is None:
-        raise ConfigError(
-            "nd needs class means, and this cache has none",
-            where=f"teacher.class_means: {storage.redact(cache.url)}",
-            next_step="name a cache that was built with cache.class_means=eval",
-        )
-    if cache.header.num_classes != facts.num_classes:
-        raise ConfigError(
-            "these class means are of another number of classes",
-            where=f"teacher.class_means: {storage.redact(cache.url)}",
-            got=f"K = {cache.header.num_classes}",
-            wanted=f"K = {facts.num_classes}, data.num_classes",
-        )
+    for name, cache in zip(config.teacher.asked, facts.means_caches, strict=True):
+        assert cache is not None, "check_config has seen to it"
+        where = f"{name}.class_means: {storage.redact(cache.url)}"
+        if cache.manifest.class_means is None:
+            raise ConfigError(
+                "nd needs class means, and this cache has none",
+                where=where,
+                next_step="name a cache that was built with cache.class_means=eval",
+            )
+        if cache.header.num_classes != facts.num_classes:
+            raise ConfigError(
+                "these class means are of another number of classes",
+                where=where,
+                got=f"K = {cache.header.num_classes}",
+                wanted=f"K = {facts.num_classes}, data.num_classes",
+            )
 
 
 def check_caches_serve(loss: CompositeLoss, caches: Sequence[TeacherCache]) -> None:

@@ -14,7 +14,7 @@ from pipeline.errors import ResourceError
 from pipeline.models import LoadedModel, lay_out, load_model
 from pipeline.teacher.groups import GroupViews
 from pipeline.views.pixels import to_input
-from schemas.config import Precision, TeacherConfig
+from schemas.config import AskedConfig, Precision
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -185,13 +185,18 @@ def _pick(pixels_NCHW: Tensor, rows_B: Tensor) -> Tensor:
     return pixels_NCHW[rows_B].contiguous(memory_format=torch.channels_last)
 
 
-def load_teacher(config: TeacherConfig, *, num_classes: int, size: int | None, device: torch.device) -> Teacher:
+def load_teacher(
+    config: AskedConfig, *, num_classes: int, size: int | None, device: torch.device, where: str = "teacher"
+) -> Teacher:
     """The teacher of a config on a device.
+
+    Args:
+        where: YAML section of ``config``, for messages.
 
     Raises:
         ModelError: the model cannot be built as asked.
     """
-    loaded = load_model(config, num_classes=num_classes, size=size, where="teacher")
+    loaded = load_model(config, num_classes=num_classes, size=size, where=where)
     return Teacher(loaded, device=device, precision=config.precision, batch_size=config.batch_size)
 
 

@@ -104,7 +104,6 @@ def _variants(case: _Case) -> tuple[int, dict[str, Callable[[], int]]]:
         rank=0,
         world_size=1,
         student=InputSize(case.size, "bilinear"),
-        teacher=None,
         max_pixels=64_000_000,
         needs_labels=False,
         temperatures=(1.0,),

@@ -71,8 +71,7 @@ class _Run:
 
 def _forward(run: _Run) -> Callable[[], None]:
     """The teacher alone, on as many batches."""
-    teacher, batch = run.trainer.lessons.teacher, next(run.batches)
-    assert teacher is not None
+    teacher, batch = run.trainer.lessons.teachers[0], next(run.batches)
 
     def block() -> None:
         for _ in range(STEPS_A_BLOCK):

@@ -25,5 +25,6 @@ def test_one_path_or_a_list_of_them_becomes_absolute(key: str, tmp_path: Path, m
 def test_class_means_of_a_teacher_become_absolute_like_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     teacher = {"class_means": "caches/r50", "weights": "r50.pt"}
-    found = with_absolute_paths(Config.model_validate({"teacher": teacher})).teacher
-    assert (found.class_means, found.weights) == (f"{tmp_path}/caches/r50", f"{tmp_path}/r50.pt")
+    found = with_absolute_paths(Config.model_validate({"teacher": {**teacher, "others": [teacher]}})).teacher
+    for one in (found, *found.others):
+        assert (one.class_means, one.weights) == (f"{tmp_path}/caches/r50", f"{tmp_path}/r50.pt")

@@ -274,6 +274,8 @@ def test_a_plan_says_which_weights_it_would_need(tmp_path: Path) -> None:
     assert "timm/swin_large_patch4_window7_224.ms_in22k_ft_in1k" in needs[0]
     small = describe_plan(recipe("funmatch-small", tmp_path, "vars.teacher=s3://bucket/bit.safetensors"))
     assert "s3://bucket/bit.safetensors" in small
+    several = "students.dist.teacher.others=[{model: timm/resnet18, weights: 's3://bucket/r18.safetensors'}]"
+    assert "s3://bucket/r18.safetensors" in describe_plan(recipe("dist-b2", tmp_path, several))
 
 
 def test_a_teacher_that_is_there_is_not_trained(tmp_path: Path) -> None:

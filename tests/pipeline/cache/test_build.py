@@ -482,6 +482,7 @@ def test_a_shard_that_grew_between_two_blocks_is_found(tiny_config: TinyConfig, 
         ({"data": {"label": None}}, "class means need labels"),
         ({"data": {"num_classes": None}}, "data.num_classes"),
         ({"data": {"shards": None}}, "data.shards"),
+        ({"teacher": {"others": [{"model": "timm/resnet18"}]}}, "a cache holds the words of one teacher"),
     ],
 )
 def test_a_config_that_cannot_be_built_is_refused_first(

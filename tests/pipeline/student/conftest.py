@@ -76,11 +76,24 @@ def own_replay(replays: Replay, tmp_path: Path) -> Replay:
 
 
 @pytest.fixture(scope="session")
-def colleague(built_cache: TinyCache, tmp_path_factory: pytest.TempPathFactory) -> TinyCache:
-    """The views of ``replays("crop")``, two fewer, as a wider teacher saw them in 12 pixels. Never to be written."""
-    config = _with_views(built_cache.config, "crop", str(tmp_path_factory.mktemp("colleague") / "cache"))
-    teacher = config.teacher.model_copy(update={"kwargs": {"depth": 8, "widths": [4, 4, 6, 9]}})
-    views = config.views.model_copy(update={"count": NUM_VIEWS - 2, "size": 12})
-    config = config.model_copy(update={"teacher": teacher, "views": views})
-    build(config)
-    return TinyCache(cache_section(config).url, config)
+def colleagues(built_cache: TinyCache, tmp_path_factory: pytest.TempPathFactory) -> Replay:
+    """The views of ``replays``, two fewer, as a wider teacher saw them in 12 pixels. Never to be written."""
+    built: dict[tuple[str, int], TinyCache] = {}
+
+    def get(kind: str, *, num_views: int = NUM_VIEWS - 2) -> TinyCache:
+        if (kind, num_views) not in built:
+            url = str(tmp_path_factory.mktemp("colleague") / kind)
+            config = _with_views(built_cache.config, kind, url, num_views)
+            teacher = config.teacher.model_copy(update={"kwargs": {"depth": 8, "widths": [4, 4, 6, 9]}})
+            views = config.views.model_copy(update={"size": 12})
+            config = config.model_copy(update={"teacher": teacher, "views": views})
+            build(config)
+            built[kind, num_views] = TinyCache(cache_section(config).url, config)
+        return built[kind, num_views]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def colleague(colleagues: Replay) -> TinyCache:
+    return colleagues("crop")

@@ -96,7 +96,6 @@ def dataset(source: RowSource, plan: ViewsConfig, **changes: Any) -> StepDataset
         "rank": 0,
         "world_size": 1,
         "student": InputSize(16, "bilinear"),
-        "teacher": None,
         "max_pixels": 10**6,
         "needs_labels": False,
         "temperatures": (1.0,),

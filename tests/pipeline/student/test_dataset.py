@@ -68,6 +68,16 @@ def test_loader_processes_change_no_batch(replays: Replay, num_workers: int) -> 
         assert_same(one, other)
 
 
+def test_loader_processes_change_no_pixels_of_teachers_online(replays: Replay, tmp_path: Path) -> None:
+    config = replays("crop").config
+    # Larger and smaller than what travels in the message itself.
+    eaten = [InputSize(12, "bilinear"), InputSize(128, "bicubic")]
+    batches = dataset(indexed_source(config, tmp_path), config.views, teachers=eaten)
+    for one, other in zip(load(batches, range(3)), load(batches, range(3), 1), strict=True):
+        assert [*one.teacher_pixels] == [*other.teacher_pixels] == eaten
+        assert all(torch.equal(one.teacher_pixels[size], other.teacher_pixels[size]) for size in eaten)
+
+
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_ranks_batches_laid_together_are_the_batch_of_one_process(
@@ -185,14 +195,14 @@ def test_parity_outputs_of_cached_and_online_teacher(
     config, theirs = cache.config, teacher_input(cache)
     stored, drawn = both(cache, tmp_path)
     own = InputSize(student_size, "bilinear")
-    online = dataset(drawn, config.views, student=own, teacher=theirs)
+    online = dataset(drawn, config.views, student=own, teachers=[theirs])
     replayed = dataset(stored, config.views, student=own)
     teacher = load_teacher(config.teacher, num_classes=10, size=theirs.size, device=torch.device("cpu"))
     for step in range(0, NUM_VIEWS * STEPS_AN_EPOCH, 7):
         batch, wanted = online[step], replayed[step]
         assert torch.equal(batch.pixels_BCHW, wanted.pixels_BCHW)
         assert batch.pixels_BCHW.shape[2:] == (student_size, student_size)
-        pixels = batch.pixels_BCHW if batch.teacher_pixels_BCHW is None else batch.teacher_pixels_BCHW
+        pixels = batch.teacher_pixels.get(theirs, batch.pixels_BCHW)
         logits_BK, embedding_BD = teacher.forward(pixels, batch.partner_B, batch.lambda_B, batch.cut_B4)
         torch.testing.assert_close(logits_BK, logits(wanted), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(embedding_BD.norm(dim=1), wanted.words[0].norm_B, rtol=1e-5, atol=1e-5)
@@ -232,12 +242,15 @@ def test_inputs_of_a_build_and_of_training_are_the_same_bits(replays: Replay) ->
             assert torch.equal(alone[0], whole[row])
 
 
-def test_one_rendering_serves_both_networks_where_they_eat_the_same(replays: Replay, tmp_path: Path) -> None:
+def test_one_rendering_serves_all_networks_that_eat_the_same(replays: Replay, tmp_path: Path) -> None:
     cache = replays("crop")
-    drawn = indexed_source(cache.config, tmp_path)
-    same, other = InputSize(16, "bilinear"), InputSize(16, "bicubic")
-    assert dataset(drawn, cache.config.views, teacher=same)[0].teacher_pixels_BCHW is None
-    assert dataset(drawn, cache.config.views, teacher=other)[0].teacher_pixels_BCHW is not None
+    drawn, plan = indexed_source(cache.config, tmp_path), cache.config.views
+    same, other, small = InputSize(16, "bilinear"), InputSize(16, "bicubic"), InputSize(12, "bilinear")
+    assert dataset(drawn, plan, teachers=[same, same])[0].teacher_pixels == {}
+    batch = dataset(drawn, plan, teachers=[small, same, other, small])[0]
+    assert [*batch.teacher_pixels] == [small, other]
+    for eaten, pixels_BCHW in batch.teacher_pixels.items():
+        assert torch.equal(pixels_BCHW, dataset(drawn, plan, student=eaten)[0].pixels_BCHW)
 
 
 @pytest.mark.parametrize("kind", ["crop", "eval"])
@@ -266,11 +279,10 @@ def test_an_online_teacher_sees_its_own_views_beside_a_student_that_sees_others(
     cache = replays("crop")
     drawn = indexed_source(cache.config, tmp_path)
     plan, own, size = cache.config.views, ViewsConfig.model_validate({"kind": "eval"}), InputSize(16, "bilinear")
-    batches = dataset(drawn, plan, teacher=size, student_views=own)
+    batches = dataset(drawn, plan, teachers=[size], student_views=own)
     for step in range(0, 2 * STEPS_AN_EPOCH, 2):
         batch, together = batches[step], dataset(drawn, plan)[step]
-        assert batch.teacher_pixels_BCHW is not None
-        assert torch.equal(batch.teacher_pixels_BCHW, together.pixels_BCHW)
+        assert torch.equal(batch.teacher_pixels[size], together.pixels_BCHW)
         assert not torch.equal(batch.pixels_BCHW, together.pixels_BCHW)
 
 

@@ -29,6 +29,7 @@ from tests.pipeline.student.runs import (
     NORMALISED,
     SMALL,
     cached_source,
+    index_shards,
     metrics,
     rewrite_view,
     run_config,
@@ -37,6 +38,12 @@ from tests.pipeline.student.runs import (
 
 SIZED = {**SMALL, "size": 16}
 ALL_TERMS = [*CE, {"name": "kd", "temperature": 2.0}, {"name": "dist"}, {"name": "nd"}]
+EVERY_LOSS = [
+    *CE,
+    *({"name": name, "temperature": 1.0} for name in ("kd", "dist", "dkd")),
+    *({"name": name} for name in ("hard", "nd", "cosine", "mse")),
+]
+REVIEW = {"name": "review_kd", "student_layers": ["conv2"], "teacher_layers": ["layer3"]}
 Rebuild = Callable[..., TinyCache]
 
 
@@ -45,6 +52,22 @@ def together(url: Path, *caches: TinyCache, **sections: Any) -> Config:
     own = {"data": {"shards": None}, "teacher": {"model": None}, "student": SIZED, **sections}
     own["data"] = {"cache": [cache.url for cache in caches], **own["data"]}
     return run_config(caches[0].config, url, **own)
+
+
+def online(url: Path, first: TinyCache, *others: TinyCache, **sections: Any) -> Config:
+    """The same run with the teachers of these caches online, each with the class means of its cache."""
+    listed = [
+        {
+            **cache.config.teacher.model_dump(mode="json", exclude_unset=True),
+            "size": cache.config.views.size,
+            "class_means": cache.url,
+        }
+        for cache in others
+    ]
+    teacher = {"class_means": first.url, "others": listed, **sections.pop("teacher", {})}
+    config = run_config(first.config, url, mode="online", **{"student": SIZED, "teacher": teacher, **sections})
+    index_shards(config, url / "index")
+    return config
 
 
 @pytest.fixture
@@ -131,6 +154,75 @@ def test_two_teachers_resume_bitwise(replays: Replay, colleague: TinyCache, tmp_
     assert other is not None
     for part in ("model", "projectors"):
         assert all(torch.equal(value, other[part][key]) for key, value in one[part].items())
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "accumulate"), [("crop", 16, 1), ("function_matching", 12, 1), ("function_matching", 24, 2)]
+)
+def test_parity_every_loss_of_two_cached_teachers_is_that_of_the_two_online(
+    replays: Replay, colleagues: Replay, tmp_path: Path, kind: str, size: int, accumulate: int
+) -> None:
+    """They eat 16 and 12 pixels, and embed into 7 and 9 dimensions."""
+    caches = replays(kind), colleagues(kind)
+    keys: dict[str, Any] = {
+        "student": {**NORMALISED, "size": size},
+        "loss": EVERY_LOSS,
+        # A slow descent: on so many terms at once, larger steps would multiply errors of rounding.
+        "train": {"epochs": 8, "optimizer": "sgd", "momentum": 0.0, "lr": 0.002, "accumulate": accumulate},
+    }
+    train(together(tmp_path / "cached", *caches, **keys))
+    train(online(tmp_path / "online", *caches, **keys))
+    cached, asked = metrics(tmp_path / "cached"), metrics(tmp_path / "online")
+    assert len(cached) == 40
+    for one, other in zip(cached, asked, strict=True):
+        assert {f"loss/{term['name']}/{number}" for term in EVERY_LOSS[1:] for number in (0, 1)} < one.keys()
+        assert one.keys() == other.keys()
+        for name in one:
+            assert one[name] == pytest.approx(other[name], rel=1e-4), name
+    for name, cache in zip(("manifest.json", "manifest-1.json"), caches, strict=True):
+        assert (tmp_path / "online" / name).read_bytes() == storage.read(f"{cache.url}/manifest.json")
+
+
+def test_class_means_of_another_of_the_teachers_online_are_refused(
+    replays: Replay, colleague: TinyCache, tmp_path: Path
+) -> None:
+    config = online(tmp_path / "run", replays("crop"), colleague, loss=[{"name": "nd"}])
+    first, other = config.teacher, config.teacher.others[0]
+    other = other.model_copy(update={"class_means": first.class_means})
+    with pytest.raises(CacheError, match="these class means are another teacher's") as caught:
+        train(config.model_copy(update={"teacher": first.model_copy(update={"others": (other,)})}))
+    assert caught.value.where == f"teacher.others.0.class_means: {replays('crop').url}"
+
+
+OTHER: dict[str, Any] = {"model": "timm/resnet18", "size": 16}
+
+
+@pytest.mark.parametrize(
+    ("sections", "told"),
+    [
+        ({"teacher": {"mode": "cache", "others": [OTHER]}}, "none is asked online"),
+        ({"teacher": {"mode": "none", "others": [OTHER]}, "loss": CE}, "none is asked online"),
+        ({"teacher": {"others": [OTHER, {}]}}, "no teacher.others.1.model"),
+        ({"teacher": {"others": [OTHER, OTHER]}}, "a teacher is named twice\n  where:  teacher.others.1"),
+        ({"teacher": {"others": [OTHER]}, "loss": [REVIEW]}, "feature maps of one teacher"),
+        (
+            {"teacher": {"others": [OTHER], "class_means": "x"}, "loss": [{"name": "nd"}]},
+            "teacher.others.0.class_means",
+        ),
+    ],
+)
+def test_teachers_that_cannot_be_asked_together_are_refused_by_the_config_alone(
+    replays: Replay, tmp_path: Path, sections: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_config(run_config(replays("crop").config, tmp_path, mode="online", **sections))
+    assert told in str(caught.value)
+
+
+def test_the_first_teacher_among_the_others_would_count_twice(replays: Replay, tmp_path: Path) -> None:
+    config = online(tmp_path, replays("crop"), replays("crop"))
+    with pytest.raises(ConfigError, match="a teacher is named twice"):
+        check_config(config)
 
 
 def test_views_are_as_many_as_the_fewest_of_any_cache(replays: Replay, colleague: TinyCache) -> None:
@@ -299,11 +391,12 @@ def test_a_cache_that_lacks_what_a_loss_needs_is_named(replays: Replay, rebuilt:
     assert caught.value.where == other.url
 
 
+@pytest.mark.parametrize("run", [together, online])
 def test_teachers_of_different_sizes_leave_the_students_to_be_said(
-    replays: Replay, colleague: TinyCache, tmp_path: Path
+    replays: Replay, colleague: TinyCache, tmp_path: Path, run: Callable[..., Config]
 ) -> None:
     with pytest.raises(ConfigError, match="different input sizes") as caught:
-        train(together(tmp_path / "run", replays("crop"), colleague, student=SMALL))
+        train(run(tmp_path / "run", replays("crop"), colleague, student=SMALL))
     assert caught.value.got == "teachers of 12, 16 pixels"
 
 
@@ -329,10 +422,11 @@ def test_a_run_in_the_folder_of_any_of_its_caches_is_refused(replays: Replay, co
         check_config(together(Path(colleague.url), replays("crop"), colleague))
 
 
+@pytest.mark.parametrize("run", [together, online])
 def test_a_run_of_several_teachers_evaluates_without_agreement(
-    replays: Replay, colleague: TinyCache, digits_shards: list[str], tmp_path: Path
+    replays: Replay, colleague: TinyCache, digits_shards: list[str], tmp_path: Path, run: Callable[..., Config]
 ) -> None:
-    train(together(tmp_path, replays("crop"), colleague, data={"val_shards": digits_shards}))
+    train(run(tmp_path, replays("crop"), colleague, data={"val_shards": digits_shards}))
     summary = checkpoint.read_summary(str(tmp_path))
     assert summary is not None
     found = evaluate_run(

@@ -83,8 +83,7 @@ def test_the_teachers_maps_are_of_the_mixed_pixels(replays: Replay, tmp_path: Pa
         inputs = trainer._forward(torch.zeros(len(batch.labels_B), 3, 16, 16), batch)
     finally:
         trainer.close()
-    teacher = trainer.lessons.teacher
-    assert teacher is not None
+    (teacher,) = trainer.lessons.teachers
     assert batch.partner_B is not None
     assert batch.lambda_B is not None
     own, weight = batch.pixels_BCHW / 255, batch.lambda_B.reshape(-1, 1, 1, 1)
