@@ -61,6 +61,9 @@ def test_the_base_image_has_an_exact_version_that_the_project_supports() -> None
     assert version is not None
     assert Version(version[1]) in Requirement(f"python{PROJECT['requires-python']}").specifier
     assert stages == ["base", "base", "torch-${ACCELERATOR}"]
+    named = {image.partition(" AS ")[2] for image in arguments("FROM")}
+    told = re.findall(r"--build-arg ACCELERATOR=(\w+)", (INFRA / "README.md").read_text())
+    assert {f"torch-{name}" for name in told} == {"torch-cpu", "torch-cuda"} <= named
 
 
 def test_pinned_packages_are_within_the_project_s_bounds_and_ray_is_that_of_the_manifests() -> None:
