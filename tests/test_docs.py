@@ -23,13 +23,13 @@ from tests.pipeline.caches import build, digit_samples
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
-DOCUMENTS = [*sorted((ROOT / "docs").glob("*.md")), *(ROOT / name for name in NAMES)]
+DOCUMENTS = [*sorted((ROOT / "docs").glob("*.md")), *(ROOT / name for name in NAMES), ROOT / "infra" / "README.md"]
 _PATH = re.compile(r"(?:jobs|pipeline|schemas|tests|docs|infra)/[\w./-]*\w|[A-Z]+\.md|pyproject\.toml|\.ci/run")
 _SECTIONS = "data|teacher|student|views|cache|train|run"
 _KEY = re.compile(rf"(?:{_SECTIONS})\.[a-z_]+")
 
 
-@pytest.fixture(params=DOCUMENTS, ids=lambda path: path.name)
+@pytest.fixture(params=DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def document(request: pytest.FixtureRequest) -> str:
     if not request.param.exists():
         pytest.skip(f"{request.param.name} is not here")

@@ -1,0 +1,141 @@
+"""What the jobs run: their commands, the config that they name, and the pods that it needs."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+from jobs import build_cache, distill, train_student
+from jobs.cli import app
+from pipeline.cache.build import cache_config
+from pipeline.config import load_config
+from pipeline.models.outline import outline_model
+from pipeline.shards.write import pack_shards
+from pipeline.student.plan import plan_training
+from pipeline.student.preflight import check_config
+from schemas.config import Config
+from tests.infra.manifests import INFRA, ROOT, Document, cluster_spec, load, manifest, pods
+from tests.pipeline.caches import digit_samples
+
+# Each job, the module that it runs, and the command of a shell that does the same.
+JOBS = {
+    "rayjob-build": ("jobs.build_cache", ["cache", "build"]),
+    "rayjob-train": ("jobs.train_student", ["train"]),
+    "rayjob-distill": ("jobs.distill", ["distill"]),
+}
+
+
+def command(document: Document) -> tuple[str, list[str]]:
+    """The module that the entry point runs, and its arguments."""
+    python, option, module, *arguments = shlex.split(document["spec"]["entrypoint"])
+    assert (python, option) == ("python", "-m")
+    return module, arguments
+
+
+def config_file(document: Document, path: str) -> Path:
+    """The file here that the head's pod has under ``path``: of the ConfigMap that is mounted there."""
+    (kustomization,) = load(INFRA / "kustomization.yaml")
+    files = {entry["name"]: entry["files"] for entry in kustomization["configMapGenerator"]}
+    head = next(pods(document))
+    (mount,) = [mount for mount in head.containers[0]["volumeMounts"] if Path(path).parent == Path(mount["mountPath"])]
+    (volume,) = [volume for volume in head.spec["volumes"] if volume["name"] == mount["name"]]
+    (name,) = [name for name in files[volume["configMap"]["name"]] if Path(name).name == Path(path).name]
+    return INFRA / name
+
+
+def config_of(name: str) -> Config:
+    document = manifest(name)
+    _, (path, *overrides) = command(document)
+    return load_config(str(config_file(document, path)), overrides)
+
+
+def test_everything_that_is_applied_first_exists() -> None:
+    (kustomization,) = load(INFRA / "kustomization.yaml")
+    files = [*kustomization["resources"], *kustomization["configMapGenerator"][0]["files"]]
+    assert all((INFRA / name).is_file() for name in files)
+    namespaces = {manifest(name)["metadata"]["namespace"] for name in (*JOBS, "raycluster-dev", "network-policy")}
+    assert namespaces == {kustomization["namespace"]}
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_an_entry_point_runs_a_job_and_parses_as_the_command_that_does_the_same(name: str) -> None:
+    module, arguments = command(manifest(name))
+    assert module == JOBS[name][0]
+    assert (ROOT / module.replace(".", "/")).with_suffix(".py").is_file()
+    found: Any = typer.main.get_command(app)
+    words = list(JOBS[name][1])
+    while words:
+        found = found.commands[words.pop(0)]
+    parsed = found.make_context(name, list(arguments)).params
+    assert [parsed["config"], *(parsed["overrides"] or [])] == arguments
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_the_config_of_a_job_loads_and_has_what_the_job_asks_for(name: str) -> None:
+    config = config_of(name)
+    if name != "rayjob-train":
+        assert cache_config(config).url == config.data.cache
+    if name != "rayjob-build":
+        assert check_config(config) == "s3://my-bucket/runs/r50-dist"
+    # A job of KubeRay is no private cluster's, nor a plain loop.
+    assert config.ray.address == "auto"
+
+
+def test_the_networks_and_the_schedule_of_the_config_are_as_its_comments_say() -> None:
+    config = config_of("rayjob-distill")
+    assert config.student is not None
+    teacher, student = (
+        outline_model(model, num_classes=1000, size=224, where="here") for model in (config.teacher, config.student)
+    )
+    # torchvision's and timm's tables.
+    assert round(teacher.num_parameters / 1e6, 2) == 60.19
+    assert round(student.num_parameters / 1e6, 2) == 25.56
+    plan = plan_training(config.train, config.views, 1_281_167)
+    # 1,281,167 images in batches of 1,024; five epochs of warm-up.
+    assert plan.steps_per_epoch == 1251
+    assert config.train.warmup_steps == 5 * 1251
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_task_and_a_worker_fit_a_pod_and_those_at_the_start_are_enough(name: str) -> None:
+    config = config_of(name).ray
+    (group,) = cluster_spec(manifest(name))["workerGroupSpecs"]
+    (container,) = group["template"]["spec"]["containers"]
+    limits = container["resources"]["limits"]
+    cpus, gpus = int(limits["cpu"]), int(limits["nvidia.com/gpu"])
+    assert 1 <= config.cpus_per_task <= cpus
+    assert 0 < config.gpus_per_task <= gpus
+    assert config.cpus_per_worker <= cpus
+    assert config.use_gpu
+    assert config.max_retries > 0
+    if name != "rayjob-build":
+        # A training is refused, and does not wait, where a worker has no place.
+        assert min(cpus // config.cpus_per_worker, gpus) * group["minReplicas"] >= config.num_workers
+        assert config.max_failures > 0
+    assert group["minReplicas"] >= 1
+
+
+def test_the_config_builds_trains_and_distils_where_images_and_networks_are_small(tmp_path: Path) -> None:
+    shards = pack_shards(digit_samples(24), f"{tmp_path}/digits-%02d.tar", shard_size=12)
+    network = "model: 'python:pipeline.models.cifar:resnet', weights: random, mean: [0, 0, 0], std: [1, 1, 1]"
+    overrides = [
+        f"data={{shards: {shards}, val_shards: {shards}, num_classes: 10, local_dir: {tmp_path}/node}}",
+        f"teacher={{{network}, kwargs: {{depth: 8}}, batch_size: 8, precision: fp32}}",
+        f"student={{{network}, kwargs: {{depth: 8, widths: [4, 4, 4, 4]}}}}",
+        "views={count: 2, size: 8}",
+        f"cache.url={tmp_path}/cache",
+        f"run.url={tmp_path}/run",
+        "train={epochs: 1, warmup_steps: 1, global_batch_size: 12, num_workers: 0, precision: fp32}",
+        "ray={address: none, gpus_per_task: 0, use_gpu: false, num_workers: 1}",
+    ]
+    source = str(INFRA / "distill.yaml")
+    build_cache.main(source, overrides)
+    assert (tmp_path / "cache" / "manifest.json").is_file()
+    train_student.main(source, overrides)
+    assert (tmp_path / "run" / "summary.json").is_file()
+    distill.main(source, [*overrides, f"run.url={tmp_path}/again"])
+    assert (tmp_path / "again" / "summary.json").is_file()
