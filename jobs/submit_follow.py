@@ -43,15 +43,32 @@ def follow(client: JobSubmissionClient, job: str, address: str) -> int:
                 say(f"job {job} goes on. Its log: {job_command('logs --follow', job, address)}")
                 say(f"to stop it: {job_command('stop', job, address)}")
                 return INTERRUPTED
+            say(f"{'stopping' if answer else 'following'} job {job}")
             if answer:
-                say(f"stopping job {job}")
                 client.stop_job(job)
-    return _told_exit_code(info, job)
+    return exit_code(info, job)
 
 
 def job_command(words: str, job: str, address: str) -> str:
     """The command of Ray that does something to this job."""
     return f"ray job {words} --address {shlex.quote(storage.redact(address))} {shlex.quote(job)}"
+
+
+def exit_code(info: JobDetails, job: str) -> int:
+    """Of the command of a job that has ended, and a line that says how it did."""
+    if info.status == JobStatus.SUCCEEDED:
+        say(f"job {job} succeeded")
+        return 0
+    if info.status == JobStatus.STOPPED:
+        say(f"job {job} was stopped; what is committed stays, and submitting again goes on from there")
+        return INTERRUPTED
+    code = info.driver_exit_code
+    if code is None:
+        say(f"job {job} failed before its command ran, or with its node: {info.message}")
+        return 1
+    say(f"job {job} failed with exit code {code}")
+    # As shells have it, for a command that a signal ended.
+    return code if code >= 0 else 128 - code
 
 
 def say(text: str) -> None:
@@ -121,19 +138,3 @@ def _asked_to_stop() -> bool | None:
         print(file=sys.stderr)
         return None
     return answer.strip().lower() in ("y", "yes")
-
-
-def _told_exit_code(info: JobDetails, job: str) -> int:
-    if info.status == JobStatus.SUCCEEDED:
-        say(f"job {job} succeeded")
-        return 0
-    if info.status == JobStatus.STOPPED:
-        say(f"job {job} was stopped; what is committed stays, and submitting again goes on from there")
-        return INTERRUPTED
-    code = info.driver_exit_code
-    if code is None:
-        say(f"job {job} failed before its command ran, or with its node: {info.message}")
-        return 1
-    say(f"job {job} failed with exit code {code}")
-    # As shells have it, for a command that a signal ended.
-    return code if code >= 0 else 128 - code
