@@ -97,16 +97,15 @@ def submit(asked: Submission) -> int:
         ResourceError: no cluster answers at the address, or it refuses the token.
         SubmissionError: the cluster did not take the job, or fell silent while it ran.
     """
-    address = _checked_address(asked.address)
+    address, job = _checked_address(asked.address), _job_id(asked)
+    _check_overrides(asked.overrides)
     config = load_config(asked.source, asked.overrides)
     check_job(asked.command, config)
-    _check_overrides(asked.overrides)
     runtime_env: dict[str, Any] = {"env_vars": _environment(asked.env)}
     if asked.pip is not None:
         runtime_env["pip"] = str(_existing(asked.pip))
     found = find_files(asked.working_dir, asked.excludes)
     _describe(asked, found, config)
-    job = asked.submission_id or f"stillroom-{asked.command}-{secrets.token_hex(4)}"
     with tempfile.TemporaryDirectory() as scratch:
         package, config_name = Path(scratch) / "working_dir.zip", _config_name(asked.source)
         write_package(package, found, config_name, storage.read(asked.source))
@@ -173,6 +172,16 @@ def _checked_address(address: str) -> str:
         wanted="http://HOST:8265 or https://HOST, as the cluster's dashboard has it",
         next_step=f"did you mean http://{address}?" if "://" not in address else None,
     )
+
+
+def _job_id(asked: Submission) -> str:
+    job = asked.submission_id or f"stillroom-{asked.command}-{secrets.token_hex(4)}"
+    # It becomes a part of URLs and file names.
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", job):
+        raise InputError(
+            "this is no id of a job", where="--submission-id", got=job, wanted="letters, digits, dots, dashes, _"
+        )
+    return job
 
 
 def _check_overrides(overrides: Sequence[str]) -> None:
@@ -256,6 +265,9 @@ def _talking_to(address: str) -> Iterator[None]:
             next_step="set RAY_AUTH_MODE=token, and the cluster's token in RAY_AUTH_TOKEN or its file in "
             "RAY_AUTH_TOKEN_PATH",
         ) from error
+    # That is of our own output, which ended.
+    except BrokenPipeError:
+        raise
     # Exceptions of requests are OSErrors, that of an answer which is no JSON too.
     except OSError as error:
         raise ResourceError(

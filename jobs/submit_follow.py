@@ -30,7 +30,7 @@ def follow(client: JobSubmissionClient, job: str, address: str) -> int:
         The exit code of the job's command; 130 if the job was stopped or left running.
 
     Raises:
-        SubmissionError: nothing was heard of the cluster for two minutes.
+        SubmissionError: nothing was heard of the cluster for two minutes, or it does not stop the job.
     """
     log = _Log(client, job)
     while True:
@@ -45,7 +45,7 @@ def follow(client: JobSubmissionClient, job: str, address: str) -> int:
                 return INTERRUPTED
             say(f"{'stopping' if answer else 'following'} job {job}")
             if answer:
-                client.stop_job(job)
+                _stop(client, job, address)
     return exit_code(info, job)
 
 
@@ -94,14 +94,21 @@ class _Log:
                 self._num_shown = max(self._num_shown, num_seen)
                 patience.reschedule(clock() + _SILENCE_S)
 
+    def show_rest(self) -> None:
+        """Of a job that has ended: what a connection that was cut did not bring."""
+        print(self._client.get_job_logs(self._job)[self._num_shown :], end="", flush=True)
+
 
 def _wait(client: JobSubmissionClient, log: _Log, job: str, address: str) -> JobDetails:
     while True:
         # Whether the job has ended, the log's connection cannot tell: it ends for reasons of its own.
-        with contextlib.suppress(aiohttp.ClientError, OSError, RuntimeError):
+        with contextlib.suppress(aiohttp.ClientError, TimeoutError, RuntimeError):
             asyncio.run(log.show())
         info = _info(client, job, address)
         if info.status.is_terminal():
+            # A log may be gone with its node.
+            with contextlib.suppress(RuntimeError):
+                log.show_rest()
             return info
         time.sleep(_PAUSE_S)
 
@@ -122,6 +129,18 @@ def _info(client: JobSubmissionClient, job: str, address: str) -> JobDetails:
             got=str(error).splitlines()[0],
             wanted=f"an answer within {_LOST_AFTER_S} s",
             next_step=f"see {job_command('status', job, address)}; submitting again goes on from what is committed",
+        ) from error
+
+
+def _stop(client: JobSubmissionClient, job: str, address: str) -> None:
+    try:
+        client.stop_job(job)
+    except RuntimeError as error:
+        raise SubmissionError(
+            f"the cluster does not stop job {job}",
+            where=storage.redact(address),
+            got=str(error).splitlines()[0],
+            next_step=f"try {job_command('stop', job, address)}",
         ) from error
 
 

@@ -40,6 +40,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "a variable that is not set": ({}, {"env": ["STILLROOM_NOT_SET"]}, "STILLROOM_NOT_SET"),
     "no requirements file": ({}, {"pip": Path("absent.txt")}, "absent.txt"),
     "no folder": ({}, {"working_dir": Path("/nowhere")}, "/nowhere"),
+    "an id that is a path": ({}, {"submission_id": "a/b"}, "a/b"),
     "an address without protocol": ({}, {"address": "host:8265"}, "http://host:8265"),
     "an address of another protocol": ({}, {"address": "ray://host:10001"}, "ray://host:10001"),
 }
