@@ -307,6 +307,62 @@ def distill(
 
 
 @app.command()
+def submit(
+    command: Annotated[Literal["build", "train", "distill"], typer.Argument(help="What to run.")],
+    config: ConfigArgument,
+    address: Annotated[
+        str,
+        typer.Option(
+            envvar="RAY_API_SERVER_ADDRESS", help="Of the cluster's dashboard: http://HOST:8265.", metavar="URL"
+        ),
+    ],
+    overrides: OverridesArgument = None,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Show the log and exit as the job does.")] = True,
+    working_dir: Annotated[Path, typer.Option(help="Folder that is uploaded and in which the job runs.")] = Path(),
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Of .gitignore: also not uploaded. Repeatable.")
+    ] = None,
+    env: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Variable of this shell for the job. Repeatable.")
+    ] = None,
+    pip: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Requirements to install; default: what the nodes have.")
+    ] = None,
+    entrypoint_cpus: Annotated[float, typer.Option(min=0, help="Reserved for the driver.")] = 0,
+    entrypoint_gpus: Annotated[float, typer.Option(min=0, help="Reserved for the driver.")] = 0,
+    entrypoint_memory: Annotated[int, typer.Option(min=0, help="Bytes reserved for the driver.")] = 0,
+    submission_id: Annotated[str | None, typer.Option(help="Of the job; default: a new one.")] = None,
+) -> None:
+    """Run a build, a training or both as a job of a Ray cluster. Submitting again goes on from what is committed."""
+
+    def run() -> None:
+        from jobs.submit import Submission
+        from jobs.submit import submit as submit_job
+
+        code = submit_job(
+            Submission(
+                command=command,
+                source=config,
+                overrides=overrides or [],
+                address=address,
+                working_dir=working_dir,
+                excludes=exclude or [],
+                env=env or [],
+                pip=pip,
+                num_cpus=entrypoint_cpus,
+                num_gpus=entrypoint_gpus,
+                memory_bytes=entrypoint_memory,
+                submission_id=submission_id,
+                wait=wait,
+            )
+        )
+        if code:
+            raise typer.Exit(code)
+
+    _run(run)
+
+
+@app.command()
 def evaluate(
     run: Annotated[str, typer.Argument(help="URL of a run.")],
     shards: Annotated[str, typer.Option(help="Validation shards, {a..b} braces allowed.")],

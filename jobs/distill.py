@@ -10,9 +10,8 @@ from jobs.entry import config_command
 from jobs.ray_runtime import cluster
 from jobs.train_student import describe as describe_training
 from jobs.train_student import train_student
-from pipeline.config import load_config, require
-from pipeline.errors import ConfigError
-from pipeline.student.preflight import check_distillation
+from pipeline.config import load_config
+from pipeline.student.preflight import check_distillation, training_of
 from schemas.config import Config
 
 
@@ -22,16 +21,7 @@ def distill(config: Config) -> dict[str, Any]:
     Raises:
         StillroomError: as the build and the training do; both configs are checked before either starts.
     """
-    require(config, "cache.url", "data.shards", "teacher.model", "student.model", "run.url", "loss", command="distill")
-    assert config.cache is not None
-    if len(config.data.caches) > 1:
-        raise ConfigError(
-            "distill builds one cache and trains from it",
-            where="data.cache",
-            got=f"{len(config.data.caches)} caches",
-            next_step="run: stillroom cache build CONFIG for each, then: stillroom train CONFIG",
-        )
-    training = config.model_copy(update={"data": config.data.model_copy(update={"cache": config.cache.url})})
+    training = training_of(config)
     check_distillation(training)
     with cluster(config.ray):
         if config.teacher.mode == "cache":

@@ -97,5 +97,9 @@ class LostGpuError(StillroomError):
     """A process that was given another GPU than the one it holds. Another process can do its work."""
 
 
+class SubmissionError(StillroomError):
+    """A job that a cluster did not take, or of whose end nothing was heard."""
+
+
 class TrainingError(StillroomError):
     """Training that cannot go on, such as a loss that is not finite."""

@@ -235,20 +235,47 @@ def check_caches_serve(loss: CompositeLoss, caches: Sequence[TeacherCache]) -> N
             )
 
 
+def training_of(config: Config) -> Config:
+    """The config of the training that follows the build of ``distill``.
+
+    Raises:
+        ConfigError: a key is missing, or several caches are named.
+    """
+    require(config, "cache.url", "data.shards", "teacher.model", "student.model", "run.url", "loss", command="distill")
+    assert config.cache is not None
+    if len(config.data.caches) > 1:
+        raise ConfigError(
+            "distill builds one cache and trains from it",
+            where="data.cache",
+            got=f"{len(config.data.caches)} caches",
+            next_step="run: stillroom cache build CONFIG for each, then: stillroom train CONFIG",
+        )
+    return config.model_copy(update={"data": config.data.model_copy(update={"cache": config.cache.url})})
+
+
 def check_distillation(config: Config) -> None:
     """The same for a config whose cache is still to be built; ``data.cache`` is its URL already.
 
     Raises:
         StillroomError: as ``check_training``; or the cache would lack what the loss needs.
     """
-    check_config(config)
-    assert config.cache is not None
-    if config.teacher.mode == "cache":
-        _check_cache_will_serve(CompositeLoss(config.loss, where="loss"), config.cache)
+    check_plan(config)
     student_views(config, config.views)
     assert config.data.num_classes is not None
     _check_layers(config, _check_student(config, config.data.num_classes, config.views.size))
     _check_val_shards(config)
+
+
+def check_plan(config: Config) -> None:
+    """What such a config alone shows; reads nothing.
+
+    Raises:
+        ConfigError: as ``check_config``; or the cache would lack what the loss needs.
+    """
+    check_config(config)
+    assert config.cache is not None
+    if config.teacher.mode == "cache":
+        _check_cache_will_serve(CompositeLoss(config.loss, where="loss"), config.cache)
 
 
 def _check_cache_will_serve(loss: CompositeLoss, cache: CacheConfig) -> None:

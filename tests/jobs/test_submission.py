@@ -1,12 +1,20 @@
-"""``ray job submit`` on a local cluster: the distill job from upload to results."""
+"""``ray job submit`` and ``stillroom submit`` on a local cluster: jobs from upload to results."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -62,10 +70,188 @@ def test_a_submitted_job_with_a_mistake_shows_its_one_message(
     assert "Traceback" not in done.stdout
 
 
-def test_the_build_and_train_jobs_run_one_after_the_other(cluster: HeadNode, tree: Tree, tmp_path: Path) -> None:
-    config = write(tree(ray={"address": "auto"}, data={"cache": str(tmp_path / "cache")}), tmp_path / "both.yaml")
-    for module in ("build_cache", "train_student"):
-        done = submit(cluster, "python", "-m", f"jobs.{module}", config)
+def stillroom(cluster: HeadNode, folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """``stillroom submit`` from a folder."""
+    command = [sys.executable, "-m", "jobs.cli", "submit", *arguments, "--address", cluster.dashboard_url]
+    environment = {**cluster.env, **env}
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400, check=False
+    )
+
+
+def ask(cluster: HeadNode, job: str, what: str = "", method: str = "GET") -> dict[str, Any]:
+    """What the Jobs API answers about a job, without Ray's client."""
+    headers = {"Authorization": f"Bearer {Path(cluster.env['RAY_AUTH_TOKEN_PATH']).read_text()}"}
+    request = urllib.request.Request(f"{cluster.dashboard_url}/api/jobs/{job}{what}", headers=headers, method=method)
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.loads(answer.read())
+
+
+def test_stillroom_submit_builds_and_trains_and_passes_variables_that_it_does_not_show(
+    cluster: HeadNode, tree: Tree, tmp_path: Path
+) -> None:
+    value = str(tmp_path / "hush-4711")
+    place = "${oc.env:STILLROOM_TEST_CACHE}"
+    sections = tree(ray={"address": "auto"}, cache={"url": place}, data={"cache": place})
+    # Outside of the working directory, and the job has it all the same.
+    config = write(sections, tmp_path / "both.yaml")
+    (tmp_path / "code").mkdir()
+    for command in ("build", "train"):
+        options = ["--env", "STILLROOM_TEST_CACHE", "--submission-id", command, "--entrypoint-cpus", "0.5"]
+        arguments = [command, config, "train.epochs=1", *options]
+        done = stillroom(cluster, tmp_path / "code", *arguments, STILLROOM_TEST_CACHE=value)
         assert done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path / "run" / "summary.json").exists()
+        assert done.stdout == ask(cluster, command, "/logs")["logs"]
+        info = ask(cluster, command)
+        assert info["metadata"].keys() == {"project", "command", "config_fingerprint"}
+        assert (info["metadata"]["project"], info["metadata"]["command"]) == ("stillroom", command)
+        assert "hush-4711" not in done.stdout + done.stderr + str(info["metadata"]) + info["entrypoint"]
+    assert (tmp_path / "hush-4711" / "manifest.json").exists()
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 4
     assert os.path.getsize(tmp_path / "run" / "checkpoints" / "last.pt") > 0  # noqa: PTH202
+
+
+def test_stillroom_submit_exits_as_the_job_does_and_refuses_a_used_id_and_a_wrong_token(
+    cluster: HeadNode, tree: Tree, tmp_path: Path
+) -> None:
+    config = write(tree(ray={"address": "auto"}, data={"shards": "/nowhere/a.tar"}), tmp_path / "bad.yaml")
+    arguments = ["build", config, "--submission-id", "used"]
+    done = stillroom(cluster, tmp_path, *arguments)
+    assert (done.returncode, "/nowhere/a.tar" in done.stdout) == (2, True), done.stdout + done.stderr
+    assert "job used failed with exit code 2" in done.stderr
+    again = stillroom(cluster, tmp_path, *arguments)
+    assert (again.returncode, again.stdout) == (2, "")
+    assert "the cluster has a job of this submission id" in again.stderr
+    (tmp_path / "token").write_text("fedcba9876543210" * 4)
+    foreign = stillroom(cluster, tmp_path, "build", config, RAY_AUTH_TOKEN_PATH=str(tmp_path / "token"))
+    assert (foreign.returncode, foreign.stdout) == (2, "")
+    assert "the cluster did not accept the token" in foreign.stderr
+
+
+SLOW_TEACHER = """
+import time
+from pathlib import Path
+from pipeline.models.cifar import resnet
+
+def build(num_classes, folder):
+    network = resnet(num_classes=num_classes, depth=8, widths=(4, 4, 6, 8))
+
+    def wait(*_):
+        time.sleep(0.3 * (Path(folder) / "slow").exists())
+        while (Path(folder) / "hold").exists():
+            time.sleep(0.1)
+
+    network.register_forward_pre_hook(wait)
+    return network
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class SlowBuild:
+    """A build by a teacher of the working directory: slow while there is a file ``slow``, halted by one ``hold``."""
+
+    folder: Path
+    config: str
+
+    @contextmanager
+    def submitted(self, cluster: HeadNode, job: str, stdin: int) -> Iterator[subprocess.Popen[str]]:
+        """``stillroom submit`` while it runs."""
+        arguments = ["submit", "build", self.config, "--submission-id", job, "--address", cluster.dashboard_url]
+        with (self.folder / "out").open("w") as out, (self.folder / "err").open("w") as err:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "jobs.cli", *arguments],
+                cwd=self.folder / "code",
+                env=cluster.env,
+                stdin=stdin,
+                stdout=out,
+                stderr=err,
+                preexec_fn=_hear_ctrl_c,
+            )
+            try:
+                yield process
+            finally:
+                process.kill()
+                process.wait()
+
+    def said(self) -> str:
+        return (self.folder / "err").read_text()
+
+    def log(self) -> str:
+        return (self.folder / "out").read_text()
+
+
+def _hear_ctrl_c() -> None:
+    """Whoever runs the tests in the background of a script has them, and all they start, ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@pytest.fixture
+def slow_build(tree: Tree, shards: list[str], tmp_path: Path) -> SlowBuild:
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "slow_teacher.py").write_text(SLOW_TEACHER)
+    (tmp_path / "slow").touch()
+    copies = [shutil.copy(shard, tmp_path) for shard in shards]
+    teacher = {"model": "python:slow_teacher:build", "kwargs": {"folder": str(tmp_path)}}
+    sections = tree(ray={"address": "auto"}, data={"shards": copies}, teacher=teacher)
+    return SlowBuild(tmp_path, write(sections, tmp_path / "build.yaml"))
+
+
+def wait_until(holds: Callable[[], object], process: subprocess.Popen[str], build: SlowBuild) -> None:
+    deadline = time.monotonic() + 120
+    while not holds():
+        assert process.poll() is None, build.log() + build.said()
+        assert time.monotonic() < deadline, build.log() + build.said()
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def terminal() -> Iterator[tuple[int, int]]:
+    """Where a test types, and where a command reads that."""
+    ends = os.openpty()
+    yield ends
+    for end in ends:
+        os.close(end)
+
+
+def test_ctrl_c_asks_and_stops_the_job_and_submitting_again_asks_nothing_that_is_committed(
+    cluster: HeadNode, slow_build: SlowBuild, terminal: tuple[int, int]
+) -> None:
+    folder, (keys, stdin) = slow_build.folder, terminal
+    with slow_build.submitted(cluster, "stopped", stdin) as process:
+        wait_until(lambda: len(list(folder.glob("cache/commits/digits-00/*.json"))) == 3, process, slow_build)
+        (folder / "hold").touch()
+        process.send_signal(signal.SIGINT)
+        wait_until(lambda: "stop the job?" in slow_build.said(), process, slow_build)
+        os.write(keys, b"n\n")
+        wait_until(lambda: "following job stopped" in slow_build.said(), process, slow_build)
+        process.send_signal(signal.SIGINT)
+        wait_until(lambda: slow_build.said().count("stop the job?") == 2, process, slow_build)
+        os.write(keys, b"y\n")
+        assert process.wait(60) == 130, slow_build.said()
+    assert "job stopped was stopped" in slow_build.said()
+    assert ask(cluster, "stopped")["status"] == "STOPPED"
+    # Over all connections to the log, each line was printed once.
+    assert slow_build.log() == ask(cluster, "stopped", "/logs")["logs"]
+    assert not (folder / "cache" / "manifest.json").exists()
+    # A build that read this shard again would find no image in it.
+    committed = folder / "digits-00.tar"
+    committed.write_bytes(bytes(committed.stat().st_size))
+    for name in ("hold", "slow"):
+        (folder / name).unlink()
+    done = stillroom(cluster, folder / "code", "build", slow_build.config)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "cache: 96 images x 3 views in 4 shards" in done.stdout
+
+
+def test_ctrl_c_without_a_terminal_leaves_the_job_running_and_says_how_to_stop_it(
+    cluster: HeadNode, slow_build: SlowBuild
+) -> None:
+    (slow_build.folder / "hold").touch()
+    with slow_build.submitted(cluster, "left", subprocess.DEVNULL) as process:
+        wait_until(lambda: "Running entrypoint" in slow_build.log(), process, slow_build)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130, slow_build.said()
+    assert "job left goes on" in slow_build.said()
+    assert f"ray job stop --address {cluster.dashboard_url} left" in slow_build.said()
+    assert ask(cluster, "left")["status"] == "RUNNING"
+    assert ask(cluster, "left", "/stop", "POST") == {"stopped": True}

@@ -1,0 +1,156 @@
+"""``stillroom submit`` without a cluster: what is refused before anything is uploaded, and what would be uploaded."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.job_submission import JobDetails, JobStatus
+
+from jobs.submit import Submission, submit
+from jobs.submit_follow import exit_code
+from jobs.submit_package import MAX_BYTES, find_files, write_package
+from pipeline.errors import InputError
+from tests.jobs.clusters import free_port
+from tests.jobs.conftest import Document
+
+NOBODY = "http://127.0.0.1:1"
+SECRET = "hush-4711"
+
+# The sections of the config, what else is asked for, and what the message tells.
+REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "unknown key": ({"views": {"kinds": "crop"}}, {}, "views.kinds"),
+    "a key that distill needs": ({"student": None}, {"command": "distill"}, "no student.model"),
+    "a loss that the cache would not serve": ({"cache": {"logits": "none"}}, {"command": "distill"}, "cache.logits"),
+    "a training without a cache": ({}, {"command": "train"}, "no data.cache"),
+    "a cache in the job's own folder": ({"cache": {"url": "caches/a"}}, {}, "cache.url"),
+    "a run in the job's own folder": ({"run": {"url": "runs/a"}}, {"command": "distill"}, "run.url"),
+    "a cache in one process": ({"cache": {"url": "memory://a"}, "ray": {"address": "auto"}}, {}, "memory://"),
+    "a command as URL": ({"data": {"shards": "pipe:cat a.tar"}}, {}, "refused"),
+    "a password in an override": ({}, {"overrides": [f"data.shards=[s3://a/b.tar,s3://u:{SECRET}@c/d.tar]"]}, "--env"),
+    "a signature in an override": ({}, {"overrides": [f"data.shards=https://a/b.tar?sig={SECRET}"]}, "data.shards"),
+    "a variable with its value": ({}, {"env": [f"KEY={SECRET}"]}, "--env KEY"),
+    "a variable that is not set": ({}, {"env": ["STILLROOM_NOT_SET"]}, "STILLROOM_NOT_SET"),
+    "no requirements file": ({}, {"pip": Path("absent.txt")}, "absent.txt"),
+    "no folder": ({}, {"working_dir": Path("/nowhere")}, "/nowhere"),
+    "an id that is a path": ({}, {"submission_id": "a/b"}, "a/b"),
+    "an address without protocol": ({}, {"address": "host:8265"}, "http://host:8265"),
+    "an address of another protocol": ({}, {"address": "ray://host:10001"}, "ray://host:10001"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_wrong_is_told_before_a_cluster_is_asked(
+    name: str, document: Document, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sections, changes, told = REFUSED[name]
+    asked = {"command": "build", "overrides": (), "address": NOBODY, "working_dir": tmp_path, **changes}
+    with pytest.raises(InputError) as caught:
+        submit(Submission(source=document(**sections), **asked))
+    assert told in str(caught.value)
+    assert "answers" not in str(caught.value)
+    assert SECRET not in str(caught.value) + "".join(capsys.readouterr())
+
+
+@pytest.fixture
+def silent() -> Iterator[str]:
+    """An address that takes connections, and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_addresses_that_do_not_answer_are_told_after_the_stated_time(
+    silent: str, document: Document, tmp_path: Path
+) -> None:
+    # A process of its own: Ray reads the token once in a process, and other tests need theirs.
+    script = (
+        "import sys, jobs.submit\n"
+        "from pathlib import Path\n"
+        "from jobs.submit import Submission, submit\n"
+        "jobs.submit._ANSWER_TIMEOUT_S = 1\n"
+        "for address in sys.argv[2:]:\n"
+        "    try:\n"
+        "        submit(Submission(command='build', source=sys.argv[1], overrides=(), address=address,\n"
+        "                          working_dir=Path('empty')))\n"
+        "    except Exception as error:\n"
+        "        print(type(error).__name__, error.exit_code, error)\n"
+    )
+    (tmp_path / "empty").mkdir()
+    command = [sys.executable, "-c", script, document(), silent, f"http://127.0.0.1:{free_port()}"]
+    env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.count("ResourceError 2 no Ray cluster answers") == 2
+    assert f"where:  {silent}" in done.stdout
+    assert "within 1 s" in done.stdout
+
+
+def test_what_goes_with_a_job_is_what_git_would_take(tmp_path: Path) -> None:
+    ignored = {".gitignore": "*.log\n!kept.log\n/top.py\nbuilt/\n", "pkg/.gitignore": "local.py\n"}
+    paths = ["a.py", "b.log", "kept.log", "top.py", "built/x", "pkg/built/y", "pkg/top.py", "pkg/local.py", "local.py"]
+    for name, text in {**ignored, **dict.fromkeys(paths, "x")}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, check=True)
+    listing = ["git", "-c", "core.excludesFile=/dev/null", "ls-files", "--others", "--exclude-standard"]
+    wanted = subprocess.run(listing, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.split()
+    assert names(tmp_path) == sorted(wanted)
+    assert "pkg/top.py" in wanted
+
+
+def names(folder: Path, *excludes: str) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in find_files(folder, excludes).sizes)
+
+
+def test_environments_data_and_runs_stay_here_and_packages_of_such_names_go(tmp_path: Path) -> None:
+    goes = ["a.py", "pkg/data/loader.py", "pkg/runs/b.py"]
+    stays = [".venv/x", ".git/x", "data/x.tar", "runs/x", "pkg/__pycache__/a.pyc", ".env", ".ruff_cache/x", "big/x"]
+    for name in [*goes, *stays]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    (tmp_path / "away").symlink_to("pkg")
+    (tmp_path / ".rayignore").write_text("big\n")
+    assert names(tmp_path) == [".rayignore", *goes]
+    assert names(tmp_path, "pkg/runs", ".rayignore") == goes[:2]
+    assert find_files(tmp_path, ()).left_out == (tmp_path / "away",)
+
+
+def test_a_folder_that_is_too_large_is_refused_with_its_largest_files(tmp_path: Path) -> None:
+    (tmp_path / "small.py").write_text("x")
+    with (tmp_path / "weights.pt").open("wb") as file:
+        file.truncate(MAX_BYTES - 1)
+        assert find_files(tmp_path, ()).size_bytes == MAX_BYTES
+        file.truncate(MAX_BYTES)
+    with pytest.raises(InputError, match=r"104\.9 MB  weights\.pt(\n.*)+--exclude"):
+        find_files(tmp_path, ())
+    assert names(tmp_path, "*.pt") == ["small.py"]
+
+
+def test_a_package_holds_files_modes_and_config_and_depends_on_nothing_else(tmp_path: Path) -> None:
+    folder, packages = tmp_path / "folder", [tmp_path / "first.zip", tmp_path / "second.zip"]
+    (folder / "pkg").mkdir(parents=True)
+    (folder / "pkg" / "run.sh").write_text("exit 3")
+    (folder / "pkg" / "run.sh").chmod(0o755)
+    for time_s, package in enumerate(packages):
+        os.utime(folder / "pkg" / "run.sh", (time_s, time_s))
+        write_package(package, find_files(folder, ()), ".stillroom/a.yaml", b"data: {}")
+    assert packages[0].read_bytes() == packages[1].read_bytes()
+    with zipfile.ZipFile(packages[0]) as package:
+        assert package.namelist() == ["pkg/run.sh", ".stillroom/a.yaml"]
+        assert package.read(".stillroom/a.yaml") == b"data: {}"
+        assert package.getinfo("pkg/run.sh").external_attr >> 16 & 0o777 == 0o755
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "wanted"),
+    [("SUCCEEDED", 0, 0), ("FAILED", 2, 2), ("FAILED", -9, 137), ("FAILED", None, 1), ("STOPPED", None, 130)],
+)
+def test_the_exit_code_is_that_of_the_jobs_command(status: str, code: int | None, wanted: int) -> None:
+    info = JobDetails(type="SUBMISSION", status=JobStatus(status), entrypoint="python", driver_exit_code=code)
+    assert exit_code(info, "job") == wanted
