@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ray._private.thirdparty.pathspec import PathSpec
+from pathspec import GitIgnoreSpec
 
 from pipeline.errors import StorageInputError
 
@@ -24,7 +24,7 @@ _TIME = (1980, 1, 1, 0, 0, 0)
 _NUM_NAMED = 5
 
 # Patterns, and the folder that they are relative to.
-_Rule = tuple[Path, PathSpec]
+_Rule = tuple[Path, GitIgnoreSpec]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +67,8 @@ def find_files(folder: Path, excludes: Sequence[str]) -> WorkingDir:
     return working_dir
 
 
-def _patterns(lines: Sequence[str]) -> PathSpec:
-    return PathSpec.from_lines("gitwildmatch", lines)
+def _patterns(lines: Sequence[str]) -> GitIgnoreSpec:
+    return GitIgnoreSpec.from_lines(lines)
 
 
 def _walk(folder: Path, rules: Sequence[_Rule]) -> Iterator[Path]:

@@ -67,7 +67,7 @@ def stack_views(views: Sequence[Tensor], *, shared: bool = False) -> Tensor:
         shape = (len(views), *channels_last[0].shape)
         # As torch's own collate functions do; torch.empty(shape).share_memory_() would copy.
         storage = torch.UntypedStorage._new_shared(math.prod(shape))  # pyright: ignore[reportPrivateUsage]
-        out = torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)
+        out = torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
     return torch.stack(channels_last, out=out).movedim(-1, -3)
 
 
