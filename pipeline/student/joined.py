@@ -1,11 +1,13 @@
 """One view of one shard, joined with the shard's index: a file that every loader process of a node maps.
 
 An Arrow stream of one uncompressed batch, and after its end the XXH3-128 of all before. Mapped columns are the arrays
-themselves: nothing is decoded or copied when a process opens the file, and all processes share its pages.
+themselves: nothing is decoded or copied when a process opens the file, and all processes share its pages. Numbers of a
+row lie side by side: a step takes few rows of many shards, and would wait for memory once a column.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,14 +24,13 @@ from pipeline.errors import CacheError
 from pipeline.shards.index import ShardIndex
 from schemas.manifest import Output
 
-VERSION = 1
+VERSION = 2
 """Of the form below: a file of another one has another name."""
 
 _DIGEST_BYTES = 16
 _DRAWN = "drawn/"
 _STORED = ("logits", "embedding")
-_OF_INDEX = ("offset", "size", "label", "width", "height", "partner")
-_COLUMNS = ("row", "content_hash", "mix_row", "mix_lambda", "embedding_norm", *_OF_INDEX)
+Records = NDArray[np.void]
 
 
 class DamagedFileError(Exception):
@@ -43,16 +44,12 @@ class JoinedRows:
     columns: ViewColumns
     ids: pa.StringArray
     """``shard_id/key``."""
-    offset_N: NDArray[np.int64]
-    size_N: NDArray[np.int32]
-    label_N: NDArray[np.int32]
-    width_N: NDArray[np.int32]
-    height_N: NDArray[np.int32]
-    partner_N: NDArray[np.int32]
-    """Ordinal of the mate among these rows."""
+    record_N: Records
+    """Fields: the numbers of ``columns`` and of the index, and ``partner``, the ordinal of the mate among these rows.
+    Those that were drawn have names that begin with ``drawn/``."""
 
     def __len__(self) -> int:
-        return len(self.offset_N)
+        return len(self.record_N)
 
     def sample_ids(self, ordinal_N: NDArray[np.int32]) -> list[str]:
         return self.ids.take(pa.array(ordinal_N)).to_pylist()
@@ -65,16 +62,32 @@ def join_rows(columns: ViewColumns, index: ShardIndex, *, where: str) -> JoinedR
         CacheError: see ``check_alignment``.
     """
     check_alignment(columns, index, where=where)
-    return JoinedRows(
-        columns=columns,
-        ids=pa.array(index.sample_ids(index.ok), pa.string()),
-        offset_N=index.offset[index.ok],
-        size_N=index.size[index.ok],
-        label_N=index.label[index.ok],
-        width_N=index.width[index.ok],
-        height_N=index.height[index.ok],
-        partner_N=np.searchsorted(columns.row_N, columns.mix_row_N).astype(np.int32),
-    )
+    fields: dict[str, NDArray[Any]] = {
+        "row": columns.row_N,
+        "content_hash": columns.content_hash_N,
+        "box": columns.box_N4.astype(np.int32, copy=False),
+        "flip": columns.flip_N,
+        "mix_row": columns.mix_row_N,
+        "mix_lambda": columns.mix_lambda_N,
+        "embedding_norm": columns.embedding_norm_N,
+        "offset": index.offset[index.ok],
+        "size": index.size[index.ok],
+        "label": index.label[index.ok],
+        "width": index.width[index.ok],
+        "height": index.height[index.ok],
+        "partner": np.searchsorted(columns.row_N, columns.mix_row_N).astype(np.int32),
+        **{_DRAWN + name: values_N for name, values_N in columns.drawn.items()},
+    }
+    record_N = np.empty(len(columns.row_N), [(name, field.dtype, field.shape[1:]) for name, field in fields.items()])
+    for name, field in fields.items():
+        record_N[name] = field
+    return JoinedRows(columns, pa.array(index.sample_ids(index.ok), pa.string()), record_N)
+
+
+def drawn_fields(record_N: Records) -> dict[str, NDArray[Any]]:
+    """By the names of ``schemas.cache.drawn_columns``."""
+    names = record_N.dtype.names or ()
+    return {name.removeprefix(_DRAWN): record_N[name] for name in names if name.startswith(_DRAWN)}
 
 
 def check_alignment(columns: ViewColumns, index: ShardIndex, *, where: str) -> None:
@@ -166,51 +179,36 @@ def _mapped(path: Path) -> pa.RecordBatch:
 
 def _to_batch(rows: JoinedRows) -> pa.RecordBatch:
     columns = rows.columns
-    arrays: dict[str, NDArray[Any]] = {
-        "row": columns.row_N,
-        "content_hash": columns.content_hash_N,
-        "mix_row": columns.mix_row_N,
-        "mix_lambda": columns.mix_lambda_N,
-        "embedding_norm": columns.embedding_norm_N,
-        "offset": rows.offset_N,
-        "size": rows.size_N,
-        "label": rows.label_N,
-        "width": rows.width_N,
-        "height": rows.height_N,
-        "partner": rows.partner_N,
-        # Arrow packs booleans into bits, which no array can be a view of.
-        "flip": columns.flip_N.view(np.uint8),
-        **{_DRAWN + name: values_N for name, values_N in columns.drawn.items()},
-    }
+    record_NW = rows.record_N.view(np.uint8).reshape(len(rows), rows.record_N.itemsize)
     stored = dict(zip(_STORED, (columns.logits, columns.embedding), strict=True))
-    return pa.record_batch(
+    batch = pa.record_batch(
         {
-            **{name: pa.array(values_N) for name, values_N in arrays.items()},
+            "record": column_of(record_NW),
             "id": rows.ids,
-            "box": column_of(np.ascontiguousarray(columns.box_N4, np.int32).view(np.uint8)),
             "pixel_digest": pa.array(columns.pixel_digest, pa.binary(16)),
             "pixel_mean": pa.array(columns.pixel_mean, pa.binary(192)),
             **{name: found.column for name, found in stored.items() if found is not None},
         }
     )
+    return batch.replace_schema_metadata({"fields": json.dumps(rows.record_N.dtype.descr)})
 
 
 def _from_batch(batch: pa.RecordBatch, outputs: Mapping[str, Output]) -> JoinedRows:
-    arrays = {name: batch[name].to_numpy() for name in (*_COLUMNS, "flip")}
-    drawn = {name.removeprefix(_DRAWN): name for name in batch.schema.names if name.startswith(_DRAWN)}
+    fields = [(name, kind, *map(tuple, shape)) for name, kind, *shape in json.loads(batch.schema.metadata[b"fields"])]
+    record_N = raw_rows(batch["record"]).reshape(-1).view(fields)
     stored = {name: StoredRows(batch[name], outputs[name]) if name in outputs else None for name in _STORED}
     columns = ViewColumns(
-        row_N=arrays["row"],
-        content_hash_N=arrays["content_hash"],
-        box_N4=raw_rows(batch["box"]).view(np.int32),
-        flip_N=arrays["flip"].view(np.bool_),
-        mix_row_N=arrays["mix_row"],
-        mix_lambda_N=arrays["mix_lambda"],
-        drawn={name: batch[column].to_numpy() for name, column in drawn.items()},
-        embedding_norm_N=arrays["embedding_norm"],
+        row_N=record_N["row"],
+        content_hash_N=record_N["content_hash"],
+        box_N4=record_N["box"],
+        flip_N=record_N["flip"],
+        mix_row_N=record_N["mix_row"],
+        mix_lambda_N=record_N["mix_lambda"],
+        drawn=drawn_fields(record_N),
+        embedding_norm_N=record_N["embedding_norm"],
         logits=stored["logits"],
         embedding=stored["embedding"],
         pixel_digest=(),
         pixel_mean=(),
     )
-    return JoinedRows(columns, batch["id"], *(arrays[name] for name in _OF_INDEX))
+    return JoinedRows(columns, batch["id"], record_N)

@@ -19,6 +19,7 @@ from pipeline.shards.index import NO_LABEL, ShardIndex, decode_index, index_sett
 from pipeline.shards.names import shard_ids
 from pipeline.shards.publish import index_name
 from pipeline.student.ensemble import check_same_samples, check_same_shards
+from pipeline.student.joined import drawn_fields
 from pipeline.student.node_store import NodeStore
 from pipeline.student.recent import Recent
 from pipeline.student.shard_files import ShardFiles
@@ -308,20 +309,21 @@ class CachedSource:
     def rows(self, shard: int, ordinal_N: NDArray[np.int32], epoch: int) -> ShardRows:
         """The rows with these ordinals among the shard's ok rows, under the epoch's view, with the teacher's words."""
         of_caches = self._views.get(shard, self.view_of(epoch))
-        joined, columns = of_caches[0], of_caches[0].columns
+        joined = of_caches[0]
+        record_N = joined.record_N[ordinal_N]
         return ShardRows(
             sample_ids=joined.sample_ids(ordinal_N),
-            offset_N=joined.offset_N[ordinal_N],
-            size_N=joined.size_N[ordinal_N],
-            content_hash_N=columns.content_hash_N[ordinal_N],
-            label_N=joined.label_N[ordinal_N],
-            width_N=joined.width_N[ordinal_N],
-            height_N=joined.height_N[ordinal_N],
-            box_N4=columns.box_N4[ordinal_N],
-            flip_N=columns.flip_N[ordinal_N],
-            mix_lambda_N=columns.mix_lambda_N[ordinal_N],
-            drawn={name: values_N[ordinal_N] for name, values_N in columns.drawn.items()},
-            partner_N=joined.partner_N[ordinal_N],
+            offset_N=record_N["offset"],
+            size_N=record_N["size"],
+            content_hash_N=record_N["content_hash"],
+            label_N=record_N["label"],
+            width_N=record_N["width"],
+            height_N=record_N["height"],
+            box_N4=record_N["box"],
+            flip_N=record_N["flip"],
+            mix_lambda_N=record_N["mix_lambda"],
+            drawn=drawn_fields(record_N),
+            partner_N=record_N["partner"],
             words=tuple(StoredWords.of(rows.columns, ordinal_N) for rows in of_caches),
         )
 

@@ -62,10 +62,11 @@ def run() -> None:
     if not CIFAR.exists():
         print(f"  skipped, {CIFAR} is absent")
         return
-    torch.set_num_threads(1)
     for encoding in ("fp16", "int8"):
         config = random_teacher(encoding)
         source = open_cached([built(config)], config.data)
+        # Only now: a build sets its own.
+        torch.set_num_threads(1)
         with tempfile.TemporaryDirectory() as folder:
             _compare(encoding, source, config, Path(folder))
         source.close()

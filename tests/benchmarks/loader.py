@@ -70,7 +70,6 @@ def run() -> None:
     if not SHARED.exists():
         print(f"  skipped, {SHARED} is absent")
         return
-    torch.set_num_threads(1)
     cases = {
         "imagenet-samples, 224": _Case(_photographs(), batch=32, steps=96),
         "cifar10, 32": _Case(random_teacher("fp16", num_classes=10), batch=256, steps=320),
