@@ -8,13 +8,16 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
+from pipeline import storage
 from pipeline.cache.reader import open_cache
 from pipeline.config import build_config, require
 from pipeline.errors import ConfigError
 from pipeline.student.cached_batch import CachedBatch
 from pipeline.student.canaries import check_canaries
+from pipeline.student.class_means import cached_means
 from pipeline.student.dataset import InputSize, StepDataset
 from pipeline.student.facts import LessonFacts, facts_of
 from pipeline.student.order import TrainingOrder, order_of
@@ -111,6 +114,25 @@ class CachedDataset(Dataset[CachedBatch]):
     @property
     def steps_per_epoch(self) -> int:
         return self._order.num_steps
+
+    def class_means(self, *, teacher: int = 0) -> Tensor:
+        """fp32 [K,D]: the teacher's mean embedding of each class, which ``nd`` learns from.
+
+        Args:
+            teacher: position of the cache in the list.
+
+        Raises:
+            ConfigError: that cache has no class means.
+            CacheError: they are damaged, or a class occurs in the labels and has no mean.
+        """
+        cache = self._facts.caches[teacher]
+        if cache.manifest.class_means is None:
+            raise ConfigError(
+                "this cache has no class means",
+                where=storage.redact(cache.url),
+                next_step="build one with cache.class_means=eval",
+            )
+        return cached_means(cache, self._source)
 
     def set_epoch(self, epoch: int, *, start_step: int = 0) -> None:
         """Another epoch: another order and the next view. Call it before the loader is iterated, not meanwhile.

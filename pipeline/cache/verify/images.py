@@ -35,14 +35,6 @@ class ShardImages:
     plan: ViewsConfig
     decoders: ThreadPoolExecutor
 
-    def check_size(self, size_bytes: int) -> None:
-        """
-        Raises:
-            ShardError: the shard is not as long as it was.
-        """
-        if (got := storage.size(self.url)) != size_bytes:
-            raise ShardError("this shard changed since its parts were built", got=f"{got} bytes", wanted=size_bytes)
-
     def groups(self, ordinals: Sequence[int], block: ViewBlock) -> Iterator[GroupViews]:
         """The views of a block of these rows, in groups of the plan's ``mix_group``; mixed as if they were a shard.
 

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from pipeline.cache.reader import open_cache
 from pipeline.errors import CacheError, ConfigError
 from pipeline.student import CachedBatch, CachedDataset
 from pipeline.student.loop import Trainer
 from pipeline.student.losses import BatchShare, LossInputs, ce
 from pipeline.student.world import World
 from tests.pipeline.caches import TinyCache, build, cache_section, shard_urls
+from tests.pipeline.conftest import TinyConfig
 from tests.pipeline.student.conftest import NUM_VIEWS, Replay
 from tests.pipeline.student.runs import CE, KD, SMALL, rewrite_view, run_config, set_cell
 
@@ -201,6 +203,23 @@ def test_several_caches_speak_of_the_same_images(replays: Replay, colleague: Tin
     assert both.num_views == NUM_VIEWS - 2
     with pytest.raises(ConfigError, match="different input sizes"):
         of([cache.url, colleague.url])
+
+
+def test_class_means_are_those_of_each_teachers_cache(replays: Replay, colleague: TinyCache, of: Of) -> None:
+    caches = [replays("crop"), colleague]
+    dataset = of([cache.url for cache in caches], size=16)
+    for teacher, cache in enumerate(caches):
+        stored = open_cache(cache.url).class_means()
+        assert stored is not None
+        assert torch.equal(dataset.class_means(teacher=teacher), torch.from_numpy(stored.mean_KD))
+
+
+def test_a_cache_without_class_means_is_told_as_that(tiny_config: TinyConfig, of: Of) -> None:
+    base = tiny_config(cache={"class_means": "none"})
+    build(base)
+    with pytest.raises(ConfigError, match="no class means") as caught:
+        of(cache_section(base).url).class_means()
+    assert "cache.class_means=eval" in str(caught.value)
 
 
 def test_a_short_form_of_logits_is_read_at_the_temperatures_that_were_named(
