@@ -112,9 +112,9 @@ def _check_shard(source: CachedSource, number: int, shard: int, max_pixels: int)
     ordinals = [row for row, digest in enumerate(columns.pixel_digest) if digest is not None]
     rows = source.rows(shard, np.array(ordinals, np.int32), 0)
     drifts: list[_Drift] = []
-    for row, ordinal in enumerate(ordinals):
-        image = read_image(source, shard, rows, row, max_pixels=max_pixels)
-        box, flip = rows.box_N4[row].tolist(), bool(rows.flip_N[row])
+    for row, (ordinal, place) in enumerate(zip(ordinals, rows.places, strict=True)):
+        image = read_image(source, shard, place, sample_id=rows.sample_ids[row], max_pixels=max_pixels)
+        box, flip = rows.record_N["box"][row].tolist(), bool(rows.record_N["flip"][row])
         drawn = drawn_row(rows.drawn, row)
         view = apply_view(image, box, flip, drawn, size=size, interpolation=interpolation)
         if pixel_digest(view) != columns.pixel_digest[ordinal]:

@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from pipeline.errors import CacheError, StillroomError
 from pipeline.student.order import EpochOrder, OrderedRows, TrainingOrder
 from pipeline.student.prefetch import Prefetcher
-from pipeline.student.sources import RowSource, ShardRows, check_labelled, read_image
+from pipeline.student.rows import SampleRows
+from pipeline.student.sources import RowSource, check_labelled, read_image
 from pipeline.student.words import StoredWords, TeacherWords
 from pipeline.views.options import cut_boxes, drawn_row
 from pipeline.views.params import draw_views
@@ -111,50 +112,52 @@ class StepDataset(Dataset[Batch]):
 
     def _batch(self, step: int, epoch: int, rows: OrderedRows, num_rows_global: int) -> Batch:
         joined = join_step(self.source, rows, epoch)
-        self._check(rows, joined)
+        record_B, label_B = joined.rows.record_N, joined.rows.record_N["label"].astype(np.int64)
+        self._check(rows, joined.rows, label_B)
         pixels, teacher_pixels = self._pixels(joined, epoch)
         mixes = self.order.plan.mixes
         return Batch(
             step=step,
             epoch=epoch,
             num_rows_global=num_rows_global,
-            sample_ids=joined.sample_ids,
+            sample_ids=joined.rows.sample_ids,
             pixels_BCHW=_stack(pixels),
             teacher_pixels={size: _stack(views) for size, views in teacher_pixels.items()},
-            labels_B=torch.from_numpy(joined.label_B),
+            labels_B=torch.from_numpy(label_B),
             partner_B=torch.from_numpy(rows.partner_B.astype(np.int64)) if mixes else None,
-            lambda_B=torch.from_numpy(joined.lambda_B) if mixes else None,
-            cut_B4=None if joined.cut_B4 is None else torch.from_numpy(joined.cut_B4),
-            words=joined.words(self.temperatures),
+            lambda_B=torch.from_numpy(record_B["mix_lambda"].copy()) if mixes else None,
+            cut_B4=None if (cut_B4 := cut_boxes(joined.rows.drawn)) is None else torch.from_numpy(cut_B4),
+            words=tuple(_decoded(stored, self.temperatures) for stored in joined.rows.words),
         )
 
-    def _check(self, rows: OrderedRows, joined: JoinedStep) -> None:
+    def _check(self, ordered: OrderedRows, rows: SampleRows, label_B: NDArray[np.int64]) -> None:
         """The order draws partners, a cache stores them: pixels would be mixed otherwise than the teacher saw them."""
-        wrong = np.flatnonzero(rows.row_B[rows.partner_B] != joined.partner_B)
+        wrong = np.flatnonzero(ordered.row_B[ordered.partner_B] != rows.record_N["partner"])
         if len(wrong):
             raise CacheError(
                 "the cached mixup partners are not those of the training order",
-                where=joined.sample_ids[wrong[0]],
+                where=rows.sample_ids[wrong[0]],
                 next_step="the cache was made by another version of the views; build another cache",
             )
         if self.needs_labels:
-            check_labelled(joined.sample_ids, joined.label_B)
+            check_labelled(rows.sample_ids, label_B)
 
     def _pixels(
         self, joined: JoinedStep, epoch: int
     ) -> tuple[list[Tensor | None], dict[InputSize, list[Tensor | None]]]:
         """Of each row for the student, and for teachers who take others; each image is read and decoded once."""
-        size = len(joined.sample_ids)
+        rows, size = joined.rows, len(joined.rows)
         pixels: list[Tensor | None] = [None] * size
         teacher_pixels: dict[InputSize, list[Tensor | None]] = {eaten: [None] * size for eaten in self.teachers}
-        for shard, where_N, found in joined.pieces:
-            theirs = _RowViews.of(found)
-            own = theirs if self.student_views is None else _RowViews.drawn_anew(found, self.student_views, epoch)
-            for row, position in enumerate(where_N.tolist()):
-                image = read_image(self.source, shard, found, row, max_pixels=self.max_pixels)
-                pixels[position] = own.render(image, row, self.student)
+        theirs, places = _RowViews.of(rows), rows.places
+        own = theirs if self.student_views is None else _RowViews.drawn_anew(rows, self.student_views, epoch)
+        for shard, row_N in joined.of_shards:
+            for row in row_N.tolist():
+                sample_id = rows.sample_ids[row]
+                image = read_image(self.source, shard, places[row], sample_id=sample_id, max_pixels=self.max_pixels)
+                pixels[row] = own.render(image, row, self.student)
                 for eaten, views in teacher_pixels.items():
-                    views[position] = theirs.render(image, row, eaten)
+                    views[row] = theirs.render(image, row, eaten)
         return pixels, teacher_pixels
 
 
@@ -167,13 +170,13 @@ class _RowViews:
     drawn: Mapping[str, NDArray[Any]]
 
     @classmethod
-    def of(cls, rows: ShardRows) -> _RowViews:
-        return cls(rows.box_N4.tolist(), rows.flip_N.tolist(), rows.drawn)
+    def of(cls, rows: SampleRows) -> _RowViews:
+        return cls(rows.record_N["box"].tolist(), rows.record_N["flip"].tolist(), rows.drawn)
 
     @classmethod
-    def drawn_anew(cls, rows: ShardRows, plan: ViewsConfig, view: int) -> _RowViews:
+    def drawn_anew(cls, rows: SampleRows, plan: ViewsConfig, view: int) -> _RowViews:
         """Of the same rows, a view of another plan, which mixes nothing."""
-        params = draw_views(plan, rows.sample_ids, view, rows.width_N, rows.height_N)
+        params = draw_views(plan, rows.sample_ids, view, rows.record_N["width"], rows.record_N["height"])
         return cls(params.box_N4.tolist(), params.flip_N.tolist(), params.drawn)
 
     def render(self, image_CHW: Tensor, row: int, target: InputSize) -> Tensor:
@@ -182,53 +185,28 @@ class _RowViews:
         return apply_view(image_CHW, box, flip, drawn, size=target.size, interpolation=target.interpolation)
 
 
+@dataclass(frozen=True, slots=True)
 class JoinedStep:
-    """Columns of a batch of B rows, filled shard by shard."""
+    """The rows of a batch, and which of them each shard has."""
 
-    def __init__(self, size: int) -> None:
-        self.sample_ids = [""] * size
-        self.label_B = np.full(size, -1, np.int64)
-        self.lambda_B = np.ones(size, np.float32)
-        self.partner_B = np.empty(size, np.int32)
-        """Ordinals in the shard, as they are stored."""
-        self.cut_B4: NDArray[np.float32] | None = None
-        self.pieces: list[tuple[int, NDArray[np.int64], ShardRows]] = []
-        """Each shard with the places of its rows in the batch."""
-
-    def put(self, shard: int, where_N: NDArray[np.int64], found: ShardRows) -> None:
-        for position, sample_id in zip(where_N.tolist(), found.sample_ids, strict=True):
-            self.sample_ids[position] = sample_id
-        self.label_B[where_N] = found.label_N
-        self.lambda_B[where_N] = found.mix_lambda_N
-        self.partner_B[where_N] = found.partner_N
-        cut_N4 = cut_boxes(found.drawn)
-        if cut_N4 is not None:
-            self.cut_B4 = np.zeros((len(self.label_B), 4), np.float32) if self.cut_B4 is None else self.cut_B4
-            self.cut_B4[where_N] = cut_N4
-        self.pieces.append((shard, where_N, found))
-
-    def words(self, temperatures: tuple[float, ...]) -> tuple[TeacherWords, ...]:
-        """Of each teacher; decoded for the whole batch at once, since a step takes few rows of many shards."""
-        num_teachers = len(self.pieces[0][2].words) if self.pieces else 0
-        return tuple(self._words_of(teacher, temperatures) for teacher in range(num_teachers))
-
-    def _words_of(self, teacher: int, temperatures: tuple[float, ...]) -> TeacherWords:
-        pieces = [(where_N, found.words[teacher]) for _, where_N, found in self.pieces]
-        stored = StoredWords.placed(pieces, len(self.label_B))
-        logits = {key: torch.from_numpy(logits_BK) for key, logits_BK in stored.dense(temperatures).items()}
-        embedding_BD = None if stored.embedding is None else torch.from_numpy(stored.embedding.dense())
-        return TeacherWords(logits, torch.from_numpy(stored.norm_N), embedding_BD)
+    rows: SampleRows
+    of_shards: list[tuple[int, NDArray[np.int64]]]
 
 
-def join_step(source: RowSource, rows: OrderedRows, epoch: int) -> JoinedStep:
+def join_step(source: RowSource, ordered: OrderedRows, epoch: int) -> JoinedStep:
     """What is known of the rows of a step before their images are read."""
-    joined = JoinedStep(len(rows.row_B))
-    by_shard = np.argsort(rows.shard_B, kind="stable")
-    starts = np.flatnonzero(np.diff(rows.shard_B[by_shard], prepend=-1))
-    for where_N in np.split(by_shard, starts[1:]) if len(by_shard) else ():
-        shard = int(rows.shard_B[where_N[0]])
-        joined.put(shard, where_N, source.rows(shard, rows.row_B[where_N], epoch))
-    return joined
+    by_shard = np.argsort(ordered.shard_B, kind="stable")
+    starts = np.flatnonzero(np.diff(ordered.shard_B[by_shard], prepend=-1))
+    of_shards = [(int(ordered.shard_B[row_N[0]]), row_N) for row_N in np.split(by_shard, starts[1:])]
+    pieces = [(row_N, source.rows(shard, ordered.row_B[row_N], epoch)) for shard, row_N in of_shards]
+    return JoinedStep(SampleRows.placed(pieces, len(ordered.row_B)), of_shards)
+
+
+def _decoded(stored: StoredWords, temperatures: tuple[float, ...]) -> TeacherWords:
+    """For the whole batch at once, since a step takes few rows of many shards."""
+    logits = {key: torch.from_numpy(logits_BK) for key, logits_BK in stored.dense(temperatures).items()}
+    embedding_BD = None if stored.embedding is None else torch.from_numpy(stored.embedding.dense())
+    return TeacherWords(logits, torch.from_numpy(stored.norm_N), embedding_BD)
 
 
 def _stack(pixels: list[Tensor | None]) -> Tensor:

@@ -1,8 +1,7 @@
 """One view of one shard, joined with the shard's index: a file that every loader process of a node maps.
 
 An Arrow stream of one uncompressed batch, and after its end the XXH3-128 of all before. Mapped columns are the arrays
-themselves: nothing is decoded or copied when a process opens the file, and all processes share its pages. Numbers of a
-row lie side by side: a step takes few rows of many shards, and would wait for memory once a column.
+themselves: nothing is decoded or copied when a process opens the file, and all processes share its pages.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,15 +20,14 @@ from pipeline.cache.codec import column_of, raw_rows
 from pipeline.cache.reader import StoredRows, ViewColumns
 from pipeline.errors import CacheError
 from pipeline.shards.index import ShardIndex
+from pipeline.student.rows import Records, as_records, drawn_fields
 from schemas.manifest import Output
 
 VERSION = 2
 """Of the form below: a file of another one has another name."""
 
 _DIGEST_BYTES = 16
-_DRAWN = "drawn/"
 _STORED = ("logits", "embedding")
-Records = NDArray[np.void]
 
 
 class DamagedFileError(Exception):
@@ -45,8 +42,7 @@ class JoinedRows:
     ids: pa.StringArray
     """``shard_id/key``."""
     record_N: Records
-    """Fields: the numbers of ``columns`` and of the index, and ``partner``, the ordinal of the mate among these rows.
-    Those that were drawn have names that begin with ``drawn/``."""
+    """As ``SampleRows`` has them, and ``row``, ``mix_row`` and ``embedding_norm`` of ``columns``."""
 
     def __len__(self) -> int:
         return len(self.record_N)
@@ -62,7 +58,7 @@ def join_rows(columns: ViewColumns, index: ShardIndex, *, where: str) -> JoinedR
         CacheError: see ``check_alignment``.
     """
     check_alignment(columns, index, where=where)
-    fields: dict[str, NDArray[Any]] = {
+    fields = {
         "row": columns.row_N,
         "content_hash": columns.content_hash_N,
         "box": columns.box_N4.astype(np.int32, copy=False),
@@ -76,18 +72,9 @@ def join_rows(columns: ViewColumns, index: ShardIndex, *, where: str) -> JoinedR
         "width": index.width[index.ok],
         "height": index.height[index.ok],
         "partner": np.searchsorted(columns.row_N, columns.mix_row_N).astype(np.int32),
-        **{_DRAWN + name: values_N for name, values_N in columns.drawn.items()},
     }
-    record_N = np.empty(len(columns.row_N), [(name, field.dtype, field.shape[1:]) for name, field in fields.items()])
-    for name, field in fields.items():
-        record_N[name] = field
+    record_N = as_records(fields, columns.drawn)
     return JoinedRows(columns, pa.array(index.sample_ids(index.ok), pa.string()), record_N)
-
-
-def drawn_fields(record_N: Records) -> dict[str, NDArray[Any]]:
-    """By the names of ``schemas.cache.drawn_columns``."""
-    names = record_N.dtype.names or ()
-    return {name.removeprefix(_DRAWN): record_N[name] for name in names if name.startswith(_DRAWN)}
 
 
 def check_alignment(columns: ViewColumns, index: ShardIndex, *, where: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,9 +18,9 @@ from pipeline.shards.index import NO_LABEL, ShardIndex, decode_index, index_sett
 from pipeline.shards.names import shard_ids
 from pipeline.shards.publish import index_name
 from pipeline.student.ensemble import check_same_samples, check_same_shards
-from pipeline.student.joined import drawn_fields
 from pipeline.student.node_store import NodeStore
 from pipeline.student.recent import Recent
+from pipeline.student.rows import SampleRows, as_records
 from pipeline.student.shard_files import ShardFiles
 from pipeline.student.view_files import ViewFiles
 from pipeline.student.words import StoredWords
@@ -30,28 +29,6 @@ from schemas.config import Config, DataConfig, ViewsConfig
 
 _KEPT = 64
 _SAMPLED = 16
-
-
-@dataclass(frozen=True, slots=True)
-class ShardRows:
-    """N ok rows of one shard under one view: where their bytes are, how they are cropped, what the teacher said."""
-
-    sample_ids: list[str]
-    offset_N: NDArray[np.int64]
-    size_N: NDArray[np.int32]
-    content_hash_N: NDArray[np.uint64]
-    label_N: NDArray[np.int32]
-    width_N: NDArray[np.int32]
-    height_N: NDArray[np.int32]
-    """Sides of the whole image, in pixels after EXIF rotation."""
-    box_N4: NDArray[np.int32]
-    flip_N: NDArray[np.bool_]
-    mix_lambda_N: NDArray[np.float32]
-    drawn: dict[str, NDArray[Any]]
-    partner_N: NDArray[np.int32]
-    """Ordinal among the shard's ok rows; its own where nothing is mixed."""
-    words: tuple[StoredWords, ...]
-    """Of each cache; none where views are drawn here."""
 
 
 class RowSource(Protocol):
@@ -65,7 +42,7 @@ class RowSource(Protocol):
 
     def view_of(self, epoch: int) -> int: ...
 
-    def rows(self, shard: int, ordinal_N: NDArray[np.int32], epoch: int) -> ShardRows: ...
+    def rows(self, shard: int, ordinal_N: NDArray[np.int32], epoch: int) -> SampleRows: ...
 
     def labels(self, shard: int) -> NDArray[np.int32]: ...
 
@@ -86,24 +63,26 @@ class RowSource(Protocol):
     def close(self) -> None: ...
 
 
-def read_image(source: RowSource, shard: int, rows: ShardRows, row: int, *, max_pixels: int) -> Tensor:
-    """The whole image of one of these rows, uint8 [3,H,W], proven to be the one that was indexed.
+def read_image(
+    source: RowSource, shard: int, place: tuple[int, int, int], *, sample_id: str, max_pixels: int
+) -> Tensor:
+    """The whole image at a place (see ``SampleRows.places``), uint8 [3,H,W], proven to be the one that was indexed.
 
     Raises:
         CacheError: the tar holds other bytes now.
         ShardError: they no longer decode, or the tar ends before them.
     """
-    place, wanted = (shard, int(rows.offset_N[row]), int(rows.size_N[row])), int(rows.content_hash_N[row])
-    data = source.read(*place)
+    offset, size, wanted = place
+    data = source.read(shard, offset, size)
     content_hash = xxhash.xxh3_64_intdigest(data)
     if content_hash != wanted:
         # It may be this node's copy alone that is wrong.
-        data = source.reread(*place)
+        data = source.reread(shard, offset, size)
         content_hash = xxhash.xxh3_64_intdigest(data)
     if content_hash != wanted:
         raise CacheError(
             "an image is not the one that was indexed",
-            where=rows.sample_ids[row],
+            where=sample_id,
             got=f"content hash {content_hash:016x}",
             wanted=f"{wanted:016x}",
             next_step="the shard changed since; restore it, or build another cache or index from it",
@@ -113,7 +92,7 @@ def read_image(source: RowSource, shard: int, rows: ShardRows, row: int, *, max_
     except BadImageError as error:
         raise ShardError(
             "an image that could be used when its shard was indexed cannot be used now",
-            where=rows.sample_ids[row],
+            where=sample_id,
             got=f"{error.status}: {error.reason}",
             next_step="use the decoder versions that the index was made with",
         ) from error
@@ -215,7 +194,7 @@ class IndexedSource:
             return np.arange(num_ok, dtype=np.int32)
         return shard_partners(self.plan, self.shard_ids[shard], view, num_ok)
 
-    def rows(self, shard: int, ordinal_N: NDArray[np.int32], epoch: int) -> ShardRows:
+    def rows(self, shard: int, ordinal_N: NDArray[np.int32], epoch: int) -> SampleRows:
         """The rows with these ordinals among the shard's ok rows, under the epoch's view."""
         index, view = self._indexes[shard], self.view_of(epoch)
         position_N = index.ok[ordinal_N]
@@ -223,21 +202,19 @@ class IndexedSource:
         width_N, height_N = index.width[position_N], index.height[position_N]
         partner_N = self._partners.get((shard, view))[ordinal_N]
         params = unmix(draw_views(self.plan, sample_ids, view, width_N, height_N), partner_N == ordinal_N)
-        return ShardRows(
-            sample_ids=sample_ids,
-            offset_N=index.offset[position_N],
-            size_N=index.size[position_N],
-            content_hash_N=index.content_hash[position_N],
-            label_N=index.label[position_N],
-            width_N=width_N,
-            height_N=height_N,
-            box_N4=params.box_N4,
-            flip_N=params.flip_N,
-            mix_lambda_N=params.mix_lambda_N,
-            drawn=dict(params.drawn),
-            partner_N=partner_N,
-            words=(),
-        )
+        fields = {
+            "offset": index.offset[position_N],
+            "size": index.size[position_N],
+            "content_hash": index.content_hash[position_N],
+            "label": index.label[position_N],
+            "width": width_N,
+            "height": height_N,
+            "box": params.box_N4,
+            "flip": params.flip_N,
+            "mix_lambda": params.mix_lambda_N,
+            "partner": partner_N,
+        }
+        return SampleRows(sample_ids, as_records(fields, params.drawn), ())
 
 
 class CachedSource:
@@ -306,26 +283,11 @@ class CachedSource:
         """The same without pixel digests, over memory that all processes share."""
         return tuple(joined.columns for joined in self._views.get(shard, view))
 
-    def rows(self, shard: int, ordinal_N: NDArray[np.int32], epoch: int) -> ShardRows:
+    def rows(self, shard: int, ordinal_N: NDArray[np.int32], epoch: int) -> SampleRows:
         """The rows with these ordinals among the shard's ok rows, under the epoch's view, with the teacher's words."""
         of_caches = self._views.get(shard, self.view_of(epoch))
-        joined = of_caches[0]
-        record_N = joined.record_N[ordinal_N]
-        return ShardRows(
-            sample_ids=joined.sample_ids(ordinal_N),
-            offset_N=record_N["offset"],
-            size_N=record_N["size"],
-            content_hash_N=record_N["content_hash"],
-            label_N=record_N["label"],
-            width_N=record_N["width"],
-            height_N=record_N["height"],
-            box_N4=record_N["box"],
-            flip_N=record_N["flip"],
-            mix_lambda_N=record_N["mix_lambda"],
-            drawn=drawn_fields(record_N),
-            partner_N=record_N["partner"],
-            words=tuple(StoredWords.of(rows.columns, ordinal_N) for rows in of_caches),
-        )
+        words = tuple(StoredWords.of(rows.columns, ordinal_N) for rows in of_caches)
+        return SampleRows(of_caches[0].sample_ids(ordinal_N), of_caches[0].record_N[ordinal_N], words)
 
 
 def open_cached(caches: Sequence[TeacherCache], data: DataConfig, *, keeps_embeddings: bool = False) -> CachedSource:

@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from pipeline.shards.decode import decode
 from pipeline.shards.tar import ShardReader
-from pipeline.student.dataset import InputSize, StepDataset, join_step, load_batches
+from pipeline.student.dataset import InputSize, JoinedStep, StepDataset, join_step, load_batches
 from pipeline.student.order import TrainingOrder
-from pipeline.student.sources import ShardRows, open_cached
+from pipeline.student.sources import open_cached
 from pipeline.views.pixels import apply_view, stack_views
 from schemas.config import Config
 from tests.benchmarks.join import built, random_teacher
@@ -110,7 +110,7 @@ def _variants(case: _Case) -> tuple[int, dict[str, Callable[[], int]]]:
     for step in range(case.steps):
         epoch, local_step = divmod(step, order.num_steps)
         rows = order.epoch(epoch, 0).rows(local_step, 0, 1)
-        listed.append([row for piece in join_step(source, rows, epoch).pieces for row in _rows_of(*piece)])
+        listed.append(list(_rows_of(join_step(source, rows, epoch))))
     source.close()
     paths = [source.caches[0].shard_url(shard) for shard in source.caches[0].shards]
     bare = _Bare(paths, listed, case.size)
@@ -127,6 +127,9 @@ def _variants(case: _Case) -> tuple[int, dict[str, Callable[[], int]]]:
     return sum(map(len, listed)), {"bare": drain_bare, "ours": drain_ours}
 
 
-def _rows_of(shard: int, _: Any, found: ShardRows) -> Iterator[_Row]:
-    for row, flip in enumerate(found.flip_N.tolist()):
-        yield shard, int(found.offset_N[row]), int(found.size_N[row]), found.box_N4[row].tolist(), flip
+def _rows_of(joined: JoinedStep) -> Iterator[_Row]:
+    boxes, flips = (joined.rows.record_N[name].tolist() for name in ("box", "flip"))
+    for shard, row_N in joined.of_shards:
+        for row in row_N.tolist():
+            offset, num_bytes, _ = joined.rows.places[row]
+            yield shard, offset, num_bytes, boxes[row], flips[row]

@@ -155,8 +155,8 @@ def test_parity_parameters_of_cached_and_online_views_are_bitwise_equal(
             ordinal_N = np.arange(num_ok, dtype=np.int32)
             one, other = (source.rows(shard, ordinal_N, epoch) for source in (stored, drawn))
             assert one.sample_ids == other.sample_ids
-            for name in ("box_N4", "flip_N", "partner_N", "mix_lambda_N", "content_hash_N", "offset_N", "size_N"):
-                assert np.array_equal(getattr(one, name), getattr(other, name)), name
+            for name in ("box", "flip", "partner", "mix_lambda", "content_hash", "offset", "size"):
+                assert np.array_equal(one.record_N[name], other.record_N[name]), name
             assert [*one.drawn] == [*other.drawn] == [*drawn_columns(plan)]
             for name, values in one.drawn.items():
                 assert values.dtype == other.drawn[name].dtype, name
@@ -168,7 +168,8 @@ def test_a_cache_begins_anew_after_its_last_view_and_online_training_does_not(re
     assert [stored.view_of(epoch) for epoch in (0, 11, 12, 25)] == [0, 11, 0, 1]
     assert [drawn.view_of(epoch) for epoch in (0, 12, 70_000)] == [0, 12, 70_000]
     rows = np.arange(20, dtype=np.int32)
-    assert not np.array_equal(drawn.rows(0, rows, 0).box_N4, drawn.rows(0, rows, 12).box_N4)
+    first, later = (drawn.rows(0, rows, epoch).record_N for epoch in (0, 12))
+    assert not np.array_equal(first["box"], later["box"])
 
 
 def test_online_training_draws_options_beyond_the_views_of_any_cache(replays: Replay, tmp_path: Path) -> None:
