@@ -27,7 +27,7 @@ from pipeline.views.params import draw_views
 from pipeline.views.pixels import apply_view, stack_views
 from schemas.config import Interpolation, ViewsConfig
 
-_INLINE_BYTES = 1 << 18
+_ALIGNED_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class Batch:
     def map_columns(self, move: Callable[[Any], Any]) -> Batch:
         """The same, with ``move`` applied to every column, those of teachers too."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
-        moved = {name: move(value) for name, value in values.items() if isinstance(value, Tensor | np.ndarray)}
+        moved = {name: move(value) for name, value in values.items() if isinstance(value, Tensor | _Slot)}
         pixels = {size: move(pixels_BCHW) for size, pixels_BCHW in self.teacher_pixels.items()}
         return replace(self, **moved, teacher_pixels=pixels, words=tuple(words.map(move) for words in self.words))
 
@@ -116,12 +116,12 @@ class StepDataset(Dataset[Batch]):
         self._check(rows, joined.rows, label_B)
         pixels, teacher_pixels = self._pixels(joined, epoch)
         mixes = self.order.plan.mixes
-        return Batch(
+        batch = Batch(
             step=step,
             epoch=epoch,
             num_rows_global=num_rows_global,
             sample_ids=joined.rows.sample_ids,
-            pixels_BCHW=_stack(pixels),
+            pixels_BCHW=torch.empty(0),
             teacher_pixels={size: _stack(views) for size, views in teacher_pixels.items()},
             labels_B=torch.from_numpy(label_B),
             partner_B=torch.from_numpy(rows.partner_B.astype(np.int64)) if mixes else None,
@@ -129,6 +129,9 @@ class StepDataset(Dataset[Batch]):
             cut_B4=None if (cut_B4 := cut_boxes(joined.rows.drawn)) is None else torch.from_numpy(cut_B4),
             words=tuple(_decoded(stored, self.temperatures) for stored in joined.rows.words),
         )
+        # Last, since in a loader's process they are stacked into the memory in which all of the batch will travel.
+        room = None if get_worker_info() is None else _Parcel.room_of(batch)
+        return replace(batch, pixels_BCHW=_stack(pixels, room=room))
 
     def _check(self, ordered: OrderedRows, rows: SampleRows, label_B: NDArray[np.int64]) -> None:
         """The order draws partners, a cache stores them: pixels would be mixed otherwise than the teacher saw them."""
@@ -209,32 +212,67 @@ def _decoded(stored: StoredWords, temperatures: tuple[float, ...]) -> TeacherWor
     return TeacherWords(logits, torch.from_numpy(stored.norm_N), embedding_BD)
 
 
-def _stack(pixels: list[Tensor | None]) -> Tensor:
-    """In a loader's process straight into the memory that it shares with the training's: a copy less."""
-    views = [image for image in pixels if image is not None]
-    return stack_views(views, shared=get_worker_info() is not None)
+def _stack(pixels: list[Tensor | None], *, room: int | None = None) -> Tensor:
+    return stack_views([image for image in pixels if image is not None], room=room)
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """Where a tensor lies in the memory of a parcel, and how."""
+
+    first_byte: int
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+    def tensor(self, block: torch.UntypedStorage) -> Tensor:
+        first = self.first_byte // self.dtype.itemsize
+        return torch.empty(0, dtype=self.dtype).set_(block, first, self.shape, self.stride)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
 @dataclass(frozen=True, slots=True)
 class _Parcel:
-    """A batch between two processes. A tensor travels in shared memory of its own, for which the receiver has to
-    connect to the sender; small columns go as arrays in the message itself."""
+    """A batch between two processes, in one block of shared memory: the student's pixels, and behind them all else.
 
+    For each block the receiver has to connect to the sender, and what goes in the message itself is copied through a
+    pipe.
+    """
+
+    pixels_BCHW: Tensor
     columns: Batch
-    """With arrays in place of small tensors."""
+    """With slots in place of tensors."""
+
+    @staticmethod
+    def room_of(batch: Batch) -> int:
+        """Bytes that all but the pixels take."""
+        sizes: list[int] = []
+        batch.map_columns(lambda tensor: sizes.append(_aligned(tensor.nbytes)))
+        return sum(sizes) + _ALIGNED_BYTES
 
     @classmethod
     def of(cls, batch: Batch) -> _Parcel:
-        return cls(batch.map_columns(lambda tensor: tensor.numpy() if tensor.nbytes <= _INLINE_BYTES else tensor))
+        block, end = batch.pixels_BCHW.untyped_storage(), batch.pixels_BCHW.nbytes
+
+        def put(tensor: Tensor) -> _Slot:
+            nonlocal end
+            slot = _Slot(_aligned(end), tensor.dtype, tensor.shape, tensor.stride())
+            end = slot.first_byte + tensor.nbytes
+            slot.tensor(block).copy_(tensor)
+            return slot
+
+        return cls(batch.pixels_BCHW, replace(batch, pixels_BCHW=torch.empty(0)).map_columns(put))
 
     def open(self) -> Batch:
-        return self.columns.map_columns(
-            lambda column: torch.from_numpy(column) if isinstance(column, np.ndarray) else column
-        )
+        block = self.pixels_BCHW.untyped_storage()
+        return replace(self.columns.map_columns(lambda slot: slot.tensor(block)), pixels_BCHW=self.pixels_BCHW)
 
     def pin_memory(self) -> Batch:
         """Called by a ``DataLoader`` that is told to pin."""
         return self.open().pin_memory()
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNED_BYTES) * _ALIGNED_BYTES
 
 
 class _Outcomes(Dataset[Batch | _Parcel | StillroomError]):

@@ -55,19 +55,19 @@ def apply_view(
     return apply_options(view_CHW, drawn) if drawn else view_CHW
 
 
-def stack_views(views: Sequence[Tensor], *, shared: bool = False) -> Tensor:
+def stack_views(views: Sequence[Tensor], *, room: int | None = None) -> Tensor:
     """uint8 [..., 3, S, S] each, of one shape, to [N, ..., 3, S, S] in channels-last memory.
 
     That is how ``apply_view`` leaves pixels and how convolutions read them fastest, so nothing is repacked on the way.
-    ``shared`` puts them into memory that other processes can map.
+    With ``room`` they begin a block of memory that other processes can map, with as many free bytes at its end.
     """
     channels_last = [view.movedim(-3, -1) for view in views]
     out = None
-    if shared and views:
+    if room is not None:
         shape = (len(views), *channels_last[0].shape)
         # As torch's own collate functions do; torch.empty(shape).share_memory_() would copy.
-        storage = torch.UntypedStorage._new_shared(math.prod(shape))  # pyright: ignore[reportPrivateUsage]
-        out = torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
+        block = torch.UntypedStorage._new_shared(math.prod(shape) + room)  # pyright: ignore[reportPrivateUsage]
+        out = torch.empty(0, dtype=torch.uint8).set_(block)[: math.prod(shape)].view(shape)
     return torch.stack(channels_last, out=out).movedim(-1, -3)
 
 

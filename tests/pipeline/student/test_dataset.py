@@ -46,6 +46,7 @@ def assert_same(one: Batch, other: Batch) -> None:
                 assert torch.equal(ours.norm_B, theirs.norm_B)
         elif isinstance(left, Tensor) and isinstance(right, Tensor):
             assert torch.equal(left, right), item.name
+            assert left.stride() == right.stride(), item.name
         else:
             assert left == right, item.name
 
@@ -70,12 +71,14 @@ def test_loader_processes_change_no_batch(replays: Replay, num_workers: int) -> 
 
 def test_loader_processes_change_no_pixels_of_teachers_online(replays: Replay, tmp_path: Path) -> None:
     config = replays("crop").config
-    # Larger and smaller than what travels in the message itself.
     eaten = [InputSize(12, "bilinear"), InputSize(128, "bicubic")]
     batches = dataset(indexed_source(config, tmp_path), config.views, teachers=eaten)
     for one, other in zip(load(batches, range(3)), load(batches, range(3), 1), strict=True):
         assert [*one.teacher_pixels] == [*other.teacher_pixels] == eaten
-        assert all(torch.equal(one.teacher_pixels[size], other.teacher_pixels[size]) for size in eaten)
+        for size in eaten:
+            # Strides too: another memory format may have other sums in a convolution.
+            assert one.teacher_pixels[size].stride() == other.teacher_pixels[size].stride()
+            assert torch.equal(one.teacher_pixels[size], other.teacher_pixels[size])
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
