@@ -68,7 +68,7 @@ def keep_memory() -> None:
     """Keeps freed memory in this process for the next step (glibc; elsewhere nothing is done).
 
     Activations of some MB come and go every step. glibc gives them back to the system, and a step then waits for every
-    page anew: an online teacher's on a CPU costs a tenth of the whole step.
+    page anew: on a CPU a fifth of a step with an online teacher.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
