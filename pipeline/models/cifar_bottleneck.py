@@ -47,11 +47,13 @@ class BottleneckBlock(nn.Module):
         self.shortcut = nn.Sequential()
         if stride != 1 or in_channels != out_channels:
             self.shortcut = nn.Sequential(conv1x1(in_channels, out_channels, stride), nn.BatchNorm2d(out_channels))
+        # A name for what a ReviewKD teacher shows: the block before its last ReLU.
+        self.preact = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         out = relu(self.bn1(self.conv1(x)))
         out = relu(self.bn2(self.conv2(out)))
-        return relu(self.bn3(self.conv3(out)) + self.shortcut(x))
+        return relu(self.preact(self.bn3(self.conv3(out)) + self.shortcut(x)))
 
 
 class CifarBottleneckResNet(nn.Module):

@@ -14,6 +14,8 @@ import jobs
 from jobs.recipe_file import Recipe, load_recipe
 from jobs.recipe_plan import describe_plan, loss_text, plan_of
 from pipeline.errors import ModelError
+from pipeline.models import load_model
+from pipeline.student.review import plan_review, review_section
 from schemas.config import Config
 
 CONFIGS = Path(jobs.__file__).parent / "configs"
@@ -68,14 +70,15 @@ def test_the_header_of_a_recipe_names_its_paper_and_its_command(name: str) -> No
     assert "xpected top-1" in text or "What the paper tells" in text
 
 
-# Table of pairs: KD++ (kd, nd), DKD++ (alpha, beta, nd), DIST++ (dist, nd), lr, teacher, labels, KD++, DKD++, DIST++.
+# Table of pairs: KD++ (kd, nd), DKD++ (alpha, beta, nd), DIST++ (dist, nd), lr, teacher, labels, KD++, DKD++, DIST++,
+# ReviewKD++.
 ND_CIFAR = {
-    "resnet56_resnet20": ((1, 2), (2.5, 4, 3.5), (2, 1), 0.1, 72.34, 69.06, 72.53, 72.16, 72.52),
-    "wrn_40_2_wrn_40_1": ((1, 1.5), (1, 6, 1), (2.5, 3), 0.1, 75.61, 71.98, 74.59, 75.02, 75.00),
-    "resnet32x4_resnet8x4": ((3.5, 2), (2, 8, 0.5), (1.5, 4), 0.1, 79.42, 72.50, 75.54, 76.28, 76.13),
-    "resnet50_mobilenet_v2": ((3, 0.5), (0.5, 8, 1), (7, 1), 0.02, 79.34, 64.60, 70.10, 70.82, 69.80),
-    "resnet32x4_shufflenet_v1": ((2.5, 1.5), (0.5, 8, 4), (2.5, 3), 0.02, 79.42, 70.50, 75.45, 77.11, 75.60),
-    "resnet32x4_shufflenet_v2": ((4, 0.5), (0.5, 6, 0.5), (3, 4), 0.02, 79.42, 71.82, 76.42, 77.49, 76.64),
+    "resnet56_resnet20": ((1, 2), (2.5, 4, 3.5), (2, 1), 0.1, 72.34, 69.06, 72.53, 72.16, 72.52, 72.05),
+    "wrn_40_2_wrn_40_1": ((1, 1.5), (1, 6, 1), (2.5, 3), 0.1, 75.61, 71.98, 74.59, 75.02, 75.00, 75.66),
+    "resnet32x4_resnet8x4": ((3.5, 2), (2, 8, 0.5), (1.5, 4), 0.1, 79.42, 72.50, 75.54, 76.28, 76.13, 76.07),
+    "resnet50_mobilenet_v2": ((3, 0.5), (0.5, 8, 1), (7, 1), 0.02, 79.34, 64.60, 70.10, 70.82, 69.80, 70.45),
+    "resnet32x4_shufflenet_v1": ((2.5, 1.5), (0.5, 8, 4), (2.5, 3), 0.02, 79.42, 70.50, 75.45, 77.11, 75.60, 77.68),
+    "resnet32x4_shufflenet_v2": ((4, 0.5), (0.5, 6, 0.5), (3, 4), 0.02, 79.42, 71.82, 76.42, 77.49, 76.64, 77.93),
 }
 
 
@@ -90,7 +93,7 @@ def test_nd_on_cifar100_has_the_paper_s_weights_rates_and_results(pair: str, tmp
     assert loss_text(stage(found, "dist++")) == (
         f"1 ce + {dist:g} dist(temperature=4, warmup_epochs=20) + {dist_nd:g} nd"
     )
-    names = ("teacher", "labels", "kd++", "dkd++", "dist++")
+    names = ("teacher", "labels", "kd++", "dkd++", "dist++", "review++")
     assert found.document.published == dict(zip(names, published, strict=True))
     plan = plan_of(found, stage(found, "kd++"))
     assert plan is not None
@@ -101,6 +104,42 @@ def test_nd_on_cifar100_has_the_paper_s_weights_rates_and_results(pair: str, tmp
     ]
     train = stage(found, "kd++").train
     assert (train.optimizer, train.nesterov, train.weight_decay, train.momentum) == ("sgd", True, 5e-4, 0.9)
+
+
+# ReviewKD++ (review_kd, nd), width in which levels are fused: the deepest of the student's, 512 at most. Maps of
+# student and teacher, shallow to deep, as channels and side.
+REVIEW_CIFAR = {
+    "resnet56_resnet20": ((1.2, 1, 64), [(16, 32), (32, 16), (64, 8)], [(16, 32), (32, 16), (64, 8)]),
+    "wrn_40_2_wrn_40_1": ((5, 4, 64), [(16, 32), (32, 16), (64, 8)], [(32, 32), (64, 16), (128, 8)]),
+    "resnet32x4_resnet8x4": ((8, 1, 256), [(64, 32), (128, 16), (256, 8)], [(64, 32), (128, 16), (256, 8)]),
+    "resnet50_mobilenet_v2": (
+        (6, 2, 512),
+        [(12, 16), (16, 8), (48, 4), (160, 2)],
+        [(256, 32), (512, 16), (1024, 8), (2048, 4)],
+    ),
+    "resnet32x4_shufflenet_v1": ((7, 1, 512), [(240, 16), (480, 8), (960, 4)], [(64, 32), (128, 16), (256, 8)]),
+    "resnet32x4_shufflenet_v2": ((8, 1.5, 512), [(116, 16), (232, 8), (464, 4)], [(64, 32), (128, 16), (256, 8)]),
+}
+
+
+@pytest.mark.parametrize("pair", REVIEW_CIFAR)
+def test_reviewkd_on_cifar100_compares_the_stages_of_both_networks_by_the_paper_s_weights(
+    pair: str, tmp_path: Path
+) -> None:
+    (review, nd, mid_channels), *wanted = REVIEW_CIFAR[pair]
+    config = stage(recipe("nd-cifar100", tmp_path, f"vars.pair={pair}", "teacher.teacher.weights=random"), "review++")
+    assert [(term.name, term.weight) for term in config.loss] == [("ce", 1), ("review_kd", review), ("nd", nd)]
+    section = review_section(config.loss)
+    assert section is not None
+    assert (section.mid_channels, section.warmup_epochs, section.embedding) == (mid_channels, 20, True)
+    assert config.teacher.class_means == str(tmp_path / "cache")
+    assert config.student is not None
+    plan = plan_review(
+        section,
+        load_model(config.student, num_classes=100, size=32, where="student"),
+        load_model(config.teacher, num_classes=100, size=32, where="teacher"),
+    )
+    assert [[(found.channels, found.side) for found in maps] for maps in (plan.student, plan.teacher)] == wanted
 
 
 # lr, teacher, KD, DIST.
@@ -153,24 +192,26 @@ def _models(text: str) -> Iterator[tuple[float, int]]:
             yield float(before.rpartition(": ")[2]), int(after.partition(",")[0])
 
 
-# kd, nd of KD++; alpha, beta, nd of DKD++.
+# kd, nd of KD++; alpha, beta, nd of DKD++; review_kd, nd of ReviewKD++.
 ND_IMAGENET = {
-    "resnet34_resnet18": ((2.5, 1), (0.8, 0.5, 1)),
-    "resnet50_resnet18": ((4, 1), (0.6, 0.5, 2)),
-    "resnet101_resnet18": ((3.5, 4), (0.8, 0.5, 1)),
-    "resnet152_resnet18": ((4, 2), (1, 1, 1)),
-    "resnet50_mobilenet_v1": ((4, 1), (0.8, 1, 1)),
+    "resnet34_resnet18": ((2.5, 1), (0.8, 0.5, 1), (1, 3)),
+    "resnet50_resnet18": ((4, 1), (0.6, 0.5, 2), (3, 2)),
+    "resnet101_resnet18": ((3.5, 4), (0.8, 0.5, 1), (3, 1)),
+    "resnet152_resnet18": ((4, 2), (1, 1, 1), (3, 1)),
+    "resnet50_mobilenet_v1": ((4, 1), (0.8, 1, 1), (8, 4)),
 }
 
 
 @pytest.mark.parametrize("pair", ND_IMAGENET)
 def test_nd_on_imagenet_has_the_paper_s_weights_and_schedule(pair: str, tmp_path: Path) -> None:
-    (kd, kd_nd), (alpha, beta, dkd_nd) = ND_IMAGENET[pair]
+    (kd, kd_nd), (alpha, beta, dkd_nd), (review, review_nd) = ND_IMAGENET[pair]
     found = recipe("nd-imagenet", tmp_path, f"vars.pair={pair}")
     assert loss_text(stage(found, "kd++")) == f"1 ce + {kd:g} kd(temperature=1, warmup_epochs=5) + {kd_nd:g} nd"
     assert loss_text(stage(found, "dkd++")) == (
         f"1 ce + 1 dkd(alpha={alpha:g}, beta={beta:g}, temperature=1, warmup_epochs=5) + {dkd_nd:g} nd"
     )
+    terms = stage(found, "review++").loss
+    assert [(term.name, term.weight) for term in terms] == [("ce", 1), ("review_kd", review), ("nd", review_nd)]
     train = stage(found, "kd++").train
     assert (train.epochs, train.global_batch_size, train.lr, train.weight_decay) == (100, 512, 0.2, 1e-4)
     assert (train.schedule, tuple(train.milestones), train.gamma) == ("step", (30, 60, 90), 0.1)
