@@ -17,18 +17,20 @@ from pathlib import Path
 from typing import TypeVar
 
 import psutil
+import torch
 
 from jobs.build_cache import check_shards, plan_tasks
 from pipeline import storage
 from pipeline.cache import layout
 from pipeline.cache.build import PartTask
-from pipeline.cache.commit import files_present, read_commits
+from pipeline.cache.commit import files_present, read_standing
 from pipeline.cache.manifest import publish_manifest
 from pipeline.cache.reader import open_cache
 from pipeline.fingerprint import seal
 from pipeline.shards.names import shard_ids
 from pipeline.student.order import TrainingOrder
-from schemas.config import Config
+from pipeline.teacher.runtime import numeric_env
+from schemas.config import Config, ViewsConfig
 from schemas.manifest import ByteRange, Commit, FileRef, Header, Output, RowField, Statistics, ViewBlock, ViewRange
 
 _SIZES = (1_000, 10_000)
@@ -91,10 +93,7 @@ def _commit(shard: str, size_bytes: int) -> Commit:
             kl_sum={"1.0": 0.01, "2.0": 0.01, "4.0": 0.01},
             pearson_sum={"1.0": 0.01, "2.0": 0.01, "4.0": 0.01},
         ),
-        environment={
-            **{"device": "NVIDIA H100 80GB HBM3", "torch": "2.14.0", "cudnn": 91002, "threads": 8, "batch_size": 256},
-            **{"tf32": False, "benchmark": False, "deterministic": True, "torchvision": "0.29.0", "platform": "x86_64"},
-        },
+        environment=numeric_env(torch.device("cpu"), batch_size=256),
     )
 
 
@@ -141,7 +140,8 @@ def report(num_shards: int) -> None:
         config = make_cache(Path(folder), num_shards)
         print(f"  {num_shards} shards")
         _build_stages(config)
-        _training_stages(config)
+        assert config.cache is not None
+        _training_stages(config.cache.url, config.views)
 
 
 def _build_stages(config: Config) -> None:
@@ -150,16 +150,13 @@ def _build_stages(config: Config) -> None:
     patterns, url = config.data.shards, config.cache.url
     urls = _stage("names expanded and told apart", lambda: storage.expand(patterns))
     by_id = dict(zip(_stage("shard ids", lambda: shard_ids(urls)), urls, strict=True))
-    commits = _stage("commits read", lambda: read_commits(url))
+    commits = _stage("commits read", lambda: read_standing(url))
     _stage("sizes of shards", lambda: check_shards(url, by_id, commits))
-    present = _stage("parts, sums and indexes listed", lambda: files_present(url))
-    assert len(present) == 2 * len(urls)
-    assert not plan_tasks(config, by_id, commits)
+    _stage("parts, sums and indexes listed", lambda: files_present(url))
     tasks = _stage("tasks planned for nothing built", lambda: plan_tasks(config, by_id, []))
     print(f"  {'a task on its way to a worker':<34}{_task_bytes(tasks):9} bytes")
     listed = config.model_copy(update={"data": config.data.model_copy(update={"shards": tuple(urls)})})
     print(f"  {'the same, shards given as a list':<34}{_task_bytes(plan_tasks(listed, by_id, [])):9} bytes")
-    del commits, present, tasks
     _stage("manifest published", lambda: publish_manifest(url, by_id))
 
 
@@ -167,11 +164,10 @@ def _task_bytes(tasks: list[PartTask]) -> int:
     return len(pickle.dumps(tasks[0]))
 
 
-def _training_stages(config: Config) -> None:
-    assert config.cache is not None
-    cache = _stage("cache opened, table of shards", lambda: open_cache(config.cache.url))  # pyright: ignore[reportOptionalMemberAccess]
-    shards = _stage("shards as objects", lambda: cache.shards)
-    _stage("one view looked up", lambda: cache.committed_view(shards[-1].shard_id, 0))
+def _training_stages(url: str, plan: ViewsConfig) -> None:
+    cache = open_cache(url)
+    shards = _stage("table of shards read", lambda: cache.shards)
+    _stage("table of parts read, one row found", lambda: cache.committed_view(shards[-1].shard_id, 0))
     for name, ref in (("shards", cache.manifest.shards), ("parts", cache.manifest.parts)):
         print(f"  {'table of ' + name:<34}{ref.size_bytes / 1e6:9.1f} MB")
     _stage(
@@ -184,7 +180,7 @@ def _training_stages(config: Config) -> None:
             lanes=64,
             kind="global",
             tail="drop",
-            plan=config.views,
+            plan=plan,
         ),
     )
 
