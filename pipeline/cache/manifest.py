@@ -160,9 +160,10 @@ def parse_manifest(data: bytes, *, where: str) -> Manifest:
     return parse_record(Manifest, data, where=where)
 
 
-def read_table(cache_url: str, ref: FileRef) -> pa.Table:
-    """A table that the manifest names, checked against its digest."""
-    return read_parquet(read_named(cache_url, ref), where=storage.redact(storage.join(cache_url, ref.path)))
+def read_table(cache_url: str, ref: FileRef, *, repeated: Sequence[str] = ()) -> pa.Table:
+    """A table that the manifest names, checked against its digest; ``repeated`` as ``read_parquet`` takes it."""
+    where = storage.redact(storage.join(cache_url, ref.path))
+    return read_parquet(read_named(cache_url, ref), where=where, repeated=repeated)
 
 
 @dataclass(slots=True)
