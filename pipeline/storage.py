@@ -478,6 +478,9 @@ def sizes_right_below(url: str) -> dict[str, int]:
             if _truth(error) is not error:
                 raise
             return {}
+        finally:
+            # What fsspec keeps of a listing would answer for sizes that are asked later, when they may have changed.
+            filesystem.invalidate_cache(path)
     return {info["name"].rsplit("/", 1)[-1]: int(info["size"]) for info in found if info["type"] == "file"}
 
 

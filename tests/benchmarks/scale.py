@@ -170,7 +170,7 @@ def _training_stages(url: str, plan: ViewsConfig) -> None:
     _stage("table of parts read, one row found", lambda: cache.committed_view(shards[-1].shard_id, 0))
     for name, ref in (("shards", cache.manifest.shards), ("parts", cache.manifest.parts)):
         print(f"  {'table of ' + name:<34}{ref.size_bytes / 1e6:9.1f} MB")
-    _stage(
+    order = _stage(
         "order of training",
         lambda: TrainingOrder.build(
             [shard.shard_id for shard in shards],
@@ -183,6 +183,7 @@ def _training_stages(url: str, plan: ViewsConfig) -> None:
             plan=plan,
         ),
     )
+    _stage("an epoch of it for one of 64 ranks", lambda: order.epoch(0, 0).rows(0, 0, 64))
 
 
 def run() -> None:
