@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from jobs.entry import config_command
 from jobs.fan_out import fan_out
@@ -15,18 +17,23 @@ from jobs.ray_runtime import cluster, num_tasks_here
 from pipeline import storage
 from pipeline.cache import layout
 from pipeline.cache.build import IndexTask, PartTask, build_part, cache_config, prepare, restore_index
-from pipeline.cache.commit import files_present, is_void, missing_blocks, read_commits, withdraw
+from pipeline.cache.commit import Standing, files_present, is_void, missing_blocks, read_standing, withdraw
 from pipeline.cache.log import BuildLogWriter, remove_logs
-from pipeline.cache.manifest import publish_manifest, read_manifest, read_table
+from pipeline.cache.manifest import publish_manifest, read_manifest, read_sums, read_table
+from pipeline.cache.means import ClassSums, add_up
 from pipeline.cache.plan import survey_ground
 from pipeline.cache.space import check_space
 from pipeline.config import load_config
 from pipeline.errors import CacheError, ShardError, StorageInputError
 from pipeline.shards.names import shard_ids
-from schemas.config import Config
-from schemas.manifest import Commit, Manifest
+from schemas.config import Config, RayConfig
+from schemas.manifest import FileRef, Manifest
 
 _SIZE_THREADS = 16
+# A store tells 1,000 names with their sizes at a time: from here on that is fewer requests than one a shard.
+_LISTED_FROM = 1000
+# Each may have 16 MB. Enough a task that the driver hears little, few enough that a retry costs little.
+_SUMS_PER_TASK = 256
 _NUM_NAMED = 5
 
 
@@ -45,7 +52,7 @@ def build_cache(config: Config) -> Manifest:
     urls = storage.expand(config.data.shards)
     by_id = dict(zip(shard_ids(urls), urls, strict=True))
     storage.probe(cache.url)
-    commits = read_commits(cache.url)
+    commits = read_standing(cache.url)
     sizes = check_shards(cache.url, by_id, commits)
     for warning in check_space(
         survey_ground(config, cache, by_id, sizes, commits), num_tasks=num_tasks_here(config.ray)
@@ -53,14 +60,15 @@ def build_cache(config: Config) -> Manifest:
         print(f"cache: {warning}", file=sys.stderr)
     with cluster(config.ray):
         # One small task first: a wrong teacher or a foreign cache is found before anything is queued.
-        list(fan_out(prepare, [config], config.ray, what="a cache task", name=lambda _: "the header of the cache"))
+        first = [of_tasks(config, urls)]
+        list(fan_out(prepare, first, config.ray, what="a cache task", name=lambda _: "the header of the cache"))
         _build_parts(config, by_id, commits)
-    manifest = publish_manifest(cache.url, by_id)
+        manifest = publish_manifest(cache.url, by_id, add_up=partial(_add_up, config.ray))
     remove_logs(cache.url)
     return manifest
 
 
-def check_shards(cache_url: str, by_id: dict[str, str], commits: list[Commit]) -> dict[str, int]:
+def check_shards(cache_url: str, by_id: dict[str, str], commits: Sequence[Standing]) -> dict[str, int]:
     """Changes nothing. What a build would find out late, or not at all. Returns the bytes of each shard.
 
     Raises:
@@ -75,8 +83,7 @@ def check_shards(cache_url: str, by_id: dict[str, str], commits: list[Commit]) -
             got=", ".join(lacking[:_NUM_NAMED]) + (", ..." if len(lacking) > _NUM_NAMED else ""),
             next_step="name all shards in data.shards, or build into another cache.url",
         )
-    with ThreadPoolExecutor(_SIZE_THREADS) as pool:
-        sizes = dict(zip(by_id, pool.map(_size_of, by_id.values()), strict=True))
+    sizes = _sizes(by_id)
     for commit in commits:
         if commit.shard_id in sizes and sizes[commit.shard_id] != commit.shard_size_bytes:
             raise ShardError(
@@ -89,7 +96,7 @@ def check_shards(cache_url: str, by_id: dict[str, str], commits: list[Commit]) -
     return sizes
 
 
-def _finished_shards(cache_url: str, commits: list[Commit]) -> set[str]:
+def _finished_shards(cache_url: str, commits: Sequence[Standing]) -> set[str]:
     if not storage.exists(storage.join(cache_url, layout.MANIFEST)):
         return set()
     try:
@@ -97,6 +104,21 @@ def _finished_shards(cache_url: str, commits: list[Commit]) -> set[str]:
     except CacheError:
         # A damaged manifest or table is published anew; the commits bound what it can have named.
         return {commit.shard_id for commit in commits}
+
+
+def _sizes(by_id: dict[str, str]) -> dict[str, int]:
+    """Bytes of each shard: of a folder with many by its listing, of others, and where it names none, one by one."""
+    by_folder: defaultdict[str, list[str]] = defaultdict(list)
+    for url in by_id.values():
+        by_folder[url.rpartition("/")[0]].append(url)
+    listed: dict[str, int] = {}
+    for folder, urls in by_folder.items():
+        if len(urls) >= _LISTED_FROM and storage.is_listed(folder):
+            listed |= {storage.join(folder, name): size for name, size in storage.sizes_right_below(folder).items()}
+    others = {shard: url for shard, url in by_id.items() if url not in listed}
+    with ThreadPoolExecutor(_SIZE_THREADS) as pool:
+        asked = dict(zip(others, pool.map(_size_of, others.values()), strict=True))
+    return {shard: asked[shard] if shard in asked else listed[url] for shard, url in by_id.items()}
 
 
 def _size_of(url: str) -> int:
@@ -111,7 +133,7 @@ def _size_of(url: str) -> int:
         ) from error
 
 
-def _build_parts(config: Config, by_id: dict[str, str], found: list[Commit]) -> None:
+def _build_parts(config: Config, by_id: dict[str, str], found: list[Standing]) -> None:
     assert config.cache is not None
     commits, lost = _take_stock(config, by_id, found)
     list(
@@ -129,7 +151,7 @@ def _build_parts(config: Config, by_id: dict[str, str], found: list[Commit]) -> 
             progress.update(num_done + done, f"{rows / (time.monotonic() - began):.0f} rows/s")
 
 
-def _take_stock(config: Config, by_id: dict[str, str], found: list[Commit]) -> tuple[list[Commit], list[IndexTask]]:
+def _take_stock(config: Config, by_id: dict[str, str], found: list[Standing]) -> tuple[list[Standing], list[IndexTask]]:
     """The commits of these shards whose files are there, and the indexes they miss. Void commits are taken back."""
     assert config.cache is not None
     url = config.cache.url
@@ -140,31 +162,56 @@ def _take_stock(config: Config, by_id: dict[str, str], found: list[Commit]) -> t
         print(f"cache: {len(void)} commits were void: their files are gone, and are built again", file=sys.stderr)
         withdraw(url, void)
     standing = [commit for commit in commits if not is_void(commit, present)]
-    lost = {commit.shard_id: commit.index for commit in standing if commit.index.path not in present}
-    return standing, [IndexTask(config, by_id[shard], index.sha256) for shard, index in lost.items()]
+    lost = {commit.shard_id: commit.index_sha256 for commit in standing if commit.index not in present}
+    lean = of_tasks(config, by_id.values())
+    return standing, [IndexTask(lean, by_id[shard], sha256) for shard, sha256 in lost.items()]
 
 
 def _name_of(task: PartTask) -> str:
     return f"{storage.redact(task.shard_url)}, {task.block.name}"
 
 
-def plan_tasks(config: Config, by_id: dict[str, str], commits: list[Commit]) -> list[PartTask]:
+def of_tasks(config: Config, urls: Iterable[str]) -> Config:
+    """The config as its tasks carry it, each of which names its own shard: a list of 100,000 URLs has megabytes.
+
+    The same for all tasks of a build, since a worker keeps its teacher for as long as the config stays the same.
+    """
+    return config.model_copy(
+        update={"data": config.data.model_copy(update={"shards": next(iter(urls)), "val_shards": None})}
+    )
+
+
+def plan_tasks(config: Config, by_id: dict[str, str], commits: Sequence[Standing]) -> list[PartTask]:
     """The parts that none of these commits names."""
     assert config.cache is not None
-    committed: defaultdict[str, list[Commit]] = defaultdict(list)
+    lean = of_tasks(config, by_id.values())
+    committed: defaultdict[str, list[Standing]] = defaultdict(list)
     for commit in commits:
         committed[commit.shard_id].append(commit)
     return [
-        PartTask(config, url, block)
+        PartTask(lean, url, block)
         for shard, url in by_id.items()
         for block in missing_blocks(
-            committed[shard],
+            (commit.block for commit in committed[shard]),
             num_views=config.views.count,
             views_per_part=config.cache.views_per_part,
             wants_eval=config.cache.class_means == "eval",
             where=f"{shard} in {storage.redact(config.cache.url)}",
         )
     ]
+
+
+def _add_up(ray: RayConfig, cache_url: str, refs: Sequence[FileRef]) -> ClassSums:
+    """The sums of all files, read by tasks: of 100,000 shards they have up to 1.6 TB, too much for one machine."""
+    some = [refs[start : start + _SUMS_PER_TASK] for start in range(0, len(refs), _SUMS_PER_TASK)]
+    found = fan_out(
+        partial(read_sums, cache_url),
+        some,
+        ray,
+        what="a task that adds class sums",
+        name=lambda refs: f"{refs[0].path} and {len(refs) - 1} more in {storage.redact(cache_url)}",
+    )
+    return add_up(sums for _, sums in found)
 
 
 def describe(manifest: Manifest) -> str:

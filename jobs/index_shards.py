@@ -27,7 +27,9 @@ def index_shards(config: Config, folder_url: str) -> int:
     assert config.data.shards is not None
     urls = storage.expand(config.data.shards)
     shard_ids(urls)
-    work = partial(publish_shard_index, data=config.data, folder_url=folder_url, threads=config.ray.cpus_per_task)
+    # Every task reads this anew, and a list of 100,000 URLs has megabytes.
+    data = config.data.model_copy(update={"shards": None, "val_shards": None})
+    work = partial(publish_shard_index, data=data, folder_url=folder_url, threads=config.ray.cpus_per_task)
     num_ok = 0
     with ProgressView("index", len(urls)) as progress:
         indexed = fan_out(work, urls, config.ray, what="an index task", name=storage.redact)

@@ -15,7 +15,7 @@ from jobs.ray_runtime import cluster, num_slots, num_tasks_here
 from pipeline import storage
 from pipeline.cache.advice import advice
 from pipeline.cache.build import cache_config
-from pipeline.cache.commit import files_present, is_void, read_commits
+from pipeline.cache.commit import files_present, is_void, read_standing
 from pipeline.cache.measure import Forecast, Measurement, MeasureTask, advice_on_time, forecast, measure
 from pipeline.cache.plan import CachePlan, Ground, embedding_dim, needs_embedding_dim, plan_cache, survey_ground
 from pipeline.cache.space import check_space
@@ -64,7 +64,7 @@ def _ground(config: Config) -> Ground:
     assert config.data.shards is not None
     urls = storage.expand(config.data.shards)
     by_id = dict(zip(shard_ids(urls), urls, strict=True))
-    commits, present = read_commits(cache.url), files_present(cache.url)
+    commits, present = read_standing(cache.url), files_present(cache.url)
     commits = [commit for commit in commits if not is_void(commit, present)]
     sizes = check_shards(cache.url, by_id, commits)
     ground = survey_ground(config, cache, by_id, sizes, commits)

@@ -461,6 +461,29 @@ def sizes(url: str) -> dict[str, int]:
     return {entry.path: entry.size_bytes for entry in entries(url)}
 
 
+def is_listed(url: str) -> bool:
+    """Whether ``sizes_right_below`` is worth its while: an object store tells all in pages, a disk answers at once."""
+    return protocol(url) in WRITABLE and protocol(url) != "file"
+
+
+@_repeated
+def sizes_right_below(url: str) -> dict[str, int]:
+    """Bytes of every object right below ``url`` by its name; empty where the folder is absent."""
+    filesystem, path = _filesystem(url)
+    with _told(url, "list"):
+        filesystem.invalidate_cache(path)
+        try:
+            found = filesystem.ls(path, detail=True)
+        except FileNotFoundError as error:
+            if _truth(error) is not error:
+                raise
+            return {}
+        finally:
+            # What fsspec keeps of a listing would answer for sizes that are asked later, when they may have changed.
+            filesystem.invalidate_cache(path)
+    return {info["name"].rsplit("/", 1)[-1]: int(info["size"]) for info in found if info["type"] == "file"}
+
+
 def _local_sizes(folder: Path) -> Iterator[tuple[str, int]]:
     for parent, _, names in os.walk(folder, followlinks=True):
         for name in names:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.cache import layout
-from pipeline.cache.commit import read_commits, unnamed
+from pipeline.cache.commit import named, stream_commits
 from pipeline.cache.identity import read_header
 from pipeline.cache.manifest import read_manifest, read_table
 
@@ -81,7 +81,7 @@ def _is_old(entry: storage.Entry, limit_s: float) -> bool:
 
 def _garbage(cache_url: str, entries: Sequence[storage.Entry]) -> list[storage.Entry]:
     ours = [entry.path for entry in entries if layout.owner(entry.path) is not None or layout.is_index(entry.path)]
-    stray = set(unnamed(read_commits(cache_url), ours)) - _named_by_manifest(cache_url)
+    stray = set(ours) - named(stream_commits(cache_url)) - _named_by_manifest(cache_url)
     return [entry for entry in entries if entry.is_temporary or entry.path in stray]
 
 

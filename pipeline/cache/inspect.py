@@ -10,11 +10,11 @@ from typing import Any
 from pipeline import storage
 from pipeline.cache import layout
 from pipeline.cache.codec import row_bytes
-from pipeline.cache.commit import read_commits
+from pipeline.cache.commit import Standing, stream_commits
 from pipeline.cache.identity import read_header
 from pipeline.cache.log import read_last_log
 from pipeline.cache.manifest import read_manifest
-from pipeline.cache.statistics import merge_statistics
+from pipeline.cache.statistics import StatisticsFold
 from schemas.config import ViewsConfig
 from schemas.manifest import BuildLog, Header, Output, Statistics
 
@@ -70,16 +70,21 @@ def inspect_cache(cache_url: str, *, now_s: float | None = None) -> CacheReport:
         CacheError: there is no cache here, or it is damaged.
     """
     header = read_header(cache_url)
-    commits = read_commits(cache_url)
+    # One after another: with their counts of classes, many are more than memory holds.
+    commits: list[Standing] = []
+    fold = StatisticsFold()
+    for commit in stream_commits(cache_url):
+        commits.append(Standing.of(commit))
+        fold.add(commit.statistics)
     finished = storage.exists(storage.join(cache_url, layout.MANIFEST))
     manifest = read_manifest(cache_url)[0] if finished else None
     rows: Counter[str] = Counter()
     for commit in commits:
-        rows[commit.block.name] += sum(view.rows for view in commit.views)
+        rows[commit.block.name] += commit.num_rows
     log = read_last_log(cache_url)
     now_s = time.time() if now_s is None else now_s
-    size_bytes = sum(commit.part.size_bytes for commit in commits)
-    statistics = manifest.statistics if manifest else merge_statistics([commit.statistics for commit in commits])
+    size_bytes = sum(commit.part_size_bytes for commit in commits)
+    statistics = manifest.statistics if manifest else fold.result()
     return CacheReport(
         url=storage.redact(cache_url),
         finished=finished,

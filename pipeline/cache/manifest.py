@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 from collections import Counter, defaultdict
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -14,37 +14,47 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.cache import layout
-from pipeline.cache.commit import files_present, read_commits, unnamed
+from pipeline.cache.commit import files_present, named, stream_commits
 from pipeline.cache.files import parse_record, publish_named, read_file, read_named, read_parquet
 from pipeline.cache.identity import read_header
 from pipeline.cache.imported import encode_kept, imported_sha256
 from pipeline.cache.means import ClassSums, decode_sums, encode_means, merge
-from pipeline.cache.statistics import merge_statistics
+from pipeline.cache.statistics import StatisticsFold
 from pipeline.errors import CacheError
-from pipeline.fingerprint import digest, seal
-from pipeline.views.params import EVAL_VIEW
+from pipeline.fingerprint import canonical_json, digest, seal
 from schemas.manifest import Commit, FileRef, Header, Manifest, ViewBlock
 
 _READ_THREADS = 16
+# Rows of the table of parts that are held as Python's objects, before they become columns.
+_ROWS_AT_ONCE = 100_000
 
 
-def publish_manifest(cache_url: str, shard_urls: dict[str, str]) -> Manifest:
+def publish_manifest(
+    cache_url: str,
+    shard_urls: dict[str, str],
+    *,
+    add_up: Callable[[str, Sequence[FileRef]], ClassSums] | None = None,
+) -> Manifest:
     """Folds the commits of ``shard_urls`` (shard id to URL) into a manifest and removes parts that no commit names.
 
     Commits of other shards stay, but are not part of this state of the cache.
+
+    Args:
+        add_up: the sums of all these files of the cache, for who has other processes read them; ``read_sums``.
 
     Raises:
         CacheError: a shard has no complete view, a commit is of another teacher, a shard changed between two, class
             means are wanted and no row has a label, or imported ones were changed.
     """
     header = read_header(cache_url)
-    commits = [commit for commit in read_commits(cache_url) if commit.shard_id in shard_urls]
-    _check_commits(commits, header.fingerprint, cache_url)
-    fold = fold_commits(commits, shard_urls)
+    seen = _Seen(header.fingerprint, cache_url)
+    fold = fold_commits(
+        seen.checked(commit for commit in stream_commits(cache_url) if commit.shard_id in shard_urls), shard_urls
+    )
     if fold.totals["num_views"] == 0:
         raise CacheError("no view is complete for every shard", where=storage.redact(cache_url))
     base, names = _relative(shard_urls)
-    class_means = _publish_means(cache_url, commits, header)
+    class_means = _publish_means(cache_url, seen.means, header, add_up or read_sums)
     paths = pa.array([names[shard] for shard in shard_urls], pa.string())
     manifest = Manifest(
         header_sha256=digest(read_file(cache_url, layout.HEADER)),
@@ -57,7 +67,7 @@ def publish_manifest(cache_url: str, shard_urls: dict[str, str]) -> Manifest:
         **fold.totals,
     )
     storage.write(storage.join(cache_url, layout.MANIFEST), seal(manifest.model_dump(mode="json")))
-    _remove_unnamed(cache_url, commits)
+    _remove_unnamed(cache_url, seen)
     return manifest
 
 
@@ -70,30 +80,62 @@ class Fold:
     parts: pa.Table
 
 
-def fold_commits(commits: list[Commit], shard_ids: Collection[str]) -> Fold:
+def fold_commits(commits: Iterable[Commit], shard_ids: Collection[str]) -> Fold:
     """Commits by path, of no shards but these; shards in the order in which they were asked for.
 
+    Each commit is forgotten once it is folded: a cache may have more of them than memory holds.
     ``num_views`` is 0 where some shard lacks view 0.
     """
-    by_shard: defaultdict[str, list[Commit]] = defaultdict(list)
+    by_shard: dict[str, _Shard] = {}
+    covered: defaultdict[str, int] = defaultdict(int)
+    environments: dict[bytes, dict[str, Any]] = {}
+    statistics, parts, size_bytes = StatisticsFold(), _PartsTable(), 0
     for commit in commits:
-        by_shard[commit.shard_id].append(commit)
-    num_views = min((_complete_views(by_shard[shard]) for shard in shard_ids), default=0)
-    firsts = [by_shard[shard][0] for shard in shard_ids if by_shard[shard]]
+        shard = commit.shard_id
+        if shard not in by_shard:
+            # Most are equal, and then one is kept of them.
+            environment = environments.setdefault(canonical_json(commit.environment), commit.environment)
+            by_shard[shard] = _Shard(
+                shard,
+                commit.shard_size_bytes,
+                commit.read,
+                commit.num_ok,
+                commit.index.sha256,
+                commit.skipped,
+                environment,
+            )
+        covered[shard] |= _bits(commit.block)
+        statistics.add(commit.statistics)
+        parts.add(commit)
+        size_bytes += commit.part.size_bytes
+    firsts = [by_shard[shard] for shard in shard_ids if shard in by_shard]
     skipped: Counter[str] = Counter()
-    for commit in firsts:
-        skipped.update(commit.skipped)
+    for first in firsts:
+        skipped.update(first.skipped)
     totals: dict[str, Any] = {
         "num_shards": len(firsts),
-        "num_samples": sum(commit.read for commit in firsts),
-        "num_ok": sum(commit.num_ok for commit in firsts),
-        "num_views": num_views,
-        "size_bytes": sum(commit.part.size_bytes for commit in commits),
+        "num_samples": sum(first.num_samples for first in firsts),
+        "num_ok": sum(first.num_ok for first in firsts),
+        "num_views": min((_complete_views(covered[shard]) for shard in shard_ids), default=0),
+        "size_bytes": size_bytes,
         "skipped": dict(sorted(skipped.items())),
-        "statistics": merge_statistics([commit.statistics for commit in commits]),
+        "statistics": statistics.result(),
         "environment": firsts[0].environment if firsts else {},
     }
-    return Fold(totals, _shards_table(firsts), _parts_table(commits))
+    return Fold(totals, _shards_table(firsts), parts.result())
+
+
+@dataclass(frozen=True, slots=True)
+class _Shard:
+    """What a shard's first commit says of the shard."""
+
+    shard_id: str
+    size_bytes: int
+    num_samples: int
+    num_ok: int
+    index_sha256: str
+    skipped: dict[str, int]
+    environment: dict[str, Any]
 
 
 def read_manifest(cache_url: str) -> tuple[Manifest, bytes]:
@@ -118,37 +160,66 @@ def parse_manifest(data: bytes, *, where: str) -> Manifest:
     return parse_record(Manifest, data, where=where)
 
 
-def read_table(cache_url: str, ref: FileRef) -> pa.Table:
-    """A table that the manifest names, checked against its digest."""
-    return read_parquet(read_named(cache_url, ref), where=storage.redact(storage.join(cache_url, ref.path)))
+def read_table(cache_url: str, ref: FileRef, *, repeated: Sequence[str] = ()) -> pa.Table:
+    """A table that the manifest names, checked against its digest; ``repeated`` as ``read_parquet`` takes it."""
+    where = storage.redact(storage.join(cache_url, ref.path))
+    return read_parquet(read_named(cache_url, ref), where=where, repeated=repeated)
 
 
-def _check_commits(commits: list[Commit], fingerprint: str, cache_url: str) -> None:
-    for commit in commits:
-        if commit.fingerprint != fingerprint:
+@dataclass(slots=True)
+class _Seen:
+    """Checks commits as they pass, and keeps what is needed of them after the fold."""
+
+    fingerprint: str
+    cache_url: str
+    named: set[str] = field(default_factory=set)
+    means: list[FileRef] = field(default_factory=list)
+    covered: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
+    _firsts: dict[str, tuple[str, str, int]] = field(default_factory=dict)
+
+    def checked(self, commits: Iterable[Commit]) -> Iterator[Commit]:
+        for commit in commits:
+            self._check(commit)
+            self.named |= named([commit])
+            self.covered[commit.shard_id] |= _bits(commit.block)
+            if commit.means is not None:
+                self.means.append(commit.means)
+            yield commit
+
+    def _check(self, commit: Commit) -> None:
+        if commit.fingerprint != self.fingerprint:
             raise CacheError(
                 "a commit is of another teacher",
-                where=f"{commit.shard_id}/{commit.block.name} in {storage.redact(cache_url)}",
+                where=f"{commit.shard_id}/{commit.block.name} in {storage.redact(self.cache_url)}",
                 got=commit.fingerprint,
-                wanted=fingerprint,
+                wanted=self.fingerprint,
             )
-    firsts: dict[str, Commit] = {}
-    for commit in commits:
-        first = firsts.setdefault(commit.shard_id, commit)
-        if (first.index.sha256, first.shard_size_bytes) != (commit.index.sha256, commit.shard_size_bytes):
+        own = (commit.block.name, commit.index.sha256, commit.shard_size_bytes)
+        first = self._firsts.setdefault(commit.shard_id, own)
+        if first[1:] != own[1:]:
             raise CacheError(
                 "the shard changed between two of its parts",
-                where=f"{commit.shard_id} in {storage.redact(cache_url)}",
-                got=f"{commit.block.name}: {commit.shard_size_bytes} bytes, index {commit.index.sha256[:16]}",
-                wanted=f"{first.block.name}: {first.shard_size_bytes} bytes, index {first.index.sha256[:16]}",
+                where=f"{commit.shard_id} in {storage.redact(self.cache_url)}",
+                got=_block_of(*own),
+                wanted=_block_of(*first),
                 next_step="restore the shard and remove the later commits, or build into another cache.url",
             )
 
 
-def _complete_views(commits: list[Commit]) -> int:
+def _block_of(name: str, index_sha256: str, shard_size_bytes: int) -> str:
+    return f"{name}: {shard_size_bytes} bytes, index {index_sha256[:16]}"
+
+
+def _bits(block: ViewBlock) -> int:
+    """The views of a block as bits, the eval pass as the lowest: a set of 50 takes 2 kB, and there is one a shard."""
+    return 1 if block.is_eval else ((1 << len(block.views)) - 1) << (block.start + 1)
+
+
+def _complete_views(covered: int) -> int:
     """The length of the run of views from 0 that is covered."""
-    views = {view for commit in commits if not commit.block.is_eval for view in commit.block.views}
-    return next(view for view in range(len(views) + 1) if view not in views)
+    views = covered >> 1
+    # The lowest bit that is not set.
+    return (~views & (views + 1)).bit_length() - 1
 
 
 def _relative(shard_urls: dict[str, str]) -> tuple[str, dict[str, str]]:
@@ -171,36 +242,64 @@ def locate(base: str, path: str) -> str:
     return path if "://" in path or path.startswith("/") else storage.join(base, path)
 
 
-def _shards_table(firsts: list[Commit]) -> pa.Table:
+def _shards_table(firsts: list[_Shard]) -> pa.Table:
     return pa.table(
         {
-            "shard_id": pa.array([commit.shard_id for commit in firsts], pa.string()),
-            "size_bytes": pa.array([commit.shard_size_bytes for commit in firsts], pa.int64()),
-            "num_samples": pa.array([commit.read for commit in firsts], pa.int64()),
-            "num_ok": pa.array([commit.num_ok for commit in firsts], pa.int64()),
-            "index_sha256": pa.array([commit.index.sha256 for commit in firsts], pa.string()),
+            "shard_id": pa.array([first.shard_id for first in firsts], pa.string()),
+            "size_bytes": pa.array([first.size_bytes for first in firsts], pa.int64()),
+            "num_samples": pa.array([first.num_samples for first in firsts], pa.int64()),
+            "num_ok": pa.array([first.num_ok for first in firsts], pa.int64()),
+            "index_sha256": pa.array([first.index_sha256 for first in firsts], pa.string()),
         }
     )
 
 
-def _parts_table(commits: list[Commit]) -> pa.Table:
+_PARTS_SCHEMA = pa.schema(
+    {
+        "shard_id": pa.string(),
+        "view": pa.uint16(),
+        "path": pa.string(),
+        "part_sha256": pa.string(),
+        "part_size_bytes": pa.int64(),
+        "offset": pa.int64(),
+        "size_bytes": pa.int64(),
+        "footer_offset": pa.int64(),
+        "footer_digest": pa.string(),
+        "rows": pa.int64(),
+        "digest": pa.string(),
+    }
+)
+
+
+class _PartsTable:
     """One row per (shard, view): all that a reader needs for its one range read."""
-    rows = [(commit, view) for commit in commits for view in commit.views]
-    return pa.table(
-        {
-            "shard_id": pa.array([commit.shard_id for commit, _ in rows], pa.string()),
-            "view": pa.array([view.view for _, view in rows], pa.uint16()),
-            "path": pa.array([commit.part.path for commit, _ in rows], pa.string()),
-            "part_sha256": pa.array([commit.part.sha256 for commit, _ in rows], pa.string()),
-            "part_size_bytes": pa.array([commit.part.size_bytes for commit, _ in rows], pa.int64()),
-            "offset": pa.array([view.offset for _, view in rows], pa.int64()),
-            "size_bytes": pa.array([view.size_bytes for _, view in rows], pa.int64()),
-            "footer_offset": pa.array([commit.footer.offset for commit, _ in rows], pa.int64()),
-            "footer_digest": pa.array([commit.footer.digest for commit, _ in rows], pa.string()),
-            "rows": pa.array([view.rows for _, view in rows], pa.int64()),
-            "digest": pa.array([view.digest for _, view in rows], pa.string()),
-        }
-    )
+
+    def __init__(self) -> None:
+        self._batches: list[pa.RecordBatch] = []
+        self._rows: list[tuple[str | int, ...]] = []
+
+    def add(self, commit: Commit) -> None:
+        part, footer = commit.part, commit.footer
+        self._rows.extend(
+            (
+                *(commit.shard_id, view.view, part.path, part.sha256, part.size_bytes),
+                *(view.offset, view.size_bytes, footer.offset, footer.digest, view.rows, view.digest),
+            )
+            for view in commit.views
+        )
+        if len(self._rows) >= _ROWS_AT_ONCE:
+            self._pack()
+
+    def _pack(self) -> None:
+        columns = zip(*self._rows, strict=True)
+        arrays = [pa.array(column, item.type) for column, item in zip(columns, _PARTS_SCHEMA, strict=True)]
+        self._batches.append(pa.record_batch(arrays, schema=_PARTS_SCHEMA))
+        self._rows = []
+
+    def result(self) -> pa.Table:
+        if self._rows:
+            self._pack()
+        return pa.Table.from_batches(self._batches, _PARTS_SCHEMA)
 
 
 def _publish(cache_url: str, path: str, table: pa.Table) -> FileRef:
@@ -209,13 +308,14 @@ def _publish(cache_url: str, path: str, table: pa.Table) -> FileRef:
     return publish_named(cache_url, path, sink.getvalue())
 
 
-def _publish_means(cache_url: str, commits: list[Commit], header: Header) -> FileRef | None:
+def _publish_means(
+    cache_url: str, refs: list[FileRef], header: Header, add_up: Callable[[str, Sequence[FileRef]], ClassSums]
+) -> FileRef | None:
     if imported_sha256(header) is not None:
         return publish_named(cache_url, layout.CLASS_MEANS, encode_kept(cache_url, header))
-    refs = [commit.means for commit in commits if commit.means is not None]
     if not refs:
         return None
-    merged = _merge_sums(cache_url, refs)
+    merged = add_up(cache_url, refs)
     if not len(merged.class_C):
         raise CacheError(
             "class means are wanted, but no row of the whole cache has a label",
@@ -226,7 +326,7 @@ def _publish_means(cache_url: str, commits: list[Commit], header: Header) -> Fil
     return publish_named(cache_url, layout.CLASS_MEANS, encode_means(merged, fingerprint=header.fingerprint))
 
 
-def _merge_sums(cache_url: str, refs: list[FileRef]) -> ClassSums:
+def read_sums(cache_url: str, refs: Sequence[FileRef]) -> ClassSums:
     """The sums of all files, in the memory of a few: of 1,000 classes and 2,048 numbers each file has 16 MB."""
     merged: list[ClassSums] = []
     with ThreadPoolExecutor(_READ_THREADS) as pool:
@@ -240,17 +340,12 @@ def _read_sums(cache_url: str, ref: FileRef) -> ClassSums:
     return decode_sums(read_named(cache_url, ref), where=storage.redact(storage.join(cache_url, ref.path)))
 
 
-def _remove_unnamed(cache_url: str, commits: list[Commit]) -> None:
+def _remove_unnamed(cache_url: str, seen: _Seen) -> None:
     """Files of builders that were killed or lost a race.
 
     Only of views that are committed: others may be the work of a builder that is about to commit them.
     """
-    done = {key for commit in commits for key in _views_of(commit.shard_id, commit.block)}
-    for path in unnamed(commits, files_present(cache_url)):
+    for path in files_present(cache_url) - seen.named:
         owner = layout.owner(path)
-        if owner is not None and not done.isdisjoint(_views_of(*owner)):
+        if owner is not None and seen.covered[owner[0]] & _bits(owner[1]):
             storage.delete(storage.join(cache_url, path))
-
-
-def _views_of(shard_id: str, block: ViewBlock) -> list[tuple[str, int]]:
-    return [(shard_id, view) for view in ([EVAL_VIEW] if block.is_eval else block.views)]

@@ -8,8 +8,9 @@ that depended on which task finished first could not be compared by digest. Clas
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 import pyarrow as pa
@@ -61,6 +62,11 @@ def merge(sums: Sequence[ClassSums]) -> ClassSums:
         sum_CD[rows] += part.sum_CD
         start += len(part.class_C)
     return ClassSums(classes.astype(np.int32), count_C, sum_CD)
+
+
+def add_up(sums: Iterable[ClassSums]) -> ClassSums:
+    """``merge`` of as many as there are, at least one, in the memory of two."""
+    return reduce(lambda one, other: merge([one, other]), sums)
 
 
 def _check_range(scaled: NDArray[np.float64]) -> None:

@@ -13,13 +13,13 @@ import pyarrow as pa
 from pipeline import storage
 from pipeline.cache import layout
 from pipeline.cache.codec import outputs_of, row_bytes
-from pipeline.cache.commit import missing_blocks
+from pipeline.cache.commit import Standing, missing_blocks
 from pipeline.cache.identity import read_header
 from pipeline.cache.survey import Span, Survey, survey_shards, total
 from pipeline.models import load_model
 from schemas.cache import drawn_columns, part_schema
 from schemas.config import CacheConfig, Config, ViewsConfig
-from schemas.manifest import Commit, Header, Output, ViewBlock
+from schemas.manifest import Header, Output, ViewBlock
 
 _CANARY_SHARE = 0.001
 # Compression hardly touches the low bits of floats, nor hashes and boxes: half of a row and more.
@@ -34,7 +34,7 @@ _CLASS_SUM_BYTES = 12  # class and count, beside 8 a dimension
 class ShardBlocks:
     """The parts of one shard that stand, and those still to make."""
 
-    committed: tuple[Commit, ...]
+    committed: tuple[Standing, ...]
     missing: tuple[ViewBlock, ...]
 
     @property
@@ -64,7 +64,7 @@ class Ground:
     cache: CacheConfig
     urls: Mapping[str, str]
     sizes: Mapping[str, int]
-    commits: Sequence[Commit]
+    commits: Sequence[Standing]
     survey: Survey
     header: Header | None
     embedding_dim: int | None
@@ -76,7 +76,7 @@ class Ground:
         Raises:
             CacheError: two commits overlap.
         """
-        committed: defaultdict[str, list[Commit]] = defaultdict(list)
+        committed: defaultdict[str, list[Standing]] = defaultdict(list)
         for commit in self.commits:
             committed[commit.shard_id].append(commit)
         fresh = self._missing([], "")
@@ -85,10 +85,10 @@ class Ground:
             for shard, found in ((shard, committed[shard]) for shard in self.urls)
         }
 
-    def _missing(self, commits: list[Commit], shard: str) -> tuple[ViewBlock, ...]:
+    def _missing(self, commits: list[Standing], shard: str) -> tuple[ViewBlock, ...]:
         return tuple(
             missing_blocks(
-                commits,
+                (commit.block for commit in commits),
                 num_views=self.config.views.count,
                 views_per_part=self.cache.views_per_part,
                 wants_eval=self.cache.class_means == "eval",
@@ -202,7 +202,7 @@ def survey_ground(
     cache: CacheConfig,
     urls: Mapping[str, str],
     sizes: Mapping[str, int],
-    commits: Sequence[Commit],
+    commits: Sequence[Standing],
 ) -> Ground:
     """Looks at header, commits, indexes and a few shards; loads no network.
 
@@ -275,7 +275,7 @@ def plan_size(ground: Ground) -> Size:
     measured = _measured(ground.commits)
     row = measured or Span(_LEAST_STORED * raw, raw, raw)
     parts_open = _forwards_open(ground) * row
-    committed = sum(commit.part.size_bytes for item in ground.blocks.values() for commit in item.committed)
+    committed = sum(commit.part_size_bytes for item in ground.blocks.values() for commit in item.committed)
     return Size(
         outputs=outputs,
         columns=_column_bytes(ground.config.views),
@@ -310,11 +310,11 @@ def _bits(kind: pa.DataType) -> int:
     return int(kind.bit_width)
 
 
-def _measured(commits: Sequence[Commit]) -> Span | None:
-    rows = sum(view.rows for commit in commits for view in commit.views)
+def _measured(commits: Sequence[Standing]) -> Span | None:
+    rows = sum(commit.num_rows for commit in commits)
     if not rows:
         return None
-    each = sum(commit.part.size_bytes for commit in commits) / rows
+    each = sum(commit.part_size_bytes for commit in commits) / rows
     return Span((1 - _MEASURED_SPREAD) * each, each, (1 + _MEASURED_SPREAD) * each)
 
 

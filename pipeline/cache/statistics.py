@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +18,7 @@ from schemas.manifest import Header, Output, Statistics
 
 TEMPERATURES = (1.0, 2.0, 4.0)
 _SAMPLE_ONE_IN = 64
+_COUNTS = ("labelled", "top1_hits", "top5_hits", "fidelity_rows", "argmax_flips")
 
 
 class StatisticsSum:
@@ -77,23 +80,44 @@ class StatisticsSum:
         )
 
 
-def merge_statistics(parts: list[Statistics]) -> Statistics:
-    """The sums of all parts, added in the order given."""
-    classes: Counter[int] = Counter()
+class StatisticsFold:
+    """The sums of all parts, added in the order given; keeps 56 bytes of each."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._classes: Counter[int] = Counter()
+        self._kl, self._pearson = (
+            {str(temperature): array("d") for temperature in TEMPERATURES} for _ in ("kl", "pearson")
+        )
+        self._cosine = array("d")
+
+    def add(self, part: Statistics) -> None:
+        for name in _COUNTS:
+            self._counts[name] += getattr(part, name)
+        self._classes.update(part.class_counts)
+        for sums, own in ((self._kl, part.kl_sum), (self._pearson, part.pearson_sum)):
+            for temperature, values in sums.items():
+                values.append(own.get(temperature, 0.0))
+        self._cosine.append(part.embedding_cosine_sum)
+
+    def result(self) -> Statistics:
+        # Not added as they come: from 3.12 on Python's sum compensates for rounding, and a loop does not.
+        return Statistics(
+            **{name: self._counts[name] for name in _COUNTS},
+            class_counts=dict(sorted(self._classes.items())),
+            kl_sum={temperature: _total(values) for temperature, values in self._kl.items()},
+            pearson_sum={temperature: _total(values) for temperature, values in self._pearson.items()},
+            embedding_cosine_sum=_total(self._cosine),
+        )
+
+
+def _total(values: Sequence[float]) -> float:
+    return float(sum(values))
+
+
+def merge_statistics(parts: Iterable[Statistics]) -> Statistics:
+    """``StatisticsFold`` over all of these."""
+    fold = StatisticsFold()
     for part in parts:
-        classes.update(part.class_counts)
-    return Statistics(
-        labelled=sum(part.labelled for part in parts),
-        top1_hits=sum(part.top1_hits for part in parts),
-        top5_hits=sum(part.top5_hits for part in parts),
-        class_counts=dict(sorted(classes.items())),
-        fidelity_rows=sum(part.fidelity_rows for part in parts),
-        kl_sum=_sum_by_temperature([part.kl_sum for part in parts]),
-        pearson_sum=_sum_by_temperature([part.pearson_sum for part in parts]),
-        argmax_flips=sum(part.argmax_flips for part in parts),
-        embedding_cosine_sum=sum(part.embedding_cosine_sum for part in parts),
-    )
-
-
-def _sum_by_temperature(parts: list[dict[str, float]]) -> dict[str, float]:
-    return {str(t): sum(part.get(str(t), 0.0) for part in parts) for t in TEMPERATURES}
+        fold.add(part)
+    return fold.result()

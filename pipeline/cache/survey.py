@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import storage
+from pipeline.cache.commit import Standing
 from pipeline.shards.index import ShardIndex, decode_index
 from pipeline.shards.peek import Peek, peek
 from pipeline.shards.publish import index_name
 from schemas.config import DataConfig
-from schemas.manifest import Commit
 
 _READ_THREADS = 16
 _NUM_SAMPLED = 8
@@ -77,7 +77,7 @@ class Survey:
 def survey_shards(
     by_id: Mapping[str, str],
     sizes: Mapping[str, int],
-    commits: Sequence[Commit],
+    commits: Sequence[Standing],
     data: DataConfig,
     *,
     index_urls: Sequence[str],

@@ -20,7 +20,7 @@ from pipeline.cache.manifest import publish_manifest
 from pipeline.shards.names import shard_ids
 from pipeline.shards.write import Members
 from schemas.config import CacheConfig, Config
-from schemas.manifest import Commit, Manifest
+from schemas.manifest import Manifest, ViewBlock
 
 
 def digit_samples(count: int) -> Iterator[tuple[str, Members]]:
@@ -59,9 +59,9 @@ def shard_urls(config: Config) -> dict[str, str]:
 def open_tasks(config: Config) -> list[PartTask]:
     """The parts that no commit names."""
     cache = cache_section(config)
-    committed: defaultdict[str, list[Commit]] = defaultdict(list)
+    committed: defaultdict[str, list[ViewBlock]] = defaultdict(list)
     for commit in read_commits(cache.url):
-        committed[commit.shard_id].append(commit)
+        committed[commit.shard_id].append(commit.block)
     return [
         PartTask(config, url, block)
         for shard, url in shard_urls(config).items()

@@ -45,7 +45,7 @@ def commit(of: ViewBlock, **changes: Any) -> Commit:
 
 def missing(*done: ViewBlock, num_views: int, views_per_part: int, wants_eval: bool = False) -> list[str]:
     blocks = missing_blocks(
-        [commit(one) for one in done],
+        done,
         num_views=num_views,
         views_per_part=views_per_part,
         wants_eval=wants_eval,
@@ -82,7 +82,7 @@ def test_overlapping_commits_are_refused() -> None:
 
 @given(st.sets(st.integers(0, 30)), st.integers(1, 31), st.integers(1, 7))
 def test_every_view_is_covered_once_after_the_missing_blocks(done: set[int], num_views: int, size: int) -> None:
-    before = [commit(block(view, view + 1)) for view in sorted(done)]
+    before = [block(view, view + 1) for view in sorted(done)]
     found = missing_blocks(before, num_views=num_views, views_per_part=size, wants_eval=False, where="s")
     added = [view for one in found for view in one.views]
     assert sorted([*added, *(view for view in done if view < num_views)]) == list(range(num_views))

@@ -9,7 +9,7 @@ import pytest
 from pipeline import storage
 from pipeline.cache.advice import advice, label_spread
 from pipeline.cache.build import build_part, prepare
-from pipeline.cache.commit import read_commits
+from pipeline.cache.commit import read_standing
 from pipeline.cache.plan import Ground, embedding_dim, needs_embedding_dim, plan_cache, survey_ground
 from pipeline.cache.space import check_space
 from pipeline.errors import ShardError, StorageInputError
@@ -26,7 +26,7 @@ NUM_DIGITS, NUM_SHARDS, NUM_VIEWS = 35, 2, 3
 def ground_of(config: Config) -> Ground:
     urls, cache = shard_urls(config), cache_section(config)
     sizes = {shard: storage.size(url) for shard, url in urls.items()}
-    return survey_ground(config, cache, urls, sizes, read_commits(cache.url))
+    return survey_ground(config, cache, urls, sizes, read_standing(cache.url))
 
 
 def test_a_plan_counts_what_the_build_then_makes(tiny_config: TinyConfig) -> None:
@@ -53,7 +53,7 @@ def test_what_is_committed_is_not_planned_again(tiny_config: TinyConfig) -> None
         build_part(task)
     plan = plan_cache(ground_of(config))
     assert (plan.work.forwards_open.high, plan.size.parts_open.high, plan.size.read) == (0, 0, 0)
-    assert plan.size.parts.low == sum(commit.part.size_bytes for commit in read_commits(cache_section(config).url))
+    assert plan.size.parts.low == sum(commit.part_size_bytes for commit in read_standing(cache_section(config).url))
 
 
 def test_more_views_are_planned_as_what_they_add(built_cache: TinyCache) -> None:
