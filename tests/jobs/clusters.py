@@ -1,4 +1,4 @@
-"""A Ray cluster in a process group of its own, ended by process id and never by name."""
+"""Ray clusters in processes of their own, ended by process id and never by name."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import psutil
+import pytest
 
 _START_TIMEOUT_S = 60
 
@@ -110,3 +114,83 @@ def _gone() -> Iterator[None]:
         yield
     except ProcessLookupError:
         return
+
+
+class Nodes:
+    """A Ray cluster of several nodes on this machine, apart from the tests' own Ray; see ``many_nodes``."""
+
+    def __init__(self, pool: ProcessPoolExecutor, head: dict[str, Any]) -> None:
+        self._pool = pool
+        self.address: str = pool.submit(_start_cluster, head).result()
+
+    def add(self, **node: Any) -> str:
+        """Starts a node, of one CPU if not said otherwise, and returns its id."""
+        return self._pool.submit(_add_node, node).result()
+
+    def remove(self, node_id: str, *, graceful: bool = False) -> None:
+        """Ends a node: with SIGKILL, or with SIGTERM and the time that it takes."""
+        self._pool.submit(_remove_node, node_id, graceful=graceful).result()
+
+    def demands(self) -> list[dict[str, float]]:
+        """What an autoscaler is told of placement groups that wait."""
+        return self._pool.submit(_demands).result()
+
+
+@contextmanager
+def many_nodes(*sizes: dict[str, Any], **head: Any) -> Iterator[tuple[Nodes, list[str]]]:
+    """``Nodes``, and the ids of those of these sizes, beside a head that runs no task."""
+    with driver() as pool:
+        try:
+            nodes = Nodes(pool, {"num_cpus": 0, "include_dashboard": False, **head})
+            yield nodes, [nodes.add(**size) for size in sizes]
+        finally:
+            pool.submit(_stop_cluster).result()
+
+
+@contextmanager
+def driver() -> Iterator[ProcessPoolExecutor]:
+    """A process for calls that are a cluster's driver, or its keeper."""
+    with pytest.MonkeyPatch.context() as patch:
+        # Ray reads it once, when it is imported.
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+        pool.submit(os.getpid).result()
+    with pool:
+        yield pool
+
+
+# In the keeper's process: the cluster, and its nodes by id.
+_clusters: list[Any] = []
+_nodes: dict[str, Any] = {}
+
+
+def _start_cluster(head: dict[str, Any]) -> str:
+    from ray.cluster_utils import Cluster
+
+    # Ctrl-C is the tests' to hear: their end is the cluster's.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _clusters.append(Cluster(initialize_head=True, head_node_args=head))
+    return str(_clusters[0].address)
+
+
+def _add_node(node: dict[str, Any]) -> str:
+    added = _clusters[0].add_node(**node)
+    _nodes[added.node_id] = added
+    return str(added.node_id)
+
+
+def _remove_node(node_id: str, *, graceful: bool) -> None:
+    _clusters[0].remove_node(_nodes.pop(node_id), allow_graceful=graceful)
+
+
+def _demands() -> list[dict[str, float]]:
+    from ray.autoscaler.v2.sdk import get_cluster_status
+
+    waiting = get_cluster_status(_clusters[0].address).resource_demands.placement_group_demand
+    return [found.bundle for demand in waiting for found in demand.bundles_by_count for _ in range(found.count)]
+
+
+def _stop_cluster() -> None:
+    for cluster in _clusters:
+        cluster.shutdown()
