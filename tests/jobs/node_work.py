@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from pathlib import Path
 from uuid import uuid4
@@ -15,13 +17,27 @@ def node(seconds: float, _: int) -> str:
     return ray.get_runtime_context().get_node_id()
 
 
-def wait_for_go(folder: Path, number: int) -> str:
-    """Leaves a file that names its node, and goes on when ``go`` is there."""
+def attempt(folder: Path, number: int) -> str:
+    """Leaves a file that names its node, which it returns."""
     here = node(0, number)
     (folder / f"{number}-{here}-{uuid4().hex}").touch()
+    return here
+
+
+def wait_for_go(folder: Path, number: int) -> str:
+    """An attempt that goes on when ``go`` is there."""
+    here = attempt(folder, number)
     while not (folder / "go").exists():
         time.sleep(0.02)
     return here
+
+
+def take_the_node_along(folder: Path, number: int) -> None:
+    """An attempt that number 0 never ends: it kills its node and itself."""
+    attempt(folder, number)
+    if number == 0:
+        os.kill(os.getppid(), signal.SIGKILL)
+        os._exit(1)
 
 
 def attempts(folder: Path) -> list[tuple[int, str]]:
