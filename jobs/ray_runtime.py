@@ -87,14 +87,13 @@ def require_resources(needed: dict[str, float], *, what: str, where: str, num: i
         f"{what} cannot be placed on this cluster{waited}",
         where=where,
         got=_shapes(needed) + (f": room for {found}" if num > 1 else ""),
-        wanted=(f"{num} x " if num > 1 else "") + amounts(needed),
+        wanted=_times(num, needed),
         next_step="lower the keys above, add nodes, or set ray.wait_s where an autoscaler adds them",
     )
 
 
 def _wait_for_nodes(needed: dict[str, float], *, what: str, num: int, wait_s: float) -> None:
-    many = f"{num} x " if num > 1 else ""
-    print(f"waiting up to {wait_s:g} s for nodes: {what} needs {many}{amounts(needed)}", file=sys.stderr, flush=True)
+    print(f"waiting up to {wait_s:g} s for nodes: {what} needs {_times(num, needed)}", file=sys.stderr, flush=True)
     deadline = time.monotonic() + wait_s
     # A placement group that waits is what an autoscaler counts, and Ray forgets it with its driver. What is told to
     # request_resources would stay after a driver that was killed, and replace what another job has asked for.
@@ -108,6 +107,10 @@ def _wait_for_nodes(needed: dict[str, float], *, what: str, num: int, wait_s: fl
 
 def amounts(resources: dict[str, float]) -> str:
     return ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
+
+
+def _times(num: int, needed: dict[str, float]) -> str:
+    return f"{num} x ({amounts(needed)})" if num > 1 else amounts(needed)
 
 
 def _shapes(needed: dict[str, float]) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import random
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ from tests.faults.test_kills import (
     wait_until,
     write,
 )
-from tests.jobs.clusters import Nodes, driver, many_nodes
+from tests.jobs.clusters import Nodes, driver, head_node, many_nodes
 from tests.jobs.node_work import attempts, node, take_the_node_along
 from tests.pipeline.caches import build, digit_samples, files
 
@@ -155,6 +156,27 @@ def test_a_part_that_takes_its_node_along_each_time_comes_to_an_end(nodes: Nodes
     assert caught.value.where == "0"
     assert Counter(number for number, _ in attempts(tmp_path / "attempts")) == {0: 6, 1: 1, 2: 1}
     assert {path.name for path in (tmp_path / "done").iterdir()} == {"1", "2"}
+
+
+def test_an_autoscaler_starts_from_no_node_what_a_build_and_a_training_ask_for(tmp_path: Path) -> None:
+    script = """
+import sys
+from functools import partial
+from jobs.fan_out import fan_out
+from jobs.ray_runtime import cluster, require_resources, slots
+from schemas.config import RayConfig
+from tests.jobs.node_work import node
+config, pod = RayConfig(address=sys.argv[1], gpus_per_task=1, wait_s=120), {"CPU": 1.0, "GPU": 1.0}
+with cluster(config):
+    assert slots(pod) == 0
+    assert len(list(fan_out(partial(node, 0), range(2), config, what="a part"))) == 2
+    require_resources(pod, num=3, wait_s=120, what="three workers", where="here")
+    assert slots(pod) == 3
+"""
+    resources = {"CPU": 1, "GPU": 1, "object_store_memory": 150 << 20}
+    gpu = {"resources": resources, "node_config": {}, "min_workers": 0, "max_workers": 4}
+    with head_node(tmp_path, num_cpus=0, node_types={"gpu": gpu}) as head:
+        subprocess.run([sys.executable, "-c", script, head.address], env=head.env, check=True, timeout=300)
 
 
 def test_a_task_that_memory_does_not_hold_is_retried_as_often_as_said() -> None:

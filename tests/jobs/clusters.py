@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -20,6 +21,16 @@ import psutil
 import pytest
 
 _START_TIMEOUT_S = 60
+_COMMANDS = (
+    "initialization_commands",
+    "setup_commands",
+    "head_setup_commands",
+    "worker_setup_commands",
+    "head_start_ray_commands",
+    "worker_start_ray_commands",
+)
+# How Ray's provider for tests calls the head.
+_HEAD_ID = "f" * 51 + "00000"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +62,10 @@ def _name_of(process: psutil.Process) -> str:
 
 
 @contextmanager
-def head_node(folder: Path, *, num_cpus: int) -> Iterator[HeadNode]:
-    """``ray start --head --block`` on loopback with a token of its own."""
+def head_node(folder: Path, *, num_cpus: int, node_types: dict[str, Any] | None = None) -> Iterator[HeadNode]:
+    """``ray start --head --block`` on loopback with a token of its own; given types of nodes, with an autoscaler that
+    starts such nodes on this machine.
+    """
     port, dashboard_port = free_port(), free_port()
     token = folder / "token"
     token.write_text("0123456789abcdef" * 4)
@@ -65,6 +78,11 @@ def head_node(folder: Path, *, num_cpus: int) -> Iterator[HeadNode]:
         f"--num-cpus={num_cpus}",
         "--include-dashboard=true",
     ]
+    if node_types is not None:
+        (folder / "autoscaler.yaml").write_text(json.dumps(_autoscaler(node_types, gcs_address=f"127.0.0.1:{port}")))
+        options.append(f"--autoscaling-config={folder / 'autoscaler.yaml'}")
+        env |= {"RAY_enable_autoscaler_v2": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"}
+        env |= {"RAY_CLOUD_INSTANCE_ID": _HEAD_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": _HEAD_ID}
     with (folder / "ray.log").open("wb") as log:
         process = subprocess.Popen([*command, *options], env=env, stdout=log, stderr=log, start_new_session=True)
         try:
@@ -72,6 +90,35 @@ def head_node(folder: Path, *, num_cpus: int) -> Iterator[HeadNode]:
             yield HeadNode(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard_port}", env, process.pid)
         finally:
             _end(process)
+
+
+def _autoscaler(node_types: dict[str, Any], *, gcs_address: str) -> dict[str, Any]:
+    """Ray's own autoscaler with the provider of its own tests, whose nodes are processes."""
+    return {
+        "cluster_name": "test",
+        "max_workers": 8,
+        "provider": {
+            "type": "external",
+            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+            "gcs_address": gcs_address,
+            "head_node_id": _HEAD_ID,
+            "launch_multiple": True,
+            "use_node_id_as_ip": True,
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+        },
+        # Nothing to install and nothing to copy; Ray wants each key.
+        **{key: [] for key in (*_COMMANDS, "cluster_synced_files", "rsync_exclude", "rsync_filter")},
+        **{key: {} for key in ("auth", "docker", "file_mounts")},
+        "file_mounts_sync_continuously": False,
+        "upscaling_speed": 1.0,
+        "idle_timeout_minutes": 1,
+        "head_node_type": "ray.head.default",
+        "available_node_types": {
+            "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+            **node_types,
+        },
+    }
 
 
 def _wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
