@@ -18,6 +18,7 @@ from tests.benchmarks import (
     loader,
     memory,
     nd_loss,
+    nodes,
     step,
     view_options,
 )
@@ -34,6 +35,7 @@ BENCHMARKS = {
     "loader": ("The loader alone against bare decode and augment", loader.run),
     "memory": ("Memory of a cache task over shards of two sizes", memory.run),
     "nd": ("ND loss, forward and backward, B=256 K=1000 D=2048", nd_loss.run),
+    "nodes": ("A build over two nodes of one CPU against one", nodes.run),
     "step": ("A training step: cached against labels alone, online against its parts", step.run),
     "view_options": ("Options of views", view_options.run),
 }
