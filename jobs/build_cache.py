@@ -13,7 +13,7 @@ from jobs.entry import config_command
 from jobs.fan_out import fan_out
 from jobs.paths import with_absolute_paths
 from jobs.progress import ProgressView
-from jobs.ray_runtime import cluster, num_tasks_here
+from jobs.ray_runtime import cluster, num_tasks_here, without_gpus
 from pipeline import storage
 from pipeline.cache import layout
 from pipeline.cache.build import IndexTask, PartTask, build_part, cache_config, prepare, restore_index
@@ -136,9 +136,8 @@ def _size_of(url: str) -> int:
 def _build_parts(config: Config, by_id: dict[str, str], found: list[Standing]) -> None:
     assert config.cache is not None
     commits, lost = _take_stock(config, by_id, found)
-    list(
-        fan_out(restore_index, lost, config.ray, what="an index task", name=lambda task: storage.redact(task.shard_url))
-    )
+    indexes = without_gpus(config.ray)
+    list(fan_out(restore_index, lost, indexes, what="an index task", name=lambda task: storage.redact(task.shard_url)))
     tasks = plan_tasks(config, by_id, commits)
     num_done, rows, began = len(commits), 0, time.monotonic()
     log = BuildLogWriter(config.cache.url, num_parts=num_done + len(tasks), num_before=num_done)

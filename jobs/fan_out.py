@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import NodeDiedError, RayError, RayTaskError
 
-from jobs.ray_runtime import cluster, require_resources, slots
+from jobs.ray_runtime import amounts, cluster, require_resources, slots, task_resources
 from pipeline.errors import LostGpuError, PassingStorageError, ShardError, StillroomError, StorageError
 from schemas.config import RayConfig
 
@@ -21,6 +21,12 @@ R = TypeVar("R")
 _BACKOFF_S, _MAX_BACKOFF_S = 1.0, 30.0
 # More than this is no longer a few bad shards among good ones, and each may cost its retries.
 _MAX_FAILURES = 16
+# A node that was taken away is rarely its part's fault. One that takes its node along each time must still come to an
+# end: so often ray.max_retries.
+_NODE_TIMES = 5
+_LOOK_EVERY_S = 1.0
+# What all nodes have left at once may be given back, also where ray.wait_s says that none is to be waited for.
+_MIN_PATIENCE_S = 300.0
 
 
 class LostTaskError(StorageError):
@@ -130,12 +136,23 @@ class _Flight:
         name: Callable[[Any], str],
         failures: _Failures,
     ) -> None:
-        needed = {"CPU": float(config.cpus_per_task), "GPU": config.gpus_per_task}
-        where = f"ray.cpus_per_task={config.cpus_per_task}, ray.gpus_per_task={config.gpus_per_task:g}"
-        require_resources(needed, what=what, where=where)
-        self._remote = _call.options(num_cpus=config.cpus_per_task, num_gpus=config.gpus_per_task)
+        self._needed, self._what = task_resources(config), what
+        self._where = f"ray.cpus_per_task={config.cpus_per_task}, ray.gpus_per_task={config.gpus_per_task:g}"
+        if config.resources_per_task:
+            self._where += f", ray.resources_per_task={config.resources_per_task}"
+        require_resources(self._needed, what=what, where=self._where, wait_s=config.wait_s)
+        # SPREAD, since Ray's default fills half of a node before it takes the next one: few parts would share one
+        # node's network while others idle.
+        self._remote = _call.options(
+            num_cpus=config.cpus_per_task,
+            num_gpus=config.gpus_per_task,
+            resources=config.resources_per_task,
+            scheduling_strategy="SPREAD",
+        )
         self._work = ray.put(work)
-        self._limit = 2 * slots(needed)
+        self._patience_s = max(config.wait_s, _MIN_PATIENCE_S)
+        self._limit, self._next_look = 0, 0.0
+        self._without_nodes_since: float | None = None
         self._max_retries = config.max_retries
         self._name, self._failures = name, failures
         self._waiting: list[_Attempt] = []
@@ -159,9 +176,41 @@ class _Flight:
 
     def _launch(self, fresh: Iterator[_Attempt]) -> bool:
         """Fills the flight, retries first. False where nothing flies or waits any more."""
+        self._follow_nodes()
         while len(self._flying) < self._limit and (attempt := self._next_retry() or next(fresh, None)) is not None:
             self._flying[self._remote.remote(self._work, attempt.item)] = attempt
         return bool(self._flying or self._waiting)
+
+    def _follow_nodes(self) -> None:
+        """Nodes come and go while a flight lasts, and its width goes with them.
+
+        Raises:
+            LostTaskError: for long there was no node left that could run a task.
+        """
+        now = time.monotonic()
+        if now < self._next_look:
+            return
+        self._next_look = now + _LOOK_EVERY_S
+        found = slots(self._needed)
+        # Without any node two tasks stay in flight, for an autoscaler to see.
+        self._limit = 2 * max(1, found)
+        if found:
+            self._without_nodes_since = None
+        elif self._without_nodes_since is None:
+            self._without_nodes_since = now
+            print(
+                f"no node is left for {self._what} ({amounts(self._needed)}); waiting up to {self._patience_s:g} s",
+                file=sys.stderr,
+                flush=True,
+            )
+        elif now - self._without_nodes_since > self._patience_s:
+            raise LostTaskError(
+                f"every node that could run {self._what} is gone",
+                where=self._where,
+                got=f"none for {self._patience_s:g} s",
+                wanted=amounts(self._needed),
+                next_step="add nodes, then run the command again: finished parts stay",
+            )
 
     def _next_retry(self) -> _Attempt | None:
         now = time.monotonic()
@@ -190,7 +239,8 @@ class _Flight:
     def _retry(self, attempt: _Attempt, error: StillroomError, *, kind: str) -> None:
         """Each kind has its own count: on nodes that come and go, a lost one must not use up what a storage needs."""
         attempt.failed[kind] += 1
-        if attempt.failed[kind] > self._max_retries:
+        times = _NODE_TIMES if kind == NodeDiedError.__name__ else 1
+        if attempt.failed[kind] > times * self._max_retries:
             self._failures.add(error)
             return
         self._retries[kind] += 1

@@ -9,6 +9,7 @@ from jobs.entry import config_command
 from jobs.fan_out import fan_out
 from jobs.paths import with_absolute_paths
 from jobs.progress import ProgressView
+from jobs.ray_runtime import without_gpus
 from pipeline import storage
 from pipeline.config import load_config, require
 from pipeline.shards.names import shard_ids
@@ -32,7 +33,7 @@ def index_shards(config: Config, folder_url: str) -> int:
     work = partial(publish_shard_index, data=data, folder_url=folder_url, threads=config.ray.cpus_per_task)
     num_ok = 0
     with ProgressView("index", len(urls)) as progress:
-        indexed = fan_out(work, urls, config.ray, what="an index task", name=storage.redact)
+        indexed = fan_out(work, urls, without_gpus(config.ray), what="an index task", name=storage.redact)
         for done, (_, count) in enumerate(indexed, start=1):
             num_ok += count
             progress.update(done, f"{num_ok} rows")

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
 from ray.exceptions import AuthenticationError
+from ray.util import placement_group, remove_placement_group
 
 from pipeline.errors import ResourceError
 from schemas.config import RayConfig
 
 # Ray sets this in the driver of a submitted job.
 _JOB_ENV = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+_POLL_S = 0.5
 
 
 @contextmanager
@@ -55,34 +60,81 @@ def _connect(address: str) -> None:
         ) from error
 
 
-def require_resources(needed: dict[str, float], *, what: str, where: str) -> None:
-    """
+def task_resources(config: RayConfig) -> dict[str, float]:
+    """What one cache task asks of its node."""
+    asked = {"CPU": float(config.cpus_per_task), "GPU": config.gpus_per_task, **config.resources_per_task}
+    return {name: amount for name, amount in asked.items() if amount}
+
+
+def without_gpus(config: RayConfig) -> RayConfig:
+    """For work that needs nothing but CPUs, and so can be done by any node."""
+    return config.model_copy(update={"gpus_per_task": 0.0, "resources_per_task": {}})
+
+
+def require_resources(needed: dict[str, float], *, what: str, where: str, num: int = 1, wait_s: float = 0.0) -> None:
+    """Waits up to ``wait_s`` until ``num`` tasks with these resources each have a place, and shows an autoscaler what
+    is missing meanwhile.
+
     Raises:
-        ResourceError: the whole cluster, idle, could not run it.
+        ResourceError: the whole cluster, idle, could not run them.
     """
-    available = ray.cluster_resources()
-    lacking = {name: amount for name, amount in needed.items() if amount > available.get(name, 0)}
-    if lacking:
-        raise ResourceError(
-            f"{what} cannot be placed on this cluster",
-            where=where,
-            got=", ".join(f"{available.get(name, 0):g} {name}" for name in lacking),
-            wanted=", ".join(f"{amount:g} {name}" for name, amount in lacking.items()),
-            next_step=f"lower the keys above, or add nodes with {' and '.join(lacking)}",
-        )
+    if slots(needed) < num and wait_s > 0:
+        _wait_for_nodes(needed, what=what, num=num, wait_s=wait_s)
+    if (found := slots(needed)) >= num:
+        return
+    waited = f" after {wait_s:g} s (ray.wait_s)" if wait_s > 0 else ""
+    raise ResourceError(
+        f"{what} cannot be placed on this cluster{waited}",
+        where=where,
+        got=_shapes(needed) + (f": room for {found}" if num > 1 else ""),
+        wanted=_times(num, needed),
+        next_step="lower the keys above, add nodes, or set ray.wait_s where an autoscaler adds them",
+    )
+
+
+def _wait_for_nodes(needed: dict[str, float], *, what: str, num: int, wait_s: float) -> None:
+    print(f"waiting up to {wait_s:g} s for nodes: {what} needs {_times(num, needed)}", file=sys.stderr, flush=True)
+    deadline = time.monotonic() + wait_s
+    # A placement group that waits is what an autoscaler counts, and Ray forgets it with its driver. What is told to
+    # request_resources would stay after a driver that was killed, and replace what another job has asked for.
+    group = placement_group([needed] * num)
+    try:
+        while slots(needed) < num and (left_s := deadline - time.monotonic()) > 0:
+            time.sleep(min(_POLL_S, left_s))
+    finally:
+        remove_placement_group(group)
+
+
+def amounts(resources: dict[str, float]) -> str:
+    return ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
+
+
+def _times(num: int, needed: dict[str, float]) -> str:
+    return f"{num} x ({amounts(needed)})" if num > 1 else amounts(needed)
+
+
+def _shapes(needed: dict[str, float]) -> str:
+    """What the nodes have of it, equal ones together."""
+    shapes = Counter(amounts({name: node.get(name, 0) for name in needed}) for node in _nodes())
+    return "; ".join(f"{count} node{'s' if count > 1 else ''} with {shape}" for shape, count in shapes.most_common())
 
 
 def slots(resources: dict[str, float]) -> int:
-    """How many tasks with these resources the cluster runs at once, at least one."""
-    available = ray.cluster_resources()
-    return max(1, min(int(available.get(name, 0) // amount) for name, amount in resources.items() if amount))
+    """How many tasks with these resources the nodes that are there run at once: halves on two nodes make no whole."""
+    # Ray counts in ten-thousandths; 1 // 0.1 is 9.
+    return sum(min(int(node.get(name, 0) / amount + 1e-6) for name, amount in resources.items()) for node in _nodes())
+
+
+def _nodes() -> list[dict[str, float]]:
+    """What each node has that is alive, used or not."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def num_slots(config: RayConfig) -> int:
     """How many cache tasks run at once; inside ``cluster``."""
     if config.address == "none":
         return 1
-    return slots({"CPU": float(config.cpus_per_task), "GPU": config.gpus_per_task})
+    return max(1, slots(task_resources(config)))
 
 
 def num_tasks_here(config: RayConfig) -> int:

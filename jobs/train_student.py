@@ -166,7 +166,9 @@ def _fit(config: Config) -> dict[str, Any]:
     ray_config = config.ray
     per_worker = {"CPU": float(ray_config.cpus_per_worker), **({"GPU": 1.0} if ray_config.use_gpu else {})}
     require_resources(
-        {name: amount * ray_config.num_workers for name, amount in per_worker.items()},
+        per_worker,
+        num=ray_config.num_workers,
+        wait_s=ray_config.wait_s,
         what=f"training with {ray_config.num_workers} workers",
         where=f"ray.num_workers={ray_config.num_workers}, ray.cpus_per_worker={ray_config.cpus_per_worker}, "
         f"ray.use_gpu={ray_config.use_gpu}",

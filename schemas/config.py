@@ -482,7 +482,13 @@ class RayConfig(Section):
     address: str = Field("local", description="local, auto, none (no Ray: one process), or ray://host:port.")
     cpus_per_task: int = Field(1, ge=1, description="CPUs of one cache task; also its decode threads.")
     gpus_per_task: float = Field(0, ge=0, description="GPUs of one cache task; a fraction lets tasks share one.")
-    max_retries: int = Field(3, ge=0, description="Per part, for crashed or lost workers and failing storage.")
+    resources_per_task: dict[str, float] = Field(
+        default_factory=dict, description="Of the cluster's own resources, for one cache task, by name."
+    )
+    wait_s: float = Field(0, ge=0, description="Seconds to wait for nodes that an autoscaler is to add.")
+    max_retries: int = Field(
+        3, ge=0, description="Per part, for crashed workers and failing storage; five times as many for lost nodes."
+    )
     num_workers: int = Field(1, ge=1, description="DDP world size.")
     cpus_per_worker: int = Field(1, ge=1, description="CPUs of one DDP worker.")
     use_gpu: bool = Field(False, description="One GPU per DDP worker, NCCL; else gloo.")
@@ -494,6 +500,19 @@ class RayConfig(Section):
         if address not in ("local", "auto", "none") and ":" not in address:
             raise ValueError(f"address is {address!r}; wanted local, auto, none, HOST:PORT or ray://HOST:PORT")
         return address
+
+    @field_validator("resources_per_task")
+    @classmethod
+    def _check_resources(cls, resources: dict[str, float]) -> dict[str, float]:
+        for name, amount in resources.items():
+            if name in ("CPU", "GPU", "memory", "object_store_memory"):
+                raise ValueError(
+                    f"{name} is Ray's own; wanted cpus_per_task, gpus_per_task, or the cluster's own names"
+                )
+            # Ray shares a unit among tasks, and gives several only as a whole; it counts in ten-thousandths.
+            if not (0.0001 <= amount <= 1 or (amount >= 1 and amount == int(amount))):
+                raise ValueError(f"{name} is {amount:g}; wanted 0.0001 to 1, or a whole number")
+        return resources
 
 
 class Config(Section):

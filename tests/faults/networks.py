@@ -1,4 +1,4 @@
-"""A teacher that leaves a trace of every batch it is asked, outside of any cache."""
+"""Teachers that leave a trace of every batch they are asked, outside of any cache, or die of one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pipeline.models.cifar import resnet
 
-LOG = "STILLROOM_TEST_FORWARDS"
+LOG, MINE = "STILLROOM_TEST_FORWARDS", "STILLROOM_TEST_MINE"
 
 
 class Traced(nn.Module):
@@ -34,3 +34,13 @@ def forwards() -> list[str]:
     """Digests of all batches so far, in order."""
     log = Path(os.environ[LOG])
     return log.read_text().splitlines() if log.exists() else []
+
+
+class Mined(Traced):
+    """Ends its process at a white image, as long as the file stands that the environment names."""
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        # White after normalising by 0.5 and 0.5; padding is darker.
+        if bool((images_BCHW == 1).flatten(1).all(1).any()) and Path(os.environ[MINE]).exists():
+            os._exit(1)
+        return super().forward(images_BCHW)

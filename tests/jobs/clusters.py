@@ -1,7 +1,8 @@
-"""A Ray cluster in a process group of its own, ended by process id and never by name."""
+"""Ray clusters in processes of their own, ended by process id and never by name."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -9,13 +10,27 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import psutil
+import pytest
 
 _START_TIMEOUT_S = 60
+_COMMANDS = (
+    "initialization_commands",
+    "setup_commands",
+    "head_setup_commands",
+    "worker_setup_commands",
+    "head_start_ray_commands",
+    "worker_start_ray_commands",
+)
+# How Ray's provider for tests calls the head.
+_HEAD_ID = "f" * 51 + "00000"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +62,10 @@ def _name_of(process: psutil.Process) -> str:
 
 
 @contextmanager
-def head_node(folder: Path, *, num_cpus: int) -> Iterator[HeadNode]:
-    """``ray start --head --block`` on loopback with a token of its own."""
+def head_node(folder: Path, *, num_cpus: int, node_types: dict[str, Any] | None = None) -> Iterator[HeadNode]:
+    """``ray start --head --block`` on loopback with a token of its own; given types of nodes, with an autoscaler that
+    starts such nodes on this machine.
+    """
     port, dashboard_port = free_port(), free_port()
     token = folder / "token"
     token.write_text("0123456789abcdef" * 4)
@@ -61,6 +78,11 @@ def head_node(folder: Path, *, num_cpus: int) -> Iterator[HeadNode]:
         f"--num-cpus={num_cpus}",
         "--include-dashboard=true",
     ]
+    if node_types is not None:
+        (folder / "autoscaler.yaml").write_text(json.dumps(_autoscaler(node_types, gcs_address=f"127.0.0.1:{port}")))
+        options.append(f"--autoscaling-config={folder / 'autoscaler.yaml'}")
+        env |= {"RAY_enable_autoscaler_v2": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"}
+        env |= {"RAY_CLOUD_INSTANCE_ID": _HEAD_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": _HEAD_ID}
     with (folder / "ray.log").open("wb") as log:
         process = subprocess.Popen([*command, *options], env=env, stdout=log, stderr=log, start_new_session=True)
         try:
@@ -68,6 +90,35 @@ def head_node(folder: Path, *, num_cpus: int) -> Iterator[HeadNode]:
             yield HeadNode(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard_port}", env, process.pid)
         finally:
             _end(process)
+
+
+def _autoscaler(node_types: dict[str, Any], *, gcs_address: str) -> dict[str, Any]:
+    """Ray's own autoscaler with the provider of its own tests, whose nodes are processes."""
+    return {
+        "cluster_name": "test",
+        "max_workers": 8,
+        "provider": {
+            "type": "external",
+            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+            "gcs_address": gcs_address,
+            "head_node_id": _HEAD_ID,
+            "launch_multiple": True,
+            "use_node_id_as_ip": True,
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+        },
+        # Nothing to install and nothing to copy; Ray wants each key.
+        **{key: [] for key in (*_COMMANDS, "cluster_synced_files", "rsync_exclude", "rsync_filter")},
+        **{key: {} for key in ("auth", "docker", "file_mounts")},
+        "file_mounts_sync_continuously": False,
+        "upscaling_speed": 1.0,
+        "idle_timeout_minutes": 1,
+        "head_node_type": "ray.head.default",
+        "available_node_types": {
+            "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+            **node_types,
+        },
+    }
 
 
 def _wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
@@ -110,3 +161,83 @@ def _gone() -> Iterator[None]:
         yield
     except ProcessLookupError:
         return
+
+
+class Nodes:
+    """A Ray cluster of several nodes on this machine, apart from the tests' own Ray; see ``many_nodes``."""
+
+    def __init__(self, pool: ProcessPoolExecutor, head: dict[str, Any]) -> None:
+        self._pool = pool
+        self.address: str = pool.submit(_start_cluster, head).result()
+
+    def add(self, **node: Any) -> str:
+        """Starts a node, of one CPU if not said otherwise, and returns its id."""
+        return self._pool.submit(_add_node, node).result()
+
+    def remove(self, node_id: str, *, graceful: bool = False) -> None:
+        """Ends a node: with SIGKILL, or with SIGTERM and the time that it takes."""
+        self._pool.submit(_remove_node, node_id, graceful=graceful).result()
+
+    def demands(self) -> list[dict[str, float]]:
+        """What an autoscaler is told of placement groups that wait."""
+        return self._pool.submit(_demands).result()
+
+
+@contextmanager
+def many_nodes(*sizes: dict[str, Any], **head: Any) -> Iterator[tuple[Nodes, list[str]]]:
+    """``Nodes``, and the ids of those of these sizes, beside a head that runs no task."""
+    with driver() as pool:
+        try:
+            nodes = Nodes(pool, {"num_cpus": 0, "include_dashboard": False, **head})
+            yield nodes, [nodes.add(**size) for size in sizes]
+        finally:
+            pool.submit(_stop_cluster).result()
+
+
+@contextmanager
+def driver() -> Iterator[ProcessPoolExecutor]:
+    """A process for calls that are a cluster's driver, or its keeper."""
+    with pytest.MonkeyPatch.context() as patch:
+        # Ray reads it once, when it is imported.
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+        pool.submit(os.getpid).result()
+    with pool:
+        yield pool
+
+
+# In the keeper's process: the cluster, and its nodes by id.
+_clusters: list[Any] = []
+_nodes: dict[str, Any] = {}
+
+
+def _start_cluster(head: dict[str, Any]) -> str:
+    from ray.cluster_utils import Cluster
+
+    # Ctrl-C is the tests' to hear: their end is the cluster's.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _clusters.append(Cluster(initialize_head=True, head_node_args=head))
+    return str(_clusters[0].address)
+
+
+def _add_node(node: dict[str, Any]) -> str:
+    added = _clusters[0].add_node(**node)
+    _nodes[added.node_id] = added
+    return str(added.node_id)
+
+
+def _remove_node(node_id: str, *, graceful: bool) -> None:
+    _clusters[0].remove_node(_nodes.pop(node_id), allow_graceful=graceful)
+
+
+def _demands() -> list[dict[str, float]]:
+    from ray.autoscaler.v2.sdk import get_cluster_status
+
+    waiting = get_cluster_status(_clusters[0].address).resource_demands.placement_group_demand
+    return [found.bundle for demand in waiting for found in demand.bundles_by_count for _ in range(found.count)]
+
+
+def _stop_cluster() -> None:
+    for cluster in _clusters:
+        cluster.shutdown()

@@ -1,0 +1,149 @@
+"""Tasks over several nodes: where they run, nodes that come late, nodes that are lost."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from jobs.fan_out import fan_out
+from jobs.index_shards import index_shards
+from pipeline.errors import ResourceError
+from schemas.config import RayConfig
+from tests.jobs.clusters import Nodes, driver, many_nodes
+from tests.jobs.conftest import Tree, config_of
+from tests.jobs.node_work import attempts, node, wait_for_go
+
+pytestmark = pytest.mark.ray
+_TIMEOUT_S = 60
+
+
+class Cluster:
+    """Two nodes of two CPUs, one with a GPU that Ray believes in, the other with a resource ``spot``."""
+
+    def __init__(self, nodes: Nodes, ids: list[str], pool: ProcessPoolExecutor) -> None:
+        self.nodes, self.pool = nodes, pool
+        self.spot, self.gpu = ids
+
+    def submit(self, work: Callable[[int], Any], num: int, log: Path, **keys: Any) -> Future[list[Any]]:
+        return self.pool.submit(_drive, work, num, {"address": self.nodes.address, **keys}, log)
+
+    def run(self, work: Callable[[int], Any], num: int, log: Path, **keys: Any) -> list[Any]:
+        return self.submit(work, num, log, **keys).result(_TIMEOUT_S)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with (
+        many_nodes({"num_cpus": 2, "resources": {"spot": 1}}, {"num_cpus": 2, "num_gpus": 1}) as (nodes, ids),
+        driver() as pool,
+    ):
+        # One job for all tests, so that workers stay from one to the next.
+        pool.submit(partial(ray.init, nodes.address, log_to_driver=False)).result()
+        yield Cluster(nodes, ids, pool)
+
+
+@pytest.fixture
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("driver") / "log"
+
+
+def _drive(work: Callable[[int], Any], num: int, keys: dict[str, Any], log: Path) -> list[Any]:
+    """Results in the order of the numbers; what the driver says goes to ``log``."""
+    with log.open("w", buffering=1) as sink, contextlib.redirect_stderr(sink):
+        found = dict(fan_out(work, range(num), RayConfig(**keys), what="a part"))
+    return [found[number] for number in range(num)]
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + _TIMEOUT_S
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_parts_that_one_node_could_take_are_spread_over_all(cluster: Cluster, log: Path) -> None:
+    assert set(cluster.run(partial(node, 0.5), 2, log)) == {cluster.spot, cluster.gpu}
+
+
+def test_parts_run_where_the_gpus_or_the_named_resources_are(cluster: Cluster, log: Path) -> None:
+    assert set(cluster.run(partial(node, 0), 6, log, gpus_per_task=0.5)) == {cluster.gpu}
+    assert set(cluster.run(partial(node, 0), 6, log, resources_per_task={"spot": 0.5})) == {cluster.spot}
+
+
+def test_indexing_asks_for_no_gpu(cluster: Cluster, tree: Tree, log: Path, tmp_path: Path) -> None:
+    keys = {"address": cluster.nodes.address, "gpus_per_task": 8, "resources_per_task": {"nowhere": 1}}
+    config = config_of(tree(ray=keys))
+    assert cluster.pool.submit(index_shards, config, str(tmp_path / "index")).result(_TIMEOUT_S) == 96
+    with pytest.raises(ResourceError):
+        cluster.run(partial(node, 0), 1, log, **keys)
+
+
+def test_room_that_no_single_node_has_is_no_room(cluster: Cluster, log: Path) -> None:
+    with pytest.raises(ResourceError, match="wanted: 3 CPU") as caught:
+        cluster.run(partial(node, 0), 1, log, cpus_per_task=3)
+    assert "2 nodes with 2 CPU" in str(caught.value)
+
+
+def test_a_node_that_joins_in_the_middle_is_used_as_far_as_it_goes(cluster: Cluster, log: Path, tmp_path: Path) -> None:
+    flown = cluster.submit(partial(wait_for_go, tmp_path), 24, log)
+    wait_until(lambda: len(attempts(tmp_path)) == 4)
+    late = cluster.nodes.add(num_cpus=3)
+    wait_until(lambda: len(attempts(tmp_path)) == 7)
+    assert Counter(node for _, node in attempts(tmp_path)) == {cluster.spot: 2, cluster.gpu: 2, late: 3}
+    (tmp_path / "go").touch()
+    assert len(flown.result(_TIMEOUT_S)) == 24
+    cluster.nodes.remove(late)
+
+
+def test_a_start_waits_for_a_node_that_an_autoscaler_is_asked_for(cluster: Cluster, log: Path) -> None:
+    flown = cluster.submit(partial(node, 0), 3, log, resources_per_task={"late": 1}, wait_s=_TIMEOUT_S)
+    wait_until(lambda: cluster.nodes.demands() == [{"CPU": 1.0, "late": 1.0}])
+    late = cluster.nodes.add(resources={"late": 1})
+    assert flown.result(_TIMEOUT_S) == [late] * 3
+    assert "waiting up to 60 s for nodes: a part needs 1 CPU, 1 late" in log.read_text()
+    assert cluster.nodes.demands() == []
+    cluster.nodes.remove(late)
+
+
+def test_a_start_that_waited_in_vain_says_for_what_and_asks_no_longer(cluster: Cluster, log: Path) -> None:
+    with pytest.raises(ResourceError, match="cannot be placed on this cluster after 1 s") as caught:
+        cluster.run(partial(node, 0), 1, log, gpus_per_task=2, wait_s=1)
+    assert "1 CPU, 2 GPU" in str(caught.value)
+    assert cluster.nodes.demands() == []
+
+
+@pytest.mark.parametrize("graceful", [True, False], ids=["SIGTERM", "SIGKILL"])
+def test_a_lost_node_costs_what_ran_on_it_and_nothing_else(
+    graceful: bool, cluster: Cluster, log: Path, tmp_path: Path
+) -> None:
+    lost = cluster.nodes.add(num_cpus=2)
+    flown = cluster.submit(partial(wait_for_go, tmp_path), 12, log)
+    wait_until(lambda: len(attempts(tmp_path)) == 6)
+    ran_there = {number for number, node in attempts(tmp_path) if node == lost}
+    cluster.nodes.remove(lost, graceful=graceful)
+    (tmp_path / "go").touch()
+    assert lost not in flown.result(_TIMEOUT_S)
+    assert len(ran_there) == 2
+    assert Counter(number for number, _ in attempts(tmp_path)) == {n: 1 + (n in ran_there) for n in range(12)}
+    assert "retried: 2 after NodeDiedError" in log.read_text()
+
+
+def test_a_fleet_that_is_gone_is_waited_for(cluster: Cluster, log: Path, tmp_path: Path) -> None:
+    first = cluster.nodes.add(resources={"fleet": 1})
+    flown = cluster.submit(partial(wait_for_go, tmp_path), 2, log, resources_per_task={"fleet": 1})
+    wait_until(lambda: len(attempts(tmp_path)) == 1)
+    cluster.nodes.remove(first, graceful=True)
+    wait_until(lambda: "no node is left for a part (1 CPU, 1 fleet); waiting up to 300 s" in log.read_text())
+    second = cluster.nodes.add(resources={"fleet": 1})
+    (tmp_path / "go").touch()
+    assert flown.result(_TIMEOUT_S) == [second] * 2
+    cluster.nodes.remove(second)
