@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -53,6 +54,12 @@ def _connect(address: str) -> None:
             got=str(error).splitlines()[0],
             next_step="start one (ray start --head), or set ray.address=local to start one here",
         ) from error
+
+
+def node_name() -> str:
+    """This machine among those of the cluster: its host, and under Ray the beginning of its node's id."""
+    host = platform.node()
+    return f"{host}:{ray.get_runtime_context().get_node_id()[:8]}" if ray.is_initialized() else host
 
 
 def require_resources(needed: dict[str, float], *, what: str, where: str) -> None:
