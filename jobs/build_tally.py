@@ -196,15 +196,16 @@ class BuildTally(Tally):
         }
         for name, node in sorted(self.nodes.items()):
             text = (
-                f"cache: {name}: {counted(node.parts, 'part')}, {node.images} images, {node.images_per_s:.0f} images/s, "
-                f"teacher {node.busy_share:.0%} busy, {node.present_s / 3600:.3g} h"
+                f"cache: {name}: {counted(node.parts, 'part')}, {node.images} images, "
+                f"{node.images_per_s:.0f} images/s, teacher {node.busy_share:.0%} busy, {node.present_s / 3600:.3g} h"
             )
             # In plain lines a big cluster's nodes would hide the end of the log.
             level = logging.INFO if len(self.nodes) <= _NUM_NODES else logging.DEBUG
             tell(text, event="node", level=level, cache=self.cache, node=name, **_facts(node))
         text = (
-            f"cache: {counted(len(self.nodes), 'node')}, {self.note()}; {cost['node_hours']:.3g} node-hours with parts in work, "
-            f"for which parts reserved {cost['cpu_hours']:.3g} CPU-hours and {cost['gpu_hours']:.3g} GPU-hours"
+            f"cache: {counted(len(self.nodes), 'node')}, {self.note()}; "
+            f"{cost['node_hours']:.3g} node-hours with parts in work, for which parts reserved "
+            f"{cost['cpu_hours']:.3g} CPU-hours and {cost['gpu_hours']:.3g} GPU-hours"
         )
         told = {**_facts(self.total), "retried": self.retries.total(), "failed": self.num_failed, **_rounded(cost)}
         tell(text, event="summary", cache=self.cache, nodes=len(self.nodes), **told)
