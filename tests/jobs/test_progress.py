@@ -6,6 +6,7 @@ import os
 import pty
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 from rich.table import Table
@@ -14,23 +15,28 @@ from jobs.log import tell
 from jobs.progress import ProgressView
 
 
-@pytest.fixture
+@contextmanager
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
-    """Standard error on a pseudo-terminal of 80 columns; call it for what was written, without colours."""
+    """Standard error on a pseudo-terminal of 80 columns. Yields what reads it, without colours.
+
+    Not a fixture: pytest sets its own standard error between a test's fixtures and the test.
+    """
     leader, follower = pty.openpty()
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.delenv("STILLROOM_LOG", raising=False)
-    with os.fdopen(follower, "w") as stream, os.fdopen(leader, "rb", buffering=0) as reader:
-        monkeypatch.setattr("sys.stderr", stream)
+    os.set_blocking(leader, False)
+    with (
+        os.fdopen(follower, "w") as stream,
+        os.fdopen(leader, "rb", buffering=0) as reader,
+        monkeypatch.context() as at,
+    ):
+        at.setenv("TERM", "xterm")
+        at.setenv("COLUMNS", "80")
+        at.setattr("sys.stderr", stream)
 
         def written() -> str:
             stream.flush()
-            text = reader.read(1 << 16).decode()
-            return re.sub(r"\x1b\[[0-9;]*m", "", text)
+            return re.sub(r"\x1b\[[0-9;]*m", "", (reader.read(1 << 16) or b"").decode())
 
         yield written
-        monkeypatch.undo()
 
 
 def panel() -> Table:
@@ -39,21 +45,23 @@ def panel() -> Table:
     return table
 
 
-def test_a_terminal_shows_a_bar_with_its_panel_below(terminal: Callable[[], str]) -> None:
-    with ProgressView("cache", 4) as view:
-        view.update(3, "quick", panel=panel)
-    last = terminal().rpartition("cache")[2]
+def test_a_terminal_shows_a_bar_with_its_panel_below(monkeypatch: pytest.MonkeyPatch) -> None:
+    with terminal(monkeypatch) as written:
+        with ProgressView("cache", 4) as view:
+            view.update(3, "quick", panel=panel)
+        last = written().rpartition("cache")[2]
     assert "3/4" in last
     assert re.search(r"node +images/s\s+left +12", last)
 
 
-def test_a_line_that_is_told_stands_above_the_bar(terminal: Callable[[], str]) -> None:
-    with ProgressView("cache", 4) as view:
-        view.update(1)
-        tell("a node is gone")
-        view.update(2)
-    text = terminal()
-    assert re.search(r"(^|[\nK])a node is gone\s*\r?\n", text)
+def test_a_line_that_is_told_stands_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    with terminal(monkeypatch) as written:
+        with ProgressView("cache", 4) as view:
+            view.update(1)
+            tell("a node is gone")
+            view.update(2)
+        text = written()
+    assert re.search(r"[\nK]a node is gone\s*\n", text)
     assert text.rindex("cache") > text.index("a node is gone")
 
 
@@ -63,12 +71,11 @@ def test_a_log_gets_lines_without_a_panel(capsys: pytest.CaptureFixture[str]) ->
     assert re.fullmatch(r"cache: 4/4 after \d+ s\n", capsys.readouterr().err)
 
 
-def test_json_is_not_drawn_over_even_in_a_terminal(
-    terminal: Callable[[], str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_json_is_not_drawn_over_even_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STILLROOM_LOG", "json")
-    with ProgressView("cache", 1) as view:
-        view.update(1, panel=panel)
-    (line,) = terminal().splitlines()
+    with terminal(monkeypatch) as written:
+        with ProgressView("cache", 1) as view:
+            view.update(1, panel=panel)
+        (line,) = written().splitlines()
     assert '"event": "progress"' in line
     assert '"done": 1' in line
