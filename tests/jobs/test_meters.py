@@ -21,7 +21,8 @@ from schemas.manifest import ViewBlock
 from tests.jobs.conftest import Tree, config_of
 
 pytestmark = pytest.mark.ray
-DASHBOARD = Path(__file__).resolve().parents[2] / "infra" / "grafana" / "stillroom.json"
+ROOT = Path(__file__).resolve().parents[2]
+DASHBOARD = ROOT / "infra" / "grafana" / "stillroom.json"
 METERS = [made for made in vars(meters).values() if isinstance(made, meters.Count | meters.Level)]
 _SERIES = re.compile(r"(\w+)\{(.*)\} (\S+)")
 _WAIT_S = 60
@@ -60,9 +61,9 @@ def queries() -> dict[str, str]:
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_every_meter_is_exported_and_every_question_of_the_dashboard_has_an_answer(tree: Tree, tmp_path: Path) -> None:
-    config = config_of(tree(cache={"url": str(tmp_path / "metered")}, ray={"address": "local"}))
+    # Both work in this process, which is a driver of the cluster: workers record nothing, and take long to start.
+    config = config_of(tree(cache={"url": str(tmp_path / "metered")}))
     manifest = build_cache(config)
-    # In this process: Ray Train would take long to start, and its driver records in the same way.
     train_student(config_of(tree(teacher={"mode": "online"}, run={"url": str(tmp_path / "metered-run")})))
     task = PartTask(config, config.data.shards[0], ViewBlock(start=0, stop=2))
     unlucky = BuildTally(config, [task], num_shards=4)
@@ -106,3 +107,9 @@ def test_without_ray_nothing_is_recorded_and_nothing_breaks(monkeypatch: pytest.
     monkeypatch.setattr(meters, "_metric", lambda *_: pytest.fail("it was recorded"))
     meters.IMAGES.add(1, cache="a", node="b")
     meters.LOSS.set(1.0, run="a")
+
+
+def test_the_document_has_every_meter_with_its_labels_and_its_meaning() -> None:
+    text = (ROOT / "docs" / "observability.md").read_text()
+    rows = re.findall(r"^\| `(ray_stillroom_\w+)` \| ([^|]*) \| (.*) \|$", text, re.MULTILINE)
+    assert rows == [(meter.exported, ", ".join(f"`{tag}`" for tag in meter.tags), meter.text) for meter in METERS]
