@@ -26,6 +26,11 @@ def as_json() -> bool:
     return os.environ.get(VARIABLE, "").lower() == "json"
 
 
+def is_told(level: int) -> bool:
+    """Whether a line of this level goes anywhere, for who would make many in vain."""
+    return level > logging.DEBUG or as_json()
+
+
 def counted(number: int, noun: str) -> str:
     """``1 node``, ``2 nodes``."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
@@ -36,7 +41,7 @@ class _Lines(logging.Handler):
         try:
             if as_json():
                 print(_object(record), file=sys.stderr, flush=True)
-            elif record.levelno > logging.DEBUG:
+            elif is_told(record.levelno):
                 print(record.getMessage(), file=sys.stderr, flush=True)
         except Exception:
             self.handleError(record)

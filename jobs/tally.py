@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.log import tell
+from jobs.log import is_told, tell
 from jobs.ray_runtime import node_name
 from pipeline.errors import StillroomError
 
@@ -58,6 +58,8 @@ class Tally:
     def _tell(
         self, item: Any, event: str, text: str, level: int, attempt: int, spent: Spent | None, **more: object
     ) -> None:
+        if not is_told(level):
+            return
         where = {} if spent is None else {"node": spent.node, "seconds": round(spent.seconds, 3)}
         told = f"{self.title}: {self._name(item)}: {text}"
         tell(told, event=event, level=level, job=self.title, attempt=attempt, **self.fields(item), **where, **more)
