@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-import sys
-import time
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+from jobs.build_tally import BuildTally, Built
 from jobs.entry import config_command
 from jobs.fan_out import fan_out
+from jobs.log import tell
 from jobs.paths import with_absolute_paths
 from jobs.progress import ProgressView
 from jobs.ray_runtime import cluster, num_tasks_here, without_gpus
 from pipeline import storage
 from pipeline.cache import layout
-from pipeline.cache.build import IndexTask, PartTask, build_part, cache_config, prepare, restore_index
+from pipeline.cache.build import (
+    BusyTime,
+    IndexTask,
+    PartTask,
+    build_part,
+    cache_config,
+    prepare,
+    restore_index,
+)
 from pipeline.cache.commit import Standing, files_present, is_void, missing_blocks, read_standing, withdraw
 from pipeline.cache.log import BuildLogWriter, remove_logs
 from pipeline.cache.manifest import publish_manifest, read_manifest, read_sums, read_table
@@ -57,7 +66,7 @@ def build_cache(config: Config) -> Manifest:
     for warning in check_space(
         survey_ground(config, cache, by_id, sizes, commits), num_tasks=num_tasks_here(config.ray)
     ):
-        print(f"cache: {warning}", file=sys.stderr)
+        tell(f"cache: {warning}", event="warning", level=logging.WARNING)
     with cluster(config.ray):
         # One small task first: a wrong teacher or a foreign cache is found before anything is queued.
         first = [of_tasks(config, urls)]
@@ -139,15 +148,25 @@ def _build_parts(config: Config, by_id: dict[str, str], found: list[Standing]) -
     indexes = without_gpus(config.ray)
     list(fan_out(restore_index, lost, indexes, what="an index task", name=lambda task: storage.redact(task.shard_url)))
     tasks = plan_tasks(config, by_id, commits)
-    num_done, rows, began = len(commits), 0, time.monotonic()
+    num_done = len(commits)
     log = BuildLogWriter(config.cache.url, num_parts=num_done + len(tasks), num_before=num_done)
     log.update(num_done)
-    with ProgressView("cache", num_done + len(tasks), done=num_done) as progress:
-        built = fan_out(build_part, tasks, config.ray, what="a cache task", name=_name_of)
-        for done, (_, commit) in enumerate(built, start=1):
-            rows += commit.written * len(commit.views)
-            log.update(num_done + done)
-            progress.update(num_done + done, f"{rows / (time.monotonic() - began):.0f} rows/s")
+    tally = BuildTally(config, tasks, num_shards=len(by_id))
+    tally.begin()
+    try:
+        with ProgressView("cache", num_done + len(tasks), done=num_done) as progress:
+            built = fan_out(_build, tasks, config.ray, what="a cache task", name=_name_of, tally=tally)
+            for done, _ in enumerate(built, start=1):
+                log.update(num_done + done)
+                progress.update(num_done + done, tally.note(), panel=tally.panel)
+    finally:
+        # Also of a build that was stopped or failed: it cost as much.
+        tally.sum_up()
+
+
+def _build(task: PartTask) -> Built:
+    busy = BusyTime()
+    return Built(build_part(task, busy), busy.seconds)
 
 
 def _take_stock(config: Config, by_id: dict[str, str], found: list[Standing]) -> tuple[list[Standing], list[IndexTask]]:
@@ -158,7 +177,7 @@ def _take_stock(config: Config, by_id: dict[str, str], found: list[Standing]) ->
     present = files_present(url)
     void = [commit for commit in commits if is_void(commit, present)]
     if void:
-        print(f"cache: {len(void)} commits were void: their files are gone, and are built again", file=sys.stderr)
+        tell(f"cache: {len(void)} commits were void: their files are gone, and are built again", event="void")
         withdraw(url, void)
     standing = [commit for commit in commits if not is_void(commit, present)]
     lost = {commit.shard_id: commit.index_sha256 for commit in standing if commit.index not in present}
@@ -225,7 +244,7 @@ def describe(manifest: Manifest) -> str:
 
 
 def main(source: str, overrides: list[str]) -> None:
-    print(describe(build_cache(load_config(source, overrides))), file=sys.stderr)
+    tell(describe(build_cache(load_config(source, overrides))), event="end")
 
 
 if __name__ == "__main__":

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from jobs.build_cache import build_cache, describe
 from jobs.entry import config_command
+from jobs.log import tell
 from jobs.ray_runtime import cluster
 from jobs.train_student import describe as describe_training
 from jobs.train_student import train_student
@@ -25,12 +25,12 @@ def distill(config: Config) -> dict[str, Any]:
     check_distillation(training)
     with cluster(config.ray):
         if config.teacher.mode == "cache":
-            print(describe(build_cache(config)), file=sys.stderr)
+            tell(describe(build_cache(config)), event="end")
         return train_student(training)
 
 
 def main(source: str, overrides: list[str]) -> None:
-    print(f"distill: {describe_training(distill(load_config(source, overrides)))}", file=sys.stderr)
+    tell(f"distill: {describe_training(distill(load_config(source, overrides)))}", event="end")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
 
+from jobs.log import tell
 from pipeline.errors import StillroomError
 
 INTERRUPTED = 130
@@ -18,12 +20,12 @@ def run_command(command: Callable[[], None], *, resume: str | None = None) -> in
     try:
         command()
     except StillroomError as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(f"error: {error}", event="error", level=logging.ERROR, exit_code=error.exit_code)
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted; what is committed stays", file=sys.stderr)
+        tell("interrupted; what is committed stays", event="interrupted", level=logging.WARNING)
         if resume is not None:
-            print(f"resume with: {resume}", file=sys.stderr)
+            tell(f"resume with: {resume}", event="resume")
         return INTERRUPTED
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections import Counter
@@ -12,7 +13,9 @@ from typing import Any, TypeVar
 import ray
 from ray.exceptions import NodeDiedError, RayError, RayTaskError
 
+from jobs.log import tell
 from jobs.ray_runtime import amounts, cluster, require_resources, slots, task_resources
+from jobs.tally import Spent, Tally
 from pipeline.errors import LostGpuError, PassingStorageError, ShardError, StillroomError, StorageError
 from schemas.config import RayConfig
 
@@ -40,25 +43,33 @@ _OF_ONE_ITEM = (ShardError, PassingStorageError, LostTaskError)
 # max_calls=0 keeps the worker process, and with it the loaded model, from task to task also on GPUs, where Ray would
 # start a new process for each. max_retries=0: Ray's own retries are unbounded for some failures, so they are ours.
 @ray.remote(max_retries=0, max_calls=0)
-def _call(work: Callable[[Any], Any], item: Any) -> tuple[Any, StillroomError | None]:
+def _call(work: Callable[[Any], Any], item: Any) -> tuple[Any, StillroomError | None, Spent]:
+    began = time.monotonic()
     # Returned, not raised: Ray would wrap it in an exception of its own making.
     try:
-        return work(item), None
+        return work(item), None, Spent.since(began)
     except LostGpuError as error:
         # This process will never see its new GPU: it ends, frees what it holds of the old one, and counts as lost.
         sys.exit(str(error))
     except StillroomError as error:
-        return None, error
+        return None, error, Spent.since(began)
 
 
 def fan_out(
-    work: Callable[[T], R], items: Iterable[T], config: RayConfig, *, what: str, name: Callable[[T], str] = str
+    work: Callable[[T], R],
+    items: Iterable[T],
+    config: RayConfig,
+    *,
+    what: str,
+    name: Callable[[T], str] = str,
+    tally: Tally | None = None,
 ) -> Iterator[tuple[T, R]]:
     """Each item with its result, in the order of completion.
 
     About two tasks a slot are in flight: enough to keep every worker busy and to show an autoscaler what is waiting,
     few enough that the driver's memory does not grow with the number of items. ``items`` is drawn as they start.
-    ``what`` is for the message that tasks of this kind fit nowhere, ``name`` for one about a single item.
+    ``what`` is for the message that tasks of this kind fit nowhere, ``name`` for one about a single item. ``tally``
+    hears of every attempt.
 
     Raises:
         StillroomError: an item failed for good. Where that says nothing about others (a damaged shard, retries that
@@ -68,22 +79,25 @@ def fan_out(
     What is in flight then ends with the driver's connection. It is not cancelled: in Ray 2.60 a cancellation that meets
     the task's own answer aborts the driver (task_manager.cc, "Tried to complete task that was not pending").
     """
-    failures = _Failures()
+    failures, tally = _Failures(), tally or Tally(what, name)
     if config.address == "none":
-        yield from _loop(work, items, failures)
+        yield from _loop(work, items, failures, tally)
     else:
         with cluster(config):
-            yield from _Flight(work, config, what, name, failures).run(items)
+            yield from _Flight(work, config, what, name, failures, tally).run(items)
     failures.raise_any("the others are done")
 
 
-def _loop(work: Callable[[T], R], items: Iterable[T], failures: _Failures) -> Iterator[tuple[T, R]]:
+def _loop(work: Callable[[T], R], items: Iterable[T], failures: _Failures, tally: Tally) -> Iterator[tuple[T, R]]:
     for item in items:
+        began = time.monotonic()
         try:
             result = work(item)
-        except _OF_ONE_ITEM as error:
+        except StillroomError as error:
+            tally.failed(item, error, Spent.since(began), attempt=1)
             failures.add(error)
         else:
+            tally.done(item, result, Spent.since(began), attempt=1)
             yield item, result
 
 
@@ -126,6 +140,11 @@ class _Attempt:
     failed: Counter[str] = field(default_factory=Counter)
     not_before: float = 0.0
 
+    @property
+    def number(self) -> int:
+        """From 1."""
+        return self.failed.total() + 1
+
 
 class _Flight:
     def __init__(
@@ -135,6 +154,7 @@ class _Flight:
         what: str,
         name: Callable[[Any], str],
         failures: _Failures,
+        tally: Tally,
     ) -> None:
         self._needed, self._what = task_resources(config), what
         self._where = f"ray.cpus_per_task={config.cpus_per_task}, ray.gpus_per_task={config.gpus_per_task:g}"
@@ -154,10 +174,9 @@ class _Flight:
         self._limit, self._next_look = 0, 0.0
         self._without_nodes_since: float | None = None
         self._max_retries = config.max_retries
-        self._name, self._failures = name, failures
+        self._name, self._failures, self._tally = name, failures, tally
         self._waiting: list[_Attempt] = []
         self._flying: dict[ray.ObjectRef, _Attempt] = {}
-        self._retries: Counter[str] = Counter()
 
     def run(self, items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
         fresh = (_Attempt(item) for item in items)
@@ -170,9 +189,9 @@ class _Flight:
                 for reference in ready:
                     yield from self._collect(reference)
         finally:
-            if self._retries:
-                kinds = ", ".join(f"{count} after {kind}" for kind, count in sorted(self._retries.items()))
-                print(f"tasks were retried: {kinds}", file=sys.stderr)
+            if retries := self._tally.retries:
+                kinds = ", ".join(f"{count} after {kind}" for kind, count in sorted(retries.items()))
+                tell(f"tasks were retried: {kinds}", event="retries", retries=dict(retries))
 
     def _launch(self, fresh: Iterator[_Attempt]) -> bool:
         """Fills the flight, retries first. False where nothing flies or waits any more."""
@@ -198,10 +217,10 @@ class _Flight:
             self._without_nodes_since = None
         elif self._without_nodes_since is None:
             self._without_nodes_since = now
-            print(
+            tell(
                 f"no node is left for {self._what} ({amounts(self._needed)}); waiting up to {self._patience_s:g} s",
-                file=sys.stderr,
-                flush=True,
+                event="waiting",
+                level=logging.WARNING,
             )
         elif now - self._without_nodes_since > self._patience_s:
             raise LostTaskError(
@@ -222,29 +241,34 @@ class _Flight:
     def _collect(self, reference: ray.ObjectRef) -> Iterator[tuple[Any, Any]]:
         attempt = self._flying.pop(reference)
         try:
-            result, error = ray.get(reference)
+            result, error, spent = ray.get(reference)
         except RayTaskError:
             # Not a StillroomError, so a bug: its traceback is what helps.
             raise
         except RayError as lost:
-            self._retry(attempt, _lost(lost, self._name(attempt.item)), kind=type(lost).__name__)
+            self._retry(attempt, _lost(lost, self._name(attempt.item)), None, kind=type(lost).__name__)
             return
         if error is None:
+            self._tally.done(attempt.item, result, spent, attempt=attempt.number)
             yield attempt.item, result
         elif isinstance(error, PassingStorageError):
-            self._retry(attempt, error, kind="a failure of storage")
+            self._retry(attempt, error, spent, kind="a failure of storage")
         else:
-            self._failures.add(error)
+            self._fail(attempt, error, spent)
 
-    def _retry(self, attempt: _Attempt, error: StillroomError, *, kind: str) -> None:
+    def _fail(self, attempt: _Attempt, error: StillroomError, spent: Spent | None) -> None:
+        self._tally.failed(attempt.item, error, spent, attempt=attempt.number)
+        self._failures.add(error)
+
+    def _retry(self, attempt: _Attempt, error: StillroomError, spent: Spent | None, *, kind: str) -> None:
         """Each kind has its own count: on nodes that come and go, a lost one must not use up what a storage needs."""
-        attempt.failed[kind] += 1
         times = _NODE_TIMES if kind == NodeDiedError.__name__ else 1
-        if attempt.failed[kind] > times * self._max_retries:
-            self._failures.add(error)
+        if attempt.failed[kind] == times * self._max_retries:
+            self._fail(attempt, error, spent)
             return
-        self._retries[kind] += 1
-        pause_s = min(_BACKOFF_S * 2 ** (attempt.failed.total() - 1), _MAX_BACKOFF_S)
+        pause_s = min(_BACKOFF_S * 2 ** attempt.failed.total(), _MAX_BACKOFF_S)
+        self._tally.retried(attempt.item, error, spent, attempt=attempt.number, kind=kind, pause_s=pause_s)
+        attempt.failed[kind] += 1
         attempt.not_before = time.monotonic() + pause_s
         self._waiting.append(attempt)
 

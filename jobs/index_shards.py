@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 
 from jobs.entry import config_command
 from jobs.fan_out import fan_out
+from jobs.log import tell
 from jobs.paths import with_absolute_paths
 from jobs.progress import ProgressView
 from jobs.ray_runtime import without_gpus
@@ -46,7 +46,7 @@ def main(source: str, overrides: list[str]) -> None:
         require(config, "run.url", command="shards index without data.index")
     url = index_url(config)
     num_ok = index_shards(config, url)
-    print(f"index: {num_ok} rows in {url}", file=sys.stderr)
+    tell(f"index: {num_ok} rows in {url}", event="end")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
-"""Progress: a bar in a terminal, a plain line every few seconds in a log."""
+"""Progress: a bar with a panel below it in a terminal, a line every few seconds in a log."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Iterable
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from jobs.log import as_json, tell
 
 _LINE_EVERY_S = 10.0
 
@@ -20,6 +23,15 @@ def duration(seconds: float) -> str:
     return f"{seconds / 86_400:.1f} days"
 
 
+class _Bar(Progress):
+    panel: RenderableType | None = None
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if self.panel is not None:
+            yield self.panel
+
+
 class ProgressView:
     """One running count with a note beside it. Writes to standard error, so that results can be piped."""
 
@@ -27,15 +39,16 @@ class ProgressView:
         self.title, self.total, self.done = title, total, done
         self._first = done
         self._began = self._told = time.monotonic()
-        self._bar: Progress | None = None
-        if sys.stderr.isatty():
-            self._bar = Progress(
+        self._bar: _Bar | None = None
+        if sys.stderr.isatty() and not as_json():
+            self._bar = _Bar(
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[note]}"),
+                # Lines that are told while it runs are written above it.
                 console=Console(stderr=True),
             )
             self._task = self._bar.add_task(title, total=total, completed=done, note="")
@@ -53,28 +66,36 @@ class ProgressView:
         elif kind is None:
             self._line("")
 
-    def update(self, done: int, note: str = "", *, total: int | None = None) -> None:
-        """Sets the count; the note says what is happening now. ``total`` where it was not known before."""
+    def update(
+        self,
+        done: int,
+        note: str = "",
+        *,
+        total: int | None = None,
+        panel: Callable[[], RenderableType] | None = None,
+    ) -> None:
+        """Sets the count; the note says what is happening now. ``total`` where it was not known before. ``panel`` makes
+        what a terminal shows below the bar.
+        """
         self.done, self.total = done, self.total if total is None else total
         if self._bar is not None:
+            self._bar.panel = self._bar.panel if panel is None else panel()
             self._bar.update(self._task, completed=done, total=self.total, note=note)
         elif time.monotonic() - self._told >= _LINE_EVERY_S and done < self.total:
             self._told = time.monotonic()
             self._line(note)
 
-    def say(self, text: str) -> None:
-        """A line of its own, above the bar."""
-        if self._bar is not None:
-            self._bar.console.print(text, highlight=False)
-        else:
-            print(text, file=sys.stderr, flush=True)
-
     def _line(self, note: str) -> None:
         elapsed_s = time.monotonic() - self._began
         rate = (self.done - self._first) / elapsed_s if elapsed_s > 0 else 0.0
-        left = f", {(self.total - self.done) / rate:.0f} s left" if rate > 0 and self.done < self.total else ""
-        print(
+        left_s = (self.total - self.done) / rate if rate > 0 and self.done < self.total else None
+        left = "" if left_s is None else f", {left_s:.0f} s left"
+        tell(
             f"{self.title}: {self.done}/{self.total} after {elapsed_s:.0f} s{left} {note}".rstrip(),
-            file=sys.stderr,
-            flush=True,
+            event="progress",
+            job=self.title,
+            done=self.done,
+            total=self.total,
+            seconds=round(elapsed_s, 1),
+            seconds_left=None if left_s is None else round(left_s),
         )

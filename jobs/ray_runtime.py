@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
+import platform
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -14,6 +14,7 @@ import ray
 from ray.exceptions import AuthenticationError
 from ray.util import placement_group, remove_placement_group
 
+from jobs.log import tell
 from pipeline.errors import ResourceError
 from schemas.config import RayConfig
 
@@ -60,6 +61,12 @@ def _connect(address: str) -> None:
         ) from error
 
 
+def node_name() -> str:
+    """This machine among those of the cluster: its host, and under Ray the beginning of its node's id."""
+    host = platform.node()
+    return f"{host}:{ray.get_runtime_context().get_node_id()[:8]}" if ray.is_initialized() else host
+
+
 def task_resources(config: RayConfig) -> dict[str, float]:
     """What one cache task asks of its node."""
     asked = {"CPU": float(config.cpus_per_task), "GPU": config.gpus_per_task, **config.resources_per_task}
@@ -93,7 +100,7 @@ def require_resources(needed: dict[str, float], *, what: str, where: str, num: i
 
 
 def _wait_for_nodes(needed: dict[str, float], *, what: str, num: int, wait_s: float) -> None:
-    print(f"waiting up to {wait_s:g} s for nodes: {what} needs {_times(num, needed)}", file=sys.stderr, flush=True)
+    tell(f"waiting up to {wait_s:g} s for nodes: {what} needs {_times(num, needed)}", event="waiting")
     deadline = time.monotonic() + wait_s
     # A placement group that waits is what an autoscaler counts, and Ray forgets it with its driver. What is told to
     # request_resources would stay after a driver that was killed, and replace what another job has asked for.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import threading
 import uuid
@@ -18,9 +17,10 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 
 from jobs.entry import config_command
 from jobs.index_shards import index_shards
+from jobs.log import tell
 from jobs.paths import with_absolute_paths
-from jobs.progress import ProgressView
-from jobs.ray_runtime import cluster, require_resources
+from jobs.ray_runtime import cluster, node_name, require_resources
+from jobs.training_view import TrainingView, run_name
 from pipeline import storage
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, InputError, StillroomError, TrainingError
@@ -48,7 +48,7 @@ def train_student(config: Config, *, device: torch.device | None = None) -> dict
     run_url = check_config(config)
     check_begun(run_url, config)
     if (summary := read_summary(run_url)) is not None:
-        print(f"{_name(run_url)}: finished before; nothing to do", file=sys.stderr)
+        tell(f"train {run_name(run_url)}: finished before; nothing to do", event="end")
         return summary
     check_training(config)
     storage.probe(run_url)
@@ -69,54 +69,14 @@ def _train_here(config: Config, world: World) -> dict[str, Any]:
             next_step="set ray.address=local, or ray.num_workers=1 and ray.use_gpu=false",
         )
     _ensure_index(config)
-    with TrainingView() as view:
+    with TrainingView(config) as view:
+        view.show({"kind": "rank", "rank": 0, "world_size": 1, "node": node_name()})
         return train(config, world, view.show)
 
 
 def _ensure_index(config: Config) -> None:
     if config.teacher.mode != "cache":
         index_shards(config, index_url(config))
-
-
-class TrainingView:
-    """Shows what a training reports."""
-
-    def __init__(self) -> None:
-        self._view: ProgressView | None = None
-
-    def __enter__(self) -> TrainingView:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        if self._view is not None:
-            self._view.__exit__(*error)
-
-    def show(self, event: dict[str, Any]) -> None:
-        kind = event["kind"]
-        if kind == "warning":
-            self._warn(f"{_name(event['run'])}: warning: {event['text']}")
-        elif kind == "begin":
-            self._view = ProgressView(_name(event["run"]), event["total_steps"], done=event["first_step"]).__enter__()
-        elif self._view is not None and kind == "step":
-            self._view.update(event["step"] + 1, _note(event))
-        elif self._view is not None and kind == "eval" and event["top1"] is not None:
-            self._view.say(f"{_name(event['run'])}: epoch {event['epoch']}, top-1 {event['top1']:.2%}")
-
-    def _warn(self, text: str) -> None:
-        # Below a bar that is being drawn, a line would be drawn over.
-        if self._view is None:
-            print(text, file=sys.stderr, flush=True)
-        else:
-            self._view.say(text)
-
-
-def _note(event: dict[str, Any]) -> str:
-    """How it goes since it was last said."""
-    return f"loss {event['loss']:.4f}, {event['images_per_s']:.0f} images/s, {event['data_wait']:.0%} waiting for data"
-
-
-def _name(run_url: str) -> str:
-    return f"train {run_url.rstrip('/').rsplit('/', 1)[-1]}"
 
 
 @ray.remote(num_cpus=0)
@@ -155,6 +115,9 @@ def _worker(arguments: dict[str, Any]) -> None:
         raise fatal
     context = get_context()
     world = World(context.get_world_rank(), context.get_world_size(), get_device())
+    place = {"kind": "rank", "rank": world.rank, "world_size": world.size, "node": node_name()}
+    # Waited for, so that every place is known before the leader's first step.
+    ray.get(relay.push.remote(place))
     try:
         train(Config.model_validate_json(arguments["config"]), world, report=lambda event: relay.push.remote(event))
     except StillroomError as error:
@@ -189,7 +152,7 @@ def _fit(config: Config) -> dict[str, Any]:
                 failure_config=FailureConfig(max_failures=ray_config.max_failures),
             ),
         )
-        with TrainingView() as view, _Watch(relay, view):
+        with TrainingView(config) as view, _Watch(relay, view):
             _run(trainer, relay)
     assert config.run is not None
     summary = read_summary(config.run.url)
@@ -269,7 +232,7 @@ def describe(summary: dict[str, Any]) -> str:
 
 
 def main(source: str, overrides: list[str]) -> None:
-    print(f"train: {describe(train_student(load_config(source, overrides)))}", file=sys.stderr)
+    tell(f"train: {describe(train_student(load_config(source, overrides)))}", event="end")
 
 
 if __name__ == "__main__":

@@ -178,8 +178,17 @@ def _builder(config_json: str, weights_stamp: str | None) -> _Builder:  # noqa: 
     return _Builder(config, cache, teacher, header, imported, gpus=visible_gpus())
 
 
-def build_part(task: PartTask) -> Commit:
+@dataclass(slots=True)
+class BusyTime:
+    """How long the teacher was at work, which its commit must not depend on."""
+
+    seconds: float = 0.0
+
+
+def build_part(task: PartTask, busy: BusyTime | None = None) -> Commit:
     """Builds and commits one part, unless that is done. Returns the commit that stands, perhaps of a faster builder.
+
+    Adds to ``busy`` what the teacher took.
 
     Raises:
         ShardError: the shard is damaged or changed; or it holds a sample that cannot be used under ``data.bad_samples:
@@ -192,7 +201,7 @@ def build_part(task: PartTask) -> Commit:
     if done is not None:
         return done
     with storage.scratch_folder() as scratch:
-        return _PartBuild(builder, task, scratch).run()
+        return _PartBuild(builder, task, scratch, busy or BusyTime()).run()
 
 
 def restore_index(task: IndexTask) -> None:
@@ -235,6 +244,7 @@ class _PartBuild:
     builder: _Builder
     task: PartTask
     scratch: Path
+    busy: BusyTime
     sums: ClassSums | None = None
 
     def __post_init__(self) -> None:
@@ -307,6 +317,7 @@ class _PartBuild:
 
     def _keep(self, writer: PartWriter, asked: AskedGroup) -> None:
         group, answers = asked.group, asked.answers()
+        self.busy.seconds += asked.busy_s()
         if self.first_row is None:
             self.first_row = int(group.row_N[0])
         for position, view in enumerate(self.rendering.view_numbers):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -207,7 +208,17 @@ class AskedGroup:
     group: GroupViews
     logits_VNK: Tensor
     embedding_VND: Tensor
+    asked_s: float
+    """What asking took the process, which on a GPU does not wait for an answer."""
+    began: torch.cuda.Event | None
     arrived: torch.cuda.Event | None
+
+    def busy_s(self) -> float:
+        """Seconds that the device was at it, from the first pixel to the last word. Waits as ``answers`` does."""
+        if self.began is None or self.arrived is None:
+            return self.asked_s
+        self.arrived.synchronize()
+        return self.began.elapsed_time(self.arrived) / 1e3
 
     def answers(self) -> list[Answers]:
         """One item a view."""
@@ -223,6 +234,7 @@ def ask_groups(groups: Iterator[GroupViews], teacher: Teacher) -> Iterator[Asked
     """Each group with the teacher's words, gathered on the device and sent in one piece."""
     for group in groups:
         mixing = group.mixing if group.mixes else None
+        began, began_s = _mark(teacher.device), time.monotonic()
         words = [
             teacher.ask(pixels_NCHW, *(mixing[view] if mixing else ()))
             for view, pixels_NCHW in enumerate(group.pixels_VNCHW)
@@ -231,13 +243,14 @@ def ask_groups(groups: Iterator[GroupViews], teacher: Teacher) -> Iterator[Asked
         logits_VNK, embedding_VND = (
             torch.stack(told).to("cpu", non_blocking=True) for told in zip(*words, strict=True)
         )
-        yield AskedGroup(group, logits_VNK, embedding_VND, _mark(teacher.device))
+        asked_s = time.monotonic() - began_s
+        yield AskedGroup(group, logits_VNK, embedding_VND, asked_s, began, _mark(teacher.device))
 
 
 def _mark(device: torch.device) -> torch.cuda.Event | None:
     """An event after all that the device was given so far."""
     if device.type != "cuda":
         return None
-    event = torch.cuda.Event()
+    event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event

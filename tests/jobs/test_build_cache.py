@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jobs.build_cache import build_cache
-from pipeline.cache.build import PartTask, build_part
+from pipeline.cache.build import BusyTime, PartTask, build_part
 from pipeline.cache.inspect import inspect_cache
 from pipeline.errors import CacheError, ShardError
 from pipeline.shards.write import pack_shards
@@ -166,12 +166,12 @@ def test_a_build_that_was_stopped_can_be_asked_how_far_it_came_and_a_finished_on
 ) -> None:
     made = 0
 
-    def stops_after_five(task: PartTask) -> Commit:
+    def stops_after_five(task: PartTask, busy: BusyTime) -> Commit:
         nonlocal made
         if made == 5:
             raise KeyboardInterrupt
         made += 1
-        return build_part(task)
+        return build_part(task, busy)
 
     config = config_of(tree())
     with monkeypatch.context() as patch:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+import platform
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
+import ray
 
 from jobs.fan_out import fan_out
 from pipeline.errors import (
@@ -138,12 +141,22 @@ def test_a_fault_that_stays_ends_after_the_counted_retries(tmp_path: Path) -> No
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_each_kind_of_fault_has_retries_of_its_own_and_all_are_told(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_each_kind_of_fault_has_retries_of_its_own_and_each_attempt_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert list(fan_out(partial(_alternate, tmp_path), [1], RAY, what="a task")) == [(1, 1)]
+    monkeypatch.setenv("STILLROOM_LOG", "json")
+    tasks = fan_out(partial(_alternate, tmp_path), [1], RAY, what="a task", name=lambda number: f"shard {number}")
+    assert list(tasks) == [(1, 1)]
     assert attempts(tmp_path) == 5
-    assert "retried: 2 after WorkerCrashedError, 2 after a failure of storage" in capsys.readouterr().err
+    told = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert "retried: 2 after WorkerCrashedError, 2 after a failure of storage" in told.pop()["message"]
+    died, failed = ("retried", "WorkerCrashedError"), ("retried", "a failure of storage")
+    assert [(item["event"], item.get("kind")) for item in told] == [died, failed, died, failed, ("done", None)]
+    assert [item["attempt"] for item in told] == [1, 2, 3, 4, 5]
+    assert {item["item"] for item in told} == {"shard 1"}
+    # Of a worker that died nobody says where it was.
+    node = f"{platform.node()}:{ray.nodes()[0]['NodeID'][:8]}"
+    assert [item.get("node") for item in told] == [None, node, None, node, node]
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -22,9 +22,19 @@ def steps_of(run: Path) -> list[int]:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_distill_builds_then_trains_with_two_workers_and_again_does_nothing(tree: Tree, tmp_path: Path) -> None:
+def test_distill_builds_then_trains_with_two_workers_and_again_does_nothing(
+    tree: Tree, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STILLROOM_LOG", "json")
     config = config_of(tree(ray=TWO, loss=[{"name": "ce"}, {"name": "dist"}, {"name": "nd"}]))
     summary = distill(config)
+    told = [json.loads(line) for line in capsys.readouterr().err.splitlines() if line.startswith("{")]
+    assert sorted(item["rank"] for item in told if item["event"] == "rank") == [0, 1]
+    # The build's node is the training's.
+    (built, trained) = (item for item in told if item["event"] == "node")
+    assert (built["parts"], trained["ranks"]) == (12, 2)
+    assert built["node"] == trained["node"]
+    assert [item["step"] for item in told if item["event"] == "step"] == [3, 7]
     assert summary["steps"] == 8
     assert 0 <= summary["top1"] <= 1
     assert steps_of(tmp_path / "run") == list(range(8))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,16 @@ def test_groups_that_are_queued_behind_each_other_are_answered_as_if_alone(preci
         for one, other in zip(found.answers(), wanted, strict=True):
             assert np.array_equal(one.logits_NK, other.logits_NK)
             assert np.array_equal(one.embedding_ND, other.embedding_ND)
+
+
+def test_queued_groups_were_each_busy_and_together_no_longer_than_the_clock_says() -> None:
+    asked = teacher()
+    next(iter(ask_groups(iter([group(num_rows=16, num_views=3, pinned=True)]), asked))).answers()
+    began = time.monotonic()
+    queued = list(ask_groups((group(num_rows=16, num_views=3, pinned=True) for _ in range(4)), asked))
+    busy = [found.busy_s() for found in queued]
+    assert min(busy) > 0
+    assert sum(busy) <= time.monotonic() - began
 
 
 def test_page_locked_pixels_change_no_bit() -> None:

@@ -1,0 +1,65 @@
+"""What a job tells while it runs: plain lines on standard error, or with ``STILLROOM_LOG=json`` one JSON object a line.
+
+Chosen by the environment and not by a config, so that a config that cannot be read is told of in the same form.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from datetime import UTC, datetime
+
+VARIABLE = "STILLROOM_LOG"
+
+
+def tell(text: str, *, event: str = "message", level: int = logging.INFO, **fields: object) -> None:
+    """One event: ``text`` for people; ``event``, which names its kind, and the fields for machines.
+
+    Plain lines leave out the level ``DEBUG``, at which every finished task is told; JSON has all.
+    """
+    _logger.log(level, text, extra={"event": event, "fields": fields})
+
+
+def as_json() -> bool:
+    return os.environ.get(VARIABLE, "").lower() == "json"
+
+
+def is_told(level: int) -> bool:
+    """Whether a line of this level goes anywhere, for who would make many in vain."""
+    return level > logging.DEBUG or as_json()
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 node``, ``2 nodes``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+class _Lines(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            if as_json():
+                print(_object(record), file=sys.stderr, flush=True)
+            elif is_told(record.levelno):
+                print(record.getMessage(), file=sys.stderr, flush=True)
+        except Exception:
+            self.handleError(record)
+
+
+def _object(record: logging.LogRecord) -> str:
+    told = {
+        "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+        "level": record.levelname.lower(),
+        "event": getattr(record, "event", "message"),
+        "message": record.getMessage(),
+        **getattr(record, "fields", {}),
+    }
+    return json.dumps(told, default=str)
+
+
+# What a user's own code logs goes its own ways; these lines go this one alone.
+_logger = logging.getLogger("stillroom")
+_logger.setLevel(logging.DEBUG)
+_logger.propagate = False
+_logger.addHandler(_Lines())

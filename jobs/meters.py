@@ -1,0 +1,85 @@
+"""Ray metrics of a job. Ray's agent on the driver's node gives them to Prometheus, as ``ray_stillroom_…``.
+
+The driver alone records: it hears of every task and every step, and one process leaves no series behind of workers that
+are gone. Without Ray nothing is recorded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import ray
+from ray.util.metrics import Counter, Gauge
+
+_PREFIX = "stillroom_"
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """Only grows. Prometheus sees it as ``exported``."""
+
+    name: str
+    text: str
+    tags: tuple[str, ...] = ()
+
+    @property
+    def exported(self) -> str:
+        return f"ray_{_PREFIX}{self.name}_total"
+
+    def add(self, amount: float, **tags: str) -> None:
+        # Ray refuses to count nothing.
+        if amount > 0 and ray.is_initialized():
+            _metric(Counter, self.name, self.text, self.tags).inc(amount, tags)
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """Goes up and down. Prometheus sees it as ``exported``."""
+
+    name: str
+    text: str
+    tags: tuple[str, ...] = ()
+
+    @property
+    def exported(self) -> str:
+        return f"ray_{_PREFIX}{self.name}"
+
+    def set(self, value: float, **tags: str) -> None:
+        if ray.is_initialized():
+            _metric(Gauge, self.name, self.text, self.tags).set(value, tags)
+
+
+@cache
+def _metric(kind: Any, name: str, text: str, tags: tuple[str, ...]) -> Any:
+    return kind(_PREFIX + name, text, tags)
+
+
+# A cache and a run by the last name of their URL.
+_CACHE, _CACHE_NODE, _RUN = ("cache",), ("cache", "node"), ("run",)
+
+IMAGES = Count("build_images", "Views that the teacher answered: images times views.", _CACHE_NODE)
+BYTES = Count("build_written_bytes", "Bytes of committed parts.", _CACHE_NODE)
+TASK_SECONDS = Count("build_task_seconds", "Seconds that finished parts took.", _CACHE_NODE)
+TEACHER_SECONDS = Count("build_teacher_busy_seconds", "Of these, seconds in which the teacher computed.", _CACHE_NODE)
+PARTS_DONE = Count("build_parts_done", "Parts built.", _CACHE_NODE)
+PARTS_RETRIED = Count("build_parts_retried", "Attempts that failed and are made again.", ("cache", "kind"))
+PARTS_FAILED = Count("build_parts_failed", "Parts that failed for good.", _CACHE)
+SHARDS = Level("build_shards", "Shards of the whole cache.", _CACHE)
+SHARDS_DONE = Level("build_shards_done", "Shards all of whose parts are committed.", _CACHE)
+SHARDS_RETRIED = Level("build_shards_retried", "Shards with an attempt that was made again.", _CACHE)
+SHARDS_FAILED = Level("build_shards_failed", "Shards with a part that failed for good.", _CACHE)
+
+STARTS = Count("train_starts", "Starts of the workers: one, and one more for each recovery.", _RUN)
+WORKERS = Level("train_workers", "Ranks that train.", _RUN)
+STEP = Level("train_step", "Optimiser steps done.", _RUN)
+TOTAL_STEPS = Level("train_total_steps", "Optimiser steps of the whole run.", _RUN)
+EPOCH = Level("train_epoch", "Epoch of the last step, from 0.", _RUN)
+LOSS = Level("train_loss", "Loss of the last step that was read.", _RUN)
+LEARNING_RATE = Level("train_learning_rate", "Of that step.", _RUN)
+IMAGES_PER_S = Level("train_images_per_second", "Over all ranks, since the step that was read before.", _RUN)
+DATA_WAIT = Level("train_data_wait_share", "Share of the leader's time that it waited for data, 0 to 1.", _RUN)
+TOP1 = Level("train_top1", "Accuracy of the last evaluation, 0 to 1.", _RUN)
+TOP5 = Level("train_top5", "Of that evaluation, 0 to 1.", _RUN)
+AGREEMENT = Level("train_agreement", "Of student and online teacher in that evaluation, 0 to 1.", _RUN)

@@ -1,0 +1,184 @@
+"""What a training reports: shown, told, measured, and summed up at the end."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from rich.table import Table
+
+from jobs import meters
+from jobs.log import counted, tell
+from jobs.progress import ProgressView
+from schemas.config import Config
+
+_OF_STEPS = {
+    "loss": meters.LOSS,
+    "lr": meters.LEARNING_RATE,
+    "epoch": meters.EPOCH,
+    "images_per_s": meters.IMAGES_PER_S,
+    "data_wait": meters.DATA_WAIT,
+}
+_OF_EVALUATIONS = {"top1": meters.TOP1, "top5": meters.TOP5, "agreement": meters.AGREEMENT}
+
+
+def run_name(run_url: str) -> str:
+    """The last name of a URL, which is told in every line."""
+    return run_url.rstrip("/").rsplit("/", 1)[-1]
+
+
+class TrainingView:
+    """One training with all its starts; a context manager. Workers that are lost and started again begin anew."""
+
+    def __init__(self, config: Config, *, clock: Callable[[], float] = time.monotonic) -> None:
+        assert config.run is not None
+        self.run, self.starts = run_name(config.run.url), 0
+        self._config, self._clock = config, clock
+        self._progress: ProgressView | None = None
+        self._nodes: dict[int, str] = {}
+        self._counted_s, self._worker_s = clock(), 0.0
+        self._speed, self._last_step = _Speed(config.train.global_batch_size), -1
+        self._shown: dict[str, float] = {}
+
+    def __enter__(self) -> TrainingView:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._progress is not None:
+            self._progress.__exit__(*error)
+        self._count_hours()
+        self._sum_up()
+
+    def show(self, event: dict[str, Any]) -> None:
+        """An event of the loop; or before it of kind ``rank``, with the rank, the world's size and the node."""
+        fields = {name: value for name, value in event.items() if name not in ("kind", "run")}
+        match event["kind"]:
+            case "warning":
+                self._tell(f"warning: {fields.pop('text')}", "warning", logging.WARNING, fields)
+            case "rank":
+                self._place(fields)
+            case "begin":
+                self._begin(fields)
+            case "step":
+                self._step(fields)
+            case "eval":
+                self._evaluated(fields)
+            case _:
+                pass
+
+    def _tell(self, text: str, event: str, level: int, fields: dict[str, Any]) -> None:
+        tell(f"train {self.run}: {text}", event=event, level=level, run=self.run, attempt=self.starts, **fields)
+
+    def _place(self, fields: dict[str, Any]) -> None:
+        self._count_hours()
+        self._nodes[fields["rank"]] = fields["node"]
+        # A smaller world than before has fewer ranks.
+        self._nodes = {rank: node for rank, node in self._nodes.items() if rank < fields["world_size"]}
+        meters.WORKERS.set(len(self._nodes), run=self.run)
+        self._tell(f"rank {fields['rank']} on {fields['node']}", "rank", logging.DEBUG, fields)
+
+    def _count_hours(self) -> None:
+        now_s = self._clock()
+        self._worker_s += len(self._nodes) * (now_s - self._counted_s)
+        self._counted_s = now_s
+
+    def _begin(self, fields: dict[str, Any]) -> None:
+        first_step, total_steps = fields["first_step"], fields["total_steps"]
+        self.starts += 1
+        self._last_step = first_step - 1
+        meters.STARTS.add(1, run=self.run)
+        meters.TOTAL_STEPS.set(total_steps, run=self.run)
+        meters.STEP.set(first_step, run=self.run)
+        text = f"start {self.starts} of the workers, at step {first_step} of {total_steps}"
+        self._tell(text, "begin", logging.DEBUG if self.starts == 1 else logging.WARNING, fields)
+        if self._progress is None:
+            self._progress = ProgressView(f"train {self.run}", total_steps, done=first_step).__enter__()
+        else:
+            self._progress.update(first_step)
+
+    def _step(self, fields: dict[str, Any]) -> None:
+        self._speed.add(fields["step"] - self._last_step, fields)
+        self._last_step = fields["step"]
+        self._set(_OF_STEPS, fields)
+        meters.STEP.set(fields["step"] + 1, run=self.run)
+        self._tell(f"step {fields['step']}, {_note(fields)}", "step", logging.DEBUG, fields)
+        if self._progress is not None:
+            self._progress.update(fields["step"] + 1, _note(fields), panel=self._panel)
+
+    def _evaluated(self, fields: dict[str, Any]) -> None:
+        self._set(_OF_EVALUATIONS, fields)
+        level, top1 = logging.DEBUG, ""
+        if fields["top1"] is not None:
+            level, top1 = logging.INFO, f", top-1 {fields['top1']:.2%}"
+        self._tell(f"epoch {fields['epoch']}{top1}", "eval", level, fields)
+
+    def _set(self, levels: dict[str, meters.Level], fields: dict[str, Any]) -> None:
+        for name, level in levels.items():
+            if fields.get(name) is not None:
+                self._shown[name] = fields[name]
+                level.set(fields[name], run=self.run)
+
+    def _panel(self) -> Table:
+        """What was read last, for a terminal."""
+        table = Table(box=None, pad_edge=False)
+        for name in (*self._shown, "starts", "ranks"):
+            table.add_column(name.replace("_", " "), justify="right")
+        table.add_row(*(f"{value:.4g}" for value in self._shown.values()), str(self.starts), str(len(self._nodes)))
+        return table
+
+    def _sum_up(self) -> None:
+        """Also of a training that failed: it cost as much."""
+        if not self.starts:
+            return
+        ranks, ray = Counter(self._nodes.values()), self._config.ray
+        for node, count in sorted(ranks.items()):
+            share = self._speed.images_per_s * count / len(self._nodes)
+            fields = {"node": node, "ranks": count, "images_per_s": round(share, 2)}
+            self._tell(f"{node}: {counted(count, 'rank')}, {share:.0f} images/s", "node", logging.INFO, fields)
+        worker_hours = self._worker_s / 3600
+        cost = {
+            "worker_hours": worker_hours,
+            "cpu_hours": worker_hours * ray.cpus_per_worker,
+            "gpu_hours": worker_hours * ray.use_gpu,
+        }
+        text = (
+            f"{counted(len(ranks), 'node')}, {counted(self.starts, 'start')}, {self._speed.images_per_s:.0f} images/s, "
+            f"{self._speed.data_wait:.0%} waiting for data; {cost['worker_hours']:.3g} worker-hours, "
+            f"which reserved {cost['cpu_hours']:.3g} CPU-hours and {cost['gpu_hours']:.3g} GPU-hours"
+        )
+        rounded = {name: round(value, 6) for name, value in cost.items()}
+        speed = {"images_per_s": round(self._speed.images_per_s, 2), "data_wait": round(self._speed.data_wait, 4)}
+        self._tell(text, "summary", logging.INFO, {"nodes": len(ranks), "starts": self.starts, **speed, **rounded})
+
+
+def _note(fields: dict[str, Any]) -> str:
+    """How it goes since it was last said."""
+    return (
+        f"loss {fields['loss']:.4f}, {fields['images_per_s']:.0f} images/s, {fields['data_wait']:.0%} waiting for data"
+    )
+
+
+class _Speed:
+    """Means over a training of what each event says of the steps since the one before. Evaluations are left out."""
+
+    def __init__(self, global_batch_size: int) -> None:
+        self._batch = global_batch_size
+        self._images, self._seconds, self._wait_s = 0.0, 0.0, 0.0
+
+    def add(self, num_steps: int, fields: dict[str, Any]) -> None:
+        images = num_steps * self._batch
+        seconds = images / max(fields["images_per_s"], 1e-9)
+        self._images += images
+        self._seconds += seconds
+        self._wait_s += seconds * fields["data_wait"]
+
+    @property
+    def images_per_s(self) -> float:
+        return self._images / max(self._seconds, 1e-9)
+
+    @property
+    def data_wait(self) -> float:
+        return self._wait_s / max(self._seconds, 1e-9)

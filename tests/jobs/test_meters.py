@@ -1,0 +1,115 @@
+"""What a job records, as Prometheus gets it, and the dashboard's questions to it."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import ray
+
+from jobs import meters
+from jobs.build_cache import build_cache
+from jobs.build_tally import BuildTally
+from jobs.train_student import train_student
+from pipeline.cache.build import PartTask
+from pipeline.errors import PassingStorageError, ShardError
+from schemas.manifest import ViewBlock
+from tests.jobs.conftest import Tree, config_of
+
+pytestmark = pytest.mark.ray
+ROOT = Path(__file__).resolve().parents[2]
+DASHBOARD = ROOT / "infra" / "grafana" / "stillroom.json"
+METERS = [made for made in vars(meters).values() if isinstance(made, meters.Count | meters.Level)]
+_SERIES = re.compile(r"(\w+)\{(.*)\} (\S+)")
+_WAIT_S = 60
+
+Series = dict[str, list[tuple[dict[str, str], float]]]
+
+
+def scrape() -> Series:
+    """The page that Prometheus reads of this node: name to labels and value of each series."""
+    (node,) = ray.nodes()
+    with urllib.request.urlopen(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics", timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    found: Series = {}
+    for name, labels, value in filter(None, (match and match.groups() for match in map(_SERIES.fullmatch, lines))):
+        found.setdefault(name, []).append((dict(re.findall(r'(\w+)="([^"]*)"', labels)), float(value)))
+    return found
+
+
+def wait_for(meter: meters.Count, **labels: str) -> Series:
+    """A page with this series on it, and so with all that was recorded before it."""
+    deadline = time.monotonic() + _WAIT_S
+    while time.monotonic() < deadline:
+        found = scrape()
+        if any(labels.items() <= seen.items() for seen, _ in found.get(meter.exported, [])):
+            return found
+        time.sleep(0.3)
+    raise TimeoutError(f"no {meter.exported} with {labels} after {_WAIT_S} s")
+
+
+def queries() -> dict[str, str]:
+    panels = json.loads(DASHBOARD.read_text())["panels"]
+    return {
+        f"{panel['title']} {target['refId']}": target["expr"] for panel in panels for target in panel.get("targets", [])
+    }
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_every_meter_is_exported_and_every_question_of_the_dashboard_has_an_answer(tree: Tree, tmp_path: Path) -> None:
+    # Both work in this process, which is a driver of the cluster: workers record nothing, and take long to start.
+    config = config_of(tree(cache={"url": str(tmp_path / "metered")}))
+    manifest = build_cache(config)
+    train_student(config_of(tree(teacher={"mode": "online"}, run={"url": str(tmp_path / "metered-run")})))
+    task = PartTask(config, config.data.shards[0], ViewBlock(start=0, stop=2))
+    unlucky = BuildTally(config, [task], num_shards=4)
+    unlucky.retried(task, PassingStorageError("slow down"), None, attempt=1, kind="storage", pause_s=1)
+    unlucky.failed(task, ShardError("cut"), None, attempt=2)
+
+    found = wait_for(meters.PARTS_FAILED, cache="metered")
+    for meter in METERS:
+        (labels, _), *_ = found[meter.exported]
+        assert set(meter.tags) <= labels.keys(), meter.name
+    ours = {name for name in found if name.startswith("ray_stillroom_")}
+    assert ours == {meter.exported for meter in METERS}
+
+    def total(meter: meters.Count | meters.Level, **wanted: str) -> float:
+        return sum(value for labels, value in found[meter.exported] if wanted.items() <= labels.items())
+
+    cache = {"cache": "metered"}
+    assert total(meters.IMAGES, **cache) == 4 * 24 * (3 + 1)
+    assert total(meters.PARTS_DONE, **cache) == 12
+    assert total(meters.BYTES, **cache) == manifest.size_bytes
+    assert 0 < total(meters.TEACHER_SECONDS, **cache) <= total(meters.TASK_SECONDS, **cache)
+    assert (total(meters.PARTS_RETRIED, kind="storage"), total(meters.PARTS_FAILED, **cache)) == (1, 1)
+    run = {"run": "metered-run"}
+    assert (total(meters.STEP, **run), total(meters.TOTAL_STEPS, **run), total(meters.STARTS, **run)) == (8, 8, 1)
+    assert 0 <= total(meters.TOP1, **run) <= total(meters.TOP5, **run) <= 1
+
+    for title, query in queries().items():
+        names = set(re.findall(r"\bray_\w+", query))
+        assert names, title
+        assert names <= found.keys(), title
+        asked = {label for group in re.findall(r"by \(([^)]*)\)", query) for label in group.split(", ")}
+        asked |= set(re.findall(r"[{,]\s*(\w+)\s*[=!]", query))
+        for name in names:
+            (labels, _), *_ = found[name]
+            # A label of one side of a sum is not asked of the other.
+            assert asked <= labels.keys(), f"{title}: {name}"
+
+
+def test_without_ray_nothing_is_recorded_and_nothing_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr(meters, "_metric", lambda *_: pytest.fail("it was recorded"))
+    meters.IMAGES.add(1, cache="a", node="b")
+    meters.LOSS.set(1.0, run="a")
+
+
+def test_the_document_has_every_meter_with_its_labels_and_its_meaning() -> None:
+    text = (ROOT / "docs" / "observability.md").read_text()
+    rows = re.findall(r"^\| `(ray_stillroom_\w+)` \| ([^|]*) \| (.*) \|$", text, re.MULTILINE)
+    assert rows == [(meter.exported, ", ".join(f"`{tag}`" for tag in meter.tags), meter.text) for meter in METERS]

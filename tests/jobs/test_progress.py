@@ -1,0 +1,81 @@
+"""Progress in a real terminal, and in a log."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+from rich.table import Table
+
+from jobs.log import tell
+from jobs.progress import ProgressView
+
+
+@contextmanager
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
+    """Standard error on a pseudo-terminal of 80 columns. Yields what reads it, without colours.
+
+    Not a fixture: pytest sets its own standard error between a test's fixtures and the test.
+    """
+    leader, follower = pty.openpty()
+    os.set_blocking(leader, False)
+    with (
+        os.fdopen(follower, "w") as stream,
+        os.fdopen(leader, "rb", buffering=0) as reader,
+        monkeypatch.context() as at,
+    ):
+        at.setenv("TERM", "xterm")
+        at.setenv("COLUMNS", "80")
+        at.setattr("sys.stderr", stream)
+
+        def written() -> str:
+            stream.flush()
+            return re.sub(r"\x1b\[[0-9;]*m", "", (reader.read(1 << 16) or b"").decode())
+
+        yield written
+
+
+def panel() -> Table:
+    table = Table("node", "images/s", box=None)
+    table.add_row("left", "12")
+    return table
+
+
+def test_a_terminal_shows_a_bar_with_its_panel_below(monkeypatch: pytest.MonkeyPatch) -> None:
+    with terminal(monkeypatch) as written:
+        with ProgressView("cache", 4) as view:
+            view.update(3, "quick", panel=panel)
+        last = written().rpartition("cache")[2]
+    assert "3/4" in last
+    assert re.search(r"node +images/s\s+left +12", last)
+
+
+def test_a_line_that_is_told_stands_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    with terminal(monkeypatch) as written:
+        with ProgressView("cache", 4) as view:
+            view.update(1)
+            tell("a node is gone")
+            view.update(2)
+        text = written()
+    assert re.search(r"[\nK]a node is gone\s*\n", text)
+    assert text.rindex("cache") > text.index("a node is gone")
+
+
+def test_a_log_gets_lines_without_a_panel(capsys: pytest.CaptureFixture[str]) -> None:
+    with ProgressView("cache", 4, done=2) as view:
+        view.update(4, "quick", panel=panel)
+    assert re.fullmatch(r"cache: 4/4 after \d+ s\n", capsys.readouterr().err)
+
+
+def test_json_is_not_drawn_over_even_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STILLROOM_LOG", "json")
+    with terminal(monkeypatch) as written:
+        with ProgressView("cache", 1) as view:
+            view.update(1, panel=panel)
+        (line,) = written().splitlines()
+    assert '"event": "progress"' in line
+    assert '"done": 1' in line
