@@ -12,15 +12,17 @@ from typing import Any
 
 import ray
 import torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
+from ray.train import FailureConfig, RunConfig, get_context
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
-from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.entry import config_command
 from jobs.index_shards import index_shards
 from jobs.paths import with_absolute_paths
 from jobs.progress import ProgressView
 from jobs.ray_runtime import cluster, require_resources
+from jobs.worker_group import Placement, fewest, keys_of, per_worker, scaling
 from pipeline import storage
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, InputError, StillroomError, TrainingError
@@ -163,42 +165,52 @@ def _worker(arguments: dict[str, Any]) -> None:
 
 
 def _fit(config: Config) -> dict[str, Any]:
-    ray_config = config.ray
-    per_worker = {"CPU": float(ray_config.cpus_per_worker), **({"GPU": 1.0} if ray_config.use_gpu else {})}
+    assert config.run is not None
+    ray_config, run_url = config.ray, config.run.url
     require_resources(
-        {name: amount * ray_config.num_workers for name, amount in per_worker.items()},
-        what=f"training with {ray_config.num_workers} workers",
-        where=f"ray.num_workers={ray_config.num_workers}, ray.cpus_per_worker={ray_config.cpus_per_worker}, "
-        f"ray.use_gpu={ray_config.use_gpu}",
+        {name: amount * fewest(ray_config) for name, amount in per_worker(ray_config).items()},
+        what=f"training with {fewest(ray_config)} workers",
+        where=keys_of(ray_config),
     )
-    relay = Relay.remote()
+    relay = _relay_here()
     with tempfile.TemporaryDirectory(prefix="stillroom-ray-", ignore_cleanup_errors=True) as folder:
         trainer = TorchTrainer(
             _worker,
             train_loop_config={"config": config.model_dump_json(exclude_unset=True), "relay": relay},
             torch_config=TorchConfig(backend="nccl" if ray_config.use_gpu else "gloo"),
-            scaling_config=ScalingConfig(
-                num_workers=ray_config.num_workers, use_gpu=ray_config.use_gpu, resources_per_worker=per_worker
-            ),
+            scaling_config=scaling(ray_config),
             run_config=RunConfig(
                 # Ray Train resumes a name it knows; recovery is ours, so every fit has a name of its own.
                 name=f"stillroom-{uuid.uuid4().hex[:8]}",
                 storage_path=str(Path(folder)),
                 failure_config=FailureConfig(max_failures=ray_config.max_failures),
+                callbacks=[
+                    Placement(
+                        ray_config,
+                        warn=lambda text: relay.push.remote({"kind": "warning", "run": run_url, "text": text}),
+                    )
+                ],
             ),
         )
         with TrainingView() as view, _Watch(relay, view):
             _run(trainer, relay)
-    assert config.run is not None
-    summary = read_summary(config.run.url)
+    summary = read_summary(run_url)
     assert summary is not None, "a training that ended without error has written its summary"
     return summary
+
+
+def _relay_here() -> Any:
+    """On the driver's node: any other one may be taken away."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return Relay.options(scheduling_strategy=here).remote()
 
 
 def _run(trainer: TorchTrainer, relay: Any) -> None:
     try:
         _in_thread(trainer.fit)
     except TrainingFailedError as error:
+        if isinstance(error, ControllerError) and isinstance(error.controller_failure, StillroomError):
+            raise error.controller_failure from None
         told = ray.get(relay.error.remote())
         if told is not None:
             raise told from None

@@ -482,8 +482,11 @@ class RayConfig(Section):
     address: str = Field("local", description="local, auto, none (no Ray: one process), or ray://host:port.")
     cpus_per_task: int = Field(1, ge=1, description="CPUs of one cache task; also its decode threads.")
     gpus_per_task: float = Field(0, ge=0, description="GPUs of one cache task; a fraction lets tasks share one.")
+    wait_s: float = Field(0, ge=0, description="Seconds to wait for nodes that an autoscaler is to add.")
     max_retries: int = Field(3, ge=0, description="Per part, for crashed or lost workers and failing storage.")
     num_workers: int = Field(1, ge=1, description="DDP world size.")
+    min_workers: int | None = Field(None, ge=1, description="The smallest world to go on in; null: num_workers.")
+    resize_every_s: float = Field(300, gt=0, description="Seconds between looks for room for more workers.")
     cpus_per_worker: int = Field(1, ge=1, description="CPUs of one DDP worker.")
     use_gpu: bool = Field(False, description="One GPU per DDP worker, NCCL; else gloo.")
     max_failures: int = Field(0, ge=0, description="Restarts of a training whose worker died.")
@@ -494,6 +497,12 @@ class RayConfig(Section):
         if address not in ("local", "auto", "none") and ":" not in address:
             raise ValueError(f"address is {address!r}; wanted local, auto, none, HOST:PORT or ray://HOST:PORT")
         return address
+
+    @model_validator(mode="after")
+    def _check_workers(self) -> RayConfig:
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError(f"min_workers is {self.min_workers}; wanted at most num_workers, {self.num_workers}")
+        return self
 
 
 class Config(Section):
