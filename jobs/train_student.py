@@ -8,10 +8,11 @@ import threading
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import ray
 import torch
+from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, get_context
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
@@ -166,35 +167,20 @@ def _worker(arguments: dict[str, Any]) -> None:
 
 def _fit(config: Config) -> dict[str, Any]:
     assert config.run is not None
-    ray_config, run_url = config.ray, config.run.url
+    ray_config = config.ray
     require_resources(
         {name: amount * fewest(ray_config) for name, amount in per_worker(ray_config).items()},
         what=f"training with {fewest(ray_config)} workers",
         where=keys_of(ray_config),
     )
     relay = _relay_here()
-    with tempfile.TemporaryDirectory(prefix="stillroom-ray-", ignore_cleanup_errors=True) as folder:
-        trainer = TorchTrainer(
-            _worker,
-            train_loop_config={"config": config.model_dump_json(exclude_unset=True), "relay": relay},
-            torch_config=TorchConfig(backend="nccl" if ray_config.use_gpu else "gloo"),
-            scaling_config=scaling(ray_config),
-            run_config=RunConfig(
-                # Ray Train resumes a name it knows; recovery is ours, so every fit has a name of its own.
-                name=f"stillroom-{uuid.uuid4().hex[:8]}",
-                storage_path=str(Path(folder)),
-                failure_config=FailureConfig(max_failures=ray_config.max_failures),
-                callbacks=[
-                    Placement(
-                        ray_config,
-                        warn=lambda text: relay.push.remote({"kind": "warning", "run": run_url, "text": text}),
-                    )
-                ],
-            ),
-        )
-        with TrainingView() as view, _Watch(relay, view):
-            _run(trainer, relay)
-    summary = read_summary(run_url)
+    with (
+        tempfile.TemporaryDirectory(prefix="stillroom-ray-", ignore_cleanup_errors=True) as folder,
+        TrainingView() as view,
+        _Watch(relay, view),
+    ):
+        _run(lambda: _trainer(config, relay, Path(folder)), relay, ray_config.max_failures)
+    summary = read_summary(config.run.url)
     assert summary is not None, "a training that ended without error has written its summary"
     return summary
 
@@ -205,20 +191,54 @@ def _relay_here() -> Any:
     return Relay.options(scheduling_strategy=here).remote()
 
 
-def _run(trainer: TorchTrainer, relay: Any) -> None:
-    try:
-        _in_thread(trainer.fit)
-    except TrainingFailedError as error:
-        if isinstance(error, ControllerError) and isinstance(error.controller_failure, StillroomError):
-            raise error.controller_failure from None
-        told = ray.get(relay.error.remote())
-        if told is not None:
-            raise told from None
-        raise TrainingError(
-            "training failed",
-            got=_cause(error),
-            next_step="run the command again: it goes on from the last checkpoint; ray.max_failures restarts by itself",
-        ) from error
+def _trainer(config: Config, relay: Any, folder: Path) -> TorchTrainer:
+    assert config.run is not None
+    run_url = config.run.url
+
+    def warn(text: str) -> None:
+        relay.push.remote({"kind": "warning", "run": run_url, "text": text})
+
+    return TorchTrainer(
+        _worker,
+        train_loop_config={"config": config.model_dump_json(exclude_unset=True), "relay": relay},
+        torch_config=TorchConfig(backend="nccl" if config.ray.use_gpu else "gloo"),
+        scaling_config=scaling(config.ray),
+        run_config=RunConfig(
+            # Ray Train resumes a name it knows; recovery is ours, so every fit has a name of its own.
+            name=f"stillroom-{uuid.uuid4().hex[:8]}",
+            storage_path=str(folder),
+            failure_config=FailureConfig(max_failures=config.ray.max_failures),
+            callbacks=[Placement(config.ray, warn)],
+        ),
+    )
+
+
+def _run(trainer: Callable[[], TorchTrainer], relay: Any, max_failures: int) -> None:
+    """Fits to the end. Ray Train starts lost workers anew, but those that it loses while they start it takes for a
+    failure of its own, and ends: these are started anew here."""
+    failures = 0
+    while True:
+        try:
+            _in_thread(trainer().fit)
+            break
+        except TrainingFailedError as error:
+            failure = error.controller_failure if isinstance(error, ControllerError) else None
+            if isinstance(failure, StillroomError):
+                raise failure from None
+            failures += 1
+            if not isinstance(failure, RayActorError) or failures > max_failures:
+                _explain(error, relay)
+
+
+def _explain(error: TrainingFailedError, relay: Any) -> NoReturn:
+    told = ray.get(relay.error.remote())
+    if told is not None:
+        raise told from None
+    raise TrainingError(
+        "training failed",
+        got=_cause(error),
+        next_step="run the command again: it goes on from the last checkpoint; ray.max_failures restarts by itself",
+    ) from error
 
 
 def _in_thread(work: Callable[[], object]) -> None:

@@ -150,9 +150,9 @@ def losses(folder: Path) -> list[float]:
 def test_a_training_shrinks_and_grows_with_its_nodes_and_computes_what_one_process_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two ranks on two nodes; one node is lost; another one is added. Every node fetches every shard once."""
-    names = ["head", "first", "second", "cloud", "alone", "nodes"]
-    head_folder, _, _, cloud, _, run = (tmp_path / name for name in names)
+    """Two ranks on two nodes; one node is lost; another one is added. No node fetches a shard twice."""
+    names = ("head", "first", "second", "cloud", "nodes")
+    head_folder, first_folder, second_folder, cloud, run = (tmp_path / name for name in names)
     for folder in (head_folder, cloud, run):
         folder.mkdir()
     pack_shards(digit_samples(400), f"{cloud}/digits-%02d.tar", shard_size=80)
@@ -165,17 +165,18 @@ def test_a_training_shrinks_and_grows_with_its_nodes_and_computes_what_one_proce
     with ExitStack() as stack:
         url, fetched = stack.enter_context(served(cloud))
         head = stack.enter_context(head_node(head_folder, num_cpus=1))
-        first = stack.enter_context(worker_node(head, tmp_path / "first"))
+        first = stack.enter_context(worker_node(head, first_folder))
         for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_USAGE_STATS_ENABLED"):
             monkeypatch.setenv(name, head.env[name])
-        ray = {"address": head.address, "num_workers": 2, "min_workers": 1, "max_failures": 1, "resize_every_s": 1}
+        # Beside the lost node, Ray 2.60 itself sometimes removes workers that start on a busy machine.
+        ray = {"address": head.address, "num_workers": 2, "min_workers": 1, "max_failures": 4, "resize_every_s": 1}
         config = write(tmp_path / "nodes.yaml", config_of(tmp_path, "nodes", f"{url}/digits-{{00..04}}.tar", **ray))
         (run / "gate").touch()
         driver = start("train_student", config)
         wait_for(lambda: steps_at(run) >= 8, driver, config)
         lose(first)
         wait_for(lambda: len(worlds(run)) == 3, driver, config)
-        stack.enter_context(worker_node(head, tmp_path / "second"))
+        stack.enter_context(worker_node(head, second_folder))
         wait_for(lambda: len(worlds(run)) == 5, driver, config)
         (run / "gate").unlink()
         assert driver.wait(_TIMEOUT_S) == 0, said(config)
@@ -186,8 +187,7 @@ def test_a_training_shrinks_and_grows_with_its_nodes_and_computes_what_one_proce
     assert sorted(groups[3:]) == [("2", "head"), ("2", "second")]
     assert "1 of 2 workers run" in said(config)
     assert losses(run) == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
-    kept = {
-        name: [path.name.split("-", 1)[1] for path in (tmp_path / name).glob("stillroom-*/*.tar")] for name in names[:3]
-    }
-    assert {name: sorted(files) for name, files in kept.items()} == {name: sorted(fetched) for name in names[:3]}
-    assert set(fetched.values()) == {3}
+    kept = [path.name for node in (head_folder, first_folder, second_folder) for path in node.glob("stillroom-*/*.tar")]
+    # A name begins with a digest of what the file is a copy of.
+    assert Counter(name.partition("-")[2] for name in kept) == fetched
+    assert sorted(fetched) == [f"digits-0{number}.tar" for number in range(5)]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import ray
+from ray.exceptions import ActorDiedError
+from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.controller.state import RestartingState, RunningState, SchedulingState
 from ray.train.v2._internal.execution.scaling_policy import ResizeDecision
-from ray.train.v2.api.exceptions import WorkerGroupError
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from ray.util import placement_group, remove_placement_group
 
-from jobs.train_student import train_student
+from jobs.train_student import Relay, _run, train_student
 from jobs.worker_group import Placement, room
 from pipeline.errors import ResourceError, TrainingError
 from schemas.config import RayConfig
@@ -64,6 +66,28 @@ def test_workers_that_have_run_and_find_no_place_again_may_be_started_again_as_t
     assert said[0] == "6 of 8 workers run: there is no room for more"
     assert "for room for 5 x 1 CPU; there is room for 4 where nothing else runs" in said[1]
     assert len(said) == 2
+
+
+class Failing:
+    """What of Ray Train its users see where workers die while they start, so many times."""
+
+    def __init__(self, times: int) -> None:
+        self.times, self.fits = times, 0
+
+    def fit(self) -> None:
+        self.fits += 1
+        if self.fits <= self.times:
+            raise ControllerError(ActorDiedError())
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_workers_that_die_while_they_start_are_started_anew_as_often_as_others() -> None:
+    relay = Relay.remote()
+    twice = Failing(2)
+    _run(lambda: cast(TorchTrainer, twice), relay, max_failures=2)
+    assert twice.fits == 3
+    with pytest.raises(TrainingError, match="training failed"):
+        _run(lambda: cast(TorchTrainer, Failing(2)), relay, max_failures=0)
 
 
 def test_more_workers_at_the_least_than_at_the_most_are_refused() -> None:
