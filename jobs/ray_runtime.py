@@ -7,7 +7,7 @@ import os
 import platform
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import ray
@@ -122,17 +122,22 @@ def _times(num: int, needed: dict[str, float]) -> str:
 
 def _shapes(needed: dict[str, float]) -> str:
     """What the nodes have of it, equal ones together."""
-    shapes = Counter(amounts({name: node.get(name, 0) for name in needed}) for node in _nodes())
+    shapes = Counter(amounts({name: node.get(name, 0) for name in needed}) for node in living_nodes())
     return "; ".join(f"{count} node{'s' if count > 1 else ''} with {shape}" for shape, count in shapes.most_common())
 
 
 def slots(resources: dict[str, float]) -> int:
-    """How many tasks with these resources the nodes that are there run at once: halves on two nodes make no whole."""
+    """How many tasks with these resources the nodes that are there run at once."""
+    return room(living_nodes(), resources)
+
+
+def room(nodes: Sequence[Mapping[str, float]], resources: Mapping[str, float]) -> int:
+    """How many tasks or workers fit on nodes of these resources: halves on two nodes make no whole."""
     # Ray counts in ten-thousandths; 1 // 0.1 is 9.
-    return sum(min(int(node.get(name, 0) / amount + 1e-6) for name, amount in resources.items()) for node in _nodes())
+    return sum(min(int(node.get(name, 0) / amount + 1e-6) for name, amount in resources.items()) for node in nodes)
 
 
-def _nodes() -> list[dict[str, float]]:
+def living_nodes() -> list[dict[str, float]]:
     """What each node has that is alive, used or not."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 

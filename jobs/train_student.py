@@ -7,13 +7,15 @@ import threading
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import ray
 import torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
+from ray.exceptions import RayActorError
+from ray.train import FailureConfig, RunConfig, get_context
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
-from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.entry import config_command
 from jobs.index_shards import index_shards
@@ -21,6 +23,7 @@ from jobs.log import tell
 from jobs.paths import with_absolute_paths
 from jobs.ray_runtime import cluster, node_name, require_resources
 from jobs.training_view import TrainingView, run_name
+from jobs.worker_group import Placement, fewest, keys_of, per_worker, scaling
 from pipeline import storage
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, InputError, StillroomError, TrainingError
@@ -126,52 +129,81 @@ def _worker(arguments: dict[str, Any]) -> None:
 
 
 def _fit(config: Config) -> dict[str, Any]:
-    ray_config = config.ray
-    per_worker = {"CPU": float(ray_config.cpus_per_worker), **({"GPU": 1.0} if ray_config.use_gpu else {})}
-    require_resources(
-        per_worker,
-        num=ray_config.num_workers,
-        wait_s=ray_config.wait_s,
-        what=f"training with {ray_config.num_workers} workers",
-        where=f"ray.num_workers={ray_config.num_workers}, ray.cpus_per_worker={ray_config.cpus_per_worker}, "
-        f"ray.use_gpu={ray_config.use_gpu}",
-    )
-    relay = Relay.remote()
-    with tempfile.TemporaryDirectory(prefix="stillroom-ray-", ignore_cleanup_errors=True) as folder:
-        trainer = TorchTrainer(
-            _worker,
-            train_loop_config={"config": config.model_dump_json(exclude_unset=True), "relay": relay},
-            torch_config=TorchConfig(backend="nccl" if ray_config.use_gpu else "gloo"),
-            scaling_config=ScalingConfig(
-                num_workers=ray_config.num_workers, use_gpu=ray_config.use_gpu, resources_per_worker=per_worker
-            ),
-            run_config=RunConfig(
-                # Ray Train resumes a name it knows; recovery is ours, so every fit has a name of its own.
-                name=f"stillroom-{uuid.uuid4().hex[:8]}",
-                storage_path=str(Path(folder)),
-                failure_config=FailureConfig(max_failures=ray_config.max_failures),
-            ),
-        )
-        with TrainingView(config) as view, _Watch(relay, view):
-            _run(trainer, relay)
     assert config.run is not None
+    ray_config = config.ray
+    require_resources(
+        per_worker(ray_config),
+        num=fewest(ray_config),
+        wait_s=ray_config.wait_s,
+        what=f"training with {fewest(ray_config)} workers",
+        where=keys_of(ray_config),
+    )
+    relay = _relay_here()
+    with (
+        tempfile.TemporaryDirectory(prefix="stillroom-ray-", ignore_cleanup_errors=True) as folder,
+        TrainingView(config) as view,
+        _Watch(relay, view),
+    ):
+        _run(lambda: _trainer(config, relay, Path(folder)), relay, ray_config.max_failures)
     summary = read_summary(config.run.url)
     assert summary is not None, "a training that ended without error has written its summary"
     return summary
 
 
-def _run(trainer: TorchTrainer, relay: Any) -> None:
-    try:
-        _in_thread(trainer.fit)
-    except TrainingFailedError as error:
-        told = ray.get(relay.error.remote())
-        if told is not None:
-            raise told from None
-        raise TrainingError(
-            "training failed",
-            got=_cause(error),
-            next_step="run the command again: it goes on from the last checkpoint; ray.max_failures restarts by itself",
-        ) from error
+def _relay_here() -> Any:
+    """On the driver's node: any other one may be taken away."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return Relay.options(scheduling_strategy=here).remote()
+
+
+def _trainer(config: Config, relay: Any, folder: Path) -> TorchTrainer:
+    assert config.run is not None
+    run_url = config.run.url
+
+    def warn(text: str) -> None:
+        relay.push.remote({"kind": "warning", "run": run_url, "text": text})
+
+    return TorchTrainer(
+        _worker,
+        train_loop_config={"config": config.model_dump_json(exclude_unset=True), "relay": relay},
+        torch_config=TorchConfig(backend="nccl" if config.ray.use_gpu else "gloo"),
+        scaling_config=scaling(config.ray),
+        run_config=RunConfig(
+            # Ray Train resumes a name it knows; recovery is ours, so every fit has a name of its own.
+            name=f"stillroom-{uuid.uuid4().hex[:8]}",
+            storage_path=str(folder),
+            failure_config=FailureConfig(max_failures=config.ray.max_failures),
+            callbacks=[Placement(config.ray, warn)],
+        ),
+    )
+
+
+def _run(trainer: Callable[[], TorchTrainer], relay: Any, max_failures: int) -> None:
+    """Fits to the end. Ray Train starts lost workers anew, but those that it loses while they start it takes for a
+    failure of its own, and ends: these are started anew here."""
+    failures = 0
+    while True:
+        try:
+            _in_thread(trainer().fit)
+            break
+        except TrainingFailedError as error:
+            failure = error.controller_failure if isinstance(error, ControllerError) else None
+            if isinstance(failure, StillroomError):
+                raise failure from None
+            failures += 1
+            if not isinstance(failure, RayActorError) or failures > max_failures:
+                _explain(error, relay)
+
+
+def _explain(error: TrainingFailedError, relay: Any) -> NoReturn:
+    told = ray.get(relay.error.remote())
+    if told is not None:
+        raise told from None
+    raise TrainingError(
+        "training failed",
+        got=_cause(error),
+        next_step="run the command again: it goes on from the last checkpoint; ray.max_failures restarts by itself",
+    ) from error
 
 
 def _in_thread(work: Callable[[], object]) -> None:

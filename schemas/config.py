@@ -490,6 +490,8 @@ class RayConfig(Section):
         3, ge=0, description="Per part, for crashed workers and failing storage; five times as many for lost nodes."
     )
     num_workers: int = Field(1, ge=1, description="DDP world size.")
+    min_workers: int | None = Field(None, ge=1, description="The smallest world to go on in; null: num_workers.")
+    resize_every_s: float = Field(300, gt=0, description="Seconds between looks for room for more workers.")
     cpus_per_worker: int = Field(1, ge=1, description="CPUs of one DDP worker.")
     use_gpu: bool = Field(False, description="One GPU per DDP worker, NCCL; else gloo.")
     max_failures: int = Field(0, ge=0, description="Restarts of a training whose worker died.")
@@ -513,6 +515,12 @@ class RayConfig(Section):
             if not (0.0001 <= amount <= 1 or (amount >= 1 and amount == int(amount))):
                 raise ValueError(f"{name} is {amount:g}; wanted 0.0001 to 1, or a whole number")
         return resources
+
+    @model_validator(mode="after")
+    def _check_workers(self) -> RayConfig:
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError(f"min_workers is {self.min_workers}; wanted at most num_workers, {self.num_workers}")
+        return self
 
 
 class Config(Section):

@@ -196,7 +196,9 @@ class Trainer:
         self.student, self.spec = _student(config, self.lessons, self.loss)
         lay_out(self.student.train(), world.device)
         freeze(self.student.model.network, config.train.freeze)
-        _check_batches(self.order, self.student, world.size, config.train.accumulate)
+        # Where workers come and go, a batch that is too small for all of them is refused before the first is lost.
+        most_ranks = max(world.size, config.ray.num_workers)
+        _check_batches(self.order, self.student, most_ranks, config.train.accumulate)
         if config.train.compile:
             check_compiler(world.device)
         self.updater = Updater(self.student, config.train, total_steps=self.total_steps, device=world.device)

@@ -89,7 +89,7 @@ def head_node(folder: Path, *, num_cpus: int, node_types: dict[str, Any] | None 
             _wait_for(dashboard_port, process)
             yield HeadNode(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard_port}", env, process.pid)
         finally:
-            _end(process)
+            end_session(process)
 
 
 def _autoscaler(node_types: dict[str, Any], *, gcs_address: str) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def _wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
     raise TimeoutError(f"no dashboard on port {port} after {_START_TIMEOUT_S} s")
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def end_session(process: subprocess.Popen[bytes]) -> None:
     """Ray's workers are process groups of their own, but they stay in the session that ``start_new_session`` made."""
     members = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
     with _gone():

@@ -324,6 +324,16 @@ def test_a_refused_config_leaves_no_run_behind(replays: Replay, tmp_path: Path) 
     run(run_config(base, tmp_path))
 
 
+def test_a_batch_too_small_for_the_ranks_that_may_join_later_is_refused_at_the_start(
+    replays: Replay, tmp_path: Path
+) -> None:
+    ranks = {"num_workers": 2, "min_workers": 1}
+    config = run_config(replays("crop").config, tmp_path, student=NORMALISED, train={"global_batch_size": 8}, ray=ranks)
+    with pytest.raises(ConfigError, match="BatchNorm") as caught:
+        train(config)
+    assert caught.value.got == "1 of its 3 rows, over 2 ranks"
+
+
 def test_one_row_is_enough_for_a_student_without_batchnorm(replays: Replay, tmp_path: Path) -> None:
     run(run_config(replays("crop").config, tmp_path, train={"global_batch_size": 34}))
     assert len(losses(tmp_path)) == 4

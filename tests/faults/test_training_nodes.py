@@ -1,0 +1,193 @@
+"""A training over nodes that are lost and added while it runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import psutil
+import pytest
+
+from jobs.index_shards import index_shards
+from jobs.train_student import train_student
+from pipeline.shards.write import pack_shards
+from pipeline.student import checkpoint
+from schemas.config import Config
+from tests.faults.test_kills import said, start, write
+from tests.jobs.clusters import HeadNode, end_session, free_port, head_node
+from tests.pipeline.caches import digit_samples
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+_TIMEOUT_S = 120
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[tuple[str, Counter[str]]]:
+    """The folder's URL, and how often each of its files was fetched as a whole."""
+    fetched: Counter[str] = Counter()
+
+    class Handler(SimpleHTTPRequestHandler):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments, directory=str(folder))
+
+        def do_GET(self) -> None:
+            wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+            if wanted is None:
+                fetched[self.path.lstrip("/")] += 1
+                super().do_GET()
+                return
+            data = Path(self.translate_path(self.path)).read_bytes()[int(wanted[1]) : int(wanted[2]) + 1]
+            self.send_response(206)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}", fetched
+        finally:
+            server.shutdown()
+
+
+@contextmanager
+def worker_node(head: HeadNode, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A node of one CPU in a session of its own; what its workers keep lies in the folder."""
+    folder.mkdir()
+    options = [
+        f"--address={head.address}",
+        "--node-ip-address=127.0.0.1",
+        "--num-cpus=1",
+        # Those of the nodes' ports that Ray does not draw by itself are one machine's.
+        f"--dashboard-agent-listen-port={free_port()}",
+        "--min-worker-port=0",
+        "--max-worker-port=0",
+        "--include-log-monitor=false",
+    ]
+    command = [Path(sys.executable).parent / "ray", "start", "--block", *options]
+    env = {**head.env, "TMPDIR": str(folder)}
+    with (folder / "ray.log").open("wb") as log:
+        process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                end_session(process)
+
+
+def lose(node: subprocess.Popen[bytes]) -> None:
+    """The machine is gone at once, without a word."""
+    for found in psutil.process_iter():
+        with suppress(ProcessLookupError, psutil.NoSuchProcess):
+            if os.getsid(found.pid) == node.pid:
+                found.kill()
+    node.wait()
+
+
+def config_of(folder: Path, name: str, shards: str, **ray: Any) -> dict[str, Any]:
+    """300 steps of a student that computes each row alone, so that any number of ranks computes the same."""
+    network = {"model": "python:tests.faults.gated:Gated", "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+    return {
+        "data": {"shards": shards, "index": str(folder / "index"), "num_classes": 10},
+        "teacher": {"mode": "none"},
+        "views": {"kind": "crop", "size": 16},
+        "student": {**network, "kwargs": {"folder": str(folder / name)}},
+        "loss": [{"name": "ce"}],
+        "train": {"epochs": 30, "global_batch_size": 40, "lr": 0.01, "checkpoint_every_steps": 4},
+        "run": {"url": str(folder / name / "run")},
+        "ray": ray,
+    }
+
+
+def train_alone(config: dict[str, Any]) -> None:
+    checked = Config.model_validate(config)
+    assert checked.data.index is not None
+    index_shards(checked, checked.data.index)
+    train_student(checked)
+
+
+def wait_for(what: Callable[[], bool], driver: subprocess.Popen[bytes], config: Path) -> None:
+    deadline = time.monotonic() + _TIMEOUT_S
+    while not what():
+        assert time.monotonic() < deadline, said(config)
+        assert driver.poll() is None, said(config)
+        time.sleep(0.1)
+
+
+def worlds(folder: Path) -> list[tuple[str, str]]:
+    """Number of ranks, and node, of each process that has begun to learn."""
+    log = folder / "worlds"
+    lines = log.read_text().splitlines() if log.exists() else []
+    return [(size, Path(node).name) for size, node in map(str.split, lines)]
+
+
+def steps_at(folder: Path) -> int:
+    state = checkpoint.load(str(folder / "run"), checkpoint.LAST)
+    return 0 if state is None else state["step"]
+
+
+def losses(folder: Path) -> list[float]:
+    records = [json.loads(line) for line in (folder / "run" / checkpoint.METRICS).read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(300))
+    return [record["loss"] for record in records]
+
+
+@pytest.mark.timeout(600)
+def test_a_training_shrinks_and_grows_with_its_nodes_and_computes_what_one_process_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks on two nodes; one node is lost; another one is added. No node fetches a shard twice."""
+    names = ("head", "first", "second", "cloud", "nodes")
+    head_folder, first_folder, second_folder, cloud, run = (tmp_path / name for name in names)
+    for folder in (head_folder, cloud, run):
+        folder.mkdir()
+    pack_shards(digit_samples(400), f"{cloud}/digits-%02d.tar", shard_size=80)
+    train_alone(config_of(tmp_path, "alone", f"{cloud}/digits-{{00..04}}.tar", address="none"))
+
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))
+    # Ray's own sockets need short names.
+    monkeypatch.setenv("RAY_TMPDIR", tempfile.gettempdir())
+    monkeypatch.setenv("TMPDIR", str(head_folder))
+    with ExitStack() as stack:
+        url, fetched = stack.enter_context(served(cloud))
+        head = stack.enter_context(head_node(head_folder, num_cpus=1))
+        first = stack.enter_context(worker_node(head, first_folder))
+        for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_USAGE_STATS_ENABLED"):
+            monkeypatch.setenv(name, head.env[name])
+        # Beside the lost node, Ray 2.60 itself sometimes removes workers that start on a busy machine.
+        ray = {"address": head.address, "num_workers": 2, "min_workers": 1, "max_failures": 4, "resize_every_s": 1}
+        config = write(tmp_path / "nodes.yaml", config_of(tmp_path, "nodes", f"{url}/digits-{{00..04}}.tar", **ray))
+        (run / "gate").touch()
+        driver = start("train_student", config)
+        wait_for(lambda: steps_at(run) >= 8, driver, config)
+        lose(first)
+        wait_for(lambda: len(worlds(run)) == 3, driver, config)
+        stack.enter_context(worker_node(head, second_folder))
+        wait_for(lambda: len(worlds(run)) == 5, driver, config)
+        (run / "gate").unlink()
+        assert driver.wait(_TIMEOUT_S) == 0, said(config)
+
+    groups = worlds(run)
+    assert sorted(groups[:2]) == [("2", "first"), ("2", "head")]
+    assert groups[2] == ("1", "head")
+    assert sorted(groups[3:]) == [("2", "head"), ("2", "second")]
+    assert "1 of 2 workers run" in said(config)
+    assert losses(run) == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
+    kept = [path.name for node in (head_folder, first_folder, second_folder) for path in node.glob("stillroom-*/*.tar")]
+    # A name begins with a digest of what the file is a copy of.
+    assert Counter(name.partition("-")[2] for name in kept) == fetched
+    assert sorted(fetched) == [f"digits-0{number}.tar" for number in range(5)]
