@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 
 from pipeline.errors import StillroomError
+from pipeline.redaction import redact_text
 
 INTERRUPTED = 130
 
@@ -23,7 +24,8 @@ def run_command(command: Callable[[], None], *, resume: str | None = None) -> in
     except KeyboardInterrupt:
         print("interrupted; what is committed stays", file=sys.stderr)
         if resume is not None:
-            print(f"resume with: {resume}", file=sys.stderr)
+            # An override may hold a signed URL, and job logs are kept.
+            print(f"resume with: {redact_text(resume)}", file=sys.stderr)
         return INTERRUPTED
     return 0
 
