@@ -18,8 +18,6 @@ import fsspec
 import pytest
 import tenacity
 from fsspec.asyn import AsyncFileSystem
-from hypothesis import given
-from hypothesis import strategies as st
 from s3fs.errors import translate_boto_error
 
 from pipeline import storage
