@@ -155,9 +155,8 @@ def _worker(arguments: dict[str, Any]) -> None:
         raise fatal
     context = get_context()
     world = World(context.get_world_rank(), context.get_world_size(), get_device())
-    config = Config.model_validate_json(ray.get(arguments["config"]))
     try:
-        train(config, world, report=lambda event: relay.push.remote(event))
+        train(Config.model_validate_json(arguments["config"]), world, report=lambda event: relay.push.remote(event))
     except StillroomError as error:
         ray.get(relay.fail.remote(error))
         raise
@@ -176,8 +175,7 @@ def _fit(config: Config) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="stillroom-ray-", ignore_cleanup_errors=True) as folder:
         trainer = TorchTrainer(
             _worker,
-            # By reference: Ray Train shows what stands here, and URLs of a config may hold credentials.
-            train_loop_config={"config": ray.put(config.model_dump_json(exclude_unset=True)), "relay": relay},
+            train_loop_config={"config": config.model_dump_json(exclude_unset=True), "relay": relay},
             torch_config=TorchConfig(backend="nccl" if ray_config.use_gpu else "gloo"),
             scaling_config=ScalingConfig(
                 num_workers=ray_config.num_workers, use_gpu=ray_config.use_gpu, resources_per_worker=per_worker

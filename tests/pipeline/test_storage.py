@@ -66,6 +66,12 @@ def test_allowed_urls_have_a_protocol(url: str, name: str) -> None:
 REFUSED = [
     "pipe:cat /etc/passwd",
     "PIPE:cat x",
+    "cmd:x",
+    "python:os:system",
+    "github://owner:name@/a",
+    " s3://bucket/a",
+    "\uff53\uff13://bucket/a",
+    "filecache::s3://bucket/a",
     "pipe://cat x",
     "simplecache::s3://bucket/a",
     "zip://a.jpg::s3://bucket/a.zip",

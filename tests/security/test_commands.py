@@ -12,21 +12,22 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import torch
 import yaml
+from pydantic import BaseModel
 
 from jobs import distill
 from jobs.entry import run_command
 from jobs.evaluate import evaluate
 from pipeline.models import load_model
-from schemas.config import ModelConfig
+from schemas.config import Config, ModelConfig
 from tests.jobs.conftest import NETWORK, Tree
-from tests.jobs.guarded_http import SECRET, SIGNATURES, guarded, signed
+from tests.security.guarded_http import SECRET, SIGNATURES, guarded, signed
 
 
 def with_a_secret(folder: Path) -> list[str]:
@@ -92,15 +93,45 @@ def test_passwords_and_signatures_of_urls_are_in_no_file_no_message_and_no_log(
     assert with_a_secret(tmp_path) == [str(documents / "config.yaml")]
 
 
-@pytest.mark.parametrize("url", ["pipe:touch {made}", "pipe://touch {made}", "simplecache::file://{made}", "ftp://h/a"])
-@pytest.mark.parametrize(
-    "key",
-    [
-        *("data.shards", "data.val_shards", "data.cache", "data.index", "data.local_dir", "run.url"),
-        *("cache.url", "cache.class_means", "teacher.weights", "student.weights", "teacher.class_means"),
-        *("teacher.others.0.weights", "teacher.others.0.class_means"),
-    ],
+URL_KEYS = (
+    *("data.shards", "data.val_shards", "data.cache", "data.index", "data.local_dir", "run.url"),
+    *("cache.url", "cache.class_means", "teacher.weights", "student.weights", "teacher.class_means"),
+    *("teacher.others.0.weights", "teacher.others.0.class_means"),
 )
+# Any text that is no URL: names of models, layers, members of a tar and encodings; and Ray's own address.
+OTHER_TEXTS = {
+    *("data.image", "data.label", "teacher.model", "teacher.sha256", "student.model", "student.sha256"),
+    *("teacher.others.0.model", "teacher.others.0.sha256", "cache.logits", "ray.address"),
+    *("train.freeze", "loss.0.student_layers", "loss.0.teacher_layers"),
+}
+
+
+def free_texts(model: type[BaseModel], prefix: str) -> Iterator[str]:
+    """Keys below a section whose value may be any text, also one of a list."""
+    for name, field in model.model_fields.items():
+        kinds = list(kinds_of(field.annotation))
+        if str in kinds:
+            yield f"{prefix}{name}"
+        position = ".0" if tuple in [get_origin(kind) for kind in kinds] else ""
+        for inner in kinds:
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                yield from free_texts(inner, f"{prefix}{name}{position}.")
+
+
+def kinds_of(annotation: Any) -> Iterator[Any]:
+    yield annotation
+    if get_origin(annotation) is not Literal:
+        for inner in get_args(annotation):
+            yield from kinds_of(inner)
+
+
+def test_every_key_of_free_text_is_known_to_be_a_url_or_none() -> None:
+    found = {key for key in free_texts(Config, "") if not key.endswith(".kwargs")}
+    assert found == {*URL_KEYS, *OTHER_TEXTS}
+
+
+@pytest.mark.parametrize("url", ["pipe:touch {made}", "pipe://touch {made}", "simplecache::file://{made}", "ftp://h/a"])
+@pytest.mark.parametrize("key", URL_KEYS)
 def test_every_key_that_holds_a_url_refuses_commands_and_chains_and_other_protocols(
     key: str, url: str, tree: Tree, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,7 +196,7 @@ def test_no_command_unpickles_data_starts_a_program_or_writes_elsewhere_whatever
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     (tmp_path / "control.pickle").write_bytes(pickle.dumps(collections.OrderedDict))
     done = subprocess.run(
-        [sys.executable, "-m", "tests.jobs.audited", "config.yaml", "run", shard, "control.pickle"],
+        [sys.executable, "-m", "tests.security.audited", "config.yaml", "run", shard, "control.pickle"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "TMPDIR": str(scratch)},
         capture_output=True,

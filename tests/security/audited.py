@@ -1,7 +1,7 @@
 """Commands in a process that notes what Python itself reports of them: code out of pickles, commands, written files.
 
-``python -m tests.jobs.audited CONFIG RUN SHARD PICKLE``: a build and a training, a verification, an evaluation and an
-export; then, as a control, a pickle and a command. Prints both lists as JSON.
+``python -m tests.security.audited CONFIG RUN SHARD PICKLE``: a build and a training, a verification, an evaluation and
+an export; then, as a control, a pickle and a command. Prints both lists as JSON.
 """
 
 from __future__ import annotations
