@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from jobs.log import tell
 from pipeline.errors import StillroomError
+from pipeline.redaction import redact_text
 
 INTERRUPTED = 130
 
@@ -25,7 +26,8 @@ def run_command(command: Callable[[], None], *, resume: str | None = None) -> in
     except KeyboardInterrupt:
         tell("interrupted; what is committed stays", event="interrupted", level=logging.WARNING)
         if resume is not None:
-            tell(f"resume with: {resume}", event="resume")
+            # An override may hold a signed URL, and job logs are kept.
+            tell(f"resume with: {redact_text(resume)}", event="resume")
         return INTERRUPTED
     return 0
 

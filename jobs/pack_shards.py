@@ -33,7 +33,7 @@ def _read_classes(url: str) -> Mapping[str, int]:
     try:
         classes = json.loads(storage.read(url))
         fits = sorted(classes.values()) == list(range(len(classes)))
-    except (ValueError, AttributeError, TypeError):
+    except (ValueError, RecursionError, AttributeError, TypeError):
         classes, fits = {}, False
     if not fits:
         raise ShardError(

@@ -192,7 +192,7 @@ def _check_overrides(overrides: Sequence[str]) -> None:
             raise ConfigError(
                 "an override with a credential or query in its URL would be shown by the cluster",
                 where=f"override {key}",
-                next_step=f"write {key}: ${{oc.env:NAME}} into the config, and add --env NAME",
+                next_step=f"write {key}: ${{oc.env:NAME}} into the config, and set NAME on the nodes (or --env NAME)",
             )
 
 
@@ -225,6 +225,9 @@ def _describe(asked: Submission, found: WorkingDir, config: Config) -> None:
     if found.left_out:
         names = ", ".join(str(path.relative_to(found.folder)) for path in found.left_out)
         say(f"left out, being links to folders or no files: {names}")
+    if asked.env:
+        names = ", ".join(asked.env)
+        say(f"Ray keeps these values with the job and logs them on its nodes, so give it no credentials: {names}")
     keys = [
         key.removesuffix("_url")
         for key in (*_INPUTS, *_OUTPUTS[asked.command])

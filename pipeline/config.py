@@ -16,11 +16,15 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from pipeline.errors import ConfigError, StorageInputError
-from pipeline.storage import read, redact
+from pipeline.redaction import redact, redact_text
+from pipeline.storage import read
 from schemas.config import Config
 
 KeyPath = tuple[str | int, ...]
 _ECHO_LENGTH = 60
+MAX_CONFIG_BYTES = 1 << 20
+# Of a document with its aliases followed: each may name a list that names others, which doubles it line by line.
+_MAX_NODES = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +50,18 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
     """
     where = redact(source)
     text = _read_text(source)
-    places = _key_lines(text, where)
-    document = _parse(text, where)
-    for override in overrides:
-        path = _apply(document, override, where)
-        places = {known: place for known, place in places.items() if not _is_inside(known, path)}
-        places[path] = f"override {_echo(override)}"
-    return _validate(_resolve(document, where), where=where, places=places)
+    try:
+        places = _key_lines(text, where)
+        document = _parse(text, where)
+        for override in overrides:
+            path = _apply(document, override, where)
+            places = {known: place for known, place in places.items() if not _is_inside(known, path)}
+            places[path] = f"override {_echo(override)}"
+        return _validate(_resolve(document, where), where=where, places=places)
+    except RecursionError as error:
+        raise ConfigError(
+            "this config is nested too deeply, or an alias in it stands inside of what it names", where=where
+        ) from error
 
 
 def build_config(tree: Mapping[str, Any], *, where: str) -> Config:
@@ -100,7 +109,7 @@ def _description(key: str) -> str:
 
 def _read_text(source: str) -> str:
     try:
-        return read(source).decode("utf-8-sig")
+        return read(source, max_bytes=MAX_CONFIG_BYTES).decode("utf-8-sig")
     except StorageInputError as error:
         raise ConfigError(
             "this config cannot be read",
@@ -127,7 +136,24 @@ def _key_lines(text: str, where: str) -> dict[KeyPath, str]:
             got="a list" if isinstance(root, yaml.SequenceNode) else "a single value",
             wanted="sections such as data: {shards: …}",
         )
+    if (num_nodes := _num_nodes(root, {})) > _MAX_NODES:
+        raise ConfigError(
+            "this config is too large once its aliases are followed",
+            where=where,
+            got=f"{num_nodes} keys and values",
+            wanted=f"at most {_MAX_NODES}",
+            next_step="write many shards as one pattern, such as train-{000000..001280}.tar",
+        )
     return dict(_walk(root, ()))
+
+
+def _num_nodes(node: yaml.Node, counted: dict[int, int]) -> int:
+    """Nodes below and with this one, those behind an alias each time that it is used; each is visited once."""
+    if id(node) not in counted:
+        pairs = node.value if isinstance(node, yaml.MappingNode) else ()
+        items = node.value if isinstance(node, yaml.SequenceNode) else (child for pair in pairs for child in pair)
+        counted[id(node)] = 1 + sum(_num_nodes(item, counted) for item in items)
+    return counted[id(node)]
 
 
 def _walk(node: yaml.Node, path: KeyPath) -> Iterator[tuple[KeyPath, str]]:
@@ -302,7 +328,7 @@ def _describe(value: Any) -> str:
 
 def _echo(value: object) -> str:
     """A value fit for a message: short, and without the credentials that a URL may carry."""
-    text = repr(redact(value)) if isinstance(value, str) else str(value)
+    text = repr(redact_text(value)) if isinstance(value, str) else str(value)
     return text if len(text) <= _ECHO_LENGTH else text[: _ECHO_LENGTH - 1] + "…"
 
 

@@ -6,9 +6,11 @@ The exit code travels with the exception, so that a command line, a Ray task and
 
 from __future__ import annotations
 
+from pipeline.redaction import redact_text
+
 
 class StillroomError(Exception):
-    """Base of every error raised on purpose. Its text is the whole message a user sees."""
+    """Base of every error raised on purpose. Its text is the whole message a user sees, without credentials of URLs."""
 
     exit_code: int = 1
 
@@ -34,7 +36,8 @@ class StillroomError(Exception):
         ):
             if value is not None:
                 lines.append(f"  {name + ':':<8}{value}")
-        return "\n".join(lines)
+        # Here, and not only where a message is made: the words of a library or a user may hold a URL too.
+        return redact_text("\n".join(lines))
 
     def __reduce__(self) -> tuple[object, ...]:
         # Keyword-only arguments defeat the default pickling, and these errors cross process borders.

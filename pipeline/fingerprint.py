@@ -44,7 +44,7 @@ def unseal(data: bytes, *, where: str) -> dict[str, Any]:
     try:
         body = json.loads(data)
         intact = isinstance(body, dict) and seal(body) == data
-    except (ValueError, UnicodeDecodeError):
+    except (ValueError, RecursionError):
         body, intact = {}, False
     if not intact:
         raise CacheError(

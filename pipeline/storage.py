@@ -40,6 +40,7 @@ from tenacity import (
 )
 
 from pipeline.errors import PassingStorageError, StillroomError, StorageError, StorageInputError
+from pipeline.redaction import redact
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -129,18 +130,16 @@ def _refused(url: str, *, got: str, next_step: str) -> StorageInputError:
     return StorageInputError("this URL is refused", where=redact(url), got=got, wanted=wanted, next_step=next_step)
 
 
-def redact(url: str) -> str:
-    """The URL without user, password and query, fit for a message or a manifest."""
-    head, sep, tail = url.partition("://")
-    if not sep:
-        return url
-    tail = tail.split("?", 1)[0].split("#", 1)[0]
-    authority, slash, path = tail.partition("/")
-    return f"{head}://{authority.rpartition('@')[2]}{slash}{path}"
-
-
 def join(base: str, *parts: str) -> str:
-    """``base/part/…`` for a path or a URL; the slashes of a bare ``s3://`` stay."""
+    """``base/part/…`` for a path or a URL; the slashes of a bare ``s3://`` stay.
+
+    Raises:
+        StorageInputError: a part leads out of ``base``. Names of files also come from files, whoever wrote those.
+    """
+    if any(name == ".." for part in parts for name in part.split("/")):
+        raise StorageInputError(
+            "this path leads out of its folder", where=redact(base), got="/".join(parts), wanted="no .. in it"
+        )
     head, sep, tail = base.rpartition("://")
     return "/".join([head + sep + tail.rstrip("/"), *parts])
 
@@ -243,7 +242,7 @@ def _translated(error: Exception, url: str, doing: str) -> StorageError | Storag
     of_argument = isinstance(error, ValueError) and origin is not None and _package(origin) in _LIBRARIES
     if not (of_library or of_argument or isinstance(error, OSError)):
         return None
-    got = f"{name}: {_without_secrets(str(error))}"
+    got = f"{name}: {error}"
     if _error_code(error) in _PASSING_CODES:
         return PassingStorageError(f"cannot {doing}", where=where, got=got)
     if of_library and _NO_CREDENTIALS.search(name):
@@ -311,10 +310,6 @@ def _glob_hint(error: Exception, path: str) -> str | None:
     return None
 
 
-def _without_secrets(text: str) -> str:
-    return re.sub(r"\w+://[^\s'\"]+", lambda found: redact(found[0]), text)
-
-
 @_repeated
 def exists(url: str) -> bool:
     """Whether a file is there now; a store that cannot tell is an error, never an absent file."""
@@ -365,11 +360,23 @@ def _file_size(filesystem: Any, path: str) -> int:
 
 
 @_repeated
-def read(url: str) -> bytes:
-    """The whole object."""
+def read(url: str, *, max_bytes: int | None = None) -> bytes:
+    """The whole object.
+
+    Raises:
+        StorageInputError: it is larger than ``max_bytes``.
+    """
     filesystem, path = _filesystem(url)
     with _told(url, "read"):
         try:
+            # Asked before: what a person mistypes, or a server makes up, may be larger than memory.
+            if max_bytes is not None and (size_bytes := int(filesystem.info(path)["size"] or 0)) > max_bytes:
+                raise StorageInputError(
+                    "this file is too large for what it should be",
+                    where=redact(url),
+                    got=f"{size_bytes} bytes",
+                    wanted=f"at most {max_bytes} bytes",
+                )
             return bytes(filesystem.cat_file(path))
         except FileNotFoundError:
             # An object store has no folders, and calls a prefix missing.

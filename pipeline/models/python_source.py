@@ -1,8 +1,14 @@
-"""``python:module:factory``: the user's own network, called as ``factory(num_classes=K, **kwargs) -> nn.Module``."""
+"""``python:module:factory``: the user's own network, called as ``factory(num_classes=K, **kwargs) -> nn.Module``.
+
+A config names code and brings none: modules come from where Python finds them, which in a submitted job is its working
+directory and the installed packages. Nothing here adds to that.
+"""
 
 from __future__ import annotations
 
 import importlib
+import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +16,10 @@ from torch import nn
 
 from pipeline.errors import ModelError
 from pipeline.models.source import Built, OwnInput, Request, building, cause, last_layer, refuse_reserved
+
+_NAME = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*:[^\W\d]\w*")
+# Nobody's own networks, and among them functions that run what their arguments name: a command, a file, a repository.
+_NOT_OWN = frozenset({*sys.stdlib_module_names, "torch", "torchvision", "timm"})
 
 
 def build(request: Request) -> Built:
@@ -40,6 +50,7 @@ def build(request: Request) -> Built:
 
 
 def _imported(request: Request) -> Callable[..., Any]:
+    _check_name(request)
     module_name, _, attribute = request.name.partition(":")
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
@@ -49,7 +60,7 @@ def _imported(request: Request) -> Callable[..., Any]:
             where=f"{request.where}.model",
             got=f"{request.config.model}: {cause(error)}",
             wanted="python:package.module:factory",
-            next_step="correct the name, or put the folder that holds the package on PYTHONPATH",
+            next_step="correct the name; install the package, put its folder on PYTHONPATH, or submit it with the job",
         ) from error
     if not callable(factory):
         raise ModelError(
@@ -59,6 +70,23 @@ def _imported(request: Request) -> Callable[..., Any]:
             wanted="factory(num_classes=…, **kwargs) -> torch.nn.Module",
         )
     return factory
+
+
+def _check_name(request: Request) -> None:
+    if _NAME.fullmatch(request.name) is None:
+        raise ModelError(
+            "this is not the name of a factory",
+            where=f"{request.where}.model",
+            got=request.config.model,
+            wanted="python:package.module:factory, names alone",
+        )
+    if request.name.partition(":")[0].partition(".")[0] in _NOT_OWN:
+        raise ModelError(
+            "a python: factory is code of one's own; the standard library and the frameworks are not",
+            where=f"{request.where}.model",
+            got=request.config.model,
+            wanted="timm/NAME or torchvision/NAME for their models, or a factory of your own package",
+        )
 
 
 def _heads(network: nn.Module, request: Request) -> tuple[str, ...]:

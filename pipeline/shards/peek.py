@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pipeline import storage
 from pipeline.errors import ShardError
 from pipeline.shards.index import NO_LABEL
-from pipeline.shards.tar import image_extensions, split_name
+from pipeline.shards.tar import BAD_HEADER, image_extensions, split_name
 from schemas.config import DataConfig
 
 _FIRST_BYTES = 8 << 20
@@ -83,7 +83,7 @@ def _members(head: bytes) -> Iterator[_Seen]:
                         head[info.offset_data : info.offset_data + info.size] if info.size <= _MAX_LABEL_BYTES else b""
                     )
                     yield _Seen(*name, info.offset, text)
-    except (tarfile.TarError, ValueError, OverflowError, LookupError):
+    except BAD_HEADER:
         return
 
 

@@ -24,7 +24,13 @@ from schemas.config import DataConfig
 _NAME = re.compile(r"(?P<key>(?:.*/)?[^.]+)\.(?P<extension>[^/]*)")
 _METADATA = re.compile(r"__[^/]*__($|/)")
 
-_EXTENDED = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+_EXTENDED = (
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+)
+# Of names and times; tarfile reads them whole, whatever they claim to be.
+_MAX_EXTENDED_BYTES = 1 << 20
+_TYPE_AT = 156
 _END_OF_ARCHIVE = 2 * tarfile.BLOCKSIZE
 _CHUNK_BYTES = 1 << 20
 _MAX_LABEL_BYTES = 64
@@ -32,7 +38,7 @@ _MAX_INT32 = 2**31 - 1
 # Sixteen-bit RGBA is the widest pixel of the formats read here; whatever is longer than that holds something else.
 _BYTES_PER_PIXEL, _HEADROOM_BYTES = 8, 1 << 20
 # What tarfile lets through of a header whose checksum is right and whose numbers or records are not.
-_BAD_HEADER = (tarfile.TarError, ValueError, OverflowError, LookupError, RecursionError)
+BAD_HEADER = (tarfile.TarError, ValueError, OverflowError, LookupError, RecursionError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,9 +135,12 @@ class _ShardScan:
     def _members(self, file: IO[bytes]) -> Iterator[_Member]:
         """Where the tar is cut inside a member, that one comes last; ``_is_cut`` is set before."""
         size_bytes = os.fstat(file.fileno()).st_size
+        # The constructor reads the first member.
+        self._check_extended(file, 0)
+        file.seek(0)
         try:
             archive = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape")
-        except _BAD_HEADER as error:
+        except BAD_HEADER as error:
             raise self._error("this is not an uncompressed tar", 0, got=str(error)) from error
         end = 0
         while not self._is_cut and (info := self._next(archive, file, end)) is not None:
@@ -152,9 +161,11 @@ class _ShardScan:
         self._is_cut = True
 
     def _next(self, archive: tarfile.TarFile, file: IO[bytes], end: int) -> tarfile.TarInfo | None:
+        if end:
+            self._check_extended(file, end)
         try:
             info = archive.next()
-        except _BAD_HEADER as error:
+        except BAD_HEADER as error:
             # Extended headers are read one after another; whoever runs out of bytes among them was cut there.
             if file.read(1) or not end:
                 raise self._error("a garbled tar header", end, got=str(error)) from error
@@ -163,6 +174,22 @@ class _ShardScan:
         # tarfile remembers every member it has seen; a million of them is a gigabyte.
         archive.members.clear()  # pyright: ignore[reportAttributeAccessIssue]
         return info
+
+    def _check_extended(self, file: IO[bytes], at: int) -> None:
+        """Refuses the extended headers before the next member where they would fill the memory."""
+        total = 0
+        file.seek(at)
+        while (block := file.read(tarfile.BLOCKSIZE))[_TYPE_AT : _TYPE_AT + 1] in _EXTENDED:
+            size_bytes = _extended_size(block)
+            total += tarfile.BLOCKSIZE + size_bytes
+            if size_bytes < 0 or total > _MAX_EXTENDED_BYTES:
+                raise self._error(
+                    "the extended headers of a member are too large",
+                    at,
+                    got=f"{total} bytes",
+                    wanted=f"at most {_MAX_EXTENDED_BYTES} bytes of names and times",
+                )
+            file.seek(-size_bytes % tarfile.BLOCKSIZE + size_bytes, os.SEEK_CUR)
 
     def _member(self, info: tarfile.TarInfo) -> _Member | None:
         if not info.isreg() or (name := split_name(info.name)) is None:
@@ -258,6 +285,14 @@ class _ShardScan:
             wanted=wanted,
             next_step=next_step or "write or fetch this shard again",
         )
+
+
+def _extended_size(block: bytes) -> int:
+    """Bytes that follow the header; 0 where it is damaged, which tarfile tells."""
+    try:
+        return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape").size
+    except BAD_HEADER:
+        return 0
 
 
 def _outgrows(block: bytes, size_bytes: int) -> bool:

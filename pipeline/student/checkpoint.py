@@ -13,6 +13,7 @@ from pipeline import storage
 from pipeline.errors import CacheError, ConfigError
 from pipeline.fingerprint import differences, seal, unseal
 from pipeline.models.source import cause
+from pipeline.redaction import redact_text
 from schemas.config import Config
 
 CONFIG = "config.json"
@@ -42,10 +43,12 @@ _MAY_CHANGE = {
 def claim_run(run_url: str, config: Config) -> None:
     """Writes the config of a new run, or checks that a begun one goes on with the same. Any rank may be first.
 
+    Credentials in its URLs are not written, and others do not make another run of it.
+
     Raises:
         ConfigError: the run was begun with another config; the difference is spelled out.
     """
-    if not storage.create(storage.join(run_url, CONFIG), seal(config.model_dump(mode="json"))):
+    if not storage.create(storage.join(run_url, CONFIG), seal(_without_credentials(config.model_dump(mode="json")))):
         check_begun(run_url, config)
 
 
@@ -83,7 +86,15 @@ def read_config(run_url: str) -> Config:
 
 
 def _comparable(config: Config) -> dict[str, Any]:
-    return config.model_dump(mode="json", exclude=_MAY_CHANGE)
+    return _without_credentials(config.model_dump(mode="json", exclude=_MAY_CHANGE))
+
+
+def _without_credentials(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_credentials(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_credentials(item) for item in value]
+    return redact_text(value) if isinstance(value, str) else value
 
 
 def pin_manifests(run_url: str, manifests: Sequence[bytes]) -> tuple[bytes, ...]:

@@ -75,6 +75,8 @@ def head_node(folder: Path, *, num_cpus: int, node_types: dict[str, Any] | None 
     options = [
         f"--port={port}",
         f"--dashboard-port={dashboard_port}",
+        # Ray's own is one number for a whole machine; without it, a cluster beside this one takes no jobs.
+        f"--dashboard-agent-listen-port={free_port()}",
         f"--num-cpus={num_cpus}",
         "--include-dashboard=true",
     ]

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -237,8 +238,41 @@ def test_bytes_that_are_not_text_are_refused(yaml_file: Path) -> None:
 
 def test_no_message_shows_the_credentials_of_a_url(yaml_file: Path) -> None:
     secret = "s3://key:secret@bucket/x?token=secret"
-    for text, override in ((f"train: {{lr: '{secret}'}}\n", "train.epochs=1"), ("train: {}\n", f"train.lr={secret}")):
+    for text, override in (
+        (f"train: {{lr: '{secret}'}}\n", "train.epochs=1"),
+        ("train: {}\n", f"train.lr={secret}"),
+        ("train: {}\n", f"train.lr=[s3://a/b,{secret}]"),
+        ("train: {}\n", secret),
+    ):
         assert "secret" not in refusal(yaml_file, text, override)
+
+
+@pytest.mark.parametrize("tag", ["!!python/object/apply:os.mkdir [{}]", "!!python/name:os.mkdir", "!!python/tuple [1]"])
+def test_yaml_makes_plain_values_alone(tag: str, yaml_file: Path, tmp_path: Path) -> None:
+    value = tag.format(tmp_path / "made")
+    for text, override in ((f"data:\n  shards: {value}\n", "train.lr=1"), ("data: {}\n", f"data.shards={value}")):
+        assert "could not determine a constructor for the tag" in refusal(yaml_file, text, override)
+    assert not (tmp_path / "made").exists()
+    if "mkdir [" in tag:
+        yaml.unsafe_load(value)  # the same text is dangerous to a loader that trusts it
+        assert (tmp_path / "made").exists()
+
+
+def test_aliases_that_grow_without_end_are_refused_before_they_are_followed(yaml_file: Path) -> None:
+    levels = "".join(f"    a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]\n" for level in range(1, 60))
+    assert "too large once its aliases" in refusal(yaml_file, f"teacher:\n  kwargs:\n    a0: &a0 [x]\n{levels}")
+
+
+@pytest.mark.parametrize("text", [f"data: {'[' * 2000}{']' * 2000}\n", "data: &here {shards: *here}\n"])
+def test_nesting_without_end_is_refused(text: str, yaml_file: Path) -> None:
+    assert "nested too deeply" in refusal(yaml_file, text)
+
+
+def test_a_document_as_large_as_a_data_file_is_not_read(yaml_file: Path) -> None:
+    with yaml_file.open("wb") as file:
+        file.truncate(100 << 30)  # of zeros that no disk holds: reading it would fill the memory
+    with pytest.raises(ConfigError, match="too large"):
+        load_config(str(yaml_file))
 
 
 def test_long_values_are_cut_in_messages(yaml_file: Path) -> None:

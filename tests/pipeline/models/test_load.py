@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import timm
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -15,6 +19,7 @@ from pipeline.errors import ConfigError, ModelError, StillroomError
 from pipeline.fingerprint import canonical_json, weights_digest
 from pipeline.models import LoadedModel, load_model
 from schemas.config import ModelConfig
+from tests.pipeline.models import factories
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = (0.5, 0.5, 0.5)
@@ -151,7 +156,7 @@ def test_an_unknown_kwarg_is_named(model: str) -> None:
     [
         ("no.such.module:factory", "No module named"),
         ("tests.pipeline.models.factories:nothing", "nothing"),
-        ("tests.pipeline.models.factories", "cannot be imported"),
+        ("tests.pipeline.models.factories", "not the name of a factory"),
         ("tests.pipeline.models.factories:not_callable", "is a int"),
         ("tests.pipeline.models.factories:not_a_network", "did not return a network"),
         ("tests.pipeline.models.factories:fails", "RuntimeError: no network for 7 classes today"),
@@ -165,6 +170,53 @@ def test_an_own_network_that_cannot_serve_says_why(target: str, said: str) -> No
     message = refusal(ModelError, f"python:{target}", **OWN)
     assert said in message
     assert "second line" not in message
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "/tmp/net:build",
+            "../net:build",
+            ".net:build",
+            "tests/net:build",
+            "net.py/x:build",
+            "https://host/net:build",
+        ),
+        *("net:build()", "net:a.b", "net:", ":build", "a b:c", "net;x:y", "a..b:c"),
+    ],
+)
+def test_a_factory_is_named_and_never_a_path_or_an_expression(name: str) -> None:
+    assert "not the name of a factory" in refusal(ModelError, f"python:{name}", **OWN)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("torch.hub:load", {"repo_or_dir": "{folder}", "source": "local", "model": "net"}),
+        ("subprocess:Popen", {"args": ["touch", "{folder}/made"]}),
+        ("os:mkdir", {"path": "{folder}/made"}),
+        ("timm:create_model", {"model_name": "hf-hub:timm/resnet18.a1_in1k"}),
+        ("torch:load", {"f": "{folder}/x.pt", "weights_only": False}),
+    ],
+)
+def test_functions_that_run_what_a_config_brings_are_no_factories(
+    name: str, kwargs: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "hubconf.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'made')!r})\nnet = None\n")
+    filled = yaml.safe_load(yaml.safe_dump(kwargs).replace("{folder}", str(tmp_path)))
+    assert "code of one's own" in refusal(ModelError, f"python:{name}", kwargs=filled, **OWN)
+    assert not (tmp_path / "made").exists()
+
+
+def test_building_a_model_adds_nothing_to_where_python_looks_for_modules(tmp_path: Path) -> None:
+    (tmp_path / "beside_weights.py").write_text("build = None\n")
+    weights = tmp_path / "weights.safetensors"
+    safetensors.torch.save_file(factories.Plain(7).state_dict(), weights)
+    before = list(sys.path)
+    assert load(PLAIN, weights=str(weights), **OWN).module.num_classes == 7
+    assert sys.path == before
+    assert "No module named" in refusal(ModelError, "python:beside_weights:build", weights=str(weights), **OWN)
 
 
 @pytest.mark.parametrize("network", ["Poisoned", "PoisonedEmbedding"])

@@ -308,6 +308,30 @@ def test_a_sparse_member_is_refused(shard: Path) -> None:
         samples_of(shard, with_checksum(header) + END_OF_ARCHIVE)
 
 
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME])
+@pytest.mark.parametrize("before", [[], [("a.jpg", b"1")]])
+def test_an_extended_header_that_would_fill_the_memory_is_refused_unread(
+    shard: Path, kind: bytes, before: list[tuple[str, bytes]]
+) -> None:
+    size_bytes = 8 << 30
+    header = bytearray(make_tar([("x", b"")])[:BLOCK])
+    header[124:136] = b"\x80" + size_bytes.to_bytes(11, "big")
+    header[156:157] = kind
+    start = make_tar(before)[: 2 * BLOCK * len(before)]
+    with shard.open("wb") as file:
+        file.write(start + with_checksum(header))
+        file.truncate(len(start) + BLOCK + size_bytes + 4 * BLOCK)  # zeros that no disk holds
+    for bad_samples in ("fail", "skip"):
+        with pytest.raises(ShardError, match=f"byte {len(start)}(.|\n)*at most 1048576 bytes"):
+            list(read_samples(shard, data_config(bad_samples=bad_samples), where="x"))
+
+
+def test_long_names_are_read_as_ever(shard: Path) -> None:
+    name = "n" * 100_000
+    for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
+        assert [s.key for s in samples_of(shard, make_tar([(f"{name}.jpg", b"1")], form=form))] == [name]
+
+
 def test_a_name_that_is_not_utf8_is_refused(shard: Path) -> None:
     header = bytearray(make_tar([("a.jpg", b"")])[:BLOCK])
     header[0:1] = b"\xff"

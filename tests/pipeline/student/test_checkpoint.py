@@ -43,6 +43,15 @@ def test_where_and_how_fast_it_goes_may_change(tmp_path: Path, sections: dict[st
     assert checkpoint.read_config(str(tmp_path)) == config()
 
 
+def test_credentials_of_urls_are_not_written_and_make_no_other_run(tmp_path: Path) -> None:
+    for secret in ("HUSH1", "HUSH2"):
+        url = f"https://user:{secret}@host/a.tar?sig={secret}"
+        checkpoint.claim_run(str(tmp_path), config(data={"shards": [url]}, teacher={"kwargs": {"a": {"b": [url]}}}))
+        assert secret.encode() not in (tmp_path / checkpoint.CONFIG).read_bytes()
+    with pytest.raises(ConfigError, match=r"data\.shards"):
+        checkpoint.claim_run(str(tmp_path), config(data={"shards": ["https://host/b.tar"]}))
+
+
 def test_a_folder_without_a_run_is_begun_by_nobody(tmp_path: Path) -> None:
     checkpoint.check_begun(str(tmp_path), config())
     with pytest.raises(ConfigError, match="there is no run here"):
