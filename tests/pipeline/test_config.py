@@ -312,6 +312,26 @@ def test_any_text_is_a_config_or_a_config_error(yaml_file: Path, text: str, over
             assert isinstance(load(yaml_file, text, *overrides), Config)
 
 
+@pytest.mark.parametrize(
+    ("resources", "says"),
+    [
+        ("{GPU: 1}", "cpus_per_task, gpus_per_task"),
+        ("{spot: 0}", "spot is 0"),
+        ("{spot: 1.5}", "spot is 1.5"),
+        ("{spot: .inf}", "finite"),
+    ],
+)
+def test_resources_that_ray_does_not_share_out_like_this_are_refused(
+    yaml_file: Path, resources: str, says: str
+) -> None:
+    assert says in refusal(yaml_file, TRAINING, f"ray.resources_per_task={resources}")
+
+
+def test_resources_are_the_clusters_own_names_with_parts_of_a_unit_or_whole_units(yaml_file: Path) -> None:
+    config = load(yaml_file, TRAINING, 'ray.resources_per_task={spot: 0.01, "accelerator_type:H100": 1, disk: 3}')
+    assert config.ray.resources_per_task == {"spot": 0.01, "accelerator_type:H100": 1, "disk": 3}
+
+
 def test_require_names_each_missing_key_and_what_it_means() -> None:
     config = build_config({"cache": {"url": "memory://x"}}, where="x")
     require(config, "cache.url", "views", "train.lr", command="stillroom cache build")
