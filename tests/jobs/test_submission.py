@@ -112,21 +112,6 @@ def test_stillroom_submit_builds_and_trains_and_passes_variables_that_it_does_no
     assert os.path.getsize(tmp_path / "run" / "checkpoints" / "last.pt") > 0  # noqa: PTH202
 
 
-def test_factories_come_from_the_submitted_folder_and_not_from_beside_the_config(
-    cluster: HeadNode, tree: Tree, tmp_path: Path
-) -> None:
-    """With one worker's import beside the driver's: a build asks its teacher in Ray tasks."""
-    folder, elsewhere = tmp_path / "code", tmp_path / "elsewhere"
-    for place, name in ((folder, "submitted_nets"), (elsewhere, "planted_nets")):
-        place.mkdir()
-        (place / f"{name}.py").write_text("from pipeline.models.cifar import resnet as build\n")
-    for name, code in (("planted_nets", 2), ("submitted_nets", 0)):
-        sections = tree(ray={"address": "auto"}, teacher={"model": f"python:{name}:build"}, views={"count": 1})
-        done = stillroom(cluster, folder, "build", write(sections, elsewhere / "build.yaml"))
-        assert done.returncode == code, done.stdout + done.stderr
-        assert ("No module named 'planted_nets'" in done.stdout) == (code == 2)
-
-
 def test_stillroom_submit_exits_as_the_job_does_and_refuses_a_used_id_and_a_wrong_token(
     cluster: HeadNode, tree: Tree, tmp_path: Path
 ) -> None:
