@@ -14,6 +14,8 @@ from rich.table import Table
 from jobs.log import tell
 from jobs.progress import ProgressView
 
+_LAST = "<all is written>"
+
 
 @contextmanager
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
@@ -22,7 +24,6 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
     Not a fixture: pytest sets its own standard error between a test's fixtures and the test.
     """
     leader, follower = pty.openpty()
-    os.set_blocking(leader, False)
     with (
         os.fdopen(follower, "w") as stream,
         os.fdopen(leader, "rb", buffering=0) as reader,
@@ -33,8 +34,12 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
         at.setattr("sys.stderr", stream)
 
         def written() -> str:
-            stream.flush()
-            return re.sub(r"\x1b\[[0-9;]*m", "", (reader.read(1 << 16) or b"").decode())
+            # The kernel hands it over when it comes to it, so that a last word of our own says that all is there.
+            print(_LAST, file=stream, flush=True)
+            found = b""
+            while _LAST.encode() not in found:
+                found += reader.read(1 << 16)
+            return re.sub(r"\x1b\[[0-9;]*m", "", found.decode().partition(_LAST)[0])
 
         yield written
 

@@ -101,7 +101,7 @@ URL_KEYS = (
 # Any text that is no URL: names of models, layers, members of a tar and encodings; and Ray's own address.
 OTHER_TEXTS = {
     *("data.image", "data.label", "teacher.model", "teacher.sha256", "student.model", "student.sha256"),
-    *("teacher.others.0.model", "teacher.others.0.sha256", "cache.logits", "ray.address"),
+    *("teacher.others.0.model", "teacher.others.0.sha256", "cache.logits", "ray.address", "ray.resources_per_task"),
     *("train.freeze", "loss.0.student_layers", "loss.0.teacher_layers"),
 }
 
