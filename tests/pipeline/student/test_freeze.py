@@ -33,7 +33,7 @@ def network(seed: int = 0) -> nn.Module:
         (["conv1.1", "fc.bias"], {"conv1.1.weight", "conv1.1.bias", "fc.bias"}),
         ([], set()),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value)),
 )
 def test_a_name_stands_for_all_that_is_in_it_and_for_nothing_beside_it(names: list[str], frozen: set[str]) -> None:
     module = network()
