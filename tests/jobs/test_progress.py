@@ -14,6 +14,8 @@ from rich.table import Table
 from jobs.log import tell
 from jobs.progress import ProgressView
 
+_END = "<end>"
+
 
 @contextmanager
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
@@ -22,7 +24,6 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
     Not a fixture: pytest sets its own standard error between a test's fixtures and the test.
     """
     leader, follower = pty.openpty()
-    os.set_blocking(leader, False)
     with (
         os.fdopen(follower, "w") as stream,
         os.fdopen(leader, "rb", buffering=0) as reader,
@@ -33,8 +34,13 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
         at.setattr("sys.stderr", stream)
 
         def written() -> str:
+            # What is written arrives some time later, and in pieces.
+            stream.write(_END)
             stream.flush()
-            return re.sub(r"\x1b\[[0-9;]*m", "", (reader.read(1 << 16) or b"").decode())
+            found = b""
+            while not found.endswith(_END.encode()):
+                found += reader.read(1 << 16)
+            return re.sub(r"\x1b\[[0-9;]*m", "", found.decode().removesuffix(_END))
 
         yield written
 
