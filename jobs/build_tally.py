@@ -60,7 +60,7 @@ class NodeSums:
     @property
     def present_s(self) -> float:
         """From the beginning of the node's first part to the end of its last."""
-        return self.ended_s - self.began_s
+        return max(self.ended_s - self.began_s, 0.0)
 
     @property
     def images_per_s(self) -> float:
@@ -101,7 +101,7 @@ class BuildTally(Tally):
         assert config.cache is not None
         self.cache = storage.redact(config.cache.url).rstrip("/").rpartition("/")[2]
         self.nodes: dict[str, NodeSums] = {}
-        self.num_failed = 0
+        self.num_failed, self._lost_s = 0, 0.0
         self._ray, self._clock, self.total = config.ray, clock, NodeSums(clock())
         open_parts = Counter(shard_id(task.shard_url) for task in tasks)
         self._shards, self._num_shards = _Shards(open_parts, num_shards - len(open_parts)), num_shards
@@ -125,21 +125,24 @@ class BuildTally(Tally):
         self._set_shards()
 
     def retried(
-        self, item: PartTask, error: StillroomError, spent: Spent | None, *, attempt: int, kind: str, pause_s: float
+        self, item: PartTask, error: StillroomError, spent: Spent, *, attempt: int, kind: str, pause_s: float
     ) -> None:
         super().retried(item, error, spent, attempt=attempt, kind=kind, pause_s=pause_s)
+        self._lost_s += spent.seconds
         self._shards.retried.add(shard_id(item.shard_url))
         meters.PARTS_RETRIED.add(1, cache=self.cache, kind=kind)
         self._set_shards()
 
-    def failed(self, item: PartTask, error: StillroomError, spent: Spent | None, *, attempt: int) -> None:
+    def failed(self, item: PartTask, error: StillroomError, spent: Spent, *, attempt: int) -> None:
         super().failed(item, error, spent, attempt=attempt)
+        self._lost_s += spent.seconds
         self.num_failed += 1
         self._shards.failed.add(shard_id(item.shard_url))
         meters.PARTS_FAILED.add(1, cache=self.cache)
         self._set_shards()
 
     def _add(self, spent: Spent, built: Built) -> None:
+        assert spent.node is not None
         now_s = self._clock()
         node = self.nodes.setdefault(spent.node, NodeSums(now_s))
         for sums in (node, self.total):
@@ -186,13 +189,15 @@ class BuildTally(Tally):
 
     def sum_up(self) -> None:
         """The end of a build, also of one that failed: what each node did, and the hours that cost."""
-        if not self.nodes:
+        if not self.nodes and not self._lost_s:
             return
-        hours = self.total.seconds / 3600
+        # What was lost was reserved all the same.
+        lost, hours = self._lost_s / 3600, (self.total.seconds + self._lost_s) / 3600
         cost = {
             "node_hours": sum(node.present_s for node in self.nodes.values()) / 3600,
             "cpu_hours": hours * self._ray.cpus_per_task,
             "gpu_hours": hours * self._ray.gpus_per_task,
+            "lost_task_hours": lost,
         }
         for name, node in sorted(self.nodes.items()):
             text = (
@@ -207,6 +212,8 @@ class BuildTally(Tally):
             f"{cost['node_hours']:.3g} node-hours with parts in work, for which parts reserved "
             f"{cost['cpu_hours']:.3g} CPU-hours and {cost['gpu_hours']:.3g} GPU-hours"
         )
+        if lost:
+            text += f", {lost / hours:.1%} of them in attempts that failed"
         told = {**_facts(self.total), "retried": self.retries.total(), "failed": self.num_failed, **_rounded(cost)}
         tell(text, event="summary", cache=self.cache, nodes=len(self.nodes), **told)
 

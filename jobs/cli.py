@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from jobs.entry import run_command
+from jobs.log import tell
 
 app = typer.Typer(
     name="stillroom",
@@ -91,7 +92,7 @@ def demo(
     def command() -> None:
         from jobs.demo import run_demo
 
-        print(f"results in {run_demo(out)}", file=sys.stderr)
+        tell(f"results in {run_demo(out)}", event="end")
 
     _run(command)
 
@@ -190,10 +191,7 @@ def cache_means(
         done = export_means(cache, out, full_precision=full_precision)
         absent = ", ".join(map(str, done.absent[:_NUM_NAMED])) + (", …" if len(done.absent) > _NUM_NAMED else "")
         without = f"; {len(done.absent)} classes have no mean: {absent}" if done.absent else ""
-        print(
-            f"class means: {done.num_written} classes of {done.embedding_dim} numbers in {out}{without}",
-            file=sys.stderr,
-        )
+        tell(f"class means: {done.num_written} classes of {done.embedding_dim} numbers in {out}{without}", event="end")
 
     _run(command)
 
@@ -404,7 +402,7 @@ def export(
         from pipeline.student.export import export_run
 
         done = export_run(run, out, format=format, checkpoint_name=checkpoint, with_normalization=with_normalization)
-        print(describe(done), file=sys.stderr)
+        tell(describe(done), event="end")
 
     _run(command)
 

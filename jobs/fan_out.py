@@ -14,8 +14,8 @@ import ray
 from ray.exceptions import NodeDiedError, RayError, RayTaskError
 
 from jobs.log import tell
-from jobs.ray_runtime import amounts, cluster, require_resources, slots, task_resources
-from jobs.tally import Spent, Tally
+from jobs.ray_runtime import amounts, cluster, node_of, require_resources, slots, task_resources
+from jobs.tally import Caption, Spent, Tally
 from pipeline.errors import LostGpuError, PassingStorageError, ShardError, StillroomError, StorageError
 from schemas.config import RayConfig
 
@@ -43,16 +43,23 @@ _OF_ONE_ITEM = (ShardError, PassingStorageError, LostTaskError)
 # max_calls=0 keeps the worker process, and with it the loaded model, from task to task also on GPUs, where Ray would
 # start a new process for each. max_retries=0: Ray's own retries are unbounded for some failures, so they are ours.
 @ray.remote(max_retries=0, max_calls=0)
-def _call(work: Callable[[Any], Any], item: Any) -> tuple[Any, StillroomError | None, Spent]:
+def _call(work: Callable[[Any], Any], item: Any, caption: Caption) -> tuple[Any, StillroomError | None, Spent]:
     began = time.monotonic()
+    caption.tell_begin()
+    result: Any = None
+    failure: StillroomError | None = None
     # Returned, not raised: Ray would wrap it in an exception of its own making.
     try:
-        return work(item), None, Spent.since(began)
+        result = work(item)
     except LostGpuError as error:
+        caption.tell_end(Spent.since(began), error)
         # This process will never see its new GPU: it ends, frees what it holds of the old one, and counts as lost.
         sys.exit(str(error))
     except StillroomError as error:
-        return None, error, Spent.since(began)
+        failure = error
+    spent = Spent.since(began)
+    caption.tell_end(spent, failure)
+    return result, failure, spent
 
 
 def fan_out(
@@ -139,6 +146,7 @@ class _Attempt:
     item: Any
     failed: Counter[str] = field(default_factory=Counter)
     not_before: float = 0.0
+    launched: float = 0.0
 
     @property
     def number(self) -> int:
@@ -175,6 +183,7 @@ class _Flight:
         self._without_nodes_since: float | None = None
         self._max_retries = config.max_retries
         self._name, self._failures, self._tally = name, failures, tally
+        self._queued_s = 0.0
         self._waiting: list[_Attempt] = []
         self._flying: dict[ray.ObjectRef, _Attempt] = {}
 
@@ -197,7 +206,9 @@ class _Flight:
         """Fills the flight, retries first. False where nothing flies or waits any more."""
         self._follow_nodes()
         while len(self._flying) < self._limit and (attempt := self._next_retry() or next(fresh, None)) is not None:
-            self._flying[self._remote.remote(self._work, attempt.item)] = attempt
+            attempt.launched = time.monotonic()
+            caption = self._tally.caption(attempt.item, attempt.number)
+            self._flying[self._remote.remote(self._work, attempt.item, caption)] = attempt
         return bool(self._flying or self._waiting)
 
     def _follow_nodes(self) -> None:
@@ -246,8 +257,10 @@ class _Flight:
             # Not a StillroomError, so a bug: its traceback is what helps.
             raise
         except RayError as lost:
-            self._retry(attempt, _lost(lost, self._name(attempt.item)), None, kind=type(lost).__name__)
+            error = _lost(lost, self._name(attempt.item))
+            self._retry(attempt, error, self._spent_of_lost(attempt, lost), kind=type(lost).__name__)
             return
+        self._queued_s = time.monotonic() - attempt.launched - spent.seconds
         if error is None:
             self._tally.done(attempt.item, result, spent, attempt=attempt.number)
             yield attempt.item, result
@@ -256,11 +269,16 @@ class _Flight:
         else:
             self._fail(attempt, error, spent)
 
-    def _fail(self, attempt: _Attempt, error: StillroomError, spent: Spent | None) -> None:
+    def _spent_of_lost(self, attempt: _Attempt, lost: RayError) -> Spent:
+        """By the driver's clock: since its launch, less what the last one that came back waited for its place."""
+        since_s = time.monotonic() - attempt.launched
+        return Spent(node_of(lost), max(since_s - self._queued_s, 0.0))
+
+    def _fail(self, attempt: _Attempt, error: StillroomError, spent: Spent) -> None:
         self._tally.failed(attempt.item, error, spent, attempt=attempt.number)
         self._failures.add(error)
 
-    def _retry(self, attempt: _Attempt, error: StillroomError, spent: Spent | None, *, kind: str) -> None:
+    def _retry(self, attempt: _Attempt, error: StillroomError, spent: Spent, *, kind: str) -> None:
         """Each kind has its own count: on nodes that come and go, a lost one must not use up what a storage needs."""
         times = _NODE_TIMES if kind == NodeDiedError.__name__ else 1
         if attempt.failed[kind] == times * self._max_retries:

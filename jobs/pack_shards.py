@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
+import logging
 from collections.abc import Mapping
 
+from jobs.log import tell
 from jobs.progress import ProgressView
 from pipeline import storage
 from pipeline.errors import ShardError
@@ -22,7 +23,7 @@ def pack(source_url: str, out_url: str, settings: PackSettings, *, classes_url: 
     classes = None if classes_url is None else _read_classes(classes_url)
     packing = plan_packing(source_url, settings, classes=classes)
     if packing.skipped:
-        print(f"pack: skipped {tell_skipped(packing.skipped)}", file=sys.stderr)
+        tell(f"pack: skipped {tell_skipped(packing.skipped)}", event="warning", level=logging.WARNING)
     with ProgressView("pack", packing.num_images) as progress:
         for num_images in write_packing(packing, out_url):
             progress.update(progress.done + num_images)

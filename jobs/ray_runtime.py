@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import ray
-from ray.exceptions import AuthenticationError
+from ray.exceptions import AuthenticationError, RayError
 from ray.util import placement_group, remove_placement_group
 
 from jobs.log import tell
@@ -64,7 +64,20 @@ def _connect(address: str) -> None:
 def node_name() -> str:
     """This machine among those of the cluster: its host, and under Ray the beginning of its node's id."""
     host = platform.node()
-    return f"{host}:{ray.get_runtime_context().get_node_id()[:8]}" if ray.is_initialized() else host
+    return _name(host, ray.get_runtime_context().get_node_id()) if ray.is_initialized() else host
+
+
+def node_of(lost: RayError) -> str | None:
+    """The node that a task was lost on. Ray names it of a node that died and of memory that ran out, not of a worker
+    that died; where there is but one node, that one it is.
+    """
+    nodes = ray.nodes()
+    found = [node for node in nodes if len(nodes) == 1 or node["NodeID"] in str(lost)]
+    return _name(found[0]["NodeManagerHostname"], found[0]["NodeID"]) if len(found) == 1 else None
+
+
+def _name(host: str, node_id: str) -> str:
+    return f"{host}:{node_id[:8]}"
 
 
 def task_resources(config: RayConfig) -> dict[str, float]:

@@ -6,12 +6,12 @@ running a recipe again does only what is missing. A dry run says what it would d
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 
 from jobs.build_cache import build_cache, describe
 from jobs.entry import config_command
+from jobs.log import tell
 from jobs.ray_runtime import cluster
 from jobs.recipe_cells import Row, can_share, train_and_evaluate, train_together
 from jobs.recipe_file import Recipe, load_recipe
@@ -31,8 +31,8 @@ def run_recipe(recipe: Recipe) -> Results:
     with cluster(recipe.cells[0].config.ray):
         for config in recipe.caches.values():
             assert config.cache is not None
-            _tell(f"2/3 teacher cache: {config.cache.url}")
-            _tell(describe(build_cache(config)))
+            tell(f"2/3 teacher cache: {config.cache.url}", event="stage")
+            tell(describe(build_cache(config)), event="stage")
         return Results(teacher, tuple(zip(recipe.cells, _train_students(recipe), strict=True)))
 
 
@@ -41,30 +41,29 @@ def _write_subsets(recipe: Recipe) -> None:
     for name, tail in recipe.document.subsets.items():
         pattern = str(recipe.out / "shards" / f"{name}-%05d.tar")
         written = write_long_tail(storage.expand(tail.shards), pattern, tail, data)
-        _tell(f"subset {name}: {sum(written.counts)} images in {len(written.urls)} shards, by class {written.counts}")
+        tell(
+            f"subset {name}: {sum(written.counts)} images in {len(written.urls)} shards, by class {written.counts}",
+            event="stage",
+        )
 
 
 def _train_teacher(recipe: Recipe) -> Row | None:
     if not recipe.trains_teacher:
-        _tell(f"1/3 teacher: {recipe.teacher.teacher.model}, {recipe.teacher.teacher.weights}")
+        tell(f"1/3 teacher: {recipe.teacher.teacher.model}, {recipe.teacher.teacher.weights}", event="stage")
         return None
-    _tell(f"1/3 teacher: {recipe.out / 'teacher'}")
+    tell(f"1/3 teacher: {recipe.out / 'teacher'}", event="stage")
     return train_and_evaluate(recipe.teacher)
 
 
 def _train_students(recipe: Recipe) -> list[Row]:
     if can_share(recipe.cells):
-        _tell(f"3/3 students: {len(recipe.cells)} trainings, several at once")
+        tell(f"3/3 students: {len(recipe.cells)} trainings, several at once", event="stage")
         return train_together(recipe.cells)
     rows: list[Row] = []
     for number, cell in enumerate(recipe.cells, start=1):
-        _tell(f"3/3 student {number} of {len(recipe.cells)}: {cell.name}")
+        tell(f"3/3 student {number} of {len(recipe.cells)}: {cell.name}", event="stage")
         rows.append(train_and_evaluate(cell.config))
     return rows
-
-
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def perform(source: str, overrides: list[str]) -> Path:
@@ -82,7 +81,7 @@ def main(source: str, overrides: list[str]) -> None:
         return
     began = time.monotonic()
     path = perform(source, overrides)
-    _tell(f"{path} written after {time.monotonic() - began:.0f} s")
+    tell(f"{path} written after {time.monotonic() - began:.0f} s", event="end")
 
 
 if __name__ == "__main__":

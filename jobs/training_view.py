@@ -41,6 +41,7 @@ class TrainingView:
         self._nodes: dict[int, str] = {}
         self._counted_s, self._worker_s = clock(), 0.0
         self._speed, self._last_step = _Speed(config.train.global_batch_size), -1
+        self._repeated_steps = 0
         self._shown: dict[str, float] = {}
 
     def __enter__(self) -> TrainingView:
@@ -87,6 +88,8 @@ class TrainingView:
 
     def _begin(self, fields: dict[str, Any]) -> None:
         first_step, total_steps = fields["first_step"], fields["total_steps"]
+        if self.starts:
+            self._repeated_steps += max(self._last_step + 1 - first_step, 0)
         self.starts += 1
         self._last_step = first_step - 1
         meters.STARTS.add(1, run=self.run)
@@ -144,14 +147,17 @@ class TrainingView:
             "cpu_hours": worker_hours * ray.cpus_per_worker,
             "gpu_hours": worker_hours * ray.use_gpu,
         }
+        again = f" ({counted(self._repeated_steps, 'step')} made again)" if self._repeated_steps else ""
         text = (
-            f"{counted(len(ranks), 'node')}, {counted(self.starts, 'start')}, {self._speed.images_per_s:.0f} images/s, "
+            f"{counted(len(ranks), 'node')}, {counted(self.starts, 'start')}{again}, "
+            f"{self._speed.images_per_s:.0f} images/s, "
             f"{self._speed.data_wait:.0%} waiting for data; {cost['worker_hours']:.3g} worker-hours, "
             f"which reserved {cost['cpu_hours']:.3g} CPU-hours and {cost['gpu_hours']:.3g} GPU-hours"
         )
         rounded = {name: round(value, 6) for name, value in cost.items()}
         speed = {"images_per_s": round(self._speed.images_per_s, 2), "data_wait": round(self._speed.data_wait, 4)}
-        self._tell(text, "summary", logging.INFO, {"nodes": len(ranks), "starts": self.starts, **speed, **rounded})
+        counts = {"nodes": len(ranks), "starts": self.starts, "repeated_steps": self._repeated_steps}
+        self._tell(text, "summary", logging.INFO, {**counts, **speed, **rounded})
 
 
 def _note(fields: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ from tests.benchmarks import (
     nodes,
     scale,
     step,
+    telling,
     view_options,
 )
 from tests.benchmarks.timing import machine
@@ -39,6 +40,7 @@ BENCHMARKS = {
     "nodes": ("A build over two nodes of one CPU against one", nodes.run),
     "scale": ("What is done once for each shard, 1,000 and 10,000 of them", scale.run),
     "step": ("A training step: cached against labels alone, online against its parts", step.run),
+    "telling": ("What is told and recorded of a part", telling.run),
     "view_options": ("Options of views", view_options.run),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import platform
 import random
 import subprocess
 import sys
@@ -182,9 +183,9 @@ with cluster(config):
 def test_a_task_that_memory_does_not_hold_is_retried_as_often_as_said() -> None:
     # Whatever is in use is too much, so that Ray ends every task soon.
     crowded = {"memory_usage_threshold": 0.0001, "memory_monitor_refresh_ms": 50}
-    with many_nodes(num_cpus=1, _system_config=crowded) as (found, _), driver() as pool:
+    with many_nodes({"num_cpus": 1}, _system_config=crowded) as (found, (there,)), driver() as pool:
         said = pool.submit(_sleep, found.address).result(120)
-    assert "OutOfMemoryError" in said
+    assert f"attempt 1 failed on {platform.node()}:{there[:8]} (OutOfMemoryError)" in said
     assert "tasks were retried: 1 after OutOfMemoryError" in said
 
 

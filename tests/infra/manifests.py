@@ -1,4 +1,6 @@
-"""Manifests, and what a cluster would say to them: KubeRay's published CRDs, Kubernetes' schemas for the rest."""
+"""Manifests, and what a cluster would say to them: KubeRay's published CRDs, Kubernetes' schemas for the rest, and what
+Prometheus' operator asks of the fields that are used here.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +21,33 @@ _CRDS = ROOT.parent / "shared" / "reference" / "kuberay"
 _CUSTOM = {"RayJob": "ray.io_rayjobs.yaml", "RayCluster": "ray.io_rayclusters.yaml"}
 
 Document = dict[str, Any]
+
+
+def _object(**properties: Document) -> Document:
+    """Of these fields alone, each of which must be there."""
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+
+_LABELS = {"type": "object", "additionalProperties": {"type": "string"}, "minProperties": 1}
+_NAME = {"type": "string", "pattern": r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", "maxLength": 63}
+# By hand, from the operator's CRD of 0.93.
+_POD_MONITOR = _object(
+    apiVersion={"const": "monitoring.coreos.com/v1"},
+    kind={"const": "PodMonitor"},
+    metadata=_object(name=_NAME, namespace=_NAME, labels=_LABELS),
+    spec=_object(
+        selector=_object(matchLabels=_LABELS),
+        podMetricsEndpoints={
+            "type": "array",
+            "items": _object(port=_NAME, interval={"type": "string", "pattern": r"^([0-9]+m)?([0-9]+s)?$"}),
+        },
+    ),
+)
 
 
 class _OnceLoader(yaml.SafeLoader):
@@ -56,6 +85,8 @@ def closed(schema: Any) -> Any:
 
 @functools.cache
 def _validator(kind: str) -> jsonschema.Draft202012Validator:
+    if kind == "PodMonitor":
+        return jsonschema.Draft202012Validator(_POD_MONITOR)
     path = _CRDS / _CUSTOM[kind]
     if not path.exists():
         pytest.skip(f"KubeRay's CRDs are not in {_CRDS}")
@@ -74,7 +105,7 @@ def mistake(document: Document) -> str | None:
     """What is wrong with a manifest, or None."""
     if not isinstance(document.get("kind"), str) or not isinstance(document.get("apiVersion"), str):
         return "$: no kind or apiVersion"
-    if document["kind"] in _CUSTOM:
+    if document["kind"] in {*_CUSTOM, "PodMonitor"}:
         error = next(_validator(document["kind"]).iter_errors(document), None)
         return None if error is None else f"{error.json_path}: {error.message}"
     try:

@@ -57,3 +57,10 @@ def test_prometheus_finds_the_pods_of_the_manifests_at_a_port_that_the_policy_op
         assert head.labels["project"] == project
         (port,) = [port for port in head.containers[0]["ports"] if port["name"] == port_name]
         assert port["containerPort"] in opened
+    # Where the operator runs Prometheus, it is told the same in its own words.
+    monitor = manifest("pod-monitor")
+    assert monitor["metadata"]["namespace"] == policy["metadata"]["namespace"]
+    assert monitor["spec"] == {
+        "selector": {"matchLabels": {"project": project}},
+        "podMetricsEndpoints": [{"port": port_name, "interval": job["scrape_interval"]}],
+    }

@@ -40,7 +40,7 @@ def cluster(request: pytest.FixtureRequest) -> Document:
 
 
 def test_every_file_of_the_folder_is_tested_here() -> None:
-    assert {path.stem for path in FILES} == {*CLUSTERS, "namespace", "network-policy"}
+    assert {path.stem for path in FILES} == {*CLUSTERS, "namespace", "network-policy", "pod-monitor"}
 
 
 @pytest.mark.parametrize("document", documents())

@@ -58,12 +58,12 @@ def told(tree: Tree, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     tally = BuildTally(config, [one, two, three], num_shards=5, clock=clock)
     clock.now_s = 1900
     tally.done(one, built(images=100, views=2, size_bytes=10, busy_s=600), Spent("left", 800), attempt=1)
-    tally.retried(two, PassingStorageError("slow down"), None, attempt=1, kind="storage", pause_s=1)
+    tally.retried(two, PassingStorageError("slow down"), Spent(None, 360), attempt=1, kind="storage", pause_s=1)
     clock.now_s = 2000
     tally.done(two, built(images=50, views=2, size_bytes=20, busy_s=250), Spent("left", 1000), attempt=2)
     clock.now_s = 2800
     tally.done(three, built(images=10, views=1, size_bytes=5, busy_s=900), Spent("right", 1800), attempt=1)
-    tally.failed(three, ShardError("cut"), Spent("right", 1), attempt=1)
+    tally.failed(three, ShardError("cut"), Spent("right", 540), attempt=1)
     tally.sum_up()
     return [json.loads(line) for line in capsys.readouterr().err.splitlines()]
 
@@ -83,8 +83,10 @@ def test_the_hours_are_those_that_nodes_and_reservations_cost(told: list[dict[st
     assert (summary["nodes"], summary["parts"], summary["images"]) == (2, 3, 310)
     assert (summary["retried"], summary["failed"]) == (1, 1)
     assert summary["node_hours"] == pytest.approx((1000 + 1800) / 3600, abs=1e-6)
-    # One hour of parts in all, of four CPUs and half a GPU each.
-    assert (summary["cpu_hours"], summary["gpu_hours"]) == (4.0, 0.5)
+    # One hour of parts in all, and a quarter of one for nothing, of four CPUs and half a GPU each.
+    assert summary["lost_task_hours"] == 0.25
+    assert (summary["cpu_hours"], summary["gpu_hours"]) == (5.0, 0.625)
+    assert summary["message"].endswith("5 CPU-hours and 0.625 GPU-hours, 20.0% of them in attempts that failed")
 
 
 def test_an_attempt_is_told_with_its_shard_and_what_became_of_it(told: list[dict[str, Any]]) -> None:
@@ -105,6 +107,20 @@ def test_an_attempt_is_told_with_its_shard_and_what_became_of_it(told: list[dict
     assert "slow down" in retried["error"]
 
 
+def test_a_build_of_which_nothing_came_cost_hours_all_the_same(
+    tree: Tree, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = PartTask(config_of(tree()), "s3://bucket/train-1.tar", ViewBlock(start=0, stop=2))
+    tally = BuildTally(task.config, [task], num_shards=1)
+    tally.failed(task, ShardError("cut"), Spent("left", 1800), attempt=1)
+    monkeypatch.setenv("STILLROOM_LOG", "json")
+    capsys.readouterr()
+    tally.sum_up()
+    (summary,) = (json.loads(line) for line in capsys.readouterr().err.splitlines())
+    assert (summary["parts"], summary["cpu_hours"], summary["lost_task_hours"], summary["hours"]) == (0, 0.5, 0.5, 0)
+    assert summary["message"].endswith("100.0% of them in attempts that failed")
+
+
 def test_a_build_with_nothing_to_do_sums_nothing_up(tree: Tree, capsys: pytest.CaptureFixture[str]) -> None:
     BuildTally(config_of(tree()), [], num_shards=5).sum_up()
     assert capsys.readouterr().err == ""
@@ -112,5 +128,5 @@ def test_a_build_with_nothing_to_do_sums_nothing_up(tree: Tree, capsys: pytest.C
 
 def test_keys_in_a_url_are_not_told(tree: Tree, capsys: pytest.CaptureFixture[str]) -> None:
     task = PartTask(config_of(tree()), "https://user:hunter2@host/train-1.tar?sig=hunter2", ViewBlock(start=0, stop=1))
-    BuildTally(task.config, [task], num_shards=1).failed(task, ShardError("cut"), None, attempt=1)
+    BuildTally(task.config, [task], num_shards=1).failed(task, ShardError("cut"), Spent("left", 1), attempt=1)
     assert "hunter2" not in capsys.readouterr().err

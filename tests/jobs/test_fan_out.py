@@ -145,7 +145,8 @@ def test_each_kind_of_fault_has_retries_of_its_own_and_each_attempt_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("STILLROOM_LOG", "json")
-    tasks = fan_out(partial(_alternate, tmp_path), [1], RAY, what="a task", name=lambda number: f"shard {number}")
+    name = f"shard of {tmp_path.name}"
+    tasks = fan_out(partial(_alternate, tmp_path), [1], RAY, what="a task", name=lambda _: name)
     assert list(tasks) == [(1, 1)]
     assert attempts(tmp_path) == 5
     told = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
@@ -153,10 +154,22 @@ def test_each_kind_of_fault_has_retries_of_its_own_and_each_attempt_is_told(
     died, failed = ("retried", "WorkerCrashedError"), ("retried", "a failure of storage")
     assert [(item["event"], item.get("kind")) for item in told] == [died, failed, died, failed, ("done", None)]
     assert [item["attempt"] for item in told] == [1, 2, 3, 4, 5]
-    assert {item["item"] for item in told} == {"shard 1"}
-    # Of a worker that died nobody says where it was.
+    assert {item["item"] for item in told} == {name}
+    # Also of workers that died, since there is but one node.
     node = f"{platform.node()}:{ray.nodes()[0]['NodeID'][:8]}"
-    assert [item.get("node") for item in told] == [None, node, None, node, node]
+    assert {item["node"] for item in told} == {node}
+    assert all(item["seconds"] >= 0 for item in told)
+    # Workers tell it too, as plain lines, since the cluster began without that variable. Those that died did not end.
+    lines = [text.partition(f"a task: {name}: attempt ")[2] for text in _lines_of_workers()]
+    assert sorted(line for line in lines if "began" in line) == [f"{number} began on {node}" for number in range(1, 6)]
+    ended = sorted((line[0], line.rpartition(f" on {node}, ")[2]) for line in lines if "ended" in line)
+    failed_once = "failed: the store had a bad moment"
+    assert ended == [("2", failed_once), ("4", failed_once), ("5", "done")]
+
+
+def _lines_of_workers() -> list[str]:
+    folder = Path(ray._private.worker.global_worker.node.get_logs_dir_path())
+    return [line for log in folder.glob("worker-*.err") for line in log.read_text().splitlines()]
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -134,7 +135,9 @@ def test_a_lost_node_costs_what_ran_on_it_and_nothing_else(
     assert lost not in flown.result(_TIMEOUT_S)
     assert len(ran_there) == 2
     assert Counter(number for number, _ in attempts(tmp_path)) == {n: 1 + (n in ran_there) for n in range(12)}
-    assert "retried: 2 after NodeDiedError" in log.read_text()
+    told = log.read_text()
+    assert "retried: 2 after NodeDiedError" in told
+    assert told.count(f"attempt 1 failed on {platform.node()}:{lost[:8]} (NodeDiedError)") == 2
 
 
 def test_a_fleet_that_is_gone_is_waited_for(cluster: Cluster, log: Path, tmp_path: Path) -> None:

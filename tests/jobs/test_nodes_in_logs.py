@@ -43,7 +43,9 @@ def main(folder: str) -> None:
         cluster.add_node(num_cpus=1)
         cluster.wait_for_nodes()
         ray.init(address=cluster.address, log_to_driver=False)
-        print(json.dumps(dict(fan_out(Meeting(folder), [1, 2], RayConfig(address="auto"), what="a meeting"))))
+        ran = dict(fan_out(Meeting(folder), [1, 2], RayConfig(address="auto"), what="a meeting"))
+        logs = Path(cluster.head_node.get_logs_dir_path()).glob("worker-*.err")
+        print(json.dumps({"ran": ran, "workers": [line for log in logs for line in log.read_text().splitlines()]}))
     finally:
         ray.shutdown()
         cluster.shutdown()
@@ -60,10 +62,16 @@ def test_the_log_names_for_each_task_the_node_that_ran_it(tmp_path: Path) -> Non
         timeout=150,
         check=True,
     )
-    ran = json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(done.stdout.splitlines()[-1])
+    ran = found["ran"]
     told = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
     assert {item["item"]: item["node"] for item in told if item["event"] == "done"} == ran
     assert len(set(ran.values())) == 2
+    # So do the workers' own, in the same form.
+    own = [json.loads(line) for line in found["workers"] if line.startswith("{")]
+    for event in ("began", "ended"):
+        assert {item["item"]: item["node"] for item in own if item["event"] == event} == ran
+    assert [item["attempt"] for item in own] == [1] * 4
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from rich.table import Table
 from jobs.log import tell
 from jobs.progress import ProgressView
 
-_LAST = "<all is written>"
+_END = "<end>"
 
 
 @contextmanager
@@ -34,12 +34,13 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
         at.setattr("sys.stderr", stream)
 
         def written() -> str:
-            # The kernel hands it over when it comes to it, so that a last word of our own says that all is there.
-            print(_LAST, file=stream, flush=True)
+            # What is written arrives some time later, and in pieces.
+            stream.write(_END)
+            stream.flush()
             found = b""
-            while _LAST.encode() not in found:
+            while not found.endswith(_END.encode()):
                 found += reader.read(1 << 16)
-            return re.sub(r"\x1b\[[0-9;]*m", "", found.decode().partition(_LAST)[0])
+            return re.sub(r"\x1b\[[0-9;]*m", "", found.decode().removesuffix(_END))
 
         yield written
 

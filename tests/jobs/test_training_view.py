@@ -55,6 +55,9 @@ def test_a_recovery_is_told_with_the_step_it_goes_on_from(told: list[dict[str, A
 def test_the_sums_are_over_all_starts(told: list[dict[str, Any]]) -> None:
     (summary,) = (item for item in told if item["event"] == "summary")
     assert (summary["nodes"], summary["starts"]) == (2, 2)
+    # Steps 10 to 19 were made by both starts.
+    assert summary["repeated_steps"] == 10
+    assert "2 starts (10 steps made again), " in summary["message"]
     # 20 steps in 10 s, half of it waiting, then 30 steps in 30 s: 1,200 images in 40 s.
     assert summary["images_per_s"] == pytest.approx(30.0)
     assert summary["data_wait"] == pytest.approx(5 / 40)
