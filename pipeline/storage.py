@@ -85,6 +85,8 @@ _S3_CHUNK_BYTES, _S3_CONCURRENCY = 32 * 2**20, 4
 # A CRC of the whole object, which the store computes from what arrived and refuses if it differs. Of the algorithms
 # that botocore has without a native extension, S3 folds only this one over the parts of a multipart upload.
 _S3_CHECKSUM = {"ChecksumAlgorithm": "CRC32", "ChecksumType": "FULL_OBJECT"}
+# What is larger is fetched in pieces of this size, several at a time, after one request that tells how large it is.
+_S3_FETCH_BYTES = 50 * 2**20
 _READ_BLOCK_BYTES = 2**20
 _SCHEME_WITHOUT_SLASHES = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:(?!//)")
 _memory_lock = threading.Lock()
@@ -377,12 +379,31 @@ def read(url: str, *, max_bytes: int | None = None) -> bytes:
                     got=f"{size_bytes} bytes",
                     wanted=f"at most {max_bytes} bytes",
                 )
-            return bytes(filesystem.cat_file(path))
+            return _whole(filesystem, path, url)
         except FileNotFoundError:
             # An object store has no folders, and calls a prefix missing.
             if filesystem.isdir(path):
                 raise IsADirectoryError(path) from None
             raise
+
+
+@_repeated
+def read_if_there(url: str) -> bytes | None:
+    """The whole object, or None where there is none: one request, where ``exists`` and ``read`` are two or three."""
+    filesystem, path = _filesystem(url)
+    with _told(url, "read"):
+        try:
+            return _whole(filesystem, path, url)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            if _truth(error) is not error:
+                raise
+            return None
+
+
+def _whole(filesystem: Any, path: str, url: str) -> bytes:
+    # Left alone, s3fs first asks for the size, to fetch what is large in pieces. Nothing that is read whole is.
+    one_request = {"max_concurrency": 1} if protocol(url) == "s3" else {}
+    return bytes(filesystem.cat_file(path, **one_request))
 
 
 @_repeated
@@ -428,7 +449,8 @@ def entries(url: str) -> list[Entry]:
     """Every object below ``url`` by path, leftovers of killed writers included; empty where the folder is absent."""
     filesystem, path = _filesystem(url)
     with _told(url, "list"):
-        if _info(filesystem, path) is None:
+        # An object store answers the listing alone; what walks a tree leaves out what it may not read.
+        if protocol(url) != "s3" and _info(filesystem, path) is None:
             return []
         filesystem.invalidate_cache(path)
         found = filesystem.find(path, detail=True)
@@ -601,7 +623,7 @@ def create(url: str, data: bytes) -> bool:
         if creates(filesystem, path, data):
             return True
         try:
-            return bytes(filesystem.cat_file(path)) == data
+            return _whole(filesystem, path, url) == data
         except FileNotFoundError as error:
             raise PassingStorageError("what stood here was removed at this moment", where=redact(url)) from error
 
@@ -761,8 +783,9 @@ def download(url: str, target: Path, size_bytes: int) -> None:
 
 
 def _fill(filesystem: Any, path: str, target: Path, *, url: str, size_bytes: int) -> None:
+    pieces = {"chunksize": _S3_FETCH_BYTES} if protocol(url) == "s3" else {}
     with _told(url, "fetch"):
-        filesystem.get_file(path, str(target))
+        filesystem.get_file(path, str(target), **pieces)
     if target.stat().st_size != size_bytes:
         raise PassingStorageError("the download was cut short", where=redact(url), wanted=f"{size_bytes} bytes")
 

@@ -94,8 +94,9 @@ def publish_commit(cache_url: str, commit: Commit) -> Commit:
 
 def find_commit(cache_url: str, shard_id: str, block: ViewBlock) -> Commit | None:
     """The commit of a block, or None while there is none."""
-    path = layout.commit_path(shard_id, block)
-    return read_commit(cache_url, path) if storage.exists(storage.join(cache_url, path)) else None
+    url = storage.join(cache_url, layout.commit_path(shard_id, block))
+    data = storage.read_if_there(url)
+    return None if data is None else parse_record(Commit, data, where=storage.redact(url))
 
 
 def read_commit(cache_url: str, path: str) -> Commit:

@@ -14,7 +14,7 @@ from pipeline import storage
 from pipeline.cache import layout
 from pipeline.cache.codec import outputs_of, row_bytes
 from pipeline.cache.commit import Standing, missing_blocks
-from pipeline.cache.identity import read_header
+from pipeline.cache.identity import find_header
 from pipeline.cache.survey import Span, Survey, survey_shards, total
 from pipeline.models import load_model
 from schemas.cache import drawn_columns, part_schema
@@ -210,8 +210,7 @@ def survey_ground(
         CacheError: the header or an index is damaged.
         ShardError: a shard has no sample with an image.
     """
-    known = storage.exists(storage.join(cache.url, layout.HEADER))
-    header = read_header(cache.url) if known else None
+    header = find_header(cache.url)
     commits = [commit for commit in commits if commit.shard_id in urls]
     index_urls = [storage.join(cache.url, layout.INDEX), *filter(None, [config.data.index])]
     return Ground(
