@@ -15,6 +15,7 @@ import datetime as dt
 import errno
 import hashlib
 import logging
+import math
 import os
 import re
 import shutil
@@ -46,6 +47,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 _log = logging.getLogger(__name__)
 
+NAMES_A_PAGE = 1000
+"""A store tells so many names with their sizes in one answer."""
 WRITABLE = ("file", "memory", "s3", "gs", "gcs", "az", "abfs", "abfss")
 READABLE = (*WRITABLE, "http", "https", "hf")
 _EXTRA = {"s3": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure", "hf": "hf"}
@@ -490,9 +493,9 @@ def sizes(url: str) -> dict[str, int]:
     return {entry.path: entry.size_bytes for entry in entries(url)}
 
 
-def is_listed(url: str) -> bool:
-    """Whether ``sizes_right_below`` is worth its while: an object store tells all in pages, a disk answers at once."""
-    return protocol(url) in WRITABLE and protocol(url) != "file"
+def is_listed(url: str, num_names: int) -> bool:
+    """Whether ``sizes_right_below`` asks less than a look at each of so many objects: a disk answers at once."""
+    return num_names >= NAMES_A_PAGE and protocol(url) in WRITABLE and protocol(url) != "file"
 
 
 @_repeated
@@ -580,6 +583,16 @@ def _put_s3(filesystem: Any, local: Path, path: str, *, where: str) -> None:
     got = {"size": stored["ContentLength"], "crc32": stored.get("ChecksumCRC32", wanted["crc32"])}
     if got != wanted:
         raise PassingStorageError("the store holds other bytes than were sent", where=where, got=got, wanted=wanted)
+
+
+def num_puts(size_bytes: float) -> int:
+    """Requests in which S3 is sent an object: itself, or its beginning, its pieces and its end."""
+    return 1 if size_bytes < 2 * _S3_CHUNK_BYTES else 2 + math.ceil(size_bytes / _S3_CHUNK_BYTES)
+
+
+def num_gets(size_bytes: float) -> int:
+    """Requests in which S3 is asked for a copy of an object, after its size."""
+    return 1 if size_bytes <= _S3_FETCH_BYTES else 1 + math.ceil(size_bytes / _S3_FETCH_BYTES)
 
 
 def _crc32(path: Path) -> str:
