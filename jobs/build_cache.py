@@ -39,8 +39,6 @@ from schemas.config import Config, RayConfig
 from schemas.manifest import FileRef, Manifest
 
 _SIZE_THREADS = 16
-# A store tells 1,000 names with their sizes at a time: from here on that is fewer requests than one a shard.
-_LISTED_FROM = 1000
 # Each may have 16 MB. Enough a task that the driver hears little, few enough that a retry costs little.
 _SUMS_PER_TASK = 256
 _NUM_NAMED = 5
@@ -122,7 +120,7 @@ def _sizes(by_id: dict[str, str]) -> dict[str, int]:
         by_folder[url.rpartition("/")[0]].append(url)
     listed: dict[str, int] = {}
     for folder, urls in by_folder.items():
-        if len(urls) >= _LISTED_FROM and storage.is_listed(folder):
+        if storage.is_listed(folder, len(urls)):
             listed |= {storage.join(folder, name): size for name, size in storage.sizes_right_below(folder).items()}
     others = {shard: url for shard, url in by_id.items() if url not in listed}
     with ThreadPoolExecutor(_SIZE_THREADS) as pool:

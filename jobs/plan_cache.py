@@ -138,7 +138,7 @@ def _plan_lines(plan: CachePlan) -> list[tuple[str, str]]:
         ("scratch", f"{_bytes(size.scratch)} a task"),
         ("shards read", f"{decimal(size.read)}: each once a part"),
         ("objects", str(traffic.num_objects)),
-        ("requests", f"about {build.put} put, {build.get} get, {build.list} list; {epoch.get} get an epoch and node"),
+        ("requests", f"{build.put} put, {build.get} get, {build.list} list; at most {epoch.get} get an epoch and node"),
         ("teacher", f"{_count(work.forwards)} forwards, {_count(work.forwards_open)} still to do"),
         ("break-even", _break_even(plan)),
     ]

@@ -15,6 +15,7 @@ import datetime as dt
 import errno
 import hashlib
 import logging
+import math
 import os
 import re
 import shutil
@@ -46,6 +47,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 _log = logging.getLogger(__name__)
 
+NAMES_A_PAGE = 1000
+"""A store tells so many names with their sizes in one answer."""
 WRITABLE = ("file", "memory", "s3", "gs", "gcs", "az", "abfs", "abfss")
 READABLE = (*WRITABLE, "http", "https", "hf")
 _EXTRA = {"s3": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure", "hf": "hf"}
@@ -85,6 +88,8 @@ _S3_CHUNK_BYTES, _S3_CONCURRENCY = 32 * 2**20, 4
 # A CRC of the whole object, which the store computes from what arrived and refuses if it differs. Of the algorithms
 # that botocore has without a native extension, S3 folds only this one over the parts of a multipart upload.
 _S3_CHECKSUM = {"ChecksumAlgorithm": "CRC32", "ChecksumType": "FULL_OBJECT"}
+# What is larger is fetched in pieces of this size, several at a time, after one request that tells how large it is.
+_S3_FETCH_BYTES = 50 * 2**20
 _READ_BLOCK_BYTES = 2**20
 _SCHEME_WITHOUT_SLASHES = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:(?!//)")
 _memory_lock = threading.Lock()
@@ -377,12 +382,31 @@ def read(url: str, *, max_bytes: int | None = None) -> bytes:
                     got=f"{size_bytes} bytes",
                     wanted=f"at most {max_bytes} bytes",
                 )
-            return bytes(filesystem.cat_file(path))
+            return _whole(filesystem, path, url)
         except FileNotFoundError:
             # An object store has no folders, and calls a prefix missing.
             if filesystem.isdir(path):
                 raise IsADirectoryError(path) from None
             raise
+
+
+@_repeated
+def read_if_there(url: str) -> bytes | None:
+    """The whole object, or None where there is none: one request, where ``exists`` and ``read`` are two or three."""
+    filesystem, path = _filesystem(url)
+    with _told(url, "read"):
+        try:
+            return _whole(filesystem, path, url)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            if _truth(error) is not error:
+                raise
+            return None
+
+
+def _whole(filesystem: Any, path: str, url: str) -> bytes:
+    # Left alone, s3fs first asks for the size, to fetch what is large in pieces. Nothing that is read whole is.
+    one_request = {"max_concurrency": 1} if protocol(url) == "s3" else {}
+    return bytes(filesystem.cat_file(path, **one_request))
 
 
 @_repeated
@@ -428,7 +452,8 @@ def entries(url: str) -> list[Entry]:
     """Every object below ``url`` by path, leftovers of killed writers included; empty where the folder is absent."""
     filesystem, path = _filesystem(url)
     with _told(url, "list"):
-        if _info(filesystem, path) is None:
+        # An object store answers the listing alone; what walks a tree leaves out what it may not read.
+        if protocol(url) != "s3" and _info(filesystem, path) is None:
             return []
         filesystem.invalidate_cache(path)
         found = filesystem.find(path, detail=True)
@@ -468,9 +493,9 @@ def sizes(url: str) -> dict[str, int]:
     return {entry.path: entry.size_bytes for entry in entries(url)}
 
 
-def is_listed(url: str) -> bool:
-    """Whether ``sizes_right_below`` is worth its while: an object store tells all in pages, a disk answers at once."""
-    return protocol(url) in WRITABLE and protocol(url) != "file"
+def is_listed(url: str, num_names: int) -> bool:
+    """Whether ``sizes_right_below`` asks less than a look at each of so many objects: a disk answers at once."""
+    return num_names >= NAMES_A_PAGE and protocol(url) in WRITABLE and protocol(url) != "file"
 
 
 @_repeated
@@ -560,6 +585,16 @@ def _put_s3(filesystem: Any, local: Path, path: str, *, where: str) -> None:
         raise PassingStorageError("the store holds other bytes than were sent", where=where, got=got, wanted=wanted)
 
 
+def num_puts(size_bytes: float) -> int:
+    """Requests in which S3 is sent an object: itself, or its beginning, its pieces and its end."""
+    return 1 if size_bytes < 2 * _S3_CHUNK_BYTES else 2 + math.ceil(size_bytes / _S3_CHUNK_BYTES)
+
+
+def num_gets(size_bytes: float) -> int:
+    """Requests in which S3 is asked for a copy of an object, after its size."""
+    return 1 if size_bytes <= _S3_FETCH_BYTES else 1 + math.ceil(size_bytes / _S3_FETCH_BYTES)
+
+
 def _crc32(path: Path) -> str:
     """As S3 writes it: base64 of the big-endian word."""
     value = 0
@@ -601,7 +636,7 @@ def create(url: str, data: bytes) -> bool:
         if creates(filesystem, path, data):
             return True
         try:
-            return bytes(filesystem.cat_file(path)) == data
+            return _whole(filesystem, path, url) == data
         except FileNotFoundError as error:
             raise PassingStorageError("what stood here was removed at this moment", where=redact(url)) from error
 
@@ -761,8 +796,9 @@ def download(url: str, target: Path, size_bytes: int) -> None:
 
 
 def _fill(filesystem: Any, path: str, target: Path, *, url: str, size_bytes: int) -> None:
+    pieces = {"chunksize": _S3_FETCH_BYTES} if protocol(url) == "s3" else {}
     with _told(url, "fetch"):
-        filesystem.get_file(path, str(target))
+        filesystem.get_file(path, str(target), **pieces)
     if target.stat().st_size != size_bytes:
         raise PassingStorageError("the download was cut short", where=redact(url), wanted=f"{size_bytes} bytes")
 

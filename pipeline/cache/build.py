@@ -275,9 +275,9 @@ class _PartBuild:
 
     def _known_index(self) -> _StoredIndex | None:
         url = storage.join(self.builder.cache.url, layout.index_path(self.shard_id))
-        if not storage.exists(url):
+        data = storage.read_if_there(url)
+        if data is None:
             return None
-        data = storage.read(url)
         index = decode_index(data, where=storage.redact(url), settings=index_settings(self.data))
         check_samples(index, self.data, where=self.where)
         return _StoredIndex(index, data)

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 from pipeline import storage
 from pipeline.cache import layout
@@ -22,6 +23,7 @@ from schemas.manifest import Commit, FileRef, ViewBlock
 
 _READ_THREADS = 16
 _READ_AHEAD = 4 * _READ_THREADS
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +96,9 @@ def publish_commit(cache_url: str, commit: Commit) -> Commit:
 
 def find_commit(cache_url: str, shard_id: str, block: ViewBlock) -> Commit | None:
     """The commit of a block, or None while there is none."""
-    path = layout.commit_path(shard_id, block)
-    return read_commit(cache_url, path) if storage.exists(storage.join(cache_url, path)) else None
+    url = storage.join(cache_url, layout.commit_path(shard_id, block))
+    data = storage.read_if_there(url)
+    return None if data is None else parse_record(Commit, data, where=storage.redact(url))
 
 
 def read_commit(cache_url: str, path: str) -> Commit:
@@ -113,12 +116,17 @@ def stream_commits(cache_url: str) -> Iterator[Commit]:
     Of the commits themselves only a few are in memory, however many there are.
     """
     paths = [f"commits/{name}" for name in storage.listing(storage.join(cache_url, "commits"))]
+    yield from read_ahead(lambda path: read_commit(cache_url, path), filter(layout.is_commit, paths))
+
+
+def read_ahead(read: Callable[[str], T], paths: Iterable[str]) -> Iterator[T]:
+    """What threads read of each path, in order; only a few are held that nobody has taken yet."""
     with ThreadPoolExecutor(_READ_THREADS) as pool:
-        reading: deque[Future[Commit]] = deque()
-        for path in filter(layout.is_commit, paths):
+        reading: deque[Future[T]] = deque()
+        for path in paths:
             if len(reading) == _READ_AHEAD:
                 yield reading.popleft().result()
-            reading.append(pool.submit(read_commit, cache_url, path))
+            reading.append(pool.submit(read, path))
         while reading:
             yield reading.popleft().result()
 

@@ -72,7 +72,8 @@ def publish_named(cache_url: str, path: str, data: bytes) -> FileRef:
     """
     ref = FileRef(path=path, sha256=digest(data), size_bytes=len(data))
     url = storage.join(cache_url, path)
-    if storage.exists(url) and (sha256 := digest(former := storage.read(url))) != ref.sha256:
+    former = storage.read_if_there(url)
+    if former is not None and (sha256 := digest(former)) != ref.sha256:
         storage.write(storage.join(cache_url, layout.former_path(sha256)), former)
     storage.write(url, data)
     return ref
@@ -88,9 +89,9 @@ def read_named(cache_url: str, ref: FileRef) -> bytes:
     data = read_file(cache_url, ref.path)
     if (got := digest(data)) == ref.sha256:
         return data
-    former = storage.join(cache_url, layout.former_path(ref.sha256))
-    if storage.exists(former) and digest(data := storage.read(former)) == ref.sha256:
-        return data
+    former = storage.read_if_there(storage.join(cache_url, layout.former_path(ref.sha256)))
+    if former is not None and digest(former) == ref.sha256:
+        return former
     raise CacheError(
         "this file was changed after it was written",
         where=storage.redact(url),

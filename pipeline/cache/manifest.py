@@ -145,14 +145,14 @@ def read_manifest(cache_url: str) -> tuple[Manifest, bytes]:
         CacheError: there is none (the build did not finish), or it is damaged.
     """
     url = storage.join(cache_url, layout.MANIFEST)
-    if not storage.exists(url):
+    data = storage.read_if_there(url)
+    if data is None:
         begun = storage.exists(storage.join(cache_url, layout.HEADER))
         raise CacheError(
             "this cache is not finished: it has no manifest" if begun else "there is no cache here",
             where=storage.redact(cache_url),
             next_step="run: stillroom cache build CONFIG" + (" (it resumes)" if begun else ""),
         )
-    data = storage.read(url)
     return parse_manifest(data, where=storage.redact(url)), data
 
 

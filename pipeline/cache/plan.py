@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -14,9 +14,10 @@ from pipeline import storage
 from pipeline.cache import layout
 from pipeline.cache.codec import outputs_of, row_bytes
 from pipeline.cache.commit import Standing, missing_blocks
-from pipeline.cache.identity import read_header
+from pipeline.cache.identity import find_header
 from pipeline.cache.survey import Span, Survey, survey_shards, total
 from pipeline.models import load_model
+from pipeline.models.load import WITHOUT_FILE
 from schemas.cache import drawn_columns, part_schema
 from schemas.config import CacheConfig, Config, ViewsConfig
 from schemas.manifest import Header, Output, ViewBlock
@@ -26,7 +27,6 @@ _CANARY_SHARE = 0.001
 _LEAST_STORED = 0.5
 # How far the bytes of rows to come may lie from those of rows that are there.
 _MEASURED_SPREAD = 0.1
-_NAMES_A_LISTING = 1000
 _CLASS_SUM_BYTES = 12  # class and count, beside 8 a dimension
 
 
@@ -154,16 +154,22 @@ class Size:
 
 @dataclass(frozen=True, slots=True)
 class Requests:
-    """Asked of a store; a look at one object counts as a get."""
+    """Asked of S3; a look at one object counts as a get, the pieces of a large one as one each."""
 
-    put: int
-    get: int
-    list: int
+    put: int = 0
+    get: int = 0
+    list: int = 0
+
+    def __add__(self, other: Requests) -> Requests:
+        return Requests(self.put + other.put, self.get + other.get, self.list + other.list)
 
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Objects of the finished cache; requests of what is left of the build, and of an epoch of training on one node."""
+    """Objects of the finished cache; requests of what is left of the build, and of an epoch of training on one node.
+
+    Those of a training's first epoch: later ones may find shards in the node's store.
+    """
 
     num_objects: int
     build: Requests
@@ -210,8 +216,7 @@ def survey_ground(
         CacheError: the header or an index is damaged.
         ShardError: a shard has no sample with an image.
     """
-    known = storage.exists(storage.join(cache.url, layout.HEADER))
-    header = read_header(cache.url) if known else None
+    header = find_header(cache.url)
     commits = [commit for commit in commits if commit.shard_id in urls]
     index_urls = [storage.join(cache.url, layout.INDEX), *filter(None, [config.data.index])]
     return Ground(
@@ -270,17 +275,15 @@ def _forwards_open(ground: Ground) -> Span:
 
 
 def plan_size(ground: Ground) -> Size:
-    outputs = {output.name: row_bytes(output) for output in _outputs(ground)}
-    raw = sum(outputs.values()) + _column_bytes(ground.config.views)
-    measured = _measured(ground.commits)
-    row = measured or Span(_LEAST_STORED * raw, raw, raw)
+    outputs, raw = _row_of_outputs(ground), _raw_row(ground)
+    row = _row(ground)
     parts_open = _forwards_open(ground) * row
     committed = sum(commit.part_size_bytes for item in ground.blocks.values() for commit in item.committed)
     return Size(
         outputs=outputs,
         columns=_column_bytes(ground.config.views),
         row=row,
-        is_measured=measured is not None,
+        is_measured=_measured(ground.commits) is not None,
         parts=parts_open + Span.exactly(committed),
         parts_open=parts_open,
         parts_of_shard=_middle(ground) * row,
@@ -288,6 +291,20 @@ def plan_size(ground: Ground) -> Size:
         scratch=_scratch(ground, raw, row),
         read=sum(ground.sizes[shard] * len(of_shard.missing) for shard, of_shard in ground.blocks.items()),
     )
+
+
+def _row(ground: Ground) -> Span:
+    """Bytes of a row in a part: as measured in those that are there, or bounded."""
+    raw = _raw_row(ground)
+    return _measured(ground.commits) or Span(_LEAST_STORED * raw, raw, raw)
+
+
+def _raw_row(ground: Ground) -> float:
+    return sum(_row_of_outputs(ground).values()) + _column_bytes(ground.config.views)
+
+
+def _row_of_outputs(ground: Ground) -> dict[str, int]:
+    return {output.name: row_bytes(output) for output in _outputs(ground)}
 
 
 def _outputs(ground: Ground) -> tuple[Output, ...]:
@@ -350,8 +367,8 @@ def plan_traffic(ground: Ground) -> Traffic:
     parts = sum(of_shard.num_parts for of_shard in ground.blocks.values())
     return Traffic(
         num_objects=2 * parts + len(ground.urls) + ground.num_partials + _num_published(ground),
-        build=_build_requests(ground, parts),
-        epoch=Requests(put=0, get=(3 if ground.is_remote else 2) * len(ground.urls), list=0),
+        build=_of_parts(ground) + _of_start(ground) + _of_end(ground, parts),
+        epoch=_of_epoch(ground),
     )
 
 
@@ -360,19 +377,74 @@ def _num_published(ground: Ground) -> int:
     return 4 + (ground.cache.class_means != "none") + (ground.cache.class_means_url is not None)
 
 
-def _build_requests(ground: Ground, num_parts: int) -> Requests:
-    """What ``build_part`` asks for each part, and the driver before and after."""
-    num_open = sum(len(of_shard.missing) for of_shard in ground.blocks.values())
-    started = {commit.shard_id for commit in ground.commits}
-    partials_open = ground.num_partials - sum(commit.means is not None for commit in ground.commits)
-    # A part tries to create the header and creates its commit; its shard's first also creates the index.
-    put = 3 * num_open + partials_open + len(ground.urls) - len(started) + _num_published(ground)
-    # Header and index, each looked for and read; the size of the shard; the shard itself where it is remote.
-    get = (6 if ground.is_remote else 5) * num_open + len(ground.urls)
-    # Commits at the start and at the end, class sums at the end.
-    get += len(ground.commits) + num_parts + ground.num_partials
-    pages = -(-num_parts // _NAMES_A_LISTING)
-    return Requests(put=put, get=get, list=4 * pages + 3 * pages)
+def _of_parts(ground: Ground) -> Requests:
+    """Of ``build_part``, for every part that is still to make."""
+    row_bytes = _row(ground).expected
+    put = get = 0
+    for shard, of_shard in ground.blocks.items():
+        for block in of_shard.missing:
+            # The part and its commit.
+            put += storage.num_puts(ground.survey.rows[shard].expected * len(block.views) * row_bytes) + 1
+        # Header, commit and index are asked for, and what arrived of the part.
+        get += (4 + _fetches(ground, shard)) * len(of_shard.missing)
+    weights = ground.config.teacher.weights
+    if weights not in WITHOUT_FILE and storage.protocol(weights) != "file":
+        # Whether they were replaced.
+        get += sum(len(of_shard.missing) for of_shard in ground.blocks.values())
+    # The first part of a shard makes its index; one holds its class sums, of which is asked what arrived.
+    num_begun = len({commit.shard_id for commit in ground.commits})
+    num_sums = ground.num_partials - sum(commit.means is not None for commit in ground.commits)
+    return Requests(put=put + len(ground.urls) - num_begun + num_sums, get=get + num_sums)
+
+
+def _fetches(ground: Ground, shard: str, *, num_looks: int = 1) -> int:
+    """Of a remote shard its size, by each process that opens it, and once its bytes."""
+    return 0 if storage.protocol(ground.urls[shard]) == "file" else num_looks + storage.num_gets(ground.sizes[shard])
+
+
+def _of_start(ground: Ground) -> Requests:
+    """Of the driver before the first part: the probe, commits, sizes, the survey, the header, the stock, the log."""
+    survey, num_commits = ground.survey, len(ground.commits)
+    num_sums = sum(commit.means is not None for commit in ground.commits)
+    peeks = survey.num_peeks if ground.is_remote else 0
+    put = 2 + (ground.header is None) + (ground.cache.class_means_url is not None) + 1
+    # What the probe made, whether there is a manifest, the header twice, what arrived of the log.
+    get = 1 + 1 + 2 + 1 + num_commits + survey.num_indexes_read + peeks
+    folders = [num_commits, survey.num_indexes, num_commits, num_sums, survey.num_indexes]
+    if ground.config.data.index is not None:
+        folders.append(len(ground.urls))
+    return sum(map(_of_listing, folders), Requests(put=put, get=get, list=1) + _of_sizes(ground))
+
+
+def _of_sizes(ground: Ground) -> Requests:
+    folders = Counter(url.rpartition("/")[0] for url in ground.urls.values() if storage.protocol(url) != "file")
+    return sum(
+        (_of_listing(num) if storage.is_listed(folder, num) else Requests(get=num) for folder, num in folders.items()),
+        Requests(),
+    )
+
+
+def _of_listing(num_names: int) -> Requests:
+    """An empty answer is asked about again: is this a file, or a folder?"""
+    return Requests(list=-(-num_names // storage.NAMES_A_PAGE)) if num_names else Requests(get=1, list=2)
+
+
+def _of_end(ground: Ground, num_parts: int) -> Requests:
+    """Of the driver after the last part: commits, class sums, tables, manifest, what no commit names, the log."""
+    num_tables = _num_published(ground) - 2
+    # Each table takes the place of a former one, and of each is asked what arrived; as of the manifest.
+    get = 2 + num_parts + ground.num_partials + 2 * num_tables + 1
+    folders = [num_parts, num_parts, ground.num_partials, len(ground.urls), 1]
+    return sum(map(_of_listing, folders), Requests(put=num_tables + 1, get=get))
+
+
+def _of_epoch(ground: Ground) -> Requests:
+    """Of each shard its bytes, its index, and of one view the rows and the footer.
+
+    At most: a rank fetches ahead, and each of its loaders opens what it meets, unless it has it open still.
+    """
+    num_looks = 1 + max(1, ground.config.train.num_workers)
+    return Requests(get=sum(_fetches(ground, shard, num_looks=num_looks) + 3 for shard in ground.urls))
 
 
 def break_even(config: Config) -> BreakEven:

@@ -62,11 +62,16 @@ class Survey:
     Attributes:
         rows: usable samples by shard id; of a sampled shard all with an image, since nothing is decoded.
         num_counted: shards whose rows were counted.
+        num_indexes: those that stand in the first of the folders; ``num_indexes_read`` of any.
+        num_peeks: shards whose beginning was read.
         labels: int32 labels in tar order of a few shards, spread over the list; ``NO_LABEL`` for none.
     """
 
     rows: dict[str, Span]
     num_counted: int
+    num_indexes: int
+    num_indexes_read: int
+    num_peeks: int
     labels: tuple[NDArray[np.int32], ...]
 
     @property
@@ -104,6 +109,9 @@ def survey_shards(
     return Survey(
         rows={shard: estimates[shard] if shard in estimates else Span.exactly(counts[shard]) for shard in by_id},
         num_counted=len(counts),
+        num_indexes=sum(url == storage.join(index_urls[0], index_name(shard)) for shard, url in paths.items()),
+        num_indexes_read=len(indexes),
+        num_peeks=len(peeks),
         labels=tuple(_labels(indexes[shard]) if shard in indexes else peeks[shard].label_N for shard in sampled),
     )
 

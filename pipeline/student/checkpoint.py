@@ -76,11 +76,12 @@ def read_config(run_url: str) -> Config:
         ConfigError: there is no run here.
     """
     url = storage.join(run_url, CONFIG)
-    if not storage.exists(url):
+    data = storage.read_if_there(url)
+    if data is None:
         raise ConfigError(
             "there is no run here", where=storage.redact(run_url), next_step="run: stillroom train CONFIG"
         )
-    body = unseal(storage.read(url), where=storage.redact(url))
+    body = unseal(data, where=storage.redact(url))
     body.pop("digest")
     return Config.model_validate(body)
 
@@ -106,7 +107,7 @@ def pin_manifests(run_url: str, manifests: Sequence[bytes]) -> tuple[bytes, ...]
 def pinned_manifests(run_url: str, num_caches: int) -> tuple[bytes | None, ...]:
     """One a cache, in the order of ``data.cache``; None: not pinned yet."""
     urls = [_manifest_url(run_url, number) for number in range(num_caches)]
-    return tuple(storage.read(url) if storage.exists(url) else None for url in urls)
+    return tuple(storage.read_if_there(url) for url in urls)
 
 
 def _manifest_url(run_url: str, number: int) -> str:
@@ -137,9 +138,9 @@ def load(run_url: str, name: str) -> dict[str, Any] | None:
         CacheError: the file is damaged.
     """
     url = storage.join(run_url, name)
-    if not storage.exists(url):
+    data = storage.read_if_there(url)
+    if data is None:
         return None
-    data = storage.read(url)
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
@@ -158,10 +159,11 @@ def write_summary(run_url: str, summary: dict[str, Any]) -> None:
 def read_summary(run_url: str) -> dict[str, Any] | None:
     """What a finished run reached; None while it is not finished."""
     url = storage.join(run_url, SUMMARY)
-    if not storage.exists(url):
+    data = storage.read_if_there(url)
+    if data is None:
         return None
     try:
-        return json.loads(storage.read(url))
+        return json.loads(data)
     except ValueError as error:
         raise CacheError(
             "this summary is damaged",

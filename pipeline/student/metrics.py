@@ -117,9 +117,8 @@ class _Lines:
     def __init__(self, run_url: str, name: str, folder: Path, *, first_step: int) -> None:
         self._url, self._local = storage.join(run_url, name), folder / name
         kept: list[str] = []
-        if first_step and storage.exists(self._url):
-            lines = storage.read(self._url).decode().splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] < first_step]
+        if first_step and (published := storage.read_if_there(self._url)) is not None:
+            kept = [line for line in published.decode().splitlines() if json.loads(line)["step"] < first_step]
         self._local.write_text("".join(f"{line}\n" for line in kept))
 
     def add(self, records: Sequence[Record]) -> None:

@@ -343,11 +343,12 @@ def open_indexed(folder_url: str, data: DataConfig, plan: ViewsConfig) -> Indexe
     indexes: list[ShardIndex] = []
     for name in shard_ids(urls):
         url = storage.join(folder_url, index_name(name))
-        if not storage.exists(url):
+        found = storage.read_if_there(url)
+        if found is None:
             raise ShardError(
                 f"shard {name} has no index",
                 where=storage.redact(folder_url),
                 next_step="run: stillroom shards index CONFIG",
             )
-        indexes.append(decode_index(storage.read(url), where=storage.redact(url), settings=index_settings(data)))
+        indexes.append(decode_index(found, where=storage.redact(url), settings=index_settings(data)))
     return IndexedSource(urls, indexes, plan, NodeStore.of(data))

@@ -1,7 +1,9 @@
 """What a build's driver and a training rank do once for each shard, over a made-up cache of many shards.
 
 Commits are those a build would write (sealed, five views, one row for every class), written without its fsyncs; their
-parts are empty files, since no stage here opens one. ``python -m tests.benchmarks.scale 100000`` takes another size.
+parts are empty files, since no stage here opens one. ``python -m tests.benchmarks.scale 100000`` takes another size;
+``python -m tests.benchmarks.scale order 100000 10000 64`` draws an epoch of so many shards of so many rows, for one of
+so many ranks.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import pickle
+import resource
 import sys
 import tempfile
 import time
@@ -170,20 +173,25 @@ def _training_stages(url: str, plan: ViewsConfig) -> None:
     _stage("table of parts read, one row found", lambda: cache.committed_view(shards[-1].shard_id, 0))
     for name, ref in (("shards", cache.manifest.shards), ("parts", cache.manifest.parts)):
         print(f"  {'table of ' + name:<34}{ref.size_bytes / 1e6:9.1f} MB")
+    _order_stages([shard.shard_id for shard in shards], [shard.num_ok for shard in shards], plan, num_ranks=64)
+
+
+def _order_stages(shard_ids: list[str], num_ok: list[int], plan: ViewsConfig, *, num_ranks: int) -> None:
     order = _stage(
         "order of training",
         lambda: TrainingOrder.build(
-            [shard.shard_id for shard in shards],
-            [shard.num_ok for shard in shards],
-            seed=0,
-            global_batch_size=1024,
-            lanes=64,
-            kind="global",
-            tail="drop",
-            plan=plan,
+            shard_ids, num_ok, seed=0, global_batch_size=1024, lanes=64, kind="global", tail="drop", plan=plan
         ),
     )
-    _stage("an epoch of it for one of 64 ranks", lambda: order.epoch(0, 0).rows(0, 0, 64))
+    _stage(f"an epoch of it for one of {num_ranks} ranks", lambda: order.epoch(0, 0).rows(0, 0, num_ranks))
+
+
+def report_order(num_shards: int, num_rows: int, num_ranks: int) -> None:
+    """An epoch of more rows than a made-up cache has, and the most memory that this process ever had."""
+    print(f"  {num_shards} shards of {num_rows} rows")
+    shard_ids = [f"train-{number:06d}" for number in range(num_shards)]
+    _order_stages(shard_ids, [num_rows] * num_shards, ViewsConfig(count=_VIEWS, size=224), num_ranks=num_ranks)
+    print(f"  {'peak of the process':<47}{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3:10.1f} MB")
 
 
 def run() -> None:
@@ -192,4 +200,7 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    report(int(sys.argv[1]))
+    if sys.argv[1] == "order":
+        report_order(*map(int, sys.argv[2:]))
+    else:
+        report(int(sys.argv[1]))

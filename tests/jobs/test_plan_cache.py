@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from jobs.build_cache import build_cache
 from jobs.plan_cache import describe, report
-from pipeline import storage
 from pipeline.errors import StorageInputError
 from tests.jobs.conftest import Tree, config_of, files_below
 
@@ -45,29 +42,6 @@ def test_a_part_that_is_gone_is_planned_again_though_a_commit_names_it(tree: Tre
 def test_the_end_of_an_epoch_is_said(tree: Tree, tail: str, told: str) -> None:
     config = config_of(tree(train={"global_batch_size": 20, "tail": tail}))
     assert told in describe(report(config, measured=False))
-
-
-def test_requests_are_about_those_of_the_build(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
-    planned = report(config_of(tree()), measured=False).plan.traffic.build
-    asked: Counter[str] = Counter()
-    kinds = {
-        "put": ("put", "create"),
-        "get": ("read", "read_range", "exists", "size", "local_copy"),
-        "list": ("listing", "sizes"),
-    }
-    for kind, name in ((kind, name) for kind, names in kinds.items() for name in names):
-        monkeypatch.setattr(storage, name, _counting(getattr(storage, name), asked, kind))
-    build_cache(config_of(tree()))
-    for kind in kinds:
-        assert getattr(planned, kind) == pytest.approx(asked[kind], rel=0.3), asked
-
-
-def _counting(function: Any, asked: Counter[str], kind: str) -> Any:
-    def call(*arguments: Any, **keywords: Any) -> Any:
-        asked[kind] += 1
-        return function(*arguments, **keywords)
-
-    return call
 
 
 def test_a_measured_plan_tells_rate_bytes_and_hours_and_leaves_nothing(tree: Tree, tmp_path: Path) -> None:

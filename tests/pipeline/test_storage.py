@@ -432,6 +432,12 @@ class FailingStore(AsyncFileSystem):
         await self._info(path)
         return b"x"
 
+    async def _find(self, path: str, **_: Any) -> dict[str, Any]:
+        try:
+            return {path: await self._info(path)}
+        except FileNotFoundError:
+            return {}
+
     def invalidate_cache(self, path: str | None = None) -> None:
         self.dircache.pop(path, None)
 
@@ -468,7 +474,7 @@ def test_a_store_that_cannot_tell_is_never_an_absent_file(
 ) -> None:
     failing(failure, monkeypatch)
     assert store.isfile("bucket/a") is False
-    for call in (storage.exists, storage.listing):
+    for call in (storage.exists, storage.listing, storage.read_if_there):
         with pytest.raises(kind, match="s3://bucket/a"):
             call("s3://bucket/a")
 
@@ -478,6 +484,7 @@ def test_a_missing_object_is_absent_and_not_an_error(monkeypatch: pytest.MonkeyP
     failing(FileNotFoundError("bucket/a"), monkeypatch)
     assert not storage.exists("s3://bucket/a")
     assert storage.listing("s3://bucket/a") == []
+    assert storage.read_if_there("s3://bucket/a") is None
 
 
 def test_a_new_object_is_seen_past_a_cached_listing(store: FailingStore) -> None:

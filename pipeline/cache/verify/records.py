@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
@@ -11,8 +11,8 @@ import pyarrow as pa
 
 from pipeline import storage
 from pipeline.cache import layout
-from pipeline.cache.commit import named, read_commit
-from pipeline.cache.files import REBUILD, read_file, read_parquet
+from pipeline.cache.commit import Standing, read_ahead
+from pipeline.cache.files import REBUILD, parse_record, read_file, read_parquet
 from pipeline.cache.identity import drawable_plan, parse_header
 from pipeline.cache.imported import imported_sha256
 from pipeline.cache.manifest import fold_commits, locate, parse_manifest
@@ -24,9 +24,27 @@ from pipeline.views.params import EVAL_VIEW
 from schemas.config import ViewsConfig
 from schemas.manifest import Commit, FileRef, Header, Manifest
 
-_READ_THREADS = 16
 _MAGIC_BYTES = len(b"PAR1")
 _DAMAGED = "totals of the manifest: a commit is damaged or missing"
+
+
+@dataclass(frozen=True, slots=True)
+class KeptCommit:
+    """A commit as its compressed file, which takes a tenth of its objects: a cache may have millions."""
+
+    standing: Standing
+    packed: bytes = field(repr=False)
+
+    @classmethod
+    def of(cls, commit: Commit, data: bytes) -> KeptCommit:
+        return cls(Standing.of(commit), zlib.compress(data))
+
+    def unpack(self) -> Commit:
+        return parse_record(Commit, zlib.decompress(self.packed), where=self.path)
+
+    @property
+    def path(self) -> str:
+        return layout.commit_path(self.standing.shard_id, self.standing.block)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +53,7 @@ class Records:
 
     header: Header | None
     manifest: Manifest | None
-    commits: list[Commit]
+    commits: list[KeptCommit]
     broken: set[str]
     """Paths of commits that say nothing."""
     in_manifest: set[str] = field(default_factory=set[str])
@@ -46,7 +64,7 @@ class Records:
     @property
     def complete(self) -> bool:
         """Whether the manifest's parts are known, and the commit of each."""
-        return bool(self.in_manifest) and self.in_manifest <= {commit.part.path for commit in self.commits}
+        return bool(self.in_manifest) and self.in_manifest <= {commit.standing.part for commit in self.commits}
 
     @property
     def plan(self) -> ViewsConfig | None:
@@ -59,7 +77,9 @@ class Records:
     def unnamed(self, entries: Iterable[storage.Entry]) -> list[str]:
         """Files that no record names, as far as the records can be read."""
         known = {layout.HEADER, layout.MANIFEST, layout.SHARDS, layout.PARTS, layout.CLASS_MEANS}
-        known |= named(self.commits) | self.in_manifest
+        for commit in self.commits:
+            known |= {commit.standing.part, commit.standing.index, *filter(None, [commit.standing.means])}
+        known |= self.in_manifest
         if self.header is not None and imported_sha256(self.header) is not None:
             known.add(layout.IMPORTED_MEANS)
         return [entry.path for entry in entries if entry.is_temporary or not self._is_named(entry.path, known)]
@@ -134,32 +154,33 @@ def _read_manifest(cache_url: str, header: Header | None, findings: Findings) ->
 
 def _read_commits(
     cache_url: str, entries: Sequence[storage.Entry], header: Header | None, findings: Findings
-) -> tuple[list[Commit], set[str]]:
+) -> tuple[list[KeptCommit], set[str]]:
     """The commits that can be trusted, by path, and the paths of the others."""
     paths = [entry.path for entry in entries if layout.is_commit(entry.path)]
 
-    def read(path: str) -> tuple[Commit | None, Findings]:
-        own = Findings()
+    def read(path: str) -> tuple[Commit | None, bytes, Findings]:
+        own, data = Findings(), b""
         with own.told(path):
             own.checked["records"] += 1
-            commit = read_commit(cache_url, path)
+            url = storage.join(cache_url, path)
+            data = storage.read(url)
+            commit = parse_record(Commit, data, where=storage.redact(url))
             _check_commit(path, commit, header, own)
-            return (commit if not own.num_problems else None), own
-        return None, own
+            return (commit if not own.num_problems else None), data, own
+        return None, data, own
 
-    firsts: dict[str, Commit] = {}
+    firsts: dict[str, _OfShard] = {}
     covered: set[tuple[str, int]] = set()
-    commits: list[Commit] = []
+    commits: list[KeptCommit] = []
     broken: set[str] = set()
-    with ThreadPoolExecutor(_READ_THREADS) as pool:
-        for path, (commit, own) in zip(paths, pool.map(read, paths), strict=True):
-            if commit is not None:
-                _check_beside(path, commit, firsts.setdefault(commit.shard_id, commit), covered, own)
-            findings.merge(own)
-            if commit is None or own.num_problems:
-                broken.add(path)
-            else:
-                commits.append(commit)
+    for path, (commit, data, own) in zip(paths, read_ahead(read, paths), strict=True):
+        if commit is not None:
+            _check_beside(path, commit, firsts.setdefault(commit.shard_id, _OfShard.of(commit)), covered, own)
+        findings.merge(own)
+        if commit is None or own.num_problems:
+            broken.add(path)
+        else:
+            commits.append(KeptCommit.of(commit, data))
     return commits, broken
 
 
@@ -197,19 +218,29 @@ def _ends(commit: Commit) -> list[int]:
     return [_MAGIC_BYTES, *(item.offset + item.size_bytes for item in (*commit.views, commit.footer))]
 
 
-def _check_beside(path: str, commit: Commit, first: Commit, covered: set[tuple[str, int]], findings: Findings) -> None:
+@dataclass(frozen=True, slots=True)
+class _OfShard:
+    """What is the same in every commit of a shard."""
+
+    index: FileRef
+    samples: dict[str, object]
+
+    @classmethod
+    def of(cls, commit: Commit) -> _OfShard:
+        names = {"shard_size_bytes", "num_ok", "read", "written", "skipped"}
+        return cls(commit.index, commit.model_dump(include=names))
+
+
+def _check_beside(
+    path: str, commit: Commit, first: _OfShard, covered: set[tuple[str, int]], findings: Findings
+) -> None:
     """Against the commits of the same shard that come before it."""
-    shard = commit.shard_id
-    findings.expect(path, "this commit is of another index than the shard's first", commit.index, first.index)
-    findings.expect(path, "the shard changed between two of its parts", _samples(commit), _samples(first))
+    shard, own = commit.shard_id, _OfShard.of(commit)
+    findings.expect(path, "this commit is of another index than the shard's first", own.index, first.index)
+    findings.expect(path, "the shard changed between two of its parts", own.samples, first.samples)
     views = {(shard, view.view) for view in commit.views}
     findings.expect(path, "views that another commit covers", sorted(views & covered), [])
     covered |= views
-
-
-def _samples(commit: Commit) -> dict[str, object]:
-    """What is the same in every commit of a shard."""
-    return commit.model_dump(include={"shard_size_bytes", "num_ok", "read", "written", "skipped"})
 
 
 def _check_former(cache_url: str, path: str, findings: Findings) -> None:
@@ -256,15 +287,15 @@ def _read_table(cache_url: str, ref: FileRef, path: str, findings: Findings) -> 
 def _check_fold(manifest: Manifest, shards: pa.Table, parts: pa.Table, records: Records, findings: Findings) -> None:
     """The manifest is the fold of the commits of the parts that it names; others belong to a build that goes on."""
     shard_ids: list[str] = shards["shard_id"].to_pylist()
-    inside = [commit for commit in records.commits if commit.part.path in records.in_manifest]
+    inside = [commit for commit in records.commits if commit.standing.part in records.in_manifest]
     if beyond := len(records.commits) - len(inside):
         findings.checked["commits that are not in the manifest yet"] += beyond
     foreign = {*parts["shard_id"].to_pylist()} - {*shard_ids}
     findings.expect(layout.PARTS, "parts of other shards", sorted(map(str, foreign)), [])
-    paths = {commit.part.path for commit in inside}
+    paths = {commit.standing.part for commit in inside}
     for path in sorted(records.in_manifest - paths):
         _tell_missing(path, records, findings)
-    fold = fold_commits(inside, shard_ids)
+    fold = fold_commits((commit.unpack() for commit in inside), shard_ids)
     if records.complete:
         for key, wanted in fold.totals.items():
             findings.expect(layout.MANIFEST, f"{key} is not the sum of the commits", getattr(manifest, key), wanted)

@@ -14,11 +14,11 @@ from pipeline.cache.commit import file_digest
 from pipeline.cache.files import read_file, read_parquet
 from pipeline.cache.imported import encode_kept, imported_sha256
 from pipeline.cache.means import ClassSums, encode_means, merge
-from pipeline.cache.verify.records import Records, check_bytes, read_records
+from pipeline.cache.verify.records import KeptCommit, Records, check_bytes, read_records
 from pipeline.cache.verify.report import Findings, VerifyReport
 from pipeline.cache.verify.shard import ShardTask, check_shard
 from pipeline.errors import CacheError
-from schemas.manifest import Commit, Header, Manifest
+from schemas.manifest import Header, Manifest
 
 Progress = Callable[[int, int], None]
 """Called with the number of shards done and of all."""
@@ -75,9 +75,9 @@ def verify_cache(
 
 
 def _tasks(cache_url: str, records: Records, urls: Mapping[str, str], allowed_levels: int) -> list[ShardTask]:
-    by_shard: defaultdict[str, list[Commit]] = defaultdict(list)
+    by_shard: defaultdict[str, list[KeptCommit]] = defaultdict(list)
     for commit in records.commits:
-        by_shard[commit.shard_id].append(commit)
+        by_shard[commit.standing.shard_id].append(commit)
     return [
         ShardTask(cache_url, records, commits, urls.get(shard), allowed_levels) for shard, commits in by_shard.items()
     ]
@@ -85,7 +85,7 @@ def _tasks(cache_url: str, records: Records, urls: Mapping[str, str], allowed_le
 
 def _check_ownerless(cache_url: str, entries: Sequence[storage.Entry], records: Records, findings: Findings) -> None:
     """Parts and class sums whose commit cannot be read still carry the beginning of their digest in their name."""
-    known = {layout.commit_path(commit.shard_id, commit.block) for commit in records.commits}
+    known = {commit.path for commit in records.commits}
     for entry in entries:
         owner = layout.owner(entry.path)
         commit_path = None if owner is None else layout.commit_path(*owner)

@@ -16,7 +16,7 @@ from pipeline.cache.means import ClassSums, decode_sums, merge
 from pipeline.cache.verify.draws import ShardDraws
 from pipeline.cache.verify.images import ShardImages, check_canaries
 from pipeline.cache.verify.part import Canary, PartCheck, PartContent, check_file
-from pipeline.cache.verify.records import Records, check_bytes
+from pipeline.cache.verify.records import KeptCommit, Records, check_bytes
 from pipeline.cache.verify.report import Findings
 from pipeline.errors import CacheError, StillroomError, StorageInputError
 from pipeline.shards.index import NO_LABEL, STATUSES, ShardIndex, decode_index
@@ -33,7 +33,7 @@ class ShardTask:
 
     cache_url: str
     records: Records
-    commits: list[Commit]
+    commits: list[KeptCommit]
     shard_url: str | None
     allowed_levels: int = 0
     """By which block means of canaries may differ."""
@@ -57,7 +57,8 @@ def check_shard(task: ShardTask) -> ShardResult:
 class _ShardCheck:
     def __init__(self, task: ShardTask, decoders: ThreadPoolExecutor) -> None:
         self._task, self._decoders = task, decoders
-        self._shard_id = task.commits[0].shard_id
+        self._commits = [kept.unpack() for kept in task.commits]
+        self._shard_id = self._commits[0].shard_id
         self._result = ShardResult()
         self._findings = self._result.findings
         self._index = self._read_index()
@@ -66,7 +67,7 @@ class _ShardCheck:
         self._images = self._open_images()
 
     def run(self) -> ShardResult:
-        for commit in self._task.commits:
+        for commit in self._commits:
             content = self._check_part(commit)
             self._check_sums(commit, content)
             if content is not None and content.canaries:
@@ -75,7 +76,7 @@ class _ShardCheck:
 
     def _read_index(self) -> ShardIndex | None:
         """The index, if it contradicts neither itself nor the commits: rows are held to nothing less."""
-        commit, header = self._task.commits[0], self._task.records.header
+        commit, header = self._commits[0], self._task.records.header
         path, own = commit.index.path, Findings()
         index = None
         with own.told(path, shard=self._shard_id):
@@ -140,7 +141,7 @@ class _ShardCheck:
 
     def _open_images(self) -> ShardImages | None:
         """The shard, if it can be reached."""
-        url, records, commit = self._task.shard_url, self._task.records, self._task.commits[0]
+        url, records, commit = self._task.shard_url, self._task.records, self._commits[0]
         if url is None or records.header is None or self._index is None or records.plan is None:
             return None
         images = ShardImages(url, self._index, records.header, records.plan, self._decoders)
