@@ -31,7 +31,7 @@ def pack(source_url: str, out_url: str, settings: PackSettings, *, classes_url: 
 
 def _read_classes(url: str) -> Mapping[str, int]:
     try:
-        classes = json.loads(storage.read(url))
+        classes = json.loads(storage.read(url, max_bytes=storage.MAX_RECORD_BYTES))
         fits = sorted(classes.values()) == list(range(len(classes)))
     except (ValueError, RecursionError, AttributeError, TypeError):
         classes, fits = {}, False

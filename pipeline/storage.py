@@ -39,12 +39,17 @@ from tenacity import (
     wait_random_exponential,
 )
 
-from pipeline.errors import PassingStorageError, StillroomError, StorageError, StorageInputError
+from pipeline.errors import PassingStorageError, StillroomError, StorageError, StorageInputError, TooLargeError
 from pipeline.redaction import redact
 
 P = ParamSpec("P")
 R = TypeVar("R")
 _log = logging.getLogger(__name__)
+
+# Of files that are read whole, whoever wrote them. A header of 100,000 classes has 8 MB; the table of parts of 100,000
+# shards with 100 views, and class means of 100,000 classes with 4,096 numbers, about 1 GB.
+MAX_RECORD_BYTES = 32 * 2**20
+MAX_TABLE_BYTES = 4 * 2**30
 
 WRITABLE = ("file", "memory", "s3", "gs", "gcs", "az", "abfs", "abfss")
 READABLE = (*WRITABLE, "http", "https", "hf")
@@ -364,20 +369,26 @@ def read(url: str, *, max_bytes: int | None = None) -> bytes:
     """The whole object.
 
     Raises:
-        StorageInputError: it is larger than ``max_bytes``.
+        TooLargeError: it is larger than ``max_bytes``.
     """
     filesystem, path = _filesystem(url)
+    options: dict[str, Any] = {}
     with _told(url, "read"):
         try:
-            # Asked before: what a person mistypes, or a server makes up, may be larger than memory.
-            if max_bytes is not None and (size_bytes := int(filesystem.info(path)["size"] or 0)) > max_bytes:
-                raise StorageInputError(
-                    "this file is too large for what it should be",
-                    where=redact(url),
-                    got=f"{size_bytes} bytes",
-                    wanted=f"at most {max_bytes} bytes",
-                )
-            return bytes(filesystem.cat_file(path))
+            if max_bytes is not None:
+                # Asked before: what a person mistypes, or a server makes up, may be larger than memory.
+                size_bytes = int(filesystem.info(path)["size"] or 0)
+                if size_bytes > max_bytes:
+                    raise TooLargeError(
+                        "this file is too large for what it should be",
+                        where=redact(url),
+                        got=f"{size_bytes} bytes",
+                        wanted=f"at most {max_bytes} bytes",
+                    )
+                if protocol(url) == "s3" and size_bytes <= _S3_CHUNK_BYTES:
+                    # One request, where s3fs would ask for the size again.
+                    options["max_concurrency"] = 1
+            return bytes(filesystem.cat_file(path, **options))
         except FileNotFoundError:
             # An object store has no folders, and calls a prefix missing.
             if filesystem.isdir(path):

@@ -277,7 +277,7 @@ class _PartBuild:
         url = storage.join(self.builder.cache.url, layout.index_path(self.shard_id))
         if not storage.exists(url):
             return None
-        data = storage.read(url)
+        data = storage.read(url, max_bytes=storage.MAX_TABLE_BYTES)
         index = decode_index(data, where=storage.redact(url), settings=index_settings(self.data))
         check_samples(index, self.data, where=self.where)
         return _StoredIndex(index, data)

@@ -104,7 +104,7 @@ def read_commit(cache_url: str, path: str) -> Commit:
         CacheError: the commit was changed after it was written, or is of another format.
     """
     url = storage.join(cache_url, path)
-    return parse_record(Commit, storage.read(url), where=storage.redact(url))
+    return parse_record(Commit, storage.read(url, max_bytes=storage.MAX_RECORD_BYTES), where=storage.redact(url))
 
 
 def stream_commits(cache_url: str) -> Iterator[Commit]:

@@ -153,7 +153,7 @@ def read_header(cache_url: str) -> Header:
         raise CacheError(
             "there is no cache here", where=storage.redact(cache_url), next_step="run: stillroom cache build CONFIG"
         )
-    return parse_header(storage.read(url), where=storage.redact(url))
+    return parse_header(storage.read(url, max_bytes=storage.MAX_RECORD_BYTES), where=storage.redact(url))
 
 
 def parse_header(data: bytes, *, where: str) -> Header:

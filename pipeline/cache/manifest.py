@@ -57,7 +57,7 @@ def publish_manifest(
     class_means = _publish_means(cache_url, seen.means, header, add_up or read_sums)
     paths = pa.array([names[shard] for shard in shard_urls], pa.string())
     manifest = Manifest(
-        header_sha256=digest(read_file(cache_url, layout.HEADER)),
+        header_sha256=digest(read_file(cache_url, layout.HEADER, max_bytes=storage.MAX_RECORD_BYTES)),
         views_id=header.views_id,
         fingerprint=header.fingerprint,
         base=base,
@@ -152,7 +152,7 @@ def read_manifest(cache_url: str) -> tuple[Manifest, bytes]:
             where=storage.redact(cache_url),
             next_step="run: stillroom cache build CONFIG" + (" (it resumes)" if begun else ""),
         )
-    data = storage.read(url)
+    data = storage.read(url, max_bytes=storage.MAX_RECORD_BYTES)
     return parse_manifest(data, where=storage.redact(url)), data
 
 

@@ -42,7 +42,8 @@ def publish_shard_index(url: str, *, data: DataConfig, folder_url: str, threads:
     target = storage.join(folder_url, index_name(shard))
     settings = index_settings(data)
     if storage.exists(target):
-        index = decode_index(storage.read(target), where=storage.redact(target), settings=settings)
+        index_bytes = storage.read(target, max_bytes=storage.MAX_TABLE_BYTES)
+        index = decode_index(index_bytes, where=storage.redact(target), settings=settings)
         _check_last_image(url, index)
     else:
         with storage.scratch_folder() as scratch:

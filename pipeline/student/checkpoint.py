@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from pipeline import storage
+from pipeline.config import build_config
 from pipeline.errors import CacheError, ConfigError
 from pipeline.fingerprint import differences, seal, unseal
 from pipeline.models.source import cause
@@ -73,16 +74,16 @@ def check_begun(run_url: str, config: Config) -> None:
 def read_config(run_url: str) -> Config:
     """
     Raises:
-        ConfigError: there is no run here.
+        ConfigError: there is no run here, or its config is none.
     """
     url = storage.join(run_url, CONFIG)
     if not storage.exists(url):
         raise ConfigError(
             "there is no run here", where=storage.redact(run_url), next_step="run: stillroom train CONFIG"
         )
-    body = unseal(storage.read(url), where=storage.redact(url))
+    body = unseal(_record(url), where=storage.redact(url))
     body.pop("digest")
-    return Config.model_validate(body)
+    return build_config(body, where=storage.redact(url))
 
 
 def _comparable(config: Config) -> dict[str, Any]:
@@ -106,7 +107,11 @@ def pin_manifests(run_url: str, manifests: Sequence[bytes]) -> tuple[bytes, ...]
 def pinned_manifests(run_url: str, num_caches: int) -> tuple[bytes | None, ...]:
     """One a cache, in the order of ``data.cache``; None: not pinned yet."""
     urls = [_manifest_url(run_url, number) for number in range(num_caches)]
-    return tuple(storage.read(url) if storage.exists(url) else None for url in urls)
+    return tuple(_record(url) if storage.exists(url) else None for url in urls)
+
+
+def _record(url: str) -> bytes:
+    return storage.read(url, max_bytes=storage.MAX_RECORD_BYTES)
 
 
 def _manifest_url(run_url: str, number: int) -> str:
@@ -115,7 +120,7 @@ def _manifest_url(run_url: str, number: int) -> str:
 
 
 def _pin(url: str, data: bytes) -> bytes:
-    return data if storage.create(url, data) else storage.read(url)
+    return data if storage.create(url, data) else _record(url)
 
 
 def kept(epoch: int) -> str:
@@ -161,7 +166,7 @@ def read_summary(run_url: str) -> dict[str, Any] | None:
     if not storage.exists(url):
         return None
     try:
-        return json.loads(storage.read(url))
+        return json.loads(_record(url))
     except ValueError as error:
         raise CacheError(
             "this summary is damaged",

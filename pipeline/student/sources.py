@@ -349,5 +349,6 @@ def open_indexed(folder_url: str, data: DataConfig, plan: ViewsConfig) -> Indexe
                 where=storage.redact(folder_url),
                 next_step="run: stillroom shards index CONFIG",
             )
-        indexes.append(decode_index(storage.read(url), where=storage.redact(url), settings=index_settings(data)))
+        index_bytes = storage.read(url, max_bytes=storage.MAX_TABLE_BYTES)
+        indexes.append(decode_index(index_bytes, where=storage.redact(url), settings=index_settings(data)))
     return IndexedSource(urls, indexes, plan, NodeStore.of(data))
