@@ -12,15 +12,17 @@ from pipeline.errors import ShardError
 from pipeline.shards.pack import CLASSES, Packing, PackSettings, plan_packing, tell_skipped, write_packing
 
 
-def pack(source_url: str, out_url: str, settings: PackSettings, *, classes_url: str | None = None) -> Packing:
+def pack(
+    source_url: str, out_url: str, settings: PackSettings, *, classes_url: str | None = None, links_out: bool = False
+) -> Packing:
     """Goes on where an earlier run of the same packing was stopped.
 
     Raises:
         ShardError: there is nothing to pack, or classes that cannot be used.
-        StorageInputError: something else is in ``out_url``.
+        StorageInputError: something else is in ``out_url``, or a link leads out of the tree without ``links_out``.
     """
     classes = None if classes_url is None else _read_classes(classes_url)
-    packing = plan_packing(source_url, settings, classes=classes)
+    packing = plan_packing(source_url, settings, classes=classes, links_out=links_out)
     if packing.skipped:
         print(f"pack: skipped {tell_skipped(packing.skipped)}", file=sys.stderr)
     with ProgressView("pack", packing.num_images) as progress:

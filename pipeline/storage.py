@@ -468,14 +468,22 @@ def listing(url: str) -> list[str]:
     return [entry.path for entry in entries(url) if not entry.is_temporary]
 
 
-def sizes(url: str) -> dict[str, int]:
+def sizes(url: str, *, links_out: bool = False) -> dict[str, int]:
     """Bytes of every object below ``url`` by its relative path, sorted; empty where the folder is absent.
 
     Local links are followed, to folders too: image trees are often made of them.
+
+    Args:
+        links_out: also those that lead out of the folder. Whoever packed it could else have any file of ours read.
+
+    Raises:
+        StorageInputError: a link leads out of the folder, or to a folder that it is in.
     """
     if protocol(url) == "file":
         with _told(url, "list"):
-            return dict(sorted(_local_sizes(Path(_filesystem(url)[1]))))
+            folder = Path(_filesystem(url)[1])
+            found = _local_files(folder, None if links_out else folder.resolve(), ())
+            return dict(sorted((str(path.relative_to(folder)), path.stat().st_size) for path in found))
     return {entry.path: entry.size_bytes for entry in entries(url)}
 
 
@@ -502,11 +510,26 @@ def sizes_right_below(url: str) -> dict[str, int]:
     return {info["name"].rsplit("/", 1)[-1]: int(info["size"]) for info in found if info["type"] == "file"}
 
 
-def _local_sizes(folder: Path) -> Iterator[tuple[str, int]]:
-    for parent, _, names in os.walk(folder, followlinks=True):
-        for name in names:
-            path = Path(parent, name)
-            yield str(path.relative_to(folder)), path.stat().st_size
+def _local_files(folder: Path, root: Path | None, above: tuple[Path, ...]) -> Iterator[Path]:
+    """``above``: the folders that this one is in, links followed; no link may lead out of ``root``."""
+    if not folder.is_dir():
+        return
+    above = (*above, folder.resolve())
+    with os.scandir(folder) as found:
+        for entry in found:
+            path = Path(entry)
+            target = path.resolve() if entry.is_symlink() else None
+            if target is not None and (target in above or not (root is None or target.is_relative_to(root))):
+                raise StorageInputError(
+                    "a link leads to a folder that it is in" if target in above else "a link leads out of this folder",
+                    where=str(path),
+                    got=str(target),
+                    next_step=None if target in above else "copy what it leads to, or pass --links-out if all is yours",
+                )
+            if entry.is_dir():
+                yield from _local_files(path, root, above)
+            else:
+                yield path
 
 
 def folders(url: str) -> list[str]:

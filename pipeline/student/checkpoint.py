@@ -14,6 +14,7 @@ from pipeline.config import build_config
 from pipeline.errors import CacheError, ConfigError
 from pipeline.fingerprint import differences, seal, unseal
 from pipeline.models.source import cause
+from pipeline.models.weights import load_pickled
 from pipeline.redaction import redact_text
 from schemas.config import Config
 
@@ -146,7 +147,7 @@ def load(run_url: str, name: str) -> dict[str, Any] | None:
         return None
     data = storage.read(url)
     try:
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        return load_pickled(data)
     except Exception as error:
         raise CacheError(
             "this checkpoint is damaged",

@@ -88,5 +88,3 @@ def test_texts_in_lists_are_refused() -> None:
     data = encoded(pa.table({"names": pa.array([["a"]], pa.list_(pa.string()))}))
     with pytest.raises(pa.ArrowInvalid, match=r"lists of texts in names\.list\.element"):
         read_bounded(pa.BufferReader(data), size_bytes=len(data))
-
-
