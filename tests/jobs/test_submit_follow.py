@@ -16,9 +16,9 @@ LINES = [f"line {number}\n" for number in range(30)]
 SCRIPT = """
 import sys
 import jobs.submit_follow as follow
-from jobs.submit import _Client
+from ray.job_submission import JobSubmissionClient
 follow._SILENCE_S, follow._PAUSE_S = 1, 0.05
-sys.exit(follow.follow(_Client(sys.argv[1]), "job", sys.argv[1]))
+sys.exit(follow.follow(JobSubmissionClient(sys.argv[1]), "job", sys.argv[1]))
 """
 
 
