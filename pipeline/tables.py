@@ -41,15 +41,15 @@ def read_bounded(
         ArrowInvalid: it would take more memory than its size allows, or is no Parquet.
     """
     limit = max(ALWAYS_ALLOWED_BYTES, MAX_EXPANSION * size_bytes)
-    metadata = pq.read_metadata(source) if metadata is None else metadata
-    groups = range(metadata.num_row_groups) if row_groups is None else row_groups
-    texts = _texts(metadata.schema)
-    _check(sum(_declared_bytes(metadata, group) for group in groups), limit, size_bytes)
-    file = pq.ParquetFile(source, metadata=metadata, pre_buffer=False, read_dictionary=texts, **options)
+    about = pq.read_metadata(source) if metadata is None else metadata
+    groups = range(about.num_row_groups) if row_groups is None else row_groups
+    texts = _texts(about.schema)
+    _check(sum(_declared_bytes(about, group) for group in groups), limit, size_bytes)
+    file = pq.ParquetFile(source, metadata=about, pre_buffer=False, read_dictionary=texts, **options)
     table = file.read_row_groups([*groups], use_threads=False)
     dense = [name for name in texts if name not in repeated]
     _check(sum(_dense_bytes(table[name]) for name in dense), limit, size_bytes)
-    wanted = metadata.schema.to_arrow_schema()
+    wanted = about.schema.to_arrow_schema()
     for name in dense:
         field = wanted.field(name)
         table = table.set_column(table.schema.get_field_index(name), field, table[name].cast(field.type))
@@ -89,8 +89,8 @@ def _dense_bytes(column: pa.ChunkedArray) -> int:
     """What a column of dictionaries takes once every row has a text of its own."""
     total = 0
     for chunk in column.chunks:
-        lengths = pc.binary_length(chunk.dictionary).cast(pa.int64())
-        total += (pc.sum(lengths.take(chunk.indices)).as_py() or 0) + _OFFSET_BYTES * len(chunk)
+        lengths = pc.call_function("binary_length", [chunk.dictionary]).cast(pa.int64())
+        total += (lengths.take(chunk.indices).sum().as_py() or 0) + _OFFSET_BYTES * len(chunk)
     return total
 
 
