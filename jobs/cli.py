@@ -108,6 +108,9 @@ def shards_pack(
     labels: Annotated[Literal["folder", "none"], typer.Option(help="The first folder's name is the class.")] = "folder",
     classes: Annotated[str | None, typer.Option(help="classes.json of another packing, whose indexes to use.")] = None,
     name: Annotated[str, typer.Option(help="Stem of the shards' names.")] = "train",
+    links_out: Annotated[
+        bool, typer.Option("--links-out", help="Follow links that lead out of SRC too: pack whatever they name.")
+    ] = False,
 ) -> None:
     """Pack a folder tree of images into shuffled shards. Resumes by itself."""
 
@@ -116,7 +119,7 @@ def shards_pack(
         from pipeline.shards.pack import PackSettings
 
         settings = PackSettings(name, shard_size, shard_bytes, seed, val_share, labels)
-        print(describe(pack(source, out, settings, classes_url=classes), out))
+        print(describe(pack(source, out, settings, classes_url=classes, links_out=links_out), out))
 
     _run(command)
 

@@ -13,15 +13,17 @@ from pipeline.errors import ShardError
 from pipeline.shards.pack import CLASSES, Packing, PackSettings, plan_packing, tell_skipped, write_packing
 
 
-def pack(source_url: str, out_url: str, settings: PackSettings, *, classes_url: str | None = None) -> Packing:
+def pack(
+    source_url: str, out_url: str, settings: PackSettings, *, classes_url: str | None = None, links_out: bool = False
+) -> Packing:
     """Goes on where an earlier run of the same packing was stopped.
 
     Raises:
         ShardError: there is nothing to pack, or classes that cannot be used.
-        StorageInputError: something else is in ``out_url``.
+        StorageInputError: something else is in ``out_url``, or a link leads out of the tree without ``links_out``.
     """
     classes = None if classes_url is None else _read_classes(classes_url)
-    packing = plan_packing(source_url, settings, classes=classes)
+    packing = plan_packing(source_url, settings, classes=classes, links_out=links_out)
     if packing.skipped:
         tell(f"pack: skipped {tell_skipped(packing.skipped)}", event="warning", level=logging.WARNING)
     with ProgressView("pack", packing.num_images) as progress:
@@ -32,7 +34,7 @@ def pack(source_url: str, out_url: str, settings: PackSettings, *, classes_url: 
 
 def _read_classes(url: str) -> Mapping[str, int]:
     try:
-        classes = json.loads(storage.read(url))
+        classes = json.loads(storage.read(url, max_bytes=storage.MAX_RECORD_BYTES))
         fits = sorted(classes.values()) == list(range(len(classes)))
     except (ValueError, RecursionError, AttributeError, TypeError):
         classes, fits = {}, False

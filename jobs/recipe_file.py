@@ -8,12 +8,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
-from pipeline import storage
-from pipeline.config import build_config, require
+from pipeline.config import build_config, read_document, require
 from pipeline.errors import ConfigError
 from pipeline.student.checkpoint import LAST
 from schemas.config import Config, StudentConfig, TeacherConfig
@@ -67,8 +66,7 @@ def load_recipe(source: str, overrides: list[str]) -> Recipe:
         ConfigError: the document is none of a recipe, or a stage says what no config may say; the stage is named.
     """
     try:
-        tree = OmegaConf.create(storage.read(source).decode())
-        assert isinstance(tree, DictConfig)
+        tree, _ = read_document(source)
         if "vars" in tree:
             # A mistyped variable would otherwise be a new one that nothing reads.
             OmegaConf.set_struct(tree["vars"], True)
@@ -77,7 +75,7 @@ def load_recipe(source: str, overrides: list[str]) -> Recipe:
         document = RecipeConfig.model_validate(plain)
     except ValidationError as error:
         raise _refused(error, source) from error
-    except (OmegaConfBaseException, AssertionError, UnicodeDecodeError, ValueError) as error:
+    except (OmegaConfBaseException, RecursionError, ValueError) as error:
         raise ConfigError("this recipe cannot be read", where=source, got=str(error)) from error
     return _Reading(document, source, Path(document.out).absolute()).recipe()
 

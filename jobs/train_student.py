@@ -121,8 +121,9 @@ def _worker(arguments: dict[str, Any]) -> None:
     place = {"kind": "rank", "rank": world.rank, "world_size": world.size, "node": node_name()}
     # Waited for, so that every place is known before the leader's first step.
     ray.get(relay.push.remote(place))
+    config = Config.model_validate_json(ray.get(arguments["config"]))
     try:
-        train(Config.model_validate_json(arguments["config"]), world, report=lambda event: relay.push.remote(event))
+        train(config, world, report=lambda event: relay.push.remote(event))
     except StillroomError as error:
         ray.get(relay.fail.remote(error))
         raise
@@ -165,7 +166,8 @@ def _trainer(config: Config, relay: Any, folder: Path) -> TorchTrainer:
 
     return TorchTrainer(
         _worker,
-        train_loop_config={"config": config.model_dump_json(exclude_unset=True), "relay": relay},
+        # By reference: Ray Train can show what stands here, and URLs of a config may hold credentials.
+        train_loop_config={"config": ray.put(config.model_dump_json(exclude_unset=True)), "relay": relay},
         torch_config=TorchConfig(backend="nccl" if config.ray.use_gpu else "gloo"),
         scaling_config=scaling(config.ray),
         run_config=RunConfig(

@@ -49,10 +49,8 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
         ConfigError: everything that is wrong, in one message.
     """
     where = redact(source)
-    text = _read_text(source)
     try:
-        places = _key_lines(text, where)
-        document = _parse(text, where)
+        document, places = read_document(source)
         for override in overrides:
             path = _apply(document, override, where)
             places = {known: place for known, place in places.items() if not _is_inside(known, path)}
@@ -62,6 +60,18 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(
             "this config is nested too deeply, or an alias in it stands inside of what it names", where=where
         ) from error
+
+
+def read_document(source: str) -> tuple[DictConfig, dict[KeyPath, str]]:
+    """A YAML mapping as it is written, and the line of each key.
+
+    Raises:
+        ConfigError: no mapping in plain YAML, or a larger one than is read.
+        RecursionError: it is nested too deeply.
+    """
+    where, text = redact(source), _read_text(source)
+    places = _key_lines(text, where)
+    return _parse(text, where), places
 
 
 def build_config(tree: Mapping[str, Any], *, where: str) -> Config:

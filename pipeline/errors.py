@@ -72,6 +72,10 @@ class StorageInputError(InputError):
     """A URL that is refused, missing, or not readable."""
 
 
+class TooLargeError(StorageInputError):
+    """A file that is larger than what it should be can be."""
+
+
 class ShardError(InputError):
     """A shard, or a sample in it, that breaks a rule of the format."""
 

@@ -40,7 +40,7 @@ from tenacity import (
     wait_random_exponential,
 )
 
-from pipeline.errors import PassingStorageError, StillroomError, StorageError, StorageInputError
+from pipeline.errors import PassingStorageError, StillroomError, StorageError, StorageInputError, TooLargeError
 from pipeline.redaction import redact
 
 P = ParamSpec("P")
@@ -49,6 +49,11 @@ _log = logging.getLogger(__name__)
 
 NAMES_A_PAGE = 1000
 """A store tells so many names with their sizes in one answer."""
+# Of files that are read whole, whoever wrote them. A header of 100,000 classes has 8 MB; the table of parts of 100,000
+# shards with 100 views, and class means of 100,000 classes with 4,096 numbers, about 1 GB.
+MAX_RECORD_BYTES = 32 * 2**20
+MAX_TABLE_BYTES = 4 * 2**30
+
 WRITABLE = ("file", "memory", "s3", "gs", "gcs", "az", "abfs", "abfss")
 READABLE = (*WRITABLE, "http", "https", "hf")
 _EXTRA = {"s3": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure", "hf": "hf"}
@@ -369,20 +374,12 @@ def read(url: str, *, max_bytes: int | None = None) -> bytes:
     """The whole object.
 
     Raises:
-        StorageInputError: it is larger than ``max_bytes``.
+        TooLargeError: it is larger than ``max_bytes``.
     """
     filesystem, path = _filesystem(url)
     with _told(url, "read"):
         try:
-            # Asked before: what a person mistypes, or a server makes up, may be larger than memory.
-            if max_bytes is not None and (size_bytes := int(filesystem.info(path)["size"] or 0)) > max_bytes:
-                raise StorageInputError(
-                    "this file is too large for what it should be",
-                    where=redact(url),
-                    got=f"{size_bytes} bytes",
-                    wanted=f"at most {max_bytes} bytes",
-                )
-            return _whole(filesystem, path, url)
+            return _whole(filesystem, path, url, max_bytes)
         except FileNotFoundError:
             # An object store has no folders, and calls a prefix missing.
             if filesystem.isdir(path):
@@ -391,22 +388,50 @@ def read(url: str, *, max_bytes: int | None = None) -> bytes:
 
 
 @_repeated
-def read_if_there(url: str) -> bytes | None:
-    """The whole object, or None where there is none: one request, where ``exists`` and ``read`` are two or three."""
+def read_if_there(url: str, *, max_bytes: int | None = None) -> bytes | None:
+    """The whole object, or None where there is none: one request, where ``exists`` and ``read`` are two or three.
+
+    Raises:
+        TooLargeError: it is larger than ``max_bytes``.
+    """
     filesystem, path = _filesystem(url)
     with _told(url, "read"):
         try:
-            return _whole(filesystem, path, url)
+            return _whole(filesystem, path, url, max_bytes)
         except (FileNotFoundError, NotADirectoryError) as error:
             if _truth(error) is not error:
                 raise
             return None
 
 
-def _whole(filesystem: Any, path: str, url: str) -> bytes:
+def _whole(filesystem: Any, path: str, url: str, max_bytes: int | None) -> bytes:
+    """What a person mistypes, or a server makes up, may be larger than memory: a limit is held before it is read."""
+    if protocol(url) != "s3":
+        if max_bytes is not None:
+            _check_size(int(filesystem.info(path)["size"] or 0), max_bytes, url)
+        return bytes(filesystem.cat_file(path))
     # Left alone, s3fs first asks for the size, to fetch what is large in pieces. Nothing that is read whole is.
-    one_request = {"max_concurrency": 1} if protocol(url) == "s3" else {}
-    return bytes(filesystem.cat_file(path, **one_request))
+    if max_bytes is None:
+        return bytes(filesystem.cat_file(path, max_concurrency=1))
+    try:
+        data = bytes(filesystem.cat_file(path, start=0, end=max_bytes + 1))
+    except OSError:
+        # An empty object has no range.
+        if filesystem.info(path)["size"] != 0:
+            raise
+        return b""
+    _check_size(len(data), max_bytes, url)
+    return data
+
+
+def _check_size(size_bytes: int, max_bytes: int, url: str) -> None:
+    if size_bytes > max_bytes:
+        raise TooLargeError(
+            "this file is too large for what it should be",
+            where=redact(url),
+            got=f"{size_bytes} bytes",
+            wanted=f"at most {max_bytes} bytes",
+        )
 
 
 @_repeated
@@ -482,14 +507,22 @@ def listing(url: str) -> list[str]:
     return [entry.path for entry in entries(url) if not entry.is_temporary]
 
 
-def sizes(url: str) -> dict[str, int]:
+def sizes(url: str, *, links_out: bool = False) -> dict[str, int]:
     """Bytes of every object below ``url`` by its relative path, sorted; empty where the folder is absent.
 
     Local links are followed, to folders too: image trees are often made of them.
+
+    Args:
+        links_out: also those that lead out of the folder. Whoever packed it could else have any file of ours read.
+
+    Raises:
+        StorageInputError: a link leads out of the folder, or to a folder that it is in.
     """
     if protocol(url) == "file":
         with _told(url, "list"):
-            return dict(sorted(_local_sizes(Path(_filesystem(url)[1]))))
+            folder = Path(_filesystem(url)[1])
+            found = _local_files(folder, None if links_out else folder.resolve(), ())
+            return dict(sorted((str(path.relative_to(folder)), path.stat().st_size) for path in found))
     return {entry.path: entry.size_bytes for entry in entries(url)}
 
 
@@ -516,11 +549,26 @@ def sizes_right_below(url: str) -> dict[str, int]:
     return {info["name"].rsplit("/", 1)[-1]: int(info["size"]) for info in found if info["type"] == "file"}
 
 
-def _local_sizes(folder: Path) -> Iterator[tuple[str, int]]:
-    for parent, _, names in os.walk(folder, followlinks=True):
-        for name in names:
-            path = Path(parent, name)
-            yield str(path.relative_to(folder)), path.stat().st_size
+def _local_files(folder: Path, root: Path | None, above: tuple[Path, ...]) -> Iterator[Path]:
+    """``above``: the folders that this one is in, links followed; no link may lead out of ``root``."""
+    if not folder.is_dir():
+        return
+    above = (*above, folder.resolve())
+    with os.scandir(folder) as found:
+        for entry in found:
+            path = Path(entry)
+            target = path.resolve() if entry.is_symlink() else None
+            if target is not None and (target in above or not (root is None or target.is_relative_to(root))):
+                raise StorageInputError(
+                    "a link leads to a folder that it is in" if target in above else "a link leads out of this folder",
+                    where=str(path),
+                    got=str(target),
+                    next_step=None if target in above else "copy what it leads to, or pass --links-out if all is yours",
+                )
+            if entry.is_dir():
+                yield from _local_files(path, root, above)
+            else:
+                yield path
 
 
 def folders(url: str) -> list[str]:

@@ -275,7 +275,7 @@ class _PartBuild:
 
     def _known_index(self) -> _StoredIndex | None:
         url = storage.join(self.builder.cache.url, layout.index_path(self.shard_id))
-        data = storage.read_if_there(url)
+        data = storage.read_if_there(url, max_bytes=storage.MAX_TABLE_BYTES)
         if data is None:
             return None
         index = decode_index(data, where=storage.redact(url), settings=index_settings(self.data))

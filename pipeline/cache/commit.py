@@ -97,7 +97,7 @@ def publish_commit(cache_url: str, commit: Commit) -> Commit:
 def find_commit(cache_url: str, shard_id: str, block: ViewBlock) -> Commit | None:
     """The commit of a block, or None while there is none."""
     url = storage.join(cache_url, layout.commit_path(shard_id, block))
-    data = storage.read_if_there(url)
+    data = storage.read_if_there(url, max_bytes=storage.MAX_RECORD_BYTES)
     return None if data is None else parse_record(Commit, data, where=storage.redact(url))
 
 
@@ -107,7 +107,7 @@ def read_commit(cache_url: str, path: str) -> Commit:
         CacheError: the commit was changed after it was written, or is of another format.
     """
     url = storage.join(cache_url, path)
-    return parse_record(Commit, storage.read(url), where=storage.redact(url))
+    return parse_record(Commit, storage.read(url, max_bytes=storage.MAX_RECORD_BYTES), where=storage.redact(url))
 
 
 def stream_commits(cache_url: str) -> Iterator[Commit]:

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from pipeline import storage
 from pipeline.cache import layout
-from pipeline.errors import CacheError, StorageInputError
+from pipeline.errors import CacheError, StorageInputError, TooLargeError
 from pipeline.fingerprint import digest, unseal
+from pipeline.tables import read_bounded
 from schemas.manifest import FORMAT_VERSION, FileRef, Record
 
 R = TypeVar("R", bound=Record)
@@ -43,14 +43,17 @@ def parse_record(kind: type[R], data: bytes, *, where: str) -> R:
         ) from error
 
 
-def read_file(cache_url: str, path: str) -> bytes:
+def read_file(cache_url: str, path: str, *, max_bytes: int = storage.MAX_TABLE_BYTES) -> bytes:
     """
     Raises:
         CacheError: the file is not there, or may not be read.
+        TooLargeError: it is larger than ``max_bytes``.
     """
     url = storage.join(cache_url, path)
     try:
-        return storage.read(url)
+        return storage.read(url, max_bytes=max_bytes)
+    except TooLargeError:
+        raise
     except StorageInputError as error:
         raise gone(url, error) from error
 
@@ -72,7 +75,7 @@ def publish_named(cache_url: str, path: str, data: bytes) -> FileRef:
     """
     ref = FileRef(path=path, sha256=digest(data), size_bytes=len(data))
     url = storage.join(cache_url, path)
-    former = storage.read_if_there(url)
+    former = storage.read_if_there(url, max_bytes=storage.MAX_TABLE_BYTES)
     if former is not None and (sha256 := digest(former)) != ref.sha256:
         storage.write(storage.join(cache_url, layout.former_path(sha256)), former)
     storage.write(url, data)
@@ -89,7 +92,8 @@ def read_named(cache_url: str, ref: FileRef) -> bytes:
     data = read_file(cache_url, ref.path)
     if (got := digest(data)) == ref.sha256:
         return data
-    former = storage.read_if_there(storage.join(cache_url, layout.former_path(ref.sha256)))
+    former_url = storage.join(cache_url, layout.former_path(ref.sha256))
+    former = storage.read_if_there(former_url, max_bytes=storage.MAX_TABLE_BYTES)
     if former is not None and digest(former) == ref.sha256:
         return former
     raise CacheError(
@@ -107,11 +111,10 @@ def read_parquet(data: bytes, *, where: str | None = None, repeated: Sequence[st
     Columns named in ``repeated`` come as dictionaries, which keep each of their texts once.
 
     Raises:
-        CacheError: this is no Parquet.
+        CacheError: this is no Parquet, or would take far more memory than its size.
     """
     try:
-        file = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False, read_dictionary=[*repeated])
-        return file.read(use_threads=False)
+        return read_bounded(pa.BufferReader(data), size_bytes=len(data), repeated=repeated)
     except (pa.ArrowException, OSError) as error:
         got = str(error).splitlines()[0]
         raise CacheError("this file is not readable Parquet", where=where, got=got, next_step=REBUILD) from error

@@ -164,7 +164,7 @@ def find_header(cache_url: str) -> Header | None:
         CacheError: it is damaged, or of another format.
     """
     url = storage.join(cache_url, layout.HEADER)
-    data = storage.read_if_there(url)
+    data = storage.read_if_there(url, max_bytes=storage.MAX_RECORD_BYTES)
     return None if data is None else parse_header(data, where=storage.redact(url))
 
 

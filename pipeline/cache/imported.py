@@ -77,7 +77,8 @@ def read_kept(cache_url: str, header: Header) -> NdMeans:
     Raises:
         CacheError: the cache's copy is missing, or was changed.
     """
-    data = read_file(cache_url, layout.IMPORTED_MEANS)
+    limit = max_size_bytes(num_classes=header.num_classes, embedding_dim=header.embedding_dim)
+    data = read_file(cache_url, layout.IMPORTED_MEANS, max_bytes=min(limit, storage.MAX_TABLE_BYTES))
     where, wanted = storage.redact(storage.join(cache_url, layout.IMPORTED_MEANS)), imported_sha256(header)
     if (got := digest(data)) != wanted:
         raise CacheError(

@@ -57,7 +57,8 @@ def read_last_log(cache_url: str) -> BuildLog | None:
     logs: list[BuildLog] = []
     for path in _paths(cache_url):
         url = storage.join(cache_url, path)
-        logs.append(parse_record(BuildLog, storage.read(url), where=storage.redact(url)))
+        data = storage.read(url, max_bytes=storage.MAX_RECORD_BYTES)
+        logs.append(parse_record(BuildLog, data, where=storage.redact(url)))
     return max(logs, key=lambda log: log.renewed_s, default=None)
 
 

@@ -57,7 +57,7 @@ def publish_manifest(
     class_means = _publish_means(cache_url, seen.means, header, add_up or read_sums)
     paths = pa.array([names[shard] for shard in shard_urls], pa.string())
     manifest = Manifest(
-        header_sha256=digest(read_file(cache_url, layout.HEADER)),
+        header_sha256=digest(read_file(cache_url, layout.HEADER, max_bytes=storage.MAX_RECORD_BYTES)),
         views_id=header.views_id,
         fingerprint=header.fingerprint,
         base=base,
@@ -145,7 +145,7 @@ def read_manifest(cache_url: str) -> tuple[Manifest, bytes]:
         CacheError: there is none (the build did not finish), or it is damaged.
     """
     url = storage.join(cache_url, layout.MANIFEST)
-    data = storage.read_if_there(url)
+    data = storage.read_if_there(url, max_bytes=storage.MAX_RECORD_BYTES)
     if data is None:
         begun = storage.exists(storage.join(cache_url, layout.HEADER))
         raise CacheError(

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipeline import storage
 from pipeline.cache.files import REBUILD, read_parquet
 from pipeline.errors import CacheError
 
@@ -139,7 +140,7 @@ class ClassMeans:
 def decode_means(data: bytes, *, num_classes: int, fingerprint: str, where: str) -> ClassMeans:
     """
     Raises:
-        CacheError: the means are another teacher's.
+        CacheError: the means are another teacher's, or no means of so many classes.
     """
     table = read_parquet(data, where=where)
     written_by = (table.schema.metadata or {}).get(b"stillroom:fingerprint", b"").decode()
@@ -153,6 +154,14 @@ def decode_means(data: bytes, *, num_classes: int, fingerprint: str, where: str)
         )
     classes = table["class"].to_numpy()
     dim = table.schema.field("mean").type.list_size
+    beyond = classes[(classes < 0) | (classes >= num_classes)]
+    if len(beyond) or num_classes * dim * 4 > storage.MAX_TABLE_BYTES:
+        raise CacheError(
+            "these are no class means of so many classes",
+            where=where,
+            got=f"{len(classes)} means of {dim} numbers",
+            wanted=f"classes in 0..{num_classes - 1}, and at most {storage.MAX_TABLE_BYTES} bytes for all",
+        )
     mean_CD = table["mean"].combine_chunks().flatten().to_numpy().reshape(len(classes), dim)
     mean_KD = np.full((num_classes, mean_CD.shape[1]), np.nan, np.float32)
     mean_KD[classes] = mean_CD

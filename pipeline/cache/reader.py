@@ -24,6 +24,7 @@ from pipeline.cache.means import ClassMeans, decode_means
 from pipeline.errors import CacheError, StorageError, StorageInputError
 from pipeline.fingerprint import digest
 from pipeline.shards.index import ShardIndex, decode_index
+from pipeline.tables import read_bounded
 from pipeline.views.params import EVAL_VIEW
 from schemas.cache import drawn_columns
 from schemas.manifest import Header, Manifest, Output
@@ -242,9 +243,12 @@ class TeacherCache:
         try:
             # Given its metadata, Parquet reads no footer, which it would look for with a guess of 64 KiB.
             metadata = pq.read_metadata(pa.BufferReader(b"PAR1" + tail))
-            file = pq.ParquetFile(pa.PythonFile(source, mode="r"), metadata=metadata, pre_buffer=False)
-            groups = _row_groups(file.metadata, offset, offset + size_bytes)
-            found = file.read_row_groups(groups, use_threads=False)
+            found = read_bounded(
+                pa.PythonFile(source, mode="r"),
+                size_bytes=size_bytes,
+                metadata=metadata,
+                row_groups=_row_groups(metadata, offset, offset + size_bytes),
+            )
         except (pa.ArrowInvalid, OSError) as error:
             raise CacheError("this part's footer is damaged", where=where, got=str(error), next_step=REBUILD) from error
         if found.num_rows != entry["rows"]:
@@ -363,7 +367,7 @@ def open_cache(url: str, *, manifest_bytes: bytes | None = None) -> TeacherCache
         manifest, manifest_bytes = read_manifest(url)
     else:
         manifest = parse_manifest(manifest_bytes, where=f"the run's copy of the manifest of {where}")
-    data = read_file(url, layout.HEADER)
+    data = read_file(url, layout.HEADER, max_bytes=storage.MAX_RECORD_BYTES)
     if digest(data) != manifest.header_sha256:
         raise CacheError(
             "this header is not the one that the manifest was made with",

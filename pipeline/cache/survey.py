@@ -128,7 +128,7 @@ def _index_paths(by_id: Mapping[str, str], index_urls: Sequence[str]) -> dict[st
 
 
 def _read_index(url: str) -> ShardIndex:
-    return decode_index(storage.read(url), where=storage.redact(url))
+    return decode_index(storage.read(url, max_bytes=storage.MAX_TABLE_BYTES), where=storage.redact(url))
 
 
 def _in_threads(shards: Sequence[str], work: Callable[[str], T]) -> dict[str, T]:

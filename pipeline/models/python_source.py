@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import re
 import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -69,6 +70,7 @@ def _imported(request: Request) -> Callable[..., Any]:
             got=f"{request.config.model} is a {type(factory).__name__}",
             wanted="factory(num_classes=…, **kwargs) -> torch.nn.Module",
         )
+    _check_origin(factory, request)
     return factory
 
 
@@ -80,13 +82,29 @@ def _check_name(request: Request) -> None:
             got=request.config.model,
             wanted="python:package.module:factory, names alone",
         )
-    if request.name.partition(":")[0].partition(".")[0] in _NOT_OWN:
-        raise ModelError(
-            "a python: factory is code of one's own; the standard library and the frameworks are not",
-            where=f"{request.where}.model",
-            got=request.config.model,
-            wanted="timm/NAME or torchvision/NAME for their models, or a factory of your own package",
-        )
+    if _is_foreign(request.name.partition(":")[0]):
+        raise _not_own(request, str(request.config.model))
+
+
+def _check_origin(factory: Callable[..., Any], request: Request) -> None:
+    """A module has what it imports too, under any name."""
+    if isinstance(factory, (type, types.FunctionType, types.BuiltinFunctionType)) and _is_foreign(
+        module := factory.__module__ or "builtins"
+    ):
+        raise _not_own(request, f"{request.config.model}, which is {module}.{factory.__qualname__}")
+
+
+def _is_foreign(module: str) -> bool:
+    return module.partition(".")[0] in _NOT_OWN
+
+
+def _not_own(request: Request, got: str) -> ModelError:
+    return ModelError(
+        "a python: factory is code of one's own; the standard library and the frameworks are not",
+        where=f"{request.where}.model",
+        got=got,
+        wanted="timm/NAME or torchvision/NAME for their models, or a factory of your own package",
+    )
 
 
 def _heads(network: nn.Module, request: Request) -> tuple[str, ...]:

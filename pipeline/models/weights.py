@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import pickle
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -22,6 +24,7 @@ _SUFFIXES = (".safetensors", *_TORCH)
 # Training loops put the state dict under one of these, beside the optimiser's.
 _NESTINGS = ("state_dict", "model", "student")
 _SHOWN = 4
+_ZIP, _OF_TORCHSCRIPT, _BYTEARRAY = b"PK\x03\x04", "/constants.pkl", b"\nbytearray\n"
 
 
 def read_state(url: str, *, sha256: str | None, where: str) -> dict[str, Tensor]:
@@ -112,9 +115,31 @@ def _safetensors(data: bytes, url: str, where: str) -> object:
         raise _unreadable(url, where, error) from error
 
 
+def load_pickled(data: bytes) -> Any:
+    """What ``torch.save`` wrote, on the CPU: tensors and plain values, in about as much memory as the file is long.
+
+    Raises:
+        UnpicklingError: it holds code.
+        Exception: whatever torch's reader stumbles over in a damaged archive.
+    """
+    if data.startswith(_ZIP):
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            records = archive.infolist()
+        if any(record.filename.endswith(_OF_TORCHSCRIPT) for record in records):
+            raise pickle.UnpicklingError("a TorchScript archive")
+        # torch.save compresses nothing; a reader that inflates, or reads the same bytes again and again, has no end.
+        packed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
+        if packed or sum(record.file_size for record in records) > len(data):
+            raise ValueError("its records are compressed, or are larger than the file")
+    # The one thing that torch lets a pickle call with a size that nothing in the file bounds.
+    if _BYTEARRAY in data:
+        raise pickle.UnpicklingError("Unsupported GLOBAL builtins.bytearray")
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
 def _unpickled(data: bytes, url: str, where: str) -> object:
     try:
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        return load_pickled(data)
     except pickle.UnpicklingError as error:
         raise ModelError(
             "the file holds more than tensors: pickled code is never run",

@@ -25,6 +25,7 @@ from pipeline.shards.decode import BadImageError, decode
 from pipeline.shards.names import shard_id
 from pipeline.shards.tar import Sample, image_extensions, read_samples
 from pipeline.storage import redact
+from pipeline.tables import read_bounded
 from schemas.cache import FORMAT_VERSION, INDEX_SCHEMA, Status
 from schemas.config import DataConfig
 
@@ -225,7 +226,7 @@ def decode_index(data: bytes, *, where: str, settings: Mapping[str, Any] | None 
         CacheError: damaged, of another format version, or made under other settings.
     """
     try:
-        table = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True).read()
+        table = read_bounded(pa.BufferReader(data), size_bytes=len(data), page_checksum_verification=True)
         index = _from_table(table, _about(table, settings, where)["shard_id"])
     # pyarrow raises ArrowException or OSError for bytes that are not what they claim; the rest are our own checks.
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:

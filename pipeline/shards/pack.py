@@ -93,18 +93,22 @@ class Packing:
         )
 
 
-def plan_packing(source_url: str, settings: PackSettings, *, classes: Mapping[str, int] | None = None) -> Packing:
+def plan_packing(
+    source_url: str, settings: PackSettings, *, classes: Mapping[str, int] | None = None, links_out: bool = False
+) -> Packing:
     """Lists the tree. The class of an image is its first folder, as in torchvision's ``ImageFolder``.
 
     Args:
         classes: the index of every class, where another tree has settled it; else the folders are numbered by name.
+        links_out: also follow links that lead out of the tree.
 
     Raises:
+        StorageInputError: a link leads out of the tree, or in circles.
         ShardError: there is nothing to pack, a class has no image, or there are fewer than two classes.
     """
     if settings.val_share and settings.name == _VAL:
         raise ShardError("training and validation shards would have the same names", where="name", got=settings.name)
-    sizes = storage.sizes(source_url)
+    sizes = storage.sizes(source_url, links_out=links_out)
     usable, skipped = _sort_out(sizes, settings.labels)
     where = storage.redact(source_url)
     if not usable:

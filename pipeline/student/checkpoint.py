@@ -10,9 +10,11 @@ from typing import Any
 import torch
 
 from pipeline import storage
+from pipeline.config import build_config
 from pipeline.errors import CacheError, ConfigError
 from pipeline.fingerprint import differences, seal, unseal
 from pipeline.models.source import cause
+from pipeline.models.weights import load_pickled
 from pipeline.redaction import redact_text
 from schemas.config import Config
 
@@ -73,17 +75,17 @@ def check_begun(run_url: str, config: Config) -> None:
 def read_config(run_url: str) -> Config:
     """
     Raises:
-        ConfigError: there is no run here.
+        ConfigError: there is no run here, or its config is none.
     """
     url = storage.join(run_url, CONFIG)
-    data = storage.read_if_there(url)
+    data = storage.read_if_there(url, max_bytes=storage.MAX_RECORD_BYTES)
     if data is None:
         raise ConfigError(
             "there is no run here", where=storage.redact(run_url), next_step="run: stillroom train CONFIG"
         )
     body = unseal(data, where=storage.redact(url))
     body.pop("digest")
-    return Config.model_validate(body)
+    return build_config(body, where=storage.redact(url))
 
 
 def _comparable(config: Config) -> dict[str, Any]:
@@ -107,7 +109,7 @@ def pin_manifests(run_url: str, manifests: Sequence[bytes]) -> tuple[bytes, ...]
 def pinned_manifests(run_url: str, num_caches: int) -> tuple[bytes | None, ...]:
     """One a cache, in the order of ``data.cache``; None: not pinned yet."""
     urls = [_manifest_url(run_url, number) for number in range(num_caches)]
-    return tuple(storage.read_if_there(url) for url in urls)
+    return tuple(storage.read_if_there(url, max_bytes=storage.MAX_RECORD_BYTES) for url in urls)
 
 
 def _manifest_url(run_url: str, number: int) -> str:
@@ -116,7 +118,7 @@ def _manifest_url(run_url: str, number: int) -> str:
 
 
 def _pin(url: str, data: bytes) -> bytes:
-    return data if storage.create(url, data) else storage.read(url)
+    return data if storage.create(url, data) else storage.read(url, max_bytes=storage.MAX_RECORD_BYTES)
 
 
 def kept(epoch: int) -> str:
@@ -142,7 +144,7 @@ def load(run_url: str, name: str) -> dict[str, Any] | None:
     if data is None:
         return None
     try:
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        return load_pickled(data)
     except Exception as error:
         raise CacheError(
             "this checkpoint is damaged",
@@ -159,7 +161,7 @@ def write_summary(run_url: str, summary: dict[str, Any]) -> None:
 def read_summary(run_url: str) -> dict[str, Any] | None:
     """What a finished run reached; None while it is not finished."""
     url = storage.join(run_url, SUMMARY)
-    data = storage.read_if_there(url)
+    data = storage.read_if_there(url, max_bytes=storage.MAX_RECORD_BYTES)
     if data is None:
         return None
     try:

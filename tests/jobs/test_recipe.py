@@ -49,6 +49,28 @@ def test_unknown_and_missing_sections_are_told(tmp_path: Path) -> None:
     assert "students" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("title: !!python/object/apply:os.mkdir [{made}]\n", "could not determine a constructor for the tag"),
+        ("title: [" + "[" * 2000 + "]" * 2001 + "\n", "cannot be read"),
+        (
+            "vars:\n  a0: &a0 [x]\n"
+            + "".join(f"  a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 60)),
+            "too large once its aliases",
+        ),
+        ("title: x\ntitle: y\n", "title"),
+        ("just words\n", "not a mapping"),
+        ("", "empty"),
+    ],
+)
+def test_a_recipe_is_read_as_carefully_as_a_config(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(text.replace("{made}", str(tmp_path / "made")))
+    with pytest.raises(ConfigError, match=said):
+        load_recipe(str(tmp_path / "r.yaml"), [])
+    assert not (tmp_path / "made").exists()
+
+
 def test_a_recipe_run_twice_trains_nothing_the_second_time(shards: list[str], tmp_path: Path) -> None:
     recipe_file = tmp_path / "recipe.yaml"
     recipe_file.write_text(

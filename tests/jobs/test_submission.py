@@ -87,7 +87,7 @@ def ask(cluster: HeadNode, job: str, what: str = "", method: str = "GET") -> dic
         return json.loads(answer.read())
 
 
-def test_stillroom_submit_builds_and_trains_and_passes_variables_that_it_does_not_show(
+def test_stillroom_submit_builds_distills_and_trains_and_passes_variables_that_it_does_not_show(
     cluster: HeadNode, tree: Tree, tmp_path: Path
 ) -> None:
     value = str(tmp_path / "hush-4711")
@@ -96,7 +96,8 @@ def test_stillroom_submit_builds_and_trains_and_passes_variables_that_it_does_no
     # Outside of the working directory, and the job has it all the same.
     config = write(sections, tmp_path / "both.yaml")
     (tmp_path / "code").mkdir()
-    for command in ("build", "train"):
+    # The second finds the cache of the first, and the third the run of the second.
+    for command in ("build", "distill", "train"):
         options = ["--env", "STILLROOM_TEST_CACHE", "--submission-id", command, "--entrypoint-cpus", "0.5"]
         arguments = [command, config, "train.epochs=1", *options]
         done = stillroom(cluster, tmp_path / "code", *arguments, STILLROOM_TEST_CACHE=value)
@@ -107,6 +108,7 @@ def test_stillroom_submit_builds_and_trains_and_passes_variables_that_it_does_no
         assert info["metadata"].keys() == {"project", "command", "config_fingerprint"}
         assert (info["metadata"]["project"], info["metadata"]["command"]) == ("stillroom", command)
         assert "hush-4711" not in done.stdout + done.stderr + str(info["metadata"]) + info["entrypoint"]
+        assert ("finished before; nothing to do" in done.stdout) == (command == "train")
     assert (tmp_path / "hush-4711" / "manifest.json").exists()
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 4
     assert os.path.getsize(tmp_path / "run" / "checkpoints" / "last.pt") > 0  # noqa: PTH202
@@ -244,15 +246,20 @@ def test_ctrl_c_asks_and_stops_the_job_and_submitting_again_asks_nothing_that_is
     assert "cache: 96 images x 3 views in 4 shards" in done.stdout
 
 
-def test_ctrl_c_without_a_terminal_leaves_the_job_running_and_says_how_to_stop_it(
-    cluster: HeadNode, slow_build: SlowBuild
+@pytest.mark.parametrize("has_terminal", [False, True])
+def test_ctrl_c_without_a_terminal_and_a_second_one_leave_the_job_running_and_say_how_to_stop_it(
+    has_terminal: bool, cluster: HeadNode, slow_build: SlowBuild, terminal: tuple[int, int]
 ) -> None:
     (slow_build.folder / "hold").touch()
-    with slow_build.submitted(cluster, "left", subprocess.DEVNULL) as process:
+    job = f"left-{has_terminal}"
+    with slow_build.submitted(cluster, job, terminal[1] if has_terminal else subprocess.DEVNULL) as process:
         wait_until(lambda: "Running entrypoint" in slow_build.log(), process, slow_build)
         process.send_signal(signal.SIGINT)
+        if has_terminal:
+            wait_until(lambda: "stop the job?" in slow_build.said(), process, slow_build)
+            process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130, slow_build.said()
-    assert "job left goes on" in slow_build.said()
-    assert f"ray job stop --address {cluster.dashboard_url} left" in slow_build.said()
-    assert ask(cluster, "left")["status"] == "RUNNING"
-    assert ask(cluster, "left", "/stop", "POST") == {"stopped": True}
+    assert f"job {job} goes on" in slow_build.said()
+    assert f"ray job stop --address {cluster.dashboard_url} {job}" in slow_build.said()
+    assert ask(cluster, job)["status"] == "RUNNING"
+    assert ask(cluster, job, "/stop", "POST") == {"stopped": True}

@@ -197,14 +197,36 @@ def test_sizes_tell_the_bytes_of_every_object_by_its_relative_path(base: str) ->
 
 def test_sizes_follow_links_and_name_one_that_leads_nowhere(tmp_path: Path) -> None:
     storage.write(f"{tmp_path}/real/a", b"123")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert storage.sizes(str(tmp_path)) == {"link/a": 3, "real/a": 3}
     (tmp_path / "links").mkdir()
     (tmp_path / "links" / "file").symlink_to(tmp_path / "real" / "a")
     (tmp_path / "links" / "folder").symlink_to(tmp_path / "real")
-    assert storage.sizes(f"{tmp_path}/links") == {"file": 3, "folder/a": 3}
+    assert storage.sizes(f"{tmp_path}/links", links_out=True) == {"file": 3, "folder/a": 3}
     assert storage.folders(f"{tmp_path}/links") == ["folder"]
     (tmp_path / "links" / "broken").symlink_to(tmp_path / "gone")
     with pytest.raises(StorageInputError, match="no such file"):
-        storage.sizes(f"{tmp_path}/links")
+        storage.sizes(f"{tmp_path}/links", links_out=True)
+
+
+@pytest.mark.parametrize("target", ["file", "folder", "../outside/file"])
+def test_sizes_follow_no_link_out_of_the_folder_unless_they_are_asked_to(target: str, tmp_path: Path) -> None:
+    storage.write(f"{tmp_path}/outside/file", b"mine")
+    storage.write(f"{tmp_path}/tree/a", b"1")
+    place = {"file": tmp_path / "outside" / "file", "folder": tmp_path / "outside"}.get(target, Path(target))
+    (tmp_path / "tree" / "link").symlink_to(place)
+    with pytest.raises(StorageInputError, match=r"leads out of this folder(.|\n)*tree/link(.|\n)*--links-out"):
+        storage.sizes(f"{tmp_path}/tree")
+    assert sorted(storage.sizes(f"{tmp_path}/tree", links_out=True).values()) == [1, 4]
+
+
+def test_links_in_circles_are_told_and_not_followed_for_ever(tmp_path: Path) -> None:
+    for name, other in (("a", "b"), ("b", "a")):
+        (tmp_path / name).mkdir()
+        for number in range(8):
+            (tmp_path / name / str(number)).symlink_to(tmp_path / other)
+    with pytest.raises(StorageInputError, match="a folder that it is in"):
+        storage.sizes(str(tmp_path), links_out=True)
 
 
 def test_folders_are_those_right_below(base: str) -> None:

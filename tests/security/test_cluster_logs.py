@@ -1,4 +1,4 @@
-"""What a cluster itself keeps of a job: its logs."""
+"""What a cluster itself keeps of a job: its logs, and what it tells of trainings."""
 
 from __future__ import annotations
 
@@ -6,18 +6,23 @@ import shutil
 from pathlib import Path
 
 import pytest
+import ray
 from ray._private.worker import global_worker
+from ray.train.v2._internal.state.state_actor import get_state_actor
 
 from jobs.distill import distill
 from tests.jobs.conftest import Tree, config_of
-from tests.security.guarded_http import guarded, signed
+from tests.security.guarded_http import SECRET, guarded, signed
 from tests.security.test_commands import with_a_secret
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_passwords_and_signatures_are_in_no_log_of_a_cluster(shards: list[str], tree: Tree, tmp_path: Path) -> None:
+def test_passwords_and_signatures_are_in_no_log_of_a_cluster_and_in_nothing_that_it_tells(
+    shards: list[str], tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
     served, kept = tmp_path / "served", tmp_path / "kept"
     for folder in (served, kept):
         folder.mkdir()
@@ -33,6 +38,12 @@ def test_passwords_and_signatures_are_in_no_log_of_a_cluster(shards: list[str], 
             "ray": {"address": "local"},
         }
         assert distill(config_of(tree(**sections)))["steps"] == 1
+    state = get_state_actor()
+    assert state is not None
+    trainings = ray.get(state.get_train_runs.remote())
+    told = [run.model_dump_json() for run in trainings.values()]
+    assert any("train_loop_config" in run for run in told)
+    assert not [run for run in told if SECRET.search(run.encode())]
     logs = Path(global_worker.node.get_session_dir_path(), "logs")
     assert any(logs.iterdir())
     assert with_a_secret(logs) == with_a_secret(kept) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from pipeline.cache.verify.report import Findings, Problem
 from pipeline.cache.writer import view_ranges
 from pipeline.errors import CacheError
 from pipeline.shards.index import ShardIndex
+from pipeline.tables import read_bounded
 from schemas.cache import drawn_columns, part_schema
 from schemas.manifest import Commit, FileRef, Header, Output
 
@@ -84,8 +86,9 @@ class PartCheck:
         try:
             with pq.ParquetFile(path) as file:
                 groups = self._check_structure(file, path)
+                read = partial(read_bounded, path, size_bytes=path.stat().st_size, metadata=file.metadata)
                 for (view, rows), numbers in zip(self._rows_by_view().items(), groups, strict=True):
-                    self._check_view(view, rows, (file.read_row_group(at, use_threads=False) for at in numbers))
+                    self._check_view(view, rows, (read(row_groups=[at]) for at in numbers))
         # What pyarrow and NumPy raise for bytes that are not what they claim.
         except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
             raise CacheError("this part cannot be read", got=f"{type(error).__name__}: {error}") from error

@@ -124,7 +124,9 @@ def check_bytes(data: bytes, ref: FileRef) -> None:
 def _read_header(cache_url: str, findings: Findings) -> Header | None:
     with findings.told(layout.HEADER):
         findings.checked["records"] += 1
-        header = parse_header(read_file(cache_url, layout.HEADER), where=layout.HEADER)
+        header = parse_header(
+            read_file(cache_url, layout.HEADER, max_bytes=storage.MAX_RECORD_BYTES), where=layout.HEADER
+        )
         findings.expect(layout.HEADER, "the views id is not that of the views", header.views_id, short(header.views))
         findings.expect(
             layout.HEADER, "the fingerprint is not that of the teacher", header.fingerprint, short(header.teacher)
@@ -144,9 +146,14 @@ def _read_manifest(cache_url: str, header: Header | None, findings: Findings) ->
                 "there is none: the build did not finish, or it was removed",
                 wanted="run: stillroom cache build CONFIG",
             )
-        manifest = parse_manifest(read_file(cache_url, layout.MANIFEST), where=layout.MANIFEST)
+        manifest = parse_manifest(
+            read_file(cache_url, layout.MANIFEST, max_bytes=storage.MAX_RECORD_BYTES), where=layout.MANIFEST
+        )
         if header is not None:
-            same = digest(read_file(cache_url, layout.HEADER)) == manifest.header_sha256
+            same = (
+                digest(read_file(cache_url, layout.HEADER, max_bytes=storage.MAX_RECORD_BYTES))
+                == manifest.header_sha256
+            )
             findings.expect(layout.MANIFEST, "it was made with another header", same, True)
         return manifest
     return None

@@ -97,6 +97,15 @@ def test_another_teachers_means_are_refused() -> None:
         decode_means(data, num_classes=NUM_CLASSES, fingerprint="new", where="here")
 
 
+def test_means_of_classes_that_a_header_makes_up_are_refused() -> None:
+    sums = ClassSums(np.array([0, 3], np.int32), np.array([1, 1]), np.ones((2, 2), np.int64))
+    data = encode_means(sums, fingerprint="f")
+    assert np.isnan(decode_means(data, num_classes=4, fingerprint="f", where="here").mean_KD).all(1).sum() == 2
+    for num_classes in (3, 1_000_000_000):
+        with pytest.raises(CacheError, match="no class means of so many classes"):
+            decode_means(data, num_classes=num_classes, fingerprint="f", where="here")
+
+
 def test_bytes_that_are_no_parquet_are_refused() -> None:
     with pytest.raises(CacheError, match="not readable Parquet"):
         decode_sums(b"PAR1, but not really", where="here")

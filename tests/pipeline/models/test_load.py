@@ -198,6 +198,10 @@ def test_a_factory_is_named_and_never_a_path_or_an_expression(name: str) -> None
         ("os:mkdir", {"path": "{folder}/made"}),
         ("timm:create_model", {"model_name": "hf-hub:timm/resnet18.a1_in1k"}),
         ("torch:load", {"f": "{folder}/x.pt", "weights_only": False}),
+        # What the module has imported itself.
+        ("tests.pipeline.models.imported:load", {"repo_or_dir": "{folder}", "source": "local", "model": "net"}),
+        ("tests.pipeline.models.imported:Popen", {"args": ["touch", "{folder}/made"]}),
+        ("tests.pipeline.models.imported:make_folder", {"path": "{folder}/made"}),
     ],
 )
 def test_functions_that_run_what_a_config_brings_are_no_factories(

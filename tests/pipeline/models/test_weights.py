@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -129,6 +131,60 @@ def test_pickled_code_is_refused_and_does_not_run(state: dict[str, Tensor], tmp_
     assert not (tmp_path / "owned").exists()
     torch.load(url, weights_only=False)  # the same file is dangerous to a loader that trusts it
     assert (tmp_path / "owned").exists()
+
+
+def _deflated(data: bytes) -> bytes:
+    """The same archive, its records compressed."""
+    target = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as stored, zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as packed:
+        for record in stored.infolist():
+            packed.writestr(record.filename, stored.read(record))
+    return target.getvalue()
+
+
+def test_archives_that_would_be_inflated_are_refused_which_torch_itself_would_load(tmp_path: Path) -> None:
+    data = _deflated(_bytes({"w": torch.zeros(10_000_000)}, ".pt"))
+    assert len(data) < 100_000
+    assert torch.load(io.BytesIO(data), weights_only=True)["w"].numel() == 10_000_000
+    (tmp_path / "bomb.pt").write_bytes(data)
+    assert "its records are compressed" in refusal(str(tmp_path / "bomb.pt"))
+
+
+def test_a_pickle_that_asks_for_memory_by_a_number_is_refused(tmp_path: Path) -> None:
+    class Hungry:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return bytearray, (1 << 24,)
+
+    url = save({"w": torch.zeros(1), "extra": Hungry()}, tmp_path / "hungry.pt")
+    assert len(torch.load(url, weights_only=True)["extra"]) == 1 << 24
+    assert "bytearray" in refusal(url)
+    torch.save({"w": torch.zeros(1), "extra": Hungry()}, url, _use_new_zipfile_serialization=False)
+    assert "bytearray" in refusal(url)
+
+
+def test_a_safetensors_header_that_is_longer_than_its_file_is_refused(tmp_path: Path) -> None:
+    for size_bytes in (1 << 60, 99_000_000, 2):
+        (tmp_path / "x.safetensors").write_bytes(size_bytes.to_bytes(8, "little") + b"{")
+        assert "damaged or of another format" in refusal(str(tmp_path / "x.safetensors"))
+    header = b'{"w":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4000000000000]}}'
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    assert "damaged or of another format" in refusal(str(tmp_path / "x.safetensors"))
+
+
+def test_networks_and_arrays_with_code_in_them_are_no_weights(tmp_path: Path) -> None:
+    path = tmp_path / "script.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("data.pkl", "constants.pkl", "code/__torch__.py", "version"):
+            archive.writestr(f"script/{name}", b"")
+    message = refusal(str(path))
+    assert "a TorchScript archive" in message
+    assert "weights_only" not in message
+    array = np.array([Malice(tmp_path / "owned")], object)
+    np.save(tmp_path / "array.npy", array, allow_pickle=True)
+    assert "weights of this kind are not read" in refusal(str(tmp_path / "array.npy"))
+    (tmp_path / "array.npy").rename(tmp_path / "array.pt")
+    refusal(str(tmp_path / "array.pt"))
+    assert not (tmp_path / "owned").exists()
 
 
 def test_what_does_not_fit_is_counted_and_named(state: dict[str, Tensor], tmp_path: Path) -> None:

@@ -30,9 +30,15 @@ def _extension(row: int) -> str:
     return ("png", "JPEG")[row % 2]
 
 
-def packed(tree: Path | str, out: Path | str, classes: dict[str, int] | None = None, **settings: Any) -> list[str]:
+def packed(
+    tree: Path | str,
+    out: Path | str,
+    classes: dict[str, int] | None = None,
+    links_out: bool = False,
+    **settings: Any,
+) -> list[str]:
     """The shards' names."""
-    packing = plan_packing(str(tree), PackSettings(**settings), classes=classes)
+    packing = plan_packing(str(tree), PackSettings(**settings), classes=classes, links_out=links_out)
     assert sum(write_packing(packing, str(out))) == packing.num_images
     return list(packing.shards)
 
@@ -145,7 +151,9 @@ def test_linked_images_and_class_folders_are_packed(tree: Path, tmp_path: Path) 
         (linked / "ant" / path.name).symlink_to(path)
     for name in ("bee", "cat"):
         (linked / name).symlink_to(tree / name)
-    packed(linked, tmp_path / "out")
+    with pytest.raises(StorageInputError, match="leads out of this folder"):
+        packed(linked, tmp_path / "out")
+    packed(linked, tmp_path / "out", links_out=True)
     assert {image_of(sample) for sample in read_all(tmp_path / "out")} == {
         path.read_bytes() for path in tree.rglob("*.*") if path.is_file()
     }

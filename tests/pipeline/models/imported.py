@@ -1,0 +1,8 @@
+"""A module of one's own that has functions of others."""
+
+from os import mkdir as make_folder
+from subprocess import Popen
+
+from torch.hub import load
+
+__all__ = ["Popen", "load", "make_folder"]

@@ -1,0 +1,114 @@
+"""Files of a cache, a run or an index folder that would fill the memory of who opens them: refused, never read."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jobs.pack_shards import pack
+from pipeline.cache import layout
+from pipeline.cache.commit import read_commits
+from pipeline.cache.identity import read_header
+from pipeline.cache.inspect import inspect_cache
+from pipeline.cache.reader import open_cache
+from pipeline.cache.verify import verify_cache
+from pipeline.errors import CacheError, InputError
+from pipeline.fingerprint import digest
+from pipeline.shards.index import decode_index
+from pipeline.shards.pack import PackSettings
+from pipeline.student import checkpoint
+from schemas.cache import INDEX_SCHEMA
+from tests.pipeline.caches import TinyCache
+from tests.security.test_caches import change_record
+
+HUGE_BYTES = 100 << 30
+
+
+def make_huge(path: Path) -> None:
+    """Zeros that no disk holds: reading them would fill the memory."""
+    with path.open("wb") as file:
+        file.truncate(HUGE_BYTES)
+
+
+@pytest.mark.parametrize(
+    ("path", "read"),
+    [
+        (layout.MANIFEST, open_cache),
+        (layout.MANIFEST, inspect_cache),
+        (layout.HEADER, open_cache),
+        (layout.HEADER, read_header),
+        (layout.SHARDS, lambda url: open_cache(url).shards),
+        (layout.PARTS, lambda url: open_cache(url).view("digits-00", 0)),
+        (layout.index_path("digits-00"), lambda url: open_cache(url).index(open_cache(url).shards[0])),
+        ("commits/digits-00/v0000-0000.json", read_commits),
+    ],
+)
+def test_no_file_of_a_cache_is_read_whole_that_no_cache_would_have(
+    path: str, read: Callable[[str], object], tiny_cache: TinyCache
+) -> None:
+    place = Path(tiny_cache.url, path)
+    if path.startswith("commits/"):
+        place = sorted(place.parent.glob("v*.json"))[0]
+    assert place.is_file()
+    make_huge(place)
+    with pytest.raises(InputError, match=rf"too large(.|\n)*{HUGE_BYTES} bytes"):
+        read(tiny_cache.url)
+    assert not verify_cache(tiny_cache.url).ok
+
+
+@pytest.mark.parametrize("name", [checkpoint.CONFIG, checkpoint.SUMMARY, checkpoint.MANIFEST])
+def test_no_record_of_a_run_is_read_whole_that_no_run_would_have(name: str, tmp_path: Path) -> None:
+    make_huge(tmp_path / name)
+    read = {
+        checkpoint.CONFIG: checkpoint.read_config,
+        checkpoint.SUMMARY: checkpoint.read_summary,
+        checkpoint.MANIFEST: lambda url: checkpoint.pinned_manifests(url, 1),
+    }[name]
+    with pytest.raises(InputError, match="too large"):
+        read(str(tmp_path))
+
+
+def test_no_classes_are_read_that_no_packing_would_have_written(tmp_path: Path) -> None:
+    make_huge(tmp_path / "classes.json")
+    with pytest.raises(InputError, match="too large"):
+        pack(str(tmp_path), str(tmp_path / "out"), PackSettings(), classes_url=str(tmp_path / "classes.json"))
+
+
+def _endless(schema: pa.Schema, num_rows: int) -> bytes:
+    """A table of a few kilobytes with so many equal rows of long texts."""
+    values = {pa.string(): ["x" * 10_000]}
+    columns = [
+        pa.DictionaryArray.from_arrays(np.zeros(num_rows, np.int8), pa.array(values.get(field.type, [0]), field.type))
+        for field in schema
+    ]
+    sink = io.BytesIO()
+    table = pa.table(dict(zip(schema.names, columns, strict=True)))
+    pq.write_table(table, sink, compression="zstd", store_schema=False)
+    return sink.getvalue()
+
+
+def test_no_table_of_a_cache_is_unpacked_that_stands_for_far_more_than_its_bytes(tiny_cache: TinyCache) -> None:
+    for name in ("shards", "parts"):
+        path = Path(tiny_cache.url, f"manifest/{name}.parquet")
+        data = _endless(pq.read_schema(path), 100_000)
+        assert len(data) < 100_000
+        path.write_bytes(data)
+        ref = {"path": f"manifest/{name}.parquet", "sha256": digest(data), "size_bytes": len(data)}
+        change_record(Path(tiny_cache.url, layout.MANIFEST), **{name: ref})
+    with pytest.raises(CacheError, match="bytes that stand for"):
+        _ = open_cache(tiny_cache.url).shards
+    with pytest.raises(CacheError, match="bytes that stand for"):
+        open_cache(tiny_cache.url).view("digits-00", 0)
+    problems = [problem.got for problem in verify_cache(tiny_cache.url).problems]
+    assert any("bytes that stand for" in str(got) for got in problems), problems
+
+
+def test_no_index_is_unpacked_that_stands_for_far_more_than_its_bytes() -> None:
+    with pytest.raises(CacheError, match="bytes that stand for"):
+        decode_index(_endless(INDEX_SCHEMA, 100_000), where="index")

@@ -1,0 +1,56 @@
+"""A run that somebody else made: what its config may name, and what it brings."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.evaluate import evaluate
+from pipeline.errors import InputError
+from pipeline.fingerprint import seal
+from pipeline.student import checkpoint
+from pipeline.student.export import export_run
+from pipeline.student.loop import train
+from tests.pipeline.caches import TinyCache
+from tests.pipeline.student.runs import run_config
+
+
+def _read(run: Path, shards: str) -> None:
+    """Everything that reads a run of somebody else."""
+    for read in (
+        lambda: evaluate(str(run), shards),
+        lambda: export_run(
+            str(run), f"{run}/out.safetensors", format=None, checkpoint_name="last", with_normalization=False
+        ),
+    ):
+        with pytest.raises(InputError, match=r"cannot be imported|code of one's own|not the name of a factory|wrong"):
+            read()
+
+
+def test_a_run_has_no_code_run_that_it_brings_nor_functions_of_pythons_own(
+    tiny_cache: TinyCache, tmp_path: Path
+) -> None:
+    run, made = tmp_path / "run", tmp_path / "made"
+    train(run_config(tiny_cache.config, run, train={"epochs": 1}))
+    for folder in (run, run / "checkpoints"):
+        (folder / "brought_by_a_run.py").write_text(f"import os\nos.mkdir({str(made)!r})\n")
+    body = json.loads((run / checkpoint.CONFIG).read_bytes())
+    shards = str(tiny_cache.config.data.shards[0])
+    changes: list[dict[str, Any]] = [
+        {"model": "python:brought_by_a_run:build"},
+        {"model": f"python:{run}/brought_by_a_run:build"},
+        {"model": "python:os:mkdir", "kwargs": {"path": str(made)}},
+        {"model": "python:tests.pipeline.models.imported:make_folder", "kwargs": {"path": str(made)}},
+        {"model": "python:torch.hub:load", "kwargs": {"repo_or_dir": str(run), "source": "local", "model": "net"}},
+        {"model": 7},
+    ]
+    for change in changes:
+        student = {**body["student"], **change}
+        (run / checkpoint.CONFIG).write_bytes(seal({**body, "student": student}))
+        _read(run, shards)
+    assert not made.exists()
+    assert "brought_by_a_run" not in sys.modules
