@@ -684,7 +684,7 @@ def create(url: str, data: bytes) -> bool:
         if creates(filesystem, path, data):
             return True
         try:
-            return _whole(filesystem, path, url) == data
+            return _whole(filesystem, path, url, None) == data
         except FileNotFoundError as error:
             raise PassingStorageError("what stood here was removed at this moment", where=redact(url)) from error
 
