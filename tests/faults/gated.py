@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.pipeline.student.networks import Small
 
-_PAUSE_S = 0.5
+_PAUSE_S = 1.0
 
 
 class Gated(Small):

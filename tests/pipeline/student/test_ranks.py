@@ -26,6 +26,7 @@ from pipeline.student.world import World
 from schemas.config import Config, LossConfig
 from tests.pipeline.student.conftest import Replay
 from tests.pipeline.student.runs import CE, KD, NORMALISED, metrics, run_config
+from tests.pipeline.student.test_ensemble import online
 
 
 @contextmanager
@@ -91,10 +92,10 @@ def interrupt(config: Config) -> None:
         train(config, report=report)
 
 
-def test_two_ranks_train_as_one_process(replays: Replay, tmp_path: Path) -> None:
+def test_two_ranks_train_as_one_process(replays: Replay, colleagues: Replay, tmp_path: Path) -> None:
     """Plain SGD, so that weights differ as gradients do. The last step of an epoch has three rows: two for one rank,
     one for the other. One validation shard, so that one rank evaluates nothing. ``grown`` was begun by one process, no
-    loss of ``headless`` reads its logits."""
+    loss of ``headless`` reads its logits, and ``taught`` asks two teachers, each at a size of its own."""
     base = replays("function_matching").config
     shards = base.data.shards
     assert shards is not None
@@ -114,13 +115,16 @@ def test_two_ranks_train_as_one_process(replays: Replay, tmp_path: Path) -> None
     for name, changed in (("gathered", gathering), ("headless", headless)):
         train(run_config(base, tmp_path / f"{name}-alone", **changed))
         two.append(run_config(base, tmp_path / name, **changed, **ranks))
+    caches = replays("function_matching"), colleagues("function_matching")
+    train(online(tmp_path / "taught-alone", *caches, **keys))
+    two.append(online(tmp_path / "taught", *caches, **keys, **ranks))
     # BatchNorm has statistics of its own on each rank; both evaluate with those of the checkpoint.
     normalised = {**keys, "student": NORMALISED, "data": {"val_shards": shards}}
     normalised["train"] = {**keys["train"], "global_batch_size": 12}
     train_with_two_ranks([*two, run_config(base, tmp_path / "normalised", **normalised, **ranks)], tmp_path)
 
     pairs = [(name, "alone", 1e-6) for name in ("two", "grown")]
-    pairs += [(name, f"{name}-alone", 1e-5) for name in ("gathered", "headless")]
+    pairs += [(name, f"{name}-alone", 1e-5) for name in ("gathered", "headless", "taught")]
     for name, one, atol in pairs:
         wanted = weights(tmp_path / one)
         for key, value in weights(tmp_path / name).items():
