@@ -415,6 +415,8 @@ def _whole(filesystem: Any, path: str, url: str, max_bytes: int | None) -> bytes
         return bytes(filesystem.cat_file(path, max_concurrency=1))
     try:
         data = bytes(filesystem.cat_file(path, start=0, end=max_bytes + 1))
+    except FileNotFoundError:
+        raise
     except OSError:
         # An empty object has no range.
         if filesystem.info(path)["size"] != 0:

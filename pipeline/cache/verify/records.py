@@ -170,7 +170,7 @@ def _read_commits(
         with own.told(path):
             own.checked["records"] += 1
             url = storage.join(cache_url, path)
-            data = storage.read(url)
+            data = storage.read(url, max_bytes=storage.MAX_RECORD_BYTES)
             commit = parse_record(Commit, data, where=storage.redact(url))
             _check_commit(path, commit, header, own)
             return (commit if not own.num_problems else None), data, own
