@@ -37,7 +37,7 @@ from tests.jobs.clusters import Nodes, driver, head_node, many_nodes
 from tests.jobs.node_work import attempts, node, take_the_node_along
 from tests.pipeline.caches import build, digit_samples, files
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.xdist_group("clusters")]
 NUM_LOSSES = 6
 
 

@@ -21,9 +21,10 @@ from tests.faults.test_kills import said, start, training_file, write
 from tests.faults.test_training_nodes import cluster, lose, wait_for, worker_node
 from tests.pipeline.caches import digit_samples
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.xdist_group("clusters")]
 STEPS_PER_EPOCH = 50
-NUM_STEPS = 3 * STEPS_PER_EPOCH
+NUM_EPOCHS = 5
+NUM_STEPS = NUM_EPOCHS * STEPS_PER_EPOCH
 WORKER = "ray::RayTrainWorker"
 
 
@@ -32,7 +33,7 @@ def config_file(folder: Path, name: str, shards: list[str], **ray: Any) -> Path:
     path = training_file(folder, name, shards)
     tree: dict[str, Any] = yaml.safe_load(path.read_text())
     tree["train"] = {
-        "epochs": 3,
+        "epochs": NUM_EPOCHS,
         "global_batch_size": 8,
         "lr": 0.01,
         "optimizer": "adamw",

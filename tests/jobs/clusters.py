@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import pytest
 
-_START_TIMEOUT_S = 60
+_START_TIMEOUT_S = 180
 _COMMANDS = (
     "initialization_commands",
     "setup_commands",

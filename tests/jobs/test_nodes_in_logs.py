@@ -15,7 +15,7 @@ from jobs.fan_out import fan_out
 from jobs.ray_runtime import node_name
 from schemas.config import RayConfig
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.xdist_group("clusters")]
 _PATIENCE_S = 60
 
 
