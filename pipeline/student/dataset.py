@@ -6,7 +6,7 @@ order, and resuming is starting at another step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -293,8 +293,11 @@ class _Outcomes(Dataset[Batch | _Parcel | StillroomError]):
         return batch if get_worker_info() is None else _Parcel.of(batch)
 
 
-def load_batches(dataset: StepDataset, steps: range, *, num_workers: int, pin_memory: bool) -> Iterator[Batch]:
+def load_batches(dataset: StepDataset, steps: range, *, num_workers: int, pin_memory: bool) -> Generator[Batch]:
     """The batches of these steps, in order, whatever the number of loader processes.
+
+    Close it where not all are taken: it waits for threads, which a garbage collector must not do. That may run in a
+    thread that is just starting, under a lock that these need to end.
 
     Raises:
         StillroomError: what the dataset raised, in whichever process, at its step.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -265,23 +265,24 @@ class Trainer:
         began = time.monotonic() - self.seconds
         log, speed = StepLog(self.world), Speedometer()
         evaluation: Evaluation | None = None
-        batches = load_batches(
+        loading = load_batches(
             self._dataset(),
             range(self.step, self.total_steps),
             num_workers=self.config.train.num_workers,
             pin_memory=self.world.device.type == "cuda",
         )
-        for batch in speed.watch(batches):
-            self._train_step(batch.to(self.world.device), log)
-            self.seconds = time.monotonic() - began
-            if (saves := self._saves_now()) or self._ends_epoch or len(log) >= _FLUSH_STEPS:
-                self._flush(log, speed, metrics)
-            if self._ends_epoch:
-                evaluation = self._end_epoch(metrics)
-            if saves and metrics is not None:
-                self._save(metrics)
-            if saves or self._ends_epoch:
-                speed.reset()
+        with closing(loading) as batches:
+            for batch in speed.watch(batches):
+                self._train_step(batch.to(self.world.device), log)
+                self.seconds = time.monotonic() - began
+                if (saves := self._saves_now()) or self._ends_epoch or len(log) >= _FLUSH_STEPS:
+                    self._flush(log, speed, metrics)
+                if self._ends_epoch:
+                    evaluation = self._end_epoch(metrics)
+                if saves and metrics is not None:
+                    self._save(metrics)
+                if saves or self._ends_epoch:
+                    speed.reset()
         return evaluation
 
     @property

@@ -93,6 +93,11 @@ def _draw(limit: int, drawn: list[int]) -> Iterator[int]:
         yield number
 
 
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobs.fan_out._BACKOFF_S", 0.05)
+
+
 def attempts(folder: Path) -> int:
     return len(list(folder.iterdir()))
 

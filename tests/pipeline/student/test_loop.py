@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,24 @@ def test_parity_kill_and_resume_is_bitwise(
         assert_bitwise(state(tmp_path / "straight", name), state(tmp_path / "stopped", name))
     assert metrics(tmp_path / "stopped") == metrics(tmp_path / "straight")
     assert [record["step"] for record in metrics(tmp_path / "stopped")] == list(range(15))
+
+
+def test_a_training_that_fails_has_ended_its_threads_before_its_error_arrives(replays: Replay, tmp_path: Path) -> None:
+    """Who keeps the error keeps the loop's frames, and a garbage collector would wait for these threads anywhere."""
+    before = {*threading.enumerate()}
+    seen: list[str] = []
+
+    def report(event: Event) -> None:
+        if event["kind"] == "step":
+            seen.extend(found.name for found in {*threading.enumerate()} - before)
+            raise PlugPulledError
+
+    with pytest.raises(PlugPulledError) as caught:
+        train(run_config(replays("crop").config, tmp_path), report=report)
+    assert any(name.startswith("look-ahead") for name in seen)
+    left = [found.name for found in {*threading.enumerate()} - before]
+    assert not [name for name in left if name.startswith(("look-ahead", "fetch"))]
+    assert caught.tb is not None
 
 
 @pytest.mark.parametrize(

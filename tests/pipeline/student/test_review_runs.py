@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,8 @@ def test_the_teachers_maps_are_of_the_mixed_pixels(replays: Replay, tmp_path: Pa
     index_shards(config, tmp_path / "index")
     trainer = Trainer(config, World(), print)
     try:
-        batch = next(iter(load_batches(trainer._dataset(), range(1), num_workers=0, pin_memory=False)))
+        with closing(load_batches(trainer._dataset(), range(1), num_workers=0, pin_memory=False)) as batches:
+            batch = next(batches)
         inputs = trainer._forward(torch.zeros(len(batch.labels_B), 3, 16, 16), batch)
     finally:
         trainer.close()
