@@ -1,11 +1,13 @@
-"""An S3 server on loopback."""
+"""An S3 server on loopback, and folders with short names."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -46,3 +48,10 @@ def _make_bucket() -> None:
             time.sleep(0.3)
         else:
             return
+
+
+@pytest.fixture
+def disks() -> Iterator[Path]:
+    """For the folders of nodes: below pytest's own, the sockets in them would have names that are too long."""
+    with tempfile.TemporaryDirectory(prefix="nodes-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)

@@ -90,7 +90,7 @@ def assert_bitwise(one: Any, other: Any) -> None:
 
 @pytest.mark.timeout(900)
 def test_a_training_that_loses_a_worker_and_then_a_node_ends_with_the_bits_of_an_undisturbed_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    disks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its two nodes of one CPU each are one at first, and it waits; the one that is lost is replaced."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))
@@ -99,18 +99,18 @@ def test_a_training_that_loses_a_worker_and_then_a_node_ends_with_the_bits_of_an
     assert start("train_student", undisturbed).wait(300) == 0, said(undisturbed)
     run = tmp_path / "disturbed"
     with ExitStack() as stack:
-        head = stack.enter_context(cluster(tmp_path / "head", monkeypatch))
+        head = stack.enter_context(cluster(disks / "head", monkeypatch))
         # A busy machine may cost a start beside these two.
         keys = {"address": head.address, "wait_s": 120, "max_failures": 4}
         disturbed = config_file(tmp_path, "disturbed", shards, **keys)
         driver = start("train_student", disturbed)
         wait_for(lambda: "waiting up to 120 s for nodes" in said(disturbed), driver, disturbed)
-        first = stack.enter_context(worker_node(head, tmp_path / "first"))
+        first = stack.enter_context(worker_node(head, disks / "first"))
         wait_for(lambda: steps_at(run) > 0, driver, disturbed)
         kill_a_worker_on(first)
         wait_for(lambda: steps_at(run) > STEPS_PER_EPOCH, driver, disturbed)
         lose(first)
-        stack.enter_context(worker_node(head, tmp_path / "second"))
+        stack.enter_context(worker_node(head, disks / "second"))
         assert driver.wait(300) == 0, said(disturbed)
 
     assert "start 3 of the workers" in said(disturbed)

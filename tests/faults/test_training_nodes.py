@@ -163,11 +163,11 @@ def losses(folder: Path) -> list[float]:
 
 @pytest.mark.timeout(900)
 def test_a_training_shrinks_and_grows_with_its_nodes_and_computes_what_one_process_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    disks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two ranks on two nodes; one node is lost; another one is added. No node fetches a shard twice."""
-    names = ("head", "first", "second", "cloud", "nodes")
-    head_folder, first_folder, second_folder, cloud, run = (tmp_path / name for name in names)
+    head_folder, first_folder, second_folder = (disks / name for name in ("head", "first", "second"))
+    cloud, run = (tmp_path / name for name in ("cloud", "nodes"))
     for folder in (cloud, run):
         folder.mkdir()
     pack_shards(digit_samples(200), f"{cloud}/digits-%02d.tar", shard_size=40)

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -136,7 +136,10 @@ def _wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
 
 def end_session(process: subprocess.Popen[bytes]) -> None:
     """Ray's workers are process groups of their own, but they stay in the session that ``start_new_session`` made."""
-    members = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+    members: list[int] = []
+    # A head that could not start has ended by itself.
+    with suppress(psutil.NoSuchProcess):
+        members = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
     with _gone():
         os.killpg(process.pid, signal.SIGTERM)
     try:
