@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from jobs.build_tally import BuildTally, Built
+from jobs.build_tally import BuildTally, Built, name_of
 from jobs.entry import config_command
 from jobs.fan_out import fan_out
 from jobs.log import tell
@@ -153,7 +153,7 @@ def _build_parts(config: Config, by_id: dict[str, str], found: list[Standing]) -
     tally.begin()
     try:
         with ProgressView("cache", num_done + len(tasks), done=num_done) as progress:
-            built = fan_out(_build, tasks, config.ray, what="a cache task", name=_name_of, tally=tally)
+            built = fan_out(_build, tasks, config.ray, what="a cache task", name=name_of, tally=tally)
             for done, _ in enumerate(built, start=1):
                 log.update(num_done + done)
                 progress.update(num_done + done, tally.note(), panel=tally.panel)
@@ -181,10 +181,6 @@ def _take_stock(config: Config, by_id: dict[str, str], found: list[Standing]) ->
     lost = {commit.shard_id: commit.index_sha256 for commit in standing if commit.index not in present}
     lean = of_tasks(config, by_id.values())
     return standing, [IndexTask(lean, by_id[shard], sha256) for shard, sha256 in lost.items()]
-
-
-def _name_of(task: PartTask) -> str:
-    return f"{storage.redact(task.shard_url)}, {task.block.name}"
 
 
 def of_tasks(config: Config, urls: Iterable[str]) -> Config:

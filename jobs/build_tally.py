@@ -81,6 +81,11 @@ class _Shards:
     failed: set[str] = field(default_factory=set)
 
 
+def name_of(task: PartTask) -> str:
+    """A part, for people."""
+    return f"{storage.redact(task.shard_url)}, {task.block.name}"
+
+
 class BuildTally(Tally):
     """The parts of one build.
 
@@ -97,7 +102,7 @@ class BuildTally(Tally):
         num_shards: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        super().__init__("cache", lambda task: f"{storage.redact(task.shard_url)}, {task.block.name}")
+        super().__init__("cache", name_of)
         assert config.cache is not None
         self.cache = storage.redact(config.cache.url).rstrip("/").rpartition("/")[2]
         self.nodes: dict[str, NodeSums] = {}

@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import AuthenticationError, RayError
 from ray.util import placement_group, remove_placement_group
 
-from jobs.log import tell
+from jobs.log import counted, tell
 from pipeline.errors import ResourceError
 from schemas.config import RayConfig
 
@@ -136,7 +136,7 @@ def _times(num: int, needed: dict[str, float]) -> str:
 def _shapes(needed: dict[str, float]) -> str:
     """What the nodes have of it, equal ones together."""
     shapes = Counter(amounts({name: node.get(name, 0) for name in needed}) for node in living_nodes())
-    return "; ".join(f"{count} node{'s' if count > 1 else ''} with {shape}" for shape, count in shapes.most_common())
+    return "; ".join(f"{counted(count, 'node')} with {shape}" for shape, count in shapes.most_common())
 
 
 def slots(resources: dict[str, float]) -> int:
