@@ -219,7 +219,7 @@ def _add_up(ray: RayConfig, cache_url: str, refs: Sequence[FileRef]) -> ClassSum
     found = fan_out(
         partial(read_sums, cache_url),
         some,
-        ray,
+        without_gpus(ray),
         what="a task that adds class sums",
         name=lambda refs: f"{refs[0].path} and {len(refs) - 1} more in {storage.redact(cache_url)}",
     )

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import NodeDiedError, RayError, RayTaskError
+from ray.exceptions import NodeDiedError, RayError, RayTaskError, RuntimeEnvSetupError
 
 from jobs.log import tell
-from jobs.ray_runtime import amounts, cluster, node_of, require_resources, slots, task_resources
+from jobs.ray_runtime import amounts, cluster, node_of, patience_s, require_resources, slots, task_resources
 from jobs.tally import Caption, Spent, Tally
 from pipeline.errors import LostGpuError, PassingStorageError, ShardError, StillroomError, StorageError
 from schemas.config import RayConfig
@@ -28,8 +28,6 @@ _MAX_FAILURES = 16
 # end: so often ray.max_retries.
 _NODE_TIMES = 5
 _LOOK_EVERY_S = 1.0
-# What all nodes have left at once may be given back, also where ray.wait_s says that none is to be waited for.
-_MIN_PATIENCE_S = 300.0
 
 
 class LostTaskError(StorageError):
@@ -178,7 +176,7 @@ class _Flight:
             scheduling_strategy="SPREAD",
         )
         self._work = ray.put(work)
-        self._patience_s = max(config.wait_s, _MIN_PATIENCE_S)
+        self._patience_s = patience_s(config)
         self._limit, self._next_look = 0, 0.0
         self._without_nodes_since: float | None = None
         self._max_retries = config.max_retries
@@ -292,9 +290,14 @@ class _Flight:
 
 
 def _lost(error: RayError, name: str) -> LostTaskError:
+    lines = str(error).strip().splitlines()
+    reason, mend = lines[0], "lower teacher.batch_size or max_pixels"
+    if isinstance(error, RuntimeEnvSetupError):
+        # The node's traceback, whose last line says why. Nodes keep a failure for as long, and answer with it.
+        reason, mend = lines[-1], "mend the job's working directory or requirements, or wait ten minutes"
     return LostTaskError(
         "a worker did not finish its task",
         where=name,
-        got=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}",
-        next_step="run the command again: finished parts stay; if it repeats, lower teacher.batch_size or max_pixels",
+        got=f"{type(error).__name__}: {reason}",
+        next_step=f"run the command again: finished parts stay; if it repeats, {mend}",
     )

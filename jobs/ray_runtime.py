@@ -21,6 +21,8 @@ from schemas.config import RayConfig
 # Ray sets this in the driver of a submitted job.
 _JOB_ENV = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 _POLL_S = 0.5
+# Nodes that were lost may come back, also to a job that waits for none at its start.
+DEFAULT_PATIENCE_S = 300.0
 
 
 @contextmanager
@@ -89,6 +91,11 @@ def task_resources(config: RayConfig) -> dict[str, float]:
 def without_gpus(config: RayConfig) -> RayConfig:
     """For work that needs nothing but CPUs, and so can be done by any node."""
     return config.model_copy(update={"gpus_per_task": 0.0, "resources_per_task": {}})
+
+
+def patience_s(config: RayConfig) -> float:
+    """For how long work that has lost every place waits for another one."""
+    return config.wait_s or DEFAULT_PATIENCE_S
 
 
 def require_resources(needed: dict[str, float], *, what: str, where: str, num: int = 1, wait_s: float = 0.0) -> None:

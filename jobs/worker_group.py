@@ -22,7 +22,7 @@ from ray.train.v2._internal.execution.controller.state import (
     TrainControllerState,
 )
 
-from jobs.ray_runtime import amounts, living_nodes, room
+from jobs.ray_runtime import amounts, living_nodes, patience_s, room
 from pipeline.errors import ResourceError, StillroomError, TrainingError
 from schemas.config import RayConfig
 
@@ -30,8 +30,6 @@ from schemas.config import RayConfig
 # long attempt would wait for that node. Nodes that are there take workers at once.
 _ATTEMPT_S = 5.0
 _SAY_AFTER_S, _SAY_EVERY_S = 30.0, 60.0
-# Of a training that does not wait for its first nodes: those it loses may come back.
-_PATIENCE_S = 300.0
 _POLL_S = 0.5
 _WAITING = (InitializingState, SchedulingState, ReschedulingState, RestartingState, ResizingState)
 
@@ -70,7 +68,7 @@ class Placement(ControllerCallback):
 
     def __init__(self, config: RayConfig, warn: Callable[[str], Any]) -> None:
         self._config, self._warn = config, warn
-        self._patience_s = config.wait_s or _PATIENCE_S
+        self._patience_s = patience_s(config)
         self._since: float | None = None
         self._told_at: float | None = None
         self._has_run = False

@@ -1,16 +1,17 @@
-"""Teachers that leave a trace of every batch they are asked, outside of any cache, or die of one."""
+"""Teachers that leave a trace of every batch they are asked, outside of any cache, wait before one, or die of one."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import time
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from pipeline.models.cifar import resnet
 
-LOG, MINE = "STILLROOM_TEST_FORWARDS", "STILLROOM_TEST_MINE"
+LOG, MINE, HOLD = "STILLROOM_TEST_FORWARDS", "STILLROOM_TEST_MINE", "STILLROOM_TEST_HOLD"
 
 
 class Traced(nn.Module):
@@ -43,4 +44,13 @@ class Mined(Traced):
         # White after normalising by 0.5 and 0.5; padding is darker.
         if bool((images_BCHW == 1).flatten(1).all(1).any()) and Path(os.environ[MINE]).exists():
             os._exit(1)
+        return super().forward(images_BCHW)
+
+
+class Held(Traced):
+    """Waits before each batch while the file stands that the environment names."""
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        while Path(os.environ[HOLD]).exists():
+            time.sleep(0.02)
         return super().forward(images_BCHW)

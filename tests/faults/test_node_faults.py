@@ -22,7 +22,7 @@ from jobs import fan_out as module
 from jobs.fan_out import LostTaskError, fan_out
 from pipeline.shards.write import pack_shards
 from schemas.config import Config, RayConfig
-from tests.faults.networks import LOG, MINE, forwards
+from tests.faults.networks import HOLD, LOG, MINE, forwards
 from tests.faults.test_kills import (
     batches_of_parts,
     committed,
@@ -37,19 +37,20 @@ from tests.jobs.clusters import Nodes, driver, head_node, many_nodes
 from tests.jobs.node_work import attempts, node, take_the_node_along
 from tests.pipeline.caches import build, digit_samples, files
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.xdist_group("clusters")]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 NUM_LOSSES = 6
 
 
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
-    """A head alone; its workers hear of ``LOG`` and ``MINE``."""
+    """A head alone; its workers hear of ``LOG``, ``MINE`` and ``HOLD``."""
     folder = tmp_path_factory.mktemp("nodes")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))
         patch.setenv(LOG, str(folder / "forwards"))
         patch.setenv(MINE, str(folder / "mine"))
+        patch.setenv(HOLD, str(folder / "hold"))
         with many_nodes() as (found, _):
             yield found
 
@@ -79,12 +80,19 @@ def test_spot_nodes_that_come_and_go_end_in_the_bytes_of_an_undisturbed_build(
     nodes: Nodes, config: Path, tmp_path: Path
 ) -> None:
     draw = random.Random(int(os.environ.get("STILLROOM_TEST_SEED", "7")))
+    tree = yaml.safe_load(config.read_text())
+    tree["teacher"]["model"] = "python:tests.faults.networks:Held"
+    write(config, tree)
+    # A fast machine would finish all parts before the last node is lost.
+    hold = Path(os.environ[HOLD])
     fleet = [nodes.add() for _ in range(2)]
     process = start_build(config)
     done: list[int] = []
     for number in range(NUM_LOSSES):
+        hold.unlink(missing_ok=True)
         wanted = len(committed(tmp_path / "cache")) + draw.randint(1, 6)
         wait_until(lambda wanted=wanted: len(committed(tmp_path / "cache")) >= wanted, 120)
+        hold.touch()
         assert process.poll() is None, said(config)
         # Once the whole fleet is gone.
         for lost in [*fleet] if number == NUM_LOSSES // 2 else [draw.choice(fleet)]:
@@ -92,6 +100,7 @@ def test_spot_nodes_that_come_and_go_end_in_the_bytes_of_an_undisturbed_build(
             nodes.remove(lost, graceful=draw.random() < 0.5)
         done.append(len(committed(tmp_path / "cache")))
         fleet += [nodes.add() for _ in range(2 - len(fleet))]
+    hold.unlink()
     assert process.wait(300) == 0, said(config)
     build(alone(config, tmp_path / "undisturbed"))
     whole, broken = files(str(tmp_path / "undisturbed")), files(str(tmp_path / "cache"))

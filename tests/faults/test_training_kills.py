@@ -21,7 +21,7 @@ from tests.faults.test_kills import said, start, training_file, write
 from tests.faults.test_training_nodes import cluster, lose, wait_for, worker_node
 from tests.pipeline.caches import digit_samples
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.xdist_group("clusters")]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 STEPS_PER_EPOCH = 50
 NUM_EPOCHS = 5
 NUM_STEPS = NUM_EPOCHS * STEPS_PER_EPOCH

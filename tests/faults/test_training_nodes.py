@@ -29,7 +29,7 @@ from tests.faults.test_kills import said, start, write
 from tests.jobs.clusters import HeadNode, end_session, free_port, head_node
 from tests.pipeline.caches import digit_samples
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.xdist_group("clusters")]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 _TIMEOUT_S = 300
 
 

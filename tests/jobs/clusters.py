@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -85,7 +86,13 @@ def head_node(folder: Path, *, num_cpus: int, node_types: dict[str, Any] | None 
         options.append(f"--autoscaling-config={folder / 'autoscaler.yaml'}")
         env |= {"RAY_enable_autoscaler_v2": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"}
         env |= {"RAY_CLOUD_INSTANCE_ID": _HEAD_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": _HEAD_ID}
-    with (folder / "ray.log").open("wb") as log:
+    # A folder of its own, since a job's "auto" is the cluster that was last started in its folder. The sockets in it
+    # would have names that are too long below pytest's.
+    with (
+        tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as temporary,
+        (folder / "ray.log").open("wb") as log,
+    ):
+        options.append(f"--temp-dir={temporary}")
         process = subprocess.Popen([*command, *options], env=env, stdout=log, stderr=log, start_new_session=True)
         try:
             _wait_for(dashboard_port, process)

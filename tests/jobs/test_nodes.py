@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import ray
 
-from jobs.fan_out import fan_out
+from jobs.fan_out import LostTaskError, fan_out
 from jobs.index_shards import index_shards
 from pipeline.errors import ResourceError
 from schemas.config import RayConfig
@@ -150,3 +150,25 @@ def test_a_fleet_that_is_gone_is_waited_for(cluster: Cluster, log: Path, tmp_pat
     (tmp_path / "go").touch()
     assert flown.result(_TIMEOUT_S) == [second] * 2
     cluster.nodes.remove(second)
+
+
+def test_a_fleet_that_does_not_come_back_ends_the_flight(cluster: Cluster, log: Path, tmp_path: Path) -> None:
+    lost = cluster.nodes.add(resources={"spot-only": 1})
+    flown = cluster.submit(partial(wait_for_go, tmp_path), 3, log, resources_per_task={"spot-only": 1}, wait_s=1)
+    wait_until(lambda: len(attempts(tmp_path)) == 1)
+    cluster.nodes.remove(lost)
+    with pytest.raises(LostTaskError, match="every node that could run a part is gone") as caught:
+        flown.result(_TIMEOUT_S)
+    assert "got:    none for 1 s" in str(caught.value)
+    assert "waiting up to 1 s" in log.read_text()
+
+
+def test_a_job_whose_environment_cannot_be_set_up_says_why(cluster: Cluster, log: Path) -> None:
+    nowhere = {"working_dir": "local:///nowhere-at-all"}
+    with driver() as pool:
+        pool.submit(partial(ray.init, cluster.nodes.address, log_to_driver=False, runtime_env=nowhere)).result()
+        flown = pool.submit(_drive, partial(node, 0), 1, {"address": cluster.nodes.address, "max_retries": 0}, log)
+        with pytest.raises(LostTaskError, match=r"RuntimeEnvSetupError: .*nowhere-at-all") as caught:
+            flown.result(_TIMEOUT_S)
+    assert "working directory or requirements" in str(caught.value)
+    assert "batch_size" not in str(caught.value)

@@ -15,7 +15,7 @@ from jobs.fan_out import fan_out
 from jobs.ray_runtime import node_name
 from schemas.config import RayConfig
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.xdist_group("clusters")]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 _PATIENCE_S = 60
 
 

@@ -22,7 +22,7 @@ import yaml
 from tests.jobs.clusters import HeadNode, head_node
 from tests.jobs.conftest import Tree
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.xdist_group("clusters")]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -15,7 +15,7 @@ from tests.jobs.conftest import Tree, config_of
 from tests.security.guarded_http import SECRET, guarded, signed
 from tests.security.test_commands import with_a_secret
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.xdist_group("clusters")]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 @pytest.mark.usefixtures("ray_cluster")
