@@ -104,7 +104,7 @@ class BuildTally(Tally):
     ) -> None:
         super().__init__("cache", name_of)
         assert config.cache is not None
-        self.cache = storage.redact(config.cache.url).rstrip("/").rpartition("/")[2]
+        self.cache = storage.last_name(config.cache.url)
         self.nodes: dict[str, NodeSums] = {}
         self.num_failed, self._lost_s = 0, 0.0
         self._ray, self._clock, self.total = config.ray, clock, NodeSums(clock())

@@ -22,8 +22,8 @@ from jobs.index_shards import index_shards
 from jobs.log import tell
 from jobs.paths import with_absolute_paths
 from jobs.ray_runtime import cluster, node_name, require_resources
-from jobs.training_view import TrainingView, run_name
-from jobs.worker_group import Placement, fewest, keys_of, per_worker, scaling
+from jobs.training_view import TrainingView
+from jobs.worker_group import Placement, fewest, keys_of, leaving, per_worker, scaling
 from pipeline import storage
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, InputError, StillroomError, TrainingError
@@ -51,7 +51,7 @@ def train_student(config: Config, *, device: torch.device | None = None) -> dict
     run_url = check_config(config)
     check_begun(run_url, config)
     if (summary := read_summary(run_url)) is not None:
-        tell(f"train {run_name(run_url)}: finished before; nothing to do", event="end")
+        tell(f"train {storage.last_name(run_url)}: finished before; nothing to do", event="end")
         return summary
     check_training(config)
     storage.probe(run_url)
@@ -117,7 +117,7 @@ def _worker(arguments: dict[str, Any]) -> None:
     if (fatal := ray.get(relay.begin.remote())) is not None:
         raise fatal
     context = get_context()
-    world = World(context.get_world_rank(), context.get_world_size(), get_device())
+    world = World(context.get_world_rank(), context.get_world_size(), get_device(), leaving)
     place = {"kind": "rank", "rank": world.rank, "world_size": world.size, "node": node_name()}
     # Waited for, so that every place is known before the leader's first step.
     ray.get(relay.push.remote(place))

@@ -13,6 +13,7 @@ from rich.table import Table
 from jobs import meters
 from jobs.log import counted, tell
 from jobs.progress import ProgressView
+from pipeline import storage
 from schemas.config import Config
 
 _OF_STEPS = {
@@ -25,17 +26,12 @@ _OF_STEPS = {
 _OF_EVALUATIONS = {"top1": meters.TOP1, "top5": meters.TOP5, "agreement": meters.AGREEMENT}
 
 
-def run_name(run_url: str) -> str:
-    """The last name of a URL, which is told in every line."""
-    return run_url.rstrip("/").rsplit("/", 1)[-1]
-
-
 class TrainingView:
     """One training with all its starts; a context manager. Workers that are lost and started again begin anew."""
 
     def __init__(self, config: Config, *, clock: Callable[[], float] = time.monotonic) -> None:
         assert config.run is not None
-        self.run, self.starts = run_name(config.run.url), 0
+        self.run, self.starts = storage.last_name(config.run.url), 0
         self._config, self._clock = config, clock
         self._progress: ProgressView | None = None
         self._nodes: dict[int, str] = {}

@@ -11,6 +11,7 @@ import ray
 from ray.train import ScalingConfig
 from ray.train.v2._internal.constants import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
 from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2._internal.execution.controller.state import (
     InitializingState,
     PreemptingState,
@@ -58,6 +59,14 @@ def scaling(config: RayConfig) -> ScalingConfig:
         resources_per_worker=per_worker(config),
         elastic_resize_monitor_interval_s=config.resize_every_s,
     )
+
+
+def leaving() -> bool:
+    """Whether this worker was told that a node of its group is about to be taken away (``ray drain-node``).
+
+    ``ray.train.get_preemption_info`` says the same, and waits for all workers each time.
+    """
+    return get_train_context().preemption_context.preemption_info is not None
 
 
 class Placement(ControllerCallback):

@@ -154,6 +154,11 @@ def join(base: str, *parts: str) -> str:
     return "/".join([head + sep + tail.rstrip("/"), *parts])
 
 
+def last_name(url: str) -> str:
+    """What a URL is called in lines about it: its last name, without what ``redact`` takes away."""
+    return redact(url).rstrip("/").rpartition("/")[2]
+
+
 def absolute(url: str) -> str:
     """A bare path made absolute; a URL as it is. Relative paths mean nothing on another process's working directory."""
     return str(Path(url).absolute()) if protocol(url) == "file" and "://" not in url else url

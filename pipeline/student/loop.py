@@ -208,6 +208,7 @@ class Trainer:
         self.best_top1: float | None = None
         self.seconds = 0.0
         self._knows_overlap = False
+        self._knows_of_leaving = False
         self._mean_C = torch.tensor(self.spec.mean, device=world.device)
         self._std_C = torch.tensor(self.spec.std, device=world.device)
 
@@ -277,6 +278,7 @@ class Trainer:
                 self.seconds = time.monotonic() - began
                 if (saves := self._saves_now()) or self._ends_epoch or len(log) >= _FLUSH_STEPS:
                     self._flush(log, speed, metrics)
+                    saves = self._saves_in_time() or saves
                 if self._ends_epoch:
                     evaluation = self._end_epoch(metrics)
                 if saves and metrics is not None:
@@ -302,6 +304,15 @@ class Trainer:
             or (self._ends_epoch and self._epochs_done % train.checkpoint_every_epochs == 0)
             or self._keeps_now()
         )
+
+    def _saves_in_time(self) -> bool:
+        """Whether a machine is about to be taken away: then nobody waits for the next checkpoint that is due."""
+        if not self.world.is_leaving():
+            return False
+        if not self._knows_of_leaving:
+            self._knows_of_leaving = True
+            self._say("warning", text=f"a node will be taken away: checkpoints every {_FLUSH_STEPS} steps until then")
+        return True
 
     def _keeps_now(self) -> bool:
         every_epochs = self.config.train.keep_every_epochs

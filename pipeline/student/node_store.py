@@ -110,7 +110,7 @@ class NodeStore:
             return Held(local)
         # The same object again after it was replaced by one of another size. Same sizes are told apart by contents,
         # which readers of images compare.
-        name = name_of(f"{url}\n{size_bytes}", storage.redact(url).rsplit("/", 1)[-1])
+        name = name_of(f"{url}\n{size_bytes}", storage.last_name(url))
 
         def fetch(part: Path) -> None:
             storage.download(url, part, size_bytes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,10 @@ def _all_reduced(values: Tensor) -> Tensor:
     return total
 
 
+def _stays() -> bool:
+    return False
+
+
 @dataclass(frozen=True, slots=True)
 class World:
     """This process's place. With more than one rank, torch.distributed has been initialised by the caller."""
@@ -36,6 +40,8 @@ class World:
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    leaving: Callable[[], bool] = _stays
+    """Whether this rank has heard that a machine of its world is about to be taken away."""
 
     @property
     def leads(self) -> bool:
@@ -78,6 +84,10 @@ class World:
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
+
+    def is_leaving(self) -> bool:
+        """Whether any rank has heard it, on every rank."""
+        return bool(self.max(torch.tensor(self.leaving(), dtype=torch.uint8, device=self.device)))
 
     def wait(self) -> None:
         """Until every rank is here."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from pipeline.errors import LostGpuError, ResourceError
 
 # What decodes, resizes, answers and encodes: another version of any may change bytes.
 _PACKAGES = ("pillow", "timm", "numpy", "pyarrow")
+# By their names in /proc/cpuinfo. Other instructions round the same.
+_VECTOR_FLAGS = ("avx", "amx", "fma")
 # Of mallopt(3), in bytes; an int is as much as it takes.
 _M_TRIM_THRESHOLD, _MOST_KEPT = -1, 2**31 - 1
 _M_MMAP_THRESHOLD, _LARGEST_KEPT = -3, 32 << 20
@@ -31,8 +34,12 @@ def pin_numerics(threads: int) -> None:
 def numeric_env(device: torch.device, *, batch_size: int) -> dict[str, object]:
     """Equal environments give byte-identical parts. Names no host and no time."""
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_model(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_info("model name"),
         "device_type": device.type,
+        # Decoding and resizing run on the CPU under any teacher. A virtual machine may hide instructions of its model,
+        # and an environment variable keeps torch from some of them.
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "vector_flags": " ".join(sorted(flag for flag in _cpu_info("flags").split() if flag.startswith(_VECTOR_FLAGS))),
         # These two also tell the build, such as +cu132, which package metadata leaves out.
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
@@ -45,13 +52,13 @@ def numeric_env(device: torch.device, *, batch_size: int) -> dict[str, object]:
     }
 
 
-def _cpu_model() -> str:
+@cache
+def _cpu_info(name: str) -> str:
+    """Of the first core; the kind of machine where the system does not tell."""
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    lines = info.read_text().splitlines() if info.exists() else []
+    found = (line.partition(":")[2].strip() for line in lines if line.startswith(name))
+    return next(found, platform.processor() or platform.machine())
 
 
 def trim_memory() -> None:

@@ -13,8 +13,7 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional
+from torch.nn.functional import interpolate
 
 from pipeline.views.effects import apply_options, pixel_edges
 from schemas.config import Interpolation
@@ -48,11 +47,19 @@ def apply_view(
     """
     left, top, width, height = (int(value) for value in box)
     crop_HWC = image_CHW[:, top : top + height, left : left + width].permute(1, 2, 0).contiguous()
-    view_CHW = functional.resize(
-        crop_HWC.permute(2, 0, 1), [size, size], interpolation=InterpolationMode(interpolation), antialias=True
-    )
+    view_CHW = _resized(crop_HWC, size, interpolation)
     view_CHW = view_CHW.flip(-1) if flip else view_CHW
     return apply_options(view_CHW, drawn) if drawn else view_CHW
+
+
+def _resized(crop_HWC: Tensor, size: int, interpolation: Interpolation) -> Tensor:
+    """[3, size, size]. Always in whole numbers, which are the same on every processor: torchvision's own resize goes
+    through float32 where it expects that to be faster, and then other pixels come out."""
+    if crop_HWC.shape[:2] == (size, size):
+        return crop_HWC.permute(2, 0, 1)
+    # The batch axis comes first: with one that is added later, the result would lie in planes.
+    crop_1CHW = crop_HWC[None].permute(0, 3, 1, 2)
+    return interpolate(crop_1CHW, (size, size), mode=interpolation, antialias=True, align_corners=False)[0]
 
 
 def stack_views(views: Sequence[Tensor], *, room: int | None = None) -> Tensor:

@@ -48,9 +48,22 @@ class Mined(Traced):
 
 
 class Held(Traced):
-    """Waits before each batch while the file stands that the environment names."""
+    """Waits before each batch while the file stands that the environment names; ``held`` counts the first waits."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.was_held = False
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         while Path(os.environ[HOLD]).exists():
+            if not self.was_held:
+                self.was_held = True
+                Path(f"{os.environ[HOLD]}-{os.getpid()}").touch()
             time.sleep(0.02)
         return super().forward(images_BCHW)
+
+
+def held() -> int:
+    """How many processes have begun to wait."""
+    hold = Path(os.environ[HOLD])
+    return len(list(hold.parent.glob(f"{hold.name}-*")))

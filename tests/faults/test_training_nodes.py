@@ -113,6 +113,19 @@ def lose(node: subprocess.Popen[bytes]) -> None:
     node.wait()
 
 
+def announce_the_end_of(head: HeadNode) -> None:
+    """What a handler of a cloud's notice does for the node that is not the head."""
+    script = "import ray; ray.init(log_to_driver=False); "
+    script += (
+        "print(*[n['NodeID'] for n in ray.nodes() if n['Alive'] and 'node:__internal_head__' not in n['Resources']])"
+    )
+    env = {**head.env, "RAY_ADDRESS": head.address}
+    (node_id,) = subprocess.check_output([sys.executable, "-c", script], env=env, text=True).split()
+    why = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", "--deadline-remaining-seconds=120"]
+    command = [Path(sys.executable).parent / "ray", "drain-node", f"--address={head.address}", f"--node-id={node_id}"]
+    subprocess.run([*command, *why], env=env, check=True, capture_output=True)
+
+
 def config_of(folder: Path, name: str, shards: str, **ray: Any) -> dict[str, Any]:
     """120 steps of a student that computes each row alone, so that any number of ranks computes the same."""
     network = {"model": "python:tests.faults.gated:Gated", "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
@@ -203,3 +216,36 @@ def test_a_training_shrinks_and_grows_with_its_nodes_and_computes_what_one_proce
     # A name begins with a digest of what the file is a copy of.
     assert Counter(name.partition("-")[2] for name in kept) == fetched
     assert sorted(fetched) == [f"digits-0{number}.tar" for number in range(5)]
+
+
+@pytest.mark.timeout(900)
+def test_a_training_saves_before_a_node_goes_whose_end_was_announced(
+    disks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No checkpoint is due before the end, and none of the restarts that a lost worker costs is granted."""
+    pack_shards(digit_samples(200), f"{tmp_path}/digits-%02d.tar", shard_size=40)
+    shards = f"{tmp_path}/digits-{{00..04}}.tar"
+    never = {"checkpoint_every_steps": None, "checkpoint_every_epochs": 24}
+    run = tmp_path / "nodes"
+    run.mkdir()
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))
+    train_alone(config_of(tmp_path, "alone", shards, address="none"))
+    with ExitStack() as stack:
+        head = stack.enter_context(cluster(disks / "head", monkeypatch))
+        first = stack.enter_context(worker_node(head, disks / "first"))
+        tree = config_of(tmp_path, "nodes", shards, address=head.address, num_workers=2, wait_s=120)
+        tree["train"] |= never
+        config = write(tmp_path / "nodes.yaml", tree)
+        (run / "gate").touch()
+        driver = start("train_student", config)
+        wait_for(lambda: len(worlds(run)) == 2, driver, config)
+        announce_the_end_of(head)
+        wait_for(lambda: steps_at(run) > 0, driver, config)
+        lose(first)
+        stack.enter_context(worker_node(head, disks / "second"))
+        wait_for(lambda: len(worlds(run)) == 4, driver, config)
+        (run / "gate").unlink()
+        assert driver.wait(_TIMEOUT_S) == 0, said(config)
+
+    assert "a node will be taken away" in said(config)
+    assert losses(run) == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)

@@ -63,7 +63,9 @@ def _name_of(process: psutil.Process) -> str:
 
 
 @contextmanager
-def head_node(folder: Path, *, num_cpus: int, node_types: dict[str, Any] | None = None) -> Iterator[HeadNode]:
+def head_node(
+    folder: Path, *, num_cpus: int, node_types: dict[str, Any] | None = None, python: str = sys.executable
+) -> Iterator[HeadNode]:
     """``ray start --head --block`` on loopback with a token of its own; given types of nodes, with an autoscaler that
     starts such nodes on this machine.
     """
@@ -72,7 +74,7 @@ def head_node(folder: Path, *, num_cpus: int, node_types: dict[str, Any] | None 
     token.write_text("0123456789abcdef" * 4)
     env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
     env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
-    command = [Path(sys.executable).parent / "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1"]
+    command = [python, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--node-ip-address=127.0.0.1"]
     options = [
         f"--port={port}",
         f"--dashboard-port={dashboard_port}",

@@ -8,8 +8,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 import urllib.request
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -87,7 +89,7 @@ def ask(cluster: HeadNode, job: str, what: str = "", method: str = "GET") -> dic
         return json.loads(answer.read())
 
 
-def test_stillroom_submit_builds_and_trains_and_passes_variables_that_it_does_not_show(
+def test_stillroom_submit_builds_trains_and_distills_and_passes_variables_that_it_does_not_show(
     cluster: HeadNode, tree: Tree, tmp_path: Path
 ) -> None:
     value = str(tmp_path / "hush-4711")
@@ -96,9 +98,10 @@ def test_stillroom_submit_builds_and_trains_and_passes_variables_that_it_does_no
     # Outside of the working directory, and the job has it all the same.
     config = write(sections, tmp_path / "both.yaml")
     (tmp_path / "code").mkdir()
-    for command in ("build", "train"):
+    for command in ("build", "train", "distill"):
         options = ["--env", "STILLROOM_TEST_CACHE", "--submission-id", command, "--entrypoint-cpus", "0.5"]
-        arguments = [command, config, "train.epochs=1", *options]
+        overrides = ["train.epochs=1", f"run.url={tmp_path / command}"]
+        arguments = [command, config, *overrides, *options]
         done = stillroom(cluster, tmp_path / "code", *arguments, STILLROOM_TEST_CACHE=value)
         assert done.returncode == 0, done.stdout + done.stderr
         assert done.stdout == ask(cluster, command, "/logs")["logs"]
@@ -108,8 +111,9 @@ def test_stillroom_submit_builds_and_trains_and_passes_variables_that_it_does_no
         assert (info["metadata"]["project"], info["metadata"]["command"]) == ("stillroom", command)
         assert "hush-4711" not in done.stdout + done.stderr + str(info["metadata"]) + info["entrypoint"]
     assert (tmp_path / "hush-4711" / "manifest.json").exists()
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 4
-    assert os.path.getsize(tmp_path / "run" / "checkpoints" / "last.pt") > 0  # noqa: PTH202
+    for run in (tmp_path / "train", tmp_path / "distill"):
+        assert json.loads((run / "summary.json").read_text())["steps"] == 4
+        assert (run / "checkpoints" / "last.pt").stat().st_size > 0
 
 
 def test_stillroom_submit_exits_as_the_job_does_and_refuses_a_used_id_and_a_wrong_token(
@@ -127,6 +131,48 @@ def test_stillroom_submit_exits_as_the_job_does_and_refuses_a_used_id_and_a_wron
     foreign = stillroom(cluster, tmp_path, "build", config, RAY_AUTH_TOKEN_PATH=str(tmp_path / "token"))
     assert (foreign.returncode, foreign.stdout) == (2, "")
     assert "the cluster did not accept the token" in foreign.stderr
+
+
+def wheel(folder: Path, name: str, code: str) -> Path:
+    """A wheel of one module, which needs nothing."""
+    info = f"{name}-1.0.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as package:
+        package.writestr(f"{name}.py", code)
+        package.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        package.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        package.writestr(f"{info}/RECORD", f"{name}.py,,\n{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n")
+    return Path(str(package.filename))
+
+
+def test_factories_come_from_the_submitted_folder_or_what_pip_installs_and_a_failed_install_is_told(
+    tree: Tree, tmp_path: Path
+) -> None:
+    code = "from pipeline.models.cifar import resnet\n\ndef build(num_classes):\n"
+    code += "    return resnet(num_classes=num_classes, depth=8, widths=(4, 4, 6, 8))\n"
+    teacher = {"model": "python:lent_teacher:build", "kwargs": {}}
+    config = write(tree(ray={"address": "auto"}, teacher=teacher), tmp_path / "build.yaml")
+    requirements = tmp_path / "requirements.txt"
+    requirements.write_text(f"{wheel(tmp_path, 'lent_teacher', code)}\n")
+    (tmp_path / "code").mkdir()
+    # Beside the config, and not in the folder that is submitted.
+    (tmp_path / "lent_teacher.py").write_text(code)
+    # Ray copies the virtual environment that it runs in. One of links is soon copied; this one has torch.
+    environment = tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
+    packages = sysconfig.get_path("purelib", vars={"base": str(environment)})
+    Path(packages, "all.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
+    with head_node(tmp_path, num_cpus=2, python=str(environment / "bin" / "python")) as cluster:
+        without = stillroom(cluster, tmp_path / "code", "build", config)
+        assert (without.returncode, "lent_teacher" in without.stdout) == (2, True), without.stdout + without.stderr
+        done = stillroom(cluster, tmp_path / "code", "build", config, "--pip", str(requirements))
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "cache: 96 images x 3 views in 4 shards" in done.stdout
+        requirements.write_text(f"{tmp_path}/no_such_package-1.0-py3-none-any.whl\n")
+        failed = stillroom(cluster, tmp_path / "code", "build", config, "--pip", str(requirements))
+        assert failed.returncode == 1, failed.stdout + failed.stderr
+        assert "no_such_package" in failed.stderr
 
 
 SLOW_TEACHER = """

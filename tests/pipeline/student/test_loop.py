@@ -222,6 +222,32 @@ def test_a_resume_from_the_midst_of_an_epoch_is_bitwise_under_every_option(
     assert evaluations[0] == evaluations[1]
 
 
+def test_a_run_whose_machine_will_be_taken_away_does_not_wait_for_its_next_checkpoint(
+    replays: Replay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It hears of it after step 6, and is gone after step 8; without it, nothing would be saved before the end."""
+    monkeypatch.setattr("pipeline.student.loop._FLUSH_STEPS", 2)
+    base = replays("crop").config
+    keys: dict[str, Any] = {"train": {"epochs": 5, "checkpoint_every_epochs": 5}, "student": NORMALISED}
+    run(run_config(base, tmp_path / "straight", **keys))
+    taken = run_config(base, tmp_path / "taken", **keys)
+    told: list[Event] = []
+
+    def report(event: Event) -> None:
+        told.append(event)
+        if event.get("step") == 8:
+            raise PlugPulledError
+
+    with pytest.raises(PlugPulledError):
+        train(taken, World(leaving=lambda: told[-1].get("step", 0) >= 6), report)
+    assert [event["text"] for event in told if "taken away" in event.get("text", "")] == [
+        "a node will be taken away: checkpoints every 2 steps until then"
+    ]
+    assert run(taken)[0]["first_step"] == 7
+    assert_bitwise(state(tmp_path / "straight"), state(tmp_path / "taken"))
+    assert metrics(tmp_path / "taken") == metrics(tmp_path / "straight")
+
+
 def test_an_evaluation_that_is_made_again_for_the_summary_is_told_once(
     replays: Replay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,9 @@ def train_all(rendezvous: Path, rank: int, bodies: list[str]) -> None:
     is not a number."""
     *configs, last = [Config.model_validate_json(body) for body in bodies]
     with group(rendezvous, rank) as world:
+        # One rank has heard that its machine goes: all must save.
+        assert replace(world, leaving=lambda: rank == 1).is_leaving()
+        assert not world.is_leaving()
         for config in configs:
             train(config, world)
         trainer = Trainer(last, world, lambda _: None)

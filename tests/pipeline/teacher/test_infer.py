@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -118,6 +122,16 @@ def test_the_environment_is_plain_json_and_names_what_changes_bytes() -> None:
     assert environment["threads"] == 1
     assert environment["torch"] == torch.__version__
     assert {"torchvision", "pillow", "pyarrow", "device", "batch_size"} <= environment.keys()
+
+
+def test_a_cpu_that_hides_instructions_is_another_environment() -> None:
+    script = "import torch, json; from pipeline.teacher.runtime import numeric_env as env; "
+    script += "print(json.dumps(env(torch.device('cpu'), batch_size=8)))"
+    run = partial(subprocess.check_output, [sys.executable, "-c", script], text=True)
+    whole, hidden = json.loads(run()), json.loads(run(env={**os.environ, "ATEN_CPU_CAPABILITY": "default"}))
+    assert hidden["cpu_capability"] == "DEFAULT"
+    assert {name for name in whole if whole[name] != hidden[name]} <= {"cpu_capability"}
+    assert (whole == hidden) == (torch.backends.cpu.get_cpu_capability() == "DEFAULT")
 
 
 def test_numerics_stay_pinned_on_every_switch() -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
+import os
+import subprocess
+import sys
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -52,6 +56,26 @@ def test_pixels_do_not_depend_on_strides(interpolation: Interpolation, box: tupl
     other = apply_view(interleaved, box, False, size=24, interpolation=interpolation)
     assert one.shape == (3, 24, 24)
     assert torch.equal(one, other)
+
+
+def resized() -> str:
+    """Views of boxes of many shapes, made smaller and larger."""
+    image, random = noise(3, 190, 230), np.random.Generator(np.random.PCG64(0))
+    views = hashlib.sha256()
+    for interpolation in MODES:
+        for _ in range(60):
+            left, top = (int(random.integers(0, end)) for end in (229, 189))
+            box = (left, top, int(random.integers(1, 231 - left)), int(random.integers(1, 191 - top)))
+            views.update(pixel_digest(apply_view(image, box, False, size=64, interpolation=interpolation)))
+    return views.hexdigest()
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_no_instruction_set_changes_how_a_box_is_resized(capability: str) -> None:
+    code = "from tests.pipeline.views.test_pixels import resized; print(resized())"
+    other = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=other, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == resized()
 
 
 @pytest.mark.parametrize("interpolation", MODES)
