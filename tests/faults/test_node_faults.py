@@ -165,12 +165,13 @@ def test_nodes_of_two_kinds_build_one_cache_whose_numbers_agree_within_what_is_s
     # Two bytes a logit would hide most of it.
     tree["cache"]["logits"] = "fp32"
     write(config, tree)
-    hold = Path(os.environ[HOLD])
-    hold.touch()
     fleet, waited = [nodes.add(), nodes.add(env_vars=older)], held()
     process = start_build(config)
-    # Each has a part in work before the other can do all.
-    wait_until(lambda: held() == waited + 2, 120)
+    # Each has a part in work before the other has done all.
+    wait_until(lambda: (tmp_path / "cache" / "header.json").exists(), 120)
+    hold = Path(os.environ[HOLD])
+    hold.touch()
+    wait_until(lambda: held() == waited + 2, 60)
     hold.unlink()
     assert process.wait(300) == 0, said(config)
     for node_id in fleet:
