@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from rich.table import Table
 
@@ -219,7 +220,12 @@ class BuildTally(Tally):
         )
         if lost:
             text += f", {lost / hours:.1%} of them in attempts that failed"
-        told = {**_facts(self.total), "retried": self.retries.total(), "failed": self.num_failed, **_rounded(cost)}
+        told: dict[str, Any] = {
+            **_facts(self.total),
+            "retried": self.retries.total(),
+            "failed": self.num_failed,
+            **_rounded(cost),
+        }
         tell(text, event="summary", cache=self.cache, nodes=len(self.nodes), **told)
 
 

@@ -6,6 +6,7 @@ import io
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +30,7 @@ def pack_digits(folder: Path) -> None:
     Every training sample has its label as ``full.cls``, which the teacher's config names; only 150 have ``cls``, which
     all other configs read.
     """
-    digits = load_digits()
+    digits = cast("Any", load_digits())
     order = list(range(len(digits.target)))
     random.Random(0).shuffle(order)
     train, val = order[_NUM_VAL:], order[:_NUM_VAL]

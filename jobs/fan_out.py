@@ -183,7 +183,7 @@ class _Flight:
         self._name, self._failures, self._tally = name, failures, tally
         self._queued_s = 0.0
         self._waiting: list[_Attempt] = []
-        self._flying: dict[ray.ObjectRef, _Attempt] = {}
+        self._flying: dict[ray.ObjectRef[Any], _Attempt] = {}
 
     def run(self, items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
         fresh = (_Attempt(item) for item in items)
@@ -247,7 +247,7 @@ class _Flight:
             self._waiting.remove(due)
         return due
 
-    def _collect(self, reference: ray.ObjectRef) -> Iterator[tuple[Any, Any]]:
+    def _collect(self, reference: ray.ObjectRef[Any]) -> Iterator[tuple[Any, Any]]:
         attempt = self._flying.pop(reference)
         try:
             result, error, spent = ray.get(reference)

@@ -7,8 +7,9 @@ import os
 import platform
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 from ray.exceptions import AuthenticationError, RayError
@@ -26,7 +27,7 @@ DEFAULT_PATIENCE_S = 300.0
 
 
 @contextmanager
-def cluster(config: RayConfig) -> Iterator[None]:
+def cluster(config: RayConfig) -> Generator[None]:
     """A connection to the cluster of ``ray.address`` for the length of a ``with``; one that stands is used as it is,
     and ``none`` asks for none.
 
@@ -44,7 +45,7 @@ def cluster(config: RayConfig) -> Iterator[None]:
 
 
 def _connect(address: str) -> None:
-    common = {"log_to_driver": False, "logging_level": logging.WARNING}
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     try:
         # A submitted job runs on the cluster it was submitted to: a local one would escape the job's resources.
         if address == "local" and _JOB_ENV not in os.environ:

@@ -63,7 +63,7 @@ def train_together(cells: Sequence[Cell]) -> list[Row]:
 
 def train_cell(cell: Cell) -> Row:
     """Inside a task: one process, on the task's GPU if it has one."""
-    alone = RayConfig(address="none", cpus_per_worker=cell.config.ray.cpus_per_worker)
+    alone = RayConfig.model_validate({"address": "none", "cpus_per_worker": cell.config.ray.cpus_per_worker})
     config = cell.config.model_copy(update={"ray": alone})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return _evaluated(config, train_student(config, device=device)["seconds"], threads=alone.cpus_per_worker)

@@ -8,7 +8,7 @@ import re
 import secrets
 import shlex
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -257,7 +257,7 @@ def _connect(address: str) -> JobSubmissionClient:
 
 
 @contextmanager
-def _talking_to(address: str) -> Iterator[None]:
+def _talking_to(address: str) -> Generator[None]:
     try:
         yield
     except AuthenticationError as error:
@@ -284,7 +284,7 @@ def _talking_to(address: str) -> Iterator[None]:
 
 
 @contextmanager
-def _told_of_refusal(job: str, address: str) -> Iterator[None]:
+def _told_of_refusal(job: str, address: str) -> Generator[None]:
     try:
         yield
     except RuntimeError as error:

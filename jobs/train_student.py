@@ -7,7 +7,7 @@ import threading
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import ray
 import torch
@@ -111,21 +111,26 @@ class Relay:
         return self._error
 
 
+def _ask(method: Any, *arguments: Any) -> Any:
+    """What a method of the relay answers."""
+    return ray.get(method.remote(*arguments))
+
+
 def _worker(arguments: dict[str, Any]) -> None:
     """One DDP rank, in a process that Ray Train started."""
     relay = arguments["relay"]
-    if (fatal := ray.get(relay.begin.remote())) is not None:
+    if (fatal := _ask(relay.begin)) is not None:
         raise fatal
     context = get_context()
     world = World(context.get_world_rank(), context.get_world_size(), get_device(), leaving)
     place = {"kind": "rank", "rank": world.rank, "world_size": world.size, "node": node_name()}
     # Waited for, so that every place is known before the leader's first step.
-    ray.get(relay.push.remote(place))
+    _ask(relay.push, place)
     config = Config.model_validate_json(ray.get(arguments["config"]))
     try:
         train(config, world, report=lambda event: relay.push.remote(event))
     except StillroomError as error:
-        ray.get(relay.fail.remote(error))
+        _ask(relay.fail, error)
         raise
 
 
@@ -175,7 +180,8 @@ def _trainer(config: Config, relay: Any, folder: Path) -> TorchTrainer:
             name=f"stillroom-{uuid.uuid4().hex[:8]}",
             storage_path=str(folder),
             failure_config=FailureConfig(max_failures=config.ray.max_failures),
-            callbacks=[Placement(config.ray, warn)],
+            # Of the kind that Ray Train keeps for itself.
+            callbacks=cast("list[Any]", [Placement(config.ray, warn)]),
         ),
     )
 
@@ -198,7 +204,7 @@ def _run(trainer: Callable[[], TorchTrainer], relay: Any, max_failures: int) -> 
 
 
 def _explain(error: TrainingFailedError, relay: Any) -> NoReturn:
-    told = ray.get(relay.error.remote())
+    told = _ask(relay.error)
     if told is not None:
         raise told from None
     raise TrainingError(
@@ -255,7 +261,7 @@ class _Watch:
         self._show()
 
     def _show(self) -> None:
-        for event in ray.get(self._relay.drain.remote()):
+        for event in _ask(self._relay.drain):
             self._view.show(event)
 
 

@@ -22,6 +22,7 @@ from ray.train.v2._internal.execution.controller.state import (
     SchedulingState,
     TrainControllerState,
 )
+from ray.train.v2._internal.execution.scaling_policy import ResizeDecision
 
 from jobs.ray_runtime import amounts, living_nodes, patience_s, room
 from pipeline.errors import ResourceError, StillroomError, TrainingError
@@ -98,10 +99,9 @@ class Placement(ControllerCallback):
 
     def _placed(self, previous: TrainControllerState) -> None:
         self._since, self._told_at, self._has_run = None, None, True
-        if isinstance(previous, SchedulingState):
-            num_workers = previous.scaling_decision.num_workers
-            if num_workers < self._config.num_workers:
-                self._warn(f"{num_workers} of {self._config.num_workers} workers run: there is no room for more")
+        decision = previous.scaling_decision if isinstance(previous, SchedulingState) else None
+        if isinstance(decision, ResizeDecision) and decision.num_workers < self._config.num_workers:
+            self._warn(f"{decision.num_workers} of {self._config.num_workers} workers run: there is no room for more")
 
     def _wait(self) -> None:
         now = time.monotonic()

@@ -148,7 +148,10 @@ def test_a_section_override_merges_into_the_section(yaml_file: Path) -> None:
         ("views: {kind: evil}\n", ["wrong value: views.kind", "'evil'", "'eval', 'crop' or 'function_matching'"]),
         ("views: {area: [2, 1]}\n", ["views", "area is [2.0, 1.0]", "0 < low <= high <= 1"]),
         ("cache: {url: x, logits: fp8}\n", ["wrong value: cache.logits", "logits is 'fp8'", "topk:k"]),
-        ("views: {kind: eval, jitter: {}}\n", ["do not go together: views", "kind eval is never augmented, but jitter is set"]),
+        (
+            "views: {kind: eval, jitter: {}}\n",
+            ["do not go together: views", "kind eval is never augmented, but jitter is set"],
+        ),
         ("views: {cutmix: 0.5}\n", ["views", "kind crop mixes nothing", "function_matching"]),
         ("views: {jitter: {hue: 0.6}}\n", ["wrong value: views.jitter.hue", "less than or equal to 0.5"]),
         ("views: {jitter: {hues: 0.1}}\n", ["unknown key: views.jitter.hues", "did you mean hue?"]),
