@@ -121,7 +121,8 @@ def stream_commits(cache_url: str) -> Iterator[Commit]:
 
 def read_ahead(read: Callable[[str], T], paths: Iterable[str]) -> Iterator[T]:
     """What threads read of each path, in order; only a few are held that nobody has taken yet."""
-    with ThreadPoolExecutor(_READ_THREADS) as pool:
+    pool = ThreadPoolExecutor(_READ_THREADS)
+    try:
         reading: deque[Future[T]] = deque()
         for path in paths:
             if len(reading) == _READ_AHEAD:
@@ -129,6 +130,9 @@ def read_ahead(read: Callable[[str], T], paths: Iterable[str]) -> Iterator[T]:
             reading.append(pool.submit(read, path))
         while reading:
             yield reading.popleft().result()
+    finally:
+        # Nobody waits for the threads: it may be the garbage collector that ends this, in one that they wait for.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def read_commits(cache_url: str) -> list[Commit]:
