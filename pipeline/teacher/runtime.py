@@ -58,7 +58,7 @@ def _cpu_info(name: str) -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     found = (line.partition(":")[2].strip() for line in lines if line.startswith(name))
-    return next(found, platform.processor() or platform.machine())
+    return next(found, platform.machine())
 
 
 def trim_memory() -> None:
