@@ -23,7 +23,7 @@ from schemas.config import RayConfig
 _JOB_ENV = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 _POLL_S = 0.5
 # Nodes that were lost may come back, also to a job that waits for none at its start.
-DEFAULT_PATIENCE_S = 300.0
+_PATIENCE_S = 300.0
 
 
 @contextmanager
@@ -96,7 +96,7 @@ def without_gpus(config: RayConfig) -> RayConfig:
 
 def patience_s(config: RayConfig) -> float:
     """For how long work that has lost every place waits for another one."""
-    return config.wait_s or DEFAULT_PATIENCE_S
+    return config.wait_s or _PATIENCE_S
 
 
 def require_resources(needed: dict[str, float], *, what: str, where: str, num: int = 1, wait_s: float = 0.0) -> None:

@@ -264,8 +264,7 @@ def _problem(error: ErrorDetails, tree: Mapping[str, Any]) -> _Problem:
             return _Problem((*path, "name"), "missing key", wanted=", ".join(_loss_names()))
         case "value_error":
             got, _, wanted = str(context["error"]).partition("; wanted ")
-            of_one_key = not isinstance(value, Mapping)
-            what = "wrong value" if of_one_key else "values that do not go together"
+            what = "values that do not go together" if isinstance(value, Mapping) else "wrong value"
             return _Problem(path, what, got, wanted or None)
         case _:
             return _Problem(path, "wrong value", _describe(value), _wanted(error["msg"]))

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +16,7 @@ from pipeline.teacher.infer import Teacher, load_teacher
 from pipeline.teacher.runtime import check_gpu, numeric_env, pick_device, pin_numerics, visible_gpus
 from schemas.config import TeacherConfig
 from tests.pipeline.cache import teachers
+from tests.processors import printed
 
 CPU = torch.device("cpu")
 
@@ -127,11 +124,11 @@ def test_the_environment_is_plain_json_and_names_what_changes_bytes() -> None:
 def test_a_cpu_that_hides_instructions_is_another_environment() -> None:
     script = "import torch, json; from pipeline.teacher.runtime import numeric_env as env; "
     script += "print(json.dumps(env(torch.device('cpu'), batch_size=8)))"
-    run = partial(subprocess.check_output, [sys.executable, "-c", script], text=True)
-    whole, hidden = json.loads(run()), json.loads(run(env={**os.environ, "ATEN_CPU_CAPABILITY": "default"}))
+    native = torch.backends.cpu.get_cpu_capability()
+    whole, hidden = (json.loads(printed(script, capability=name)) for name in (native.lower(), "default"))
     assert hidden["cpu_capability"] == "DEFAULT"
     assert {name for name in whole if whole[name] != hidden[name]} <= {"cpu_capability"}
-    assert (whole == hidden) == (torch.backends.cpu.get_cpu_capability() == "DEFAULT")
+    assert (whole == hidden) == (native == "DEFAULT")
 
 
 def test_numerics_stay_pinned_on_every_switch() -> None:

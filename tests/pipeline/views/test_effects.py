@@ -5,9 +5,6 @@ from __future__ import annotations
 import colorsys
 import hashlib
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -23,6 +20,7 @@ from torchvision.transforms.v2 import functional
 from pipeline.views.effects import apply_options, pixel_edges
 from pipeline.views.options import OPS
 from pipeline.views.pixels import pixel_digest
+from tests.processors import printed
 
 SIZES = [7, 32, 97]
 NEUTRAL = {"jitter_brightness": 1.0, "jitter_contrast": 1.0, "jitter_saturation": 1.0, "jitter_hue": 0.0}
@@ -291,6 +289,4 @@ def test_neither_threads_nor_strides_change_a_pixel() -> None:
 @pytest.mark.slow
 def test_no_instruction_set_changes_a_pixel() -> None:
     code = "from tests.pipeline.views.test_effects import all_digests; print(all_digests())"
-    plain = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", code], env=plain, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == all_digests()
+    assert printed(code, capability="default") == all_digests()

@@ -5,9 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-import os
-import subprocess
-import sys
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +20,7 @@ from torch import Tensor
 
 from pipeline.views.pixels import apply_view, pixel_digest, pixel_mean, to_input
 from schemas.config import Interpolation
+from tests.processors import printed
 
 PHOTOS = Path(__file__).resolve().parents[4] / "shared" / "data" / "imagenet-samples" / "sample-00000.tar"
 MODES: tuple[Interpolation, ...] = ("bilinear", "bicubic")
@@ -73,9 +71,7 @@ def resized() -> str:
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_no_instruction_set_changes_how_a_box_is_resized(capability: str) -> None:
     code = "from tests.pipeline.views.test_pixels import resized; print(resized())"
-    other = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", code], env=other, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == resized()
+    assert printed(code, capability=capability) == resized()
 
 
 @pytest.mark.parametrize("interpolation", MODES)
