@@ -21,7 +21,7 @@ def run_command(command: Callable[[], None], *, resume: str | None = None) -> in
     try:
         command()
     except StillroomError as error:
-        tell(f"error: {error}", event="error", level=logging.ERROR, exit_code=error.exit_code)
+        tell(f"error: {error}", event="error", level=logging.ERROR, code=error.code, exit_code=error.exit_code)
         return error.exit_code
     except KeyboardInterrupt:
         tell("interrupted; what is committed stays", event="interrupted", level=logging.WARNING)

@@ -13,17 +13,23 @@ class StillroomError(Exception):
     """Base of every error raised on purpose. Its text is the whole message a user sees, without credentials of URLs."""
 
     exit_code: int = 1
+    code: str = "stillroom.failed"
+    """Names the fault for programs and tests: stable where sentences change. A class has one; a fault with a name of
+    its own gives a more precise one when it is raised."""
 
     def __init__(
         self,
         what: str,
         *,
+        code: str | None = None,
         where: str | None = None,
         got: object = None,
         wanted: object = None,
         next_step: str | None = None,
     ) -> None:
         self.what, self.where, self.got, self.wanted, self.next_step = what, where, got, wanted, next_step
+        if code is not None:
+            self.code = code
         super().__init__(self._text())
 
     def _text(self) -> str:
@@ -45,6 +51,7 @@ class StillroomError(Exception):
         return _rebuild, (
             type(self),
             self.what,
+            self.code,
             self.where,
             None if self.got is None else str(self.got),
             None if self.wanted is None else str(self.wanted),
@@ -53,60 +60,91 @@ class StillroomError(Exception):
 
 
 def _rebuild(
-    kind: type[StillroomError], what: str, where: str | None, got: str | None, wanted: str | None, next_step: str | None
+    kind: type[StillroomError],
+    what: str,
+    code: str,
+    where: str | None,
+    got: str | None,
+    wanted: str | None,
+    next_step: str | None,
 ) -> StillroomError:
-    return kind(what, where=where, got=got, wanted=wanted, next_step=next_step)
+    return kind(what, code=code, where=where, got=got, wanted=wanted, next_step=next_step)
 
 
 class InputError(StillroomError):
     """Something a person gave is wrong: a config key, a URL, a shard, a cache. Never retried. Exit code 2."""
 
     exit_code = 2
+    code = "input.invalid"
 
 
 class ConfigError(InputError):
     """A YAML document or override that does not say what is allowed."""
 
+    code = "config.invalid"
+
 
 class StorageInputError(InputError):
     """A URL that is refused, missing, or not readable."""
+
+    code = "storage.invalid"
 
 
 class TooLargeError(StorageInputError):
     """A file that is larger than what it should be can be."""
 
+    code = "storage.too-large"
+
 
 class ShardError(InputError):
     """A shard, or a sample in it, that breaks a rule of the format."""
+
+    code = "shard.invalid"
 
 
 class ModelError(InputError):
     """A model that is unknown, cannot be built as asked, or whose weights do not fit."""
 
+    code = "model.invalid"
+
 
 class CacheError(InputError):
     """A cache that is incomplete, damaged, of another teacher, or does not match the images beside it."""
+
+    code = "cache.invalid"
 
 
 class ResourceError(InputError):
     """More workers, CPUs or GPUs were asked for than there are."""
 
+    code = "ray.too-few-resources"
+
 
 class StorageError(StillroomError):
     """Storage that failed although the request was right."""
+
+    code = "storage.failed"
 
 
 class PassingStorageError(StorageError):
     """Storage that failed in a way that often passes by itself: throttling, a lost connection. Worth another try."""
 
+    code = "storage.transient"
+
 
 class LostGpuError(StillroomError):
     """A process that was given another GPU than the one it holds. Another process can do its work."""
+
+    code = "ray.lost-gpu"
 
 
 class SubmissionError(StillroomError):
     """A job that a cluster did not take, or of whose end nothing was heard."""
 
+    code = "submit.failed"
+
 
 class TrainingError(StillroomError):
     """Training that cannot go on, such as a loss that is not finite."""
+
+    code = "training.failed"
