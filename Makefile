@@ -22,10 +22,13 @@ demo: install
 	$(BIN)/stillroom demo --out $(OUT)
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
+# The second call draws random examples for the property tests of `make test`; make prints it with its seed.
 test-slow: install
 	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m 'hypothesis and not slow and not gpu' -n 2 --dist loadgroup \
+	  --hypothesis-profile=explore --hypothesis-seed=$(or $(STILLROOM_TEST_SEED),$(strip $(shell od -An -N4 -tu4 /dev/urandom)))
 
 check: install
 	$(BIN)/ruff format --check .

@@ -5,11 +5,32 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 from hypothesis import settings
 
-# No test is timed: a busy machine is no failure.
-settings.register_profile("untimed", deadline=None)
-settings.load_profile("untimed")
+# No test has a deadline: a busy machine is no failure. By default the examples of a property are a function of its
+# source, and none is read from an earlier run: the same commit gives the same result on every machine.
+settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
+# `make test-slow` draws other examples in every run and prints what reproduces a failure.
+settings.register_profile("explore", deadline=None, derandomize=False, database=None, print_blob=True)
+# pytest's option --hypothesis-profile comes after this.
+settings.load_profile("repeatable")
+
+# `make test` runs one process a core; the order of sums does not depend on the machine either.
+torch.set_num_threads(1)
+
+_RAY_FIXTURE = "ray_cluster"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Assigns tests to processes for ``--dist loadgroup``: a file stays in one process, which builds its fixtures once.
+
+    All tests of the shared Ray cluster run in one process too, so that one cluster is started.
+    """
+    for item in items:
+        uses_ray = _RAY_FIXTURE in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group(_RAY_FIXTURE if uses_ray else item.location[0]))
 
 
 @pytest.fixture(scope="session", autouse=True)
