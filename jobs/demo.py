@@ -14,6 +14,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from jobs.recipe import perform
+from pipeline import storage
 from pipeline.errors import StorageInputError
 from pipeline.shards.write import pack_shards
 
@@ -65,5 +66,6 @@ def _png(image_HW: NDArray[np.float64]) -> bytes:
 
 def run_demo(out: Path) -> Path:
     """Runs the embedded recipe below ``out`` and returns the path of ``results.json``. Resumes by itself."""
+    out = Path(storage.absolute(str(out)))
     pack_digits(out / "shards")
-    return perform(str(_RECIPE), [f"out={out.absolute()}"])
+    return perform(str(_RECIPE), [f"out={out}"])

@@ -15,7 +15,7 @@ _WITHOUT_FILE = ("random", "pretrained")
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """The config with every bare path absolute; URLs and brace patterns stay as they are, a pattern being short.
+    """The config with every bare path absolute, ``~`` expanded; URLs and brace patterns stay, a pattern being short.
 
     Raises:
         StorageInputError: a URL is refused.
@@ -67,11 +67,11 @@ def _cache(cache: CacheConfig) -> dict[str, Any]:
 
 def _data(config: Config) -> dict[str, Any]:
     data: dict[str, Any] = {}
-    for name in ("shards", "val_shards", "cache"):
-        if isinstance(patterns := getattr(config.data, name), str):
-            data[name] = storage.absolute(patterns)
-        elif patterns is not None:
-            data[name] = tuple(storage.absolute(pattern) for pattern in patterns)
+    for name in ("shards", "val_shards"):
+        if (patterns := getattr(config.data, name)) is not None:
+            data[name] = storage.absolute_patterns(patterns)
+    if (caches := config.data.cache) is not None:
+        data["cache"] = storage.absolute(caches) if isinstance(caches, str) else tuple(map(storage.absolute, caches))
     for name in ("index", "local_dir"):
         if (url := getattr(config.data, name)) is not None:
             data[name] = storage.absolute(url)

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
+from pipeline import storage
 from pipeline.config import build_config, read_document, require
 from pipeline.errors import ConfigError
 from pipeline.student.checkpoint import LAST
@@ -77,7 +78,7 @@ def load_recipe(source: str, overrides: list[str]) -> Recipe:
         raise _refused(error, source) from error
     except (OmegaConfBaseException, RecursionError, ValueError) as error:
         raise ConfigError("this recipe cannot be read", where=source, got=str(error)) from error
-    return _Reading(document, source, Path(document.out).absolute()).recipe()
+    return _Reading(document, source, Path(storage.absolute(document.out))).recipe()
 
 
 def _refused(error: ValidationError, source: str) -> ConfigError:

@@ -10,7 +10,7 @@ import shlex
 import tempfile
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -97,6 +97,7 @@ def submit(asked: Submission) -> int:
         ResourceError: no cluster answers at the address, or it refuses the token.
         SubmissionError: the cluster did not take the job, or fell silent while it ran.
     """
+    asked = replace(asked, working_dir=_expanded(asked.working_dir), pip=asked.pip and _expanded(asked.pip))
     address, job = _checked_address(asked.address), _job_id(asked)
     _check_overrides(asked.overrides)
     config = load_config(asked.source, asked.overrides)
@@ -145,7 +146,7 @@ def check_job(command: Command, config: Config) -> None:
         check_plan(training_of(config))
     for key in _OUTPUTS[command]:
         (url,) = _urls(config, key)
-        if storage.protocol(url) == "file" and "://" not in url and not Path(url).is_absolute():
+        if storage.protocol(url) == "file" and "://" not in url and not _expanded(url).is_absolute():
             raise ConfigError(
                 "a job's working directory is a copy that disappears, and with it what is written there",
                 where=key,
@@ -153,6 +154,10 @@ def check_job(command: Command, config: Config) -> None:
                 wanted="an absolute path or a URL that every node reaches",
                 next_step=f"append {key}=…",
             )
+
+
+def _expanded(path: str | Path) -> Path:
+    return Path(storage.expand_home(str(path)))
 
 
 def _urls(config: Config, key: str) -> tuple[str, ...]:

@@ -96,6 +96,7 @@ _S3_CHECKSUM = {"ChecksumAlgorithm": "CRC32", "ChecksumType": "FULL_OBJECT"}
 # What is larger is fetched in pieces of this size, several at a time, after one request that tells how large it is.
 _S3_FETCH_BYTES = 50 * 2**20
 _READ_BLOCK_BYTES = 2**20
+_PATH_ALTERNATIVES = re.compile(r"\{[^}]*[/~]")
 _SCHEME_WITHOUT_SLASHES = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:(?!//)")
 _memory_lock = threading.Lock()
 
@@ -130,14 +131,19 @@ def protocol(url: str) -> str:
     if name not in READABLE or "\0" in url:
         got = "a zero byte" if "\0" in url else f"protocol {name!r}"
         raise _refused(url, got=got, next_step="give a plain URL; commands and chained URLs are never run")
+    if name == "file" and sep and not tail.startswith("/"):
+        got, next_step = f"file:// with a host, {tail.partition('/')[0]!r}", "write file:///PATH, or the path alone"
+        raise _refused(url, got=got, next_step=next_step, code="storage.file-url-with-host")
     if name not in ("file", "memory") and not tail.partition("/")[0].rpartition("@")[2]:
         raise _refused(url, got=f"{name}:// without a bucket or host", next_step=f"write {name}://NAME/…")
     return name
 
 
-def _refused(url: str, *, got: str, next_step: str) -> StorageInputError:
+def _refused(url: str, *, got: str, next_step: str, code: str | None = None) -> StorageInputError:
     wanted = f"a path, or one of {', '.join(READABLE)}"
-    return StorageInputError("this URL is refused", where=redact(url), got=got, wanted=wanted, next_step=next_step)
+    return StorageInputError(
+        "this URL is refused", code=code, where=redact(url), got=got, wanted=wanted, next_step=next_step
+    )
 
 
 def join(base: str, *parts: str) -> str:
@@ -159,17 +165,54 @@ def last_name(url: str) -> str:
     return redact(url).rstrip("/").rpartition("/")[2]
 
 
+def expand_home(path: str) -> str:
+    """A path with a leading ``~`` or ``~user`` replaced by that home folder; any other path or URL as it is.
+
+    Raises:
+        StorageInputError: the home folder is unknown. Unexpanded, the path would name a folder called ``~``.
+    """
+    if not path.startswith("~"):
+        return path
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError as error:
+        raise StorageInputError(
+            "the home folder of this path is unknown",
+            code="storage.unknown-home",
+            where=path,
+            got=path.partition("/")[0],
+            wanted="~/… with HOME set, or ~USER/… of a user of this machine",
+            next_step="write an absolute path, or ./ before a name that begins with ~",
+        ) from error
+
+
 def absolute(url: str) -> str:
-    """A bare path made absolute; a URL as it is. Relative paths mean nothing on another process's working directory."""
-    return str(Path(url).absolute()) if protocol(url) == "file" and "://" not in url else url
+    """A bare path made absolute, with ``~`` expanded; a URL as it is. Relative paths mean nothing on another process's
+    working directory, and ``~`` may be another user's home there."""
+    is_path = protocol(url) == "file" and "://" not in url
+    return str(Path(expand_home(url)).absolute()) if is_path else url
+
+
+def absolute_patterns(patterns: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    """The same for brace patterns, unexpanded, because a pattern is short: only alternatives of whole paths or URLs,
+    as in ``{~/a,/b}/0.tar``, are expanded, because each is absolute or relative by itself."""
+    if isinstance(patterns, tuple):
+        return tuple(url for pattern in patterns for url in _as_tuple(absolute_patterns(pattern)))
+    if _PATH_ALTERNATIVES.match(patterns):
+        return tuple(absolute(url) for url in expand(patterns))
+    return absolute(patterns)
+
+
+def _as_tuple(patterns: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (patterns,) if isinstance(patterns, str) else patterns
 
 
 def expand(patterns: str | tuple[str, ...]) -> list[str]:
-    """Brace patterns to URLs, in the order written; every URL checked against the allow-list."""
+    """Brace patterns to URLs, in the order written, with ``~`` expanded; every URL checked against the allow-list."""
     urls: list[str] = []
-    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+    for pattern in _as_tuple(patterns):
         try:
-            urls.extend(braceexpand(pattern))
+            urls.extend(map(expand_home, braceexpand(pattern)))
         except ValueError as error:
             raise StorageInputError(
                 "a brace in this pattern is not closed", where=redact(pattern), wanted="…{00000..00009}.tar"
@@ -183,7 +226,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
     name = protocol(url)
     try:
         with _told(url, "open"):
-            filesystem, path = fsspec.core.url_to_fs(url)
+            filesystem, path = fsspec.core.url_to_fs(expand_home(url))
             if name == "s3":
                 # botocore repeats single requests (AWS_MAX_ATTEMPTS, AWS_RETRY_MODE), we repeat operations. s3fs in
                 # between would multiply both.

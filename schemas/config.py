@@ -53,6 +53,13 @@ class Section(BaseModel):
         return values
 
 
+def local_path(path: str, *, key: str) -> str:
+    """A path of this machine's file system, which no URL is: as a path it would name a folder such as ``s3:``."""
+    if "://" in path:
+        raise ValueError(f"{key} is {path!r}; wanted a local path")
+    return path
+
+
 def _takes_numbers(annotation: Any) -> bool:
     kinds = list(_kinds(annotation))
     return (int in kinds or float in kinds) and bool not in kinds
@@ -110,6 +117,11 @@ class DataConfig(Section):
     local_bytes: int | None = Field(
         None, gt=0, description="Bytes a node keeps there at most; default: four fifths of what the disk has for it."
     )
+
+    @field_validator("local_dir")
+    @classmethod
+    def _check_local_dir(cls, local_dir: str | None) -> str | None:
+        return local_dir if local_dir is None else local_path(local_dir, key="local_dir")
 
     @property
     def caches(self) -> tuple[str, ...]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from schemas.config import Section
+from schemas.config import Section, local_path
 
 Stage = dict[str, Any]
 """A part of a config. It is checked as a config once it is put together."""
@@ -53,6 +53,11 @@ class RecipeConfig(Section):
     )
     only: tuple[str, ...] | None = Field(None, min_length=1, description="The students to train; null: all.")
     grid: GridConfig | None = Field(None, description="Lengths and seeds of all students.")
+
+    @field_validator("out")
+    @classmethod
+    def _check_out(cls, out: str) -> str:
+        return local_path(out, key="out")
 
     @model_validator(mode="after")
     def _check_names(self) -> RecipeConfig:

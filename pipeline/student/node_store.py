@@ -95,7 +95,7 @@ class NodeStore:
     @classmethod
     def of(cls, data: DataConfig) -> NodeStore:
         """A user's own folder in ``data.local_dir``: what others put into it would be learnt."""
-        parent = TEMPORARY if data.local_dir is None else Path(data.local_dir)
+        parent = TEMPORARY if data.local_dir is None else Path(storage.expand_home(data.local_dir))
         return cls(parent / f"stillroom-{os.geteuid()}", data.local_bytes)
 
     def hold_url(self, url: str) -> Held:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import jobs
+from jobs.demo import run_demo
 from jobs.paths import with_absolute_paths
+from jobs.recipe_file import load_recipe
+from pipeline.config import build_config
+from pipeline.errors import ConfigError, StorageInputError
 from schemas.config import Config
 
 
@@ -28,3 +35,47 @@ def test_class_means_of_a_teacher_become_absolute_like_weights(tmp_path: Path, m
     found = with_absolute_paths(Config.model_validate({"teacher": {**teacher, "others": [teacher]}})).teacher
     for one in (found, *found.others):
         assert (one.class_means, one.weights) == (f"{tmp_path}/caches/r50", f"{tmp_path}/r50.pt")
+
+
+def test_a_tilde_is_the_users_home_in_every_key_that_takes_a_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    teacher = {"weights": "~/w.pt", "class_means": "~/means"}
+    tree: dict[str, Any] = {
+        "data": {
+            "shards": "~/{a,b}.tar",
+            "val_shards": ["{~/c,~/d}.tar"],
+            "cache": ["~/e", "s3://bucket/~/e"],
+            "index": "~/index",
+            "local_dir": "~/local",
+        },
+        "teacher": {**teacher, "others": [teacher]},
+        "student": {"weights": "~/w.pt"},
+        "cache": {"url": "~/cache", "class_means": "~/means.json"},
+        "run": {"url": "~/run"},
+    }
+    found = with_absolute_paths(Config.model_validate(tree)).model_dump_json(exclude_unset=True)
+    assert json.loads(found) == json.loads(
+        json.dumps({**tree, "data": {**tree["data"], "val_shards": ["~/c.tar", "~/d.tar"]}}).replace(
+            '"~', f'"{tmp_path}'
+        )
+    )
+
+
+def test_a_folder_of_each_node_is_a_path_and_no_url() -> None:
+    with pytest.raises(ConfigError) as caught:
+        build_config({"data": {"local_dir": "s3://bucket/x"}}, where="config")
+    assert caught.value.wanted == "a local path"
+
+
+def test_demo_and_recipes_take_a_tilde_and_refuse_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    recipe = str(Path(jobs.__file__).parent / "configs" / "demo.yaml")
+    assert load_recipe(recipe, ["out=~/demo"]).out == tmp_path / "home" / "demo"
+    with pytest.raises(ConfigError, match="local path"):
+        load_recipe(recipe, ["out=s3://bucket/demo"])
+    with pytest.raises(StorageInputError):
+        run_demo(Path("s3://bucket/demo"))
+    assert not any(tmp_path.iterdir())

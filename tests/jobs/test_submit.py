@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 from ray.job_submission import JobDetails, JobStatus
 
-from jobs.submit import Submission, submit
+from jobs.submit import Submission, check_job, submit
 from jobs.submit_follow import exit_code
 from jobs.submit_package import MAX_BYTES, find_files, write_package
+from pipeline.config import load_config
 from pipeline.errors import InputError
 from tests.jobs.clusters import free_port
 from tests.jobs.conftest import Document
@@ -57,6 +58,19 @@ def test_what_is_wrong_is_told_before_a_cluster_is_asked(
     assert told in str(caught.value)
     assert "answers" not in str(caught.value)
     assert SECRET not in str(caught.value) + "".join(capsys.readouterr())
+
+
+def test_a_tilde_is_the_home_of_whoever_runs_the_command(
+    document: Document, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job's driver expands its own outputs, so they are not in the working directory; files from here are ours."""
+    check_job("build", load_config(document(cache={"url": "~/caches/a"})))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for changes in ({"working_dir": Path("~/absent")}, {"pip": Path("~/absent")}):
+        asked: dict[str, Any] = {"command": "build", "overrides": (), "address": NOBODY, "working_dir": tmp_path}
+        with pytest.raises(InputError) as caught:
+            submit(Submission(source=document(), **{**asked, **changes}))
+        assert str(tmp_path / "home" / "absent") in str(caught.value)
 
 
 @pytest.fixture

@@ -404,6 +404,63 @@ def test_a_relative_path_becomes_absolute_and_a_url_stays(tmp_path: Path, monkey
     assert storage.absolute("s3://bucket/a") == "s3://bucket/a"
 
 
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home folder, and a working directory that is another one."""
+    for name in ("home", "cwd"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "cwd")
+    return tmp_path / "home"
+
+
+def test_a_leading_tilde_is_the_home_folder_in_every_call(home: Path) -> None:
+    storage.write("~/a/x", b"1")
+    assert storage.create("~/a/y", b"2")
+    assert (home / "a" / "x").read_bytes() == b"1"
+    assert storage.read("~/a/x") == storage.read_range("~/a/x", 0, 1) == b"1"
+    assert storage.listing("~/a") == ["x", "y"]
+    assert storage.local_path("~/a") == storage.local_folder("~/a/new") == home / "a"
+    assert storage.absolute("~/a") == str(home / "a")
+    assert storage.expand(("~/a{0,1}", "{~/b,~/c}")) == [f"{home}/{name}" for name in ("a0", "a1", "b", "c")]
+    assert not any(Path.cwd().iterdir())
+
+
+def test_a_tilde_inside_a_path_or_url_is_a_letter(home: Path) -> None:
+    storage.write("./~/x", b"1")
+    storage.write("a~", b"2")
+    assert sorted(path.name for path in Path.cwd().iterdir()) == ["a~", "~"]
+    assert storage.absolute("./~/x") == f"{Path.cwd()}/~/x"
+    assert storage.absolute("s3://bucket/~/x") == "s3://bucket/~/x"
+    assert not any(home.iterdir())
+
+
+@pytest.mark.usefixtures("home")
+def test_the_home_of_an_unknown_user_is_refused_and_never_a_folder() -> None:
+    calls = (storage.absolute, storage.expand, storage.exists, lambda path: storage.write(path, b""))
+    for call in calls:
+        with pytest.raises(StorageInputError) as caught:
+            call("~nobody-of-this-name/x")
+        assert (caught.value.code, caught.value.got) == ("storage.unknown-home", "~nobody-of-this-name")
+    assert not any(Path.cwd().iterdir())
+
+
+def test_alternatives_of_whole_paths_are_absolute_each_by_itself(home: Path) -> None:
+    cwd = Path.cwd()
+    assert storage.absolute_patterns("a/{00..99}.tar") == f"{cwd}/a/{{00..99}}.tar"
+    assert storage.absolute_patterns("{00..99}.tar") == f"{cwd}/{{00..99}}.tar"
+    found = storage.absolute_patterns(("{~/a,/b,c,s3://d}/{0..1}.tar", "e"))
+    folders = (f"{home}/a", "/b", f"{cwd}/c", "s3://d")
+    assert found == (*(f"{folder}/{number}.tar" for folder in folders for number in (0, 1)), f"{cwd}/e")
+
+
+@pytest.mark.parametrize("url", ["file://relative/x", "file://localhost/x", "file://~/x"])
+def test_a_file_url_names_no_host(url: str) -> None:
+    with pytest.raises(StorageInputError) as caught:
+        storage.read(url)
+    assert caught.value.code == "storage.file-url-with-host"
+
+
 def test_a_refused_url_tells_what_is_wrong_with_it() -> None:
     for url, told in (
         ("", "an empty URL"),
