@@ -148,3 +148,9 @@ class TrainingError(StillroomError):
     """Training that cannot go on, such as a loss that is not finite."""
 
     code = "training.failed"
+
+
+class EvaluationError(StillroomError):
+    """An evaluation without a meaning, such as one of logits that are not finite."""
+
+    code = "evaluate.failed"

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from pipeline.cache.codec import decode, encode
 from pipeline.cache.fidelity import cosine_sum, kl_sum, pearson_sum
+from pipeline.cache.ranking import class_ranks, predicted_classes
 from pipeline.teacher.groups import GroupViews
 from pipeline.teacher.infer import Answers
 from pipeline.views.params import sample_keys
@@ -40,7 +41,7 @@ class StatisticsSum:
     def _count_hits(self, logits_NK: NDArray[np.float32], label_N: NDArray[np.int32]) -> None:
         labelled = label_N >= 0
         logits_MK, label_M = logits_NK[labelled], label_N[labelled]
-        rank_M = (logits_MK > np.take_along_axis(logits_MK, label_M[:, None].astype(np.int64), 1)).sum(1)
+        rank_M = class_ranks(logits_MK, label_M)
         self._labelled += len(label_M)
         self._top1 += int((rank_M < 1).sum())
         self._top5 += int((rank_M < 5).sum())
@@ -60,7 +61,7 @@ class StatisticsSum:
 
     def _measure_logits(self, exact_NK: NDArray[np.float32], output: Output) -> None:
         column = encode(exact_NK, output)
-        self._flips += int((exact_NK.argmax(1) != decode(column, output).argmax(1)).sum())
+        self._flips += int((predicted_classes(exact_NK) != predicted_classes(decode(column, output))).sum())
         for temperature in TEMPERATURES:
             stored_NK = decode(column, output, temperature=temperature)
             self._kl[temperature] += kl_sum(exact_NK, stored_NK, temperature)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,7 +16,8 @@ from torch.nn.functional import kl_div
 from torchmetrics.classification import MulticlassCalibrationError
 
 from pipeline import storage
-from pipeline.errors import CacheError, ConfigError
+from pipeline.cache.ranking import class_ranks, predicted_classes
+from pipeline.errors import CacheError, ConfigError, EvaluationError
 from pipeline.fingerprint import weights_digest
 from pipeline.models import EmbeddingModel, InputSpec
 from pipeline.shards.index import IndexBuilder, ShardIndex, check_samples
@@ -33,6 +34,7 @@ from schemas.manifest import ViewBlock
 
 _BATCH = 128
 _ECE_BINS = 15
+_NUM_NAMED = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,7 @@ class Evaluation:
     """None where nothing was measured.
 
     Attributes:
-        top1, top5: shares of the labelled rows.
+        top1, top5: shares of the labelled rows, by the rank of ``class_ranks``.
         ece: expected calibration error (Guo 2017): mean over the labelled rows of |accuracy - confidence| in 15 bins.
         agreement: share of the rows on whose class student and teacher agree.
         kl: mean over the rows of KL(teacher ‖ student) at T = 1, in nats.
@@ -73,9 +75,10 @@ class _Tally:
     kl: float = 0.0
 
     def add(self, logits_NK: Tensor, label_N: Tensor, teacher_NK: Tensor | None) -> None:
+        """Finite logits alone, on the CPU."""
         labelled_N = label_N >= 0
         logits_MK, label_M = logits_NK[labelled_N], label_N[labelled_N].long()
-        rank_M = (logits_MK > logits_MK.gather(1, label_M[:, None])).sum(1)
+        rank_M = class_ranks(logits_MK.numpy(), label_M.numpy())
         self.rows += len(logits_NK)
         self.labelled += len(label_M)
         self.top1 += int((rank_M < 1).sum())
@@ -88,9 +91,9 @@ class _Tally:
             self._compare(logits_NK, teacher_NK, label_N)
 
     def _compare(self, logits_NK: Tensor, teacher_NK: Tensor, label_N: Tensor) -> None:
-        guess_N = teacher_NK.argmax(1)
-        self.agreed += int((logits_NK.argmax(1) == guess_N).sum())
-        self.teacher_top1 += int((guess_N == label_N).sum())
+        class_N = predicted_classes(teacher_NK.numpy())
+        self.agreed += int((predicted_classes(logits_NK.numpy()) == class_N).sum())
+        self.teacher_top1 += int((class_N == label_N.numpy()).sum())
         log_p, log_q = teacher_NK.double().log_softmax(1), logits_NK.double().log_softmax(1)
         self.kl += float(kl_div(log_q, log_p, reduction="sum", log_target=True))
 
@@ -110,6 +113,41 @@ class _Tally:
             kl=kl / rows if compared else None,
             teacher_top1=teacher_top1 / labelled if compared and labelled else None,
         )
+
+
+@dataclass(slots=True)
+class _FiniteRows:
+    """Counts the rows of one shard whose logits are not finite: no rank, confidence or agreement can be read there."""
+
+    rows: int = 0
+    bad: dict[str, list[str]] = field(default_factory=lambda: {"student": [], "teacher": []})
+    """Keys of the samples."""
+
+    def add(self, group: GroupViews, student_NK: Tensor, teacher_NK: Tensor | None) -> bool:
+        """Whether all logits of the group are finite."""
+        self.rows += len(group.samples)
+        for name, logits_NK in (("student", student_NK), ("teacher", teacher_NK)):
+            if logits_NK is not None:
+                bad_N = ~logits_NK.isfinite().all(1)
+                self.bad[name] += [group.samples[row].key for row in bad_N.nonzero().flatten().tolist()]
+        return not any(self.bad.values())
+
+    def check(self, *, where: str) -> None:
+        """
+        Raises:
+            EvaluationError: there are such rows.
+        """
+        for name, keys in self.bad.items():
+            if keys:
+                raise EvaluationError(
+                    f"the {name}'s logits are not finite",
+                    code=f"evaluate.{name}-not-finite",
+                    where=f"{where}, first keys {', '.join(keys[:_NUM_NAMED])}",
+                    got=f"NaN or infinity in {len(keys)} of {self.rows} rows",
+                    next_step="train again with a lower train.lr or with train.clip_norm, in another run.url"
+                    if name == "student"
+                    else "set teacher.precision=fp32, or check teacher.weights",
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +174,7 @@ class Evaluator:
 
         Raises:
             ConfigError: the shards hold no images.
+            EvaluationError: the student or the teacher produces logits that are not finite.
         """
         modes = {module: module.training for module in model.modules()}
         model.eval()
@@ -166,12 +205,15 @@ class Evaluator:
         self, url: str, model: EmbeddingModel, spec: InputSpec, teacher: Teacher | None, tally: _Tally
     ) -> ShardIndex:
         builder = IndexBuilder(shard_id(url))
+        finite = _FiniteRows()
         with NodeStore.of(self.data).hold_url(url) as held, ThreadPoolExecutor(self.num_threads) as pool:
             for group, teacher_group in self._pairs(held.path, url, spec, teacher, pool, builder):
                 logits_NK = _logits(model, spec, group.pixels_VNCHW[0], self.world.device)
                 words_NK = None if teacher is None else teacher.ask(teacher_group.pixels_VNCHW[0])[0].cpu()
-                tally.add(logits_NK, torch.from_numpy(group.label_N), words_NK)
+                if finite.add(group, logits_NK, words_NK):
+                    tally.add(logits_NK, torch.from_numpy(group.label_N), words_NK)
         index = builder.finish()
+        finite.check(where=storage.redact(url))
         check_samples(index, self.data, where=storage.redact(url))
         return index
 

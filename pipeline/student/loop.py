@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import storage
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, EvaluationError, TrainingError
 from pipeline.fingerprint import short
 from pipeline.models import InputSpec, LoadedModel, lay_out, load_model, observe_maps, with_maps
 from pipeline.student import checkpoint
@@ -25,6 +25,7 @@ from pipeline.student.dataset import Batch, InputSize, StepDataset, load_batches
 from pipeline.student.evaluate import Evaluation, Evaluator, make_evaluator
 from pipeline.student.facts import LessonFacts, asked_sizes, lesson_facts
 from pipeline.student.fidelity import fidelity_warnings
+from pipeline.student.finite import FiniteWeights
 from pipeline.student.freeze import freeze
 from pipeline.student.losses import BatchShare, ClassDirections, CompositeLoss, LossInputs, TeacherInputs
 from pipeline.student.losses.arithmetic import is_labelled
@@ -49,6 +50,7 @@ from schemas.config import Config
 
 Report = Callable[[dict[str, Any]], None]
 _FLUSH_STEPS = 50
+_NUM_NAMED = 3
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -202,6 +204,8 @@ class Trainer:
         if config.train.compile:
             check_compiler(world.device)
         self.updater = Updater(self.student, config.train, total_steps=self.total_steps, device=world.device)
+        networks = (self.student, self.updater.evaluated) if self.updater.averaged else (self.student,)
+        self.weights = FiniteWeights.of(networks)
         self.module: nn.Module = self.student
         self.evaluator = self._make_evaluator()
         self.step = 0
@@ -430,11 +434,29 @@ class Trainer:
         records = log.flush()
         if not records:
             return
-        self.updater.check(where=f"between steps {records[0]['step']} and {records[-1]['step']}")
+        steps = f"between steps {records[0]['step']} and {records[-1]['step']}"
+        self.updater.check(where=steps)
+        self._check_finite(steps)
         if metrics is not None:
             measured = speed.read()
             metrics.add(records, measured)
             self._say("step", total_steps=self.total_steps, seconds=self.seconds, **records[-1], **measured)
+
+    def _check_finite(self, steps: str) -> None:
+        """Of the weights after these steps: a loss shows only what the steps before it did.
+
+        Raises:
+            TrainingError: a parameter or a statistic of BatchNorm is NaN or infinite on any rank.
+        """
+        broken = self.weights.broken()
+        if self.world.sum(torch.tensor(len(broken), device=self.world.device)):
+            raise TrainingError(
+                "the weights are not finite",
+                code="train.not-finite-weights",
+                where=f"changed {steps}",
+                got=f"NaN or infinity in {', '.join(broken[:_NUM_NAMED]) or 'those of another rank'}",
+                next_step="lower train.lr, set train.clip_norm, or use train.precision=fp32, in another run.url",
+            )
 
     def _end_epoch(self, metrics: MetricsFile | None) -> Evaluation | None:
         every_epochs = self.config.train.eval_every_epochs
@@ -450,7 +472,17 @@ class Trainer:
         self.world.copy_from_leader(self.student.buffers())
         self.world.copy_from_leader(self.updater.averaged_buffers())
         seen = SeenImages()
-        evaluation = self.evaluator(self.updater.evaluated, self.spec, self.lessons.compared, on_index=seen.add)
+        try:
+            evaluation = self.evaluator(self.updater.evaluated, self.spec, self.lessons.compared, on_index=seen.add)
+        except EvaluationError as error:
+            # The weights are finite, and the numbers that come out of them are not: it began in the steps before.
+            raise TrainingError(
+                f"{error.what} in the evaluation after step {self.step - 1}",
+                code="train.not-finite-evaluation",
+                where=error.where,
+                got=error.got,
+                next_step=error.next_step,
+            ) from error
         self._warn_of_overlap(seen)
         self._say("eval", epoch=self._epochs_done, **evaluation.as_dict())
         if metrics is not None:

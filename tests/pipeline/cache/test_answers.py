@@ -18,6 +18,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import horizontal_flip, resized_crop
 
 from pipeline.cache.reader import TeacherCache, ViewColumns, open_cache
+from pipeline.cache.verify import verify_cache
 from pipeline.models.cifar import CifarResNet, resnet
 from pipeline.views.params import EVAL_VIEW, is_canary, sample_keys
 from tests.pipeline.caches import build
@@ -221,3 +222,18 @@ def test_statistics_count_what_the_eval_pass_answers(tiny_config: TinyConfig, tm
     statistics = cache.manifest.statistics
     assert (statistics.labelled, statistics.top1_hits, statistics.top5_hits) == (35, top1, top5)
     assert sum(statistics.class_counts.values()) == 35
+
+
+def test_a_teacher_of_equal_logits_hits_by_class_index_and_verifies(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    """A head of zeros, as a new head often begins: not every label is its first class."""
+    network = resnet(10, 8, (4, 4, 6, 7))
+    torch.nn.init.zeros_(network.fc.weight)
+    torch.nn.init.zeros_(network.fc.bias)
+    safetensors.torch.save_file(network.state_dict(), tmp_path / "teacher.safetensors")
+    cache = open_built(tiny_config, tmp_path)
+    label_N = np.concatenate([cache.index(entry).label for entry in cache.shards])
+    statistics = cache.manifest.statistics
+    assert statistics.labelled == len(label_N) == 35
+    assert statistics.top1_hits == (label_N == 0).sum()
+    assert statistics.top5_hits == (label_N < 5).sum()
+    assert verify_cache(cache.url).problems == ()

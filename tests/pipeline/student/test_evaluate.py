@@ -12,13 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.errors import CacheError, ConfigError, ShardError
+from pipeline.errors import CacheError, ConfigError, EvaluationError, ModelError, ShardError
 from pipeline.models import InputSpec, LoadedModel, load_model
 from pipeline.shards.decode import decode
 from pipeline.shards.index import index_shard
 from pipeline.shards.tar import ShardReader
 from pipeline.student import checkpoint
 from pipeline.student.evaluate import Evaluator, evaluate_run, make_evaluator
+from pipeline.student.export import export_run
 from pipeline.student.loop import train
 from pipeline.student.preflight import check_training
 from pipeline.student.world import World
@@ -129,6 +130,75 @@ def test_without_labels_agreement_is_all_that_is_measured(replays: Replay) -> No
     found = evaluator(config, label=None)(teacher.module, teacher.loaded.input, teacher)
     assert (found.num_rows, found.top1, found.top5, found.ece, found.teacher_top1) == (35, None, None, None, None)
     assert found.agreement == 1
+
+
+def test_a_head_of_zeros_hits_by_class_index_alone(replays: Replay) -> None:
+    """All logits of a row are equal: class 0 is predicted, and classes 0 to 4 are its five first."""
+    config, student = replays("crop").config, network()
+    torch.nn.init.zeros_(student.module.network.fc.weight)
+    torch.nn.init.zeros_(student.module.network.fc.bias)
+    _, label_N = one_by_one(config, student.module.eval(), student.input)
+    found = evaluator(config)(student.module, student.input)
+    assert found.top1 == pytest.approx((label_N == 0).double().mean().item())
+    assert found.top5 == pytest.approx((label_N < 5).double().mean().item())
+
+
+def test_ties_of_a_teacher_agree_by_class_index(replays: Replay) -> None:
+    config, teacher = replays("crop").config, teacher_of(replays("crop").config)
+    for parameter in teacher.module.network.parameters():
+        torch.nn.init.zeros_(parameter)
+    student = network()
+    own_NK, label_N = one_by_one(config, student.module.eval(), student.input)
+    found = evaluator(config)(student.module, student.input, teacher)
+    assert found.teacher_top1 == pytest.approx((label_N == 0).double().mean().item())
+    assert found.agreement == pytest.approx((own_NK.argmax(1) == 0).double().mean().item())
+
+
+def test_rows_that_are_not_finite_stop_an_evaluation_with_their_number(replays: Replay) -> None:
+    """Every row that a NaN made a hit before."""
+    config, student = replays("crop").config, network()
+    own_NK, _ = one_by_one(config, student.module.eval(), student.input)
+    first_shard_NK = own_NK[:20]
+    limit = first_shard_NK[:, 0].median()
+    num_bad = int((first_shard_NK[:, 0] > limit).sum())
+    assert 0 < num_bad < 20
+    student.module.network.fc.register_forward_hook(
+        lambda _, __, logits_BK: logits_BK.masked_fill(logits_BK[:, :1] > limit, torch.nan)
+    )
+    with pytest.raises(EvaluationError) as caught:
+        evaluator(config)(student.module, student.input)
+    assert caught.value.code == "evaluate.student-not-finite"
+    assert caught.value.exit_code == 1
+    assert caught.value.got == f"NaN or infinity in {num_bad} of 20 rows"
+    assert str(caught.value.where).startswith(next(iter(shard_urls(config).values())))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_teacher_that_is_not_finite_stops_an_evaluation(replays: Replay, value: float) -> None:
+    config, teacher, student = replays("crop").config, teacher_of(replays("crop").config), network()
+    for parameter in teacher.module.network.parameters():
+        torch.nn.init.constant_(parameter, value)
+    with pytest.raises(EvaluationError) as caught:
+        evaluator(config)(student.module, student.input, teacher)
+    assert caught.value.code == "evaluate.teacher-not-finite"
+    assert "teacher.weights" in str(caught.value.next_step)
+
+
+def test_a_checkpoint_that_is_not_finite_is_neither_evaluated_nor_exported(replays: Replay, tmp_path: Path) -> None:
+    config = trained(replays("crop"), tmp_path / "run", train={"epochs": 1})
+    url = tmp_path / "run" / checkpoint.LAST
+    state = torch.load(url, weights_only=True)
+    state["model"]["conv1.bias"][0] = math.nan
+    torch.save(state, url)
+    assert config.data.val_shards is not None
+    for use in (
+        lambda shards: evaluate_run(str(tmp_path / "run"), shards, checkpoint_name="last", num_threads=1, device=CPU),
+        lambda _: export_run(str(tmp_path / "run"), str(tmp_path / "student.safetensors")),
+    ):
+        with pytest.raises(ModelError) as caught:
+            use(config.data.val_shards)
+        assert caught.value.code == "weights.not-finite"
+        assert "conv1.bias" in str(caught.value.got)
 
 
 def test_evaluation_leaves_no_trace_in_the_model(replays: Replay) -> None:

@@ -586,6 +586,44 @@ def test_a_loss_that_is_not_finite_stops_with_its_step_and_without_a_checkpoint(
     assert checkpoint.load(str(tmp_path), checkpoint.LAST) is None
 
 
+@pytest.mark.parametrize("options", [{}, {"ema": 0.9}, {"accumulate": 2}], ids=str)
+def test_weights_that_are_not_finite_after_the_last_step_replace_no_checkpoint(
+    replays: Replay, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """The loss of every step is finite: only the weights show what the last update did."""
+    num_forwards = 10 * options.get("accumulate", 1)
+    student = {**SMALL, "model": "python:tests.pipeline.student.networks:Breaking"}
+    keys: dict[str, Any] = {"epochs": 2, "optimizer": "sgd", "lr": 0.01, **options}
+    # The last micro-batch of a short step is its second, as in all others.
+    config = run_config(
+        replays("crop").config,
+        tmp_path,
+        student={**student, "kwargs": {"num_forwards": num_forwards}},
+        train={**keys, "global_batch_size": 7},
+    )
+    with pytest.raises(TrainingError) as caught:
+        run(config)
+    assert caught.value.code == "train.not-finite-weights"
+    assert caught.value.where == "changed between steps 5 and 9"
+    assert "shift" in str(caught.value.got)
+    found = state(tmp_path)
+    assert found["step"] == 5
+    assert all(value.isfinite().all() for value in found["model"].values())
+
+
+def test_a_run_whose_logits_are_not_finite_has_no_accuracy(replays: Replay, tmp_path: Path) -> None:
+    """One step at a huge rate leaves finite weights, whose logits are not; NaN counted as a hit gave 100 %."""
+    base = replays("crop").config
+    keys: dict[str, Any] = {"epochs": 1, "global_batch_size": 35, "optimizer": "sgd", "lr": 1e25}
+    config = run_config(base, tmp_path, loss=CE, data={"val_shards": base.data.shards}, train=keys)
+    with pytest.raises(TrainingError) as caught:
+        run(config)
+    assert caught.value.code == "train.not-finite-evaluation"
+    assert "after step 0" in caught.value.what
+    assert checkpoint.read_summary(str(tmp_path)) is None
+    assert checkpoint.load(str(tmp_path), checkpoint.BEST) is None
+
+
 def test_the_best_checkpoint_is_that_of_the_best_epoch(replays: Replay, tmp_path: Path) -> None:
     base = replays("crop").config
     config = run_config(base, tmp_path, loss=CE, data={"val_shards": base.data.shards}, train={"epochs": 8, "lr": 0.05})
