@@ -34,6 +34,7 @@ from pipeline.cache.plan import survey_ground
 from pipeline.cache.space import check_space
 from pipeline.config import load_config
 from pipeline.errors import CacheError, ShardError, StorageInputError
+from pipeline.models import random_weights_warnings
 from pipeline.shards.names import shard_ids
 from schemas.config import Config, RayConfig
 from schemas.manifest import FileRef, Manifest
@@ -61,8 +62,10 @@ def build_cache(config: Config) -> Manifest:
     storage.probe(cache.url)
     commits = read_standing(cache.url)
     sizes = check_shards(cache.url, by_id, commits)
-    for warning in check_space(
-        survey_ground(config, cache, by_id, sizes, commits), num_tasks=num_tasks_here(config.ray)
+    ground = survey_ground(config, cache, by_id, sizes, commits)
+    for warning in (
+        *random_weights_warnings({"teacher": config.teacher}),
+        *check_space(ground, num_tasks=num_tasks_here(config.ray)),
     ):
         tell(f"cache: {warning}", event="warning", level=logging.WARNING)
     with cluster(config.ray):

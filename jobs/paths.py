@@ -11,8 +11,6 @@ from pipeline import storage
 from pipeline.errors import ConfigError
 from schemas.config import AskedConfig, CacheConfig, Config, ModelConfig, TeacherConfig
 
-_WITHOUT_FILE = ("random", "pretrained")
-
 
 def with_absolute_paths(config: Config) -> Config:
     """The config with every bare path absolute, ``~`` expanded; URLs and brace patterns stay, a pattern being short.
@@ -49,8 +47,8 @@ def _check_shared(url: str, address: str, *, where: str) -> None:
 
 def _model(section: ModelConfig) -> dict[str, Any]:
     urls: dict[str, Any] = {}
-    if section.weights not in _WITHOUT_FILE:
-        urls["weights"] = storage.absolute(section.weights)
+    if section.weights_url is not None:
+        urls["weights"] = storage.absolute(section.weights_url)
     if isinstance(section, AskedConfig) and section.class_means is not None:
         urls["class_means"] = storage.absolute(section.class_means)
     if isinstance(section, TeacherConfig):

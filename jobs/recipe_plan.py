@@ -130,14 +130,16 @@ def _needs(recipe: Recipe) -> Iterator[str]:
         *(cell.config.student for cell in recipe.cells),
         *(other for cell in recipe.cells for other in cell.config.teacher.others),
     ]
-    wanted = {section.weights: section for section in sections if section and section.weights != "random"}
+    wanted = {section.weights: section for section in sections if section and section.weights not in (None, "random")}
     for section in wanted.values():
         yield _line("needs weights", _weights(section))
 
 
 def _weights(section: ModelConfig) -> str:
+    if section.weights_url is not None:
+        return storage.redact(section.weights_url)
     if section.weights != _PRETRAINED:
-        return storage.redact(section.weights)
+        return str(section.weights)
     return f"{_PRETRAINED}: its library downloads those of {section.model}"
 
 

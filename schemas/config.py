@@ -133,17 +133,25 @@ class ModelConfig(Section):
     """How to build a network and what it eats. Mean, std and size come from the model's own config unless given."""
 
     model: str | None = Field(None, description="timm/NAME, torchvision/NAME or python:package.module:factory.")
-    weights: str = Field("random", description="pretrained, random, or URL of .safetensors/.pt (weights_only).")
+    weights: str | None = Field("random", description="pretrained, random, or URL of .safetensors/.pt (weights_only).")
     sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$", description="Checked before a weights URL is loaded.")
     mean: Triple | None = Field(None, description="Per-channel mean of [0,1] RGB.")
     std: Triple | None = Field(None, description="Per-channel standard deviation of [0,1] RGB.")
     interpolation: Interpolation | None = Field(None, description="How a box is resized to the input size.")
     kwargs: dict[str, Any] = Field(default_factory=dict, description="Passed on to the model's constructor.")
 
+    @property
+    def weights_url(self) -> str | None:
+        """The file that ``weights`` names, if it names one."""
+        return None if self.weights in ("random", "pretrained") else self.weights
+
 
 class AskedConfig(ModelConfig):
     """A network that is asked."""
 
+    weights: str | None = Field(
+        None, description="pretrained, random, or URL of .safetensors/.pt (weights_only). A teacher has no default."
+    )
     precision: Precision = Field("fp32", description="Arithmetic of the forward pass (autocast below fp32).")
     batch_size: int = Field(64, ge=1, description="Rows per forward; the last batch of a mix group is padded to it.")
     class_means: str | None = Field(

@@ -185,6 +185,7 @@ def test_the_snippet_of_the_format_reads_what_the_reader_reads(tmp_path: Path, l
             "data": {"shards": shards, "num_classes": 131},
             "teacher": {
                 "model": "python:pipeline.models.cifar:resnet",
+                "weights": "random",
                 "kwargs": {"depth": 8, "widths": [4, 4, 4, 4]},
                 "mean": [0.5, 0.5, 0.5],
                 "std": [0.5, 0.5, 0.5],

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from pipeline.cache.identity import views_body
 from pipeline.cache.plan import CachePlan, Ground
 from pipeline.fingerprint import differences
+from pipeline.models import random_weights_warnings
 from pipeline.shards.index import NO_LABEL, index_settings
 from pipeline.views.philox import key_of, permutation
 
@@ -153,7 +154,12 @@ def _large_sums(_: Ground, plan: CachePlan) -> str | None:
     return f"partial class sums may take {means / 1e9:.1f} GB, more than the parts; larger shards make fewer"
 
 
+def _random_teacher(ground: Ground, _: CachePlan) -> str | None:
+    return next(iter(random_weights_warnings({"teacher": ground.config.teacher})), None)
+
+
 _CHECKS: tuple[Callable[[Ground, CachePlan], str | None], ...] = (
+    _random_teacher,
     _other_cache,
     _class_sorted,
     _other_classes,

@@ -28,7 +28,7 @@ from pipeline.cache.writer import PartWriter, view_ranges
 from pipeline.config import require
 from pipeline.errors import CacheError, ConfigError, ShardError
 from pipeline.fingerprint import digest
-from pipeline.models.load import WITHOUT_FILE
+from pipeline.models.load import require_weights
 from pipeline.shards.index import (
     STATUSES,
     IndexBuilder,
@@ -94,6 +94,7 @@ def cache_config(config: Config) -> CacheConfig:
     require(config, "data.shards", "data.num_classes", "teacher.model", "cache.url", command="cache build")
     cache = config.cache
     assert cache is not None
+    require_weights(config.teacher, where="teacher")
     if config.teacher.others:
         raise ConfigError(
             "a cache holds the words of one teacher",
@@ -153,8 +154,8 @@ def _current(config: Config) -> _Builder:
     """What this process keeps for the config, made again where the weights' file was replaced."""
     # Every time: another job of this process may set threads.
     pin_numerics(config.ray.cpus_per_task)
-    weights = config.teacher.weights
-    builder = _builder(config.model_dump_json(), None if weights in WITHOUT_FILE else storage.stamp(weights))
+    weights = config.teacher.weights_url
+    builder = _builder(config.model_dump_json(), None if weights is None else storage.stamp(weights))
     check_gpu(builder.teacher.device, builder.gpus)
     return builder
 

@@ -17,7 +17,6 @@ from pipeline.cache.commit import Standing, missing_blocks
 from pipeline.cache.identity import find_header
 from pipeline.cache.survey import Span, Survey, survey_shards, total
 from pipeline.models import load_model
-from pipeline.models.load import WITHOUT_FILE
 from schemas.cache import drawn_columns, part_schema
 from schemas.config import CacheConfig, Config, ViewsConfig
 from schemas.manifest import Header, Output, ViewBlock
@@ -387,8 +386,8 @@ def _of_parts(ground: Ground) -> Requests:
             put += storage.num_puts(ground.survey.rows[shard].expected * len(block.views) * row_bytes) + 1
         # Header, commit and index are asked for, and what arrived of the part.
         get += (4 + _fetches(ground, shard)) * len(of_shard.missing)
-    weights = ground.config.teacher.weights
-    if weights not in WITHOUT_FILE and storage.protocol(weights) != "file":
+    weights = ground.config.teacher.weights_url
+    if weights is not None and storage.protocol(weights) != "file":
         # Whether they were replaced.
         get += sum(len(of_shard.missing) for of_shard in ground.blocks.values())
     # The first part of a shard makes its index; one holds its class sums, of which is asked what arrived.

@@ -2,7 +2,7 @@
 
 from pipeline.models.embedding import EmbeddingModel, lay_out
 from pipeline.models.features import FeatureMap, find_maps, observe_maps, with_maps
-from pipeline.models.load import InputSpec, LoadedModel, load_model
+from pipeline.models.load import InputSpec, LoadedModel, load_model, random_weights_warnings, require_weights
 from pipeline.models.weights import load_state, read_state
 
 __all__ = [
@@ -15,6 +15,8 @@ __all__ = [
     "load_model",
     "load_state",
     "observe_maps",
+    "random_weights_warnings",
     "read_state",
+    "require_weights",
     "with_maps",
 ]

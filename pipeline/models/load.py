@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -25,7 +25,6 @@ _SOURCES: dict[str, Callable[[Request], Built]] = {
     "torchvision/": torchvision_source.build,
     "python:": python_source.build,
 }
-WITHOUT_FILE = ("random", "pretrained")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,19 +77,78 @@ def load_model(
         where: YAML section of ``config``, for messages.
 
     Raises:
-        ConfigError: a key is missing or contradicts another.
+        ConfigError: a key is missing, such as ``weights``, or contradicts another.
         ModelError: the model is unknown, cannot be built as asked or not run at this size, or its weights do not fit.
         StorageInputError: the weights' URL is refused, missing or not readable.
     """
     build, request = resolve(config, num_classes, allow_new_head, where)
+    require_weights(config, where=where)
     architecture = _architecture(request)
     with _derived_randomness(seed):
         built = build(request)
     spec = input_spec(config, built.own, size, where)
-    if config.weights not in WITHOUT_FILE:
-        state = read_state(config.weights, sha256=config.sha256, where=f"{where}.weights")
-        load_state(built.network, state, source=storage.redact(config.weights), where=f"{where}.weights")
+    if config.weights_url is not None:
+        state = read_state(config.weights_url, sha256=config.sha256, where=f"{where}.weights")
+        if not allow_new_head:
+            _refuse_missing_head(built, state, request)
+        load_state(built.network, state, source=storage.redact(config.weights_url), where=f"{where}.weights")
     return LoadedModel(wrap(built, request, size=spec.size), spec, architecture)
+
+
+def _refuse_missing_head(built: Built, state: Mapping[str, torch.Tensor], request: Request) -> None:
+    """Weights of a backbone alone fit but for the classifier, which a teacher cannot make up."""
+    own = built.network.state_dict().keys()
+    of_heads = {name for name in own if name.startswith(tuple(f"{head}." for head in built.heads))}
+    if not of_heads or of_heads & state.keys() or own - of_heads - state.keys():
+        return
+    raise ModelError(
+        "these weights have no classifier, so the teacher's logits would come from an untrained one",
+        code="model.untrained-head",
+        where=f"{request.where}.weights: {storage.redact(str(request.config.weights))}",
+        got=f"no {', '.join(sorted(of_heads))}",
+        wanted=f"weights with a classifier of {request.num_classes} classes (data.num_classes)",
+        next_step="train a classifier on these classes and give the whole network's weights as a URL",
+    )
+
+
+def require_weights(config: ModelConfig, *, where: str) -> None:
+    """
+    Args:
+        where: YAML section of ``config``, for messages.
+
+    Raises:
+        ConfigError: ``weights`` is not set: a teacher has no default, so that a cache of random outputs is never built
+            by omission.
+    """
+    if config.weights is not None:
+        return
+    raise ConfigError(
+        "no weights are named",
+        code="config.teacher-weights-missing",
+        where=f"{where}.weights",
+        got=f"{config.model} without weights",
+        wanted="pretrained, the URL of a .safetensors, .pt or .pth file, or random (an untrained network)",
+        next_step=f"append {where}.weights=pretrained, or {where}.weights=URL",
+    )
+
+
+def random_weights_warnings(sections: Mapping[str, ModelConfig]) -> list[str]:
+    """One line for each teacher whose weights are random.
+
+    Args:
+        sections: teachers by the names of their YAML sections.
+    """
+    return [
+        f"{where}.weights is random: {_random_network(config)}; set {where}.weights=pretrained, or the URL of a file"
+        for where, config in sections.items()
+        if config.model is not None and config.weights == "random"
+    ]
+
+
+def _random_network(config: ModelConfig) -> str:
+    if (config.model or "").startswith("python:"):
+        return f"no weights are loaded into what {config.model} returns, so the teacher is untrained unless that is"
+    return f"{config.model} is untrained, and its outputs carry no knowledge of any class"
 
 
 def resolve(
@@ -99,7 +157,7 @@ def resolve(
     """What builds this network, and what it is asked; arguments as of ``load_model``."""
     if config.model is None:
         raise ConfigError("no model is named", where=f"{where}.model", wanted=_forms())
-    if config.sha256 is not None and config.weights in WITHOUT_FILE:
+    if config.sha256 is not None and config.weights_url is None:
         raise ConfigError(
             "sha256 checks a weights URL, and there is none",
             where=f"{where}.sha256",

@@ -110,6 +110,7 @@ def refuse_untrained_head(request: Request, width: int) -> None:
         return
     raise ModelError(
         "the pretrained head has another width, so the teacher would speak with an untrained head",
+        code="model.untrained-head",
         where=f"{request.where}.weights",
         got=f"{width} classes in {request.config.model}" if width else f"no head in {request.config.model}",
         wanted=f"{request.num_classes} classes (data.num_classes)",

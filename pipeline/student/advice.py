@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.models import random_weights_warnings
 from pipeline.student.facts import LessonFacts
 from pipeline.student.sources import RowSource, label_counts
 from schemas.config import Config, DistLoss
@@ -19,11 +20,12 @@ _SHARDS_LOOKED_AT = 16
 
 
 def advice(config: Config, facts: LessonFacts, source: RowSource, *, world_size: int) -> list[str]:
-    """One line each. Only DIST is known to suffer from what labels show, so without it nothing is read."""
+    """One line each. Only DIST is known to suffer from what labels show, so without it no label is read."""
+    told = random_weights_warnings(config.teacher.asked) if config.teacher.mode != "none" else []
     terms = [term for term in config.loss if isinstance(term, DistLoss) and term.weight]
     if not terms:
-        return []
-    told = _few_classes(facts.num_classes)
+        return told
+    told += _few_classes(facts.num_classes)
     share_K = _label_shares(facts, source)
     if share_K is not None:
         told += _imbalance(share_K)

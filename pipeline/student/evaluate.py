@@ -301,13 +301,13 @@ def evaluate_run(
 
 
 def teacher_of_run(config: Config, lessons: LessonFacts, device: torch.device) -> Teacher | None:
-    """The teacher that a run's config names, if it names one and no others.
+    """The teacher that a run's config names with its weights, if it names one and no others.
 
     Raises:
         CacheError: it is not the one whose words the run's cache holds.
     """
     # Agreement is measured with one teacher alone.
-    if config.teacher.model is None or config.teacher.others:
+    if config.teacher.model is None or config.teacher.weights is None or config.teacher.others:
         return None
     teacher = load_teacher(
         config.teacher, num_classes=lessons.num_classes, size=config.views.size or lessons.size, device=device
@@ -318,7 +318,7 @@ def teacher_of_run(config: Config, lessons: LessonFacts, device: torch.device) -
         raise CacheError(
             "the teacher of this config is not the one whose words were cached",
             where="teacher.weights",
-            got=storage.redact(config.teacher.weights),
+            got=storage.redact(str(config.teacher.weights)),
             wanted=f"weights with digest {cached[0][:16]}",
             next_step="name the cache's teacher, or no teacher at all; a cached run needs none",
         )

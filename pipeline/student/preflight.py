@@ -12,7 +12,7 @@ from pipeline import storage
 from pipeline.cache.reader import TeacherCache
 from pipeline.config import require
 from pipeline.errors import ConfigError
-from pipeline.models import LoadedModel, load_model
+from pipeline.models import LoadedModel, load_model, require_weights
 from pipeline.shards.names import shard_ids
 from pipeline.student.evaluate import teacher_of_run
 from pipeline.student.facts import LessonFacts, asked_sizes, lesson_facts, student_views
@@ -136,6 +136,8 @@ def _check_teacher_needs(config: Config, loss: CompositeLoss) -> None:
             )
     if mode == "online":
         require(config, *(f"{name}.model" for name in config.teacher.asked), command="train with teacher.mode=online")
+        for where, section in config.teacher.asked.items():
+            require_weights(section, where=where)
         if loss.needs_class_means:
             _require_class_means(config)
 
@@ -275,6 +277,7 @@ def check_plan(config: Config) -> None:
     check_config(config)
     assert config.cache is not None
     if config.teacher.mode == "cache":
+        require_weights(config.teacher, where="teacher")
         _check_cache_will_serve(CompositeLoss(config.loss, where="loss"), config.cache)
 
 

@@ -68,7 +68,7 @@ class _Case:
 CASES = {
     "imagenet-samples, ResNet-50, 224, bf16": _Case(
         shards="imagenet-samples/sample-{00000..00003}.tar",
-        teacher={"model": "timm/resnet50", "precision": "bf16", "batch_size": 64},
+        teacher={"model": "timm/resnet50", "weights": "random", "precision": "bf16", "batch_size": 64},
         size=224,
         num_classes=1000,
         views=8,
@@ -78,6 +78,7 @@ CASES = {
         shards="cifar10/val-00000.tar",
         teacher={
             "model": "python:pipeline.models.cifar:resnet",
+            "weights": "random",
             "kwargs": {"depth": 20},
             "mean": (0.5, 0.5, 0.5),
             "std": (0.25, 0.25, 0.25),

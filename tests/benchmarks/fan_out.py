@@ -30,6 +30,7 @@ def _config(folder: str, name: str, address: str) -> Config:
             "data": {"shards": f"{folder}/one-0.tar", "num_classes": 10},
             "teacher": {
                 "model": "python:pipeline.models.cifar:resnet",
+                "weights": "random",
                 "kwargs": {"depth": 8},
                 "mean": (0.5, 0.5, 0.5),
                 "std": (0.25, 0.25, 0.25),

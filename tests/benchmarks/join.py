@@ -39,6 +39,7 @@ def random_teacher(encoding: str, num_classes: int = 1000) -> Config:
             "data": {"shards": f"{CIFAR}/train-{{00000..00009}}.tar", "num_classes": num_classes},
             "teacher": {
                 "model": "python:pipeline.models.cifar:resnet",
+                "weights": "random",
                 "kwargs": {"depth": 8},
                 "mean": (0.5, 0.5, 0.5),
                 "std": (0.25, 0.25, 0.25),

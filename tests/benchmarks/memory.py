@@ -28,6 +28,7 @@ def _config(shard: str, url: str) -> Config:
             "data": {"shards": shard, "num_classes": NUM_CLASSES},
             "teacher": {
                 "model": "python:pipeline.models.cifar:resnet",
+                "weights": "random",
                 "kwargs": {"depth": 8},
                 "mean": (0.5, 0.5, 0.5),
                 "std": (0.25, 0.25, 0.25),

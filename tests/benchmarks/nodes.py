@@ -25,6 +25,7 @@ def _config(folder: str, name: str, nodes: str) -> Config:
             "data": {"shards": f"{folder}/digits-{{00..{_SHARDS - 1:02d}}}.tar", "num_classes": 10},
             "teacher": {
                 "model": "python:pipeline.models.cifar:resnet",
+                "weights": "random",
                 "kwargs": {"depth": 20},
                 "mean": (0.5, 0.5, 0.5),
                 "std": (0.25, 0.25, 0.25),

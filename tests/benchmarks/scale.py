@@ -119,7 +119,7 @@ def make_cache(folder: Path, num_shards: int) -> Config:
     return Config.model_validate(
         {
             "data": {"shards": pattern, "num_classes": _CLASSES},
-            "teacher": {"model": "timm/resnet50"},
+            "teacher": {"model": "timm/resnet50", "weights": "random"},
             "views": {"count": _VIEWS, "size": 224},
             "cache": {"url": str(cache), "views_per_part": _VIEWS},
         }

@@ -42,7 +42,7 @@ def _config(folder: str, mode: str) -> Config:
                 "cache": f"{folder}/cache" if mode == "cache" else None,
                 "local_dir": folder,
             },
-            "teacher": {**_RESNET, "kwargs": {"depth": 56}, "mode": mode, "batch_size": 128},
+            "teacher": {**_RESNET, "weights": "random", "kwargs": {"depth": 56}, "mode": mode, "batch_size": 128},
             "views": {"kind": "crop", "count": 1, "size": 32},
             "cache": {"url": f"{folder}/cache"},
             "student": {**_RESNET, "kwargs": {"depth": 20}},

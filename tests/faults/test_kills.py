@@ -37,7 +37,7 @@ def config_file(folder: Path, name: str, shards: list[str]) -> Path:
         folder / f"{name}.yaml",
         {
             "data": {"shards": shards, "num_classes": 10},
-            "teacher": {**NETWORK, "kwargs": {"depth": 14}, "batch_size": 8},
+            "teacher": {**NETWORK, "weights": "random", "kwargs": {"depth": 14}, "batch_size": 8},
             "views": {"kind": "function_matching", "count": 12, "size": 32, "mix_group": 32},
             "cache": {"url": str(folder / name), "class_means": "eval", "views_per_part": 4},
             "ray": {"address": "local"},

@@ -67,7 +67,7 @@ def test_shards_cache_and_run_in_a_bucket_and_no_secret_in_any_of_them(s3: str, 
         storage.put(Path(local), f"{s3}/shards/{Path(local).name}")
     tree = {
         "data": {"shards": f"{s3}/shards/digits-{{00..01}}.tar", "num_classes": 10, "cache": f"{s3}/cache"},
-        "teacher": {**NETWORK, "batch_size": 8},
+        "teacher": {**NETWORK, "weights": "random", "batch_size": 8},
         "views": {"kind": "crop", "count": 2, "size": 16, "mix_group": 16},
         "cache": {"url": f"{s3}/cache", "class_means": "eval"},
         "student": NETWORK,

@@ -61,7 +61,7 @@ def tree(s3: str, name: str, folder: Path) -> dict[str, Any]:
             "cache": f"{s3}/{name}",
             "local_dir": str(folder / f"node-{name}"),
         },
-        "teacher": {**NETWORK, "batch_size": 8},
+        "teacher": {**NETWORK, "weights": "random", "batch_size": 8},
         "views": {"kind": "function_matching", "count": 4, "size": 16, "mix_group": 16},
         "cache": {"url": f"{s3}/{name}", "class_means": "eval", "views_per_part": 1},
         "student": NETWORK,

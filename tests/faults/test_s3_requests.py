@@ -58,7 +58,7 @@ def _config(s3: str, num_shards: int, **changed: object) -> Config:
     return Config.model_validate(
         {
             "data": {"shards": f"{s3}/in/d-{{000..{num_shards - 1:03d}}}.tar", "num_classes": 10},
-            "teacher": {**NETWORK, "batch_size": 8},
+            "teacher": {**NETWORK, "weights": "random", "batch_size": 8},
             "views": {"kind": "crop", "count": 4, "size": 16},
             "cache": {"url": f"{s3}/cache-{num_shards}", "class_means": "eval", "views_per_part": 2},
             "ray": {"address": "none"},

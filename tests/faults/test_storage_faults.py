@@ -121,6 +121,7 @@ def config_of(shard: str, url: Path) -> Config:
             "data": {"shards": shard, "num_classes": 10, "bad_samples": "skip", "max_bad_share": 0.2},
             "teacher": {
                 "model": "python:tests.faults.networks:Traced",
+                "weights": "random",
                 "mean": [0.5, 0.5, 0.5],
                 "std": [0.5, 0.5, 0.5],
                 "batch_size": 8,

@@ -56,7 +56,7 @@ def tree(shards: list[str], tmp_path: Path) -> Tree:
                 # Workers would find what equal caches of other tests, or of earlier sessions, left on this node.
                 "local_dir": str(tmp_path / "node"),
             },
-            "teacher": {**NETWORK, "batch_size": 8},
+            "teacher": {**NETWORK, "weights": "random", "batch_size": 8},
             "views": {"kind": "crop", "count": 3, "size": 16, "mix_group": 16, "area": [0.5, 1.0], "flip": 0.0},
             "cache": {"url": str(tmp_path / "cache"), "class_means": "eval", "views_per_part": 2},
             "student": dict(NETWORK),

@@ -15,7 +15,7 @@ def test_several_caches_are_refused_before_one_is_built(tmp_path: Path) -> None:
     config = Config.model_validate(
         {
             "data": {"shards": "train.tar", "num_classes": 10, "cache": ["a", "b"]},
-            "teacher": {"model": "timm/resnet18"},
+            "teacher": {"model": "timm/resnet18", "weights": "random"},
             "student": {"model": "timm/resnet18"},
             "cache": {"url": str(tmp_path / "cache")},
             "loss": [{"name": "kd"}],

@@ -29,6 +29,7 @@ def tiny_config_of(shards: list[str], cache_url: str, overrides: dict[str, Any])
         "data": {"shards": shards, "num_classes": 10},
         "teacher": {
             "model": "python:pipeline.models.cifar:resnet",
+            "weights": "random",
             "kwargs": {"depth": 8, "widths": [4, 4, 6, 7]},
             "mean": [0.5, 0.4, 0.3],
             "std": [0.2, 0.3, 0.25],

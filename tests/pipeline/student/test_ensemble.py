@@ -194,7 +194,7 @@ def test_class_means_of_another_of_the_teachers_online_are_refused(
     assert caught.value.where == f"teacher.others.0.class_means: {replays('crop').url}"
 
 
-OTHER: dict[str, Any] = {"model": "timm/resnet18", "size": 16}
+OTHER: dict[str, Any] = {"model": "timm/resnet18", "weights": "random", "size": 16}
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,9 @@ SIZE = 32
 
 def teacher(*, precision: str = "fp32", batch_size: int = 8, use_gpu: bool = True) -> Teacher:
     pin_numerics(1)
-    config = TeacherConfig.model_validate({"model": "timm/resnet18", "batch_size": batch_size, "precision": precision})
+    config = TeacherConfig.model_validate(
+        {"model": "timm/resnet18", "weights": "random", "batch_size": batch_size, "precision": precision}
+    )
     return load_teacher(config, num_classes=1000, size=SIZE, device=pick_device(use_gpu))
 
 

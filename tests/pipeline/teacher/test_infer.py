@@ -25,6 +25,7 @@ def teacher(batch_size: int = 4, precision: str = "fp32", **keys: Any) -> Teache
     config = TeacherConfig.model_validate(
         {
             "model": "python:pipeline.models.cifar:resnet",
+            "weights": "random",
             "kwargs": {"depth": 8, "widths": [4, 4, 6, 7]},
             "mean": [0.5, 0.4, 0.3],
             "std": [0.2, 0.3, 0.25],

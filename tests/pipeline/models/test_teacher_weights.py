@@ -1,0 +1,140 @@
+"""A teacher's weights are set on purpose: there is no default, and random ones are warned of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from jobs.build_cache import build_cache
+from jobs.plan_cache import report
+from pipeline.cache.build import prepare
+from pipeline.errors import ConfigError, ModelError
+from pipeline.models import load_model, random_weights_warnings
+from pipeline.models.cifar import resnet
+from pipeline.student.loop import train
+from pipeline.student.preflight import check_config, check_distillation, check_training, training_of
+from schemas.config import Config, StudentConfig, TeacherConfig
+from tests.pipeline.caches import TinyCache
+from tests.pipeline.conftest import TinyConfig
+from tests.pipeline.student.runs import KD, index_shards, run_config
+
+NETWORK: dict[str, Any] = {
+    "model": "python:pipeline.models.cifar:resnet",
+    "kwargs": {"depth": 8, "widths": [4, 4, 6, 7]},
+    "mean": [0.5, 0.5, 0.5],
+    "std": [0.5, 0.5, 0.5],
+}
+
+
+def assert_missing(error: ConfigError, where: str = "teacher.weights") -> None:
+    assert (error.code, error.where, error.exit_code) == ("config.teacher-weights-missing", where, 2)
+    for choice in ("pretrained", "URL", "random"):
+        assert choice in str(error.wanted)
+    assert f"{where}=pretrained" in str(error.next_step)
+
+
+def test_a_build_without_weights_is_refused_before_anything_is_written(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    config = tiny_config(teacher={"weights": None})
+    for begin in (prepare, build_cache, lambda config: report(config, measured=False)):
+        with pytest.raises(ConfigError) as caught:
+            begin(config)
+        assert_missing(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("teacher", "where"),
+    [
+        ({"weights": None}, "teacher.weights"),
+        ({"weights": "random", "others": [NETWORK]}, "teacher.others.0.weights"),
+    ],
+)
+def test_an_online_teacher_without_weights_is_refused_by_the_config_alone(
+    teacher: dict[str, Any], where: str, tiny_config: TinyConfig, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_config(run_config(tiny_config(), tmp_path, mode="online", loss=KD, teacher=teacher))
+    assert_missing(caught.value, where)
+
+
+def test_a_distillation_that_has_to_build_needs_weights(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    base = tiny_config(teacher={"weights": None})
+    config = run_config(base, tmp_path / "run", loss=KD, cache={"url": str(tmp_path / "cache")})
+    with pytest.raises(ConfigError) as caught:
+        check_distillation(training_of(config))
+    assert_missing(caught.value)
+
+
+def test_a_finished_cache_serves_a_teacher_section_without_weights(built_cache: TinyCache, tmp_path: Path) -> None:
+    config = run_config(built_cache.config, tmp_path / "run", loss=KD, teacher={"weights": None}, train={"epochs": 1})
+    check_training(config)
+    assert train(config)["steps"] == 5
+
+
+@pytest.mark.parametrize("section", [TeacherConfig, StudentConfig])
+def test_a_student_alone_has_random_weights_by_default(section: type[TeacherConfig | StudentConfig]) -> None:
+    config = section.model_validate(NETWORK)
+    if isinstance(config, StudentConfig):
+        assert load_model(config, num_classes=10, size=16, where="student").input.size == 16
+        return
+    with pytest.raises(ConfigError) as caught:
+        load_model(config, num_classes=10, size=16)
+    assert_missing(caught.value)
+
+
+def test_random_weights_are_warned_of_by_plan_build_and_training(
+    tiny_config: TinyConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = tiny_config()
+    warnings = [warning for warning in report(config, measured=False).warnings if "weights is random" in warning]
+    assert len(warnings) == 1
+    build_cache(config)
+    assert [record.levelname for record in caplog.records if "teacher.weights is random" in record.getMessage()] == [
+        "WARNING"
+    ]
+    index_shards(config, tmp_path / "run-online" / "index")
+    for mode in ("online", "cache"):
+        events: list[dict[str, Any]] = []
+        train(
+            run_config(config, tmp_path / f"run-{mode}", mode=mode, loss=KD, train={"epochs": 1}), report=events.append
+        )
+        texts = [event["text"] for event in events if event["kind"] == "warning"]
+        assert sum("teacher.weights is random" in text for text in texts) == 1
+
+
+def test_weights_from_a_file_and_no_teacher_at_all_are_not_warned_of() -> None:
+    def warnings(teacher: dict[str, Any]) -> list[str]:
+        return random_weights_warnings(Config.model_validate({"teacher": teacher}).teacher.asked)
+
+    assert warnings({}) == warnings({"weights": "random"}) == warnings({**NETWORK, "weights": "a.pt"}) == []
+    others = {**NETWORK, "weights": "a.pt", "others": [{**NETWORK, "weights": "random"}]}
+    assert [text.partition(" ")[0] for text in warnings(others)] == ["teacher.others.0.weights"]
+    # The factory may load weights itself, which its config does not show.
+    assert "untrained unless" in warnings({**NETWORK, "weights": "random"})[0]
+
+
+def test_a_backbone_without_a_classifier_is_no_teacher(tmp_path: Path) -> None:
+    state = resnet(num_classes=10, depth=8, widths=(4, 4, 6, 7)).state_dict()
+    backbone = {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
+    torch.save(backbone, tmp_path / "backbone.pt")
+    config = TeacherConfig.model_validate({**NETWORK, "weights": str(tmp_path / "backbone.pt")})
+    with pytest.raises(ModelError) as caught:
+        load_model(config, num_classes=10, size=16)
+    assert (caught.value.code, caught.value.got) == ("model.untrained-head", "no fc.bias, fc.weight")
+    # Weights of another network are told as that.
+    torch.save({"fc.weight": state["fc.weight"]}, tmp_path / "head.pt")
+    with pytest.raises(ModelError) as caught:
+        load_model(config.model_copy(update={"weights": str(tmp_path / "head.pt")}), num_classes=10, size=16)
+    assert caught.value.code == "model.invalid"
+
+
+@pytest.mark.parametrize("model", ["timm/vit_small_patch14_dinov2", "timm/vit_base_patch16_siglip_224"])
+def test_a_pretrained_teacher_without_a_classifier_is_refused_before_the_download(model: str) -> None:
+    config = TeacherConfig.model_validate({"model": model, "weights": "pretrained"})
+    with pytest.raises(ModelError) as caught:
+        load_model(config, num_classes=10, size=None)
+    assert caught.value.code == "model.untrained-head"
+    assert "no head" in str(caught.value.got)
