@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import ctypes
 import datetime as dt
 import errno
 import hashlib
@@ -19,6 +20,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import tempfile
 import threading
 import uuid
@@ -84,6 +86,10 @@ _PASSING_ERRNO = frozenset(
     }
 )
 _DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+# What a file system answers to an operation that it does not have.
+_NOT_SUPPORTED = frozenset({errno.EPERM, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
+# From <linux/fcntl.h> and <linux/fs.h>.
+_AT_FDCWD, _RENAME_NOREPLACE = -100, 1
 _MAX_ATTEMPTS = 5
 _MAX_REPEATING_S = 60
 # Full jitter: many tasks that were throttled together come back apart.
@@ -748,14 +754,56 @@ def _create_file(_: Any, path: str, data: bytes) -> bool:
     try:
         scratch.write_bytes(data)
         _fsync(scratch)
-        # A hard link either appears with all its bytes or not at all, also over NFS.
-        os.link(scratch, target)
+        _publish_new(scratch, target)
         _fsync_folder(target.parent)
     except FileExistsError:
         return False
     finally:
         scratch.unlink(missing_ok=True)
     return True
+
+
+def _publish_new(scratch: Path, target: Path) -> None:
+    """Gives a complete file its final name, unless that name is taken.
+
+    Raises:
+        FileExistsError: it is taken.
+        StorageInputError: the file system has no operation that does this atomically.
+    """
+    try:
+        # A hard link either appears with all its bytes or not at all, also over NFS.
+        os.link(scratch, target)
+    except OSError as error:
+        if error.errno not in _NOT_SUPPORTED:
+            raise
+        _rename_new(scratch, target, no_links=error)
+
+
+def _rename_new(scratch: Path, target: Path, *, no_links: OSError) -> None:
+    """The same where there are no hard links: vfat and exFAT, some SMB shares and FUSE file systems."""
+    # Python has no function for it, so its audit event is ours to raise.
+    sys.audit("os.rename", scratch, target, -1, -1)
+    number = _renameat2_noreplace(scratch, target)
+    if number in _NOT_SUPPORTED:
+        raise StorageInputError(
+            "this file system cannot create a file only where none exists, which keeps two writers apart",
+            code="storage.no-exclusive-create",
+            where=str(target.parent),
+            got=f"no hard links ({no_links.strerror}), no renameat2 with RENAME_NOREPLACE ({os.strerror(number)})",
+            wanted="one of the two: local Linux file systems, NFS and most SMB shares have it",
+            next_step="choose a folder on another file system, or s3://",
+        ) from no_links
+    if number:
+        raise OSError(number, os.strerror(number), str(scratch), None, str(target))
+
+
+def _renameat2_noreplace(source: Path, target: Path) -> int:
+    """The error number of the system call; 0: it succeeded."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return errno.ENOSYS
+    failed = renameat2(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), _RENAME_NOREPLACE)
+    return ctypes.get_errno() if failed else 0
 
 
 def _create_memory(filesystem: Any, path: str, data: bytes) -> bool:

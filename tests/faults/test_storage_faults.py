@@ -31,6 +31,9 @@ from tests.faults.networks import LOG, forwards
 from tests.pipeline.caches import digit_samples, files
 
 PARTS = ("eval", "v0000-0000", "v0001-0001")
+LINKS = pytest.mark.parametrize(
+    "hard_links", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["hard links", "no hard links"]
+)
 WRITES = ("open for writing", "os.mkdir", "os.rename", "os.link")
 
 
@@ -68,9 +71,16 @@ def _hook(event: str, arguments: tuple[object, ...]) -> None:
 
 
 @contextmanager
-def injected(folder: Path, strike: Callable[[Faults, str, Path], None]) -> Iterator[Faults]:
+def injected(folder: Path, strike: Callable[[Faults, str, Path], None], *, hard_links: bool = True) -> Iterator[Faults]:
+    """Without ``hard_links`` each attempt to make one fails too, as it does on vfat."""
+
+    def first(faults: Faults, event: str, path: Path) -> None:
+        strike(faults, event, path)
+        if event == "os.link" and not hard_links:
+            raise OSError(errno.EPERM, "Operation not permitted", str(path))
+
     global _active
-    _active = Faults(folder, strike)
+    _active = Faults(folder, first)
     try:
         yield _active
     finally:
@@ -149,9 +159,9 @@ def asked(shard: str, folder: Path) -> Callable[[], int]:
     return lambda: sum(batch not in of_loading for batch in forwards())
 
 
-def operations(shard: str, url: Path) -> list[str]:
+def operations(shard: str, url: Path, *, hard_links: bool = True) -> list[str]:
     """The operations of an undisturbed build, in order."""
-    with injected(url, lambda *_: None) as faults:
+    with injected(url, lambda *_: None, hard_links=hard_links) as faults:
         build_cache(config_of(shard, url))
     return faults.seen
 
@@ -240,10 +250,11 @@ def test_a_replace_or_link_that_keeps_failing_gives_one_error_and_a_build_that_r
         check_resumed(shard, url, undisturbed, asked)
 
 
+@LINKS
 def test_a_death_at_any_operation_with_a_torn_file_left_behind_leaves_a_build_that_resumes(
-    shard: str, folder: Path, undisturbed: dict[str, bytes], asked: Callable[[], int]
+    shard: str, folder: Path, undisturbed: dict[str, bytes], asked: Callable[[], int], hard_links: bool
 ) -> None:
-    for place in range(len(operations(shard, folder / "count"))):
+    for place in range(len(operations(shard, folder / "count", hard_links=hard_links))):
 
         def strike(faults: Faults, event: str, path: Path, place: int = place) -> None:
             if len(faults.seen) <= place:
@@ -255,15 +266,16 @@ def test_a_death_at_any_operation_with_a_torn_file_left_behind_leaves_a_build_th
             raise Killed
 
         url = folder / f"cache-{place}"
-        with injected(url, strike), pytest.raises(Killed):
+        with injected(url, strike, hard_links=hard_links), pytest.raises(Killed):
             build_cache(config_of(shard, url))
         check_resumed(shard, url, undisturbed, asked)
 
 
+@LINKS
 def test_a_second_builder_may_come_and_finish_at_any_write(
-    shard: str, folder: Path, undisturbed: dict[str, bytes]
+    shard: str, folder: Path, undisturbed: dict[str, bytes], hard_links: bool
 ) -> None:
-    for place in places(operations(shard, folder / "count"), WRITES):
+    for place in places(operations(shard, folder / "count", hard_links=hard_links), WRITES):
 
         def strike(faults: Faults, event: str, path: Path, place: int = place) -> None:
             del event, path
@@ -273,7 +285,7 @@ def test_a_second_builder_may_come_and_finish_at_any_write(
                     build_cache(config_of(shard, faults.folder))
 
         url = folder / f"cache-{place}"
-        with injected(url, strike):
+        with injected(url, strike, hard_links=hard_links):
             build_cache(config_of(shard, url))
         assert files(str(url)) == undisturbed, place
 

@@ -4,6 +4,7 @@ import errno
 import http.server
 import multiprocessing
 import os
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -325,14 +326,65 @@ def test_one_of_many_threads_creates_and_its_bytes_stay(base: str) -> None:
         assert storage.read(url) == b"%d" % won.index(True) * 1000
 
 
+@pytest.fixture(params=[errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS], ids=errno.errorcode.get)
+def no_hard_links(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What link(2) answers on vfat and exFAT, on SMB shares, and on FUSE file systems."""
+
+    def link(source: Path, target: Path) -> None:
+        raise OSError(request.param, os.strerror(request.param), str(source), None, str(target))
+
+    monkeypatch.setattr(os, "link", link)
+
+
+@pytest.mark.usefixtures("no_hard_links")
+def test_without_hard_links_the_first_creator_still_wins(tmp_path: Path) -> None:
+    storage.probe(str(tmp_path / "new"))
+    test_create_writes_once_and_keeps_the_first(str(tmp_path / "a"))
+    test_one_of_many_threads_creates_and_its_bytes_stay(str(tmp_path / "b"))
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == [f"{attempt}.json" for attempt in range(8)]
+
+
+@pytest.mark.usefixtures("no_hard_links")
+def test_a_file_system_without_any_exclusive_create_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # FUSE's exFAT answers this to every flag, and a C library without the function is as good as one.
+    monkeypatch.setattr(storage, "_renameat2_noreplace", lambda *_: errno.EINVAL)
+    for call in (storage.probe, lambda folder: storage.create(f"{folder}/a", b"x")):
+        with pytest.raises(StorageInputError) as caught:
+            call(str(tmp_path))
+        assert (caught.value.code, caught.value.where) == ("storage.no-exclusive-create", str(tmp_path))
+        assert "hard links" in str(caught.value.got)
+        assert "RENAME_NOREPLACE" in str(caught.value.got)
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("no_hard_links")
+def test_other_failures_of_the_rename_are_those_of_any_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "_renameat2_noreplace", lambda *_: errno.ENOSPC)
+    with pytest.raises(StorageError, match="no space is left"):
+        storage.create(f"{tmp_path}/a", b"x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def create_all_without_links(folder: str, number: int, num_files: int) -> list[bool]:
+    def refuse(event: str, _: object) -> None:
+        if event == "os.link":
+            raise OSError(errno.EPERM, "Operation not permitted")
+
+    sys.addaudithook(refuse)
+    return create_all(folder, number, num_files)
+
+
 def create_all(folder: str, number: int, num_files: int) -> list[bool]:
     return [storage.create(f"{folder}/{name}", b"%d" % number * 1000) for name in range(num_files)]
 
 
-def test_one_of_many_processes_creates_each_file_and_its_bytes_stay(tmp_path: Path) -> None:
+@pytest.mark.parametrize("creates", [create_all, create_all_without_links])
+def test_one_of_many_processes_creates_each_file_and_its_bytes_stay(creates: Any, tmp_path: Path) -> None:
     num_files, num_processes = 200, 3
     with ProcessPoolExecutor(num_processes, mp_context=multiprocessing.get_context("forkserver")) as pool:
-        racers = [pool.submit(create_all, str(tmp_path), number, num_files) for number in range(num_processes)]
+        racers = [pool.submit(creates, str(tmp_path), number, num_files) for number in range(num_processes)]
         outcomes = [racer.result() for racer in racers]
     for name, won in enumerate(zip(*outcomes, strict=True)):
         assert sum(won) == 1
