@@ -150,12 +150,13 @@ def _build_parts(config: Config, by_id: dict[str, str], found: list[Standing]) -
     list(fan_out(restore_index, lost, indexes, what="an index task", name=lambda task: storage.redact(task.shard_url)))
     tasks = plan_tasks(config, by_id, commits)
     num_done = len(commits)
-    log = BuildLogWriter(config.cache.url, num_parts=num_done + len(tasks), num_before=num_done)
-    log.update(num_done)
     tally = BuildTally(config, tasks, num_shards=len(by_id))
     tally.begin()
     try:
-        with ProgressView("cache", num_done + len(tasks), done=num_done) as progress:
+        with (
+            BuildLogWriter(config.cache.url, num_parts=num_done + len(tasks), num_before=num_done) as log,
+            ProgressView("cache", num_done + len(tasks), done=num_done) as progress,
+        ):
             built = fan_out(_build, tasks, config.ray, what="a cache task", name=name_of, tally=tally)
             for done, _ in enumerate(built, start=1):
                 log.update(num_done + done)

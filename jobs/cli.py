@@ -247,15 +247,27 @@ def cache_gc(
     former: Annotated[
         bool, typer.Option("--former", help="Also tables that an extension replaced; older runs may still read them.")
     ] = False,
+    unused_header: Annotated[
+        bool,
+        typer.Option("--unused-header", help="Only the header of a cache without commits, so that another can begin."),
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="With --unused-header: also while a build is logged as running.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Remove what no commit names: files of builders that were killed or lost a race."""
 
     def command() -> None:
         from jobs.collect_garbage import describe
-        from pipeline.cache.gc import collect_garbage
+        from pipeline.cache.gc import collect_garbage, remove_unused_header
 
-        report = collect_garbage(cache, min_age_s=60 * min_age, former=former, dry_run=dry_run)
+        if force and not unused_header:
+            raise typer.BadParameter("--force is for --unused-header: give that too")
+        if unused_header:
+            report = remove_unused_header(cache, force=force, dry_run=dry_run)
+        else:
+            report = collect_garbage(cache, min_age_s=60 * min_age, former=former, dry_run=dry_run)
         print(json.dumps(report.as_dict(), indent=2) if as_json else describe(report))
 
     _run(command)

@@ -19,7 +19,7 @@ import pyarrow as pa
 from pipeline import storage
 from pipeline.cache import layout
 from pipeline.cache.codec import encode, outputs_of, row_bytes
-from pipeline.cache.commit import find_commit, publish_commit, publish_file
+from pipeline.cache.commit import Standing, check_fingerprint, find_commit, publish_commit, publish_file, withdraw
 from pipeline.cache.identity import claim, make_header
 from pipeline.cache.imported import ImportedMeans, keep_means, read_means
 from pipeline.cache.means import ClassSums, encode_sums, merge, sum_rows
@@ -200,6 +200,7 @@ def build_part(task: PartTask, busy: BusyTime | None = None) -> Commit:
     # A worker may die after its commit and before its answer, and a second builder plans as the first one does.
     done = find_commit(builder.cache.url, shard_id(task.shard_url), task.block)
     if done is not None:
+        check_fingerprint(done, builder.header.fingerprint, builder.cache.url)
         return done
     with storage.scratch_folder() as scratch:
         return _PartBuild(builder, task, scratch, busy or BusyTime()).run()
@@ -412,7 +413,21 @@ class _PartBuild:
             statistics=self.statistics.result(),
             environment=numeric_env(self.builder.teacher.device, batch_size=self.builder.teacher.batch_size),
         )
-        return publish_commit(url, commit)
+        return self._publish_commit(commit)
+
+    def _publish_commit(self, commit: Commit) -> Commit:
+        """A commit counts only under its own header, which ``gc --unused-header`` may have removed while no commit was
+        there; then another builder may have claimed the cache since."""
+        url, header = self.builder.cache.url, self.builder.header
+        published = publish_commit(url, commit)
+        check_fingerprint(published, header.fingerprint, url)
+        try:
+            claim(url, header)
+        except CacheError as error:
+            if published is commit and error.code == "cache.other-header":
+                withdraw(url, [Standing.of(commit)])
+            raise
+        return published
 
     def _publish_means(self) -> FileRef | None:
         if self.sums is None:

@@ -94,6 +94,30 @@ def publish_commit(cache_url: str, commit: Commit) -> Commit:
     return winner
 
 
+def check_fingerprint(commit: Commit, fingerprint: str, cache_url: str) -> None:
+    """
+    Raises:
+        CacheError: the commit was published under another header than the one with this fingerprint.
+    """
+    if commit.fingerprint != fingerprint:
+        path = layout.commit_path(commit.shard_id, commit.block)
+        raise CacheError(
+            "a commit is of another teacher",
+            code="cache.commit-of-another-header",
+            where=f"{path} in {storage.redact(cache_url)}",
+            got=commit.fingerprint,
+            wanted=fingerprint,
+            next_step="remove this file and run the build again, or build into another cache.url",
+        )
+
+
+def is_unused(cache_url: str) -> bool:
+    """Whether nothing is committed to this cache: it has neither a commit nor a manifest."""
+    names = storage.listing(storage.join(cache_url, "commits"))
+    has_commits = any(layout.is_commit(f"commits/{name}") for name in names)
+    return not has_commits and not storage.exists(storage.join(cache_url, layout.MANIFEST))
+
+
 def find_commit(cache_url: str, shard_id: str, block: ViewBlock) -> Commit | None:
     """The commit of a block, or None while there is none."""
     url = storage.join(cache_url, layout.commit_path(shard_id, block))
@@ -165,7 +189,10 @@ def is_void(commit: Standing, present: set[str]) -> bool:
 
 
 def withdraw(cache_url: str, commits: list[Standing]) -> None:
-    """Takes back commits that are void. Commits are created only if absent, so a stale one would stand forever."""
+    """Takes back commits that are void, or that were published under a header which was removed meanwhile.
+
+    Commits are created only if absent, so a stale one would stand forever.
+    """
     for commit in commits:
         storage.delete(storage.join(cache_url, layout.commit_path(commit.shard_id, commit.block)))
 

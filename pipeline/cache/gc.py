@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -9,9 +10,11 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.cache import layout
-from pipeline.cache.commit import named, stream_commits
+from pipeline.cache.commit import is_unused, named, stream_commits
 from pipeline.cache.identity import read_header
+from pipeline.cache.log import SILENT_S, find_running_build
 from pipeline.cache.manifest import read_manifest, read_table
+from pipeline.errors import CacheError
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,81 @@ def collect_garbage(
         num_former=len(kept),
         former_bytes=sum(entry.size_bytes for entry in kept),
     )
+
+
+def remove_unused_header(
+    cache_url: str, *, force: bool = False, dry_run: bool = False, now_s: float | None = None
+) -> GcReport:
+    """Removes the header of a cache to which nothing is committed, and what would bind a build with another header: its
+    indexes, its imported class means and its build logs.
+
+    A builder that commits between the check and the removal keeps its header, and this raises. One that commits later
+    claims the cache again, or stops because another builder has claimed it: see ``_publish_commit`` of
+    ``pipeline.cache.build``.
+
+    Args:
+        force: also while a build is logged as running.
+        now_s: seconds since 1970.
+
+    Raises:
+        CacheError: there is no header, something is committed, or a build is logged as running.
+    """
+    url = storage.join(cache_url, layout.HEADER)
+    header = storage.read_if_there(url, max_bytes=storage.MAX_RECORD_BYTES)
+    if header is None:
+        raise CacheError("there is no cache here", code="cache.missing", where=storage.redact(cache_url))
+    _check_unused(cache_url)
+    if not force:
+        _check_no_running_build(cache_url, time.time() if now_s is None else now_s)
+    entries = [entry for entry in storage.entries(cache_url) if _is_bound_to_header(entry.path)]
+    if not dry_run:
+        for entry in entries:
+            storage.delete(storage.join(cache_url, entry.path))
+        # Last: what is left by an interruption is removed by running this again.
+        storage.delete(url)
+        try:
+            _check_unused(cache_url)
+        except CacheError:
+            storage.create(url, header)
+            raise
+    return GcReport(
+        url=storage.redact(cache_url),
+        dry_run=dry_run,
+        removed=(*(entry.path for entry in entries), layout.HEADER),
+        freed_bytes=sum(entry.size_bytes for entry in entries) + len(header),
+        num_young=0,
+        num_former=0,
+        former_bytes=0,
+    )
+
+
+def _check_unused(cache_url: str) -> None:
+    if not is_unused(cache_url):
+        raise CacheError(
+            "this header is in use: parts are committed under it",
+            code="cache.header-in-use",
+            where=storage.redact(cache_url),
+            next_step="build into another cache.url; to discard this cache, delete its folder",
+        )
+
+
+def _check_no_running_build(cache_url: str, now_s: float) -> None:
+    log = find_running_build(cache_url, now_s=now_s)
+    if log is not None:
+        where = storage.redact(cache_url)
+        raise CacheError(
+            "a build of this cache is logged as running",
+            code="cache.build-running",
+            where=where,
+            got=f"process {log.process} on {log.host}, heard from {max(now_s - log.renewed_s, 0):.0f} s ago",
+            wanted=f"no record of a build, or one that is {SILENT_S:.0f} s old",
+            next_step="stop that build, or wait; if it was killed, run: "
+            f"stillroom cache gc {shlex.quote(where)} --unused-header --force",
+        )
+
+
+def _is_bound_to_header(path: str) -> bool:
+    return layout.is_index(path) or path == layout.IMPORTED_MEANS or path.startswith(f"{layout.LOG}/")
 
 
 def _is_old(entry: storage.Entry, limit_s: float) -> bool:

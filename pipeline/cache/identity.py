@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from pydantic import ValidationError
 from pipeline import storage
 from pipeline.cache import layout
 from pipeline.cache.codec import check_encodings, outputs_of
+from pipeline.cache.commit import is_unused
 from pipeline.cache.files import parse_record
 from pipeline.cache.imported import ImportedMeans
 from pipeline.errors import CacheError, ModelError
@@ -185,21 +187,39 @@ def check_same(found: Header, wanted: Header, cache_url: str) -> None:
         *differences(found.data, wanted.data, "data."),
     ]
     if changed:
-        raise CacheError(
-            "this cache was begun by another config or another teacher",
-            where=storage.redact(cache_url),
-            got="; ".join(changed),
-            wanted=f"fingerprint {found.fingerprint}",
-            next_step="build into another cache.url, or restore what changed",
-        )
+        raise _other_header(cache_url, got="; ".join(changed), wanted=f"fingerprint {found.fingerprint}")
     old, new = np.array(found.probe_logits), np.array(wanted.probe_logits)
     drift = float(np.abs(old - new).max() / max(float(old.std()), 1e-6))
     tolerance = MAX_DRIFT[str(wanted.teacher["precision"])]
     if drift > tolerance:
         raise CacheError(
             "the teacher's weights are unchanged, but it answers the four probe images differently",
+            code="cache.other-probe-logits",
             where=storage.redact(cache_url),
             got=f"logits differ by {drift:.3g} of their standard deviation",
             wanted=f"at most {tolerance}",
             next_step="model code or a library changed; build into another cache.url",
         )
+
+
+def _other_header(cache_url: str, *, got: str, wanted: str) -> CacheError:
+    """A header is never replaced by a build: another builder may be at work that has not committed anything yet."""
+    where = storage.redact(cache_url)
+    if is_unused(cache_url):
+        return CacheError(
+            "this cache was begun by another config or another teacher, and nothing is committed to it",
+            code="cache.unused-header",
+            where=where,
+            got=got,
+            wanted=wanted,
+            next_step=f"if that build has ended, run: stillroom cache gc {shlex.quote(where)} --unused-header; "
+            "else build into another cache.url",
+        )
+    return CacheError(
+        "this cache was begun by another config or another teacher",
+        code="cache.other-header",
+        where=where,
+        got=got,
+        wanted=wanted,
+        next_step="build into another cache.url, or restore what changed",
+    )

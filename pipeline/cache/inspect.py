@@ -12,14 +12,14 @@ from pipeline.cache import layout
 from pipeline.cache.codec import row_bytes
 from pipeline.cache.commit import Standing, stream_commits
 from pipeline.cache.identity import read_header
-from pipeline.cache.log import read_last_log
+from pipeline.cache.log import SILENT_S, read_last_log
 from pipeline.cache.manifest import read_manifest
 from pipeline.cache.statistics import StatisticsFold
 from schemas.config import ViewsConfig
 from schemas.manifest import BuildLog, Header, Output, Statistics
 
-# A driver that is silent for longer has most likely ended.
-_SILENT_S, _SILENT_PARTS = 600, 10
+# A driver may be silent for as long as so many parts take.
+_SILENT_PARTS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +119,7 @@ def _eta_s(log: BuildLog, num_commits: int, now_s: float) -> float | None:
     if not made:
         return None
     part_s = (log.renewed_s - log.began_s) / made
-    if now_s - log.renewed_s > max(_SILENT_S, _SILENT_PARTS * part_s):
+    if now_s - log.renewed_s > max(SILENT_S, _SILENT_PARTS * part_s):
         return None
     return max(log.num_parts - num_commits, 0) * part_s
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.cache import layout
-from pipeline.cache.commit import files_present, named, stream_commits
+from pipeline.cache.commit import check_fingerprint, files_present, named, stream_commits
 from pipeline.cache.files import parse_record, publish_named, read_file, read_named, read_parquet
 from pipeline.cache.identity import read_header
 from pipeline.cache.imported import encode_kept, imported_sha256
@@ -187,13 +187,7 @@ class _Seen:
             yield commit
 
     def _check(self, commit: Commit) -> None:
-        if commit.fingerprint != self.fingerprint:
-            raise CacheError(
-                "a commit is of another teacher",
-                where=f"{commit.shard_id}/{commit.block.name} in {storage.redact(self.cache_url)}",
-                got=commit.fingerprint,
-                wanted=self.fingerprint,
-            )
+        check_fingerprint(commit, self.fingerprint, self.cache_url)
         own = (commit.block.name, commit.index.sha256, commit.shard_size_bytes)
         first = self._firsts.setdefault(commit.shard_id, own)
         if first[1:] != own[1:]:

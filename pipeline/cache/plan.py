@@ -384,8 +384,8 @@ def _of_parts(ground: Ground) -> Requests:
         for block in of_shard.missing:
             # The part and its commit.
             put += storage.num_puts(ground.survey.rows[shard].expected * len(block.views) * row_bytes) + 1
-        # Header, commit and index are asked for, and what arrived of the part.
-        get += (4 + _fetches(ground, shard)) * len(of_shard.missing)
+        # The header twice, commit and index are read, and what arrived of the part is looked up.
+        get += (5 + _fetches(ground, shard)) * len(of_shard.missing)
     weights = ground.config.teacher.weights_url
     if weights is not None and storage.protocol(weights) != "file":
         # Whether they were replaced.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -195,6 +196,24 @@ def test_gc_lists_on_a_dry_run_and_then_removes(stillroom: Stillroom, document: 
     code, out, _ = stillroom("cache", "gc", url, "--min-age", "0", "--json")
     assert (code, json.loads(out)["freed_bytes"], stray.exists()) == (0, 2_000_000, False)
     assert stillroom("cache", "gc", str(tmp_path))[0] == 2
+
+
+def test_a_failed_first_build_is_corrected_by_the_command_that_its_message_prints(
+    stillroom: Stillroom, document: Document, tmp_path: Path
+) -> None:
+    empty = document(cache={"class_means": "none"}, data={"max_pixels": 1})
+    assert stillroom("cache", "build", empty)[0] == 2
+    assert files_below(tmp_path / "cache").keys() == {"header.json"}
+    assert not (tmp_path / "cache" / "log").exists() or not list((tmp_path / "cache" / "log").iterdir())
+    code, _, err = stillroom("cache", "build", document())
+    command = re.search(r"stillroom (cache gc \S+ --unused-header)", err)
+    assert code == 2
+    assert command is not None
+    assert stillroom("cache", "gc", str(tmp_path / "cache"), "--force")[0] == 2
+    code, out, _ = stillroom(*command[1].split())
+    assert (code, "removed header.json" in out) == (0, True)
+    assert stillroom("cache", "build", document())[0] == 0
+    assert stillroom(*command[1].split())[0] == 2
 
 
 def test_verify_says_which_config_is_not_that_of_the_cache(

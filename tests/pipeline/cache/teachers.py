@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -51,6 +53,21 @@ class Large(Scaled):
     def forward(self, x: Tensor) -> Tensor:
         if len(x) > room:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore lines")
+        return super().forward(x)
+
+
+def do_nothing() -> None: ...
+
+
+during_forward: Callable[[], None] = do_nothing
+"""What ``Disturbed`` runs while it computes: the work of another process in the middle of a part."""
+
+
+class Disturbed(Scaled):
+    """Lets a test act while a part is built."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        during_forward()
         return super().forward(x)
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from pipeline import storage
 from pipeline.cache.inspect import inspect_cache
-from pipeline.cache.log import BuildLogWriter, read_last_log, remove_logs
+from pipeline.cache.log import SILENT_S, BuildLogWriter, find_running_build, read_last_log, remove_logs
 from tests.pipeline.caches import TinyCache, files
 
 
@@ -88,3 +88,34 @@ def test_logs_are_no_part_of_a_cache_and_a_finished_build_removes_them(tiny_cach
     assert files(tiny_cache.url) == whole
     report = inspect_cache(tiny_cache.url)
     assert (report.num_parts_planned, report.builder, report.eta_s) == (None, None, None)
+
+
+def test_a_build_without_a_part_yet_renews_its_record(
+    tiny_cache: TinyCache, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.cache.log._RENEW_S", 0.01)
+    with BuildLogWriter(tiny_cache.url, num_parts=9, num_before=0, clock=clock) as log:
+        clock.now_s = 5000
+        while (found := read_last_log(tiny_cache.url)) is None or found.renewed_s < clock.now_s:
+            assert find_running_build(tiny_cache.url, now_s=1000) is not None
+        assert find_running_build(tiny_cache.url, now_s=5000 + SILENT_S) == found
+        clock.now_s = 5001
+        log.update(1)
+        clock.now_s = 9000
+    found = read_last_log(tiny_cache.url)
+    assert found is not None
+    assert (found.num_done, found.renewed_s) == (1, 5001)
+
+
+@pytest.mark.parametrize(("num_done", "stays"), [(0, False), (1, True)])
+def test_a_build_that_fails_before_its_first_part_leaves_no_record(
+    tiny_cache: TinyCache, clock: Clock, num_done: int, stays: bool
+) -> None:
+    def interrupted() -> None:
+        with BuildLogWriter(tiny_cache.url, num_parts=9, num_before=0, clock=clock) as log:
+            log.update(num_done)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert (read_last_log(tiny_cache.url) is not None) is stays
