@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pipeline.errors import ModelError
 from pipeline.student.losses import cosine, mse, sifn
+from tests.tolerances import ulps
 
 # A loaded machine is no finding.
 law = settings(deadline=None, max_examples=40)
@@ -29,12 +30,19 @@ def exact(*tensors: Tensor) -> list[np.ndarray]:
     return [tensor.detach().double().numpy() for tensor in tensors]
 
 
+def cosine_error(num_rows: int, width: int) -> float:
+    """A squared norm of each side and their product are sums of D, of unit vectors; a root and a division each, the
+    difference from 1, and the mean over rows of values up to 2.
+    """
+    return ulps(3 * width + 5) + ulps(num_rows + 1, 2)
+
+
 def test_cosine_gives_the_values_by_hand() -> None:
     teacher_BD = torch.tensor([[3.0, 4.0]]).expand(4, 2)
     student_BD = torch.tensor([[6.0, 8.0], [-3.0, -4.0], [4.0, -3.0], [5.0, 0.0]])
     values = [cosine(student_BD[row : row + 1], teacher_BD[:1]).item() for row in range(4)]
-    assert values == pytest.approx([0, 2, 1, 0.4], abs=1e-6)
-    assert cosine(student_BD, teacher_BD).item() == pytest.approx(3.4 / 4, abs=1e-6)
+    assert values == pytest.approx([0, 2, 1, 0.4], rel=0, abs=cosine_error(1, 2))
+    assert cosine(student_BD, teacher_BD).item() == pytest.approx(3.4 / 4, rel=0, abs=cosine_error(4, 2))
 
 
 @law
@@ -49,15 +57,22 @@ def test_cosine_equals_a_float64_loop_with_its_closed_form_gradient(seed: int, n
         cos = s @ t / (s_norm * t_norm)
         value += (1 - cos) / num_rows
         gradient_BD[row] = -(t / t_norm - cos * s / s_norm) / s_norm / num_rows
-    assert loss.item() == pytest.approx(value, abs=1e-6)
-    np.testing.assert_allclose(student_BD.grad, gradient_BD, atol=1e-6)
+    assert loss.item() == pytest.approx(value, rel=0, abs=cosine_error(num_rows, 5))
+    # The unit vectors and the cosine once more, the sum over D of the chain rule, and 6 operations on entries of at
+    # most 2/‖s‖.
+    shortest = student_BD.detach().norm(dim=1).min().item()
+    error = ulps(4 * 5 + 11, 2 / shortest) / num_rows
+    np.testing.assert_allclose(student_BD.grad, gradient_BD, rtol=0, atol=error)
 
 
 @law
 @given(seed=SEEDS, factor=st.sampled_from([0.25, 3.0, 1024.0]))
 def test_cosine_ignores_the_length_of_either_side(seed: int, factor: float) -> None:
     student_BD, teacher_BD = draw(seed, 4)
-    torch.testing.assert_close(cosine(factor * student_BD, teacher_BD / factor), cosine(student_BD, teacher_BD))
+    # Both are fp32, and the factors round both sides.
+    error = 2 * cosine_error(4, 5) + ulps(2)
+    scaled = cosine(factor * student_BD, teacher_BD / factor).item()
+    assert scaled == pytest.approx(cosine(student_BD, teacher_BD).item(), rel=0, abs=error)
 
 
 def test_an_embedding_without_direction_has_cosine_zero_and_a_bounded_gradient() -> None:
@@ -65,7 +80,7 @@ def test_an_embedding_without_direction_has_cosine_zero_and_a_bounded_gradient()
     loss = cosine(student_BD, torch.tensor([[3.0, 4.0]]))
     loss.backward()
     assert loss.item() == 1
-    assert student_BD.grad.norm() == pytest.approx(1e4, rel=1e-5)
+    assert student_BD.grad.norm() == pytest.approx(1e4, rel=ulps(3 * 2 + 5))
     assert cosine(torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2)).item() == 1
 
 
@@ -80,8 +95,10 @@ def test_mse_equals_a_float64_mean_with_its_closed_form_gradient(seed: int, num_
     loss = mse(student_BD, teacher_BD)
     loss.backward()
     student, teacher = exact(student_BD, teacher_BD)
-    assert loss.item() == pytest.approx(np.mean((student - teacher) ** 2), rel=1e-5)
-    np.testing.assert_allclose(student_BD.grad, 2 * (student - teacher) / student.size, rtol=1e-5, atol=1e-6)
+    # A difference has a relative error of one rounding; its square, 5 sums and B of positive numbers, 2 divisions.
+    assert loss.item() == pytest.approx(np.mean((student - teacher) ** 2), rel=ulps(2 + 1 + 5 + num_rows + 2))
+    # The difference, times 2, two divisions.
+    np.testing.assert_allclose(student_BD.grad, 2 * (student - teacher) / student.size, rtol=ulps(4), atol=0)
 
 
 @pytest.mark.parametrize("loss", [cosine, mse])
@@ -103,10 +120,14 @@ def test_sifn_is_the_increase_squared_and_pushes_every_row_outwards(seed: int, n
     student_BD, _ = draw(seed, num_rows)
     loss = sifn(student_BD, increase=increase)
     loss.backward()
-    assert loss.item() == pytest.approx(increase**2, rel=1e-6)
+    # The increase in fp32, its square, the mean over rows.
+    assert loss.item() == pytest.approx(increase**2, rel=ulps(2 + 1 + num_rows + 1))
     (student,) = exact(student_BD)
     unit_BD = student / np.sqrt((student**2).sum(axis=1, keepdims=True))
-    np.testing.assert_allclose(student_BD.grad, -2 * increase * unit_BD / num_rows, rtol=1e-4, atol=1e-7)
+    # The norm: squares, 5 sums, a root; then entry over norm, times twice the increase, over B.
+    np.testing.assert_allclose(
+        student_BD.grad, -2 * increase * unit_BD / num_rows, rtol=ulps((1 + 5 + 1) + 1 + 3 + 1), atol=0
+    )
 
 
 def test_sifn_keeps_a_small_increase_beside_a_large_norm() -> None:
@@ -114,7 +135,7 @@ def test_sifn_keeps_a_small_increase_beside_a_large_norm() -> None:
     loss = sifn(embedding_BD, increase=0.5)
     loss.backward()
     assert loss.item() == 0.25
-    assert embedding_BD.grad[0].tolist() == pytest.approx([-0.6, -0.8])
+    assert embedding_BD.grad[0].tolist() == pytest.approx([-0.6, -0.8], rel=ulps((1 + 2 + 1) + 1 + 3 + 1))
 
 
 def test_a_zero_row_does_not_grow() -> None:
