@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-import torch
 from hypothesis import settings
 
 # No test has a deadline: a busy machine is no failure. By default the examples of a property are a function of its
@@ -15,9 +14,6 @@ settings.register_profile("repeatable", deadline=None, derandomize=True, databas
 settings.register_profile("explore", deadline=None, derandomize=False, database=None, print_blob=True)
 # pytest's option --hypothesis-profile comes after this.
 settings.load_profile("repeatable")
-
-# `make test` runs one process a core; the order of sums does not depend on the machine either.
-torch.set_num_threads(1)
 
 _RAY_FIXTURE = "ray_cluster"
 
