@@ -107,6 +107,12 @@ class _Reading:
         names = self.document.only or tuple(self.document.students)
         caches = {name: self._cache(name, stage, said) for name, stage in self._cache_stages(names).items()}
         cells = tuple(cell for name in names for cell in self._cells(name, said))
+        if teacher.student is not None:
+            self._check_training("teacher", teacher)
+        for cell in cells:
+            self._check_training(f"students.{cell.student}", cell.config)
+        for name, config in caches.items():
+            self._require(f"cache {name}", config, "data.shards", "data.num_classes", "teacher.model")
         return Recipe(self.document, self.out, teacher, caches, cells)
 
     def _teacher(self) -> tuple[Config, Stage]:
@@ -191,6 +197,13 @@ class _Reading:
         stage = self.document.cache or self.document.caches[self._cache_of(name)]
         views = {key: value for key, value in stage.get("views", {}).items() if key != "count"}
         return {"data": stage.get("data", {}), "views": views}
+
+    def _check_training(self, where: str, config: Config) -> None:
+        """Every training ends in a row of the table, which is measured on the validation shards."""
+        self._require(where, config, "student.model", "loss", "data.num_classes", "data.val_shards")
+
+    def _require(self, where: str, config: Config, *keys: str) -> None:
+        require(config, *keys, command=f"the stage {where} of {self.source}")
 
     def _stage(self, where: str, *parts: Mapping[str, Any]) -> Config:
         return self._checked(where, _merged(self.document.common, *parts))

@@ -93,6 +93,7 @@ def require(config: Config, *keys: str, command: str) -> None:
     if missing:
         raise ConfigError(
             f"{command} needs {'a key that is' if len(missing) == 1 else 'keys that are'} not in this config",
+            code="config.missing-key",
             got=f"no {', '.join(missing)}",
             wanted="".join(f"\n    {key}: {_description(key)}" for key in missing),
             next_step=f"add to the YAML, or append {' '.join(f'{key}=…' for key in missing)}",

@@ -66,6 +66,7 @@ def check_begun(run_url: str, config: Config) -> None:
     if changed:
         raise ConfigError(
             "this run was begun with another config",
+            code="run.other-config",
             where=storage.redact(run_url),
             got="; ".join(changed),
             next_step="choose another run.url, or undo the change to go on with this run",
@@ -73,7 +74,12 @@ def check_begun(run_url: str, config: Config) -> None:
 
 
 def read_config(run_url: str) -> Config:
-    """
+    """The config that a run was begun with. Keys with their default value count as not set.
+
+    The file holds every key, so that a later default changes no run. Which of them the user set is not in it: a key
+    that was left to the cache must stay so, and a key that was set to its default agreed with the cache when the run
+    began.
+
     Raises:
         ConfigError: there is no run here, or its config is none.
     """
@@ -85,11 +91,17 @@ def read_config(run_url: str) -> Config:
         )
     body = unseal(data, where=storage.redact(url))
     body.pop("digest")
-    return build_config(body, where=storage.redact(url))
+    where = storage.redact(url)
+    config = build_config(body, where=where)
+    return build_config(config.model_dump(mode="json", exclude_defaults=True), where=where)
 
 
 def _comparable(config: Config) -> dict[str, Any]:
-    return _without_credentials(config.model_dump(mode="json", exclude=_MAY_CHANGE))
+    tree = _without_credentials(config.model_dump(mode="json", exclude=_MAY_CHANGE))
+    # Runs of earlier versions stored their default for a teacher that was named without weights, or not at all.
+    for teacher in (tree["teacher"], *tree["teacher"]["others"]):
+        teacher["weights"] = teacher["weights"] or "random"
+    return tree
 
 
 def _without_credentials(value: Any) -> Any:

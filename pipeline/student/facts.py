@@ -9,6 +9,7 @@ from typing import Any
 from pipeline import storage
 from pipeline.cache.identity import plan_of, views_id
 from pipeline.cache.reader import TeacherCache, open_cache
+from pipeline.config import require
 from pipeline.errors import CacheError, ConfigError
 from pipeline.fingerprint import differences
 from pipeline.shards.index import index_settings
@@ -53,6 +54,7 @@ def lesson_facts(config: Config) -> LessonFacts:
         ConfigError: the config names one teacher or no size where there are several.
     """
     if config.teacher.mode != "cache":
+        require(config, "data.num_classes", command=f"teacher.mode={config.teacher.mode}")
         assert config.data.num_classes is not None
         own, size = student_views(config, config.views), config.views.size
         _check_size_said(config, asked_sizes(config))
@@ -108,6 +110,7 @@ def student_views(config: Config, plan: ViewsConfig) -> ViewsConfig | None:
 
 def _open(config: Config, urls: Sequence[str]) -> tuple[TeacherCache, ...]:
     """In the states that the run has pinned."""
+    require(config, "run.url", command="train")
     assert config.run is not None
     pinned = checkpoint.pinned_manifests(config.run.url, len(urls))
     return tuple(open_cache(url, manifest_bytes=manifest) for url, manifest in zip(urls, pinned, strict=True))

@@ -243,7 +243,11 @@ def training_of(config: Config) -> Config:
     Raises:
         ConfigError: a key is missing, or several caches are named.
     """
-    require(config, "cache.url", "data.shards", "teacher.model", "student.model", "run.url", "loss", command="distill")
+    require(
+        config,
+        *("cache.url", "data.shards", "data.num_classes", "teacher.model", "student.model", "run.url", "loss"),
+        command="distill",
+    )
     assert config.cache is not None
     if len(config.data.caches) > 1:
         raise ConfigError(

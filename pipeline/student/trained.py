@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipeline import storage
+from pipeline.config import require
 from pipeline.errors import ConfigError, ModelError
 from pipeline.models import LoadedModel, load_model
 from pipeline.student import checkpoint
@@ -35,6 +36,7 @@ def load_trained(run_url: str, checkpoint_name: CheckpointName) -> Trained:
         ModelError: the checkpoint's weights are not finite.
     """
     config = checkpoint.read_config(run_url)
+    require(config, "student.model", "run.url", command=f"the config of {storage.redact(run_url)}")
     lessons = lesson_facts(config)
     assert config.student is not None
     student = load_model(

@@ -97,10 +97,11 @@ def test_an_old_run_is_evaluated(run: str) -> None:
 
 
 @pytest.mark.usefixtures("old")
-@pytest.mark.xfail(strict=True, reason="a stored config names every key, and these count as said (issue 11, 7)")
-def test_an_old_run_of_a_cache_alone_is_evaluated() -> None:
+def test_an_old_run_of_a_cache_alone_is_evaluated_and_exported() -> None:
     report = json.loads(stillroom("evaluate", "runs/cache-alone", "--shards", "shards/val-00.tar", "--json"))
     assert report["num_rows"] == NUM_VAL
+    stillroom("export", "runs/cache-alone", "--out", "student.safetensors")
+    assert load_file("student.safetensors")
 
 
 def test_an_old_run_is_exported(old: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from pipeline.errors import CacheError, ConfigError
+from pipeline.fingerprint import seal
 from pipeline.student import checkpoint
 from pipeline.student.optim import make_optimizer, make_schedule
 from schemas.config import Config, TrainConfig
@@ -41,6 +43,46 @@ def test_where_and_how_fast_it_goes_may_change(tmp_path: Path, sections: dict[st
     checkpoint.claim_run(str(tmp_path), config())
     checkpoint.claim_run(str(tmp_path), config(**sections))
     assert checkpoint.read_config(str(tmp_path)) == config()
+
+
+def test_a_key_that_was_not_set_stays_so_and_equals_its_default(tmp_path: Path) -> None:
+    losses = [{"name": "kd", "temperature": 4.0}, {"name": "ce", "weight": 0.5}]
+    plain = config(data={"cache": "c"}, student={"model": "timm/resnet18"}, loss=losses)
+    checkpoint.claim_run(str(tmp_path), plain)
+    found = checkpoint.read_config(str(tmp_path))
+    assert found == plain
+    assert found.data.model_fields_set == {"cache"}
+    assert found.views.model_fields_set == set()
+    # Set to their defaults: no other run.
+    spelled = plain.model_dump(mode="json")
+    checkpoint.claim_run(str(tmp_path), Config.model_validate(spelled))
+    with pytest.raises(ConfigError) as caught:
+        checkpoint.claim_run(str(tmp_path), Config.model_validate(spelled | {"data": {"cache": "c", "label": None}}))
+    assert (caught.value.code, caught.value.got) == ("run.other-config", "data.label: cls -> None")
+
+
+def test_the_stored_config_names_every_key_so_that_a_later_default_changes_no_run(tmp_path: Path) -> None:
+    checkpoint.claim_run(str(tmp_path), config())
+    stored = json.loads((tmp_path / checkpoint.CONFIG).read_text())
+    assert stored["train"].keys() == TrainConfig.model_fields.keys()
+    # As if the default had been another one when the run began.
+    del stored["digest"]
+    stored["train"]["lr"] = 0.25
+    (tmp_path / checkpoint.CONFIG).write_bytes(seal(stored))
+    assert checkpoint.read_config(str(tmp_path)).train.lr == 0.25
+    with pytest.raises(ConfigError) as caught:
+        checkpoint.check_begun(str(tmp_path), config())
+    assert (caught.value.code, caught.value.got) == ("run.other-config", "train.lr: 0.25 -> 0.001")
+
+
+def test_an_old_run_whose_teacher_has_the_old_default_goes_on(tmp_path: Path) -> None:
+    teacher = {"model": "timm/resnet18", "mode": "cache"}
+    old = config(teacher={**teacher, "weights": "random", "others": [{"weights": "random"}]})
+    checkpoint.claim_run(str(tmp_path), old)
+    checkpoint.check_begun(str(tmp_path), config(teacher={**teacher, "others": [{}]}))
+    with pytest.raises(ConfigError) as caught:
+        checkpoint.check_begun(str(tmp_path), config(teacher={**teacher, "weights": "pretrained", "others": [{}]}))
+    assert (caught.value.code, caught.value.got) == ("run.other-config", "teacher.weights: random -> pretrained")
 
 
 def test_credentials_of_urls_are_not_written_and_make_no_other_run(tmp_path: Path) -> None:

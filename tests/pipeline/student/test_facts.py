@@ -6,17 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import ValidationError
 
 from pipeline.errors import ConfigError
 from pipeline.student import checkpoint
+from pipeline.student.evaluate import evaluate_run
+from pipeline.student.export import export_run
 from pipeline.student.facts import lesson_facts
 from pipeline.student.loop import train
 from pipeline.student.preflight import check_distillation
-from schemas.config import StudentConfig
-from tests.pipeline.caches import cache_section
+from schemas.config import Config, StudentConfig
+from tests.pipeline.caches import build, cache_section
+from tests.pipeline.conftest import TinyConfig
 from tests.pipeline.student.conftest import Replay
-from tests.pipeline.student.runs import SMALL, index_shards, metrics, run_config
+from tests.pipeline.student.runs import KD, SMALL, index_shards, metrics, run_config
 
 
 def with_views(**views: Any) -> dict[str, Any]:
@@ -97,3 +101,32 @@ def test_parity_loss_of_a_cached_and_an_online_run_whose_student_has_views_of_it
     cached, online = ([record["loss"] for record in metrics(tmp_path / mode)] for mode in ("cache", "online"))
     assert len(cached) == 10
     assert max(abs(one / other - 1) for one, other in zip(cached, online, strict=True)) < 1e-4
+
+
+@pytest.mark.parametrize("cached", [{"label": None, "num_classes": 7}, {"max_pixels": 1_000_000}], ids=str)
+@pytest.mark.parametrize("views", [{"kind": "eval", "count": 1}, {"kind": "crop", "seed": 3, "flip": 0.0}], ids=str)
+def test_a_run_that_leaves_everything_to_its_cache_can_be_evaluated_exported_and_resumed(
+    cached: dict[str, Any], views: dict[str, Any], tiny_config: TinyConfig, tmp_path: Path
+) -> None:
+    base = tiny_config(data=cached, views=views, cache={"class_means": "none"})
+    build(base)
+    config = Config.model_validate(
+        {
+            "data": {"cache": cache_section(base).url},
+            "student": SMALL,
+            "loss": KD,
+            "train": {"global_batch_size": 7},
+            "run": {"url": str(tmp_path / "run")},
+            "ray": {"address": "none"},
+        }
+    )
+    summary = train(config)
+    assert train(config) == summary
+    assert base.data.shards is not None
+    found = evaluate_run(
+        str(tmp_path / "run"), base.data.shards, checkpoint_name="last", num_threads=1, device=torch.device("cpu")
+    )
+    assert found.num_rows == 35
+    assert (found.top1 is None) == ("label" in cached)
+    exported = export_run(str(tmp_path / "run"), str(tmp_path / "student.safetensors"))
+    assert exported.step == summary["steps"]
