@@ -23,7 +23,7 @@ from pipeline.cache.build import (
     PartTask,
     build_part,
     cache_config,
-    prepare,
+    prepare_with_notes,
     restore_index,
 )
 from pipeline.cache.commit import Standing, files_present, is_void, missing_blocks, read_standing, withdraw
@@ -63,19 +63,23 @@ def build_cache(config: Config) -> Manifest:
     commits = read_standing(cache.url)
     sizes = check_shards(cache.url, by_id, commits)
     ground = survey_ground(config, cache, by_id, sizes, commits)
-    for warning in (
-        *random_weights_warnings({"teacher": config.teacher}),
-        *check_space(ground, num_tasks=num_tasks_here(config.ray)),
-    ):
-        tell(f"cache: {warning}", event="warning", level=logging.WARNING)
+    _warn(random_weights_warnings({"teacher": config.teacher}))
+    _warn(check_space(ground, num_tasks=num_tasks_here(config.ray)))
     with cluster(config.ray):
         # One small task first: a wrong teacher or a foreign cache is found before anything is queued.
         first = [of_tasks(config, urls)]
-        list(fan_out(prepare, first, config.ray, what="a cache task", name=lambda _: "the header of the cache"))
+        name = "the header of the cache"
+        for _, notes in fan_out(prepare_with_notes, first, config.ray, what="a cache task", name=lambda _: name):
+            _warn(notes)
         _build_parts(config, by_id, commits)
         manifest = publish_manifest(cache.url, by_id, add_up=partial(_add_up, config.ray))
     remove_logs(cache.url)
     return manifest
+
+
+def _warn(warnings: Iterable[str]) -> None:
+    for warning in warnings:
+        tell(f"cache: {warning}", event="warning", level=logging.WARNING)
 
 
 def check_shards(cache_url: str, by_id: dict[str, str], commits: Sequence[Standing]) -> dict[str, int]:

@@ -138,6 +138,12 @@ def prepare(config: Config) -> Header:
     return builder.header
 
 
+def prepare_with_notes(config: Config) -> tuple[str, ...]:
+    """``prepare``, and what a user should know of how the teacher's weights were read."""
+    prepare(config)
+    return _current(config).teacher.loaded.notes
+
+
 def teacher_of(config: Config) -> tuple[Teacher, Header]:
     """The teacher that a build with this config would ask, as it would ask it, and the header that it would write."""
     builder = _current(config)

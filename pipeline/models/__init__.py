@@ -3,13 +3,14 @@
 from pipeline.models.embedding import EmbeddingModel, lay_out
 from pipeline.models.features import FeatureMap, find_maps, observe_maps, with_maps
 from pipeline.models.load import InputSpec, LoadedModel, load_model, random_weights_warnings, require_weights
-from pipeline.models.weights import load_state, read_state
+from pipeline.models.weights import WeightsFile, load_state, read_state
 
 __all__ = [
     "EmbeddingModel",
     "FeatureMap",
     "InputSpec",
     "LoadedModel",
+    "WeightsFile",
     "find_maps",
     "lay_out",
     "load_model",

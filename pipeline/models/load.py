@@ -17,6 +17,7 @@ from pipeline.models import python_source, timm_source, torchvision_source
 from pipeline.models.embedding import EmbeddingModel
 from pipeline.models.probe import wrap
 from pipeline.models.source import Built, OwnInput, Request
+from pipeline.models.state_dicts import with_names_of
 from pipeline.models.weights import load_state, read_state
 from schemas.config import Interpolation, ModelConfig, Triple
 
@@ -50,11 +51,13 @@ class LoadedModel:
 
     Attributes:
         architecture: JSON of what the weights do not tell: model name, kwargs, num_classes.
+        notes: choices that were made for the user, to be reported once.
     """
 
     module: EmbeddingModel
     input: InputSpec
     architecture: dict[str, object]
+    notes: tuple[str, ...] = ()
 
 
 def load_model(
@@ -87,19 +90,22 @@ def load_model(
     with _derived_randomness(seed):
         built = build(request)
     spec = input_spec(config, built.own, size, where)
+    notes: tuple[str, ...] = ()
     if config.weights_url is not None:
-        state = read_state(config.weights_url, sha256=config.sha256, where=f"{where}.weights")
+        file = read_state(config.weights_url, sha256=config.sha256, where=f"{where}.weights")
         if not allow_new_head:
-            _refuse_missing_head(built, state, request)
-        load_state(built.network, state, source=storage.redact(config.weights_url), where=f"{where}.weights")
-    return LoadedModel(wrap(built, request, size=spec.size), spec, architecture)
+            _refuse_missing_head(built, file.state, request)
+        load_state(built.network, file.state, source=storage.redact(config.weights_url), where=f"{where}.weights")
+        notes = file.notes
+    return LoadedModel(wrap(built, request, size=spec.size), spec, architecture, notes)
 
 
 def _refuse_missing_head(built: Built, state: Mapping[str, torch.Tensor], request: Request) -> None:
     """Weights of a backbone alone fit but for the classifier, which a teacher cannot make up."""
     own = built.network.state_dict().keys()
+    names = with_names_of(state, own).keys()
     of_heads = {name for name in own if name.startswith(tuple(f"{head}." for head in built.heads))}
-    if not of_heads or of_heads & state.keys() or own - of_heads - state.keys():
+    if not of_heads or of_heads & names or own - of_heads - names:
         return
     raise ModelError(
         "these weights have no classifier, so the teacher's logits would come from an untrained one",
@@ -127,7 +133,7 @@ def require_weights(config: ModelConfig, *, where: str) -> None:
         code="config.teacher-weights-missing",
         where=f"{where}.weights",
         got=f"{config.model} without weights",
-        wanted="pretrained, the URL of a .safetensors, .pt or .pth file, or random (an untrained network)",
+        wanted="pretrained, the URL of a file, or random (an untrained network)",
         next_step=f"append {where}.weights=pretrained, or {where}.weights=URL",
     )
 

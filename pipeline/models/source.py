@@ -125,7 +125,7 @@ def no_download(request: Request, error: BaseException) -> ModelError:
         where=f"{request.where}.weights",
         got=cause(error),
         wanted="a connection to the model library's host, or its files in the local cache",
-        next_step=f"try again online, or give {request.where}.weights as the URL of a .safetensors or .pt file",
+        next_step=f"try again online, or give {request.where}.weights as the URL of a file",
     )
 
 

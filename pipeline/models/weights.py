@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 import pickle
+import pickletools
+import shlex
 import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -13,43 +18,86 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.serialization import safe_globals
 
 from pipeline import storage
 from pipeline.errors import ModelError
 from pipeline.fingerprint import digest
+from pipeline.models.file_formats import ZIP, format_of, is_plain_pickle
 from pipeline.models.source import cause
+from pipeline.models.state_dicts import (
+    AVERAGED_KEYS,
+    TRAINED_KEYS,
+    open_checkpoint,
+    set_versions,
+    versions_of,
+    with_names_of,
+)
 
-_TORCH = (".pt", ".pth")
-_SUFFIXES = (".safetensors", *_TORCH)
-# Training loops put the state dict under one of these, beside the optimiser's.
-_NESTINGS = ("state_dict", "model", "student")
 _SHOWN = 4
-_ZIP, _OF_TORCHSCRIPT, _BYTEARRAY = b"PK\x03\x04", "/constants.pkl", b"\nbytearray\n"
+_OF_TORCHSCRIPT, _BYTEARRAY = "/constants.pkl", b"\nbytearray\n"
 
 
-def read_state(url: str, *, sha256: str | None, where: str) -> dict[str, Tensor]:
-    """The tensors of a ``.safetensors``, ``.pt`` or ``.pth`` object, on the CPU.
+class TorchScriptError(pickle.UnpicklingError):
+    """An archive that holds a program."""
 
-    A checkpoint that nests them under ``state_dict``, ``model`` or ``student`` is opened; the ``module.`` that DDP
-    puts before every name is taken off.
+
+class _Unused:
+    """Stands for a NumPy value in a checkpoint, such as its best accuracy, which is no weight: nothing is built."""
+
+    def __init__(self, *_args: object) -> None: ...
+
+    def __setstate__(self, _state: object) -> None: ...
+
+
+_NUMPY: list[Any] = [
+    (_Unused, f"numpy.{name}")
+    for name in (
+        "dtype",
+        "ndarray",
+        *(f"{core}.multiarray.{function}" for core in ("_core", "core") for function in ("scalar", "_reconstruct")),
+    )
+]
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsFile:
+    """What a file of weights holds.
+
+    Attributes:
+        state: tensors on the CPU by the names that the file has.
+        notes: what a user should know of the choice; empty where there was none.
+    """
+
+    state: Mapping[str, Tensor]
+    notes: tuple[str, ...] = ()
+
+
+def read_state(url: str, *, sha256: str | None, where: str) -> WeightsFile:
+    """Reads a file of safetensors or ``torch.save``, whatever its name.
+
+    Checkpoints of training loops are opened: see ``open_checkpoint``.
 
     Args:
         sha256: of the object, 64 hex characters; checked on the very bytes that are then parsed.
         where: YAML key, such as ``teacher.weights``.
 
     Raises:
-        ModelError: another suffix or digest, an object that is damaged, or one that holds code.
+        ModelError: another digest, a file of another format, damaged, or with pickled code.
         StorageInputError: the URL is refused, missing or not readable.
     """
-    suffix = _suffix(url, where)
+    _check_name(url, where)
     data = storage.read(url)
     _check_digest(data, sha256, url, where)
-    content = _unpickled(data, url, where) if suffix in _TORCH else _safetensors(data, url, where)
-    return _without_ddp_prefix(_tensors(content, url, where))
+    is_safetensors = format_of(data, url, where) == "safetensors"
+    content = _safetensors(data, url, where) if is_safetensors else _unpickled(data, url, where)
+    return _opened(content, url, where)
 
 
 def load_state(network: nn.Module, state: Mapping[str, Tensor], *, source: str, where: str) -> None:
     """Copies every tensor into the network; nothing may be missing, left over or of another shape.
+
+    Prefixes that wrappers put before all names are removed first.
 
     Args:
         source: what the tensors came from, for the message.
@@ -59,24 +107,13 @@ def load_state(network: nn.Module, state: Mapping[str, Tensor], *, source: str, 
         ModelError: what does not fit, by count and the first few names.
     """
     own = network.state_dict()
-    misshaped = [
-        f"{name} {tuple(tensor.shape)} for {tuple(own[name].shape)}"
-        for name, tensor in state.items()
-        if name in own and own[name].shape != tensor.shape
-    ]
-    missing: Sequence[str] = ()
-    unexpected: Sequence[str] = ()
-    if not misshaped:
-        # Not strict: modules mend the names of their own older versions here, and what is left is judged below.
-        missing, unexpected = network.load_state_dict(dict(state), strict=False)
-    misfits = [
-        *_summary(missing, "missing"),
-        *_summary(unexpected, "unexpected"),
-        *_summary(misshaped, "of another shape"),
-    ]
+    shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
+    fitted = with_names_of(state, own)
+    misfits = _load(network, fitted, shapes, versions_of(own))
     if misfits:
         raise ModelError(
             "the weights do not fit the network",
+            code="weights.misfit",
             where=f"{where}: {source}",
             got="; ".join(misfits),
             wanted=f"exactly the {len(own)} tensors of this architecture",
@@ -84,16 +121,54 @@ def load_state(network: nn.Module, state: Mapping[str, Tensor], *, source: str, 
         )
 
 
-def _suffix(url: str, where: str) -> str:
-    suffix = PurePosixPath(storage.redact(url)).suffix.lower()
-    if suffix not in _SUFFIXES:
+def _load(
+    network: nn.Module,
+    state: OrderedDict[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    current: Mapping[str, Any] | None,
+) -> list[str]:
+    """What does not fit. Some modules rename or add tensors of their older versions, and some refuse files without any.
+
+    Files are read as the versions that they state, then as of unknown versions, then as of the current ones.
+    """
+    stated = versions_of(state)
+    first: list[str] = []
+    for versions in (stated, None, current) if stated is not None else (None, current):
+        # load_state_dict of some modules renames tensors in the mapping that it is given.
+        copy = OrderedDict(state)
+        set_versions(copy, versions)
+        misfits = _misfits(network, copy, shapes)
+        if not misfits:
+            return []
+        first = first or misfits
+    return first
+
+
+def _misfits(network: nn.Module, state: OrderedDict[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    try:
+        # Not strict: modules mend the names of their older versions here, and what is left is judged below.
+        missing, unexpected = network.load_state_dict(state, strict=False)
+    except Exception as error:  # what a module's own hook raises, such as MNASNet for a file without versions
+        misshaped = [
+            f"{name} {tuple(tensor.shape)} for {shapes[name]}"
+            for name, tensor in state.items()
+            if name in shapes and shapes[name] != tuple(tensor.shape)
+        ]
+        return _summary(misshaped, "of another shape") or [cause(error)]
+    return [*_summary(missing, "missing"), *_summary(unexpected, "unexpected")]
+
+
+def _check_name(url: str, where: str) -> None:
+    """A file may have any name, so a misspelt word would else be a file that is missing."""
+    if url.isalnum() and not storage.exists(url):
         raise ModelError(
-            "weights of this kind are not read",
+            "this is neither a word for weights nor a file",
+            code="weights.unknown-name",
             where=where,
-            got=storage.redact(url),
-            wanted=f"pretrained, random, or a URL that ends in {', '.join(_SUFFIXES)}",
+            got=url,
+            wanted="pretrained, random, or the URL of a file of safetensors or torch.save",
+            next_step="correct the word, or give the path of the file",
         )
-    return suffix
 
 
 def _check_digest(data: bytes, sha256: str | None, url: str, where: str) -> None:
@@ -101,6 +176,7 @@ def _check_digest(data: bytes, sha256: str | None, url: str, where: str) -> None
         return
     raise ModelError(
         "the weights are not the ones the config names: their sha256 differs",
+        code="weights.sha256-mismatch",
         where=f"{where}: {storage.redact(url)}",
         got=digest(data),
         wanted=sha256,
@@ -122,11 +198,11 @@ def load_pickled(data: bytes) -> Any:
         UnpicklingError: it holds code.
         Exception: whatever torch's reader stumbles over in a damaged archive.
     """
-    if data.startswith(_ZIP):
+    if data.startswith(ZIP):
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             records = archive.infolist()
         if any(record.filename.endswith(_OF_TORCHSCRIPT) for record in records):
-            raise pickle.UnpicklingError("a TorchScript archive")
+            raise TorchScriptError("a TorchScript archive")
         # torch.save compresses nothing; a reader that inflates, or reads the same bytes again and again, has no end.
         packed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
         if packed or sum(record.file_size for record in records) > len(data):
@@ -134,22 +210,72 @@ def load_pickled(data: bytes) -> Any:
     # The one thing that torch lets a pickle call with a size that nothing in the file bounds.
     if _BYTEARRAY in data:
         raise pickle.UnpicklingError("Unsupported GLOBAL builtins.bytearray")
-    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    with safe_globals(_NUMPY):
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
 def _unpickled(data: bytes, url: str, where: str) -> object:
+    if is_plain_pickle(data):
+        read = 'import pickle, torch; c = pickle.load(open(%s, "rb"))'
+        raise _pickled_code("a pickle that torch.save did not write", read, data, url, where)
     try:
         return load_pickled(data)
+    except TorchScriptError as error:
+        read = 'import torch; c = torch.jit.load(%s, map_location="cpu")'
+        raise _pickled_code(str(error), read, data, url, where) from error
     except pickle.UnpicklingError as error:
-        raise ModelError(
-            "the file holds more than tensors: pickled code is never run",
-            where=f"{where}: {storage.redact(url)}",
-            got=_refused_global(error),
-            wanted="a state dict: names and tensors alone",
-            next_step="save model.state_dict() by itself, best as .safetensors",
-        ) from error
+        read = 'import torch; c = torch.load(%s, map_location="cpu", weights_only=False)'
+        raise _pickled_code(_refused_global(error), read, data, url, where) from error
     except Exception as error:  # a damaged archive raises whatever its reader stumbles over
         raise _unreadable(url, where, error) from error
+
+
+def _pickled_code(got: str, read: str, data: bytes, url: str, where: str) -> ModelError:
+    return ModelError(
+        "the file holds more than tensors: pickled code is never run",
+        code="weights.pickled-code",
+        where=f"{where}: {storage.redact(url)}",
+        got=got,
+        wanted="a state dict: names and tensors, and next to it plain values alone",
+        next_step=f"where you trust the file, for this runs its code: {_conversion(read, data, url)}",
+    )
+
+
+def _conversion(read: str, data: bytes, url: str) -> str:
+    """A command that writes the state dict alone, from the key that the pickle seems to have for it.
+
+    Args:
+        read: Python that binds ``c`` to the content of ``%s``.
+    """
+    path = (
+        PurePosixPath(url)
+        if storage.protocol(url) == "file"
+        else PurePosixPath(PurePosixPath(storage.redact(url)).name)
+    )
+    target = path.with_name(f"{path.name.split('.')[0]}-weights.pt")
+    texts = _texts(data)
+    keys = [key for key in (*TRAINED_KEYS, *AVERAGED_KEYS) if key in texts]
+    chosen = (
+        f"c = next((c[k] for k in {json.dumps(keys)} if k in c), c) if isinstance(c, dict) else c; " if keys else ""
+    )
+    saved = f"torch.save(c if isinstance(c, dict) else c.state_dict(), {json.dumps(str(target))})"
+    return f"python -c {shlex.quote(f'{read % json.dumps(str(path))}; {chosen}{saved}')}"
+
+
+def _texts(data: bytes) -> set[str]:
+    """The texts of a pickle, as far as it can be read; nothing in it is run."""
+    texts: set[str] = set()
+    try:
+        if data.startswith(ZIP):
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                data = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+        stream = io.BytesIO(data)
+        # The older format is several pickles, one after another.
+        while stream.tell() < len(data):
+            texts.update(argument for _, argument, _ in pickletools.genops(stream) if isinstance(argument, str))
+    except Exception:
+        return texts
+    return texts
 
 
 def _refused_global(error: BaseException) -> str:
@@ -161,6 +287,7 @@ def _refused_global(error: BaseException) -> str:
 def _unreadable(url: str, where: str, error: BaseException) -> ModelError:
     return ModelError(
         "the weights cannot be read; the file is damaged or of another format",
+        code="weights.damaged",
         where=f"{where}: {storage.redact(url)}",
         got=cause(error),
         wanted="what safetensors' or torch's own save function writes",
@@ -168,34 +295,24 @@ def _unreadable(url: str, where: str, error: BaseException) -> ModelError:
     )
 
 
-def _tensors(content: object, url: str, where: str) -> dict[str, Tensor]:
-    named = _opened(content)
-    strange = [f"{name}: {type(value).__name__}" for name, value in named.items() if not isinstance(value, Tensor)]
-    if not named or strange:
+def _opened(content: object, url: str, where: str) -> WeightsFile:
+    opened = open_checkpoint(content)
+    strange = [
+        f"{name}: {type(value).__name__}" for name, value in opened.content.items() if not isinstance(value, Tensor)
+    ]
+    if not opened.content or strange:
         raise ModelError(
             "the file does not hold a state dict",
+            code="weights.no-state-dict",
             where=f"{where}: {storage.redact(url)}",
             got="; ".join(_summary(strange, "not a tensor")) or f"an empty or unnamed {type(content).__name__}",
-            wanted=f"names to tensors, at the top or under {', '.join(_NESTINGS)}",
+            wanted=f"names to tensors, at the top or under one of {', '.join((*TRAINED_KEYS, *AVERAGED_KEYS))}",
+            next_step="save model.state_dict() by itself: torch.save(model.state_dict(), FILE)",
         )
-    return {str(name): value for name, value in named.items() if isinstance(value, Tensor)}
-
-
-def _opened(content: object) -> Mapping[object, object]:
-    """The innermost mapping of names to values; empty where there is none."""
-    if not isinstance(content, Mapping):
-        return {}
-    for nesting in _NESTINGS:
-        if isinstance(content.get(nesting), Mapping):
-            return content[nesting]
-    return content
-
-
-def _without_ddp_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    prefix = "module."
-    if not all(name.startswith(prefix) for name in state):
-        return state
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    state = OrderedDict((str(name), value) for name, value in opened.content.items() if isinstance(value, Tensor))
+    set_versions(state, versions_of(opened.content))
+    note = f"{where}: the state dict under {opened.key} was loaded; the file also has {', '.join(opened.others)}"
+    return WeightsFile(state, (note,) if opened.others else ())
 
 
 def _summary(names: Sequence[str], what: str) -> list[str]:

@@ -195,7 +195,9 @@ class Trainer:
         self.lessons = open_lessons(config, self.loss, world.device)
         source = self.lessons.source
         self.order = order_of(config.train, source.shard_ids, source.num_ok, self.lessons.facts.plan)
-        self.student, self.spec = _student(config, self.lessons, self.loss)
+        self.student, loaded = _student(config, self.lessons, self.loss)
+        self.spec = loaded.input
+        self._model_notes = [*loaded.notes, *(note for one in self.lessons.teachers for note in one.loaded.notes)]
         lay_out(self.student.train(), world.device)
         freeze(self.student.model.network, config.train.freeze)
         # Where workers come and go, a batch that is too small for all of them is refused before the first is lost.
@@ -256,6 +258,8 @@ class Trainer:
                 self._say("warning", text=drift.warning())
         if not self.world.leads:
             return
+        for text in self._model_notes:
+            self._say("warning", text=text)
         for cache in self.lessons.facts.caches:
             for text in fidelity_warnings(cache.header, cache.manifest.statistics, self.config.loss):
                 self._say("warning", text=text)
@@ -582,8 +586,8 @@ def _ask(teacher: Teacher, batch: Batch, review: Review | None) -> tuple[Teacher
     return TeacherWords({None: teacher_BK}, teacher_BD.norm(dim=1), teacher_BD), levels
 
 
-def _student(config: Config, lessons: Lessons, loss: CompositeLoss) -> tuple[Student, InputSpec]:
-    """The student with its first weights, a function of ``train.seed`` alone, and what it eats."""
+def _student(config: Config, lessons: Lessons, loss: CompositeLoss) -> tuple[Student, LoadedModel]:
+    """The student with its first weights, a function of ``train.seed`` alone, and its network as it was loaded."""
     assert config.student is not None
     loaded = load_model(
         config.student,
@@ -597,7 +601,7 @@ def _student(config: Config, lessons: Lessons, loss: CompositeLoss) -> tuple[Stu
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
         student = Student(loaded.module, terms=loss.projected, teacher_dims=lessons.teacher_dims, review=review)
-    return student, loaded.input
+    return student, loaded
 
 
 def _review(config: Config, student: LoadedModel, teachers: Sequence[Teacher]) -> ReviewPlan | None:

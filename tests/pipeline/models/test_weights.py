@@ -1,10 +1,19 @@
-"""Weights from a URL: both formats, every way they can be wrong, and never a line of pickled code."""
+"""Weights from a URL: every form of checkpoint, every way they can be wrong, and never a line of pickled code."""
 
 from __future__ import annotations
 
+import argparse
+import bz2
+import gzip
 import hashlib
 import io
+import lzma
 import os
+import pickle
+import shlex
+import subprocess
+import sys
+import tarfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -16,7 +25,7 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.errors import ModelError, StorageInputError
 from pipeline.fingerprint import weights_digest
@@ -33,10 +42,14 @@ def load(weights: str, *, model: str = PLAIN, num_classes: int = 7, **keys: Any)
     return load_model(config, num_classes=num_classes, size=32)
 
 
-def refusal(weights: str, **keys: Any) -> str:
+def refused(weights: str, **keys: Any) -> ModelError:
     with pytest.raises(ModelError) as caught:
         load(weights, **keys)
-    return str(caught.value)
+    return caught.value
+
+
+def refusal(weights: str, **keys: Any) -> str:
+    return str(refused(weights, **keys))
 
 
 @pytest.fixture(scope="module")
@@ -79,14 +92,249 @@ def test_weights_are_read_from_any_allowed_url(state: dict[str, Tensor]) -> None
     assert weights_digest(load(url).module.network.state_dict()) == weights_digest(state)
 
 
-@pytest.mark.parametrize("nesting", ["model", "state_dict", "student"])
-@pytest.mark.parametrize("prefix", ["", "module."])
-def test_checkpoints_of_training_loops_are_opened(
-    state: dict[str, Tensor], tmp_path: Path, nesting: str, prefix: str
+NESTINGS = [
+    *("state_dict", "model", "student", "model_state_dict", "model_state", "net", "network", "weights"),
+    *("state_dict_ema", "model_ema", "ema_state_dict", "ema", "teacher", "model.state_dict", "ema.model.net"),
+]
+PREFIXES = ["", "module.", "model.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.net.", "a.b.c.d."]
+
+
+def nest(path: str, content: Any) -> Any:
+    for key in reversed(path.split(".")):
+        content = {key: content, "epoch": 3, "optimizer": {"state": {0: {"exp_avg": torch.zeros(1)}}, "lr": 0.1}}
+    return content
+
+
+@pytest.mark.parametrize("nesting", NESTINGS)
+def test_checkpoints_of_training_loops_are_opened(state: dict[str, Tensor], tmp_path: Path, nesting: str) -> None:
+    loaded = load(save(nest(nesting, state), tmp_path / "checkpoint.pt"))
+    assert weights_digest(loaded.module.network.state_dict()) == weights_digest(state)
+    assert loaded.notes == ()
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("nesting", [None, "state_dict"])
+def test_prefixes_that_all_names_share_are_removed(
+    state: dict[str, Tensor], tmp_path: Path, prefix: str, nesting: str | None
 ) -> None:
-    nested = {nesting: {prefix + name: tensor for name, tensor in state.items()}, "epoch": 3, "optimizer": {"lr": 0.1}}
-    url = save(nested, tmp_path / "checkpoint.pt")
+    prefixed = {prefix + name: tensor for name, tensor in state.items()}
+    url = save(nest(nesting, prefixed) if nesting else prefixed, tmp_path / "checkpoint.pt")
     assert weights_digest(load(url).module.network.state_dict()) == weights_digest(state)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "model.", "_orig_mod."])
+def test_a_network_whose_own_names_share_a_prefix_keeps_them(state: dict[str, Tensor], prefix: str) -> None:
+    network = nn.ModuleDict({prefix.rstrip("."): Plain(7)})
+    names = {prefix + name: tensor for name, tensor in state.items()}
+    for stored in (names, {f"module.{name}": tensor for name, tensor in names.items()}):
+        load_state(network, stored, source="names", where="teacher.weights")
+        assert weights_digest(network.state_dict()) == weights_digest(names)
+
+
+def test_weights_of_compiled_submodules_and_of_averaged_models_load(state: dict[str, Tensor]) -> None:
+    network = Plain(7)
+    averaged = torch.optim.swa_utils.AveragedModel(network)
+    averaged.update_parameters(network)
+    assert {"n_averaged", "module.fc.weight"} < set(averaged.state_dict())
+    load_state(Plain(7), averaged.state_dict(), source="averaged", where="teacher.weights")
+    names = {name.replace("stem.", "stem._orig_mod."): tensor for name, tensor in state.items()}
+    load_state(network, names, source="compiled", where="teacher.weights")
+    assert weights_digest(network.state_dict()) == weights_digest(state)
+
+
+@pytest.mark.parametrize("name", ["best.pth.tar", "lit.ckpt", "pytorch_model.bin", "weights", "weights.safetensors"])
+@pytest.mark.parametrize("write", ["zip", "legacy", "safetensors"])
+def test_the_content_of_a_file_decides_and_not_its_name(
+    state: dict[str, Tensor], tmp_path: Path, name: str, write: str
+) -> None:
+    path = tmp_path / name
+    if write == "safetensors":
+        safetensors.torch.save_file(state, path)
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=write == "zip")
+    assert weights_digest(load(str(path)).module.network.state_dict()) == weights_digest(state)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_numpy_values_next_to_weights_do_not_matter_and_are_not_built(
+    state: dict[str, Tensor], tmp_path: Path, legacy: bool
+) -> None:
+    values = {"best": np.float64(76.1), "epoch": np.int64(3), "curve": np.arange(3.0), "size": np.dtype("V2000000000")}
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"state_dict": state, **values}, path, _use_new_zipfile_serialization=not legacy)
+    allowed = torch.serialization.get_safe_globals()
+    assert weights_digest(load(str(path)).module.network.state_dict()) == weights_digest(state)
+    assert set(torch.serialization.get_safe_globals()) == set(allowed)
+
+
+def test_of_several_state_dicts_the_first_in_the_documented_order_is_loaded_and_named(
+    state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    other = {name: tensor + 1 for name, tensor in state.items()}
+    content = {"ema": {"model": other}, "state_dict_ema": other, "net": other, "state_dict": state, "raw": other}
+    loaded = load(save(content, tmp_path / "both.pt"))
+    assert weights_digest(loaded.module.network.state_dict()) == weights_digest(state)
+    (note,) = loaded.notes
+    assert note.startswith("teacher.weights: the state dict under state_dict was loaded")
+    assert note.endswith("the file also has net, state_dict_ema, ema")
+
+
+def test_a_mapping_without_tensors_is_passed_over(state: dict[str, Tensor], tmp_path: Path) -> None:
+    url = save({"model": {"name": "resnet8"}, "net": state}, tmp_path / "checkpoint.pt")
+    assert weights_digest(load(url).module.network.state_dict()) == weights_digest(state)
+
+
+def test_a_checkpoint_that_holds_itself_is_refused(tmp_path: Path) -> None:
+    content: dict[str, Any] = {"epoch": 1}
+    content["model"] = content
+    assert refused(save(content, tmp_path / "loop.pt")).code == "weights.no-state-dict"
+
+
+def tar_of(data: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        member = tarfile.TarInfo("weights.pt")
+        member.size = len(data)
+        archive.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.safetensors", "x"])
+@pytest.mark.parametrize(
+    ("data", "code"),
+    [
+        (b"", "weights.empty-file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "weights.git-lfs-pointer"),
+        (b"<!DOCTYPE html><html>quota</html>", "weights.html-page"),
+        (b"\n\n<HTML><body>Sign in</body>", "weights.html-page"),
+        (gzip.compress(b"weights"), "weights.compressed-file"),
+        (bz2.compress(b"weights"), "weights.compressed-file"),
+        (lzma.compress(b"weights"), "weights.compressed-file"),
+        (b'{"error": "Access denied"}', "weights.unknown-format"),
+        (tar_of(b"weights"), "weights.unknown-format"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(100), "weights.unknown-format"),
+        (bytes(1000), "weights.unknown-format"),
+    ],
+)
+def test_what_is_no_weights_file_is_named(tmp_path: Path, name: str, data: bytes, code: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    error = refused(str(tmp_path / name))
+    assert (error.code, error.where) == (code, f"teacher.weights: {tmp_path / name}")
+    assert error.next_step
+
+
+class Recipe:
+    """Stands for a class of a training script."""
+
+    def __init__(self) -> None:
+        self.lr = 0.1
+
+
+def _legacy(content: Any, path: Path) -> None:
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+
+
+def _pickle(content: Any, path: Path) -> None:
+    path.write_bytes(pickle.dumps(content))
+
+
+def _with_namespace(net: Plain) -> Any:
+    return {"state_dict": net.state_dict(), "args": argparse.Namespace(lr=1, model="resnet8"), "epoch": 1}
+
+
+@pytest.mark.parametrize(
+    ("wrap", "write"),
+    [
+        (_with_namespace, torch.save),
+        (_with_namespace, _legacy),
+        (lambda net: {"net": net.state_dict(), "args": Recipe()}, _pickle),
+        (lambda net: {"model": net, "epoch": 3}, torch.save),
+        (lambda net: net, torch.save),
+    ],
+)
+def test_the_command_of_the_message_converts_a_checkpoint_with_pickled_objects(
+    state: dict[str, Tensor], tmp_path: Path, wrap: Any, write: Any
+) -> None:
+    network = Plain(7)
+    network.load_state_dict(state)
+    path = tmp_path / "it's a run.pt"
+    write(wrap(network), path)
+    error = refused(str(path))
+    assert error.code == "weights.pickled-code"
+    _, _, command = str(error.next_step).partition(": ")
+    assert command.startswith("python -c ")
+    subprocess.run(shlex.split(command.replace("python", sys.executable, 1)), check=True)
+    converted = load(str(tmp_path / "it's a run-weights.pt"))
+    assert weights_digest(converted.module.network.state_dict()) == weights_digest(state)
+
+
+class Versioned(nn.Module):
+    """Like torchvision's MNASNet: refuses files without versions, and renames the tensors of version 1."""
+
+    _version = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(2, 3)
+
+    def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, *rest: Any) -> None:
+        if metadata.get("version") not in (1, 2):
+            raise ValueError("a version is needed")
+        if metadata["version"] == 1:
+            state[f"{prefix}fc.weight"] = state.pop(f"{prefix}old.weight")
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "module._orig_mod."])
+def test_versions_of_modules_are_those_of_the_file(tmp_path: Path, prefix: str) -> None:
+    network = Versioned()
+    wrapped: nn.Module = network
+    for name in reversed(prefix.split(".")[:-1]):
+        outer = nn.Module()
+        outer.add_module(name, wrapped)
+        wrapped = outer
+    stored: Any = wrapped.state_dict()
+    stored._metadata[prefix.rstrip(".")]["version"] = 1
+    stored[f"{prefix}old.weight"] = stored.pop(f"{prefix}fc.weight")
+    file = read_state(save(stored, tmp_path / "old.pt"), sha256=None, where="teacher.weights")
+    fresh = Versioned()
+    load_state(fresh, file.state, source="old.pt", where="teacher.weights")
+    assert weights_digest(fresh.state_dict()) == weights_digest(network.state_dict())
+
+
+@pytest.mark.parametrize("length", [128, 640, 896, 33408])
+def test_a_safetensors_header_whose_length_looks_like_a_pickle_is_read(tmp_path: Path, length: int) -> None:
+    network = nn.Linear(2, 3)
+    data = safetensors.torch.save(network.state_dict())
+    size = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + size].rstrip().ljust(length)
+    (tmp_path / "x").write_bytes(length.to_bytes(8, "little") + header + data[8 + size :])
+    assert (tmp_path / "x").read_bytes().startswith(b"\x80")
+    file = read_state(str(tmp_path / "x"), sha256=None, where="teacher.weights")
+    assert weights_digest(dict(file.state)) == weights_digest(network.state_dict())
+
+
+def test_a_file_without_versions_is_read_as_of_the_current_ones_where_a_module_needs_them(tmp_path: Path) -> None:
+    network, fresh = Versioned(), Versioned()
+    file = read_state(save(network.state_dict(), tmp_path / "x.safetensors"), sha256=None, where="teacher.weights")
+    load_state(fresh, file.state, source="x", where="teacher.weights")
+    assert weights_digest(fresh.state_dict()) == weights_digest(network.state_dict())
+
+
+def test_metadata_of_a_file_changes_nothing_but_versions(tmp_path: Path) -> None:
+    stored: Any = Plain(7).half().state_dict()
+    for facts in stored._metadata.values():
+        facts["assign_to_params_buffers"] = True
+    network = Plain(7)
+    file = read_state(save(stored, tmp_path / "x.pt"), sha256=None, where="teacher.weights")
+    load_state(network, file.state, source="x.pt", where="teacher.weights")
+    assert {tensor.dtype for tensor in network.state_dict().values()} == {torch.float32}
+
+
+def test_what_a_module_raises_at_loading_is_an_error_of_the_weights() -> None:
+    with pytest.raises(ModelError) as caught:
+        load_state(Versioned(), {"old.weight": torch.zeros(3, 2)}, source="x", where="teacher.weights")
+    assert caught.value.code == "weights.misfit"
 
 
 def test_checkpoints_older_than_batch_counters_load(tmp_path: Path) -> None:
@@ -178,12 +426,12 @@ def test_networks_and_arrays_with_code_in_them_are_no_weights(tmp_path: Path) ->
             archive.writestr(f"script/{name}", b"")
     message = refusal(str(path))
     assert "a TorchScript archive" in message
-    assert "weights_only" not in message
+    assert "torch.jit.load" in message
     array = np.array([Malice(tmp_path / "owned")], object)
     np.save(tmp_path / "array.npy", array, allow_pickle=True)
-    assert "weights of this kind are not read" in refusal(str(tmp_path / "array.npy"))
+    assert refused(str(tmp_path / "array.npy")).code == "weights.unknown-format"
     (tmp_path / "array.npy").rename(tmp_path / "array.pt")
-    refusal(str(tmp_path / "array.pt"))
+    assert refused(str(tmp_path / "array.pt")).code == "weights.unknown-format"
     assert not (tmp_path / "owned").exists()
 
 
@@ -236,9 +484,10 @@ def _bytes(state: dict[str, Tensor], suffix: str) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("weights", ["pretraind", "weights.npz", "s3://bucket/model.ckpt"])
-def test_other_kinds_of_weights_are_answered_with_those_that_are(weights: str) -> None:
-    assert "pretrained, random, or a URL that ends in .safetensors, .pt, .pth" in refusal(weights)
+def test_a_misspelt_word_for_weights_gets_the_words_that_there_are() -> None:
+    error = refused("pretraind")
+    assert (error.code, error.where, error.got) == ("weights.unknown-name", "teacher.weights", "pretraind")
+    assert str(error.wanted).startswith("pretrained, random, or ")
 
 
 def test_an_absent_file_and_a_command_are_refused_by_storage(tmp_path: Path) -> None:
@@ -249,8 +498,11 @@ def test_an_absent_file_and_a_command_are_refused_by_storage(tmp_path: Path) -> 
 
 
 def test_a_secret_in_a_url_stays_out_of_the_message() -> None:
-    message = refusal("https://user:hunter2@host/model.bin?token=swordfish")
-    assert "hunter2" not in message
+    url = "memory://weights/model.bin?token=swordfish"
+    with fsspec.open(url, "wb") as handle:
+        torch.save({"args": argparse.Namespace(lr=1)}, handle)
+    message = refusal(url)
+    assert "model-weights.pt" in message
     assert "swordfish" not in message
 
 

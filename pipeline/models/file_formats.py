@@ -1,0 +1,117 @@
+"""The format of a weights file, from its first bytes: names do not decide, and what is no weights file is named."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal, NamedTuple
+
+from pipeline import storage
+from pipeline.errors import ModelError
+
+Format = Literal["safetensors", "zip", "pickle"]
+
+ZIP = b"PK\x03\x04"
+# The number that the older format of torch.save begins with, as a pickle of protocol 2.
+_LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+_PICKLE = b"\x80"
+_HEADER_BYTES = 8  # of safetensors: the length of its JSON
+_SHOWN_BYTES = 40
+
+
+class _Foreign(NamedTuple):
+    """What a file is that holds no weights as it is, and the step that leads to them."""
+
+    code: str
+    is_a: str
+    next_step: str
+
+
+_EMPTY = _Foreign("weights.empty-file", "empty: damaged or not copied to the end", "copy or download the file again")
+_LFS = _Foreign(
+    "weights.git-lfs-pointer",
+    "a Git LFS pointer: the text that stands for the file in a repository",
+    "run git lfs pull in that repository, then copy the file again",
+)
+_HTML = _Foreign(
+    "weights.html-page",
+    "an HTML page, such as an error, a quota notice or the page around a download link",
+    "download the file itself: on GitHub its raw link, on Hugging Face resolve/ instead of blob/ in the URL",
+)
+_UNKNOWN = "use a file that torch.save or safetensors wrote; convert other formats with the library that wrote them"
+
+
+def _compressed(kind: str, command: str) -> _Foreign:
+    return _Foreign("weights.compressed-file", f"a {kind} file", f"decompress it first: {command} FILE")
+
+
+def _other(is_a: str) -> _Foreign:
+    return _Foreign("weights.unknown-format", is_a, _UNKNOWN)
+
+
+_BY_START: tuple[tuple[bytes, _Foreign], ...] = (
+    (b"version https://git-lfs", _LFS),
+    (b"\x1f\x8b", _compressed("gzip", "gunzip")),
+    (b"BZh", _compressed("bzip2", "bunzip2")),
+    (b"\xfd7zXZ\x00", _compressed("xz", "unxz")),
+    (b"\x28\xb5\x2f\xfd", _compressed("zstd", "unzstd")),
+    (b"\x89HDF\r\n\x1a\n", _other("an HDF5 file (Keras)")),
+    (b"\x93NUMPY", _other("a NumPy array")),
+    (b"GGUF", _other("a GGUF file")),
+)
+_HTML_START = re.compile(rb"\s*<(?:!doctype|html|head|body|\?xml|!--)", re.IGNORECASE)
+
+
+def format_of(data: bytes, url: str, where: str) -> Format:
+    """How a weights file is to be read.
+
+    Args:
+        where: YAML key, such as ``teacher.weights``.
+
+    Raises:
+        ModelError: it is empty, a Git LFS pointer, an HTML page, compressed, or of a format without a reader here.
+    """
+    if data.startswith(ZIP):
+        return "zip"
+    if _is_safetensors(data):
+        return "safetensors"
+    if data.startswith(_PICKLE):
+        return "pickle"
+    foreign = _foreign(data)
+    raise ModelError(
+        f"the weights file is {foreign.is_a}",
+        code=foreign.code,
+        where=f"{where}: {storage.redact(url)}",
+        got=_shown(data),
+        wanted="a file of torch.save or safetensors, whatever its name",
+        next_step=foreign.next_step,
+    )
+
+
+def _is_safetensors(data: bytes) -> bool:
+    """JSON after its length, which may begin as a pickle does; the zero bytes of a length that is possible tell it."""
+    length = data[:_HEADER_BYTES]
+    is_length = length.endswith(b"\0\0\0") or (b"\0" in length and not data.startswith(_PICKLE))
+    return is_length and data[_HEADER_BYTES : _HEADER_BYTES + 1] == b"{"
+
+
+def is_plain_pickle(data: bytes) -> bool:
+    """Whether ``pickle.dump`` wrote it, and neither form of ``torch.save``."""
+    return data.startswith(_PICKLE) and not data.startswith(_LEGACY_TORCH)
+
+
+def _foreign(data: bytes) -> _Foreign:
+    if not data:
+        return _EMPTY
+    for start, foreign in _BY_START:
+        if data.startswith(start):
+            return foreign
+    if _HTML_START.match(data[:256]):
+        return _HTML
+    if data[257:262] == b"ustar":
+        return _other("a tar archive")
+    is_text = all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in data[:_SHOWN_BYTES])
+    return _other("a text file" if is_text else "damaged or of an unknown format")
+
+
+def _shown(data: bytes) -> str:
+    return f"{len(data)} bytes" + (f" that begin with {data[:_SHOWN_BYTES]!r}" if data else "")
