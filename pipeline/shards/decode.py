@@ -11,6 +11,7 @@ these rules:
 - of 16-bit channels the high byte is kept;
 - an orientation that stands before the pixels, in EXIF or else in XMP, is applied, in every format;
 - profiles and gamma are not applied;
+- metadata that are damaged or too large count as absent: without a readable orientation the pixels stay as stored;
 - of several pictures the first is taken that a plain reader sees, of an APNG or a multi-picture JPEG.
 
 Anything but a whole JPEG, PNG or WebP image is undecodable, and so is an animated WebP.
@@ -28,8 +29,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 import torchvision.io
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
+
+from pipeline.shards.kinds import file_kind
 
 BadStatus = Literal["undecodable", "empty", "too_large"]
 
@@ -38,6 +41,14 @@ _JPEG_START, _JPEG_SCAN = b"\xff\xd8", 0xDA
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 # Tables, restart interval, comment and application data, but for APP1, which holds EXIF and XMP.
 _JPEG_SEGMENTS = frozenset({0xC4, 0xDB, 0xDD, 0xFE, 0xE0, *range(0xE2, 0xF0)})
+# Chunks of a PNG that no pixel depends on. APNG's are not among them: they say where the first picture ends.
+_PNG_START = b"\x89PNG\r\n\x1a\n"
+_PNG_TEXT = frozenset({b"tEXt", b"zTXt", b"iTXt"})
+_PNG_METADATA = _PNG_TEXT | {
+    *(b"iCCP", b"sRGB", b"gAMA", b"cHRM", b"cICP", b"mDCV", b"cLLI", b"mDCv", b"cLLi", b"sBIT", b"pHYs", b"tIME"),
+    *(b"bKGD", b"hIST", b"sPLT", b"eXIf", b"oFFs", b"pCAL", b"sCAL", b"sTER", b"dSIG"),
+}
+_PNG_ORIENTATION_KEYWORDS = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
 _RGB = int(torchvision.io.ImageReadMode.RGB.value)
 _pillow_lock = threading.Lock()
 
@@ -125,14 +136,59 @@ def _plain_jpeg_header(data: bytes) -> _Header | None:
 
 def _pillow_header(data: bytes) -> _Header:
     try:
-        with _pillow_alone(), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            # Pillow's own getexif of a PNG decodes it, to look behind the pixels too.
-            orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
-            form, (width, height) = image.format, image.size
-    # Pillow's parsers raise what they stumble over: OSError, SyntaxError, struct.error, KeyError …
+        with _pillow_alone(), _open(data) as image:
+            return _Header(image.format, *image.size, _orientation(image))
+    # Pillow's parsers raise whatever they fail with: OSError, SyntaxError, struct.error, KeyError …
     except Exception as error:
-        raise BadImageError("undecodable", f"no JPEG, PNG or WebP header: {error}") from error
-    return _Header(form, width, height, orientation if orientation in range(1, 9) else 1)
+        raise BadImageError("undecodable", _reason(error, data)) from error
+
+
+def _reason(error: Exception, data: bytes) -> str:
+    kind = file_kind(data)
+    if kind not in _FORMATS:
+        return f"not a JPEG, PNG or WebP image, but {kind}"
+    # The text of Pillow's UnidentifiedImageError is a memory address.
+    return f"its {kind} header is damaged" if isinstance(error, UnidentifiedImageError) else f"damaged {kind}: {error}"
+
+
+def _open(data: bytes) -> Image.Image:
+    """The header, from as much of the metadata as can be read: all, those that may hold an orientation, or none."""
+    try:
+        return Image.open(io.BytesIO(data), formats=_FORMATS)
+    except Exception:
+        for keep_orientation in (True, False) if data.startswith(_PNG_START) else ():
+            bare = _without_metadata(data, keep_orientation=keep_orientation)
+            with contextlib.suppress(Exception):
+                return Image.open(io.BytesIO(bare), formats=_FORMATS)
+        raise
+
+
+def _orientation(image: Image.Image) -> int:
+    """1 to 8; 1 where metadata name none, or are damaged."""
+    try:
+        # Pillow's own getexif of a PNG decodes it, to look behind the pixels too.
+        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    except Exception:
+        return 1
+    return orientation if orientation in range(1, 9) else 1
+
+
+def _without_metadata(png: bytes, *, keep_orientation: bool) -> bytes:
+    """The same PNG without chunks that no pixel depends on.
+
+    Args:
+        keep_orientation: keeps those in which an orientation may stand.
+    """
+    parts, at = [_PNG_START], len(_PNG_START)
+    while at + 8 <= len(png):
+        # Length, type, data, CRC.
+        end = at + 12 + int.from_bytes(png[at : at + 4], "big")
+        kind, content = png[at + 4 : at + 8], png[at + 8 : at + 8 + max(map(len, _PNG_ORIENTATION_KEYWORDS))]
+        may_turn = kind == b"eXIf" or (kind in _PNG_TEXT and content.startswith(_PNG_ORIENTATION_KEYWORDS))
+        if kind not in _PNG_METADATA or (keep_orientation and may_turn):
+            parts.append(png[at:end])
+        at = end
+    return b"".join(parts)
 
 
 @contextlib.contextmanager
@@ -165,16 +221,25 @@ def _pixels(data: bytes) -> Tensor:
 def _png_pixels(data: bytes) -> Tensor:
     """[3,H,W] uint8 as stored, not rotated."""
     try:
-        with _pillow_alone():
-            image = Image.open(io.BytesIO(data), formats=("PNG",))
-        image.load()
-    except Exception as error:
-        raise BadImageError("undecodable", str(error)) from error
+        image = _load_png(data)
+    except Exception:
+        try:
+            # Also metadata that stand behind the pixels may be damaged.
+            image = _load_png(_without_metadata(data, keep_orientation=False))
+        except Exception as error:
+            raise BadImageError("undecodable", _reason(error, data)) from error
     # Where this stays, converting a palette warns that its alpha is lost, which is the rule here.
     image.info.pop("transparency", None)
     if image.mode == "I;16":
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def _load_png(data: bytes) -> Image.Image:
+    with _pillow_alone():
+        image = Image.open(io.BytesIO(data), formats=("PNG",))
+    image.load()
+    return image
 
 
 def _upright(stored_CHW: Tensor, orientation: int) -> Tensor:

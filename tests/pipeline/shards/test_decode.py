@@ -316,6 +316,103 @@ def test_broken_metadata_neither_warns_nor_costs_the_image() -> None:
     np.testing.assert_array_equal(decode(broken, max_pixels=PLENTY).numpy(), pillow(data))
 
 
+PNG_IDAT_AT = IMAGES["png"].index(b"IDAT") - 4
+PLAIN = {"PNG": IMAGES["png"], "WEBP": IMAGES["webp lossless"], "JPEG": IMAGES["jpeg"]}
+
+
+def with_chunk(kind: bytes, content: bytes, *, at: int = PNG_IDAT_AT, png: bytes = IMAGES["png"]) -> bytes:
+    """The PNG with a further chunk; by default before its pixels."""
+    return png[:at] + chunk(kind, content) + png[at:]
+
+
+def wrong_crc(png: bytes, kind: bytes) -> bytes:
+    at = png.index(kind)
+    end = at + 4 + int.from_bytes(png[at - 4 : at], "big")
+    return png[:end] + bytes([png[end] ^ 1]) + png[end + 1 :]
+
+
+LARGE = zlib.compress(bytes(2 << 20))
+DAMAGED_METADATA = {
+    "PNG, EXIF": with_chunk(b"eXIf", b"garbage!"),
+    "PNG, EXIF without bytes": with_chunk(b"eXIf", b""),
+    "PNG, EXIF as text that is not hexadecimal": with_chunk(b"tEXt", b"Raw profile type exif\0\nexif\n 12\nzz"),
+    "PNG, EXIF as text that is too short": with_chunk(b"tEXt", b"Raw profile type exif\0\nexif\n 2\n4578"),
+    "PNG, large ICC profile": with_chunk(b"iCCP", b"icc\0\0" + LARGE),
+    "PNG, ICC profile that is not compressed": with_chunk(b"iCCP", b"icc\0\0not zlib"),
+    "PNG, ICC profile of another compression": with_chunk(b"iCCP", b"icc\0\7" + LARGE),
+    "PNG, large text": with_chunk(b"zTXt", b"k\0\0" + LARGE),
+    "PNG, large international text": with_chunk(b"iTXt", b"k\0\1\0\0\0" + LARGE),
+    "PNG, large text behind the pixels": with_chunk(b"zTXt", b"k\0\0" + LARGE, at=len(IMAGES["png"]) - 12),
+    "PNG, XMP that is not UTF-8": with_chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0\xff\xfe"),
+    "PNG, resolution cut short": with_chunk(b"pHYs", b"\0"),
+    "PNG, gamma without bytes": with_chunk(b"gAMA", b""),
+    "PNG, primaries cut short": with_chunk(b"cHRM", b"\0\1"),
+    "PNG, text with a wrong checksum": wrong_crc(with_chunk(b"tEXt", b"k\0value"), b"tEXt"),
+    "WEBP, EXIF": image_bytes("WEBP", lossless=True, exif=b"garbage!"),
+    "WEBP, EXIF and XMP": image_bytes("WEBP", lossless=True, exif=b"Exif\0\0II*\0\xff\xff\xff\xff", xmp=b"\xff<"),
+    "JPEG, EXIF": with_segment(IMAGES["jpeg"], 0xE1, b"Exif\0\0garbage!"),
+    # Pillow itself reads the EXIF of a JPEG without a resolution, and passes over what is wrong with it.
+    "JPEG, EXIF behind a resolution": with_segment(image_bytes("JPEG", dpi=(72, 72)), 0xE1, b"Exif\0\0garbage!"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED_METADATA)
+def test_damaged_or_large_metadata_leave_the_pixels_as_they_are_stored(name: str) -> None:
+    data, plain = DAMAGED_METADATA[name], PLAIN[name.partition(",")[0]]
+    assert torch.equal(decode(data, max_pixels=PLENTY), decode(plain, max_pixels=PLENTY))
+    assert image_size(data) == (7, 5)
+
+
+def test_an_orientation_counts_also_where_other_metadata_are_too_large() -> None:
+    turned = oriented("PNG", 6)
+    at = turned.index(b"eXIf") - 4
+    for extra in (chunk(b"iCCP", b"icc\0\0" + LARGE), chunk(b"pHYs", b"\0")):
+        data = turned[:at] + extra + turned[at:]
+        assert torch.equal(decode(data, max_pixels=PLENTY), decode(turned, max_pixels=PLENTY))
+        assert image_size(data) == (5, 7)
+
+
+def wrong_stream(png: bytes) -> bytes:
+    at = png.index(b"IDAT") + 12
+    return png[:at] + bytes([png[at] ^ 255]) + png[at + 1 :]
+
+
+@pytest.mark.parametrize(
+    "png",
+    [wrong_crc(IMAGES["png"], b"IHDR"), wrong_crc(image_bytes(mode="P"), b"PLTE"), wrong_stream(IMAGES["png"])],
+    ids=["header", "palette", "pixels"],
+)
+def test_damage_to_what_pixels_depend_on_is_not_taken_for_metadata(png: bytes) -> None:
+    for data in (png, with_chunk(b"eXIf", b"garbage!", png=png, at=png.index(b"IDAT") - 4)):
+        with pytest.raises(BadImageError) as caught:
+            decode(data, max_pixels=PLENTY)
+        assert caught.value.status == "undecodable"
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (image_bytes("GIF"), "not a JPEG, PNG or WebP image, but a GIF image"),
+        (b"\n<!DOCTYPE html><html>", "not a JPEG, PNG or WebP image, but HTML"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "not a JPEG, PNG or WebP image, but a Git LFS pointer"),
+        (b"\0\5\x16\7" + bytes(20), "not a JPEG, PNG or WebP image, but an AppleDouble file of macOS"),
+        (bytes(30), "not a JPEG, PNG or WebP image, but unknown bytes"),
+        (IMAGES["png"][:20], "damaged PNG: Truncated File Read"),
+        (wrong_crc(IMAGES["png"], b"IHDR"), "its PNG header is damaged"),
+        (IMAGES["png"][:-30], "damaged PNG: image file is truncated"),
+        (IMAGES["jpeg"][:-30], "truncated"),
+    ],
+)
+def test_a_reason_is_the_same_text_every_time_and_names_the_cause(data: bytes, reason: str) -> None:
+    texts: set[str] = set()
+    for _ in range(2):
+        with pytest.raises(BadImageError) as caught:
+            decode(data, max_pixels=PLENTY)
+        texts.add(caught.value.reason)
+    (text,) = texts
+    assert reason in text
+
+
 def test_an_exif_that_stands_behind_other_segments_turns_the_image() -> None:
     turned = oriented("JPEG", 6)
     for marker, content in (

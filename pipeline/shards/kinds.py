@@ -1,0 +1,59 @@
+"""What a file is that should be something else, by its first bytes: for messages that name it."""
+
+from __future__ import annotations
+
+import re
+
+_TAR_MAGIC_AT = 257
+_SIGNATURES: tuple[tuple[bytes, str], ...] = (
+    (b"\xff\xd8", "JPEG"),
+    (b"\x89PNG\r\n\x1a\n", "PNG"),
+    (b"GIF8", "a GIF image"),
+    (b"BM", "a BMP image"),
+    (b"II*\0", "a TIFF image"),
+    (b"MM\0*", "a TIFF image"),
+    (b"8BPS", "a Photoshop image"),
+    (b"\0\0\0\x0cjP  ", "a JPEG 2000 image"),
+    (b"\0\0\0\x0cJXL ", "a JPEG XL image"),
+    (b"\xff\x0a", "a JPEG XL image"),
+    (b"\x1f\x8b", "gzip"),
+    (b"\x28\xb5\x2f\xfd", "zstd"),
+    (b"\xfd7zXZ\0", "xz"),
+    (b"BZh", "bzip2"),
+    (b"\x04\x22\x4d\x18", "lz4"),
+    (b"PK\x03\x04", "a zip archive"),
+    (b"PK\x05\x06", "a zip archive"),
+    (b"Rar!", "a RAR archive"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive"),
+    (b"PAR1", "a Parquet file"),
+    (b"\x89HDF", "an HDF5 file"),
+    (b"\0\x05\x16\x07", "an AppleDouble file of macOS"),
+    (b"version https://git-lfs.github.com/spec/", "a Git LFS pointer"),
+)
+_HTML = re.compile(rb"<(!doctype html|html|head|body)\b", re.IGNORECASE)
+
+
+def file_kind(head: bytes) -> str:
+    """``JPEG``, ``PNG``, ``WEBP``, ``gzip``, ``HTML`` … for the first bytes of a file; ``unknown bytes`` otherwise."""
+    if not head:
+        return "an empty file"
+    for signature, name in _SIGNATURES:
+        if head.startswith(signature):
+            return name
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "WEBP"
+    if head[4:12] in (b"ftypavif", b"ftypavis", b"ftypheic", b"ftypmif1", b"ftypheix"):
+        return "an AVIF or HEIC image"
+    if head[_TAR_MAGIC_AT : _TAR_MAGIC_AT + 5] == b"ustar":
+        return "a tar"
+    return _text_kind(head.removeprefix(b"\xef\xbb\xbf").lstrip()) or "unknown bytes"
+
+
+def _text_kind(text: bytes) -> str | None:
+    if _HTML.match(text):
+        return "HTML"
+    if text.startswith((b"<?xml", b"<Error>")):
+        return "XML"
+    if re.match(rb"(\.\./)*\.?git/annex/|/annex/objects/", text):
+        return "a git-annex pointer"
+    return "JSON" if text.startswith((b"{", b"[")) else None
