@@ -11,7 +11,7 @@ from functools import partial
 from jobs.build_tally import BuildTally, Built, name_of
 from jobs.entry import config_command
 from jobs.fan_out import fan_out
-from jobs.log import tell
+from jobs.log import tell, warn_of_omissions
 from jobs.paths import with_absolute_paths
 from jobs.progress import ProgressView
 from jobs.ray_runtime import cluster, num_tasks_here, without_gpus
@@ -36,6 +36,7 @@ from pipeline.config import load_config
 from pipeline.errors import CacheError, ShardError, StorageInputError
 from pipeline.models import random_weights_warnings
 from pipeline.shards.names import shard_ids
+from pipeline.shards.omissions import Omissions
 from schemas.config import Config, RayConfig
 from schemas.manifest import FileRef, Manifest
 
@@ -156,23 +157,29 @@ def _build_parts(config: Config, by_id: dict[str, str], found: list[Standing]) -
     num_done = len(commits)
     tally = BuildTally(config, tasks, num_shards=len(by_id))
     tally.begin()
+    omissions: dict[str, Omissions] = {}
     try:
         with (
             BuildLogWriter(config.cache.url, num_parts=num_done + len(tasks), num_before=num_done) as log,
             ProgressView("cache", num_done + len(tasks), done=num_done) as progress,
         ):
             built = fan_out(_build, tasks, config.ray, what="a cache task", name=name_of, tally=tally)
-            for done, _ in enumerate(built, start=1):
+            for done, (task, part) in enumerate(built, start=1):
+                # The parts of a shard that were built without an index report the same, the others nothing.
+                if part.omissions.counts:
+                    omissions[task.shard_url] = part.omissions
                 log.update(num_done + done)
                 progress.update(num_done + done, tally.note(), panel=tally.panel)
     finally:
         # Also of a build that was stopped or failed: it cost as much.
         tally.sum_up()
+        warn_of_omissions("cache", omissions.values())
 
 
 def _build(task: PartTask) -> Built:
     busy = BusyTime()
-    return Built(build_part(task, busy), busy.seconds)
+    omissions = Omissions()
+    return Built(build_part(task, busy, omissions), busy.seconds, omissions)
 
 
 def _take_stock(config: Config, by_id: dict[str, str], found: list[Standing]) -> tuple[list[Standing], list[IndexTask]]:

@@ -18,6 +18,7 @@ from pipeline import storage
 from pipeline.cache.build import PartTask
 from pipeline.errors import StillroomError
 from pipeline.shards.names import shard_id
+from pipeline.shards.omissions import Omissions
 from schemas.config import Config
 from schemas.manifest import Commit
 
@@ -27,10 +28,11 @@ _NUM_NODES = 12
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A part, and how long the teacher was at work on it."""
+    """A part, how long the teacher was at work on it, and what reading its shard left out."""
 
     commit: Commit
     busy_s: float
+    omissions: Omissions = field(default_factory=Omissions)
 
     @property
     def num_images(self) -> int:

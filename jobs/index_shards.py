@@ -6,13 +6,14 @@ from functools import partial
 
 from jobs.entry import config_command
 from jobs.fan_out import fan_out
-from jobs.log import tell
+from jobs.log import tell, warn_of_omissions
 from jobs.paths import with_absolute_paths
 from jobs.progress import ProgressView
 from jobs.ray_runtime import without_gpus
 from pipeline import storage
 from pipeline.config import load_config, require
 from pipeline.shards.names import shard_ids
+from pipeline.shards.omissions import Omissions
 from pipeline.shards.publish import publish_shard_index
 from pipeline.student.sources import index_url
 from schemas.config import Config
@@ -31,12 +32,14 @@ def index_shards(config: Config, folder_url: str) -> int:
     # Every task reads this anew, and a list of 100,000 URLs has megabytes.
     data = config.data.model_copy(update={"shards": None, "val_shards": None})
     work = partial(publish_shard_index, data=data, folder_url=folder_url, threads=config.ray.cpus_per_task)
-    num_ok = 0
+    num_ok, omissions = 0, list[Omissions]()
     with ProgressView("index", len(urls)) as progress:
         indexed = fan_out(work, urls, without_gpus(config.ray), what="an index task", name=storage.redact)
-        for done, (_, count) in enumerate(indexed, start=1):
-            num_ok += count
+        for done, (_, found) in enumerate(indexed, start=1):
+            num_ok += found.num_ok
+            omissions.append(found.omissions)
             progress.update(done, f"{num_ok} rows")
+    warn_of_omissions("index", omissions)
     return num_ok
 
 

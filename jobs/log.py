@@ -9,7 +9,10 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Iterable
 from datetime import UTC, datetime
+
+from pipeline.shards.omissions import Omissions, merged
 
 VARIABLE = "STILLROOM_LOG"
 
@@ -20,6 +23,14 @@ def tell(text: str, *, event: str = "message", level: int = logging.INFO, **fiel
     Plain lines leave out the level ``DEBUG``, at which every finished task is told; JSON has all.
     """
     _logger.log(level, text, extra={"event": event, "fields": fields})
+
+
+def warn_of_omissions(command: str, several: Iterable[Omissions]) -> None:
+    """One line for each kind of what was left out of shards, with counts over all of them."""
+    whole = merged(several)
+    for kind, line in zip(sorted(whole.counts), whole.lines(), strict=True):
+        text = f"{command}: left out {line}"
+        tell(text, event="omitted", level=logging.WARNING, kind=kind, count=whole.counts[kind])
 
 
 def as_json() -> bool:

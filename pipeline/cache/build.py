@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -38,10 +38,12 @@ from pipeline.shards.index import (
     encode_index,
     index_settings,
     index_shard,
+    omissions_of,
 )
 from pipeline.shards.names import shard_id
+from pipeline.shards.omissions import Omissions
 from pipeline.shards.publish import publish_index
-from pipeline.shards.tar import Sample
+from pipeline.shards.tar import MemberRules, Sample, TarNotes, unread_links
 from pipeline.teacher.groups import GroupViews, Rendering, fresh_samples, indexed_samples, read_groups
 from pipeline.teacher.infer import Answers, AskedGroup, Teacher, ask_groups, load_teacher
 from pipeline.teacher.prefetch import prefetch
@@ -192,10 +194,10 @@ class BusyTime:
     seconds: float = 0.0
 
 
-def build_part(task: PartTask, busy: BusyTime | None = None) -> Commit:
+def build_part(task: PartTask, busy: BusyTime | None = None, omissions: Omissions | None = None) -> Commit:
     """Builds and commits one part, unless that is done. Returns the commit that stands, perhaps of a faster builder.
 
-    Adds to ``busy`` what the teacher took.
+    Adds to ``busy`` what the teacher took, and to ``omissions`` what reading the shard left out.
 
     Raises:
         ShardError: the shard is damaged or changed; or it holds a sample that cannot be used under ``data.bad_samples:
@@ -209,7 +211,11 @@ def build_part(task: PartTask, busy: BusyTime | None = None) -> Commit:
         check_fingerprint(done, builder.header.fingerprint, builder.cache.url)
         return done
     with storage.scratch_folder() as scratch:
-        return _PartBuild(builder, task, scratch, busy or BusyTime()).run()
+        build = _PartBuild(builder, task, scratch, busy or BusyTime())
+        commit = build.run()
+    if omissions is not None:
+        omissions.include(build.omissions)
+    return commit
 
 
 def restore_index(task: IndexTask) -> None:
@@ -219,12 +225,14 @@ def restore_index(task: IndexTask) -> None:
         CacheError: the bytes are not those that the parts of the shard were built with.
         ShardError: the shard is damaged.
     """
-    data, cache = task.config.data, cache_config(task.config)
+    cache = cache_config(task.config)
     shard, where = shard_id(task.shard_url), storage.redact(task.shard_url)
     with storage.scratch_folder() as scratch:
         local = storage.local_copy(task.shard_url, scratch)
-        index = index_shard(local, data, where=where, threads=task.config.ray.cpus_per_task)
-    made = encode_index(index, index_settings(data))
+        made = _index_bytes(task, local, rules=2)
+        if digest(made) != task.sha256:
+            # The parts may have been built by a version that knew the first rules alone.
+            made = _index_bytes(task, local, rules=1)
     if (got := digest(made)) != task.sha256:
         raise CacheError(
             "an index is gone, and its shard no longer gives the one that the parts were built with",
@@ -235,6 +243,12 @@ def restore_index(task: IndexTask) -> None:
             f"{storage.redact(cache.url)} and run the build again, which makes all parts of this shard anew",
         )
     publish_index(storage.join(cache.url, layout.INDEX), shard, made)
+
+
+def _index_bytes(task: IndexTask, local: Path, *, rules: MemberRules) -> bytes:
+    data, where = task.config.data, storage.redact(task.shard_url)
+    index = index_shard(local, data, where=where, threads=task.config.ray.cpus_per_task, rules=rules)
+    return encode_index(index, index_settings(data))
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,6 +268,7 @@ class _PartBuild:
     scratch: Path
     busy: BusyTime
     sums: ClassSums | None = None
+    omissions: Omissions = field(default_factory=Omissions)
 
     def __post_init__(self) -> None:
         spec, header = self.builder.teacher.loaded.input, self.builder.header
@@ -277,7 +292,10 @@ class _PartBuild:
             if known is None:
                 known = self._fill_and_index(writer, local)
             else:
-                self._fill(writer, indexed_samples(local, known.index, self.data, where=self.where), None)
+                notes = TarNotes()
+                samples = indexed_samples(local, known.index, self.data, where=self.where, notes=notes)
+                self._fill(writer, samples, None)
+                self.omissions = unread_links(notes)
             part = writer.close()
         return self._publish(part, known, shard_size_bytes=local.stat().st_size)
 
@@ -287,7 +305,7 @@ class _PartBuild:
         if data is None:
             return None
         index = decode_index(data, where=storage.redact(url), settings=index_settings(self.data))
-        check_samples(index, self.data, where=self.where)
+        check_samples(index, self.data, where=self.task.shard_url)
         return _StoredIndex(index, data)
 
     def _fill_and_index(self, writer: PartWriter, local: Path) -> _StoredIndex:
@@ -296,9 +314,10 @@ class _PartBuild:
         A part alone could not say which rows it answers for.
         """
         fresh = IndexBuilder(self.shard_id)
-        self._fill(writer, fresh_samples(local, self.data, where=self.where), fresh)
+        self._fill(writer, fresh_samples(local, self.data, where=self.where, notes=fresh.notes), fresh)
         index = fresh.finish()
-        check_samples(index, self.data, where=self.where)
+        check_samples(index, self.data, where=self.task.shard_url)
+        self.omissions = omissions_of(index)
         data = encode_index(index, index_settings(self.data))
         publish_index(storage.join(self.builder.cache.url, layout.INDEX), self.shard_id, data)
         return _StoredIndex(index, data)

@@ -123,18 +123,28 @@ def _timed(work: Callable[[], T]) -> tuple[float, T]:
 def _usable(local: Path, config: Config, where: str) -> list[Sample]:
     """The decodable samples of the shard's first mix group."""
     samples = list(islice(read_samples(local, config.data, where=where), config.views.mix_group))
-    usable = [sample for sample in samples if sample.status == "ok" and _decodes(sample, config)]
+    reasons = [_reason_against(sample, config) for sample in samples]
+    usable = [sample for sample, reason in zip(samples, reasons, strict=True) if reason is None]
     if not usable:
-        raise ShardError("none of the first images of this shard can be used", where=storage.redact(where))
+        raise ShardError(
+            "none of the first images of this shard can be used",
+            code="shard.bad-samples",
+            where=storage.redact(where),
+            got=f"{len(samples)} samples; {samples[0].key}: {reasons[0]}",
+            next_step="repair the shard, or name another one first in data.shards",
+        )
     return usable
 
 
-def _decodes(sample: Sample, config: Config) -> bool:
+def _reason_against(sample: Sample, config: Config) -> str | None:
+    """Why this sample cannot be used; None where it can."""
+    if sample.status != "ok":
+        return sample.status
     try:
         decode(sample.data, max_pixels=config.data.max_pixels)
-    except BadImageError:
-        return False
-    return True
+    except BadImageError as error:
+        return f"{error.status}: {error.reason}"
+    return None
 
 
 def _time_stages(samples: list[Sample], config: Config, shard: str) -> Stages:

@@ -8,7 +8,7 @@ from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -19,12 +19,13 @@ import pyarrow.parquet as pq
 import xxhash
 from numpy.typing import NDArray
 
-from pipeline.errors import CacheError, ShardError
+from pipeline import storage
+from pipeline.errors import CacheError, ShardError, StillroomError
 from pipeline.fingerprint import canonical_json, differences
-from pipeline.shards.decode import BadImageError, decode
+from pipeline.shards.decode import BadImageError, BadStatus, decode
 from pipeline.shards.names import shard_id
-from pipeline.shards.tar import Sample, image_extensions, read_samples
-from pipeline.storage import redact
+from pipeline.shards.omissions import Omissions, merged
+from pipeline.shards.tar import MemberRules, Sample, TarNotes, image_extensions, read_samples
 from pipeline.tables import read_bounded
 from schemas.cache import FORMAT_VERSION, INDEX_SCHEMA, Status
 from schemas.config import DataConfig
@@ -36,6 +37,7 @@ NO_LABEL = -1
 _METADATA_KEY = b"stillroom"
 _ROWS_PER_GROUP = 65_536
 _NUM_NAMED = 5
+_NUM_REASONS = 20
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
@@ -43,7 +45,13 @@ _Out = TypeVar("_Out")
 
 @dataclass(frozen=True, eq=False)
 class ShardIndex:
-    """Columns over the N samples of one shard, in tar order."""
+    """Columns over the N samples of one shard, in tar order.
+
+    Attributes:
+        member_rules: by which members of the tar became samples. Stored where the two rules differ for this tar.
+        reasons: why samples are bad, by row, as far as known; ``omitted``: what was passed over in the tar. Neither
+            is stored, since texts of a decoder change with its version.
+    """
 
     shard_id: str
     keys: pa.StringArray
@@ -54,6 +62,9 @@ class ShardIndex:
     width: NDArray[np.int32]  # pixels after EXIF rotation; 0 unless ok
     height: NDArray[np.int32]
     content_hash: NDArray[np.uint64]  # xxh3 of the encoded image
+    member_rules: MemberRules = 1
+    reasons: Mapping[int, str] = field(default_factory=dict[int, str])
+    omitted: Omissions = field(default_factory=Omissions)
 
     def __len__(self) -> int:
         return len(self.status)
@@ -87,9 +98,16 @@ class IndexBuilder:
         self._offset, self._size = array("q"), array("i")
         self._width, self._height = array("i"), array("i")
         self._content_hash = array("Q")
+        self._reasons: dict[int, str] = {}
+        self.notes = TarNotes()
+        """For ``read_samples`` to fill."""
 
-    def add(self, sample: Sample, status: Status, width: int, height: int) -> None:
-        """Appends one sample with what decoding made of it; width and height are 0 unless the status is ok."""
+    def add(self, sample: Sample, status: Status, width: int, height: int, reason: str | None = None) -> None:
+        """Appends one sample with what decoding made of it; width and height are 0 unless the status is ok.
+
+        Args:
+            reason: why the image cannot be decoded.
+        """
         assert sample.row == len(self._keys), "rows are added in tar order"
         self._keys.append(sample.key)
         self._status.append(STATUSES.index(status))
@@ -99,6 +117,8 @@ class IndexBuilder:
         self._width.append(width)
         self._height.append(height)
         self._content_hash.append(xxhash.xxh3_64_intdigest(sample.data))
+        if reason is not None and len(self._reasons) < _NUM_REASONS:
+            self._reasons[sample.row] = reason
 
     def finish(self) -> ShardIndex:
         return ShardIndex(
@@ -111,6 +131,9 @@ class IndexBuilder:
             width=np.array(self._width, np.int32),
             height=np.array(self._height, np.int32),
             content_hash=np.array(self._content_hash, np.uint64),
+            member_rules=2 if self.notes.rules_differ else 1,
+            reasons=dict(self._reasons),
+            omitted=self.notes.omissions,
         )
 
 
@@ -124,33 +147,34 @@ def index_settings(data: DataConfig) -> dict[str, Any]:
     }
 
 
-def index_shard(path: Path, data: DataConfig, *, where: str, threads: int = 1) -> ShardIndex:
+def index_shard(path: Path, data: DataConfig, *, where: str, threads: int = 1, rules: MemberRules = 2) -> ShardIndex:
     """Indexes a local tar by decoding every image; holds at most a few images a thread.
 
     Args:
         where: the shard's URL, which names it.
+        rules: 1 for the bytes of an index that an earlier version made.
 
     Raises:
         ShardError: the tar is damaged or a label cannot be used. Bad images become rows; see ``check_samples``.
     """
     builder = IndexBuilder(shard_id(where))
-    samples = read_samples(path, data, where=where)
+    samples = read_samples(path, data, where=where, rules=rules, notes=builder.notes)
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
         measure = partial(_measure, max_pixels=data.max_pixels)
-        for sample, (status, width, height) in _in_order(pool, measure, samples, ahead=2 * threads):
-            builder.add(sample, status, width, height)
+        for sample, measured in _in_order(pool, measure, samples, ahead=2 * threads):
+            builder.add(sample, *measured)
     return builder.finish()
 
 
-def _measure(sample: Sample, *, max_pixels: int) -> tuple[Status, int, int]:
-    """(status, width, height) after a full decode."""
+def _measure(sample: Sample, *, max_pixels: int) -> tuple[Status, int, int, str | None]:
+    """(status, width, height, reason) after a full decode."""
     if sample.status != "ok":
-        return sample.status, 0, 0
+        return sample.status, 0, 0, None
     try:
         _, height, width = decode(sample.data, max_pixels=max_pixels).shape
     except BadImageError as error:
-        return error.status, 0, 0
-    return "ok", width, height
+        return error.status, 0, 0, error.reason
+    return "ok", width, height, None
 
 
 def _in_order(
@@ -171,26 +195,72 @@ def check_samples(index: ShardIndex, data: DataConfig, *, where: str) -> None:
     """Holds an index to ``data.bad_samples``: fail refuses any sample that is not ok, skip lets up to
     ``data.max_bad_share`` of them be recorded.
 
+    Args:
+        where: the shard's URL. The first bad images of a stored index are read from there, to say why they are bad.
+
     Raises:
-        ShardError: names counts, reasons and the first keys.
+        ShardError: names counts, the first keys and reasons.
     """
-    counts = Counter(STATUSES[code] for code in index.status.tolist() if STATUSES[code] != "ok")
+    counts = _bad_counts(index)
     skips = data.bad_samples == "skip"
     if counts.total() <= (data.max_bad_share * len(index) if skips else 0):
         return
-    bad = np.flatnonzero(index.status != STATUSES.index("ok"))[:_NUM_NAMED].tolist()
-    named = [f"{index.keys[row].as_py()} ({STATUSES[index.status[row]]})" for row in bad]
+    named = [f"{index.keys[row].as_py()} ({_why(index, row, data, where)})" for row in _bad_rows(index)[:_NUM_NAMED]]
     raise ShardError(
         f"{counts.total()} of {len(index)} samples cannot be used",
-        where=redact(where),
+        code="shard.bad-samples",
+        where=storage.redact(where),
         got=f"{', '.join(f'{count} {status}' for status, count in sorted(counts.items()))}; first {', '.join(named)}",
         wanted=f"at most {data.max_bad_share:.4g} of them bad (data.max_bad_share)"
         if skips
         else "one whole JPEG, PNG or WebP image a sample, every key once",
-        next_step="repair the shard, or raise data.max_bad_share"
-        if skips
-        else "repair the shard, or set data.bad_samples: skip to record and leave them out",
+        next_step=_next_step(index, skips=skips),
     )
+
+
+def _next_step(index: ShardIndex, *, skips: bool) -> str:
+    duplicates = index.status == STATUSES.index("duplicate_key")
+    if (duplicates & (index.size == 0)).any():
+        return (
+            "write the tar again in order of names, since the members of a sample must follow one another: "
+            f"mkdir t sorted && tar -xf {index.shard_id}.tar -C t && "
+            f"(cd t && tar --sort=name -cf ../sorted/{index.shard_id}.tar *)"
+        )
+    if skips:
+        return "repair the shard, or raise data.max_bad_share"
+    return "repair the shard, or set data.bad_samples=skip to record and leave them out"
+
+
+def _bad_counts(index: ShardIndex) -> Counter[str]:
+    return Counter(STATUSES[code] for code in index.status.tolist() if STATUSES[code] != "ok")
+
+
+def _bad_rows(index: ShardIndex) -> list[int]:
+    return np.flatnonzero(index.status != STATUSES.index("ok")).tolist()
+
+
+def _why(index: ShardIndex, row: int, data: DataConfig, url: str) -> str:
+    status = STATUSES[index.status[row]]
+    reason = index.reasons.get(row)
+    if reason is None and status in get_args(BadStatus) and index.size[row]:
+        try:
+            image = storage.read_range(url, int(index.offset[row]), int(index.size[row]))
+            decode(image, max_pixels=data.max_pixels)
+        except BadImageError as error:
+            reason = error.reason
+        except StillroomError as error:
+            reason = f"no reason is stored, and the shard cannot be read: {error.what}"
+    return f"{status}: {reason}" if reason else status
+
+
+def omissions_of(index: ShardIndex) -> Omissions:
+    """What the pass that made this index left out: members of the tar, and bad samples with their reasons."""
+    bad = Omissions()
+    for row in _bad_rows(index):
+        reason = index.reasons.get(row)
+        name = f"{index.shard_id}/{index.keys[row].as_py()}"
+        bad.add(f"{STATUSES[index.status[row]]} samples", f"{name}: {reason}" if reason else name)
+    return merged([index.omitted, bad])
 
 
 def encode_index(index: ShardIndex, settings: Mapping[str, Any]) -> bytes:
@@ -203,6 +273,8 @@ def encode_index(index: ShardIndex, settings: Mapping[str, Any]) -> bytes:
         *(pa.array(column) for column in (index.offset, index.size, index.width, index.height, index.content_hash)),
     ]
     about = {"format_version": FORMAT_VERSION, "shard_id": index.shard_id, "settings": dict(settings)}
+    if index.member_rules != 1:
+        about["member_rules"] = index.member_rules
     schema = INDEX_SCHEMA.with_metadata({_METADATA_KEY: canonical_json(about)})
     sink = io.BytesIO()
     pq.write_table(
@@ -227,12 +299,13 @@ def decode_index(data: bytes, *, where: str, settings: Mapping[str, Any] | None 
     """
     try:
         table = read_bounded(pa.BufferReader(data), size_bytes=len(data), page_checksum_verification=True)
-        index = _from_table(table, _about(table, settings, where)["shard_id"])
+        about = _about(table, settings, where)
+        index = replace(_from_table(table, about["shard_id"]), member_rules=_rules(about))
     # pyarrow raises ArrowException or OSError for bytes that are not what they claim; the rest are our own checks.
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CacheError(
             "this index is damaged",
-            where=redact(where),
+            where=storage.redact(where),
             got=str(error).splitlines()[0],
             next_step="remove it, and index the shard again",
         ) from error
@@ -244,7 +317,7 @@ def _about(table: pa.Table, settings: Mapping[str, Any] | None, where: str) -> d
     if about["format_version"] != FORMAT_VERSION:
         raise CacheError(
             "this index is of another format version",
-            where=redact(where),
+            where=storage.redact(where),
             got=about["format_version"],
             wanted=FORMAT_VERSION,
             next_step="index the shard again",
@@ -252,11 +325,18 @@ def _about(table: pa.Table, settings: Mapping[str, Any] | None, where: str) -> d
     if settings is not None and (changed := differences(about["settings"], settings)):
         raise CacheError(
             "this index was made under other settings",
-            where=redact(where),
+            where=storage.redact(where),
             got="; ".join(changed),
             next_step="use the settings it was made with, or another data.index",
         )
     return about
+
+
+def _rules(about: Mapping[str, Any]) -> MemberRules:
+    rules = about.get("member_rules", 1)
+    if rules not in get_args(MemberRules):
+        raise ValueError(f"its member_rules are {rules!r}")
+    return rules
 
 
 def _from_table(table: pa.Table, shard_id: str) -> ShardIndex:

@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from pipeline import storage
 from pipeline.errors import ShardError
 from pipeline.shards.index import NO_LABEL
-from pipeline.shards.tar import BAD_HEADER, image_extensions, split_name
+from pipeline.shards.kinds import file_kind
+from pipeline.shards.links import ByteRange, LinkTable
+from pipeline.shards.tar import BAD_HEADER, image_extensions, is_hidden, not_a_tar, split_name
 from schemas.config import DataConfig
 
 _FIRST_BYTES = 8 << 20
@@ -52,11 +54,13 @@ def peek(url: str, data: DataConfig, *, size_bytes: int, first_bytes: int = _FIR
     """One range read of at most ``first_bytes``, unless a single sample is larger than that.
 
     Raises:
-        ShardError: there is no sample with an image.
+        ShardError: this is no tar, or there is no sample with an image.
     """
     head = storage.read_range(url, 0, min(size_bytes, first_bytes))
     whole = len(head) == size_bytes
-    groups = [list(group) for _, group in groupby(_members(head), key=lambda member: member.key)]
+    if not (infos := _headers(head)) and (whole or file_kind(head) not in ("a tar", "unknown bytes")):
+        raise not_a_tar(head, storage.redact(url))
+    groups = [list(group) for _, group in groupby(_members(head, infos), key=lambda member: member.key)]
     # The next key proves that a sample is whole.
     kept = groups if whole else groups[:-1]
     labels = [_label(group, data) for group in kept if _has_image(group, data)]
@@ -66,6 +70,7 @@ def peek(url: str, data: DataConfig, *, size_bytes: int, first_bytes: int = _FIR
     if whole:
         raise ShardError(
             "this shard holds no sample with an image",
+            code="shard.no-samples",
             where=storage.redact(url),
             got=f"{len(groups)} samples",
             wanted=f"members called <key>.{{{','.join(image_extensions(data))}}}",
@@ -73,18 +78,33 @@ def peek(url: str, data: DataConfig, *, size_bytes: int, first_bytes: int = _FIR
     return peek(url, data, size_bytes=size_bytes, first_bytes=8 * first_bytes)
 
 
-def _members(head: bytes) -> Iterator[_Seen]:
+def _headers(head: bytes) -> list[tarfile.TarInfo]:
     """Members whose headers lie in these bytes; the end of them may be cut anywhere."""
+    infos: list[tarfile.TarInfo] = []
     try:
         with tarfile.TarFile(fileobj=io.BytesIO(head), encoding="utf-8", errors="surrogateescape") as archive:
             while (info := archive.next()) is not None:
-                if info.isreg() and (name := split_name(info.name)) is not None:
-                    text = (
-                        head[info.offset_data : info.offset_data + info.size] if info.size <= _MAX_LABEL_BYTES else b""
-                    )
-                    yield _Seen(*name, info.offset, text)
+                infos.append(info)
     except BAD_HEADER:
-        return
+        pass
+    return infos
+
+
+def _members(head: bytes, infos: list[tarfile.TarInfo]) -> Iterator[_Seen]:
+    """Those that belong to samples, as ``read_samples`` takes them; links to what lies behind these bytes are not."""
+    links: LinkTable | None = None
+    for info in infos:
+        is_link = info.islnk() or info.issym()
+        name = split_name(info.name)
+        if name is None or is_hidden(info.name) or not (info.isreg() or is_link):
+            continue
+        found: ByteRange | str = ByteRange(info.offset_data, info.size)
+        if is_link:
+            links = links or LinkTable(lambda: infos)
+            found = links.resolve(info)
+        if isinstance(found, ByteRange):
+            text = head[found.offset : found.offset + found.size] if found.size <= _MAX_LABEL_BYTES else b""
+            yield _Seen(*name, info.offset, text)
 
 
 def _has_image(group: list[_Seen], data: DataConfig) -> bool:

@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import xxhash
 
 from pipeline import storage
 from pipeline.errors import ShardError, StorageError
-from pipeline.shards.index import ShardIndex, check_samples, decode_index, encode_index, index_settings, index_shard
+from pipeline.shards.index import (
+    ShardIndex,
+    check_samples,
+    decode_index,
+    encode_index,
+    index_settings,
+    index_shard,
+    omissions_of,
+)
 from pipeline.shards.names import shard_id
+from pipeline.shards.omissions import Omissions
 from schemas.config import DataConfig
+
+
+@dataclass(frozen=True, slots=True)
+class IndexedShard:
+    """Ok rows of an index, and what making it left out: nothing where the index was there before."""
+
+    num_ok: int
+    omissions: Omissions
 
 
 def index_name(shard: str) -> str:
@@ -31,8 +50,8 @@ def publish_index(folder_url: str, shard: str, data: bytes) -> None:
         )
 
 
-def publish_shard_index(url: str, *, data: DataConfig, folder_url: str, threads: int) -> int:
-    """Indexes one shard unless that was done before. Returns its number of ok rows.
+def publish_shard_index(url: str, *, data: DataConfig, folder_url: str, threads: int) -> IndexedShard:
+    """Indexes one shard unless that was done before.
 
     Raises:
         ShardError: the shard is damaged, was replaced since, or holds bad samples under ``bad_samples: fail``.
@@ -44,13 +63,13 @@ def publish_shard_index(url: str, *, data: DataConfig, folder_url: str, threads:
     if (stored := storage.read_if_there(target, max_bytes=storage.MAX_TABLE_BYTES)) is not None:
         index = decode_index(stored, where=storage.redact(target), settings=settings)
         _check_last_image(url, index)
-    else:
-        with storage.scratch_folder() as scratch:
-            index = index_shard(storage.local_copy(url, scratch), data, where=where, threads=threads)
-        check_samples(index, data, where=where)
-        publish_index(folder_url, shard, encode_index(index, settings))
-    check_samples(index, data, where=where)
-    return index.num_ok
+        check_samples(index, data, where=url)
+        return IndexedShard(index.num_ok, Omissions())
+    with storage.scratch_folder() as scratch:
+        index = index_shard(storage.local_copy(url, scratch), data, where=where, threads=threads)
+    check_samples(index, data, where=url)
+    publish_index(folder_url, shard, encode_index(index, settings))
+    return IndexedShard(index.num_ok, omissions_of(index))
 
 
 def _check_last_image(url: str, index: ShardIndex) -> None:

@@ -6,15 +6,19 @@ is checked here against the bytes themselves.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Self
+from typing import IO, Literal, Self
 
 from pipeline.errors import ShardError
+from pipeline.shards.kinds import file_kind
+from pipeline.shards.links import ByteRange, LinkTable
+from pipeline.shards.omissions import Omissions
 from pipeline.storage import redact
 from schemas.cache import Status
 from schemas.config import DataConfig
@@ -31,12 +35,21 @@ _EXTENDED = (
 # Of names and times; tarfile reads them whole, whatever they claim to be.
 _MAX_EXTENDED_BYTES = 1 << 20
 _TYPE_AT = 156
+_KIND_BYTES = 4096
 _END_OF_ARCHIVE = 2 * tarfile.BLOCKSIZE
 _CHUNK_BYTES = 1 << 20
 _MAX_LABEL_BYTES = 64
 _MAX_INT32 = 2**31 - 1
 # Sixteen-bit RGBA is the widest pixel of the formats read here; whatever is longer than that holds something else.
 _BYTES_PER_PIXEL, _HEADROOM_BYTES = 8, 1 << 20
+MemberRules = Literal[1, 2]
+"""Which members of a tar belong to samples. 1: dot files in folders form samples, links are ignored, as up to the
+first release. 2: hidden members are ignored, links count as the files they lead to."""
+HIDDEN = "hidden members"
+_UNREAD_LINKS = "links ignored because the index is older than their support (another cache or index URL includes them)"
+_NO_FILES = "devices and pipes"
+_NO_EXTENSION = "files without an extension"
+
 # What tarfile lets through of a header whose checksum is right and whose numbers or records are not.
 BAD_HEADER = (tarfile.TarError, ValueError, OverflowError, LookupError, RecursionError)
 
@@ -65,6 +78,27 @@ class _Member:
 
 
 @dataclass(slots=True)
+class TarNotes:
+    """What reading a tar found besides samples.
+
+    Attributes:
+        rules_differ: whether ``MemberRules`` 1 and 2 read this tar differently.
+    """
+
+    omissions: Omissions = field(default_factory=Omissions)
+    rules_differ: bool = False
+
+
+def unread_links(notes: TarNotes) -> Omissions:
+    """What only ``MemberRules`` 1 leave out, for which a user may want a new index."""
+    found = Omissions()
+    if number := notes.omissions.counts[_UNREAD_LINKS]:
+        found.counts[_UNREAD_LINKS] = number
+        found.examples[_UNREAD_LINKS] = notes.omissions.examples[_UNREAD_LINKS]
+    return found
+
+
+@dataclass(slots=True)
 class _Group:
     """The consecutive members of one key, as far as they have been read."""
 
@@ -83,32 +117,44 @@ def split_name(name: str) -> tuple[str, str] | None:
     return (match["key"], match["extension"].lower()) if match else None
 
 
+def is_hidden(name: str) -> bool:
+    """Whether the file or a folder above it has a name that begins with a dot, as ``._a.jpg`` of macOS."""
+    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
+
+
 def image_extensions(data: DataConfig) -> list[str]:
     """The extensions that may hold the image, best first."""
     return [name.strip().lower() for name in data.image.split(";") if name.strip()]
 
 
-def read_samples(path: Path, data: DataConfig, *, where: str) -> Iterator[Sample]:
-    """Every sample of a local tar, in tar order. Memory does not grow with the tar, but for the set of keys.
+def read_samples(
+    path: Path, data: DataConfig, *, where: str, rules: MemberRules = 2, notes: TarNotes | None = None
+) -> Iterator[Sample]:
+    """Every sample of a local tar, in tar order. Memory does not grow with the tar, but for the sets of keys and links.
 
     Under ``bad_samples: skip`` a tar that was cut short ends in a sample of status ``truncated``: the last one that it
     names, since nobody can know what that one lacks.
 
     Args:
         where: the shard's URL, for messages.
+        rules: which members belong to samples; those that an index was made by (``ShardIndex.member_rules``).
+        notes: filled while samples are read.
 
     Raises:
-        ShardError: the tar is damaged, holds no sample, or ends early under ``bad_samples: fail``; or a label is not an
-            integer in [0, num_classes).
+        ShardError: this is no tar, the tar is damaged, holds no sample, or ends early under ``bad_samples: fail``; or
+            a label is not an integer in [0, num_classes).
     """
-    yield from _ShardScan(data, redact(where)).samples(path)
+    yield from _ShardScan(path, data, redact(where), rules, notes or TarNotes()).samples()
 
 
 class _ShardScan:
     """One pass over one tar; knows how far it has come, since every error has to say it."""
 
-    def __init__(self, data: DataConfig, where: str) -> None:
-        self._where = where
+    def __init__(self, path: Path, data: DataConfig, where: str, rules: MemberRules, notes: TarNotes) -> None:
+        self._path, self._data, self._where = path, data, where
+        self._rules: MemberRules = rules
+        self._notes = notes
+        self._links: LinkTable | None = None
         self._ranks = {name: rank for rank, name in enumerate(image_extensions(data))}
         self._label = None if data.label is None else data.label.lower()
         self._num_classes = data.num_classes
@@ -117,8 +163,8 @@ class _ShardScan:
         self._seen: set[str] = set()
         self._num_samples = 0
 
-    def samples(self, path: Path) -> Iterator[Sample]:
-        with path.open("rb") as file:
+    def samples(self) -> Iterator[Sample]:
+        with self._path.open("rb") as file:
             group: _Group | None = None
             for member in self._members(file):
                 if group is None or member.key != group.key:
@@ -128,11 +174,23 @@ class _ShardScan:
                 if not self._is_cut:
                     self._take(group, member, file)
             if group is None:
-                raise self._error("this shard holds no samples", 0, wanted="members called <key>.<extension>")
+                omitted = ", ".join(self._notes.omissions.lines())
+                raise self._error(
+                    "this shard holds no samples",
+                    0,
+                    code="shard.no-samples",
+                    got=omitted or None,
+                    wanted="members called <key>.<extension>",
+                )
             group.truncated = self._is_cut
             yield self._finish(group)
 
     def _members(self, file: IO[bytes]) -> Iterator[_Member]:
+        for info in self._headers(file):
+            if (member := self._member(info)) is not None:
+                yield member
+
+    def _headers(self, file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
         """Where the tar is cut inside a member, that one comes last; ``_is_cut`` is set before."""
         size_bytes = os.fstat(file.fileno()).st_size
         # The constructor reads the first member.
@@ -141,7 +199,8 @@ class _ShardScan:
         try:
             archive = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape")
         except BAD_HEADER as error:
-            raise self._error("this is not an uncompressed tar", 0, got=str(error)) from error
+            file.seek(0)
+            raise not_a_tar(file.read(_KIND_BYTES), self._where, ", byte 0, after 0 samples") from error
         end = 0
         while not self._is_cut and (info := self._next(archive, file, end)) is not None:
             # A size below zero would send tarfile back over the same members for ever.
@@ -150,8 +209,7 @@ class _ShardScan:
             if archive.offset > size_bytes:
                 self._cut("this shard ends inside a member", end, got=f"{size_bytes} bytes in all")
             end = archive.offset
-            if (member := self._member(info)) is not None:
-                yield member
+            yield info
         if not self._is_cut:
             self._check_end(file, end)
 
@@ -192,14 +250,65 @@ class _ShardScan:
             file.seek(-size_bytes % tarfile.BLOCKSIZE + size_bytes, os.SEEK_CUR)
 
     def _member(self, info: tarfile.TarInfo) -> _Member | None:
-        if not info.isreg() or (name := split_name(info.name)) is None:
+        is_link = info.islnk() or info.issym()
+        name = split_name(info.name)
+        if info.isdir() or not self._is_wanted(info, is_link=is_link, has_key=name is not None) or name is None:
+            return None
+        found = self._link_target(info) if is_link else ByteRange(info.offset_data, info.size)
+        if found is None:
             return None
         if info.issparse():
-            raise self._error("a sparse member has no byte range", info.offset, got=repr(info.name))
+            raise self._error(
+                "a sparse member has no byte range",
+                info.offset,
+                code="shard.sparse",
+                got=repr(info.name),
+                next_step="write this tar again without --sparse",
+            )
         key, extension = name
         if not _is_utf8(key):
-            raise self._error("a member's name is not UTF-8", info.offset, got=repr(info.name))
-        return _Member(key, extension, info.offset_data, info.size)
+            raise self._error(
+                "a member's name is not UTF-8", info.offset, code="shard.name-not-utf-8", got=repr(info.name)
+            )
+        return _Member(key, extension, *found)
+
+    def _is_wanted(self, info: tarfile.TarInfo, *, is_link: bool, has_key: bool) -> bool:
+        """Whether this member may belong to a sample; what does not is counted, but for metadata."""
+        if self._rules == 2 and is_hidden(info.name):
+            self._notes.rules_differ |= has_key and info.isreg()
+            self._omit(HIDDEN, info)
+            return False
+        if is_link and self._rules == 1:
+            self._omit(_UNREAD_LINKS, info)
+            return False
+        if not (info.isreg() or is_link):
+            self._omit(_NO_FILES, info)
+            return False
+        if not has_key and not _METADATA.match(info.name):
+            self._omit(HIDDEN if is_hidden(info.name) else _NO_EXTENSION, info)
+        return has_key
+
+    def _omit(self, kind: str, info: tarfile.TarInfo) -> None:
+        self._notes.omissions.add(kind, info.name.encode("utf-8", "backslashreplace").decode())
+
+    def _link_target(self, link: tarfile.TarInfo) -> ByteRange | None:
+        if self._links is None:
+            self._links = LinkTable(self._sound_headers)
+        target = self._links.resolve(link)
+        if isinstance(target, str):
+            self._omit(target, link)
+            return None
+        self._notes.rules_differ = True
+        return target
+
+    def _sound_headers(self) -> Iterable[tarfile.TarInfo]:
+        """All members before any damage, which the pass that needs their names meets by itself."""
+        data = self._data.model_copy(update={"bad_samples": "skip"})
+        scan = _ShardScan(self._path, data, self._where, self._rules, TarNotes())
+        with self._path.open("rb") as file, contextlib.suppress(ShardError):
+            for info in scan._headers(file):
+                if not scan._is_cut:
+                    yield info
 
     def _check_end(self, file: IO[bytes], end: int) -> None:
         file.seek(end)
@@ -242,6 +351,7 @@ class _ShardScan:
             raise self._error(
                 f"sample {member.key!r}: its label cannot be used",
                 member.offset,
+                code="shard.bad-label",
                 got=repr(text.decode("utf-8", "backslashreplace")) if text else f"{member.size} bytes",
                 wanted=f"an integer in [0, {bound}) as text in .{member.extension}",
                 next_step="correct the label, data.num_classes or data.label",
@@ -276,15 +386,61 @@ class _ShardScan:
         return "ok" if group.data else "empty"
 
     def _error(
-        self, what: str, offset: int, *, got: str | None = None, wanted: str | None = None, next_step: str | None = None
+        self,
+        what: str,
+        offset: int,
+        *,
+        code: str = "shard.damaged",
+        got: str | None = None,
+        wanted: str | None = None,
+        next_step: str | None = None,
     ) -> ShardError:
         return ShardError(
             what,
+            code=code,
             where=f"{self._where}, byte {offset}, after {self._num_samples} samples",
             got=got,
             wanted=wanted,
             next_step=next_step or "write or fetch this shard again",
         )
+
+
+_UNPACK = {"gzip": "gunzip -c", "zstd": "zstd -dc", "xz": "xz -dc", "bzip2": "bunzip2 -c", "lz4": "lz4 -dc"}
+_FETCH_AGAIN = "check its address and the access to it, and fetch it again: a server sent this in its place"
+_INSTEAD = {
+    "an empty file": "fetch or write this shard again",
+    "HTML": _FETCH_AGAIN,
+    "XML": _FETCH_AGAIN,
+    "JSON": _FETCH_AGAIN,
+    "a Git LFS pointer": "run: git lfs pull, in the repository that it is from",
+    "a git-annex pointer": "run: git annex get, in the repository that it is from",
+}
+
+
+def not_a_tar(head: bytes, where: str, place: str = "") -> ShardError:
+    """The error for a file that ``tarfile`` refuses, which names what the file is.
+
+    Args:
+        head: its first bytes, at least 512 unless it is shorter.
+        where: its URL, without credentials.
+        place: what follows the URL in the message.
+    """
+    kind = file_kind(head)
+    name = where.rpartition("/")[2]
+    if kind in _UNPACK:
+        next_step = f"unpack it: mkdir -p unpacked && {_UNPACK[kind]} {name} > unpacked/{name}"
+    elif "image" in kind or kind in ("JPEG", "PNG", "WEBP") or "archive" in kind:
+        next_step = "make shards of a folder of images: stillroom shards pack FOLDER OUT"
+    else:
+        next_step = _INSTEAD.get(kind, "write or fetch this shard again")
+    return ShardError(
+        "this is not an uncompressed tar",
+        code="shard.not-a-tar",
+        where=where + place,
+        got="a tar with a garbled first header" if kind == "a tar" else kind,
+        wanted="a tar of samples, not compressed: they are read by byte range",
+        next_step=next_step,
+    )
 
 
 def _extended_size(block: bytes) -> int:
@@ -349,6 +505,7 @@ class ShardReader:
         if len(data) != size:
             raise ShardError(
                 "this shard is shorter than its index says",
+                code="shard.too-short",
                 where=f"{self._where}, byte {offset}",
                 got=f"{len(data)} bytes",
                 wanted=f"{size} bytes",

@@ -214,7 +214,7 @@ class Evaluator:
                     tally.add(logits_NK, torch.from_numpy(group.label_N), words_NK)
         index = builder.finish()
         finite.check(where=storage.redact(url))
-        check_samples(index, self.data, where=storage.redact(url))
+        check_samples(index, self.data, where=url)
         return index
 
     def _pairs(
@@ -242,7 +242,7 @@ class Evaluator:
             size=spec.size,
             interpolation=spec.interpolation,
         )
-        samples = fresh_samples(local, self.data, where=storage.redact(url))
+        samples = fresh_samples(local, self.data, where=storage.redact(url), notes=builder.notes)
         return read_groups(
             samples, rendering, pool, shard_id=shard_id(url), max_pixels=self.data.max_pixels, builder=builder
         )

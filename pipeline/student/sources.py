@@ -92,6 +92,7 @@ def read_image(
     except BadImageError as error:
         raise ShardError(
             "an image that could be used when its shard was indexed cannot be used now",
+            code="shard.image-undecodable-now",
             where=sample_id,
             got=f"{error.status}: {error.reason}",
             next_step="use the decoder versions that the index was made with",

@@ -22,7 +22,7 @@ from pipeline.errors import ShardError
 from pipeline.fingerprint import differences
 from pipeline.shards.decode import BadImageError, BadStatus, decode, image_size
 from pipeline.shards.index import NO_LABEL, STATUSES, IndexBuilder, ShardIndex
-from pipeline.shards.tar import Sample, read_samples
+from pipeline.shards.tar import Sample, TarNotes, read_samples
 from pipeline.views.options import cut_boxes, drawn_row
 from pipeline.views.params import (
     EVAL_VIEW,
@@ -93,21 +93,24 @@ class _Rendered:
     status: Status
     width: int = 0
     height: int = 0
+    reason: str | None = None
 
 
-def fresh_samples(path: Path, data: DataConfig, *, where: str) -> Iterator[Sample]:
-    """Candidates of a shard that has no index yet: every sample, in tar order."""
-    return read_samples(path, data, where=where)
+def fresh_samples(path: Path, data: DataConfig, *, where: str, notes: TarNotes | None = None) -> Iterator[Sample]:
+    """Candidates of a shard that has no index yet: every sample, in tar order. ``notes`` as in ``read_samples``."""
+    return read_samples(path, data, where=where, notes=notes)
 
 
-def indexed_samples(path: Path, index: ShardIndex, data: DataConfig, *, where: str) -> Iterator[Sample]:
+def indexed_samples(
+    path: Path, index: ShardIndex, data: DataConfig, *, where: str, notes: TarNotes | None = None
+) -> Iterator[Sample]:
     """The ok samples of an indexed shard, in tar order. The whole tar is read, and each sample is held to its row.
 
     Raises:
         ShardError: the tar is not the one that was indexed, or is damaged.
     """
     keys, num_read = index.keys.to_pylist(), 0
-    for sample in read_samples(path, data, where=where):
+    for sample in read_samples(path, data, where=where, rules=index.member_rules, notes=notes):
         num_read += 1
         if num_read > len(index):
             raise _changed(where, got=f"a sample {sample.key!r} beyond the {len(index)} indexed")
@@ -216,12 +219,13 @@ def _render_chunk(
     good: list[int] = []
     for place, (sample, outcome) in enumerate(zip(chunk, rendered, strict=True)):
         if builder is not None:
-            builder.add(sample, outcome.status, outcome.width, outcome.height)
+            builder.add(sample, outcome.status, outcome.width, outcome.height, outcome.reason)
         elif outcome.status != "ok":
             raise ShardError(
                 "an image that could be used when its shard was indexed cannot be used now",
+                code="shard.image-undecodable-now",
                 where=f"{shard_id}/{sample.key}",
-                got=outcome.status,
+                got=f"{outcome.status}: {outcome.reason}" if outcome.reason else outcome.status,
                 next_step="use the decoder versions the index was made with",
             )
         if outcome.status == "ok":
@@ -262,7 +266,7 @@ def _render(sample: Sample, params: ViewParams, views_VHWC: Tensor, rendering: R
     try:
         image = decode(sample.data, max_pixels=max_pixels)
     except BadImageError as error:
-        return _Rendered(error.status)
+        return _Rendered(error.status, reason=error.reason)
     for view, (box, flip) in enumerate(zip(params.box_N4.tolist(), params.flip_N.tolist(), strict=True)):
         view_CHW = apply_view(
             image,

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from jobs.build_cache import build_cache
+from jobs.index_shards import index_shards
 from pipeline.cache.build import BusyTime, PartTask, build_part
 from pipeline.cache.inspect import inspect_cache
 from pipeline.errors import CacheError, ShardError
@@ -15,6 +16,7 @@ from pipeline.shards.write import pack_shards
 from schemas.manifest import Commit
 from tests.jobs.conftest import Tree, config_of, files_below
 from tests.pipeline.caches import digit_samples
+from tests.pipeline.shards.tars import make_linked_tar
 
 pytestmark = pytest.mark.ray
 
@@ -71,6 +73,32 @@ def test_a_damaged_shard_stops_the_build_by_name_and_leaves_no_manifest(
         build_cache(config_of(tree(data={"shards": [*shards[1:], str(cut)]}, ray={"address": "local"})))
     assert not (tmp_path / "cache" / "manifest.json").exists()
     assert not list((tmp_path / "cache").glob("*/cut*"))
+
+
+def test_what_reading_shards_left_out_is_told_once_with_counts_and_reasons(
+    tree: Tree, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    members: list[tuple[str, bytes | str]] = [("d/.DS_Store", b"x"), ("d/gone.png", "d/nothing.png")]
+    for key, sample in digit_samples(12):
+        members += [(f"d/._{key}.png", b"x"), *((f"d/{key}.{name}", content) for name, content in sample.items())]
+    members += [("d/bad.png", b"<html>"), ("d/bad.cls", b"1")]
+    (tmp_path / "odd.tar").write_bytes(make_linked_tar(members))
+    data = {"shards": [str(tmp_path / "odd.tar")], "bad_samples": "skip", "max_bad_share": 0.5}
+    config = config_of(tree(data=data, cache={"views_per_part": 1}))
+    build_cache(config)
+    told = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+    assert len(told) == 3
+    assert told[0].startswith("cache: left out 13 hidden members (d/.DS_Store, d/._digit-0000.png, ")
+    assert told[1:] == [
+        "cache: left out 1 links whose target is not in the tar (d/gone.png)",
+        "cache: left out 1 undecodable samples (odd/d/bad: not a JPEG, PNG or WebP image, but HTML)",
+    ]
+    # The command that makes an index alone reports the same, and the second time nothing.
+    for lines in (3, 0):
+        index_shards(config, str(tmp_path / "index"))
+        found = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+        assert len(found) == lines
+        assert not found or found == [line.replace("cache:", "index:") for line in told]
 
 
 def test_another_teacher_is_refused_before_any_work(tree: Tree, tmp_path: Path) -> None:

@@ -23,13 +23,15 @@ from PIL import Image
 from pipeline import storage
 from pipeline.cache import build as build_module
 from pipeline.cache import layout
-from pipeline.cache.build import PartTask, build_part, cache_config, prepare
+from pipeline.cache.build import IndexTask, PartTask, build_part, cache_config, prepare, restore_index
 from pipeline.cache.commit import publish_commit, publish_file, read_commit, read_commits
 from pipeline.cache.manifest import publish_manifest
 from pipeline.cache.reader import open_cache
 from pipeline.errors import CacheError, ConfigError, ResourceError, ShardError
 from pipeline.models.cifar import resnet
-from pipeline.shards.publish import publish_shard_index
+from pipeline.shards.index import encode_index, index_settings, index_shard
+from pipeline.shards.omissions import Omissions
+from pipeline.shards.publish import publish_index, publish_shard_index
 from pipeline.shards.write import Members, pack_shards
 from pipeline.views.params import EVAL_VIEW, sample_keys, shard_partners, unmix, view_params
 from schemas.cache import drawn_columns
@@ -38,6 +40,7 @@ from schemas.manifest import ViewBlock
 from tests.pipeline.cache import teachers
 from tests.pipeline.caches import TinyCache, build, cache_section, digit_samples, files, open_tasks
 from tests.pipeline.conftest import TinyConfig
+from tests.pipeline.shards.tars import make_linked_tar
 
 EVAL = ViewBlock(start=0, stop=1, is_eval=True)
 SKIP = {"bad_samples": "skip", "max_bad_share": 1.0}
@@ -267,7 +270,8 @@ def test_indexing_a_shard_that_was_replaced_under_its_name_is_refused(
     config = with_samples(tmp_path, tiny_config, lambda _, members: members)
     assert isinstance(config.data.shards, tuple)
     url, folder = config.data.shards[0], str(tmp_path / "indexes")
-    assert [publish_shard_index(url, data=config.data, folder_url=folder, threads=1) for _ in range(2)] == [20, 20]
+    for _ in range(2):
+        assert publish_shard_index(url, data=config.data, folder_url=folder, threads=1).num_ok == 20
     digits = [members for _, members in digit_samples(21)][21 - count :]
     pack_shards(
         [(f"digit-{row:04d}", members) for row, members in enumerate(digits)],
@@ -277,6 +281,62 @@ def test_indexing_a_shard_that_was_replaced_under_its_name_is_refused(
     Path(url).write_bytes((tmp_path / "again/own-00.tar").read_bytes())
     with pytest.raises(ShardError, match=r"not the one that was indexed[\s\S]*digit-0019"):
         publish_shard_index(url, data=config.data, folder_url=folder, threads=1)
+
+
+def odd_tar(folder: Path) -> str:
+    """Ten digits in a folder, five hard links to the first of them and a hidden file between; returns the URL."""
+    members: list[tuple[str, bytes | str]] = [("d/.DS_Store", b"x")]
+    for key, sample in digit_samples(10):
+        members += [(f"d/{key}.{extension}", content) for extension, content in sample.items()]
+    first = next(iter(digit_samples(1)))[0]
+    for row in range(5):
+        members += [(f"d/link-{row}.{extension}", f"d/{first}.{extension}") for extension in ("png", "cls")]
+    (folder / "odd.tar").write_bytes(make_linked_tar(members))
+    return str(folder / "odd.tar")
+
+
+def test_linked_images_are_in_the_cache_and_hidden_members_are_counted(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    config = tiny_config(data={"shards": (odd_tar(tmp_path),)})
+    prepare(config)
+    first, *others = open_tasks(config)
+    omissions = [Omissions() for _ in range(2)]
+    commit = build_part(first, omissions=omissions[0])
+    assert (commit.num_ok, commit.read, commit.skipped) == (15, 15, {})
+    assert omissions[0].lines() == ["1 hidden members (d/.DS_Store)"]
+    # Later parts are built from the index, and count nothing again.
+    assert build_part(others[0], omissions=omissions[1]).num_ok == 15
+    assert omissions[1].lines() == []
+
+
+def test_a_cache_whose_index_is_of_the_first_version_goes_on_as_it_began(
+    tiny_config: TinyConfig, tmp_path: Path
+) -> None:
+    config = tiny_config(data={"shards": (odd_tar(tmp_path),), **SKIP})
+    url, (first, *others) = cache_section(config).url, open_tasks(config)
+    old = index_shard(Path(first.shard_url), config.data, where=first.shard_url, rules=1)
+    data = encode_index(old, index_settings(config.data))
+    publish_index(storage.join(url, layout.INDEX), "odd", data)
+    prepare(config)
+    omissions = Omissions()
+    commit = build_part(first, omissions=omissions)
+    assert (commit.num_ok, commit.skipped) == (10, {"no_image": 1})
+    (line,) = omissions.lines()
+    assert line.startswith("10 links ignored")
+    # The index is lost: it is made again byte for byte, and the other parts fit it.
+    storage.delete(storage.join(url, layout.index_path("odd")))
+    restore_index(IndexTask(config, first.shard_url, commit.index.sha256))
+    assert storage.read(storage.join(url, layout.index_path("odd"))) == data
+    for task in others:
+        assert build_part(task).num_ok == 10
+
+
+def test_reasons_of_skipped_samples_are_reported(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    config = with_samples(tmp_path, tiny_config, bad, data=SKIP)
+    prepare(config)
+    omissions = Omissions()
+    commit = build_part(open_tasks(config)[0], omissions=omissions)
+    assert sum(omissions.counts.values()) == sum(commit.skipped.values()) > 0
+    assert any("undecodable samples (own-00/" in line and ": " in line for line in omissions.lines())
 
 
 def bad(row: int, members: dict[str, bytes]) -> Members:
@@ -306,7 +366,7 @@ def test_groups_are_full_whatever_bad_samples_lie_between(tiny_config: TinyConfi
 
 def test_a_bad_sample_under_fail_leaves_no_commit(tiny_config: TinyConfig, tmp_path: Path) -> None:
     config = with_samples(tmp_path, tiny_config, bad)
-    with pytest.raises(ShardError, match=r"3 of 20 samples cannot be used[\s\S]*digit-0003 \(undecodable\)"):
+    with pytest.raises(ShardError, match=r"3 of 20 samples cannot be used[\s\S]*digit-0003 \(undecodable: "):
         build(config)
     assert list(files(cache_section(config).url)) == ["header.json"]
 

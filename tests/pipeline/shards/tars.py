@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +18,8 @@ from schemas.config import DataConfig
 
 DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
 BLOCK = 512
+# A part of the path that begins with a dot, other than . and .. themselves.
+_HIDDEN = re.compile(r"(^|/)\.(?!/|$|\./|\.$)")
 
 
 def data_config(**keys: Any) -> DataConfig:
@@ -33,10 +36,31 @@ def make_tar(members: Iterable[tuple[str, bytes]], *, form: int = tarfile.PAX_FO
     return buffer.getvalue()
 
 
+def make_linked_tar(
+    members: Iterable[tuple[str, bytes | str]], *, form: int = tarfile.PAX_FORMAT, kind: bytes = tarfile.LNKTYPE
+) -> bytes:
+    """Files, and links of this kind where the content is a target's name; a name that ends in a slash is a folder."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=form) as archive:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            if isinstance(content, str):
+                info.type, info.linkname = kind, content
+                archive.addfile(info)
+            elif name.endswith("/"):
+                info.type = tarfile.DIRTYPE
+                archive.addfile(info)
+            else:
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
 def webdataset_samples(path: Path) -> list[dict[str, Any]]:
-    """What the library itself makes of a tar."""
+    """What the library itself makes of a tar, with the predicate by which its users pass over hidden files."""
     with path.open("rb") as stream:
-        return list(group_by_keys(tar_file_expander([{"url": str(path), "stream": stream}])))
+        source = [{"url": str(path), "stream": stream}]
+        return list(group_by_keys(tar_file_expander(source, select_files=lambda name: not _HIDDEN.search(name))))
 
 
 def image_bytes(form: str = "PNG", mode: str = "RGB", size: tuple[int, int] = (7, 5), **options: Any) -> bytes:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import io
+import json
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,18 @@ from pipeline.shards.index import (
     encode_index,
     index_settings,
     index_shard,
+    omissions_of,
 )
-from pipeline.shards.tar import ShardReader
+from pipeline.shards.tar import ShardReader, read_samples
 from schemas.cache import INDEX_SCHEMA
-from tests.pipeline.shards.tars import data_config, image_bytes, make_tar, real_shard, webdataset_samples
+from tests.pipeline.shards.tars import (
+    data_config,
+    image_bytes,
+    make_linked_tar,
+    make_tar,
+    real_shard,
+    webdataset_samples,
+)
 
 WHOLE = image_bytes("JPEG", size=(40, 30))
 MEMBERS = [
@@ -202,7 +212,8 @@ def test_bad_samples_fail_with_counts_reasons_and_first_keys(index: ShardIndex) 
     message = str(caught.value)
     assert "5 of 7 samples" in message
     assert "1 duplicate_key, 1 empty, 1 no_image, 1 too_large, 1 undecodable" in message
-    assert "first broken (undecodable), large (too_large)" in message
+    assert "first broken (undecodable: " in message
+    assert "large (too_large: 50×41 pixels are more than 2000)" in message
     assert "s3://bucket/x.tar" in message
 
 
@@ -214,9 +225,76 @@ def test_as_many_bad_samples_pass_as_may_be_skipped(index: ShardIndex) -> None:
     message = str(caught.value)
     assert "5 of 7 samples" in message
     assert "1 duplicate_key, 1 empty" in message
-    assert "first broken (undecodable)" in message
+    assert "first broken (undecodable: " in message
     assert "0.71" in message
     assert "max_bad_share" in message
+
+
+def test_the_first_bad_images_of_a_stored_index_are_read_again_to_say_why(shard: Path, index: ShardIndex) -> None:
+    stored = decode_index(encode_index(index, {}), where="x")
+    assert not stored.reasons
+    with pytest.raises(ShardError) as caught:
+        check_samples(stored, CONFIG, where=str(shard))
+    assert caught.value.code == "shard.bad-samples"
+    assert index.reasons[1] in str(caught.value.got)
+    assert "50×41 pixels are more than 2000" in str(caught.value.got)
+    shard.unlink()
+    with pytest.raises(ShardError, match="no reason is stored, and the shard cannot be read") as caught:
+        check_samples(stored, CONFIG, where=str(shard))
+    assert caught.value.code == "shard.bad-samples"
+
+
+def test_reasons_are_held_for_the_first_bad_samples_alone(shard: Path) -> None:
+    shard.write_bytes(make_tar([(f"{row:02}.jpg", b"x") for row in range(50)]))
+    index = index_shard(shard, CONFIG, where="x.tar")
+    assert sorted(index.reasons) == list(range(20))
+    assert omissions_of(index).lines() == [
+        "50 undecodable samples (x/00: not a JPEG, PNG or WebP image, but unknown bytes, "
+        "x/01: not a JPEG, PNG or WebP image, but unknown bytes, "
+        "x/02: not a JPEG, PNG or WebP image, but unknown bytes, …)"
+    ]
+
+
+def test_members_of_a_sample_that_are_apart_have_a_next_step(shard: Path) -> None:
+    shard.write_bytes(make_tar([("a.jpg", WHOLE), ("b.jpg", WHOLE), ("a.cls", b"1"), ("b.cls", b"2")]))
+    with pytest.raises(ShardError) as caught:
+        check_samples(index_shard(shard, CONFIG, where="x.tar"), CONFIG, where="x.tar")
+    assert caught.value.code == "shard.bad-samples"
+    assert "tar --sort=name" in str(caught.value.next_step)
+
+
+HIDDEN_OR_LINKED = {
+    "hidden in a folder": [("d/.DS_Store", b"x"), ("d/a.jpg", WHOLE)],
+    "in a hidden folder": [(".cache/b.jpg", WHOLE), ("d/a.jpg", WHOLE)],
+    "hard link": [("d/a.jpg", WHOLE), ("d/b.jpg", "d/a.jpg")],
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN_OR_LINKED)
+def test_an_index_says_by_which_rules_its_rows_were_read_only_where_they_matter(shard: Path, name: str) -> None:
+    shard.write_bytes(make_linked_tar(HIDDEN_OR_LINKED[name]))
+    old, new = (index_shard(shard, CONFIG, where="x.tar", rules=rules) for rules in (1, 2))
+    assert (old.member_rules, new.member_rules) == (1, 2)
+    assert len(old) != len(new)
+    for index in (old, new):
+        back = decode_index(encode_index(index, {}), where="x")
+        assert back.member_rules == index.member_rules
+        samples = read_samples(shard, CONFIG, where="x.tar", rules=back.member_rules)
+        assert [sample.key for sample in samples] == back.keys.to_pylist()
+
+
+def test_rules_leave_the_bytes_of_other_indexes_as_they_were(shard: Path) -> None:
+    shard.write_bytes(make_tar([("._a.jpg", b"x"), ("README", b"x"), ("a.jpg", WHOLE), ("d/", b"")]))
+    old, new = (index_shard(shard, CONFIG, where="x.tar", rules=rules) for rules in (1, 2))
+    assert encode_index(old, {}) == encode_index(new, {})
+    about = pq.read_schema(io.BytesIO(encode_index(new, {}))).metadata[b"stillroom"]
+    assert json.loads(about) == {"format_version": 1, "settings": {}, "shard_id": "x"}
+
+
+def test_an_index_of_unknown_rules_is_refused(index: ShardIndex) -> None:
+    data = encode_index(replace(index, member_rules=3), {})  # pyright: ignore[reportArgumentType]
+    with pytest.raises(CacheError, match="member_rules are 3"):
+        decode_index(data, where="x")
 
 
 def test_whole_samples_pass_where_no_bad_one_may_be_skipped(shard: Path) -> None:

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
+import tarfile
 from pathlib import Path
 
 import pytest
 
 from pipeline.errors import ShardError
-from pipeline.shards.index import NO_LABEL
+from pipeline.shards.index import NO_LABEL, index_shard
 from pipeline.shards.peek import peek
-from tests.pipeline.shards.tars import data_config, image_bytes, make_tar
+from tests.pipeline.shards.tars import data_config, image_bytes, make_linked_tar, make_tar
 
 
 def shard_of(folder: Path, members: list[tuple[str, bytes]]) -> tuple[str, int]:
@@ -64,3 +65,21 @@ def test_a_shard_without_images_is_refused(tmp_path: Path) -> None:
     url, size_bytes = shard_of(tmp_path, [("a.cls", b"1"), ("b.txt", b"x")])
     with pytest.raises(ShardError, match=r"no sample with an image[\s\S]*2 samples"):
         peek(url, data_config(), size_bytes=size_bytes)
+
+
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
+def test_hidden_members_do_not_count_and_links_do(tmp_path: Path, kind: bytes) -> None:
+    members: list[tuple[str, bytes | str]] = [
+        ("d/.DS_Store", b"x"),
+        ("d/a.jpg", image_bytes()),
+        ("d/a.cls", b"3"),
+        ("d/b.jpg", "d/a.jpg" if kind == tarfile.LNKTYPE else "a.jpg"),
+        ("d/b.cls", "d/a.cls" if kind == tarfile.LNKTYPE else "a.cls"),
+        ("d/gone.jpg", "d/nothing.jpg"),
+    ]
+    path = tmp_path / "a.tar"
+    path.write_bytes(make_linked_tar(members, kind=kind))
+    found = peek(str(path), data_config(), size_bytes=path.stat().st_size)
+    assert found.label_N.tolist() == [3, 3]
+    index = index_shard(path, data_config(), where=str(path))
+    assert index.label[index.ok].tolist() == found.label_N.tolist()

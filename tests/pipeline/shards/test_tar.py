@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
+import lzma
+import os
 import re
 import string
+import subprocess
 import tarfile
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +19,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import ShardError
-from pipeline.shards.tar import Sample, ShardReader, read_samples
-from tests.pipeline.shards.tars import BLOCK, data_config, make_tar, real_shard, webdataset_samples
+from pipeline.shards.peek import peek
+from pipeline.shards.tar import Sample, ShardReader, TarNotes, read_samples, unread_links
+from tests.pipeline.shards.tars import (
+    BLOCK,
+    data_config,
+    image_bytes,
+    make_linked_tar,
+    make_tar,
+    real_shard,
+    webdataset_samples,
+)
 
 LAWS = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 END_OF_ARCHIVE = b"\0" * (2 * BLOCK)
@@ -138,16 +151,190 @@ def test_an_image_longer_than_its_pixels_could_be_is_not_read(shard: Path) -> No
     assert (whole.status, bomb.status, bomb.data, bomb.size) == ("ok", "too_large", b"", 0)
 
 
-def test_members_that_are_not_files_are_passed_over(shard: Path) -> None:
+def notes_of(path: Path, content: bytes, **keys: Any) -> tuple[list[Sample], list[str]]:
+    """The samples, and the lines about what was left out."""
+    path.write_bytes(content)
+    notes = TarNotes()
+    samples = list(read_samples(path, data_config(**keys), where="s3://bucket/x.tar", notes=notes))
+    return samples, notes.omissions.lines()
+
+
+def test_members_that_are_not_files_are_passed_over_and_counted(shard: Path) -> None:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
-        for name, kind in (("d.jpg", tarfile.DIRTYPE), ("l.jpg", tarfile.SYMTYPE), ("h.jpg", tarfile.LNKTYPE)):
+        for name, kind in (("d.jpg", tarfile.DIRTYPE), ("p.jpg", tarfile.FIFOTYPE), ("c.jpg", tarfile.CHRTYPE)):
             info = tarfile.TarInfo(name)
-            info.type, info.linkname = kind, "a.jpg"
+            info.type = kind
             archive.addfile(info)
-    link_block = buffer.getvalue()[: 3 * BLOCK]
-    (sample,) = samples_of(shard, link_block + make_tar([("a.jpg", b"x")]))
+    (sample,), lines = notes_of(shard, buffer.getvalue()[: 3 * BLOCK] + make_tar([("a.jpg", b"x"), ("README", b"x")]))
     assert sample.key == "a"
+    assert lines == ["2 devices and pipes (p.jpg, c.jpg)", "1 files without an extension (README)"]
+
+
+APPLE = b"\0\5\x16\7" + bytes(160)
+
+
+@pytest.mark.parametrize("folder", ["", "./", "train/", "./a/b.c/"])
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_hidden_members_split_no_sample_at_any_depth(shard: Path, folder: str, form: int) -> None:
+    plain = [(folder + name, content) for name, content in PAIR]
+    hidden = [(f"{folder}.DS_Store", b"x"), (f"{folder}.hidden/a.jpg", b"x")]
+    mixed = hidden + [
+        member
+        for name, content in plain
+        for member in ((f"{folder}._{name.rpartition('/')[2]}", APPLE), (name, content), (f"__MACOSX/{folder}._x", b""))
+    ]
+    samples, lines = notes_of(shard, make_tar(mixed, form=form))
+    (tmp := shard.with_name("plain.tar")).write_bytes(make_tar(plain, form=form))
+    wanted = list(read_samples(tmp, data_config(), where="x"))
+    assert [(s.row, s.key, s.status, s.label, s.data) for s in samples] == [
+        (s.row, s.key, s.status, s.label, s.data) for s in wanted
+    ]
+    assert len(lines) == 1
+    assert lines[0].startswith(f"10 hidden members ({folder}.DS_Store, {folder}.hidden/a.jpg, {folder}._a.jpg, …)")
+
+
+def test_a_tar_of_hidden_members_alone_says_so(shard: Path) -> None:
+    with pytest.raises(ShardError) as caught:
+        samples_of(shard, make_tar([("d/._a.jpg", APPLE)]))
+    assert (caught.value.code, caught.value.got) == ("shard.no-samples", "1 hidden members (d/._a.jpg)")
+
+
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
+def test_links_are_read_as_the_files_that_extracting_the_tar_gives(shard: Path, kind: bytes, form: int) -> None:
+    long = "n" * 90
+    members: list[tuple[str, bytes | str]] = [
+        ("./a.jpg", b"A" * 700),
+        ("./a.cls", b"3"),
+        (f"d/{long}.jpg", b"B"),
+        (f"d/{long}.cls", b"4"),
+        ("./k.jpg", "./a.jpg" if kind == tarfile.LNKTYPE else "a.jpg"),
+        ("./k.cls", "a.cls"),
+        ("d/l.jpg", f"d/{long}.jpg" if kind == tarfile.LNKTYPE else f"{long}.jpg"),
+        ("d/l.cls", "./k.cls" if kind == tarfile.LNKTYPE else "../k.cls"),
+    ]
+    samples, lines = notes_of(shard, make_linked_tar(members, form=form, kind=kind))
+    assert lines == []
+    with tarfile.open(shard) as archive:
+        archive.extractall(shard.parent / "out", filter="data")
+    for sample in samples:
+        path = shard.parent / "out" / sample.key
+        assert sample.data == path.with_name(path.name + ".jpg").read_bytes()
+        assert sample.label == int(path.with_name(path.name + ".cls").read_text())
+    assert [sample.key for sample in samples] == ["./a", f"d/{long}", "./k", "d/l"]
+    # The range of a linked member is that of its target.
+    assert (samples[2].offset, samples[2].size) == (samples[0].offset, samples[0].size)
+    with ShardReader(shard, where="x") as reader:
+        assert all(reader.read(sample.offset, sample.size) == sample.data for sample in samples)
+
+
+def test_a_symbolic_link_may_stand_before_its_target(shard: Path) -> None:
+    content = make_linked_tar([("a.jpg", "d/b.jpg"), ("d/b.jpg", b"B")], kind=tarfile.SYMTYPE)
+    samples, lines = notes_of(shard, content)
+    assert [(sample.key, sample.data) for sample in samples] == [("a", b"B"), ("d/b", b"B")]
+    assert lines == []
+
+
+def test_a_hard_link_is_the_last_file_of_that_name_before_it(shard: Path) -> None:
+    content = make_linked_tar([("a.txt", b"old"), ("k.jpg", "a.txt"), ("a.txt", b"new"), ("l.jpg", "a.txt")])
+    samples, _ = notes_of(shard, content)
+    assert [(sample.key, sample.data) for sample in samples if sample.data] == [("k", b"old"), ("l", b"new")]
+
+
+def test_links_without_a_file_in_the_tar_are_counted_with_the_reason(shard: Path) -> None:
+    members: list[tuple[str, bytes | str]] = [
+        ("d/", b""),
+        ("a.jpg", b"A"),
+        *((f"gone{row}.jpg", "nothing.jpg") for row in range(5)),
+        ("folder.jpg", "d"),
+        ("absolute.jpg", "/etc/passwd"),
+        ("up.jpg", "../a.jpg"),
+        ("deep/up.jpg", "../../a.jpg"),
+        ("x.jpg", "y.jpg"),
+        ("y.jpg", "x.jpg"),
+        ("self.jpg", "self.jpg"),
+    ]
+    samples, lines = notes_of(shard, make_linked_tar(members, kind=tarfile.SYMTYPE))
+    assert [sample.key for sample in samples] == ["a"]
+    assert lines == [
+        "3 links in a circle (x.jpg, y.jpg, self.jpg)",
+        "3 links that lead out of the tar (absolute.jpg, up.jpg, deep/up.jpg)",
+        "1 links to folders (folder.jpg)",
+        "5 links whose target is not in the tar (gone0.jpg, gone1.jpg, gone2.jpg, …)",
+    ]
+
+
+def test_a_link_to_the_member_in_which_a_tar_is_cut_has_no_target(shard: Path) -> None:
+    content = make_linked_tar([("a.jpg", "z.bin"), ("b.jpg", b"B"), ("z.bin", b"Z" * 700)], kind=tarfile.SYMTYPE)
+    cut = content[: content.index(b"Z" * 700) + 100]
+    samples, lines = notes_of(shard, cut, bad_samples="skip")
+    assert [(sample.key, sample.status) for sample in samples] == [("b", "ok"), ("z", "truncated")]
+    assert lines == ["1 links whose target is not in the tar (a.jpg)"]
+    with pytest.raises(ShardError, match="ends inside a member"):
+        samples_of(shard, cut)
+
+
+def test_old_rules_read_a_tar_as_the_first_version_did(shard: Path) -> None:
+    shard.write_bytes(make_linked_tar([("d/.x", b""), ("d/a.jpg", b"A"), ("d/b.jpg", "d/a.jpg")]))
+    notes = TarNotes()
+    samples = list(read_samples(shard, data_config(), where="x", rules=1, notes=notes))
+    assert [(sample.key, sample.status) for sample in samples] == [("d/", "no_image"), ("d/a", "ok")]
+    assert unread_links(notes).counts.total() == 1
+
+
+def test_gnu_tar_writes_what_is_read_here(shard: Path) -> None:
+    source = shard.parent / "source"
+    source.mkdir()
+    for number in range(3):
+        (source / f"k{number}.jpg").write_bytes(bytes([number]) * 600)
+        (source / f"k{number}.cls").write_text(str(number))
+    for extension in ("jpg", "cls"):
+        os.link(source / f"k1.{extension}", source / f"k8.{extension}")
+        (source / f"k9.{extension}").symlink_to(f"k2.{extension}")
+    subprocess.run(["tar", "--sort=name", "-cf", str(shard), "-C", str(source), "."], check=True)
+    samples = list(read_samples(shard, data_config(), where="x"))
+    assert [(sample.key, sample.label, sample.data[:1]) for sample in samples] == [
+        ("./k0", 0, b"\0"),
+        ("./k1", 1, b"\1"),
+        ("./k2", 2, b"\2"),
+        ("./k8", 1, b"\1"),
+        ("./k9", 2, b"\2"),
+    ]
+
+
+NO_TARS: dict[str, tuple[bytes, str, str]] = {
+    "gzip": (gzip.compress(make_tar(PAIR)), "gzip", "gunzip -c x.tar > unpacked/x.tar"),
+    "zstd": (b"\x28\xb5\x2f\xfd" + bytes(600), "zstd", "zstd -dc x.tar"),
+    "xz": (lzma.compress(make_tar(PAIR)), "xz", "xz -dc x.tar"),
+    "bzip2": (bz2.compress(make_tar(PAIR)), "bzip2", "bunzip2 -c x.tar"),
+    "zip": (b"PK\3\4" + bytes(600), "a zip archive", "stillroom shards pack"),
+    "HTML": (b"\n <!DOCTYPE HTML>" + b"x" * 600, "HTML", "a server sent this in its place"),
+    "XML": (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code>", "XML", "a server sent this in its place"),
+    "JSON": (b'{"error": "Not Found"}', "JSON", "a server sent this in its place"),
+    "LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer", "git lfs pull"),
+    "annex": (b"/annex/objects/SHA256E-s1--0.tar\n", "a git-annex pointer", "git annex get"),
+    "empty": (b"", "an empty file", "fetch or write this shard again"),
+    "image": (image_bytes("JPEG", size=(90, 90)), "JPEG", "stillroom shards pack"),
+    "Parquet": (b"PAR1" + bytes(600), "a Parquet file", "write or fetch this shard again"),
+    "other": (b"x" * 2000, "unknown bytes", "write or fetch this shard again"),
+    "damaged": (b"A" + make_tar(PAIR)[1:], "a tar with a garbled first header", "write or fetch this shard again"),
+}
+
+
+@pytest.mark.parametrize("name", NO_TARS)
+def test_what_is_no_tar_is_named_with_the_step_that_helps(shard: Path, name: str) -> None:
+    content, kind, next_step = NO_TARS[name]
+    shard.write_bytes(content)
+    for read in (
+        lambda: list(read_samples(shard, data_config(), where=str(shard))),
+        lambda: list(read_samples(shard, data_config(bad_samples="skip"), where=str(shard))),
+        lambda: peek(str(shard), data_config(), size_bytes=len(content)),
+    ):
+        with pytest.raises(ShardError) as caught:
+            read()
+        assert (caught.value.code, caught.value.got) == ("shard.not-a-tar", kind)
+        assert next_step in str(caught.value.next_step)
 
 
 def test_no_label_is_none_and_a_null_label_reads_none(shard: Path) -> None:
