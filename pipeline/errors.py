@@ -84,6 +84,12 @@ class ConfigError(InputError):
     code = "config.invalid"
 
 
+class OrderError(ConfigError):
+    """Items of a dataset that were taken in another order than that of training."""
+
+    code = "data.order"
+
+
 class StorageInputError(InputError):
     """A URL that is refused, missing, or not readable."""
 

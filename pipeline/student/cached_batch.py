@@ -10,12 +10,13 @@ from torch.nn.functional import one_hot
 
 from pipeline.errors import ConfigError
 from pipeline.student.dataset import Batch
+from pipeline.student.summary import Summarised
 from pipeline.student.words import TeacherWords
 from pipeline.views.pixels import to_input
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CachedBatch:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class CachedBatch(Summarised):
     """B rows: the views that the teacher saw, what it said of them, and labels. A short last step has fewer rows.
 
     Pixels stay uint8 until ``images`` is called: a quarter of the bytes on the way to a GPU, and they are mixed there.

@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from pipeline import storage
 from pipeline.cache.reader import open_cache
 from pipeline.config import build_config, require
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, OrderError
 from pipeline.student.cached_batch import CachedBatch
 from pipeline.student.canaries import check_canaries
 from pipeline.student.class_means import cached_means
@@ -23,6 +24,24 @@ from pipeline.student.facts import LessonFacts, facts_of
 from pipeline.student.order import TrainingOrder, order_of
 from pipeline.student.sources import CachedSource, check_any_labelled, open_cached
 from schemas.config import Config, Interpolation, StudentConfig, Triple
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """One reader's way through an epoch: its first item, and how far apart its items are. A loader deals items to its
+    processes in turn."""
+
+    epoch: int
+    start_step: int
+    first: int
+    stride: int
+
+    @classmethod
+    def here(cls, epoch: int, start_step: int) -> _Pass:
+        """Of this process."""
+        worker = get_worker_info()
+        first, stride = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        return cls(epoch, start_step, first, stride)
 
 
 class CachedDataset(Dataset[CachedBatch]):
@@ -97,8 +116,10 @@ class CachedDataset(Dataset[CachedBatch]):
             needs_labels=require_labels,
             temperatures=tuple(temperatures),
         )
-        # Shared memory, so that loader processes that outlive an epoch see the next one.
-        self._position = torch.zeros(2, dtype=torch.int64).share_memory_()
+        # Shared memory, so that loader processes that outlive an epoch see the next one: epoch, start step, and whether
+        # the first and the last step that are left of that epoch were taken, in any order where processes race.
+        self._position = torch.zeros(4, dtype=torch.int64).share_memory_()
+        self._last: tuple[_Pass, int] | None = None
         self.set_epoch(epoch, start_step=start_step)
 
     @property
@@ -149,17 +170,29 @@ class CachedDataset(Dataset[CachedBatch]):
             raise ConfigError(
                 "there is no such step", where="start_step", got=start_step, wanted=f"0 to {self.steps_per_epoch}"
             )
-        self._position.copy_(torch.tensor([epoch, start_step]))
+        self._position.copy_(torch.tensor([epoch, start_step, 0, 0]))
 
     def __len__(self) -> int:
         """Steps that are left of the epoch."""
         return self.steps_per_epoch - int(self._position[1])
 
     def __getitem__(self, index: int) -> CachedBatch:
-        epoch, start_step = self._position.tolist()
+        """
+        Raises:
+            OrderError: another item is next: the loader shuffles, or has a sampler.
+            CacheError: a row's image is not the one that the teacher saw.
+        """
+        epoch, start_step, took_first, took_last = self._position.tolist()
         # Python's own loop over a sequence ends at an IndexError.
         if not 0 <= index < self.steps_per_epoch - start_step:
             raise IndexError(f"step {index} of {self.steps_per_epoch - start_step} that are left of epoch {epoch}")
+        self._take(_Pass.here(epoch, start_step), index)
+        if index == 0:
+            if took_first and took_last:
+                warnings.warn(_repeated(epoch), stacklevel=2)
+            self._position[2] = 1
+        if index == self.steps_per_epoch - start_step - 1:
+            self._position[3] = 1
         rows = self._steps[epoch * self.steps_per_epoch + start_step + index]
         return CachedBatch(
             rows=rows,
@@ -169,6 +202,13 @@ class CachedDataset(Dataset[CachedBatch]):
             ddp_weight=len(rows.labels_B) * self._steps.world_size / rows.num_rows_global,
         )
 
+    def _take(self, now: _Pass, index: int) -> None:
+        """Refuses an item that neither begins a pass nor goes on with it. The same item again is allowed."""
+        last = self._last[1] if self._last is not None and self._last[0] == now else None
+        if index not in (now.first, last, None if last is None else last + now.stride):
+            raise _out_of_order(now, last, index)
+        self._last = (now, index)
+
     def close(self) -> None:
         """Closes the shards; they open again when they are read."""
         self._source.close()
@@ -177,6 +217,25 @@ class CachedDataset(Dataset[CachedBatch]):
         # Open files cannot go to a loader process that is spawned.
         self.close()
         return self.__dict__
+
+
+def _out_of_order(now: _Pass, last: int | None, index: int) -> OrderError:
+    return OrderError(
+        "items of a CachedDataset were taken in another order than that of training",
+        where=f"epoch {now.epoch}, from step {now.start_step}",
+        got=f"item {index}" + ("" if last is None else f" after item {last}"),
+        wanted=f"item {now.first if last is None else last + now.stride}: every rank takes all items, in order",
+        next_step="give the DataLoader neither shuffle nor a sampler; for Lightning: "
+        "Trainer(use_distributed_sampler=False); for accelerate: do not prepare the loader; to resume, or to change "
+        "the epoch: set_epoch, before the loader starts",
+    )
+
+
+def _repeated(epoch: int) -> str:
+    return (
+        f"CachedDataset repeats epoch {epoch}: the same views in the same order. Call set_epoch(epoch) before each "
+        f"epoch; set_epoch({epoch}) repeats it on purpose, without this warning"
+    )
 
 
 def _plain(urls: str | Sequence[str] | None) -> str | list[str] | None:

@@ -21,6 +21,7 @@ from pipeline.student.order import EpochOrder, OrderedRows, TrainingOrder
 from pipeline.student.prefetch import Prefetcher
 from pipeline.student.rows import SampleRows
 from pipeline.student.sources import RowSource, check_labelled, read_image
+from pipeline.student.summary import Summarised
 from pipeline.student.words import StoredWords, TeacherWords
 from pipeline.views.options import cut_boxes, drawn_row
 from pipeline.views.params import draw_views
@@ -38,8 +39,8 @@ class InputSize:
     interpolation: Interpolation
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Batch(Summarised):
     """One rank's rows of one step; uint8 pixels, labels -1 where there is none, partners as positions in the batch."""
 
     step: int

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.cache.reader import StoredRows, ViewColumns
+from pipeline.student.summary import Summarised
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +55,8 @@ def _placed(pieces: Sequence[tuple[NDArray[np.integer[Any]], StoredRows | None]]
     return StoredRows.placed(there, num_rows) if there else None
 
 
-@dataclass(frozen=True, slots=True)
-class TeacherWords:
+@dataclass(frozen=True, slots=True, repr=False)
+class TeacherWords(Summarised):
     """Of B rows, as losses take it.
 
     Attributes:

@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
 
 from pipeline.cache.reader import open_cache
-from pipeline.errors import CacheError, ConfigError
+from pipeline.errors import CacheError, ConfigError, OrderError
 from pipeline.student import CachedBatch, CachedDataset
 from pipeline.student.loop import Trainer
 from pipeline.student.losses import BatchShare, LossInputs, ce
@@ -145,6 +146,109 @@ def test_a_loader_process_that_is_spawned_reads_the_same(replays: Replay, of: Of
     loader = DataLoader(dataset, batch_size=None, num_workers=1, multiprocessing_context="spawn")
     for one, other in zip(loader, dataset, strict=True):
         assert_same(one, other)
+
+
+class OfSampler(DistributedSampler[int]):
+    """As Lightning's ``DistributedSamplerWrapper``: deals out what another sampler yields."""
+
+    def __init__(self, sampler: Any, **options: Any) -> None:
+        self._items = list(sampler)
+        super().__init__(self._items, **options)  # pyright: ignore[reportArgumentType]
+
+    def __iter__(self) -> Iterator[int]:
+        return (self._items[position] for position in super().__iter__())
+
+
+def dealt(rank: int, *, shuffle: bool) -> Callable[[CachedDataset], dict[str, Any]]:
+    options: dict[str, Any] = {"num_replicas": 2, "rank": rank, "shuffle": shuffle}
+    return lambda dataset: {"sampler": DistributedSampler(dataset, **options)}  # pyright: ignore[reportArgumentType]
+
+
+# What a loader is given beside the dataset.
+REORDERED: dict[str, Callable[[CachedDataset], dict[str, Any]]] = {
+    "shuffle": lambda _: {"shuffle": True, "generator": torch.Generator().manual_seed(0)},
+    "reversed": lambda dataset: {"sampler": range(len(dataset) - 1, -1, -1)},
+    "from the middle": lambda dataset: {"sampler": range(2, len(dataset))},
+    "random with replacement": lambda dataset: {
+        "sampler": RandomSampler(dataset, replacement=True, generator=torch.Generator().manual_seed(0))  # pyright: ignore[reportArgumentType]
+    },
+    **{
+        f"rank {rank} of a distributed sampler, shuffle {shuffle}": dealt(rank, shuffle=shuffle)
+        for rank in (0, 1)
+        for shuffle in (False, True)
+    },
+    "a wrapped sampler": lambda dataset: {
+        "sampler": OfSampler(range(len(dataset)), num_replicas=2, rank=0, shuffle=False)
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "num_workers"),
+    [*((name, 0) for name in REORDERED), ("shuffle", 2), ("rank 0 of a distributed sampler, shuffle False", 2)],
+)
+def test_items_in_another_order_are_refused(replays: Replay, of: Of, name: str, num_workers: int) -> None:
+    dataset = of(replays("crop"))
+    loader = DataLoader(dataset, batch_size=None, num_workers=num_workers, **REORDERED[name](dataset))
+    with pytest.raises(OrderError) as caught:
+        list(loader)
+    assert caught.value.code == "data.order"
+    assert "use_distributed_sampler=False" in str(caught.value)
+    # The dataset itself is as good as before.
+    assert [batch.step for batch in DataLoader(dataset, batch_size=None, num_workers=num_workers)] == [*range(STEPS)]
+
+
+def test_a_refusal_names_the_item_that_was_next(replays: Replay, of: Of) -> None:
+    dataset = of(replays("crop"), epoch=2, start_step=1)
+    assert dataset[0].step == 2 * STEPS + 1
+    with pytest.raises(OrderError) as caught:
+        dataset[2]
+    assert (caught.value.where, caught.value.got) == ("epoch 2, from step 1", "item 2 after item 0")
+    assert str(caught.value.wanted).startswith("item 1:")
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_epoch_that_begins_in_the_middle_of_a_pass_is_refused(replays: Replay, of: Of, num_workers: int) -> None:
+    dataset = of(replays("crop"))
+    options: dict[str, Any] = {"prefetch_factor": 1} if num_workers else {}
+    batches = iter(DataLoader(dataset, batch_size=None, num_workers=num_workers, **options))
+    next(batches)
+    dataset.set_epoch(1)
+    with pytest.raises(OrderError):
+        list(batches)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_passes_may_stop_early_and_be_looked_at_beforehand(replays: Replay, of: Of, num_workers: int) -> None:
+    dataset = of(replays("crop"))
+    assert dataset[0].step == dataset[0].step == 0
+    loader = DataLoader(dataset, batch_size=None, num_workers=num_workers, persistent_workers=num_workers > 0)
+    for epoch, num_steps in ((0, 2), (1, 3), (2, STEPS)):
+        dataset.set_epoch(epoch)
+        steps = [batch.step for batch in islice(loader, num_steps)]
+        assert steps == [epoch * STEPS + step for step in range(num_steps)]
+    dataset.set_epoch(3)
+    for one, other in zip(dataset, dataset, strict=True):
+        assert_same(one, other)
+
+
+def test_a_second_pass_at_the_same_epoch_warns_unless_it_is_set_again(replays: Replay, of: Of) -> None:
+    dataset = of(replays("crop"), epoch=1)
+    loader = DataLoader(dataset, batch_size=None)
+    for _ in range(2):
+        assert len(list(loader)) == STEPS
+        dataset.set_epoch(1)
+    list(loader)
+    with pytest.warns(UserWarning, match=r"repeats epoch 1(.|\n)*set_epoch"):
+        list(loader)
+
+
+def test_loader_processes_warn_of_a_second_pass_too(replays: Replay, of: Of) -> None:
+    loader = DataLoader(of(replays("crop")), batch_size=None, num_workers=2)
+    list(loader)
+    # Warnings are errors in these tests, also in their loaders' processes, and a loader raises the kind that it caught.
+    with pytest.raises(UserWarning, match="repeats epoch 0"):
+        list(loader)
 
 
 def test_going_on_at_a_step_gives_the_rest_of_the_epoch(replays: Replay, of: Of) -> None:
@@ -301,6 +405,23 @@ def test_rows_without_labels_are_refused_where_labels_are_required(replays: Repl
     assert not batch.targets().any()
     with pytest.raises(ConfigError, match="a loss needs labels"):
         of(section.url, require_labels=True)
+
+
+def test_the_text_of_a_batch_is_short_and_has_every_shape(replays: Replay, of: Of) -> None:
+    text = repr(of(replays("function_matching"))[0])
+    assert "\n" not in text
+    assert len(text) < 600
+    for part in (
+        "CachedBatch(rows=Batch(step=0, epoch=0, num_rows_global=8",
+        "pixels_BCHW=uint8[8,3,16,16]",
+        "labels_B=int64[8]",
+        "lambda_B=float32[8]",
+        "words=[TeacherWords(logits={None: float32[8,10]}, norm_B=float32[8])]",
+        "… 8 in all]",
+        "mean_C=float32[3]",
+        "ddp_weight=1.0)",
+    ):
+        assert part in text
 
 
 def test_the_package_loads_nothing_until_it_is_asked() -> None:
