@@ -10,7 +10,15 @@ from jobs.log import tell
 from jobs.progress import ProgressView
 from pipeline import storage
 from pipeline.errors import ShardError
-from pipeline.shards.pack import CLASSES, Packing, PackSettings, plan_packing, tell_skipped, write_packing
+from pipeline.shards.pack import (
+    CLASSES,
+    Packing,
+    PackSettings,
+    plan_packing,
+    split_folders,
+    tell_skipped,
+    write_packing,
+)
 
 
 def pack(
@@ -23,7 +31,10 @@ def pack(
         StorageInputError: something else is in ``out_url``, or a link leads out of the tree without ``links_out``.
     """
     classes = None if classes_url is None else _read_classes(classes_url)
-    packing = plan_packing(source_url, settings, classes=classes, links_out=links_out)
+    packing = plan_packing(source_url, settings, out_url=out_url, classes=classes, links_out=links_out)
+    if not packing.classes and (splits := split_folders(packing.paths)):
+        text = f"pack: the images of {', '.join(splits)} go into the same shards; pack each folder to keep them apart"
+        tell(text, event="warning", level=logging.WARNING)
     if packing.skipped:
         tell(f"pack: skipped {tell_skipped(packing.skipped)}", event="warning", level=logging.WARNING)
     with ProgressView("pack", packing.num_images) as progress:
@@ -41,6 +52,7 @@ def _read_classes(url: str) -> Mapping[str, int]:
     if not fits:
         raise ShardError(
             "these are not the classes of a packing",
+            code="shards.bad-classes-file",
             where=storage.redact(url),
             wanted=f"{CLASSES} as another packing wrote it: names with indexes 0, 1, 2 …",
         )

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+import re
+import shlex
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from pipeline import storage
@@ -27,6 +29,9 @@ _VAL = "val"
 _READ_THREADS = 16
 _READ_AHEAD = 64  # images; what is held at a time
 _BLOCK = 512
+_SPLIT = re.compile(
+    r"(?P<role>train|val|test|dev|eval)(ing|id|idation|uation)?([-_]?(set|images|\d{4}))?", re.IGNORECASE
+)
 _NUM_NAMED = 3
 
 
@@ -79,6 +84,10 @@ class Packing:
     def num_images(self) -> int:
         return sum(map(len, self.shards.values()))
 
+    @property
+    def paths(self) -> list[str]:
+        return [image.path for images in self.shards.values() for image in images]
+
     def record(self) -> bytes:
         """Equal for packings that write the same bytes."""
         source = [[image.key, image.extension, image.size_bytes] for images in self.shards.values() for image in images]
@@ -94,17 +103,24 @@ class Packing:
 
 
 def plan_packing(
-    source_url: str, settings: PackSettings, *, classes: Mapping[str, int] | None = None, links_out: bool = False
+    source_url: str,
+    settings: PackSettings,
+    *,
+    out_url: str = "OUT",
+    classes: Mapping[str, int] | None = None,
+    links_out: bool = False,
 ) -> Packing:
     """Lists the tree. The class of an image is its first folder, as in torchvision's ``ImageFolder``.
 
     Args:
+        out_url: where the shards will be written, for commands in messages.
         classes: the index of every class, where another tree has settled it; else the folders are numbered by name.
         links_out: also follow links that lead out of the tree.
 
     Raises:
         StorageInputError: a link leads out of the tree, or in circles.
-        ShardError: there is nothing to pack, a class has no image, or there are fewer than two classes.
+        ShardError: there is nothing to pack, the first folders are splits such as train and val instead of classes, a
+            class has no image, or there are fewer than two classes.
     """
     if settings.val_share and settings.name == _VAL:
         raise ShardError("training and validation shards would have the same names", where="name", got=settings.name)
@@ -115,6 +131,7 @@ def plan_packing(
         raise _nothing_to_pack(where, skipped, settings.labels)
     indexes: dict[str, int] = {}
     if settings.labels == "folder":
+        _check_splits(usable, source_url, settings, out_url)
         indexes = _class_indexes(source_url, sorted({_class_of(path) for path in usable}), classes)
     keys = _keys(usable)
     images = [
@@ -159,6 +176,7 @@ def _nothing_to_pack(where: str, skipped: Mapping[str, Sequence[str]], labels: L
     loose = labels == "folder" and "in no class folder" in skipped
     return ShardError(
         "there are no images in class folders" if loose else "there are no images here",
+        code="shards.no-images",
         where=where,
         got=tell_skipped(skipped) or "no files at all",
         wanted=f"{'<class>/' if labels == 'folder' else ''}<name>.{{{','.join(EXTENSIONS)}}}",
@@ -174,6 +192,72 @@ def tell_skipped(skipped: Mapping[str, Sequence[str]]) -> str:
     )
 
 
+def split_folders(paths: Iterable[str]) -> list[str]:
+    """The first folders of a tree of splits (``train``, ``val``, ``test`` …), training first; none if they are classes.
+
+    A class may be called ``train`` too. So they are splits only where no other folder holds images, or where two
+    different splits hold a class of the same name.
+    """
+    classes: defaultdict[str, set[str]] = defaultdict(set)
+    for path in paths:
+        folder, slash, rest = path.partition("/")
+        if slash:
+            classes[folder].add(rest.partition("/")[0] if "/" in rest else "")
+    roles = {folder: match["role"].lower() for folder in classes if (match := _SPLIT.fullmatch(folder))}
+    shared = Counter(name for folder in roles for name in classes[folder] - {""})
+    are_splits = len(roles) == len(classes) or (len({*roles.values()}) > 1 and max(shared.values(), default=0) > 1)
+    # One folder of images without folders in it may be the only class that someone has so far.
+    if not are_splits or (len(roles) == 1 and not shared):
+        return []
+    return sorted(roles, key=lambda folder: (roles[folder] != "train", folder))
+
+
+def _check_splits(paths: Sequence[str], source_url: str, settings: PackSettings, out_url: str) -> None:
+    """
+    Raises:
+        ShardError: the first folders are splits; the next step is one command for each.
+    """
+    splits = split_folders(paths)
+    if not splits:
+        return
+    has_classes = any(path.startswith(f"{splits[0]}/") and path.count("/") > 1 for path in paths)
+    commands = [
+        pack_command(
+            storage.join(source_url, folder),
+            storage.join(out_url, folder),
+            replace(
+                settings,
+                name=folder if number else settings.name,
+                labels="folder" if has_classes else "none",
+            ),
+            classes_url=storage.join(out_url, splits[0], CLASSES) if number and has_classes else None,
+        )
+        for number, folder in enumerate(splits)
+    ]
+    raise ShardError(
+        "these folders are splits, not classes",
+        code="shards.splits-as-classes",
+        where=storage.redact(source_url),
+        got=", ".join(f"{folder}/" for folder in splits),
+        wanted="a folder for each class",
+        next_step="pack each split:\n" + "\n".join(f"{'':<10}{command}" for command in commands),
+    )
+
+
+def pack_command(source_url: str, out_url: str, settings: PackSettings, *, classes_url: str | None = None) -> str:
+    """The command line that packs with these settings, quoted for a shell."""
+    default = PackSettings()
+    options = {
+        f"--{name.replace('_', '-')}": str(value)
+        for name, value in asdict(settings).items()
+        if value != getattr(default, name)
+    }
+    if classes_url is not None:
+        options["--classes"] = storage.redact(classes_url)
+    words = ["stillroom", "shards", "pack", storage.redact(source_url), storage.redact(out_url)]
+    return shlex.join([*words, *(word for option in options.items() for word in option)])
+
+
 def _class_indexes(source_url: str, found: list[str], settled: Mapping[str, int] | None) -> dict[str, int]:
     """
     Raises:
@@ -186,18 +270,28 @@ def _class_indexes(source_url: str, found: list[str], settled: Mapping[str, int]
             f"{len(empty)} class folders have no images",
             where=where,
             got=_named(empty),
+            code="shards.empty-class",
             next_step="remove them, since they would take up class indexes; or fill them",
         )
     if settled is not None and (unknown := [name for name in found if name not in settled]):
-        raise ShardError("some class folders are not among the classes", where=where, got=_named(unknown))
+        raise ShardError(
+            "some class folders are not among the classes",
+            code="shards.unknown-class",
+            where=where,
+            got=_named(unknown),
+            wanted=f"folders called {_named(sorted(settled))}",
+            next_step="rename these folders, or pass the classes.json of the packing that has them",
+        )
     indexes = dict(settled) if settled is not None else {name: index for index, name in enumerate(found)}
     if len(indexes) < 2:
         raise ShardError(
             "there is only one class",
+            code="shards.one-class",
             where=where,
             got=_named(found),
             wanted="a folder for each class",
-            next_step="name the folder above it, or pass --labels none",
+            next_step=f"if the classes are the folders in it, name {storage.join(where, found[0])}; "
+            "if it is one of several, name the folder above it; without classes pass --labels none",
         )
     return indexes
 

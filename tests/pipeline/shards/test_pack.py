@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from jobs.cli import app
 from pipeline import storage
 from pipeline.errors import ShardError, StorageInputError
-from pipeline.shards.pack import PackSettings, plan_packing, write_packing
+from pipeline.shards.pack import PackSettings, plan_packing, split_folders, write_packing
 from tests.pipeline.shards.tars import image_bytes, webdataset_samples
 
 NUM_IMAGES = {"ant": 30, "bee": 20, "cat": 10}
@@ -257,3 +260,63 @@ def test_without_labels_any_tree_is_packed(tmp_path: Path) -> None:
     }
     assert not any("cls" in sample for sample in samples)
     assert not (tmp_path / "out" / "classes.json").exists()
+
+
+def tree_of(folder: Path, paths: list[str]) -> str:
+    for path in paths:
+        target = folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(image_bytes(size=(8, 9)) + path.encode())
+    return str(folder)
+
+
+SPLITS = {
+    "train and val": (["train/ant/a.png", "train/bee/b.png", "val/ant/c.png"], ["train", "val"]),
+    "three": (["test/ant/a.png", "training/bee/b.png", "validation/ant/c.png"], ["training", "test", "validation"]),
+    "capitals": (["Train/ant/a.png", "Valid/ant/c.png"], ["Train", "Valid"]),
+    "years": (["train2017/ant/a.png", "val2017/ant/c.png"], ["train2017", "val2017"]),
+    "no classes": (["train/a.png", "test/b.png"], ["train", "test"]),
+    "one": (["train/ant/a.png", "train/bee/b.png"], ["train"]),
+    "beside another folder": (["train/ant/a.png", "val/ant/b.png", "extra/x/c.png"], ["train", "val"]),
+    "a vehicle": (["train/a.png", "car/b.png", "bus/c.png"], []),
+    "a vehicle with kinds": (["train/steam/a.png", "car/b.png"], []),
+    "a vehicle and an exam": (["train/steam/a.png", "test/oral/b.png", "car/c.png"], []),
+    "other names": (["trainer/a.png", "valley/b.png"], []),
+    "a single class so far": (["train/a.png"], []),
+}
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_folders_are_splits_only_where_the_layout_is_that_of_splits(name: str) -> None:
+    paths, splits = SPLITS[name]
+    assert split_folders(paths) == splits
+
+
+def commands_of(error: ShardError) -> list[list[str]]:
+    return [shlex.split(line) for line in str(error.next_step).splitlines()[1:]]
+
+
+def test_splits_are_refused_with_the_commands_that_pack_them(tmp_path: Path) -> None:
+    paths = [f"{split}/{name}/{row}.png" for split in ("train", "val") for name in ("ant", "bee") for row in range(3)]
+    source, out = tree_of(tmp_path / "my images", [*paths[:-3], "val/zoo.txt"]), str(tmp_path / "out")
+    (Path(source) / "annotations").mkdir()
+    with pytest.raises(ShardError) as caught:
+        plan_packing(source, PackSettings(shard_size=2), out_url=out)
+    assert (caught.value.code, caught.value.got) == ("shards.splits-as-classes", "train/, val/")
+    for command in commands_of(caught.value):
+        result = CliRunner().invoke(app, command[1:])
+        assert result.exit_code == 0, result.output
+    # Of the validation images class bee is missing, and ant has its index of training.
+    assert Counter(sample["cls"] for sample in read_all(tmp_path / "out" / "train")) == {b"0": 3, b"1": 3}
+    assert Counter(sample["cls"] for sample in read_all(tmp_path / "out" / "val")) == {b"0": 3}
+    assert sorted(path.name for path in (tmp_path / "out" / "val").glob("*.tar")) == ["val-00000.tar", "val-00001.tar"]
+
+
+def test_splits_without_classes_are_refused_with_commands_without_labels(tmp_path: Path) -> None:
+    source = tree_of(tmp_path / "tree", ["train/a.png", "train/b.png", "test/c.png"])
+    with pytest.raises(ShardError) as caught:
+        plan_packing(source, PackSettings(), out_url=str(tmp_path / "out"))
+    assert caught.value.code == "shards.splits-as-classes"
+    for command in commands_of(caught.value):
+        assert CliRunner().invoke(app, command[1:]).exit_code == 0
+    assert [len(read_all(tmp_path / "out" / name)) for name in ("train", "test")] == [2, 1]
