@@ -27,14 +27,17 @@ from pipeline.cache.build import (
     restore_index,
 )
 from pipeline.cache.commit import Standing, files_present, is_void, missing_blocks, read_standing, withdraw
+from pipeline.cache.labels import cached_labels
 from pipeline.cache.log import BuildLogWriter, remove_logs
 from pipeline.cache.manifest import publish_manifest, read_manifest, read_sums, read_table
 from pipeline.cache.means import ClassSums, add_up
-from pipeline.cache.plan import survey_ground
+from pipeline.cache.plan import check_labels, survey_ground
+from pipeline.cache.reader import open_cache
 from pipeline.cache.space import check_space
 from pipeline.config import load_config
 from pipeline.errors import CacheError, ShardError, StorageInputError
 from pipeline.models import random_weights_warnings
+from pipeline.shards.labels import label_warning
 from pipeline.shards.names import shard_ids
 from pipeline.shards.omissions import Omissions
 from schemas.config import Config, RayConfig
@@ -51,7 +54,7 @@ def build_cache(config: Config) -> Manifest:
 
     Raises:
         CacheError: the cache was begun by another config or teacher, or holds shards that this config lacks.
-        ShardError: a shard is missing, damaged, or changed.
+        ShardError: a shard is missing, damaged, or changed, or no sample has the member ``data.label``.
         ResourceError: no node could run a task.
         StorageInputError: what is to be written does not fit on the disk it would go to.
     """
@@ -64,6 +67,7 @@ def build_cache(config: Config) -> Manifest:
     commits = read_standing(cache.url)
     sizes = check_shards(cache.url, by_id, commits)
     ground = survey_ground(config, cache, by_id, sizes, commits)
+    check_labels(ground)
     _warn(random_weights_warnings({"teacher": config.teacher}))
     _warn(check_space(ground, num_tasks=num_tasks_here(config.ray)))
     with cluster(config.ray):
@@ -75,6 +79,8 @@ def build_cache(config: Config) -> Manifest:
         _build_parts(config, by_id, commits)
         manifest = publish_manifest(cache.url, by_id, add_up=partial(_add_up, config.ray))
     remove_logs(cache.url)
+    if (warning := label_warning(cached_labels(open_cache(cache.url)), config.data)) is not None:
+        _warn([warning])
     return manifest
 
 

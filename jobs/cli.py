@@ -288,7 +288,8 @@ def _screen(report: dict[str, Any]) -> str:
             name, value = name.removesuffix("_s"), duration(value)
         return f"{name.replace('_', ' '):<20}{text(value)}"
 
-    return "\n".join(line(name, value) for name, value in report.items())
+    lines = [line(name, value) for name, value in report.items() if name != "warnings"]
+    return "\n".join([*lines, *(f"warning: {warning}" for warning in report["warnings"])])
 
 
 @app.command()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from functools import partial
 
 from jobs.entry import config_command
@@ -12,23 +14,30 @@ from jobs.progress import ProgressView
 from jobs.ray_runtime import without_gpus
 from pipeline import storage
 from pipeline.config import load_config, require
+from pipeline.errors import ShardError
+from pipeline.shards.labels import LabelCount, check_label_member, count_labels, label_warning, spread
 from pipeline.shards.names import shard_ids
 from pipeline.shards.omissions import Omissions
-from pipeline.shards.publish import publish_shard_index
+from pipeline.shards.peek import Peek, peek
+from pipeline.shards.publish import index_name, publish_shard_index, read_index
 from pipeline.student.sources import index_url
-from schemas.config import Config
+from schemas.config import Config, DataConfig
+
+_NUM_SAMPLED = 8
 
 
 def index_shards(config: Config, folder_url: str) -> int:
     """Writes ``<folder_url>/<shard_id>.parquet`` for every shard that has none. Returns the number of ok rows.
 
     Raises:
-        ShardError: a shard is damaged, has a bad sample under ``bad_samples: fail``, or changed since it was indexed.
+        ShardError: a shard is damaged, has a bad sample under ``bad_samples: fail``, or changed since it was indexed;
+            or no sample has the member ``data.label``.
     """
     require(config, "data.shards", command="shards index")
     assert config.data.shards is not None
     urls = storage.expand(config.data.shards)
-    shard_ids(urls)
+    by_id = dict(zip(shard_ids(urls), urls, strict=True))
+    _check_labels(by_id, config.data, folder_url)
     # Every task reads this anew, and a list of 100,000 URLs has megabytes.
     data = config.data.model_copy(update={"shards": None, "val_shards": None})
     work = partial(publish_shard_index, data=data, folder_url=folder_url, threads=config.ray.cpus_per_task)
@@ -40,7 +49,24 @@ def index_shards(config: Config, folder_url: str) -> int:
             omissions.append(found.omissions)
             progress.update(done, f"{num_ok} rows")
     warn_of_omissions("index", omissions)
+    labels = count_labels([*by_id], lambda shard: read_index(folder_url, shard))
+    if (warning := label_warning(labels, config.data)) is not None:
+        tell(f"index: {warning}", event="warning", level=logging.WARNING)
     return num_ok
+
+
+def _check_labels(by_id: dict[str, str], data: DataConfig, folder_url: str) -> None:
+    """A wrong ``data.label``, while no shard is indexed: an index is never replaced by another one."""
+    if data.label is None or not {index_name(shard) for shard in by_id}.isdisjoint(storage.listing(folder_url)):
+        return
+    sampled = spread([*by_id.values()], _NUM_SAMPLED)
+    peeks: list[Peek] = []
+    for url in sampled:
+        # Indexing tells what is wrong with a shard, and of which of them.
+        with contextlib.suppress(ShardError):
+            peeks.append(peek(url, data, size_bytes=storage.size(url)))
+    found = LabelCount.of([seen.label_N for seen in peeks], [seen.members for seen in peeks])
+    check_label_member(found, data, where=storage.redact(sampled[0]))
 
 
 def main(source: str, overrides: list[str]) -> None:

@@ -17,7 +17,15 @@ from pipeline.cache.advice import advice
 from pipeline.cache.build import cache_config
 from pipeline.cache.commit import files_present, is_void, read_standing
 from pipeline.cache.measure import Forecast, Measurement, MeasureTask, advice_on_time, forecast, measure
-from pipeline.cache.plan import CachePlan, Ground, embedding_dim, needs_embedding_dim, plan_cache, survey_ground
+from pipeline.cache.plan import (
+    CachePlan,
+    Ground,
+    check_labels,
+    embedding_dim,
+    needs_embedding_dim,
+    plan_cache,
+    survey_ground,
+)
 from pipeline.cache.space import check_space
 from pipeline.cache.survey import Span
 from pipeline.errors import ConfigError, StorageInputError
@@ -45,7 +53,7 @@ def report(config: Config, *, measured: bool) -> Report:
 
     Raises:
         ConfigError: a key that a build needs is missing.
-        ShardError: a shard is missing, changed, or holds no image.
+        ShardError: a shard is missing, changed, or holds no image, or no sample has the member ``data.label``.
         CacheError: the cache that stands is damaged.
     """
     config = with_absolute_paths(config)
@@ -68,6 +76,7 @@ def _ground(config: Config) -> Ground:
     commits = [commit for commit in commits if not is_void(commit, present)]
     sizes = check_shards(cache.url, by_id, commits)
     ground = survey_ground(config, cache, by_id, sizes, commits)
+    check_labels(ground)
     return replace(ground, embedding_dim=embedding_dim(config)) if needs_embedding_dim(ground) else ground
 
 
@@ -131,6 +140,7 @@ def _plan_lines(plan: CachePlan) -> list[tuple[str, str]]:
     build, epoch = traffic.build, traffic.epoch
     lines = [
         ("images", f"{_count(work.rows)} in {work.num_shards} shards ({how})"),
+        ("labels", "none (data.label is null)" if plan.labels is None else str(plan.labels)),
         ("parts", f"{work.num_parts}, {work.blocks_per_shard} a shard; {work.num_parts_open} still to make"),
         ("bytes a row", f"{size.row.expected:.0f} {stored} ({columns}, other columns {size.columns:.0f})"),
         ("bytes", f"{_bytes(size.parts)}, {decimal(round(size.parts_of_shard.expected))} a shard"),
@@ -143,7 +153,7 @@ def _plan_lines(plan: CachePlan) -> list[tuple[str, str]]:
         ("break-even", _break_even(plan)),
     ]
     if size.means:
-        lines.insert(5, ("class sums", f"at most {decimal(size.means)}"))
+        lines.insert(6, ("class sums", f"at most {decimal(size.means)}"))
     return lines
 
 

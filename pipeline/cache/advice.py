@@ -12,6 +12,7 @@ from pipeline.cache.plan import CachePlan, Ground
 from pipeline.fingerprint import differences
 from pipeline.models import random_weights_warnings
 from pipeline.shards.index import NO_LABEL, index_settings
+from pipeline.shards.labels import label_warning
 from pipeline.views.philox import key_of, permutation
 
 _LEAST_SPREAD = 0.5
@@ -105,13 +106,12 @@ def _other_classes(ground: Ground, _: CachePlan) -> str | None:
 
 
 def _missing_labels(ground: Ground, _: CachePlan) -> str | None:
-    data = ground.config.data
-    label_N = np.concatenate([np.empty(0, np.int32), *ground.survey.labels])
-    missing = int((label_N == NO_LABEL).sum())
+    data, count = ground.config.data, ground.survey.label_count
+    missing = count.num_images - count.num_labelled
     if not missing or not ground.num_partials or data.missing_labels == "ignore":
-        return None
+        return label_warning(count, data)
     return (
-        f"{missing} of {len(label_N)} sampled images have no label, and class means will refuse them; "
+        f"{missing} of {count.num_images} sampled images have no label, and class means will refuse them; "
         "data.missing_labels=ignore averages over the others"
     )
 

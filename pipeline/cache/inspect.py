@@ -12,9 +12,13 @@ from pipeline.cache import layout
 from pipeline.cache.codec import row_bytes
 from pipeline.cache.commit import Standing, stream_commits
 from pipeline.cache.identity import read_header
+from pipeline.cache.labels import cached_labels, committed_labels, reading_rules
 from pipeline.cache.log import SILENT_S, read_last_log
 from pipeline.cache.manifest import read_manifest
+from pipeline.cache.reader import open_cache
 from pipeline.cache.statistics import StatisticsFold
+from pipeline.errors import CacheError
+from pipeline.shards.labels import LabelCount, label_warning
 from schemas.config import ViewsConfig
 from schemas.manifest import BuildLog, Header, Output, Statistics
 
@@ -53,11 +57,13 @@ class CacheReport:
     skipped: dict[str, int] | None
     outputs: dict[str, str]
     class_means: str
+    labels: str | None
     teacher_top1: float | None
     kl_nats: dict[str, float]
     pearson: dict[str, float]
     argmax_flips: float | None
     embedding_cosine: float | None
+    warnings: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -83,6 +89,8 @@ def inspect_cache(cache_url: str, *, now_s: float | None = None) -> CacheReport:
         rows[commit.block.name] += commit.num_rows
     log = read_last_log(cache_url)
     now_s = time.time() if now_s is None else now_s
+    labels = _labels(cache_url, header, commits, finished=finished)
+    warning = None if labels is None else label_warning(labels, reading_rules(header))
     size_bytes = sum(commit.part_size_bytes for commit in commits)
     statistics = manifest.statistics if manifest else fold.result()
     return CacheReport(
@@ -108,9 +116,21 @@ def inspect_cache(cache_url: str, *, now_s: float | None = None) -> CacheReport:
         skipped=manifest.skipped if manifest else None,
         outputs={output.name: _encoding(header, output) for output in header.outputs},
         class_means=str(header.teacher["class_means"]),
+        labels=None if labels is None else str(labels),
         teacher_top1=statistics.top1_hits / statistics.labelled if statistics.labelled else None,
         **_fidelity(header, statistics),
+        warnings=() if warning is None else (warning,),
     )
+
+
+def _labels(cache_url: str, header: Header, commits: list[Standing], *, finished: bool) -> LabelCount | None:
+    """None where no labels are read, nothing is committed, or an index cannot be read, which ``verify`` tells."""
+    if header.data["label"] is None or not commits:
+        return None
+    try:
+        return cached_labels(open_cache(cache_url)) if finished else committed_labels(cache_url, commits)
+    except CacheError:
+        return None
 
 
 def _eta_s(log: BuildLog, num_commits: int, now_s: float) -> float | None:

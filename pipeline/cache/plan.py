@@ -17,6 +17,7 @@ from pipeline.cache.commit import Standing, missing_blocks
 from pipeline.cache.identity import find_header
 from pipeline.cache.survey import Span, Survey, survey_shards, total
 from pipeline.models import load_model
+from pipeline.shards.labels import LabelCount, check_label_member
 from schemas.cache import drawn_columns, part_schema
 from schemas.config import CacheConfig, Config, ViewsConfig
 from schemas.manifest import Header, Output, ViewBlock
@@ -191,12 +192,13 @@ class BreakEven:
 
 @dataclass(frozen=True, slots=True)
 class CachePlan:
-    """What ``cache build`` would do."""
+    """What ``cache build`` would do. ``labels`` of the images that were looked at; None: no labels are read."""
 
     work: Work
     size: Size
     traffic: Traffic
     break_even: BreakEven
+    labels: LabelCount | None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -230,6 +232,17 @@ def survey_ground(
     )
 
 
+def check_labels(ground: Ground) -> None:
+    """Refuses a wrong ``data.label`` while the cache has no part: later its reading rules cannot change.
+
+    Raises:
+        ShardError: no sample that was looked at has that member.
+    """
+    if not ground.commits:
+        where = storage.redact(next(iter(ground.urls.values())))
+        check_label_member(ground.survey.label_count, ground.config.data, where=where)
+
+
 def embedding_dim(config: Config) -> int:
     """D of the config's teacher, from its architecture: its weights are not read.
 
@@ -252,7 +265,8 @@ def plan_cache(ground: Ground) -> CachePlan:
         CacheError: two commits overlap.
     """
     work = plan_work(ground)
-    return CachePlan(work, plan_size(ground), plan_traffic(ground), break_even(ground.config))
+    labels = None if ground.config.data.label is None else ground.survey.label_count
+    return CachePlan(work, plan_size(ground), plan_traffic(ground), break_even(ground.config), labels)
 
 
 def plan_work(ground: Ground) -> Work:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pipeline import storage
 from pipeline.cache.commit import Standing
 from pipeline.shards.index import ShardIndex, decode_index
+from pipeline.shards.labels import LabelCount, spread
 from pipeline.shards.peek import Peek, peek
 from pipeline.shards.publish import index_name
 from schemas.config import DataConfig
@@ -65,6 +66,7 @@ class Survey:
         num_indexes: those that stand in the first of the folders; ``num_indexes_read`` of any.
         num_peeks: shards whose beginning was read.
         labels: int32 labels in tar order of a few shards, spread over the list; ``NO_LABEL`` for none.
+        label_count: of these; with the members seen where no label was found.
     """
 
     rows: dict[str, Span]
@@ -73,6 +75,7 @@ class Survey:
     num_indexes_read: int
     num_peeks: int
     labels: tuple[NDArray[np.int32], ...]
+    label_count: LabelCount
 
     @property
     def num_rows(self) -> Span:
@@ -105,6 +108,12 @@ def survey_shards(
     unknown = [shard for shard in by_id if shard not in counts]
     looked_at = list(dict.fromkeys([*_spread(unknown), *(shard for shard in sampled if shard not in indexes)]))
     peeks = _in_threads(looked_at, lambda shard: peek(by_id[shard], data, size_bytes=sizes[shard]))
+    labels = [_labels(indexes[shard]) if shard in indexes else peeks[shard].label_N for shard in sampled]
+    count = LabelCount.of(labels)
+    if data.label is not None and not count.num_labelled:
+        unseen = [shard for shard in sampled if shard not in peeks]
+        peeks |= _in_threads(unseen, lambda shard: peek(by_id[shard], data, size_bytes=sizes[shard]))
+        count = LabelCount.of(labels, [peeks[shard].members for shard in sampled])
     estimates = _estimate(unknown, sizes, {shard: peeks[shard] for shard in _spread(unknown)})
     return Survey(
         rows={shard: estimates[shard] if shard in estimates else Span.exactly(counts[shard]) for shard in by_id},
@@ -112,7 +121,8 @@ def survey_shards(
         num_indexes=sum(url == storage.join(index_urls[0], index_name(shard)) for shard, url in paths.items()),
         num_indexes_read=len(indexes),
         num_peeks=len(peeks),
-        labels=tuple(_labels(indexes[shard]) if shard in indexes else peeks[shard].label_N for shard in sampled),
+        labels=tuple(labels),
+        label_count=count,
     )
 
 
@@ -137,9 +147,7 @@ def _in_threads(shards: Sequence[str], work: Callable[[str], T]) -> dict[str, T]
 
 
 def _spread(shards: Sequence[str]) -> list[str]:
-    """A few of these, evenly spread."""
-    num_taken = min(_NUM_SAMPLED, len(shards))
-    return [shards[(2 * number + 1) * len(shards) // (2 * num_taken)] for number in range(num_taken)]
+    return spread(shards, _NUM_SAMPLED)
 
 
 def _labels(index: ShardIndex) -> NDArray[np.int32]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -30,10 +31,12 @@ class Peek:
     Attributes:
         covered_bytes: where the last whole sample ends; the size of the shard where all of it was seen.
         label_N: int32, of the samples with an image; ``NO_LABEL`` where there is none that can be read.
+        members: how often each extension occurs, and how often its text is a class index.
     """
 
     covered_bytes: int
     label_N: NDArray[np.int32]
+    members: tuple[Counter[str], Counter[str]] = field(default_factory=lambda: (Counter(), Counter()))
 
     @property
     def num_samples(self) -> int:
@@ -66,7 +69,7 @@ def peek(url: str, data: DataConfig, *, size_bytes: int, first_bytes: int = _FIR
     labels = [_label(group, data) for group in kept if _has_image(group, data)]
     if labels:
         covered = size_bytes if whole else groups[-1][0].offset
-        return Peek(covered, np.array(labels, np.int32))
+        return Peek(covered, np.array(labels, np.int32), _count_members(kept))
     if whole:
         raise ShardError(
             "this shard holds no sample with an image",
@@ -107,11 +110,21 @@ def _members(head: bytes, infos: list[tarfile.TarInfo]) -> Iterator[_Seen]:
             yield _Seen(*name, info.offset, text)
 
 
+def _count_members(groups: list[list[_Seen]]) -> tuple[Counter[str], Counter[str]]:
+    members = [member for group in groups for member in group]
+    with_index = [member for member in members if _class_index(member.text) != NO_LABEL]
+    return Counter(member.extension for member in members), Counter(member.extension for member in with_index)
+
+
 def _has_image(group: list[_Seen], data: DataConfig) -> bool:
     return not {member.extension for member in group}.isdisjoint(image_extensions(data))
 
 
 def _label(group: list[_Seen], data: DataConfig) -> int:
     wanted = None if data.label is None else data.label.lower()
-    text = next((member.text.strip() for member in group if member.extension == wanted), b"")
-    return int(text) if text.isdigit() and int(text) < 2**31 else NO_LABEL
+    return _class_index(next((member.text for member in group if member.extension == wanted), b""))
+
+
+def _class_index(text: bytes) -> int:
+    digits = text.strip()
+    return int(digits) if digits.isdigit() and int(digits) < 2**31 else NO_LABEL

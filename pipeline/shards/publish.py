@@ -35,6 +35,16 @@ def index_name(shard: str) -> str:
     return f"{shard}.parquet"
 
 
+def read_index(folder_url: str, shard: str) -> ShardIndex:
+    """
+    Raises:
+        CacheError: the index is damaged.
+        StorageInputError: there is none.
+    """
+    url = storage.join(folder_url, index_name(shard))
+    return decode_index(storage.read(url, max_bytes=storage.MAX_TABLE_BYTES), where=storage.redact(url))
+
+
 def publish_index(folder_url: str, shard: str, data: bytes) -> None:
     """Writes the index of a shard, or checks that the one that stands there has the same bytes.
 

@@ -1,0 +1,151 @@
+"""Labels that are not found are an error before any work where that can be known, and else a warning with counts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from jobs.build_cache import build_cache
+from jobs.cli import app
+from jobs.index_shards import index_shards
+from jobs.plan_cache import describe, report
+from pipeline.errors import ShardError
+from pipeline.shards.write import Members, pack_shards
+from schemas.config import Config
+from tests.jobs.conftest import Tree, config_of, files_below
+from tests.pipeline.caches import digit_samples
+
+Shards = Callable[..., list[str]]
+NUM_SAMPLES, SHARD_SIZE = 24, 8
+
+
+@pytest.fixture
+def shards_of(tmp_path: Path) -> Shards:
+    """``shards_of(member_of)``: three shards of eight digits, whose label member is what the function makes of (row,
+    label): a name and a text, or nothing."""
+
+    def make(member_of: Callable[[int, str], Members]) -> list[str]:
+        samples = (
+            (key, {"png": members["png"], **member_of(row, members["cls"].decode())})
+            for row, (key, members) in enumerate(digit_samples(NUM_SAMPLES))
+        )
+        return pack_shards(samples, f"{tmp_path}/s-%02d.tar", shard_size=SHARD_SIZE)
+
+    return make
+
+
+def in_json(_: int, label: str) -> Members:
+    return {"json": json.dumps({"label": int(label)}).encode()}
+
+
+def in_txt(_: int, label: str) -> Members:
+    return {"txt": label.encode(), "json": b"{}"}
+
+
+def in_the_last_shard(row: int, label: str) -> Members:
+    return {"cls": label.encode()} if row >= NUM_SAMPLES - SHARD_SIZE else {}
+
+
+def unlabelled(tree: Tree, shards: list[str], **data: object) -> Config:
+    return config_of(tree(data={"shards": shards, **data}, cache={"class_means": "none"}))
+
+
+def assert_not_found(error: ShardError, members: str) -> None:
+    assert (error.code, error.exit_code) == ("data.label-not-found", 2)
+    assert error.got == f"labels: 0 of {NUM_SAMPLES}; members seen: {members}"
+
+
+@pytest.mark.parametrize("work", [build_cache, lambda config: report(config, measured=False)], ids=["build", "plan"])
+def test_a_wrong_label_member_stops_a_build_and_its_plan_before_the_teacher(
+    work: Callable[[Config], object], tree: Tree, shards_of: Shards, tmp_path: Path
+) -> None:
+    config = unlabelled(tree, shards_of(in_json))
+    before = files_below(tmp_path)
+    with pytest.raises(ShardError) as caught:
+        work(config)
+    assert_not_found(caught.value, "json, png")
+    assert "data.label=null" in str(caught.value.next_step)
+    assert "data.label=json" not in str(caught.value.next_step)
+    assert files_below(tmp_path) == before
+
+
+def test_the_member_that_holds_class_indexes_is_named(tree: Tree, shards_of: Shards) -> None:
+    config = unlabelled(tree, shards_of(in_txt))
+    with pytest.raises(ShardError) as caught:
+        build_cache(config)
+    assert_not_found(caught.value, "json, png, txt")
+    assert "set data.label=txt, or " in str(caught.value.next_step)
+    build_cache(unlabelled(tree, [*(config.data.shards or ())], label="txt"))
+
+
+def test_an_index_for_online_training_is_refused_too(tree: Tree, shards_of: Shards, tmp_path: Path) -> None:
+    config = unlabelled(tree, shards_of(in_json))
+    with pytest.raises(ShardError) as caught:
+        index_shards(config, str(tmp_path / "index"))
+    assert_not_found(caught.value, "json, png")
+    assert not (tmp_path / "index").exists()
+
+
+def test_an_index_of_partly_labelled_shards_is_made_with_a_count(
+    tree: Tree, shards_of: Shards, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = unlabelled(tree, shards_of(in_the_last_shard))
+    assert index_shards(config, str(tmp_path / "index")) == NUM_SAMPLES
+    assert "16 of 24 images have none (data.label is cls)" in caplog.text
+
+
+def test_without_labels_on_purpose_nothing_is_said(
+    tree: Tree, shards_of: Shards, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = unlabelled(tree, shards_of(in_json), label=None)
+    assert "none (data.label is null)" in describe(report(config, measured=False))
+    build_cache(config)
+    assert "labels" not in caplog.text
+
+
+def test_labels_that_may_be_missing_are_counted_by_plan_build_and_inspect(
+    tree: Tree, shards_of: Shards, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = unlabelled(tree, shards_of(in_json), missing_labels="ignore")
+    said = "0 of 24; members seen: json, png"
+    found = report(config, measured=False)
+    assert f"labels          {said}" in describe(found)
+    assert sum(said in warning for warning in found.warnings) == 1
+    build_cache(config)
+    assert said in caplog.text
+    for arguments in ([], ["--json"]):
+        result = CliRunner().invoke(app, ["cache", "inspect", str(tmp_path / "cache"), *arguments])
+        assert result.exit_code == 0
+        assert said in result.stdout
+        assert "warning" in result.stdout
+
+
+def test_partly_labelled_data_is_built_with_a_count(
+    tree: Tree, shards_of: Shards, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    build_cache(unlabelled(tree, shards_of(in_the_last_shard)))
+    assert "labels: 16 of 24 images have none (data.label is cls)" in caplog.text
+    result = CliRunner().invoke(app, ["cache", "inspect", str(tmp_path / "cache"), "--json"])
+    assert json.loads(result.stdout)["labels"] == "8 of 24"
+
+
+def test_a_cache_that_has_parts_without_labels_goes_on(tree: Tree, shards_of: Shards) -> None:
+    """Its reading rules are in its header and cannot change any more."""
+    shards = shards_of(in_json)
+    build_cache(unlabelled(tree, shards, missing_labels="ignore"))
+    later = unlabelled(tree, shards)
+    later = later.model_copy(update={"views": later.views.model_copy(update={"count": 4})})
+    assert build_cache(later).num_views == 4
+
+
+def test_an_inspection_where_the_shards_are_not_says_no_members(tree: Tree, shards_of: Shards, tmp_path: Path) -> None:
+    shards = shards_of(in_json)
+    build_cache(unlabelled(tree, shards, missing_labels="ignore"))
+    for shard in shards:
+        Path(shard).unlink()
+    result = CliRunner().invoke(app, ["cache", "inspect", str(tmp_path / "cache"), "--json"])
+    assert json.loads(result.stdout)["labels"] == "0 of 24"
