@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import platform
 import time
 from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import ray
-from ray.exceptions import AuthenticationError, RayError
+from ray.exceptions import RayError
 from ray.util import placement_group, remove_placement_group
 
 from jobs.log import counted, tell
+from jobs.ray_connect import connect, starts_locally
 from pipeline.errors import ResourceError
 from schemas.config import RayConfig
 
-# Ray sets this in the driver of a submitted job.
-_JOB_ENV = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 _POLL_S = 0.5
 # Nodes that were lost may come back, also to a job that waits for none at its start.
 _PATIENCE_S = 300.0
@@ -32,36 +29,17 @@ def cluster(config: RayConfig) -> Generator[None]:
     and ``none`` asks for none.
 
     Raises:
-        ResourceError: there is no cluster at this address.
+        ResourceError: no cluster answers at this address, or Ray's folders here cannot be written.
+        ClusterError: Ray could not start here.
     """
     if config.address == "none" or ray.is_initialized():
         yield
         return
-    _connect(config.address)
+    connect(config.address)
     try:
         yield
     finally:
         ray.shutdown()
-
-
-def _connect(address: str) -> None:
-    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
-    try:
-        # A submitted job runs on the cluster it was submitted to: a local one would escape the job's resources.
-        if address == "local" and _JOB_ENV not in os.environ:
-            # A private cluster phones nowhere. That Ray guards it with a token is as it should be, and no news.
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-            ray.init(address="local", include_dashboard=False, **common)
-        else:
-            ray.init(address="auto" if address == "local" else address, **common)
-    except (ConnectionError, ValueError, AuthenticationError) as error:
-        raise ResourceError(
-            "no Ray cluster answers",
-            where=f"ray.address={address}",
-            got=str(error).splitlines()[0],
-            next_step="start one (ray start --head), or set ray.address=local to start one here",
-        ) from error
 
 
 def node_name() -> str:
@@ -174,6 +152,6 @@ def num_tasks_here(config: RayConfig) -> int:
     """How many cache tasks this machine will run at once, before any cluster is reached; 0: others run them."""
     if config.address == "none":
         return 1
-    if config.address == "local" and _JOB_ENV not in os.environ:
+    if starts_locally(config.address):
         return max(1, len(os.sched_getaffinity(0)) // config.cpus_per_task)
     return 0

@@ -18,6 +18,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
 from jobs.paths import with_absolute_paths
+from jobs.ray_connect import TOKEN_HELP
 from jobs.submit_follow import follow, job_command, say
 from jobs.submit_package import CONFIG_FOLDER, WorkingDir, find_files, write_package
 from pipeline import storage
@@ -270,8 +271,8 @@ def _talking_to(address: str) -> Generator[None]:
             "the cluster did not accept the token, or there was none",
             where=storage.redact(address),
             got=str(error).splitlines()[0],
-            next_step="set RAY_AUTH_MODE=token, and the cluster's token in RAY_AUTH_TOKEN or its file in "
-            "RAY_AUTH_TOKEN_PATH",
+            code="submit.token-refused",
+            next_step=TOKEN_HELP,
         ) from error
     # That is of our own output, which ended.
     except BrokenPipeError:

@@ -138,6 +138,12 @@ class PassingStorageError(StorageError):
     code = "storage.transient"
 
 
+class ClusterError(StillroomError):
+    """Ray that could not start or failed although the request was right."""
+
+    code = "ray.failed"
+
+
 class LostGpuError(StillroomError):
     """A process that was given another GPU than the one it holds. Another process can do its work."""
 

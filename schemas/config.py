@@ -19,6 +19,7 @@ Optimizer = Literal["sgd", "adamw", "lamb", "rmsprop_tf", "soap"]
 Triple = tuple[float, float, float]
 Level = Annotated[int, Field(ge=0, le=255)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+_RAY_ADDRESS = re.compile(r"(ray://)?(\[[0-9a-fA-F:.]+\]|[^\s/:]+):[0-9]{1,5}")
 
 _AUGMENTING = ("jitter", "randaugment", "erasing")
 _OPTIMIZER_KEYS: Mapping[Optimizer, tuple[str, ...]] = {
@@ -519,7 +520,7 @@ class RayConfig(Section):
     @field_validator("address")
     @classmethod
     def _check_address(cls, address: str) -> str:
-        if address not in ("local", "auto", "none") and ":" not in address:
+        if address not in ("local", "auto", "none") and not _RAY_ADDRESS.fullmatch(address):
             raise ValueError(f"address is {address!r}; wanted local, auto, none, HOST:PORT or ray://HOST:PORT")
         return address
 
