@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from pipeline.errors import CacheError, StillroomError
+from pipeline.errors import CacheError, StillroomError, TrainingError
 from pipeline.student.order import EpochOrder, OrderedRows, TrainingOrder
 from pipeline.student.prefetch import Prefetcher
 from pipeline.student.rows import SampleRows
@@ -28,6 +28,8 @@ from pipeline.views.params import draw_views
 from pipeline.views.pixels import apply_view, stack_views
 from schemas.config import Interpolation, ViewsConfig
 
+# Batches that each loader process holds ready.
+PREFETCH_FACTOR = 2
 _ALIGNED_BYTES = 64
 
 
@@ -291,6 +293,18 @@ class _Outcomes(Dataset[Batch | _Parcel | StillroomError]):
             batch = self._dataset[step]
         except StillroomError as error:
             return error
+        except RuntimeError as error:
+            # torch's own, without a class: other programs have taken what was free at the start.
+            if "shared memory" not in str(error):
+                raise
+            return TrainingError(
+                "a loader process could not get shared memory for its batch",
+                code="train.shared-memory-exhausted",
+                where="train.num_workers",
+                got=str(error).splitlines()[0],
+                next_step="lower train.num_workers (0 needs none), or enlarge /dev/shm; then run the command again: it "
+                "continues from the last checkpoint",
+            )
         return batch if get_worker_info() is None else _Parcel.of(batch)
 
 
@@ -309,7 +323,7 @@ def load_batches(dataset: StepDataset, steps: range, *, num_workers: int, pin_me
         sampler=steps,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        prefetch_factor=2 if num_workers else None,
+        prefetch_factor=PREFETCH_FACTOR if num_workers else None,
     )
     outcomes = iter(loader)
     ahead = Prefetcher(dataset.source, dataset.order, rank=dataset.rank, world_size=dataset.world_size, steps=steps)

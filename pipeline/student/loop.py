@@ -37,6 +37,7 @@ from pipeline.student.prefetch import crowding
 from pipeline.student.preflight import check_caches_serve, check_config, check_means_serve
 from pipeline.student.review import Review, ReviewPlan, plan_review, review_section
 from pipeline.student.runtime import check_compiler, demand_workspace, deterministic
+from pipeline.student.shared_memory import check_loaders
 from pipeline.student.sources import RowSource, check_any_labelled, index_url, open_cached, open_indexed
 from pipeline.student.speed import Speedometer
 from pipeline.student.update import Updater
@@ -203,6 +204,12 @@ class Trainer:
         # Where workers come and go, a batch that is too small for all of them is refused before the first is lost.
         most_ranks = max(world.size, config.ray.num_workers)
         _check_batches(self.order, self.student, most_ranks, config.train.accumulate)
+        check_loaders(
+            self._dataset(),
+            [cache.header for cache in self.lessons.facts.caches],
+            num_workers=config.train.num_workers,
+            reads_embeddings=self.loss.needs_teacher_embedding,
+        )
         if config.train.compile:
             check_compiler(world.device)
         self.updater = Updater(self.student, config.train, total_steps=self.total_steps, device=world.device)
