@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 
 from jobs.log import tell
+from jobs.streams import lost_output, protect_streams
 from pipeline.errors import StillroomError
 from pipeline.redaction import redact_text
 
@@ -18,6 +19,15 @@ def run_command(command: Callable[[], None], *, resume: str | None = None) -> in
 
     ``resume`` is the command that goes on from what is committed; it is printed after Ctrl-C.
     """
+    protect_streams()
+    code = _exit_code(command, resume)
+    if code == 0 and (lost := lost_output()) is not None:
+        tell(f"error: the output could not be written: {lost}", event="error", level=logging.ERROR, exit_code=1)
+        return 1
+    return code
+
+
+def _exit_code(command: Callable[[], None], resume: str | None) -> int:
     try:
         command()
     except StillroomError as error:
@@ -34,6 +44,7 @@ def run_command(command: Callable[[], None], *, resume: str | None = None) -> in
 
 def config_command(name: str, command: Callable[[str, list[str]], None], *, option: str | None = None) -> None:
     """The whole of ``python -m jobs.NAME CONFIG [k.k=v …]``; an option is passed on among the overrides."""
+    protect_streams()
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         more = f" [{option}]" if option else ""
