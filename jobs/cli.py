@@ -13,12 +13,12 @@ import typer
 
 from jobs.entry import run_command
 from jobs.log import tell
+from jobs.streams import protect_streams
 
 app = typer.Typer(
     name="stillroom",
     help="Distil image models at scale: cache a teacher's words on exact augmented views, train students from them.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 shards_app = typer.Typer(help="WebDataset shards and their index.", no_args_is_help=True)
@@ -43,6 +43,21 @@ PixelDriftOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def _run_job(name: str, config: str, overrides: list[str]) -> None:
+    """Runs ``main`` of a job that uses Ray, and says so before the imports that take seconds."""
+
+    def command() -> None:
+        from importlib import import_module
+
+        from jobs.ray_address import announce
+        from pipeline.config import load_config
+
+        announce(load_config(config, overrides).ray.address)
+        import_module(f"jobs.{name}").main(config, overrides)
+
+    _run(command)
 
 
 def _run(command: Callable[[], None]) -> None:
@@ -127,25 +142,13 @@ def shards_pack(
 @shards_app.command("index")
 def shards_index(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
     """Index shards without a teacher: all that online training needs."""
-
-    def command() -> None:
-        from jobs.index_shards import main
-
-        main(config, overrides or [])
-
-    _run(command)
+    _run_job("index_shards", config, overrides or [])
 
 
 @cache_app.command("build")
 def cache_build(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
     """Build a teacher cache with Ray tasks. Resumes by itself."""
-
-    def command() -> None:
-        from jobs.build_cache import main
-
-        main(config, overrides or [])
-
-    _run(command)
+    _run_job("build_cache", config, overrides or [])
 
 
 @cache_app.command("plan")
@@ -297,13 +300,7 @@ def train(
     config: ConfigArgument, overrides: OverridesArgument = None, allow_pixel_drift: PixelDriftOption = None
 ) -> None:
     """Train a student from a cache, from an online teacher, or from labels alone. Resumes by itself."""
-
-    def command() -> None:
-        from jobs.train_student import main
-
-        main(config, _with_drift(overrides, allow_pixel_drift))
-
-    _run(command)
+    _run_job("train_student", config, _with_drift(overrides, allow_pixel_drift))
 
 
 @app.command()
@@ -311,13 +308,7 @@ def distill(
     config: ConfigArgument, overrides: OverridesArgument = None, allow_pixel_drift: PixelDriftOption = None
 ) -> None:
     """Build what is missing of the cache, then train."""
-
-    def command() -> None:
-        from jobs.distill import main
-
-        main(config, _with_drift(overrides, allow_pixel_drift))
-
-    _run(command)
+    _run_job("distill", config, _with_drift(overrides, allow_pixel_drift))
 
 
 @app.command()
@@ -423,9 +414,24 @@ def export(
     _run(command)
 
 
+def _hide_types(command: Any) -> None:
+    """Leaves out of the help what says nothing: ``<bool>`` of a flag, ``<str>`` of an argument."""
+    context = typer.Context(command)
+    for parameter in command.get_params(context):
+        if getattr(parameter, "is_bool_flag", False):
+            parameter.metavar = ""
+        elif parameter.param_type_name == "argument" and not parameter.type_descriptor.is_choice:
+            parameter.display_type_rich = lambda ctx: None  # noqa: ARG005
+    for subcommand in getattr(command, "commands", {}).values():
+        _hide_types(subcommand)
+
+
 def main() -> None:
     """Entry point of the console command."""
-    app()
+    protect_streams()
+    command = typer.main.get_command(app)
+    _hide_types(command)
+    command()
 
 
 if __name__ == "__main__":

@@ -24,25 +24,21 @@ from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 from ray.exceptions import AuthenticationError
 
 from jobs.log import tell
+from jobs.ray_address import JOB_ENV, starts_locally
+from jobs.shadowing import check_shadowing
 from pipeline.errors import ClusterError, ResourceError
 
-# Ray sets this in the driver of a submitted job.
-JOB_ENV = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 TOKEN_HELP = "set RAY_AUTH_MODE=token, and the cluster's token in RAY_AUTH_TOKEN or its file in RAY_AUTH_TOKEN_PATH"  # noqa: S105
 # Ray itself retries a dead address for 14 minutes.
 _ANSWER_TIMEOUT_S, _REASON_TIMEOUT_S = 10.0, 3.0
+_MOVE = "rename it, or run the command in another folder"
 _CLIENT_SCHEME = "ray://"
 # The kernel's limit for the path of a Unix socket, less its terminating zero.
 _MAX_SOCKET_PATH_BYTES = 107
 _LONGEST_SOCKET = "session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+# Ray puts the working folder first on its workers' path. What is imported before that cannot be hidden by it.
+_PRELOAD = {"preload_python_modules": ["jobs"]}
 _SHORT_ROOTS = ("/tmp", "/var/tmp")  # noqa: S108 - a folder below is created for this user alone, and checked
-
-
-def starts_locally(address: str) -> bool:
-    """Whether this process starts a private cluster: a submitted job runs on the cluster it was submitted to, as a
-    local one would escape the job's resources.
-    """
-    return address == "local" and JOB_ENV not in os.environ
 
 
 def connect(address: str) -> None:
@@ -67,7 +63,7 @@ def _start(common: dict[str, Any]) -> None:
     folder = _temporary_folder()
     _check_token_file()
     try:
-        ray.init(address="local", include_dashboard=False, _temp_dir=folder, **common)
+        ray.init(address="local", include_dashboard=False, _temp_dir=folder, _system_config=_PRELOAD, **common)
     except Exception as error:
         # Ray raises errors of many classes here. None of them is about this program's own state.
         raise ClusterError(
@@ -173,6 +169,10 @@ def _join(address: str, common: dict[str, Any]) -> None:
     except (ConnectionError, ValueError) as error:
         raise _silent(address, _first_line(error)) from error
     check_answers(found)
+    if JOB_ENV not in os.environ:
+        here = Path.cwd()
+        files = (path.relative_to(here) for path in here.glob("jobs*/*.py"))
+        check_shadowing([*files, *(Path(path.name) for path in here.glob("*.py"))], folder=here, next_step=_MOVE)
     try:
         ray.init(address=address, **common)
     except Exception as error:

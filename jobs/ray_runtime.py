@@ -14,7 +14,8 @@ from ray.exceptions import RayError
 from ray.util import placement_group, remove_placement_group
 
 from jobs.log import counted, tell
-from jobs.ray_connect import connect, starts_locally
+from jobs.ray_address import starts_locally
+from jobs.ray_connect import connect
 from pipeline.errors import ResourceError
 from schemas.config import RayConfig
 

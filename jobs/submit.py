@@ -19,6 +19,7 @@ from ray.job_submission import JobSubmissionClient
 
 from jobs.paths import with_absolute_paths
 from jobs.ray_connect import TOKEN_HELP
+from jobs.shadowing import check_shadowing
 from jobs.submit_follow import follow, job_command, say
 from jobs.submit_package import CONFIG_FOLDER, WorkingDir, find_files, write_package
 from pipeline import storage
@@ -107,6 +108,11 @@ def submit(asked: Submission) -> int:
     if asked.pip is not None:
         runtime_env["pip"] = str(_existing(asked.pip))
     found = find_files(asked.working_dir, asked.excludes)
+    check_shadowing(
+        (path.relative_to(found.folder) for path in found.sizes),
+        folder=found.folder,
+        next_step="rename it, or leave it out: --exclude /jobs.py --exclude /jobs/",
+    )
     _describe(asked, found, config)
     with tempfile.TemporaryDirectory() as scratch:
         package, config_name = Path(scratch) / "working_dir.zip", _config_name(asked.source)

@@ -105,7 +105,8 @@ class TrainingView:
         meters.STEP.set(fields["step"] + 1, run=self.run)
         self._tell(f"step {fields['step']}, {_note(fields)}", "step", logging.DEBUG, fields)
         if self._progress is not None:
-            self._progress.update(fields["step"] + 1, _note(fields), panel=self._panel)
+            epoch = f"epoch {fields['epoch'] + 1}/{self._config.train.epochs}, {fields['images_per_s']:.0f} images/s"
+            self._progress.update(fields["step"] + 1, _note(fields), short=epoch, panel=self._panel)
 
     def _evaluated(self, fields: dict[str, Any]) -> None:
         self._set(_OF_EVALUATIONS, fields)

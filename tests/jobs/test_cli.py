@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -293,3 +294,43 @@ def test_help_and_version_need_neither_torch_nor_ray() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "distill" in done.stdout
+
+
+def test_a_flag_has_no_type_in_the_help(stillroom: Stillroom) -> None:
+    for command in (["cache", "plan"], ["submit"], []):
+        code, out, _ = stillroom(*command, "--help")
+        assert code == 0
+        assert "<bool>" not in out
+        assert "<str>" not in out.partition("Options")[0]
+    assert "<path>" in stillroom("submit", "--help")[1]
+
+
+def test_a_shell_completes_commands_without_torch_or_ray() -> None:
+    program = (
+        "import sys; sys.argv = ['stillroom']\n"
+        "from jobs import cli\n"
+        "try: cli.main()\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'ray', 'pyarrow'} & sys.modules.keys()"
+    )
+    words = {"_STILLROOM_COMPLETE": "complete_bash", "COMP_WORDS": "stillroom cache b", "COMP_CWORD": "2"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env={**os.environ, **words}, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "build"), done.stderr
+
+
+def test_a_job_says_that_ray_starts_before_it_imports_it(document: Document) -> None:
+    program = (
+        "import sys; sys.argv = ['stillroom', 'cache', 'build', *sys.argv[1:]]\n"
+        "import jobs.log as log\n"
+        "from jobs import cli\n"
+        "def emit(text, **more):\n"
+        "    print(text, sorted({'torch', 'ray'} & sys.modules.keys()))\n"
+        "    raise KeyboardInterrupt\n"
+        "import jobs.ray_address as address; address.tell = emit\n"
+        "cli.main()"
+    )
+    command = [sys.executable, "-c", program, document(ray={"address": "local"})]
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(command, env=plain, capture_output=True, text=True, check=False)
+    assert done.stdout == "starting Ray on this machine (ray.address=local) []\n", done.stderr

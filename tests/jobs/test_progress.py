@@ -85,3 +85,12 @@ def test_json_is_not_drawn_over_even_in_a_terminal(monkeypatch: pytest.MonkeyPat
         (line,) = written().splitlines()
     assert '"event": "progress"' in line
     assert '"done": 1' in line
+
+
+def test_80_columns_show_count_time_left_and_what_is_said_in_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    with terminal(monkeypatch) as written:
+        with ProgressView("train a-run-with-a-long-name", 312_500) as view:
+            view.update(150_000, "loss 1.2345, and far more", short="epoch 48/100, 12345 images/s")
+        last = written().rpartition("train a")[2].splitlines()[0]
+    assert re.search(r"150000/312500 0:00:\d\d left epoch 48/100, 12345 images/s", last)
+    assert len("train a" + last.rstrip()) <= 80
