@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import NodeDiedError, RayError, RayTaskError, RuntimeEnvSetupError
+from ray.exceptions import NodeDiedError, RayError, RayTaskError, RuntimeEnvSetupError, WorkerCrashedError
 
 from jobs.log import tell
 from jobs.ray_runtime import amounts, cluster, node_of, patience_s, require_resources, slots, task_resources
@@ -28,10 +30,15 @@ _MAX_FAILURES = 16
 # end: so often ray.max_retries.
 _NODE_TIMES = 5
 _LOOK_EVERY_S = 1.0
+_MAX_NAMES = 1000
+# Silence is reported after this time, and not before so many times what the longest part took that is done.
+_SILENT_AFTER_S, _SILENT_TIMES = 300.0, 3
 
 
 class LostTaskError(StorageError):
     """A worker or node that died with its task. As passing as a storage that failed, and retried as often."""
+
+    code = "ray.task-lost"
 
 
 # One damaged shard, or one node's bad luck, says nothing about the other items.
@@ -41,9 +48,34 @@ _OF_ONE_ITEM = (ShardError, PassingStorageError, LostTaskError)
 # max_calls=0 keeps the worker process, and with it the loaded model, from task to task also on GPUs, where Ray would
 # start a new process for each. max_retries=0: Ray's own retries are unbounded for some failures, so they are ours.
 @ray.remote(max_retries=0, max_calls=0)
-def _call(work: Callable[[Any], Any], item: Any, caption: Caption) -> tuple[Any, StillroomError | None, Spent]:
+def _call(
+    work: Callable[[Any], Any], item: Any, caption: Caption, timeout_s: float | None = None
+) -> tuple[Any, StillroomError | None, Spent]:
     began = time.monotonic()
     caption.tell_begin()
+    with _ended_after(timeout_s):
+        return _attempt(work, item, caption, began)
+
+
+@contextmanager
+def _ended_after(timeout_s: float | None) -> Generator[None]:
+    """Ends this process when the time is over, with the stacks of its threads in the worker's log.
+
+    Its clock is a thread of C, which needs no GIL: a teacher that hangs in a library may hold it.
+    """
+    if timeout_s is None:
+        yield
+        return
+    faulthandler.dump_traceback_later(timeout_s, exit=True)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _attempt(
+    work: Callable[[Any], Any], item: Any, caption: Caption, began: float
+) -> tuple[Any, StillroomError | None, Spent]:
     result: Any = None
     failure: StillroomError | None = None
     # Returned, not raised: Ray would wrap it in an exception of its own making.
@@ -145,6 +177,8 @@ class _Attempt:
     failed: Counter[str] = field(default_factory=Counter)
     not_before: float = 0.0
     launched: float = 0.0
+    next_report_s: float = 0.0
+    """Seconds since its launch at which its silence is reported next."""
 
     @property
     def number(self) -> int:
@@ -169,19 +203,21 @@ class _Flight:
         require_resources(self._needed, what=what, where=self._where, wait_s=config.wait_s)
         # SPREAD, since Ray's default fills half of a node before it takes the next one: few parts would share one
         # node's network while others idle.
-        self._remote = _call.options(
-            num_cpus=config.cpus_per_task,
-            num_gpus=config.gpus_per_task,
-            resources=config.resources_per_task,
-            scheduling_strategy="SPREAD",
-        )
+        self._options: dict[str, Any] = {
+            "num_cpus": config.cpus_per_task,
+            "num_gpus": config.gpus_per_task,
+            "resources": config.resources_per_task,
+            "scheduling_strategy": "SPREAD",
+        }
+        self._unnamed = _call.options(**self._options)
         self._work = ray.put(work)
         self._patience_s = patience_s(config)
         self._limit, self._next_look = 0, 0.0
         self._without_nodes_since: float | None = None
-        self._max_retries = config.max_retries
+        self._max_retries, self._timeout_s = config.max_retries, config.part_timeout_s
         self._name, self._failures, self._tally = name, failures, tally
-        self._queued_s = 0.0
+        self._queued_s, self._longest_s = 0.0, 0.0
+        self._num_named = 0
         self._waiting: list[_Attempt] = []
         self._flying: dict[ray.ObjectRef[Any], _Attempt] = {}
 
@@ -195,6 +231,7 @@ class _Flight:
                     time.sleep(0.05)
                 for reference in ready:
                     yield from self._collect(reference)
+                self._report_silence()
         finally:
             if retries := self._tally.retries:
                 kinds = ", ".join(f"{count} after {kind}" for kind, count in sorted(retries.items()))
@@ -206,8 +243,19 @@ class _Flight:
         while len(self._flying) < self._limit and (attempt := self._next_retry() or next(fresh, None)) is not None:
             attempt.launched = time.monotonic()
             caption = self._tally.caption(attempt.item, attempt.number)
-            self._flying[self._remote.remote(self._work, attempt.item, caption)] = attempt
+            task = self._named(caption)
+            self._flying[task.remote(self._work, attempt.item, caption, self._timeout_s)] = attempt
         return bool(self._flying or self._waiting)
+
+    def _named(self, caption: Caption) -> Any:
+        """The task under the name of its part, as Ray's dashboard shows it. Ray also makes series of metrics of every
+        name, and never drops one, so only so many first attempts have one; every retry has.
+        """
+        if caption.attempt == 1:
+            self._num_named += 1
+            if self._num_named > _MAX_NAMES:
+                return self._unnamed
+        return _call.options(**self._options, name=f"{caption.job}: {caption.item}")
 
     def _follow_nodes(self) -> None:
         """Nodes come and go while a flight lasts, and its width goes with them.
@@ -240,6 +288,22 @@ class _Flight:
                 next_step="add nodes, then run the command again: finished parts stay",
             )
 
+    def _report_silence(self) -> None:
+        """Names the part that was launched first where it takes far longer than all that are done, at ever longer
+        intervals. Others wait behind it, launched later: Ray does not tell which of them have begun.
+        """
+        if not self._flying:
+            return
+        oldest = min(self._flying.values(), key=lambda attempt: attempt.launched)
+        silent_s = time.monotonic() - oldest.launched
+        if silent_s < max(oldest.next_report_s, _SILENT_AFTER_S, _SILENT_TIMES * self._longest_s):
+            return
+        oldest.next_report_s = 2 * silent_s
+        ends = "" if self._timeout_s is None else f"; its process is ended after {self._timeout_s:g} s of work"
+        text = f"attempt {oldest.number} has given no result for {silent_s:.0f} s{ends}"
+        caption = self._tally.caption(oldest.item, oldest.number)
+        caption.tell("silent", text, logging.WARNING, silent_s=round(silent_s, 1))
+
     def _next_retry(self) -> _Attempt | None:
         now = time.monotonic()
         due = next((attempt for attempt in self._waiting if attempt.not_before <= now), None)
@@ -255,10 +319,10 @@ class _Flight:
             # Not a StillroomError, so a bug: its traceback is what helps.
             raise
         except RayError as lost:
-            error = _lost(lost, self._name(attempt.item))
-            self._retry(attempt, error, self._spent_of_lost(attempt, lost), kind=type(lost).__name__)
+            self._lose(attempt, lost)
             return
-        self._queued_s = time.monotonic() - attempt.launched - spent.seconds
+        flown_s = time.monotonic() - attempt.launched
+        self._queued_s, self._longest_s = flown_s - spent.seconds, max(self._longest_s, flown_s)
         if error is None:
             self._tally.done(attempt.item, result, spent, attempt=attempt.number)
             yield attempt.item, result
@@ -266,6 +330,14 @@ class _Flight:
             self._retry(attempt, error, spent, kind="a failure of storage")
         else:
             self._fail(attempt, error, spent)
+
+    def _lose(self, attempt: _Attempt, lost: RayError) -> None:
+        spent = self._spent_of_lost(attempt, lost)
+        if isinstance(lost, WorkerCrashedError) and self._timeout_s is not None and spent.seconds >= self._timeout_s:
+            error = _timed_out(self._name(attempt.item), self._timeout_s, spent.node)
+            self._retry(attempt, error, spent, kind="a timeout")
+        else:
+            self._retry(attempt, _lost(lost, self._name(attempt.item)), spent, kind=type(lost).__name__)
 
     def _spent_of_lost(self, attempt: _Attempt, lost: RayError) -> Spent:
         """By the driver's clock: since its launch, less what the last one that came back waited for its place."""
@@ -287,6 +359,19 @@ class _Flight:
         attempt.failed[kind] += 1
         attempt.not_before = time.monotonic() + pause_s
         self._waiting.append(attempt)
+
+
+def _timed_out(name: str, timeout_s: float, node: str | None) -> LostTaskError:
+    return LostTaskError(
+        "a part did not finish in its time",
+        code="ray.part-timeout",
+        where=name,
+        got=f"no result after {timeout_s:g} s" + ("" if node is None else f" on {node}"),
+        wanted=f"ray.part_timeout_s={timeout_s:g} at most",
+        next_step="see where it hung in the log of its worker (grep -A40 'Timeout (' "
+        "/tmp/ray/session_latest/logs/worker-*.err on its node), or raise ray.part_timeout_s; then run the command "
+        "again: finished parts stay",
+    )
 
 
 def _lost(error: RayError, name: str) -> LostTaskError:

@@ -50,7 +50,8 @@ def train_together(cells: Sequence[Cell]) -> list[Row]:
         StillroomError: a cell failed for good. Run again: finished ones are left as they are, others go on.
     """
     first = cells[0].config.ray
-    ray = first.model_copy(update={"cpus_per_task": first.cpus_per_worker})
+    # A training is no part: it lasts as long as it lasts.
+    ray = first.model_copy(update={"cpus_per_task": first.cpus_per_worker, "part_timeout_s": None})
     # Tasks run in another folder.
     placed = [replace(cell, config=with_absolute_paths(cell.config)) for cell in cells]
     rows: dict[str, Row] = {}

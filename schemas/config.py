@@ -510,6 +510,9 @@ class RayConfig(Section):
     max_retries: int = Field(
         3, ge=0, description="Per part, for crashed workers and failing storage; five times as many for lost nodes."
     )
+    part_timeout_s: float | None = Field(
+        None, gt=0, description="Seconds after which an attempt at a part is ended and retried; null: never."
+    )
     num_workers: int = Field(1, ge=1, description="DDP world size.")
     min_workers: int | None = Field(None, ge=1, description="The smallest world to go on in; null: num_workers.")
     resize_every_s: float = Field(300, gt=0, description="Seconds between looks for room for more workers.")
@@ -536,6 +539,14 @@ class RayConfig(Section):
             if not (0.0001 <= amount <= 1 or (amount >= 1 and amount == int(amount))):
                 raise ValueError(f"{name} is {amount:g}; wanted 0.0001 to 1, or a whole number")
         return resources
+
+    @model_validator(mode="after")
+    def _check_part_timeout(self) -> RayConfig:
+        if self.part_timeout_s is not None and self.address == "none":
+            raise ValueError(
+                "part_timeout_s ends a process of Ray, and address is none; wanted null, or another address"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_workers(self) -> RayConfig:

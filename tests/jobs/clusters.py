@@ -45,8 +45,13 @@ class HeadNode:
 
     def busy_workers(self) -> list[int]:
         """The processes that run a task of ``fan_out`` now: Ray names its workers after their task."""
-        pids = [found.pid for found in psutil.process_iter() if _name_of(found).startswith("ray::_call")]
+        pids = [found.pid for found in psutil.process_iter() if _runs_a_task(_name_of(found))]
         return [pid for pid in pids if _session_of(pid) == self.session]
+
+
+def _runs_a_task(process_name: str) -> bool:
+    """Tasks are named after their parts, as "cache: shard-00.tar, v0000-0001"; no other process of Ray has a colon."""
+    return process_name.startswith("ray::") and ": " in process_name
 
 
 def free_port() -> int:

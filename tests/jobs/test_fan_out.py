@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -72,6 +74,18 @@ def _alternate(folder: Path, number: int) -> int:
     if attempt in (2, 4):
         raise PassingStorageError("the store had a bad moment")
     return number
+
+
+def _hang_at_1(folder: Path, number: int) -> int:
+    """In C and with the GIL, as a library may: no Python of this process runs any more."""
+    _attempt(folder, number)
+    if number == 1:
+        ctypes.PyDLL(None).sleep(3600)
+    return number
+
+
+def _name_of_task(_: int) -> str | None:
+    return ray.get_runtime_context().get_task_name()
 
 
 def _odd_shards_are_bad(folder: Path, number: int) -> int:
@@ -254,3 +268,60 @@ def test_tasks_that_no_node_could_run_are_refused_at_once() -> None:
     assert caught.value.exit_code == 2
     assert "4 CPU" in str(caught.value)
     assert "64 CPU" in str(caught.value)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_part_that_hangs_is_ended_retried_and_named_when_the_others_are_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STILLROOM_LOG", "json")
+    monkeypatch.setattr("jobs.fan_out._SILENT_AFTER_S", 0.5)
+    ray_config = RayConfig(max_retries=1, part_timeout_s=3)
+    done: list[int] = []
+    with pytest.raises(StorageError) as caught:
+        collect(
+            fan_out(partial(_hang_at_1, tmp_path), range(6), ray_config, what="a task", name="part {}".format), done
+        )
+    assert sorted(done) == [0, 2, 3, 4, 5]
+    assert len(list(tmp_path.glob("1-*"))) == 2
+    assert (caught.value.code, caught.value.where, caught.value.exit_code) == ("ray.part-timeout", "part 1", 1)
+    told = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [(item["item"], item["kind"]) for item in told if item["event"] == "retried"] == [("part 1", "a timeout")]
+    silent = [item for item in told if item["event"] == "silent" and item["item"] == "part 1"]
+    assert silent
+    assert all(item["silent_s"] >= 0.5 for item in silent)
+    assert any("Timeout (0:00:03)!" in line for line in _lines_of_workers())
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_part_that_is_done_in_time_leaves_its_worker_alive(tmp_path: Path) -> None:
+    ray_config = RayConfig(part_timeout_s=1)
+    pids = {pid for _, pid in fan_out(partial(_pid_after, tmp_path), range(8), ray_config, what="a task")}
+    time.sleep(1.2)
+    again = {pid for _, pid in fan_out(partial(_pid_after, tmp_path), range(8), ray_config, what="a task")}
+    assert pids & again
+
+
+def _pid_after(_: Path, number: int) -> int:  # noqa: ARG001
+    return os.getpid()
+
+
+def test_a_time_limit_needs_ray() -> None:
+    with pytest.raises(ValueError, match="part_timeout_s"):
+        RayConfig(address="none", part_timeout_s=10)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_task_has_the_name_of_its_part() -> None:
+    found = dict(fan_out(_name_of_task, [7], RAY, what="cache", name="part {}".format))
+    assert found == {7: "cache: part 7"}
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_only_so_many_parts_name_their_tasks_since_ray_makes_metrics_of_every_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("jobs.fan_out._MAX_NAMES", 3)
+    found = dict(fan_out(_name_of_task, range(6), RAY, what="cache", name="part {}".format))
+    assert [found[number] for number in range(3)] == [f"cache: part {number}" for number in range(3)]
+    assert {found[number] for number in range(3, 6)} == {"_call"}
