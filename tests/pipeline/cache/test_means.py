@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from pipeline.cache.means import ClassSums, decode_means, decode_sums, encode_means, encode_sums, merge, sum_rows
 from pipeline.errors import CacheError
+from tests.tolerances import ulps
 
 NUM_CLASSES, DIM = 5, 3
 
@@ -36,7 +37,7 @@ def test_means_equal_a_float64_loop(seed: int, count: int) -> None:
                 total, number = total + embedding_ND[row].astype(np.float64), number + 1
         # Fixed point rounds each row to 2^-25; the mean is then rounded to fp32.
         wanted = total / number if number else np.full(DIM, np.nan)
-        np.testing.assert_allclose(mean_KD[label], wanted, rtol=2e-7, atol=2.0**-25)
+        np.testing.assert_allclose(mean_KD[label], wanted, rtol=ulps(1), atol=2.0**-25)
 
 
 @given(st.integers(0, 99), st.integers(1, 60), st.lists(st.integers(0, 60), max_size=6), st.randoms())

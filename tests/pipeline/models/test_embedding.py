@@ -18,6 +18,7 @@ from torch import Tensor, distributed, nn
 from pipeline.models import EmbeddingModel, load_model
 from pipeline.models.embedding import ask, observe
 from schemas.config import ModelConfig
+from tests.tolerances import ulps
 
 Built = Callable[[str, dict[str, Any]], EmbeddingModel]
 OWN = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
@@ -72,8 +73,11 @@ def test_embedding_times_head_is_the_logits(built: Built, name: str, kwargs: dic
     assert logits_BK.shape == (3, model.num_classes) == (3, 7)
     assert embedding_BD.shape == (3, model.embedding_dim)
     assert model.head is not None
-    expected_BK = embedding_BD.double() @ model.head.weight.double().T + model.head.bias.double()
-    torch.testing.assert_close(logits_BK.double(), expected_BK, rtol=1e-5, atol=1e-5)
+    weight_DK, bias_K = model.head.weight.double().T, model.head.bias.double()
+    expected_BK = embedding_BD.double() @ weight_DK + bias_K
+    # D products and the bias: their rounding is one of the sum of their absolute values.
+    largest = (embedding_BD.double().abs() @ weight_DK.abs() + bias_K.abs()).max().item()
+    torch.testing.assert_close(logits_BK.double(), expected_BK, rtol=0, atol=ulps(model.embedding_dim + 1, largest))
     # Different images, different embeddings: equality above is no accident of a dead network.
     assert not torch.allclose(embedding_BD[0], embedding_BD[1], rtol=1e-4, atol=0)
 

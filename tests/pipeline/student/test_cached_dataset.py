@@ -26,6 +26,7 @@ from tests.pipeline.caches import TinyCache, build, cache_section, shard_urls
 from tests.pipeline.conftest import TinyConfig
 from tests.pipeline.student.conftest import NUM_VIEWS, Replay
 from tests.pipeline.student.runs import CE, KD, SMALL, rewrite_view, run_config, set_cell
+from tests.tolerances import ulps
 
 KINDS = ["crop", "function_matching", "everything"]
 STEPS = 5
@@ -113,7 +114,7 @@ def test_targets_are_labels_mixed_like_pixels(replays: Replay, of: Of) -> None:
     for row in range(8):
         wanted[row, int(batch.labels_B[row])] += float(batch.lambda_B[row])
         wanted[row, int(batch.mixed_labels_B[row])] += 1 - float(batch.lambda_B[row])
-    np.testing.assert_allclose(batch.targets().numpy(), wanted, atol=1e-6)
+    np.testing.assert_allclose(batch.targets().numpy(), wanted, rtol=0, atol=ulps(2))
     logits_BK = batch.teacher_logits()
     torch.testing.assert_close(
         torch.nn.functional.cross_entropy(logits_BK, batch.targets()),

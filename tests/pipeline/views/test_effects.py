@@ -21,6 +21,7 @@ from pipeline.views.effects import apply_options, pixel_edges
 from pipeline.views.options import OPS
 from pipeline.views.pixels import pixel_digest
 from tests.processors import printed
+from tests.tolerances import ulps
 
 SIZES = [7, 32, 97]
 NEUTRAL = {"jitter_brightness": 1.0, "jitter_contrast": 1.0, "jitter_saturation": 1.0, "jitter_hue": 0.0}
@@ -94,7 +95,8 @@ def test_a_blend_is_rounded_to_the_nearest_level(colour: int, factor: float) -> 
     for name, other in (("brightness", 0), ("saturation", grey), ("contrast", grey)):
         for made, level in zip(op(view, name, factor)[:, 0, 0].tolist(), rgb, strict=True):
             exact = min(max(factor * level + (1 - factor) * other, 0), 255)
-            assert abs(made - exact) <= 0.5 + 1e-4
+            # 1 − factor, two products of at most 2 · 255 and their sum.
+            assert abs(made - exact) <= 0.5 + ulps(4, 2 * 255)
 
 
 TABLES = {
@@ -125,10 +127,12 @@ def jittered(view: Tensor, order: int = 0, **changes: float) -> Tensor:
 def test_hue_is_that_of_a_loop_and_of_torchvision(turn: float) -> None:
     view = picture(16)
     made = jittered(view, jitter_hue=turn)
+    # Differences, a quotient, the turn, its fraction and 4 operations on a hue of at most 6 sectors; then 3 on levels.
+    error = ulps(8, 6 * 255) + ulps(3, 255)
     for y, x in np.ndindex(16, 16):
         hue, saturation, value = colorsys.rgb_to_hsv(*(level / 255 for level in view[:, y, x].tolist()))
         wanted = colorsys.hsv_to_rgb((hue + turn) % 1, saturation, value)
-        assert made[:, y, x].tolist() == pytest.approx([255 * share for share in wanted], abs=0.5 + 1e-3)
+        assert made[:, y, x].tolist() == pytest.approx([255 * share for share in wanted], abs=0.5 + error)
     assert levels_apart(made, functional.adjust_hue(view, turn)) <= 1
 
 

@@ -23,6 +23,7 @@ from pipeline.views.pixels import apply_view
 from schemas.cache import drawn_columns
 from schemas.config import ViewsConfig
 from tests.pipeline.views.test_params import draw, ids, scalar_uniforms
+from tests.tolerances import ulps
 
 # Frozen: another value here is another format.
 FROZEN: dict[str, list[Any]] = {
@@ -125,7 +126,7 @@ def test_operations_and_magnitudes_equal_a_scalar_loop() -> None:
             level = min(max(5 + 30 * u[1], 0), 30)
             assert OPS[found[f"op{number + 1}"][row]] == op
             wanted = scalar_magnitude(op, level / 30, u[2] < 0.5)
-            assert found[f"op{number + 1}_magnitude"][row] == pytest.approx(wanted, rel=1e-7, abs=1e-7)
+            assert found[f"op{number + 1}_magnitude"][row] == pytest.approx(wanted, rel=ulps(1))
             seen.add(op)
     assert seen == {*OPS}
 
@@ -152,7 +153,7 @@ def test_erased_boxes_and_colours_equal_a_scalar_loop(area: tuple[float, float])
     found = drawn(plan).drawn
     for row, name in enumerate(ids(200)):
         box = [float(found[f"erase_{side}"][row]) for side in ("left", "top", "width", "height")]
-        assert box == pytest.approx(scalar_erased(plan, name), rel=1e-6, abs=1e-7)
+        assert box == pytest.approx(scalar_erased(plan, name), rel=ulps(1))
         colour = [int(found[f"erase_{name}"][row]) for name in ("red", "green", "blue")]
         assert colour == [int(256 * u) for u in scalar_uniforms(0, name, 3, 5, 0)[1:]]
 
@@ -176,7 +177,7 @@ def test_cut_boxes_equal_a_scalar_loop_and_have_the_area_that_lambda_leaves() ->
         wanted = [u[1] * (1 - side), u[2] * (1 - side), side, side] if u[0] < 0.4 else [0, 0, 0, 0]
         assert box_N4[row].tolist() == np.array(wanted, np.float32).tolist()
         if u[0] < 0.4:
-            assert float(box_N4[row, 2]) * float(box_N4[row, 3]) == pytest.approx(1 - own, rel=1e-6)
+            assert float(box_N4[row, 2]) * float(box_N4[row, 3]) == pytest.approx(1 - own, rel=ulps(2))
     assert 0 < (box_N4[:, 2] > 0).sum() < 200
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from pipeline.views.pixels import apply_view, pixel_digest, pixel_mean, to_input
 from schemas.config import Interpolation
 from tests.processors import printed
+from tests.tolerances import ulps
 
 PHOTOS = Path(__file__).resolve().parents[4] / "shared" / "data" / "imagenet-samples" / "sample-00000.tar"
 MODES: tuple[Interpolation, ...] = ("bilinear", "bicubic")
@@ -127,7 +128,9 @@ def test_input_is_mixed_on_the_unit_scale_and_then_normalised() -> None:
         weight = float(own[row])
         value = weight * int(pixels[row, channel, y, x]) + (1 - weight) * int(pixels[int(partner[row]), channel, y, x])
         expected = (value / 255 - float(MEAN[channel])) / float(STD[channel])
-        assert float(made[row, channel, y, x]) == pytest.approx(expected, rel=1e-6, abs=1e-6)
+        # Two quotients, two products and a sum of at most 1; the mean; then the division by std.
+        error = ulps(8, 1 / float(STD[channel]))
+        assert float(made[row, channel, y, x]) == pytest.approx(expected, rel=0, abs=error)
 
 
 def test_input_does_not_depend_on_batching() -> None:

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from pipeline.cache.codec import decode, encode, outputs_of
 from schemas.config import CacheConfig
 from schemas.manifest import Output
+from tests.tolerances import ulps
 
 
 def logits_output(kind: str, num_classes: int) -> Output:
@@ -25,6 +26,17 @@ def round_trip(values_NK: NDArray[np.float32], kind: str, *, temperature: float 
     assert found.dtype == np.float32
     assert found.shape == values_NK.shape
     return found.astype(np.float64)
+
+
+def steps_error(values_K: NDArray[np.float64]) -> float:
+    """The rounding of fp32 in steps of log(1 + d / 3) over a row: beside half a step, how far a number may be off.
+
+    Difference, quotient, log, division by the number of steps, and the same again for a number's code; then code times
+    step: 8 operations on an exponent, of which an error weighs d + 3 times as much in a distance d. Then exp, factor,
+    knee and difference.
+    """
+    span = 2 * float(np.abs(values_K).max()) + 3
+    return ulps(8 * float(np.log1p(span / 3)) + 4, span)
 
 
 def teacher_like(rows: int, num_classes: int, seed: int = 0) -> NDArray[np.float32]:
