@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
+from xdist.scheduler import LoadFileScheduling
 
 # No test has a deadline: a busy machine is no failure. By default the examples of a property are a function of its
 # source, and none is read from an earlier run: the same commit gives the same result on every machine.
@@ -15,18 +19,26 @@ settings.register_profile("explore", deadline=None, derandomize=False, database=
 # pytest's option --hypothesis-profile comes after this.
 settings.load_profile("repeatable")
 
-_RAY_FIXTURE = "ray_cluster"
 
+class _ByFile(LoadFileScheduling):
+    """A file's tests run in one process, which builds their fixtures once; so do all files of the shared Ray cluster.
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Assigns tests to processes for ``--dist loadgroup``: a file stays in one process, which builds its fixtures once.
-
-    All tests of the shared Ray cluster run in one process too, so that one cluster is started.
+    The marker ``xdist_group`` is of no use: xdist 3.8 drops it without a warning under pytest 9.2.
     """
-    for item in items:
-        uses_ray = _RAY_FIXTURE in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group(_RAY_FIXTURE if uses_ray else item.location[0]))
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return "ray_cluster" if _uses_ray_cluster(self.config.rootpath / file) else file
+
+
+@cache
+def _uses_ray_cluster(file: Path) -> bool:
+    return "ray_cluster" in file.read_text()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling:
+    return _ByFile(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)
