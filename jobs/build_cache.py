@@ -27,6 +27,7 @@ from pipeline.cache.build import (
     restore_index,
 )
 from pipeline.cache.commit import Standing, files_present, is_void, missing_blocks, read_standing, withdraw
+from pipeline.cache.identity import check_without_weights, find_header
 from pipeline.cache.labels import cached_labels
 from pipeline.cache.log import BuildLogWriter, remove_logs
 from pipeline.cache.manifest import publish_manifest, read_manifest, read_sums, read_table
@@ -36,7 +37,7 @@ from pipeline.cache.reader import open_cache
 from pipeline.cache.space import check_space
 from pipeline.config import load_config
 from pipeline.errors import CacheError, ShardError, StorageInputError
-from pipeline.models import random_weights_warnings
+from pipeline.models import random_weights_warnings, unreadable_weights
 from pipeline.shards.labels import label_warning
 from pipeline.shards.names import shard_ids
 from pipeline.shards.omissions import Omissions
@@ -71,11 +72,12 @@ def build_cache(config: Config) -> Manifest:
     _warn(random_weights_warnings({"teacher": config.teacher}))
     _warn(check_space(ground, num_tasks=num_tasks_here(config.ray)))
     with cluster(config.ray):
-        # One small task first: a wrong teacher or a foreign cache is found before anything is queued.
-        first = [of_tasks(config, urls)]
-        name = "the header of the cache"
-        for _, notes in fan_out(prepare_with_notes, first, config.ray, what="a cache task", name=lambda _: name):
-            _warn(notes)
+        if not _is_known_without_weights(config, by_id, commits):
+            # One small task first: a wrong teacher or a foreign cache is found before anything is queued.
+            first = [of_tasks(config, urls)]
+            name = "the header of the cache"
+            for _, notes in fan_out(prepare_with_notes, first, config.ray, what="a cache task", name=lambda _: name):
+                _warn(notes)
         _build_parts(config, by_id, commits)
         manifest = publish_manifest(cache.url, by_id, add_up=partial(_add_up, config.ray))
     remove_logs(cache.url)
@@ -87,6 +89,35 @@ def build_cache(config: Config) -> Manifest:
 def _warn(warnings: Iterable[str]) -> None:
     for warning in warnings:
         tell(f"cache: {warning}", event="warning", level=logging.WARNING)
+
+
+def _is_known_without_weights(config: Config, by_id: dict[str, str], commits: list[Standing]) -> bool:
+    """Whether the header can stand for weights that are not at hand, since no part is left to make.
+
+    Raises:
+        CacheError: the header is of another config.
+    """
+    assert config.cache is not None
+    pretrained = "pretrained weights are not fetched" if config.teacher.weights == "pretrained" else None
+    reason = pretrained or unreadable_weights(config.teacher)
+    header = None if reason is None else find_header(config.cache.url)
+    if header is None or _has_open_parts(config, by_id, commits):
+        return False
+    check_without_weights(header, config)
+    _warn(
+        [
+            f"teacher.weights was not compared ({reason}): every part is committed, and all else in the config is that "
+            f"of fingerprint {header.fingerprint}"
+        ]
+    )
+    return True
+
+
+def _has_open_parts(config: Config, by_id: dict[str, str], commits: list[Standing]) -> bool:
+    assert config.cache is not None
+    present = files_present(config.cache.url)
+    whole = [commit for commit in commits if commit.shard_id in by_id and not is_void(commit, present)]
+    return bool(plan_tasks(config, by_id, whole))
 
 
 def check_shards(cache_url: str, by_id: dict[str, str], commits: Sequence[Standing]) -> dict[str, int]:

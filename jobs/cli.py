@@ -373,6 +373,9 @@ def evaluate(
     shards: Annotated[str, typer.Option(help="Validation shards, {a..b} braces allowed.")],
     checkpoint: Annotated[Literal["best", "last"], typer.Option(help="Which weights.")] = "last",
     threads: ThreadsOption = 1,
+    without_teacher: Annotated[
+        bool, typer.Option("--without-teacher", help="No agreement; the teacher's weights are not read.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure a trained student: top-1, top-5, calibration, agreement with its teacher."""
@@ -381,7 +384,7 @@ def evaluate(
         from jobs.evaluate import describe
         from jobs.evaluate import evaluate as measure
 
-        found = measure(run, shards, checkpoint=checkpoint, threads=threads)
+        found = measure(run, shards, checkpoint=checkpoint, threads=threads, with_teacher=not without_teacher)
         print(json.dumps(found.as_dict(), indent=2) if as_json else describe(found))
 
     _run(command)

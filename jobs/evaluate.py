@@ -9,7 +9,12 @@ from pipeline.student.trained import CheckpointName
 
 
 def evaluate(
-    run_url: str, shards: str | tuple[str, ...], *, checkpoint: CheckpointName = "last", threads: int = 1
+    run_url: str,
+    shards: str | tuple[str, ...],
+    *,
+    checkpoint: CheckpointName = "last",
+    threads: int = 1,
+    with_teacher: bool = True,
 ) -> Evaluation:
     """On a GPU where there is one.
 
@@ -18,7 +23,14 @@ def evaluate(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(threads)
-    return evaluate_run(run_url, shards, checkpoint_name=checkpoint, num_threads=threads, device=device)
+    return evaluate_run(
+        run_url,
+        shards,
+        checkpoint_name=checkpoint,
+        num_threads=threads,
+        device=device,
+        with_teacher=with_teacher,
+    )
 
 
 def percent(share: float | None) -> str:

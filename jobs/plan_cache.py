@@ -28,7 +28,8 @@ from pipeline.cache.plan import (
 )
 from pipeline.cache.space import check_space
 from pipeline.cache.survey import Span
-from pipeline.errors import ConfigError, StorageInputError
+from pipeline.errors import ConfigError, InputError, StorageInputError
+from pipeline.models.outline import check_weights
 from pipeline.shards.names import shard_ids
 from pipeline.student.order import TrainingOrder
 from schemas.config import Config
@@ -49,7 +50,7 @@ class Report:
 
 
 def report(config: Config, *, measured: bool) -> Report:
-    """Writes nothing; loads the teacher only to measure.
+    """Writes nothing; runs the teacher only to measure, but reads its weights file where parts are still to make.
 
     Raises:
         ConfigError: a key that a build needs is missing.
@@ -59,7 +60,7 @@ def report(config: Config, *, measured: bool) -> Report:
     config = with_absolute_paths(config)
     ground = _ground(config)
     plan = plan_cache(ground)
-    warnings = advice(ground, plan) + _space(ground)
+    warnings = advice(ground, plan) + _space(ground) + (_teacher(config) if plan.work.num_parts_open else [])
     found, times = _measure(config, ground, plan) if measured else (None, None)
     if times is not None:
         warnings += advice_on_time(times, ground.cache.views_per_part)
@@ -86,6 +87,19 @@ def _space(ground: Ground) -> list[str]:
         return check_space(ground, num_tasks=num_tasks_here(ground.config.ray))
     except StorageInputError as error:
         return [f"{error.what}: {error.got} in {error.where}, wanted {error.wanted}"]
+
+
+def _teacher(config: Config) -> list[str]:
+    """The teacher's weights file against its network: what a build would refuse is a warning here."""
+    assert config.data.num_classes is not None
+    try:
+        check_weights(config.teacher, num_classes=config.data.num_classes, size=config.views.size, where="teacher")
+    except InputError as error:
+        details = "; ".join(
+            str(detail) for detail in (error.where, error.got, error.wanted, error.next_step) if detail is not None
+        )
+        return [f"a build would be refused: {error.what} ({details})"]
+    return []
 
 
 def _measure(config: Config, ground: Ground, plan: CachePlan) -> tuple[Measurement, Forecast]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import threading
 import uuid
@@ -53,7 +54,8 @@ def train_student(config: Config, *, device: torch.device | None = None) -> dict
     if (summary := read_summary(run_url)) is not None:
         tell(f"train {storage.last_name(run_url)}: finished before; nothing to do", event="end")
         return summary
-    check_training(config)
+    for warning in check_training(config):
+        tell(f"train: {warning}", event="warning", level=logging.WARNING)
     storage.probe(run_url)
     if config.ray.address == "none":
         return _train_here(config, World() if device is None else World(device=device))

@@ -28,7 +28,7 @@ from pipeline.cache.writer import PartWriter, view_ranges
 from pipeline.config import require
 from pipeline.errors import CacheError, ConfigError, ShardError
 from pipeline.fingerprint import digest
-from pipeline.models.load import require_weights
+from pipeline.models.load import reading_weights, require_weights
 from pipeline.shards.index import (
     STATUSES,
     IndexBuilder,
@@ -162,8 +162,11 @@ def _current(config: Config) -> _Builder:
     """What this process keeps for the config, made again where the weights' file was replaced."""
     # Every time: another job of this process may set threads.
     pin_numerics(config.ray.cpus_per_task)
-    weights = config.teacher.weights_url
-    builder = _builder(config.model_dump_json(), None if weights is None else storage.stamp(weights))
+    weights, stamp = config.teacher.weights_url, None
+    if weights is not None:
+        with reading_weights(weights, where="teacher.weights"):
+            stamp = storage.stamp(weights)
+    builder = _builder(config.model_dump_json(), stamp)
     check_gpu(builder.teacher.device, builder.gpus)
     return builder
 

@@ -18,11 +18,12 @@ from pipeline.cache.files import parse_record
 from pipeline.cache.imported import ImportedMeans
 from pipeline.errors import CacheError, ModelError
 from pipeline.fingerprint import differences, seal, short, weights_digest
+from pipeline.models import LoadedModel, load_model
 from pipeline.shards.index import index_settings
 from pipeline.teacher.infer import Teacher
 from pipeline.views.params import sample_keys
 from pipeline.views.philox import RNG_VERSION, philox4x64
-from schemas.config import CacheConfig, DataConfig, ViewsConfig
+from schemas.config import CacheConfig, Config, DataConfig, Precision, ViewsConfig
 from schemas.manifest import Header
 
 _NUM_PROBES = 4
@@ -65,17 +66,23 @@ def drawable_plan(header: Header) -> ViewsConfig:
         raise CacheError("the views of this header are no plan", got=str(error.errors()[0]["loc"])) from error
 
 
-def teacher_body(teacher: Teacher, plan: ViewsConfig, cache: CacheConfig, class_means: str) -> dict[str, Any]:
-    """What decides the words of the teacher; with the views id, its hash is the fingerprint."""
-    spec = teacher.loaded.input
+def teacher_body(
+    loaded: LoadedModel, *, weights: str, precision: Precision, plan: ViewsConfig, cache: CacheConfig, class_means: str
+) -> dict[str, Any]:
+    """What decides the words of the teacher; with the views id, its hash is the fingerprint.
+
+    Args:
+        weights: their ``weights_digest``.
+    """
+    spec = loaded.input
     return {
-        "architecture": teacher.loaded.architecture,
-        "weights": weights_digest(teacher.state()),
+        "architecture": loaded.architecture,
+        "weights": weights,
         "size": spec.size,
         "interpolation": spec.interpolation,
         "mean": list(spec.mean),
         "std": list(spec.std),
-        "precision": teacher.precision,
+        "precision": precision,
         "logits": cache.logits,
         "embeddings": cache.embeddings,
         "class_means": class_means,
@@ -96,7 +103,14 @@ def make_header(
     Raises:
         ModelError: the teacher answers the probe images with NaN or infinity.
     """
-    body = teacher_body(teacher, plan, cache, cache.class_means if imported is None else imported.mode)
+    body = teacher_body(
+        teacher.loaded,
+        weights=weights_digest(teacher.state()),
+        precision=teacher.precision,
+        plan=plan,
+        cache=cache,
+        class_means=cache.class_means if imported is None else imported.mode,
+    )
     module = teacher.module
     return Header(
         views_id=views_id(plan),
@@ -181,13 +195,7 @@ def check_same(found: Header, wanted: Header, cache_url: str) -> None:
     Raises:
         CacheError: a cache with the header ``found`` is not one that ``wanted`` would be written to.
     """
-    changed = [
-        *differences(found.views, wanted.views, "views."),
-        *differences(found.teacher, wanted.teacher, "teacher."),
-        *differences(found.data, wanted.data, "data."),
-    ]
-    if changed:
-        raise _other_header(cache_url, got="; ".join(changed), wanted=f"fingerprint {found.fingerprint}")
+    _check_bodies(found, wanted.views, wanted.teacher, wanted.data, cache_url)
     old, new = np.array(found.probe_logits), np.array(wanted.probe_logits)
     drift = float(np.abs(old - new).max() / max(float(old.std()), 1e-6))
     tolerance = MAX_DRIFT[str(wanted.teacher["precision"])]
@@ -200,6 +208,41 @@ def check_same(found: Header, wanted: Header, cache_url: str) -> None:
             wanted=f"at most {tolerance}",
             next_step="model code or a library changed; build into another cache.url",
         )
+
+
+def check_without_weights(found: Header, config: Config) -> None:
+    """Compares a header with all of a config but the numbers of its teacher, which are not loaded.
+
+    Raises:
+        CacheError: a build with this config would write another header.
+        ConfigError, ModelError: the teacher's network cannot be built.
+    """
+    teacher, cache = config.teacher, config.cache
+    assert cache is not None
+    assert config.data.num_classes is not None
+    network = teacher.model_copy(update={"weights": "random", "sha256": None})
+    body = teacher_body(
+        load_model(network, num_classes=config.data.num_classes, size=config.views.size),
+        weights=str(found.teacher["weights"]),
+        precision=teacher.precision,
+        plan=config.views,
+        cache=cache,
+        # The header has the digest of an imported file, which may be gone like the weights.
+        class_means=cache.class_means if cache.class_means_url is None else str(found.teacher["class_means"]),
+    )
+    _check_bodies(found, views_body(config.views), body, index_settings(config.data), cache.url)
+
+
+def _check_bodies(
+    found: Header, views: dict[str, Any], teacher: dict[str, Any], data: dict[str, Any], cache_url: str
+) -> None:
+    changed = [
+        *differences(found.views, views, "views."),
+        *differences(found.teacher, teacher, "teacher."),
+        *differences(found.data, data, "data."),
+    ]
+    if changed:
+        raise _other_header(cache_url, got="; ".join(changed), wanted=f"fingerprint {found.fingerprint}")
 
 
 def _other_header(cache_url: str, *, got: str, wanted: str) -> CacheError:

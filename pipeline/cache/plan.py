@@ -424,6 +424,10 @@ def _of_start(ground: Ground) -> Requests:
     # What the probe made, whether there is a manifest, the header twice, what arrived of the log.
     get = 1 + 1 + 2 + 1 + num_commits + survey.num_indexes_read + peeks
     folders = [num_commits, survey.num_indexes, num_commits, num_sums, survey.num_indexes]
+    weights = ground.config.teacher.weights_url
+    if weights is not None and storage.protocol(weights) != "file":
+        # Whether they can be read.
+        get += 1
     if ground.config.data.index is not None:
         folders.append(len(ground.urls))
     return sum(map(_of_listing, folders), Requests(put=put, get=get, list=1) + _of_sizes(ground))

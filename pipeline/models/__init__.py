@@ -2,7 +2,14 @@
 
 from pipeline.models.embedding import EmbeddingModel, lay_out
 from pipeline.models.features import FeatureMap, find_maps, observe_maps, with_maps
-from pipeline.models.load import InputSpec, LoadedModel, load_model, random_weights_warnings, require_weights
+from pipeline.models.load import (
+    InputSpec,
+    LoadedModel,
+    load_model,
+    random_weights_warnings,
+    require_weights,
+    unreadable_weights,
+)
 from pipeline.models.weights import WeightsFile, load_state, read_state
 
 __all__ = [
@@ -19,5 +26,6 @@ __all__ = [
     "random_weights_warnings",
     "read_state",
     "require_weights",
+    "unreadable_weights",
     "with_maps",
 ]

@@ -6,12 +6,12 @@ import contextlib
 import json
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 
 from pipeline import storage
-from pipeline.errors import ConfigError, ModelError
+from pipeline.errors import ConfigError, ModelError, StorageError, StorageInputError
 from pipeline.fingerprint import canonical_json
 from pipeline.models import python_source, timm_source, torchvision_source
 from pipeline.models.embedding import EmbeddingModel
@@ -90,14 +90,68 @@ def load_model(
     with _derived_randomness(seed):
         built = build(request)
     spec = input_spec(config, built.own, size, where)
-    notes: tuple[str, ...] = ()
-    if config.weights_url is not None:
-        file = read_state(config.weights_url, sha256=config.sha256, where=f"{where}.weights")
-        if not allow_new_head:
-            _refuse_missing_head(built, file.state, request)
-        load_state(built.network, file.state, source=storage.redact(config.weights_url), where=f"{where}.weights")
-        notes = file.notes
+    notes = load_weights(built, request)
     return LoadedModel(wrap(built, request, size=spec.size), spec, architecture, notes)
+
+
+def load_weights(built: Built, request: Request) -> tuple[str, ...]:
+    """Copies the tensors of the weights URL, if there is one, into the network. One on the meta device stays without
+    numbers: then the names and shapes are compared.
+
+    Returns:
+        Choices that were made for the user, to be reported once.
+
+    Raises:
+        ModelError: the weights do not fit, or are not those of ``sha256``.
+        StorageInputError: the URL is refused, missing or not readable.
+    """
+    config, where = request.config, f"{request.where}.weights"
+    if config.weights_url is None:
+        return ()
+    with reading_weights(config.weights_url, where=where):
+        file = read_state(config.weights_url, sha256=config.sha256, where=where)
+    device = next(iter(built.network.state_dict().values()), torch.empty(0)).device
+    if device.type == "meta":
+        # In place: a state dict may carry the versions of its modules as an attribute.
+        state = cast("dict[str, torch.Tensor]", file.state)
+        for name, tensor in state.items():
+            state[name] = tensor.to(device)
+    if not request.allow_new_head:
+        _refuse_missing_head(built, file.state, request)
+    load_state(built.network, file.state, source=storage.redact(config.weights_url), where=where)
+    return file.notes
+
+
+@contextlib.contextmanager
+def reading_weights(url: str, *, where: str) -> Generator[None]:
+    """Errors of storage inside of the ``with`` name the YAML key ``where`` and a way out."""
+    try:
+        yield
+    except StorageInputError as error:
+        raise StorageInputError(
+            "the weights cannot be read",
+            code="weights.unreadable",
+            where=f"{where}: {storage.redact(url)}",
+            got=error.what if error.got is None else f"{error.what}: {error.got}",
+            wanted=error.wanted,
+            next_step=error.next_step or f"restore the file, or append {where}=URL of a copy",
+        ) from error
+
+
+def unreadable_weights(config: ModelConfig) -> str | None:
+    """Why the weights' file cannot be read from here, by a look at its size; None where it can, or where none is named.
+
+    Raises:
+        StorageInputError: the URL is refused.
+    """
+    if config.weights_url is None:
+        return None
+    storage.protocol(config.weights_url)
+    try:
+        storage.size(config.weights_url)
+    except (StorageInputError, StorageError) as error:
+        return error.what
+    return None
 
 
 def _refuse_missing_head(built: Built, state: Mapping[str, torch.Tensor], request: Request) -> None:

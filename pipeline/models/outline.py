@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline.models.load import InputSpec, input_spec, resolve
+from pipeline.models.load import InputSpec, input_spec, load_weights, require_weights, resolve
 from pipeline.models.probe import answers
 from schemas.config import ModelConfig
 
@@ -40,3 +40,26 @@ def outline_model(config: ModelConfig, *, num_classes: int, size: int | None, wh
     _, embedding_BD = answers(built, request, size=spec.size)
     num_parameters = sum(parameter.numel() for parameter in built.network.parameters())
     return Outline(num_parameters, embedding_BD.shape[1], spec)
+
+
+def check_weights(config: ModelConfig, *, num_classes: int, size: int | None, where: str) -> None:
+    """Whether a teacher's weights fit its network, as ``load_model`` finds out, but on the meta device.
+
+    A weights file is read whole, and no forward pass is computed. Weights of a library are not fetched.
+
+    Args:
+        num_classes: K.
+        size: input height and width in pixels; None: the model's own.
+        where: YAML section of ``config``, for messages.
+
+    Raises:
+        ConfigError, ModelError: as of ``outline_model``; or no weights are named, or they do not fit.
+        StorageInputError: the weights' URL is refused, missing or not readable.
+    """
+    require_weights(config, where=where)
+    outline_model(config, num_classes=num_classes, size=size, where=where)
+    build, request = resolve(config, num_classes, False, where)
+    if config.weights_url is not None:
+        with torch.device("meta"):
+            built = build(request)
+        load_weights(built, request)

@@ -5,6 +5,7 @@ In fp32, whatever a student was trained in: the numbers are those of its weights
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -17,7 +18,7 @@ from torchmetrics.classification import MulticlassCalibrationError
 
 from pipeline import storage
 from pipeline.cache.ranking import class_ranks, predicted_classes
-from pipeline.errors import CacheError, ConfigError, EvaluationError
+from pipeline.errors import CacheError, ConfigError, EvaluationError, StorageInputError
 from pipeline.fingerprint import weights_digest
 from pipeline.models import EmbeddingModel, InputSpec
 from pipeline.shards.index import IndexBuilder, ShardIndex, check_samples
@@ -282,13 +283,16 @@ def evaluate_run(
     checkpoint_name: CheckpointName,
     num_threads: int,
     device: torch.device,
+    with_teacher: bool = True,
 ) -> Evaluation:
     """A trained student on validation shards; with the agreement, where the run's config names its teacher.
 
     Args:
         checkpoint_name: ``best`` or ``last``.
+        with_teacher: False measures no agreement, and needs no weights of the teacher.
 
     Raises:
+        StorageInputError: the teacher's weights cannot be read.
         ConfigError: there is no run, or it has no such checkpoint.
         CacheError: the teacher that the config names is not the one whose words the student learnt.
     """
@@ -297,7 +301,23 @@ def evaluate_run(
     evaluator = make_evaluator(
         shards, lessons.data, lessons.student_plan, World(device=device), num_threads=num_threads
     )
-    return evaluator(student.module.to(device), student.input, teacher_of_run(trained.config, lessons, device))
+    teacher = _compared_teacher(trained.config, lessons, device, run_url) if with_teacher else None
+    return evaluator(student.module.to(device), student.input, teacher)
+
+
+def _compared_teacher(config: Config, lessons: LessonFacts, device: torch.device, run_url: str) -> Teacher | None:
+    try:
+        return teacher_of_run(config, lessons, device)
+    except StorageInputError as error:
+        run = shlex.quote(storage.redact(run_url))
+        raise StorageInputError(
+            "the teacher's weights cannot be read, so agreement and KL cannot be measured",
+            code=error.code,
+            where=error.where,
+            got=error.got,
+            next_step=f"restore the file, or measure the student alone: stillroom evaluate {run} --shards … "
+            "--without-teacher",
+        ) from error
 
 
 def teacher_of_run(config: Config, lessons: LessonFacts, device: torch.device) -> Teacher | None:

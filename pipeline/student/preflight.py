@@ -12,7 +12,7 @@ from pipeline import storage
 from pipeline.cache.reader import TeacherCache
 from pipeline.config import require
 from pipeline.errors import ConfigError
-from pipeline.models import LoadedModel, load_model, require_weights
+from pipeline.models import LoadedModel, load_model, require_weights, unreadable_weights
 from pipeline.shards.names import shard_ids
 from pipeline.student.evaluate import teacher_of_run
 from pipeline.student.facts import LessonFacts, asked_sizes, lesson_facts, student_views
@@ -165,8 +165,11 @@ def _refuse_class_means(config: Config) -> None:
         )
 
 
-def check_training(config: Config) -> None:
+def check_training(config: Config) -> list[str]:
     """What a look at the cache's header, the models and the validation shards shows; trains nothing, writes nothing.
+
+    Returns:
+        Warnings about what could not be checked.
 
     Raises:
         StillroomError: a model cannot be built, a validation shard is missing, or a cache is not there, not of the
@@ -179,8 +182,20 @@ def check_training(config: Config) -> None:
     check_means_serve(config, loss, facts)
     _check_layers(config, _check_student(config, facts.num_classes, facts.size))
     _check_val_shards(config)
-    if facts.caches and config.teacher.weights != "pretrained":
-        teacher_of_run(config, facts, torch.device("cpu"))
+    return _check_teacher_weights(config, facts)
+
+
+def _check_teacher_weights(config: Config, facts: LessonFacts) -> list[str]:
+    """A teacher beside a cache must be the cache's. Its file is only compared: training from a cache needs none."""
+    if not facts.caches or config.teacher.weights == "pretrained":
+        return []
+    if (reason := unreadable_weights(config.teacher)) is not None:
+        return [
+            f"teacher.weights was not compared ({reason}); the cache's fingerprint "
+            f"{facts.caches[0].header.fingerprint} stands for it"
+        ]
+    teacher_of_run(config, facts, torch.device("cpu"))
+    return []
 
 
 def check_means_serve(config: Config, loss: CompositeLoss, facts: LessonFacts) -> None:

@@ -5,10 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
+from jobs.build_cache import build_cache
 from jobs.distill import distill
-from pipeline.errors import ConfigError
+from jobs.evaluate import evaluate
+from jobs.train_student import train_student
+from pipeline.errors import CacheError, ConfigError, StorageInputError
+from pipeline.models.cifar import resnet
 from schemas.config import Config
+from tests.jobs.conftest import Tree, config_of, files_below
 
 
 def test_several_caches_are_refused_before_one_is_built(tmp_path: Path) -> None:
@@ -27,3 +33,53 @@ def test_several_caches_are_refused_before_one_is_built(tmp_path: Path) -> None:
         distill(config)
     assert caught.value.got == "2 caches"
     assert not list(tmp_path.iterdir())
+
+
+def test_a_finished_cache_needs_no_weights_of_its_teacher(
+    tree: Tree, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = tmp_path / "teacher.pt"
+    torch.save(resnet(num_classes=10, depth=8, widths=(4, 4, 6, 8)).state_dict(), weights)
+
+    def config(run: str, **sections: dict[str, object]) -> Config:
+        own = {**sections, "teacher": {"weights": str(weights), **sections.get("teacher", {})}}
+        student = {"kwargs": {"depth": 8, "widths": [16, 16, 32, 64]}}
+        shared = {"train": {"epochs": 1}, "run": {"url": str(tmp_path / run)}, "student": student}
+        return config_of(tree(**shared, data={"cache": str(tmp_path / "cache")}, **own))
+
+    manifest = build_cache(config("run"))
+    weights.unlink()
+    before = files_below(tmp_path / "cache")
+    assert distill(config("distilled"))["steps"] == 4
+    assert train_student(config("trained"))["steps"] == 4
+    # Both say what was not compared.
+    assert capsys.readouterr().err.count(f"fingerprint {manifest.fingerprint}") == 3
+    assert files_below(tmp_path / "cache") == before
+    with pytest.raises(CacheError) as changed:
+        distill(config("run", teacher={"precision": "bf16"}))
+    assert (changed.value.code, changed.value.got) == ("cache.other-header", "teacher.precision: fp32 -> bf16")
+    with pytest.raises(StorageInputError) as extended:
+        build_cache(config("run", views={"count": 4}))
+    assert (extended.value.code, extended.value.where) == ("weights.unreadable", f"teacher.weights: {weights}")
+    assert "teacher.weights=URL" in str(extended.value.next_step)
+    val_shards = str(config("run").data.val_shards)
+    with pytest.raises(StorageInputError) as compared:
+        evaluate(str(tmp_path / "trained"), val_shards)
+    assert compared.value.code == "weights.unreadable"
+    assert f"stillroom evaluate {tmp_path}/trained" in str(compared.value.next_step)
+    assert "--without-teacher" in str(compared.value.next_step)
+    measured = evaluate(str(tmp_path / "trained"), val_shards, with_teacher=False)
+    assert (measured.num_rows, measured.agreement) == (24, None)
+
+
+def test_other_weights_in_the_file_of_a_finished_cache_are_refused(tree: Tree, tmp_path: Path) -> None:
+    weights = tmp_path / "teacher.pt"
+    config = config_of(tree(teacher={"weights": str(weights)}, data={"cache": str(tmp_path / "cache")}))
+    for _ in range(2):
+        torch.save(resnet(num_classes=10, depth=8, widths=(4, 4, 6, 8)).state_dict(), weights)
+        if not (tmp_path / "cache").exists():
+            build_cache(config)
+    for run in (distill, train_student):
+        with pytest.raises(CacheError):
+            run(config)
+    assert not (tmp_path / "run").exists()

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from jobs.build_cache import build_cache
 from jobs.plan_cache import describe, report
 from pipeline.errors import StorageInputError
+from pipeline.models.cifar import resnet
 from tests.jobs.conftest import Tree, config_of, files_below
 
 
@@ -73,3 +75,28 @@ def test_a_build_that_cannot_fit_stops_before_it_writes(tree: Tree, tmp_path: Pa
     with pytest.raises(StorageInputError, match="not enough room for the cache and scratch of 1 parts"):
         build_cache(config)
     assert files_below(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "teacher", "warned"),
+    [
+        (10, {}, []),
+        (7, {}, ["fc.weight (7, 8) for (10, 8)"]),
+        (10, {"sha256": "0" * 64}, ["sha256"]),
+        (None, {}, ["teacher.weights", "no such file"]),
+        (10, {"model": "timm/resnet5O"}, ["resnet50"]),
+    ],
+    ids=["fit", "other classes", "other file", "no file", "no model"],
+)
+def test_a_plan_reads_the_weights_and_compares_them_with_the_network(
+    num_classes: int | None, teacher: dict[str, object], warned: list[str], tree: Tree, tmp_path: Path
+) -> None:
+    weights = tmp_path / "teacher.pt"
+    if num_classes is not None:
+        torch.save(resnet(num_classes=num_classes, depth=8, widths=(4, 4, 6, 8)).state_dict(), weights)
+    # Without class means and embeddings a plan needs no width of the teacher.
+    config = config_of(tree(teacher={"weights": str(weights), **teacher}, cache={"class_means": "none"}))
+    found = [warning for warning in report(config, measured=False).warnings if "would be refused" in warning]
+    assert len(found) == bool(warned)
+    for word in warned:
+        assert word in found[0]
