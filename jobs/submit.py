@@ -49,6 +49,8 @@ _OUTPUTS: dict[Command, tuple[str, ...]] = {
     "train": ("run.url",),
     "distill": ("cache.url", "run.url"),
 }
+_NUM_NAMED = 5
+_UNREAD = ("cache.url", "run.url", "data.local_dir")
 _BETWEEN_URLS = re.compile(r"[\s,\[\]{}'\"]+")
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -107,7 +109,8 @@ def submit(asked: Submission) -> int:
     runtime_env: dict[str, Any] = {"env_vars": _environment(asked.env)}
     if asked.pip is not None:
         runtime_env["pip"] = str(_existing(asked.pip))
-    found = find_files(asked.working_dir, asked.excludes)
+    unread, read = local_paths(config)
+    found = find_files(asked.working_dir, asked.excludes, results=unread, inputs=read)
     check_shadowing(
         (path.relative_to(found.folder) for path in found.sizes),
         folder=found.folder,
@@ -174,6 +177,23 @@ def _urls(config: Config, key: str) -> tuple[str, ...]:
     return () if value is None else (value,) if isinstance(value, str) else tuple(value)
 
 
+def local_paths(config: Config) -> tuple[list[Path], list[Path]]:
+    """Local paths of a config that a job does not read from its copy of the working directory, and those that it does.
+
+    Absolute paths are read where they are. Of relative ones, outputs and copies of a node are not read.
+    """
+    unread: list[Path] = []
+    read: list[Path] = []
+    for key in (*_INPUTS, *_UNREAD):
+        for pattern in _urls(config, key):
+            if pattern in ("random", "pretrained") or storage.protocol(pattern) != "file":
+                continue
+            paths = [_expanded(url.removeprefix("file://")) for url in storage.expand(pattern)]
+            for path in paths:
+                (unread if path.is_absolute() or key in _UNREAD else read).append(path)
+    return unread, read
+
+
 def _checked_address(address: str) -> str:
     if re.fullmatch(r"https?://[^/\s]+(/\S*)?", address):
         return address.rstrip("/")
@@ -237,6 +257,10 @@ def _describe(asked: Submission, found: WorkingDir, config: Config) -> None:
     if found.left_out:
         names = ", ".join(str(path.relative_to(found.folder)) for path in found.left_out)
         say(f"left out, being links to folders or no files: {names}")
+    if found.results:
+        names = ", ".join(str(path.relative_to(found.folder)) for path in found.results[:_NUM_NAMED])
+        more = f" and {len(found.results) - _NUM_NAMED} more" if len(found.results) > _NUM_NAMED else ""
+        say(f"left out, being caches, runs or absolute paths of the config: {names}{more}")
     if asked.env:
         names = ", ".join(asked.env)
         say(f"Ray keeps these values with the job and logs them on its nodes, so give it no credentials: {names}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,23 +29,32 @@ _Rule = tuple[Path, GitIgnoreSpec]
 
 @dataclass(frozen=True, slots=True)
 class WorkingDir:
-    """The files of a folder that go with a job, and what cannot go: links to folders, and no files at all."""
+    """The files of a folder that go with a job, and what cannot go: links to folders, and no files at all.
+
+    ``results`` are the caches, runs and other paths that the job does not read from its copy of the folder.
+    """
 
     folder: Path
     sizes: dict[Path, int]
     left_out: tuple[Path, ...]
+    results: tuple[Path, ...] = ()
 
     @property
     def size_bytes(self) -> int:
         return sum(self.sizes.values())
 
 
-def find_files(folder: Path, excludes: Sequence[str]) -> WorkingDir:
-    """What is below a folder, less our own exclusions, the given ones, and those of .gitignore and .rayignore files.
+def find_files(
+    folder: Path, excludes: Sequence[str], *, results: Collection[Path] = (), inputs: Collection[Path] = ()
+) -> WorkingDir:
+    """What is below a folder, less our own exclusions, the given ones, those of .gitignore and .rayignore files, and
+    caches and runs.
 
     Args:
         folder: the working directory.
         excludes: further patterns of .gitignore, relative to the folder.
+        results: further files and folders to leave out.
+        inputs: what the job reads from its copy of the folder: no cache or run that holds one of these is left out.
 
     Raises:
         StorageInputError: it is no folder, cannot be read, or is larger than a cluster takes.
@@ -53,7 +62,9 @@ def find_files(folder: Path, excludes: Sequence[str]) -> WorkingDir:
     folder = folder.absolute()
     rule = (folder, _patterns([*_EXCLUDES, *_EXCLUDES_AT_THE_TOP, *excludes]))
     try:
-        found = list(_walk(folder, [rule]))
+        read, named = _below(folder, inputs), _below(folder, results)
+        unread: list[Path] = []
+        found = list(_walk(folder, [rule], unread, lambda path: _is_result(path, named, read)))
         sizes = {path: path.stat().st_size for path in found if path.is_file()}
     except OSError as error:
         raise StorageInputError(
@@ -62,7 +73,8 @@ def find_files(folder: Path, excludes: Sequence[str]) -> WorkingDir:
             got=str(error),
             next_step="give another one (--working-dir), or leave out what cannot be read (--exclude PATTERN)",
         ) from error
-    working_dir = WorkingDir(folder, sizes, tuple(path for path in found if path not in sizes))
+    left_out = tuple(path for path in found if path not in sizes)
+    working_dir = WorkingDir(folder, sizes, left_out, tuple(unread))
     _check_size(working_dir)
     return working_dir
 
@@ -71,7 +83,23 @@ def _patterns(lines: Sequence[str]) -> GitIgnoreSpec:
     return GitIgnoreSpec.from_lines(lines)
 
 
-def _walk(folder: Path, rules: Sequence[_Rule]) -> Iterator[Path]:
+def _below(folder: Path, paths: Collection[Path]) -> set[Path]:
+    """The paths that lie below the folder, whatever links lead there, as its walk finds them."""
+    real, targets = folder.resolve(), [(folder / path).resolve() for path in paths]
+    return {folder / target.relative_to(real) for target in targets if target.is_relative_to(real) and target != real}
+
+
+def _is_result(path: Path, named: Collection[Path], inputs: Collection[Path]) -> bool:
+    """Whether it is named as a result, or is the folder of a cache or a run; never where it holds an input."""
+    is_cache = (path / "header.json").is_file() and any((path / name).exists() for name in ("commits", "manifest.json"))
+    is_run = (path / "config.json").is_file() and (path / "metrics.jsonl").is_file()
+    return (path in named or is_cache or is_run) and not any(name.is_relative_to(path) for name in inputs)
+
+
+def _walk(
+    folder: Path, rules: Sequence[_Rule], results: list[Path], is_result: Callable[[Path], bool]
+) -> Iterator[Path]:
+    """Files and links; results are added to ``results`` instead."""
     ignored = [folder / name for name in _IGNORE_FILES if (folder / name).is_file()]
     rules = [*rules, *((folder, _patterns(path.read_text().splitlines())) for path in ignored)]
     for path in sorted(folder.iterdir()):
@@ -79,9 +107,12 @@ def _walk(folder: Path, rules: Sequence[_Rule]) -> Iterator[Path]:
         slash = "/" if path.is_dir() else ""
         if any(patterns.match_file(f"{path.relative_to(base)}{slash}") for base, patterns in rules):
             continue
+        if is_result(path):
+            results.append(path)
+            continue
         # A link may lead to whole disks, or back to where it stands.
         if path.is_dir() and not path.is_symlink():
-            yield from _walk(path, rules)
+            yield from _walk(path, rules, results, is_result)
         else:
             yield path
 

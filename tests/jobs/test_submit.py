@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from ray.job_submission import JobDetails, JobStatus
 
-from jobs.submit import Submission, check_job, submit
+from jobs.submit import Submission, check_job, local_paths, submit
 from jobs.submit_follow import exit_code
 from jobs.submit_package import MAX_BYTES, find_files, write_package
 from pipeline.config import load_config
@@ -168,3 +168,35 @@ def test_a_package_holds_files_modes_and_config_and_depends_on_nothing_else(tmp_
 def test_the_exit_code_is_that_of_the_jobs_command(status: str, code: int | None, wanted: int) -> None:
     info = JobDetails(type="SUBMISSION", status=JobStatus(status), entrypoint="python", driver_exit_code=code)
     assert exit_code(info, "job") == wanted
+
+
+def test_results_of_a_job_below_its_folder_do_not_go_with_it_again(document: Document, tmp_path: Path) -> None:
+    folder = tmp_path / "project"
+    large = ["out/best/checkpoints/best.pt", "out/cache/parts/a.parquet", "weights/teacher.pt", "shards/a-00.tar"]
+    small = ["net.py", "out/best/config.json", "out/best/metrics.jsonl", "out/cache/header.json", "out/notes.txt"]
+    earlier = ["earlier/config.json", "earlier/metrics.jsonl", "earlier/checkpoints/last.pt", "node/copy"]
+    inputs = ["students/config.json", "students/metrics.jsonl", "students/checkpoints/last.pt", "hf/config.json"]
+    for name in [*large, *small, *earlier, *inputs]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+    for name in large:
+        with (folder / name).open("wb") as file:
+            file.truncate(MAX_BYTES)
+    config = load_config(
+        document(
+            data={"shards": f"{folder}/shards/a-{{00..00}}.tar", "local_dir": "node"},
+            teacher={"weights": str(folder / "weights/teacher.pt")},
+            student={"weights": "students/checkpoints/last.pt"},
+            cache={"url": str(folder / "out/cache")},
+            run={"url": str(folder / "out/best")},
+        )
+    )
+    unread, read = local_paths(config)
+    found = find_files(folder, (), results=unread, inputs=read)
+    # What the job reads from its copy goes, also out of a run.
+    assert sorted(str(path.relative_to(folder)) for path in found.sizes) == sorted(["net.py", "out/notes.txt", *inputs])
+    left = {str(path.relative_to(folder)) for path in found.results}
+    assert left == {"earlier", "node", "out/best", "out/cache", "shards/a-00.tar", "weights/teacher.pt"}
+    # The same folder by another name.
+    (tmp_path / "link").symlink_to(folder)
+    assert len(find_files(tmp_path / "link", (), results=unread, inputs=read).sizes) == len(found.sizes)
