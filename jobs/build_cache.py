@@ -41,6 +41,7 @@ from pipeline.models import random_weights_warnings, unreadable_weights
 from pipeline.shards.labels import label_warning
 from pipeline.shards.names import shard_ids
 from pipeline.shards.omissions import Omissions
+from pipeline.shards.patterns import shard_urls
 from schemas.config import Config, RayConfig
 from schemas.manifest import FileRef, Manifest
 
@@ -62,7 +63,7 @@ def build_cache(config: Config) -> Manifest:
     config = with_absolute_paths(config)
     cache = cache_config(config)
     assert config.data.shards is not None
-    urls = storage.expand(config.data.shards)
+    urls = shard_urls(config.data.shards)
     by_id = dict(zip(shard_ids(urls), urls, strict=True))
     storage.probe(cache.url)
     commits = read_standing(cache.url)

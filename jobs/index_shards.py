@@ -18,6 +18,7 @@ from pipeline.errors import ShardError
 from pipeline.shards.labels import LabelCount, check_label_member, count_labels, label_warning, spread
 from pipeline.shards.names import shard_ids
 from pipeline.shards.omissions import Omissions
+from pipeline.shards.patterns import shard_urls
 from pipeline.shards.peek import Peek, peek
 from pipeline.shards.publish import index_name, publish_shard_index, read_index
 from pipeline.student.sources import index_url
@@ -35,7 +36,7 @@ def index_shards(config: Config, folder_url: str) -> int:
     """
     require(config, "data.shards", command="shards index")
     assert config.data.shards is not None
-    urls = storage.expand(config.data.shards)
+    urls = shard_urls(config.data.shards)
     by_id = dict(zip(shard_ids(urls), urls, strict=True))
     _check_labels(by_id, config.data, folder_url)
     # Every task reads this anew, and a list of 100,000 URLs has megabytes.

@@ -12,7 +12,6 @@ from jobs.fan_out import fan_out
 from jobs.paths import with_absolute_paths
 from jobs.progress import duration
 from jobs.ray_runtime import cluster, num_slots, num_tasks_here
-from pipeline import storage
 from pipeline.cache.advice import advice
 from pipeline.cache.build import cache_config
 from pipeline.cache.commit import files_present, is_void, read_standing
@@ -31,6 +30,7 @@ from pipeline.cache.survey import Span
 from pipeline.errors import ConfigError, InputError, StorageInputError
 from pipeline.models.outline import check_weights
 from pipeline.shards.names import shard_ids
+from pipeline.shards.patterns import shard_urls
 from pipeline.student.order import TrainingOrder
 from schemas.config import Config
 
@@ -71,7 +71,7 @@ def report(config: Config, *, measured: bool) -> Report:
 def _ground(config: Config) -> Ground:
     cache = cache_config(config)
     assert config.data.shards is not None
-    urls = storage.expand(config.data.shards)
+    urls = shard_urls(config.data.shards)
     by_id = dict(zip(shard_ids(urls), urls, strict=True))
     commits, present = read_standing(cache.url), files_present(cache.url)
     commits = [commit for commit in commits if not is_void(commit, present)]

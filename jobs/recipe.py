@@ -17,8 +17,8 @@ from jobs.recipe_cells import Row, can_share, train_and_evaluate, train_together
 from jobs.recipe_file import Recipe, load_recipe
 from jobs.recipe_plan import describe_plan
 from jobs.recipe_table import Results, print_tables, write_results
-from pipeline import storage
 from pipeline.shards.long_tail import write_long_tail
+from pipeline.shards.patterns import shard_urls
 from schemas.config import DataConfig
 
 _DRY_RUN = "--dry-run"
@@ -40,7 +40,7 @@ def _write_subsets(recipe: Recipe) -> None:
     data = DataConfig.model_validate(recipe.document.common.get("data", {}))
     for name, tail in recipe.document.subsets.items():
         pattern = str(recipe.out / "shards" / f"{name}-%05d.tar")
-        written = write_long_tail(storage.expand(tail.shards), pattern, tail, data)
+        written = write_long_tail(shard_urls(tail.shards, key="subsets.shards"), pattern, tail, data)
         tell(
             f"subset {name}: {sum(written.counts)} images in {len(written.urls)} shards, by class {written.counts}",
             event="stage",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from jobs.paths import with_absolute_paths
 from jobs.progress import ProgressView
-from pipeline import storage
 from pipeline.cache.verify import Recomputed, VerifyReport, load_live, recompute, verify_cache
 from pipeline.config import load_config
 from pipeline.shards.names import shard_ids
+from pipeline.shards.patterns import shard_urls
 from schemas.config import Config
 
 _NUM_PRINTED = 20
@@ -35,7 +35,7 @@ def verify(
     # First, since a wrong config should not be found after an hour of reading.
     live = None if config is None else load_live(with_absolute_paths(config))
     named = shards if shards is not None or live is None else live.config.data.shards
-    urls = None if named is None else storage.expand(named)
+    urls = None if named is None else shard_urls(named, key="--shards")
     by_id = {} if urls is None else dict(zip(shard_ids(urls), urls, strict=True))
     with ProgressView("verify", 0) as progress:
         report = verify_cache(

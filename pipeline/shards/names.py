@@ -19,6 +19,7 @@ def shard_id(url: str) -> str:
     if stem == name or stem in {"", ".", ".."}:
         raise ShardError(
             "this is not the name of a shard",
+            code="shard.name",
             where=redact(url),
             got=repr(name),
             wanted="<name>.tar, not compressed",
@@ -39,6 +40,7 @@ def shard_ids(urls: Iterable[str]) -> list[str]:
         if name in seen:
             raise ShardError(
                 f"two shards are called {name!r}",
+                code="shard.same-name",
                 where=redact(url),
                 got=f"also {redact(seen[name])}",
                 wanted="a file stem of its own for every shard: sample ids begin with it",

@@ -23,6 +23,7 @@ from pipeline.fingerprint import weights_digest
 from pipeline.models import EmbeddingModel, InputSpec
 from pipeline.shards.index import IndexBuilder, ShardIndex, check_samples
 from pipeline.shards.names import shard_id, shard_ids
+from pipeline.shards.patterns import shard_urls
 from pipeline.student.facts import LessonFacts
 from pipeline.student.node_store import NodeStore
 from pipeline.student.trained import CheckpointName, load_trained
@@ -271,7 +272,7 @@ def make_evaluator(
         ShardError: two shards share a name, or one is no plain tar.
         StorageInputError: a shard does not exist, or its URL is refused.
     """
-    urls = storage.expand(shards)
+    urls = shard_urls(shards, key="--shards")
     shard_ids(urls)
     return Evaluator(urls, data, plan, world, num_threads)
 

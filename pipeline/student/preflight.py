@@ -14,6 +14,7 @@ from pipeline.config import require
 from pipeline.errors import ConfigError
 from pipeline.models import LoadedModel, load_model, require_weights, unreadable_weights
 from pipeline.shards.names import shard_ids
+from pipeline.shards.patterns import shard_urls
 from pipeline.student.evaluate import teacher_of_run
 from pipeline.student.facts import LessonFacts, asked_sizes, lesson_facts, student_views
 from pipeline.student.freeze import freeze
@@ -351,7 +352,7 @@ def _check_layers(config: Config, student: LoadedModel) -> None:
 def _check_val_shards(config: Config) -> None:
     if config.data.val_shards is None:
         return
-    urls = storage.expand(config.data.val_shards)
+    urls = shard_urls(config.data.val_shards, key="data.val_shards")
     shard_ids(urls)
     with ThreadPoolExecutor(_LOOK_UPS) as pool:
         list(pool.map(storage.size, urls))

@@ -16,6 +16,7 @@ from pipeline.errors import CacheError, ConfigError, ShardError
 from pipeline.shards.decode import BadImageError, decode
 from pipeline.shards.index import NO_LABEL, ShardIndex, decode_index, index_settings
 from pipeline.shards.names import shard_ids
+from pipeline.shards.patterns import shard_urls
 from pipeline.shards.publish import index_name
 from pipeline.student.ensemble import check_same_samples, check_same_shards
 from pipeline.student.node_store import NodeStore
@@ -303,7 +304,7 @@ def open_cached(caches: Sequence[TeacherCache], data: DataConfig, *, keeps_embed
         check_same_shards(caches)
         urls = [first.shard_url(shard) for shard in first.shards]
     else:
-        urls = storage.expand(data.shards)
+        urls = shard_urls(data.shards)
     names = shard_ids(urls)
     for cache in caches:
         _check_holds(cache, names)
@@ -340,7 +341,7 @@ def open_indexed(folder_url: str, data: DataConfig, plan: ViewsConfig) -> Indexe
         ShardError: a shard has no index there.
     """
     assert data.shards is not None
-    urls = storage.expand(data.shards)
+    urls = shard_urls(data.shards)
     indexes: list[ShardIndex] = []
     for name in shard_ids(urls):
         url = storage.join(folder_url, index_name(name))

@@ -43,7 +43,8 @@ def test_a_folder_becomes_shards_that_are_indexed_and_built_from(
     config = config_of(tree(data=data, train={"tail": "short"}))
     num_val = sum(len(images) for name, images in packing.shards.items() if name.startswith("val"))
     assert index_shards(config, str(tmp_path / "index")) == 100 - num_val
-    assert not report(config, measured=False).warnings
+    # The teacher of these tests has random weights.
+    assert [text for text in report(config, measured=False).warnings if "teacher.weights" not in text] == []
     manifest = build_cache(config)
     assert (manifest.num_ok, manifest.skipped) == (100 - num_val, {})
     assert config.data.num_classes == 10
