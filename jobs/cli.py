@@ -126,15 +126,30 @@ def shards_pack(
     links_out: Annotated[
         bool, typer.Option("--links-out", help="Follow links that lead out of SRC too: pack whatever they name.")
     ] = False,
+    bad_images: Annotated[
+        Literal["fail", "skip", "pack"],
+        typer.Option(help="Images that cannot be decoded: stop and name them, leave them out, or copy without a look."),
+    ] = "fail",
 ) -> None:
     """Pack a folder tree of images into shuffled shards. Resumes by itself."""
 
     def command() -> None:
         from jobs.pack_shards import describe, pack
+        from pipeline.shards.omissions import Omissions
         from pipeline.shards.pack import PackSettings
 
         settings = PackSettings(name, shard_size, shard_bytes, seed, val_share, labels)
-        print(describe(pack(source, out, settings, classes_url=classes, links_out=links_out), out))
+        omissions = Omissions()
+        packing = pack(
+            source,
+            out,
+            settings,
+            classes_url=classes,
+            links_out=links_out,
+            bad_images=bad_images,
+            omissions=omissions,
+        )
+        print(describe(packing, out, num_left_out=omissions.counts.total()))
 
     _run(command)
 

@@ -6,12 +6,14 @@ import json
 import logging
 from collections.abc import Mapping
 
-from jobs.log import tell
+from jobs.log import tell, warn_of_omissions
 from jobs.progress import ProgressView
 from pipeline import storage
 from pipeline.errors import ShardError
+from pipeline.shards.omissions import Omissions
 from pipeline.shards.pack import (
     CLASSES,
+    BadImages,
     Packing,
     PackSettings,
     plan_packing,
@@ -22,12 +24,19 @@ from pipeline.shards.pack import (
 
 
 def pack(
-    source_url: str, out_url: str, settings: PackSettings, *, classes_url: str | None = None, links_out: bool = False
+    source_url: str,
+    out_url: str,
+    settings: PackSettings,
+    *,
+    classes_url: str | None = None,
+    links_out: bool = False,
+    bad_images: BadImages = "fail",
+    omissions: Omissions | None = None,
 ) -> Packing:
     """Goes on where an earlier run of the same packing was stopped.
 
     Raises:
-        ShardError: there is nothing to pack, or classes that cannot be used.
+        ShardError: there is nothing to pack, classes cannot be used, or images cannot be decoded under ``fail``.
         StorageInputError: something else is in ``out_url``, or a link leads out of the tree without ``links_out``.
     """
     classes = None if classes_url is None else _read_classes(classes_url)
@@ -37,9 +46,11 @@ def pack(
         tell(text, event="warning", level=logging.WARNING)
     if packing.skipped:
         tell(f"pack: skipped {tell_skipped(packing.skipped)}", event="warning", level=logging.WARNING)
+    omissions = Omissions() if omissions is None else omissions
     with ProgressView("pack", packing.num_images) as progress:
-        for num_images in write_packing(packing, out_url):
+        for num_images in write_packing(packing, out_url, bad_images=bad_images, omissions=omissions):
             progress.update(progress.done + num_images)
+    warn_of_omissions("pack", [omissions])
     return packing
 
 
@@ -59,12 +70,12 @@ def _read_classes(url: str) -> Mapping[str, int]:
     return classes
 
 
-def describe(packing: Packing, out_url: str) -> str:
+def describe(packing: Packing, out_url: str, *, num_left_out: int = 0) -> str:
     """What was packed, and what a config says of it."""
     names: dict[str, list[str]] = {}
     for name in packing.shards:
         names.setdefault(name.rpartition("-")[0], []).append(name)
-    lines = [f"# {packing.num_images} images in {len(packing.shards)} shards", "data:"]
+    lines = [f"# {packing.num_images - num_left_out} images in {len(packing.shards)} shards", "data:"]
     for stem, shards in names.items():
         key = "val_shards" if stem == "val" else "shards"
         lines.append(f'  {key}: "{storage.join(out_url, _pattern(stem, len(shards)))}"')

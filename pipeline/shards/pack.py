@@ -1,4 +1,4 @@
-"""A folder tree of images into shuffled shards: the same bytes for the same tree and settings, copied, never decoded.
+"""A folder tree of images into shuffled shards: the same bytes for the same tree and settings, copied as they are.
 
 All of the plan is made from one listing, names and sizes alone; then each shard is written by itself. A packing that
 was killed goes on where it stopped: ``packing.json``, created first, says of what and how.
@@ -14,14 +14,19 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from itertools import count
 from typing import Literal
 
 from pipeline import storage
 from pipeline.errors import ShardError, StorageInputError
-from pipeline.fingerprint import canonical_json, digest, seal
+from pipeline.fingerprint import canonical_json, differences, digest, seal
+from pipeline.shards.decode import BadImageError, decode
+from pipeline.shards.omissions import Omissions
 from pipeline.shards.write import Members, check_name, write_shard
+from schemas.config import DataConfig
 
 Labels = Literal["folder", "none"]
+BadImages = Literal["fail", "skip", "pack"]
 
 RECORD, CLASSES = "packing.json", "classes.json"
 EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -33,6 +38,8 @@ _SPLIT = re.compile(
     r"(?P<role>train|val|test|dev|eval)(ing|id|idation|uation)?([-_]?(set|images|\d{4}))?", re.IGNORECASE
 )
 _NUM_NAMED = 3
+_BAD_IMAGES = "images that cannot be decoded"
+_MAX_PIXELS = DataConfig.model_validate({}).max_pixels
 
 
 @dataclass(frozen=True, slots=True)
@@ -374,20 +381,84 @@ def _tar_bytes(image: SourceImage) -> int:
     return _BLOCK + -(-image.size_bytes // _BLOCK) * _BLOCK + label
 
 
-def write_packing(packing: Packing, out_url: str) -> Iterator[int]:
+def write_packing(
+    packing: Packing, out_url: str, *, bad_images: BadImages = "fail", omissions: Omissions | None = None
+) -> Iterator[int]:
     """Writes the shards that are not there yet, then ``classes.json``. Yields the images of each shard as it is there.
+
+    Args:
+        bad_images: what to do with an image that cannot be decoded. fail: write all shards without one, then raise;
+            skip: leave it out; pack: decode nothing, and copy it like the others.
+        omissions: filled with the images that were left out.
 
     Raises:
         StorageInputError: there is something else in ``out_url``.
+        ShardError: images cannot be decoded, under ``fail``, or no image of a shard can. The other shards are written,
+            and stay.
     """
     present = _begin(packing, out_url)
+    omissions = Omissions() if omissions is None else omissions
+    unwritten: list[str] = []
     with ThreadPoolExecutor(_READ_THREADS) as pool:
         for name, images in packing.shards.items():
-            if name not in present:
-                write_shard(_samples(packing.source_url, images, pool), storage.join(out_url, name))
+            url = storage.join(out_url, name)
+            if name not in present and not _write(packing.source_url, images, url, pool, bad_images, omissions):
+                unwritten.append(name)
             yield len(images)
+    if bad_images == "fail" and omissions.counts:
+        raise _bad_images_found(packing.source_url, omissions, is_whole_shard=False)
+    if unwritten:
+        raise _bad_images_found(packing.source_url, omissions, is_whole_shard=True)
     if packing.classes:
         storage.write(storage.join(out_url, CLASSES), json.dumps(packing.classes, indent=0).encode() + b"\n")
+
+
+class _BadImageFoundError(Exception):
+    """Ends the writing of a shard, so that nothing of it is published."""
+
+
+def _write(
+    source_url: str,
+    images: Sequence[SourceImage],
+    url: str,
+    pool: ThreadPoolExecutor,
+    bad_images: BadImages,
+    omissions: Omissions,
+) -> bool:
+    """Whether the shard was written: not if it has a bad image under ``fail``, nor if it has no other."""
+
+    def usable() -> Iterator[tuple[str, Members]]:
+        num_bad = 0
+        for key, members, reason, path in _samples(source_url, images, pool, checks=bad_images != "pack"):
+            if reason is not None:
+                omissions.add(_BAD_IMAGES, f"{path}: {reason}")
+                num_bad += 1
+            elif not num_bad or bad_images == "skip":
+                yield key, members
+        # At the end, so that one run names all bad images.
+        if num_bad and (bad_images == "fail" or num_bad == len(images)):
+            raise _BadImageFoundError
+
+    try:
+        write_shard(usable(), url)
+    except _BadImageFoundError:
+        return False
+    return True
+
+
+def _bad_images_found(source_url: str, omissions: Omissions, *, is_whole_shard: bool) -> ShardError:
+    what = f"{omissions.counts[_BAD_IMAGES]} images cannot be used"
+    return ShardError(
+        f"{what}, among them all of a shard" if is_whole_shard else what,
+        code="shards.bad-images",
+        where=storage.redact(source_url),
+        got=", ".join(omissions.lines()),
+        wanted="whole JPEG, PNG or WebP images",
+        next_step="repair or remove them and pack into a new folder"
+        if is_whole_shard
+        else "run the command again with --bad-images skip to leave them out (it resumes), "
+        "or repair them and pack into a new folder",
+    )
 
 
 def _begin(packing: Packing, out_url: str) -> set[str]:
@@ -395,24 +466,65 @@ def _begin(packing: Packing, out_url: str) -> set[str]:
     present, url = set(storage.listing(out_url)), storage.join(out_url, RECORD)
     if present and RECORD not in present:
         raise StorageInputError(
-            "this folder is not empty", where=storage.redact(out_url), next_step="name a new one for the shards"
+            "this folder is not empty",
+            code="shards.out-not-empty",
+            where=storage.redact(out_url),
+            got=_named(sorted(present)),
+            wanted="a new or empty folder",
+            next_step=f"run: {pack_command(packing.source_url, storage.join(out_url, 'shards'), packing.settings)}",
         )
-    if not storage.create(url, packing.record()) and storage.read(url) != packing.record():
+    if not storage.create(url, packing.record()) and (stored := storage.read(url)) != packing.record():
         raise StorageInputError(
             "other images, or the same in another way, were packed here",
+            code="shards.packed-otherwise",
             where=storage.redact(out_url),
-            next_step="name another folder, or remove this one",
+            got=_changes(stored, packing.record()),
+            wanted="a folder for each packing, or the images and options that this one began with",
+            next_step=f"run: {pack_command(packing.source_url, _next_folder(out_url), packing.settings)}",
         )
     return present
 
 
-def _samples(source_url: str, images: Sequence[SourceImage], pool: ThreadPoolExecutor) -> Iterator[tuple[str, Members]]:
-    """Reads a few images ahead, so that a remote source keeps up."""
+def _changes(stored: bytes, record: bytes) -> str:
+    """``settings.seed: 0 -> 1; …`` between the packing that stands and this one."""
+    try:
+        old, new = json.loads(stored), json.loads(record)
+        del old["digest"], new["digest"]
+        changed = differences(old, new)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return f"{RECORD} that is damaged"
+    # Without other settings, a digest of names and sizes says nothing to a reader.
+    named = [text for text in changed if not text.startswith("source")]
+    return "; ".join(named) if named else "images of other names or sizes"
+
+
+def _next_folder(out_url: str) -> str:
+    """``out-2`` for ``out``, or the first number that is free."""
+    base = out_url.rstrip("/")
+    return next(url for url in (f"{base}-{number}" for number in count(2)) if not storage.listing(url))
+
+
+def _samples(
+    source_url: str, images: Sequence[SourceImage], pool: ThreadPoolExecutor, *, checks: bool
+) -> Iterator[tuple[str, Members, str | None, str]]:
+    """Key, members, the reason why the image cannot be decoded if ``checks``, and path. Reads a few images ahead, so
+    that a remote source keeps up."""
     for start in range(0, len(images), _READ_AHEAD):
         few = images[start : start + _READ_AHEAD]
-        for image, data in zip(few, pool.map(lambda one: _read(source_url, one), few), strict=True):
+        read = pool.map(lambda image: _read_and_check(source_url, image, checks=checks), few)
+        for image, (data, reason) in zip(few, read, strict=True):
             label = {} if image.label is None else {"cls": str(image.label).encode()}
-            yield image.key, {image.extension: data, **label}
+            yield image.key, {image.extension: data, **label}, reason, image.path
+
+
+def _read_and_check(source_url: str, image: SourceImage, *, checks: bool) -> tuple[bytes, str | None]:
+    data = _read(source_url, image)
+    if checks:
+        try:
+            decode(data, max_pixels=_MAX_PIXELS)
+        except BadImageError as error:
+            return data, error.reason
+    return data, None
 
 
 def _read(source_url: str, image: SourceImage) -> bytes:

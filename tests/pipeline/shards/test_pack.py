@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from jobs.cli import app
 from pipeline import storage
 from pipeline.errors import ShardError, StorageInputError
-from pipeline.shards.pack import PackSettings, plan_packing, split_folders, write_packing
+from pipeline.shards.pack import BadImages, PackSettings, plan_packing, split_folders, write_packing
 from tests.pipeline.shards.tars import image_bytes, webdataset_samples
 
 NUM_IMAGES = {"ant": 30, "bee": 20, "cat": 10}
@@ -38,11 +38,12 @@ def packed(
     out: Path | str,
     classes: dict[str, int] | None = None,
     links_out: bool = False,
+    bad_images: BadImages = "fail",
     **settings: Any,
 ) -> list[str]:
     """The shards' names."""
     packing = plan_packing(str(tree), PackSettings(**settings), classes=classes, links_out=links_out)
-    assert sum(write_packing(packing, str(out))) == packing.num_images
+    assert sum(write_packing(packing, str(out), bad_images=bad_images)) == packing.num_images
     return list(packing.shards)
 
 
@@ -99,7 +100,7 @@ def test_an_image_more_leaves_the_others_in_their_order(tree: Path, tmp_path: Pa
 
 def test_a_shard_stays_below_the_bytes_asked_unless_one_image_is_larger(tree: Path, tmp_path: Path) -> None:
     (tree / "ant" / "large.png").write_bytes(b"x" * 30_000)
-    packed(tree, tmp_path / "out", shard_bytes=20_000)
+    packed(tree, tmp_path / "out", bad_images="pack", shard_bytes=20_000)
     shards = {path: webdataset_samples(path) for path in (tmp_path / "out").glob("*.tar")}
     assert len(shards) > 5
     for path, samples in shards.items():
@@ -121,7 +122,7 @@ def test_names_that_would_be_one_sample_get_keys_of_their_own(tmp_path: Path) ->
         path = tmp_path / "tree" / "x" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(name.encode())
-    packed(tmp_path / "tree", tmp_path / "out", labels="none")
+    packed(tmp_path / "tree", tmp_path / "out", bad_images="pack", labels="none")
     found = {sample["__key__"]: sample.get("png") or sample["jpg"] for sample in read_all(tmp_path / "out")}
     assert found == {
         "x/A": b"A.PNG",
@@ -189,8 +190,10 @@ def test_a_packing_that_was_killed_goes_on_and_ends_in_the_same_bytes(tree: Path
 def test_a_folder_with_anything_else_in_it_is_refused_and_left_alone(tree: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("x")
-    with pytest.raises(StorageInputError, match="not empty"):
+    with pytest.raises(StorageInputError) as caught:
         packed(tree, tmp_path / "out")
+    assert (caught.value.code, caught.value.got) == ("shards.out-not-empty", "mine")
+    assert caught.value.next_step == f"run: stillroom shards pack {tree} {tmp_path}/out/shards"
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
 
 
@@ -200,8 +203,14 @@ def test_another_packing_into_the_same_folder_is_refused(tree: Path, tmp_path: P
     before = files_of(tmp_path / "out")
     if change == "image":
         (tree / "ant" / "new.png").write_bytes(image_bytes())
-    with pytest.raises(StorageInputError, match="other images, or the same in another way"):
+    with pytest.raises(StorageInputError) as caught:
         packed(tree, tmp_path / "out", seed=int(change == "seed"))
+    changed = "settings.seed: 0 -> 1" if change == "seed" else "num_images: 60 -> 61"
+    assert (caught.value.code, caught.value.got) == ("shards.packed-otherwise", changed)
+    # The command that is printed works.
+    command = shlex.split(str(caught.value.next_step).removeprefix("run: "))
+    assert CliRunner().invoke(app, command[1:]).exit_code == 0
+    assert len(read_all(tmp_path / "out-2")) == 60 + (change == "image")
     assert files_of(tmp_path / "out") == before
 
 
@@ -251,7 +260,7 @@ def test_without_labels_any_tree_is_packed(tmp_path: Path) -> None:
         target = tmp_path / "tree" / path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(path.encode())
-    packed(tmp_path / "tree", tmp_path / "out", labels="none")
+    packed(tmp_path / "tree", tmp_path / "out", bad_images="pack", labels="none")
     samples = read_all(tmp_path / "out")
     assert {sample["__key__"]: sample["png"] for sample in samples} == {
         "x": b"x.png",
@@ -260,6 +269,58 @@ def test_without_labels_any_tree_is_packed(tmp_path: Path) -> None:
     }
     assert not any("cls" in sample for sample in samples)
     assert not (tmp_path / "out" / "classes.json").exists()
+
+
+def spoil(tree: Path) -> None:
+    """Two images are cut, one is a page of a server."""
+    for name in ("ant/ant.01.JPEG", "bee/bee.02.png"):
+        path = tree / name
+        path.write_bytes(path.read_bytes()[:60])
+    (tree / "cat" / "cat.01.JPEG").write_bytes(b"<html>not found</html>")
+
+
+def test_images_that_cannot_be_decoded_are_all_named_and_the_other_shards_stay(tree: Path, tmp_path: Path) -> None:
+    spoil(tree)
+    packing = plan_packing(str(tree), PackSettings(shard_size=4))
+    with pytest.raises(ShardError) as caught:
+        list(write_packing(packing, str(tmp_path / "out")))
+    assert caught.value.code == "shards.bad-images"
+    got = str(caught.value.got)
+    assert got.startswith("3 images that cannot be decoded (")
+    for path, reason in (("ant/ant.01.JPEG", ""), ("bee/bee.02.png", "damaged PNG"), ("cat/cat.01.JPEG", "but HTML")):
+        assert f"{path}: " in got
+        assert reason in got
+    assert "--bad-images skip" in str(caught.value.next_step)
+    bad = {"ant/ant_01", "bee/bee_02", "cat/cat_01"}
+    whole = {name for name, images in packing.shards.items() if not {image.key for image in images} & bad}
+    written = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.tar")}
+    assert {*written} == whole
+    assert 0 < len(whole) < len(packing.shards)
+    # What the message advises resumes.
+    result = CliRunner().invoke(
+        app, ["shards", "pack", str(tree), str(tmp_path / "out"), "--shard-size", "4", "--bad-images", "skip"]
+    )
+    assert result.exit_code == 0, result.output
+    assert "# 57 images in 15 shards" in result.output
+    assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in written} == written
+    keys = [sample["__key__"] for sample in read_all(tmp_path / "out")]
+    assert sorted(keys) == sorted({image.key for images in packing.shards.values() for image in images} - bad)
+
+
+def test_bad_images_are_copied_where_nothing_is_to_be_checked(tree: Path, tmp_path: Path) -> None:
+    spoil(tree)
+    packed(tree, tmp_path / "out", bad_images="pack")
+    assert len(read_all(tmp_path / "out")) == 60
+
+
+def test_a_shard_of_bad_images_alone_is_refused_also_when_they_are_skipped(tmp_path: Path) -> None:
+    for name in ("a/x.png", "b/y.png"):
+        (tmp_path / "tree" / name).parent.mkdir(parents=True)
+        (tmp_path / "tree" / name).write_bytes(b"x")
+    with pytest.raises(ShardError, match="among them all of a shard") as caught:
+        packed(tmp_path / "tree", tmp_path / "out", bad_images="skip")
+    assert caught.value.code == "shards.bad-images"
+    assert not list((tmp_path / "out").glob("*.tar"))
 
 
 def tree_of(folder: Path, paths: list[str]) -> str:
