@@ -7,7 +7,7 @@ import platform
 import time
 from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import ray
 from ray.exceptions import RayError
@@ -17,6 +17,7 @@ from jobs.log import counted, tell
 from jobs.ray_address import starts_locally
 from jobs.ray_connect import connect
 from pipeline.errors import ResourceError
+from pipeline.scratch import shared_with_children
 from schemas.config import RayConfig
 
 _POLL_S = 0.5
@@ -36,11 +37,13 @@ def cluster(config: RayConfig) -> Generator[None]:
     if config.address == "none" or ray.is_initialized():
         yield
         return
-    connect(config.address)
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    # Only of a cluster that this process starts are the workers gone at its end.
+    with shared_with_children() if starts_locally(config.address) else nullcontext():
+        connect(config.address)
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 def node_name() -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 import threading
 import uuid
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from jobs.worker_group import Placement, fewest, keys_of, leaving, per_worker, s
 from pipeline import storage
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, InputError, StillroomError, TrainingError
+from pipeline.scratch import temporary_folder
 from pipeline.student.checkpoint import check_begun, read_summary
 from pipeline.student.loop import train
 from pipeline.student.preflight import check_config, check_training
@@ -148,7 +148,7 @@ def _fit(config: Config) -> dict[str, Any]:
     )
     relay = _relay_here()
     with (
-        tempfile.TemporaryDirectory(prefix="stillroom-ray-", ignore_cleanup_errors=True) as folder,
+        temporary_folder("stillroom-train-") as folder,
         TrainingView(config) as view,
         _Watch(relay, view),
     ):

@@ -21,7 +21,6 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 import threading
 import uuid
 import zlib
@@ -44,6 +43,7 @@ from tenacity import (
 
 from pipeline.errors import PassingStorageError, StillroomError, StorageError, StorageInputError, TooLargeError
 from pipeline.redaction import redact
+from pipeline.scratch import temporary_folder
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -961,7 +961,7 @@ def scratch_folder() -> Generator[Path]:
     Raises:
         StorageError: what was done inside filled the disk.
     """
-    with tempfile.TemporaryDirectory(prefix="stillroom-") as folder:
+    with temporary_folder() as folder:
         try:
             yield Path(folder)
         except OSError as error:

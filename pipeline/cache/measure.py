@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ from pipeline import storage
 from pipeline.cache.build import PartTask, build_part, prepare
 from pipeline.cache.plan import CachePlan
 from pipeline.errors import ShardError
+from pipeline.scratch import temporary_folder
 from pipeline.shards.decode import BadImageError, decode
 from pipeline.shards.names import shard_id
 from pipeline.shards.tar import Sample, image_extensions, read_samples
@@ -91,7 +91,7 @@ def measure(task: MeasureTask) -> Measurement:
     """
     config = task.config
     pin_numerics(config.ray.cpus_per_task)
-    with tempfile.TemporaryDirectory(prefix="stillroom-") as folder:
+    with temporary_folder() as folder:
         scratch = Path(folder)
         fetch_s, local = _timed(lambda: storage.local_copy(task.shard_url, scratch / "shard"))
         samples = _usable(local, config, task.shard_url)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
 from pipeline import storage
+from pipeline.scratch import temporary_folder
 
 FOLDER = "tensorboard"
 
@@ -22,7 +22,7 @@ class Board:
 
     def __init__(self, run_url: str, *, first_step: int) -> None:
         self._url = storage.join(run_url, FOLDER, f"events.out.tfevents.{first_step:010d}")
-        self._folder = tempfile.TemporaryDirectory(prefix="stillroom-board-")
+        self._folder = temporary_folder("stillroom-board-")
         self._writer = SummaryWriter(self._folder.name, purge_step=first_step)
 
     def add(self, step: int, values: Mapping[str, float | int | None], *, prefix: str = "") -> None:

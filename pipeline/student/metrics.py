@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from pipeline import storage
 from pipeline.errors import TrainingError
+from pipeline.scratch import temporary_folder
 from pipeline.student.board import Board
 from pipeline.student.checkpoint import EVALUATIONS, METRICS, SPEED
 from pipeline.student.world import World
@@ -143,7 +143,7 @@ class MetricsFile:
     """
 
     def __init__(self, run_url: str, *, first_step: int, tensorboard: bool = False) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="stillroom-metrics-")
+        self._folder = temporary_folder("stillroom-metrics-")
         folder = Path(self._folder.name)
         self._steps, self._speed, self._evaluations = (
             _Lines(run_url, name, folder, first_step=first_step) for name in (METRICS, SPEED, EVALUATIONS)

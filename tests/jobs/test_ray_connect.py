@@ -36,6 +36,32 @@ _USE = (
 )
 
 
+_INTERRUPTED = """
+import os, sys, time, ray
+from pathlib import Path
+from jobs.entry import run_command
+from jobs.ray_runtime import cluster
+from schemas.config import RayConfig
+
+def work():
+    from pipeline.scratch import temporary_folder
+    folder = temporary_folder()
+    Path(os.environ["STILLROOM_TEST_BEGAN"]).write_text(folder.name)
+    time.sleep(600)
+
+def command():
+    began = Path(os.environ["STILLROOM_TEST_BEGAN"])
+    with cluster(RayConfig(address="local")):
+        ray.remote(work).remote()
+        while not began.exists() or not began.read_text():
+            time.sleep(0.1)
+        assert Path(began.read_text()).is_dir()
+        raise KeyboardInterrupt
+
+sys.exit(run_command(command))
+"""
+
+
 @pytest.fixture
 def silent_port() -> Iterator[int]:
     """A port that accepts connections and answers nothing."""
@@ -131,3 +157,12 @@ def test_a_cluster_that_refuses_the_token_says_which_variables_to_set(tmp_path: 
             assert "RAY_AUTH_TOKEN_PATH" in done.stderr
             assert done.stderr.count("\n") == 4, done.stderr
         assert _python(_JOIN, head.address, env=head.env).returncode == 0
+
+
+@pytest.mark.ray
+def test_ctrl_c_leaves_no_temporary_folder_of_a_worker(tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        done = _python(_INTERRUPTED, env={"TMPDIR": folder, "STILLROOM_TEST_BEGAN": str(tmp_path / "began")})
+        assert done.returncode == 130, done.stderr
+        assert (tmp_path / "began").read_text().startswith(f"{folder}/stillroom-scratch-")
+        assert [path.name for path in Path(folder).iterdir() if path.name.startswith("stillroom")] == []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from pipeline.cache.verify.records import KeptCommit, Records, check_bytes, read
 from pipeline.cache.verify.report import Findings, VerifyReport
 from pipeline.cache.verify.shard import ShardTask, check_shard
 from pipeline.errors import CacheError
+from pipeline.scratch import temporary_folder
 from schemas.manifest import Header, Manifest
 
 Progress = Callable[[int, int], None]
@@ -92,7 +92,7 @@ def _check_ownerless(cache_url: str, entries: Sequence[storage.Entry], records: 
         named = commit_path in records.broken or entry.path in records.in_manifest
         if not named or commit_path in known:
             continue
-        with findings.told(entry.path), tempfile.TemporaryDirectory(prefix="stillroom-") as scratch:
+        with findings.told(entry.path), temporary_folder() as scratch:
             local = storage.local_copy(storage.join(cache_url, entry.path), Path(scratch))
             sha16 = PurePosixPath(entry.path).stem.rpartition(".")[2]
             findings.expect(entry.path, "this file is not the one of its name", file_digest(local)[:16], sha16)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from pipeline.cache.verify.part import Canary, PartCheck, PartContent, check_fil
 from pipeline.cache.verify.records import KeptCommit, Records, check_bytes
 from pipeline.cache.verify.report import Findings
 from pipeline.errors import CacheError, StillroomError, StorageInputError
+from pipeline.scratch import temporary_folder
 from pipeline.shards.index import NO_LABEL, STATUSES, ShardIndex, decode_index
 from schemas.manifest import Commit, FileRef
 
@@ -96,7 +96,7 @@ class _ShardCheck:
         header = self._task.records.header
         with (
             self._findings.told(commit.part.path, shard=self._shard_id),
-            tempfile.TemporaryDirectory(prefix="stillroom-") as scratch,
+            temporary_folder() as scratch,
         ):
             self._findings.checked["parts"] += 1
             path = _fetch(self._task.cache_url, commit.part, Path(scratch))
