@@ -21,6 +21,7 @@ from schemas.recipe import GridConfig, RecipeConfig, Stage
 
 _THE_CACHE = "cache"
 _OF_RECIPE = ("cache", "grid")
+_VALUES = ("kwargs", "resources_per_task")
 _OF_STUDENTS = set(StudentConfig.model_fields) - set(TeacherConfig.model_fields)
 
 
@@ -213,7 +214,12 @@ class _Reading:
 
 
 def _merged(*trees: Mapping[str, Any]) -> dict[str, Any]:
-    """Later keys win; sections are merged, lists replaced."""
-    merged = OmegaConf.to_container(OmegaConf.merge(*(dict(tree) for tree in trees)))
-    assert isinstance(merged, dict)
-    return {str(key): value for key, value in merged.items()}
+    """Later keys win; sections are merged, and lists and mappings that are values are replaced."""
+    merged: dict[str, Any] = {}
+    for tree in trees:
+        for key, value in tree.items():
+            below = merged.get(key)
+            if isinstance(below, Mapping) and isinstance(value, Mapping) and key not in _VALUES:
+                value = _merged(below, value)
+            merged[str(key)] = value
+    return merged

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
@@ -217,19 +217,61 @@ def _apply(document: DictConfig, override: str, where: str) -> KeyPath:
     try:
         value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
         assert isinstance(value, dict), "a dot list makes a mapping"
-        OmegaConf.update(document, key, value["value"], force_add=True)
+        _set(document, tuple(key.split(".")), value["value"])
     except yaml.YAMLError as error:
         raise _yaml_error(error, place) from error
     # OmegaConf raises ValueError or TypeError for a name where a list wants a position, its own for a position too far,
     # and IndexError for a bracket alone.
     except (OmegaConfBaseException, ValueError, TypeError, IndexError) as error:
-        raise ConfigError(
-            "this override sets a list item that is not there",
-            where=place,
-            got=str(error).splitlines()[0],
-            wanted="the position, from 0, of an item that the document has",
-        ) from error
+        raise _override_error(error, place, enters_list=_enters_list(document, key)) from error
     return tuple(int(part) if part.isdigit() else part for part in key.split("."))
+
+
+def _set(document: DictConfig, path: tuple[str, ...], value: Any) -> None:
+    """A mapping is merged into a section, key by key. Anything else, such as a list or ``kwargs``, is replaced."""
+    if isinstance(value, dict) and value and _is_section(path):
+        for name, item in value.items():
+            _set(document, (*path, str(name)), item)
+    else:
+        OmegaConf.update(document, ".".join(path), value, merge=False, force_add=True)
+
+
+def _is_section(path: tuple[str, ...]) -> bool:
+    models: list[type[BaseModel]] = [Config]
+    for name in path:
+        fields = [model.model_fields[name] for model in models if name in model.model_fields]
+        models = [inner for field in fields if get_origin(field.annotation) is not tuple for inner in _models_of(field)]
+    return bool(models)
+
+
+def _enters_list(document: DictConfig, key: str) -> bool:
+    tree: Any = OmegaConf.to_container(document, resolve=False)
+    for name in key.split("."):
+        if isinstance(tree, list):
+            return True
+        tree = tree.get(name) if isinstance(tree, dict) else None
+    return False
+
+
+def _override_error(error: Exception, place: str, *, enters_list: bool) -> ConfigError:
+    got = str(error).splitlines()[0]
+    if isinstance(error, GrammarParseError):
+        return ConfigError(
+            "this override has an interpolation that cannot be parsed",
+            code="config.override-interpolation",
+            where=place,
+            got=got,
+            wanted="${section.key} of this document, or ${oc.env:NAME} of the environment",
+        )
+    if enters_list:
+        return ConfigError(
+            "this override sets a list item that is not there",
+            code="config.override-list-item",
+            where=place,
+            got=got,
+            wanted="the position, from 0, of an item that the document has",
+        )
+    return ConfigError("this override cannot be applied", code="config.override-refused", where=place, got=got)
 
 
 def _resolve(document: DictConfig, where: str) -> dict[str, Any]:

@@ -347,3 +347,39 @@ def test_require_names_each_missing_key_and_what_it_means() -> None:
     assert "loss: a list of terms, named ce, kd, dist, dkd, hard, nd, sifn, cosine, mse, review_kd" in message
     assert "teacher.model=… run.url=… loss=…" in message
     assert "cache.url" not in message
+
+
+@pytest.mark.parametrize("override", ["student.kwargs={}", "student={kwargs: {}}"])
+def test_an_override_replaces_a_mapping_that_is_a_value_and_merges_into_a_section(
+    yaml_file: Path, override: str
+) -> None:
+    text = "student: {model: a, kwargs: {depth: 8, widths: [1, 2]}}"
+    student = load(yaml_file, text, override).student
+    assert student is not None
+    assert (student.model, student.kwargs) == ("a", {})
+    student = load(yaml_file, text, "student.kwargs={depth: 14}", "student.kwargs.width=3").student
+    assert student is not None
+    assert student.kwargs == {"depth": 14, "width": 3}
+
+
+@pytest.mark.parametrize(
+    ("override", "code", "got"),
+    [
+        ("loss={name: kd}", "config.invalid", "a mapping"),
+        ("train.lr=${x", "config.override-interpolation", None),
+        ("loss.7.weight=1", "config.override-list-item", None),
+        ("loss.kd.weight=1", "config.override-list-item", None),
+    ],
+)
+def test_an_override_that_cannot_be_applied_says_why(
+    yaml_file: Path, override: str, code: str, got: str | None
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(yaml_file, "loss: [{name: kd}]", override)
+    assert caught.value.code == code
+    assert got is None or caught.value.got == got
+    assert f"override '{override}'" in str(caught.value.where)
+
+
+def test_an_override_replaces_a_term_of_the_loss(yaml_file: Path) -> None:
+    assert load(yaml_file, "loss: [{name: kd, temperature: 2}]", "loss.0={name: ce}").loss[0].name == "ce"
