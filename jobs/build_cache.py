@@ -30,7 +30,7 @@ from pipeline.cache.commit import Standing, files_present, is_void, missing_bloc
 from pipeline.cache.identity import check_without_weights, find_header
 from pipeline.cache.labels import cached_labels
 from pipeline.cache.log import BuildLogWriter, remove_logs
-from pipeline.cache.manifest import publish_manifest, read_manifest, read_sums, read_table
+from pipeline.cache.manifest import find_relabelled, publish_manifest, read_manifest, read_sums, read_table
 from pipeline.cache.means import ClassSums, add_up
 from pipeline.cache.plan import check_labels, survey_ground
 from pipeline.cache.reader import open_cache
@@ -66,6 +66,7 @@ def build_cache(config: Config) -> Manifest:
     urls = shard_urls(config.data.shards)
     by_id = dict(zip(shard_ids(urls), urls, strict=True))
     storage.probe(cache.url)
+    relabelled = find_relabelled(cache.url) is not None
     commits = read_standing(cache.url)
     sizes = check_shards(cache.url, by_id, commits)
     ground = survey_ground(config, cache, by_id, sizes, commits)
@@ -82,6 +83,9 @@ def build_cache(config: Config) -> Manifest:
         _build_parts(config, by_id, commits)
         manifest = publish_manifest(cache.url, by_id, add_up=partial(_add_up, config.ray))
     remove_logs(cache.url)
+    if relabelled and manifest.labels is None:
+        url = storage.redact(cache.url)
+        _warn([f"the cache has the labels of its build again; run: stillroom cache relabel {url}"])
     if (warning := label_warning(cached_labels(open_cache(cache.url)), config.data)) is not None:
         _warn([warning])
     return manifest

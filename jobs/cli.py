@@ -255,6 +255,27 @@ def cache_verify(
     _run(command)
 
 
+@cache_app.command("relabel")
+def cache_relabel(
+    cache: CacheArgument,
+    label: Annotated[
+        str | None, typer.Option(help="Member extension that holds the class index; default: the cache's data.label.")
+    ] = None,
+    shards: Annotated[
+        str | None, typer.Option(help="Where the shards are, {a..b} braces allowed; default: where the build was.")
+    ] = None,
+    threads: ThreadsOption = 4,
+) -> None:
+    """Read the labels of a finished cache again from its shards, without the teacher."""
+
+    def command() -> None:
+        from jobs.relabel_cache import describe, relabel_cache
+
+        print(describe(relabel_cache(cache, label=label, shards=shards, threads=threads)))
+
+    _run(command)
+
+
 @cache_app.command("gc")
 def cache_gc(
     cache: CacheArgument,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 FORMAT_VERSION = 1
 EVAL_BLOCK = "eval"
@@ -155,6 +155,12 @@ class BuildLog(Record):
     num_done: int
 
 
+class Relabelled(Record):
+    """Labels that were read again after the build: the indexes in use are those of ``labels/``."""
+
+    data: dict[str, Any] = Field(description="The index settings of these indexes.")
+
+
 class Manifest(Record):
     """The fold of all commits: constant in size, written last. Without it there is no cache."""
 
@@ -174,3 +180,12 @@ class Manifest(Record):
     parts: FileRef
     class_means: FileRef | None
     environment: dict[str, Any] = Field(description="Numeric environment of the first part, for messages on drift.")
+    labels: Relabelled | None = Field(None, description="Left out of the record where there is none.")
+
+    @model_serializer(mode="wrap")
+    def _without_absent_labels(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A cache that was never relabelled has the record that it had before there were such."""
+        body: dict[str, Any] = serialize(self)
+        if self.labels is None:
+            body.pop("labels", None)
+        return body

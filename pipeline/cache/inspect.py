@@ -20,7 +20,7 @@ from pipeline.cache.statistics import StatisticsFold
 from pipeline.errors import CacheError
 from pipeline.shards.labels import LabelCount, label_warning
 from schemas.config import ViewsConfig
-from schemas.manifest import BuildLog, Header, Output, Statistics
+from schemas.manifest import BuildLog, Header, Manifest, Output, Statistics
 
 # A driver may be silent for as long as so many parts take.
 _SILENT_PARTS = 10
@@ -89,8 +89,9 @@ def inspect_cache(cache_url: str, *, now_s: float | None = None) -> CacheReport:
         rows[commit.block.name] += commit.num_rows
     log = read_last_log(cache_url)
     now_s = time.time() if now_s is None else now_s
-    labels = _labels(cache_url, header, commits, finished=finished)
-    warning = None if labels is None else label_warning(labels, reading_rules(header))
+    labels = _labels(cache_url, header, commits, manifest)
+    settings = manifest.labels.data if manifest and manifest.labels else header.data
+    warning = None if labels is None else label_warning(labels, reading_rules(settings))
     size_bytes = sum(commit.part_size_bytes for commit in commits)
     statistics = manifest.statistics if manifest else fold.result()
     return CacheReport(
@@ -123,12 +124,13 @@ def inspect_cache(cache_url: str, *, now_s: float | None = None) -> CacheReport:
     )
 
 
-def _labels(cache_url: str, header: Header, commits: list[Standing], *, finished: bool) -> LabelCount | None:
+def _labels(cache_url: str, header: Header, commits: list[Standing], manifest: Manifest | None) -> LabelCount | None:
     """None where no labels are read, nothing is committed, or an index cannot be read, which ``verify`` tells."""
-    if header.data["label"] is None or not commits:
+    reads_labels = header.data["label"] is not None or (manifest is not None and manifest.labels is not None)
+    if not reads_labels or not commits:
         return None
     try:
-        return cached_labels(open_cache(cache_url)) if finished else committed_labels(cache_url, commits)
+        return cached_labels(open_cache(cache_url)) if manifest else committed_labels(cache_url, commits)
     except CacheError:
         return None
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from pipeline import storage
 from pipeline.cache.commit import Standing
@@ -13,7 +14,6 @@ from pipeline.shards.index import ShardIndex, decode_index
 from pipeline.shards.labels import LabelCount, count_labels
 from pipeline.shards.peek import peek
 from schemas.config import DataConfig
-from schemas.manifest import Header
 
 
 def cached_labels(cache: TeacherCache) -> LabelCount:
@@ -28,7 +28,7 @@ def cached_labels(cache: TeacherCache) -> LabelCount:
         return found
     first = cache.shards[0]
     try:
-        seen = peek(cache.shard_url(first), reading_rules(cache.header), size_bytes=first.size_bytes)
+        seen = peek(cache.shard_url(first), reading_rules(cache.data), size_bytes=first.size_bytes)
     except StillroomError:
         # A cache is read where its shards are not, too.
         return found
@@ -48,6 +48,6 @@ def committed_labels(cache_url: str, commits: Sequence[Standing]) -> LabelCount:
     return count_labels(sorted({commit.index for commit in commits}), read)
 
 
-def reading_rules(header: Header) -> DataConfig:
-    """A data section with the rules by which the cache's indexes were made, and nothing else."""
-    return DataConfig.model_validate({**header.data, "image": ";".join(header.data["image"])})
+def reading_rules(settings: Mapping[str, Any]) -> DataConfig:
+    """A data section with the settings of a cache's indexes, and nothing else."""
+    return DataConfig.model_validate({**settings, "image": ";".join(settings["image"])})

@@ -16,6 +16,7 @@ PARTS = "manifest/parts.parquet"
 CLASS_MEANS = "class_means.parquet"
 IMPORTED_MEANS = "class_means.json"
 FORMER = "manifest/former/"
+RELABELLED = "labels/"
 
 _BLOCK = r"(?:eval|v(?P<first>\d{4,})-(?P<last>\d{4,}))"
 _COMMIT = re.compile(rf"commits/(?P<shard>[^/]+)/{_BLOCK}\.json")
@@ -25,6 +26,11 @@ _NAMED_BY_CONTENT = re.compile(rf"(?:parts|means)/(?P<shard>[^/]+)/{_BLOCK}\.[0-
 
 def index_path(shard_id: str) -> str:
     return f"{INDEX}/{index_name(shard_id)}"
+
+
+def relabelled_path(shard_id: str, sha256: str) -> str:
+    """An index with labels that were read again after the build; named by its content."""
+    return f"{RELABELLED}{shard_id}.{sha256[:16]}.parquet"
 
 
 def part_path(shard_id: str, block: ViewBlock) -> str:

@@ -53,6 +53,9 @@ def publish_manifest(
     )
     if fold.totals["num_views"] == 0:
         raise CacheError("no view is complete for every shard", where=storage.redact(cache_url))
+    if (relabelled := _still_relabelled(cache_url, fold)) is not None:
+        _remove_unnamed(cache_url, seen)
+        return relabelled
     base, names = _relative(shard_urls)
     class_means = _publish_means(cache_url, seen.means, header, add_up or read_sums)
     paths = pa.array([names[shard] for shard in shard_urls], pa.string())
@@ -61,14 +64,47 @@ def publish_manifest(
         views_id=header.views_id,
         fingerprint=header.fingerprint,
         base=base,
-        shards=_publish(cache_url, layout.SHARDS, fold.shards.add_column(1, "path", paths)),
+        shards=publish_shards(cache_url, fold.shards.add_column(1, "path", paths)),
         parts=_publish(cache_url, layout.PARTS, fold.parts),
         class_means=class_means,
         **fold.totals,
     )
-    storage.write(storage.join(cache_url, layout.MANIFEST), seal(manifest.model_dump(mode="json")))
+    write_manifest(cache_url, manifest)
     _remove_unnamed(cache_url, seen)
     return manifest
+
+
+def publish_shards(cache_url: str, table: pa.Table) -> FileRef:
+    """The table of shards under its name; the one it replaces stays under its digest."""
+    return _publish(cache_url, layout.SHARDS, table)
+
+
+def write_manifest(cache_url: str, manifest: Manifest) -> None:
+    storage.write(storage.join(cache_url, layout.MANIFEST), seal(manifest.model_dump(mode="json")))
+
+
+def find_relabelled(cache_url: str) -> Manifest | None:
+    """The manifest, if its labels were read again after the build."""
+    url = storage.join(cache_url, layout.MANIFEST)
+    data = storage.read_if_there(url, max_bytes=storage.MAX_RECORD_BYTES)
+    if data is None:
+        return None
+    try:
+        manifest = parse_manifest(data, where=storage.redact(url))
+    except CacheError:
+        # It is damaged, and the build that asks is about to replace it.
+        return None
+    return manifest if manifest.labels is not None else None
+
+
+def _still_relabelled(cache_url: str, fold: Fold) -> Manifest | None:
+    """The manifest as it is, where nothing was built since its labels were read again. Else their labels go: parts and
+    shards that came later have those of the build alone."""
+    found = find_relabelled(cache_url)
+    if found is None:
+        return None
+    same_shards = read_table(cache_url, found.shards)["shard_id"].equals(fold.shards["shard_id"])
+    return found if same_shards and read_table(cache_url, found.parts).equals(fold.parts) else None
 
 
 @dataclass(frozen=True, slots=True)

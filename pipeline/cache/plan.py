@@ -17,7 +17,7 @@ from pipeline.cache.commit import Standing, missing_blocks
 from pipeline.cache.identity import find_header
 from pipeline.cache.survey import Span, Survey, survey_shards, total
 from pipeline.models import load_model
-from pipeline.shards.labels import LabelCount, check_label_member
+from pipeline.shards.labels import NUM_INDEXES_READ, LabelCount, check_label_member
 from schemas.cache import drawn_columns, part_schema
 from schemas.config import CacheConfig, Config, ViewsConfig
 from schemas.manifest import Header, Output, ViewBlock
@@ -421,8 +421,9 @@ def _of_start(ground: Ground) -> Requests:
     num_sums = sum(commit.means is not None for commit in ground.commits)
     peeks = survey.num_peeks if ground.is_remote else 0
     put = 2 + (ground.header is None) + (ground.cache.class_means_url is not None) + 1
-    # What the probe made, whether there is a manifest, the header twice, what arrived of the log.
-    get = 1 + 1 + 2 + 1 + num_commits + survey.num_indexes_read + peeks
+    # What the probe made, whether there is a manifest and whether it is relabelled, the header twice, what arrived of
+    # the log.
+    get = 1 + 1 + 1 + 2 + 1 + num_commits + survey.num_indexes_read + peeks
     folders = [num_commits, survey.num_indexes, num_commits, num_sums, survey.num_indexes]
     weights = ground.config.teacher.weights_url
     if weights is not None and storage.protocol(weights) != "file":
@@ -449,8 +450,9 @@ def _of_listing(num_names: int) -> Requests:
 def _of_end(ground: Ground, num_parts: int) -> Requests:
     """Of the driver after the last part: commits, class sums, tables, manifest, what no commit names, the log."""
     num_tables = _num_published(ground) - 2
-    # Each table takes the place of a former one, and of each is asked what arrived; as of the manifest.
-    get = 2 + num_parts + ground.num_partials + 2 * num_tables + 1
+    # Each table takes the place of a former one, and of each is asked what arrived; as of the manifest, of which is
+    # asked before whether it is relabelled. Then the labels are counted: manifest, header, table of shards, indexes.
+    get = 2 + num_parts + ground.num_partials + 2 * num_tables + 1 + 1 + 3 + min(len(ground.urls), NUM_INDEXES_READ)
     folders = [num_parts, num_parts, ground.num_partials, len(ground.urls), 1]
     return sum(map(_of_listing, folders), Requests(put=num_tables + 1, get=get))
 

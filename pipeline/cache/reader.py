@@ -165,6 +165,11 @@ class TeacherCache:
     def num_views(self) -> int:
         return self.manifest.num_views
 
+    @property
+    def data(self) -> dict[str, Any]:
+        """The settings of the indexes in use."""
+        return self.header.data if self.manifest.labels is None else self.manifest.labels.data
+
     @cached_property
     def shards(self) -> list[ShardEntry]:
         table = read_table(self.url, self.manifest.shards)
@@ -177,11 +182,17 @@ class TeacherCache:
 
     def index(self, shard: ShardEntry) -> ShardIndex:
         """The shard's index, checked against the manifest."""
-        path = layout.index_path(shard.shard_id)
+        is_relabelled = self.manifest.labels is not None
+        path = (
+            layout.relabelled_path(shard.shard_id, shard.index_sha256)
+            if is_relabelled
+            else layout.index_path(shard.shard_id)
+        )
         where = storage.redact(storage.join(self.url, path))
         data = read_file(self.url, path)
         if digest(data) != shard.index_sha256:
-            raise CacheError("this index is not the one that the manifest names", where=where, next_step=REBUILD)
+            again = f"run: stillroom cache relabel {storage.redact(self.url)}" if is_relabelled else REBUILD
+            raise CacheError("this index is not the one that the manifest names", where=where, next_step=again)
         return decode_index(data, where=where)
 
     def shard_url(self, shard: ShardEntry) -> str:

@@ -17,7 +17,7 @@ from schemas.config import DataConfig
 
 T = TypeVar("T")
 _READ_THREADS = 16
-_NUM_READ = 64
+NUM_INDEXES_READ = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ def count_labels(shards: Sequence[T], read: Callable[[T], ShardIndex]) -> LabelC
         read: the index of a shard; called in threads.
     """
     with ThreadPoolExecutor(_READ_THREADS) as pool:
-        return LabelCount.of([index.label[index.ok] for index in pool.map(read, spread(shards, _NUM_READ))])
+        return LabelCount.of([index.label[index.ok] for index in pool.map(read, spread(shards, NUM_INDEXES_READ))])
 
 
 def spread(shards: Sequence[T], num_most: int) -> list[T]:

@@ -34,7 +34,7 @@ def check_same_plans(caches: Sequence[TeacherCache]) -> None:
         classes = differences({"num_classes": one.num_classes}, {"num_classes": two.num_classes})
         _refuse(classes, "the teachers of these caches know different classes", first, other)
         _refuse(differences(one.views, two.views), "these caches hold different views", first, other)
-        _refuse(differences(one.data, two.data), "these caches read the shards by different rules", first, other)
+        _refuse(differences(first.data, other.data), "these caches read the shards by different rules", first, other)
 
 
 def check_same_shards(caches: Sequence[TeacherCache]) -> None:

@@ -182,7 +182,7 @@ def _check_same_teacher(config: Config, caches: Sequence[TeacherCache]) -> None:
 
 def _data_of(config: Config, cache: TeacherCache) -> DataConfig:
     """The data section with the cache's own reading rules, which a config may repeat but not change."""
-    stored = cache.header.data
+    stored = cache.data
     _require_same(
         stored,
         {key: value for key, value in index_settings(config.data).items() if key in config.data.model_fields_set},

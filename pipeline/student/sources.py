@@ -133,7 +133,8 @@ def check_any_labelled(source: RowSource, data: DataConfig) -> None:
             where="data.label",
             got=f"{data.label}, in {sum(source.num_ok)} samples",
             wanted="the member extension that holds the class",
-            next_step="use kd or dist alone, or shards, an index and a cache that have labels",
+            next_step="if the shards have labels, run: stillroom cache relabel CACHE --label MEMBER (of a cache), or "
+            "index them into another data.index; else use kd or dist alone",
         )
 
 

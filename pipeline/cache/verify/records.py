@@ -25,6 +25,7 @@ from schemas.config import ViewsConfig
 from schemas.manifest import Commit, FileRef, Header, Manifest
 
 _MAGIC_BYTES = len(b"PAR1")
+_BY_LABELS = {"labelled": 0, "top1_hits": 0, "top5_hits": 0, "class_counts": {}}
 _DAMAGED = "totals of the manifest: a commit is damaged or missing"
 
 
@@ -48,6 +49,17 @@ class KeptCommit:
 
 
 @dataclass(frozen=True, slots=True)
+class Relabelled:
+    """The index that a manifest names instead of the build's, and the bytes of the shard that it is of."""
+
+    sha256: str
+    size_bytes: int
+
+    def path(self, shard_id: str) -> str:
+        return layout.relabelled_path(shard_id, self.sha256)
+
+
+@dataclass(frozen=True, slots=True)
 class Records:
     """What the records say, as far as they can be trusted. ``commits`` are in order of their paths."""
 
@@ -60,6 +72,8 @@ class Records:
     """Paths of the parts that the manifest names."""
     shard_urls: dict[str, str] = field(default_factory=dict[str, str])
     """Where the build found each shard of the manifest."""
+    relabelled: dict[str, Relabelled] = field(default_factory=dict[str, "Relabelled"])
+    """Of shards whose labels were read again after the build."""
 
     @property
     def complete(self) -> bool:
@@ -86,6 +100,9 @@ class Records:
 
     def _is_named(self, path: str, known: set[str]) -> bool:
         if path in known or layout.is_commit(path) or path.startswith((layout.FORMER, f"{layout.LOG}/")):
+            return True
+        # Of earlier labels too, which pinned manifests name.
+        if path.startswith(layout.RELABELLED):
             return True
         owner = layout.owner(path)
         if owner is not None:
@@ -268,6 +285,11 @@ def _check_tables(cache_url: str, manifest: Manifest, records: Records, findings
     if not (findings.expect(layout.SHARDS, "this table has other columns", shards.schema.names, names) and same):
         return
     records.in_manifest.update(map(str, parts["path"].to_pylist()))
+    if manifest.labels is not None:
+        columns = (shards[name].to_pylist() for name in ("shard_id", "index_sha256", "size_bytes"))
+        records.relabelled.update(
+            {shard: Relabelled(sha256, size_bytes) for shard, sha256, size_bytes in zip(*columns, strict=True)}
+        )
     _check_fold(manifest, shards, parts, records, findings)
     for shard, path in zip(shards["shard_id"].to_pylist(), shards["path"].to_pylist(), strict=True):
         findings.expect(layout.SHARDS, "the path of another shard", _shard_of(str(path)), shard, shard=shard)
@@ -305,12 +327,17 @@ def _check_fold(manifest: Manifest, shards: pa.Table, parts: pa.Table, records: 
     fold = fold_commits((commit.unpack() for commit in inside), shard_ids)
     if records.complete:
         for key, wanted in fold.totals.items():
-            findings.expect(layout.MANIFEST, f"{key} is not the sum of the commits", getattr(manifest, key), wanted)
+            got = getattr(manifest, key)
+            if key == "statistics" and manifest.labels is not None:
+                got, wanted = got.model_copy(update=_BY_LABELS), wanted.model_copy(update=_BY_LABELS)
+            findings.expect(layout.MANIFEST, f"{key} is not the sum of the commits", got, wanted)
     else:
         findings.not_checked[_DAMAGED] += 1
         shards = _of(shards, "shard_id", {*fold.shards["shard_id"].to_pylist()})
         parts = _of(parts, "path", paths)
-    _check_table(layout.SHARDS, shards.drop_columns("path"), fold.shards, findings)
+    # A shard whose labels were read again has another index, and may have been packed again.
+    renewed = ["index_sha256", "size_bytes"] if manifest.labels is not None else []
+    _check_table(layout.SHARDS, shards.drop_columns(["path", *renewed]), fold.shards.drop_columns(renewed), findings)
     _check_table(layout.PARTS, parts, fold.parts, findings)
 
 

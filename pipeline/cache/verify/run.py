@@ -102,7 +102,9 @@ def _check_class_means(cache_url: str, manifest: Manifest, sums: list[ClassSums]
     """The class means from the sums of all shards again, bit for bit; ``None``: some sums are lost."""
     ref, path = manifest.class_means, layout.CLASS_MEANS
     if sums is not None:
-        findings.expect(layout.MANIFEST, "this manifest names class means", ref is not None, bool(sums))
+        # Those of the build go with its labels.
+        wants_means = bool(sums) and manifest.labels is None
+        findings.expect(layout.MANIFEST, "this manifest names class means", ref is not None, wants_means)
     if ref is None:
         return
     findings.expect(layout.MANIFEST, "this manifest names another file", ref.path, path)

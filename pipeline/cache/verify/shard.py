@@ -18,6 +18,7 @@ from pipeline.cache.verify.part import Canary, PartCheck, PartContent, check_fil
 from pipeline.cache.verify.records import KeptCommit, Records, check_bytes
 from pipeline.cache.verify.report import Findings
 from pipeline.errors import CacheError, StillroomError, StorageInputError
+from pipeline.fingerprint import digest
 from pipeline.scratch import temporary_folder
 from pipeline.shards.index import NO_LABEL, STATUSES, ShardIndex, decode_index
 from schemas.manifest import Commit, FileRef
@@ -62,6 +63,7 @@ class _ShardCheck:
         self._result = ShardResult()
         self._findings = self._result.findings
         self._index = self._read_index()
+        self._relabelled = self._read_relabelled()
         plan = task.records.plan
         self._draws = None if plan is None or self._index is None else ShardDraws.of(plan, self._index)
         self._images = self._open_images()
@@ -88,6 +90,27 @@ class _ShardCheck:
             if header is not None:
                 beyond = int(((index.label < NO_LABEL) | (index.label >= header.num_classes)).sum())
                 own.expect(path, "labels outside of the classes", beyond, 0, shard=self._shard_id)
+        self._findings.merge(own)
+        return None if own.num_problems else index
+
+    def _read_relabelled(self) -> ShardIndex | None:
+        """The index whose labels were read again, if it is that of the build but for labels and places in the tar."""
+        named, header = self._task.records.relabelled.get(self._shard_id), self._task.records.header
+        if named is None or header is None or self._index is None:
+            return None
+        path, own = named.path(self._shard_id), Findings()
+        index = None
+        with own.told(path, shard=self._shard_id):
+            own.checked["indexes"] += 1
+            data = read_file(self._task.cache_url, path)
+            own.expect(path, "this file is not the one that was published", digest(data), named.sha256)
+            index = decode_index(data, where=path)
+            for name in ("shard_id", "keys", "status", "size", "width", "height", "content_hash"):
+                got, wanted = getattr(index, name), getattr(self._index, name)
+                same = np.array_equal(got, wanted) if isinstance(got, np.ndarray) else got == wanted
+                own.expect(path, f"{name} of another index than the build's", same, True, shard=self._shard_id)
+            beyond = int(((index.label < NO_LABEL) | (index.label >= header.num_classes)).sum())
+            own.expect(path, "labels outside of the classes", beyond, 0, shard=self._shard_id)
         self._findings.merge(own)
         return None if own.num_problems else index
 
@@ -144,7 +167,7 @@ class _ShardCheck:
         url, records, commit = self._task.shard_url, self._task.records, self._commits[0]
         if url is None or records.header is None or self._index is None or records.plan is None:
             return None
-        images = ShardImages(url, self._index, records.header, records.plan, self._decoders)
+        images = ShardImages(url, self._relabelled or self._index, records.header, records.plan, self._decoders)
         try:
             size_bytes = storage.size(url)
         except StillroomError as error:
@@ -152,7 +175,9 @@ class _ShardCheck:
             return None
         where = storage.redact(url)
         what = "this shard is not as long as when its parts were built"
-        same = self._findings.expect(where, what, size_bytes, commit.shard_size_bytes, shard=self._shard_id)
+        named = records.relabelled.get(self._shard_id)
+        wanted = commit.shard_size_bytes if named is None else named.size_bytes
+        same = self._findings.expect(where, what, size_bytes, wanted, shard=self._shard_id)
         return images if same else None
 
     def _check_canaries(self, commit: Commit, canaries: list[Canary]) -> None:
