@@ -55,6 +55,8 @@ class TrainingView:
         match event["kind"]:
             case "warning":
                 self._tell(f"warning: {fields.pop('text')}", "warning", logging.WARNING, fields)
+            case "validation":
+                self._checked(fields)
             case "rank":
                 self._place(fields)
             case "begin":
@@ -68,6 +70,11 @@ class TrainingView:
 
     def _tell(self, text: str, event: str, level: int, fields: dict[str, Any]) -> None:
         tell(f"train {self.run}: {text}", event=event, level=level, run=self.run, attempt=self.starts, **fields)
+
+    def _checked(self, fields: dict[str, Any]) -> None:
+        """What reading the validation samples before the first step cost."""
+        text = f"{counted(fields['samples'], 'validation sample')} in {counted(fields['shards'], 'shard')}"
+        self._tell(f"{text} read and checked in {fields['read_s']:.1f} s", "validation", logging.INFO, fields)
 
     def _place(self, fields: dict[str, Any]) -> None:
         self._count_hours()
@@ -110,10 +117,12 @@ class TrainingView:
 
     def _evaluated(self, fields: dict[str, Any]) -> None:
         self._set(_OF_EVALUATIONS, fields)
-        level, top1 = logging.DEBUG, ""
-        if fields["top1"] is not None:
-            level, top1 = logging.INFO, f", top-1 {fields['top1']:.2%}"
-        self._tell(f"epoch {fields['epoch']}{top1}", "eval", level, fields)
+        level, measured = logging.DEBUG, ""
+        # Without labels the agreement with the teacher is what selects the best checkpoint.
+        for name, text in (("top1", "top-1"), ("agreement", "agreement with the teacher")):
+            if not measured and fields.get(name) is not None:
+                level, measured = logging.INFO, f", {text} {fields[name]:.2%}"
+        self._tell(f"epoch {fields['epoch']}{measured}", "eval", level, fields)
 
     def _set(self, levels: dict[str, meters.Level], fields: dict[str, Any]) -> None:
         for name, level in levels.items():

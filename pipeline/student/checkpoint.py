@@ -31,7 +31,8 @@ SUMMARY = "summary.json"
 _MAY_CHANGE = {
     "ray": True,
     "run": True,
-    "data": {"val_shards", "local_dir", "local_bytes"},
+    # Which samples are trained on is held to the order's id; of validation samples the rules may change.
+    "data": {"val_shards", "bad_samples", "max_bad_share", "local_dir", "local_bytes"},
     "train": {
         "num_workers",
         "checkpoint_every_epochs",

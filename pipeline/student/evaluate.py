@@ -6,7 +6,7 @@ In fp32, whatever a student was trained in: the numbers are those of its weights
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -37,6 +37,7 @@ from schemas.manifest import ViewBlock
 _BATCH = 128
 _ECE_BINS = 15
 _NUM_NAMED = 3
+_BEST_BY = ("top1", "agreement")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,24 @@ class Evaluation:
 
     def as_dict(self) -> dict[str, float | int | None]:
         return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """The metric that selects the best checkpoint; more is better."""
+
+    metric: str
+    value: float
+
+    @classmethod
+    def of(cls, evaluation: Mapping[str, float | int | None]) -> Score | None:
+        """Top-1; where nothing has a label, agreement with the teacher; None where neither is measured."""
+        measured = ((name, evaluation.get(name)) for name in _BEST_BY)
+        return next((cls(name, value) for name, value in measured if value is not None), None)
+
+    def beats(self, best: Score | None) -> bool:
+        """Equal values are no improvement; another metric begins a new comparison."""
+        return best is None or best.metric != self.metric or self.value > best.value
 
 
 @dataclass(slots=True)
@@ -162,6 +181,11 @@ class Evaluator:
     world: World
     num_threads: int = 1
 
+    @property
+    def own_urls(self) -> list[str]:
+        """This rank's share of the shards."""
+        return self.urls[self.world.rank :: self.world.size]
+
     def __call__(
         self,
         model: EmbeddingModel,
@@ -182,7 +206,7 @@ class Evaluator:
         model.eval()
         tally = _Tally(self._calibration())
         try:
-            for url in self.urls[self.world.rank :: self.world.size]:
+            for url in self.own_urls:
                 index = self._shard(url, model, spec, teacher, tally)
                 if on_index is not None:
                     on_index(index)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -22,14 +22,14 @@ from pipeline.student.advice import advice
 from pipeline.student.canaries import CanaryReport, check_canaries
 from pipeline.student.class_means import cached_means, online_means
 from pipeline.student.dataset import Batch, InputSize, StepDataset, load_batches
-from pipeline.student.evaluate import Evaluation, Evaluator, make_evaluator
+from pipeline.student.evaluate import Evaluation, Evaluator, Score, make_evaluator
 from pipeline.student.facts import LessonFacts, asked_sizes, lesson_facts
 from pipeline.student.fidelity import fidelity_warnings
 from pipeline.student.finite import FiniteWeights
 from pipeline.student.freeze import freeze
 from pipeline.student.losses import BatchShare, ClassDirections, CompositeLoss, LossInputs, TeacherInputs
 from pipeline.student.losses.arithmetic import is_labelled
-from pipeline.student.metrics import MetricsFile, StepLog
+from pipeline.student.metrics import MetricsFile, StepLog, published_evaluation
 from pipeline.student.network import Student, StudentAnswer
 from pipeline.student.order import TrainingOrder, order_of
 from pipeline.student.overlap import SeenImages
@@ -41,6 +41,7 @@ from pipeline.student.shared_memory import check_loaders
 from pipeline.student.sources import RowSource, check_any_labelled, index_url, open_cached, open_indexed
 from pipeline.student.speed import Speedometer
 from pipeline.student.update import Updater
+from pipeline.student.validation import ValidationSamples, read_validation, record_validation
 from pipeline.student.words import TeacherWords
 from pipeline.student.world import World
 from pipeline.teacher.infer import Teacher, load_teacher
@@ -108,18 +109,20 @@ def train(config: Config, world: World | None = None, report: Report = _quiet) -
 
 
 def _begin(config: Config, world: World, report: Report) -> Trainer:
-    """A trainer on the state of its caches that counts for this run.
+    """A trainer on the state of its caches that counts for this run. Every rank calls it.
 
     The run is claimed only now that everything is checked: a refused config leaves none behind.
     """
     trainer = Trainer(config, world, report)
+    validation = trainer.read_validation()
     checkpoint.claim_run(trainer.run_url, config)
     opened = tuple(cache.manifest_bytes for cache in trainer.lessons.facts.opened)
-    if checkpoint.pin_manifests(trainer.run_url, opened) == opened:
-        return trainer
-    # Another rank opened a cache before or after it was extended, and was first to pin what it saw.
-    trainer.close()
-    return Trainer(config, world, report)
+    if checkpoint.pin_manifests(trainer.run_url, opened) != opened:
+        # Another rank opened a cache before or after it was extended, and was first to pin what it saw.
+        trainer.close()
+        trainer = Trainer(config, world, report)
+    trainer.validation = validation
+    return trainer
 
 
 def open_lessons(config: Config, loss: CompositeLoss, device: torch.device) -> Lessons:
@@ -217,8 +220,10 @@ class Trainer:
         self.weights = FiniteWeights.of(networks)
         self.module: nn.Module = self.student
         self.evaluator = self._make_evaluator()
+        self.validation: ValidationSamples | None = None
         self.step = 0
-        self.best_top1: float | None = None
+        self.best: Score | None = None
+        self._was_evaluated = False
         self.seconds = 0.0
         self._knows_overlap = False
         self._knows_of_leaving = False
@@ -240,8 +245,26 @@ class Trainer:
             num_threads=self.config.ray.cpus_per_worker,
         )
 
+    def read_validation(self) -> ValidationSamples | None:
+        """The checked validation samples; None without ``data.val_shards``. Every rank calls it.
+
+        Raises:
+            ShardError: a validation shard is damaged, a label cannot be used, or ``data.bad_samples`` refuses a sample.
+            ConfigError: there are no images in them.
+        """
+        if self.evaluator is None:
+            return None
+        began = time.monotonic()
+        found = read_validation(self.evaluator, self.run_url)
+        if found.was_read:
+            seconds = time.monotonic() - began
+            self._say("validation", samples=found.samples, shards=len(found.stamps), read_s=round(seconds, 3))
+        return found
+
     def run(self) -> dict[str, Any]:
         """From the last checkpoint to the end."""
+        if self.validation is not None and self.validation.was_read and self.world.leads:
+            record_validation(self.validation, self.run_url)
         self._resume()
         if self.world.size > 1:
             self.module = DistributedDataParallel(self.student)
@@ -272,6 +295,10 @@ class Trainer:
                 self._say("warning", text=text)
         for text in advice(self.config, self.lessons.facts, self.lessons.source, world_size=self.world.size):
             self._say("warning", text=text)
+        if self.validation is not None:
+            best_by = None if self.lessons.compared is None else "agreement with the teacher"
+            for text in self.validation.warnings(best_by=best_by):
+                self._say("warning", text=text)
         text = crowding(self.lessons.source, self.order, rank=self.world.rank, world_size=self.world.size)
         if text is not None:
             self._say("warning", text=text)
@@ -280,7 +307,7 @@ class Trainer:
         """All steps that are left. Returns the evaluation after the last epoch, where one was made."""
         began = time.monotonic() - self.seconds
         log, speed = StepLog(self.world), Speedometer()
-        evaluation: Evaluation | None = None
+        evaluation = self._evaluate_if_missed(metrics)
         loading = load_batches(
             self._dataset(),
             range(self.step, self.total_steps),
@@ -294,10 +321,11 @@ class Trainer:
                 if (saves := self._saves_now()) or self._ends_epoch or len(log) >= _FLUSH_STEPS:
                     self._flush(log, speed, metrics)
                     saves = self._saves_in_time() or saves
-                if self._ends_epoch:
-                    evaluation = self._end_epoch(metrics)
                 if saves and metrics is not None:
                     self._save(metrics)
+                # Only now: whatever ends an evaluation, the steps before it are not lost.
+                if self._evaluates_now:
+                    evaluation = self._evaluate(metrics, publishes=saves)
                 if saves or self._ends_epoch:
                     speed.reset()
         return evaluation
@@ -469,14 +497,21 @@ class Trainer:
                 next_step="lower train.lr, set train.clip_norm, or use train.precision=fp32, in another run.url",
             )
 
-    def _end_epoch(self, metrics: MetricsFile | None) -> Evaluation | None:
+    @property
+    def _evaluates_now(self) -> bool:
         every_epochs = self.config.train.eval_every_epochs
-        if self.step < self.total_steps and not (every_epochs and self._epochs_done % every_epochs == 0):
-            return None
-        return self._evaluate(metrics)
+        return self._ends_epoch and bool(
+            self.step == self.total_steps or (every_epochs and self._epochs_done % every_epochs == 0)
+        )
 
-    def _evaluate(self, metrics: MetricsFile | None) -> Evaluation | None:
-        """Evaluates where there is something to evaluate on, and keeps the weights if none were better."""
+    def _evaluate_if_missed(self, metrics: MetricsFile | None) -> Evaluation | None:
+        """The evaluation after the step that a run resumes from, where it ended between that checkpoint and it."""
+        if not self.step or not self._evaluates_now or self._was_evaluated:
+            return None
+        return self._evaluate(metrics, publishes=True)
+
+    def _evaluate(self, metrics: MetricsFile | None, *, publishes: bool = False) -> Evaluation | None:
+        """Evaluates if there are validation shards, and saves the weights as the best ones if none were better."""
         if self.evaluator is None:
             return None
         # Each rank's BatchNorm has statistics of its own since the last step; the checkpoint holds the leader's.
@@ -496,12 +531,12 @@ class Trainer:
             ) from error
         self._warn_of_overlap(seen)
         self._say("eval", epoch=self._epochs_done, **evaluation.as_dict())
+        if self._improves(evaluation.as_dict()) and self.world.leads:
+            checkpoint.save(self.run_url, checkpoint.BEST, self._state())
         if metrics is not None:
             metrics.add_evaluation(self.step - 1, self._epochs_done, evaluation.as_dict())
-        if evaluation.top1 is not None and (self.best_top1 is None or evaluation.top1 > self.best_top1):
-            self.best_top1 = evaluation.top1
-            if self.world.leads:
-                checkpoint.save(self.run_url, checkpoint.BEST, self._state())
+            if publishes:
+                metrics.publish_evaluations()
         return evaluation
 
     def _warn_of_overlap(self, seen: SeenImages) -> None:
@@ -513,6 +548,10 @@ class Trainer:
         if overlap.num_rows:
             self._say("warning", text=overlap.warning())
 
+    @property
+    def _best_top1(self) -> float | None:
+        return self.best.value if self.best is not None and self.best.metric == "top1" else None
+
     def _state(self) -> dict[str, Any]:
         raw, evaluated = self.student.model.network, self.updater.evaluated.network
         return {
@@ -523,7 +562,8 @@ class Trainer:
             "review": None if self.student.review is None else self.student.review.state_dict(),
             **self.updater.state_dict(),
             "step": self.step,
-            "best_top1": self.best_top1,
+            "best_top1": self._best_top1,
+            "best": None if self.best is None else asdict(self.best),
             "seconds": self.seconds,
             "order": self._order_id(),
         }
@@ -552,7 +592,27 @@ class Trainer:
         if self.student.review is not None:
             self.student.review.load_state_dict(state["review"])
         self.updater.load_state_dict(state)
-        self.step, self.best_top1, self.seconds = state["step"], state["best_top1"], state["seconds"]
+        self.step, self.seconds = state["step"], state["seconds"]
+        self._resume_best(state)
+
+    def _resume_best(self, state: dict[str, Any]) -> None:
+        """With the evaluation after the checkpoint's step, which is made after the checkpoint."""
+        if (best := state.get("best")) is not None:
+            self.best = Score(**best)
+        elif state["best_top1"] is not None:
+            # A run of a version that knew no other metric.
+            self.best = Score("top1", state["best_top1"])
+        published = published_evaluation(self.run_url, self.step - 1)
+        self._was_evaluated = published is not None
+        self._improves(published or {})
+
+    def _improves(self, evaluation: Mapping[str, float | int | None]) -> bool:
+        """Whether no evaluation before was better; it is then the best one."""
+        score = Score.of(evaluation)
+        if score is None or not score.beats(self.best):
+            return False
+        self.best = score
+        return True
 
     def _finish(self, evaluation: Evaluation | None, metrics: MetricsFile | None) -> dict[str, Any]:
         if evaluation is None:
@@ -565,7 +625,9 @@ class Trainer:
             "top1": None if evaluation is None else evaluation.top1,
             "top5": None if evaluation is None else evaluation.top5,
             "ece": None if evaluation is None else evaluation.ece,
-            "best_top1": self.best_top1,
+            "best_top1": self._best_top1,
+            "best_metric": None if self.best is None else self.best.metric,
+            "best_value": None if self.best is None else self.best.value,
         }
         if metrics is not None:
             metrics.publish()

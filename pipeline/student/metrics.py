@@ -131,6 +131,13 @@ class _Lines:
             storage.put(self._local, self._url)
 
 
+def published_evaluation(run_url: str, step: int) -> Record | None:
+    """The evaluation after a step, if ``evaluations.jsonl`` of the run has it."""
+    published = storage.read_if_there(storage.join(run_url, EVALUATIONS))
+    lines = [] if published is None else [json.loads(line) for line in published.decode().splitlines()]
+    return next((line for line in lines if line["step"] == step), None)
+
+
 class MetricsFile:
     """``metrics.jsonl`` of a run, one object per optimiser step, and beside it ``speed.jsonl``, ``evaluations.jsonl``
     and TensorBoard's event files; each published whole. Use as a context manager.
@@ -172,6 +179,12 @@ class MetricsFile:
         self._evaluations.add([{"step": step, "epoch": epoch, **found}])
         if self._board is not None:
             self._board.add(step, found, prefix="eval/")
+
+    def publish_evaluations(self) -> None:
+        """After the checkpoint of their step: what is not published is evaluated again by a run that resumes."""
+        self._evaluations.publish()
+        if self._board is not None:
+            self._board.publish()
 
     def publish(self) -> None:
         for lines in (self._steps, self._speed, self._evaluations):

@@ -51,7 +51,8 @@ def load_trained(run_url: str, checkpoint_name: CheckpointName) -> Trained:
         raise ConfigError(
             f"this run has no {checkpoint_name} checkpoint",
             where=storage.redact(run_url),
-            next_step="train it to the end of an epoch" + (", with data.val_shards" if name == checkpoint.BEST else ""),
+            next_step="train it to the end of an epoch"
+            + (", with data.val_shards that have labels, or with a teacher online" if name == checkpoint.BEST else ""),
         )
     weights = FiniteWeights.of([student.module.network])
     student.module.network.load_state_dict(state["model"])

@@ -1,0 +1,154 @@
+"""Validation samples are read and checked before the first step, so that none of them can end a training later."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from pipeline import storage
+from pipeline.errors import CacheError, ConfigError
+from pipeline.fingerprint import seal, short, unseal
+from pipeline.shards.index import STATUSES, ShardIndex, check_samples, index_settings, index_shard
+from pipeline.shards.names import shard_id
+from pipeline.student.evaluate import Evaluator
+from pipeline.student.node_store import NodeStore
+from pipeline.student.world import World
+
+VALIDATION = "validation.json"
+_LOOK_UPS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class ValidationSamples:
+    """Counts over all ranks.
+
+    Attributes:
+        samples: all of the shards.
+        images: those that can be used.
+        labelled: images with a label.
+        left_out: the others, by the reason.
+        stamps: by shard, what its store says of the file; another text after it was replaced.
+        was_read: whether this start has read the images; False: a former start of the run has.
+    """
+
+    samples: int
+    images: int
+    labelled: int
+    left_out: dict[str, int]
+    stamps: dict[str, str]
+    was_read: bool
+
+    def warnings(self, *, best_by: str | None) -> list[str]:
+        """What is left out, and what is not measured.
+
+        Args:
+            best_by: the metric that ``checkpoints/best.pt`` follows where nothing has a label; None: there is none.
+        """
+        return [text for text in (self._left_out(), self._unlabelled(best_by)) if text]
+
+    def _left_out(self) -> str:
+        reasons = ", ".join(f"{count} {status}" for status, count in self.left_out.items())
+        missing = self.samples - self.images
+        return f"validation: {missing} of {self.samples} samples are left out: {reasons}" if missing else ""
+
+    def _unlabelled(self, best_by: str | None) -> str:
+        if self.labelled == self.images:
+            return ""
+        text = f"validation: labels: {self.labelled} of {self.images} samples (data.label); "
+        if self.labelled:
+            return f"{text}accuracy and calibration are those of the labelled samples"
+        text += "no accuracy is measured, and "
+        if best_by is None:
+            return f"{text}no teacher is loaded to compare with: there will be no checkpoints/best.pt"
+        return f"{text}checkpoints/best.pt follows the {best_by}"
+
+
+def read_validation(evaluator: Evaluator, run_url: str) -> ValidationSamples:
+    """Every rank calls it; each decodes all images of its share of the shards, unless the run has a record of them.
+
+    Raises:
+        ShardError: a shard is damaged, a label cannot be used, or ``data.bad_samples`` refuses a sample.
+        ConfigError: the shards hold no images.
+    """
+    recorded = _recorded(evaluator, run_url)
+    if recorded is not None:
+        return recorded
+    found = _sum(torch.stack([torch.zeros(len(STATUSES) + 1, dtype=torch.int64), *_counts(evaluator)]), evaluator.world)
+    left_out = {status: count for status, count in zip(STATUSES, found, strict=False) if count and status != "ok"}
+    images = found[STATUSES.index("ok")]
+    if not images:
+        raise ConfigError(
+            "there are no images to evaluate on",
+            code="data.no-validation-images",
+            where="data.val_shards",
+            got=f"{sum(left_out.values())} samples in {len(evaluator.urls)} shards, none of which can be used",
+            next_step="name shards with images, or leave data.val_shards out",
+        )
+    stamps = dict(zip(map(shard_id, evaluator.urls), _stamps(evaluator, evaluator.urls), strict=True))
+    return ValidationSamples(images + sum(left_out.values()), images, found[-1], left_out, stamps=stamps, was_read=True)
+
+
+def record_validation(found: ValidationSamples, run_url: str) -> None:
+    """Lets later starts of the run leave out the reading, as long as shards and reading rules are the same."""
+    body = {name: value for name, value in asdict(found).items() if name != "was_read"}
+    storage.write(storage.join(run_url, VALIDATION), seal(body))
+
+
+def _counts(evaluator: Evaluator) -> list[torch.Tensor]:
+    """Of each shard of this rank: samples by status, and labelled images."""
+    counts: list[torch.Tensor] = []
+    for url in evaluator.own_urls:
+        with NodeStore.of(evaluator.data).hold_url(url) as held:
+            index = index_shard(held.path, evaluator.data, where=url, threads=evaluator.num_threads)
+        check_samples(index, evaluator.data, where=url)
+        counts.append(_count(index))
+    return counts
+
+
+def _count(index: ShardIndex) -> torch.Tensor:
+    by_status = torch.bincount(torch.from_numpy(index.status).long(), minlength=len(STATUSES))
+    labelled = int((index.label[index.ok] >= 0).sum())
+    return torch.cat([by_status, torch.tensor([labelled])])
+
+
+def _sum(counts: torch.Tensor, world: World) -> list[int]:
+    return world.sum(counts.sum(0).to(world.device)).tolist()
+
+
+def _recorded(evaluator: Evaluator, run_url: str) -> ValidationSamples | None:
+    """The record of a former start, if it is of these shards: each rank looks at its share, and all agree."""
+    url = storage.join(run_url, VALIDATION)
+    data = storage.read_if_there(url, max_bytes=storage.MAX_RECORD_BYTES)
+    body = _opened(data, url)
+    stamps = dict(zip(map(shard_id, evaluator.own_urls), _stamps(evaluator, evaluator.own_urls), strict=True))
+    known: Mapping[str, str] = body.get("stamps", {})
+    changed = len(known) != len(evaluator.urls) or any(known.get(name) != stamp for name, stamp in stamps.items())
+    if evaluator.world.sum(torch.tensor(int(changed), device=evaluator.world.device)):
+        return None
+    return ValidationSamples(**body, was_read=False)
+
+
+def _opened(data: bytes | None, url: str) -> dict[str, Any]:
+    """Without its digest; empty where there is none, or a damaged one, which is written again."""
+    if data is None:
+        return {}
+    try:
+        body = unseal(data, where=storage.redact(url))
+    except CacheError:
+        return {}
+    return {name: value for name, value in body.items() if name != "digest"}
+
+
+def _stamps(evaluator: Evaluator, urls: list[str]) -> list[str]:
+    """Of each shard, with the rules by which it is read."""
+    rules = {
+        **index_settings(evaluator.data),
+        "bad_samples": evaluator.data.bad_samples,
+        "max_bad_share": evaluator.data.max_bad_share,
+    }
+    with ThreadPoolExecutor(_LOOK_UPS) as pool:
+        return [short([stamp, rules]) for stamp in pool.map(storage.stamp, urls)]
