@@ -49,4 +49,8 @@ def describe(evaluation: Evaluation) -> str:
         ("KL from the teacher", "-" if evaluation.kl is None else f"{evaluation.kl:.4f} nats"),
         ("teacher top-1", percent(evaluation.teacher_top1)),
     ]
+    if evaluation.cosine is not None:
+        lines.append(("cosine to the teacher", f"{evaluation.cosine:.4f}"))
+    if not evaluation.head_trained:
+        lines.append(("head", "not trained: no loss reads the student's logits, so nothing is measured of them"))
     return "\n".join(f"{name:<28}{value}" for name, value in lines)

@@ -24,6 +24,7 @@ _OF_STEPS = {
     "data_wait": meters.DATA_WAIT,
 }
 _OF_EVALUATIONS = {"top1": meters.TOP1, "top5": meters.TOP5, "agreement": meters.AGREEMENT}
+_SELECTING = {"top1": "top-1", "agreement": "agreement with the teacher", "cosine": "cosine to the teacher"}
 
 
 class TrainingView:
@@ -118,8 +119,8 @@ class TrainingView:
     def _evaluated(self, fields: dict[str, Any]) -> None:
         self._set(_OF_EVALUATIONS, fields)
         level, measured = logging.DEBUG, ""
-        # Without labels the agreement with the teacher is what selects the best checkpoint.
-        for name, text in (("top1", "top-1"), ("agreement", "agreement with the teacher")):
+        # What selects the best checkpoint: the first of these that is measured.
+        for name, text in _SELECTING.items():
             if not measured and fields.get(name) is not None:
                 level, measured = logging.INFO, f", {text} {fields[name]:.2%}"
         self._tell(f"epoch {fields['epoch']}{measured}", "eval", level, fields)

@@ -54,6 +54,11 @@ class EmbeddingModel(nn.Module):
         self._linear_head = linear_head
 
     @property
+    def heads(self) -> tuple[str, ...]:
+        """Names of the submodules that turn the embedding into logits; none where ``forward_embedding`` does."""
+        return self._heads
+
+    @property
     def head(self) -> nn.Linear | None:
         """The layer with ``head(embedding_BD) == logits_BK``; None where no single linear layer does that."""
         if self._linear_head is None:

@@ -99,6 +99,25 @@ class CachedBatch(Summarised):
             raise _no_logits(words, temperature)
         return logits_BK
 
+    def teacher_embeddings(self, *, teacher: int = 0) -> Tensor:
+        """float32 [B,D], in the teacher's own width.
+
+        Args:
+            teacher: position in the list of caches.
+
+        Raises:
+            ConfigError: the dataset was opened without them.
+        """
+        embedding_BD = self.rows.words[teacher].embedding_BD
+        if embedding_BD is None:
+            raise ConfigError(
+                "there are no embeddings of this teacher in the batch",
+                code="cache.embeddings-not-read",
+                where="teacher_embeddings",
+                next_step="open the dataset with embeddings=True; the cache needs cache.embeddings other than none",
+            )
+        return embedding_BD
+
     def teacher_norms(self, *, teacher: int = 0) -> Tensor:
         """float32 [B]: of the teacher's embeddings, which ND reads."""
         return self.rows.words[teacher].norm_B

@@ -71,6 +71,7 @@ class CachedDataset(Dataset[CachedBatch]):
         mean: Triple | None = None,
         std: Triple | None = None,
         temperatures: Sequence[float] = (1.0,),
+        embeddings: bool = False,
         require_labels: bool = False,
         verify_canaries: bool = True,
         allow_pixel_drift: int = 0,
@@ -88,6 +89,7 @@ class CachedDataset(Dataset[CachedBatch]):
             size, interpolation: of the student's square input; default: the teacher's.
             mean, std: per channel, of [0,1] RGB, for ``CachedBatch.images``; default: the teacher's.
             temperatures: at which losses will read logits, where these depend on it (topk); empty: decode none.
+            embeddings: read the teachers' embeddings too, for ``CachedBatch.teacher_embeddings``.
             require_labels: a row without a label is an error.
             verify_canaries: False begins sooner; a decoder or resize that differs is then never noticed.
 
@@ -103,7 +105,10 @@ class CachedDataset(Dataset[CachedBatch]):
         _check_place(rank, world_size)
         _check_temperatures(temperatures)
         self._facts = facts_of(config, tuple(open_cache(url) for url in config.data.caches))
-        self._source = _open_rows(self._facts, verify_canaries=verify_canaries, require_labels=require_labels)
+        _check_embeddings(self._facts, embeddings=embeddings)
+        self._source = _open_rows(
+            self._facts, verify_canaries=verify_canaries, require_labels=require_labels, keeps_embeddings=embeddings
+        )
         self._order = _checked_order(config, self._facts, self._source, world_size)
         self._input = _own_input(config, self._facts)
         self._steps = StepDataset(
@@ -257,8 +262,22 @@ def _check_temperatures(temperatures: Sequence[float]) -> None:
         raise ConfigError("a temperature is above 0", where="temperatures", got=list(temperatures))
 
 
-def _open_rows(facts: LessonFacts, *, verify_canaries: bool, require_labels: bool) -> CachedSource:
-    source = open_cached(facts.caches, facts.data)
+def _check_embeddings(facts: LessonFacts, *, embeddings: bool) -> None:
+    for cache in facts.caches if embeddings else ():
+        if cache.header.output("embedding") is None:
+            raise ConfigError(
+                "this cache has no embeddings",
+                code="cache.no-embeddings",
+                where=storage.redact(cache.url),
+                got="a cache built with cache.embeddings=none",
+                next_step="leave embeddings out, or build a cache with cache.embeddings=fp16 (into another cache.url)",
+            )
+
+
+def _open_rows(
+    facts: LessonFacts, *, verify_canaries: bool, require_labels: bool, keeps_embeddings: bool
+) -> CachedSource:
+    source = open_cached(facts.caches, facts.data, keeps_embeddings=keeps_embeddings)
     if require_labels:
         check_any_labelled(source, facts.data)
     if verify_canaries:

@@ -11,9 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor
-from torch.nn.functional import kl_div
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity, kl_div
 from torchmetrics.classification import MulticlassCalibrationError
 
 from pipeline import storage
@@ -37,7 +39,7 @@ from schemas.manifest import ViewBlock
 _BATCH = 128
 _ECE_BINS = 15
 _NUM_NAMED = 3
-_BEST_BY = ("top1", "agreement")
+_BEST_BY = ("top1", "agreement", "cosine")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,10 @@ class Evaluation:
         agreement: share of the rows on whose class student and teacher agree.
         kl: mean over the rows of KL(teacher ‖ student) at T = 1, in nats.
         teacher_top1: share of the labelled rows.
+        cosine: mean over the rows of the cosine between the embeddings of student and teacher, through the projector of
+            the first loss that has one; of students that learn from embeddings.
+        head_trained: False: no loss read the student's logits, and its head began with random weights. Nothing is
+            measured of its logits then.
     """
 
     num_rows: int
@@ -59,9 +65,15 @@ class Evaluation:
     agreement: float | None
     kl: float | None
     teacher_top1: float | None
+    cosine: float | None = None
+    head_trained: bool = True
 
     def as_dict(self) -> dict[str, float | int | None]:
         return asdict(self)
+
+    def measured(self) -> dict[str, float | int | None]:
+        """The numbers alone."""
+        return {name: value for name, value in self.as_dict().items() if name != "head_trained"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +85,10 @@ class Score:
 
     @classmethod
     def of(cls, evaluation: Mapping[str, float | int | None]) -> Score | None:
-        """Top-1; where nothing has a label, agreement with the teacher; None where neither is measured."""
+        """Top-1; without labels agreement with the teacher; without a trained head the cosine to the teacher.
+
+        None where none of these is measured.
+        """
         measured = ((name, evaluation.get(name)) for name in _BEST_BY)
         return next((cls(name, value) for name, value in measured if value is not None), None)
 
@@ -82,10 +97,35 @@ class Score:
         return best is None or best.metric != self.metric or self.value > best.value
 
 
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is measured of a student.
+
+    Attributes:
+        head_trained: see ``Evaluation``.
+        projector: from the student's embedding to the teacher's width, where a loss compares embeddings.
+    """
+
+    head_trained: bool = True
+    projector: nn.Module | None = None
+
+
+_CLASSIFIER = Subject()
+
+
+@dataclass(frozen=True, slots=True)
+class _Outputs:
+    """Of one network for N images, fp32 on the CPU; the student's embedding in the teacher's width."""
+
+    logits_NK: Tensor
+    embedding_ND: Tensor
+
+
 @dataclass(slots=True)
 class _Tally:
     """What one rank has counted."""
 
+    subject: Subject
     calibration: MulticlassCalibrationError
     rows: int = 0
     labelled: int = 0
@@ -94,62 +134,74 @@ class _Tally:
     agreed: int = 0
     teacher_top1: int = 0
     kl: float = 0.0
+    cosine: float = 0.0
 
-    def add(self, logits_NK: Tensor, label_N: Tensor, teacher_NK: Tensor | None) -> None:
-        """Finite logits alone, on the CPU."""
+    def add(self, student: _Outputs, teacher: _Outputs | None, label_N: Tensor) -> None:
+        """Finite outputs alone."""
+        self.rows += len(label_N)
+        self.labelled += int((label_N >= 0).sum())
+        if self.subject.head_trained:
+            self._classify(student.logits_NK, label_N)
+        if teacher is not None:
+            class_N = predicted_classes(teacher.logits_NK.numpy())
+            self.teacher_top1 += int((class_N == label_N.numpy()).sum())
+            self._compare(student, teacher, class_N)
+
+    def _classify(self, logits_NK: Tensor, label_N: Tensor) -> None:
         labelled_N = label_N >= 0
         logits_MK, label_M = logits_NK[labelled_N], label_N[labelled_N].long()
         rank_M = class_ranks(logits_MK.numpy(), label_M.numpy())
-        self.rows += len(logits_NK)
-        self.labelled += len(label_M)
         self.top1 += int((rank_M < 1).sum())
         self.top5 += int((rank_M < 5).sum())
         if len(label_M):
             # As probabilities: logits that happen to lie in [0, 1] would be taken for such.
             device = self.calibration.device
             self.calibration.update(logits_MK.softmax(1).to(device), label_M.to(device))
-        if teacher_NK is not None:
-            self._compare(logits_NK, teacher_NK, label_N)
 
-    def _compare(self, logits_NK: Tensor, teacher_NK: Tensor, label_N: Tensor) -> None:
-        class_N = predicted_classes(teacher_NK.numpy())
-        self.agreed += int((predicted_classes(logits_NK.numpy()) == class_N).sum())
-        self.teacher_top1 += int((class_N == label_N.numpy()).sum())
-        log_p, log_q = teacher_NK.double().log_softmax(1), logits_NK.double().log_softmax(1)
-        self.kl += float(kl_div(log_q, log_p, reduction="sum", log_target=True))
+    def _compare(self, student: _Outputs, teacher: _Outputs, class_N: NDArray[np.int64]) -> None:
+        if self.subject.head_trained:
+            self.agreed += int((predicted_classes(student.logits_NK.numpy()) == class_N).sum())
+            log_p, log_q = (outputs.logits_NK.double().log_softmax(1) for outputs in (teacher, student))
+            self.kl += float(kl_div(log_q, log_p, reduction="sum", log_target=True))
+        if self.subject.projector is not None:
+            self.cosine += float(cosine_similarity(student.embedding_ND.double(), teacher.embedding_ND.double()).sum())
 
     def finish(self, world: World, *, compared: bool) -> Evaluation | None:
         """Of all ranks together; None where none of them has seen an image."""
-        counts = [self.rows, self.labelled, self.top1, self.top5, self.agreed, self.teacher_top1, self.kl]
+        counts = [self.rows, self.labelled, self.top1, self.top5, self.agreed, self.teacher_top1, self.kl, self.cosine]
         summed = world.sum(torch.tensor(counts, dtype=torch.float64, device=world.device)).tolist()
-        rows, labelled, top1, top5, agreed, teacher_top1, kl = summed
+        rows, labelled, top1, top5, agreed, teacher_top1, kl, cosine = summed
         if not rows:
             return None
+        head_trained = self.subject.head_trained
+        classified = head_trained and labelled > 0
         return Evaluation(
             num_rows=int(rows),
-            top1=top1 / labelled if labelled else None,
-            top5=top5 / labelled if labelled else None,
-            ece=float(self.calibration.compute()) if labelled else None,
-            agreement=agreed / rows if compared else None,
-            kl=kl / rows if compared else None,
+            top1=top1 / labelled if classified else None,
+            top5=top5 / labelled if classified else None,
+            ece=float(self.calibration.compute()) if classified else None,
+            agreement=agreed / rows if compared and head_trained else None,
+            kl=kl / rows if compared and head_trained else None,
             teacher_top1=teacher_top1 / labelled if compared and labelled else None,
+            cosine=cosine / rows if compared and self.subject.projector is not None else None,
+            head_trained=head_trained,
         )
 
 
 @dataclass(slots=True)
 class _FiniteRows:
-    """Counts the rows of one shard whose logits are not finite: no rank, confidence or agreement can be read there."""
+    """Counts the rows of one shard whose outputs are not finite: no rank, confidence or agreement can be read there."""
 
     rows: int = 0
     bad: dict[str, list[str]] = field(default_factory=lambda: {"student": [], "teacher": []})
     """Keys of the samples."""
 
-    def add(self, group: GroupViews, student_NK: Tensor, teacher_NK: Tensor | None) -> bool:
-        """Whether all logits of the group are finite."""
+    def add(self, group: GroupViews, student: _Outputs, teacher: _Outputs | None) -> bool:
+        """Whether all logits and embeddings so far are finite."""
         self.rows += len(group.samples)
-        for name, logits_NK in (("student", student_NK), ("teacher", teacher_NK)):
-            if logits_NK is not None:
-                bad_N = ~logits_NK.isfinite().all(1)
+        for name, outputs in (("student", student), ("teacher", teacher)):
+            if outputs is not None:
+                bad_N = ~(outputs.logits_NK.isfinite().all(1) & outputs.embedding_ND.isfinite().all(1))
                 self.bad[name] += [group.samples[row].key for row in bad_N.nonzero().flatten().tolist()]
         return not any(self.bad.values())
 
@@ -161,7 +213,7 @@ class _FiniteRows:
         for name, keys in self.bad.items():
             if keys:
                 raise EvaluationError(
-                    f"the {name}'s logits are not finite",
+                    f"the {name}'s outputs are not finite",
                     code=f"evaluate.{name}-not-finite",
                     where=f"{where}, first keys {', '.join(keys[:_NUM_NAMED])}",
                     got=f"NaN or infinity in {len(keys)} of {self.rows} rows",
@@ -191,20 +243,25 @@ class Evaluator:
         model: EmbeddingModel,
         spec: InputSpec,
         teacher: Teacher | None = None,
+        *,
+        subject: Subject = _CLASSIFIER,
         on_index: Callable[[ShardIndex], None] | None = None,
     ) -> Evaluation:
         """Leaves each module of the model in the mode it was in: frozen ones may differ from the others.
 
         Args:
+            subject: what is measured, besides what labels and teacher allow.
             on_index: told the index of each shard that this rank has read, which an evaluation makes anyway.
 
         Raises:
             ConfigError: the shards hold no images.
-            EvaluationError: the student or the teacher produces logits that are not finite.
+            EvaluationError: student or teacher produce logits or embeddings that are not finite.
         """
-        modes = {module: module.training for module in model.modules()}
-        model.eval()
-        tally = _Tally(self._calibration())
+        networks = [model] if subject.projector is None else [model, subject.projector]
+        modes = {module: module.training for network in networks for module in network.modules()}
+        for network in networks:
+            network.eval()
+        tally = _Tally(subject, self._calibration())
         try:
             for url in self.own_urls:
                 index = self._shard(url, model, spec, teacher, tally)
@@ -234,10 +291,10 @@ class Evaluator:
         finite = _FiniteRows()
         with NodeStore.of(self.data).hold_url(url) as held, ThreadPoolExecutor(self.num_threads) as pool:
             for group, teacher_group in self._pairs(held.path, url, spec, teacher, pool, builder):
-                logits_NK = _logits(model, spec, group.pixels_VNCHW[0], self.world.device)
-                words_NK = None if teacher is None else teacher.ask(teacher_group.pixels_VNCHW[0])[0].cpu()
-                if finite.add(group, logits_NK, words_NK):
-                    tally.add(logits_NK, torch.from_numpy(group.label_N), words_NK)
+                outputs = _outputs(model, spec, group.pixels_VNCHW[0], self.world.device, tally.subject.projector)
+                of_teacher = None if teacher is None else _outputs_of_teacher(teacher, teacher_group.pixels_VNCHW[0])
+                if finite.add(group, outputs, of_teacher):
+                    tally.add(outputs, of_teacher, torch.from_numpy(group.label_N))
         index = builder.finish()
         finite.check(where=storage.redact(url))
         check_samples(index, self.data, where=url)
@@ -279,13 +336,22 @@ def _rendering(spec: InputSpec) -> tuple[int, str]:
     return spec.size, spec.interpolation
 
 
-def _logits(model: EmbeddingModel, spec: InputSpec, pixels_NCHW: Tensor, device: torch.device) -> Tensor:
+def _outputs(
+    model: EmbeddingModel, spec: InputSpec, pixels_NCHW: Tensor, device: torch.device, projector: nn.Module | None
+) -> _Outputs:
     mean_C, std_C = torch.tensor(spec.mean, device=device), torch.tensor(spec.std, device=device)
-    batches = [
-        model(to_input(pixels.to(device), mean_C=mean_C, std_C=std_C))[0].float().cpu()
-        for pixels in pixels_NCHW.split(_BATCH)
-    ]
-    return torch.cat(batches)
+    logits: list[Tensor] = []
+    embeddings: list[Tensor] = []
+    for pixels_BCHW in pixels_NCHW.split(_BATCH):
+        logits_BK, embedding_BD = model(to_input(pixels_BCHW.to(device), mean_C=mean_C, std_C=std_C))
+        logits.append(logits_BK.float().cpu())
+        embeddings.append((embedding_BD if projector is None else projector(embedding_BD)).float().cpu())
+    return _Outputs(torch.cat(logits), torch.cat(embeddings))
+
+
+def _outputs_of_teacher(teacher: Teacher, pixels_NCHW: Tensor) -> _Outputs:
+    logits_NK, embedding_ND = teacher.ask(pixels_NCHW)
+    return _Outputs(logits_NK.cpu(), embedding_ND.cpu())
 
 
 def make_evaluator(
@@ -323,11 +389,13 @@ def evaluate_run(
     """
     trained = load_trained(run_url, checkpoint_name)
     lessons, student = trained.lessons, trained.student
+    teacher = _compared_teacher(trained.config, lessons, device, run_url) if with_teacher else None
+    projector = None if teacher is None else trained.projector(teacher.module.embedding_dim)
+    subject = Subject(trained.head_trained, None if projector is None else projector.to(device))
     evaluator = make_evaluator(
         shards, lessons.data, lessons.student_plan, World(device=device), num_threads=num_threads
     )
-    teacher = _compared_teacher(trained.config, lessons, device, run_url) if with_teacher else None
-    return evaluator(student.module.to(device), student.input, teacher)
+    return evaluator(student.module.to(device), student.input, teacher, subject=subject)
 
 
 def _compared_teacher(config: Config, lessons: LessonFacts, device: torch.device, run_url: str) -> Teacher | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal, get_args
@@ -26,7 +26,12 @@ _GRAPHS: dict[ExportFormat, Callable[[Classifier, Path, Mapping[str, str]], floa
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """What was written. ``difference``: of the graph's logits from the network's, at most; None for weights."""
+    """What was written.
+
+    Attributes:
+        difference: of the graph's logits from the network's, at most; None for weights.
+        head_left_out: the head was not trained, so that the file has the backbone alone.
+    """
 
     url: str
     format: ExportFormat
@@ -34,6 +39,7 @@ class Exported:
     step: int
     input: str
     difference: float | None
+    head_left_out: bool = False
 
 
 def export_run(
@@ -44,8 +50,9 @@ def export_run(
     checkpoint_name: CheckpointName = "last",
     with_normalization: bool = False,
 ) -> Exported:
-    """Writes the student of a run, without the projectors of its training. A graph is published only after it has
-    answered as the network does.
+    """Writes the student of a run, without the projectors of its training and without a head that no loss trained.
+
+    A graph is published only after it has answered as the network does.
 
     Args:
         format: default: by the suffix of ``out_url``.
@@ -53,7 +60,8 @@ def export_run(
         with_normalization: the graph takes uint8 RGB [N,3,S,S] instead of normalised float32.
 
     Raises:
-        ConfigError: there is no such run, it is not finished, the format is unknown or a package is missing.
+        ConfigError: there is no such run, it is not finished, the format is unknown or a package is missing; or a graph
+            is wanted of a student whose head was not trained.
         ModelError: the network is no graph, or the graph answers otherwise than the network.
         StorageInputError: ``out_url`` is refused or cannot be written.
     """
@@ -63,13 +71,18 @@ def export_run(
     if checkpoint_name == "last":
         _check_finished(run_url)
     trained = load_trained(run_url, checkpoint_name)
+    left_out = _untrained_head(trained, chosen, run_url)
     described = _described(trained, run_url, checkpoint_name, with_normalization=with_normalization)
     with storage.scratch_folder() as folder:
         path = folder / f"student.{chosen}"
-        difference = _write(trained, path, chosen, described, with_normalization=with_normalization)
+        if left_out:
+            described["left_out"] = json.dumps(left_out)
+        difference = _write(trained, path, chosen, described, left_out, with_normalization=with_normalization)
         size_bytes = path.stat().st_size
         storage.put(path, out_url)
-    return Exported(storage.redact(out_url), chosen, size_bytes, trained.step, described["input"], difference)
+    return Exported(
+        storage.redact(out_url), chosen, size_bytes, trained.step, described["input"], difference, bool(left_out)
+    )
 
 
 def _format_of(out_url: str) -> ExportFormat:
@@ -129,14 +142,44 @@ def _described(trained: Trained, run_url: str, checkpoint_name: str, *, with_nor
     }
 
 
+def _untrained_head(trained: Trained, format: ExportFormat, run_url: str) -> list[str]:
+    """Names of the tensors of a head that no loss trained, which weights leave out; none where it was trained.
+
+    Raises:
+        ConfigError: a graph would answer with the logits of such a head.
+    """
+    if trained.head_trained:
+        return []
+    if format in _GRAPHS:
+        raise ConfigError(
+            "the head of this student was not trained: no loss reads its logits, which a graph answers with",
+            code="export.untrained-head",
+            where=storage.redact(run_url),
+            got=f"format {format}, losses {', '.join(term.name for term in trained.config.loss)}",
+            next_step="export to .safetensors, which has the backbone alone, or train with a loss on logits too",
+        )
+    prefixes = tuple(f"{head}." for head in trained.student.module.heads)
+    return [name for name in trained.student.module.network.state_dict() if name.startswith(prefixes)]
+
+
 def _write(
-    trained: Trained, path: Path, format: ExportFormat, described: Mapping[str, str], *, with_normalization: bool
+    trained: Trained,
+    path: Path,
+    format: ExportFormat,
+    described: Mapping[str, str],
+    left_out: Sequence[str],
+    *,
+    with_normalization: bool,
 ) -> float | None:
     student = trained.student
     if format in _GRAPHS:
         classifier = Classifier(student.module, student.input, normalizes=with_normalization).eval()
         return _GRAPHS[format](classifier, path, described)
     # Copies: the format takes neither tensors that share memory nor strides.
-    state = {name: tensor.contiguous().clone() for name, tensor in student.module.network.state_dict().items()}
+    state = {
+        name: tensor.contiguous().clone()
+        for name, tensor in student.module.network.state_dict().items()
+        if name not in left_out
+    }
     safetensors.torch.save_file(state, path, {"format": "pt", **described})
     return None

@@ -22,7 +22,7 @@ from pipeline.student.advice import advice
 from pipeline.student.canaries import CanaryReport, check_canaries
 from pipeline.student.class_means import cached_means, online_means
 from pipeline.student.dataset import Batch, InputSize, StepDataset, load_batches
-from pipeline.student.evaluate import Evaluation, Evaluator, Score, make_evaluator
+from pipeline.student.evaluate import Evaluation, Evaluator, Score, Subject, make_evaluator
 from pipeline.student.facts import LessonFacts, asked_sizes, lesson_facts
 from pipeline.student.fidelity import fidelity_warnings
 from pipeline.student.finite import FiniteWeights
@@ -40,6 +40,7 @@ from pipeline.student.runtime import check_compiler, demand_workspace, determini
 from pipeline.student.shared_memory import check_loaders
 from pipeline.student.sources import RowSource, check_any_labelled, index_url, open_cached, open_indexed
 from pipeline.student.speed import Speedometer
+from pipeline.student.trained import head_is_trained
 from pipeline.student.update import Updater
 from pipeline.student.validation import ValidationSamples, read_validation, record_validation
 from pipeline.student.words import TeacherWords
@@ -245,6 +246,21 @@ class Trainer:
             num_threads=self.config.ray.cpus_per_worker,
         )
 
+    def _subject(self) -> Subject:
+        """What evaluations measure besides what labels allow."""
+        terms, one_teacher = self.loss.projected, len(self.lessons.teacher_dims) == 1
+        projectors: Any = self.student.projectors[terms[0]] if terms and one_teacher else [None]
+        return Subject(head_is_trained(self.config), projectors[0])
+
+    def _best_without_labels(self) -> str | None:
+        """The metric that the best checkpoint follows where it cannot be accuracy; None: there is none."""
+        subject = self._subject()
+        if self.lessons.compared is None:
+            return None
+        if subject.head_trained:
+            return "agreement with the teacher"
+        return None if subject.projector is None else "cosine to the teacher"
+
     def read_validation(self) -> ValidationSamples | None:
         """The checked validation samples; None without ``data.val_shards``. Every rank calls it.
 
@@ -296,8 +312,9 @@ class Trainer:
         for text in advice(self.config, self.lessons.facts, self.lessons.source, world_size=self.world.size):
             self._say("warning", text=text)
         if self.validation is not None:
-            best_by = None if self.lessons.compared is None else "agreement with the teacher"
-            for text in self.validation.warnings(best_by=best_by):
+            for text in self.validation.warnings(
+                head_trained=head_is_trained(self.config), best_by=self._best_without_labels()
+            ):
                 self._say("warning", text=text)
         text = crowding(self.lessons.source, self.order, rank=self.world.rank, world_size=self.world.size)
         if text is not None:
@@ -519,7 +536,9 @@ class Trainer:
         self.world.copy_from_leader(self.updater.averaged_buffers())
         seen = SeenImages()
         try:
-            evaluation = self.evaluator(self.updater.evaluated, self.spec, self.lessons.compared, on_index=seen.add)
+            evaluation = self.evaluator(
+                self.updater.evaluated, self.spec, self.lessons.compared, subject=self._subject(), on_index=seen.add
+            )
         except EvaluationError as error:
             # The weights are finite, and the numbers that come out of them are not: it began in the steps before.
             raise TrainingError(
@@ -530,11 +549,11 @@ class Trainer:
                 next_step=error.next_step,
             ) from error
         self._warn_of_overlap(seen)
-        self._say("eval", epoch=self._epochs_done, **evaluation.as_dict())
-        if self._improves(evaluation.as_dict()) and self.world.leads:
+        self._say("eval", epoch=self._epochs_done, **evaluation.measured())
+        if self._improves(evaluation.measured()) and self.world.leads:
             checkpoint.save(self.run_url, checkpoint.BEST, self._state())
         if metrics is not None:
-            metrics.add_evaluation(self.step - 1, self._epochs_done, evaluation.as_dict())
+            metrics.add_evaluation(self.step - 1, self._epochs_done, evaluation.measured())
             if publishes:
                 metrics.publish_evaluations()
         return evaluation

@@ -51,7 +51,7 @@ class Student(nn.Module):
         super().__init__()
         self.model = model
         self.projectors = nn.ModuleDict(
-            {key: nn.ModuleList(_bridge(model.embedding_dim, dim) for dim in teacher_dims) for key in terms}
+            {key: nn.ModuleList(bridge(model.embedding_dim, dim) for dim in teacher_dims) for key in terms}
         )
         self.review = None if review is None else Review(review)
         if review is not None:
@@ -76,7 +76,8 @@ class Student(nn.Module):
         return tuple(bridge(embedding_BD) for bridge in bridges)
 
 
-def _bridge(student_dim: int, teacher_dim: int) -> nn.Module:
+def bridge(student_dim: int, teacher_dim: int) -> nn.Module:
+    """From the student's width to a teacher's; the identity where they are the same."""
     return nn.Identity() if teacher_dim == student_dim else projector(student_dim, teacher_dim)
 
 

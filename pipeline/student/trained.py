@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
+
+from torch import Tensor, nn
 
 from pipeline import storage
 from pipeline.config import require
@@ -12,6 +15,8 @@ from pipeline.models import LoadedModel, load_model
 from pipeline.student import checkpoint
 from pipeline.student.facts import LessonFacts, lesson_facts
 from pipeline.student.finite import FiniteWeights
+from pipeline.student.losses import CompositeLoss
+from pipeline.student.network import bridge
 from schemas.config import Config
 
 CheckpointName = Literal["best", "last"]
@@ -20,12 +25,30 @@ _NUM_NAMED = 3
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """``step`` counts the optimiser steps behind the weights; projectors, which only training has, are not loaded."""
+    """A student, without the projectors of its training.
+
+    Attributes:
+        step: optimiser steps behind the weights.
+        head_trained: False: no loss read the student's logits, and its head began with random weights.
+        projectors: the state of all projectors.
+    """
 
     config: Config
     lessons: LessonFacts
     student: LoadedModel
     step: int
+    head_trained: bool
+    projectors: Mapping[str, Tensor]
+
+    def projector(self, teacher_dim: int) -> nn.Module | None:
+        """Of the first loss that takes the student's embedding in the first teacher's width; None: no loss does."""
+        terms = CompositeLoss(self.config.loss, where="loss").projected
+        if not terms:
+            return None
+        module, prefix = bridge(self.student.module.embedding_dim, teacher_dim), f"{terms[0]}.0."
+        state = {name.removeprefix(prefix): value for name, value in self.projectors.items() if name.startswith(prefix)}
+        module.load_state_dict(state)
+        return module.eval()
 
 
 def load_trained(run_url: str, checkpoint_name: CheckpointName) -> Trained:
@@ -57,7 +80,13 @@ def load_trained(run_url: str, checkpoint_name: CheckpointName) -> Trained:
     weights = FiniteWeights.of([student.module.network])
     student.module.network.load_state_dict(state["model"])
     _check_finite(weights, storage.join(run_url, name), int(state["step"]))
-    return Trained(config, lessons, student, int(state["step"]))
+    return Trained(config, lessons, student, int(state["step"]), head_is_trained(config), state["projectors"])
+
+
+def head_is_trained(config: Config) -> bool:
+    """Whether the student's logits mean something: a loss reads them, or its head came with ``student.weights``."""
+    assert config.student is not None
+    return CompositeLoss(config.loss, where="loss").trains_head or config.student.weights != "random"
 
 
 def _check_finite(weights: FiniteWeights, url: str, step: int) -> None:

@@ -42,29 +42,31 @@ class ValidationSamples:
     stamps: dict[str, str]
     was_read: bool
 
-    def warnings(self, *, best_by: str | None) -> list[str]:
+    def warnings(self, *, head_trained: bool, best_by: str | None) -> list[str]:
         """What is left out, and what is not measured.
 
         Args:
-            best_by: the metric that ``checkpoints/best.pt`` follows where nothing has a label; None: there is none.
+            head_trained: whether a loss reads the student's logits; see ``head_is_trained``.
+            best_by: the metric that ``checkpoints/best.pt`` follows where no accuracy is measured; None: there is none.
         """
-        return [text for text in (self._left_out(), self._unlabelled(best_by)) if text]
+        texts = [self._left_out()]
+        if not head_trained:
+            texts.append(f"validation: no loss reads the student's logits; {_not_measured(best_by)}")
+        elif self.labelled < self.images:
+            rest = "accuracy and calibration are those of the labelled samples"
+            what = rest if self.labelled else _not_measured(best_by)
+            texts.append(f"validation: labels: {self.labelled} of {self.images} samples (data.label); {what}")
+        return [text for text in texts if text]
 
     def _left_out(self) -> str:
         reasons = ", ".join(f"{count} {status}" for status, count in self.left_out.items())
         missing = self.samples - self.images
         return f"validation: {missing} of {self.samples} samples are left out: {reasons}" if missing else ""
 
-    def _unlabelled(self, best_by: str | None) -> str:
-        if self.labelled == self.images:
-            return ""
-        text = f"validation: labels: {self.labelled} of {self.images} samples (data.label); "
-        if self.labelled:
-            return f"{text}accuracy and calibration are those of the labelled samples"
-        text += "no accuracy is measured, and "
-        if best_by is None:
-            return f"{text}no teacher is loaded to compare with: there will be no checkpoints/best.pt"
-        return f"{text}checkpoints/best.pt follows the {best_by}"
+
+def _not_measured(best_by: str | None) -> str:
+    best = "there will be no checkpoints/best.pt" if best_by is None else f"checkpoints/best.pt follows the {best_by}"
+    return f"no accuracy is measured, and {best}"
 
 
 def read_validation(evaluator: Evaluator, run_url: str) -> ValidationSamples:

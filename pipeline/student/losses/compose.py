@@ -245,6 +245,11 @@ class CompositeLoss:
         return self._needs("teacher_BK")
 
     @property
+    def trains_head(self) -> bool:
+        """Some term reads the student's logits; otherwise its head gets no gradient."""
+        return self._needs("student_BK")
+
+    @property
     def needs_class_means(self) -> bool:
         """Some term needs the teacher's class means."""
         return self._needs("class_directions")

@@ -46,8 +46,9 @@ def teacher_of(config: Config) -> Teacher:
     return load_teacher(config.teacher, num_classes=10, size=config.views.size, device=CPU)
 
 
-def one_by_one(config: Config, module: Any, spec: InputSpec) -> tuple[Tensor, Tensor]:
-    """Logits and labels, image by image: the central square of 7/8 of the shorter side, resized, normalised."""
+def one_by_one(config: Config, module: Any, spec: InputSpec, *, output: int = 0) -> tuple[Tensor, Tensor]:
+    """Logits (or embeddings, output 1) and labels, image by image: the central square of 7/8 of the shorter side,
+    resized, normalised."""
     logits, labels = list[Tensor](), list[int]()
     mean, std = (torch.tensor(values)[:, None, None] for values in (spec.mean, spec.std))
     for url in shard_urls(config).values():
@@ -60,7 +61,7 @@ def one_by_one(config: Config, module: Any, spec: InputSpec) -> tuple[Tensor, Te
                 box = ((width - side) // 2, (height - side) // 2, side, side)
                 view = apply_view(image, box, False, size=spec.size, interpolation=spec.interpolation)
                 with torch.no_grad():
-                    logits.append(module(((view / 255 - mean) / std)[None])[0][0])
+                    logits.append(module(((view / 255 - mean) / std)[None])[output][0])
                 labels.append(int(index.label[row]))
     return torch.stack(logits), torch.tensor(labels)
 
