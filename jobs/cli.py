@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from jobs.entry import run_command
+from jobs.entry import report_crashes, run_command
 from jobs.log import tell
 from jobs.streams import protect_streams
 
@@ -468,6 +468,7 @@ def _hide_types(command: Any) -> None:
 def main() -> None:
     """Entry point of the console command."""
     protect_streams()
+    report_crashes()
     command = typer.main.get_command(app)
     _hide_types(command)
     command()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import logging
 import sys
 from collections.abc import Callable
@@ -12,6 +14,15 @@ from pipeline.errors import StillroomError
 from pipeline.redaction import redact_text
 
 INTERRUPTED = 130
+
+
+def report_crashes() -> None:
+    """A signal that ends the process in native code (SIGSEGV, SIGBUS, SIGABRT, SIGFPE, SIGILL) names itself and the
+    Python stack on stderr, where it would be silent. SIGKILL cannot be reported from inside.
+    """
+    # Streams that are closed or replaced have no file descriptor to write to.
+    with contextlib.suppress(RuntimeError, OSError, ValueError, AttributeError):
+        faulthandler.enable()
 
 
 def run_command(command: Callable[[], None], *, resume: str | None = None) -> int:
@@ -45,6 +56,7 @@ def _exit_code(command: Callable[[], None], resume: str | None) -> int:
 def config_command(name: str, command: Callable[[str, list[str]], None], *, option: str | None = None) -> None:
     """The whole of ``python -m jobs.NAME CONFIG [k.k=v …]``; an option is passed on among the overrides."""
     protect_streams()
+    report_crashes()
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         more = f" [{option}]" if option else ""

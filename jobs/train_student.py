@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import uuid
 from collections.abc import Callable
@@ -209,11 +210,36 @@ def _explain(error: TrainingFailedError, relay: Any) -> NoReturn:
     told = _ask(relay.error)
     if told is not None:
         raise told from None
+    if (killed := _killed(error)) is not None:
+        raise killed from error
     raise TrainingError(
         "training failed",
         got=_cause(error),
         next_step="run the command again: it goes on from the last checkpoint; ray.max_failures restarts by itself",
     ) from error
+
+
+def _killed(error: TrainingFailedError) -> TrainingError | None:
+    """The message of a worker process that ended without an exception; None where one failed in Python."""
+    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
+    dead = {rank: failure for rank, failure in failures.items() if isinstance(failure, RayActorError)}
+    if not dead or len(dead) < len(failures):
+        return None
+    return TrainingError(
+        "a worker process of the training was killed by a signal",
+        code="train.worker-killed",
+        where=f"rank {', '.join(map(str, sorted(dead)))}",
+        got=_signal(str(next(iter(dead.values())))),
+        next_step="SIGKILL: more memory a worker, or a smaller train.global_batch_size; SIGBUS: more /dev/shm, or "
+        "train.num_workers=0; SIGSEGV or SIGABRT: a crash in native code, on a CPU try train.channels_last=false; then "
+        "run the command again: it goes on from the last checkpoint",
+    )
+
+
+def _signal(text: str) -> str:
+    """The signals that Ray's report of a dead actor names, which are candidates where it has seen none itself."""
+    named = dict.fromkeys(re.findall(r"SIG[A-Z]+", text))
+    return f"one of {', '.join(named)}, says Ray" if named else "a signal that Ray does not name"
 
 
 def _in_thread(work: Callable[[], object]) -> None:

@@ -453,6 +453,9 @@ class TrainConfig(Section):
     )
     freeze: tuple[str, ...] = Field((), description="Modules or parameters of the student, by name, that do not learn.")
     compile: bool = Field(False, description="torch.compile of the student.")
+    channels_last: bool | None = Field(
+        None, description="Memory layout of the student. Default: channels-last unless its backward can crash on a CPU."
+    )
     deterministic: bool = Field(False, description="Deterministic algorithms alone, in all of torch.")
     seed: int = Field(0, ge=0, lt=2**63, description="Initial weights, order, dropout.")
     order: Literal["global", "pinned"] = Field("global", description="Shards permuted per epoch, or by the seed alone.")

@@ -1,6 +1,6 @@
 """Teachers and students: any timm, torchvision or own network as logits and penultimate embedding in one forward."""
 
-from pipeline.models.embedding import EmbeddingModel, lay_out
+from pipeline.models.embedding import EmbeddingModel, lay_out, unsafe_in_channels_last
 from pipeline.models.features import FeatureMap, find_maps, observe_maps, with_maps
 from pipeline.models.load import (
     InputSpec,
@@ -27,5 +27,6 @@ __all__ = [
     "read_state",
     "require_weights",
     "unreadable_weights",
+    "unsafe_in_channels_last",
     "with_maps",
 ]

@@ -15,7 +15,15 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline import storage
 from pipeline.errors import ConfigError, EvaluationError, TrainingError
 from pipeline.fingerprint import short
-from pipeline.models import InputSpec, LoadedModel, lay_out, load_model, observe_maps, with_maps
+from pipeline.models import (
+    InputSpec,
+    LoadedModel,
+    lay_out,
+    load_model,
+    observe_maps,
+    unsafe_in_channels_last,
+    with_maps,
+)
 from pipeline.student import checkpoint
 from pipeline.student.accumulate import combined, fewest_rows, micro_batches, num_pieces
 from pipeline.student.advice import advice
@@ -36,7 +44,7 @@ from pipeline.student.overlap import SeenImages
 from pipeline.student.prefetch import crowding
 from pipeline.student.preflight import check_caches_serve, check_config, check_means_serve
 from pipeline.student.review import Review, ReviewPlan, plan_review, review_section
-from pipeline.student.runtime import check_compiler, demand_workspace, deterministic
+from pipeline.student.runtime import check_compiler, demand_workspace, deterministic, killed_loaders
 from pipeline.student.shared_memory import check_loaders
 from pipeline.student.sources import RowSource, check_any_labelled, index_url, open_cached, open_indexed
 from pipeline.student.speed import Speedometer
@@ -103,7 +111,7 @@ def train(config: Config, world: World | None = None, report: Report = _quiet) -
         demand_workspace()
     trainer = _begin(config, world, report)
     try:
-        with deterministic(config.train.deterministic):
+        with deterministic(config.train.deterministic), killed_loaders():
             return trainer.run()
     finally:
         trainer.close()
@@ -203,7 +211,8 @@ class Trainer:
         self.student, loaded = _student(config, self.lessons, self.loss)
         self.spec = loaded.input
         self._model_notes = [*loaded.notes, *(note for one in self.lessons.teachers for note in one.loaded.notes)]
-        lay_out(self.student.train(), world.device)
+        self.channels_last, self._unsafe = self._layout()
+        lay_out(self.student.train(), world.device, channels_last=self.channels_last)
         freeze(self.student.model.network, config.train.freeze)
         # Where workers come and go, a batch that is too small for all of them is refused before the first is lost.
         most_ranks = max(world.size, config.ray.num_workers)
@@ -234,6 +243,12 @@ class Trainer:
     @property
     def total_steps(self) -> int:
         return self.config.train.epochs * self.order.num_steps
+
+    def _layout(self) -> tuple[bool, list[str]]:
+        """Whether the student lies in channels-last memory, and the layers that are unsafe there."""
+        unsafe = unsafe_in_channels_last(self.student, self.world.device)
+        wanted = self.config.train.channels_last
+        return not unsafe if wanted is None else wanted, unsafe
 
     def _make_evaluator(self) -> Evaluator | None:
         if self.config.data.val_shards is None:
@@ -306,6 +321,8 @@ class Trainer:
             return
         for text in self._model_notes:
             self._say("warning", text=text)
+        if self._unsafe:
+            self._say("warning", text=_layout_warning(self._unsafe, channels_last=self.channels_last))
         for cache in self.lessons.facts.caches:
             for text in fidelity_warnings(cache.header, cache.manifest.statistics, self.config.loss):
                 self._say("warning", text=text)
@@ -434,6 +451,9 @@ class Trainer:
             lambda_B=batch.lambda_B,
             cut_B4=batch.cut_B4,
         )
+        if not self.channels_last:
+            # A convolution takes the layout of its input, whatever that of its weights.
+            images = images.contiguous()
         inputs = self._forward(images, batch)
         total, terms = self.loss(inputs, self._share(inputs, batch, num_labelled_global), epoch=batch.epoch)
         self.updater.backward(total)
@@ -658,6 +678,13 @@ class Trainer:
     def _say(self, kind: str, **values: Any) -> None:
         if self.world.leads:
             self.report({"kind": kind, "run": self.run_url, **values})
+
+
+def _layout_warning(unsafe: Sequence[str], *, channels_last: bool) -> str:
+    cause = f"torch's backward pass of {', '.join(unsafe[:_NUM_NAMED])} in channels-last memory can crash on this CPU"
+    if channels_last:
+        return f"{cause}, and train.channels_last is true: set it to null or false if the process is killed by a signal"
+    return f"{cause}: the student is trained in contiguous memory (train.channels_last)"
 
 
 def _eaten(spec: InputSpec) -> InputSize:

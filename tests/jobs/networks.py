@@ -1,0 +1,24 @@
+"""Students that end their process, for ``python:tests.jobs.networks:…``."""
+
+from __future__ import annotations
+
+import os
+
+from torch import Tensor
+
+from tests.pipeline.student.networks import Small
+
+
+class Killed(Small):
+    """Sends its own process a signal in the n-th forward of a training, as a crash in native code would."""
+
+    def __init__(self, num_classes: int, number: int, forwards: int) -> None:
+        super().__init__(num_classes)
+        self.number, self.forwards = number, forwards
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        if self.training:
+            self.forwards -= 1
+            if not self.forwards:
+                os.kill(os.getpid(), self.number)
+        return super().forward(images_BCHW)

@@ -1,0 +1,80 @@
+"""A process that a signal ends leaves a message that names the signal and what helps."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from jobs.build_cache import build_cache
+from jobs.train_student import train_student
+from pipeline.errors import TrainingError
+from pipeline.student.loop import train
+from tests.jobs.conftest import NETWORK, Tree, config_of
+
+ROOT = Path(__file__).resolve().parents[2]
+TWO = {"address": "local", "num_workers": 2}
+
+
+def killed_at(tree: Tree, number: signal.Signals, **sections: Any) -> dict[str, Any]:
+    """A training whose process is ended by a signal in its third step."""
+    kwargs = {"number": int(number), "forwards": 3}
+    student = {**NETWORK, "model": "python:tests.jobs.networks:Killed", "kwargs": kwargs}
+    return tree(teacher={"mode": "none"}, loss=[{"name": "ce"}], student=student, **sections)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(signal.SIGSEGV, "Segmentation fault"), (signal.SIGBUS, "Bus error"), (signal.SIGABRT, "Aborted")],
+)
+def test_a_command_that_a_signal_ends_names_it_on_stderr(
+    tree: Tree, tmp_path: Path, number: signal.Signals, text: str
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(killed_at(tree, number)))
+    code = "import sys; from jobs.cli import main; sys.argv = ['stillroom', 'train', sys.argv[1]]; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == -number
+    assert f"Fatal Python error: {text}" in done.stderr
+    assert "networks.py" in done.stderr
+
+
+def test_a_loader_process_that_is_killed_is_one_message(
+    tree: Tree, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("pipeline.student.loop._FLUSH_STEPS", 1)
+    config = config_of(tree())
+    build_cache(config)
+    data = {"cache": str(tmp_path / "cache")}
+    training = config_of(tree(data=data, train={"epochs": 50, "global_batch_size": 24, "num_workers": 1}))
+
+    def report(event: dict[str, Any]) -> None:
+        if event.get("step") == 2:
+            (loader,) = multiprocessing.active_children()
+            assert loader.pid is not None
+            os.kill(loader.pid, signal.SIGKILL)
+
+    with pytest.raises(TrainingError) as caught:
+        train(training, report=report)
+    assert caught.value.code == "train.loader-killed"
+    assert "Killed" in str(caught.value.got)
+    assert "train.num_workers" in str(caught.value.next_step)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_worker_that_a_signal_ends_is_one_message(tree: Tree) -> None:
+    with pytest.raises(TrainingError) as caught:
+        train_student(config_of(killed_at(tree, signal.SIGSEGV, ray=TWO)))
+    assert caught.value.code == "train.worker-killed"
+    assert "SIGSEGV" in str(caught.value.got)
+    assert "train.channels_last=false" in str(caught.value.next_step)
