@@ -87,7 +87,7 @@ class ConfigError(InputError):
 class OrderError(ConfigError):
     """Items of a dataset that were taken in another order than that of training."""
 
-    code = "data.order"
+    code = "data.out-of-order"
 
 
 class StorageInputError(InputError):
@@ -100,6 +100,13 @@ class TooLargeError(StorageInputError):
     """A file that is larger than what it should be can be."""
 
     code = "storage.too-large"
+
+
+class MissingPackageError(InputError):
+    """An optional package is not installed that the store of a URL needs. It says nothing about what the URL names, so
+    it must not be handled as a missing file."""
+
+    code = "storage.missing-package"
 
 
 class ShardError(InputError):

@@ -41,7 +41,14 @@ from tenacity import (
     wait_random_exponential,
 )
 
-from pipeline.errors import PassingStorageError, StillroomError, StorageError, StorageInputError, TooLargeError
+from pipeline.errors import (
+    MissingPackageError,
+    PassingStorageError,
+    StillroomError,
+    StorageError,
+    StorageInputError,
+    TooLargeError,
+)
 from pipeline.redaction import redact
 from pipeline.scratch import temporary_folder
 
@@ -62,7 +69,7 @@ _EXTRA = {"s3": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure",
 # What these packages raise is seldom an OSError.
 _LIBRARIES = (
     *("botocore", "aiobotocore", "s3fs", "google", "gcsfs", "azure", "adlfs", "huggingface_hub"),
-    *("aiohttp", "httpx", "httpcore", "requests", "urllib3"),
+    *("aiohttp", "httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3"),
 )
 _NO_CREDENTIALS = re.compile(
     r"Credential|Authentication|TokenRetrieval|TokenLoad|SSOToken|ProfileNotFound|RefreshError"
@@ -237,22 +244,30 @@ def _filesystem(url: str) -> tuple[Any, str]:
                 # botocore repeats single requests (AWS_MAX_ATTEMPTS, AWS_RETRY_MODE), we repeat operations. s3fs in
                 # between would multiply both.
                 filesystem.retries = 1
-    except ImportError as error:
-        raise StorageInputError(
+    except (ImportError, ValueError) as error:
+        # abfss is not even a name to fsspec without its package.
+        if isinstance(error, ValueError) and "Protocol not known" not in str(error):
+            raise
+        package = f"'stillroom[{_EXTRA[name]}]'" if name in _EXTRA else "aiohttp"
+        raise MissingPackageError(
             f"{name}:// needs a package that is not installed",
             where=redact(url),
             got=str(error),
-            next_step=f"pip install 'stillroom[{_EXTRA.get(name, name)}]'",
+            next_step=f"pip install {package} (on every node that reads or writes such URLs)",
         ) from error
     return filesystem, path
 
 
 def _writable(url: str) -> tuple[Any, str]:
+    _check_not_read_only(url)
+    return _filesystem(url)
+
+
+def _check_not_read_only(url: str) -> None:
     if protocol(url) not in WRITABLE:
         raise StorageInputError(
             "this protocol is read-only", where=redact(url), got=protocol(url), wanted=f"one of {', '.join(WRITABLE)}"
         )
-    return _filesystem(url)
 
 
 def check_writable(url: str) -> None:
@@ -726,7 +741,7 @@ def create(url: str, data: bytes) -> bool:
     Raises:
         StorageInputError: the store offers no conditional create that is implemented here.
     """
-    filesystem, path = _writable(url)
+    _check_not_read_only(url)
     creates = _CREATES.get(protocol(url))
     if creates is None:
         raise StorageInputError(
@@ -736,6 +751,7 @@ def create(url: str, data: bytes) -> bool:
             wanted="file, memory or s3 for caches and runs",
             next_step="write to one of these; reading from it works",
         )
+    filesystem, path = _filesystem(url)
     with _told(url, "create"):
         if creates(filesystem, path, data):
             return True

@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 import threading
+import tomllib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
@@ -22,7 +23,9 @@ from fsspec.asyn import AsyncFileSystem
 from s3fs.errors import translate_boto_error
 
 from pipeline import storage
-from pipeline.errors import PassingStorageError, StorageError, StorageInputError
+from pipeline.cache.files import read_file
+from pipeline.config import load_config
+from pipeline.errors import MissingPackageError, PassingStorageError, StorageError, StorageInputError
 
 
 @pytest.fixture(autouse=True)
@@ -122,6 +125,52 @@ def test_read_only_protocols_are_never_written(url: str) -> None:
     for call in (storage.write, storage.create):
         with pytest.raises(StorageInputError, match="read-only"):
             call(url, b"")
+
+
+# Protocols of stores whose package may be missing, and the extra that has it.
+EXTRAS = {"s3": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure", "hf": "hf"}
+PACKAGES = {"s3": "s3fs", "gcs": "gcsfs", "azure": "adlfs", "hf": "huggingface_hub"}
+
+
+@pytest.fixture
+def no_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An environment without any optional store: importing one fails as it does where it is not installed."""
+    for name in PACKAGES.values():
+        monkeypatch.setitem(sys.modules, name, None)
+    for protocol in EXTRAS:
+        monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, protocol, raising=False)
+
+
+@pytest.mark.usefixtures("no_packages")
+@pytest.mark.parametrize("protocol", EXTRAS)
+def test_a_missing_package_is_named_with_the_command_that_installs_it(protocol: str, tmp_path: Path) -> None:
+    url = f"{protocol}://container@account/a" if protocol.startswith("abfs") else f"{protocol}://bucket/a/b"
+    calls = (
+        storage.read,
+        storage.size,
+        lambda url: storage.local_copy(url, tmp_path),
+        load_config,
+        lambda url: read_file(url, "header.json"),
+    )
+    for call in calls:
+        with pytest.raises(MissingPackageError) as caught:
+            call(url)
+        assert caught.value.code == "storage.missing-package"
+        assert str(caught.value.next_step).startswith(f"pip install 'stillroom[{EXTRAS[protocol]}]'")
+
+
+@pytest.mark.usefixtures("no_packages")
+@pytest.mark.parametrize("protocol", ["gs", "az"])
+def test_no_package_is_wanted_for_what_its_store_cannot_do(protocol: str) -> None:
+    with pytest.raises(StorageInputError, match="no create-if-absent"):
+        storage.create(f"{protocol}://bucket/a", b"")
+
+
+def test_every_extra_that_is_named_is_one_of_the_package() -> None:
+    extras = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    for extra, package in PACKAGES.items():
+        (requirement,) = extras["optional-dependencies"][extra]
+        assert requirement.partition(">")[0].replace("-", "_") == package
 
 
 @pytest.mark.parametrize("path", ["../x", "a/../../x", "..", "a/.."])

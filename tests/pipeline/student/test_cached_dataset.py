@@ -193,7 +193,7 @@ def test_items_in_another_order_are_refused(replays: Replay, of: Of, name: str, 
     loader = DataLoader(dataset, batch_size=None, num_workers=num_workers, **REORDERED[name](dataset))
     with pytest.raises(OrderError) as caught:
         list(loader)
-    assert caught.value.code == "data.order"
+    assert caught.value.code == "data.out-of-order"
     assert "use_distributed_sampler=False" in str(caught.value)
     # The dataset itself is as good as before.
     assert [batch.step for batch in DataLoader(dataset, batch_size=None, num_workers=num_workers)] == [*range(STEPS)]
