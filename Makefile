@@ -41,7 +41,7 @@ bench: install
 	$(BIN)/python -m tests.benchmarks
 
 recipe: install
-	$(BIN)/python -m jobs.recipe jobs/configs/cifar10.yaml
+	$(BIN)/stillroom recipe cifar10
 
 clean:
 	rm -rf $(VENV) runs

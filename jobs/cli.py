@@ -348,6 +348,32 @@ def distill(
 
 
 @app.command()
+def recipe(
+    source: Annotated[
+        str | None, typer.Argument(help="Name of a packaged recipe, or YAML file or URL.", metavar="RECIPE")
+    ] = None,
+    overrides: OverridesArgument = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show the stages: networks, steps, losses, needed files.")
+    ] = False,
+    show_all: Annotated[bool, typer.Option("--list", help="Show the packaged recipes.")] = False,
+) -> None:
+    """Run a whole experiment from one YAML: teacher, caches, students, one table. Resumes by itself."""
+
+    def command() -> None:
+        from jobs.recipe import DRY_RUN, describe_packaged, main
+
+        if show_all:
+            print(describe_packaged())
+        elif source is None:
+            raise typer.BadParameter("name a recipe, or give --list")
+        else:
+            main(source, [*(overrides or []), *([DRY_RUN] if dry_run else [])])
+
+    _run(command)
+
+
+@app.command()
 def submit(
     command: Annotated[Literal["build", "train", "distill"], typer.Argument(help="What to run.")],
     config: ConfigArgument,

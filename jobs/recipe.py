@@ -1,6 +1,6 @@
 """A whole experiment from one YAML: train a teacher, cache what it says, train students, print one table.
 
-``python -m jobs.recipe RECIPE [key=value …] [--dry-run]``. Every stage is an ordinary config and resumes by itself, so
+``stillroom recipe RECIPE [key=value …] [--dry-run]``. Every stage is an ordinary config and resumes by itself, so
 running a recipe again does only what is missing. A dry run says what it would do, and does nothing.
 """
 
@@ -14,14 +14,14 @@ from jobs.entry import config_command
 from jobs.log import tell
 from jobs.ray_runtime import cluster
 from jobs.recipe_cells import Row, can_share, train_and_evaluate, train_together
-from jobs.recipe_file import Recipe, load_recipe
+from jobs.recipe_file import Recipe, load_recipe, titles
 from jobs.recipe_plan import describe_plan
-from jobs.recipe_table import Results, print_tables, write_results
+from jobs.recipe_table import Results, print_tables, read_results, write_results
 from pipeline.shards.long_tail import write_long_tail
 from pipeline.shards.patterns import shard_urls
 from schemas.config import DataConfig
 
-_DRY_RUN = "--dry-run"
+DRY_RUN = "--dry-run"
 
 
 def run_recipe(recipe: Recipe) -> Results:
@@ -69,15 +69,21 @@ def _train_students(recipe: Recipe) -> list[Row]:
 def perform(source: str, overrides: list[str]) -> Path:
     """The whole of it: runs a recipe, prints its tables, and returns the path of ``results.json``."""
     recipe = load_recipe(source, overrides)
-    results = run_recipe(recipe)
-    path = write_results(recipe, results)
-    print_tables(recipe, results)
+    # A file that later results could not be merged into stops a recipe before its first stage.
+    read_results(recipe)
+    path = write_results(recipe, run_recipe(recipe))
+    print_tables(recipe, read_results(recipe))
     return path
 
 
+def describe_packaged() -> str:
+    """The lines that ``--list`` prints."""
+    return "\n".join(f"{name:<20}{title}" for name, title in titles().items())
+
+
 def main(source: str, overrides: list[str]) -> None:
-    if _DRY_RUN in overrides:
-        print(describe_plan(load_recipe(source, [text for text in overrides if text != _DRY_RUN])))
+    if DRY_RUN in overrides:
+        print(describe_plan(load_recipe(source, [text for text in overrides if text != DRY_RUN])))
         return
     began = time.monotonic()
     path = perform(source, overrides)
@@ -85,4 +91,4 @@ def main(source: str, overrides: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    config_command("recipe", main, option=_DRY_RUN)
+    config_command("recipe", main, option=DRY_RUN)

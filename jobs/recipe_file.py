@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from itertools import product
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -22,7 +23,43 @@ from schemas.recipe import GridConfig, RecipeConfig, Stage
 _THE_CACHE = "cache"
 _OF_RECIPE = ("cache", "grid")
 _VALUES = ("kwargs", "resources_per_task")
+# It needs shards that another command packs.
+_OF_DEMO = "demo"
+_NEXT_STEPS = {_OF_DEMO: "stillroom demo"}
 _OF_STUDENTS = set(StudentConfig.model_fields) - set(TeacherConfig.model_fields)
+
+
+def packaged() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    found = {path.stem: path for path in sorted((Path(__file__).parent / "configs").glob("*.yaml"))}
+    return {name: path for name, path in found.items() if name != _OF_DEMO}
+
+
+def titles() -> dict[str, str]:
+    """What each of them prints above its table, with its default choices."""
+    return {name: str(read_document(str(path))[0].title) for name, path in packaged().items()}
+
+
+def _located(source: str) -> str:
+    """The path of a packaged recipe for its name; any path or URL as it is.
+
+    Raises:
+        ConfigError: a bare name that is neither a packaged recipe nor a file.
+    """
+    recipes = packaged()
+    if source in recipes:
+        return str(recipes[source])
+    if "/" in source or PurePath(source).suffix or Path(source).exists():
+        return source
+    close = get_close_matches(source, recipes, n=1)
+    raise ConfigError(
+        "no recipe has this name",
+        code="recipe.unknown-name",
+        where="RECIPE",
+        got=source,
+        wanted=f"one of {', '.join(recipes)}; or a YAML file or URL",
+        next_step=f"stillroom recipe {close[0]}" if close else _NEXT_STEPS.get(source, "stillroom recipe --list"),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +101,14 @@ class Recipe:
 def load_recipe(source: str, overrides: list[str]) -> Recipe:
     """Reads, overrides, resolves and checks a recipe. Touches nothing that it names.
 
+    Args:
+        source: the name of a packaged recipe, or the path or URL of a document.
+
     Raises:
-        ConfigError: the document is none of a recipe, or a stage says what no config may say; the stage is named.
+        ConfigError: there is no such recipe, the document is none of a recipe, or a stage says what no config may say;
+            the stage is named.
     """
+    source = _located(source)
     try:
         tree, _ = read_document(source)
         if "vars" in tree:

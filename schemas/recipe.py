@@ -1,4 +1,4 @@
-"""The document of a recipe: a whole experiment, whose stages are parts of a config. ``python -m jobs.recipe``."""
+"""The document of a recipe: a whole experiment, whose stages are parts of a config. ``stillroom recipe``."""
 
 from __future__ import annotations
 

@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from jobs import cli
+from jobs.recipe_file import load_recipe
+from pipeline.errors import ConfigError
 from pipeline.models.cifar import resnet
 from tests.jobs.conftest import Document, files_below
 
@@ -334,3 +336,39 @@ def test_a_job_says_that_ray_starts_before_it_imports_it(document: Document) -> 
     plain = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     done = subprocess.run(command, env=plain, capture_output=True, text=True, check=False)
     assert done.stdout == "starting Ray on this machine (ray.address=local) []\n", done.stderr
+
+
+def test_recipes_of_the_package_are_listed_and_run_by_name_from_any_folder(
+    stillroom: Stillroom, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = stillroom("recipe", "--list")
+    assert code == 0
+    packaged = {path.stem for path in (Path(cli.__file__).parent / "configs").glob("*.yaml")} - {"demo"}
+    assert {line.split()[0] for line in out.splitlines()} == packaged
+    code, out, _ = stillroom("recipe", "cifar10", "only=[kd]", "--dry-run")
+    assert code == 0
+    assert "student kd" in out
+    assert "student labels" not in out
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "next_step"),
+    [("cifar100", "stillroom recipe cifar10"), ("demo", "stillroom demo"), ("x", "stillroom recipe --list")],
+)
+def test_an_unknown_recipe_is_one_message_with_the_command_that_helps(
+    name: str, next_step: str, stillroom: Stillroom
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(name, [])
+    assert (caught.value.code, caught.value.got, caught.value.next_step) == ("recipe.unknown-name", name, next_step)
+    code, _, err = stillroom("recipe", name)
+    assert code == 2
+    assert err.count("error:") == 1
+
+
+def test_a_recipe_command_without_a_recipe_is_wrong_usage(stillroom: Stillroom) -> None:
+    code, _, err = stillroom("recipe")
+    assert code == 2
+    assert "--list" in err

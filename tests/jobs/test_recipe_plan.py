@@ -65,7 +65,7 @@ def test_every_recipe_is_dry_run_without_data_network_or_a_file_written(name: st
 def test_the_header_of_a_recipe_names_its_paper_and_its_command(name: str) -> None:
     header = [line for line in (CONFIGS / f"{name}.yaml").read_text().splitlines() if line.startswith("#")]
     text = "\n".join(header)
-    assert f"python -m jobs.recipe jobs/configs/{name}.yaml" in text
+    assert f"stillroom recipe {name}" in text
     assert any(number in text for number in ("2106.05237", "2205.10536", "2305.17007"))
     assert "xpected top-1" in text or "What the paper tells" in text
 
