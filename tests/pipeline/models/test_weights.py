@@ -207,7 +207,7 @@ def tar_of(data: bytes) -> bytes:
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "weights.git-lfs-pointer"),
         (b"<!DOCTYPE html><html>quota</html>", "weights.html-page"),
         (b"\n\n<HTML><body>Sign in</body>", "weights.html-page"),
-        (gzip.compress(b"weights"), "weights.compressed-file"),
+        (gzip.compress(b"weights", mtime=0), "weights.compressed-file"),
         (bz2.compress(b"weights"), "weights.compressed-file"),
         (lzma.compress(b"weights"), "weights.compressed-file"),
         (b'{"error": "Access denied"}', "weights.unknown-format"),
