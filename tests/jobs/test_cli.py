@@ -18,6 +18,7 @@ from jobs.recipe_file import load_recipe
 from pipeline.errors import ConfigError
 from pipeline.models.cifar import resnet
 from tests.jobs.conftest import Document, files_below
+from tests.pipeline.shards.tars import image_bytes
 
 Stillroom = Callable[..., tuple[int, str, str]]
 
@@ -257,7 +258,7 @@ def test_packing_prints_the_data_section_and_refuses_a_folder_without_images(
 ) -> None:
     for name in ("a/x.png", "b/y.png"):
         (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "images" / name).write_bytes(b"not decoded")
+        (tmp_path / "images" / name).write_bytes(image_bytes())
     code, out, _ = stillroom("shards", "pack", str(tmp_path / "images"), str(tmp_path / "out"))
     assert code == 0
     assert f'shards: "{tmp_path}/out/train-00000.tar"' in out
