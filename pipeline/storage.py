@@ -144,6 +144,9 @@ def protocol(url: str) -> str:
     if name not in READABLE or "\0" in url:
         got = "a zero byte" if "\0" in url else f"protocol {name!r}"
         raise _refused(url, got=got, next_step="give a plain URL; commands and chained URLs are never run")
+    if sep and head != name:
+        next_step = f"write {name}:// in lower case"
+        raise _refused(url, got=f"protocol {head!r}", next_step=next_step, code="storage.scheme-not-lower-case")
     if name == "file" and sep and not tail.startswith("/"):
         got, next_step = f"file:// with a host, {tail.partition('/')[0]!r}", "write file:///PATH, or the path alone"
         raise _refused(url, got=got, next_step=next_step, code="storage.file-url-with-host")
@@ -380,6 +383,8 @@ def _wrong_path(error: Exception) -> str | None:
         return "a part of this path is a file"
     if isinstance(error, OSError) and error.errno == errno.EROFS:
         return "this file system is read-only"
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return "a name in this path is too long for this file system (most take 255 bytes)"
     return None
 
 

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -44,6 +45,9 @@ class _Pass:
         return cls(epoch, start_step, first, stride)
 
 
+Location = str | Path
+
+
 class CachedDataset(Dataset[CachedBatch]):
     """``dataset[i]`` is this rank's batch of a step of one epoch: image views, labels and what the teachers said.
 
@@ -54,8 +58,8 @@ class CachedDataset(Dataset[CachedBatch]):
 
     def __init__(
         self,
-        cache: str | Sequence[str],
-        shards: str | Sequence[str] | None = None,
+        cache: Location | Sequence[Location],
+        shards: Location | Sequence[Location] | None = None,
         *,
         epoch: int = 0,
         start_step: int = 0,
@@ -82,7 +86,7 @@ class CachedDataset(Dataset[CachedBatch]):
         errors name them by that key.
 
         Args:
-            cache: URL of a finished cache, or a list: one a teacher, all over the same views.
+            cache: URL or path of a finished cache, or a list: one a teacher, all over the same views.
             shards: URLs or paths with ``{a..b}`` braces; default: all of the cache, where its build found them.
             epoch, start_step: see ``set_epoch``.
             global_batch_size: rows of a step over all ranks.
@@ -243,8 +247,10 @@ def _repeated(epoch: int) -> str:
     )
 
 
-def _plain(urls: str | Sequence[str] | None) -> str | list[str] | None:
-    return urls if urls is None or isinstance(urls, str) else list(urls)
+def _plain(urls: Location | Sequence[Location] | None) -> str | list[str] | None:
+    if urls is None:
+        return None
+    return str(urls) if isinstance(urls, str | Path) else [str(url) for url in urls]
 
 
 def _check_place(rank: int, world_size: int) -> None:

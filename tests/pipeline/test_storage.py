@@ -886,3 +886,18 @@ def test_a_stamp_stays_until_the_file_is_replaced(tmp_path: Path) -> None:
         storage.delete(url)
         with pytest.raises(StorageInputError, match="no such file"):
             storage.stamp(url)
+
+
+def test_a_scheme_in_capitals_is_refused_with_the_right_spelling() -> None:
+    for url in ("S3://bucket/a", "File:///tmp/a"):
+        with pytest.raises(StorageInputError) as caught:
+            storage.protocol(url)
+        assert caught.value.code == "storage.scheme-not-lower-case"
+        assert url.partition("://")[0].lower() in str(caught.value.next_step)
+
+
+def test_a_name_that_is_too_long_is_bad_input(tmp_path: Path) -> None:
+    url = str(tmp_path / ("n" * 256))
+    for act in (lambda: storage.write(url, b"x"), lambda: storage.create(url, b"x"), lambda: storage.read(url)):
+        with pytest.raises(StorageInputError, match="too long"):
+            act()

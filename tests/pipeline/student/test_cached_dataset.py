@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -430,3 +431,9 @@ def test_the_package_loads_nothing_until_it_is_asked() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         __import__("pipeline.student", fromlist=["x"]).Nothing  # noqa: B018
+
+
+def test_a_cache_and_its_shards_may_be_paths(tiny_cache: TinyCache) -> None:
+    shards = [Path(url) for url in shard_urls(tiny_cache.config).values()]
+    with closing(CachedDataset(Path(tiny_cache.url), shards=shards, global_batch_size=4)) as by_path:
+        assert len(by_path[0].labels_B) == 4
