@@ -56,7 +56,6 @@ def base(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
         ("../2020-01-01T00:00/a", "file"),
         ("memory:///a", "memory"),
         ("file:///a", "file"),
-        ("S3://bucket/a", "s3"),
         ("hf://datasets/x/y", "hf"),
         ("https://host/a?b=c", "https"),
         ("memory://a", "memory"),
