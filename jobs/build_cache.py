@@ -36,9 +36,10 @@ from pipeline.cache.plan import check_labels, survey_ground
 from pipeline.cache.reader import open_cache
 from pipeline.cache.space import check_space
 from pipeline.config import load_config
-from pipeline.errors import CacheError, ShardError, StorageInputError
+from pipeline.errors import CacheError, ShardError
 from pipeline.models import random_weights_warnings, unreadable_weights
 from pipeline.shards.labels import label_warning
+from pipeline.shards.moved import new_place, report_moved
 from pipeline.shards.names import shard_ids
 from pipeline.shards.omissions import Omissions
 from pipeline.shards.patterns import shard_urls
@@ -173,21 +174,12 @@ def _sizes(by_id: dict[str, str]) -> dict[str, int]:
         if storage.is_listed(folder, len(urls)):
             listed |= {storage.join(folder, name): size for name, size in storage.sizes_right_below(folder).items()}
     others = {shard: url for shard, url in by_id.items() if url not in listed}
-    with ThreadPoolExecutor(_SIZE_THREADS) as pool:
-        asked = dict(zip(others, pool.map(_size_of, others.values()), strict=True))
+    with (
+        report_moved([*by_id.values()], f"append data.shards={new_place(by_id.values())}, or restore the shards"),
+        ThreadPoolExecutor(_SIZE_THREADS) as pool,
+    ):
+        asked = dict(zip(others, pool.map(storage.size, others.values()), strict=True))
     return {shard: asked[shard] if shard in asked else listed[url] for shard, url in by_id.items()}
-
-
-def _size_of(url: str) -> int:
-    try:
-        return storage.size(url)
-    except StorageInputError as error:
-        raise ShardError(
-            "this shard is missing",
-            where=storage.redact(url),
-            got=error.what,
-            next_step="restore the shard, or correct data.shards",
-        ) from error
 
 
 def _build_parts(config: Config, by_id: dict[str, str], found: list[Standing]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from jobs.paths import with_absolute_paths
 from jobs.progress import ProgressView
 from pipeline.cache.verify import Recomputed, VerifyReport, load_live, recompute, verify_cache
+from pipeline.cache.verify.shard import SHARD_MISSING
 from pipeline.config import load_config
 from pipeline.shards.names import shard_ids
 from pipeline.shards.patterns import shard_urls
@@ -70,6 +71,8 @@ def describe(report: VerifyReport) -> str:
     if (more := report.num_problems - len(lines)) > 0:
         lines.append(f"… and {more} more problems")
     lines += _counts("checked", report.checked) + _counts("not checked", report.not_checked)
+    if SHARD_MISSING in report.not_checked:
+        lines.append("  to check these canaries, append --shards 'NEW_FOLDER/….tar' (data.shards-moved)")
     if report.drift:
         most = max(report.drift)
         count = sum(report.drift.values())

@@ -56,6 +56,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 _log = logging.getLogger(__name__)
 
+MISSING_FILE = "storage.missing-file"
+"""Code of the error of a file that is read and not there."""
 NAMES_A_PAGE = 1000
 """A store tells so many names with their sizes in one answer."""
 # Of files that are read whole, whoever wrote them. A header of 100,000 classes has 8 MB; the table of parts of 100,000
@@ -336,7 +338,10 @@ def _translated(error: Exception, url: str, doing: str) -> StorageError | Storag
         kind = PassingStorageError if _may_pass(error) else StorageError
         return kind(f"cannot {doing}: could not connect", where=where, got=got)
     if (reason := _wrong_path(error)) is not None:
-        return StorageInputError(f"cannot {doing}: {reason}", where=where, next_step=_glob_hint(error, where))
+        code = MISSING_FILE if isinstance(error, FileNotFoundError) else None
+        return StorageInputError(
+            f"cannot {doing}: {reason}", code=code, where=where, next_step=_glob_hint(error, where)
+        )
     if of_argument:
         return StorageInputError(f"cannot {doing}: the store does not take this name", where=where, got=got)
     if isinstance(error, OSError) and error.errno in _DISK_FULL:

@@ -28,6 +28,7 @@ from pipeline.errors import CacheError, ConfigError, ShardError
 from pipeline.fingerprint import digest
 from pipeline.shards.index import NO_LABEL, ShardIndex, encode_index, index_settings
 from pipeline.shards.labels import LabelCount, check_label_member, spread
+from pipeline.shards.moved import new_place, report_moved
 from pipeline.shards.peek import peek
 from pipeline.shards.tar import read_samples
 from schemas.config import DataConfig
@@ -81,9 +82,10 @@ def relabel(
     cache = open_cache(cache_url)
     data = _reading(cache, label)
     urls = {shard.shard_id: (shard_urls or {}).get(shard.shard_id) or cache.shard_url(shard) for shard in cache.shards}
-    _check_member(cache, data, urls)
     found: list[_OfShard] = []
-    with ThreadPoolExecutor(threads, thread_name_prefix="relabel") as pool:
+    moved = report_moved([*urls.values()], f"append --shards {new_place(urls.values())}, or restore the shards")
+    with moved, ThreadPoolExecutor(threads, thread_name_prefix="relabel") as pool:
+        _check_member(cache, data, urls)
         for of_shard in pool.map(lambda shard: _relabel_shard(cache, shard, data, urls[shard.shard_id]), cache.shards):
             found.append(of_shard)
             if progress is not None:

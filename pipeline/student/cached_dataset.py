@@ -283,7 +283,9 @@ def _check_embeddings(facts: LessonFacts, *, embeddings: bool) -> None:
 def _open_rows(
     facts: LessonFacts, *, verify_canaries: bool, require_labels: bool, keeps_embeddings: bool
 ) -> CachedSource:
-    source = open_cached(facts.caches, facts.data, keeps_embeddings=keeps_embeddings)
+    source = open_cached(
+        facts.caches, facts.data, keeps_embeddings=keeps_embeddings, name_shards="give CachedDataset shards={}"
+    )
     if require_labels:
         check_any_labelled(source, facts.data)
     if verify_canaries:

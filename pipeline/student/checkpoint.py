@@ -10,12 +10,14 @@ from typing import Any
 import torch
 
 from pipeline import storage
+from pipeline.cache.reader import open_cache
 from pipeline.config import build_config
 from pipeline.errors import CacheError, ConfigError
 from pipeline.fingerprint import differences, seal, unseal
 from pipeline.models.source import cause
 from pipeline.models.weights import load_pickled
 from pipeline.redaction import redact_text
+from pipeline.shards.names import shard_ids
 from schemas.config import Config
 
 CONFIG = "config.json"
@@ -62,8 +64,11 @@ def check_begun(run_url: str, config: Config) -> None:
     """
     if not storage.exists(storage.join(run_url, CONFIG)):
         return
-    began = _comparable(read_config(run_url))
-    changed = differences(began, _comparable(config))
+    stored = read_config(run_url)
+    began, now = _comparable(stored), _comparable(config)
+    if _has_moved(run_url, stored, config):
+        now["data"]["shards"] = began["data"]["shards"]
+    changed = differences(began, now)
     if changed:
         raise ConfigError(
             "this run was begun with another config",
@@ -72,6 +77,27 @@ def check_begun(run_url: str, config: Config) -> None:
             got="; ".join(changed),
             next_step="choose another run.url, or undo the change to go on with this run",
         )
+
+
+def _has_moved(run_url: str, one: Config, other: Config) -> bool:
+    """Whether the same shards in the same order are only named at another place."""
+    if one.data.shards == other.data.shards:
+        return False
+    names = _shard_names(run_url, one)
+    return names is not None and names == _shard_names(run_url, other)
+
+
+def _shard_names(run_url: str, config: Config) -> list[str] | None:
+    """Ids of the shards of a run, those of its first cache where the config names none; None: not known."""
+    if config.data.shards is not None:
+        return shard_ids(storage.expand(config.data.shards))
+    if config.teacher.mode != "cache" or not config.data.caches:
+        return None
+    try:
+        cache = open_cache(config.data.caches[0], manifest_bytes=pinned_manifests(run_url, 1)[0])
+        return [shard.shard_id for shard in cache.shards]
+    except CacheError:
+        return None
 
 
 def read_config(run_url: str) -> Config:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from pipeline.errors import CacheError, ConfigError, EvaluationError, StorageInp
 from pipeline.fingerprint import weights_digest
 from pipeline.models import EmbeddingModel, InputSpec
 from pipeline.shards.index import IndexBuilder, ShardIndex, check_samples
+from pipeline.shards.moved import new_place, report_moved
 from pipeline.shards.names import shard_id, shard_ids
 from pipeline.shards.patterns import shard_urls
 from pipeline.student.facts import LessonFacts
@@ -232,6 +234,12 @@ class Evaluator:
     plan: ViewsConfig
     world: World
     num_threads: int = 1
+    key: str = "data.val_shards"
+    """Configuration key or option that names the shards, for messages."""
+
+    def report_moved(self) -> AbstractContextManager[None]:
+        """See ``pipeline.shards.moved``."""
+        return report_moved(self.urls, f"set {self.key} to their place now, {new_place(self.urls)}, or restore them")
 
     @property
     def own_urls(self) -> list[str]:
@@ -289,7 +297,9 @@ class Evaluator:
     ) -> ShardIndex:
         builder = IndexBuilder(shard_id(url))
         finite = _FiniteRows()
-        with NodeStore.of(self.data).hold_url(url) as held, ThreadPoolExecutor(self.num_threads) as pool:
+        with self.report_moved():
+            file = NodeStore.of(self.data).hold_url(url)
+        with file as held, ThreadPoolExecutor(self.num_threads) as pool:
             for group, teacher_group in self._pairs(held.path, url, spec, teacher, pool, builder):
                 outputs = _outputs(model, spec, group.pixels_VNCHW[0], self.world.device, tally.subject.projector)
                 of_teacher = None if teacher is None else _outputs_of_teacher(teacher, teacher_group.pixels_VNCHW[0])
@@ -355,16 +365,22 @@ def _outputs_of_teacher(teacher: Teacher, pixels_NCHW: Tensor) -> _Outputs:
 
 
 def make_evaluator(
-    shards: str | tuple[str, ...], data: DataConfig, plan: ViewsConfig, world: World, *, num_threads: int
+    shards: str | tuple[str, ...],
+    data: DataConfig,
+    plan: ViewsConfig,
+    world: World,
+    *,
+    num_threads: int,
+    key: str = "data.val_shards",
 ) -> Evaluator:
     """
     Raises:
         ShardError: two shards share a name, or one is no plain tar.
         StorageInputError: a shard does not exist, or its URL is refused.
     """
-    urls = shard_urls(shards, key="--shards")
+    urls = shard_urls(shards, key=key)
     shard_ids(urls)
-    return Evaluator(urls, data, plan, world, num_threads)
+    return Evaluator(urls, data, plan, world, num_threads, key)
 
 
 def evaluate_run(
@@ -393,7 +409,7 @@ def evaluate_run(
     projector = None if teacher is None else trained.projector(teacher.module.embedding_dim)
     subject = Subject(trained.head_trained, None if projector is None else projector.to(device))
     evaluator = make_evaluator(
-        shards, lessons.data, lessons.student_plan, World(device=device), num_threads=num_threads
+        shards, lessons.data, lessons.student_plan, World(device=device), num_threads=num_threads, key="--shards"
     )
     return evaluator(student.module.to(device), student.input, teacher, subject=subject)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pipeline.shards.moved import report_moved
 from pipeline.shards.tar import ShardReader
 from pipeline.student.node_store import Held, NodeStore
 from pipeline.student.recent import Recent, most_kept
@@ -26,15 +27,20 @@ class _OpenShard:
 class ShardFiles:
     """Shards by position, local or copied once a node; the last used stay open."""
 
-    def __init__(self, urls: list[str], store: NodeStore) -> None:
-        self._urls, self._store = urls, store
+    def __init__(self, urls: list[str], store: NodeStore, *, moved: str = "restore them") -> None:
+        """``moved``: the next step of the error about missing shards."""
+        self._urls, self._store, self._moved = urls, store, moved
         self._opened = Recent(self._open, most_kept(2), _OpenShard.close)
 
     def _open(self, shard: int) -> _OpenShard:
-        held = self._store.hold_url(self._urls[shard])
+        held = self._hold(shard)
         if held.crowded:
             self._opened.clear()
         return _OpenShard(held, ShardReader(held.path, where=self._urls[shard]))
+
+    def _hold(self, shard: int) -> Held:
+        with report_moved(self._urls, self._moved):
+            return self._store.hold_url(self._urls[shard])
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
         return self._opened.get(shard).reader.read(offset, size)
@@ -47,7 +53,7 @@ class ShardFiles:
 
     def fetch(self, shard: int) -> None:
         """Copies a shard to this node, unless it is local or there already. Threads may share it."""
-        self._store.hold_url(self._urls[shard]).close()
+        self._hold(shard).close()
 
     def close(self) -> None:
         self._opened.clear()

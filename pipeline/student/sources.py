@@ -15,6 +15,7 @@ from pipeline.cache.reader import ShardEntry, TeacherCache, ViewColumns
 from pipeline.errors import CacheError, ConfigError, ShardError
 from pipeline.shards.decode import BadImageError, decode
 from pipeline.shards.index import NO_LABEL, ShardIndex, decode_index, index_settings
+from pipeline.shards.moved import new_place
 from pipeline.shards.names import shard_ids
 from pipeline.shards.patterns import shard_urls
 from pipeline.shards.publish import index_name
@@ -155,7 +156,8 @@ class IndexedSource:
         self.shard_ids, self._urls = shard_ids(urls), urls
         self.num_ok = [index.num_ok for index in indexes]
         self.plan = plan
-        self.store, self._files = store, ShardFiles(urls, store)
+        moved = "restore the shards, or correct data.shards"
+        self.store, self._files = store, ShardFiles(urls, store, moved=moved)
         self.read, self.reread, self.close = self._files.read, self._files.reread, self._files.close
         self._indexes = indexes
         self._partners = Recent(self._draw_partners, _KEPT)
@@ -234,6 +236,7 @@ class CachedSource:
         store: NodeStore,
         *,
         keeps_embeddings: bool,
+        moved: str = "restore the shards",
     ) -> None:
         self.caches, self._shards, self._urls = tuple(caches), shards, urls
         self.num_views = min(cache.num_views for cache in caches)
@@ -241,7 +244,7 @@ class CachedSource:
         self.num_ok = [shard.num_ok for shard in shards]
         self.store = store
         self._files, self._views = (
-            ShardFiles(urls, store),
+            ShardFiles(urls, store, moved=moved),
             ViewFiles(self.caches, shards, store, keeps_embeddings=keeps_embeddings),
         )
         self.read, self.reread = self._files.read, self._files.reread
@@ -293,9 +296,18 @@ class CachedSource:
         return SampleRows(of_caches[0].sample_ids(ordinal_N), of_caches[0].record_N[ordinal_N], words)
 
 
-def open_cached(caches: Sequence[TeacherCache], data: DataConfig, *, keeps_embeddings: bool = False) -> CachedSource:
+def open_cached(
+    caches: Sequence[TeacherCache],
+    data: DataConfig,
+    *,
+    keeps_embeddings: bool = False,
+    name_shards: str = "append data.shards={}",
+) -> CachedSource:
     """The caches' rows, with shards from ``data.shards`` if given, else all of them from where the first cache found
     them; with the teachers' embeddings only where a loss reads them.
+
+    Args:
+        name_shards: how a caller gives the place of the shards, ``{}``; for the error about missing ones.
 
     Raises:
         CacheError: a shard is not in a cache, or two caches do not hold the same shards or the same samples in them.
@@ -312,7 +324,12 @@ def open_cached(caches: Sequence[TeacherCache], data: DataConfig, *, keeps_embed
     check_same_samples(caches, names)
     by_id = {shard.shard_id: shard for shard in first.shards}
     return CachedSource(
-        caches, [by_id[name] for name in names], urls, NodeStore.of(data), keeps_embeddings=keeps_embeddings
+        caches,
+        [by_id[name] for name in names],
+        urls,
+        NodeStore.of(data),
+        keeps_embeddings=keeps_embeddings,
+        moved=f"{name_shards.format(new_place(urls))}, or restore the shards",
     )
 
 

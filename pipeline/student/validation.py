@@ -104,7 +104,9 @@ def _counts(evaluator: Evaluator) -> list[torch.Tensor]:
     """Of each shard of this rank: samples by status, and labelled images."""
     counts: list[torch.Tensor] = []
     for url in evaluator.own_urls:
-        with NodeStore.of(evaluator.data).hold_url(url) as held:
+        with evaluator.report_moved():
+            file = NodeStore.of(evaluator.data).hold_url(url)
+        with file as held:
             index = index_shard(held.path, evaluator.data, where=url, threads=evaluator.num_threads)
         check_samples(index, evaluator.data, where=url)
         counts.append(_count(index))
@@ -152,5 +154,5 @@ def _stamps(evaluator: Evaluator, urls: list[str]) -> list[str]:
         "bad_samples": evaluator.data.bad_samples,
         "max_bad_share": evaluator.data.max_bad_share,
     }
-    with ThreadPoolExecutor(_LOOK_UPS) as pool:
+    with evaluator.report_moved(), ThreadPoolExecutor(_LOOK_UPS) as pool:
         return [short([stamp, rules]) for stamp in pool.map(storage.stamp, urls)]

@@ -14,7 +14,7 @@ from pipeline import storage
 from pipeline.cache.build import _builder as builder_of  # pyright: ignore[reportPrivateUsage]
 from pipeline.cache.manifest import read_sums
 from pipeline.cache.means import ClassSums
-from pipeline.errors import ShardError
+from pipeline.errors import StorageInputError
 from schemas.manifest import FileRef
 from tests.jobs.conftest import Tree, config_of, files_below
 
@@ -75,5 +75,10 @@ def test_a_folder_of_many_shards_is_listed_once_and_what_it_lacks_is_named(
     assert sizes == {shard: number for number, shard in enumerate(by_id)}
     assert calls == {"sizes_right_below": 1, "size": 3}
     storage.delete(by_id["many-07"])
-    with pytest.raises(ShardError, match=r"this shard is missing[\s\S]*many-07\.tar"):
+    with pytest.raises(StorageInputError) as caught:
         check_shards(f"{folder}/cache", by_id, [])
+    assert caught.value.code == "data.shards-moved"
+    assert (caught.value.where, caught.value.got) == (
+        by_id["many-07"],
+        "1 of 23 shards are not where they are expected",
+    )

@@ -24,6 +24,7 @@ from pipeline.shards.index import NO_LABEL, STATUSES, ShardIndex, decode_index
 from schemas.manifest import Commit, FileRef
 
 _NO_INDEX = "rows of parts: their index cannot be trusted"
+SHARD_MISSING = "canaries: their shard is not here"
 _NO_HEADER = "rows of parts: the header cannot be read"
 _NO_PLAN = "drawn parameters and canaries: the plan is of another version"
 
@@ -182,7 +183,7 @@ class _ShardCheck:
 
     def _check_canaries(self, commit: Commit, canaries: list[Canary]) -> None:
         if self._images is None:
-            self._findings.not_checked["canaries: their shard is not here"] += len(canaries)
+            self._findings.not_checked[SHARD_MISSING] += len(canaries)
             return
         check_canaries(self._images, commit, canaries, self._findings, allowed_levels=self._task.allowed_levels)
 
