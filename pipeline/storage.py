@@ -79,6 +79,8 @@ _NO_CREDENTIALS = re.compile(
 _NO_CONNECTION = re.compile(
     r"Connector|ConnectionRefused|EndpointConnection|ProxyConnection|ConnectTimeout|ConnectError"
 )
+# botocore, of an endpoint without a scheme or host.
+_BAD_ENDPOINT = re.compile(r"Invalid endpoint: (.*)|Custom endpoint `(.*)` was not a valid URI")
 # S3 answers these with a status that elsewhere means a wrong request. NoSuchUpload: the answer to the end of a
 # multipart upload was lost, and its repetition finds the upload gone; a new upload is right.
 _PASSING_CODES = frozenset(
@@ -324,6 +326,15 @@ def _translated(error: Exception, url: str, doing: str) -> StorageError | Storag
     of_library = _package(error) in _LIBRARIES
     origin = error.__cause__ or error.__context__
     of_argument = isinstance(error, ValueError) and origin is not None and _package(origin) in _LIBRARIES
+    if (endpoint := _BAD_ENDPOINT.fullmatch(str(error))) is not None:
+        return StorageInputError(
+            "the endpoint of this store is not a URL",
+            code="storage.endpoint",
+            where=where,
+            got=endpoint[1] or endpoint[2],
+            wanted="http://HOST:PORT or https://HOST",
+            next_step="set AWS_ENDPOINT_URL, AWS_ENDPOINT_URL_S3 or endpoint_url of ~/.aws/config to such a URL",
+        )
     if not (of_library or of_argument or isinstance(error, OSError)):
         return None
     got = f"{name}: {error}"

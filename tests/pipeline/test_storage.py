@@ -900,3 +900,19 @@ def test_a_name_that_is_too_long_is_bad_input(tmp_path: Path) -> None:
     for act in (lambda: storage.write(url, b"x"), lambda: storage.create(url, b"x"), lambda: storage.read(url)):
         with pytest.raises(StorageInputError, match="too long"):
             act()
+
+
+@pytest.mark.parametrize("endpoint", ["localhost:9000", "minio.local", "//minio:9000", "http://"])
+def test_an_endpoint_that_is_no_url_is_bad_input(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    fsspec.filesystem("s3").clear_instance_cache()
+    try:
+        with pytest.raises(StorageInputError) as caught:
+            storage.exists("s3://bucket/a")
+    finally:
+        fsspec.filesystem("s3").clear_instance_cache()
+    assert (caught.value.code, caught.value.where) == ("storage.endpoint", "s3://bucket/a")
+    assert caught.value.got == endpoint
+    assert "AWS_ENDPOINT_URL" in str(caught.value.next_step)
