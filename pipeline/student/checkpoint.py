@@ -41,6 +41,8 @@ _MAY_CHANGE = {
         "checkpoint_every_steps",
         "keep_every_epochs",
         "tensorboard",
+        # Rounds otherwise, but may be the way out of a crash.
+        "channels_last",
     },
 }
 
