@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-_UNSAFE_CHANNELS = range(3, 9)
+_UNSAFE_CHANNELS = range(1, 9)
 
 # Where the running forward collects its heads' inputs. A context variable belongs to one thread and one call: two
 # forwards of one module never mix, a deep copy or pickle of the module carries nothing along, and no activation
@@ -89,8 +89,8 @@ def lay_out(module: nn.Module, device: torch.device, *, channels_last: bool = Tr
 
 
 def unsafe_in_channels_last(module: nn.Module, device: torch.device) -> list[str]:
-    """Names of the convolutions whose backward pass corrupts memory in channels-last layout: 1x1 with a stride and 3 to
-    8 input channels, on a CPU (torch 2.14 on processors with AVX-512). None on other devices.
+    """Names of the convolutions whose backward pass corrupts memory in channels-last layout: 1x1 with a stride and up
+    to 8 input channels, on a CPU (torch 2.14). None on other devices.
     """
     if device.type != "cpu":
         return []

@@ -41,14 +41,14 @@ def test_narrow_convolutions_with_a_stride_are_found() -> None:
         (nn.Conv2d(3, 4, 1, stride=2), True),
         (nn.Conv2d(8, 64, 1, stride=2, bias=False), True),
         (nn.Conv2d(8, 8, 1, stride=(1, 2)), True),
-        (nn.Conv2d(2, 4, 1, stride=2), False),
+        (nn.Conv2d(1, 4, 1, stride=2), True),
         (nn.Conv2d(9, 4, 1, stride=2), False),
         (nn.Conv2d(8, 8, 1), False),
         (nn.Conv2d(8, 8, 3, stride=2), False),
     ],
     ids=str,
 )
-def test_only_strided_1x1_convolutions_of_3_to_8_channels_are(layer: nn.Conv2d, found: bool) -> None:
+def test_only_strided_1x1_convolutions_of_up_to_8_channels_are(layer: nn.Conv2d, found: bool) -> None:
     assert unsafe_in_channels_last(layer, CPU) == ([""] if found else [])
     assert unsafe_in_channels_last(layer, torch.device("cuda")) == []
 
@@ -69,7 +69,7 @@ NARROW, WIDE = (8, 8, 16, 32), (16, 16, 32, 64)
 def test_weights_and_images_lie_as_the_config_or_the_network_decides(
     replays: Replay, tmp_path: Path, widths: tuple[int, ...], option: bool | None, channels_last: bool, warned: str
 ) -> None:
-    """One epoch; what torch lays out is looked at, since the crash needs a processor with AVX-512."""
+    """One epoch; what torch lays out is looked at, since 8 channels crash at 64 pixels alone and with AVX-512."""
     train = {"epochs": 1, "tail": "short", "global_batch_size": 7, "channels_last": option}
     config = run_config(replays("crop").config, tmp_path, student=resnet(*widths), train=train)
     texts: list[str] = []
