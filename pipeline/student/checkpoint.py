@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,6 +49,9 @@ _MAY_CHANGE = {
 }
 
 
+_PINNED = re.compile(r"manifest(-\d+)?\.json")
+
+
 def claim_run(run_url: str, config: Config) -> None:
     """Writes the config of a new run, or checks that a begun one goes on with the same. Any rank may be first.
 
@@ -72,13 +77,26 @@ def check_begun(run_url: str, config: Config) -> None:
         now["data"]["shards"] = began["data"]["shards"]
     changed = differences(began, now)
     if changed:
+        is_saved = storage.exists(storage.join(run_url, LAST)) or storage.exists(storage.join(run_url, SUMMARY))
         raise ConfigError(
-            "this run was begun with another config",
+            "this run was begun with another config" + ("" if is_saved else ", and no checkpoint is saved in it"),
             code="run.other-config",
             where=storage.redact(run_url),
             got="; ".join(changed),
-            next_step="choose another run.url, or undo the change to go on with this run",
+            next_step="choose another run.url, or undo the change to go on with this run"
+            if is_saved
+            # A live training may not have reached its first checkpoint, so nothing is replaced here.
+            else f"if no training of this run is alive, {_removal(run_url)}; else choose another run.url",
         )
+
+
+def _removal(run_url: str) -> str:
+    """How to let another config begin the run: remove its config and the manifests that it pinned."""
+    names = [name for name in storage.sizes_right_below(run_url) if name == CONFIG or _PINNED.fullmatch(name)]
+    urls = [storage.redact(storage.join(run_url, name)) for name in sorted(names)]
+    if storage.protocol(run_url) != "file":
+        return f"remove {', '.join(urls)}, and run this command again"
+    return f"run: rm {shlex.join(urls)}, and then this command again"
 
 
 def _has_moved(run_url: str, one: Config, other: Config) -> bool:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
+import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -191,3 +194,25 @@ def test_a_run_is_finished_once_it_has_a_summary(tmp_path: Path) -> None:
     assert checkpoint.read_summary(str(tmp_path)) is None
     checkpoint.write_summary(str(tmp_path), {"steps": 5, "top1": None})
     assert checkpoint.read_summary(str(tmp_path)) == {"steps": 5, "top1": None}
+
+
+def test_a_run_without_a_checkpoint_says_how_a_corrected_config_can_begin_it(tmp_path: Path) -> None:
+    run = str(tmp_path / "a run")
+    checkpoint.claim_run(run, config())
+    checkpoint.pin_manifests(run, [b"one", b"two"])
+    corrected = config(train={"lr": 0.5})
+    with pytest.raises(ConfigError) as caught:
+        checkpoint.check_begun(run, corrected)
+    assert caught.value.code == "run.other-config"
+    assert "no checkpoint is saved" in caught.value.what
+    # The command does what it says.
+    command = re.search(r"run: (rm .*), and then", str(caught.value.next_step))
+    assert command is not None
+    subprocess.run(shlex.split(command[1]), check=True)
+    assert not list(Path(run).iterdir())
+    checkpoint.claim_run(run, corrected)
+    checkpoint.save(run, checkpoint.LAST, {"step": 1})
+    with pytest.raises(ConfigError) as caught:
+        checkpoint.check_begun(run, config())
+    assert "rm " not in str(caught.value.next_step)
+    assert "no checkpoint" not in caught.value.what
