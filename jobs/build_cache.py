@@ -87,7 +87,8 @@ def build_cache(config: Config) -> Manifest:
     if relabelled and manifest.labels is None:
         url = storage.redact(cache.url)
         _warn([f"the cache has the labels of its build again; run: stillroom cache relabel {url}"])
-    if (warning := label_warning(cached_labels(open_cache(cache.url)), config.data)) is not None:
+    labels = cached_labels(open_cache(cache.url))
+    if (warning := label_warning(labels, config.data, finished_cache=cache.url)) is not None:
         _warn([warning])
     return manifest
 

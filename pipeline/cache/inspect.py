@@ -91,7 +91,8 @@ def inspect_cache(cache_url: str, *, now_s: float | None = None) -> CacheReport:
     now_s = time.time() if now_s is None else now_s
     labels = _labels(cache_url, header, commits, manifest)
     settings = manifest.labels.data if manifest and manifest.labels else header.data
-    warning = None if labels is None else label_warning(labels, reading_rules(settings))
+    finished_cache = cache_url if finished else None
+    warning = None if labels is None else label_warning(labels, reading_rules(settings), finished_cache=finished_cache)
     size_bytes = sum(commit.part_size_bytes for commit in commits)
     statistics = manifest.statistics if manifest else fold.result()
     return CacheReport(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import ShardError
+from pipeline.redaction import redact
 from pipeline.shards.index import NO_LABEL, ShardIndex
 from schemas.config import DataConfig
 
@@ -104,8 +106,12 @@ def check_label_member(found: LabelCount, data: DataConfig, *, where: str) -> No
     )
 
 
-def label_warning(found: LabelCount, data: DataConfig) -> str | None:
-    """What is logged where no label was found, or some are missing that may not be (``missing_labels: refuse``)."""
+def label_warning(found: LabelCount, data: DataConfig, *, finished_cache: str | None = None) -> str | None:
+    """What is logged where no label was found, or some are missing that may not be (``missing_labels: refuse``).
+
+    Args:
+        finished_cache: URL of the cache that the labels are of, once it is finished: ``data.label`` cannot change then.
+    """
     if data.label is None or not found.num_images or found.num_labelled == found.num_images:
         return None
     missing = found.num_images - found.num_labelled
@@ -113,9 +119,15 @@ def label_warning(found: LabelCount, data: DataConfig) -> str | None:
         if data.missing_labels == "ignore":
             return None
         return f"labels: {missing} of {found.num_images} images have none (data.label is {data.label})"
+    if finished_cache is None:
+        next_step = f"set {_candidates(found)}data.label=null for none"
+    else:
+        # One that exists, so that the command can be copied; else the user has to name it.
+        member = found.readable[0] if found.readable else "MEMBER"
+        next_step = f"run: stillroom cache relabel {shlex.quote(redact(finished_cache))} --label {member}"
     return (
         f"labels: {found}, so losses and class means that need labels cannot use them (data.label is {data.label}); "
-        f"set {_candidates(found)}data.label=null for none"
+        f"{next_step}"
     )
 
 

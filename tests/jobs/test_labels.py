@@ -117,9 +117,14 @@ def test_labels_that_may_be_missing_are_counted_by_plan_build_and_inspect(
     assert sum(said in warning for warning in found.warnings) == 1
     build_cache(config)
     assert said in caplog.text
+    # The rules of a finished cache cannot change: data.label would not help.
+    command = f"run: stillroom cache relabel {tmp_path / 'cache'} --label MEMBER"
+    assert command in caplog.text
     for arguments in ([], ["--json"]):
         result = CliRunner().invoke(app, ["cache", "inspect", str(tmp_path / "cache"), *arguments])
         assert result.exit_code == 0
+        assert command in result.stdout
+        assert "data.label=" not in result.stdout
         assert said in result.stdout
         assert "warning" in result.stdout
 
