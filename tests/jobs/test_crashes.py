@@ -32,7 +32,11 @@ def killed_at(tree: Tree, number: signal.Signals, **sections: Any) -> dict[str, 
 
 @pytest.mark.parametrize(
     ("number", "text"),
-    [(signal.SIGSEGV, "Segmentation fault"), (signal.SIGBUS, "Bus error"), (signal.SIGABRT, "Aborted")],
+    [
+        (signal.SIGSEGV, "Segmentation fault"),
+        pytest.param(signal.SIGBUS, "Bus error", marks=pytest.mark.slow),
+        pytest.param(signal.SIGABRT, "Aborted", marks=pytest.mark.slow),
+    ],
 )
 def test_a_command_that_a_signal_ends_names_it_on_stderr(
     tree: Tree, tmp_path: Path, number: signal.Signals, text: str
