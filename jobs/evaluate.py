@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from jobs.log import warn_of_omissions
+from pipeline.shards.index import omissions_of
+from pipeline.shards.omissions import Omissions
 from pipeline.student.evaluate import Evaluation, evaluate_run
 from pipeline.student.trained import CheckpointName
 
@@ -23,14 +26,18 @@ def evaluate(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(threads)
-    return evaluate_run(
+    omissions: list[Omissions] = []
+    evaluation = evaluate_run(
         run_url,
         shards,
         checkpoint_name=checkpoint,
         num_threads=threads,
         device=device,
         with_teacher=with_teacher,
+        on_index=lambda index: omissions.append(omissions_of(index)),
     )
+    warn_of_omissions("evaluate", omissions)
+    return evaluation
 
 
 def percent(share: float | None) -> str:

@@ -391,12 +391,14 @@ def evaluate_run(
     num_threads: int,
     device: torch.device,
     with_teacher: bool = True,
+    on_index: Callable[[ShardIndex], None] | None = None,
 ) -> Evaluation:
     """A trained student on validation shards; with the agreement, where the run's config names its teacher.
 
     Args:
         checkpoint_name: ``best`` or ``last``.
         with_teacher: False measures no agreement, and needs no weights of the teacher.
+        on_index: called with the index of each shard.
 
     Raises:
         StorageInputError: the teacher's weights cannot be read.
@@ -411,7 +413,7 @@ def evaluate_run(
     evaluator = make_evaluator(
         shards, lessons.data, lessons.student_plan, World(device=device), num_threads=num_threads, key="--shards"
     )
-    return evaluator(student.module.to(device), student.input, teacher, subject=subject)
+    return evaluator(student.module.to(device), student.input, teacher, subject=subject, on_index=on_index)
 
 
 def _compared_teacher(config: Config, lessons: LessonFacts, device: torch.device, run_url: str) -> Teacher | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,6 +16,7 @@ from pipeline.errors import CacheError, ConfigError
 from pipeline.fingerprint import seal, short, unseal
 from pipeline.shards.index import STATUSES, ShardIndex, check_samples, index_settings, index_shard
 from pipeline.shards.names import shard_id
+from pipeline.shards.omissions import Omissions, merged
 from pipeline.student.evaluate import Evaluator
 from pipeline.student.node_store import NodeStore
 from pipeline.student.world import World
@@ -32,6 +35,7 @@ class ValidationSamples:
         labelled: images with a label.
         left_out: the others, by the reason.
         stamps: by shard, what its store says of the file; another text after it was replaced.
+        omitted: what was passed over in the tars, a line for each kind; see ``Omissions``.
         was_read: whether this start has read the images; False: a former start of the run has.
     """
 
@@ -41,6 +45,7 @@ class ValidationSamples:
     left_out: dict[str, int]
     stamps: dict[str, str]
     was_read: bool
+    omitted: Sequence[str] = ()
 
     def warnings(self, *, head_trained: bool, best_by: str | None) -> list[str]:
         """What is left out, and what is not measured.
@@ -49,7 +54,7 @@ class ValidationSamples:
             head_trained: whether a loss reads the student's logits; see ``head_is_trained``.
             best_by: the metric that ``checkpoints/best.pt`` follows where no accuracy is measured; None: there is none.
         """
-        texts = [self._left_out()]
+        texts = [self._left_out(), *(f"validation: left out {line}" for line in self.omitted)]
         if not head_trained:
             texts.append(f"validation: no loss reads the student's logits; {_not_measured(best_by)}")
         elif self.labelled < self.images:
@@ -79,7 +84,9 @@ def read_validation(evaluator: Evaluator, run_url: str) -> ValidationSamples:
     recorded = _recorded(evaluator, run_url)
     if recorded is not None:
         return recorded
-    found = _sum(torch.stack([torch.zeros(len(STATUSES) + 1, dtype=torch.int64), *_counts(evaluator)]), evaluator.world)
+    counts, omissions = _counts(evaluator)
+    found = _sum(torch.stack([torch.zeros(len(STATUSES) + 1, dtype=torch.int64), *counts]), evaluator.world)
+    omitted = _over_ranks(omissions, evaluator.world).lines()
     left_out = {status: count for status, count in zip(STATUSES, found, strict=False) if count and status != "ok"}
     images = found[STATUSES.index("ok")]
     if not images:
@@ -91,7 +98,8 @@ def read_validation(evaluator: Evaluator, run_url: str) -> ValidationSamples:
             next_step="name shards with images, or leave data.val_shards out",
         )
     stamps = dict(zip(map(shard_id, evaluator.urls), _stamps(evaluator, evaluator.urls), strict=True))
-    return ValidationSamples(images + sum(left_out.values()), images, found[-1], left_out, stamps=stamps, was_read=True)
+    samples = images + sum(left_out.values())
+    return ValidationSamples(samples, images, found[-1], left_out, stamps=stamps, was_read=True, omitted=omitted)
 
 
 def record_validation(found: ValidationSamples, run_url: str) -> None:
@@ -100,9 +108,10 @@ def record_validation(found: ValidationSamples, run_url: str) -> None:
     storage.write(storage.join(run_url, VALIDATION), seal(body))
 
 
-def _counts(evaluator: Evaluator) -> list[torch.Tensor]:
-    """Of each shard of this rank: samples by status, and labelled images."""
+def _counts(evaluator: Evaluator) -> tuple[list[torch.Tensor], Omissions]:
+    """Of each shard of this rank: samples by status, and labelled images; and what was passed over in all of them."""
     counts: list[torch.Tensor] = []
+    omissions = Omissions()
     for url in evaluator.own_urls:
         with evaluator.report_moved():
             file = NodeStore.of(evaluator.data).hold_url(url)
@@ -110,7 +119,16 @@ def _counts(evaluator: Evaluator) -> list[torch.Tensor]:
             index = index_shard(held.path, evaluator.data, where=url, threads=evaluator.num_threads)
         check_samples(index, evaluator.data, where=url)
         counts.append(_count(index))
-    return counts
+        omissions.include(index.omitted)
+    return counts, omissions
+
+
+def _over_ranks(own: Omissions, world: World) -> Omissions:
+    """Those of all ranks, on every rank."""
+    line = json.dumps({"counts": own.counts, "examples": own.examples}).encode() + b"\n"
+    joined = world.join(torch.tensor(list(line), dtype=torch.uint8, device=world.device))
+    bodies = map(json.loads, bytes(joined.tolist()).splitlines())
+    return merged(Omissions(Counter(body["counts"]), body["examples"]) for body in bodies)
 
 
 def _count(index: ShardIndex) -> torch.Tensor:

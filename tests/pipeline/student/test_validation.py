@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from jobs.evaluate import evaluate
 from pipeline.errors import ConfigError, ShardError, StorageInputError
 from pipeline.shards.write import pack_shards
 from pipeline.student import checkpoint
@@ -210,3 +213,23 @@ def test_without_labels_the_best_checkpoint_is_that_of_the_best_agreement(replay
     assert best["step"] == 5 * (agreement.index(max(agreement)) + 1)
     assert best["best"] == {"metric": "agreement", "value": max(agreement)}
     assert (summary["best_metric"], summary["best_value"], summary["best_top1"]) == ("agreement", max(agreement), None)
+
+
+def test_members_that_are_left_out_of_validation_shards_are_reported_with_counts(
+    config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = shard(tmp_path / "val", junk=1)
+    with tarfile.open(url, "a") as tar:
+        for name in ("._a.png", "._b.png"):
+            tar.addfile(tarfile.TarInfo(name))
+    config = changed(config, val_shards=url, bad_samples="skip", max_bad_share=0.5)
+    hidden = "left out 2 hidden members (._a.png, ._b.png)"
+    assert f"validation: {hidden}" in texts(run(config))
+    assert (tmp_path / "run" / "validation.json").is_file()
+    (tmp_path / "run" / checkpoint.SUMMARY).unlink()
+    # From the record of the first start.
+    assert f"validation: {hidden}" in texts(run(config))
+    with caplog.at_level(logging.WARNING):
+        evaluate(str(tmp_path / "run"), url)
+    assert f"evaluate: {hidden}" in caplog.text
+    assert "evaluate: left out 1 undecodable samples" in caplog.text
