@@ -43,6 +43,7 @@ from pipeline.shards.moved import new_place, report_moved
 from pipeline.shards.names import shard_ids
 from pipeline.shards.omissions import Omissions
 from pipeline.shards.patterns import shard_urls
+from pipeline.shards.publish import index_name
 from schemas.config import Config, RayConfig
 from schemas.manifest import FileRef, Manifest
 
@@ -142,6 +143,8 @@ def check_shards(cache_url: str, by_id: dict[str, str], commits: Sequence[Standi
             got=", ".join(lacking[:_NUM_NAMED]) + (", ..." if len(lacking) > _NUM_NAMED else ""),
             next_step="name all shards in data.shards, or build into another cache.url",
         )
+    # No other file of a build has a longer name.
+    storage.check_names(cache_url, map(index_name, by_id))
     sizes = _sizes(by_id)
     for commit in commits:
         if commit.shard_id in sizes and sizes[commit.shard_id] != commit.shard_size_bytes:

@@ -38,6 +38,7 @@ def index_shards(config: Config, folder_url: str) -> int:
     assert config.data.shards is not None
     urls = shard_urls(config.data.shards)
     by_id = dict(zip(shard_ids(urls), urls, strict=True))
+    storage.check_names(folder_url, map(index_name, by_id))
     _check_labels(by_id, config.data, folder_url)
     # Every task reads this anew, and a list of 100,000 URLs has megabytes.
     data = config.data.model_copy(update={"shards": None, "val_shards": None})

@@ -24,7 +24,7 @@ import sys
 import threading
 import uuid
 import zlib
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -58,6 +58,8 @@ _log = logging.getLogger(__name__)
 
 MISSING_FILE = "storage.missing-file"
 """Code of the error of a file that is read and not there."""
+NAME_TOO_LONG = "storage.name-too-long"
+"""Code of the error of a name that a file system cannot hold."""
 NAMES_A_PAGE = 1000
 """A store tells so many names with their sizes in one answer."""
 # Of files that are read whole, whoever wrote them. A header of 100,000 classes has 8 MB; the table of parts of 100,000
@@ -113,6 +115,7 @@ _S3_CHECKSUM = {"ChecksumAlgorithm": "CRC32", "ChecksumType": "FULL_OBJECT"}
 # What is larger is fetched in pieces of this size, several at a time, after one request that tells how large it is.
 _S3_FETCH_BYTES = 50 * 2**20
 _READ_BLOCK_BYTES = 2**20
+_MAX_LABEL_BYTES = 100
 _PATH_ALTERNATIVES = re.compile(r"\{[^}]*[/~]")
 _SCHEME_WITHOUT_SLASHES = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:(?!//)")
 _memory_lock = threading.Lock()
@@ -183,6 +186,31 @@ def join(base: str, *parts: str) -> str:
 def last_name(url: str) -> str:
     """What a URL is called in lines about it: its last name, without what ``redact`` takes away."""
     return redact(url).rstrip("/").rpartition("/")[2]
+
+
+def short_name(name: str) -> str:
+    """The end of a name in at most 100 bytes, for names of local copies, which have a prefix and suffixes besides."""
+    return name.encode()[-_MAX_LABEL_BYTES:].decode(errors="ignore")
+
+
+def check_names(folder_url: str, names: Iterable[str]) -> None:
+    """Refuses, before any work, names of files that a folder of this machine could not hold; writes nothing.
+
+    Raises:
+        StorageInputError: a name is longer than its file system takes.
+    """
+    folder = local_folder(folder_url)
+    longest = max((os.fsencode(name) for name in names), key=len, default=b"")
+    if folder is None or len(longest) <= (limit := os.pathconf(folder, "PC_NAME_MAX")):
+        return
+    raise StorageInputError(
+        "a file name would be too long for this file system",
+        code=NAME_TOO_LONG,
+        where=redact(folder_url),
+        got=f"{len(longest)} bytes: {os.fsdecode(longest)}",
+        wanted=f"at most {limit} bytes, with what is added to the name of a shard",
+        next_step="rename the shard",
+    )
 
 
 def expand_home(path: str) -> str:
@@ -350,6 +378,8 @@ def _translated(error: Exception, url: str, doing: str) -> StorageError | Storag
         return kind(f"cannot {doing}: could not connect", where=where, got=got)
     if (reason := _wrong_path(error)) is not None:
         code = MISSING_FILE if isinstance(error, FileNotFoundError) else None
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            code = NAME_TOO_LONG
         return StorageInputError(
             f"cannot {doing}: {reason}", code=code, where=where, next_step=_glob_hint(error, where)
         )
@@ -954,7 +984,7 @@ def local_copy(url: str, folder: Path) -> Path:
     if protocol(url) == "file":
         return Path(path)
     name = hashlib.sha256(f"{url}\n{size_bytes}".encode()).hexdigest()[:24]
-    target = folder / f"{name}-{path.rsplit('/', 1)[-1]}"
+    target = folder / f"{name}-{short_name(path.rsplit('/', 1)[-1])}"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(str(target) + ".lock"):
         if not target.exists():

@@ -82,6 +82,7 @@ def relabel(
     cache = open_cache(cache_url)
     data = _reading(cache, label)
     urls = {shard.shard_id: (shard_urls or {}).get(shard.shard_id) or cache.shard_url(shard) for shard in cache.shards}
+    storage.check_names(cache_url, (layout.relabelled_path(shard, "0" * 64).rpartition("/")[2] for shard in urls))
     found: list[_OfShard] = []
     moved = report_moved([*urls.values()], f"append --shards {new_place(urls.values())}, or restore the shards")
     with moved, ThreadPoolExecutor(threads, thread_name_prefix="relabel") as pool:

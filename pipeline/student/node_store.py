@@ -37,12 +37,11 @@ TEMPORARY = Path(tempfile.gettempdir())
 _NAME = re.compile(r"(?:\.part-(?P<reserved>\d+)-)?[0-9a-f]{24}-.+")
 _SHARE_OF_FREE = 0.8
 _POLL_S = 0.02
-_MAX_LABEL = 100
 
 
 def name_of(key: str, label: str) -> str:
     """The file's name for what ``key`` identifies; ``label`` is for who looks into the folder."""
-    return f"{hashlib.sha256(key.encode()).hexdigest()[:24]}-{label[-_MAX_LABEL:]}"
+    return f"{hashlib.sha256(key.encode()).hexdigest()[:24]}-{storage.short_name(label)}"
 
 
 @dataclass(frozen=True, slots=True)

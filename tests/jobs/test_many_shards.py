@@ -82,3 +82,12 @@ def test_a_folder_of_many_shards_is_listed_once_and_what_it_lacks_is_named(
         by_id["many-07"],
         "1 of 23 shards are not where they are expected",
     )
+
+
+def test_a_shard_whose_name_leaves_no_room_for_suffixes_is_refused_before_work(tmp_path: Path) -> None:
+    shard = "n" * 249
+    (tmp_path / f"{shard}.tar").touch()
+    with pytest.raises(StorageInputError) as caught:
+        check_shards(f"{tmp_path}/cache", {shard: f"{tmp_path}/{shard}.tar"}, [])
+    assert caught.value.code == "storage.name-too-long"
+    assert not (tmp_path / "cache").exists()

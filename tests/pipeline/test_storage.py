@@ -26,6 +26,7 @@ from pipeline import storage
 from pipeline.cache.files import read_file
 from pipeline.config import load_config
 from pipeline.errors import MissingPackageError, PassingStorageError, StorageError, StorageInputError
+from pipeline.student.node_store import NodeStore
 
 
 @pytest.fixture(autouse=True)
@@ -916,3 +917,24 @@ def test_an_endpoint_that_is_no_url_is_bad_input(endpoint: str, monkeypatch: pyt
     assert (caught.value.code, caught.value.where) == ("storage.endpoint", "s3://bucket/a")
     assert caught.value.got == endpoint
     assert "AWS_ENDPOINT_URL" in str(caught.value.next_step)
+
+
+def test_names_that_a_file_system_cannot_hold_are_refused_before_work(tmp_path: Path) -> None:
+    folder = tmp_path / "new"
+    storage.check_names(str(folder), ["n" * 255])
+    storage.check_names("s3://bucket/new", ["n" * 300])
+    for name in ("n" * 256, "ü" * 128):
+        with pytest.raises(StorageInputError) as caught:
+            storage.check_names(str(folder), ["a", name])
+        assert (caught.value.code, caught.value.where) == ("storage.name-too-long", str(folder))
+        assert str(caught.value.got).startswith("256 bytes")
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("letter", ["n", "ü", "語"])
+def test_a_local_copy_of_an_object_with_a_very_long_name_is_made(letter: str, tmp_path: Path) -> None:
+    url = f"memory://{tmp_path.name}/{letter * 400}.tar"
+    storage.write(url, b"x")
+    assert storage.local_copy(url, tmp_path / "copies").read_bytes() == b"x"
+    with NodeStore(tmp_path / "store").hold_url(url) as held:
+        assert held.path.read_bytes() == b"x"
