@@ -10,7 +10,8 @@ from pipeline.models.load import (
     require_weights,
     unreadable_weights,
 )
-from pipeline.models.weights import WeightsFile, load_state, read_state
+from pipeline.models.source import WeightsFile
+from pipeline.models.weights import load_state, read_state
 
 __all__ = [
     "EmbeddingModel",

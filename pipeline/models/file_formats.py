@@ -14,7 +14,7 @@ ZIP = b"PK\x03\x04"
 # The number that the older format of torch.save begins with, as a pickle of protocol 2.
 _LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _PICKLE = b"\x80"
-_HEADER_BYTES = 8  # of safetensors: the length of its JSON
+HEADER_BYTES = 8  # of safetensors: the length of its JSON
 _SHOWN_BYTES = 40
 
 
@@ -89,9 +89,9 @@ def format_of(data: bytes, url: str, where: str) -> Format:
 
 def _is_safetensors(data: bytes) -> bool:
     """JSON after its length, which may begin as a pickle does; the zero bytes of a length that is possible tell it."""
-    length = data[:_HEADER_BYTES]
+    length = data[:HEADER_BYTES]
     is_length = length.endswith(b"\0\0\0") or (b"\0" in length and not data.startswith(_PICKLE))
-    return is_length and data[_HEADER_BYTES : _HEADER_BYTES + 1] == b"{"
+    return is_length and data[HEADER_BYTES : HEADER_BYTES + 1] == b"{"
 
 
 def is_plain_pickle(data: bytes) -> bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, cast, get_args
 
 import torch
@@ -16,7 +17,7 @@ from pipeline.fingerprint import canonical_json
 from pipeline.models import python_source, timm_source, torchvision_source
 from pipeline.models.embedding import EmbeddingModel
 from pipeline.models.probe import wrap
-from pipeline.models.source import Built, OwnInput, Request
+from pipeline.models.source import Built, OwnInput, Request, WeightsFile
 from pipeline.models.state_dicts import with_names_of
 from pipeline.models.weights import load_state, read_state
 from schemas.config import Interpolation, ModelConfig, Triple
@@ -68,6 +69,7 @@ def load_model(
     seed: int = 0,
     allow_new_head: bool = False,
     where: str = "teacher",
+    built_for: WeightsFile | None = None,
 ) -> LoadedModel:
     """Builds the network, loads its weights and proves both with one forward.
 
@@ -78,6 +80,8 @@ def load_model(
         allow_new_head: a student may start from pretrained weights of another width, with a head drawn anew; a teacher
             may not, since it would speak with an untrained head.
         where: YAML section of ``config``, for messages.
+        built_for: weights that the caller loads afterwards, such as those of a checkpoint; constructors that depend on
+            weights look there.
 
     Raises:
         ConfigError: a key is missing, such as ``weights``, or contradicts another.
@@ -87,11 +91,13 @@ def load_model(
     build, request = resolve(config, num_classes, allow_new_head, where)
     require_weights(config, where=where)
     architecture = _architecture(request)
+    if built_for is not None:
+        request = replace(request, read=lambda: built_for)
     with _derived_randomness(seed):
         built = build(request)
     spec = input_spec(config, built.own, size, where)
-    notes = load_weights(built, request)
-    return LoadedModel(wrap(built, request, size=spec.size), spec, architecture, notes)
+    notes = load_weights(built, request) if built_for is None else ()
+    return LoadedModel(wrap(built, request, size=spec.size), spec, architecture, (*notes, *built.notes))
 
 
 def load_weights(built: Built, request: Request) -> tuple[str, ...]:
@@ -105,11 +111,9 @@ def load_weights(built: Built, request: Request) -> tuple[str, ...]:
         ModelError: the weights do not fit, or are not those of ``sha256``.
         StorageInputError: the URL is refused, missing or not readable.
     """
-    config, where = request.config, f"{request.where}.weights"
-    if config.weights_url is None:
+    if request.read is None:
         return ()
-    with reading_weights(config.weights_url, where=where):
-        file = read_state(config.weights_url, sha256=config.sha256, where=where)
+    file, where = request.read(), f"{request.where}.weights"
     device = next(iter(built.network.state_dict().values()), torch.empty(0)).device
     if device.type == "meta":
         # In place: a state dict may carry the versions of its modules as an attribute.
@@ -118,8 +122,22 @@ def load_weights(built: Built, request: Request) -> tuple[str, ...]:
             state[name] = tensor.to(device)
     if not request.allow_new_head:
         _refuse_missing_head(built, file.state, request)
-    load_state(built.network, file.state, source=storage.redact(config.weights_url), where=where)
+    load_state(built.network, file.state, source=storage.redact(str(request.config.weights)), where=where)
     return file.notes
+
+
+def _reader(config: ModelConfig, where: str) -> Callable[[], WeightsFile] | None:
+    """Reads the file of the weights URL, once."""
+    url = config.weights_url
+    if url is None:
+        return None
+
+    @cache
+    def read() -> WeightsFile:
+        with reading_weights(url, where=where):
+            return read_state(url, sha256=config.sha256, where=where)
+
+    return read
 
 
 @contextlib.contextmanager
@@ -228,7 +246,12 @@ def resolve(
         name = config.model.removeprefix(prefix)
         if name and name != config.model:
             return build, Request(
-                config=config, name=name, num_classes=num_classes, allow_new_head=allow_new_head, where=where
+                config=config,
+                name=name,
+                num_classes=num_classes,
+                allow_new_head=allow_new_head,
+                where=where,
+                read=_reader(config, f"{where}.weights"),
             )
     raise ModelError("this is not the name of a model", where=f"{where}.model", got=config.model, wanted=_forms())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -32,8 +32,8 @@ def outline_model(config: ModelConfig, *, num_classes: int, size: int | None, wh
         ConfigError: a key is missing or contradicts another.
         ModelError: the model is unknown, cannot be built as asked, or does not run at this size.
     """
-    unloaded = config.model_copy(update={"weights": "random", "sha256": None})
-    build, request = resolve(unloaded, num_classes, True, where)
+    build, request = resolve(config, num_classes, True, where)
+    request = replace(request, read=None, builds_only=True)
     with torch.device("meta"):
         built = build(request)
     spec = input_spec(config, built.own, size, where)
@@ -59,7 +59,8 @@ def check_weights(config: ModelConfig, *, num_classes: int, size: int | None, wh
     require_weights(config, where=where)
     outline_model(config, num_classes=num_classes, size=size, where=where)
     build, request = resolve(config, num_classes, False, where)
-    if config.weights_url is not None:
+    if request.read is not None:
+        request.read()  # before the meta device is the default of whatever is read
         with torch.device("meta"):
             built = build(request)
         load_weights(built, request)

@@ -14,10 +14,13 @@ def wrap(built: Built, request: Request, *, size: int) -> EmbeddingModel:
     """The network as an ``EmbeddingModel`` in eval mode, proven by a forward of two images of ``size`` pixels.
 
     Raises:
-        ModelError: the forward fails at this size, or does not give finite [2,K] logits and a finite [2,D] embedding.
+        ModelError: the forward fails at this size, or does not give finite [2,K] logits and a finite [2,D] embedding;
+            or a student does not give logits and embedding in training mode.
     """
     logits_BK, embedding_BD = answers(built, request, size=size)
     _check_finite(logits_BK, embedding_BD, request)
+    if request.where == "student":
+        _check_training(built, request, size=size)
     model = EmbeddingModel(
         built.network,
         built.heads,
@@ -36,9 +39,7 @@ def answers(built: Built, request: Request, *, size: int) -> tuple[Tensor, Tenso
     """
     built.network.eval()
     observe(built.network, built.heads)
-    device = next(built.network.parameters(), torch.empty(0)).device
-    # A ramp, not zeros: a black image can leave every embedding at zero, and then any layer seems to be the head.
-    images_BCHW = torch.linspace(-1, 1, 2 * 3 * size * size, device=device).reshape(2, 3, size, size)
+    images_BCHW = _images(built, size)
     try:
         with torch.no_grad():
             logits_BK, embedding_BD = ask(built.network, built.heads, images_BCHW)
@@ -51,7 +52,56 @@ def answers(built: Built, request: Request, *, size: int) -> tuple[Tensor, Tenso
             next_step=_size_advice(built, request, size),
         ) from error
     _check(logits_BK, embedding_BD, request)
+    _check_width(built, embedding_BD.shape[1], request)
     return logits_BK, embedding_BD
+
+
+def _images(built: Built, size: int) -> Tensor:
+    """[2,3,size,size] on the network's device. A ramp, not zeros: a black image can leave every embedding at zero, and
+    then any layer seems to be the head."""
+    device = next(built.network.parameters(), torch.empty(0)).device
+    return torch.linspace(-1, 1, 2 * 3 * size * size, device=device).reshape(2, 3, size, size)
+
+
+def _check_width(built: Built, width: int, request: Request) -> None:
+    if built.embedding_dim in (None, width):
+        return
+    raise ModelError(
+        f"the head of {request.config.model} does not read the embedding of the library",
+        code="model.embedding-width",
+        where=f"{request.where}.model",
+        got=f"D = {width} at {' and '.join(built.heads)}",
+        wanted=f"D = {built.embedding_dim}, the network's head_hidden_size",
+        next_step=f"check {request.where}.kwargs, such as global_pool, or choose another name",
+    )
+
+
+def _check_training(built: Built, request: Request, *, size: int) -> None:
+    """One forward in training mode, in which some networks return auxiliary outputs. Leaves no trace."""
+    buffers = {name: buffer.clone() for name, buffer in built.network.named_buffers()}
+    logits: object = None
+    failure: Exception | None = None
+    built.network.train()
+    try:
+        # Dropout draws, and BatchNorm moves its statistics.
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            logits, _ = ask(built.network, built.heads, _images(built, size))
+    except Exception as error:
+        failure = error
+    built.network.eval()
+    with torch.no_grad():
+        for name, buffer in built.network.named_buffers():
+            buffer.copy_(buffers[name])
+    if isinstance(logits, Tensor):
+        return
+    raise ModelError(
+        f"{request.config.model} does not return logits alone in training mode",
+        code="model.training-outputs",
+        where=f"{request.where}.model",
+        got=type(logits).__name__ if failure is None else cause(failure),
+        wanted=f"a tensor [B,{request.num_classes}], as in eval mode",
+        next_step=f"turn auxiliary outputs off in {request.where}.kwargs, such as aux_logits: false",
+    ) from failure
 
 
 def _check(logits_BK: object, embedding_BD: object, request: Request) -> None:

@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Collection, Generator
+from collections.abc import Callable, Collection, Generator, Mapping
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.errors import ConfigError, ModelError, StillroomError
 from schemas.config import ModelConfig, Triple
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsFile:
+    """What a file of weights holds.
+
+    Attributes:
+        state: tensors on the CPU by the names that the file has.
+        notes: what a user should know of the choice; empty where there was none.
+        transform_input: of torchvision's GoogLeNet and Inception, in files that Stillroom wrote; None in others.
+    """
+
+    state: Mapping[str, Tensor]
+    notes: tuple[str, ...] = ()
+    transform_input: bool | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +37,9 @@ class Request:
         num_classes: K, the width of the head.
         allow_new_head: pretrained weights with another head may be taken without it (the head is drawn anew).
         where: YAML section, such as ``teacher``.
+        read: gives the weights that the caller loads into the network; None where there are none. Networks whose
+            constructor depends on its weights look there.
+        builds_only: neither weights nor initial values are needed, such as for a network on the meta device.
     """
 
     config: ModelConfig
@@ -29,10 +47,13 @@ class Request:
     num_classes: int
     allow_new_head: bool
     where: str
+    read: Callable[[], WeightsFile] | None = None
+    builds_only: bool = False
 
     @property
     def pretrained(self) -> bool:
-        return self.config.weights == "pretrained"
+        """Whether the source itself loads the library's weights."""
+        return self.config.weights == "pretrained" and self.read is None and not self.builds_only
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,13 +70,16 @@ class OwnInput:
 class Built:
     """A bare network, the names of its heads (none: it has ``forward_embedding``), and what it eats.
 
-    ``size_kwarg`` is the constructor's name for an input size, for advice in errors.
+    ``size_kwarg`` is the constructor's name for an input size, for advice in errors. ``embedding_dim`` is the library's
+    D, to which the heads' inputs are compared; None where it gives none. ``notes`` are reported to the user.
     """
 
     network: nn.Module
     heads: tuple[str, ...]
     own: OwnInput
     size_kwarg: str | None = None
+    embedding_dim: int | None = None
+    notes: tuple[str, ...] = ()
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from typing import Any
 
 import timm
 from timm.data.config import resolve_model_data_config
+from timm.layers.classifier import ClassifierHead, ClNormMlpClassifierHead, NormMlpClassifierHead
 from torch import nn
 
 from pipeline.errors import ModelError
@@ -36,12 +37,15 @@ _RESERVED = frozenset(
 # timm downloads through whichever HTTP client its hub package uses; not all of their errors are OSErrors.
 _NETWORK_PACKAGES = frozenset({"httpx", "httpcore", "requests", "urllib3", "huggingface_hub"})
 
+_POOLING_HEADS = (ClassifierHead, NormMlpClassifierHead, ClNormMlpClassifierHead)
+
 
 def build(request: Request) -> Built:
     """Builds a timm model; its input comes from its pretrained configuration, whatever weights it gets.
 
     Raises:
-        ModelError: unknown name or tag, no or unreachable pretrained weights, or arguments that do not fit.
+        ModelError: unknown name or tag, no or unreachable pretrained weights, arguments that do not fit, or no
+            classifier whose input is an embedding.
     """
     _check_name(request)
     refuse_reserved(request, _RESERVED)
@@ -49,8 +53,13 @@ def build(request: Request) -> Built:
         _check_pretrained(request)
     with building(request):
         network = _create(request)
+    width = getattr(network, "head_hidden_size", None)
     return Built(
-        network=network, heads=_heads(network), own=_own_input(network, request.config.kwargs), size_kwarg="img_size"
+        network=network,
+        heads=_heads(network, request),
+        own=_own_input(network, request.config.kwargs),
+        size_kwarg="img_size",
+        embedding_dim=width if isinstance(width, int) else None,
     )
 
 
@@ -96,12 +105,30 @@ def _check_pretrained(request: Request) -> None:
     refuse_untrained_head(request, pretrained.num_classes)
 
 
-def _heads(network: Any) -> tuple[str, ...]:
+def _heads(network: Any, request: Request) -> tuple[str, ...]:
     """Names of the classifier, or of all where a distilled or multi-scale model has several."""
-    classifier = network.get_classifier()
-    wanted: Iterable[nn.Module] = classifier if isinstance(classifier, tuple | nn.ModuleList) else (classifier,)
+    get_classifier = getattr(network, "get_classifier", None)
+    classifier = None if get_classifier is None else get_classifier()
+    parts: Iterable[object] = classifier if isinstance(classifier, tuple | nn.ModuleList) else (classifier,)
     names = {id(module): name for name, module in network.named_modules()}
-    return tuple(names[id(module)] for module in wanted)
+    # SAM's encoders return the module around the layer, which reads a map.
+    layers = [part.fc if isinstance(part, _POOLING_HEADS) else part for part in parts]
+    # An empty name is the whole network; a list of heads inside a tuple has no single input.
+    if not layers or not all(names.get(id(layer)) and not isinstance(layer, nn.ModuleList) for layer in layers):
+        raise _no_single_head(request, None if get_classifier is None else classifier)
+    return tuple(names[id(layer)] for layer in layers)
+
+
+def _no_single_head(request: Request, classifier: object) -> ModelError:
+    kinds = [type(part).__name__ for part in classifier] if isinstance(classifier, tuple) else type(classifier).__name__
+    return ModelError(
+        "this network has no classifier whose input is an embedding",
+        code="model.no-classifier",
+        where=f"{request.where}.model",
+        got=f"{request.config.model} has none" if classifier is None else f"{request.config.model} has {kinds}",
+        wanted="a classifier of one layer, or of several with one input each",
+        next_step=f"choose another name, or remove features_only from {request.where}.kwargs",
+    )
 
 
 def _own_input(network: nn.Module, kwargs: dict[str, Any]) -> OwnInput:

@@ -10,7 +10,7 @@ import shlex
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -23,8 +23,8 @@ from torch.serialization import safe_globals
 from pipeline import storage
 from pipeline.errors import ModelError
 from pipeline.fingerprint import digest
-from pipeline.models.file_formats import ZIP, format_of, is_plain_pickle
-from pipeline.models.source import cause
+from pipeline.models.file_formats import HEADER_BYTES, ZIP, format_of, is_plain_pickle
+from pipeline.models.source import WeightsFile, cause
 from pipeline.models.state_dicts import (
     AVERAGED_KEYS,
     TRAINED_KEYS,
@@ -35,6 +35,8 @@ from pipeline.models.state_dicts import (
 )
 
 _SHOWN = 4
+# Keys that files of Stillroom alone have: an exported student, a checkpoint of a run.
+_STILLROOM = ("run_config_sha256", "projectors")
 _OF_TORCHSCRIPT, _BYTEARRAY = "/constants.pkl", b"\nbytearray\n"
 
 
@@ -60,19 +62,6 @@ _NUMPY: list[Any] = [
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class WeightsFile:
-    """What a file of weights holds.
-
-    Attributes:
-        state: tensors on the CPU by the names that the file has.
-        notes: what a user should know of the choice; empty where there was none.
-    """
-
-    state: Mapping[str, Tensor]
-    notes: tuple[str, ...] = ()
-
-
 def read_state(url: str, *, sha256: str | None, where: str) -> WeightsFile:
     """Reads a file of safetensors or ``torch.save``, whatever its name.
 
@@ -89,9 +78,23 @@ def read_state(url: str, *, sha256: str | None, where: str) -> WeightsFile:
     _check_name(url, where)
     data = storage.read(url)
     _check_digest(data, sha256, url, where)
-    is_safetensors = format_of(data, url, where) == "safetensors"
-    content = _safetensors(data, url, where) if is_safetensors else _unpickled(data, url, where)
-    return _opened(content, url, where)
+    if format_of(data, url, where) == "safetensors":
+        content, facts = _safetensors(data, url, where), _metadata(data)
+    else:
+        content = facts = _unpickled(data, url, where)
+    return replace(_opened(content, url, where), transform_input=transform_input_of(facts))
+
+
+def transform_input_of(facts: object) -> bool | None:
+    """Whether a student of Stillroom transforms its input, by the facts next to its weights; None for other files.
+
+    Args:
+        facts: a checkpoint's content, or the metadata of an exported file. Those of older versions lack the key, and
+            students did not transform their input then.
+    """
+    if not isinstance(facts, Mapping) or not any(key in facts for key in _STILLROOM):
+        return None
+    return facts.get("transform_input") in (True, "true")
 
 
 def load_state(network: nn.Module, state: Mapping[str, Tensor], *, source: str, where: str) -> None:
@@ -189,6 +192,12 @@ def _safetensors(data: bytes, url: str, where: str) -> object:
         return safetensors.torch.load(data)
     except safetensors.SafetensorError as error:
         raise _unreadable(url, where, error) from error
+
+
+def _metadata(data: bytes) -> object:
+    """Texts by name from the header of a safetensors file that is whole."""
+    size = int.from_bytes(data[:HEADER_BYTES], "little")
+    return json.loads(data[HEADER_BYTES : HEADER_BYTES + size]).get("__metadata__")
 
 
 def load_pickled(data: bytes) -> Any:

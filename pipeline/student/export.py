@@ -13,6 +13,7 @@ import safetensors.torch
 from pipeline import storage
 from pipeline.errors import ConfigError
 from pipeline.fingerprint import digest, weights_digest
+from pipeline.models.torchvision_source import input_transform
 from pipeline.student import checkpoint
 from pipeline.student.graphs import Classifier, check_onnx_packages, write_onnx, write_pt2
 from pipeline.student.trained import CheckpointName, Trained, load_trained
@@ -137,6 +138,7 @@ def _described(trained: Trained, run_url: str, checkpoint_name: str, *, with_nor
         "std": json.dumps(list(student.input.std)),
         "checkpoint": checkpoint_name,
         "step": str(trained.step),
+        **{key: json.dumps(value) for key, value in input_transform(student.module.network).items()},
         "weights_digest": weights_digest(student.module.network.state_dict()),
         "run_config_sha256": digest(storage.read(storage.join(run_url, checkpoint.CONFIG))),
     }

@@ -24,6 +24,8 @@ from pipeline.models import (
     unsafe_in_channels_last,
     with_maps,
 )
+from pipeline.models.torchvision_source import input_transform
+from pipeline.models.weights import transform_input_of
 from pipeline.student import checkpoint
 from pipeline.student.accumulate import combined, fewest_rows, micro_batches, num_pieces
 from pipeline.student.advice import advice
@@ -605,6 +607,7 @@ class Trainer:
             "best": None if self.best is None else asdict(self.best),
             "seconds": self.seconds,
             "order": self._order_id(),
+            **input_transform(evaluated),
         }
 
     def _order_id(self) -> str:
@@ -612,6 +615,16 @@ class Trainer:
         order = self.order
         rows = [*zip(order.shard_ids, order.num_ok_S.tolist(), strict=True)]
         return short([order.seed, order.global_batch_size, order.num_lanes, order.kind, order.tail, rows])
+
+    def _restore_input_transform(self, state: dict[str, Any]) -> None:
+        """A run that was begun before torchvision's networks were built as for their weights goes on as it began."""
+        assert self.config.student is not None
+        if "transform_input" in self.config.student.kwargs:
+            return
+        networks: tuple[Any, ...] = self.updater.evaluated.network, self.student.model.network
+        for network in networks:
+            if input_transform(network):
+                network.transform_input = bool(transform_input_of(state))
 
     def _resume(self) -> None:
         state = checkpoint.load(self.run_url, checkpoint.LAST)
@@ -627,6 +640,7 @@ class Trainer:
         self.updater.evaluated.network.load_state_dict(state["model"])
         if state["raw"] is not None:
             self.student.model.network.load_state_dict(state["raw"])
+        self._restore_input_transform(state)
         self.student.projectors.load_state_dict(state["projectors"])
         if self.student.review is not None:
             self.student.review.load_state_dict(state["review"])

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from pipeline import storage
 from pipeline.config import require
 from pipeline.errors import ConfigError, ModelError
-from pipeline.models import LoadedModel, load_model
+from pipeline.models import LoadedModel, WeightsFile, load_model
+from pipeline.models.weights import transform_input_of
 from pipeline.student import checkpoint
 from pipeline.student.facts import LessonFacts, lesson_facts
 from pipeline.student.finite import FiniteWeights
@@ -62,12 +63,6 @@ def load_trained(run_url: str, checkpoint_name: CheckpointName) -> Trained:
     require(config, "student.model", "run.url", command=f"the config of {storage.redact(run_url)}")
     lessons = lesson_facts(config)
     assert config.student is not None
-    student = load_model(
-        config.student.model_copy(update={"weights": "random", "sha256": None}),
-        num_classes=lessons.num_classes,
-        size=config.student.size or lessons.size,
-        where="student",
-    )
     name = checkpoint.BEST if checkpoint_name == "best" else checkpoint.LAST
     state = checkpoint.load(run_url, name)
     if state is None:
@@ -77,6 +72,13 @@ def load_trained(run_url: str, checkpoint_name: CheckpointName) -> Trained:
             next_step="train it to the end of an epoch"
             + (", with data.val_shards that have labels, or with a teacher online" if name == checkpoint.BEST else ""),
         )
+    student = load_model(
+        config.student.model_copy(update={"weights": "random", "sha256": None}),
+        num_classes=lessons.num_classes,
+        size=config.student.size or lessons.size,
+        where="student",
+        built_for=WeightsFile(state["model"], transform_input=transform_input_of(state)),
+    )
     weights = FiniteWeights.of([student.module.network])
     student.module.network.load_state_dict(state["model"])
     _check_finite(weights, storage.join(run_url, name), int(state["step"]))

@@ -1,0 +1,125 @@
+"""The embedding of a timm network has timm's own width, or the network is refused by code before any work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import ModelError
+from pipeline.models import LoadedModel, load_model
+from schemas.config import ModelConfig
+from tests.pipeline.models.factories import Plain
+
+NO_CLASSIFIER = "model.no-classifier"
+
+
+def load(model: str, kwargs: dict[str, Any], **options: Any) -> LoadedModel:
+    config = ModelConfig.model_validate({"model": model, "kwargs": kwargs, "weights": "random"})
+    return load_model(config, num_classes=7, size=kwargs.get("img_size", 64), **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "width"),
+    [
+        ("samvit_base_patch16_224", {"img_size": 64, "depth": 1}, 768),
+        ("samvit_base_patch16", {"img_size": 64, "depth": 1}, 256),
+        ("samvit_base_patch16_224", {"img_size": 96, "depth": 1}, 768),
+        ("caformer_s18", {}, 512),
+    ],
+)
+def test_the_embedding_is_timms_pre_logits(name: str, kwargs: dict[str, Any], width: int) -> None:
+    module = load(f"timm/{name}", kwargs).module
+    size = kwargs.get("img_size", 64)
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    network: Any = module.network
+    with torch.no_grad():
+        logits_BK, embedding_BD = module(images)
+        own = network.forward_head(network.forward_features(images), pre_logits=True)
+        own_logits = network(images)
+    assert module.embedding_dim == width == network.head_hidden_size
+    if isinstance(own, torch.Tensor):
+        torch.testing.assert_close(embedding_BD, own.flatten(1))
+    torch.testing.assert_close(logits_BK, own_logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("efficientvim_m1_dist", {}),
+        ("deepseek_vit_412m_enc", {}),
+        ("test_resnet", {"features_only": True}),
+    ],
+)
+def test_names_without_a_single_classifier_are_refused(name: str, kwargs: dict[str, Any]) -> None:
+    for where in ("teacher", "student"):
+        with torch.device("meta"), pytest.raises(ModelError) as caught:
+            load(f"timm/{name}", kwargs, where=where)
+        assert (caught.value.code, caught.value.where) == (NO_CLASSIFIER, f"{where}.model")
+
+
+def test_a_head_of_another_width_than_timms_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    build = timm.create_model
+
+    def widened(*args: Any, **kwargs: Any) -> Any:
+        network: Any = build(*args, **kwargs)
+        network.head_hidden_size += 1
+        return network
+
+    monkeypatch.setattr(timm, "create_model", widened)
+    with pytest.raises(ModelError) as caught:
+        load("timm/test_resnet", {})
+    assert caught.value.code == "model.embedding-width"
+
+
+class Auxiliary(Plain):
+    """Returns a second output in training mode, like GoogLeNet with ``aux_logits``."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Any:
+        logits_BK = super().forward(nn.functional.dropout(self.norm(x), training=self.training))
+        return (logits_BK, logits_BK) if self.training else logits_BK
+
+
+class Silent(Auxiliary):
+    def forward(self, x: Tensor) -> Any:
+        logits = super().forward(x)
+        return logits[0] if self.training else logits
+
+
+OWN = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "weights": "random"}
+HERE = "python:tests.pipeline.models.test_timm_names"
+
+
+@pytest.mark.parametrize(
+    ("model", "kwargs"),
+    [
+        (f"{HERE}:Auxiliary", {}),
+        ("torchvision/googlenet", {"aux_logits": True}),
+    ],
+)
+def test_a_student_with_several_outputs_in_training_mode_is_refused(model: str, kwargs: dict[str, Any]) -> None:
+    keys = OWN if model.startswith(HERE) else {"weights": "random"}
+    config = ModelConfig.model_validate({"model": model, "kwargs": kwargs, **keys})
+    assert load_model(config, num_classes=7, size=64).module.num_classes == 7  # a teacher never trains
+    with pytest.raises(ModelError) as caught:
+        load_model(config, num_classes=7, size=64, where="student")
+    assert (caught.value.code, caught.value.where) == ("model.training-outputs", "student.model")
+    assert "tuple" in str(caught.value.got) or "GoogLeNetOutputs" in str(caught.value.got)
+
+
+def test_looking_at_training_mode_moves_neither_statistics_nor_generators() -> None:
+    config = ModelConfig.model_validate({"model": f"{HERE}:Silent", **OWN})
+    before = torch.get_rng_state()
+    student = load_model(config, num_classes=7, size=64, where="student").module
+    assert torch.equal(torch.get_rng_state(), before)
+    fresh = nn.BatchNorm2d(3).state_dict()
+    norm: Any = student.network.norm
+    assert all(torch.equal(tensor, fresh[name]) for name, tensor in norm.state_dict().items())
+    assert not student.training

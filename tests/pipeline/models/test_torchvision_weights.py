@@ -1,0 +1,176 @@
+"""The same torchvision weights by name and by URL give the same network."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torchvision import models
+
+from pipeline.models import LoadedModel, WeightsFile, load_model
+from pipeline.models.load import resolve
+from pipeline.models.torchvision_source import input_transform
+from schemas.config import ModelConfig
+
+Publish = Callable[[Mapping[str, Tensor]], None]
+WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
+
+
+def published_state(name: str) -> dict[str, Tensor]:
+    """Random values under the names, shapes and versions of the published file."""
+    published: Any = models.get_model_weights(name)["DEFAULT"]
+    extra: dict[str, Any] = {"aux_logits": True, "init_weights": False} if name in WITH_AUXILIARY_HEADS else {}
+    if name.startswith("vit_"):
+        extra = {"image_size": published.meta["min_size"][0]}
+    network = models.get_model(name, weights=None, **extra)
+    generator = torch.Generator().manual_seed(0)
+    for tensor in network.state_dict().values():
+        if tensor.ndim > 1 and not tensor.is_meta:
+            nn.init.kaiming_normal_(tensor, generator=generator)
+    return network.state_dict()
+
+
+@pytest.fixture
+def publish(monkeypatch: pytest.MonkeyPatch) -> Publish:
+    """Stands for the download alone: torchvision's own code takes it from there."""
+
+    def use(state: Mapping[str, Tensor]) -> None:
+        def get_state_dict(*_args: Any, **_kwargs: Any) -> Any:
+            copy: Any = OrderedDict((name, tensor.clone()) for name, tensor in state.items())
+            copy._metadata = getattr(state, "_metadata", None)
+            return copy
+
+        monkeypatch.setattr(models.WeightsEnum, "get_state_dict", get_state_dict)
+
+    return use
+
+
+def load(name: str, weights: str, **keys: Any) -> LoadedModel:
+    config = ModelConfig.model_validate({"model": f"torchvision/{name}", "weights": weights, **keys})
+    return load_model(config, num_classes=1000, size=smallest(name))
+
+
+def smallest(name: str) -> int:
+    return max(64, *models.get_model_weights(name)["DEFAULT"].meta["min_size"])
+
+
+def images(name: str) -> Tensor:
+    size = smallest(name)
+    return torch.linspace(-200, 200, 2 * 3 * size * size).reshape(2, 3, size, size).sin()
+
+
+def logits(name: str, network: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return network(images(name))
+
+
+def torchvisions_own(name: str) -> nn.Module:
+    """By torchvision's own builder; auxiliary heads have no outputs in eval mode."""
+    return models.get_model(name, weights="DEFAULT", progress=False).eval()
+
+
+def check_logits(name: str, publish: Publish, url: Path) -> None:
+    state = published_state(name)
+    publish(state)
+    if url.suffix == ".safetensors":
+        safetensors.torch.save_file(dict(state), url)
+    else:
+        torch.save(state, url)
+    own = torchvisions_own(name)
+    expected = logits(name, own)
+    assert expected.std() > 0
+    for weights in ("pretrained", str(url)):
+        loaded = load(name, weights)
+        torch.testing.assert_close(logits(name, loaded.module.network), expected, rtol=0, atol=0)
+        assert input_transform(loaded.module.network) == input_transform(own)
+
+
+def check_structure(name: str, publish: Publish) -> None:
+    """What decides the logits but for the numbers: every argument of every layer, names, shapes and flags."""
+    with torch.device("meta"):
+        state = published_state(name)
+        publish(state)
+        own = torchvisions_own(name)
+        config = ModelConfig.model_validate({"model": f"torchvision/{name}", "weights": "pretrained"})
+        build, request = resolve(config, 1000, False, "teacher")
+        built = [build(request), build(replace(request, read=lambda: WeightsFile(state)))]
+    for network in (one.network for one in built):
+        assert repr(network) == repr(own)
+        shapes = {key: tensor.shape for key, tensor in network.state_dict().items()}
+        assert shapes == {key: tensor.shape for key, tensor in own.state_dict().items()}
+        assert input_transform(network) == input_transform(own)
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("googlenet", "weights.pth"),
+        ("googlenet", "weights.safetensors"),
+        ("mnasnet0_5", "weights.pth"),
+        ("mnasnet0_5", "weights.safetensors"),
+    ],
+)
+def test_weights_by_name_and_by_url_give_torchvisions_logits(
+    name: str, file: str, publish: Publish, tmp_path: Path
+) -> None:
+    check_logits(name, publish, tmp_path / file)
+
+
+def test_a_vit_of_another_size_is_built_for_its_file_and_by_name_for_the_published_one(publish: Publish) -> None:
+    check_structure("vit_h_14", publish)  # published for 518 pixels, while the constructor's default is 224
+
+
+def test_files_of_old_densenets_load(publish: Publish, tmp_path: Path) -> None:
+    state = {key: tensor for key, tensor in published_state("densenet121").items() if "num_batches" not in key}
+    old = {re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2", key): tensor for key, tensor in state.items()}
+    assert "features.denseblock1.denselayer1.norm.1.weight" in old
+    publish(old)
+    torch.save(old, tmp_path / "old.pth")
+    expected = logits("densenet121", torchvisions_own("densenet121"))
+    for weights in ("pretrained", str(tmp_path / "old.pth")):
+        torch.testing.assert_close(logits("densenet121", load("densenet121", weights).module.network), expected)
+
+
+def test_what_was_decided_for_the_user_is_said_and_kwargs_win(publish: Publish, tmp_path: Path) -> None:
+    state = published_state("googlenet")
+    publish(state)
+    url = str(tmp_path / "weights.pth")
+    torch.save(state, url)
+    transformed, left_out = load("googlenet", url).notes
+    assert "transform_input is true" in transformed
+    assert "20 tensors of auxiliary heads are left out" in left_out
+    assert load("googlenet", "pretrained").notes == ()
+    for weights in ("pretrained", url):
+        loaded = load("googlenet", weights, kwargs={"transform_input": False})
+        assert input_transform(loaded.module.network) == {"transform_input": False}
+        assert "transform_input" not in "".join(loaded.notes)
+        with_heads = load("googlenet", weights, kwargs={"aux_logits": True}).module.network
+        assert with_heads.state_dict().keys() == state.keys()
+
+
+@pytest.mark.parametrize("transforms", [None, True, False])
+@pytest.mark.parametrize("exported", [True, False])
+def test_a_student_of_stillroom_as_a_teacher_has_the_input_that_it_was_trained_with(
+    tmp_path: Path, transforms: bool | None, exported: bool
+) -> None:
+    network = load("googlenet", "random", kwargs={"transform_input": bool(transforms)}).module.network
+    recorded = {} if transforms is None else input_transform(network)  # None: a file of an older version
+    url = tmp_path / "student"
+    if exported:
+        texts = {key: json.dumps(value) for key, value in recorded.items()}
+        safetensors.torch.save_file(network.state_dict(), url, {"run_config_sha256": "0", **texts})
+    else:
+        torch.save({"model": network.state_dict(), "projectors": {}, **recorded}, url)
+    loaded = load("googlenet", str(url))
+    torch.testing.assert_close(logits("googlenet", loaded.module.network), logits("googlenet", network))
+    assert input_transform(loaded.module.network) == {"transform_input": bool(transforms)}
+    assert loaded.notes == ()
