@@ -128,7 +128,7 @@ def test_a_backbone_without_a_classifier_is_no_teacher(tmp_path: Path) -> None:
     torch.save({"fc.weight": state["fc.weight"]}, tmp_path / "head.pt")
     with pytest.raises(ModelError) as caught:
         load_model(config.model_copy(update={"weights": str(tmp_path / "head.pt")}), num_classes=10, size=16)
-    assert caught.value.code == "model.invalid"
+    assert caught.value.code == "weights.misfit"
 
 
 @pytest.mark.parametrize("model", ["timm/vit_small_patch14_dinov2", "timm/vit_base_patch16_siglip_224"])
