@@ -333,7 +333,9 @@ class _Flight:
 
     def _lose(self, attempt: _Attempt, lost: RayError) -> None:
         spent = self._spent_of_lost(attempt, lost)
-        if isinstance(lost, WorkerCrashedError) and self._timeout_s is not None and spent.seconds >= self._timeout_s:
+        # Not the estimate of the seconds spent: no timeout may be taken for a crash, which has retries of its own kind.
+        flown_s = time.monotonic() - attempt.launched
+        if isinstance(lost, WorkerCrashedError) and self._timeout_s is not None and flown_s >= self._timeout_s:
             error = _timed_out(self._name(attempt.item), self._timeout_s, spent.node)
             self._retry(attempt, error, spent, kind="a timeout")
         else:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable
 from datetime import UTC, datetime
 
+from pipeline.redaction import redact_text
 from pipeline.shards.omissions import Omissions, merged
 
 VARIABLE = "STILLROOM_LOG"
@@ -20,9 +21,10 @@ VARIABLE = "STILLROOM_LOG"
 def tell(text: str, *, event: str = "message", level: int = logging.INFO, **fields: object) -> None:
     """One event: ``text`` for people; ``event``, which names its kind, and the fields for machines.
 
-    Plain lines leave out the level ``DEBUG``, at which every finished task is told; JSON has all.
+    Credentials of URLs are left out of the text, and of fields that are text. Plain lines leave out the level ``DEBUG``, at which every finished task is told; JSON has all.
     """
-    _logger.log(level, text, extra={"event": event, "fields": fields})
+    plain = {name: redact_text(value) if isinstance(value, str) else value for name, value in fields.items()}
+    _logger.log(level, redact_text(text), extra={"event": event, "fields": plain})
 
 
 def warn_of_omissions(command: str, several: Iterable[Omissions]) -> None:

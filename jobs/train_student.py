@@ -220,10 +220,13 @@ def _explain(error: TrainingFailedError, relay: Any) -> NoReturn:
 
 
 def _killed(error: TrainingFailedError) -> TrainingError | None:
-    """The message of a worker process that ended without an exception; None where one failed in Python."""
+    """The message of a worker process that ended without an exception, whatever its peers then failed with; None where
+    all failed in Python."""
     failures: dict[int, Exception] = getattr(error, "worker_failures", {})
-    dead = {rank: failure for rank, failure in failures.items() if isinstance(failure, RayActorError)}
-    if not dead or len(dead) < len(failures):
+    # Ray Train wraps the error of a dead actor in one of its health checks.
+    causes = {rank: getattr(failure, "health_check_failure", failure) for rank, failure in failures.items()}
+    dead = {rank: cause for rank, cause in causes.items() if isinstance(cause, RayActorError)}
+    if not dead:
         return None
     return TrainingError(
         "a worker process of the training was killed by a signal",

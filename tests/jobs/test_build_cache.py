@@ -11,7 +11,8 @@ from jobs.build_cache import build_cache
 from jobs.index_shards import index_shards
 from pipeline.cache.build import BusyTime, PartTask, build_part
 from pipeline.cache.inspect import inspect_cache
-from pipeline.errors import CacheError, ShardError
+from pipeline.errors import CacheError, ShardError, StorageInputError
+from pipeline.shards.omissions import Omissions
 from pipeline.shards.write import pack_shards
 from schemas.manifest import Commit
 from tests.jobs.conftest import Tree, config_of, files_below
@@ -184,7 +185,8 @@ def test_a_committed_shard_that_is_gone_or_changed_is_named(
         Path(own[1]).unlink()
     else:
         Path(own[1]).write_bytes(Path(own[1]).read_bytes() + bytes(10240))
-    with pytest.raises(ShardError, match=r"(is missing|changed since)[\s\S]*digits-01\.tar"):
+    kind = StorageInputError if change == "removed" else ShardError
+    with pytest.raises(kind, match=r"(are missing|changed since)[\s\S]*digits-01\.tar"):
         build_cache(config)
     assert files_below(tmp_path / "cache") == whole
 
@@ -194,12 +196,12 @@ def test_a_build_that_was_stopped_can_be_asked_how_far_it_came_and_a_finished_on
 ) -> None:
     made = 0
 
-    def stops_after_five(task: PartTask, busy: BusyTime) -> Commit:
+    def stops_after_five(task: PartTask, busy: BusyTime, omissions: Omissions) -> Commit:
         nonlocal made
         if made == 5:
             raise KeyboardInterrupt
         made += 1
-        return build_part(task, busy)
+        return build_part(task, busy, omissions)
 
     config = config_of(tree())
     with monkeypatch.context() as patch:
