@@ -21,7 +21,8 @@ VARIABLE = "STILLROOM_LOG"
 def tell(text: str, *, event: str = "message", level: int = logging.INFO, **fields: object) -> None:
     """One event: ``text`` for people; ``event``, which names its kind, and the fields for machines.
 
-    Credentials of URLs are left out of the text, and of fields that are text. Plain lines leave out the level ``DEBUG``, at which every finished task is told; JSON has all.
+    Credentials of URLs are left out of the text, and of fields that are text. Plain lines leave out the level
+    ``DEBUG``, at which every finished task is logged; JSON has all.
     """
     plain = {name: redact_text(value) if isinstance(value, str) else value for name, value in fields.items()}
     _logger.log(level, redact_text(text), extra={"event": event, "fields": plain})

@@ -30,7 +30,7 @@ def report_moved(urls: Sequence[str], next_step: str) -> Generator[None]:
     try:
         yield
     except StorageInputError as error:
-        if error.code != storage.MISSING_FILE or error.where not in map(storage.redact, urls):
+        if error.code != storage.MISSING_FILE or error.where not in [storage.redact(url) for url in urls]:
             raise
         looked_up = urls[:_MAX_LOOK_UPS]
         with ThreadPoolExecutor(_THREADS) as pool:
