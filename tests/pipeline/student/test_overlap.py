@@ -30,7 +30,9 @@ def validation(tmp_path: Path) -> list[str]:
 def warnings_of(config: Config) -> list[str]:
     told: list[dict[str, Any]] = []
     train(config, report=told.append)
-    return [event["text"] for event in told if event["kind"] == "warning"]
+    texts = [event["text"] for event in told if event["kind"] == "warning"]
+    # The teacher of these tests has random weights, of which every run warns.
+    return [text for text in texts if not text.startswith("teacher.weights is random")]
 
 
 @pytest.mark.parametrize("mode", ["cache", "none"])

@@ -128,7 +128,9 @@ def test_two_ranks_train_as_one_process(replays: Replay, colleagues: Replay, tmp
     train_with_two_ranks([*two, run_config(base, tmp_path / "normalised", **normalised, **ranks)], tmp_path)
 
     pairs = [(name, "alone", 1e-6) for name in ("two", "grown")]
-    pairs += [(name, f"{name}-alone", 1e-5) for name in ("gathered", "headless", "taught")]
+    pairs += [(name, f"{name}-alone", 1e-5) for name in ("headless", "taught")]
+    # 1.5e-5 on a processor with AVX2, whose sums are of other groups than those of AVX-512.
+    pairs += [("gathered", "gathered-alone", 4e-5)]
     for name, one, atol in pairs:
         wanted = weights(tmp_path / one)
         for key, value in weights(tmp_path / name).items():
