@@ -129,7 +129,7 @@ def test_two_ranks_train_as_one_process(replays: Replay, colleagues: Replay, tmp
 
     pairs = [(name, "alone", 1e-6) for name in ("two", "grown")]
     pairs += [(name, f"{name}-alone", 1e-5) for name in ("headless", "taught")]
-    # 1.5e-5 on a processor with AVX2, whose sums are of other groups than those of AVX-512.
+    # A measured bound, not a derived one: 1.52e-5 was seen on an AVX2 processor, for older code too; why is not known.
     pairs += [("gathered", "gathered-alone", 4e-5)]
     for name, one, atol in pairs:
         wanted = weights(tmp_path / one)
