@@ -82,4 +82,4 @@ IMAGES_PER_S = Level("train_images_per_second", "Over all ranks, since the step 
 DATA_WAIT = Level("train_data_wait_share", "Share of the leader's time that it waited for data, 0 to 1.", _RUN)
 TOP1 = Level("train_top1", "Accuracy of the last evaluation, 0 to 1.", _RUN)
 TOP5 = Level("train_top5", "Of that evaluation, 0 to 1.", _RUN)
-AGREEMENT = Level("train_agreement", "Of student and online teacher in that evaluation, 0 to 1.", _RUN)
+AGREEMENT = Level("train_agreement", "Of student and teacher in that evaluation, 0 to 1.", _RUN)

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+from rich.filesize import decimal
 from rich.table import Table
 
 from jobs import meters
@@ -58,6 +59,8 @@ class TrainingView:
                 self._tell(f"warning: {fields.pop('text')}", "warning", logging.WARNING, fields)
             case "validation":
                 self._checked(fields)
+            case "validation-teacher":
+                self._asked(fields)
             case "rank":
                 self._place(fields)
             case "begin":
@@ -76,6 +79,11 @@ class TrainingView:
         """What reading the validation samples before the first step cost."""
         text = f"{counted(fields['samples'], 'validation sample')} in {counted(fields['shards'], 'shard')}"
         self._tell(f"{text} read and checked in {fields['read_s']:.1f} s", "validation", logging.INFO, fields)
+
+    def _asked(self, fields: dict[str, Any]) -> None:
+        """What the teacher beside a cache cost before the first step."""
+        text = f"the teacher's outputs for the validation images, {decimal(fields['size_bytes'])} per rank"
+        self._tell(f"{text}, took {fields['seconds']:.1f} s", "validation-teacher", logging.INFO, fields)
 
     def _place(self, fields: dict[str, Any]) -> None:
         self._count_hours()

@@ -463,6 +463,11 @@ class TrainConfig(Section):
     tail: Literal["drop", "short"] = Field("drop", description="Rows beyond the last full global batch.")
     num_workers: int = Field(0, ge=0, description="Loader processes per rank.")
     eval_every_epochs: int = Field(1, ge=0, description="0: only after the last epoch.")
+    eval_agreement: bool | None = Field(
+        None,
+        description="Agreement with the teacher in each evaluation; true: from a cache too, of the teacher that is "
+        "named beside it. Default: of one online teacher.",
+    )
     checkpoint_every_epochs: int = Field(1, ge=1, description="How much a killed run loses at most.")
     checkpoint_every_steps: int | None = Field(None, ge=1, description="The same within long epochs.")
     keep_every_epochs: int | None = Field(None, ge=1, description="Epochs between checkpoints that are never replaced.")

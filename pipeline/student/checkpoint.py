@@ -43,6 +43,7 @@ _MAY_CHANGE = {
         "checkpoint_every_steps",
         "keep_every_epochs",
         "tensorboard",
+        "eval_agreement",
         # Rounds otherwise, but may be the way out of a crash.
         "channels_last",
     },

@@ -6,9 +6,9 @@ In fp32, whatever a student was trained in: the numbers are those of its weights
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from torchmetrics.classification import MulticlassCalibrationError
 
 from pipeline import storage
 from pipeline.cache.ranking import class_ranks, predicted_classes
-from pipeline.errors import CacheError, ConfigError, EvaluationError, StorageInputError
+from pipeline.errors import CacheError, ConfigError, EvaluationError, ShardError, StorageInputError
 from pipeline.fingerprint import weights_digest
 from pipeline.models import EmbeddingModel, InputSpec
 from pipeline.shards.index import IndexBuilder, ShardIndex, check_samples
@@ -121,6 +121,48 @@ class _Outputs:
 
     logits_NK: Tensor
     embedding_ND: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AskedTeacher:
+    """A teacher's outputs for one rank's share of the validation images; its network need not stay in memory.
+
+    Attributes:
+        groups: of each shard, by URL: the keys of each mix group's samples, and what the teacher answered.
+    """
+
+    groups: Mapping[str, list[tuple[list[str], _Outputs]]]
+
+    @property
+    def size_bytes(self) -> int:
+        asked = (outputs for groups in self.groups.values() for _, outputs in groups)
+        return sum(outputs.logits_NK.nbytes + outputs.embedding_ND.nbytes for outputs in asked)
+
+    def answers(self, url: str, groups: Iterator[GroupViews]) -> Iterator[tuple[GroupViews, _Outputs]]:
+        """
+        Raises:
+            ShardError: the shard no longer holds the samples that the teacher was asked about.
+        """
+        kept = self.groups[url]
+        num_seen = 0
+        for group in groups:
+            keys = [sample.key for sample in group.samples]
+            if num_seen == len(kept) or kept[num_seen][0] != keys:
+                raise _changed_shard(url)
+            yield group, kept[num_seen][1]
+            num_seen += 1
+        if num_seen < len(kept):
+            raise _changed_shard(url)
+
+
+def _changed_shard(url: str) -> ShardError:
+    return ShardError(
+        "a validation shard was replaced while the run goes on",
+        code="shard.replaced",
+        where=storage.redact(url),
+        got="other samples than those that the teacher was asked about before the first step",
+        next_step="run the command again: it goes on from its last checkpoint and asks the teacher anew",
+    )
 
 
 @dataclass(slots=True)
@@ -250,7 +292,7 @@ class Evaluator:
         self,
         model: EmbeddingModel,
         spec: InputSpec,
-        teacher: Teacher | None = None,
+        teacher: Teacher | AskedTeacher | None = None,
         *,
         subject: Subject = _CLASSIFIER,
         on_index: Callable[[ShardIndex], None] | None = None,
@@ -285,6 +327,22 @@ class Evaluator:
             )
         return found
 
+    @torch.inference_mode()
+    def ask(self, teacher: Teacher, *, keeps_embeddings: bool) -> AskedTeacher:
+        """A teacher's outputs for all images of this rank, for evaluations that come later."""
+        asked: dict[str, list[tuple[list[str], _Outputs]]] = {}
+        for url in self.own_urls:
+            with self._held(url) as local, ThreadPoolExecutor(self.num_threads) as pool:
+                groups = self._groups(local, url, teacher.loaded.input, pool, IndexBuilder(shard_id(url)))
+                asked[url] = [
+                    (
+                        [sample.key for sample in group.samples],
+                        _outputs_of_teacher(teacher, group, keeps_embeddings=keeps_embeddings),
+                    )
+                    for group in groups
+                ]
+        return AskedTeacher(asked)
+
     def _calibration(self) -> MulticlassCalibrationError:
         """Gathers confidences over all ranks by itself, also from ranks without any."""
         assert self.data.num_classes is not None
@@ -293,16 +351,13 @@ class Evaluator:
 
     @torch.inference_mode()
     def _shard(
-        self, url: str, model: EmbeddingModel, spec: InputSpec, teacher: Teacher | None, tally: _Tally
+        self, url: str, model: EmbeddingModel, spec: InputSpec, teacher: Teacher | AskedTeacher | None, tally: _Tally
     ) -> ShardIndex:
         builder = IndexBuilder(shard_id(url))
         finite = _FiniteRows()
-        with self.report_moved():
-            file = NodeStore.of(self.data).hold_url(url)
-        with file as held, ThreadPoolExecutor(self.num_threads) as pool:
-            for group, teacher_group in self._pairs(held.path, url, spec, teacher, pool, builder):
+        with self._held(url) as local, ThreadPoolExecutor(self.num_threads) as pool:
+            for group, of_teacher in self._pairs(local, url, spec, teacher, pool, builder):
                 outputs = _outputs(model, spec, group.pixels_VNCHW[0], self.world.device, tally.subject.projector)
-                of_teacher = None if teacher is None else _outputs_of_teacher(teacher, teacher_group.pixels_VNCHW[0])
                 if finite.add(group, outputs, of_teacher):
                     tally.add(outputs, of_teacher, torch.from_numpy(group.label_N))
         index = builder.finish()
@@ -310,21 +365,33 @@ class Evaluator:
         check_samples(index, self.data, where=url)
         return index
 
+    @contextmanager
+    def _held(self, url: str) -> Generator[Path]:
+        """The local file of a shard."""
+        with self.report_moved():
+            file = NodeStore.of(self.data).hold_url(url)
+        with file as held:
+            yield held.path
+
     def _pairs(
         self,
         local: Path,
         url: str,
         spec: InputSpec,
-        teacher: Teacher | None,
+        teacher: Teacher | AskedTeacher | None,
         pool: ThreadPoolExecutor,
         builder: IndexBuilder,
-    ) -> Iterator[tuple[GroupViews, GroupViews]]:
-        """Each mix group as the student sees it and as the teacher does: the same one where they eat alike."""
+    ) -> Iterator[tuple[GroupViews, _Outputs | None]]:
+        """Each mix group as the student sees it, and the teacher's outputs for the same images."""
         own = self._groups(local, url, spec, pool, builder)
-        if teacher is None or _rendering(teacher.loaded.input) == _rendering(spec):
-            return ((group, group) for group in own)
+        if teacher is None:
+            return ((group, None) for group in own)
+        if isinstance(teacher, AskedTeacher):
+            return teacher.answers(url, own)
+        if _rendering(teacher.loaded.input) == _rendering(spec):
+            return ((group, _outputs_of_teacher(teacher, group)) for group in own)
         theirs = self._groups(local, url, teacher.loaded.input, pool, IndexBuilder(shard_id(url)))
-        return zip(own, theirs, strict=True)
+        return zip(own, (_outputs_of_teacher(teacher, group) for group in theirs), strict=True)
 
     def _groups(
         self, local: Path, url: str, spec: InputSpec, pool: ThreadPoolExecutor, builder: IndexBuilder
@@ -359,9 +426,9 @@ def _outputs(
     return _Outputs(torch.cat(logits), torch.cat(embeddings))
 
 
-def _outputs_of_teacher(teacher: Teacher, pixels_NCHW: Tensor) -> _Outputs:
-    logits_NK, embedding_ND = teacher.ask(pixels_NCHW)
-    return _Outputs(logits_NK.cpu(), embedding_ND.cpu())
+def _outputs_of_teacher(teacher: Teacher, group: GroupViews, *, keeps_embeddings: bool = True) -> _Outputs:
+    logits_NK, embedding_ND = teacher.ask(group.pixels_VNCHW[0])
+    return _Outputs(logits_NK.cpu(), (embedding_ND if keeps_embeddings else embedding_ND[:, :0]).cpu())
 
 
 def make_evaluator(
@@ -407,7 +474,9 @@ def evaluate_run(
     """
     trained = load_trained(run_url, checkpoint_name)
     lessons, student = trained.lessons, trained.student
-    teacher = _compared_teacher(trained.config, lessons, device, run_url) if with_teacher else None
+    run = shlex.quote(storage.redact(run_url))
+    alone = f"measure the student alone: stillroom evaluate {run} --shards … --without-teacher"
+    teacher = teacher_for_agreement(trained.config, lessons, device, or_else=alone) if with_teacher else None
     projector = None if teacher is None else trained.projector(teacher.module.embedding_dim)
     subject = Subject(trained.head_trained, None if projector is None else projector.to(device))
     evaluator = make_evaluator(
@@ -416,18 +485,19 @@ def evaluate_run(
     return evaluator(student.module.to(device), student.input, teacher, subject=subject, on_index=on_index)
 
 
-def _compared_teacher(config: Config, lessons: LessonFacts, device: torch.device, run_url: str) -> Teacher | None:
+def teacher_for_agreement(
+    config: Config, lessons: LessonFacts, device: torch.device, *, or_else: str
+) -> Teacher | None:
+    """As ``teacher_of_run``; ``or_else`` is what to do where its weights are gone."""
     try:
         return teacher_of_run(config, lessons, device)
     except StorageInputError as error:
-        run = shlex.quote(storage.redact(run_url))
         raise StorageInputError(
             "the teacher's weights cannot be read, so agreement and KL cannot be measured",
             code=error.code,
             where=error.where,
             got=error.got,
-            next_step=f"restore the file, or measure the student alone: stillroom evaluate {run} --shards … "
-            "--without-teacher",
+            next_step=f"restore the file, or {or_else}",
         ) from error
 
 

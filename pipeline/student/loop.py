@@ -32,7 +32,15 @@ from pipeline.student.advice import advice
 from pipeline.student.canaries import CanaryReport, check_canaries
 from pipeline.student.class_means import cached_means, online_means
 from pipeline.student.dataset import Batch, InputSize, StepDataset, load_batches
-from pipeline.student.evaluate import Evaluation, Evaluator, Score, Subject, make_evaluator
+from pipeline.student.evaluate import (
+    AskedTeacher,
+    Evaluation,
+    Evaluator,
+    Score,
+    Subject,
+    make_evaluator,
+    teacher_for_agreement,
+)
 from pipeline.student.facts import LessonFacts, asked_sizes, lesson_facts
 from pipeline.student.fidelity import fidelity_warnings
 from pipeline.student.finite import FiniteWeights
@@ -84,11 +92,6 @@ class Lessons:
     """Widths of the teachers' embeddings."""
     canaries: CanaryReport = field(default_factory=CanaryReport)
 
-    @property
-    def compared(self) -> Teacher | None:
-        """Whom evaluations compare the student with, which they do where one teacher is online."""
-        return self.teachers[0] if len(self.teachers) == 1 else None
-
 
 def train(config: Config, world: World | None = None, report: Report = _quiet) -> dict[str, Any]:
     """Trains the student of a config to its end, from wherever its run stands. Returns the run's summary.
@@ -126,13 +129,14 @@ def _begin(config: Config, world: World, report: Report) -> Trainer:
     """
     trainer = Trainer(config, world, report)
     validation = trainer.read_validation()
+    compared = trainer.compared_teacher()
     checkpoint.claim_run(trainer.run_url, config)
     opened = tuple(cache.manifest_bytes for cache in trainer.lessons.facts.opened)
     if checkpoint.pin_manifests(trainer.run_url, opened) != opened:
         # Another rank opened a cache before or after it was extended, and was first to pin what it saw.
         trainer.close()
         trainer = Trainer(config, world, report)
-    trainer.validation = validation
+    trainer.validation, trainer.compared = validation, compared
     return trainer
 
 
@@ -233,6 +237,7 @@ class Trainer:
         self.module: nn.Module = self.student
         self.evaluator = self._make_evaluator()
         self.validation: ValidationSamples | None = None
+        self.compared: Teacher | AskedTeacher | None = None
         self.step = 0
         self.best: Score | None = None
         self._was_evaluated = False
@@ -272,7 +277,7 @@ class Trainer:
     def _best_without_labels(self) -> str | None:
         """The metric that the best checkpoint follows where it cannot be accuracy; None: there is none."""
         subject = self._subject()
-        if self.lessons.compared is None:
+        if self.compared is None:
             return None
         if subject.head_trained:
             return "agreement with the teacher"
@@ -293,6 +298,27 @@ class Trainer:
             seconds = time.monotonic() - began
             self._say("validation", samples=found.samples, shards=len(found.stamps), read_s=round(seconds, 3))
         return found
+
+    def compared_teacher(self) -> Teacher | AskedTeacher | None:
+        """Whom evaluations compare the student with. The teacher of a cache is loaded, asked once and let go.
+
+        Raises:
+            StillroomError: the weights of the cache's teacher cannot be read, or are not those that were cached.
+        """
+        wanted, teachers = self.config.train.eval_agreement, self.lessons.teachers
+        if self.evaluator is None or wanted is False:
+            return None
+        if teachers or not wanted:
+            return teachers[0] if len(teachers) == 1 else None
+        teacher = teacher_for_agreement(
+            self.config, self.lessons.facts, self.world.device, or_else="set train.eval_agreement=null"
+        )
+        assert teacher is not None, "check_config has seen to it"
+        began = time.monotonic()
+        asked = self.evaluator.ask(teacher, keeps_embeddings=self._subject().projector is not None)
+        seconds = time.monotonic() - began
+        self._say("validation-teacher", size_bytes=asked.size_bytes, seconds=round(seconds, 3))
+        return asked
 
     def run(self) -> dict[str, Any]:
         """From the last checkpoint to the end."""
@@ -559,7 +585,7 @@ class Trainer:
         seen = SeenImages()
         try:
             evaluation = self.evaluator(
-                self.updater.evaluated, self.spec, self.lessons.compared, subject=self._subject(), on_index=seen.add
+                self.updater.evaluated, self.spec, self.compared, subject=self._subject(), on_index=seen.add
             )
         except EvaluationError as error:
             # The weights are finite, and the numbers that come out of them are not: it began in the steps before.

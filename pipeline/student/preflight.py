@@ -38,6 +38,7 @@ def check_config(config: Config) -> str:
     mode = config.teacher.mode
     _check_review(config)
     _check_gathers(config)
+    _check_agreement(config)
     if mode != "online":
         _refuse_others(config)
         _refuse_class_means(config)
@@ -87,6 +88,30 @@ def _check_gathers(config: Config) -> None:
             wanted="1 beside gather: true of dist",
             next_step="set train.accumulate=1, or gather: false, which relates the rows of one micro-batch",
         )
+
+
+def _check_agreement(config: Config) -> None:
+    """Of a cache the teacher's outputs on the training shards are known, and those on validation shards are not."""
+    if not config.train.eval_agreement:
+        return
+    teacher, num_caches = config.teacher, len(config.data.caches)
+    if config.data.val_shards is None:
+        missing, next_step = "data.val_shards", "name validation shards"
+    elif teacher.mode == "none":
+        missing, next_step = "a teacher", "set teacher.mode=cache or online"
+    elif teacher.others or num_caches > 1:
+        missing, next_step = "a single teacher", "train with one teacher"
+    elif teacher.model is None or teacher.weights is None:
+        missing, next_step = "the teacher's network", "set teacher.model and teacher.weights to those of the cache"
+    else:
+        return
+    raise ConfigError(
+        f"agreement cannot be measured without {missing}",
+        code="config.agreement-needs",
+        where="train.eval_agreement",
+        got=True,
+        next_step=f"{next_step}, or set train.eval_agreement=null",
+    )
 
 
 def _check_caches(urls: Sequence[str]) -> None:
@@ -191,7 +216,8 @@ def _check_teacher_weights(config: Config, facts: LessonFacts) -> list[str]:
     """A teacher beside a cache must be the cache's. Its file is only compared: training from a cache needs none."""
     if not facts.caches or config.teacher.weights == "pretrained":
         return []
-    if (reason := unreadable_weights(config.teacher)) is not None:
+    reason = None if config.train.eval_agreement else unreadable_weights(config.teacher)
+    if reason is not None:
         return [
             f"teacher.weights was not compared ({reason}); the cache's fingerprint "
             f"{facts.caches[0].header.fingerprint} stands for it"

@@ -70,7 +70,11 @@ class ValidationSamples:
 
 
 def _not_measured(best_by: str | None) -> str:
-    best = "there will be no checkpoints/best.pt" if best_by is None else f"checkpoints/best.pt follows the {best_by}"
+    best = (
+        "there will be no checkpoints/best.pt; train.eval_agreement=true lets it follow the teacher of a cache"
+        if best_by is None
+        else f"checkpoints/best.pt follows the {best_by}"
+    )
     return f"no accuracy is measured, and {best}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.errors import CacheError, ConfigError, EvaluationError, ModelError, ShardError
+from pipeline.cache.reader import open_cache
+from pipeline.errors import (
+    CacheError,
+    ConfigError,
+    EvaluationError,
+    ModelError,
+    ShardError,
+    StillroomError,
+    StorageInputError,
+)
 from pipeline.models import InputSpec, LoadedModel, load_model
 from pipeline.shards.decode import decode
 from pipeline.shards.index import index_shard
@@ -277,6 +287,116 @@ def test_a_training_with_its_teacher_in_the_loop_measures_how_near_it_comes(repl
     found = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
     assert all(0 <= one["agreement"] <= 1 for one in found)
     assert 0 < found[-1]["kl"] < found[0]["kl"]
+
+
+@pytest.mark.parametrize("loss", ["kd", "mse"], ids=["of logits", "of embeddings"])
+def test_a_run_from_a_cache_measures_its_teacher_as_an_evaluation_with_the_teacher_does(
+    replays: Replay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str
+) -> None:
+    """By weights of the run alone and by another code path; the student's images are of another size."""
+    cache = replays("crop")
+    keys: dict[str, Any] = {
+        "loss": [{"name": loss}],
+        "student": {**NORMALISED, "size": 24},
+        "data": {"val_shards": cache.config.data.shards},
+    }
+    train(run_config(cache.config, tmp_path / "without", **keys))
+    asked: list[int] = []
+    ask = Teacher.ask
+
+    def counting(self: Teacher, pixels_NCHW: Tensor) -> tuple[Tensor, Tensor]:
+        asked.append(len(pixels_NCHW))
+        return ask(self, pixels_NCHW)
+
+    monkeypatch.setattr(Teacher, "ask", counting)
+    events: list[dict[str, Any]] = []
+    config = run_config(cache.config, tmp_path / "with", **keys, train={"eval_agreement": True})
+    train(config, report=events.append)
+    found = [json.loads(line) for line in (tmp_path / "with" / "evaluations.jsonl").read_text().splitlines()]
+    assert len(found) == 2
+    assert sum(asked) == found[0]["num_rows"]
+    (event,) = (event for event in events if event["kind"] == "validation-teacher")
+    width = 10 if loss == "kd" else 10 + open_cache(cache.url).header.embedding_dim
+    assert event["size_bytes"] == 4 * width * found[0]["num_rows"]
+    assert config.data.val_shards is not None
+    url = str(tmp_path / "with")
+    last = evaluate_run(url, config.data.val_shards, checkpoint_name="last", num_threads=1, device=CPU)
+    assert {**last.measured()} == {name: value for name, value in found[-1].items() if name in last.measured()}
+    assert (last.cosine if loss == "mse" else last.agreement) is not None
+    one, other = (checkpoint.load(str(tmp_path / name), checkpoint.LAST) for name in ("without", "with"))
+    assert one is not None
+    assert other is not None
+    assert all(torch.equal(value, other["model"][name]) for name, value in one["model"].items())
+    without = [json.loads(line) for line in (tmp_path / "without" / "evaluations.jsonl").read_text().splitlines()]
+    assert all(line["agreement"] is None and line["cosine"] is None for line in without)
+
+
+def test_agreement_may_be_left_out_where_the_teacher_is_online(replays: Replay, tmp_path: Path) -> None:
+    base = replays("crop").config
+    keys: dict[str, Any] = {"data": {"val_shards": base.data.shards}, "train": {"eval_agreement": False}}
+    config = run_config(base, tmp_path, mode="online", **keys)
+    index_shards(config, tmp_path / "index")
+    train(config)
+    found = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
+    assert [line["agreement"] for line in found] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("missing", "changes"),
+    [
+        ("data.val_shards", {"data": {"val_shards": None}}),
+        ("a teacher", {"teacher": {"mode": "none"}, "loss": CE}),
+        ("the teacher's network", {"teacher": {"weights": None}}),
+    ],
+)
+def test_agreement_that_cannot_be_measured_is_refused_before_any_work(
+    replays: Replay, tmp_path: Path, missing: str, changes: dict[str, Any]
+) -> None:
+    base = replays("crop").config
+    keys: dict[str, Any] = {"data": {"val_shards": base.data.shards}, "train": {"eval_agreement": True}}
+    for section, keys_of in changes.items():
+        keys[section] = {**keys.get(section, {}), **keys_of} if isinstance(keys_of, dict) else keys_of
+    with pytest.raises(ConfigError) as caught:
+        train(run_config(base, tmp_path, **keys))
+    assert caught.value.code == "config.agreement-needs"
+    assert missing in caught.value.what
+    assert not list(tmp_path.iterdir())
+
+
+def test_agreement_with_a_teacher_whose_weights_are_gone_is_refused_before_the_first_step(
+    replays: Replay, tmp_path: Path
+) -> None:
+    base = replays("crop").config
+    keys: dict[str, Any] = {"data": {"val_shards": base.data.shards}, "train": {"eval_agreement": True}}
+    gone = {"teacher": {"weights": str(tmp_path / "gone.pt")}}
+    config = run_config(base, tmp_path / "run", **keys, **gone)
+    for refuses in (train, check_training):
+        with pytest.raises(StorageInputError) as caught:
+            refuses(config)
+        assert "gone.pt" in f"{caught.value.where}{caught.value.got}"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_validation_shard_that_is_replaced_after_the_teacher_was_asked_is_an_error(
+    replays: Replay, tmp_path: Path
+) -> None:
+    base = replays("crop").config
+    assert base.data.shards is not None
+    copies = [str(shutil.copy(url, tmp_path)) for url in shard_urls(base).values()]
+    config = run_config(
+        base, tmp_path / "run", data={"val_shards": copies}, train={"epochs": 3, "eval_agreement": True}
+    )
+
+    def replace(event: dict[str, Any]) -> None:
+        if event["kind"] == "eval" and event["epoch"] == 1:
+            shutil.copy(copies[0], copies[1])
+
+    with pytest.raises(StillroomError) as caught:
+        train(config, report=replace)
+    assert caught.value.code == "shard.replaced"
+    state = checkpoint.load(str(tmp_path / "run"), checkpoint.LAST)
+    assert state is not None
+    assert state["step"] == 10
 
 
 def test_another_architecture_than_the_caches_teacher_is_refused_before_training(

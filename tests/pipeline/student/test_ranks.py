@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -87,6 +88,12 @@ def weights(url: Path) -> dict[str, torch.Tensor]:
     return state_of(url)["model"]
 
 
+def compared_values(url: Path) -> Iterator[float | None]:
+    """Of all evaluations: those with a teacher, whoever of the ranks has asked him."""
+    for line in (url / "evaluations.jsonl").read_text().splitlines():
+        yield from (json.loads(line)[name] for name in ("agreement", "kl", "cosine"))
+
+
 def interrupt(config: Config) -> None:
     def report(event: dict[str, Any]) -> None:
         if event["kind"] == "eval" and event["epoch"] == 2:
@@ -108,14 +115,15 @@ def test_two_ranks_train_as_one_process(replays: Replay, colleagues: Replay, tmp
         "data": {"val_shards": shards[0]},
         "train": {"epochs": 3, "optimizer": "sgd", "momentum": 0.0, "lr": 0.1},
     }
-    alone = run_config(base, tmp_path / "alone", **keys)
+    compared = {**keys, "train": {**keys["train"], "eval_agreement": True}}
+    alone = run_config(base, tmp_path / "alone", **compared)
     train(alone)
-    interrupt(run_config(base, tmp_path / "grown", **keys))
+    interrupt(run_config(base, tmp_path / "grown", **compared))
     ranks = {"ray": {"num_workers": 2}}
-    two = [run_config(base, tmp_path / name, **keys, **ranks) for name in ("two", "grown")]
+    two = [run_config(base, tmp_path / name, **compared, **ranks) for name in ("two", "grown")]
     # A new student's probabilities are nearly equal, where dist is steep: rounding grows from step to step.
     gathering = {**keys, "loss": [*CE, {"name": "dist", "gather": True}], "train": {**keys["train"], "lr": 0.01}}
-    headless = {**gathering, "loss": [{"name": "sifn"}]}
+    headless = {**compared, "loss": [{"name": "sifn"}]}
     for name, changed in (("gathered", gathering), ("headless", headless)):
         train(run_config(base, tmp_path / f"{name}-alone", **changed))
         two.append(run_config(base, tmp_path / name, **changed, **ranks))
@@ -142,6 +150,7 @@ def test_two_ranks_train_as_one_process(replays: Replay, colleagues: Replay, tmp
         summaries = [checkpoint.read_summary(str(tmp_path / run)) for run in (name, one)]
         found, expected = ((summary["top1"], summary["ece"]) for summary in summaries if summary is not None)
         assert found == pytest.approx(expected, abs=1e-5)
+        assert [*compared_values(tmp_path / name)] == pytest.approx([*compared_values(tmp_path / one)], abs=1e-5)
 
 
 def test_two_ranks_accumulate_clip_and_average_as_one_process(replays: Replay, tmp_path: Path) -> None:
