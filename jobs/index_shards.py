@@ -16,6 +16,7 @@ from pipeline import storage
 from pipeline.config import load_config, require
 from pipeline.errors import ShardError
 from pipeline.shards.labels import LabelCount, check_label_member, count_labels, label_warning, spread
+from pipeline.shards.moved import new_place, report_moved
 from pipeline.shards.names import shard_ids
 from pipeline.shards.omissions import Omissions
 from pipeline.shards.patterns import shard_urls
@@ -33,19 +34,25 @@ def index_shards(config: Config, folder_url: str) -> int:
     Raises:
         ShardError: a shard is damaged, has a bad sample under ``bad_samples: fail``, or changed since it was indexed;
             or no sample has the member ``data.label``.
+        StorageInputError: shards are missing.
     """
     require(config, "data.shards", command="shards index")
     assert config.data.shards is not None
     urls = shard_urls(config.data.shards)
     by_id = dict(zip(shard_ids(urls), urls, strict=True))
     storage.check_names(folder_url, map(index_name, by_id))
+    with report_moved(urls, f"append data.shards={new_place(urls)}, or restore the shards"):
+        return _index(by_id, config, folder_url)
+
+
+def _index(by_id: dict[str, str], config: Config, folder_url: str) -> int:
     _check_labels(by_id, config.data, folder_url)
     # Every task reads this anew, and a list of 100,000 URLs has megabytes.
     data = config.data.model_copy(update={"shards": None, "val_shards": None})
     work = partial(publish_shard_index, data=data, folder_url=folder_url, threads=config.ray.cpus_per_task)
     num_ok, omissions = 0, list[Omissions]()
-    with ProgressView("index", len(urls)) as progress:
-        indexed = fan_out(work, urls, without_gpus(config.ray), what="an index task", name=storage.redact)
+    with ProgressView("index", len(by_id)) as progress:
+        indexed = fan_out(work, [*by_id.values()], without_gpus(config.ray), what="an index task", name=storage.redact)
         for done, (_, found) in enumerate(indexed, start=1):
             num_ok += found.num_ok
             omissions.append(found.omissions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import Any
 import pytest
 from hypothesis import settings
 from xdist.scheduler import LoadFileScheduling
+
+# `make test` runs a process for each core, so each computes with one thread; before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # No test has a deadline: a busy machine is no failure. By default the examples of a property are a function of its
 # source, and none is read from an earlier run: the same commit gives the same result on every machine.

@@ -185,6 +185,20 @@ class CachedDataset(Dataset[CachedBatch]):
         """Steps that are left of the epoch."""
         return self.steps_per_epoch - int(self._position[1])
 
+    def __getitems__(self, _indices: Sequence[int]) -> None:
+        """What a ``DataLoader`` with a batch size asks for.
+
+        Raises:
+            ConfigError: always, since the items are batches already.
+        """
+        raise ConfigError(
+            "the items of CachedDataset are batches already",
+            code="data.batched-twice",
+            where="DataLoader",
+            got="a batch size (by default 1)",
+            wanted="DataLoader(dataset, batch_size=None), and global_batch_size of CachedDataset",
+        )
+
     def __getitem__(self, index: int) -> CachedBatch:
         """
         Raises:

@@ -328,9 +328,13 @@ def load_batches(dataset: StepDataset, steps: range, *, num_workers: int, pin_me
     outcomes = iter(loader)
     ahead = Prefetcher(dataset.source, dataset.order, rank=dataset.rank, world_size=dataset.world_size, steps=steps)
     with ahead:
-        for outcome in outcomes:
-            if isinstance(outcome, StillroomError):
-                raise outcome
-            batch = outcome.open() if isinstance(outcome, _Parcel) else outcome
-            ahead.advance(batch.step)
-            yield batch
+        try:
+            for outcome in outcomes:
+                if isinstance(outcome, StillroomError):
+                    raise outcome
+                batch = outcome.open() if isinstance(outcome, _Parcel) else outcome
+                ahead.advance(batch.step)
+                yield batch
+        finally:
+            # Collected later, with an error's traceback, it would wait 5 s for each loader process.
+            del outcomes

@@ -11,13 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, kl_div
-from torchmetrics.classification import MulticlassCalibrationError
 
 from pipeline import storage
 from pipeline.cache.ranking import class_ranks, predicted_classes
@@ -37,6 +37,9 @@ from pipeline.teacher.infer import Teacher, load_teacher
 from pipeline.views.pixels import to_input
 from schemas.config import Config, DataConfig, ViewsConfig
 from schemas.manifest import ViewBlock
+
+if TYPE_CHECKING:
+    from torchmetrics.classification import MulticlassCalibrationError
 
 _BATCH = 128
 _ECE_BINS = 15
@@ -345,6 +348,9 @@ class Evaluator:
 
     def _calibration(self) -> MulticlassCalibrationError:
         """Gathers confidences over all ranks by itself, also from ranks without any."""
+        # Seconds that no process pays that does not evaluate.
+        from torchmetrics.classification import MulticlassCalibrationError
+
         assert self.data.num_classes is not None
         metric = MulticlassCalibrationError(self.data.num_classes, n_bins=_ECE_BINS, norm="l1")
         return metric.to(self.world.device)

@@ -216,6 +216,7 @@ def test_an_operation_that_fails_once_is_done_again_and_nothing_else_is(
         assert asked() - before == len(PARTS), place
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_at_any_write_gives_one_error_and_a_build_that_resumes(
     shard: str, folder: Path, undisturbed: dict[str, bytes], asked: Callable[[], int]
 ) -> None:
@@ -250,6 +251,7 @@ def test_a_replace_or_link_that_keeps_failing_gives_one_error_and_a_build_that_r
         check_resumed(shard, url, undisturbed, asked)
 
 
+@pytest.mark.slow
 @LINKS
 def test_a_death_at_any_operation_with_a_torn_file_left_behind_leaves_a_build_that_resumes(
     shard: str, folder: Path, undisturbed: dict[str, bytes], asked: Callable[[], int], hard_links: bool
@@ -271,6 +273,7 @@ def test_a_death_at_any_operation_with_a_torn_file_left_behind_leaves_a_build_th
         check_resumed(shard, url, undisturbed, asked)
 
 
+@pytest.mark.slow
 @LINKS
 def test_a_second_builder_may_come_and_finish_at_any_write(
     shard: str, folder: Path, undisturbed: dict[str, bytes], hard_links: bool

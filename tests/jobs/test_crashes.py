@@ -30,12 +30,13 @@ def killed_at(tree: Tree, number: signal.Signals, **sections: Any) -> dict[str, 
     return tree(teacher={"mode": "none"}, loss=[{"name": "ce"}], student=student, **sections)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "text"),
     [
         (signal.SIGSEGV, "Segmentation fault"),
-        pytest.param(signal.SIGBUS, "Bus error", marks=pytest.mark.slow),
-        pytest.param(signal.SIGABRT, "Aborted", marks=pytest.mark.slow),
+        (signal.SIGBUS, "Bus error"),
+        (signal.SIGABRT, "Aborted"),
     ],
 )
 def test_a_command_that_a_signal_ends_names_it_on_stderr(
@@ -78,6 +79,7 @@ def test_a_loader_process_that_is_killed_is_one_message(
     assert "train.num_workers" in str(caught.value.next_step)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_worker_that_a_signal_ends_is_one_message(tree: Tree) -> None:

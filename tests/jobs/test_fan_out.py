@@ -122,6 +122,7 @@ def collect(flown: Iterator[tuple[int, int]], done: list[int]) -> None:
         done.append(item)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_worker_that_lost_its_gpu_ends_and_another_does_its_work(tmp_path: Path) -> None:
     folder = tmp_path / "attempts"
@@ -270,6 +271,7 @@ def test_tasks_that_no_node_could_run_are_refused_at_once() -> None:
     assert "64 CPU" in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_part_that_hangs_is_ended_retried_and_named_when_the_others_are_done(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -293,6 +295,7 @@ def test_a_part_that_hangs_is_ended_retried_and_named_when_the_others_are_done(
     assert any("Timeout (0:00:03)!" in line for line in _lines_of_workers())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_part_that_is_done_in_time_leaves_its_worker_alive(tmp_path: Path) -> None:
     ray_config = RayConfig(part_timeout_s=1)

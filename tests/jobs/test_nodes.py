@@ -23,7 +23,7 @@ from tests.jobs.clusters import Nodes, driver, many_nodes
 from tests.jobs.conftest import Tree, config_of
 from tests.jobs.node_work import attempts, node, wait_for_go
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 _TIMEOUT_S = 60
 
 

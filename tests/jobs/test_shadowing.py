@@ -36,6 +36,7 @@ def _python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_modules_of_the_working_folder_are_not_taken_for_ours_by_ray_s_workers(tmp_path: Path) -> None:
     # -P: the path of a console command, which has no working folder. Ray's workers have it first all the same.

@@ -80,6 +80,7 @@ def silent() -> Iterator[str]:
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
+@pytest.mark.slow
 def test_addresses_that_do_not_answer_are_told_after_the_stated_time(
     silent: str, document: Document, tmp_path: Path
 ) -> None:

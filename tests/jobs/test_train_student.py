@@ -43,6 +43,7 @@ def test_distill_builds_then_trains_with_two_workers_and_again_does_nothing(
     assert files_below(tmp_path) == before
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_workers_error_reaches_the_driver_as_its_one_message(tree: Tree, tmp_path: Path) -> None:
     config = config_of(tree(ray={**TWO, "max_failures": 1}))

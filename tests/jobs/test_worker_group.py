@@ -32,6 +32,7 @@ def test_a_worker_lies_on_one_node() -> None:
     assert room([], {"CPU": 1.0}) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_workers_whose_place_others_hold_are_given_up_in_the_time_that_was_given(tree: Tree) -> None:
     config = config_of(tree(**LABELS, ray={"address": "local", "num_workers": 3, "wait_s": 1}))

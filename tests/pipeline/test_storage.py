@@ -429,6 +429,7 @@ def create_all(folder: str, number: int, num_files: int) -> list[bool]:
     return [storage.create(f"{folder}/{name}", b"%d" % number * 1000) for name in range(num_files)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("creates", [create_all, create_all_without_links])
 def test_one_of_many_processes_creates_each_file_and_its_bytes_stay(creates: Any, tmp_path: Path) -> None:
     num_files, num_processes = 200, 3

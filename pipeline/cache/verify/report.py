@@ -26,6 +26,8 @@ class Problem:
     view: int | None = None
     key: str | None = None
     rows: int | None = None
+    code: str | None = None
+    """Of the error that ended the check, if one did; see ``StillroomError``."""
 
     def __str__(self) -> str:
         place = {"shard": self.shard, "view": self.view, "key": self.key, "rows": self.rows}
@@ -67,7 +69,7 @@ class Findings:
         except StillroomError as error:
             what = error.what if error.where is None else f"{error.what} ({error.where})"
             got, wanted = (None if value is None else _brief(value) for value in (error.got, error.wanted))
-            self.add(Problem(file, what, got=got, wanted=wanted, shard=shard, view=view))
+            self.add(Problem(file, what, got=got, wanted=wanted, shard=shard, view=view, code=error.code))
 
     def merge(self, other: Findings) -> None:
         self.checked.update(other.checked)

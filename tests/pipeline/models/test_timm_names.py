@@ -1,20 +1,29 @@
-"""The embedding of a timm network has timm's own width, or the network is refused by code before any work."""
+"""Every name of timm: its embedding has timm's own width, or it is refused by code before any work."""
 
 from __future__ import annotations
 
+from fnmatch import fnmatch
 from typing import Any
 
 import pytest
 import timm
+import timm.layers.weight_init
 import torch
 from torch import Tensor, nn
 
 from pipeline.errors import ModelError
 from pipeline.models import LoadedModel, load_model
+from pipeline.models.load import resolve
+from pipeline.models.probe import answers
+from pipeline.models.source import Built
 from schemas.config import ModelConfig
 from tests.pipeline.models.factories import Plain
 
 NO_CLASSIFIER = "model.no-classifier"
+# Names without a single classifier.
+REFUSED = ("efficientvim_*_dist", "*_enc")
+# Each is a test, so that a failure shows while the others go on.
+NUM_PARTS = 8
 
 
 def load(model: str, kwargs: dict[str, Any], **options: Any) -> LoadedModel:
@@ -123,3 +132,70 @@ def test_looking_at_training_mode_moves_neither_statistics_nor_generators() -> N
     norm: Any = student.network.norm
     assert all(torch.equal(tensor, fresh[name]) for name, tensor in norm.state_dict().items())
     assert not student.training
+
+
+# ---- every name
+
+
+# Classes of networks whose forward has been seen in this process.
+PROVEN: set[object] = set()
+
+
+@pytest.fixture
+def without_initial_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks on the meta device have no values, and most of the time of a constructor goes into drawing them."""
+
+    def unchanged(tensor: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+        return tensor
+
+    for name in dir(nn.init):
+        if name.endswith("_") and not name.startswith("_"):
+            monkeypatch.setattr(nn.init, name, unchanged)
+    monkeypatch.setattr(timm.layers.weight_init, "_trunc_normal_", unchanged)
+
+
+def width_of_heads(built: Built) -> int | None:
+    """D by the layers alone; None where a head is not one of torch's own."""
+    widths: list[int] = []
+    for name in built.heads:
+        layer = built.network.get_submodule(name)
+        if type(layer) is nn.Linear:
+            widths.append(layer.in_features)
+        elif type(layer) is nn.Conv2d:
+            widths.append(layer.in_channels)
+        else:
+            return None
+    return widths[0] if len(set(widths)) == 1 else sum(widths)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(NUM_PARTS))
+@pytest.mark.usefixtures("without_initial_values")
+def test_every_name_has_timms_width_or_is_refused(part: int) -> None:
+    assert len(timm.list_models()) > 1000
+    names = timm.list_models()[part::NUM_PARTS]
+    refused: dict[str, str] = {}
+    wrong: dict[str, object] = {}
+    for name in names:
+        config = ModelConfig.model_validate({"model": f"timm/{name}", "weights": "random"})
+        source, request = resolve(config, 7, True, "teacher")
+        try:
+            with torch.device("meta"):
+                built = source(request)
+            width = width_of_heads(built)
+            if width is not None and width != built.embedding_dim:
+                wrong[name] = f"{built.heads} read {width}, not {built.embedding_dim}"
+            # A forward is a second proof: once for every class of networks, and wherever a head is timm's own.
+            kind = (type(built.network), type(built.network.get_submodule(built.heads[0])), len(built.heads))
+            if width is None or kind not in PROVEN:
+                PROVEN.add(kind)
+                assert built.own.size is not None
+                _, embedding_BD = answers(built, request, size=built.own.size)
+                assert embedding_BD.shape[1] == built.embedding_dim
+        except ModelError as error:
+            refused[name] = error.code
+        except Exception as error:
+            wrong[name] = repr(error)
+    assert wrong == {}
+    expected = {name for name in names if any(fnmatch(name, pattern) for pattern in REFUSED)}
+    assert refused == dict.fromkeys(expected, NO_CLASSIFIER)

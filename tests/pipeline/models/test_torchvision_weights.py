@@ -1,4 +1,4 @@
-"""The same torchvision weights by name and by URL give the same network."""
+"""The same torchvision weights by name and by URL give the same network, for every classifier."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from schemas.config import ModelConfig
 
 Publish = Callable[[Mapping[str, Tensor]], None]
 WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
+MAX_COMPARED = 100_000_000  # parameters
 
 
 def published_state(name: str) -> dict[str, Tensor]:
@@ -123,6 +124,15 @@ def test_weights_by_name_and_by_url_give_torchvisions_logits(
     name: str, file: str, publish: Publish, tmp_path: Path
 ) -> None:
     check_logits(name, publish, tmp_path / file)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", models.list_models(module=models))
+def test_every_classifier_is_the_same_by_name_and_by_url(name: str, publish: Publish, tmp_path: Path) -> None:
+    if models.get_model_weights(name)["DEFAULT"].meta["num_params"] <= MAX_COMPARED:
+        check_logits(name, publish, tmp_path / "weights.safetensors")
+    else:
+        check_structure(name, publish)
 
 
 def test_a_vit_of_another_size_is_built_for_its_file_and_by_name_for_the_published_one(publish: Publish) -> None:

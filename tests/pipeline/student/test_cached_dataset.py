@@ -5,8 +5,9 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,14 @@ def of() -> Iterator[Of]:
     yield make
     for dataset in opened:
         dataset.close()
+
+
+@contextmanager
+def refused(kind: type[Exception], **options: Any) -> Iterator[pytest.ExceptionInfo[Any]]:
+    """An error out of a loader, whose frames hold it: collected with them, it would wait 5 s for each process."""
+    with pytest.raises(kind, **options) as caught:
+        yield caught
+    traceback.clear_frames(caught.tb)
 
 
 def assert_same(one: CachedBatch, other: CachedBatch) -> None:
@@ -192,12 +201,20 @@ REORDERED: dict[str, Callable[[CachedDataset], dict[str, Any]]] = {
 def test_items_in_another_order_are_refused(replays: Replay, of: Of, name: str, num_workers: int) -> None:
     dataset = of(replays("crop"))
     loader = DataLoader(dataset, batch_size=None, num_workers=num_workers, **REORDERED[name](dataset))
-    with pytest.raises(OrderError) as caught:
+    with refused(OrderError) as caught:
         list(loader)
     assert caught.value.code == "data.out-of-order"
     assert "use_distributed_sampler=False" in str(caught.value)
     # The dataset itself is as good as before.
     assert [batch.step for batch in DataLoader(dataset, batch_size=None, num_workers=num_workers)] == [*range(STEPS)]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_loader_that_would_batch_the_batches_is_refused(replays: Replay, of: Of, num_workers: int) -> None:
+    # From a loader process torch brings the type and the text alone.
+    with refused(ConfigError, match="batch_size=None") as caught:
+        next(iter(DataLoader(of(replays("crop")), num_workers=num_workers)))
+    assert num_workers or caught.value.code == "data.batched-twice"
 
 
 def test_a_refusal_names_the_item_that_was_next(replays: Replay, of: Of) -> None:
@@ -216,7 +233,7 @@ def test_an_epoch_that_begins_in_the_middle_of_a_pass_is_refused(replays: Replay
     batches = iter(DataLoader(dataset, batch_size=None, num_workers=num_workers, **options))
     next(batches)
     dataset.set_epoch(1)
-    with pytest.raises(OrderError):
+    with refused(OrderError):
         list(batches)
 
 
@@ -249,7 +266,7 @@ def test_loader_processes_warn_of_a_second_pass_too(replays: Replay, of: Of) -> 
     loader = DataLoader(of(replays("crop")), batch_size=None, num_workers=2)
     list(loader)
     # Warnings are errors in these tests, also in their loaders' processes, and a loader raises the kind that it caught.
-    with pytest.raises(UserWarning, match="repeats epoch 0"):
+    with refused(UserWarning, match="repeats epoch 0"):
         list(loader)
 
 
@@ -386,7 +403,7 @@ def test_an_image_that_is_not_the_cached_one_gives_no_batch(
         paths.append(str(tmp_path / Path(url).name))
         Path(paths[-1]).write_bytes(tar)
     dataset = of(replays("crop"), shards=paths)
-    with pytest.raises(CacheError, match="an image is not the one that was indexed"):
+    with refused(CacheError, match="an image is not the one that was indexed"):
         list(DataLoader(dataset, batch_size=None, num_workers=num_workers))
 
 

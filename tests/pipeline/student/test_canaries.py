@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-import torch.multiprocessing as mp
 import torchvision
 
 from pipeline.cache.reader import open_cache
@@ -22,7 +21,7 @@ from pipeline.student.loop import train
 from tests.pipeline.caches import TinyCache, shard_urls
 from tests.pipeline.student.conftest import Replay
 from tests.pipeline.student.runs import cached_source, rewrite_view, run_config, set_cell
-from tests.pipeline.student.test_ranks import group
+from tests.ranks import group, run_two_ranks
 
 MAX_PIXELS = 10**6
 
@@ -145,15 +144,7 @@ def test_a_run_on_drifting_pixels_says_so_and_records_that_it_was_allowed(own_re
 
 def test_ranks_tell_what_any_of_them_found(tmp_path: Path) -> None:
     own = [CanaryReport(2, 0, 0), CanaryReport(2, 1, 5)]
-    other = mp.get_context("spawn").Process(target=share, args=(tmp_path / "rendezvous", 1, own))
-    other.start()
-    try:
-        share(tmp_path / "rendezvous", 0, own)
-        other.join(60)
-    finally:
-        other.kill()
-        other.join()
-    assert other.exitcode == 0
+    run_two_ranks(share, tmp_path, own)
 
 
 def share(rendezvous: Path, rank: int, own: list[CanaryReport]) -> None:

@@ -108,8 +108,14 @@ def metadata_of(path: Path) -> dict[str, str]:
     return {entry.key: entry.value for entry in onnx.load(path).metadata_props}
 
 
+GRAPHS = [
+    ("cifar", True),
+    *(pytest.param(name, False, marks=[] if name == "cifar" else pytest.mark.slow) for name in NETWORKS),
+]
+
+
 @pytest.mark.parametrize("suffix", ["pt2", "onnx"])
-@pytest.mark.parametrize(("network", "with_normalization"), [*((name, False) for name in NETWORKS), ("cifar", True)])
+@pytest.mark.parametrize(("network", "with_normalization"), GRAPHS)
 def test_a_graph_answers_as_the_runs_student_for_any_batch_size(
     finished: Finished, tmp_path: Path, network: str, suffix: str, with_normalization: bool
 ) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from jobs.build_cache import check_shards
+from jobs.index_shards import index_shards
 from jobs.verify_cache import describe
 from pipeline import storage
 from pipeline.cache.relabel import relabel
@@ -130,6 +131,15 @@ def test_a_verification_without_shards_names_its_option(base: Config, tmp_path: 
     report = verify_cache(url)
     assert report.ok
     assert "append --shards" in describe(report)
+
+
+@pytest.mark.parametrize("label", ["cls", None])
+def test_an_index_names_the_option(base: Config, tmp_path: Path, label: str | None) -> None:
+    moved(tmp_path)
+    config = base.model_copy(update={"data": base.data.model_copy(update={"label": label})})
+    with pytest.raises(StorageInputError) as caught:
+        index_shards(config, str(tmp_path / "index"))
+    assert_moved(caught.value, tmp_path, got=ALL, option=f"data.shards={NEW}")
 
 
 def test_missing_files_that_are_no_shards_are_not_called_shards(built_cache: TinyCache, tmp_path: Path) -> None:

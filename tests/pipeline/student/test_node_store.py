@@ -250,6 +250,7 @@ def test_a_download_that_is_cut_short_each_time_leaves_nothing(
     storage.delete(url)
 
 
+@pytest.mark.slow
 def test_processes_that_are_killed_at_any_moment_leave_right_files_within_the_limit(tmp_path: Path) -> None:
     store, draw = NodeStore(tmp_path / "store", 1300), random.Random(0)
 

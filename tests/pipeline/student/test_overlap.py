@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.multiprocessing as mp
 
 from pipeline.shards.index import index_shard
 from pipeline.shards.write import pack_shards
@@ -17,7 +16,7 @@ from schemas.config import Config
 from tests.pipeline.caches import TinyCache, digit_samples
 from tests.pipeline.student.conftest import Replay
 from tests.pipeline.student.runs import CE, cached_source, indexed_source, run_config
-from tests.pipeline.student.test_ranks import group
+from tests.ranks import group, run_two_ranks
 
 
 @pytest.fixture
@@ -82,13 +81,4 @@ def test_ranks_count_the_images_that_either_has_read(replays: Replay, validation
     """Rank 1 has read nothing but images of rank 0's training shard, and the other way round."""
     early = ((key, members) for row, (key, members) in enumerate(digit_samples(12)) if row in (3, 5, 7, 11))
     seen_by_rank = [validation, pack_shards(early, f"{tmp_path}/early-%02d.tar", shard_size=24)]
-    arguments = (tmp_path / "rendezvous", 1, replays("crop"), seen_by_rank)
-    other = mp.get_context("spawn").Process(target=compare, args=arguments)
-    other.start()
-    try:
-        compare(tmp_path / "rendezvous", 0, replays("crop"), seen_by_rank)
-        other.join(60)
-    finally:
-        other.kill()
-        other.join()
-    assert other.exitcode == 0
+    run_two_ranks(compare, tmp_path, replays("crop"), seen_by_rank)

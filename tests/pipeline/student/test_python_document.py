@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from tests.pipeline.student.conftest import Replay
 from tests.pipeline.student.networks import Small
-from tests.pipeline.student.test_ranks import group
+from tests.ranks import group, run_two_ranks
 
 DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "python.md"
 OPTIONS: dict[str, Any] = {"global_batch_size": 8, "tail": "short", "epochs": 3}
@@ -37,9 +36,9 @@ def teach(cache_url: str, **place: Any) -> dict[str, Tensor]:
     return model.state_dict()
 
 
-def teach_second_rank(rendezvous: Path, cache_url: str) -> None:
-    with group(rendezvous, 1):
-        teach(cache_url, rank=1, world_size=2)
+def teach_in_group(rendezvous: Path, rank: int, cache_url: str) -> dict[str, Tensor]:
+    with group(rendezvous, rank):
+        return teach(cache_url, rank=rank, world_size=2)
 
 
 @pytest.mark.parametrize("kind", ["crop", "function_matching"])
@@ -47,16 +46,7 @@ def test_two_ranks_learn_what_one_process_learns(replays: Replay, tmp_path: Path
     """The last step of an epoch has three rows: ``ddp_weight`` matters."""
     url = replays(kind).url
     alone = teach(url)
-    other = mp.get_context("spawn").Process(target=teach_second_rank, args=(tmp_path / "rendezvous", url))
-    other.start()
-    try:
-        with group(tmp_path / "rendezvous", 0):
-            together = teach(url, rank=0, world_size=2)
-        other.join(60)
-    finally:
-        other.kill()
-        other.join()
-    assert other.exitcode == 0
+    together = run_two_ranks(teach_in_group, tmp_path, url)
     torch.manual_seed(0)
     untaught = Small(num_classes=10).state_dict()
     for name, value in alone.items():

@@ -5,16 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -29,17 +25,7 @@ from schemas.config import Config, LossConfig
 from tests.pipeline.student.conftest import Replay
 from tests.pipeline.student.runs import CE, KD, NORMALISED, metrics, run_config
 from tests.pipeline.student.test_ensemble import online
-
-
-@contextmanager
-def group(rendezvous: Path, rank: int, size: int = 2) -> Iterator[World]:
-    dist.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
-    )
-    try:
-        yield World(rank=rank, size=size)
-    finally:
-        dist.destroy_process_group()
+from tests.ranks import forked, group, run_two_ranks
 
 
 def train_all(rendezvous: Path, rank: int, bodies: list[str]) -> None:
@@ -65,17 +51,8 @@ def train_all(rendezvous: Path, rank: int, bodies: list[str]) -> None:
 
 
 def train_with_two_ranks(configs: list[Config], folder: Path) -> None:
-    """This process is rank 0."""
     bodies = [config.model_dump_json(exclude_unset=True) for config in configs]
-    other = mp.get_context("spawn").Process(target=train_all, args=(folder / "rendezvous", 1, bodies))
-    other.start()
-    try:
-        train_all(folder / "rendezvous", 0, bodies)
-        other.join(60)
-    finally:
-        other.kill()
-        other.join()
-    assert other.exitcode == 0
+    run_two_ranks(train_all, folder, bodies)
 
 
 def state_of(url: Path) -> dict[str, Any]:
@@ -250,9 +227,8 @@ def test_parity_gathered_dist_has_the_value_and_gradient_of_the_global_batch_on_
     tmp_path: Path, splits: list[tuple[list[int], int]]
 ) -> None:
     """Even and uneven ranks, one row a rank, a rank without rows, logits of pixels."""
-    context = mp.get_context("spawn")
     ranks = [
-        context.Process(target=save_steps, args=(tmp_path / "rendezvous", rank, splits))
+        forked().Process(target=save_steps, args=(tmp_path / "rendezvous", rank, splits))
         for rank in range(len(splits[0][0]))
     ]
     for process in ranks:

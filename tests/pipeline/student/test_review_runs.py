@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from pipeline.errors import ConfigError, ModelError
 from pipeline.models import load_model
@@ -20,7 +19,8 @@ from schemas.config import Config
 from tests.pipeline.student.conftest import Replay
 from tests.pipeline.student.runs import CE, NORMALISED, SMALL, index_shards, metrics, run_config
 from tests.pipeline.student.test_loop import assert_bitwise, losses, run, state
-from tests.pipeline.student.test_ranks import group, weights
+from tests.pipeline.student.test_ranks import weights
+from tests.ranks import group, run_two_ranks
 
 LAYERS: dict[str, Any] = {"student_layers": ["conv1", "conv2"], "teacher_layers": ["layer2", "layer3"]}
 REVIEW: dict[str, Any] = {"name": "review_kd", **LAYERS, "mid_channels": 8}
@@ -176,15 +176,7 @@ def test_two_ranks_review_as_one_process(replays: Replay, tmp_path: Path) -> Non
         index_shards(config, Path(config.run.url) / "index")
     train_unnormalised(alone, World())
     body = two.model_dump_json(exclude_unset=True)
-    other = mp.get_context("spawn").Process(target=train_in_group, args=(tmp_path / "rendezvous", 1, body))
-    other.start()
-    try:
-        train_in_group(tmp_path / "rendezvous", 0, body)
-        other.join(60)
-    finally:
-        other.kill()
-        other.join()
-    assert other.exitcode == 0
+    run_two_ranks(train_in_group, tmp_path, body)
     for key, value in weights(tmp_path / "alone").items():
         torch.testing.assert_close(weights(tmp_path / "two")[key], value, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(

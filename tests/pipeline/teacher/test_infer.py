@@ -122,6 +122,7 @@ def test_the_environment_is_plain_json_and_names_what_changes_bytes() -> None:
     assert {"torchvision", "pillow", "pyarrow", "device", "batch_size"} <= environment.keys()
 
 
+@pytest.mark.slow
 def test_a_cpu_that_hides_instructions_is_another_environment() -> None:
     script = "import torch, json; from pipeline.teacher.runtime import numeric_env as env; "
     script += "print(json.dumps(env(torch.device('cpu'), batch_size=8)))"

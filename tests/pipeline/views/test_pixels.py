@@ -69,6 +69,7 @@ def resized() -> str:
     return views.hexdigest()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_no_instruction_set_changes_how_a_box_is_resized(capability: str) -> None:
     code = "from tests.pipeline.views.test_pixels import resized; print(resized())"
