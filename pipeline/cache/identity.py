@@ -18,7 +18,7 @@ from pipeline.cache.files import parse_record
 from pipeline.cache.imported import ImportedMeans
 from pipeline.errors import CacheError, ModelError
 from pipeline.fingerprint import differences, seal, short, weights_digest
-from pipeline.models import LoadedModel, load_model
+from pipeline.models import LoadedModel, load_untrained
 from pipeline.shards.index import index_settings
 from pipeline.teacher.infer import Teacher
 from pipeline.views.params import sample_keys
@@ -220,9 +220,14 @@ def check_without_weights(found: Header, config: Config) -> None:
     teacher, cache = config.teacher, config.cache
     assert cache is not None
     assert config.data.num_classes is not None
-    network = teacher.model_copy(update={"weights": "random", "sha256": None})
+    size = config.views.size
     body = teacher_body(
-        load_model(network, num_classes=config.data.num_classes, size=config.views.size),
+        load_untrained(
+            teacher,
+            num_classes=config.data.num_classes,
+            size=size,
+            likely_size=size or int(str(found.teacher["size"])),
+        ),
         weights=str(found.teacher["weights"]),
         precision=teacher.precision,
         plan=config.views,

@@ -16,7 +16,7 @@ from pipeline.cache.codec import outputs_of, row_bytes
 from pipeline.cache.commit import Standing, missing_blocks
 from pipeline.cache.identity import find_header
 from pipeline.cache.survey import Span, Survey, survey_shards, total
-from pipeline.models import load_model
+from pipeline.models import load_untrained
 from pipeline.shards.labels import NUM_INDEXES_READ, LabelCount, check_label_member
 from schemas.cache import drawn_columns, part_schema
 from schemas.config import CacheConfig, Config, ViewsConfig
@@ -250,8 +250,8 @@ def embedding_dim(config: Config) -> int:
         ModelError: the network cannot be built as asked.
     """
     assert config.data.num_classes is not None
-    teacher = config.teacher.model_copy(update={"weights": "random", "sha256": None})
-    return load_model(teacher, num_classes=config.data.num_classes, size=config.views.size).module.embedding_dim
+    teacher = load_untrained(config.teacher, num_classes=config.data.num_classes, size=config.views.size)
+    return teacher.module.embedding_dim
 
 
 def needs_embedding_dim(ground: Ground) -> bool:

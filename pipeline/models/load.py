@@ -100,6 +100,25 @@ def load_model(
     return LoadedModel(wrap(built, request, size=spec.size), spec, architecture, (*notes, *built.notes))
 
 
+def load_untrained(
+    config: ModelConfig, *, num_classes: int, size: int | None, likely_size: int | None = None, where: str = "teacher"
+) -> LoadedModel:
+    """The network of these weights without them, for what does not depend on their values.
+
+    Args:
+        likely_size: pixels that the weights were probably made for; default: ``size``.
+
+    Raises:
+        ConfigError, ModelError: as of ``load_model``.
+    """
+    build, request = resolve(config, num_classes, True, where)
+    request = replace(request, read=None, builds_only=True, likely_size=likely_size or size)
+    with _derived_randomness(0):
+        built = build(request)
+    spec = input_spec(config, built.own, size, where)
+    return LoadedModel(wrap(built, request, size=spec.size), spec, _architecture(request), built.notes)
+
+
 def load_weights(built: Built, request: Request) -> tuple[str, ...]:
     """Copies the tensors of the weights URL, if there is one, into the network. One on the meta device stays without
     numbers: then the names and shapes are compared.

@@ -33,7 +33,7 @@ def outline_model(config: ModelConfig, *, num_classes: int, size: int | None, wh
         ModelError: the model is unknown, cannot be built as asked, or does not run at this size.
     """
     build, request = resolve(config, num_classes, True, where)
-    request = replace(request, read=None, builds_only=True)
+    request = replace(request, read=None, builds_only=True, likely_size=size)
     with torch.device("meta"):
         built = build(request)
     spec = input_spec(config, built.own, size, where)
@@ -57,10 +57,12 @@ def check_weights(config: ModelConfig, *, num_classes: int, size: int | None, wh
         StorageInputError: the weights' URL is refused, missing or not readable.
     """
     require_weights(config, where=where)
-    outline_model(config, num_classes=num_classes, size=size, where=where)
     build, request = resolve(config, num_classes, False, where)
-    if request.read is not None:
-        request.read()  # before the meta device is the default of whatever is read
-        with torch.device("meta"):
-            built = build(request)
-        load_weights(built, request)
+    if request.read is None:
+        outline_model(config, num_classes=num_classes, size=size, where=where)
+        return
+    request.read()  # before the meta device is the default of whatever is read
+    with torch.device("meta"):
+        built = build(request)
+    answers(built, request, size=input_spec(config, built.own, size, where).size)
+    load_weights(built, request)

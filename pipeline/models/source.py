@@ -39,7 +39,8 @@ class Request:
         where: YAML section, such as ``teacher``.
         read: gives the weights that the caller loads into the network; None where there are none. Networks whose
             constructor depends on its weights look there.
-        builds_only: neither weights nor initial values are needed, such as for a network on the meta device.
+        builds_only: the network is built as for its weights, which are not loaded, such as on the meta device.
+        likely_size: pixels that the weights were probably made for, where they cannot be looked at; None: not known.
     """
 
     config: ModelConfig
@@ -49,6 +50,7 @@ class Request:
     where: str
     read: Callable[[], WeightsFile] | None = None
     builds_only: bool = False
+    likely_size: int | None = None
 
     @property
     def pretrained(self) -> bool:

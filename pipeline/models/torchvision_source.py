@@ -55,7 +55,7 @@ def build(request: Request) -> Built:
         file: WeightsFile | None = WeightsFile(_download(request, published), transform_input=True)
     else:
         file = None if request.read is None else request.read()
-    kwargs, notes = _arguments(request, file)
+    kwargs, notes = _arguments(request, published, file)
     with building(request):
         network = models.get_model(request.name, weights=None, num_classes=width, **kwargs)
     network.register_load_state_dict_pre_hook(_mend_names)
@@ -76,7 +76,9 @@ def input_transform(network: nn.Module) -> dict[str, bool]:
     return {"transform_input": transforms} if isinstance(transforms, bool) else {}
 
 
-def _arguments(request: Request, file: WeightsFile | None) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _arguments(
+    request: Request, published: models.WeightsEnum, file: WeightsFile | None
+) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Arguments of the constructor, as torchvision's builder sets them where it has weights, and notes for the user.
 
     What the user gives comes first.
@@ -95,16 +97,15 @@ def _arguments(request: Request, file: WeightsFile | None) -> tuple[dict[str, An
         auxiliary = [name for name in file.state if _is_auxiliary(name)]
         if auxiliary and not request.config.kwargs.get("aux_logits") and not request.pretrained:
             notes.append(f"{request.where}.weights: {len(auxiliary)} tensors of auxiliary heads are left out")
-    elif request.name.startswith("vit_") and (image_size := _image_size(request, file)) is not None:
+    elif request.name.startswith("vit_") and (image_size := _image_size(request, published, file)) is not None:
         chosen["image_size"] = image_size
     return {**chosen, **request.config.kwargs}, tuple(notes)
 
 
-def _image_size(request: Request, file: WeightsFile | None) -> int | None:
+def _image_size(request: Request, published: models.WeightsEnum, file: WeightsFile | None) -> int | None:
     """Pixels that a ViT's position embedding [1,1+N,D] was made for; None where the constructor's default holds."""
     if file is None:
-        published = models.get_model_weights(request.name)["DEFAULT"]
-        return published.meta["min_size"][0] if request.config.weights == "pretrained" else None
+        return published.meta["min_size"][0] if request.config.weights == "pretrained" else request.likely_size
     positions = [tensor for name, tensor in file.state.items() if name.endswith("encoder.pos_embedding")]
     patches = [tensor for name, tensor in file.state.items() if name.endswith("conv_proj.weight")]
     if len(positions) != 1 or len(patches) != 1 or positions[0].ndim != 3 or patches[0].ndim != 4:

@@ -12,7 +12,7 @@ from pipeline import storage
 from pipeline.cache.reader import TeacherCache
 from pipeline.config import require
 from pipeline.errors import ConfigError
-from pipeline.models import LoadedModel, load_model, require_weights, unreadable_weights
+from pipeline.models import LoadedModel, load_model, load_untrained, require_weights, unreadable_weights
 from pipeline.shards.moved import new_place, report_moved
 from pipeline.shards.names import shard_ids
 from pipeline.shards.patterns import shard_urls
@@ -372,8 +372,8 @@ def _check_layers(config: Config, student: LoadedModel) -> None:
     if section is None:
         return
     assert config.data.num_classes is not None
-    teacher = config.teacher.model_copy(update={"weights": "random", "sha256": None})
-    plan_review(section, student, load_model(teacher, num_classes=config.data.num_classes, size=config.views.size))
+    teacher = load_untrained(config.teacher, num_classes=config.data.num_classes, size=config.views.size)
+    plan_review(section, student, teacher)
 
 
 def _check_val_shards(config: Config) -> None:

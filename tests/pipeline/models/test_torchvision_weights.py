@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from pipeline.models import LoadedModel, WeightsFile, load_model
+from pipeline.models import LoadedModel, WeightsFile, load_model, load_untrained
 from pipeline.models.load import resolve
+from pipeline.models.outline import check_weights, outline_model
 from pipeline.models.torchvision_source import input_transform
 from schemas.config import ModelConfig
 
@@ -137,6 +138,20 @@ def test_every_classifier_is_the_same_by_name_and_by_url(name: str, publish: Pub
 
 def test_a_vit_of_another_size_is_built_for_its_file_and_by_name_for_the_published_one(publish: Publish) -> None:
     check_structure("vit_h_14", publish)  # published for 518 pixels, while the constructor's default is 224
+
+
+def test_a_vit_is_built_for_its_weights_also_where_these_are_not_looked_at(tmp_path: Path) -> None:
+    """So a finished cache is known again, and a plan refuses nothing that a build takes."""
+    url = str(tmp_path / "swag.safetensors")
+    config = ModelConfig.model_validate({"model": "torchvision/vit_b_16", "weights": url})
+    safetensors.torch.save_file(models.vit_b_16(image_size=64).state_dict(), url)
+    for size in (64, None):
+        check_weights(config, num_classes=1000, size=size, where="teacher")
+    (tmp_path / "swag.safetensors").unlink()
+    for sizes in ({"size": 64}, {"size": None, "likely_size": 64}):
+        assert load_untrained(config, num_classes=1000, **sizes).input.size == 64
+    published = ModelConfig.model_validate({"model": "torchvision/vit_h_14", "weights": "pretrained"})
+    assert outline_model(published, num_classes=1000, size=None, where="teacher").input.size == 518
 
 
 def test_files_of_old_densenets_load(publish: Publish, tmp_path: Path) -> None:
