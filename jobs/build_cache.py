@@ -38,8 +38,9 @@ from pipeline.cache.space import check_space
 from pipeline.config import load_config
 from pipeline.errors import CacheError, ShardError
 from pipeline.models import random_weights_warnings, unreadable_weights
+from pipeline.redaction import quoted
 from pipeline.shards.labels import label_warning
-from pipeline.shards.moved import new_place, report_moved
+from pipeline.shards.moved import report_moved
 from pipeline.shards.names import shard_ids
 from pipeline.shards.omissions import Omissions
 from pipeline.shards.patterns import shard_urls
@@ -86,8 +87,7 @@ def build_cache(config: Config) -> Manifest:
         manifest = publish_manifest(cache.url, by_id, add_up=partial(_add_up, config.ray))
     remove_logs(cache.url)
     if relabelled and manifest.labels is None:
-        url = storage.redact(cache.url)
-        _warn([f"the cache has the labels of its build again; run: stillroom cache relabel {url}"])
+        _warn([f"the cache has the labels of its build again; run: stillroom cache relabel {quoted(cache.url)}"])
     labels = cached_labels(open_cache(cache.url))
     if (warning := label_warning(labels, config.data, finished_cache=cache.url)) is not None:
         _warn([warning])
@@ -179,7 +179,7 @@ def _sizes(by_id: dict[str, str]) -> dict[str, int]:
             listed |= {storage.join(folder, name): size for name, size in storage.sizes_right_below(folder).items()}
     others = {shard: url for shard, url in by_id.items() if url not in listed}
     with (
-        report_moved([*by_id.values()], f"append data.shards={new_place(by_id.values())}, or restore the shards"),
+        report_moved([*by_id.values()], "append data.shards={}"),
         ThreadPoolExecutor(_SIZE_THREADS) as pool,
     ):
         asked = dict(zip(others, pool.map(storage.size, others.values()), strict=True))

@@ -100,13 +100,14 @@ def fan_out(
     what: str,
     name: Callable[[T], str] = str,
     tally: Tally | None = None,
+    reports_silence: bool = True,
 ) -> Iterator[tuple[T, R]]:
     """Each item with its result, in the order of completion.
 
     About two tasks a slot are in flight: enough to keep every worker busy and to show an autoscaler what is waiting,
     few enough that the driver's memory does not grow with the number of items. ``items`` is drawn as they start.
     ``what`` is for the message that tasks of this kind fit nowhere, ``name`` for one about a single item. ``tally``
-    hears of every attempt.
+    hears of every attempt. ``reports_silence`` is False for items that take hours.
 
     Raises:
         StillroomError: an item failed for good. Where that says nothing about others (a damaged shard, retries that
@@ -121,7 +122,7 @@ def fan_out(
         yield from _loop(work, items, failures, tally)
     else:
         with cluster(config):
-            yield from _Flight(work, config, what, name, failures, tally).run(items)
+            yield from _Flight(work, config, what, name, failures, tally, reports_silence=reports_silence).run(items)
     failures.raise_any("the others are done")
 
 
@@ -195,6 +196,8 @@ class _Flight:
         name: Callable[[Any], str],
         failures: _Failures,
         tally: Tally,
+        *,
+        reports_silence: bool,
     ) -> None:
         self._needed, self._what = task_resources(config), what
         self._where = f"ray.cpus_per_task={config.cpus_per_task}, ray.gpus_per_task={config.gpus_per_task:g}"
@@ -212,6 +215,7 @@ class _Flight:
         self._unnamed = _call.options(**self._options)
         self._work = ray.put(work)
         self._patience_s = patience_s(config)
+        self._reports_silence = reports_silence
         self._limit, self._next_look = 0, 0.0
         self._without_nodes_since: float | None = None
         self._max_retries, self._timeout_s = config.max_retries, config.part_timeout_s
@@ -292,7 +296,7 @@ class _Flight:
         """Names the part that was launched first where it takes far longer than all that are done, at ever longer
         intervals. Others wait behind it, launched later: Ray does not tell which of them have begun.
         """
-        if not self._flying:
+        if not self._flying or not self._reports_silence:
             return
         oldest = min(self._flying.values(), key=lambda attempt: attempt.launched)
         silent_s = time.monotonic() - oldest.launched

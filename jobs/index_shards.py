@@ -16,7 +16,7 @@ from pipeline import storage
 from pipeline.config import load_config, require
 from pipeline.errors import ShardError
 from pipeline.shards.labels import LabelCount, check_label_member, count_labels, label_warning, spread
-from pipeline.shards.moved import new_place, report_moved
+from pipeline.shards.moved import report_moved
 from pipeline.shards.names import shard_ids
 from pipeline.shards.omissions import Omissions
 from pipeline.shards.patterns import shard_urls
@@ -41,7 +41,7 @@ def index_shards(config: Config, folder_url: str) -> int:
     urls = shard_urls(config.data.shards)
     by_id = dict(zip(shard_ids(urls), urls, strict=True))
     storage.check_names(folder_url, map(index_name, by_id))
-    with report_moved(urls, f"append data.shards={new_place(urls)}, or restore the shards"):
+    with report_moved(urls, "append data.shards={}"):
         return _index(by_id, config, folder_url)
 
 

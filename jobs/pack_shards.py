@@ -63,7 +63,7 @@ def _read_classes(url: str) -> Mapping[str, int]:
     if not fits:
         raise ShardError(
             "these are not the classes of a packing",
-            code="shards.bad-classes-file",
+            code="pack.bad-classes-file",
             where=storage.redact(url),
             wanted=f"{CLASSES} as another packing wrote it: names with indexes 0, 1, 2 …",
         )

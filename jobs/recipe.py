@@ -40,7 +40,7 @@ def _write_subsets(recipe: Recipe) -> None:
     data = DataConfig.model_validate(recipe.document.common.get("data", {}))
     for name, tail in recipe.document.subsets.items():
         pattern = str(recipe.out / "shards" / f"{name}-%05d.tar")
-        written = write_long_tail(shard_urls(tail.shards, key="subsets.shards"), pattern, tail, data)
+        written = write_long_tail(shard_urls(tail.shards, key=f"subsets.{name}.shards"), pattern, tail, data)
         tell(
             f"subset {name}: {sum(written.counts)} images in {len(written.urls)} shards, by class {written.counts}",
             event="stage",

@@ -56,7 +56,10 @@ def train_together(cells: Sequence[Cell]) -> list[Row]:
     placed = [replace(cell, config=with_absolute_paths(cell.config)) for cell in cells]
     rows: dict[str, Row] = {}
     with ProgressView("cells", len(cells)) as progress:
-        for cell, row in fan_out(train_cell, placed, ray, what="a training", name=lambda cell: cell.name):
+        trained = fan_out(
+            train_cell, placed, ray, what="a training", name=lambda cell: cell.name, reports_silence=False
+        )
+        for cell, row in trained:
             rows[cell.name] = row
             progress.update(len(rows), cell.name)
     return [rows[cell.name] for cell in cells]

@@ -21,6 +21,7 @@ from jobs.recipe_cells import Row
 from jobs.recipe_file import Cell, Recipe
 from pipeline import storage
 from pipeline.errors import ConfigError
+from pipeline.redaction import quoted
 
 Tree = dict[str, Any]
 Entry = dict[str, Any]
@@ -80,11 +81,12 @@ def read_results(recipe: Recipe) -> Tree:
     except (ValueError, AttributeError, TypeError, RecursionError):
         tree, is_sound = {}, False
     if not is_sound:
+        aside = f"mv {quoted(str(path))} {quoted(f'{path}.damaged')}"
         raise ConfigError(
             "this file holds no results of a recipe, so others cannot be merged into it",
             code="recipe.results-damaged",
             where=str(path),
-            next_step=f"mv {path} {path}.damaged, and run the recipe again: finished trainings are not repeated",
+            next_step=f"{aside}, and run the recipe again: finished trainings are not repeated",
         )
     return tree
 

@@ -6,6 +6,7 @@ from jobs.progress import ProgressView
 from pipeline import storage
 from pipeline.cache.relabel import Relabelling, relabel
 from pipeline.shards.names import shard_ids
+from pipeline.shards.patterns import shard_urls
 
 
 def relabel_cache(cache_url: str, *, label: str | None, shards: str | None, threads: int) -> Relabelling:
@@ -17,7 +18,7 @@ def relabel_cache(cache_url: str, *, label: str | None, shards: str | None, thre
     Raises:
         StillroomError: as ``relabel``.
     """
-    urls = [] if shards is None else [storage.absolute(url) for url in storage.expand(shards)]
+    urls = [] if shards is None else [storage.absolute(url) for url in shard_urls(shards, key="--shards")]
     with ProgressView("relabel", 0) as progress:
         return relabel(
             cache_url,
@@ -34,5 +35,5 @@ def describe(found: Relabelling) -> str:
     top1 = f"{statistics.top1_hits / statistics.labelled:.1%}, on view 0" if statistics.labelled else "not known"
     lines = [f"labels: {found.count} (data.label is {found.label})", f"teacher top-1: {top1}"]
     if found.lost_means:
-        lines.append("warning: the class means of the build are of its own labels and left out: nd needs another build")
+        lines.append("warning: class means came from the labels of the build and are left out; nd needs another build")
     return "\n".join(lines)

@@ -301,7 +301,7 @@ def _talking_to(address: str) -> Generator[None]:
             "the cluster did not accept the token, or there was none",
             where=storage.redact(address),
             got=str(error).splitlines()[0],
-            code="submit.token-refused",
+            code="ray.token-refused",
             next_step=TOKEN_HELP,
         ) from error
     # That is of our own output, which ended.

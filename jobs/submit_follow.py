@@ -15,6 +15,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_f
 from jobs.entry import INTERRUPTED
 from pipeline import storage
 from pipeline.errors import SubmissionError
+from pipeline.redaction import quoted
 
 # A connection that was cut without a word looks like a job without a word; after so long it is made anew.
 _SILENCE_S = 60
@@ -51,7 +52,7 @@ def follow(client: JobSubmissionClient, job: str, address: str) -> int:
 
 def job_command(words: str, job: str, address: str) -> str:
     """The command of Ray that does something to this job."""
-    return f"ray job {words} --address {shlex.quote(storage.redact(address))} {shlex.quote(job)}"
+    return f"ray job {words} --address {quoted(address)} {shlex.quote(job)}"
 
 
 def exit_code(info: JobDetails, job: str) -> int:

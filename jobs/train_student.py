@@ -229,20 +229,20 @@ def _killed(error: TrainingFailedError) -> TrainingError | None:
     if not dead:
         return None
     return TrainingError(
-        "a worker process of the training was killed by a signal",
+        "a worker process of the training died",
         code="train.worker-killed",
         where=f"rank {', '.join(map(str, sorted(dead)))}",
         got=_signal(str(next(iter(dead.values())))),
         next_step="SIGKILL: more memory a worker, or a smaller train.global_batch_size; SIGBUS: more /dev/shm, or "
         "train.num_workers=0; SIGSEGV or SIGABRT: a crash in native code, on a CPU try train.channels_last=false; then "
-        "run the command again: it goes on from the last checkpoint",
+        "(or after a lost node) run the command again: it resumes from the last checkpoint",
     )
 
 
 def _signal(text: str) -> str:
     """The signals that Ray's report of a dead actor names, which are candidates where it has seen none itself."""
     named = dict.fromkeys(re.findall(r"SIG[A-Z]+", text))
-    return f"one of {', '.join(named)}, says Ray" if named else "a signal that Ray does not name"
+    return f"one of {', '.join(named)} (Ray's report)" if named else text.strip().partition("\n")[0]
 
 
 def _in_thread(work: Callable[[], object]) -> None:

@@ -36,7 +36,7 @@ def verify(
     # First, since a wrong config should not be found after an hour of reading.
     live = None if config is None else load_live(with_absolute_paths(config))
     named = shards if shards is not None or live is None else live.config.data.shards
-    urls = None if named is None else shard_urls(named, key="--shards")
+    urls = None if named is None else shard_urls(named, key="data.shards" if shards is None else "--shards")
     by_id = {} if urls is None else dict(zip(shard_ids(urls), urls, strict=True))
     with ProgressView("verify", 0) as progress:
         report = verify_cache(

@@ -166,7 +166,7 @@ class SubmissionError(StillroomError):
 class TrainingError(StillroomError):
     """Training that cannot go on, such as a loss that is not finite."""
 
-    code = "training.failed"
+    code = "train.failed"
 
 
 class EvaluationError(StillroomError):

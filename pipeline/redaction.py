@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 
 # Of bounded length, so that a long word costs no more than its length.
 _SCHEME = r"[A-Za-z][A-Za-z0-9+.-]{0,15}://"
@@ -29,6 +30,11 @@ def redact(url: str) -> str:
     user, _, host = authority.rpartition("@")
     kept = f"{user}@" if user and head.lower() in _WITH_CONTAINER and not re.search("[:@]", user) else ""
     return f"{head}://{kept}{host}{slash}{path}"
+
+
+def quoted(url: str) -> str:
+    """The redacted URL as a shell takes it, for commands that users are given."""
+    return shlex.quote(redact(url))
 
 
 def redact_text(text: str) -> str:

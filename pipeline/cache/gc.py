@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,10 +10,11 @@ from typing import Any
 from pipeline import storage
 from pipeline.cache import layout
 from pipeline.cache.commit import is_unused, named, stream_commits
-from pipeline.cache.identity import read_header
+from pipeline.cache.identity import no_cache, read_header
 from pipeline.cache.log import SILENT_S, find_running_build
 from pipeline.cache.manifest import read_manifest, read_table
 from pipeline.errors import CacheError
+from pipeline.redaction import quoted
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ def remove_unused_header(
     url = storage.join(cache_url, layout.HEADER)
     header = storage.read_if_there(url, max_bytes=storage.MAX_RECORD_BYTES)
     if header is None:
-        raise CacheError("there is no cache here", code="cache.missing", where=storage.redact(cache_url))
+        raise no_cache(cache_url)
     _check_unused(cache_url)
     if not force:
         _check_no_running_build(cache_url, time.time() if now_s is None else now_s)
@@ -144,7 +144,7 @@ def _check_no_running_build(cache_url: str, now_s: float) -> None:
             got=f"process {log.process} on {log.host}, heard from {max(now_s - log.renewed_s, 0):.0f} s ago",
             wanted=f"no record of a build, or one that is {SILENT_S:.0f} s old",
             next_step="stop that build, or wait; if it was killed, run: "
-            f"stillroom cache gc {shlex.quote(where)} --unused-header --force",
+            f"stillroom cache gc {quoted(cache_url)} --unused-header --force",
         )
 
 

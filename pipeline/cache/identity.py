@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from pipeline.cache.imported import ImportedMeans
 from pipeline.errors import CacheError, ModelError
 from pipeline.fingerprint import differences, seal, short, weights_digest
 from pipeline.models import LoadedModel, load_untrained
+from pipeline.redaction import quoted
 from pipeline.shards.index import index_settings
 from pipeline.teacher.infer import Teacher
 from pipeline.views.params import sample_keys
@@ -167,10 +167,18 @@ def read_header(cache_url: str) -> Header:
     """
     found = find_header(cache_url)
     if found is None:
-        raise CacheError(
-            "there is no cache here", where=storage.redact(cache_url), next_step="run: stillroom cache build CONFIG"
-        )
+        raise no_cache(cache_url)
     return found
+
+
+def no_cache(cache_url: str) -> CacheError:
+    """The error for a place without a header."""
+    return CacheError(
+        "there is no cache here",
+        code="cache.missing",
+        where=storage.redact(cache_url),
+        next_step="check the URL, or run: stillroom cache build CONFIG",
+    )
 
 
 def find_header(cache_url: str) -> Header | None:
@@ -260,7 +268,7 @@ def _other_header(cache_url: str, *, got: str, wanted: str) -> CacheError:
             where=where,
             got=got,
             wanted=wanted,
-            next_step=f"if that build has ended, run: stillroom cache gc {shlex.quote(where)} --unused-header; "
+            next_step=f"if that build has ended, run: stillroom cache gc {quoted(cache_url)} --unused-header; "
             "else build into another cache.url",
         )
     return CacheError(

@@ -16,7 +16,7 @@ from pipeline import storage
 from pipeline.cache import layout
 from pipeline.cache.commit import check_fingerprint, files_present, named, stream_commits
 from pipeline.cache.files import parse_record, publish_named, read_file, read_named, read_parquet
-from pipeline.cache.identity import read_header
+from pipeline.cache.identity import no_cache, read_header
 from pipeline.cache.imported import encode_kept, imported_sha256
 from pipeline.cache.means import ClassSums, decode_sums, encode_means, merge
 from pipeline.cache.statistics import StatisticsFold
@@ -183,11 +183,13 @@ def read_manifest(cache_url: str) -> tuple[Manifest, bytes]:
     url = storage.join(cache_url, layout.MANIFEST)
     data = storage.read_if_there(url, max_bytes=storage.MAX_RECORD_BYTES)
     if data is None:
-        begun = storage.exists(storage.join(cache_url, layout.HEADER))
+        if not storage.exists(storage.join(cache_url, layout.HEADER)):
+            raise no_cache(cache_url)
         raise CacheError(
-            "this cache is not finished: it has no manifest" if begun else "there is no cache here",
+            "this cache is not finished: it has no manifest",
+            code="cache.unfinished",
             where=storage.redact(cache_url),
-            next_step="run: stillroom cache build CONFIG" + (" (it resumes)" if begun else ""),
+            next_step="run: stillroom cache build CONFIG (it resumes)",
         )
     return parse_manifest(data, where=storage.redact(url)), data
 

@@ -23,6 +23,7 @@ from pipeline.cache.manifest import locate, parse_manifest, read_manifest, read_
 from pipeline.cache.means import ClassMeans, decode_means
 from pipeline.errors import CacheError, StorageError, StorageInputError
 from pipeline.fingerprint import digest
+from pipeline.redaction import quoted
 from pipeline.shards.index import ShardIndex, decode_index
 from pipeline.tables import read_bounded
 from pipeline.views.params import EVAL_VIEW
@@ -191,7 +192,7 @@ class TeacherCache:
         where = storage.redact(storage.join(self.url, path))
         data = read_file(self.url, path)
         if digest(data) != shard.index_sha256:
-            again = f"run: stillroom cache relabel {storage.redact(self.url)}" if is_relabelled else REBUILD
+            again = f"run: stillroom cache relabel {quoted(self.url)}" if is_relabelled else REBUILD
             raise CacheError("this index is not the one that the manifest names", where=where, next_step=again)
         return decode_index(data, where=where)
 

@@ -26,9 +26,10 @@ from pipeline.cache.ranking import class_ranks
 from pipeline.cache.reader import ShardEntry, TeacherCache, open_cache
 from pipeline.errors import CacheError, ConfigError, ShardError
 from pipeline.fingerprint import digest
+from pipeline.redaction import quoted
 from pipeline.shards.index import NO_LABEL, ShardIndex, encode_index, index_settings
 from pipeline.shards.labels import LabelCount, check_label_member, spread
-from pipeline.shards.moved import new_place, report_moved
+from pipeline.shards.moved import report_moved
 from pipeline.shards.peek import peek
 from pipeline.shards.tar import read_samples
 from schemas.config import DataConfig
@@ -52,7 +53,8 @@ class Relabelling:
 class _OfShard:
     index_sha256: str
     size_bytes: int
-    label_M: NDArray[np.int32]
+    num_images: int
+    class_counts: Counter[int]
     hits: Counter[str]
 
 
@@ -84,7 +86,7 @@ def relabel(
     urls = {shard.shard_id: (shard_urls or {}).get(shard.shard_id) or cache.shard_url(shard) for shard in cache.shards}
     storage.check_names(cache_url, (layout.relabelled_path(shard, "0" * 64).rpartition("/")[2] for shard in urls))
     found: list[_OfShard] = []
-    moved = report_moved([*urls.values()], f"append --shards {new_place(urls.values())}, or restore the shards")
+    moved = report_moved([*urls.values()], "append --shards {}")
     with moved, ThreadPoolExecutor(threads, thread_name_prefix="relabel") as pool:
         _check_member(cache, data, urls)
         for of_shard in pool.map(lambda shard: _relabel_shard(cache, shard, data, urls[shard.shard_id]), cache.shards):
@@ -92,7 +94,8 @@ def relabel(
             if progress is not None:
                 progress(len(found), len(cache.shards))
     manifest = _publish(cache, data, found)
-    count = LabelCount.of([of_shard.label_M for of_shard in found])
+    num_labelled = sum(of_shard.class_counts.total() for of_shard in found)
+    count = LabelCount(num_labelled, sum(of_shard.num_images for of_shard in found), len(found))
     lost = cache.manifest.class_means is not None and manifest.class_means is None
     return Relabelling(str(data.label), count, manifest.statistics, lost)
 
@@ -106,7 +109,7 @@ def _reading(cache: TeacherCache, label: str | None) -> DataConfig:
             code="cache.relabel-without-label",
             where=storage.redact(cache.url),
             got="data.label: null",
-            next_step=f"run: stillroom cache relabel {storage.redact(cache.url)} --label cls",
+            next_step=f"run: stillroom cache relabel {quoted(cache.url)} --label cls",
         )
     # Samples that the build left out are in its index as well.
     return rules.model_copy(update={"label": label, "bad_samples": "skip"})
@@ -132,7 +135,8 @@ def _relabel_shard(cache: TeacherCache, shard: ShardEntry, data: DataConfig, url
     # Equal content has an equal name; written also where it is there, since that file may be damaged.
     storage.write(storage.join(cache.url, layout.relabelled_path(shard.shard_id, sha256)), encoded)
     label_M = index.label[index.ok]
-    return _OfShard(sha256, size_bytes, label_M, _hits(cache, shard, label_M))
+    class_counts = Counter[int](label_M[label_M != NO_LABEL].tolist())
+    return _OfShard(sha256, size_bytes, len(label_M), class_counts, _hits(cache, shard, label_M))
 
 
 def _relabelled(index: ShardIndex, data: DataConfig, local: Path, *, where: str) -> ShardIndex:
@@ -183,7 +187,7 @@ def _publish(cache: TeacherCache, data: DataConfig, found: list[_OfShard]) -> Ma
     classes = Counter[int]()
     if hits["labelled"]:
         for of_shard in found:
-            classes.update(of_shard.label_M[of_shard.label_M != NO_LABEL].tolist())
+            classes.update(of_shard.class_counts)
     statistics = cache.manifest.statistics.model_copy(
         update={**{name: hits[name] for name in _HITS}, "class_counts": dict(sorted(classes.items()))}
     )

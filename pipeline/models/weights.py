@@ -256,11 +256,7 @@ def _conversion(read: str, data: bytes, url: str) -> str:
     Args:
         read: Python that binds ``c`` to the content of ``%s``.
     """
-    path = (
-        PurePosixPath(url)
-        if storage.protocol(url) == "file"
-        else PurePosixPath(PurePosixPath(storage.redact(url)).name)
-    )
+    path = PurePosixPath(storage.local_path(url) or storage.last_name(storage.redact(url)))
     target = path.with_name(f"{path.name.split('.')[0]}-weights.pt")
     texts = _texts(data)
     keys = [key for key in (*TRAINED_KEYS, *AVERAGED_KEYS) if key in texts]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -221,10 +222,11 @@ def check_samples(index: ShardIndex, data: DataConfig, *, where: str) -> None:
 def _next_step(index: ShardIndex, *, skips: bool) -> str:
     duplicates = index.status == STATUSES.index("duplicate_key")
     if (duplicates & (index.size == 0)).any():
+        tar = shlex.quote(f"{index.shard_id}.tar")
         return (
             "write the tar again in order of names, since the members of a sample must follow one another: "
-            f"mkdir t sorted && tar -xf {index.shard_id}.tar -C t && "
-            f"(cd t && tar --sort=name -cf ../sorted/{index.shard_id}.tar *)"
+            f"mkdir t sorted && tar -xf {tar} -C t && "
+            f"(cd t && find . -type f -printf '%P\\n' | LC_ALL=C sort | tar -cf ../sorted/{tar} -T -)"
         )
     if skips:
         return "repair the shard, or raise data.max_bad_share"

@@ -37,6 +37,9 @@ def file_kind(head: bytes) -> str:
     """``JPEG``, ``PNG``, ``WEBP``, ``gzip``, ``HTML`` … for the first bytes of a file; ``unknown bytes`` otherwise."""
     if not head:
         return "an empty file"
+    # First: a tar begins with the name of its first member, which may look like any signature.
+    if head[_TAR_MAGIC_AT : _TAR_MAGIC_AT + 5] == b"ustar":
+        return "a tar"
     for signature, name in _SIGNATURES:
         if head.startswith(signature):
             return name
@@ -44,8 +47,6 @@ def file_kind(head: bytes) -> str:
         return "WEBP"
     if head[4:12] in (b"ftypavif", b"ftypavis", b"ftypheic", b"ftypmif1", b"ftypheix"):
         return "an AVIF or HEIC image"
-    if head[_TAR_MAGIC_AT : _TAR_MAGIC_AT + 5] == b"ustar":
-        return "a tar"
     return _text_kind(head.removeprefix(b"\xef\xbb\xbf").lstrip()) or "unknown bytes"
 
 

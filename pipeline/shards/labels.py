@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import ShardError
-from pipeline.redaction import redact
+from pipeline.redaction import quoted
 from pipeline.shards.index import NO_LABEL, ShardIndex
 from schemas.config import DataConfig
 
@@ -124,7 +123,7 @@ def label_warning(found: LabelCount, data: DataConfig, *, finished_cache: str | 
     else:
         # One that exists, so that the command can be copied; else the user has to name it.
         member = found.readable[0] if found.readable else "MEMBER"
-        next_step = f"run: stillroom cache relabel {shlex.quote(redact(finished_cache))} --label {member}"
+        next_step = f"run: stillroom cache relabel {quoted(finished_cache)} --label {member}"
     return (
         f"labels: {found}, so losses and class means that need labels cannot use them (data.label is {data.label}); "
         f"{next_step}"

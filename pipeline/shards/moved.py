@@ -17,12 +17,12 @@ _NUM_NAMED = 3
 
 
 @contextmanager
-def report_moved(urls: Sequence[str], next_step: str) -> Generator[None]:
+def report_moved(urls: Sequence[str], place: str) -> Generator[None]:
     """Turns a missing file among ``urls`` inside a ``with`` into an error that counts the missing ones.
 
     Args:
         urls: of all shards that are read in the ``with``; at most 1,000 of them are looked up.
-        next_step: of the error.
+        place: how a user gives the new place of the shards, ``{}``, such as ``append data.shards={}``.
 
     Raises:
         StorageInputError: one of them is missing.
@@ -41,7 +41,7 @@ def report_moved(urls: Sequence[str], next_step: str) -> Generator[None]:
             code="data.shards-moved",
             where=error.where,
             got=f"{max(num_missing, 1)} of {among} shards are not where they are expected",
-            next_step=next_step,
+            next_step=f"{place.format(new_place(urls))}, or restore the shards",
         ) from error
 
 

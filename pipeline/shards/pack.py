@@ -183,7 +183,7 @@ def _nothing_to_pack(where: str, skipped: Mapping[str, Sequence[str]], labels: L
     loose = labels == "folder" and "in no class folder" in skipped
     return ShardError(
         "there are no images in class folders" if loose else "there are no images here",
-        code="shards.no-images",
+        code="pack.no-images",
         where=where,
         got=tell_skipped(skipped) or "no files at all",
         wanted=f"{'<class>/' if labels == 'folder' else ''}<name>.{{{','.join(EXTENSIONS)}}}",
@@ -243,7 +243,7 @@ def _check_splits(paths: Sequence[str], source_url: str, settings: PackSettings,
     ]
     raise ShardError(
         "these folders are splits, not classes",
-        code="shards.splits-as-classes",
+        code="pack.splits-as-classes",
         where=storage.redact(source_url),
         got=", ".join(f"{folder}/" for folder in splits),
         wanted="a folder for each class",
@@ -277,13 +277,13 @@ def _class_indexes(source_url: str, found: list[str], settled: Mapping[str, int]
             f"{len(empty)} class folders have no images",
             where=where,
             got=_named(empty),
-            code="shards.empty-class",
+            code="pack.empty-class",
             next_step="remove them, since they would take up class indexes; or fill them",
         )
     if settled is not None and (unknown := [name for name in found if name not in settled]):
         raise ShardError(
             "some class folders are not among the classes",
-            code="shards.unknown-class",
+            code="pack.unknown-class",
             where=where,
             got=_named(unknown),
             wanted=f"folders called {_named(sorted(settled))}",
@@ -293,7 +293,7 @@ def _class_indexes(source_url: str, found: list[str], settled: Mapping[str, int]
     if len(indexes) < 2:
         raise ShardError(
             "there is only one class",
-            code="shards.one-class",
+            code="pack.one-class",
             where=where,
             got=_named(found),
             wanted="a folder for each class",
@@ -450,7 +450,7 @@ def _bad_images_found(source_url: str, omissions: Omissions, *, is_whole_shard: 
     what = f"{omissions.counts[_BAD_IMAGES]} images cannot be used"
     return ShardError(
         f"{what}, among them all of a shard" if is_whole_shard else what,
-        code="shards.bad-images",
+        code="pack.bad-images",
         where=storage.redact(source_url),
         got=", ".join(omissions.lines()),
         wanted="whole JPEG, PNG or WebP images",
@@ -467,7 +467,7 @@ def _begin(packing: Packing, out_url: str) -> set[str]:
     if present and RECORD not in present:
         raise StorageInputError(
             "this folder is not empty",
-            code="shards.out-not-empty",
+            code="pack.out-not-empty",
             where=storage.redact(out_url),
             got=_named(sorted(present)),
             wanted="a new or empty folder",
@@ -476,7 +476,7 @@ def _begin(packing: Packing, out_url: str) -> set[str]:
     if not storage.create(url, packing.record()) and (stored := storage.read(url)) != packing.record():
         raise StorageInputError(
             "other images, or the same in another way, were packed here",
-            code="shards.packed-otherwise",
+            code="pack.other-packing",
             where=storage.redact(out_url),
             got=_changes(stored, packing.record()),
             wanted="a folder for each packing, or the images and options that this one began with",

@@ -33,7 +33,9 @@ def shard_urls(patterns: str | Sequence[str], *, key: str = "data.shards") -> li
     urls = storage.expand(patterns if isinstance(patterns, str) else tuple(patterns))
     for url in urls:
         _check_no_glob(url, key)
-        _check_no_folder(url, key)
+    # The first alone, since it is refused anyway, and each costs a listing.
+    if (other := next((url for url in urls if not storage.redact(url).endswith(".tar")), None)) is not None:
+        _check_no_folder(other, key)
     return urls
 
 
@@ -54,7 +56,7 @@ def _check_no_glob(url: str, key: str) -> None:
 
 
 def _check_no_folder(url: str, key: str) -> None:
-    if storage.redact(url).endswith(".tar") or not (found := _names_in(url)):
+    if not (found := _names_in(url)):
         return
     if names := [name for name in found if name.endswith(".tar")]:
         next_step = _suggestion(url.rstrip("/"), names, key)
@@ -102,15 +104,21 @@ def _suggestion(folder_url: str, names: Iterable[str], key: str) -> str | None:
     for name in (names := list(names)):
         is_other = key == "data.shards" and _VALIDATION.match(name) and not all(map(_VALIDATION.match, names))
         by_key["data.val_shards" if is_other else key].append(name)
-    lines = [f"{found}={_value(folder_url, brace_patterns(group))}" for found, group in sorted(by_key.items())]
+    lines = [
+        f"{found}={_value(folder_url, brace_patterns(group), is_option=found.startswith('--'))}"
+        for found, group in sorted(by_key.items())
+    ]
     return "use (quoted, on a command line): " + ", ".join(lines) if lines else None
 
 
-def _value(folder_url: str, patterns: Sequence[str]) -> str:
+def _value(folder_url: str, patterns: Sequence[str], *, is_option: bool) -> str:
+    """A URL, a list of them as YAML, or one pattern for an option, which takes no list."""
     base = storage.redact(folder_url)
     urls = [f"{base}/{pattern}" if base else pattern for pattern in patterns]
     if len(urls) == 1:
         return urls[0]
+    if is_option:
+        return f"{base}/{{{','.join([*patterns[:_MAX_PATTERNS], *(['…'] if len(patterns) > _MAX_PATTERNS else [])])}}}"
     more = [f"… {len(urls) - _MAX_PATTERNS} more"] if len(urls) > _MAX_PATTERNS else []
     return f"[{', '.join([*(repr(url) for url in urls[:_MAX_PATTERNS]), *more])}]"
 

@@ -20,6 +20,7 @@ from pipeline.models.source import cause
 from pipeline.models.weights import load_pickled
 from pipeline.redaction import redact_text
 from pipeline.shards.names import shard_ids
+from pipeline.shards.patterns import shard_urls
 from schemas.config import Config
 
 CONFIG = "config.json"
@@ -111,7 +112,7 @@ def _has_moved(run_url: str, one: Config, other: Config) -> bool:
 def _shard_names(run_url: str, config: Config) -> list[str] | None:
     """Ids of the shards of a run, those of its first cache where the config names none; None: not known."""
     if config.data.shards is not None:
-        return shard_ids(storage.expand(config.data.shards))
+        return shard_ids(shard_urls(config.data.shards))
     if config.teacher.mode != "cache" or not config.data.caches:
         return None
     try:

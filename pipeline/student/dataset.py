@@ -299,7 +299,7 @@ class _Outcomes(Dataset[Batch | _Parcel | StillroomError]):
                 raise
             return TrainingError(
                 "a loader process could not get shared memory for its batch",
-                code="train.shared-memory-exhausted",
+                code="train.shared-memory",
                 where="train.num_workers",
                 got=str(error).splitlines()[0],
                 next_step="lower train.num_workers (0 needs none), or enlarge /dev/shm; then run the command again: it "

@@ -5,7 +5,6 @@ In fp32, whatever a student was trained in: the numbers are those of its weights
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
@@ -24,8 +23,9 @@ from pipeline.cache.ranking import class_ranks, predicted_classes
 from pipeline.errors import CacheError, ConfigError, EvaluationError, ShardError, StorageInputError
 from pipeline.fingerprint import weights_digest
 from pipeline.models import EmbeddingModel, InputSpec
+from pipeline.redaction import quoted
 from pipeline.shards.index import IndexBuilder, ShardIndex, check_samples
-from pipeline.shards.moved import new_place, report_moved
+from pipeline.shards.moved import report_moved
 from pipeline.shards.names import shard_id, shard_ids
 from pipeline.shards.patterns import shard_urls
 from pipeline.student.facts import LessonFacts
@@ -284,7 +284,7 @@ class Evaluator:
 
     def report_moved(self) -> AbstractContextManager[None]:
         """See ``pipeline.shards.moved``."""
-        return report_moved(self.urls, f"set {self.key} to their place now, {new_place(self.urls)}, or restore them")
+        return report_moved(self.urls, f"set {self.key} to their place now, {{}}")
 
     @property
     def own_urls(self) -> list[str]:
@@ -480,8 +480,7 @@ def evaluate_run(
     """
     trained = load_trained(run_url, checkpoint_name)
     lessons, student = trained.lessons, trained.student
-    run = shlex.quote(storage.redact(run_url))
-    alone = f"measure the student alone: stillroom evaluate {run} --shards … --without-teacher"
+    alone = f"measure the student alone: stillroom evaluate {quoted(run_url)} --shards … --without-teacher"
     teacher = teacher_for_agreement(trained.config, lessons, device, or_else=alone) if with_teacher else None
     projector = None if teacher is None else trained.projector(teacher.module.embedding_dim)
     subject = Subject(trained.head_trained, None if projector is None else projector.to(device))

@@ -128,11 +128,16 @@ def _begin(config: Config, world: World, report: Report) -> Trainer:
     The run is claimed only now that everything is checked: a refused config leaves none behind.
     """
     trainer = Trainer(config, world, report)
-    validation = trainer.read_validation()
-    compared = trainer.compared_teacher()
-    checkpoint.claim_run(trainer.run_url, config)
-    opened = tuple(cache.manifest_bytes for cache in trainer.lessons.facts.opened)
-    if checkpoint.pin_manifests(trainer.run_url, opened) != opened:
+    try:
+        validation = trainer.read_validation()
+        compared = trainer.compared_teacher()
+        checkpoint.claim_run(trainer.run_url, config)
+        opened = tuple(cache.manifest_bytes for cache in trainer.lessons.facts.opened)
+        pinned = checkpoint.pin_manifests(trainer.run_url, opened)
+    except BaseException:
+        trainer.close()
+        raise
+    if pinned != opened:
         # Another rank opened a cache before or after it was extended, and was first to pin what it saw.
         trainer.close()
         trainer = Trainer(config, world, report)
@@ -588,10 +593,10 @@ class Trainer:
                 self.updater.evaluated, self.spec, self.compared, subject=self._subject(), on_index=seen.add
             )
         except EvaluationError as error:
-            # The weights are finite, and the numbers that come out of them are not: it began in the steps before.
+            # A student's weights are finite, and the numbers that come out of them are not: it began in earlier steps.
             raise TrainingError(
                 f"{error.what} in the evaluation after step {self.step - 1}",
-                code="train.not-finite-evaluation",
+                code="train.not-finite-evaluation" if error.code == "evaluate.student-not-finite" else error.code,
                 where=error.where,
                 got=error.got,
                 next_step=error.next_step,

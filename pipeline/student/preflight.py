@@ -13,7 +13,7 @@ from pipeline.cache.reader import TeacherCache
 from pipeline.config import require
 from pipeline.errors import ConfigError
 from pipeline.models import LoadedModel, load_model, load_untrained, require_weights, unreadable_weights
-from pipeline.shards.moved import new_place, report_moved
+from pipeline.shards.moved import report_moved
 from pipeline.shards.names import shard_ids
 from pipeline.shards.patterns import shard_urls
 from pipeline.student.evaluate import teacher_of_run
@@ -107,7 +107,7 @@ def _check_agreement(config: Config) -> None:
         return
     raise ConfigError(
         f"agreement cannot be measured without {missing}",
-        code="config.agreement-needs",
+        code="config.eval-agreement",
         where="train.eval_agreement",
         got=True,
         next_step=f"{next_step}, or set train.eval_agreement=null",
@@ -381,6 +381,5 @@ def _check_val_shards(config: Config) -> None:
         return
     urls = shard_urls(config.data.val_shards, key="data.val_shards")
     shard_ids(urls)
-    next_step = f"append data.val_shards={new_place(urls)}, or restore the shards"
-    with report_moved(urls, next_step), ThreadPoolExecutor(_LOOK_UPS) as pool:
+    with report_moved(urls, "append data.val_shards={}"), ThreadPoolExecutor(_LOOK_UPS) as pool:
         list(pool.map(storage.size, urls))

@@ -27,9 +27,9 @@ class _OpenShard:
 class ShardFiles:
     """Shards by position, local or copied once a node; the last used stay open."""
 
-    def __init__(self, urls: list[str], store: NodeStore, *, moved: str = "restore them") -> None:
-        """``moved``: the next step of the error about missing shards."""
-        self._urls, self._store, self._moved = urls, store, moved
+    def __init__(self, urls: list[str], store: NodeStore, *, name_shards: str = "append data.shards={}") -> None:
+        """``name_shards``: as of ``open_cached``."""
+        self._urls, self._store, self._name_shards = urls, store, name_shards
         self._opened = Recent(self._open, most_kept(2), _OpenShard.close)
 
     def _open(self, shard: int) -> _OpenShard:
@@ -39,7 +39,7 @@ class ShardFiles:
         return _OpenShard(held, ShardReader(held.path, where=self._urls[shard]))
 
     def _hold(self, shard: int) -> Held:
-        with report_moved(self._urls, self._moved):
+        with report_moved(self._urls, self._name_shards):
             return self._store.hold_url(self._urls[shard])
 
     def read(self, shard: int, offset: int, size: int) -> bytes:

@@ -15,7 +15,6 @@ from pipeline.cache.reader import ShardEntry, TeacherCache, ViewColumns
 from pipeline.errors import CacheError, ConfigError, ShardError
 from pipeline.shards.decode import BadImageError, decode
 from pipeline.shards.index import NO_LABEL, ShardIndex, decode_index, index_settings
-from pipeline.shards.moved import new_place
 from pipeline.shards.names import shard_ids
 from pipeline.shards.patterns import shard_urls
 from pipeline.shards.publish import index_name
@@ -156,8 +155,7 @@ class IndexedSource:
         self.shard_ids, self._urls = shard_ids(urls), urls
         self.num_ok = [index.num_ok for index in indexes]
         self.plan = plan
-        moved = "restore the shards, or correct data.shards"
-        self.store, self._files = store, ShardFiles(urls, store, moved=moved)
+        self.store, self._files = store, ShardFiles(urls, store, name_shards="correct data.shards={}")
         self.read, self.reread, self.close = self._files.read, self._files.reread, self._files.close
         self._indexes = indexes
         self._partners = Recent(self._draw_partners, _KEPT)
@@ -236,7 +234,7 @@ class CachedSource:
         store: NodeStore,
         *,
         keeps_embeddings: bool,
-        moved: str = "restore the shards",
+        name_shards: str,
     ) -> None:
         self.caches, self._shards, self._urls = tuple(caches), shards, urls
         self.num_views = min(cache.num_views for cache in caches)
@@ -244,7 +242,7 @@ class CachedSource:
         self.num_ok = [shard.num_ok for shard in shards]
         self.store = store
         self._files, self._views = (
-            ShardFiles(urls, store, moved=moved),
+            ShardFiles(urls, store, name_shards=name_shards),
             ViewFiles(self.caches, shards, store, keeps_embeddings=keeps_embeddings),
         )
         self.read, self.reread = self._files.read, self._files.reread
@@ -329,7 +327,7 @@ def open_cached(
         urls,
         NodeStore.of(data),
         keeps_embeddings=keeps_embeddings,
-        moved=f"{name_shards.format(new_place(urls))}, or restore the shards",
+        name_shards=name_shards,
     )
 
 

@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -101,7 +101,9 @@ def read_validation(evaluator: Evaluator, run_url: str) -> ValidationSamples:
             got=f"{sum(left_out.values())} samples in {len(evaluator.urls)} shards, none of which can be used",
             next_step="name shards with images, or leave data.val_shards out",
         )
-    stamps = dict(zip(map(shard_id, evaluator.urls), _stamps(evaluator, evaluator.urls), strict=True))
+    # Rank 0 alone writes them.
+    urls = evaluator.urls if evaluator.world.leads else []
+    stamps = dict(zip(map(shard_id, urls), _stamps(evaluator, urls), strict=True))
     samples = images + sum(left_out.values())
     return ValidationSamples(samples, images, found[-1], left_out, stamps=stamps, was_read=True, omitted=omitted)
 
@@ -166,7 +168,9 @@ def _opened(data: bytes | None, url: str) -> dict[str, Any]:
         body = unseal(data, where=storage.redact(url))
     except CacheError:
         return {}
-    return {name: value for name, value in body.items() if name != "digest"}
+    body = {name: value for name, value in body.items() if name != "digest"}
+    # Another version may have written other counts.
+    return body if body.keys() == {field.name for field in fields(ValidationSamples)} - {"was_read"} else {}
 
 
 def _stamps(evaluator: Evaluator, urls: list[str]) -> list[str]:

@@ -11,6 +11,7 @@ from pipeline import storage
 from pipeline.cache import layout
 from pipeline.cache.commit import file_digest
 from pipeline.cache.files import read_file, read_parquet
+from pipeline.cache.identity import no_cache
 from pipeline.cache.imported import encode_kept, imported_sha256
 from pipeline.cache.means import ClassSums, encode_means, merge
 from pipeline.cache.verify.records import KeptCommit, Records, check_bytes, read_records
@@ -45,9 +46,7 @@ def verify_cache(
     """
     entries = storage.entries(cache_url)
     if not any(entry.path in (layout.HEADER, layout.MANIFEST) or layout.is_commit(entry.path) for entry in entries):
-        raise CacheError(
-            "there is no cache here", where=storage.redact(cache_url), next_step="run: stillroom cache build CONFIG"
-        )
+        raise no_cache(cache_url)
     findings = Findings()
     records = read_records(cache_url, entries, findings)
     tasks = _tasks(cache_url, records, {**records.shard_urls, **(shard_urls or {})}, allowed_levels)

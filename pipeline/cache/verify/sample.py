@@ -22,7 +22,7 @@ from pipeline.cache.verify.images import ShardImages, block_of
 from pipeline.cache.verify.report import Findings
 from pipeline.errors import CacheError
 from pipeline.shards.index import ShardIndex
-from pipeline.shards.moved import new_place, report_moved
+from pipeline.shards.moved import report_moved
 from pipeline.teacher.infer import Teacher
 from pipeline.teacher.runtime import numeric_env
 from pipeline.views.options import cut_boxes
@@ -158,9 +158,8 @@ class Sample:
         units = list(dict.fromkeys(tuple(sorted({row, int(partner_N[row])})) for row in ordinals))
         environment = read_commit(self._cache.url, _commit_path(file)).environment
         make = partial(self._row, entry, view, columns, index, file=file, same_environment=environment == self._here)
-        moved = f"append --shards {new_place([url])}, or restore the shards"
         for unit in units:
-            with report_moved([url], moved):
+            with report_moved([url], "append --shards {}"):
                 group = next(images.groups(unit, block_of(view)))
             start = len(pool.rows)
             boxes = cut_boxes(group.drawn_VN)

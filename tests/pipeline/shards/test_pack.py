@@ -192,7 +192,7 @@ def test_a_folder_with_anything_else_in_it_is_refused_and_left_alone(tree: Path,
     (tmp_path / "out" / "mine").write_text("x")
     with pytest.raises(StorageInputError) as caught:
         packed(tree, tmp_path / "out")
-    assert (caught.value.code, caught.value.got) == ("shards.out-not-empty", "mine")
+    assert (caught.value.code, caught.value.got) == ("pack.out-not-empty", "mine")
     assert caught.value.next_step == f"run: stillroom shards pack {tree} {tmp_path}/out/shards"
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
 
@@ -206,7 +206,7 @@ def test_another_packing_into_the_same_folder_is_refused(tree: Path, tmp_path: P
     with pytest.raises(StorageInputError) as caught:
         packed(tree, tmp_path / "out", seed=int(change == "seed"))
     changed = "settings.seed: 0 -> 1" if change == "seed" else "num_images: 60 -> 61"
-    assert (caught.value.code, caught.value.got) == ("shards.packed-otherwise", changed)
+    assert (caught.value.code, caught.value.got) == ("pack.other-packing", changed)
     # The command that is printed works.
     command = shlex.split(str(caught.value.next_step).removeprefix("run: "))
     assert CliRunner().invoke(app, command[1:]).exit_code == 0
@@ -284,7 +284,7 @@ def test_images_that_cannot_be_decoded_are_all_named_and_the_other_shards_stay(t
     packing = plan_packing(str(tree), PackSettings(shard_size=4))
     with pytest.raises(ShardError) as caught:
         list(write_packing(packing, str(tmp_path / "out")))
-    assert caught.value.code == "shards.bad-images"
+    assert caught.value.code == "pack.bad-images"
     got = str(caught.value.got)
     assert got.startswith("3 images that cannot be decoded (")
     for path, reason in (("ant/ant.01.JPEG", ""), ("bee/bee.02.png", "damaged PNG"), ("cat/cat.01.JPEG", "but HTML")):
@@ -319,7 +319,7 @@ def test_a_shard_of_bad_images_alone_is_refused_also_when_they_are_skipped(tmp_p
         (tmp_path / "tree" / name).write_bytes(b"x")
     with pytest.raises(ShardError, match="among them all of a shard") as caught:
         packed(tmp_path / "tree", tmp_path / "out", bad_images="skip")
-    assert caught.value.code == "shards.bad-images"
+    assert caught.value.code == "pack.bad-images"
     assert not list((tmp_path / "out").glob("*.tar"))
 
 
@@ -363,7 +363,7 @@ def test_splits_are_refused_with_the_commands_that_pack_them(tmp_path: Path) -> 
     (Path(source) / "annotations").mkdir()
     with pytest.raises(ShardError) as caught:
         plan_packing(source, PackSettings(shard_size=2), out_url=out)
-    assert (caught.value.code, caught.value.got) == ("shards.splits-as-classes", "train/, val/")
+    assert (caught.value.code, caught.value.got) == ("pack.splits-as-classes", "train/, val/")
     for command in commands_of(caught.value):
         result = CliRunner().invoke(app, command[1:])
         assert result.exit_code == 0, result.output
@@ -377,7 +377,7 @@ def test_splits_without_classes_are_refused_with_commands_without_labels(tmp_pat
     source = tree_of(tmp_path / "tree", ["train/a.png", "train/b.png", "test/c.png"])
     with pytest.raises(ShardError) as caught:
         plan_packing(source, PackSettings(), out_url=str(tmp_path / "out"))
-    assert caught.value.code == "shards.splits-as-classes"
+    assert caught.value.code == "pack.splits-as-classes"
     for command in commands_of(caught.value):
         assert CliRunner().invoke(app, command[1:]).exit_code == 0
     assert [len(read_all(tmp_path / "out" / name)) for name in ("train", "test")] == [2, 1]

@@ -358,7 +358,7 @@ def test_agreement_that_cannot_be_measured_is_refused_before_any_work(
         keys[section] = {**keys.get(section, {}), **keys_of} if isinstance(keys_of, dict) else keys_of
     with pytest.raises(ConfigError) as caught:
         train(run_config(base, tmp_path, **keys))
-    assert caught.value.code == "config.agreement-needs"
+    assert caught.value.code == "config.eval-agreement"
     assert missing in caught.value.what
     assert not list(tmp_path.iterdir())
 

@@ -143,7 +143,8 @@ def test_an_index_names_the_option(base: Config, tmp_path: Path, label: str | No
 
 
 def test_missing_files_that_are_no_shards_are_not_called_shards(built_cache: TinyCache, tmp_path: Path) -> None:
-    with pytest.raises(StorageInputError) as caught, report_moved([*shard_urls(built_cache.config).values()], "…"):
+    urls = [*shard_urls(built_cache.config).values()]
+    with pytest.raises(StorageInputError) as caught, report_moved(urls, "append --shards {}"):
         storage.size(str(tmp_path / "weights.pt"))
     assert caught.value.code == "storage.missing-file"
 
@@ -152,7 +153,7 @@ def test_of_very_many_shards_a_part_is_looked_up(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("pipeline.shards.moved._MAX_LOOK_UPS", 3)
     urls = [str(tmp_path / f"s-{number}.tar") for number in range(5)]
     Path(urls[1]).touch()
-    with pytest.raises(StorageInputError) as caught, report_moved(urls, "…"):
+    with pytest.raises(StorageInputError) as caught, report_moved(urls, "append --shards {}"):
         storage.size(urls[0])
     assert caught.value.got == "2 of the first 3 of 5 shards are not where they are expected"
 
