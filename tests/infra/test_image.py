@@ -95,6 +95,7 @@ def _context(folder: Path) -> None:
             shutil.copy(source, folder / name)
 
 
+@pytest.mark.slow
 def test_the_context_builds_the_whole_package_step_by_step(tmp_path: Path) -> None:
     context, image = tmp_path / "context", tmp_path / "image"
     context.mkdir()

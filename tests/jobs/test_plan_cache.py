@@ -61,6 +61,7 @@ def test_a_measured_plan_tells_rate_bytes_and_hours_and_leaves_nothing(tree: Tre
     assert "a part takes" in describe(found)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_sample_is_measured_as_a_ray_task_for_all_slots_of_the_cluster(tree: Tree) -> None:

@@ -166,6 +166,7 @@ def test_mistakes_in_a_grid_are_told_before_anything_runs(grid: Path, override: 
         load_recipe(str(grid), [override])
 
 
+@pytest.mark.slow
 def test_a_grid_is_trained_once_and_its_results_hold_every_cell(grid: Path, tmp_path: Path) -> None:
     recipe = load_recipe(str(grid), ["only=[crop,online]"])
     first = run_recipe(recipe)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import jobs
+from jobs.recipe import main
 from jobs.recipe_file import Recipe, load_recipe
 from jobs.recipe_plan import describe_plan, loss_text, plan_of
 from pipeline.errors import ModelError
@@ -328,11 +327,9 @@ def test_a_teacher_that_is_there_is_not_trained(tmp_path: Path) -> None:
     assert "trained here" not in describe_plan(found)
 
 
-def test_the_command_prints_the_plan_and_makes_nothing(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "jobs.recipe", str(CONFIGS / "demo.yaml"), f"out={tmp_path / 'out'}", "--dry-run"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "student dist++" in done.stdout
+def test_the_command_prints_the_plan_and_makes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(str(CONFIGS / "demo.yaml"), [f"out={tmp_path / 'out'}", "--dry-run"])
+    assert "student dist++" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
 
 

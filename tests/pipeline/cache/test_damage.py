@@ -30,6 +30,7 @@ def test_an_undamaged_cache_reads(built_cache: TinyCache) -> None:
     read_everything(built_cache.url)
 
 
+@pytest.mark.slow
 @settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_a_flipped_bit_is_found_wherever_it_is(tiny_cache: TinyCache, data: st.DataObject) -> None:

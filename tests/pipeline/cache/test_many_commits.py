@@ -59,6 +59,7 @@ def alive() -> int:
     return sum(type(item) is Commit for item in gc.get_objects())
 
 
+@pytest.mark.slow
 def test_commits_come_in_order_and_few_of_them_are_in_memory_at_once(many: str) -> None:
     before, most, seen = alive(), 0, list[str]()
     for number, commit in enumerate(stream_commits(many)):
@@ -69,6 +70,7 @@ def test_commits_come_in_order_and_few_of_them_are_in_memory_at_once(many: str) 
     assert most < _NUM_SHARDS // 3
 
 
+@pytest.mark.slow
 def test_a_fold_and_a_plan_keep_no_commit(many: str) -> None:
     before = alive()
     standing = read_standing(many)

@@ -177,6 +177,7 @@ def test_labels_of_another_set_of_classes_are_warned_of(tiny_config: TinyConfig,
     assert not warnings_of(tiny_config())
 
 
+@pytest.mark.slow
 def test_more_than_a_million_objects_are_warned_of(tiny_config: TinyConfig, tmp_path: Path) -> None:
     shards = pack_shards(digit_samples(10), f"{tmp_path}/a-%d.tar", shard_size=1)
     views = {"count": 50_001}

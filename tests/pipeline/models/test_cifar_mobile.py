@@ -80,6 +80,7 @@ def agree(network: nn.Module, oracle: nn.Module) -> None:
     torch.testing.assert_close(logits_BK, oracle.double().eval()(images_BCHW))
 
 
+@pytest.mark.slow
 def test_resnet50_is_torchvision_s_with_another_stem() -> None:
     network = noisy(bottleneck_resnet(K))
     oracle: Any = ResNet(Bottleneck, [3, 4, 6, 3], num_classes=K)

@@ -12,6 +12,7 @@ from pipeline.errors import ConfigError, ModelError
 from pipeline.models import load_model
 from pipeline.models.outline import outline_model
 from schemas.config import ModelConfig
+from tests.marks import slow
 
 CIFAR = {"model": "python:pipeline.models.cifar:resnet", "kwargs": {"depth": 20}, "mean": (0, 0, 0), "std": (1, 1, 1)}
 
@@ -43,7 +44,7 @@ def test_an_outline_tells_what_the_loaded_network_is(config: ModelConfig, size: 
         # Published: 236.3 (BiT R152x2), 25.5 (BiT R50x1), 196.5 (Swin-L), 4.2 (MobileNetV1).
         ("timm/resnetv2_152x2_bit.goog_teacher_in21k_ft_in1k", 236.3, 4096),
         ("timm/resnetv2_50x1_bit.goog_distilled_in1k", 25.5, 2048),
-        ("timm/swin_large_patch4_window7_224.ms_in22k_ft_in1k", 196.5, 1536),
+        slow("timm/swin_large_patch4_window7_224.ms_in22k_ft_in1k", 196.5, 1536),
         ("timm/mobilenetv1_100.ra4_e3600_r224_in1k", 4.2, 1024),
     ],
 )

@@ -140,6 +140,7 @@ def test_a_vit_of_another_size_is_built_for_its_file_and_by_name_for_the_publish
     check_structure("vit_h_14", publish)  # published for 518 pixels, while the constructor's default is 224
 
 
+@pytest.mark.slow
 def test_a_vit_is_built_for_its_weights_also_where_these_are_not_looked_at(tmp_path: Path) -> None:
     """So a finished cache is known again, and a plan refuses nothing that a build takes."""
     url = str(tmp_path / "swag.safetensors")

@@ -242,19 +242,15 @@ def _with_namespace(net: Plain) -> Any:
     return {"state_dict": net.state_dict(), "args": argparse.Namespace(lr=1, model="resnet8"), "epoch": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrap", "write"),
     [
         (_with_namespace, torch.save),
-        *(
-            pytest.param(*form, marks=pytest.mark.slow)
-            for form in (
-                (_with_namespace, _legacy),
-                (lambda net: {"net": net.state_dict(), "args": Recipe()}, _pickle),
-                (lambda net: {"model": net, "epoch": 3}, torch.save),
-                (lambda net: net, torch.save),
-            )
-        ),
+        (_with_namespace, _legacy),
+        (lambda net: {"net": net.state_dict(), "args": Recipe()}, _pickle),
+        (lambda net: {"model": net, "epoch": 3}, torch.save),
+        (lambda net: net, torch.save),
     ],
 )
 def test_the_command_of_the_message_converts_a_checkpoint_with_pickled_objects(

@@ -148,6 +148,7 @@ def test_loader_processes_change_no_batch_of_any_epoch(
             assert one.epoch == epoch
 
 
+@pytest.mark.slow
 def test_a_loader_process_that_is_spawned_reads_the_same(replays: Replay, of: Of) -> None:
     dataset = of(replays("function_matching"))
     first = dataset[0]
@@ -235,6 +236,7 @@ def test_an_epoch_that_begins_in_the_middle_of_a_pass_is_refused(replays: Replay
     dataset.set_epoch(1)
     with refused(OrderError):
         list(batches)
+    del batches
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -20,6 +20,7 @@ from pipeline.teacher.infer import load_teacher
 from pipeline.views.pixels import pixel_digest, to_input
 from schemas.cache import drawn_columns
 from schemas.config import DataConfig, ViewsConfig
+from tests.marks import slow
 from tests.pipeline.caches import TinyCache, shard_urls
 from tests.pipeline.student.conftest import NUM_VIEWS, Replay
 from tests.pipeline.student.runs import cached_source, dataset, indexed_source, rewrite_view, set_cell, set_column
@@ -124,7 +125,7 @@ def both(cache: TinyCache, folder: Path) -> tuple[CachedSource, IndexedSource]:
     return cached_source(cache), indexed_source(cache.config, folder)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("world_size", [slow(1), slow(2), 3, slow(4)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_parity_views_of_cached_and_online_are_bitwise_equal_for_any_world_size(
     replays: Replay, tmp_path: Path, kind: str, world_size: int
@@ -189,7 +190,7 @@ def teacher_input(cache: TinyCache) -> InputSize:
     return InputSize(int(header["size"]), header["interpolation"])
 
 
-@pytest.mark.parametrize("student_size", [16, 24, 11])
+@pytest.mark.parametrize("student_size", [16, slow(24), 11])
 @pytest.mark.parametrize("kind", KINDS)
 def test_parity_outputs_of_cached_and_online_teacher(
     replays: Replay, tmp_path: Path, kind: str, student_size: int

@@ -22,6 +22,7 @@ from pipeline.student.graphs import TOLERANCE
 from pipeline.student.loop import train
 from pipeline.student.trained import CheckpointName
 from schemas.config import StudentConfig
+from tests.marks import slow
 from tests.pipeline.student.conftest import Replay
 from tests.pipeline.student.runs import CE, SMALL, run_config
 
@@ -110,7 +111,7 @@ def metadata_of(path: Path) -> dict[str, str]:
 
 GRAPHS = [
     ("cifar", True),
-    *(pytest.param(name, False, marks=[] if name == "cifar" else pytest.mark.slow) for name in NETWORKS),
+    *(slow(name, False) for name in NETWORKS),
 ]
 
 
@@ -150,7 +151,7 @@ def test_exported_weights_are_the_networks_alone_and_begin_another_student(
     assert torch.equal(again.module(images)[0], student.module(images)[0])
 
 
-@pytest.mark.parametrize("suffix", ["safetensors", "pt2", "onnx"])
+@pytest.mark.parametrize("suffix", ["safetensors", "pt2", slow("onnx")])
 def test_metadata_say_what_the_network_is_and_eats(finished: Finished, tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"student.{suffix}"
     export_run(finished("timm"), str(path))

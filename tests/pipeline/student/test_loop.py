@@ -20,6 +20,7 @@ from pipeline.student.loop import Trainer, train
 from pipeline.student.metrics import MetricsFile
 from pipeline.student.world import World
 from schemas.config import Config
+from tests.marks import slow
 from tests.pipeline.caches import TinyCache, build, cache_section, digit_samples
 from tests.pipeline.conftest import TinyConfig
 from tests.pipeline.student.conftest import NUM_VIEWS, Replay
@@ -84,7 +85,7 @@ def assert_bitwise(one: Any, other: Any, path: str = "") -> None:
 
 @pytest.mark.parametrize(
     ("mode", "terms", "epochs"),
-    [("none", CE, 30), ("online", KD, 12), ("cache", KD, 12), ("cache", ALL_TERMS, 12)],
+    [slow("none", CE, 30), ("online", KD, 12), slow("cache", KD, 12), ("cache", ALL_TERMS, 12)],
     ids=["labels", "online", "cached", "cached, all terms"],
 )
 def test_training_learns(replays: Replay, tmp_path: Path, mode: str, terms: list[dict[str, Any]], epochs: int) -> None:
@@ -124,9 +125,7 @@ def test_parity_every_loss_of_a_cached_run_is_that_of_an_online_run(replays: Rep
             assert one[name] == pytest.approx(other[name], rel=1e-4), name
 
 
-@pytest.mark.parametrize(
-    "kind", ["function_matching", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("crop", "everything"))]
-)
+@pytest.mark.parametrize("kind", ["function_matching", slow("crop"), slow("everything")])
 def test_parity_loss_of_a_cached_and_an_online_run(replays: Replay, tmp_path: Path, kind: str) -> None:
     """Over 205 steps, each epoch on views of its own."""
     base = replays(kind, num_views=41).config
@@ -146,7 +145,7 @@ def test_parity_loss_of_a_cached_and_an_online_run(replays: Replay, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("kind", "optimizer"), [("crop", "adamw"), ("function_matching", "adamw"), ("function_matching", "sgd")]
+    ("kind", "optimizer"), [slow("crop", "adamw"), ("function_matching", "adamw"), slow("function_matching", "sgd")]
 )
 @pytest.mark.parametrize("stop", [("step", 3), ("step", 8), ("eval", 2)], ids=str)
 def test_parity_kill_and_resume_is_bitwise(
@@ -195,10 +194,10 @@ def test_a_training_that_fails_has_ended_its_threads_before_its_error_arrives(re
 @pytest.mark.parametrize(
     "options",
     [
-        {"precision": "bf16", "ema": 0.9},
+        slow({"precision": "bf16", "ema": 0.9}),
         {"precision": "fp16", "accumulate": 2, "clip_norm": 1.0},
-        {"optimizer": "lamb", "schedule": "step", "milestones": [1], "accumulate": 3},
-        {"optimizer": "rmsprop_tf", "schedule": "exponential", "decay_epochs": 0.5, "eps": 1e-3},
+        slow({"optimizer": "lamb", "schedule": "step", "milestones": [1], "accumulate": 3}),
+        slow({"optimizer": "rmsprop_tf", "schedule": "exponential", "decay_epochs": 0.5, "eps": 1e-3}),
         {"optimizer": "soap", "ema": 0.99, "freeze": ["conv1"], "deterministic": True},
     ],
     ids=str,

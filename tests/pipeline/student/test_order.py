@@ -16,6 +16,7 @@ from pipeline.errors import ConfigError
 from pipeline.student.order import EpochOrder, OrderedRows, TrainingOrder
 from pipeline.views.params import mix_partners
 from schemas.config import ViewsConfig
+from tests.marks import slow
 
 WORLD_SIZES = (1, 2, 3, 4, 8)
 Row = tuple[int, int]
@@ -163,6 +164,7 @@ def test_any_step_can_be_asked_for_alone(case: Case, data: st.DataObject) -> Non
     assert suffix == batches[step:]
 
 
+@pytest.mark.slow
 @given(cases(), st.data())
 @LAW
 def test_first_steps_are_those_at_which_rows_name_a_shard_first(case: Case, data: st.DataObject) -> None:
@@ -232,7 +234,7 @@ def test_a_rank_builds_its_own_lanes_alone() -> None:
 
 
 @pytest.mark.parametrize("kind", ["global", "pinned"])
-@pytest.mark.parametrize("plan", ["crop", "function_matching"])
+@pytest.mark.parametrize("plan", ["crop", slow("function_matching")])
 def test_drop_loses_another_set_each_epoch_and_no_row_for_good(kind: str, plan: str) -> None:
     """Also where shards are smaller than what is lost, and their order is pinned."""
     order = build([2] * 103, 40, lanes=2, kind=kind, tail="drop", plan=ViewsConfig(kind=plan, count=20))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.marks import slow
 from tests.pipeline.student.conftest import Replay
 from tests.pipeline.student.networks import Small
 from tests.ranks import group, run_two_ranks
@@ -41,7 +42,7 @@ def teach_in_group(rendezvous: Path, rank: int, cache_url: str) -> dict[str, Ten
         return teach(cache_url, rank=rank, world_size=2)
 
 
-@pytest.mark.parametrize("kind", ["crop", "function_matching"])
+@pytest.mark.parametrize("kind", [slow("crop"), "function_matching"])
 def test_two_ranks_learn_what_one_process_learns(replays: Replay, tmp_path: Path, kind: str) -> None:
     """The last step of an epoch has three rows: ``ddp_weight`` matters."""
     url = replays(kind).url

@@ -16,6 +16,7 @@ from pipeline.student.dataset import load_batches
 from pipeline.student.loop import Trainer, train
 from pipeline.student.world import World
 from schemas.config import Config
+from tests.marks import slow
 from tests.pipeline.student.conftest import Replay
 from tests.pipeline.student.runs import CE, NORMALISED, SMALL, index_shards, metrics, run_config
 from tests.pipeline.student.test_loop import assert_bitwise, losses, run, state
@@ -49,7 +50,7 @@ def curve(run_url: Path, name: str = "loss/review_kd") -> list[float]:
     return [record[name] for record in metrics(run_url)]
 
 
-@pytest.mark.parametrize("name", TEACHERS)
+@pytest.mark.parametrize("name", [name if name == "a ViT" else slow(name) for name in TEACHERS])
 def test_a_student_learns_the_maps_of_another_family(replays: Replay, tmp_path: Path, name: str) -> None:
     teacher, layers, size = TEACHERS[name]
     term = {**REVIEW, "teacher_layers": layers}
@@ -124,7 +125,7 @@ def test_the_checkpoint_holds_what_fuses_and_the_network_stays_as_it_is(replays:
     assert found["model"].keys() == plain.keys()
 
 
-@pytest.mark.parametrize("stop", [("step", 3), ("step", 8), ("eval", 2)], ids=str)
+@pytest.mark.parametrize("stop", [("step", 3), slow(("step", 8)), slow(("eval", 2))], ids=str)
 def test_kill_and_resume_with_feature_maps_is_bitwise(
     replays: Replay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: tuple[str, int]
 ) -> None:

@@ -29,6 +29,7 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert not torch.are_deterministic_algorithms_enabled()
 
 
+@pytest.mark.slow
 def test_a_compiled_student_learns_what_an_ordinary_one_does_under_the_same_names(
     replays: Replay, tmp_path: Path
 ) -> None:

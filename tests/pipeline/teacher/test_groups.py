@@ -69,6 +69,7 @@ def test_every_group_but_the_last_is_full_whatever_lies_between(kinds: list[str]
     assert index.ok.tolist() == good
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.sampled_from([True, True, False]), max_size=25))
 def test_bad_samples_between_good_ones_move_no_pixel(good: list[bool]) -> None:

@@ -60,6 +60,7 @@ def test_a_whole_cache_has_no_problem_and_everything_was_checked(grown_cache: Ti
     assert report.checked["canaries"] >= 2 * (5 + 1)
 
 
+@pytest.mark.slow
 @settings(
     max_examples=60,
     suppress_health_check=[HealthCheck.function_scoped_fixture],

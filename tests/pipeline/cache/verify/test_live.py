@@ -19,6 +19,7 @@ from pipeline.cache.verify.live import distance
 from pipeline.cache.verify.report import Findings, Recomputed
 from pipeline.cache.verify.sample import arrange, pick
 from schemas.config import CacheConfig, Config
+from tests.marks import slow
 from tests.pipeline.cache.verify.forge import commit_of, replace_commit, republish, rewrite_part
 from tests.pipeline.caches import TinyCache, build
 from tests.pipeline.conftest import TinyConfig
@@ -57,10 +58,10 @@ def elsewhere(cache: TinyCache) -> None:
 @pytest.mark.parametrize(
     "overrides",
     [
-        {},
+        slow({}),
         {"cache": {"logits": "fp16", "embeddings": "fp16", "class_means": "none"}},
-        {"views": {"kind": "crop"}, "teacher": {"precision": "bf16"}},
-        {"views": {"mix_group": 5}, "teacher": {"batch_size": 7}},
+        slow({"views": {"kind": "crop"}, "teacher": {"precision": "bf16"}}),
+        slow({"views": {"mix_group": 5}, "teacher": {"batch_size": 7}}),
         {"views": EVERY_OPTION, "cache": {"logits": "topk:3", "embeddings": "int8"}},
     ],
     ids=["fp32", "fp16", "crop in bf16", "odd groups and batches", "every option of views"],
