@@ -25,19 +25,22 @@ settings.load_profile("repeatable")
 
 
 class _ByFile(LoadFileScheduling):
-    """A file's tests run in one process, which builds their fixtures once; so do all files of the shared Ray cluster.
+    """A file's tests run in one process, which builds their fixtures once; so do all files of the shared Ray cluster,
+    and all that fork ranks.
 
     The marker ``xdist_group`` is of no use: xdist 3.8 drops it without a warning under pytest 9.2.
     """
 
     def _split_scope(self, nodeid: str) -> str:
         file = super()._split_scope(nodeid)
-        return "ray_cluster" if _uses_ray_cluster(self.config.rootpath / file) else file
+        return _shared(self.config.rootpath / file) or file
 
 
 @cache
-def _uses_ray_cluster(file: Path) -> bool:
-    return "ray_cluster" in file.read_text()
+def _shared(file: Path) -> str | None:
+    """What the file's tests share with those of other files."""
+    text = file.read_text()
+    return next((name for name in ("ray_cluster", "tests.ranks") if name in text), None)
 
 
 @pytest.hookimpl(optionalhook=True)

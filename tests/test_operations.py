@@ -76,6 +76,7 @@ def test_every_error_of_these_modules_is_in_the_tables(name: str) -> None:
     assert {*raised(ROOT / name)} - {*quoted()} == set()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not _PHOTOGRAPHS.exists(), reason=f"{_PHOTOGRAPHS} is absent")
 def test_the_plan_that_is_shown_is_printed(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "operations.md").read_text()

@@ -119,6 +119,7 @@ def test_a_task_and_a_worker_fit_a_pod_and_the_pods_that_may_come_are_enough_and
     assert group["minReplicas"] > 0 or config.wait_s > 0
 
 
+@pytest.mark.slow
 def test_the_config_builds_trains_and_distils_where_images_and_networks_are_small(tmp_path: Path) -> None:
     shards = pack_shards(digit_samples(24), f"{tmp_path}/digits-%02d.tar", shard_size=12)
     network = "model: 'python:pipeline.models.cifar:resnet', weights: random, mean: [0, 0, 0], std: [1, 1, 1]"

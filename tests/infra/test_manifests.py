@@ -43,11 +43,13 @@ def test_every_file_of_the_folder_is_tested_here() -> None:
     assert {path.stem for path in FILES} == {*CLUSTERS, "namespace", "network-policy", "pod-monitor"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("document", documents())
 def test_a_manifest_is_what_its_schema_asks_for(document: Document) -> None:
     assert mistake(document) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("document", documents())
 def test_no_misspelt_key_and_no_value_of_another_kind_passes(document: Document) -> None:
     # A copy without YAML's aliases, so that one change is one change.

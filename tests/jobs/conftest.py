@@ -14,7 +14,7 @@ from pipeline.shards.write import pack_shards
 from schemas.config import Config
 from tests.pipeline.caches import digit_samples
 
-NUM_CPUS = 4
+NUM_CPUS = 2
 NETWORK = {
     "model": "python:pipeline.models.cifar:resnet",
     "kwargs": {"depth": 8, "widths": [4, 4, 6, 8]},
@@ -28,7 +28,7 @@ Document = Callable[..., str]
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """Four logical CPUs, whatever the machine has. Jobs find it and use it."""
+    """Two logical CPUs, whatever the machine has. Jobs find it and use it."""
     # Metrics reach Prometheus' page every second instead of every ten.
     quick = {"metrics_report_interval_ms": 1000}
     ray.init(address="local", num_cpus=NUM_CPUS, include_dashboard=False, log_to_driver=False, _system_config=quick)

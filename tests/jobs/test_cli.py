@@ -115,6 +115,7 @@ def test_build_train_evaluate_inspect_from_one_yaml_with_overrides(
     assert 0 <= found["agreement"] <= 1
 
 
+@pytest.mark.slow
 def test_allowed_drift_is_a_key_of_the_run_and_a_line_of_a_verification(
     stillroom: Stillroom, document: Document, tmp_path: Path
 ) -> None:
@@ -149,6 +150,7 @@ def test_a_student_is_exported_and_wrong_requests_exit_2_with_one_message(
     assert not (tmp_path / "b.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_class_means_leave_one_cache_as_json_and_enter_another(
     stillroom: Stillroom, document: Document, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,6 +222,7 @@ def test_a_failed_first_build_is_corrected_by_the_command_that_its_message_print
     assert stillroom(*command[1].split())[0] == 2
 
 
+@pytest.mark.slow
 def test_verify_says_which_config_is_not_that_of_the_cache(
     stillroom: Stillroom, document: Document, tmp_path: Path
 ) -> None:

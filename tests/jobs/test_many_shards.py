@@ -38,6 +38,7 @@ def test_a_build_loads_its_teacher_once_whatever_names_its_shards(tree: Tree) ->
     assert builder_of.cache_info().misses == 1
 
 
+@pytest.mark.slow
 def test_class_sums_added_up_in_tasks_give_the_same_means(
     tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,6 +46,7 @@ def test_the_end_of_an_epoch_is_said(tree: Tree, tail: str, told: str) -> None:
     assert told in describe(report(config, measured=False))
 
 
+@pytest.mark.slow
 def test_a_measured_plan_tells_rate_bytes_and_hours_and_leaves_nothing(tree: Tree, tmp_path: Path) -> None:
     found = report(config_of(tree()), measured=True)
     measured, times = found.measurement, found.forecast
@@ -65,7 +66,7 @@ def test_a_measured_plan_tells_rate_bytes_and_hours_and_leaves_nothing(tree: Tre
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_sample_is_measured_as_a_ray_task_for_all_slots_of_the_cluster(tree: Tree) -> None:
-    found = report(config_of(tree(ray={"address": "local", "cpus_per_task": 2})), measured=True)
+    found = report(config_of(tree(ray={"address": "local", "cpus_per_task": 1})), measured=True)
     assert found.forecast is not None
     assert found.forecast.num_slots == 2
 

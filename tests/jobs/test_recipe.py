@@ -196,6 +196,7 @@ def test_cells_as_tasks_come_to_what_a_loop_comes_to(grid: Path, tmp_path: Path)
     assert [row.evaluation for _, row in tasks.cells] == [row.evaluation for _, row in loop.cells]
 
 
+@pytest.mark.slow
 def test_a_subset_is_written_and_learnt_from(shards: list[str], tmp_path: Path) -> None:
     recipe_file = tmp_path / "recipe.yaml"
     recipe_file.write_text(

@@ -121,6 +121,7 @@ REVIEW_CIFAR = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", REVIEW_CIFAR)
 def test_reviewkd_on_cifar100_compares_the_stages_of_both_networks_by_the_paper_s_weights(
     pair: str, tmp_path: Path
@@ -175,6 +176,7 @@ NETWORKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["nd-cifar100", "dist-cifar100"])
 @pytest.mark.parametrize("pair", NETWORKS)
 def test_networks_of_the_cifar_pairs_have_the_published_sizes(name: str, pair: str, tmp_path: Path) -> None:
@@ -308,6 +310,7 @@ def test_funmatch_on_small_sets_has_the_paper_s_table(dataset: str, place: int, 
     assert (config.views.kind, config.views.size) == ("function_matching", 128)
 
 
+@pytest.mark.slow
 def test_a_plan_says_which_weights_it_would_need(tmp_path: Path) -> None:
     needs = [line for line in describe_plan(recipe("dist-b2", tmp_path)).splitlines() if "needs weights" in line]
     assert len(needs) == 1

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
 from aiohttp import WSMsgType, web
 
 LINES = [f"line {number}\n" for number in range(30)]
@@ -100,6 +101,7 @@ def served(cluster: Cluster) -> Iterator[str]:
         loop.close()
 
 
+@pytest.mark.slow
 def test_a_log_whose_connection_breaks_and_falls_silent_is_shown_once_and_to_its_end() -> None:
     cluster = Cluster()
     with served(cluster) as address:

@@ -66,7 +66,7 @@ def test_more_workers_than_the_cluster_holds_are_refused_with_the_numbers(tree: 
     )
     with pytest.raises(ResourceError, match="9 workers") as caught:
         train_student(config)
-    assert "4 CPU" in str(caught.value)
+    assert "2 CPU" in str(caught.value)
 
 
 def test_training_without_a_cache_indexes_the_shards_itself(tree: Tree, tmp_path: Path) -> None:

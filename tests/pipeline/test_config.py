@@ -13,6 +13,7 @@ from pipeline import storage
 from pipeline.config import build_config, load_config, require
 from pipeline.errors import ConfigError
 from schemas.config import Config, JitterConfig, KdLoss, RandAugmentConfig
+from tests.marks import slow
 
 TRAINING = """\
 data:
@@ -267,7 +268,7 @@ def test_aliases_that_grow_without_end_are_refused_before_they_are_followed(yaml
     assert "too large once its aliases" in refusal(yaml_file, f"teacher:\n  kwargs:\n    a0: &a0 [x]\n{levels}")
 
 
-@pytest.mark.parametrize("text", [f"data: {'[' * 2000}{']' * 2000}\n", "data: &here {shards: *here}\n"])
+@pytest.mark.parametrize("text", [slow(f"data: {'[' * 2000}{']' * 2000}\n"), "data: &here {shards: *here}\n"])
 def test_nesting_without_end_is_refused(text: str, yaml_file: Path) -> None:
     assert "nested too deeply" in refusal(yaml_file, text)
 

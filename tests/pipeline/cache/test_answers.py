@@ -171,6 +171,7 @@ def test_the_batch_size_changes_no_answer(tiny_config: TinyConfig, tmp_path: Pat
     np.testing.assert_allclose(found[0], found[2], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("network")
 def test_half_precision_is_stored_to_half_a_unit_in_the_last_place(tiny_config: TinyConfig, tmp_path: Path) -> None:
     full = open_built(tiny_config, tmp_path).view("digits-00", 0)

@@ -164,6 +164,7 @@ def test_without_its_manifest_a_cache_is_published_again_with_the_same_bytes(tin
     assert files(tiny_cache.url) == before
 
 
+@pytest.mark.slow
 def test_racing_builders_agree_on_every_byte(built_cache: TinyCache, tiny_config: TinyConfig) -> None:
     config = tiny_config()
     prepare(config)

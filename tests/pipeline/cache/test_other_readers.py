@@ -55,6 +55,7 @@ def one_row(cell: bytes, output: dict[str, Any]) -> list[float]:
     return logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("read", [by_pandas, by_polars, by_duckdb])
 @pytest.mark.parametrize("logits", ["int8", "topk:3"])
 def test_every_column_of_a_part_is_read_and_a_row_of_logits_decoded(

@@ -63,6 +63,7 @@ def test_more_views_are_planned_as_what_they_add(built_cache: TinyCache) -> None
     assert plan.size.is_measured
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("logits", ["fp32", "fp16"])
 def test_the_bytes_of_a_built_part_lie_within_the_planned_ones(
     tiny_config: TinyConfig, tmp_path: Path, logits: str

@@ -112,6 +112,7 @@ def test_a_swin_of_torchvision_is_read_channels_last() -> None:
         torch.testing.assert_close(found, network.features[:2](images()).permute(0, 3, 1, 2))
 
 
+@pytest.mark.slow
 def test_tokens_of_torchvision_lie_row_by_row_behind_the_class_token() -> None:
     model = build("torchvision/vit_b_16", {"image_size": SIZE})
     (found,) = maps_of(model, "encoder.dropout")

@@ -155,6 +155,7 @@ def test_a_vit_is_built_for_its_weights_also_where_these_are_not_looked_at(tmp_p
     assert outline_model(published, num_classes=1000, size=None, where="teacher").input.size == 518
 
 
+@pytest.mark.slow
 def test_files_of_old_densenets_load(publish: Publish, tmp_path: Path) -> None:
     state = {key: tensor for key, tensor in published_state("densenet121").items() if "num_batches" not in key}
     old = {re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2", key): tensor for key, tensor in state.items()}

@@ -547,6 +547,7 @@ def peak_of_reading(path: Path, num_samples: int) -> int:
         tracemalloc.stop()
 
 
+@pytest.mark.slow
 def test_memory_holds_the_keys_and_not_the_members(shard: Path) -> None:
     few, many = peak_of_reading(shard, 200), peak_of_reading(shard, 4200)
     # A TarInfo is about 1,500 bytes; a short key in a set is under 150.

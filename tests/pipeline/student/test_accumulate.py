@@ -54,6 +54,7 @@ def test_a_short_step_has_no_larger_pieces_than_a_full_one(accumulate: int, size
     assert num_rows / pieces <= size / accumulate
 
 
+@pytest.mark.slow
 def test_pieces_hold_what_the_batch_held_and_mates_stay_together(replays: Replay) -> None:
     cache = replays("everything")
     source = cached_source(cache)

@@ -258,6 +258,7 @@ def test_one_rendering_serves_all_networks_that_eat_the_same(replays: Replay, tm
         assert torch.equal(pixels_BCHW, dataset(drawn, plan, student=eaten)[0].pixels_BCHW)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["crop", "eval"])
 def test_a_student_with_views_of_its_own_sees_those_an_online_run_of_them_shows(
     replays: Replay, tmp_path: Path, kind: str

@@ -82,6 +82,7 @@ def test_a_run_is_evaluated_by_the_cosine_of_a_loop_over_images(config: Config, 
     assert "not trained" in describe(found)
 
 
+@pytest.mark.slow
 def test_a_student_of_embeddings_is_exported_without_its_head(config: Config, tmp_path: Path) -> None:
     train(config)
     with pytest.raises(ConfigError) as caught:

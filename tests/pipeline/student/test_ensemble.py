@@ -21,7 +21,6 @@ from pipeline.student.evaluate import evaluate_run
 from pipeline.student.loop import train
 from pipeline.student.preflight import check_config, check_training
 from schemas.config import Config
-from tests.marks import slow
 from tests.pipeline.caches import TinyCache, build, cache_section, copy_of, digit_samples
 from tests.pipeline.student.conftest import NUM_VIEWS, Replay
 from tests.pipeline.student.runs import (
@@ -126,6 +125,7 @@ def test_a_list_of_one_is_that_one(replays: Replay, tmp_path: Path) -> None:
     assert not (tmp_path / "list" / "manifest-1.json").exists()
 
 
+@pytest.mark.slow
 def test_a_student_learns_from_two_teachers_of_different_widths_by_every_loss(
     replays: Replay, colleague: TinyCache, tmp_path: Path
 ) -> None:
@@ -137,6 +137,7 @@ def test_a_student_learns_from_two_teachers_of_different_widths_by_every_loss(
     assert [state["projectors"][f"nd.{number}.2.weight"].shape for number in (0, 1)] == [(7, 16), (9, 16)]
 
 
+@pytest.mark.slow
 def test_two_teachers_resume_bitwise(replays: Replay, colleague: TinyCache, tmp_path: Path) -> None:
     caches, keys = (replays("crop"), colleague), {"loss": ALL_TERMS, "train": {"epochs": 3}}
     train(together(tmp_path / "straight", *caches, **keys))
@@ -157,9 +158,10 @@ def test_two_teachers_resume_bitwise(replays: Replay, colleague: TinyCache, tmp_
         assert all(torch.equal(value, other[part][key]) for key, value in one[part].items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "size", "accumulate"),
-    [slow("crop", 16, 1), slow("function_matching", 12, 1), ("function_matching", 24, 2)],
+    [("crop", 16, 1), ("function_matching", 12, 1), ("function_matching", 24, 2)],
 )
 def test_parity_every_loss_of_two_cached_teachers_is_that_of_the_two_online(
     replays: Replay, colleagues: Replay, tmp_path: Path, kind: str, size: int, accumulate: int
@@ -241,6 +243,7 @@ def test_each_teachers_words_are_of_the_rows_asked_for(replays: Replay, colleagu
         assert np.array_equal(words.norm_N, columns.embedding_norm_N[rows])
 
 
+@pytest.mark.slow
 def test_a_run_keeps_to_the_state_of_each_of_its_caches(replays: Replay, colleague: TinyCache, tmp_path: Path) -> None:
     grown = copy_of(colleague, tmp_path / "grown")
     keys: dict[str, Any] = {"train": {"epochs": NUM_VIEWS, "eval_every_epochs": 0}}
@@ -264,6 +267,7 @@ def opened(*caches: TinyCache) -> list[TeacherCache]:
     return [open_cache(cache.url) for cache in caches]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sections", "what", "got"),
     [

@@ -111,10 +111,11 @@ def metadata_of(path: Path) -> dict[str, str]:
 
 GRAPHS = [
     ("cifar", True),
-    *(slow(name, False) for name in NETWORKS),
+    *((name, False) for name in NETWORKS),
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["pt2", "onnx"])
 @pytest.mark.parametrize(("network", "with_normalization"), GRAPHS)
 def test_a_graph_answers_as_the_runs_student_for_any_batch_size(
@@ -136,7 +137,7 @@ def test_a_graph_answers_as_the_runs_student_for_any_batch_size(
     assert metadata_of(path)["input"].startswith(kind)
 
 
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", [slow(name) if name in ("timm", "torchvision") else name for name in NETWORKS])
 def test_exported_weights_are_the_networks_alone_and_begin_another_student(
     finished: Finished, tmp_path: Path, network: str
 ) -> None:
@@ -151,7 +152,7 @@ def test_exported_weights_are_the_networks_alone_and_begin_another_student(
     assert torch.equal(again.module(images)[0], student.module(images)[0])
 
 
-@pytest.mark.parametrize("suffix", ["safetensors", "pt2", slow("onnx")])
+@pytest.mark.parametrize("suffix", ["safetensors", slow("pt2"), slow("onnx")])
 def test_metadata_say_what_the_network_is_and_eats(finished: Finished, tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"student.{suffix}"
     export_run(finished("timm"), str(path))
@@ -211,6 +212,7 @@ class Branching(Dropped):
         return self.fc(pooled_BC) if float(pooled_BC.sum()) > 0 else self.fc(-pooled_BC)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["pt2", "onnx"])
 @pytest.mark.parametrize(
     ("network", "told"), [("Dropped", "does not answer as the network"), ("Branching", "cannot be written as a graph")]

@@ -89,6 +89,7 @@ def test_a_run_with_views_of_its_student_goes_on_and_can_be_evaluated(replays: R
     assert train(config) == summary
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("views", [{"kind": "eval"}, {"kind": "crop", "seed": 1}], ids=["eval", "independent"])
 def test_parity_loss_of_a_cached_and_an_online_run_whose_student_has_views_of_its_own(
     replays: Replay, tmp_path: Path, views: dict[str, Any]

@@ -125,7 +125,8 @@ def test_parity_every_loss_of_a_cached_run_is_that_of_an_online_run(replays: Rep
             assert one[name] == pytest.approx(other[name], rel=1e-4), name
 
 
-@pytest.mark.parametrize("kind", ["function_matching", slow("crop"), slow("everything")])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["crop", "function_matching", "everything"])
 def test_parity_loss_of_a_cached_and_an_online_run(replays: Replay, tmp_path: Path, kind: str) -> None:
     """Over 205 steps, each epoch on views of its own."""
     base = replays(kind, num_views=41).config
@@ -311,6 +312,7 @@ def test_a_loss_that_is_not_finite_is_told_with_its_step_under_accumulation_and_
     assert "seen between steps 0 and 4" in str(caught.value.where)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("module", "name"), [(MetricsFile, "publish"), (checkpoint, "write_summary")])
 def test_a_run_killed_while_it_writes_loses_nothing_and_repeats_nothing(
     replays: Replay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any, name: str
@@ -424,6 +426,7 @@ def test_ordinary_batches_of_one_row_a_rank_are_refused_under_batchnorm(replays:
     assert "train.tail" not in str(caught.value.next_step)
 
 
+@pytest.mark.slow
 def test_a_run_keeps_to_the_views_it_was_begun_with_when_its_cache_grows(own_replay: Replay, tmp_path: Path) -> None:
     cache = own_replay("crop")
     keys: dict[str, Any] = {"train": {"epochs": NUM_VIEWS + 2}}
@@ -438,6 +441,7 @@ def test_a_run_keeps_to_the_views_it_was_begun_with_when_its_cache_grows(own_rep
     assert losses(tmp_path / "later")[60:] != losses(tmp_path / "straight")[60:]
 
 
+@pytest.mark.slow
 def test_a_rank_that_opened_a_later_state_of_the_cache_takes_the_one_that_was_pinned(
     own_replay: Replay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -517,6 +521,7 @@ def with_imported_means(base: Config, folder: Path, table: dict[str, list[float]
     return config
 
 
+@pytest.mark.slow
 def test_nd_learns_the_same_from_exported_and_imported_means(replays: Replay, tmp_path: Path) -> None:
     base, out = replays("function_matching"), tmp_path / "out.json"
     export_means(base.url, str(out), full_precision=True)
@@ -527,6 +532,7 @@ def test_nd_learns_the_same_from_exported_and_imported_means(replays: Replay, tm
     assert losses(tmp_path / "imported") == losses(tmp_path / "own")
 
 
+@pytest.mark.slow
 def test_nd_learns_from_the_means_that_were_imported(replays: Replay, tmp_path: Path) -> None:
     base, out = replays("crop"), tmp_path / "out.json"
     export_means(base.url, str(out), full_precision=True)

@@ -219,6 +219,7 @@ def test_a_lane_mixes_a_few_shards_at_a_time() -> None:
         assert np.mean([len(shards) for shards in steps]) > 3
 
 
+@pytest.mark.slow
 def test_a_rank_builds_its_own_lanes_alone() -> None:
     """Peak memory of one of 32 ranks is a fraction of one rank's that owns all."""
     order = build([200] * 640, 64, lanes=32)

@@ -15,7 +15,6 @@ from pipeline.models import FeatureMap, LoadedModel, load_model
 from pipeline.student.network import Student
 from pipeline.student.review import Review, ReviewPlan, plan_review, review_section
 from schemas.config import Config, ReviewKdLoss, StudentConfig
-from tests.marks import slow
 from tests.pipeline.student.runs import SMALL
 
 RESNET = {**SMALL, "model": "python:pipeline.models.cifar:resnet", "kwargs": {"depth": 8, "widths": [4, 4, 6, 7]}}
@@ -190,8 +189,9 @@ def test_a_review_asks_for_two_rows_like_any_batchnorm() -> None:
 
 
 # Where a graph breaks, torch's compiler looks at gradients of inner tensors; its own filter comes after ours.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize("backend", ["eager", slow("aot_eager")])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_compiled_student_answers_alike(backend: str) -> None:
     student, _ = student_of()
     images = torch.rand(4, 3, 16, 16)

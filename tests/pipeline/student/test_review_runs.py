@@ -50,7 +50,8 @@ def curve(run_url: Path, name: str = "loss/review_kd") -> list[float]:
     return [record[name] for record in metrics(run_url)]
 
 
-@pytest.mark.parametrize("name", [name if name == "a ViT" else slow(name) for name in TEACHERS])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TEACHERS)
 def test_a_student_learns_the_maps_of_another_family(replays: Replay, tmp_path: Path, name: str) -> None:
     teacher, layers, size = TEACHERS[name]
     term = {**REVIEW, "teacher_layers": layers}
@@ -164,6 +165,7 @@ def train_in_group(rendezvous: Path, rank: int, body: str) -> None:
         train_unnormalised(Config.model_validate_json(body), world)
 
 
+@pytest.mark.slow
 def test_two_ranks_review_as_one_process(replays: Replay, tmp_path: Path) -> None:
     """Plain SGD and batches of mixed pairs; the last step of an epoch gives one rank more rows than the other."""
     base = replays("function_matching").config

@@ -49,6 +49,7 @@ def test_a_compiled_student_learns_what_an_ordinary_one_does_under_the_same_name
         torch.testing.assert_close(states[1]["model"][name], value, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_machine_without_a_compiler_is_told_before_training(
     replays: Replay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

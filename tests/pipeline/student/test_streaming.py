@@ -125,6 +125,7 @@ def test_batches_from_remote_shards_are_those_from_local_ones(remote: Any, repla
             assert_same(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit_bytes", [1, 30_000])
 def test_less_room_than_a_step_needs_is_enough(
     remote: Any, replays: Replay, monkeypatch: pytest.MonkeyPatch, limit_bytes: int

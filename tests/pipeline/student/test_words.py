@@ -212,6 +212,7 @@ def test_a_loss_that_needs_embeddings_is_refused_before_any_work_where_there_are
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_nd_trains_from_norms_and_class_means_alone(tiny_config: TinyConfig, tmp_path: Path) -> None:
     cache = without_logits(tiny_config)
     shards = cache.config.data.shards

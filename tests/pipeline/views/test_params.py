@@ -167,6 +167,7 @@ def test_function_matching_crops_as_crop_does() -> None:
     assert (plain.mix_lambda_N == 1).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(500, 375), (200, 900)])
 def test_crops_are_distributed_as_torchvisions(size: tuple[int, int]) -> None:
     count = 8000
@@ -214,6 +215,7 @@ def test_partners_are_a_matching(num_ok: int, group: int, view: int) -> None:
     assert int((partners == rows).sum()) == num_ok % 2
 
 
+@pytest.mark.slow
 def test_partners_are_spread_evenly() -> None:
     plan, count = ViewsConfig(kind="function_matching", mix_group=8), 7000
     first = [int(mix_partners(plan, "s", 0, view, 8)[0]) for view in range(count)]

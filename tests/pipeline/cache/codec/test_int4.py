@@ -22,6 +22,7 @@ def matrices() -> st.SearchStrategy[NDArray[np.float32]]:
     )
 
 
+@pytest.mark.slow
 @given(matrices())
 def test_the_largest_sixteen_are_float16_and_the_others_err_by_half_a_step(values_NK: NDArray[np.float32]) -> None:
     found = round_trip(values_NK, "int4")

@@ -95,6 +95,7 @@ def test_one_changed_bit_of_a_logit_is_found_with_its_row(cache: TinyCache) -> N
     assert found.identical == found.rows - 1
 
 
+@pytest.mark.slow
 def test_on_another_machine_small_differences_pass_and_large_ones_do_not(cache: TinyCache) -> None:
     elsewhere(cache)
     add_to_logits(cache, 17, 1e-5)
@@ -109,6 +110,7 @@ def test_on_another_machine_small_differences_pass_and_large_ones_do_not(cache: 
     assert "standard deviation" in str(problem.got)
 
 
+@pytest.mark.slow
 def test_half_precision_is_allowed_its_rounding_on_another_machine(tiny_config: TinyConfig, tmp_path: Path) -> None:
     config = tiny_config(cache={"logits": "fp16", "embeddings": "fp16"})
     build(config)
