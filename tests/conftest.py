@@ -14,6 +14,8 @@ from xdist.scheduler import LoadFileScheduling
 
 # `make test` runs a process for each core, so each computes with one thread; before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Ray's workers would wait for a core until the other process of the tests leaves one idle.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 # No test has a deadline: a busy machine is no failure. By default the examples of a property are a function of its
 # source, and none is read from an earlier run: the same commit gives the same result on every machine.

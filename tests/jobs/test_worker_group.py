@@ -61,7 +61,7 @@ def test_workers_that_have_run_and_find_no_place_again_may_be_started_again_as_t
         placement.after_controller_state_update(lost, lost)
     assert caught.value.exit_code == 1
     assert said[0] == "6 of 8 workers run: there is no room for more"
-    assert "for room for 5 x 1 CPU; there is room for 4 where nothing else runs" in said[1]
+    assert "for room for 5 x 1 CPU; there is room for 2 where nothing else runs" in said[1]
     assert len(said) == 2
 
 
