@@ -233,6 +233,7 @@ def test_a_disk_that_fills_at_any_write_gives_one_error_and_a_build_that_resumes
         check_resumed(shard, url, undisturbed, asked)
 
 
+@pytest.mark.slow
 def test_a_replace_or_link_that_keeps_failing_gives_one_error_and_a_build_that_resumes(
     shard: str, folder: Path, undisturbed: dict[str, bytes], asked: Callable[[], int]
 ) -> None:

@@ -51,7 +51,7 @@ def test_every_recipe_of_the_project_is_tested_here() -> None:
 
 
 @pytest.mark.usefixtures("offline")
-@pytest.mark.parametrize("name", [*LOCAL, *PAPERS])
+@pytest.mark.parametrize("name", [*LOCAL, *map(slow, PAPERS)])
 def test_every_recipe_is_dry_run_without_data_network_or_a_file_written(name: str, tmp_path: Path) -> None:
     found = recipe(name, tmp_path / "out")
     text = describe_plan(found)

@@ -59,6 +59,7 @@ def test_a_workers_error_reaches_the_driver_as_its_one_message(tree: Tree, tmp_p
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_more_workers_than_the_cluster_holds_are_refused_with_the_numbers(tree: Tree) -> None:
     config = config_of(

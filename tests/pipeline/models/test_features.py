@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pipeline.errors import ModelError
 from pipeline.models import EmbeddingModel, FeatureMap, find_maps, load_model, observe_maps, with_maps
 from schemas.config import ModelConfig
+from tests.marks import slow
 
 OWN = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 FACTORIES = "python:tests.pipeline.models.factories"
@@ -83,8 +84,8 @@ def test_maps_are_those_that_timm_itself_reads(
     [
         ("resnet18", {}, "layer3", (256, 4)),
         ("mobilenet_v3_small", {}, "features.3", (24, 8)),
-        ("swin_t", {}, "features.1", (96, 16)),
-        ("vit_b_16", {"image_size": SIZE}, "encoder.layers.encoder_layer_0", (768, 4)),
+        slow("swin_t", {}, "features.1", (96, 16)),
+        slow("vit_b_16", {"image_size": SIZE}, "encoder.layers.encoder_layer_0", (768, 4)),
         ("resnet18", {}, "avgpool", (512, 1)),
     ],
 )

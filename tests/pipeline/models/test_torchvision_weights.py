@@ -21,6 +21,7 @@ from pipeline.models.load import resolve
 from pipeline.models.outline import check_weights, outline_model
 from pipeline.models.torchvision_source import input_transform
 from schemas.config import ModelConfig
+from tests.marks import slow
 
 Publish = Callable[[Mapping[str, Tensor]], None]
 WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
@@ -116,8 +117,8 @@ def check_structure(name: str, publish: Publish) -> None:
     ("name", "file"),
     [
         ("googlenet", "weights.pth"),
-        ("googlenet", "weights.safetensors"),
-        ("mnasnet0_5", "weights.pth"),
+        slow("googlenet", "weights.safetensors"),
+        slow("mnasnet0_5", "weights.pth"),
         ("mnasnet0_5", "weights.safetensors"),
     ],
 )

@@ -16,6 +16,7 @@ from pipeline.student import checkpoint
 from pipeline.student.accumulate import cuts, fewest_rows, micro_batches, num_pieces
 from pipeline.student.loop import Trainer, train
 from pipeline.student.world import World
+from tests.marks import slow
 from tests.pipeline.caches import digit_samples
 from tests.pipeline.conftest import TinyConfig
 from tests.pipeline.student.conftest import Replay
@@ -74,7 +75,7 @@ def test_pieces_hold_what_the_batch_held_and_mates_stay_together(replays: Replay
 
 
 @pytest.mark.parametrize("kind", ["crop", "function_matching"])
-@pytest.mark.parametrize("pieces", [2, 3])
+@pytest.mark.parametrize("pieces", [slow(2), 3])
 def test_accumulated_gradients_are_those_of_the_whole_batch(
     replays: Replay, tmp_path: Path, kind: str, pieces: int
 ) -> None:

@@ -98,6 +98,7 @@ def test_without_labels_nothing_can_be_said_of_classes(config_of: ConfigOf, tmp_
     assert told(config_of([None] * 8, num_classes=5, loss=[DIST], batch=2), tmp_path / "index") == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("views", "class_means"),
     [({"kind": "crop"}, "none"), ({"kind": "function_matching"}, "eval"), ({"kind": "function_matching"}, "none")],

@@ -24,6 +24,7 @@ from pipeline.student import CachedBatch, CachedDataset
 from pipeline.student.loop import Trainer
 from pipeline.student.losses import BatchShare, LossInputs, ce
 from pipeline.student.world import World
+from tests.marks import slow
 from tests.pipeline.caches import TinyCache, build, cache_section, shard_urls
 from tests.pipeline.conftest import TinyConfig
 from tests.pipeline.student.conftest import NUM_VIEWS, Replay
@@ -81,7 +82,7 @@ class Spy:
         return self.loss(inputs, share, epoch=epoch)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["crop", "function_matching", slow("everything")])
 def test_student_and_loss_are_given_what_the_training_loop_gives_them(
     replays: Replay, of: Of, kind: str, tmp_path: Path
 ) -> None:

@@ -18,6 +18,7 @@ from pipeline.errors import CacheError
 from pipeline.student.canaries import CanaryReport, check_canaries
 from pipeline.student.checkpoint import read_config
 from pipeline.student.loop import train
+from tests.marks import slow
 from tests.pipeline.caches import TinyCache, shard_urls
 from tests.pipeline.student.conftest import Replay
 from tests.pipeline.student.runs import cached_source, rewrite_view, run_config, set_cell
@@ -30,7 +31,7 @@ def check(cache: TinyCache, allowed_levels: int = 0) -> CanaryReport:
     return check_canaries(cached_source(cache), max_pixels=MAX_PIXELS, allowed_levels=allowed_levels)
 
 
-@pytest.mark.parametrize("kind", ["crop", "function_matching", "everything"])
+@pytest.mark.parametrize("kind", ["crop", "function_matching", slow("everything")])
 def test_the_machine_that_built_a_cache_renders_its_canaries(replays: Replay, kind: str) -> None:
     found = check(replays(kind))
     assert found.num_compared >= 2

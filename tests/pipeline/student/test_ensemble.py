@@ -428,6 +428,7 @@ def test_a_run_in_the_folder_of_any_of_its_caches_is_refused(replays: Replay, co
         check_config(together(Path(colleague.url), replays("crop"), colleague))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", [together, online])
 def test_a_run_of_several_teachers_evaluates_without_agreement(
     replays: Replay, colleague: TinyCache, digits_shards: list[str], tmp_path: Path, run: Callable[..., Config]

@@ -17,6 +17,7 @@ from pipeline.student.facts import lesson_facts
 from pipeline.student.loop import train
 from pipeline.student.preflight import check_distillation
 from schemas.config import Config, StudentConfig
+from tests.marks import slow
 from tests.pipeline.caches import build, cache_section
 from tests.pipeline.conftest import TinyConfig
 from tests.pipeline.student.conftest import Replay
@@ -105,7 +106,9 @@ def test_parity_loss_of_a_cached_and_an_online_run_whose_student_has_views_of_it
 
 
 @pytest.mark.parametrize("cached", [{"label": None, "num_classes": 7}, {"max_pixels": 1_000_000}], ids=str)
-@pytest.mark.parametrize("views", [{"kind": "eval", "count": 1}, {"kind": "crop", "seed": 3, "flip": 0.0}], ids=str)
+@pytest.mark.parametrize(
+    "views", [{"kind": "eval", "count": 1}, slow({"kind": "crop", "seed": 3, "flip": 0.0})], ids=str
+)
 def test_a_run_that_leaves_everything_to_its_cache_can_be_evaluated_exported_and_resumed(
     cached: dict[str, Any], views: dict[str, Any], tiny_config: TinyConfig, tmp_path: Path
 ) -> None:

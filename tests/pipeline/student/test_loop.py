@@ -85,7 +85,7 @@ def assert_bitwise(one: Any, other: Any, path: str = "") -> None:
 
 @pytest.mark.parametrize(
     ("mode", "terms", "epochs"),
-    [slow("none", CE, 30), ("online", KD, 12), slow("cache", KD, 12), ("cache", ALL_TERMS, 12)],
+    [slow("none", CE, 30), slow("online", KD, 12), slow("cache", KD, 12), ("cache", ALL_TERMS, 12)],
     ids=["labels", "online", "cached", "cached, all terms"],
 )
 def test_training_learns(replays: Replay, tmp_path: Path, mode: str, terms: list[dict[str, Any]], epochs: int) -> None:
@@ -148,7 +148,7 @@ def test_parity_loss_of_a_cached_and_an_online_run(replays: Replay, tmp_path: Pa
 @pytest.mark.parametrize(
     ("kind", "optimizer"), [slow("crop", "adamw"), ("function_matching", "adamw"), slow("function_matching", "sgd")]
 )
-@pytest.mark.parametrize("stop", [("step", 3), ("step", 8), ("eval", 2)], ids=str)
+@pytest.mark.parametrize("stop", [("step", 3), ("step", 8), slow(("eval", 2))], ids=str)
 def test_parity_kill_and_resume_is_bitwise(
     replays: Replay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: tuple[str, int], kind: str, optimizer: str
 ) -> None:

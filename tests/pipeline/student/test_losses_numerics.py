@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pipeline.student.losses import ClassDirections, ce, cosine, dist, dkd, hard, hcl, kd, mse, nd, sifn
+from tests.marks import slow
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 # Every loss as a function of student, teacher and labels; those on embeddings or maps take the logits for such.
@@ -83,7 +84,7 @@ def extremes(dtype: torch.dtype, num_rows: int, num_classes: int) -> list[tuple[
 
 @losses
 @dtypes
-@pytest.mark.parametrize(("num_rows", "num_classes"), [(8, 10), (1, 10), (8, 2), (1, 2), (64, 300)])
+@pytest.mark.parametrize(("num_rows", "num_classes"), [(8, 10), (1, 10), (8, 2), (1, 2), slow(64, 300)])
 def test_value_and_gradient_are_finite_at_the_ends_of_every_type(
     name: str, dtype: torch.dtype, num_rows: int, num_classes: int
 ) -> None:

@@ -86,6 +86,7 @@ def test_a_file_is_made_once_for_all_threads(store: NodeStore) -> None:
     assert len(made) == 1
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(st.data())
 def test_the_longest_unused_go_first_and_what_is_in_use_stays(

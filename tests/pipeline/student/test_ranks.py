@@ -22,6 +22,7 @@ from pipeline.student.metrics import StepLog
 from pipeline.student.words import TeacherWords
 from pipeline.student.world import World
 from schemas.config import Config, LossConfig
+from tests.marks import slow
 from tests.pipeline.student.conftest import Replay
 from tests.pipeline.student.runs import CE, KD, NORMALISED, metrics, run_config
 from tests.pipeline.student.test_ensemble import online
@@ -130,6 +131,7 @@ def test_two_ranks_train_as_one_process(replays: Replay, colleagues: Replay, tmp
         assert [*compared_values(tmp_path / name)] == pytest.approx([*compared_values(tmp_path / one)], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_two_ranks_accumulate_clip_and_average_as_one_process(replays: Replay, tmp_path: Path) -> None:
     """Micro-batches of one pair on each rank, of two in one process; part of the student is frozen."""
     base = replays("function_matching").config
@@ -218,7 +220,7 @@ def save_steps(rendezvous: Path, rank: int, splits: list[tuple[list[int], int]])
 @pytest.mark.parametrize(
     "splits",
     [
-        [([4, 4], 1), ([5, 2], 1), ([1, 1], 1), ([7, 1], 2)],
+        slow([([4, 4], 1), ([5, 2], 1), ([1, 1], 1), ([7, 1], 2)]),
         [([3, 3, 3], 1), ([3, 2, 2], 1), ([1, 6, 2], 1), ([2, 0, 1], 2)],
     ],
     ids=["2 ranks", "3 ranks"],

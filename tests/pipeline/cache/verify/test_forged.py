@@ -30,6 +30,8 @@ from tests.pipeline.conftest import TinyConfig
 
 SHARD, BLOCK = "digits-01", "v0000-0001"
 
+pytestmark = pytest.mark.slow
+
 
 def only(report: VerifyReport) -> Problem:
     """The one problem."""
