@@ -12,9 +12,9 @@ import yaml
 
 from pipeline.shards.write import pack_shards
 from schemas.config import Config
+from tests.jobs import NUM_CPUS
 from tests.pipeline.caches import digit_samples
 
-NUM_CPUS = 2
 NETWORK = {
     "model": "python:pipeline.models.cifar:resnet",
     "kwargs": {"depth": 8, "widths": [4, 4, 6, 8]},

@@ -26,7 +26,7 @@ from pipeline.errors import (
     StorageError,
 )
 from schemas.config import RayConfig
-from tests.jobs.conftest import NUM_CPUS
+from tests.jobs import NUM_CPUS
 
 pytestmark = pytest.mark.ray
 RAY = RayConfig(max_retries=2)

@@ -16,6 +16,7 @@ from pipeline.errors import ModelError
 from pipeline.models import load_model
 from pipeline.student.review import plan_review, review_section
 from schemas.config import Config
+from tests.marks import slow
 
 CONFIGS = Path(jobs.__file__).parent / "configs"
 LOCAL = ("demo", "cifar10", "cifar10-views", "cifar10-losses")

@@ -18,7 +18,8 @@ from jobs.train_student import Relay, _run, train_student
 from jobs.worker_group import Placement
 from pipeline.errors import ResourceError, TrainingError
 from schemas.config import RayConfig
-from tests.jobs.conftest import NUM_CPUS, Tree, config_of
+from tests.jobs import NUM_CPUS
+from tests.jobs.conftest import Tree, config_of
 
 pytestmark = pytest.mark.ray
 LABELS: dict[str, Any] = {"teacher": {"mode": "none"}, "loss": [{"name": "ce"}]}
