@@ -24,7 +24,7 @@ from pipeline.student.world import World
 from schemas.config import Config, LossConfig
 from tests.marks import slow
 from tests.pipeline.student.conftest import Replay
-from tests.pipeline.student.runs import CE, KD, NORMALISED, metrics, run_config
+from tests.pipeline.student.runs import CE, KD, NORMALISED, SMALL, metrics, run_config
 from tests.pipeline.student.test_ensemble import online
 from tests.ranks import forked, group, run_two_ranks
 
@@ -105,6 +105,12 @@ def test_two_ranks_train_as_one_process(replays: Replay, colleagues: Replay, tmp
     for name, changed in (("gathered", gathering), ("headless", headless)):
         train(run_config(base, tmp_path / f"{name}-alone", **changed))
         two.append(run_config(base, tmp_path / name, **changed, **ranks))
+    nudged = {"student": {**SMALL, "model": "python:tests.pipeline.student.networks:Nudged"}}
+    train(run_config(base, tmp_path / "nudged-alone", **gathering, **nudged))
+    # How far one process comes from itself by one rounding of its first weights; ranks round otherwise in 15 steps, of
+    # which random errors add up to about 4 times one.
+    ends = [weights(tmp_path / name) for name in ("gathered-alone", "nudged-alone")]
+    spread = max(float((value - ends[1][key]).abs().max()) for key, value in ends[0].items())
     caches = replays("function_matching"), colleagues("function_matching")
     train(online(tmp_path / "taught-alone", *caches, **keys))
     two.append(online(tmp_path / "taught", *caches, **keys, **ranks))
@@ -115,8 +121,7 @@ def test_two_ranks_train_as_one_process(replays: Replay, colleagues: Replay, tmp
 
     pairs = [(name, "alone", 1e-6) for name in ("two", "grown")]
     pairs += [(name, f"{name}-alone", 1e-5) for name in ("headless", "taught")]
-    # A measured bound, not a derived one: 1.52e-5 was seen on an AVX2 processor, for older code too; why is not known.
-    pairs += [("gathered", "gathered-alone", 4e-5)]
+    pairs += [("gathered", "gathered-alone", 4 * spread)]
     for name, one, atol in pairs:
         wanted = weights(tmp_path / one)
         for key, value in weights(tmp_path / name).items():
