@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
+from pipeline.errors import ModelError
 from pipeline.models.load import InputSpec, input_spec, load_weights, require_weights, resolve
 from pipeline.models.probe import answers
+from pipeline.models.source import Built, Request
 from schemas.config import ModelConfig
 
 
@@ -34,12 +37,25 @@ def outline_model(config: ModelConfig, *, num_classes: int, size: int | None, wh
     """
     build, request = resolve(config, num_classes, True, where)
     request = replace(request, read=None, builds_only=True, likely_size=size)
-    with torch.device("meta"):
-        built = build(request)
+    built = _on_meta(build, request)
     spec = input_spec(config, built.own, size, where)
     _, embedding_BD = answers(built, request, size=spec.size)
     num_parameters = sum(parameter.numel() for parameter in built.network.parameters())
     return Outline(num_parameters, embedding_BD.shape[1], spec)
+
+
+def _on_meta(build: Callable[[Request], Built], request: Request) -> Built:
+    try:
+        with torch.device("meta"):
+            return build(request)
+    except ModelError as error:
+        if not isinstance(error.__cause__, NotImplementedError):
+            raise
+    # The constructors of torchvision's RegNets compute with tensors, which have no numbers there.
+    with torch.random.fork_rng(devices=[]):
+        built = build(request)
+    built.network.to("meta")
+    return built
 
 
 def check_weights(config: ModelConfig, *, num_classes: int, size: int | None, where: str) -> None:
@@ -62,7 +78,6 @@ def check_weights(config: ModelConfig, *, num_classes: int, size: int | None, wh
         outline_model(config, num_classes=num_classes, size=size, where=where)
         return
     request.read()  # before the meta device is the default of whatever is read
-    with torch.device("meta"):
-        built = build(request)
+    built = _on_meta(build, request)
     answers(built, request, size=input_spec(config, built.own, size, where).size)
     load_weights(built, request)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torchvision import models
 
 from pipeline.errors import ConfigError, ModelError
 from pipeline.models import load_model
@@ -36,6 +37,15 @@ def test_an_outline_tells_what_the_loaded_network_is(config: ModelConfig, size: 
     loaded = load_model(config, num_classes=7, size=size, where="student")
     assert outline.num_parameters == sum(parameter.numel() for parameter in loaded.module.network.parameters())
     assert (outline.embedding_dim, outline.input) == (loaded.module.embedding_dim, loaded.input)
+
+
+def test_a_network_whose_constructor_computes_with_tensors_has_an_outline() -> None:
+    before = torch.get_rng_state()
+    config = ModelConfig.model_validate({"model": "torchvision/regnet_y_400mf", "weights": "random"})
+    outline = outline_model(config, num_classes=1000, size=64, where="teacher")
+    published = models.RegNet_Y_400MF_Weights.DEFAULT.meta["num_params"]
+    assert (outline.num_parameters, outline.embedding_dim) == (published, 440)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import timm
-import timm.layers.weight_init
 import torch
 from torch import Tensor, nn
 
@@ -139,19 +138,6 @@ def test_looking_at_training_mode_moves_neither_statistics_nor_generators() -> N
 
 # Classes of networks whose forward has been seen in this process.
 PROVEN: set[object] = set()
-
-
-@pytest.fixture
-def without_initial_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Networks on the meta device have no values, and most of the time of a constructor goes into drawing them."""
-
-    def unchanged(tensor: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
-        return tensor
-
-    for name in dir(nn.init):
-        if name.endswith("_") and not name.startswith("_"):
-            monkeypatch.setattr(nn.init, name, unchanged)
-    monkeypatch.setattr(timm.layers.weight_init, "_trunc_normal_", unchanged)
 
 
 def width_of_heads(built: Built) -> int | None:
