@@ -36,9 +36,13 @@ def published_state(name: str) -> dict[str, Tensor]:
         extra = {"image_size": published.meta["min_size"][0]}
     network = models.get_model(name, weights=None, **extra)
     generator = torch.Generator().manual_seed(0)
-    for tensor in network.state_dict().values():
-        if tensor.ndim > 1 and tensor.is_floating_point() and not tensor.is_meta:
-            nn.init.kaiming_normal_(tensor, generator=generator)
+    for key, tensor in network.state_dict().items():
+        if tensor.is_meta or not tensor.is_floating_point():
+            continue
+        if tensor.ndim > 1:
+            tensor.normal_(std=(2 / tensor[0].numel()) ** 0.5, generator=generator)
+        else:
+            tensor.fill_(key.endswith(("weight", "running_var")))
     return network.state_dict()
 
 
@@ -137,6 +141,7 @@ CLASSIFIERS = sorted(models.list_models(module=models), key=size_of)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_initial_values")
 @pytest.mark.parametrize("name", [name for name in CLASSIFIERS if size_of(name) <= MAX_COMPARED])
 def test_every_classifier_has_the_same_logits_by_name_and_by_url(name: str, publish: Publish, tmp_path: Path) -> None:
     check_logits(name, publish, tmp_path / "weights.safetensors")
