@@ -27,7 +27,7 @@ test: install
 
 # The second call draws random examples for the property tests of `make test`; make prints it with its seed.
 test-slow: install
-	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m slow -n 3 --dist loadfile
 	$(BIN)/python -m pytest -m 'hypothesis and not slow and not gpu' -n 2 --dist loadfile \
 	  --hypothesis-profile=explore --hypothesis-seed=$(or $(STILLROOM_TEST_SEED),$(strip $(shell od -An -N4 -tu4 /dev/urandom)))
 
