@@ -81,7 +81,7 @@ class TrainingView:
         self._tell(f"{text} read and checked in {fields['read_s']:.1f} s", "validation", logging.INFO, fields)
 
     def _asked(self, fields: dict[str, Any]) -> None:
-        """What the teacher beside a cache cost before the first step."""
+        """What computing the outputs of the teacher of a cache cost before the first step."""
         text = f"the teacher's outputs for the validation images, {decimal(fields['size_bytes'])} per rank"
         self._tell(f"{text}, took {fields['seconds']:.1f} s", "validation-teacher", logging.INFO, fields)
 
