@@ -1,4 +1,4 @@
-"""An S3 server on loopback, and folders with short names."""
+"""An S3 server on loopback, folders with short names, and the end of what a test left running."""
 
 from __future__ import annotations
 
@@ -12,9 +12,16 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from tests.faults import drivers
 from tests.jobs.clusters import free_port
 
 BUCKET = "s3://stillroom-test"
+
+
+@pytest.fixture(autouse=True)
+def no_driver_outlives_its_test() -> Iterator[None]:
+    yield
+    drivers.end_all()
 
 
 @pytest.fixture(scope="module")

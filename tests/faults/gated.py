@@ -6,6 +6,7 @@ import os
 import time
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -23,7 +24,8 @@ class Gated(Small):
         self.folder, self.is_known = Path(folder), False
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        if self.training and not self.is_known:
+        # A check in training mode, before the first step, computes no gradients.
+        if self.training and torch.is_grad_enabled() and not self.is_known:
             self.is_known = True
             self._tell()
         if (self.folder / "gate").exists():

@@ -23,6 +23,7 @@ from pipeline.cache.build import build_part, prepare
 from pipeline.cache.layout import commit_path
 from pipeline.shards.write import pack_shards
 from schemas.config import Config
+from tests.faults.drivers import hear_ctrl_c, said, start, start_build, write
 from tests.faults.networks import LOG, forwards
 from tests.jobs.clusters import head_node
 from tests.jobs.conftest import NETWORK
@@ -71,39 +72,14 @@ def training_file(folder: Path, name: str, shards: list[str]) -> Path:
     )
 
 
-def write(path: Path, tree: dict[str, object]) -> Path:
-    path.write_text(yaml.safe_dump(tree))
-    return path
-
-
-def start(job: str, config: Path) -> subprocess.Popen[bytes]:
-    """A job in a session of its own that hears Ctrl-C; what it says goes to ``said(config)``."""
-    command = [sys.executable, "-m", f"jobs.{job}", str(config)]
-    with config.with_suffix(".log").open("ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, preexec_fn=_hear_ctrl_c)
-
-
-def _hear_ctrl_c() -> None:
-    """Whoever runs the tests in the background of a script has them, and all they start, ignore it."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def start_build(config: Path) -> subprocess.Popen[bytes]:
-    return start("build_cache", config)
-
-
-def said(config: Path) -> str:
-    return config.with_suffix(".log").read_text()
-
-
 def wait_for_commits(folder: Path, count: int, process: subprocess.Popen[bytes]) -> None:
     wait_for(folder, "commits/*/*.json", count, process)
 
 
 def wait_for(folder: Path, pattern: str, count: int, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while len(list(folder.glob(pattern))) < count:
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, f"{folder} has fewer than {count} of {pattern}"
         if process.poll() is not None:
             return
         time.sleep(0.02)
@@ -151,7 +127,7 @@ class Kills:
             wait_until(lambda: builder.poll() is not None, self.draw.uniform(0, 6))
             return
         wanted = len(committed(self.folder)) + self.draw.randint(1, 4)
-        wait_until(lambda: builder.poll() is not None or len(committed(self.folder)) >= wanted, 120)
+        wait_until(lambda: builder.poll() is not None or len(committed(self.folder)) >= wanted, 400)
         wait_until(lambda: False, self.draw.random() * 0.2)
 
     def _kill(self, builder: subprocess.Popen[bytes], wanted: str) -> str:
@@ -286,7 +262,7 @@ def test_ctrl_c_on_a_cluster_that_goes_on_ends_what_was_in_flight(tmp_path: Path
     flight = "list(fan_out(time.sleep, [600.0] * 4, RayConfig(address=sys.argv[1]), what='a task'))"
     script = f"import sys, time\nfrom jobs.fan_out import fan_out\nfrom schemas.config import RayConfig\n{flight}"
     with head_node(tmp_path, num_cpus=2) as node:
-        driver = subprocess.Popen([sys.executable, "-c", script, node.address], env=node.env, preexec_fn=_hear_ctrl_c)
+        driver = subprocess.Popen([sys.executable, "-c", script, node.address], env=node.env, preexec_fn=hear_ctrl_c)
         wait_until(lambda: len(node.busy_workers()) == 2, 60)
         assert len(node.busy_workers()) == 2
         driver.send_signal(signal.SIGINT)

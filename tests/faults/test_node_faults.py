@@ -28,16 +28,14 @@ from pipeline.cache.identity import MAX_DRIFT
 from pipeline.cache.reader import open_cache
 from pipeline.shards.write import pack_shards
 from schemas.config import Config, RayConfig
+from tests.faults.drivers import said, start_build, write
 from tests.faults.networks import HOLD, LOG, MINE, Held, forwards, held
 from tests.faults.test_kills import (
     batches_of_parts,
     committed,
     digest_of,
-    said,
-    start_build,
     traced_file,
     wait_until,
-    write,
 )
 from tests.jobs.clusters import Nodes, driver, head_node, many_nodes
 from tests.jobs.node_work import attempts, node, take_the_node_along
@@ -97,7 +95,7 @@ def test_spot_nodes_that_come_and_go_end_in_the_bytes_of_an_undisturbed_build(
     for number in range(NUM_LOSSES):
         hold.unlink(missing_ok=True)
         wanted = len(committed(tmp_path / "cache")) + draw.randint(1, 6)
-        wait_until(lambda wanted=wanted: len(committed(tmp_path / "cache")) >= wanted, 120)
+        wait_until(lambda wanted=wanted: len(committed(tmp_path / "cache")) >= wanted, 400)
         hold.touch()
         assert process.poll() is None, said(config)
         # Once the whole fleet is gone.
@@ -136,7 +134,7 @@ def test_a_part_that_fails_for_good_is_named_the_others_finish_and_a_rerun_does_
     mine = Path(os.environ[MINE])
     mine.touch()
     one = nodes.add(num_cpus=2)
-    assert start_build(config).wait(120) == 1
+    assert start_build(config).wait(400) == 1
     assert "a worker did not finish its task" in said(config)
     assert f"where:  {shards[1]}, " in said(config), said(config)
     assert "Traceback" not in said(config)
@@ -144,7 +142,7 @@ def test_a_part_that_fails_for_good_is_named_the_others_finish_and_a_rerun_does_
     assert {path.split("/")[1] for path in committed(cache)} == {"digits-00", "digits-02", "digits-03"}
     mine.unlink()
     before = len(forwards())
-    assert start_build(config).wait(120) == 0, said(config)
+    assert start_build(config).wait(400) == 0, said(config)
     again = {*forwards()[before:]}
     asked_for = batches_of_parts(config, tmp_path / "mapped")
     (last,) = (batches for path, batches in asked_for.items() if "digits-01" in path)
@@ -168,7 +166,7 @@ def test_nodes_of_two_kinds_build_one_cache_whose_numbers_agree_within_what_is_s
     fleet, waited = [nodes.add(), nodes.add(env_vars=older)], held()
     process = start_build(config)
     # Each has a part in work before the other has done all.
-    wait_until(lambda: (tmp_path / "cache" / "header.json").exists(), 120)
+    wait_until(lambda: (tmp_path / "cache" / "header.json").exists(), 400)
     hold = Path(os.environ[HOLD])
     hold.touch()
     wait_until(lambda: held() == waited + 2, 60)

@@ -17,7 +17,8 @@ import yaml
 
 from pipeline.shards.write import pack_shards
 from pipeline.student import checkpoint
-from tests.faults.test_kills import said, start, training_file, write
+from tests.faults.drivers import said, start, write
+from tests.faults.test_kills import training_file
 from tests.faults.test_training_nodes import cluster, lose, wait_for, worker_node
 from tests.pipeline.caches import digit_samples
 

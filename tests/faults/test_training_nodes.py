@@ -25,7 +25,7 @@ from jobs.train_student import train_student
 from pipeline.shards.write import pack_shards
 from pipeline.student import checkpoint
 from schemas.config import Config
-from tests.faults.test_kills import said, start, write
+from tests.faults.drivers import said, start, write
 from tests.jobs.clusters import HeadNode, end_session, free_port, head_node
 from tests.pipeline.caches import digit_samples
 

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.faults.drivers import hear_ctrl_c
 from tests.jobs.clusters import HeadNode, head_node
 from tests.jobs.conftest import Tree
 
@@ -212,7 +213,7 @@ class SlowBuild:
                 stdin=stdin,
                 stdout=out,
                 stderr=err,
-                preexec_fn=_hear_ctrl_c,
+                preexec_fn=hear_ctrl_c,
             )
             try:
                 yield process
@@ -227,11 +228,6 @@ class SlowBuild:
         return (self.folder / "out").read_text()
 
 
-def _hear_ctrl_c() -> None:
-    """Whoever runs the tests in the background of a script has them, and all they start, ignore it."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 @pytest.fixture
 def slow_build(tree: Tree, shards: list[str], tmp_path: Path) -> SlowBuild:
     (tmp_path / "code").mkdir()
@@ -244,7 +240,7 @@ def slow_build(tree: Tree, shards: list[str], tmp_path: Path) -> SlowBuild:
 
 
 def wait_until(holds: Callable[[], object], process: subprocess.Popen[str], build: SlowBuild) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while not holds():
         assert process.poll() is None, build.log() + build.said()
         assert time.monotonic() < deadline, build.log() + build.said()

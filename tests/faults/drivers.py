@@ -1,0 +1,49 @@
+"""Jobs in processes of their own, as a user starts them in a terminal."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+_started: list[subprocess.Popen[bytes]] = []
+
+
+def write(path: Path, tree: dict[str, object]) -> Path:
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def start(job: str, config: Path) -> subprocess.Popen[bytes]:
+    """A job in a session of its own that hears Ctrl-C; what it says goes to ``said(config)``."""
+    command = [sys.executable, "-m", f"jobs.{job}", str(config)]
+    with config.with_suffix(".log").open("ab") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, preexec_fn=hear_ctrl_c)
+    _started.append(process)
+    return process
+
+
+def hear_ctrl_c() -> None:
+    """Whoever runs the tests in the background of a script has them, and all they start, ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def start_build(config: Path) -> subprocess.Popen[bytes]:
+    return start("build_cache", config)
+
+
+def said(config: Path) -> str:
+    return config.with_suffix(".log").read_text()
+
+
+def end_all() -> None:
+    """What a failed test left running would disturb the tests after it."""
+    for process in _started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    _started.clear()
