@@ -25,7 +25,7 @@ from jobs.submit_package import CONFIG_FOLDER, WorkingDir, find_files, write_pac
 from pipeline import storage
 from pipeline.cache.build import cache_config
 from pipeline.config import load_config
-from pipeline.errors import ConfigError, InputError, ResourceError, SubmissionError
+from pipeline.errors import ConfigError, InputError, ResourceError, SubmissionError, first_line
 from pipeline.fingerprint import short
 from pipeline.student.preflight import check_config, check_plan, training_of
 from schemas.config import Config
@@ -300,7 +300,7 @@ def _talking_to(address: str) -> Generator[None]:
         raise ResourceError(
             "the cluster did not accept the token, or there was none",
             where=storage.redact(address),
-            got=str(error).splitlines()[0],
+            got=first_line(error),
             code="ray.token-refused",
             next_step=TOKEN_HELP,
         ) from error

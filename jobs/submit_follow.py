@@ -14,7 +14,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_f
 
 from jobs.entry import INTERRUPTED
 from pipeline import storage
-from pipeline.errors import SubmissionError
+from pipeline.errors import SubmissionError, first_line
 from pipeline.redaction import quoted
 
 # A connection that was cut without a word looks like a job without a word; after so long it is made anew.
@@ -127,7 +127,7 @@ def _info(client: JobSubmissionClient, job: str, address: str) -> JobDetails:
         raise SubmissionError(
             f"the cluster says nothing of job {job} any more; it may go on",
             where=storage.redact(address),
-            got=str(error).splitlines()[0],
+            got=first_line(error),
             wanted=f"an answer within {_LOST_AFTER_S} s",
             next_step=f"see {job_command('status', job, address)}; submitting again goes on from what is committed",
         ) from error
@@ -140,7 +140,7 @@ def _stop(client: JobSubmissionClient, job: str, address: str) -> None:
         raise SubmissionError(
             f"the cluster does not stop job {job}",
             where=storage.redact(address),
-            got=str(error).splitlines()[0],
+            got=first_line(error),
             next_step=f"try {job_command('stop', job, address)}",
         ) from error
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from pipeline.errors import ConfigError, StorageInputError
+from pipeline.errors import ConfigError, StorageInputError, first_line
 from pipeline.redaction import redact, redact_text
 from pipeline.storage import read
 from schemas.config import Config
@@ -254,7 +254,7 @@ def _enters_list(document: DictConfig, key: str) -> bool:
 
 
 def _override_error(error: Exception, place: str, *, enters_list: bool) -> ConfigError:
-    got = str(error).splitlines()[0]
+    got = first_line(error)
     if isinstance(error, GrammarParseError):
         return ConfigError(
             "this override has an interpolation that cannot be parsed",

@@ -173,3 +173,14 @@ class EvaluationError(StillroomError):
     """An evaluation without a meaning, such as one of logits that are not finite."""
 
     code = "evaluate.failed"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's error, or its type where it has no text."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def cause(error: BaseException) -> str:
+    """The error's type and first line: enough to act on, without a page of library text."""
+    return f"{type(error).__name__}: {first_line(error)}" if str(error).strip() else type(error).__name__

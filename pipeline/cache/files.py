@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from pipeline import storage
 from pipeline.cache import layout
-from pipeline.errors import CacheError, StorageInputError, TooLargeError
+from pipeline.errors import CacheError, StorageInputError, TooLargeError, first_line
 from pipeline.fingerprint import digest, unseal
 from pipeline.tables import read_bounded
 from schemas.manifest import FORMAT_VERSION, FileRef, Record
@@ -116,5 +116,5 @@ def read_parquet(data: bytes, *, where: str | None = None, repeated: Sequence[st
     try:
         return read_bounded(pa.BufferReader(data), size_bytes=len(data), repeated=repeated)
     except (pa.ArrowException, OSError) as error:
-        got = str(error).splitlines()[0]
+        got = first_line(error)
         raise CacheError("this file is not readable Parquet", where=where, got=got, next_step=REBUILD) from error

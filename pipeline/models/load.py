@@ -112,7 +112,7 @@ def load_untrained(
         ConfigError, ModelError: as of ``load_model``.
     """
     build, request = resolve(config, num_classes, True, where)
-    request = replace(request, read=None, builds_only=True, likely_size=likely_size or size)
+    request = request.without_weights(likely_size=likely_size or size)
     with _derived_randomness(0):
         built = build(request)
     spec = input_spec(config, built.own, size, where)

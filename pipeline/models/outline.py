@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -36,7 +36,7 @@ def outline_model(config: ModelConfig, *, num_classes: int, size: int | None, wh
         ModelError: the model is unknown, cannot be built as asked, or does not run at this size.
     """
     build, request = resolve(config, num_classes, True, where)
-    request = replace(request, read=None, builds_only=True, likely_size=size)
+    request = request.without_weights(likely_size=size)
     built = _on_meta(build, request)
     spec = input_spec(config, built.own, size, where)
     _, embedding_BD = answers(built, request, size=spec.size)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import ModelError
+from pipeline.errors import ModelError, cause
 from pipeline.models.embedding import EmbeddingModel, ask, observe, reproduces
-from pipeline.models.source import Built, Request, cause, last_layer
+from pipeline.models.source import Built, Request, last_layer
 
 
 def wrap(built: Built, request: Request, *, size: int) -> EmbeddingModel:
@@ -94,13 +94,15 @@ def _check_training(built: Built, request: Request, *, size: int) -> None:
             buffer.copy_(buffers[name])
     if isinstance(logits, Tensor):
         return
+    raised = failure is not None
     raise ModelError(
-        f"{request.config.model} does not return logits alone in training mode",
+        f"{request.config.model} {'fails' if raised else 'does not return logits alone'} in training mode",
         code="model.training-outputs",
         where=f"{request.where}.model",
-        got=type(logits).__name__ if failure is None else cause(failure),
+        got=cause(failure) if raised else type(logits).__name__,
         wanted=f"a tensor [B,{request.num_classes}], as in eval mode",
-        next_step=f"turn auxiliary outputs off in {request.where}.kwargs, such as aux_logits: false",
+        next_step=f"turn auxiliary outputs off in {request.where}.kwargs, such as aux_logits: false"
+        + (", or correct the network's forward" if raised else ""),
     ) from failure
 
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import nn
 
-from pipeline.errors import ModelError
-from pipeline.models.source import Built, OwnInput, Request, building, cause, last_layer, refuse_reserved
+from pipeline.errors import ModelError, cause
+from pipeline.models.source import Built, OwnInput, Request, building, last_layer, refuse_reserved
 
 _NAME = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*:[^\W\d]\w*")
 # Nobody's own networks, and among them functions that run what their arguments name: a command, a file, a repository.

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import difflib
 from collections.abc import Callable, Collection, Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from pipeline.errors import ConfigError, ModelError, StillroomError
+from pipeline.errors import ConfigError, ModelError, StillroomError, cause
 from schemas.config import ModelConfig, Triple
 
 
@@ -57,6 +57,10 @@ class Request:
         """Whether the source itself loads the library's weights."""
         return self.config.weights == "pretrained" and self.read is None and not self.builds_only
 
+    def without_weights(self, likely_size: int | None) -> Request:
+        """The same network, for what does not depend on the values of its weights."""
+        return replace(self, read=None, builds_only=True, likely_size=likely_size)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OwnInput:
@@ -98,12 +102,6 @@ def building(request: Request) -> Generator[None]:
             got=cause(error),
             next_step=f"check {request.where}.kwargs, which go to the constructor: {dict(request.config.kwargs)}",
         ) from error
-
-
-def cause(error: BaseException) -> str:
-    """The error's type and first line: enough to act on, without a page of library text."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def unknown_name(request: Request, names: Collection[str]) -> ModelError:

@@ -11,14 +11,13 @@ from typing import Any
 from torch import Tensor, nn
 from torchvision import models
 
-from pipeline.errors import ModelError
+from pipeline.errors import ModelError, cause
 from pipeline.models.source import (
     Built,
     OwnInput,
     Request,
     WeightsFile,
     building,
-    cause,
     last_layer,
     no_download,
     refuse_reserved,

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.serialization import safe_globals
 
 from pipeline import storage
-from pipeline.errors import ModelError
+from pipeline.errors import ModelError, cause
 from pipeline.fingerprint import digest
 from pipeline.models.file_formats import HEADER_BYTES, ZIP, format_of, is_plain_pickle
-from pipeline.models.source import WeightsFile, cause
+from pipeline.models.source import WeightsFile
 from pipeline.models.state_dicts import (
     AVERAGED_KEYS,
     TRAINED_KEYS,

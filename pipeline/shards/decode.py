@@ -32,6 +32,7 @@ import torchvision.io
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
+from pipeline.errors import first_line
 from pipeline.shards.kinds import file_kind
 
 BadStatus = Literal["undecodable", "empty", "too_large"]
@@ -214,7 +215,7 @@ def _pixels(data: bytes) -> Tensor:
         # warnings are not safe among threads. Orientation stays with us: the wrapper has none for WebP.
         stored: Tensor = torch.ops.image.decode_image(encoded, _RGB, False)
     except RuntimeError as error:
-        raise BadImageError("undecodable", str(error).splitlines()[0]) from error
+        raise BadImageError("undecodable", first_line(error)) from error
     return stored
 
 

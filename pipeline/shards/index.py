@@ -21,7 +21,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from pipeline import storage
-from pipeline.errors import CacheError, ShardError, StillroomError
+from pipeline.errors import CacheError, ShardError, StillroomError, first_line
 from pipeline.fingerprint import canonical_json, differences
 from pipeline.shards.decode import BadImageError, BadStatus, decode
 from pipeline.shards.names import shard_id
@@ -308,7 +308,7 @@ def decode_index(data: bytes, *, where: str, settings: Mapping[str, Any] | None 
         raise CacheError(
             "this index is damaged",
             where=storage.redact(where),
-            got=str(error).splitlines()[0],
+            got=first_line(error),
             next_step="remove it, and index the shard again",
         ) from error
     return index

@@ -14,9 +14,8 @@ import torch
 from pipeline import storage
 from pipeline.cache.reader import open_cache
 from pipeline.config import build_config
-from pipeline.errors import CacheError, ConfigError
+from pipeline.errors import CacheError, ConfigError, cause
 from pipeline.fingerprint import differences, seal, unseal
-from pipeline.models.source import cause
 from pipeline.models.weights import load_pickled
 from pipeline.redaction import redact_text
 from pipeline.shards.names import shard_ids

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from pipeline.errors import CacheError, StillroomError, TrainingError
+from pipeline.errors import CacheError, StillroomError, TrainingError, first_line
 from pipeline.student.order import EpochOrder, OrderedRows, TrainingOrder
 from pipeline.student.prefetch import Prefetcher
 from pipeline.student.rows import SampleRows
@@ -301,7 +301,7 @@ class _Outcomes(Dataset[Batch | _Parcel | StillroomError]):
                 "a loader process could not get shared memory for its batch",
                 code="train.shared-memory",
                 where="train.num_workers",
-                got=str(error).splitlines()[0],
+                got=first_line(error),
                 next_step="lower train.num_workers (0 needs none), or enlarge /dev/shm; then run the command again: it "
                 "continues from the last checkpoint",
             )

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from pipeline.errors import ConfigError, ModelError
+from pipeline.errors import ConfigError, ModelError, cause
 from pipeline.models import EmbeddingModel, InputSpec
-from pipeline.models.source import cause
 from pipeline.views.pixels import to_input
 
 TOLERANCE = 1e-4

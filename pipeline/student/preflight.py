@@ -99,7 +99,7 @@ def _check_agreement(config: Config) -> None:
         missing, next_step = "data.val_shards", "name validation shards"
     elif teacher.mode == "none":
         missing, next_step = "a teacher", "set teacher.mode=cache or online"
-    elif teacher.others or num_caches > 1:
+    elif teacher.others or (teacher.mode == "cache" and num_caches > 1):
         missing, next_step = "a single teacher", "train with one teacher"
     elif teacher.model is None or teacher.weights is None:
         missing, next_step = "the teacher's network", "set teacher.model and teacher.weights to those of the cache"

@@ -8,8 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from pipeline.errors import ConfigError, ResourceError, TrainingError
-from pipeline.models.source import cause
+from pipeline.errors import ConfigError, ResourceError, TrainingError, cause
 
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 # The two that cuBLAS documents as deterministic.

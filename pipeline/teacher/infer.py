@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.errors import ResourceError
+from pipeline.errors import ResourceError, first_line
 from pipeline.models import LoadedModel, lay_out, load_model
 from pipeline.teacher.groups import GroupViews
 from pipeline.views.pixels import to_input
@@ -98,7 +98,7 @@ class Teacher:
         try:
             return self._in_batches(self.batch_size, pixels_NCHW, partner_N, lambda_N, cut_N4)
         except torch.OutOfMemoryError as error:
-            told = str(error).splitlines()[0]
+            told = first_line(error)
         # Only now: while the error was handled, its frames kept the memory that ran out.
         raise self._too_large(pixels_NCHW[:1], told)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from pipeline import errors
-from pipeline.errors import CacheError, InputError, StillroomError
+from pipeline.errors import CacheError, InputError, StillroomError, cause, first_line
 
 
 def kinds() -> Iterator[type[StillroomError]]:
@@ -36,3 +36,16 @@ def test_an_error_that_crosses_a_process_border_keeps_code_and_fields() -> None:
     other = pickle.loads(pickle.dumps(error))
     assert (type(other), other.code, str(other)) == (InputError, "data.label-not-found", str(error))
     assert (other.what, other.where, other.got, other.wanted, other.next_step) == ("what", "w", "3", "['a']", "n")
+
+
+@pytest.mark.parametrize(
+    ("error", "line", "whole"),
+    [
+        (ValueError("first\nsecond"), "first", "ValueError: first"),
+        (RuntimeError("\n  late\n"), "late", "RuntimeError: late"),
+        (MemoryError(), "MemoryError", "MemoryError"),
+        (OSError(" \n "), "OSError", "OSError"),
+    ],
+)
+def test_an_error_of_another_library_is_one_line_even_without_a_text(error: Exception, line: str, whole: str) -> None:
+    assert (first_line(error), cause(error)) == (line, whole)

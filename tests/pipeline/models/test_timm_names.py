@@ -101,6 +101,13 @@ class Silent(Auxiliary):
         return logits[0] if self.training else logits
 
 
+class Failing(Auxiliary):
+    def forward(self, x: Tensor) -> Any:
+        if self.training:
+            raise FileNotFoundError("no such file: statistics")
+        return super().forward(x)
+
+
 OWN = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "weights": "random"}
 HERE = "python:tests.pipeline.models.test_timm_names"
 
@@ -120,6 +127,15 @@ def test_a_student_with_several_outputs_in_training_mode_is_refused(model: str, 
         load_model(config, num_classes=7, size=64, where="student")
     assert (caught.value.code, caught.value.where) == ("model.training-outputs", "student.model")
     assert "tuple" in str(caught.value.got) or "GoogLeNetOutputs" in str(caught.value.got)
+
+
+def test_a_student_that_fails_in_training_mode_is_refused_with_its_error() -> None:
+    config = ModelConfig.model_validate({"model": f"{HERE}:Failing", **OWN})
+    with pytest.raises(ModelError) as caught:
+        load_model(config, num_classes=7, size=64, where="student")
+    assert caught.value.code == "model.training-outputs"
+    assert "fails in training mode" in caught.value.what
+    assert caught.value.got == "FileNotFoundError: no such file: statistics"
 
 
 def test_looking_at_training_mode_moves_neither_statistics_nor_generators() -> None:

@@ -347,6 +347,7 @@ def test_agreement_may_be_left_out_where_the_teacher_is_online(replays: Replay, 
         ("data.val_shards", {"data": {"val_shards": None}}),
         ("a teacher", {"teacher": {"mode": "none"}, "loss": CE}),
         ("the teacher's network", {"teacher": {"weights": None}}),
+        ("a single teacher", {"data": {"cache": ["other", "another"]}}),
     ],
 )
 def test_agreement_that_cannot_be_measured_is_refused_before_any_work(
