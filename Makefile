@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 OUT    ?= runs/demo
 
-.PHONY: install demo test test-slow check bench recipe clean
+.PHONY: install demo test test-slow test-system test-exhaustive check bench recipe clean
 
 install: $(VENV)/.installed
 
@@ -25,9 +25,15 @@ demo: install
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+test-slow: test-system test-exhaustive
+
+# Clusters, kills, servers. Two processes: beside a third, Ray's own timeouts end what starts.
+test-system: install
+	$(BIN)/python -m pytest -m 'slow and not exhaustive' -n 2 --dist loadfile --no-loadscope-reorder --durations=20
+
 # The second call draws random examples for the property tests of `make test`; make prints it with its seed.
-test-slow: install
-	$(BIN)/python -m pytest -m slow -n 3 --dist loadfile
+test-exhaustive: install
+	$(BIN)/python -m pytest -m exhaustive -n 2 --dist loadfile --no-loadscope-reorder
 	$(BIN)/python -m pytest -m 'hypothesis and not slow and not gpu' -n 2 --dist loadfile \
 	  --hypothesis-profile=explore --hypothesis-seed=$(or $(STILLROOM_TEST_SEED),$(strip $(shell od -An -N4 -tu4 /dev/urandom)))
 

@@ -20,7 +20,7 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 # No test has a deadline: a busy machine is no failure. By default the examples of a property are a function of its
 # source, and none is read from an earlier run: the same commit gives the same result on every machine.
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
-# `make test-slow` draws other examples in every run and prints what reproduces a failure.
+# `make test-exhaustive` draws other examples in every run and prints what reproduces a failure.
 settings.register_profile("explore", deadline=None, derandomize=False, database=None, print_blob=True)
 # pytest's option --hypothesis-profile comes after this.
 settings.load_profile("repeatable")

@@ -7,5 +7,5 @@ from _pytest.mark import ParameterSet
 
 
 def slow(*values: object, id: str | None = None) -> ParameterSet:
-    """Values that `make test-slow` alone runs."""
-    return pytest.param(*values, marks=pytest.mark.slow, id=id)
+    """Values of a family that `make test` and `make test-system` cover by others: `make test-exhaustive` has all."""
+    return pytest.param(*values, marks=[pytest.mark.slow, pytest.mark.exhaustive], id=id)

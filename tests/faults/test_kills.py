@@ -210,6 +210,7 @@ def digest_of(found: dict[str, bytes]) -> str:
     return whole.hexdigest()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.timeout(1200)
 def test_a_build_killed_and_raced_at_random_points_ends_with_the_bytes_of_an_undisturbed_one(
     shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -82,6 +82,7 @@ def alone(path: Path, folder: Path) -> Config:
     return Config.model_validate(tree)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.timeout(1200)
 def test_spot_nodes_that_come_and_go_end_in_the_bytes_of_an_undisturbed_build(
     nodes: Nodes, config: Path, tmp_path: Path
@@ -151,6 +152,7 @@ def test_a_part_that_fails_for_good_is_named_the_others_finish_and_a_rerun_does_
     nodes.remove(one)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="this CPU is of the older kind itself")
 def test_nodes_of_two_kinds_build_one_cache_whose_numbers_agree_within_what_is_stated(
     nodes: Nodes, config: Path, tmp_path: Path

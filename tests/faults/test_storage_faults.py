@@ -28,12 +28,11 @@ from pipeline.fingerprint import digest
 from pipeline.shards.write import pack_shards
 from schemas.config import Config
 from tests.faults.networks import LOG, forwards
+from tests.marks import slow
 from tests.pipeline.caches import digit_samples, files
 
 PARTS = ("eval", "v0000-0000", "v0001-0001")
-LINKS = pytest.mark.parametrize(
-    "hard_links", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["hard links", "no hard links"]
-)
+LINKS = pytest.mark.parametrize("hard_links", [True, slow(False)], ids=["hard links", "no hard links"])
 WRITES = ("open for writing", "os.mkdir", "os.rename", "os.link")
 
 

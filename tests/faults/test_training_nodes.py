@@ -174,6 +174,7 @@ def losses(folder: Path) -> list[float]:
     return [record["loss"] for record in records]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.timeout(900)
 def test_a_training_shrinks_and_grows_with_its_nodes_and_computes_what_one_process_does(
     disks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -147,6 +147,7 @@ def wheel(folder: Path, name: str, code: str) -> Path:
     return Path(str(package.filename))
 
 
+@pytest.mark.exhaustive
 def test_factories_come_from_the_submitted_folder_or_what_pip_installs_and_a_failed_install_is_told(
     tree: Tree, tmp_path: Path
 ) -> None:

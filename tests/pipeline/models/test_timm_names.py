@@ -171,6 +171,7 @@ def width_of_heads(built: Built) -> int | None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("part", range(NUM_PARTS))
 @pytest.mark.usefixtures("without_initial_values")
 def test_every_name_has_timms_width_or_is_refused(part: int) -> None:

@@ -141,6 +141,7 @@ CLASSIFIERS = sorted(models.list_models(module=models), key=size_of)
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("without_initial_values")
 @pytest.mark.parametrize("name", [name for name in CLASSIFIERS if size_of(name) <= MAX_COMPARED])
 def test_every_classifier_has_the_same_logits_by_name_and_by_url(name: str, publish: Publish, tmp_path: Path) -> None:
@@ -148,6 +149,7 @@ def test_every_classifier_has_the_same_logits_by_name_and_by_url(name: str, publ
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("without_initial_values")
 @pytest.mark.parametrize("name", [name for name in CLASSIFIERS if size_of(name) > MAX_COMPARED])
 def test_every_large_classifier_has_the_same_structure_by_name_and_by_url(name: str, publish: Publish) -> None:
