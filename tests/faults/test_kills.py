@@ -65,7 +65,7 @@ def training_file(folder: Path, name: str, shards: list[str]) -> Path:
             "views": {"kind": "crop", "size": 16},
             "student": NETWORK,
             "loss": [{"name": "ce"}],
-            "train": {"epochs": 40, "global_batch_size": 40},
+            "train": {"epochs": 16, "global_batch_size": 40},
             "run": {"url": str(folder / name)},
             "ray": {"address": "local", "num_workers": 2},
         },
@@ -259,6 +259,7 @@ def test_ctrl_c_exits_130_keeps_commits_and_prints_how_to_resume(shards: list[st
     assert not (tmp_path / "interrupted" / "manifest.json").exists()
 
 
+@pytest.mark.exhaustive
 def test_ctrl_c_on_a_cluster_that_goes_on_ends_what_was_in_flight(tmp_path: Path) -> None:
     flight = "list(fan_out(time.sleep, [600.0] * 4, RayConfig(address=sys.argv[1]), what='a task'))"
     script = f"import sys, time\nfrom jobs.fan_out import fan_out\nfrom schemas.config import RayConfig\n{flight}"
@@ -282,4 +283,4 @@ def test_ctrl_c_in_a_ray_training_exits_130_and_the_same_command_goes_on(shards:
     assert not (tmp_path / "training" / "summary.json").exists()
     assert start("train_student", config).wait() == 0, said(config)
     lines = (tmp_path / "training" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == list(range(400))
+    assert [json.loads(line)["step"] for line in lines] == list(range(160))

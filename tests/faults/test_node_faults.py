@@ -223,6 +223,7 @@ def test_a_part_that_takes_its_node_along_each_time_comes_to_an_end(nodes: Nodes
     assert {path.name for path in (tmp_path / "done").iterdir()} == {"1", "2"}
 
 
+@pytest.mark.exhaustive
 def test_an_autoscaler_starts_from_no_node_what_a_build_and_a_training_ask_for(tmp_path: Path) -> None:
     script = """
 import sys
@@ -244,6 +245,7 @@ with cluster(config):
         subprocess.run([sys.executable, "-c", script, head.address], env=head.env, check=True, timeout=300)
 
 
+@pytest.mark.exhaustive
 def test_a_task_that_memory_does_not_hold_is_retried_as_often_as_said() -> None:
     # Whatever is in use is too much, so that Ray ends every task soon.
     crowded = {"memory_usage_threshold": 0.0001, "memory_monitor_refresh_ms": 50}

@@ -197,6 +197,7 @@ def places(seen: list[str], kinds: tuple[str, ...]) -> list[int]:
     return [number for number, event in enumerate(seen) if event in kinds]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_an_operation_that_fails_once_is_done_again_and_nothing_else_is(
     shard: str, folder: Path, undisturbed: dict[str, bytes], asked: Callable[[], int]
@@ -232,6 +233,7 @@ def test_a_disk_that_fills_at_any_write_gives_one_error_and_a_build_that_resumes
         check_resumed(shard, url, undisturbed, asked)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_replace_or_link_that_keeps_failing_gives_one_error_and_a_build_that_resumes(
     shard: str, folder: Path, undisturbed: dict[str, bytes], asked: Callable[[], int]
@@ -309,7 +311,7 @@ cp -r {cache} {out}/copy 2> /dev/null || true
 
 @pytest.mark.slow
 @pytest.mark.skipif(subprocess.run(["unshare", "-rm", "true"], check=False).returncode != 0, reason="no namespaces")
-@pytest.mark.parametrize("full", ["cache", "scratch"])
+@pytest.mark.parametrize("full", ["cache", slow("scratch")])
 def test_a_disk_that_is_really_full_exits_1_with_one_message_and_the_same_command_resumes(
     full: str, shard: str, tmp_path: Path
 ) -> None:

@@ -18,6 +18,7 @@ from jobs.train_student import train_student
 from pipeline.errors import TrainingError
 from pipeline.student.loop import train
 from tests.jobs.conftest import NETWORK, Tree, config_of
+from tests.marks import slow
 
 ROOT = Path(__file__).resolve().parents[2]
 TWO = {"address": "local", "num_workers": 2}
@@ -35,8 +36,8 @@ def killed_at(tree: Tree, number: signal.Signals, **sections: Any) -> dict[str, 
     ("number", "text"),
     [
         (signal.SIGSEGV, "Segmentation fault"),
-        (signal.SIGBUS, "Bus error"),
-        (signal.SIGABRT, "Aborted"),
+        slow(signal.SIGBUS, "Bus error"),
+        slow(signal.SIGABRT, "Aborted"),
     ],
 )
 def test_a_command_that_a_signal_ends_names_it_on_stderr(

@@ -152,6 +152,7 @@ def test_a_fleet_that_is_gone_is_waited_for(cluster: Cluster, log: Path, tmp_pat
     cluster.nodes.remove(second)
 
 
+@pytest.mark.exhaustive
 def test_a_fleet_that_does_not_come_back_ends_the_flight(cluster: Cluster, log: Path, tmp_path: Path) -> None:
     lost = cluster.nodes.add(resources={"spot-only": 1})
     flown = cluster.submit(partial(wait_for_go, tmp_path), 3, log, resources_per_task={"spot-only": 1}, wait_s=1)
@@ -163,6 +164,7 @@ def test_a_fleet_that_does_not_come_back_ends_the_flight(cluster: Cluster, log: 
     assert "waiting up to 1 s" in log.read_text()
 
 
+@pytest.mark.exhaustive
 def test_a_job_whose_environment_cannot_be_set_up_says_why(cluster: Cluster, log: Path) -> None:
     nowhere = {"working_dir": "local:///nowhere-at-all"}
     with driver() as pool:

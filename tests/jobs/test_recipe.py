@@ -184,6 +184,7 @@ def test_a_grid_is_trained_once_and_its_results_hold_every_cell(grid: Path, tmp_
     assert [path.stat().st_mtime_ns for path in runs] == written
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")

@@ -24,6 +24,7 @@ import yaml
 from tests.faults.drivers import hear_ctrl_c
 from tests.jobs.clusters import HeadNode, head_node
 from tests.jobs.conftest import Tree
+from tests.marks import slow
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,7 +62,7 @@ def test_a_submitted_distill_job_streams_its_log_and_leaves_cache_and_student(
     assert (tmp_path / "cache" / "manifest.json").exists()
 
 
-@pytest.mark.parametrize("module", ["build_cache", "train_student"])
+@pytest.mark.parametrize("module", ["build_cache", slow("train_student")])
 def test_a_submitted_job_with_a_mistake_shows_its_one_message(
     module: str, cluster: HeadNode, tree: Tree, tmp_path: Path
 ) -> None:
@@ -90,6 +91,7 @@ def ask(cluster: HeadNode, job: str, what: str = "", method: str = "GET") -> dic
         return json.loads(answer.read())
 
 
+@pytest.mark.exhaustive
 def test_stillroom_submit_builds_trains_and_distills_and_passes_variables_that_it_does_not_show(
     cluster: HeadNode, tree: Tree, tmp_path: Path
 ) -> None:
@@ -287,7 +289,7 @@ def test_ctrl_c_asks_and_stops_the_job_and_submitting_again_asks_nothing_that_is
     assert "cache: 96 images x 3 views in 4 shards" in done.stdout
 
 
-@pytest.mark.parametrize("has_terminal", [False, True])
+@pytest.mark.parametrize("has_terminal", [slow(False), True])
 def test_ctrl_c_without_a_terminal_and_a_second_one_leave_the_job_running_and_say_how_to_stop_it(
     has_terminal: bool, cluster: HeadNode, slow_build: SlowBuild, terminal: tuple[int, int]
 ) -> None:

@@ -21,6 +21,7 @@ def steps_of(run: Path) -> list[int]:
     return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_distill_builds_then_trains_with_two_workers_and_again_does_nothing(

@@ -27,6 +27,7 @@ from pipeline.cache.files import read_file
 from pipeline.config import load_config
 from pipeline.errors import MissingPackageError, PassingStorageError, StorageError, StorageInputError
 from pipeline.student.node_store import NodeStore
+from tests.marks import slow
 
 
 @pytest.fixture(autouse=True)
@@ -430,7 +431,7 @@ def create_all(folder: str, number: int, num_files: int) -> list[bool]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("creates", [create_all, create_all_without_links])
+@pytest.mark.parametrize("creates", [create_all, slow(create_all_without_links)])
 def test_one_of_many_processes_creates_each_file_and_its_bytes_stay(creates: Any, tmp_path: Path) -> None:
     num_files, num_processes = 200, 3
     with ProcessPoolExecutor(num_processes, mp_context=multiprocessing.get_context("forkserver")) as pool:

@@ -21,6 +21,7 @@ from pipeline.student.evaluate import evaluate_run
 from pipeline.student.loop import train
 from pipeline.student.preflight import check_config, check_training
 from schemas.config import Config
+from tests.marks import slow
 from tests.pipeline.caches import TinyCache, build, cache_section, copy_of, digit_samples
 from tests.pipeline.student.conftest import NUM_VIEWS, Replay
 from tests.pipeline.student.runs import (
@@ -161,7 +162,7 @@ def test_two_teachers_resume_bitwise(replays: Replay, colleague: TinyCache, tmp_
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "size", "accumulate"),
-    [("crop", 16, 1), ("function_matching", 12, 1), ("function_matching", 24, 2)],
+    [("crop", 16, 1), slow("function_matching", 12, 1), slow("function_matching", 24, 2)],
 )
 def test_parity_every_loss_of_two_cached_teachers_is_that_of_the_two_online(
     replays: Replay, colleagues: Replay, tmp_path: Path, kind: str, size: int, accumulate: int

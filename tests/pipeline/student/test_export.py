@@ -111,7 +111,7 @@ def metadata_of(path: Path) -> dict[str, str]:
 
 GRAPHS = [
     ("cifar", True),
-    *((name, False) for name in NETWORKS),
+    *(slow(name, False) if name == "torchvision" else (name, False) for name in NETWORKS),
 ]
 
 

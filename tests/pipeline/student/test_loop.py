@@ -126,7 +126,7 @@ def test_parity_every_loss_of_a_cached_run_is_that_of_an_online_run(replays: Rep
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["crop", "function_matching", "everything"])
+@pytest.mark.parametrize("kind", ["crop", "function_matching", slow("everything")])
 def test_parity_loss_of_a_cached_and_an_online_run(replays: Replay, tmp_path: Path, kind: str) -> None:
     """Over 205 steps, each epoch on views of its own."""
     base = replays(kind, num_views=41).config
