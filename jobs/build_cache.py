@@ -69,7 +69,7 @@ def build_cache(config: Config) -> Manifest:
     urls = shard_urls(config.data.shards)
     by_id = dict(zip(shard_ids(urls), urls, strict=True))
     storage.probe(cache.url)
-    relabelled = find_relabelled(cache.url) is not None
+    relabelled = find_relabelled(cache.url)
     commits = read_standing(cache.url)
     sizes = check_shards(cache.url, by_id, commits)
     ground = survey_ground(config, cache, by_id, sizes, commits)
@@ -86,8 +86,9 @@ def build_cache(config: Config) -> Manifest:
         _build_parts(config, by_id, commits)
         manifest = publish_manifest(cache.url, by_id, add_up=partial(_add_up, config.ray))
     remove_logs(cache.url)
-    if relabelled and manifest.labels is None:
-        _warn([f"the cache has the labels of its build again; run: stillroom cache relabel {quoted(cache.url)}"])
+    if relabelled is not None and relabelled.labels is not None and manifest.labels is None:
+        command = f"stillroom cache relabel {quoted(cache.url)} --label {relabelled.labels.data['label']}"
+        _warn([f"the cache has the labels of its build again; run: {command}"])
     labels = cached_labels(open_cache(cache.url))
     if (warning := label_warning(labels, config.data, finished_cache=cache.url)) is not None:
         _warn([warning])

@@ -34,6 +34,11 @@ def describe(found: Relabelling) -> str:
     statistics = found.statistics
     top1 = f"{statistics.top1_hits / statistics.labelled:.1%}, on view 0" if statistics.labelled else "not known"
     lines = [f"labels: {found.count} (data.label is {found.label})", f"teacher top-1: {top1}"]
+    if 0 < found.num_given < found.count.num_shards:
+        others = found.count.num_shards - found.num_given
+        lines.append(f"shards: {found.num_given} read as --shards names them, {others} where the build found them")
+    if found.num_given:
+        lines.append("from now on the cache names these shards; configs that name data.shards have to name them too")
     if found.lost_means:
         lines.append("warning: class means came from the labels of the build and are left out; nd needs another build")
     return "\n".join(lines)

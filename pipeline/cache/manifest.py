@@ -56,7 +56,7 @@ def publish_manifest(
     if (relabelled := _still_relabelled(cache_url, fold)) is not None:
         _remove_unnamed(cache_url, seen)
         return relabelled
-    base, names = _relative(shard_urls)
+    base, names = relative(shard_urls)
     class_means = _publish_means(cache_url, seen.means, header, add_up or read_sums)
     paths = pa.array([names[shard] for shard in shard_urls], pa.string())
     manifest = Manifest(
@@ -254,7 +254,7 @@ def _complete_views(covered: int) -> int:
     return (~views & (views + 1)).bit_length() - 1
 
 
-def _relative(shard_urls: dict[str, str]) -> tuple[str, dict[str, str]]:
+def relative(shard_urls: dict[str, str]) -> tuple[str, dict[str, str]]:
     """A common base and each shard's path below it: ``locate`` puts them together again.
 
     Queries are never stored: they may hold secrets. Shards of different stores have no base, and whole URLs for paths.

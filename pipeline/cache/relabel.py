@@ -21,7 +21,7 @@ from pipeline import storage
 from pipeline.cache import layout
 from pipeline.cache.imported import imported_sha256
 from pipeline.cache.labels import reading_rules
-from pipeline.cache.manifest import publish_shards, read_manifest, read_table, write_manifest
+from pipeline.cache.manifest import publish_shards, read_manifest, read_table, relative, write_manifest
 from pipeline.cache.ranking import class_ranks
 from pipeline.cache.reader import ShardEntry, TeacherCache, open_cache
 from pipeline.errors import CacheError, ConfigError, ShardError
@@ -29,7 +29,7 @@ from pipeline.fingerprint import digest
 from pipeline.redaction import quoted
 from pipeline.shards.index import NO_LABEL, ShardIndex, encode_index, index_settings
 from pipeline.shards.labels import LabelCount, check_label_member, spread
-from pipeline.shards.moved import report_moved
+from pipeline.shards.moved import new_place, report_moved
 from pipeline.shards.peek import peek
 from pipeline.shards.tar import read_samples
 from schemas.config import DataConfig
@@ -41,12 +41,18 @@ _HITS = ("labelled", "top1_hits", "top5_hits")
 
 @dataclass(frozen=True, slots=True)
 class Relabelling:
-    """What a relabelling came to. ``lost_means``: class means that the build computed by its own labels."""
+    """What a relabelling came to.
+
+    Attributes:
+        lost_means: class means that the build computed by its own labels are left out.
+        num_given: shards that were read where ``shard_urls`` of ``relabel`` has them.
+    """
 
     label: str
     count: LabelCount
     statistics: Statistics
     lost_means: bool
+    num_given: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,18 +78,29 @@ def relabel(
 
     Args:
         label: member extension of the class index; default: the cache's.
-        shard_urls: where the shards are, by id; of others, where the build found them.
+        shard_urls: where the shards are, by id; of others, where the build found them. The manifest has these places.
         progress: called with the number of shards done and of all.
 
     Raises:
         CacheError: the cache is not finished, damaged, or was changed meanwhile.
-        ConfigError: no label is named.
+        ConfigError: no label is named, or a shard that the cache does not have.
         ShardError: a shard is missing, has other samples or images than the build saw, or a label that cannot be used;
             or no sample has that member.
     """
     cache = open_cache(cache_url)
     data = _reading(cache, label)
-    urls = {shard.shard_id: (shard_urls or {}).get(shard.shard_id) or cache.shard_url(shard) for shard in cache.shards}
+    urls = {shard.shard_id: cache.shard_url(shard) for shard in cache.shards}
+    given = shard_urls or {}
+    if strange := sorted(given.keys() - urls.keys()):
+        raise ConfigError(
+            "shards are named that this cache does not have",
+            code="cache.relabel-unknown-shards",
+            where="--shards",
+            got=f"{len(strange)} of {len(given)} shards, such as {strange[0]}",
+            wanted=f"the names of the cache's shards: {new_place(urls.values())}",
+            next_step="correct the names, or leave --shards out where the shards are where the build found them",
+        )
+    urls.update(given)
     storage.check_names(cache_url, (layout.relabelled_path(shard, "0" * 64).rpartition("/")[2] for shard in urls))
     found: list[_OfShard] = []
     moved = report_moved([*urls.values()], "append --shards {}")
@@ -93,11 +110,11 @@ def relabel(
             found.append(of_shard)
             if progress is not None:
                 progress(len(found), len(cache.shards))
-    manifest = _publish(cache, data, found)
+    manifest = _publish(cache, data, found, urls)
     num_labelled = sum(of_shard.class_counts.total() for of_shard in found)
     count = LabelCount(num_labelled, sum(of_shard.num_images for of_shard in found), len(found))
     lost = cache.manifest.class_means is not None and manifest.class_means is None
-    return Relabelling(str(data.label), count, manifest.statistics, lost)
+    return Relabelling(str(data.label), count, manifest.statistics, lost, len(given))
 
 
 def _reading(cache: TeacherCache, label: str | None) -> DataConfig:
@@ -122,7 +139,7 @@ def _check_member(cache: TeacherCache, data: DataConfig, urls: Mapping[str, str]
         for url in (urls[shard.shard_id] for shard in spread(cache.shards, _NUM_PEEKED))
     ]
     found = LabelCount.of([one.label_N for one in seen], [one.members for one in seen])
-    check_label_member(found, data, where=storage.redact(cache.url))
+    check_label_member(found, data, where=storage.redact(cache.url), option="--label ")
 
 
 def _relabel_shard(cache: TeacherCache, shard: ShardEntry, data: DataConfig, url: str) -> _OfShard:
@@ -175,7 +192,7 @@ def _hits(cache: TeacherCache, shard: ShardEntry, label_M: NDArray[np.int32]) ->
     return Counter(labelled=int(known.sum()), top1_hits=int((rank < 1).sum()), top5_hits=int((rank < 5).sum()))
 
 
-def _publish(cache: TeacherCache, data: DataConfig, found: list[_OfShard]) -> Manifest:
+def _publish(cache: TeacherCache, data: DataConfig, found: list[_OfShard], urls: dict[str, str]) -> Manifest:
     if read_manifest(cache.url)[1] != cache.manifest_bytes:
         raise CacheError(
             "the cache was changed while its labels were read",
@@ -192,7 +209,10 @@ def _publish(cache: TeacherCache, data: DataConfig, found: list[_OfShard]) -> Ma
         update={**{name: hits[name] for name in _HITS}, "class_counts": dict(sorted(classes.items()))}
     )
     table = read_table(cache.url, cache.manifest.shards)
+    # The offsets of the new indexes hold for the shards that were read, so these are the cache's shards from now on.
+    base, paths = relative(urls)
     for name, values in (
+        ("path", pa.array([paths[shard.shard_id] for shard in cache.shards], pa.string())),
         ("size_bytes", pa.array([of_shard.size_bytes for of_shard in found], pa.int64())),
         ("index_sha256", pa.array([of_shard.index_sha256 for of_shard in found], pa.string())),
     ):
@@ -200,6 +220,7 @@ def _publish(cache: TeacherCache, data: DataConfig, found: list[_OfShard]) -> Ma
     is_imported = imported_sha256(cache.header) is not None
     manifest = cache.manifest.model_copy(
         update={
+            "base": base,
             "statistics": statistics,
             "shards": publish_shards(cache.url, table),
             "class_means": cache.manifest.class_means if is_imported else None,

@@ -312,11 +312,13 @@ def input_spec(config: ModelConfig, own: OwnInput, size: int | None, where: str)
     }
     missing = [key for key, value in chosen.items() if value is None]
     if missing:
+        examples = {key: f"{where}.{key}=[0.5,0.5,0.5]" for key in ("mean", "std")} | {"size": "views.size=224"}
         raise ConfigError(
-            f"{config.model} does not say what it eats; {', '.join(missing)} must be given",
+            f"{config.model} does not declare its input; {', '.join(missing)} must be given",
             where=where,
             got=f"no {', '.join(missing)}",
             wanted=f"{where}.mean and {where}.std of [0,1] RGB, and a size in pixels (views.size or student.size)",
+            next_step=f"append {' '.join(examples[key] for key in missing)}, or the values that it was trained with",
         )
     if min(chosen["std"]) <= 0:
         raise ConfigError("std must be above 0", where=f"{where}.std", got=list(chosen["std"]))

@@ -84,24 +84,31 @@ def spread(shards: Sequence[T], num_most: int) -> list[T]:
     return [shards[(2 * number + 1) * len(shards) // (2 * num_taken)] for number in range(num_taken)]
 
 
-def check_label_member(found: LabelCount, data: DataConfig, *, where: str) -> None:
+def check_label_member(found: LabelCount, data: DataConfig, *, where: str, option: str = "data.label=") -> None:
     """Refuses a ``data.label`` that no sample has, unless labels may be missing (``data.missing_labels: ignore``).
 
     Shards that were not looked at may have labels, so this is for the start of work, before a teacher is run.
+
+    Args:
+        option: how the user names the member.
 
     Raises:
         ShardError: no image that was looked at has a label, and no member has the extension ``data.label``.
     """
     if not _is_absent(found, data) or data.missing_labels == "ignore":
         return
-    others = "data.missing_labels=ignore if only other shards have labels, or data.label=null for none"
+    if option == "data.label=":
+        others = "data.missing_labels=ignore if only other shards have labels, or data.label=null for none"
+        next_step = f"set {_candidates(found)}{others}"
+    else:
+        next_step = f"append {' or '.join(f'{option}{name}' for name in found.readable or ('MEMBER',))}"
     raise ShardError(
         f"no sample has a label: data.label is {data.label}, and no member is called so",
         code="data.label-not-found",
         where=where,
         got=f"labels: {found}",
         wanted="members <key>.cls with a class index as text, or the name of the member that holds it",
-        next_step=f"set {_candidates(found)}{others}",
+        next_step=next_step,
     )
 
 

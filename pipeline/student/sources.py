@@ -86,7 +86,8 @@ def read_image(
             where=sample_id,
             got=f"content hash {content_hash:016x}",
             wanted=f"{wanted:016x}",
-            next_step="the shard changed since; restore it, or build another cache or index from it",
+            next_step="the shard changed since; restore it, or build another cache or index from it; after "
+            "cache relabel --shards, name those shards",
         )
     try:
         return decode(data, max_pixels=max_pixels)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jobs.relabel_cache import describe
 from pipeline import storage
 from pipeline.cache.inspect import inspect_cache
 from pipeline.cache.manifest import publish_manifest, read_manifest
@@ -81,8 +82,11 @@ def test_shards_packed_again_with_labels_give_a_cache_its_labels(tiny_config: Ti
         "manifest.json",
         "manifest/shards.parquet",
     }
-    verified = verify_cache(url, shard_urls=again)
-    assert (verified.problems, verified.num_unnamed) == ((), 0)
+    # From now on the cache names the shards that its labels were read from, since others have other offsets.
+    assert [cache.shard_url(shard) for shard in cache.shards] == [*again.values()]
+    for given in (again, None):
+        verified = verify_cache(url, shard_urls=given)
+        assert (verified.problems, verified.num_unnamed) == ((), 0)
     moved: dict[str, Any] = {"data": {"cache": url, "shards": [*again.values()]}, "loss": CE, "train": {"epochs": 1}}
     assert train(run_config(config, tmp_path / "run", **moved))["steps"] == 3
 
@@ -125,6 +129,30 @@ def test_other_images_are_refused_and_nothing_is_published(tiny_config: TinyConf
     assert read_manifest(url)[1] == before
 
 
+def test_shards_that_the_cache_does_not_have_are_refused(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    config = built(tiny_config, packed(tmp_path / "a", "cls"))
+    url = cache_section(config).url
+    before = files(url)
+    with pytest.raises(ConfigError) as caught:
+        relabel(url, shard_urls={**dict(shard_urls(config)), "zzz-00": f"{tmp_path}/zzz-00.tar"})
+    assert (caught.value.code, caught.value.where) == ("cache.relabel-unknown-shards", "--shards")
+    assert caught.value.got == "1 of 3 shards, such as zzz-00"
+    assert files(url) == before
+
+
+def test_some_shards_may_be_elsewhere_and_are_counted(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    config = built(tiny_config, packed(tmp_path / "a", "cls"))
+    url = cache_section(config).url
+    first, second = shard_urls(config)
+    elsewhere = packed(tmp_path / "b", "cls", shift=3)[0]
+    found = relabel(url, shard_urls={first: elsewhere})
+    assert (found.num_given, found.count.num_shards) == (1, 2)
+    cache = open_cache(url)
+    assert [cache.shard_url(shard) for shard in cache.shards] == [elsewhere, shard_urls(config)[second]]
+    assert "shards: 1 read as --shards names them, 1 where the build found them" in describe(found)
+    assert not verify_cache(url).problems
+
+
 def test_a_wrong_member_and_no_member_are_refused(tiny_config: TinyConfig, tmp_path: Path) -> None:
     config = built(tiny_config, packed(tmp_path / "a", None), data={"label": None})
     url = cache_section(config).url
@@ -135,6 +163,7 @@ def test_a_wrong_member_and_no_member_are_refused(tiny_config: TinyConfig, tmp_p
         relabel(url, label="cls")
     assert wrong.value.code == "data.label-not-found"
     assert wrong.value.got == f"labels: 0 of {NUM}; members seen: json, png"
+    assert wrong.value.next_step == "append --label MEMBER"
 
 
 def test_a_cache_that_was_changed_meanwhile_is_left_alone(tiny_config: TinyConfig, tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_a_model_built_for_a_size_has_that_size() -> None:
 def test_own_network_without_mean_std_or_size_names_all_three() -> None:
     message = refusal(ConfigError, PLAIN, size=None)
     assert "mean, std, size must be given" in message
-    assert "Plain does not say what it eats; std must be given" in refusal(ConfigError, PLAIN, size=32, mean=HALF)
+    assert "Plain does not declare its input; std must be given" in refusal(ConfigError, PLAIN, size=32, mean=HALF)
 
 
 def test_own_network_without_interpolation_gets_bilinear() -> None:
