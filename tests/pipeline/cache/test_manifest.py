@@ -15,8 +15,7 @@ from pipeline.cache import layout
 from pipeline.cache.build import PartTask, build_part, prepare
 from pipeline.cache.commit import read_commit, read_commits
 from pipeline.cache.inspect import inspect_cache
-from pipeline.cache.manifest import _relative as relative  # pyright: ignore[reportPrivateUsage]
-from pipeline.cache.manifest import locate, publish_manifest, read_manifest
+from pipeline.cache.manifest import locate, publish_manifest, read_manifest, relative
 from pipeline.cache.reader import open_cache
 from pipeline.errors import CacheError
 from pipeline.fingerprint import seal
