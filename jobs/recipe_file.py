@@ -155,7 +155,7 @@ class _Reading:
         for cell in cells:
             self._check_training(f"students.{cell.student}", cell.config)
         for name, config in caches.items():
-            self._require(f"cache {name}", config, "data.shards", "data.num_classes", "teacher.model")
+            self._require(self._path_of(name), config, "data.shards", "data.num_classes", "teacher.model")
         return Recipe(self.document, self.out, teacher, caches, cells)
 
     def _teacher(self) -> tuple[Config, Stage]:
@@ -165,7 +165,7 @@ class _Reading:
         if "weights" not in given:
             made = {"run": {"url": str(self.out / "teacher")}, "ray": {"address": "none"}, "teacher": {"mode": "none"}}
             config = self._stage("teacher", made, stage)
-            require(config, "student.model", command="a recipe that names no teacher.weights")
+            require(config, "student.model", command="a recipe that names no teacher.weights", section="teacher.")
             assert config.student is not None
             said = config.student.model_dump(mode="json", exclude_unset=True, exclude=_OF_STUDENTS)
             return config, {**said, "weights": str(self.out / "teacher" / LAST)}
@@ -183,8 +183,12 @@ class _Reading:
         return {name: stage for name, stage in self.document.caches.items() if name in wanted}
 
     def _cache(self, name: str, stage: Stage, said: Stage) -> Config:
-        where = _THE_CACHE if self.document.cache is not None else f"caches.{name}"
-        return self._stage(where, {"teacher": said, "cache": {"url": self._cache_url(name)}}, stage)
+        made = {"teacher": said, "cache": {"url": self._cache_url(name)}}
+        return self._stage(self._path_of(name), made, stage)
+
+    def _path_of(self, cache: str) -> str:
+        """The section of a cache in the document."""
+        return "cache" if self.document.cache is not None else f"caches.{cache}"
 
     def _cache_url(self, name: str) -> str:
         return str(self.out / "cache" if self.document.cache is not None else self.out / "caches" / name)
@@ -246,7 +250,7 @@ class _Reading:
         self._require(where, config, "student.model", "loss", "data.num_classes", "data.val_shards")
 
     def _require(self, where: str, config: Config, *keys: str) -> None:
-        require(config, *keys, command=f"the stage {where} of {self.source}")
+        require(config, *keys, command=f"the stage {where} of {self.source}", section=f"{where}.")
 
     def _stage(self, where: str, *parts: Mapping[str, Any]) -> Config:
         return self._checked(where, _merged(self.document.common, *parts))

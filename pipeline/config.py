@@ -83,8 +83,11 @@ def build_config(tree: Mapping[str, Any], *, where: str) -> Config:
     return _validate(tree, where=where, places={})
 
 
-def require(config: Config, *keys: str, command: str) -> None:
+def require(config: Config, *keys: str, command: str, section: str = "") -> None:
     """Refuses a config in which a key that a command cannot do without is null, empty or absent.
+
+    Args:
+        section: path of the config in a larger document, such as ``students.kd.``, before which its keys stand there.
 
     Raises:
         ConfigError: names every such key and what it means.
@@ -96,7 +99,7 @@ def require(config: Config, *keys: str, command: str) -> None:
             code="config.missing-key",
             got=f"no {', '.join(missing)}",
             wanted="".join(f"\n    {key}: {_description(key)}" for key in missing),
-            next_step=f"add to the YAML, or append {' '.join(f'{key}=…' for key in missing)}",
+            next_step=f"add to the YAML, or append {' '.join(f'{section}{key}=…' for key in missing)}",
         )
 
 

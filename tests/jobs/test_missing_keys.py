@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -141,3 +142,5 @@ def test_a_recipe_names_a_missing_key_before_its_first_stage(
         load_recipe(str(tmp_path / "recipe.yaml"), [])
     assert caught.value.code == "config.missing-key"
     assert named in str(caught.value.got)
+    # The advice is a key of the recipe, not of one stage's config.
+    assert re.search(rf" (teacher|cache|students\.\w+)\.{re.escape(named)}=…", str(caught.value.next_step))
