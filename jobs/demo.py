@@ -101,5 +101,5 @@ def gains(results: dict[str, Any]) -> str:
         code="demo.no-gain",
         got=text,
         wanted=f"at least {100 * _LEAST_GAIN:.0f} each",
-        next_step="run stillroom demo in a new --out; if it says so again, run make test",
+        next_step="run stillroom demo in a new --out; if it fails again, run make test",
     )

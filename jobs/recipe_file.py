@@ -188,7 +188,7 @@ class _Reading:
 
     def _path_of(self, cache: str) -> str:
         """The section of a cache in the document."""
-        return "cache" if self.document.cache is not None else f"caches.{cache}"
+        return _THE_CACHE if self.document.cache is not None else f"caches.{cache}"
 
     def _cache_url(self, name: str) -> str:
         return str(self.out / "cache" if self.document.cache is not None else self.out / "caches" / name)
