@@ -88,7 +88,8 @@ def build_cache(config: Config) -> Manifest:
     remove_logs(cache.url)
     if relabelled is not None and relabelled.labels is not None and manifest.labels is None:
         command = f"stillroom cache relabel {quoted(cache.url)} --label {relabelled.labels.data['label']}"
-        _warn([f"the cache has the labels of its build again; run: {command}"])
+        moved = "" if relabelled.base == manifest.base else " --shards (as before)"
+        _warn([f"the cache has the labels of its build again; run: {command}{moved}"])
     labels = cached_labels(open_cache(cache.url))
     if (warning := label_warning(labels, config.data, finished_cache=cache.url)) is not None:
         _warn([warning])

@@ -250,7 +250,10 @@ class _Reading:
         self._require(where, config, "student.model", "loss", "data.num_classes", "data.val_shards")
 
     def _require(self, where: str, config: Config, *keys: str) -> None:
-        require(config, *keys, command=f"the stage {where} of {self.source}", section=f"{where}.")
+        """The data are of all stages, so a key of theirs is wanted in the common section first."""
+        command = f"the stage {where} of {self.source}"
+        require(config, *(key for key in keys if key.startswith("data.")), command=command, section="common.")
+        require(config, *(key for key in keys if not key.startswith("data.")), command=command, section=f"{where}.")
 
     def _stage(self, where: str, *parts: Mapping[str, Any]) -> Config:
         return self._checked(where, _merged(self.document.common, *parts))

@@ -331,14 +331,21 @@ def test_a_run_from_a_cache_measures_its_teacher_as_an_evaluation_with_the_teach
     assert all(line["agreement"] is None and line["cosine"] is None for line in without)
 
 
-def test_agreement_may_be_left_out_where_the_teacher_is_online(replays: Replay, tmp_path: Path) -> None:
+@pytest.mark.parametrize("measured", [False, True])
+def test_agreement_with_a_teacher_online_is_measured_or_left_out_whatever_caches_are_named(
+    replays: Replay, tmp_path: Path, *, measured: bool
+) -> None:
     base = replays("crop").config
-    keys: dict[str, Any] = {"data": {"val_shards": base.data.shards}, "train": {"eval_agreement": False}}
+    unread = ["other", "another"]
+    keys: dict[str, Any] = {
+        "data": {"val_shards": base.data.shards, "cache": unread},
+        "train": {"eval_agreement": measured},
+    }
     config = run_config(base, tmp_path, mode="online", **keys)
     index_shards(config, tmp_path / "index")
     train(config)
     found = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
-    assert [line["agreement"] for line in found] == [None, None]
+    assert [line["agreement"] is not None for line in found] == [measured, measured]
 
 
 @pytest.mark.parametrize(
