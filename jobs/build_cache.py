@@ -8,16 +8,20 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from jobs.build_tally import BuildTally, Built, name_of
 from jobs.entry import config_command
-from jobs.fan_out import fan_out
-from jobs.log import tell, warn_of_omissions
+from jobs.observability.build_observer import BuildTally, Built, name_of
+from jobs.observability.log import tell, warn_of_omissions
+from jobs.observability.progress import ProgressView
 from jobs.paths import with_absolute_paths
-from jobs.progress import ProgressView
-from jobs.ray_runtime import cluster, num_tasks_here, without_gpus
+from jobs.ray.cluster import cluster, num_tasks_here, without_gpus
+from jobs.ray.fan_out import fan_out
 from pipeline import storage
-from pipeline.cache import layout
-from pipeline.cache.build import (
+from pipeline.cache.build.build_log import BuildLogWriter, remove_logs
+from pipeline.cache.build.class_means import ClassSums, add_up
+from pipeline.cache.build.commit import Standing, files_present, is_void, missing_blocks, read_standing, withdraw
+from pipeline.cache.build.header_claim import check_without_weights
+from pipeline.cache.build.manifest import find_relabelled, publish_manifest, read_manifest, read_sums, read_table
+from pipeline.cache.build.part import (
     BusyTime,
     IndexTask,
     PartTask,
@@ -26,25 +30,22 @@ from pipeline.cache.build import (
     prepare_with_notes,
     restore_index,
 )
-from pipeline.cache.commit import Standing, files_present, is_void, missing_blocks, read_standing, withdraw
-from pipeline.cache.identity import check_without_weights, find_header
-from pipeline.cache.labels import cached_labels
-from pipeline.cache.log import BuildLogWriter, remove_logs
-from pipeline.cache.manifest import find_relabelled, publish_manifest, read_manifest, read_sums, read_table
-from pipeline.cache.means import ClassSums, add_up
-from pipeline.cache.plan import check_labels, survey_ground
-from pipeline.cache.reader import open_cache
-from pipeline.cache.space import check_space
-from pipeline.config import load_config
-from pipeline.errors import CacheError, ShardError
+from pipeline.cache.format import layout
+from pipeline.cache.format.header import find_header
+from pipeline.cache.plan.build_plan import check_labels, survey_ground
+from pipeline.cache.plan.free_space import check_space
+from pipeline.cache.read.labels import cached_labels
+from pipeline.cache.read.reader import open_cache
+from pipeline.core.errors import CacheError, ShardError
+from pipeline.core.redaction import quoted, redact
 from pipeline.models import random_weights_warnings, unreadable_weights
-from pipeline.redaction import quoted
 from pipeline.shards.labels import label_warning
 from pipeline.shards.moved import report_moved
 from pipeline.shards.names import shard_ids
 from pipeline.shards.omissions import Omissions
 from pipeline.shards.patterns import shard_urls
 from pipeline.shards.publish import index_name
+from pipeline.storage.config_files import load_config
 from schemas.config import Config, RayConfig
 from schemas.manifest import FileRef, Manifest
 
@@ -141,7 +142,7 @@ def check_shards(cache_url: str, by_id: dict[str, str], commits: Sequence[Standi
     if lacking:
         raise CacheError(
             f"this config lacks {len(lacking)} shards of the finished cache, which would lose them",
-            where=storage.redact(cache_url),
+            where=redact(cache_url),
             got=", ".join(lacking[:_NUM_NAMED]) + (", ..." if len(lacking) > _NUM_NAMED else ""),
             next_step="name all shards in data.shards, or build into another cache.url",
         )
@@ -152,7 +153,7 @@ def check_shards(cache_url: str, by_id: dict[str, str], commits: Sequence[Standi
         if commit.shard_id in sizes and sizes[commit.shard_id] != commit.shard_size_bytes:
             raise ShardError(
                 "this shard changed since its parts were built",
-                where=storage.redact(by_id[commit.shard_id]),
+                where=redact(by_id[commit.shard_id]),
                 got=f"{sizes[commit.shard_id]} bytes",
                 wanted=f"{commit.shard_size_bytes} bytes",
                 next_step="restore the shard, or build into another cache.url",
@@ -192,7 +193,7 @@ def _build_parts(config: Config, by_id: dict[str, str], found: list[Standing]) -
     assert config.cache is not None
     commits, lost = _take_stock(config, by_id, found)
     indexes = without_gpus(config.ray)
-    list(fan_out(restore_index, lost, indexes, what="an index task", name=lambda task: storage.redact(task.shard_url)))
+    list(fan_out(restore_index, lost, indexes, what="an index task", name=lambda task: redact(task.shard_url)))
     tasks = plan_tasks(config, by_id, commits)
     num_done = len(commits)
     tally = BuildTally(config, tasks, num_shards=len(by_id))
@@ -263,7 +264,7 @@ def plan_tasks(config: Config, by_id: dict[str, str], commits: Sequence[Standing
             num_views=config.views.count,
             views_per_part=config.cache.views_per_part,
             wants_eval=config.cache.class_means == "eval",
-            where=f"{shard} in {storage.redact(config.cache.url)}",
+            where=f"{shard} in {redact(config.cache.url)}",
         )
     ]
 
@@ -276,7 +277,7 @@ def _add_up(ray: RayConfig, cache_url: str, refs: Sequence[FileRef]) -> ClassSum
         some,
         without_gpus(ray),
         what="a task that adds class sums",
-        name=lambda refs: f"{refs[0].path} and {len(refs) - 1} more in {storage.redact(cache_url)}",
+        name=lambda refs: f"{refs[0].path} and {len(refs) - 1} more in {redact(cache_url)}",
     )
     return add_up(sums for _, sums in found)
 

@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 import typer
 
 from jobs.entry import report_crashes, run_command
-from jobs.log import tell
-from jobs.streams import protect_streams
+from jobs.observability.log import tell
+from jobs.observability.streams import protect_streams
 
 app = typer.Typer(
     name="stillroom",
@@ -51,8 +51,8 @@ def _run_job(name: str, config: str, overrides: list[str]) -> None:
     def command() -> None:
         from importlib import import_module
 
-        from jobs.ray_address import announce
-        from pipeline.config import load_config
+        from jobs.ray.address import announce
+        from pipeline.storage.config_files import load_config
 
         announce(load_config(config, overrides).ray.address)
         import_module(f"jobs.{name}").main(config, overrides)
@@ -177,7 +177,7 @@ def cache_plan(
 
     def command() -> None:
         from jobs.plan_cache import describe, report
-        from pipeline.config import load_config
+        from pipeline.storage.config_files import load_config
 
         found = report(load_config(config, overrides or []), measured=measure)
         print(json.dumps(found.as_dict(), indent=2) if as_json else describe(found))
@@ -190,7 +190,7 @@ def cache_inspect(cache: CacheArgument, as_json: JsonOption = False) -> None:
     """Show what a cache holds, or how far its build has come."""
 
     def command() -> None:
-        from pipeline.cache.inspect import inspect_cache
+        from pipeline.cache.ops.inspect import inspect_cache
 
         report = inspect_cache(cache).as_dict()
         print(json.dumps(report, indent=2) if as_json else _screen(report))
@@ -207,7 +207,7 @@ def cache_means(
     """Write class means as the JSON that ND's authors use."""
 
     def command() -> None:
-        from pipeline.cache.export import export_means
+        from pipeline.cache.ops.export_means import export_means
 
         done = export_means(cache, out, full_precision=full_precision)
         absent = ", ".join(map(str, done.absent[:_NUM_NAMED])) + (", …" if len(done.absent) > _NUM_NAMED else "")
@@ -299,7 +299,7 @@ def cache_gc(
 
     def command() -> None:
         from jobs.collect_garbage import describe
-        from pipeline.cache.gc import collect_garbage, remove_unused_header
+        from pipeline.cache.ops.gc import collect_garbage, remove_unused_header
 
         if force and not unused_header:
             raise typer.BadParameter("--force is for --unused-header: give that too")
@@ -313,7 +313,7 @@ def cache_gc(
 
 
 def _screen(report: dict[str, Any]) -> str:
-    from jobs.progress import duration
+    from jobs.observability.progress import duration
 
     def text(value: object) -> str:
         if value is None:
@@ -471,7 +471,7 @@ def export(
 
     def command() -> None:
         from jobs.export import describe
-        from pipeline.student.export import export_run
+        from pipeline.student.export.exporters import export_run
 
         done = export_run(run, out, format=format, checkpoint_name=checkpoint, with_normalization=with_normalization)
         tell(describe(done), event="end")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.cache.gc import GcReport
+from pipeline.cache.ops.gc import GcReport
 
 
 def describe(report: GcReport) -> str:

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from jobs.log import tell
+from jobs.observability.log import tell
 from jobs.recipe import perform
 from pipeline import storage
-from pipeline.errors import StorageInputError, TrainingError
-from pipeline.shards.write import pack_shards
+from pipeline.core.errors import StorageInputError, TrainingError
+from pipeline.shards.writer import pack_shards
 
 NUM_LABELLED = 150
 _NUM_VAL = 397

@@ -6,12 +6,12 @@ from typing import Any
 
 from jobs.build_cache import build_cache, describe
 from jobs.entry import config_command
-from jobs.log import tell
-from jobs.ray_runtime import cluster
+from jobs.observability.log import tell
+from jobs.ray.cluster import cluster
 from jobs.train_student import describe as describe_training
 from jobs.train_student import train_student
-from pipeline.config import load_config
-from pipeline.student.preflight import check_distillation, training_of
+from pipeline.storage.config_files import load_config
+from pipeline.student.training.config_checks import check_distillation, training_of
 from schemas.config import Config
 
 

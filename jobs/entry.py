@@ -8,10 +8,10 @@ import logging
 import sys
 from collections.abc import Callable
 
-from jobs.log import tell
-from jobs.streams import lost_output, protect_streams
-from pipeline.errors import StillroomError
-from pipeline.redaction import redact_text
+from jobs.observability.log import tell
+from jobs.observability.streams import lost_output, protect_streams
+from pipeline.core.errors import StillroomError
+from pipeline.core.redaction import redact_text
 
 INTERRUPTED = 130
 

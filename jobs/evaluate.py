@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from jobs.log import warn_of_omissions
+from jobs.observability.log import warn_of_omissions
 from pipeline.shards.index import omissions_of
 from pipeline.shards.omissions import Omissions
-from pipeline.student.evaluate import Evaluation, evaluate_run
-from pipeline.student.trained import CheckpointName
+from pipeline.student.evaluation.evaluator import Evaluation, evaluate_run
+from pipeline.student.evaluation.loaded_run import CheckpointName
 
 
 def evaluate(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.student.export import Exported
+from pipeline.student.export.exporters import Exported
 
 
 def describe(done: Exported) -> str:

@@ -7,22 +7,24 @@ import logging
 from functools import partial
 
 from jobs.entry import config_command
-from jobs.fan_out import fan_out
-from jobs.log import tell, warn_of_omissions
+from jobs.observability.log import tell, warn_of_omissions
+from jobs.observability.progress import ProgressView
 from jobs.paths import with_absolute_paths
-from jobs.progress import ProgressView
-from jobs.ray_runtime import without_gpus
+from jobs.ray.cluster import without_gpus
+from jobs.ray.fan_out import fan_out
 from pipeline import storage
-from pipeline.config import load_config, require
-from pipeline.errors import ShardError
+from pipeline.core.config_loading import require
+from pipeline.core.errors import ShardError
+from pipeline.core.redaction import redact
 from pipeline.shards.labels import LabelCount, check_label_member, count_labels, label_warning, spread
 from pipeline.shards.moved import report_moved
 from pipeline.shards.names import shard_ids
 from pipeline.shards.omissions import Omissions
 from pipeline.shards.patterns import shard_urls
-from pipeline.shards.peek import Peek, peek
 from pipeline.shards.publish import index_name, publish_shard_index, read_index
-from pipeline.student.sources import index_url
+from pipeline.shards.shard_head import Peek, peek
+from pipeline.storage.config_files import load_config
+from pipeline.student.data.sources import index_url
 from schemas.config import Config, DataConfig
 
 _NUM_SAMPLED = 8
@@ -52,7 +54,7 @@ def _index(by_id: dict[str, str], config: Config, folder_url: str) -> int:
     work = partial(publish_shard_index, data=data, folder_url=folder_url, threads=config.ray.cpus_per_task)
     num_ok, omissions = 0, list[Omissions]()
     with ProgressView("index", len(by_id)) as progress:
-        indexed = fan_out(work, [*by_id.values()], without_gpus(config.ray), what="an index task", name=storage.redact)
+        indexed = fan_out(work, [*by_id.values()], without_gpus(config.ray), what="an index task", name=redact)
         for done, (_, found) in enumerate(indexed, start=1):
             num_ok += found.num_ok
             omissions.append(found.omissions)
@@ -75,7 +77,7 @@ def _check_labels(by_id: dict[str, str], data: DataConfig, folder_url: str) -> N
         with contextlib.suppress(ShardError):
             peeks.append(peek(url, data, size_bytes=storage.size(url)))
     found = LabelCount.of([seen.label_N for seen in peeks], [seen.members for seen in peeks])
-    check_label_member(found, data, where=storage.redact(sampled[0]))
+    check_label_member(found, data, where=redact(sampled[0]))
 
 
 def main(source: str, overrides: list[str]) -> None:

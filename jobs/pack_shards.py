@@ -6,10 +6,11 @@ import json
 import logging
 from collections.abc import Mapping
 
-from jobs.log import tell, warn_of_omissions
-from jobs.progress import ProgressView
+from jobs.observability.log import tell, warn_of_omissions
+from jobs.observability.progress import ProgressView
 from pipeline import storage
-from pipeline.errors import ShardError
+from pipeline.core.errors import ShardError
+from pipeline.core.redaction import redact
 from pipeline.shards.omissions import Omissions
 from pipeline.shards.pack import (
     CLASSES,
@@ -64,7 +65,7 @@ def _read_classes(url: str) -> Mapping[str, int]:
         raise ShardError(
             "these are not the classes of a packing",
             code="pack.bad-classes-file",
-            where=storage.redact(url),
+            where=redact(url),
             wanted=f"{CLASSES} as another packing wrote it: names with indexes 0, 1, 2 …",
         )
     return classes

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline import storage
-from pipeline.errors import ConfigError
+from pipeline.core.errors import ConfigError
 from schemas.config import AskedConfig, CacheConfig, Config, ModelConfig, TeacherConfig
 
 

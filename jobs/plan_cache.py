@@ -8,15 +8,13 @@ from typing import Any
 from rich.filesize import decimal
 
 from jobs.build_cache import check_shards
-from jobs.fan_out import fan_out
+from jobs.observability.progress import duration
 from jobs.paths import with_absolute_paths
-from jobs.progress import duration
-from jobs.ray_runtime import cluster, num_slots, num_tasks_here
-from pipeline.cache.advice import advice
-from pipeline.cache.build import cache_config
-from pipeline.cache.commit import files_present, is_void, read_standing
-from pipeline.cache.measure import Forecast, Measurement, MeasureTask, advice_on_time, forecast, measure
-from pipeline.cache.plan import (
+from jobs.ray.cluster import cluster, num_slots, num_tasks_here
+from jobs.ray.fan_out import fan_out
+from pipeline.cache.build.commit import files_present, is_void, read_standing
+from pipeline.cache.build.part import cache_config
+from pipeline.cache.plan.build_plan import (
     CachePlan,
     Ground,
     check_labels,
@@ -25,13 +23,15 @@ from pipeline.cache.plan import (
     plan_cache,
     survey_ground,
 )
-from pipeline.cache.space import check_space
-from pipeline.cache.survey import Span
-from pipeline.errors import ConfigError, InputError, StorageInputError
-from pipeline.models.outline import check_weights
+from pipeline.cache.plan.free_space import check_space
+from pipeline.cache.plan.measurement import Forecast, Measurement, MeasureTask, advice_on_time, forecast, measure
+from pipeline.cache.plan.plan_warnings import advice
+from pipeline.cache.plan.shard_survey import Span
+from pipeline.core.errors import ConfigError, InputError, StorageInputError
+from pipeline.models.summary import check_weights
 from pipeline.shards.names import shard_ids
 from pipeline.shards.patterns import shard_urls
-from pipeline.student.order import TrainingOrder
+from pipeline.student.data.order import TrainingOrder
 from schemas.config import Config
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from jobs.build_cache import build_cache, describe
 from jobs.entry import config_command
-from jobs.log import tell
-from jobs.ray_runtime import cluster
-from jobs.recipe_cells import Row, can_share, train_and_evaluate, train_together
-from jobs.recipe_file import Recipe, load_recipe, titles
-from jobs.recipe_plan import describe_plan
-from jobs.recipe_table import Results, print_tables, read_results, write_results
+from jobs.observability.log import tell
+from jobs.ray.cluster import cluster
+from jobs.recipes.document import Recipe, load_recipe, titles
+from jobs.recipes.runs import Row, can_share, train_and_evaluate, train_together
+from jobs.recipes.schedule import describe_plan
+from jobs.recipes.table import Results, print_tables, read_results, write_results
 from pipeline.shards.long_tail import write_long_tail
 from pipeline.shards.patterns import shard_urls
 from schemas.config import DataConfig

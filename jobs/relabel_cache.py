@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from jobs.progress import ProgressView
+from jobs.observability.progress import ProgressView
 from pipeline import storage
-from pipeline.cache.relabel import Relabelling, relabel
+from pipeline.cache.ops.relabel import Relabelling, relabel
 from pipeline.shards.names import shard_ids
 from pipeline.shards.patterns import shard_urls
 

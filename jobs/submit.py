@@ -18,16 +18,17 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
 from jobs.paths import with_absolute_paths
-from jobs.ray_connect import TOKEN_HELP
-from jobs.shadowing import check_shadowing
-from jobs.submit_follow import follow, job_command, say
-from jobs.submit_package import CONFIG_FOLDER, WorkingDir, find_files, write_package
+from jobs.ray.connection import TOKEN_HELP
+from jobs.ray.shadowing import check_shadowing
+from jobs.submission.follow import follow, job_command, say
+from jobs.submission.package import CONFIG_FOLDER, WorkingDir, find_files, write_package
 from pipeline import storage
-from pipeline.cache.build import cache_config
-from pipeline.config import load_config
-from pipeline.errors import ConfigError, InputError, ResourceError, SubmissionError, first_line
-from pipeline.fingerprint import short
-from pipeline.student.preflight import check_config, check_plan, training_of
+from pipeline.cache.build.part import cache_config
+from pipeline.core.errors import ConfigError, InputError, ResourceError, SubmissionError, first_line
+from pipeline.core.hashing import short
+from pipeline.core.redaction import redact
+from pipeline.storage.config_files import load_config
+from pipeline.student.training.config_checks import check_config, check_plan, training_of
 from schemas.config import Config
 
 Command = Literal["build", "train", "distill"]
@@ -131,7 +132,7 @@ def submit(asked: Submission) -> int:
                 entrypoint_num_gpus=asked.num_gpus,
                 entrypoint_memory=asked.memory_bytes,
             )
-    say(f"job {job} is submitted to {storage.redact(address)}")
+    say(f"job {job} is submitted to {redact(address)}")
     say(f"its log: {job_command('logs --follow', job, address)}")
     say(f"to stop it: {job_command('stop', job, address)}")
     if not asked.wait:
@@ -200,7 +201,7 @@ def _checked_address(address: str) -> str:
     raise InputError(
         "this is no address of a cluster's Jobs API",
         where="--address",
-        got=storage.redact(address),
+        got=redact(address),
         wanted="http://HOST:8265 or https://HOST, as the cluster's dashboard has it",
         next_step=f"did you mean http://{address}?" if "://" not in address else None,
     )
@@ -220,7 +221,7 @@ def _check_overrides(overrides: Sequence[str]) -> None:
     """Overrides become the job's command line, which the cluster shows to everyone."""
     for override in overrides:
         key, _, value = override.partition("=")
-        if any(storage.redact(piece) != piece for piece in _BETWEEN_URLS.split(value)):
+        if any(redact(piece) != piece for piece in _BETWEEN_URLS.split(value)):
             raise ConfigError(
                 "an override with a credential or query in its URL would be shown by the cluster",
                 where=f"override {key}",
@@ -253,7 +254,7 @@ def _existing(requirements: Path) -> Path:
 
 def _describe(asked: Submission, found: WorkingDir, config: Config) -> None:
     size = f"{len(found.sizes)} files, {found.size_bytes / 1e6:.1f} MB"
-    say(f"{asked.command} of {storage.redact(asked.source)}; working directory {found.folder} ({size})")
+    say(f"{asked.command} of {redact(asked.source)}; working directory {found.folder} ({size})")
     if found.left_out:
         names = ", ".join(str(path.relative_to(found.folder)) for path in found.left_out)
         say(f"left out, being links to folders or no files: {names}")
@@ -274,7 +275,7 @@ def _describe(asked: Submission, found: WorkingDir, config: Config) -> None:
 
 
 def _config_name(source: str) -> str:
-    return f"{CONFIG_FOLDER}/{PurePosixPath(storage.redact(source)).name}"
+    return f"{CONFIG_FOLDER}/{PurePosixPath(redact(source)).name}"
 
 
 def _metadata(command: Command, config: Config) -> dict[str, str]:
@@ -299,7 +300,7 @@ def _talking_to(address: str) -> Generator[None]:
     except AuthenticationError as error:
         raise ResourceError(
             "the cluster did not accept the token, or there was none",
-            where=storage.redact(address),
+            where=redact(address),
             got=first_line(error),
             code="ray.token-refused",
             next_step=TOKEN_HELP,
@@ -311,7 +312,7 @@ def _talking_to(address: str) -> Generator[None]:
     except OSError as error:
         raise ResourceError(
             "no Ray cluster answers",
-            where=storage.redact(address),
+            where=redact(address),
             got=type(error).__name__,
             wanted=f"an answer of its dashboard within {_ANSWER_TIMEOUT_S} s",
             next_step="see that the cluster runs and that its dashboard's port can be reached from here "
@@ -327,9 +328,9 @@ def _told_of_refusal(job: str, address: str) -> Generator[None]:
         if "already exists" in str(error):
             raise InputError(
                 "the cluster has a job of this submission id",
-                where=storage.redact(address),
+                where=redact(address),
                 got=job,
                 wanted="an id of its own for each submission; work goes on from what is committed under any id",
                 next_step=f"leave out --submission-id, or follow it: {job_command('logs --follow', job, address)}",
             ) from error
-        raise SubmissionError("the cluster did not take the job", where=storage.redact(address), got=error) from error
+        raise SubmissionError("the cluster did not take the job", where=redact(address), got=error) from error

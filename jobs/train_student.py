@@ -20,20 +20,20 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.entry import config_command
 from jobs.index_shards import index_shards
-from jobs.log import tell
+from jobs.observability.log import tell
+from jobs.observability.training_observer import TrainingView
 from jobs.paths import with_absolute_paths
-from jobs.ray_runtime import cluster, node_name, require_resources
-from jobs.training_view import TrainingView
-from jobs.worker_group import Placement, fewest, keys_of, leaving, per_worker, scaling
+from jobs.ray.cluster import cluster, node_name, require_resources
+from jobs.ray.worker_group import Placement, fewest, keys_of, leaving, per_worker, scaling
 from pipeline import storage
-from pipeline.config import load_config
-from pipeline.errors import ConfigError, InputError, StillroomError, TrainingError
-from pipeline.scratch import temporary_folder
-from pipeline.student.checkpoint import check_begun, read_summary
-from pipeline.student.loop import train
-from pipeline.student.preflight import check_config, check_training
-from pipeline.student.sources import index_url
-from pipeline.student.world import World
+from pipeline.core.errors import ConfigError, InputError, StillroomError, TrainingError
+from pipeline.core.temporary import temporary_folder
+from pipeline.storage.config_files import load_config
+from pipeline.student.data.sources import index_url
+from pipeline.student.distributed import World
+from pipeline.student.run.checkpoint import check_begun, read_summary
+from pipeline.student.training.config_checks import check_config, check_training
+from pipeline.student.training.trainer import train
 from schemas.config import Config
 
 _POLL_S = 0.5

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from jobs.observability.progress import ProgressView
 from jobs.paths import with_absolute_paths
-from jobs.progress import ProgressView
 from pipeline.cache.verify import Recomputed, VerifyReport, load_live, recompute, verify_cache
 from pipeline.cache.verify.shard import SHARD_MISSING
-from pipeline.config import load_config
 from pipeline.shards.names import shard_ids
 from pipeline.shards.patterns import shard_urls
+from pipeline.storage.config_files import load_config
 from schemas.config import Config
 
 _NUM_PRINTED = 20

@@ -54,5 +54,5 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileSche
 def _no_files_of_earlier_sessions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Trainings keep files in the temporary folder; those of other sessions may have been made by other code."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.student.node_store.TEMPORARY", tmp_path_factory.mktemp("node"))
+        patch.setattr("pipeline.student.data.local_store.TEMPORARY", tmp_path_factory.mktemp("node"))
         yield

@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from pipeline.student.world import World
+from pipeline.student.distributed import World
 
-_HEAVY = ["pipeline.student.loop", "torch.distributed"]
+_HEAVY = ["pipeline.student.training.trainer", "torch.distributed"]
 _TIMEOUT_S = 120
 
 T = TypeVar("T")

@@ -14,9 +14,9 @@ import yaml
 from pydantic import BaseModel
 
 from jobs.cli import app
-from pipeline.cache.codec import decode, encode
-from pipeline.cache.reader import open_cache
-from pipeline.shards.write import pack_shards
+from pipeline.cache.format.codec import decode, encode
+from pipeline.cache.read.reader import open_cache
+from pipeline.shards.writer import pack_shards
 from schemas.config import Config, LossConfig, LossSection
 from schemas.recipe import GridConfig, LongTailConfig, RecipeConfig
 from tests.pipeline.caches import build, digit_samples

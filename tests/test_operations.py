@@ -19,8 +19,8 @@ _LEAST_MESSAGES = 40
 _PHOTOGRAPHS = ROOT.parent / "shared" / "data" / "imagenet-samples"
 # What operators of a cluster meet first: no message of these may lack its row.
 _WITH_ALL_MESSAGES = (
-    *("jobs/fan_out.py", "jobs/ray_connect.py", "jobs/ray_runtime.py", "jobs/worker_group.py"),
-    *("pipeline/cache/commit.py", "pipeline/cache/identity.py", "pipeline/cache/manifest.py"),
+    *("jobs/ray/fan_out.py", "jobs/ray/connection.py", "jobs/ray/cluster.py", "jobs/ray/worker_group.py"),
+    *("pipeline/cache/build/commit.py", "pipeline/cache/format/header.py", "pipeline/cache/build/manifest.py"),
 )
 
 

@@ -1,7 +1,7 @@
 """Teachers and students: any timm, torchvision or own network as logits and penultimate embedding in one forward."""
 
 from pipeline.models.embedding import EmbeddingModel, lay_out, unsafe_in_channels_last
-from pipeline.models.features import FeatureMap, find_maps, observe_maps, with_maps
+from pipeline.models.feature_maps import FeatureMap, find_maps, observe_maps, with_maps
 from pipeline.models.load import (
     InputSpec,
     LoadedModel,
@@ -11,7 +11,7 @@ from pipeline.models.load import (
     require_weights,
     unreadable_weights,
 )
-from pipeline.models.source import WeightsFile
+from pipeline.models.sources.base import WeightsFile
 from pipeline.models.weights import load_state, read_state
 
 __all__ = [

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, relu
 
-from pipeline.errors import ModelError
+from pipeline.core.errors import ModelError
 
 
 def resnet(num_classes: int, depth: int, widths: Sequence[int] = (16, 16, 32, 64)) -> nn.Module:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, relu
 
-from pipeline.errors import ModelError
+from pipeline.core.errors import ModelError
 from pipeline.models.cifar import conv1x1, conv3x3, init_convolutions
 
 _EXPANSION = 4

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
-from pipeline.errors import ModelError
+from pipeline.core.errors import ModelError
 from pipeline.models.cifar import conv1x1, conv3x3, init_convolutions
 
 # Channels before the width factor, blocks, stride of the first block.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import Literal, NamedTuple
 
-from pipeline import storage
-from pipeline.errors import ModelError
+from pipeline.core.errors import ModelError
+from pipeline.core.redaction import redact
 
 Format = Literal["safetensors", "zip", "pickle"]
 
@@ -80,7 +80,7 @@ def format_of(data: bytes, url: str, where: str) -> Format:
     raise ModelError(
         f"the weights file is {foreign.is_a}",
         code=foreign.code,
-        where=f"{where}: {storage.redact(url)}",
+        where=f"{where}: {redact(url)}",
         got=_shown(data),
         wanted="a file of torch.save or safetensors, whatever its name",
         next_step=foreign.next_step,

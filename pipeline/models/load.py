@@ -12,20 +12,21 @@ from typing import Any, cast, get_args
 import torch
 
 from pipeline import storage
-from pipeline.errors import ConfigError, ModelError, StorageError, StorageInputError
-from pipeline.fingerprint import canonical_json
-from pipeline.models import python_source, timm_source, torchvision_source
+from pipeline.core.errors import ConfigError, ModelError, StorageError, StorageInputError
+from pipeline.core.hashing import canonical_json
+from pipeline.core.redaction import redact
 from pipeline.models.embedding import EmbeddingModel
 from pipeline.models.probe import wrap
-from pipeline.models.source import Built, OwnInput, Request, WeightsFile
+from pipeline.models.sources import python, timm, torchvision
+from pipeline.models.sources.base import Built, OwnInput, Request, WeightsFile
 from pipeline.models.state_dicts import with_names_of
 from pipeline.models.weights import load_state, read_state
 from schemas.config import Interpolation, ModelConfig, Triple
 
 _SOURCES: dict[str, Callable[[Request], Built]] = {
-    "timm/": timm_source.build,
-    "torchvision/": torchvision_source.build,
-    "python:": python_source.build,
+    "timm/": timm.build,
+    "torchvision/": torchvision.build,
+    "python:": python.build,
 }
 
 
@@ -141,7 +142,7 @@ def load_weights(built: Built, request: Request) -> tuple[str, ...]:
             state[name] = tensor.to(device)
     if not request.allow_new_head:
         _refuse_missing_head(built, file.state, request)
-    load_state(built.network, file.state, source=storage.redact(str(request.config.weights)), where=where)
+    load_state(built.network, file.state, source=redact(str(request.config.weights)), where=where)
     return file.notes
 
 
@@ -168,7 +169,7 @@ def reading_weights(url: str, *, where: str) -> Generator[None]:
         raise StorageInputError(
             "the weights cannot be read",
             code="weights.unreadable",
-            where=f"{where}: {storage.redact(url)}",
+            where=f"{where}: {redact(url)}",
             got=error.what if error.got is None else f"{error.what}: {error.got}",
             wanted=error.wanted,
             next_step=error.next_step or f"restore the file, or append {where}=URL of a copy",
@@ -201,7 +202,7 @@ def _refuse_missing_head(built: Built, state: Mapping[str, torch.Tensor], reques
     raise ModelError(
         "these weights have no classifier, so the teacher's logits would come from an untrained one",
         code="model.untrained-head",
-        where=f"{request.where}.weights: {storage.redact(str(request.config.weights))}",
+        where=f"{request.where}.weights: {redact(str(request.config.weights))}",
         got=f"no {', '.join(sorted(of_heads))}",
         wanted=f"weights with a classifier of {request.num_classes} classes (data.num_classes)",
         next_step="train a classifier on these classes and give the whole network's weights as a URL",

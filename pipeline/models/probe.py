@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import ModelError, cause
+from pipeline.core.errors import ModelError, cause
 from pipeline.models.embedding import EmbeddingModel, ask, observe, reproduces
-from pipeline.models.source import Built, Request, last_layer
+from pipeline.models.sources.base import Built, Request, last_layer
 
 
 def wrap(built: Built, request: Request, *, size: int) -> EmbeddingModel:

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from torch.serialization import safe_globals
 
 from pipeline import storage
-from pipeline.errors import ModelError, cause
-from pipeline.fingerprint import digest
+from pipeline.core.errors import ModelError, cause
+from pipeline.core.hashing import digest
+from pipeline.core.redaction import redact
 from pipeline.models.file_formats import HEADER_BYTES, ZIP, format_of, is_plain_pickle
-from pipeline.models.source import WeightsFile
+from pipeline.models.sources.base import WeightsFile
 from pipeline.models.state_dicts import (
     AVERAGED_KEYS,
     TRAINED_KEYS,
@@ -180,7 +181,7 @@ def _check_digest(data: bytes, sha256: str | None, url: str, where: str) -> None
     raise ModelError(
         "the weights are not the ones the config names: their sha256 differs",
         code="weights.sha256-mismatch",
-        where=f"{where}: {storage.redact(url)}",
+        where=f"{where}: {redact(url)}",
         got=digest(data),
         wanted=sha256,
         next_step="restore the file, or correct sha256 if the change was meant",
@@ -243,7 +244,7 @@ def _pickled_code(got: str, read: str, data: bytes, url: str, where: str) -> Mod
     return ModelError(
         "the file holds more than tensors: pickled code is never run",
         code="weights.pickled-code",
-        where=f"{where}: {storage.redact(url)}",
+        where=f"{where}: {redact(url)}",
         got=got,
         wanted="a state dict: names and tensors, and next to it plain values alone",
         next_step=f"where you trust the file, for this runs its code: {_conversion(read, data, url)}",
@@ -256,7 +257,7 @@ def _conversion(read: str, data: bytes, url: str) -> str:
     Args:
         read: Python that binds ``c`` to the content of ``%s``.
     """
-    path = PurePosixPath(storage.local_path(url) or storage.last_name(storage.redact(url)))
+    path = PurePosixPath(storage.local_path(url) or storage.last_name(redact(url)))
     target = path.with_name(f"{path.name.split('.')[0]}-weights.pt")
     texts = _texts(data)
     keys = [key for key in (*TRAINED_KEYS, *AVERAGED_KEYS) if key in texts]
@@ -293,7 +294,7 @@ def _unreadable(url: str, where: str, error: BaseException) -> ModelError:
     return ModelError(
         "the weights cannot be read; the file is damaged or of another format",
         code="weights.damaged",
-        where=f"{where}: {storage.redact(url)}",
+        where=f"{where}: {redact(url)}",
         got=cause(error),
         wanted="what safetensors' or torch's own save function writes",
         next_step="copy the file again, or save it anew",
@@ -309,7 +310,7 @@ def _opened(content: object, url: str, where: str) -> WeightsFile:
         raise ModelError(
             "the file does not hold a state dict",
             code="weights.no-state-dict",
-            where=f"{where}: {storage.redact(url)}",
+            where=f"{where}: {redact(url)}",
             got="; ".join(_summary(strange, "not a tensor")) or f"an empty or unnamed {type(content).__name__}",
             wanted=f"names to tensors, at the top or under one of {', '.join((*TRAINED_KEYS, *AVERAGED_KEYS))}",
             next_step="save model.state_dict() by itself: torch.save(model.state_dict(), FILE)",

@@ -32,8 +32,8 @@ import torchvision.io
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
-from pipeline.errors import first_line
-from pipeline.shards.kinds import file_kind
+from pipeline.core.errors import first_line
+from pipeline.shards.file_kinds import file_kind
 
 BadStatus = Literal["undecodable", "empty", "too_large"]
 

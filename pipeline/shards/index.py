@@ -21,13 +21,14 @@ import xxhash
 from numpy.typing import NDArray
 
 from pipeline import storage
-from pipeline.errors import CacheError, ShardError, StillroomError, first_line
-from pipeline.fingerprint import canonical_json, differences
+from pipeline.core.bounded_parquet import read_bounded
+from pipeline.core.errors import CacheError, ShardError, StillroomError, first_line
+from pipeline.core.hashing import canonical_json, differences
+from pipeline.core.redaction import redact
 from pipeline.shards.decode import BadImageError, BadStatus, decode
 from pipeline.shards.names import shard_id
 from pipeline.shards.omissions import Omissions, merged
 from pipeline.shards.tar import MemberRules, Sample, TarNotes, image_extensions, read_samples
-from pipeline.tables import read_bounded
 from schemas.cache import FORMAT_VERSION, INDEX_SCHEMA, Status
 from schemas.config import DataConfig
 
@@ -210,7 +211,7 @@ def check_samples(index: ShardIndex, data: DataConfig, *, where: str) -> None:
     raise ShardError(
         f"{counts.total()} of {len(index)} samples cannot be used",
         code="shard.bad-samples",
-        where=storage.redact(where),
+        where=redact(where),
         got=f"{', '.join(f'{count} {status}' for status, count in sorted(counts.items()))}; first {', '.join(named)}",
         wanted=f"at most {data.max_bad_share:.4g} of them bad (data.max_bad_share)"
         if skips
@@ -307,7 +308,7 @@ def decode_index(data: bytes, *, where: str, settings: Mapping[str, Any] | None 
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CacheError(
             "this index is damaged",
-            where=storage.redact(where),
+            where=redact(where),
             got=first_line(error),
             next_step="remove it, and index the shard again",
         ) from error
@@ -319,7 +320,7 @@ def _about(table: pa.Table, settings: Mapping[str, Any] | None, where: str) -> d
     if about["format_version"] != FORMAT_VERSION:
         raise CacheError(
             "this index is of another format version",
-            where=storage.redact(where),
+            where=redact(where),
             got=about["format_version"],
             wanted=FORMAT_VERSION,
             next_step="index the shard again",
@@ -327,7 +328,7 @@ def _about(table: pa.Table, settings: Mapping[str, Any] | None, where: str) -> d
     if settings is not None and (changed := differences(about["settings"], settings)):
         raise CacheError(
             "this index was made under other settings",
-            where=storage.redact(where),
+            where=redact(where),
             got="; ".join(changed),
             next_step="use the settings it was made with, or another data.index",
         )

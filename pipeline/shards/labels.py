@@ -11,8 +11,8 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import ShardError
-from pipeline.redaction import quoted
+from pipeline.core.errors import ShardError
+from pipeline.core.redaction import quoted
 from pipeline.shards.index import NO_LABEL, ShardIndex
 from schemas.config import DataConfig
 

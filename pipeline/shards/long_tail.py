@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import storage
-from pipeline.errors import ShardError
+from pipeline.core.errors import ShardError
+from pipeline.core.redaction import redact
 from pipeline.shards.names import shard_id, shard_ids
 from pipeline.shards.tar import Sample, image_extensions, read_samples
-from pipeline.shards.write import Members, pack_shards
+from pipeline.shards.writer import Members, pack_shards
 from schemas.config import DataConfig
 from schemas.recipe import LongTailConfig
 
@@ -78,7 +79,7 @@ def _labelled(urls: Sequence[str], data: DataConfig) -> Iterator[tuple[str, int,
                 if sample.label is None or sample.status != "ok":
                     raise ShardError(
                         "a long-tailed subset is drawn from samples with an image and a label",
-                        where=f"{storage.redact(url)}, {sample.key}",
+                        where=f"{redact(url)}, {sample.key}",
                         got=f"status {sample.status}, label {sample.label}",
                         next_step="name other shards, or correct data.label",
                     )

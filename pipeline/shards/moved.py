@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 from pipeline import storage
-from pipeline.errors import StillroomError, StorageInputError
+from pipeline.core.errors import StillroomError, StorageInputError
+from pipeline.core.redaction import redact
 from pipeline.shards.names import shard_ids
 from pipeline.shards.patterns import brace_patterns
 
@@ -30,7 +31,7 @@ def report_moved(urls: Sequence[str], place: str) -> Generator[None]:
     try:
         yield
     except StorageInputError as error:
-        if error.code != storage.MISSING_FILE or error.where not in [storage.redact(url) for url in urls]:
+        if error.code != storage.MISSING_FILE or error.where not in [redact(url) for url in urls]:
             raise
         looked_up = urls[:_MAX_LOOK_UPS]
         with ThreadPoolExecutor(_THREADS) as pool:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from pipeline.errors import ShardError
-from pipeline.storage import redact
+from pipeline.core.errors import ShardError
+from pipeline.core.redaction import redact
 
 
 def shard_id(url: str) -> str:

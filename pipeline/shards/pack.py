@@ -18,11 +18,12 @@ from itertools import count
 from typing import Literal
 
 from pipeline import storage
-from pipeline.errors import ShardError, StorageInputError
-from pipeline.fingerprint import canonical_json, differences, digest, seal
+from pipeline.core.errors import ShardError, StorageInputError
+from pipeline.core.hashing import canonical_json, differences, digest, seal
+from pipeline.core.redaction import redact
 from pipeline.shards.decode import BadImageError, decode
 from pipeline.shards.omissions import Omissions
-from pipeline.shards.write import Members, check_name, write_shard
+from pipeline.shards.writer import Members, check_name, write_shard
 from schemas.config import DataConfig
 
 Labels = Literal["folder", "none"]
@@ -133,7 +134,7 @@ def plan_packing(
         raise ShardError("training and validation shards would have the same names", where="name", got=settings.name)
     sizes = storage.sizes(source_url, links_out=links_out)
     usable, skipped = _sort_out(sizes, settings.labels)
-    where = storage.redact(source_url)
+    where = redact(source_url)
     if not usable:
         raise _nothing_to_pack(where, skipped, settings.labels)
     indexes: dict[str, int] = {}
@@ -244,7 +245,7 @@ def _check_splits(paths: Sequence[str], source_url: str, settings: PackSettings,
     raise ShardError(
         "these folders are splits, not classes",
         code="pack.splits-as-classes",
-        where=storage.redact(source_url),
+        where=redact(source_url),
         got=", ".join(f"{folder}/" for folder in splits),
         wanted="a folder for each class",
         next_step="pack each split:\n" + "\n".join(f"{'':<10}{command}" for command in commands),
@@ -260,8 +261,8 @@ def pack_command(source_url: str, out_url: str, settings: PackSettings, *, class
         if value != getattr(default, name)
     }
     if classes_url is not None:
-        options["--classes"] = storage.redact(classes_url)
-    words = ["stillroom", "shards", "pack", storage.redact(source_url), storage.redact(out_url)]
+        options["--classes"] = redact(classes_url)
+    words = ["stillroom", "shards", "pack", redact(source_url), redact(out_url)]
     return shlex.join([*words, *(word for option in options.items() for word in option)])
 
 
@@ -270,7 +271,7 @@ def _class_indexes(source_url: str, found: list[str], settled: Mapping[str, int]
     Raises:
         ShardError: a class folder has no image or no index, or there is only one class.
     """
-    where = storage.redact(source_url)
+    where = redact(source_url)
     empty = sorted({name for name in storage.folders(source_url) if not name.startswith(".")} - {*found})
     if empty:
         raise ShardError(
@@ -451,7 +452,7 @@ def _bad_images_found(source_url: str, omissions: Omissions, *, is_whole_shard: 
     return ShardError(
         f"{what}, among them all of a shard" if is_whole_shard else what,
         code="pack.bad-images",
-        where=storage.redact(source_url),
+        where=redact(source_url),
         got=", ".join(omissions.lines()),
         wanted="whole JPEG, PNG or WebP images",
         next_step="repair or remove them and pack into a new folder"
@@ -468,7 +469,7 @@ def _begin(packing: Packing, out_url: str) -> set[str]:
         raise StorageInputError(
             "this folder is not empty",
             code="pack.out-not-empty",
-            where=storage.redact(out_url),
+            where=redact(out_url),
             got=_named(sorted(present)),
             wanted="a new or empty folder",
             next_step=f"run: {pack_command(packing.source_url, storage.join(out_url, 'shards'), packing.settings)}",
@@ -477,7 +478,7 @@ def _begin(packing: Packing, out_url: str) -> set[str]:
         raise StorageInputError(
             "other images, or the same in another way, were packed here",
             code="pack.other-packing",
-            where=storage.redact(out_url),
+            where=redact(out_url),
             got=_changes(stored, packing.record()),
             wanted="a folder for each packing, or the images and options that this one began with",
             next_step=f"run: {pack_command(packing.source_url, _next_folder(out_url), packing.settings)}",
@@ -536,7 +537,7 @@ def _read(source_url: str, image: SourceImage) -> bytes:
     if len(data) != image.size_bytes:
         raise ShardError(
             "an image changed while it was packed",
-            where=storage.redact(storage.join(source_url, image.path)),
+            where=redact(storage.join(source_url, image.path)),
             got=f"{len(data)} bytes",
             wanted=f"{image.size_bytes} bytes",
             next_step="pack into another folder when the images stay as they are",

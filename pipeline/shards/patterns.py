@@ -9,7 +9,8 @@ from fnmatch import fnmatchcase
 from itertools import pairwise
 
 from pipeline import storage
-from pipeline.errors import ShardError, StillroomError
+from pipeline.core.errors import ShardError, StillroomError
+from pipeline.core.redaction import redact
 
 # The last number of a name; braces expand ASCII digits alone.
 _NUMBERED = re.compile(r"(.*?)([0-9]+)([^0-9]*)", re.DOTALL)
@@ -34,7 +35,7 @@ def shard_urls(patterns: str | Sequence[str], *, key: str = "data.shards") -> li
     for url in urls:
         _check_no_glob(url, key)
     # The first alone, since it is refused anyway, and each costs a listing.
-    if (other := next((url for url in urls if not storage.redact(url).endswith(".tar")), None)) is not None:
+    if (other := next((url for url in urls if not redact(url).endswith(".tar")), None)) is not None:
         _check_no_folder(other, key)
     return urls
 
@@ -42,14 +43,14 @@ def shard_urls(patterns: str | Sequence[str], *, key: str = "data.shards") -> li
 def _check_no_glob(url: str, key: str) -> None:
     folder, _, name = url.rpartition("/")
     # A file may have such a name. A query, which is not part of it, is not in the redacted URL.
-    if not _GLOB.search(storage.redact(url)) or _exists(url):
+    if not _GLOB.search(redact(url)) or _exists(url):
         return
     names = [found for found in _tars_in(folder or ".") if fnmatchcase(found, name)]
     raise ShardError(
         "globs are not expanded",
         code="data.glob",
         where=key,
-        got=storage.redact(url),
+        got=redact(url),
         wanted="a brace pattern or a list of URLs, so that every run reads the same shards",
         next_step=_suggestion(folder, names, key) or "no file matches; write braces, as in train-{00000..00009}.tar",
     )
@@ -61,14 +62,14 @@ def _check_no_folder(url: str, key: str) -> None:
     if names := [name for name in found if name.endswith(".tar")]:
         next_step = _suggestion(url.rstrip("/"), names, key)
     elif any(name.lower().endswith(_IMAGES) for name in found):
-        next_step = f"make shards of its images: stillroom shards pack {storage.redact(url)} OUT"
+        next_step = f"make shards of its images: stillroom shards pack {redact(url)} OUT"
     else:
         next_step = "name the shards in it; no .tar lies right in this folder"
     raise ShardError(
         "this is a folder, not a shard",
         code="data.folder",
         where=key,
-        got=storage.redact(url),
+        got=redact(url),
         wanted="a brace pattern or a list of URLs, so that every run reads the same shards",
         next_step=next_step,
     )
@@ -113,7 +114,7 @@ def _suggestion(folder_url: str, names: Iterable[str], key: str) -> str | None:
 
 def _value(folder_url: str, patterns: Sequence[str], *, is_option: bool) -> str:
     """A URL, a list of them as YAML, or one pattern for an option, which takes no list."""
-    base = storage.redact(folder_url)
+    base = redact(folder_url)
     urls = [f"{base}/{pattern}" if base else pattern for pattern in patterns]
     if len(urls) == 1:
         return urls[0]

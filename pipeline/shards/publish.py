@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import xxhash
 
 from pipeline import storage
-from pipeline.errors import ShardError, StorageError
+from pipeline.core.errors import ShardError, StorageError
+from pipeline.core.redaction import redact
 from pipeline.shards.index import (
     ShardIndex,
     check_samples,
@@ -42,7 +43,7 @@ def read_index(folder_url: str, shard: str) -> ShardIndex:
         StorageInputError: there is none.
     """
     url = storage.join(folder_url, index_name(shard))
-    return decode_index(storage.read(url, max_bytes=storage.MAX_TABLE_BYTES), where=storage.redact(url))
+    return decode_index(storage.read(url, max_bytes=storage.MAX_TABLE_BYTES), where=redact(url))
 
 
 def publish_index(folder_url: str, shard: str, data: bytes) -> None:
@@ -55,7 +56,7 @@ def publish_index(folder_url: str, shard: str, data: bytes) -> None:
     if not storage.create(url, data) and storage.read(url) != data:
         raise ShardError(
             "this shard now gives another index than the one that stands",
-            where=f"{shard} in {storage.redact(folder_url)}",
+            where=f"{shard} in {redact(folder_url)}",
             next_step="restore the shard and the data section, or write to another URL",
         )
 
@@ -67,11 +68,11 @@ def publish_shard_index(url: str, *, data: DataConfig, folder_url: str, threads:
         ShardError: the shard is damaged, was replaced since, or holds bad samples under ``bad_samples: fail``.
         CacheError: the index that stands is damaged or was made under other settings.
     """
-    shard, where = shard_id(url), storage.redact(url)
+    shard, where = shard_id(url), redact(url)
     target = storage.join(folder_url, index_name(shard))
     settings = index_settings(data)
     if (stored := storage.read_if_there(target, max_bytes=storage.MAX_TABLE_BYTES)) is not None:
-        index = decode_index(stored, where=storage.redact(target), settings=settings)
+        index = decode_index(stored, where=redact(target), settings=settings)
         _check_last_image(url, index)
         check_samples(index, data, where=url)
         return IndexedShard(index.num_ok, Omissions())
@@ -97,7 +98,7 @@ def _check_last_image(url: str, index: ShardIndex) -> None:
     if not same:
         raise ShardError(
             "this shard is not the one that was indexed",
-            where=f"{storage.redact(url)}, key {index.keys[row]}",
+            where=f"{redact(url)}, key {index.keys[row]}",
             got="other bytes where the index has its last image",
             next_step="restore the shard, or remove its index and run: stillroom shards index",
         )

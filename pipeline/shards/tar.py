@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Literal, Self
 
-from pipeline.errors import ShardError
-from pipeline.shards.kinds import file_kind
+from pipeline.core.errors import ShardError
+from pipeline.core.redaction import redact
+from pipeline.shards.file_kinds import file_kind
 from pipeline.shards.links import ByteRange, LinkTable
 from pipeline.shards.omissions import Omissions
-from pipeline.storage import redact
 from schemas.cache import Status
 from schemas.config import DataConfig
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from pipeline.errors import ConfigError
-from pipeline.student.dataset import Batch
-from pipeline.student.summary import Summarised
-from pipeline.student.words import TeacherWords
-from pipeline.views.pixels import to_input
+from pipeline.augment.pixels import to_input
+from pipeline.core.errors import ConfigError
+from pipeline.student.data.batch_summary import Summarised
+from pipeline.student.data.dataset import Batch
+from pipeline.student.data.teacher_outputs import TeacherWords
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)

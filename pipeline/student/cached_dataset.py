@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from pipeline import storage
-from pipeline.cache.reader import open_cache
-from pipeline.config import build_config, require
-from pipeline.errors import ConfigError, OrderError
+from pipeline.cache.read.reader import open_cache
+from pipeline.core.config_loading import build_config, require
+from pipeline.core.errors import ConfigError, OrderError
+from pipeline.core.redaction import redact
 from pipeline.student.cached_batch import CachedBatch
-from pipeline.student.canaries import check_canaries
-from pipeline.student.class_means import cached_means
-from pipeline.student.dataset import InputSize, StepDataset
-from pipeline.student.facts import LessonFacts, facts_of
-from pipeline.student.order import TrainingOrder, order_of
-from pipeline.student.sources import CachedSource, check_any_labelled, open_cached
+from pipeline.student.data.dataset import InputSize, StepDataset
+from pipeline.student.data.order import TrainingOrder, order_of
+from pipeline.student.data.sources import CachedSource, check_any_labelled, open_cached
+from pipeline.student.supervision.canaries import check_canaries
+from pipeline.student.supervision.class_means import cached_means
+from pipeline.student.supervision.spec import LessonFacts, facts_of
 from schemas.config import Config, Interpolation, StudentConfig, Triple
 
 
@@ -159,7 +159,7 @@ class CachedDataset(Dataset[CachedBatch]):
         if cache.manifest.class_means is None:
             raise ConfigError(
                 "this cache has no class means",
-                where=storage.redact(cache.url),
+                where=redact(cache.url),
                 next_step="build one with cache.class_means=eval",
             )
         return cached_means(cache, self._source)
@@ -288,7 +288,7 @@ def _check_embeddings(facts: LessonFacts, *, embeddings: bool) -> None:
             raise ConfigError(
                 "this cache has no embeddings",
                 code="cache.no-embeddings",
-                where=storage.redact(cache.url),
+                where=redact(cache.url),
                 got="a cache built with cache.embeddings=none",
                 next_step="leave embeddings out, or build a cache with cache.embeddings=fp16 (into another cache.url)",
             )

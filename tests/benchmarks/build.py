@@ -16,18 +16,18 @@ import numpy as np
 import torch
 
 from jobs.build_cache import build_cache
-from jobs.fan_out import fan_out
-from jobs.ray_runtime import cluster
+from jobs.ray.cluster import cluster
+from jobs.ray.fan_out import fan_out
 from pipeline import storage
-from pipeline.cache import build as build_module
-from pipeline.cache.build import prepare
-from pipeline.cache.statistics import StatisticsSum
-from pipeline.cache.writer import PartWriter
+from pipeline.augment.params import sample_keys, view_params
+from pipeline.augment.pixels import apply_view, stack_views
+from pipeline.cache.build.part import part as build_module
+from pipeline.cache.build.part import prepare
+from pipeline.cache.build.part_writer import PartWriter
+from pipeline.cache.build.statistics import StatisticsSum
 from pipeline.shards.decode import decode
 from pipeline.shards.tar import read_samples
-from pipeline.teacher.infer import Teacher, load_teacher
-from pipeline.views.params import sample_keys, view_params
-from pipeline.views.pixels import apply_view, stack_views
+from pipeline.teacher.inference import Teacher, load_teacher
 from schemas.config import Config
 from tests.benchmarks.timing import SHARED, Spread, Stopwatch, interleaved, ratio
 

@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.cache.codec import decode, encode, outputs_of
-from pipeline.cache.commit import read_commits
-from pipeline.cache.writer import PartWriter, parquet_settings, view_ranges
+from pipeline.cache.build.commit import read_commits
+from pipeline.cache.build.part_writer import PartWriter, parquet_settings, view_ranges
+from pipeline.cache.format.codec import decode, encode, outputs_of
 from schemas.cache import part_schema
 from schemas.config import CacheConfig
 from schemas.manifest import Output

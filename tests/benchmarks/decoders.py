@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 
+from pipeline.augment.params import eval_params, sample_keys, view_params
+from pipeline.augment.pixels import apply_view
 from pipeline.shards.decode import decode, image_size
 from pipeline.shards.tar import read_samples
-from pipeline.views.params import eval_params, sample_keys, view_params
-from pipeline.views.pixels import apply_view
 from schemas.config import DataConfig, ViewsConfig
 from tests.benchmarks.timing import SHARED, Spread, interleaved, ratio
 

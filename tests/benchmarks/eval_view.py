@@ -13,11 +13,11 @@ from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
 
+from pipeline.augment.params import eval_params
+from pipeline.augment.pixels import apply_view, stack_views
 from pipeline.shards.decode import decode
 from pipeline.shards.tar import Sample, read_samples
-from pipeline.teacher.infer import Teacher, load_teacher
-from pipeline.views.params import eval_params
-from pipeline.views.pixels import apply_view, stack_views
+from pipeline.teacher.inference import Teacher, load_teacher
 from schemas.config import DataConfig, TeacherConfig, ViewsConfig
 from tests.benchmarks.teachers import CIFAR, ten_classes
 from tests.benchmarks.timing import SHARED, Spread

@@ -18,12 +18,12 @@ import torch
 from numpy.typing import NDArray
 
 from jobs.build_cache import build_cache
-from pipeline.cache.codec import raw_rows
-from pipeline.cache.reader import TeacherCache, open_cache
-from pipeline.student.dataset import join_step
-from pipeline.student.order import OrderedRows, TrainingOrder
-from pipeline.student.sources import CachedSource, open_cached
-from pipeline.student.words import StoredWords
+from pipeline.cache.format.codec import raw_rows
+from pipeline.cache.read.reader import TeacherCache, open_cache
+from pipeline.student.data.dataset import join_step
+from pipeline.student.data.order import OrderedRows, TrainingOrder
+from pipeline.student.data.sources import CachedSource, open_cached
+from pipeline.student.data.teacher_outputs import StoredWords
 from schemas.config import Config
 from tests.benchmarks.teachers import BENCH, CIFAR
 from tests.benchmarks.timing import Spread, interleaved, ratio

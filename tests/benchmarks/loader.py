@@ -14,12 +14,12 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from pipeline.augment.pixels import apply_view, stack_views
 from pipeline.shards.decode import decode
 from pipeline.shards.tar import ShardReader
-from pipeline.student.dataset import InputSize, JoinedStep, StepDataset, join_step, load_batches
-from pipeline.student.order import TrainingOrder
-from pipeline.student.sources import open_cached
-from pipeline.views.pixels import apply_view, stack_views
+from pipeline.student.data.dataset import InputSize, JoinedStep, StepDataset, join_step, load_batches
+from pipeline.student.data.order import TrainingOrder
+from pipeline.student.data.sources import open_cached
 from schemas.config import Config
 from tests.benchmarks.join import built, random_teacher
 from tests.benchmarks.teachers import BENCH

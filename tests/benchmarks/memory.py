@@ -9,9 +9,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.cache.build import PartTask, build_part, prepare
+from pipeline.cache.build.part import PartTask, build_part, prepare
 from pipeline.shards.tar import read_samples
-from pipeline.shards.write import Members, pack_shards
+from pipeline.shards.writer import Members, pack_shards
 from schemas.config import Config, DataConfig
 from schemas.manifest import ViewBlock
 from tests.benchmarks.timing import SHARED, Spread, ratio

@@ -9,7 +9,7 @@ import tempfile
 import ray
 
 from jobs.build_cache import build_cache
-from pipeline.shards.write import pack_shards
+from pipeline.shards.writer import pack_shards
 from schemas.config import Config
 from tests.benchmarks.timing import Spread, interleaved, ratio
 from tests.jobs.clusters import driver, many_nodes

@@ -24,15 +24,15 @@ import torch
 
 from jobs.build_cache import check_shards, plan_tasks
 from pipeline import storage
-from pipeline.cache import layout
-from pipeline.cache.build import PartTask
-from pipeline.cache.commit import files_present, read_standing
-from pipeline.cache.manifest import publish_manifest
-from pipeline.cache.reader import open_cache
-from pipeline.fingerprint import seal
+from pipeline.cache.build.commit import files_present, read_standing
+from pipeline.cache.build.manifest import publish_manifest
+from pipeline.cache.build.part import PartTask
+from pipeline.cache.format import layout
+from pipeline.cache.read.reader import open_cache
+from pipeline.core.hashing import seal
 from pipeline.shards.names import shard_ids
-from pipeline.student.order import TrainingOrder
-from pipeline.teacher.runtime import numeric_env
+from pipeline.student.data.order import TrainingOrder
+from pipeline.teacher.numerics import numeric_env
 from schemas.config import Config, ViewsConfig
 from schemas.manifest import ByteRange, Commit, FileRef, Header, Output, RowField, Statistics, ViewBlock, ViewRange
 

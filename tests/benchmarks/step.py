@@ -17,11 +17,11 @@ from scipy.stats import binom
 
 from jobs.build_cache import build_cache
 from jobs.index_shards import index_shards
-from pipeline.student.dataset import Batch, load_batches
-from pipeline.student.loop import Trainer
-from pipeline.student.metrics import StepLog
-from pipeline.student.world import World
-from pipeline.teacher.runtime import keep_memory
+from pipeline.student.data.dataset import Batch, load_batches
+from pipeline.student.distributed import World
+from pipeline.student.run.metrics import StepLog
+from pipeline.student.training.trainer import Trainer
+from pipeline.teacher.numerics import keep_memory
 from schemas.config import Config
 from tests.benchmarks.timing import SHARED, Spread
 

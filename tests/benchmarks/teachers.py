@@ -24,12 +24,12 @@ from torch import nn
 
 from jobs.build_cache import build_cache
 from jobs.train_student import train_student
-from pipeline.cache.reader import TeacherCache, open_cache
+from pipeline.augment.pixels import apply_view
+from pipeline.cache.read.reader import TeacherCache, open_cache
 from pipeline.shards.decode import decode
 from pipeline.shards.tar import read_samples
-from pipeline.shards.write import Members, pack_shards
-from pipeline.student.checkpoint import LAST
-from pipeline.views.pixels import apply_view
+from pipeline.shards.writer import Members, pack_shards
+from pipeline.student.run.checkpoint import LAST
 from schemas.config import Config, DataConfig
 from tests.benchmarks.timing import SHARED
 

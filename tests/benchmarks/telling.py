@@ -9,14 +9,14 @@ from contextlib import redirect_stderr
 
 import ray
 
-from jobs.build_tally import BuildTally
-from jobs.log import VARIABLE
-from jobs.tally import Spent
-from pipeline.cache.build import PartTask
+from jobs.observability.build_observer import BuildTally
+from jobs.observability.log import VARIABLE
+from jobs.observability.task_observer import Spent
+from pipeline.cache.build.part import PartTask
 from schemas.config import Config
 from schemas.manifest import ViewBlock
 from tests.benchmarks.timing import Spread, interleaved
-from tests.jobs.test_build_tally import built
+from tests.jobs.observability.test_build_observer import built
 
 _PARTS, _ROUNDS = 1_000, 9
 

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.augment.options import cut_boxes, drawn_row
+from pipeline.augment.params import ViewParams, sample_keys, view_params
+from pipeline.augment.pixels import apply_view, stack_views, to_input
 from pipeline.shards.decode import decode, image_size
 from pipeline.shards.tar import read_samples
-from pipeline.views.options import cut_boxes, drawn_row
-from pipeline.views.params import ViewParams, sample_keys, view_params
-from pipeline.views.pixels import apply_view, stack_views, to_input
 from schemas.config import DataConfig, ViewsConfig
 from tests.benchmarks.timing import SHARED, Spread, interleaved, ratio
 

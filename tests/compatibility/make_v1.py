@@ -29,14 +29,14 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from pipeline.cache.build import PartTask, build_part, prepare
-from pipeline.cache.inspect import inspect_cache
-from pipeline.cache.manifest import publish_manifest
-from pipeline.config import load_config
+from pipeline.cache.build.manifest import publish_manifest
+from pipeline.cache.build.part import PartTask, build_part, prepare
+from pipeline.cache.ops.inspect import inspect_cache
 from pipeline.models.cifar import resnet
-from pipeline.shards.write import pack_shards
-from pipeline.student.evaluate import evaluate_run
-from pipeline.student.loop import train
+from pipeline.shards.writer import pack_shards
+from pipeline.storage.config_files import load_config
+from pipeline.student.evaluation.evaluator import evaluate_run
+from pipeline.student.training.trainer import train
 from schemas.config import Config
 from schemas.manifest import ViewBlock
 from tests.pipeline.caches import digit_samples

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from jobs.cli import app
-from pipeline.config import load_config
+from pipeline.storage.config_files import load_config
 from pipeline.student import CachedDataset
-from pipeline.student.loop import train
+from pipeline.student.training.trainer import train
 
 V1 = Path(__file__).parent / "v1"
 NUM_VAL = 12

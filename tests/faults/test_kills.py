@@ -19,9 +19,9 @@ import psutil
 import pytest
 import yaml
 
-from pipeline.cache.build import build_part, prepare
-from pipeline.cache.layout import commit_path
-from pipeline.shards.write import pack_shards
+from pipeline.cache.build.part import build_part, prepare
+from pipeline.cache.format.layout import commit_path
+from pipeline.shards.writer import pack_shards
 from schemas.config import Config
 from tests.faults.drivers import hear_ctrl_c, said, start, start_build, write
 from tests.faults.networks import LOG, forwards
@@ -262,7 +262,7 @@ def test_ctrl_c_exits_130_keeps_commits_and_prints_how_to_resume(shards: list[st
 @pytest.mark.exhaustive
 def test_ctrl_c_on_a_cluster_that_goes_on_ends_what_was_in_flight(tmp_path: Path) -> None:
     flight = "list(fan_out(time.sleep, [600.0] * 4, RayConfig(address=sys.argv[1]), what='a task'))"
-    script = f"import sys, time\nfrom jobs.fan_out import fan_out\nfrom schemas.config import RayConfig\n{flight}"
+    script = f"import sys, time\nfrom jobs.ray.fan_out import fan_out\nfrom schemas.config import RayConfig\n{flight}"
     with head_node(tmp_path, num_cpus=2) as node:
         driver = subprocess.Popen([sys.executable, "-c", script, node.address], env=node.env, preexec_fn=hear_ctrl_c)
         wait_until(lambda: len(node.busy_workers()) == 2, 60)

@@ -20,13 +20,13 @@ import torch
 import yaml
 from PIL import Image
 
-from jobs import fan_out as module
-from jobs.fan_out import LostTaskError, fan_out
+from jobs.ray import fan_out as module
+from jobs.ray.fan_out import LostTaskError, fan_out
 from jobs.verify_cache import verify
-from pipeline.cache.commit import read_commits
-from pipeline.cache.identity import MAX_DRIFT
-from pipeline.cache.reader import open_cache
-from pipeline.shards.write import pack_shards
+from pipeline.cache.build.commit import read_commits
+from pipeline.cache.build.header_claim import MAX_DRIFT
+from pipeline.cache.read.reader import open_cache
+from pipeline.shards.writer import pack_shards
 from schemas.config import Config, RayConfig
 from tests.faults.drivers import said, start_build, write
 from tests.faults.networks import HOLD, LOG, MINE, Held, forwards, held
@@ -228,8 +228,8 @@ def test_an_autoscaler_starts_from_no_node_what_a_build_and_a_training_ask_for(t
     script = """
 import sys
 from functools import partial
-from jobs.fan_out import fan_out
-from jobs.ray_runtime import cluster, require_resources, slots
+from jobs.ray.fan_out import fan_out
+from jobs.ray.cluster import cluster, require_resources, slots
 from schemas.config import RayConfig
 from tests.jobs.node_work import node
 config, pod = RayConfig(address=sys.argv[1], gpus_per_task=1, wait_s=120), {"CPU": 1.0, "GPU": 1.0}

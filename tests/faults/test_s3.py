@@ -12,8 +12,8 @@ import pytest
 from jobs.build_cache import build_cache
 from jobs.train_student import train_student
 from pipeline import storage
-from pipeline.errors import StorageInputError
-from pipeline.shards.write import pack_shards
+from pipeline.core.errors import StorageInputError
+from pipeline.shards.writer import pack_shards
 from schemas.config import Config
 from tests.jobs.conftest import NETWORK
 from tests.pipeline.caches import digit_samples

@@ -16,8 +16,9 @@ import pytest
 from jobs.build_cache import build_cache
 from jobs.train_student import train_student
 from pipeline import storage
-from pipeline.errors import PassingStorageError, StorageInputError
-from pipeline.shards.write import pack_shards
+from pipeline.core.errors import PassingStorageError, StorageInputError
+from pipeline.shards.writer import pack_shards
+from pipeline.storage import failures
 from schemas.config import Config
 from tests.faults.s3_proxy import FAULTS, Weather, proxy
 from tests.jobs.conftest import NETWORK
@@ -32,7 +33,7 @@ def storm(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Storm]:
     """``storm(weather)`` puts a proxy with that weather before the server of ``s3`` until the test ends."""
     # Repetitions are ours alone and at once: botocore's own layer would hide them, and both would wait.
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    monkeypatch.setattr(storage._PAUSE, "multiplier", 0)
+    monkeypatch.setattr(failures.PAUSE, "multiplier", 0)
     monkeypatch.setattr(fsspec.get_filesystem_class("s3"), "connect_timeout", 2)
     class_of_s3 = fsspec.get_filesystem_class("s3")
     target = urlsplit(os.environ["AWS_ENDPOINT_URL"]).netloc

@@ -14,8 +14,8 @@ from jobs.build_cache import build_cache, check_shards
 from jobs.plan_cache import report
 from jobs.train_student import train_student
 from pipeline import storage
-from pipeline.cache.plan import Requests
-from pipeline.shards.write import pack_shards
+from pipeline.cache.plan.build_plan import Requests
+from pipeline.shards.writer import pack_shards
 from schemas.config import Config
 from tests.jobs.conftest import NETWORK
 from tests.pipeline.caches import digit_samples

@@ -21,11 +21,11 @@ import pytest
 import yaml
 
 from jobs.build_cache import build_cache
-from pipeline import storage
-from pipeline.cache.build import _builder, prepare
-from pipeline.errors import StorageError
-from pipeline.fingerprint import digest
-from pipeline.shards.write import pack_shards
+from pipeline.cache.build.part import _builder, prepare
+from pipeline.core.errors import StorageError
+from pipeline.core.hashing import digest
+from pipeline.shards.writer import pack_shards
+from pipeline.storage import failures
 from schemas.config import Config
 from tests.faults.networks import LOG, forwards
 from tests.marks import slow
@@ -104,7 +104,7 @@ def audit() -> None:
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(storage._PAUSE, "multiplier", 0)
+    monkeypatch.setattr(failures.PAUSE, "multiplier", 0)
     monkeypatch.setenv(LOG, str(tmp_path / "forwards"))
 
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 import yaml
 
-from pipeline.shards.write import pack_shards
-from pipeline.student import checkpoint
+from pipeline.shards.writer import pack_shards
+from pipeline.student.run import checkpoint
 from tests.faults.drivers import said, start, write
 from tests.faults.test_kills import training_file
 from tests.faults.test_training_nodes import cluster, lose, wait_for, worker_node

@@ -22,8 +22,8 @@ import pytest
 
 from jobs.index_shards import index_shards
 from jobs.train_student import train_student
-from pipeline.shards.write import pack_shards
-from pipeline.student import checkpoint
+from pipeline.shards.writer import pack_shards
+from pipeline.student.run import checkpoint
 from schemas.config import Config
 from tests.faults.drivers import said, start, write
 from tests.jobs.clusters import HeadNode, end_session, free_port, head_node

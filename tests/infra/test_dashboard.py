@@ -1,4 +1,4 @@
-"""The dashboard's form, and what Prometheus is told to scrape. tests/jobs/test_meters.py asks its questions."""
+"""The dashboard and what Prometheus scrapes; tests/jobs/observability/test_ray_metrics.py checks its queries."""
 
 from __future__ import annotations
 

@@ -11,12 +11,12 @@ import typer.main
 
 from jobs import build_cache, distill, train_student
 from jobs.cli import app
-from pipeline.cache.build import cache_config
-from pipeline.config import load_config
-from pipeline.models.outline import outline_model
-from pipeline.shards.write import pack_shards
-from pipeline.student.plan import plan_training
-from pipeline.student.preflight import check_config
+from pipeline.cache.build.part import cache_config
+from pipeline.models.summary import outline_model
+from pipeline.shards.writer import pack_shards
+from pipeline.storage.config_files import load_config
+from pipeline.student.training.config_checks import check_config
+from pipeline.student.training.schedule import plan_training
 from schemas.config import Config
 from tests.infra.manifests import INFRA, ROOT, Document, cluster_spec, load, manifest, pods
 from tests.pipeline.caches import digit_samples

@@ -14,7 +14,7 @@ import pytest
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import start
 
-from pipeline.config import load_config
+from pipeline.storage.config_files import load_config
 from tests.infra.manifests import INFRA, Document, load, manifest, pods
 
 CLOUDS = ("aws", "gcp")

@@ -10,7 +10,7 @@ import pytest
 import ray
 import yaml
 
-from pipeline.shards.write import pack_shards
+from pipeline.shards.writer import pack_shards
 from schemas.config import Config
 from tests.jobs import NUM_CPUS
 from tests.pipeline.caches import digit_samples

@@ -9,11 +9,11 @@ import pytest
 
 from jobs.build_cache import build_cache
 from jobs.index_shards import index_shards
-from pipeline.cache.build import BusyTime, PartTask, build_part
-from pipeline.cache.inspect import inspect_cache
-from pipeline.errors import CacheError, ShardError, StorageInputError
+from pipeline.cache.build.part import BusyTime, PartTask, build_part
+from pipeline.cache.ops.inspect import inspect_cache
+from pipeline.core.errors import CacheError, ShardError, StorageInputError
 from pipeline.shards.omissions import Omissions
-from pipeline.shards.write import pack_shards
+from pipeline.shards.writer import pack_shards
 from schemas.manifest import Commit
 from tests.jobs.conftest import Tree, config_of, files_below
 from tests.pipeline.caches import digit_samples

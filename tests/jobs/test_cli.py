@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from jobs import cli
-from jobs.recipe_file import load_recipe
-from pipeline.errors import ConfigError
+from jobs.recipes.document import load_recipe
+from pipeline.core.errors import ConfigError
 from pipeline.models.cifar import resnet
 from tests.jobs.conftest import Document, files_below
 from tests.pipeline.shards.tars import image_bytes
@@ -328,12 +328,12 @@ def test_a_shell_completes_commands_without_torch_or_ray() -> None:
 def test_a_job_says_that_ray_starts_before_it_imports_it(document: Document) -> None:
     program = (
         "import sys; sys.argv = ['stillroom', 'cache', 'build', *sys.argv[1:]]\n"
-        "import jobs.log as log\n"
+        "import jobs.observability.log as log\n"
         "from jobs import cli\n"
         "def emit(text, **more):\n"
         "    print(text, sorted({'torch', 'ray'} & sys.modules.keys()))\n"
         "    raise KeyboardInterrupt\n"
-        "import jobs.ray_address as address; address.tell = emit\n"
+        "import jobs.ray.address as address; address.tell = emit\n"
         "cli.main()"
     )
     command = [sys.executable, "-c", program, document(ray={"address": "local"})]

@@ -15,8 +15,8 @@ import yaml
 
 from jobs.build_cache import build_cache
 from jobs.train_student import train_student
-from pipeline.errors import TrainingError
-from pipeline.student.loop import train
+from pipeline.core.errors import TrainingError
+from pipeline.student.training.trainer import train
 from tests.jobs.conftest import NETWORK, Tree, config_of
 from tests.marks import slow
 
@@ -57,7 +57,7 @@ def test_a_command_that_a_signal_ends_names_it_on_stderr(
 def test_a_loader_process_that_is_killed_is_one_message(
     tree: Tree, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("pipeline.student.loop._FLUSH_STEPS", 1)
+    monkeypatch.setattr("pipeline.student.training.trainer._FLUSH_STEPS", 1)
     config = config_of(tree())
     build_cache(config)
     data = {"cache": str(tmp_path / "cache")}

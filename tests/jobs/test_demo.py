@@ -10,7 +10,7 @@ import pytest
 
 from jobs.demo import NUM_LABELLED, gains, pack_digits
 from pipeline import storage
-from pipeline.errors import TrainingError
+from pipeline.core.errors import TrainingError
 from pipeline.shards.tar import read_samples
 from schemas.config import DataConfig
 

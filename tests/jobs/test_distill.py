@@ -11,7 +11,7 @@ from jobs.build_cache import build_cache
 from jobs.distill import distill
 from jobs.evaluate import evaluate
 from jobs.train_student import train_student
-from pipeline.errors import CacheError, ConfigError, StorageInputError
+from pipeline.core.errors import CacheError, ConfigError, StorageInputError
 from pipeline.models.cifar import resnet
 from schemas.config import Config
 from tests.jobs.conftest import Tree, config_of, files_below

@@ -13,8 +13,8 @@ from jobs.build_cache import build_cache
 from jobs.cli import app
 from jobs.index_shards import index_shards
 from jobs.plan_cache import describe, report
-from pipeline.errors import ShardError
-from pipeline.shards.write import Members, pack_shards
+from pipeline.core.errors import ShardError
+from pipeline.shards.writer import Members, pack_shards
 from schemas.config import Config
 from tests.jobs.conftest import Tree, config_of, files_below
 from tests.pipeline.caches import digit_samples

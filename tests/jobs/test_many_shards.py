@@ -11,10 +11,10 @@ import pytest
 
 from jobs.build_cache import build_cache, check_shards, plan_tasks
 from pipeline import storage
-from pipeline.cache.build import _builder as builder_of  # pyright: ignore[reportPrivateUsage]
-from pipeline.cache.manifest import read_sums
-from pipeline.cache.means import ClassSums
-from pipeline.errors import StorageInputError
+from pipeline.cache.build.class_means import ClassSums
+from pipeline.cache.build.manifest import read_sums
+from pipeline.cache.build.part import _builder as builder_of  # pyright: ignore[reportPrivateUsage]
+from pipeline.core.errors import StorageInputError
 from schemas.manifest import FileRef
 from tests.jobs.conftest import Tree, config_of, files_below
 

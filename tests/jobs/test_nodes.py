@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import ray
 
-from jobs.fan_out import LostTaskError, fan_out
 from jobs.index_shards import index_shards
-from pipeline.errors import ResourceError
+from jobs.ray.fan_out import LostTaskError, fan_out
+from pipeline.core.errors import ResourceError
 from schemas.config import RayConfig
 from tests.jobs.clusters import Nodes, driver, many_nodes
 from tests.jobs.conftest import Tree, config_of

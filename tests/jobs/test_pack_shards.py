@@ -12,7 +12,7 @@ from jobs.build_cache import build_cache
 from jobs.index_shards import index_shards
 from jobs.pack_shards import describe, pack
 from jobs.plan_cache import report
-from pipeline.errors import ShardError
+from pipeline.core.errors import ShardError
 from pipeline.shards.pack import PackSettings
 from tests.jobs.conftest import Tree, config_of
 from tests.pipeline.caches import digit_samples

@@ -11,9 +11,9 @@ import pytest
 import jobs
 from jobs.demo import run_demo
 from jobs.paths import with_absolute_paths
-from jobs.recipe_file import load_recipe
-from pipeline.config import build_config
-from pipeline.errors import ConfigError, StorageInputError
+from jobs.recipes.document import load_recipe
+from pipeline.core.config_loading import build_config
+from pipeline.core.errors import ConfigError, StorageInputError
 from schemas.config import Config
 
 

@@ -9,7 +9,7 @@ import torch
 
 from jobs.build_cache import build_cache
 from jobs.plan_cache import describe, report
-from pipeline.errors import StorageInputError
+from pipeline.core.errors import StorageInputError
 from pipeline.models.cifar import resnet
 from tests.jobs.conftest import Tree, config_of, files_below
 

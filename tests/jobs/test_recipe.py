@@ -10,7 +10,7 @@ import pytest
 
 import jobs
 from jobs.recipe import load_recipe, run_recipe, write_results
-from pipeline.errors import ConfigError
+from pipeline.core.errors import ConfigError
 from pipeline.shards.tar import read_samples
 from schemas.config import DataConfig
 from tests.jobs.conftest import NETWORK

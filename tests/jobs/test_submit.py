@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from ray.job_submission import JobDetails, JobStatus
 
+from jobs.submission.follow import exit_code
+from jobs.submission.package import MAX_BYTES, find_files, write_package
 from jobs.submit import Submission, check_job, local_paths, submit
-from jobs.submit_follow import exit_code
-from jobs.submit_package import MAX_BYTES, find_files, write_package
-from pipeline.config import load_config
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
+from pipeline.storage.config_files import load_config
 from tests.jobs.clusters import free_port
 from tests.jobs.conftest import Document
 

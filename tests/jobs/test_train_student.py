@@ -10,7 +10,7 @@ import pytest
 from jobs.build_cache import build_cache
 from jobs.distill import distill
 from jobs.train_student import train_student
-from pipeline.errors import CacheError, ResourceError
+from pipeline.core.errors import CacheError, ResourceError
 from tests.jobs.conftest import Tree, config_of, files_below
 
 pytestmark = pytest.mark.ray

@@ -14,11 +14,11 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from pipeline import storage
-from pipeline.cache.build import PartTask, build_part, prepare
-from pipeline.cache.commit import missing_blocks, read_commits
-from pipeline.cache.manifest import publish_manifest
+from pipeline.cache.build.commit import missing_blocks, read_commits
+from pipeline.cache.build.manifest import publish_manifest
+from pipeline.cache.build.part import PartTask, build_part, prepare
 from pipeline.shards.names import shard_ids
-from pipeline.shards.write import Members
+from pipeline.shards.writer import Members
 from schemas.config import CacheConfig, Config
 from schemas.manifest import Manifest, ViewBlock
 

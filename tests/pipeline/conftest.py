@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.shards.write import pack_shards
+from pipeline.shards.writer import pack_shards
 from schemas.config import Config
 from tests.pipeline.caches import TinyCache, build, copy_of, digit_samples
 

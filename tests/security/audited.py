@@ -17,8 +17,8 @@ from typing import Any
 from jobs import distill
 from jobs.evaluate import evaluate
 from jobs.verify_cache import verify
-from pipeline.config import load_config
-from pipeline.student.export import export_run
+from pipeline.storage.config_files import load_config
+from pipeline.student.export.exporters import export_run
 
 _CODE = {"pickle.find_class", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn"}
 _FILES = {"os.mkdir", "os.rename", "os.symlink", "os.link", "os.remove", "os.chmod", "shutil.unpack_archive"}

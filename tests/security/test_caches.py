@@ -13,14 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import storage
-from pipeline.cache import layout
-from pipeline.cache.commit import read_commits, withdraw
-from pipeline.cache.gc import collect_garbage
-from pipeline.cache.reader import open_cache
+from pipeline.cache.build.commit import read_commits, withdraw
+from pipeline.cache.format import layout
+from pipeline.cache.ops.gc import collect_garbage
+from pipeline.cache.read.reader import open_cache
 from pipeline.cache.verify import verify_cache
-from pipeline.errors import CacheError, InputError
-from pipeline.fingerprint import digest, seal
-from pipeline.student.loop import train
+from pipeline.core.errors import CacheError, InputError
+from pipeline.core.hashing import digest, seal
+from pipeline.student.training.trainer import train
 from schemas.config import TeacherConfig
 from tests.pipeline.caches import TinyCache
 from tests.pipeline.student.runs import run_config

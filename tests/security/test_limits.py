@@ -12,17 +12,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.pack_shards import pack
-from pipeline.cache import layout
-from pipeline.cache.commit import read_commits
-from pipeline.cache.identity import read_header
-from pipeline.cache.inspect import inspect_cache
-from pipeline.cache.reader import open_cache
+from pipeline.cache.build.commit import read_commits
+from pipeline.cache.format import layout
+from pipeline.cache.format.header import read_header
+from pipeline.cache.ops.inspect import inspect_cache
+from pipeline.cache.read.reader import open_cache
 from pipeline.cache.verify import verify_cache
-from pipeline.errors import CacheError, InputError
-from pipeline.fingerprint import digest
+from pipeline.core.errors import CacheError, InputError
+from pipeline.core.hashing import digest
 from pipeline.shards.index import decode_index
 from pipeline.shards.pack import PackSettings
-from pipeline.student import checkpoint
+from pipeline.student.run import checkpoint
 from schemas.cache import INDEX_SCHEMA
 from tests.pipeline.caches import TinyCache
 from tests.security.test_caches import change_record

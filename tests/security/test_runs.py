@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from jobs.evaluate import evaluate
-from pipeline.errors import InputError
-from pipeline.fingerprint import seal
-from pipeline.student import checkpoint
-from pipeline.student.export import export_run
-from pipeline.student.loop import train
+from pipeline.core.errors import InputError
+from pipeline.core.hashing import seal
+from pipeline.student.export.exporters import export_run
+from pipeline.student.run import checkpoint
+from pipeline.student.training.trainer import train
 from tests.pipeline.caches import TinyCache
 from tests.pipeline.student.runs import run_config
 

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.shards.index import ShardIndex
-from pipeline.views.params import (
+from pipeline.augment.params import (
     EVAL_VIEW,
     eval_params,
     is_canary,
@@ -18,7 +17,8 @@ from pipeline.views.params import (
     unmix,
     view_params,
 )
-from pipeline.views.philox import Words
+from pipeline.augment.random_bits import Words
+from pipeline.shards.index import ShardIndex
 from schemas.config import ViewsConfig
 
 Columns = dict[str, NDArray[Any]]

@@ -12,15 +12,16 @@ import torch
 import xxhash
 
 from pipeline import storage
+from pipeline.augment.params import EVAL_VIEW
+from pipeline.augment.pixels import pixel_digest, pixel_mean
 from pipeline.cache.verify.part import Canary
 from pipeline.cache.verify.report import Findings, Problem
-from pipeline.errors import ShardError
+from pipeline.core.errors import ShardError
+from pipeline.core.redaction import redact
 from pipeline.shards.index import NO_LABEL, ShardIndex
 from pipeline.shards.tar import Sample
-from pipeline.teacher.groups import GroupViews, Rendering, read_groups
-from pipeline.teacher.runtime import numeric_env
-from pipeline.views.params import EVAL_VIEW
-from pipeline.views.pixels import pixel_digest, pixel_mean
+from pipeline.teacher.numerics import numeric_env
+from pipeline.teacher.rendering import GroupViews, Rendering, read_groups
 from schemas.config import ViewsConfig
 from schemas.manifest import Commit, Header, ViewBlock
 
@@ -77,7 +78,7 @@ def check_canaries(
     """Makes the pixels of every canary of a part anew; of its first row, all views from one decoding."""
     compare = partial(_compare, images, commit, findings, allowed_levels)
     first = [canary for canary in canaries if canary.ordinal == 0]
-    with findings.told(storage.redact(images.url), shard=commit.shard_id):
+    with findings.told(redact(images.url), shard=commit.shard_id):
         if len(first) == len(commit.views):
             group = next(images.groups([0], commit.block))
             for position, canary in enumerate(first):

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.cache import layout
-from pipeline.cache.codec import decode, encode
-from pipeline.cache.identity import MAX_DRIFT, check_same
-from pipeline.cache.reader import open_cache
+from pipeline.cache.build.header_claim import MAX_DRIFT, check_same
+from pipeline.cache.format import layout
+from pipeline.cache.format.codec import decode, encode
+from pipeline.cache.read.reader import open_cache
 from pipeline.cache.verify.report import Findings, Problem, Recomputed
 from pipeline.cache.verify.sample import LiveTeacher, Pool, Sample, arrange
-from pipeline.teacher.infer import Answers, Teacher
+from pipeline.teacher.inference import Answers, Teacher
 from schemas.manifest import Output
 
 _BATCHES_AT_ONCE = 4

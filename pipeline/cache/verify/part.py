@@ -13,17 +13,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.cache.codec import decode, depends_on_temperature, row_bytes
-from pipeline.cache.commit import file_digest
-from pipeline.cache.means import ClassSums, merge, sum_rows
+from pipeline.cache.build.class_means import ClassSums, merge, sum_rows
+from pipeline.cache.build.commit import file_digest
+from pipeline.cache.build.part_writer import view_ranges
+from pipeline.cache.format.codec import decode, depends_on_temperature, row_bytes
 from pipeline.cache.verify.draws import Columns, ShardDraws
 from pipeline.cache.verify.hits import HitCounts
 from pipeline.cache.verify.records import holds_means
 from pipeline.cache.verify.report import Findings, Problem
-from pipeline.cache.writer import view_ranges
-from pipeline.errors import CacheError
+from pipeline.core.bounded_parquet import read_bounded
+from pipeline.core.errors import CacheError
 from pipeline.shards.index import ShardIndex
-from pipeline.tables import read_bounded
 from schemas.cache import drawn_columns, part_schema
 from schemas.manifest import Commit, FileRef, Header, Output
 

@@ -10,17 +10,18 @@ from pathlib import PurePosixPath
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.cache import layout
-from pipeline.cache.commit import Standing, read_ahead
-from pipeline.cache.files import REBUILD, parse_record, read_file, read_parquet
-from pipeline.cache.identity import drawable_plan, parse_header
-from pipeline.cache.imported import imported_sha256
-from pipeline.cache.manifest import fold_commits, locate, parse_manifest
+from pipeline.augment.params import EVAL_VIEW
+from pipeline.cache.build.commit import Standing, read_ahead
+from pipeline.cache.build.imported_means import imported_sha256
+from pipeline.cache.build.manifest import fold_commits, locate, parse_manifest
+from pipeline.cache.format import layout
+from pipeline.cache.format.files import REBUILD, parse_record, read_file, read_parquet
+from pipeline.cache.format.header import drawable_plan, parse_header
 from pipeline.cache.verify.report import Findings, Problem
-from pipeline.errors import CacheError, ShardError
-from pipeline.fingerprint import digest, short
+from pipeline.core.errors import CacheError, ShardError
+from pipeline.core.hashing import digest, short
+from pipeline.core.redaction import redact
 from pipeline.shards.names import shard_id
-from pipeline.views.params import EVAL_VIEW
 from schemas.config import ViewsConfig
 from schemas.manifest import Commit, FileRef, Header, Manifest
 
@@ -188,7 +189,7 @@ def _read_commits(
             own.checked["records"] += 1
             url = storage.join(cache_url, path)
             data = storage.read(url, max_bytes=storage.MAX_RECORD_BYTES)
-            commit = parse_record(Commit, data, where=storage.redact(url))
+            commit = parse_record(Commit, data, where=redact(url))
             _check_commit(path, commit, header, own)
             return (commit if not own.num_problems else None), data, own
         return None, data, own

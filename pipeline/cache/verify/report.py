@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from pipeline.errors import StillroomError
+from pipeline.core.errors import StillroomError
 
 _KEPT_PROBLEMS = 200
 _KEPT_NAMES = 20

@@ -8,17 +8,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 from pipeline import storage
-from pipeline.cache import layout
-from pipeline.cache.commit import file_digest
-from pipeline.cache.files import read_file, read_parquet
-from pipeline.cache.identity import no_cache
-from pipeline.cache.imported import encode_kept, imported_sha256
-from pipeline.cache.means import ClassSums, encode_means, merge
+from pipeline.cache.build.class_means import ClassSums, encode_means, merge
+from pipeline.cache.build.commit import file_digest
+from pipeline.cache.build.imported_means import encode_kept, imported_sha256
+from pipeline.cache.format import layout
+from pipeline.cache.format.files import read_file, read_parquet
+from pipeline.cache.format.header import no_cache
 from pipeline.cache.verify.records import KeptCommit, Records, check_bytes, read_records
 from pipeline.cache.verify.report import Findings, VerifyReport
 from pipeline.cache.verify.shard import ShardTask, check_shard
-from pipeline.errors import CacheError
-from pipeline.scratch import temporary_folder
+from pipeline.core.errors import CacheError
+from pipeline.core.redaction import redact
+from pipeline.core.temporary import temporary_folder
 from schemas.manifest import Header, Manifest
 
 Progress = Callable[[int, int], None]
@@ -66,7 +67,7 @@ def verify_cache(
     elif records.manifest is not None:
         _check_class_means(cache_url, records.manifest, sums if whole else None, findings)
     return VerifyReport.of(
-        storage.redact(cache_url),
+        redact(cache_url),
         fingerprint=None if records.header is None else records.header.fingerprint,
         findings=findings,
         unnamed=records.unnamed(entries),

@@ -12,22 +12,22 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.cache import layout
-from pipeline.cache.build import teacher_of
-from pipeline.cache.commit import read_commit
-from pipeline.cache.identity import drawable_plan
-from pipeline.cache.manifest import read_table
-from pipeline.cache.reader import ShardEntry, TeacherCache, ViewColumns
+from pipeline.augment.options import cut_boxes
+from pipeline.augment.params import EVAL_VIEW
+from pipeline.augment.random_bits import key_of, philox4x64, uniform
+from pipeline.cache.build.commit import read_commit
+from pipeline.cache.build.manifest import read_table
+from pipeline.cache.build.part import teacher_of
+from pipeline.cache.format import layout
+from pipeline.cache.format.header import drawable_plan
+from pipeline.cache.read.reader import ShardEntry, TeacherCache, ViewColumns
 from pipeline.cache.verify.images import ShardImages, block_of
 from pipeline.cache.verify.report import Findings
-from pipeline.errors import CacheError
+from pipeline.core.errors import CacheError
 from pipeline.shards.index import ShardIndex
 from pipeline.shards.moved import report_moved
-from pipeline.teacher.infer import Teacher
-from pipeline.teacher.runtime import numeric_env
-from pipeline.views.options import cut_boxes
-from pipeline.views.params import EVAL_VIEW
-from pipeline.views.philox import key_of, philox4x64, uniform
+from pipeline.teacher.inference import Teacher
+from pipeline.teacher.numerics import numeric_env
 from schemas.config import Config
 from schemas.manifest import Header
 

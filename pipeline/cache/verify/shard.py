@@ -10,16 +10,17 @@ from pathlib import Path
 import numpy as np
 
 from pipeline import storage
-from pipeline.cache.files import gone, read_file
-from pipeline.cache.means import ClassSums, decode_sums, merge
+from pipeline.cache.build.class_means import ClassSums, decode_sums, merge
+from pipeline.cache.format.files import gone, read_file
 from pipeline.cache.verify.draws import ShardDraws
 from pipeline.cache.verify.images import ShardImages, check_canaries
 from pipeline.cache.verify.part import Canary, PartCheck, PartContent, check_file
 from pipeline.cache.verify.records import KeptCommit, Records, check_bytes
 from pipeline.cache.verify.report import Findings
-from pipeline.errors import CacheError, StillroomError, StorageInputError
-from pipeline.fingerprint import digest
-from pipeline.scratch import temporary_folder
+from pipeline.core.errors import CacheError, StillroomError, StorageInputError
+from pipeline.core.hashing import digest
+from pipeline.core.redaction import redact
+from pipeline.core.temporary import temporary_folder
 from pipeline.shards.index import NO_LABEL, STATUSES, ShardIndex, decode_index
 from schemas.manifest import Commit, FileRef
 
@@ -174,7 +175,7 @@ class _ShardCheck:
         except StillroomError as error:
             self._findings.not_checked[f"canaries of a shard: {error.what}"] += 1
             return None
-        where = storage.redact(url)
+        where = redact(url)
         what = "this shard is not as long as when its parts were built"
         named = records.relabelled.get(self._shard_id)
         wanted = commit.shard_size_bytes if named is None else named.size_bytes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.errors import ModelError
+from pipeline.core.errors import ModelError
 
 # Sums over rows and classes of differences this large stay below fp32's 3.4e38.
 _LARGEST_LOGIT = 1e30

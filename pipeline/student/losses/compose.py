@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.errors import ConfigError, TrainingError
+from pipeline.core.errors import ConfigError, TrainingError
+from pipeline.student.data.teacher_outputs import TeacherWords
 from pipeline.student.losses.arithmetic import is_labelled
 from pipeline.student.losses.ce import ce
 from pipeline.student.losses.dist import SumOverRanks, dist
@@ -20,7 +21,6 @@ from pipeline.student.losses.hard import hard
 from pipeline.student.losses.hcl import hcl
 from pipeline.student.losses.kd import kd
 from pipeline.student.losses.nd import ClassDirections, nd
-from pipeline.student.words import TeacherWords
 from schemas.config import LossConfig, LossSection
 
 # A loss says what it needs by its parameters: those named like an attribute of LossInputs are filled from the batch,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.errors import ModelError
+from pipeline.core.errors import ModelError
 from pipeline.student.losses.arithmetic import SMALLEST_NORM, finite_embedding, no_autocast
 
 # Where half precision still holds the gradient of a squared difference, with two entries to share it.

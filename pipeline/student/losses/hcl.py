@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool1d, adaptive_avg_pool2d
 
-from pipeline.errors import ModelError
+from pipeline.core.errors import ModelError
 from pipeline.student.losses.arithmetic import no_autocast
 
 _POOLED_SIDES = (4, 2, 1)

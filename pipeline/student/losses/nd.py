@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.errors import CacheError
+from pipeline.core.errors import CacheError
 from pipeline.student.losses.arithmetic import SMALLEST_NORM, is_labelled, labelled_mean, no_autocast
 
 _NUM_CLASSES_NAMED = 5

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.cache.commit import read_commits
-from pipeline.cache.manifest import publish_manifest
-from pipeline.cache.reader import open_cache
-from pipeline.errors import CacheError
+from pipeline.cache.build.commit import read_commits
+from pipeline.cache.build.manifest import publish_manifest
+from pipeline.cache.read.reader import open_cache
+from pipeline.core.errors import CacheError
 from tests.pipeline.caches import TinyCache, build, files, shard_urls
 
 

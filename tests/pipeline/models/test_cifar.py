@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm, conv2d
 
-from pipeline.errors import ModelError
+from pipeline.core.errors import ModelError
 from pipeline.models import load_model
 from pipeline.models.cifar import resnet, wide_resnet
 from schemas.config import ModelConfig

@@ -12,7 +12,7 @@ from torch.nn.functional import avg_pool2d, batch_norm, conv2d
 from torchvision.models import MobileNetV2, ResNet, ShuffleNetV2
 from torchvision.models.resnet import Bottleneck
 
-from pipeline.errors import ModelError
+from pipeline.core.errors import ModelError
 from pipeline.models import load_model
 from pipeline.models.cifar_bottleneck import bottleneck_resnet
 from pipeline.models.cifar_mobilenet import mobilenet_v2

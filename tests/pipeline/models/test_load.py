@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pipeline.errors import ConfigError, ModelError, StillroomError
-from pipeline.fingerprint import canonical_json, weights_digest
+from pipeline.core.errors import ConfigError, ModelError, StillroomError
+from pipeline.core.hashing import canonical_json, weights_digest
 from pipeline.models import LoadedModel, load_model
 from schemas.config import ModelConfig
 from tests.pipeline.models import factories

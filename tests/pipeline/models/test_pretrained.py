@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torchvision import models
 
-from pipeline.errors import ModelError
+from pipeline.core.errors import ModelError
 from pipeline.models import LoadedModel, load_model
 from schemas.config import ModelConfig
 

@@ -10,12 +10,12 @@ import torch
 
 from jobs.build_cache import build_cache
 from jobs.plan_cache import report
-from pipeline.cache.build import prepare
-from pipeline.errors import ConfigError, ModelError
+from pipeline.cache.build.part import prepare
+from pipeline.core.errors import ConfigError, ModelError
 from pipeline.models import load_model, random_weights_warnings
 from pipeline.models.cifar import resnet
-from pipeline.student.loop import train
-from pipeline.student.preflight import check_config, check_distillation, check_training, training_of
+from pipeline.student.training.config_checks import check_config, check_distillation, check_training, training_of
+from pipeline.student.training.trainer import train
 from schemas.config import Config, StudentConfig, TeacherConfig
 from tests.pipeline.caches import TinyCache
 from tests.pipeline.conftest import TinyConfig

@@ -10,11 +10,11 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import ModelError
+from pipeline.core.errors import ModelError
 from pipeline.models import LoadedModel, load_model
 from pipeline.models.load import resolve
 from pipeline.models.probe import answers
-from pipeline.models.source import Built
+from pipeline.models.sources.base import Built
 from schemas.config import ModelConfig
 from tests.pipeline.models.factories import Plain
 

@@ -18,8 +18,8 @@ from torchvision import models
 
 from pipeline.models import LoadedModel, WeightsFile, load_model, load_untrained
 from pipeline.models.load import resolve
-from pipeline.models.outline import check_weights, outline_model
-from pipeline.models.torchvision_source import input_transform
+from pipeline.models.sources.torchvision import input_transform
+from pipeline.models.summary import check_weights, outline_model
 from schemas.config import ModelConfig
 from tests.marks import slow
 

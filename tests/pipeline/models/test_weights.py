@@ -27,8 +27,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pipeline.errors import ModelError, StorageInputError
-from pipeline.fingerprint import weights_digest
+from pipeline.core.errors import ModelError, StorageInputError
+from pipeline.core.hashing import weights_digest
 from pipeline.models import LoadedModel, load_model, load_state, read_state
 from schemas.config import ModelConfig
 from tests.pipeline.models.factories import Plain

@@ -17,7 +17,7 @@ import pytest
 import xxhash
 from PIL import Image
 
-from pipeline.errors import CacheError, ShardError
+from pipeline.core.errors import CacheError, ShardError
 from pipeline.shards import index as index_module
 from pipeline.shards.index import (
     NO_LABEL,

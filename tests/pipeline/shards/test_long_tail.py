@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.errors import ShardError
+from pipeline.core.errors import ShardError
 from pipeline.shards.long_tail import draw_long_tail, write_long_tail
 from pipeline.shards.tar import Sample, read_samples
-from pipeline.shards.write import pack_shards
+from pipeline.shards.writer import pack_shards
 from schemas.config import DataConfig
 from schemas.recipe import LongTailConfig
 from tests.pipeline.caches import digit_samples

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.errors import ShardError
+from pipeline.core.errors import ShardError
 from pipeline.shards.names import shard_id, shard_ids
 
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from jobs.cli import app
 from pipeline import storage
-from pipeline.errors import ShardError, StorageInputError
+from pipeline.core.errors import ShardError, StorageInputError
 from pipeline.shards.pack import BadImages, PackSettings, plan_packing, split_folders, write_packing
 from tests.pipeline.shards.tars import image_bytes, webdataset_samples
 

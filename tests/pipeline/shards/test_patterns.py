@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import storage
-from pipeline.errors import ShardError
+from pipeline.core.errors import ShardError
 from pipeline.shards.patterns import brace_patterns, shard_urls
 
 NAMES = st.builds(

@@ -18,8 +18,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import ShardError
-from pipeline.shards.peek import peek
+from pipeline.core.errors import ShardError
+from pipeline.shards.shard_head import peek
 from pipeline.shards.tar import Sample, ShardReader, TarNotes, read_samples, unread_links
 from tests.pipeline.shards.tars import (
     BLOCK,

@@ -13,16 +13,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.cache import layout
-from pipeline.cache.commit import publish_file, read_commits
-from pipeline.cache.manifest import publish_manifest
-from pipeline.cache.reader import open_cache
-from pipeline.cache.writer import PartWriter, view_ranges
-from pipeline.fingerprint import seal
+from pipeline.cache.build.commit import publish_file, read_commits
+from pipeline.cache.build.manifest import publish_manifest
+from pipeline.cache.build.part_writer import PartWriter, view_ranges
+from pipeline.cache.format import layout
+from pipeline.cache.read.reader import open_cache
+from pipeline.core.hashing import seal
 from pipeline.shards.publish import publish_shard_index
-from pipeline.student.dataset import InputSize, StepDataset
-from pipeline.student.order import TrainingOrder
-from pipeline.student.sources import CachedSource, IndexedSource, RowSource, open_cached, open_indexed
+from pipeline.student.data.dataset import InputSize, StepDataset
+from pipeline.student.data.order import TrainingOrder
+from pipeline.student.data.sources import CachedSource, IndexedSource, RowSource, open_cached, open_indexed
 from schemas.config import Config, DataConfig, ViewsConfig
 from tests.pipeline.caches import TinyCache, shard_urls
 

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
 
-from pipeline.cache.reader import open_cache
-from pipeline.errors import CacheError, ConfigError, OrderError
+from pipeline.cache.read.reader import open_cache
+from pipeline.core.errors import CacheError, ConfigError, OrderError
 from pipeline.student import CachedBatch, CachedDataset
-from pipeline.student.loop import Trainer
+from pipeline.student.distributed import World
 from pipeline.student.losses import BatchShare, LossInputs, ce
-from pipeline.student.world import World
+from pipeline.student.training.trainer import Trainer
 from tests.marks import slow
 from tests.pipeline.caches import TinyCache, build, cache_section, shard_urls
 from tests.pipeline.conftest import TinyConfig

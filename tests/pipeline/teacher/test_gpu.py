@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.cache.build import PartTask, build_part, prepare
-from pipeline.errors import ResourceError
-from pipeline.teacher.groups import GroupViews
-from pipeline.teacher.infer import Teacher, ask_groups, load_teacher
-from pipeline.teacher.runtime import pick_device, pin_numerics
+from pipeline.cache.build.part import PartTask, build_part, prepare
+from pipeline.core.errors import ResourceError
+from pipeline.teacher.inference import Teacher, ask_groups, load_teacher
+from pipeline.teacher.numerics import pick_device, pin_numerics
+from pipeline.teacher.rendering import GroupViews
 from schemas.config import TeacherConfig
 from schemas.manifest import Commit, ViewBlock
 from tests.pipeline.conftest import TinyConfig

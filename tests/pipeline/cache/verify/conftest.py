@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.shards.write import pack_shards
+from pipeline.shards.writer import pack_shards
 from tests.pipeline.caches import TinyCache, build, copy_of, digit_samples
 from tests.pipeline.conftest import tiny_config_of
 

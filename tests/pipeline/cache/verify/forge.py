@@ -11,11 +11,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.cache import layout
-from pipeline.cache.commit import publish_file, read_commits
-from pipeline.cache.manifest import publish_manifest
-from pipeline.cache.writer import PartWriter, view_ranges
-from pipeline.fingerprint import seal
+from pipeline.cache.build.commit import publish_file, read_commits
+from pipeline.cache.build.manifest import publish_manifest
+from pipeline.cache.build.part_writer import PartWriter, view_ranges
+from pipeline.cache.format import layout
+from pipeline.core.hashing import seal
 from schemas.manifest import Commit
 from tests.pipeline.caches import TinyCache, shard_urls
 

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.cache.verify import VerifyReport, verify_cache
-from pipeline.errors import CacheError
+from pipeline.core.errors import CacheError
 from tests.pipeline.caches import TinyCache, files
 
 KINDS = [

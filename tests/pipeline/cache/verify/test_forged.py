@@ -15,14 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import storage
-from pipeline.cache import layout
-from pipeline.cache.codec import encode
-from pipeline.cache.commit import publish_file, read_commits
-from pipeline.cache.gc import collect_garbage
-from pipeline.cache.identity import read_header
-from pipeline.cache.manifest import publish_manifest
+from pipeline.cache.build.commit import publish_file, read_commits
+from pipeline.cache.build.manifest import publish_manifest
+from pipeline.cache.format import layout
+from pipeline.cache.format.codec import encode
+from pipeline.cache.format.header import read_header
+from pipeline.cache.ops.gc import collect_garbage
 from pipeline.cache.verify import Problem, VerifyReport, verify_cache
-from pipeline.fingerprint import digest, seal
+from pipeline.core.hashing import digest, seal
 from schemas.manifest import FileRef, Header
 from tests.pipeline.cache.verify.forge import commit_of, replace_commit, republish, rewrite_part, set_cell
 from tests.pipeline.caches import TinyCache, build, copy_of, files, shard_urls

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.cache.codec import decode, encode, outputs_of
-from pipeline.cache.commit import read_commits
-from pipeline.cache.identity import read_header
+from pipeline.cache.build.commit import read_commits
+from pipeline.cache.format.codec import decode, encode, outputs_of
+from pipeline.cache.format.header import read_header
 from pipeline.cache.verify import LiveTeacher, load_live, recompute, verify_cache
 from pipeline.cache.verify.live import distance
 from pipeline.cache.verify.report import Findings, Recomputed

@@ -1,0 +1,247 @@
+"""The parts of a build: counted by node, shown, measured, and summed up at the end."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.table import Table
+
+from jobs.observability import ray_metrics
+from jobs.observability.log import counted, tell
+from jobs.observability.task_observer import Spent, Tally
+from pipeline import storage
+from pipeline.cache.build.part import PartTask
+from pipeline.core.errors import StillroomError
+from pipeline.core.redaction import redact
+from pipeline.shards.names import shard_id
+from pipeline.shards.omissions import Omissions
+from schemas.config import Config
+from schemas.manifest import Commit
+
+# As many as a terminal shows and a log bears.
+_NUM_NODES = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A part, how long the teacher was at work on it, and what reading its shard left out."""
+
+    commit: Commit
+    busy_s: float
+    omissions: Omissions = field(default_factory=Omissions)
+
+    @property
+    def num_images(self) -> int:
+        return self.commit.written * len(self.commit.views)
+
+
+@dataclass(slots=True)
+class NodeSums:
+    """Of the parts that one node built. ``began_s`` and ``ended_s`` by the driver's clock."""
+
+    began_s: float
+    ended_s: float = 0.0
+    parts: int = 0
+    images: int = 0
+    size_bytes: int = 0
+    seconds: float = 0.0
+    busy_s: float = 0.0
+
+    def add(self, built: Built, seconds: float, *, now_s: float) -> None:
+        # Parts of one node overlap: the one that ends first need not have begun first.
+        self.began_s, self.ended_s = min(self.began_s, now_s - seconds), now_s
+        self.parts += 1
+        self.images += built.num_images
+        self.size_bytes += built.commit.part.size_bytes
+        self.seconds += seconds
+        self.busy_s += built.busy_s
+
+    @property
+    def present_s(self) -> float:
+        """From the beginning of the node's first part to the end of its last."""
+        return max(self.ended_s - self.began_s, 0.0)
+
+    @property
+    def images_per_s(self) -> float:
+        return self.images / max(self.present_s, 1e-9)
+
+    @property
+    def busy_share(self) -> float:
+        return self.busy_s / max(self.seconds, 1e-9)
+
+
+@dataclass
+class _Shards:
+    """Shards by what has become of them."""
+
+    open_parts: Counter[str]
+    done: int
+    retried: set[str] = field(default_factory=set)
+    failed: set[str] = field(default_factory=set)
+
+
+def name_of(task: PartTask) -> str:
+    """A part, for people."""
+    return f"{redact(task.shard_url)}, {task.block.name}"
+
+
+class BuildTally(Tally):
+    """The parts of one build.
+
+    Args:
+        tasks: parts that are still to be built.
+        num_shards: of the whole cache.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        tasks: Iterable[PartTask],
+        *,
+        num_shards: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__("cache", name_of)
+        assert config.cache is not None
+        self.cache = storage.last_name(config.cache.url)
+        self.nodes: dict[str, NodeSums] = {}
+        self.num_failed, self._lost_s = 0, 0.0
+        self._ray, self._clock, self.total = config.ray, clock, NodeSums(clock())
+        open_parts = Counter(shard_id(task.shard_url) for task in tasks)
+        self._shards, self._num_shards = _Shards(open_parts, num_shards - len(open_parts)), num_shards
+
+    def begin(self) -> None:
+        """Inside ``cluster``: what is there before the first part."""
+        ray_metrics.SHARDS.set(self._num_shards, cache=self.cache)
+        self._set_shards()
+
+    def fields(self, item: PartTask) -> dict[str, object]:
+        return {"cache": self.cache, "shard": shard_id(item.shard_url), "part": item.block.name}
+
+    def done(self, item: PartTask, result: Built, spent: Spent, *, attempt: int) -> None:
+        super().done(item, result, spent, attempt=attempt)
+        self._add(spent, result)
+        shard = shard_id(item.shard_url)
+        self._shards.open_parts[shard] -= 1
+        if not self._shards.open_parts[shard]:
+            del self._shards.open_parts[shard]
+            self._shards.done += 1
+        self._set_shards()
+
+    def retried(
+        self, item: PartTask, error: StillroomError, spent: Spent, *, attempt: int, kind: str, pause_s: float
+    ) -> None:
+        super().retried(item, error, spent, attempt=attempt, kind=kind, pause_s=pause_s)
+        self._lost_s += spent.seconds
+        self._shards.retried.add(shard_id(item.shard_url))
+        ray_metrics.PARTS_RETRIED.add(1, cache=self.cache, kind=kind)
+        self._set_shards()
+
+    def failed(self, item: PartTask, error: StillroomError, spent: Spent, *, attempt: int) -> None:
+        super().failed(item, error, spent, attempt=attempt)
+        self._lost_s += spent.seconds
+        self.num_failed += 1
+        self._shards.failed.add(shard_id(item.shard_url))
+        ray_metrics.PARTS_FAILED.add(1, cache=self.cache)
+        self._set_shards()
+
+    def _add(self, spent: Spent, built: Built) -> None:
+        assert spent.node is not None
+        now_s = self._clock()
+        node = self.nodes.setdefault(spent.node, NodeSums(now_s))
+        for sums in (node, self.total):
+            sums.add(built, spent.seconds, now_s=now_s)
+        where = {"cache": self.cache, "node": spent.node}
+        ray_metrics.PARTS_DONE.add(1, **where)
+        ray_metrics.IMAGES.add(built.num_images, **where)
+        ray_metrics.BYTES.add(built.commit.part.size_bytes, **where)
+        ray_metrics.TASK_SECONDS.add(spent.seconds, **where)
+        ray_metrics.TEACHER_SECONDS.add(built.busy_s, **where)
+
+    def _set_shards(self) -> None:
+        ray_metrics.SHARDS_DONE.set(self._shards.done, cache=self.cache)
+        ray_metrics.SHARDS_RETRIED.set(len(self._shards.retried), cache=self.cache)
+        ray_metrics.SHARDS_FAILED.set(len(self._shards.failed), cache=self.cache)
+
+    def note(self) -> str:
+        """How it goes, in a few words."""
+        troubles = [f"{self.retries.total()} retried"] if self.retries else []
+        troubles += [f"{self.num_failed} failed"] if self.num_failed else []
+        rate = f"{self.total.images_per_s:.0f} images/s"
+        return ", ".join([rate, f"teacher {self.total.busy_share:.0%} busy", *troubles])
+
+    def panel(self) -> Table:
+        """The nodes, for a terminal."""
+        table = Table(box=None, pad_edge=False)
+        table.add_column("node")
+        for name in ("parts", "images", "images/s", "teacher busy", "MB"):
+            table.add_column(name, justify="right")
+        for name, node in self._most_recent():
+            table.add_row(
+                name,
+                str(node.parts),
+                str(node.images),
+                f"{node.images_per_s:.0f}",
+                f"{node.busy_share:.0%}",
+                f"{node.size_bytes / 1e6:.1f}",
+            )
+        return table
+
+    def _most_recent(self) -> list[tuple[str, NodeSums]]:
+        found = sorted(self.nodes.items(), key=lambda item: item[1].ended_s, reverse=True)[:_NUM_NODES]
+        return sorted(found)
+
+    def sum_up(self) -> None:
+        """The end of a build, also of one that failed: what each node did, and the hours that cost."""
+        if not self.nodes and not self._lost_s:
+            return
+        # What was lost was reserved all the same.
+        lost, hours = self._lost_s / 3600, (self.total.seconds + self._lost_s) / 3600
+        cost = {
+            "node_hours": sum(node.present_s for node in self.nodes.values()) / 3600,
+            "cpu_hours": hours * self._ray.cpus_per_task,
+            "gpu_hours": hours * self._ray.gpus_per_task,
+            "lost_task_hours": lost,
+        }
+        for name, node in sorted(self.nodes.items()):
+            text = (
+                f"cache: {name}: {counted(node.parts, 'part')}, {node.images} images, "
+                f"{node.images_per_s:.0f} images/s, teacher {node.busy_share:.0%} busy, {node.present_s / 3600:.3g} h"
+            )
+            # In plain lines a big cluster's nodes would hide the end of the log.
+            level = logging.INFO if len(self.nodes) <= _NUM_NODES else logging.DEBUG
+            tell(text, event="node", level=level, cache=self.cache, node=name, **_facts(node))
+        text = (
+            f"cache: {counted(len(self.nodes), 'node')}, {self.note()}; "
+            f"{cost['node_hours']:.3g} node-hours with parts in work, for which parts reserved "
+            f"{cost['cpu_hours']:.3g} CPU-hours and {cost['gpu_hours']:.3g} GPU-hours"
+        )
+        if lost:
+            text += f", {lost / hours:.1%} of them in attempts that failed"
+        told: dict[str, Any] = {
+            **_facts(self.total),
+            "retried": self.retries.total(),
+            "failed": self.num_failed,
+            **_rounded(cost),
+        }
+        tell(text, event="summary", cache=self.cache, nodes=len(self.nodes), **told)
+
+
+def _facts(node: NodeSums) -> dict[str, object]:
+    counts = {"parts": node.parts, "images": node.images, "size_bytes": node.size_bytes}
+    measured = {
+        "images_per_s": node.images_per_s,
+        "teacher_busy": node.busy_share,
+        "hours": node.present_s / 3600,
+        "task_hours": node.seconds / 3600,
+    }
+    return {**counts, **_rounded(measured)}
+
+
+def _rounded(values: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 6) for name, value in values.items()}

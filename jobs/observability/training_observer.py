@@ -1,0 +1,205 @@
+"""What a training reports: shown, told, measured, and summed up at the end."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from rich.filesize import decimal
+from rich.table import Table
+
+from jobs.observability import ray_metrics
+from jobs.observability.log import counted, tell
+from jobs.observability.progress import ProgressView
+from pipeline import storage
+from schemas.config import Config
+
+_OF_STEPS = {
+    "loss": ray_metrics.LOSS,
+    "lr": ray_metrics.LEARNING_RATE,
+    "epoch": ray_metrics.EPOCH,
+    "images_per_s": ray_metrics.IMAGES_PER_S,
+    "data_wait": ray_metrics.DATA_WAIT,
+}
+_OF_EVALUATIONS = {"top1": ray_metrics.TOP1, "top5": ray_metrics.TOP5, "agreement": ray_metrics.AGREEMENT}
+_SELECTING = {"top1": "top-1", "agreement": "agreement with the teacher", "cosine": "cosine to the teacher"}
+
+
+class TrainingView:
+    """One training with all its starts; a context manager. Workers that are lost and started again begin anew."""
+
+    def __init__(self, config: Config, *, clock: Callable[[], float] = time.monotonic) -> None:
+        assert config.run is not None
+        self.run, self.starts = storage.last_name(config.run.url), 0
+        self._config, self._clock = config, clock
+        self._progress: ProgressView | None = None
+        self._nodes: dict[int, str] = {}
+        self._counted_s, self._worker_s = clock(), 0.0
+        self._speed, self._last_step = _Speed(config.train.global_batch_size), -1
+        self._repeated_steps = 0
+        self._shown: dict[str, float] = {}
+
+    def __enter__(self) -> TrainingView:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._progress is not None:
+            self._progress.__exit__(*error)
+        self._count_hours()
+        self._sum_up()
+
+    def show(self, event: dict[str, Any]) -> None:
+        """An event of the loop; or before it of kind ``rank``, with the rank, the world's size and the node."""
+        fields = {name: value for name, value in event.items() if name not in ("kind", "run")}
+        match event["kind"]:
+            case "warning":
+                self._tell(f"warning: {fields.pop('text')}", "warning", logging.WARNING, fields)
+            case "validation":
+                self._checked(fields)
+            case "validation-teacher":
+                self._asked(fields)
+            case "rank":
+                self._place(fields)
+            case "begin":
+                self._begin(fields)
+            case "step":
+                self._step(fields)
+            case "eval":
+                self._evaluated(fields)
+            case _:
+                pass
+
+    def _tell(self, text: str, event: str, level: int, fields: dict[str, Any]) -> None:
+        tell(f"train {self.run}: {text}", event=event, level=level, run=self.run, attempt=self.starts, **fields)
+
+    def _checked(self, fields: dict[str, Any]) -> None:
+        """What reading the validation samples before the first step cost."""
+        text = f"{counted(fields['samples'], 'validation sample')} in {counted(fields['shards'], 'shard')}"
+        self._tell(f"{text} read and checked in {fields['read_s']:.1f} s", "validation", logging.INFO, fields)
+
+    def _asked(self, fields: dict[str, Any]) -> None:
+        """What computing the outputs of the teacher of a cache cost before the first step."""
+        text = f"the teacher's outputs for the validation images, {decimal(fields['size_bytes'])} per rank"
+        self._tell(f"{text}, took {fields['seconds']:.1f} s", "validation-teacher", logging.INFO, fields)
+
+    def _place(self, fields: dict[str, Any]) -> None:
+        self._count_hours()
+        self._nodes[fields["rank"]] = fields["node"]
+        # A smaller world than before has fewer ranks.
+        self._nodes = {rank: node for rank, node in self._nodes.items() if rank < fields["world_size"]}
+        ray_metrics.WORKERS.set(len(self._nodes), run=self.run)
+        self._tell(f"rank {fields['rank']} on {fields['node']}", "rank", logging.DEBUG, fields)
+
+    def _count_hours(self) -> None:
+        now_s = self._clock()
+        self._worker_s += len(self._nodes) * (now_s - self._counted_s)
+        self._counted_s = now_s
+
+    def _begin(self, fields: dict[str, Any]) -> None:
+        first_step, total_steps = fields["first_step"], fields["total_steps"]
+        if self.starts:
+            self._repeated_steps += max(self._last_step + 1 - first_step, 0)
+        self.starts += 1
+        self._last_step = first_step - 1
+        ray_metrics.STARTS.add(1, run=self.run)
+        ray_metrics.TOTAL_STEPS.set(total_steps, run=self.run)
+        ray_metrics.STEP.set(first_step, run=self.run)
+        text = f"start {self.starts} of the workers, at step {first_step} of {total_steps}"
+        self._tell(text, "begin", logging.DEBUG if self.starts == 1 else logging.WARNING, fields)
+        if self._progress is None:
+            self._progress = ProgressView(f"train {self.run}", total_steps, done=first_step).__enter__()
+        else:
+            self._progress.update(first_step)
+
+    def _step(self, fields: dict[str, Any]) -> None:
+        self._speed.add(fields["step"] - self._last_step, fields)
+        self._last_step = fields["step"]
+        self._set(_OF_STEPS, fields)
+        ray_metrics.STEP.set(fields["step"] + 1, run=self.run)
+        self._tell(f"step {fields['step']}, {_note(fields)}", "step", logging.DEBUG, fields)
+        if self._progress is not None:
+            epoch = f"epoch {fields['epoch'] + 1}/{self._config.train.epochs}, {fields['images_per_s']:.0f} images/s"
+            self._progress.update(fields["step"] + 1, _note(fields), short=epoch, panel=self._panel)
+
+    def _evaluated(self, fields: dict[str, Any]) -> None:
+        self._set(_OF_EVALUATIONS, fields)
+        level, measured = logging.DEBUG, ""
+        # What selects the best checkpoint: the first of these that is measured.
+        for name, text in _SELECTING.items():
+            if not measured and fields.get(name) is not None:
+                level, measured = logging.INFO, f", {text} {fields[name]:.2%}"
+        self._tell(f"epoch {fields['epoch']}{measured}", "eval", level, fields)
+
+    def _set(self, levels: dict[str, ray_metrics.Level], fields: dict[str, Any]) -> None:
+        for name, level in levels.items():
+            if fields.get(name) is not None:
+                self._shown[name] = fields[name]
+                level.set(fields[name], run=self.run)
+
+    def _panel(self) -> Table:
+        """What was read last, for a terminal."""
+        table = Table(box=None, pad_edge=False)
+        for name in (*self._shown, "starts", "ranks"):
+            table.add_column(name.replace("_", " "), justify="right")
+        table.add_row(*(f"{value:.4g}" for value in self._shown.values()), str(self.starts), str(len(self._nodes)))
+        return table
+
+    def _sum_up(self) -> None:
+        """Also of a training that failed: it cost as much."""
+        if not self.starts:
+            return
+        ranks, ray = Counter(self._nodes.values()), self._config.ray
+        for node, count in sorted(ranks.items()):
+            share = self._speed.images_per_s * count / len(self._nodes)
+            fields = {"node": node, "ranks": count, "images_per_s": round(share, 2)}
+            self._tell(f"{node}: {counted(count, 'rank')}, {share:.0f} images/s", "node", logging.INFO, fields)
+        worker_hours = self._worker_s / 3600
+        cost = {
+            "worker_hours": worker_hours,
+            "cpu_hours": worker_hours * ray.cpus_per_worker,
+            "gpu_hours": worker_hours * ray.use_gpu,
+        }
+        again = f" ({counted(self._repeated_steps, 'step')} made again)" if self._repeated_steps else ""
+        text = (
+            f"{counted(len(ranks), 'node')}, {counted(self.starts, 'start')}{again}, "
+            f"{self._speed.images_per_s:.0f} images/s, "
+            f"{self._speed.data_wait:.0%} waiting for data; {cost['worker_hours']:.3g} worker-hours, "
+            f"which reserved {cost['cpu_hours']:.3g} CPU-hours and {cost['gpu_hours']:.3g} GPU-hours"
+        )
+        rounded = {name: round(value, 6) for name, value in cost.items()}
+        speed = {"images_per_s": round(self._speed.images_per_s, 2), "data_wait": round(self._speed.data_wait, 4)}
+        counts = {"nodes": len(ranks), "starts": self.starts, "repeated_steps": self._repeated_steps}
+        self._tell(text, "summary", logging.INFO, {**counts, **speed, **rounded})
+
+
+def _note(fields: dict[str, Any]) -> str:
+    """How it goes since it was last said."""
+    return (
+        f"loss {fields['loss']:.4f}, {fields['images_per_s']:.0f} images/s, {fields['data_wait']:.0%} waiting for data"
+    )
+
+
+class _Speed:
+    """Means over a training of what each event says of the steps since the one before. Evaluations are left out."""
+
+    def __init__(self, global_batch_size: int) -> None:
+        self._batch = global_batch_size
+        self._images, self._seconds, self._wait_s = 0.0, 0.0, 0.0
+
+    def add(self, num_steps: int, fields: dict[str, Any]) -> None:
+        images = num_steps * self._batch
+        seconds = images / max(fields["images_per_s"], 1e-9)
+        self._images += images
+        self._seconds += seconds
+        self._wait_s += seconds * fields["data_wait"]
+
+    @property
+    def images_per_s(self) -> float:
+        return self._images / max(self._seconds, 1e-9)
+
+    @property
+    def data_wait(self) -> float:
+        return self._wait_s / max(self._seconds, 1e-9)

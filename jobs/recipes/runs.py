@@ -1,0 +1,73 @@
+"""The trainings of a recipe: several at once as Ray tasks where each needs one process, else one after the other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from jobs.evaluate import evaluate
+from jobs.observability.progress import ProgressView
+from jobs.paths import with_absolute_paths
+from jobs.ray.fan_out import fan_out
+from jobs.recipes.document import Cell
+from jobs.train_student import train_student
+from pipeline.student.evaluation.evaluator import Evaluation
+from schemas.config import Config, RayConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What a training came to; ``seconds`` of training alone."""
+
+    evaluation: Evaluation
+    seconds: float
+
+
+def train_and_evaluate(config: Config) -> Row:
+    """Trains to the end, from wherever the run stands, and evaluates the last weights."""
+    return _evaluated(config, train_student(config)["seconds"], threads=os.cpu_count() or 1)
+
+
+def _evaluated(config: Config, seconds: float, *, threads: int) -> Row:
+    assert config.run is not None
+    assert config.data.val_shards is not None
+    return Row(evaluate(config.run.url, config.data.val_shards, threads=threads), seconds)
+
+
+def can_share(cells: Sequence[Cell]) -> bool:
+    """Whether these trainings can run beside each other: there are several, in a cluster, of one process each."""
+    alone = all(cell.config.ray.num_workers == 1 and not cell.config.ray.use_gpu for cell in cells)
+    return alone and len(cells) > 1 and cells[0].config.ray.address != "none"
+
+
+def train_together(cells: Sequence[Cell]) -> list[Row]:
+    """As Ray tasks with ``ray.cpus_per_worker`` CPUs and ``ray.gpus_per_task`` GPUs each, as many at once as fit.
+
+    Raises:
+        StillroomError: a cell failed for good. Run again: finished ones are left as they are, others go on.
+    """
+    first = cells[0].config.ray
+    # A training is no part: it lasts as long as it lasts.
+    ray = first.model_copy(update={"cpus_per_task": first.cpus_per_worker, "part_timeout_s": None})
+    # Tasks run in another folder.
+    placed = [replace(cell, config=with_absolute_paths(cell.config)) for cell in cells]
+    rows: dict[str, Row] = {}
+    with ProgressView("cells", len(cells)) as progress:
+        trained = fan_out(
+            train_cell, placed, ray, what="a training", name=lambda cell: cell.name, reports_silence=False
+        )
+        for cell, row in trained:
+            rows[cell.name] = row
+            progress.update(len(rows), cell.name)
+    return [rows[cell.name] for cell in cells]
+
+
+def train_cell(cell: Cell) -> Row:
+    """Inside a task: one process, on the task's GPU if it has one."""
+    alone = RayConfig.model_validate({"address": "none", "cpus_per_worker": cell.config.ray.cpus_per_worker})
+    config = cell.config.model_copy(update={"ray": alone})
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return _evaluated(config, train_student(config, device=device)["seconds"], threads=alone.cpus_per_worker)

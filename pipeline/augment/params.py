@@ -1,0 +1,205 @@
+"""What a view is: box, flip, mixing weight and its plan's options, drawn by a pure function of (plan, sample, view).
+
+A row's parameters depend on nothing but its own arguments: not on the other rows of a call, their number or order.
+They are the same bits on every platform (see ``draws.py``). A cache stores them, so replay depends on none of this;
+``verify`` does.
+
+Counter layout (part of the format): a view's words are those of key ("view", seed, sample id) at counter
+(block, view, stream, 0); a matching's those of key ("mix", seed, shard id) at (block, group, view, 0).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.augment.options import draw_options, without_boxes
+from pipeline.augment.random_bits import Words, key_of, philox4x64
+from pipeline.augment.sampling import (
+    STREAM_BOX,
+    STREAM_CANARY,
+    STREAM_FLIP_AND_MIX,
+    Floats,
+    Ints,
+    between,
+    draws,
+    log_between,
+)
+from schemas.config import ViewsConfig
+
+EVAL_VIEW = 65_535
+"""The view number under which an eval pass is stored; a plan's own views are below it."""
+
+_CROP_ATTEMPTS = 10
+_CANARY_SHARE = 0.001
+
+
+@dataclass(frozen=True, slots=True)
+class ViewParams:
+    """Views of N samples.
+
+    Attributes:
+        box_N4: int32 (left, top, width, height) in pixels of the original after EXIF rotation; inside the image.
+        flip_N: bool; the crop is mirrored left to right after resizing.
+        mix_lambda_N: float32 in [0.5, 1], the row's own weight; 1 where the plan does not mix. A row that turns out
+            to be its own partner needs ``unmix``: partners are known by shard, not by sample.
+        drawn: what the plan's options drew, by column (``schemas.cache.drawn_columns``), one number a row each.
+    """
+
+    box_N4: NDArray[np.int32]
+    flip_N: NDArray[np.bool_]
+    mix_lambda_N: NDArray[np.float32]
+    drawn: Mapping[str, NDArray[Any]]
+
+    def take(self, rows: slice) -> ViewParams:
+        drawn = {name: values_N[rows] for name, values_N in self.drawn.items()}
+        return ViewParams(self.box_N4[rows], self.flip_N[rows], self.mix_lambda_N[rows], drawn)
+
+
+def sample_keys(seed: int, sample_ids: Sequence[str]) -> Words:
+    """One key a sample, for all of its views: uint64 [N, 2]."""
+    keys = [key_of("view", seed, sample_id) for sample_id in sample_ids]
+    return np.stack(keys) if keys else np.empty((0, 2), dtype=np.uint64)
+
+
+def view_params(plan: ViewsConfig, keys_N2: Words, views_N: Ints, widths_N: Ints, heights_N: Ints) -> ViewParams:
+    """Parameters of one view of each of N samples; rows may be of different views.
+
+    Args:
+        keys_N2: ``sample_keys(plan.seed, …)``.
+        views_N: view numbers from 0; online training counts epochs beyond 65,535.
+        widths_N, heights_N: pixels of the original after EXIF rotation, at least 1.
+    """
+    if plan.kind == "eval":
+        return eval_params(plan, widths_N, heights_N)
+    box_N4 = _crop_boxes(plan, keys_N2, views_N, widths_N, heights_N)
+    draws_N4 = draws(keys_N2, views_N, STREAM_FLIP_AND_MIX)
+    flip_N = draws_N4[:, 0] < plan.flip
+    # Beta(1, 1) is uniform. The larger share is the row's own, so that a row remains a view of its own image.
+    own_N = np.maximum(draws_N4[:, 1], 1 - draws_N4[:, 1]) if plan.mixes else np.ones(len(keys_N2))
+    lambda_N = own_N.astype(np.float32)
+    return ViewParams(box_N4, flip_N, lambda_N, draw_options(plan, keys_N2, _as_ints(views_N), lambda_N))
+
+
+def draw_views(
+    plan: ViewsConfig, sample_ids: Sequence[str], view: int, width_N: NDArray[np.int32], height_N: NDArray[np.int32]
+) -> ViewParams:
+    """``view_params`` of one view of these samples, whose images have these sides."""
+    views_N = np.full(len(sample_ids), view, np.int64)
+    return view_params(plan, sample_keys(plan.seed, sample_ids), views_N, _as_ints(width_N), _as_ints(height_N))
+
+
+def eval_params(plan: ViewsConfig, widths_N: Ints, heights_N: Ints) -> ViewParams:
+    """The centred square, neither flipped nor mixed, without any option of the plan.
+
+    Its side is ``rint(crop_fraction * min(width, height))`` in float64 (halves to even), at least 1; left and top are
+    ``(width - side) // 2`` and ``(height - side) // 2``.
+    """
+    widths_N, heights_N = _as_ints(widths_N), _as_ints(heights_N)
+    side_N = np.maximum(_rint(plan.crop_fraction * np.minimum(widths_N, heights_N)), 1)
+    box_N4 = _boxes((widths_N - side_N) // 2, (heights_N - side_N) // 2, side_N, side_N)
+    return ViewParams(box_N4, np.zeros(len(box_N4), dtype=np.bool_), np.ones(len(box_N4), dtype=np.float32), {})
+
+
+def is_canary(keys_N2: Words, views_N: Ints) -> NDArray[np.bool_]:
+    """Which of these (sample, view) carry a pixel digest by hash, about one in a thousand: bool [N]."""
+    return draws(keys_N2, views_N, STREAM_CANARY)[:, 0] < _CANARY_SHARE
+
+
+def mix_partners(plan: ViewsConfig, shard_id: str, group: int, view: int, num_ok: int) -> NDArray[np.int32]:
+    """A random matching among the ``num_ok`` ok rows of one mix group.
+
+    Returns:
+        int32 [num_ok]: each row's partner as a position inside the group. An involution without fixed points, but
+        for one row that is its own partner where ``num_ok`` is odd.
+    """
+    words_GM = _matching_words(plan, shard_id, np.array([group]), view)
+    return _match(words_GM[:, :num_ok])[0]
+
+
+def shard_partners(plan: ViewsConfig, shard_id: str, view: int, num_ok: int) -> NDArray[np.int32]:
+    """``mix_partners`` of every group of a shard of ``num_ok`` ok rows, as ok ordinals of the shard: int32 [num_ok]."""
+    full, rest = divmod(num_ok, plan.mix_group)
+    words_GM = _matching_words(plan, shard_id, np.arange(full + 1), view)
+    groups = [_match(words_GM[:full]).reshape(-1), _match(words_GM[full:, :rest])[0]]
+    return (np.concatenate(groups) + np.arange(num_ok) // plan.mix_group * plan.mix_group).astype(np.int32)
+
+
+def unmix(params: ViewParams, single_N: NDArray[np.bool_]) -> ViewParams:
+    """The parameters with nothing mixed into the rows that are their own partners: λ = 1, no box."""
+    lambda_N = np.where(single_N, np.float32(1), params.mix_lambda_N)
+    return replace(params, mix_lambda_N=lambda_N, drawn=without_boxes(params.drawn, single_N))
+
+
+def _matching_words(plan: ViewsConfig, shard_id: str, groups_G: Ints, view: int) -> Words:
+    blocks = -(-plan.mix_group // 4)
+    counters_GM4 = np.zeros((len(groups_G), blocks, 4), dtype=np.uint64)
+    counters_GM4[:, :, 0] = np.arange(blocks)
+    counters_GM4[:, :, 1] = groups_G[:, None]
+    counters_GM4[:, :, 2] = view
+    words = philox4x64(key_of("mix", plan.seed, shard_id)[None], counters_GM4.reshape(-1, 4))
+    return words.reshape(len(groups_G), blocks * 4)[:, : plan.mix_group]
+
+
+def _match(words_GM: Words) -> NDArray[np.int32]:
+    """Sorts each group by its words and pairs neighbours: partners inside the group, int32 [G, M]."""
+    order_GM = np.argsort(words_GM, axis=1, kind="stable")
+    neighbour_M = np.arange(words_GM.shape[1]) ^ 1
+    if len(neighbour_M) % 2:
+        neighbour_M[-1] -= 1
+    partners_GM = np.empty(words_GM.shape, dtype=np.int32)
+    np.put_along_axis(partners_GM, order_GM, order_GM[:, neighbour_M].astype(np.int32), axis=1)
+    return partners_GM
+
+
+def _crop_boxes(plan: ViewsConfig, keys_N2: Words, views_N: Ints, widths_N: Ints, heights_N: Ints) -> NDArray[np.int32]:
+    """Inception crops (Szegedy 2015): the first of ten attempts that fits, else the central crop. int32 [N, 4]."""
+    widths_N, heights_N, views_N = _as_ints(widths_N), _as_ints(heights_N), _as_ints(views_N)
+    box_N4 = _central_boxes(plan, widths_N, heights_N)
+    open_M = np.arange(len(keys_N2))
+    for attempt in range(_CROP_ATTEMPTS):
+        draws_M4 = draws(keys_N2[open_M], views_N[open_M], STREAM_BOX, attempt)
+        tried_M4, fits_M = _attempt(plan, draws_M4, widths_N[open_M], heights_N[open_M])
+        box_N4[open_M[fits_M]] = tried_M4[fits_M]
+        open_M = open_M[~fits_M]
+    return box_N4
+
+
+def _attempt(
+    plan: ViewsConfig, draws_M4: Floats, widths_M: Ints, heights_M: Ints
+) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    """One attempt a row from its draws (area, aspect, left, top): int32 [M, 4], and bool [M] where it fits."""
+    area_M = widths_M * heights_M * between(*plan.area, draws_M4[:, 0])
+    aspect_M = log_between(plan.aspect, draws_M4[:, 1])
+    width_M, height_M = _rint(np.sqrt(area_M * aspect_M)), _rint(np.sqrt(area_M / aspect_M))
+    fits_M = (width_M > 0) & (width_M <= widths_M) & (height_M > 0) & (height_M <= heights_M)
+    # u * n stays below n for u <= 1 - 2^-53, so no offset can leave the image.
+    left_M = np.floor(draws_M4[:, 2] * (widths_M - width_M + 1)).astype(np.int64)
+    top_M = np.floor(draws_M4[:, 3] * (heights_M - height_M + 1)).astype(np.int64)
+    return _boxes(left_M, top_M, width_M, height_M), fits_M
+
+
+def _central_boxes(plan: ViewsConfig, widths_N: Ints, heights_N: Ints) -> NDArray[np.int32]:
+    """The largest centred box whose aspect ratio is in the plan's range: int32 [N, 4]."""
+    low, high = plan.aspect
+    ratio_N = widths_N / heights_N
+    width_N = np.where(ratio_N > high, np.maximum(_rint(heights_N * high), 1), widths_N)
+    height_N = np.where(ratio_N < low, np.maximum(_rint(widths_N / low), 1), heights_N)
+    return _boxes((widths_N - width_N) // 2, (heights_N - height_N) // 2, width_N, height_N)
+
+
+def _as_ints(values_N: NDArray[np.integer[Any]]) -> Ints:
+    # Index columns are int32, in which an area would overflow.
+    return np.asarray(values_N, dtype=np.int64)
+
+
+def _rint(values_N: NDArray[np.floating[Any]]) -> Ints:
+    return np.rint(values_N).astype(np.int64)
+
+
+def _boxes(left_N: Ints, top_N: Ints, width_N: Ints, height_N: Ints) -> NDArray[np.int32]:
+    return np.stack([left_N, top_N, width_N, height_N], axis=1).astype(np.int32)

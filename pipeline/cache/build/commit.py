@@ -1,0 +1,229 @@
+"""Publish a part, and prove it: files named by their content first, the commit last and only once.
+
+Any number of builders may work on the same block. The first commit wins; the others find it and remove their own files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TypeVar
+
+from pipeline import storage
+from pipeline.cache.format import layout
+from pipeline.cache.format.files import parse_record
+from pipeline.core.errors import CacheError
+from pipeline.core.hashing import seal
+from pipeline.core.redaction import redact
+from schemas.manifest import Commit, FileRef, ViewBlock
+
+_READ_THREADS = 16
+_READ_AHEAD = 4 * _READ_THREADS
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What planning asks of a commit: 0.5 kB in memory, of which there are millions, where the whole takes up to 50.
+
+    Attributes:
+        part, index, means: paths of files; ``means`` is None where the block holds no class sums.
+        num_rows: in the part, over all of its views.
+    """
+
+    shard_id: str
+    shard_size_bytes: int
+    block: ViewBlock
+    part: str
+    part_size_bytes: int
+    index: str
+    index_sha256: str
+    means: str | None
+    num_ok: int
+    num_rows: int
+
+    @classmethod
+    def of(cls, commit: Commit) -> Standing:
+        return cls(
+            shard_id=commit.shard_id,
+            shard_size_bytes=commit.shard_size_bytes,
+            block=_block(commit.block.start, commit.block.stop, commit.block.is_eval),
+            part=commit.part.path,
+            part_size_bytes=commit.part.size_bytes,
+            index=commit.index.path,
+            index_sha256=commit.index.sha256,
+            means=commit.means.path if commit.means else None,
+            num_ok=commit.num_ok,
+            num_rows=sum(view.rows for view in commit.views),
+        )
+
+
+@cache
+def _block(start: int, stop: int, is_eval: bool) -> ViewBlock:
+    """One object for the blocks of all shards: there are few different ones."""
+    return ViewBlock(start=start, stop=stop, is_eval=is_eval)
+
+
+def publish_file(cache_url: str, local: Path, path_of: str) -> FileRef:
+    """A local file under a name with its content's hash; ``path_of`` holds ``{sha16}`` where the hash goes."""
+    sha256 = file_digest(local)
+    path = path_of.replace("{sha16}", sha256[:16])
+    storage.put(local, storage.join(cache_url, path))
+    return FileRef(path=path, sha256=sha256, size_bytes=local.stat().st_size)
+
+
+def file_digest(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def publish_commit(cache_url: str, commit: Commit) -> Commit:
+    """The commit that stands: this one, or that of a builder who was first."""
+    url = storage.join(cache_url, layout.commit_path(commit.shard_id, commit.block))
+    if storage.create(url, seal(commit.model_dump(mode="json"))):
+        return commit
+    winner = read_commit(cache_url, layout.commit_path(commit.shard_id, commit.block))
+    for own, other in ((commit.part, winner.part), (commit.means, winner.means)):
+        # Equal content has an equal name: then the file is the winner's too.
+        if own is not None and (other is None or own.path != other.path):
+            storage.delete(storage.join(cache_url, own.path))
+    return winner
+
+
+def check_fingerprint(commit: Commit, fingerprint: str, cache_url: str) -> None:
+    """
+    Raises:
+        CacheError: the commit was published under another header than the one with this fingerprint.
+    """
+    if commit.fingerprint != fingerprint:
+        path = layout.commit_path(commit.shard_id, commit.block)
+        raise CacheError(
+            "a commit is of another teacher",
+            code="cache.commit-of-another-header",
+            where=f"{path} in {redact(cache_url)}",
+            got=commit.fingerprint,
+            wanted=fingerprint,
+            next_step="remove this file and run the build again, or build into another cache.url",
+        )
+
+
+def is_unused(cache_url: str) -> bool:
+    """Whether nothing is committed to this cache: it has neither a commit nor a manifest."""
+    names = storage.listing(storage.join(cache_url, "commits"))
+    has_commits = any(layout.is_commit(f"commits/{name}") for name in names)
+    return not has_commits and not storage.exists(storage.join(cache_url, layout.MANIFEST))
+
+
+def find_commit(cache_url: str, shard_id: str, block: ViewBlock) -> Commit | None:
+    """The commit of a block, or None while there is none."""
+    url = storage.join(cache_url, layout.commit_path(shard_id, block))
+    data = storage.read_if_there(url, max_bytes=storage.MAX_RECORD_BYTES)
+    return None if data is None else parse_record(Commit, data, where=redact(url))
+
+
+def read_commit(cache_url: str, path: str) -> Commit:
+    """
+    Raises:
+        CacheError: the commit was changed after it was written, or is of another format.
+    """
+    url = storage.join(cache_url, path)
+    return parse_record(Commit, storage.read(url, max_bytes=storage.MAX_RECORD_BYTES), where=redact(url))
+
+
+def stream_commits(cache_url: str) -> Iterator[Commit]:
+    """Every commit of a cache, by shard and block. Found by listing: nothing else proves that work is done.
+
+    Of the commits themselves only a few are in memory, however many there are.
+    """
+    paths = [f"commits/{name}" for name in storage.listing(storage.join(cache_url, "commits"))]
+    yield from read_ahead(lambda path: read_commit(cache_url, path), filter(layout.is_commit, paths))
+
+
+def read_ahead(read: Callable[[str], T], paths: Iterable[str]) -> Iterator[T]:
+    """What threads read of each path, in order; only a few are held that nobody has taken yet."""
+    pool = ThreadPoolExecutor(_READ_THREADS)
+    try:
+        reading: deque[Future[T]] = deque()
+        for path in paths:
+            if len(reading) == _READ_AHEAD:
+                yield reading.popleft().result()
+            reading.append(pool.submit(read, path))
+        while reading:
+            yield reading.popleft().result()
+    finally:
+        # Nobody waits for the threads: it may be the garbage collector that ends this, in one that they wait for.
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def read_commits(cache_url: str) -> list[Commit]:
+    """All of ``stream_commits`` at once, for caches of few shards."""
+    return [*stream_commits(cache_url)]
+
+
+def read_standing(cache_url: str) -> list[Standing]:
+    """What planning asks of every commit, by shard and block."""
+    return [Standing.of(commit) for commit in stream_commits(cache_url)]
+
+
+def files_present(cache_url: str) -> set[str]:
+    """Every part, class-sum partial and index, by three listings.
+
+    List after the commits are read: a file is there before its commit is, so none can seem to be missing.
+    """
+    folders = ("parts", "means", layout.INDEX)
+    return {f"{folder}/{name}" for folder in folders for name in storage.listing(storage.join(cache_url, folder))}
+
+
+def named(commits: Iterable[Commit]) -> set[str]:
+    """Every part, class-sum partial and index that a commit names."""
+    return {ref.path for commit in commits for ref in (commit.part, commit.means, commit.index) if ref is not None}
+
+
+def is_void(commit: Standing, present: set[str]) -> bool:
+    """Whether the part or the class sums that this commit names are gone."""
+    return any(path is not None and path not in present for path in (commit.part, commit.means))
+
+
+def withdraw(cache_url: str, commits: list[Standing]) -> None:
+    """Takes back commits that are void, or that were published under a header which was removed meanwhile.
+
+    Commits are created only if absent, so a stale one would stand forever.
+    """
+    for commit in commits:
+        storage.delete(storage.join(cache_url, layout.commit_path(commit.shard_id, commit.block)))
+
+
+def missing_blocks(
+    done: Iterable[ViewBlock], *, num_views: int, views_per_part: int, wants_eval: bool, where: str
+) -> list[ViewBlock]:
+    """What one shard still lacks beside the blocks that are done: uncovered runs of views, cut into blocks, and the
+    eval pass.
+
+    Raises:
+        CacheError: two committed blocks overlap, which no builder of ours writes.
+    """
+    covered: set[int] = set()
+    has_eval = False
+    for block in done:
+        has_eval |= block.is_eval
+        views = set() if block.is_eval else set(block.views)
+        if covered & views:
+            raise CacheError("two commits cover the same view", where=where, got=f"view {min(covered & views)}")
+        covered |= views
+    blocks: list[ViewBlock] = []
+    if wants_eval and not has_eval:
+        blocks.append(_block(0, 1, True))
+    start = None
+    for view in range(num_views + 1):
+        open_run = view < num_views and view not in covered
+        if start is not None and (not open_run or view - start == views_per_part):
+            blocks.append(_block(start, view, False))
+            start = None
+        if open_run and start is None:
+            start = view
+    return blocks

@@ -1,0 +1,165 @@
+"""One part: Parquet, view-major, from rows that arrive group by group.
+
+Groups arrive with all views at once, the file wants one view after the other. So each view spills to an Arrow stream on
+local scratch, and the part is assembled from these at close: memory stays that of one row group.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.core.errors import StorageError
+from schemas.manifest import ByteRange, ViewRange
+
+_ROW_GROUP_BYTES = 32 << 20
+_PAGE_BYTES = 1 << 20
+_ZSTD_LEVEL = 3
+
+
+class PartWriter:
+    """Rows in, one checked local Parquet file out. Use as a context manager: leaving it removes the spilled rows."""
+
+    def __init__(self, scratch: Path, views: Sequence[int], schema: pa.Schema, *, row_size_bytes: int) -> None:
+        self._scratch = scratch
+        self._schema = schema
+        self._rows_per_group = max(256, _ROW_GROUP_BYTES // max(1, row_size_bytes))
+        self._spills = {view: _Spill(scratch / f"view-{view:05d}.arrows", schema) for view in views}
+
+    def __enter__(self) -> PartWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for spill in self._spills.values():
+            spill.remove()
+
+    def add(self, view: int, batch: pa.RecordBatch) -> None:
+        """Appends rows of one view; the order of calls is the order of rows."""
+        self._spills[view].write(batch)
+
+    def close(self) -> Path:
+        """Assembles the part, reopens it and counts its rows.
+
+        Raises:
+            StorageError: what was written does not read back with the rows that were added.
+        """
+        path = self._scratch / "part.parquet"
+        with pq.ParquetWriter(path, self._schema, **parquet_settings(self._schema)) as writer:
+            for spill in self._spills.values():
+                for table in spill.tables(self._rows_per_group):
+                    writer.write_table(table, row_group_size=self._rows_per_group)
+                    del table  # before the next one is read
+        self._check(path)
+        return path
+
+    def _check(self, path: Path) -> None:
+        wanted = sum(spill.num_rows for spill in self._spills.values())
+        got = pq.ParquetFile(path).metadata.num_rows
+        if got != wanted:
+            raise StorageError("a part did not read back whole", where=str(path), got=got, wanted=f"{wanted} rows")
+
+
+def parquet_settings(schema: pa.Schema) -> dict[str, Any]:
+    """How a part is encoded and compressed: what was smallest among the settings that cost microseconds a row.
+
+    Numbers without repeats gain nothing from dictionaries. The high bytes of small integers and of floats are alike and
+    compress when they stand together. Least and greatest packed rows mean nothing, and are as long as rows.
+    """
+    numbers = [field for field in schema if not pa.types.is_fixed_size_binary(field.type)]
+    split = {field.name: "BYTE_STREAM_SPLIT" for field in numbers if field.type in (pa.int32(), pa.float32())}
+    return {
+        "compression": "zstd",
+        "compression_level": _ZSTD_LEVEL,
+        "use_dictionary": False,
+        "column_encoding": {**split, "row": "DELTA_BINARY_PACKED"},
+        "write_statistics": [field.name for field in numbers],
+        "data_page_size": _PAGE_BYTES,
+    }
+
+
+class _Spill:
+    """Rows of one view, on local disk."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self.path = path
+        self.num_rows = 0
+        self._schema = schema
+        self._sink = pa.OSFile(str(path), "wb")
+        self._stream = pa.ipc.new_stream(self._sink, schema)
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        self._stream.write_batch(batch)
+        self.num_rows += batch.num_rows
+
+    def tables(self, max_rows: int) -> Iterator[pa.Table]:
+        """The rows in order, as tables of at most ``max_rows`` rows unless a single batch has more."""
+        self._finish()
+        # Read, not mapped: mapped pages of a long shard's view would stay in memory until the last is done.
+        with pa.OSFile(str(self.path), "rb") as source:
+            pending: list[pa.RecordBatch] = []
+            for batch in pa.ipc.open_stream(source):
+                if pending and sum(item.num_rows for item in pending) + batch.num_rows > max_rows:
+                    yield pa.Table.from_batches(pending, self._schema)
+                    pending = []
+                pending.append(batch)
+            if pending:
+                yield pa.Table.from_batches(pending, self._schema)
+
+    def _finish(self) -> None:
+        if not self._sink.closed:
+            self._stream.close()
+            self._sink.close()
+
+    def remove(self) -> None:
+        self._finish()
+        self.path.unlink(missing_ok=True)
+
+
+def view_ranges(path: Path, counts: Mapping[int, int]) -> tuple[tuple[ViewRange, ...], ByteRange]:
+    """Where each view lies in a part, and the footer: what one range read each needs.
+
+    ``counts`` gives the rows of each view, in the order written; row groups never span two views.
+    """
+    metadata = pq.read_metadata(path)
+    ranges: list[ViewRange] = []
+    group, end = 0, len(b"PAR1")
+    with path.open("rb") as file:
+        for view, rows in counts.items():
+            start, seen = end, 0
+            while seen < rows:
+                seen += metadata.row_group(group).num_rows
+                end = _end_of(metadata.row_group(group))
+                group += 1
+            assert seen == rows, "row groups never span two views"
+            digest = _range_digest(file, start, end - start)
+            ranges.append(ViewRange(view=view, offset=start, size_bytes=end - start, rows=rows, digest=digest))
+        size_bytes = path.stat().st_size - end
+        footer = ByteRange(offset=end, size_bytes=size_bytes, digest=_range_digest(file, end, size_bytes))
+    return tuple(ranges), footer
+
+
+def _range_digest(file: IO[bytes], offset: int, size_bytes: int) -> str:
+    """SHA-256 of a range, a page at a time: a view may be larger than memory allows."""
+    hasher = hashlib.sha256()
+    file.seek(offset)
+    while size_bytes:
+        chunk = file.read(min(_PAGE_BYTES, size_bytes))
+        hasher.update(chunk)
+        size_bytes -= len(chunk)
+    return hasher.hexdigest()
+
+
+def _end_of(row_group: pq.RowGroupMetaData) -> int:
+    ends: list[int] = []
+    for number in range(row_group.num_columns):
+        column = row_group.column(number)
+        start = column.data_page_offset
+        if column.has_dictionary_page:
+            start = min(start, column.dictionary_page_offset)
+        ends.append(start + column.total_compressed_size)
+    return max(ends)

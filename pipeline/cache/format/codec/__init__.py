@@ -1,0 +1,25 @@
+"""Rows of floats to fixed-size bytes and back. The header names the encoding; readers refuse one they do not know."""
+
+from pipeline.cache.format.codec.outputs import outputs_of
+from pipeline.cache.format.codec.rows import (
+    arrow_type,
+    check_encodings,
+    column_of,
+    decode,
+    depends_on_temperature,
+    encode,
+    raw_rows,
+    row_bytes,
+)
+
+__all__ = [
+    "arrow_type",
+    "check_encodings",
+    "column_of",
+    "decode",
+    "depends_on_temperature",
+    "encode",
+    "outputs_of",
+    "raw_rows",
+    "row_bytes",
+]

@@ -1,0 +1,121 @@
+"""Rows of floats to a Parquet column and back, by whatever encoding the output names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipeline.cache.format.codec.dense import DENSE
+from pipeline.cache.format.codec.encoding import Encoding, Rows
+from pipeline.cache.format.codec.int4 import INT4
+from pipeline.cache.format.codec.int8 import INT8
+from pipeline.cache.format.codec.topk import TOPK
+from pipeline.core.errors import CacheError
+from schemas.manifest import Output
+
+_ENCODINGS: Mapping[str, Encoding] = {"dense": DENSE, "int8": INT8, "int4": INT4, "topk": TOPK}
+_READ = ("logits", "embedding")
+_NUM_NAMED = 5
+
+
+def _encoding(output: Output) -> Encoding:
+    if output.encoding not in _ENCODINGS:
+        raise CacheError(
+            f"the {output.name} of this cache are packed in a way that is not known here",
+            got=output.encoding,
+            wanted=", ".join(_ENCODINGS),
+            next_step="read it with the version that wrote it",
+        )
+    return _ENCODINGS[output.encoding]
+
+
+def _row_dtype(output: Output) -> np.dtype[np.void]:
+    """The fields of a stored row, in order and without gaps."""
+    return np.dtype([(field.name, field.dtype, (field.count,)) for field in output.fields])
+
+
+def check_encodings(outputs: Iterable[Output]) -> None:
+    """Of the outputs that are read here; others may be packed in any way.
+
+    Raises:
+        CacheError: an encoding is unknown.
+    """
+    for output in outputs:
+        if output.name in _READ:
+            _encoding(output)
+
+
+def row_bytes(output: Output) -> int:
+    """Bytes of one row as stored, before page compression."""
+    return sum(np.dtype(field.dtype).itemsize * field.count for field in output.fields)
+
+
+def arrow_type(output: Output) -> pa.DataType:
+    return pa.binary(row_bytes(output))
+
+
+def depends_on_temperature(output: Output) -> bool:
+    """Whether what ``decode`` gives is a function of the temperature of the loss that reads it."""
+    return _encoding(output).by_temperature
+
+
+def encode(values_ND: NDArray[np.float32], output: Output, *, keys: Sequence[str] = ()) -> pa.Array:
+    """[N,D] fp32 to N little-endian rows. ``keys`` name the rows in the error.
+
+    Raises:
+        CacheError: a value is not finite or does not fit the stored type, which would silently become infinite.
+    """
+    rows_N = np.zeros(len(values_ND), _row_dtype(output))
+    with np.errstate(over="ignore", invalid="ignore"):
+        _encoding(output).pack(values_ND, rows_N)
+    _check_fits(values_ND, rows_N, output, keys)
+    return pa.Array.from_buffers(arrow_type(output), len(rows_N), [None, pa.py_buffer(rows_N.tobytes())])
+
+
+def _check_fits(values_ND: NDArray[np.float32], rows_N: Rows, output: Output, keys: Sequence[str]) -> None:
+    floats = [field.name for field in output.fields if np.dtype(field.dtype).kind == "f"]
+    fits_N = np.isfinite(values_ND).all(1)
+    for name in floats:
+        fits_N &= np.isfinite(rows_N[name]).all(1)
+    if fits_N.all():
+        return
+    bad = np.flatnonzero(~fits_N)
+    raise CacheError(
+        f"the teacher's {output.name} do not fit {output.dtype if output.encoding == 'dense' else output.encoding}",
+        where=f"keys {', '.join(np.array(keys)[bad[:_NUM_NAMED]].tolist())}" if keys else None,
+        got=f"{len(bad)} rows, largest magnitude {float(np.abs(values_ND).max()):.4g}",
+        next_step=f"set cache.{'embeddings' if output.name == 'embedding' else output.name}=fp32",
+    )
+
+
+def raw_rows(column: pa.Array) -> NDArray[np.uint8]:
+    """A column of fixed-size bytes as [N, bytes of a row], over its own memory."""
+    width, first = column.type.byte_width, column.offset
+    if not len(column):
+        return np.empty((0, width), np.uint8)
+    raw = np.frombuffer(column.buffers()[1], np.uint8)
+    return raw[first * width : (first + len(column)) * width].reshape(-1, width)
+
+
+def column_of(raw_NW: NDArray[np.uint8]) -> pa.Array:
+    """The inverse, over the memory of the rows."""
+    num_rows, width = raw_NW.shape
+    return pa.Array.from_buffers(pa.binary(width), num_rows, [None, pa.py_buffer(np.ascontiguousarray(raw_NW))])
+
+
+def decode(column: pa.Array | pa.ChunkedArray, output: Output, *, temperature: float = 1.0) -> NDArray[np.float32]:
+    """N stored rows to [N,D] fp32, as a loss at this temperature sees them; most encodings give the same at any.
+
+    Raises:
+        CacheError: the encoding is unknown, the column is not of its width, or a cell is empty.
+    """
+    assert temperature > 0
+    encoding, dtype = _encoding(output), _row_dtype(output)
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+    if column.null_count:
+        raise CacheError(f"{column.null_count} rows have no {output.name}")
+    return encoding.unpack(raw_rows(column).view(dtype)[:, 0], output, temperature)

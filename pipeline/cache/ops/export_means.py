@@ -1,0 +1,64 @@
+"""A cache's class means as a file of their own, for those who train with ND elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline import storage
+from pipeline.cache.format.nd_json import DECIMALS, format_nd_json
+from pipeline.cache.read.reader import TeacherCache, open_cache
+from pipeline.core.errors import CacheError
+from pipeline.core.redaction import redact
+from pipeline.shards.index import NO_LABEL
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedMeans:
+    """What a written file holds: how many classes of how many numbers, and the classes of the teacher it lacks."""
+
+    num_written: int
+    embedding_dim: int
+    absent: tuple[int, ...]
+
+
+def export_means(cache_url: str, out_url: str, *, full_precision: bool) -> ExportedMeans:
+    """Writes the class means of a finished cache as ND's JSON; classes without a mean are left out.
+
+    Args:
+        full_precision: every digit of the fp32 means instead of four decimals.
+
+    Raises:
+        CacheError: there is no such cache, or it has no class means.
+    """
+    cache = open_cache(cache_url)
+    means = cache.class_means()
+    if means is None:
+        raise CacheError(
+            "this cache has no class means",
+            where=redact(cache_url),
+            next_step="build a cache with cache.class_means=eval (into another cache.url)",
+        )
+    has_mean_K = np.asarray(np.isfinite(means.mean_KD).all(axis=1))
+    order = _first_seen(cache, has_mean_K)
+    decimals = None if full_precision else DECIMALS
+    storage.write(out_url, format_nd_json(order, means.mean_KD[order], decimals=decimals))
+    absent = np.flatnonzero(~has_mean_K).tolist()
+    return ExportedMeans(len(order), means.mean_KD.shape[1], tuple(absent))
+
+
+def _first_seen(cache: TeacherCache, has_mean_K: NDArray[np.bool_]) -> list[int]:
+    """The classes that have a mean, in the order of their first sample; those without a sample last, ascending."""
+    order: dict[int, None] = {}
+    num_wanted = int(has_mean_K.sum())
+    for shard in cache.shards:
+        if len(order) == num_wanted:
+            break
+        index = cache.index(shard)
+        labels, firsts = np.unique(index.label[index.ok], return_index=True)
+        seen = labels[np.argsort(firsts)].tolist()
+        order.update(dict.fromkeys(label for label in seen if label != NO_LABEL and has_mean_K[label]))
+    order.update(dict.fromkeys(np.flatnonzero(has_mean_K).tolist()))
+    return list(order)

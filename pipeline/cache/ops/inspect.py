@@ -1,0 +1,176 @@
+"""One screen about a cache: what it holds, or how far its build has come."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pipeline import storage
+from pipeline.cache.build.build_log import SILENT_S, read_last_log
+from pipeline.cache.build.commit import Standing, stream_commits
+from pipeline.cache.build.manifest import read_manifest
+from pipeline.cache.build.statistics import StatisticsFold
+from pipeline.cache.format import layout
+from pipeline.cache.format.codec import row_bytes
+from pipeline.cache.format.header import read_header
+from pipeline.cache.read.labels import cached_labels, committed_labels, reading_rules
+from pipeline.cache.read.reader import open_cache
+from pipeline.core.errors import CacheError
+from pipeline.core.redaction import redact
+from pipeline.shards.labels import LabelCount, label_warning
+from schemas.config import ViewsConfig
+from schemas.manifest import BuildLog, Header, Manifest, Output, Statistics
+
+# A driver may be silent for as long as so many parts take.
+_SILENT_PARTS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class CacheReport:
+    """Facts for a screen or for ``--json``. Shares are of 1, sizes in bytes; None: not known (yet).
+
+    What stands in commits is counted at any time: ``shards_begun``, parts, rows and bytes. Totals of the cache are
+    known once it is finished. A build that has not ended says how many parts it plans, who builds, how long ago it was
+    heard of and how long it still takes (None too after a long silence).
+    """
+
+    url: str
+    finished: bool
+    fingerprint: str
+    views_id: str
+    teacher: str
+    views: str
+    num_shards: int | None
+    num_ok: int | None
+    num_views: int | None
+    shards_begun: int
+    num_parts: int
+    num_parts_planned: int | None
+    builder: str | None
+    last_heard_s: float | None
+    eta_s: float | None
+    parts_by_block: dict[str, int]
+    rows_by_block: dict[str, int]
+    size_bytes: int
+    bytes_per_row: float | None
+    skipped: dict[str, int] | None
+    outputs: dict[str, str]
+    class_means: str
+    labels: str | None
+    teacher_top1: float | None
+    kl_nats: dict[str, float]
+    pearson: dict[str, float]
+    argmax_flips: float | None
+    embedding_cosine: float | None
+    warnings: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def inspect_cache(cache_url: str, *, now_s: float | None = None) -> CacheReport:
+    """Reads header, manifest and commits; of a build under way, its log too. ``now_s``: seconds since 1970.
+
+    Raises:
+        CacheError: there is no cache here, or it is damaged.
+    """
+    header = read_header(cache_url)
+    # One after another: with their counts of classes, many are more than memory holds.
+    commits: list[Standing] = []
+    fold = StatisticsFold()
+    for commit in stream_commits(cache_url):
+        commits.append(Standing.of(commit))
+        fold.add(commit.statistics)
+    finished = storage.exists(storage.join(cache_url, layout.MANIFEST))
+    manifest = read_manifest(cache_url)[0] if finished else None
+    rows: Counter[str] = Counter()
+    for commit in commits:
+        rows[commit.block.name] += commit.num_rows
+    log = read_last_log(cache_url)
+    now_s = time.time() if now_s is None else now_s
+    labels = _labels(cache_url, header, commits, manifest)
+    settings = manifest.labels.data if manifest and manifest.labels else header.data
+    finished_cache = cache_url if finished else None
+    warning = None if labels is None else label_warning(labels, reading_rules(settings), finished_cache=finished_cache)
+    size_bytes = sum(commit.part_size_bytes for commit in commits)
+    statistics = manifest.statistics if manifest else fold.result()
+    return CacheReport(
+        url=redact(cache_url),
+        finished=finished,
+        fingerprint=header.fingerprint,
+        views_id=header.views_id,
+        teacher=f"{_model(header)}, {header.num_classes} classes, {header.teacher['precision']}",
+        views=f"{', '.join(_view_names(header))}, seed {header.views['seed']}, {header.teacher['size']} px",
+        num_shards=manifest.num_shards if manifest else None,
+        num_ok=manifest.num_ok if manifest else None,
+        num_views=manifest.num_views if manifest else None,
+        shards_begun=len({commit.shard_id for commit in commits}),
+        num_parts=len(commits),
+        num_parts_planned=log.num_parts if log else None,
+        builder=f"process {log.process} on {log.host}" if log else None,
+        last_heard_s=now_s - log.renewed_s if log else None,
+        eta_s=_eta_s(log, len(commits), now_s) if log else None,
+        parts_by_block=dict(sorted(Counter(commit.block.name for commit in commits).items())),
+        rows_by_block=dict(sorted(rows.items())),
+        size_bytes=size_bytes,
+        bytes_per_row=size_bytes / rows.total() if rows.total() else None,
+        skipped=manifest.skipped if manifest else None,
+        outputs={output.name: _encoding(header, output) for output in header.outputs},
+        class_means=str(header.teacher["class_means"]),
+        labels=None if labels is None else str(labels),
+        teacher_top1=statistics.top1_hits / statistics.labelled if statistics.labelled else None,
+        **_fidelity(header, statistics),
+        warnings=() if warning is None else (warning,),
+    )
+
+
+def _labels(cache_url: str, header: Header, commits: list[Standing], manifest: Manifest | None) -> LabelCount | None:
+    """None where no labels are read, nothing is committed, or an index cannot be read, which ``verify`` tells."""
+    reads_labels = header.data["label"] is not None or (manifest is not None and manifest.labels is not None)
+    if not reads_labels or not commits:
+        return None
+    try:
+        return cached_labels(open_cache(cache_url)) if manifest else committed_labels(cache_url, commits)
+    except CacheError:
+        return None
+
+
+def _eta_s(log: BuildLog, num_commits: int, now_s: float) -> float | None:
+    """By the mean time of the parts that this driver has made so far."""
+    made = log.num_done - log.num_before
+    if not made:
+        return None
+    part_s = (log.renewed_s - log.began_s) / made
+    if now_s - log.renewed_s > max(SILENT_S, _SILENT_PARTS * part_s):
+        return None
+    return max(log.num_parts - num_commits, 0) * part_s
+
+
+def _view_names(header: Header) -> list[str]:
+    """The kind of views, and the options of the plan."""
+    options = (name for name, field in ViewsConfig.model_fields.items() if field.default is None)
+    return [str(header.views["kind"]), *(name for name in options if name in header.views)]
+
+
+def _model(header: Header) -> str:
+    return str(header.teacher["architecture"]["model"])
+
+
+def _encoding(header: Header, output: Output) -> str:
+    word = header.teacher["logits" if output.name == "logits" else "embeddings"]
+    return f"{word} {list(output.shape)}, {row_bytes(output)} bytes a row"
+
+
+def _fidelity(header: Header, statistics: Statistics) -> dict[str, Any]:
+    """Means over the sampled rows, of stored numbers against fp32: KL and 1 − correlation at each temperature, share of
+    rows whose largest class is another, cosine of embeddings."""
+    rows = statistics.fidelity_rows
+    logits, embedding = (rows if header.output(name) else 0 for name in ("logits", "embedding"))
+    return {
+        "kl_nats": {key: total / logits for key, total in statistics.kl_sum.items()} if logits else {},
+        "pearson": {key: total / logits for key, total in statistics.pearson_sum.items()} if logits else {},
+        "argmax_flips": statistics.argmax_flips / logits if logits else None,
+        "embedding_cosine": statistics.embedding_cosine_sum / embedding if embedding else None,
+    }

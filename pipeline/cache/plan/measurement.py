@@ -1,0 +1,250 @@
+"""How fast a part is built here: each stage alone on a short sample, then one real part in a scratch cache."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+from pipeline import storage
+from pipeline.cache.build.part import PartTask, build_part, prepare
+from pipeline.cache.plan.build_plan import CachePlan
+from pipeline.core.errors import ShardError
+from pipeline.core.redaction import redact
+from pipeline.core.temporary import temporary_folder
+from pipeline.shards.decode import BadImageError, decode
+from pipeline.shards.names import shard_id
+from pipeline.shards.tar import Sample, image_extensions, read_samples
+from pipeline.shards.writer import Members, pack_shards
+from pipeline.teacher.inference import load_teacher
+from pipeline.teacher.numerics import numeric_env, pick_device, pin_numerics
+from pipeline.teacher.rendering import Rendering, read_groups
+from schemas.config import Config
+from schemas.manifest import ViewBlock
+
+_BUILD_S, _STAGE_S = 6.0, 1.5
+_NUM_RENDERED, _VIEWS_RENDERED = 64, 4
+_SHORT_PART_S, _LONG_PART_S = 10, 3600
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class MeasureTask:
+    """A config, and the shard to sample."""
+
+    config: Config
+    shard_url: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """Seconds of each stage alone: to decode an image, render a view, ask the teacher about a row of a full batch."""
+
+    decode_s: float
+    view_s: float
+    forward_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One task alone on its CPUs and GPU.
+
+    Attributes:
+        device: its name, and the CPU threads beside it.
+        num_images, num_views: of the part that was built.
+        fetch_s: of the sampled shard; next to nothing where it is local.
+        load_s: until a new worker process may begin its first part.
+        row_s: one row of that part, all stages overlapped as they are in a build.
+        row_bytes: of one row of that part.
+    """
+
+    device: str
+    num_images: int
+    num_views: int
+    fetch_s: float
+    load_s: float
+    stages: Stages
+    row_s: float
+    row_bytes: float
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """Seconds of one part of mean size and of all that are still to make, and bytes of these."""
+
+    part_s: float
+    build_s: float
+    size_bytes: float
+    num_slots: int
+
+
+def measure(task: MeasureTask) -> Measurement:
+    """Writes to scratch alone, which it removes. Loads the teacher twice: for its stage, and for the part.
+
+    Raises:
+        ShardError: no image of the shard's first mix group can be used.
+        ModelError: the teacher cannot be loaded.
+    """
+    config = task.config
+    pin_numerics(config.ray.cpus_per_task)
+    with temporary_folder() as folder:
+        scratch = Path(folder)
+        fetch_s, local = _timed(lambda: storage.local_copy(task.shard_url, scratch / "shard"))
+        samples = _usable(local, config, task.shard_url)
+        stages = _time_stages(samples, config, shard_id(task.shard_url))
+        samples = samples[: _num_images(stages, config)]
+        num_views = _num_views(stages, len(samples), config)
+        part = _tiny_part(config, samples, scratch, num_views)
+        load_s, _ = _timed(lambda: prepare(part.config))
+        build_s, commit = _timed(lambda: build_part(part))
+    rows = commit.written * num_views
+    return Measurement(
+        device=_device(config),
+        num_images=commit.written,
+        num_views=num_views,
+        fetch_s=fetch_s,
+        load_s=load_s,
+        stages=stages,
+        row_s=build_s / rows,
+        row_bytes=commit.part.size_bytes / rows,
+    )
+
+
+def _timed(work: Callable[[], T]) -> tuple[float, T]:
+    began = time.perf_counter()
+    result = work()
+    return time.perf_counter() - began, result
+
+
+def _usable(local: Path, config: Config, where: str) -> list[Sample]:
+    """The decodable samples of the shard's first mix group."""
+    samples = list(islice(read_samples(local, config.data, where=where), config.views.mix_group))
+    reasons = [_reason_against(sample, config) for sample in samples]
+    usable = [sample for sample, reason in zip(samples, reasons, strict=True) if reason is None]
+    if not usable:
+        raise ShardError(
+            "none of the first images of this shard can be used",
+            code="shard.bad-samples",
+            where=redact(where),
+            got=f"{len(samples)} samples; {samples[0].key}: {reasons[0]}",
+            next_step="repair the shard, or name another one first in data.shards",
+        )
+    return usable
+
+
+def _reason_against(sample: Sample, config: Config) -> str | None:
+    """Why this sample cannot be used; None where it can."""
+    if sample.status != "ok":
+        return sample.status
+    try:
+        decode(sample.data, max_pixels=config.data.max_pixels)
+    except BadImageError as error:
+        return f"{error.status}: {error.reason}"
+    return None
+
+
+def _time_stages(samples: list[Sample], config: Config, shard: str) -> Stages:
+    assert config.data.num_classes is not None
+    device = pick_device(config.ray.gpus_per_task > 0)
+    teacher = load_teacher(config.teacher, num_classes=config.data.num_classes, size=config.views.size, device=device)
+    few, max_pixels = samples[:_NUM_RENDERED], config.data.max_pixels
+    num_views, spec = min(config.views.count, _VIEWS_RENDERED), teacher.loaded.input
+    rendering = Rendering(plan=config.views, block=_block(num_views), size=spec.size, interpolation=spec.interpolation)
+    with ThreadPoolExecutor(config.ray.cpus_per_task) as pool:
+        decode_s, _ = _repeated(lambda: list(pool.map(lambda one: decode(one.data, max_pixels=max_pixels), few)))
+        render_s, (group, *_) = _repeated(
+            lambda: list(read_groups(iter(few), rendering, pool, shard_id=shard, max_pixels=max_pixels, builder=None))
+        )
+    # A batch that is not full is padded, so the time is that of a full one.
+    forward_s, _ = _repeated(lambda: teacher.answer(group.pixels_VNCHW[0][: teacher.batch_size]))
+    return Stages(
+        decode_s=decode_s / len(few),
+        view_s=max(render_s - decode_s, 0.0) / len(few) / num_views,
+        forward_s=forward_s / teacher.batch_size,
+    )
+
+
+def _repeated(work: Callable[[], T]) -> tuple[float, T]:
+    """Mean seconds of a call, after one that warms up; and a result."""
+    result, calls, began = work(), 0, time.perf_counter()
+    while calls == 0 or time.perf_counter() - began < _STAGE_S:
+        result = work()
+        calls += 1
+    return (time.perf_counter() - began) / calls, result
+
+
+def _block(num_views: int) -> ViewBlock:
+    return ViewBlock(start=0, stop=num_views)
+
+
+def _num_images(stages: Stages, config: Config) -> int:
+    """As many as a slow teacher allows, in whole batches: a part of a batch costs as much."""
+    batch_size = config.teacher.batch_size
+    return max(1, int(_BUILD_S / (stages.view_s + stages.forward_s) / batch_size)) * batch_size
+
+
+def _num_views(stages: Stages, num_images: int, config: Config) -> int:
+    """As many of a part's views as the time allows."""
+    assert config.cache is not None
+    affordable = int(_BUILD_S / (stages.view_s + stages.forward_s) / num_images)
+    return max(1, min(affordable, config.views.count, config.cache.views_per_part))
+
+
+def _tiny_part(config: Config, samples: list[Sample], scratch: Path, num_views: int) -> PartTask:
+    """The same work on these samples alone, into a cache in scratch."""
+    assert config.cache is not None
+    packed = (_members(sample, config) for sample in samples)
+    (shard,) = pack_shards(packed, f"{scratch}/sample-%d.tar", shard_size=len(samples))
+    settings = {"url": str(scratch / "cache"), "class_means": "none", "views_per_part": num_views}
+    tiny = config.model_copy(
+        update={
+            "data": config.data.model_copy(update={"shards": shard}),
+            "views": config.views.model_copy(update={"count": num_views}),
+            "cache": config.cache.model_copy(update=settings),
+        }
+    )
+    return PartTask(tiny, shard, _block(num_views))
+
+
+def _members(sample: Sample, config: Config) -> tuple[str, Members]:
+    members = {image_extensions(config.data)[0]: sample.data}
+    if config.data.label is not None and sample.label is not None:
+        members[config.data.label.lower()] = str(sample.label).encode()
+    return sample.key, members
+
+
+def _device(config: Config) -> str:
+    env = numeric_env(pick_device(config.ray.gpus_per_task > 0), batch_size=config.teacher.batch_size)
+    return f"{env['device']}, {env['threads']} threads"
+
+
+def forecast(plan: CachePlan, config: Config, found: Measurement, *, num_slots: int) -> Forecast:
+    """What is still to make, by this measurement, with so many tasks at once."""
+    assert config.cache is not None
+    views = min(config.cache.views_per_part, config.views.count)
+    # An image is decoded once for all views of a part, of which the sample may have had fewer.
+    row_s = found.row_s + found.stages.decode_s * (1 / views - 1 / found.num_views)
+    rows = plan.work.rows.expected / plan.work.num_shards * views
+    busy_s = plan.work.forwards_open.expected * row_s + plan.work.num_parts_open * found.fetch_s
+    return Forecast(
+        part_s=rows * row_s + found.fetch_s,
+        build_s=busy_s / num_slots,
+        size_bytes=plan.work.forwards_open.expected * found.row_bytes,
+        num_slots=num_slots,
+    )
+
+
+def advice_on_time(found: Forecast, views_per_part: int) -> list[str]:
+    """Parts of seconds spend their time on beginning and ending; of parts of hours, a lost one costs hours."""
+    if found.part_s > _LONG_PART_S and views_per_part > 1:
+        return [
+            f"a part takes {found.part_s / 3600:.1f} hours, and so much is lost with it; lower cache.views_per_part"
+        ]
+    if found.part_s < _SHORT_PART_S:
+        return [f"a part takes {found.part_s:.1f} s; larger shards or more cache.views_per_part cost less around it"]
+    return []

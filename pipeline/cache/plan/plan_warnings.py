@@ -1,0 +1,171 @@
+"""What speaks against a plan: one sentence each, with its numbers and a way out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.augment.random_bits import key_of, permutation
+from pipeline.cache.format.header import views_body
+from pipeline.cache.plan.build_plan import CachePlan, Ground
+from pipeline.core.hashing import differences
+from pipeline.models import random_weights_warnings
+from pipeline.shards.index import NO_LABEL, index_settings
+from pipeline.shards.labels import label_warning
+
+_LEAST_SPREAD = 0.5
+_MANY_CLASSES = 1000
+_MANY_OBJECTS = 1_000_000
+_MANY_READS = 5
+# With so many labels a class, the last one is not missing by chance.
+_ENOUGH_LABELS_A_CLASS = 10
+
+
+def advice(ground: Ground, plan: CachePlan) -> list[str]:
+    """The warnings on a plan."""
+    found = (check(ground, plan) for check in _CHECKS)
+    return [warning for warning in found if warning is not None]
+
+
+def _other_cache(ground: Ground, _: CachePlan) -> str | None:
+    """What can be seen without the teacher; its weights are compared when the build claims the cache."""
+    header = ground.header
+    if header is None:
+        return None
+    cache, teacher = ground.cache, ground.config.teacher
+    wanted = {
+        "precision": teacher.precision,
+        **{name: getattr(cache, name) for name in ("logits", "embeddings", "class_means")},
+    }
+    if cache.class_means_url is not None:
+        # The header has the digest of what is there, which a plan does not read.
+        del wanted["class_means"]
+    changed = [
+        *differences(header.views, views_body(ground.config.views), "views."),
+        *differences({key: header.teacher[key] for key in wanted}, wanted, "teacher."),
+        *differences(header.data, index_settings(ground.config.data), "data."),
+    ]
+    if not changed:
+        return None
+    return f"cache.url holds a cache of another config, which a build will refuse: {'; '.join(changed)}"
+
+
+def _class_sorted(ground: Ground, _: CachePlan) -> str | None:
+    group = ground.config.views.mix_group
+    spread = label_spread(ground.survey.labels, group)
+    if spread is None or spread >= _LEAST_SPREAD:
+        return None
+    harm = "images are mixed within few classes" if ground.config.views.mixes else "batches see few classes at a time"
+    return (
+        f"the shards are sorted by class: {group} neighbours have {spread:.0%} of the label entropy of a shuffled set, "
+        f"so {harm}; shuffle them (stillroom shards pack shuffles image folders)"
+    )
+
+
+def label_spread(labels: Sequence[NDArray[np.int32]], group: int) -> float | None:
+    """Mean label entropy inside runs of ``group`` rows, as a share of what it is after shuffling: 1 where the order
+    says nothing of the labels, 0 where each run has one class. None: too few labels to tell."""
+    known = [label_N[label_N != NO_LABEL] for label_N in labels]
+    size = min(group, max(map(len, known), default=0))
+    if size < 2:
+        return None
+    pooled = np.concatenate(known)
+    shuffled = _mean_entropy([pooled[permutation(key_of("plan/labels"), len(pooled))]], size)
+    return _mean_entropy(known, size) / shuffled if shuffled > 0 else None
+
+
+def _mean_entropy(labels: Sequence[NDArray[np.int32]], size: int) -> float:
+    """In nats, over all whole runs of ``size`` rows."""
+    runs = [run for label_N in labels for run in label_N[: len(label_N) // size * size].reshape(-1, size)]
+    return float(np.mean([_entropy(run) for run in runs]))
+
+
+def _entropy(label_N: NDArray[np.int32]) -> float:
+    share_C = np.unique(label_N, return_counts=True)[1] / len(label_N)
+    return float(-(share_C * np.log(share_C)).sum())
+
+
+def _other_classes(ground: Ground, _: CachePlan) -> str | None:
+    num_classes = ground.config.data.num_classes
+    assert num_classes is not None
+    label_N = np.concatenate([np.empty(0, np.int32), *ground.survey.labels])
+    label_N = label_N[label_N != NO_LABEL]
+    if not len(label_N):
+        return None
+    largest = int(label_N.max())
+    if largest >= num_classes:
+        return f"a label is {largest}, and data.num_classes is {num_classes}: a build will refuse it"
+    if largest < num_classes - 1 and len(label_N) >= _ENOUGH_LABELS_A_CLASS * num_classes:
+        return (
+            f"data.num_classes is {num_classes}, but none of {len(label_N)} sampled labels is above {largest}: "
+            "is it the teacher's K, and are labels and teacher of the same classes?"
+        )
+    return None
+
+
+def _missing_labels(ground: Ground, _: CachePlan) -> str | None:
+    data, count = ground.config.data, ground.survey.label_count
+    missing = count.num_images - count.num_labelled
+    if not missing or not ground.num_partials or data.missing_labels == "ignore":
+        return label_warning(count, data)
+    return (
+        f"{missing} of {count.num_images} sampled images have no label, and class means will refuse them; "
+        "data.missing_labels=ignore averages over the others"
+    )
+
+
+def _coarse_logits(ground: Ground, plan: CachePlan) -> str | None:
+    num_classes, kind = ground.config.data.num_classes, str(ground.cache.logits)
+    assert num_classes is not None
+    if kind != "int8" or num_classes <= _MANY_CLASSES:
+        return None
+    size_bytes = plan.size.outputs["logits"]
+    return (
+        f"int8 spreads 256 levels over {num_classes} logits and stores {size_bytes} bytes a row, "
+        f"{size_bytes * plan.work.forwards.expected / 1e9:.1f} GB in all: close logits become equal; "
+        "cache.logits=int4 keeps the largest apart in about half of the bytes"
+    )
+
+
+def _many_objects(ground: Ground, plan: CachePlan) -> str | None:
+    if plan.traffic.num_objects <= _MANY_OBJECTS:
+        return None
+    return (
+        f"{plan.traffic.num_objects} objects: listing, deleting and paying for them adds up; larger shards "
+        f"({plan.work.num_shards} now) or cache.views_per_part above {ground.cache.views_per_part} make fewer"
+    )
+
+
+def _many_reads(ground: Ground, plan: CachePlan) -> str | None:
+    if not ground.is_remote or plan.work.blocks_per_shard < _MANY_READS:
+        return None
+    return (
+        f"every shard is fetched whole {plan.work.blocks_per_shard} times, once a part: {plan.size.read / 1e9:.1f} GB; "
+        f"cache.views_per_part above {ground.cache.views_per_part} reads less"
+    )
+
+
+def _large_sums(_: Ground, plan: CachePlan) -> str | None:
+    means, parts = plan.size.means, plan.size.parts.expected
+    if means is None or means <= parts:
+        return None
+    return f"partial class sums may take {means / 1e9:.1f} GB, more than the parts; larger shards make fewer"
+
+
+def _random_teacher(ground: Ground, _: CachePlan) -> str | None:
+    return next(iter(random_weights_warnings({"teacher": ground.config.teacher})), None)
+
+
+_CHECKS: tuple[Callable[[Ground, CachePlan], str | None], ...] = (
+    _random_teacher,
+    _other_cache,
+    _class_sorted,
+    _other_classes,
+    _missing_labels,
+    _coarse_logits,
+    _many_objects,
+    _many_reads,
+    _large_sums,
+)

@@ -1,0 +1,54 @@
+"""The labels of a cache: how many of its images have one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipeline import storage
+from pipeline.cache.build.commit import Standing
+from pipeline.cache.format.files import read_file
+from pipeline.cache.read.reader import TeacherCache
+from pipeline.core.errors import StillroomError
+from pipeline.core.redaction import redact
+from pipeline.shards.index import ShardIndex, decode_index
+from pipeline.shards.labels import LabelCount, count_labels
+from pipeline.shards.shard_head import peek
+from schemas.config import DataConfig
+
+
+def cached_labels(cache: TeacherCache) -> LabelCount:
+    """Of a finished cache, by its indexes: of many shards, of some spread over them. Where none has a label, with the
+    members of its first shard, if that can be read.
+
+    Raises:
+        CacheError: an index is damaged or missing.
+    """
+    found = count_labels(cache.shards, cache.index)
+    if found.num_labelled or not cache.shards:
+        return found
+    first = cache.shards[0]
+    try:
+        seen = peek(cache.shard_url(first), reading_rules(cache.data), size_bytes=first.size_bytes)
+    except StillroomError:
+        # A cache is read where its shards are not, too.
+        return found
+    return LabelCount.of([seen.label_N], [seen.members]).over(found)
+
+
+def committed_labels(cache_url: str, commits: Sequence[Standing]) -> LabelCount:
+    """Of a cache whose build has not ended, by the indexes of the shards that have a commit.
+
+    Raises:
+        CacheError: an index is damaged or missing.
+    """
+
+    def read(path: str) -> ShardIndex:
+        return decode_index(read_file(cache_url, path), where=redact(storage.join(cache_url, path)))
+
+    return count_labels(sorted({commit.index for commit in commits}), read)
+
+
+def reading_rules(settings: Mapping[str, Any]) -> DataConfig:
+    """A data section with the settings of a cache's indexes, and nothing else."""
+    return DataConfig.model_validate({**settings, "image": ";".join(settings["image"])})

@@ -1,0 +1,389 @@
+"""Read a finished cache: of each (shard, view) one range, checked against its commit, decoded when it is needed."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipeline import storage
+from pipeline.augment.params import EVAL_VIEW
+from pipeline.cache.build.class_means import ClassMeans, decode_means
+from pipeline.cache.build.manifest import locate, parse_manifest, read_manifest, read_table
+from pipeline.cache.format import layout
+from pipeline.cache.format.codec import column_of, decode, depends_on_temperature, raw_rows, row_bytes
+from pipeline.cache.format.files import REBUILD, gone, read_file, read_named
+from pipeline.cache.format.header import parse_header, plan_of
+from pipeline.core.bounded_parquet import read_bounded
+from pipeline.core.errors import CacheError, StorageError, StorageInputError
+from pipeline.core.hashing import digest
+from pipeline.core.redaction import quoted, redact
+from pipeline.shards.index import ShardIndex, decode_index
+from schemas.cache import drawn_columns
+from schemas.manifest import Header, Manifest, Output
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRows:
+    """N rows of one output as the cache stores them; dense only when asked for, at the temperature of who asks."""
+
+    column: pa.Array
+    output: Output
+
+    def __len__(self) -> int:
+        return len(self.column)
+
+    @property
+    def depends_on_temperature(self) -> bool:
+        """Whether ``dense`` is a function of the temperature."""
+        return depends_on_temperature(self.output)
+
+    def take(self, row_N: NDArray[np.integer[Any]]) -> StoredRows:
+        """Some of the rows, by position."""
+        return StoredRows(column_of(raw_rows(self.column).take(row_N, axis=0)), self.output)
+
+    @classmethod
+    def placed(cls, pieces: Sequence[tuple[NDArray[np.integer[Any]], StoredRows]], num_rows: int) -> StoredRows:
+        """One of ``num_rows`` out of pieces of one output; each comes with the places that its rows go to, and all
+        places are filled."""
+        output = pieces[0][1].output
+        raw_NW = np.empty((num_rows, row_bytes(output)), np.uint8)
+        for place_P, rows in pieces:
+            raw_NW[place_P] = raw_rows(rows.column)
+        return cls(column_of(raw_NW), output)
+
+    def dense(self, *, temperature: float = 1.0) -> NDArray[np.float32]:
+        """[N,D] as a loss at this temperature sees them."""
+        return decode(self.column, self.output, temperature=temperature)
+
+
+@dataclass(frozen=True, slots=True)
+class ViewColumns:
+    """What the cache holds of one view of one shard; N ok rows in tar order."""
+
+    row_N: NDArray[np.int32]
+    content_hash_N: NDArray[np.uint64]
+    box_N4: NDArray[np.int32]
+    flip_N: NDArray[np.bool_]
+    mix_row_N: NDArray[np.int32]
+    mix_lambda_N: NDArray[np.float32]
+    drawn: dict[str, NDArray[Any]]
+    embedding_norm_N: NDArray[np.float32]
+    logits: StoredRows | None
+    embedding: StoredRows | None
+    pixel_digest: tuple[bytes | None, ...]
+    pixel_mean: tuple[bytes | None, ...]
+
+    @property
+    def logits_NK(self) -> NDArray[np.float32] | None:
+        """All rows, dense at T = 1; None: the cache keeps no logits."""
+        return None if self.logits is None else self.logits.dense()
+
+    @property
+    def embedding_ND(self) -> NDArray[np.float32] | None:
+        """All rows, dense; None: the cache keeps no embeddings."""
+        return None if self.embedding is None else self.embedding.dense()
+
+
+@dataclass(frozen=True, slots=True)
+class ShardEntry:
+    """One shard of the manifest."""
+
+    shard_id: str
+    path: str
+    size_bytes: int
+    num_ok: int
+    index_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class CommittedView:
+    """The bytes of one view of one shard, by what they must be."""
+
+    size_bytes: int
+    digest: str
+    footer_digest: str
+
+
+_REPEATED = ("shard_id", "path", "part_sha256", "footer_digest")
+"""Of the table of parts: the same text for all views of a part."""
+
+
+@dataclass(frozen=True, slots=True)
+class _PartsIndex:
+    """Finds the row of a view of a shard, in 16 bytes a row: a dict of ten million pairs would have gigabytes.
+
+    Attributes:
+        table: the manifest's table of parts, P rows, its shards as a dictionary.
+        number: of each shard, in no particular order.
+        key_P: shard's number and view as one number, ascending, and ``row_P`` the row it is of.
+    """
+
+    table: pa.Table
+    number: dict[str, int]
+    key_P: NDArray[np.int64]
+    row_P: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, table: pa.Table) -> _PartsIndex:
+        shards = table["shard_id"].unify_dictionaries().combine_chunks()
+        key_P = _key(shards.indices.to_numpy().astype(np.int64), table["view"].to_numpy().astype(np.int64))
+        row_P = np.argsort(key_P, kind="stable")
+        number = {shard: number for number, shard in enumerate(shards.dictionary.to_pylist())}
+        return cls(table, number, key_P[row_P], row_P)
+
+    def entry(self, shard_id: str, view: int) -> dict[str, object] | None:
+        """The row by column, or None where the cache has no such view."""
+        number = self.number.get(shard_id)
+        if number is None:
+            return None
+        key = _key(np.int64(number), np.int64(view))
+        at = int(np.searchsorted(self.key_P, key))
+        if at == len(self.key_P) or self.key_P[at] != key:
+            return None
+        return self.table.slice(int(self.row_P[at]), 1).to_pylist()[0]
+
+
+def _key(number: Any, view: Any) -> Any:
+    return number << 16 | view
+
+
+class TeacherCache:
+    """A finished cache, opened for reading. ``manifest_bytes`` are the run's own copy, if it has one."""
+
+    def __init__(self, url: str, manifest: Manifest, manifest_bytes: bytes, header: Header) -> None:
+        self.url, self.manifest, self.manifest_bytes, self.header = url, manifest, manifest_bytes, header
+
+    @property
+    def num_views(self) -> int:
+        return self.manifest.num_views
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """The settings of the indexes in use."""
+        return self.header.data if self.manifest.labels is None else self.manifest.labels.data
+
+    @cached_property
+    def shards(self) -> list[ShardEntry]:
+        table = read_table(self.url, self.manifest.shards)
+        columns = (table[name].to_pylist() for name in ("shard_id", "path", "size_bytes", "num_ok", "index_sha256"))
+        return [ShardEntry(*row) for row in zip(*columns, strict=True)]
+
+    @cached_property
+    def _parts(self) -> _PartsIndex:
+        return _PartsIndex.of(read_table(self.url, self.manifest.parts, repeated=_REPEATED))
+
+    def index(self, shard: ShardEntry) -> ShardIndex:
+        """The shard's index, checked against the manifest."""
+        is_relabelled = self.manifest.labels is not None
+        path = (
+            layout.relabelled_path(shard.shard_id, shard.index_sha256)
+            if is_relabelled
+            else layout.index_path(shard.shard_id)
+        )
+        where = redact(storage.join(self.url, path))
+        data = read_file(self.url, path)
+        if digest(data) != shard.index_sha256:
+            again = f"run: stillroom cache relabel {quoted(self.url)}" if is_relabelled else REBUILD
+            raise CacheError("this index is not the one that the manifest names", where=where, next_step=again)
+        return decode_index(data, where=where)
+
+    def shard_url(self, shard: ShardEntry) -> str:
+        """Where the build found the shard, without any query its URL had."""
+        return locate(self.manifest.base, shard.path)
+
+    def class_means(self) -> ClassMeans | None:
+        ref = self.manifest.class_means
+        if ref is None:
+            return None
+        return decode_means(
+            read_named(self.url, ref),
+            num_classes=self.header.num_classes,
+            fingerprint=self.header.fingerprint,
+            where=redact(storage.join(self.url, ref.path)),
+        )
+
+    def _entry(self, shard_id: str, view: int) -> dict[str, object]:
+        """The row of the manifest about one view of one shard."""
+        entry = self._parts.entry(shard_id, view)
+        if entry is None:
+            raise CacheError(
+                "the cache does not hold this view",
+                where=f"{shard_id}, view {view} in {redact(self.url)}",
+                wanted=f"views 0..{self.num_views - 1}",
+            )
+        return entry
+
+    def committed_view(self, shard_id: str, view: int) -> CommittedView:
+        """What is committed of one view of one shard.
+
+        Raises:
+            CacheError: the view is not in the cache.
+        """
+        entry = self._entry(shard_id, view)
+        return CommittedView(int(str(entry["size_bytes"])), str(entry["digest"]), str(entry["footer_digest"]))
+
+    def view(self, shard_id: str, view: int) -> ViewColumns:
+        """The columns of one view of one shard.
+
+        Raises:
+            CacheError: the view is not in the cache, or its bytes are not those that were committed.
+        """
+        entry = self._entry(shard_id, view)
+        # An eval pass has nothing of the plan's options.
+        drawn = {} if view == EVAL_VIEW else drawn_columns(plan_of(self.header))
+        return _decode_columns(self._fetch(entry), self.header, list(drawn))
+
+    def _fetch(self, entry: dict[str, object]) -> pa.Table:
+        url = storage.join(self.url, str(entry["path"]))
+        where = f"view {entry['view']} of {redact(url)}"
+        offset, size_bytes = int(str(entry["offset"])), int(str(entry["size_bytes"]))
+        end, footer = int(str(entry["part_size_bytes"])), int(str(entry["footer_offset"]))
+        data = _read_range(url, offset, size_bytes, end=end, digest=entry["digest"], where=where)
+        tail = _read_range(
+            url, footer, end - footer, end=end, digest=entry["footer_digest"], where=f"footer of {where}"
+        )
+        source = _Range(end, offset, data)
+        try:
+            # Given its metadata, Parquet reads no footer, which it would look for with a guess of 64 KiB.
+            metadata = pq.read_metadata(pa.BufferReader(b"PAR1" + tail))
+            found = read_bounded(
+                pa.PythonFile(source, mode="r"),
+                size_bytes=size_bytes,
+                metadata=metadata,
+                row_groups=_row_groups(metadata, offset, offset + size_bytes),
+            )
+        except (pa.ArrowInvalid, OSError) as error:
+            raise CacheError("this part's footer is damaged", where=where, got=str(error), next_step=REBUILD) from error
+        if found.num_rows != entry["rows"]:
+            raise CacheError(
+                "a view has another number of rows",
+                where=where,
+                got=found.num_rows,
+                wanted=entry["rows"],
+                next_step=REBUILD,
+            )
+        return found
+
+
+def _read_range(url: str, offset: int, size_bytes: int, *, end: int, digest: object, where: str) -> bytes:
+    try:
+        data = storage.read_range(url, offset, size_bytes)
+    except StorageInputError as error:
+        raise gone(url, error) from error
+    except StorageError as error:
+        _check_size(url, end, error)
+        raise
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise CacheError(
+            "these bytes are not those that were committed",
+            where=where,
+            next_step=REBUILD,
+        )
+    return data
+
+
+def _check_size(url: str, wanted: int, cause: StorageError) -> None:
+    """Tells a part that was cut short, which no retry mends, from storage that failed."""
+    if (got := storage.size(url)) != wanted:
+        raise CacheError(
+            "this part is not as long as its commit says",
+            where=redact(url),
+            got=f"{got} bytes",
+            wanted=f"{wanted} bytes",
+            next_step=REBUILD,
+        ) from cause
+
+
+class _Range(io.RawIOBase):
+    """A file of which only one range was fetched; reading outside it is an error, never zeros."""
+
+    def __init__(self, size_bytes: int, offset: int, data: bytes) -> None:
+        self._size, self._offset, self._data, self._position = size_bytes, offset, data, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = start + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def read(self, size: int = -1) -> bytes:
+        start, stop = self._position, self._size if size < 0 else min(self._size, self._position + size)
+        if start < self._offset or stop > self._offset + len(self._data):
+            raise OSError(f"bytes {start}..{stop} were not fetched")
+        self._position = stop
+        return self._data[start - self._offset : stop - self._offset]
+
+
+def _row_groups(metadata: pq.FileMetaData, start: int, stop: int) -> list[int]:
+    return [
+        number
+        for number in range(metadata.num_row_groups)
+        if start <= metadata.row_group(number).column(0).data_page_offset < stop
+    ]
+
+
+def _decode_columns(table: pa.Table, header: Header, drawn: list[str]) -> ViewColumns:
+    for name in ("row", "content_hash", "embedding_norm", "mix_row", "mix_lambda", "flip", *drawn):
+        if table[name].null_count:
+            raise CacheError(f"column {name} has empty cells")
+    box = [table[f"box_{side}"].to_numpy() for side in ("left", "top", "width", "height")]
+    return ViewColumns(
+        row_N=table["row"].to_numpy(),
+        content_hash_N=table["content_hash"].to_numpy(),
+        box_N4=np.stack(box, axis=1),
+        flip_N=table["flip"].combine_chunks().to_numpy(zero_copy_only=False),
+        mix_row_N=table["mix_row"].to_numpy(),
+        mix_lambda_N=table["mix_lambda"].to_numpy(),
+        drawn={name: table[name].to_numpy() for name in drawn},
+        embedding_norm_N=table["embedding_norm"].to_numpy(),
+        logits=_stored(table, header.output("logits")),
+        embedding=_stored(table, header.output("embedding")),
+        pixel_digest=tuple(table["pixel_digest"].to_pylist()),
+        pixel_mean=tuple(table["pixel_mean"].to_pylist()),
+    )
+
+
+def _stored(table: pa.Table, output: Output | None) -> StoredRows | None:
+    if output is None:
+        return None
+    if null_count := table[output.name].null_count:
+        raise CacheError(f"{null_count} rows have no {output.name}")
+    return StoredRows(table[output.name].combine_chunks(), output)
+
+
+def open_cache(url: str, *, manifest_bytes: bytes | None = None) -> TeacherCache:
+    """Opens a finished cache, or the state of it that ``manifest_bytes`` name.
+
+    Raises:
+        CacheError: no cache, unfinished, damaged, or the header is not the manifest's.
+    """
+    where = redact(url)
+    if manifest_bytes is None:
+        manifest, manifest_bytes = read_manifest(url)
+    else:
+        manifest = parse_manifest(manifest_bytes, where=f"the run's copy of the manifest of {where}")
+    data = read_file(url, layout.HEADER, max_bytes=storage.MAX_RECORD_BYTES)
+    if digest(data) != manifest.header_sha256:
+        raise CacheError(
+            "this header is not the one that the manifest was made with",
+            where=redact(storage.join(url, layout.HEADER)),
+            next_step=REBUILD,
+        )
+    return TeacherCache(url, manifest, manifest_bytes, parse_header(data, where=where))

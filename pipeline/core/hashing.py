@@ -1,0 +1,78 @@
+"""Canonical bytes and digests: equal content has one spelling, and any flipped byte is found."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.core.errors import CacheError
+
+
+def canonical_json(value: object) -> bytes:
+    """Sorted keys, no spaces, UTF-8, no NaN: one byte string per value."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode()
+
+
+def digest(data: bytes) -> str:
+    """SHA-256, 64 hex characters."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def short(value: object) -> str:
+    """16 hex characters of the digest of a JSON value: an id for people and file names."""
+    return digest(canonical_json(value))[:16]
+
+
+def seal(body: Mapping[str, Any]) -> bytes:
+    """A JSON document that carries the digest of everything else in it."""
+    content = {key: value for key, value in body.items() if key != "digest"}
+    return canonical_json({**content, "digest": digest(canonical_json(content))}) + b"\n"
+
+
+def unseal(data: bytes, *, where: str) -> dict[str, Any]:
+    """The document, if its bytes are exactly those that ``seal`` wrote.
+
+    Raises:
+        CacheError: not JSON, not canonical, or the digest is not that of the content.
+    """
+    try:
+        body = json.loads(data)
+        intact = isinstance(body, dict) and seal(body) == data
+    except (ValueError, RecursionError):
+        body, intact = {}, False
+    if not intact:
+        raise CacheError(
+            "this file was changed after it was written: its digest is not that of its content",
+            where=where,
+            next_step="restore the file, or remove it and run the build again",
+        )
+    return body
+
+
+def weights_digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over sorted name, dtype, shape and bytes of a state dict: what weights *are*, wherever they came from."""
+    hasher = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        hasher.update(canonical_json([name, str(tensor.dtype), list(tensor.shape)]))
+        hasher.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return hasher.hexdigest()
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """``a.b: old -> new`` for every leaf that differs, in key order."""
+    found: list[str] = []
+    for key in sorted({*old, *new}):
+        path = f"{prefix}{key}"
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found.extend(differences(before, after, f"{path}."))
+        elif before != after:
+            found.append(f"{path}: {before} -> {after}")
+    return found

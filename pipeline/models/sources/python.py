@@ -1,0 +1,123 @@
+"""``python:module:factory``: the user's own network, called as ``factory(num_classes=K, **kwargs) -> nn.Module``.
+
+A config names code and brings none: modules come from where Python finds them, which in a submitted job is its working
+directory and the installed packages. Nothing here adds to that.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from pipeline.core.errors import ModelError, cause
+from pipeline.models.sources.base import Built, OwnInput, Request, building, last_layer, refuse_reserved
+
+_NAME = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*:[^\W\d]\w*")
+# Nobody's own networks, and among them functions that run what their arguments name: a command, a file, a repository.
+_NOT_OWN = frozenset({*sys.stdlib_module_names, "torch", "torchvision", "timm"})
+
+
+def build(request: Request) -> Built:
+    """Builds with the user's factory. Such a network says nothing of its input: the YAML has to.
+
+    Raises:
+        ModelError: nothing of that name can be imported or called, or it returns no network with a head to read.
+    """
+    refuse_reserved(request, {"num_classes"})
+    if request.pretrained:
+        raise ModelError(
+            "a python: factory has no pretrained weights to download",
+            where=f"{request.where}.weights",
+            got="pretrained",
+            wanted="random, or the URL of a .safetensors or .pt file",
+        )
+    factory = _imported(request)
+    with building(request):
+        network = factory(num_classes=request.num_classes, **request.config.kwargs)
+    if not isinstance(network, nn.Module):
+        raise ModelError(
+            f"{request.config.model} did not return a network",
+            where=f"{request.where}.model",
+            got=type(network).__name__,
+            wanted="torch.nn.Module",
+        )
+    return Built(network=network, heads=_heads(network, request), own=OwnInput())
+
+
+def _imported(request: Request) -> Callable[..., Any]:
+    _check_name(request)
+    module_name, _, attribute = request.name.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module_name), attribute)
+    except Exception as error:  # the module is the user's code: it may raise anything while it is imported
+        raise ModelError(
+            "this factory cannot be imported",
+            where=f"{request.where}.model",
+            got=f"{request.config.model}: {cause(error)}",
+            wanted="python:package.module:factory",
+            next_step="correct the name; install the package, put its folder on PYTHONPATH, or submit it with the job",
+        ) from error
+    if not callable(factory):
+        raise ModelError(
+            "this factory cannot be called",
+            where=f"{request.where}.model",
+            got=f"{request.config.model} is a {type(factory).__name__}",
+            wanted="factory(num_classes=…, **kwargs) -> torch.nn.Module",
+        )
+    _check_origin(factory, request)
+    return factory
+
+
+def _check_name(request: Request) -> None:
+    if _NAME.fullmatch(request.name) is None:
+        raise ModelError(
+            "this is not the name of a factory",
+            where=f"{request.where}.model",
+            got=request.config.model,
+            wanted="python:package.module:factory, names alone",
+        )
+    if _is_foreign(request.name.partition(":")[0]):
+        raise _not_own(request, str(request.config.model))
+
+
+def _check_origin(factory: Callable[..., Any], request: Request) -> None:
+    """A module has what it imports too, under any name."""
+    if isinstance(factory, (type, types.FunctionType, types.BuiltinFunctionType)) and _is_foreign(
+        module := factory.__module__ or "builtins"
+    ):
+        raise _not_own(request, f"{request.config.model}, which is {module}.{factory.__qualname__}")
+
+
+def _is_foreign(module: str) -> bool:
+    return module.partition(".")[0] in _NOT_OWN
+
+
+def _not_own(request: Request, got: str) -> ModelError:
+    return ModelError(
+        "a python: factory is code of one's own; the standard library and the frameworks are not",
+        where=f"{request.where}.model",
+        got=got,
+        wanted="timm/NAME or torchvision/NAME for their models, or a factory of your own package",
+    )
+
+
+def _heads(network: nn.Module, request: Request) -> tuple[str, ...]:
+    if callable(getattr(network, "forward_embedding", None)):
+        return ()
+    name = last_layer(network, nn.Linear)
+    layer = network.get_submodule(name) if name is not None else None
+    if name is None or not isinstance(layer, nn.Linear) or layer.out_features != request.num_classes:
+        raise ModelError(
+            "the embedding is the input of the last nn.Linear, and this network does not end in one",
+            where=f"{request.where}.model",
+            got=f"{name}: {layer}" if name is not None else "no nn.Linear at all",
+            wanted=f"a last nn.Linear with out_features={request.num_classes} (data.num_classes)",
+            next_step="register the head last, or give the network forward_embedding(x) -> (logits, embedding)",
+        )
+    return (name,)

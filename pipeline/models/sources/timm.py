@@ -1,0 +1,142 @@
+"""``timm/NAME``: bare names of the installed timm, never a hub repository."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import timm
+from timm.data.config import resolve_model_data_config
+from timm.layers.classifier import ClassifierHead, ClNormMlpClassifierHead, NormMlpClassifierHead
+from torch import nn
+
+from pipeline.core.errors import ModelError
+from pipeline.models.sources.base import (
+    Built,
+    OwnInput,
+    Request,
+    building,
+    no_download,
+    refuse_reserved,
+    refuse_untrained_head,
+    unknown_name,
+)
+
+# checkpoint_path and the pretrained_cfg family load files that no sha256 covers.
+_RESERVED = frozenset(
+    {
+        "num_classes",
+        "pretrained",
+        "checkpoint_path",
+        "pretrained_cfg",
+        "pretrained_cfg_overlay",
+        "pretrained_strict",
+        "cache_dir",
+    }
+)
+# timm downloads through whichever HTTP client its hub package uses; not all of their errors are OSErrors.
+_NETWORK_PACKAGES = frozenset({"httpx", "httpcore", "requests", "urllib3", "huggingface_hub"})
+
+_POOLING_HEADS = (ClassifierHead, NormMlpClassifierHead, ClNormMlpClassifierHead)
+
+
+def build(request: Request) -> Built:
+    """Builds a timm model; its input comes from its pretrained configuration, whatever weights it gets.
+
+    Raises:
+        ModelError: unknown name or tag, no or unreachable pretrained weights, arguments that do not fit, or no
+            classifier whose input is an embedding.
+    """
+    _check_name(request)
+    refuse_reserved(request, _RESERVED)
+    if request.pretrained:
+        _check_pretrained(request)
+    with building(request):
+        network = _create(request)
+    width = getattr(network, "head_hidden_size", None)
+    return Built(
+        network=network,
+        heads=_heads(network, request),
+        own=_own_input(network, request.config.kwargs),
+        size_kwarg="img_size",
+        embedding_dim=width if isinstance(width, int) else None,
+    )
+
+
+def _create(request: Request) -> nn.Module:
+    try:
+        return timm.create_model(
+            request.name, pretrained=request.pretrained, num_classes=request.num_classes, **request.config.kwargs
+        )
+    except Exception as error:
+        package = type(error).__module__.partition(".")[0]
+        if request.pretrained and (isinstance(error, OSError) or package in _NETWORK_PACKAGES):
+            raise no_download(request, error) from error
+        raise
+
+
+def _check_name(request: Request) -> None:
+    if any(mark in request.name for mark in ":/"):
+        raise ModelError(
+            "only bare timm names are built; hub repositories and folders are not",
+            where=f"{request.where}.model",
+            got=request.config.model,
+            wanted="timm/NAME or timm/NAME.TAG",
+            next_step=f"name the architecture, and give the file's URL as {request.where}.weights",
+        )
+    architecture = request.name.partition(".")[0]
+    if not timm.is_model(architecture):
+        raise unknown_name(request, timm.list_models())
+    try:
+        timm.get_pretrained_cfg(request.name)
+    except RuntimeError as error:
+        raise unknown_name(request, timm.list_pretrained(f"{architecture}*")) from error
+
+
+def _check_pretrained(request: Request) -> None:
+    pretrained = timm.get_pretrained_cfg(request.name)
+    if pretrained is None or not pretrained.has_weights:
+        raise ModelError(
+            "timm has no pretrained weights for this model",
+            where=f"{request.where}.weights",
+            got=request.config.model,
+            next_step="choose a name with weights, or give weights: random or a URL",
+        )
+    refuse_untrained_head(request, pretrained.num_classes)
+
+
+def _heads(network: Any, request: Request) -> tuple[str, ...]:
+    """Names of the classifier, or of all where a distilled or multi-scale model has several."""
+    get_classifier = getattr(network, "get_classifier", None)
+    classifier = None if get_classifier is None else get_classifier()
+    parts: Iterable[object] = classifier if isinstance(classifier, tuple | nn.ModuleList) else (classifier,)
+    names = {id(module): name for name, module in network.named_modules()}
+    # SAM's encoders return the module around the layer, which reads a map.
+    layers = [part.fc if isinstance(part, _POOLING_HEADS) else part for part in parts]
+    # An empty name is the whole network; a list of heads inside a tuple has no single input.
+    if not layers or not all(names.get(id(layer)) and not isinstance(layer, nn.ModuleList) for layer in layers):
+        raise _no_single_head(request, None if get_classifier is None else classifier)
+    return tuple(names[id(layer)] for layer in layers)
+
+
+def _no_single_head(request: Request, classifier: object) -> ModelError:
+    kinds = [type(part).__name__ for part in classifier] if isinstance(classifier, tuple) else type(classifier).__name__
+    return ModelError(
+        "this network has no classifier whose input is an embedding",
+        code="model.no-classifier",
+        where=f"{request.where}.model",
+        got=f"{request.config.model} has none" if classifier is None else f"{request.config.model} has {kinds}",
+        wanted="a classifier of one layer, or of several with one input each",
+        next_step=f"choose another name, or remove features_only from {request.where}.kwargs",
+    )
+
+
+def _own_input(network: nn.Module, kwargs: dict[str, Any]) -> OwnInput:
+    img_size = kwargs.get("img_size")
+    found = resolve_model_data_config(network, args={"img_size": img_size} if isinstance(img_size, int) else None)
+    return OwnInput(
+        size=found["input_size"][-1],
+        mean=tuple(found["mean"]),
+        std=tuple(found["std"]),
+        interpolation=found["interpolation"],
+    )

@@ -1,0 +1,178 @@
+"""``torchvision/NAME``: the classification models of the installed torchvision."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Mapping
+from math import isqrt
+from typing import Any
+
+from torch import Tensor, nn
+from torchvision import models
+
+from pipeline.core.errors import ModelError, cause
+from pipeline.models.sources.base import (
+    Built,
+    OwnInput,
+    Request,
+    WeightsFile,
+    building,
+    last_layer,
+    no_download,
+    refuse_reserved,
+    refuse_untrained_head,
+    unknown_name,
+)
+from pipeline.models.weights import load_state
+
+_RESERVED = frozenset({"num_classes", "weights", "progress", "pretrained"})
+# Auxiliary heads have outputs in training alone: no loss here reads them, and DDP waits for their gradients.
+_WITH_AUXILIARY_HEADS = frozenset({"googlenet", "inception_v3"})
+_AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
+# As in torchvision's loader of its DenseNets: their files are older than the rule that names of modules have no dots.
+_OLD_DENSENET = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.\w+)$")
+
+
+def build(request: Request) -> Built:
+    """Builds a torchvision classifier; its input comes from its default weights' transforms, whatever weights it gets.
+
+    Weights by name and the same weights by URL give the same network.
+
+    Raises:
+        ModelError: unknown name, unreachable pretrained weights, or arguments that do not fit.
+    """
+    names = models.list_models(module=models)
+    if request.name not in names:
+        raise unknown_name(request, names)
+    refuse_reserved(request, _RESERVED)
+    published = models.get_model_weights(request.name)["DEFAULT"]
+    width = request.num_classes
+    if request.pretrained:
+        width = len(published.meta["categories"])
+        refuse_untrained_head(request, width)
+        file: WeightsFile | None = WeightsFile(_download(request, published), transform_input=True)
+    else:
+        file = None if request.read is None else request.read()
+    kwargs, notes = _arguments(request, published, file)
+    with building(request):
+        network = models.get_model(request.name, weights=None, num_classes=width, **kwargs)
+    network.register_load_state_dict_pre_hook(_mend_names)
+    if request.pretrained and file is not None:
+        load_state(network, file.state, source=str(published), where=f"{request.where}.weights")
+        if width != request.num_classes:
+            _replace_head(network, request.num_classes)
+    own = _own_input(network, published)
+    return Built(network=network, heads=(_head(network),), own=own, size_kwarg="image_size", notes=notes)
+
+
+def input_transform(network: nn.Module) -> dict[str, bool]:
+    """What the tensors of a GoogLeNet or an Inception do not say, to be stored with them; empty for other networks.
+
+    With ``transform_input`` these networks first change an input normalised for ImageNet to mean and std 0.5.
+    """
+    transforms = getattr(network, "transform_input", None)
+    return {"transform_input": transforms} if isinstance(transforms, bool) else {}
+
+
+def _arguments(
+    request: Request, published: models.WeightsEnum, file: WeightsFile | None
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Arguments of the constructor, as torchvision's builder sets them where it has weights, and notes for the user.
+
+    What the user gives comes first.
+    """
+    chosen: dict[str, Any] = {}
+    notes: list[str] = []
+    if request.name in _WITH_AUXILIARY_HEADS:
+        chosen = {"aux_logits": False, "init_weights": file is None, "transform_input": False}
+    if file is not None and request.name in _WITH_AUXILIARY_HEADS:
+        chosen["transform_input"] = file.transform_input is not False
+        if file.transform_input is None and "transform_input" not in request.config.kwargs:
+            notes.append(
+                f"{request.where}.kwargs: transform_input is true, as torchvision sets it where {request.name} has "
+                "weights; set {transform_input: false} for weights that were trained without it"
+            )
+        auxiliary = [name for name in file.state if _is_auxiliary(name)]
+        if auxiliary and not request.config.kwargs.get("aux_logits") and not request.pretrained:
+            notes.append(f"{request.where}.weights: {len(auxiliary)} tensors of auxiliary heads are left out")
+    elif request.name.startswith("vit_") and (image_size := _image_size(request, published, file)) is not None:
+        chosen["image_size"] = image_size
+    return {**chosen, **request.config.kwargs}, tuple(notes)
+
+
+def _image_size(request: Request, published: models.WeightsEnum, file: WeightsFile | None) -> int | None:
+    """Pixels that a ViT's position embedding [1,1+N,D] was made for; None where the constructor's default holds."""
+    if file is None:
+        return published.meta["min_size"][0] if request.config.weights == "pretrained" else request.likely_size
+    positions = [tensor for name, tensor in file.state.items() if name.endswith("encoder.pos_embedding")]
+    patches = [tensor for name, tensor in file.state.items() if name.endswith("conv_proj.weight")]
+    if len(positions) != 1 or len(patches) != 1 or positions[0].ndim != 3 or patches[0].ndim != 4:
+        return None
+    return isqrt(positions[0].shape[1] - 1) * patches[0].shape[-1]
+
+
+def _is_auxiliary(name: str) -> bool:
+    return any(name.startswith(head) or f".{head}" in name for head in _AUXILIARY)
+
+
+def _mend_names(
+    network: nn.Module, state: dict[str, Any], _prefix: str, _metadata: object, _strict: bool, *_errors: list[str]
+) -> None:
+    """Before a state dict is loaded: names of old DenseNets, and auxiliary heads that this network lacks."""
+    for name in list(state):
+        old = _OLD_DENSENET.match(name)
+        if old:
+            state["".join(old.groups())] = state.pop(name)
+        elif name.startswith(_AUXILIARY) and getattr(network, "aux_logits", None) is False:
+            del state[name]
+
+
+def _download(request: Request, published: models.WeightsEnum) -> Mapping[str, Tensor]:
+    """The file, in torchvision's cache afterwards, read with pickled code refused.
+
+    The library's own loader does not refuse it, and only from here can a failed download be told from bad arguments.
+    """
+    try:
+        return published.get_state_dict(progress=False, check_hash=True, weights_only=True, map_location="cpu")
+    except OSError as error:
+        raise no_download(request, error) from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ModelError(
+            f"the downloaded weights of {request.config.model} are damaged or not plain tensors",
+            code="weights.damaged-download",
+            where=f"{request.where}.weights",
+            got=cause(error),
+            next_step="remove the file from torch's hub cache and try again",
+        ) from error
+
+
+def _head(network: nn.Module) -> str:
+    """The last nn.Linear; SqueezeNet alone has none and classifies by its last convolution."""
+    name = last_layer(network, nn.Linear) or last_layer(network, nn.Conv2d)
+    assert name is not None, "every torchvision classifier ends in one or the other"
+    return name
+
+
+def _replace_head(network: nn.Module, num_classes: int) -> None:
+    name = _head(network)
+    old = network.get_submodule(name)
+    if isinstance(old, nn.Conv2d):
+        new: nn.Module = nn.Conv2d(old.in_channels, num_classes, kernel_size=1)
+    else:
+        assert isinstance(old, nn.Linear)
+        new = nn.Linear(old.in_features, num_classes)
+    parent, _, leaf = name.rpartition(".")
+    setattr(network.get_submodule(parent), leaf, new)
+
+
+def _own_input(network: nn.Module, published: models.WeightsEnum) -> OwnInput:
+    preset: Any = published.transforms()
+    # A ViT is built for one size, which need not be the one its published weights were made for.
+    built_for = getattr(network, "image_size", None)
+    return OwnInput(
+        size=built_for if isinstance(built_for, int) else preset.crop_size[0],
+        mean=tuple(preset.mean),
+        std=tuple(preset.std),
+        interpolation=preset.interpolation.value,
+    )

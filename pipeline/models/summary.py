@@ -1,0 +1,83 @@
+"""What a network is, without a number of its weights: for a look ahead at networks that are large or not here yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.core.errors import ModelError
+from pipeline.models.load import InputSpec, input_spec, load_weights, require_weights, resolve
+from pipeline.models.probe import answers
+from pipeline.models.sources.base import Built, Request
+from schemas.config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """``embedding_dim`` is D."""
+
+    num_parameters: int
+    embedding_dim: int
+    input: InputSpec
+
+
+def outline_model(config: ModelConfig, *, num_classes: int, size: int | None, where: str) -> Outline:
+    """Builds the network on torch's meta device and runs one forward there. Loads no weights and fetches nothing.
+
+    Args:
+        num_classes: K.
+        size: input height and width in pixels; None: the model's own.
+        where: YAML section of ``config``, for messages.
+
+    Raises:
+        ConfigError: a key is missing or contradicts another.
+        ModelError: the model is unknown, cannot be built as asked, or does not run at this size.
+    """
+    build, request = resolve(config, num_classes, True, where)
+    request = request.without_weights(likely_size=size)
+    built = _on_meta(build, request)
+    spec = input_spec(config, built.own, size, where)
+    _, embedding_BD = answers(built, request, size=spec.size)
+    num_parameters = sum(parameter.numel() for parameter in built.network.parameters())
+    return Outline(num_parameters, embedding_BD.shape[1], spec)
+
+
+def _on_meta(build: Callable[[Request], Built], request: Request) -> Built:
+    try:
+        with torch.device("meta"):
+            return build(request)
+    except ModelError as error:
+        if not isinstance(error.__cause__, NotImplementedError):
+            raise
+    # The constructors of torchvision's RegNets compute with tensors, which have no numbers there.
+    with torch.random.fork_rng(devices=[]):
+        built = build(request)
+    built.network.to("meta")
+    return built
+
+
+def check_weights(config: ModelConfig, *, num_classes: int, size: int | None, where: str) -> None:
+    """Whether a teacher's weights fit its network, as ``load_model`` finds out, but on the meta device.
+
+    A weights file is read whole, and no forward pass is computed. Weights of a library are not fetched.
+
+    Args:
+        num_classes: K.
+        size: input height and width in pixels; None: the model's own.
+        where: YAML section of ``config``, for messages.
+
+    Raises:
+        ConfigError, ModelError: as of ``outline_model``; or no weights are named, or they do not fit.
+        StorageInputError: the weights' URL is refused, missing or not readable.
+    """
+    require_weights(config, where=where)
+    build, request = resolve(config, num_classes, False, where)
+    if request.read is None:
+        outline_model(config, num_classes=num_classes, size=size, where=where)
+        return
+    request.read()  # before the meta device is the default of whatever is read
+    built = _on_meta(build, request)
+    answers(built, request, size=input_spec(config, built.own, size, where).size)
+    load_weights(built, request)

@@ -1,0 +1,89 @@
+"""Samples into shards, byte for byte the same on every machine: no clock, user or host in any header."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Mapping
+from itertools import chain, count, islice
+from pathlib import Path
+
+from webdataset.writer import TarWriter
+
+from pipeline.core.errors import ShardError
+from pipeline.core.redaction import redact
+from pipeline.shards.names import shard_id
+from pipeline.shards.tar import split_name
+from pipeline.storage import put
+
+Members = Mapping[str, bytes]
+
+
+def pack_shards(samples: Iterable[tuple[str, Members]], pattern: str, *, shard_size: int) -> list[str]:
+    """Writes ``(key, {extension: bytes})`` samples, in order, into shards of ``shard_size`` samples.
+
+    Args:
+        pattern: URL of the shards with one printf number, such as ``out/train-%05d.tar``.
+
+    Returns:
+        The shards' URLs, in order. Each appears whole or not at all.
+
+    Raises:
+        ShardError: the pattern names no shards, or a name would not come back as its key and extension.
+    """
+    base, slash, name = pattern.rpartition("/")
+    _check_pattern(name, pattern)
+    stream, urls = iter(samples), list[str]()
+    for number in count():
+        first = next(stream, None)
+        if first is None:
+            return urls
+        url = base + slash + name % number
+        write_shard(chain([first], islice(stream, shard_size - 1)), url)
+        urls.append(url)
+    raise AssertionError("count() has no end")
+
+
+def write_shard(samples: Iterable[tuple[str, Members]], url: str) -> None:
+    """Writes one shard, which appears whole or not at all. Holds one sample at a time.
+
+    Raises:
+        ShardError: a name would not come back as its key and extension.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(folder) / "shard.tar"
+        _write_tar(local, samples)
+        put(local, url)
+
+
+def _check_pattern(name: str, pattern: str) -> None:
+    try:
+        distinct = shard_id(name % 0) != shard_id(name % 1)
+    except (TypeError, ValueError):
+        distinct = False
+    if not distinct:
+        raise ShardError(
+            "this pattern does not number the shards", where=redact(pattern), wanted="one printf number, as in %05d"
+        )
+
+
+def _write_tar(path: Path, samples: Iterable[tuple[str, Members]]) -> None:
+    with TarWriter(str(path), encoder=False, user="", group="", mode=0o644, mtime=0) as writer:
+        for key, members in samples:
+            for extension in members:
+                check_name(key, extension)
+            writer.write({"__key__": key, **members})
+
+
+def check_name(key: str, extension: str) -> None:
+    """
+    Raises:
+        ShardError: the name would not come back as this key and extension.
+    """
+    name = f"{key}.{extension}"
+    if split_name(name) != (key, extension):
+        raise ShardError(
+            "this member's name would be read back as another key",
+            where=repr(name),
+            got=split_name(name),
+            wanted="no dot in the last part of the key, a lower-case extension, no __metadata__ folder",
+        )

@@ -1,0 +1,53 @@
+"""Configs and recipes read from a path or URL."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from omegaconf import DictConfig
+
+from pipeline.core.config_loading import parse_config
+from pipeline.core.errors import ConfigError, StorageInputError
+from pipeline.core.redaction import redact
+from pipeline.core.yaml_document import parse_document
+from pipeline.storage.objects import read
+from schemas.config import Config
+
+MAX_CONFIG_BYTES = 1 << 20
+
+
+def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
+    """Reads, overrides, resolves and checks one YAML document.
+
+    Args:
+        source: path or allowed URL of the document.
+        overrides: ``train.lr=3e-4``, ``loss.0.weight=2``; the value is parsed as YAML.
+
+    Raises:
+        ConfigError: everything that is wrong, in one message.
+    """
+    return parse_config(_read_text(source), overrides, where=redact(source))
+
+
+def read_document(source: str) -> DictConfig:
+    """A YAML mapping as it is written.
+
+    Raises:
+        ConfigError: no mapping in plain YAML, or a larger one than is read.
+        RecursionError: it is nested too deeply.
+    """
+    return parse_document(_read_text(source), where=redact(source))[0]
+
+
+def _read_text(source: str) -> str:
+    try:
+        return read(source, max_bytes=MAX_CONFIG_BYTES).decode("utf-8-sig")
+    except StorageInputError as error:
+        raise ConfigError(
+            "this config cannot be read",
+            where=error.where,
+            got=error.what if error.got is None else f"{error.what}: {error.got}",
+            wanted=error.wanted,
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError("this config is not UTF-8 text", where=redact(source), got=str(error)) from error

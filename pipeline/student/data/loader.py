@@ -1,0 +1,127 @@
+"""Brings the files of coming steps to this node while earlier ones are trained on.
+
+The order says which (shard, view) is met when, so nothing is guessed. One process of each rank does it, for all its
+loader processes, which then find the files there; one that is early waits for the same file or makes it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Self
+
+from pipeline.core.errors import StillroomError
+from pipeline.student.data.order import TrainingOrder
+from pipeline.student.data.sources import RowSource
+
+_THREADS = 8
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Coming:
+    """A shard that an epoch meets first at this step, counted over all epochs."""
+
+    step: int
+    shard: int
+    epoch: int
+
+
+class Prefetcher:
+    """Fetches up to one window of shards ahead, and no more than half of what the node's store may hold.
+
+    Started only when loader processes are: a process that is forked from one with threads inherits locks that nobody
+    in it will ever release.
+    """
+
+    def __init__(self, source: RowSource, order: TrainingOrder, *, rank: int, world_size: int, steps: range) -> None:
+        self._source, self._order = source, order
+        self._rank, self._world_size = rank, world_size
+        self._most_ahead = _most_ahead(source, world_size)
+        self._coming = self._look_ahead(steps)
+        self._next: _Coming | None = None
+        self._ahead: deque[int] = deque()
+        """First steps of what was asked for and is not used yet."""
+        self._step = steps.start - 1
+        self._failed: list[BaseException] = []
+        self._walking: Future[None] | None = None
+        self._walker = ThreadPoolExecutor(1, thread_name_prefix="look-ahead")
+        self._fetchers = ThreadPoolExecutor(_THREADS, thread_name_prefix="fetch")
+
+    def __enter__(self) -> Self:
+        self.advance(self._step)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._walker.shutdown(cancel_futures=True)
+        self._fetchers.shutdown(cancel_futures=True)
+
+    def advance(self, step: int) -> None:
+        """Says that this step was handed out. Returns at once."""
+        self._step = step
+        if self._failed:
+            raise self._failed[0]
+        if self._most_ahead and (self._walking is None or self._walking.done()):
+            self._walking = self._walker.submit(self._guarded, self._walk)
+
+    def _walk(self) -> None:
+        """Asks for what comes until a window after the present step, as far as there is room."""
+        while self._ahead and self._ahead[0] <= self._step:
+            self._ahead.popleft()
+        while len(self._ahead) < self._most_ahead:
+            self._next = self._next or next(self._coming, None)
+            if self._next is None or self._next.step > self._step + self._order.window_steps:
+                return
+            self._fetchers.submit(self._guarded, self._fetch, self._next)
+            self._ahead.append(self._next.step)
+            self._next = None
+
+    def _look_ahead(self, steps: range) -> Iterator[_Coming]:
+        num_steps = self._order.num_steps
+        for epoch in range(steps.start // num_steps, -(-steps.stop // num_steps)):
+            first, rows = epoch * num_steps, self._order.epoch(epoch, self._source.view_of(epoch))
+            wanted = range(max(steps.start - first, 0), min(steps.stop - first, num_steps))
+            for step, shard in rows.first_steps(wanted, self._rank, self._world_size):
+                yield _Coming(first + step, shard, epoch)
+
+    def _fetch(self, coming: _Coming) -> None:
+        try:
+            self._source.fetch(coming.shard, coming.epoch)
+        except StillroomError as error:
+            # Who reads it meets the same error at its step, after all batches before it.
+            _log.info("shard %s was not fetched ahead: %s", self._source.shard_ids[coming.shard], error.what)
+
+    def _guarded(self, work: Callable[..., None], *args: object) -> None:
+        try:
+            work(*args)
+        except Exception as error:
+            self._failed.append(error)
+
+
+def ranks_here(world_size: int) -> int:
+    """How many ranks share this node and its store: torchrun and Ray Train tell; else all of them."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+
+
+def _most_ahead(source: RowSource, world_size: int) -> int:
+    """Shards; half of the store is left to what is in use."""
+    if source.fetched_bytes == 0:
+        return 0
+    return max(1, source.store.limit() // 2 // ranks_here(world_size) // source.fetched_bytes)
+
+
+def crowding(source: RowSource, order: TrainingOrder, *, rank: int, world_size: int) -> str | None:
+    """What to warn of where all that is in use at a time does not fit into the node's store."""
+    shards = min(order.shards_at_once(rank, world_size) * ranks_here(world_size), len(source.shard_ids))
+    needed, limit = shards * source.fetched_bytes, source.store.limit()
+    if needed <= limit:
+        return None
+    return (
+        f"about {needed:,} bytes of shards and views are in use at a time on this node, and {limit:,} may be kept in "
+        f"{source.store.folder} (data.local_bytes, data.local_dir): files will be fetched again and again; raise it, "
+        "set train.order: pinned or fewer train.lanes, or train on more nodes"
+    )

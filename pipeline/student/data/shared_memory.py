@@ -1,0 +1,95 @@
+"""Shared memory of loader processes: whether this machine holds their batches, found before the first step."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.cache.format.codec import depends_on_temperature
+from pipeline.core.errors import ConfigError, ResourceError
+from pipeline.student.data.dataset import PREFETCH_FACTOR, StepDataset
+from pipeline.student.data.loader import ranks_here
+from schemas.manifest import Header
+
+_FOLDER = Path("/dev/shm")  # noqa: S108 - where torch itself allocates it
+_FP32_BYTES = 4
+# Batches travel as file descriptors over a Unix socket that multiprocessing creates: the kernel's limit for its path,
+# and what multiprocessing appends to the temporary folder.
+_MAX_SOCKET_PATH_BYTES = 107
+_SOCKET_BELOW_TEMP = "/pymp-xxxxxxxx/listener-xxxxxxxx"
+
+
+def check_loaders(dataset: StepDataset, headers: Sequence[Header], *, num_workers: int, reads_embeddings: bool) -> None:
+    """Checks what loader processes need of this machine to pass their batches on.
+
+    Args:
+        headers: of the caches whose outputs travel with each batch.
+        num_workers: loader processes of each rank; with 0 nothing is needed.
+
+    Raises:
+        ResourceError: ``/dev/shm`` has less free memory than the batches that all ranks of this machine hold at a time.
+        ConfigError: the path of the temporary folder is too long for a socket.
+    """
+    if not num_workers:
+        return
+    _check_temporary_folder()
+    if not _FOLDER.is_dir():
+        return
+    found = os.statvfs(_FOLDER)
+    ranks, batch = ranks_here(dataset.world_size), batch_bytes(dataset, headers, reads_embeddings=reads_embeddings)
+    # What the loaders hold ready or are filling, and the batch in use.
+    num_batches, free_bytes = PREFETCH_FACTOR * num_workers + 1, found.f_bavail * found.f_frsize
+    if (needed_bytes := ranks * num_batches * batch) <= free_bytes:
+        return
+    fitting = max((free_bytes // ranks // batch - 1) // PREFETCH_FACTOR, 0)
+    raise ResourceError(
+        "the shared memory of this machine does not hold the batches of the loader processes",
+        code="train.shared-memory",
+        where=str(_FOLDER),
+        got=f"{free_bytes:,} bytes free",
+        wanted=f"{needed_bytes:,} bytes: {ranks} ranks here x {num_batches} batches (train.num_workers={num_workers}) "
+        f"x {batch:,} bytes",
+        next_step=f"set train.num_workers={fitting}, lower train.global_batch_size, or enlarge {_FOLDER}: docker run "
+        f"--shm-size={_gigabytes(needed_bytes)}g, or in Kubernetes mount an emptyDir with medium: Memory there",
+    )
+
+
+def _gigabytes(num_bytes: int) -> int:
+    return -(-num_bytes // 2**30)
+
+
+def batch_bytes(dataset: StepDataset, headers: Sequence[Header], *, reads_embeddings: bool) -> int:
+    """Bytes of shared memory that one full batch of this rank takes, without what aligns its tensors."""
+    order = dataset.order
+    lanes = len(order.lanes_of(dataset.rank, dataset.world_size))
+    rows = min(lanes * order.units_per_lane_step * order.rows_per_unit, order.num_rows)
+    pixels = sum(3 * network.size**2 for network in (dataset.student, *dataset.teachers))
+    outputs = sum(_output_bytes(header, dataset.temperatures, reads_embeddings) for header in headers)
+    return rows * (pixels + outputs)
+
+
+def _output_bytes(header: Header, temperatures: Sequence[float], reads_embeddings: bool) -> int:
+    """Of one row, decoded."""
+    logits, size = header.output("logits"), 0
+    if logits is not None and temperatures:
+        size += header.num_classes * (len(temperatures) if depends_on_temperature(logits) else 1)
+    if reads_embeddings and header.output("embedding") is not None:
+        size += header.embedding_dim
+    return _FP32_BYTES * size
+
+
+def _check_temporary_folder() -> None:
+    folder = tempfile.gettempdir()
+    size_bytes = len(os.fsencode(folder + _SOCKET_BELOW_TEMP))
+    if size_bytes <= _MAX_SOCKET_PATH_BYTES:
+        return
+    raise ConfigError(
+        "the temporary folder has too long a path for the sockets of the loader processes",
+        code="train.temp-dir-too-long",
+        where="TMPDIR",
+        got=f"{folder}: {size_bytes} bytes with the socket's own name",
+        wanted=f"at most {_MAX_SOCKET_PATH_BYTES} bytes",
+        next_step="export TMPDIR=/tmp, or set train.num_workers=0",
+    )

@@ -1,0 +1,374 @@
+"""Where a run's rows come from: finished caches, or shards with an index. Both give the same views of a row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline import storage
+from pipeline.augment.params import draw_views, shard_partners, unmix
+from pipeline.cache.read.reader import ShardEntry, TeacherCache, ViewColumns
+from pipeline.core.errors import CacheError, ConfigError, ShardError
+from pipeline.core.redaction import redact
+from pipeline.shards.decode import BadImageError, decode
+from pipeline.shards.index import NO_LABEL, ShardIndex, decode_index, index_settings
+from pipeline.shards.names import shard_ids
+from pipeline.shards.patterns import shard_urls
+from pipeline.shards.publish import index_name
+from pipeline.student.data.ensemble import check_same_samples, check_same_shards
+from pipeline.student.data.local_store import NodeStore
+from pipeline.student.data.recent import Recent
+from pipeline.student.data.rows import SampleRows, as_records
+from pipeline.student.data.shard_files import ShardFiles
+from pipeline.student.data.teacher_outputs import StoredWords
+from pipeline.student.data.view_files import ViewFiles
+from schemas.config import Config, DataConfig, ViewsConfig
+
+_KEPT = 64
+_SAMPLED = 16
+
+
+class RowSource(Protocol):
+    """What a training reads from. Shards are named by position; ``rows`` takes ordinals among a shard's ok rows."""
+
+    @property
+    def shard_ids(self) -> list[str]: ...
+
+    @property
+    def num_ok(self) -> list[int]: ...
+
+    def view_of(self, epoch: int) -> int: ...
+
+    def rows(self, shard: int, ordinal_N: NDArray[np.int32], epoch: int) -> SampleRows: ...
+
+    def labels(self, shard: int) -> NDArray[np.int32]: ...
+
+    def index(self, shard: int) -> ShardIndex: ...
+
+    def read(self, shard: int, offset: int, size: int) -> bytes: ...
+
+    def reread(self, shard: int, offset: int, size: int) -> bytes: ...
+
+    def fetch(self, shard: int, epoch: int) -> None: ...
+
+    @property
+    def fetched_bytes(self) -> int: ...
+
+    @property
+    def store(self) -> NodeStore: ...
+
+    def close(self) -> None: ...
+
+
+def read_image(
+    source: RowSource, shard: int, place: tuple[int, int, int], *, sample_id: str, max_pixels: int
+) -> Tensor:
+    """The whole image at a place (see ``SampleRows.places``), uint8 [3,H,W], proven to be the one that was indexed.
+
+    Raises:
+        CacheError: the tar holds other bytes now.
+        ShardError: they no longer decode, or the tar ends before them.
+    """
+    offset, size, wanted = place
+    data = source.read(shard, offset, size)
+    content_hash = xxhash.xxh3_64_intdigest(data)
+    if content_hash != wanted:
+        # It may be this node's copy alone that is wrong.
+        data = source.reread(shard, offset, size)
+        content_hash = xxhash.xxh3_64_intdigest(data)
+    if content_hash != wanted:
+        raise CacheError(
+            "an image is not the one that was indexed",
+            where=sample_id,
+            got=f"content hash {content_hash:016x}",
+            wanted=f"{wanted:016x}",
+            next_step="the shard changed since; restore it, or build another cache or index from it; after "
+            "cache relabel --shards, name those shards",
+        )
+    try:
+        return decode(data, max_pixels=max_pixels)
+    except BadImageError as error:
+        raise ShardError(
+            "an image that could be used when its shard was indexed cannot be used now",
+            code="shard.image-undecodable-now",
+            where=sample_id,
+            got=f"{error.status}: {error.reason}",
+            next_step="use the decoder versions that the index was made with",
+        ) from error
+
+
+def is_local(urls: Sequence[str]) -> bool:
+    """Whether all of these are files of this machine, which are read where they are."""
+    return all(storage.protocol(url) == "file" for url in urls)
+
+
+def check_labelled(sample_ids: list[str], label_N: NDArray[np.integer[Any]]) -> None:
+    """
+    Raises:
+        ConfigError: some of these samples have no label; the first are named.
+    """
+    unlabelled = np.flatnonzero(label_N < 0)
+    if len(unlabelled):
+        raise ConfigError(
+            "a loss needs labels, and some samples have none",
+            where=", ".join(sample_ids[row] for row in unlabelled[:3]),
+            got=f"{len(unlabelled)} of {len(label_N)} samples without a label",
+            next_step="set data.missing_labels=ignore to average over labelled rows, or use kd or dist alone",
+        )
+
+
+def check_any_labelled(source: RowSource, data: DataConfig) -> None:
+    """
+    Raises:
+        ConfigError: not one row has a label, so that losses that need one would learn nothing.
+    """
+    # Where nothing reads labels there is no need to open every index to see it.
+    shards = range(len(source.shard_ids) if data.label is not None else 0)
+    if not any((source.labels(shard) >= 0).any() for shard in shards):
+        raise ConfigError(
+            "a loss needs labels, and not one sample has one",
+            where="data.label",
+            got=f"{data.label}, in {sum(source.num_ok)} samples",
+            wanted="the member extension that holds the class",
+            next_step="if the shards have labels, run: stillroom cache relabel CACHE --label MEMBER (of a cache), or "
+            "index them into another data.index; else use kd or dist alone",
+        )
+
+
+def label_counts(source: RowSource, num_classes: int, *, shards: Sequence[int] | None = None) -> NDArray[np.int64]:
+    """How many ok rows of all shards, or of these, have each label; reads their indexes. int64 [K]."""
+    shards = range(len(source.shard_ids)) if shards is None else shards
+    counts = np.zeros(num_classes, np.int64)
+    for shard in shards:
+        label_N = source.labels(shard)
+        counts += np.bincount(label_N[label_N != NO_LABEL], minlength=num_classes)
+    return counts
+
+
+class IndexedSource:
+    """Views drawn here and now, for training without a cache: epoch e sees view e."""
+
+    def __init__(self, urls: list[str], indexes: list[ShardIndex], plan: ViewsConfig, store: NodeStore) -> None:
+        self.shard_ids, self._urls = shard_ids(urls), urls
+        self.num_ok = [index.num_ok for index in indexes]
+        self.plan = plan
+        self.store, self._files = store, ShardFiles(urls, store, name_shards="correct data.shards={}")
+        self.read, self.reread, self.close = self._files.read, self._files.reread, self._files.close
+        self._indexes = indexes
+        self._partners = Recent(self._draw_partners, _KEPT)
+
+    def fetch(self, shard: int, epoch: int) -> None:  # noqa: ARG002
+        """Brings a shard to this node; the same in every epoch. Threads may share it."""
+        self._files.fetch(shard)
+
+    @property
+    def fetched_bytes(self) -> int:
+        """About how many bytes ``fetch`` brings of a shard, on average."""
+        if is_local(self._urls):
+            return 0
+        ends = [int((index.offset + index.size).max(initial=0)) for index in self._indexes]
+        return sum(ends) // len(ends)
+
+    def check_labelled(self) -> None:
+        """
+        Raises:
+            ConfigError: an ok row has no label.
+        """
+        for index in self._indexes:
+            check_labelled(index.sample_ids(index.ok), index.label[index.ok])
+
+    def labels(self, shard: int) -> NDArray[np.int32]:
+        index = self._indexes[shard]
+        return index.label[index.ok]
+
+    def index(self, shard: int) -> ShardIndex:
+        return self._indexes[shard]
+
+    def view_of(self, epoch: int) -> int:
+        return epoch if self.plan.kind != "eval" else 0
+
+    def _draw_partners(self, key: tuple[int, int]) -> NDArray[np.int32]:
+        shard, view = key
+        num_ok = self.num_ok[shard]
+        if not self.plan.mixes:
+            return np.arange(num_ok, dtype=np.int32)
+        return shard_partners(self.plan, self.shard_ids[shard], view, num_ok)
+
+    def rows(self, shard: int, ordinal_N: NDArray[np.int32], epoch: int) -> SampleRows:
+        """The rows with these ordinals among the shard's ok rows, under the epoch's view."""
+        index, view = self._indexes[shard], self.view_of(epoch)
+        position_N = index.ok[ordinal_N]
+        sample_ids = index.sample_ids(position_N)
+        width_N, height_N = index.width[position_N], index.height[position_N]
+        partner_N = self._partners.get((shard, view))[ordinal_N]
+        params = unmix(draw_views(self.plan, sample_ids, view, width_N, height_N), partner_N == ordinal_N)
+        fields = {
+            "offset": index.offset[position_N],
+            "size": index.size[position_N],
+            "content_hash": index.content_hash[position_N],
+            "label": index.label[position_N],
+            "width": width_N,
+            "height": height_N,
+            "box": params.box_N4,
+            "flip": params.flip_N,
+            "mix_lambda": params.mix_lambda_N,
+            "partner": partner_N,
+        }
+        return SampleRows(sample_ids, as_records(fields, params.drawn), ())
+
+
+class CachedSource:
+    """Views and teachers' words as the caches store them: epoch e sees view e mod V, the fewest views of any cache.
+
+    All caches hold the same views of the same rows; index and views are the first one's.
+    """
+
+    def __init__(
+        self,
+        caches: Sequence[TeacherCache],
+        shards: list[ShardEntry],
+        urls: list[str],
+        store: NodeStore,
+        *,
+        keeps_embeddings: bool,
+        name_shards: str,
+    ) -> None:
+        self.caches, self._shards, self._urls = tuple(caches), shards, urls
+        self.num_views = min(cache.num_views for cache in caches)
+        self.shard_ids = [shard.shard_id for shard in shards]
+        self.num_ok = [shard.num_ok for shard in shards]
+        self.store = store
+        self._files, self._views = (
+            ShardFiles(urls, store, name_shards=name_shards),
+            ViewFiles(self.caches, shards, store, keeps_embeddings=keeps_embeddings),
+        )
+        self.read, self.reread = self._files.read, self._files.reread
+        # A view's file has what training needs of it; only labels are asked for without a view.
+        self._indexes = Recent(self._read_index, _KEPT)
+
+    def view_of(self, epoch: int) -> int:
+        return epoch % self.num_views
+
+    def labels(self, shard: int) -> NDArray[np.int32]:
+        index = self.index(shard)
+        return index.label[index.ok]
+
+    def index(self, shard: int) -> ShardIndex:
+        return self._indexes.get(shard)
+
+    def _read_index(self, shard: int) -> ShardIndex:
+        return self.caches[0].index(self._shards[shard])
+
+    def fetch(self, shard: int, epoch: int) -> None:
+        """Brings what ``rows`` and ``read`` take of a shard in this epoch to this node. Threads may share it."""
+        self._views.fetch(shard, self.view_of(epoch))
+        self._files.fetch(shard)
+
+    @property
+    def fetched_bytes(self) -> int:
+        """About how many bytes ``fetch`` brings of a shard, on average."""
+        some = self._shards[:: -(-len(self._shards) // _SAMPLED)]
+        views = sum(cache.committed_view(shard.shard_id, 0).size_bytes for shard in some for cache in self.caches)
+        shards = 0 if is_local(self._urls) else sum(shard.size_bytes for shard in some)
+        return (views + shards) // len(some)
+
+    def close(self) -> None:
+        self._files.close()
+        self._views.close()
+
+    def columns(self, shard: int, view: int) -> tuple[ViewColumns, ...]:
+        """Of each cache all ok rows of a shard under a view, proven to be those of the index."""
+        return self._views.columns(shard, view)
+
+    def mapped(self, shard: int, view: int) -> tuple[ViewColumns, ...]:
+        """The same without pixel digests, over memory that all processes share."""
+        return tuple(joined.columns for joined in self._views.get(shard, view))
+
+    def rows(self, shard: int, ordinal_N: NDArray[np.int32], epoch: int) -> SampleRows:
+        """The rows with these ordinals among the shard's ok rows, under the epoch's view, with the teacher's words."""
+        of_caches = self._views.get(shard, self.view_of(epoch))
+        words = tuple(StoredWords.of(rows.columns, ordinal_N) for rows in of_caches)
+        return SampleRows(of_caches[0].sample_ids(ordinal_N), of_caches[0].record_N[ordinal_N], words)
+
+
+def open_cached(
+    caches: Sequence[TeacherCache],
+    data: DataConfig,
+    *,
+    keeps_embeddings: bool = False,
+    name_shards: str = "append data.shards={}",
+) -> CachedSource:
+    """The caches' rows, with shards from ``data.shards`` if given, else all of them from where the first cache found
+    them; with the teachers' embeddings only where a loss reads them.
+
+    Args:
+        name_shards: how a caller gives the place of the shards, ``{}``; for the error about missing ones.
+
+    Raises:
+        CacheError: a shard is not in a cache, or two caches do not hold the same shards or the same samples in them.
+    """
+    first = caches[0]
+    if data.shards is None:
+        check_same_shards(caches)
+        urls = [first.shard_url(shard) for shard in first.shards]
+    else:
+        urls = shard_urls(data.shards)
+    names = shard_ids(urls)
+    for cache in caches:
+        _check_holds(cache, names)
+    check_same_samples(caches, names)
+    by_id = {shard.shard_id: shard for shard in first.shards}
+    return CachedSource(
+        caches,
+        [by_id[name] for name in names],
+        urls,
+        NodeStore.of(data),
+        keeps_embeddings=keeps_embeddings,
+        name_shards=name_shards,
+    )
+
+
+def _check_holds(cache: TeacherCache, names: list[str]) -> None:
+    unknown = sorted({*names} - {shard.shard_id for shard in cache.shards})
+    if unknown:
+        raise CacheError(
+            f"{len(unknown)} of {len(names)} shards are not in the cache",
+            where=redact(cache.url),
+            got=", ".join(unknown[:5]),
+            next_step="run: stillroom cache build CONFIG with these shards (it adds them)",
+        )
+
+
+def index_url(config: Config) -> str:
+    """The folder of the index of a run that trains without a cache: ``data.index``, or the run's own."""
+    if config.data.index is not None:
+        return config.data.index
+    assert config.run is not None
+    return storage.join(config.run.url, "index")
+
+
+def open_indexed(folder_url: str, data: DataConfig, plan: ViewsConfig) -> IndexedSource:
+    """Shards with the index that ``stillroom shards index`` wrote.
+
+    Raises:
+        ShardError: a shard has no index there.
+    """
+    assert data.shards is not None
+    urls = shard_urls(data.shards)
+    indexes: list[ShardIndex] = []
+    for name in shard_ids(urls):
+        url = storage.join(folder_url, index_name(name))
+        found = storage.read_if_there(url, max_bytes=storage.MAX_TABLE_BYTES)
+        if found is None:
+            raise ShardError(
+                f"shard {name} has no index",
+                where=redact(folder_url),
+                next_step="run: stillroom shards index CONFIG",
+            )
+        indexes.append(decode_index(found, where=redact(url), settings=index_settings(data)))
+    return IndexedSource(urls, indexes, plan, NodeStore.of(data))

@@ -1,0 +1,104 @@
+"""A run's checkpoint as the network that was trained, in eval mode."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from pipeline import storage
+from pipeline.core.config_loading import require
+from pipeline.core.errors import ConfigError, ModelError
+from pipeline.core.redaction import redact
+from pipeline.models import LoadedModel, WeightsFile, load_model
+from pipeline.models.weights import transform_input_of
+from pipeline.student.evaluation.finite import FiniteWeights
+from pipeline.student.losses import CompositeLoss
+from pipeline.student.networks.student import bridge
+from pipeline.student.run import checkpoint
+from pipeline.student.supervision.spec import LessonFacts, lesson_facts
+from schemas.config import Config
+
+CheckpointName = Literal["best", "last"]
+_NUM_NAMED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A student, without the projectors of its training.
+
+    Attributes:
+        step: optimiser steps behind the weights.
+        head_trained: False: no loss read the student's logits, and its head began with random weights.
+        projectors: the state of all projectors.
+    """
+
+    config: Config
+    lessons: LessonFacts
+    student: LoadedModel
+    step: int
+    head_trained: bool
+    projectors: Mapping[str, Tensor]
+
+    def projector(self, teacher_dim: int) -> nn.Module | None:
+        """Of the first loss that takes the student's embedding in the first teacher's width; None: no loss does."""
+        terms = CompositeLoss(self.config.loss, where="loss").projected
+        if not terms:
+            return None
+        module, prefix = bridge(self.student.module.embedding_dim, teacher_dim), f"{terms[0]}.0."
+        state = {name.removeprefix(prefix): value for name, value in self.projectors.items() if name.startswith(prefix)}
+        module.load_state_dict(state)
+        return module.eval()
+
+
+def load_trained(run_url: str, checkpoint_name: CheckpointName) -> Trained:
+    """
+    Raises:
+        ConfigError: there is no run, or it has no such checkpoint.
+        CacheError: the run's cache cannot be read, or the checkpoint is damaged.
+        ModelError: the checkpoint's weights are not finite.
+    """
+    config = checkpoint.read_config(run_url)
+    require(config, "student.model", "run.url", command=f"the config of {redact(run_url)}")
+    lessons = lesson_facts(config)
+    assert config.student is not None
+    name = checkpoint.BEST if checkpoint_name == "best" else checkpoint.LAST
+    state = checkpoint.load(run_url, name)
+    if state is None:
+        raise ConfigError(
+            f"this run has no {checkpoint_name} checkpoint",
+            where=redact(run_url),
+            next_step="train it to the end of an epoch"
+            + (", with data.val_shards that have labels, or with a teacher online" if name == checkpoint.BEST else ""),
+        )
+    student = load_model(
+        config.student.model_copy(update={"weights": "random", "sha256": None}),
+        num_classes=lessons.num_classes,
+        size=config.student.size or lessons.size,
+        where="student",
+        built_for=WeightsFile(state["model"], transform_input=transform_input_of(state)),
+    )
+    weights = FiniteWeights.of([student.module.network])
+    student.module.network.load_state_dict(state["model"])
+    _check_finite(weights, storage.join(run_url, name), int(state["step"]))
+    return Trained(config, lessons, student, int(state["step"]), head_is_trained(config), state["projectors"])
+
+
+def head_is_trained(config: Config) -> bool:
+    """Whether the student's logits mean something: a loss reads them, or its head came with ``student.weights``."""
+    assert config.student is not None
+    return CompositeLoss(config.loss, where="loss").trains_head or config.student.weights != "random"
+
+
+def _check_finite(weights: FiniteWeights, url: str, step: int) -> None:
+    broken = weights.broken()
+    if broken:
+        raise ModelError(
+            "the weights of this checkpoint are not finite",
+            code="weights.not-finite",
+            where=redact(url),
+            got=f"NaN or infinity in {', '.join(broken[:_NUM_NAMED])}, after {step} steps",
+            next_step="train again with a lower train.lr or with train.clip_norm, in another run.url",
+        )

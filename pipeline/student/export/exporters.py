@@ -1,0 +1,186 @@
+"""A trained student as one file for others: its weights, or a graph that runs without our code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Literal, get_args
+
+import safetensors.torch
+
+from pipeline import storage
+from pipeline.core.errors import ConfigError
+from pipeline.core.hashing import digest, weights_digest
+from pipeline.core.redaction import redact
+from pipeline.models.sources.torchvision import input_transform
+from pipeline.student.evaluation.loaded_run import CheckpointName, Trained, load_trained
+from pipeline.student.export.graphs import Classifier, check_onnx_packages, write_onnx, write_pt2
+from pipeline.student.run import checkpoint
+
+ExportFormat = Literal["safetensors", "pt2", "onnx"]
+_GRAPHS: dict[ExportFormat, Callable[[Classifier, Path, Mapping[str, str]], float]] = {
+    "pt2": write_pt2,
+    "onnx": write_onnx,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        difference: of the graph's logits from the network's, at most; None for weights.
+        head_left_out: the head was not trained, so that the file has the backbone alone.
+    """
+
+    url: str
+    format: ExportFormat
+    size_bytes: int
+    step: int
+    input: str
+    difference: float | None
+    head_left_out: bool = False
+
+
+def export_run(
+    run_url: str,
+    out_url: str,
+    *,
+    format: ExportFormat | None = None,
+    checkpoint_name: CheckpointName = "last",
+    with_normalization: bool = False,
+) -> Exported:
+    """Writes the student of a run, without the projectors of its training and without a head that no loss trained.
+
+    A graph is published only after it has answered as the network does.
+
+    Args:
+        format: default: by the suffix of ``out_url``.
+        checkpoint_name: ``last`` is the end of a finished run.
+        with_normalization: the graph takes uint8 RGB [N,3,S,S] instead of normalised float32.
+
+    Raises:
+        ConfigError: there is no such run, it is not finished, the format is unknown or a package is missing; or a graph
+            is wanted of a student whose head was not trained.
+        ModelError: the network is no graph, or the graph answers otherwise than the network.
+        StorageInputError: ``out_url`` is refused or cannot be written.
+    """
+    chosen = format or _format_of(out_url)
+    _check_request(chosen, with_normalization=with_normalization)
+    storage.check_writable(out_url)
+    if checkpoint_name == "last":
+        _check_finished(run_url)
+    trained = load_trained(run_url, checkpoint_name)
+    left_out = _untrained_head(trained, chosen, run_url)
+    described = _described(trained, run_url, checkpoint_name, with_normalization=with_normalization)
+    with storage.scratch_folder() as folder:
+        path = folder / f"student.{chosen}"
+        if left_out:
+            described["left_out"] = json.dumps(left_out)
+        difference = _write(trained, path, chosen, described, left_out, with_normalization=with_normalization)
+        size_bytes = path.stat().st_size
+        storage.put(path, out_url)
+    return Exported(redact(out_url), chosen, size_bytes, trained.step, described["input"], difference, bool(left_out))
+
+
+def _format_of(out_url: str) -> ExportFormat:
+    suffix = PurePosixPath(redact(out_url)).suffix.removeprefix(".").lower()
+    found: dict[str, ExportFormat] = {name: name for name in get_args(ExportFormat)}
+    if suffix not in found:
+        raise ConfigError(
+            "the suffix of this file names no format",
+            where=redact(out_url),
+            got=f".{suffix}" if suffix else "no suffix",
+            wanted=", ".join(f".{name}" for name in found),
+            next_step="use one of these, or give --format",
+        )
+    return found[suffix]
+
+
+def _check_request(format: ExportFormat, *, with_normalization: bool) -> None:
+    if format == "onnx":
+        check_onnx_packages()
+    if with_normalization and format not in _GRAPHS:
+        raise ConfigError(
+            "weights alone cannot hold the normalisation",
+            where="--with-normalization",
+            got=f"format {format}",
+            wanted=" or ".join(_GRAPHS),
+            next_step="leave it out; mean and std are in the file's metadata",
+        )
+
+
+def _check_finished(run_url: str) -> None:
+    checkpoint.read_config(run_url)
+    if checkpoint.read_summary(run_url) is None:
+        raise ConfigError(
+            "this run is not finished, so its last checkpoint is one on the way",
+            where=redact(run_url),
+            next_step="run stillroom train CONFIG again, which goes on from there, or give --checkpoint best",
+        )
+
+
+def _described(trained: Trained, run_url: str, checkpoint_name: str, *, with_normalization: bool) -> dict[str, str]:
+    """The metadata of every format: text by name, lists and maps as JSON."""
+    student, size = trained.student, trained.student.input.size
+    kind = "uint8 RGB" if with_normalization else "float32 RGB, of [0,1] less mean, over std"
+    return {
+        "model": str(student.architecture["model"]),
+        "kwargs": json.dumps(student.architecture["kwargs"]),
+        "num_classes": str(student.architecture["num_classes"]),
+        "input": f"{kind}, [N,3,{size},{size}]",
+        "size": str(size),
+        "interpolation": student.input.interpolation,
+        "mean": json.dumps(list(student.input.mean)),
+        "std": json.dumps(list(student.input.std)),
+        "checkpoint": checkpoint_name,
+        "step": str(trained.step),
+        **{key: json.dumps(value) for key, value in input_transform(student.module.network).items()},
+        "weights_digest": weights_digest(student.module.network.state_dict()),
+        "run_config_sha256": digest(storage.read(storage.join(run_url, checkpoint.CONFIG))),
+    }
+
+
+def _untrained_head(trained: Trained, format: ExportFormat, run_url: str) -> list[str]:
+    """Names of the tensors of a head that no loss trained, which weights leave out; none where it was trained.
+
+    Raises:
+        ConfigError: a graph would answer with the logits of such a head.
+    """
+    if trained.head_trained:
+        return []
+    if format in _GRAPHS:
+        raise ConfigError(
+            "the head of this student was not trained: no loss reads its logits, which a graph answers with",
+            code="export.untrained-head",
+            where=redact(run_url),
+            got=f"format {format}, losses {', '.join(term.name for term in trained.config.loss)}",
+            next_step="export to .safetensors, which has the backbone alone, or train with a loss on logits too",
+        )
+    prefixes = tuple(f"{head}." for head in trained.student.module.heads)
+    return [name for name in trained.student.module.network.state_dict() if name.startswith(prefixes)]
+
+
+def _write(
+    trained: Trained,
+    path: Path,
+    format: ExportFormat,
+    described: Mapping[str, str],
+    left_out: Sequence[str],
+    *,
+    with_normalization: bool,
+) -> float | None:
+    student = trained.student
+    if format in _GRAPHS:
+        classifier = Classifier(student.module, student.input, normalizes=with_normalization).eval()
+        return _GRAPHS[format](classifier, path, described)
+    # Copies: the format takes neither tensors that share memory nor strides.
+    state = {
+        name: tensor.contiguous().clone()
+        for name, tensor in student.module.network.state_dict().items()
+        if name not in left_out
+    }
+    safetensors.torch.save_file(state, path, {"format": "pt", **described})
+    return None

@@ -1,0 +1,157 @@
+"""A network as a graph that runs without our code: torch.export and ONNX, each read back and held to the network."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from pipeline.augment.pixels import to_input
+from pipeline.core.errors import ConfigError, ModelError, cause
+from pipeline.models import EmbeddingModel, InputSpec
+
+TOLERANCE = 1e-4
+"""How far a graph's logits may lie from the network's, as a share of the largest: backends fuse and reorder sums."""
+
+METADATA_FILE = "stillroom.json"
+"""The name of the metadata inside a ``.pt2``."""
+
+_CHECKED_BATCHES = (1, 3)
+_ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+
+class Classifier(nn.Module):
+    """forward(images_NCHW) -> logits [N,K], without the embedding.
+
+    Args:
+        normalizes: images are uint8 RGB instead of normalised float32.
+    """
+
+    def __init__(self, model: EmbeddingModel, spec: InputSpec, *, normalizes: bool) -> None:
+        super().__init__()
+        self.model, self.size, self.normalizes = model, spec.size, normalizes
+        self.register_buffer("mean_C", torch.tensor(spec.mean), persistent=False)
+        self.register_buffer("std_C", torch.tensor(spec.std), persistent=False)
+
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        if self.normalizes:
+            images_NCHW = to_input(images_NCHW, mean_C=self.get_buffer("mean_C"), std_C=self.get_buffer("std_C"))
+        return self.model.logits(images_NCHW)
+
+    def noise(self, count: int) -> Tensor:
+        """Random images of the kind that it takes, the same at every call."""
+        shape, generator = (count, 3, self.size, self.size), torch.Generator().manual_seed(count)
+        if self.normalizes:
+            return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        return torch.randn(shape, generator=generator)
+
+
+def write_pt2(classifier: Classifier, path: Path, metadata: Mapping[str, str]) -> float:
+    """A ``torch.export`` program for any batch size, with its metadata in ``stillroom.json``. Returns the largest
+    difference of its logits from the network's.
+
+    Raises:
+        ModelError: the network is no graph for any batch size, or the program answers otherwise.
+    """
+    torch.export.save(_program(classifier), path, extra_files={METADATA_FILE: json.dumps(dict(metadata))})
+    read = torch.export.load(path).module()
+    return _largest_difference(classifier, read, "torch.export")
+
+
+def write_onnx(classifier: Classifier, path: Path, metadata: Mapping[str, str]) -> float:
+    """The same as ONNX: input ``images``, output ``logits``, metadata in the model's properties.
+
+    Raises:
+        ConfigError: a package is missing.
+        ModelError: as ``write_pt2``, or the network has no ONNX form.
+    """
+    check_onnx_packages()
+    program = _program(classifier)
+    try:
+        made = torch.onnx.export(program, dynamo=True, input_names=["images"], output_names=["logits"], verbose=False)
+        assert made is not None, "given no file, the exporter returns the program"
+        made.model.metadata_props.update(metadata)
+        made.save(path, external_data=False)
+        run = _onnx_runner(path)
+    except Exception as error:
+        raise _no_graph("ONNX", error) from error
+    return _largest_difference(classifier, run, "ONNX Runtime")
+
+
+def check_onnx_packages() -> None:
+    """
+    Raises:
+        ConfigError: a package that makes or checks ONNX is not installed.
+    """
+    missing = [name for name in _ONNX_PACKAGES if find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            "ONNX needs packages that are not installed",
+            got=f"no {', '.join(missing)}",
+            next_step="pip install 'stillroom[export]', or export to .pt2 or .safetensors",
+        )
+
+
+def _program(classifier: Classifier) -> ExportedProgram:
+    try:
+        with torch.no_grad():
+            return torch.export.export(classifier, (classifier.noise(2),), dynamic_shapes=({0: Dim("batch")},))
+    except Exception as error:
+        raise _no_graph("torch.export", error) from error
+
+
+def _no_graph(kind: str, error: Exception) -> ModelError:
+    return ModelError(
+        f"this network cannot be written as a graph of {kind}",
+        where="student.model",
+        got=cause(error),
+        next_step="export its weights to .safetensors, or change the network where its code depends on the data",
+    )
+
+
+def _onnx_runner(path: Path) -> Callable[[Tensor], Tensor]:
+    # Optional packages, looked for before.
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def run(images_NCHW: Tensor) -> Tensor:
+        (logits_NK,) = session.run(["logits"], {"images": images_NCHW.numpy()})
+        return torch.from_numpy(np.asarray(logits_NK))
+
+    return run
+
+
+@torch.no_grad()
+def _largest_difference(classifier: Classifier, graph: Callable[[Tensor], Any], kind: str) -> float:
+    found = 0.0
+    for count in _CHECKED_BATCHES:
+        images_NCHW = classifier.noise(count)
+        wanted_NK = classifier(images_NCHW)
+        try:
+            got_NK = graph(images_NCHW)
+        except Exception as error:
+            raise _no_graph(f"{kind} for {count} images", error) from error
+        found = max(found, _difference(got_NK, wanted_NK, kind))
+    return found
+
+
+def _difference(got_NK: Tensor, wanted_NK: Tensor, kind: str) -> float:
+    difference = float((got_NK - wanted_NK).abs().max()) if got_NK.shape == wanted_NK.shape else math.inf
+    if not difference <= TOLERANCE * float(wanted_NK.abs().max()):
+        raise ModelError(
+            f"the graph does not answer as the network does, under {kind}",
+            where="student.model",
+            got=f"logits {tuple(got_NK.shape)} that differ by up to {difference:.2g}",
+            wanted=f"logits {tuple(wanted_NK.shape)} within {TOLERANCE:g} of the largest",
+            next_step="export to another format",
+        )
+    return difference

@@ -1,0 +1,233 @@
+"""A run's folder: its config, its copy of the manifest, checkpoints that replace each other whole, and its summary."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from pipeline import storage
+from pipeline.cache.read.reader import open_cache
+from pipeline.core.config_loading import build_config
+from pipeline.core.errors import CacheError, ConfigError, cause
+from pipeline.core.hashing import differences, seal, unseal
+from pipeline.core.redaction import redact, redact_text
+from pipeline.models.weights import load_pickled
+from pipeline.shards.names import shard_ids
+from pipeline.shards.patterns import shard_urls
+from schemas.config import Config
+
+CONFIG = "config.json"
+MANIFEST = "manifest.json"
+LAST = "checkpoints/last.pt"
+BEST = "checkpoints/best.pt"
+METRICS = "metrics.jsonl"
+SPEED = "speed.jsonl"
+EVALUATIONS = "evaluations.jsonl"
+SUMMARY = "summary.json"
+
+# Where and how fast a run goes may change between its starts; what it computes may not.
+_MAY_CHANGE = {
+    "ray": True,
+    "run": True,
+    # Which samples are trained on is held to the order's id; of validation samples the rules may change.
+    "data": {"val_shards", "bad_samples", "max_bad_share", "local_dir", "local_bytes"},
+    "train": {
+        "num_workers",
+        "checkpoint_every_epochs",
+        "checkpoint_every_steps",
+        "keep_every_epochs",
+        "tensorboard",
+        "eval_agreement",
+        # Rounds otherwise, but may be the way out of a crash.
+        "channels_last",
+    },
+}
+
+
+_PINNED = re.compile(r"manifest(-\d+)?\.json")
+
+
+def claim_run(run_url: str, config: Config) -> None:
+    """Writes the config of a new run, or checks that a begun one goes on with the same. Any rank may be first.
+
+    Credentials in its URLs are not written, and others do not make another run of it.
+
+    Raises:
+        ConfigError: the run was begun with another config; the difference is spelled out.
+    """
+    if not storage.create(storage.join(run_url, CONFIG), seal(_without_credentials(config.model_dump(mode="json")))):
+        check_begun(run_url, config)
+
+
+def check_begun(run_url: str, config: Config) -> None:
+    """
+    Raises:
+        ConfigError: there is a run, begun with another config; the difference is spelled out.
+    """
+    if not storage.exists(storage.join(run_url, CONFIG)):
+        return
+    stored = read_config(run_url)
+    began, now = _comparable(stored), _comparable(config)
+    if _has_moved(run_url, stored, config):
+        now["data"]["shards"] = began["data"]["shards"]
+    changed = differences(began, now)
+    if changed:
+        is_saved = storage.exists(storage.join(run_url, LAST)) or storage.exists(storage.join(run_url, SUMMARY))
+        raise ConfigError(
+            "this run was begun with another config" + ("" if is_saved else ", and no checkpoint is saved in it"),
+            code="run.other-config",
+            where=redact(run_url),
+            got="; ".join(changed),
+            next_step="choose another run.url, or undo the change to go on with this run"
+            if is_saved
+            # A live training may not have reached its first checkpoint, so nothing is replaced here.
+            else f"if no training of this run is alive, {_removal(run_url)}; else choose another run.url",
+        )
+
+
+def _removal(run_url: str) -> str:
+    """How to let another config begin the run: remove its config and the manifests that it pinned."""
+    names = [name for name in storage.sizes_right_below(run_url) if name == CONFIG or _PINNED.fullmatch(name)]
+    urls = [redact(storage.join(run_url, name)) for name in sorted(names)]
+    if storage.protocol(run_url) != "file":
+        return f"remove {', '.join(urls)}, and run this command again"
+    return f"run: rm {shlex.join(urls)}, and then this command again"
+
+
+def _has_moved(run_url: str, one: Config, other: Config) -> bool:
+    """Whether the same shards in the same order are only named at another place."""
+    if one.data.shards == other.data.shards:
+        return False
+    names = _shard_names(run_url, one)
+    return names is not None and names == _shard_names(run_url, other)
+
+
+def _shard_names(run_url: str, config: Config) -> list[str] | None:
+    """Ids of the shards of a run, those of its first cache where the config names none; None: not known."""
+    if config.data.shards is not None:
+        return shard_ids(shard_urls(config.data.shards))
+    if config.teacher.mode != "cache" or not config.data.caches:
+        return None
+    try:
+        cache = open_cache(config.data.caches[0], manifest_bytes=pinned_manifests(run_url, 1)[0])
+        return [shard.shard_id for shard in cache.shards]
+    except CacheError:
+        return None
+
+
+def read_config(run_url: str) -> Config:
+    """The config that a run was begun with. Keys with their default value count as not set.
+
+    The file holds every key, so that a later default changes no run. Which of them the user set is not in it: a key
+    that was left to the cache must stay so, and a key that was set to its default agreed with the cache when the run
+    began.
+
+    Raises:
+        ConfigError: there is no run here, or its config is none.
+    """
+    url = storage.join(run_url, CONFIG)
+    data = storage.read_if_there(url, max_bytes=storage.MAX_RECORD_BYTES)
+    if data is None:
+        raise ConfigError("there is no run here", where=redact(run_url), next_step="run: stillroom train CONFIG")
+    body = unseal(data, where=redact(url))
+    body.pop("digest")
+    where = redact(url)
+    config = build_config(body, where=where)
+    return build_config(config.model_dump(mode="json", exclude_defaults=True), where=where)
+
+
+def _comparable(config: Config) -> dict[str, Any]:
+    tree = _without_credentials(config.model_dump(mode="json", exclude=_MAY_CHANGE))
+    # Runs of earlier versions stored their default for a teacher that was named without weights, or not at all.
+    for teacher in (tree["teacher"], *tree["teacher"]["others"]):
+        teacher["weights"] = teacher["weights"] or "random"
+    return tree
+
+
+def _without_credentials(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_credentials(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_credentials(item) for item in value]
+    return redact_text(value) if isinstance(value, str) else value
+
+
+def pin_manifests(run_url: str, manifests: Sequence[bytes]) -> tuple[bytes, ...]:
+    """The run's own copies of its caches' manifests: made at its first start, used for life, so that extending a cache
+    does not change a running job. Returns the copies that count."""
+    return tuple(_pin(_manifest_url(run_url, number), data) for number, data in enumerate(manifests))
+
+
+def pinned_manifests(run_url: str, num_caches: int) -> tuple[bytes | None, ...]:
+    """One a cache, in the order of ``data.cache``; None: not pinned yet."""
+    urls = [_manifest_url(run_url, number) for number in range(num_caches)]
+    return tuple(storage.read_if_there(url, max_bytes=storage.MAX_RECORD_BYTES) for url in urls)
+
+
+def _manifest_url(run_url: str, number: int) -> str:
+    """``manifest.json`` of the first cache, ``manifest-1.json`` of the next."""
+    return storage.join(run_url, f"manifest-{number}.json" if number else MANIFEST)
+
+
+def _pin(url: str, data: bytes) -> bytes:
+    return data if storage.create(url, data) else storage.read(url, max_bytes=storage.MAX_RECORD_BYTES)
+
+
+def kept(epoch: int) -> str:
+    """Name of the checkpoint after so many epochs that none replaces."""
+    return f"checkpoints/epoch-{epoch:04d}.pt"
+
+
+def save(run_url: str, name: str, state: dict[str, Any]) -> None:
+    """One whole file, replaced in one step: a reader sees the old or the new one, never half of either."""
+    sink = io.BytesIO()
+    torch.save(state, sink)
+    storage.write(storage.join(run_url, name), sink.getvalue())
+
+
+def load(run_url: str, name: str) -> dict[str, Any] | None:
+    """A checkpoint's state on the CPU, or None. No code in it is ever run (weights_only).
+
+    Raises:
+        CacheError: the file is damaged.
+    """
+    url = storage.join(run_url, name)
+    data = storage.read_if_there(url)
+    if data is None:
+        return None
+    try:
+        return load_pickled(data)
+    except Exception as error:
+        raise CacheError(
+            "this checkpoint is damaged",
+            where=redact(url),
+            got=cause(error),
+            next_step="remove it to start the run again",
+        ) from error
+
+
+def write_summary(run_url: str, summary: dict[str, Any]) -> None:
+    storage.write(storage.join(run_url, SUMMARY), json.dumps(summary, indent=2).encode() + b"\n")
+
+
+def read_summary(run_url: str) -> dict[str, Any] | None:
+    """What a finished run reached; None while it is not finished."""
+    url = storage.join(run_url, SUMMARY)
+    data = storage.read_if_there(url, max_bytes=storage.MAX_RECORD_BYTES)
+    if data is None:
+        return None
+    try:
+        return json.loads(data)
+    except ValueError as error:
+        raise CacheError(
+            "this summary is damaged",
+            where=redact(url),
+            got=str(error),
+            next_step="remove it and run the training again: it goes on from its last checkpoint",
+        ) from error

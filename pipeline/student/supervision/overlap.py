@@ -1,0 +1,74 @@
+"""Training images that are validation images too, told by their content hashes: accuracy on them measures memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.shards.index import ShardIndex
+from pipeline.student.data.sources import RowSource
+from pipeline.student.distributed import World
+
+_NUM_NAMED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """``num_rows`` training rows are in the validation shards, the first of them by name."""
+
+    num_rows: int
+    sample_ids: tuple[str, ...]
+
+    def warning(self) -> str:
+        more = ", …" if self.num_rows > len(self.sample_ids) else ""
+        return (
+            f"{self.num_rows} training images are also in the validation shards, byte for byte: "
+            f"{', '.join(self.sample_ids)}{more}; accuracy on them says nothing of new images"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SeenImages:
+    """Content hashes of the validation images that this rank has read, collected while it evaluates; 8 bytes each."""
+
+    _hashes: list[NDArray[np.uint64]] = field(default_factory=list[NDArray[np.uint64]])
+
+    def add(self, index: ShardIndex) -> None:
+        self._hashes.append(index.content_hash[index.ok])
+
+    def overlap(self, source: RowSource, world: World) -> Overlap:
+        """Compares all ranks' images with the training rows; each rank reads its share of the training indexes, one at
+        a time, and no image. Every rank calls it."""
+        own = np.concatenate([np.empty(0, np.uint64), *self._hashes])
+        # The collectives know no unsigned words; the bits are the same.
+        everyone = world.join(torch.from_numpy(own.view(np.int64)).to(world.device)).cpu().numpy()
+        validation = np.unique(everyone.view(np.uint64))
+        num_rows, first = 0, list[tuple[int, int]]()
+        for shard in range(world.rank, len(source.shard_ids), world.size):
+            index = source.index(shard)
+            shared = index.ok[_is_among(index.content_hash[index.ok], validation)]
+            num_rows += len(shared)
+            first += [(shard, int(row)) for row in shared[: _NUM_NAMED - len(first)]]
+        return Overlap(_sum(num_rows, world), _named(first, source, world))
+
+
+def _is_among(hash_N: NDArray[np.uint64], sorted_M: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """By bisection: a sort of both for each of many shards would take the validation set's time every time."""
+    place_N = np.searchsorted(sorted_M, hash_N)
+    found_N = place_N < len(sorted_M)
+    found_N[found_N] = sorted_M[place_N[found_N]] == hash_N[found_N]
+    return found_N
+
+
+def _sum(count: int, world: World) -> int:
+    return int(world.sum(torch.tensor(count, device=world.device)))
+
+
+def _named(first: list[tuple[int, int]], source: RowSource, world: World) -> tuple[str, ...]:
+    """The names of the first rows, by place, over all ranks."""
+    places = world.join(torch.tensor(first, dtype=torch.int64, device=world.device).view(-1))
+    rows = sorted(map(tuple, places.view(len(places) // 2, 2).tolist()))[:_NUM_NAMED]
+    return tuple(source.index(shard).sample_ids([row])[0] for shard, row in rows)

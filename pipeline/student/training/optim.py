@@ -1,0 +1,71 @@
+"""Optimiser and schedule of a config, from torch, timm and pytorch_optimizer."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from functools import partial
+from typing import Any
+
+import torch
+from pytorch_optimizer import SOAP
+from timm.optim.lamb import Lamb
+from timm.optim.rmsprop_tf import RMSpropTF
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from pipeline.core.errors import ConfigError
+from schemas.config import TrainConfig
+
+
+def make_optimizer(module: nn.Module, train: TrainConfig) -> Optimizer:
+    """Weight decay on tensors of two or more dimensions alone: norms and biases are not kernels."""
+    decayed = [parameter for parameter in module.parameters() if parameter.requires_grad and parameter.ndim > 1]
+    others = [parameter for parameter in module.parameters() if parameter.requires_grad and parameter.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": train.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    # The config has refused those that the optimiser does not take.
+    given = {"betas": train.betas, "eps": train.eps, "alpha": train.alpha}
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if train.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum, nesterov=train.nesterov)
+    if train.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=train.lr, **options)
+    if train.optimizer == "lamb":
+        # Its own clipping would be a second one, beside train.clip_norm.
+        return Lamb(groups, lr=train.lr, max_grad_norm=None, **options)
+    if train.optimizer == "rmsprop_tf":
+        return RMSpropTF(groups, lr=train.lr, momentum=train.momentum, **options)
+    return SOAP(groups, lr=train.lr, **options)
+
+
+def make_schedule(optimizer: Optimizer, train: TrainConfig, *, total_steps: int) -> LambdaLR:
+    """Linear warm-up from 0, then the config's schedule. Stepped once an optimiser step.
+
+    Raises:
+        ConfigError: the warm-up takes the whole training, so the peak learning rate would never be reached.
+    """
+    if train.warmup_steps >= total_steps:
+        raise ConfigError(
+            "the warm-up is as long as the training",
+            where="train.warmup_steps",
+            got=f"{train.warmup_steps} of {total_steps} steps",
+            wanted="fewer steps than the training has",
+            next_step="lower train.warmup_steps, or train for more epochs",
+        )
+    return LambdaLR(optimizer, partial(lr_factor, train=train, total_steps=total_steps))
+
+
+def lr_factor(step: int, *, train: TrainConfig, total_steps: int) -> float:
+    """The share of the peak learning rate at a 0-based step; all of ``train.epochs`` have equally many."""
+    if step < train.warmup_steps:
+        return (step + 1) / train.warmup_steps
+    if train.schedule == "constant":
+        return 1.0
+    if train.schedule == "cosine":
+        progress = (step - train.warmup_steps) / max(1, total_steps - train.warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    steps_per_epoch = total_steps // train.epochs
+    if train.decay_epochs is None:
+        return train.gamma ** bisect_right(train.milestones, step // steps_per_epoch)
+    return train.gamma ** int(step / (train.decay_epochs * steps_per_epoch))

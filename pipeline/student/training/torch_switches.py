@@ -1,0 +1,100 @@
+"""Switches of torch for a whole training: compilation and deterministic algorithms."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+from contextlib import contextmanager
+
+import torch
+
+from pipeline.core.errors import ConfigError, ResourceError, TrainingError, cause
+
+_CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+# The two that cuBLAS documents as deterministic.
+_DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")
+
+
+def check_compiler(device: torch.device) -> None:
+    """Compiles one line for this device and runs it.
+
+    Raises:
+        ResourceError: it cannot be done here, such as without a C++ compiler, or on a GPU without Triton.
+    """
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
+    except Exception as error:  # inductor raises whatever the missing tool makes it stumble over
+        raise ResourceError(
+            "torch.compile does not work on this machine",
+            where=f"train.compile=true, device {device.type}",
+            got=cause(getattr(error, "inner_exception", error)),
+            wanted="a C++ compiler with Python's headers, and on a GPU Triton",
+            next_step="install what is missing on every node, or set train.compile=false",
+        ) from error
+
+
+@contextmanager
+def deterministic(enabled: bool) -> Generator[None]:
+    """Deterministic algorithms alone, process-wide, until the end of the block; nothing at all where not enabled.
+
+    Raises:
+        TrainingError: an operation in the block has no deterministic form.
+    """
+    if not enabled:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    except RuntimeError as error:
+        if "use_deterministic_algorithms" not in str(error):
+            raise
+        raise TrainingError(
+            "an operation has no deterministic form",
+            where="train.deterministic=true",
+            got=str(error).split(",")[0],
+            next_step="set train.deterministic=false, or use another student or loss, in another run.url",
+        ) from error
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@contextmanager
+def killed_loaders() -> Generator[None]:
+    """Turns the death of a loader process into one message: torch raises it wherever the main thread is.
+
+    Raises:
+        TrainingError: a loader process was killed by a signal, which is named.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if not text.startswith("DataLoader worker"):
+            raise
+        raise TrainingError(
+            "a loader process was killed",
+            code="train.loader-killed",
+            where="train.num_workers",
+            got=text.split(". ")[0].strip(),
+            next_step="Killed: less memory (fewer train.num_workers, a smaller train.global_batch_size); Bus error: a "
+            "larger /dev/shm, or train.num_workers=0; then run the command again: it goes on from its last checkpoint",
+        ) from error
+
+
+def demand_workspace() -> None:
+    """Sets the variable that makes cuBLAS deterministic. It is read when cuBLAS is first used, so call it before.
+
+    Raises:
+        ConfigError: the environment asks for a workspace that is not deterministic.
+    """
+    given = os.environ.setdefault(_CUBLAS, _DETERMINISTIC_WORKSPACES[0])
+    if given not in _DETERMINISTIC_WORKSPACES:
+        raise ConfigError(
+            "the environment makes cuBLAS give other results from run to run",
+            where=_CUBLAS,
+            got=given,
+            wanted=" or ".join(_DETERMINISTIC_WORKSPACES),
+            next_step=f"unset {_CUBLAS}, or set train.deterministic=false",
+        )

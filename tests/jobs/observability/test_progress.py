@@ -1,0 +1,96 @@
+"""Progress in a real terminal, and in a log."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+from rich.table import Table
+
+from jobs.observability.log import tell
+from jobs.observability.progress import ProgressView
+
+_END = "<end>"
+
+
+@contextmanager
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
+    """Standard error on a pseudo-terminal of 80 columns. Yields what reads it, without colours.
+
+    Not a fixture: pytest sets its own standard error between a test's fixtures and the test.
+    """
+    leader, follower = pty.openpty()
+    with (
+        os.fdopen(follower, "w") as stream,
+        os.fdopen(leader, "rb", buffering=0) as reader,
+        monkeypatch.context() as at,
+    ):
+        at.setenv("TERM", "xterm")
+        at.setenv("COLUMNS", "80")
+        at.setattr("sys.stderr", stream)
+
+        def written() -> str:
+            # What is written arrives some time later, and in pieces.
+            stream.write(_END)
+            stream.flush()
+            found = b""
+            while not found.endswith(_END.encode()):
+                found += reader.read(1 << 16)
+            return re.sub(r"\x1b\[[0-9;]*m", "", found.decode().removesuffix(_END))
+
+        yield written
+
+
+def panel() -> Table:
+    table = Table("node", "images/s", box=None)
+    table.add_row("left", "12")
+    return table
+
+
+def test_a_terminal_shows_a_bar_with_its_panel_below(monkeypatch: pytest.MonkeyPatch) -> None:
+    with terminal(monkeypatch) as written:
+        with ProgressView("cache", 4) as view:
+            view.update(3, "quick", panel=panel)
+        last = written().rpartition("cache")[2]
+    assert "3/4" in last
+    assert re.search(r"node +images/s\s+left +12", last)
+
+
+def test_a_line_that_is_told_stands_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    with terminal(monkeypatch) as written:
+        with ProgressView("cache", 4) as view:
+            view.update(1)
+            tell("a node is gone")
+            view.update(2)
+        text = written()
+    assert re.search(r"[\nK]a node is gone\s*\n", text)
+    assert text.rindex("cache") > text.index("a node is gone")
+
+
+def test_a_log_gets_lines_without_a_panel(capsys: pytest.CaptureFixture[str]) -> None:
+    with ProgressView("cache", 4, done=2) as view:
+        view.update(4, "quick", panel=panel)
+    assert re.fullmatch(r"cache: 4/4 after \d+ s\n", capsys.readouterr().err)
+
+
+def test_json_is_not_drawn_over_even_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STILLROOM_LOG", "json")
+    with terminal(monkeypatch) as written:
+        with ProgressView("cache", 1) as view:
+            view.update(1, panel=panel)
+        (line,) = written().splitlines()
+    assert '"event": "progress"' in line
+    assert '"done": 1' in line
+
+
+def test_80_columns_show_count_time_left_and_what_is_said_in_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    with terminal(monkeypatch) as written:
+        with ProgressView("train a-run-with-a-long-name", 312_500) as view:
+            view.update(150_000, "loss 1.2345, and far more", short="epoch 48/100, 12345 images/s")
+        last = written().rpartition("train a")[2].splitlines()[0]
+    assert re.search(r"150000/312500 0:00:\d\d left epoch 48/100, 12345 images/s", last)
+    assert len("train a" + last.rstrip()) <= 80

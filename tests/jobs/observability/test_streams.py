@@ -1,0 +1,75 @@
+"""Standard streams that are closed, full or broken stop no work and change no exit code but that of a lost result."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+STILLROOM = [sys.executable, "-m", "jobs.cli"]
+# Logs, prints far more than a pipe holds, and leaves a file whose content nothing else may have reached.
+_WORK = """
+import os, sys
+from contextlib import suppress
+from jobs.entry import run_command
+from jobs.observability.log import tell
+from jobs.observability.progress import ProgressView
+
+def work():
+    with open(sys.argv[1], "w") as file, ProgressView("work", 3) as view:
+        with suppress(OSError):
+            os.write(1, b"a library prints")
+            os.write(2, b"a library prints")
+        for done in range(3):
+            tell("a line")
+            view.update(done + 1)
+        if len(sys.argv) > 2:
+            for _ in range(20_000):
+                print("a result")
+        file.write("whole")
+
+sys.exit(run_command(work))
+"""
+
+
+def _run(shell: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A command of bash, in which ``"$@"`` is the program above with its arguments."""
+    command = ["bash", "-o", "pipefail", "-c", shell, "bash", sys.executable, "-c", _WORK, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("streams", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-", ">/dev/full", "2>/dev/full"])
+def test_work_with_a_closed_or_full_stream_is_done_and_exits_0(streams: str, unbuffered: str, tmp_path: Path) -> None:
+    done = _run(f'PYTHONUNBUFFERED={unbuffered} "$@" {streams}', str(tmp_path / "out"))
+    assert (done.returncode, (tmp_path / "out").read_text()) == (0, "whole"), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_reader_that_ends_early_changes_neither_work_nor_exit_code(tmp_path: Path) -> None:
+    done = _run('"$@" | head -1', str(tmp_path / "out"), "print")
+    assert (done.returncode, (tmp_path / "out").read_text()) == (0, "whole"), done.stderr
+    assert (done.stderr.count("a line"), "Error" in done.stderr) == (3, False)
+
+
+def test_a_result_that_a_full_disk_did_not_take_is_one_error_and_exit_1(tmp_path: Path) -> None:
+    done = _run('"$@" > /dev/full', str(tmp_path / "out"), "print")
+    assert (done.returncode, (tmp_path / "out").read_text()) == (1, "whole")
+    assert done.stderr.count("error: the output could not be written") == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_characters_that_a_terminal_lacks_are_escaped(tmp_path: Path) -> None:
+    program = "from jobs.entry import run_command; run_command(lambda: print('\\u00e9\\u2713'))"
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, env=env, cwd=tmp_path, check=False)
+    assert (done.returncode, done.stdout) == (0, b"\\xe9\\u2713\n"), done.stderr
+
+
+def test_help_through_a_pipe_that_closes_exits_0() -> None:
+    command = ["bash", "-o", "pipefail", "-c", '"$@" | true', "bash", *STILLROOM, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,0 +1,186 @@
+"""Reaching a Ray cluster, or starting one here: what prevents it ends in one error, and soon."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from jobs.ray.cluster import cluster
+from jobs.ray.connection import connect
+from pipeline.core.errors import ResourceError
+from schemas.config import Config, RayConfig
+from tests.jobs.clusters import free_port, head_node
+
+_LIMIT_S = 30
+_JOIN = (
+    "import sys\n"
+    "from jobs.entry import run_command\n"
+    "from jobs.ray.connection import connect\n"
+    "sys.exit(run_command(lambda: connect(sys.argv[1])))"
+)
+_USE = (
+    "import ray\n"
+    "from jobs.ray.cluster import cluster\n"
+    "from schemas.config import RayConfig\n"
+    "with cluster(RayConfig(address='local')):\n"
+    "    print(ray.get_runtime_context().get_temp_dir(), ray.get(ray.remote(lambda: 7).remote()))"
+)
+
+
+_INTERRUPTED = """
+import os, sys, time, ray
+from pathlib import Path
+from jobs.entry import run_command
+from jobs.ray.cluster import cluster
+from schemas.config import RayConfig
+
+def work():
+    from pipeline.core.temporary import temporary_folder
+    folder = temporary_folder()
+    Path(os.environ["STILLROOM_TEST_BEGAN"]).write_text(folder.name)
+    time.sleep(600)
+
+def command():
+    began = Path(os.environ["STILLROOM_TEST_BEGAN"])
+    with cluster(RayConfig(address="local")):
+        ray.remote(work).remote()
+        while not began.exists() or not began.read_text():
+            time.sleep(0.1)
+        assert Path(began.read_text()).is_dir()
+        raise KeyboardInterrupt
+
+sys.exit(run_command(command))
+"""
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobs.ray.connection._ANSWER_TIMEOUT_S", 0.5)
+
+
+@pytest.fixture
+def silent_port() -> Iterator[int]:
+    """A port that accepts connections and answers nothing."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield listener.getsockname()[1]
+
+
+def _python(program: str, *arguments: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    command = [sys.executable, "-c", program, *arguments]
+    return subprocess.run(command, env={**plain, **env}, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("form", ["127.0.0.1:{}", "ray://127.0.0.1:{}", "[::1]:{}"])
+def test_an_address_where_nothing_listens_fails_before_ray_tries_it(form: str) -> None:
+    with pytest.raises(ResourceError) as caught, cluster(RayConfig(address=form.format(free_port()))):
+        pass
+    assert (caught.value.code, caught.value.exit_code) == ("ray.no-answer", 2)
+    assert "refused" in str(caught.value.got)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_a_port_that_never_answers_is_no_cluster(scheme: str, silent_port: int) -> None:
+    with pytest.raises(ResourceError) as caught:
+        connect(f"{scheme}127.0.0.1:{silent_port}")
+    assert (caught.value.code, caught.value.where) == ("ray.no-answer", f"ray.address={scheme}127.0.0.1:{silent_port}")
+
+
+@pytest.mark.slow
+def test_a_dead_address_is_reported_within_half_a_minute() -> None:
+    began = time.monotonic()
+    with pytest.raises(ResourceError):
+        connect(f"127.0.0.1:{free_port()}")
+    assert time.monotonic() - began < _LIMIT_S
+
+
+@pytest.mark.usefixtures("impatient")
+def test_auto_follows_ray_address_and_checks_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_port()}")
+    with pytest.raises(ResourceError) as caught:
+        connect("auto")
+    assert caught.value.code == "ray.no-answer"
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "cluster", "ray://host", "host:port", "host:6379/x"])
+def test_what_is_no_address_of_ray_is_refused_with_the_config(address: str) -> None:
+    with pytest.raises(ValueError, match="HOST:PORT"):
+        Config.model_validate({"ray": {"address": address}})
+
+
+def _a_file(folder: Path) -> str:
+    (folder / "file").touch()
+    return str(folder / "file")
+
+
+@pytest.mark.parametrize(
+    ("variable", "code"), [("RAY_TMPDIR", "ray.temp-dir-unwritable"), ("HOME", "ray.token-unwritable")]
+)
+def test_a_folder_that_ray_cannot_write_is_one_error(variable: str, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
+        monkeypatch.delenv(name, raising=False)
+    # Short, or another rule would apply. Below a file nobody can write, not even root.
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.setenv(variable, _a_file(Path(folder)))
+        with pytest.raises(ResourceError) as caught:
+            connect("local")
+        assert (caught.value.code, caught.value.exit_code) == (code, 2)
+        assert str(caught.value.where).startswith(f"{folder}/file/")
+    assert not ray.is_initialized()
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_temporary_folder_too_long_for_sockets_is_replaced_by_a_short_one_with_a_warning(tmp_path: Path) -> None:
+    long = tmp_path / ("x" * 80)
+    long.mkdir()
+    done = _python(_USE, env={"TMPDIR": str(long)})
+    folder, answer = done.stdout.split()
+    assert (done.returncode, answer, folder) == (0, "7", f"/tmp/ray-{os.getuid()}")
+    assert f"{folder} " in done.stderr
+    assert str(long) in done.stderr
+    assert list(long.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_home_that_cannot_be_written_is_no_obstacle_to_a_cluster_with_a_given_token(tmp_path: Path) -> None:
+    """The way out that the error names."""
+    done = _python(_USE, env={"HOME": _a_file(tmp_path), "RAY_AUTH_TOKEN": "0123456789abcdef" * 4})
+    assert (done.returncode, done.stdout.split()[1]) == (0, "7"), done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_cluster_that_refuses_the_token_says_which_variables_to_set(tmp_path: Path) -> None:
+    with head_node(tmp_path, num_cpus=1) as head:
+        home = {"HOME": str(tmp_path)}
+        for env in ({}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "f" * 64}, {"RAY_AUTH_MODE": "token"}):
+            done = _python(_JOIN, head.address, env={**home, **env})
+            assert done.returncode == 2
+            assert "RAY_AUTH_TOKEN_PATH" in done.stderr
+            assert done.stderr.count("\n") == 4, done.stderr
+        assert _python(_JOIN, head.address, env=head.env).returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_ctrl_c_leaves_no_temporary_folder_of_a_worker(tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        done = _python(_INTERRUPTED, env={"TMPDIR": folder, "STILLROOM_TEST_BEGAN": str(tmp_path / "began")})
+        assert done.returncode == 130, done.stderr
+        assert (tmp_path / "began").read_text().startswith(f"{folder}/stillroom-scratch-")
+        assert [path.name for path in Path(folder).iterdir() if path.name.startswith("stillroom")] == []

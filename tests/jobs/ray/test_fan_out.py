@@ -1,0 +1,330 @@
+"""Tasks: bounded flight, counted retries, one error."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+
+from jobs.ray.fan_out import fan_out
+from pipeline.core.errors import (
+    CacheError,
+    LostGpuError,
+    PassingStorageError,
+    ResourceError,
+    ShardError,
+    StillroomError,
+    StorageError,
+)
+from schemas.config import RayConfig
+from tests.jobs import NUM_CPUS
+
+pytestmark = pytest.mark.ray
+RAY = RayConfig(max_retries=2)
+
+
+def _square(number: int) -> int:
+    return number * number
+
+
+def _attempt(folder: Path, number: int) -> int:
+    """Leaves a file for every attempt and returns how many there were, this one included."""
+    (folder / f"{number}-{len(list(folder.glob(f'{number}-*')))}").touch()
+    return len(list(folder.glob(f"{number}-*")))
+
+
+def _fail_once(folder: Path, number: int) -> int:
+    if _attempt(folder, number) == 1 and number == 1:
+        raise PassingStorageError("the store had a bad moment")
+    return number
+
+
+def _die_once(folder: Path, number: int) -> int:
+    if _attempt(folder, number) == 1 and number == 1:
+        os._exit(1)
+    return number
+
+
+def _lose_the_gpu_once(folder: Path, number: int) -> int:
+    if _attempt(folder, number) == 1:
+        (folder.parent / "lost").write_text(str(os.getpid()))
+        raise LostGpuError("a worker lost its GPU")
+    return os.getpid()
+
+
+def _always(folder: Path, error: type[Exception], number: int) -> int:
+    _attempt(folder, number)
+    raise error("nothing helps")
+
+
+def _alternate(folder: Path, number: int) -> int:
+    """Dies twice and fails twice, by turns, before it gives an answer."""
+    attempt = _attempt(folder, number)
+    if attempt in (1, 3):
+        os._exit(1)
+    if attempt in (2, 4):
+        raise PassingStorageError("the store had a bad moment")
+    return number
+
+
+def _hang_at_1(folder: Path, number: int) -> int:
+    """In C and with the GIL, as a library may: no Python of this process runs any more."""
+    _attempt(folder, number)
+    if number == 1:
+        ctypes.PyDLL(None).sleep(3600)
+    return number
+
+
+def _name_of_task(_: int) -> str | None:
+    return ray.get_runtime_context().get_task_name()
+
+
+def _odd_shards_are_bad(folder: Path, number: int) -> int:
+    _attempt(folder, number)
+    if number % 2:
+        raise ShardError("this shard is cut", where=f"shard {number % 4}")
+    return number
+
+
+def _fail_by_kind(errors: dict[int, type[StillroomError]], number: int) -> int:
+    if number in errors:
+        raise errors[number](f"item {number} failed")
+    return number
+
+
+def _draw(limit: int, drawn: list[int]) -> Iterator[int]:
+    for number in range(limit):
+        drawn.append(number)
+        yield number
+
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobs.ray.fan_out._BACKOFF_S", 0.05)
+
+
+def attempts(folder: Path) -> int:
+    return len(list(folder.iterdir()))
+
+
+def collect(flown: Iterator[tuple[int, int]], done: list[int]) -> None:
+    """Into ``done``, also what came before an error."""
+    for item, _ in flown:
+        done.append(item)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_worker_that_lost_its_gpu_ends_and_another_does_its_work(tmp_path: Path) -> None:
+    folder = tmp_path / "attempts"
+    folder.mkdir()
+    ((_, worker),) = fan_out(partial(_lose_the_gpu_once, folder), [1], RAY, what="a task")
+    lost = int((tmp_path / "lost").read_text())
+    assert worker != lost
+    assert attempts(folder) == 2
+    assert not psutil.pid_exists(lost) or psutil.Process(lost).status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_every_item_comes_back_once_with_its_result() -> None:
+    found = dict(fan_out(_square, range(50), RAY, what="a task"))
+    assert found == {number: number * number for number in range(50)}
+
+
+def test_without_ray_the_work_is_a_plain_loop_in_order() -> None:
+    found = list(fan_out(_square, [3, 1, 2], RayConfig(address="none"), what="a task"))
+    assert found == [(3, 9), (1, 1), (2, 4)]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("fault", [_fail_once, _die_once], ids=["storage fails", "worker dies"])
+def test_a_passing_fault_costs_one_more_attempt_of_one_item(fault, tmp_path: Path) -> None:
+    found = dict(fan_out(partial(fault, tmp_path), range(4), RAY, what="a task"))
+    assert found == {number: number for number in range(4)}
+    assert attempts(tmp_path) == 5
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_fault_that_stays_ends_after_the_counted_retries(tmp_path: Path) -> None:
+    with pytest.raises(PassingStorageError, match="nothing helps"):
+        list(fan_out(partial(_always, tmp_path, PassingStorageError), [1], RAY, what="a task"))
+    assert attempts(tmp_path) == 1 + RAY.max_retries
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_each_kind_of_fault_has_retries_of_its_own_and_each_attempt_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STILLROOM_LOG", "json")
+    name = f"shard of {tmp_path.name}"
+    tasks = fan_out(partial(_alternate, tmp_path), [1], RAY, what="a task", name=lambda _: name)
+    assert list(tasks) == [(1, 1)]
+    assert attempts(tmp_path) == 5
+    told = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert "retried: 2 after WorkerCrashedError, 2 after a failure of storage" in told.pop()["message"]
+    died, failed = ("retried", "WorkerCrashedError"), ("retried", "a failure of storage")
+    assert [(item["event"], item.get("kind")) for item in told] == [died, failed, died, failed, ("done", None)]
+    assert [item["attempt"] for item in told] == [1, 2, 3, 4, 5]
+    assert {item["item"] for item in told} == {name}
+    # Also of workers that died, since there is but one node.
+    node = f"{platform.node()}:{ray.nodes()[0]['NodeID'][:8]}"
+    assert {item["node"] for item in told} == {node}
+    assert all(item["seconds"] >= 0 for item in told)
+    # Workers tell it too, as plain lines, since the cluster began without that variable. Those that died did not end.
+    lines = [text.partition(f"a task: {name}: attempt ")[2] for text in _lines_of_workers()]
+    assert sorted(line for line in lines if "began" in line) == [f"{number} began on {node}" for number in range(1, 6)]
+    ended = sorted((line[0], line.rpartition(f" on {node}, ")[2]) for line in lines if "ended" in line)
+    failed_once = "failed: the store had a bad moment"
+    assert ended == [("2", failed_once), ("4", failed_once), ("5", "done")]
+
+
+def _lines_of_workers() -> list[str]:
+    folder = Path(ray._private.worker.global_worker.node.get_logs_dir_path())
+    return [line for log in folder.glob("worker-*.err") for line in log.read_text().splitlines()]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("address", ["none", "local"])
+def test_bad_shards_are_told_together_when_the_others_are_done(address: str, tmp_path: Path) -> None:
+    done: list[int] = []
+    with pytest.raises(ShardError) as caught:
+        collect(
+            fan_out(partial(_odd_shards_are_bad, tmp_path), range(8), RayConfig(address=address), what="a task"), done
+        )
+    assert sorted(done) == [0, 2, 4, 6]
+    assert attempts(tmp_path) == 8
+    assert str(caught.value).count("this shard is cut") == 2
+    assert "shard 1" in str(caught.value)
+    assert "shard 3" in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_one_bad_shard_is_told_as_it_is() -> None:
+    with pytest.raises(ShardError, match=r"^item 1 failed$"):
+        list(fan_out(partial(_fail_by_kind, {1: ShardError}), range(3), RayConfig(address="none"), what="a task"))
+
+
+def test_a_failure_that_may_pass_decides_the_exit_code() -> None:
+    errors: dict[int, type[StillroomError]] = {1: ShardError, 2: PassingStorageError}
+    with pytest.raises(PassingStorageError) as caught:
+        list(fan_out(partial(_fail_by_kind, errors), range(4), RayConfig(address="none"), what="a task"))
+    assert caught.value.exit_code == 1
+    assert "item 1 failed" in str(caught.value)
+    assert "item 2 failed" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [CacheError, StorageError])
+def test_a_failure_that_speaks_of_all_items_stops_at_once(kind: type[StillroomError]) -> None:
+    done: list[int] = []
+    with pytest.raises(kind, match="item 2 failed"):
+        collect(fan_out(partial(_fail_by_kind, {2: kind}), range(9), RayConfig(address="none"), what="a task"), done)
+    assert done == [0, 1]
+
+
+def test_shards_that_are_all_bad_stop_it_before_the_last() -> None:
+    drawn: list[int] = []
+    errors: dict[int, type[StillroomError]] = dict.fromkeys(range(100), ShardError)
+    with pytest.raises(ShardError, match="17 failures"):
+        list(fan_out(partial(_fail_by_kind, errors), _draw(100, drawn), RayConfig(address="none"), what="a task"))
+    assert len(drawn) == 17
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_items_are_drawn_as_they_start() -> None:
+    drawn: list[int] = []
+    flown = fan_out(_square, _draw(1000, drawn), RAY, what="a task")
+    next(flown)
+    assert len(drawn) <= 2 * NUM_CPUS
+    flown.close()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_bug_in_the_work_keeps_its_traceback_and_is_not_retried(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError, match="_always"):
+        list(fan_out(partial(_always, tmp_path, ZeroDivisionError), [1], RAY, what="a task"))
+    assert attempts(tmp_path) == 1
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_bad_input_is_never_retried(tmp_path: Path) -> None:
+    with pytest.raises(ShardError, match="nothing helps") as caught:
+        list(fan_out(partial(_always, tmp_path, ShardError), [1], RAY, what="a task"))
+    assert caught.value.exit_code == 2
+    assert attempts(tmp_path) == 1
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_tasks_that_no_node_could_run_are_refused_at_once() -> None:
+    with pytest.raises(ResourceError) as caught:
+        list(fan_out(_square, [1], RayConfig(cpus_per_task=64), what="a cache task"))
+    assert caught.value.exit_code == 2
+    assert f"{NUM_CPUS} CPU" in str(caught.value)
+    assert "64 CPU" in str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_part_that_hangs_is_ended_retried_and_named_when_the_others_are_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STILLROOM_LOG", "json")
+    monkeypatch.setattr("jobs.ray.fan_out._SILENT_AFTER_S", 0.5)
+    ray_config = RayConfig(max_retries=1, part_timeout_s=3)
+    done: list[int] = []
+    with pytest.raises(StorageError) as caught:
+        collect(
+            fan_out(partial(_hang_at_1, tmp_path), range(6), ray_config, what="a task", name="part {}".format), done
+        )
+    assert sorted(done) == [0, 2, 3, 4, 5]
+    assert len(list(tmp_path.glob("1-*"))) == 2
+    assert (caught.value.code, caught.value.where, caught.value.exit_code) == ("ray.part-timeout", "part 1", 1)
+    told = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [(item["item"], item["kind"]) for item in told if item["event"] == "retried"] == [("part 1", "a timeout")]
+    silent = [item for item in told if item["event"] == "silent" and item["item"] == "part 1"]
+    assert silent
+    assert all(item["silent_s"] >= 0.5 for item in silent)
+    assert any("Timeout (0:00:03)!" in line for line in _lines_of_workers())
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_part_that_is_done_in_time_leaves_its_worker_alive(tmp_path: Path) -> None:
+    ray_config = RayConfig(part_timeout_s=1)
+    pids = {pid for _, pid in fan_out(partial(_pid_after, tmp_path), range(8), ray_config, what="a task")}
+    time.sleep(1.2)
+    again = {pid for _, pid in fan_out(partial(_pid_after, tmp_path), range(8), ray_config, what="a task")}
+    assert pids & again
+
+
+def _pid_after(_: Path, number: int) -> int:  # noqa: ARG001
+    return os.getpid()
+
+
+def test_a_time_limit_needs_ray() -> None:
+    with pytest.raises(ValueError, match="part_timeout_s"):
+        RayConfig(address="none", part_timeout_s=10)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_task_has_the_name_of_its_part() -> None:
+    found = dict(fan_out(_name_of_task, [7], RAY, what="cache", name="part {}".format))
+    assert found == {7: "cache: part 7"}
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_only_so_many_parts_name_their_tasks_since_ray_makes_metrics_of_every_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("jobs.ray.fan_out._MAX_NAMES", 3)
+    found = dict(fan_out(_name_of_task, range(6), RAY, what="cache", name="part {}".format))
+    assert [found[number] for number in range(3)] == [f"cache: part {number}" for number in range(3)]
+    assert {found[number] for number in range(3, 6)} == {"_call"}

@@ -1,0 +1,62 @@
+"""A user's own modules with the names of Stillroom's packages, in the folder where a command runs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path, PurePath
+
+import pytest
+
+from jobs.ray.shadowing import check_shadowing
+from pipeline.core.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[3]
+# A builtin is work that workers find without any package; what is tested is that they find Stillroom's own.
+_FAN_OUT = (
+    "from jobs.ray.fan_out import fan_out\n"
+    "from schemas.config import RayConfig\n"
+    "assert dict(fan_out(len, ['abc'], RayConfig(), what='a task')) == {'abc': 3}"
+)
+
+
+def _hostile(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("raise SystemExit('the module of the working folder')\n")
+    return folder
+
+
+def _python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    env = {**plain, "PYTHONPATH": ""}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=env, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_modules_of_the_working_folder_are_not_taken_for_ours_by_ray_s_workers(tmp_path: Path) -> None:
+    # -P: the path of a console command, which has no working folder. Ray's workers have it first all the same.
+    folder = _hostile(tmp_path, "jobs.py", "pipeline/__init__.py", "schemas.py")
+    done = _python(folder, "-P", "-c", _FAN_OUT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_python_m_takes_our_pipeline_where_the_working_folder_has_another(tmp_path: Path) -> None:
+    done = _python(_hostile(tmp_path, "pipeline/__init__.py", "schemas.py"), "-m", "jobs.cli", "--version")
+    assert done.stdout.startswith("stillroom "), done.stderr
+
+
+@pytest.mark.parametrize("names", [["jobs.py"], ["jobs/__init__.py", "jobs/mine.py"]])
+def test_a_package_that_hides_ours_from_a_cluster_s_workers_is_refused(names: list[str]) -> None:
+    with pytest.raises(InputError) as caught:
+        check_shadowing(map(PurePath, names), folder=Path("/work"), next_step="rename it")
+    assert (caught.value.code, caught.value.got, caught.value.where) == ("ray.hidden-package", names[0], "/work")
+
+
+@pytest.mark.parametrize("names", [["jobs/__init__.py", "jobs/ray/fan_out.py"], ["jobs/a.txt"], ["src/jobs.py"], []])
+def test_a_checkout_and_folders_without_such_a_module_pass(names: list[str]) -> None:
+    check_shadowing(map(PurePath, names), folder=Path("/work"), next_step="")

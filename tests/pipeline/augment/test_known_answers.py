@@ -1,0 +1,161 @@
+"""Random words, boxes, flips, weights, partners and canaries, derived anew in plain Python from docs/format.md alone.
+
+Nothing of the views' code is used on this side, not even its keys; ``math`` and integers take the place of NumPy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from pipeline.augment.params import is_canary, mix_partners, sample_keys, view_params
+from pipeline.augment.random_bits import key_of, philox4x64
+from schemas.config import ViewsConfig
+
+WORD = 2**64
+Key = tuple[int, int]
+Box = list[int]
+
+
+def key(*parts: str | int) -> Key:
+    text = b""
+    for part in parts:
+        if isinstance(part, int):
+            text += b"i" + (part % WORD).to_bytes(8, "little")
+        else:
+            text += b"s" + len(part.encode()).to_bytes(8, "little") + part.encode()
+    hashed = int.from_bytes(hashlib.blake2b(text).digest()[:16], "little")
+    return hashed % WORD, hashed // WORD
+
+
+def philox(key: Key, counter: tuple[int, int, int, int]) -> list[int]:
+    """Salmon 2011, table 2 and section 3: two multiplications a round, the key bumped between rounds."""
+    words = list(counter)
+    for number in range(10):
+        bumped = [(key[0] + number * 0x9E3779B97F4A7C15) % WORD, (key[1] + number * 0xBB67AE8584CAA73B) % WORD]
+        first, second = words[0] * 0xD2E7470EE14C6C93, words[2] * 0xCA5A826395121157
+        words = [
+            second // WORD ^ words[1] ^ bumped[0],
+            second % WORD,
+            first // WORD ^ words[3] ^ bumped[1],
+            first % WORD,
+        ]
+    return words
+
+
+def uniforms(key: Key, counter: tuple[int, int, int, int]) -> list[float]:
+    return [(word // 2**11) / 2**53 for word in philox(key, counter)]
+
+
+def box(plan: ViewsConfig, of: Key, view: int, width: int, height: int) -> Box:
+    low, high = plan.aspect
+    for attempt in range(10):
+        area, aspect, left, top = uniforms(of, (attempt, view, 0, 0))
+        pixels = width * height * (plan.area[0] + (plan.area[1] - plan.area[0]) * area)
+        ratio = low * (high / low) ** aspect
+        box_width, box_height = round(math.sqrt(pixels * ratio)), round(math.sqrt(pixels / ratio))
+        if 1 <= box_width <= width and 1 <= box_height <= height:
+            places = (left * (width - box_width + 1), top * (height - box_height + 1))
+            return [math.floor(places[0]), math.floor(places[1]), box_width, box_height]
+    box_width = min(width, max(1, round(height * high)))
+    box_height = min(height, max(1, round(width / low)))
+    return [(width - box_width) // 2, (height - box_height) // 2, box_width, box_height]
+
+
+class Case(NamedTuple):
+    sample_id: str
+    view: int
+    size: tuple[int, int]
+
+
+SIZES = {
+    "landscape": (500, 375),
+    "portrait": (375, 500),
+    "square": (32, 32),
+    "tiny": (2, 3),
+    "one pixel": (1, 1),
+    "a column": (1, 40),
+    "panorama, where no attempt fits": (4000, 7),
+    "tower, where no attempt fits": (9, 3000),
+    "large": (20_000, 14_999),
+}
+VIEWS = (0, 1, 49, 65_534, 2**40)
+IDS = ("train-00012/n01440764_18", "val/ä", "s/", "s/" + "k" * 300)
+SEEDS = (0, 7, 2**63 - 1)
+
+# Frozen: another value here is another format. Sample s/k, view 3 of seed 11.
+FROZEN: dict[str, Box] = {
+    "landscape": [7, 49, 352, 321],
+    "portrait": [32, 36, 336, 387],
+    "square": [0, 0, 31, 32],
+    "tiny": [0, 1, 2, 2],
+    "one pixel": [0, 0, 1, 1],
+    "a column": [0, 19, 1, 1],
+    "panorama, where no attempt fits": [1995, 0, 9, 7],
+    "tower, where no attempt fits": [0, 1494, 9, 12],
+    "large": [278, 1912, 14078, 12859],
+}
+
+
+def cases(size: tuple[int, int]) -> list[Case]:
+    return [Case(name, view, size) for name in IDS for view in VIEWS]
+
+
+def drawn(plan: ViewsConfig, some: list[Case]) -> tuple[list[Box], list[bool], list[float]]:
+    widths, heights = np.array([case.size for case in some], np.int64).T
+    views = np.array([case.view for case in some], np.int64)
+    params = view_params(plan, sample_keys(plan.seed, [case.sample_id for case in some]), views, widths, heights)
+    return params.box_N4.tolist(), params.flip_N.tolist(), params.mix_lambda_N.tolist()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_keys_and_words(seed: int) -> None:
+    for name in IDS:
+        of = key("view", seed, name)
+        assert key_of("view", seed, name).tolist() == list(of)
+        for counter in [(0, 0, 0, 0), (9, 65_534, 1, 0), (WORD - 1, WORD - 1, WORD - 1, WORD - 1)]:
+            got = philox4x64(np.array([of], np.uint64), np.array([counter], np.uint64))
+            assert got.tolist() == [philox(of, counter)]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+def test_boxes_flips_and_weights(size: tuple[int, int], seed: int) -> None:
+    plan = ViewsConfig(kind="function_matching", seed=seed, flip=0.3, count=50)
+    boxes, flips, weights = drawn(plan, cases(size))
+    for case, got_box, flip, weight in zip(cases(size), boxes, flips, weights, strict=True):
+        of = key("view", seed, case.sample_id)
+        assert got_box == box(plan, of, case.view, *size)
+        turn, share, _, _ = uniforms(of, (0, case.view, 1, 0))
+        assert flip == (turn < 0.3)
+        assert weight == np.float32(max(share, 1 - share))
+
+
+def test_boxes_of_every_shape_are_frozen() -> None:
+    plan = ViewsConfig(kind="crop", seed=11)
+    assert {name: drawn(plan, [Case("s/k", 3, size)])[0][0] for name, size in SIZES.items()} == FROZEN
+
+
+@pytest.mark.parametrize("num_ok", [1, 2, 3, 9, 255, 256])
+@pytest.mark.parametrize(("group", "view"), [(0, 0), (5, 49), (2**31, 65_534)])
+def test_partners_are_neighbours_in_the_order_of_their_words(num_ok: int, group: int, view: int) -> None:
+    plan = ViewsConfig(kind="function_matching", seed=7)
+    of = key("mix", 7, "train-00012")
+    words = [word for block in range(64) for word in philox(of, (block, group, view, 0))]
+    order = sorted(range(num_ok), key=lambda row: words[row])
+    wanted = list(range(num_ok))
+    for one, other in zip(order[0::2], order[1::2], strict=False):
+        wanted[one], wanted[other] = other, one
+    assert mix_partners(plan, "train-00012", group, view, num_ok).tolist() == wanted
+
+
+def test_canaries_are_the_rows_whose_word_is_below_a_thousandth() -> None:
+    names = [f"train-00000/{number:08d}" for number in range(3000)]
+    flags = is_canary(sample_keys(5, names), np.full(len(names), 3))
+    wanted = [uniforms(key("view", 5, name), (0, 3, 2, 0))[0] < 0.001 for name in names]
+    assert flags.tolist() == wanted
+    assert 0 < sum(wanted) < 10

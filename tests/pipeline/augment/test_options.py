@@ -1,0 +1,318 @@
+"""What options draw: against a scalar loop over NumPy's Philox, torchvision's statistics, frozen literals and laws."""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import ks_2samp
+from torchvision.transforms import RandomErasing
+
+from pipeline.augment.options import OPS, cut_boxes, drawn_row
+from pipeline.augment.params import ViewParams, unmix
+from pipeline.augment.pixels import apply_view
+from pipeline.cache.format.header import views_body, views_id
+from schemas.cache import drawn_columns
+from schemas.config import ViewsConfig
+from tests.pipeline.augment.test_params import draw, ids, scalar_uniforms
+from tests.tolerances import ulps
+
+# Frozen: another value here is another format.
+FROZEN: dict[str, list[Any]] = {
+    "jitter_order": [19, 1, 23, 4],
+    "jitter_brightness": [
+        "0x1.0000000000000p+0",
+        "0x1.319b760000000p+0",
+        "0x1.0a174e0000000p+0",
+        "0x1.f3aa380000000p-1",
+    ],
+    "jitter_contrast": ["0x1.0000000000000p+0", "0x1.3548560000000p+0", "0x1.ed0c360000000p-1", "0x1.505fae0000000p+0"],
+    "jitter_saturation": [
+        "0x1.0000000000000p+0",
+        "0x1.7801200000000p-1",
+        "0x1.f7662c0000000p-1",
+        "0x1.4b75e00000000p+0",
+    ],
+    "jitter_hue": ["0x0.0p+0", "0x1.34b2140000000p-4", "-0x1.e34a960000000p-6", "-0x1.d9311c0000000p-8"],
+    "op1": [5, 2, 12, 9],
+    "op1_magnitude": ["0x1.bcb6d80000000p+3", "0x1.51a3ee0000000p-3", "0x0.0p+0", "0x1.7656a40000000p+0"],
+    "op2": [13, 1, 6, 3],
+    "op2_magnitude": ["0x0.0p+0", "0x1.f81db60000000p-4", "0x1.79cbfe0000000p+0", "0x1.a913ae0000000p-4"],
+    "erase_left": ["0x1.13e2c60000000p-2", "0x1.6d6ace0000000p-3", "0x1.9ee1180000000p-2", "0x1.36e9560000000p-1"],
+    "erase_top": ["0x1.9f53fe0000000p-4", "0x1.c7e7980000000p-2", "0x1.11219e0000000p-2", "0x1.61ffec0000000p-2"],
+    "erase_width": ["0x1.3719ac0000000p-2", "0x1.dc79860000000p-3", "0x1.02aad00000000p-1", "0x1.9e9fa60000000p-3"],
+    "erase_height": ["0x1.db29ba0000000p-3", "0x1.c497740000000p-2", "0x1.65e4840000000p-2", "0x1.14588e0000000p-1"],
+    "erase_red": [239, 240, 10, 224],
+    "erase_green": [252, 244, 169, 231],
+    "erase_blue": [178, 199, 21, 245],
+    "cut_left": ["0x0.0p+0", "0x1.2189a80000000p-3", "0x0.0p+0", "0x1.5505160000000p-4"],
+    "cut_top": ["0x0.0p+0", "0x1.738a3a0000000p-2", "0x0.0p+0", "0x1.a6e38a0000000p-2"],
+    "cut_width": ["0x0.0p+0", "0x1.3b7c260000000p-1", "0x0.0p+0", "0x1.2c5bde0000000p-2"],
+    "cut_height": ["0x0.0p+0", "0x1.3b7c260000000p-1", "0x0.0p+0", "0x1.2c5bde0000000p-2"],
+}
+
+
+def plan_of(**options: Any) -> ViewsConfig:
+    return ViewsConfig.model_validate({"kind": "function_matching", **options})
+
+
+EVERYTHING = plan_of(
+    seed=7,
+    jitter={"probability": 0.8, "hue": 0.1},
+    randaugment={"num_ops": 2, "magnitude": 12, "magnitude_spread": 6},
+    erasing={"probability": 0.6},
+    cutmix=0.5,
+)
+
+
+def drawn(plan: ViewsConfig, count: int = 200, view: int = 3) -> ViewParams:
+    return draw(plan, ids(count), [view] * count, [(500, 375)] * count)
+
+
+def test_jitter_equals_a_scalar_loop() -> None:
+    plan = plan_of(jitter={"probability": 0.7, "brightness": 0.5, "contrast": 0.25, "saturation": 1.0, "hue": 0.125})
+    found = drawn(plan).drawn
+    for row, name in enumerate(ids(200)):
+        which, how = (scalar_uniforms(0, name, 3, 3, block) for block in (0, 1))
+        wanted = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.0}
+        if which[0] < 0.7:
+            wanted = {
+                "brightness": 0.5 + how[0],
+                "contrast": 0.75 + 0.5 * how[1],
+                "saturation": 2 * how[2],
+                "hue": -0.125 + 0.25 * how[3],
+            }
+        assert found["jitter_order"][row] == int(which[1] * 24)
+        for column, value in wanted.items():
+            assert found[f"jitter_{column}"][row] == np.float32(value), column
+
+
+SCALES: dict[str, tuple[float, float]] = {
+    "shear_x": (0, 0.3),
+    "shear_y": (0, 0.3),
+    "translate_x": (0, 150 / 331),
+    "translate_y": (0, 150 / 331),
+    "rotate": (0, 30),
+    "brightness": (1, 0.9),
+    "saturation": (1, 0.9),
+    "contrast": (1, 0.9),
+    "sharpness": (1, 0.9),
+}
+
+
+def scalar_magnitude(op: str, strength: float, negative: bool) -> float:
+    if op in SCALES:
+        neutral, most = SCALES[op]
+        return neutral + (-most if negative else most) * strength
+    return {"posterize": 8 - round(4 * strength), "solarize": 255 - 255 * strength}.get(op, 0)
+
+
+def test_operations_and_magnitudes_equal_a_scalar_loop() -> None:
+    plan = plan_of(randaugment={"num_ops": 3, "magnitude": 20, "magnitude_spread": 15})
+    found = drawn(plan).drawn
+    seen: set[str] = set()
+    for row, name in enumerate(ids(200)):
+        for number in range(3):
+            u = scalar_uniforms(0, name, 3, 4, number)
+            op = OPS[int(u[0] * 14)]
+            level = min(max(5 + 30 * u[1], 0), 30)
+            assert OPS[found[f"op{number + 1}"][row]] == op
+            wanted = scalar_magnitude(op, level / 30, u[2] < 0.5)
+            assert found[f"op{number + 1}_magnitude"][row] == pytest.approx(wanted, rel=ulps(1))
+            seen.add(op)
+    assert seen == {*OPS}
+
+
+def scalar_erased(plan: ViewsConfig, name: str) -> list[float]:
+    erasing = plan.erasing
+    assert erasing is not None
+    if scalar_uniforms(plan.seed, name, 3, 5, 0)[0] >= erasing.probability:
+        return [0, 0, 0, 0]
+    low, high = (math.log(bound) for bound in erasing.aspect)
+    for attempt in range(10):
+        u = scalar_uniforms(plan.seed, name, 3, 5, 1 + attempt)
+        area = erasing.area[0] + (erasing.area[1] - erasing.area[0]) * u[0]
+        aspect = math.exp(low + (high - low) * u[1])
+        width, height = math.sqrt(area * aspect), math.sqrt(area / aspect)
+        if width <= 1 and height <= 1:
+            return [u[2] * (1 - width), u[3] * (1 - height), width, height]
+    return [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("area", [(0.02, 1 / 3), (0.6, 1.0)])
+def test_erased_boxes_and_colours_equal_a_scalar_loop(area: tuple[float, float]) -> None:
+    plan = plan_of(erasing={"probability": 0.8, "area": area, "aspect": [0.2, 5.0]})
+    found = drawn(plan).drawn
+    for row, name in enumerate(ids(200)):
+        box = [float(found[f"erase_{side}"][row]) for side in ("left", "top", "width", "height")]
+        assert box == pytest.approx(scalar_erased(plan, name), rel=ulps(1))
+        colour = [int(found[f"erase_{name}"][row]) for name in ("red", "green", "blue")]
+        assert colour == [int(256 * u) for u in scalar_uniforms(0, name, 3, 5, 0)[1:]]
+
+
+def test_a_given_colour_is_stored_as_it_is() -> None:
+    found = drawn(plan_of(erasing={"fill": [255, 0, 128]})).drawn
+    assert {tuple(found[f"erase_{name}"].tolist()) for name in ("red", "green", "blue")} == {
+        (255,) * 200,
+        (0,) * 200,
+        (128,) * 200,
+    }
+
+
+def test_cut_boxes_equal_a_scalar_loop_and_have_the_area_that_lambda_leaves() -> None:
+    params = drawn(plan_of(cutmix=0.4))
+    box_N4 = cut_boxes(params.drawn)
+    assert box_N4 is not None
+    for row, name in enumerate(ids(200)):
+        u, own = scalar_uniforms(0, name, 3, 6, 0), float(params.mix_lambda_N[row])
+        side = math.sqrt(1 - own)
+        wanted = [u[1] * (1 - side), u[2] * (1 - side), side, side] if u[0] < 0.4 else [0, 0, 0, 0]
+        assert box_N4[row].tolist() == np.array(wanted, np.float32).tolist()
+        if u[0] < 0.4:
+            assert float(box_N4[row, 2]) * float(box_N4[row, 3]) == pytest.approx(1 - own, rel=ulps(2))
+    assert 0 < (box_N4[:, 2] > 0).sum() < 200
+
+
+def test_options_move_none_of_the_other_draws() -> None:
+    plain, full = drawn(plan_of(seed=7)), drawn(EVERYTHING)
+    assert plain.drawn == {}
+    for name in ("box_N4", "flip_N", "mix_lambda_N"):
+        assert np.array_equal(getattr(plain, name), getattr(full, name))
+    for option in ("jitter", "randaugment", "erasing", "cutmix"):
+        alone = drawn(plan_of(seed=7, **{option: getattr(EVERYTHING, option)})).drawn
+        assert alone
+        for name, values in alone.items():
+            assert np.array_equal(values, full.drawn[name]), name
+
+
+def test_drawn_parameters_are_frozen() -> None:
+    names = ["train-00012/n01440764_18"] * 3 + ["val/ä"]
+    params = draw(EVERYTHING, names, [0, 1, 2**40, 65_534], [(500, 375)] * 4)
+    found = {
+        name: [value.hex() if isinstance(value, float) else value for value in values.tolist()]
+        for name, values in params.drawn.items()
+    }
+    assert found == FROZEN
+
+
+def test_a_single_has_no_box() -> None:
+    params = drawn(plan_of(cutmix=1.0), 3)
+    box_N4, left_N4 = cut_boxes(params.drawn), cut_boxes(unmix(params, np.array([False, True, False])).drawn)
+    assert box_N4 is not None
+    assert left_N4 is not None
+    assert (box_N4[:, 2] > 0).all()
+    assert left_N4.tolist() == [box_N4[0].tolist(), [0, 0, 0, 0], box_N4[2].tolist()]
+
+
+def test_eval_views_draw_nothing() -> None:
+    assert drawn(ViewsConfig(kind="eval")).drawn == {}
+
+
+def test_erased_areas_and_aspects_are_distributed_as_torchvisions() -> None:
+    count = 4000
+    plan = plan_of(erasing={"probability": 1.0})
+    found = drawn(plan, count).drawn
+    view = torch.zeros(3, 1000, 1000)
+    assert plan.erasing is not None
+    area, aspect = list(plan.erasing.area), list(plan.erasing.aspect)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        theirs = np.array([RandomErasing.get_params(view, area, aspect, [0.0])[:4] for _ in range(count)]) / 1000
+    top, left, height, width = theirs.T
+    ours = {side: found[f"erase_{side}"].astype(np.float64) for side in ("left", "top", "width", "height")}
+    # The two-sample bound at a significance of 1e-3; both samples are fixed.
+    bound = 1.95 * math.sqrt(2 / count)
+    assert ks_2samp(ours["width"] * ours["height"], width * height).statistic < bound
+    # Their aspect is height / width.
+    assert ks_2samp(ours["height"] / ours["width"], height / width).statistic < bound
+    assert ks_2samp(ours["left"], left).statistic < bound
+    assert ks_2samp(ours["top"], top).statistic < bound
+
+
+def test_shares_are_those_of_the_plan() -> None:
+    count = 20_000
+    found = drawn(EVERYTHING, count).drawn
+    shares = {
+        0.8: (found["jitter_brightness"] != 1).mean(),
+        0.6: (found["erase_width"] > 0).mean(),
+        0.5: (found["cut_width"] > 0).mean(),
+    }
+    for wanted, share in shares.items():
+        assert abs(share - wanted) < 4 * math.sqrt(wanted * (1 - wanted) / count)
+    for column, values in (("op1", 14), ("op2", 14), ("jitter_order", 24)):
+        counts = np.bincount(found[column], minlength=values)
+        assert len(counts) == values
+        assert np.abs(counts / count - 1 / values).max() < 4 * math.sqrt(1 / values / count)
+
+
+UNIT = st.floats(0.01, 1, allow_nan=False)
+JITTERS = st.fixed_dictionaries(
+    {"probability": UNIT, "brightness": UNIT, "contrast": UNIT, "saturation": UNIT, "hue": st.floats(0, 0.5)}
+)
+OPERATIONS = st.fixed_dictionaries(
+    {"num_ops": st.integers(1, 4), "magnitude": st.floats(0, 30), "magnitude_spread": st.floats(0, 30)}
+)
+ERASINGS = st.fixed_dictionaries(
+    {"probability": UNIT, "fill": st.one_of(st.just("random"), st.tuples(*[st.integers(0, 255)] * 3))}
+)
+PLANS = st.fixed_dictionaries(
+    {"seed": st.integers(0, 2**62), "flip": UNIT},
+    optional={"jitter": JITTERS, "randaugment": OPERATIONS, "erasing": ERASINGS, "cutmix": UNIT},
+).map(lambda keys: plan_of(**keys))
+VIEW = st.one_of(st.integers(0, 65_534), st.integers(0, 2**40))
+
+
+def stored(plan: ViewsConfig, params: ViewParams) -> pa.Table:
+    """The columns as a part keeps them, through Parquet."""
+    schema = pa.schema(list(drawn_columns(plan).items()))
+    buffer = io.BytesIO()
+    pq.write_table(pa.table([pa.array(params.drawn[item.name], item.type) for item in schema], schema=schema), buffer)
+    return pq.read_table(buffer)
+
+
+@given(PLANS, st.lists(VIEW, min_size=1, max_size=3), st.integers(5, 40))
+@settings(max_examples=40)
+def test_views_rebuilt_from_stored_columns_are_those_drawn_anew(plan: ViewsConfig, views: list[int], size: int) -> None:
+    names, sizes = ids(len(views)), [(31, 45)] * len(views)
+    params = draw(plan, names, views, sizes)
+    assert {name: values.dtype for name, values in params.drawn.items()} == {
+        name: kind.to_pandas_dtype() for name, kind in drawn_columns(plan).items()
+    }
+    table = stored(plan, params)
+    columns = {name: table[name].to_numpy() for name in table.column_names}
+    image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 45, 31), dtype=np.uint8))
+    for row, (name, view) in enumerate(zip(names, views, strict=True)):
+        anew = draw(plan, [name], [view], sizes[:1])
+        replayed, drawn_now = (
+            apply_view(image, box, flip, drawn_row(from_, place), size=size, interpolation="bilinear")
+            for box, flip, from_, place in (
+                (params.box_N4[row].tolist(), bool(params.flip_N[row]), columns, row),
+                (anew.box_N4[0].tolist(), bool(anew.flip_N[0]), anew.drawn, 0),
+            )
+        )
+        assert torch.equal(replayed, drawn_now)
+        assert drawn_row(columns, row) == drawn_row(anew.drawn, 0)
+
+
+@given(PLANS, PLANS, st.integers(1, 65_535), st.integers(1, 512))
+@settings(max_examples=60)
+def test_the_views_id_changes_exactly_where_a_meaningful_key_does(
+    one: ViewsConfig, other: ViewsConfig, count: int, size: int
+) -> None:
+    meaning = {"count", "size"}
+    assert (views_id(one) == views_id(other)) == (one.model_dump(exclude=meaning) == other.model_dump(exclude=meaning))
+    assert views_id(one) == views_id(one.model_copy(update={"count": count, "size": size}))
+
+
+def test_a_plan_without_options_has_the_id_it_had_before_there_were_any() -> None:
+    # Frozen: caches of such plans carry it.
+    assert views_id(plan_of(count=50, seed=0, size=224)) == "b39417b70e6b4f83"
+    assert "jitter" not in views_body(plan_of())

@@ -1,0 +1,270 @@
+"""View parameters: against a scalar loop, torchvision's statistics, frozen literals, and their laws."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import ks_2samp, kstest
+from torchvision.transforms import RandomResizedCrop
+
+from pipeline.augment.params import (
+    ViewParams,
+    eval_params,
+    is_canary,
+    mix_partners,
+    sample_keys,
+    shard_partners,
+    unmix,
+    view_params,
+)
+from pipeline.augment.random_bits import key_of
+from schemas.config import ViewsConfig
+
+CROP = ViewsConfig(kind="crop")
+MIX = ViewsConfig(kind="function_matching", count=50)
+SIDE = st.one_of(st.integers(1, 40), st.integers(1, 20_000))
+RANGES = st.sampled_from([((0.05, 1.0), (0.75, 4 / 3)), ((1.0, 1.0), (1.0, 1.0)), ((0.9, 1.0), (0.01, 0.02))])
+# Frozen: another value here is another format.
+FROZEN_BOXES = [[167, 7, 299, 331], [100, 191, 127, 152], [41, 26, 358, 340], [295, 148, 119, 129]]
+FROZEN_FLIPS = [False, True, True, False]
+FROZEN_LAMBDAS = ["0x1.18e9ea0000000p-1", "0x1.3d9a9e0000000p-1", "0x1.25fa9e0000000p-1", "0x1.d3f3120000000p-1"]
+FROZEN_CANARIES = [1044]
+FROZEN_PARTNERS = [1, 0, 4, 8, 2, 6, 5, 7, 3]
+
+
+def ids(count: int) -> list[str]:
+    return [f"train-00000/{number:08d}" for number in range(count)]
+
+
+def draw(plan: ViewsConfig, names: Sequence[str], views: Sequence[int], sizes: Sequence[tuple[int, int]]) -> ViewParams:
+    widths, heights = np.array(sizes, dtype=np.int64).reshape(-1, 2).T
+    return view_params(plan, sample_keys(plan.seed, names), np.array(views, dtype=np.int64), widths, heights)
+
+
+def scalar_uniforms(seed: int, name: str, view: int, stream: int, block: int) -> list[float]:
+    """The documented counter layout by NumPy's own Philox, which counts up before each use."""
+    low, high = key_of("view", seed, name).tolist()
+    counter = (block + (view << 64) + (stream << 128) - 1) % 2**256
+    words = np.random.Philox(key=low | high << 64, counter=counter).random_raw(4)
+    return [int(word >> np.uint64(11)) / 2**53 for word in words]
+
+
+def scalar_box(plan: ViewsConfig, name: str, view: int, width: int, height: int) -> list[int]:
+    low, high = (math.log(bound) for bound in plan.aspect)
+    for attempt in range(10):
+        u = scalar_uniforms(plan.seed, name, view, 0, attempt)
+        area = width * height * (plan.area[0] + (plan.area[1] - plan.area[0]) * u[0])
+        aspect = math.exp(low + (high - low) * u[1])
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return [int(u[2] * (width - w + 1)), int(u[3] * (height - h + 1)), w, h]
+    ratio = width / height
+    w = max(1, round(height * plan.aspect[1])) if ratio > plan.aspect[1] else width
+    h = max(1, round(width / plan.aspect[0])) if ratio < plan.aspect[0] else height
+    return [(width - w) // 2, (height - h) // 2, w, h]
+
+
+@pytest.mark.parametrize("size", [(500, 375), (32, 32), (3, 200), (4000, 7), (1, 1)])
+def test_boxes_equal_a_scalar_loop(size: tuple[int, int]) -> None:
+    names, views = ids(200), [number % 7 for number in range(200)]
+    boxes = draw(CROP, names, views, [size] * 200).box_N4
+    assert boxes.tolist() == [scalar_box(CROP, name, view, *size) for name, view in zip(names, views, strict=True)]
+
+
+def test_flips_and_lambdas_equal_a_scalar_loop() -> None:
+    params = draw(MIX, ids(100), [3] * 100, [(50, 40)] * 100)
+    words = [scalar_uniforms(0, name, 3, 1, 0) for name in ids(100)]
+    assert params.flip_N.tolist() == [u[0] < 0.5 for u in words]
+    assert params.mix_lambda_N.tolist() == [np.float32(max(u[1], 1 - u[1])) for u in words]
+
+
+def test_parameters_are_frozen() -> None:
+    plan = ViewsConfig(kind="function_matching", seed=7)
+    params = draw(plan, ["train-00012/n01440764_18"] * 3 + ["val/ä"], [0, 1, 2**40, 65_534], [(500, 375)] * 4)
+    assert params.box_N4.tolist() == FROZEN_BOXES
+    assert params.flip_N.tolist() == FROZEN_FLIPS
+    assert [value.hex() for value in params.mix_lambda_N.tolist()] == FROZEN_LAMBDAS
+
+
+def test_matchings_are_frozen() -> None:
+    assert mix_partners(MIX, "train-00012", 3, 1, 9).tolist() == FROZEN_PARTNERS
+
+
+@given(st.lists(st.tuples(SIDE, SIDE), min_size=1, max_size=20), RANGES, st.integers(0, 2**62))
+def test_boxes_lie_inside_any_image(
+    sizes: list[tuple[int, int]], ranges: tuple[tuple[float, float], tuple[float, float]], view: int
+) -> None:
+    plan = ViewsConfig(kind="crop", area=ranges[0], aspect=ranges[1])
+    assert_inside(draw(plan, ids(len(sizes)), [view] * len(sizes), sizes), sizes)
+
+
+@given(st.lists(st.tuples(SIDE, SIDE), min_size=1, max_size=20), st.floats(0.001, 1))
+def test_eval_boxes_are_centred_squares_inside_any_image(sizes: list[tuple[int, int]], fraction: float) -> None:
+    plan = ViewsConfig(kind="eval", crop_fraction=fraction)
+    params = draw(plan, ids(len(sizes)), [0] * len(sizes), sizes)
+    assert_inside(params, sizes)
+    for (left, top, width, height), size in zip(params.box_N4.tolist(), sizes, strict=True):
+        assert width == height == max(1, round(fraction * min(size)))
+        assert 0 <= size[0] - width - 2 * left <= 1
+        assert 0 <= size[1] - height - 2 * top <= 1
+    assert not params.flip_N.any()
+    assert (params.mix_lambda_N == 1).all()
+
+
+def assert_inside(params: ViewParams, sizes: Sequence[tuple[int, int]]) -> None:
+    left, top, width, height = params.box_N4.astype(np.int64).T
+    image_width, image_height = np.array(sizes).T
+    assert (left >= 0).all()
+    assert (top >= 0).all()
+    assert (width >= 1).all()
+    assert (height >= 1).all()
+    assert (left + width <= image_width).all()
+    assert (top + height <= image_height).all()
+
+
+def test_eval_side_is_rounded_half_to_even() -> None:
+    plan = ViewsConfig(kind="eval", crop_fraction=0.5)
+    params = eval_params(plan, np.array([5, 7, 500, 1]), np.array([9, 7, 375, 80]))
+    assert params.box_N4.tolist() == [[1, 3, 2, 2], [1, 1, 4, 4], [156, 93, 188, 188], [0, 39, 1, 1]]
+
+
+@given(st.data())
+@settings(max_examples=50)
+def test_a_row_does_not_depend_on_the_other_rows(data: st.DataObject) -> None:
+    count = 40
+    sizes = [(17 + 13 * number, 900 - 20 * number) for number in range(count)]
+    views = [number % 5 for number in range(count)]
+    whole = draw(MIX, ids(count), views, sizes)
+    some = data.draw(st.lists(st.integers(0, count - 1), max_size=count))
+    part = draw(MIX, [ids(count)[row] for row in some], [views[row] for row in some], [sizes[row] for row in some])
+    assert np.array_equal(part.box_N4, whole.box_N4[some])
+    assert np.array_equal(part.flip_N, whole.flip_N[some])
+    assert np.array_equal(part.mix_lambda_N, whole.mix_lambda_N[some])
+
+
+def test_views_samples_and_seeds_draw_different_crops() -> None:
+    sizes = [(5000, 4000)] * 64
+    base = draw(CROP, ids(64), [0] * 64, sizes).box_N4
+    others = [
+        draw(CROP, ids(64), [1] * 64, sizes).box_N4,
+        draw(CROP, [name + "x" for name in ids(64)], [0] * 64, sizes).box_N4,
+        draw(ViewsConfig(kind="crop", seed=1), ids(64), [0] * 64, sizes).box_N4,
+    ]
+    assert all((base != other).any(axis=1).all() for other in others)
+
+
+def test_function_matching_crops_as_crop_does() -> None:
+    sizes, views = [(640, 480)] * 50, list(range(50))
+    mixed, plain = draw(MIX, ids(50), views, sizes), draw(CROP, ids(50), views, sizes)
+    assert np.array_equal(mixed.box_N4, plain.box_N4)
+    assert np.array_equal(mixed.flip_N, plain.flip_N)
+    assert (plain.mix_lambda_N == 1).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [(500, 375), (200, 900)])
+def test_crops_are_distributed_as_torchvisions(size: tuple[int, int]) -> None:
+    count = 8000
+    ours = draw(CROP, ids(count), [0] * count, [size] * count).box_N4.astype(np.float64)
+    theirs = torchvision_boxes(count, size)
+    # The two-sample bound at a significance of 1e-3 is 1.95 * sqrt(2 / n); both samples are fixed.
+    bound = 1.95 * math.sqrt(2 / count)
+    for name, of in {
+        "area": lambda box: box[:, 2] * box[:, 3],
+        "aspect": lambda box: box[:, 2] / box[:, 3],
+        "left": lambda box: box[:, 0],
+        "top": lambda box: box[:, 1],
+        "right": lambda box: size[0] - box[:, 0] - box[:, 2],
+    }.items():
+        assert ks_2samp(of(ours), of(theirs)).statistic < bound, name
+
+
+def torchvision_boxes(count: int, size: tuple[int, int]) -> np.ndarray:
+    image = torch.empty(3, size[1], size[0])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        drawn = [RandomResizedCrop.get_params(image, list(CROP.area), list(CROP.aspect)) for _ in range(count)]
+    return np.array([(left, top, width, height) for top, left, height, width in drawn], dtype=np.float64)
+
+
+def test_flip_and_lambda_have_the_stated_distributions() -> None:
+    count = 20_000
+    params = draw(ViewsConfig(kind="function_matching", flip=0.3), ids(count), [0] * count, [(64, 64)] * count)
+    # Four standard deviations of a share of 20,000.
+    assert abs(params.flip_N.mean() - 0.3) < 4 * math.sqrt(0.3 * 0.7 / count)
+    assert kstest(params.mix_lambda_N, "uniform", args=(0.5, 0.5)).statistic < 1.95 / math.sqrt(count)
+
+
+@pytest.mark.parametrize(("flip", "flipped"), [(0.0, False), (1.0, True)])
+def test_flip_never_and_flip_always_mean_it(flip: float, flipped: bool) -> None:
+    params = draw(ViewsConfig(kind="crop", flip=flip), ids(500), [0] * 500, [(9, 9)] * 500)
+    assert (params.flip_N == flipped).all()
+
+
+@given(st.integers(0, 300), st.integers(0, 9), st.integers(0, 2**40))
+def test_partners_are_a_matching(num_ok: int, group: int, view: int) -> None:
+    partners = mix_partners(ViewsConfig(kind="function_matching", mix_group=300), "s", group, view, num_ok)
+    rows = np.arange(num_ok)
+    assert np.array_equal(partners[partners], rows)
+    assert int((partners == rows).sum()) == num_ok % 2
+
+
+@pytest.mark.slow
+def test_partners_are_spread_evenly() -> None:
+    plan, count = ViewsConfig(kind="function_matching", mix_group=8), 7000
+    first = [int(mix_partners(plan, "s", 0, view, 8)[0]) for view in range(count)]
+    shares = np.bincount(first, minlength=8) / count
+    assert shares[0] == 0
+    assert np.abs(shares[1:] - 1 / 7).max() < 4 * math.sqrt(1 / 7 * 6 / 7 / count)
+
+
+@given(st.integers(0, 40), st.integers(2, 9))
+def test_a_shards_partners_are_those_of_its_groups(num_ok: int, mix_group: int) -> None:
+    plan = ViewsConfig(kind="function_matching", mix_group=mix_group)
+    expected: list[int] = []
+    for group, start in enumerate(range(0, num_ok, mix_group)):
+        inside = mix_partners(plan, "s", group, 4, min(mix_group, num_ok - start))
+        expected.extend(start + int(place) for place in inside)
+    assert shard_partners(plan, "s", 4, num_ok).tolist() == expected
+
+
+def test_matchings_differ_between_views_groups_shards_and_seeds() -> None:
+    other_seed = ViewsConfig(kind="function_matching", seed=1)
+    made = [
+        mix_partners(plan, shard, group, view, 256).tolist()
+        for plan, shard, group, view in [
+            (MIX, "a", 0, 0),
+            (MIX, "a", 0, 1),
+            (MIX, "a", 1, 0),
+            (MIX, "b", 0, 0),
+            (other_seed, "a", 0, 0),
+        ]
+    ]
+    assert all(one != other for place, one in enumerate(made) for other in made[:place])
+
+
+def test_a_single_is_not_mixed() -> None:
+    params = draw(MIX, ids(3), [0] * 3, [(9, 9)] * 3)
+    mixed = unmix(params, np.array([False, True, False]))
+    own = params.mix_lambda_N.tolist()
+    assert mixed.mix_lambda_N.dtype == np.float32
+    assert mixed.mix_lambda_N.tolist() == [own[0], 1.0, own[2]]
+
+
+def test_canaries_are_frozen() -> None:
+    flags = is_canary(sample_keys(0, ids(5000)), np.full(5000, 3))
+    assert np.flatnonzero(flags).tolist() == FROZEN_CANARIES
+
+
+def test_about_one_row_in_a_thousand_is_a_canary() -> None:
+    keys = sample_keys(0, ids(1000))
+    flags = np.stack([is_canary(keys, np.full(1000, view)) for view in range(200)])
+    assert abs(flags.sum() - 200) < 4 * math.sqrt(200)
+    # Canaries of one view tell nothing about those of another.
+    assert flags.any(axis=0).sum() > 140

@@ -1,0 +1,250 @@
+"""Pixels of a view: identity, order of steps, strides, threads; and digests against plain loops."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+
+from pipeline.augment.pixels import apply_view, pixel_digest, pixel_mean, to_input
+from schemas.config import Interpolation
+from tests.processors import printed
+from tests.tolerances import ulps
+
+PHOTOS = Path(__file__).resolve().parents[4] / "shared" / "data" / "imagenet-samples" / "sample-00000.tar"
+MODES: tuple[Interpolation, ...] = ("bilinear", "bicubic")
+MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+# Frozen: another value here is another format.
+FROZEN_DIGEST = "9ae42177d73f3dab1715fb41f20071ca"
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("interpolation", MODES)
+def test_the_whole_image_at_its_own_size_is_itself(interpolation: Interpolation) -> None:
+    image = noise(3, 32, 32)
+    assert torch.equal(apply_view(image, (0, 0, 32, 32), False, size=32, interpolation=interpolation), image)
+
+
+def test_a_box_of_the_target_size_is_copied_and_flipped() -> None:
+    image = noise(3, 40, 50)
+    view = apply_view(image, (7, 3, 20, 20), True, size=20, interpolation="bicubic")
+    assert view.tolist() == [[row[7:27][::-1] for row in channel[3:23]] for channel in image.tolist()]
+
+
+@pytest.mark.parametrize("interpolation", MODES)
+@pytest.mark.parametrize("box", [(0, 0, 90, 70), (11, 5, 33, 60), (89, 69, 1, 1), (0, 10, 90, 1)])
+def test_pixels_do_not_depend_on_strides(interpolation: Interpolation, box: tuple[int, ...]) -> None:
+    planes = noise(3, 70, 90)
+    interleaved = planes.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    one = apply_view(planes, box, False, size=24, interpolation=interpolation)
+    other = apply_view(interleaved, box, False, size=24, interpolation=interpolation)
+    assert one.shape == (3, 24, 24)
+    assert torch.equal(one, other)
+
+
+def resized() -> str:
+    """Views of boxes of many shapes, made smaller and larger."""
+    image, random = noise(3, 190, 230), np.random.Generator(np.random.PCG64(0))
+    views = hashlib.sha256()
+    for interpolation in MODES:
+        for _ in range(60):
+            left, top = (int(random.integers(0, end)) for end in (229, 189))
+            box = (left, top, int(random.integers(1, 231 - left)), int(random.integers(1, 191 - top)))
+            views.update(pixel_digest(apply_view(image, box, False, size=64, interpolation=interpolation)))
+    return views.hexdigest()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_no_instruction_set_changes_how_a_box_is_resized(capability: str) -> None:
+    code = "from tests.pipeline.augment.test_pixels import resized; print(resized())"
+    assert printed(code, capability=capability) == resized()
+
+
+@pytest.mark.parametrize("interpolation", MODES)
+def test_resizing_agrees_with_pillow(interpolation: Interpolation) -> None:
+    """Pillow is another implementation; both round in fixed point, so a level or two apart."""
+    smooth = torch.linspace(0, 255, 60 * 80 * 3).to(torch.uint8).reshape(60, 80, 3)
+    resample = Image.Resampling[interpolation.upper()]
+    expected = Image.fromarray(smooth.numpy()).crop((8, 4, 72, 56)).resize((20, 20), resample)
+    view = apply_view(smooth.permute(2, 0, 1), (8, 4, 64, 52), False, size=20, interpolation=interpolation)
+    difference = view.permute(1, 2, 0).numpy().astype(int) - np.asarray(expected).astype(int)
+    assert np.abs(difference).max() <= 2
+
+
+def test_flip_comes_after_the_resize() -> None:
+    image, box = noise(3, 45, 31), (2, 3, 25, 37)
+    straight = apply_view(image, box, False, size=16, interpolation="bilinear")
+    flipped = apply_view(image, box, True, size=16, interpolation="bilinear")
+    assert torch.equal(flipped, straight.flip(-1))
+
+
+def test_threads_make_the_same_pixels() -> None:
+    image = noise(3, 120, 160)
+    boxes = [(place, place, 100 - place, 110 - place) for place in range(16)]
+
+    def digest(box: tuple[int, ...]) -> bytes:
+        return pixel_digest(apply_view(image, box, True, size=64, interpolation="bicubic"))
+
+    alone = [digest(box) for box in boxes]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(digest, boxes * 3)) == alone * 3
+
+
+def test_a_photograph_makes_a_view() -> None:
+    if not PHOTOS.exists():
+        pytest.skip(f"{PHOTOS} is absent")
+    with tarfile.open(PHOTOS) as tar:
+        member = next(name for name in tar.getnames() if name.endswith(".jpg"))
+        data = tar.extractfile(member)
+        assert data is not None
+        picture = Image.open(io.BytesIO(data.read())).convert("RGB")
+    image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    left, top, side = picture.width // 4, picture.height // 4, min(picture.size) // 2
+    view = apply_view(image, (left, top, side, side), False, size=64, interpolation="bicubic")
+    expected = picture.crop((left, top, left + side, top + side)).resize((64, 64), Image.Resampling.BICUBIC)
+    assert np.abs(view.permute(1, 2, 0).numpy().astype(int) - np.asarray(expected).astype(int)).max() <= 2
+
+
+def test_input_is_mixed_on_the_unit_scale_and_then_normalised() -> None:
+    pixels = noise(4, 3, 2, 2)
+    partner, own = torch.tensor([1, 0, 2, 3]), torch.tensor([0.75, 0.5, 1.0, 1.0])
+    made = to_input(pixels, mean_C=MEAN, std_C=STD, partner_B=partner, lambda_B=own)
+    for row, channel, y, x in np.ndindex(4, 3, 2, 2):
+        weight = float(own[row])
+        value = weight * int(pixels[row, channel, y, x]) + (1 - weight) * int(pixels[int(partner[row]), channel, y, x])
+        expected = (value / 255 - float(MEAN[channel])) / float(STD[channel])
+        # Two quotients, two products and a sum of at most 1; the mean; then the division by std.
+        error = ulps(8, 1 / float(STD[channel]))
+        assert float(made[row, channel, y, x]) == pytest.approx(expected, rel=0, abs=error)
+
+
+def test_input_does_not_depend_on_batching() -> None:
+    """The bits of a row are the same alone, with its partner elsewhere, or in a whole group."""
+    pixels = noise(6, 3, 5, 7)
+    partner, own = torch.tensor([3, 4, 5, 0, 1, 2]), torch.rand(6, generator=torch.Generator().manual_seed(1))
+    whole = to_input(pixels, mean_C=MEAN, std_C=STD, partner_B=partner, lambda_B=own)
+    for rows in (slice(0, 1), slice(1, 5), slice(5, 6)):
+        part = to_input(
+            pixels[rows],
+            mean_C=MEAN,
+            std_C=STD,
+            partner_B=partner[rows],
+            lambda_B=own[rows],
+            partner_pixels_NCHW=pixels,
+        )
+        assert torch.equal(part, whole[rows])
+
+
+def test_lambda_one_is_the_unmixed_row_bitwise() -> None:
+    pixels = noise(5, 3, 4, 4)
+    mixed = to_input(pixels, mean_C=MEAN, std_C=STD, partner_B=torch.arange(4, -1, -1), lambda_B=torch.ones(5))
+    assert torch.equal(mixed, to_input(pixels, mean_C=MEAN, std_C=STD))
+
+
+def some_boxes() -> tuple[Tensor, Tensor, Tensor]:
+    """Six rows of 12 x 10 pixels, two of them blends, one whose box is less than a pixel: partners, λ, boxes."""
+    partner = torch.tensor([3, 4, 5, 0, 1, 2])
+    own = torch.tensor([0.75, 0.9, 0.5, 0.84, 0.9999, 0.6])
+    side = (1 - own).sqrt()
+    place = torch.tensor([[0.1, 0.4], [0.0, 0.0], [0.29, 0.0], [0.6, 0.6], [0.52, 0.52], [0.0, 0.0]])
+    box = torch.cat([place, side[:, None], side[:, None]], dim=1)
+    box[[1, 5]] = 0
+    return partner, own, box
+
+
+def test_a_box_shows_the_partner_and_a_blend_stays_a_blend() -> None:
+    pixels = noise(6, 3, 12, 10)
+    partner, own, box = some_boxes()
+    zero, one = torch.zeros(3), torch.ones(3)
+    made = to_input(pixels, mean_C=zero, std_C=one, partner_B=partner, lambda_B=own, cut_B4=box)
+    blended = to_input(pixels, mean_C=zero, std_C=one, partner_B=partner, lambda_B=own)
+    assert torch.equal(made[[1, 5]], blended[[1, 5]])
+    for row in (0, 2, 3, 4):
+        left, top, wide, high = box[row].tolist()
+        for y, x in np.ndindex(12, 10):
+            inside = round(10 * left) <= x < round(10 * (left + wide)) and round(12 * top) <= y < round(
+                12 * (top + high)
+            )
+            shown = pixels[int(partner[row]) if inside else row, :, y, x]
+            assert torch.equal(made[row, :, y, x], shown.to(torch.float32) / 255)
+
+
+def test_boxes_do_not_depend_on_batching() -> None:
+    """Also where partners lie in another batch, as in a build."""
+    pixels = noise(6, 3, 12, 10)
+    partner, own, box = some_boxes()
+    whole = to_input(pixels, mean_C=MEAN, std_C=STD, partner_B=partner, lambda_B=own, cut_B4=box)
+    for rows in (slice(0, 1), slice(1, 5), slice(5, 6)):
+        part = to_input(
+            pixels[rows],
+            mean_C=MEAN,
+            std_C=STD,
+            partner_B=torch.arange(len(pixels[rows])),
+            lambda_B=own[rows],
+            cut_B4=box[rows],
+            partner_pixels_NCHW=pixels[partner[rows]],
+        )
+        assert torch.equal(part, whole[rows])
+
+
+def test_input_keeps_channels_last() -> None:
+    pixels = noise(2, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+    mixing = {"partner_B": torch.tensor([1, 0]), "lambda_B": torch.tensor([0.5, 0.75])}
+    for boxes in (None, torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.25, 0.25, 0.5, 0.5]])):
+        made = to_input(pixels, mean_C=MEAN, std_C=STD, **mixing, cut_B4=boxes)
+        assert made.is_contiguous(memory_format=torch.channels_last)
+        assert made.dtype == torch.float32
+
+
+def test_digest_is_of_the_pixels_in_row_column_channel_order() -> None:
+    view = noise(3, 5, 6)
+    rows = bytes(view.tolist()[c][y][x] for y in range(5) for x in range(6) for c in range(3))
+    assert pixel_digest(view) == xxhash.xxh3_128(rows).digest()
+    assert pixel_digest(view.permute(1, 2, 0).contiguous().permute(2, 0, 1)) == pixel_digest(view)
+
+
+def test_digest_is_frozen() -> None:
+    view = torch.arange(48, dtype=torch.uint8).reshape(3, 4, 4)
+    assert pixel_digest(view).hex() == FROZEN_DIGEST
+
+
+def test_digest_sees_one_changed_pixel() -> None:
+    view = noise(3, 16, 16)
+    changed = view.clone()
+    changed[1, 7, 9] ^= 1
+    assert pixel_digest(changed) != pixel_digest(view)
+
+
+@given(st.integers(1, 21), st.integers(1, 21), st.integers(0, 1000))
+@settings(max_examples=20, deadline=None)
+def test_mean_equals_a_loop_over_blocks(height: int, width: int, seed: int) -> None:
+    view = noise(3, height, width, seed=seed)
+    pixels, means = view.tolist(), np.frombuffer(pixel_mean(view), dtype=np.uint8).reshape(8, 8, 3)
+    for row, column, channel in np.ndindex(8, 8, 3):
+        block = [
+            pixels[channel][y][x]
+            for y in range(row * height // 8, math.ceil((row + 1) * height / 8))
+            for x in range(column * width // 8, math.ceil((column + 1) * width / 8))
+        ]
+        assert means[row, column, channel] == math.floor(sum(block) / len(block) + 0.5)
+
+
+def test_mean_of_one_colour_is_that_colour() -> None:
+    view = torch.tensor([0, 128, 255], dtype=torch.uint8)[:, None, None].expand(3, 224, 224)
+    assert pixel_mean(view) == bytes([0, 128, 255] * 64)

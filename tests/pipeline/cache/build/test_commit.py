@@ -1,0 +1,147 @@
+"""What is missing, who was first, and what a name tells."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline import storage
+from pipeline.cache.build.commit import missing_blocks, publish_commit, publish_file, read_ahead, read_commits
+from pipeline.cache.format import layout
+from pipeline.core.errors import CacheError
+from schemas.manifest import ByteRange, Commit, FileRef, Statistics, ViewBlock
+
+EVAL = ViewBlock(start=0, stop=1, is_eval=True)
+
+
+def block(start: int, stop: int) -> ViewBlock:
+    return ViewBlock(start=start, stop=stop)
+
+
+def commit(of: ViewBlock, **changes: Any) -> Commit:
+    fields: dict[str, Any] = {
+        "fingerprint": "f",
+        "shard_id": "s",
+        "shard_size_bytes": 1,
+        "block": of,
+        "part": FileRef(path="p", sha256="0", size_bytes=0),
+        "index": FileRef(path="i", sha256="0", size_bytes=0),
+        "means": None,
+        "num_ok": 3,
+        "read": 5,
+        "written": 3,
+        "skipped": {"empty": 2},
+        "views": (),
+        "footer": ByteRange(offset=0, size_bytes=0, digest="0"),
+        "statistics": Statistics(),
+        "environment": {},
+    }
+    return Commit.model_validate({**fields, **changes})
+
+
+def missing(*done: ViewBlock, num_views: int, views_per_part: int, wants_eval: bool = False) -> list[str]:
+    blocks = missing_blocks(
+        done,
+        num_views=num_views,
+        views_per_part=views_per_part,
+        wants_eval=wants_eval,
+        where="s",
+    )
+    return [one.name for one in blocks]
+
+
+def test_a_new_shard_lacks_every_block_and_the_eval_pass() -> None:
+    names = missing(num_views=5, views_per_part=2, wants_eval=True)
+    assert names == ["eval", "v0000-0001", "v0002-0003", "v0004-0004"]
+
+
+def test_a_gap_is_filled_without_touching_what_stands() -> None:
+    assert missing(block(0, 2), block(5, 6), num_views=8, views_per_part=2) == [
+        "v0002-0003",
+        "v0004-0004",
+        "v0006-0007",
+    ]
+
+
+def test_added_views_start_at_the_first_uncovered_one_whatever_the_block_size() -> None:
+    assert missing(block(0, 3), num_views=8, views_per_part=4) == ["v0003-0006", "v0007-0007"]
+
+
+def test_fewer_views_than_stand_are_complete() -> None:
+    assert missing(block(0, 5), EVAL, num_views=2, views_per_part=5, wants_eval=True) == []
+
+
+def test_overlapping_commits_are_refused() -> None:
+    with pytest.raises(CacheError, match=r"cover the same view[\s\S]*view 2"):
+        missing(block(0, 3), block(2, 4), num_views=4, views_per_part=2)
+
+
+@given(st.sets(st.integers(0, 30)), st.integers(1, 31), st.integers(1, 7))
+def test_every_view_is_covered_once_after_the_missing_blocks(done: set[int], num_views: int, size: int) -> None:
+    before = [block(view, view + 1) for view in sorted(done)]
+    found = missing_blocks(before, num_views=num_views, views_per_part=size, wants_eval=False, where="s")
+    added = [view for one in found for view in one.views]
+    assert sorted([*added, *(view for view in done if view < num_views)]) == list(range(num_views))
+    assert all(1 <= len(one.views) <= size for one in found)
+
+
+def test_rows_that_vanish_are_refused() -> None:
+    with pytest.raises(ValueError, match="read 6 != written 3"):
+        commit(block(0, 1), read=6)
+
+
+def published(cache: str, folder: Path, content: bytes, path: str) -> FileRef:
+    local = folder / "local"
+    local.write_bytes(content)
+    return publish_file(cache, local, path)
+
+
+@pytest.mark.parametrize("scheme", ["file", "memory"])
+def test_the_first_commit_stands_and_the_loser_removes_its_own_files(tmp_path: Path, scheme: str) -> None:
+    cache = f"{tmp_path}/cache" if scheme == "file" else f"memory://{tmp_path.name}/race"
+    part, means = layout.part_path("s", EVAL), layout.means_path("s", EVAL)
+    commits = [
+        commit(EVAL, part=published(cache, tmp_path, own, part), means=published(cache, tmp_path, b"same", means))
+        for own in (b"first", b"second")
+    ]
+    assert [publish_commit(cache, one) for one in commits] == [commits[0], commits[0]]
+    assert commits[0].means is not None
+    assert storage.listing(cache) == sorted(["commits/s/eval.json", commits[0].part.path, commits[0].means.path])
+    assert storage.read(storage.join(cache, commits[0].part.path)) == b"first"
+    assert read_commits(cache) == [commits[0]]
+
+
+@given(st.from_regex(r"[\w.\- ]{1,12}", fullmatch=True), st.integers(0, 20_000), st.integers(1, 9), st.booleans())
+def test_a_name_tells_its_shard_and_block(shard: str, start: int, count: int, is_eval: bool) -> None:
+    of = EVAL if is_eval else block(start, start + count)
+    assert layout.is_commit(layout.commit_path(shard, of))
+    for path in (layout.part_path(shard, of), layout.means_path(shard, of)):
+        assert layout.owner(path.replace("{sha16}", "0123456789abcdef")) == (shard, of)
+
+
+@pytest.mark.parametrize("path", ["parts/s/eval.parquet", "parts/s/notes.txt", "parts/eval.0123456789abcdef.parquet"])
+def test_a_file_of_another_name_has_no_owner(path: str) -> None:
+    assert layout.owner(path) is None
+
+
+def test_files_are_read_ahead_in_order_and_whoever_stops_early_waits_for_none() -> None:
+    assert list(read_ahead(str.upper, "abcdefgh" * 40)) == list("ABCDEFGH" * 40)
+    may_go_on = Event()
+
+    def read(path: str) -> str:
+        assert path == "0" or may_go_on.wait(60)
+        return path
+
+    numbers = map(str, range(1000))
+    files = read_ahead(read, numbers)
+    try:
+        assert next(files) == "0"
+        files.close()
+        assert int(next(numbers)) < 500
+    finally:
+        may_go_on.set()

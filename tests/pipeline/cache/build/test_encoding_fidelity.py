@@ -1,0 +1,94 @@
+"""What a build measures of its own encoding, against SciPy, and against a look at the rows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.special import rel_entr, softmax
+from scipy.stats import pearsonr
+
+from pipeline.augment.params import sample_keys
+from pipeline.cache.build.commit import read_commits
+from pipeline.cache.build.encoding_fidelity import cosine_sum, kl_sum, pearson_sum
+from pipeline.cache.build.statistics import merge_statistics
+from pipeline.cache.ops.inspect import inspect_cache
+from pipeline.cache.read.reader import open_cache
+from tests.pipeline.caches import TinyCache, build
+from tests.pipeline.conftest import TinyConfig
+
+RANDOM = np.random.default_rng(0)
+EXACT = RANDOM.normal(0, 3, (6, 11)).astype(np.float32)
+STORED = EXACT + RANDOM.normal(0, 0.5, (6, 11)).astype(np.float32)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
+def test_kl_and_correlation_are_those_of_scipy(temperature: float) -> None:
+    pairs = [
+        (softmax(row / temperature), softmax(other / temperature))
+        for row, other in zip(EXACT.astype(np.float64), STORED.astype(np.float64), strict=True)
+    ]
+    assert kl_sum(EXACT, STORED, temperature) == pytest.approx(sum(rel_entr(p, q).sum() for p, q in pairs))
+    assert pearson_sum(EXACT, STORED, temperature) == pytest.approx(sum(1 - pearsonr(p, q)[0] for p, q in pairs))
+
+
+def test_cosines_are_those_of_a_loop_and_of_equal_rows_one_each() -> None:
+    wanted = sum(
+        float(np.dot(a, b)) / np.sqrt(float(np.dot(a, a)) * float(np.dot(b, b)))
+        for a, b in zip(EXACT.astype(np.float64), STORED.astype(np.float64), strict=True)
+    )
+    assert cosine_sum(EXACT, STORED) == pytest.approx(wanted)
+    zeros = np.zeros((3, 4), np.float32)
+    assert cosine_sum(zeros, zeros) == 3
+    assert cosine_sum(zeros, zeros + 1) == 0
+
+
+def test_equal_logits_are_no_distance_apart_also_where_all_classes_are_alike() -> None:
+    alike = np.ones((2, 5), np.float32)
+    for values in (EXACT, alike):
+        assert kl_sum(values, values, 2.0) == pearson_sum(values, values, 2.0) == 0
+    assert pearson_sum(alike, EXACT[:2, :5], 2.0) == 2
+
+
+def test_the_commits_say_how_far_the_stored_rows_are_from_those_of_an_exact_cache(
+    tiny_config: TinyConfig, built_cache: TinyCache, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    url = str(tmp_path_factory.mktemp("topk") / "cache")
+    build(tiny_config(cache={"url": url, "logits": "topk:2", "embeddings": "int8"}))
+    exact, packed = open_cache(built_cache.url), open_cache(url)
+    ids = [f"digits-01/digit-{number:04d}" for number in range(20, 35)]
+    (row,) = np.flatnonzero(sample_keys(0, ids)[:, 0] % np.uint64(64) == 0)
+    columns = [(exact.view("digits-01", view), packed.view("digits-01", view)) for view in range(3)]
+    found = merge_statistics([commit.statistics for commit in read_commits(url) if not commit.block.is_eval])
+    assert found.fidelity_rows == 3
+    p, q = ([softmax(pair[side].logits_NK[row].astype(np.float64)) for pair in columns] for side in (0, 1))
+    assert found.kl_sum["1.0"] == pytest.approx(sum(rel_entr(a, b).sum() for a, b in zip(p, q, strict=True)), rel=1e-6)
+    wanted = sum(1 - pearsonr(a, b)[0] for a, b in zip(p, q, strict=True))
+    assert found.pearson_sum["1.0"] == pytest.approx(wanted, rel=1e-6)
+    assert found.argmax_flips == 0
+    cosines = sum(
+        cosine_sum(*(side.embedding_ND[[row]] for side in pair if side.embedding_ND is not None)) for pair in columns
+    )
+    assert found.embedding_cosine_sum == pytest.approx(cosines)
+    assert 2.99 < cosines < 3
+
+
+def test_inspect_shows_the_encodings_and_what_they_cost(tiny_config: TinyConfig) -> None:
+    config = tiny_config(cache={"logits": "topk:2", "embeddings": "int8"})
+    build(config)
+    assert config.cache is not None
+    report = inspect_cache(config.cache.url)
+    assert report.outputs == {"logits": "topk:2 [10], 12 bytes a row", "embedding": "int8 [7], 15 bytes a row"}
+    assert report.kl_nats.keys() == report.pearson.keys() == {"1.0", "2.0", "4.0"}
+    assert 0 < report.kl_nats["1.0"] < 0.1
+    assert report.argmax_flips == 0
+    assert report.embedding_cosine is not None
+    assert 0.99 < report.embedding_cosine < 1
+
+
+def test_inspect_says_nothing_of_logits_that_are_not_there(tiny_config: TinyConfig) -> None:
+    config = tiny_config(cache={"logits": "none", "embeddings": "none"})
+    build(config)
+    assert config.cache is not None
+    report = inspect_cache(config.cache.url)
+    assert report.outputs == report.kl_nats == report.pearson == {}
+    assert report.argmax_flips is report.embedding_cosine is None

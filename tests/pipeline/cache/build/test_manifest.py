@@ -1,0 +1,217 @@
+"""The fold of commits: what belongs to a cache, where its shards lie, and how it grows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline import storage
+from pipeline.cache.build.commit import read_commit, read_commits
+from pipeline.cache.build.manifest import locate, publish_manifest, read_manifest, relative
+from pipeline.cache.build.part import PartTask, build_part, prepare
+from pipeline.cache.format import layout
+from pipeline.cache.ops.inspect import inspect_cache
+from pipeline.cache.read.reader import open_cache
+from pipeline.core.errors import CacheError
+from pipeline.core.hashing import seal
+from pipeline.shards.writer import pack_shards
+from schemas.config import Config
+from schemas.manifest import ViewBlock
+from tests.pipeline.caches import TinyCache, build, cache_section, digit_samples, files, shard_urls
+from tests.pipeline.conftest import TinyConfig
+
+
+def url_of(config: Config) -> str:
+    return cache_section(config).url
+
+
+def test_an_unfinished_cache_says_so(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match="there is no cache here"):
+        open_cache(str(tmp_path))
+    config = tiny_config()
+    prepare(config)
+    with pytest.raises(CacheError, match=r"not finished: it has no manifest[\s\S]*it resumes"):
+        open_cache(url_of(config))
+
+
+def test_no_manifest_is_published_before_a_view_is_complete(tiny_config: TinyConfig) -> None:
+    config = tiny_config()
+    prepare(config)
+    urls = shard_urls(config)
+    build_part(PartTask(config, urls["digits-00"], ViewBlock(start=0, stop=2)))
+    with pytest.raises(CacheError, match="no view is complete for every shard"):
+        publish_manifest(url_of(config), urls)
+
+
+def test_views_count_only_where_every_shard_has_them(tiny_config: TinyConfig) -> None:
+    config = tiny_config()
+    prepare(config)
+    urls = shard_urls(config)
+    build_part(PartTask(config, urls["digits-00"], ViewBlock(start=0, stop=3)))
+    build_part(PartTask(config, urls["digits-01"], ViewBlock(start=0, stop=1)))
+    build_part(PartTask(config, urls["digits-01"], ViewBlock(start=2, stop=3)))
+    assert publish_manifest(url_of(config), urls).num_views == 1
+    build_part(PartTask(config, urls["digits-01"], ViewBlock(start=1, stop=2)))
+    assert publish_manifest(url_of(config), urls).num_views == 3
+
+
+def test_more_views_are_added_to_those_that_stand(tiny_cache: TinyCache, tiny_config: TinyConfig) -> None:
+    before = files(tiny_cache.url)
+    manifest = build(tiny_config(views={"count": 5}))
+    after = files(tiny_cache.url)
+    assert manifest.num_views == 5
+    kept = ("header", "index/", "parts/", "means/", "commits/", "class_means")
+    assert {path: after[path] for path in before if path.startswith(kept)} == {
+        path: data for path, data in before.items() if path.startswith(kept)
+    }
+    assert sorted(path for path in after if path.startswith("commits/digits-00") and path not in before) == [
+        "commits/digits-00/v0003-0004.json"
+    ]
+
+
+def test_added_views_are_those_of_a_cache_built_at_once(
+    tiny_cache: TinyCache, tiny_config: TinyConfig, tmp_path: Path
+) -> None:
+    build(tiny_config(views={"count": 5}))
+    at_once = tiny_config(views={"count": 5}, cache={"url": str(tmp_path / "at-once")})
+    build(at_once)
+    for view in range(5):
+        one, other = (
+            open_cache(tiny_cache.url).view("digits-01", view),
+            open_cache(url_of(at_once)).view("digits-01", view),
+        )
+        assert np.array_equal(one.logits_NK, other.logits_NK)
+        assert np.array_equal(one.box_N4, other.box_N4)
+
+
+def test_an_added_shard_extends_the_cache_and_its_means(tiny_config: TinyConfig, digits_shards: list[str]) -> None:
+    first = tiny_config(data={"shards": digits_shards[:1]})
+    assert build(first).num_shards == 1
+    both = build(tiny_config())
+    assert (both.num_shards, both.num_ok) == (2, 35)
+    means = open_cache(url_of(first)).class_means()
+    assert means is not None
+    assert means.count_K.sum() == 35
+
+
+def test_commits_of_shards_no_longer_asked_for_stay_and_do_not_count(
+    tiny_cache: TinyCache, tiny_config: TinyConfig, digits_shards: list[str]
+) -> None:
+    before = files(tiny_cache.url)
+    manifest = build(tiny_config(data={"shards": digits_shards[1:]}))
+    assert (manifest.num_shards, manifest.num_ok) == (1, 15)
+    cache = open_cache(tiny_cache.url)
+    assert [shard.shard_id for shard in cache.shards] == ["digits-01"]
+    means = cache.class_means()
+    assert means is not None
+    assert means.count_K.sum() == 15
+    after = files(tiny_cache.url)
+    parts = [path for path in before if path.startswith(("parts/", "commits/", "means/"))]
+    assert all(after[path] == before[path] for path in parts)
+
+
+def test_class_means_without_any_label_are_refused_and_nothing_is_published(
+    tiny_config: TinyConfig, tmp_path: Path
+) -> None:
+    samples = [(key, {"png": members["png"]}) for key, members in digit_samples(5)]
+    shards = pack_shards(samples, f"{tmp_path}/bare-%02d.tar", shard_size=5)
+    config = tiny_config(data={"shards": shards, "missing_labels": "ignore"})
+    with pytest.raises(CacheError, match=r"no row of the whole cache has a label[\s\S]*data\.label"):
+        build(config)
+    assert not [path for path in files(url_of(config)) if path.startswith("manifest")]
+
+
+def test_a_build_that_has_not_ended_shows_blocks_and_claims_no_totals(tiny_config: TinyConfig) -> None:
+    config = tiny_config()
+    prepare(config)
+    for shard in ("digits-00", "digits-01"):
+        build_part(PartTask(config, shard_urls(config)[shard], ViewBlock(start=0, stop=2)))
+    build_part(PartTask(config, shard_urls(config)["digits-00"], ViewBlock(start=2, stop=3)))
+    report = inspect_cache(url_of(config))
+    assert report.parts_by_block == {"v0000-0001": 2, "v0002-0002": 1}
+    assert report.rows_by_block == {"v0000-0001": 70, "v0002-0002": 20}
+    assert (report.shards_begun, report.num_shards, report.num_ok, report.skipped) == (2, None, None, None)
+
+
+def test_a_run_reads_its_own_copy_of_the_manifest_after_the_cache_was_extended(
+    tiny_cache: TinyCache, tiny_config: TinyConfig, digits_shards: list[str]
+) -> None:
+    build(tiny_config(data={"shards": digits_shards[:1]}))
+    _, copied = read_manifest(tiny_cache.url)
+    build(tiny_config(views={"count": 5}))
+    cache = open_cache(tiny_cache.url, manifest_bytes=copied)
+    assert (cache.num_views, [shard.shard_id for shard in cache.shards]) == (3, ["digits-00"])
+    means = cache.class_means()
+    assert means is not None
+    assert means.count_K.sum() == 20
+    assert len(cache.view("digits-00", 2).row_N) == 20
+    with pytest.raises(CacheError, match=r"does not hold this view[\s\S]*0\.\.2"):
+        cache.view("digits-00", 3)
+
+
+def test_a_manifest_names_the_shards_where_the_build_found_them(
+    built_cache: TinyCache, digits_shards: list[str]
+) -> None:
+    cache = open_cache(built_cache.url)
+    assert [cache.shard_url(shard) for shard in cache.shards] == digits_shards
+    assert [shard.path for shard in cache.shards] == ["digits-00.tar", "digits-01.tar"]
+
+
+@pytest.mark.parametrize(
+    ("urls", "base"),
+    [
+        (["/data/a.tar"], "/data"),
+        (["/a.tar"], ""),
+        (["/data/x/a.tar", "/data/y/b.tar"], "/data"),
+        (["/data/x/a.tar", "/other/b.tar"], ""),
+        (["/data/train/a.tar", "/data/train2/b.tar"], "/data"),
+        (["/data/a.tar", "/data/x/y/b.tar"], "/data"),
+        (["s3://bucket/a.tar"], "s3://bucket"),
+        (["s3://bucket/x/a.tar", "s3://bucket/y/b.tar"], "s3://bucket"),
+        (["s3://one/x/a.tar", "s3://two/x/b.tar"], ""),
+        (["s3://one/x/a.tar", "gs://one/x/b.tar"], ""),
+        (["/data/a.tar", "s3://one/b.tar"], ""),
+        (["s3://one/b.tar", "/data/a.tar"], ""),
+    ],
+)
+def test_base_and_path_find_every_shard_again(urls: list[str], base: str) -> None:
+    found, names = relative({url: url for url in urls})
+    assert found == base
+    assert [locate(found, names[url]) for url in urls] == urls
+
+
+def test_queries_and_credentials_are_never_written_down() -> None:
+    base, names = relative({"a": "https://me:secret@host/x/a.tar?token=secret", "b": "https://host/x/b.tar#secret"})
+    assert (base, names) == ("https://host/x", {"a": "a.tar", "b": "b.tar"})
+
+
+folders = st.lists(st.sampled_from(["x", "y", "zz"]), max_size=3).map("/".join)
+
+
+@given(st.lists(st.tuples(st.sampled_from(["", "s3://b", "s3://c", "gs://b"]), folders), min_size=1, max_size=5))
+def test_any_set_of_shards_is_found_again(places: list[tuple[str, str]]) -> None:
+    urls = [f"{root}/{f'{folder}/' if folder else ''}{number}.tar" for number, (root, folder) in enumerate(places)]
+    base, names = relative({url: url for url in urls})
+    assert [locate(base, names[url]) for url in urls] == urls
+
+
+def test_a_commit_of_another_teacher_is_refused(tiny_cache: TinyCache) -> None:
+    path = layout.commit_path("digits-00", ViewBlock(start=2, stop=3))
+    foreign = read_commit(tiny_cache.url, path).model_copy(update={"fingerprint": "another"})
+    storage.write(storage.join(tiny_cache.url, path), seal(foreign.model_dump(mode="json")))
+    with pytest.raises(CacheError, match=r"of another teacher[\s\S]*digits-00/v0002-0002"):
+        publish_manifest(tiny_cache.url, shard_urls(tiny_cache.config))
+
+
+def test_the_manifest_adds_up_the_commits(built_cache: TinyCache) -> None:
+    manifest, data = read_manifest(built_cache.url)
+    commits = read_commits(built_cache.url)
+    assert manifest.size_bytes == sum(commit.part.size_bytes for commit in commits)
+    assert manifest.statistics.argmax_flips == sum(commit.statistics.argmax_flips for commit in commits)
+    assert (manifest.num_samples, manifest.num_ok, manifest.num_views, manifest.num_shards) == (35, 35, 3, 2)
+    assert json.loads(data)["format_version"] == 1

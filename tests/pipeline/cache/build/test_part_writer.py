@@ -1,0 +1,149 @@
+"""A part is view-major, and each of its views is read from its own bytes and the footer alone."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import storage
+from pipeline.cache.build.commit import read_commits
+from pipeline.cache.build.part_writer import PartWriter, view_ranges
+from pipeline.cache.format.codec import encode, outputs_of
+from pipeline.cache.read.reader import open_cache
+from schemas.cache import part_schema
+from schemas.config import CacheConfig
+from schemas.manifest import ViewRange
+from tests.pipeline.caches import TinyCache
+
+LOGITS = outputs_of(CacheConfig.model_validate({"url": "x", "logits": "fp32"}), num_classes=4, embedding_dim=1)[0]
+SCHEMA = part_schema({"logits": 16})
+ROWS, VIEWS, GROUP = 700, (3, 4), 100
+
+
+def batch(view: int, start: int) -> pa.RecordBatch:
+    row_N = np.arange(start, start + GROUP, dtype=np.int32)
+    columns = {field.name: np.zeros(GROUP) for field in SCHEMA}
+    columns |= {
+        "row": row_N,
+        "view": np.full(GROUP, view),
+        "pixel_digest": [None] * GROUP,
+        "pixel_mean": [None] * GROUP,
+    }
+    logits_NK = (np.outer(row_N, np.ones(4)) + view / 10).astype(np.float32)
+    arrays = [
+        encode(logits_NK, LOGITS) if field.name == "logits" else pa.array(columns[field.name], field.type, safe=False)
+        for field in SCHEMA
+    ]
+    return pa.record_batch(arrays, schema=SCHEMA)
+
+
+def write_part(folder: Path, *, row_size_bytes: int) -> Path:
+    with PartWriter(folder, VIEWS, SCHEMA, row_size_bytes=row_size_bytes) as writer:
+        for start in range(0, ROWS, GROUP):
+            for view in VIEWS:
+                writer.add(view, batch(view, start))
+        return writer.close()
+
+
+# A row size beyond the row group's budget leaves the smallest row groups there are: 256 rows.
+SIZES = pytest.mark.parametrize(("row_size_bytes", "groups_per_view"), [(1 << 30, 4), (16, 1)])
+
+
+@SIZES
+def test_rows_are_view_major_and_row_groups_never_span_views(
+    tmp_path: Path, row_size_bytes: int, groups_per_view: int
+) -> None:
+    file = pq.ParquetFile(write_part(tmp_path, row_size_bytes=row_size_bytes))
+    groups = [file.read_row_group(number, columns=["view", "row"]) for number in range(file.num_row_groups)]
+    assert [set(group["view"].to_pylist()) for group in groups] == [{3}] * groups_per_view + [{4}] * groups_per_view
+    rows = [row for group in groups for row in group["row"].to_pylist()]
+    assert rows == [*range(ROWS), *range(ROWS)]
+
+
+@SIZES
+def test_ranges_follow_each_other_from_the_magic_to_the_footer(
+    tmp_path: Path, row_size_bytes: int, groups_per_view: int
+) -> None:
+    path = write_part(tmp_path, row_size_bytes=row_size_bytes)
+    data = path.read_bytes()
+    ranges, footer = view_ranges(path, dict.fromkeys(VIEWS, ROWS))
+    assert [(found.view, found.rows) for found in ranges] == [(3, ROWS), (4, ROWS)]
+    assert ranges[0].offset == 4
+    assert ranges[0].offset + ranges[0].size_bytes == ranges[1].offset
+    assert ranges[1].offset + ranges[1].size_bytes == footer.offset
+    assert footer.offset + footer.size_bytes == len(data)
+    # Parquet ends in the footer's own length and its magic.
+    assert footer.size_bytes == int.from_bytes(data[-8:-4], "little") + 8
+    for found in (*ranges, footer):
+        chunk = data[found.offset : found.offset + found.size_bytes]
+        assert hashlib.sha256(chunk).hexdigest() == found.digest
+    assert pq.read_metadata(path).num_row_groups == 2 * groups_per_view
+
+
+def test_the_part_is_a_file_that_any_parquet_reader_reads(tmp_path: Path) -> None:
+    table = pq.read_table(write_part(tmp_path, row_size_bytes=1 << 30))
+    assert table.schema.equals(SCHEMA)
+    assert np.frombuffer(table["logits"][ROWS + 5].as_py(), "<f4").tolist() == pytest.approx([5.4] * 4)
+
+
+def test_leaving_the_writer_removes_the_spilled_rows(tmp_path: Path) -> None:
+    def fail() -> None:
+        with PartWriter(tmp_path, VIEWS, SCHEMA, row_size_bytes=16) as writer:
+            writer.add(3, batch(3, 0))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_view_is_read_from_its_own_bytes_and_the_footer_alone(tiny_cache: TinyCache) -> None:
+    wanted = open_cache(tiny_cache.url).view("digits-00", 1)
+    commit = next(one for one in read_commits(tiny_cache.url) if one.block.name == "v0000-0001")
+    url = storage.join(tiny_cache.url, commit.part.path)
+    _destroy_all_but(Path(url), commit.views[1], commit.footer.offset)
+    found = open_cache(tiny_cache.url).view("digits-00", 1)
+    assert np.array_equal(found.logits_NK, wanted.logits_NK)
+    assert np.array_equal(found.box_N4, wanted.box_N4)
+    assert found.pixel_digest == wanted.pixel_digest
+
+
+def test_a_view_costs_two_range_reads(tiny_cache: TinyCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = next(one for one in read_commits(tiny_cache.url) if one.block.name == "v0000-0001")
+    reads: list[tuple[int, int]] = []
+    real = storage.read_range
+
+    def counted(url: str, offset: int, size_bytes: int) -> bytes:
+        reads.append((offset, size_bytes))
+        return real(url, offset, size_bytes)
+
+    cache = open_cache(tiny_cache.url)
+    monkeypatch.setattr(storage, "read_range", counted)
+    cache.view("digits-00", 1)
+    view, footer = commit.views[1], commit.footer
+    assert reads == [(view.offset, view.size_bytes), (footer.offset, footer.size_bytes)]
+
+
+def test_a_parts_name_carries_the_hash_of_its_content(built_cache: TinyCache) -> None:
+    commits = read_commits(built_cache.url)
+    assert len(commits) == 6
+    for commit in commits:
+        for ref in (commit.part, commit.means):
+            if ref is not None:
+                data = storage.read(storage.join(built_cache.url, ref.path))
+                assert hashlib.sha256(data).hexdigest() == ref.sha256
+                assert len(data) == ref.size_bytes
+                assert ref.path.endswith(f"/{commit.block.name}.{ref.sha256[:16]}.parquet")
+
+
+def _destroy_all_but(path: Path, view: ViewRange, footer_offset: int) -> None:
+    data = bytearray(path.read_bytes())
+    end = view.offset + view.size_bytes
+    data[: view.offset] = bytes([0xFF]) * view.offset
+    data[end:footer_offset] = bytes([0xFF]) * (footer_offset - end)
+    path.write_bytes(data)

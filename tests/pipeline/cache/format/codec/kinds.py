@@ -1,0 +1,53 @@
+"""Outputs by the config's words, and one trip through a column."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.cache.format.codec import decode, encode, outputs_of
+from schemas.config import CacheConfig
+from schemas.manifest import Output
+from tests.tolerances import ulps
+
+
+def logits_output(kind: str, num_classes: int) -> Output:
+    config = CacheConfig.model_validate({"url": "x", "logits": kind})
+    return outputs_of(config, num_classes=num_classes, embedding_dim=1)[0]
+
+
+def stored(values_NK: NDArray[np.float32], kind: str) -> list[bytes]:
+    return encode(values_NK, logits_output(kind, values_NK.shape[1])).to_pylist()
+
+
+def round_trip(values_NK: NDArray[np.float32], kind: str, *, temperature: float = 1.0) -> NDArray[np.float64]:
+    output = logits_output(kind, values_NK.shape[1])
+    found = decode(encode(values_NK, output), output, temperature=temperature)
+    assert found.dtype == np.float32
+    assert found.shape == values_NK.shape
+    return found.astype(np.float64)
+
+
+def steps_error(values_K: NDArray[np.float64]) -> float:
+    """The rounding of fp32 in steps of log(1 + d / 3) over a row: beside half a step, how far a number may be off.
+
+    Difference, quotient, log, division by the number of steps, and the same again for a number's code; then code times
+    step: 8 operations on an exponent, of which an error weighs d + 3 times as much in a distance d. Then exp, factor,
+    knee and difference.
+    """
+    span = 2 * float(np.abs(values_K).max()) + 3
+    return ulps(8 * float(np.log1p(span / 3)) + 4, span)
+
+
+def teacher_like(rows: int, num_classes: int, seed: int = 0) -> NDArray[np.float32]:
+    """Normal logits with one class that stands out, as a trained teacher's do."""
+    random = np.random.default_rng(seed)
+    values = random.normal(0, 2.5, (rows, num_classes))
+    values[np.arange(rows), random.integers(0, num_classes, rows)] += random.uniform(2, 12, rows)
+    return values.astype(np.float32)
+
+
+def softmax(values_NK: NDArray[np.floating], temperature: float) -> NDArray[np.float64]:
+    scaled = values_NK.astype(np.float64) / temperature
+    scaled = np.exp(scaled - scaled.max(1, keepdims=True))
+    return scaled / scaled.sum(1, keepdims=True)

@@ -1,0 +1,126 @@
+"""Stored numbers come back within the error that their type states, and what does not fit is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from numpy.typing import NDArray
+
+from pipeline.cache.format.codec import arrow_type, decode, depends_on_temperature, encode, outputs_of, row_bytes
+from pipeline.core.errors import CacheError
+from schemas.config import CacheConfig
+from tests.pipeline.cache.format.codec.kinds import logits_output, round_trip, stored, teacher_like
+
+HALF_MAX, SINGLE_MAX = 65_504.0, float(np.finfo(np.float32).max)
+
+
+KINDS = ("fp32", "fp16", "int8", "int4", "topk:3")
+
+
+def matrices(limit: float) -> st.SearchStrategy[NDArray[np.float32]]:
+    shapes = st.tuples(st.integers(1, 9), st.integers(1, 7))
+    return shapes.flatmap(lambda shape: arrays(np.float32, shape, elements=st.floats(-limit, limit, width=32)))
+
+
+@given(matrices(SINGLE_MAX))
+def test_fp32_comes_back_bit_for_bit(values_ND: NDArray[np.float32]) -> None:
+    kind = logits_output("fp32", values_ND.shape[1])
+    assert decode(encode(values_ND, kind), kind).tobytes() == values_ND.tobytes()
+
+
+@given(matrices(HALF_MAX))
+def test_fp16_errs_by_at_most_half_a_unit_in_the_last_place(values_ND: NDArray[np.float32]) -> None:
+    # 11 significant bits; below 2^-14 the spacing is that of subnormals, 2^-24.
+    bound = np.maximum(np.abs(values_ND.astype(np.float64)) * 2.0**-11, 2.0**-25)
+    assert (np.abs(round_trip(values_ND, "fp16") - values_ND) <= bound).all()
+
+
+@given(st.floats(65_520, SINGLE_MAX, width=32), st.sampled_from([-1, 1]))
+def test_what_would_be_infinite_in_fp16_is_refused(value: float, sign: int) -> None:
+    with pytest.raises(CacheError, match=r"do not fit float16[\s\S]*cache.logits=fp32"):
+        encode(np.array([[0.0, sign * value]], np.float32), logits_output("fp16", 2))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_encoding_takes_nan_or_infinity(kind: str, value: float) -> None:
+    values = teacher_like(3, 130)
+    values[1, values[1].argmin()] = value
+    with pytest.raises(CacheError, match=r"do not fit[\s\S]*keys two\n[\s\S]*got: +1 rows"):
+        encode(values, logits_output(kind, 130), keys=["one", "two", "three"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_slice_decodes_to_the_slice(kind: str) -> None:
+    output, values = logits_output(kind, 130), teacher_like(7, 130)
+    column = encode(values, output)
+    whole = decode(column, output)
+    for start, stop in ((0, 7), (2, 5), (6, 7), (3, 3)):
+        assert np.array_equal(decode(column.slice(start, stop - start), output), whole[start:stop])
+    chunks = pa.chunked_array([column.slice(2, 3), column])
+    assert np.array_equal(decode(chunks, output), np.concatenate([whole[2:5], whole]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_does_not_depend_on_the_rows_beside_it(kind: str) -> None:
+    values = teacher_like(9, 131)
+    assert stored(values, kind) == [row for number in range(9) for row in stored(values[number : number + 1], kind)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_rows_encode_to_no_rows_and_back(kind: str) -> None:
+    output = logits_output(kind, 130)
+    column = encode(np.empty((0, 130), np.float32), output)
+    assert column.type == arrow_type(output)
+    assert decode(column, output).shape == (0, 130)
+    assert decode(pa.chunked_array([], arrow_type(output)), output).shape == (0, 130)
+
+
+def test_only_topk_depends_on_the_temperature() -> None:
+    values = teacher_like(4, 130)
+    for kind in KINDS:
+        cold, hot = (round_trip(values, kind, temperature=temperature) for temperature in (1.0, 4.0))
+        assert depends_on_temperature(logits_output(kind, 130)) == (kind == "topk:3") != np.array_equal(cold, hot)
+
+
+def test_rows_are_little_endian_and_dense() -> None:
+    assert stored(np.array([[1.0, -2.0]], np.float32), "fp16") == [bytes.fromhex("003c00c0")]
+    assert arrow_type(logits_output("fp16", 2)) == pa.binary(4) == pa.binary(row_bytes(logits_output("fp16", 2)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_fields_of_an_output_are_its_row(kind: str) -> None:
+    output = logits_output(kind, 130)
+    assert sum(np.dtype(field.dtype).itemsize * field.count for field in output.fields) == row_bytes(output)
+    assert {np.dtype(field.dtype).byteorder for field in output.fields} <= {"<", "=", "|"}
+
+
+def test_an_empty_cell_is_refused() -> None:
+    with pytest.raises(CacheError, match="1 rows have no logits"):
+        decode(pa.array([b"1234", None], pa.binary(4)), logits_output("fp16", 2))
+
+
+def test_an_unknown_encoding_is_refused_by_name() -> None:
+    output = logits_output("fp16", 2).model_copy(update={"encoding": "wavelet"})
+    for use in (lambda: decode(pa.array([b"1234"], pa.binary(4)), output), lambda: depends_on_temperature(output)):
+        with pytest.raises(CacheError, match=r"logits of this cache[\s\S]*wavelet[\s\S]*dense, int8, int4, topk"):
+            use()
+
+
+def test_only_the_outputs_that_are_kept_are_listed() -> None:
+    def listed(logits: str, embeddings: str) -> list[tuple[str, tuple[int, ...], str, str]]:
+        config = CacheConfig.model_validate({"url": "x", "logits": logits, "embeddings": embeddings})
+        outputs = outputs_of(config, num_classes=10, embedding_dim=4)
+        return [(item.name, item.shape, item.dtype, item.encoding) for item in outputs]
+
+    assert listed("fp16", "none") == [("logits", (10,), "float16", "dense")]
+    assert listed("none", "int8") == [("embedding", (4,), "uint8", "int8")]
+    assert listed("topk:3", "fp16") == [
+        ("logits", (10,), "uint8", "topk"),
+        ("embedding", (4,), "float16", "dense"),
+    ]
+    assert listed("none", "none") == []

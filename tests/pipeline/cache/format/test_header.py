@@ -1,0 +1,200 @@
+"""A cache has one teacher and one plan: whoever differs is stopped before it writes, and told in what."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from pipeline import storage
+from pipeline.cache.build.header_claim import claim, make_header
+from pipeline.cache.build.part import prepare
+from pipeline.cache.format import header, layout
+from pipeline.cache.format.header import read_header, views_id
+from pipeline.core.errors import CacheError, ModelError
+from pipeline.core.hashing import seal
+from pipeline.models.cifar import resnet
+from pipeline.teacher.inference import load_teacher
+from schemas.config import Config, ViewsConfig
+from schemas.manifest import Header
+from tests.pipeline.cache import teachers
+from tests.pipeline.caches import TinyCache, build, cache_section, files
+from tests.pipeline.conftest import TinyConfig
+
+
+def header_of(config: Config) -> Header:
+    assert config.data.num_classes is not None
+    teacher = load_teacher(
+        config.teacher, num_classes=config.data.num_classes, size=config.views.size, device=torch.device("cpu")
+    )
+    return make_header(teacher, plan=config.views, cache=cache_section(config), data=config.data)
+
+
+def own_teacher(factory: str) -> dict[str, Any]:
+    return {"model": f"python:tests.pipeline.cache.teachers:{factory}", "kwargs": {}}
+
+
+def save_weights(path: Path, *, nudge: float) -> str:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        state = resnet(10, 8, (4, 4, 6, 7)).state_dict()
+    state["fc.bias"][3] += nudge
+    safetensors.torch.save_file(state, path)
+    return str(path)
+
+
+MEANINGFUL: list[dict[str, dict[str, Any]]] = [
+    {"views": {"kind": "crop"}},
+    {"views": {"seed": 1}},
+    {"views": {"area": [0.3, 0.9]}},
+    {"views": {"aspect": [0.8, 1.2]}},
+    {"views": {"flip": 0.0}},
+    {"views": {"crop_fraction": 1.0}},
+    {"views": {"mix_group": 4}},
+    {"views": {"jitter": {}}},
+    {"views": {"randaugment": {}}},
+    {"views": {"erasing": {}}},
+    {"views": {"cutmix": 0.5}},
+    {"views": {"size": 8}},
+    {"teacher": {"kwargs": {"depth": 14, "widths": [4, 4, 6, 7]}}},
+    {"teacher": {"mean": [0.5, 0.5, 0.5]}},
+    {"teacher": {"std": [0.5, 0.5, 0.5]}},
+    {"teacher": {"interpolation": "bicubic"}},
+    {"teacher": {"precision": "bf16"}},
+    {"cache": {"logits": "fp16"}},
+    {"cache": {"embeddings": "none"}},
+    {"cache": {"class_means": "none"}},
+    {"data": {"num_classes": 11}},
+]
+MEANINGLESS: list[dict[str, dict[str, Any]]] = [
+    {"views": {"count": 50}},
+    {"teacher": {"batch_size": 3}},
+    {"teacher": {"mode": "online"}},
+    {"cache": {"url": "memory://elsewhere"}},
+    {"cache": {"views_per_part": 1}},
+    {"data": {"shards": "other-{0..3}.tar"}},
+    {"data": {"bad_samples": "skip", "max_bad_share": 0.5}},
+    {"ray": {"cpus_per_task": 2}},
+    {"train": {"epochs": 3}},
+]
+
+
+def name_of(change: dict[str, dict[str, Any]]) -> str:
+    section, keys = next(iter(change.items()))
+    return f"{section}.{next(iter(keys))}"
+
+
+@pytest.mark.parametrize("change", MEANINGFUL, ids=name_of)
+def test_what_changes_an_answer_changes_the_fingerprint(change: dict[str, Any], tiny_config: TinyConfig) -> None:
+    assert header_of(tiny_config(**change)).fingerprint != header_of(tiny_config()).fingerprint
+
+
+@pytest.mark.parametrize("change", MEANINGLESS, ids=name_of)
+def test_what_changes_no_answer_leaves_the_fingerprint(change: dict[str, Any], tiny_config: TinyConfig) -> None:
+    assert header_of(tiny_config(**change)).fingerprint == header_of(tiny_config()).fingerprint
+
+
+def test_the_fingerprint_hangs_on_the_weights_and_not_on_their_url(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    one, same, other = (
+        header_of(tiny_config(teacher={"weights": save_weights(tmp_path / name, nudge=nudge)}))
+        for name, nudge in (("a.safetensors", 0), ("b.safetensors", 0), ("c.safetensors", 1e-6))
+    )
+    assert one == same
+    assert one.fingerprint != other.fingerprint
+
+
+def test_the_views_id_hangs_on_the_plan_alone() -> None:
+    plan = ViewsConfig.model_validate({"kind": "crop", "count": 3, "size": 16})
+    assert views_id(plan) == views_id(plan.model_copy(update={"count": 9, "size": 224}))
+    for change in ({"kind": "function_matching"}, {"seed": 1}, {"flip": 0.1}, {"mix_group": 2}, {"area": (0.1, 1.0)}):
+        assert views_id(plan) != views_id(plan.model_copy(update=change))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"views": {"seed": 1}}, "views.seed: 0 -> 1"),
+        ({"views": {"size": 8}}, "teacher.size: 16 -> 8"),
+        ({"views": {"cutmix": 0.5}}, "views.cutmix: None -> 0.5"),
+        ({"teacher": {"precision": "bf16"}}, "teacher.precision: fp32 -> bf16"),
+        ({"cache": {"logits": "fp16"}}, "teacher.logits: fp32 -> fp16"),
+        ({"data": {"max_pixels": 1000}}, "data.max_pixels: 64000000 -> 1000"),
+        ({"data": {"image": "png"}}, "data.image"),
+    ],
+    ids=["plan", "size", "option", "precision", "encoding", "limit", "member"],
+)
+def test_a_builder_that_differs_is_told_in_what_before_it_writes(
+    change: dict[str, Any], told: str, tiny_cache: TinyCache, tiny_config: TinyConfig
+) -> None:
+    before = files(tiny_cache.url)
+    with pytest.raises(CacheError) as caught:
+        build(tiny_config(**change))
+    assert told in str(caught.value)
+    assert "another cache.url" in str(caught.value)
+    assert files(tiny_cache.url) == before
+
+
+@pytest.mark.usefixtures("tiny_cache")
+def test_other_weights_are_refused(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match=r"teacher\.weights: [0-9a-f]{64} -> [0-9a-f]{64}"):
+        prepare(tiny_config(teacher={"weights": save_weights(tmp_path / "w.safetensors", nudge=1e-3)}))
+
+
+def test_changed_code_behind_the_same_weights_is_noticed(
+    tiny_config: TinyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, url = tiny_config(teacher=own_teacher("Scaled")), str(tmp_path / "cache")
+    before = claim(url, header_of(config))
+    monkeypatch.setattr(teachers, "scale", 1.1)
+    after = header_of(config)
+    assert after.fingerprint == before.fingerprint
+    with pytest.raises(CacheError, match="answers the four probe images differently"):
+        claim(url, after)
+
+
+def test_rounding_of_another_machine_is_not_changed_code(
+    tiny_config: TinyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, url = tiny_config(teacher=own_teacher("Scaled")), str(tmp_path / "cache")
+    before = claim(url, header_of(config))
+    monkeypatch.setattr(teachers, "scale", 1 + 1e-5)
+    assert claim(url, header_of(config)) == before
+
+
+def test_a_teacher_without_numbers_is_refused_before_any_work(tiny_config: TinyConfig) -> None:
+    config = tiny_config(teacher=own_teacher("NanOnNoise"))
+    with pytest.raises(ModelError, match="NaN or infinity"):
+        prepare(config)
+    assert not storage.exists(storage.join(cache_section(config).url, layout.HEADER))
+
+
+def test_no_header_is_no_cache(tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match="there is no cache here"):
+        read_header(str(tmp_path))
+
+
+def test_a_header_of_another_format_is_refused(tiny_config: TinyConfig) -> None:
+    body = header_of(tiny_config()).model_dump(mode="json")
+    with pytest.raises(CacheError, match=r"unknown cache format[\s\S]*got: +2"):
+        header.parse_header(seal({**body, "format_version": 2}), where="here")
+    with pytest.raises(CacheError, match=r"no header of cache format 1[\s\S]*mood"):
+        header.parse_header(seal({**body, "mood": "good"}), where="here")
+    del body["outputs"]
+    with pytest.raises(CacheError, match="outputs"):
+        header.parse_header(seal(body), where="here")
+
+
+def test_an_unknown_encoding_is_refused(tiny_config: TinyConfig) -> None:
+    body = header_of(tiny_config()).model_dump(mode="json")
+    body["outputs"][0]["encoding"] = "packed"
+    with pytest.raises(CacheError, match=r"logits of this cache[\s\S]*got: +packed"):
+        header.parse_header(seal(body), where="here")
+
+
+def test_an_unknown_output_is_ignored_however_it_is_packed(tiny_config: TinyConfig) -> None:
+    body = header_of(tiny_config()).model_dump(mode="json")
+    body["outputs"].append({**body["outputs"][0], "name": "depth", "encoding": "packed"})
+    assert header.parse_header(seal(body), where="here").outputs[-1].encoding == "packed"

@@ -1,0 +1,215 @@
+"""Labels of a finished cache are read again without the teacher; pinned runs, digests and verification stay whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jobs.relabel_cache import describe
+from pipeline import storage
+from pipeline.cache.build.manifest import publish_manifest, read_manifest
+from pipeline.cache.ops.inspect import inspect_cache
+from pipeline.cache.ops.relabel import relabel
+from pipeline.cache.read.reader import TeacherCache, open_cache
+from pipeline.cache.verify import verify_cache
+from pipeline.core.errors import CacheError, ConfigError, ShardError
+from pipeline.shards.writer import Members, pack_shards
+from pipeline.student.training.trainer import train
+from schemas.config import Config
+from tests.pipeline.caches import build, cache_section, digit_samples, files, shard_urls
+from tests.pipeline.conftest import TinyConfig
+from tests.pipeline.student.runs import CE, run_config
+
+NUM, SHARD_SIZE = 20, 10
+CLASSES = [int(members["cls"]) for _, members in digit_samples(NUM)]
+
+
+def packed(folder: Path, label: str | None, *, shift: int = 0, swapped: bool = False) -> list[str]:
+    """Two shards whose classes, moved on by ``shift``, are in the member ``label``; None: only as JSON."""
+
+    def samples() -> Iterator[tuple[str, Members]]:
+        found = list(digit_samples(NUM))
+        images = [members["png"] for _, members in found]
+        if swapped:
+            images[0], images[1] = images[1], images[0]
+        for (key, members), image in zip(found, images, strict=True):
+            index = (int(members["cls"]) + shift) % 10
+            text = {"json": json.dumps({"class": index}).encode()} if label is None else {label: str(index).encode()}
+            yield key, {"png": image, **text}
+
+    folder.mkdir(exist_ok=True)
+    return pack_shards(samples(), f"{folder}/s-%02d.tar", shard_size=SHARD_SIZE)
+
+
+def built(tiny_config: TinyConfig, shards: list[str], **sections: Any) -> Config:
+    keys = {"views": {"kind": "crop"}, "cache": {"class_means": "none"}, **sections}
+    config = tiny_config(**{**keys, "data": {"shards": shards, **keys.get("data", {})}})
+    build(config)
+    return config
+
+
+def labels(cache: TeacherCache) -> list[int]:
+    return np.concatenate([cache.index(shard).label for shard in cache.shards]).tolist()
+
+
+def test_shards_packed_again_with_labels_give_a_cache_its_labels(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    config = built(tiny_config, packed(tmp_path / "json", None))
+    url = cache_section(config).url
+    before = files(url)
+    assert labels(open_cache(url)) == [-1] * NUM
+    again = dict(zip(shard_urls(config), packed(tmp_path / "cls", "cls"), strict=True))
+    found = relabel(url, shard_urls=again, threads=2)
+    assert str(found.count) == f"{NUM} of {NUM}"
+    cache = open_cache(url)
+    assert labels(cache) == CLASSES
+    # By hand, from the stored logits of view 0.
+    hits = sum(
+        int((view.argmax(1) == cache.index(shard).label).sum())
+        for shard in cache.shards
+        if (view := cache.view(shard.shard_id, 0).logits_NK) is not None
+    )
+    assert (found.statistics.labelled, found.statistics.top1_hits) == (NUM, hits)
+    report = inspect_cache(url)
+    assert (report.teacher_top1, report.labels) == (hits / NUM, f"{NUM} of {NUM}")
+    # Nothing that a commit or a pinned manifest names was touched.
+    after = files(url)
+    assert {path for path, data in before.items() if after[path] != data} == {
+        "manifest.json",
+        "manifest/shards.parquet",
+    }
+    # From now on the cache names the shards that its labels were read from, since others have other offsets.
+    assert [cache.shard_url(shard) for shard in cache.shards] == [*again.values()]
+    for given in (again, None):
+        verified = verify_cache(url, shard_urls=given)
+        assert (verified.problems, verified.num_unnamed) == ((), 0)
+    moved: dict[str, Any] = {"data": {"cache": url, "shards": [*again.values()]}, "loss": CE, "train": {"epochs": 1}}
+    assert train(run_config(config, tmp_path / "run", **moved))["steps"] == 3
+
+
+@pytest.mark.parametrize("data", [{}, {"label": "txt"}], ids=["left to the cache", "named"])
+def test_another_member_of_the_same_shards_holds_the_labels(
+    tiny_config: TinyConfig, tmp_path: Path, data: dict[str, str]
+) -> None:
+    config = built(tiny_config, packed(tmp_path / "txt", "txt"))
+    url = cache_section(config).url
+    relabel(url, label="txt")
+    assert open_cache(url).data["label"] == "txt"
+    assert not verify_cache(url).problems
+    assert train(run_config(config, tmp_path / "run", loss=CE, data=data, train={"epochs": 1}))["steps"] == 3
+
+
+def test_a_pinned_manifest_keeps_its_labels(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    config = built(tiny_config, packed(tmp_path / "a", "cls"))
+    url = cache_section(config).url
+    pinned = read_manifest(url)[1]
+    others = dict(zip(shard_urls(config), packed(tmp_path / "b", "cls", shift=3), strict=True))
+    relabel(url, shard_urls=others)
+    assert labels(open_cache(url, manifest_bytes=pinned)) == CLASSES
+    assert labels(open_cache(url)) == [(label + 3) % 10 for label in CLASSES]
+    # Twice gives the same files.
+    before = files(url)
+    relabel(url, shard_urls=others)
+    assert files(url) == before
+
+
+def test_other_images_are_refused_and_nothing_is_published(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    config = built(tiny_config, packed(tmp_path / "a", "cls"))
+    url = cache_section(config).url
+    before = read_manifest(url)[1]
+    swapped = dict(zip(shard_urls(config), packed(tmp_path / "b", "cls", swapped=True), strict=True))
+    with pytest.raises(ShardError) as caught:
+        relabel(url, shard_urls=swapped)
+    assert caught.value.code == "cache.relabel-other-images"
+    assert "row 0, key digit-0000" in str(caught.value.where)
+    assert read_manifest(url)[1] == before
+
+
+def test_shards_that_the_cache_does_not_have_are_refused(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    config = built(tiny_config, packed(tmp_path / "a", "cls"))
+    url = cache_section(config).url
+    before = files(url)
+    with pytest.raises(ConfigError) as caught:
+        relabel(url, shard_urls={**dict(shard_urls(config)), "zzz-00": f"{tmp_path}/zzz-00.tar"})
+    assert (caught.value.code, caught.value.where) == ("cache.relabel-unknown-shards", "--shards")
+    assert caught.value.got == "1 of 3 shards, such as zzz-00"
+    assert files(url) == before
+
+
+def test_some_shards_may_be_elsewhere_and_are_counted(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    config = built(tiny_config, packed(tmp_path / "a", "cls"))
+    url = cache_section(config).url
+    first, second = shard_urls(config)
+    elsewhere = packed(tmp_path / "b", "cls", shift=3)[0]
+    found = relabel(url, shard_urls={first: elsewhere})
+    assert (found.num_given, found.count.num_shards) == (1, 2)
+    cache = open_cache(url)
+    assert [cache.shard_url(shard) for shard in cache.shards] == [elsewhere, shard_urls(config)[second]]
+    assert "shards: 1 read as --shards names them, 1 where the build found them" in describe(found)
+    assert not verify_cache(url).problems
+
+
+def test_a_wrong_member_and_no_member_are_refused(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    config = built(tiny_config, packed(tmp_path / "a", None), data={"label": None})
+    url = cache_section(config).url
+    with pytest.raises(ConfigError) as no_label:
+        relabel(url)
+    assert no_label.value.code == "cache.relabel-without-label"
+    with pytest.raises(ShardError) as wrong:
+        relabel(url, label="cls")
+    assert wrong.value.code == "data.label-not-found"
+    assert wrong.value.got == f"labels: 0 of {NUM}; members seen: json, png"
+    assert wrong.value.next_step == "append --label MEMBER"
+
+
+def test_a_cache_that_was_changed_meanwhile_is_left_alone(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    config = built(tiny_config, packed(tmp_path / "a", "cls"))
+    url = cache_section(config).url
+    extended = config.model_copy(update={"views": config.views.model_copy(update={"count": 4})})
+
+    def extend(done: int, _: int) -> None:
+        if done == 1:
+            build(extended)
+
+    with pytest.raises(CacheError) as caught:
+        relabel(url, progress=extend)
+    assert caught.value.code == "cache.changed-meanwhile"
+    assert open_cache(url).num_views == 4
+
+
+def test_labels_stay_until_something_is_built(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    config = built(tiny_config, packed(tmp_path / "a", "txt"))
+    url = cache_section(config).url
+    relabel(url, label="txt")
+    stored = read_manifest(url)[1]
+    publish_manifest(url, shard_urls(config))
+    assert read_manifest(url)[1] == stored
+    build(config.model_copy(update={"views": config.views.model_copy(update={"count": 4})}))
+    assert labels(open_cache(url)) == [-1] * NUM
+    relabel(url, label="txt")
+    assert labels(open_cache(url)) == CLASSES
+    assert not verify_cache(url).problems
+
+
+def test_class_means_of_former_labels_are_left_out(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    url = cache_section(built(tiny_config, packed(tmp_path / "a", "cls"), cache={"class_means": "eval"})).url
+    assert relabel(url).lost_means
+    assert open_cache(url).class_means() is None
+    assert not verify_cache(url).problems
+
+
+def test_a_damaged_index_of_labels_is_found(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    url = cache_section(built(tiny_config, packed(tmp_path / "a", "cls"))).url
+    relabel(url)
+    path = next(path for path in files(url) if path.startswith("labels/"))
+    Path(url, path).write_bytes(storage.read(storage.join(url, path))[:-9])
+    assert {problem.file for problem in verify_cache(url).problems} == {path}
+
+
+def test_a_cache_that_was_never_relabelled_has_the_record_that_it_had(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    url = cache_section(built(tiny_config, packed(tmp_path / "a", "cls"))).url
+    assert "labels" not in json.loads(read_manifest(url)[1])

@@ -1,0 +1,262 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline import storage
+from pipeline.cache.build.commit import read_standing
+from pipeline.cache.build.part import build_part, prepare
+from pipeline.cache.plan.build_plan import Ground, embedding_dim, needs_embedding_dim, plan_cache, survey_ground
+from pipeline.cache.plan.free_space import check_space
+from pipeline.cache.plan.plan_warnings import advice, label_spread
+from pipeline.core.errors import ShardError, StorageInputError
+from pipeline.shards.publish import publish_shard_index
+from pipeline.shards.writer import pack_shards
+from schemas.config import Config
+from tests.pipeline.caches import TinyCache, build, cache_section, digit_samples, files, open_tasks, shard_urls
+from tests.pipeline.conftest import TinyConfig
+from tests.pipeline.shards.tars import make_tar
+
+NUM_DIGITS, NUM_SHARDS, NUM_VIEWS = 35, 2, 3
+
+
+def ground_of(config: Config) -> Ground:
+    urls, cache = shard_urls(config), cache_section(config)
+    sizes = {shard: storage.size(url) for shard, url in urls.items()}
+    return survey_ground(config, cache, urls, sizes, read_standing(cache.url))
+
+
+def test_a_plan_counts_what_the_build_then_makes(tiny_config: TinyConfig) -> None:
+    config = tiny_config()
+    plan = plan_cache(ground_of(config))
+    assert not storage.listing(cache_section(config).url)
+    assert (plan.work.rows.low, plan.work.rows.high) == (NUM_DIGITS, NUM_DIGITS)
+    assert plan.work.forwards.expected == plan.work.forwards_open.expected == NUM_DIGITS * (NUM_VIEWS + 1)
+    tasks = open_tasks(config)
+    build(config)
+    assert (plan.work.num_parts, plan.work.num_parts_open) == (len(tasks), len(tasks))
+    assert plan.traffic.num_objects == len(files(cache_section(config).url))
+
+
+def test_what_is_committed_is_not_planned_again(tiny_config: TinyConfig) -> None:
+    config = tiny_config()
+    prepare(config)
+    first, *others = open_tasks(config)
+    committed = build_part(first)
+    work = plan_cache(ground_of(config)).work
+    assert work.num_parts_open == len(others)
+    assert work.forwards_open.expected == NUM_DIGITS * (NUM_VIEWS + 1) - committed.num_ok * len(committed.views)
+    for task in others:
+        build_part(task)
+    plan = plan_cache(ground_of(config))
+    assert (plan.work.forwards_open.high, plan.size.parts_open.high, plan.size.read) == (0, 0, 0)
+    assert plan.size.parts.low == sum(commit.part_size_bytes for commit in read_standing(cache_section(config).url))
+
+
+def test_more_views_are_planned_as_what_they_add(built_cache: TinyCache) -> None:
+    views = built_cache.config.views.model_copy(update={"count": 7})
+    plan = plan_cache(ground_of(built_cache.config.model_copy(update={"views": views})))
+    assert plan.work.forwards_open.expected == NUM_DIGITS * 4
+    assert plan.size.is_measured
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("logits", ["fp32", "fp16"])
+def test_the_bytes_of_a_built_part_lie_within_the_planned_ones(
+    tiny_config: TinyConfig, tmp_path: Path, logits: str
+) -> None:
+    shards = pack_shards(digit_samples(300), f"{tmp_path}/a-%d.tar", shard_size=300)
+    cache = {"logits": logits, "embeddings": "none", "class_means": "none"}
+    config = tiny_config(data={"shards": shards, "num_classes": 500}, views={"count": 1}, cache=cache)
+    size = plan_cache(ground_of(config)).size
+    manifest = build(config)
+    assert size.outputs == {"logits": 500 * (4 if logits == "fp32" else 2)}
+    assert size.parts.low < manifest.size_bytes < size.parts.high
+    assert size.parts.expected == pytest.approx(manifest.size_bytes, rel=0.25)
+
+
+def test_rows_of_shards_that_are_not_looked_at_are_estimated_by_their_size(
+    tiny_config: TinyConfig, tmp_path: Path
+) -> None:
+    shards = pack_shards(digit_samples(203), f"{tmp_path}/a-%02d.tar", shard_size=10)
+    ground = ground_of(tiny_config(data={"shards": shards}))
+    rows = plan_cache(ground).work.rows
+    assert rows.low < 203 < rows.high
+    assert rows.expected == pytest.approx(203, rel=0.05)
+    assert ground.survey.num_counted == 0
+
+
+def test_an_index_says_how_many_images_can_be_used(
+    tiny_config: TinyConfig, digits_shards: list[str], tmp_path: Path
+) -> None:
+    members = [("a.png", b"no image"), ("a.cls", b"1"), ("b.png", next(digit_samples(1))[1]["png"]), ("b.cls", b"1")]
+    (tmp_path / "bad.tar").write_bytes(make_tar(members))
+    skip = {"bad_samples": "skip", "max_bad_share": 0.5}
+    data = {"shards": [*digits_shards, f"{tmp_path}/bad.tar"], "index": f"{tmp_path}/index", **skip}
+    config = tiny_config(data=data)
+    assert plan_cache(ground_of(config)).work.rows.expected == NUM_DIGITS + 2
+    for url in shard_urls(config).values():
+        publish_shard_index(url, data=config.data, folder_url=f"{tmp_path}/index", threads=1)
+    work = plan_cache(ground_of(config)).work
+    assert (work.rows.expected, work.num_counted) == (NUM_DIGITS + 1, NUM_SHARDS + 1)
+
+
+def test_a_shard_without_images_is_found_by_the_plan(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    (tmp_path / "text.tar").write_bytes(make_tar([("a.txt", b"x")]))
+    with pytest.raises(ShardError, match=r"no sample with an image[\s\S]*text\.tar"):
+        ground_of(tiny_config(data={"shards": f"{tmp_path}/text.tar"}))
+
+
+def test_the_width_of_the_embedding_is_known_without_its_weights(
+    tiny_config: TinyConfig, built_cache: TinyCache
+) -> None:
+    ground = ground_of(tiny_config())
+    assert needs_embedding_dim(ground)
+    assert not needs_embedding_dim(ground_of(built_cache.config))
+    assert not needs_embedding_dim(ground_of(tiny_config(cache={"embeddings": "none", "class_means": "none"})))
+    unread = tiny_config(teacher={"weights": "/nowhere/teacher.pt", "sha256": "0" * 64})
+    assert embedding_dim(unread) == 7
+
+
+@pytest.mark.parametrize(
+    ("views", "means", "epochs", "forwards", "students"),
+    [(50, "none", 300, 50, 1), (50, "eval", 10, 51, 6), (10, "none", 10, 10, 2), (10, "none", None, 10, None)],
+)
+def test_a_cache_pays_from_the_first_student_that_tips_views_below_students_times_epochs(
+    tiny_config: TinyConfig, views: int, means: str, epochs: int | None, forwards: int, students: int | None
+) -> None:
+    train = {} if epochs is None else {"train": {"epochs": epochs}}
+    config = tiny_config(views={"count": views}, cache={"class_means": means}, **train)
+    even = plan_cache(ground_of(config)).break_even
+    assert (even.forwards_per_image, even.epochs, even.num_students) == (forwards, epochs, students)
+
+
+def test_shuffled_labels_keep_their_entropy_and_sorted_ones_have_none() -> None:
+    label_N = np.repeat(np.arange(40, dtype=np.int32), 100)
+    assert label_spread([label_N], 50) == 0
+    shuffled = np.random.default_rng(0).permutation(label_N)
+    assert label_spread([shuffled], 50) == pytest.approx(1, abs=0.02)
+    # Runs of two classes: ln 2 of what 50 of 40 classes have, which is near ln 29 (about 29 classes are drawn).
+    pairs = np.concatenate([np.tile([first, first + 1], 100) for first in range(0, 40, 2)]).astype(np.int32)
+    assert label_spread([pairs], 50) == pytest.approx(np.log(2) / np.log(29), abs=0.05)
+
+
+@pytest.mark.parametrize("labels", [[], [[-1, -1, -1]], [[3]], [[3, 3, 3, 3]]])
+def test_labels_that_are_too_few_or_all_alike_say_nothing_of_the_order(labels: list[list[int]]) -> None:
+    assert label_spread([np.array(label_N, np.int32) for label_N in labels], 256) is None
+
+
+def sorted_digits(count: int) -> list[tuple[str, dict[str, bytes]]]:
+    return sorted(((key, dict(members)) for key, members in digit_samples(count)), key=lambda item: item[1]["cls"])
+
+
+def warnings_of(config: Config) -> str:
+    """Without the warning that the tests' teacher has random weights."""
+    ground = ground_of(config)
+    return "\n".join(text for text in advice(ground, plan_cache(ground)) if "weights is random" not in text)
+
+
+@pytest.mark.parametrize(
+    ("kind", "harm"), [("function_matching", "mixed within few classes"), ("crop", "few classes at a time")]
+)
+def test_shards_sorted_by_class_are_warned_of(tiny_config: TinyConfig, tmp_path: Path, kind: str, harm: str) -> None:
+    pack_shards(sorted_digits(80), f"{tmp_path}/sorted-%d.tar", shard_size=40)
+    config = tiny_config(data={"shards": f"{tmp_path}/sorted-{{0..1}}.tar"}, views={"kind": kind})
+    assert harm in warnings_of(config)
+    assert "sorted" not in warnings_of(tiny_config())
+
+
+def test_labels_of_another_set_of_classes_are_warned_of(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    shards = pack_shards(digit_samples(150), f"{tmp_path}/a-%d.tar", shard_size=150)
+    assert "none of 150 sampled labels is above 9" in warnings_of(
+        tiny_config(data={"shards": shards, "num_classes": 12})
+    )
+    assert "a label is 9, and data.num_classes is 8" in warnings_of(tiny_config(data={"num_classes": 8}))
+    assert not warnings_of(tiny_config())
+
+
+@pytest.mark.slow
+def test_more_than_a_million_objects_are_warned_of(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    shards = pack_shards(digit_samples(10), f"{tmp_path}/a-%d.tar", shard_size=1)
+    views = {"count": 50_001}
+    config = tiny_config(data={"shards": shards}, views=views, cache={"class_means": "none", "views_per_part": 1})
+    # 10 shards of 50,001 parts and commits, 10 indexes, header, manifest and two tables.
+    assert "1000034 objects" in warnings_of(config)
+    assert "objects" not in warnings_of(tiny_config(data={"shards": shards}, views=views, cache={"views_per_part": 2}))
+
+
+def test_images_without_labels_are_warned_of_where_class_means_need_them(
+    tiny_config: TinyConfig, tmp_path: Path
+) -> None:
+    samples = [
+        (key, {"png": members["png"]} if row < 4 else members) for row, (key, members) in enumerate(digit_samples(9))
+    ]
+    data = {"shards": pack_shards(samples, f"{tmp_path}/a-%d.tar", shard_size=9)}
+    assert "4 of 9 sampled images have no label" in warnings_of(tiny_config(data=data))
+    assert not warnings_of(tiny_config(data={**data, "missing_labels": "ignore"}))
+    assert warnings_of(tiny_config(data=data, cache={"class_means": "none"})) == (
+        "labels: 4 of 9 images have none (data.label is cls)"
+    )
+
+
+def test_remote_shards_that_are_fetched_many_times_are_warned_of(tiny_config: TinyConfig) -> None:
+    shards = pack_shards(digit_samples(8), "memory://plan/a-%d.tar", shard_size=8)
+    config = tiny_config(data={"shards": shards}, views={"count": 20})
+    plan = plan_cache(ground_of(config))
+    assert plan.size.read == 11 * storage.size(shards[0])
+    assert "fetched whole 11 times" in warnings_of(config)
+    assert "fetched" not in warnings_of(tiny_config(data={"shards": shards}))
+
+
+def test_a_cache_of_another_plan_is_warned_of_with_the_difference(built_cache: TinyCache) -> None:
+    views = built_cache.config.views.model_copy(update={"seed": 5})
+    warned = warnings_of(built_cache.config.model_copy(update={"views": views}))
+    assert "views.seed: 0 -> 5" in warned
+    assert not warnings_of(built_cache.config)
+
+
+def test_int8_of_many_classes_is_warned_of_with_its_bytes(built_cache: TinyCache) -> None:
+    config = built_cache.config
+    data = config.data.model_copy(update={"num_classes": 21_841})
+    cache = cache_section(config).model_copy(update={"logits": "int8"})
+    warned = warnings_of(config.model_copy(update={"data": data, "cache": cache}))
+    assert "int8 spreads 256 levels over 21841 logits and stores 40 bytes a row" in warned
+
+
+def huge(tiny_config: TinyConfig, **cache: object) -> Config:
+    """More bytes than any disk has: 65,535 views of 35 rows of 4 TB."""
+    keys = {"embeddings": "none", "class_means": "none", "views_per_part": 1, **cache}
+    return tiny_config(data={"num_classes": 10**12}, views={"count": 65_535}, cache=keys)
+
+
+def test_a_cache_that_cannot_fit_on_its_disk_is_refused_before_any_work(tiny_config: TinyConfig) -> None:
+    with pytest.raises(StorageInputError, match=r"not enough room for the cache[\s\S]*free[\s\S]*another cache\.url"):
+        check_space(ground_of(huge(tiny_config)), num_tasks=0)
+
+
+def test_a_part_that_cannot_fit_into_scratch_is_refused_though_the_cache_lies_elsewhere(
+    tiny_config: TinyConfig,
+) -> None:
+    config = huge(tiny_config, url="memory://plan/huge")
+    assert check_space(ground_of(config), num_tasks=0) == []
+    with pytest.raises(StorageInputError, match=r"scratch of 8 parts[\s\S]*TMPDIR[\s\S]*views_per_part"):
+        check_space(ground_of(config), num_tasks=8)
+
+
+@pytest.mark.parametrize(("share_of_disk", "warned"), [(1.4, True), (0.6, False)])
+def test_what_may_not_fit_is_warned_of_and_only_what_cannot_is_refused(
+    tiny_config: TinyConfig, tmp_path: Path, share_of_disk: float, warned: bool
+) -> None:
+    # The lower bound of 1.4 of the free bytes is 0.7 of them.
+    views, rows = 65_535, NUM_DIGITS
+    num_classes = int(share_of_disk * shutil.disk_usage(tmp_path).free / (4 * views * rows))
+    keys = {"embeddings": "none", "class_means": "none"}
+    ground = ground_of(tiny_config(data={"num_classes": num_classes}, views={"count": views}, cache=keys))
+    assert ["the cache may not fit" in warning for warning in check_space(ground, num_tasks=0)] == [True] * warned
+
+
+def test_what_fits_is_neither_refused_nor_warned_of(tiny_config: TinyConfig) -> None:
+    assert check_space(ground_of(tiny_config()), num_tasks=2) == []

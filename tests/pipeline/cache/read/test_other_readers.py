@@ -1,0 +1,79 @@
+"""A part is read by pandas, Polars and DuckDB, and its logits by whoever has read docs/format.md."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pandas as pd
+import polars as pl
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.cache.build.commit import read_commits
+from pipeline.cache.read.reader import open_cache
+from tests.pipeline.caches import build
+from tests.pipeline.conftest import TinyConfig
+
+Columns = dict[str, Sequence[Any]]
+
+
+def by_pandas(path: Path) -> Columns:
+    frame = pd.read_parquet(path)
+    return {name: frame[name].tolist() for name in frame.columns}
+
+
+def by_polars(path: Path) -> Columns:
+    return pl.read_parquet(path).to_dict(as_series=False)
+
+
+def by_duckdb(path: Path) -> Columns:
+    with duckdb.connect() as connection:
+        found = connection.execute("SELECT * FROM read_parquet(?)", [str(path)])
+        names = [column[0] for column in found.description]
+        return dict(zip(names, zip(*found.fetchall(), strict=True), strict=True))
+
+
+def one_row(cell: bytes, output: dict[str, Any]) -> list[float]:
+    """A row of int8 or topk at T = 1, by the document: ``fields`` one after another, little-endian."""
+    letters = {"<f4": "f", "<f2": "e", "|u1": "B", "<u2": "H", "<i4": "i"}
+    layout = "".join(f"{field['count']}{letters[field['dtype']]}" for field in output["fields"])
+    numbers = iter(struct.unpack("<" + layout, cell))
+    fields = {field["name"]: [next(numbers) for _ in range(field["count"])] for field in output["fields"]}
+    if output["encoding"] == "int8":
+        return [fields["offset"][0] + fields["scale"][0] * code for code in fields["codes"]]
+    (top,), (step,) = fields["top"], fields["step"]
+    logits = [top - 3 * math.expm1(step * fields["levels"][0])] * output["shape"][0]
+    for number, code in zip(fields["ids"], fields["codes"], strict=True):
+        logits[number] = top - 3 * math.expm1(step * code)
+    return logits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("read", [by_pandas, by_polars, by_duckdb])
+@pytest.mark.parametrize("logits", ["int8", "topk:3"])
+def test_every_column_of_a_part_is_read_and_a_row_of_logits_decoded(
+    tiny_config: TinyConfig, read: Callable[[Path], Columns], logits: str
+) -> None:
+    config = tiny_config(cache={"logits": logits, "class_means": "none", "views_per_part": 3})
+    build(config)
+    assert config.cache is not None
+    commit = next(one for one in read_commits(config.cache.url) if one.shard_id == "digits-01")
+    path = Path(config.cache.url, commit.part.path)
+    found, wanted = read(path), pq.read_table(path)
+    assert list(found) == wanted.column_names
+    for name in wanted.column_names:
+        # Empty cells are None, or the NaN of pandas.
+        cells = [None if isinstance(cell, float) and cell != cell else cell for cell in found[name]]
+        assert cells == wanted[name].to_pylist(), name
+    header = json.loads(Path(config.cache.url, "header.json").read_text())
+    output = next(output for output in header["outputs"] if output["name"] == "logits")
+    decoded = one_row(found["logits"][15 + 4], output)
+    stored = open_cache(config.cache.url).view("digits-01", 1).logits_NK[4]
+    np.testing.assert_allclose(decoded, stored, rtol=1e-5, atol=1e-6)

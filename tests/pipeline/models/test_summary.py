@@ -1,0 +1,85 @@
+"""An outline is what the loaded network would be, and costs neither its memory nor a download."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+import pytest
+import torch
+from torchvision import models
+
+from pipeline.core.errors import ConfigError, ModelError
+from pipeline.models import load_model
+from pipeline.models.summary import outline_model
+from schemas.config import ModelConfig
+from tests.marks import slow
+
+CIFAR = {"model": "python:pipeline.models.cifar:resnet", "kwargs": {"depth": 20}, "mean": (0, 0, 0), "std": (1, 1, 1)}
+
+
+def model(**keys: Any) -> ModelConfig:
+    return ModelConfig.model_validate(keys)
+
+
+@pytest.mark.parametrize(
+    ("config", "size"),
+    [
+        (model(**CIFAR), 32),
+        (model(model="timm/vit_tiny_patch16_224", kwargs={"img_size": 32}), None),
+        (model(model="timm/resnet18.tv_in1k"), 64),
+        (model(model="torchvision/mobilenet_v3_small"), 64),
+    ],
+    ids=lambda value: str(value.model) if isinstance(value, ModelConfig) else None,
+)
+def test_an_outline_tells_what_the_loaded_network_is(config: ModelConfig, size: int | None) -> None:
+    outline = outline_model(config, num_classes=7, size=size, where="student")
+    loaded = load_model(config, num_classes=7, size=size, where="student")
+    assert outline.num_parameters == sum(parameter.numel() for parameter in loaded.module.network.parameters())
+    assert (outline.embedding_dim, outline.input) == (loaded.module.embedding_dim, loaded.input)
+
+
+def test_a_network_whose_constructor_computes_with_tensors_has_an_outline() -> None:
+    before = torch.get_rng_state()
+    config = ModelConfig.model_validate({"model": "torchvision/regnet_y_400mf", "weights": "random"})
+    outline = outline_model(config, num_classes=1000, size=64, where="teacher")
+    published = models.RegNet_Y_400MF_Weights.DEFAULT.meta["num_params"]
+    assert (outline.num_parameters, outline.embedding_dim) == (published, 440)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("name", "millions", "embedding"),
+    [
+        # Published: 236.3 (BiT R152x2), 25.5 (BiT R50x1), 196.5 (Swin-L), 4.2 (MobileNetV1).
+        ("timm/resnetv2_152x2_bit.goog_teacher_in21k_ft_in1k", 236.3, 4096),
+        ("timm/resnetv2_50x1_bit.goog_distilled_in1k", 25.5, 2048),
+        slow("timm/swin_large_patch4_window7_224.ms_in22k_ft_in1k", 196.5, 1536),
+        ("timm/mobilenetv1_100.ra4_e3600_r224_in1k", 4.2, 1024),
+    ],
+)
+def test_networks_of_the_recipes_are_those_of_the_papers_and_nothing_is_fetched(
+    name: str, millions: float, embedding: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("an outline went to the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    outline = outline_model(model(model=name, weights="pretrained"), num_classes=1000, size=224, where="teacher")
+    assert outline.num_parameters / 1e6 == pytest.approx(millions, abs=0.06)
+    assert (outline.embedding_dim, outline.input.size) == (embedding, 224)
+
+
+def test_an_outline_leaves_the_global_generator_alone() -> None:
+    before = torch.get_rng_state()
+    outline_model(model(**CIFAR), num_classes=10, size=32, where="student")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_loading_would_refuse_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"student\.mean"):
+        outline_model(model(**{**CIFAR, "mean": None}), num_classes=10, size=32, where="student")
+    with pytest.raises(ModelError, match="no model of this name"):
+        outline_model(model(model="timm/resnet19"), num_classes=10, size=32, where="student")
+    with pytest.raises(ModelError, match="16×16"):
+        outline_model(model(model="timm/vit_tiny_patch16_224"), num_classes=10, size=16, where="student")

@@ -1,0 +1,380 @@
+"""Batches: the same for any number of loader processes and ranks, and the same views whether cached or drawn now."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.augment.pixels import pixel_digest, to_input
+from pipeline.cache.read.reader import open_cache
+from pipeline.core.errors import CacheError, ConfigError, ShardError
+from pipeline.student.data.dataset import Batch, InputSize, StepDataset, load_batches
+from pipeline.student.data.sources import CachedSource, IndexedSource
+from pipeline.teacher.inference import load_teacher
+from schemas.cache import drawn_columns
+from schemas.config import DataConfig, ViewsConfig
+from tests.marks import slow
+from tests.pipeline.caches import TinyCache, shard_urls
+from tests.pipeline.student.conftest import NUM_VIEWS, Replay
+from tests.pipeline.student.runs import cached_source, dataset, indexed_source, rewrite_view, set_cell, set_column
+
+KINDS = ["crop", "function_matching", "everything"]
+STEPS_AN_EPOCH = 5
+
+
+def cached(cache: TinyCache, **changes: object) -> StepDataset:
+    return dataset(cached_source(cache), cache.config.views, **changes)
+
+
+def load(batches: StepDataset, steps: range, num_workers: int = 0) -> list[Batch]:
+    return list(load_batches(batches, steps, num_workers=num_workers, pin_memory=False))
+
+
+def assert_same(one: Batch, other: Batch) -> None:
+    for item in fields(Batch):
+        left, right = getattr(one, item.name), getattr(other, item.name)
+        if item.name == "words":
+            for ours, theirs in zip(left, right, strict=True):
+                assert ours.logits.keys() == theirs.logits.keys()
+                assert all(torch.equal(ours.logits[key], theirs.logits[key]) for key in ours.logits)
+                assert torch.equal(ours.norm_B, theirs.norm_B)
+        elif isinstance(left, Tensor) and isinstance(right, Tensor):
+            assert torch.equal(left, right), item.name
+            assert left.stride() == right.stride(), item.name
+        else:
+            assert left == right, item.name
+
+
+def logits(batch: Batch, teacher: int = 0, temperature: float = 1.0) -> Tensor:
+    found = batch.words[teacher].logits_at(temperature)
+    assert found is not None
+    return found
+
+
+def partners(batch: Batch) -> dict[str, str]:
+    assert batch.partner_B is not None
+    return dict(zip(batch.sample_ids, [batch.sample_ids[place] for place in batch.partner_B.tolist()], strict=True))
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_loader_processes_change_no_batch(replays: Replay, num_workers: int) -> None:
+    batches, steps = cached(replays("function_matching")), range(3, 9)
+    for one, other in zip(load(batches, steps), load(batches, steps, num_workers), strict=True):
+        assert_same(one, other)
+
+
+def test_loader_processes_change_no_pixels_of_teachers_online(replays: Replay, tmp_path: Path) -> None:
+    config = replays("crop").config
+    eaten = [InputSize(12, "bilinear"), InputSize(128, "bicubic")]
+    batches = dataset(indexed_source(config, tmp_path), config.views, teachers=eaten)
+    for one, other in zip(load(batches, range(3)), load(batches, range(3), 1), strict=True):
+        assert [*one.teacher_pixels] == [*other.teacher_pixels] == eaten
+        for size in eaten:
+            # Strides too: another memory format may have other sums in a convolution.
+            assert one.teacher_pixels[size].stride() == other.teacher_pixels[size].stride()
+            assert torch.equal(one.teacher_pixels[size], other.teacher_pixels[size])
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_ranks_batches_laid_together_are_the_batch_of_one_process(
+    replays: Replay, kind: str, world_size: int
+) -> None:
+    cache = replays(kind)
+    whole = cached(cache)
+    shares = [cached(cache, rank=rank, world_size=world_size) for rank in range(world_size)]
+    # The short step of three rows leaves nothing for some of three ranks, which training refuses.
+    steps = range(7) if world_size == 2 else (0, 1, 2, 3, 5, 6)
+    for step in steps:
+        batch, parts = whole[step], [share[step] for share in shares]
+        assert [name for part in parts for name in part.sample_ids] == batch.sample_ids
+        for name in ("pixels_BCHW", "labels_B"):
+            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name)), name
+        assert torch.equal(torch.cat([logits(part) for part in parts]), logits(batch))
+        assert torch.equal(torch.cat([part.words[0].norm_B for part in parts]), batch.words[0].norm_B)
+        assert {part.num_rows_global for part in parts} == {len(batch.sample_ids)}
+        if kind != "crop":
+            assert torch.equal(torch.cat([part.lambda_B for part in parts]), batch.lambda_B)
+            assert {key: value for part in parts for key, value in partners(part).items()} == partners(batch)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_epoch_shows_each_sample_exactly_once(replays: Replay, kind: str) -> None:
+    seen = Counter(name for batch in load(cached(replays(kind)), range(STEPS_AN_EPOCH)) for name in batch.sample_ids)
+    assert len(seen) == 35
+    assert set(seen.values()) == {1}
+
+
+def test_any_step_comes_alone_as_it_comes_in_its_turn(replays: Replay) -> None:
+    cache = replays("function_matching")
+    whole = load(cached(cache), range(2 * STEPS_AN_EPOCH))
+    for first in (0, 3, 5, 9):
+        rest = load(cached(cache), range(first, 2 * STEPS_AN_EPOCH))
+        for one, other in zip(whole[first:], rest, strict=True):
+            assert_same(one, other)
+
+
+def both(cache: TinyCache, folder: Path) -> tuple[CachedSource, IndexedSource]:
+    return cached_source(cache), indexed_source(cache.config, folder)
+
+
+@pytest.mark.parametrize("world_size", [slow(1), slow(2), 3, slow(4)])
+@pytest.mark.parametrize("kind", [slow("crop"), "function_matching", "everything"])
+def test_parity_views_of_cached_and_online_are_bitwise_equal_for_any_world_size(
+    replays: Replay, tmp_path: Path, kind: str, world_size: int
+) -> None:
+    cache = replays(kind)
+    stored, drawn = both(cache, tmp_path)
+    plan = cache.config.views
+    # The short step of three rows leaves nothing for some of three ranks, which training refuses.
+    rows = STEPS_AN_EPOCH if world_size <= 2 else STEPS_AN_EPOCH - 1
+    for rank in range(world_size):
+        one_rank, other_rank = (dataset(source, plan, rank=rank, world_size=world_size) for source in (stored, drawn))
+        for step in (epoch * STEPS_AN_EPOCH + local for epoch in range(NUM_VIEWS) for local in range(rows)):
+            one, other = one_rank[step], other_rank[step]
+            assert one.sample_ids == other.sample_ids
+            digests = [[pixel_digest(view) for view in batch.pixels_BCHW] for batch in (one, other)]
+            assert digests[0] == digests[1]
+            for name in ("labels_B", "partner_B", "lambda_B", "cut_B4"):
+                left, right = getattr(one, name), getattr(other, name)
+                assert left is right is None or torch.equal(left, right), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parity_parameters_of_cached_and_online_views_are_bitwise_equal(
+    replays: Replay, tmp_path: Path, kind: str
+) -> None:
+    cache = replays(kind)
+    stored, drawn = both(cache, tmp_path)
+    plan = cache.config.views
+    for epoch in range(NUM_VIEWS):
+        for shard, num_ok in enumerate(stored.num_ok):
+            ordinal_N = np.arange(num_ok, dtype=np.int32)
+            one, other = (source.rows(shard, ordinal_N, epoch) for source in (stored, drawn))
+            assert one.sample_ids == other.sample_ids
+            for name in ("box", "flip", "partner", "mix_lambda", "content_hash", "offset", "size"):
+                assert np.array_equal(one.record_N[name], other.record_N[name]), name
+            assert [*one.drawn] == [*other.drawn] == [*drawn_columns(plan)]
+            for name, values in one.drawn.items():
+                assert values.dtype == other.drawn[name].dtype, name
+                assert np.array_equal(values, other.drawn[name]), name
+
+
+def test_a_cache_begins_anew_after_its_last_view_and_online_training_does_not(replays: Replay, tmp_path: Path) -> None:
+    stored, drawn = both(replays("crop"), tmp_path)
+    assert [stored.view_of(epoch) for epoch in (0, 11, 12, 25)] == [0, 11, 0, 1]
+    assert [drawn.view_of(epoch) for epoch in (0, 12, 70_000)] == [0, 12, 70_000]
+    rows = np.arange(20, dtype=np.int32)
+    first, later = (drawn.rows(0, rows, epoch).record_N for epoch in (0, 12))
+    assert not np.array_equal(first["box"], later["box"])
+
+
+def test_online_training_draws_options_beyond_the_views_of_any_cache(replays: Replay, tmp_path: Path) -> None:
+    source = indexed_source(replays("everything").config, tmp_path)
+    rows = np.arange(20, dtype=np.int32)
+    # Their lowest 16 bits are equal.
+    early, late = (source.rows(0, rows, epoch).drawn for epoch in (4464, 65_536 + 4464))
+    assert [*early] == [*late]
+    assert not np.array_equal(early["op1_magnitude"], late["op1_magnitude"])
+
+
+def teacher_input(cache: TinyCache) -> InputSize:
+    header = open_cache(cache.url).header.teacher
+    return InputSize(int(header["size"]), header["interpolation"])
+
+
+@pytest.mark.parametrize("student_size", [16, slow(24), 11])
+@pytest.mark.parametrize("kind", KINDS)
+def test_parity_outputs_of_cached_and_online_teacher(
+    replays: Replay, tmp_path: Path, kind: str, student_size: int
+) -> None:
+    """Also where the student eats another size, so that its pixels are not the teacher's."""
+    cache = replays(kind)
+    config, theirs = cache.config, teacher_input(cache)
+    stored, drawn = both(cache, tmp_path)
+    own = InputSize(student_size, "bilinear")
+    online = dataset(drawn, config.views, student=own, teachers=[theirs])
+    replayed = dataset(stored, config.views, student=own)
+    teacher = load_teacher(config.teacher, num_classes=10, size=theirs.size, device=torch.device("cpu"))
+    for step in range(0, NUM_VIEWS * STEPS_AN_EPOCH, 7):
+        batch, wanted = online[step], replayed[step]
+        assert torch.equal(batch.pixels_BCHW, wanted.pixels_BCHW)
+        assert batch.pixels_BCHW.shape[2:] == (student_size, student_size)
+        pixels = batch.teacher_pixels.get(theirs, batch.pixels_BCHW)
+        logits_BK, embedding_BD = teacher.forward(pixels, batch.partner_B, batch.lambda_B, batch.cut_B4)
+        torch.testing.assert_close(logits_BK, logits(wanted), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(embedding_BD.norm(dim=1), wanted.words[0].norm_B, rtol=1e-5, atol=1e-5)
+
+
+def test_a_plan_with_everything_shows_everything(replays: Replay) -> None:
+    """Otherwise parity would be that of options that never happen."""
+    source = cached_source(replays("everything"))
+    rows = [source.rows(0, np.arange(20, dtype=np.int32), epoch) for epoch in range(NUM_VIEWS)]
+    drawn = {name: np.concatenate([one.drawn[name] for one in rows]) for name in rows[0].drawn}
+    assert {*drawn["op1"].tolist(), *drawn["op2"].tolist()} == {*range(14)}
+    assert len({*drawn["jitter_order"].tolist()}) == 24
+    for name, neutral in (("jitter_hue", 0), ("erase_width", 0), ("cut_width", 0)):
+        assert 0 < (drawn[name] == neutral).sum() < len(drawn[name])
+
+
+def test_inputs_of_a_build_and_of_training_are_the_same_bits(replays: Replay) -> None:
+    """The build mixes a batch with partners in another one, training with partners in the same."""
+    cache = replays("everything")
+    theirs = teacher_input(cache)
+    batches = cached(cache, student=theirs)
+    mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.3, 0.25])
+    for step in range(STEPS_AN_EPOCH):
+        batch = batches[step]
+        assert batch.partner_B is not None
+        assert batch.cut_B4 is not None
+        mixing = {"partner_B": batch.partner_B, "lambda_B": batch.lambda_B, "cut_B4": batch.cut_B4}
+        whole = to_input(batch.pixels_BCHW, mean_C=mean, std_C=std, **mixing)
+        for row in range(len(batch.sample_ids)):
+            alone = to_input(
+                batch.pixels_BCHW[row : row + 1],
+                mean_C=mean,
+                std_C=std,
+                **{name: values[row : row + 1] for name, values in mixing.items() if values is not None},
+                partner_pixels_NCHW=batch.pixels_BCHW,
+            )
+            assert torch.equal(alone[0], whole[row])
+
+
+def test_one_rendering_serves_all_networks_that_eat_the_same(replays: Replay, tmp_path: Path) -> None:
+    cache = replays("crop")
+    drawn, plan = indexed_source(cache.config, tmp_path), cache.config.views
+    same, other, small = InputSize(16, "bilinear"), InputSize(16, "bicubic"), InputSize(12, "bilinear")
+    assert dataset(drawn, plan, teachers=[same, same])[0].teacher_pixels == {}
+    batch = dataset(drawn, plan, teachers=[small, same, other, small])[0]
+    assert [*batch.teacher_pixels] == [small, other]
+    for eaten, pixels_BCHW in batch.teacher_pixels.items():
+        assert torch.equal(pixels_BCHW, dataset(drawn, plan, student=eaten)[0].pixels_BCHW)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["crop", "eval"])
+def test_a_student_with_views_of_its_own_sees_those_an_online_run_of_them_shows(
+    replays: Replay, tmp_path: Path, kind: str
+) -> None:
+    cache = replays("crop")
+    stored = cached_source(cache)
+    own = ViewsConfig.model_validate({"kind": kind, "seed": 5, "jitter": {} if kind == "crop" else None})
+    alone = indexed_source(cache.config.model_copy(update={"views": own}), tmp_path)
+    steps = range(0, (NUM_VIEWS + 1) * STEPS_AN_EPOCH, 3)
+    plan = cache.config.views
+    apart = load(dataset(stored, plan, student_views=own), steps)
+    for batch, seen, taught in zip(
+        apart, load(dataset(alone, own), steps), load(dataset(stored, plan), steps), strict=True
+    ):
+        assert torch.equal(batch.pixels_BCHW, seen.pixels_BCHW)
+        assert not torch.equal(batch.pixels_BCHW, taught.pixels_BCHW)
+        assert batch.sample_ids == seen.sample_ids == taught.sample_ids
+        assert torch.equal(logits(batch), logits(taught))
+
+
+def test_an_online_teacher_sees_its_own_views_beside_a_student_that_sees_others(
+    replays: Replay, tmp_path: Path
+) -> None:
+    cache = replays("crop")
+    drawn = indexed_source(cache.config, tmp_path)
+    plan, own, size = cache.config.views, ViewsConfig.model_validate({"kind": "eval"}), InputSize(16, "bilinear")
+    batches = dataset(drawn, plan, teachers=[size], student_views=own)
+    for step in range(0, 2 * STEPS_AN_EPOCH, 2):
+        batch, together = batches[step], dataset(drawn, plan)[step]
+        assert torch.equal(batch.teacher_pixels[size], together.pixels_BCHW)
+        assert not torch.equal(batch.pixels_BCHW, together.pixels_BCHW)
+
+
+def swap_mates(table: pa.Table) -> pa.Table:
+    """Two pairs change partners: rows, content and order stay what they were."""
+    mates = table["mix_row"].to_pylist()
+    first, second = mates[0], next(mate for row, mate in enumerate(mates) if row not in (0, mates[0]) and mate != row)
+    third = mates[second]
+    for one, other in ((0, second), (first, third)):
+        mates[one], mates[other] = other, one
+    return set_column(table, "mix_row", mates)
+
+
+def test_partners_that_are_not_the_orders_stop_training(own_replay: Replay) -> None:
+    cache = own_replay("function_matching")
+    rewrite_view(cache, "digits-00", 0, swap_mates)
+    with pytest.raises(CacheError, match="partners are not those of the training order"):
+        load(cached(cache), range(STEPS_AN_EPOCH))
+
+
+def test_partners_in_a_cache_that_mixes_nothing_stop_training(own_replay: Replay) -> None:
+    cache = own_replay("crop")
+    rewrite_view(cache, "digits-00", 0, set_cell("mix_row", 3, 4))
+    with pytest.raises(CacheError, match="partners are not those of the training order"):
+        load(cached(cache), range(STEPS_AN_EPOCH))
+
+
+def shards_with_a_changed_image(cache: TinyCache, folder: Path) -> tuple[DataConfig, str]:
+    """Copies of the shards in which one bit of one image differs, at the same place and length."""
+    opened = open_cache(cache.url)
+    index = opened.index(opened.shards[1])
+    folder.mkdir()
+    urls = shard_urls(cache.config)
+    for shard_id, url in urls.items():
+        data = bytearray(Path(url).read_bytes())
+        if shard_id == "digits-01":
+            data[int(index.offset[7]) + int(index.size[7]) // 2] ^= 1
+        (folder / Path(url).name).write_bytes(bytes(data))
+    shards = tuple(str(folder / Path(url).name) for url in urls.values())
+    return cache.config.data.model_copy(update={"shards": shards}), index.sample_ids([7])[0]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_changed_image_bytes_stop_training_by_name_from_any_process(
+    replays: Replay, tmp_path: Path, num_workers: int
+) -> None:
+    cache = replays("crop")
+    data, sample_id = shards_with_a_changed_image(cache, tmp_path / "changed")
+    changed = TinyCache(cache.url, cache.config.model_copy(update={"data": data}))
+    with pytest.raises(CacheError) as caught:
+        load(cached(changed), range(STEPS_AN_EPOCH), num_workers)
+    assert caught.value.what == "an image is not the one that was indexed"
+    assert caught.value.where == sample_id
+    assert caught.value.exit_code == 2
+    assert "Traceback" not in str(caught.value)
+
+
+def test_batches_before_an_error_arrive(replays: Replay, tmp_path: Path) -> None:
+    cache = replays("crop")
+    data, sample_id = shards_with_a_changed_image(cache, tmp_path / "changed")
+    whole = load(cached(cache), range(STEPS_AN_EPOCH))
+    step = next(step for step, batch in enumerate(whole) if sample_id in batch.sample_ids)
+    changed = TinyCache(cache.url, cache.config.model_copy(update={"data": data}))
+    batches = load_batches(cached(changed), range(STEPS_AN_EPOCH), num_workers=2, pin_memory=False)
+    assert [next(batches).step for _ in range(step)] == list(range(step))
+    with pytest.raises(CacheError):
+        next(batches)
+
+
+def test_an_image_beyond_the_pixel_limit_is_a_shard_error_of_ours(replays: Replay) -> None:
+    with pytest.raises(ShardError, match="too_large"):
+        cached(replays("crop"), max_pixels=5)[0]
+
+
+def test_a_row_without_a_label_is_named_before_it_reaches_the_device(own_replay: Replay, tmp_path: Path) -> None:
+    cache = own_replay("crop")
+    unlabelled = cache.config.data.model_copy(update={"label": None})
+    source = indexed_source(cache.config.model_copy(update={"data": unlabelled}), tmp_path / "index")
+    batches = dataset(source, cache.config.views, needs_labels=True)
+    with pytest.raises(ConfigError, match="samples without a label") as caught:
+        batches[0]
+    assert str(caught.value.where).startswith("digits-0")
+    with pytest.raises(ConfigError, match="20 of 20 samples without a label"):
+        source.check_labelled()
+
+
+def test_more_ranks_than_lanes_are_refused(replays: Replay) -> None:
+    with pytest.raises(ConfigError, match="more ranks than lanes"):
+        cached(replays("function_matching"), rank=0, world_size=5)

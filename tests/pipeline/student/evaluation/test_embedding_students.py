@@ -1,0 +1,128 @@
+"""Students that learn from embeddings alone: what is measured of them, exported, and read from a cache for them."""
+
+from __future__ import annotations
+
+import json
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch.nn.functional import cosine_similarity
+
+from jobs.evaluate import describe
+from pipeline.cache.read.reader import open_cache
+from pipeline.core.errors import ConfigError
+from pipeline.student import CachedDataset
+from pipeline.student.evaluation.evaluator import evaluate_run
+from pipeline.student.evaluation.loaded_run import load_trained
+from pipeline.student.export.exporters import export_run
+from pipeline.student.run import checkpoint
+from pipeline.student.training.trainer import train
+from schemas.config import Config
+from tests.pipeline.caches import build, cache_section
+from tests.pipeline.conftest import TinyConfig
+from tests.pipeline.student.conftest import Replay
+from tests.pipeline.student.evaluation.test_evaluator import CPU, one_by_one, teacher_of
+from tests.pipeline.student.runs import index_shards, run_config
+
+COSINE = [{"name": "cosine"}, {"name": "mse"}]
+
+
+@pytest.fixture
+def config(replays: Replay, tmp_path: Path) -> Config:
+    """A student of 16 numbers learns from a teacher of 7 online, evaluated after each of four epochs."""
+    base = replays("crop").config
+    keys: dict[str, Any] = {"loss": COSINE, "train": {"epochs": 4, "lr": 0.02}}
+    config = run_config(base, tmp_path / "run", mode="online", data={"val_shards": base.data.shards}, **keys)
+    index_shards(config, tmp_path / "run" / "index")
+    return config
+
+
+def test_the_cosine_to_the_teacher_is_measured_and_selects_the_best_checkpoint(config: Config, tmp_path: Path) -> None:
+    events: list[dict[str, Any]] = []
+    train(config, report=events.append)
+    lines = [json.loads(line) for line in (tmp_path / "run" / checkpoint.EVALUATIONS).read_text().splitlines()]
+    assert all(line[name] is None for line in lines for name in ("top1", "top5", "ece", "agreement", "kl"))
+    cosines = [line["cosine"] for line in lines]
+    assert cosines[-1] > cosines[0]
+    (text,) = [event["text"] for event in events if "no loss reads" in event.get("text", "")]
+    assert text.endswith("no accuracy is measured, and checkpoints/best.pt follows the cosine to the teacher")
+    best, summary = (
+        checkpoint.load(str(tmp_path / "run"), checkpoint.BEST),
+        checkpoint.read_summary(str(tmp_path / "run")),
+    )
+    assert best is not None
+    assert summary is not None
+    assert best["best"] == {"metric": "cosine", "value": max(cosines)}
+    assert (summary["top1"], summary["best_top1"], summary["best_metric"]) == (None, None, "cosine")
+
+
+def test_a_run_is_evaluated_by_the_cosine_of_a_loop_over_images(config: Config, tmp_path: Path) -> None:
+    train(config)
+    assert config.data.val_shards is not None
+    shards = config.data.val_shards
+    found = evaluate_run(str(tmp_path / "run"), shards, checkpoint_name="last", num_threads=1, device=CPU)
+    trained, teacher = load_trained(str(tmp_path / "run"), "last"), teacher_of(config)
+    own_ND, _ = one_by_one(config, trained.student.module, trained.student.input, output=1)
+    their_ND, _ = one_by_one(config, teacher.module, teacher.loaded.input, output=1)
+    state = checkpoint.load(str(tmp_path / "run"), checkpoint.LAST)
+    assert state is not None
+    norm, linear = (
+        {name.removeprefix(prefix): value for name, value in state["projectors"].items() if name.startswith(prefix)}
+        for prefix in ("cosine.0.0.", "cosine.0.2.")
+    )
+    unit_ND = (own_ND - norm["running_mean"]) / (norm["running_var"] + 1e-5).sqrt()
+    projected_ND = (unit_ND * norm["weight"] + norm["bias"]) @ linear["weight"].T + linear["bias"]
+    wanted = cosine_similarity(projected_ND.double(), their_ND.double()).mean().item()
+    assert found.cosine == pytest.approx(wanted, rel=1e-4)
+    assert not found.head_trained
+    assert "cosine to the teacher" in describe(found)
+    assert "not trained" in describe(found)
+
+
+@pytest.mark.slow
+def test_a_student_of_embeddings_is_exported_without_its_head(config: Config, tmp_path: Path) -> None:
+    train(config)
+    with pytest.raises(ConfigError) as caught:
+        export_run(str(tmp_path / "run"), str(tmp_path / "student.pt2"))
+    assert caught.value.code == "export.untrained-head"
+    assert ".safetensors" in str(caught.value.next_step)
+    done = export_run(str(tmp_path / "run"), str(tmp_path / "student.safetensors"))
+    assert done.head_left_out
+    with safe_open(tmp_path / "student.safetensors", "pt") as file:
+        assert {*file.keys()} == {"conv1.weight", "conv1.bias", "conv2.weight", "conv2.bias"}
+        assert json.loads(file.metadata()["left_out"]) == ["fc.weight", "fc.bias"]
+
+
+def test_a_dataset_has_the_embeddings_of_its_cache(replays: Replay) -> None:
+    cache = replays("crop")
+    with closing(CachedDataset(cache.url, global_batch_size=7, embeddings=True)) as data:
+        batch = data[0]
+    embedding_BD = batch.teacher_embeddings()
+    assert embedding_BD.dtype == torch.float32
+    reader, found = open_cache(cache.url), 0
+    for entry in reader.shards:
+        columns, index = reader.view(entry.shard_id, 0), reader.index(entry)
+        stored = columns.embedding
+        assert stored is not None
+        by_id = dict(zip(index.sample_ids(columns.row_N), torch.from_numpy(stored.dense()), strict=True))
+        for row, sample_id in enumerate(batch.sample_ids):
+            if sample_id in by_id:
+                assert torch.equal(embedding_BD[row], by_id[sample_id])
+                found += 1
+    assert found == 7
+
+
+def test_embeddings_that_are_not_read_or_not_there_are_refused(replays: Replay, tiny_config: TinyConfig) -> None:
+    with closing(CachedDataset(replays("crop").url, global_batch_size=7)) as data, pytest.raises(ConfigError) as caught:
+        data[0].teacher_embeddings()
+    assert caught.value.code == "cache.embeddings-not-read"
+    assert "embeddings=True" in str(caught.value.next_step)
+    config = tiny_config(cache={"embeddings": "none"})
+    build(config)
+    with pytest.raises(ConfigError) as caught:
+        CachedDataset(cache_section(config).url, global_batch_size=7, embeddings=True)
+    assert caught.value.code == "cache.no-embeddings"

@@ -1,0 +1,235 @@
+"""Validation samples are checked before the first step, and no evaluation loses the steps before it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.evaluate import evaluate
+from pipeline.core.errors import ConfigError, ShardError, StorageInputError
+from pipeline.shards.writer import pack_shards
+from pipeline.student.run import checkpoint
+from pipeline.student.training.trainer import train
+from schemas.config import Config, RunConfig
+from tests.pipeline.caches import digit_samples
+from tests.pipeline.student.conftest import Replay
+from tests.pipeline.student.runs import CE, index_shards, metrics, run_config
+
+Event = dict[str, Any]
+
+
+def shard(folder: Path, *, junk: int = 0, unlabelled: int = 0, label: bytes | None = None) -> str:
+    """Twelve digits that no training has seen; of some the image or the label is replaced or missing."""
+    folder.mkdir(exist_ok=True)
+    samples = [members for row, (_, members) in enumerate(digit_samples(52)) if row >= 40]
+    for row in range(junk):
+        samples[row] = {**samples[row], "png": b"junk"}
+    for row in range(12 - unlabelled, 12):
+        samples[row] = {"png": samples[row]["png"]}
+    if label is not None:
+        samples[5] = {**samples[5], "cls": label}
+    named = ((f"held-out-{row:02d}", members) for row, members in enumerate(samples))
+    (url,) = pack_shards(named, f"{folder}/val-%02d.tar", shard_size=12)
+    return url
+
+
+def run(config: Config) -> list[Event]:
+    events: list[Event] = []
+    train(config, report=events.append)
+    return events
+
+
+def texts(events: list[Event]) -> list[str]:
+    """Warnings about validation."""
+    return [event["text"] for event in events if event.get("text", "").startswith("validation: ")]
+
+
+@pytest.fixture
+def config(replays: Replay, tmp_path: Path) -> Config:
+    """Two epochs of five steps; an evaluation after each."""
+    return run_config(replays("crop").config, tmp_path / "run", loss=CE)
+
+
+def changed(config: Config, **data: Any) -> Config:
+    return config.model_copy(update={"data": config.data.model_copy(update=data)})
+
+
+@pytest.mark.parametrize(("fault", "words"), [({"junk": 1}, "undecodable"), ({"label": b"77"}, "77")], ids=str)
+@pytest.mark.parametrize("epochs", [0, 1], ids=["evaluated at the end", "evaluated every epoch"])
+def test_a_bad_validation_sample_is_refused_before_the_first_step(
+    config: Config, tmp_path: Path, fault: dict[str, Any], words: str, epochs: int
+) -> None:
+    config = changed(config, val_shards=shard(tmp_path / "val", **fault))
+    config = config.model_copy(update={"train": config.train.model_copy(update={"eval_every_epochs": epochs})})
+    events: list[Event] = []
+    with pytest.raises(ShardError) as caught:
+        train(config, report=events.append)
+    assert caught.value.exit_code == 2
+    assert "val-00.tar" in str(caught.value.where)
+    assert words in f"{caught.value.what} {caught.value.got}"
+    assert events == []
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_validation_samples_are_left_out_with_their_number_and_reason(config: Config, tmp_path: Path) -> None:
+    url = shard(tmp_path / "val", junk=2)
+    config = changed(config, val_shards=url, bad_samples="skip", max_bad_share=0.5)
+    events = run(config)
+    assert "validation: 2 of 12 samples are left out: 2 undecodable" in texts(events)
+    assert [event["num_rows"] for event in events if event["kind"] == "eval"] == [10, 10]
+
+
+def test_shards_without_a_usable_image_are_refused(config: Config, tmp_path: Path) -> None:
+    url = shard(tmp_path / "val", junk=12)
+    with pytest.raises(ConfigError) as caught:
+        run(changed(config, val_shards=url, bad_samples="skip", max_bad_share=1.0))
+    assert caught.value.code == "data.no-validation-images"
+    assert "12 samples" in str(caught.value.got)
+
+
+class StoppedError(Exception):
+    """The end of a process."""
+
+
+def stop_at(config: Config, step: int) -> list[Event]:
+    events: list[Event] = []
+
+    def report(event: Event) -> None:
+        events.append(event)
+        if event.get("step", -1) >= step:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        train(config, report=report)
+    return events
+
+
+def test_validation_is_read_once_in_a_run_unless_it_changes(config: Config, tmp_path: Path) -> None:
+    config = changed(config, val_shards=shard(tmp_path / "val"))
+    first = [event for event in stop_at(config, 4) if event["kind"] == "validation"]
+    assert [(event["samples"], event["shards"]) for event in first] == [(12, 1)]
+    assert not [event for event in stop_at(config, 9) if event["kind"] == "validation"]
+    assert config.data.val_shards is not None
+    os.utime(str(config.data.val_shards), (1, 1))
+    (again,) = [event for event in run(config) if event["kind"] == "validation"]
+    assert again["samples"] == 12
+
+
+def test_a_shard_that_breaks_between_two_starts_is_found_at_the_second(config: Config, tmp_path: Path) -> None:
+    """The rule for bad samples may change in a begun run: it is the way out."""
+    config = changed(config, val_shards=shard(tmp_path / "val"))
+    stop_at(config, 4)
+    before = (tmp_path / "run" / checkpoint.LAST).exists()
+    shard(tmp_path / "val", junk=1)
+    with pytest.raises(ShardError) as caught:
+        run(config)
+    assert caught.value.code == "shard.bad-samples"
+    assert (tmp_path / "run" / checkpoint.LAST).exists() == before
+    events = run(changed(config, bad_samples="skip", max_bad_share=0.1))
+    assert [event["num_rows"] for event in events if event["kind"] == "eval"][-1] == 11
+
+
+def evaluations(run_url: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_url / checkpoint.EVALUATIONS).read_text().splitlines()]
+
+
+def outcome(run_url: Path) -> dict[str, Any]:
+    """The summary without its seconds."""
+    summary = checkpoint.read_summary(str(run_url))
+    assert summary is not None
+    return {name: value for name, value in summary.items() if name != "seconds"}
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_an_evaluation_that_fails_loses_no_step_and_is_made_at_the_next_start(
+    config: Config, tmp_path: Path, epoch: int
+) -> None:
+    url = Path(shard(tmp_path / "val"))
+    config = changed(config, val_shards=str(url))
+    undisturbed = config.model_copy(update={"run": RunConfig(url=str(tmp_path / "undisturbed"))})
+    run(undisturbed)
+    hidden = tmp_path / "hidden.tar"
+
+    def report(event: Event) -> None:
+        """The store loses the shard in the last step of an epoch."""
+        if event.get("step") == 5 * epoch - 1:
+            url.rename(hidden)
+
+    with pytest.raises(StorageInputError):
+        train(config, report=report)
+    state = checkpoint.load(str(tmp_path / "run"), checkpoint.LAST)
+    assert state is not None
+    assert state["step"] == 5 * epoch
+    assert checkpoint.read_summary(str(tmp_path / "run")) is None
+    hidden.rename(url)
+    events = run(config)
+    (begin,) = [event for event in events if event["kind"] == "begin"]
+    assert begin["first_step"] == 5 * epoch
+    assert [event["epoch"] for event in events if event["kind"] == "eval"] == [1, 2][epoch - 1 :]
+    assert evaluations(tmp_path / "run") == evaluations(tmp_path / "undisturbed")
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "undisturbed")
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "undisturbed")
+
+
+def test_validation_without_labels_is_said_and_without_a_teacher_there_is_no_best(
+    config: Config, tmp_path: Path
+) -> None:
+    events = run(changed(config, val_shards=shard(tmp_path / "val", unlabelled=12)))
+    (text,) = texts(events)
+    assert text.startswith("validation: labels: 0 of 12 samples")
+    assert "there will be no checkpoints/best.pt" in text
+    summary = checkpoint.read_summary(str(tmp_path / "run"))
+    assert summary is not None
+    assert (summary["top1"], summary["best_metric"], summary["best_value"]) == (None, None, None)
+    assert checkpoint.load(str(tmp_path / "run"), checkpoint.BEST) is None
+
+
+def test_some_labels_that_are_missing_are_counted(config: Config, tmp_path: Path) -> None:
+    (text,) = texts(run(changed(config, val_shards=shard(tmp_path / "val", unlabelled=3))))
+    assert text.startswith("validation: labels: 9 of 12 samples")
+
+
+def test_without_labels_the_best_checkpoint_is_that_of_the_best_agreement(replays: Replay, tmp_path: Path) -> None:
+    base, url = replays("crop").config, shard(tmp_path / "val", unlabelled=12)
+    keys: dict[str, Any] = {"data": {"val_shards": url}, "train": {"epochs": 6, "lr": 0.05}}
+    config = run_config(base, tmp_path / "run", mode="online", **keys)
+    index_shards(config, tmp_path / "run" / "index")
+    (text,) = texts(run(config))
+    assert "checkpoints/best.pt follows the agreement with the teacher" in text
+    agreement = [line["agreement"] for line in evaluations(tmp_path / "run")]
+    assert len({*agreement}) > 1
+    best, summary = (
+        checkpoint.load(str(tmp_path / "run"), checkpoint.BEST),
+        checkpoint.read_summary(str(tmp_path / "run")),
+    )
+    assert best is not None
+    assert summary is not None
+    assert best["step"] == 5 * (agreement.index(max(agreement)) + 1)
+    assert best["best"] == {"metric": "agreement", "value": max(agreement)}
+    assert (summary["best_metric"], summary["best_value"], summary["best_top1"]) == ("agreement", max(agreement), None)
+
+
+def test_members_that_are_left_out_of_validation_shards_are_reported_with_counts(
+    config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = shard(tmp_path / "val", junk=1)
+    with tarfile.open(url, "a") as tar:
+        for name in ("._a.png", "._b.png"):
+            tar.addfile(tarfile.TarInfo(name))
+    config = changed(config, val_shards=url, bad_samples="skip", max_bad_share=0.5)
+    hidden = "left out 2 hidden members (._a.png, ._b.png)"
+    assert f"validation: {hidden}" in texts(run(config))
+    assert (tmp_path / "run" / "validation.json").is_file()
+    (tmp_path / "run" / checkpoint.SUMMARY).unlink()
+    # From the record of the first start.
+    assert f"validation: {hidden}" in texts(run(config))
+    with caplog.at_level(logging.WARNING):
+        evaluate(str(tmp_path / "run"), url)
+    assert f"evaluate: {hidden}" in caplog.text
+    assert "evaluate: left out 1 undecodable samples" in caplog.text

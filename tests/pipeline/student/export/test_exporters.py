@@ -1,0 +1,270 @@
+"""An exported student answers as the run's student does, wherever it is read; what is wrong leaves no file."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from pipeline.core.errors import ConfigError, ModelError, StorageInputError
+from pipeline.models import InputSpec, LoadedModel, load_model
+from pipeline.student.evaluation.loaded_run import CheckpointName
+from pipeline.student.export.exporters import export_run
+from pipeline.student.export.graphs import TOLERANCE
+from pipeline.student.run import checkpoint
+from pipeline.student.training.trainer import train
+from schemas.config import StudentConfig
+from tests.marks import slow
+from tests.pipeline.student.conftest import Replay
+from tests.pipeline.student.runs import CE, SMALL, run_config
+
+NETWORKS: dict[str, dict[str, Any]] = {
+    "cifar": {
+        "model": "python:pipeline.models.cifar:resnet",
+        "kwargs": {"depth": 8, "widths": [4, 4, 6, 7]},
+        "mean": [0.5, 0.4, 0.3],
+        "std": [0.2, 0.3, 0.25],
+    },
+    "timm": {
+        "model": "timm/vit_tiny_patch16_224",
+        "kwargs": {"img_size": 32, "patch_size": 8, "depth": 2},
+        "size": 32,
+        "interpolation": "bicubic",
+    },
+    # Two heads, whose inputs are one embedding.
+    "distilled": {
+        "model": "timm/deit_tiny_distilled_patch16_224",
+        "kwargs": {"img_size": 32, "patch_size": 16, "depth": 1},
+        "size": 32,
+    },
+    "torchvision": {"model": "torchvision/mobilenet_v3_small", "size": 32},
+}
+Finished = Callable[[str], str]
+
+
+@pytest.fixture(scope="module")
+def finished(replays: Replay, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """``finished("timm")``: the URL of a run of one epoch of that network. To be read, never written."""
+    runs: dict[str, str] = {}
+
+    def get(name: str) -> str:
+        if name not in runs:
+            url = tmp_path_factory.mktemp("runs") / name
+            base = replays("crop").config
+            keys: dict[str, Any] = {"student": NETWORKS[name], "train": {"epochs": 1}, "loss": [*CE, {"name": "nd"}]}
+            train(run_config(base, url, data={"val_shards": base.data.shards}, **keys))
+            runs[name] = str(url)
+        return runs[name]
+
+    return get
+
+
+def student_of(url: str) -> LoadedModel:
+    """The run's student in eval mode, by hand."""
+    config = checkpoint.read_config(url)
+    assert config.student is not None
+    loaded = load_model(config.student, num_classes=10, size=config.student.size or 16, where="student")
+    state = checkpoint.load(url, checkpoint.LAST)
+    assert state is not None
+    loaded.module.network.load_state_dict(state["model"])
+    return loaded
+
+
+def pixels(count: int, size: int) -> Tensor:
+    return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(7))
+
+
+def normalised(pixels_NCHW: Tensor, spec: InputSpec) -> Tensor:
+    mean, std = (torch.tensor(values)[:, None, None] for values in (spec.mean, spec.std))
+    return (pixels_NCHW / 255 - mean) / std
+
+
+def run_graph(path: Path, images_NCHW: Tensor) -> Tensor:
+    if path.suffix == ".pt2":
+        return torch.export.load(path).module()(images_NCHW)
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"images": images_NCHW.numpy()})[0])
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            return file.metadata()
+    if path.suffix == ".pt2":
+        extra = {"stillroom.json": ""}
+        torch.export.load(path, extra_files=extra)
+        return json.loads(extra["stillroom.json"])
+    import onnx
+
+    return {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+
+
+GRAPHS = [
+    ("cifar", True),
+    *(slow(name, False) if name == "torchvision" else (name, False) for name in NETWORKS),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", ["pt2", "onnx"])
+@pytest.mark.parametrize(("network", "with_normalization"), GRAPHS)
+def test_a_graph_answers_as_the_runs_student_for_any_batch_size(
+    finished: Finished, tmp_path: Path, network: str, suffix: str, with_normalization: bool
+) -> None:
+    path = tmp_path / f"student.{suffix}"
+    done = export_run(finished(network), str(path), with_normalization=with_normalization)
+    student = student_of(finished(network))
+    assert done.difference is not None
+    assert done.size_bytes == path.stat().st_size
+    for count in (1, 2, 5):
+        pixels_NCHW = pixels(count, student.input.size)
+        wanted_NK = student.module(normalised(pixels_NCHW, student.input))[0].detach()
+        given = pixels_NCHW if with_normalization else normalised(pixels_NCHW, student.input)
+        largest = float(wanted_NK.abs().max())
+        assert largest > 0
+        torch.testing.assert_close(run_graph(path, given).detach(), wanted_NK, rtol=0, atol=TOLERANCE * largest)
+    kind = "uint8 RGB" if with_normalization else "float32 RGB"
+    assert metadata_of(path)["input"].startswith(kind)
+
+
+@pytest.mark.parametrize("network", [slow(name) if name in ("timm", "torchvision") else name for name in NETWORKS])
+def test_exported_weights_are_the_networks_alone_and_begin_another_student(
+    finished: Finished, tmp_path: Path, network: str
+) -> None:
+    """The runs learnt from ND, so that checkpoints hold projectors to the teacher's width."""
+    path = tmp_path / "student.safetensors"
+    assert export_run(finished(network), str(path)).difference is None
+    student = student_of(finished(network))
+    assert load_file(path).keys() == student.module.network.state_dict().keys()
+    section = StudentConfig.model_validate({**NETWORKS[network], "weights": str(path)})
+    again = load_model(section, num_classes=10, size=student.input.size, where="student")
+    images = normalised(pixels(3, student.input.size), student.input)
+    assert torch.equal(again.module(images)[0], student.module(images)[0])
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", slow("pt2"), slow("onnx")])
+def test_metadata_say_what_the_network_is_and_eats(finished: Finished, tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"student.{suffix}"
+    export_run(finished("timm"), str(path))
+    found = metadata_of(path)
+    spec = student_of(finished("timm")).input
+    assert found["model"] == "timm/vit_tiny_patch16_224"
+    assert json.loads(found["kwargs"]) == NETWORKS["timm"]["kwargs"]
+    assert (found["num_classes"], found["size"], found["interpolation"]) == ("10", "32", "bicubic")
+    assert (json.loads(found["mean"]), json.loads(found["std"])) == (list(spec.mean), list(spec.std))
+    assert (found["checkpoint"], found["step"]) == ("last", "5")
+
+
+@pytest.mark.parametrize(("name", "path"), [("best", checkpoint.BEST), ("last", checkpoint.LAST)])
+def test_the_named_checkpoint_is_exported(replays: Replay, tmp_path: Path, name: CheckpointName, path: str) -> None:
+    """At this learning rate the last epoch is not the best."""
+    base = replays("crop").config
+    keys: dict[str, Any] = {"loss": CE, "data": {"val_shards": base.data.shards}}
+    train(run_config(base, tmp_path / "run", train={"epochs": 3, "lr": 3.0}, **keys))
+    done = export_run(str(tmp_path / "run"), str(tmp_path / "a.safetensors"), checkpoint_name=name)
+    assert (done.step == 15) == (name == "last")
+    state = checkpoint.load(str(tmp_path / "run"), path)
+    assert state is not None
+    written = load_file(tmp_path / "a.safetensors")
+    assert written.keys() == state["model"].keys()
+    assert all(torch.equal(value, state["model"][key]) for key, value in written.items())
+
+
+def test_a_named_format_goes_before_the_suffix(finished: Finished, tmp_path: Path) -> None:
+    export_run(finished("cifar"), str(tmp_path / "weights"), format="safetensors")
+    assert load_file(tmp_path / "weights")
+
+
+def test_it_is_published_to_any_store(finished: Finished) -> None:
+    from pipeline import storage
+
+    done = export_run(finished("cifar"), "memory://exports/student.safetensors")
+    assert storage.size("memory://exports/student.safetensors") == done.size_bytes
+    storage.delete("memory://exports/student.safetensors")
+
+
+class Dropped(nn.Module):
+    """Answers otherwise in a graph: what is random is drawn anew at every call, in eval mode too."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, num_classes)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        return self.fc(images_BCHW.mean((2, 3))) + torch.rand(())
+
+
+class Branching(Dropped):
+    """No graph: what it does hangs on its pixels."""
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        pooled_BC = images_BCHW.mean((2, 3))
+        return self.fc(pooled_BC) if float(pooled_BC.sum()) > 0 else self.fc(-pooled_BC)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", ["pt2", "onnx"])
+@pytest.mark.parametrize(
+    ("network", "told"), [("Dropped", "does not answer as the network"), ("Branching", "cannot be written as a graph")]
+)
+def test_what_is_no_faithful_graph_leaves_no_file(
+    replays: Replay, tmp_path: Path, network: str, told: str, suffix: str
+) -> None:
+    student = {**SMALL, "model": f"python:{__name__}:{network}"}
+    train(run_config(replays("crop").config, tmp_path / "run", student=student, train={"epochs": 1}))
+    with pytest.raises(ModelError, match=told):
+        export_run(str(tmp_path / "run"), str(tmp_path / f"student.{suffix}"))
+    assert not list(tmp_path.glob("student*"))
+
+
+def test_an_unfinished_run_gives_its_best_weights_only(replays: Replay, tmp_path: Path) -> None:
+    base = replays("crop").config
+    train_twice = {"data": {"val_shards": base.data.shards}, "train": {"epochs": 3}}
+    config = run_config(base, tmp_path / "run", **train_twice)
+
+    def report(event: dict[str, Any]) -> None:
+        if event["kind"] == "eval" and event["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, report=report)
+    out = str(tmp_path / "student.safetensors")
+    with pytest.raises(ConfigError, match="not finished"):
+        export_run(str(tmp_path / "run"), out)
+    assert export_run(str(tmp_path / "run"), out, checkpoint_name="best").step == 5
+
+
+def test_what_is_asked_wrongly_is_told_before_anything_is_read(finished: Finished, tmp_path: Path) -> None:
+    run = finished("cifar")
+    with pytest.raises(ConfigError, match="there is no run here"):
+        export_run(str(tmp_path / "nowhere"), str(tmp_path / "a.onnx"))
+    for name in ("student.pth", "student"):
+        with pytest.raises(ConfigError, match="names no format"):
+            export_run(run, str(tmp_path / name))
+    with pytest.raises(ConfigError, match="cannot hold the normalisation"):
+        export_run(run, str(tmp_path / "a.safetensors"), with_normalization=True)
+    with pytest.raises(StorageInputError, match="read-only"):
+        export_run(run, "https://example.org/a.onnx")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageInputError, match="a part of this path is a file"):
+        export_run(run, str(tmp_path / "file" / "a.safetensors"))
+
+
+def test_a_missing_package_is_named_with_what_installs_it(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ConfigError, match="not installed") as caught:
+        export_run(finished("cifar"), str(tmp_path / "a.onnx"))
+    assert caught.value.got == "no onnxruntime"
+    assert "stillroom[export]" in str(caught.value.next_step)

@@ -1,0 +1,246 @@
+"""DIST against the published values, a float64 loop, and finite differences of that loop."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pipeline.core.errors import ModelError
+from pipeline.student.losses import dist
+from tests.tolerances import log_softmax_error, ulps
+
+# A loaded machine is no finding.
+law = settings(deadline=None, max_examples=40)
+SEEDS = st.integers(0, 2**32 - 1)
+STUDENT_BK = torch.tensor([[1.0, 2, 3], [0, 1, 0], [2, 0, 1]])
+TEACHER_BK = torch.tensor([[1.0, 2, 4], [0, 2, 0], [3, 0, 1]])
+TWO_CLASSES_BK = torch.tensor([[1.0, 0.0]])
+
+
+def draw(seed: int, num_rows: int, num_classes: int) -> tuple[Tensor, Tensor]:
+    student_BK, teacher_BK = torch.randn(2, num_rows, num_classes, generator=torch.Generator().manual_seed(seed))
+    return student_BK, teacher_BK
+
+
+def softmax_rows(logits_BK: np.ndarray, temperature: float) -> np.ndarray:
+    return np.array([[math.exp(z / temperature) / sum(np.exp(row / temperature)) for z in row] for row in logits_BK])
+
+
+def relation(a: np.ndarray, b: np.ndarray) -> float:
+    a, b = a - a.mean(), b - b.mean()
+    return float((a * b).sum() / (math.sqrt((a * a).sum()) * math.sqrt((b * b).sum()) + 1e-8))
+
+
+def oracle(student_BK: np.ndarray, teacher_BK: np.ndarray, temperature: float) -> tuple[float, float]:
+    """inter and intra in float64, one row and one class at a time, without any floor."""
+    p_BK, q_BK = softmax_rows(student_BK, temperature), softmax_rows(teacher_BK, temperature)
+    inter = 1 - np.mean([relation(p, q) for p, q in zip(p_BK, q_BK, strict=True)])
+    intra = 1 - np.mean([relation(p, q) for p, q in zip(p_BK.T, q_BK.T, strict=True)])
+    return float(inter), float(intra)
+
+
+def official(student_BK: Tensor, teacher_BK: Tensor) -> tuple[Tensor, Tensor]:
+    """Value and gradient at T = 1 by float64 autograd of the formula without a floor, for K too large for the loop."""
+    student_BK = student_BK.double().requires_grad_()
+    p_BK, q_BK = torch.softmax(student_BK, 1), torch.softmax(teacher_BK.double(), 1)
+
+    def mean_relation(a: Tensor, b: Tensor) -> Tensor:
+        a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
+        return torch.mean((a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + 1e-8))
+
+    value = 2 - mean_relation(p_BK, q_BK) - mean_relation(p_BK.T, q_BK.T)
+    return value.detach(), torch.autograd.grad(value, student_BK)[0]
+
+
+FLOOR = 1e-3
+"""Of the student's norm, in root-mean-square probabilities: the formula has none."""
+
+
+def norms(logits_BK: Tensor, temperature: float, dim: int) -> tuple[Tensor, Tensor]:
+    """Of the probabilities along ``dim``, and of their differences from the mean, in float64."""
+    probs_BK = (logits_BK.detach().double() / temperature).softmax(dim=1)
+    return probs_BK.norm(dim=dim), (probs_BK - probs_BK.mean(dim, keepdim=True)).norm(dim=dim)
+
+
+def relation_errors(student_BK: Tensor, teacher_BK: Tensor, temperature: float, dim: int) -> Tensor:
+    """The largest error of each correlation over n probabilities.
+
+    A probability has the relative error of its logarithm; the mean of n and the difference from it round n + 2 times.
+    That error grows by what the difference cancels. A correlation changes by no more than the two unit vectors do; its
+    three sums of n products, roots, product and division are 3n + 6 operations.
+    """
+    size = student_BK.shape[dim]
+    errors = torch.zeros(())
+    for logits_BK, floor in ((student_BK, FLOOR), (teacher_BK, 0.0)):
+        norm, centred_norm = norms(logits_BK, temperature, dim)
+        length = torch.maximum(centred_norm, floor * norm / math.sqrt(size))
+        errors = errors + (log_softmax_error(logits_BK / temperature) + ulps(size + 2)) * norm / length
+    return (errors + ulps(3 * size + 6)).clamp_max(2)
+
+
+def value_errors(student_BK: Tensor, teacher_BK: Tensor, temperature: float) -> tuple[float, float]:
+    """Of inter and intra, times T²: means over rows and classes of values up to 2."""
+    inter, intra = (
+        relation_errors(student_BK, teacher_BK, temperature, dim).mean().item() + ulps(student_BK.shape[1 - dim] + 3, 2)
+        for dim in (1, 0)
+    )
+    return temperature**2 * inter, temperature**2 * intra
+
+
+@pytest.mark.parametrize(
+    ("temperature", "inter", "intra", "total"),
+    [(1.0, 0.010939, 0.012019, 0.022958), (4.0, 0.013933, 0.016898, 0.493296)],
+)
+def test_dist_gives_the_published_values(temperature: float, inter: float, intra: float, total: float) -> None:
+    def value(inter_weight: float, intra_weight: float) -> float:
+        return dist(
+            STUDENT_BK, TEACHER_BK, temperature=temperature, inter_weight=inter_weight, intra_weight=intra_weight
+        ).item()
+
+    # The published numbers have six digits.
+    of_inter, of_intra = value_errors(STUDENT_BK, TEACHER_BK, temperature)
+    assert value(1, 1) == pytest.approx(total, rel=0, abs=of_inter + of_intra + 0.5e-6)
+    assert value(1, 0) == pytest.approx(temperature**2 * inter, rel=0, abs=of_inter + 0.5e-6 * temperature**2)
+    assert value(0, 1) == pytest.approx(temperature**2 * intra, rel=0, abs=of_intra + 0.5e-6 * temperature**2)
+
+
+def test_dist_is_not_scale_invariant_in_the_logits() -> None:
+    # Relations of raw logits, as in the snippet that circulates, would give 0 here.
+    scaled_BK = 3 * TEACHER_BK + 5
+    wanted = sum(oracle(scaled_BK.double().numpy(), TEACHER_BK.double().numpy(), 1.0))
+    assert wanted > 0.004
+    error = sum(value_errors(scaled_BK, TEACHER_BK, 1.0))
+    assert dist(scaled_BK, TEACHER_BK, temperature=1.0).item() == pytest.approx(wanted, rel=0, abs=error)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_dist_of_equal_logits_is_zero(temperature: float) -> None:
+    error = sum(value_errors(TEACHER_BK, TEACHER_BK, temperature))
+    assert dist(TEACHER_BK, TEACHER_BK, temperature=temperature).item() == pytest.approx(0, abs=error)
+
+
+@law
+@given(seed=SEEDS, num_rows=st.integers(3, 6), num_classes=st.integers(3, 6), temperature=st.sampled_from([1.0, 4.0]))
+def test_dist_equals_a_float64_loop(seed: int, num_rows: int, num_classes: int, temperature: float) -> None:
+    student_BK, teacher_BK = draw(seed, num_rows, num_classes)
+    for dim in (0, 1):
+        norm, centred_norm = norms(student_BK, temperature, dim)
+        assume((centred_norm > 2 * FLOOR * norm).all())
+    inter, intra = oracle(student_BK.double().numpy(), teacher_BK.double().numpy(), temperature)
+    of_inter, of_intra = value_errors(student_BK, teacher_BK, temperature)
+    loss = dist(student_BK, teacher_BK, temperature=temperature, inter_weight=0.5, intra_weight=2.0)
+    wanted = temperature**2 * (0.5 * inter + 2 * intra)
+    assert loss.item() == pytest.approx(wanted, rel=0, abs=0.5 * of_inter + 2 * of_intra)
+
+
+def test_the_gradient_of_dist_equals_finite_differences_of_the_loop() -> None:
+    student_BK, teacher_BK = draw(3, 4, 5)
+    loss = dist(student_BK.requires_grad_(), teacher_BK, temperature=2.0)
+    loss.backward()
+    point, teacher = student_BK.detach().double().numpy(), teacher_BK.double().numpy()
+    # By a student's probability a correlation changes by a difference of two unit vectors over its norm; the chain rule
+    # of softmax takes a difference of two of these, and T²/T and the means over 4 rows and 5 classes remain.
+    # Finite differences in float64 are exact to 1e-8.
+    of_rows, of_classes = (
+        (2 * relation_errors(student_BK, teacher_BK, 2.0, dim) + ulps(25)) / norms(student_BK, 2.0, dim)[1]
+        for dim in (1, 0)
+    )
+    error = 2 * 2 * (of_rows.max().item() / 4 + of_classes.max().item() / 5) + 1e-8
+    step = 1e-5
+    for index in np.ndindex(*point.shape):
+        delta = np.zeros_like(point)
+        delta[index] = step
+        slope = 4 * (sum(oracle(point + delta, teacher, 2.0)) - sum(oracle(point - delta, teacher, 2.0))) / (2 * step)
+        assert student_BK.grad[index].item() == pytest.approx(slope, rel=0, abs=error)
+
+
+@pytest.mark.parametrize("num_classes", [3, 10, 100, 1000])
+@pytest.mark.parametrize("scale", [0.3, 1.0, 5.0, 20.0])
+def test_dist_stays_within_2e_4_of_the_formula_on_random_logits(num_classes: int, scale: float) -> None:
+    for seed in range(5):
+        student_BK, teacher_BK = (scale * logits_BK for logits_BK in draw(seed, 8, num_classes))
+        value, gradient_BK = official(student_BK, teacher_BK)
+        loss = dist(student_BK.requires_grad_(), teacher_BK, temperature=1.0)
+        loss.backward()
+        assert loss.item() == pytest.approx(value.item(), abs=2e-4)
+        assert (student_BK.grad - gradient_BK).abs().max() <= 2e-4
+
+
+@pytest.mark.parametrize("num_classes", [10, 100])
+def test_logits_that_differ_by_thousandths_are_still_above_the_floor(num_classes: int) -> None:
+    student_BK, teacher_BK = draw(0, 8, num_classes)
+    student_BK = 0.002 * student_BK
+    value, gradient_BK = official(student_BK, teacher_BK)
+    loss = dist(student_BK.requires_grad_(), teacher_BK, temperature=1.0)
+    loss.backward()
+    assert loss.item() == pytest.approx(value.item(), abs=2e-4)
+    assert (student_BK.grad - gradient_BK).norm() <= 2e-3 * gradient_BK.norm()
+
+
+@pytest.mark.parametrize("num_classes", [3, 10, 100, 1000])
+@pytest.mark.parametrize("scale", [0.0, 1e-7, 1e-5, 1e-3])
+def test_the_gradient_of_a_zero_initialised_head_is_bounded(num_classes: int, scale: float) -> None:
+    for seed in range(5):
+        student_BK, teacher_BK = draw(seed, 8, num_classes)
+        student_BK = (scale * student_BK).requires_grad_()
+        dist(student_BK, teacher_BK, temperature=1.0).backward()
+        assert 1 < student_BK.grad.norm() <= 1e3
+
+
+def test_one_row_has_no_relations_over_the_batch() -> None:
+    student_BK = torch.tensor([[1.0, 2, 4]], requires_grad=True)
+    intra = dist(student_BK, torch.tensor([[3.0, 0, 1]]), temperature=1.0, inter_weight=0.0)
+    intra.backward()
+    assert intra.item() == 1
+    assert torch.equal(student_BK.grad, torch.zeros(1, 3))
+
+
+def test_classes_absent_from_a_saturated_batch_keep_their_loss() -> None:
+    logits_BK = 100 * torch.eye(100)[torch.arange(40) % 10]
+    intra = dist(logits_BK, logits_BK, temperature=1.0, inter_weight=0.0)
+    # 90 of 100 classes are absent; 1e-8 is added to norms of which the square is 3.6.
+    assert intra.item() == pytest.approx(0.90, rel=0, abs=1e-8 + ulps(5 * 40 + 100))
+
+
+def test_two_classes_agree_wholly_or_not_at_all() -> None:
+    def inter(student: list[float]) -> float:
+        return dist(torch.tensor([student]), TWO_CLASSES_BK, temperature=1.0, intra_weight=0.0).item()
+
+    def error(student: list[float]) -> float:
+        """1e-8 is added to a product of norms of at least 0.05."""
+        return value_errors(torch.tensor([student]), TWO_CLASSES_BK, 1.0)[0] + 1e-8 / 0.05
+
+    assert inter([5.0, 0.0]) == pytest.approx(0, abs=error([5.0, 0.0]))
+    assert inter([0.0, 0.5]) == pytest.approx(2, rel=0, abs=error([0.0, 0.5]))
+
+
+@law
+@given(seed=SEEDS, num_rows=st.integers(2, 8), num_classes=st.integers(2, 8))
+def test_dist_ignores_the_order_of_rows_and_classes(seed: int, num_rows: int, num_classes: int) -> None:
+    student_BK, teacher_BK = draw(seed, num_rows, num_classes)
+    generator = torch.Generator().manual_seed(seed)
+    rows, classes = torch.randperm(num_rows, generator=generator), torch.randperm(num_classes, generator=generator)
+    permuted = dist(student_BK[rows][:, classes], teacher_BK[rows][:, classes], temperature=1.0)
+    # Both are fp32.
+    error = 2 * sum(value_errors(student_BK, teacher_BK, 1.0))
+    loss = dist(student_BK, teacher_BK, temperature=1.0)
+    assert permuted.item() == pytest.approx(loss.item(), rel=0, abs=error)
+
+
+def test_every_pixel_of_a_segmentation_is_a_row() -> None:
+    student_BK, teacher_BK = draw(1, 2 * 3 * 4, 5)
+    student_BKHW, teacher_BKHW = (z.reshape(2, 3, 4, 5).permute(0, 3, 1, 2) for z in (student_BK, teacher_BK))
+    torch.testing.assert_close(
+        dist(student_BKHW, teacher_BKHW, temperature=1.0), dist(student_BK, teacher_BK, temperature=1.0)
+    )
+
+
+def test_dist_refuses_a_teacher_of_other_classes() -> None:
+    with pytest.raises(ModelError, match=r"student \[2, 10\], teacher \[2, 100\]"):
+        dist(torch.zeros(2, 10), torch.zeros(2, 100), temperature=1.0)

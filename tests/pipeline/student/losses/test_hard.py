@@ -1,0 +1,57 @@
+"""Hard distillation: the teacher's first choice is the label."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from pipeline.core.errors import ModelError
+from pipeline.student.losses import hard
+from tests.tolerances import log_softmax_error, ulps
+
+# A loaded machine is no finding.
+law = settings(deadline=None, max_examples=40)
+
+
+def test_hard_gives_the_value_by_hand() -> None:
+    """Student probabilities 1/2, 1/4, 1/4; the teacher chooses class 1, then class 0."""
+    student_BK = torch.tensor([[math.log(2), 0.0, 0.0]] * 2)
+    teacher_BK = torch.tensor([[0.0, 0.1, 0.0], [9.0, -1.0, 8.9]])
+    assert hard(student_BK, teacher_BK).item() == pytest.approx(
+        (math.log(4) + math.log(2)) / 2, abs=ulps(9, math.log(4))
+    )
+
+
+@law
+@given(seed=st.integers(0, 2**32 - 1), num_rows=st.integers(1, 6), num_classes=st.integers(2, 8))
+def test_value_and_gradient_are_torchs_cross_entropy_in_float64(seed: int, num_rows: int, num_classes: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    student_BK, teacher_BK = 3 * torch.randn(2, num_rows, num_classes, generator=generator)
+    exact_BK = student_BK.double().requires_grad_()
+    wanted = functional.cross_entropy(exact_BK, teacher_BK.argmax(dim=1))
+    loss = hard(student_BK.requires_grad_(), teacher_BK)
+    of_logs = log_softmax_error(student_BK)
+    # The mean over rows: B sums and a division of losses up to the largest.
+    largest = -exact_BK.detach().log_softmax(dim=1).min().item()
+    assert loss.item() == pytest.approx(wanted.item(), rel=0, abs=of_logs + ulps(num_rows + 1, largest))
+    gradients = [
+        torch.autograd.grad(value, logits_BK)[0] for value, logits_BK in ((loss, student_BK), (wanted, exact_BK))
+    ]
+    # (softmax − target) / B: exp of a log-probability, the sum over K of the chain rule, product, difference, division.
+    difference_BK = gradients[0].double() - gradients[1]
+    assert difference_BK.abs().max() <= (of_logs + ulps(num_classes + 4)) / num_rows
+
+
+def test_of_equal_logits_the_first_class_counts() -> None:
+    student_BK = torch.tensor([[0.0, 5.0]])
+    assert hard(student_BK, torch.zeros(1, 2)).item() == pytest.approx(5 + math.log1p(math.exp(-5)), abs=ulps(9, 5))
+
+
+def test_hard_refuses_a_teacher_of_other_classes() -> None:
+    with pytest.raises(ModelError, match=r"student \[2, 10\], teacher \[2, 100\]"):
+        hard(torch.zeros(2, 10), torch.zeros(2, 100))

@@ -1,0 +1,261 @@
+"""The fusion of ReviewKD against the paper's, computed in float64 by hand; and what a plan of it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from pipeline.core.errors import ConfigError, ModelError
+from pipeline.models import FeatureMap, LoadedModel, load_model
+from pipeline.student.networks.review import Review, ReviewPlan, plan_review, review_section
+from pipeline.student.networks.student import Student
+from schemas.config import Config, ReviewKdLoss, StudentConfig
+from tests.pipeline.student.runs import SMALL
+
+RESNET = {**SMALL, "model": "python:pipeline.models.cifar:resnet", "kwargs": {"depth": 8, "widths": [4, 4, 6, 7]}}
+REVIEW: dict[str, Any] = {
+    "name": "review_kd",
+    "student_layers": ["conv1", "conv2"],
+    "teacher_layers": ["layer2", "layer3"],
+    "mid_channels": 5,
+}
+
+
+def section(**keys: Any) -> ReviewKdLoss:
+    return ReviewKdLoss.model_validate({**REVIEW, **keys})
+
+
+def loaded(model: dict[str, Any], size: int = 16) -> LoadedModel:
+    return load_model(StudentConfig.model_validate(model), num_classes=10, size=size, where="student")
+
+
+def feature_map(channels: int, side: int) -> FeatureMap:
+    return FeatureMap(layer="any", channels=channels, side=side, layout="channels_first")
+
+
+def plan(student: list[tuple[int, int]], teacher: list[tuple[int, int]], **keys: Any) -> ReviewPlan:
+    """Of maps given as (channels, side)."""
+    given = {"embedding_dims": None, "mid_channels": 3, **keys}
+    return ReviewPlan(
+        student=tuple(feature_map(*one) for one in student),
+        teacher=tuple(feature_map(*one) for one in teacher),
+        **given,
+    )
+
+
+class Oracle:
+    """The paper's fusion in float64 NumPy, on the weights of a module in training."""
+
+    def __init__(self, review: Review) -> None:
+        self.weights = {name: value.detach().numpy() for name, value in review.state_dict().items()}
+
+    def normalised(self, x: np.ndarray, name: str) -> np.ndarray:
+        mean, variance = x.mean((0, 2, 3), keepdims=True), x.var((0, 2, 3), keepdims=True)
+        scale, shift = (self.weights[f"{name}.{key}"].reshape(1, -1, 1, 1) for key in ("weight", "bias"))
+        return scale * (x - mean) / np.sqrt(variance + 1e-5) + shift
+
+    def conv1x1(self, x: np.ndarray, name: str) -> np.ndarray:
+        return np.einsum("oc,bchw->bohw", self.weights[f"{name}.weight"][:, :, 0, 0], x)
+
+    def conv3x3(self, x: np.ndarray, name: str) -> np.ndarray:
+        padded, (height, width) = np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1))), x.shape[2:]
+        kernel = self.weights[f"{name}.weight"]
+        shifts = [(row, column) for row in range(3) for column in range(3)]
+        parts = [
+            np.einsum(
+                "oc,bchw->bohw", kernel[:, :, row, column], padded[:, :, row : row + height, column : column + width]
+            )
+            for row, column in shifts
+        ]
+        return np.sum(parts, axis=0)
+
+    def level(
+        self, number: int, x: np.ndarray, deeper: np.ndarray | None, teacher_side: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        name = f"fusions.{number}"
+        x = self.normalised(self.conv1x1(x, f"{name}.reduce.0"), f"{name}.reduce.1")
+        if deeper is not None:
+            deeper = nearest(deeper, x.shape[2])
+            bias = self.weights[f"{name}.choose.bias"].reshape(1, 2, 1, 1)
+            z = 1 / (1 + np.exp(-self.conv1x1(np.concatenate([x, deeper], 1), f"{name}.choose") - bias))
+            x = x * z[:, :1] + deeper * z[:, 1:]
+        x = nearest(x, teacher_side)
+        return self.normalised(self.conv3x3(x, f"{name}.expand.0"), f"{name}.expand.1"), x
+
+
+def nearest(x: np.ndarray, side: int) -> np.ndarray:
+    positions = [place * x.shape[2] // side for place in range(side)]
+    return x[:, :, positions][:, :, :, positions]
+
+
+def noisy(review: Review) -> Review:
+    """In float64, with values of chance in every parameter, so that one that is forgotten shows."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in review.double().parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return review.train()
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [
+        ([(4, 8), (6, 4), (5, 2)], [(3, 8), (2, 4), (7, 2)]),
+        ([(4, 6), (6, 3), (5, 1)], [(3, 9), (2, 5), (7, 1)]),
+        ([(4, 7), (6, 7)], [(3, 2), (2, 4)]),
+        ([(4, 5)], [(3, 5)]),
+    ],
+    ids=["equal sides", "a teacher of larger maps", "a teacher of smaller maps", "one level"],
+)
+def test_the_fusion_is_the_papers(student: list[tuple[int, int]], teacher: list[tuple[int, int]]) -> None:
+    review = noisy(Review(plan(student, teacher)))
+    generator = torch.Generator().manual_seed(1)
+    levels = [torch.randn(3, c, side, side, generator=generator, dtype=torch.float64) for c, side in student]
+    oracle, deeper = Oracle(review), None
+    wanted: list[np.ndarray] = []
+    for number in reversed(range(len(levels))):
+        output, deeper = oracle.level(number, levels[number].numpy(), deeper, teacher[number][1])
+        wanted.insert(0, output)
+    found = review(levels)
+    assert [tuple(one.shape[1:]) for one in found] == [(c, side, side) for c, side in teacher]
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, torch.from_numpy(other))
+
+
+def test_a_shallow_output_depends_on_deep_levels_and_not_the_other_way_round() -> None:
+    review = noisy(Review(plan([(4, 8), (6, 4)], [(3, 8), (2, 4)])))
+    shallow, deep = torch.rand(2, 4, 8, 8).double(), torch.rand(2, 6, 4, 4).double()
+    before, after = review([shallow, deep]), review([shallow, deep.flip(3)])
+    assert not torch.allclose(before[0], after[0])
+    torch.testing.assert_close(review([shallow.flip(3), deep])[1], before[1])
+
+
+def test_the_embeddings_are_the_deepest_level() -> None:
+    review = Review(plan([(4, 8)], [(3, 4)], embedding_dims=(9, 11)))
+    levels = review.plan.levels([torch.rand(2, 4, 8, 8)], torch.rand(2, 9))
+    assert [tuple(one.shape) for one in review(levels)] == [(2, 3, 4, 4), (2, 11, 1, 1)]
+
+
+def student_of(**keys: Any) -> tuple[Student, ReviewPlan]:
+    student = loaded(SMALL)
+    plan = plan_review(section(**keys), student, loaded(RESNET))
+    return Student(student.module, terms=["nd"], teacher_dims=[student.module.embedding_dim], review=plan).train(), plan
+
+
+@pytest.mark.parametrize("embedding", [True, False])
+def test_a_student_answers_in_the_shapes_of_the_teachers_levels(embedding: bool) -> None:
+    student, plan = student_of(embedding=embedding)
+    assert [(one.channels, one.side) for one in plan.student] == [(8, 8), (16, 4)]
+    answer = student(torch.rand(4, 3, 16, 16))
+    (projected_BD,) = answer.projected["nd"]
+    assert (answer.logits_BK.shape, projected_BD.shape) == ((4, 10), (4, 16))
+    assert [tuple(one.shape[1:]) for one in answer.maps] == [(6, 8, 8), (7, 4, 4), (7, 1, 1)][: 2 + embedding]
+
+
+def test_the_students_levels_are_what_its_layers_answer() -> None:
+    student, _ = student_of()
+    seen: list[tuple[Tensor, ...]] = []
+    assert student.review is not None
+    student.review.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    images, network = torch.rand(4, 3, 16, 16), student.model.network
+    student(images)
+    conv1 = network.conv1(images)
+    for found, wanted in zip(seen[0], [conv1, network.conv2(conv1.relu())], strict=False):
+        torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(seen[0][2][:, :, 0, 0], student.model(images)[1])
+
+
+def test_everything_but_the_head_learns_from_the_maps_alone() -> None:
+    student, _ = student_of()
+    *_, maps = student(torch.rand(4, 3, 16, 16))
+    torch.stack([one.square().sum() for one in maps]).sum().backward()
+    idle = {name for name, parameter in student.named_parameters() if parameter.grad is None}
+    assert idle == {"model.network.fc.weight", "model.network.fc.bias"}
+
+
+def test_a_student_without_a_review_answers_with_no_maps_and_has_nothing_more_to_learn() -> None:
+    student = Student(loaded(SMALL).module)
+    assert student(torch.rand(4, 3, 16, 16)).maps == ()
+    assert not [name for name in student.state_dict() if not name.startswith("model.network.")]
+
+
+def test_a_review_asks_for_two_rows_like_any_batchnorm() -> None:
+    student, _ = student_of()
+    assert student.min_rows == 2
+
+
+# Where a graph breaks, torch's compiler looks at gradients of inner tensors; its own filter comes after ours.
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_student_answers_alike(backend: str) -> None:
+    student, _ = student_of()
+    images = torch.rand(4, 3, 16, 16)
+    wanted = student(images)
+    found: Any = torch.compile(student, backend=backend)(images)
+    torch.testing.assert_close(found[0], wanted[0])
+    for one, other in zip(found.maps, wanted.maps, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_the_fusion_follows_the_layers_it_was_planned_for_under_autocast() -> None:
+    student, _ = student_of()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        *_, maps = student(torch.rand(4, 3, 16, 16))
+    assert [tuple(one.shape[1:]) for one in maps] == [(6, 8, 8), (7, 4, 4), (7, 1, 1)]
+    assert all(one.isfinite().all() for one in maps)
+
+
+@pytest.mark.parametrize(
+    ("keys", "where", "near"),
+    [
+        ({"student_layers": ["conv1", "conv3"]}, "student_layers of review_kd", "conv2"),
+        ({"teacher_layers": ["layer2", "layer4"]}, "teacher_layers of review_kd", "layer3"),
+    ],
+)
+def test_a_layer_that_is_not_there_is_told_with_the_nearest_and_those_that_serve(
+    keys: dict[str, Any], where: str, near: str
+) -> None:
+    with pytest.raises(ModelError, match="no layer of this name") as caught:
+        student_of(**keys)
+    assert caught.value.where == where
+    assert near in str(caught.value.wanted)
+    assert near in str(caught.value.next_step)
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"student_layers": ["conv1"]}, "1 student_layers and 2 teacher_layers; wanted one beside each"),
+        ({"teacher_layers": ["layer2", "layer2"]}, "teacher_layers names a layer twice"),
+        ({"student_layers": [], "teacher_layers": []}, "at least 1 item"),
+    ],
+)
+def test_layers_come_in_pairs(keys: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValidationError, match=told):
+        section(**keys)
+
+
+def test_a_second_review_is_refused() -> None:
+    terms = Config.model_validate({"loss": [REVIEW, {"name": "kd"}, REVIEW]}).loss
+    with pytest.raises(ConfigError, match="more than once"):
+        review_section(terms)
+    assert review_section(terms[1:2]) is None
+
+
+def test_identity_is_all_that_stands_before_the_last_relu_of_a_cifar_block() -> None:
+    """What the paper compares of a teacher: a stage before its last ReLU. It has no weights of its own."""
+    network = loaded(RESNET).module.network
+    preact = network.get_submodule("layer3.0.preact")
+    assert isinstance(preact, nn.Identity)
+    seen: dict[str, Tensor] = {}
+    preact.register_forward_hook(lambda _module, _args, output: seen.update(before=output))
+    network.get_submodule("layer3").register_forward_hook(lambda _module, _args, output: seen.update(after=output))
+    with torch.no_grad():
+        network(torch.randn(2, 3, 16, 16))
+    assert (seen["before"] < 0).any()
+    torch.testing.assert_close(seen["before"].relu(), seen["after"])

@@ -1,0 +1,218 @@
+"""A run's folder: claimed once, replaced whole, read without running code."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.core.errors import CacheError, ConfigError
+from pipeline.core.hashing import seal
+from pipeline.student.run import checkpoint
+from pipeline.student.training.optim import make_optimizer, make_schedule
+from schemas.config import Config, TrainConfig
+
+
+def config(**sections: Any) -> Config:
+    return Config.model_validate({"run": {"url": "anywhere"}, **sections})
+
+
+def test_what_a_run_computes_may_not_change(tmp_path: Path) -> None:
+    url = str(tmp_path)
+    checkpoint.claim_run(url, config())
+    with pytest.raises(ConfigError, match="begun with another config") as caught:
+        checkpoint.claim_run(url, config(train={"lr": 0.5, "epochs": 3}, data={"num_classes": 7}))
+    assert caught.value.got == "data.num_classes: None -> 7; train.epochs: 1 -> 3; train.lr: 0.001 -> 0.5"
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"ray": {"num_workers": 4, "cpus_per_worker": 2, "max_failures": 3}},
+        {"run": {"url": "elsewhere"}},
+        {"train": {"num_workers": 8, "checkpoint_every_epochs": 5}},
+    ],
+    ids=str,
+)
+def test_where_and_how_fast_it_goes_may_change(tmp_path: Path, sections: dict[str, Any]) -> None:
+    checkpoint.claim_run(str(tmp_path), config())
+    checkpoint.claim_run(str(tmp_path), config(**sections))
+    assert checkpoint.read_config(str(tmp_path)) == config()
+
+
+def test_a_key_that_was_not_set_stays_so_and_equals_its_default(tmp_path: Path) -> None:
+    losses = [{"name": "kd", "temperature": 4.0}, {"name": "ce", "weight": 0.5}]
+    plain = config(data={"cache": "c"}, student={"model": "timm/resnet18"}, loss=losses)
+    checkpoint.claim_run(str(tmp_path), plain)
+    found = checkpoint.read_config(str(tmp_path))
+    assert found == plain
+    assert found.data.model_fields_set == {"cache"}
+    assert found.views.model_fields_set == set()
+    # Set to their defaults: no other run.
+    spelled = plain.model_dump(mode="json")
+    checkpoint.claim_run(str(tmp_path), Config.model_validate(spelled))
+    with pytest.raises(ConfigError) as caught:
+        checkpoint.claim_run(str(tmp_path), Config.model_validate(spelled | {"data": {"cache": "c", "label": None}}))
+    assert (caught.value.code, caught.value.got) == ("run.other-config", "data.label: cls -> None")
+
+
+def test_the_stored_config_names_every_key_so_that_a_later_default_changes_no_run(tmp_path: Path) -> None:
+    checkpoint.claim_run(str(tmp_path), config())
+    stored = json.loads((tmp_path / checkpoint.CONFIG).read_text())
+    assert stored["train"].keys() == TrainConfig.model_fields.keys()
+    # As if the default had been another one when the run began.
+    del stored["digest"]
+    stored["train"]["lr"] = 0.25
+    (tmp_path / checkpoint.CONFIG).write_bytes(seal(stored))
+    assert checkpoint.read_config(str(tmp_path)).train.lr == 0.25
+    with pytest.raises(ConfigError) as caught:
+        checkpoint.check_begun(str(tmp_path), config())
+    assert (caught.value.code, caught.value.got) == ("run.other-config", "train.lr: 0.25 -> 0.001")
+
+
+def test_an_old_run_whose_teacher_has_the_old_default_goes_on(tmp_path: Path) -> None:
+    teacher = {"model": "timm/resnet18", "mode": "cache"}
+    old = config(teacher={**teacher, "weights": "random", "others": [{"weights": "random"}]})
+    checkpoint.claim_run(str(tmp_path), old)
+    checkpoint.check_begun(str(tmp_path), config(teacher={**teacher, "others": [{}]}))
+    with pytest.raises(ConfigError) as caught:
+        checkpoint.check_begun(str(tmp_path), config(teacher={**teacher, "weights": "pretrained", "others": [{}]}))
+    assert (caught.value.code, caught.value.got) == ("run.other-config", "teacher.weights: random -> pretrained")
+
+
+def test_credentials_of_urls_are_not_written_and_make_no_other_run(tmp_path: Path) -> None:
+    for secret in ("HUSH1", "HUSH2"):
+        url = f"https://user:{secret}@host/a.tar?sig={secret}"
+        checkpoint.claim_run(str(tmp_path), config(data={"shards": [url]}, teacher={"kwargs": {"a": {"b": [url]}}}))
+        assert secret.encode() not in (tmp_path / checkpoint.CONFIG).read_bytes()
+    with pytest.raises(ConfigError, match=r"data\.shards"):
+        checkpoint.claim_run(str(tmp_path), config(data={"shards": ["https://host/b.tar"]}))
+
+
+def test_a_folder_without_a_run_is_begun_by_nobody(tmp_path: Path) -> None:
+    checkpoint.check_begun(str(tmp_path), config())
+    with pytest.raises(ConfigError, match="there is no run here"):
+        checkpoint.read_config(str(tmp_path))
+
+
+def test_a_config_that_was_edited_in_the_run_is_refused(tmp_path: Path) -> None:
+    checkpoint.claim_run(str(tmp_path), config())
+    file = tmp_path / checkpoint.CONFIG
+    file.write_bytes(file.read_bytes().replace(b'"epochs":1', b'"epochs":2'))
+    with pytest.raises(CacheError, match="changed after it was written"):
+        checkpoint.read_config(str(tmp_path))
+
+
+def test_the_first_pinned_manifest_counts_for_all(tmp_path: Path) -> None:
+    url = str(tmp_path)
+    assert checkpoint.pinned_manifests(url, 2) == (None, None)
+    assert checkpoint.pin_manifests(url, [b"first", b"other"]) == (b"first", b"other")
+    assert checkpoint.pin_manifests(url, [b"second", b"other"]) == (b"first", b"other")
+    assert checkpoint.pinned_manifests(url, 2) == (b"first", b"other")
+
+
+def test_one_cache_is_pinned_by_the_same_name_as_the_first_of_several(tmp_path: Path) -> None:
+    checkpoint.pin_manifests(str(tmp_path), [b"first"])
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+    assert checkpoint.pinned_manifests(str(tmp_path), 2) == (b"first", None)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_optimizer_and_schedule_come_back_bitwise(tmp_path: Path, name: str) -> None:
+    train = TrainConfig.model_validate({"optimizer": name, "warmup_steps": 2, "weight_decay": 0.1})
+
+    def begin() -> tuple[nn.Module, torch.optim.Optimizer, Any]:
+        layer = nn.Linear(3, 2)
+        optimizer = make_optimizer(layer, train)
+        return layer, optimizer, make_schedule(optimizer, train, total_steps=9)
+
+    def steps(layer: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any, count: int) -> None:
+        for number in range(count):
+            layer(torch.full((4, 3), float(number))).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+
+    layer, optimizer, schedule = begin()
+    steps(layer, optimizer, schedule, 3)
+    state = {"model": layer.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+    checkpoint.save(str(tmp_path), checkpoint.LAST, state)
+    found = checkpoint.load(str(tmp_path), checkpoint.LAST)
+    assert found is not None
+    again, its_optimizer, its_schedule = begin()
+    again.load_state_dict(found["model"])
+    its_optimizer.load_state_dict(found["optimizer"])
+    its_schedule.load_state_dict(found["schedule"])
+    steps(layer, optimizer, schedule, 4)
+    steps(again, its_optimizer, its_schedule, 4)
+    for one, other in zip(layer.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+class Marker:
+    """Pickles to a call that leaves a file behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_code_in_a_checkpoint_is_never_run(tmp_path: Path) -> None:
+    trap = tmp_path / "ran"
+    pickle.loads(pickle.dumps(Marker(trap)))
+    assert trap.exists()
+    trap.unlink()
+    (tmp_path / "checkpoints").mkdir()
+    torch.save({"model": Marker(trap)}, tmp_path / checkpoint.LAST)
+    with pytest.raises(CacheError, match="this checkpoint is damaged"):
+        checkpoint.load(str(tmp_path), checkpoint.LAST)
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.5, 0.99])
+def test_a_truncated_checkpoint_is_told_as_such(tmp_path: Path, kept: float) -> None:
+    checkpoint.save(str(tmp_path), checkpoint.LAST, {"model": {"weight": torch.zeros(100)}})
+    file = tmp_path / checkpoint.LAST
+    data = file.read_bytes()
+    file.write_bytes(data[: int(kept * len(data))])
+    with pytest.raises(CacheError, match="this checkpoint is damaged") as caught:
+        checkpoint.load(str(tmp_path), checkpoint.LAST)
+    assert caught.value.where == str(file)
+
+
+def test_a_run_is_finished_once_it_has_a_summary(tmp_path: Path) -> None:
+    assert checkpoint.read_summary(str(tmp_path)) is None
+    checkpoint.write_summary(str(tmp_path), {"steps": 5, "top1": None})
+    assert checkpoint.read_summary(str(tmp_path)) == {"steps": 5, "top1": None}
+
+
+def test_a_run_without_a_checkpoint_says_how_a_corrected_config_can_begin_it(tmp_path: Path) -> None:
+    run = str(tmp_path / "a run")
+    checkpoint.claim_run(run, config())
+    checkpoint.pin_manifests(run, [b"one", b"two"])
+    corrected = config(train={"lr": 0.5})
+    with pytest.raises(ConfigError) as caught:
+        checkpoint.check_begun(run, corrected)
+    assert caught.value.code == "run.other-config"
+    assert "no checkpoint is saved" in caught.value.what
+    # The command does what it says.
+    command = re.search(r"run: (rm .*), and then", str(caught.value.next_step))
+    assert command is not None
+    subprocess.run(shlex.split(command[1]), check=True)
+    assert not list(Path(run).iterdir())
+    checkpoint.claim_run(run, corrected)
+    checkpoint.save(run, checkpoint.LAST, {"step": 1})
+    with pytest.raises(ConfigError) as caught:
+        checkpoint.check_begun(run, config())
+    assert "rm " not in str(caught.value.next_step)
+    assert "no checkpoint" not in caught.value.what

@@ -1,0 +1,147 @@
+"""The loss of every step: none lost, none twice, and none that is not a number."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from pipeline.core.errors import TrainingError
+from pipeline.student.distributed import World
+from pipeline.student.run.metrics import MetricsFile, StepLog
+from pipeline.student.training.throughput import Speedometer
+
+
+def log_of(losses: list[float], *, first_step: int = 0) -> StepLog:
+    log = StepLog(World())
+    for step, loss in enumerate(losses, start=first_step):
+        log.add(step, step // 5, 0.1, torch.tensor(loss), {"kd": torch.tensor(2 * loss)})
+    return log
+
+
+def test_a_record_holds_step_epoch_lr_total_and_each_term() -> None:
+    log = log_of([0.5, 0.25], first_step=5)
+    assert len(log) == 2
+    assert log.flush() == [
+        {"step": 5, "epoch": 1, "lr": 0.1, "loss": 0.5, "loss/kd": 1.0},
+        {"step": 6, "epoch": 1, "lr": 0.1, "loss": 0.25, "loss/kd": 0.5},
+    ]
+    assert len(log) == 0
+    assert log.flush() == []
+
+
+def test_a_log_keeps_no_graph_alive() -> None:
+    log = StepLog(World())
+    weight = torch.ones((), requires_grad=True)
+    log.add(0, 0, 0.1, weight * 2, {})
+    assert log.flush()[0]["loss"] == 2
+    assert not log._rows
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_is_told_with_its_step_and_the_range_seen(bad: float) -> None:
+    with pytest.raises(TrainingError, match="the loss is not finite") as caught:
+        log_of([1.0, 1.0, bad, 1.0, bad], first_step=40).flush()
+    assert caught.value.where == "first in step 42, seen between steps 40 and 44"
+
+
+def test_the_gradient_norm_stands_beside_the_loss_as_every_rank_has_it() -> None:
+    log = StepLog(World())
+    log.add(0, 0, 0.1, torch.tensor(0.5), {"kd": torch.tensor(1.0)}, grad_norm=torch.tensor(3.0), scale=1024.0)
+    assert log.flush() == [
+        {"step": 0, "epoch": 0, "lr": 0.1, "loss": 0.5, "loss/kd": 1.0, "grad_norm": 3.0, "scale": 1024.0}
+    ]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_gradients_may_overflow_where_the_loss_is_scaled_and_nowhere_else(bad: float) -> None:
+    log = StepLog(World())
+    log.add(0, 0, 0.1, torch.tensor(0.5), {}, grad_norm=torch.tensor(bad), scale=512.0)
+    (record,) = log.flush()
+    assert record["grad_norm"] is None
+    log.add(1, 0, 0.1, torch.tensor(0.5), {}, grad_norm=torch.tensor(1.0))
+    log.add(2, 0, 0.1, torch.tensor(0.5), {}, grad_norm=torch.tensor(bad))
+    with pytest.raises(TrainingError, match="the gradients are not finite") as caught:
+        log.flush()
+    assert caught.value.where == "first in step 2, seen between steps 1 and 2"
+
+
+def lines(folder: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def record(*steps: int) -> list[dict[str, float | int]]:
+    return [{"step": step, "loss": 1.0} for step in steps]
+
+
+def test_a_resumed_file_goes_on_from_the_checkpoints_step(tmp_path: Path) -> None:
+    with MetricsFile(str(tmp_path), first_step=0) as file:
+        file.add(record(0, 1, 2, 3))
+        file.publish()
+    with MetricsFile(str(tmp_path), first_step=2) as file:
+        file.add(record(2, 3, 4))
+        file.publish()
+    assert lines(tmp_path) == [0, 1, 2, 3, 4]
+
+
+def test_a_run_without_a_checkpoint_begins_its_file_anew(tmp_path: Path) -> None:
+    for _ in range(2):
+        with MetricsFile(str(tmp_path), first_step=0) as file:
+            file.add(record(0, 1))
+            file.publish()
+    assert lines(tmp_path) == [0, 1]
+
+
+def test_what_is_not_published_is_not_seen(tmp_path: Path) -> None:
+    with MetricsFile(str(tmp_path), first_step=0) as file:
+        file.add(record(0))
+        file.publish()
+        file.add(record(1))
+    assert lines(tmp_path) == [0]
+
+
+def test_speed_and_evaluations_stand_beside_the_metrics_and_are_resumed_like_them(tmp_path: Path) -> None:
+    for first_step in (0, 2):
+        with MetricsFile(str(tmp_path), first_step=first_step) as file:
+            for step in range(first_step, 4):
+                file.add(record(step), {"images_per_s": 10.0 + first_step, "data_wait": 0.5})
+            file.add_evaluation(3, 2, {"top1": 0.5, "ece": None})
+            file.publish()
+    speed = [json.loads(line) for line in (tmp_path / "speed.jsonl").read_text().splitlines()]
+    assert [(one["step"], one["images_per_s"]) for one in speed] == [(0, 10), (1, 10), (2, 12), (3, 12)]
+    found = (tmp_path / "evaluations.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in found] == [{"step": 3, "epoch": 2, "top1": 0.5, "ece": None}]
+
+
+def test_tensorboard_shows_one_curve_over_all_starts_of_a_run(tmp_path: Path) -> None:
+    """Read by TensorBoard itself. The first start was killed after step 3, and its checkpoint was at 2."""
+    for first_step, loss in ((0, 1.0), (2, 2.0)):
+        with MetricsFile(str(tmp_path), first_step=first_step, tensorboard=True) as file:
+            for step in range(first_step, 4):
+                file.add([{"step": step, "epoch": 0, "loss": loss}], {"images_per_s": 10.0})
+            file.add_evaluation(3, 1, {"top1": 0.5, "kl": None})
+            file.publish()
+    names = sorted(path.name for path in (tmp_path / "tensorboard").iterdir())
+    assert names == ["events.out.tfevents.0000000000", "events.out.tfevents.0000000002"]
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in board.Scalars("loss")] == [(0, 1), (1, 1), (2, 2), (3, 2)]
+    assert [(event.step, event.value) for event in board.Scalars("eval/top1")] == [(3, 0.5)]
+    assert set(board.Tags()["scalars"]) == {"epoch", "loss", "images_per_s", "eval/top1"}
+
+
+def test_a_speedometer_counts_images_and_waiting_since_it_was_read() -> None:
+    """By a clock that each look moves on by a second: one look to begin, two around each batch, one to read."""
+    ticks = count()
+    speed = Speedometer(lambda: float(next(ticks)))
+    batches = speed.watch(iter([SimpleNamespace(num_rows_global=30), SimpleNamespace(num_rows_global=20)]))
+    next(batches)
+    next(batches)
+    assert speed.read() == {"images_per_s": 10.0, "data_wait": 0.4}
+    assert list(batches) == []
+    assert speed.read()["images_per_s"] == 0

@@ -1,0 +1,153 @@
+"""Proof of pixels: what this machine renders is what the teacher saw, or training stops with how far it is off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+import torchvision
+
+from pipeline.cache.read.reader import open_cache
+from pipeline.core.errors import CacheError
+from pipeline.student.run.checkpoint import read_config
+from pipeline.student.supervision.canaries import CanaryReport, check_canaries
+from pipeline.student.training.trainer import train
+from tests.marks import slow
+from tests.pipeline.caches import TinyCache, shard_urls
+from tests.pipeline.student.conftest import Replay
+from tests.pipeline.student.runs import cached_source, rewrite_view, run_config, set_cell
+from tests.ranks import group, run_two_ranks
+
+MAX_PIXELS = 10**6
+
+
+def check(cache: TinyCache, allowed_levels: int = 0) -> CanaryReport:
+    return check_canaries(cached_source(cache), max_pixels=MAX_PIXELS, allowed_levels=allowed_levels)
+
+
+@pytest.mark.parametrize("kind", ["crop", "function_matching", slow("everything")])
+def test_the_machine_that_built_a_cache_renders_its_canaries(replays: Replay, kind: str) -> None:
+    found = check(replays(kind))
+    assert found.num_compared >= 2
+    assert found.num_drifted == 0
+
+
+def brighter(levels: int, block: int) -> Callable[[pa.Table], pa.Table]:
+    """A digest of other pixels, whose mean differs in one of its 8 x 8 x 3 blocks."""
+
+    def mean(stored: bytes) -> bytes:
+        values = np.frombuffer(stored, np.uint8).copy()
+        values[block] = values[block] + levels if values[block] < 128 else values[block] - levels
+        return values.tobytes()
+
+    def change(table: pa.Table) -> pa.Table:
+        table = set_cell("pixel_digest", 0, bytes(16))(table)
+        return set_cell("pixel_mean", 0, mean)(table)
+
+    return change
+
+
+def test_drift_stops_training_with_its_size_and_both_versions(own_replay: Replay, tmp_path: Path) -> None:
+    cache = own_replay("crop")
+    rewrite_view(cache, "digits-00", 0, brighter(3, 50))
+    rewrite_view(cache, "digits-01", 0, brighter(7, 191))
+    with pytest.raises(CacheError, match="other pixels than those the teacher saw") as caught:
+        train(run_config(cache.config, tmp_path / "run"))
+    first = open_cache(cache.url)
+    assert caught.value.where == f"2 of 2 canaries, first {first.index(first.shards[0]).sample_ids([0])[0]}"
+    assert "differ by up to 7 of 255" in str(caught.value.got)
+    for installed in (torchvision.__version__, version("pillow"), torch.__version__):
+        assert installed in str(caught.value.got)
+        assert installed in str(caught.value.wanted)
+    assert not (tmp_path / "run").exists()
+
+
+def test_drift_smaller_than_a_level_of_any_block_is_still_drift(own_replay: Replay) -> None:
+    cache = own_replay("crop")
+    rewrite_view(cache, "digits-00", 0, set_cell("pixel_digest", 0, bytes(16)))
+    with pytest.raises(CacheError, match="differ by up to 0 of 255"):
+        check(cache)
+
+
+def test_a_cache_without_canaries_proves_nothing(own_replay: Replay) -> None:
+    cache = own_replay("crop")
+    for shard in ("digits-00", "digits-01"):
+        rewrite_view(cache, shard, 0, set_cell("pixel_digest", 0, None))
+    with pytest.raises(CacheError, match="nothing proves"):
+        check(cache)
+
+
+def test_a_changed_image_is_told_as_that_and_not_as_another_decoder(replays: Replay, tmp_path: Path) -> None:
+    cache = replays("crop")
+    opened = open_cache(cache.url)
+    index = opened.index(opened.shards[0])
+    paths: list[str] = []
+    for name, url in shard_urls(cache.config).items():
+        data = bytearray(Path(url).read_bytes())
+        if name == "digits-00":
+            data[int(index.offset[0]) + 30] ^= 1
+        (tmp_path / Path(url).name).write_bytes(bytes(data))
+        paths.append(str(tmp_path / Path(url).name))
+    source = cached_source(cache, data=cache.config.data.model_copy(update={"shards": tuple(paths)}))
+    with pytest.raises(CacheError, match="an image is not the one that was indexed"):
+        check_canaries(source, max_pixels=MAX_PIXELS)
+
+
+def test_allowed_drift_is_counted_and_its_size_told(own_replay: Replay) -> None:
+    cache = own_replay("crop")
+    rewrite_view(cache, "digits-00", 0, brighter(3, 50))
+    rewrite_view(cache, "digits-01", 0, brighter(7, 191))
+    assert check(cache, 7) == CanaryReport(num_compared=2, num_drifted=2, levels=7)
+    with pytest.raises(CacheError, match="differ by up to 7 of 255") as caught:
+        check(cache, 6)
+    assert "--allow-pixel-drift 7" in str(caught.value.next_step)
+
+
+def test_drift_of_no_level_is_allowed_by_one_and_drift_of_unknown_size_by_all_of_them(own_replay: Replay) -> None:
+    cache = own_replay("crop")
+    rewrite_view(cache, "digits-00", 0, set_cell("pixel_digest", 0, bytes(16)))
+    assert check(cache, 1) == CanaryReport(num_compared=2, num_drifted=1, levels=0)
+    rewrite_view(cache, "digits-01", 0, set_cell("pixel_digest", 0, bytes(16)))
+    rewrite_view(cache, "digits-01", 0, set_cell("pixel_mean", 0, None))
+    with pytest.raises(CacheError, match="differ by up to 255 of 255"):
+        check(cache, 254)
+
+
+def test_a_run_on_drifting_pixels_says_so_and_records_that_it_was_allowed(own_replay: Replay, tmp_path: Path) -> None:
+    cache, told = own_replay("crop"), list[str]()
+    rewrite_view(cache, "digits-00", 0, brighter(3, 50))
+
+    def report(event: dict[str, Any]) -> None:
+        if event["kind"] == "warning" and not event["text"].startswith("teacher.weights is random"):
+            told.append(event["text"])
+
+    config = run_config(cache.config, tmp_path / "run", data={"allow_pixel_drift": 4})
+    train(config, report=report)
+    assert told == [
+        "this machine makes other pixels than those the teacher saw: 1 of 2 canaries differ, block means by up to 3 of "
+        "255, which data.allow_pixel_drift allows"
+    ]
+    assert read_config(str(tmp_path / "run")).data.allow_pixel_drift == 4
+    # Nothing drifts, nothing is told.
+    told.clear()
+    train(
+        run_config(own_replay("function_matching").config, tmp_path / "other", data={"allow_pixel_drift": 4}),
+        report=report,
+    )
+    assert told == []
+
+
+def test_ranks_tell_what_any_of_them_found(tmp_path: Path) -> None:
+    own = [CanaryReport(2, 0, 0), CanaryReport(2, 1, 5)]
+    run_two_ranks(share, tmp_path, own)
+
+
+def share(rendezvous: Path, rank: int, own: list[CanaryReport]) -> None:
+    with group(rendezvous, rank) as world:
+        assert own[rank].over_ranks(world) == CanaryReport(4, 1, 5)

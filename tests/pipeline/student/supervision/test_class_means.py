@@ -1,0 +1,89 @@
+"""nd beside a teacher online: class means of a cache of this teacher, and of no other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.core.errors import CacheError, ConfigError
+from pipeline.student.training.config_checks import check_training
+from pipeline.student.training.trainer import train
+from schemas.config import Config
+from tests.pipeline.caches import TinyCache, build
+from tests.pipeline.conftest import TinyConfig
+from tests.pipeline.student.conftest import NUM_VIEWS, Replay
+from tests.pipeline.student.runs import index_shards, metrics, run_config
+
+ND = [{"name": "nd"}]
+
+
+class StoppedError(Exception):
+    """The end of a process."""
+
+
+def online(base: Config, run_url: Path, means: str, **sections: Any) -> Config:
+    teacher = {"class_means": means, **sections.pop("teacher", {})}
+    config = run_config(base, run_url, mode="online", loss=ND, teacher=teacher, **sections)
+    index_shards(config, run_url / "index")
+    return config
+
+
+def test_a_teacher_online_takes_the_class_means_of_a_cache_of_his(replays: Replay, tmp_path: Path) -> None:
+    """The cache may be over other views: the same means, so the same losses as from the cache of the views."""
+    base = replays("crop")
+    train(online(base.config, tmp_path / "own", base.url))
+    train(online(base.config, tmp_path / "other", replays("function_matching").url))
+    assert metrics(tmp_path / "own") == metrics(tmp_path / "other")
+
+
+def test_class_means_of_another_teacher_are_refused_by_its_weights(
+    replays: Replay, tiny_config: TinyConfig, tmp_path: Path
+) -> None:
+    """As wide and with as many classes: nothing else could tell."""
+    teacher = {"kwargs": {"depth": 14, "widths": [4, 4, 6, 7]}}
+    other = tiny_config(teacher=teacher, views={"kind": "crop", "count": 1})
+    build(other)
+    assert other.cache is not None
+    with pytest.raises(CacheError, match="these class means are another teacher's") as caught:
+        train(online(replays("crop").config, tmp_path / "run", other.cache.url))
+    assert "weights: " in str(caught.value.got)
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_cache_without_class_means_is_refused_before_any_work(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    base = tiny_config(cache={"class_means": "none"})
+    build(base)
+    assert base.cache is not None
+    config = online(base, tmp_path / "run", base.cache.url)
+    for refuse in (train, check_training):
+        with pytest.raises(ConfigError, match="this cache has none") as caught:
+            refuse(config)
+        assert caught.value.where == f"teacher.class_means: {base.cache.url}"
+
+
+def test_class_means_of_another_number_of_classes_are_refused(replays: Replay, tmp_path: Path) -> None:
+    cache = replays("crop")
+    config = online(cache.config, tmp_path / "run", cache.url, data={"num_classes": 11})
+    with pytest.raises(ConfigError, match="another number of classes") as caught:
+        check_training(config)
+    assert caught.value.got == "K = 10"
+
+
+def test_a_run_online_keeps_to_the_class_means_it_was_begun_with(own_replay: Replay, tmp_path: Path) -> None:
+    cache: TinyCache = own_replay("crop")
+    config = online(cache.config, tmp_path / "run", cache.url)
+
+    def stop(event: dict[str, Any]) -> None:
+        if event["kind"] == "step":
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        train(config, report=stop)
+    pinned = (tmp_path / "run" / "manifest.json").read_bytes()
+    assert pinned == (Path(cache.url) / "manifest.json").read_bytes()
+    build(cache.config.model_copy(update={"views": cache.config.views.model_copy(update={"count": NUM_VIEWS + 1})}))
+    assert pinned != (Path(cache.url) / "manifest.json").read_bytes()
+    train(config)
+    assert (tmp_path / "run" / "manifest.json").read_bytes() == pinned

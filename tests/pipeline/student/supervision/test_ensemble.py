@@ -1,0 +1,450 @@
+"""Several teachers: their losses are summed, over the same views of the same samples, or training does not begin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline import storage
+from pipeline.cache.read.reader import TeacherCache, open_cache
+from pipeline.core.errors import CacheError, ConfigError
+from pipeline.shards.writer import Members, pack_shards
+from pipeline.student.data.ensemble import check_same_plans, check_same_samples, check_same_shards
+from pipeline.student.evaluation.evaluator import evaluate_run
+from pipeline.student.run import checkpoint
+from pipeline.student.supervision.canaries import check_canaries
+from pipeline.student.training.config_checks import check_config, check_training
+from pipeline.student.training.trainer import train
+from schemas.config import Config
+from tests.marks import slow
+from tests.pipeline.caches import TinyCache, build, cache_section, copy_of, digit_samples
+from tests.pipeline.student.conftest import NUM_VIEWS, Replay
+from tests.pipeline.student.runs import (
+    CE,
+    KD,
+    NORMALISED,
+    SMALL,
+    cached_source,
+    index_shards,
+    metrics,
+    rewrite_view,
+    run_config,
+    set_cell,
+)
+
+SIZED = {**SMALL, "size": 16}
+ALL_TERMS = [*CE, {"name": "kd", "temperature": 2.0}, {"name": "dist"}, {"name": "nd"}]
+EVERY_LOSS = [
+    *CE,
+    *({"name": name, "temperature": 1.0} for name in ("kd", "dist", "dkd")),
+    *({"name": name} for name in ("hard", "nd", "cosine", "mse")),
+]
+REVIEW = {"name": "review_kd", "student_layers": ["conv2"], "teacher_layers": ["layer3"]}
+Rebuild = Callable[..., TinyCache]
+
+
+def together(url: Path, *caches: TinyCache, **sections: Any) -> Config:
+    """A run of ``Small`` at 16 pixels from several caches."""
+    own = {"data": {"shards": None}, "teacher": {"model": None}, "student": SIZED, **sections}
+    own["data"] = {"cache": [cache.url for cache in caches], **own["data"]}
+    return run_config(caches[0].config, url, **own)
+
+
+def online(url: Path, first: TinyCache, *others: TinyCache, **sections: Any) -> Config:
+    """The same run with the teachers of these caches online, each with the class means of its cache."""
+    listed = [
+        {
+            **cache.config.teacher.model_dump(mode="json", exclude_unset=True),
+            "size": cache.config.views.size,
+            "class_means": cache.url,
+        }
+        for cache in others
+    ]
+    teacher = {"class_means": first.url, "others": listed, **sections.pop("teacher", {})}
+    config = run_config(first.config, url, mode="online", **{"student": SIZED, "teacher": teacher, **sections})
+    index_shards(config, url / "index")
+    return config
+
+
+@pytest.fixture
+def rebuilt(replays: Replay, tmp_path: Path) -> Rebuild:
+    """``rebuilt(views={"seed": 5})``: a cache of two views, a few keys of whose config are others."""
+
+    def make(**sections: dict[str, Any]) -> TinyCache:
+        tree = replays("crop").config.model_dump(mode="json", exclude_unset=True)
+        changes = {"views": {"count": 2}, "cache": {"url": str(tmp_path / "rebuilt"), "class_means": "none"}}
+        for part in (changes, sections):
+            for section, keys in part.items():
+                tree[section] = {**tree[section], **keys}
+        config = Config.model_validate(tree)
+        build(config)
+        return TinyCache(cache_section(config).url, config)
+
+    return make
+
+
+def first_step(url: Path, *caches: TinyCache, loss: list[dict[str, Any]]) -> dict[str, float]:
+    train(together(url, *caches, loss=loss, train={"epochs": 1}))
+    return metrics(url)[0]
+
+
+@pytest.mark.parametrize("name", ["kd", "dist"])
+def test_a_loss_is_the_sum_of_what_it_is_with_each_teacher_alone(
+    replays: Replay, colleague: TinyCache, tmp_path: Path, name: str
+) -> None:
+    """Before the first step the student, its rows and its views are the same for any teacher."""
+    loss = [{"name": name, "temperature": 2.0, "weight": 0.5}]
+    both = first_step(tmp_path / "both", replays("crop"), colleague, loss=loss)
+    alone = [
+        first_step(tmp_path / str(number), cache, loss=loss)[f"loss/{name}"]
+        for number, cache in enumerate((replays("crop"), colleague))
+    ]
+    assert alone[0] != pytest.approx(alone[1], rel=1e-3)
+    assert [both[f"loss/{name}/{number}"] for number in (0, 1)] == pytest.approx(alone, rel=1e-6)
+    assert both[f"loss/{name}"] == pytest.approx(sum(alone), rel=1e-6)
+    assert both["loss"] == pytest.approx(0.5 * sum(alone), rel=1e-6)
+
+
+def test_two_teachers_who_say_the_same_teach_as_one_of_twice_the_weight(replays: Replay, tmp_path: Path) -> None:
+    one, twin = replays("crop"), copy_of(replays("crop"), tmp_path / "twin")
+    train(together(tmp_path / "two", one, twin, student=NORMALISED | {"size": 16}))
+    train(together(tmp_path / "one", one, student=NORMALISED | {"size": 16}, loss=[{**KD[0], "weight": 2.0}]))
+    for two, alone in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
+        assert two["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+
+
+def test_a_list_of_one_is_that_one(replays: Replay, tmp_path: Path) -> None:
+    config = replays("crop").config
+    train(run_config(config, tmp_path / "text"))
+    train(run_config(config, tmp_path / "list", data={"cache": [replays("crop").url]}))
+    assert metrics(tmp_path / "list") == metrics(tmp_path / "text")
+    assert not (tmp_path / "list" / "manifest-1.json").exists()
+
+
+@pytest.mark.slow
+def test_a_student_learns_from_two_teachers_of_different_widths_by_every_loss(
+    replays: Replay, colleague: TinyCache, tmp_path: Path
+) -> None:
+    train(together(tmp_path, replays("crop"), colleague, loss=ALL_TERMS, train={"epochs": 10, "lr": 0.02}))
+    curve = [record["loss"] for record in metrics(tmp_path)]
+    assert sum(curve[-5:]) < 0.8 * sum(curve[:5])
+    state = checkpoint.load(str(tmp_path), checkpoint.LAST)
+    assert state is not None
+    assert [state["projectors"][f"nd.{number}.2.weight"].shape for number in (0, 1)] == [(7, 16), (9, 16)]
+
+
+@pytest.mark.slow
+def test_two_teachers_resume_bitwise(replays: Replay, colleague: TinyCache, tmp_path: Path) -> None:
+    caches, keys = (replays("crop"), colleague), {"loss": ALL_TERMS, "train": {"epochs": 3}}
+    train(together(tmp_path / "straight", *caches, **keys))
+    stopped = together(tmp_path / "stopped", *caches, **keys)
+
+    def report(event: dict[str, Any]) -> None:
+        if event["kind"] == "step" and event["step"] == 9:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(stopped, report=report)
+    train(stopped)
+    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "straight")
+    one, other = (checkpoint.load(str(tmp_path / name), checkpoint.LAST) for name in ("straight", "stopped"))
+    assert one is not None
+    assert other is not None
+    for part in ("model", "projectors"):
+        assert all(torch.equal(value, other[part][key]) for key, value in one[part].items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "size", "accumulate"),
+    [("crop", 16, 1), slow("function_matching", 12, 1), slow("function_matching", 24, 2)],
+)
+def test_parity_every_loss_of_two_cached_teachers_is_that_of_the_two_online(
+    replays: Replay, colleagues: Replay, tmp_path: Path, kind: str, size: int, accumulate: int
+) -> None:
+    """They eat 16 and 12 pixels, and embed into 7 and 9 dimensions."""
+    caches = replays(kind), colleagues(kind)
+    keys: dict[str, Any] = {
+        "student": {**NORMALISED, "size": size},
+        "loss": EVERY_LOSS,
+        # A slow descent: on so many terms at once, larger steps would multiply errors of rounding.
+        "train": {"epochs": 8, "optimizer": "sgd", "momentum": 0.0, "lr": 0.002, "accumulate": accumulate},
+    }
+    train(together(tmp_path / "cached", *caches, **keys))
+    train(online(tmp_path / "online", *caches, **keys))
+    cached, asked = metrics(tmp_path / "cached"), metrics(tmp_path / "online")
+    assert len(cached) == 40
+    for one, other in zip(cached, asked, strict=True):
+        assert {f"loss/{term['name']}/{number}" for term in EVERY_LOSS[1:] for number in (0, 1)} < one.keys()
+        assert one.keys() == other.keys()
+        for name in one:
+            assert one[name] == pytest.approx(other[name], rel=1e-4), name
+    for name, cache in zip(("manifest.json", "manifest-1.json"), caches, strict=True):
+        assert (tmp_path / "online" / name).read_bytes() == storage.read(f"{cache.url}/manifest.json")
+
+
+def test_class_means_of_another_of_the_teachers_online_are_refused(
+    replays: Replay, colleague: TinyCache, tmp_path: Path
+) -> None:
+    config = online(tmp_path / "run", replays("crop"), colleague, loss=[{"name": "nd"}])
+    first, other = config.teacher, config.teacher.others[0]
+    other = other.model_copy(update={"class_means": first.class_means})
+    with pytest.raises(CacheError, match="these class means are another teacher's") as caught:
+        train(config.model_copy(update={"teacher": first.model_copy(update={"others": (other,)})}))
+    assert caught.value.where == f"teacher.others.0.class_means: {replays('crop').url}"
+
+
+OTHER: dict[str, Any] = {"model": "timm/resnet18", "weights": "random", "size": 16}
+
+
+@pytest.mark.parametrize(
+    ("sections", "told"),
+    [
+        ({"teacher": {"mode": "cache", "others": [OTHER]}}, "none is asked online"),
+        ({"teacher": {"mode": "none", "others": [OTHER]}, "loss": CE}, "none is asked online"),
+        ({"teacher": {"others": [OTHER, {}]}}, "no teacher.others.1.model"),
+        ({"teacher": {"others": [OTHER, OTHER]}}, "a teacher is named twice\n  where:  teacher.others.1"),
+        ({"teacher": {"others": [OTHER]}, "loss": [REVIEW]}, "feature maps of one teacher"),
+        (
+            {"teacher": {"others": [OTHER], "class_means": "x"}, "loss": [{"name": "nd"}]},
+            "teacher.others.0.class_means",
+        ),
+    ],
+)
+def test_teachers_that_cannot_be_asked_together_are_refused_by_the_config_alone(
+    replays: Replay, tmp_path: Path, sections: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_config(run_config(replays("crop").config, tmp_path, mode="online", **sections))
+    assert told in str(caught.value)
+
+
+def test_the_first_teacher_among_the_others_would_count_twice(replays: Replay, tmp_path: Path) -> None:
+    config = online(tmp_path, replays("crop"), replays("crop"))
+    with pytest.raises(ConfigError, match="a teacher is named twice"):
+        check_config(config)
+
+
+def test_views_are_as_many_as_the_fewest_of_any_cache(replays: Replay, colleague: TinyCache) -> None:
+    source = cached_source(replays("crop"), colleague)
+    assert [source.view_of(epoch) for epoch in (0, NUM_VIEWS - 3, NUM_VIEWS - 2, NUM_VIEWS)] == [0, 9, 0, 2]
+
+
+def test_each_teachers_words_are_of_the_rows_asked_for(replays: Replay, colleague: TinyCache) -> None:
+    caches, rows = (replays("crop"), colleague), np.array([3, 0, 12], np.int32)
+    found = cached_source(*caches).rows(1, rows, 4)
+    for cache, words in zip(caches, found.words, strict=True):
+        columns = open_cache(cache.url).view("digits-01", 4)
+        assert np.array_equal(words.dense([1.0])[None], columns.logits_NK[rows])
+        assert np.array_equal(words.norm_N, columns.embedding_norm_N[rows])
+
+
+@pytest.mark.slow
+def test_a_run_keeps_to_the_state_of_each_of_its_caches(replays: Replay, colleague: TinyCache, tmp_path: Path) -> None:
+    grown = copy_of(colleague, tmp_path / "grown")
+    keys: dict[str, Any] = {"train": {"epochs": NUM_VIEWS, "eval_every_epochs": 0}}
+    train(together(tmp_path / "straight", replays("crop"), colleague, **keys))
+    config = together(tmp_path / "run", replays("crop"), grown, **keys)
+
+    def report(event: dict[str, Any]) -> None:
+        if event["kind"] == "step":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, report=report)
+    before = (tmp_path / "run" / "manifest-1.json").read_bytes()
+    build(grown.config.model_copy(update={"views": grown.config.views.model_copy(update={"count": NUM_VIEWS})}))
+    train(config)
+    assert (tmp_path / "run" / "manifest-1.json").read_bytes() == before != storage.read(f"{grown.url}/manifest.json")
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "straight")
+
+
+def opened(*caches: TinyCache) -> list[TeacherCache]:
+    return [open_cache(cache.url) for cache in caches]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sections", "what", "got"),
+    [
+        ({"views": {"seed": 5, "flip": 0.25}}, "different views", "flip: 0.5 -> 0.25; seed: 0 -> 5"),
+        ({"views": {"kind": "function_matching"}}, "different views", "kind: crop -> function_matching"),
+        ({"data": {"num_classes": 12}}, "different classes", "num_classes: 10 -> 12"),
+        ({"data": {"max_pixels": 10**6}}, "different rules", "max_pixels: 64000000 -> 1000000"),
+    ],
+)
+def test_caches_of_another_plan_are_refused_with_the_difference_spelled_out(
+    replays: Replay, rebuilt: Rebuild, tmp_path: Path, sections: dict[str, Any], what: str, got: str
+) -> None:
+    other = rebuilt(**sections)
+    config = together(tmp_path / "run", replays("crop"), other)
+    for refuse in (train, check_training):
+        with pytest.raises(CacheError, match=what) as caught:
+            refuse(config)
+        assert caught.value.got == got
+        assert caught.value.where == f"{replays('crop').url} -> {other.url}"
+    assert not (tmp_path / "run").exists()
+
+
+def test_caches_over_other_shards_need_those_that_all_hold_to_be_named(
+    replays: Replay, rebuilt: Rebuild, digits_shards: list[str], tmp_path: Path
+) -> None:
+    caches = replays("crop"), rebuilt(data={"shards": digits_shards[1:]})
+    for one, other, got in ((0, 1, "1 missing: digits-00"), (1, 0, "1 beyond the other's: digits-00")):
+        with pytest.raises(CacheError, match="hold different shards") as caught:
+            check_same_shards(opened(caches[one], caches[other]))
+        assert caught.value.got == got
+    with pytest.raises(CacheError, match="hold different shards"):
+        train(together(tmp_path / "all", *caches))
+    with pytest.raises(CacheError, match="1 of 2 shards are not in the cache") as caught:
+        train(together(tmp_path / "two", *caches, data={"shards": digits_shards}))
+    assert caught.value.where == caches[1].url
+    train(together(tmp_path / "one", *caches, data={"shards": digits_shards[1]}))
+    assert len(metrics(tmp_path / "one")) == 4
+
+
+def changed_samples(change: Callable[[int, str, Members], tuple[str, Members] | None]) -> Iterator[tuple[str, Members]]:
+    for row, (key, members) in enumerate(digit_samples(35)):
+        if (sample := change(row, key, members)) is not None:
+            yield sample
+
+
+SAMPLES: dict[str, tuple[Callable[..., Any], str]] = {
+    "label": (
+        lambda row, key, members: (key, {**members, "cls": b"7"} if row == 22 else members),
+        "digits-01/digit-0022 label: 2 -> 7",
+    ),
+    "image": (
+        lambda row, key, members: (key, {**members, "png": members["png"] + b"\0"} if row == 4 else members),
+        "digits-00/digit-0004 content_hash: ",
+    ),
+    "key": (
+        lambda row, key, members: ("other" if row == 30 else key, members),
+        "digits-01/digit-0030 key: digit-0030 -> other",
+    ),
+    "number": (lambda row, key, members: (key, members) if row < 33 else None, "digits-01 had 15 samples -> 13"),
+    "status": (
+        lambda row, key, members: (key, {**members, "png": b"nothing"} if row == 20 else members),
+        "digits-01/digit-0020 status: ",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", SAMPLES)
+def test_caches_of_other_samples_are_refused_by_the_first_that_differs(
+    replays: Replay, rebuilt: Rebuild, tmp_path: Path, what: str
+) -> None:
+    change, told = SAMPLES[what]
+    shards = pack_shards(changed_samples(change), f"{tmp_path}/digits-%02d.tar", shard_size=20)
+    other = rebuilt(data={"shards": shards, "bad_samples": "skip"})
+    with pytest.raises(CacheError, match="1 shards of these caches hold different samples") as caught:
+        train(together(tmp_path / "run", replays("crop"), other))
+    assert str(caught.value.got).startswith(told)
+    assert not (tmp_path / "run").exists()
+
+
+def test_where_the_bytes_of_a_sample_lie_in_its_tar_does_not_matter(
+    replays: Replay, rebuilt: Rebuild, tmp_path: Path
+) -> None:
+    """Tars with a further member a sample: other offsets, so other indexes, of the same images and labels."""
+    samples = changed_samples(lambda _, key, members: (key, {"json": b"{}", **members}))
+    shards = pack_shards(samples, f"{tmp_path}/digits-%02d.tar", shard_size=20)
+    other = rebuilt(data={"shards": shards})
+    one, two = opened(replays("crop"), other)
+    assert {shard.index_sha256 for shard in one.shards}.isdisjoint(shard.index_sha256 for shard in two.shards)
+    check_same_samples([one, two], ["digits-00", "digits-01"])
+    train(together(tmp_path / "run", replays("crop"), other))
+
+
+def test_a_view_that_was_changed_in_one_cache_stops_at_the_join(own_replay: Replay, colleague: TinyCache) -> None:
+    cache = own_replay("crop")
+    rewrite_view(cache, "digits-01", 2, set_cell("flip", 6, lambda flip: not flip))
+    source = cached_source(colleague, cache)
+    source.rows(1, np.arange(15, dtype=np.int32), 1)
+    with pytest.raises(CacheError, match="1 rows were seen otherwise by another teacher") as caught:
+        source.rows(1, np.arange(15, dtype=np.int32), 2)
+    assert caught.value.where == "view 2 of digits-01, row 6"
+    assert "flip_N" in str(caught.value.got)
+
+
+def test_the_canaries_of_each_cache_are_checked_at_its_teachers_size(own_replay: Replay, colleague: TinyCache) -> None:
+    cache = own_replay("crop")
+    alone = [check_canaries(cached_source(one), max_pixels=10**6) for one in (colleague, cache)]
+    both = check_canaries(cached_source(colleague, cache), max_pixels=10**6)
+    assert both.num_compared == sum(found.num_compared for found in alone)
+    rewrite_view(cache, "digits-00", 0, set_cell("pixel_digest", 0, bytes(16)))
+    with pytest.raises(CacheError, match="other pixels than those the teacher saw"):
+        check_canaries(cached_source(colleague, cache), max_pixels=10**6)
+
+
+def test_a_cache_without_canaries_is_not_proven_by_another(own_replay: Replay, colleague: TinyCache) -> None:
+    cache = own_replay("crop")
+    for shard in ("digits-00", "digits-01"):
+        rewrite_view(cache, shard, 0, set_cell("pixel_digest", 0, None))
+    with pytest.raises(CacheError, match="nothing proves") as caught:
+        check_canaries(cached_source(colleague, cache), max_pixels=10**6)
+    assert caught.value.where == cache.url
+
+
+def test_a_cache_that_lacks_what_a_loss_needs_is_named(replays: Replay, rebuilt: Rebuild, tmp_path: Path) -> None:
+    other = rebuilt()
+    with pytest.raises(ConfigError, match="nd needs class means, and this cache has none") as caught:
+        train(together(tmp_path / "run", replays("crop"), other, loss=ALL_TERMS))
+    assert caught.value.where == other.url
+
+
+@pytest.mark.parametrize("run", [together, online])
+def test_teachers_of_different_sizes_leave_the_students_to_be_said(
+    replays: Replay, colleague: TinyCache, tmp_path: Path, run: Callable[..., Config]
+) -> None:
+    with pytest.raises(ConfigError, match="different input sizes") as caught:
+        train(run(tmp_path / "run", replays("crop"), colleague, student=SMALL))
+    assert caught.value.got == "teachers of 12, 16 pixels"
+
+
+def test_one_teacher_cannot_be_named_beside_two_caches(replays: Replay, colleague: TinyCache, tmp_path: Path) -> None:
+    teacher = replays("crop").config.teacher.model_dump(mode="json", exclude_unset=True)
+    with pytest.raises(ConfigError, match="names one teacher, and this run learns from several") as caught:
+        train(together(tmp_path / "run", replays("crop"), colleague, teacher=teacher))
+    assert caught.value.where == "teacher.model"
+
+
+@pytest.mark.parametrize(
+    ("urls", "told"), [(["a", "b", "a"], "names a cache twice"), ([], "no data.cache")], ids=["twice", "none"]
+)
+def test_a_list_of_caches_that_cannot_be_meant_is_refused_by_the_config_alone(
+    replays: Replay, tmp_path: Path, urls: list[str], told: str
+) -> None:
+    with pytest.raises(ConfigError, match=told):
+        check_config(run_config(replays("crop").config, tmp_path, data={"cache": urls}))
+
+
+def test_a_run_in_the_folder_of_any_of_its_caches_is_refused(replays: Replay, colleague: TinyCache) -> None:
+    with pytest.raises(ConfigError, match="cannot share a folder"):
+        check_config(together(Path(colleague.url), replays("crop"), colleague))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", [together, online])
+def test_a_run_of_several_teachers_evaluates_without_agreement(
+    replays: Replay, colleague: TinyCache, digits_shards: list[str], tmp_path: Path, run: Callable[..., Config]
+) -> None:
+    train(run(tmp_path, replays("crop"), colleague, data={"val_shards": digits_shards}))
+    summary = checkpoint.read_summary(str(tmp_path))
+    assert summary is not None
+    found = evaluate_run(
+        str(tmp_path), tuple(digits_shards), checkpoint_name="last", num_threads=1, device=torch.device("cpu")
+    )
+    assert (found.top1, found.agreement) == (summary["top1"], None)
+
+
+def test_plans_that_agree_are_of_any_teachers(replays: Replay, colleague: TinyCache) -> None:
+    caches = opened(replays("crop"), colleague)
+    check_same_plans(caches)
+    check_same_shards(caches)
+    check_same_samples(caches, [shard.shard_id for shard in caches[0].shards])

@@ -1,0 +1,84 @@
+"""Training images among the validation images are counted and named, by the bytes of the images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.shards.index import index_shard
+from pipeline.shards.writer import pack_shards
+from pipeline.student.distributed import World
+from pipeline.student.supervision.overlap import SeenImages
+from pipeline.student.training.trainer import train
+from schemas.config import Config
+from tests.pipeline.caches import TinyCache, digit_samples
+from tests.pipeline.student.conftest import Replay
+from tests.pipeline.student.runs import CE, cached_source, indexed_source, run_config
+from tests.ranks import group, run_two_ranks
+
+
+@pytest.fixture
+def validation(tmp_path: Path) -> list[str]:
+    """Two shards of 24 and 16 digits under other keys, 5 of which are training images: numbers 30 to 34."""
+    renamed = ((f"held-out-{key}", members) for row, (key, members) in enumerate(digit_samples(70)) if row >= 30)
+    return pack_shards(renamed, f"{tmp_path}/val-%02d.tar", shard_size=24)
+
+
+def warnings_of(config: Config) -> list[str]:
+    told: list[dict[str, Any]] = []
+    train(config, report=told.append)
+    texts = [event["text"] for event in told if event["kind"] == "warning"]
+    # The teacher of these tests has random weights, of which every run warns.
+    return [text for text in texts if not text.startswith("teacher.weights is random")]
+
+
+@pytest.mark.parametrize("mode", ["cache", "none"])
+def test_images_in_both_sets_are_warned_of_once_with_their_number_and_names(
+    replays: Replay, validation: list[str], tmp_path: Path, mode: str
+) -> None:
+    base = replays("crop").config
+    keys: dict[str, Any] = {"loss": CE, "data": {"val_shards": validation}, "train": {"epochs": 2}}
+    if mode == "none":
+        indexed_source(base, tmp_path / "run" / "index")
+    (text,) = warnings_of(run_config(base, tmp_path / "run", mode=mode, **keys))
+    assert text.startswith("5 training images are also in the validation shards")
+    assert "digits-01/digit-0030, digits-01/digit-0031, digits-01/digit-0032, …" in text
+
+
+def test_disjoint_sets_are_not_warned_of(replays: Replay, validation: list[str], tmp_path: Path) -> None:
+    keys: dict[str, Any] = {"loss": CE, "data": {"val_shards": validation[1]}}
+    assert warnings_of(run_config(replays("crop").config, tmp_path / "run", **keys)) == []
+
+
+def test_a_run_that_evaluates_only_at_its_end_is_warned_then(
+    replays: Replay, validation: list[str], tmp_path: Path
+) -> None:
+    keys: dict[str, Any] = {"loss": CE, "data": {"val_shards": validation}, "train": {"eval_every_epochs": 0}}
+    assert len(warnings_of(run_config(replays("crop").config, tmp_path / "run", **keys))) == 1
+
+
+def test_nothing_seen_overlaps_with_nothing(replays: Replay) -> None:
+    found = SeenImages().overlap(cached_source(replays("crop")), World())
+    assert (found.num_rows, found.sample_ids) == (0, ())
+
+
+def compare(rendezvous: Path, rank: int, cache: TinyCache, seen_by_rank: list[list[str]]) -> None:
+    """Training indexes are dealt to both ranks, shard 0 to one and shard 1 to the other."""
+    with group(rendezvous, rank) as world:
+        seen = SeenImages()
+        for url in seen_by_rank[rank]:
+            seen.add(index_shard(Path(url), cache.config.data, where=url))
+        source = cached_source(cache)
+        found = seen.overlap(source, world)
+        source.close()
+        assert found.num_rows == 9
+        assert found.sample_ids == ("digits-00/digit-0003", "digits-00/digit-0005", "digits-00/digit-0007")
+
+
+def test_ranks_count_the_images_that_either_has_read(replays: Replay, validation: list[str], tmp_path: Path) -> None:
+    """Rank 1 has read nothing but images of rank 0's training shard, and the other way round."""
+    early = ((key, members) for row, (key, members) in enumerate(digit_samples(12)) if row in (3, 5, 7, 11))
+    seen_by_rank = [validation, pack_shards(early, f"{tmp_path}/early-%02d.tar", shard_size=24)]
+    run_two_ranks(compare, tmp_path, replays("crop"), seen_by_rank)

@@ -1,0 +1,90 @@
+"""The memory layout of a student: channels-last, unless torch's backward pass of one of its layers can crash there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.models import load_model, unsafe_in_channels_last
+from pipeline.student.distributed import World
+from pipeline.student.training.trainer import Trainer
+from schemas.config import StudentConfig
+from tests.pipeline.student.conftest import Replay
+from tests.pipeline.student.runs import run_config
+
+CPU = torch.device("cpu")
+
+
+def resnet(*widths: int) -> dict[str, Any]:
+    kwargs = {"depth": 8, "widths": list(widths)}
+    return {"model": "python:pipeline.models.cifar:resnet", "kwargs": kwargs, "mean": [0.5] * 3, "std": [0.5] * 3}
+
+
+def unsafe(*widths: int) -> list[str]:
+    config = StudentConfig.model_validate(resnet(*widths))
+    return unsafe_in_channels_last(load_model(config, num_classes=10, size=32).module.network, CPU)
+
+
+def test_narrow_convolutions_with_a_stride_are_found() -> None:
+    assert len(unsafe(16, 16, 32, 64)) == 0
+    assert len(unsafe(8, 8, 16, 32)) == 1
+    assert len(unsafe(3, 4, 8, 9)) == 2
+
+
+@pytest.mark.parametrize(
+    ("layer", "found"),
+    [
+        (nn.Conv2d(3, 4, 1, stride=2), True),
+        (nn.Conv2d(8, 64, 1, stride=2, bias=False), True),
+        (nn.Conv2d(8, 8, 1, stride=(1, 2)), True),
+        (nn.Conv2d(1, 4, 1, stride=2), True),
+        (nn.Conv2d(9, 4, 1, stride=2), False),
+        (nn.Conv2d(8, 8, 1), False),
+        (nn.Conv2d(8, 8, 3, stride=2), False),
+    ],
+    ids=str,
+)
+def test_only_strided_1x1_convolutions_of_up_to_8_channels_are(layer: nn.Conv2d, found: bool) -> None:
+    assert unsafe_in_channels_last(layer, CPU) == ([""] if found else [])
+    assert unsafe_in_channels_last(layer, torch.device("cuda")) == []
+
+
+NARROW, WIDE = (8, 8, 16, 32), (16, 16, 32, 64)
+
+
+@pytest.mark.parametrize(
+    ("widths", "option", "channels_last", "warned"),
+    [
+        (NARROW, None, False, "in contiguous memory"),
+        (NARROW, True, True, "train.channels_last is true"),
+        (NARROW, False, False, "in contiguous memory"),
+        (WIDE, None, True, ""),
+        (WIDE, False, False, ""),
+    ],
+)
+def test_weights_and_images_lie_as_the_config_or_the_network_decides(
+    replays: Replay, tmp_path: Path, widths: tuple[int, ...], option: bool | None, channels_last: bool, warned: str
+) -> None:
+    """One epoch; what torch lays out is looked at, since 8 channels crash at 64 pixels alone and with AVX-512."""
+    train = {"epochs": 1, "tail": "short", "global_batch_size": 7, "channels_last": option}
+    config = run_config(replays("crop").config, tmp_path, student=resnet(*widths), train=train)
+    texts: list[str] = []
+    trainer = Trainer(config, World(), lambda event: texts.append(str(event.get("text", ""))))
+    layouts: set[bool] = set()
+    trainer.student.register_forward_pre_hook(
+        lambda _, images: layouts.add(images[0].is_contiguous(memory_format=torch.channels_last))
+    )
+    trainer.run()
+    trainer.close()
+    assert layouts == {channels_last}
+    weights = [layer.weight for layer in trainer.student.modules() if isinstance(layer, nn.Conv2d)]
+    wide = [weight for weight in weights if min(weight.shape[1:]) > 1]
+    assert wide
+    assert {weight.is_contiguous(memory_format=torch.channels_last) for weight in wide} == {channels_last}
+    (text,) = [text for text in texts if "channels-last memory" in text] or [""]
+    assert warned in text
+    assert bool(text) == bool(warned)

@@ -1,0 +1,137 @@
+"""Micro-batches: every row once, mates together, and the gradients of the whole batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.core.errors import ConfigError
+from pipeline.shards.writer import pack_shards
+from pipeline.student.distributed import World
+from pipeline.student.run import checkpoint
+from pipeline.student.training.micro_batches import cuts, fewest_rows, micro_batches, num_pieces
+from pipeline.student.training.trainer import Trainer, train
+from tests.marks import slow
+from tests.pipeline.caches import digit_samples
+from tests.pipeline.conftest import TinyConfig
+from tests.pipeline.student.conftest import Replay
+from tests.pipeline.student.runs import (
+    CE,
+    KD,
+    NORMALISED,
+    SMALL,
+    cached_source,
+    dataset,
+    index_shards,
+    metrics,
+    run_config,
+)
+
+
+@given(st.integers(0, 200), st.integers(1, 20), st.sampled_from([1, 2]))
+def test_cuts_cover_all_rows_in_order_at_even_places_and_in_sizes_that_differ_by_a_unit(
+    num_rows: int, pieces: int, rows_per_unit: int
+) -> None:
+    found = cuts(num_rows, pieces, rows_per_unit=rows_per_unit)
+    assert [row for piece in found for row in range(piece.start, piece.stop)] == list(range(num_rows))
+    assert all(piece.start % rows_per_unit == 0 for piece in found[:-1] if piece.stop > piece.start)
+    sizes = [piece.stop - piece.start for piece in found]
+    assert len(sizes) == pieces
+    assert max(sizes) - min(sizes) <= 2 * rows_per_unit - 1
+    assert fewest_rows(num_rows, pieces, rows_per_unit=rows_per_unit) == min(sizes)
+
+
+@given(st.integers(1, 20), st.integers(1, 300), st.data())
+def test_a_short_step_has_no_larger_pieces_than_a_full_one(accumulate: int, size: int, data: st.DataObject) -> None:
+    num_rows = data.draw(st.integers(1, size))
+    pieces = num_pieces(accumulate, num_rows, size)
+    assert 1 <= pieces <= accumulate
+    assert num_pieces(accumulate, size, size) == accumulate
+    assert num_rows / pieces <= size / accumulate
+
+
+@pytest.mark.slow
+def test_pieces_hold_what_the_batch_held_and_mates_stay_together(replays: Replay) -> None:
+    cache = replays("everything")
+    source = cached_source(cache)
+    batch = dataset(source, cache.config.views)[4]
+    assert len(batch.sample_ids) == 3, "the short last step: a pair, or two that are not mixed, and a single row"
+    for whole in (dataset(source, cache.config.views)[1], batch):
+        pieces = micro_batches(whole, 2)
+        assert [one for piece in pieces for one in piece.sample_ids] == whole.sample_ids
+        assert whole.partner_B is not None
+        for name in ("pixels_BCHW", "labels_B", "lambda_B", "cut_B4"):
+            assert torch.equal(torch.cat([getattr(piece, name) for piece in pieces]), getattr(whole, name))
+        logits = [piece.words[0].logits_at(1.0) for piece in pieces]
+        assert torch.equal(torch.cat([one for one in logits if one is not None]), whole.words[0].logits_at(1.0))
+        mates = [piece.sample_ids[row] for piece in pieces for row in piece.partner_B.tolist()]
+        assert mates == [whole.sample_ids[row] for row in whole.partner_B.tolist()]
+        assert {piece.num_rows_global for piece in pieces} == {whole.num_rows_global}
+
+
+@pytest.mark.parametrize("kind", ["crop", "function_matching"])
+@pytest.mark.parametrize("pieces", [slow(2), 3])
+def test_accumulated_gradients_are_those_of_the_whole_batch(
+    replays: Replay, tmp_path: Path, kind: str, pieces: int
+) -> None:
+    """Plain SGD of a student without BatchNorm: weights differ as gradients do. Batches of 16 in pieces of 4 to 8 rows,
+    and a last one of 3 in fewer."""
+    base = replays(kind).config
+    keys = {"epochs": 2, "global_batch_size": 16, "optimizer": "sgd", "momentum": 0.0, "lr": 0.1}
+    for accumulate in (1, pieces):
+        config = {"loss": [*CE, *KD], "train": {**keys, "accumulate": accumulate}}
+        train(run_config(base, tmp_path / str(accumulate), **config))
+    whole, cut = (metrics(tmp_path / str(accumulate)) for accumulate in (1, pieces))
+    for name in ("loss", "loss/ce", "loss/kd"):
+        losses = torch.tensor([[record[name] for record in records] for records in (whole, cut)])
+        torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-6)
+    weights = [checkpoint.load(str(tmp_path / str(accumulate)), checkpoint.LAST) for accumulate in (1, pieces)]
+    assert weights[0] is not None
+    assert weights[1] is not None
+    for name, value in weights[0]["model"].items():
+        torch.testing.assert_close(weights[1]["model"][name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_a_mean_over_labelled_rows_is_one_of_the_step_and_not_of_its_pieces(
+    tiny_config: TinyConfig, tmp_path: Path
+) -> None:
+    """Every third row has a label, so that pieces of two rows have none, one, or rarely two."""
+    samples = (
+        (key, {name: data for name, data in members.items() if name == "png" or row % 3 == 0})
+        for row, (key, members) in enumerate(digit_samples(35))
+    )
+    shards = pack_shards(samples, f"{tmp_path}/few-%02d.tar", shard_size=20)
+    base = tiny_config(data={"shards": shards, "missing_labels": "ignore"}, views={"kind": "crop"})
+    curves: list[list[float]] = []
+    for accumulate in (1, 4):
+        keys = {"epochs": 2, "optimizer": "sgd", "momentum": 0.0, "lr": 0.1, "accumulate": accumulate}
+        url = tmp_path / str(accumulate)
+        config = run_config(base, url, mode="none", loss=CE, train=keys)
+        index_shards(config, url / "index")
+        train(config)
+        curves.append([record["loss"] for record in metrics(url)])
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("student", "accumulate", "refused"),
+    [(NORMALISED, 7, True), (NORMALISED, 4, True), (NORMALISED, 3, False), (SMALL, 7, False), (SMALL, 8, True)],
+    ids=str,
+)
+def test_micro_batches_have_the_rows_that_a_student_can_be_trained_on(
+    replays: Replay, tmp_path: Path, student: dict[str, Any], accumulate: int, refused: bool
+) -> None:
+    keys = {"global_batch_size": 7, "accumulate": accumulate}
+    config = run_config(replays("crop").config, tmp_path, student=student, train=keys)
+    if not refused:
+        Trainer(config, World(), print).close()
+        return
+    with pytest.raises(ConfigError, match="too few rows in a micro-batch") as caught:
+        Trainer(config, World(), print)
+    assert caught.value.got == f"7 of its 7 rows, over 1 ranks, cut into {accumulate}"
+    assert "train.accumulate" in str(caught.value.next_step)

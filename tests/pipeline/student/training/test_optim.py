@@ -1,0 +1,199 @@
+"""Optimiser and schedule against hand numbers and torch's own schedules."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
+
+from pipeline.core.errors import ConfigError
+from pipeline.student.training.optim import lr_factor, make_optimizer, make_schedule
+from schemas.config import TrainConfig
+from tests.tolerances import ulps
+
+
+def train(**keys: Any) -> TrainConfig:
+    return TrainConfig.model_validate({"lr": 0.2, **keys})
+
+
+def rates(config: TrainConfig, total_steps: int) -> list[float]:
+    """The learning rate of each step, as a training would meet them."""
+    optimizer = make_optimizer(nn.Linear(2, 2), config)
+    schedule = make_schedule(optimizer, config, total_steps=total_steps)
+    found: list[float] = []
+    for _ in range(total_steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+def test_warm_up_is_linear_and_reaches_the_peak_in_its_last_step() -> None:
+    config = train(warmup_steps=4, schedule="constant")
+    assert rates(config, 6) == pytest.approx([0.05, 0.1, 0.15, 0.2, 0.2, 0.2])
+
+
+def test_cosine_without_warm_up_is_torchs() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.2)
+    schedule = CosineAnnealingLR(optimizer, T_max=10)
+    wanted: list[float] = []
+    for _ in range(10):
+        wanted.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates(train(schedule="cosine"), 10) == pytest.approx(wanted)
+
+
+def test_cosine_ends_at_zero_and_stays_there() -> None:
+    config = train(schedule="cosine", warmup_steps=2)
+    factors = [lr_factor(step, train=config, total_steps=10) for step in (2, 6, 10, 11)]
+    assert factors == pytest.approx([1.0, 0.5, 0.0, 0.0])
+
+
+def test_a_step_schedule_decays_after_its_milestones_counted_from_the_start() -> None:
+    """Five epochs of two steps."""
+    config = train(schedule="step", milestones=[2, 4], gamma=0.1, epochs=5, warmup_steps=1)
+    assert rates(config, 10) == pytest.approx([0.2] * 4 + [0.02] * 4 + [0.002] * 2)
+
+
+def test_a_step_schedule_is_torchs() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.2)
+    schedule = MultiStepLR(optimizer, milestones=[3, 7], gamma=0.3)
+    wanted: list[float] = []
+    for _ in range(9):
+        wanted.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates(train(schedule="step", milestones=[3, 7], gamma=0.3, epochs=9), 9) == pytest.approx(wanted)
+
+
+def test_an_exponential_schedule_decays_in_stairs_of_any_length() -> None:
+    """Six epochs of two steps; 1.5 epochs are three steps."""
+    config = train(schedule="exponential", gamma=0.5, decay_epochs=1.5, epochs=6)
+    assert rates(config, 12) == pytest.approx([0.2] * 3 + [0.1] * 3 + [0.05] * 3 + [0.025] * 3)
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"schedule": "step"}, "schedule step needs milestones"),
+        ({"schedule": "exponential"}, "schedule exponential needs decay_epochs"),
+        ({"milestones": [3]}, "milestones is for schedule step, and the schedule is cosine"),
+        ({"schedule": "step", "milestones": [3, 3]}, "each epoch once"),
+        ({"optimizer": "sgd", "betas": [0.9, 0.99]}, "betas is for adamw, lamb, soap, and the optimizer is sgd"),
+        ({"optimizer": "adamw", "alpha": 0.9}, "alpha is for rmsprop_tf"),
+        ({"optimizer": "sgd", "eps": 1e-3}, "eps is for"),
+    ],
+    ids=str,
+)
+def test_keys_that_an_optimiser_or_schedule_does_not_take_are_refused(keys: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValidationError, match=told):
+        train(**keys)
+
+
+def stepped(name: str, gradients: list[float], **keys: Any) -> list[float]:
+    """A weight of 2 after each of these gradients."""
+    weight = nn.Parameter(torch.full((1, 1), 2.0))
+    layer = nn.Module()
+    layer.register_parameter("weight", weight)
+    optimizer = make_optimizer(layer, train(optimizer=name, **keys))
+    found: list[float] = []
+    for gradient in gradients:
+        weight.grad = torch.full((1, 1), gradient)
+        optimizer.step()
+        found.append(weight.item())
+    return found
+
+
+def test_rmsprop_is_tensorflows() -> None:
+    """By hand: the mean of squares begins at 1, eps is inside the root, decay is L2, lr is inside the momentum."""
+    mean, momentum, weight = 1.0, 0.0, 2.0
+    wanted: list[float] = []
+    for gradient in (3.0, -1.0, 0.5):
+        gradient += 0.1 * weight
+        mean = 0.8 * mean + 0.2 * gradient**2
+        momentum = 0.7 * momentum + 0.2 * gradient / math.sqrt(mean + 0.01)
+        weight -= momentum
+        wanted.append(weight)
+    keys = {"alpha": 0.8, "eps": 0.01, "momentum": 0.7, "weight_decay": 0.1}
+    assert stepped("rmsprop_tf", [3.0, -1.0, 0.5], **keys) == pytest.approx(wanted, rel=0, abs=ulps(3 * 10, 3))
+
+
+def test_lamb_scales_adams_update_to_the_weights_norm_and_clips_nothing_by_itself() -> None:
+    """By hand: Adam's first update is the gradient's sign, decay is added, and the whole has the weight's norm."""
+    for gradient in (3.0, 3000.0):
+        (weight,) = stepped("lamb", [gradient], weight_decay=0.1, eps=1e-12)
+        assert weight == pytest.approx(2.0 - 0.2 * 2.0, rel=0, abs=ulps(20, 2))
+    (weight,) = stepped("lamb", [3.0], weight_decay=0.0, eps=1e-12)
+    assert weight == pytest.approx(2.0 - 0.2, rel=0, abs=ulps(20, 2))
+
+
+@pytest.mark.parametrize("name", ["adamw", "soap"])
+def test_decoupled_decay_takes_lr_times_decay_of_a_weight(name: str) -> None:
+    """Without a gradient nothing else moves it. SOAP's first step measures and moves nothing at all."""
+    found = stepped(name, [0.0, 0.0], weight_decay=0.1)
+    first = 2.0 if name == "soap" else 2.0 * (1 - 0.2 * 0.1)
+    assert found == pytest.approx([first, first * (1 - 0.2 * 0.1)])
+
+
+def test_soap_finds_a_valley_that_lies_askew_sooner_than_adam() -> None:
+    """A badly conditioned quadratic, turned: the case that preconditioning in eigenbases is for."""
+    torch.manual_seed(0)
+    turn, _ = torch.linalg.qr(torch.randn(8, 8))
+    target = torch.randn(8, 8)
+    heights: dict[str, float] = {}
+    for name in ("adamw", "soap"):
+        weight = nn.Parameter(torch.zeros(8, 8))
+        layer = nn.Module()
+        layer.register_parameter("weight", weight)
+        optimizer = make_optimizer(layer, train(optimizer=name, lr=0.03))
+        scale = torch.logspace(0, -2, 8)[:, None]
+        for _ in range(300):
+            optimizer.zero_grad()
+            loss = (scale * (turn @ (weight - target))).square().sum()
+            loss.backward()
+            optimizer.step()
+        heights[name] = loss.item()
+    assert heights["soap"] < 0.5 * heights["adamw"]
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lamb", "rmsprop_tf", "soap"])
+def test_weight_decay_is_for_kernels_alone(name: str) -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+    frozen = nn.Linear(2, 2).requires_grad_(False)
+    optimizer = make_optimizer(nn.ModuleList([module, frozen]), train(optimizer=name, weight_decay=0.3))
+    decay = {id(parameter): group["weight_decay"] for group in optimizer.param_groups for parameter in group["params"]}
+    assert {name: decay[id(parameter)] for name, parameter in module.named_parameters()} == {
+        "0.weight": 0.3,
+        "0.bias": 0.0,
+        "1.weight": 0.0,
+        "1.bias": 0.0,
+        "3.weight": 0.3,
+        "3.bias": 0.0,
+    }
+    assert len(decay) == 6
+
+
+def test_one_step_of_sgd_is_the_hand_number() -> None:
+    layer = nn.Linear(1, 1)
+    with torch.no_grad():
+        layer.weight.fill_(2.0)
+        layer.bias.fill_(1.0)
+    optimizer = make_optimizer(layer, train(optimizer="sgd", momentum=0.0, weight_decay=0.5))
+    layer(torch.tensor([[3.0]])).sum().backward()
+    optimizer.step()
+    # 2 - 0.2 (3 + 0.5 * 2) and 1 - 0.2: no decay on the bias.
+    assert (layer.weight.item(), layer.bias.item()) == pytest.approx((1.2, 0.8))
+
+
+def test_a_warm_up_as_long_as_the_training_is_refused() -> None:
+    config = train(warmup_steps=12)
+    optimizer = make_optimizer(nn.Linear(2, 2), config)
+    with pytest.raises(ConfigError, match="warm-up"):
+        make_schedule(optimizer, config, total_steps=12)
+    make_schedule(optimizer, config, total_steps=13)

@@ -1,0 +1,251 @@
+"""Real ranks over gloo: together they are one process."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.core.errors import TrainingError
+from pipeline.student.data.teacher_outputs import TeacherWords
+from pipeline.student.distributed import World
+from pipeline.student.losses import BatchShare, CompositeLoss, LossInputs, TeacherInputs
+from pipeline.student.run import checkpoint
+from pipeline.student.run.metrics import StepLog
+from pipeline.student.training.trainer import Trainer, train
+from schemas.config import Config, LossConfig
+from tests.marks import slow
+from tests.pipeline.student.conftest import Replay
+from tests.pipeline.student.runs import CE, KD, NORMALISED, SMALL, metrics, run_config
+from tests.pipeline.student.supervision.test_ensemble import online
+from tests.ranks import forked, group, run_two_ranks
+
+
+def train_all(rendezvous: Path, rank: int, bodies: list[str]) -> None:
+    """Trains by each config in turn, by the last with a look at the buffers that were evaluated; then one rank's loss
+    is not a number."""
+    *configs, last = [Config.model_validate_json(body) for body in bodies]
+    with group(rendezvous, rank) as world:
+        # One rank has heard that its machine goes: all must save.
+        assert replace(world, leaving=lambda: rank == 1).is_leaving()
+        assert not world.is_leaving()
+        for config in configs:
+            train(config, world)
+        trainer = Trainer(last, world, lambda _: None)
+        trainer.run()
+        trainer.close()
+        for name, buffer in trainer.student.named_buffers():
+            torch.testing.assert_close(world.sum(buffer.double()), 2 * buffer.double(), msg=name)
+        log = StepLog(world)
+        for step in (7, 8, 9):
+            log.add(step, 1, 0.1, torch.tensor(math.nan if (step, rank) == (8, 1) else 1.0), {})
+        with pytest.raises(TrainingError, match="first in step 8, seen between steps 7 and 9"):
+            log.flush()
+
+
+def train_with_two_ranks(configs: list[Config], folder: Path) -> None:
+    bodies = [config.model_dump_json(exclude_unset=True) for config in configs]
+    run_two_ranks(train_all, folder, bodies)
+
+
+def state_of(url: Path) -> dict[str, Any]:
+    state = checkpoint.load(str(url), checkpoint.LAST)
+    assert state is not None
+    return state
+
+
+def weights(url: Path) -> dict[str, torch.Tensor]:
+    return state_of(url)["model"]
+
+
+def compared_values(url: Path) -> Iterator[float | None]:
+    """Of all evaluations: those with a teacher, whoever of the ranks has asked him."""
+    for line in (url / "evaluations.jsonl").read_text().splitlines():
+        yield from (json.loads(line)[name] for name in ("agreement", "kl", "cosine"))
+
+
+def interrupt(config: Config) -> None:
+    def report(event: dict[str, Any]) -> None:
+        if event["kind"] == "eval" and event["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, report=report)
+
+
+def test_two_ranks_train_as_one_process(replays: Replay, colleagues: Replay, tmp_path: Path) -> None:
+    """Plain SGD, so that weights differ as gradients do. The last step of an epoch has three rows: two for one rank,
+    one for the other. One validation shard, so that one rank evaluates nothing. ``grown`` was begun by one process, no
+    loss of ``headless`` reads its logits, and ``taught`` asks two teachers, each at a size of its own."""
+    base = replays("function_matching").config
+    shards = base.data.shards
+    assert shards is not None
+    keys: dict[str, Any] = {
+        "loss": [*CE, *KD],
+        "data": {"val_shards": shards[0]},
+        "train": {"epochs": 3, "optimizer": "sgd", "momentum": 0.0, "lr": 0.1},
+    }
+    compared = {**keys, "train": {**keys["train"], "eval_agreement": True}}
+    alone = run_config(base, tmp_path / "alone", **compared)
+    train(alone)
+    interrupt(run_config(base, tmp_path / "grown", **compared))
+    ranks = {"ray": {"num_workers": 2}}
+    two = [run_config(base, tmp_path / name, **compared, **ranks) for name in ("two", "grown")]
+    # A new student's probabilities are nearly equal, where dist is steep: rounding grows from step to step.
+    gathering = {**keys, "loss": [*CE, {"name": "dist", "gather": True}], "train": {**keys["train"], "lr": 0.01}}
+    headless = {**compared, "loss": [{"name": "sifn"}]}
+    for name, changed in (("gathered", gathering), ("headless", headless)):
+        train(run_config(base, tmp_path / f"{name}-alone", **changed))
+        two.append(run_config(base, tmp_path / name, **changed, **ranks))
+    nudged = {"student": {**SMALL, "model": "python:tests.pipeline.student.networks:Nudged"}}
+    train(run_config(base, tmp_path / "nudged-alone", **gathering, **nudged))
+    # How far one process comes from itself by one rounding of its first weights; ranks round otherwise in 15 steps, of
+    # which random errors add up to about 4 times one.
+    ends = [weights(tmp_path / name) for name in ("gathered-alone", "nudged-alone")]
+    spread = max(float((value - ends[1][key]).abs().max()) for key, value in ends[0].items())
+    caches = replays("function_matching"), colleagues("function_matching")
+    train(online(tmp_path / "taught-alone", *caches, **keys))
+    two.append(online(tmp_path / "taught", *caches, **keys, **ranks))
+    # BatchNorm has statistics of its own on each rank; both evaluate with those of the checkpoint.
+    normalised = {**keys, "student": NORMALISED, "data": {"val_shards": shards}}
+    normalised["train"] = {**keys["train"], "global_batch_size": 12}
+    train_with_two_ranks([*two, run_config(base, tmp_path / "normalised", **normalised, **ranks)], tmp_path)
+
+    pairs = [(name, "alone", 1e-6) for name in ("two", "grown")]
+    pairs += [(name, f"{name}-alone", 1e-5) for name in ("headless", "taught")]
+    pairs += [("gathered", "gathered-alone", 4 * spread)]
+    for name, one, atol in pairs:
+        wanted = weights(tmp_path / one)
+        for key, value in weights(tmp_path / name).items():
+            torch.testing.assert_close(value, wanted[key], rtol=1e-5, atol=atol)
+        records = metrics(tmp_path / name)
+        assert [record["step"] for record in records] == list(range(15))
+        losses = torch.tensor([[record["loss"] for record in metrics(tmp_path / run)] for run in (one, name)])
+        torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=atol)
+        summaries = [checkpoint.read_summary(str(tmp_path / run)) for run in (name, one)]
+        found, expected = ((summary["top1"], summary["ece"]) for summary in summaries if summary is not None)
+        assert found == pytest.approx(expected, abs=1e-5)
+        assert [*compared_values(tmp_path / name)] == pytest.approx([*compared_values(tmp_path / one)], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_two_ranks_accumulate_clip_and_average_as_one_process(replays: Replay, tmp_path: Path) -> None:
+    """Micro-batches of one pair on each rank, of two in one process; part of the student is frozen."""
+    base = replays("function_matching").config
+    keys: dict[str, Any] = {
+        "loss": [*CE, *KD],
+        "data": {"val_shards": base.data.shards},
+        "train": {
+            "epochs": 3,
+            "optimizer": "sgd",
+            "momentum": 0.0,
+            "lr": 0.1,
+            "tail": "short",
+            "accumulate": 2,
+            "clip_norm": 0.5,
+            "ema": 0.9,
+            "freeze": ["conv1"],
+        },
+    }
+    alone = run_config(base, tmp_path / "alone", **keys)
+    train(alone)
+    train_with_two_ranks([run_config(base, tmp_path / "two", **keys, ray={"num_workers": 2})], tmp_path)
+    records = [metrics(tmp_path / name) for name in ("alone", "two")]
+    for key in ("loss", "grad_norm"):
+        one, other = ([record[key] for record in found] for found in records)
+        assert other == pytest.approx(one, rel=1e-5)
+    assert max(record["grad_norm"] for record in records[0]) > 0.5
+    for kind in ("model", "raw"):
+        one, other = (state_of(tmp_path / name)[kind] for name in ("alone", "two"))
+        for key, value in one.items():
+            torch.testing.assert_close(other[key], value, rtol=1e-5, atol=1e-6)
+
+
+GATHERED: tuple[LossConfig, ...] = Config.model_validate(
+    {"loss": [*CE, {"name": "dist", "temperature": 2.0, "inter_weight": 0.5, "intra_weight": 3.0, "gather": True}]}
+).loss
+NUM_FEATURES, NUM_CLASSES = 4, 6
+
+
+def one_step(world: World, sizes: list[int], side: int) -> tuple[Tensor, Tensor]:
+    """Total and gradient on this rank of a linear student, of ``side²`` pixels a row, after DDP's mean over ranks."""
+    rows = slice(sum(sizes[: world.rank]), sum(sizes[: world.rank + 1]))
+    generator = torch.Generator().manual_seed(3)
+    images, teacher = (
+        torch.randn(sum(sizes), channels, side, side, generator=generator)[rows]
+        for channels in (NUM_FEATURES, NUM_CLASSES)
+    )
+    labels_B = torch.randint(NUM_CLASSES, (sum(sizes),), generator=generator)[rows]
+    student: nn.Module = nn.Conv2d(NUM_FEATURES, NUM_CLASSES, 1, bias=False)
+    weight = nn.Parameter(torch.randn(NUM_CLASSES, NUM_FEATURES, 1, 1, generator=generator))
+    student.weight = weight
+    if world.size > 1:
+        student = DistributedDataParallel(student)
+    logits = student(images)
+    loss = CompositeLoss(GATHERED if side == 1 else GATHERED[1:], where="a test")
+    num = labels_B.numel()
+    total, values = loss(
+        LossInputs(
+            student_BK=logits.flatten(1) if side == 1 else logits,
+            labels_B=labels_B,
+            teachers=(
+                TeacherInputs(
+                    words=TeacherWords({None: teacher.flatten(1) if side == 1 else teacher}, labels_B.float())
+                ),
+            ),
+            sum_over_ranks=world.sum_with_gradient,
+        ),
+        BatchShare(
+            world_size=world.size,
+            num_rows=num,
+            num_rows_global=sum(sizes),
+            num_labelled=num,
+            num_labelled_global=sum(sizes),
+        ),
+        epoch=0,
+    )
+    total.backward()
+    assert weight.grad is not None
+    return values["dist"], weight.grad
+
+
+def save_steps(rendezvous: Path, rank: int, splits: list[tuple[list[int], int]]) -> None:
+    with group(rendezvous, rank, len(splits[0][0])) as world:
+        torch.save([one_step(world, *split) for split in splits], rendezvous.with_name(f"rank-{rank}.pt"))
+
+
+@pytest.mark.parametrize(
+    "splits",
+    [
+        slow([([4, 4], 1), ([5, 2], 1), ([1, 1], 1), ([7, 1], 2)]),
+        [([3, 3, 3], 1), ([3, 2, 2], 1), ([1, 6, 2], 1), ([2, 0, 1], 2)],
+    ],
+    ids=["2 ranks", "3 ranks"],
+)
+def test_parity_gathered_dist_has_the_value_and_gradient_of_the_global_batch_on_any_ranks(
+    tmp_path: Path, splits: list[tuple[list[int], int]]
+) -> None:
+    """Even and uneven ranks, one row a rank, a rank without rows, logits of pixels."""
+    ranks = [
+        forked().Process(target=save_steps, args=(tmp_path / "rendezvous", rank, splits))
+        for rank in range(len(splits[0][0]))
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+        process.kill()
+        assert process.exitcode == 0
+    for number, (sizes, side) in enumerate(splits):
+        wanted = one_step(World(), [sum(sizes)], side)
+        for rank in range(len(sizes)):
+            found = torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True)[number]
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)

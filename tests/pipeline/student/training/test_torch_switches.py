@@ -1,0 +1,95 @@
+"""Compiled and deterministic training, and what is said where either cannot be had."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.core.errors import ConfigError, ResourceError, TrainingError
+from pipeline.student.run import checkpoint
+from pipeline.student.training.torch_switches import check_compiler, demand_workspace, deterministic
+from pipeline.student.training.trainer import train
+from tests.pipeline.student.conftest import Replay
+from tests.pipeline.student.runs import CE, KD, NORMALISED, SMALL, metrics, run_config
+
+CPU = torch.device("cpu")
+# The compiler warns of what it does itself: it looks at .grad of inputs between two of its graphs.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    yield
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.slow
+def test_a_compiled_student_learns_what_an_ordinary_one_does_under_the_same_names(
+    replays: Replay, tmp_path: Path
+) -> None:
+    """With a short last step, which is another shape."""
+    base = replays("function_matching").config
+    for compiled in (False, True):
+        keys: dict[str, Any] = {"epochs": 2, "optimizer": "sgd", "lr": 0.05, "compile": compiled}
+        sections = {"student": NORMALISED, "loss": [*CE, *KD], "data": {"val_shards": base.data.shards}}
+        train(run_config(base, tmp_path / str(compiled), train=keys, **sections))
+    one, other = ([record["loss"] for record in metrics(tmp_path / str(compiled))] for compiled in (False, True))
+    assert other == pytest.approx(one, rel=1e-4)
+    states = [checkpoint.load(str(tmp_path / str(compiled)), checkpoint.LAST) for compiled in (False, True)]
+    assert states[0] is not None
+    assert states[1] is not None
+    assert states[0]["model"].keys() == states[1]["model"].keys()
+    for name, value in states[0]["model"].items():
+        torch.testing.assert_close(states[1]["model"][name], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_machine_without_a_compiler_is_told_before_training(
+    replays: Replay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.compiler.reset()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    with (
+        torch._inductor.config.patch({"cpp.cxx": (str(tmp_path / "no-compiler"),)}),
+        pytest.raises(ResourceError, match=r"torch\.compile does not work") as caught,
+    ):
+        train(run_config(replays("crop").config, tmp_path / "run", train={"compile": True}))
+    assert "InvalidCxxCompiler: No working C++ compiler found" in str(caught.value.got)
+    assert not (tmp_path / "run").exists()
+    torch.compiler.reset()
+    check_compiler(CPU)
+
+
+def test_an_operation_without_a_deterministic_form_stops_the_training_by_name(replays: Replay, tmp_path: Path) -> None:
+    student = {**SMALL, "model": "python:tests.pipeline.student.networks:Undecided"}
+    config = run_config(replays("crop").config, tmp_path, student=student, train={"deterministic": True})
+    with pytest.raises(TrainingError, match="no deterministic form") as caught:
+        train(config)
+    assert "put_" in str(caught.value.got)
+    train(run_config(replays("crop").config, tmp_path / "again", student=student))
+
+
+def test_a_deterministic_run_gives_the_bits_of_an_ordinary_one_on_a_cpu(replays: Replay, tmp_path: Path) -> None:
+    base = replays("crop").config
+    for wanted in (False, True):
+        train(run_config(base, tmp_path / str(wanted), student=NORMALISED, train={"deterministic": wanted}))
+    assert metrics(tmp_path / "True") == metrics(tmp_path / "False")
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+def test_a_workspace_that_is_not_deterministic_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
+    with pytest.raises(ConfigError, match="cuBLAS") as caught:
+        demand_workspace()
+    assert caught.value.got == ":0:0"
+
+
+def test_other_errors_pass_as_they_are() -> None:
+    with pytest.raises(RuntimeError, match=r"^something else$"), deterministic(True):
+        raise RuntimeError("something else")

@@ -1,0 +1,201 @@
+"""Groups are the same whether a shard is read for the first time or by its index, and know no bad sample."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.augment.params import EVAL_VIEW
+from pipeline.core.errors import ShardError
+from pipeline.shards.index import IndexBuilder, ShardIndex, index_shard
+from pipeline.shards.tar import Sample
+from pipeline.teacher.rendering import GroupViews, Rendering, fresh_samples, indexed_samples, read_groups
+from schemas.cache import drawn_columns
+from schemas.config import DataConfig, ViewsConfig
+from schemas.manifest import ViewBlock
+from tests.pipeline.caches import digit_samples
+from tests.pipeline.shards.tars import make_tar
+
+MIX_GROUP = 6
+DATA = DataConfig.model_validate({"num_classes": 10})
+PNG = next(digit_samples(1))[1]["png"]
+
+
+OPTIONS = {"jitter": {"hue": 0.1}, "randaugment": {}, "erasing": {"probability": 0.5}, "cutmix": 0.5}
+
+
+def rendering(*, kind: str = "function_matching", views: int = 2, is_eval: bool = False) -> Rendering:
+    options = OPTIONS if kind == "function_matching" else {}
+    plan = ViewsConfig.model_validate({"kind": kind, "count": views, "size": 8, "mix_group": MIX_GROUP, **options})
+    block = ViewBlock(start=0, stop=1 if is_eval else views, is_eval=is_eval)
+    return Rendering(plan=plan, block=block, size=8, interpolation="bilinear")
+
+
+def groups_of(
+    samples: Iterator[Sample], wanted: Rendering, builder: IndexBuilder | None, max_pixels: int = 10_000
+) -> list[GroupViews]:
+    with ThreadPoolExecutor(2) as pool:
+        return list(read_groups(samples, wanted, pool, shard_id="s", max_pixels=max_pixels, builder=builder))
+
+
+def sample(row: int, data: bytes) -> Sample:
+    return Sample(row=row, key=str(row), status="ok" if data else "empty", label=row % 10, offset=0, size=1, data=data)
+
+
+def index_of(url: str) -> ShardIndex:
+    return index_shard(Path(url), DATA, where=url)
+
+
+@settings(max_examples=25)
+@given(st.lists(st.sampled_from(["good", "good", "garbage", "empty"]), max_size=25))
+def test_every_group_but_the_last_is_full_whatever_lies_between(kinds: list[str]) -> None:
+    payload = {"good": PNG, "garbage": b"garbage", "empty": b""}
+    builder = IndexBuilder("s")
+    samples = iter([sample(row, payload[kind]) for row, kind in enumerate(kinds)])
+    groups = groups_of(samples, rendering(kind="crop", views=1), builder)
+    good = [row for row, kind in enumerate(kinds) if kind == "good"]
+    assert [group.row_N.tolist() for group in groups] == [
+        good[start : start + MIX_GROUP] for start in range(0, len(good), MIX_GROUP)
+    ]
+    index = builder.finish()
+    assert len(index) == len(kinds)
+    assert index.ok.tolist() == good
+
+
+@pytest.mark.slow
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.sampled_from([True, True, False]), max_size=25))
+def test_bad_samples_between_good_ones_move_no_pixel(good: list[bool]) -> None:
+    images = [members["png"] for _, members in digit_samples(len(good))]
+    mixed = [sample(row, image if ok else b"garbage") for row, (ok, image) in enumerate(zip(good, images, strict=True))]
+    found = groups_of(iter(mixed), rendering(), IndexBuilder("s"))
+    # Views are keyed by sample, so each good image alone makes the same.
+    for group in found:
+        for place, one in enumerate(group.samples):
+            (alone,) = groups_of(iter([one]), rendering(), None)
+            assert torch.equal(group.pixels_VNCHW[:, place], alone.pixels_VNCHW[:, 0])
+    assert sum(len(group.samples) for group in found) == sum(good)
+
+
+def test_a_groups_pixels_are_one_tensor_in_channels_last_memory(digits_shards: list[str]) -> None:
+    url = digits_shards[0]
+    for group in groups_of(fresh_samples(Path(url), DATA, where=url), rendering(), IndexBuilder("s")):
+        for pixels_NCHW in group.pixels_VNCHW:
+            assert pixels_NCHW.is_contiguous(memory_format=torch.channels_last)
+        num_bytes = group.pixels_VNCHW.untyped_storage().nbytes()
+        assert num_bytes == 2 * len(group.samples) * 8 * 8 * 3
+
+
+def test_a_first_pass_and_an_indexed_pass_make_the_same_groups(digits_shards: list[str]) -> None:
+    url, index = digits_shards[0], index_of(digits_shards[0])
+    fresh = groups_of(fresh_samples(Path(url), DATA, where=url), rendering(), IndexBuilder("s"))
+    again = groups_of(indexed_samples(Path(url), index, DATA, where=url), rendering(), None)
+    assert [len(group.samples) for group in fresh] == [6, 6, 6, 2]
+    for one, other in zip(fresh, again, strict=True):
+        assert torch.equal(one.pixels_VNCHW, other.pixels_VNCHW)
+        for name in ("row_N", "content_hash_N", "label_N", "box_VN4", "flip_VN", "partner_VN", "mix_lambda_VN"):
+            assert np.array_equal(getattr(one, name), getattr(other, name))
+        assert [*one.drawn_VN] == [*other.drawn_VN] == [*drawn_columns(rendering().plan)]
+        assert all(np.array_equal(one.drawn_VN[name], other.drawn_VN[name]) for name in one.drawn_VN)
+
+
+def test_the_odd_row_of_a_group_has_no_box(digits_shards: list[str]) -> None:
+    wanted = rendering(views=8)
+    plan = wanted.plan.model_copy(update={"mix_group": 5, "cutmix": 1.0})
+    wanted = Rendering(plan=plan, block=wanted.block, size=8, interpolation="bilinear")
+    url = digits_shards[0]
+    for group in groups_of(fresh_samples(Path(url), DATA, where=url), wanted, IndexBuilder("s")):
+        single_VN = group.partner_VN == np.arange(5)
+        assert single_VN.sum(axis=1).tolist() == [1] * 8
+        assert np.array_equal(group.drawn_VN["cut_width"] == 0, single_VN)
+        assert np.array_equal(group.mix_lambda_VN == 1, single_VN)
+
+
+def test_the_index_of_a_first_pass_is_the_index_made_alone(digits_shards: list[str]) -> None:
+    url, builder = digits_shards[1], IndexBuilder("digits-01")
+    groups_of(fresh_samples(Path(url), DATA, where=url), rendering(), builder)
+    fused, alone = builder.finish(), index_of(url)
+    assert fused.keys.equals(alone.keys)
+    for name in ("status", "label", "offset", "size", "width", "height", "content_hash"):
+        assert np.array_equal(getattr(fused, name), getattr(alone, name))
+
+
+def test_a_block_of_one_view_holds_the_view_of_the_larger_block(digits_shards: list[str]) -> None:
+    url = digits_shards[0]
+    both = groups_of(fresh_samples(Path(url), DATA, where=url), rendering(), IndexBuilder("s"))
+    alone = rendering()
+    alone = Rendering(plan=alone.plan, block=ViewBlock(start=1, stop=2), size=8, interpolation="bilinear")
+    for one, other in zip(
+        both, groups_of(fresh_samples(Path(url), DATA, where=url), alone, IndexBuilder("s")), strict=True
+    ):
+        assert torch.equal(one.pixels_VNCHW[1], other.pixels_VNCHW[0])
+        assert np.array_equal(one.partner_VN[1], other.partner_VN[0])
+        assert np.array_equal(one.mix_lambda_VN[1], other.mix_lambda_VN[0])
+
+
+def test_the_eval_pass_of_a_mixing_plan_is_neither_mixed_nor_flipped(digits_shards: list[str]) -> None:
+    url, wanted = digits_shards[0], rendering(is_eval=True)
+    assert wanted.view_numbers == [EVAL_VIEW]
+    for group in groups_of(fresh_samples(Path(url), DATA, where=url), wanted, IndexBuilder("s")):
+        assert not group.mixes
+        assert not group.flip_VN.any()
+        assert group.partner_VN.tolist() == [list(range(len(group.samples)))]
+        assert group.drawn_VN == {}
+
+
+def test_an_image_beyond_the_pixel_limit_is_recorded_and_left_out() -> None:
+    builder = IndexBuilder("s")
+    assert groups_of(iter([sample(0, PNG)]), rendering(kind="crop"), builder, max_pixels=10) == []
+    assert builder.finish().num_ok == 0
+
+
+def test_an_indexed_image_that_no_longer_decodes_is_an_error_and_not_a_gap() -> None:
+    with pytest.raises(ShardError, match=r"cannot be used now[\s\S]*s/0[\s\S]*undecodable"):
+        groups_of(iter([sample(0, b"garbage")]), rendering(kind="crop"), None)
+
+
+def test_bytes_that_are_not_those_indexed_are_named(digits_shards: list[str], tmp_path: Path) -> None:
+    index = index_of(digits_shards[0])
+    data = bytearray(Path(digits_shards[0]).read_bytes())
+    data[int(index.offset[4]) + 40] ^= 1
+    changed = tmp_path / "digits-00.tar"
+    changed.write_bytes(data)
+    with pytest.raises(ShardError, match=r"changed after it was indexed[\s\S]*digit-0004[\s\S]*content_hash"):
+        list(indexed_samples(changed, index, DATA, where="here"))
+
+
+MEMBERS = [("a.png", PNG), ("a.cls", b"1"), ("b.png", PNG), ("b.cls", b"2"), ("c.png", b"no image")]
+
+
+@pytest.mark.parametrize(
+    ("members", "told"),
+    [
+        ([*MEMBERS[:3], ("b.cls", b"3"), *MEMBERS[4:]], r"key 'b'\n.*label: 2 -> 3"),
+        ([*MEMBERS[:3], ("b.txt", b"2"), *MEMBERS[4:]], r"key 'b'\n.*label: 2 -> -1"),
+        ([*MEMBERS[:4], ("d.png", b"no image")], r"key 'c'\n.*key: c -> d"),
+        ([*MEMBERS, ("d.cls", b"1")], r"a sample 'd' beyond the 3 indexed"),
+        (MEMBERS[:4], r"got: +2 samples\n.*3"),
+        ([*MEMBERS, ("c.PNG", b"")], r"key 'c'\n.*status: undecodable -> duplicate_key"),
+        ([*MEMBERS[:2], MEMBERS[3], MEMBERS[2], *MEMBERS[4:]], r"key 'b'\n.*offset"),
+        ([*MEMBERS[:4], ("c.png", b"no picture")], r"key 'c'\n.*content_hash.*size"),
+    ],
+    ids=["label", "no label", "key", "added", "removed", "repeated", "moved", "bad image"],
+)
+def test_whatever_changed_in_a_tar_of_the_same_size_is_told(
+    members: list[tuple[str, bytes]], told: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "s.tar"
+    path.write_bytes(make_tar(MEMBERS))
+    index, size_bytes = index_of(str(path)), path.stat().st_size
+    assert [sample.key for sample in indexed_samples(path, index, DATA, where="here")] == ["a", "b"]
+    path.write_bytes(make_tar(members))
+    assert path.stat().st_size == size_bytes
+    with pytest.raises(ShardError, match=rf"changed after it was indexed[\s\S]*{told}"):
+        list(indexed_samples(path, index, DATA, where="here"))
