@@ -46,8 +46,8 @@ from pipeline.shards.omissions import Omissions
 from pipeline.shards.patterns import shard_urls
 from pipeline.shards.publish import index_name
 from pipeline.storage.config_files import load_config
+from schemas.cache_format import FileRef, Manifest
 from schemas.config import Config, RayConfig
-from schemas.manifest import FileRef, Manifest
 
 _SIZE_THREADS = 16
 # Each may have 16 MB. Enough a task that the driver hears little, few enough that a retry costs little.

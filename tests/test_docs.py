@@ -65,7 +65,7 @@ def documented_defaults() -> dict[str, Any]:
 
 
 def coded_defaults() -> dict[str, Any]:
-    """The same from schemas/config.py."""
+    """The same from schemas/config/."""
     found = _defaults("loss", LossSection)
     for name, field in Config.model_fields.items():
         models = [kind for kind in (field.annotation, *get_args(field.annotation)) if _is_section(kind)]

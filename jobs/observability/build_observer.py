@@ -20,8 +20,8 @@ from pipeline.core.errors import StillroomError
 from pipeline.core.redaction import redact
 from pipeline.shards.names import shard_id
 from pipeline.shards.omissions import Omissions
+from schemas.cache_format import Commit
 from schemas.config import Config
-from schemas.manifest import Commit
 
 # As many as a terminal shows and a log bears.
 _NUM_NODES = 12

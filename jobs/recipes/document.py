@@ -32,7 +32,7 @@ _OF_STUDENTS = set(StudentConfig.model_fields) - set(TeacherConfig.model_fields)
 
 def packaged() -> dict[str, Path]:
     """The recipes that come with the package, by name."""
-    found = {path.stem: path for path in sorted((Path(__file__).parent / "configs").glob("*.yaml"))}
+    found = {path.stem: path for path in sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))}
     return {name: path for name, path in found.items() if name != _OF_DEMO}
 
 

@@ -57,7 +57,7 @@ Drawn = dict[str, NDArray[Any]]
 
 
 def draw_options(plan: ViewsConfig, keys_N2: Words, views_N: Ints, mix_lambda_N: NDArray[np.float32]) -> Drawn:
-    """The columns of ``schemas.cache.drawn_columns`` for one view of each of N rows, [N] each."""
+    """The columns of ``schemas.cache_format.drawn_columns`` for one view of each of N rows, [N] each."""
     drawn: Drawn = {}
     if plan.jitter is not None:
         drawn |= _jitter(plan.jitter, keys_N2, views_N)

@@ -47,7 +47,7 @@ class ViewParams:
         flip_N: bool; the crop is mirrored left to right after resizing.
         mix_lambda_N: float32 in [0.5, 1], the row's own weight; 1 where the plan does not mix. A row that turns out
             to be its own partner needs ``unmix``: partners are known by shard, not by sample.
-        drawn: what the plan's options drew, by column (``schemas.cache.drawn_columns``), one number a row each.
+        drawn: what the plan's options drew, by column (``schemas.cache_format.drawn_columns``), one number a row each.
     """
 
     box_N4: NDArray[np.int32]

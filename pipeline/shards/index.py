@@ -29,7 +29,7 @@ from pipeline.shards.decode import BadImageError, BadStatus, decode
 from pipeline.shards.names import shard_id
 from pipeline.shards.omissions import Omissions, merged
 from pipeline.shards.tar import MemberRules, Sample, TarNotes, image_extensions, read_samples
-from schemas.cache import FORMAT_VERSION, INDEX_SCHEMA, Status
+from schemas.cache_format import FORMAT_VERSION, INDEX_SCHEMA, Status
 from schemas.config import DataConfig
 
 STATUSES: tuple[Status, ...] = get_args(Status)

@@ -20,7 +20,7 @@ from pipeline.core.redaction import redact
 from pipeline.shards.file_kinds import file_kind
 from pipeline.shards.links import ByteRange, LinkTable
 from pipeline.shards.omissions import Omissions
-from schemas.cache import Status
+from schemas.cache_format import Status
 from schemas.config import DataConfig
 
 # WebDataset's rules: the key ends at the first dot of the base name, folders included; a name whose first part is

@@ -34,9 +34,8 @@ from pipeline.core.hashing import differences
 from pipeline.shards.decode import BadImageError, BadStatus, decode, image_size
 from pipeline.shards.index import NO_LABEL, STATUSES, IndexBuilder, ShardIndex
 from pipeline.shards.tar import Sample, TarNotes, read_samples
-from schemas.cache import Status
+from schemas.cache_format import Status, ViewBlock
 from schemas.config import DataConfig, Interpolation, ViewsConfig
-from schemas.manifest import ViewBlock
 
 _AFTER_DECODING = ("ok", *get_args(BadStatus))
 

@@ -17,9 +17,8 @@ from numpy.typing import NDArray
 from pipeline.cache.build.commit import read_commits
 from pipeline.cache.build.part_writer import PartWriter, parquet_settings, view_ranges
 from pipeline.cache.format.codec import decode, encode, outputs_of
-from schemas.cache import part_schema
+from schemas.cache_format import Output, part_schema
 from schemas.config import CacheConfig
-from schemas.manifest import Output
 from tests.benchmarks.teachers import BENCH, CIFAR, ten_classes, thousand_classes
 
 _GROUP, _ROUNDS = 256, 3

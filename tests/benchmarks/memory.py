@@ -12,8 +12,8 @@ from pathlib import Path
 from pipeline.cache.build.part import PartTask, build_part, prepare
 from pipeline.shards.tar import read_samples
 from pipeline.shards.writer import Members, pack_shards
+from schemas.cache_format import ViewBlock
 from schemas.config import Config, DataConfig
-from schemas.manifest import ViewBlock
 from tests.benchmarks.timing import SHARED, Spread, ratio
 
 SIZES, ROUNDS = (1_000, 10_000), 3

@@ -33,8 +33,8 @@ from pipeline.core.hashing import seal
 from pipeline.shards.names import shard_ids
 from pipeline.student.data.order import TrainingOrder
 from pipeline.teacher.numerics import numeric_env
+from schemas.cache_format import ByteRange, Commit, FileRef, Header, Output, RowField, Statistics, ViewBlock, ViewRange
 from schemas.config import Config, ViewsConfig
-from schemas.manifest import ByteRange, Commit, FileRef, Header, Output, RowField, Statistics, ViewBlock, ViewRange
 
 _SIZES = (1_000, 10_000)
 _VIEWS, _ROWS, _CLASSES = 5, 1_000, 1_000

@@ -13,8 +13,8 @@ from jobs.observability.build_observer import BuildTally
 from jobs.observability.log import VARIABLE
 from jobs.observability.task_observer import Spent
 from pipeline.cache.build.part import PartTask
+from schemas.cache_format import ViewBlock
 from schemas.config import Config
-from schemas.manifest import ViewBlock
 from tests.benchmarks.timing import Spread, interleaved
 from tests.jobs.observability.test_build_observer import built
 

@@ -37,8 +37,8 @@ from pipeline.shards.writer import pack_shards
 from pipeline.storage.config_files import load_config
 from pipeline.student.evaluation.evaluator import evaluate_run
 from pipeline.student.training.trainer import train
+from schemas.cache_format import ViewBlock
 from schemas.config import Config
-from schemas.manifest import ViewBlock
 from tests.pipeline.caches import digit_samples
 
 WIDTHS = [8, 8, 12, 16]

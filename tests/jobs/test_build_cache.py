@@ -14,7 +14,7 @@ from pipeline.cache.ops.inspect import inspect_cache
 from pipeline.core.errors import CacheError, ShardError, StorageInputError
 from pipeline.shards.omissions import Omissions
 from pipeline.shards.writer import pack_shards
-from schemas.manifest import Commit
+from schemas.cache_format import Commit
 from tests.jobs.conftest import Tree, config_of, files_below
 from tests.pipeline.caches import digit_samples
 from tests.pipeline.shards.tars import make_linked_tar

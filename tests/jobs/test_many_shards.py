@@ -15,7 +15,7 @@ from pipeline.cache.build.class_means import ClassSums
 from pipeline.cache.build.manifest import read_sums
 from pipeline.cache.build.part import _builder as builder_of  # pyright: ignore[reportPrivateUsage]
 from pipeline.core.errors import StorageInputError
-from schemas.manifest import FileRef
+from schemas.cache_format import FileRef
 from tests.jobs.conftest import Tree, config_of, files_below
 
 pytestmark = pytest.mark.ray

@@ -19,8 +19,8 @@ from pipeline.cache.build.manifest import publish_manifest
 from pipeline.cache.build.part import PartTask, build_part, prepare
 from pipeline.shards.names import shard_ids
 from pipeline.shards.writer import Members
+from schemas.cache_format import Manifest, ViewBlock
 from schemas.config import CacheConfig, Config
-from schemas.manifest import Manifest, ViewBlock
 
 
 def digit_samples(count: int) -> Iterator[tuple[str, Members]]:

@@ -23,7 +23,7 @@ from pipeline.core.hashing import digest
 from pipeline.shards.index import decode_index
 from pipeline.shards.pack import PackSettings
 from pipeline.student.run import checkpoint
-from schemas.cache import INDEX_SCHEMA
+from schemas.cache_format import INDEX_SCHEMA
 from tests.pipeline.caches import TinyCache
 from tests.security.test_caches import change_record
 

@@ -21,7 +21,7 @@ from pipeline.cache.format.files import parse_record
 from pipeline.core.errors import StillroomError
 from pipeline.core.hashing import seal
 from pipeline.core.redaction import redact
-from schemas.manifest import BuildLog
+from schemas.cache_format import BuildLog
 
 _RENEW_S = 30.0
 SILENT_S = 600.0

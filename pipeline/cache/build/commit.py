@@ -20,7 +20,7 @@ from pipeline.cache.format.files import parse_record
 from pipeline.core.errors import CacheError
 from pipeline.core.hashing import seal
 from pipeline.core.redaction import redact
-from schemas.manifest import Commit, FileRef, ViewBlock
+from schemas.cache_format import Commit, FileRef, ViewBlock
 
 _READ_THREADS = 16
 _READ_AHEAD = 4 * _READ_THREADS

@@ -22,8 +22,8 @@ from pipeline.core.redaction import quoted, redact
 from pipeline.models import LoadedModel, load_untrained
 from pipeline.shards.index import index_settings
 from pipeline.teacher.inference import Teacher
+from schemas.cache_format import Header
 from schemas.config import CacheConfig, Config, DataConfig, Precision, ViewsConfig
-from schemas.manifest import Header
 
 _NUM_PROBES = 4
 MAX_DRIFT = {"fp32": 1e-2, "bf16": 0.15, "fp16": 0.05}

@@ -16,7 +16,7 @@ from pipeline.cache.format.nd_json import NdMeans, max_size_bytes, parse_nd_json
 from pipeline.core.errors import CacheError, ConfigError, StorageInputError
 from pipeline.core.hashing import digest
 from pipeline.core.redaction import redact
-from schemas.manifest import Header
+from schemas.cache_format import Header
 
 _PREFIX = "imported:"
 

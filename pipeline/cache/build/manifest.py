@@ -23,7 +23,7 @@ from pipeline.cache.format.header import no_cache, read_header
 from pipeline.core.errors import CacheError
 from pipeline.core.hashing import canonical_json, digest, seal
 from pipeline.core.redaction import redact
-from schemas.manifest import Commit, FileRef, Header, Manifest, ViewBlock
+from schemas.cache_format import Commit, FileRef, Header, Manifest, ViewBlock
 
 _READ_THREADS = 16
 # Rows of the table of parts that are held as Python's objects, before they become columns.

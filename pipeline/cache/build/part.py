@@ -51,9 +51,8 @@ from pipeline.teacher.inference import Answers, AskedGroup, Teacher, ask_groups,
 from pipeline.teacher.numerics import check_gpu, numeric_env, pick_device, pin_numerics, trim_memory, visible_gpus
 from pipeline.teacher.prefetch import prefetch
 from pipeline.teacher.rendering import GroupViews, Rendering, fresh_samples, indexed_samples, read_groups
-from schemas.cache import drawn_columns, part_schema
+from schemas.cache_format import Commit, FileRef, Header, ViewBlock, drawn_columns, part_schema
 from schemas.config import CacheConfig, Config
-from schemas.manifest import Commit, FileRef, Header, ViewBlock
 
 _NUM_NAMED = 5
 

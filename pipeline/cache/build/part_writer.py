@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.core.errors import StorageError
-from schemas.manifest import ByteRange, ViewRange
+from schemas.cache_format import ByteRange, ViewRange
 
 _ROW_GROUP_BYTES = 32 << 20
 _PAGE_BYTES = 1 << 20

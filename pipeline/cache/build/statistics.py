@@ -15,7 +15,7 @@ from pipeline.cache.build.ranking import class_ranks, predicted_classes
 from pipeline.cache.format.codec import decode, encode
 from pipeline.teacher.inference import Answers
 from pipeline.teacher.rendering import GroupViews
-from schemas.manifest import Header, Output, Statistics
+from schemas.cache_format import Header, Output, Statistics
 
 TEMPERATURES = (1.0, 2.0, 4.0)
 _SAMPLE_ONE_IN = 64

@@ -14,7 +14,7 @@ from pipeline.core.bounded_parquet import read_bounded
 from pipeline.core.errors import CacheError, StorageInputError, TooLargeError, first_line
 from pipeline.core.hashing import digest, unseal
 from pipeline.core.redaction import redact
-from schemas.manifest import FORMAT_VERSION, FileRef, Record
+from schemas.cache_format import FORMAT_VERSION, FileRef, Record
 
 R = TypeVar("R", bound=Record)
 

@@ -14,8 +14,8 @@ from pipeline.cache.format.files import parse_record
 from pipeline.core.errors import CacheError
 from pipeline.core.hashing import short
 from pipeline.core.redaction import redact
+from schemas.cache_format import Header
 from schemas.config import ViewsConfig
-from schemas.manifest import Header
 
 
 def views_body(plan: ViewsConfig) -> dict[str, Any]:

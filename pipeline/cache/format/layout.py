@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from pipeline.shards.publish import index_name
-from schemas.manifest import ViewBlock
+from schemas.cache_format import ViewBlock
 
 HEADER = "header.json"
 INDEX = "index"

@@ -20,8 +20,8 @@ from pipeline.cache.read.reader import open_cache
 from pipeline.core.errors import CacheError
 from pipeline.core.redaction import redact
 from pipeline.shards.labels import LabelCount, label_warning
+from schemas.cache_format import BuildLog, Header, Manifest, Output, Statistics
 from schemas.config import ViewsConfig
-from schemas.manifest import BuildLog, Header, Manifest, Output, Statistics
 
 # A driver may be silent for as long as so many parts take.
 _SILENT_PARTS = 10

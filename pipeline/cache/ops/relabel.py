@@ -32,8 +32,8 @@ from pipeline.shards.labels import LabelCount, check_label_member, spread
 from pipeline.shards.moved import new_place, report_moved
 from pipeline.shards.shard_head import peek
 from pipeline.shards.tar import read_samples
+from schemas.cache_format import Manifest, Relabelled, Statistics
 from schemas.config import DataConfig
-from schemas.manifest import Manifest, Relabelled, Statistics
 
 _NUM_PEEKED = 8
 _HITS = ("labelled", "top1_hits", "top5_hits")

@@ -19,9 +19,8 @@ from pipeline.cache.plan.shard_survey import Span, Survey, survey_shards, total
 from pipeline.core.redaction import redact
 from pipeline.models import load_untrained
 from pipeline.shards.labels import NUM_INDEXES_READ, LabelCount, check_label_member
-from schemas.cache import drawn_columns, part_schema
+from schemas.cache_format import Header, Output, ViewBlock, drawn_columns, part_schema
 from schemas.config import CacheConfig, Config, ViewsConfig
-from schemas.manifest import Header, Output, ViewBlock
 
 _CANARY_SHARE = 0.001
 # Compression hardly touches the low bits of floats, nor hashes and boxes: half of a row and more.

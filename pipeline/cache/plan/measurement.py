@@ -23,8 +23,8 @@ from pipeline.shards.writer import Members, pack_shards
 from pipeline.teacher.inference import load_teacher
 from pipeline.teacher.numerics import numeric_env, pick_device, pin_numerics
 from pipeline.teacher.rendering import Rendering, read_groups
+from schemas.cache_format import ViewBlock
 from schemas.config import Config
-from schemas.manifest import ViewBlock
 
 _BUILD_S, _STAGE_S = 6.0, 1.5
 _NUM_RENDERED, _VIEWS_RENDERED = 64, 4

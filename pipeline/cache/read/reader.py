@@ -27,8 +27,7 @@ from pipeline.core.errors import CacheError, StorageError, StorageInputError
 from pipeline.core.hashing import digest
 from pipeline.core.redaction import quoted, redact
 from pipeline.shards.index import ShardIndex, decode_index
-from schemas.cache import drawn_columns
-from schemas.manifest import Header, Manifest, Output
+from schemas.cache_format import Header, Manifest, Output, drawn_columns
 
 
 @dataclass(frozen=True, slots=True)

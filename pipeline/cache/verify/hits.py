@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.shards.index import NO_LABEL, ShardIndex
-from schemas.manifest import Header, Statistics
+from schemas.cache_format import Header, Statistics
 
 # A float16 beside numbers of finer steps may change places with them by its rounding.
 _ROUNDING = 2.0**-10

@@ -22,8 +22,8 @@ from pipeline.shards.index import NO_LABEL, ShardIndex
 from pipeline.shards.tar import Sample
 from pipeline.teacher.numerics import numeric_env
 from pipeline.teacher.rendering import GroupViews, Rendering, read_groups
+from schemas.cache_format import Commit, Header, ViewBlock
 from schemas.config import ViewsConfig
-from schemas.manifest import Commit, Header, ViewBlock
 
 
 @dataclass(frozen=True, slots=True)

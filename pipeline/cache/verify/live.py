@@ -21,7 +21,7 @@ from pipeline.cache.read.reader import open_cache
 from pipeline.cache.verify.report import Findings, Problem, Recomputed
 from pipeline.cache.verify.sample import LiveTeacher, Pool, Sample, arrange
 from pipeline.teacher.inference import Answers, Teacher
-from schemas.manifest import Output
+from schemas.cache_format import Output
 
 _BATCHES_AT_ONCE = 4
 _FEWEST_ROWS_AT_ONCE = 256

@@ -24,8 +24,7 @@ from pipeline.cache.verify.report import Findings, Problem
 from pipeline.core.bounded_parquet import read_bounded
 from pipeline.core.errors import CacheError
 from pipeline.shards.index import ShardIndex
-from schemas.cache import drawn_columns, part_schema
-from schemas.manifest import Commit, FileRef, Header, Output
+from schemas.cache_format import Commit, FileRef, Header, Output, drawn_columns, part_schema
 
 # What the norm of stored numbers may differ by from that of the exact ones, as a share of it: a rounding each, and the
 # rounding of the norm. Of eight-bit steps it is a step a number.

@@ -22,8 +22,8 @@ from pipeline.core.errors import CacheError, ShardError
 from pipeline.core.hashing import digest, short
 from pipeline.core.redaction import redact
 from pipeline.shards.names import shard_id
+from schemas.cache_format import Commit, FileRef, Header, Manifest
 from schemas.config import ViewsConfig
-from schemas.manifest import Commit, FileRef, Header, Manifest
 
 _MAGIC_BYTES = len(b"PAR1")
 _BY_LABELS = {"labelled": 0, "top1_hits": 0, "top5_hits": 0, "class_counts": {}}

@@ -20,7 +20,7 @@ from pipeline.cache.verify.shard import ShardTask, check_shard
 from pipeline.core.errors import CacheError
 from pipeline.core.redaction import redact
 from pipeline.core.temporary import temporary_folder
-from schemas.manifest import Header, Manifest
+from schemas.cache_format import Header, Manifest
 
 Progress = Callable[[int, int], None]
 """Called with the number of shards done and of all."""

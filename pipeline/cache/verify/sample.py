@@ -28,8 +28,8 @@ from pipeline.shards.index import ShardIndex
 from pipeline.shards.moved import report_moved
 from pipeline.teacher.inference import Teacher
 from pipeline.teacher.numerics import numeric_env
+from schemas.cache_format import Header
 from schemas.config import Config
-from schemas.manifest import Header
 
 
 @dataclass(frozen=True, slots=True)

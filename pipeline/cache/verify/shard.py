@@ -22,7 +22,7 @@ from pipeline.core.hashing import digest
 from pipeline.core.redaction import redact
 from pipeline.core.temporary import temporary_folder
 from pipeline.shards.index import NO_LABEL, STATUSES, ShardIndex, decode_index
-from schemas.manifest import Commit, FileRef
+from schemas.cache_format import Commit, FileRef
 
 _NO_INDEX = "rows of parts: their index cannot be trusted"
 SHARD_MISSING = "canaries: their shard is not here"

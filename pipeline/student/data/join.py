@@ -21,7 +21,7 @@ from pipeline.cache.read.reader import StoredRows, ViewColumns
 from pipeline.core.errors import CacheError
 from pipeline.shards.index import ShardIndex
 from pipeline.student.data.rows import Records, as_records, drawn_fields
-from schemas.manifest import Output
+from schemas.cache_format import Output
 
 VERSION = 2
 """Of the form below: a file of another one has another name."""

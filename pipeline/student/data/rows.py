@@ -17,7 +17,7 @@ _PLACE = ["offset", "size", "content_hash"]
 
 
 def as_records(fields: Mapping[str, NDArray[Any]], drawn: Mapping[str, NDArray[Any]]) -> Records:
-    """[N] arrays, or [N, …], side by side. ``drawn`` are the columns of ``schemas.cache.drawn_columns``."""
+    """[N] arrays, or [N, …], side by side. ``drawn`` are the columns of ``schemas.cache_format.drawn_columns``."""
     named = {**fields, **{_DRAWN + name: values_N for name, values_N in drawn.items()}}
     num_rows = len(next(iter(named.values())))
     record_N = np.empty(num_rows, [(name, values.dtype, values.shape[1:]) for name, values in named.items()])

@@ -11,7 +11,7 @@ from pipeline.cache.format.codec import depends_on_temperature
 from pipeline.core.errors import ConfigError, ResourceError
 from pipeline.student.data.dataset import PREFETCH_FACTOR, StepDataset
 from pipeline.student.data.loader import ranks_here
-from schemas.manifest import Header
+from schemas.cache_format import Header
 
 _FOLDER = Path("/dev/shm")  # noqa: S108 - where torch itself allocates it
 _FP32_BYTES = 4

@@ -34,8 +34,8 @@ from pipeline.student.evaluation.loaded_run import CheckpointName, load_trained
 from pipeline.student.supervision.spec import LessonFacts
 from pipeline.teacher.inference import Teacher, load_teacher
 from pipeline.teacher.rendering import GroupViews, Rendering, fresh_samples, read_groups
+from schemas.cache_format import ViewBlock
 from schemas.config import Config, DataConfig, ViewsConfig
-from schemas.manifest import ViewBlock
 
 if TYPE_CHECKING:
     from torchmetrics.classification import MulticlassCalibrationError

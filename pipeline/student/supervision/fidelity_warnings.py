@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from schemas.cache_format import Header, Statistics
 from schemas.config import LossConfig
-from schemas.manifest import Header, Statistics
 
 # A student ends some tenths of a nat, or of correlation, away from its teacher; a hundredth is a few per cent of that.
 _LIMIT = 0.01

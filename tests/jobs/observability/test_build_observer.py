@@ -11,7 +11,7 @@ from jobs.observability.build_observer import BuildTally, Built
 from jobs.observability.task_observer import Spent
 from pipeline.cache.build.part import PartTask
 from pipeline.core.errors import PassingStorageError, ShardError
-from schemas.manifest import ByteRange, Commit, FileRef, Statistics, ViewBlock, ViewRange
+from schemas.cache_format import ByteRange, Commit, FileRef, Statistics, ViewBlock, ViewRange
 from tests.jobs.conftest import Tree, config_of
 
 

@@ -21,7 +21,7 @@ from jobs.observability.task_observer import Spent
 from jobs.train_student import train_student
 from pipeline.cache.build.part import PartTask
 from pipeline.core.errors import PassingStorageError, ShardError
-from schemas.manifest import ViewBlock
+from schemas.cache_format import ViewBlock
 from tests.jobs.conftest import Tree, config_of
 
 pytestmark = pytest.mark.ray

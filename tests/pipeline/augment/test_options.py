@@ -20,7 +20,7 @@ from pipeline.augment.options import OPS, cut_boxes, drawn_row
 from pipeline.augment.params import ViewParams, unmix
 from pipeline.augment.pixels import apply_view
 from pipeline.cache.format.header import views_body, views_id
-from schemas.cache import drawn_columns
+from schemas.cache_format import drawn_columns
 from schemas.config import ViewsConfig
 from tests.pipeline.augment.test_params import draw, ids, scalar_uniforms
 from tests.tolerances import ulps

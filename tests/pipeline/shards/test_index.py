@@ -31,7 +31,7 @@ from pipeline.shards.index import (
     omissions_of,
 )
 from pipeline.shards.tar import ShardReader, read_samples
-from schemas.cache import INDEX_SCHEMA
+from schemas.cache_format import INDEX_SCHEMA
 from tests.pipeline.shards.tars import (
     data_config,
     image_bytes,

@@ -14,8 +14,8 @@ from pipeline.core.errors import ResourceError
 from pipeline.teacher.inference import Teacher, ask_groups, load_teacher
 from pipeline.teacher.numerics import pick_device, pin_numerics
 from pipeline.teacher.rendering import GroupViews
+from schemas.cache_format import Commit, ViewBlock
 from schemas.config import TeacherConfig
-from schemas.manifest import Commit, ViewBlock
 from tests.pipeline.conftest import TinyConfig
 
 pytestmark = pytest.mark.gpu

@@ -17,9 +17,8 @@ from pipeline.core.errors import ShardError
 from pipeline.shards.index import IndexBuilder, ShardIndex, index_shard
 from pipeline.shards.tar import Sample
 from pipeline.teacher.rendering import GroupViews, Rendering, fresh_samples, indexed_samples, read_groups
-from schemas.cache import drawn_columns
+from schemas.cache_format import ViewBlock, drawn_columns
 from schemas.config import DataConfig, ViewsConfig
-from schemas.manifest import ViewBlock
 from tests.pipeline.caches import digit_samples
 from tests.pipeline.shards.tars import make_tar
 

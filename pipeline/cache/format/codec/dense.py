@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.cache.format.codec.encoding import Encoding, Rows
-from schemas.manifest import Output, RowField
+from schemas.cache_format import Output, RowField
 
 _DTYPES = {"float32": "<f4", "float16": "<f2"}
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from schemas.manifest import Output, RowField
+from schemas.cache_format import Output, RowField
 
 Rows = NDArray[np.void]
 """[N] stored rows: a structured array with the fields of an output."""

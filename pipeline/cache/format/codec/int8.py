@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.cache.format.codec.encoding import Encoding, Rows
-from schemas.manifest import Output, RowField
+from schemas.cache_format import Output, RowField
 
 _LAST = 255
 

@@ -7,8 +7,8 @@ from pipeline.cache.format.codec.int4 import int4_output
 from pipeline.cache.format.codec.int8 import int8_output
 from pipeline.cache.format.codec.topk import topk_output
 from pipeline.core.errors import ConfigError
+from schemas.cache_format import Output
 from schemas.config import CacheConfig
-from schemas.manifest import Output
 
 _DENSE = {"fp32": "float32", "fp16": "float16"}
 # Below this int8 takes no more bytes than int4.

@@ -14,7 +14,7 @@ from pipeline.cache.format.codec.int4 import INT4
 from pipeline.cache.format.codec.int8 import INT8
 from pipeline.cache.format.codec.topk import TOPK
 from pipeline.core.errors import CacheError
-from schemas.manifest import Output
+from schemas.cache_format import Output
 
 _ENCODINGS: Mapping[str, Encoding] = {"dense": DENSE, "int8": INT8, "int4": INT4, "topk": TOPK}
 _READ = ("logits", "embedding")

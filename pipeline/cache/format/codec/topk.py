@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pipeline.cache.format.codec.encoding import Encoding, Rows, id_field, largest
 from pipeline.cache.format.codec.steps import from_codes, step_of, to_codes
-from schemas.manifest import Output, RowField
+from schemas.cache_format import Output, RowField
 
 TEMPERATURES = (1.0, 2.0, 4.0, 10.0)
 _LAST = 255

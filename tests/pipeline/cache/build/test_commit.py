@@ -14,7 +14,7 @@ from pipeline import storage
 from pipeline.cache.build.commit import missing_blocks, publish_commit, publish_file, read_ahead, read_commits
 from pipeline.cache.format import layout
 from pipeline.core.errors import CacheError
-from schemas.manifest import ByteRange, Commit, FileRef, Statistics, ViewBlock
+from schemas.cache_format import ByteRange, Commit, FileRef, Statistics, ViewBlock
 
 EVAL = ViewBlock(start=0, stop=1, is_eval=True)
 

@@ -20,8 +20,8 @@ from pipeline.cache.read.reader import open_cache
 from pipeline.core.errors import CacheError
 from pipeline.core.hashing import seal
 from pipeline.shards.writer import pack_shards
+from schemas.cache_format import ViewBlock
 from schemas.config import Config
-from schemas.manifest import ViewBlock
 from tests.pipeline.caches import TinyCache, build, cache_section, digit_samples, files, shard_urls
 from tests.pipeline.conftest import TinyConfig
 

@@ -17,7 +17,7 @@ from pipeline.cache.build.manifest import fold_commits
 from pipeline.cache.format import layout
 from pipeline.cache.read.reader import _PartsIndex as PartsIndex  # pyright: ignore[reportPrivateUsage]
 from pipeline.core.hashing import seal
-from schemas.manifest import ByteRange, Commit, FileRef, Statistics, ViewBlock, ViewRange
+from schemas.cache_format import ByteRange, Commit, FileRef, Statistics, ViewBlock, ViewRange
 
 _NUM_SHARDS = 300
 

@@ -34,9 +34,8 @@ from pipeline.shards.index import encode_index, index_settings, index_shard
 from pipeline.shards.omissions import Omissions
 from pipeline.shards.publish import publish_index, publish_shard_index
 from pipeline.shards.writer import Members, pack_shards
-from schemas.cache import drawn_columns
+from schemas.cache_format import ViewBlock, drawn_columns
 from schemas.config import Config
-from schemas.manifest import ViewBlock
 from tests.pipeline.cache import teachers
 from tests.pipeline.caches import TinyCache, build, cache_section, digit_samples, files, open_tasks
 from tests.pipeline.conftest import TinyConfig

@@ -15,9 +15,8 @@ from pipeline.cache.build.commit import read_commits
 from pipeline.cache.build.part_writer import PartWriter, view_ranges
 from pipeline.cache.format.codec import encode, outputs_of
 from pipeline.cache.read.reader import open_cache
-from schemas.cache import part_schema
+from schemas.cache_format import ViewRange, part_schema
 from schemas.config import CacheConfig
-from schemas.manifest import ViewRange
 from tests.pipeline.caches import TinyCache
 
 LOGITS = outputs_of(CacheConfig.model_validate({"url": "x", "logits": "fp32"}), num_classes=4, embedding_dim=1)[0]

@@ -18,8 +18,8 @@ from pipeline.core.errors import CacheError, ModelError
 from pipeline.core.hashing import seal
 from pipeline.models.cifar import resnet
 from pipeline.teacher.inference import load_teacher
+from schemas.cache_format import Header
 from schemas.config import Config, ViewsConfig
-from schemas.manifest import Header
 from tests.pipeline.cache import teachers
 from tests.pipeline.caches import TinyCache, build, cache_section, files
 from tests.pipeline.conftest import TinyConfig

@@ -15,7 +15,7 @@ from pipeline.cache.ops.gc import GcReport, collect_garbage
 from pipeline.cache.read.reader import open_cache
 from pipeline.cache.verify import verify_cache
 from pipeline.core.errors import CacheError
-from schemas.manifest import ViewBlock
+from schemas.cache_format import ViewBlock
 from tests.pipeline.caches import TinyCache, build, cache_section, files, shard_urls
 from tests.pipeline.conftest import TinyConfig
 

@@ -16,7 +16,7 @@ from pipeline.cache.build.manifest import publish_manifest
 from pipeline.cache.build.part_writer import PartWriter, view_ranges
 from pipeline.cache.format import layout
 from pipeline.core.hashing import seal
-from schemas.manifest import Commit
+from schemas.cache_format import Commit
 from tests.pipeline.caches import TinyCache, shard_urls
 
 

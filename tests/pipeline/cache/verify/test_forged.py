@@ -23,7 +23,7 @@ from pipeline.cache.format.header import read_header
 from pipeline.cache.ops.gc import collect_garbage
 from pipeline.cache.verify import Problem, VerifyReport, verify_cache
 from pipeline.core.hashing import digest, seal
-from schemas.manifest import FileRef, Header
+from schemas.cache_format import FileRef, Header
 from tests.pipeline.cache.verify.forge import commit_of, replace_commit, republish, rewrite_part, set_cell
 from tests.pipeline.caches import TinyCache, build, copy_of, files, shard_urls
 from tests.pipeline.conftest import TinyConfig

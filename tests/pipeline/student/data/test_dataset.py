@@ -18,7 +18,7 @@ from pipeline.core.errors import CacheError, ConfigError, ShardError
 from pipeline.student.data.dataset import Batch, InputSize, StepDataset, load_batches
 from pipeline.student.data.sources import CachedSource, IndexedSource
 from pipeline.teacher.inference import load_teacher
-from schemas.cache import drawn_columns
+from schemas.cache_format import drawn_columns
 from schemas.config import DataConfig, ViewsConfig
 from tests.marks import slow
 from tests.pipeline.caches import TinyCache, shard_urls

@@ -19,8 +19,8 @@ from pipeline.student.distributed import World
 from pipeline.student.evaluation.evaluator import evaluate_run
 from pipeline.student.training.config_checks import check_distillation, check_training
 from pipeline.student.training.trainer import train
+from schemas.cache_format import Output
 from schemas.config import Config
-from schemas.manifest import Output
 from tests.pipeline.caches import TinyCache, build
 from tests.pipeline.conftest import TinyConfig
 from tests.pipeline.student.conftest import Replay

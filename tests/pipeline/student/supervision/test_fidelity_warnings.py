@@ -14,8 +14,8 @@ from pipeline.cache.read.reader import open_cache
 from pipeline.models.cifar import resnet
 from pipeline.student.supervision.fidelity_warnings import fidelity_warnings
 from pipeline.student.training.trainer import train
+from schemas.cache_format import Header, Statistics
 from schemas.config import LossConfig
-from schemas.manifest import Header, Statistics
 from tests.pipeline.caches import TinyCache, build
 from tests.pipeline.conftest import TinyConfig
 from tests.pipeline.student.runs import run_config

@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.cache.format.codec import decode, encode, outputs_of
+from schemas.cache_format import Output
 from schemas.config import CacheConfig
-from schemas.manifest import Output
 from tests.tolerances import ulps
 
 

@@ -1,0 +1,34 @@
+"""``cache``: what a build stores, and how it is encoded."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from schemas.config.section import Section
+
+
+class CacheConfig(Section):
+    """What is kept of the teacher's words, and where."""
+
+    url: str = Field(description="Folder of the cache; any allowed URL.")
+    logits: str = Field("fp16", description="fp32, fp16, int8, int4, topk:k or none: encoding of the logits.")
+    embeddings: Literal["fp32", "fp16", "int8", "none"] = Field("none", description="Of the penultimate embedding.")
+    class_means: str = Field(
+        "none", min_length=1, description="none, eval (one extra eval pass), view0, or the URL of ND's JSON."
+    )
+    views_per_part: int = Field(5, ge=1, le=500, description="Views in one part: the unit of work and of loss.")
+
+    @field_validator("logits")
+    @classmethod
+    def _check_logits(cls, logits: str) -> str:
+        if not re.fullmatch(r"fp32|fp16|int8|int4|none|topk:[1-9][0-9]*", logits):
+            raise ValueError(f"logits is {logits!r}; wanted fp32, fp16, int8, int4, none or topk:k, such as topk:16")
+        return logits
+
+    @property
+    def class_means_url(self) -> str | None:
+        """Where class means come from that the build does not make itself."""
+        return None if self.class_means in ("none", "eval", "view0") else self.class_means

@@ -1,0 +1,57 @@
+"""``data``: shards, indexes, labels, and the caches that a student reads."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from schemas.config.section import Section, local_path
+
+
+class DataConfig(Section):
+    """Which images, which labels, and what to do with bad ones."""
+
+    shards: str | tuple[str, ...] | None = Field(
+        None, description="Training shards: URL with {a..b} braces, or a list."
+    )
+    val_shards: str | tuple[str, ...] | None = Field(None, description="Validation shards, same form.")
+    image: str = Field("jpg;jpeg;png;webp", description="Member extensions that hold the image, first match wins.")
+    label: str | None = Field(
+        "cls", description="Member extension that holds the class index as text; null: no labels."
+    )
+    num_classes: int | None = Field(None, ge=2, description="K. Labels must lie in [0, K).")
+    cache: str | tuple[str, ...] | None = Field(
+        None, description="URL of a finished teacher cache to train from, or a list: one a teacher."
+    )
+    index: str | None = Field(None, description="URL of the folder with <shard_id>.parquet; default <run url>/index.")
+    bad_samples: Literal["fail", "skip"] = Field(
+        "fail", description="Images that cannot be used: stop, or record and skip."
+    )
+    max_bad_share: float = Field(
+        0.1, ge=0, le=1, description="Under skip: a shard with a larger share of bad samples fails."
+    )
+    missing_labels: Literal["refuse", "ignore"] = Field(
+        "refuse", description="Samples without a label: refuse for losses that need one, or average over the others."
+    )
+    max_pixels: int = Field(64_000_000, gt=0, description="Images with more pixels are not decoded (status too_large).")
+
+    allow_pixel_drift: int = Field(
+        0, ge=0, le=255, description="Levels by which block means of a canary may differ here from the cache's."
+    )
+    local_dir: str | None = Field(
+        None, description="Folder on every node for copies of shards and cached views; default: the temporary folder."
+    )
+    local_bytes: int | None = Field(
+        None, gt=0, description="Bytes a node keeps there at most; default: four fifths of what the disk has for it."
+    )
+
+    @field_validator("local_dir")
+    @classmethod
+    def _check_local_dir(cls, local_dir: str | None) -> str | None:
+        return local_dir if local_dir is None else local_path(local_dir, key="local_dir")
+
+    @property
+    def caches(self) -> tuple[str, ...]:
+        """The URLs of ``cache``."""
+        return (self.cache,) if isinstance(self.cache, str) else self.cache or ()

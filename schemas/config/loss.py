@@ -1,0 +1,109 @@
+"""``loss``: one section a loss."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from schemas.config.section import Section
+
+
+class LossSection(Section):
+    """One term of the total loss."""
+
+    weight: float = Field(1.0, ge=0, description="Factor of this term in the total.")
+    warmup_epochs: int = Field(0, ge=0, description="The weight is scaled by min(1, epoch / warmup_epochs), 0-based.")
+
+
+class CeLoss(LossSection):
+    """Cross-entropy against the labels."""
+
+    name: Literal["ce"]
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share of the target spread over all classes.")
+
+
+class KdLoss(LossSection):
+    """Hinton 2015; FunMatch is this term alone."""
+
+    name: Literal["kd"]
+    temperature: float = Field(4.0, gt=0, description="T of both softmaxes; the loss is scaled by T².")
+
+
+class DistLoss(LossSection):
+    """DIST, Huang 2022."""
+
+    name: Literal["dist"]
+    temperature: float = Field(1.0, gt=0, description="T of both softmaxes; the loss is scaled by T².")
+    inter_weight: float = Field(1.0, ge=0, description="β: relations among the classes of one sample.")
+    intra_weight: float = Field(1.0, ge=0, description="γ: relations among the samples of one class.")
+    gather: bool = Field(False, description="Relations over the global batch instead of each rank's own rows.")
+
+
+class DkdLoss(LossSection):
+    """DKD, Zhao 2022."""
+
+    name: Literal["dkd"]
+    temperature: float = Field(4.0, gt=0, description="T of both softmaxes; the loss is scaled by T².")
+    alpha: float = Field(1.0, ge=0, description="Weight of TCKD: target against not target.")
+    beta: float = Field(8.0, ge=0, description="Weight of NCKD: the other classes among themselves.")
+
+
+class HardLoss(LossSection):
+    """Cross-entropy against the teacher's argmax."""
+
+    name: Literal["hard"]
+
+
+class NdLoss(LossSection):
+    """Norm and direction, Wang 2023; needs class means and embedding norms."""
+
+    name: Literal["nd"]
+
+
+class ReviewKdLoss(LossSection):
+    """ReviewKD, Chen 2021: feature maps of both networks; needs the teacher online."""
+
+    name: Literal["review_kd"]
+    student_layers: tuple[str, ...] = Field(
+        min_length=1, description="Dotted names as in network.named_modules(), shallow to deep."
+    )
+    teacher_layers: tuple[str, ...] = Field(min_length=1, description="One beside each of the student's.")
+    mid_channels: int = Field(256, ge=1, description="Channels in which levels are fused; most of the loss's cost.")
+    embedding: bool = Field(True, description="The pooled embeddings are one more level, the deepest.")
+
+    @model_validator(mode="after")
+    def _check_pairs(self) -> ReviewKdLoss:
+        pairs = len(self.student_layers), len(self.teacher_layers)
+        if pairs[0] != pairs[1]:
+            raise ValueError(f"{pairs[0]} student_layers and {pairs[1]} teacher_layers; wanted one beside each")
+        for key in ("student_layers", "teacher_layers"):
+            layers: tuple[str, ...] = getattr(self, key)
+            if len({*layers}) < len(layers):
+                raise ValueError(f"{key} names a layer twice: {', '.join(layers)}")
+        return self
+
+
+class SifnLoss(LossSection):
+    """Longer embeddings step by step, whatever the teacher says; an ablation of the ND paper."""
+
+    name: Literal["sifn"]
+    increase: float = Field(1.0, gt=0, description="r: by how much the embedding's norm is to grow.")
+
+
+class CosineLoss(LossSection):
+    """1 - cosine of the student's and the teacher's embedding; needs cached embeddings or a teacher online."""
+
+    name: Literal["cosine"]
+
+
+class MseLoss(LossSection):
+    """Mean squared difference of the same."""
+
+    name: Literal["mse"]
+
+
+LossConfig = Annotated[
+    CeLoss | KdLoss | DistLoss | DkdLoss | HardLoss | NdLoss | SifnLoss | CosineLoss | MseLoss | ReviewKdLoss,
+    Field(discriminator="name"),
+]

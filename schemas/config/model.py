@@ -1,0 +1,88 @@
+"""``teacher`` and ``student``: a network, its weights and its input."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from schemas.config.section import Section, Triple
+from schemas.config.views import ViewsConfig
+
+Precision = Literal["fp32", "bf16", "fp16"]
+Interpolation = Literal["bilinear", "bicubic"]
+
+
+class ModelConfig(Section):
+    """How to build a network and what it eats. Mean, std and size come from the model's own config unless given."""
+
+    model: str | None = Field(None, description="timm/NAME, torchvision/NAME or python:package.module:factory.")
+    weights: str | None = Field("random", description="pretrained, random, or URL of .safetensors/.pt (weights_only).")
+    sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$", description="Checked before a weights URL is loaded.")
+    mean: Triple | None = Field(None, description="Per-channel mean of [0,1] RGB.")
+    std: Triple | None = Field(None, description="Per-channel standard deviation of [0,1] RGB.")
+    interpolation: Interpolation | None = Field(None, description="How a box is resized to the input size.")
+    kwargs: dict[str, Any] = Field(default_factory=dict, description="Passed on to the model's constructor.")
+
+    @property
+    def weights_url(self) -> str | None:
+        """The file that ``weights`` names, if it names one."""
+        return None if self.weights in ("random", "pretrained") else self.weights
+
+
+class AskedConfig(ModelConfig):
+    """A network that is asked."""
+
+    weights: str | None = Field(
+        None, description="pretrained, random, or URL of .safetensors/.pt (weights_only). A teacher has no default."
+    )
+    precision: Precision = Field("fp32", description="Arithmetic of the forward pass (autocast below fp32).")
+    batch_size: int = Field(64, ge=1, description="Rows per forward; the last batch of a mix group is padded to it.")
+    class_means: str | None = Field(
+        None, min_length=1, description="mode online, for nd: URL of a finished cache of this teacher with class means."
+    )
+
+
+class OtherTeacherConfig(AskedConfig):
+    """One of several teachers online, beside the first."""
+
+    size: int | None = Field(
+        None, ge=1, description="Input height and width in pixels; default views.size, else the model's own."
+    )
+
+
+class TeacherConfig(AskedConfig):
+    """The network that is asked, or the first of several."""
+
+    mode: Literal["none", "cache", "online"] = Field("cache", description="What a student learns from, in training.")
+    others: tuple[OtherTeacherConfig, ...] = Field(
+        (), description="mode online: further teachers, asked about the same views; losses are summed over all."
+    )
+
+    @property
+    def asked(self) -> dict[str, AskedConfig]:
+        """All teachers of mode online, by the names of their sections."""
+        return {"teacher": self, **{f"teacher.others.{number}": other for number, other in enumerate(self.others)}}
+
+
+class StudentConfig(ModelConfig):
+    """The network that learns."""
+
+    size: int | None = Field(None, ge=1, description="Input height and width in pixels; default views.size.")
+    views: ViewsConfig | None = Field(
+        None, description="Views of the student alone, drawn anew each epoch; null: it sees what its teacher sees."
+    )
+
+    @model_validator(mode="after")
+    def _check_views(self) -> StudentConfig:
+        if self.views is None:
+            return self
+        if self.views.mixes:
+            raise ValueError("views mix images, but the teacher's words are of one image alone; wanted crop or eval")
+        # By value, since a run's own copy of its config names every key.
+        defaults = {name: ViewsConfig.model_fields[name].default for name in ("count", "size")}
+        if named := [name for name, default in defaults.items() if getattr(self.views, name) != default]:
+            raise ValueError(
+                f"views has {', '.join(named)}, which it does not take: every epoch has a view, in student.size"
+            )
+        return self

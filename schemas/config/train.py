@@ -1,0 +1,116 @@
+"""``train`` and ``run``: optimisation of a student, and where its run is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from schemas.config.model import (
+    Precision,
+)
+from schemas.config.section import Section, Share
+
+Optimizer = Literal["sgd", "adamw", "lamb", "rmsprop_tf", "soap"]
+_OPTIMIZER_KEYS: Mapping[Optimizer, tuple[str, ...]] = {
+    "sgd": (),
+    "adamw": ("betas", "eps"),
+    "lamb": ("betas", "eps"),
+    "rmsprop_tf": ("eps", "alpha"),
+    "soap": ("betas", "eps"),
+}
+
+
+class TrainConfig(Section):
+    """Optimiser, schedule and order of training."""
+
+    epochs: int = Field(1, ge=1, description="Passes over the training rows; epoch e sees one view of each.")
+    global_batch_size: int = Field(256, ge=1, description="G, rows per optimiser step over all ranks.")
+    accumulate: int = Field(1, ge=1, description="Micro-batches that a rank's rows of a full step are cut into.")
+    precision: Precision = Field(
+        "fp32", description="Below fp32: autocast, under fp16 with a scaled loss; losses stay fp32."
+    )
+    optimizer: Optimizer = Field("adamw", description="From torch, timm (lamb, rmsprop_tf), pytorch_optimizer (soap).")
+    lr: float = Field(1e-3, gt=0, description="Peak learning rate.")
+    momentum: float = Field(0.9, ge=0, lt=1, description="sgd and rmsprop_tf.")
+    nesterov: bool = Field(False, description="sgd alone.")
+    betas: tuple[Share, Share] | None = Field(
+        None, description="adamw, lamb, soap: decay a step of both moments; default: the optimiser's own."
+    )
+    eps: float | None = Field(
+        None, gt=0, description="All but sgd: added to the divisor; default: the optimiser's own."
+    )
+    alpha: Share | None = Field(
+        None, description="rmsprop_tf: decay a step of the squared gradient; default: the optimiser's own."
+    )
+    weight_decay: float = Field(0.0, ge=0, description="On weights of two or more dimensions only.")
+    warmup_steps: int = Field(0, ge=0, description="Step s of the warm-up has (s + 1) / warmup_steps of lr.")
+    schedule: Literal["cosine", "constant", "step", "exponential"] = Field(
+        "cosine", description="After warm-up; cosine ends at 0."
+    )
+    milestones: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (), description="step: after each of these epochs, counted from the start, lr is multiplied by gamma."
+    )
+    gamma: float = Field(0.1, gt=0, le=1, description="step and exponential: factor of lr.")
+    decay_epochs: float | None = Field(None, gt=0, description="exponential: epochs between two factors gamma.")
+    clip_norm: float | None = Field(None, gt=0, description="Global gradient norm.")
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Decay a step of averaged weights, which are then evaluated and kept as the model.",
+    )
+    freeze: tuple[str, ...] = Field((), description="Modules or parameters of the student, by name, that do not learn.")
+    compile: bool = Field(False, description="torch.compile of the student.")
+    channels_last: bool | None = Field(
+        None, description="Memory layout of the student. Default: channels-last unless its backward can crash on a CPU."
+    )
+    deterministic: bool = Field(False, description="Deterministic algorithms alone, in all of torch.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Initial weights, order, dropout.")
+    order: Literal["global", "pinned"] = Field("global", description="Shards permuted per epoch, or by the seed alone.")
+    lanes: int | None = Field(None, ge=1, description="C; default: the largest divisor of G (pairs: G/2) up to 64.")
+    tail: Literal["drop", "short"] = Field("drop", description="Rows beyond the last full global batch.")
+    num_workers: int = Field(0, ge=0, description="Loader processes per rank.")
+    eval_every_epochs: int = Field(1, ge=0, description="0: only after the last epoch.")
+    eval_agreement: bool | None = Field(
+        None,
+        description="Agreement with the teacher in each evaluation; true: from a cache too, of the teacher that is "
+        "named beside it. Default: of one online teacher.",
+    )
+    checkpoint_every_epochs: int = Field(1, ge=1, description="How much a killed run loses at most.")
+    checkpoint_every_steps: int | None = Field(None, ge=1, description="The same within long epochs.")
+    keep_every_epochs: int | None = Field(None, ge=1, description="Epochs between checkpoints that are never replaced.")
+    tensorboard: bool = Field(False, description="Event files in <run url>/tensorboard.")
+
+    @field_validator("milestones")
+    @classmethod
+    def _check_milestones(cls, milestones: tuple[int, ...]) -> tuple[int, ...]:
+        if any(one >= other for one, other in pairwise(milestones)):
+            raise ValueError(f"milestones are {list(milestones)}; wanted each epoch once, in ascending order")
+        return milestones
+
+    @model_validator(mode="after")
+    def _check_schedule(self) -> TrainConfig:
+        for schedule, key in (("step", "milestones"), ("exponential", "decay_epochs")):
+            given = bool(getattr(self, key))
+            if given and self.schedule != schedule:
+                raise ValueError(f"{key} is for schedule {schedule}, and the schedule is {self.schedule}")
+            if not given and self.schedule == schedule:
+                raise ValueError(f"schedule {schedule} needs {key}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_optimizer(self) -> TrainConfig:
+        for key in ("betas", "eps", "alpha"):
+            if getattr(self, key) is not None and key not in _OPTIMIZER_KEYS[self.optimizer]:
+                takers = [name for name, keys in _OPTIMIZER_KEYS.items() if key in keys]
+                raise ValueError(f"{key} is for {', '.join(takers)}, and the optimizer is {self.optimizer}")
+        return self
+
+
+class RunConfig(Section):
+    """Where a training run lives."""
+
+    url: str = Field(description="Folder of the run; any allowed URL.")

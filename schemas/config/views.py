@@ -1,0 +1,94 @@
+"""``views``: the augmented views of an image."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from schemas.config.section import Level, Section
+
+_AUGMENTING = ("jitter", "randaugment", "erasing")
+
+
+class JitterConfig(Section):
+    """Colour jitter, in one of the 24 orders: drawn factors of brightness, contrast, saturation, and a shift of hue."""
+
+    probability: float = Field(1.0, gt=0, le=1, description="Share of the views that are jittered.")
+    brightness: float = Field(0.4, ge=0, le=1, description="b: the factor is uniform in 1 - b to 1 + b.")
+    contrast: float = Field(0.4, ge=0, le=1, description="The same, away from the mean of the grey view.")
+    saturation: float = Field(0.4, ge=0, le=1, description="The same, away from the grey view.")
+    hue: float = Field(0.0, ge=0, le=0.5, description="h: the shift is uniform in -h to h turns of the colour circle.")
+
+    @model_validator(mode="after")
+    def _check_any(self) -> JitterConfig:
+        if not (self.brightness or self.contrast or self.saturation or self.hue):
+            raise ValueError("brightness, contrast, saturation and hue are all 0, so nothing is jittered")
+        return self
+
+
+class RandAugmentConfig(Section):
+    """Operations drawn with replacement from the 14 of Cubuk 2019, at a strength of 0 to 30."""
+
+    num_ops: int = Field(2, ge=1, le=8, description="Operations on each view, one after another.")
+    magnitude: float = Field(9.0, ge=0, le=30, description="Strength of an operation; 30 is the strongest.")
+    magnitude_spread: float = Field(0.0, ge=0, le=30, description="The strength is uniform within magnitude ± this.")
+
+
+class ErasingConfig(Section):
+    """A box of one colour over a part of the view (Zhong 2017)."""
+
+    probability: float = Field(0.25, gt=0, le=1, description="Share of the views that are erased in part.")
+    area: tuple[float, float] = Field((0.02, 1 / 3), description="Area as a share of the view, drawn uniformly.")
+    aspect: tuple[float, float] = Field((0.3, 10 / 3), description="Width / height, drawn log-uniformly.")
+    fill: Literal["random"] | tuple[Level, Level, Level] = Field(
+        "random", description="Its colour: drawn for each view, or [red, green, blue] from 0 to 255."
+    )
+
+    @model_validator(mode="after")
+    def _check_ranges(self) -> ErasingConfig:
+        _check_area_and_aspect(self.area, self.aspect)
+        return self
+
+
+def _check_area_and_aspect(area: tuple[float, float], aspect: tuple[float, float]) -> None:
+    if not 0 < area[0] <= area[1] <= 1:
+        raise ValueError(f"area is {list(area)}; wanted 0 < low <= high <= 1")
+    if not 0 < aspect[0] <= aspect[1]:
+        raise ValueError(f"aspect is {list(aspect)}; wanted 0 < low <= high")
+
+
+class ViewsConfig(Section):
+    """The plan of augmented views. All of it but count and size is part of the views id."""
+
+    kind: Literal["eval", "crop", "function_matching"] = Field("crop", description="See docs/format.md.")
+    count: int = Field(1, ge=1, le=65_535, description="V, views per image in a cache.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Views are a pure function of it and the sample id.")
+    size: int | None = Field(None, ge=1, description="The teacher's input height and width in pixels.")
+    area: tuple[float, float] = Field((0.05, 1.0), description="Box area as a share of the image, drawn uniformly.")
+    aspect: tuple[float, float] = Field((0.75, 4 / 3), description="Box width / height, drawn log-uniformly.")
+    flip: float = Field(0.5, ge=0, le=1, description="Probability of a horizontal flip.")
+    crop_fraction: float = Field(0.875, gt=0, le=1, description="Eval views: side of the centred box / shorter edge.")
+    mix_group: int = Field(256, ge=2, description="Consecutive ok rows among which mixup partners are matched.")
+    # Null options are left out of the views id, so a further one leaves the ids of present plans as they are.
+    jitter: JitterConfig | None = Field(None, description="Colour jitter of the flipped crop.")
+    randaugment: RandAugmentConfig | None = Field(None, description="RandAugment, after jitter.")
+    erasing: ErasingConfig | None = Field(None, description="Random erasing, last of what is done to a view alone.")
+    cutmix: float | None = Field(
+        None, gt=0, le=1, description="Share of the mixed rows that show their partner in a box instead of a blend."
+    )
+
+    @model_validator(mode="after")
+    def _check_ranges(self) -> ViewsConfig:
+        _check_area_and_aspect(self.area, self.aspect)
+        if self.kind == "eval" and self.count != 1:
+            raise ValueError(f"kind eval has one view, count is {self.count}")
+        if self.kind == "eval" and (named := [name for name in _AUGMENTING if getattr(self, name) is not None]):
+            raise ValueError(f"kind eval is never augmented, but {', '.join(named)} is set")
+        if self.cutmix is not None and not self.mixes:
+            raise ValueError(f"cutmix needs partners, and kind {self.kind} mixes nothing; wanted function_matching")
+        return self
+
+    @property
+    def mixes(self) -> bool:
+        return self.kind == "function_matching"
