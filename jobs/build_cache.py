@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from jobs.entry import config_command
-from jobs.observability.build_observer import BuildTally, Built, name_of
-from jobs.observability.log import tell, warn_of_omissions
+from jobs.observability.build_observer import BuildObserver, BuiltPart, name_of
+from jobs.observability.log import emit, warn_of_omissions
 from jobs.observability.progress import ProgressView
 from jobs.paths import with_absolute_paths
 from jobs.ray.cluster import cluster, num_tasks_here, without_gpus
@@ -18,7 +18,14 @@ from jobs.ray.fan_out import fan_out
 from pipeline import storage
 from pipeline.cache.build.build_log import BuildLogWriter, remove_logs
 from pipeline.cache.build.class_means import ClassSums, add_up
-from pipeline.cache.build.commit import Standing, files_present, is_void, missing_blocks, read_standing, withdraw
+from pipeline.cache.build.commit import (
+    CommitSummary,
+    files_present,
+    is_dangling,
+    missing_blocks,
+    read_commit_summaries,
+    revoke,
+)
 from pipeline.cache.build.header_claim import check_without_weights
 from pipeline.cache.build.manifest import find_relabelled, publish_manifest, read_manifest, read_sums, read_table
 from pipeline.cache.build.part import (
@@ -32,7 +39,7 @@ from pipeline.cache.build.part import (
 )
 from pipeline.cache.format import layout
 from pipeline.cache.format.header import find_header
-from pipeline.cache.plan.build_plan import check_labels, survey_ground
+from pipeline.cache.plan.build_plan import check_labels, collect_plan_inputs
 from pipeline.cache.plan.free_space import check_space
 from pipeline.cache.read.labels import cached_labels
 from pipeline.cache.read.reader import open_cache
@@ -71,12 +78,12 @@ def build_cache(config: Config) -> Manifest:
     by_id = dict(zip(shard_ids(urls), urls, strict=True))
     storage.probe(cache.url)
     relabelled = find_relabelled(cache.url)
-    commits = read_standing(cache.url)
+    commits = read_commit_summaries(cache.url)
     sizes = check_shards(cache.url, by_id, commits)
-    ground = survey_ground(config, cache, by_id, sizes, commits)
-    check_labels(ground)
+    inputs = collect_plan_inputs(config, cache, by_id, sizes, commits)
+    check_labels(inputs)
     _warn(random_weights_warnings({"teacher": config.teacher}))
-    _warn(check_space(ground, num_tasks=num_tasks_here(config.ray)))
+    _warn(check_space(inputs, num_tasks=num_tasks_here(config.ray)))
     with cluster(config.ray):
         if not _is_known_without_weights(config, by_id, commits):
             # One small task first: a wrong teacher or a foreign cache is found before anything is queued.
@@ -99,10 +106,10 @@ def build_cache(config: Config) -> Manifest:
 
 def _warn(warnings: Iterable[str]) -> None:
     for warning in warnings:
-        tell(f"cache: {warning}", event="warning", level=logging.WARNING)
+        emit(f"cache: {warning}", event="warning", level=logging.WARNING)
 
 
-def _is_known_without_weights(config: Config, by_id: dict[str, str], commits: list[Standing]) -> bool:
+def _is_known_without_weights(config: Config, by_id: dict[str, str], commits: list[CommitSummary]) -> bool:
     """Whether the header can stand for weights that are not at hand, since no part is left to make.
 
     Raises:
@@ -124,14 +131,14 @@ def _is_known_without_weights(config: Config, by_id: dict[str, str], commits: li
     return True
 
 
-def _has_open_parts(config: Config, by_id: dict[str, str], commits: list[Standing]) -> bool:
+def _has_open_parts(config: Config, by_id: dict[str, str], commits: list[CommitSummary]) -> bool:
     assert config.cache is not None
     present = files_present(config.cache.url)
-    whole = [commit for commit in commits if commit.shard_id in by_id and not is_void(commit, present)]
+    whole = [commit for commit in commits if commit.shard_id in by_id and not is_dangling(commit, present)]
     return bool(plan_tasks(config, by_id, whole))
 
 
-def check_shards(cache_url: str, by_id: dict[str, str], commits: Sequence[Standing]) -> dict[str, int]:
+def check_shards(cache_url: str, by_id: dict[str, str], commits: Sequence[CommitSummary]) -> dict[str, int]:
     """Changes nothing. What a build would find out late, or not at all. Returns the bytes of each shard.
 
     Raises:
@@ -155,13 +162,13 @@ def check_shards(cache_url: str, by_id: dict[str, str], commits: Sequence[Standi
                 "this shard changed since its parts were built",
                 where=redact(by_id[commit.shard_id]),
                 got=f"{sizes[commit.shard_id]} bytes",
-                wanted=f"{commit.shard_size_bytes} bytes",
+                expected=f"{commit.shard_size_bytes} bytes",
                 next_step="restore the shard, or build into another cache.url",
             )
     return sizes
 
 
-def _finished_shards(cache_url: str, commits: Sequence[Standing]) -> set[str]:
+def _finished_shards(cache_url: str, commits: Sequence[CommitSummary]) -> set[str]:
     if not storage.exists(storage.join(cache_url, layout.MANIFEST)):
         return set()
     try:
@@ -189,14 +196,14 @@ def _sizes(by_id: dict[str, str]) -> dict[str, int]:
     return {shard: asked[shard] if shard in asked else listed[url] for shard, url in by_id.items()}
 
 
-def _build_parts(config: Config, by_id: dict[str, str], found: list[Standing]) -> None:
+def _build_parts(config: Config, by_id: dict[str, str], found: list[CommitSummary]) -> None:
     assert config.cache is not None
     commits, lost = _take_stock(config, by_id, found)
     indexes = without_gpus(config.ray)
     list(fan_out(restore_index, lost, indexes, what="an index task", name=lambda task: redact(task.shard_url)))
     tasks = plan_tasks(config, by_id, commits)
     num_done = len(commits)
-    tally = BuildTally(config, tasks, num_shards=len(by_id))
+    tally = BuildObserver(config, tasks, num_shards=len(by_id))
     tally.begin()
     omissions: dict[str, Omissions] = {}
     try:
@@ -217,23 +224,25 @@ def _build_parts(config: Config, by_id: dict[str, str], found: list[Standing]) -
         warn_of_omissions("cache", omissions.values())
 
 
-def _build(task: PartTask) -> Built:
+def _build(task: PartTask) -> BuiltPart:
     busy = BusyTime()
     omissions = Omissions()
-    return Built(build_part(task, busy, omissions), busy.seconds, omissions)
+    return BuiltPart(build_part(task, busy, omissions), busy.seconds, omissions)
 
 
-def _take_stock(config: Config, by_id: dict[str, str], found: list[Standing]) -> tuple[list[Standing], list[IndexTask]]:
+def _take_stock(
+    config: Config, by_id: dict[str, str], found: list[CommitSummary]
+) -> tuple[list[CommitSummary], list[IndexTask]]:
     """The commits of these shards whose files are there, and the indexes they miss. Void commits are taken back."""
     assert config.cache is not None
     url = config.cache.url
     commits = [commit for commit in found if commit.shard_id in by_id]
     present = files_present(url)
-    void = [commit for commit in commits if is_void(commit, present)]
-    if void:
-        tell(f"cache: {len(void)} commits were void: their files are gone, and are built again", event="void")
-        withdraw(url, void)
-    standing = [commit for commit in commits if not is_void(commit, present)]
+    dangling = [commit for commit in commits if is_dangling(commit, present)]
+    if dangling:
+        emit(f"cache: {len(dangling)} commits were void: their files are gone, and are built again", event="void")
+        revoke(url, dangling)
+    standing = [commit for commit in commits if not is_dangling(commit, present)]
     lost = {commit.shard_id: commit.index_sha256 for commit in standing if commit.index not in present}
     lean = of_tasks(config, by_id.values())
     return standing, [IndexTask(lean, by_id[shard], sha256) for shard, sha256 in lost.items()]
@@ -249,11 +258,11 @@ def of_tasks(config: Config, urls: Iterable[str]) -> Config:
     )
 
 
-def plan_tasks(config: Config, by_id: dict[str, str], commits: Sequence[Standing]) -> list[PartTask]:
+def plan_tasks(config: Config, by_id: dict[str, str], commits: Sequence[CommitSummary]) -> list[PartTask]:
     """The parts that none of these commits names."""
     assert config.cache is not None
     lean = of_tasks(config, by_id.values())
-    committed: defaultdict[str, list[Standing]] = defaultdict(list)
+    committed: defaultdict[str, list[CommitSummary]] = defaultdict(list)
     for commit in commits:
         committed[commit.shard_id].append(commit)
     return [
@@ -294,7 +303,7 @@ def describe(manifest: Manifest) -> str:
 
 
 def main(source: str, overrides: list[str]) -> None:
-    tell(describe(build_cache(load_config(source, overrides))), event="end")
+    emit(describe(build_cache(load_config(source, overrides))), event="end")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from jobs.entry import report_crashes, run_command
-from jobs.observability.log import tell
+from jobs.observability.log import emit
 from jobs.observability.streams import protect_streams
 
 app = typer.Typer(
@@ -84,8 +84,8 @@ def _with_drift(overrides: list[str] | None, levels: int | None) -> list[str]:
     return [*(overrides or []), *([] if levels is None else [f"data.allow_pixel_drift={levels}"])]
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+def _show_version(expected: bool) -> None:
+    if expected:
         print(_versions())
         raise typer.Exit
 
@@ -107,7 +107,7 @@ def demo(
     def command() -> None:
         from jobs.demo import run_demo
 
-        tell(f"results in {run_demo(out)}", event="end")
+        emit(f"results in {run_demo(out)}", event="end")
 
     _run(command)
 
@@ -212,7 +212,7 @@ def cache_means(
         done = export_means(cache, out, full_precision=full_precision)
         absent = ", ".join(map(str, done.absent[:_NUM_NAMED])) + (", …" if len(done.absent) > _NUM_NAMED else "")
         without = f"; {len(done.absent)} classes have no mean: {absent}" if done.absent else ""
-        tell(f"class means: {done.num_written} classes of {done.embedding_dim} numbers in {out}{without}", event="end")
+        emit(f"class means: {done.num_written} classes of {done.embedding_dim} numbers in {out}{without}", event="end")
 
     _run(command)
 
@@ -474,7 +474,7 @@ def export(
         from pipeline.student.export.exporters import export_run
 
         done = export_run(run, out, format=format, checkpoint_name=checkpoint, with_normalization=with_normalization)
-        tell(describe(done), event="end")
+        emit(describe(done), event="end")
 
     _run(command)
 

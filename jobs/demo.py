@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from jobs.observability.log import tell
+from jobs.observability.log import emit
 from jobs.recipe import perform
 from pipeline import storage
 from pipeline.core.errors import StorageInputError, TrainingError
@@ -76,7 +76,7 @@ def run_demo(out: Path) -> Path:
     out = Path(storage.absolute(str(out)))
     pack_digits(out / "shards")
     path = perform(str(_RECIPE), [f"out={out}"])
-    tell(gains(json.loads(path.read_text())), event="gains")
+    emit(gains(json.loads(path.read_text())), event="gains")
     return path
 
 
@@ -100,6 +100,6 @@ def gains(results: dict[str, Any]) -> str:
         "distillation does not help here, which it should",
         code="demo.no-gain",
         got=text,
-        wanted=f"at least {100 * _LEAST_GAIN:.0f} each",
+        expected=f"at least {100 * _LEAST_GAIN:.0f} each",
         next_step="run stillroom demo in a new --out; if it fails again, run make test",
     )

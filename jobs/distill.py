@@ -6,7 +6,7 @@ from typing import Any
 
 from jobs.build_cache import build_cache, describe
 from jobs.entry import config_command
-from jobs.observability.log import tell
+from jobs.observability.log import emit
 from jobs.ray.cluster import cluster
 from jobs.train_student import describe as describe_training
 from jobs.train_student import train_student
@@ -25,12 +25,12 @@ def distill(config: Config) -> dict[str, Any]:
     check_distillation(training)
     with cluster(config.ray):
         if config.teacher.mode == "cache":
-            tell(describe(build_cache(config)), event="end")
+            emit(describe(build_cache(config)), event="end")
         return train_student(training)
 
 
 def main(source: str, overrides: list[str]) -> None:
-    tell(f"distill: {describe_training(distill(load_config(source, overrides)))}", event="end")
+    emit(f"distill: {describe_training(distill(load_config(source, overrides)))}", event="end")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import logging
 import sys
 from collections.abc import Callable
 
-from jobs.observability.log import tell
+from jobs.observability.log import emit
 from jobs.observability.streams import lost_output, protect_streams
 from pipeline.core.errors import StillroomError
 from pipeline.core.redaction import redact_text
@@ -33,7 +33,7 @@ def run_command(command: Callable[[], None], *, resume: str | None = None) -> in
     protect_streams()
     code = _exit_code(command, resume)
     if code == 0 and (lost := lost_output()) is not None:
-        tell(f"error: the output could not be written: {lost}", event="error", level=logging.ERROR, exit_code=1)
+        emit(f"error: the output could not be written: {lost}", event="error", level=logging.ERROR, exit_code=1)
         return 1
     return code
 
@@ -42,13 +42,13 @@ def _exit_code(command: Callable[[], None], resume: str | None) -> int:
     try:
         command()
     except StillroomError as error:
-        tell(f"error: {error}", event="error", level=logging.ERROR, code=error.code, exit_code=error.exit_code)
+        emit(f"error: {error}", event="error", level=logging.ERROR, code=error.code, exit_code=error.exit_code)
         return error.exit_code
     except KeyboardInterrupt:
-        tell("interrupted; what is committed stays", event="interrupted", level=logging.WARNING)
+        emit("interrupted; what is committed stays", event="interrupted", level=logging.WARNING)
         if resume is not None:
             # An override may hold a signed URL, and job logs are kept.
-            tell(f"resume with: {redact_text(resume)}", event="resume")
+            emit(f"resume with: {redact_text(resume)}", event="resume")
         return INTERRUPTED
     return 0
 

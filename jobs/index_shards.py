@@ -7,7 +7,7 @@ import logging
 from functools import partial
 
 from jobs.entry import config_command
-from jobs.observability.log import tell, warn_of_omissions
+from jobs.observability.log import emit, warn_of_omissions
 from jobs.observability.progress import ProgressView
 from jobs.paths import with_absolute_paths
 from jobs.ray.cluster import without_gpus
@@ -22,7 +22,7 @@ from pipeline.shards.names import shard_ids
 from pipeline.shards.omissions import Omissions
 from pipeline.shards.patterns import shard_urls
 from pipeline.shards.publish import index_name, publish_shard_index, read_index
-from pipeline.shards.shard_head import Peek, peek
+from pipeline.shards.shard_head import ShardHead, read_shard_head
 from pipeline.storage.config_files import load_config
 from pipeline.student.data.sources import index_url
 from schemas.config import Config, DataConfig
@@ -62,7 +62,7 @@ def _index(by_id: dict[str, str], config: Config, folder_url: str) -> int:
     warn_of_omissions("index", omissions)
     labels = count_labels([*by_id], lambda shard: read_index(folder_url, shard))
     if (warning := label_warning(labels, config.data)) is not None:
-        tell(f"index: {warning}", event="warning", level=logging.WARNING)
+        emit(f"index: {warning}", event="warning", level=logging.WARNING)
     return num_ok
 
 
@@ -71,12 +71,12 @@ def _check_labels(by_id: dict[str, str], data: DataConfig, folder_url: str) -> N
     if data.label is None or not {index_name(shard) for shard in by_id}.isdisjoint(storage.listing(folder_url)):
         return
     sampled = spread([*by_id.values()], _NUM_SAMPLED)
-    peeks: list[Peek] = []
+    shard_heads: list[ShardHead] = []
     for url in sampled:
         # Indexing tells what is wrong with a shard, and of which of them.
         with contextlib.suppress(ShardError):
-            peeks.append(peek(url, data, size_bytes=storage.size(url)))
-    found = LabelCount.of([seen.label_N for seen in peeks], [seen.members for seen in peeks])
+            shard_heads.append(read_shard_head(url, data, size_bytes=storage.size(url)))
+    found = LabelCount.of([seen.label_N for seen in shard_heads], [seen.members for seen in shard_heads])
     check_label_member(found, data, where=redact(sampled[0]))
 
 
@@ -86,7 +86,7 @@ def main(source: str, overrides: list[str]) -> None:
         require(config, "run.url", command="shards index without data.index")
     url = index_url(config)
     num_ok = index_shards(config, url)
-    tell(f"index: {num_ok} rows in {url}", event="end")
+    emit(f"index: {num_ok} rows in {url}", event="end")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Mapping
 
-from jobs.observability.log import tell, warn_of_omissions
+from jobs.observability.log import emit, warn_of_omissions
 from jobs.observability.progress import ProgressView
 from pipeline import storage
 from pipeline.core.errors import ShardError
@@ -17,9 +17,9 @@ from pipeline.shards.pack import (
     BadImages,
     Packing,
     PackSettings,
+    emit_skipped,
     plan_packing,
     split_folders,
-    tell_skipped,
     write_packing,
 )
 
@@ -44,9 +44,9 @@ def pack(
     packing = plan_packing(source_url, settings, out_url=out_url, classes=classes, links_out=links_out)
     if not packing.classes and (splits := split_folders(packing.paths)):
         text = f"pack: the images of {', '.join(splits)} go into the same shards; pack each folder to keep them apart"
-        tell(text, event="warning", level=logging.WARNING)
+        emit(text, event="warning", level=logging.WARNING)
     if packing.skipped:
-        tell(f"pack: skipped {tell_skipped(packing.skipped)}", event="warning", level=logging.WARNING)
+        emit(f"pack: skipped {emit_skipped(packing.skipped)}", event="warning", level=logging.WARNING)
     omissions = Omissions() if omissions is None else omissions
     with ProgressView("pack", packing.num_images) as progress:
         for num_images in write_packing(packing, out_url, bad_images=bad_images, omissions=omissions):
@@ -66,7 +66,7 @@ def _read_classes(url: str) -> Mapping[str, int]:
             "these are not the classes of a packing",
             code="pack.bad-classes-file",
             where=redact(url),
-            wanted=f"{CLASSES} as another packing wrote it: names with indexes 0, 1, 2 …",
+            expected=f"{CLASSES} as another packing wrote it: names with indexes 0, 1, 2 …",
         )
     return classes
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.core.errors import ConfigError
-from schemas.config import AskedConfig, CacheConfig, Config, ModelConfig, TeacherConfig
+from schemas.config import CacheConfig, Config, ModelConfig, TeacherConfig, TeacherModelConfig
 
 
 def with_absolute_paths(config: Config) -> Config:
@@ -40,7 +40,7 @@ def _check_shared(url: str, address: str, *, where: str) -> None:
             "memory:// lives in one process, and Ray works in others",
             where=where,
             got=url,
-            wanted="a URL that all processes see",
+            expected="a URL that all processes see",
             next_step="name a folder or a bucket, or set ray.address=none",
         )
 
@@ -49,7 +49,7 @@ def _model(section: ModelConfig) -> dict[str, Any]:
     urls: dict[str, Any] = {}
     if section.weights_url is not None:
         urls["weights"] = storage.absolute(section.weights_url)
-    if isinstance(section, AskedConfig) and section.class_means is not None:
+    if isinstance(section, TeacherModelConfig) and section.class_means is not None:
         urls["class_means"] = storage.absolute(section.class_means)
     if isinstance(section, TeacherConfig):
         urls["others"] = tuple(other.model_copy(update=_model(other)) for other in section.others)

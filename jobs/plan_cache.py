@@ -12,21 +12,21 @@ from jobs.observability.progress import duration
 from jobs.paths import with_absolute_paths
 from jobs.ray.cluster import cluster, num_slots, num_tasks_here
 from jobs.ray.fan_out import fan_out
-from pipeline.cache.build.commit import files_present, is_void, read_standing
+from pipeline.cache.build.commit import files_present, is_dangling, read_commit_summaries
 from pipeline.cache.build.part import cache_config
 from pipeline.cache.plan.build_plan import (
     CachePlan,
-    Ground,
+    PlanInputs,
     check_labels,
+    collect_plan_inputs,
     embedding_dim,
     needs_embedding_dim,
     plan_cache,
-    survey_ground,
 )
 from pipeline.cache.plan.free_space import check_space
 from pipeline.cache.plan.measurement import Forecast, Measurement, MeasureTask, advice_on_time, forecast, measure
 from pipeline.cache.plan.plan_warnings import advice
-from pipeline.cache.plan.shard_survey import Span
+from pipeline.cache.plan.shard_survey import Estimate
 from pipeline.core.errors import ConfigError, InputError, StorageInputError
 from pipeline.models.summary import check_weights
 from pipeline.shards.names import shard_ids
@@ -58,35 +58,35 @@ def report(config: Config, *, measured: bool) -> Report:
         CacheError: the cache that stands is damaged.
     """
     config = with_absolute_paths(config)
-    ground = _ground(config)
-    plan = plan_cache(ground)
-    warnings = advice(ground, plan) + _space(ground) + (_teacher(config) if plan.work.num_parts_open else [])
-    found, times = _measure(config, ground, plan) if measured else (None, None)
+    inputs = _inputs(config)
+    plan = plan_cache(inputs)
+    warnings = advice(inputs, plan) + _space(inputs) + (_teacher(config) if plan.work.num_parts_open else [])
+    found, times = _measure(config, inputs, plan) if measured else (None, None)
     if times is not None:
-        warnings += advice_on_time(times, ground.cache.views_per_part)
-    training, tail = _training(config, ground)
+        warnings += advice_on_time(times, inputs.cache.views_per_part)
+    training, tail = _training(config, inputs)
     return Report(plan, found, times, training, (*warnings, *tail))
 
 
-def _ground(config: Config) -> Ground:
+def _inputs(config: Config) -> PlanInputs:
     cache = cache_config(config)
     assert config.data.shards is not None
     urls = shard_urls(config.data.shards)
     by_id = dict(zip(shard_ids(urls), urls, strict=True))
-    commits, present = read_standing(cache.url), files_present(cache.url)
-    commits = [commit for commit in commits if not is_void(commit, present)]
+    commits, present = read_commit_summaries(cache.url), files_present(cache.url)
+    commits = [commit for commit in commits if not is_dangling(commit, present)]
     sizes = check_shards(cache.url, by_id, commits)
-    ground = survey_ground(config, cache, by_id, sizes, commits)
-    check_labels(ground)
-    return replace(ground, embedding_dim=embedding_dim(config)) if needs_embedding_dim(ground) else ground
+    inputs = collect_plan_inputs(config, cache, by_id, sizes, commits)
+    check_labels(inputs)
+    return replace(inputs, embedding_dim=embedding_dim(config)) if needs_embedding_dim(inputs) else inputs
 
 
-def _space(ground: Ground) -> list[str]:
+def _space(inputs: PlanInputs) -> list[str]:
     """What a build would refuse to begin for is a warning here."""
     try:
-        return check_space(ground, num_tasks=num_tasks_here(ground.config.ray))
+        return check_space(inputs, num_tasks=num_tasks_here(inputs.config.ray))
     except StorageInputError as error:
-        return [f"{error.what}: {error.got} in {error.where}, wanted {error.wanted}"]
+        return [f"{error.what}: {error.got} in {error.where}, wanted {error.expected}"]
 
 
 def _teacher(config: Config) -> list[str]:
@@ -96,30 +96,30 @@ def _teacher(config: Config) -> list[str]:
         check_weights(config.teacher, num_classes=config.data.num_classes, size=config.views.size, where="teacher")
     except InputError as error:
         details = "; ".join(
-            str(detail) for detail in (error.where, error.got, error.wanted, error.next_step) if detail is not None
+            str(detail) for detail in (error.where, error.got, error.expected, error.next_step) if detail is not None
         )
         return [f"a build would be refused: {error.what} ({details})"]
     return []
 
 
-def _measure(config: Config, ground: Ground, plan: CachePlan) -> tuple[Measurement, Forecast]:
+def _measure(config: Config, inputs: PlanInputs, plan: CachePlan) -> tuple[Measurement, Forecast]:
     """As one Ray task where the build would run as Ray tasks, with the CPUs and GPUs that these would have."""
-    urls = list(ground.urls.values())
+    urls = list(inputs.urls.values())
     task = MeasureTask(config, urls[len(urls) // 2])
     with cluster(config.ray):
         ((_, found),) = fan_out(measure, [task], config.ray, what="a cache task")
         return found, forecast(plan, config, found, num_slots=num_slots(config.ray))
 
 
-def _training(config: Config, ground: Ground) -> tuple[str | None, list[str]]:
+def _training(config: Config, inputs: PlanInputs) -> tuple[str | None, list[str]]:
     """How an epoch of the config's own training ends, if it has any; and what that training would be refused for."""
     train = config.train
     if not train.model_fields_set:
         return None, []
     try:
         order = TrainingOrder.build(
-            list(ground.urls),
-            [round(rows.expected) for rows in ground.survey.rows.values()],
+            list(inputs.urls),
+            [round(rows.expected) for rows in inputs.survey.rows.values()],
             seed=train.seed,
             global_batch_size=train.global_batch_size,
             lanes=train.lanes,
@@ -203,13 +203,15 @@ def _milliseconds(seconds: float) -> str:
     return f"{1000 * seconds:.2f} ms"
 
 
-def _count(span: Span) -> str:
-    if span.is_exact:
-        return f"{span.expected:.0f}"
-    return f"about {span.expected:.0f} ({span.low:.0f} to {span.high:.0f})"
+def _count(estimate: Estimate) -> str:
+    if estimate.is_exact:
+        return f"{estimate.expected:.0f}"
+    return f"about {estimate.expected:.0f} ({estimate.low:.0f} to {estimate.high:.0f})"
 
 
-def _bytes(span: Span) -> str:
-    if span.is_exact:
-        return decimal(round(span.expected))
-    return f"about {decimal(round(span.expected))} ({decimal(round(span.low))} to {decimal(round(span.high))})"
+def _bytes(estimate: Estimate) -> str:
+    if estimate.is_exact:
+        return decimal(round(estimate.expected))
+    return (
+        f"about {decimal(round(estimate.expected))} ({decimal(round(estimate.low))} to {decimal(round(estimate.high))})"
+    )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jobs.build_cache import build_cache, describe
 from jobs.entry import config_command
-from jobs.observability.log import tell
+from jobs.observability.log import emit
 from jobs.ray.cluster import cluster
 from jobs.recipes.document import Recipe, load_recipe, titles
 from jobs.recipes.runs import Row, can_share, train_and_evaluate, train_together
@@ -28,12 +28,12 @@ def run_recipe(recipe: Recipe) -> Results:
     """Subsets, teacher, caches, students."""
     _write_subsets(recipe)
     teacher = _train_teacher(recipe)
-    with cluster(recipe.cells[0].config.ray):
+    with cluster(recipe.specs[0].config.ray):
         for config in recipe.caches.values():
             assert config.cache is not None
-            tell(f"2/3 teacher cache: {config.cache.url}", event="stage")
-            tell(describe(build_cache(config)), event="stage")
-        return Results(teacher, tuple(zip(recipe.cells, _train_students(recipe), strict=True)))
+            emit(f"2/3 teacher cache: {config.cache.url}", event="stage")
+            emit(describe(build_cache(config)), event="stage")
+        return Results(teacher, tuple(zip(recipe.specs, _train_students(recipe), strict=True)))
 
 
 def _write_subsets(recipe: Recipe) -> None:
@@ -41,7 +41,7 @@ def _write_subsets(recipe: Recipe) -> None:
     for name, tail in recipe.document.subsets.items():
         pattern = str(recipe.out / "shards" / f"{name}-%05d.tar")
         written = write_long_tail(shard_urls(tail.shards, key=f"subsets.{name}.shards"), pattern, tail, data)
-        tell(
+        emit(
             f"subset {name}: {sum(written.counts)} images in {len(written.urls)} shards, by class {written.counts}",
             event="stage",
         )
@@ -49,20 +49,20 @@ def _write_subsets(recipe: Recipe) -> None:
 
 def _train_teacher(recipe: Recipe) -> Row | None:
     if not recipe.trains_teacher:
-        tell(f"1/3 teacher: {recipe.teacher.teacher.model}, {recipe.teacher.teacher.weights}", event="stage")
+        emit(f"1/3 teacher: {recipe.teacher.teacher.model}, {recipe.teacher.teacher.weights}", event="stage")
         return None
-    tell(f"1/3 teacher: {recipe.out / 'teacher'}", event="stage")
+    emit(f"1/3 teacher: {recipe.out / 'teacher'}", event="stage")
     return train_and_evaluate(recipe.teacher)
 
 
 def _train_students(recipe: Recipe) -> list[Row]:
-    if can_share(recipe.cells):
-        tell(f"3/3 students: {len(recipe.cells)} trainings, several at once", event="stage")
-        return train_together(recipe.cells)
+    if can_share(recipe.specs):
+        emit(f"3/3 students: {len(recipe.specs)} trainings, several at once", event="stage")
+        return train_together(recipe.specs)
     rows: list[Row] = []
-    for number, cell in enumerate(recipe.cells, start=1):
-        tell(f"3/3 student {number} of {len(recipe.cells)}: {cell.name}", event="stage")
-        rows.append(train_and_evaluate(cell.config))
+    for number, spec in enumerate(recipe.specs, start=1):
+        emit(f"3/3 student {number} of {len(recipe.specs)}: {spec.name}", event="stage")
+        rows.append(train_and_evaluate(spec.config))
     return rows
 
 
@@ -87,7 +87,7 @@ def main(source: str, overrides: list[str]) -> None:
         return
     began = time.monotonic()
     path = perform(source, overrides)
-    tell(f"{path} written after {time.monotonic() - began:.0f} s", event="end")
+    emit(f"{path} written after {time.monotonic() - began:.0f} s", event="end")
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ def check_job(command: Command, config: Config) -> None:
                 "a job's working directory is a copy that disappears, and with it what is written there",
                 where=key,
                 got=url,
-                wanted="an absolute path or a URL that every node reaches",
+                expected="an absolute path or a URL that every node reaches",
                 next_step=f"append {key}=…",
             )
 
@@ -202,7 +202,7 @@ def _checked_address(address: str) -> str:
         "this is no address of a cluster's Jobs API",
         where="--address",
         got=redact(address),
-        wanted="http://HOST:8265 or https://HOST, as the cluster's dashboard has it",
+        expected="http://HOST:8265 or https://HOST, as the cluster's dashboard has it",
         next_step=f"did you mean http://{address}?" if "://" not in address else None,
     )
 
@@ -212,7 +212,7 @@ def _job_id(asked: Submission) -> str:
     # It becomes a part of URLs and file names.
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", job):
         raise InputError(
-            "this is no id of a job", where="--submission-id", got=job, wanted="letters, digits, dots, dashes, _"
+            "this is no id of a job", where="--submission-id", got=job, expected="letters, digits, dots, dashes, _"
         )
     return job
 
@@ -238,7 +238,7 @@ def _environment(names: Sequence[str]) -> dict[str, str]:
                 "this is no name of a variable",
                 where="--env",
                 got=plain + ("=…" if "=" in name else ""),
-                wanted="a name alone; the value is taken from this environment",
+                expected="a name alone; the value is taken from this environment",
                 next_step=f"export {plain}, then give --env {plain}" if _ENV_NAME.fullmatch(plain) else None,
             )
         if name not in os.environ:
@@ -314,7 +314,7 @@ def _talking_to(address: str) -> Generator[None]:
             "no Ray cluster answers",
             where=redact(address),
             got=type(error).__name__,
-            wanted=f"an answer of its dashboard within {_ANSWER_TIMEOUT_S} s",
+            expected=f"an answer of its dashboard within {_ANSWER_TIMEOUT_S} s",
             next_step="see that the cluster runs and that its dashboard's port can be reached from here "
             "(kubectl port-forward, ssh -L)",
         ) from error
@@ -330,7 +330,7 @@ def _told_of_refusal(job: str, address: str) -> Generator[None]:
                 "the cluster has a job of this submission id",
                 where=redact(address),
                 got=job,
-                wanted="an id of its own for each submission; work goes on from what is committed under any id",
+                expected="an id of its own for each submission; work goes on from what is committed under any id",
                 next_step=f"leave out --submission-id, or follow it: {job_command('logs --follow', job, address)}",
             ) from error
         raise SubmissionError("the cluster did not take the job", where=redact(address), got=error) from error

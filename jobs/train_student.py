@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.entry import config_command
 from jobs.index_shards import index_shards
-from jobs.observability.log import tell
+from jobs.observability.log import emit
 from jobs.observability.training_observer import TrainingView
 from jobs.paths import with_absolute_paths
 from jobs.ray.cluster import cluster, node_name, require_resources
@@ -30,7 +30,7 @@ from pipeline.core.errors import ConfigError, InputError, StillroomError, Traini
 from pipeline.core.temporary import temporary_folder
 from pipeline.storage.config_files import load_config
 from pipeline.student.data.sources import index_url
-from pipeline.student.distributed import World
+from pipeline.student.distributed import DistributedContext
 from pipeline.student.run.checkpoint import check_begun, read_summary
 from pipeline.student.training.config_checks import check_config, check_training
 from pipeline.student.training.trainer import train
@@ -53,19 +53,19 @@ def train_student(config: Config, *, device: torch.device | None = None) -> dict
     run_url = check_config(config)
     check_begun(run_url, config)
     if (summary := read_summary(run_url)) is not None:
-        tell(f"train {storage.last_name(run_url)}: finished before; nothing to do", event="end")
+        emit(f"train {storage.last_name(run_url)}: finished before; nothing to do", event="end")
         return summary
     for warning in check_training(config):
-        tell(f"train: {warning}", event="warning", level=logging.WARNING)
+        emit(f"train: {warning}", event="warning", level=logging.WARNING)
     storage.probe(run_url)
     if config.ray.address == "none":
-        return _train_here(config, World() if device is None else World(device=device))
+        return _train_here(config, DistributedContext() if device is None else DistributedContext(device=device))
     with cluster(config.ray):
         _ensure_index(config)
         return _fit(config)
 
 
-def _train_here(config: Config, world: World) -> dict[str, Any]:
+def _train_here(config: Config, distributed: DistributedContext) -> dict[str, Any]:
     """One process, no Ray."""
     if config.ray.num_workers > 1 or config.ray.use_gpu:
         raise ConfigError(
@@ -77,7 +77,7 @@ def _train_here(config: Config, world: World) -> dict[str, Any]:
     _ensure_index(config)
     with TrainingView(config) as view:
         view.show({"kind": "rank", "rank": 0, "world_size": 1, "node": node_name()})
-        return train(config, world, view.show)
+        return train(config, distributed, view.show)
 
 
 def _ensure_index(config: Config) -> None:
@@ -86,7 +86,7 @@ def _ensure_index(config: Config) -> None:
 
 
 @ray.remote(num_cpus=0)
-class Relay:
+class EventActor:
     """What workers tell the driver: events to show, and the error that a person should read."""
 
     def __init__(self) -> None:
@@ -121,19 +121,19 @@ def _ask(method: Any, *arguments: Any) -> Any:
 
 def _worker(arguments: dict[str, Any]) -> None:
     """One DDP rank, in a process that Ray Train started."""
-    relay = arguments["relay"]
-    if (fatal := _ask(relay.begin)) is not None:
+    event_actor = arguments["relay"]
+    if (fatal := _ask(event_actor.begin)) is not None:
         raise fatal
     context = get_context()
-    world = World(context.get_world_rank(), context.get_world_size(), get_device(), leaving)
-    place = {"kind": "rank", "rank": world.rank, "world_size": world.size, "node": node_name()}
+    distributed = DistributedContext(context.get_world_rank(), context.get_world_size(), get_device(), leaving)
+    place = {"kind": "rank", "rank": distributed.rank, "world_size": distributed.size, "node": node_name()}
     # Waited for, so that every place is known before the leader's first step.
-    _ask(relay.push, place)
+    _ask(event_actor.push, place)
     config = Config.model_validate_json(ray.get(arguments["config"]))
     try:
-        train(config, world, report=lambda event: relay.push.remote(event))
+        train(config, distributed, report=lambda event: event_actor.push.remote(event))
     except StillroomError as error:
-        _ask(relay.fail, error)
+        _ask(event_actor.fail, error)
         raise
 
 
@@ -147,13 +147,13 @@ def _fit(config: Config) -> dict[str, Any]:
         what=f"training with {fewest(ray_config)} workers",
         where=keys_of(ray_config),
     )
-    relay = _relay_here()
+    event_actor = _relay_here()
     with (
         temporary_folder("stillroom-train-") as folder,
         TrainingView(config) as view,
-        _Watch(relay, view),
+        _EventPoller(event_actor, view),
     ):
-        _run(lambda: _trainer(config, relay, Path(folder)), relay, ray_config.max_failures)
+        _run(lambda: _trainer(config, event_actor, Path(folder)), event_actor, ray_config.max_failures)
     summary = read_summary(config.run.url)
     assert summary is not None, "a training that ended without error has written its summary"
     return summary
@@ -162,20 +162,20 @@ def _fit(config: Config) -> dict[str, Any]:
 def _relay_here() -> Any:
     """On the driver's node: any other one may be taken away."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return Relay.options(scheduling_strategy=here).remote()
+    return EventActor.options(scheduling_strategy=here).remote()
 
 
-def _trainer(config: Config, relay: Any, folder: Path) -> TorchTrainer:
+def _trainer(config: Config, event_actor: Any, folder: Path) -> TorchTrainer:
     assert config.run is not None
     run_url = config.run.url
 
     def warn(text: str) -> None:
-        relay.push.remote({"kind": "warning", "run": run_url, "text": text})
+        event_actor.push.remote({"kind": "warning", "run": run_url, "text": text})
 
     return TorchTrainer(
         _worker,
         # By reference: Ray Train can show what stands here, and URLs of a config may hold credentials.
-        train_loop_config={"config": ray.put(config.model_dump_json(exclude_unset=True)), "relay": relay},
+        train_loop_config={"config": ray.put(config.model_dump_json(exclude_unset=True)), "relay": event_actor},
         torch_config=TorchConfig(backend="nccl" if config.ray.use_gpu else "gloo"),
         scaling_config=scaling(config.ray),
         run_config=RunConfig(
@@ -189,7 +189,7 @@ def _trainer(config: Config, relay: Any, folder: Path) -> TorchTrainer:
     )
 
 
-def _run(trainer: Callable[[], TorchTrainer], relay: Any, max_failures: int) -> None:
+def _run(trainer: Callable[[], TorchTrainer], event_actor: Any, max_failures: int) -> None:
     """Fits to the end. Ray Train starts lost workers anew, but those that it loses while they start it takes for a
     failure of its own, and ends: these are started anew here."""
     failures = 0
@@ -203,11 +203,11 @@ def _run(trainer: Callable[[], TorchTrainer], relay: Any, max_failures: int) -> 
                 raise failure from None
             failures += 1
             if not isinstance(failure, RayActorError) or failures > max_failures:
-                _explain(error, relay)
+                _explain(error, event_actor)
 
 
-def _explain(error: TrainingFailedError, relay: Any) -> NoReturn:
-    told = _ask(relay.error)
+def _explain(error: TrainingFailedError, event_actor: Any) -> NoReturn:
+    told = _ask(event_actor.error)
     if told is not None:
         raise told from None
     if (killed := _killed(error)) is not None:
@@ -271,11 +271,11 @@ def _cause(error: TrainingFailedError) -> str:
     return f"rank {rank}: {lines[-1] if lines else type(failure).__name__}"
 
 
-class _Watch:
+class _EventPoller:
     """Shows the workers' events while ``fit`` blocks."""
 
-    def __init__(self, relay: Any, view: TrainingView) -> None:
-        self._relay, self._view = relay, view
+    def __init__(self, event_actor: Any, view: TrainingView) -> None:
+        self._event_actor, self._view = event_actor, view
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._poll, name="progress", daemon=True)
 
@@ -292,7 +292,7 @@ class _Watch:
         self._show()
 
     def _show(self) -> None:
-        for event in _ask(self._relay.drain):
+        for event in _ask(self._event_actor.drain):
             self._view.show(event)
 
 
@@ -303,7 +303,7 @@ def describe(summary: dict[str, Any]) -> str:
 
 
 def main(source: str, overrides: list[str]) -> None:
-    tell(f"train: {describe(train_student(load_config(source, overrides)))}", event="end")
+    emit(f"train: {describe(train_student(load_config(source, overrides)))}", event="end")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ INDEX_SCHEMA = pa.schema(
 _BOX = ("left", "top", "width", "height")
 
 
-def drawn_columns(plan: ViewsConfig) -> dict[str, pa.DataType]:
+def aug_param_columns(plan: ViewsConfig) -> dict[str, pa.DataType]:
     """What a plan's options add to each row of its views; an eval pass has none of it."""
     columns: dict[str, pa.DataType] = {}
     if plan.jitter is not None:
@@ -62,7 +62,7 @@ def part_schema(outputs: Mapping[str, int], drawn: Mapping[str, pa.DataType] | N
 
     Args:
         outputs: bytes of one stored row of each tensor, by name.
-        drawn: ``drawn_columns`` of the plan; none of an eval pass.
+        drawn: ``aug_param_columns`` of the plan; none of an eval pass.
     """
     return pa.schema(
         [

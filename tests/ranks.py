@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from pipeline.student.distributed import World
+from pipeline.student.distributed import DistributedContext
 
 _HEAVY = ["pipeline.student.training.trainer", "torch.distributed"]
 _TIMEOUT_S = 120
@@ -28,12 +28,12 @@ def forked() -> ForkServerContext:
 
 
 @contextmanager
-def group(rendezvous: Path, rank: int, size: int = 2) -> Iterator[World]:
+def group(rendezvous: Path, rank: int, size: int = 2) -> Iterator[DistributedContext]:
     """A rank of a gloo group; ``rendezvous`` is a file that none has used before."""
     timeout = timedelta(seconds=_TIMEOUT_S)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size, timeout=timeout)
     try:
-        yield World(rank=rank, size=size)
+        yield DistributedContext(rank=rank, size=size)
     finally:
         dist.destroy_process_group()
 

@@ -12,8 +12,8 @@ from typing import Any
 from rich.table import Table
 
 from jobs.observability import ray_metrics
-from jobs.observability.log import counted, tell
-from jobs.observability.task_observer import Spent, Tally
+from jobs.observability.log import counted, emit
+from jobs.observability.task_observer import AttemptStats, TaskObserver
 from pipeline import storage
 from pipeline.cache.build.part import PartTask
 from pipeline.core.errors import StillroomError
@@ -28,7 +28,7 @@ _NUM_NODES = 12
 
 
 @dataclass(frozen=True, slots=True)
-class Built:
+class BuiltPart:
     """A part, how long the teacher was at work on it, and what reading its shard left out."""
 
     commit: Commit
@@ -52,7 +52,7 @@ class NodeSums:
     seconds: float = 0.0
     busy_s: float = 0.0
 
-    def add(self, built: Built, seconds: float, *, now_s: float) -> None:
+    def add(self, built: BuiltPart, seconds: float, *, now_s: float) -> None:
         # Parts of one node overlap: the one that ends first need not have begun first.
         self.began_s, self.ended_s = min(self.began_s, now_s - seconds), now_s
         self.parts += 1
@@ -90,7 +90,7 @@ def name_of(task: PartTask) -> str:
     return f"{redact(task.shard_url)}, {task.block.name}"
 
 
-class BuildTally(Tally):
+class BuildObserver(TaskObserver):
     """The parts of one build.
 
     Args:
@@ -123,9 +123,9 @@ class BuildTally(Tally):
     def fields(self, item: PartTask) -> dict[str, object]:
         return {"cache": self.cache, "shard": shard_id(item.shard_url), "part": item.block.name}
 
-    def done(self, item: PartTask, result: Built, spent: Spent, *, attempt: int) -> None:
-        super().done(item, result, spent, attempt=attempt)
-        self._add(spent, result)
+    def done(self, item: PartTask, result: BuiltPart, stats: AttemptStats, *, attempt: int) -> None:
+        super().done(item, result, stats, attempt=attempt)
+        self._add(stats, result)
         shard = shard_id(item.shard_url)
         self._shards.open_parts[shard] -= 1
         if not self._shards.open_parts[shard]:
@@ -134,33 +134,33 @@ class BuildTally(Tally):
         self._set_shards()
 
     def retried(
-        self, item: PartTask, error: StillroomError, spent: Spent, *, attempt: int, kind: str, pause_s: float
+        self, item: PartTask, error: StillroomError, stats: AttemptStats, *, attempt: int, kind: str, pause_s: float
     ) -> None:
-        super().retried(item, error, spent, attempt=attempt, kind=kind, pause_s=pause_s)
-        self._lost_s += spent.seconds
+        super().retried(item, error, stats, attempt=attempt, kind=kind, pause_s=pause_s)
+        self._lost_s += stats.seconds
         self._shards.retried.add(shard_id(item.shard_url))
         ray_metrics.PARTS_RETRIED.add(1, cache=self.cache, kind=kind)
         self._set_shards()
 
-    def failed(self, item: PartTask, error: StillroomError, spent: Spent, *, attempt: int) -> None:
-        super().failed(item, error, spent, attempt=attempt)
-        self._lost_s += spent.seconds
+    def failed(self, item: PartTask, error: StillroomError, stats: AttemptStats, *, attempt: int) -> None:
+        super().failed(item, error, stats, attempt=attempt)
+        self._lost_s += stats.seconds
         self.num_failed += 1
         self._shards.failed.add(shard_id(item.shard_url))
         ray_metrics.PARTS_FAILED.add(1, cache=self.cache)
         self._set_shards()
 
-    def _add(self, spent: Spent, built: Built) -> None:
-        assert spent.node is not None
+    def _add(self, stats: AttemptStats, built: BuiltPart) -> None:
+        assert stats.node is not None
         now_s = self._clock()
-        node = self.nodes.setdefault(spent.node, NodeSums(now_s))
+        node = self.nodes.setdefault(stats.node, NodeSums(now_s))
         for sums in (node, self.total):
-            sums.add(built, spent.seconds, now_s=now_s)
-        where = {"cache": self.cache, "node": spent.node}
+            sums.add(built, stats.seconds, now_s=now_s)
+        where = {"cache": self.cache, "node": stats.node}
         ray_metrics.PARTS_DONE.add(1, **where)
         ray_metrics.IMAGES.add(built.num_images, **where)
         ray_metrics.BYTES.add(built.commit.part.size_bytes, **where)
-        ray_metrics.TASK_SECONDS.add(spent.seconds, **where)
+        ray_metrics.TASK_SECONDS.add(stats.seconds, **where)
         ray_metrics.TEACHER_SECONDS.add(built.busy_s, **where)
 
     def _set_shards(self) -> None:
@@ -181,7 +181,7 @@ class BuildTally(Tally):
         table.add_column("node")
         for name in ("parts", "images", "images/s", "teacher busy", "MB"):
             table.add_column(name, justify="right")
-        for name, node in self._most_recent():
+        for name, node in self._latest():
             table.add_row(
                 name,
                 str(node.parts),
@@ -192,7 +192,7 @@ class BuildTally(Tally):
             )
         return table
 
-    def _most_recent(self) -> list[tuple[str, NodeSums]]:
+    def _latest(self) -> list[tuple[str, NodeSums]]:
         found = sorted(self.nodes.items(), key=lambda item: item[1].ended_s, reverse=True)[:_NUM_NODES]
         return sorted(found)
 
@@ -215,7 +215,7 @@ class BuildTally(Tally):
             )
             # In plain lines a big cluster's nodes would hide the end of the log.
             level = logging.INFO if len(self.nodes) <= _NUM_NODES else logging.DEBUG
-            tell(text, event="node", level=level, cache=self.cache, node=name, **_facts(node))
+            emit(text, event="node", level=level, cache=self.cache, node=name, **_facts(node))
         text = (
             f"cache: {counted(len(self.nodes), 'node')}, {self.note()}; "
             f"{cost['node_hours']:.3g} node-hours with parts in work, for which parts reserved "
@@ -229,7 +229,7 @@ class BuildTally(Tally):
             "failed": self.num_failed,
             **_rounded(cost),
         }
-        tell(text, event="summary", cache=self.cache, nodes=len(self.nodes), **told)
+        emit(text, event="summary", cache=self.cache, nodes=len(self.nodes), **told)
 
 
 def _facts(node: NodeSums) -> dict[str, object]:

@@ -18,7 +18,7 @@ from pipeline.shards.omissions import Omissions, merged
 VARIABLE = "STILLROOM_LOG"
 
 
-def tell(text: str, *, event: str = "message", level: int = logging.INFO, **fields: object) -> None:
+def emit(text: str, *, event: str = "message", level: int = logging.INFO, **fields: object) -> None:
     """One event: ``text`` for people; ``event``, which names its kind, and the fields for machines.
 
     Credentials of URLs are left out of the text, and of fields that are text. Plain lines leave out the level
@@ -33,14 +33,14 @@ def warn_of_omissions(command: str, several: Iterable[Omissions]) -> None:
     whole = merged(several)
     for kind, line in zip(sorted(whole.counts), whole.lines(), strict=True):
         text = f"{command}: left out {line}"
-        tell(text, event="omitted", level=logging.WARNING, kind=kind, count=whole.counts[kind])
+        emit(text, event="omitted", level=logging.WARNING, kind=kind, count=whole.counts[kind])
 
 
 def as_json() -> bool:
     return os.environ.get(VARIABLE, "").lower() == "json"
 
 
-def is_told(level: int) -> bool:
+def is_enabled(level: int) -> bool:
     """Whether a line of this level goes anywhere, for who would make many in vain."""
     return level > logging.DEBUG or as_json()
 
@@ -55,7 +55,7 @@ class _Lines(logging.Handler):
         try:
             if as_json():
                 print(_object(record), file=sys.stderr, flush=True)
-            elif is_told(record.levelno):
+            elif is_enabled(record.levelno):
                 print(record.getMessage(), file=sys.stderr, flush=True)
         except Exception:
             self.handleError(record)

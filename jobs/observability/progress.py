@@ -11,7 +11,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
 
-from jobs.observability.log import as_json, tell
+from jobs.observability.log import as_json, emit
 
 _LINE_EVERY_S = 10.0
 _MAX_TITLE_WIDTH = 16
@@ -106,7 +106,7 @@ class ProgressView:
     def _line(self, note: str) -> None:
         elapsed_s, left_s = time.monotonic() - self._began, self._left_s()
         left = "" if left_s is None else f", {left_s:.0f} s left"
-        tell(
+        emit(
             f"{self.title}: {self.done}/{self.total} after {elapsed_s:.0f} s{left} {note}".rstrip(),
             event="progress",
             job=self.title,

@@ -11,13 +11,13 @@ from functools import cache
 from typing import Any
 
 import ray
-from ray.util.metrics import Counter, Gauge
+from ray.util import metrics
 
 _PREFIX = "stillroom_"
 
 
 @dataclass(frozen=True, slots=True)
-class Count:
+class Counter:
     """Only grows. Prometheus sees it as ``exported``."""
 
     name: str
@@ -31,11 +31,11 @@ class Count:
     def add(self, amount: float, **tags: str) -> None:
         # Ray refuses to count nothing.
         if amount > 0 and ray.is_initialized():
-            _metric(Counter, self.name, self.text, self.tags).inc(amount, tags)
+            _metric(metrics.Counter, self.name, self.text, self.tags).inc(amount, tags)
 
 
 @dataclass(frozen=True, slots=True)
-class Level:
+class Gauge:
     """Goes up and down. Prometheus sees it as ``exported``."""
 
     name: str
@@ -48,7 +48,7 @@ class Level:
 
     def set(self, value: float, **tags: str) -> None:
         if ray.is_initialized():
-            _metric(Gauge, self.name, self.text, self.tags).set(value, tags)
+            _metric(metrics.Gauge, self.name, self.text, self.tags).set(value, tags)
 
 
 @cache
@@ -59,27 +59,27 @@ def _metric(kind: Any, name: str, text: str, tags: tuple[str, ...]) -> Any:
 # A cache and a run by the last name of their URL.
 _CACHE, _CACHE_NODE, _RUN = ("cache",), ("cache", "node"), ("run",)
 
-IMAGES = Count("build_images", "Views that the teacher answered: images times views.", _CACHE_NODE)
-BYTES = Count("build_written_bytes", "Bytes of committed parts.", _CACHE_NODE)
-TASK_SECONDS = Count("build_task_seconds", "Seconds that finished parts took.", _CACHE_NODE)
-TEACHER_SECONDS = Count("build_teacher_busy_seconds", "Of these, seconds in which the teacher computed.", _CACHE_NODE)
-PARTS_DONE = Count("build_parts_done", "Parts built.", _CACHE_NODE)
-PARTS_RETRIED = Count("build_parts_retried", "Attempts that failed and are made again.", ("cache", "kind"))
-PARTS_FAILED = Count("build_parts_failed", "Parts that failed for good.", _CACHE)
-SHARDS = Level("build_shards", "Shards of the whole cache.", _CACHE)
-SHARDS_DONE = Level("build_shards_done", "Shards all of whose parts are committed.", _CACHE)
-SHARDS_RETRIED = Level("build_shards_retried", "Shards with an attempt that was made again.", _CACHE)
-SHARDS_FAILED = Level("build_shards_failed", "Shards with a part that failed for good.", _CACHE)
+IMAGES = Counter("build_images", "Views that the teacher answered: images times views.", _CACHE_NODE)
+BYTES = Counter("build_written_bytes", "Bytes of committed parts.", _CACHE_NODE)
+TASK_SECONDS = Counter("build_task_seconds", "Seconds that finished parts took.", _CACHE_NODE)
+TEACHER_SECONDS = Counter("build_teacher_busy_seconds", "Of these, seconds in which the teacher computed.", _CACHE_NODE)
+PARTS_DONE = Counter("build_parts_done", "Parts built.", _CACHE_NODE)
+PARTS_RETRIED = Counter("build_parts_retried", "Attempts that failed and are made again.", ("cache", "kind"))
+PARTS_FAILED = Counter("build_parts_failed", "Parts that failed for good.", _CACHE)
+SHARDS = Gauge("build_shards", "Shards of the whole cache.", _CACHE)
+SHARDS_DONE = Gauge("build_shards_done", "Shards all of whose parts are committed.", _CACHE)
+SHARDS_RETRIED = Gauge("build_shards_retried", "Shards with an attempt that was made again.", _CACHE)
+SHARDS_FAILED = Gauge("build_shards_failed", "Shards with a part that failed for good.", _CACHE)
 
-STARTS = Count("train_starts", "Starts of the workers: one, and one more for each recovery.", _RUN)
-WORKERS = Level("train_workers", "Ranks that train.", _RUN)
-STEP = Level("train_step", "Optimiser steps done.", _RUN)
-TOTAL_STEPS = Level("train_total_steps", "Optimiser steps of the whole run.", _RUN)
-EPOCH = Level("train_epoch", "Epoch of the last step, from 0.", _RUN)
-LOSS = Level("train_loss", "Loss of the last step that was read.", _RUN)
-LEARNING_RATE = Level("train_learning_rate", "Of that step.", _RUN)
-IMAGES_PER_S = Level("train_images_per_second", "Over all ranks, since the step that was read before.", _RUN)
-DATA_WAIT = Level("train_data_wait_share", "Share of the leader's time that it waited for data, 0 to 1.", _RUN)
-TOP1 = Level("train_top1", "Accuracy of the last evaluation, 0 to 1.", _RUN)
-TOP5 = Level("train_top5", "Of that evaluation, 0 to 1.", _RUN)
-AGREEMENT = Level("train_agreement", "Of student and teacher in that evaluation, 0 to 1.", _RUN)
+STARTS = Counter("train_starts", "Starts of the workers: one, and one more for each recovery.", _RUN)
+WORKERS = Gauge("train_workers", "Ranks that train.", _RUN)
+STEP = Gauge("train_step", "Optimiser steps done.", _RUN)
+TOTAL_STEPS = Gauge("train_total_steps", "Optimiser steps of the whole run.", _RUN)
+EPOCH = Gauge("train_epoch", "Epoch of the last step, from 0.", _RUN)
+LOSS = Gauge("train_loss", "Loss of the last step that was read.", _RUN)
+LEARNING_RATE = Gauge("train_learning_rate", "Of that step.", _RUN)
+IMAGES_PER_S = Gauge("train_images_per_second", "Over all ranks, since the step that was read before.", _RUN)
+DATA_WAIT = Gauge("train_data_wait_share", "Share of the leader's time that it waited for data, 0 to 1.", _RUN)
+TOP1 = Gauge("train_top1", "Accuracy of the last evaluation, 0 to 1.", _RUN)
+TOP5 = Gauge("train_top5", "Of that evaluation, 0 to 1.", _RUN)
+AGREEMENT = Gauge("train_agreement", "Of student and teacher in that evaluation, 0 to 1.", _RUN)

@@ -12,7 +12,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from jobs.observability import ray_metrics
-from jobs.observability.log import counted, tell
+from jobs.observability.log import counted, emit
 from jobs.observability.progress import ProgressView
 from pipeline import storage
 from schemas.config import Config
@@ -56,7 +56,7 @@ class TrainingView:
         fields = {name: value for name, value in event.items() if name not in ("kind", "run")}
         match event["kind"]:
             case "warning":
-                self._tell(f"warning: {fields.pop('text')}", "warning", logging.WARNING, fields)
+                self._emit(f"warning: {fields.pop('text')}", "warning", logging.WARNING, fields)
             case "validation":
                 self._checked(fields)
             case "validation-teacher":
@@ -72,18 +72,18 @@ class TrainingView:
             case _:
                 pass
 
-    def _tell(self, text: str, event: str, level: int, fields: dict[str, Any]) -> None:
-        tell(f"train {self.run}: {text}", event=event, level=level, run=self.run, attempt=self.starts, **fields)
+    def _emit(self, text: str, event: str, level: int, fields: dict[str, Any]) -> None:
+        emit(f"train {self.run}: {text}", event=event, level=level, run=self.run, attempt=self.starts, **fields)
 
     def _checked(self, fields: dict[str, Any]) -> None:
         """What reading the validation samples before the first step cost."""
         text = f"{counted(fields['samples'], 'validation sample')} in {counted(fields['shards'], 'shard')}"
-        self._tell(f"{text} read and checked in {fields['read_s']:.1f} s", "validation", logging.INFO, fields)
+        self._emit(f"{text} read and checked in {fields['read_s']:.1f} s", "validation", logging.INFO, fields)
 
     def _asked(self, fields: dict[str, Any]) -> None:
         """What computing the outputs of the teacher of a cache cost before the first step."""
         text = f"the teacher's outputs for the validation images, {decimal(fields['size_bytes'])} per rank"
-        self._tell(f"{text}, took {fields['seconds']:.1f} s", "validation-teacher", logging.INFO, fields)
+        self._emit(f"{text}, took {fields['seconds']:.1f} s", "validation-teacher", logging.INFO, fields)
 
     def _place(self, fields: dict[str, Any]) -> None:
         self._count_hours()
@@ -91,7 +91,7 @@ class TrainingView:
         # A smaller world than before has fewer ranks.
         self._nodes = {rank: node for rank, node in self._nodes.items() if rank < fields["world_size"]}
         ray_metrics.WORKERS.set(len(self._nodes), run=self.run)
-        self._tell(f"rank {fields['rank']} on {fields['node']}", "rank", logging.DEBUG, fields)
+        self._emit(f"rank {fields['rank']} on {fields['node']}", "rank", logging.DEBUG, fields)
 
     def _count_hours(self) -> None:
         now_s = self._clock()
@@ -108,7 +108,7 @@ class TrainingView:
         ray_metrics.TOTAL_STEPS.set(total_steps, run=self.run)
         ray_metrics.STEP.set(first_step, run=self.run)
         text = f"start {self.starts} of the workers, at step {first_step} of {total_steps}"
-        self._tell(text, "begin", logging.DEBUG if self.starts == 1 else logging.WARNING, fields)
+        self._emit(text, "begin", logging.DEBUG if self.starts == 1 else logging.WARNING, fields)
         if self._progress is None:
             self._progress = ProgressView(f"train {self.run}", total_steps, done=first_step).__enter__()
         else:
@@ -119,7 +119,7 @@ class TrainingView:
         self._last_step = fields["step"]
         self._set(_OF_STEPS, fields)
         ray_metrics.STEP.set(fields["step"] + 1, run=self.run)
-        self._tell(f"step {fields['step']}, {_note(fields)}", "step", logging.DEBUG, fields)
+        self._emit(f"step {fields['step']}, {_note(fields)}", "step", logging.DEBUG, fields)
         if self._progress is not None:
             epoch = f"epoch {fields['epoch'] + 1}/{self._config.train.epochs}, {fields['images_per_s']:.0f} images/s"
             self._progress.update(fields["step"] + 1, _note(fields), short=epoch, panel=self._panel)
@@ -131,9 +131,9 @@ class TrainingView:
         for name, text in _SELECTING.items():
             if not measured and fields.get(name) is not None:
                 level, measured = logging.INFO, f", {text} {fields[name]:.2%}"
-        self._tell(f"epoch {fields['epoch']}{measured}", "eval", level, fields)
+        self._emit(f"epoch {fields['epoch']}{measured}", "eval", level, fields)
 
-    def _set(self, levels: dict[str, ray_metrics.Level], fields: dict[str, Any]) -> None:
+    def _set(self, levels: dict[str, ray_metrics.Gauge], fields: dict[str, Any]) -> None:
         for name, level in levels.items():
             if fields.get(name) is not None:
                 self._shown[name] = fields[name]
@@ -155,7 +155,7 @@ class TrainingView:
         for node, count in sorted(ranks.items()):
             share = self._speed.images_per_s * count / len(self._nodes)
             fields = {"node": node, "ranks": count, "images_per_s": round(share, 2)}
-            self._tell(f"{node}: {counted(count, 'rank')}, {share:.0f} images/s", "node", logging.INFO, fields)
+            self._emit(f"{node}: {counted(count, 'rank')}, {share:.0f} images/s", "node", logging.INFO, fields)
         worker_hours = self._worker_s / 3600
         cost = {
             "worker_hours": worker_hours,
@@ -172,7 +172,7 @@ class TrainingView:
         rounded = {name: round(value, 6) for name, value in cost.items()}
         speed = {"images_per_s": round(self._speed.images_per_s, 2), "data_wait": round(self._speed.data_wait, 4)}
         counts = {"nodes": len(ranks), "starts": self.starts, "repeated_steps": self._repeated_steps}
-        self._tell(text, "summary", logging.INFO, {**counts, **speed, **rounded})
+        self._emit(text, "summary", logging.INFO, {**counts, **speed, **rounded})
 
 
 def _note(fields: dict[str, Any]) -> str:

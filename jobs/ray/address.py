@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from jobs.observability.log import tell
+from jobs.observability.log import emit
 
 # Ray sets this in the driver of a submitted job.
 JOB_ENV = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -22,4 +22,4 @@ def announce(address: str) -> None:
     if address == "none":
         return
     text = "starting Ray on this machine" if starts_locally(address) else "connecting to the Ray cluster"
-    tell(f"{text} (ray.address={address})", event="stage")
+    emit(f"{text} (ray.address={address})", event="stage")

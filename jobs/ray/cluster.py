@@ -13,7 +13,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util import placement_group, remove_placement_group
 
-from jobs.observability.log import counted, tell
+from jobs.observability.log import counted, emit
 from jobs.ray.address import starts_locally
 from jobs.ray.connection import connect
 from pipeline.core.errors import ResourceError
@@ -22,7 +22,7 @@ from schemas.config import RayConfig
 
 _POLL_S = 0.5
 # Nodes that were lost may come back, also to a job that waits for none at its start.
-_PATIENCE_S = 300.0
+_NODE_WAIT_S = 300.0
 
 
 @contextmanager
@@ -76,9 +76,9 @@ def without_gpus(config: RayConfig) -> RayConfig:
     return config.model_copy(update={"gpus_per_task": 0.0, "resources_per_task": {}})
 
 
-def patience_s(config: RayConfig) -> float:
+def node_wait_s(config: RayConfig) -> float:
     """For how long work that has lost every place waits for another one."""
-    return config.wait_s or _PATIENCE_S
+    return config.wait_s or _NODE_WAIT_S
 
 
 def require_resources(needed: dict[str, float], *, what: str, where: str, num: int = 1, wait_s: float = 0.0) -> None:
@@ -97,13 +97,13 @@ def require_resources(needed: dict[str, float], *, what: str, where: str, num: i
         f"{what} cannot be placed on this cluster{waited}",
         where=where,
         got=_shapes(needed) + (f": room for {found}" if num > 1 else ""),
-        wanted=_times(num, needed),
+        expected=_times(num, needed),
         next_step="lower the keys above, add nodes, or set ray.wait_s where an autoscaler adds them",
     )
 
 
 def _wait_for_nodes(needed: dict[str, float], *, what: str, num: int, wait_s: float) -> None:
-    tell(f"waiting up to {wait_s:g} s for nodes: {what} needs {_times(num, needed)}", event="waiting")
+    emit(f"waiting up to {wait_s:g} s for nodes: {what} needs {_times(num, needed)}", event="waiting")
     deadline = time.monotonic() + wait_s
     # A placement group that waits is what an autoscaler counts, and Ray forgets it with its driver. What is told to
     # request_resources would stay after a driver that was killed, and replace what another job has asked for.

@@ -23,7 +23,7 @@ from ray.core.generated.gcs_service_pb2 import CheckAliveRequest  # pyright: ign
 from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 from ray.exceptions import AuthenticationError
 
-from jobs.observability.log import tell
+from jobs.observability.log import emit
 from jobs.ray.address import JOB_ENV, starts_locally
 from jobs.ray.shadowing import check_shadowing
 from pipeline.core.errors import ClusterError, ResourceError
@@ -88,7 +88,7 @@ def _temporary_folder() -> str | None:
         _check_writable(default)
         return None
     folder = _short_folder()
-    tell(
+    emit(
         f"Ray's temporary folder is {folder} (logs, spilled objects): below {default} its sockets' paths would have "
         f"{size_bytes} bytes, and the system allows {_MAX_SOCKET_PATH_BYTES}; RAY_TMPDIR chooses another folder",
         event="warning",
@@ -130,7 +130,7 @@ def _unwritable(reason: str, *, where: str) -> ResourceError:
         code="ray.temp-dir-unwritable",
         where=where,
         got=reason,
-        wanted="a folder that this user can write, with a short path",
+        expected="a folder that this user can write, with a short path",
         next_step="export RAY_TMPDIR=FOLDER with a folder of this user, or set ray.address=none",
     )
 
@@ -158,7 +158,7 @@ def _check_token_file() -> None:
             code="ray.token-unwritable",
             where=str(path),
             got=str(error),
-            wanted="a home directory that this user can write, or a token in RAY_AUTH_TOKEN",
+            expected="a home directory that this user can write, or a token in RAY_AUTH_TOKEN",
             next_step="export RAY_AUTH_TOKEN=$(openssl rand -hex 32), or set HOME to a folder of this user",
         ) from error
 
@@ -181,7 +181,7 @@ def _join(address: str, common: dict[str, Any]) -> None:
             code="ray.connect-failed",
             where=f"ray.address={address}",
             got=f"{type(error).__name__}: {_first_line(error)}",
-            wanted="a cluster with the same versions of Ray and Python, and for HOST:PORT a node of it on this machine",
+            expected="the same versions of Ray and Python as the cluster; for HOST:PORT, a node of it on this machine",
             next_step="set ray.address=auto on a node of the cluster, or hand the job to it with stillroom submit",
         ) from error
 
@@ -250,7 +250,7 @@ def _silent(address: str, reason: str) -> ResourceError:
         code="ray.no-answer",
         where=f"ray.address={address}",
         got=reason,
-        wanted=f"an answer of its control service (port 6379), or with ray:// of its client server (10001), within "
+        expected=f"an answer of its control service (port 6379), or with ray:// of its client server (10001), within "
         f"{_ANSWER_TIMEOUT_S:g} s",
         next_step="start one (ray start --head), or set ray.address=local to start one here",
     )

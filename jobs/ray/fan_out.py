@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 import ray
 from ray.exceptions import NodeDiedError, RayError, RayTaskError, RuntimeEnvSetupError, WorkerCrashedError
 
-from jobs.observability.log import tell
-from jobs.observability.task_observer import Caption, Spent, Tally
-from jobs.ray.cluster import amounts, cluster, node_of, patience_s, require_resources, slots, task_resources
-from pipeline.core.errors import LostGpuError, PassingStorageError, ShardError, StillroomError, StorageError
+from jobs.observability.log import emit
+from jobs.observability.task_observer import AttemptLabel, AttemptStats, TaskObserver
+from jobs.ray.cluster import amounts, cluster, node_of, node_wait_s, require_resources, slots, task_resources
+from pipeline.core.errors import LostGpuError, ShardError, StillroomError, StorageError, TransientStorageError
 from schemas.config import RayConfig
 
 T = TypeVar("T")
@@ -42,19 +42,19 @@ class LostTaskError(StorageError):
 
 
 # One damaged shard, or one node's bad luck, says nothing about the other items.
-_OF_ONE_ITEM = (ShardError, PassingStorageError, LostTaskError)
+_OF_ONE_ITEM = (ShardError, TransientStorageError, LostTaskError)
 
 
 # max_calls=0 keeps the worker process, and with it the loaded model, from task to task also on GPUs, where Ray would
 # start a new process for each. max_retries=0: Ray's own retries are unbounded for some failures, so they are ours.
 @ray.remote(max_retries=0, max_calls=0)
 def _call(
-    work: Callable[[Any], Any], item: Any, caption: Caption, timeout_s: float | None = None
-) -> tuple[Any, StillroomError | None, Spent]:
+    work: Callable[[Any], Any], item: Any, label: AttemptLabel, timeout_s: float | None = None
+) -> tuple[Any, StillroomError | None, AttemptStats]:
     began = time.monotonic()
-    caption.tell_begin()
+    label.emit_begin()
     with _ended_after(timeout_s):
-        return _attempt(work, item, caption, began)
+        return _attempt(work, item, label, began)
 
 
 @contextmanager
@@ -74,22 +74,22 @@ def _ended_after(timeout_s: float | None) -> Generator[None]:
 
 
 def _attempt(
-    work: Callable[[Any], Any], item: Any, caption: Caption, began: float
-) -> tuple[Any, StillroomError | None, Spent]:
+    work: Callable[[Any], Any], item: Any, label: AttemptLabel, began: float
+) -> tuple[Any, StillroomError | None, AttemptStats]:
     result: Any = None
     failure: StillroomError | None = None
     # Returned, not raised: Ray would wrap it in an exception of its own making.
     try:
         result = work(item)
     except LostGpuError as error:
-        caption.tell_end(Spent.since(began), error)
+        label.emit_end(AttemptStats.since(began), error)
         # This process will never see its new GPU: it ends, frees what it holds of the old one, and counts as lost.
         sys.exit(str(error))
     except StillroomError as error:
         failure = error
-    spent = Spent.since(began)
-    caption.tell_end(spent, failure)
-    return result, failure, spent
+    stats = AttemptStats.since(began)
+    label.emit_end(stats, failure)
+    return result, failure, stats
 
 
 def fan_out(
@@ -99,7 +99,7 @@ def fan_out(
     *,
     what: str,
     name: Callable[[T], str] = str,
-    tally: Tally | None = None,
+    tally: TaskObserver | None = None,
     reports_silence: bool = True,
 ) -> Iterator[tuple[T, R]]:
     """Each item with its result, in the order of completion.
@@ -117,25 +117,29 @@ def fan_out(
     What is in flight then ends with the driver's connection. It is not cancelled: in Ray 2.60 a cancellation that meets
     the task's own answer aborts the driver (task_manager.cc, "Tried to complete task that was not pending").
     """
-    failures, tally = _Failures(), tally or Tally(what, name)
+    failures, tally = _Failures(), tally or TaskObserver(what, name)
     if config.address == "none":
         yield from _loop(work, items, failures, tally)
     else:
         with cluster(config):
-            yield from _Flight(work, config, what, name, failures, tally, reports_silence=reports_silence).run(items)
+            yield from _TaskScheduler(work, config, what, name, failures, tally, reports_silence=reports_silence).run(
+                items
+            )
     failures.raise_any("the others are done")
 
 
-def _loop(work: Callable[[T], R], items: Iterable[T], failures: _Failures, tally: Tally) -> Iterator[tuple[T, R]]:
+def _loop(
+    work: Callable[[T], R], items: Iterable[T], failures: _Failures, tally: TaskObserver
+) -> Iterator[tuple[T, R]]:
     for item in items:
         began = time.monotonic()
         try:
             result = work(item)
         except StillroomError as error:
-            tally.failed(item, error, Spent.since(began), attempt=1)
+            tally.failed(item, error, AttemptStats.since(began), attempt=1)
             failures.add(error)
         else:
-            tally.done(item, result, Spent.since(began), attempt=1)
+            tally.done(item, result, AttemptStats.since(began), attempt=1)
             yield item, result
 
 
@@ -187,7 +191,7 @@ class _Attempt:
         return self.failed.total() + 1
 
 
-class _Flight:
+class _TaskScheduler:
     def __init__(
         self,
         work: Callable[[Any], Any],
@@ -195,7 +199,7 @@ class _Flight:
         what: str,
         name: Callable[[Any], str],
         failures: _Failures,
-        tally: Tally,
+        tally: TaskObserver,
         *,
         reports_silence: bool,
     ) -> None:
@@ -214,7 +218,7 @@ class _Flight:
         }
         self._unnamed = _call.options(**self._options)
         self._work = ray.put(work)
-        self._patience_s = patience_s(config)
+        self._node_wait_s = node_wait_s(config)
         self._reports_silence = reports_silence
         self._limit, self._next_look = 0, 0.0
         self._without_nodes_since: float | None = None
@@ -239,27 +243,27 @@ class _Flight:
         finally:
             if retries := self._tally.retries:
                 kinds = ", ".join(f"{count} after {kind}" for kind, count in sorted(retries.items()))
-                tell(f"tasks were retried: {kinds}", event="retries", retries=dict(retries))
+                emit(f"tasks were retried: {kinds}", event="retries", retries=dict(retries))
 
     def _launch(self, fresh: Iterator[_Attempt]) -> bool:
         """Fills the flight, retries first. False where nothing flies or waits any more."""
         self._follow_nodes()
         while len(self._flying) < self._limit and (attempt := self._next_retry() or next(fresh, None)) is not None:
             attempt.launched = time.monotonic()
-            caption = self._tally.caption(attempt.item, attempt.number)
-            task = self._named(caption)
-            self._flying[task.remote(self._work, attempt.item, caption, self._timeout_s)] = attempt
+            label = self._tally.label(attempt.item, attempt.number)
+            task = self._named(label)
+            self._flying[task.remote(self._work, attempt.item, label, self._timeout_s)] = attempt
         return bool(self._flying or self._waiting)
 
-    def _named(self, caption: Caption) -> Any:
+    def _named(self, label: AttemptLabel) -> Any:
         """The task under the name of its part, as Ray's dashboard shows it. Ray also makes series of metrics of every
         name, and never drops one, so only so many first attempts have one; every retry has.
         """
-        if caption.attempt == 1:
+        if label.attempt == 1:
             self._num_named += 1
             if self._num_named > _MAX_NAMES:
                 return self._unnamed
-        return _call.options(**self._options, name=f"{caption.job}: {caption.item}")
+        return _call.options(**self._options, name=f"{label.job}: {label.item}")
 
     def _follow_nodes(self) -> None:
         """Nodes come and go while a flight lasts, and its width goes with them.
@@ -278,17 +282,17 @@ class _Flight:
             self._without_nodes_since = None
         elif self._without_nodes_since is None:
             self._without_nodes_since = now
-            tell(
-                f"no node is left for {self._what} ({amounts(self._needed)}); waiting up to {self._patience_s:g} s",
+            emit(
+                f"no node is left for {self._what} ({amounts(self._needed)}); waiting up to {self._node_wait_s:g} s",
                 event="waiting",
                 level=logging.WARNING,
             )
-        elif now - self._without_nodes_since > self._patience_s:
+        elif now - self._without_nodes_since > self._node_wait_s:
             raise LostTaskError(
                 f"every node that could run {self._what} is gone",
                 where=self._where,
-                got=f"none for {self._patience_s:g} s",
-                wanted=amounts(self._needed),
+                got=f"none for {self._node_wait_s:g} s",
+                expected=amounts(self._needed),
                 next_step="add nodes, then run the command again: finished parts stay",
             )
 
@@ -305,8 +309,8 @@ class _Flight:
         oldest.next_report_s = 2 * silent_s
         ends = "" if self._timeout_s is None else f"; its process is ended after {self._timeout_s:g} s of work"
         text = f"attempt {oldest.number} has given no result for {silent_s:.0f} s{ends}"
-        caption = self._tally.caption(oldest.item, oldest.number)
-        caption.tell("silent", text, logging.WARNING, silent_s=round(silent_s, 1))
+        label = self._tally.label(oldest.item, oldest.number)
+        label.emit("silent", text, logging.WARNING, silent_s=round(silent_s, 1))
 
     def _next_retry(self) -> _Attempt | None:
         now = time.monotonic()
@@ -318,7 +322,7 @@ class _Flight:
     def _collect(self, reference: ray.ObjectRef[Any]) -> Iterator[tuple[Any, Any]]:
         attempt = self._flying.pop(reference)
         try:
-            result, error, spent = ray.get(reference)
+            result, error, stats = ray.get(reference)
         except RayTaskError:
             # Not a StillroomError, so a bug: its traceback is what helps.
             raise
@@ -326,42 +330,42 @@ class _Flight:
             self._lose(attempt, lost)
             return
         flown_s = time.monotonic() - attempt.launched
-        self._queued_s, self._longest_s = flown_s - spent.seconds, max(self._longest_s, flown_s)
+        self._queued_s, self._longest_s = flown_s - stats.seconds, max(self._longest_s, flown_s)
         if error is None:
-            self._tally.done(attempt.item, result, spent, attempt=attempt.number)
+            self._tally.done(attempt.item, result, stats, attempt=attempt.number)
             yield attempt.item, result
-        elif isinstance(error, PassingStorageError):
-            self._retry(attempt, error, spent, kind="a failure of storage")
+        elif isinstance(error, TransientStorageError):
+            self._retry(attempt, error, stats, kind="a failure of storage")
         else:
-            self._fail(attempt, error, spent)
+            self._fail(attempt, error, stats)
 
     def _lose(self, attempt: _Attempt, lost: RayError) -> None:
-        spent = self._spent_of_lost(attempt, lost)
+        stats = self._spent_of_lost(attempt, lost)
         # Not the estimate of the seconds spent: no timeout may be taken for a crash, which has retries of its own kind.
         flown_s = time.monotonic() - attempt.launched
         if isinstance(lost, WorkerCrashedError) and self._timeout_s is not None and flown_s >= self._timeout_s:
-            error = _timed_out(self._name(attempt.item), self._timeout_s, spent.node)
-            self._retry(attempt, error, spent, kind="a timeout")
+            error = _timed_out(self._name(attempt.item), self._timeout_s, stats.node)
+            self._retry(attempt, error, stats, kind="a timeout")
         else:
-            self._retry(attempt, _lost(lost, self._name(attempt.item)), spent, kind=type(lost).__name__)
+            self._retry(attempt, _lost(lost, self._name(attempt.item)), stats, kind=type(lost).__name__)
 
-    def _spent_of_lost(self, attempt: _Attempt, lost: RayError) -> Spent:
+    def _spent_of_lost(self, attempt: _Attempt, lost: RayError) -> AttemptStats:
         """By the driver's clock: since its launch, less what the last one that came back waited for its place."""
         since_s = time.monotonic() - attempt.launched
-        return Spent(node_of(lost), max(since_s - self._queued_s, 0.0))
+        return AttemptStats(node_of(lost), max(since_s - self._queued_s, 0.0))
 
-    def _fail(self, attempt: _Attempt, error: StillroomError, spent: Spent) -> None:
-        self._tally.failed(attempt.item, error, spent, attempt=attempt.number)
+    def _fail(self, attempt: _Attempt, error: StillroomError, stats: AttemptStats) -> None:
+        self._tally.failed(attempt.item, error, stats, attempt=attempt.number)
         self._failures.add(error)
 
-    def _retry(self, attempt: _Attempt, error: StillroomError, spent: Spent, *, kind: str) -> None:
+    def _retry(self, attempt: _Attempt, error: StillroomError, stats: AttemptStats, *, kind: str) -> None:
         """Each kind has its own count: on nodes that come and go, a lost one must not use up what a storage needs."""
         times = _NODE_TIMES if kind == NodeDiedError.__name__ else 1
         if attempt.failed[kind] == times * self._max_retries:
-            self._fail(attempt, error, spent)
+            self._fail(attempt, error, stats)
             return
         pause_s = min(_BACKOFF_S * 2 ** attempt.failed.total(), _MAX_BACKOFF_S)
-        self._tally.retried(attempt.item, error, spent, attempt=attempt.number, kind=kind, pause_s=pause_s)
+        self._tally.retried(attempt.item, error, stats, attempt=attempt.number, kind=kind, pause_s=pause_s)
         attempt.failed[kind] += 1
         attempt.not_before = time.monotonic() + pause_s
         self._waiting.append(attempt)
@@ -373,7 +377,7 @@ def _timed_out(name: str, timeout_s: float, node: str | None) -> LostTaskError:
         code="ray.part-timeout",
         where=name,
         got=f"no result after {timeout_s:g} s" + ("" if node is None else f" on {node}"),
-        wanted=f"ray.part_timeout_s={timeout_s:g} at most",
+        expected=f"ray.part_timeout_s={timeout_s:g} at most",
         next_step="see where it hung in the log of its worker (grep -A40 'Timeout (' "
         "/tmp/ray/session_latest/logs/worker-*.err on its node), or raise ray.part_timeout_s; then run the command "
         "again: finished parts stay",

@@ -27,6 +27,6 @@ def check_shadowing(files: Iterable[PurePath], *, folder: Path, next_step: str) 
             code="ray.hidden-package",
             where=str(folder),
             got=", ".join(str(path) for path in sorted(hiding)),
-            wanted=f"no module of the name {_NAME}",
+            expected=f"no module of the name {_NAME}",
             next_step=next_step,
         )

@@ -24,7 +24,7 @@ from ray.train.v2._internal.execution.controller.state import (
 )
 from ray.train.v2._internal.execution.scaling_policy import ResizeDecision
 
-from jobs.ray.cluster import amounts, living_nodes, patience_s, room
+from jobs.ray.cluster import amounts, living_nodes, node_wait_s, room
 from pipeline.core.errors import ResourceError, StillroomError, TrainingError
 from schemas.config import RayConfig
 
@@ -78,13 +78,13 @@ class Placement(ControllerCallback):
 
     def __init__(self, config: RayConfig, warn: Callable[[str], Any]) -> None:
         self._config, self._warn = config, warn
-        self._patience_s = patience_s(config)
+        self._node_wait_s = node_wait_s(config)
         self._since: float | None = None
         self._told_at: float | None = None
         self._has_run = False
 
     def after_controller_start(self, train_run_context: Any) -> None:  # noqa: ARG002
-        os.environ.setdefault(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, str(min(_ATTEMPT_S, self._patience_s)))
+        os.environ.setdefault(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, str(min(_ATTEMPT_S, self._node_wait_s)))
 
     def after_controller_state_update(
         self, previous_state: TrainControllerState, current_state: TrainControllerState
@@ -107,16 +107,16 @@ class Placement(ControllerCallback):
         now = time.monotonic()
         self._since = now if self._since is None else self._since
         nodes = living_nodes()
-        if now - self._since > self._patience_s:
+        if now - self._since > self._node_wait_s:
             raise self._unplaced(nodes)
         lacks_nodes = room(nodes, per_worker(self._config)) < fewest(self._config)
         told_lately = self._told_at is not None and now - self._told_at < _SAY_EVERY_S
         if (lacks_nodes or now - self._since > _SAY_AFTER_S) and not told_lately:
             self._told_at = now
-            self._warn(f"waiting up to {self._patience_s:g} s for {self._wanted}; there is {self._got(nodes)}")
+            self._warn(f"waiting up to {self._node_wait_s:g} s for {self._expected}; there is {self._got(nodes)}")
 
     @property
-    def _wanted(self) -> str:
+    def _expected(self) -> str:
         return f"room for {fewest(self._config)} x {amounts(per_worker(self._config))}"
 
     def _got(self, nodes: Sequence[Mapping[str, float]]) -> str:
@@ -129,10 +129,10 @@ class Placement(ControllerCallback):
         """One that has run may go on when its nodes are back, as it is; another one asks for too much."""
         kind = TrainingError if self._has_run else ResourceError
         return kind(
-            f"the workers of this training had no place for {self._patience_s:g} s",
+            f"the workers of this training had no place for {self._node_wait_s:g} s",
             where=keys_of(self._config),
             got=self._got(nodes),
-            wanted=self._wanted,
+            expected=self._expected,
             next_step="add nodes, end what else runs on them, lower the keys above, or raise ray.wait_s; then run the "
             "command again: it goes on from the last checkpoint",
         )

@@ -58,13 +58,13 @@ def _located(source: str) -> str:
         code="recipe.unknown-name",
         where="RECIPE",
         got=source,
-        wanted=f"one of {', '.join(recipes)}; or a YAML file or URL",
+        expected=f"one of {', '.join(recipes)}; or a YAML file or URL",
         next_step=f"stillroom recipe {close[0]}" if close else _NEXT_STEPS.get(source, "stillroom recipe --list"),
     )
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
+class RunSpec:
     """One training: a student for a number of epochs with a seed."""
 
     student: str
@@ -92,7 +92,7 @@ class Recipe:
     out: Path
     teacher: Config
     caches: dict[str, Config]
-    cells: tuple[Cell, ...]
+    specs: tuple[RunSpec, ...]
 
     @property
     def trains_teacher(self) -> bool:
@@ -134,7 +134,7 @@ def _refused(error: ValidationError, source: str) -> ConfigError:
         "these are not the sections of a recipe",
         where=source,
         got="; ".join(problems),
-        wanted=", ".join(RecipeConfig.model_fields),
+        expected=", ".join(RecipeConfig.model_fields),
     )
 
 
@@ -150,14 +150,14 @@ class _Reading:
         teacher, said = self._teacher()
         names = self.document.only or tuple(self.document.students)
         caches = {name: self._cache(name, stage, said) for name, stage in self._cache_stages(names).items()}
-        cells = tuple(cell for name in names for cell in self._cells(name, said))
+        specs = tuple(spec for name in names for spec in self._specs(name, said))
         if teacher.student is not None:
             self._check_training("teacher", teacher)
-        for cell in cells:
-            self._check_training(f"students.{cell.student}", cell.config)
+        for spec in specs:
+            self._check_training(f"students.{spec.student}", spec.config)
         for name, config in caches.items():
             self._require(self._path_of(name), config, "data.shards", "data.num_classes", "teacher.model")
-        return Recipe(self.document, self.out, teacher, caches, cells)
+        return Recipe(self.document, self.out, teacher, caches, specs)
 
     def _teacher(self) -> tuple[Config, Stage]:
         """The stage, and the network it ends with as the teacher section of the stages after it."""
@@ -180,8 +180,8 @@ class _Reading:
         """The stages of the caches that these students learn from."""
         if self.document.cache is not None:
             return {_THE_CACHE: self.document.cache}
-        wanted = {self._cache_of(name) for name in students if self._mode(name) == "cache"}
-        return {name: stage for name, stage in self.document.caches.items() if name in wanted}
+        expected = {self._cache_of(name) for name in students if self._mode(name) == "cache"}
+        return {name: stage for name, stage in self.document.caches.items() if name in expected}
 
     def _cache(self, name: str, stage: Stage, said: Stage) -> Config:
         made = {"teacher": said, "cache": {"url": self._cache_url(name)}}
@@ -194,7 +194,7 @@ class _Reading:
     def _cache_url(self, name: str) -> str:
         return str(self.out / "cache" if self.document.cache is not None else self.out / "caches" / name)
 
-    def _cells(self, name: str, said: Stage) -> Iterator[Cell]:
+    def _specs(self, name: str, said: Stage) -> Iterator[RunSpec]:
         stage = self.document.students[name]
         own = {key: value for key, value in stage.items() if key not in _OF_RECIPE}
         below = self._seen_by(name)
@@ -202,7 +202,7 @@ class _Reading:
         for run, train in self._runs(name, stage):
             made = {"teacher": said, "data": cache, "run": {"url": str(self.out / "students" / run)}}
             config = self._stage(f"students.{name}", _merged(below, made), own, {"train": train})
-            yield Cell(name, config.train.epochs, config.train.seed, config)
+            yield RunSpec(name, config.train.epochs, config.train.seed, config)
 
     def _runs(self, name: str, stage: Stage) -> Iterator[tuple[str, dict[str, int]]]:
         """The run's folder of each cell, and what its train section differs in."""
@@ -234,7 +234,7 @@ class _Reading:
                 "a student names a cache that the recipe does not have",
                 where=f"{self.source}: students.{name}.cache",
                 got=named,
-                wanted=f"one of {', '.join(self.document.caches)}" if self.document.caches else "a section caches",
+                expected=f"one of {', '.join(self.document.caches)}" if self.document.caches else "a section caches",
             )
         return str(named)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from jobs.recipes.document import Cell, Recipe
+from jobs.recipes.document import Recipe, RunSpec
 from pipeline.core.redaction import redact
-from pipeline.models.summary import outline_model
+from pipeline.models.summary import summarize_model
 from pipeline.student.training.schedule import TrainingPlan, plan_training
 from schemas.config import Config, LossSection, ModelConfig
 
@@ -23,8 +23,8 @@ def describe_plan(recipe: Recipe) -> str:
     lines = [recipe.document.title, *_subset_lines(recipe), *_teacher_lines(recipe)]
     for name, config in recipe.caches.items():
         lines.append(_line("cache" if name == "cache" else f"cache {name}", _cache_text(config, recipe)))
-    for name in dict.fromkeys(cell.student for cell in recipe.cells):
-        lines += _student_lines(recipe, [cell for cell in recipe.cells if cell.student == name])
+    for name in dict.fromkeys(spec.student for spec in recipe.specs):
+        lines += _student_lines(recipe, [spec for spec in recipe.specs if spec.student == name])
     return "\n".join([*lines, *_needs(recipe)])
 
 
@@ -51,7 +51,7 @@ def _teacher_lines(recipe: Recipe) -> Iterator[str]:
 def _model_text(model: ModelConfig, config: Config, where: str) -> str:
     assert config.data.num_classes is not None
     size = getattr(model, "size", None) or config.views.size
-    outline = outline_model(model, num_classes=config.data.num_classes, size=size, where=where)
+    outline = summarize_model(model, num_classes=config.data.num_classes, size=size, where=where)
     kwargs = f" {model.kwargs}" if model.kwargs else ""
     return (
         f"{model.model}{kwargs}: {outline.num_parameters / 1e6:.2f} M parameters, embedding {outline.embedding_dim}, "
@@ -70,18 +70,18 @@ def _cache_text(config: Config, recipe: Recipe) -> str:
     )
 
 
-def _student_lines(recipe: Recipe, cells: list[Cell]) -> Iterator[str]:
-    first = cells[0].config
+def _student_lines(recipe: Recipe, specs: list[RunSpec]) -> Iterator[str]:
+    first = specs[0].config
     assert first.student is not None
     learns = {"cache": "from its cache", "online": "from the teacher itself", "none": "from labels"}[first.teacher.mode]
-    yield _line(f"student {cells[0].student}", f"{_model_text(first.student, first, 'student')}; {learns}")
+    yield _line(f"student {specs[0].student}", f"{_model_text(first.student, first, 'student')}; {learns}")
     yield _line("", f"loss {loss_text(first)}")
-    for cell in {cell.epochs: cell for cell in cells}.values():
-        yield _line("", _training_text(cell.config, plan_of(recipe, cell.config)))
-    if (seeds := sorted({cell.seed for cell in cells})) != [0]:
+    for spec in {spec.epochs: spec for spec in specs}.values():
+        yield _line("", _training_text(spec.config, plan_of(recipe, spec.config)))
+    if (seeds := sorted({spec.seed for spec in specs})) != [0]:
         yield _line("", f"seeds {', '.join(map(str, seeds))}")
-    if cells[0].student in recipe.document.published:
-        yield _line("", f"published top-1 {recipe.document.published[cells[0].student]:.2f} %")
+    if specs[0].student in recipe.document.published:
+        yield _line("", f"published top-1 {recipe.document.published[specs[0].student]:.2f} %")
 
 
 def plan_of(recipe: Recipe, config: Config) -> TrainingPlan | None:
@@ -127,11 +127,11 @@ def _needs(recipe: Recipe) -> Iterator[str]:
             yield _line(f"needs {key}", _named(data[key]))
     sections = [
         recipe.teacher.student or recipe.teacher.teacher,
-        *(cell.config.student for cell in recipe.cells),
-        *(other for cell in recipe.cells for other in cell.config.teacher.others),
+        *(spec.config.student for spec in recipe.specs),
+        *(other for spec in recipe.specs for other in spec.config.teacher.others),
     ]
-    wanted = {section.weights: section for section in sections if section and section.weights not in (None, "random")}
-    for section in wanted.values():
+    expected = {section.weights: section for section in sections if section and section.weights not in (None, "random")}
+    for section in expected.values():
         yield _line("needs weights", _weights(section))
 
 

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.evaluate import percent
-from jobs.observability.log import tell
-from jobs.recipes.document import Cell, Recipe
+from jobs.observability.log import emit
+from jobs.recipes.document import Recipe, RunSpec
 from jobs.recipes.runs import Row
 from pipeline import storage
 from pipeline.core.errors import ConfigError
@@ -36,12 +36,12 @@ class Results:
     """``teacher`` is None where it was not trained here."""
 
     teacher: Row | None
-    cells: tuple[tuple[Cell, Row], ...]
+    specs: tuple[tuple[RunSpec, Row], ...]
 
     @property
     def teacher_top1(self) -> float | None:
         """On the validation shards, as a share of 1."""
-        return self.cells[0][1].evaluation.teacher_top1 if self.teacher is None else self.teacher.evaluation.top1
+        return self.specs[0][1].evaluation.teacher_top1 if self.teacher is None else self.teacher.evaluation.top1
 
 
 def write_results(recipe: Recipe, results: Results) -> Path:
@@ -94,16 +94,16 @@ def read_results(recipe: Recipe) -> Tree:
 def _entries(tree: Tree) -> list[Entry]:
     """Those of students and of cells; the latter have ``epochs`` and ``seed``."""
     students = [{"student": name, **numbers} for name, numbers in tree.get("students", {}).items()]
-    return [*students, *({"epochs": None, **cell} for cell in tree.get("cells", ()))]
+    return [*students, *({"epochs": None, **spec} for spec in tree.get("cells", ()))]
 
 
 def _merged(recipe: Recipe, former: Tree, results: Results) -> list[Entry]:
     """The former entries with the new ones in their places, in the order of the document."""
     by_key = {_key(entry): entry for entry in _entries(former)}
     stored = {key: entry for key, entry in by_key.items() if _is_there(recipe, entry)}
-    new = {_key(entry): entry for entry in (_entry(recipe, cell, row) for cell, row in results.cells)}
+    new = {_key(entry): entry for entry in (_entry(recipe, spec, row) for spec, row in results.specs)}
     gone = len(by_key) - len(stored)
-    tell(
+    emit(
         f"results: {len(new)} of this run, {len(stored.keys() - new.keys())} of earlier ones"
         + (f"; {gone} left out: their student or its run is gone" if gone else ""),
         event="stage",
@@ -124,11 +124,11 @@ def _is_there(recipe: Recipe, entry: Entry) -> bool:
     return student in recipe.document.students and any((recipe.out / "students" / name).is_dir() for name in names)
 
 
-def _entry(recipe: Recipe, cell: Cell, row: Row) -> Entry:
-    place = {"epochs": cell.epochs, "seed": cell.seed} if has_grid(recipe) else {}
+def _entry(recipe: Recipe, spec: RunSpec, row: Row) -> Entry:
+    place = {"epochs": spec.epochs, "seed": spec.seed} if has_grid(recipe) else {}
     found = row.evaluation
     return {
-        "student": cell.student,
+        "student": spec.student,
         **place,
         "top1": found.top1,
         "agreement": found.agreement,
@@ -187,15 +187,15 @@ def _hundredfold(share: float | None) -> float | None:
     return None if share is None else 100 * share
 
 
-def _grid_table(heading: str, cells: Sequence[Entry], measure: Measure, digits: int) -> Table:
+def _grid_table(heading: str, specs: Sequence[Entry], measure: Measure, digits: int) -> Table:
     """Students down, epochs across; Markdown, so that it can be pasted."""
-    lengths = sorted({cell["epochs"] for cell in cells})
+    lengths = sorted({spec["epochs"] for spec in specs})
     table = Table(heading, box=box.MARKDOWN)
     for epochs in lengths:
         table.add_column(f"{epochs} epochs", justify="right")
-    for student in dict.fromkeys(cell["student"] for cell in cells):
+    for student in dict.fromkeys(spec["student"] for spec in specs):
         found = [
-            [measure(cell) for cell in cells if (cell["student"], cell["epochs"]) == (student, e)] for e in lengths
+            [measure(spec) for spec in specs if (spec["student"], spec["epochs"]) == (student, e)] for e in lengths
         ]
         table.add_row(student, *(spread([value for value in values if value is not None], digits) for values in found))
     return table

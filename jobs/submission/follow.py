@@ -127,7 +127,7 @@ def _info(client: JobSubmissionClient, job: str, address: str) -> JobDetails:
             f"the cluster says nothing of job {job} any more; it may go on",
             where=redact(address),
             got=first_line(error),
-            wanted=f"an answer within {_LOST_AFTER_S} s",
+            expected=f"an answer within {_LOST_AFTER_S} s",
             next_step=f"see {job_command('status', job, address)}; submitting again goes on from what is committed",
         ) from error
 

@@ -126,7 +126,7 @@ def _check_size(found: WorkingDir) -> None:
         "this working directory is larger than a cluster takes",
         where=str(found.folder),
         got=f"{found.size_bytes / 1e6:.1f} MB in {len(found.sizes)} files, the largest:{listed}",
-        wanted=f"{MAX_BYTES / 1e6:.1f} MB at most",
+        expected=f"{MAX_BYTES / 1e6:.1f} MB at most",
         next_step="leave files out (--exclude PATTERN, .rayignore), or give the folder of the code (--working-dir)",
     )
 

@@ -27,7 +27,7 @@ def apply_options(view_CHW: Tensor, drawn: Mapping[str, float]) -> Tensor:
 
     Args:
         view_CHW: uint8 [3, S, S]; left as it is.
-        drawn: one row of ``schemas.cache_format.drawn_columns``; those of mixing are for ``to_input``.
+        drawn: one row of ``schemas.cache_format.aug_param_columns``; those of mixing are for ``to_input``.
 
     Returns:
         uint8 [3, S, S] over H×W×C memory.

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.augment.random_bits import Words
+from pipeline.augment.random_bits import RandomBits
 from pipeline.augment.sampling import (
     STREAM_CUTMIX,
     STREAM_ERASING,
@@ -53,12 +53,12 @@ _FULL_MAGNITUDE = 30
 _NUM_ORDERS = 24
 _ERASING_ATTEMPTS = 10
 
-Drawn = dict[str, NDArray[Any]]
+AugParams = dict[str, NDArray[Any]]
 
 
-def draw_options(plan: ViewsConfig, keys_N2: Words, views_N: Ints, mix_lambda_N: NDArray[np.float32]) -> Drawn:
-    """The columns of ``schemas.cache_format.drawn_columns`` for one view of each of N rows, [N] each."""
-    drawn: Drawn = {}
+def draw_options(plan: ViewsConfig, keys_N2: RandomBits, views_N: Ints, mix_lambda_N: NDArray[np.float32]) -> AugParams:
+    """The columns of ``schemas.cache_format.aug_param_columns`` for one view of each of N rows, [N] each."""
+    drawn: AugParams = {}
     if plan.jitter is not None:
         drawn |= _jitter(plan.jitter, keys_N2, views_N)
     if plan.randaugment is not None:
@@ -75,7 +75,7 @@ def drawn_row(drawn: Mapping[str, NDArray[Any]], row: int) -> dict[str, float]:
     return {name: values_N[row].item() for name, values_N in drawn.items()}
 
 
-def cut_boxes(drawn: Mapping[str, NDArray[Any]]) -> NDArray[np.float32] | None:
+def cutmix_boxes(drawn: Mapping[str, NDArray[Any]]) -> NDArray[np.float32] | None:
     """[..., 4]: left, top, width, height of the box that shows the partner, in fractions of the view; width 0 where a
     row is blended. None: the plan has no boxes."""
     if "cut_left" not in drawn:
@@ -83,7 +83,7 @@ def cut_boxes(drawn: Mapping[str, NDArray[Any]]) -> NDArray[np.float32] | None:
     return np.stack([drawn[f"cut_{side}"] for side in ("left", "top", "width", "height")], axis=-1)
 
 
-def without_boxes(drawn: Mapping[str, NDArray[Any]], rows_N: NDArray[np.bool_]) -> Drawn:
+def without_boxes(drawn: Mapping[str, NDArray[Any]], rows_N: NDArray[np.bool_]) -> AugParams:
     """The same columns with no box in these rows."""
     return {
         name: np.where(rows_N, np.float32(0), values_N) if name.startswith("cut_") else values_N
@@ -91,11 +91,11 @@ def without_boxes(drawn: Mapping[str, NDArray[Any]], rows_N: NDArray[np.bool_]) 
     }
 
 
-def _jitter(jitter: JitterConfig, keys_N2: Words, views_N: Ints) -> Drawn:
+def _jitter(jitter: JitterConfig, keys_N2: RandomBits, views_N: Ints) -> AugParams:
     """Factors of 1 and a hue shift of 0 in the rows that are not jittered."""
     which_N4 = draws(keys_N2, views_N, STREAM_JITTER)
     how_N4 = draws(keys_N2, views_N, STREAM_JITTER, 1)
-    drawn: Drawn = {"jitter_order": (which_N4[:, 1] * _NUM_ORDERS).astype(np.uint8)}
+    drawn: AugParams = {"jitter_order": (which_N4[:, 1] * _NUM_ORDERS).astype(np.uint8)}
     for place, name in enumerate(("brightness", "contrast", "saturation", "hue")):
         neutral, strength = float(name != "hue"), float(getattr(jitter, name))
         value_N = between(neutral - strength, neutral + strength, how_N4[:, place])
@@ -103,8 +103,8 @@ def _jitter(jitter: JitterConfig, keys_N2: Words, views_N: Ints) -> Drawn:
     return drawn
 
 
-def _ops(randaugment: RandAugmentConfig, keys_N2: Words, views_N: Ints) -> Drawn:
-    drawn: Drawn = {}
+def _ops(randaugment: RandAugmentConfig, keys_N2: RandomBits, views_N: Ints) -> AugParams:
+    drawn: AugParams = {}
     for number in range(randaugment.num_ops):
         draws_N4 = draws(keys_N2, views_N, STREAM_OPS, number)
         op_N = (draws_N4[:, 0] * len(OPS)).astype(np.uint8)
@@ -122,12 +122,14 @@ def _whole_bits(op_N: NDArray[np.uint8], magnitude_N: Floats) -> Floats:
     return np.where(op_N == _POSTERIZE, np.rint(magnitude_N), magnitude_N)
 
 
-def _erasing(erasing: ErasingConfig, keys_N2: Words, views_N: Ints) -> Drawn:
+def _erasing(erasing: ErasingConfig, keys_N2: RandomBits, views_N: Ints) -> AugParams:
     """A box by ``_erased_boxes`` in the rows that are erased, else one of no size; its colour in all."""
     draws_N4 = draws(keys_N2, views_N, STREAM_ERASING)
     box_N4 = _erased_boxes(erasing, keys_N2, views_N)
     box_N4[draws_N4[:, 0] >= erasing.probability] = 0
-    drawn: Drawn = {f"erase_{side}": box_N4[:, place] for place, side in enumerate(("left", "top", "width", "height"))}
+    drawn: AugParams = {
+        f"erase_{side}": box_N4[:, place] for place, side in enumerate(("left", "top", "width", "height"))
+    }
     for place, name in enumerate(("red", "green", "blue")):
         level_N = draws_N4[:, 1 + place] * 256
         if erasing.fill != "random":
@@ -136,7 +138,7 @@ def _erasing(erasing: ErasingConfig, keys_N2: Words, views_N: Ints) -> Drawn:
     return drawn
 
 
-def _erased_boxes(erasing: ErasingConfig, keys_N2: Words, views_N: Ints) -> NDArray[np.float32]:
+def _erased_boxes(erasing: ErasingConfig, keys_N2: RandomBits, views_N: Ints) -> NDArray[np.float32]:
     """The first of ten attempts that fits into the view (Zhong 2017), else nothing: fractions, float32 [N, 4]."""
     box_N4 = np.zeros((len(keys_N2), 4), np.float32)
     open_M = np.arange(len(keys_N2))
@@ -150,7 +152,7 @@ def _erased_boxes(erasing: ErasingConfig, keys_N2: Words, views_N: Ints) -> NDAr
     return box_N4
 
 
-def _cutmix(share: float, keys_N2: Words, views_N: Ints, mix_lambda_N: NDArray[np.float32]) -> Drawn:
+def _cutmix(share: float, keys_N2: RandomBits, views_N: Ints, mix_lambda_N: NDArray[np.float32]) -> AugParams:
     """A square of area 1 − λ, wholly inside the view, in ``share`` of the rows; else one of no size."""
     draws_N4 = draws(keys_N2, views_N, STREAM_CUTMIX)
     side_N = np.sqrt(1 - mix_lambda_N.astype(np.float64))

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.augment.options import draw_options, without_boxes
-from pipeline.augment.random_bits import Words, key_of, philox4x64
+from pipeline.augment.random_bits import RandomBits, key_of, philox4x64
 from pipeline.augment.sampling import (
     STREAM_BOX,
     STREAM_CANARY,
@@ -47,7 +47,7 @@ class ViewParams:
         flip_N: bool; the crop is mirrored left to right after resizing.
         mix_lambda_N: float32 in [0.5, 1], the row's own weight; 1 where the plan does not mix. A row that turns out
             to be its own partner needs ``unmix``: partners are known by shard, not by sample.
-        drawn: what the plan's options drew, by column (``schemas.cache_format.drawn_columns``), one number a row each.
+        drawn: sampled parameters of the options by column (``cache_format.aug_param_columns``), one number a row.
     """
 
     box_N4: NDArray[np.int32]
@@ -60,13 +60,13 @@ class ViewParams:
         return ViewParams(self.box_N4[rows], self.flip_N[rows], self.mix_lambda_N[rows], drawn)
 
 
-def sample_keys(seed: int, sample_ids: Sequence[str]) -> Words:
+def sample_keys(seed: int, sample_ids: Sequence[str]) -> RandomBits:
     """One key a sample, for all of its views: uint64 [N, 2]."""
     keys = [key_of("view", seed, sample_id) for sample_id in sample_ids]
     return np.stack(keys) if keys else np.empty((0, 2), dtype=np.uint64)
 
 
-def view_params(plan: ViewsConfig, keys_N2: Words, views_N: Ints, widths_N: Ints, heights_N: Ints) -> ViewParams:
+def view_params(plan: ViewsConfig, keys_N2: RandomBits, views_N: Ints, widths_N: Ints, heights_N: Ints) -> ViewParams:
     """Parameters of one view of each of N samples; rows may be of different views.
 
     Args:
@@ -105,7 +105,7 @@ def eval_params(plan: ViewsConfig, widths_N: Ints, heights_N: Ints) -> ViewParam
     return ViewParams(box_N4, np.zeros(len(box_N4), dtype=np.bool_), np.ones(len(box_N4), dtype=np.float32), {})
 
 
-def is_canary(keys_N2: Words, views_N: Ints) -> NDArray[np.bool_]:
+def is_canary(keys_N2: RandomBits, views_N: Ints) -> NDArray[np.bool_]:
     """Which of these (sample, view) carry a pixel digest by hash, about one in a thousand: bool [N]."""
     return draws(keys_N2, views_N, STREAM_CANARY)[:, 0] < _CANARY_SHARE
 
@@ -117,15 +117,15 @@ def mix_partners(plan: ViewsConfig, shard_id: str, group: int, view: int, num_ok
         int32 [num_ok]: each row's partner as a position inside the group. An involution without fixed points, but
         for one row that is its own partner where ``num_ok`` is odd.
     """
-    words_GM = _matching_words(plan, shard_id, np.array([group]), view)
-    return _match(words_GM[:, :num_ok])[0]
+    random_bits_GM = _matching_words(plan, shard_id, np.array([group]), view)
+    return _match(random_bits_GM[:, :num_ok])[0]
 
 
 def shard_partners(plan: ViewsConfig, shard_id: str, view: int, num_ok: int) -> NDArray[np.int32]:
     """``mix_partners`` of every group of a shard of ``num_ok`` ok rows, as ok ordinals of the shard: int32 [num_ok]."""
     full, rest = divmod(num_ok, plan.mix_group)
-    words_GM = _matching_words(plan, shard_id, np.arange(full + 1), view)
-    groups = [_match(words_GM[:full]).reshape(-1), _match(words_GM[full:, :rest])[0]]
+    random_bits_GM = _matching_words(plan, shard_id, np.arange(full + 1), view)
+    groups = [_match(random_bits_GM[:full]).reshape(-1), _match(random_bits_GM[full:, :rest])[0]]
     return (np.concatenate(groups) + np.arange(num_ok) // plan.mix_group * plan.mix_group).astype(np.int32)
 
 
@@ -135,7 +135,7 @@ def unmix(params: ViewParams, single_N: NDArray[np.bool_]) -> ViewParams:
     return replace(params, mix_lambda_N=lambda_N, drawn=without_boxes(params.drawn, single_N))
 
 
-def _matching_words(plan: ViewsConfig, shard_id: str, groups_G: Ints, view: int) -> Words:
+def _matching_words(plan: ViewsConfig, shard_id: str, groups_G: Ints, view: int) -> RandomBits:
     blocks = -(-plan.mix_group // 4)
     counters_GM4 = np.zeros((len(groups_G), blocks, 4), dtype=np.uint64)
     counters_GM4[:, :, 0] = np.arange(blocks)
@@ -145,18 +145,20 @@ def _matching_words(plan: ViewsConfig, shard_id: str, groups_G: Ints, view: int)
     return words.reshape(len(groups_G), blocks * 4)[:, : plan.mix_group]
 
 
-def _match(words_GM: Words) -> NDArray[np.int32]:
+def _match(random_bits_GM: RandomBits) -> NDArray[np.int32]:
     """Sorts each group by its words and pairs neighbours: partners inside the group, int32 [G, M]."""
-    order_GM = np.argsort(words_GM, axis=1, kind="stable")
-    neighbour_M = np.arange(words_GM.shape[1]) ^ 1
+    order_GM = np.argsort(random_bits_GM, axis=1, kind="stable")
+    neighbour_M = np.arange(random_bits_GM.shape[1]) ^ 1
     if len(neighbour_M) % 2:
         neighbour_M[-1] -= 1
-    partners_GM = np.empty(words_GM.shape, dtype=np.int32)
+    partners_GM = np.empty(random_bits_GM.shape, dtype=np.int32)
     np.put_along_axis(partners_GM, order_GM, order_GM[:, neighbour_M].astype(np.int32), axis=1)
     return partners_GM
 
 
-def _crop_boxes(plan: ViewsConfig, keys_N2: Words, views_N: Ints, widths_N: Ints, heights_N: Ints) -> NDArray[np.int32]:
+def _crop_boxes(
+    plan: ViewsConfig, keys_N2: RandomBits, views_N: Ints, widths_N: Ints, heights_N: Ints
+) -> NDArray[np.int32]:
     """Inception crops (Szegedy 2015): the first of ten attempts that fits, else the central crop. int32 [N, 4]."""
     widths_N, heights_N, views_N = _as_ints(widths_N), _as_ints(heights_N), _as_ints(views_N)
     box_N4 = _central_boxes(plan, widths_N, heights_N)

@@ -85,7 +85,7 @@ def to_input(
     std_C: Tensor,
     partner_B: Tensor | None = None,
     lambda_B: Tensor | None = None,
-    cut_B4: Tensor | None = None,
+    cutmix_box_B4: Tensor | None = None,
     partner_pixels_NCHW: Tensor | None = None,
 ) -> Tensor:
     """Views to a model's input: [0,1], then ``w·x + (1−w)·x[partner]``, then ``(x − mean) / std``.
@@ -111,21 +111,21 @@ def to_input(
     if partner_B is not None and lambda_B is not None:
         pool_NCHW = pixels_BCHW if partner_pixels_NCHW is None else partner_pixels_NCHW
         own_B1HW = lambda_B.to(torch.float32).view(-1, 1, 1, 1)
-        if cut_B4 is not None:
-            own_B1HW = _own_share(own_B1HW, cut_B4, *pixels_BCHW.shape[2:])
+        if cutmix_box_B4 is not None:
+            own_B1HW = _own_share(own_B1HW, cutmix_box_B4, *pixels_BCHW.shape[2:])
         # Two products and a sum, not lerp: backends may fuse a lerp, and then its bits differ.
         unit_BCHW = own_B1HW * unit_BCHW + (1 - own_B1HW) * _to_unit(pool_NCHW[partner_B])
     return (unit_BCHW - mean_C.view(-1, 1, 1)) / std_C.view(-1, 1, 1)
 
 
-def _own_share(lambda_B111: Tensor, cut_B4: Tensor, height: int, width: int) -> Tensor:
+def _own_share(lambda_B111: Tensor, cutmix_box_B4: Tensor, height: int, width: int) -> Tensor:
     """The weight of each row's own pixels where some rows have boxes: float32 [B, 1, H, W]."""
-    edges_B4111 = pixel_edges(cut_B4, height=height, width=width).view(-1, 4, 1, 1, 1)
+    edges_B4111 = pixel_edges(cutmix_box_B4, height=height, width=width).view(-1, 4, 1, 1, 1)
     left, top, right, bottom = edges_B4111.unbind(1)
-    x_W = torch.arange(width, device=cut_B4.device)
-    y_H1 = torch.arange(height, device=cut_B4.device)[:, None]
+    x_W = torch.arange(width, device=cutmix_box_B4.device)
+    y_H1 = torch.arange(height, device=cutmix_box_B4.device)[:, None]
     outside_B1HW = (x_W < left) | (x_W >= right) | (y_H1 < top) | (y_H1 >= bottom)
-    has_box_B111 = (cut_B4[:, 2] > 0).view(-1, 1, 1, 1)
+    has_box_B111 = (cutmix_box_B4[:, 2] > 0).view(-1, 1, 1, 1)
     return torch.where(has_box_B111, outside_B1HW.to(torch.float32), lambda_B111)
 
 

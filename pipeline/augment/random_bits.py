@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 RNG_VERSION = 1
 
-Words = NDArray[np.uint64]
+RandomBits = NDArray[np.uint64]
 
 _ROUNDS = 10
 _BLOCKS_AT_ONCE = 1 << 12
@@ -27,7 +27,7 @@ _MULTIPLIERS_HIGH_21 = _MULTIPLIERS_21 >> _HALF_BITS
 _MULTIPLIERS_LOW_21 = _MULTIPLIERS_21 & _LOW_HALF
 
 
-def philox4x64(keys_N2: Words, counters_N4: Words) -> Words:
+def philox4x64(keys_N2: RandomBits, counters_N4: RandomBits) -> RandomBits:
     """Ten rounds of Philox4x64; word order as in Random123.
 
     Args:
@@ -43,13 +43,13 @@ def philox4x64(keys_N2: Words, counters_N4: Words) -> Words:
         if number:
             keys_2N = keys_2N + _KEY_STEPS_21
         even_2N, odd_2N = (_high_product(even_2N)[::-1] ^ odd_2N ^ keys_2N), (even_2N * _MULTIPLIERS_21)[::-1]
-    words_4N = np.stack([even_2N[0], odd_2N[0], even_2N[1], odd_2N[1]])
-    return np.ascontiguousarray(words_4N.T)
+    random_bits_4N = np.stack([even_2N[0], odd_2N[0], even_2N[1], odd_2N[1]])
+    return np.ascontiguousarray(random_bits_4N.T)
 
 
-def _high_product(words_2N: Words) -> Words:
+def _high_product(random_bits_2N: RandomBits) -> RandomBits:
     """Upper 64 bits of the 128-bit products with the round's multipliers; NumPy has no wider integer than 64 bits."""
-    high, low = words_2N >> _HALF_BITS, words_2N & _LOW_HALF
+    high, low = random_bits_2N >> _HALF_BITS, random_bits_2N & _LOW_HALF
     low_low = low * _MULTIPLIERS_LOW_21
     high_low = high * _MULTIPLIERS_LOW_21
     # At most (2^32 - 1)^2 + 2 (2^32 - 1) = 2^64 - 1, so neither sum can wrap.
@@ -57,7 +57,7 @@ def _high_product(words_2N: Words) -> Words:
     return high * _MULTIPLIERS_HIGH_21 + (high_low >> _HALF_BITS) + (middle >> _HALF_BITS)
 
 
-def key_of(*parts: str | int) -> Words:
+def key_of(*parts: str | int) -> RandomBits:
     """The key of these arguments: uint64 [2].
 
     The bytes hashed are those of the parts, one after another: for an integer ``i`` and its 8 bytes, signed,
@@ -79,17 +79,17 @@ def _canonical(part: str | int) -> bytes:
     return b"s" + len(data).to_bytes(8, "little") + data
 
 
-def uniform(words: Words) -> NDArray[np.float64]:
+def uniform(words: RandomBits) -> NDArray[np.float64]:
     """Words to float64 in [0, 1), exactly ``(word >> 11) * 2**-53``; same shape."""
     return np.asarray((words >> np.uint64(11)) * 2.0**-53, dtype=np.float64)
 
 
-def permutation(key_2: Words, size: int) -> NDArray[np.int64]:
+def permutation(key_2: RandomBits, size: int) -> NDArray[np.int64]:
     """The permutation of ``range(size)`` that sorts the key's first words, ties in order: int64 [size]."""
     return next(permutations(key_2[None], [size]))
 
 
-def permutations(keys_N2: Words, sizes: Sequence[int]) -> Iterator[NDArray[np.int64]]:
+def permutations(keys_N2: RandomBits, sizes: Sequence[int]) -> Iterator[NDArray[np.int64]]:
     """One for each key, as ``permutation`` gives it. Words of short ones are drawn together, which is faster."""
     ends_N = np.cumsum([-(-size // 4) for size in sizes])
     first = 0
@@ -100,7 +100,7 @@ def permutations(keys_N2: Words, sizes: Sequence[int]) -> Iterator[NDArray[np.in
         first = last
 
 
-def _drawn_together(keys_N2: Words, sizes: Sequence[int]) -> Iterator[NDArray[np.int64]]:
+def _drawn_together(keys_N2: RandomBits, sizes: Sequence[int]) -> Iterator[NDArray[np.int64]]:
     blocks_N = np.array([-(-size // 4) for size in sizes])
     begin_N = np.cumsum(blocks_N) - blocks_N
     counters_B4 = np.zeros((blocks_N.sum(), 4), dtype=np.uint64)

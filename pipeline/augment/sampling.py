@@ -12,7 +12,7 @@ from decimal import Decimal
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.augment.random_bits import Words, philox4x64, uniform
+from pipeline.augment.random_bits import RandomBits, philox4x64, uniform
 
 # The third counter word keeps draws apart, so that a further augmentation moves none of the present ones.
 STREAM_BOX, STREAM_FLIP_AND_MIX, STREAM_CANARY = 0, 1, 2
@@ -22,7 +22,7 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 
-def draws(keys_N2: Words, views_N: Ints, stream: int, block: int = 0) -> Floats:
+def draws(keys_N2: RandomBits, views_N: Ints, stream: int, block: int = 0) -> Floats:
     """Four uniforms in [0, 1) a row: float64 [N, 4]."""
     counters_N4 = np.zeros((len(keys_N2), 4), dtype=np.uint64)
     counters_N4[:, 0] = block

@@ -49,9 +49,9 @@ def read_bounded(
     table = file.read_row_groups([*groups], use_threads=False)
     dense = [name for name in texts if name not in repeated]
     _check(sum(_dense_bytes(table[name]) for name in dense), limit, size_bytes)
-    wanted = about.schema.to_arrow_schema()
+    expected = about.schema.to_arrow_schema()
     for name in dense:
-        field = wanted.field(name)
+        field = expected.field(name)
         table = table.set_column(table.schema.get_field_index(name), field, table[name].cast(field.type))
     return table
 

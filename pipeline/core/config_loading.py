@@ -64,7 +64,7 @@ def require(config: Config, *keys: str, command: str, section: str = "") -> None
             f"{command} needs {'a key that is' if len(missing) == 1 else 'keys that are'} not in this config",
             code="config.missing-key",
             got=f"no {', '.join(missing)}",
-            wanted="".join(f"\n    {key}: {description(key)}" for key in missing),
+            expected="".join(f"\n    {key}: {description(key)}" for key in missing),
             next_step=f"add to the YAML, or append {' '.join(f'{section}{key}=…' for key in missing)}",
         )
 

@@ -23,7 +23,7 @@ def apply_override(document: DictConfig, override: str, where: str) -> KeyPath:
     key, equals, text = override.partition("=")
     place = f"{where}, override {echo(override)}"
     if not equals or not all(key.split(".")):
-        raise ConfigError("this override does not set a key", where=place, wanted="section.key=value")
+        raise ConfigError("this override does not set a key", where=place, expected="section.key=value")
     try:
         value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
         assert isinstance(value, dict), "a dot list makes a mapping"
@@ -71,7 +71,7 @@ def _override_error(error: Exception, place: str, *, enters_list: bool) -> Confi
             code="config.override-interpolation",
             where=place,
             got=got,
-            wanted="${section.key} of this document, or ${oc.env:NAME} of the environment",
+            expected="${section.key} of this document, or ${oc.env:NAME} of the environment",
         )
     if enters_list:
         return ConfigError(
@@ -79,7 +79,7 @@ def _override_error(error: Exception, place: str, *, enters_list: bool) -> Confi
             code="config.override-list-item",
             where=place,
             got=got,
-            wanted="the position, from 0, of an item that the document has",
+            expected="the position, from 0, of an item that the document has",
         )
     return ConfigError("this override cannot be applied", code="config.override-refused", where=place, got=got)
 

@@ -22,7 +22,7 @@ class Problem:
     path: KeyPath
     what: str
     got: str | None = None
-    wanted: str | None = None
+    expected: str | None = None
     hint: str | None = None
 
 
@@ -31,21 +31,21 @@ def problem_of(error: ErrorDetails, tree: Mapping[str, Any]) -> Problem:
     match error["type"]:
         case "extra_forbidden":
             known = known_names(error["loc"][:-1])
-            return Problem(path, "unknown key", wanted=", ".join(known), hint=nearest(str(path[-1]), known))
+            return Problem(path, "unknown key", expected=", ".join(known), hint=nearest(str(path[-1]), known))
         case "missing":
-            return Problem((*path, error["loc"][-1]), "missing key", wanted=missing_description(error["loc"]))
+            return Problem((*path, error["loc"][-1]), "missing key", expected=missing_description(error["loc"]))
         case "union_tag_invalid":
             known = context["expected_tags"].replace("'", "").split(", ")
             hint = nearest(str(context["tag"]), known)
             return Problem((*path, "name"), "unknown loss", repr(context["tag"]), ", ".join(known), hint)
         case "union_tag_not_found":
-            return Problem((*path, "name"), "missing key", wanted=", ".join(loss_names()))
+            return Problem((*path, "name"), "missing key", expected=", ".join(loss_names()))
         case "value_error":
-            got, _, wanted = str(context["error"]).partition("; wanted ")
+            got, _, expected = str(context["error"]).partition("; wanted ")
             what = "values that do not go together" if isinstance(value, Mapping) else "wrong value"
-            return Problem(path, what, got, wanted or None)
+            return Problem(path, what, got, expected or None)
         case _:
-            return Problem(path, "wrong value", _describe(value), _wanted(error["msg"]))
+            return Problem(path, "wrong value", _describe(value), _expected(error["msg"]))
 
 
 def _yaml_path(loc: KeyPath, tree: Any) -> KeyPath:
@@ -64,8 +64,8 @@ def merged_problems(problems: Iterable[Problem]) -> list[Problem]:
     merged: dict[KeyPath, Problem] = {}
     for problem in problems:
         first = merged.get(problem.path)
-        if first is not None and first.wanted and problem.wanted:
-            problem = Problem(first.path, first.what, first.got, f"{first.wanted} or {problem.wanted}", first.hint)
+        if first is not None and first.expected and problem.expected:
+            problem = Problem(first.path, first.what, first.got, f"{first.expected} or {problem.expected}", first.hint)
         merged[problem.path] = problem
     return [problem for path, problem in merged.items() if not any(is_inside(other, path) for other in merged)]
 
@@ -81,7 +81,7 @@ def config_error(problems: Sequence[Problem], where: str, places: Mapping[KeyPat
             f"{one.what}: {_dotted(one.path)}" if one.path else one.what,
             where=where + _place(one.path, places),
             got=one.got,
-            wanted=one.wanted,
+            expected=one.expected,
             next_step=one.hint,
         )
     listed = "".join(
@@ -93,7 +93,7 @@ def config_error(problems: Sequence[Problem], where: str, places: Mapping[KeyPat
 def _one_line(problem: Problem) -> str:
     details = (
         f"got {problem.got}" if problem.got else None,
-        problem.hint or (f"wanted {problem.wanted}" if problem.wanted else None),
+        problem.hint or (f"wanted {problem.expected}" if problem.expected else None),
     )
     return "; ".join([problem.what, *filter(None, details)])
 
@@ -115,11 +115,11 @@ def _describe(value: Any) -> str:
     return kind if value is None or isinstance(value, dict | list) else f"{echo(value)} ({kind})"
 
 
-def _wanted(message: str) -> str:
+def _expected(message: str) -> str:
     """Pydantic's own words, in those of a YAML author."""
-    wanted = message.removeprefix("Input should be ").split(" or instance of")[0].split(", unable to parse")[0]
+    expected = message.removeprefix("Input should be ").split(" or instance of")[0].split(", unable to parse")[0]
     words = {"dictionary": "mapping", "tuple": "list", "string": "text", "boolean": "true or false"}
-    plain = wanted.removeprefix("a valid ")
+    plain = expected.removeprefix("a valid ")
     return words.get(plain, plain)
 
 

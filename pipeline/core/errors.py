@@ -24,10 +24,10 @@ class StillroomError(Exception):
         code: str | None = None,
         where: str | None = None,
         got: object = None,
-        wanted: object = None,
+        expected: object = None,
         next_step: str | None = None,
     ) -> None:
-        self.what, self.where, self.got, self.wanted, self.next_step = what, where, got, wanted, next_step
+        self.what, self.where, self.got, self.expected, self.next_step = what, where, got, expected, next_step
         if code is not None:
             self.code = code
         super().__init__(self._text())
@@ -37,11 +37,11 @@ class StillroomError(Exception):
         for name, value in (
             ("where", self.where),
             ("got", self.got),
-            ("wanted", self.wanted),
+            ("expected", self.expected),
             ("next", self.next_step),
         ):
             if value is not None:
-                lines.append(f"  {name + ':':<8}{value}")
+                lines.append(f"  {name + ':':<10}{value}")
         # Here, and not only where a message is made: the words of a library or a user may hold a URL too.
         return redact_text("\n".join(lines))
 
@@ -54,7 +54,7 @@ class StillroomError(Exception):
             self.code,
             self.where,
             None if self.got is None else str(self.got),
-            None if self.wanted is None else str(self.wanted),
+            None if self.expected is None else str(self.expected),
             self.next_step,
         )
 
@@ -65,10 +65,10 @@ def _rebuild(
     code: str,
     where: str | None,
     got: str | None,
-    wanted: str | None,
+    expected: str | None,
     next_step: str | None,
 ) -> StillroomError:
-    return kind(what, code=code, where=where, got=got, wanted=wanted, next_step=next_step)
+    return kind(what, code=code, where=where, got=got, expected=expected, next_step=next_step)
 
 
 class InputError(StillroomError):
@@ -139,7 +139,7 @@ class StorageError(StillroomError):
     code = "storage.failed"
 
 
-class PassingStorageError(StorageError):
+class TransientStorageError(StorageError):
     """Storage that failed in a way that often passes by itself: throttling, a lost connection. Worth another try."""
 
     code = "storage.transient"

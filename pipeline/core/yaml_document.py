@@ -34,20 +34,20 @@ def _key_lines(text: str, where: str) -> dict[KeyPath, str]:
     except yaml.YAMLError as error:
         raise yaml_error(error, where) from error
     if root is None:
-        raise ConfigError("this config is empty", where=where, wanted="a YAML mapping such as data: {shards: …}")
+        raise ConfigError("this config is empty", where=where, expected="a YAML mapping such as data: {shards: …}")
     if not isinstance(root, yaml.MappingNode):
         raise ConfigError(
             "this config is not a mapping",
             where=where,
             got="a list" if isinstance(root, yaml.SequenceNode) else "a single value",
-            wanted="sections such as data: {shards: …}",
+            expected="sections such as data: {shards: …}",
         )
     if (num_nodes := _num_nodes(root, {})) > _MAX_NODES:
         raise ConfigError(
             "this config is too large once its aliases are followed",
             where=where,
             got=f"{num_nodes} keys and values",
-            wanted=f"at most {_MAX_NODES}",
+            expected=f"at most {_MAX_NODES}",
             next_step="write many shards as one pattern, such as train-{000000..001280}.tar",
         )
     return dict(_walk(root, ()))
@@ -88,7 +88,9 @@ def yaml_error(error: yaml.YAMLError, where: str) -> ConfigError:
     if not isinstance(error, yaml.MarkedYAMLError):
         return ConfigError("this config is not YAML", where=where, got=" ".join(str(error).split()))
     if "single document" in (error.context or ""):
-        return ConfigError("this config holds several YAML documents", where=where, wanted="one, without a --- between")
+        return ConfigError(
+            "this config holds several YAML documents", where=where, expected="one, without a --- between"
+        )
     mark = error.problem_mark or error.context_mark
     place = f"{where}, line {mark.line + 1}, column {mark.column + 1}" if mark else where
     return ConfigError("this config is not YAML", where=place, got=error.problem or error.context)
@@ -99,5 +101,5 @@ def omegaconf_error(error: OmegaConfBaseException, where: str) -> ConfigError:
         "this value cannot be resolved",
         where=f"{where}, {error.full_key}" if error.full_key else where,
         got=(error.msg or str(error)).splitlines()[0],
-        wanted="${section.key} of this document, or ${oc.env:NAME} of the environment",
+        expected="${section.key} of this document, or ${oc.env:NAME} of the environment",
     )

@@ -35,7 +35,7 @@ def resnet(num_classes: int, depth: int, widths: Sequence[int] = (16, 16, 32, 64
         ModelError: a depth that is not 6n + 2, or not four widths.
     """
     if len(widths) != 4 or min(widths) < 1:
-        raise ModelError("a CIFAR ResNet has four widths", got=list(widths), wanted="stem and three stages, above 0")
+        raise ModelError("a CIFAR ResNet has four widths", got=list(widths), expected="stem and three stages, above 0")
     return CifarResNet(num_classes, _blocks_per_stage(depth, step=6, rest=2), tuple(widths))
 
 
@@ -57,7 +57,7 @@ def wide_resnet(num_classes: int, depth: int, width_factor: int) -> nn.Module:
 def _blocks_per_stage(depth: int, *, step: int, rest: int) -> int:
     blocks, remainder = divmod(depth - rest, step)
     if remainder or blocks < 1:
-        raise ModelError("this depth does not split into three equal stages", got=depth, wanted=f"{step}n + {rest}")
+        raise ModelError("this depth does not split into three equal stages", got=depth, expected=f"{step}n + {rest}")
     return blocks
 
 

@@ -28,7 +28,7 @@ def bottleneck_resnet(num_classes: int, blocks: Sequence[int] = (3, 4, 6, 3)) ->
         ModelError: not four stages, or one without a block.
     """
     if len(blocks) != len(_WIDTHS) or min(blocks) < 1:
-        raise ModelError("a bottleneck ResNet has four stages", got=list(blocks), wanted="four counts, above 0")
+        raise ModelError("a bottleneck ResNet has four stages", got=list(blocks), expected="four counts, above 0")
     return CifarBottleneckResNet(num_classes, tuple(blocks))
 
 

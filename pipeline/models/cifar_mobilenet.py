@@ -31,7 +31,7 @@ def mobilenet_v2(num_classes: int, width_factor: float = 0.5, expansion: int = 6
         raise ModelError(
             "these numbers make no MobileNetV2",
             got=f"width_factor {width_factor}, expansion {expansion}",
-            wanted="a width_factor of at least 1/16, an expansion of at least 1",
+            expected="a width_factor of at least 1/16, an expansion of at least 1",
         )
     return CifarMobileNetV2(num_classes, width_factor, expansion)
 

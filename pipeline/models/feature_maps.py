@@ -27,7 +27,7 @@ _recorded: ContextVar[dict[str, Tensor] | None] = ContextVar("recorded layer out
 
 _NUM_LAYERS_NAMED = 6
 # A class and a distillation token, or a class token and four registers. An output with more is of another kind.
-_MOST_PREFIX_TOKENS = 5
+_MAX_PREFIX_TOKENS = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +169,7 @@ def _read_tokens(
     candidates = (told, 0) if isinstance(told, int) else (num_tokens - isqrt(num_tokens) ** 2,)
     for prefix in candidates:
         grid = num_tokens - prefix
-        if prefix <= _MOST_PREFIX_TOKENS and grid > 0 and isqrt(grid) ** 2 == grid:
+        if prefix <= _MAX_PREFIX_TOKENS and grid > 0 and isqrt(grid) ** 2 == grid:
             return known(channels=channels, side=isqrt(grid), layout="tokens", num_prefix_tokens=prefix)
     return None
 
@@ -183,7 +183,7 @@ def _found(run: _Run, model: EmbeddingModel, size: int, where: str) -> FeatureMa
         f"the output of {run.layer} is no feature map",
         where=where,
         got=f"{shape}, of 2 images of {size}×{size} pixels",
-        wanted="[B,C,H,W] or [B,H,W,C] with H = W, or [B,N,C] with a square number of tokens",
+        expected="[B,C,H,W] or [B,H,W,C] with H = W, or [B,N,C] with a square number of tokens",
         next_step=f"name another layer, such as {_candidates(model, size)}",
     )
 
@@ -194,7 +194,7 @@ def _unknown(model: EmbeddingModel, layer: str, size: int, where: str) -> ModelE
         "the network has no layer of this name",
         where=where,
         got=layer,
-        wanted=f"one of {', '.join(near)}, …" if near else "a name of network.named_modules(); none is near this one",
+        expected=f"one of {', '.join(near)}, …" if near else "a name of network.named_modules(); none is near this one",
         next_step=f"name layers that answer with maps, such as {_candidates(model, size)}",
     )
 
@@ -235,7 +235,7 @@ def _check_runs_once(layer: str, runs: Sequence[_Run], where: str) -> None:
         f"{layer} runs {len(runs)} times in one forward, so it has not one output",
         where=where,
         got=layer,
-        wanted="a layer that runs once",
+        expected="a layer that runs once",
         next_step="name the block around it" if runs else "name a layer that the forward goes through",
     )
 
@@ -246,6 +246,6 @@ def _check_order(layers: Sequence[str], ran: Sequence[str], where: str) -> None:
             "these layers are not listed shallow to deep",
             where=where,
             got=", ".join(layers),
-            wanted=f"{', '.join(ran)}: the order in which they run",
+            expected=f"{', '.join(ran)}: the order in which they run",
             next_step="reorder the list, and the other network's with it",
         )

@@ -82,7 +82,7 @@ def format_of(data: bytes, url: str, where: str) -> Format:
         code=foreign.code,
         where=f"{where}: {redact(url)}",
         got=_shown(data),
-        wanted="a file of torch.save or safetensors, whatever its name",
+        expected="a file of torch.save or safetensors, whatever its name",
         next_step=foreign.next_step,
     )
 

@@ -18,12 +18,12 @@ from pipeline.core.redaction import redact
 from pipeline.models.embedding import EmbeddingModel
 from pipeline.models.probe import wrap
 from pipeline.models.sources import python, timm, torchvision
-from pipeline.models.sources.base import Built, OwnInput, Request, WeightsFile
+from pipeline.models.sources.base import BuiltModel, OwnInput, Request, WeightsFile
 from pipeline.models.state_dicts import with_names_of
 from pipeline.models.weights import load_state, read_state
 from schemas.config import Interpolation, ModelConfig, Triple
 
-_SOURCES: dict[str, Callable[[Request], Built]] = {
+_SOURCES: dict[str, Callable[[Request], BuiltModel]] = {
     "timm/": timm.build,
     "torchvision/": torchvision.build,
     "python:": python.build,
@@ -120,7 +120,7 @@ def load_untrained(
     return LoadedModel(wrap(built, request, size=spec.size), spec, _architecture(request), built.notes)
 
 
-def load_weights(built: Built, request: Request) -> tuple[str, ...]:
+def load_weights(built: BuiltModel, request: Request) -> tuple[str, ...]:
     """Copies the tensors of the weights URL, if there is one, into the network. One on the meta device stays without
     numbers: then the names and shapes are compared.
 
@@ -171,7 +171,7 @@ def reading_weights(url: str, *, where: str) -> Generator[None]:
             code="weights.unreadable",
             where=f"{where}: {redact(url)}",
             got=error.what if error.got is None else f"{error.what}: {error.got}",
-            wanted=error.wanted,
+            expected=error.expected,
             next_step=error.next_step or f"restore the file, or append {where}=URL of a copy",
         ) from error
 
@@ -192,7 +192,7 @@ def unreadable_weights(config: ModelConfig) -> str | None:
     return None
 
 
-def _refuse_missing_head(built: Built, state: Mapping[str, torch.Tensor], request: Request) -> None:
+def _refuse_missing_head(built: BuiltModel, state: Mapping[str, torch.Tensor], request: Request) -> None:
     """Weights of a backbone alone fit but for the classifier, which a teacher cannot make up."""
     own = built.network.state_dict().keys()
     names = with_names_of(state, own).keys()
@@ -204,7 +204,7 @@ def _refuse_missing_head(built: Built, state: Mapping[str, torch.Tensor], reques
         code="model.untrained-head",
         where=f"{request.where}.weights: {redact(str(request.config.weights))}",
         got=f"no {', '.join(sorted(of_heads))}",
-        wanted=f"weights with a classifier of {request.num_classes} classes (data.num_classes)",
+        expected=f"weights with a classifier of {request.num_classes} classes (data.num_classes)",
         next_step="train a classifier on these classes and give the whole network's weights as a URL",
     )
 
@@ -225,7 +225,7 @@ def require_weights(config: ModelConfig, *, where: str) -> None:
         code="config.teacher-weights-missing",
         where=f"{where}.weights",
         got=f"{config.model} without weights",
-        wanted="pretrained, the URL of a file, or random (an untrained network)",
+        expected="pretrained, the URL of a file, or random (an untrained network)",
         next_step=f"append {where}.weights=pretrained, or {where}.weights=URL",
     )
 
@@ -251,10 +251,10 @@ def _random_network(config: ModelConfig) -> str:
 
 def resolve(
     config: ModelConfig, num_classes: int, allow_new_head: bool, where: str
-) -> tuple[Callable[[Request], Built], Request]:
+) -> tuple[Callable[[Request], BuiltModel], Request]:
     """What builds this network, and what it is asked; arguments as of ``load_model``."""
     if config.model is None:
-        raise ConfigError("no model is named", where=f"{where}.model", wanted=_forms())
+        raise ConfigError("no model is named", where=f"{where}.model", expected=_forms())
     if config.sha256 is not None and config.weights_url is None:
         raise ConfigError(
             "sha256 checks a weights URL, and there is none",
@@ -273,7 +273,7 @@ def resolve(
                 where=where,
                 read=_reader(config, f"{where}.weights"),
             )
-    raise ModelError("this is not the name of a model", where=f"{where}.model", got=config.model, wanted=_forms())
+    raise ModelError("this is not the name of a model", where=f"{where}.model", got=config.model, expected=_forms())
 
 
 def _forms() -> str:
@@ -318,7 +318,7 @@ def input_spec(config: ModelConfig, own: OwnInput, size: int | None, where: str)
             f"{config.model} does not declare its input; {', '.join(missing)} must be given",
             where=where,
             got=f"no {', '.join(missing)}",
-            wanted=f"{where}.mean and {where}.std of [0,1] RGB, and a size in pixels (views.size or student.size)",
+            expected=f"{where}.mean and {where}.std of [0,1] RGB, and a size in pixels (views.size or student.size)",
             next_step=f"append {' '.join(examples[key] for key in missing)}, or the values that it was trained with",
         )
     if min(chosen["std"]) <= 0:
@@ -337,7 +337,7 @@ def _interpolation(config: ModelConfig, own: OwnInput, where: str) -> Interpolat
             f"{config.model} was trained with an interpolation that is not offered here",
             where=f"{where}.interpolation",
             got=own.interpolation,
-            wanted=" or ".join(known),
+            expected=" or ".join(known),
             next_step=f"set {where}.interpolation and check the model's accuracy",
         )
     return known[own.interpolation]

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from pipeline.core.errors import ModelError, cause
 from pipeline.models.embedding import EmbeddingModel, ask, observe, reproduces
-from pipeline.models.sources.base import Built, Request, last_layer
+from pipeline.models.sources.base import BuiltModel, Request, last_layer
 
 
-def wrap(built: Built, request: Request, *, size: int) -> EmbeddingModel:
+def wrap(built: BuiltModel, request: Request, *, size: int) -> EmbeddingModel:
     """The network as an ``EmbeddingModel`` in eval mode, proven by a forward of two images of ``size`` pixels.
 
     Raises:
@@ -31,7 +31,7 @@ def wrap(built: Built, request: Request, *, size: int) -> EmbeddingModel:
     return model.eval()
 
 
-def answers(built: Built, request: Request, *, size: int) -> tuple[Tensor, Tensor]:
+def answers(built: BuiltModel, request: Request, *, size: int) -> tuple[Tensor, Tensor]:
     """logits_BK and embedding_BD of two images, in eval mode, on the device of the network (``meta`` has no numbers).
 
     Raises:
@@ -48,7 +48,7 @@ def answers(built: Built, request: Request, *, size: int) -> tuple[Tensor, Tenso
             f"{request.config.model} does not run on images of {size}×{size} pixels",
             where=f"{request.where}.model",
             got=cause(error),
-            wanted="logits of RGB images [B,3,H,W] at this size",
+            expected="logits of RGB images [B,3,H,W] at this size",
             next_step=_size_advice(built, request, size),
         ) from error
     _check(logits_BK, embedding_BD, request)
@@ -56,14 +56,14 @@ def answers(built: Built, request: Request, *, size: int) -> tuple[Tensor, Tenso
     return logits_BK, embedding_BD
 
 
-def _images(built: Built, size: int) -> Tensor:
+def _images(built: BuiltModel, size: int) -> Tensor:
     """[2,3,size,size] on the network's device. A ramp, not zeros: a black image can leave every embedding at zero, and
     then any layer seems to be the head."""
     device = next(built.network.parameters(), torch.empty(0)).device
     return torch.linspace(-1, 1, 2 * 3 * size * size, device=device).reshape(2, 3, size, size)
 
 
-def _check_width(built: Built, width: int, request: Request) -> None:
+def _check_width(built: BuiltModel, width: int, request: Request) -> None:
     if built.embedding_dim in (None, width):
         return
     raise ModelError(
@@ -71,12 +71,12 @@ def _check_width(built: Built, width: int, request: Request) -> None:
         code="model.embedding-width",
         where=f"{request.where}.model",
         got=f"D = {width} at {' and '.join(built.heads)}",
-        wanted=f"D = {built.embedding_dim}, the network's head_hidden_size",
+        expected=f"D = {built.embedding_dim}, the network's head_hidden_size",
         next_step=f"check {request.where}.kwargs, such as global_pool, or choose another name",
     )
 
 
-def _check_training(built: Built, request: Request, *, size: int) -> None:
+def _check_training(built: BuiltModel, request: Request, *, size: int) -> None:
     """One forward in training mode, in which some networks return auxiliary outputs. Leaves no trace."""
     buffers = {name: buffer.clone() for name, buffer in built.network.named_buffers()}
     logits: object = None
@@ -100,7 +100,7 @@ def _check_training(built: Built, request: Request, *, size: int) -> None:
         code="model.training-outputs",
         where=f"{request.where}.model",
         got=cause(failure) if raised else type(logits).__name__,
-        wanted=f"a tensor [B,{request.num_classes}], as in eval mode",
+        expected=f"a tensor [B,{request.num_classes}], as in eval mode",
         next_step=f"turn auxiliary outputs off in {request.where}.kwargs, such as aux_logits: false"
         + (", or correct the network's forward" if raised else ""),
     ) from failure
@@ -114,7 +114,7 @@ def _check(logits_BK: object, embedding_BD: object, request: Request) -> None:
         f"{request.config.model} does not answer with logits and an embedding",
         where=f"{request.where}.model",
         got=f"for 2 images: logits {logits_shape}, embedding {embedding_shape}",
-        wanted=f"logits (2, {request.num_classes}), embedding (2, D)",
+        expected=f"logits (2, {request.num_classes}), embedding (2, D)",
         next_step="check kwargs; a network of your own may give forward_embedding(x) -> (logits, embedding)",
     )
 
@@ -126,7 +126,7 @@ def _check_finite(logits_BK: Tensor, embedding_BD: Tensor, request: Request) -> 
         "the network answers with NaN or infinity",
         where=f"{request.where}.model",
         got=f"from {request.config.model}, for two smooth images",
-        wanted="finite logits and embedding",
+        expected="finite logits and embedding",
         next_step=f"check the weights ({request.where}.weights)",
     )
 
@@ -135,7 +135,7 @@ def _shape(value: object) -> tuple[object, ...]:
     return tuple(value.shape) if isinstance(value, Tensor) else (type(value).__name__,)
 
 
-def _linear_head(built: Built, embedding_BD: Tensor, logits_BK: Tensor) -> str | None:
+def _linear_head(built: BuiltModel, embedding_BD: Tensor, logits_BK: Tensor) -> str | None:
     """The layer that turns embedding into logits: the one head, or the last nn.Linear beside forward_embedding."""
     if len(built.heads) > 1:
         return None
@@ -144,7 +144,7 @@ def _linear_head(built: Built, embedding_BD: Tensor, logits_BK: Tensor) -> str |
     return name if isinstance(layer, nn.Linear) and reproduces(layer, embedding_BD, logits_BK) else None
 
 
-def _size_advice(built: Built, request: Request, size: int) -> str:
+def _size_advice(built: BuiltModel, request: Request, size: int) -> str:
     key = "views.size" if request.where == "teacher" else f"{request.where}.size"
     known = "" if built.own.size in (None, size) else f" to {built.own.size}, the model's own"
     rebuilt = f"; or build for this size with {request.where}.kwargs: {{{built.size_kwarg}: {size}}} (ViT and kin)"

@@ -10,12 +10,12 @@ import torch
 from pipeline.core.errors import ModelError
 from pipeline.models.load import InputSpec, input_spec, load_weights, require_weights, resolve
 from pipeline.models.probe import answers
-from pipeline.models.sources.base import Built, Request
+from pipeline.models.sources.base import BuiltModel, Request
 from schemas.config import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)
-class Outline:
+class ModelSummary:
     """``embedding_dim`` is D."""
 
     num_parameters: int
@@ -23,7 +23,7 @@ class Outline:
     input: InputSpec
 
 
-def outline_model(config: ModelConfig, *, num_classes: int, size: int | None, where: str) -> Outline:
+def summarize_model(config: ModelConfig, *, num_classes: int, size: int | None, where: str) -> ModelSummary:
     """Builds the network on torch's meta device and runs one forward there. Loads no weights and fetches nothing.
 
     Args:
@@ -41,10 +41,10 @@ def outline_model(config: ModelConfig, *, num_classes: int, size: int | None, wh
     spec = input_spec(config, built.own, size, where)
     _, embedding_BD = answers(built, request, size=spec.size)
     num_parameters = sum(parameter.numel() for parameter in built.network.parameters())
-    return Outline(num_parameters, embedding_BD.shape[1], spec)
+    return ModelSummary(num_parameters, embedding_BD.shape[1], spec)
 
 
-def _on_meta(build: Callable[[Request], Built], request: Request) -> Built:
+def _on_meta(build: Callable[[Request], BuiltModel], request: Request) -> BuiltModel:
     try:
         with torch.device("meta"):
             return build(request)
@@ -69,13 +69,13 @@ def check_weights(config: ModelConfig, *, num_classes: int, size: int | None, wh
         where: YAML section of ``config``, for messages.
 
     Raises:
-        ConfigError, ModelError: as of ``outline_model``; or no weights are named, or they do not fit.
+        ConfigError, ModelError: as of ``summarize_model``; or no weights are named, or they do not fit.
         StorageInputError: the weights' URL is refused, missing or not readable.
     """
     require_weights(config, where=where)
     build, request = resolve(config, num_classes, False, where)
     if request.read is None:
-        outline_model(config, num_classes=num_classes, size=size, where=where)
+        summarize_model(config, num_classes=num_classes, size=size, where=where)
         return
     request.read()  # before the meta device is the default of whatever is read
     built = _on_meta(build, request)

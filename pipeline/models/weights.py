@@ -120,7 +120,7 @@ def load_state(network: nn.Module, state: Mapping[str, Tensor], *, source: str, 
             code="weights.misfit",
             where=f"{where}: {source}",
             got="; ".join(misfits),
-            wanted=f"exactly the {len(own)} tensors of this architecture",
+            expected=f"exactly the {len(own)} tensors of this architecture",
             next_step="check model, kwargs and data.num_classes against those that these weights were trained with",
         )
 
@@ -170,7 +170,7 @@ def _check_name(url: str, where: str) -> None:
             code="weights.unknown-name",
             where=where,
             got=url,
-            wanted="pretrained, random, or the URL of a file of safetensors or torch.save",
+            expected="pretrained, random, or the URL of a file of safetensors or torch.save",
             next_step="correct the word, or give the path of the file",
         )
 
@@ -183,7 +183,7 @@ def _check_digest(data: bytes, sha256: str | None, url: str, where: str) -> None
         code="weights.sha256-mismatch",
         where=f"{where}: {redact(url)}",
         got=digest(data),
-        wanted=sha256,
+        expected=sha256,
         next_step="restore the file, or correct sha256 if the change was meant",
     )
 
@@ -246,7 +246,7 @@ def _pickled_code(got: str, read: str, data: bytes, url: str, where: str) -> Mod
         code="weights.pickled-code",
         where=f"{where}: {redact(url)}",
         got=got,
-        wanted="a state dict: names and tensors, and next to it plain values alone",
+        expected="a state dict: names and tensors, and next to it plain values alone",
         next_step=f"where you trust the file, for this runs its code: {_conversion(read, data, url)}",
     )
 
@@ -296,7 +296,7 @@ def _unreadable(url: str, where: str, error: BaseException) -> ModelError:
         code="weights.damaged",
         where=f"{where}: {redact(url)}",
         got=cause(error),
-        wanted="what safetensors' or torch's own save function writes",
+        expected="what safetensors' or torch's own save function writes",
         next_step="copy the file again, or save it anew",
     )
 
@@ -312,7 +312,7 @@ def _opened(content: object, url: str, where: str) -> WeightsFile:
             code="weights.no-state-dict",
             where=f"{where}: {redact(url)}",
             got="; ".join(_summary(strange, "not a tensor")) or f"an empty or unnamed {type(content).__name__}",
-            wanted=f"names to tensors, at the top or under one of {', '.join((*TRAINED_KEYS, *AVERAGED_KEYS))}",
+            expected=f"names to tensors, at the top or under one of {', '.join((*TRAINED_KEYS, *AVERAGED_KEYS))}",
             next_step="save model.state_dict() by itself: torch.save(model.state_dict(), FILE)",
         )
     state = OrderedDict((str(name), value) for name, value in opened.content.items() if isinstance(value, Tensor))

@@ -213,7 +213,7 @@ def check_samples(index: ShardIndex, data: DataConfig, *, where: str) -> None:
         code="shard.bad-samples",
         where=redact(where),
         got=f"{', '.join(f'{count} {status}' for status, count in sorted(counts.items()))}; first {', '.join(named)}",
-        wanted=f"at most {data.max_bad_share:.4g} of them bad (data.max_bad_share)"
+        expected=f"at most {data.max_bad_share:.4g} of them bad (data.max_bad_share)"
         if skips
         else "one whole JPEG, PNG or WebP image a sample, every key once",
         next_step=_next_step(index, skips=skips),
@@ -322,7 +322,7 @@ def _about(table: pa.Table, settings: Mapping[str, Any] | None, where: str) -> d
             "this index is of another format version",
             where=redact(where),
             got=about["format_version"],
-            wanted=FORMAT_VERSION,
+            expected=FORMAT_VERSION,
             next_step="index the shard again",
         )
     if settings is not None and (changed := differences(about["settings"], settings)):

@@ -107,7 +107,7 @@ def check_label_member(found: LabelCount, data: DataConfig, *, where: str, optio
         code="data.label-not-found",
         where=where,
         got=f"labels: {found}",
-        wanted="members <key>.cls with a class index as text, or the name of the member that holds it",
+        expected="members <key>.cls with a class index as text, or the name of the member that holds it",
         next_step=next_step,
     )
 

@@ -22,7 +22,7 @@ def shard_id(url: str) -> str:
             code="shard.name",
             where=redact(url),
             got=repr(name),
-            wanted="<name>.tar, not compressed",
+            expected="<name>.tar, not compressed",
             next_step="unpack a compressed tar (gunzip, zstd -d): samples are read by byte range",
         )
     return stem
@@ -43,7 +43,7 @@ def shard_ids(urls: Iterable[str]) -> list[str]:
                 code="shard.same-name",
                 where=redact(url),
                 got=f"also {redact(seen[name])}",
-                wanted="a file stem of its own for every shard: sample ids begin with it",
+                expected="a file stem of its own for every shard: sample ids begin with it",
                 next_step="rename one, or list it once",
             )
         seen[name] = url

@@ -186,13 +186,13 @@ def _nothing_to_pack(where: str, skipped: Mapping[str, Sequence[str]], labels: L
         "there are no images in class folders" if loose else "there are no images here",
         code="pack.no-images",
         where=where,
-        got=tell_skipped(skipped) or "no files at all",
-        wanted=f"{'<class>/' if labels == 'folder' else ''}<name>.{{{','.join(EXTENSIONS)}}}",
+        got=emit_skipped(skipped) or "no files at all",
+        expected=f"{'<class>/' if labels == 'folder' else ''}<name>.{{{','.join(EXTENSIONS)}}}",
         next_step="pass --labels none to pack images without labels" if loose else None,
     )
 
 
-def tell_skipped(skipped: Mapping[str, Sequence[str]]) -> str:
+def emit_skipped(skipped: Mapping[str, Sequence[str]]) -> str:
     """``3 .txt (a.txt, …), 1 hidden (.x)``."""
     return ", ".join(
         f"{len(paths)} {reason} ({', '.join(paths[:_NUM_NAMED])}{', …' if len(paths) > _NUM_NAMED else ''})"
@@ -247,7 +247,7 @@ def _check_splits(paths: Sequence[str], source_url: str, settings: PackSettings,
         code="pack.splits-as-classes",
         where=redact(source_url),
         got=", ".join(f"{folder}/" for folder in splits),
-        wanted="a folder for each class",
+        expected="a folder for each class",
         next_step="pack each split:\n" + "\n".join(f"{'':<10}{command}" for command in commands),
     )
 
@@ -287,7 +287,7 @@ def _class_indexes(source_url: str, found: list[str], settled: Mapping[str, int]
             code="pack.unknown-class",
             where=where,
             got=_named(unknown),
-            wanted=f"folders called {_named(sorted(settled))}",
+            expected=f"folders called {_named(sorted(settled))}",
             next_step="rename these folders, or pass the classes.json of the packing that has them",
         )
     indexes = dict(settled) if settled is not None else {name: index for index, name in enumerate(found)}
@@ -297,7 +297,7 @@ def _class_indexes(source_url: str, found: list[str], settled: Mapping[str, int]
             code="pack.one-class",
             where=where,
             got=_named(found),
-            wanted="a folder for each class",
+            expected="a folder for each class",
             next_step=f"if the classes are the folders in it, name {storage.join(where, found[0])}; "
             "if it is one of several, name the folder above it; without classes pass --labels none",
         )
@@ -454,7 +454,7 @@ def _bad_images_found(source_url: str, omissions: Omissions, *, is_whole_shard: 
         code="pack.bad-images",
         where=redact(source_url),
         got=", ".join(omissions.lines()),
-        wanted="whole JPEG, PNG or WebP images",
+        expected="whole JPEG, PNG or WebP images",
         next_step="repair or remove them and pack into a new folder"
         if is_whole_shard
         else "run the command again with --bad-images skip to leave them out (it resumes), "
@@ -471,7 +471,7 @@ def _begin(packing: Packing, out_url: str) -> set[str]:
             code="pack.out-not-empty",
             where=redact(out_url),
             got=_named(sorted(present)),
-            wanted="a new or empty folder",
+            expected="a new or empty folder",
             next_step=f"run: {pack_command(packing.source_url, storage.join(out_url, 'shards'), packing.settings)}",
         )
     if not storage.create(url, packing.record()) and (stored := storage.read(url)) != packing.record():
@@ -480,7 +480,7 @@ def _begin(packing: Packing, out_url: str) -> set[str]:
             code="pack.other-packing",
             where=redact(out_url),
             got=_changes(stored, packing.record()),
-            wanted="a folder for each packing, or the images and options that this one began with",
+            expected="a folder for each packing, or the images and options that this one began with",
             next_step=f"run: {pack_command(packing.source_url, _next_folder(out_url), packing.settings)}",
         )
     return present
@@ -539,7 +539,7 @@ def _read(source_url: str, image: SourceImage) -> bytes:
             "an image changed while it was packed",
             where=redact(storage.join(source_url, image.path)),
             got=f"{len(data)} bytes",
-            wanted=f"{image.size_bytes} bytes",
+            expected=f"{image.size_bytes} bytes",
             next_step="pack into another folder when the images stay as they are",
         )
     return data

@@ -51,7 +51,7 @@ def _check_no_glob(url: str, key: str) -> None:
         code="data.glob",
         where=key,
         got=redact(url),
-        wanted="a brace pattern or a list of URLs, so that every run reads the same shards",
+        expected="a brace pattern or a list of URLs, so that every run reads the same shards",
         next_step=_suggestion(folder, names, key) or "no file matches; write braces, as in train-{00000..00009}.tar",
     )
 
@@ -70,7 +70,7 @@ def _check_no_folder(url: str, key: str) -> None:
         code="data.folder",
         where=key,
         got=redact(url),
-        wanted="a brace pattern or a list of URLs, so that every run reads the same shards",
+        expected="a brace pattern or a list of URLs, so that every run reads the same shards",
         next_step=next_step,
     )
 

@@ -26,7 +26,7 @@ _MAX_LABEL_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Peek:
+class ShardHead:
     """Samples at the beginning of a shard.
 
     Attributes:
@@ -54,7 +54,7 @@ class _Seen:
     text: bytes = field(repr=False)
 
 
-def peek(url: str, data: DataConfig, *, size_bytes: int, first_bytes: int = _FIRST_BYTES) -> Peek:
+def read_shard_head(url: str, data: DataConfig, *, size_bytes: int, first_bytes: int = _FIRST_BYTES) -> ShardHead:
     """One range read of at most ``first_bytes``, unless a single sample is larger than that.
 
     Raises:
@@ -70,16 +70,16 @@ def peek(url: str, data: DataConfig, *, size_bytes: int, first_bytes: int = _FIR
     labels = [_label(group, data) for group in kept if _has_image(group, data)]
     if labels:
         covered = size_bytes if whole else groups[-1][0].offset
-        return Peek(covered, np.array(labels, np.int32), _count_members(kept))
+        return ShardHead(covered, np.array(labels, np.int32), _count_members(kept))
     if whole:
         raise ShardError(
             "this shard holds no sample with an image",
             code="shard.no-samples",
             where=redact(url),
             got=f"{len(groups)} samples",
-            wanted=f"members called <key>.{{{','.join(image_extensions(data))}}}",
+            expected=f"members called <key>.{{{','.join(image_extensions(data))}}}",
         )
-    return peek(url, data, size_bytes=size_bytes, first_bytes=8 * first_bytes)
+    return read_shard_head(url, data, size_bytes=size_bytes, first_bytes=8 * first_bytes)
 
 
 def _headers(head: bytes) -> list[tarfile.TarInfo]:
@@ -122,8 +122,8 @@ def _has_image(group: list[_Seen], data: DataConfig) -> bool:
 
 
 def _label(group: list[_Seen], data: DataConfig) -> int:
-    wanted = None if data.label is None else data.label.lower()
-    return _class_index(next((member.text for member in group if member.extension == wanted), b""))
+    expected = None if data.label is None else data.label.lower()
+    return _class_index(next((member.text for member in group if member.extension == expected), b""))
 
 
 def _class_index(text: bytes) -> int:

@@ -180,7 +180,7 @@ class _ShardScan:
                     0,
                     code="shard.no-samples",
                     got=omitted or None,
-                    wanted="members called <key>.<extension>",
+                    expected="members called <key>.<extension>",
                 )
             group.truncated = self._is_cut
             yield self._finish(group)
@@ -245,7 +245,7 @@ class _ShardScan:
                     "the extended headers of a member are too large",
                     at,
                     got=f"{total} bytes",
-                    wanted=f"at most {_MAX_EXTENDED_BYTES} bytes of names and times",
+                    expected=f"at most {_MAX_EXTENDED_BYTES} bytes of names and times",
                 )
             file.seek(-size_bytes % tarfile.BLOCKSIZE + size_bytes, os.SEEK_CUR)
 
@@ -328,7 +328,7 @@ class _ShardScan:
                 raise self._error(
                     "bytes follow the end of this archive",
                     file.tell() - len(chunk.lstrip(b"\0")),
-                    wanted="one tar a file, without holes",
+                    expected="one tar a file, without holes",
                 )
 
     def _take(self, group: _Group, member: _Member, file: IO[bytes]) -> None:
@@ -353,7 +353,7 @@ class _ShardScan:
                 member.offset,
                 code="shard.bad-label",
                 got=repr(text.decode("utf-8", "backslashreplace")) if text else f"{member.size} bytes",
-                wanted=f"an integer in [0, {bound}) as text in .{member.extension}",
+                expected=f"an integer in [0, {bound}) as text in .{member.extension}",
                 next_step="correct the label, data.num_classes or data.label",
             )
         return int(digits)
@@ -392,7 +392,7 @@ class _ShardScan:
         *,
         code: str = "shard.damaged",
         got: str | None = None,
-        wanted: str | None = None,
+        expected: str | None = None,
         next_step: str | None = None,
     ) -> ShardError:
         return ShardError(
@@ -400,7 +400,7 @@ class _ShardScan:
             code=code,
             where=f"{self._where}, byte {offset}, after {self._num_samples} samples",
             got=got,
-            wanted=wanted,
+            expected=expected,
             next_step=next_step or "write or fetch this shard again",
         )
 
@@ -438,7 +438,7 @@ def not_a_tar(head: bytes, where: str, place: str = "") -> ShardError:
         code="shard.not-a-tar",
         where=where + place,
         got="a tar with a garbled first header" if kind == "a tar" else kind,
-        wanted="a tar of samples, not compressed: they are read by byte range",
+        expected="a tar of samples, not compressed: they are read by byte range",
         next_step=next_step,
     )
 
@@ -508,7 +508,7 @@ class ShardReader:
                 code="shard.too-short",
                 where=f"{self._where}, byte {offset}",
                 got=f"{len(data)} bytes",
-                wanted=f"{size} bytes",
+                expected=f"{size} bytes",
                 next_step="fetch the shard again, or index it anew if it was rewritten",
             )
         return data

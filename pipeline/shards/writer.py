@@ -62,7 +62,7 @@ def _check_pattern(name: str, pattern: str) -> None:
         distinct = False
     if not distinct:
         raise ShardError(
-            "this pattern does not number the shards", where=redact(pattern), wanted="one printf number, as in %05d"
+            "this pattern does not number the shards", where=redact(pattern), expected="one printf number, as in %05d"
         )
 
 
@@ -85,5 +85,5 @@ def check_name(key: str, extension: str) -> None:
             "this member's name would be read back as another key",
             where=repr(name),
             got=split_name(name),
-            wanted="no dot in the last part of the key, a lower-case extension, no __metadata__ folder",
+            expected="no dot in the last part of the key, a lower-case extension, no __metadata__ folder",
         )

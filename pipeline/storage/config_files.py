@@ -47,7 +47,7 @@ def _read_text(source: str) -> str:
             "this config cannot be read",
             where=error.where,
             got=error.what if error.got is None else f"{error.what}: {error.got}",
-            wanted=error.wanted,
+            expected=error.expected,
         ) from error
     except UnicodeDecodeError as error:
         raise ConfigError("this config is not UTF-8 text", where=redact(source), got=str(error)) from error

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.errors import PassingStorageError, StorageError, StorageInputError
+from pipeline.core.errors import StorageError, StorageInputError, TransientStorageError
 from pipeline.core.redaction import redact
 from pipeline.storage.failures import repeated, s3_error_code, translated_errors
 from pipeline.storage.filesystems import check_not_read_only, filesystem_of
@@ -44,7 +44,7 @@ def create(url: str, data: bytes) -> bool:
             "this store has no create-if-absent here yet",
             where=redact(url),
             got=protocol(url),
-            wanted="file, memory or s3 for caches and runs",
+            expected="file, memory or s3 for caches and runs",
             next_step="write to one of these; reading from it works",
         )
     filesystem, path = filesystem_of(url)
@@ -54,7 +54,7 @@ def create(url: str, data: bytes) -> bool:
         try:
             return read_whole(filesystem, path, url, None) == data
         except FileNotFoundError as error:
-            raise PassingStorageError("what stood here was removed at this moment", where=redact(url)) from error
+            raise TransientStorageError("what stood here was removed at this moment", where=redact(url)) from error
 
 
 def _create_file(_: Any, path: str, data: bytes) -> bool:
@@ -102,7 +102,7 @@ def _rename_new(scratch: Path, target: Path, *, no_links: OSError) -> None:
             code="storage.no-exclusive-create",
             where=str(target.parent),
             got=f"no hard links ({no_links.strerror}), no renameat2 with RENAME_NOREPLACE ({os.strerror(number)})",
-            wanted="one of the two: local Linux file systems, NFS and most SMB shares have it",
+            expected="one of the two: local Linux file systems, NFS and most SMB shares have it",
             next_step="choose a folder on another file system, or s3://",
         ) from no_links
     if number:

@@ -18,7 +18,7 @@ from tenacity import (
     wait_random_exponential,
 )
 
-from pipeline.core.errors import PassingStorageError, StillroomError, StorageError, StorageInputError
+from pipeline.core.errors import StillroomError, StorageError, StorageInputError, TransientStorageError
 from pipeline.core.redaction import redact
 from pipeline.storage.urls import NAME_TOO_LONG
 
@@ -42,14 +42,14 @@ _NO_CONNECTION = re.compile(
 _BAD_ENDPOINT = re.compile(r"Invalid endpoint: (.*)|Custom endpoint `(.*)` was not a valid URI")
 # S3 answers these with a status that elsewhere means a wrong request. NoSuchUpload: the answer to the end of a
 # multipart upload was lost, and its repetition finds the upload gone; a new upload is right.
-_PASSING_CODES = frozenset(
+_TRANSIENT_CODES = frozenset(
     {
         *("BadDigest", "ConditionalRequestConflict", "IncompleteBody", "NoSuchUpload", "OperationAborted"),
         *("RequestTimeout", "SlowDown", "Throttling", "ThrottlingException", "XAmzContentSHA256Mismatch"),
     }
 )
-_PASSING_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504, 507, 509, 529})
-_PASSING_ERRNO = frozenset(
+_TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504, 507, 509, 529})
+_TRANSIENT_ERRNO = frozenset(
     {
         *(errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.ENOLCK),
         *(errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH),
@@ -65,7 +65,7 @@ PAUSE = wait_random_exponential(multiplier=0.2, max=8)
 def repeated(operation: Callable[P, R]) -> Callable[P, R]:
     """Tries again what may pass, with growing random pauses. ``operation`` is idempotent, and never inside another."""
     return retry(
-        retry=retry_if_exception_type(PassingStorageError),
+        retry=retry_if_exception_type(TransientStorageError),
         stop=stop_after_attempt(_MAX_ATTEMPTS) | stop_before_delay(_MAX_REPEATING_S),
         wait=PAUSE,
         before_sleep=before_sleep_log(_log, logging.INFO),
@@ -119,21 +119,21 @@ def _translated(error: Exception, url: str, doing: str) -> StorageError | Storag
             code="storage.endpoint",
             where=where,
             got=endpoint[1] or endpoint[2],
-            wanted="http://HOST:PORT or https://HOST",
+            expected="http://HOST:PORT or https://HOST",
             next_step="set AWS_ENDPOINT_URL, AWS_ENDPOINT_URL_S3 or endpoint_url of ~/.aws/config to such a URL",
         )
     if not (of_library or of_argument or isinstance(error, OSError)):
         return None
     got = f"{name}: {error}"
-    if s3_error_code(error) in _PASSING_CODES:
-        return PassingStorageError(f"cannot {doing}", where=where, got=got)
+    if s3_error_code(error) in _TRANSIENT_CODES:
+        return TransientStorageError(f"cannot {doing}", where=where, got=got)
     if of_library and _NO_CREDENTIALS.search(name):
         next_step = "set the credentials of this store in the environment or in its configuration file, and try again"
         return StorageInputError(f"cannot {doing}: no valid credentials", where=where, got=got, next_step=next_step)
     if isinstance(error, PermissionError) or (of_library and _status(error) in (401, 403)):
         return StorageInputError(f"cannot {doing}: permission denied", where=where)
     if _NO_CONNECTION.search(name):
-        kind = PassingStorageError if _may_pass(error) else StorageError
+        kind = TransientStorageError if _is_transient(error) else StorageError
         return kind(f"cannot {doing}: could not connect", where=where, got=got)
     if (reason := _wrong_path(error)) is not None:
         code = MISSING_FILE if isinstance(error, FileNotFoundError) else None
@@ -146,7 +146,7 @@ def _translated(error: Exception, url: str, doing: str) -> StorageError | Storag
         return StorageInputError(f"cannot {doing}: the store does not take this name", where=where, got=got)
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         return disk_full(error, where, doing)
-    kind = PassingStorageError if _may_pass(error) else StorageError
+    kind = TransientStorageError if _is_transient(error) else StorageError
     return kind(f"cannot {doing}", where=where, got=got)
 
 
@@ -156,18 +156,18 @@ def s3_error_code(error: BaseException) -> str | None:
     return response.get("Error", {}).get("Code") if isinstance(response, dict) else None
 
 
-def _may_pass(error: Exception) -> bool:
+def _is_transient(error: Exception) -> bool:
     """Whether the same request may succeed later: a timeout, a lost connection, a store that is overloaded."""
     if isinstance(error, (TimeoutError, ConnectionError)):
         return True
     response = getattr(error.__cause__, "response", None)
     status = response["ResponseMetadata"].get("HTTPStatusCode") if isinstance(response, dict) else _status(error)
     if status is not None:
-        return status in _PASSING_STATUS
+        return status in _TRANSIENT_STATUS
     if _package(error) in _LIBRARIES:
         # Bad certificates and URLs are values; the rest is connections and half answers.
         return not isinstance(error, ValueError)
-    return isinstance(error, OSError) and error.errno in _PASSING_ERRNO
+    return isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNO
 
 
 def disk_full(error: OSError, where: str, doing: str) -> StorageError:

@@ -45,7 +45,7 @@ def writable_filesystem(url: str) -> tuple[Any, str]:
 def check_not_read_only(url: str) -> None:
     if protocol(url) not in WRITABLE:
         raise StorageInputError(
-            "this protocol is read-only", where=redact(url), got=protocol(url), wanted=f"one of {', '.join(WRITABLE)}"
+            "this protocol is read-only", where=redact(url), got=protocol(url), expected=f"one of {', '.join(WRITABLE)}"
         )
 
 

@@ -37,7 +37,7 @@ def check_names(folder_url: str, names: Iterable[str]) -> None:
         code=NAME_TOO_LONG,
         where=redact(folder_url),
         got=f"{len(longest)} bytes: {os.fsdecode(longest)}",
-        wanted=f"at most {limit} bytes, with what is added to the name of a shard",
+        expected=f"at most {limit} bytes, with what is added to the name of a shard",
         next_step="rename the shard",
     )
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from pipeline.core.errors import PassingStorageError, StorageError, TooLargeError
+from pipeline.core.errors import StorageError, TooLargeError, TransientStorageError
 from pipeline.core.redaction import redact
 from pipeline.storage.failures import repeated, root_error, translated_errors
 from pipeline.storage.filesystems import filesystem_of, writable_filesystem
@@ -147,7 +147,7 @@ def _check_size(size_bytes: int, max_bytes: int, url: str) -> None:
             "this file is too large for what it should be",
             where=redact(url),
             got=f"{size_bytes} bytes",
-            wanted=f"at most {max_bytes} bytes",
+            expected=f"at most {max_bytes} bytes",
         )
 
 
@@ -160,7 +160,7 @@ def read_range(url: str, offset: int, size_bytes: int) -> bytes:
         is_short = len(data) != size_bytes
         is_cut = is_short and _file_size(filesystem, path) >= offset + size_bytes
     if is_cut:
-        raise PassingStorageError(
+        raise TransientStorageError(
             "the answer was cut short", where=redact(url), got=f"{len(data)} of {size_bytes} bytes"
         )
     if is_short:
@@ -168,7 +168,7 @@ def read_range(url: str, offset: int, size_bytes: int) -> bytes:
             "the object is shorter than its commit says",
             where=redact(url),
             got=f"{len(data)} bytes from {offset}",
-            wanted=f"{size_bytes} bytes",
+            expected=f"{size_bytes} bytes",
         )
     return data
 
@@ -296,11 +296,13 @@ def _put_s3(filesystem: Any, local: Path, path: str, *, where: str) -> None:
     filesystem.put_file(str(local), path, chunksize=_S3_CHUNK_BYTES, max_concurrency=_S3_CONCURRENCY, **S3_CHECKSUM)
     bucket, key, _ = filesystem.split_path(path)
     stored = filesystem.call_s3("head_object", Bucket=bucket, Key=key, ChecksumMode="ENABLED")
-    wanted = {"size": local.stat().st_size, "crc32": crc32(local)}
+    expected = {"size": local.stat().st_size, "crc32": crc32(local)}
     # A store without checksums has none to tell.
-    got = {"size": stored["ContentLength"], "crc32": stored.get("ChecksumCRC32", wanted["crc32"])}
-    if got != wanted:
-        raise PassingStorageError("the store holds other bytes than were sent", where=where, got=got, wanted=wanted)
+    got = {"size": stored["ContentLength"], "crc32": stored.get("ChecksumCRC32", expected["crc32"])}
+    if got != expected:
+        raise TransientStorageError(
+            "the store holds other bytes than were sent", where=where, got=got, expected=expected
+        )
 
 
 def num_puts(size_bytes: float) -> int:
@@ -373,4 +375,4 @@ def _fill(filesystem: Any, path: str, target: Path, *, url: str, size_bytes: int
     with translated_errors(url, "fetch"):
         filesystem.get_file(path, str(target), **pieces)
     if target.stat().st_size != size_bytes:
-        raise PassingStorageError("the download was cut short", where=redact(url), wanted=f"{size_bytes} bytes")
+        raise TransientStorageError("the download was cut short", where=redact(url), expected=f"{size_bytes} bytes")

@@ -50,9 +50,9 @@ def protocol(url: str) -> str:
 
 
 def _refused(url: str, *, got: str, next_step: str, code: str | None = None) -> StorageInputError:
-    wanted = f"a path, or one of {', '.join(READABLE)}"
+    expected = f"a path, or one of {', '.join(READABLE)}"
     return StorageInputError(
-        "this URL is refused", code=code, where=redact(url), got=got, wanted=wanted, next_step=next_step
+        "this URL is refused", code=code, where=redact(url), got=got, expected=expected, next_step=next_step
     )
 
 
@@ -64,7 +64,7 @@ def join(base: str, *parts: str) -> str:
     """
     if any(name == ".." for part in parts for name in part.split("/")):
         raise StorageInputError(
-            "this path leads out of its folder", where=redact(base), got="/".join(parts), wanted="no .. in it"
+            "this path leads out of its folder", where=redact(base), got="/".join(parts), expected="no .. in it"
         )
     head, sep, tail = base.rpartition("://")
     return "/".join([head + sep + tail.rstrip("/"), *parts])
@@ -96,7 +96,7 @@ def expand_home(path: str) -> str:
             code="storage.unknown-home",
             where=path,
             got=path.partition("/")[0],
-            wanted="~/… with HOME set, or ~USER/… of a user of this machine",
+            expected="~/… with HOME set, or ~USER/… of a user of this machine",
             next_step="write an absolute path, or ./ before a name that begins with ~",
         ) from error
 
@@ -130,7 +130,7 @@ def expand(patterns: str | tuple[str, ...]) -> list[str]:
             urls.extend(map(expand_home, braceexpand(pattern)))
         except ValueError as error:
             raise StorageInputError(
-                "a brace in this pattern is not closed", where=redact(pattern), wanted="…{00000..00009}.tar"
+                "a brace in this pattern is not closed", where=redact(pattern), expected="…{00000..00009}.tar"
             ) from error
     for url in urls:
         protocol(url)

@@ -12,7 +12,7 @@ from pipeline.augment.pixels import to_input
 from pipeline.core.errors import ConfigError
 from pipeline.student.data.batch_summary import Summarised
 from pipeline.student.data.dataset import Batch
-from pipeline.student.data.teacher_outputs import TeacherWords
+from pipeline.student.data.teacher_outputs import TeacherOutputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -81,7 +81,7 @@ class CachedBatch(Summarised):
             std_C=self.std_C,
             partner_B=rows.partner_B,
             lambda_B=rows.lambda_B,
-            cut_B4=rows.cut_B4,
+            cutmix_box_B4=rows.cutmix_box_B4,
         )
 
     def teacher_logits(self, *, temperature: float = 1.0, teacher: int = 0) -> Tensor:
@@ -142,7 +142,7 @@ class CachedBatch(Summarised):
         )
 
 
-def _no_logits(words: TeacherWords, temperature: float) -> ConfigError:
+def _no_logits(words: TeacherOutputs, temperature: float) -> ConfigError:
     decoded = [f"{known:g}" for known in words.logits if known is not None]
     if not decoded:
         return ConfigError(
@@ -153,6 +153,6 @@ def _no_logits(words: TeacherWords, temperature: float) -> ConfigError:
     return ConfigError(
         "the logits of this cache depend on the temperature, and were not decoded for this one",
         got=f"temperature {temperature:g}",
-        wanted=f"one of {', '.join(decoded)}",
+        expected=f"one of {', '.join(decoded)}",
         next_step=f"make the dataset with CachedDataset(…, temperatures=({temperature:g},))",
     )

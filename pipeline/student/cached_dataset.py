@@ -23,7 +23,7 @@ from pipeline.student.data.order import TrainingOrder, order_of
 from pipeline.student.data.sources import CachedSource, check_any_labelled, open_cached
 from pipeline.student.supervision.canaries import check_canaries
 from pipeline.student.supervision.class_means import cached_means
-from pipeline.student.supervision.spec import LessonFacts, facts_of
+from pipeline.student.supervision.spec import SupervisionSpec, resolve_spec
 from schemas.config import Config, Interpolation, StudentConfig, Triple
 
 
@@ -108,10 +108,10 @@ class CachedDataset(Dataset[CachedBatch]):
         require(config, "data.cache", command="CachedDataset")
         _check_place(rank, world_size)
         _check_temperatures(temperatures)
-        self._facts = facts_of(config, tuple(open_cache(url) for url in config.data.caches))
+        self._facts = resolve_spec(config, tuple(open_cache(url) for url in config.data.caches))
         _check_embeddings(self._facts, embeddings=embeddings)
         self._source = _open_rows(
-            self._facts, verify_canaries=verify_canaries, require_labels=require_labels, keeps_embeddings=embeddings
+            self._facts, verify_canaries=verify_canaries, require_labels=require_labels, with_embeddings=embeddings
         )
         self._order = _checked_order(config, self._facts, self._source, world_size)
         self._input = _own_input(config, self._facts)
@@ -174,10 +174,10 @@ class CachedDataset(Dataset[CachedBatch]):
             ConfigError: there is no such epoch or step.
         """
         if epoch < 0:
-            raise ConfigError("there is no such epoch", where="epoch", got=epoch, wanted="0 or more")
+            raise ConfigError("there is no such epoch", where="epoch", got=epoch, expected="0 or more")
         if not 0 <= start_step <= self.steps_per_epoch:
             raise ConfigError(
-                "there is no such step", where="start_step", got=start_step, wanted=f"0 to {self.steps_per_epoch}"
+                "there is no such step", where="start_step", got=start_step, expected=f"0 to {self.steps_per_epoch}"
             )
         self._position.copy_(torch.tensor([epoch, start_step, 0, 0]))
 
@@ -196,7 +196,7 @@ class CachedDataset(Dataset[CachedBatch]):
             code="data.batched-twice",
             where="DataLoader",
             got="a batch size (by default 1)",
-            wanted="DataLoader(dataset, batch_size=None), and global_batch_size of CachedDataset",
+            expected="DataLoader(dataset, batch_size=None), and global_batch_size of CachedDataset",
         )
 
     def __getitem__(self, index: int) -> CachedBatch:
@@ -247,7 +247,7 @@ def _out_of_order(now: _Pass, last: int | None, index: int) -> OrderError:
         "items of a CachedDataset were taken in another order than that of training",
         where=f"epoch {now.epoch}, from step {now.start_step}",
         got=f"item {index}" + ("" if last is None else f" after item {last}"),
-        wanted=f"item {now.first if last is None else last + now.stride}: every rank takes all items, in order",
+        expected=f"item {now.first if last is None else last + now.stride}: every rank takes all items, in order",
         next_step="give the DataLoader neither shuffle nor a sampler; for Lightning: "
         "Trainer(use_distributed_sampler=False); for accelerate: do not prepare the loader; to resume, or to change "
         "the epoch: set_epoch, before the loader starts",
@@ -273,7 +273,7 @@ def _check_place(rank: int, world_size: int) -> None:
             "there is no such rank",
             where="rank, world_size",
             got=f"{rank}, {world_size}",
-            wanted="0 <= rank < world_size",
+            expected="0 <= rank < world_size",
         )
 
 
@@ -282,7 +282,7 @@ def _check_temperatures(temperatures: Sequence[float]) -> None:
         raise ConfigError("a temperature is above 0", where="temperatures", got=list(temperatures))
 
 
-def _check_embeddings(facts: LessonFacts, *, embeddings: bool) -> None:
+def _check_embeddings(facts: SupervisionSpec, *, embeddings: bool) -> None:
     for cache in facts.caches if embeddings else ():
         if cache.header.output("embedding") is None:
             raise ConfigError(
@@ -295,10 +295,10 @@ def _check_embeddings(facts: LessonFacts, *, embeddings: bool) -> None:
 
 
 def _open_rows(
-    facts: LessonFacts, *, verify_canaries: bool, require_labels: bool, keeps_embeddings: bool
+    facts: SupervisionSpec, *, verify_canaries: bool, require_labels: bool, with_embeddings: bool
 ) -> CachedSource:
     source = open_cached(
-        facts.caches, facts.data, keeps_embeddings=keeps_embeddings, name_shards="give CachedDataset shards={}"
+        facts.caches, facts.data, with_embeddings=with_embeddings, name_shards="give CachedDataset shards={}"
     )
     if require_labels:
         check_any_labelled(source, facts.data)
@@ -309,9 +309,9 @@ def _open_rows(
     return source
 
 
-def _checked_order(config: Config, facts: LessonFacts, source: CachedSource, world_size: int) -> TrainingOrder:
+def _checked_order(config: Config, facts: SupervisionSpec, source: CachedSource, world_size: int) -> TrainingOrder:
     order = order_of(config.train, source.shard_ids, source.num_ok, facts.plan)
-    rows, step = order.fewest_rows(world_size)
+    rows, step = order.smallest_batch(world_size)
     if rows == 0:
         raise ConfigError(
             "a rank would have no rows in a step",
@@ -322,7 +322,7 @@ def _checked_order(config: Config, facts: LessonFacts, source: CachedSource, wor
     return order
 
 
-def _own_input(config: Config, facts: LessonFacts) -> dict[str, Any]:
+def _own_input(config: Config, facts: SupervisionSpec) -> dict[str, Any]:
     """Size, interpolation, mean and std: the student's where they are given, else the first teacher's."""
     given = config.student or StudentConfig.model_validate({})
     teacher = facts.caches[0].header.teacher

@@ -34,7 +34,7 @@ def _stays() -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class World:
+class DistributedContext:
     """This process's place. With more than one rank, torch.distributed has been initialised by the caller."""
 
     rank: int = 0
@@ -44,7 +44,7 @@ class World:
     """Whether this rank has heard that a machine of its world is about to be taken away."""
 
     @property
-    def leads(self) -> bool:
+    def is_main_rank(self) -> bool:
         """Whether this rank writes files and reports."""
         return self.rank == 0
 
@@ -85,7 +85,7 @@ class World:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
 
-    def is_leaving(self) -> bool:
+    def preemption_pending(self) -> bool:
         """Whether any rank has heard it, on every rank."""
         return bool(self.max(torch.tensor(self.leaving(), dtype=torch.uint8, device=self.device)))
 

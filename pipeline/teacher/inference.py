@@ -15,13 +15,13 @@ from pipeline.augment.pixels import to_input
 from pipeline.core.errors import ResourceError, first_line
 from pipeline.models import LoadedModel, lay_out, load_model
 from pipeline.teacher.rendering import GroupViews
-from schemas.config import AskedConfig, Precision
+from schemas.config import Precision, TeacherModelConfig
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
-class Answers:
+class InferenceOutputs:
     """The teacher's words on N rows, fp32 on the CPU."""
 
     logits_NK: NDArray[np.float32]
@@ -34,7 +34,7 @@ class _Mixing:
 
     partner_N: Tensor
     lambda_N: Tensor
-    cut_N4: Tensor | None
+    cutmix_box_N4: Tensor | None
 
 
 class Teacher:
@@ -56,12 +56,12 @@ class Teacher:
         pixels_BCHW: Tensor,
         partner_B: Tensor | None = None,
         lambda_B: Tensor | None = None,
-        cut_B4: Tensor | None = None,
+        cutmix_box_B4: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """uint8 pixels [B,C,H,W] to fp32 logits [B,K] and embedding [B,D], on the device.
 
         Mixes row b with row ``partner_B[b]`` on [0,1] pixels first, with weight ``lambda_B[b]`` on its own, or in the
-        box ``cut_B4[b]``.
+        box ``cutmix_box_B4[b]``.
         """
         images = to_input(
             pixels_BCHW.to(self.device, non_blocking=True),
@@ -69,7 +69,7 @@ class Teacher:
             std_C=self._std_C,
             partner_B=None if partner_B is None else partner_B.to(self.device),
             lambda_B=None if lambda_B is None else lambda_B.to(self.device),
-            cut_B4=None if cut_B4 is None else cut_B4.to(self.device),
+            cutmix_box_B4=None if cutmix_box_B4 is None else cutmix_box_B4.to(self.device),
         )
         return self._ask(images)
 
@@ -85,7 +85,7 @@ class Teacher:
         pixels_NCHW: Tensor,
         partner_N: NDArray[np.int32] | None = None,
         lambda_N: NDArray[np.float32] | None = None,
-        cut_N4: NDArray[np.float32] | None = None,
+        cutmix_box_N4: NDArray[np.float32] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """uint8 pixels to fp32 logits [N,K] and embedding [N,D] on the device, which may still be at work on them.
 
@@ -96,7 +96,7 @@ class Teacher:
             ResourceError: a batch does not fit into the device's memory; names a batch size that does.
         """
         try:
-            return self._in_batches(self.batch_size, pixels_NCHW, partner_N, lambda_N, cut_N4)
+            return self._in_batches(self.batch_size, pixels_NCHW, partner_N, lambda_N, cutmix_box_N4)
         except torch.OutOfMemoryError as error:
             told = first_line(error)
         # Only now: while the error was handled, its frames kept the memory that ran out.
@@ -107,11 +107,11 @@ class Teacher:
         pixels_NCHW: Tensor,
         partner_N: NDArray[np.int32] | None = None,
         lambda_N: NDArray[np.float32] | None = None,
-        cut_N4: NDArray[np.float32] | None = None,
-    ) -> Answers:
+        cutmix_box_N4: NDArray[np.float32] | None = None,
+    ) -> InferenceOutputs:
         """The words of ``ask``, waited for."""
-        logits_NK, embedding_ND = self.ask(pixels_NCHW, partner_N, lambda_N, cut_N4)
-        return Answers(logits_NK.cpu().numpy(), embedding_ND.cpu().numpy())
+        logits_NK, embedding_ND = self.ask(pixels_NCHW, partner_N, lambda_N, cutmix_box_N4)
+        return InferenceOutputs(logits_NK.cpu().numpy(), embedding_ND.cpu().numpy())
 
     def _in_batches(
         self,
@@ -119,13 +119,13 @@ class Teacher:
         pixels_NCHW: Tensor,
         partner_N: NDArray[np.int32] | None,
         lambda_N: NDArray[np.float32] | None,
-        cut_N4: NDArray[np.float32] | None = None,
+        cutmix_box_N4: NDArray[np.float32] | None = None,
     ) -> tuple[Tensor, Tensor]:
         # Sent once a call and never waited for, so that a GPU does not stand still between batches.
         pixels_NCHW = pixels_NCHW.to(self.device, non_blocking=True)
         mixing = None
         if partner_N is not None and lambda_N is not None:
-            cut = None if cut_N4 is None else self._sent(cut_N4)
+            cut = None if cutmix_box_N4 is None else self._sent(cutmix_box_N4)
             mixing = _Mixing(self._sent(partner_N).long(), self._sent(lambda_N), cut)
         logits: list[Tensor] = []
         embeddings: list[Tensor] = []
@@ -150,7 +150,7 @@ class Teacher:
             std_C=self._std_C,
             partner_B=torch.arange(len(rows_B), device=self.device),
             lambda_B=mixing.lambda_N[rows_B],
-            cut_B4=None if mixing.cut_N4 is None else mixing.cut_N4[rows_B],
+            cutmix_box_B4=None if mixing.cutmix_box_N4 is None else mixing.cutmix_box_N4[rows_B],
             partner_pixels_NCHW=_pick(pixels_NCHW, mixing.partner_N[rows_B]),
         )
 
@@ -161,7 +161,7 @@ class Teacher:
             "the teacher runs out of memory at this batch size",
             where=f"teacher.batch_size={self.batch_size}",
             got=told,
-            wanted="memory for a single row" if fits is None else f"teacher.batch_size={fits}, which ran just now",
+            expected="memory for a single row" if fits is None else f"teacher.batch_size={fits}, which ran just now",
             next_step="use a device with more memory, a smaller views.size or a lower teacher.precision"
             if fits is None
             else f"set teacher.batch_size={fits}, or give each task more of the device (ray.gpus_per_task)",
@@ -187,7 +187,7 @@ def _pick(pixels_NCHW: Tensor, rows_B: Tensor) -> Tensor:
 
 
 def load_teacher(
-    config: AskedConfig, *, num_classes: int, size: int | None, device: torch.device, where: str = "teacher"
+    config: TeacherModelConfig, *, num_classes: int, size: int | None, device: torch.device, where: str = "teacher"
 ) -> Teacher:
     """The teacher of a config on a device.
 
@@ -202,7 +202,7 @@ def load_teacher(
 
 
 @dataclass(frozen=True, slots=True)
-class AskedGroup:
+class GroupOutputs:
     """A mix group and the teacher's words on its V views, which a GPU may still be sending. ``answers`` waits."""
 
     group: GroupViews
@@ -220,17 +220,17 @@ class AskedGroup:
         self.arrived.synchronize()
         return self.began.elapsed_time(self.arrived) / 1e3
 
-    def answers(self) -> list[Answers]:
+    def answers(self) -> list[InferenceOutputs]:
         """One item a view."""
         if self.arrived is not None:
             self.arrived.synchronize()
         return [
-            Answers(logits_NK.numpy(), embedding_ND.numpy())
+            InferenceOutputs(logits_NK.numpy(), embedding_ND.numpy())
             for logits_NK, embedding_ND in zip(self.logits_VNK, self.embedding_VND, strict=True)
         ]
 
 
-def ask_groups(groups: Iterator[GroupViews], teacher: Teacher) -> Iterator[AskedGroup]:
+def run_inference(groups: Iterator[GroupViews], teacher: Teacher) -> Iterator[GroupOutputs]:
     """Each group with the teacher's words, gathered on the device and sent in one piece."""
     for group in groups:
         mixing = group.mixing if group.mixes else None
@@ -244,7 +244,7 @@ def ask_groups(groups: Iterator[GroupViews], teacher: Teacher) -> Iterator[Asked
             torch.stack(told).to("cpu", non_blocking=True) for told in zip(*words, strict=True)
         )
         asked_s = time.monotonic() - began_s
-        yield AskedGroup(group, logits_VNK, embedding_VND, asked_s, began, _mark(teacher.device))
+        yield GroupOutputs(group, logits_VNK, embedding_VND, asked_s, began, _mark(teacher.device))
 
 
 def _mark(device: torch.device) -> torch.cuda.Event | None:

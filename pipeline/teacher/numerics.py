@@ -19,7 +19,7 @@ _PACKAGES = ("pillow", "timm", "numpy", "pyarrow")
 # By their names in /proc/cpuinfo. Other instructions round the same.
 _VECTOR_FLAGS = ("avx", "amx", "fma")
 # Of mallopt(3), in bytes; an int is as much as it takes.
-_M_TRIM_THRESHOLD, _MOST_KEPT = -1, 2**31 - 1
+_M_TRIM_THRESHOLD, _MAX_STORED = -1, 2**31 - 1
 _M_MMAP_THRESHOLD, _LARGEST_KEPT = -3, 32 << 20
 
 
@@ -79,7 +79,7 @@ def keep_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_TRIM_THRESHOLD, _MOST_KEPT)
+        mallopt(_M_TRIM_THRESHOLD, _MAX_STORED)
         # Where the other is set this no longer grows by itself, up to this.
         mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT)
 
@@ -117,6 +117,6 @@ def check_gpu(device: torch.device, seen: str | None) -> None:
         raise LostGpuError(
             "a worker lost its GPU",
             got=f"CUDA_VISIBLE_DEVICES={visible_gpus()!r}",
-            wanted=f"{seen!r}, which held the teacher",
+            expected=f"{seen!r}, which held the teacher",
             next_step="nothing: another process takes the part",
         )

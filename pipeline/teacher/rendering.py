@@ -18,7 +18,7 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.augment.options import cut_boxes, drawn_row
+from pipeline.augment.options import cutmix_boxes, drawn_row
 from pipeline.augment.params import (
     EVAL_VIEW,
     ViewParams,
@@ -77,8 +77,10 @@ class GroupViews:
     @property
     def mixing(self) -> list[tuple[NDArray[Any], ...]]:
         """Of each view partners, λ and, where the plan has them, boxes: what ``Teacher.answer`` mixes by."""
-        cut_VN4 = cut_boxes(self.drawn_VN)
-        return list(zip(self.partner_VN, self.mix_lambda_VN, *([] if cut_VN4 is None else [cut_VN4]), strict=True))
+        cutmix_box_VN4 = cutmix_boxes(self.drawn_VN)
+        return list(
+            zip(self.partner_VN, self.mix_lambda_VN, *([] if cutmix_box_VN4 is None else [cutmix_box_VN4]), strict=True)
+        )
 
     @property
     def sample_ids(self) -> list[str]:
@@ -117,7 +119,7 @@ def indexed_samples(
         if index.status[sample.row] == STATUSES.index("ok"):
             yield sample
     if num_read < len(index):
-        raise _changed(where, got=f"{num_read} samples", wanted=f"{len(index)}")
+        raise _changed(where, got=f"{num_read} samples", expected=f"{len(index)}")
 
 
 def _check_indexed(sample: Sample, index: ShardIndex, key: str, where: str) -> None:
@@ -143,12 +145,12 @@ def _check_indexed(sample: Sample, index: ShardIndex, key: str, where: str) -> N
         raise _changed(f"{where}, key {key!r}", got="; ".join(changed))
 
 
-def _changed(where: str, *, got: str, wanted: str | None = None) -> ShardError:
+def _changed(where: str, *, got: str, expected: str | None = None) -> ShardError:
     return ShardError(
         "this shard was changed after it was indexed",
         where=where,
         got=got,
-        wanted=wanted,
+        expected=expected,
         next_step="restore the shard, or give the changed one another name",
     )
 
@@ -179,9 +181,9 @@ def read_groups(
         room_VNHWC = torch.empty(0)
         # A bad image makes room for the next candidate, so that groups are always full but for the last.
         while len(kept) < rendering.plan.mix_group and not exhausted:
-            wanted = rendering.plan.mix_group - len(kept)
-            chunk = list(islice(samples, wanted))
-            exhausted = len(chunk) < wanted
+            expected = rendering.plan.mix_group - len(kept)
+            chunk = list(islice(samples, expected))
+            exhausted = len(chunk) < expected
             if not kept:
                 room_VNHWC = _room(rendering, len(chunk), pinned)
             free_VMHWC = room_VNHWC[:, len(kept) :]

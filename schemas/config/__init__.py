@@ -24,13 +24,13 @@ from schemas.config.loss import (
     SifnLoss,
 )
 from schemas.config.model import (
-    AskedConfig,
     Interpolation,
     ModelConfig,
     OtherTeacherConfig,
     Precision,
     StudentConfig,
     TeacherConfig,
+    TeacherModelConfig,
 )
 from schemas.config.ray import RayConfig
 from schemas.config.section import Level, Section, Share, Triple, local_path
@@ -60,7 +60,6 @@ class Config(Section):
 
 
 __all__ = [
-    "AskedConfig",
     "CacheConfig",
     "CeLoss",
     "Config",
@@ -91,6 +90,7 @@ __all__ = [
     "SifnLoss",
     "StudentConfig",
     "TeacherConfig",
+    "TeacherModelConfig",
     "TrainConfig",
     "Triple",
     "ViewsConfig",

@@ -30,7 +30,7 @@ class ModelConfig(Section):
         return None if self.weights in ("random", "pretrained") else self.weights
 
 
-class AskedConfig(ModelConfig):
+class TeacherModelConfig(ModelConfig):
     """A network that is asked."""
 
     weights: str | None = Field(
@@ -43,7 +43,7 @@ class AskedConfig(ModelConfig):
     )
 
 
-class OtherTeacherConfig(AskedConfig):
+class OtherTeacherConfig(TeacherModelConfig):
     """One of several teachers online, beside the first."""
 
     size: int | None = Field(
@@ -51,7 +51,7 @@ class OtherTeacherConfig(AskedConfig):
     )
 
 
-class TeacherConfig(AskedConfig):
+class TeacherConfig(TeacherModelConfig):
     """The network that is asked, or the first of several."""
 
     mode: Literal["none", "cache", "online"] = Field("cache", description="What a student learns from, in training.")
@@ -60,7 +60,7 @@ class TeacherConfig(AskedConfig):
     )
 
     @property
-    def asked(self) -> dict[str, AskedConfig]:
+    def asked(self) -> dict[str, TeacherModelConfig]:
         """All teachers of mode online, by the names of their sections."""
         return {"teacher": self, **{f"teacher.others.{number}": other for number, other in enumerate(self.others)}}
 

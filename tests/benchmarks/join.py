@@ -23,7 +23,7 @@ from pipeline.cache.read.reader import TeacherCache, open_cache
 from pipeline.student.data.dataset import join_step
 from pipeline.student.data.order import OrderedRows, TrainingOrder
 from pipeline.student.data.sources import CachedSource, open_cached
-from pipeline.student.data.teacher_outputs import StoredWords
+from pipeline.student.data.teacher_outputs import EncodedTeacherOutputs
 from schemas.config import Config
 from tests.benchmarks.teachers import BENCH, CIFAR
 from tests.benchmarks.timing import Spread, interleaved, ratio
@@ -92,9 +92,9 @@ def _compare(encoding: str, source: CachedSource, config: Config, folder: Path) 
         "ours, logits": lambda rows: _logits_alone(source, rows),
         **layouts,
     }
-    wanted = variants["ours, all columns"](steps[0])
+    expected = variants["ours, all columns"](steps[0])
     for name, call in variants.items():
-        assert torch.equal(call(steps[0]), wanted), name
+        assert torch.equal(call(steps[0]), expected), name
     queues = {name: iter(steps) for name in variants}
     seconds = interleaved(
         {name: lambda call=call, name=name: call(next(queues[name])) for name, call in variants.items()}, rounds=ROUNDS
@@ -111,12 +111,12 @@ def _all_columns(source: CachedSource, rows: OrderedRows) -> torch.Tensor:
 
 
 def _logits_alone(source: CachedSource, rows: OrderedRows) -> torch.Tensor:
-    pieces: list[tuple[NDArray[np.int64], StoredWords]] = []
+    pieces: list[tuple[NDArray[np.int64], EncodedTeacherOutputs]] = []
     for shard in np.unique(rows.shard_B).tolist():
         where_N = np.flatnonzero(rows.shard_B == shard)
         (columns,) = source.mapped(shard, 0)
-        pieces.append((where_N, StoredWords.of(columns, rows.row_B[where_N])))
-    return torch.from_numpy(StoredWords.placed(pieces, len(rows.row_B)).dense([1.0])[None])
+        pieces.append((where_N, EncodedTeacherOutputs.of(columns, rows.row_B[where_N])))
+    return torch.from_numpy(EncodedTeacherOutputs.placed(pieces, len(rows.row_B)).dense([1.0])[None])
 
 
 def _layouts(encoding: str, source: CachedSource, folder: Path) -> dict[str, Callable[[OrderedRows], torch.Tensor]]:

@@ -128,7 +128,7 @@ def _variants(case: _Case) -> tuple[int, dict[str, Callable[[], int]]]:
 
 
 def _rows_of(joined: JoinedStep) -> Iterator[_Row]:
-    boxes, flips = (joined.rows.record_N[name].tolist() for name in ("box", "flip"))
+    boxes, flips = (joined.rows.rows_N[name].tolist() for name in ("box", "flip"))
     for shard, row_N in joined.of_shards:
         for row in row_N.tolist():
             offset, num_bytes, _ = joined.rows.places[row]

@@ -24,7 +24,7 @@ import torch
 
 from jobs.build_cache import check_shards, plan_tasks
 from pipeline import storage
-from pipeline.cache.build.commit import files_present, read_standing
+from pipeline.cache.build.commit import files_present, read_commit_summaries
 from pipeline.cache.build.manifest import publish_manifest
 from pipeline.cache.build.part import PartTask
 from pipeline.cache.format import layout
@@ -153,7 +153,7 @@ def _build_stages(config: Config) -> None:
     patterns, url = config.data.shards, config.cache.url
     urls = _stage("names expanded and told apart", lambda: storage.expand(patterns))
     by_id = dict(zip(_stage("shard ids", lambda: shard_ids(urls)), urls, strict=True))
-    commits = _stage("commits read", lambda: read_standing(url))
+    commits = _stage("commits read", lambda: read_commit_summaries(url))
     _stage("sizes of shards", lambda: check_shards(url, by_id, commits))
     _stage("parts, sums and indexes listed", lambda: files_present(url))
     tasks = _stage("tasks planned for nothing built", lambda: plan_tasks(config, by_id, []))

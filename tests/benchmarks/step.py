@@ -18,7 +18,7 @@ from scipy.stats import binom
 from jobs.build_cache import build_cache
 from jobs.index_shards import index_shards
 from pipeline.student.data.dataset import Batch, load_batches
-from pipeline.student.distributed import World
+from pipeline.student.distributed import DistributedContext
 from pipeline.student.run.metrics import StepLog
 from pipeline.student.training.trainer import Trainer
 from pipeline.teacher.numerics import keep_memory
@@ -58,8 +58,8 @@ class _Run:
     """One training, a block of steps at a time."""
 
     def __init__(self, config: Config) -> None:
-        self.trainer = Trainer(config, World(), lambda _: None)
-        self._log = StepLog(World())
+        self.trainer = Trainer(config, DistributedContext(), lambda _: None)
+        self._log = StepLog(DistributedContext())
         steps = range(self.trainer.total_steps)
         self.batches: Iterator[Batch] = load_batches(self.trainer._dataset(), steps, num_workers=0, pin_memory=False)
 
@@ -71,7 +71,7 @@ class _Run:
 
 def _forward(run: _Run) -> Callable[[], None]:
     """The teacher alone, on as many batches."""
-    teacher, batch = run.trainer.lessons.teachers[0], next(run.batches)
+    teacher, batch = run.trainer.supervision.teachers[0], next(run.batches)
 
     def block() -> None:
         for _ in range(STEPS_A_BLOCK):

@@ -9,9 +9,9 @@ from contextlib import redirect_stderr
 
 import ray
 
-from jobs.observability.build_observer import BuildTally
+from jobs.observability.build_observer import BuildObserver
 from jobs.observability.log import VARIABLE
-from jobs.observability.task_observer import Spent
+from jobs.observability.task_observer import AttemptStats
 from pipeline.cache.build.part import PartTask
 from schemas.cache_format import ViewBlock
 from schemas.config import Config
@@ -24,8 +24,8 @@ _PARTS, _ROUNDS = 1_000, 9
 def run() -> None:
     config = Config.model_validate({"data": {"shards": "s3://bucket/train.tar"}, "cache": {"url": "s3://bucket/cache"}})
     task = PartTask(config, "s3://bucket/train.tar", ViewBlock(start=0, stop=5))
-    tally = BuildTally(config, [task] * _PARTS * 10 * _ROUNDS, num_shards=1)
-    result, spent = built(images=1_000, views=5, size_bytes=1_000_000, busy_s=9.0), Spent("node", 10.0)
+    tally = BuildObserver(config, [task] * _PARTS * 10 * _ROUNDS, num_shards=1)
+    result, spent = built(images=1_000, views=5, size_bytes=1_000_000, busy_s=9.0), AttemptStats("node", 10.0)
 
     def driver() -> None:
         for _ in range(_PARTS):
@@ -35,8 +35,8 @@ def run() -> None:
     def worker() -> None:
         for _ in range(_PARTS):
             caption = tally.caption(task, 1)
-            caption.tell_begin()
-            caption.tell_end(spent)
+            caption.emit_begin()
+            caption.emit_end(spent)
 
     variants = {
         "driver, no Ray": _as("text", driver),

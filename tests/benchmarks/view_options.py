@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.augment.options import cut_boxes, drawn_row
+from pipeline.augment.options import cutmix_boxes, drawn_row
 from pipeline.augment.params import ViewParams, sample_keys, view_params
 from pipeline.augment.pixels import apply_view, stack_views, to_input
 from pipeline.shards.decode import decode, image_size
@@ -49,10 +49,10 @@ def _rendering(image: Tensor, params: ViewParams) -> Callable[[], list[Tensor]]:
 
 
 def _mixing(pixels: Tensor, params: ViewParams) -> Callable[[], Tensor]:
-    boxes = cut_boxes(params.drawn)
+    boxes = cutmix_boxes(params.drawn)
     cut = None if boxes is None else torch.from_numpy(boxes)
     partner, own, zero = torch.arange(VIEWS).flip(0), torch.from_numpy(params.mix_lambda_N), torch.zeros(3)
-    return lambda: to_input(pixels, mean_C=zero, std_C=zero + 1, partner_B=partner, lambda_B=own, cut_B4=cut)
+    return lambda: to_input(pixels, mean_C=zero, std_C=zero + 1, partner_B=partner, lambda_B=own, cutmix_box_B4=cut)
 
 
 def run() -> None:

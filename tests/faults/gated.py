@@ -27,12 +27,12 @@ class Gated(Small):
         # A check in training mode, before the first step, computes no gradients.
         if self.training and torch.is_grad_enabled() and not self.is_known:
             self.is_known = True
-            self._tell()
+            self._emit()
         if (self.folder / "gate").exists():
             time.sleep(_PAUSE_S)
         return super().forward(images_BCHW)
 
-    def _tell(self) -> None:
+    def _emit(self) -> None:
         size = dist.get_world_size() if dist.is_initialized() else 1
         line = f"{size} {os.environ.get('TMPDIR')}\n"
         handle = os.open(self.folder / "worlds", os.O_WRONLY | os.O_APPEND | os.O_CREAT)

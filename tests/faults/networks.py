@@ -47,7 +47,7 @@ class Mined(Traced):
         return super().forward(images_BCHW)
 
 
-class Held(Traced):
+class CacheLease(Traced):
     """Waits before each batch while the file stands that the environment names; ``held`` counts the first waits."""
 
     def __init__(self, num_classes: int) -> None:
@@ -65,5 +65,5 @@ class Held(Traced):
 
 def held() -> int:
     """How many processes have begun to wait."""
-    hold = Path(os.environ[HOLD])
-    return len(list(hold.parent.glob(f"{hold.name}-*")))
+    acquire = Path(os.environ[HOLD])
+    return len(list(acquire.parent.glob(f"{acquire.name}-*")))

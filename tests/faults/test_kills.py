@@ -126,18 +126,18 @@ class Kills:
         if self.draw.random() < 0.2:
             wait_until(lambda: builder.poll() is not None, self.draw.uniform(0, 6))
             return
-        wanted = len(committed(self.folder)) + self.draw.randint(1, 4)
-        wait_until(lambda: builder.poll() is not None or len(committed(self.folder)) >= wanted, 400)
+        expected = len(committed(self.folder)) + self.draw.randint(1, 4)
+        wait_until(lambda: builder.poll() is not None or len(committed(self.folder)) >= expected, 400)
         wait_until(lambda: False, self.draw.random() * 0.2)
 
-    def _kill(self, builder: subprocess.Popen[bytes], wanted: str) -> str:
+    def _kill(self, builder: subprocess.Popen[bytes], expected: str) -> str:
         """Kills one process and returns what it was. After driver or raylet, the whole builder is gone."""
         if builder.poll() is not None:
             return "nothing"
         family = psutil.Process(builder.pid).children(recursive=True)
-        found = [process for process in family if is_a(process, wanted)]
+        found = [process for process in family if is_a(process, expected)]
         victim = self.draw.choice(found) if found else psutil.Process(builder.pid)
-        killed = wanted if found else "driver"
+        killed = expected if found else "driver"
         victim.kill()
         self.counts[killed] += 1
         if killed != "worker":

@@ -29,7 +29,7 @@ from pipeline.cache.read.reader import open_cache
 from pipeline.shards.writer import pack_shards
 from schemas.config import Config, RayConfig
 from tests.faults.drivers import said, start_build, write
-from tests.faults.networks import HOLD, LOG, MINE, Held, forwards, held
+from tests.faults.networks import HOLD, LOG, MINE, CacheLease, forwards, held
 from tests.faults.test_kills import (
     batches_of_parts,
     committed,
@@ -89,15 +89,15 @@ def test_spot_nodes_that_come_and_go_end_in_the_bytes_of_an_undisturbed_build(
 ) -> None:
     draw = random.Random(int(os.environ.get("STILLROOM_TEST_SEED", "7")))
     # A fast machine would finish all parts before the last node is lost.
-    hold = Path(os.environ[HOLD])
+    acquire = Path(os.environ[HOLD])
     fleet = [nodes.add() for _ in range(2)]
     process = start_build(config)
     done: list[int] = []
     for number in range(NUM_LOSSES):
-        hold.unlink(missing_ok=True)
-        wanted = len(committed(tmp_path / "cache")) + draw.randint(1, 6)
-        wait_until(lambda wanted=wanted: len(committed(tmp_path / "cache")) >= wanted, 400)
-        hold.touch()
+        acquire.unlink(missing_ok=True)
+        expected = len(committed(tmp_path / "cache")) + draw.randint(1, 6)
+        wait_until(lambda expected=expected: len(committed(tmp_path / "cache")) >= expected, 400)
+        acquire.touch()
         assert process.poll() is None, said(config)
         # Once the whole fleet is gone.
         for lost in [*fleet] if number == NUM_LOSSES // 2 else [draw.choice(fleet)]:
@@ -105,7 +105,7 @@ def test_spot_nodes_that_come_and_go_end_in_the_bytes_of_an_undisturbed_build(
             nodes.remove(lost, graceful=draw.random() < 0.5)
         done.append(len(committed(tmp_path / "cache")))
         fleet += [nodes.add() for _ in range(2 - len(fleet))]
-    hold.unlink()
+    acquire.unlink()
     assert process.wait(300) == 0, said(config)
     build(alone(config, tmp_path / "undisturbed"))
     whole, broken = files(str(tmp_path / "undisturbed")), files(str(tmp_path / "cache"))
@@ -159,7 +159,7 @@ def test_nodes_of_two_kinds_build_one_cache_whose_numbers_agree_within_what_is_s
 ) -> None:
     # As on an older CPU, torch and its kernels round otherwise there; it would draw other random weights too.
     older = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"}
-    torch.save(Held(10).state_dict(), tmp_path / "teacher.pt")
+    torch.save(CacheLease(10).state_dict(), tmp_path / "teacher.pt")
     tree = yaml.safe_load(config.read_text())
     tree["teacher"]["weights"] = str(tmp_path / "teacher.pt")
     # Two bytes a logit would hide most of it.
@@ -169,10 +169,10 @@ def test_nodes_of_two_kinds_build_one_cache_whose_numbers_agree_within_what_is_s
     process = start_build(config)
     # Each has a part in work before the other has done all.
     wait_until(lambda: (tmp_path / "cache" / "header.json").exists(), 400)
-    hold = Path(os.environ[HOLD])
-    hold.touch()
+    acquire = Path(os.environ[HOLD])
+    acquire.touch()
     wait_until(lambda: held() == waited + 2, 60)
-    hold.unlink()
+    acquire.unlink()
     assert process.wait(300) == 0, said(config)
     for node_id in fleet:
         nodes.remove(node_id)
@@ -182,10 +182,10 @@ def test_nodes_of_two_kinds_build_one_cache_whose_numbers_agree_within_what_is_s
     assert len(mixed) == 5
     assert mixed == plain
     kinds = {(commit.shard_id, view.view): commit for commit in read_commits(url) for view in commit.views}
-    found, wanted = open_cache(url), open_cache(here)
+    found, expected = open_cache(url), open_cache(here)
     drifts: dict[str, list[float]] = {}
     for (shard, view), commit in kinds.items():
-        got, want = found.view(shard, view), wanted.view(shard, view)
+        got, want = found.view(shard, view), expected.view(shard, view)
         for name in ("row_N", "content_hash_N", "box_N4", "flip_N", "mix_row_N", "mix_lambda_N"):
             assert np.array_equal(getattr(got, name), getattr(want, name)), (shard, view, name)
         assert got.pixel_digest == want.pixel_digest

@@ -16,7 +16,7 @@ import pytest
 from jobs.build_cache import build_cache
 from jobs.train_student import train_student
 from pipeline import storage
-from pipeline.core.errors import PassingStorageError, StorageInputError
+from pipeline.core.errors import StorageInputError, TransientStorageError
 from pipeline.shards.writer import pack_shards
 from pipeline.storage import failures
 from schemas.config import Config
@@ -150,7 +150,7 @@ def test_a_store_that_does_not_recover_is_given_up_and_a_missing_bucket_at_once(
 
     weather = Down(share=1, draw=random.Random(0))
     bucket = storm(weather)
-    with pytest.raises(PassingStorageError, match="Service Unavailable"):
+    with pytest.raises(TransientStorageError, match="Service Unavailable"):
         storage.size(f"{bucket}/a")
     assert 5 <= sum(weather.injected.values()) <= 15
     calm = Weather(share=0, draw=random.Random(0))

@@ -43,12 +43,12 @@ def served(folder: Path) -> Iterator[tuple[str, Counter[str]]]:
             super().__init__(*arguments, directory=str(folder))
 
         def do_GET(self) -> None:
-            wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-            if wanted is None:
+            expected = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+            if expected is None:
                 fetched[self.path.lstrip("/")] += 1
                 super().do_GET()
                 return
-            data = Path(self.translate_path(self.path)).read_bytes()[int(wanted[1]) : int(wanted[2]) + 1]
+            data = Path(self.translate_path(self.path)).read_bytes()[int(expected[1]) : int(expected[2]) + 1]
             self.send_response(206)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()

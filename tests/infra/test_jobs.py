@@ -12,7 +12,7 @@ import typer.main
 from jobs import build_cache, distill, train_student
 from jobs.cli import app
 from pipeline.cache.build.part import cache_config
-from pipeline.models.summary import outline_model
+from pipeline.models.summary import summarize_model
 from pipeline.shards.writer import pack_shards
 from pipeline.storage.config_files import load_config
 from pipeline.student.training.config_checks import check_config
@@ -89,7 +89,7 @@ def test_the_networks_and_the_schedule_of_the_config_are_as_its_comments_say() -
     config = config_of("rayjob-distill")
     assert config.student is not None
     teacher, student = (
-        outline_model(model, num_classes=1000, size=224, where="here") for model in (config.teacher, config.student)
+        summarize_model(model, num_classes=1000, size=224, where="here") for model in (config.teacher, config.student)
     )
     # torchvision's and timm's tables.
     assert round(teacher.num_parameters / 1e6, 2) == 60.19

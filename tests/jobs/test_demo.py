@@ -19,11 +19,11 @@ def test_the_digits_are_packed_with_few_labels_for_students_and_all_for_the_teac
     pack_digits(tmp_path)
     shards = sorted(tmp_path.glob("train-*.tar"))
     assert (len(shards), len(list(tmp_path.glob("val-*.tar")))) == (8, 2)
-    for member, wanted in (("cls", NUM_LABELLED), ("full.cls", 1400)):
+    for member, expected in (("cls", NUM_LABELLED), ("full.cls", 1400)):
         data = DataConfig(label=member, num_classes=10)
         samples = [sample for path in shards for sample in read_samples(path, data, where=str(path))]
         assert len(samples) == 1400
-        assert sum(sample.label is not None for sample in samples) == wanted
+        assert sum(sample.label is not None for sample in samples) == expected
 
 
 def test_packing_twice_gives_the_same_bytes(tmp_path: Path) -> None:

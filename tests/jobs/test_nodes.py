@@ -89,7 +89,7 @@ def test_indexing_asks_for_no_gpu(cluster: Cluster, tree: Tree, log: Path, tmp_p
 
 
 def test_room_that_no_single_node_has_is_no_room(cluster: Cluster, log: Path) -> None:
-    with pytest.raises(ResourceError, match="wanted: 3 CPU") as caught:
+    with pytest.raises(ResourceError, match="expected: 3 CPU") as caught:
         cluster.run(partial(node, 0), 1, log, cpus_per_task=3)
     assert "2 nodes with 2 CPU" in str(caught.value)
 

@@ -66,7 +66,7 @@ def test_a_tilde_is_the_users_home_in_every_key_that_takes_a_path(
 def test_a_folder_of_each_node_is_a_path_and_no_url() -> None:
     with pytest.raises(ConfigError) as caught:
         build_config({"data": {"local_dir": "s3://bucket/x"}}, where="config")
-    assert caught.value.wanted == "a local path"
+    assert caught.value.expected == "a local path"
 
 
 def test_demo_and_recipes_take_a_tilde_and_refuse_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ CONFIGS = Path(jobs.__file__).parent / "configs"
 @pytest.mark.parametrize("name", ["demo.yaml", "cifar10.yaml"])
 def test_the_recipes_of_one_table_load(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(str(CONFIGS / name), [f"out={tmp_path}"])
-    students = {cell.student: cell.config for cell in recipe.cells}
+    students = {spec.student: spec.config for spec in recipe.specs}
     assert set(students) == {"labels", "kd", "dist++"}
     assert {term.name for term in students["dist++"].loss} == {"ce", "dist", "nd"}
     assert students["kd"].teacher.weights == str(tmp_path / "teacher" / "checkpoints" / "last.pt")
@@ -124,17 +124,17 @@ def grid(shards: list[str], tmp_path: Path) -> Path:
 
 def test_a_grid_has_a_cell_for_every_length_and_seed_and_a_student_may_have_its_own(grid: Path) -> None:
     recipe = load_recipe(str(grid), [])
-    assert [(cell.student, cell.epochs, cell.seed) for cell in recipe.cells] == [
+    assert [(spec.student, spec.epochs, spec.seed) for spec in recipe.specs] == [
         *((student, epochs, seed) for student in ("crop", "mixed") for epochs in (1, 2) for seed in (0, 1)),
         ("online", 2, 5),
     ]
-    assert all((cell.config.train.epochs, cell.config.train.seed) == (cell.epochs, cell.seed) for cell in recipe.cells)
-    assert len({cell.name for cell in recipe.cells}) == 9
-    assert recipe.cells[-1].name == "online-epochs2-seed5"
+    assert all((spec.config.train.epochs, spec.config.train.seed) == (spec.epochs, spec.seed) for spec in recipe.specs)
+    assert len({spec.name for spec in recipe.specs}) == 9
+    assert recipe.specs[-1].name == "online-epochs2-seed5"
 
 
 def test_a_student_sees_the_views_of_the_cache_it_names_also_online(grid: Path, tmp_path: Path) -> None:
-    found = {cell.student: cell.config for cell in load_recipe(str(grid), []).cells}
+    found = {spec.student: spec.config for spec in load_recipe(str(grid), []).specs}
     assert {name: config.views.kind for name, config in found.items()} == {
         "crop": "crop",
         "mixed": "function_matching",
@@ -147,7 +147,7 @@ def test_a_student_sees_the_views_of_the_cache_it_names_also_online(grid: Path, 
 def test_only_some_students_need_only_their_caches(grid: Path) -> None:
     recipe = load_recipe(str(grid), ["only=[crop]", "grid.seeds=[7]"])
     assert list(recipe.caches) == ["crop"]
-    assert [cell.name for cell in recipe.cells] == ["crop-epochs1-seed7", "crop-epochs2-seed7"]
+    assert [spec.name for spec in recipe.specs] == ["crop-epochs1-seed7", "crop-epochs2-seed7"]
 
 
 @pytest.mark.parametrize(
@@ -171,16 +171,16 @@ def test_a_grid_is_trained_once_and_its_results_hold_every_cell(grid: Path, tmp_
     recipe = load_recipe(str(grid), ["only=[crop,online]"])
     first = run_recipe(recipe)
     told = json.loads(write_results(recipe, first).read_text())
-    assert [(cell["student"], cell["epochs"], cell["seed"]) for cell in told["cells"]] == [
-        (cell.student, cell.epochs, cell.seed) for cell in recipe.cells
+    assert [(spec["student"], spec["epochs"], spec["seed"]) for spec in told["cells"]] == [
+        (spec.student, spec.epochs, spec.seed) for spec in recipe.specs
     ]
-    runs = [tmp_path / "out" / "students" / cell.name / "summary.json" for cell in recipe.cells]
+    runs = [tmp_path / "out" / "students" / spec.name / "summary.json" for spec in recipe.specs]
     written = [path.stat().st_mtime_ns for path in runs]
     assert run_recipe(recipe) == first
     assert [path.stat().st_mtime_ns for path in runs] == written
     # A seed more trains only the new cells.
     wider = run_recipe(load_recipe(str(grid), ["only=[crop,online]", "grid.seeds=[0,1,2]"]))
-    assert len(wider.cells) == len(first.cells) + 2
+    assert len(wider.specs) == len(first.specs) + 2
     assert [path.stat().st_mtime_ns for path in runs] == written
 
 
@@ -193,8 +193,8 @@ def test_cells_as_tasks_come_to_what_a_loop_comes_to(grid: Path, tmp_path: Path)
     loop = run_recipe(load_recipe(str(grid), overrides))
     beside = load_recipe(str(grid), [*overrides, f"out={tmp_path / 'tasks'}", "common.ray.address=auto"])
     tasks = run_recipe(beside)
-    assert [cell.name for cell, _ in tasks.cells] == [cell.name for cell, _ in loop.cells]
-    assert [row.evaluation for _, row in tasks.cells] == [row.evaluation for _, row in loop.cells]
+    assert [spec.name for spec, _ in tasks.specs] == [spec.name for spec, _ in loop.specs]
+    assert [row.evaluation for _, row in tasks.specs] == [row.evaluation for _, row in loop.specs]
 
 
 @pytest.mark.slow
@@ -218,7 +218,7 @@ students:
     recipe = load_recipe(str(recipe_file), [])
     run_recipe(recipe)
     tail = str(tmp_path / "out" / "shards" / "tail-00000.tar")
-    assert recipe.cells[0].config.data.shards == tail
+    assert recipe.specs[0].config.data.shards == tail
     counts = Counter(sample.label for sample in read_samples(Path(tail), DataConfig(num_classes=10), where=tail))
     assert counts[0] > counts[9] > 0
     steps = len((tmp_path / "out" / "students" / "kd" / "metrics.jsonl").read_text().splitlines())

@@ -199,7 +199,7 @@ def build(num_classes, folder):
 
 @dataclass(frozen=True, slots=True)
 class SlowBuild:
-    """A build by a teacher of the working directory: slow while there is a file ``slow``, halted by one ``hold``."""
+    """A build by a teacher of the working directory: slow while there is a file ``slow``, halted by one ``acquire``."""
 
     folder: Path
     config: str

@@ -114,9 +114,9 @@ def test_what_goes_with_a_job_is_what_git_would_take(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
     subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, check=True)
     listing = ["git", "-c", "core.excludesFile=/dev/null", "ls-files", "--others", "--exclude-standard"]
-    wanted = subprocess.run(listing, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.split()
-    assert names(tmp_path) == sorted(wanted)
-    assert "pkg/top.py" in wanted
+    expected = subprocess.run(listing, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.split()
+    assert names(tmp_path) == sorted(expected)
+    assert "pkg/top.py" in expected
 
 
 def names(folder: Path, *excludes: str) -> list[str]:
@@ -163,12 +163,12 @@ def test_a_package_holds_files_modes_and_config_and_depends_on_nothing_else(tmp_
 
 
 @pytest.mark.parametrize(
-    ("status", "code", "wanted"),
+    ("status", "code", "expected"),
     [("SUCCEEDED", 0, 0), ("FAILED", 2, 2), ("FAILED", -9, 137), ("FAILED", None, 1), ("STOPPED", None, 130)],
 )
-def test_the_exit_code_is_that_of_the_jobs_command(status: str, code: int | None, wanted: int) -> None:
+def test_the_exit_code_is_that_of_the_jobs_command(status: str, code: int | None, expected: int) -> None:
     info = JobDetails(type="SUBMISSION", status=JobStatus(status), entrypoint="python", driver_exit_code=code)
-    assert exit_code(info, "job") == wanted
+    assert exit_code(info, "job") == expected
 
 
 def test_results_of_a_job_below_its_folder_do_not_go_with_it_again(document: Document, tmp_path: Path) -> None:

@@ -28,8 +28,8 @@ def digit_samples(count: int) -> Iterator[tuple[str, Members]]:
     digits, random = load_digits(), np.random.default_rng(0)
     for row in range(count):
         ink = np.kron(digits.images[row] / 16, np.ones((3, 3)))
-        ground, stroke = random.uniform(0, 255, (2, 3))
-        pixels = (ground + (stroke - ground) * ink[:, :, None]).astype(np.uint8)
+        inputs, stroke = random.uniform(0, 255, (2, 3))
+        pixels = (inputs + (stroke - inputs) * ink[:, :, None]).astype(np.uint8)
         image = Image.fromarray(pixels).resize((17 + row % 7, 23 - row % 5))
         buffer = io.BytesIO()
         image.save(buffer, "PNG")

@@ -37,8 +37,8 @@ class _Guarded(BaseHTTPRequestHandler):
     root: Path
 
     def do_GET(self) -> None:
-        url, wanted = urlsplit(self.path), base64.b64encode(f"user:{PASSWORD}".encode()).decode()
-        if self.headers["Authorization"] != f"Basic {wanted}" or url.query.removeprefix("sig=") not in SIGNATURES:
+        url, expected = urlsplit(self.path), base64.b64encode(f"user:{PASSWORD}".encode()).decode()
+        if self.headers["Authorization"] != f"Basic {expected}" or url.query.removeprefix("sig=") not in SIGNATURES:
             self.send_error(403)
             return
         path = self.root / url.path.lstrip("/")

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import storage
-from pipeline.cache.build.commit import read_commits, withdraw
+from pipeline.cache.build.commit import read_commits, revoke
 from pipeline.cache.format import layout
 from pipeline.cache.ops.gc import collect_garbage
 from pipeline.cache.read.reader import open_cache
@@ -80,7 +80,7 @@ def test_no_commit_makes_a_builder_or_gc_remove_what_is_outside_of_the_cache(tin
     commits = [commit for commit in read_commits(tiny_cache.url) if commit.shard_id == "../../mine"]
     assert len(commits) == 1
     with pytest.raises(InputError, match="leads out of its folder"):
-        withdraw(tiny_cache.url, commits)
+        revoke(tiny_cache.url, commits)
     collect_garbage(tiny_cache.url, min_age_s=0, former=True)
     assert outside.read_text() == "mine"
 

@@ -144,7 +144,7 @@ def test_every_key_that_holds_a_url_refuses_commands_and_chains_and_other_protoc
     assert command(config, tmp_path / "documents", [override]) == 2
     told = capsys.readouterr().err
     # Only data.local_dir is no URL at all but a folder of the node.
-    is_no_path = key == "data.local_dir" and "wanted: a local path" in told
+    is_no_path = key == "data.local_dir" and "expected: a local path" in told
     assert "refused" in told or "weights of this kind are not read" in told or is_no_path, told
     assert not made.exists()
     assert not (tmp_path / "cache").exists()

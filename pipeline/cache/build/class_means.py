@@ -75,7 +75,7 @@ def _check_range(scaled: NDArray[np.float64]) -> None:
         raise CacheError(
             "embeddings are too large for exact class sums",
             got=f"a sum of magnitude {float(np.abs(scaled).max()) / 2**FRACTION_BITS:.4g}",
-            wanted=f"below {2.0 ** (62 - FRACTION_BITS):.4g}",
+            expected=f"below {2.0 ** (62 - FRACTION_BITS):.4g}",
             next_step="set cache.class_means=none",
         )
 
@@ -149,7 +149,7 @@ def decode_means(data: bytes, *, num_classes: int, fingerprint: str, where: str)
             "these class means are another teacher's",
             where=where,
             got=written_by or "no fingerprint",
-            wanted=fingerprint,
+            expected=fingerprint,
             next_step=REBUILD,
         )
     classes = table["class"].to_numpy()
@@ -160,7 +160,7 @@ def decode_means(data: bytes, *, num_classes: int, fingerprint: str, where: str)
             "these are no class means of so many classes",
             where=where,
             got=f"{len(classes)} means of {dim} numbers",
-            wanted=f"classes in 0..{num_classes - 1}, and at most {storage.MAX_TABLE_BYTES} bytes for all",
+            expected=f"classes in 0..{num_classes - 1}, and at most {storage.MAX_TABLE_BYTES} bytes for all",
         )
     mean_CD = table["mean"].combine_chunks().flatten().to_numpy().reshape(len(classes), dim)
     mean_KD = np.full((num_classes, mean_CD.shape[1]), np.nan, np.float32)

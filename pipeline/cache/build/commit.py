@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class CommitSummary:
     """What planning asks of a commit: 0.5 kB in memory, of which there are millions, where the whole takes up to 50.
 
     Attributes:
@@ -48,7 +48,7 @@ class Standing:
     num_rows: int
 
     @classmethod
-    def of(cls, commit: Commit) -> Standing:
+    def of(cls, commit: Commit) -> CommitSummary:
         return cls(
             shard_id=commit.shard_id,
             shard_size_bytes=commit.shard_size_bytes,
@@ -107,7 +107,7 @@ def check_fingerprint(commit: Commit, fingerprint: str, cache_url: str) -> None:
             code="cache.commit-of-another-header",
             where=f"{path} in {redact(cache_url)}",
             got=commit.fingerprint,
-            wanted=fingerprint,
+            expected=fingerprint,
             next_step="remove this file and run the build again, or build into another cache.url",
         )
 
@@ -165,9 +165,9 @@ def read_commits(cache_url: str) -> list[Commit]:
     return [*stream_commits(cache_url)]
 
 
-def read_standing(cache_url: str) -> list[Standing]:
+def read_commit_summaries(cache_url: str) -> list[CommitSummary]:
     """What planning asks of every commit, by shard and block."""
-    return [Standing.of(commit) for commit in stream_commits(cache_url)]
+    return [CommitSummary.of(commit) for commit in stream_commits(cache_url)]
 
 
 def files_present(cache_url: str) -> set[str]:
@@ -184,12 +184,12 @@ def named(commits: Iterable[Commit]) -> set[str]:
     return {ref.path for commit in commits for ref in (commit.part, commit.means, commit.index) if ref is not None}
 
 
-def is_void(commit: Standing, present: set[str]) -> bool:
+def is_dangling(commit: CommitSummary, present: set[str]) -> bool:
     """Whether the part or the class sums that this commit names are gone."""
     return any(path is not None and path not in present for path in (commit.part, commit.means))
 
 
-def withdraw(cache_url: str, commits: list[Standing]) -> None:
+def revoke(cache_url: str, commits: list[CommitSummary]) -> None:
     """Takes back commits that are void, or that were published under a header which was removed meanwhile.
 
     Commits are created only if absent, so a stale one would stand forever.

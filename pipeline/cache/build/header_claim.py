@@ -93,10 +93,10 @@ def make_header(
 def _probe(teacher: Teacher) -> NDArray[np.float32]:
     """Logits on four fixed noise images: what notices code that changed behind unchanged weights."""
     size = teacher.loaded.input.size
-    num_words = -(-3 * size * size // 32)
-    keys = np.repeat(sample_keys(0, [f"probe/{number}" for number in range(_NUM_PROBES)]), num_words, axis=0)
+    num_blocks = -(-3 * size * size // 32)
+    keys = np.repeat(sample_keys(0, [f"probe/{number}" for number in range(_NUM_PROBES)]), num_blocks, axis=0)
     counters = np.zeros((len(keys), 4), np.uint64)
-    counters[:, 0] = np.tile(np.arange(num_words, dtype=np.uint64), _NUM_PROBES)
+    counters[:, 0] = np.tile(np.arange(num_blocks, dtype=np.uint64), _NUM_PROBES)
     noise = philox4x64(keys, counters).astype("<u8").view(np.uint8).reshape(_NUM_PROBES, -1)
     pixels = torch.from_numpy(noise[:, : 3 * size * size].reshape(_NUM_PROBES, 3, size, size).copy())
     logits_NK = teacher.answer(pixels).logits_NK
@@ -125,22 +125,22 @@ def claim(cache_url: str, header: Header) -> Header:
     return found
 
 
-def check_same(found: Header, wanted: Header, cache_url: str) -> None:
+def check_same(found: Header, expected: Header, cache_url: str) -> None:
     """
     Raises:
-        CacheError: a cache with the header ``found`` is not one that ``wanted`` would be written to.
+        CacheError: a cache with the header ``found`` is not one that ``expected`` would be written to.
     """
-    _check_bodies(found, wanted.views, wanted.teacher, wanted.data, cache_url)
-    old, new = np.array(found.probe_logits), np.array(wanted.probe_logits)
+    _check_bodies(found, expected.views, expected.teacher, expected.data, cache_url)
+    old, new = np.array(found.probe_logits), np.array(expected.probe_logits)
     drift = float(np.abs(old - new).max() / max(float(old.std()), 1e-6))
-    tolerance = MAX_DRIFT[str(wanted.teacher["precision"])]
+    tolerance = MAX_DRIFT[str(expected.teacher["precision"])]
     if drift > tolerance:
         raise CacheError(
             "the teacher's weights are unchanged, but it answers the four probe images differently",
             code="cache.other-probe-logits",
             where=redact(cache_url),
             got=f"logits differ by {drift:.3g} of their standard deviation",
-            wanted=f"at most {tolerance}",
+            expected=f"at most {tolerance}",
             next_step="model code or a library changed; build into another cache.url",
         )
 
@@ -182,10 +182,10 @@ def _check_bodies(
         *differences(found.data, data, "data."),
     ]
     if changed:
-        raise _other_header(cache_url, got="; ".join(changed), wanted=f"fingerprint {found.fingerprint}")
+        raise _other_header(cache_url, got="; ".join(changed), expected=f"fingerprint {found.fingerprint}")
 
 
-def _other_header(cache_url: str, *, got: str, wanted: str) -> CacheError:
+def _other_header(cache_url: str, *, got: str, expected: str) -> CacheError:
     """A header is never replaced by a build: another builder may be at work that has not committed anything yet."""
     where = redact(cache_url)
     if is_unused(cache_url):
@@ -194,7 +194,7 @@ def _other_header(cache_url: str, *, got: str, wanted: str) -> CacheError:
             code="cache.unused-header",
             where=where,
             got=got,
-            wanted=wanted,
+            expected=expected,
             next_step=f"if that build has ended, run: stillroom cache gc {quoted(cache_url)} --unused-header; "
             "else build into another cache.url",
         )
@@ -203,6 +203,6 @@ def _other_header(cache_url: str, *, got: str, wanted: str) -> CacheError:
         code="cache.other-header",
         where=where,
         got=got,
-        wanted=wanted,
+        expected=expected,
         next_step="build into another cache.url, or restore what changed",
     )

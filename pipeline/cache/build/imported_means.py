@@ -46,7 +46,7 @@ def read_means(url: str, *, num_classes: int, embedding_dim: int) -> ImportedMea
                 "this file is too large for the class means of this teacher",
                 where=where,
                 got=f"{size_bytes} bytes",
-                wanted=f"at most {limit} bytes for {num_classes} classes of {embedding_dim} numbers",
+                expected=f"at most {limit} bytes for {num_classes} classes of {embedding_dim} numbers",
             )
         data = storage.read(url)
     except StorageInputError as error:
@@ -54,7 +54,7 @@ def read_means(url: str, *, num_classes: int, embedding_dim: int) -> ImportedMea
             f"these class means cannot be read: {error.what}",
             where=where,
             got=None if error.got is None else str(error.got),
-            wanted="none, eval, view0, or the URL of a JSON file",
+            expected="none, eval, view0, or the URL of a JSON file",
             next_step=f"restore the file, or name the copy that a begun cache keeps as {layout.IMPORTED_MEANS}",
         ) from error
     parse_nd_json(data, num_classes=num_classes, embedding_dim=embedding_dim, where=where)
@@ -80,13 +80,13 @@ def read_kept(cache_url: str, header: Header) -> NdMeans:
     """
     limit = max_size_bytes(num_classes=header.num_classes, embedding_dim=header.embedding_dim)
     data = read_file(cache_url, layout.IMPORTED_MEANS, max_bytes=min(limit, storage.MAX_TABLE_BYTES))
-    where, wanted = redact(storage.join(cache_url, layout.IMPORTED_MEANS)), imported_sha256(header)
-    if (got := digest(data)) != wanted:
+    where, expected = redact(storage.join(cache_url, layout.IMPORTED_MEANS)), imported_sha256(header)
+    if (got := digest(data)) != expected:
         raise CacheError(
             "these class means are not those that the cache was begun with",
             where=where,
             got=f"sha256 {got[:16]}",
-            wanted=str(wanted)[:16],
+            expected=str(expected)[:16],
             next_step=REBUILD,
         )
     return parse_nd_json(data, num_classes=header.num_classes, embedding_dim=header.embedding_dim, where=where)

@@ -234,7 +234,7 @@ class _Seen:
                 "the shard changed between two of its parts",
                 where=f"{commit.shard_id} in {redact(self.cache_url)}",
                 got=_block_of(*own),
-                wanted=_block_of(*first),
+                expected=_block_of(*first),
                 next_step="restore the shard and remove the later commits, or build into another cache.url",
             )
 
@@ -353,7 +353,7 @@ def _publish_means(
         raise CacheError(
             "class means are wanted, but no row of the whole cache has a label",
             where=redact(cache_url),
-            wanted="labelled samples",
+            expected="labelled samples",
             next_step="check data.label, or build into another cache.url with cache.class_means=none",
         )
     return publish_named(cache_url, layout.CLASS_MEANS, encode_means(merged, fingerprint=header.fingerprint))

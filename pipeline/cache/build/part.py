@@ -20,7 +20,14 @@ from pipeline import storage
 from pipeline.augment.params import is_canary, sample_keys
 from pipeline.augment.pixels import pixel_digest, pixel_mean
 from pipeline.cache.build.class_means import ClassSums, encode_sums, merge, sum_rows
-from pipeline.cache.build.commit import Standing, check_fingerprint, find_commit, publish_commit, publish_file, withdraw
+from pipeline.cache.build.commit import (
+    CommitSummary,
+    check_fingerprint,
+    find_commit,
+    publish_commit,
+    publish_file,
+    revoke,
+)
 from pipeline.cache.build.header_claim import claim, make_header
 from pipeline.cache.build.imported_means import ImportedMeans, keep_means, read_means
 from pipeline.cache.build.part_writer import PartWriter, view_ranges
@@ -47,11 +54,11 @@ from pipeline.shards.names import shard_id
 from pipeline.shards.omissions import Omissions
 from pipeline.shards.publish import publish_index
 from pipeline.shards.tar import MemberRules, Sample, TarNotes, unread_links
-from pipeline.teacher.inference import Answers, AskedGroup, Teacher, ask_groups, load_teacher
+from pipeline.teacher.inference import GroupOutputs, InferenceOutputs, Teacher, load_teacher, run_inference
 from pipeline.teacher.numerics import check_gpu, numeric_env, pick_device, pin_numerics, trim_memory, visible_gpus
 from pipeline.teacher.prefetch import prefetch
 from pipeline.teacher.rendering import GroupViews, Rendering, fresh_samples, indexed_samples, read_groups
-from schemas.cache_format import Commit, FileRef, Header, ViewBlock, drawn_columns, part_schema
+from schemas.cache_format import Commit, FileRef, Header, ViewBlock, aug_param_columns, part_schema
 from schemas.config import CacheConfig, Config
 
 _NUM_NAMED = 5
@@ -109,7 +116,7 @@ def cache_config(config: Config) -> CacheConfig:
             "class means of mixed images mean nothing",
             where="cache.class_means",
             got="view0",
-            wanted="eval, none or the URL of a file under views.kind=function_matching",
+            expected="eval, none or the URL of a file under views.kind=function_matching",
         )
     if cache.class_means in ("eval", "view0"):
         _check_labels(config)
@@ -121,7 +128,7 @@ def cache_config(config: Config) -> CacheConfig:
 
 def _check_labels(config: Config) -> None:
     if config.data.label is None:
-        raise ConfigError("class means need labels", where="data.label", got="null", wanted="a member extension")
+        raise ConfigError("class means need labels", where="data.label", got="null", expected="a member extension")
 
 
 def prepare(config: Config) -> Header:
@@ -241,7 +248,7 @@ def restore_index(task: IndexTask) -> None:
             "an index is gone, and its shard no longer gives the one that the parts were built with",
             where=where,
             got=f"sha256 {got[:16]}",
-            wanted=task.sha256[:16],
+            expected=task.sha256[:16],
             next_step=f"restore the shard or the index; or remove commits/{shard} in "
             f"{redact(cache.url)} and run the build again, which makes all parts of this shard anew",
         )
@@ -282,7 +289,7 @@ class _PartBuild:
             plan=self.builder.config.views, block=self.task.block, size=spec.size, interpolation=spec.interpolation
         )
         self.row_sizes = {output.name: row_bytes(output) for output in header.outputs}
-        drawn = {} if self.task.block.is_eval else drawn_columns(self.builder.config.views)
+        drawn = {} if self.task.block.is_eval else aug_param_columns(self.builder.config.views)
         self.schema = part_schema(self.row_sizes, drawn)
         self.statistics = StatisticsSum(header)
         self.first_row: int | None = None
@@ -340,12 +347,12 @@ class _PartBuild:
             # Three stages, one group in each: rendered ahead, asked about here, kept behind.
             with closing(prefetch(groups)) as rendered, ThreadPoolExecutor(1, thread_name_prefix="keep") as behind:
                 kept = behind.submit(lambda: None)
-                for asked in ask_groups(rendered, self.builder.teacher):
+                for asked in run_inference(rendered, self.builder.teacher):
                     kept.result()
                     kept = behind.submit(self._keep, writer, asked)
                 kept.result()
 
-    def _keep(self, writer: PartWriter, asked: AskedGroup) -> None:
+    def _keep(self, writer: PartWriter, asked: GroupOutputs) -> None:
         group, answers = asked.group, asked.answers()
         self.busy.seconds += asked.busy_s()
         if self.first_row is None:
@@ -374,7 +381,7 @@ class _PartBuild:
                 next_step="set data.missing_labels=ignore to average over the others, or cache.class_means=none",
             )
 
-    def _check_finite(self, group: GroupViews, view: int, answers: Answers) -> None:
+    def _check_finite(self, group: GroupViews, view: int, answers: InferenceOutputs) -> None:
         bad_N = ~(np.isfinite(answers.logits_NK).all(1) & np.isfinite(answers.embedding_ND).all(1))
         if bad_N.any():
             keys = [group.samples[row].key for row in np.flatnonzero(bad_N)[:_NUM_NAMED]]
@@ -384,7 +391,7 @@ class _PartBuild:
                 next_step="use teacher.precision=fp32, or check the weights",
             )
 
-    def _rows(self, group: GroupViews, position: int, view: int, answers: Answers) -> pa.RecordBatch:
+    def _rows(self, group: GroupViews, position: int, view: int, answers: InferenceOutputs) -> pa.RecordBatch:
         row_N, box_N4 = group.row_N, group.box_VN4[position]
         norm_N = np.linalg.norm(answers.embedding_ND.astype(np.float64), axis=1)
         digests, means = self._canaries(group, position, view)
@@ -453,7 +460,7 @@ class _PartBuild:
             claim(url, header)
         except CacheError as error:
             if published is commit and error.code == "cache.other-header":
-                withdraw(url, [Standing.of(commit)])
+                revoke(url, [CommitSummary.of(commit)])
             raise
         return published
 

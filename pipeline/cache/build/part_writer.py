@@ -58,10 +58,10 @@ class PartWriter:
         return path
 
     def _check(self, path: Path) -> None:
-        wanted = sum(spill.num_rows for spill in self._spills.values())
+        expected = sum(spill.num_rows for spill in self._spills.values())
         got = pq.ParquetFile(path).metadata.num_rows
-        if got != wanted:
-            raise StorageError("a part did not read back whole", where=str(path), got=got, wanted=f"{wanted} rows")
+        if got != expected:
+            raise StorageError("a part did not read back whole", where=str(path), got=got, expected=f"{expected} rows")
 
 
 def parquet_settings(schema: pa.Schema) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pipeline.augment.params import sample_keys
 from pipeline.cache.build.encoding_fidelity import cosine_sum, kl_sum, pearson_sum
 from pipeline.cache.build.ranking import class_ranks, predicted_classes
 from pipeline.cache.format.codec import decode, encode
-from pipeline.teacher.inference import Answers
+from pipeline.teacher.inference import InferenceOutputs
 from pipeline.teacher.rendering import GroupViews
 from schemas.cache_format import Header, Output, Statistics
 
@@ -32,7 +32,7 @@ class StatisticsSum:
         self._kl, self._pearson = dict.fromkeys(TEMPERATURES, 0.0), dict.fromkeys(TEMPERATURES, 0.0)
         self._cosine = 0.0
 
-    def add(self, group: GroupViews, answers: Answers) -> None:
+    def add(self, group: GroupViews, answers: InferenceOutputs) -> None:
         """Counts one view of one group; hits only where images are not mixed."""
         if not group.mixes:
             self._count_hits(answers.logits_NK, group.label_N)
@@ -47,7 +47,7 @@ class StatisticsSum:
         self._top5 += int((rank_M < 5).sum())
         self._classes.update(label_M.tolist())
 
-    def _measure_fidelity(self, group: GroupViews, answers: Answers) -> None:
+    def _measure_fidelity(self, group: GroupViews, answers: InferenceOutputs) -> None:
         # Keyed by the sample, so that the same rows are measured whatever the order of work.
         chosen = sample_keys(0, group.sample_ids)[:, 0] % np.uint64(_SAMPLE_ONE_IN) == 0
         if not chosen.any():

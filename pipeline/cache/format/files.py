@@ -30,7 +30,7 @@ def parse_record(kind: type[R], data: bytes, *, where: str) -> R:
     body = unseal(data, where=where)
     body.pop("digest")
     if body.get("format_version") != FORMAT_VERSION:
-        raise CacheError("unknown cache format", where=where, got=body.get("format_version"), wanted=FORMAT_VERSION)
+        raise CacheError("unknown cache format", where=where, got=body.get("format_version"), expected=FORMAT_VERSION)
     try:
         return kind.model_validate(body)
     except ValidationError as error:
@@ -101,7 +101,7 @@ def read_named(cache_url: str, ref: FileRef) -> bytes:
         "this file was changed after it was written",
         where=redact(url),
         got=f"sha256 {got[:16]}",
-        wanted=ref.sha256[:16],
+        expected=ref.sha256[:16],
         next_step=REBUILD,
     )
 

@@ -43,7 +43,7 @@ def drawable_plan(header: Header) -> ViewsConfig:
         raise CacheError(
             "the views of this cache were drawn by another version",
             got=f"rng_version {header.views.get('rng_version')}",
-            wanted=RNG_VERSION,
+            expected=RNG_VERSION,
             next_step="read it with the version that wrote it",
         )
     try:

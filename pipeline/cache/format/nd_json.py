@@ -91,20 +91,20 @@ def _class_id(key: str, num_classes: int, where: str) -> int:
             "these class means name a class that the teacher does not have",
             where,
             got=f"key {key[:40]!r}",
-            wanted=f"class ids 0 to {num_classes - 1}",
+            expected=f"class ids 0 to {num_classes - 1}",
         )
     return int(key)
 
 
 def _row(row: object, key: str, embedding_dim: int, where: str) -> list[float]:
     if not isinstance(row, list) or any(type(value) not in (int, float) for value in row):
-        _refuse("a class mean is not a list of numbers", where, got=f"class {key}", wanted=f"{embedding_dim} numbers")
+        _refuse("a class mean is not a list of numbers", where, got=f"class {key}", expected=f"{embedding_dim} numbers")
     if len(row) != embedding_dim:
         _refuse(
             "a class mean is not as wide as the teacher's embedding",
             where,
             got=f"class {key}: {len(row)} numbers",
-            wanted=f"{embedding_dim} numbers",
+            expected=f"{embedding_dim} numbers",
         )
     try:
         return [float(value) for value in row]
@@ -117,13 +117,13 @@ def _refuse(
     where: str,
     *,
     got: str,
-    wanted: str = '{"<class id>": [D numbers], …}',
+    expected: str = '{"<class id>": [D numbers], …}',
     cause: Exception | None = None,
 ) -> NoReturn:
     raise ConfigError(
         what,
         where=where,
         got=got,
-        wanted=wanted,
+        expected=expected,
         next_step="give this teacher's class means, or let the build make them: cache.class_means=eval",
     ) from cause

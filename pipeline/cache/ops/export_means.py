@@ -52,9 +52,9 @@ def export_means(cache_url: str, out_url: str, *, full_precision: bool) -> Expor
 def _first_seen(cache: TeacherCache, has_mean_K: NDArray[np.bool_]) -> list[int]:
     """The classes that have a mean, in the order of their first sample; those without a sample last, ascending."""
     order: dict[int, None] = {}
-    num_wanted = int(has_mean_K.sum())
+    num_expected = int(has_mean_K.sum())
     for shard in cache.shards:
-        if len(order) == num_wanted:
+        if len(order) == num_expected:
             break
         index = cache.index(shard)
         labels, firsts = np.unique(index.label[index.ok], return_index=True)

@@ -142,7 +142,7 @@ def _check_no_running_build(cache_url: str, now_s: float) -> None:
             code="cache.build-running",
             where=where,
             got=f"process {log.process} on {log.host}, heard from {max(now_s - log.renewed_s, 0):.0f} s ago",
-            wanted=f"no record of a build, or one that is {SILENT_S:.0f} s old",
+            expected=f"no record of a build, or one that is {SILENT_S:.0f} s old",
             next_step="stop that build, or wait; if it was killed, run: "
             f"stillroom cache gc {quoted(cache_url)} --unused-header --force",
         )

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.cache.build.build_log import SILENT_S, read_last_log
-from pipeline.cache.build.commit import Standing, stream_commits
+from pipeline.cache.build.commit import CommitSummary, stream_commits
 from pipeline.cache.build.manifest import read_manifest
 from pipeline.cache.build.statistics import StatisticsFold
 from pipeline.cache.format import layout
@@ -78,10 +78,10 @@ def inspect_cache(cache_url: str, *, now_s: float | None = None) -> CacheReport:
     """
     header = read_header(cache_url)
     # One after another: with their counts of classes, many are more than memory holds.
-    commits: list[Standing] = []
+    commits: list[CommitSummary] = []
     fold = StatisticsFold()
     for commit in stream_commits(cache_url):
-        commits.append(Standing.of(commit))
+        commits.append(CommitSummary.of(commit))
         fold.add(commit.statistics)
     finished = storage.exists(storage.join(cache_url, layout.MANIFEST))
     manifest = read_manifest(cache_url)[0] if finished else None
@@ -126,7 +126,9 @@ def inspect_cache(cache_url: str, *, now_s: float | None = None) -> CacheReport:
     )
 
 
-def _labels(cache_url: str, header: Header, commits: list[Standing], manifest: Manifest | None) -> LabelCount | None:
+def _labels(
+    cache_url: str, header: Header, commits: list[CommitSummary], manifest: Manifest | None
+) -> LabelCount | None:
     """None where no labels are read, nothing is committed, or an index cannot be read, which ``verify`` tells."""
     reads_labels = header.data["label"] is not None or (manifest is not None and manifest.labels is not None)
     if not reads_labels or not commits:

@@ -30,7 +30,7 @@ from pipeline.core.redaction import quoted, redact
 from pipeline.shards.index import NO_LABEL, ShardIndex, encode_index, index_settings
 from pipeline.shards.labels import LabelCount, check_label_member, spread
 from pipeline.shards.moved import new_place, report_moved
-from pipeline.shards.shard_head import peek
+from pipeline.shards.shard_head import read_shard_head
 from pipeline.shards.tar import read_samples
 from schemas.cache_format import Manifest, Relabelled, Statistics
 from schemas.config import DataConfig
@@ -97,7 +97,7 @@ def relabel(
             code="cache.relabel-unknown-shards",
             where="--shards",
             got=f"{len(strange)} of {len(given)} shards, such as {strange[0]}",
-            wanted=f"the names of the cache's shards: {new_place(urls.values())}",
+            expected=f"the names of the cache's shards: {new_place(urls.values())}",
             next_step="correct the names, or leave --shards out where the shards are where the build found them",
         )
     urls.update(given)
@@ -135,7 +135,7 @@ def _reading(cache: TeacherCache, label: str | None) -> DataConfig:
 def _check_member(cache: TeacherCache, data: DataConfig, urls: Mapping[str, str]) -> None:
     """A wrong member is known from the first samples, before all shards are read."""
     seen = [
-        peek(url, data, size_bytes=storage.size(url))
+        read_shard_head(url, data, size_bytes=storage.size(url))
         for url in (urls[shard.shard_id] for shard in spread(cache.shards, _NUM_PEEKED))
     ]
     found = LabelCount.of([one.label_N for one in seen], [one.members for one in seen])
@@ -163,15 +163,15 @@ def _relabelled(index: ShardIndex, data: DataConfig, local: Path, *, where: str)
         for sample in read_samples(local, data, where=where)
     ]
     keys: list[str] = index.keys.to_pylist()
-    wanted = list(zip(keys, index.content_hash.tolist(), strict=True))
-    if (got := [(key, content_hash) for key, content_hash, *_ in samples]) != wanted:
-        row = next((row for row, (one, other) in enumerate(zip(got, wanted, strict=False)) if one != other), None)
+    expected = list(zip(keys, index.content_hash.tolist(), strict=True))
+    if (got := [(key, content_hash) for key, content_hash, *_ in samples]) != expected:
+        row = next((row for row, (one, other) in enumerate(zip(got, expected, strict=False)) if one != other), None)
         raise ShardError(
             "this shard holds other samples or images than the cache was built from",
             code="cache.relabel-other-images",
-            where=where if row is None else f"{where}, row {row}, key {wanted[row][0]}",
+            where=where if row is None else f"{where}, row {row}, key {expected[row][0]}",
             got=f"{len(got)} samples" if row is None else f"key {got[row][0]}, content hash {got[row][1]:016x}",
-            wanted=f"{len(wanted)} samples" if row is None else f"content hash {wanted[row][1]:016x}",
+            expected=f"{len(expected)} samples" if row is None else f"content hash {expected[row][1]:016x}",
             next_step="restore the images, or build another cache: other images need the teacher",
         )
     return replace(

@@ -11,15 +11,15 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.cache.build.commit import Standing, missing_blocks
+from pipeline.cache.build.commit import CommitSummary, missing_blocks
 from pipeline.cache.format import layout
 from pipeline.cache.format.codec import outputs_of, row_bytes
 from pipeline.cache.format.header import find_header
-from pipeline.cache.plan.shard_survey import Span, Survey, survey_shards, total
+from pipeline.cache.plan.shard_survey import Estimate, ShardSurvey, survey_shards, total
 from pipeline.core.redaction import redact
 from pipeline.models import load_untrained
 from pipeline.shards.labels import NUM_INDEXES_READ, LabelCount, check_label_member
-from schemas.cache_format import Header, Output, ViewBlock, drawn_columns, part_schema
+from schemas.cache_format import Header, Output, ViewBlock, aug_param_columns, part_schema
 from schemas.config import CacheConfig, Config, ViewsConfig
 
 _CANARY_SHARE = 0.001
@@ -34,7 +34,7 @@ _CLASS_SUM_BYTES = 12  # class and count, beside 8 a dimension
 class ShardBlocks:
     """The parts of one shard that stand, and those still to make."""
 
-    committed: tuple[Standing, ...]
+    committed: tuple[CommitSummary, ...]
     missing: tuple[ViewBlock, ...]
 
     @property
@@ -52,7 +52,7 @@ class ShardBlocks:
 
 
 @dataclass(frozen=True)
-class Ground:
+class PlanInputs:
     """All that a plan is made from. Shards are named by id.
 
     Attributes:
@@ -64,8 +64,8 @@ class Ground:
     cache: CacheConfig
     urls: Mapping[str, str]
     sizes: Mapping[str, int]
-    commits: Sequence[Standing]
-    survey: Survey
+    commits: Sequence[CommitSummary]
+    survey: ShardSurvey
     header: Header | None
     embedding_dim: int | None
 
@@ -76,7 +76,7 @@ class Ground:
         Raises:
             CacheError: two commits overlap.
         """
-        committed: defaultdict[str, list[Standing]] = defaultdict(list)
+        committed: defaultdict[str, list[CommitSummary]] = defaultdict(list)
         for commit in self.commits:
             committed[commit.shard_id].append(commit)
         fresh = self._missing([], "")
@@ -85,7 +85,7 @@ class Ground:
             for shard, found in ((shard, committed[shard]) for shard in self.urls)
         }
 
-    def _missing(self, commits: list[Standing], shard: str) -> tuple[ViewBlock, ...]:
+    def _missing(self, commits: list[CommitSummary], shard: str) -> tuple[ViewBlock, ...]:
         return tuple(
             missing_blocks(
                 (commit.block for commit in commits),
@@ -117,14 +117,14 @@ class Work:
         forwards: rows the teacher is asked about, the eval pass included.
     """
 
-    rows: Span
+    rows: Estimate
     num_shards: int
     num_counted: int
     num_parts: int
     num_parts_open: int
     blocks_per_shard: int
-    forwards: Span
-    forwards_open: Span
+    forwards: Estimate
+    forwards_open: Estimate
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,13 +142,13 @@ class Size:
 
     outputs: dict[str, int]
     columns: float
-    row: Span
+    row: Estimate
     is_measured: bool
-    parts: Span
-    parts_open: Span
-    parts_of_shard: Span
+    parts: Estimate
+    parts_open: Estimate
+    parts_of_shard: Estimate
     means: int | None
-    scratch: Span
+    scratch: Estimate
     read: int
 
 
@@ -204,13 +204,13 @@ class CachePlan:
         return asdict(self)
 
 
-def survey_ground(
+def collect_plan_inputs(
     config: Config,
     cache: CacheConfig,
     urls: Mapping[str, str],
     sizes: Mapping[str, int],
-    commits: Sequence[Standing],
-) -> Ground:
+    commits: Sequence[CommitSummary],
+) -> PlanInputs:
     """Looks at header, commits, indexes and a few shards; loads no network.
 
     Raises:
@@ -220,7 +220,7 @@ def survey_ground(
     header = find_header(cache.url)
     commits = [commit for commit in commits if commit.shard_id in urls]
     index_urls = [storage.join(cache.url, layout.INDEX), *filter(None, [config.data.index])]
-    return Ground(
+    return PlanInputs(
         config=config,
         cache=cache,
         urls=urls,
@@ -232,15 +232,15 @@ def survey_ground(
     )
 
 
-def check_labels(ground: Ground) -> None:
+def check_labels(inputs: PlanInputs) -> None:
     """Refuses a wrong ``data.label`` while the cache has no part: later its reading rules cannot change.
 
     Raises:
         ShardError: no sample that was looked at has that member.
     """
-    if not ground.commits:
-        where = redact(next(iter(ground.urls.values())))
-        check_label_member(ground.survey.label_count, ground.config.data, where=where)
+    if not inputs.commits:
+        where = redact(next(iter(inputs.urls.values())))
+        check_label_member(inputs.survey.label_count, inputs.config.data, where=where)
 
 
 def embedding_dim(config: Config) -> int:
@@ -254,85 +254,85 @@ def embedding_dim(config: Config) -> int:
     return teacher.module.embedding_dim
 
 
-def needs_embedding_dim(ground: Ground) -> bool:
+def needs_embedding_dim(inputs: PlanInputs) -> bool:
     """Whether the bytes depend on a D that is not known."""
-    return ground.embedding_dim is None and (ground.cache.embeddings != "none" or ground.num_partials > 0)
+    return inputs.embedding_dim is None and (inputs.cache.embeddings != "none" or inputs.num_partials > 0)
 
 
-def plan_cache(ground: Ground) -> CachePlan:
+def plan_cache(inputs: PlanInputs) -> CachePlan:
     """
     Raises:
         CacheError: two commits overlap.
     """
-    work = plan_work(ground)
-    labels = None if ground.config.data.label is None else ground.survey.label_count
-    return CachePlan(work, plan_size(ground), plan_traffic(ground), break_even(ground.config), labels)
+    work = plan_work(inputs)
+    labels = None if inputs.config.data.label is None else inputs.survey.label_count
+    return CachePlan(work, plan_size(inputs), plan_traffic(inputs), break_even(inputs.config), labels)
 
 
-def plan_work(ground: Ground) -> Work:
-    blocks, rows = ground.blocks, ground.survey.rows
+def plan_work(inputs: PlanInputs) -> Work:
+    blocks, rows = inputs.blocks, inputs.survey.rows
     return Work(
-        rows=ground.survey.num_rows,
+        rows=inputs.survey.num_rows,
         num_shards=len(blocks),
-        num_counted=ground.survey.num_counted,
+        num_counted=inputs.survey.num_counted,
         num_parts=sum(of_shard.num_parts for of_shard in blocks.values()),
         num_parts_open=sum(len(of_shard.missing) for of_shard in blocks.values()),
         blocks_per_shard=max(of_shard.num_parts for of_shard in blocks.values()),
         forwards=total(rows[shard] * of_shard.num_views for shard, of_shard in blocks.items()),
-        forwards_open=_forwards_open(ground),
+        forwards_open=_forwards_open(inputs),
     )
 
 
-def _forwards_open(ground: Ground) -> Span:
-    return total(ground.survey.rows[shard] * of_shard.missing_views for shard, of_shard in ground.blocks.items())
+def _forwards_open(inputs: PlanInputs) -> Estimate:
+    return total(inputs.survey.rows[shard] * of_shard.missing_views for shard, of_shard in inputs.blocks.items())
 
 
-def plan_size(ground: Ground) -> Size:
-    outputs, raw = _row_of_outputs(ground), _raw_row(ground)
-    row = _row(ground)
-    parts_open = _forwards_open(ground) * row
-    committed = sum(commit.part_size_bytes for item in ground.blocks.values() for commit in item.committed)
+def plan_size(inputs: PlanInputs) -> Size:
+    outputs, raw = _row_of_outputs(inputs), _raw_row(inputs)
+    row = _row(inputs)
+    parts_open = _forwards_open(inputs) * row
+    committed = sum(commit.part_size_bytes for item in inputs.blocks.values() for commit in item.committed)
     return Size(
         outputs=outputs,
-        columns=_column_bytes(ground.config.views),
+        columns=_column_bytes(inputs.config.views),
         row=row,
-        is_measured=_measured(ground.commits) is not None,
-        parts=parts_open + Span.exactly(committed),
+        is_measured=_measured(inputs.commits) is not None,
+        parts=parts_open + Estimate.exactly(committed),
         parts_open=parts_open,
-        parts_of_shard=_middle(ground) * row,
-        means=_means_bytes(ground),
-        scratch=_scratch(ground, raw, row),
-        read=sum(ground.sizes[shard] * len(of_shard.missing) for shard, of_shard in ground.blocks.items()),
+        parts_of_shard=_middle(inputs) * row,
+        means=_means_bytes(inputs),
+        scratch=_scratch(inputs, raw, row),
+        read=sum(inputs.sizes[shard] * len(of_shard.missing) for shard, of_shard in inputs.blocks.items()),
     )
 
 
-def _row(ground: Ground) -> Span:
+def _row(inputs: PlanInputs) -> Estimate:
     """Bytes of a row in a part: as measured in those that are there, or bounded."""
-    raw = _raw_row(ground)
-    return _measured(ground.commits) or Span(_LEAST_STORED * raw, raw, raw)
+    raw = _raw_row(inputs)
+    return _measured(inputs.commits) or Estimate(_LEAST_STORED * raw, raw, raw)
 
 
-def _raw_row(ground: Ground) -> float:
-    return sum(_row_of_outputs(ground).values()) + _column_bytes(ground.config.views)
+def _raw_row(inputs: PlanInputs) -> float:
+    return sum(_row_of_outputs(inputs).values()) + _column_bytes(inputs.config.views)
 
 
-def _row_of_outputs(ground: Ground) -> dict[str, int]:
-    return {output.name: row_bytes(output) for output in _outputs(ground)}
+def _row_of_outputs(inputs: PlanInputs) -> dict[str, int]:
+    return {output.name: row_bytes(output) for output in _outputs(inputs)}
 
 
-def _outputs(ground: Ground) -> tuple[Output, ...]:
-    if ground.header is not None:
-        return ground.header.outputs
-    assert ground.config.data.num_classes is not None
+def _outputs(inputs: PlanInputs) -> tuple[Output, ...]:
+    if inputs.header is not None:
+        return inputs.header.outputs
+    assert inputs.config.data.num_classes is not None
     # Without D the embedding is left out, and what is left is a lower bound.
-    known = {} if ground.embedding_dim else {"embeddings": "none"}
-    cache = ground.cache.model_copy(update=known)
-    return outputs_of(cache, num_classes=ground.config.data.num_classes, embedding_dim=ground.embedding_dim or 1)
+    known = {} if inputs.embedding_dim else {"embeddings": "none"}
+    cache = inputs.cache.model_copy(update=known)
+    return outputs_of(cache, num_classes=inputs.config.data.num_classes, embedding_dim=inputs.embedding_dim or 1)
 
 
 def _column_bytes(plan: ViewsConfig) -> float:
     """Of a row's columns beside the outputs, before compression; those of canaries by their share."""
-    columns = part_schema({}, drawn_columns(plan))
+    columns = part_schema({}, aug_param_columns(plan))
     return sum(_bits(item.type) / 8 * (_CANARY_SHARE if item.nullable else 1) for item in columns)
 
 
@@ -340,102 +340,102 @@ def _bits(kind: pa.DataType) -> int:
     return int(kind.bit_width)
 
 
-def _measured(commits: Sequence[Standing]) -> Span | None:
+def _measured(commits: Sequence[CommitSummary]) -> Estimate | None:
     rows = sum(commit.num_rows for commit in commits)
     if not rows:
         return None
     each = sum(commit.part_size_bytes for commit in commits) / rows
-    return Span((1 - _MEASURED_SPREAD) * each, each, (1 + _MEASURED_SPREAD) * each)
+    return Estimate((1 - _MEASURED_SPREAD) * each, each, (1 + _MEASURED_SPREAD) * each)
 
 
-def _middle(ground: Ground) -> Span:
+def _middle(inputs: PlanInputs) -> Estimate:
     """Rows of all views of the shard in the middle by rows."""
-    of_shards = [ground.survey.rows[shard] * of_shard.num_views for shard, of_shard in ground.blocks.items()]
-    return sorted(of_shards, key=lambda span: span.expected)[len(of_shards) // 2]
+    of_shards = [inputs.survey.rows[shard] * of_shard.num_views for shard, of_shard in inputs.blocks.items()]
+    return sorted(of_shards, key=lambda estimate: estimate.expected)[len(of_shards) // 2]
 
 
-def _means_bytes(ground: Ground) -> int | None:
+def _means_bytes(inputs: PlanInputs) -> int | None:
     """Every shard may hold every class."""
-    if not ground.num_partials:
+    if not inputs.num_partials:
         return 0
-    if ground.embedding_dim is None:
+    if inputs.embedding_dim is None:
         return None
-    assert ground.config.data.num_classes is not None
-    row = 8 * ground.embedding_dim + _CLASS_SUM_BYTES
-    return sum(row * round(min(ground.config.data.num_classes, rows.high)) for rows in ground.survey.rows.values())
+    assert inputs.config.data.num_classes is not None
+    row = 8 * inputs.embedding_dim + _CLASS_SUM_BYTES
+    return sum(row * round(min(inputs.config.data.num_classes, rows.high)) for rows in inputs.survey.rows.values())
 
 
-def _scratch(ground: Ground, raw: float, row: Span) -> Span:
+def _scratch(inputs: PlanInputs, raw: float, row: Estimate) -> Estimate:
     """Rows lie in spill files as they are, then in the assembled part as well; a remote shard lies beside them."""
-    found = [Span.exactly(0)]
-    for shard, of_shard in ground.blocks.items():
+    found = [Estimate.exactly(0)]
+    for shard, of_shard in inputs.blocks.items():
         for num_views in {len(block.views) for block in of_shard.missing}:
-            rows = ground.survey.rows[shard] * num_views
-            fetched = ground.sizes[shard] if storage.protocol(ground.urls[shard]) != "file" else 0
-            found.append(rows * (row + Span.exactly(raw)) + Span.exactly(fetched))
-    return max(found, key=lambda span: span.expected)
+            rows = inputs.survey.rows[shard] * num_views
+            fetched = inputs.sizes[shard] if storage.protocol(inputs.urls[shard]) != "file" else 0
+            found.append(rows * (row + Estimate.exactly(raw)) + Estimate.exactly(fetched))
+    return max(found, key=lambda estimate: estimate.expected)
 
 
-def plan_traffic(ground: Ground) -> Traffic:
-    parts = sum(of_shard.num_parts for of_shard in ground.blocks.values())
+def plan_traffic(inputs: PlanInputs) -> Traffic:
+    parts = sum(of_shard.num_parts for of_shard in inputs.blocks.values())
     return Traffic(
-        num_objects=2 * parts + len(ground.urls) + ground.num_partials + _num_published(ground),
-        build=_of_parts(ground) + _of_start(ground) + _of_end(ground, parts),
-        epoch=_of_epoch(ground),
+        num_objects=2 * parts + len(inputs.urls) + inputs.num_partials + _num_published(inputs),
+        build=_of_parts(inputs) + _of_start(inputs) + _of_end(inputs, parts),
+        epoch=_of_epoch(inputs),
     )
 
 
-def _num_published(ground: Ground) -> int:
+def _num_published(inputs: PlanInputs) -> int:
     """Header, manifest and its two tables; class means, and the JSON that they were imported from."""
-    return 4 + (ground.cache.class_means != "none") + (ground.cache.class_means_url is not None)
+    return 4 + (inputs.cache.class_means != "none") + (inputs.cache.class_means_url is not None)
 
 
-def _of_parts(ground: Ground) -> Requests:
+def _of_parts(inputs: PlanInputs) -> Requests:
     """Of ``build_part``, for every part that is still to make."""
-    row_bytes = _row(ground).expected
+    row_bytes = _row(inputs).expected
     put = get = 0
-    for shard, of_shard in ground.blocks.items():
+    for shard, of_shard in inputs.blocks.items():
         for block in of_shard.missing:
             # The part and its commit.
-            put += storage.num_puts(ground.survey.rows[shard].expected * len(block.views) * row_bytes) + 1
+            put += storage.num_puts(inputs.survey.rows[shard].expected * len(block.views) * row_bytes) + 1
         # The header twice, commit and index are read, and what arrived of the part is looked up.
-        get += (5 + _fetches(ground, shard)) * len(of_shard.missing)
-    weights = ground.config.teacher.weights_url
+        get += (5 + _fetches(inputs, shard)) * len(of_shard.missing)
+    weights = inputs.config.teacher.weights_url
     if weights is not None and storage.protocol(weights) != "file":
         # Whether they were replaced.
-        get += sum(len(of_shard.missing) for of_shard in ground.blocks.values())
+        get += sum(len(of_shard.missing) for of_shard in inputs.blocks.values())
     # The first part of a shard makes its index; one holds its class sums, of which is asked what arrived.
-    num_begun = len({commit.shard_id for commit in ground.commits})
-    num_sums = ground.num_partials - sum(commit.means is not None for commit in ground.commits)
-    return Requests(put=put + len(ground.urls) - num_begun + num_sums, get=get + num_sums)
+    num_begun = len({commit.shard_id for commit in inputs.commits})
+    num_sums = inputs.num_partials - sum(commit.means is not None for commit in inputs.commits)
+    return Requests(put=put + len(inputs.urls) - num_begun + num_sums, get=get + num_sums)
 
 
-def _fetches(ground: Ground, shard: str, *, num_looks: int = 1) -> int:
+def _fetches(inputs: PlanInputs, shard: str, *, num_looks: int = 1) -> int:
     """Of a remote shard its size, by each process that opens it, and once its bytes."""
-    return 0 if storage.protocol(ground.urls[shard]) == "file" else num_looks + storage.num_gets(ground.sizes[shard])
+    return 0 if storage.protocol(inputs.urls[shard]) == "file" else num_looks + storage.num_gets(inputs.sizes[shard])
 
 
-def _of_start(ground: Ground) -> Requests:
+def _of_start(inputs: PlanInputs) -> Requests:
     """Of the driver before the first part: the probe, commits, sizes, the survey, the header, the stock, the log."""
-    survey, num_commits = ground.survey, len(ground.commits)
-    num_sums = sum(commit.means is not None for commit in ground.commits)
-    peeks = survey.num_peeks if ground.is_remote else 0
-    put = 2 + (ground.header is None) + (ground.cache.class_means_url is not None) + 1
+    survey, num_commits = inputs.survey, len(inputs.commits)
+    num_sums = sum(commit.means is not None for commit in inputs.commits)
+    shard_heads = survey.num_shard_heads if inputs.is_remote else 0
+    put = 2 + (inputs.header is None) + (inputs.cache.class_means_url is not None) + 1
     # What the probe made, whether there is a manifest and whether it is relabelled, the header twice, what arrived of
     # the log.
-    get = 1 + 1 + 1 + 2 + 1 + num_commits + survey.num_indexes_read + peeks
+    get = 1 + 1 + 1 + 2 + 1 + num_commits + survey.num_indexes_read + shard_heads
     folders = [num_commits, survey.num_indexes, num_commits, num_sums, survey.num_indexes]
-    weights = ground.config.teacher.weights_url
+    weights = inputs.config.teacher.weights_url
     if weights is not None and storage.protocol(weights) != "file":
         # Whether they can be read.
         get += 1
-    if ground.config.data.index is not None:
-        folders.append(len(ground.urls))
-    return sum(map(_of_listing, folders), Requests(put=put, get=get, list=1) + _of_sizes(ground))
+    if inputs.config.data.index is not None:
+        folders.append(len(inputs.urls))
+    return sum(map(_of_listing, folders), Requests(put=put, get=get, list=1) + _of_sizes(inputs))
 
 
-def _of_sizes(ground: Ground) -> Requests:
-    folders = Counter(url.rpartition("/")[0] for url in ground.urls.values() if storage.protocol(url) != "file")
+def _of_sizes(inputs: PlanInputs) -> Requests:
+    folders = Counter(url.rpartition("/")[0] for url in inputs.urls.values() if storage.protocol(url) != "file")
     return sum(
         (_of_listing(num) if storage.is_listed(folder, num) else Requests(get=num) for folder, num in folders.items()),
         Requests(),
@@ -447,23 +447,23 @@ def _of_listing(num_names: int) -> Requests:
     return Requests(list=-(-num_names // storage.NAMES_A_PAGE)) if num_names else Requests(get=1, list=2)
 
 
-def _of_end(ground: Ground, num_parts: int) -> Requests:
+def _of_end(inputs: PlanInputs, num_parts: int) -> Requests:
     """Of the driver after the last part: commits, class sums, tables, manifest, what no commit names, the log."""
-    num_tables = _num_published(ground) - 2
+    num_tables = _num_published(inputs) - 2
     # Each table takes the place of a former one, and of each is asked what arrived; as of the manifest, of which is
     # asked before whether it is relabelled. Then the labels are counted: manifest, header, table of shards, indexes.
-    get = 2 + num_parts + ground.num_partials + 2 * num_tables + 1 + 1 + 3 + min(len(ground.urls), NUM_INDEXES_READ)
-    folders = [num_parts, num_parts, ground.num_partials, len(ground.urls), 1]
+    get = 2 + num_parts + inputs.num_partials + 2 * num_tables + 1 + 1 + 3 + min(len(inputs.urls), NUM_INDEXES_READ)
+    folders = [num_parts, num_parts, inputs.num_partials, len(inputs.urls), 1]
     return sum(map(_of_listing, folders), Requests(put=num_tables + 1, get=get))
 
 
-def _of_epoch(ground: Ground) -> Requests:
+def _of_epoch(inputs: PlanInputs) -> Requests:
     """Of each shard its bytes, its index, and of one view the rows and the footer.
 
     At most: a rank fetches ahead, and each of its loaders opens what it meets, unless it has it open still.
     """
-    num_looks = 1 + max(1, ground.config.train.num_workers)
-    return Requests(get=sum(_fetches(ground, shard, num_looks=num_looks) + 3 for shard in ground.urls))
+    num_looks = 1 + max(1, inputs.config.train.num_workers)
+    return Requests(get=sum(_fetches(inputs, shard, num_looks=num_looks) + 3 for shard in inputs.urls))
 
 
 def break_even(config: Config) -> BreakEven:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import storage
-from pipeline.cache.plan.build_plan import Ground, plan_size
-from pipeline.cache.plan.shard_survey import Span
+from pipeline.cache.plan.build_plan import PlanInputs, plan_size
+from pipeline.cache.plan.shard_survey import Estimate
 from pipeline.core.errors import StorageInputError
 
 
@@ -22,11 +22,11 @@ class _Need:
 
     what: str
     folder: Path
-    size_bytes: Span
+    size_bytes: Estimate
     way_out: str
 
 
-def check_space(ground: Ground, *, num_tasks: int) -> list[str]:
+def check_space(inputs: PlanInputs, *, num_tasks: int) -> list[str]:
     """Looks at this machine's file systems: the cache's, if it is local, and scratch.
 
     Args:
@@ -39,14 +39,14 @@ def check_space(ground: Ground, *, num_tasks: int) -> list[str]:
     Raises:
         StorageInputError: not even the lower bound fits.
     """
-    found = [_check(needs) for needs in _by_file_system(_needs(ground, num_tasks))]
+    found = [_check(needs) for needs in _by_file_system(_needs(inputs, num_tasks))]
     return [warning for warning in found if warning is not None]
 
 
-def _needs(ground: Ground, num_tasks: int) -> list[_Need]:
-    size = plan_size(ground)
+def _needs(inputs: PlanInputs, num_tasks: int) -> list[_Need]:
+    size = plan_size(inputs)
     needs: list[_Need] = []
-    if (folder := storage.local_folder(ground.cache.url)) is not None:
+    if (folder := storage.local_folder(inputs.cache.url)) is not None:
         needs.append(_Need("the cache", folder, size.parts_open, "choose another cache.url"))
     if num_tasks:
         scratch = Path(tempfile.gettempdir())
@@ -65,20 +65,20 @@ def _by_file_system(needs: list[_Need]) -> list[list[_Need]]:
 def _check(needs: list[_Need]) -> str | None:
     """A warning on one file system, if there is one."""
     free = shutil.disk_usage(needs[0].folder).free
-    wanted = sum((need.size_bytes for need in needs), Span.exactly(0))
+    expected = sum((need.size_bytes for need in needs), Estimate.exactly(0))
     what, where = " and ".join(need.what for need in needs), ", ".join(str(need.folder) for need in needs)
-    if wanted.low > free:
+    if expected.low > free:
         raise StorageInputError(
             f"there is not enough room for {what}",
             where=where,
             got=f"{_gigabytes(free)} free",
-            wanted=f"at least {_gigabytes(wanted.low)}, about {_gigabytes(wanted.expected)}",
+            expected=f"at least {_gigabytes(expected.low)}, about {_gigabytes(expected.expected)}",
             next_step="; ".join(["make room", *(need.way_out for need in needs)]),
         )
-    if wanted.expected > free:
+    if expected.expected > free:
         return (
             f"{what} may not fit: {_gigabytes(free)} free in {where}, wanted "
-            f"{_gigabytes(wanted.low)} to {_gigabytes(wanted.high)}"
+            f"{_gigabytes(expected.low)} to {_gigabytes(expected.high)}"
         )
     return None
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from pipeline.augment.random_bits import key_of, permutation
 from pipeline.cache.format.header import views_body
-from pipeline.cache.plan.build_plan import CachePlan, Ground
+from pipeline.cache.plan.build_plan import CachePlan, PlanInputs
 from pipeline.core.hashing import differences
 from pipeline.models import random_weights_warnings
 from pipeline.shards.index import NO_LABEL, index_settings
@@ -23,41 +23,41 @@ _MANY_READS = 5
 _ENOUGH_LABELS_A_CLASS = 10
 
 
-def advice(ground: Ground, plan: CachePlan) -> list[str]:
+def advice(inputs: PlanInputs, plan: CachePlan) -> list[str]:
     """The warnings on a plan."""
-    found = (check(ground, plan) for check in _CHECKS)
+    found = (check(inputs, plan) for check in _CHECKS)
     return [warning for warning in found if warning is not None]
 
 
-def _other_cache(ground: Ground, _: CachePlan) -> str | None:
+def _other_cache(inputs: PlanInputs, _: CachePlan) -> str | None:
     """What can be seen without the teacher; its weights are compared when the build claims the cache."""
-    header = ground.header
+    header = inputs.header
     if header is None:
         return None
-    cache, teacher = ground.cache, ground.config.teacher
-    wanted = {
+    cache, teacher = inputs.cache, inputs.config.teacher
+    expected = {
         "precision": teacher.precision,
         **{name: getattr(cache, name) for name in ("logits", "embeddings", "class_means")},
     }
     if cache.class_means_url is not None:
         # The header has the digest of what is there, which a plan does not read.
-        del wanted["class_means"]
+        del expected["class_means"]
     changed = [
-        *differences(header.views, views_body(ground.config.views), "views."),
-        *differences({key: header.teacher[key] for key in wanted}, wanted, "teacher."),
-        *differences(header.data, index_settings(ground.config.data), "data."),
+        *differences(header.views, views_body(inputs.config.views), "views."),
+        *differences({key: header.teacher[key] for key in expected}, expected, "teacher."),
+        *differences(header.data, index_settings(inputs.config.data), "data."),
     ]
     if not changed:
         return None
     return f"cache.url holds a cache of another config, which a build will refuse: {'; '.join(changed)}"
 
 
-def _class_sorted(ground: Ground, _: CachePlan) -> str | None:
-    group = ground.config.views.mix_group
-    spread = label_spread(ground.survey.labels, group)
+def _class_sorted(inputs: PlanInputs, _: CachePlan) -> str | None:
+    group = inputs.config.views.mix_group
+    spread = label_spread(inputs.survey.labels, group)
     if spread is None or spread >= _LEAST_SPREAD:
         return None
-    harm = "images are mixed within few classes" if ground.config.views.mixes else "batches see few classes at a time"
+    harm = "images are mixed within few classes" if inputs.config.views.mixes else "batches see few classes at a time"
     return (
         f"the shards are sorted by class: {group} neighbours have {spread:.0%} of the label entropy of a shuffled set, "
         f"so {harm}; shuffle them (stillroom shards pack shuffles image folders)"
@@ -87,10 +87,10 @@ def _entropy(label_N: NDArray[np.int32]) -> float:
     return float(-(share_C * np.log(share_C)).sum())
 
 
-def _other_classes(ground: Ground, _: CachePlan) -> str | None:
-    num_classes = ground.config.data.num_classes
+def _other_classes(inputs: PlanInputs, _: CachePlan) -> str | None:
+    num_classes = inputs.config.data.num_classes
     assert num_classes is not None
-    label_N = np.concatenate([np.empty(0, np.int32), *ground.survey.labels])
+    label_N = np.concatenate([np.empty(0, np.int32), *inputs.survey.labels])
     label_N = label_N[label_N != NO_LABEL]
     if not len(label_N):
         return None
@@ -105,10 +105,10 @@ def _other_classes(ground: Ground, _: CachePlan) -> str | None:
     return None
 
 
-def _missing_labels(ground: Ground, _: CachePlan) -> str | None:
-    data, count = ground.config.data, ground.survey.label_count
+def _missing_labels(inputs: PlanInputs, _: CachePlan) -> str | None:
+    data, count = inputs.config.data, inputs.survey.label_count
     missing = count.num_images - count.num_labelled
-    if not missing or not ground.num_partials or data.missing_labels == "ignore":
+    if not missing or not inputs.num_partials or data.missing_labels == "ignore":
         return label_warning(count, data)
     return (
         f"{missing} of {count.num_images} sampled images have no label, and class means will refuse them; "
@@ -116,8 +116,8 @@ def _missing_labels(ground: Ground, _: CachePlan) -> str | None:
     )
 
 
-def _coarse_logits(ground: Ground, plan: CachePlan) -> str | None:
-    num_classes, kind = ground.config.data.num_classes, str(ground.cache.logits)
+def _coarse_logits(inputs: PlanInputs, plan: CachePlan) -> str | None:
+    num_classes, kind = inputs.config.data.num_classes, str(inputs.cache.logits)
     assert num_classes is not None
     if kind != "int8" or num_classes <= _MANY_CLASSES:
         return None
@@ -129,36 +129,36 @@ def _coarse_logits(ground: Ground, plan: CachePlan) -> str | None:
     )
 
 
-def _many_objects(ground: Ground, plan: CachePlan) -> str | None:
+def _many_objects(inputs: PlanInputs, plan: CachePlan) -> str | None:
     if plan.traffic.num_objects <= _MANY_OBJECTS:
         return None
     return (
         f"{plan.traffic.num_objects} objects: listing, deleting and paying for them adds up; larger shards "
-        f"({plan.work.num_shards} now) or cache.views_per_part above {ground.cache.views_per_part} make fewer"
+        f"({plan.work.num_shards} now) or cache.views_per_part above {inputs.cache.views_per_part} make fewer"
     )
 
 
-def _many_reads(ground: Ground, plan: CachePlan) -> str | None:
-    if not ground.is_remote or plan.work.blocks_per_shard < _MANY_READS:
+def _many_reads(inputs: PlanInputs, plan: CachePlan) -> str | None:
+    if not inputs.is_remote or plan.work.blocks_per_shard < _MANY_READS:
         return None
     return (
         f"every shard is fetched whole {plan.work.blocks_per_shard} times, once a part: {plan.size.read / 1e9:.1f} GB; "
-        f"cache.views_per_part above {ground.cache.views_per_part} reads less"
+        f"cache.views_per_part above {inputs.cache.views_per_part} reads less"
     )
 
 
-def _large_sums(_: Ground, plan: CachePlan) -> str | None:
+def _large_sums(_: PlanInputs, plan: CachePlan) -> str | None:
     means, parts = plan.size.means, plan.size.parts.expected
     if means is None or means <= parts:
         return None
     return f"partial class sums may take {means / 1e9:.1f} GB, more than the parts; larger shards make fewer"
 
 
-def _random_teacher(ground: Ground, _: CachePlan) -> str | None:
-    return next(iter(random_weights_warnings({"teacher": ground.config.teacher})), None)
+def _random_teacher(inputs: PlanInputs, _: CachePlan) -> str | None:
+    return next(iter(random_weights_warnings({"teacher": inputs.config.teacher})), None)
 
 
-_CHECKS: tuple[Callable[[Ground, CachePlan], str | None], ...] = (
+_CHECKS: tuple[Callable[[PlanInputs, CachePlan], str | None], ...] = (
     _random_teacher,
     _other_cache,
     _class_sorted,

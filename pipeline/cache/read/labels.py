@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline import storage
-from pipeline.cache.build.commit import Standing
+from pipeline.cache.build.commit import CommitSummary
 from pipeline.cache.format.files import read_file
 from pipeline.cache.read.reader import TeacherCache
 from pipeline.core.errors import StillroomError
 from pipeline.core.redaction import redact
 from pipeline.shards.index import ShardIndex, decode_index
 from pipeline.shards.labels import LabelCount, count_labels
-from pipeline.shards.shard_head import peek
+from pipeline.shards.shard_head import read_shard_head
 from schemas.config import DataConfig
 
 
@@ -29,14 +29,14 @@ def cached_labels(cache: TeacherCache) -> LabelCount:
         return found
     first = cache.shards[0]
     try:
-        seen = peek(cache.shard_url(first), reading_rules(cache.data), size_bytes=first.size_bytes)
+        seen = read_shard_head(cache.shard_url(first), reading_rules(cache.data), size_bytes=first.size_bytes)
     except StillroomError:
         # A cache is read where its shards are not, too.
         return found
     return LabelCount.of([seen.label_N], [seen.members]).over(found)
 
 
-def committed_labels(cache_url: str, commits: Sequence[Standing]) -> LabelCount:
+def committed_labels(cache_url: str, commits: Sequence[CommitSummary]) -> LabelCount:
     """Of a cache whose build has not ended, by the indexes of the shards that have a commit.
 
     Raises:

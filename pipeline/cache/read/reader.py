@@ -27,7 +27,7 @@ from pipeline.core.errors import CacheError, StorageError, StorageInputError
 from pipeline.core.hashing import digest
 from pipeline.core.redaction import quoted, redact
 from pipeline.shards.index import ShardIndex, decode_index
-from schemas.cache_format import Header, Manifest, Output, drawn_columns
+from schemas.cache_format import Header, Manifest, Output, aug_param_columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +217,7 @@ class TeacherCache:
             raise CacheError(
                 "the cache does not hold this view",
                 where=f"{shard_id}, view {view} in {redact(self.url)}",
-                wanted=f"views 0..{self.num_views - 1}",
+                expected=f"views 0..{self.num_views - 1}",
             )
         return entry
 
@@ -238,7 +238,7 @@ class TeacherCache:
         """
         entry = self._entry(shard_id, view)
         # An eval pass has nothing of the plan's options.
-        drawn = {} if view == EVAL_VIEW else drawn_columns(plan_of(self.header))
+        drawn = {} if view == EVAL_VIEW else aug_param_columns(plan_of(self.header))
         return _decode_columns(self._fetch(entry), self.header, list(drawn))
 
     def _fetch(self, entry: dict[str, object]) -> pa.Table:
@@ -267,7 +267,7 @@ class TeacherCache:
                 "a view has another number of rows",
                 where=where,
                 got=found.num_rows,
-                wanted=entry["rows"],
+                expected=entry["rows"],
                 next_step=REBUILD,
             )
         return found
@@ -290,14 +290,14 @@ def _read_range(url: str, offset: int, size_bytes: int, *, end: int, digest: obj
     return data
 
 
-def _check_size(url: str, wanted: int, cause: StorageError) -> None:
+def _check_size(url: str, expected: int, cause: StorageError) -> None:
     """Tells a part that was cut short, which no retry mends, from storage that failed."""
-    if (got := storage.size(url)) != wanted:
+    if (got := storage.size(url)) != expected:
         raise CacheError(
             "this part is not as long as its commit says",
             where=redact(url),
             got=f"{got} bytes",
-            wanted=f"{wanted} bytes",
+            expected=f"{expected} bytes",
             next_step=REBUILD,
         ) from cause
 
@@ -319,7 +319,7 @@ class _Range(io.RawIOBase):
         self._position = start + offset
         return self._position
 
-    def tell(self) -> int:
+    def emit(self) -> int:
         return self._position
 
     def read(self, size: int = -1) -> bytes:

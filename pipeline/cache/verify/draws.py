@@ -17,7 +17,7 @@ from pipeline.augment.params import (
     unmix,
     view_params,
 )
-from pipeline.augment.random_bits import Words
+from pipeline.augment.random_bits import RandomBits
 from pipeline.shards.index import ShardIndex
 from schemas.config import ViewsConfig
 
@@ -26,15 +26,15 @@ Columns = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class ShardDraws:
+class ShardAugParams:
     """The ok rows of one shard under a plan."""
 
     plan: ViewsConfig
     index: ShardIndex
-    keys_N2: Words
+    keys_N2: RandomBits
 
     @classmethod
-    def of(cls, plan: ViewsConfig, index: ShardIndex) -> ShardDraws:
+    def of(cls, plan: ViewsConfig, index: ShardIndex) -> ShardAugParams:
         return cls(plan, index, sample_keys(plan.seed, index.sample_ids(index.ok)))
 
     def columns(self, view: int) -> Columns:

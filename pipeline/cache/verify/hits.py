@@ -14,7 +14,7 @@ from schemas.cache_format import Header, Statistics
 # A float16 beside numbers of finer steps may change places with them by its rounding.
 _ROUNDING = 2.0**-10
 
-Tell = Callable[[str, object, object], None]
+Emit = Callable[[str, object, object], None]
 
 
 class HitCounts:
@@ -50,14 +50,14 @@ class HitCounts:
         hits_L22 = np.stack([[rank_L < 1, rank_L < 5] for rank_L in (below_L, above_L)]).transpose(2, 1, 0)
         np.add.at(self._bounds_G22, self._group_N[rows][labelled], hits_L22.astype(np.int64))
 
-    def compare(self, stated: Statistics, tell: Tell) -> None:
+    def compare(self, stated: Statistics, emit: Emit) -> None:
         """Tells each figure of a commit that the part does not bear out."""
         counted_N = (self._label_N != NO_LABEL) & ~self._mixes_G[self._group_N]
         classes: Counter[int] = Counter()
         for label, rows in zip(self._label_N[counted_N].tolist(), self._rows_N[counted_N].tolist(), strict=True):
             classes[label] += rows
         if stated.labelled != classes.total() or stated.class_counts != dict(classes):
-            tell(
+            emit(
                 "the commit's class counts are not those of the labels",
                 stated.class_counts,
                 dict(sorted(classes.items())),
@@ -69,4 +69,4 @@ class HitCounts:
             ("top-1", "top-5"), (stated.top1_hits, stated.top5_hits), bounds_22.tolist(), strict=True
         ):
             if not low <= hits <= high:
-                tell(f"the commit's {name} hits are not those of the stored logits", hits, f"{low} to {high}")
+                emit(f"the commit's {name} hits are not those of the stored logits", hits, f"{low} to {high}")

@@ -110,7 +110,7 @@ def _compare(
             commit.part.path,
             "these are not the pixels that the teacher saw",
             got=f"block means differ by up to {levels} of 255; here: {_versions(_here())}",
-            wanted=f"the part was built with {_versions(commit.environment)}",
+            expected=f"the part was built with {_versions(commit.environment)}",
             shard=commit.shard_id,
             view=canary.view,
             key=images.index.keys[int(images.index.ok[canary.ordinal])].as_py(),

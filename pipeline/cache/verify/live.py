@@ -20,11 +20,11 @@ from pipeline.cache.format.codec import decode, encode
 from pipeline.cache.read.reader import open_cache
 from pipeline.cache.verify.report import Findings, Problem, Recomputed
 from pipeline.cache.verify.sample import LiveTeacher, Pool, Sample, arrange
-from pipeline.teacher.inference import Answers, Teacher
+from pipeline.teacher.inference import InferenceOutputs, Teacher
 from schemas.cache_format import Output
 
 _BATCHES_AT_ONCE = 4
-_FEWEST_ROWS_AT_ONCE = 256
+_MIN_ROWS_AT_ONCE = 256
 
 
 def recompute(
@@ -48,17 +48,17 @@ def recompute(
         check_same(cache.header, live.header, cache_url)
         sample = Sample(cache, live, shard_urls, decoders, findings)
         pool = Pool()
-        limit = max(_FEWEST_ROWS_AT_ONCE, _BATCHES_AT_ONCE * live.teacher.batch_size)
-        for done, wanted in sample.fill(pool, num_rows, seed):
-            if len(pool.rows) >= limit or done == wanted:
+        limit = max(_MIN_ROWS_AT_ONCE, _BATCHES_AT_ONCE * live.teacher.batch_size)
+        for done, expected in sample.fill(pool, num_rows, seed):
+            if len(pool.rows) >= limit or done == expected:
                 found = found.plus(_compare(pool, live, findings))
                 pool = Pool()
             if progress is not None:
-                progress(done, wanted)
+                progress(done, expected)
     return findings, found
 
 
-def _ask(pool: Pool, teacher: Teacher) -> Answers:
+def _ask(pool: Pool, teacher: Teacher) -> InferenceOutputs:
     """What the teacher says of the rows, each at the place in a batch that it had in the build."""
     order, place = arrange([row.slot for row in pool.rows], teacher.batch_size)
     pixels_MCHW = torch.stack([pool.rows[row].pixels_CHW for row in order])
@@ -67,9 +67,9 @@ def _ask(pool: Pool, teacher: Teacher) -> Answers:
         answers = teacher.answer(pixels_MCHW)
     else:
         partner_M = place[np.array(pool.partner)[order]].astype(np.int32)
-        cut_M4 = np.stack([pool.rows[row].cut_4 for row in order])
-        answers = teacher.answer(pixels_MCHW, partner_M, lambda_M, cut_M4 if cut_M4.any() else None)
-    return Answers(answers.logits_NK[place], answers.embedding_ND[place])
+        cutmix_box_M4 = np.stack([pool.rows[row].cutmix_box_4 for row in order])
+        answers = teacher.answer(pixels_MCHW, partner_M, lambda_M, cutmix_box_M4 if cutmix_box_M4.any() else None)
+    return InferenceOutputs(answers.logits_NK[place], answers.embedding_ND[place])
 
 
 def _compare(pool: Pool, live: LiveTeacher, findings: Findings) -> Recomputed:
@@ -84,12 +84,12 @@ def _compare(pool: Pool, live: LiveTeacher, findings: Findings) -> Recomputed:
         scale = max(float(made[output.name].std()), 1e-6)
         stored_ND = np.stack([row.stored[output.name] for row in pool.rows])
         off_N, allowed_N = distance(stored_ND, made[output.name], output, drift=drift * scale, same_N=same_N)
-        _tell(pool, output.name, off_N / scale, allowed_N / scale, findings)
+        _emit(pool, output.name, off_N / scale, allowed_N / scale, findings)
         differs_N |= off_N > 0
         largest = max(largest, float(off_N.max()) / scale)
     norm_N = np.linalg.norm(answers.embedding_ND.astype(np.float64), axis=1).astype(np.float32)
     off_N = np.abs(norm_N - np.array([row.norm for row in pool.rows])) / np.maximum(norm_N, 1e-6)
-    _tell(pool, "embedding_norm", off_N, np.where(same_N, 0.0, drift), findings)
+    _emit(pool, "embedding_norm", off_N, np.where(same_N, 0.0, drift), findings)
     differs_N |= off_N > 0
     return Recomputed(
         rows=len(pool.rows),
@@ -114,7 +114,7 @@ def distance(
     return np.where(same_N | (bits_N == 0), bits_N, exact_N), np.where(same_N, 0.0, encoding_N + drift)
 
 
-def _tell(
+def _emit(
     pool: Pool, name: str, off_N: NDArray[np.floating], allowed_N: NDArray[np.floating], findings: Findings
 ) -> None:
     unit = "of their standard deviation" if name != "embedding_norm" else "of itself"
@@ -125,7 +125,7 @@ def _tell(
                 row.file,
                 f"{name} is not what the teacher says",
                 got=f"off by {off_N[at]:.3g} {unit}",
-                wanted="the same bits: the numeric environment is the part's own"
+                expected="the same bits: the numeric environment is the part's own"
                 if row.same_environment
                 else f"at most {allowed_N[at]:.3g}",
                 shard=row.shard,

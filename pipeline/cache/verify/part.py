@@ -17,14 +17,14 @@ from pipeline.cache.build.class_means import ClassSums, merge, sum_rows
 from pipeline.cache.build.commit import file_digest
 from pipeline.cache.build.part_writer import view_ranges
 from pipeline.cache.format.codec import decode, depends_on_temperature, row_bytes
-from pipeline.cache.verify.draws import Columns, ShardDraws
+from pipeline.cache.verify.draws import Columns, ShardAugParams
 from pipeline.cache.verify.hits import HitCounts
 from pipeline.cache.verify.records import holds_means
 from pipeline.cache.verify.report import Findings, Problem
 from pipeline.core.bounded_parquet import read_bounded
 from pipeline.core.errors import CacheError
 from pipeline.shards.index import ShardIndex
-from schemas.cache_format import Commit, FileRef, Header, Output, drawn_columns, part_schema
+from schemas.cache_format import Commit, FileRef, Header, Output, aug_param_columns, part_schema
 
 # What the norm of stored numbers may differ by from that of the exact ones, as a share of it: a rounding each, and the
 # rounding of the norm. Of eight-bit steps it is a step a number.
@@ -62,7 +62,7 @@ def check_file(path: Path, ref: FileRef) -> None:
         raise CacheError(
             "this part is not the one that was committed",
             got=f"{size_bytes} bytes, sha256 {got[:16]}",
-            wanted=f"{ref.size_bytes} bytes, sha256 {ref.sha256[:16]}",
+            expected=f"{ref.size_bytes} bytes, sha256 {ref.sha256[:16]}",
         )
 
 
@@ -70,7 +70,7 @@ class PartCheck:
     """Reads one part, a row group at a time. ``draws`` are absent where the plan cannot be drawn here."""
 
     def __init__(
-        self, commit: Commit, header: Header, index: ShardIndex, draws: ShardDraws | None, findings: Findings
+        self, commit: Commit, header: Header, index: ShardIndex, draws: ShardAugParams | None, findings: Findings
     ) -> None:
         self._commit, self._header, self._index = commit, header, index
         self._draws, self._findings = draws, findings
@@ -92,30 +92,30 @@ class PartCheck:
         except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
             raise CacheError("this part cannot be read", got=f"{type(error).__name__}: {error}") from error
         if self._hits is not None:
-            self._hits.compare(self._commit.statistics, self._tell)
+            self._hits.compare(self._commit.statistics, self._emit)
         return self._content
 
     def _rows_by_view(self) -> dict[int, int]:
         return {view.view: view.rows for view in self._commit.views}
 
-    def _tell(self, what: str, got: object, wanted: object) -> None:
+    def _emit(self, what: str, got: object, expected: object) -> None:
         path = self._commit.part.path
-        self._findings.add(Problem(path, what, got=str(got), wanted=str(wanted), shard=self._commit.shard_id))
+        self._findings.add(Problem(path, what, got=str(got), expected=str(expected), shard=self._commit.shard_id))
 
     def _check_structure(self, file: pq.ParquetFile, path: Path) -> list[list[int]]:
         """The row groups of each view."""
         if self._draws is not None:
-            drawn = {} if self._commit.block.is_eval else drawn_columns(self._draws.plan)
+            drawn = {} if self._commit.block.is_eval else aug_param_columns(self._draws.plan)
             schema = part_schema({output.name: row_bytes(output) for output in self._header.outputs}, drawn)
             if not file.schema_arrow.equals(schema):
-                raise CacheError("this part has other columns", got=file.schema_arrow.names, wanted=schema.names)
+                raise CacheError("this part has other columns", got=file.schema_arrow.names, expected=schema.names)
         sizes = [file.metadata.row_group(number).num_rows for number in range(file.metadata.num_row_groups)]
         groups = _split(sizes, list(self._rows_by_view().values()))
         if groups is None:
-            raise CacheError("a row group spans views", got=sizes, wanted=list(self._rows_by_view().values()))
+            raise CacheError("a row group spans views", got=sizes, expected=list(self._rows_by_view().values()))
         ranges, footer = view_ranges(path, self._rows_by_view())
         if (ranges, footer) != (self._commit.views, self._commit.footer):
-            self._tell("the commit's byte ranges are not those of this part", ranges, self._commit.views)
+            self._emit("the commit's byte ranges are not those of this part", ranges, self._commit.views)
         return groups
 
     def _check_view(self, view: int, num_rows: int, tables: Iterator[pa.Table]) -> None:
@@ -142,15 +142,15 @@ class PartCheck:
         }
 
     def _check_columns(self, table: pa.Table, view: int, rows: slice, expected: Columns) -> None:
-        for name, wanted_N in expected.items():
-            got_N, wanted_N = _array(table, name), wanted_N[rows]
-            wrong = np.flatnonzero(got_N != wanted_N)
+        for name, expected_N in expected.items():
+            got_N, expected_N = _array(table, name), expected_N[rows]
+            wrong = np.flatnonzero(got_N != expected_N)
             if len(wrong):
                 first = wrong[0]
-                self._tell_rows(f"{name} is not what it has to be", view, rows, wrong, got_N[first], wanted_N[first])
+                self._emit_rows(f"{name} is not what it has to be", view, rows, wrong, got_N[first], expected_N[first])
 
-    def _tell_rows(
-        self, what: str, view: int, rows: slice, wrong: NDArray[np.intp], got: object, wanted: object = None
+    def _emit_rows(
+        self, what: str, view: int, rows: slice, wrong: NDArray[np.intp], got: object, expected: object = None
     ) -> None:
         """One problem for all rows of a row group that share it; the first is named."""
         key = self._index.keys[int(self._index.ok[rows.start + wrong[0]])].as_py()
@@ -159,7 +159,7 @@ class PartCheck:
                 self._commit.part.path,
                 what,
                 got=str(got),
-                wanted=None if wanted is None else str(wanted),
+                expected=None if expected is None else str(expected),
                 shard=self._commit.shard_id,
                 view=view,
                 key=key,
@@ -171,14 +171,14 @@ class PartCheck:
         norm_N = _array(table, "embedding_norm")
         wrong = np.flatnonzero(~(np.isfinite(norm_N) & (norm_N >= 0)))
         if len(wrong):
-            self._tell_rows("the norm of an embedding is none", view, rows, wrong, norm_N[wrong[0]])
+            self._emit_rows("the norm of an embedding is none", view, rows, wrong, norm_N[wrong[0]])
         for output in self._header.outputs:
             with np.errstate(all="ignore"):
                 values_ND = decode(table[output.name], output)
             finite_N = np.isfinite(values_ND).all(1)
             wrong = np.flatnonzero(~finite_N)
             if len(wrong):
-                self._tell_rows(f"{output.name} with NaN or infinity", view, rows, wrong, "not finite")
+                self._emit_rows(f"{output.name} with NaN or infinity", view, rows, wrong, "not finite")
                 continue
             if output.name == "embedding":
                 self._check_norms(values_ND, norm_N, view, rows, output)
@@ -196,7 +196,7 @@ class PartCheck:
         wrong = np.flatnonzero(~(np.abs(own_N - norm_N) <= _norm_error(values_ND, own_N, output.dtype)))
         if len(wrong):
             first = wrong[0]
-            self._tell_rows("the norm is not the embedding's", view, rows, wrong, norm_N[first], f"{own_N[first]:.7g}")
+            self._emit_rows("the norm is not the embedding's", view, rows, wrong, norm_N[first], f"{own_N[first]:.7g}")
 
     def _add_sums(self, values_ND: NDArray[np.float32], view: int, rows: slice, output: Output) -> None:
         """Only fp32 embeddings add up to the very sums that the build made of the teacher's own."""
@@ -215,7 +215,7 @@ class PartCheck:
         wrong = np.flatnonzero(~complete_N if canary_N is None else ~complete_N | (stored_N != canary_N[rows]))
         if len(wrong):
             got = "one" if stored_N[wrong[0]] else "none"
-            self._tell_rows("a proof of pixels where none belongs, or none where one does", view, rows, wrong, got)
+            self._emit_rows("a proof of pixels where none belongs, or none where one does", view, rows, wrong, got)
             return
         for position in stored:
             digest, mean = digests[position], means[position]
@@ -231,11 +231,11 @@ def _array(table: pa.Table, name: str) -> NDArray[Any]:
     return column.to_numpy(zero_copy_only=False)
 
 
-def _split(sizes: Sequence[int], wanted: Sequence[int]) -> list[list[int]] | None:
+def _split(sizes: Sequence[int], expected: Sequence[int]) -> list[list[int]] | None:
     """Numbers of the row groups, cut so that each run has the rows wanted; None where no cut does."""
     runs: list[list[int]] = []
     number = 0
-    for rows in wanted:
+    for rows in expected:
         run: list[int] = []
         while rows > 0 and number < len(sizes):
             rows -= sizes[number]

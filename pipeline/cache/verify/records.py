@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from pipeline import storage
 from pipeline.augment.params import EVAL_VIEW
-from pipeline.cache.build.commit import Standing, read_ahead
+from pipeline.cache.build.commit import CommitSummary, read_ahead
 from pipeline.cache.build.imported_means import imported_sha256
 from pipeline.cache.build.manifest import fold_commits, locate, parse_manifest
 from pipeline.cache.format import layout
@@ -31,15 +31,15 @@ _DAMAGED = "totals of the manifest: a commit is damaged or missing"
 
 
 @dataclass(frozen=True, slots=True)
-class KeptCommit:
+class CompressedCommit:
     """A commit as its compressed file, which takes a tenth of its objects: a cache may have millions."""
 
-    standing: Standing
+    standing: CommitSummary
     packed: bytes = field(repr=False)
 
     @classmethod
-    def of(cls, commit: Commit, data: bytes) -> KeptCommit:
-        return cls(Standing.of(commit), zlib.compress(data))
+    def of(cls, commit: Commit, data: bytes) -> CompressedCommit:
+        return cls(CommitSummary.of(commit), zlib.compress(data))
 
     def unpack(self) -> Commit:
         return parse_record(Commit, zlib.decompress(self.packed), where=self.path)
@@ -61,12 +61,12 @@ class Relabelled:
 
 
 @dataclass(frozen=True, slots=True)
-class Records:
+class StructuredRows:
     """What the records say, as far as they can be trusted. ``commits`` are in order of their paths."""
 
     header: Header | None
     manifest: Manifest | None
-    commits: list[KeptCommit]
+    commits: list[CompressedCommit]
     broken: set[str]
     """Paths of commits that say nothing."""
     in_manifest: set[str] = field(default_factory=set[str])
@@ -111,12 +111,12 @@ class Records:
         return any(path == layout.index_path(commit.split("/")[1]) for commit in self.broken)
 
 
-def read_records(cache_url: str, entries: Sequence[storage.Entry], findings: Findings) -> Records:
+def read_records(cache_url: str, entries: Sequence[storage.Entry], findings: Findings) -> StructuredRows:
     """Reads every record and table and compares them; what is wrong is told and left out."""
     header = _read_header(cache_url, findings)
     commits, broken = _read_commits(cache_url, entries, header, findings)
     manifest = _read_manifest(cache_url, header, findings)
-    records = Records(header, manifest, commits, broken)
+    records = StructuredRows(header, manifest, commits, broken)
     if manifest is not None:
         _check_tables(cache_url, manifest, records, findings)
     for entry in entries:
@@ -134,7 +134,7 @@ def check_bytes(data: bytes, ref: FileRef) -> None:
         raise CacheError(
             "this file is not the one that was committed",
             got=f"{len(data)} bytes, sha256 {got[:16]}",
-            wanted=f"{ref.size_bytes} bytes, sha256 {ref.sha256[:16]}",
+            expected=f"{ref.size_bytes} bytes, sha256 {ref.sha256[:16]}",
             next_step=REBUILD,
         )
 
@@ -162,7 +162,7 @@ def _read_manifest(cache_url: str, header: Header | None, findings: Findings) ->
         if not storage.exists(storage.join(cache_url, layout.MANIFEST)):
             raise CacheError(
                 "there is none: the build did not finish, or it was removed",
-                wanted="run: stillroom cache build CONFIG",
+                expected="run: stillroom cache build CONFIG",
             )
         manifest = parse_manifest(
             read_file(cache_url, layout.MANIFEST, max_bytes=storage.MAX_RECORD_BYTES), where=layout.MANIFEST
@@ -179,7 +179,7 @@ def _read_manifest(cache_url: str, header: Header | None, findings: Findings) ->
 
 def _read_commits(
     cache_url: str, entries: Sequence[storage.Entry], header: Header | None, findings: Findings
-) -> tuple[list[KeptCommit], set[str]]:
+) -> tuple[list[CompressedCommit], set[str]]:
     """The commits that can be trusted, by path, and the paths of the others."""
     paths = [entry.path for entry in entries if layout.is_commit(entry.path)]
 
@@ -196,7 +196,7 @@ def _read_commits(
 
     firsts: dict[str, _OfShard] = {}
     covered: set[tuple[str, int]] = set()
-    commits: list[KeptCommit] = []
+    commits: list[CompressedCommit] = []
     broken: set[str] = set()
     for path, (commit, data, own) in zip(paths, read_ahead(read, paths), strict=True):
         if commit is not None:
@@ -205,7 +205,7 @@ def _read_commits(
         if commit is None or own.num_problems:
             broken.add(path)
         else:
-            commits.append(KeptCommit.of(commit, data))
+            commits.append(CompressedCommit.of(commit, data))
     return commits, broken
 
 
@@ -271,11 +271,11 @@ def _check_beside(
 def _check_former(cache_url: str, path: str, findings: Findings) -> None:
     with findings.told(path):
         findings.checked["former tables"] += 1
-        wanted = PurePosixPath(path).stem
-        findings.expect(path, "this file is not the one of its name", digest(read_file(cache_url, path)), wanted)
+        expected = PurePosixPath(path).stem
+        findings.expect(path, "this file is not the one of its name", digest(read_file(cache_url, path)), expected)
 
 
-def _check_tables(cache_url: str, manifest: Manifest, records: Records, findings: Findings) -> None:
+def _check_tables(cache_url: str, manifest: Manifest, records: StructuredRows, findings: Findings) -> None:
     shards = _read_table(cache_url, manifest.shards, layout.SHARDS, findings)
     parts = _read_table(cache_url, manifest.parts, layout.PARTS, findings)
     if shards is None or parts is None:
@@ -314,7 +314,9 @@ def _read_table(cache_url: str, ref: FileRef, path: str, findings: Findings) -> 
     return None
 
 
-def _check_fold(manifest: Manifest, shards: pa.Table, parts: pa.Table, records: Records, findings: Findings) -> None:
+def _check_fold(
+    manifest: Manifest, shards: pa.Table, parts: pa.Table, records: StructuredRows, findings: Findings
+) -> None:
     """The manifest is the fold of the commits of the parts that it names; others belong to a build that goes on."""
     shard_ids: list[str] = shards["shard_id"].to_pylist()
     inside = [commit for commit in records.commits if commit.standing.part in records.in_manifest]
@@ -324,14 +326,14 @@ def _check_fold(manifest: Manifest, shards: pa.Table, parts: pa.Table, records: 
     findings.expect(layout.PARTS, "parts of other shards", sorted(map(str, foreign)), [])
     paths = {commit.standing.part for commit in inside}
     for path in sorted(records.in_manifest - paths):
-        _tell_missing(path, records, findings)
+        _emit_missing(path, records, findings)
     fold = fold_commits((commit.unpack() for commit in inside), shard_ids)
     if records.complete:
-        for key, wanted in fold.totals.items():
+        for key, expected in fold.totals.items():
             got = getattr(manifest, key)
             if key == "statistics" and manifest.labels is not None:
-                got, wanted = got.model_copy(update=_BY_LABELS), wanted.model_copy(update=_BY_LABELS)
-            findings.expect(layout.MANIFEST, f"{key} is not the sum of the commits", got, wanted)
+                got, expected = got.model_copy(update=_BY_LABELS), expected.model_copy(update=_BY_LABELS)
+            findings.expect(layout.MANIFEST, f"{key} is not the sum of the commits", got, expected)
     else:
         findings.not_checked[_DAMAGED] += 1
         shards = _of(shards, "shard_id", {*fold.shards["shard_id"].to_pylist()})
@@ -347,7 +349,7 @@ def _of(table: pa.Table, name: str, values: set[str]) -> pa.Table:
     return table.filter(pa.array([value in values for value in table[name].to_pylist()], pa.bool_()))
 
 
-def _tell_missing(part_path: str, records: Records, findings: Findings) -> None:
+def _emit_missing(part_path: str, records: StructuredRows, findings: Findings) -> None:
     owner = layout.owner(part_path)
     if owner is None:
         findings.add(Problem(layout.PARTS, "this is not the name of a part", got=part_path))
@@ -358,17 +360,17 @@ def _tell_missing(part_path: str, records: Records, findings: Findings) -> None:
         findings.add(Problem(path, what, got=part_path, shard=owner[0]))
 
 
-def _check_table(path: str, got: pa.Table, wanted: pa.Table, findings: Findings) -> None:
+def _check_table(path: str, got: pa.Table, expected: pa.Table, findings: Findings) -> None:
     """Row by row; the first difference is named."""
-    if got.equals(wanted):
+    if got.equals(expected):
         return
     what = "this table is not the fold of the commits"
-    if got.schema != wanted.schema or len(got) != len(wanted):
-        findings.expect(path, what, (got.schema.names, len(got)), (wanted.schema.names, len(wanted)))
+    if got.schema != expected.schema or len(got) != len(expected):
+        findings.expect(path, what, (got.schema.names, len(got)), (expected.schema.names, len(expected)))
         return
-    for name in wanted.schema.names:
-        for row, (one, other) in enumerate(zip(got[name].to_pylist(), wanted[name].to_pylist(), strict=True)):
+    for name in expected.schema.names:
+        for row, (one, other) in enumerate(zip(got[name].to_pylist(), expected[name].to_pylist(), strict=True)):
             if one != other:
-                shard = str(wanted["shard_id"][row])
+                shard = str(expected["shard_id"][row])
                 findings.expect(path, f"{what}: {name}", one, other, shard=shard)
                 return

@@ -21,7 +21,7 @@ class Problem:
     file: str
     what: str
     got: str | None = None
-    wanted: str | None = None
+    expected: str | None = None
     shard: str | None = None
     view: int | None = None
     key: str | None = None
@@ -33,7 +33,9 @@ class Problem:
         place = {"shard": self.shard, "view": self.view, "key": self.key, "rows": self.rows}
         told = ", ".join(f"{name} {value}" for name, value in place.items() if value is not None)
         lines = [f"{self.file}: {self.what}" + (f" ({told})" if told else "")]
-        lines += [f"  {name + ':':<8}{text}" for name, text in (("got", self.got), ("wanted", self.wanted)) if text]
+        lines += [
+            f"  {name + ':':<10}{text}" for name, text in (("got", self.got), ("expected", self.expected)) if text
+        ]
         return "\n".join(lines)
 
 
@@ -55,11 +57,11 @@ class Findings:
         if len(self.problems) < _KEPT_PROBLEMS:
             self.problems.append(problem)
 
-    def expect(self, file: str, what: str, got: object, wanted: object, *, shard: str | None = None) -> bool:
-        """Whether ``got`` is ``wanted``; a problem where it is not."""
-        if got != wanted:
-            self.add(Problem(file, what, got=_brief(got), wanted=_brief(wanted), shard=shard))
-        return got == wanted
+    def expect(self, file: str, what: str, got: object, expected: object, *, shard: str | None = None) -> bool:
+        """Whether ``got`` is ``expected``; a problem where it is not."""
+        if got != expected:
+            self.add(Problem(file, what, got=_brief(got), expected=_brief(expected), shard=shard))
+        return got == expected
 
     @contextmanager
     def told(self, file: str, *, shard: str | None = None, view: int | None = None) -> Generator[None]:
@@ -68,8 +70,8 @@ class Findings:
             yield
         except StillroomError as error:
             what = error.what if error.where is None else f"{error.what} ({error.where})"
-            got, wanted = (None if value is None else _brief(value) for value in (error.got, error.wanted))
-            self.add(Problem(file, what, got=got, wanted=wanted, shard=shard, view=view, code=error.code))
+            got, expected = (None if value is None else _brief(value) for value in (error.got, error.expected))
+            self.add(Problem(file, what, got=got, expected=expected, shard=shard, view=view, code=error.code))
 
     def merge(self, other: Findings) -> None:
         self.checked.update(other.checked)

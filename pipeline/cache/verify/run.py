@@ -14,7 +14,7 @@ from pipeline.cache.build.imported_means import encode_kept, imported_sha256
 from pipeline.cache.format import layout
 from pipeline.cache.format.files import read_file, read_parquet
 from pipeline.cache.format.header import no_cache
-from pipeline.cache.verify.records import KeptCommit, Records, check_bytes, read_records
+from pipeline.cache.verify.records import CompressedCommit, StructuredRows, check_bytes, read_records
 from pipeline.cache.verify.report import Findings, VerifyReport
 from pipeline.cache.verify.shard import ShardTask, check_shard
 from pipeline.core.errors import CacheError
@@ -74,8 +74,8 @@ def verify_cache(
     )
 
 
-def _tasks(cache_url: str, records: Records, urls: Mapping[str, str], allowed_levels: int) -> list[ShardTask]:
-    by_shard: defaultdict[str, list[KeptCommit]] = defaultdict(list)
+def _tasks(cache_url: str, records: StructuredRows, urls: Mapping[str, str], allowed_levels: int) -> list[ShardTask]:
+    by_shard: defaultdict[str, list[CompressedCommit]] = defaultdict(list)
     for commit in records.commits:
         by_shard[commit.standing.shard_id].append(commit)
     return [
@@ -83,7 +83,9 @@ def _tasks(cache_url: str, records: Records, urls: Mapping[str, str], allowed_le
     ]
 
 
-def _check_ownerless(cache_url: str, entries: Sequence[storage.Entry], records: Records, findings: Findings) -> None:
+def _check_ownerless(
+    cache_url: str, entries: Sequence[storage.Entry], records: StructuredRows, findings: Findings
+) -> None:
     """Parts and class sums whose commit cannot be read still carry the beginning of their digest in their name."""
     known = {commit.path for commit in records.commits}
     for entry in entries:

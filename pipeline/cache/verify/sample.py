@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.augment.options import cut_boxes
+from pipeline.augment.options import cutmix_boxes
 from pipeline.augment.params import EVAL_VIEW
 from pipeline.augment.random_bits import key_of, philox4x64, uniform
 from pipeline.cache.build.commit import read_commit
@@ -63,7 +63,7 @@ class Row:
     """Place in the teacher's batch: a row's last bits may depend on it."""
     pixels_CHW: Tensor
     mix_lambda: np.float32
-    cut_4: NDArray[np.float32]
+    cutmix_box_4: NDArray[np.float32]
     """The part of the view that comes from the partner, as fractions; width 0: a blend."""
     stored: dict[str, NDArray[np.float32]]
     norm: np.float32
@@ -141,9 +141,9 @@ class Sample:
         ends = np.cumsum([self._cache.shards[shard].num_ok for shard, _ in cells])
         num_all = int(ends[-1])
         # Each brings its partner, which is then compared too.
-        wanted = num_rows if num_rows >= num_all or not self._plan.mixes else -(-num_rows // 2)
+        expected = num_rows if num_rows >= num_all or not self._plan.mixes else -(-num_rows // 2)
         chosen: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
-        for position in pick(wanted, num_all, seed).tolist():
+        for position in pick(expected, num_all, seed).tolist():
             at = int(np.searchsorted(ends, position, side="right"))
             chosen[cells[at]].append(position - (int(ends[at - 1]) if at else 0))
         return chosen
@@ -162,10 +162,10 @@ class Sample:
             with report_moved([url], "append --shards {}"):
                 group = next(images.groups(unit, block_of(view)))
             start = len(pool.rows)
-            boxes = cut_boxes(group.drawn_VN)
-            cut_N4 = np.zeros((len(unit), 4), np.float32) if boxes is None else boxes[0]
+            boxes = cutmix_boxes(group.drawn_VN)
+            cutmix_box_N4 = np.zeros((len(unit), 4), np.float32) if boxes is None else boxes[0]
             for position, ordinal in enumerate(unit):
-                seen = (group.pixels_VNCHW[0, position], group.mix_lambda_VN[0, position], cut_N4[position])
+                seen = (group.pixels_VNCHW[0, position], group.mix_lambda_VN[0, position], cutmix_box_N4[position])
                 pool.rows.append(make(ordinal, *seen))
                 pool.partner.append(start + int(group.partner_VN[0, position]))
 
@@ -178,7 +178,7 @@ class Sample:
         ordinal: int,
         pixels_CHW: Tensor,
         mix_lambda: np.float32,
-        cut_4: NDArray[np.float32],
+        cutmix_box_4: NDArray[np.float32],
         *,
         file: str,
         same_environment: bool,
@@ -193,7 +193,7 @@ class Sample:
             slot=ordinal % self._plan.mix_group % self._live.teacher.batch_size,
             pixels_CHW=pixels_CHW,
             mix_lambda=mix_lambda,
-            cut_4=cut_4,
+            cutmix_box_4=cutmix_box_4,
             stored={
                 name: rows.take(np.array([ordinal])).dense()[0] for name, rows in stored.items() if rows is not None
             },

@@ -12,10 +12,10 @@ import numpy as np
 from pipeline import storage
 from pipeline.cache.build.class_means import ClassSums, decode_sums, merge
 from pipeline.cache.format.files import gone, read_file
-from pipeline.cache.verify.draws import ShardDraws
+from pipeline.cache.verify.draws import ShardAugParams
 from pipeline.cache.verify.images import ShardImages, check_canaries
 from pipeline.cache.verify.part import Canary, PartCheck, PartContent, check_file
-from pipeline.cache.verify.records import KeptCommit, Records, check_bytes
+from pipeline.cache.verify.records import CompressedCommit, StructuredRows, check_bytes
 from pipeline.cache.verify.report import Findings
 from pipeline.core.errors import CacheError, StillroomError, StorageInputError
 from pipeline.core.hashing import digest
@@ -35,8 +35,8 @@ class ShardTask:
     """The commits of one shard, and where its images are; None: nowhere that is known."""
 
     cache_url: str
-    records: Records
-    commits: list[KeptCommit]
+    records: StructuredRows
+    commits: list[CompressedCommit]
     shard_url: str | None
     allowed_levels: int = 0
     """By which block means of canaries may differ."""
@@ -67,7 +67,7 @@ class _ShardCheck:
         self._index = self._read_index()
         self._relabelled = self._read_relabelled()
         plan = task.records.plan
-        self._draws = None if plan is None or self._index is None else ShardDraws.of(plan, self._index)
+        self._draws = None if plan is None or self._index is None else ShardAugParams.of(plan, self._index)
         self._images = self._open_images()
 
     def run(self) -> ShardResult:
@@ -108,8 +108,8 @@ class _ShardCheck:
             own.expect(path, "this file is not the one that was published", digest(data), named.sha256)
             index = decode_index(data, where=path)
             for name in ("shard_id", "keys", "status", "size", "width", "height", "content_hash"):
-                got, wanted = getattr(index, name), getattr(self._index, name)
-                same = np.array_equal(got, wanted) if isinstance(got, np.ndarray) else got == wanted
+                got, expected = getattr(index, name), getattr(self._index, name)
+                same = np.array_equal(got, expected) if isinstance(got, np.ndarray) else got == expected
                 own.expect(path, f"{name} of another index than the build's", same, True, shard=self._shard_id)
             beyond = int(((index.label < NO_LABEL) | (index.label >= header.num_classes)).sum())
             own.expect(path, "labels outside of the classes", beyond, 0, shard=self._shard_id)
@@ -178,8 +178,8 @@ class _ShardCheck:
         where = redact(url)
         what = "this shard is not as long as when its parts were built"
         named = records.relabelled.get(self._shard_id)
-        wanted = commit.shard_size_bytes if named is None else named.size_bytes
-        same = self._findings.expect(where, what, size_bytes, wanted, shard=self._shard_id)
+        expected = commit.shard_size_bytes if named is None else named.size_bytes
+        same = self._findings.expect(where, what, size_bytes, expected, shard=self._shard_id)
         return images if same else None
 
     def _check_canaries(self, commit: Commit, canaries: list[Canary]) -> None:
@@ -220,9 +220,9 @@ def _check_index(path: str, index: ShardIndex, commit: Commit, findings: Finding
 def _check_counts(path: str, sums: ClassSums, index: ShardIndex, findings: Findings) -> None:
     label_N = index.label[index.ok]
     classes, counts = np.unique(label_N[label_N != NO_LABEL], return_counts=True)
-    wanted = dict(zip(classes.tolist(), counts.tolist(), strict=True))
+    expected = dict(zip(classes.tolist(), counts.tolist(), strict=True))
     got = dict(zip(sums.class_C.tolist(), sums.count_C.tolist(), strict=True))
-    findings.expect(path, "rows by class are not those of the index", got, wanted, shard=index.shard_id)
+    findings.expect(path, "rows by class are not those of the index", got, expected, shard=index.shard_id)
 
 
 def _equal(one: ClassSums, other: ClassSums) -> bool:

@@ -73,7 +73,7 @@ class OwnInput:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Built:
+class BuiltModel:
     """A bare network, the names of its heads (none: it has ``forward_embedding``), and what it eats.
 
     ``size_kwarg`` is the constructor's name for an input size, for advice in errors. ``embedding_dim`` is the library's
@@ -111,7 +111,7 @@ def unknown_name(request: Request, names: Collection[str]) -> ModelError:
         "there is no model of this name",
         where=f"{request.where}.model",
         got=request.config.model,
-        wanted=f"one of {', '.join(near)}, …" if near else f"one of {len(names)} names, none of them near",
+        expected=f"one of {', '.join(near)}, …" if near else f"one of {len(names)} names, none of them near",
         next_step="correct the name",
     )
 
@@ -123,7 +123,7 @@ def refuse_reserved(request: Request, reserved: Collection[str]) -> None:
         raise ConfigError(
             f"kwargs may not hold {', '.join(found)}",
             where=f"{request.where}.kwargs",
-            wanted="classes from data.num_classes, weights from the section's weights key",
+            expected="classes from data.num_classes, weights from the section's weights key",
             next_step=f"remove {', '.join(found)} from kwargs",
         )
 
@@ -137,7 +137,7 @@ def refuse_untrained_head(request: Request, width: int) -> None:
         code="model.untrained-head",
         where=f"{request.where}.weights",
         got=f"{width} classes in {request.config.model}" if width else f"no head in {request.config.model}",
-        wanted=f"{request.num_classes} classes (data.num_classes)",
+        expected=f"{request.num_classes} classes (data.num_classes)",
         next_step="fine-tune the teacher on these classes and give its weights as a URL",
     )
 
@@ -148,7 +148,7 @@ def no_download(request: Request, error: BaseException) -> ModelError:
         f"the pretrained weights of {request.config.model} could not be downloaded",
         where=f"{request.where}.weights",
         got=cause(error),
-        wanted="a connection to the model library's host, or its files in the local cache",
+        expected="a connection to the model library's host, or its files in the local cache",
         next_step=f"try again online, or give {request.where}.weights as the URL of a file",
     )
 

@@ -16,14 +16,14 @@ from typing import Any
 from torch import nn
 
 from pipeline.core.errors import ModelError, cause
-from pipeline.models.sources.base import Built, OwnInput, Request, building, last_layer, refuse_reserved
+from pipeline.models.sources.base import BuiltModel, OwnInput, Request, building, last_layer, refuse_reserved
 
 _NAME = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*:[^\W\d]\w*")
 # Nobody's own networks, and among them functions that run what their arguments name: a command, a file, a repository.
 _NOT_OWN = frozenset({*sys.stdlib_module_names, "torch", "torchvision", "timm"})
 
 
-def build(request: Request) -> Built:
+def build(request: Request) -> BuiltModel:
     """Builds with the user's factory. Such a network says nothing of its input: the YAML has to.
 
     Raises:
@@ -35,7 +35,7 @@ def build(request: Request) -> Built:
             "a python: factory has no pretrained weights to download",
             where=f"{request.where}.weights",
             got="pretrained",
-            wanted="random, or the URL of a .safetensors or .pt file",
+            expected="random, or the URL of a .safetensors or .pt file",
         )
     factory = _imported(request)
     with building(request):
@@ -45,9 +45,9 @@ def build(request: Request) -> Built:
             f"{request.config.model} did not return a network",
             where=f"{request.where}.model",
             got=type(network).__name__,
-            wanted="torch.nn.Module",
+            expected="torch.nn.Module",
         )
-    return Built(network=network, heads=_heads(network, request), own=OwnInput())
+    return BuiltModel(network=network, heads=_heads(network, request), own=OwnInput())
 
 
 def _imported(request: Request) -> Callable[..., Any]:
@@ -60,7 +60,7 @@ def _imported(request: Request) -> Callable[..., Any]:
             "this factory cannot be imported",
             where=f"{request.where}.model",
             got=f"{request.config.model}: {cause(error)}",
-            wanted="python:package.module:factory",
+            expected="python:package.module:factory",
             next_step="correct the name; install the package, put its folder on PYTHONPATH, or submit it with the job",
         ) from error
     if not callable(factory):
@@ -68,7 +68,7 @@ def _imported(request: Request) -> Callable[..., Any]:
             "this factory cannot be called",
             where=f"{request.where}.model",
             got=f"{request.config.model} is a {type(factory).__name__}",
-            wanted="factory(num_classes=…, **kwargs) -> torch.nn.Module",
+            expected="factory(num_classes=…, **kwargs) -> torch.nn.Module",
         )
     _check_origin(factory, request)
     return factory
@@ -80,7 +80,7 @@ def _check_name(request: Request) -> None:
             "this is not the name of a factory",
             where=f"{request.where}.model",
             got=request.config.model,
-            wanted="python:package.module:factory, names alone",
+            expected="python:package.module:factory, names alone",
         )
     if _is_foreign(request.name.partition(":")[0]):
         raise _not_own(request, str(request.config.model))
@@ -103,7 +103,7 @@ def _not_own(request: Request, got: str) -> ModelError:
         "a python: factory is code of one's own; the standard library and the frameworks are not",
         where=f"{request.where}.model",
         got=got,
-        wanted="timm/NAME or torchvision/NAME for their models, or a factory of your own package",
+        expected="timm/NAME or torchvision/NAME for their models, or a factory of your own package",
     )
 
 
@@ -117,7 +117,7 @@ def _heads(network: nn.Module, request: Request) -> tuple[str, ...]:
             "the embedding is the input of the last nn.Linear, and this network does not end in one",
             where=f"{request.where}.model",
             got=f"{name}: {layer}" if name is not None else "no nn.Linear at all",
-            wanted=f"a last nn.Linear with out_features={request.num_classes} (data.num_classes)",
+            expected=f"a last nn.Linear with out_features={request.num_classes} (data.num_classes)",
             next_step="register the head last, or give the network forward_embedding(x) -> (logits, embedding)",
         )
     return (name,)

@@ -12,7 +12,7 @@ from torch import nn
 
 from pipeline.core.errors import ModelError
 from pipeline.models.sources.base import (
-    Built,
+    BuiltModel,
     OwnInput,
     Request,
     building,
@@ -40,7 +40,7 @@ _NETWORK_PACKAGES = frozenset({"httpx", "httpcore", "requests", "urllib3", "hugg
 _POOLING_HEADS = (ClassifierHead, NormMlpClassifierHead, ClNormMlpClassifierHead)
 
 
-def build(request: Request) -> Built:
+def build(request: Request) -> BuiltModel:
     """Builds a timm model; its input comes from its pretrained configuration, whatever weights it gets.
 
     Raises:
@@ -54,7 +54,7 @@ def build(request: Request) -> Built:
     with building(request):
         network = _create(request)
     width = getattr(network, "head_hidden_size", None)
-    return Built(
+    return BuiltModel(
         network=network,
         heads=_heads(network, request),
         own=_own_input(network, request.config.kwargs),
@@ -81,7 +81,7 @@ def _check_name(request: Request) -> None:
             "only bare timm names are built; hub repositories and folders are not",
             where=f"{request.where}.model",
             got=request.config.model,
-            wanted="timm/NAME or timm/NAME.TAG",
+            expected="timm/NAME or timm/NAME.TAG",
             next_step=f"name the architecture, and give the file's URL as {request.where}.weights",
         )
     architecture = request.name.partition(".")[0]
@@ -126,7 +126,7 @@ def _no_single_head(request: Request, classifier: object) -> ModelError:
         code="model.no-classifier",
         where=f"{request.where}.model",
         got=f"{request.config.model} has none" if classifier is None else f"{request.config.model} has {kinds}",
-        wanted="a classifier of one layer, or of several with one input each",
+        expected="a classifier of one layer, or of several with one input each",
         next_step=f"choose another name, or remove features_only from {request.where}.kwargs",
     )
 

@@ -13,7 +13,7 @@ from torchvision import models
 
 from pipeline.core.errors import ModelError, cause
 from pipeline.models.sources.base import (
-    Built,
+    BuiltModel,
     OwnInput,
     Request,
     WeightsFile,
@@ -34,7 +34,7 @@ _AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
 _OLD_DENSENET = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.\w+)$")
 
 
-def build(request: Request) -> Built:
+def build(request: Request) -> BuiltModel:
     """Builds a torchvision classifier; its input comes from its default weights' transforms, whatever weights it gets.
 
     Weights by name and the same weights by URL give the same network.
@@ -63,7 +63,7 @@ def build(request: Request) -> Built:
         if width != request.num_classes:
             _replace_head(network, request.num_classes)
     own = _own_input(network, published)
-    return Built(network=network, heads=(_head(network),), own=own, size_kwarg="image_size", notes=notes)
+    return BuiltModel(network=network, heads=(_head(network),), own=own, size_kwarg="image_size", notes=notes)
 
 
 def input_transform(network: nn.Module) -> dict[str, bool]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from pipeline.augment.options import cut_boxes, drawn_row
+from pipeline.augment.options import cutmix_boxes, drawn_row
 from pipeline.augment.params import draw_views
 from pipeline.augment.pixels import apply_view, stack_views
 from pipeline.core.errors import CacheError, StillroomError, TrainingError, first_line
@@ -25,7 +25,7 @@ from pipeline.student.data.loader import Prefetcher
 from pipeline.student.data.order import EpochOrder, OrderedRows, TrainingOrder
 from pipeline.student.data.rows import SampleRows
 from pipeline.student.data.sources import RowSource, check_labelled, read_image
-from pipeline.student.data.teacher_outputs import StoredWords, TeacherWords
+from pipeline.student.data.teacher_outputs import EncodedTeacherOutputs, TeacherOutputs
 from schemas.config import Interpolation, ViewsConfig
 
 # Batches that each loader process holds ready.
@@ -55,8 +55,8 @@ class Batch(Summarised):
     labels_B: Tensor
     partner_B: Tensor | None
     lambda_B: Tensor | None
-    cut_B4: Tensor | None
-    words: tuple[TeacherWords, ...]
+    cutmix_box_B4: Tensor | None
+    words: tuple[TeacherOutputs, ...]
     """One a cache."""
 
     def to(self, device: torch.device) -> Batch:
@@ -68,7 +68,7 @@ class Batch(Summarised):
     def map_columns(self, move: Callable[[Any], Any]) -> Batch:
         """The same, with ``move`` applied to every column, those of teachers too."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
-        moved = {name: move(value) for name, value in values.items() if isinstance(value, Tensor | _Slot)}
+        moved = {name: move(value) for name, value in values.items() if isinstance(value, Tensor | _TensorSpec)}
         pixels = {size: move(pixels_BCHW) for size, pixels_BCHW in self.teacher_pixels.items()}
         return replace(self, **moved, teacher_pixels=pixels, words=tuple(words.map(move) for words in self.words))
 
@@ -115,7 +115,7 @@ class StepDataset(Dataset[Batch]):
 
     def _batch(self, step: int, epoch: int, rows: OrderedRows, num_rows_global: int) -> Batch:
         joined = join_step(self.source, rows, epoch)
-        record_B, label_B = joined.rows.record_N, joined.rows.record_N["label"].astype(np.int64)
+        record_B, label_B = joined.rows.rows_N, joined.rows.rows_N["label"].astype(np.int64)
         self._check(rows, joined.rows, label_B)
         pixels, teacher_pixels = self._pixels(joined, epoch)
         mixes = self.order.plan.mixes
@@ -129,16 +129,18 @@ class StepDataset(Dataset[Batch]):
             labels_B=torch.from_numpy(label_B),
             partner_B=torch.from_numpy(rows.partner_B.astype(np.int64)) if mixes else None,
             lambda_B=torch.from_numpy(record_B["mix_lambda"].copy()) if mixes else None,
-            cut_B4=None if (cut_B4 := cut_boxes(joined.rows.drawn)) is None else torch.from_numpy(cut_B4),
+            cutmix_box_B4=None
+            if (cutmix_box_B4 := cutmix_boxes(joined.rows.drawn)) is None
+            else torch.from_numpy(cutmix_box_B4),
             words=tuple(_decoded(stored, self.temperatures) for stored in joined.rows.words),
         )
         # Last, since in a loader's process they are stacked into the memory in which all of the batch will travel.
-        room = None if get_worker_info() is None else _Parcel.room_of(batch)
+        room = None if get_worker_info() is None else _SharedMemoryBatch.room_of(batch)
         return replace(batch, pixels_BCHW=_stack(pixels, room=room))
 
     def _check(self, ordered: OrderedRows, rows: SampleRows, label_B: NDArray[np.int64]) -> None:
         """The order draws partners, a cache stores them: pixels would be mixed otherwise than the teacher saw them."""
-        wrong = np.flatnonzero(ordered.row_B[ordered.partner_B] != rows.record_N["partner"])
+        wrong = np.flatnonzero(ordered.row_B[ordered.partner_B] != rows.rows_N["partner"])
         if len(wrong):
             raise CacheError(
                 "the cached mixup partners are not those of the training order",
@@ -177,12 +179,12 @@ class _RowViews:
 
     @classmethod
     def of(cls, rows: SampleRows) -> _RowViews:
-        return cls(rows.record_N["box"].tolist(), rows.record_N["flip"].tolist(), rows.drawn)
+        return cls(rows.rows_N["box"].tolist(), rows.rows_N["flip"].tolist(), rows.drawn)
 
     @classmethod
     def drawn_anew(cls, rows: SampleRows, plan: ViewsConfig, view: int) -> _RowViews:
         """Of the same rows, a view of another plan, which mixes nothing."""
-        params = draw_views(plan, rows.sample_ids, view, rows.record_N["width"], rows.record_N["height"])
+        params = draw_views(plan, rows.sample_ids, view, rows.rows_N["width"], rows.rows_N["height"])
         return cls(params.box_N4.tolist(), params.flip_N.tolist(), params.drawn)
 
     def render(self, image_CHW: Tensor, row: int, target: InputSize) -> Tensor:
@@ -208,11 +210,11 @@ def join_step(source: RowSource, ordered: OrderedRows, epoch: int) -> JoinedStep
     return JoinedStep(SampleRows.placed(pieces, len(ordered.row_B)), of_shards)
 
 
-def _decoded(stored: StoredWords, temperatures: tuple[float, ...]) -> TeacherWords:
+def _decoded(stored: EncodedTeacherOutputs, temperatures: tuple[float, ...]) -> TeacherOutputs:
     """For the whole batch at once, since a step takes few rows of many shards."""
     logits = {key: torch.from_numpy(logits_BK) for key, logits_BK in stored.dense(temperatures).items()}
     embedding_BD = None if stored.embedding is None else torch.from_numpy(stored.embedding.dense())
-    return TeacherWords(logits, torch.from_numpy(stored.norm_N), embedding_BD)
+    return TeacherOutputs(logits, torch.from_numpy(stored.norm_N), embedding_BD)
 
 
 def _stack(pixels: list[Tensor | None], *, room: int | None = None) -> Tensor:
@@ -220,7 +222,7 @@ def _stack(pixels: list[Tensor | None], *, room: int | None = None) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class _Slot:
+class _TensorSpec:
     """Where a tensor lies in the memory of a parcel, and how."""
 
     first_byte: int
@@ -234,7 +236,7 @@ class _Slot:
 
 
 @dataclass(frozen=True, slots=True)
-class _Parcel:
+class _SharedMemoryBatch:
     """A batch between two processes, in one block of shared memory: the student's pixels, and behind them all else.
 
     For each block the receiver has to connect to the sender, and what goes in the message itself is copied through a
@@ -253,12 +255,12 @@ class _Parcel:
         return sum(sizes) + _ALIGNED_BYTES
 
     @classmethod
-    def of(cls, batch: Batch) -> _Parcel:
+    def of(cls, batch: Batch) -> _SharedMemoryBatch:
         block, end = batch.pixels_BCHW.untyped_storage(), batch.pixels_BCHW.nbytes
 
-        def put(tensor: Tensor) -> _Slot:
+        def put(tensor: Tensor) -> _TensorSpec:
             nonlocal end
-            slot = _Slot(_aligned(end), tensor.dtype, tensor.shape, tensor.stride())
+            slot = _TensorSpec(_aligned(end), tensor.dtype, tensor.shape, tensor.stride())
             end = slot.first_byte + tensor.nbytes
             slot.tensor(block).copy_(tensor)
             return slot
@@ -278,7 +280,7 @@ def _aligned(num_bytes: int) -> int:
     return -(-num_bytes // _ALIGNED_BYTES) * _ALIGNED_BYTES
 
 
-class _Outcomes(Dataset[Batch | _Parcel | StillroomError]):
+class _ErrorCapturingDataset(Dataset[Batch | _SharedMemoryBatch | StillroomError]):
     """A dataset whose errors are results.
 
     A loader raises what its processes raise with a traceback for a message; an error that was returned arrives as it
@@ -288,7 +290,7 @@ class _Outcomes(Dataset[Batch | _Parcel | StillroomError]):
     def __init__(self, dataset: StepDataset) -> None:
         self._dataset = dataset
 
-    def __getitem__(self, step: int) -> Batch | _Parcel | StillroomError:
+    def __getitem__(self, step: int) -> Batch | _SharedMemoryBatch | StillroomError:
         try:
             batch = self._dataset[step]
         except StillroomError as error:
@@ -305,7 +307,7 @@ class _Outcomes(Dataset[Batch | _Parcel | StillroomError]):
                 next_step="lower train.num_workers (0 needs none), or enlarge /dev/shm; then run the command again: it "
                 "continues from the last checkpoint",
             )
-        return batch if get_worker_info() is None else _Parcel.of(batch)
+        return batch if get_worker_info() is None else _SharedMemoryBatch.of(batch)
 
 
 def load_batches(dataset: StepDataset, steps: range, *, num_workers: int, pin_memory: bool) -> Generator[Batch]:
@@ -318,7 +320,7 @@ def load_batches(dataset: StepDataset, steps: range, *, num_workers: int, pin_me
         StillroomError: what the dataset raised, in whichever process, at its step.
     """
     loader = DataLoader(
-        _Outcomes(dataset),
+        _ErrorCapturingDataset(dataset),
         batch_size=None,
         sampler=steps,
         num_workers=num_workers,
@@ -332,7 +334,7 @@ def load_batches(dataset: StepDataset, steps: range, *, num_workers: int, pin_me
             for outcome in outcomes:
                 if isinstance(outcome, StillroomError):
                     raise outcome
-                batch = outcome.open() if isinstance(outcome, _Parcel) else outcome
+                batch = outcome.open() if isinstance(outcome, _SharedMemoryBatch) else outcome
                 ahead.advance(batch.step)
                 yield batch
         finally:

@@ -20,7 +20,7 @@ from pipeline.cache.format.codec import column_of, raw_rows
 from pipeline.cache.read.reader import StoredRows, ViewColumns
 from pipeline.core.errors import CacheError
 from pipeline.shards.index import ShardIndex
-from pipeline.student.data.rows import Records, as_records, drawn_fields
+from pipeline.student.data.rows import StructuredRows, as_structured_rows, drawn_fields
 from schemas.cache_format import Output
 
 VERSION = 2
@@ -41,11 +41,11 @@ class JoinedRows:
     columns: ViewColumns
     ids: pa.StringArray
     """``shard_id/key``."""
-    record_N: Records
+    rows_N: StructuredRows
     """As ``SampleRows`` has them, and ``row``, ``mix_row`` and ``embedding_norm`` of ``columns``."""
 
     def __len__(self) -> int:
-        return len(self.record_N)
+        return len(self.rows_N)
 
     def sample_ids(self, ordinal_N: NDArray[np.int32]) -> list[str]:
         return self.ids.take(pa.array(ordinal_N)).to_pylist()
@@ -73,8 +73,8 @@ def join_rows(columns: ViewColumns, index: ShardIndex, *, where: str) -> JoinedR
         "height": index.height[index.ok],
         "partner": np.searchsorted(columns.row_N, columns.mix_row_N).astype(np.int32),
     }
-    record_N = as_records(fields, columns.drawn)
-    return JoinedRows(columns, pa.array(index.sample_ids(index.ok), pa.string()), record_N)
+    rows_N = as_structured_rows(fields, columns.drawn)
+    return JoinedRows(columns, pa.array(index.sample_ids(index.ok), pa.string()), rows_N)
 
 
 def check_alignment(columns: ViewColumns, index: ShardIndex, *, where: str) -> None:
@@ -84,13 +84,13 @@ def check_alignment(columns: ViewColumns, index: ShardIndex, *, where: str) -> N
         CacheError: a row is missing, repeated, foreign, of another image, or mixed with a row that is none of these;
             the first such row is named.
     """
-    wanted_N = index.row[index.ok]
-    if not np.array_equal(columns.row_N, wanted_N):
+    expected_N = index.row[index.ok]
+    if not np.array_equal(columns.row_N, expected_N):
         raise CacheError(
             "the cached rows are not the shard's rows",
             where=where,
-            got=f"{len(columns.row_N)} rows: {_misplaced(columns.row_N, wanted_N)}",
-            wanted=f"{len(wanted_N)} rows, each ok row of the index once, in tar order",
+            got=f"{len(columns.row_N)} rows: {_misplaced(columns.row_N, expected_N)}",
+            expected=f"{len(expected_N)} rows, each ok row of the index once, in tar order",
             next_step="run: stillroom cache build CONFIG, into another cache.url",
         )
     wrong = np.flatnonzero(columns.content_hash_N != index.content_hash[index.ok])
@@ -99,10 +99,10 @@ def check_alignment(columns: ViewColumns, index: ShardIndex, *, where: str) -> N
             f"{len(wrong)} cached rows are of other images",
             where=f"{where}, {index.sample_ids(index.ok[wrong[:1]])[0]}",
             got=f"content hash {int(columns.content_hash_N[wrong[0]]):016x}",
-            wanted=f"{int(index.content_hash[index.ok][wrong[0]]):016x}",
+            expected=f"{int(index.content_hash[index.ok][wrong[0]]):016x}",
             next_step="the shards changed since the cache was built; restore them or build another cache",
         )
-    foreign = np.flatnonzero(~np.isin(columns.mix_row_N, wanted_N))
+    foreign = np.flatnonzero(~np.isin(columns.mix_row_N, expected_N))
     if len(foreign):
         raise CacheError(
             f"{len(foreign)} cached rows are mixed with rows that the shard does not have",
@@ -112,12 +112,12 @@ def check_alignment(columns: ViewColumns, index: ShardIndex, *, where: str) -> N
         )
 
 
-def _misplaced(row_N: NDArray[np.int32], wanted_N: NDArray[np.int32]) -> str:
+def _misplaced(row_N: NDArray[np.int32], expected_N: NDArray[np.int32]) -> str:
     """How two unequal lists of rows differ; the first few of each kind are named."""
     rows, counts = np.unique(row_N, return_counts=True)
     kinds = {
-        "missing": np.setdiff1d(wanted_N, rows),
-        "foreign": np.setdiff1d(rows, wanted_N),
+        "missing": np.setdiff1d(expected_N, rows),
+        "foreign": np.setdiff1d(rows, expected_N),
         "repeated": rows[counts > 1],
     }
     told = [f"{kind} {found[:5].tolist()}" for kind, found in kinds.items() if len(found)]
@@ -166,36 +166,36 @@ def _mapped(path: Path) -> pa.RecordBatch:
 
 def _to_batch(rows: JoinedRows) -> pa.RecordBatch:
     columns = rows.columns
-    record_NW = rows.record_N.view(np.uint8).reshape(len(rows), rows.record_N.itemsize)
+    rows_NW = rows.rows_N.view(np.uint8).reshape(len(rows), rows.rows_N.itemsize)
     stored = dict(zip(_STORED, (columns.logits, columns.embedding), strict=True))
     batch = pa.record_batch(
         {
-            "record": column_of(record_NW),
+            "record": column_of(rows_NW),
             "id": rows.ids,
             "pixel_digest": pa.array(columns.pixel_digest, pa.binary(16)),
             "pixel_mean": pa.array(columns.pixel_mean, pa.binary(192)),
             **{name: found.column for name, found in stored.items() if found is not None},
         }
     )
-    return batch.replace_schema_metadata({"fields": json.dumps(rows.record_N.dtype.descr)})
+    return batch.replace_schema_metadata({"fields": json.dumps(rows.rows_N.dtype.descr)})
 
 
 def _from_batch(batch: pa.RecordBatch, outputs: Mapping[str, Output]) -> JoinedRows:
     fields = [(name, kind, *map(tuple, shape)) for name, kind, *shape in json.loads(batch.schema.metadata[b"fields"])]
-    record_N = raw_rows(batch["record"]).reshape(-1).view(fields)
+    rows_N = raw_rows(batch["record"]).reshape(-1).view(fields)
     stored = {name: StoredRows(batch[name], outputs[name]) if name in outputs else None for name in _STORED}
     columns = ViewColumns(
-        row_N=record_N["row"],
-        content_hash_N=record_N["content_hash"],
-        box_N4=record_N["box"],
-        flip_N=record_N["flip"],
-        mix_row_N=record_N["mix_row"],
-        mix_lambda_N=record_N["mix_lambda"],
-        drawn=drawn_fields(record_N),
-        embedding_norm_N=record_N["embedding_norm"],
+        row_N=rows_N["row"],
+        content_hash_N=rows_N["content_hash"],
+        box_N4=rows_N["box"],
+        flip_N=rows_N["flip"],
+        mix_row_N=rows_N["mix_row"],
+        mix_lambda_N=rows_N["mix_lambda"],
+        drawn=drawn_fields(rows_N),
+        embedding_norm_N=rows_N["embedding_norm"],
         logits=stored["logits"],
         embedding=stored["embedding"],
         pixel_digest=(),
         pixel_mean=(),
     )
-    return JoinedRows(columns, batch["id"], record_N)
+    return JoinedRows(columns, batch["id"], rows_N)

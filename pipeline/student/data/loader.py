@@ -41,7 +41,7 @@ class Prefetcher:
     def __init__(self, source: RowSource, order: TrainingOrder, *, rank: int, world_size: int, steps: range) -> None:
         self._source, self._order = source, order
         self._rank, self._world_size = rank, world_size
-        self._most_ahead = _most_ahead(source, world_size)
+        self._max_ahead = _max_ahead(source, world_size)
         self._coming = self._look_ahead(steps)
         self._next: _Coming | None = None
         self._ahead: deque[int] = deque()
@@ -65,14 +65,14 @@ class Prefetcher:
         self._step = step
         if self._failed:
             raise self._failed[0]
-        if self._most_ahead and (self._walking is None or self._walking.done()):
+        if self._max_ahead and (self._walking is None or self._walking.done()):
             self._walking = self._walker.submit(self._guarded, self._walk)
 
     def _walk(self) -> None:
         """Asks for what comes until a window after the present step, as far as there is room."""
         while self._ahead and self._ahead[0] <= self._step:
             self._ahead.popleft()
-        while len(self._ahead) < self._most_ahead:
+        while len(self._ahead) < self._max_ahead:
             self._next = self._next or next(self._coming, None)
             if self._next is None or self._next.step > self._step + self._order.window_steps:
                 return
@@ -84,8 +84,8 @@ class Prefetcher:
         num_steps = self._order.num_steps
         for epoch in range(steps.start // num_steps, -(-steps.stop // num_steps)):
             first, rows = epoch * num_steps, self._order.epoch(epoch, self._source.view_of(epoch))
-            wanted = range(max(steps.start - first, 0), min(steps.stop - first, num_steps))
-            for step, shard in rows.first_steps(wanted, self._rank, self._world_size):
+            expected = range(max(steps.start - first, 0), min(steps.stop - first, num_steps))
+            for step, shard in rows.first_steps(expected, self._rank, self._world_size):
                 yield _Coming(first + step, shard, epoch)
 
     def _fetch(self, coming: _Coming) -> None:
@@ -107,14 +107,14 @@ def ranks_here(world_size: int) -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
 
 
-def _most_ahead(source: RowSource, world_size: int) -> int:
+def _max_ahead(source: RowSource, world_size: int) -> int:
     """Shards; half of the store is left to what is in use."""
     if source.fetched_bytes == 0:
         return 0
     return max(1, source.store.limit() // 2 // ranks_here(world_size) // source.fetched_bytes)
 
 
-def crowding(source: RowSource, order: TrainingOrder, *, rank: int, world_size: int) -> str | None:
+def over_budget(source: RowSource, order: TrainingOrder, *, rank: int, world_size: int) -> str | None:
     """What to warn of where all that is in use at a time does not fit into the node's store."""
     shards = min(order.shards_at_once(rank, world_size) * ranks_here(world_size), len(source.shard_ids))
     needed, limit = shards * source.fetched_bytes, source.store.limit()

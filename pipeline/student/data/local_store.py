@@ -45,7 +45,7 @@ def name_of(key: str, label: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class CacheLease:
     """A file that stays where it is until it is let go of."""
 
     path: Path
@@ -97,7 +97,7 @@ class NodeStore:
         parent = TEMPORARY if data.local_dir is None else Path(storage.expand_home(data.local_dir))
         return cls(parent / f"stillroom-{os.geteuid()}", data.local_bytes)
 
-    def hold_url(self, url: str) -> Held:
+    def acquire_url(self, url: str) -> CacheLease:
         """The object's bytes: itself if it is local, else a copy.
 
         Raises:
@@ -106,7 +106,7 @@ class NodeStore:
         size_bytes = storage.size(url)
         local = storage.local_path(url)
         if local is not None:
-            return Held(local)
+            return CacheLease(local)
         # The same object again after it was replaced by one of another size. Same sizes are told apart by contents,
         # which readers of images compare.
         name = name_of(f"{url}\n{size_bytes}", storage.last_name(url))
@@ -114,14 +114,14 @@ class NodeStore:
         def fetch(part: Path) -> None:
             storage.download(url, part, size_bytes)
 
-        held = self.hold(name, size_bytes, fetch)
+        held = self.acquire(name, size_bytes, fetch)
         if held.path.stat().st_size == size_bytes:
             return held
         # What a node that lost its power leaves behind: files are renamed whole, and not forced to the disk.
         held.discard()
-        return self.hold(name, size_bytes, fetch)
+        return self.acquire(name, size_bytes, fetch)
 
-    def hold(self, name: str, size_bytes: int, make: Make) -> Held:
+    def acquire(self, name: str, size_bytes: int, make: Make) -> CacheLease:
         """The file of this name (``name_of``), made if it is not there.
 
         Args:
@@ -148,11 +148,11 @@ class NodeStore:
                 "this folder belongs to another user, who could change what is learnt",
                 where=str(self.folder),
                 got=f"user {owner}",
-                wanted=f"user {os.geteuid()}",
+                expected=f"user {os.geteuid()}",
                 next_step="set data.local_dir to a folder of your own",
             )
 
-    def _find(self, name: str) -> Held | None:
+    def _find(self, name: str) -> CacheLease | None:
         path = self.folder / name
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -161,7 +161,7 @@ class NodeStore:
         fcntl.flock(descriptor, fcntl.LOCK_SH)
         return self._used(path, descriptor, crowded=False)
 
-    def _used(self, path: Path, descriptor: int, *, crowded: bool) -> Held | None:
+    def _used(self, path: Path, descriptor: int, *, crowded: bool) -> CacheLease | None:
         """Of a locked file; None if it was removed before it was locked."""
         if os.fstat(descriptor).st_nlink == 0:
             os.close(descriptor)
@@ -169,9 +169,9 @@ class NodeStore:
         now = time.time_ns()
         # Given in full: the kernel's own idea of now has steps of some milliseconds.
         os.utime(descriptor, ns=(now, now))
-        return Held(path, self, descriptor, crowded)
+        return CacheLease(path, self, descriptor, crowded)
 
-    def _make(self, name: str, size_bytes: int, make: Make) -> Held | None:
+    def _make(self, name: str, size_bytes: int, make: Make) -> CacheLease | None:
         """The part is its own lock: who was killed has left it unlocked, and the next one fills it anew."""
         part = self.folder / f".part-{size_bytes}-{name}"
         descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

@@ -154,12 +154,12 @@ class TrainingOrder:
                 "there are more ranks than lanes, so some would never see a row",
                 where="train.lanes",
                 got=f"world size {world_size}, {self.num_lanes} lanes",
-                wanted="world size <= lanes",
+                expected="world size <= lanes",
                 next_step="lower ray.num_workers, or give train.global_batch_size a larger divisor for train.lanes",
             )
         return range(rank * self.num_lanes // world_size, (rank + 1) * self.num_lanes // world_size)
 
-    def fewest_rows(self, world_size: int) -> tuple[int, int]:
+    def smallest_batch(self, world_size: int) -> tuple[int, int]:
         """The fewest rows that a rank gets in a step, and that step; all full steps are alike.
 
         Raises:
@@ -316,18 +316,18 @@ class EpochOrder:
         return units[permutation(key, len(units))]
 
     def _mated_units(self, shard: int) -> _Units:
-        pairs_P2, alone = self._mates(shard)
+        pairs_P2, alone = self._mixup_partners(shard)
         joined_J2 = alone[: len(alone) // 2 * 2].reshape(-1, 2)
         row_U2 = np.concatenate([pairs_P2, joined_J2])
         shard_U2 = np.full(row_U2.shape, shard, dtype=np.int32)
         other = int(self.joined_S[shard])
         if other >= 0:
-            row_U2 = np.append(row_U2, [[alone[-1], self._mates(other)[1][-1]]], axis=0)
+            row_U2 = np.append(row_U2, [[alone[-1], self._mixup_partners(other)[1][-1]]], axis=0)
             shard_U2 = np.append(shard_U2, [[shard, other]], axis=0)
         mixed_U = np.arange(len(row_U2)) < len(pairs_P2)
         return _Units(shard_U2.astype(np.int32), row_U2.astype(np.int32), mixed_U)
 
-    def _mates(self, shard: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    def _mixup_partners(self, shard: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """The shard's mates, int32 [P, 2], and the rows without one: an odd mix group leaves one a group."""
         order = self.order
         partner_N = shard_partners(order.plan, order.shard_ids[shard], self.view, int(order.num_ok_S[shard]))
@@ -337,7 +337,7 @@ class EpochOrder:
 
     def _last_unit(self) -> _Units:
         assert self.last_single is not None, "an odd number of rows leaves one single"
-        row = self._mates(self.last_single)[1][-1]
+        row = self._mixup_partners(self.last_single)[1][-1]
         shard_12 = np.full((1, 2), self.last_single, dtype=np.int32)
         return _Units(shard_12, np.array([[row, -1]], dtype=np.int32), np.zeros(1, dtype=np.bool_))
 
@@ -392,7 +392,7 @@ def _checked_lanes(global_batch_size: int, lanes: int | None, *, rows_per_unit: 
             "mixed rows come in pairs, so a global batch needs an even number of rows",
             where="train.global_batch_size",
             got=global_batch_size,
-            wanted="an even number",
+            expected="an even number",
             next_step=f"take {global_batch_size + 1}",
         )
     units = global_batch_size // rows_per_unit
@@ -402,7 +402,7 @@ def _checked_lanes(global_batch_size: int, lanes: int | None, *, rows_per_unit: 
             "lanes do not divide the global batch, and each lane gives the same number of rows to a step",
             where="train.lanes",
             got=lanes,
-            wanted=f"a divisor of {units} (train.global_batch_size{' / 2, as rows are mixed' * (rows_per_unit == 2)})",
+            expected=f"a divisor of {units} (train.global_batch_size{' / 2, for mixed rows' * (rows_per_unit == 2)})",
             next_step=f"leave train.lanes out to get {largest}",
         )
     return lanes or largest
@@ -419,7 +419,7 @@ def _check_rows(order: TrainingOrder) -> None:
             "there are fewer rows than one global batch" if too_few else "too many rows would be dropped every epoch",
             where="train.global_batch_size with train.tail: drop",
             got=f"{order.num_rows} rows, batches of {order.global_batch_size}: {dropped} dropped an epoch",
-            wanted=f"at most {_MAX_DROPPED_SHARE:.0%} dropped",
+            expected=f"at most {_MAX_DROPPED_SHARE:.0%} dropped",
             next_step="set train.tail: short (every row exactly once), or a smaller train.global_batch_size",
         )
 

@@ -51,7 +51,7 @@ class Recent(Generic[K, V]):
         self._kept = OrderedDict()
 
 
-def most_kept(files_each: int) -> int:
+def max_stored(files_each: int) -> int:
     """How many things of so many open files a process may keep: a third of the files that it may open, a limit that
     many systems set to 1,024."""
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)

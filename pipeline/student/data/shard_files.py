@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from pipeline.shards.moved import report_moved
 from pipeline.shards.tar import ShardReader
-from pipeline.student.data.local_store import Held, NodeStore
-from pipeline.student.data.recent import Recent, most_kept
+from pipeline.student.data.local_store import CacheLease, NodeStore
+from pipeline.student.data.recent import Recent, max_stored
 
 
 @dataclass(frozen=True, slots=True)
 class _OpenShard:
-    held: Held
+    held: CacheLease
     reader: ShardReader
 
     def close(self) -> None:
@@ -30,17 +30,17 @@ class ShardFiles:
     def __init__(self, urls: list[str], store: NodeStore, *, name_shards: str = "append data.shards={}") -> None:
         """``name_shards``: as of ``open_cached``."""
         self._urls, self._store, self._name_shards = urls, store, name_shards
-        self._opened = Recent(self._open, most_kept(2), _OpenShard.close)
+        self._opened = Recent(self._open, max_stored(2), _OpenShard.close)
 
     def _open(self, shard: int) -> _OpenShard:
-        held = self._hold(shard)
+        held = self._acquire(shard)
         if held.crowded:
             self._opened.clear()
         return _OpenShard(held, ShardReader(held.path, where=self._urls[shard]))
 
-    def _hold(self, shard: int) -> Held:
+    def _acquire(self, shard: int) -> CacheLease:
         with report_moved(self._urls, self._name_shards):
-            return self._store.hold_url(self._urls[shard])
+            return self._store.acquire_url(self._urls[shard])
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
         return self._opened.get(shard).reader.read(offset, size)
@@ -53,7 +53,7 @@ class ShardFiles:
 
     def fetch(self, shard: int) -> None:
         """Copies a shard to this node, unless it is local or there already. Threads may share it."""
-        self._hold(shard).close()
+        self._acquire(shard).close()
 
     def close(self) -> None:
         self._opened.clear()

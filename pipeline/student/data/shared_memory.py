@@ -49,7 +49,7 @@ def check_loaders(dataset: StepDataset, headers: Sequence[Header], *, num_worker
         code="train.shared-memory",
         where=str(_FOLDER),
         got=f"{free_bytes:,} bytes free",
-        wanted=f"{needed_bytes:,} bytes: {ranks} ranks here x {num_batches} batches (train.num_workers={num_workers}) "
+        expected=f"{needed_bytes:,} bytes: {ranks} ranks x {num_batches} batches (train.num_workers={num_workers}) "
         f"x {batch:,} bytes",
         next_step=f"set train.num_workers={fitting}, lower train.global_batch_size, or enlarge {_FOLDER}: docker run "
         f"--shm-size={_gigabytes(needed_bytes)}g, or in Kubernetes mount an emptyDir with medium: Memory there",
@@ -90,6 +90,6 @@ def _check_temporary_folder() -> None:
         code="train.temp-dir-too-long",
         where="TMPDIR",
         got=f"{folder}: {size_bytes} bytes with the socket's own name",
-        wanted=f"at most {_MAX_SOCKET_PATH_BYTES} bytes",
+        expected=f"at most {_MAX_SOCKET_PATH_BYTES} bytes",
         next_step="export TMPDIR=/tmp, or set train.num_workers=0",
     )

@@ -23,9 +23,9 @@ from pipeline.shards.publish import index_name
 from pipeline.student.data.ensemble import check_same_samples, check_same_shards
 from pipeline.student.data.local_store import NodeStore
 from pipeline.student.data.recent import Recent
-from pipeline.student.data.rows import SampleRows, as_records
+from pipeline.student.data.rows import SampleRows, as_structured_rows
 from pipeline.student.data.shard_files import ShardFiles
-from pipeline.student.data.teacher_outputs import StoredWords
+from pipeline.student.data.teacher_outputs import EncodedTeacherOutputs
 from pipeline.student.data.view_files import ViewFiles
 from schemas.config import Config, DataConfig, ViewsConfig
 
@@ -74,19 +74,19 @@ def read_image(
         CacheError: the tar holds other bytes now.
         ShardError: they no longer decode, or the tar ends before them.
     """
-    offset, size, wanted = place
+    offset, size, expected = place
     data = source.read(shard, offset, size)
     content_hash = xxhash.xxh3_64_intdigest(data)
-    if content_hash != wanted:
+    if content_hash != expected:
         # It may be this node's copy alone that is wrong.
         data = source.reread(shard, offset, size)
         content_hash = xxhash.xxh3_64_intdigest(data)
-    if content_hash != wanted:
+    if content_hash != expected:
         raise CacheError(
             "an image is not the one that was indexed",
             where=sample_id,
             got=f"content hash {content_hash:016x}",
-            wanted=f"{wanted:016x}",
+            expected=f"{expected:016x}",
             next_step="the shard changed since; restore it, or build another cache or index from it; after "
             "cache relabel --shards, name those shards",
         )
@@ -134,7 +134,7 @@ def check_any_labelled(source: RowSource, data: DataConfig) -> None:
             "a loss needs labels, and not one sample has one",
             where="data.label",
             got=f"{data.label}, in {sum(source.num_ok)} samples",
-            wanted="the member extension that holds the class",
+            expected="the member extension that holds the class",
             next_step="if the shards have labels, run: stillroom cache relabel CACHE --label MEMBER (of a cache), or "
             "index them into another data.index; else use kd or dist alone",
         )
@@ -219,7 +219,7 @@ class IndexedSource:
             "mix_lambda": params.mix_lambda_N,
             "partner": partner_N,
         }
-        return SampleRows(sample_ids, as_records(fields, params.drawn), ())
+        return SampleRows(sample_ids, as_structured_rows(fields, params.drawn), ())
 
 
 class CachedSource:
@@ -235,7 +235,7 @@ class CachedSource:
         urls: list[str],
         store: NodeStore,
         *,
-        keeps_embeddings: bool,
+        with_embeddings: bool,
         name_shards: str,
     ) -> None:
         self.caches, self._shards, self._urls = tuple(caches), shards, urls
@@ -245,7 +245,7 @@ class CachedSource:
         self.store = store
         self._files, self._views = (
             ShardFiles(urls, store, name_shards=name_shards),
-            ViewFiles(self.caches, shards, store, keeps_embeddings=keeps_embeddings),
+            ViewFiles(self.caches, shards, store, with_embeddings=with_embeddings),
         )
         self.read, self.reread = self._files.read, self._files.reread
         # A view's file has what training needs of it; only labels are asked for without a view.
@@ -292,15 +292,15 @@ class CachedSource:
     def rows(self, shard: int, ordinal_N: NDArray[np.int32], epoch: int) -> SampleRows:
         """The rows with these ordinals among the shard's ok rows, under the epoch's view, with the teacher's words."""
         of_caches = self._views.get(shard, self.view_of(epoch))
-        words = tuple(StoredWords.of(rows.columns, ordinal_N) for rows in of_caches)
-        return SampleRows(of_caches[0].sample_ids(ordinal_N), of_caches[0].record_N[ordinal_N], words)
+        words = tuple(EncodedTeacherOutputs.of(rows.columns, ordinal_N) for rows in of_caches)
+        return SampleRows(of_caches[0].sample_ids(ordinal_N), of_caches[0].rows_N[ordinal_N], words)
 
 
 def open_cached(
     caches: Sequence[TeacherCache],
     data: DataConfig,
     *,
-    keeps_embeddings: bool = False,
+    with_embeddings: bool = False,
     name_shards: str = "append data.shards={}",
 ) -> CachedSource:
     """The caches' rows, with shards from ``data.shards`` if given, else all of them from where the first cache found
@@ -328,7 +328,7 @@ def open_cached(
         [by_id[name] for name in names],
         urls,
         NodeStore.of(data),
-        keeps_embeddings=keeps_embeddings,
+        with_embeddings=with_embeddings,
         name_shards=name_shards,
     )
 

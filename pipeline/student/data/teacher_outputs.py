@@ -15,7 +15,7 @@ from pipeline.student.data.batch_summary import Summarised
 
 
 @dataclass(frozen=True, slots=True)
-class StoredWords:
+class EncodedTeacherOutputs:
     """Of N rows, as a cache keeps it. ``logits`` is None where the cache has none, ``embedding`` also where no loss
     reads it."""
 
@@ -24,7 +24,7 @@ class StoredWords:
     embedding: StoredRows | None = None
 
     @classmethod
-    def of(cls, columns: ViewColumns, row_N: NDArray[np.int32]) -> StoredWords:
+    def of(cls, columns: ViewColumns, row_N: NDArray[np.int32]) -> EncodedTeacherOutputs:
         """Some rows of a view, by ordinal."""
         logits, embedding = (
             None if stored is None else stored.take(row_N) for stored in (columns.logits, columns.embedding)
@@ -32,7 +32,9 @@ class StoredWords:
         return cls(logits, columns.embedding_norm_N[row_N], embedding)
 
     @classmethod
-    def placed(cls, pieces: Sequence[tuple[NDArray[np.integer[Any]], StoredWords]], num_rows: int) -> StoredWords:
+    def placed(
+        cls, pieces: Sequence[tuple[NDArray[np.integer[Any]], EncodedTeacherOutputs]], num_rows: int
+    ) -> EncodedTeacherOutputs:
         """One of ``num_rows`` out of pieces, each with the places of its rows; all places are filled."""
         norm_N = np.empty(num_rows, np.float32)
         for place_P, words in pieces:
@@ -42,7 +44,7 @@ class StoredWords:
         return cls(_placed(logits, num_rows), norm_N, _placed(embeddings, num_rows))
 
     def dense(self, temperatures: Sequence[float]) -> dict[float | None, NDArray[np.float32]]:
-        """[N,K] by temperature, as in ``TeacherWords``: each decoded once, one for all where they are the same."""
+        """[N,K] by temperature, as in ``TeacherOutputs``: each decoded once, one for all where they are the same."""
         if self.logits is None or not temperatures:
             return {}
         if not self.logits.depends_on_temperature:
@@ -56,7 +58,7 @@ def _placed(pieces: Sequence[tuple[NDArray[np.integer[Any]], StoredRows | None]]
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class TeacherWords(Summarised):
+class TeacherOutputs(Summarised):
     """Of B rows, as losses take it.
 
     Attributes:
@@ -73,9 +75,9 @@ class TeacherWords(Summarised):
         """[B,K] as a loss at this temperature sees them; None: nobody asked for them, or there are none."""
         return self.logits.get(None, self.logits.get(temperature))
 
-    def map(self, move: Callable[[Tensor], Tensor]) -> TeacherWords:
+    def map(self, move: Callable[[Tensor], Tensor]) -> TeacherOutputs:
         """The same, each tensor moved."""
-        return TeacherWords(
+        return TeacherOutputs(
             {key: move(logits_BK) for key, logits_BK in self.logits.items()},
             move(self.norm_B),
             None if self.embedding_BD is None else move(self.embedding_BD),

@@ -21,8 +21,8 @@ from pipeline.student.data.join import (
     with_proofs,
     write_joined,
 )
-from pipeline.student.data.local_store import Held, NodeStore, name_of
-from pipeline.student.data.recent import Recent, most_kept
+from pipeline.student.data.local_store import CacheLease, NodeStore, name_of
+from pipeline.student.data.recent import Recent, max_stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class _OpenView:
     """Of each cache."""
 
     rows: tuple[JoinedRows, ...]
-    held: tuple[Held, ...]
+    held: tuple[CacheLease, ...]
     files: ExitStack
 
     def close(self) -> None:
@@ -46,11 +46,11 @@ class ViewFiles:
         shards: Sequence[ShardEntry],
         store: NodeStore,
         *,
-        keeps_embeddings: bool,
+        with_embeddings: bool,
     ) -> None:
         self._caches, self._shards, self._store = caches, shards, store
-        self._keeps_embeddings = keeps_embeddings
-        self._opened = Recent(self._open, most_kept(len(caches)), _OpenView.close)
+        self._keeps_embeddings = with_embeddings
+        self._opened = Recent(self._open, max_stored(len(caches)), _OpenView.close)
 
     def get(self, shard: int, view: int) -> tuple[JoinedRows, ...]:
         """Of each cache all ok rows of a shard under a view, proven to be those of the index.
@@ -69,7 +69,7 @@ class ViewFiles:
     def fetch(self, shard: int, view: int) -> None:
         """Makes the files, unless they are there already. Threads may share it."""
         for cache in self._caches:
-            self._hold(cache, shard, view).close()
+            self._acquire(cache, shard, view).close()
 
     def close(self) -> None:
         self._opened.clear()
@@ -83,9 +83,9 @@ class ViewFiles:
                 self._opened.clear()
             return _OpenView(tuple(rows for rows, _ in found), tuple(held for _, held in found), files.pop_all())
 
-    def _map(self, cache: TeacherCache, shard: int, view: int, files: ExitStack) -> tuple[JoinedRows, Held]:
+    def _map(self, cache: TeacherCache, shard: int, view: int, files: ExitStack) -> tuple[JoinedRows, CacheLease]:
         for _ in range(2):
-            held = self._hold(cache, shard, view)
+            held = self._acquire(cache, shard, view)
             try:
                 rows = map_joined(held.path, cache.header.outputs)
             except DamagedFileError:
@@ -102,13 +102,13 @@ class ViewFiles:
             next_step="set data.local_dir to a folder on another disk",
         )
 
-    def _hold(self, cache: TeacherCache, shard: int, view: int) -> Held:
+    def _acquire(self, cache: TeacherCache, shard: int, view: int) -> CacheLease:
         entry = self._shards[shard]
         committed = cache.committed_view(entry.shard_id, view)
         # What the file is made of, wherever that lies: runs share it, also those of copies of a cache.
         made_of = [VERSION, cache.header.fingerprint, committed.digest, committed.footer_digest, entry.index_sha256]
         name = name_of(short([*made_of, entry.shard_id, view]), f"{entry.shard_id}-v{view:04d}.arrow")
-        return self._store.hold(name, committed.size_bytes, lambda part: self._make(cache, entry, view, part))
+        return self._store.acquire(name, committed.size_bytes, lambda part: self._make(cache, entry, view, part))
 
     def _make(self, cache: TeacherCache, entry: ShardEntry, view: int, path: Path) -> None:
         """The index is the first cache's: that of another one says the same in other bytes, maybe."""

@@ -29,9 +29,9 @@ from pipeline.shards.moved import report_moved
 from pipeline.shards.names import shard_id, shard_ids
 from pipeline.shards.patterns import shard_urls
 from pipeline.student.data.local_store import NodeStore
-from pipeline.student.distributed import World
-from pipeline.student.evaluation.loaded_run import CheckpointName, load_trained
-from pipeline.student.supervision.spec import LessonFacts
+from pipeline.student.distributed import DistributedContext
+from pipeline.student.evaluation.loaded_run import CheckpointName, load_run
+from pipeline.student.supervision.spec import SupervisionSpec
 from pipeline.teacher.inference import Teacher, load_teacher
 from pipeline.teacher.rendering import GroupViews, Rendering, fresh_samples, read_groups
 from schemas.cache_format import ViewBlock
@@ -126,7 +126,7 @@ class _Outputs:
 
 
 @dataclass(frozen=True, slots=True)
-class AskedTeacher:
+class PrecomputedTeacher:
     """A teacher's outputs for one rank's share of the validation images; its network need not stay in memory.
 
     Attributes:
@@ -168,7 +168,7 @@ def _changed_shard(url: str) -> ShardError:
 
 
 @dataclass(slots=True)
-class _Tally:
+class _MetricSums:
     """What one rank has counted."""
 
     subject: Subject
@@ -212,10 +212,10 @@ class _Tally:
         if self.subject.projector is not None:
             self.cosine += float(cosine_similarity(student.embedding_ND.double(), teacher.embedding_ND.double()).sum())
 
-    def finish(self, world: World, *, compared: bool) -> Evaluation | None:
+    def finish(self, distributed: DistributedContext, *, compared: bool) -> Evaluation | None:
         """Of all ranks together; None where none of them has seen an image."""
         counts = [self.rows, self.labelled, self.top1, self.top5, self.agreed, self.teacher_top1, self.kl, self.cosine]
-        summed = world.sum(torch.tensor(counts, dtype=torch.float64, device=world.device)).tolist()
+        summed = distributed.sum(torch.tensor(counts, dtype=torch.float64, device=distributed.device)).tolist()
         rows, labelled, top1, top5, agreed, teacher_top1, kl, cosine = summed
         if not rows:
             return None
@@ -276,7 +276,7 @@ class Evaluator:
     urls: list[str]
     data: DataConfig
     plan: ViewsConfig
-    world: World
+    distributed: DistributedContext
     num_threads: int = 1
     key: str = "data.val_shards"
     """Configuration key or option that names the shards, for messages."""
@@ -288,13 +288,13 @@ class Evaluator:
     @property
     def own_urls(self) -> list[str]:
         """This rank's share of the shards."""
-        return self.urls[self.world.rank :: self.world.size]
+        return self.urls[self.distributed.rank :: self.distributed.size]
 
     def __call__(
         self,
         model: EmbeddingModel,
         spec: InputSpec,
-        teacher: Teacher | AskedTeacher | None = None,
+        teacher: Teacher | PrecomputedTeacher | None = None,
         *,
         subject: Subject = _CLASSIFIER,
         on_index: Callable[[ShardIndex], None] | None = None,
@@ -313,7 +313,7 @@ class Evaluator:
         modes = {module: module.training for network in networks for module in network.modules()}
         for network in networks:
             network.eval()
-        tally = _Tally(subject, self._calibration())
+        tally = _MetricSums(subject, self._calibration())
         try:
             for url in self.own_urls:
                 index = self._shard(url, model, spec, teacher, tally)
@@ -322,7 +322,7 @@ class Evaluator:
         finally:
             for module, was_training in modes.items():
                 module.training = was_training
-        found = tally.finish(self.world, compared=teacher is not None)
+        found = tally.finish(self.distributed, compared=teacher is not None)
         if found is None:
             raise ConfigError(
                 "there are no images to evaluate on", where="data.val_shards", got=f"{len(self.urls)} shards"
@@ -330,7 +330,7 @@ class Evaluator:
         return found
 
     @torch.inference_mode()
-    def ask(self, teacher: Teacher, *, keeps_embeddings: bool) -> AskedTeacher:
+    def ask(self, teacher: Teacher, *, with_embeddings: bool) -> PrecomputedTeacher:
         """A teacher's outputs for all images of this rank, for evaluations that come later."""
         asked: dict[str, list[tuple[list[str], _Outputs]]] = {}
         for url in self.own_urls:
@@ -339,11 +339,11 @@ class Evaluator:
                 asked[url] = [
                     (
                         [sample.key for sample in group.samples],
-                        _outputs_of_teacher(teacher, group, keeps_embeddings=keeps_embeddings),
+                        _outputs_of_teacher(teacher, group, with_embeddings=with_embeddings),
                     )
                     for group in groups
                 ]
-        return AskedTeacher(asked)
+        return PrecomputedTeacher(asked)
 
     def _calibration(self) -> MulticlassCalibrationError:
         """Gathers confidences over all ranks by itself, also from ranks without any."""
@@ -352,17 +352,22 @@ class Evaluator:
 
         assert self.data.num_classes is not None
         metric = MulticlassCalibrationError(self.data.num_classes, n_bins=_ECE_BINS, norm="l1")
-        return metric.to(self.world.device)
+        return metric.to(self.distributed.device)
 
     @torch.inference_mode()
     def _shard(
-        self, url: str, model: EmbeddingModel, spec: InputSpec, teacher: Teacher | AskedTeacher | None, tally: _Tally
+        self,
+        url: str,
+        model: EmbeddingModel,
+        spec: InputSpec,
+        teacher: Teacher | PrecomputedTeacher | None,
+        tally: _MetricSums,
     ) -> ShardIndex:
         builder = IndexBuilder(shard_id(url))
         finite = _FiniteRows()
         with self._held(url) as local, ThreadPoolExecutor(self.num_threads) as pool:
             for group, of_teacher in self._pairs(local, url, spec, teacher, pool, builder):
-                outputs = _outputs(model, spec, group.pixels_VNCHW[0], self.world.device, tally.subject.projector)
+                outputs = _outputs(model, spec, group.pixels_VNCHW[0], self.distributed.device, tally.subject.projector)
                 if finite.add(group, outputs, of_teacher):
                     tally.add(outputs, of_teacher, torch.from_numpy(group.label_N))
         index = builder.finish()
@@ -374,7 +379,7 @@ class Evaluator:
     def _held(self, url: str) -> Generator[Path]:
         """The local file of a shard."""
         with self.report_moved():
-            file = NodeStore.of(self.data).hold_url(url)
+            file = NodeStore.of(self.data).acquire_url(url)
         with file as held:
             yield held.path
 
@@ -383,7 +388,7 @@ class Evaluator:
         local: Path,
         url: str,
         spec: InputSpec,
-        teacher: Teacher | AskedTeacher | None,
+        teacher: Teacher | PrecomputedTeacher | None,
         pool: ThreadPoolExecutor,
         builder: IndexBuilder,
     ) -> Iterator[tuple[GroupViews, _Outputs | None]]:
@@ -391,7 +396,7 @@ class Evaluator:
         own = self._groups(local, url, spec, pool, builder)
         if teacher is None:
             return ((group, None) for group in own)
-        if isinstance(teacher, AskedTeacher):
+        if isinstance(teacher, PrecomputedTeacher):
             return teacher.answers(url, own)
         if _rendering(teacher.loaded.input) == _rendering(spec):
             return ((group, _outputs_of_teacher(teacher, group)) for group in own)
@@ -431,16 +436,16 @@ def _outputs(
     return _Outputs(torch.cat(logits), torch.cat(embeddings))
 
 
-def _outputs_of_teacher(teacher: Teacher, group: GroupViews, *, keeps_embeddings: bool = True) -> _Outputs:
+def _outputs_of_teacher(teacher: Teacher, group: GroupViews, *, with_embeddings: bool = True) -> _Outputs:
     logits_NK, embedding_ND = teacher.ask(group.pixels_VNCHW[0])
-    return _Outputs(logits_NK.cpu(), (embedding_ND if keeps_embeddings else embedding_ND[:, :0]).cpu())
+    return _Outputs(logits_NK.cpu(), (embedding_ND if with_embeddings else embedding_ND[:, :0]).cpu())
 
 
 def make_evaluator(
     shards: str | tuple[str, ...],
     data: DataConfig,
     plan: ViewsConfig,
-    world: World,
+    distributed: DistributedContext,
     *,
     num_threads: int,
     key: str = "data.val_shards",
@@ -452,7 +457,7 @@ def make_evaluator(
     """
     urls = shard_urls(shards, key=key)
     shard_ids(urls)
-    return Evaluator(urls, data, plan, world, num_threads, key)
+    return Evaluator(urls, data, plan, distributed, num_threads, key)
 
 
 def evaluate_run(
@@ -477,24 +482,29 @@ def evaluate_run(
         ConfigError: there is no run, or it has no such checkpoint.
         CacheError: the teacher that the config names is not the one whose words the student learnt.
     """
-    trained = load_trained(run_url, checkpoint_name)
-    lessons, student = trained.lessons, trained.student
+    trained = load_run(run_url, checkpoint_name)
+    supervision, student = trained.supervision, trained.student
     alone = f"measure the student alone: stillroom evaluate {quoted(run_url)} --shards … --without-teacher"
-    teacher = teacher_for_agreement(trained.config, lessons, device, or_else=alone) if with_teacher else None
+    teacher = teacher_for_agreement(trained.config, supervision, device, or_else=alone) if with_teacher else None
     projector = None if teacher is None else trained.projector(teacher.module.embedding_dim)
     subject = Subject(trained.head_trained, None if projector is None else projector.to(device))
     evaluator = make_evaluator(
-        shards, lessons.data, lessons.student_plan, World(device=device), num_threads=num_threads, key="--shards"
+        shards,
+        supervision.data,
+        supervision.student_plan,
+        DistributedContext(device=device),
+        num_threads=num_threads,
+        key="--shards",
     )
     return evaluator(student.module.to(device), student.input, teacher, subject=subject, on_index=on_index)
 
 
 def teacher_for_agreement(
-    config: Config, lessons: LessonFacts, device: torch.device, *, or_else: str
+    config: Config, supervision: SupervisionSpec, device: torch.device, *, or_else: str
 ) -> Teacher | None:
     """As ``teacher_of_run``; ``or_else`` is what to do where its weights are gone."""
     try:
-        return teacher_of_run(config, lessons, device)
+        return teacher_of_run(config, supervision, device)
     except StorageInputError as error:
         raise StorageInputError(
             "the teacher's weights cannot be read, so agreement and KL cannot be measured",
@@ -505,7 +515,7 @@ def teacher_for_agreement(
         ) from error
 
 
-def teacher_of_run(config: Config, lessons: LessonFacts, device: torch.device) -> Teacher | None:
+def teacher_of_run(config: Config, supervision: SupervisionSpec, device: torch.device) -> Teacher | None:
     """The teacher that a run's config names with its weights, if it names one and no others.
 
     Raises:
@@ -515,16 +525,16 @@ def teacher_of_run(config: Config, lessons: LessonFacts, device: torch.device) -
     if config.teacher.model is None or config.teacher.weights is None or config.teacher.others:
         return None
     teacher = load_teacher(
-        config.teacher, num_classes=lessons.num_classes, size=config.views.size or lessons.size, device=device
+        config.teacher, num_classes=supervision.num_classes, size=config.views.size or supervision.size, device=device
     )
     # Beside several caches no teacher is named.
-    cached = [str(cache.header.teacher["weights"]) for cache in lessons.caches]
+    cached = [str(cache.header.teacher["weights"]) for cache in supervision.caches]
     if cached and weights_digest(teacher.state()) != cached[0]:
         raise CacheError(
             "the teacher of this config is not the one whose words were cached",
             where="teacher.weights",
             got=redact(str(config.teacher.weights)),
-            wanted=f"weights with digest {cached[0][:16]}",
+            expected=f"weights with digest {cached[0][:16]}",
             next_step="name the cache's teacher, or no teacher at all; a cached run needs none",
         )
     return teacher

@@ -18,7 +18,7 @@ from pipeline.student.evaluation.finite import FiniteWeights
 from pipeline.student.losses import CompositeLoss
 from pipeline.student.networks.student import bridge
 from pipeline.student.run import checkpoint
-from pipeline.student.supervision.spec import LessonFacts, lesson_facts
+from pipeline.student.supervision.spec import SupervisionSpec, lesson_facts
 from schemas.config import Config
 
 CheckpointName = Literal["best", "last"]
@@ -26,7 +26,7 @@ _NUM_NAMED = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Trained:
+class LoadedRun:
     """A student, without the projectors of its training.
 
     Attributes:
@@ -36,7 +36,7 @@ class Trained:
     """
 
     config: Config
-    lessons: LessonFacts
+    supervision: SupervisionSpec
     student: LoadedModel
     step: int
     head_trained: bool
@@ -53,7 +53,7 @@ class Trained:
         return module.eval()
 
 
-def load_trained(run_url: str, checkpoint_name: CheckpointName) -> Trained:
+def load_run(run_url: str, checkpoint_name: CheckpointName) -> LoadedRun:
     """
     Raises:
         ConfigError: there is no run, or it has no such checkpoint.
@@ -62,7 +62,7 @@ def load_trained(run_url: str, checkpoint_name: CheckpointName) -> Trained:
     """
     config = checkpoint.read_config(run_url)
     require(config, "student.model", "run.url", command=f"the config of {redact(run_url)}")
-    lessons = lesson_facts(config)
+    supervision = lesson_facts(config)
     assert config.student is not None
     name = checkpoint.BEST if checkpoint_name == "best" else checkpoint.LAST
     state = checkpoint.load(run_url, name)
@@ -75,15 +75,15 @@ def load_trained(run_url: str, checkpoint_name: CheckpointName) -> Trained:
         )
     student = load_model(
         config.student.model_copy(update={"weights": "random", "sha256": None}),
-        num_classes=lessons.num_classes,
-        size=config.student.size or lessons.size,
+        num_classes=supervision.num_classes,
+        size=config.student.size or supervision.size,
         where="student",
         built_for=WeightsFile(state["model"], transform_input=transform_input_of(state)),
     )
     weights = FiniteWeights.of([student.module.network])
     student.module.network.load_state_dict(state["model"])
     _check_finite(weights, storage.join(run_url, name), int(state["step"]))
-    return Trained(config, lessons, student, int(state["step"]), head_is_trained(config), state["projectors"])
+    return LoadedRun(config, supervision, student, int(state["step"]), head_is_trained(config), state["projectors"])
 
 
 def head_is_trained(config: Config) -> bool:

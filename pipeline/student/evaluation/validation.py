@@ -19,7 +19,7 @@ from pipeline.shards.index import STATUSES, ShardIndex, check_samples, index_set
 from pipeline.shards.names import shard_id
 from pipeline.shards.omissions import Omissions, merged
 from pipeline.student.data.local_store import NodeStore
-from pipeline.student.distributed import World
+from pipeline.student.distributed import DistributedContext
 from pipeline.student.evaluation.evaluator import Evaluator
 
 VALIDATION = "validation.json"
@@ -90,8 +90,8 @@ def read_validation(evaluator: Evaluator, run_url: str) -> ValidationSamples:
     if recorded is not None:
         return recorded
     counts, omissions = _counts(evaluator)
-    found = _sum(torch.stack([torch.zeros(len(STATUSES) + 1, dtype=torch.int64), *counts]), evaluator.world)
-    omitted = _over_ranks(omissions, evaluator.world).lines()
+    found = _sum(torch.stack([torch.zeros(len(STATUSES) + 1, dtype=torch.int64), *counts]), evaluator.distributed)
+    omitted = _over_ranks(omissions, evaluator.distributed).lines()
     left_out = {status: count for status, count in zip(STATUSES, found, strict=False) if count and status != "ok"}
     images = found[STATUSES.index("ok")]
     if not images:
@@ -103,7 +103,7 @@ def read_validation(evaluator: Evaluator, run_url: str) -> ValidationSamples:
             next_step="name shards with images, or leave data.val_shards out",
         )
     # Rank 0 alone writes them.
-    urls = evaluator.urls if evaluator.world.leads else []
+    urls = evaluator.urls if evaluator.distributed.is_main_rank else []
     stamps = dict(zip(map(shard_id, urls), _stamps(evaluator, urls), strict=True))
     samples = images + sum(left_out.values())
     return ValidationSamples(samples, images, found[-1], left_out, stamps=stamps, was_read=True, omitted=omitted)
@@ -121,7 +121,7 @@ def _counts(evaluator: Evaluator) -> tuple[list[torch.Tensor], Omissions]:
     omissions = Omissions()
     for url in evaluator.own_urls:
         with evaluator.report_moved():
-            file = NodeStore.of(evaluator.data).hold_url(url)
+            file = NodeStore.of(evaluator.data).acquire_url(url)
         with file as held:
             index = index_shard(held.path, evaluator.data, where=url, threads=evaluator.num_threads)
         check_samples(index, evaluator.data, where=url)
@@ -130,10 +130,10 @@ def _counts(evaluator: Evaluator) -> tuple[list[torch.Tensor], Omissions]:
     return counts, omissions
 
 
-def _over_ranks(own: Omissions, world: World) -> Omissions:
+def _over_ranks(own: Omissions, distributed: DistributedContext) -> Omissions:
     """Those of all ranks, on every rank."""
     line = json.dumps({"counts": own.counts, "examples": own.examples}).encode() + b"\n"
-    joined = world.join(torch.tensor(list(line), dtype=torch.uint8, device=world.device))
+    joined = distributed.join(torch.tensor(list(line), dtype=torch.uint8, device=distributed.device))
     bodies = map(json.loads, bytes(joined.tolist()).splitlines())
     return merged(Omissions(Counter(body["counts"]), body["examples"]) for body in bodies)
 
@@ -144,8 +144,8 @@ def _count(index: ShardIndex) -> torch.Tensor:
     return torch.cat([by_status, torch.tensor([labelled])])
 
 
-def _sum(counts: torch.Tensor, world: World) -> list[int]:
-    return world.sum(counts.sum(0).to(world.device)).tolist()
+def _sum(counts: torch.Tensor, distributed: DistributedContext) -> list[int]:
+    return distributed.sum(counts.sum(0).to(distributed.device)).tolist()
 
 
 def _recorded(evaluator: Evaluator, run_url: str) -> ValidationSamples | None:
@@ -156,7 +156,7 @@ def _recorded(evaluator: Evaluator, run_url: str) -> ValidationSamples | None:
     stamps = dict(zip(map(shard_id, evaluator.own_urls), _stamps(evaluator, evaluator.own_urls), strict=True))
     known: Mapping[str, str] = body.get("stamps", {})
     changed = len(known) != len(evaluator.urls) or any(known.get(name) != stamp for name, stamp in stamps.items())
-    if evaluator.world.sum(torch.tensor(int(changed), device=evaluator.world.device)):
+    if evaluator.distributed.sum(torch.tensor(int(changed), device=evaluator.distributed.device)):
         return None
     return ValidationSamples(**body, was_read=False)
 

@@ -15,7 +15,7 @@ from pipeline.core.errors import ConfigError
 from pipeline.core.hashing import digest, weights_digest
 from pipeline.core.redaction import redact
 from pipeline.models.sources.torchvision import input_transform
-from pipeline.student.evaluation.loaded_run import CheckpointName, Trained, load_trained
+from pipeline.student.evaluation.loaded_run import CheckpointName, LoadedRun, load_run
 from pipeline.student.export.graphs import Classifier, check_onnx_packages, write_onnx, write_pt2
 from pipeline.student.run import checkpoint
 
@@ -72,7 +72,7 @@ def export_run(
     storage.check_writable(out_url)
     if checkpoint_name == "last":
         _check_finished(run_url)
-    trained = load_trained(run_url, checkpoint_name)
+    trained = load_run(run_url, checkpoint_name)
     left_out = _untrained_head(trained, chosen, run_url)
     described = _described(trained, run_url, checkpoint_name, with_normalization=with_normalization)
     with storage.scratch_folder() as folder:
@@ -93,7 +93,7 @@ def _format_of(out_url: str) -> ExportFormat:
             "the suffix of this file names no format",
             where=redact(out_url),
             got=f".{suffix}" if suffix else "no suffix",
-            wanted=", ".join(f".{name}" for name in found),
+            expected=", ".join(f".{name}" for name in found),
             next_step="use one of these, or give --format",
         )
     return found[suffix]
@@ -107,7 +107,7 @@ def _check_request(format: ExportFormat, *, with_normalization: bool) -> None:
             "weights alone cannot hold the normalisation",
             where="--with-normalization",
             got=f"format {format}",
-            wanted=" or ".join(_GRAPHS),
+            expected=" or ".join(_GRAPHS),
             next_step="leave it out; mean and std are in the file's metadata",
         )
 
@@ -122,7 +122,7 @@ def _check_finished(run_url: str) -> None:
         )
 
 
-def _described(trained: Trained, run_url: str, checkpoint_name: str, *, with_normalization: bool) -> dict[str, str]:
+def _described(trained: LoadedRun, run_url: str, checkpoint_name: str, *, with_normalization: bool) -> dict[str, str]:
     """The metadata of every format: text by name, lists and maps as JSON."""
     student, size = trained.student, trained.student.input.size
     kind = "uint8 RGB" if with_normalization else "float32 RGB, of [0,1] less mean, over std"
@@ -143,7 +143,7 @@ def _described(trained: Trained, run_url: str, checkpoint_name: str, *, with_nor
     }
 
 
-def _untrained_head(trained: Trained, format: ExportFormat, run_url: str) -> list[str]:
+def _untrained_head(trained: LoadedRun, format: ExportFormat, run_url: str) -> list[str]:
     """Names of the tensors of a head that no loss trained, which weights leave out; none where it was trained.
 
     Raises:
@@ -164,7 +164,7 @@ def _untrained_head(trained: Trained, format: ExportFormat, run_url: str) -> lis
 
 
 def _write(
-    trained: Trained,
+    trained: LoadedRun,
     path: Path,
     format: ExportFormat,
     described: Mapping[str, str],

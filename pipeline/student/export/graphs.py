@@ -135,23 +135,23 @@ def _largest_difference(classifier: Classifier, graph: Callable[[Tensor], Any], 
     found = 0.0
     for count in _CHECKED_BATCHES:
         images_NCHW = classifier.noise(count)
-        wanted_NK = classifier(images_NCHW)
+        expected_NK = classifier(images_NCHW)
         try:
             got_NK = graph(images_NCHW)
         except Exception as error:
             raise _no_graph(f"{kind} for {count} images", error) from error
-        found = max(found, _difference(got_NK, wanted_NK, kind))
+        found = max(found, _difference(got_NK, expected_NK, kind))
     return found
 
 
-def _difference(got_NK: Tensor, wanted_NK: Tensor, kind: str) -> float:
-    difference = float((got_NK - wanted_NK).abs().max()) if got_NK.shape == wanted_NK.shape else math.inf
-    if not difference <= TOLERANCE * float(wanted_NK.abs().max()):
+def _difference(got_NK: Tensor, expected_NK: Tensor, kind: str) -> float:
+    difference = float((got_NK - expected_NK).abs().max()) if got_NK.shape == expected_NK.shape else math.inf
+    if not difference <= TOLERANCE * float(expected_NK.abs().max()):
         raise ModelError(
             f"the graph does not answer as the network does, under {kind}",
             where="student.model",
             got=f"logits {tuple(got_NK.shape)} that differ by up to {difference:.2g}",
-            wanted=f"logits {tuple(wanted_NK.shape)} within {TOLERANCE:g} of the largest",
+            expected=f"logits {tuple(expected_NK.shape)} within {TOLERANCE:g} of the largest",
             next_step="export to another format",
         )
     return difference

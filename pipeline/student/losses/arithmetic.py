@@ -41,7 +41,7 @@ def finite_pair(student_BK: Tensor, teacher_BK: Tensor) -> tuple[Tensor, Tensor]
             "student and teacher do not answer alike",
             where="logits of one batch",
             got=f"student {list(student_BK.shape)}, teacher {list(teacher_BK.shape)}",
-            wanted="one shape [B,K]: the same rows, the same classes",
+            expected="one shape [B,K]: the same rows, the same classes",
             next_step="set data.num_classes to the teacher's K, which the student's head takes",
         )
     return finite_logits(student_BK), finite_logits(teacher_BK.detach())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.core.errors import ConfigError, TrainingError
-from pipeline.student.data.teacher_outputs import TeacherWords
+from pipeline.student.data.teacher_outputs import TeacherOutputs
 from pipeline.student.losses.arithmetic import is_labelled
 from pipeline.student.losses.ce import ce
 from pipeline.student.losses.dist import SumOverRanks, dist
@@ -52,7 +52,7 @@ _OF_NETWORKS = frozenset({"student_layers", "teacher_layers", "mid_channels", "e
 class TeacherInputs:
     """One teacher beside one batch, on its device."""
 
-    words: TeacherWords
+    words: TeacherOutputs
     projected: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     """The student's embedding in this teacher's width, by the key of the term that takes it."""
     class_directions: ClassDirections | None = None
@@ -174,7 +174,7 @@ class _Term:
                 f"the loss {self.key} lacks inputs",
                 where="LossInputs of one batch",
                 got=f"None for {', '.join(missing)}",
-                wanted=", ".join(sorted(self.required)),
+                expected=", ".join(sorted(self.required)),
                 next_step="ask what the composition needs (needs_labels and so on) before training, and fill it",
             )
         return self.loss(**tensors, **self.options)
@@ -196,7 +196,7 @@ class CompositeLoss:
             raise ConfigError(
                 "the loss section is missing",
                 where=where,
-                wanted=f"one or more of {', '.join(LOSSES)}",
+                expected=f"one or more of {', '.join(LOSSES)}",
                 next_step="add a section such as  loss: [{name: kd, weight: 1.0, temperature: 4.0}]",
             )
         self._terms = [_term(key, section) for key, section in zip(_keys(terms), terms, strict=True)]

@@ -81,7 +81,7 @@ def _pair(student_BD: Tensor, teacher_BD: Tensor) -> tuple[Tensor, Tensor]:
             "the embeddings of student and teacher are not alike",
             where="embeddings of one batch",
             got=f"student {list(student_BD.shape)}, teacher {list(teacher_BD.shape)}",
-            wanted="one shape [B,D]: the same rows, the teacher's width",
+            expected="one shape [B,D]: the same rows, the teacher's width",
             next_step="project the student's embedding to the teacher's width",
         )
     return finite_embedding(student_BD), finite_embedding(teacher_BD.detach())

@@ -64,7 +64,7 @@ def _difference(student_BCHW: Tensor, teacher_BCHW: Tensor) -> Tensor:
             "student and teacher have other feature maps",
             where="a level of one batch",
             got=f"student {list(student_BCHW.shape)}, teacher {list(teacher_BCHW.shape)}",
-            wanted="one shape [B,C,H,W], into which the student's maps are fused",
+            expected="one shape [B,C,H,W], into which the student's maps are fused",
         )
     dtype = torch.promote_types(student_BCHW.dtype, torch.float32)
     difference_BCHW = student_BCHW.to(dtype) - teacher_BCHW.detach().to(dtype)

@@ -149,7 +149,7 @@ def check_class_means(class_means_KD: Tensor, label_counts_K: Tensor, *, where: 
             "the class means are not of this data's classes",
             where=where,
             got=f"K = {len(class_means_KD)}",
-            wanted=f"K = {len(label_counts_K)}",
+            expected=f"K = {len(label_counts_K)}",
             next_step="check data.num_classes, or build the cache over this data",
         )
     missing_K = (label_counts_K > 0) & ~class_means_KD.isfinite().all(dim=1)
@@ -160,6 +160,6 @@ def check_class_means(class_means_KD: Tensor, label_counts_K: Tensor, *, where: 
             "classes occur in the labels but have no mean, which nd needs",
             where=where,
             got=f"{len(classes)} without a mean: {named}{', …' if len(classes) > _NUM_CLASSES_NAMED else ''}",
-            wanted="a mean for every class that occurs",
+            expected="a mean for every class that occurs",
             next_step="build the cache over shards that hold these classes, or drop nd from the loss section",
         )

@@ -50,6 +50,6 @@ def _check_name(network: nn.Module, name: str) -> None:
         "the student has no module or parameter of this name",
         where="train.freeze",
         got=name,
-        wanted=f"one of {', '.join(near or children)}, …",
+        expected=f"one of {', '.join(near or children)}, …",
         next_step="correct the name; a module's name stands for all that is in it",
     )

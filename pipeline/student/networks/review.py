@@ -48,7 +48,7 @@ def review_section(terms: Sequence[LossConfig]) -> ReviewKdLoss | None:
             "review_kd occurs more than once",
             where="loss",
             got=f"{len(found)} terms",
-            wanted="one",
+            expected="one",
             next_step="list all layers in one term",
         )
     return found[0] if found else None

@@ -13,7 +13,7 @@ from pipeline.student.networks.review import Review, ReviewPlan
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-class StudentAnswer(NamedTuple):
+class StudentOutputs(NamedTuple):
     """What losses take of the student. A tuple, in which DDP finds the tensors.
 
     Attributes:
@@ -30,7 +30,7 @@ class StudentAnswer(NamedTuple):
 
 
 class Student(nn.Module):
-    """A network as losses see it; ``forward(images_BCHW)`` answers with ``StudentAnswer``.
+    """A network as losses see it; ``forward(images_BCHW)`` answers with ``StudentOutputs``.
 
     Each term has projectors of its own, so that what one term asks of its projector is not what another gets.
 
@@ -62,14 +62,14 @@ class Student(nn.Module):
         """The fewest rows of a batch that it can be trained on: BatchNorm has no statistics of a single row."""
         return 2 if any(isinstance(module, BATCH_NORMS) and module.training for module in self.modules()) else 1
 
-    def forward(self, images_BCHW: Tensor) -> StudentAnswer:
+    def forward(self, images_BCHW: Tensor) -> StudentOutputs:
         review = self.review
         named = () if review is None else review.plan.student
         (logits_BK, embedding_BD), maps = with_maps(named, self.model, images_BCHW)
         # Fused here and not in the loss: DDP waits for the gradients of all that learns, so all of it runs in here.
         fused = () if review is None else review(review.plan.levels(maps, embedding_BD))
         projected = {key: self._project(key, embedding_BD) for key in self.projectors}
-        return StudentAnswer(logits_BK, embedding_BD, projected, fused)
+        return StudentOutputs(logits_BK, embedding_BD, projected, fused)
 
     def _project(self, key: str, embedding_BD: Tensor) -> tuple[Tensor, ...]:
         bridges: Any = self.projectors[key]

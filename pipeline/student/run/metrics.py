@@ -14,9 +14,9 @@ from torch import Tensor
 from pipeline import storage
 from pipeline.core.errors import TrainingError
 from pipeline.core.temporary import temporary_folder
-from pipeline.student.distributed import World
+from pipeline.student.distributed import DistributedContext
 from pipeline.student.run.checkpoint import EVALUATIONS, METRICS, SPEED
-from pipeline.student.run.tensorboard import Board
+from pipeline.student.run.tensorboard import TensorBoardWriter
 
 Record = dict[str, float | int | None]
 
@@ -44,7 +44,7 @@ class StepLog:
     found then, with the range of steps in which it began.
     """
 
-    world: World
+    distributed: DistributedContext
     _rows: list[_Step] = field(default_factory=list)
     _names: tuple[str, ...] = ()
 
@@ -77,7 +77,7 @@ class StepLog:
         """
         if not self._rows:
             return []
-        values = self.world.sum(torch.stack([step.values for step in self._rows]).float()) / self.world.size
+        values = self.distributed.sum(torch.stack([step.values for step in self._rows]).float()) / self.distributed.size
         records = [self._record(step, row) for step, row in zip(self._rows, values.tolist(), strict=True)]
         self._rows.clear()
         _check_finite(records)
@@ -155,7 +155,7 @@ class MetricsFile:
         self._steps, self._speed, self._evaluations = (
             _Lines(run_url, name, folder, first_step=first_step) for name in (METRICS, SPEED, EVALUATIONS)
         )
-        self._board = Board(run_url, first_step=first_step) if tensorboard else None
+        self._board = TensorBoardWriter(run_url, first_step=first_step) if tensorboard else None
 
     def __enter__(self) -> MetricsFile:
         return self

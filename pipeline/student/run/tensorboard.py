@@ -13,7 +13,7 @@ from pipeline.core.temporary import temporary_folder
 FOLDER = "tensorboard"
 
 
-class Board:
+class TensorBoardWriter:
     """The event file of one start of a run.
 
     It is named by its first step, so that a start from the same checkpoint replaces it; TensorBoard reads the files of

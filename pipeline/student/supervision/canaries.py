@@ -14,7 +14,7 @@ from pipeline.cache.read.reader import TeacherCache
 from pipeline.core.errors import CacheError
 from pipeline.core.redaction import redact
 from pipeline.student.data.sources import CachedSource, read_image
-from pipeline.student.distributed import World
+from pipeline.student.distributed import DistributedContext
 from pipeline.teacher.numerics import numeric_env
 
 _MAX_SHARDS = 8
@@ -35,11 +35,13 @@ class CanaryReport:
         compared, drifted = self.num_compared + other.num_compared, self.num_drifted + other.num_drifted
         return CanaryReport(compared, drifted, max(self.levels, other.levels))
 
-    def over_ranks(self, world: World) -> CanaryReport:
+    def over_ranks(self, distributed: DistributedContext) -> CanaryReport:
         """What all ranks found: each may run on a machine of its own. Every rank calls it."""
-        counts = torch.tensor([self.num_compared, self.num_drifted], device=world.device)
-        compared, drifted = world.sum(counts).tolist()
-        return CanaryReport(compared, drifted, int(world.max(torch.tensor(self.levels, device=world.device))))
+        counts = torch.tensor([self.num_compared, self.num_drifted], device=distributed.device)
+        compared, drifted = distributed.sum(counts).tolist()
+        return CanaryReport(
+            compared, drifted, int(distributed.max(torch.tensor(self.levels, device=distributed.device)))
+        )
 
     def warning(self) -> str:
         return (
@@ -99,7 +101,7 @@ def _drift_error(cache: TeacherCache, drifts: list[_Drift], compared: int) -> Ca
         "this machine makes other pixels than those the teacher saw",
         where=f"{len(drifts)} of {compared} canaries, first {drifts[0].sample_id}",
         got=f"block means differ by up to {levels} of 255; here: {_told(here)}",
-        wanted=f"the cache was built with {_told(cache.manifest.environment)}",
+        expected=f"the cache was built with {_told(cache.manifest.environment)}",
         next_step="install the versions the cache was built with, or build another cache; to train on these pixels all "
         f"the same, and have it recorded: --allow-pixel-drift {max(levels, 1)} (data.allow_pixel_drift)",
     )
@@ -114,7 +116,7 @@ def _check_shard(source: CachedSource, number: int, shard: int, max_pixels: int)
     drifts: list[_Drift] = []
     for row, (ordinal, place) in enumerate(zip(ordinals, rows.places, strict=True)):
         image = read_image(source, shard, place, sample_id=rows.sample_ids[row], max_pixels=max_pixels)
-        box, flip = rows.record_N["box"][row].tolist(), bool(rows.record_N["flip"][row])
+        box, flip = rows.rows_N["box"][row].tolist(), bool(rows.rows_N["flip"][row])
         drawn = drawn_row(rows.drawn, row)
         view = apply_view(image, box, flip, drawn, size=size, interpolation=interpolation)
         if pixel_digest(view) != columns.pixel_digest[ordinal]:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from pipeline.models import random_weights_warnings
 from pipeline.student.data.sources import RowSource, label_counts
-from pipeline.student.supervision.spec import LessonFacts
+from pipeline.student.supervision.spec import SupervisionSpec
 from schemas.config import Config, DistLoss
 
 # Where long-tailed benchmarks begin.
@@ -19,7 +19,7 @@ _MANY_ABSENT = 0.1
 _SHARDS_LOOKED_AT = 16
 
 
-def advice(config: Config, facts: LessonFacts, source: RowSource, *, world_size: int) -> list[str]:
+def advice(config: Config, facts: SupervisionSpec, source: RowSource, *, world_size: int) -> list[str]:
     """One line each. Only DIST is known to suffer from what labels show, so without it no label is read."""
     told = random_weights_warnings(config.teacher.asked) if config.teacher.mode != "none" else []
     terms = [term for term in config.loss if isinstance(term, DistLoss) and term.weight]
@@ -69,7 +69,7 @@ def _absent_classes(share_K: NDArray[np.float64], rows: int, *, may_gather: bool
     ]
 
 
-def _label_shares(facts: LessonFacts, source: RowSource) -> NDArray[np.float64] | None:
+def _label_shares(facts: SupervisionSpec, source: RowSource) -> NDArray[np.float64] | None:
     """[K], from the cache's statistics, or from the indexes of a few shards; None where no label is seen.
 
     A cache counts labels where it counts hits: on views that are not mixed.

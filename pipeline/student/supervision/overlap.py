@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from pipeline.shards.index import ShardIndex
 from pipeline.student.data.sources import RowSource
-from pipeline.student.distributed import World
+from pipeline.student.distributed import DistributedContext
 
 _NUM_NAMED = 3
 
@@ -39,20 +39,20 @@ class SeenImages:
     def add(self, index: ShardIndex) -> None:
         self._hashes.append(index.content_hash[index.ok])
 
-    def overlap(self, source: RowSource, world: World) -> Overlap:
+    def overlap(self, source: RowSource, distributed: DistributedContext) -> Overlap:
         """Compares all ranks' images with the training rows; each rank reads its share of the training indexes, one at
         a time, and no image. Every rank calls it."""
         own = np.concatenate([np.empty(0, np.uint64), *self._hashes])
         # The collectives know no unsigned words; the bits are the same.
-        everyone = world.join(torch.from_numpy(own.view(np.int64)).to(world.device)).cpu().numpy()
+        everyone = distributed.join(torch.from_numpy(own.view(np.int64)).to(distributed.device)).cpu().numpy()
         validation = np.unique(everyone.view(np.uint64))
         num_rows, first = 0, list[tuple[int, int]]()
-        for shard in range(world.rank, len(source.shard_ids), world.size):
+        for shard in range(distributed.rank, len(source.shard_ids), distributed.size):
             index = source.index(shard)
             shared = index.ok[_is_among(index.content_hash[index.ok], validation)]
             num_rows += len(shared)
             first += [(shard, int(row)) for row in shared[: _NUM_NAMED - len(first)]]
-        return Overlap(_sum(num_rows, world), _named(first, source, world))
+        return Overlap(_sum(num_rows, distributed), _named(first, source, distributed))
 
 
 def _is_among(hash_N: NDArray[np.uint64], sorted_M: NDArray[np.uint64]) -> NDArray[np.bool_]:
@@ -63,12 +63,12 @@ def _is_among(hash_N: NDArray[np.uint64], sorted_M: NDArray[np.uint64]) -> NDArr
     return found_N
 
 
-def _sum(count: int, world: World) -> int:
-    return int(world.sum(torch.tensor(count, device=world.device)))
+def _sum(count: int, distributed: DistributedContext) -> int:
+    return int(distributed.sum(torch.tensor(count, device=distributed.device)))
 
 
-def _named(first: list[tuple[int, int]], source: RowSource, world: World) -> tuple[str, ...]:
+def _named(first: list[tuple[int, int]], source: RowSource, distributed: DistributedContext) -> tuple[str, ...]:
     """The names of the first rows, by place, over all ranks."""
-    places = world.join(torch.tensor(first, dtype=torch.int64, device=world.device).view(-1))
+    places = distributed.join(torch.tensor(first, dtype=torch.int64, device=distributed.device).view(-1))
     rows = sorted(map(tuple, places.view(len(places) // 2, 2).tolist()))[:_NUM_NAMED]
     return tuple(source.index(shard).sample_ids([row])[0] for shard, row in rows)

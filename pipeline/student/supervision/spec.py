@@ -21,7 +21,7 @@ _TEACHER_KEYS = ("model", "kwargs", "mean", "std", "interpolation")
 
 
 @dataclass(frozen=True, slots=True)
-class LessonFacts:
+class SupervisionSpec:
     """The same facts, whether a cache or the config states them. ``size`` in pixels; None: the model's own."""
 
     data: DataConfig
@@ -47,7 +47,7 @@ class LessonFacts:
         return self.student_views or self.plan
 
 
-def lesson_facts(config: Config) -> LessonFacts:
+def lesson_facts(config: Config) -> SupervisionSpec:
     """
     Raises:
         CacheError: there is no such cache, the config contradicts it, or two caches do not go together.
@@ -58,11 +58,11 @@ def lesson_facts(config: Config) -> LessonFacts:
         assert config.data.num_classes is not None
         own, size = student_views(config, config.views), config.views.size
         _check_size_said(config, asked_sizes(config))
-        return LessonFacts(config.data, config.views, own, config.data.num_classes, size, (), _means_caches(config))
-    return facts_of(config, _open(config, config.data.caches))
+        return SupervisionSpec(config.data, config.views, own, config.data.num_classes, size, (), _means_caches(config))
+    return resolve_spec(config, _open(config, config.data.caches))
 
 
-def facts_of(config: Config, caches: tuple[TeacherCache, ...]) -> LessonFacts:
+def resolve_spec(config: Config, caches: tuple[TeacherCache, ...]) -> SupervisionSpec:
     """What these caches state, held against what the config names.
 
     Raises:
@@ -75,7 +75,7 @@ def facts_of(config: Config, caches: tuple[TeacherCache, ...]) -> LessonFacts:
     plan = plan_of(first.header)
     _check_same_views(config, plan, first)
     _check_same_teacher(config, caches)
-    return LessonFacts(
+    return SupervisionSpec(
         data=_data_of(config, first),
         plan=plan,
         student_views=student_views(config, plan),
@@ -152,7 +152,7 @@ def _check_same_views(config: Config, plan: ViewsConfig, cache: TeacherCache) ->
         config.views.model_dump(mode="json", include=config.views.model_fields_set - {"count", "size"}),
         what="the views of this config are not those of the cache",
         where=redact(cache.url),
-        wanted=f"views id {cache.header.views_id}, not {views_id(config.views)}",
+        expected=f"views id {cache.header.views_id}, not {views_id(config.views)}",
         next_step="remove the views section, or build another cache",
     )
 
@@ -200,9 +200,9 @@ def _require_same(
     what: str,
     where: str,
     next_step: str,
-    wanted: str | None = None,
+    expected: str | None = None,
 ) -> None:
     """What a config names must be what the cache stores; what it leaves out is the cache's to say."""
     changed = differences({key: stored[key] for key in named}, named)
     if changed:
-        raise CacheError(what, where=where, got="; ".join(changed), wanted=wanted, next_step=next_step)
+        raise CacheError(what, where=where, got="; ".join(changed), expected=expected, next_step=next_step)

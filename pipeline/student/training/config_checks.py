@@ -21,7 +21,7 @@ from pipeline.student.evaluation.evaluator import teacher_of_run
 from pipeline.student.losses import CompositeLoss
 from pipeline.student.networks.freeze import freeze
 from pipeline.student.networks.review import plan_review, review_section
-from pipeline.student.supervision.spec import LessonFacts, asked_sizes, lesson_facts, student_views
+from pipeline.student.supervision.spec import SupervisionSpec, asked_sizes, lesson_facts, student_views
 from schemas.config import CacheConfig, Config, DistLoss
 
 _LOOK_UPS = 16
@@ -53,7 +53,7 @@ def check_config(config: Config) -> str:
     assert config.run is not None
     if config.run.url in (*config.data.caches, config.cache.url if config.cache else None):
         raise ConfigError(
-            "a run and a cache cannot share a folder", where="run.url", got=config.run.url, wanted="another folder"
+            "a run and a cache cannot share a folder", where="run.url", got=config.run.url, expected="another folder"
         )
     return config.run.url
 
@@ -66,7 +66,7 @@ def _check_review(config: Config) -> None:
             "review_kd needs feature maps of the teacher, which no cache holds",
             where="teacher.mode",
             got=mode,
-            wanted="online",
+            expected="online",
             next_step="set teacher.mode=online (with teacher.model and data.shards), or drop review_kd",
         )
     if review_section(config.loss) is not None and config.teacher.others:
@@ -86,7 +86,7 @@ def _check_gathers(config: Config) -> None:
             "dist gathers the rows of a whole step, which no micro-batch has",
             where="train.accumulate",
             got=config.train.accumulate,
-            wanted="1 beside gather: true of dist",
+            expected="1 beside gather: true of dist",
             next_step="set train.accumulate=1, or gather: false, which relates the rows of one micro-batch",
         )
 
@@ -132,7 +132,7 @@ def _check_others(config: Config) -> None:
                 "a teacher is named twice",
                 where=where,
                 got=section.model,
-                wanted="in teacher.others the teachers beside the one of the teacher section",
+                expected="in teacher.others the teachers beside the one of the teacher section",
             )
         seen.append(words)
 
@@ -158,7 +158,7 @@ def _check_teacher_needs(config: Config, loss: CompositeLoss) -> None:
     for words, needed in needs.items():
         if needed and mode == "none":
             raise ConfigError(
-                f"a loss needs the teacher's {words}", where="teacher.mode", got=mode, wanted="cache or online"
+                f"a loss needs the teacher's {words}", where="teacher.mode", got=mode, expected="cache or online"
             )
     if mode == "online":
         require(config, *(f"{name}.model" for name in config.teacher.asked), command="train with teacher.mode=online")
@@ -174,7 +174,7 @@ def _require_class_means(config: Config) -> None:
             raise ConfigError(
                 "nd needs class means, and a teacher online makes none",
                 where=f"{where}.class_means",
-                wanted="the URL of a finished cache of this teacher that has class means",
+                expected="the URL of a finished cache of this teacher that has class means",
                 next_step="build one with views.count=1, cache.logits=none and cache.class_means=eval, or use "
                 "teacher.mode=cache",
             )
@@ -211,7 +211,7 @@ def check_training(config: Config) -> list[str]:
     return _check_teacher_weights(config, facts)
 
 
-def _check_teacher_weights(config: Config, facts: LessonFacts) -> list[str]:
+def _check_teacher_weights(config: Config, facts: SupervisionSpec) -> list[str]:
     """A teacher beside a cache must be the cache's. Its file is only compared: training from a cache needs none."""
     if not facts.caches or config.teacher.weights == "pretrained":
         return []
@@ -225,7 +225,7 @@ def _check_teacher_weights(config: Config, facts: LessonFacts) -> list[str]:
     return []
 
 
-def check_means_serve(config: Config, loss: CompositeLoss, facts: LessonFacts) -> None:
+def check_means_serve(config: Config, loss: CompositeLoss, facts: SupervisionSpec) -> None:
     """
     Raises:
         ConfigError: a cache beside a teacher online has no class means, or its classes are not the data's.
@@ -246,7 +246,7 @@ def check_means_serve(config: Config, loss: CompositeLoss, facts: LessonFacts) -
                 "these class means are of another number of classes",
                 where=where,
                 got=f"K = {cache.header.num_classes}",
-                wanted=f"K = {facts.num_classes}, data.num_classes",
+                expected=f"K = {facts.num_classes}, data.num_classes",
             )
 
 
@@ -333,21 +333,21 @@ def _check_cache_will_serve(loss: CompositeLoss, cache: CacheConfig) -> None:
             "a loss needs the teacher's logits, and this cache would keep none",
             where="cache.logits",
             got="none",
-            wanted="an encoding, or a loss section of nd and ce",
+            expected="an encoding, or a loss section of nd and ce",
         )
     if loss.needs_teacher_embedding and cache.embeddings == "none":
         raise ConfigError(
             "a loss needs the teacher's embeddings, and this cache would keep none",
             where="cache.embeddings",
             got="none",
-            wanted="fp32, fp16 or int8, or a loss section without cosine and mse",
+            expected="fp32, fp16 or int8, or a loss section without cosine and mse",
         )
     if loss.needs_class_means and cache.class_means == "none":
         raise ConfigError(
             "nd needs class means, and this cache would have none",
             where="cache.class_means",
             got="none",
-            wanted="eval, the URL of a file, or view0 where views are not mixed",
+            expected="eval, the URL of a file, or view0 where views are not mixed",
         )
 
 

@@ -27,7 +27,7 @@ def cuts(num_rows: int, pieces: int, *, rows_per_unit: int) -> list[slice]:
     return [slice(start, stop) for start, stop in pairwise(bounds)]
 
 
-def fewest_rows(num_rows: int, pieces: int, *, rows_per_unit: int) -> int:
+def smallest_batch(num_rows: int, pieces: int, *, rows_per_unit: int) -> int:
     """Rows of the smallest piece."""
     return min(piece.stop - piece.start for piece in cuts(num_rows, pieces, rows_per_unit=rows_per_unit))
 

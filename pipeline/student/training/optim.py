@@ -50,7 +50,7 @@ def make_schedule(optimizer: Optimizer, train: TrainConfig, *, total_steps: int)
             "the warm-up is as long as the training",
             where="train.warmup_steps",
             got=f"{train.warmup_steps} of {total_steps} steps",
-            wanted="fewer steps than the training has",
+            expected="fewer steps than the training has",
             next_step="lower train.warmup_steps, or train for more epochs",
         )
     return LambdaLR(optimizer, partial(lr_factor, train=train, total_steps=total_steps))

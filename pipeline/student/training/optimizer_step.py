@@ -37,7 +37,7 @@ class Update:
     scale: float | None
 
 
-class Updater:
+class OptimizerStep:
     """Gradients in, weights out. Every rank makes the same updates, since DDP gives every rank the same gradients.
 
     A step whose gradients overflow under fp16 moves nothing: neither weights nor schedule nor average.
@@ -111,7 +111,7 @@ class Updater:
                 "gradients overflow fp16 at any scale of the loss",
                 where=where,
                 got=f"scale {scale:.1e} after {self.num_updates} updates",
-                wanted=f"a scale of at least {_MIN_SCALE:.0e}",
+                expected=f"a scale of at least {_MIN_SCALE:.0e}",
                 next_step="use train.precision=bf16 or fp32, lower train.lr or set train.clip_norm, in another run.url",
             )
 

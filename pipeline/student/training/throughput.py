@@ -10,7 +10,7 @@ from pipeline.student.data.dataset import Batch
 
 
 @dataclass(slots=True)
-class Speedometer:
+class ThroughputMeter:
     """Images and waiting since it was last read or reset.
 
     Steps are queued on a device and not waited for; read it where the device was waited for anyway.

@@ -28,7 +28,7 @@ def check_compiler(device: torch.device) -> None:
             "torch.compile does not work on this machine",
             where=f"train.compile=true, device {device.type}",
             got=cause(getattr(error, "inner_exception", error)),
-            wanted="a C++ compiler with Python's headers, and on a GPU Triton",
+            expected="a C++ compiler with Python's headers, and on a GPU Triton",
             next_step="install what is missing on every node, or set train.compile=false",
         ) from error
 
@@ -95,6 +95,6 @@ def demand_workspace() -> None:
             "the environment makes cuBLAS give other results from run to run",
             where=_CUBLAS,
             got=given,
-            wanted=" or ".join(_DETERMINISTIC_WORKSPACES),
+            expected=" or ".join(_DETERMINISTIC_WORKSPACES),
             next_step=f"unset {_CUBLAS}, or set train.deterministic=false",
         )

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from jobs.observability.build_observer import BuildTally, Built
-from jobs.observability.task_observer import Spent
+from jobs.observability.build_observer import BuildObserver, BuiltPart
+from jobs.observability.task_observer import AttemptStats
 from pipeline.cache.build.part import PartTask
-from pipeline.core.errors import PassingStorageError, ShardError
+from pipeline.core.errors import ShardError, TransientStorageError
 from schemas.cache_format import ByteRange, Commit, FileRef, Statistics, ViewBlock, ViewRange
 from tests.jobs.conftest import Tree, config_of
 
@@ -23,7 +23,7 @@ class Clock:
         return self.now_s
 
 
-def built(*, images: int, views: int, size_bytes: int, busy_s: float) -> Built:
+def built(*, images: int, views: int, size_bytes: int, busy_s: float) -> BuiltPart:
     file = FileRef(path="a", sha256="b", size_bytes=size_bytes)
     ranges = [ViewRange(view=view, offset=0, size_bytes=1, rows=images, digest="") for view in range(views)]
     commit = Commit(
@@ -43,7 +43,7 @@ def built(*, images: int, views: int, size_bytes: int, busy_s: float) -> Built:
         statistics=Statistics(),
         environment={},
     )
-    return Built(commit, busy_s)
+    return BuiltPart(commit, busy_s)
 
 
 @pytest.fixture
@@ -55,15 +55,17 @@ def told(tree: Tree, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
         PartTask(config, f"s3://bucket/train-{number}.tar", ViewBlock(start=0, stop=2)) for number in (1, 2, 3)
     )
     clock = Clock()
-    tally = BuildTally(config, [one, two, three], num_shards=5, clock=clock)
+    tally = BuildObserver(config, [one, two, three], num_shards=5, clock=clock)
     clock.now_s = 1900
-    tally.done(one, built(images=100, views=2, size_bytes=10, busy_s=600), Spent("left", 800), attempt=1)
-    tally.retried(two, PassingStorageError("slow down"), Spent(None, 360), attempt=1, kind="storage", pause_s=1)
+    tally.done(one, built(images=100, views=2, size_bytes=10, busy_s=600), AttemptStats("left", 800), attempt=1)
+    tally.retried(
+        two, TransientStorageError("slow down"), AttemptStats(None, 360), attempt=1, kind="storage", pause_s=1
+    )
     clock.now_s = 2000
-    tally.done(two, built(images=50, views=2, size_bytes=20, busy_s=250), Spent("left", 1000), attempt=2)
+    tally.done(two, built(images=50, views=2, size_bytes=20, busy_s=250), AttemptStats("left", 1000), attempt=2)
     clock.now_s = 2800
-    tally.done(three, built(images=10, views=1, size_bytes=5, busy_s=900), Spent("right", 1800), attempt=1)
-    tally.failed(three, ShardError("cut"), Spent("right", 540), attempt=1)
+    tally.done(three, built(images=10, views=1, size_bytes=5, busy_s=900), AttemptStats("right", 1800), attempt=1)
+    tally.failed(three, ShardError("cut"), AttemptStats("right", 540), attempt=1)
     tally.sum_up()
     return [json.loads(line) for line in capsys.readouterr().err.splitlines()]
 
@@ -111,8 +113,8 @@ def test_a_build_of_which_nothing_came_cost_hours_all_the_same(
     tree: Tree, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = PartTask(config_of(tree()), "s3://bucket/train-1.tar", ViewBlock(start=0, stop=2))
-    tally = BuildTally(task.config, [task], num_shards=1)
-    tally.failed(task, ShardError("cut"), Spent("left", 1800), attempt=1)
+    tally = BuildObserver(task.config, [task], num_shards=1)
+    tally.failed(task, ShardError("cut"), AttemptStats("left", 1800), attempt=1)
     monkeypatch.setenv("STILLROOM_LOG", "json")
     capsys.readouterr()
     tally.sum_up()
@@ -122,11 +124,11 @@ def test_a_build_of_which_nothing_came_cost_hours_all_the_same(
 
 
 def test_a_build_with_nothing_to_do_sums_nothing_up(tree: Tree, capsys: pytest.CaptureFixture[str]) -> None:
-    BuildTally(config_of(tree()), [], num_shards=5).sum_up()
+    BuildObserver(config_of(tree()), [], num_shards=5).sum_up()
     assert capsys.readouterr().err == ""
 
 
 def test_keys_in_a_url_are_not_told(tree: Tree, capsys: pytest.CaptureFixture[str]) -> None:
     task = PartTask(config_of(tree()), "https://user:hunter2@host/train-1.tar?sig=hunter2", ViewBlock(start=0, stop=1))
-    BuildTally(task.config, [task], num_shards=1).failed(task, ShardError("cut"), Spent("left", 1), attempt=1)
+    BuildObserver(task.config, [task], num_shards=1).failed(task, ShardError("cut"), AttemptStats("left", 1), attempt=1)
     assert "hunter2" not in capsys.readouterr().err

@@ -12,7 +12,7 @@ import pytest
 
 from jobs.build_cache import build_cache
 from jobs.entry import run_command
-from jobs.observability.log import tell
+from jobs.observability.log import emit
 from pipeline.core.errors import ConfigError, ShardError
 from tests.jobs.conftest import Tree, config_of
 
@@ -30,15 +30,15 @@ def as_json(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_people_are_told_the_text_alone_and_not_of_every_task(capsys: Captured) -> None:
-    tell("a part is done", event="done", level=logging.DEBUG, shard="a")
-    tell("the cache is done", event="end", parts=3)
+    emit("a part is done", event="done", level=logging.DEBUG, shard="a")
+    emit("the cache is done", event="end", parts=3)
     captured = capsys.readouterr()
     assert (captured.err, captured.out) == ("the cache is done\n", "")
 
 
 @pytest.mark.usefixtures("as_json")
 def test_machines_are_told_everything_an_object_a_line(capsys: Captured) -> None:
-    tell("two\nlines", event="done", level=logging.DEBUG, shard="a", where=Path("b"))
+    emit("two\nlines", event="done", level=logging.DEBUG, shard="a", where=Path("b"))
     (told,) = objects(capsys)
     at = datetime.fromisoformat(told.pop("time"))
     assert timedelta(0) <= datetime.now(UTC) - at < timedelta(minutes=1)

@@ -16,7 +16,7 @@ from jobs.ray.fan_out import fan_out
 from schemas.config import RayConfig
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-_PATIENCE_S = 60
+_TIMEOUT_S = 60
 
 
 class Meeting:
@@ -27,7 +27,7 @@ class Meeting:
 
     def __call__(self, number: int) -> str:
         (self.folder / str(number)).touch()
-        deadline = time.monotonic() + _PATIENCE_S
+        deadline = time.monotonic() + _TIMEOUT_S
         while len(list(self.folder.iterdir())) < 2 and time.monotonic() < deadline:
             time.sleep(0.05)
         return node_name()

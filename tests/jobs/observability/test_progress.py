@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 from rich.table import Table
 
-from jobs.observability.log import tell
+from jobs.observability.log import emit
 from jobs.observability.progress import ProgressView
 
 _END = "<end>"
@@ -64,7 +64,7 @@ def test_a_line_that_is_told_stands_above_the_bar(monkeypatch: pytest.MonkeyPatc
     with terminal(monkeypatch) as written:
         with ProgressView("cache", 4) as view:
             view.update(1)
-            tell("a node is gone")
+            emit("a node is gone")
             view.update(2)
         text = written()
     assert re.search(r"[\nK]a node is gone\s*\n", text)

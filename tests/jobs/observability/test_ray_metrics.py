@@ -16,18 +16,18 @@ from ray.dashboard.modules.reporter.reporter_agent import GPU_TAG_KEYS, METRICS_
 
 from jobs.build_cache import build_cache
 from jobs.observability import ray_metrics
-from jobs.observability.build_observer import BuildTally
-from jobs.observability.task_observer import Spent
+from jobs.observability.build_observer import BuildObserver
+from jobs.observability.task_observer import AttemptStats
 from jobs.train_student import train_student
 from pipeline.cache.build.part import PartTask
-from pipeline.core.errors import PassingStorageError, ShardError
+from pipeline.core.errors import ShardError, TransientStorageError
 from schemas.cache_format import ViewBlock
 from tests.jobs.conftest import Tree, config_of
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).resolve().parents[3]
 DASHBOARD = ROOT / "infra" / "grafana" / "stillroom.json"
-METERS = [made for made in vars(ray_metrics).values() if isinstance(made, ray_metrics.Count | ray_metrics.Level)]
+METERS = [made for made in vars(ray_metrics).values() if isinstance(made, ray_metrics.Counter | ray_metrics.Gauge)]
 _SERIES = re.compile(r"(\w+)\{(.*)\} (\S+)")
 _WAIT_S = 60
 
@@ -45,7 +45,7 @@ def scrape() -> Series:
     return found
 
 
-def wait_for(meter: ray_metrics.Count, names: set[str], **labels: str) -> Series:
+def wait_for(meter: ray_metrics.Counter, names: set[str], **labels: str) -> Series:
     """A page with this series on it, and so with all that was recorded before it, and with these names of Ray's."""
     deadline = time.monotonic() + _WAIT_S
     while time.monotonic() < deadline:
@@ -104,9 +104,11 @@ def test_every_meter_is_exported_and_every_question_of_the_dashboard_has_an_answ
     manifest = build_cache(config)
     train_student(config_of(tree(teacher={"mode": "online"}, run={"url": str(tmp_path / "metered-run")})))
     task = PartTask(config, config.data.shards[0], ViewBlock(start=0, stop=2))
-    unlucky = BuildTally(config, [task], num_shards=4)
-    unlucky.retried(task, PassingStorageError("slow down"), Spent("left", 1), attempt=1, kind="storage", pause_s=1)
-    unlucky.failed(task, ShardError("cut"), Spent("left", 1), attempt=2)
+    unlucky = BuildObserver(config, [task], num_shards=4)
+    unlucky.retried(
+        task, TransientStorageError("slow down"), AttemptStats("left", 1), attempt=1, kind="storage", pause_s=1
+    )
+    unlucky.failed(task, ShardError("cut"), AttemptStats("left", 1), attempt=2)
 
     asked = {name for question in questions() for name in question.names}
     found = wait_for(ray_metrics.PARTS_FAILED, asked - GPU_METRICS, cache="metered")
@@ -116,8 +118,8 @@ def test_every_meter_is_exported_and_every_question_of_the_dashboard_has_an_answ
     ours = {name for name in found if name.startswith("ray_stillroom_")}
     assert ours == {meter.exported for meter in METERS}
 
-    def total(meter: ray_metrics.Count | ray_metrics.Level, **wanted: str) -> float:
-        return sum(value for labels, value in found[meter.exported] if wanted.items() <= labels.items())
+    def total(meter: ray_metrics.Counter | ray_metrics.Gauge, **expected: str) -> float:
+        return sum(value for labels, value in found[meter.exported] if expected.items() <= labels.items())
 
     cache = {"cache": "metered"}
     assert total(ray_metrics.IMAGES, **cache) == 4 * 24 * (3 + 1)

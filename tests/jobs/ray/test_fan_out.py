@@ -19,11 +19,11 @@ from jobs.ray.fan_out import fan_out
 from pipeline.core.errors import (
     CacheError,
     LostGpuError,
-    PassingStorageError,
     ResourceError,
     ShardError,
     StillroomError,
     StorageError,
+    TransientStorageError,
 )
 from schemas.config import RayConfig
 from tests.jobs import NUM_CPUS
@@ -44,7 +44,7 @@ def _attempt(folder: Path, number: int) -> int:
 
 def _fail_once(folder: Path, number: int) -> int:
     if _attempt(folder, number) == 1 and number == 1:
-        raise PassingStorageError("the store had a bad moment")
+        raise TransientStorageError("the store had a bad moment")
     return number
 
 
@@ -72,7 +72,7 @@ def _alternate(folder: Path, number: int) -> int:
     if attempt in (1, 3):
         os._exit(1)
     if attempt in (2, 4):
-        raise PassingStorageError("the store had a bad moment")
+        raise TransientStorageError("the store had a bad moment")
     return number
 
 
@@ -155,8 +155,8 @@ def test_a_passing_fault_costs_one_more_attempt_of_one_item(fault, tmp_path: Pat
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_fault_that_stays_ends_after_the_counted_retries(tmp_path: Path) -> None:
-    with pytest.raises(PassingStorageError, match="nothing helps"):
-        list(fan_out(partial(_always, tmp_path, PassingStorageError), [1], RAY, what="a task"))
+    with pytest.raises(TransientStorageError, match="nothing helps"):
+        list(fan_out(partial(_always, tmp_path, TransientStorageError), [1], RAY, what="a task"))
     assert attempts(tmp_path) == 1 + RAY.max_retries
 
 
@@ -214,8 +214,8 @@ def test_one_bad_shard_is_told_as_it_is() -> None:
 
 
 def test_a_failure_that_may_pass_decides_the_exit_code() -> None:
-    errors: dict[int, type[StillroomError]] = {1: ShardError, 2: PassingStorageError}
-    with pytest.raises(PassingStorageError) as caught:
+    errors: dict[int, type[StillroomError]] = {1: ShardError, 2: TransientStorageError}
+    with pytest.raises(TransientStorageError) as caught:
         list(fan_out(partial(_fail_by_kind, errors), range(4), RayConfig(address="none"), what="a task"))
     assert caught.value.exit_code == 1
     assert "item 1 failed" in str(caught.value)

@@ -15,7 +15,7 @@ from ray.util import placement_group, remove_placement_group
 
 from jobs.ray.cluster import room
 from jobs.ray.worker_group import Placement
-from jobs.train_student import Relay, _run, train_student
+from jobs.train_student import EventActor, _run, train_student
 from pipeline.core.errors import ResourceError, TrainingError
 from schemas.config import RayConfig
 from tests.jobs import NUM_CPUS
@@ -45,7 +45,7 @@ def test_workers_whose_place_others_hold_are_given_up_in_the_time_that_was_given
     finally:
         remove_placement_group(held)
     assert caught.value.got == "room for 2 where nothing else runs (1 of 2 CPU free)"
-    assert caught.value.wanted == "room for 2 x 1 CPU"
+    assert caught.value.expected == "room for 2 x 1 CPU"
     assert "ray.num_workers=2" in str(caught.value.where)
 
 
@@ -81,12 +81,12 @@ class Failing:
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_workers_that_die_while_they_start_are_started_anew_as_often_as_others() -> None:
-    relay = Relay.remote()
+    event_actor = EventActor.remote()
     twice = Failing(2)
-    _run(lambda: cast(TorchTrainer, twice), relay, max_failures=2)
+    _run(lambda: cast(TorchTrainer, twice), event_actor, max_failures=2)
     assert twice.fits == 3
     with pytest.raises(TrainingError, match="training failed"):
-        _run(lambda: cast(TorchTrainer, Failing(2)), relay, max_failures=0)
+        _run(lambda: cast(TorchTrainer, Failing(2)), event_actor, max_failures=0)
 
 
 def test_more_workers_at_the_least_than_at_the_most_are_refused() -> None:

@@ -44,7 +44,7 @@ def recipe(name: str, out: Path, *overrides: str) -> Recipe:
 
 
 def stage(found: Recipe, student: str) -> Config:
-    return next(cell.config for cell in found.cells if cell.student == student)
+    return next(spec.config for spec in found.specs if spec.student == student)
 
 
 def test_every_recipe_of_the_project_is_tested_here() -> None:
@@ -57,7 +57,7 @@ def test_every_recipe_is_dry_run_without_data_network_or_a_file_written(name: st
     found = recipe(name, tmp_path / "out")
     text = describe_plan(found)
     assert text.startswith(found.document.title)
-    assert all(f"student {cell.student}" in text for cell in found.cells)
+    assert all(f"student {spec.student}" in text for spec in found.specs)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -127,7 +127,7 @@ REVIEW_CIFAR = {
 def test_reviewkd_on_cifar100_compares_the_stages_of_both_networks_by_the_paper_s_weights(
     pair: str, tmp_path: Path
 ) -> None:
-    (review, nd, mid_channels), *wanted = REVIEW_CIFAR[pair]
+    (review, nd, mid_channels), *expected = REVIEW_CIFAR[pair]
     config = stage(recipe("nd-cifar100", tmp_path, f"vars.pair={pair}", "teacher.teacher.weights=random"), "review++")
     assert [(term.name, term.weight) for term in config.loss] == [("ce", 1), ("review_kd", review), ("nd", nd)]
     section = review_section(config.loss)
@@ -140,7 +140,7 @@ def test_reviewkd_on_cifar100_compares_the_stages_of_both_networks_by_the_paper_
         load_model(config.student, num_classes=100, size=32, where="student"),
         load_model(config.teacher, num_classes=100, size=32, where="teacher"),
     )
-    assert [[(found.channels, found.side) for found in maps] for maps in (plan.student, plan.teacher)] == wanted
+    assert [[(found.channels, found.side) for found in maps] for maps in (plan.student, plan.teacher)] == expected
 
 
 # lr, teacher, KD, DIST.
@@ -182,8 +182,8 @@ NETWORKS = {
 @pytest.mark.parametrize("pair", NETWORKS)
 def test_networks_of_the_cifar_pairs_have_the_published_sizes(name: str, pair: str, tmp_path: Path) -> None:
     teacher, student, *_ = _models(describe_plan(recipe(name, tmp_path, f"vars.pair={pair}")))
-    for (millions, width), (wanted, wanted_width) in zip((teacher, student), NETWORKS[pair], strict=True):
-        assert (millions, width) == (pytest.approx(wanted, abs=0.011), wanted_width)
+    for (millions, width), (expected, wanted_width) in zip((teacher, student), NETWORKS[pair], strict=True):
+        assert (millions, width) == (pytest.approx(expected, abs=0.011), wanted_width)
 
 
 def _models(text: str) -> Iterator[tuple[float, int]]:

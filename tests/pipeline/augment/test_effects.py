@@ -59,8 +59,8 @@ def pillow(view: Tensor) -> Image.Image:
 
 
 def levels_apart(view: Tensor, other: Image.Image | Tensor) -> int:
-    wanted = other if isinstance(other, Tensor) else torch.from_numpy(np.array(other)).permute(2, 0, 1)
-    return int((view.int() - wanted.int()).abs().max())
+    expected = other if isinstance(other, Tensor) else torch.from_numpy(np.array(other)).permute(2, 0, 1)
+    return int((view.int() - expected.int()).abs().max())
 
 
 def op(view: Tensor, name: str, magnitude: float = 0.0) -> Tensor:
@@ -81,8 +81,8 @@ def test_blends_are_pillows_but_for_its_rounding(name: str, size: int) -> None:
     """Pillow cuts fractions of a level off, we round."""
     for seed, factor in enumerate((0.0, 0.1, 0.77, 1.0, 1.31, 1.9)):
         view = picture(size, seed)
-        wanted = ENHANCERS[name](pillow(view)).enhance(factor)
-        assert levels_apart(op(view, name, factor), wanted) <= (0 if factor in (0.0, 1.0) else 1)
+        expected = ENHANCERS[name](pillow(view)).enhance(factor)
+        assert levels_apart(op(view, name, factor), expected) <= (0 if factor in (0.0, 1.0) else 1)
 
 
 @given(st.integers(0, 2**24 - 1), st.floats(0, 2, width=32))
@@ -131,8 +131,8 @@ def test_hue_is_that_of_a_loop_and_of_torchvision(turn: float) -> None:
     error = ulps(8, 6 * 255) + ulps(3, 255)
     for y, x in np.ndindex(16, 16):
         hue, saturation, value = colorsys.rgb_to_hsv(*(level / 255 for level in view[:, y, x].tolist()))
-        wanted = colorsys.hsv_to_rgb((hue + turn) % 1, saturation, value)
-        assert made[:, y, x].tolist() == pytest.approx([255 * share for share in wanted], abs=0.5 + error)
+        expected = colorsys.hsv_to_rgb((hue + turn) % 1, saturation, value)
+        assert made[:, y, x].tolist() == pytest.approx([255 * share for share in expected], abs=0.5 + error)
     assert levels_apart(made, functional.adjust_hue(view, turn)) <= 1
 
 
@@ -152,10 +152,10 @@ def test_jitter_is_applied_in_the_stored_order() -> None:
         9: ("contrast", "saturation", "hue", "brightness"),
         23: ("hue", "saturation", "contrast", "brightness"),
     }.items():
-        wanted = view
+        expected = view
         for name in names:
-            wanted = jittered(wanted, **{f"jitter_{name}": values[name]})
-        assert torch.equal(jittered(view, order, **columns), wanted)
+            expected = jittered(expected, **{f"jitter_{name}": values[name]})
+        assert torch.equal(jittered(view, order, **columns), expected)
 
 
 def source_of(name: str, by: float, x: float, y: float, size: int) -> tuple[float, float]:
@@ -192,15 +192,15 @@ def test_geometry_shows_the_pixel_under_each_source_point(name: str, by: float, 
         there = math.floor(y + size / 2), math.floor(x + size / 2)
         inside = all(0 <= place < size for place in there)
         for channel in range(3):
-            wanted = pixels[channel][there[0]][there[1]] if inside else 128
-            assert made[channel][row][column] == wanted
+            expected = pixels[channel][there[0]][there[1]] if inside else 128
+            assert made[channel][row][column] == expected
 
 
 @pytest.mark.parametrize("degrees", [30.0, -7.5])
 def test_rotation_turns_as_pillows_does(degrees: float) -> None:
     view = picture(64)
-    wanted = pillow(view).rotate(degrees, Image.Resampling.NEAREST, fillcolor=(128, 128, 128))
-    same = (op(view, "rotate", degrees).permute(1, 2, 0).numpy() == np.array(wanted)).all(axis=2)
+    expected = pillow(view).rotate(degrees, Image.Resampling.NEAREST, fillcolor=(128, 128, 128))
+    same = (op(view, "rotate", degrees).permute(1, 2, 0).numpy() == np.array(expected)).all(axis=2)
     # Pillow's coordinates have 16 fractional bits.
     assert same.mean() > 0.995
 
@@ -227,8 +227,8 @@ def test_an_erased_box_has_its_colour_and_the_rest_stays() -> None:
     box = {"erase_left": 0.1, "erase_top": 0.5, "erase_width": 0.42, "erase_height": 0.3}
     made = apply_options(view, {**box, "erase_red": 9, "erase_green": 200, "erase_blue": 0})
     for row, column in np.ndindex(20, 20):
-        wanted = [9, 200, 0] if 10 <= row < 16 and 2 <= column < 10 else view[:, row, column].tolist()
-        assert made[:, row, column].tolist() == wanted
+        expected = [9, 200, 0] if 10 <= row < 16 and 2 <= column < 10 else view[:, row, column].tolist()
+        assert made[:, row, column].tolist() == expected
 
 
 def test_a_box_of_no_size_erases_nothing() -> None:
@@ -243,8 +243,8 @@ def test_jitter_comes_before_the_operations_in_their_order_and_erasing_comes_las
     ops = {"op1": 5, "op1_magnitude": 20.0, "op2": 11, "op2_magnitude": 90.0}
     box = {"erase_left": 0.0, "erase_top": 0.0, "erase_width": 0.5, "erase_height": 0.5}
     erase = {**box, "erase_red": 1, "erase_green": 2, "erase_blue": 3}
-    wanted = apply_options(op(op(apply_options(view, jitter), "rotate", 20.0), "solarize", 90.0), erase)
-    assert torch.equal(apply_options(view, {**erase, **ops, **jitter}), wanted)
+    expected = apply_options(op(op(apply_options(view, jitter), "rotate", 20.0), "solarize", 90.0), erase)
+    assert torch.equal(apply_options(view, {**erase, **ops, **jitter}), expected)
 
 
 def every_effect(size: int) -> Iterator[tuple[str, Tensor]]:
@@ -275,14 +275,14 @@ def test_effects_are_frozen() -> None:
 
 
 def test_neither_threads_nor_strides_change_a_pixel() -> None:
-    wanted, threads = all_digests(), torch.get_num_threads()
+    expected, threads = all_digests(), torch.get_num_threads()
     try:
         torch.set_num_threads(4)
-        assert all_digests() == wanted
+        assert all_digests() == expected
     finally:
         torch.set_num_threads(threads)
     with ThreadPoolExecutor(4) as pool:
-        assert set(pool.map(lambda _: all_digests(), range(4))) == {wanted}
+        assert set(pool.map(lambda _: all_digests(), range(4))) == {expected}
     planes = picture(40).contiguous()
     columns = {"jitter_order": 7, **dict.fromkeys(NEUTRAL, 0.7), "jitter_hue": 0.2}
     for number in range(len(OPS)):

@@ -147,15 +147,15 @@ def test_partners_are_neighbours_in_the_order_of_their_words(num_ok: int, group:
     of = key("mix", 7, "train-00012")
     words = [word for block in range(64) for word in philox(of, (block, group, view, 0))]
     order = sorted(range(num_ok), key=lambda row: words[row])
-    wanted = list(range(num_ok))
+    expected = list(range(num_ok))
     for one, other in zip(order[0::2], order[1::2], strict=False):
-        wanted[one], wanted[other] = other, one
-    assert mix_partners(plan, "train-00012", group, view, num_ok).tolist() == wanted
+        expected[one], expected[other] = other, one
+    assert mix_partners(plan, "train-00012", group, view, num_ok).tolist() == expected
 
 
 def test_canaries_are_the_rows_whose_word_is_below_a_thousandth() -> None:
     names = [f"train-00000/{number:08d}" for number in range(3000)]
     flags = is_canary(sample_keys(5, names), np.full(len(names), 3))
-    wanted = [uniforms(key("view", 5, name), (0, 3, 2, 0))[0] < 0.001 for name in names]
-    assert flags.tolist() == wanted
-    assert 0 < sum(wanted) < 10
+    expected = [uniforms(key("view", 5, name), (0, 3, 2, 0))[0] < 0.001 for name in names]
+    assert flags.tolist() == expected
+    assert 0 < sum(expected) < 10

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from scipy.stats import ks_2samp
 from torchvision.transforms import RandomErasing
 
-from pipeline.augment.options import OPS, cut_boxes, drawn_row
+from pipeline.augment.options import OPS, cutmix_boxes, drawn_row
 from pipeline.augment.params import ViewParams, unmix
 from pipeline.augment.pixels import apply_view
 from pipeline.cache.format.header import views_body, views_id
-from schemas.cache_format import drawn_columns
+from schemas.cache_format import aug_param_columns
 from schemas.config import ViewsConfig
 from tests.pipeline.augment.test_params import draw, ids, scalar_uniforms
 from tests.tolerances import ulps
@@ -82,16 +82,16 @@ def test_jitter_equals_a_scalar_loop() -> None:
     found = drawn(plan).drawn
     for row, name in enumerate(ids(200)):
         which, how = (scalar_uniforms(0, name, 3, 3, block) for block in (0, 1))
-        wanted = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.0}
+        expected = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.0}
         if which[0] < 0.7:
-            wanted = {
+            expected = {
                 "brightness": 0.5 + how[0],
                 "contrast": 0.75 + 0.5 * how[1],
                 "saturation": 2 * how[2],
                 "hue": -0.125 + 0.25 * how[3],
             }
         assert found["jitter_order"][row] == int(which[1] * 24)
-        for column, value in wanted.items():
+        for column, value in expected.items():
             assert found[f"jitter_{column}"][row] == np.float32(value), column
 
 
@@ -125,8 +125,8 @@ def test_operations_and_magnitudes_equal_a_scalar_loop() -> None:
             op = OPS[int(u[0] * 14)]
             level = min(max(5 + 30 * u[1], 0), 30)
             assert OPS[found[f"op{number + 1}"][row]] == op
-            wanted = scalar_magnitude(op, level / 30, u[2] < 0.5)
-            assert found[f"op{number + 1}_magnitude"][row] == pytest.approx(wanted, rel=ulps(1))
+            expected = scalar_magnitude(op, level / 30, u[2] < 0.5)
+            assert found[f"op{number + 1}_magnitude"][row] == pytest.approx(expected, rel=ulps(1))
             seen.add(op)
     assert seen == {*OPS}
 
@@ -169,13 +169,13 @@ def test_a_given_colour_is_stored_as_it_is() -> None:
 
 def test_cut_boxes_equal_a_scalar_loop_and_have_the_area_that_lambda_leaves() -> None:
     params = drawn(plan_of(cutmix=0.4))
-    box_N4 = cut_boxes(params.drawn)
+    box_N4 = cutmix_boxes(params.drawn)
     assert box_N4 is not None
     for row, name in enumerate(ids(200)):
         u, own = scalar_uniforms(0, name, 3, 6, 0), float(params.mix_lambda_N[row])
         side = math.sqrt(1 - own)
-        wanted = [u[1] * (1 - side), u[2] * (1 - side), side, side] if u[0] < 0.4 else [0, 0, 0, 0]
-        assert box_N4[row].tolist() == np.array(wanted, np.float32).tolist()
+        expected = [u[1] * (1 - side), u[2] * (1 - side), side, side] if u[0] < 0.4 else [0, 0, 0, 0]
+        assert box_N4[row].tolist() == np.array(expected, np.float32).tolist()
         if u[0] < 0.4:
             assert float(box_N4[row, 2]) * float(box_N4[row, 3]) == pytest.approx(1 - own, rel=ulps(2))
     assert 0 < (box_N4[:, 2] > 0).sum() < 200
@@ -205,7 +205,7 @@ def test_drawn_parameters_are_frozen() -> None:
 
 def test_a_single_has_no_box() -> None:
     params = drawn(plan_of(cutmix=1.0), 3)
-    box_N4, left_N4 = cut_boxes(params.drawn), cut_boxes(unmix(params, np.array([False, True, False])).drawn)
+    box_N4, left_N4 = cutmix_boxes(params.drawn), cutmix_boxes(unmix(params, np.array([False, True, False])).drawn)
     assert box_N4 is not None
     assert left_N4 is not None
     assert (box_N4[:, 2] > 0).all()
@@ -245,8 +245,8 @@ def test_shares_are_those_of_the_plan() -> None:
         0.6: (found["erase_width"] > 0).mean(),
         0.5: (found["cut_width"] > 0).mean(),
     }
-    for wanted, share in shares.items():
-        assert abs(share - wanted) < 4 * math.sqrt(wanted * (1 - wanted) / count)
+    for expected, share in shares.items():
+        assert abs(share - expected) < 4 * math.sqrt(expected * (1 - expected) / count)
     for column, values in (("op1", 14), ("op2", 14), ("jitter_order", 24)):
         counts = np.bincount(found[column], minlength=values)
         assert len(counts) == values
@@ -272,7 +272,7 @@ VIEW = st.one_of(st.integers(0, 65_534), st.integers(0, 2**40))
 
 def stored(plan: ViewsConfig, params: ViewParams) -> pa.Table:
     """The columns as a part keeps them, through Parquet."""
-    schema = pa.schema(list(drawn_columns(plan).items()))
+    schema = pa.schema(list(aug_param_columns(plan).items()))
     buffer = io.BytesIO()
     pq.write_table(pa.table([pa.array(params.drawn[item.name], item.type) for item in schema], schema=schema), buffer)
     return pq.read_table(buffer)
@@ -284,7 +284,7 @@ def test_views_rebuilt_from_stored_columns_are_those_drawn_anew(plan: ViewsConfi
     names, sizes = ids(len(views)), [(31, 45)] * len(views)
     params = draw(plan, names, views, sizes)
     assert {name: values.dtype for name, values in params.drawn.items()} == {
-        name: kind.to_pandas_dtype() for name, kind in drawn_columns(plan).items()
+        name: kind.to_pandas_dtype() for name, kind in aug_param_columns(plan).items()
     }
     table = stored(plan, params)
     columns = {name: table[name].to_numpy() for name in table.column_names}

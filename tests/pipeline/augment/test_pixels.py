@@ -172,7 +172,7 @@ def test_a_box_shows_the_partner_and_a_blend_stays_a_blend() -> None:
     pixels = noise(6, 3, 12, 10)
     partner, own, box = some_boxes()
     zero, one = torch.zeros(3), torch.ones(3)
-    made = to_input(pixels, mean_C=zero, std_C=one, partner_B=partner, lambda_B=own, cut_B4=box)
+    made = to_input(pixels, mean_C=zero, std_C=one, partner_B=partner, lambda_B=own, cutmix_box_B4=box)
     blended = to_input(pixels, mean_C=zero, std_C=one, partner_B=partner, lambda_B=own)
     assert torch.equal(made[[1, 5]], blended[[1, 5]])
     for row in (0, 2, 3, 4):
@@ -189,7 +189,7 @@ def test_boxes_do_not_depend_on_batching() -> None:
     """Also where partners lie in another batch, as in a build."""
     pixels = noise(6, 3, 12, 10)
     partner, own, box = some_boxes()
-    whole = to_input(pixels, mean_C=MEAN, std_C=STD, partner_B=partner, lambda_B=own, cut_B4=box)
+    whole = to_input(pixels, mean_C=MEAN, std_C=STD, partner_B=partner, lambda_B=own, cutmix_box_B4=box)
     for rows in (slice(0, 1), slice(1, 5), slice(5, 6)):
         part = to_input(
             pixels[rows],
@@ -197,7 +197,7 @@ def test_boxes_do_not_depend_on_batching() -> None:
             std_C=STD,
             partner_B=torch.arange(len(pixels[rows])),
             lambda_B=own[rows],
-            cut_B4=box[rows],
+            cutmix_box_B4=box[rows],
             partner_pixels_NCHW=pixels[partner[rows]],
         )
         assert torch.equal(part, whole[rows])
@@ -207,7 +207,7 @@ def test_input_keeps_channels_last() -> None:
     pixels = noise(2, 3, 8, 8).contiguous(memory_format=torch.channels_last)
     mixing = {"partner_B": torch.tensor([1, 0]), "lambda_B": torch.tensor([0.5, 0.75])}
     for boxes in (None, torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.25, 0.25, 0.5, 0.5]])):
-        made = to_input(pixels, mean_C=MEAN, std_C=STD, **mixing, cut_B4=boxes)
+        made = to_input(pixels, mean_C=MEAN, std_C=STD, **mixing, cutmix_box_B4=boxes)
         assert made.is_contiguous(memory_format=torch.channels_last)
         assert made.dtype == torch.float32
 

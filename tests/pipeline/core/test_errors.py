@@ -32,10 +32,10 @@ def test_a_fault_may_have_a_more_precise_code_than_its_kind() -> None:
 
 
 def test_an_error_that_crosses_a_process_border_keeps_code_and_fields() -> None:
-    error = InputError("what", code="data.label-not-found", where="w", got=3, wanted=["a"], next_step="n")
+    error = InputError("what", code="data.label-not-found", where="w", got=3, expected=["a"], next_step="n")
     other = pickle.loads(pickle.dumps(error))
     assert (type(other), other.code, str(other)) == (InputError, "data.label-not-found", str(error))
-    assert (other.what, other.where, other.got, other.wanted, other.next_step) == ("what", "w", "3", "['a']", "n")
+    assert (other.what, other.where, other.got, other.expected, other.next_step) == ("what", "w", "3", "['a']", "n")
 
 
 @pytest.mark.parametrize(

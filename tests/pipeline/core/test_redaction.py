@@ -66,7 +66,7 @@ def test_a_text_without_urls_stays_as_it_is(text: str) -> None:
 
 def test_no_error_shows_credentials_whichever_of_its_words_hold_them_here_or_in_another_process() -> None:
     url = f"[s3://a/b,s3://user:{SECRET}@c/d?sig={SECRET}]"
-    error = StillroomError(url, where=url, got=[url], wanted={"a": url}, next_step=url)
+    error = StillroomError(url, where=url, got=[url], expected={"a": url}, next_step=url)
     for one in (error, pickle.loads(pickle.dumps(error))):
         assert SECRET not in str(one)
         assert str(one).count("s3://c/d") == 5

@@ -140,9 +140,9 @@ def test_a_shufflenet_v1_unit_is_the_paper_s_by_hand(in_channels: int, out_chann
     turn = [(j % groups) * (middle // groups) + j // groups for j in range(middle)]
     out = conv2d(out[:, turn], unit.conv2.weight, stride=stride, padding=1, groups=middle)
     out = normalised(unit.bn3, conv2d(normalised(unit.bn2, out).clamp(min=0), unit.conv3.weight, groups=3))
-    wanted = out + x if stride == 1 else torch.cat([out, avg_pool2d(x, 3, 2, 1)], 1)
-    torch.testing.assert_close(unit(x), wanted.clamp(min=0))
-    assert wanted.shape[1] == out_channels
+    expected = out + x if stride == 1 else torch.cat([out, avg_pool2d(x, 3, 2, 1)], 1)
+    torch.testing.assert_close(unit(x), expected.clamp(min=0))
+    assert expected.shape[1] == out_channels
 
 
 def test_shufflenet_v1_has_the_paper_s_stages() -> None:

@@ -20,7 +20,7 @@ from pipeline.models.embedding import ask, observe
 from schemas.config import ModelConfig
 from tests.tolerances import ulps
 
-Built = Callable[[str, dict[str, Any]], EmbeddingModel]
+BuiltModel = Callable[[str, dict[str, Any]], EmbeddingModel]
 OWN = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 FACTORIES = "python:tests.pipeline.models.factories"
 
@@ -31,7 +31,7 @@ def build(model: str, kwargs: dict[str, Any] | None = None) -> EmbeddingModel:
 
 
 @pytest.fixture(scope="module")
-def built() -> Built:
+def built() -> BuiltModel:
     """Builds each network once; for tests that only ask it."""
     kept: dict[str, EmbeddingModel] = {}
 
@@ -66,7 +66,7 @@ TORCHVISION: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("name", "kwargs"), TIMM + TORCHVISION)
-def test_embedding_times_head_is_the_logits(built: Built, name: str, kwargs: dict[str, Any]) -> None:
+def test_embedding_times_head_is_the_logits(built: BuiltModel, name: str, kwargs: dict[str, Any]) -> None:
     model = built(name, kwargs)
     with torch.no_grad():
         logits_BK, embedding_BD = model(images())
@@ -90,7 +90,7 @@ def test_embedding_times_head_is_the_logits(built: Built, name: str, kwargs: dic
         ("timm/test_resnet", {"drop_rate": 0.5}),
     ],
 )
-def test_timm_embedding_is_timms_own_pre_logits(built: Built, name: str, kwargs: dict[str, Any]) -> None:
+def test_timm_embedding_is_timms_own_pre_logits(built: BuiltModel, name: str, kwargs: dict[str, Any]) -> None:
     model = built(name, kwargs)
     network: Any = model.network
     with torch.no_grad():
@@ -130,7 +130,7 @@ def _squeezenet_by_hand(net: Any, x: Tensor) -> Tensor:
     ],
 )
 def test_torchvision_embedding_is_what_its_modules_give_by_hand(
-    built: Built, name: str, kwargs: dict[str, Any], by_hand: Any
+    built: BuiltModel, name: str, kwargs: dict[str, Any], by_hand: Any
 ) -> None:
     model = built(f"torchvision/{name}", kwargs)
     with torch.no_grad():

@@ -72,10 +72,10 @@ def test_maps_are_those_that_timm_itself_reads(
     found = maps_of(model, *layers)
     network: Any = model.network
     with torch.no_grad():
-        wanted = network.forward_intermediates(
+        expected = network.forward_intermediates(
             images(), indices=indices, norm=False, output_fmt="NCHW", intermediates_only=True
         )
-    for one, other in zip(found, wanted, strict=True):
+    for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
 
 
@@ -101,8 +101,8 @@ def test_a_map_of_torchvision_is_what_its_modules_give_by_hand() -> None:
     (found,) = maps_of(model, "layer1")
     network: Any = model.network
     with torch.no_grad():
-        wanted = network.layer1(network.maxpool(network.relu(network.bn1(network.conv1(images())))))
-    torch.testing.assert_close(found, wanted)
+        expected = network.layer1(network.maxpool(network.relu(network.bn1(network.conv1(images())))))
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_swin_of_torchvision_is_read_channels_last() -> None:
@@ -244,14 +244,14 @@ def test_an_unknown_layer_is_told_with_near_names_and_the_last_layer_of_each_sid
     error = refusal(build("torchvision/resnet18"), "layer1", "layer5")
     assert "no layer of this name" in error.what
     assert error.got == "layer5"
-    assert "layer4" in str(error.wanted)
+    assert "layer4" in str(error.expected)
     for named in ("layer1 [64,16,16]", "layer2 [128,8,8]", "layer3 [256,4,4]", "layer4 [512,2,2]"):
         assert named in str(error.next_step)
 
 
 def test_a_name_near_none_is_told_so() -> None:
     error = refusal(build("timm/vit_tiny_patch16_224", TIMM_VIT), "stage7")
-    assert "none is near" in str(error.wanted)
+    assert "none is near" in str(error.expected)
     assert "blocks.0 [24,4,4], blocks.1 [24,4,4]" in str(error.next_step)
 
 
@@ -270,7 +270,7 @@ def test_a_layer_that_does_not_run_once_is_refused(layer: str, times: int) -> No
 
 def test_layers_that_are_not_listed_shallow_to_deep_are_refused_with_the_right_order() -> None:
     error = refusal(build("torchvision/resnet18"), "layer3", "layer1", "layer2")
-    assert "layer1, layer2, layer3" in str(error.wanted)
+    assert "layer1, layer2, layer3" in str(error.expected)
 
 
 def _wrapped(network: nn.Module) -> EmbeddingModel:

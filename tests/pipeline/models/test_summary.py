@@ -11,7 +11,7 @@ from torchvision import models
 
 from pipeline.core.errors import ConfigError, ModelError
 from pipeline.models import load_model
-from pipeline.models.summary import outline_model
+from pipeline.models.summary import summarize_model
 from schemas.config import ModelConfig
 from tests.marks import slow
 
@@ -33,7 +33,7 @@ def model(**keys: Any) -> ModelConfig:
     ids=lambda value: str(value.model) if isinstance(value, ModelConfig) else None,
 )
 def test_an_outline_tells_what_the_loaded_network_is(config: ModelConfig, size: int | None) -> None:
-    outline = outline_model(config, num_classes=7, size=size, where="student")
+    outline = summarize_model(config, num_classes=7, size=size, where="student")
     loaded = load_model(config, num_classes=7, size=size, where="student")
     assert outline.num_parameters == sum(parameter.numel() for parameter in loaded.module.network.parameters())
     assert (outline.embedding_dim, outline.input) == (loaded.module.embedding_dim, loaded.input)
@@ -42,7 +42,7 @@ def test_an_outline_tells_what_the_loaded_network_is(config: ModelConfig, size: 
 def test_a_network_whose_constructor_computes_with_tensors_has_an_outline() -> None:
     before = torch.get_rng_state()
     config = ModelConfig.model_validate({"model": "torchvision/regnet_y_400mf", "weights": "random"})
-    outline = outline_model(config, num_classes=1000, size=64, where="teacher")
+    outline = summarize_model(config, num_classes=1000, size=64, where="teacher")
     published = models.RegNet_Y_400MF_Weights.DEFAULT.meta["num_params"]
     assert (outline.num_parameters, outline.embedding_dim) == (published, 440)
     assert torch.equal(torch.get_rng_state(), before)
@@ -65,21 +65,21 @@ def test_networks_of_the_recipes_are_those_of_the_papers_and_nothing_is_fetched(
         raise AssertionError("an outline went to the network")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    outline = outline_model(model(model=name, weights="pretrained"), num_classes=1000, size=224, where="teacher")
+    outline = summarize_model(model(model=name, weights="pretrained"), num_classes=1000, size=224, where="teacher")
     assert outline.num_parameters / 1e6 == pytest.approx(millions, abs=0.06)
     assert (outline.embedding_dim, outline.input.size) == (embedding, 224)
 
 
 def test_an_outline_leaves_the_global_generator_alone() -> None:
     before = torch.get_rng_state()
-    outline_model(model(**CIFAR), num_classes=10, size=32, where="student")
+    summarize_model(model(**CIFAR), num_classes=10, size=32, where="student")
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_what_loading_would_refuse_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"student\.mean"):
-        outline_model(model(**{**CIFAR, "mean": None}), num_classes=10, size=32, where="student")
+        summarize_model(model(**{**CIFAR, "mean": None}), num_classes=10, size=32, where="student")
     with pytest.raises(ModelError, match="no model of this name"):
-        outline_model(model(model="timm/resnet19"), num_classes=10, size=32, where="student")
+        summarize_model(model(model="timm/resnet19"), num_classes=10, size=32, where="student")
     with pytest.raises(ModelError, match="16×16"):
-        outline_model(model(model="timm/vit_tiny_patch16_224"), num_classes=10, size=16, where="student")
+        summarize_model(model(model="timm/vit_tiny_patch16_224"), num_classes=10, size=16, where="student")

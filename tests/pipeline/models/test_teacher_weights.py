@@ -32,7 +32,7 @@ NETWORK: dict[str, Any] = {
 def assert_missing(error: ConfigError, where: str = "teacher.weights") -> None:
     assert (error.code, error.where, error.exit_code) == ("config.teacher-weights-missing", where, 2)
     for choice in ("pretrained", "URL", "random"):
-        assert choice in str(error.wanted)
+        assert choice in str(error.expected)
     assert f"{where}=pretrained" in str(error.next_step)
 
 

@@ -14,7 +14,7 @@ from pipeline.core.errors import ModelError
 from pipeline.models import LoadedModel, load_model
 from pipeline.models.load import resolve
 from pipeline.models.probe import answers
-from pipeline.models.sources.base import Built
+from pipeline.models.sources.base import BuiltModel
 from schemas.config import ModelConfig
 from tests.pipeline.models.factories import Plain
 
@@ -156,7 +156,7 @@ def test_looking_at_training_mode_moves_neither_statistics_nor_generators() -> N
 PROVEN: set[object] = set()
 
 
-def width_of_heads(built: Built) -> int | None:
+def width_of_heads(built: BuiltModel) -> int | None:
     """D by the layers alone; None where a head is not one of torch's own."""
     widths: list[int] = []
     for name in built.heads:

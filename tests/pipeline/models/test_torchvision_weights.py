@@ -19,7 +19,7 @@ from torchvision import models
 from pipeline.models import LoadedModel, WeightsFile, load_model, load_untrained
 from pipeline.models.load import resolve
 from pipeline.models.sources.torchvision import input_transform
-from pipeline.models.summary import check_weights, outline_model
+from pipeline.models.summary import check_weights, summarize_model
 from schemas.config import ModelConfig
 from tests.marks import slow
 
@@ -172,7 +172,7 @@ def test_a_vit_is_built_for_its_weights_also_where_these_are_not_looked_at(tmp_p
     for sizes in ({"size": 64}, {"size": None, "likely_size": 64}):
         assert load_untrained(config, num_classes=1000, **sizes).input.size == 64
     published = ModelConfig.model_validate({"model": "torchvision/vit_h_14", "weights": "pretrained"})
-    assert outline_model(published, num_classes=1000, size=None, where="teacher").input.size == 518
+    assert summarize_model(published, num_classes=1000, size=None, where="teacher").input.size == 518
 
 
 @pytest.mark.slow

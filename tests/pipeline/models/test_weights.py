@@ -488,7 +488,7 @@ def _bytes(state: dict[str, Tensor], suffix: str) -> bytes:
 def test_a_misspelt_word_for_weights_gets_the_words_that_there_are() -> None:
     error = refused("pretraind")
     assert (error.code, error.where, error.got) == ("weights.unknown-name", "teacher.weights", "pretraind")
-    assert str(error.wanted).startswith("pretrained, random, or ")
+    assert str(error.expected).startswith("pretrained, random, or ")
 
 
 def test_an_absent_file_and_a_command_are_refused_by_storage(tmp_path: Path) -> None:

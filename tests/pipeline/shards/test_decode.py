@@ -195,10 +195,10 @@ def image_bytes_of(image: Image.Image) -> bytes:
 @pytest.mark.parametrize("ink", [(0, 0, 0, 0), (255, 0, 0, 0), (0, 255, 0, 0), (20, 90, 200, 60), (0, 0, 0, 255)])
 def test_cmyk_is_inverted_ink_times_inverted_black(ink: tuple[int, int, int, int]) -> None:
     black = 255 - ink[3]
-    wanted = [(255 - channel) * black / 255 for channel in ink[:3]]
+    expected = [(255 - channel) * black / 255 for channel in ink[:3]]
     for data in (flat_cmyk(ink, 0), without_adobe(flat_cmyk(ink, 0))):
         # The inks of a flat block come back within one level.
-        assert decode(data, max_pixels=64)[:, 3, 3].tolist() == pytest.approx(wanted, abs=2)
+        assert decode(data, max_pixels=64)[:, 3, 3].tolist() == pytest.approx(expected, abs=2)
 
 
 @pytest.mark.parametrize("stored", [(255, 128, 128, 255), (150, 90, 200, 255), (120, 160, 110, 100)])
@@ -208,8 +208,8 @@ def test_ycck_is_ycc_turned_to_inks_by_the_jfif_formula(stored: tuple[int, int, 
     luma, blue, red = stored[0], stored[1] - 128, stored[2] - 128
     inks = (luma + 1.402 * red, luma - 0.344136 * blue - 0.714136 * red, luma + 1.772 * blue)
     # libjpeg gives 255 less each, which are the inverted inks of Adobe's files.
-    wanted = [min(max(255 - ink, 0), 255) * stored[3] / 255 for ink in inks]
-    assert decode(data, max_pixels=64)[:, 3, 3].tolist() == pytest.approx(wanted, abs=3)
+    expected = [min(max(255 - ink, 0), 255) * stored[3] / 255 for ink in inks]
+    assert decode(data, max_pixels=64)[:, 3, 3].tolist() == pytest.approx(expected, abs=3)
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])

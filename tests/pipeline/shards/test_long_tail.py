@@ -25,7 +25,7 @@ def samples(urls: list[str]) -> list[Sample]:
 
 
 @pytest.mark.parametrize(
-    ("imbalance", "wanted"),
+    ("imbalance", "expected"),
     [
         # 1000 · imbalance^(-k/9) by hand; CIFAR-10-LT has five times these (Cao 2019).
         (50, [1000, 647, 419, 271, 175, 113, 73, 47, 30, 20]),
@@ -33,10 +33,10 @@ def samples(urls: list[str]) -> list[Sample]:
         (1, [1000] * 10),
     ],
 )
-def test_the_profile_is_the_published_one(imbalance: float, wanted: list[int]) -> None:
+def test_the_profile_is_the_published_one(imbalance: float, expected: list[int]) -> None:
     labels = {f"train/{row:05d}": row % 10 for row in range(10_000)}
     kept = Counter(labels[name] for name in draw_long_tail(labels, imbalance, 0))
-    assert [kept[label] for label in range(10)] == wanted
+    assert [kept[label] for label in range(10)] == expected
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=200), st.floats(1, 1000), st.integers(0, 5))

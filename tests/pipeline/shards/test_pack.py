@@ -63,14 +63,14 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def test_every_image_comes_back_once_byte_for_byte_with_its_class(tree: Path, tmp_path: Path) -> None:
     packed(tree, tmp_path / "out", shard_size=16)
     samples = read_all(tmp_path / "out")
-    wanted = {path.read_bytes(): path.relative_to(tree).parts[0] for path in tree.rglob("*.*") if path.is_file()}
+    expected = {path.read_bytes(): path.relative_to(tree).parts[0] for path in tree.rglob("*.*") if path.is_file()}
     classes = json.loads((tmp_path / "out" / "classes.json").read_text())
     assert classes == {"ant": 0, "bee": 1, "cat": 2}
     assert {image_of(sample): int(sample["cls"]) for sample in samples} == {
-        data: classes[name] for data, name in wanted.items()
+        data: classes[name] for data, name in expected.items()
     }
     assert len(samples) == len({sample["__key__"] for sample in samples}) == 60
-    assert all(sample["__key__"].split("/")[0] == wanted[image_of(sample)] for sample in samples)
+    assert all(sample["__key__"].split("/")[0] == expected[image_of(sample)] for sample in samples)
 
 
 def test_shards_are_shuffled_and_of_the_size_asked(tree: Path, tmp_path: Path) -> None:

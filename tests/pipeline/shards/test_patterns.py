@@ -77,8 +77,8 @@ def test_a_glob_is_refused_with_the_pattern_of_what_it_matches(base: str, glob: 
     with pytest.raises(ShardError) as caught:
         shard_urls([f"{base}/{glob}"])
     assert caught.value.code == "data.glob"
-    wanted = "no file matches" if suggested is None else suggested.format(base=base)
-    assert wanted in str(caught.value.next_step)
+    expected = "no file matches" if suggested is None else suggested.format(base=base)
+    assert expected in str(caught.value.next_step)
 
 
 def test_another_key_is_named_and_several_patterns_are_a_list(tmp_path: Path) -> None:

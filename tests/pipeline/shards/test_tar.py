@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.core.errors import ShardError
-from pipeline.shards.shard_head import peek
+from pipeline.shards.shard_head import read_shard_head
 from pipeline.shards.tar import Sample, ShardReader, TarNotes, read_samples, unread_links
 from tests.pipeline.shards.tars import (
     BLOCK,
@@ -186,9 +186,9 @@ def test_hidden_members_split_no_sample_at_any_depth(shard: Path, folder: str, f
     ]
     samples, lines = notes_of(shard, make_tar(mixed, form=form))
     (tmp := shard.with_name("plain.tar")).write_bytes(make_tar(plain, form=form))
-    wanted = list(read_samples(tmp, data_config(), where="x"))
+    expected = list(read_samples(tmp, data_config(), where="x"))
     assert [(s.row, s.key, s.status, s.label, s.data) for s in samples] == [
-        (s.row, s.key, s.status, s.label, s.data) for s in wanted
+        (s.row, s.key, s.status, s.label, s.data) for s in expected
     ]
     assert len(lines) == 1
     assert lines[0].startswith(f"10 hidden members ({folder}.DS_Store, {folder}.hidden/a.jpg, {folder}._a.jpg, …)")
@@ -329,7 +329,7 @@ def test_what_is_no_tar_is_named_with_the_step_that_helps(shard: Path, name: str
     for read in (
         lambda: list(read_samples(shard, data_config(), where=str(shard))),
         lambda: list(read_samples(shard, data_config(bad_samples="skip"), where=str(shard))),
-        lambda: peek(str(shard), data_config(), size_bytes=len(content)),
+        lambda: read_shard_head(str(shard), data_config(), size_bytes=len(content)),
     ):
         with pytest.raises(ShardError) as caught:
             read()

@@ -24,7 +24,7 @@ from s3fs.errors import translate_boto_error
 
 from pipeline import storage
 from pipeline.cache.format.files import read_file
-from pipeline.core.errors import MissingPackageError, PassingStorageError, StorageError, StorageInputError
+from pipeline.core.errors import MissingPackageError, StorageError, StorageInputError, TransientStorageError
 from pipeline.storage import failures
 from pipeline.storage.config_files import load_config
 from pipeline.student.data.local_store import NodeStore
@@ -759,7 +759,7 @@ def test_what_may_pass_is_tried_again_and_a_bounded_number_of_times(
     failure: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failing(failure, monkeypatch)
-    with pytest.raises(PassingStorageError):
+    with pytest.raises(TransientStorageError):
         storage.size("s3://bucket/a")
     assert FailingStore.num_asked == 5
     monkeypatch.setattr(FailingStore, "num_asked", 0)
@@ -774,7 +774,7 @@ def test_what_lasts_is_told_at_once(failure: Exception, kind: type[Exception], m
     failing(failure, monkeypatch)
     with pytest.raises(kind) as caught:
         storage.size("s3://bucket/a")
-    assert not isinstance(caught.value, PassingStorageError)
+    assert not isinstance(caught.value, TransientStorageError)
     assert FailingStore.num_asked == 1
 
 
@@ -785,7 +785,7 @@ def test_a_store_that_never_recovers_is_given_up_within_a_minute(
     ticks = iter(range(0, 4000, 40))
     monkeypatch.setattr(tenacity, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
     failing(ConnectionResetError(), monkeypatch)
-    with pytest.raises(PassingStorageError):
+    with pytest.raises(TransientStorageError):
         storage.read("s3://bucket/a")
     assert store.num_asked == 2
 
@@ -809,7 +809,7 @@ def test_missing_credentials_come_with_a_next_step_and_bugs_stay_bugs(monkeypatc
         storage.size("s3://bucket/a")
 
 
-class Answers(http.server.BaseHTTPRequestHandler):
+class InferenceOutputs(http.server.BaseHTTPRequestHandler):
     """The status that the path names."""
 
     def do_GET(self) -> None:
@@ -825,7 +825,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def host() -> Iterator[str]:
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), InferenceOutputs) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_address[1]}"
         server.shutdown()
@@ -846,7 +846,7 @@ def test_over_http_only_a_404_is_a_missing_file(host: str, tmp_path: Path) -> No
 
 
 def test_a_refused_connection_is_not_a_missing_file(tmp_path: Path) -> None:
-    with http.server.HTTPServer(("127.0.0.1", 0), Answers) as server:
+    with http.server.HTTPServer(("127.0.0.1", 0), InferenceOutputs) as server:
         url = f"http://127.0.0.1:{server.server_address[1]}/a"
     for call in (storage.exists, storage.read, storage.size, lambda gone: storage.local_copy(gone, tmp_path)):
         with pytest.raises(StorageError, match="could not connect"):
@@ -939,5 +939,5 @@ def test_a_local_copy_of_an_object_with_a_very_long_name_is_made(letter: str, tm
     url = f"memory://{tmp_path.name}/{letter * 400}.tar"
     storage.write(url, b"x")
     assert storage.local_copy(url, tmp_path / "copies").read_bytes() == b"x"
-    with NodeStore(tmp_path / "store").hold_url(url) as held:
+    with NodeStore(tmp_path / "store").acquire_url(url) as held:
         assert held.path.read_bytes() == b"x"

@@ -77,10 +77,10 @@ def indexed_source(config: Config, folder: Path) -> IndexedSource:
 
 
 def cached_source(
-    cache: TinyCache, *others: TinyCache, data: DataConfig | None = None, keeps_embeddings: bool = False
+    cache: TinyCache, *others: TinyCache, data: DataConfig | None = None, with_embeddings: bool = False
 ) -> CachedSource:
     caches = [open_cache(one.url) for one in (cache, *others)]
-    source = open_cached(caches, cache.config.data if data is None else data, keeps_embeddings=keeps_embeddings)
+    source = open_cached(caches, cache.config.data if data is None else data, with_embeddings=with_embeddings)
     _opened.append(source)
     return source
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
 from pipeline.cache.read.reader import open_cache
 from pipeline.core.errors import CacheError, ConfigError, OrderError
 from pipeline.student import CachedBatch, CachedDataset
-from pipeline.student.distributed import World
+from pipeline.student.distributed import DistributedContext
 from pipeline.student.losses import BatchShare, LossInputs, ce
 from pipeline.student.training.trainer import Trainer
 from tests.marks import slow
@@ -87,7 +87,7 @@ def test_student_and_loss_are_given_what_the_training_loop_gives_them(
     replays: Replay, of: Of, kind: str, tmp_path: Path
 ) -> None:
     cache = replays(kind)
-    trainer = Trainer(run_config(cache.config, tmp_path, loss=[*CE, *KD]), World(), lambda _: None)
+    trainer = Trainer(run_config(cache.config, tmp_path, loss=[*CE, *KD]), DistributedContext(), lambda _: None)
     images: list[Tensor] = []
     trainer.student.register_forward_pre_hook(lambda _, args: images.append(args[0].clone()))
     spy: Any = Spy(trainer.loss)
@@ -121,11 +121,11 @@ def test_without_mixing_a_rows_partner_is_itself(replays: Replay, of: Of) -> Non
 
 def test_targets_are_labels_mixed_like_pixels(replays: Replay, of: Of) -> None:
     batch = of(replays("function_matching"))[0]
-    wanted = np.zeros((8, 10))
+    expected = np.zeros((8, 10))
     for row in range(8):
-        wanted[row, int(batch.labels_B[row])] += float(batch.lambda_B[row])
-        wanted[row, int(batch.mixed_labels_B[row])] += 1 - float(batch.lambda_B[row])
-    np.testing.assert_allclose(batch.targets().numpy(), wanted, rtol=0, atol=ulps(2))
+        expected[row, int(batch.labels_B[row])] += float(batch.lambda_B[row])
+        expected[row, int(batch.mixed_labels_B[row])] += 1 - float(batch.lambda_B[row])
+    np.testing.assert_allclose(batch.targets().numpy(), expected, rtol=0, atol=ulps(2))
     logits_BK = batch.teacher_logits()
     torch.testing.assert_close(
         torch.nn.functional.cross_entropy(logits_BK, batch.targets()),
@@ -225,7 +225,7 @@ def test_a_refusal_names_the_item_that_was_next(replays: Replay, of: Of) -> None
     with pytest.raises(OrderError) as caught:
         dataset[2]
     assert (caught.value.where, caught.value.got) == ("epoch 2, from step 1", "item 2 after item 0")
-    assert str(caught.value.wanted).startswith("item 1:")
+    assert str(caught.value.expected).startswith("item 1:")
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -358,7 +358,7 @@ def test_a_short_form_of_logits_is_read_at_the_temperatures_that_were_named(
     assert not torch.equal(batch.teacher_logits(temperature=4.0), batch.teacher_logits())
     with pytest.raises(ConfigError, match="not decoded for this one") as caught:
         batch.teacher_logits(temperature=2.0)
-    assert caught.value.wanted == "one of 1, 4"
+    assert caught.value.expected == "one of 1, 4"
     with pytest.raises(ConfigError, match="no logits of this teacher"):
         of(replays("crop"), temperatures=())[0].teacher_logits()
 
@@ -438,7 +438,7 @@ def test_the_text_of_a_batch_is_short_and_has_every_shape(replays: Replay, of: O
         "pixels_BCHW=uint8[8,3,16,16]",
         "labels_B=int64[8]",
         "lambda_B=float32[8]",
-        "words=[TeacherWords(logits={None: float32[8,10]}, norm_B=float32[8])]",
+        "words=[TeacherOutputs(logits={None: float32[8,10]}, norm_B=float32[8])]",
         "… 8 in all]",
         "mean_C=float32[3]",
         "ddp_weight=1.0)",

@@ -11,7 +11,7 @@ import torch
 
 from pipeline.cache.build.part import PartTask, build_part, prepare
 from pipeline.core.errors import ResourceError
-from pipeline.teacher.inference import Teacher, ask_groups, load_teacher
+from pipeline.teacher.inference import Teacher, load_teacher, run_inference
 from pipeline.teacher.numerics import pick_device, pin_numerics
 from pipeline.teacher.rendering import GroupViews
 from schemas.cache_format import Commit, ViewBlock
@@ -50,31 +50,31 @@ def group(*, num_rows: int, num_views: int, pinned: bool) -> GroupViews:
 
 
 def test_a_gpu_answers_in_fp32_as_the_cpu_does() -> None:
-    (on_gpu,) = ask_groups(iter([group(num_rows=21, num_views=2, pinned=True)]), teacher())
-    (on_cpu,) = ask_groups(iter([group(num_rows=21, num_views=2, pinned=False)]), teacher(use_gpu=False))
-    for found, wanted in zip(on_gpu.answers(), on_cpu.answers(), strict=True):
-        np.testing.assert_allclose(found.logits_NK, wanted.logits_NK, rtol=1e-3, atol=1e-3)
-        np.testing.assert_allclose(found.embedding_ND, wanted.embedding_ND, rtol=1e-3, atol=1e-3)
+    (on_gpu,) = run_inference(iter([group(num_rows=21, num_views=2, pinned=True)]), teacher())
+    (on_cpu,) = run_inference(iter([group(num_rows=21, num_views=2, pinned=False)]), teacher(use_gpu=False))
+    for found, expected in zip(on_gpu.answers(), on_cpu.answers(), strict=True):
+        np.testing.assert_allclose(found.logits_NK, expected.logits_NK, rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(found.embedding_ND, expected.embedding_ND, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_groups_that_are_queued_behind_each_other_are_answered_as_if_alone(precision: str) -> None:
     asked = teacher(precision=precision)
     groups = [group(num_rows=num_rows, num_views=3, pinned=True) for num_rows in (16, 9, 23, 16)]
-    alone = [next(iter(ask_groups(iter([one]), asked))).answers() for one in groups]
+    alone = [next(iter(run_inference(iter([one]), asked))).answers() for one in groups]
     # All are queued before any is waited for.
-    queued = list(ask_groups(iter(groups), asked))
-    for found, wanted in zip(queued, alone, strict=True):
-        for one, other in zip(found.answers(), wanted, strict=True):
+    queued = list(run_inference(iter(groups), asked))
+    for found, expected in zip(queued, alone, strict=True):
+        for one, other in zip(found.answers(), expected, strict=True):
             assert np.array_equal(one.logits_NK, other.logits_NK)
             assert np.array_equal(one.embedding_ND, other.embedding_ND)
 
 
 def test_queued_groups_were_each_busy_and_together_no_longer_than_the_clock_says() -> None:
     asked = teacher()
-    next(iter(ask_groups(iter([group(num_rows=16, num_views=3, pinned=True)]), asked))).answers()
+    next(iter(run_inference(iter([group(num_rows=16, num_views=3, pinned=True)]), asked))).answers()
     began = time.monotonic()
-    queued = list(ask_groups((group(num_rows=16, num_views=3, pinned=True) for _ in range(4)), asked))
+    queued = list(run_inference((group(num_rows=16, num_views=3, pinned=True) for _ in range(4)), asked))
     busy = [found.busy_s() for found in queued]
     assert min(busy) > 0
     assert sum(busy) <= time.monotonic() - began
@@ -84,7 +84,7 @@ def test_page_locked_pixels_change_no_bit() -> None:
     asked = teacher(precision="bf16")
     pinned, pageable = (group(num_rows=12, num_views=1, pinned=flag) for flag in (True, False))
     assert pinned.pixels_VNCHW.is_pinned()
-    one, other = (found.answers()[0] for found in ask_groups(iter([pinned, pageable]), asked))
+    one, other = (found.answers()[0] for found in run_inference(iter([pinned, pageable]), asked))
     assert np.array_equal(one.logits_NK, other.logits_NK)
 
 

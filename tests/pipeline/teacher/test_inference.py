@@ -63,8 +63,8 @@ def test_a_row_of_one_batch_position_has_the_same_bits_in_any_company(
 
 @pytest.mark.parametrize("batch_size", [1, 3, 5, 64])
 def test_padding_to_the_batch_size_changes_no_row(batch_size: int, four_at_a_time: Teacher) -> None:
-    found, wanted = teacher(batch_size).answer(pixels(11)), four_at_a_time.answer(pixels(11))
-    np.testing.assert_allclose(found.logits_NK, wanted.logits_NK, rtol=1e-5, atol=1e-5)
+    found, expected = teacher(batch_size).answer(pixels(11)), four_at_a_time.answer(pixels(11))
+    np.testing.assert_allclose(found.logits_NK, expected.logits_NK, rtol=1e-5, atol=1e-5)
     assert found.logits_NK.shape == (11, 10)
     assert found.embedding_ND.shape == (11, 7)
 
@@ -72,16 +72,16 @@ def test_padding_to_the_batch_size_changes_no_row(batch_size: int, four_at_a_tim
 def test_boxes_may_show_partners_of_another_batch(four_at_a_time: Teacher) -> None:
     partner_N = np.array([9, 8, 7, 6, 5, 4, 3, 2, 1, 0], np.int32)
     lambda_N = np.full(10, 0.75, np.float32)
-    cut_N4 = np.tile(np.array([0.25, 0.0, 0.5, 0.5], np.float32), (10, 1))
-    cut_N4[::3] = 0
-    found = four_at_a_time.answer(pixels(10), partner_N, lambda_N, cut_N4)
+    cutmix_box_N4 = np.tile(np.array([0.25, 0.0, 0.5, 0.5], np.float32), (10, 1))
+    cutmix_box_N4[::3] = 0
+    found = four_at_a_time.answer(pixels(10), partner_N, lambda_N, cutmix_box_N4)
     boxed = pixels(10)
     boxed[:, :, 0:4, 2:6] = pixels(10)[partner_N.tolist(), :, 0:4, 2:6]
     by_hand = four_at_a_time.answer(boxed)
     blended = four_at_a_time.answer(pixels(10), partner_N, lambda_N)
     for row in range(10):
-        wanted = blended if row % 3 == 0 else by_hand
-        assert np.array_equal(found.logits_NK[row], wanted.logits_NK[row])
+        expected = blended if row % 3 == 0 else by_hand
+        assert np.array_equal(found.logits_NK[row], expected.logits_NK[row])
 
 
 def test_partners_may_lie_in_another_batch(four_at_a_time: Teacher) -> None:

@@ -17,7 +17,7 @@ from pipeline.core.errors import ShardError
 from pipeline.shards.index import IndexBuilder, ShardIndex, index_shard
 from pipeline.shards.tar import Sample
 from pipeline.teacher.rendering import GroupViews, Rendering, fresh_samples, indexed_samples, read_groups
-from schemas.cache_format import ViewBlock, drawn_columns
+from schemas.cache_format import ViewBlock, aug_param_columns
 from schemas.config import DataConfig, ViewsConfig
 from tests.pipeline.caches import digit_samples
 from tests.pipeline.shards.tars import make_tar
@@ -38,10 +38,10 @@ def rendering(*, kind: str = "function_matching", views: int = 2, is_eval: bool 
 
 
 def groups_of(
-    samples: Iterator[Sample], wanted: Rendering, builder: IndexBuilder | None, max_pixels: int = 10_000
+    samples: Iterator[Sample], expected: Rendering, builder: IndexBuilder | None, max_pixels: int = 10_000
 ) -> list[GroupViews]:
     with ThreadPoolExecutor(2) as pool:
-        return list(read_groups(samples, wanted, pool, shard_id="s", max_pixels=max_pixels, builder=builder))
+        return list(read_groups(samples, expected, pool, shard_id="s", max_pixels=max_pixels, builder=builder))
 
 
 def sample(row: int, data: bytes) -> Sample:
@@ -101,16 +101,16 @@ def test_a_first_pass_and_an_indexed_pass_make_the_same_groups(digits_shards: li
         assert torch.equal(one.pixels_VNCHW, other.pixels_VNCHW)
         for name in ("row_N", "content_hash_N", "label_N", "box_VN4", "flip_VN", "partner_VN", "mix_lambda_VN"):
             assert np.array_equal(getattr(one, name), getattr(other, name))
-        assert [*one.drawn_VN] == [*other.drawn_VN] == [*drawn_columns(rendering().plan)]
+        assert [*one.drawn_VN] == [*other.drawn_VN] == [*aug_param_columns(rendering().plan)]
         assert all(np.array_equal(one.drawn_VN[name], other.drawn_VN[name]) for name in one.drawn_VN)
 
 
 def test_the_odd_row_of_a_group_has_no_box(digits_shards: list[str]) -> None:
-    wanted = rendering(views=8)
-    plan = wanted.plan.model_copy(update={"mix_group": 5, "cutmix": 1.0})
-    wanted = Rendering(plan=plan, block=wanted.block, size=8, interpolation="bilinear")
+    expected = rendering(views=8)
+    plan = expected.plan.model_copy(update={"mix_group": 5, "cutmix": 1.0})
+    expected = Rendering(plan=plan, block=expected.block, size=8, interpolation="bilinear")
     url = digits_shards[0]
-    for group in groups_of(fresh_samples(Path(url), DATA, where=url), wanted, IndexBuilder("s")):
+    for group in groups_of(fresh_samples(Path(url), DATA, where=url), expected, IndexBuilder("s")):
         single_VN = group.partner_VN == np.arange(5)
         assert single_VN.sum(axis=1).tolist() == [1] * 8
         assert np.array_equal(group.drawn_VN["cut_width"] == 0, single_VN)
@@ -140,9 +140,9 @@ def test_a_block_of_one_view_holds_the_view_of_the_larger_block(digits_shards: l
 
 
 def test_the_eval_pass_of_a_mixing_plan_is_neither_mixed_nor_flipped(digits_shards: list[str]) -> None:
-    url, wanted = digits_shards[0], rendering(is_eval=True)
-    assert wanted.view_numbers == [EVAL_VIEW]
-    for group in groups_of(fresh_samples(Path(url), DATA, where=url), wanted, IndexBuilder("s")):
+    url, expected = digits_shards[0], rendering(is_eval=True)
+    assert expected.view_numbers == [EVAL_VIEW]
+    for group in groups_of(fresh_samples(Path(url), DATA, where=url), expected, IndexBuilder("s")):
         assert not group.mixes
         assert not group.flip_VN.any()
         assert group.partner_VN.tolist() == [list(range(len(group.samples)))]

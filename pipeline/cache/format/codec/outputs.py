@@ -21,8 +21,8 @@ def outputs_of(config: CacheConfig, *, num_classes: int, embedding_dim: int) -> 
     Raises:
         ConfigError: an encoding that these classes are too few for.
     """
-    wanted = (("logits", num_classes, config.logits), ("embedding", embedding_dim, config.embeddings))
-    return tuple(_output(name, width, kind) for name, width, kind in wanted if kind != "none")
+    expected = (("logits", num_classes, config.logits), ("embedding", embedding_dim, config.embeddings))
+    return tuple(_output(name, width, kind) for name, width, kind in expected if kind != "none")
 
 
 def _output(name: str, width: int, kind: str) -> Output:
@@ -44,6 +44,6 @@ def _check_classes(kind: str, num_classes: int, fewest: int) -> None:
             f"{kind} needs more classes",
             where="cache.logits",
             got=f"{num_classes} classes",
-            wanted=f"at least {fewest}",
+            expected=f"at least {fewest}",
             next_step="set cache.logits=int8" if kind == "int4" else "choose a smaller k, or cache.logits=int8",
         )

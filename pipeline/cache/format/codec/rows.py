@@ -26,7 +26,7 @@ def _encoding(output: Output) -> Encoding:
         raise CacheError(
             f"the {output.name} of this cache are packed in a way that is not known here",
             got=output.encoding,
-            wanted=", ".join(_ENCODINGS),
+            expected=", ".join(_ENCODINGS),
             next_step="read it with the version that wrote it",
         )
     return _ENCODINGS[output.encoding]

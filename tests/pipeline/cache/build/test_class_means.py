@@ -44,8 +44,8 @@ def test_means_equal_a_float64_loop(seed: int, count: int) -> None:
             if label_N[row] == label:
                 total, number = total + embedding_ND[row].astype(np.float64), number + 1
         # Fixed point rounds each row to 2^-25; the mean is then rounded to fp32.
-        wanted = total / number if number else np.full(DIM, np.nan)
-        np.testing.assert_allclose(mean_KD[label], wanted, rtol=ulps(1), atol=2.0**-25)
+        expected = total / number if number else np.full(DIM, np.nan)
+        np.testing.assert_allclose(mean_KD[label], expected, rtol=ulps(1), atol=2.0**-25)
 
 
 @given(st.integers(0, 99), st.integers(1, 60), st.lists(st.integers(0, 60), max_size=6), st.randoms())

@@ -32,11 +32,11 @@ def test_kl_and_correlation_are_those_of_scipy(temperature: float) -> None:
 
 
 def test_cosines_are_those_of_a_loop_and_of_equal_rows_one_each() -> None:
-    wanted = sum(
+    expected = sum(
         float(np.dot(a, b)) / np.sqrt(float(np.dot(a, a)) * float(np.dot(b, b)))
         for a, b in zip(EXACT.astype(np.float64), STORED.astype(np.float64), strict=True)
     )
-    assert cosine_sum(EXACT, STORED) == pytest.approx(wanted)
+    assert cosine_sum(EXACT, STORED) == pytest.approx(expected)
     zeros = np.zeros((3, 4), np.float32)
     assert cosine_sum(zeros, zeros) == 3
     assert cosine_sum(zeros, zeros + 1) == 0
@@ -62,8 +62,8 @@ def test_the_commits_say_how_far_the_stored_rows_are_from_those_of_an_exact_cach
     assert found.fidelity_rows == 3
     p, q = ([softmax(pair[side].logits_NK[row].astype(np.float64)) for pair in columns] for side in (0, 1))
     assert found.kl_sum["1.0"] == pytest.approx(sum(rel_entr(a, b).sum() for a, b in zip(p, q, strict=True)), rel=1e-6)
-    wanted = sum(1 - pearsonr(a, b)[0] for a, b in zip(p, q, strict=True))
-    assert found.pearson_sum["1.0"] == pytest.approx(wanted, rel=1e-6)
+    expected = sum(1 - pearsonr(a, b)[0] for a, b in zip(p, q, strict=True))
+    assert found.pearson_sum["1.0"] == pytest.approx(expected, rel=1e-6)
     assert found.argmax_flips == 0
     cosines = sum(
         cosine_sum(*(side.embedding_ND[[row]] for side in pair if side.embedding_ND is not None)) for pair in columns

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import storage
-from pipeline.cache.build.commit import Standing, read_standing, stream_commits
+from pipeline.cache.build.commit import CommitSummary, read_commit_summaries, stream_commits
 from pipeline.cache.build.manifest import fold_commits
 from pipeline.cache.format import layout
 from pipeline.cache.read.reader import _PartsIndex as PartsIndex  # pyright: ignore[reportPrivateUsage]
@@ -73,15 +73,15 @@ def test_commits_come_in_order_and_few_of_them_are_in_memory_at_once(many: str) 
 @pytest.mark.slow
 def test_a_fold_and_a_plan_keep_no_commit(many: str) -> None:
     before = alive()
-    standing = read_standing(many)
+    standing = read_commit_summaries(many)
     fold = fold_commits(stream_commits(many), [commit.shard_id for commit in standing])
     assert alive() == before
     assert (fold.totals["num_shards"], fold.totals["num_views"], len(fold.parts)) == (_NUM_SHARDS, 2, 2 * _NUM_SHARDS)
 
 
 def test_what_stands_is_what_the_commit_says() -> None:
-    found = Standing.of(commit_of("s", 0, 2))
-    assert found == Standing(
+    found = CommitSummary.of(commit_of("s", 0, 2))
+    assert found == CommitSummary(
         shard_id="s",
         shard_size_bytes=100,
         block=ViewBlock(start=0, stop=2),
@@ -93,8 +93,8 @@ def test_what_stands_is_what_the_commit_says() -> None:
         num_ok=3,
         num_rows=6,
     )
-    assert Standing.of(commit_of("s", 2, 4)).means is None
-    assert Standing.of(commit_of("t", 0, 2)).block is found.block
+    assert CommitSummary.of(commit_of("s", 2, 4)).means is None
+    assert CommitSummary.of(commit_of("t", 0, 2)).block is found.block
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 3, 1000])

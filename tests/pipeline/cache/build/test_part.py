@@ -34,7 +34,7 @@ from pipeline.shards.index import encode_index, index_settings, index_shard
 from pipeline.shards.omissions import Omissions
 from pipeline.shards.publish import publish_index, publish_shard_index
 from pipeline.shards.writer import Members, pack_shards
-from schemas.cache_format import ViewBlock, drawn_columns
+from schemas.cache_format import ViewBlock, aug_param_columns
 from schemas.config import Config
 from tests.pipeline.cache import teachers
 from tests.pipeline.caches import TinyCache, build, cache_section, digit_samples, files, open_tasks
@@ -104,7 +104,7 @@ def test_what_was_drawn_is_plain_columns_of_a_part_but_for_the_eval_pass(tiny_co
     config = tiny_config(views=OPTIONS)
     build(config)
     cache = open_cache(cache_section(config).url)
-    own = set(drawn_columns(config.views))
+    own = set(aug_param_columns(config.views))
     for path in (path for path in files(cache.url) if path.startswith("parts/")):
         part = pq.read_table(storage.join(cache.url, path))
         assert own & {*part.column_names} == (set() if "/eval." in path else own)
@@ -134,14 +134,14 @@ def test_the_last_views_that_a_plan_can_have_stand_beside_the_eval_pass(tiny_con
     keys, sizes = sample_keys(0, index.sample_ids(index.ok)), (index.width[index.ok], index.height[index.ok])
     for view in (2, 65_532, 65_534):
         found = cache.view("digits-01", view)
-        wanted = view_params(
+        expected = view_params(
             config.views, keys, np.full(15, view, np.int64), *(side.astype(np.int64) for side in sizes)
         )
-        assert np.array_equal(found.box_N4, wanted.box_N4)
+        assert np.array_equal(found.box_N4, expected.box_N4)
         partners = shard_partners(config.views, "digits-01", view, 15)
         assert np.array_equal(found.mix_row_N, partners)
         single = partners == np.arange(15)
-        for name, values in unmix(wanted, single).drawn.items():
+        for name, values in unmix(expected, single).drawn.items():
             assert np.array_equal(found.drawn[name], values), name
     assert cache.view("digits-01", EVAL_VIEW).mix_lambda_N.tolist() == [1] * 15
 

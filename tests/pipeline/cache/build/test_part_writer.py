@@ -102,14 +102,14 @@ def test_leaving_the_writer_removes_the_spilled_rows(tmp_path: Path) -> None:
 
 
 def test_a_view_is_read_from_its_own_bytes_and_the_footer_alone(tiny_cache: TinyCache) -> None:
-    wanted = open_cache(tiny_cache.url).view("digits-00", 1)
+    expected = open_cache(tiny_cache.url).view("digits-00", 1)
     commit = next(one for one in read_commits(tiny_cache.url) if one.block.name == "v0000-0001")
     url = storage.join(tiny_cache.url, commit.part.path)
     _destroy_all_but(Path(url), commit.views[1], commit.footer.offset)
     found = open_cache(tiny_cache.url).view("digits-00", 1)
-    assert np.array_equal(found.logits_NK, wanted.logits_NK)
-    assert np.array_equal(found.box_N4, wanted.box_N4)
-    assert found.pixel_digest == wanted.pixel_digest
+    assert np.array_equal(found.logits_NK, expected.logits_NK)
+    assert np.array_equal(found.box_N4, expected.box_N4)
+    assert found.pixel_digest == expected.pixel_digest
 
 
 def test_a_view_costs_two_range_reads(tiny_cache: TinyCache, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,9 +7,15 @@ import numpy as np
 import pytest
 
 from pipeline import storage
-from pipeline.cache.build.commit import read_standing
+from pipeline.cache.build.commit import read_commit_summaries
 from pipeline.cache.build.part import build_part, prepare
-from pipeline.cache.plan.build_plan import Ground, embedding_dim, needs_embedding_dim, plan_cache, survey_ground
+from pipeline.cache.plan.build_plan import (
+    PlanInputs,
+    collect_plan_inputs,
+    embedding_dim,
+    needs_embedding_dim,
+    plan_cache,
+)
 from pipeline.cache.plan.free_space import check_space
 from pipeline.cache.plan.plan_warnings import advice, label_spread
 from pipeline.core.errors import ShardError, StorageInputError
@@ -23,10 +29,10 @@ from tests.pipeline.shards.tars import make_tar
 NUM_DIGITS, NUM_SHARDS, NUM_VIEWS = 35, 2, 3
 
 
-def ground_of(config: Config) -> Ground:
+def ground_of(config: Config) -> PlanInputs:
     urls, cache = shard_urls(config), cache_section(config)
     sizes = {shard: storage.size(url) for shard, url in urls.items()}
-    return survey_ground(config, cache, urls, sizes, read_standing(cache.url))
+    return collect_plan_inputs(config, cache, urls, sizes, read_commit_summaries(cache.url))
 
 
 def test_a_plan_counts_what_the_build_then_makes(tiny_config: TinyConfig) -> None:
@@ -53,7 +59,9 @@ def test_what_is_committed_is_not_planned_again(tiny_config: TinyConfig) -> None
         build_part(task)
     plan = plan_cache(ground_of(config))
     assert (plan.work.forwards_open.high, plan.size.parts_open.high, plan.size.read) == (0, 0, 0)
-    assert plan.size.parts.low == sum(commit.part_size_bytes for commit in read_standing(cache_section(config).url))
+    assert plan.size.parts.low == sum(
+        commit.part_size_bytes for commit in read_commit_summaries(cache_section(config).url)
+    )
 
 
 def test_more_views_are_planned_as_what_they_add(built_cache: TinyCache) -> None:
@@ -82,11 +90,11 @@ def test_rows_of_shards_that_are_not_looked_at_are_estimated_by_their_size(
     tiny_config: TinyConfig, tmp_path: Path
 ) -> None:
     shards = pack_shards(digit_samples(203), f"{tmp_path}/a-%02d.tar", shard_size=10)
-    ground = ground_of(tiny_config(data={"shards": shards}))
-    rows = plan_cache(ground).work.rows
+    inputs = ground_of(tiny_config(data={"shards": shards}))
+    rows = plan_cache(inputs).work.rows
     assert rows.low < 203 < rows.high
     assert rows.expected == pytest.approx(203, rel=0.05)
-    assert ground.survey.num_counted == 0
+    assert inputs.survey.num_counted == 0
 
 
 def test_an_index_says_how_many_images_can_be_used(
@@ -113,8 +121,8 @@ def test_a_shard_without_images_is_found_by_the_plan(tiny_config: TinyConfig, tm
 def test_the_width_of_the_embedding_is_known_without_its_weights(
     tiny_config: TinyConfig, built_cache: TinyCache
 ) -> None:
-    ground = ground_of(tiny_config())
-    assert needs_embedding_dim(ground)
+    inputs = ground_of(tiny_config())
+    assert needs_embedding_dim(inputs)
     assert not needs_embedding_dim(ground_of(built_cache.config))
     assert not needs_embedding_dim(ground_of(tiny_config(cache={"embeddings": "none", "class_means": "none"})))
     unread = tiny_config(teacher={"weights": "/nowhere/teacher.pt", "sha256": "0" * 64})
@@ -155,8 +163,8 @@ def sorted_digits(count: int) -> list[tuple[str, dict[str, bytes]]]:
 
 def warnings_of(config: Config) -> str:
     """Without the warning that the tests' teacher has random weights."""
-    ground = ground_of(config)
-    return "\n".join(text for text in advice(ground, plan_cache(ground)) if "weights is random" not in text)
+    inputs = ground_of(config)
+    return "\n".join(text for text in advice(inputs, plan_cache(inputs)) if "weights is random" not in text)
 
 
 @pytest.mark.parametrize(
@@ -254,8 +262,8 @@ def test_what_may_not_fit_is_warned_of_and_only_what_cannot_is_refused(
     views, rows = 65_535, NUM_DIGITS
     num_classes = int(share_of_disk * shutil.disk_usage(tmp_path).free / (4 * views * rows))
     keys = {"embeddings": "none", "class_means": "none"}
-    ground = ground_of(tiny_config(data={"num_classes": num_classes}, views={"count": views}, cache=keys))
-    assert ["the cache may not fit" in warning for warning in check_space(ground, num_tasks=0)] == [True] * warned
+    inputs = ground_of(tiny_config(data={"num_classes": num_classes}, views={"count": views}, cache=keys))
+    assert ["the cache may not fit" in warning for warning in check_space(inputs, num_tasks=0)] == [True] * warned
 
 
 def test_what_fits_is_neither_refused_nor_warned_of(tiny_config: TinyConfig) -> None:

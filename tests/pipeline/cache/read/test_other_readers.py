@@ -66,12 +66,12 @@ def test_every_column_of_a_part_is_read_and_a_row_of_logits_decoded(
     assert config.cache is not None
     commit = next(one for one in read_commits(config.cache.url) if one.shard_id == "digits-01")
     path = Path(config.cache.url, commit.part.path)
-    found, wanted = read(path), pq.read_table(path)
-    assert list(found) == wanted.column_names
-    for name in wanted.column_names:
+    found, expected = read(path), pq.read_table(path)
+    assert list(found) == expected.column_names
+    for name in expected.column_names:
         # Empty cells are None, or the NaN of pandas.
         cells = [None if isinstance(cell, float) and cell != cell else cell for cell in found[name]]
-        assert cells == wanted[name].to_pylist(), name
+        assert cells == expected[name].to_pylist(), name
     header = json.loads(Path(config.cache.url, "header.json").read_text())
     output = next(output for output in header["outputs"] if output["name"] == "logits")
     decoded = one_row(found["logits"][15 + 4], output)

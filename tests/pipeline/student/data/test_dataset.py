@@ -18,7 +18,7 @@ from pipeline.core.errors import CacheError, ConfigError, ShardError
 from pipeline.student.data.dataset import Batch, InputSize, StepDataset, load_batches
 from pipeline.student.data.sources import CachedSource, IndexedSource
 from pipeline.teacher.inference import load_teacher
-from schemas.cache_format import drawn_columns
+from schemas.cache_format import aug_param_columns
 from schemas.config import DataConfig, ViewsConfig
 from tests.marks import slow
 from tests.pipeline.caches import TinyCache, shard_urls
@@ -160,8 +160,8 @@ def test_parity_parameters_of_cached_and_online_views_are_bitwise_equal(
             one, other = (source.rows(shard, ordinal_N, epoch) for source in (stored, drawn))
             assert one.sample_ids == other.sample_ids
             for name in ("box", "flip", "partner", "mix_lambda", "content_hash", "offset", "size"):
-                assert np.array_equal(one.record_N[name], other.record_N[name]), name
-            assert [*one.drawn] == [*other.drawn] == [*drawn_columns(plan)]
+                assert np.array_equal(one.rows_N[name], other.rows_N[name]), name
+            assert [*one.drawn] == [*other.drawn] == [*aug_param_columns(plan)]
             for name, values in one.drawn.items():
                 assert values.dtype == other.drawn[name].dtype, name
                 assert np.array_equal(values, other.drawn[name]), name
@@ -172,7 +172,7 @@ def test_a_cache_begins_anew_after_its_last_view_and_online_training_does_not(re
     assert [stored.view_of(epoch) for epoch in (0, 11, 12, 25)] == [0, 11, 0, 1]
     assert [drawn.view_of(epoch) for epoch in (0, 12, 70_000)] == [0, 12, 70_000]
     rows = np.arange(20, dtype=np.int32)
-    first, later = (drawn.rows(0, rows, epoch).record_N for epoch in (0, 12))
+    first, later = (drawn.rows(0, rows, epoch).rows_N for epoch in (0, 12))
     assert not np.array_equal(first["box"], later["box"])
 
 
@@ -204,13 +204,13 @@ def test_parity_outputs_of_cached_and_online_teacher(
     replayed = dataset(stored, config.views, student=own)
     teacher = load_teacher(config.teacher, num_classes=10, size=theirs.size, device=torch.device("cpu"))
     for step in range(0, NUM_VIEWS * STEPS_AN_EPOCH, 7):
-        batch, wanted = online[step], replayed[step]
-        assert torch.equal(batch.pixels_BCHW, wanted.pixels_BCHW)
+        batch, expected = online[step], replayed[step]
+        assert torch.equal(batch.pixels_BCHW, expected.pixels_BCHW)
         assert batch.pixels_BCHW.shape[2:] == (student_size, student_size)
         pixels = batch.teacher_pixels.get(theirs, batch.pixels_BCHW)
-        logits_BK, embedding_BD = teacher.forward(pixels, batch.partner_B, batch.lambda_B, batch.cut_B4)
-        torch.testing.assert_close(logits_BK, logits(wanted), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(embedding_BD.norm(dim=1), wanted.words[0].norm_B, rtol=1e-5, atol=1e-5)
+        logits_BK, embedding_BD = teacher.forward(pixels, batch.partner_B, batch.lambda_B, batch.cutmix_box_B4)
+        torch.testing.assert_close(logits_BK, logits(expected), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(embedding_BD.norm(dim=1), expected.words[0].norm_B, rtol=1e-5, atol=1e-5)
 
 
 def test_a_plan_with_everything_shows_everything(replays: Replay) -> None:
@@ -233,8 +233,8 @@ def test_inputs_of_a_build_and_of_training_are_the_same_bits(replays: Replay) ->
     for step in range(STEPS_AN_EPOCH):
         batch = batches[step]
         assert batch.partner_B is not None
-        assert batch.cut_B4 is not None
-        mixing = {"partner_B": batch.partner_B, "lambda_B": batch.lambda_B, "cut_B4": batch.cut_B4}
+        assert batch.cutmix_box_B4 is not None
+        mixing = {"partner_B": batch.partner_B, "lambda_B": batch.lambda_B, "cut_B4": batch.cutmix_box_B4}
         whole = to_input(batch.pixels_BCHW, mean_C=mean, std_C=std, **mixing)
         for row in range(len(batch.sample_ids)):
             alone = to_input(

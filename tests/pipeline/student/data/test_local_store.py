@@ -56,8 +56,8 @@ def filling(number: int, *, slowly: bool = False) -> Make:
     return make
 
 
-def hold(store: NodeStore, number: int, *, slowly: bool = False):
-    return store.hold(name(number), SIZES[number], filling(number, slowly=slowly))
+def acquire(store: NodeStore, number: int, *, slowly: bool = False):
+    return store.acquire(name(number), SIZES[number], filling(number, slowly=slowly))
 
 
 def kept(store: NodeStore) -> list[int]:
@@ -78,7 +78,7 @@ def test_a_file_is_made_once_for_all_threads(store: NodeStore) -> None:
         filling(3, slowly=True)(part)
 
     def read(_: int) -> bytes:
-        with store.hold(name(3), 400, make) as held:
+        with store.acquire(name(3), 400, make) as held:
             return held.path.read_bytes()
 
     with ThreadPoolExecutor(8) as pool:
@@ -105,7 +105,7 @@ def test_the_longest_unused_go_first_and_what_is_in_use_stays(
                 if old not in in_use:
                     room.remove(old)
             model = room[:-1]
-        held = hold(store, number)
+        held = acquire(store, number)
         assert held.crowded == (number not in model and sum(SIZES[one] for one in {*model, number}) > limit)
         model = [*(one for one in model if one != number), number]
         assert kept(store) == sorted(model)
@@ -127,11 +127,11 @@ def test_the_longest_unused_go_first_and_what_is_in_use_stays(
 
 def test_a_file_above_the_limit_is_used_and_gone_after_its_use(store: NodeStore) -> None:
     small = NodeStore(store.folder, 350)
-    with hold(small, 5) as held:
+    with acquire(small, 5) as held:
         assert held.crowded
         assert held.path.read_bytes() == content(5)
     assert kept(small) == []
-    with hold(small, 0) as held:
+    with acquire(small, 0) as held:
         assert not held.crowded
     assert kept(small) == [0]
 
@@ -142,11 +142,11 @@ def test_what_is_being_made_counts_as_what_it_will_be(store: NodeStore) -> None:
 
     def make(part: Path) -> None:
         for number in (0, 4):
-            with hold(store, number) as held:
+            with acquire(store, number) as held:
                 crowded.append(held.crowded)
         filling(5)(part)
 
-    store.hold(name(5), 600, make).close()
+    store.acquire(name(5), 600, make).close()
     assert crowded == [False, True]
 
 
@@ -155,7 +155,7 @@ def test_a_part_that_a_killed_process_left_is_filled_anew_or_removed(store: Node
     leftovers = [store.folder / f".part-{SIZES[number]}-{name(number)}" for number in (1, 2)]
     for part in leftovers:
         part.write_bytes(b"half")
-    with hold(store, 1) as held:
+    with acquire(store, 1) as held:
         assert held.path.read_bytes() == content(1)
     assert not any(part.exists() for part in leftovers)
 
@@ -166,25 +166,25 @@ def test_a_failure_leaves_nothing_and_the_next_one_tries_again(store: NodeStore)
         raise StorageError("no")
 
     with pytest.raises(StorageError, match="no"):
-        store.hold(name(1), 200, fail)
+        store.acquire(name(1), 200, fail)
     assert [path.name for path in store.folder.iterdir()] == [".lock"]
-    assert hold(store, 1).path.read_bytes() == content(1)
+    assert acquire(store, 1).path.read_bytes() == content(1)
 
 
 def test_other_files_in_the_folder_are_never_removed(store: NodeStore) -> None:
     store.folder.mkdir()
     for foreign in ("thesis.tex", ".part-of-life", "0123456789abcdef"):
         (store.folder / foreign).write_bytes(b"x" * 5000)
-    hold(NodeStore(store.folder, 1), 1).close()
+    acquire(NodeStore(store.folder, 1), 1).close()
     assert len(list(store.folder.iterdir())) == 4
 
 
 def test_a_discarded_copy_is_made_again_and_another_process_s_new_one_stays(store: NodeStore) -> None:
-    first, second = hold(store, 1), hold(store, 1)
+    first, second = acquire(store, 1), acquire(store, 1)
     first.path.write_bytes(b"damaged")
     first.discard()
     assert kept(store) == []
-    third = hold(store, 1)
+    third = acquire(store, 1)
     second.discard()
     assert kept(store) == [1]
     assert third.path.read_bytes() == content(1)
@@ -196,13 +196,13 @@ def test_the_folder_of_another_user_is_refused(store: NodeStore, monkeypatch: py
     owner = store.folder.stat().st_uid
     monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
     with pytest.raises(StorageInputError, match="belongs to another user"):
-        hold(store, 1)
+        acquire(store, 1)
 
 
 def test_a_place_that_cannot_be_a_folder_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StorageInputError, match="cannot keep a file: a part of this path is a file"):
-        hold(NodeStore(tmp_path / "file" / "store"), 1)
+        acquire(NodeStore(tmp_path / "file" / "store"), 1)
 
 
 def test_without_a_limit_a_fifth_of_the_free_space_is_left(store: NodeStore) -> None:
@@ -216,23 +216,23 @@ def test_a_remote_object_is_copied_and_a_local_one_is_itself(store: NodeStore, t
     url = f"memory://{tmp_path.name}/a.tar"
     storage.write(url, b"x" * 900)
     (tmp_path / "b.tar").write_bytes(b"y")
-    with store.hold_url(url) as held, store.hold_url(str(tmp_path / "b.tar")) as local:
+    with store.acquire_url(url) as held, store.acquire_url(str(tmp_path / "b.tar")) as local:
         assert held.path.read_bytes() == b"x" * 900
         assert (held.path.parent, local.path) == (store.folder, tmp_path / "b.tar")
     local.discard()
     assert (tmp_path / "b.tar").exists()
     with pytest.raises(StorageInputError, match="no such file"):
-        store.hold_url(f"memory://{tmp_path.name}/none.tar")
+        store.acquire_url(f"memory://{tmp_path.name}/none.tar")
     storage.delete(url)
 
 
 def test_a_copy_that_lost_its_end_with_the_node_s_power_is_fetched_again(store: NodeStore, tmp_path: Path) -> None:
     url = f"memory://{tmp_path.name}/a.tar"
     storage.write(url, b"x" * 900)
-    held = store.hold_url(url)
+    held = store.acquire_url(url)
     held.close()
     held.path.write_bytes(b"x" * 512)
-    with store.hold_url(url) as again:
+    with store.acquire_url(url) as again:
         assert again.path.read_bytes() == b"x" * 900
     storage.delete(url)
 
@@ -246,7 +246,7 @@ def test_a_download_that_is_cut_short_each_time_leaves_nothing(
     memory = fsspec.filesystem("memory")
     monkeypatch.setattr(type(memory), "get_file", lambda _, _path, target: Path(target).write_bytes(b"x" * 5))
     with pytest.raises(StorageError, match="cut short"):
-        store.hold_url(url)
+        store.acquire_url(url)
     assert [path.name for path in store.folder.iterdir()] == [".lock"]
     storage.delete(url)
 
@@ -283,6 +283,6 @@ def test_processes_that_are_killed_at_any_moment_leave_right_files_within_the_li
     for number in kept(store):
         assert (store.folder / name(number)).read_bytes() == content(number)
     for number in SIZES:
-        with hold(store, number) as held:
+        with acquire(store, number) as held:
             assert held.path.read_bytes() == content(number)
     assert sum(SIZES[number] for number in kept(store)) <= 1300

@@ -88,7 +88,7 @@ def test_the_fewest_rows_are_those_of_the_rank_and_step_with_the_fewest(case: Ca
         for step in range(case.order.num_steps)
         for rank in range(case.world_size)
     }
-    assert case.order.fewest_rows(case.world_size) == min(rows)
+    assert case.order.smallest_batch(case.world_size) == min(rows)
 
 
 @given(cases())

@@ -45,7 +45,7 @@ def test_too_many_loaders_for_the_shared_memory_are_refused_with_a_number_that_f
     error = caught.value
     assert (error.code, error.where, error.exit_code) == ("train.shared-memory", _SHM, 2)
     one = batch_bytes(batches, headers, reads_embeddings=False)
-    assert f"{(2 * 10**9 + 1) * one:,} bytes" in str(error.wanted)
+    assert f"{(2 * 10**9 + 1) * one:,} bytes" in str(error.expected)
     fitting = int(str(error.next_step).partition("train.num_workers=")[2].partition(",")[0])
     found = os.statvfs(_SHM)
     assert abs((2 * fitting + 1) * one - found.f_bavail * found.f_frsize) < found.f_bavail * found.f_frsize / 2

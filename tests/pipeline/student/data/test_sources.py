@@ -101,7 +101,7 @@ def test_a_foreign_content_hash_is_told_with_its_sample() -> None:
     with pytest.raises(CacheError) as caught:
         check_alignment(found, index(), where="here")
     assert (caught.value.where, caught.value.got) == ("here, shard/key4", f"content hash {255:016x}")
-    assert caught.value.wanted == f"{104:016x}"
+    assert caught.value.expected == f"{104:016x}"
 
 
 @pytest.mark.parametrize("mix_row", [1, 5, 8, -1])

@@ -24,9 +24,9 @@ from pipeline.cache.read.reader import open_cache
 from pipeline.core.errors import CacheError, StorageError
 from pipeline.student.data.dataset import StepDataset, load_batches
 from pipeline.student.data.join import DamagedFileError, map_joined
-from pipeline.student.data.loader import Prefetcher, crowding
+from pipeline.student.data.loader import Prefetcher, over_budget
 from pipeline.student.data.sources import CachedSource, open_cached
-from pipeline.student.distributed import World
+from pipeline.student.distributed import DistributedContext
 from pipeline.student.evaluation.evaluator import make_evaluator
 from schemas.config import DataConfig
 from tests.pipeline.caches import TinyCache, files, shard_urls
@@ -108,13 +108,13 @@ def test_an_epoch_reads_the_bytes_of_one_view_once(remote: Any, monkeypatch: pyt
     ranks = [batches_of(cache, rank=rank, world_size=2) for rank in range(2)]
     for epoch in (0, 7, 7 + NUM_VIEWS):
         steps = range(epoch * STEPS_AN_EPOCH, epoch * STEPS_AN_EPOCH + 4)
-        wanted = wanted_reads(cache, epoch % NUM_VIEWS)
+        expected = wanted_reads(cache, epoch % NUM_VIEWS)
         assert all(rank.source.fetched_bytes for rank in ranks)
         with counted(monkeypatch) as reads, ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda rank, steps=steps: load(rank, steps), ranks))
         if epoch:
-            wanted = Counter({read: 1 for read in wanted if not read[0].endswith(".tar")})
-        assert reads == (wanted if epoch <= NUM_VIEWS else Counter())
+            expected = Counter({read: 1 for read in expected if not read[0].endswith(".tar")})
+        assert reads == (expected if epoch <= NUM_VIEWS else Counter())
 
 
 def test_batches_from_remote_shards_are_those_from_local_ones(remote: Any, replays: Replay) -> None:
@@ -145,12 +145,12 @@ def test_less_room_than_a_step_needs_is_enough(
 def test_too_little_room_for_a_window_is_told_with_numbers(remote: Any) -> None:
     cache = remote("crop", local_bytes=1)
     source = cached_source(cache)
-    text = crowding(source, order_of(source, cache.config.views), rank=0, world_size=1)
+    text = over_budget(source, order_of(source, cache.config.views), rank=0, world_size=1)
     assert text is not None
     assert f"about {2 * source.fetched_bytes:,} bytes" in text
     assert "data.local_bytes" in text
     roomy = cached_source(remote("crop", local_bytes=10**9))
-    assert crowding(roomy, order_of(roomy, cache.config.views), rank=0, world_size=1) is None
+    assert over_budget(roomy, order_of(roomy, cache.config.views), rank=0, world_size=1) is None
 
 
 def node_files(source: CachedSource, suffix: str) -> list[Path]:
@@ -203,15 +203,15 @@ def test_the_columns_are_the_cache_s_and_lie_in_the_file(replays: Replay) -> Non
     cache = replays("everything")
     opened, source = open_cache(cache.url), cached_source(cache)
     for shard, view in ((0, 0), (1, 5)):
-        (found,), wanted = source.columns(shard, view), opened.view(source.shard_ids[shard], view)
+        (found,), expected = source.columns(shard, view), opened.view(source.shard_ids[shard], view)
         for field in ("row_N", "content_hash_N", "box_N4", "flip_N", "mix_row_N", "mix_lambda_N", "embedding_norm_N"):
-            ours, theirs = getattr(found, field), getattr(wanted, field)
+            ours, theirs = getattr(found, field), getattr(expected, field)
             assert (ours.dtype, ours.flags.writeable) == (theirs.dtype, False), field
             assert np.array_equal(ours, theirs), field
-        assert [*found.drawn] == [*wanted.drawn]
-        assert all(np.array_equal(values, wanted.drawn[name]) for name, values in found.drawn.items())
-        assert (found.pixel_digest, found.pixel_mean) == (wanted.pixel_digest, wanted.pixel_mean)
-        assert np.array_equal(found.logits_NK, wanted.logits_NK)
+        assert [*found.drawn] == [*expected.drawn]
+        assert all(np.array_equal(values, expected.drawn[name]) for name, values in found.drawn.items())
+        assert (found.pixel_digest, found.pixel_mean) == (expected.pixel_digest, expected.pixel_mean)
+        assert np.array_equal(found.logits_NK, expected.logits_NK)
 
 
 def test_an_error_of_what_is_fetched_ahead_comes_at_its_step(own_replay: Replay) -> None:
@@ -235,8 +235,8 @@ def test_what_comes_is_fetched_before_it_is_met_and_across_epochs(remote: Any) -
 
     with Prefetcher(source, order, rank=0, world_size=1, steps=range(last, 4 * STEPS_AN_EPOCH)) as ahead:
         ahead.advance(last)
-        wanted = {"digits-00-v0001.arrow", "digits-01-v0001.arrow"}
-        while not wanted <= {*names()}:
+        expected = {"digits-00-v0001.arrow", "digits-01-v0001.arrow"}
+        while not expected <= {*names()}:
             time.sleep(0.01)
             ahead.advance(last)
     assert len(node_files(source, ".tar")) == 2
@@ -284,7 +284,7 @@ def test_validation_shards_come_through_the_same_store(remote: Any, monkeypatch:
     config = remote("crop").config
     data: DataConfig = config.data
     assert data.shards is not None
-    evaluator = make_evaluator(data.shards, data, config.views, World(), num_threads=1)
+    evaluator = make_evaluator(data.shards, data, config.views, DistributedContext(), num_threads=1)
     from pipeline.models import load_model
 
     loaded = load_model(config.teacher, num_classes=10, size=16, where="teacher")

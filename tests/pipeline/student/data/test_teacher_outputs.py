@@ -15,7 +15,7 @@ from pipeline.cache.format import codec
 from pipeline.cache.ops.inspect import inspect_cache
 from pipeline.cache.read.reader import open_cache
 from pipeline.core.errors import ConfigError
-from pipeline.student.distributed import World
+from pipeline.student.distributed import DistributedContext
 from pipeline.student.evaluation.evaluator import evaluate_run
 from pipeline.student.training.config_checks import check_distillation, check_training
 from pipeline.student.training.trainer import train
@@ -69,7 +69,7 @@ def test_a_kept_view_costs_its_stored_bytes(tiny_config: TinyConfig, encoding: s
 
 def test_embeddings_are_kept_as_stored_where_a_loss_reads_them(tiny_config: TinyConfig) -> None:
     cache = built(tiny_config, embeddings="fp16")
-    source = cached_source(cache, keeps_embeddings=True)
+    source = cached_source(cache, with_embeddings=True)
     (kept,) = source.columns(0, 1)
     assert kept.embedding is not None
     assert kept.embedding.column.nbytes == 20 * 7 * 2
@@ -221,7 +221,9 @@ def test_nd_trains_from_norms_and_class_means_alone(tiny_config: TinyConfig, tmp
     curve = [record["loss"] for record in metrics(tmp_path)]
     assert sum(curve[-5:]) < 0.9 * sum(curve[:5])
     assert shards is not None
-    found = evaluate_run(str(tmp_path), shards, checkpoint_name="last", num_threads=1, device=World().device)
+    found = evaluate_run(
+        str(tmp_path), shards, checkpoint_name="last", num_threads=1, device=DistributedContext().device
+    )
     assert found.teacher_top1 is not None
     assert (found.head_trained, found.top1, found.agreement, found.kl) == (False, None, None, None)
     assert inspect_cache(cache.url).outputs == {}

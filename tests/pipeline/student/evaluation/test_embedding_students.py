@@ -17,7 +17,7 @@ from pipeline.cache.read.reader import open_cache
 from pipeline.core.errors import ConfigError
 from pipeline.student import CachedDataset
 from pipeline.student.evaluation.evaluator import evaluate_run
-from pipeline.student.evaluation.loaded_run import load_trained
+from pipeline.student.evaluation.loaded_run import load_run
 from pipeline.student.export.exporters import export_run
 from pipeline.student.run import checkpoint
 from pipeline.student.training.trainer import train
@@ -65,7 +65,7 @@ def test_a_run_is_evaluated_by_the_cosine_of_a_loop_over_images(config: Config, 
     assert config.data.val_shards is not None
     shards = config.data.val_shards
     found = evaluate_run(str(tmp_path / "run"), shards, checkpoint_name="last", num_threads=1, device=CPU)
-    trained, teacher = load_trained(str(tmp_path / "run"), "last"), teacher_of(config)
+    trained, teacher = load_run(str(tmp_path / "run"), "last"), teacher_of(config)
     own_ND, _ = one_by_one(config, trained.student.module, trained.student.input, output=1)
     their_ND, _ = one_by_one(config, teacher.module, teacher.loaded.input, output=1)
     state = checkpoint.load(str(tmp_path / "run"), checkpoint.LAST)
@@ -76,8 +76,8 @@ def test_a_run_is_evaluated_by_the_cosine_of_a_loop_over_images(config: Config, 
     )
     unit_ND = (own_ND - norm["running_mean"]) / (norm["running_var"] + 1e-5).sqrt()
     projected_ND = (unit_ND * norm["weight"] + norm["bias"]) @ linear["weight"].T + linear["bias"]
-    wanted = cosine_similarity(projected_ND.double(), their_ND.double()).mean().item()
-    assert found.cosine == pytest.approx(wanted, rel=1e-4)
+    expected = cosine_similarity(projected_ND.double(), their_ND.double()).mean().item()
+    assert found.cosine == pytest.approx(expected, rel=1e-4)
     assert not found.head_trained
     assert "cosine to the teacher" in describe(found)
     assert "not trained" in describe(found)

@@ -28,7 +28,7 @@ from pipeline.models import InputSpec, LoadedModel, load_model
 from pipeline.shards.decode import decode
 from pipeline.shards.index import index_shard
 from pipeline.shards.tar import ShardReader
-from pipeline.student.distributed import World
+from pipeline.student.distributed import DistributedContext
 from pipeline.student.evaluation.evaluator import Evaluator, evaluate_run, make_evaluator
 from pipeline.student.export.exporters import export_run
 from pipeline.student.run import checkpoint
@@ -49,7 +49,9 @@ def network(seed: int = 0, size: int = 12) -> LoadedModel:
 
 def evaluator(config: Config, **data: Any) -> Evaluator:
     shards = tuple(shard_urls(config).values())
-    return make_evaluator(shards, config.data.model_copy(update=data), config.views, World(), num_threads=2)
+    return make_evaluator(
+        shards, config.data.model_copy(update=data), config.views, DistributedContext(), num_threads=2
+    )
 
 
 def teacher_of(config: Config) -> Teacher:

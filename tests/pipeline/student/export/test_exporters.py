@@ -128,11 +128,11 @@ def test_a_graph_answers_as_the_runs_student_for_any_batch_size(
     assert done.size_bytes == path.stat().st_size
     for count in (1, 2, 5):
         pixels_NCHW = pixels(count, student.input.size)
-        wanted_NK = student.module(normalised(pixels_NCHW, student.input))[0].detach()
+        expected_NK = student.module(normalised(pixels_NCHW, student.input))[0].detach()
         given = pixels_NCHW if with_normalization else normalised(pixels_NCHW, student.input)
-        largest = float(wanted_NK.abs().max())
+        largest = float(expected_NK.abs().max())
         assert largest > 0
-        torch.testing.assert_close(run_graph(path, given).detach(), wanted_NK, rtol=0, atol=TOLERANCE * largest)
+        torch.testing.assert_close(run_graph(path, given).detach(), expected_NK, rtol=0, atol=TOLERANCE * largest)
     kind = "uint8 RGB" if with_normalization else "float32 RGB"
     assert metadata_of(path)["input"].startswith(kind)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.core.errors import ConfigError, TrainingError
-from pipeline.student.data.teacher_outputs import TeacherWords
+from pipeline.student.data.teacher_outputs import TeacherOutputs
 from pipeline.student.losses import (
     LOSSES,
     BatchShare,
@@ -92,7 +92,7 @@ class GlobalBatch:
             embedding_BD=student_BN[:, K:],
             teachers=(
                 TeacherInputs(
-                    words=TeacherWords(
+                    words=TeacherOutputs(
                         {None: self.teacher_BK[rows]}, self.teacher_BD[rows].norm(dim=1), self.teacher_BD[rows]
                     ),
                     projected=dict.fromkeys(PROJECTED, student_BN[:, K:]),
@@ -311,8 +311,8 @@ def test_every_key_of_dist_reaches_it() -> None:
     batch = inputs()
     section = {"name": "dist", "temperature": 2.0, "inter_weight": 0.25, "intra_weight": 3.0}
     total, _ = compose(section)(batch, alone(batch), epoch=0)
-    wanted = dist(batch.student_BK, seen(batch)["teacher_BK"], temperature=2.0, inter_weight=0.25, intra_weight=3.0)
-    torch.testing.assert_close(total, wanted)
+    expected = dist(batch.student_BK, seen(batch)["teacher_BK"], temperature=2.0, inter_weight=0.25, intra_weight=3.0)
+    torch.testing.assert_close(total, expected)
 
 
 def test_a_mixed_batch_mixes_the_labels_of_partners() -> None:
@@ -366,7 +366,7 @@ def test_a_term_reads_the_logits_that_are_for_its_temperature() -> None:
         temperature: torch.randn(6, K, generator=torch.Generator().manual_seed(seed))
         for seed, temperature in enumerate((1.0, 4.0))
     }
-    batch = replace(batch, teachers=(replace(batch.teachers[0], words=TeacherWords(words, torch.ones(6))),))
+    batch = replace(batch, teachers=(replace(batch.teachers[0], words=TeacherOutputs(words, torch.ones(6))),))
     loss = compose({"name": "kd", "temperature": 4.0}, {"name": "dist"}, {"name": "kd", "temperature": 1.0})
     assert loss.temperatures == (1.0, 4.0)
     _, values = loss(batch, alone(batch), epoch=0)
@@ -377,7 +377,7 @@ def test_a_term_reads_the_logits_that_are_for_its_temperature() -> None:
 
 def test_a_temperature_that_nobody_decoded_for_is_refused_and_never_stood_in_for() -> None:
     batch = inputs()
-    words = TeacherWords({1.0: torch.zeros(6, K)}, torch.ones(6))
+    words = TeacherOutputs({1.0: torch.zeros(6, K)}, torch.ones(6))
     batch = replace(batch, teachers=(replace(batch.teachers[0], words=words),))
     with pytest.raises(TrainingError, match=r"the loss kd lacks[\s\S]*None for teacher_BK"):
         compose({"name": "kd", "temperature": 2.0})(batch, alone(batch), epoch=0)
@@ -402,7 +402,9 @@ def with_teachers(batch: LossInputs, num: int) -> LossInputs:
     generator = torch.Generator().manual_seed(5)
     teachers = [
         TeacherInputs(
-            words=TeacherWords({None: torch.randn(6, K, generator=generator)}, 4 * torch.rand(6, generator=generator)),
+            words=TeacherOutputs(
+                {None: torch.randn(6, K, generator=generator)}, 4 * torch.rand(6, generator=generator)
+            ),
             projected={"nd": torch.randn(6, 3 + number, generator=generator)},
             class_directions=ClassDirections.of(torch.randn(K, 3 + number, generator=generator)),
         )

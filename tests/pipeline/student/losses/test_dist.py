@@ -113,10 +113,10 @@ def test_dist_gives_the_published_values(temperature: float, inter: float, intra
 def test_dist_is_not_scale_invariant_in_the_logits() -> None:
     # Relations of raw logits, as in the snippet that circulates, would give 0 here.
     scaled_BK = 3 * TEACHER_BK + 5
-    wanted = sum(oracle(scaled_BK.double().numpy(), TEACHER_BK.double().numpy(), 1.0))
-    assert wanted > 0.004
+    expected = sum(oracle(scaled_BK.double().numpy(), TEACHER_BK.double().numpy(), 1.0))
+    assert expected > 0.004
     error = sum(value_errors(scaled_BK, TEACHER_BK, 1.0))
-    assert dist(scaled_BK, TEACHER_BK, temperature=1.0).item() == pytest.approx(wanted, rel=0, abs=error)
+    assert dist(scaled_BK, TEACHER_BK, temperature=1.0).item() == pytest.approx(expected, rel=0, abs=error)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
@@ -135,8 +135,8 @@ def test_dist_equals_a_float64_loop(seed: int, num_rows: int, num_classes: int, 
     inter, intra = oracle(student_BK.double().numpy(), teacher_BK.double().numpy(), temperature)
     of_inter, of_intra = value_errors(student_BK, teacher_BK, temperature)
     loss = dist(student_BK, teacher_BK, temperature=temperature, inter_weight=0.5, intra_weight=2.0)
-    wanted = temperature**2 * (0.5 * inter + 2 * intra)
-    assert loss.item() == pytest.approx(wanted, rel=0, abs=0.5 * of_inter + 2 * of_intra)
+    expected = temperature**2 * (0.5 * inter + 2 * intra)
+    assert loss.item() == pytest.approx(expected, rel=0, abs=0.5 * of_inter + 2 * of_intra)
 
 
 def test_the_gradient_of_dist_equals_finite_differences_of_the_loop() -> None:

@@ -33,14 +33,14 @@ def test_value_and_gradient_are_torchs_cross_entropy_in_float64(seed: int, num_r
     generator = torch.Generator().manual_seed(seed)
     student_BK, teacher_BK = 3 * torch.randn(2, num_rows, num_classes, generator=generator)
     exact_BK = student_BK.double().requires_grad_()
-    wanted = functional.cross_entropy(exact_BK, teacher_BK.argmax(dim=1))
+    expected = functional.cross_entropy(exact_BK, teacher_BK.argmax(dim=1))
     loss = hard(student_BK.requires_grad_(), teacher_BK)
     of_logs = log_softmax_error(student_BK)
     # The mean over rows: B sums and a division of losses up to the largest.
     largest = -exact_BK.detach().log_softmax(dim=1).min().item()
-    assert loss.item() == pytest.approx(wanted.item(), rel=0, abs=of_logs + ulps(num_rows + 1, largest))
+    assert loss.item() == pytest.approx(expected.item(), rel=0, abs=of_logs + ulps(num_rows + 1, largest))
     gradients = [
-        torch.autograd.grad(value, logits_BK)[0] for value, logits_BK in ((loss, student_BK), (wanted, exact_BK))
+        torch.autograd.grad(value, logits_BK)[0] for value, logits_BK in ((loss, student_BK), (expected, exact_BK))
     ]
     # (softmax − target) / B: exp of a log-probability, the sum over K of the chain rule, product, difference, division.
     difference_BK = gradients[0].double() - gradients[1]

@@ -83,8 +83,8 @@ def test_a_map_of_one_position_has_nothing_coarser() -> None:
 @given(seed=SEEDS, num_rows=st.integers(1, 3), channels=st.integers(1, 3), side=st.integers(1, 11))
 def test_hcl_equals_a_float64_loop_over_windows(seed: int, num_rows: int, channels: int, side: int) -> None:
     ((student, teacher),) = draw(seed, (num_rows, channels, side, side))
-    wanted = oracle(student.double().numpy(), teacher.double().numpy())
-    assert hcl([student], [teacher]).item() == pytest.approx(wanted, rel=relative_error(student))
+    expected = oracle(student.double().numpy(), teacher.double().numpy())
+    assert hcl([student], [teacher]).item() == pytest.approx(expected, rel=relative_error(student))
 
 
 def test_levels_are_summed() -> None:

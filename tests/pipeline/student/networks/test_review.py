@@ -116,13 +116,13 @@ def test_the_fusion_is_the_papers(student: list[tuple[int, int]], teacher: list[
     generator = torch.Generator().manual_seed(1)
     levels = [torch.randn(3, c, side, side, generator=generator, dtype=torch.float64) for c, side in student]
     oracle, deeper = Oracle(review), None
-    wanted: list[np.ndarray] = []
+    expected: list[np.ndarray] = []
     for number in reversed(range(len(levels))):
         output, deeper = oracle.level(number, levels[number].numpy(), deeper, teacher[number][1])
-        wanted.insert(0, output)
+        expected.insert(0, output)
     found = review(levels)
     assert [tuple(one.shape[1:]) for one in found] == [(c, side, side) for c, side in teacher]
-    for one, other in zip(found, wanted, strict=True):
+    for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, torch.from_numpy(other))
 
 
@@ -164,8 +164,8 @@ def test_the_students_levels_are_what_its_layers_answer() -> None:
     images, network = torch.rand(4, 3, 16, 16), student.model.network
     student(images)
     conv1 = network.conv1(images)
-    for found, wanted in zip(seen[0], [conv1, network.conv2(conv1.relu())], strict=False):
-        torch.testing.assert_close(found, wanted)
+    for found, expected in zip(seen[0], [conv1, network.conv2(conv1.relu())], strict=False):
+        torch.testing.assert_close(found, expected)
     torch.testing.assert_close(seen[0][2][:, :, 0, 0], student.model(images)[1])
 
 
@@ -195,10 +195,10 @@ def test_a_review_asks_for_two_rows_like_any_batchnorm() -> None:
 def test_a_compiled_student_answers_alike(backend: str) -> None:
     student, _ = student_of()
     images = torch.rand(4, 3, 16, 16)
-    wanted = student(images)
+    expected = student(images)
     found: Any = torch.compile(student, backend=backend)(images)
-    torch.testing.assert_close(found[0], wanted[0])
-    for one, other in zip(found.maps, wanted.maps, strict=True):
+    torch.testing.assert_close(found[0], expected[0])
+    for one, other in zip(found.maps, expected.maps, strict=True):
         torch.testing.assert_close(one, other)
 
 
@@ -223,7 +223,7 @@ def test_a_layer_that_is_not_there_is_told_with_the_nearest_and_those_that_serve
     with pytest.raises(ModelError, match="no layer of this name") as caught:
         student_of(**keys)
     assert caught.value.where == where
-    assert near in str(caught.value.wanted)
+    assert near in str(caught.value.expected)
     assert near in str(caught.value.next_step)
 
 

@@ -13,13 +13,13 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline.core.errors import TrainingError
-from pipeline.student.distributed import World
+from pipeline.student.distributed import DistributedContext
 from pipeline.student.run.metrics import MetricsFile, StepLog
-from pipeline.student.training.throughput import Speedometer
+from pipeline.student.training.throughput import ThroughputMeter
 
 
 def log_of(losses: list[float], *, first_step: int = 0) -> StepLog:
-    log = StepLog(World())
+    log = StepLog(DistributedContext())
     for step, loss in enumerate(losses, start=first_step):
         log.add(step, step // 5, 0.1, torch.tensor(loss), {"kd": torch.tensor(2 * loss)})
     return log
@@ -37,7 +37,7 @@ def test_a_record_holds_step_epoch_lr_total_and_each_term() -> None:
 
 
 def test_a_log_keeps_no_graph_alive() -> None:
-    log = StepLog(World())
+    log = StepLog(DistributedContext())
     weight = torch.ones((), requires_grad=True)
     log.add(0, 0, 0.1, weight * 2, {})
     assert log.flush()[0]["loss"] == 2
@@ -52,7 +52,7 @@ def test_a_loss_that_is_not_finite_is_told_with_its_step_and_the_range_seen(bad:
 
 
 def test_the_gradient_norm_stands_beside_the_loss_as_every_rank_has_it() -> None:
-    log = StepLog(World())
+    log = StepLog(DistributedContext())
     log.add(0, 0, 0.1, torch.tensor(0.5), {"kd": torch.tensor(1.0)}, grad_norm=torch.tensor(3.0), scale=1024.0)
     assert log.flush() == [
         {"step": 0, "epoch": 0, "lr": 0.1, "loss": 0.5, "loss/kd": 1.0, "grad_norm": 3.0, "scale": 1024.0}
@@ -61,7 +61,7 @@ def test_the_gradient_norm_stands_beside_the_loss_as_every_rank_has_it() -> None
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_gradients_may_overflow_where_the_loss_is_scaled_and_nowhere_else(bad: float) -> None:
-    log = StepLog(World())
+    log = StepLog(DistributedContext())
     log.add(0, 0, 0.1, torch.tensor(0.5), {}, grad_norm=torch.tensor(bad), scale=512.0)
     (record,) = log.flush()
     assert record["grad_norm"] is None
@@ -138,7 +138,7 @@ def test_tensorboard_shows_one_curve_over_all_starts_of_a_run(tmp_path: Path) ->
 def test_a_speedometer_counts_images_and_waiting_since_it_was_read() -> None:
     """By a clock that each look moves on by a second: one look to begin, two around each batch, one to read."""
     ticks = count()
-    speed = Speedometer(lambda: float(next(ticks)))
+    speed = ThroughputMeter(lambda: float(next(ticks)))
     batches = speed.watch(iter([SimpleNamespace(num_rows_global=30), SimpleNamespace(num_rows_global=20)]))
     next(batches)
     next(batches)

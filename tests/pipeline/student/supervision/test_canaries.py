@@ -64,7 +64,7 @@ def test_drift_stops_training_with_its_size_and_both_versions(own_replay: Replay
     assert "differ by up to 7 of 255" in str(caught.value.got)
     for installed in (torchvision.__version__, version("pillow"), torch.__version__):
         assert installed in str(caught.value.got)
-        assert installed in str(caught.value.wanted)
+        assert installed in str(caught.value.expected)
     assert not (tmp_path / "run").exists()
 
 
@@ -149,5 +149,5 @@ def test_ranks_tell_what_any_of_them_found(tmp_path: Path) -> None:
 
 
 def share(rendezvous: Path, rank: int, own: list[CanaryReport]) -> None:
-    with group(rendezvous, rank) as world:
-        assert own[rank].over_ranks(world) == CanaryReport(4, 1, 5)
+    with group(rendezvous, rank) as distributed:
+        assert own[rank].over_ranks(distributed) == CanaryReport(4, 1, 5)

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.shards.index import index_shard
 from pipeline.shards.writer import pack_shards
-from pipeline.student.distributed import World
+from pipeline.student.distributed import DistributedContext
 from pipeline.student.supervision.overlap import SeenImages
 from pipeline.student.training.trainer import train
 from schemas.config import Config
@@ -60,18 +60,18 @@ def test_a_run_that_evaluates_only_at_its_end_is_warned_then(
 
 
 def test_nothing_seen_overlaps_with_nothing(replays: Replay) -> None:
-    found = SeenImages().overlap(cached_source(replays("crop")), World())
+    found = SeenImages().overlap(cached_source(replays("crop")), DistributedContext())
     assert (found.num_rows, found.sample_ids) == (0, ())
 
 
 def compare(rendezvous: Path, rank: int, cache: TinyCache, seen_by_rank: list[list[str]]) -> None:
     """Training indexes are dealt to both ranks, shard 0 to one and shard 1 to the other."""
-    with group(rendezvous, rank) as world:
+    with group(rendezvous, rank) as distributed:
         seen = SeenImages()
         for url in seen_by_rank[rank]:
             seen.add(index_shard(Path(url), cache.config.data, where=url))
         source = cached_source(cache)
-        found = seen.overlap(source, world)
+        found = seen.overlap(source, distributed)
         source.close()
         assert found.num_rows == 9
         assert found.sample_ids == ("digits-00/digit-0003", "digits-00/digit-0005", "digits-00/digit-0007")

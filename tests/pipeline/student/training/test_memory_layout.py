@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pipeline.models import load_model, unsafe_in_channels_last
-from pipeline.student.distributed import World
+from pipeline.student.distributed import DistributedContext
 from pipeline.student.training.trainer import Trainer
 from schemas.config import StudentConfig
 from tests.pipeline.student.conftest import Replay
@@ -73,7 +73,7 @@ def test_weights_and_images_lie_as_the_config_or_the_network_decides(
     train = {"epochs": 1, "tail": "short", "global_batch_size": 7, "channels_last": option}
     config = run_config(replays("crop").config, tmp_path, student=resnet(*widths), train=train)
     texts: list[str] = []
-    trainer = Trainer(config, World(), lambda event: texts.append(str(event.get("text", ""))))
+    trainer = Trainer(config, DistributedContext(), lambda event: texts.append(str(event.get("text", ""))))
     layouts: set[bool] = set()
     trainer.student.register_forward_pre_hook(
         lambda _, images: layouts.add(images[0].is_contiguous(memory_format=torch.channels_last))

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from pipeline.core.errors import ConfigError
 from pipeline.shards.writer import pack_shards
-from pipeline.student.distributed import World
+from pipeline.student.distributed import DistributedContext
 from pipeline.student.run import checkpoint
-from pipeline.student.training.micro_batches import cuts, fewest_rows, micro_batches, num_pieces
+from pipeline.student.training.micro_batches import cuts, micro_batches, num_pieces, smallest_batch
 from pipeline.student.training.trainer import Trainer, train
 from tests.marks import slow
 from tests.pipeline.caches import digit_samples
@@ -43,7 +43,7 @@ def test_cuts_cover_all_rows_in_order_at_even_places_and_in_sizes_that_differ_by
     sizes = [piece.stop - piece.start for piece in found]
     assert len(sizes) == pieces
     assert max(sizes) - min(sizes) <= 2 * rows_per_unit - 1
-    assert fewest_rows(num_rows, pieces, rows_per_unit=rows_per_unit) == min(sizes)
+    assert smallest_batch(num_rows, pieces, rows_per_unit=rows_per_unit) == min(sizes)
 
 
 @given(st.integers(1, 20), st.integers(1, 300), st.data())
@@ -129,9 +129,9 @@ def test_micro_batches_have_the_rows_that_a_student_can_be_trained_on(
     keys = {"global_batch_size": 7, "accumulate": accumulate}
     config = run_config(replays("crop").config, tmp_path, student=student, train=keys)
     if not refused:
-        Trainer(config, World(), print).close()
+        Trainer(config, DistributedContext(), print).close()
         return
     with pytest.raises(ConfigError, match="too few rows in a micro-batch") as caught:
-        Trainer(config, World(), print)
+        Trainer(config, DistributedContext(), print)
     assert caught.value.got == f"7 of its 7 rows, over 1 ranks, cut into {accumulate}"
     assert "train.accumulate" in str(caught.value.next_step)

@@ -41,12 +41,12 @@ def test_warm_up_is_linear_and_reaches_the_peak_in_its_last_step() -> None:
 def test_cosine_without_warm_up_is_torchs() -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.2)
     schedule = CosineAnnealingLR(optimizer, T_max=10)
-    wanted: list[float] = []
+    expected: list[float] = []
     for _ in range(10):
-        wanted.append(optimizer.param_groups[0]["lr"])
+        expected.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         schedule.step()
-    assert rates(train(schedule="cosine"), 10) == pytest.approx(wanted)
+    assert rates(train(schedule="cosine"), 10) == pytest.approx(expected)
 
 
 def test_cosine_ends_at_zero_and_stays_there() -> None:
@@ -64,12 +64,12 @@ def test_a_step_schedule_decays_after_its_milestones_counted_from_the_start() ->
 def test_a_step_schedule_is_torchs() -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.2)
     schedule = MultiStepLR(optimizer, milestones=[3, 7], gamma=0.3)
-    wanted: list[float] = []
+    expected: list[float] = []
     for _ in range(9):
-        wanted.append(optimizer.param_groups[0]["lr"])
+        expected.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         schedule.step()
-    assert rates(train(schedule="step", milestones=[3, 7], gamma=0.3, epochs=9), 9) == pytest.approx(wanted)
+    assert rates(train(schedule="step", milestones=[3, 7], gamma=0.3, epochs=9), 9) == pytest.approx(expected)
 
 
 def test_an_exponential_schedule_decays_in_stairs_of_any_length() -> None:
@@ -113,15 +113,15 @@ def stepped(name: str, gradients: list[float], **keys: Any) -> list[float]:
 def test_rmsprop_is_tensorflows() -> None:
     """By hand: the mean of squares begins at 1, eps is inside the root, decay is L2, lr is inside the momentum."""
     mean, momentum, weight = 1.0, 0.0, 2.0
-    wanted: list[float] = []
+    expected: list[float] = []
     for gradient in (3.0, -1.0, 0.5):
         gradient += 0.1 * weight
         mean = 0.8 * mean + 0.2 * gradient**2
         momentum = 0.7 * momentum + 0.2 * gradient / math.sqrt(mean + 0.01)
         weight -= momentum
-        wanted.append(weight)
+        expected.append(weight)
     keys = {"alpha": 0.8, "eps": 0.01, "momentum": 0.7, "weight_decay": 0.1}
-    assert stepped("rmsprop_tf", [3.0, -1.0, 0.5], **keys) == pytest.approx(wanted, rel=0, abs=ulps(3 * 10, 3))
+    assert stepped("rmsprop_tf", [3.0, -1.0, 0.5], **keys) == pytest.approx(expected, rel=0, abs=ulps(3 * 10, 3))
 
 
 def test_lamb_scales_adams_update_to_the_weights_norm_and_clips_nothing_by_itself() -> None:

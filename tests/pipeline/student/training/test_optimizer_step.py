@@ -14,7 +14,7 @@ from pipeline.core.errors import TrainingError
 from pipeline.models import load_model
 from pipeline.student.networks.student import Student
 from pipeline.student.run import checkpoint
-from pipeline.student.training.optimizer_step import Updater
+from pipeline.student.training.optimizer_step import OptimizerStep
 from schemas.config import StudentConfig, TrainConfig
 from tests.pipeline.student.runs import NORMALISED
 from tests.tolerances import ulps
@@ -23,12 +23,12 @@ CPU = torch.device("cpu")
 IMAGES = torch.rand(6, 3, 12, 12, generator=torch.Generator().manual_seed(3))
 
 
-def begin(**keys: Any) -> tuple[Student, Updater]:
+def begin(**keys: Any) -> tuple[Student, OptimizerStep]:
     section = StudentConfig.model_validate(NORMALISED)
     loaded = load_model(section, num_classes=10, size=12, seed=0, where="student")
     student = Student(loaded.module, teacher_dims=[]).train()
     train = TrainConfig.model_validate({"lr": 0.1, "optimizer": "sgd", "schedule": "constant", **keys})
-    return student, Updater(student, train, total_steps=100, device=CPU)
+    return student, OptimizerStep(student, train, total_steps=100, device=CPU)
 
 
 def loss_of(student: Student, step: int = 0) -> Tensor:
@@ -44,11 +44,11 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def test_the_gradient_norm_is_told_before_clipping_and_the_step_taken_after_it() -> None:
-    student, updater = begin(clip_norm=1e-3, momentum=0.0)
+    student, optimizer_step = begin(clip_norm=1e-3, momentum=0.0)
     before = [parameter.detach().clone() for parameter in student.parameters()]
-    updater.backward(loss_of(student))
+    optimizer_step.backward(loss_of(student))
     squares = sum(float(parameter.grad.double().square().sum()) for parameter in student.parameters())
-    update = updater.step()
+    update = optimizer_step.step()
     assert update.grad_norm is not None
     assert float(update.grad_norm) == pytest.approx(math.sqrt(squares), rel=1e-6)
     moved = sum(
@@ -59,9 +59,9 @@ def test_the_gradient_norm_is_told_before_clipping_and_the_step_taken_after_it()
 
 
 def test_without_clipping_nobody_computes_a_norm() -> None:
-    student, updater = begin()
-    updater.backward(loss_of(student))
-    update = updater.step()
+    student, optimizer_step = begin()
+    optimizer_step.backward(loss_of(student))
+    update = optimizer_step.step()
     assert (update.lr, update.grad_norm, update.scale) == (0.1, None, None)
 
 
@@ -69,73 +69,73 @@ def test_scaling_and_clipping_give_the_step_of_an_unscaled_loss() -> None:
     """The network itself in fp32: what is left is the scaler, which divides by a power of two before it clips."""
     moved: list[dict[str, Tensor]] = []
     for precision in ("fp32", "fp16"):
-        student, updater = begin(precision=precision, clip_norm=0.01)
-        updater.backward(loss_of(student))
-        updater.step()
+        student, optimizer_step = begin(precision=precision, clip_norm=0.01)
+        optimizer_step.backward(loss_of(student))
+        optimizer_step.step()
         moved.append(values(student))
     for name, value in moved[0].items():
         torch.testing.assert_close(moved[1][name], value, rtol=1e-6, atol=1e-8)
 
 
 def test_a_step_whose_gradients_overflow_moves_nothing_but_the_scale() -> None:
-    student, updater = begin(precision="fp16", warmup_steps=10, ema=0.9, clip_norm=1.0)
-    updater.backward(loss_of(student))
-    updater.step()
-    before, averaged = values(student), values(updater.evaluated)
-    updater.backward(loss_of(student).detach() * 0 + math.inf * next(student.parameters()).sum())
-    update = updater.step()
+    student, optimizer_step = begin(precision="fp16", warmup_steps=10, ema=0.9, clip_norm=1.0)
+    optimizer_step.backward(loss_of(student))
+    optimizer_step.step()
+    before, averaged = values(student), values(optimizer_step.evaluated)
+    optimizer_step.backward(loss_of(student).detach() * 0 + math.inf * next(student.parameters()).sum())
+    update = optimizer_step.step()
     assert update.scale == 32768
     assert update.grad_norm is not None
     assert not math.isfinite(float(update.grad_norm))
-    assert updater.num_updates == 1
-    assert updater.optimizer.param_groups[0]["lr"] == pytest.approx(0.02)
+    assert optimizer_step.num_updates == 1
+    assert optimizer_step.optimizer.param_groups[0]["lr"] == pytest.approx(0.02)
     after = values(student)
     trained = {name for name, _ in student.named_parameters()}
     assert same({name: before[name] for name in trained}, after)
-    assert same(averaged, values(updater.evaluated))
+    assert same(averaged, values(optimizer_step.evaluated))
 
 
 def test_a_first_step_that_is_skipped_is_no_reason_to_warn() -> None:
-    student, updater = begin(precision="fp16")
-    updater.backward(math.inf * next(student.parameters()).sum())
-    updater.step()
-    updater.backward(loss_of(student))
-    updater.step()
-    assert updater.num_updates == 1
+    student, optimizer_step = begin(precision="fp16")
+    optimizer_step.backward(math.inf * next(student.parameters()).sum())
+    optimizer_step.step()
+    optimizer_step.backward(loss_of(student))
+    optimizer_step.step()
+    assert optimizer_step.num_updates == 1
 
 
 def test_gradients_that_overflow_at_any_scale_stop_the_training_with_the_steps() -> None:
-    student, updater = begin(precision="fp16")
+    student, optimizer_step = begin(precision="fp16")
     for _ in range(29):
-        updater.backward(math.inf * next(student.parameters()).sum())
-        updater.step()
-    updater.check(where="between steps 0 and 28")
-    updater.backward(math.inf * next(student.parameters()).sum())
-    updater.step()
+        optimizer_step.backward(math.inf * next(student.parameters()).sum())
+        optimizer_step.step()
+    optimizer_step.check(where="between steps 0 and 28")
+    optimizer_step.backward(math.inf * next(student.parameters()).sum())
+    optimizer_step.step()
     with pytest.raises(TrainingError, match="overflow fp16 at any scale") as caught:
-        updater.check(where="between steps 0 and 29")
+        optimizer_step.check(where="between steps 0 and 29")
     assert caught.value.where == "between steps 0 and 29"
 
 
 @pytest.mark.parametrize("decay", [0.3, 0.9999])
 def test_averaged_weights_and_statistics_are_those_of_a_loop(decay: float) -> None:
     """In float64 by hand: the first update copies, update n + 1 keeps min(decay, n / (9 + n)) of what was there."""
-    student, updater = begin(ema=decay, momentum=0.0)
-    wanted: dict[str, Tensor] = {}
+    student, optimizer_step = begin(ema=decay, momentum=0.0)
+    expected: dict[str, Tensor] = {}
     largest: dict[str, float] = {}
     for step in range(8):
-        updater.backward(loss_of(student, step))
-        updater.step()
+        optimizer_step.backward(loss_of(student, step))
+        optimizer_step.step()
         kept = min(decay, step / (9 + step))
         for name, value in student.model.state_dict().items():
-            wanted[name] = value.double() if step == 0 else kept * wanted[name] + (1 - kept) * value.double()
+            expected[name] = value.double() if step == 0 else kept * expected[name] + (1 - kept) * value.double()
             largest[name] = max(largest.get(name, 0.0), value.double().abs().max().item())
-    found = updater.evaluated.state_dict()
+    found = optimizer_step.evaluated.state_dict()
     assert "network.conv1.1.running_mean" in found
     for name, value in found.items():
         if value.is_floating_point():
             # Every update: the difference, its product with the share (itself rounded), the sum.
-            torch.testing.assert_close(value.double(), wanted[name], rtol=0, atol=ulps(8 * 4, largest[name]))
+            torch.testing.assert_close(value.double(), expected[name], rtol=0, atol=ulps(8 * 4, largest[name]))
         else:
             assert torch.equal(value, student.model.state_dict()[name])
     assert not same(found, student.model.state_dict())
@@ -143,26 +143,26 @@ def test_averaged_weights_and_statistics_are_those_of_a_loop(decay: float) -> No
 
 def test_averaged_weights_forget_the_first_ones_in_a_short_run() -> None:
     """With the bare decay, 0.99 ** 30 = 74 % of the average would be the first weights."""
-    student, updater = begin(ema=0.99, momentum=0.0, lr=1e-6)
+    student, optimizer_step = begin(ema=0.99, momentum=0.0, lr=1e-6)
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.fill_(100.0)
-    updater.backward(0 * loss_of(student))
-    updater.step()
+    optimizer_step.backward(0 * loss_of(student))
+    optimizer_step.step()
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.fill_(1.0)
     for _ in range(29):
-        updater.backward(0 * loss_of(student))
-        updater.step()
-    weight = updater.evaluated.state_dict()["network.fc.weight"]
+        optimizer_step.backward(0 * loss_of(student))
+        optimizer_step.step()
+    weight = optimizer_step.evaluated.state_dict()["network.fc.weight"]
     assert float(weight.max()) < 1.01
 
 
 def test_without_an_average_the_trained_weights_are_evaluated() -> None:
-    student, updater = begin()
-    assert updater.evaluated is student.model
-    assert list(updater.averaged_buffers()) == []
+    student, optimizer_step = begin()
+    assert optimizer_step.evaluated is student.model
+    assert list(optimizer_step.averaged_buffers()) == []
 
 
 @pytest.mark.parametrize(
@@ -183,16 +183,16 @@ def test_without_an_average_the_trained_weights_are_evaluated() -> None:
 def test_every_optimiser_comes_back_bitwise(tmp_path: Path, keys: dict[str, Any]) -> None:
     """Through a file, after more steps than SOAP needs for its first new basis, one of them skipped under fp16."""
 
-    def steps(student: Student, updater: Updater, numbers: range) -> None:
+    def steps(student: Student, optimizer_step: OptimizerStep, numbers: range) -> None:
         for number in numbers:
             overflow = math.inf if keys["precision"] == "fp16" and number % 5 == 1 else 1.0
-            updater.backward(overflow * loss_of(student, number))
-            updater.step()
+            optimizer_step.backward(overflow * loss_of(student, number))
+            optimizer_step.step()
 
     config = {"warmup_steps": 2, "weight_decay": 0.1, "lr": 0.01, **keys}
-    student, updater = begin(**config)
-    steps(student, updater, range(13))
-    state = {"model": student.state_dict(), **updater.state_dict()}
+    student, optimizer_step = begin(**config)
+    steps(student, optimizer_step, range(13))
+    state = {"model": student.state_dict(), **optimizer_step.state_dict()}
     checkpoint.save(str(tmp_path), checkpoint.LAST, state)
     found = checkpoint.load(str(tmp_path), checkpoint.LAST)
     assert found is not None
@@ -200,8 +200,8 @@ def test_every_optimiser_comes_back_bitwise(tmp_path: Path, keys: dict[str, Any]
     again.load_state_dict(found["model"])
     its_updater.load_state_dict(found)
     before = values(student)
-    steps(student, updater, range(13, 26))
+    steps(student, optimizer_step, range(13, 26))
     steps(again, its_updater, range(13, 26))
     assert same(values(student), values(again))
     assert not same(values(student), before)
-    assert updater.num_updates == its_updater.num_updates == (21 if keys["precision"] == "fp16" else 26)
+    assert optimizer_step.num_updates == its_updater.num_updates == (21 if keys["precision"] == "fp16" else 26)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.core.errors import TrainingError
-from pipeline.student.data.teacher_outputs import TeacherWords
-from pipeline.student.distributed import World
+from pipeline.student.data.teacher_outputs import TeacherOutputs
+from pipeline.student.distributed import DistributedContext
 from pipeline.student.losses import BatchShare, CompositeLoss, LossInputs, TeacherInputs
 from pipeline.student.run import checkpoint
 from pipeline.student.run.metrics import StepLog
@@ -33,18 +33,18 @@ def train_all(rendezvous: Path, rank: int, bodies: list[str]) -> None:
     """Trains by each config in turn, by the last with a look at the buffers that were evaluated; then one rank's loss
     is not a number."""
     *configs, last = [Config.model_validate_json(body) for body in bodies]
-    with group(rendezvous, rank) as world:
+    with group(rendezvous, rank) as distributed:
         # One rank has heard that its machine goes: all must save.
-        assert replace(world, leaving=lambda: rank == 1).is_leaving()
-        assert not world.is_leaving()
+        assert replace(distributed, leaving=lambda: rank == 1).preemption_pending()
+        assert not distributed.preemption_pending()
         for config in configs:
-            train(config, world)
-        trainer = Trainer(last, world, lambda _: None)
+            train(config, distributed)
+        trainer = Trainer(last, distributed, lambda _: None)
         trainer.run()
         trainer.close()
         for name, buffer in trainer.student.named_buffers():
-            torch.testing.assert_close(world.sum(buffer.double()), 2 * buffer.double(), msg=name)
-        log = StepLog(world)
+            torch.testing.assert_close(distributed.sum(buffer.double()), 2 * buffer.double(), msg=name)
+        log = StepLog(distributed)
         for step in (7, 8, 9):
             log.add(step, 1, 0.1, torch.tensor(math.nan if (step, rank) == (8, 1) else 1.0), {})
         with pytest.raises(TrainingError, match="first in step 8, seen between steps 7 and 9"):
@@ -123,9 +123,9 @@ def test_two_ranks_train_as_one_process(replays: Replay, colleagues: Replay, tmp
     pairs += [(name, f"{name}-alone", 1e-5) for name in ("headless", "taught")]
     pairs += [("gathered", "gathered-alone", 4 * spread)]
     for name, one, atol in pairs:
-        wanted = weights(tmp_path / one)
+        expected = weights(tmp_path / one)
         for key, value in weights(tmp_path / name).items():
-            torch.testing.assert_close(value, wanted[key], rtol=1e-5, atol=atol)
+            torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=atol)
         records = metrics(tmp_path / name)
         assert [record["step"] for record in records] == list(range(15))
         losses = torch.tensor([[record["loss"] for record in metrics(tmp_path / run)] for run in (one, name)])
@@ -175,9 +175,9 @@ GATHERED: tuple[LossConfig, ...] = Config.model_validate(
 NUM_FEATURES, NUM_CLASSES = 4, 6
 
 
-def one_step(world: World, sizes: list[int], side: int) -> tuple[Tensor, Tensor]:
+def one_step(distributed: DistributedContext, sizes: list[int], side: int) -> tuple[Tensor, Tensor]:
     """Total and gradient on this rank of a linear student, of ``side²`` pixels a row, after DDP's mean over ranks."""
-    rows = slice(sum(sizes[: world.rank]), sum(sizes[: world.rank + 1]))
+    rows = slice(sum(sizes[: distributed.rank]), sum(sizes[: distributed.rank + 1]))
     generator = torch.Generator().manual_seed(3)
     images, teacher = (
         torch.randn(sum(sizes), channels, side, side, generator=generator)[rows]
@@ -187,7 +187,7 @@ def one_step(world: World, sizes: list[int], side: int) -> tuple[Tensor, Tensor]
     student: nn.Module = nn.Conv2d(NUM_FEATURES, NUM_CLASSES, 1, bias=False)
     weight = nn.Parameter(torch.randn(NUM_CLASSES, NUM_FEATURES, 1, 1, generator=generator))
     student.weight = weight
-    if world.size > 1:
+    if distributed.size > 1:
         student = DistributedDataParallel(student)
     logits = student(images)
     loss = CompositeLoss(GATHERED if side == 1 else GATHERED[1:], where="a test")
@@ -198,13 +198,13 @@ def one_step(world: World, sizes: list[int], side: int) -> tuple[Tensor, Tensor]
             labels_B=labels_B,
             teachers=(
                 TeacherInputs(
-                    words=TeacherWords({None: teacher.flatten(1) if side == 1 else teacher}, labels_B.float())
+                    words=TeacherOutputs({None: teacher.flatten(1) if side == 1 else teacher}, labels_B.float())
                 ),
             ),
-            sum_over_ranks=world.sum_with_gradient,
+            sum_over_ranks=distributed.sum_with_gradient,
         ),
         BatchShare(
-            world_size=world.size,
+            world_size=distributed.size,
             num_rows=num,
             num_rows_global=sum(sizes),
             num_labelled=num,
@@ -218,8 +218,8 @@ def one_step(world: World, sizes: list[int], side: int) -> tuple[Tensor, Tensor]
 
 
 def save_steps(rendezvous: Path, rank: int, splits: list[tuple[list[int], int]]) -> None:
-    with group(rendezvous, rank, len(splits[0][0])) as world:
-        torch.save([one_step(world, *split) for split in splits], rendezvous.with_name(f"rank-{rank}.pt"))
+    with group(rendezvous, rank, len(splits[0][0])) as distributed:
+        torch.save([one_step(distributed, *split) for split in splits], rendezvous.with_name(f"rank-{rank}.pt"))
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_parity_gathered_dist_has_the_value_and_gradient_of_the_global_batch_on_
         process.kill()
         assert process.exitcode == 0
     for number, (sizes, side) in enumerate(splits):
-        wanted = one_step(World(), [sum(sizes)], side)
+        expected = one_step(DistributedContext(), [sum(sizes)], side)
         for rank in range(len(sizes)):
             found = torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True)[number]
-            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

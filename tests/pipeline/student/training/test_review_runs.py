@@ -12,7 +12,7 @@ import torch
 from pipeline.core.errors import ConfigError, ModelError
 from pipeline.models import load_model
 from pipeline.student.data.dataset import load_batches
-from pipeline.student.distributed import World
+from pipeline.student.distributed import DistributedContext
 from pipeline.student.run import checkpoint
 from pipeline.student.training.trainer import Trainer, train
 from schemas.config import Config
@@ -80,14 +80,14 @@ def test_teacher_and_student_may_see_the_same_crop_at_their_own_sizes(replays: R
 def test_the_teachers_maps_are_of_the_mixed_pixels(replays: Replay, tmp_path: Path) -> None:
     config = review_run(replays("function_matching").config, tmp_path)
     index_shards(config, tmp_path / "index")
-    trainer = Trainer(config, World(), print)
+    trainer = Trainer(config, DistributedContext(), print)
     try:
         with closing(load_batches(trainer._dataset(), range(1), num_workers=0, pin_memory=False)) as batches:
             batch = next(batches)
         inputs = trainer._forward(torch.zeros(len(batch.labels_B), 3, 16, 16), batch)
     finally:
         trainer.close()
-    (teacher,) = trainer.lessons.teachers
+    (teacher,) = trainer.supervision.teachers
     assert batch.partner_B is not None
     assert batch.lambda_B is not None
     own, weight = batch.pixels_BCHW / 255, batch.lambda_B.reshape(-1, 1, 1, 1)
@@ -99,10 +99,10 @@ def test_the_teachers_maps_are_of_the_mixed_pixels(replays: Replay, tmp_path: Pa
     with torch.no_grad():
         stem = network.bn1(network.conv1((mixed - mean) / std)).relu()
         layer2 = network.layer2(network.layer1(stem))
-        wanted = [layer2, network.layer3(layer2), network.layer3(layer2).mean((2, 3), keepdim=True)]
+        expected = [layer2, network.layer3(layer2), network.layer3(layer2).mean((2, 3), keepdim=True)]
     (found,) = inputs.teachers
     assert found.teacher_maps is not None
-    for one, other in zip(found.teacher_maps, wanted, strict=True):
+    for one, other in zip(found.teacher_maps, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
@@ -148,9 +148,9 @@ def test_kill_and_resume_with_feature_maps_is_bitwise(
     assert metrics(tmp_path / "stopped") == metrics(tmp_path / "straight")
 
 
-def train_unnormalised(config: Config, world: World) -> None:
+def train_unnormalised(config: Config, distributed: DistributedContext) -> None:
     """With the fusion's BatchNorm in eval mode, since each rank's would have statistics of its own rows."""
-    trainer = Trainer(config, world, lambda _: None)
+    trainer = Trainer(config, distributed, lambda _: None)
     checkpoint.claim_run(trainer.run_url, config)
     assert trainer.student.review is not None
     trainer.student.review.eval()
@@ -161,8 +161,8 @@ def train_unnormalised(config: Config, world: World) -> None:
 
 
 def train_in_group(rendezvous: Path, rank: int, body: str) -> None:
-    with group(rendezvous, rank) as world:
-        train_unnormalised(Config.model_validate_json(body), world)
+    with group(rendezvous, rank) as distributed:
+        train_unnormalised(Config.model_validate_json(body), distributed)
 
 
 @pytest.mark.slow
@@ -177,7 +177,7 @@ def test_two_ranks_review_as_one_process(replays: Replay, tmp_path: Path) -> Non
     for config in (alone, two):
         assert config.run is not None
         index_shards(config, Path(config.run.url) / "index")
-    train_unnormalised(alone, World())
+    train_unnormalised(alone, DistributedContext())
     body = two.model_dump_json(exclude_unset=True)
     run_two_ranks(train_in_group, tmp_path, body)
     for key, value in weights(tmp_path / "alone").items():

@@ -77,8 +77,8 @@ def test_an_operation_without_a_deterministic_form_stops_the_training_by_name(re
 
 def test_a_deterministic_run_gives_the_bits_of_an_ordinary_one_on_a_cpu(replays: Replay, tmp_path: Path) -> None:
     base = replays("crop").config
-    for wanted in (False, True):
-        train(run_config(base, tmp_path / str(wanted), student=NORMALISED, train={"deterministic": wanted}))
+    for expected in (False, True):
+        train(run_config(base, tmp_path / str(expected), student=NORMALISED, train={"deterministic": expected}))
     assert metrics(tmp_path / "True") == metrics(tmp_path / "False")
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 

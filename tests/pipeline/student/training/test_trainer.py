@@ -15,7 +15,7 @@ import torch
 from pipeline.cache.ops.export_means import export_means
 from pipeline.core.errors import CacheError, ConfigError, TrainingError
 from pipeline.shards.writer import pack_shards
-from pipeline.student.distributed import World
+from pipeline.student.distributed import DistributedContext
 from pipeline.student.run import checkpoint
 from pipeline.student.run.metrics import MetricsFile
 from pipeline.student.training.trainer import Trainer, train
@@ -245,7 +245,7 @@ def test_a_run_whose_machine_will_be_taken_away_does_not_wait_for_its_next_check
             raise PlugPulledError
 
     with pytest.raises(PlugPulledError):
-        train(taken, World(leaving=lambda: told[-1].get("step", 0) >= 6), report)
+        train(taken, DistributedContext(leaving=lambda: told[-1].get("step", 0) >= 6), report)
     assert [event["text"] for event in told if "taken away" in event.get("text", "")] == [
         "a node will be taken away: checkpoints every 2 steps until then"
     ]
@@ -412,7 +412,7 @@ def test_a_rank_with_too_few_rows_stops_every_rank_before_it_waits(
     """Of 35 rows the last step has what is left."""
     config = run_config(replays("crop").config, tmp_path, student=student, train={"global_batch_size": batch})
     with pytest.raises(ConfigError, match="too few rows in a step") as caught:
-        Trainer(config, World(rank, 2), print)
+        Trainer(config, DistributedContext(rank, 2), print)
     assert caught.value.got == got
 
 
@@ -421,7 +421,7 @@ def test_ordinary_batches_of_one_row_a_rank_are_refused_under_batchnorm(replays:
         replays("crop").config, tmp_path, student=NORMALISED, train={"global_batch_size": 5, "tail": "drop"}
     )
     with pytest.raises(ConfigError, match="BatchNorm") as caught:
-        Trainer(config, World(0, 5), print)
+        Trainer(config, DistributedContext(0, 5), print)
     assert caught.value.got == "1 of its 5 rows, over 5 ranks"
     assert "train.tail" not in str(caught.value.next_step)
 

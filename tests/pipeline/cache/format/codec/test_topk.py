@@ -57,9 +57,9 @@ def test_logits_and_level_err_by_a_step_at_most(case: tuple[NDArray[np.float32],
         # A level is T times the log of a mean of exponentials over the rest: K + 4 operations. Interpolation is 4 more.
         slack = steps_error(values) + ulps(len(values) + 4, 10 * np.log(len(values))) + ulps(4, np.abs(values).max())
         # Half a step of log(1 + d / 3) at a distance of d; a whole one next to the largest, which stays alone.
-        wanted = np.append(values[kept], level(values[rest], temperature))
-        bound = (values[kept[0]] - wanted + 3) * np.expm1(step / 2) + 3 * np.expm1(step)
-        assert (np.abs(np.append(found[kept], found[rest[0]]) - shift - wanted) <= bound + slack).all()
+        expected = np.append(values[kept], level(values[rest], temperature))
+        bound = (values[kept[0]] - expected + 3) * np.expm1(step / 2) + 3 * np.expm1(step)
+        assert (np.abs(np.append(found[kept], found[rest[0]]) - shift - expected) <= bound + slack).all()
         assert len(set(found[rest])) == 1
 
 
@@ -101,8 +101,8 @@ def test_a_row_is_top_step_levels_ids_and_codes() -> None:
     # between 1144 and 1145 times 2^-16; the step is the upper one, and log(1 + 27.75 / 3) = 133.2 of it.
     values = np.full((1, 300), -127.0, np.float32)
     values[0, [299, 7, 8]] = [128.0, 100.25, 100.25]
-    wanted = struct.pack("<2e4B3H3B", 128.0, 1145 * 2**-16, *[255] * 4, 299, 7, 8, 0, 133, 133)
-    assert stored(values, "topk:3") == [wanted]
+    expected = struct.pack("<2e4B3H3B", 128.0, 1145 * 2**-16, *[255] * 4, 299, 7, 8, 0, 133, 133)
+    assert stored(values, "topk:3") == [expected]
     output = logits_output("topk:3", 300)
     found = decode(encode(values, output), output)
     assert found[0, [299, 7, 8, 0, 298]].tolist() == pytest.approx([128.0, 100.35, 100.35, -127.2, -127.2], abs=0.02)
