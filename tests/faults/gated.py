@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.pipeline.student.networks import Small
+from tests.pipeline.student.small_networks import Small
 
 _PAUSE_S = 1.0
 

@@ -6,7 +6,7 @@ import os
 
 from torch import Tensor
 
-from tests.pipeline.student.networks import Small
+from tests.pipeline.student.small_networks import Small
 
 
 class Killed(Small):

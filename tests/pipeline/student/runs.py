@@ -27,11 +27,11 @@ from schemas.config import Config, DataConfig, ViewsConfig
 from tests.pipeline.caches import TinyCache, shard_urls
 
 SMALL: dict[str, Any] = {
-    "model": "python:tests.pipeline.student.networks:Small",
+    "model": "python:tests.pipeline.student.small_networks:Small",
     "mean": [0.5, 0.5, 0.5],
     "std": [0.5, 0.5, 0.5],
 }
-NORMALISED = {**SMALL, "model": "python:tests.pipeline.student.networks:Normalised"}
+NORMALISED = {**SMALL, "model": "python:tests.pipeline.student.small_networks:Normalised"}
 KD = [{"name": "kd", "temperature": 1.0}]
 CE = [{"name": "ce"}]
 

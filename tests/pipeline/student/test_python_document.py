@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.marks import slow
 from tests.pipeline.student.conftest import Replay
-from tests.pipeline.student.networks import Small
+from tests.pipeline.student.small_networks import Small
 from tests.ranks import group, run_two_ranks
 
 DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "python.md"

@@ -105,7 +105,7 @@ def test_two_ranks_train_as_one_process(replays: Replay, colleagues: Replay, tmp
     for name, changed in (("gathered", gathering), ("headless", headless)):
         train(run_config(base, tmp_path / f"{name}-alone", **changed))
         two.append(run_config(base, tmp_path / name, **changed, **ranks))
-    nudged = {"student": {**SMALL, "model": "python:tests.pipeline.student.networks:Nudged"}}
+    nudged = {"student": {**SMALL, "model": "python:tests.pipeline.student.small_networks:Nudged"}}
     train(run_config(base, tmp_path / "nudged-alone", **gathering, **nudged))
     # How far one process comes from itself by one rounding of its first weights; ranks round otherwise in 15 steps, of
     # which random errors add up to about 4 times one.

@@ -67,7 +67,7 @@ def test_a_machine_without_a_compiler_is_told_before_training(
 
 
 def test_an_operation_without_a_deterministic_form_stops_the_training_by_name(replays: Replay, tmp_path: Path) -> None:
-    student = {**SMALL, "model": "python:tests.pipeline.student.networks:Undecided"}
+    student = {**SMALL, "model": "python:tests.pipeline.student.small_networks:Undecided"}
     config = run_config(replays("crop").config, tmp_path, student=student, train={"deterministic": True})
     with pytest.raises(TrainingError, match="no deterministic form") as caught:
         train(config)

@@ -603,7 +603,7 @@ def test_weights_that_are_not_finite_after_the_last_step_replace_no_checkpoint(
 ) -> None:
     """The loss of every step is finite: only the weights show what the last update did."""
     num_forwards = 10 * options.get("accumulate", 1)
-    student = {**SMALL, "model": "python:tests.pipeline.student.networks:Breaking"}
+    student = {**SMALL, "model": "python:tests.pipeline.student.small_networks:Breaking"}
     keys: dict[str, Any] = {"epochs": 2, "optimizer": "sgd", "lr": 0.01, **options}
     # The last micro-batch of a short step is its second, as in all others.
     config = run_config(

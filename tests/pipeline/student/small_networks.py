@@ -1,4 +1,4 @@
-"""Students for ``python:tests.pipeline.student.networks:…``: small enough to train in every test."""
+"""Students for ``python:tests.pipeline.student.small_networks:…``: small enough to train in every test."""
 
 from __future__ import annotations
 
