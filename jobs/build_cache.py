@@ -47,11 +47,9 @@ from pipeline.core.errors import CacheError, ShardError
 from pipeline.core.redaction import quoted, redact
 from pipeline.models import random_weights_warnings, unreadable_weights
 from pipeline.shards.labels import label_warning
-from pipeline.shards.moved import report_moved
-from pipeline.shards.names import shard_ids
 from pipeline.shards.omissions import Omissions
-from pipeline.shards.patterns import shard_urls
 from pipeline.shards.publish import index_name
+from pipeline.shards.shard_urls import report_moved, shard_ids, shard_urls
 from pipeline.storage.config_files import load_config
 from schemas.cache_format import FileRef, Manifest
 from schemas.config import Config, RayConfig

@@ -17,12 +17,10 @@ from pipeline.core.config_loading import require
 from pipeline.core.errors import ShardError
 from pipeline.core.redaction import redact
 from pipeline.shards.labels import LabelCount, check_label_member, count_labels, label_warning, spread
-from pipeline.shards.moved import report_moved
-from pipeline.shards.names import shard_ids
 from pipeline.shards.omissions import Omissions
-from pipeline.shards.patterns import shard_urls
 from pipeline.shards.publish import index_name, publish_shard_index, read_index
 from pipeline.shards.shard_head import ShardHead, read_shard_head
+from pipeline.shards.shard_urls import report_moved, shard_ids, shard_urls
 from pipeline.storage.config_files import load_config
 from pipeline.student.data.sources import index_url
 from schemas.config import Config, DataConfig

@@ -29,8 +29,7 @@ from pipeline.cache.plan.plan_warnings import advice
 from pipeline.cache.plan.shard_survey import Estimate
 from pipeline.core.errors import ConfigError, InputError, StorageInputError
 from pipeline.models.summary import check_weights
-from pipeline.shards.names import shard_ids
-from pipeline.shards.patterns import shard_urls
+from pipeline.shards.shard_urls import shard_ids, shard_urls
 from pipeline.student.data.order import TrainingOrder
 from schemas.config import Config
 

@@ -18,7 +18,7 @@ from jobs.recipes.runs import Row, can_share, train_and_evaluate, train_together
 from jobs.recipes.schedule import describe_plan
 from jobs.recipes.table import Results, print_tables, read_results, write_results
 from pipeline.shards.long_tail import write_long_tail
-from pipeline.shards.patterns import shard_urls
+from pipeline.shards.shard_urls import shard_urls
 from schemas.config import DataConfig
 
 DRY_RUN = "--dry-run"

@@ -5,8 +5,7 @@ from __future__ import annotations
 from jobs.observability.progress import ProgressView
 from pipeline import storage
 from pipeline.cache.ops.relabel import Relabelling, relabel
-from pipeline.shards.names import shard_ids
-from pipeline.shards.patterns import shard_urls
+from pipeline.shards.shard_urls import shard_ids, shard_urls
 
 
 def relabel_cache(cache_url: str, *, label: str | None, shards: str | None, threads: int) -> Relabelling:

@@ -6,8 +6,7 @@ from jobs.observability.progress import ProgressView
 from jobs.paths import with_absolute_paths
 from pipeline.cache.verify import Recomputed, VerifyReport, load_live, recompute, verify_cache
 from pipeline.cache.verify.shard import SHARD_MISSING
-from pipeline.shards.names import shard_ids
-from pipeline.shards.patterns import shard_urls
+from pipeline.shards.shard_urls import shard_ids, shard_urls
 from pipeline.storage.config_files import load_config
 from schemas.config import Config
 

@@ -18,8 +18,8 @@ from pipeline import storage
 from pipeline.cache.build.part import PartTask
 from pipeline.core.errors import StillroomError
 from pipeline.core.redaction import redact
-from pipeline.shards.names import shard_id
 from pipeline.shards.omissions import Omissions
+from pipeline.shards.shard_urls import shard_id
 from schemas.cache_format import Commit
 from schemas.config import Config
 

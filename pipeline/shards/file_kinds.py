@@ -1,8 +1,10 @@
-"""What a file is that should be something else, by its first bytes: for messages that name it."""
+"""The kind of a file by its first bytes, for messages about a file that is not the expected tar or image."""
 
 from __future__ import annotations
 
 import re
+
+from pipeline.core.errors import ShardError
 
 _TAR_MAGIC_AT = 257
 _SIGNATURES: tuple[tuple[bytes, str], ...] = (
@@ -34,10 +36,10 @@ _HTML = re.compile(rb"<(!doctype html|html|head|body)\b", re.IGNORECASE)
 
 
 def file_kind(head: bytes) -> str:
-    """``JPEG``, ``PNG``, ``WEBP``, ``gzip``, ``HTML`` … for the first bytes of a file; ``unknown bytes`` otherwise."""
+    """``JPEG``, ``PNG``, ``WEBP``, ``gzip``, ``HTML`` … for the first bytes of a file; else ``unknown bytes``."""
     if not head:
         return "an empty file"
-    # First: a tar begins with the name of its first member, which may look like any signature.
+    # Checked first: a tar begins with the name of its first member, which may look like any signature.
     if head[_TAR_MAGIC_AT : _TAR_MAGIC_AT + 5] == b"ustar":
         return "a tar"
     for signature, name in _SIGNATURES:
@@ -58,3 +60,41 @@ def _text_kind(text: bytes) -> str | None:
     if re.match(rb"(\.\./)*\.?git/annex/|/annex/objects/", text):
         return "a git-annex pointer"
     return "JSON" if text.startswith((b"{", b"[")) else None
+
+
+_UNPACK = {"gzip": "gunzip -c", "zstd": "zstd -dc", "xz": "xz -dc", "bzip2": "bunzip2 -c", "lz4": "lz4 -dc"}
+_FETCH_AGAIN = "check its address and the access to it, and fetch it again: a server sent this in its place"
+_NEXT_STEPS = {
+    "an empty file": "fetch or write this shard again",
+    "HTML": _FETCH_AGAIN,
+    "XML": _FETCH_AGAIN,
+    "JSON": _FETCH_AGAIN,
+    "a Git LFS pointer": "run: git lfs pull, in the repository that it is from",
+    "a git-annex pointer": "run: git annex get, in the repository that it is from",
+}
+
+
+def not_a_tar(head: bytes, where: str, position: str = "") -> ShardError:
+    """The error for a file that ``tarfile`` refuses. It names the kind of the file.
+
+    Args:
+        head: its first bytes, at least 512 unless it is shorter.
+        where: its URL, without credentials.
+        position: text after the URL in the message.
+    """
+    kind = file_kind(head)
+    name = where.rpartition("/")[2]
+    if kind in _UNPACK:
+        next_step = f"unpack it: mkdir -p unpacked && {_UNPACK[kind]} {name} > unpacked/{name}"
+    elif "image" in kind or kind in ("JPEG", "PNG", "WEBP") or "archive" in kind:
+        next_step = "make shards of a folder of images: stillroom shards pack FOLDER OUT"
+    else:
+        next_step = _NEXT_STEPS.get(kind, "write or fetch this shard again")
+    return ShardError(
+        "this is not an uncompressed tar",
+        code="shard.not-a-tar",
+        where=where + position,
+        got="a tar with a garbled first header" if kind == "a tar" else kind,
+        expected="a tar of samples, not compressed: they are read by byte range",
+        next_step=next_step,
+    )

@@ -26,9 +26,10 @@ from pipeline.core.errors import CacheError, ShardError, StillroomError, first_l
 from pipeline.core.hashing import canonical_json, differences
 from pipeline.core.redaction import redact
 from pipeline.shards.decode import BadImageError, BadStatus, decode
-from pipeline.shards.names import shard_id
+from pipeline.shards.members import image_extensions
 from pipeline.shards.omissions import Omissions, merged
-from pipeline.shards.tar import MemberRules, Sample, TarNotes, image_extensions, read_samples
+from pipeline.shards.shard_urls import shard_id
+from pipeline.shards.tar import MemberRules, Sample, TarNotes, read_samples
 from schemas.cache_format import FORMAT_VERSION, INDEX_SCHEMA, Status
 from schemas.config import DataConfig
 

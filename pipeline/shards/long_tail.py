@@ -12,8 +12,9 @@ from pathlib import Path
 from pipeline import storage
 from pipeline.core.errors import ShardError
 from pipeline.core.redaction import redact
-from pipeline.shards.names import shard_id, shard_ids
-from pipeline.shards.tar import Sample, image_extensions, read_samples
+from pipeline.shards.members import image_extensions
+from pipeline.shards.shard_urls import shard_id, shard_ids
+from pipeline.shards.tar import Sample, read_samples
 from pipeline.shards.writer import Members, pack_shards
 from schemas.config import DataConfig
 from schemas.recipe import LongTailConfig

@@ -1,4 +1,4 @@
-"""What a pass over shards left out: counts with examples, for reports. No index and no cache stores it."""
+"""What a pass over shards omits: counts with examples, for reports. No index and no cache stores them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _NUM_EXAMPLES = 3
 
 @dataclass(slots=True)
 class Omissions:
-    """Counts by kind, a noun phrase in the plural, such as ``hidden members``; the first examples of each."""
+    """Counts by kind, with the first examples of each. A kind is a plural noun phrase, such as ``hidden members``."""
 
     counts: Counter[str] = field(default_factory=Counter[str])
     examples: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
@@ -21,9 +21,9 @@ class Omissions:
         if len(examples := self.examples.setdefault(kind, [])) < _NUM_EXAMPLES:
             examples.append(example)
 
-    def include(self, other: Omissions) -> None:
-        self.counts.update(other.counts)
-        for kind, examples in other.examples.items():
+    def include(self, omissions: Omissions) -> None:
+        self.counts.update(omissions.counts)
+        for kind, examples in omissions.examples.items():
             self.examples[kind] = (self.examples.get(kind, []) + examples)[:_NUM_EXAMPLES]
 
     def lines(self) -> list[str]:
@@ -35,8 +35,8 @@ class Omissions:
 
 
 def merged(several: Iterable[Omissions]) -> Omissions:
-    """The sums, with the first examples of the first."""
-    whole = Omissions()
+    """The sums, with the examples of the first ones."""
+    total = Omissions()
     for omissions in several:
-        whole.include(omissions)
-    return whole
+        total.include(omissions)
+    return total

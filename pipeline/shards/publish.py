@@ -18,8 +18,8 @@ from pipeline.shards.index import (
     index_shard,
     omissions_of,
 )
-from pipeline.shards.names import shard_id
 from pipeline.shards.omissions import Omissions
+from pipeline.shards.shard_urls import shard_id
 from schemas.config import DataConfig
 
 

@@ -1,4 +1,4 @@
-"""A look at the first bytes of a shard: how dense its samples are, and which labels they have. Nothing is decoded."""
+"""The first bytes of a shard: how dense its samples are, and which labels they have. Nothing is decoded."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 from pipeline import storage
 from pipeline.core.errors import ShardError
 from pipeline.core.redaction import redact
-from pipeline.shards.file_kinds import file_kind
+from pipeline.shards.file_kinds import file_kind, not_a_tar
 from pipeline.shards.index import NO_LABEL
-from pipeline.shards.links import ByteRange, LinkTable
-from pipeline.shards.tar import BAD_HEADER, image_extensions, is_hidden, not_a_tar, split_name
+from pipeline.shards.members import ByteRange, LinkTable, image_extensions, is_hidden, split_name
+from pipeline.shards.tar import MAX_LABEL_BYTES
+from pipeline.shards.tar_headers import BAD_HEADER
 from schemas.config import DataConfig
 
 _FIRST_BYTES = 8 << 20
-_MAX_LABEL_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +30,8 @@ class ShardHead:
     """Samples at the beginning of a shard.
 
     Attributes:
-        covered_bytes: where the last whole sample ends; the size of the shard where all of it was seen.
-        label_N: int32, of the samples with an image; ``NO_LABEL`` where there is none that can be read.
+        covered_bytes: where the last whole sample ends; the size of the shard if the head covers all of it.
+        label_N: int32, of the samples with an image; ``NO_LABEL`` without a readable label.
         members: how often each extension occurs, and how often its text is a class index.
     """
 
@@ -45,8 +45,8 @@ class ShardHead:
 
 
 @dataclass(slots=True)
-class _Seen:
-    """One member's name and place; its text, if it is short."""
+class _Member:
+    """One member's name and position; its text, if it is short."""
 
     key: str
     extension: str
@@ -61,17 +61,17 @@ def read_shard_head(url: str, data: DataConfig, *, size_bytes: int, first_bytes:
         ShardError: this is no tar, or there is no sample with an image.
     """
     head = storage.read_range(url, 0, min(size_bytes, first_bytes))
-    whole = len(head) == size_bytes
-    if not (infos := _headers(head)) and (whole or file_kind(head) not in ("a tar", "unknown bytes")):
+    is_complete = len(head) == size_bytes
+    if not (infos := _headers(head)) and (is_complete or file_kind(head) not in ("a tar", "unknown bytes")):
         raise not_a_tar(head, redact(url))
     groups = [list(group) for _, group in groupby(_members(head, infos), key=lambda member: member.key)]
-    # The next key proves that a sample is whole.
-    kept = groups if whole else groups[:-1]
-    labels = [_label(group, data) for group in kept if _has_image(group, data)]
+    # The next key proves that a sample is complete.
+    complete = groups if is_complete else groups[:-1]
+    labels = [_label(group, data) for group in complete if _has_image(group, data)]
     if labels:
-        covered = size_bytes if whole else groups[-1][0].offset
-        return ShardHead(covered, np.array(labels, np.int32), _count_members(kept))
-    if whole:
+        covered = size_bytes if is_complete else groups[-1][0].offset
+        return ShardHead(covered, np.array(labels, np.int32), _count_members(complete))
+    if is_complete:
         raise ShardError(
             "this shard holds no sample with an image",
             code="shard.no-samples",
@@ -83,7 +83,7 @@ def read_shard_head(url: str, data: DataConfig, *, size_bytes: int, first_bytes:
 
 
 def _headers(head: bytes) -> list[tarfile.TarInfo]:
-    """Members whose headers lie in these bytes; the end of them may be cut anywhere."""
+    """Members whose headers lie in these bytes, which may end anywhere."""
     infos: list[tarfile.TarInfo] = []
     try:
         with tarfile.TarFile(fileobj=io.BytesIO(head), encoding="utf-8", errors="surrogateescape") as archive:
@@ -94,36 +94,36 @@ def _headers(head: bytes) -> list[tarfile.TarInfo]:
     return infos
 
 
-def _members(head: bytes, infos: list[tarfile.TarInfo]) -> Iterator[_Seen]:
-    """Those that belong to samples, as ``read_samples`` takes them; links to what lies behind these bytes are not."""
+def _members(head: bytes, infos: list[tarfile.TarInfo]) -> Iterator[_Member]:
+    """Members of samples, as in ``read_samples``, except links to a target behind these bytes."""
     links: LinkTable | None = None
     for info in infos:
         is_link = info.islnk() or info.issym()
         name = split_name(info.name)
         if name is None or is_hidden(info.name) or not (info.isreg() or is_link):
             continue
-        found: ByteRange | str = ByteRange(info.offset_data, info.size)
+        data: ByteRange | str = ByteRange(info.offset_data, info.size)
         if is_link:
             links = links or LinkTable(lambda: infos)
-            found = links.resolve(info)
-        if isinstance(found, ByteRange):
-            text = head[found.offset : found.offset + found.size] if found.size <= _MAX_LABEL_BYTES else b""
-            yield _Seen(*name, info.offset, text)
+            data = links.resolve(info)
+        if isinstance(data, ByteRange):
+            text = head[data.offset : data.offset + data.size] if data.size <= MAX_LABEL_BYTES else b""
+            yield _Member(*name, info.offset, text)
 
 
-def _count_members(groups: list[list[_Seen]]) -> tuple[Counter[str], Counter[str]]:
+def _count_members(groups: list[list[_Member]]) -> tuple[Counter[str], Counter[str]]:
     members = [member for group in groups for member in group]
     with_index = [member for member in members if _class_index(member.text) != NO_LABEL]
     return Counter(member.extension for member in members), Counter(member.extension for member in with_index)
 
 
-def _has_image(group: list[_Seen], data: DataConfig) -> bool:
+def _has_image(group: list[_Member], data: DataConfig) -> bool:
     return not {member.extension for member in group}.isdisjoint(image_extensions(data))
 
 
-def _label(group: list[_Seen], data: DataConfig) -> int:
-    expected = None if data.label is None else data.label.lower()
-    return _class_index(next((member.text for member in group if member.extension == expected), b""))
+def _label(group: list[_Member], data: DataConfig) -> int:
+    extension = None if data.label is None else data.label.lower()
+    return _class_index(next((member.text for member in group if member.extension == extension), b""))
 
 
 def _class_index(text: bytes) -> int:

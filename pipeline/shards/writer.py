@@ -1,4 +1,4 @@
-"""Samples into shards, byte for byte the same on every machine: no clock, user or host in any header."""
+"""Writes samples into shards with the same bytes on every machine: no header has a clock, user or host."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from webdataset.writer import TarWriter
 
 from pipeline.core.errors import ShardError
 from pipeline.core.redaction import redact
-from pipeline.shards.names import shard_id
-from pipeline.shards.tar import split_name
+from pipeline.shards.members import split_name
+from pipeline.shards.shard_urls import shard_id
 from pipeline.storage import put
 
 Members = Mapping[str, bytes]
@@ -25,10 +25,10 @@ def pack_shards(samples: Iterable[tuple[str, Members]], pattern: str, *, shard_s
         pattern: URL of the shards with one printf number, such as ``out/train-%05d.tar``.
 
     Returns:
-        The shards' URLs, in order. Each appears whole or not at all.
+        The shards' URLs, in order. Each appears complete or not at all.
 
     Raises:
-        ShardError: the pattern names no shards, or a name would not come back as its key and extension.
+        ShardError: the pattern does not number shards, or a member's name would be read back as another key.
     """
     base, slash, name = pattern.rpartition("/")
     _check_pattern(name, pattern)
@@ -44,10 +44,10 @@ def pack_shards(samples: Iterable[tuple[str, Members]], pattern: str, *, shard_s
 
 
 def write_shard(samples: Iterable[tuple[str, Members]], url: str) -> None:
-    """Writes one shard, which appears whole or not at all. Holds one sample at a time.
+    """Writes one shard, which appears complete or not at all, with one sample in memory at a time.
 
     Raises:
-        ShardError: a name would not come back as its key and extension.
+        ShardError: a member's name would be read back as another key.
     """
     with tempfile.TemporaryDirectory() as folder:
         local = Path(folder) / "shard.tar"
@@ -62,7 +62,10 @@ def _check_pattern(name: str, pattern: str) -> None:
         distinct = False
     if not distinct:
         raise ShardError(
-            "this pattern does not number the shards", where=redact(pattern), expected="one printf number, as in %05d"
+            "this pattern does not number the shards",
+            code="shard.pattern-without-number",
+            where=redact(pattern),
+            expected="one printf number, as in %05d",
         )
 
 
@@ -77,12 +80,13 @@ def _write_tar(path: Path, samples: Iterable[tuple[str, Members]]) -> None:
 def check_name(key: str, extension: str) -> None:
     """
     Raises:
-        ShardError: the name would not come back as this key and extension.
+        ShardError: a reader would split the name into another key and extension.
     """
     name = f"{key}.{extension}"
     if split_name(name) != (key, extension):
         raise ShardError(
             "this member's name would be read back as another key",
+            code="shard.member-name",
             where=repr(name),
             got=split_name(name),
             expected="no dot in the last part of the key, a lower-case extension, no __metadata__ folder",

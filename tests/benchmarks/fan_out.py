@@ -14,7 +14,7 @@ from jobs.build_cache import plan_tasks
 from jobs.ray.fan_out import fan_out
 from pipeline import storage
 from pipeline.cache.build.part import PartTask, build_part, prepare
-from pipeline.shards.names import shard_ids
+from pipeline.shards.shard_urls import shard_ids
 from pipeline.shards.writer import pack_shards
 from schemas.config import Config
 from tests.benchmarks.timing import Spread, interleaved

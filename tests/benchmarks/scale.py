@@ -30,7 +30,7 @@ from pipeline.cache.build.part import PartTask
 from pipeline.cache.format import layout
 from pipeline.cache.read.reader import open_cache
 from pipeline.core.hashing import seal
-from pipeline.shards.names import shard_ids
+from pipeline.shards.shard_urls import shard_ids
 from pipeline.student.data.order import TrainingOrder
 from pipeline.teacher.numerics import numeric_env
 from schemas.cache_format import ByteRange, Commit, FileRef, Header, Output, RowField, Statistics, ViewBlock, ViewRange

@@ -17,7 +17,7 @@ from pipeline import storage
 from pipeline.cache.build.commit import missing_blocks, read_commits
 from pipeline.cache.build.manifest import publish_manifest
 from pipeline.cache.build.part import PartTask, build_part, prepare
-from pipeline.shards.names import shard_ids
+from pipeline.shards.shard_urls import shard_ids
 from pipeline.shards.writer import Members
 from schemas.cache_format import Manifest, ViewBlock
 from schemas.config import CacheConfig, Config

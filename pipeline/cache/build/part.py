@@ -38,6 +38,7 @@ from pipeline.core.config_loading import require
 from pipeline.core.errors import CacheError, ConfigError, ShardError
 from pipeline.core.hashing import digest
 from pipeline.core.redaction import redact
+from pipeline.core.threads import prefetch
 from pipeline.models.load import reading_weights, require_weights
 from pipeline.shards.index import (
     STATUSES,
@@ -50,13 +51,12 @@ from pipeline.shards.index import (
     index_shard,
     omissions_of,
 )
-from pipeline.shards.names import shard_id
 from pipeline.shards.omissions import Omissions
 from pipeline.shards.publish import publish_index
+from pipeline.shards.shard_urls import shard_id
 from pipeline.shards.tar import MemberRules, Sample, TarNotes, unread_links
 from pipeline.teacher.inference import GroupOutputs, InferenceOutputs, Teacher, load_teacher, run_inference
 from pipeline.teacher.numerics import check_gpu, numeric_env, pick_device, pin_numerics, trim_memory, visible_gpus
-from pipeline.teacher.prefetch import prefetch
 from pipeline.teacher.rendering import GroupViews, Rendering, fresh_samples, indexed_samples, read_groups
 from schemas.cache_format import Commit, FileRef, Header, ViewBlock, aug_param_columns, part_schema
 from schemas.config import CacheConfig, Config

@@ -29,8 +29,8 @@ from pipeline.core.hashing import digest
 from pipeline.core.redaction import quoted, redact
 from pipeline.shards.index import NO_LABEL, ShardIndex, encode_index, index_settings
 from pipeline.shards.labels import LabelCount, check_label_member, spread
-from pipeline.shards.moved import new_place, report_moved
 from pipeline.shards.shard_head import read_shard_head
+from pipeline.shards.shard_urls import new_place, report_moved
 from pipeline.shards.tar import read_samples
 from schemas.cache_format import Manifest, Relabelled, Statistics
 from schemas.config import DataConfig

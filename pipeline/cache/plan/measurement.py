@@ -17,8 +17,9 @@ from pipeline.core.errors import ShardError
 from pipeline.core.redaction import redact
 from pipeline.core.temporary import temporary_folder
 from pipeline.shards.decode import BadImageError, decode
-from pipeline.shards.names import shard_id
-from pipeline.shards.tar import Sample, image_extensions, read_samples
+from pipeline.shards.members import image_extensions
+from pipeline.shards.shard_urls import shard_id
+from pipeline.shards.tar import Sample, read_samples
 from pipeline.shards.writer import Members, pack_shards
 from pipeline.teacher.inference import load_teacher
 from pipeline.teacher.numerics import numeric_env, pick_device, pin_numerics

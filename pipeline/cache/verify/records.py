@@ -21,7 +21,7 @@ from pipeline.cache.verify.report import Findings, Problem
 from pipeline.core.errors import CacheError, ShardError
 from pipeline.core.hashing import digest, short
 from pipeline.core.redaction import redact
-from pipeline.shards.names import shard_id
+from pipeline.shards.shard_urls import shard_id
 from schemas.cache_format import Commit, FileRef, Header, Manifest
 from schemas.config import ViewsConfig
 

@@ -25,7 +25,7 @@ from pipeline.cache.verify.images import ShardImages, block_of
 from pipeline.cache.verify.report import Findings
 from pipeline.core.errors import CacheError
 from pipeline.shards.index import ShardIndex
-from pipeline.shards.moved import report_moved
+from pipeline.shards.shard_urls import report_moved
 from pipeline.teacher.inference import Teacher
 from pipeline.teacher.numerics import numeric_env
 from schemas.cache_format import Header

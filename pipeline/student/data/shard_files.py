@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.shards.moved import report_moved
+from pipeline.shards.shard_urls import report_moved
 from pipeline.shards.tar import ShardReader
 from pipeline.student.data.local_store import CacheLease, NodeStore
 from pipeline.student.data.recent import Recent, max_stored

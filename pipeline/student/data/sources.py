@@ -17,9 +17,8 @@ from pipeline.core.errors import CacheError, ConfigError, ShardError
 from pipeline.core.redaction import redact
 from pipeline.shards.decode import BadImageError, decode
 from pipeline.shards.index import NO_LABEL, ShardIndex, decode_index, index_settings
-from pipeline.shards.names import shard_ids
-from pipeline.shards.patterns import shard_urls
 from pipeline.shards.publish import index_name
+from pipeline.shards.shard_urls import shard_ids, shard_urls
 from pipeline.student.data.ensemble import check_same_samples, check_same_shards
 from pipeline.student.data.local_store import NodeStore
 from pipeline.student.data.recent import Recent

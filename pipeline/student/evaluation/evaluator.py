@@ -25,9 +25,7 @@ from pipeline.core.hashing import weights_digest
 from pipeline.core.redaction import quoted, redact
 from pipeline.models import EmbeddingModel, InputSpec
 from pipeline.shards.index import IndexBuilder, ShardIndex, check_samples
-from pipeline.shards.moved import report_moved
-from pipeline.shards.names import shard_id, shard_ids
-from pipeline.shards.patterns import shard_urls
+from pipeline.shards.shard_urls import report_moved, shard_id, shard_ids, shard_urls
 from pipeline.student.data.local_store import NodeStore
 from pipeline.student.distributed import DistributedContext
 from pipeline.student.evaluation.loaded_run import CheckpointName, load_run
@@ -282,7 +280,7 @@ class Evaluator:
     """Configuration key or option that names the shards, for messages."""
 
     def report_moved(self) -> AbstractContextManager[None]:
-        """See ``pipeline.shards.moved``."""
+        """See ``pipeline.shards.shard_urls``."""
         return report_moved(self.urls, f"set {self.key} to their place now, {{}}")
 
     @property

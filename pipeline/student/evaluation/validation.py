@@ -16,8 +16,8 @@ from pipeline.core.errors import CacheError, ConfigError
 from pipeline.core.hashing import seal, short, unseal
 from pipeline.core.redaction import redact
 from pipeline.shards.index import STATUSES, ShardIndex, check_samples, index_settings, index_shard
-from pipeline.shards.names import shard_id
 from pipeline.shards.omissions import Omissions, merged
+from pipeline.shards.shard_urls import shard_id
 from pipeline.student.data.local_store import NodeStore
 from pipeline.student.distributed import DistributedContext
 from pipeline.student.evaluation.evaluator import Evaluator

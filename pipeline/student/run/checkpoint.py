@@ -18,8 +18,7 @@ from pipeline.core.errors import CacheError, ConfigError, cause
 from pipeline.core.hashing import differences, seal, unseal
 from pipeline.core.redaction import redact, redact_text
 from pipeline.models.weights import load_pickled
-from pipeline.shards.names import shard_ids
-from pipeline.shards.patterns import shard_urls
+from pipeline.shards.shard_urls import shard_ids, shard_urls
 from schemas.config import Config
 
 CONFIG = "config.json"

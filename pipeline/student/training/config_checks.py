@@ -14,9 +14,7 @@ from pipeline.core.config_loading import require
 from pipeline.core.errors import ConfigError
 from pipeline.core.redaction import redact
 from pipeline.models import LoadedModel, load_model, load_untrained, require_weights, unreadable_weights
-from pipeline.shards.moved import report_moved
-from pipeline.shards.names import shard_ids
-from pipeline.shards.patterns import shard_urls
+from pipeline.shards.shard_urls import report_moved, shard_ids, shard_urls
 from pipeline.student.evaluation.evaluator import teacher_of_run
 from pipeline.student.losses import CompositeLoss
 from pipeline.student.networks.freeze import freeze

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.core.errors import ShardError
-from pipeline.shards.names import shard_id, shard_ids
+from pipeline.shards.shard_urls import shard_id, shard_ids
 
 
 @pytest.mark.parametrize(

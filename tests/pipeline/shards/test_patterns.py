@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pipeline import storage
 from pipeline.core.errors import ShardError
-from pipeline.shards.patterns import brace_patterns, shard_urls
+from pipeline.shards.shard_urls import brace_patterns, shard_urls
 
 NAMES = st.builds(
     lambda stem, number, width, end: f"{stem}{number:0{width}d}{end}.tar",

@@ -16,7 +16,7 @@ from pipeline import storage
 from pipeline.cache.ops.relabel import relabel
 from pipeline.cache.verify import verify_cache
 from pipeline.core.errors import ConfigError, StillroomError, StorageInputError
-from pipeline.shards.moved import new_place, report_moved
+from pipeline.shards.shard_urls import new_place, report_moved
 from pipeline.student import CachedDataset
 from pipeline.student.evaluation.evaluator import evaluate_run
 from pipeline.student.run.checkpoint import check_begun
@@ -150,7 +150,7 @@ def test_missing_files_that_are_no_shards_are_not_called_shards(built_cache: Tin
 
 
 def test_of_very_many_shards_a_part_is_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.shards.moved._MAX_LOOK_UPS", 3)
+    monkeypatch.setattr("pipeline.shards.shard_urls.MAX_LOOK_UPS", 3)
     urls = [str(tmp_path / f"s-{number}.tar") for number in range(5)]
     Path(urls[1]).touch()
     with pytest.raises(StorageInputError) as caught, report_moved(urls, "append --shards {}"):

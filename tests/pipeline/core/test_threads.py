@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.teacher.prefetch import prefetch
+from pipeline.core.threads import prefetch
 
 
 def counted(stop: int, made: list[int], *, fail_at: int | None = None) -> Iterator[int]:

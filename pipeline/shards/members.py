@@ -1,13 +1,20 @@
-"""Links of a tar to files of the same tar: hard links of GNU tar, and symbolic links."""
+"""Members of a tar: which sample a name belongs to, and which file a link leads to."""
 
 from __future__ import annotations
 
 import posixpath
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from tarfile import TarInfo
 from typing import NamedTuple
 
+from schemas.config import DataConfig
+
+# WebDataset's rules: the key ends at the first dot of the base name, folders included. A name whose first part is
+# __like_this__ is metadata.
+_NAME = re.compile(r"(?P<key>(?:.*/)?[^.]+)\.(?P<extension>[^/]*)")
+_METADATA = re.compile(r"__[^/]*__($|/)")
 _MAX_HOPS = 40  # as Linux follows
 
 MISSING = "links whose target is not in the tar"
@@ -16,8 +23,28 @@ OUTSIDE = "links that lead out of the tar"
 CIRCULAR = "links in a circle"
 
 
+def split_name(name: str) -> tuple[str, str] | None:
+    """``("a/b", "seg.png")`` for ``a/b.seg.PNG``; None for a name that belongs to no sample."""
+    match = None if is_metadata(name) else _NAME.fullmatch(name)
+    return (match["key"], match["extension"].lower()) if match else None
+
+
+def is_metadata(name: str) -> bool:
+    return _METADATA.match(name) is not None
+
+
+def is_hidden(name: str) -> bool:
+    """Whether the name of the file or of a folder above it begins with a dot, as ``._a.jpg`` of macOS does."""
+    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
+
+
+def image_extensions(data: DataConfig) -> list[str]:
+    """The extensions that may hold the image, best first."""
+    return [name.strip().lower() for name in data.image.split(";") if name.strip()]
+
+
 class ByteRange(NamedTuple):
-    """Of a member's data in the tar: ``offset`` and ``size`` in bytes."""
+    """The data of a member in the tar: ``offset`` and ``size`` in bytes."""
 
     offset: int
     size: int
@@ -29,7 +56,7 @@ class _File(NamedTuple):
 
 
 class LinkTable:
-    """Where the links of one tar lead. Memory grows with the number of links, not of members.
+    """Where the hard and symbolic links of one tar lead. Memory grows with the number of links, not of members.
 
     Args:
         headers: reads the tar's headers from the start; called twice.
@@ -48,9 +75,9 @@ class LinkTable:
                 self._folders.add(path)
 
     def resolve(self, link: TarInfo) -> ByteRange | str:
-        """The bytes that extracting the tar would give the link; else the reason why there are none.
+        """The bytes that the link has after the tar is extracted, or the reason why it has none.
 
-        Of several members of the target's name, a hard link takes the last before it, a symbolic link the last.
+        Of several members with the target's name, a hard link takes the last one before it, a symbolic link the last.
         """
         target = _target(link)
         for _ in range(_MAX_HOPS):
@@ -70,7 +97,7 @@ def _path(name: str) -> str:
 
 
 def _target(link: TarInfo) -> str | None:
-    """A path in the tar. Hard links name it from the top, symbolic links from the folder they are in."""
+    """A path in the tar. Hard links name it from the top, symbolic links from the folder that contains them."""
     if link.islnk():
         return _path(link.linkname)
     path = posixpath.normpath(posixpath.join(posixpath.dirname(link.name), link.linkname))
