@@ -1,4 +1,4 @@
-"""Submit a job to a Ray cluster through its Jobs API, and see it through. ``stillroom submit COMMAND CONFIG``."""
+"""Submit a job to a Ray cluster through its Jobs API and follow it. ``stillroom submit COMMAND CONFIG``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import shlex
 import tempfile
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from ray.job_submission import JobSubmissionClient
 from jobs.paths import with_absolute_paths
 from jobs.ray.connection import TOKEN_HELP
 from jobs.ray.shadowing import check_shadowing
-from jobs.submission.follow import follow, job_command, say
+from jobs.submission.follow import Job, follow, report
 from jobs.submission.package import CONFIG_FOLDER, WorkingDir, find_files, write_package
 from pipeline import storage
 from pipeline.cache.build.part import cache_config
@@ -33,7 +33,7 @@ from schemas.config import Config
 
 Command = Literal["build", "train", "distill"]
 
-_ANSWER_TIMEOUT_S = 30
+RESPONSE_TIMEOUT_S = 30
 _MODULES: dict[Command, str] = {"build": "jobs.build_cache", "train": "jobs.train_student", "distill": "jobs.distill"}
 _INPUTS = (
     "data.shards",
@@ -50,30 +50,32 @@ _OUTPUTS: dict[Command, tuple[str, ...]] = {
     "train": ("run.url",),
     "distill": ("cache.url", "run.url"),
 }
+_NOT_READ = ("cache.url", "run.url", "data.local_dir")
 _NUM_NAMED = 5
-_UNREAD = ("cache.url", "run.url", "data.local_dir")
-_BETWEEN_URLS = re.compile(r"[\s,\[\]{}'\"]+")
-_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_URL_SEPARATORS = re.compile(r"[\s,\[\]{}'\"]+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submission:
-    """What to run, where, and with what."""
+    """A command for a cluster.
+
+    Attributes:
+        source: path or URL of the YAML document.
+        address: ``http(s)://HOST:PORT`` of the cluster's dashboard.
+        excludes: patterns of .gitignore for files of ``working_dir`` that are not uploaded.
+        env: names of variables of this environment that the job gets.
+        pip: requirements file that Ray installs for the job; None: the nodes have all packages.
+        num_cpus, num_gpus, memory_bytes: reserved for the driver alone, in addition to its tasks and workers.
+    """
 
     command: Command
-    # Path or URL of the YAML document.
     source: str
     overrides: Sequence[str]
-    # http(s)://HOST:PORT of the cluster's dashboard.
     address: str
     working_dir: Path
-    # Patterns of .gitignore.
     excludes: Sequence[str] = ()
-    # Names of variables of this environment that the job gets too.
     env: Sequence[str] = ()
-    # A requirements file that Ray installs for the job; None: the nodes have all it needs.
     pip: Path | None = None
-    # Reserved for the driver alone, beside what its tasks and workers take.
     num_cpus: float = 0
     num_gpus: float = 0
     memory_bytes: int = 0
@@ -82,71 +84,68 @@ class Submission:
 
 
 class _Client(JobSubmissionClient):
-    """Ray's client, which by itself waits for ever for an address that takes a connection and says nothing."""
+    """Ray's client with a timeout: its own requests wait for ever for a server that accepts and never responds."""
 
-    def _do_request(self, method: str, endpoint: str, *, data: bytes | None = None, **more: Any) -> Any:
-        # An upload lasts as long as it lasts.
-        more.setdefault("timeout", None if data else _ANSWER_TIMEOUT_S)
-        return super()._do_request(method, endpoint, data=data, **more)
+    def _do_request(self, method: str, endpoint: str, *, data: bytes | None = None, **options: Any) -> Any:
+        # An upload may take any time.
+        options.setdefault("timeout", None if data else RESPONSE_TIMEOUT_S)
+        return super()._do_request(method, endpoint, data=data, **options)
 
 
-def submit(asked: Submission) -> int:
-    """Checks what can be checked here, uploads, submits, and with ``wait`` shows the log until the job has ended.
+def submit(submission: Submission) -> int:
+    """Checks the config and the options, uploads, submits, and with ``wait`` prints the log until the job has ended.
 
     Returns:
         The exit code of the job's command; 130 if the job was stopped, or left running after Ctrl-C; without ``wait``
         0 once it is submitted.
 
     Raises:
-        InputError: a config, an option or a working directory that is wrong; nothing was submitted then.
-        ResourceError: no cluster answers at the address, or it refuses the token.
-        SubmissionError: the cluster did not take the job, or fell silent while it ran.
+        InputError: a config, an option or a working directory is wrong; then nothing was submitted.
+        ResourceError: no cluster responds at the address, or it refuses the token.
+        SubmissionError: the cluster refused the job, or became unreachable while the job ran.
     """
-    asked = replace(asked, working_dir=_expanded(asked.working_dir), pip=asked.pip and _expanded(asked.pip))
-    address, job = _checked_address(asked.address), _job_id(asked)
-    _check_overrides(asked.overrides)
-    config = load_config(asked.source, asked.overrides)
-    check_job(asked.command, config)
-    runtime_env: dict[str, Any] = {"env_vars": _environment(asked.env)}
-    if asked.pip is not None:
-        runtime_env["pip"] = str(_existing(asked.pip))
-    unread, read = local_paths(config)
-    found = find_files(asked.working_dir, asked.excludes, results=unread, inputs=read)
+    job = Job(_job_id(submission), _checked_address(submission.address))
+    _check_overrides(submission.overrides)
+    config = load_config(submission.source, submission.overrides)
+    check_job(submission.command, config)
+    runtime_env = _runtime_env(submission.env, submission.pip and _path(submission.pip))
+    not_read, read = local_paths(config)
+    working_dir = find_files(_path(submission.working_dir), submission.excludes, results=not_read, inputs=read)
     check_shadowing(
-        (path.relative_to(found.folder) for path in found.sizes),
-        folder=found.folder,
+        map(Path, working_dir.relative(working_dir.sizes)),
+        folder=working_dir.folder,
         next_step="rename it, or leave it out: --exclude /jobs.py --exclude /jobs/",
     )
-    _describe(asked, found, config)
+    _describe(submission, working_dir, config)
     with tempfile.TemporaryDirectory() as scratch:
-        package, config_name = Path(scratch) / "working_dir.zip", _config_name(asked.source)
-        write_package(package, found, config_name, storage.read(asked.source))
-        with _talking_to(address), _told_of_refusal(job, address):
-            client = _connect(address)
+        package, config_name = Path(scratch) / "working_dir.zip", _config_name(submission.source)
+        write_package(package, working_dir, config_name, storage.read(submission.source))
+        with _connection_errors(job.address), _refusals(job):
+            client = _connect(job.address)
             client.submit_job(
-                entrypoint=shlex.join(["python", "-m", _MODULES[asked.command], config_name, *asked.overrides]),
-                submission_id=job,
+                entrypoint=shlex.join(
+                    ["python", "-m", _MODULES[submission.command], config_name, *submission.overrides]
+                ),
+                submission_id=job.id,
                 runtime_env={**runtime_env, "working_dir": str(package)},
-                metadata=_metadata(asked.command, config),
-                entrypoint_num_cpus=asked.num_cpus,
-                entrypoint_num_gpus=asked.num_gpus,
-                entrypoint_memory=asked.memory_bytes,
+                metadata=_metadata(submission.command, config),
+                entrypoint_num_cpus=submission.num_cpus,
+                entrypoint_num_gpus=submission.num_gpus,
+                entrypoint_memory=submission.memory_bytes,
             )
-    say(f"job {job} is submitted to {redact(address)}")
-    say(f"its log: {job_command('logs --follow', job, address)}")
-    say(f"to stop it: {job_command('stop', job, address)}")
-    if not asked.wait:
-        print(job)
+    job.report(f"is submitted to {redact(job.address)}")
+    if not submission.wait:
+        print(job.id)
         return 0
-    with _talking_to(address):
-        return follow(client, job, address)
+    with _connection_errors(job.address):
+        return follow(client, job)
 
 
 def check_job(command: Command, config: Config) -> None:
-    """What the config alone shows to be wrong. Reads no shard, cache or model: only the cluster may reach those.
+    """Checks a job's config. Reads no shard, cache or model, which the cluster alone may reach.
 
     Raises:
-        InputError: as the job itself would; or it would write into its working directory, which nobody keeps.
+        InputError: as the job itself would; or the job would write into its working directory, which is temporary.
     """
     with_absolute_paths(config)
     if command == "build" or (command == "distill" and config.teacher.mode == "cache"):
@@ -157,9 +156,10 @@ def check_job(command: Command, config: Config) -> None:
         check_plan(training_of(config))
     for key in _OUTPUTS[command]:
         (url,) = _urls(config, key)
-        if storage.protocol(url) == "file" and "://" not in url and not _expanded(url).is_absolute():
+        if storage.protocol(url) == "file" and "://" not in url and not _path(url).is_absolute():
             raise ConfigError(
-                "a job's working directory is a copy that disappears, and with it what is written there",
+                "a job's working directory is a temporary copy, so results written there are lost",
+                code="submit.relative-output",
                 where=key,
                 got=url,
                 expected="an absolute path or a URL that every node reaches",
@@ -167,111 +167,114 @@ def check_job(command: Command, config: Config) -> None:
             )
 
 
-def _expanded(path: str | Path) -> Path:
+def _path(path: str | Path) -> Path:
     return Path(storage.expand_home(str(path)))
 
 
 def _urls(config: Config, key: str) -> tuple[str, ...]:
-    section_name, name = key.split(".")
-    section = getattr(config, section_name)
-    value = None if section is None else getattr(section, name, None)
+    section, name = key.split(".")
+    value = getattr(getattr(config, section), name, None)
     return () if value is None else (value,) if isinstance(value, str) else tuple(value)
 
 
 def local_paths(config: Config) -> tuple[list[Path], list[Path]]:
-    """Local paths of a config that a job does not read from its copy of the working directory, and those that it does.
+    """The local paths of a config: first those that a job does not read from its copy of the working directory.
 
-    Absolute paths are read where they are. Of relative ones, outputs and copies of a node are not read.
+    A job reads absolute paths in place, and of relative ones neither outputs nor ``data.local_dir``.
     """
-    unread: list[Path] = []
+    not_read: list[Path] = []
     read: list[Path] = []
-    for key in (*_INPUTS, *_UNREAD):
+    for key in (*_INPUTS, *_NOT_READ):
         for pattern in _urls(config, key):
             if pattern in ("random", "pretrained") or storage.protocol(pattern) != "file":
                 continue
-            paths = [_expanded(url.removeprefix("file://")) for url in storage.expand(pattern)]
-            for path in paths:
-                (unread if path.is_absolute() or key in _UNREAD else read).append(path)
-    return unread, read
+            for url in storage.expand(pattern):
+                path = _path(url.removeprefix("file://"))
+                (not_read if path.is_absolute() or key in _NOT_READ else read).append(path)
+    return not_read, read
 
 
 def _checked_address(address: str) -> str:
     if re.fullmatch(r"https?://[^/\s]+(/\S*)?", address):
         return address.rstrip("/")
     raise InputError(
-        "this is no address of a cluster's Jobs API",
+        "this is not the address of a cluster's Jobs API",
+        code="submit.bad-address",
         where="--address",
         got=redact(address),
-        expected="http://HOST:8265 or https://HOST, as the cluster's dashboard has it",
+        expected="http://HOST:8265 or https://HOST, the address of the cluster's dashboard",
         next_step=f"did you mean http://{address}?" if "://" not in address else None,
     )
 
 
-def _job_id(asked: Submission) -> str:
-    job = asked.submission_id or f"stillroom-{asked.command}-{secrets.token_hex(4)}"
+def _job_id(submission: Submission) -> str:
+    job_id = submission.submission_id or f"stillroom-{submission.command}-{secrets.token_hex(4)}"
     # It becomes a part of URLs and file names.
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", job):
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", job_id):
         raise InputError(
-            "this is no id of a job", where="--submission-id", got=job, expected="letters, digits, dots, dashes, _"
+            "this is not a job id",
+            code="submit.bad-id",
+            where="--submission-id",
+            got=job_id,
+            expected="letters, digits, dots, dashes, _",
         )
-    return job
+    return job_id
 
 
 def _check_overrides(overrides: Sequence[str]) -> None:
-    """Overrides become the job's command line, which the cluster shows to everyone."""
+    """Overrides become the job's command line, which the cluster shows to all its users."""
     for override in overrides:
         key, _, value = override.partition("=")
-        if any(redact(piece) != piece for piece in _BETWEEN_URLS.split(value)):
+        if any(redact(text) != text for text in _URL_SEPARATORS.split(value)):
             raise ConfigError(
-                "an override with a credential or query in its URL would be shown by the cluster",
+                "the cluster would show an override with a credential or query in its URL",
+                code="submit.secret-in-override",
                 where=f"override {key}",
                 next_step=f"write {key}: ${{oc.env:NAME}} into the config, and set NAME on the nodes (or --env NAME)",
             )
 
 
-def _environment(names: Sequence[str]) -> dict[str, str]:
-    for name in names:
-        # What follows an equals sign may be a secret, and is not repeated.
-        plain = name.partition("=")[0]
-        if not _ENV_NAME.fullmatch(name):
-            raise InputError(
-                "this is no name of a variable",
-                where="--env",
-                got=plain + ("=…" if "=" in name else ""),
-                expected="a name alone; the value is taken from this environment",
-                next_step=f"export {plain}, then give --env {plain}" if _ENV_NAME.fullmatch(plain) else None,
-            )
+def _runtime_env(env: Sequence[str], pip: Path | None) -> dict[str, Any]:
+    for name in env:
         if name not in os.environ:
-            raise InputError("this variable is not set here", where="--env", got=name, next_step=f"export {name}")
-    return {name: os.environ[name] for name in names}
+            # The text after an equals sign may be a secret, so it is not repeated.
+            bare_name, equals, _ = name.partition("=")
+            raise InputError(
+                "this environment has no such variable",
+                code="submit.env-not-set",
+                where="--env",
+                got=bare_name + equals,
+                expected="the name of a variable; its value is taken from this environment",
+                next_step=f"export {bare_name}, then give --env {bare_name}",
+            )
+    if pip is not None and not pip.is_file():
+        raise InputError(
+            "this requirements file is missing", code="submit.missing-requirements", where="--pip", got=str(pip)
+        )
+    return {"env_vars": {name: os.environ[name] for name in env}, **({} if pip is None else {"pip": str(pip)})}
 
 
-def _existing(requirements: Path) -> Path:
-    if not requirements.is_file():
-        raise InputError("this requirements file is missing", where="--pip", got=str(requirements))
-    return requirements
-
-
-def _describe(asked: Submission, found: WorkingDir, config: Config) -> None:
-    size = f"{len(found.sizes)} files, {found.size_bytes / 1e6:.1f} MB"
-    say(f"{asked.command} of {redact(asked.source)}; working directory {found.folder} ({size})")
-    if found.left_out:
-        names = ", ".join(str(path.relative_to(found.folder)) for path in found.left_out)
-        say(f"left out, being links to folders or no files: {names}")
-    if found.results:
-        names = ", ".join(str(path.relative_to(found.folder)) for path in found.results[:_NUM_NAMED])
-        more = f" and {len(found.results) - _NUM_NAMED} more" if len(found.results) > _NUM_NAMED else ""
-        say(f"left out, being caches, runs or absolute paths of the config: {names}{more}")
-    if asked.env:
-        names = ", ".join(asked.env)
-        say(f"Ray keeps these values with the job and logs them on its nodes, so give it no credentials: {names}")
+def _describe(submission: Submission, working_dir: WorkingDir, config: Config) -> None:
+    size = f"{len(working_dir.sizes)} files, {working_dir.size_bytes / 1e6:.1f} MB"
+    report(f"{submission.command} of {redact(submission.source)}; working directory {working_dir.folder} ({size})")
+    if working_dir.special:
+        names = ", ".join(working_dir.relative(working_dir.special))
+        report(f"left out, being links to folders or special files: {names}")
+    if working_dir.results:
+        names = ", ".join(working_dir.relative(working_dir.results[:_NUM_NAMED]))
+        num_more = len(working_dir.results) - _NUM_NAMED
+        more = f" and {num_more} more" if num_more > 0 else ""
+        report(f"left out, being caches, runs or absolute paths of the config: {names}{more}")
+    if submission.env:
+        names = ", ".join(submission.env)
+        report(f"Ray stores these values with the job and logs them on its nodes, so give it no credentials: {names}")
     keys = [
         key.removesuffix("_url")
-        for key in (*_INPUTS, *_OUTPUTS[asked.command])
+        for key in (*_INPUTS, *_OUTPUTS[submission.command])
         if any(url.startswith(("/", "file://")) for url in _urls(config, key))
     ]
     if keys:
-        say(f"every node has to see these local paths: {', '.join(keys)}")
+        report(f"every node has to see these local paths: {', '.join(keys)}")
 
 
 def _config_name(source: str) -> str:
@@ -279,22 +282,23 @@ def _config_name(source: str) -> str:
 
 
 def _metadata(command: Command, config: Config) -> dict[str, str]:
-    """What the cluster shows of the job; the fingerprint tells jobs of one config from others."""
+    """What the cluster shows of the job. Jobs of one config have one fingerprint."""
     fingerprint = short(config.model_dump(mode="json"))
     return {"project": "stillroom", "command": command, "config_fingerprint": fingerprint}
 
 
 def _connect(address: str) -> JobSubmissionClient:
-    # Ray heeds this variable above the address that it is given.
+    # Ray prefers this variable to the address that its client is given.
     os.environ["RAY_API_SERVER_ADDRESS"] = address
-    # These tell of every upload and of the end of every log.
+    # These log every upload and the end of every log.
     for module in ("dashboard_sdk", "job.sdk"):
         logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)
     return _Client(address)
 
 
 @contextmanager
-def _talking_to(address: str) -> Generator[None]:
+def _connection_errors(address: str) -> Generator[None]:
+    """Turns failures of the connection into a ``ResourceError``."""
     try:
         yield
     except AuthenticationError as error:
@@ -305,32 +309,37 @@ def _talking_to(address: str) -> Generator[None]:
             code="ray.token-refused",
             next_step=TOKEN_HELP,
         ) from error
-    # That is of our own output, which ended.
+    # The reader of our own output has ended.
     except BrokenPipeError:
         raise
-    # Exceptions of requests are OSErrors, that of an answer which is no JSON too.
+    # The exceptions of requests are OSErrors, also that of a response that is no JSON.
     except OSError as error:
         raise ResourceError(
-            "no Ray cluster answers",
+            "no Ray cluster responds",
+            code="ray.no-answer",
             where=redact(address),
             got=type(error).__name__,
-            expected=f"an answer of its dashboard within {_ANSWER_TIMEOUT_S} s",
-            next_step="see that the cluster runs and that its dashboard's port can be reached from here "
+            expected=f"a response of its dashboard within {RESPONSE_TIMEOUT_S} s",
+            next_step="check that the cluster runs and that its dashboard's port can be reached from here "
             "(kubectl port-forward, ssh -L)",
         ) from error
 
 
 @contextmanager
-def _told_of_refusal(job: str, address: str) -> Generator[None]:
+def _refusals(job: Job) -> Generator[None]:
+    """Turns the cluster's refusal of a job into an error that says why."""
     try:
         yield
     except RuntimeError as error:
         if "already exists" in str(error):
             raise InputError(
-                "the cluster has a job of this submission id",
-                where=redact(address),
-                got=job,
-                expected="an id of its own for each submission; work goes on from what is committed under any id",
-                next_step=f"leave out --submission-id, or follow it: {job_command('logs --follow', job, address)}",
+                "the cluster already has a job of this submission id",
+                code="submit.id-taken",
+                where=redact(job.address),
+                got=job.id,
+                expected="a new id for each submission; a submission under any id resumes from what is committed",
+                next_step=f"leave out --submission-id, or follow that job: {job.ray_command('logs --follow')}",
             ) from error
-        raise SubmissionError("the cluster did not take the job", where=redact(address), got=error) from error
+        raise SubmissionError(
+            "the cluster refused the job", code="submit.refused", where=redact(job.address), got=error
+        ) from error

@@ -246,7 +246,7 @@ def _refused(address: str, reason: str) -> ResourceError:
 
 def _silent(address: str, reason: str) -> ResourceError:
     return ResourceError(
-        "no Ray cluster answers",
+        "no Ray cluster responds",
         code="ray.no-answer",
         where=f"ray.address={address}",
         got=reason,

@@ -1,4 +1,4 @@
-"""A submitted job from here: its log, its end, and what Ctrl-C means to it."""
+"""Follow a submitted job: its log, its exit code, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import contextlib
 import shlex
 import sys
 import time
+from dataclasses import dataclass
 
 import aiohttp
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
@@ -16,144 +17,158 @@ from jobs.entry import INTERRUPTED
 from pipeline.core.errors import SubmissionError, first_line
 from pipeline.core.redaction import quoted, redact
 
-# A connection that was cut without a word looks like a job without a word; after so long it is made anew.
-_SILENCE_S = 60
+# A dropped connection looks like a job that logs nothing, so the log is reopened after this time.
+SILENCE_S = 60
+PAUSE_S = 1
 _LOST_AFTER_S = 120
-_PAUSE_S = 1
 
 
-def follow(client: JobSubmissionClient, job: str, address: str) -> int:
-    """Shows the log until the job has ended. Ctrl-C asks whether to stop the job; a second one, or one that nobody can
-    be asked after, leaves it running.
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A job of the cluster at ``address``."""
+
+    id: str
+    address: str
+
+    def ray_command(self, action: str) -> str:
+        """Ray's own command for this job; ``action`` is ``stop``, ``status`` or ``logs --follow``."""
+        return f"ray job {action} --address {quoted(self.address)} {shlex.quote(self.id)}"
+
+    def report(self, state: str) -> None:
+        """Prints the job's state and the commands that show its log and stop it."""
+        report(f"job {self.id} {state}")
+        report(f"its log: {self.ray_command('logs --follow')}")
+        report(f"to stop it: {self.ray_command('stop')}")
+
+
+def report(text: str) -> None:
+    """Prints a line about the job to standard error; standard output has the job's log alone."""
+    print(f"submit: {text}", file=sys.stderr, flush=True)
+
+
+def follow(client: JobSubmissionClient, job: Job) -> int:
+    """Prints the log until the job has ended. Ctrl-C asks whether to stop the job; a second Ctrl-C, or the first one
+    without a terminal, leaves the job running.
 
     Returns:
         The exit code of the job's command; 130 if the job was stopped or left running.
 
     Raises:
-        SubmissionError: nothing was heard of the cluster for two minutes, or it does not stop the job.
+        SubmissionError: the cluster was unreachable for two minutes, or it did not stop the job.
     """
     log = _Log(client, job)
     while True:
         try:
-            info = _wait(client, log, job, address)
+            info = _wait_for_end(client, job, log)
             break
         except KeyboardInterrupt:
-            answer = _asked_to_stop()
-            if answer is None:
-                say(f"job {job} goes on. Its log: {job_command('logs --follow', job, address)}")
-                say(f"to stop it: {job_command('stop', job, address)}")
+            stop = _confirm_stop()
+            if stop is None:
+                job.report("goes on")
                 return INTERRUPTED
-            say(f"{'stopping' if answer else 'following'} job {job}")
-            if answer:
-                _stop(client, job, address)
-    return exit_code(info, job)
+            report(f"{'stopping' if stop else 'following'} job {job.id}")
+            if stop:
+                _stop(client, job)
+    return exit_code(info, job.id)
 
 
-def job_command(words: str, job: str, address: str) -> str:
-    """The command of Ray that does something to this job."""
-    return f"ray job {words} --address {quoted(address)} {shlex.quote(job)}"
-
-
-def exit_code(info: JobDetails, job: str) -> int:
-    """Of the command of a job that has ended, and a line that says how it did."""
+def exit_code(info: JobDetails, job_id: str) -> int:
+    """Reports how a job ended. Returns the exit code of its command."""
     if info.status == JobStatus.SUCCEEDED:
-        say(f"job {job} succeeded")
+        report(f"job {job_id} succeeded")
         return 0
     if info.status == JobStatus.STOPPED:
-        say(f"job {job} was stopped; what is committed stays, and submitting again goes on from there")
+        report(f"job {job_id} was stopped; what is committed stays, and submitting again resumes from there")
         return INTERRUPTED
     code = info.driver_exit_code
     if code is None:
-        say(f"job {job} failed before its command ran, or with its node: {info.message}")
+        report(f"job {job_id} failed before its command ran, or with its node: {info.message}")
         return 1
-    say(f"job {job} failed with exit code {code}")
-    # As shells have it, for a command that a signal ended.
+    report(f"job {job_id} failed with exit code {code}")
+    # The convention of shells for a command that a signal ended.
     return code if code >= 0 else 128 - code
 
 
-def say(text: str) -> None:
-    """A line about the job, apart from its log."""
-    print(f"submit: {text}", file=sys.stderr, flush=True)
-
-
 class _Log:
-    """The log of a job, each character of it printed once, however often the connection is made anew."""
+    """The log of a job. Each character is printed once, however often the connection is reopened."""
 
-    def __init__(self, client: JobSubmissionClient, job: str) -> None:
-        self._client, self._job, self._num_shown = client, job, 0
+    def __init__(self, client: JobSubmissionClient, job: Job) -> None:
+        self._client, self._job_id, self._num_printed = client, job.id, 0
 
-    async def show(self) -> None:
-        """Until the log ends, or the connection does."""
-        num_seen = 0
+    async def tail(self) -> None:
+        """Prints until the log or the connection ends."""
+        num_received = 0
         clock = asyncio.get_running_loop().time
-        async with asyncio.timeout(_SILENCE_S) as patience:
-            # Every connection begins at the beginning.
-            async for text in self._client.tail_job_logs(self._job):
-                print(text[max(0, self._num_shown - num_seen) :], end="", flush=True)
-                num_seen += len(text)
-                self._num_shown = max(self._num_shown, num_seen)
-                patience.reschedule(clock() + _SILENCE_S)
+        async with asyncio.timeout(SILENCE_S) as timeout:
+            # Every connection sends the log from its first character.
+            async for text in self._client.tail_job_logs(self._job_id):
+                print(text[max(0, self._num_printed - num_received) :], end="", flush=True)
+                num_received += len(text)
+                self._num_printed = max(self._num_printed, num_received)
+                timeout.reschedule(clock() + SILENCE_S)
 
-    def show_rest(self) -> None:
-        """Of a job that has ended: what a connection that was cut did not bring."""
-        print(self._client.get_job_logs(self._job)[self._num_shown :], end="", flush=True)
+    def print_rest(self) -> None:
+        """Prints what a dropped connection did not bring of the log of an ended job."""
+        print(self._client.get_job_logs(self._job_id)[self._num_printed :], end="", flush=True)
 
 
-def _wait(client: JobSubmissionClient, log: _Log, job: str, address: str) -> JobDetails:
+def _wait_for_end(client: JobSubmissionClient, job: Job, log: _Log) -> JobDetails:
     while True:
-        # Whether the job has ended, the log's connection cannot tell: it ends for reasons of its own.
+        # The end of the connection does not tell whether the job has ended.
         with contextlib.suppress(aiohttp.ClientError, TimeoutError, RuntimeError):
-            asyncio.run(log.show())
-        info = _info(client, job, address)
+            asyncio.run(log.tail())
+        info = _info(client, job)
         if info.status.is_terminal():
-            # A log may be gone with its node.
+            # A log may be lost with its node.
             with contextlib.suppress(RuntimeError):
-                log.show_rest()
+                log.print_rest()
             return info
-        time.sleep(_PAUSE_S)
+        time.sleep(PAUSE_S)
 
 
-def _info(client: JobSubmissionClient, job: str, address: str) -> JobDetails:
+def _info(client: JobSubmissionClient, job: Job) -> JobDetails:
     attempts = Retrying(
         retry=retry_if_exception_type((OSError, RuntimeError)),
         stop=stop_after_delay(_LOST_AFTER_S),
-        wait=wait_fixed(_PAUSE_S),
+        wait=wait_fixed(PAUSE_S),
         reraise=True,
     )
     try:
-        return attempts(client.get_job_info, job)
+        return attempts(client.get_job_info, job.id)
     except (OSError, RuntimeError) as error:
         raise SubmissionError(
-            f"the cluster says nothing of job {job} any more; it may go on",
-            where=redact(address),
+            f"the cluster no longer reports on job {job.id}; the job may go on",
+            code="submit.lost-contact",
+            where=redact(job.address),
             got=first_line(error),
-            expected=f"an answer within {_LOST_AFTER_S} s",
-            next_step=f"see {job_command('status', job, address)}; submitting again goes on from what is committed",
+            expected=f"a response within {_LOST_AFTER_S} s",
+            next_step=f"run {job.ray_command('status')}; submitting again resumes from what is committed",
         ) from error
 
 
-def _stop(client: JobSubmissionClient, job: str, address: str) -> None:
+def _stop(client: JobSubmissionClient, job: Job) -> None:
     try:
-        client.stop_job(job)
+        client.stop_job(job.id)
     except RuntimeError as error:
         raise SubmissionError(
-            f"the cluster does not stop job {job}",
-            where=redact(address),
+            f"the cluster did not stop job {job.id}",
+            code="submit.stop-failed",
+            where=redact(job.address),
             got=first_line(error),
-            next_step=f"try {job_command('stop', job, address)}",
+            next_step=f"try {job.ray_command('stop')}",
         ) from error
 
 
-def _asked_to_stop() -> bool | None:
-    """None: leave the job alone, and go."""
+def _confirm_stop() -> bool | None:
+    """True: stop the job; False: follow it again; None: leave it running and exit."""
     if not sys.stdin.isatty():
         return None
-    print("\nsubmit: stop the job? [y/N] (Ctrl-C: leave it running, and go) ", end="", file=sys.stderr, flush=True)
+    print("\nsubmit: stop the job? [y/N] (Ctrl-C: leave it running and exit) ", end="", file=sys.stderr, flush=True)
     try:
-        answer = sys.stdin.readline()
+        line = sys.stdin.readline()
     except KeyboardInterrupt:
-        answer = ""
-    if not answer:
+        line = ""
+    if not line:
         print(file=sys.stderr)
         return None
-    return answer.strip().lower() in ("y", "yes")
+    return line.strip().lower() in ("y", "yes")

@@ -129,7 +129,7 @@ def test_stillroom_submit_exits_as_the_job_does_and_refuses_a_used_id_and_a_wron
     assert "job used failed with exit code 2" in done.stderr
     again = stillroom(cluster, tmp_path, *arguments)
     assert (again.returncode, again.stdout) == (2, "")
-    assert "the cluster has a job of this submission id" in again.stderr
+    assert "the cluster already has a job of this submission id" in again.stderr
     (tmp_path / "token").write_text("fedcba9876543210" * 4)
     foreign = stillroom(cluster, tmp_path, "build", config, RAY_AUTH_TOKEN_PATH=str(tmp_path / "token"))
     assert (foreign.returncode, foreign.stdout) == (2, "")

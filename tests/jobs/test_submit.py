@@ -1,4 +1,4 @@
-"""``stillroom submit`` without a cluster: what is refused before anything is uploaded, and what would be uploaded."""
+"""``stillroom submit`` without a cluster: refused submissions, and the files that would be uploaded."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from pipeline.storage.config_files import load_config
 from tests.jobs.clusters import free_port
 from tests.jobs.conftest import Document
 
-NOBODY = "http://127.0.0.1:1"
+UNREACHABLE = "http://127.0.0.1:1"
 SECRET = "hush-4711"
 
-# The sections of the config, what else is asked for, and what the message tells.
+# Sections of the config, fields of the submission, and a part of the message.
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "unknown key": ({"views": {"kinds": "crop"}}, {}, "views.kinds"),
     "a key that distill needs": ({"student": None}, {"command": "distill"}, "no student.model"),
@@ -47,66 +47,67 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 }
 
 
+def submission(source: str, working_dir: Path, **fields: Any) -> Submission:
+    base: dict[str, Any] = {"command": "build", "overrides": (), "address": UNREACHABLE, "working_dir": working_dir}
+    return Submission(source=source, **{**base, **fields})
+
+
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_wrong_is_told_before_a_cluster_is_asked(
+def test_a_wrong_submission_is_refused_before_a_cluster_is_contacted(
     name: str, document: Document, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sections, changes, told = REFUSED[name]
-    asked = {"command": "build", "overrides": (), "address": NOBODY, "working_dir": tmp_path, **changes}
+    sections, changes, text = REFUSED[name]
     with pytest.raises(InputError) as caught:
-        submit(Submission(source=document(**sections), **asked))
-    assert told in str(caught.value)
-    assert "answers" not in str(caught.value)
+        submit(submission(document(**sections), tmp_path, **changes))
+    assert text in str(caught.value)
+    assert caught.value.code != "ray.no-answer"
     assert SECRET not in str(caught.value) + "".join(capsys.readouterr())
 
 
-def test_a_tilde_is_the_home_of_whoever_runs_the_command(
+def test_a_tilde_is_the_home_of_the_user_who_submits(
     document: Document, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The job's driver expands its own outputs, so they are not in the working directory; files from here are ours."""
+    """The job's driver expands the outputs in its config; local files are expanded here."""
     check_job("build", load_config(document(cache={"url": "~/caches/a"})))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for changes in ({"working_dir": Path("~/absent")}, {"pip": Path("~/absent")}):
-        asked: dict[str, Any] = {"command": "build", "overrides": (), "address": NOBODY, "working_dir": tmp_path}
         with pytest.raises(InputError) as caught:
-            submit(Submission(source=document(), **{**asked, **changes}))
+            submit(submission(document(), tmp_path, **changes))
         assert str(tmp_path / "home" / "absent") in str(caught.value)
 
 
 @pytest.fixture
 def silent() -> Iterator[str]:
-    """An address that takes connections, and says nothing."""
+    """The address of a server that accepts connections and never responds."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
 @pytest.mark.slow
-def test_addresses_that_do_not_answer_are_told_after_the_stated_time(
-    silent: str, document: Document, tmp_path: Path
-) -> None:
-    # A process of its own: Ray reads the token once in a process, and other tests need theirs.
+def test_unreachable_addresses_fail_after_the_stated_time(silent: str, document: Document, tmp_path: Path) -> None:
+    # In another process: Ray reads the token once in a process, and other tests need other tokens.
     script = (
         "import sys, jobs.submit\n"
         "from pathlib import Path\n"
         "from jobs.submit import Submission, submit\n"
-        "jobs.submit._ANSWER_TIMEOUT_S = 1\n"
+        "jobs.submit.RESPONSE_TIMEOUT_S = 1\n"
         "for address in sys.argv[2:]:\n"
         "    try:\n"
         "        submit(Submission(command='build', source=sys.argv[1], overrides=(), address=address,\n"
         "                          working_dir=Path('empty')))\n"
         "    except Exception as error:\n"
-        "        print(type(error).__name__, error.exit_code, error)\n"
+        "        print(error.code, error.exit_code, error)\n"
     )
     (tmp_path / "empty").mkdir()
     command = [sys.executable, "-c", script, document(), silent, f"http://127.0.0.1:{free_port()}"]
     env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
-    assert done.stdout.count("ResourceError 2 no Ray cluster answers") == 2
+    assert done.stdout.count("ray.no-answer 2 ") == 2
     assert f"where:  {silent}" in done.stdout
     assert "within 1 s" in done.stdout
 
 
-def test_what_goes_with_a_job_is_what_git_would_take(tmp_path: Path) -> None:
+def test_the_files_that_git_would_add_are_uploaded(tmp_path: Path) -> None:
     ignored = {".gitignore": "*.log\n!kept.log\n/top.py\nbuilt/\n", "pkg/.gitignore": "local.py\n"}
     paths = ["a.py", "b.log", "kept.log", "top.py", "built/x", "pkg/built/y", "pkg/top.py", "pkg/local.py", "local.py"]
     for name, text in {**ignored, **dict.fromkeys(paths, "x")}.items():
@@ -123,17 +124,17 @@ def names(folder: Path, *excludes: str) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in find_files(folder, excludes).sizes)
 
 
-def test_environments_data_and_runs_stay_here_and_packages_of_such_names_go(tmp_path: Path) -> None:
-    goes = ["a.py", "pkg/data/loader.py", "pkg/runs/b.py"]
-    stays = [".venv/x", ".git/x", "data/x.tar", "runs/x", "pkg/__pycache__/a.pyc", ".env", ".ruff_cache/x", "big/x"]
-    for name in [*goes, *stays]:
+def test_environments_data_and_runs_are_not_uploaded_and_packages_of_such_names_are(tmp_path: Path) -> None:
+    uploaded = ["a.py", "pkg/data/loader.py", "pkg/runs/b.py"]
+    excluded = [".venv/x", ".git/x", "data/x.tar", "runs/x", "pkg/__pycache__/a.pyc", ".env", ".ruff_cache/x", "big/x"]
+    for name in [*uploaded, *excluded]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
     (tmp_path / "away").symlink_to("pkg")
     (tmp_path / ".rayignore").write_text("big\n")
-    assert names(tmp_path) == [".rayignore", *goes]
-    assert names(tmp_path, "pkg/runs", ".rayignore") == goes[:2]
-    assert find_files(tmp_path, ()).left_out == (tmp_path / "away",)
+    assert names(tmp_path) == [".rayignore", *uploaded]
+    assert names(tmp_path, "pkg/runs", ".rayignore") == uploaded[:2]
+    assert find_files(tmp_path, ()).special == (tmp_path / "away",)
 
 
 def test_a_folder_that_is_too_large_is_refused_with_its_largest_files(tmp_path: Path) -> None:
@@ -142,12 +143,15 @@ def test_a_folder_that_is_too_large_is_refused_with_its_largest_files(tmp_path: 
         file.truncate(MAX_BYTES - 1)
         assert find_files(tmp_path, ()).size_bytes == MAX_BYTES
         file.truncate(MAX_BYTES)
-    with pytest.raises(InputError, match=r"104\.9 MB  weights\.pt(\n.*)+--exclude"):
+    with pytest.raises(InputError) as caught:
         find_files(tmp_path, ())
+    assert caught.value.code == "submit.working-dir-too-large"
+    assert "104.9 MB  weights.pt" in str(caught.value.got)
+    assert "--exclude" in str(caught.value.next_step)
     assert names(tmp_path, "*.pt") == ["small.py"]
 
 
-def test_a_package_holds_files_modes_and_config_and_depends_on_nothing_else(tmp_path: Path) -> None:
+def test_a_package_contains_files_modes_and_config_and_depends_on_nothing_else(tmp_path: Path) -> None:
     folder, packages = tmp_path / "folder", [tmp_path / "first.zip", tmp_path / "second.zip"]
     (folder / "pkg").mkdir(parents=True)
     (folder / "pkg" / "run.sh").write_text("exit 3")
@@ -166,12 +170,12 @@ def test_a_package_holds_files_modes_and_config_and_depends_on_nothing_else(tmp_
     ("status", "code", "expected"),
     [("SUCCEEDED", 0, 0), ("FAILED", 2, 2), ("FAILED", -9, 137), ("FAILED", None, 1), ("STOPPED", None, 130)],
 )
-def test_the_exit_code_is_that_of_the_jobs_command(status: str, code: int | None, expected: int) -> None:
+def test_the_exit_code_is_the_one_of_the_jobs_command(status: str, code: int | None, expected: int) -> None:
     info = JobDetails(type="SUBMISSION", status=JobStatus(status), entrypoint="python", driver_exit_code=code)
     assert exit_code(info, "job") == expected
 
 
-def test_results_of_a_job_below_its_folder_do_not_go_with_it_again(document: Document, tmp_path: Path) -> None:
+def test_results_in_the_working_directory_are_not_uploaded(document: Document, tmp_path: Path) -> None:
     folder = tmp_path / "project"
     large = ["out/best/checkpoints/best.pt", "out/cache/parts/a.parquet", "weights/teacher.pt", "shards/a-00.tar"]
     small = ["net.py", "out/best/config.json", "out/best/metrics.jsonl", "out/cache/header.json", "out/notes.txt"]
@@ -192,12 +196,18 @@ def test_results_of_a_job_below_its_folder_do_not_go_with_it_again(document: Doc
             run={"url": str(folder / "out/best")},
         )
     )
-    unread, read = local_paths(config)
-    found = find_files(folder, (), results=unread, inputs=read)
-    # What the job reads from its copy goes, also out of a run.
-    assert sorted(str(path.relative_to(folder)) for path in found.sizes) == sorted(["net.py", "out/notes.txt", *inputs])
-    left = {str(path.relative_to(folder)) for path in found.results}
-    assert left == {"earlier", "node", "out/best", "out/cache", "shards/a-00.tar", "weights/teacher.pt"}
+    not_read, read = local_paths(config)
+    uploaded = find_files(folder, (), results=not_read, inputs=read)
+    # Files that the job reads from its copy are uploaded, also those inside a run.
+    assert sorted(uploaded.relative(uploaded.sizes)) == sorted(["net.py", "out/notes.txt", *inputs])
+    assert set(uploaded.relative(uploaded.results)) == {
+        "earlier",
+        "node",
+        "out/best",
+        "out/cache",
+        "shards/a-00.tar",
+        "weights/teacher.pt",
+    }
     # The same folder by another name.
     (tmp_path / "link").symlink_to(folder)
-    assert len(find_files(tmp_path / "link", (), results=unread, inputs=read).sizes) == len(found.sizes)
+    assert len(find_files(tmp_path / "link", (), results=not_read, inputs=read).sizes) == len(uploaded.sizes)

@@ -13,7 +13,7 @@ from jobs.ray.shadowing import check_shadowing
 from pipeline.core.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[3]
-# A builtin is work that workers find without any package; what is tested is that they find Stillroom's own.
+# Workers need no package to run a builtin, so only the import of Stillroom's own package is tested.
 _FAN_OUT = (
     "from jobs.ray.fan_out import fan_out\n"
     "from schemas.config import RayConfig\n"
@@ -38,25 +38,25 @@ def _python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_modules_of_the_working_folder_are_not_taken_for_ours_by_ray_s_workers(tmp_path: Path) -> None:
-    # -P: the path of a console command, which has no working folder. Ray's workers have it first all the same.
+def test_ray_s_workers_import_stillroom_and_not_modules_of_the_working_folder(tmp_path: Path) -> None:
+    # -P gives the import path of a console command, without the working folder. Ray's workers have that folder first.
     folder = _hostile(tmp_path, "jobs.py", "pipeline/__init__.py", "schemas.py")
     done = _python(folder, "-P", "-c", _FAN_OUT)
     assert done.returncode == 0, done.stderr
 
 
-def test_python_m_takes_our_pipeline_where_the_working_folder_has_another(tmp_path: Path) -> None:
+def test_python_m_imports_stillroom_s_pipeline_where_the_working_folder_has_another(tmp_path: Path) -> None:
     done = _python(_hostile(tmp_path, "pipeline/__init__.py", "schemas.py"), "-m", "jobs.cli", "--version")
     assert done.stdout.startswith("stillroom "), done.stderr
 
 
 @pytest.mark.parametrize("names", [["jobs.py"], ["jobs/__init__.py", "jobs/mine.py"]])
-def test_a_package_that_hides_ours_from_a_cluster_s_workers_is_refused(names: list[str]) -> None:
+def test_a_package_that_hides_stillroom_s_from_a_cluster_s_workers_is_refused(names: list[str]) -> None:
     with pytest.raises(InputError) as caught:
         check_shadowing(map(PurePath, names), folder=Path("/work"), next_step="rename it")
     assert (caught.value.code, caught.value.got, caught.value.where) == ("ray.hidden-package", names[0], "/work")
 
 
-@pytest.mark.parametrize("names", [["jobs/__init__.py", "jobs/ray/fan_out.py"], ["jobs/a.txt"], ["src/jobs.py"], []])
+@pytest.mark.parametrize("names", [["jobs/__init__.py", "jobs/build_cache.py"], ["jobs/a.txt"], ["src/jobs.py"], []])
 def test_a_checkout_and_folders_without_such_a_module_pass(names: list[str]) -> None:
     check_shadowing(map(PurePath, names), folder=Path("/work"), next_step="")

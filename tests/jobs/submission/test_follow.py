@@ -1,4 +1,4 @@
-"""Following a job over connections that break: each line of its log once, and its end as it was."""
+"""Following a job over connections that break: each line of its log once, and its exit code."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ SCRIPT = """
 import sys
 import jobs.submission.follow as follow
 from ray.job_submission import JobSubmissionClient
-follow._SILENCE_S, follow._PAUSE_S = 1, 0.05
-sys.exit(follow.follow(JobSubmissionClient(sys.argv[1]), "job", sys.argv[1]))
+follow.SILENCE_S, follow.PAUSE_S = 1, 0.05
+sys.exit(follow.follow(JobSubmissionClient(sys.argv[1]), follow.Job("job", sys.argv[1])))
 """
 
 
 class Cluster:
-    """Speaks Ray's Jobs API of one job, over connections that fare worse than any real one's.
+    """A server of Ray's Jobs API with one job, over connections that fail in every way.
 
-    The first to the log breaks in the middle, the second falls silent, the third is closed as if the log had ended; a
-    question is answered with 500, another not at all. The job has ended when its log was asked for four times.
+    The first connection to the log breaks in the middle, the second goes silent, the third is closed as if the log had
+    ended. One request gets status 500, another none. The job has ended with the fourth connection to its log.
     """
 
     def __init__(self) -> None:
-        self.num_tails, self.num_asked = 0, 0
+        self.num_tails, self.num_requests = 0, 0
 
     async def version(self, _: web.Request) -> web.Response:
         return web.json_response({"ray_version": "2.60.0", "version": "4", "ray_commit": "", "session_name": ""})
 
     async def info(self, request: web.Request) -> web.Response:
-        self.num_asked += 1
-        if self.num_asked == 1:
+        self.num_requests += 1
+        if self.num_requests == 1:
             raise web.HTTPInternalServerError(text="not now")
-        if self.num_asked == 2:
+        if self.num_requests == 2:
             assert request.transport is not None
             request.transport.abort()
         ended = self.num_tails == 4
@@ -60,11 +60,11 @@ class Cluster:
         self.num_tails += 1
         socket = web.WebSocketResponse()
         await socket.prepare(request)
-        # Not whole lines: what was shown is counted in characters. The last connection brings less than is there.
+        # In parts of lines: the log is counted in characters. The last connection sends less than the whole log.
         text = "".join(LINES)
-        shown = {1: 52, 2: 100, 3: 75, 4: 150}[self.num_tails]
-        for start in range(0, shown, 25):
-            await socket.send_str(text[start : min(start + 25, shown)])
+        num_sent = {1: 52, 2: 100, 3: 75, 4: 150}[self.num_tails]
+        for start in range(0, num_sent, 25):
+            await socket.send_str(text[start : min(start + 25, num_sent)])
         if self.num_tails == 1:
             assert request.transport is not None
             await asyncio.sleep(0.2)
@@ -102,10 +102,10 @@ def served(cluster: Cluster) -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_a_log_whose_connection_breaks_and_falls_silent_is_shown_once_and_to_its_end() -> None:
+def test_a_log_whose_connection_breaks_and_goes_silent_is_printed_once_and_to_its_end() -> None:
     cluster = Cluster()
     with served(cluster) as address:
-        # A process of its own: Ray reads the token once in a process, and other tests need theirs.
+        # In another process: Ray reads the token once in a process, and other tests need other tokens.
         done = subprocess.run(
             [sys.executable, "-c", SCRIPT, address],
             env={**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_API_SERVER_ADDRESS": address},
@@ -118,4 +118,4 @@ def test_a_log_whose_connection_breaks_and_falls_silent_is_shown_once_and_to_its
     assert done.stdout == "".join(LINES)
     assert "job job failed with exit code 3" in done.stderr
     assert cluster.num_tails == 4
-    assert cluster.num_asked >= 6
+    assert cluster.num_requests >= 6
