@@ -16,13 +16,13 @@ from jobs.paths import with_absolute_paths
 from jobs.ray.cluster import cluster, num_tasks_here, without_gpus
 from jobs.ray.fan_out import fan_out
 from pipeline import storage
+from pipeline.cache.build.blocks import BlockPlan
 from pipeline.cache.build.build_log import BuildLogWriter, remove_logs
 from pipeline.cache.build.class_means import ClassSums, add_up
 from pipeline.cache.build.commit import (
     CommitSummary,
     files_present,
     is_dangling,
-    missing_blocks,
     read_commit_summaries,
     revoke,
 )
@@ -260,20 +260,10 @@ def plan_tasks(config: Config, by_id: dict[str, str], commits: Sequence[CommitSu
     """The parts that none of these commits names."""
     assert config.cache is not None
     lean = of_tasks(config, by_id.values())
-    committed: defaultdict[str, list[CommitSummary]] = defaultdict(list)
-    for commit in commits:
-        committed[commit.shard_id].append(commit)
-    return [
-        PartTask(lean, url, block)
-        for shard, url in by_id.items()
-        for block in missing_blocks(
-            (commit.block for commit in committed[shard]),
-            num_views=config.views.count,
-            views_per_part=config.cache.views_per_part,
-            wants_eval=config.cache.class_means == "eval",
-            where=f"{shard} in {redact(config.cache.url)}",
-        )
-    ]
+    missing = BlockPlan.of(config).missing_by_shard(
+        by_id, ((commit.shard_id, commit.block) for commit in commits), cache_url=config.cache.url
+    )
+    return [PartTask(lean, by_id[shard], block) for shard, blocks in missing.items() for block in blocks]
 
 
 def _add_up(ray: RayConfig, cache_url: str, refs: Sequence[FileRef]) -> ClassSums:

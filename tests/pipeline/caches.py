@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import shutil
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,13 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from pipeline import storage
-from pipeline.cache.build.commit import missing_blocks, read_commits
+from pipeline.cache.build.blocks import BlockPlan
+from pipeline.cache.build.commit import read_commits
 from pipeline.cache.build.manifest import publish_manifest
 from pipeline.cache.build.part import PartTask, build_part, prepare
 from pipeline.shards.shard_urls import shard_ids
 from pipeline.shards.writer import Members
-from schemas.cache_format import Manifest, ViewBlock
+from schemas.cache_format import Manifest
 from schemas.config import CacheConfig, Config
 
 
@@ -58,21 +58,11 @@ def shard_urls(config: Config) -> dict[str, str]:
 
 def open_tasks(config: Config) -> list[PartTask]:
     """The parts that no commit names."""
-    cache = cache_section(config)
-    committed: defaultdict[str, list[ViewBlock]] = defaultdict(list)
-    for commit in read_commits(cache.url):
-        committed[commit.shard_id].append(commit.block)
-    return [
-        PartTask(config, url, block)
-        for shard, url in shard_urls(config).items()
-        for block in missing_blocks(
-            committed[shard],
-            num_views=config.views.count,
-            views_per_part=cache.views_per_part,
-            wants_eval=cache.class_means == "eval",
-            where=shard,
-        )
-    ]
+    cache, urls = cache_section(config), shard_urls(config)
+    missing = BlockPlan.of(config).missing_by_shard(
+        urls, ((commit.shard_id, commit.block) for commit in read_commits(cache.url)), cache_url=cache.url
+    )
+    return [PartTask(config, urls[shard], block) for shard, blocks in missing.items() for block in blocks]
 
 
 def build(config: Config, tasks: Iterable[PartTask] | None = None) -> Manifest:

@@ -10,11 +10,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
 from pipeline import storage
+from pipeline.cache.build.blocks import shared_block
 from pipeline.cache.format import layout
 from pipeline.cache.format.files import parse_record
 from pipeline.core.errors import CacheError
@@ -52,7 +52,7 @@ class CommitSummary:
         return cls(
             shard_id=commit.shard_id,
             shard_size_bytes=commit.shard_size_bytes,
-            block=_block(commit.block.start, commit.block.stop, commit.block.is_eval),
+            block=shared_block(commit.block.start, commit.block.stop, commit.block.is_eval),
             part=commit.part.path,
             part_size_bytes=commit.part.size_bytes,
             index=commit.index.path,
@@ -61,12 +61,6 @@ class CommitSummary:
             num_ok=commit.num_ok,
             num_rows=sum(view.rows for view in commit.views),
         )
-
-
-@cache
-def _block(start: int, stop: int, is_eval: bool) -> ViewBlock:
-    """One object for the blocks of all shards: there are few different ones."""
-    return ViewBlock(start=start, stop=stop, is_eval=is_eval)
 
 
 def publish_file(cache_url: str, local: Path, path_of: str) -> FileRef:
@@ -196,34 +190,3 @@ def revoke(cache_url: str, commits: list[CommitSummary]) -> None:
     """
     for commit in commits:
         storage.delete(storage.join(cache_url, layout.commit_path(commit.shard_id, commit.block)))
-
-
-def missing_blocks(
-    done: Iterable[ViewBlock], *, num_views: int, views_per_part: int, wants_eval: bool, where: str
-) -> list[ViewBlock]:
-    """What one shard still lacks beside the blocks that are done: uncovered runs of views, cut into blocks, and the
-    eval pass.
-
-    Raises:
-        CacheError: two committed blocks overlap, which no builder of ours writes.
-    """
-    covered: set[int] = set()
-    has_eval = False
-    for block in done:
-        has_eval |= block.is_eval
-        views = set() if block.is_eval else set(block.views)
-        if covered & views:
-            raise CacheError("two commits cover the same view", where=where, got=f"view {min(covered & views)}")
-        covered |= views
-    blocks: list[ViewBlock] = []
-    if wants_eval and not has_eval:
-        blocks.append(_block(0, 1, True))
-    start = None
-    for view in range(num_views + 1):
-        open_run = view < num_views and view not in covered
-        if start is not None and (not open_run or view - start == views_per_part):
-            blocks.append(_block(start, view, False))
-            start = None
-        if open_run and start is None:
-            start = view
-    return blocks

@@ -19,6 +19,7 @@ import pyarrow as pa
 from pipeline import storage
 from pipeline.augment.params import is_canary, sample_keys
 from pipeline.augment.pixels import pixel_digest, pixel_mean
+from pipeline.cache.build.blocks import holds_class_sums
 from pipeline.cache.build.class_means import ClassSums, encode_sums, merge, sum_rows
 from pipeline.cache.build.commit import (
     CommitSummary,
@@ -361,16 +362,11 @@ class _PartBuild:
             self._check_finite(group, view, answers[position])
             writer.add(view, self._rows(group, position, view, answers[position]))
             self.statistics.add(group, answers[position])
-        if self._holds_means:
+        if holds_class_sums(self.builder.cache.class_means, self.task.block):
             self._check_labelled(group)
             rows = sum_rows(answers[0].embedding_ND, group.label_N)
             self.sums = rows if self.sums is None else merge([self.sums, rows])
         trim_memory()
-
-    @property
-    def _holds_means(self) -> bool:
-        kind, block = self.builder.cache.class_means, self.task.block
-        return block.is_eval if kind == "eval" else kind == "view0" and block.start == 0
 
     def _check_labelled(self, group: GroupViews) -> None:
         unlabelled = np.flatnonzero(group.label_N < 0)

@@ -1,4 +1,4 @@
-"""Files of a cache, checked as they are read: records by the digest they carry, tables by the one that names them."""
+"""Files of a cache, verified when they are read: records by their own digest, tables by the digest in the manifest."""
 
 from __future__ import annotations
 
@@ -19,25 +19,33 @@ from schemas.cache_format import FORMAT_VERSION, FileRef, Record
 R = TypeVar("R", bound=Record)
 
 REBUILD = "remove this file and run: stillroom cache build CONFIG"
-"""The way out of any damage: a build makes what is missing, and takes back the commits that name it."""
+"""The remedy for any damage: a build revokes the commits that name missing files, and builds these files again."""
 
 
 def parse_record(kind: type[R], data: bytes, *, where: str) -> R:
     """
     Raises:
-        CacheError: changed after it was written, or of another format version.
+        CacheError: the record was changed after it was written, or has another format version.
     """
     body = unseal(data, where=where)
     body.pop("digest")
     if body.get("format_version") != FORMAT_VERSION:
-        raise CacheError("unknown cache format", where=where, got=body.get("format_version"), expected=FORMAT_VERSION)
+        raise CacheError(
+            "unknown cache format",
+            code="cache.unknown-format",
+            where=where,
+            got=body.get("format_version"),
+            expected=FORMAT_VERSION,
+            next_step="read it with the version that wrote it",
+        )
     try:
         return kind.model_validate(body)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise CacheError(
-            f"this is no {kind.__name__.lower()} of cache format {FORMAT_VERSION}",
+            f"this is not a {kind.__name__.lower()} of cache format {FORMAT_VERSION}",
+            code="cache.invalid-record",
             where=where,
             got=f"{key}: {first['msg']}" if key else first["msg"],
             next_step="read it with the version that wrote it",
@@ -47,7 +55,7 @@ def parse_record(kind: type[R], data: bytes, *, where: str) -> R:
 def read_file(cache_url: str, path: str, *, max_bytes: int = storage.MAX_TABLE_BYTES) -> bytes:
     """
     Raises:
-        CacheError: the file is not there, or may not be read.
+        CacheError: the file is missing, or not readable.
         TooLargeError: it is larger than ``max_bytes``.
     """
     url = storage.join(cache_url, path)
@@ -56,23 +64,34 @@ def read_file(cache_url: str, path: str, *, max_bytes: int = storage.MAX_TABLE_B
     except TooLargeError:
         raise
     except StorageInputError as error:
-        raise gone(url, error) from error
+        raise missing_file(url, error) from error
 
 
-def gone(url: str, error: StorageInputError) -> CacheError:
-    """What to raise for a file that the cache names and storage does not give."""
+def missing_file(url: str, error: StorageInputError) -> CacheError:
+    """The error for a file that a record names and storage does not have."""
     return CacheError(
         "a file of this cache is missing",
+        code="cache.missing-file",
         where=redact(url),
         got=error.what,
         next_step="restore it, or run: stillroom cache build CONFIG",
     )
 
 
-def publish_named(cache_url: str, path: str, data: bytes) -> FileRef:
-    """Publishes a file whose name stays and whose content may change; what it replaces is kept under its digest.
+def empty_cells(name: str, column: pa.Array | pa.ChunkedArray) -> CacheError:
+    """The error for a column that must not have nulls and does."""
+    return CacheError(
+        f"column {name} has empty cells",
+        code="cache.empty-cells",
+        got=f"{column.null_count} of {len(column)}",
+        next_step=REBUILD,
+    )
 
-    A run uses its own copy of the manifest for life, and that copy names the former content.
+
+def publish_named(cache_url: str, path: str, data: bytes) -> FileRef:
+    """Publishes a file under a fixed name. The file that it replaces is stored again, named by its digest.
+
+    A run always uses its copy of the manifest, and that copy names the former content.
     """
     ref = FileRef(path=path, sha256=digest(data), size_bytes=len(data))
     url = storage.join(cache_url, path)
@@ -84,10 +103,10 @@ def publish_named(cache_url: str, path: str, data: bytes) -> FileRef:
 
 
 def read_named(cache_url: str, ref: FileRef) -> bytes:
-    """A file by name and content, also where an extension of the cache has replaced it since.
+    """A file by name and content, even if an extension of the cache has replaced it since.
 
     Raises:
-        CacheError: no file has the content.
+        CacheError: no file has this content.
     """
     url = storage.join(cache_url, ref.path)
     data = read_file(cache_url, ref.path)
@@ -99,6 +118,7 @@ def read_named(cache_url: str, ref: FileRef) -> bytes:
         return former
     raise CacheError(
         "this file was changed after it was written",
+        code="cache.changed-file",
         where=redact(url),
         got=f"sha256 {got[:16]}",
         expected=ref.sha256[:16],
@@ -107,15 +127,20 @@ def read_named(cache_url: str, ref: FileRef) -> bytes:
 
 
 def read_parquet(data: bytes, *, where: str | None = None, repeated: Sequence[str] = ()) -> pa.Table:
-    """A small table. Not by ``read_table``: what that leaves running aborts a process that ends right after it.
+    """A small table. Not read by ``pq.read_table``: its threads abort a process that exits right after the call.
 
-    Columns named in ``repeated`` come as dictionaries, which keep each of their texts once.
+    Columns named in ``repeated`` are returned as dictionaries, which hold each distinct text once.
 
     Raises:
-        CacheError: this is no Parquet, or would take far more memory than its size.
+        CacheError: the data is not Parquet, or would take far more memory than its size.
     """
     try:
         return read_bounded(pa.BufferReader(data), size_bytes=len(data), repeated=repeated)
     except (pa.ArrowException, OSError) as error:
-        got = first_line(error)
-        raise CacheError("this file is not readable Parquet", where=where, got=got, next_step=REBUILD) from error
+        raise CacheError(
+            "this file is not readable Parquet",
+            code="cache.unreadable-parquet",
+            where=where,
+            got=first_line(error),
+            next_step=REBUILD,
+        ) from error

@@ -1,4 +1,4 @@
-"""The header of a cache: whose outputs of which views it holds, in which encodings."""
+"""The header of a cache: which teacher and which views its outputs come from, and in which encodings it stores them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from schemas.config import ViewsConfig
 
 
 def views_body(plan: ViewsConfig) -> dict[str, Any]:
-    """What decides the pixels of a view, less the teacher's size: its hash is the views id."""
+    """Every key that decides the pixels of a view, except the teacher's input size: its hash is the views id."""
     body = plan.model_dump(mode="json", exclude={"count", "size"}, exclude_none=True)
     return {**body, "rng_version": RNG_VERSION}
 
@@ -29,19 +29,20 @@ def views_id(plan: ViewsConfig) -> str:
 
 
 def plan_of(header: Header) -> ViewsConfig:
-    """The plan of a cache's views; its count and size are not in it."""
+    """The plan of a cache's views, without their count and size."""
     return ViewsConfig.model_validate({key: value for key, value in header.views.items() if key != "rng_version"})
 
 
-def drawable_plan(header: Header) -> ViewsConfig:
-    """``plan_of``, for those who draw its views again.
+def replayable_plan(header: Header) -> ViewsConfig:
+    """``plan_of``, for callers that sample the views again.
 
     Raises:
-        CacheError: this version does not draw as the builder did.
+        CacheError: this version samples other views from the plan than the builder did.
     """
     if header.views.get("rng_version") != RNG_VERSION:
         raise CacheError(
-            "the views of this cache were drawn by another version",
+            "another version sampled the views of this cache",
+            code="cache.other-rng-version",
             got=f"rng_version {header.views.get('rng_version')}",
             expected=RNG_VERSION,
             next_step="read it with the version that wrote it",
@@ -49,22 +50,27 @@ def drawable_plan(header: Header) -> ViewsConfig:
     try:
         return plan_of(header)
     except ValidationError as error:
-        raise CacheError("the views of this header are no plan", got=str(error.errors()[0]["loc"])) from error
+        raise CacheError(
+            "the views of this header are not a valid plan",
+            code="cache.invalid-views",
+            got=str(error.errors()[0]["loc"]),
+            next_step="read it with the version that wrote it",
+        ) from error
 
 
 def read_header(cache_url: str) -> Header:
     """
     Raises:
-        CacheError: there is no cache here, it is damaged, or of another format.
+        CacheError: there is no header, it is damaged, or has another format version.
     """
-    found = find_header(cache_url)
-    if found is None:
+    header = find_header(cache_url)
+    if header is None:
         raise no_cache(cache_url)
-    return found
+    return header
 
 
 def no_cache(cache_url: str) -> CacheError:
-    """The error for a place without a header."""
+    """The error for a URL without a header."""
     return CacheError(
         "there is no cache here",
         code="cache.missing",
@@ -74,10 +80,10 @@ def no_cache(cache_url: str) -> CacheError:
 
 
 def find_header(cache_url: str) -> Header | None:
-    """The header, or None while there is none.
+    """The header, or None if there is none yet.
 
     Raises:
-        CacheError: it is damaged, or of another format.
+        CacheError: it is damaged, or has another format version.
     """
     url = storage.join(cache_url, layout.HEADER)
     data = storage.read_if_there(url, max_bytes=storage.MAX_RECORD_BYTES)

@@ -1,4 +1,4 @@
-"""Where each file of a cache lies. The only place that spells these paths."""
+"""The path of each file of a cache. No other module spells these paths."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ def index_path(shard_id: str) -> str:
 
 
 def relabelled_path(shard_id: str, sha256: str) -> str:
-    """An index with labels that were read again after the build; named by its content."""
+    """An index with labels that were read again after the build, named by its content."""
     return f"{RELABELLED}{shard_id}.{sha256[:16]}.parquet"
 
 
 def part_path(shard_id: str, block: ViewBlock) -> str:
-    """Where a part goes, with ``{sha16}`` for the first 16 hex characters of its content's SHA-256."""
+    """The path of a part, with ``{sha16}`` for the first 16 hex characters of its SHA-256."""
     return f"parts/{shard_id}/{block.name}.{{sha16}}.parquet"
 
 
 def means_path(shard_id: str, block: ViewBlock) -> str:
-    """Where a block's class sums go; named like a part."""
+    """The path of a block's class sums, named like a part."""
     return f"means/{shard_id}/{block.name}.{{sha16}}.parquet"
 
 
@@ -48,7 +48,7 @@ def commit_path(shard_id: str, block: ViewBlock) -> str:
 
 
 def former_path(sha256: str) -> str:
-    """Where a table or the class means go that an extended cache no longer names, for runs that still do."""
+    """The path of a table or of class means that an extended cache has replaced, for runs that still name them."""
     return f"{FORMER}{sha256}.parquet"
 
 
@@ -61,7 +61,7 @@ def is_index(path: str) -> bool:
 
 
 def owner(path: str) -> tuple[str, ViewBlock] | None:
-    """The shard and block that a file of ``parts`` or ``means`` is of; None for a file of another name."""
+    """The shard and block of a file of ``parts/`` or ``means/``; None for a file with any other name."""
     match = _NAMED_BY_CONTENT.fullmatch(path)
     if match is None:
         return None

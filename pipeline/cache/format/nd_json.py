@@ -1,7 +1,7 @@
-"""Class means as the JSON of ND's authors (Wang 2023, 2305.17007): ``{"<class id>": [D numbers], …}``.
+"""Class means in the JSON format of ND's authors (Wang 2023, 2305.17007): ``{"<class id>": [D numbers], …}``.
 
-Their files have four decimals and an indent of four, keys in the order in which a pass over the data met the classes.
-Readers look classes up by key, so neither is asked of a file that is read.
+Their files have four decimals, an indent of four, and keys in the order in which a pass over the data first meets the
+classes. Readers look classes up by key, so ``parse_nd_json`` requires neither the indent nor the order.
 """
 
 from __future__ import annotations
@@ -19,45 +19,45 @@ from pipeline.core.errors import ConfigError
 
 DECIMALS = 4
 _MAX_NUMBER_BYTES = 64
-"""A number written in full takes 25 bytes, and an indent as many."""
+"""A number takes 25 bytes at full precision, and its indent at most as many."""
 
 
 @dataclass(frozen=True, slots=True)
 class NdMeans:
-    """Means of the C classes of a file, classes ascending."""
+    """Means of the C classes of a file, in ascending order of the classes."""
 
     class_C: NDArray[np.int32]
     mean_CD: NDArray[np.float32]
 
 
 def max_size_bytes(*, num_classes: int, embedding_dim: int) -> int:
-    """No file of so many numbers is larger."""
+    """An upper bound for the file of so many class means."""
     return (num_classes + 1) * (embedding_dim + 1) * _MAX_NUMBER_BYTES
 
 
 def format_nd_json(class_C: Sequence[int], mean_CD: NDArray[np.float32], *, decimals: int | None = DECIMALS) -> bytes:
-    """The JSON of C classes in the order given; ``decimals`` None: every digit, so that the floats come back."""
+    """The JSON of C classes in the given order. With ``decimals=None`` the numbers are exact."""
     exact_CD = mean_CD.astype(np.float64)
     rows = (exact_CD if decimals is None else exact_CD.round(decimals)).tolist()
     return json.dumps({str(name): row for name, row in zip(class_C, rows, strict=True)}, indent=4).encode()
 
 
 def parse_nd_json(data: bytes, *, num_classes: int, embedding_dim: int, where: str) -> NdMeans:
-    """Strict: one clear error for whatever another reader could take for something else.
+    """Parses strictly: refuses any file that another reader could interpret differently.
 
     Raises:
-        ConfigError: not such a JSON; or classes or widths that are not this teacher's.
+        ConfigError: the data is not such a JSON, or its classes or widths are not those of the teacher.
     """
     tree = _load(data, where)
     classes = sorted((_class_id(key, num_classes, where), key) for key in tree)
     if not classes:
-        _refuse("these class means hold no class", where, got="{}")
+        _refuse("this file has no class means", where, got="{}")
     rows = [_row(tree[key], key, embedding_dim, where) for _, key in classes]
     with np.errstate(over="ignore"):
         mean_CD = np.array(rows, np.float64).astype(np.float32)
     bad = np.flatnonzero(~np.isfinite(mean_CD).all(axis=1))
     if len(bad):
-        _refuse("a class mean is beyond float32", where, got=f"class {classes[bad[0]][0]}")
+        _refuse("a class mean is too large for float32", where, got=f"class {classes[bad[0]][0]}")
     return NdMeans(np.array([number for number, _ in classes], np.int32), mean_CD)
 
 
@@ -65,30 +65,30 @@ def _load(data: bytes, where: str) -> dict[str, Any]:
     try:
         tree = json.loads(data, object_pairs_hook=_unrepeated, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        _refuse("these class means are not JSON of one object", where, got=str(error), cause=error)
+        _refuse("this file of class means is not one JSON object", where, got=str(error), cause=error)
     if not isinstance(tree, dict):
-        _refuse("these class means are not JSON of one object", where, got=f"a {type(tree).__name__}")
+        _refuse("this file of class means is not one JSON object", where, got=f"a {type(tree).__name__}")
     return tree
 
 
 def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     tree = dict(pairs)
     if len(tree) < len(pairs):
-        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise ValueError(f"key {name!r} stands there twice")
+        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"key {name!r} occurs twice")
     return tree
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _class_id(key: str, num_classes: int, where: str) -> int:
-    # Python's int reads " 7", "+7", "07" and "7_0" too, and two of them could mean one class.
-    plain = key.isascii() and key.isdigit() and len(key) <= len(str(num_classes)) and str(int(key)) == key
-    if not plain or int(key) >= num_classes:
+    # Python's int also accepts " 7", "+7", "07" and "7_0", so that two keys could mean one class.
+    is_canonical = key.isascii() and key.isdigit() and len(key) <= len(str(num_classes)) and str(int(key)) == key
+    if not is_canonical or int(key) >= num_classes:
         _refuse(
-            "these class means name a class that the teacher does not have",
+            "this file of class means has a class that the teacher does not have",
             where,
             got=f"key {key[:40]!r}",
             expected=f"class ids 0 to {num_classes - 1}",
@@ -101,7 +101,7 @@ def _row(row: object, key: str, embedding_dim: int, where: str) -> list[float]:
         _refuse("a class mean is not a list of numbers", where, got=f"class {key}", expected=f"{embedding_dim} numbers")
     if len(row) != embedding_dim:
         _refuse(
-            "a class mean is not as wide as the teacher's embedding",
+            "a class mean differs in width from the teacher's embedding",
             where,
             got=f"class {key}: {len(row)} numbers",
             expected=f"{embedding_dim} numbers",
@@ -109,7 +109,7 @@ def _row(row: object, key: str, embedding_dim: int, where: str) -> list[float]:
     try:
         return [float(value) for value in row]
     except OverflowError as error:
-        _refuse("a class mean is beyond float32", where, got=f"class {key}", cause=error)
+        _refuse("a class mean is too large for float32", where, got=f"class {key}", cause=error)
 
 
 def _refuse(
@@ -122,8 +122,9 @@ def _refuse(
 ) -> NoReturn:
     raise ConfigError(
         what,
+        code="config.invalid-class-means",
         where=where,
         got=got,
         expected=expected,
-        next_step="give this teacher's class means, or let the build make them: cache.class_means=eval",
+        next_step="name a file of this teacher's class means, or let the build compute them: cache.class_means=eval",
     ) from cause

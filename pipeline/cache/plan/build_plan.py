@@ -11,7 +11,8 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.cache.build.commit import CommitSummary, missing_blocks
+from pipeline.cache.build.blocks import BlockPlan
+from pipeline.cache.build.commit import CommitSummary
 from pipeline.cache.format import layout
 from pipeline.cache.format.codec import outputs_of, row_bytes
 from pipeline.cache.format.header import find_header
@@ -79,22 +80,10 @@ class PlanInputs:
         committed: defaultdict[str, list[CommitSummary]] = defaultdict(list)
         for commit in self.commits:
             committed[commit.shard_id].append(commit)
-        fresh = self._missing([], "")
-        return {
-            shard: ShardBlocks(tuple(found), self._missing(found, shard) if found else fresh)
-            for shard, found in ((shard, committed[shard]) for shard in self.urls)
-        }
-
-    def _missing(self, commits: list[CommitSummary], shard: str) -> tuple[ViewBlock, ...]:
-        return tuple(
-            missing_blocks(
-                (commit.block for commit in commits),
-                num_views=self.config.views.count,
-                views_per_part=self.cache.views_per_part,
-                wants_eval=self.cache.class_means == "eval",
-                where=f"{shard} in {redact(self.cache.url)}",
-            )
+        missing = BlockPlan.of(self.config).missing_by_shard(
+            self.urls, ((commit.shard_id, commit.block) for commit in self.commits), cache_url=self.cache.url
         )
+        return {shard: ShardBlocks(tuple(committed[shard]), blocks) for shard, blocks in missing.items()}
 
     @property
     def is_remote(self) -> bool:

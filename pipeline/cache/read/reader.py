@@ -20,7 +20,7 @@ from pipeline.cache.build.class_means import ClassMeans, decode_means
 from pipeline.cache.build.manifest import locate, parse_manifest, read_manifest, read_table
 from pipeline.cache.format import layout
 from pipeline.cache.format.codec import column_of, decode, depends_on_temperature, raw_rows, row_bytes
-from pipeline.cache.format.files import REBUILD, gone, read_file, read_named
+from pipeline.cache.format.files import REBUILD, missing_file, read_file, read_named
 from pipeline.cache.format.header import parse_header, plan_of
 from pipeline.core.bounded_parquet import read_bounded
 from pipeline.core.errors import CacheError, StorageError, StorageInputError
@@ -277,7 +277,7 @@ def _read_range(url: str, offset: int, size_bytes: int, *, end: int, digest: obj
     try:
         data = storage.read_range(url, offset, size_bytes)
     except StorageInputError as error:
-        raise gone(url, error) from error
+        raise missing_file(url, error) from error
     except StorageError as error:
         _check_size(url, end, error)
         raise

@@ -13,13 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipeline.cache.build.blocks import holds_class_sums
 from pipeline.cache.build.class_means import ClassSums, merge, sum_rows
 from pipeline.cache.build.commit import file_digest
 from pipeline.cache.build.part_writer import view_ranges
 from pipeline.cache.format.codec import decode, depends_on_temperature, row_bytes
 from pipeline.cache.verify.draws import Columns, ShardAugParams
 from pipeline.cache.verify.hits import HitCounts
-from pipeline.cache.verify.records import holds_means
 from pipeline.cache.verify.report import Findings, Problem
 from pipeline.core.bounded_parquet import read_bounded
 from pipeline.core.errors import CacheError
@@ -201,7 +201,7 @@ class PartCheck:
     def _add_sums(self, values_ND: NDArray[np.float32], view: int, rows: slice, output: Output) -> None:
         """Only fp32 embeddings add up to the very sums that the build made of the teacher's own."""
         exact = output.dtype == "float32" and view == self._commit.views[0].view
-        if exact and holds_means(self._commit, self._header):
+        if exact and holds_class_sums(self._header.teacher.get("class_means"), self._commit.block):
             added = sum_rows(values_ND, self._index.label[self._index.ok[rows]])
             sums = self._content.sums
             self._content.sums = added if sums is None else merge([sums, added])

@@ -11,12 +11,13 @@ import pyarrow as pa
 
 from pipeline import storage
 from pipeline.augment.params import EVAL_VIEW
+from pipeline.cache.build.blocks import holds_class_sums
 from pipeline.cache.build.commit import CommitSummary, read_ahead
 from pipeline.cache.build.imported_means import imported_sha256
 from pipeline.cache.build.manifest import fold_commits, locate, parse_manifest
 from pipeline.cache.format import layout
 from pipeline.cache.format.files import REBUILD, parse_record, read_file, read_parquet
-from pipeline.cache.format.header import drawable_plan, parse_header
+from pipeline.cache.format.header import parse_header, replayable_plan
 from pipeline.cache.verify.report import Findings, Problem
 from pipeline.core.errors import CacheError, ShardError
 from pipeline.core.hashing import digest, short
@@ -85,7 +86,7 @@ class StructuredRows:
     def plan(self) -> ViewsConfig | None:
         """The plan of views, if this version draws it as the builder did."""
         try:
-            return None if self.header is None else drawable_plan(self.header)
+            return None if self.header is None else replayable_plan(self.header)
         except CacheError:
             return None
 
@@ -228,14 +229,8 @@ def _check_commit(path: str, commit: Commit, header: Header | None, findings: Fi
     findings.expect(path, "byte ranges that do not follow each other", starts, _ends(commit))
     if header is not None:
         findings.expect(path, "this commit is of another teacher", commit.fingerprint, header.fingerprint)
-        wants_means = commit.num_ok > 0 and holds_means(commit, header)
+        wants_means = commit.num_ok > 0 and holds_class_sums(header.teacher.get("class_means"), commit.block)
         findings.expect(path, "this commit names class sums", commit.means is not None, wants_means)
-
-
-def holds_means(commit: Commit, header: Header) -> bool:
-    """Whether the class sums of a shard come from this block."""
-    kind, block = header.teacher.get("class_means"), commit.block
-    return block.is_eval if kind == "eval" else kind == "view0" and block.start == 0
 
 
 def _ends(commit: Commit) -> list[int]:

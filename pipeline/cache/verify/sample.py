@@ -19,7 +19,7 @@ from pipeline.cache.build.commit import read_commit
 from pipeline.cache.build.manifest import read_table
 from pipeline.cache.build.part import teacher_of
 from pipeline.cache.format import layout
-from pipeline.cache.format.header import drawable_plan
+from pipeline.cache.format.header import replayable_plan
 from pipeline.cache.read.reader import ShardEntry, TeacherCache, ViewColumns
 from pipeline.cache.verify.images import ShardImages, block_of
 from pipeline.cache.verify.report import Findings
@@ -116,7 +116,7 @@ class Sample:
     ) -> None:
         self._cache, self._live, self._shard_urls = cache, live, shard_urls
         self._decoders, self._findings = decoders, findings
-        self._plan = drawable_plan(cache.header)
+        self._plan = replayable_plan(cache.header)
         self._here = numeric_env(live.teacher.device, batch_size=live.teacher.batch_size)
         table = read_table(cache.url, cache.manifest.parts)
         names = zip(table["shard_id"].to_pylist(), table["view"].to_pylist(), strict=True)

@@ -11,7 +11,7 @@ import numpy as np
 
 from pipeline import storage
 from pipeline.cache.build.class_means import ClassSums, decode_sums, merge
-from pipeline.cache.format.files import gone, read_file
+from pipeline.cache.format.files import missing_file, read_file
 from pipeline.cache.verify.draws import ShardAugParams
 from pipeline.cache.verify.images import ShardImages, check_canaries
 from pipeline.cache.verify.part import Canary, PartCheck, PartContent, check_file
@@ -194,7 +194,7 @@ def _fetch(cache_url: str, ref: FileRef, scratch: Path) -> Path:
     try:
         return storage.local_copy(url, scratch)
     except StorageInputError as error:
-        raise gone(url, error) from error
+        raise missing_file(url, error) from error
 
 
 def _check_index(path: str, index: ShardIndex, commit: Commit, findings: Findings) -> None:

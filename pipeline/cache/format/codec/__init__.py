@@ -1,6 +1,5 @@
-"""Rows of floats to fixed-size bytes and back. The header names the encoding; readers refuse one they do not know."""
+"""Rows of floats to fixed-size bytes and back, one file for each encoding."""
 
-from pipeline.cache.format.codec.outputs import outputs_of
 from pipeline.cache.format.codec.rows import (
     arrow_type,
     check_encodings,
@@ -8,6 +7,7 @@ from pipeline.cache.format.codec.rows import (
     decode,
     depends_on_temperature,
     encode,
+    outputs_of,
     raw_rows,
     row_bytes,
 )

@@ -9,11 +9,12 @@ from numpy.typing import NDArray
 from pipeline.cache.format.codec.encoding import Encoding, Rows
 from schemas.cache_format import Output, RowField
 
-_DTYPES = {"float32": "<f4", "float16": "<f2"}
+_DTYPES = {"fp32": ("float32", "<f4"), "fp16": ("float16", "<f2")}
 
 
-def dense_output(name: str, width: int, dtype: str) -> Output:
-    fields = (RowField(name="values", dtype=_DTYPES[dtype], count=width),)
+def _describe(name: str, width: int, kind: str) -> Output:
+    dtype, field_dtype = _DTYPES[kind]
+    fields = (RowField(name="values", dtype=field_dtype, count=width),)
     return Output(name=name, shape=(width,), dtype=dtype, encoding="dense", fields=fields)
 
 
@@ -22,8 +23,8 @@ def _pack(values_ND: NDArray[np.float32], rows_N: Rows) -> None:
 
 
 def _unpack(rows_N: Rows, _output: Output, _temperature: float) -> NDArray[np.float32]:
-    # Same bits as NumPy's conversion of float16, several times as fast.
+    # The same bits as NumPy's conversion of float16, several times as fast.
     return torch.from_numpy(rows_N["values"].copy()).float().numpy()
 
 
-DENSE = Encoding(_pack, _unpack)
+DENSE = Encoding("dense", tuple(_DTYPES), _describe, _pack, _unpack)

@@ -8,10 +8,10 @@ from numpy.typing import NDArray
 from pipeline.cache.format.codec.encoding import Encoding, Rows
 from schemas.cache_format import Output, RowField
 
-_LAST = 255
+_MAX_CODE = 255
 
 
-def int8_output(name: str, width: int) -> Output:
+def _describe(name: str, width: int, _kind: str) -> Output:
     fields = (
         RowField(name="offset", dtype="<f4", count=1),
         RowField(name="scale", dtype="<f4", count=1),
@@ -21,16 +21,16 @@ def int8_output(name: str, width: int) -> Output:
 
 
 def _pack(values_ND: NDArray[np.float32], rows_N: Rows) -> None:
-    # The smallest number is stored as it is: it (of a ReLU's output, zero) and a constant row come back exactly.
+    # The smallest number (of a ReLU's output, zero) and constant rows are decoded exactly.
     offset_N1 = values_ND.min(axis=1, keepdims=True)
-    scale_N1 = (values_ND.max(axis=1, keepdims=True) - offset_N1) / np.float32(_LAST)
-    # A span of a few denormals has a scale of zero, and is constant for all that float32 can tell.
+    scale_N1 = (values_ND.max(axis=1, keepdims=True) - offset_N1) / np.float32(_MAX_CODE)
+    # The scale of a span of a few denormals rounds to zero: such a row counts as constant.
     codes_ND = np.rint((values_ND - offset_N1) / np.where(scale_N1 > 0, scale_N1, np.float32(np.inf)))
-    rows_N["offset"], rows_N["scale"], rows_N["codes"] = offset_N1, scale_N1, np.minimum(codes_ND, _LAST)
+    rows_N["offset"], rows_N["scale"], rows_N["codes"] = offset_N1, scale_N1, np.minimum(codes_ND, _MAX_CODE)
 
 
 def _unpack(rows_N: Rows, _output: Output, _temperature: float) -> NDArray[np.float32]:
     return rows_N["offset"] + rows_N["scale"] * rows_N["codes"].astype(np.float32)
 
 
-INT8 = Encoding(_pack, _unpack)
+INT8 = Encoding("int8", ("int8",), _describe, _pack, _unpack)

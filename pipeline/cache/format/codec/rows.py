@@ -1,8 +1,8 @@
-"""Rows of floats to a Parquet column and back, by whatever encoding the output names."""
+"""The registry of encodings; rows of floats to a Parquet column and back, by the encoding that an output names."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -13,38 +13,55 @@ from pipeline.cache.format.codec.encoding import Encoding, Rows
 from pipeline.cache.format.codec.int4 import INT4
 from pipeline.cache.format.codec.int8 import INT8
 from pipeline.cache.format.codec.topk import TOPK
+from pipeline.cache.format.files import empty_cells
 from pipeline.core.errors import CacheError
 from schemas.cache_format import Output
+from schemas.config import CacheConfig
 
-_ENCODINGS: Mapping[str, Encoding] = {"dense": DENSE, "int8": INT8, "int4": INT4, "topk": TOPK}
-_READ = ("logits", "embedding")
+_ENCODINGS = (DENSE, INT8, INT4, TOPK)
+_BY_NAME = {encoding.name: encoding for encoding in _ENCODINGS}
+_BY_KIND = {kind: encoding for encoding in _ENCODINGS for kind in encoding.kinds}
+_DECODED_OUTPUTS = ("logits", "embedding")
 _NUM_NAMED = 5
 
 
+def outputs_of(config: CacheConfig, *, num_classes: int, embedding_dim: int) -> tuple[Output, ...]:
+    """The outputs that a cache with this config stores for each row.
+
+    Raises:
+        ConfigError: an encoding needs more classes.
+    """
+    kinds = (("logits", num_classes, config.logits), ("embedding", embedding_dim, config.embeddings))
+    return tuple(
+        _BY_KIND[kind.partition(":")[0]].describe(name, width, kind) for name, width, kind in kinds if kind != "none"
+    )
+
+
 def _encoding(output: Output) -> Encoding:
-    if output.encoding not in _ENCODINGS:
+    if output.encoding not in _BY_NAME:
         raise CacheError(
-            f"the {output.name} of this cache are packed in a way that is not known here",
+            f"this version cannot decode the {output.name} of this cache",
+            code="cache.unknown-encoding",
             got=output.encoding,
-            expected=", ".join(_ENCODINGS),
+            expected=", ".join(_BY_NAME),
             next_step="read it with the version that wrote it",
         )
-    return _ENCODINGS[output.encoding]
+    return _BY_NAME[output.encoding]
 
 
 def _row_dtype(output: Output) -> np.dtype[np.void]:
-    """The fields of a stored row, in order and without gaps."""
+    """The fields of a stored row, in order and without padding."""
     return np.dtype([(field.name, field.dtype, (field.count,)) for field in output.fields])
 
 
 def check_encodings(outputs: Iterable[Output]) -> None:
-    """Of the outputs that are read here; others may be packed in any way.
+    """Checks the outputs that this version decodes; it ignores all others.
 
     Raises:
         CacheError: an encoding is unknown.
     """
     for output in outputs:
-        if output.name in _READ:
+        if output.name in _DECODED_OUTPUTS:
             _encoding(output)
 
 
@@ -58,15 +75,15 @@ def arrow_type(output: Output) -> pa.DataType:
 
 
 def depends_on_temperature(output: Output) -> bool:
-    """Whether what ``decode`` gives is a function of the temperature of the loss that reads it."""
-    return _encoding(output).by_temperature
+    """Whether ``decode`` is a function of the temperature."""
+    return _encoding(output).depends_on_temperature
 
 
 def encode(values_ND: NDArray[np.float32], output: Output, *, keys: Sequence[str] = ()) -> pa.Array:
     """[N,D] fp32 to N little-endian rows. ``keys`` name the rows in the error.
 
     Raises:
-        CacheError: a value is not finite or does not fit the stored type, which would silently become infinite.
+        CacheError: a value is not finite, or would become infinite in the stored type.
     """
     rows_N = np.zeros(len(values_ND), _row_dtype(output))
     with np.errstate(over="ignore", invalid="ignore"):
@@ -76,15 +93,16 @@ def encode(values_ND: NDArray[np.float32], output: Output, *, keys: Sequence[str
 
 
 def _check_fits(values_ND: NDArray[np.float32], rows_N: Rows, output: Output, keys: Sequence[str]) -> None:
-    floats = [field.name for field in output.fields if np.dtype(field.dtype).kind == "f"]
     fits_N = np.isfinite(values_ND).all(1)
-    for name in floats:
-        fits_N &= np.isfinite(rows_N[name]).all(1)
+    for field in output.fields:
+        if np.dtype(field.dtype).kind == "f":
+            fits_N &= np.isfinite(rows_N[field.name]).all(1)
     if fits_N.all():
         return
     bad = np.flatnonzero(~fits_N)
     raise CacheError(
         f"the teacher's {output.name} do not fit {output.dtype if output.encoding == 'dense' else output.encoding}",
+        code="cache.values-do-not-fit",
         where=f"keys {', '.join(np.array(keys)[bad[:_NUM_NAMED]].tolist())}" if keys else None,
         got=f"{len(bad)} rows, largest magnitude {float(np.abs(values_ND).max()):.4g}",
         next_step=f"set cache.{'embeddings' if output.name == 'embedding' else output.name}=fp32",
@@ -92,7 +110,7 @@ def _check_fits(values_ND: NDArray[np.float32], rows_N: Rows, output: Output, ke
 
 
 def raw_rows(column: pa.Array) -> NDArray[np.uint8]:
-    """A column of fixed-size bytes as [N, bytes of a row], over its own memory."""
+    """A column of fixed-size bytes as [N, bytes of a row], without a copy."""
     width, first = column.type.byte_width, column.offset
     if not len(column):
         return np.empty((0, width), np.uint8)
@@ -101,21 +119,21 @@ def raw_rows(column: pa.Array) -> NDArray[np.uint8]:
 
 
 def column_of(raw_NW: NDArray[np.uint8]) -> pa.Array:
-    """The inverse, over the memory of the rows."""
+    """The inverse of ``raw_rows``, without a copy of contiguous rows."""
     num_rows, width = raw_NW.shape
     return pa.Array.from_buffers(pa.binary(width), num_rows, [None, pa.py_buffer(np.ascontiguousarray(raw_NW))])
 
 
 def decode(column: pa.Array | pa.ChunkedArray, output: Output, *, temperature: float = 1.0) -> NDArray[np.float32]:
-    """N stored rows to [N,D] fp32, as a loss at this temperature sees them; most encodings give the same at any.
+    """N stored rows to [N,D] fp32 at the temperature of the loss that reads them.
 
     Raises:
-        CacheError: the encoding is unknown, the column is not of its width, or a cell is empty.
+        CacheError: the encoding is unknown, or a cell is empty.
     """
     assert temperature > 0
     encoding, dtype = _encoding(output), _row_dtype(output)
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()
     if column.null_count:
-        raise CacheError(f"{column.null_count} rows have no {output.name}")
+        raise empty_cells(output.name, column)
     return encoding.unpack(raw_rows(column).view(dtype)[:, 0], output, temperature)

@@ -11,16 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import storage
-from pipeline.cache.build.commit import missing_blocks, publish_commit, publish_file, read_ahead, read_commits
+from pipeline.cache.build.commit import publish_commit, publish_file, read_ahead, read_commits
 from pipeline.cache.format import layout
-from pipeline.core.errors import CacheError
 from schemas.cache_format import ByteRange, Commit, FileRef, Statistics, ViewBlock
 
 EVAL = ViewBlock(start=0, stop=1, is_eval=True)
-
-
-def block(start: int, stop: int) -> ViewBlock:
-    return ViewBlock(start=start, stop=stop)
 
 
 def commit(of: ViewBlock, **changes: Any) -> Commit:
@@ -44,55 +39,9 @@ def commit(of: ViewBlock, **changes: Any) -> Commit:
     return Commit.model_validate({**fields, **changes})
 
 
-def missing(*done: ViewBlock, num_views: int, views_per_part: int, wants_eval: bool = False) -> list[str]:
-    blocks = missing_blocks(
-        done,
-        num_views=num_views,
-        views_per_part=views_per_part,
-        wants_eval=wants_eval,
-        where="s",
-    )
-    return [one.name for one in blocks]
-
-
-def test_a_new_shard_lacks_every_block_and_the_eval_pass() -> None:
-    names = missing(num_views=5, views_per_part=2, wants_eval=True)
-    assert names == ["eval", "v0000-0001", "v0002-0003", "v0004-0004"]
-
-
-def test_a_gap_is_filled_without_touching_what_stands() -> None:
-    assert missing(block(0, 2), block(5, 6), num_views=8, views_per_part=2) == [
-        "v0002-0003",
-        "v0004-0004",
-        "v0006-0007",
-    ]
-
-
-def test_added_views_start_at_the_first_uncovered_one_whatever_the_block_size() -> None:
-    assert missing(block(0, 3), num_views=8, views_per_part=4) == ["v0003-0006", "v0007-0007"]
-
-
-def test_fewer_views_than_stand_are_complete() -> None:
-    assert missing(block(0, 5), EVAL, num_views=2, views_per_part=5, wants_eval=True) == []
-
-
-def test_overlapping_commits_are_refused() -> None:
-    with pytest.raises(CacheError, match=r"cover the same view[\s\S]*view 2"):
-        missing(block(0, 3), block(2, 4), num_views=4, views_per_part=2)
-
-
-@given(st.sets(st.integers(0, 30)), st.integers(1, 31), st.integers(1, 7))
-def test_every_view_is_covered_once_after_the_missing_blocks(done: set[int], num_views: int, size: int) -> None:
-    before = [block(view, view + 1) for view in sorted(done)]
-    found = missing_blocks(before, num_views=num_views, views_per_part=size, wants_eval=False, where="s")
-    added = [view for one in found for view in one.views]
-    assert sorted([*added, *(view for view in done if view < num_views)]) == list(range(num_views))
-    assert all(1 <= len(one.views) <= size for one in found)
-
-
 def test_rows_that_vanish_are_refused() -> None:
     with pytest.raises(ValueError, match="read 6 != written 3"):
-        commit(block(0, 1), read=6)
+        commit(ViewBlock(start=0, stop=1), read=6)
 
 
 def published(cache: str, folder: Path, content: bytes, path: str) -> FileRef:
@@ -118,7 +67,7 @@ def test_the_first_commit_stands_and_the_loser_removes_its_own_files(tmp_path: P
 
 @given(st.from_regex(r"[\w.\- ]{1,12}", fullmatch=True), st.integers(0, 20_000), st.integers(1, 9), st.booleans())
 def test_a_name_tells_its_shard_and_block(shard: str, start: int, count: int, is_eval: bool) -> None:
-    of = EVAL if is_eval else block(start, start + count)
+    of = EVAL if is_eval else ViewBlock(start=start, stop=start + count)
     assert layout.is_commit(layout.commit_path(shard, of))
     for path in (layout.part_path(shard, of), layout.means_path(shard, of)):
         assert layout.owner(path.replace("{sha16}", "0123456789abcdef")) == (shard, of)
