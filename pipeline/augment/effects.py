@@ -22,7 +22,7 @@ _ORDERS = list(permutations(("brightness", "contrast", "saturation", "hue")))
 _UNCOVERED = 128
 
 
-def apply_options(view_CHW: Tensor, drawn: Mapping[str, float]) -> Tensor:
+def apply_options(view_CHW: Tensor, aug_params: Mapping[str, float]) -> Tensor:
     """A view under its drawn parameters: jitter, then the operations in their order, then the erased box.
 
     Args:
@@ -32,27 +32,27 @@ def apply_options(view_CHW: Tensor, drawn: Mapping[str, float]) -> Tensor:
     Returns:
         uint8 [3, S, S] over H×W×C memory.
     """
-    steps = [*_jitter_steps(drawn), *_op_steps(drawn)]
+    steps = [*_jitter_steps(aug_params), *_op_steps(aug_params)]
     if steps:
         # Planes: channels that lie apart are about twice as fast here, and 7 times in autocontrast.
         view_CHW = view_CHW.contiguous()
         for effect, value in steps:
             view_CHW = effect(view_CHW, value)
         view_CHW = view_CHW.permute(1, 2, 0).contiguous().permute(2, 0, 1)
-    return _erase(view_CHW, drawn) if drawn.get("erase_width") else view_CHW
+    return _erase(view_CHW, aug_params) if aug_params.get("erase_width") else view_CHW
 
 
-def _jitter_steps(drawn: Mapping[str, float]) -> Iterator[tuple[Effect, float]]:
-    if "jitter_order" in drawn:
-        for name in _ORDERS[int(drawn["jitter_order"])]:
-            yield _JITTERS[name], drawn[f"jitter_{name}"]
+def _jitter_steps(aug_params: Mapping[str, float]) -> Iterator[tuple[Effect, float]]:
+    if "jitter_order" in aug_params:
+        for name in _ORDERS[int(aug_params["jitter_order"])]:
+            yield _JITTERS[name], aug_params[f"jitter_{name}"]
 
 
-def _op_steps(drawn: Mapping[str, float]) -> Iterator[tuple[Effect, float]]:
+def _op_steps(aug_params: Mapping[str, float]) -> Iterator[tuple[Effect, float]]:
     for number in count(1):
-        if f"op{number}" not in drawn:
+        if f"op{number}" not in aug_params:
             return
-        yield _OPS[OPS[int(drawn[f"op{number}"])]], drawn[f"op{number}_magnitude"]
+        yield _OPS[OPS[int(aug_params[f"op{number}"])]], aug_params[f"op{number}_magnitude"]
 
 
 def pixel_edges(box_B4: Tensor, *, height: int, width: int) -> Tensor:
@@ -71,12 +71,12 @@ def pixel_edges(box_B4: Tensor, *, height: int, width: int) -> Tensor:
     return torch.stack(edges, dim=-1).round_().long()
 
 
-def _blend(view_CHW: Tensor, other_CHW: Tensor, factor: float) -> Tensor:
+def _blend(view_CHW: Tensor, base_CHW: Tensor, factor: float) -> Tensor:
     """``factor · view + (1 − factor) · other``, to the nearest level within 0..255."""
     if factor == 1:
         return view_CHW
-    own_CHW = view_CHW.to(torch.float32).mul_(factor)
-    return own_CHW.add_(other_CHW.to(torch.float32) * (1 - factor)).round_().clamp_(0, 255).to(torch.uint8)
+    result_CHW = view_CHW.to(torch.float32).mul_(factor)
+    return result_CHW.add_(base_CHW.to(torch.float32) * (1 - factor)).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def _grey(view_CHW: Tensor) -> Tensor:
@@ -123,12 +123,12 @@ def _sharpness(view_CHW: Tensor, factor: float) -> Tensor:
     wide_CHW = view_CHW.to(torch.int32)
     bands = wide_CHW[:, :-2] + wide_CHW[:, 1:-1] + wide_CHW[:, 2:]
     sums = bands[..., :-2] + bands[..., 1:-1] + bands[..., 2:] + 4 * wide_CHW[:, 1:-1, 1:-1]
-    made_CHW = view_CHW.clone()
-    made_CHW[:, 1:-1, 1:-1] = _blend(view_CHW[:, 1:-1, 1:-1], torch.round(sums / 13), factor)
-    return made_CHW
+    result_CHW = view_CHW.clone()
+    result_CHW[:, 1:-1, 1:-1] = _blend(view_CHW[:, 1:-1, 1:-1], torch.round(sums / 13), factor)
+    return result_CHW
 
 
-def _moved(view_CHW: Tensor, matrix: tuple[float, float, float, float], shift: tuple[float, float]) -> Tensor:
+def _affine(view_CHW: Tensor, matrix: tuple[float, float, float, float], shift: tuple[float, float]) -> Tensor:
     """Each pixel shows the one under ``matrix · p − shift``, grey where that lies outside.
 
     Args:
@@ -148,9 +148,9 @@ def _moved(view_CHW: Tensor, matrix: tuple[float, float, float, float], shift: t
     return pixels_PC.index_select(0, source_SS.view(-1)).view(size, size, 3).permute(2, 0, 1).contiguous()
 
 
-def _rotated(view_CHW: Tensor, degrees: float) -> Tensor:
+def _rotate(view_CHW: Tensor, degrees: float) -> Tensor:
     sine, cosine = _sine_cosine(degrees * 0.017453292519943295)
-    return _moved(view_CHW, (cosine, -sine, sine, cosine), (0, 0))
+    return _affine(view_CHW, (cosine, -sine, sine, cosine), (0, 0))
 
 
 def _sine_cosine(angle: float) -> tuple[float, float]:
@@ -162,13 +162,13 @@ def _sine_cosine(angle: float) -> tuple[float, float]:
     return sine * angle, cosine
 
 
-def _erase(view_CHW: Tensor, drawn: Mapping[str, float]) -> Tensor:
-    box_14 = torch.tensor([[drawn[f"erase_{side}"] for side in ("left", "top", "width", "height")]])
+def _erase(view_CHW: Tensor, aug_params: Mapping[str, float]) -> Tensor:
+    box_14 = torch.tensor([[aug_params[f"erase_{side}"] for side in ("left", "top", "width", "height")]])
     left, top, right, bottom = pixel_edges(box_14, height=view_CHW.shape[1], width=view_CHW.shape[2])[0].tolist()
-    colour_C = torch.tensor([int(drawn[f"erase_{name}"]) for name in ("red", "green", "blue")], dtype=torch.uint8)
-    made_CHW = view_CHW.clone()
-    made_CHW[:, top:bottom, left:right] = colour_C[:, None, None]
-    return made_CHW
+    colour_C = torch.tensor([int(aug_params[f"erase_{name}"]) for name in ("red", "green", "blue")], dtype=torch.uint8)
+    result_CHW = view_CHW.clone()
+    result_CHW[:, top:bottom, left:right] = colour_C[:, None, None]
+    return result_CHW
 
 
 _JITTERS: dict[str, Effect] = {
@@ -179,11 +179,11 @@ _JITTERS: dict[str, Effect] = {
 }
 _OPS: dict[str, Effect] = {
     "identity": lambda view, _: view,
-    "shear_x": lambda view, by: _moved(view, (1, by, 0, 1), (0, 0)),
-    "shear_y": lambda view, by: _moved(view, (1, 0, by, 1), (0, 0)),
-    "translate_x": lambda view, by: _moved(view, (1, 0, 0, 1), (by, 0)),
-    "translate_y": lambda view, by: _moved(view, (1, 0, 0, 1), (0, by)),
-    "rotate": _rotated,
+    "shear_x": lambda view, by: _affine(view, (1, by, 0, 1), (0, 0)),
+    "shear_y": lambda view, by: _affine(view, (1, 0, by, 1), (0, 0)),
+    "translate_x": lambda view, by: _affine(view, (1, 0, 0, 1), (by, 0)),
+    "translate_y": lambda view, by: _affine(view, (1, 0, 0, 1), (0, by)),
+    "rotate": _rotate,
     "brightness": _brightness,
     "saturation": _saturation,
     "contrast": _contrast,

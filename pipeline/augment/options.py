@@ -20,9 +20,9 @@ from pipeline.augment.sampling import (
     STREAM_OPS,
     Floats,
     Ints,
-    between,
-    draws,
-    log_between,
+    log_uniform_between,
+    sample_uniforms,
+    uniform_between,
 )
 from schemas.config import ErasingConfig, JitterConfig, RandAugmentConfig, ViewsConfig
 
@@ -56,111 +56,118 @@ _ERASING_ATTEMPTS = 10
 AugParams = dict[str, NDArray[Any]]
 
 
-def draw_options(plan: ViewsConfig, keys_N2: RandomBits, views_N: Ints, mix_lambda_N: NDArray[np.float32]) -> AugParams:
+def sample_aug_params(
+    plan: ViewsConfig, keys_N2: RandomBits, views_N: Ints, mix_lambda_N: NDArray[np.float32]
+) -> AugParams:
     """The columns of ``schemas.cache_format.aug_param_columns`` for one view of each of N rows, [N] each."""
-    drawn: AugParams = {}
+    aug_params: AugParams = {}
     if plan.jitter is not None:
-        drawn |= _jitter(plan.jitter, keys_N2, views_N)
+        aug_params |= _jitter(plan.jitter, keys_N2, views_N)
     if plan.randaugment is not None:
-        drawn |= _ops(plan.randaugment, keys_N2, views_N)
+        aug_params |= _ops(plan.randaugment, keys_N2, views_N)
     if plan.erasing is not None:
-        drawn |= _erasing(plan.erasing, keys_N2, views_N)
+        aug_params |= _erasing(plan.erasing, keys_N2, views_N)
     if plan.cutmix is not None:
-        drawn |= _cutmix(plan.cutmix, keys_N2, views_N, mix_lambda_N)
-    return drawn
+        aug_params |= _cutmix(plan.cutmix, keys_N2, views_N, mix_lambda_N)
+    return aug_params
 
 
-def drawn_row(drawn: Mapping[str, NDArray[Any]], row: int) -> dict[str, float]:
+def aug_params_row(aug_params: Mapping[str, NDArray[Any]], row: int) -> dict[str, float]:
     """One row of the columns, as plain numbers."""
-    return {name: values_N[row].item() for name, values_N in drawn.items()}
+    return {name: values_N[row].item() for name, values_N in aug_params.items()}
 
 
-def cutmix_boxes(drawn: Mapping[str, NDArray[Any]]) -> NDArray[np.float32] | None:
+def cutmix_boxes(aug_params: Mapping[str, NDArray[Any]]) -> NDArray[np.float32] | None:
     """[..., 4]: left, top, width, height of the box that shows the partner, in fractions of the view; width 0 where a
     row is blended. None: the plan has no boxes."""
-    if "cut_left" not in drawn:
+    if "cut_left" not in aug_params:
         return None
-    return np.stack([drawn[f"cut_{side}"] for side in ("left", "top", "width", "height")], axis=-1)
+    return np.stack([aug_params[f"cut_{side}"] for side in ("left", "top", "width", "height")], axis=-1)
 
 
-def without_boxes(drawn: Mapping[str, NDArray[Any]], rows_N: NDArray[np.bool_]) -> AugParams:
+def without_boxes(aug_params: Mapping[str, NDArray[Any]], rows_N: NDArray[np.bool_]) -> AugParams:
     """The same columns with no box in these rows."""
     return {
         name: np.where(rows_N, np.float32(0), values_N) if name.startswith("cut_") else values_N
-        for name, values_N in drawn.items()
+        for name, values_N in aug_params.items()
     }
 
 
 def _jitter(jitter: JitterConfig, keys_N2: RandomBits, views_N: Ints) -> AugParams:
     """Factors of 1 and a hue shift of 0 in the rows that are not jittered."""
-    which_N4 = draws(keys_N2, views_N, STREAM_JITTER)
-    how_N4 = draws(keys_N2, views_N, STREAM_JITTER, 1)
-    drawn: AugParams = {"jitter_order": (which_N4[:, 1] * _NUM_ORDERS).astype(np.uint8)}
+    choice_N4 = sample_uniforms(keys_N2, views_N, STREAM_JITTER)
+    strength_N4 = sample_uniforms(keys_N2, views_N, STREAM_JITTER, 1)
+    aug_params: AugParams = {"jitter_order": (choice_N4[:, 1] * _NUM_ORDERS).astype(np.uint8)}
     for place, name in enumerate(("brightness", "contrast", "saturation", "hue")):
         neutral, strength = float(name != "hue"), float(getattr(jitter, name))
-        value_N = between(neutral - strength, neutral + strength, how_N4[:, place])
-        drawn[f"jitter_{name}"] = np.where(which_N4[:, 0] < jitter.probability, value_N, neutral).astype(np.float32)
-    return drawn
+        value_N = uniform_between(neutral - strength, neutral + strength, strength_N4[:, place])
+        aug_params[f"jitter_{name}"] = np.where(choice_N4[:, 0] < jitter.probability, value_N, neutral).astype(
+            np.float32
+        )
+    return aug_params
 
 
 def _ops(randaugment: RandAugmentConfig, keys_N2: RandomBits, views_N: Ints) -> AugParams:
-    drawn: AugParams = {}
+    aug_params: AugParams = {}
     for number in range(randaugment.num_ops):
-        draws_N4 = draws(keys_N2, views_N, STREAM_OPS, number)
-        op_N = (draws_N4[:, 0] * len(OPS)).astype(np.uint8)
+        uniform_N4 = sample_uniforms(keys_N2, views_N, STREAM_OPS, number)
+        op_N = (uniform_N4[:, 0] * len(OPS)).astype(np.uint8)
         spread = randaugment.magnitude_spread
-        level_N = between(randaugment.magnitude - spread, randaugment.magnitude + spread, draws_N4[:, 1])
+        level_N = uniform_between(randaugment.magnitude - spread, randaugment.magnitude + spread, uniform_N4[:, 1])
         strength_N = np.clip(level_N, 0, _FULL_MAGNITUDE) / _FULL_MAGNITUDE
-        sign_N = np.where(_SIGNED_O[op_N] & (draws_N4[:, 2] < 0.5), -1.0, 1.0)
+        sign_N = np.where(_SIGNED_O[op_N] & (uniform_N4[:, 2] < 0.5), -1.0, 1.0)
         magnitude_N = _START_O[op_N] + sign_N * _RANGE_O[op_N] * strength_N
-        drawn[f"op{number + 1}"] = op_N
-        drawn[f"op{number + 1}_magnitude"] = _whole_bits(op_N, magnitude_N).astype(np.float32)
-    return drawn
+        aug_params[f"op{number + 1}"] = op_N
+        aug_params[f"op{number + 1}_magnitude"] = _round_posterize(op_N, magnitude_N).astype(np.float32)
+    return aug_params
 
 
-def _whole_bits(op_N: NDArray[np.uint8], magnitude_N: Floats) -> Floats:
+def _round_posterize(op_N: NDArray[np.uint8], magnitude_N: Floats) -> Floats:
     return np.where(op_N == _POSTERIZE, np.rint(magnitude_N), magnitude_N)
 
 
 def _erasing(erasing: ErasingConfig, keys_N2: RandomBits, views_N: Ints) -> AugParams:
     """A box by ``_erased_boxes`` in the rows that are erased, else one of no size; its colour in all."""
-    draws_N4 = draws(keys_N2, views_N, STREAM_ERASING)
+    uniform_N4 = sample_uniforms(keys_N2, views_N, STREAM_ERASING)
     box_N4 = _erased_boxes(erasing, keys_N2, views_N)
-    box_N4[draws_N4[:, 0] >= erasing.probability] = 0
-    drawn: AugParams = {
+    box_N4[uniform_N4[:, 0] >= erasing.probability] = 0
+    aug_params: AugParams = {
         f"erase_{side}": box_N4[:, place] for place, side in enumerate(("left", "top", "width", "height"))
     }
     for place, name in enumerate(("red", "green", "blue")):
-        level_N = draws_N4[:, 1 + place] * 256
+        level_N = uniform_N4[:, 1 + place] * 256
         if erasing.fill != "random":
             level_N = np.full(len(level_N), erasing.fill[place])
-        drawn[f"erase_{name}"] = level_N.astype(np.uint8)
-    return drawn
+        aug_params[f"erase_{name}"] = level_N.astype(np.uint8)
+    return aug_params
 
 
 def _erased_boxes(erasing: ErasingConfig, keys_N2: RandomBits, views_N: Ints) -> NDArray[np.float32]:
     """The first of ten attempts that fits into the view (Zhong 2017), else nothing: fractions, float32 [N, 4]."""
     box_N4 = np.zeros((len(keys_N2), 4), np.float32)
-    open_M = np.arange(len(keys_N2))
+    pending_M = np.arange(len(keys_N2))
     for attempt in range(_ERASING_ATTEMPTS):
-        draws_M4 = draws(keys_N2[open_M], views_N[open_M], STREAM_ERASING, 1 + attempt)
-        area_M, aspect_M = between(*erasing.area, draws_M4[:, 0]), log_between(erasing.aspect, draws_M4[:, 1])
+        uniform_M4 = sample_uniforms(keys_N2[pending_M], views_N[pending_M], STREAM_ERASING, 1 + attempt)
+        area_M, aspect_M = (
+            uniform_between(*erasing.area, uniform_M4[:, 0]),
+            log_uniform_between(erasing.aspect, uniform_M4[:, 1]),
+        )
         size_M2 = np.sqrt(np.stack([area_M * aspect_M, area_M / aspect_M], axis=1))
         fits_M = (size_M2 <= 1).all(axis=1)
-        box_N4[open_M[fits_M]] = _placed(size_M2, draws_M4[:, 2:])[fits_M]
-        open_M = open_M[~fits_M]
+        box_N4[pending_M[fits_M]] = _place_boxes(size_M2, uniform_M4[:, 2:])[fits_M]
+        pending_M = pending_M[~fits_M]
     return box_N4
 
 
 def _cutmix(share: float, keys_N2: RandomBits, views_N: Ints, mix_lambda_N: NDArray[np.float32]) -> AugParams:
     """A square of area 1 − λ, wholly inside the view, in ``share`` of the rows; else one of no size."""
-    draws_N4 = draws(keys_N2, views_N, STREAM_CUTMIX)
+    uniform_N4 = sample_uniforms(keys_N2, views_N, STREAM_CUTMIX)
     side_N = np.sqrt(1 - mix_lambda_N.astype(np.float64))
-    box_N4 = _placed(np.stack([side_N, side_N], axis=1), draws_N4[:, 1:3])
-    box_N4[draws_N4[:, 0] >= share] = 0
+    box_N4 = _place_boxes(np.stack([side_N, side_N], axis=1), uniform_N4[:, 1:3])
+    box_N4[uniform_N4[:, 0] >= share] = 0
     return {f"cut_{side}": box_N4[:, place] for place, side in enumerate(("left", "top", "width", "height"))}
 
 
-def _placed(size_N2: Floats, place_N2: Floats) -> NDArray[np.float32]:
+def _place_boxes(size_N2: Floats, place_N2: Floats) -> NDArray[np.float32]:
     """Boxes of these sizes (width, height <= 1), their corner uniform where they fit: fractions, float32 [N, 4]."""
     return np.concatenate([place_N2 * (1 - size_N2), size_N2], axis=1).astype(np.float32)

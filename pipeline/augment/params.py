@@ -1,7 +1,7 @@
 """What a view is: box, flip, mixing weight and its plan's options, drawn by a pure function of (plan, sample, view).
 
 A row's parameters depend on nothing but its own arguments: not on the other rows of a call, their number or order.
-They are the same bits on every platform (see ``draws.py``). A cache stores them, so replay depends on none of this;
+They are the same bits on every platform (see ``sampling.py``). A cache stores them, so replay depends on none of this;
 ``verify`` does.
 
 Counter layout (part of the format): a view's words are those of key ("view", seed, sample id) at counter
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.augment.options import draw_options, without_boxes
+from pipeline.augment.options import sample_aug_params, without_boxes
 from pipeline.augment.random_bits import RandomBits, key_of, philox4x64
 from pipeline.augment.sampling import (
     STREAM_BOX,
@@ -25,9 +25,9 @@ from pipeline.augment.sampling import (
     STREAM_FLIP_AND_MIX,
     Floats,
     Ints,
-    between,
-    draws,
-    log_between,
+    log_uniform_between,
+    sample_uniforms,
+    uniform_between,
 )
 from schemas.config import ViewsConfig
 
@@ -53,11 +53,11 @@ class ViewParams:
     box_N4: NDArray[np.int32]
     flip_N: NDArray[np.bool_]
     mix_lambda_N: NDArray[np.float32]
-    drawn: Mapping[str, NDArray[Any]]
+    aug_params: Mapping[str, NDArray[Any]]
 
     def take(self, rows: slice) -> ViewParams:
-        drawn = {name: values_N[rows] for name, values_N in self.drawn.items()}
-        return ViewParams(self.box_N4[rows], self.flip_N[rows], self.mix_lambda_N[rows], drawn)
+        aug_params = {name: values_N[rows] for name, values_N in self.aug_params.items()}
+        return ViewParams(self.box_N4[rows], self.flip_N[rows], self.mix_lambda_N[rows], aug_params)
 
 
 def sample_keys(seed: int, sample_ids: Sequence[str]) -> RandomBits:
@@ -77,15 +77,15 @@ def view_params(plan: ViewsConfig, keys_N2: RandomBits, views_N: Ints, widths_N:
     if plan.kind == "eval":
         return eval_params(plan, widths_N, heights_N)
     box_N4 = _crop_boxes(plan, keys_N2, views_N, widths_N, heights_N)
-    draws_N4 = draws(keys_N2, views_N, STREAM_FLIP_AND_MIX)
-    flip_N = draws_N4[:, 0] < plan.flip
+    uniform_N4 = sample_uniforms(keys_N2, views_N, STREAM_FLIP_AND_MIX)
+    flip_N = uniform_N4[:, 0] < plan.flip
     # Beta(1, 1) is uniform. The larger share is the row's own, so that a row remains a view of its own image.
-    own_N = np.maximum(draws_N4[:, 1], 1 - draws_N4[:, 1]) if plan.mixes else np.ones(len(keys_N2))
-    lambda_N = own_N.astype(np.float32)
-    return ViewParams(box_N4, flip_N, lambda_N, draw_options(plan, keys_N2, _as_ints(views_N), lambda_N))
+    weight_N = np.maximum(uniform_N4[:, 1], 1 - uniform_N4[:, 1]) if plan.mixes else np.ones(len(keys_N2))
+    lambda_N = weight_N.astype(np.float32)
+    return ViewParams(box_N4, flip_N, lambda_N, sample_aug_params(plan, keys_N2, _as_ints(views_N), lambda_N))
 
 
-def draw_views(
+def sample_views(
     plan: ViewsConfig, sample_ids: Sequence[str], view: int, width_N: NDArray[np.int32], height_N: NDArray[np.int32]
 ) -> ViewParams:
     """``view_params`` of one view of these samples, whose images have these sides."""
@@ -107,7 +107,7 @@ def eval_params(plan: ViewsConfig, widths_N: Ints, heights_N: Ints) -> ViewParam
 
 def is_canary(keys_N2: RandomBits, views_N: Ints) -> NDArray[np.bool_]:
     """Which of these (sample, view) carry a pixel digest by hash, about one in a thousand: bool [N]."""
-    return draws(keys_N2, views_N, STREAM_CANARY)[:, 0] < _CANARY_SHARE
+    return sample_uniforms(keys_N2, views_N, STREAM_CANARY)[:, 0] < _CANARY_SHARE
 
 
 def mix_partners(plan: ViewsConfig, shard_id: str, group: int, view: int, num_ok: int) -> NDArray[np.int32]:
@@ -117,25 +117,25 @@ def mix_partners(plan: ViewsConfig, shard_id: str, group: int, view: int, num_ok
         int32 [num_ok]: each row's partner as a position inside the group. An involution without fixed points, but
         for one row that is its own partner where ``num_ok`` is odd.
     """
-    random_bits_GM = _matching_words(plan, shard_id, np.array([group]), view)
+    random_bits_GM = _matching_bits(plan, shard_id, np.array([group]), view)
     return _match(random_bits_GM[:, :num_ok])[0]
 
 
 def shard_partners(plan: ViewsConfig, shard_id: str, view: int, num_ok: int) -> NDArray[np.int32]:
     """``mix_partners`` of every group of a shard of ``num_ok`` ok rows, as ok ordinals of the shard: int32 [num_ok]."""
     full, rest = divmod(num_ok, plan.mix_group)
-    random_bits_GM = _matching_words(plan, shard_id, np.arange(full + 1), view)
+    random_bits_GM = _matching_bits(plan, shard_id, np.arange(full + 1), view)
     groups = [_match(random_bits_GM[:full]).reshape(-1), _match(random_bits_GM[full:, :rest])[0]]
     return (np.concatenate(groups) + np.arange(num_ok) // plan.mix_group * plan.mix_group).astype(np.int32)
 
 
-def unmix(params: ViewParams, single_N: NDArray[np.bool_]) -> ViewParams:
+def unmix(params: ViewParams, unpaired_N: NDArray[np.bool_]) -> ViewParams:
     """The parameters with nothing mixed into the rows that are their own partners: λ = 1, no box."""
-    lambda_N = np.where(single_N, np.float32(1), params.mix_lambda_N)
-    return replace(params, mix_lambda_N=lambda_N, drawn=without_boxes(params.drawn, single_N))
+    lambda_N = np.where(unpaired_N, np.float32(1), params.mix_lambda_N)
+    return replace(params, mix_lambda_N=lambda_N, aug_params=without_boxes(params.aug_params, unpaired_N))
 
 
-def _matching_words(plan: ViewsConfig, shard_id: str, groups_G: Ints, view: int) -> RandomBits:
+def _matching_bits(plan: ViewsConfig, shard_id: str, groups_G: Ints, view: int) -> RandomBits:
     blocks = -(-plan.mix_group // 4)
     counters_GM4 = np.zeros((len(groups_G), blocks, 4), dtype=np.uint64)
     counters_GM4[:, :, 0] = np.arange(blocks)
@@ -162,26 +162,26 @@ def _crop_boxes(
     """Inception crops (Szegedy 2015): the first of ten attempts that fits, else the central crop. int32 [N, 4]."""
     widths_N, heights_N, views_N = _as_ints(widths_N), _as_ints(heights_N), _as_ints(views_N)
     box_N4 = _central_boxes(plan, widths_N, heights_N)
-    open_M = np.arange(len(keys_N2))
+    pending_M = np.arange(len(keys_N2))
     for attempt in range(_CROP_ATTEMPTS):
-        draws_M4 = draws(keys_N2[open_M], views_N[open_M], STREAM_BOX, attempt)
-        tried_M4, fits_M = _attempt(plan, draws_M4, widths_N[open_M], heights_N[open_M])
-        box_N4[open_M[fits_M]] = tried_M4[fits_M]
-        open_M = open_M[~fits_M]
+        uniform_M4 = sample_uniforms(keys_N2[pending_M], views_N[pending_M], STREAM_BOX, attempt)
+        candidate_M4, fits_M = _attempt(plan, uniform_M4, widths_N[pending_M], heights_N[pending_M])
+        box_N4[pending_M[fits_M]] = candidate_M4[fits_M]
+        pending_M = pending_M[~fits_M]
     return box_N4
 
 
 def _attempt(
-    plan: ViewsConfig, draws_M4: Floats, widths_M: Ints, heights_M: Ints
+    plan: ViewsConfig, uniform_M4: Floats, widths_M: Ints, heights_M: Ints
 ) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
     """One attempt a row from its draws (area, aspect, left, top): int32 [M, 4], and bool [M] where it fits."""
-    area_M = widths_M * heights_M * between(*plan.area, draws_M4[:, 0])
-    aspect_M = log_between(plan.aspect, draws_M4[:, 1])
+    area_M = widths_M * heights_M * uniform_between(*plan.area, uniform_M4[:, 0])
+    aspect_M = log_uniform_between(plan.aspect, uniform_M4[:, 1])
     width_M, height_M = _rint(np.sqrt(area_M * aspect_M)), _rint(np.sqrt(area_M / aspect_M))
     fits_M = (width_M > 0) & (width_M <= widths_M) & (height_M > 0) & (height_M <= heights_M)
     # u * n stays below n for u <= 1 - 2^-53, so no offset can leave the image.
-    left_M = np.floor(draws_M4[:, 2] * (widths_M - width_M + 1)).astype(np.int64)
-    top_M = np.floor(draws_M4[:, 3] * (heights_M - height_M + 1)).astype(np.int64)
+    left_M = np.floor(uniform_M4[:, 2] * (widths_M - width_M + 1)).astype(np.int64)
+    top_M = np.floor(uniform_M4[:, 3] * (heights_M - height_M + 1)).astype(np.int64)
     return _boxes(left_M, top_M, width_M, height_M), fits_M
 
 

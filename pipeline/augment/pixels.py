@@ -25,7 +25,7 @@ def apply_view(
     image_CHW: Tensor,
     box: Sequence[int],
     flip: bool,
-    drawn: Mapping[str, float] | None = None,
+    aug_params: Mapping[str, float] | None = None,
     *,
     size: int,
     interpolation: Interpolation,
@@ -49,7 +49,7 @@ def apply_view(
     crop_HWC = image_CHW[:, top : top + height, left : left + width].permute(1, 2, 0).contiguous()
     view_CHW = _resized(crop_HWC, size, interpolation)
     view_CHW = view_CHW.flip(-1) if flip else view_CHW
-    return apply_options(view_CHW, drawn) if drawn else view_CHW
+    return apply_options(view_CHW, aug_params) if aug_params else view_CHW
 
 
 def _resized(crop_HWC: Tensor, size: int, interpolation: Interpolation) -> Tensor:
@@ -110,15 +110,15 @@ def to_input(
     unit_BCHW = _to_unit(pixels_BCHW)
     if partner_B is not None and lambda_B is not None:
         pool_NCHW = pixels_BCHW if partner_pixels_NCHW is None else partner_pixels_NCHW
-        own_B1HW = lambda_B.to(torch.float32).view(-1, 1, 1, 1)
+        weight_B1HW = lambda_B.to(torch.float32).view(-1, 1, 1, 1)
         if cutmix_box_B4 is not None:
-            own_B1HW = _own_share(own_B1HW, cutmix_box_B4, *pixels_BCHW.shape[2:])
+            weight_B1HW = _weight_map(weight_B1HW, cutmix_box_B4, *pixels_BCHW.shape[2:])
         # Two products and a sum, not lerp: backends may fuse a lerp, and then its bits differ.
-        unit_BCHW = own_B1HW * unit_BCHW + (1 - own_B1HW) * _to_unit(pool_NCHW[partner_B])
+        unit_BCHW = weight_B1HW * unit_BCHW + (1 - weight_B1HW) * _to_unit(pool_NCHW[partner_B])
     return (unit_BCHW - mean_C.view(-1, 1, 1)) / std_C.view(-1, 1, 1)
 
 
-def _own_share(lambda_B111: Tensor, cutmix_box_B4: Tensor, height: int, width: int) -> Tensor:
+def _weight_map(lambda_B111: Tensor, cutmix_box_B4: Tensor, height: int, width: int) -> Tensor:
     """The weight of each row's own pixels where some rows have boxes: float32 [B, 1, H, W]."""
     edges_B4111 = pixel_edges(cutmix_box_B4, height=height, width=width).view(-1, 4, 1, 1, 1)
     left, top, right, bottom = edges_B4111.unbind(1)

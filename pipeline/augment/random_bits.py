@@ -79,7 +79,7 @@ def _canonical(part: str | int) -> bytes:
     return b"s" + len(data).to_bytes(8, "little") + data
 
 
-def uniform(words: RandomBits) -> NDArray[np.float64]:
+def to_uniform(words: RandomBits) -> NDArray[np.float64]:
     """Words to float64 in [0, 1), exactly ``(word >> 11) * 2**-53``; same shape."""
     return np.asarray((words >> np.uint64(11)) * 2.0**-53, dtype=np.float64)
 
@@ -94,13 +94,13 @@ def permutations(keys_N2: RandomBits, sizes: Sequence[int]) -> Iterator[NDArray[
     ends_N = np.cumsum([-(-size // 4) for size in sizes])
     first = 0
     while first < len(sizes):
-        drawn = ends_N[first - 1] if first else 0
-        last = max(first + 1, int(np.searchsorted(ends_N, drawn + _BLOCKS_AT_ONCE)))
-        yield from _drawn_together(keys_N2[first:last], sizes[first:last])
+        aug_params = ends_N[first - 1] if first else 0
+        last = max(first + 1, int(np.searchsorted(ends_N, aug_params + _BLOCKS_AT_ONCE)))
+        yield from _permutations_of_batch(keys_N2[first:last], sizes[first:last])
         first = last
 
 
-def _drawn_together(keys_N2: RandomBits, sizes: Sequence[int]) -> Iterator[NDArray[np.int64]]:
+def _permutations_of_batch(keys_N2: RandomBits, sizes: Sequence[int]) -> Iterator[NDArray[np.int64]]:
     blocks_N = np.array([-(-size // 4) for size in sizes])
     begin_N = np.cumsum(blocks_N) - blocks_N
     counters_B4 = np.zeros((blocks_N.sum(), 4), dtype=np.uint64)

@@ -12,7 +12,7 @@ from decimal import Decimal
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.augment.random_bits import RandomBits, philox4x64, uniform
+from pipeline.augment.random_bits import RandomBits, philox4x64, to_uniform
 
 # The third counter word keeps draws apart, so that a further augmentation moves none of the present ones.
 STREAM_BOX, STREAM_FLIP_AND_MIX, STREAM_CANARY = 0, 1, 2
@@ -22,21 +22,21 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 
-def draws(keys_N2: RandomBits, views_N: Ints, stream: int, block: int = 0) -> Floats:
+def sample_uniforms(keys_N2: RandomBits, views_N: Ints, stream: int, block: int = 0) -> Floats:
     """Four uniforms in [0, 1) a row: float64 [N, 4]."""
     counters_N4 = np.zeros((len(keys_N2), 4), dtype=np.uint64)
     counters_N4[:, 0] = block
     counters_N4[:, 1] = views_N
     counters_N4[:, 2] = stream
-    return uniform(philox4x64(keys_N2, counters_N4))
+    return to_uniform(philox4x64(keys_N2, counters_N4))
 
 
-def between(low: float | Floats, high: float | Floats, uniform_N: Floats) -> Floats:
+def uniform_between(low: float | Floats, high: float | Floats, uniform_N: Floats) -> Floats:
     """Uniforms stretched to [low, high]."""
     return low + (high - low) * uniform_N
 
 
-def log_between(bounds: tuple[float, float], uniform_N: Floats) -> Floats:
+def log_uniform_between(bounds: tuple[float, float], uniform_N: Floats) -> Floats:
     """Uniforms to numbers whose logarithm is uniform between those of the bounds, 0 < low <= high."""
     low, high = bounds
     # Decimal's logarithm is correctly rounded in software: the same on every platform.

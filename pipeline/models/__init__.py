@@ -1,7 +1,7 @@
 """Teachers and students: any timm, torchvision or own network as logits and penultimate embedding in one forward."""
 
-from pipeline.models.embedding import EmbeddingModel, lay_out, unsafe_in_channels_last
-from pipeline.models.feature_maps import FeatureMap, find_maps, observe_maps, with_maps
+from pipeline.models.embedding import EmbeddingModel, move_to_device, unsafe_in_channels_last
+from pipeline.models.feature_maps import FeatureMap, find_maps, forward_with_maps, register_map_hooks
 from pipeline.models.load import (
     InputSpec,
     LoadedModel,
@@ -21,15 +21,15 @@ __all__ = [
     "LoadedModel",
     "WeightsFile",
     "find_maps",
-    "lay_out",
+    "forward_with_maps",
     "load_model",
     "load_state",
     "load_untrained",
-    "observe_maps",
+    "move_to_device",
     "random_weights_warnings",
     "read_state",
+    "register_map_hooks",
     "require_weights",
     "unreadable_weights",
     "unsafe_in_channels_last",
-    "with_maps",
 ]

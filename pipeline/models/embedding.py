@@ -70,14 +70,14 @@ class EmbeddingModel(nn.Module):
         return layer
 
     def forward(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        return ask(self.network, self._heads, images_BCHW)
+        return forward_with_embedding(self.network, self._heads, images_BCHW)
 
     def logits(self, images_BCHW: Tensor) -> Tensor:
         """[B,K] alone, by the network's own forward where it has a head: no embedding is made on the way."""
         return self.network(images_BCHW) if self._heads else self(images_BCHW)[0]
 
 
-def lay_out(module: nn.Module, device: torch.device, *, channels_last: bool = True) -> None:
+def move_to_device(module: nn.Module, device: torch.device, *, channels_last: bool = True) -> None:
     """Moves a module to a device, with convolution weights in channels-last memory unless told otherwise.
 
     Views arrive that way, and convolutions that find both the same way repack nothing: training ResNets in fp32 on a
@@ -101,13 +101,13 @@ def _is_unsafe(layer: nn.Conv2d) -> bool:
     return layer.kernel_size == (1, 1) and max(layer.stride) > 1 and layer.in_channels in _UNSAFE_CHANNELS
 
 
-def observe(network: nn.Module, heads: tuple[str, ...]) -> None:
-    """Lets ``ask`` see what these submodules read. Once per network; without ``ask`` it does nothing."""
+def register_head_hooks(network: nn.Module, heads: tuple[str, ...]) -> None:
+    """Registers hooks that let ``forward_with_embedding`` read the inputs of these submodules. Once per network."""
     for name in heads:
         network.get_submodule(name).register_forward_pre_hook(_capture)
 
 
-def ask(network: nn.Module, heads: tuple[str, ...], images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+def forward_with_embedding(network: nn.Module, heads: tuple[str, ...], images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
     """One forward of an observed network: (logits_BK, embedding_BD).
 
     Raises:

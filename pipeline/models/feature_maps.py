@@ -59,8 +59,8 @@ class FeatureMap:
         return output[:, self.num_prefix_tokens :].transpose(1, 2).unflatten(2, (self.side, self.side))
 
 
-def observe_maps(network: nn.Module, maps: Sequence[FeatureMap]) -> None:
-    """Lets ``with_maps`` see these layers. Once per network; without ``with_maps`` it does nothing."""
+def register_map_hooks(network: nn.Module, maps: Sequence[FeatureMap]) -> None:
+    """Lets ``forward_with_maps`` see these layers. Once per network; without ``forward_with_maps`` it does nothing."""
     for feature_map in maps:
         network.get_submodule(feature_map.layer).register_forward_hook(partial(_record, feature_map))
 
@@ -71,7 +71,7 @@ def _record(feature_map: FeatureMap, _module: nn.Module, _args: tuple[Any, ...],
         recorded[feature_map.layer] = output.clone() if feature_map.overwritten else output
 
 
-def with_maps(
+def forward_with_maps(
     maps: Sequence[FeatureMap], forward: Callable[_Asked, _Answer], *args: _Asked.args, **kwargs: _Asked.kwargs
 ) -> tuple[_Answer, tuple[Tensor, ...]]:
     """What a forward of an observed network answers, and its maps [B,C,H,W], with whatever gradient they have."""

@@ -61,7 +61,7 @@ _BY_START: tuple[tuple[bytes, _Foreign], ...] = (
 _HTML_START = re.compile(rb"\s*<(?:!doctype|html|head|body|\?xml|!--)", re.IGNORECASE)
 
 
-def format_of(data: bytes, url: str, where: str) -> Format:
+def detect_format(data: bytes, url: str, where: str) -> Format:
     """How a weights file is to be read.
 
     Args:

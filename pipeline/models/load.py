@@ -18,12 +18,12 @@ from pipeline.core.redaction import redact
 from pipeline.models.embedding import EmbeddingModel
 from pipeline.models.probe import wrap
 from pipeline.models.sources import python, timm, torchvision
-from pipeline.models.sources.base import BuiltModel, OwnInput, Request, WeightsFile
-from pipeline.models.state_dicts import with_names_of
+from pipeline.models.sources.base import BuildRequest, BuiltModel, DeclaredInput, WeightsFile
+from pipeline.models.state_dicts import rename_to_match
 from pipeline.models.weights import load_state, read_state
 from schemas.config import Interpolation, ModelConfig, Triple
 
-_SOURCES: dict[str, Callable[[Request], BuiltModel]] = {
+_SOURCES: dict[str, Callable[[BuildRequest], BuiltModel]] = {
     "timm/": timm.build,
     "torchvision/": torchvision.build,
     "python:": python.build,
@@ -120,7 +120,7 @@ def load_untrained(
     return LoadedModel(wrap(built, request, size=spec.size), spec, _architecture(request), built.notes)
 
 
-def load_weights(built: BuiltModel, request: Request) -> tuple[str, ...]:
+def load_weights(built: BuiltModel, request: BuildRequest) -> tuple[str, ...]:
     """Copies the tensors of the weights URL, if there is one, into the network. One on the meta device stays without
     numbers: then the names and shapes are compared.
 
@@ -154,14 +154,14 @@ def _reader(config: ModelConfig, where: str) -> Callable[[], WeightsFile] | None
 
     @cache
     def read() -> WeightsFile:
-        with reading_weights(url, where=where):
+        with weights_read_errors(url, where=where):
             return read_state(url, sha256=config.sha256, where=where)
 
     return read
 
 
 @contextlib.contextmanager
-def reading_weights(url: str, *, where: str) -> Generator[None]:
+def weights_read_errors(url: str, *, where: str) -> Generator[None]:
     """Errors of storage inside of the ``with`` name the YAML key ``where`` and a way out."""
     try:
         yield
@@ -192,10 +192,10 @@ def unreadable_weights(config: ModelConfig) -> str | None:
     return None
 
 
-def _refuse_missing_head(built: BuiltModel, state: Mapping[str, torch.Tensor], request: Request) -> None:
+def _refuse_missing_head(built: BuiltModel, state: Mapping[str, torch.Tensor], request: BuildRequest) -> None:
     """Weights of a backbone alone fit but for the classifier, which a teacher cannot make up."""
     own = built.network.state_dict().keys()
-    names = with_names_of(state, own).keys()
+    names = rename_to_match(state, own).keys()
     of_heads = {name for name in own if name.startswith(tuple(f"{head}." for head in built.heads))}
     if not of_heads or of_heads & names or own - of_heads - names:
         return
@@ -251,7 +251,7 @@ def _random_network(config: ModelConfig) -> str:
 
 def resolve(
     config: ModelConfig, num_classes: int, allow_new_head: bool, where: str
-) -> tuple[Callable[[Request], BuiltModel], Request]:
+) -> tuple[Callable[[BuildRequest], BuiltModel], BuildRequest]:
     """What builds this network, and what it is asked; arguments as of ``load_model``."""
     if config.model is None:
         raise ConfigError("no model is named", where=f"{where}.model", expected=_forms())
@@ -265,7 +265,7 @@ def resolve(
     for prefix, build in _SOURCES.items():
         name = config.model.removeprefix(prefix)
         if name and name != config.model:
-            return build, Request(
+            return build, BuildRequest(
                 config=config,
                 name=name,
                 num_classes=num_classes,
@@ -280,7 +280,7 @@ def _forms() -> str:
     return "timm/NAME, torchvision/NAME or python:package.module:factory"
 
 
-def _architecture(request: Request) -> dict[str, object]:
+def _architecture(request: BuildRequest) -> dict[str, object]:
     described = {
         "model": request.config.model,
         "kwargs": request.config.kwargs,
@@ -304,7 +304,7 @@ def _derived_randomness(seed: int) -> Generator[None]:
         yield
 
 
-def input_spec(config: ModelConfig, own: OwnInput, size: int | None, where: str) -> InputSpec:
+def input_spec(config: ModelConfig, own: DeclaredInput, size: int | None, where: str) -> InputSpec:
     """What the YAML says, else what the network says. No mean, std or size is ever made up."""
     chosen: dict[str, Any] = {
         "mean": config.mean or own.mean,
@@ -326,7 +326,7 @@ def input_spec(config: ModelConfig, own: OwnInput, size: int | None, where: str)
     return InputSpec(**chosen, interpolation=_interpolation(config, own, where))
 
 
-def _interpolation(config: ModelConfig, own: OwnInput, where: str) -> Interpolation:
+def _interpolation(config: ModelConfig, own: DeclaredInput, where: str) -> Interpolation:
     known: dict[str, Interpolation] = {name: name for name in get_args(Interpolation)}
     if config.interpolation is not None:
         return config.interpolation

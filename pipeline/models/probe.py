@@ -6,18 +6,18 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.core.errors import ModelError, cause
-from pipeline.models.embedding import EmbeddingModel, ask, observe, reproduces
-from pipeline.models.sources.base import BuiltModel, Request, last_layer
+from pipeline.models.embedding import EmbeddingModel, forward_with_embedding, register_head_hooks, reproduces
+from pipeline.models.sources.base import BuildRequest, BuiltModel, last_layer
 
 
-def wrap(built: BuiltModel, request: Request, *, size: int) -> EmbeddingModel:
+def wrap(built: BuiltModel, request: BuildRequest, *, size: int) -> EmbeddingModel:
     """The network as an ``EmbeddingModel`` in eval mode, proven by a forward of two images of ``size`` pixels.
 
     Raises:
         ModelError: the forward fails at this size, or does not give finite [2,K] logits and a finite [2,D] embedding;
             or a student does not give logits and embedding in training mode.
     """
-    logits_BK, embedding_BD = answers(built, request, size=size)
+    logits_BK, embedding_BD = probe_outputs(built, request, size=size)
     _check_finite(logits_BK, embedding_BD, request)
     if request.where == "student":
         _check_training(built, request, size=size)
@@ -31,25 +31,25 @@ def wrap(built: BuiltModel, request: Request, *, size: int) -> EmbeddingModel:
     return model.eval()
 
 
-def answers(built: BuiltModel, request: Request, *, size: int) -> tuple[Tensor, Tensor]:
+def probe_outputs(built: BuiltModel, request: BuildRequest, *, size: int) -> tuple[Tensor, Tensor]:
     """logits_BK and embedding_BD of two images, in eval mode, on the device of the network (``meta`` has no numbers).
 
     Raises:
         ModelError: the forward fails at this size, or does not give [2,K] logits and a [2,D] embedding.
     """
     built.network.eval()
-    observe(built.network, built.heads)
+    register_head_hooks(built.network, built.heads)
     images_BCHW = _images(built, size)
     try:
         with torch.no_grad():
-            logits_BK, embedding_BD = ask(built.network, built.heads, images_BCHW)
+            logits_BK, embedding_BD = forward_with_embedding(built.network, built.heads, images_BCHW)
     except Exception as error:
         raise ModelError(
             f"{request.config.model} does not run on images of {size}×{size} pixels",
             where=f"{request.where}.model",
             got=cause(error),
             expected="logits of RGB images [B,3,H,W] at this size",
-            next_step=_size_advice(built, request, size),
+            next_step=_size_hint(built, request, size),
         ) from error
     _check(logits_BK, embedding_BD, request)
     _check_width(built, embedding_BD.shape[1], request)
@@ -63,7 +63,7 @@ def _images(built: BuiltModel, size: int) -> Tensor:
     return torch.linspace(-1, 1, 2 * 3 * size * size, device=device).reshape(2, 3, size, size)
 
 
-def _check_width(built: BuiltModel, width: int, request: Request) -> None:
+def _check_width(built: BuiltModel, width: int, request: BuildRequest) -> None:
     if built.embedding_dim in (None, width):
         return
     raise ModelError(
@@ -76,7 +76,7 @@ def _check_width(built: BuiltModel, width: int, request: Request) -> None:
     )
 
 
-def _check_training(built: BuiltModel, request: Request, *, size: int) -> None:
+def _check_training(built: BuiltModel, request: BuildRequest, *, size: int) -> None:
     """One forward in training mode, in which some networks return auxiliary outputs. Leaves no trace."""
     buffers = {name: buffer.clone() for name, buffer in built.network.named_buffers()}
     logits: object = None
@@ -85,7 +85,7 @@ def _check_training(built: BuiltModel, request: Request, *, size: int) -> None:
     try:
         # Dropout draws, and BatchNorm moves its statistics.
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            logits, _ = ask(built.network, built.heads, _images(built, size))
+            logits, _ = forward_with_embedding(built.network, built.heads, _images(built, size))
     except Exception as error:
         failure = error
     built.network.eval()
@@ -106,7 +106,7 @@ def _check_training(built: BuiltModel, request: Request, *, size: int) -> None:
     ) from failure
 
 
-def _check(logits_BK: object, embedding_BD: object, request: Request) -> None:
+def _check(logits_BK: object, embedding_BD: object, request: BuildRequest) -> None:
     logits_shape, embedding_shape = _shape(logits_BK), _shape(embedding_BD)
     if logits_shape == (2, request.num_classes) and len(embedding_shape) == 2 and embedding_shape[0] == 2:
         return
@@ -119,7 +119,7 @@ def _check(logits_BK: object, embedding_BD: object, request: Request) -> None:
     )
 
 
-def _check_finite(logits_BK: Tensor, embedding_BD: Tensor, request: Request) -> None:
+def _check_finite(logits_BK: Tensor, embedding_BD: Tensor, request: BuildRequest) -> None:
     if logits_BK.isfinite().all() and embedding_BD.isfinite().all():
         return
     raise ModelError(
@@ -144,7 +144,7 @@ def _linear_head(built: BuiltModel, embedding_BD: Tensor, logits_BK: Tensor) -> 
     return name if isinstance(layer, nn.Linear) and reproduces(layer, embedding_BD, logits_BK) else None
 
 
-def _size_advice(built: BuiltModel, request: Request, size: int) -> str:
+def _size_hint(built: BuiltModel, request: BuildRequest, size: int) -> str:
     key = "views.size" if request.where == "teacher" else f"{request.where}.size"
     known = "" if built.own.size in (None, size) else f" to {built.own.size}, the model's own"
     rebuilt = f"; or build for this size with {request.where}.kwargs: {{{built.size_kwarg}: {size}}} (ViT and kin)"

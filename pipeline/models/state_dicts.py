@@ -56,7 +56,7 @@ def _has_tensors(value: object, depth: int) -> bool:
     return depth > 0 and any(_has_tensors(mapping.get(key), depth - 1) for key in _KEYS)
 
 
-def with_names_of(state: Mapping[str, Tensor], names: Collection[str]) -> OrderedDict[str, Tensor]:
+def rename_to_match(state: Mapping[str, Tensor], names: Collection[str]) -> OrderedDict[str, Tensor]:
     """The tensors under the names of a network, without the prefixes that wrappers put before all of them.
 
     ``_orig_mod.`` (torch.compile) is removed wherever it is, then as many first parts that all names share (``module.``
@@ -98,14 +98,14 @@ def _renamed(state: Mapping[str, Tensor], rename: Callable[[str], str | None]) -
         new = rename(name)
         assert new is not None, "all names share the prefix"
         renamed[new] = tensor
-    versions: Any = versions_of(state)
+    versions: Any = module_versions(state)
     if versions is not None:
         moved = ((rename(f"{module}.".lstrip(".")), version) for module, version in versions.items())
-        set_versions(renamed, {module.rstrip("."): version for module, version in moved if module is not None})
+        set_module_versions(renamed, {module.rstrip("."): version for module, version in moved if module is not None})
     return renamed
 
 
-def versions_of(state: Mapping[Any, Any]) -> dict[str, dict[str, int]] | None:
+def module_versions(state: Mapping[Any, Any]) -> dict[str, dict[str, int]] | None:
     """Versions of modules by their names, as torch stores them with a state dict; None where a file has none.
 
     Nothing else is taken from there: other keys change how ``Module.load_state_dict`` works.
@@ -120,6 +120,6 @@ def versions_of(state: Mapping[Any, Any]) -> dict[str, dict[str, int]] | None:
     }
 
 
-def set_versions(state: OrderedDict[str, Tensor], versions: Mapping[str, Any] | None) -> None:
+def set_module_versions(state: OrderedDict[str, Tensor], versions: Mapping[str, Any] | None) -> None:
     """Where ``Module.load_state_dict`` looks for them."""
     state._metadata = versions  # pyright: ignore[reportAttributeAccessIssue]

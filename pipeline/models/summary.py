@@ -9,8 +9,8 @@ import torch
 
 from pipeline.core.errors import ModelError
 from pipeline.models.load import InputSpec, input_spec, load_weights, require_weights, resolve
-from pipeline.models.probe import answers
-from pipeline.models.sources.base import BuiltModel, Request
+from pipeline.models.probe import probe_outputs
+from pipeline.models.sources.base import BuildRequest, BuiltModel
 from schemas.config import ModelConfig
 
 
@@ -39,12 +39,12 @@ def summarize_model(config: ModelConfig, *, num_classes: int, size: int | None, 
     request = request.without_weights(likely_size=size)
     built = _on_meta(build, request)
     spec = input_spec(config, built.own, size, where)
-    _, embedding_BD = answers(built, request, size=spec.size)
+    _, embedding_BD = probe_outputs(built, request, size=spec.size)
     num_parameters = sum(parameter.numel() for parameter in built.network.parameters())
     return ModelSummary(num_parameters, embedding_BD.shape[1], spec)
 
 
-def _on_meta(build: Callable[[Request], BuiltModel], request: Request) -> BuiltModel:
+def _on_meta(build: Callable[[BuildRequest], BuiltModel], request: BuildRequest) -> BuiltModel:
     try:
         with torch.device("meta"):
             return build(request)
@@ -79,5 +79,5 @@ def check_weights(config: ModelConfig, *, num_classes: int, size: int | None, wh
         return
     request.read()  # before the meta device is the default of whatever is read
     built = _on_meta(build, request)
-    answers(built, request, size=input_spec(config, built.own, size, where).size)
+    probe_outputs(built, request, size=input_spec(config, built.own, size, where).size)
     load_weights(built, request)

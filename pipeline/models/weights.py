@@ -24,21 +24,21 @@ from pipeline import storage
 from pipeline.core.errors import ModelError, cause
 from pipeline.core.hashing import digest
 from pipeline.core.redaction import redact
-from pipeline.models.file_formats import HEADER_BYTES, ZIP, format_of, is_plain_pickle
+from pipeline.models.file_formats import HEADER_BYTES, ZIP, detect_format, is_plain_pickle
 from pipeline.models.sources.base import WeightsFile
 from pipeline.models.state_dicts import (
     AVERAGED_KEYS,
     TRAINED_KEYS,
+    module_versions,
     open_checkpoint,
-    set_versions,
-    versions_of,
-    with_names_of,
+    rename_to_match,
+    set_module_versions,
 )
 
 _SHOWN = 4
 # Keys that files of Stillroom alone have: an exported student, a checkpoint of a run.
 _STILLROOM = ("run_config_sha256", "projectors")
-_OF_TORCHSCRIPT, _BYTEARRAY = "/constants.pkl", b"\nbytearray\n"
+_TORCHSCRIPT_MEMBER, _BYTEARRAY = "/constants.pkl", b"\nbytearray\n"
 
 
 class TorchScriptError(pickle.UnpicklingError):
@@ -79,14 +79,14 @@ def read_state(url: str, *, sha256: str | None, where: str) -> WeightsFile:
     _check_name(url, where)
     data = storage.read(url)
     _check_digest(data, sha256, url, where)
-    if format_of(data, url, where) == "safetensors":
+    if detect_format(data, url, where) == "safetensors":
         content, facts = _safetensors(data, url, where), _metadata(data)
     else:
         content = facts = _unpickled(data, url, where)
-    return replace(_opened(content, url, where), transform_input=transform_input_of(facts))
+    return replace(_opened(content, url, where), transform_input=stored_transform_input(facts))
 
 
-def transform_input_of(facts: object) -> bool | None:
+def stored_transform_input(facts: object) -> bool | None:
     """Whether a student of Stillroom transforms its input, by the facts next to its weights; None for other files.
 
     Args:
@@ -112,8 +112,8 @@ def load_state(network: nn.Module, state: Mapping[str, Tensor], *, source: str, 
     """
     own = network.state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
-    fitted = with_names_of(state, own)
-    misfits = _load(network, fitted, shapes, versions_of(own))
+    fitted = rename_to_match(state, own)
+    misfits = _load(network, fitted, shapes, module_versions(own))
     if misfits:
         raise ModelError(
             "the weights do not fit the network",
@@ -135,12 +135,12 @@ def _load(
 
     Files are read as the versions that they state, then as of unknown versions, then as of the current ones.
     """
-    stated = versions_of(state)
+    stated = module_versions(state)
     first: list[str] = []
     for versions in (stated, None, current) if stated is not None else (None, current):
         # load_state_dict of some modules renames tensors in the mapping that it is given.
         copy = OrderedDict(state)
-        set_versions(copy, versions)
+        set_module_versions(copy, versions)
         misfits = _misfits(network, copy, shapes)
         if not misfits:
             return []
@@ -211,7 +211,7 @@ def load_pickled(data: bytes) -> Any:
     if data.startswith(ZIP):
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             records = archive.infolist()
-        if any(record.filename.endswith(_OF_TORCHSCRIPT) for record in records):
+        if any(record.filename.endswith(_TORCHSCRIPT_MEMBER) for record in records):
             raise TorchScriptError("a TorchScript archive")
         # torch.save compresses nothing; a reader that inflates, or reads the same bytes again and again, has no end.
         packed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
@@ -316,7 +316,7 @@ def _opened(content: object, url: str, where: str) -> WeightsFile:
             next_step="save model.state_dict() by itself: torch.save(model.state_dict(), FILE)",
         )
     state = OrderedDict((str(name), value) for name, value in opened.content.items() if isinstance(value, Tensor))
-    set_versions(state, versions_of(opened.content))
+    set_module_versions(state, module_versions(opened.content))
     note = f"{where}: the state dict under {opened.key} was loaded; the file also has {', '.join(opened.others)}"
     return WeightsFile(state, (note,) if opened.others else ())
 

@@ -1,4 +1,4 @@
-"""The numeric environment: what must be equal for two builds to give the same bytes, and the switches that fix it."""
+"""The numeric environment: the facts that must be equal for two builds to produce the same bytes, and its switches."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ import torch
 import torchvision
 
 from pipeline.core.errors import LostGpuError, ResourceError
+from schemas.config import Precision
 
-# What decodes, resizes, answers and encodes: another version of any may change bytes.
+# These packages decode, resize, infer and encode: another version of any may change bytes.
 _PACKAGES = ("pillow", "timm", "numpy", "pyarrow")
-# By their names in /proc/cpuinfo. Other instructions round the same.
+# Prefixes of the names in /proc/cpuinfo. Other instructions do not change how results are rounded.
 _VECTOR_FLAGS = ("avx", "amx", "fma")
-# Of mallopt(3), in bytes; an int is as much as it takes.
-_M_TRIM_THRESHOLD, _MAX_STORED = -1, 2**31 - 1
-_M_MMAP_THRESHOLD, _LARGEST_KEPT = -3, 32 << 20
+_AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# Parameters of mallopt(3) and their values in bytes; mallopt takes an int.
+_M_TRIM_THRESHOLD, _MAX_TRIM_THRESHOLD = -1, 2**31 - 1
+_M_MMAP_THRESHOLD, _MAX_MMAP_THRESHOLD = -3, 32 << 20
 
 
 def pin_numerics(threads: int) -> None:
@@ -31,16 +33,22 @@ def pin_numerics(threads: int) -> None:
     torch.backends.cudnn.allow_tf32 = False
 
 
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """Autocast for the forward pass of a ``precision``; disabled for fp32."""
+    dtype = _AUTOCAST_DTYPES.get(precision)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
 def numeric_env(device: torch.device, *, batch_size: int) -> dict[str, object]:
-    """Equal environments give byte-identical parts. Names no host and no time."""
+    """Facts about hardware and software. Equal environments produce byte-identical parts. No host name, no time."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_info("model name"),
         "device_type": device.type,
-        # Decoding and resizing run on the CPU under any teacher. A virtual machine may hide instructions of its model,
-        # and an environment variable keeps torch from some of them.
+        # The CPU decodes and resizes for every teacher. A virtual machine may hide instructions of its processor, and
+        # an environment variable can restrict torch to fewer of them.
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "vector_flags": " ".join(sorted(flag for flag in _cpu_info("flags").split() if flag.startswith(_VECTOR_FLAGS))),
-        # These two also tell the build, such as +cu132, which package metadata leaves out.
+        # These two include the build, such as +cu132, which package metadata does not.
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         **{name: version(name) for name in _PACKAGES},
@@ -54,47 +62,48 @@ def numeric_env(device: torch.device, *, batch_size: int) -> dict[str, object]:
 
 @cache
 def _cpu_info(name: str) -> str:
-    """Of the first core; the kind of machine where the system does not tell."""
+    """A field of /proc/cpuinfo for the first core; the machine type where the system has no such field."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    found = (line.partition(":")[2].strip() for line in lines if line.startswith(name))
-    return next(found, platform.machine())
+    values = (line.partition(":")[2].strip() for line in lines if line.startswith(name))
+    return next(values, platform.machine())
 
 
-def trim_memory() -> None:
-    """Gives freed memory back to the system, where the C library would keep it (glibc; elsewhere nothing is done).
+def release_freed_memory() -> None:
+    """Returns freed memory to the system (glibc; elsewhere this does nothing).
 
-    Arrays of a few MB that come and go in several threads leave gaps, and the process grows with every group.
+    Several threads allocate and free arrays of a few MB. They leave gaps, so the process would grow with every group.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
-def keep_memory() -> None:
-    """Keeps freed memory in this process for the next step (glibc; elsewhere nothing is done).
+def retain_freed_memory() -> None:
+    """Retains freed memory in this process for the next step (glibc; elsewhere this does nothing).
 
-    Activations of some MB come and go every step. glibc gives them back to the system, and a step then waits for every
-    page anew: on a CPU a fifth of a step with an online teacher.
+    Each step allocates and frees activations of some MB. By default glibc returns them to the system, and the next
+    step waits for every page again: on a CPU this is a fifth of a step with an online teacher.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_TRIM_THRESHOLD, _MAX_STORED)
-        # Where the other is set this no longer grows by itself, up to this.
-        mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT)
+        mallopt(_M_TRIM_THRESHOLD, _MAX_TRIM_THRESHOLD)
+        # Setting the trim threshold turns off the growth of this one, so it gets the maximum that it would grow to.
+        mallopt(_M_MMAP_THRESHOLD, _MAX_MMAP_THRESHOLD)
 
 
 def pick_device(use_gpu: bool) -> torch.device:
-    """cuda where the task was given a GPU, else cpu.
+    """cuda where the task has a GPU, else cpu.
 
     Raises:
-        ResourceError: a GPU was given, and torch cannot use it.
+        ResourceError: the task has a GPU, and torch cannot use it.
     """
     if not use_gpu:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ResourceError(
             "a task was given a GPU that torch cannot use",
+            code="ray.unusable-gpu",
             where="ray.gpus_per_task",
             got=f"torch {torch.__version__}, CUDA_VISIBLE_DEVICES={visible_gpus()!r}",
             next_step="install torch for CUDA and the driver on every GPU node, or set ray.gpus_per_task=0",
@@ -103,20 +112,24 @@ def pick_device(use_gpu: bool) -> torch.device:
 
 
 def visible_gpus() -> str | None:
-    """What this process is told to see. CUDA looks once, when it starts."""
+    """The GPUs that this process may use. CUDA reads this once, when it starts."""
     return os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
-def check_gpu(device: torch.device, seen: str | None) -> None:
-    """Holds a process that is used again to the GPU it began with; ``seen`` is what ``visible_gpus`` said then.
+def check_gpu(device: torch.device, first_visible: str | None) -> None:
+    """Checks that a reused process still has the GPU that it started with.
+
+    Args:
+        first_visible: ``visible_gpus`` at the time when the device was first used.
 
     Raises:
-        LostGpuError: it was given another one since, which CUDA will not see.
+        LostGpuError: the process was assigned another GPU since, which CUDA does not notice.
     """
-    if device.type == "cuda" and visible_gpus() != seen:
+    if device.type == "cuda" and visible_gpus() != first_visible:
         raise LostGpuError(
             "a worker lost its GPU",
+            code="ray.lost-gpu",
             got=f"CUDA_VISIBLE_DEVICES={visible_gpus()!r}",
-            expected=f"{seen!r}, which held the teacher",
-            next_step="nothing: another process takes the part",
+            expected=f"{first_visible!r}, which holds the teacher",
+            next_step="nothing: another process retries the part",
         )

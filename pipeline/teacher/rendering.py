@@ -1,6 +1,6 @@
-"""From a shard to mix groups of rendered views: each image decoded once for all views of a block.
+"""From a shard to mix groups of rendered views. Each image is decoded once for all views of a block.
 
-Memory holds mix group x views of a block, never the rows of a shard: each view is rendered to its place in the group.
+Memory holds mix group x views of a block, never the rows of a shard: each view is rendered into the group's buffer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.augment.options import cutmix_boxes, drawn_row
+from pipeline.augment.options import aug_params_row, cutmix_boxes
 from pipeline.augment.params import (
     EVAL_VIEW,
     ViewParams,
@@ -37,12 +37,12 @@ from pipeline.shards.tar import Sample, TarNotes, read_samples
 from schemas.cache_format import Status, ViewBlock
 from schemas.config import DataConfig, Interpolation, ViewsConfig
 
-_AFTER_DECODING = ("ok", *get_args(BadStatus))
+_STATUSES_AFTER_DECODING = ("ok", *get_args(BadStatus))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rendering:
-    """Which views of an image are wanted, at what size. ``size`` in pixels."""
+    """The views of an image to render. ``size``: their height and width in pixels."""
 
     plan: ViewsConfig
     block: ViewBlock
@@ -67,7 +67,7 @@ class GroupViews:
     flip_VN: NDArray[np.bool_]
     partner_VN: NDArray[np.int32]
     mix_lambda_VN: NDArray[np.float32]
-    drawn_VN: dict[str, NDArray[Any]]
+    aug_params_VN: dict[str, NDArray[Any]]
     pixels_VNCHW: Tensor
 
     @property
@@ -76,8 +76,8 @@ class GroupViews:
 
     @property
     def mixing(self) -> list[tuple[NDArray[Any], ...]]:
-        """Of each view partners, λ and, where the plan has them, boxes: what ``Teacher.answer`` mixes by."""
-        cutmix_box_VN4 = cutmix_boxes(self.drawn_VN)
+        """Arguments of ``Teacher.infer`` for each view: partners, λ and, if the plan has cutmix, boxes."""
+        cutmix_box_VN4 = cutmix_boxes(self.aug_params_VN)
         return list(
             zip(self.partner_VN, self.mix_lambda_VN, *([] if cutmix_box_VN4 is None else [cutmix_box_VN4]), strict=True)
         )
@@ -89,7 +89,7 @@ class GroupViews:
 
 @dataclass(frozen=True, slots=True)
 class _Rendered:
-    """What became of one candidate; width and height in pixels, 0 unless ok."""
+    """The status of one candidate; width and height in pixels, 0 unless ok."""
 
     status: Status
     width: int = 0
@@ -97,18 +97,13 @@ class _Rendered:
     reason: str | None = None
 
 
-def fresh_samples(path: Path, data: DataConfig, *, where: str, notes: TarNotes | None = None) -> Iterator[Sample]:
-    """Candidates of a shard that has no index yet: every sample, in tar order. ``notes`` as in ``read_samples``."""
-    return read_samples(path, data, where=where, notes=notes)
-
-
 def indexed_samples(
     path: Path, index: ShardIndex, data: DataConfig, *, where: str, notes: TarNotes | None = None
 ) -> Iterator[Sample]:
-    """The ok samples of an indexed shard, in tar order. The whole tar is read, and each sample is held to its row.
+    """The ok samples of an indexed shard, in tar order. Reads the whole tar and compares each sample to its index row.
 
     Raises:
-        ShardError: the tar is not the one that was indexed, or is damaged.
+        ShardError: the tar differs from the indexed one, or is damaged.
     """
     keys, num_read = index.keys.to_pylist(), 0
     for sample in read_samples(path, data, where=where, rules=index.member_rules, notes=notes):
@@ -130,10 +125,10 @@ def _check_indexed(sample: Sample, index: ShardIndex, key: str, where: str) -> N
         "offset": int(index.offset[row]),
         "size": int(index.size[row]),
         "content_hash": int(index.content_hash[row]),
-        # Only a decoder tells whether an image that is there can be used.
-        "status": "ok" if sample.status == "ok" and status in _AFTER_DECODING else status,
+        # The tar alone does not show whether an image can be decoded.
+        "status": "ok" if sample.status == "ok" and status in _STATUSES_AFTER_DECODING else status,
     }
-    found = {
+    actual = {
         "key": sample.key,
         "label": NO_LABEL if sample.label is None else sample.label,
         "offset": sample.offset,
@@ -141,13 +136,14 @@ def _check_indexed(sample: Sample, index: ShardIndex, key: str, where: str) -> N
         "content_hash": xxhash.xxh3_64_intdigest(sample.data),
         "status": sample.status,
     }
-    if changed := differences(indexed, found):
+    if changed := differences(indexed, actual):
         raise _changed(f"{where}, key {key!r}", got="; ".join(changed))
 
 
 def _changed(where: str, *, got: str, expected: str | None = None) -> ShardError:
     return ShardError(
         "this shard was changed after it was indexed",
+        code="shard.changed-since-index",
         where=where,
         got=got,
         expected=expected,
@@ -167,36 +163,37 @@ def read_groups(
 ) -> Iterator[GroupViews]:
     """Mix groups in tar order.
 
-    Every candidate of a fresh shard is reported to ``builder``, so that an index falls out of the first pass. Without
-    one the candidates come from an index, and every one of them must be usable. ``pinned`` pixels lie in page-locked
-    memory, from which a GPU copies while it computes.
+    Args:
+        samples: every sample of a shard without an index (``read_samples``), or ``indexed_samples``.
+        builder: collects the index of a shard that has none. ``None``: every sample must decode.
+        pinned: render into page-locked memory, which a GPU can copy from while it computes.
 
     Raises:
-        ShardError: the shard is damaged, or an indexed image can no longer be used.
+        ShardError: the shard is damaged, or an indexed image can no longer be decoded.
     """
     number = 0
     exhausted = False
     while not exhausted:
-        kept: list[tuple[Sample, ViewParams]] = []
-        room_VNHWC = torch.empty(0)
-        # A bad image makes room for the next candidate, so that groups are always full but for the last.
-        while len(kept) < rendering.plan.mix_group and not exhausted:
-            expected = rendering.plan.mix_group - len(kept)
-            chunk = list(islice(samples, expected))
-            exhausted = len(chunk) < expected
-            if not kept:
-                room_VNHWC = _room(rendering, len(chunk), pinned)
-            free_VMHWC = room_VNHWC[:, len(kept) :]
-            kept.extend(_render_chunk(chunk, free_VMHWC, rendering, pool, shard_id, max_pixels, builder))
-        if kept:
-            yield _assemble(kept, room_VNHWC[:, : len(kept)], rendering, shard_id, number)
+        rendered: list[tuple[Sample, ViewParams]] = []
+        buffer_VNHWC = torch.empty(0)
+        # The next candidate takes the place of a bad image, so that every group but the last is full.
+        while len(rendered) < rendering.plan.mix_group and not exhausted:
+            num_missing = rendering.plan.mix_group - len(rendered)
+            chunk = list(islice(samples, num_missing))
+            exhausted = len(chunk) < num_missing
+            if not rendered:
+                buffer_VNHWC = _new_buffer(rendering, len(chunk), pinned)
+            free_VMHWC = buffer_VNHWC[:, len(rendered) :]
+            rendered.extend(_render_chunk(chunk, free_VMHWC, rendering, pool, shard_id, max_pixels, builder))
+        if rendered:
+            yield _assemble(rendered, buffer_VNHWC[:, : len(rendered)], rendering, shard_id, number)
             number += 1
 
 
-def _room(rendering: Rendering, num_rows: int, pinned: bool) -> Tensor:
-    """Where the views of a group are rendered to, in the layout that convolutions read: uint8 [V,N,H,W,C]."""
+def _new_buffer(rendering: Rendering, num_rows: int, pinned: bool) -> Tensor:
+    """Memory for the views of a group, in the layout that convolutions read: uint8 [V,N,H,W,C]."""
     shape = (len(rendering.view_numbers), num_rows, rendering.size, rendering.size, 3)
-    # A tensor made in inference mode could not be written by the pool's threads, which are not in it.
+    # The pool's threads are outside of inference mode and could not write into a tensor that was created in it.
     with torch.inference_mode(False):
         return torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
 
@@ -210,15 +207,15 @@ def _render_chunk(
     max_pixels: int,
     builder: IndexBuilder | None,
 ) -> list[tuple[Sample, ViewParams]]:
-    """The candidates that can be used; their views stand at the start of ``free_VMHWC``, in the same order."""
+    """The candidates that decode. Their views fill ``free_VMHWC`` from its start, in the same order."""
     sizes_N2 = np.array(list(pool.map(_size_or_one, chunk)), np.int64).reshape(-1, 2)
-    drawn = _draw(rendering, [f"{shard_id}/{sample.key}" for sample in chunk], sizes_N2)
-    rendered = pool.map(
-        lambda place, sample, params: _render(sample, params, free_VMHWC[:, place], rendering, max_pixels),
-        *(range(len(chunk)), chunk, drawn),
+    params = _sample_params(rendering, [f"{shard_id}/{sample.key}" for sample in chunk], sizes_N2)
+    outcomes = pool.map(
+        lambda row, sample, params: _render(sample, params, free_VMHWC[:, row], rendering, max_pixels),
+        *(range(len(chunk)), chunk, params),
     )
     good: list[int] = []
-    for place, (sample, outcome) in enumerate(zip(chunk, rendered, strict=True)):
+    for row, (sample, outcome) in enumerate(zip(chunk, outcomes, strict=True)):
         if builder is not None:
             builder.add(sample, outcome.status, outcome.width, outcome.height, outcome.reason)
         elif outcome.status != "ok":
@@ -227,17 +224,17 @@ def _render_chunk(
                 code="shard.image-undecodable-now",
                 where=f"{shard_id}/{sample.key}",
                 got=f"{outcome.status}: {outcome.reason}" if outcome.reason else outcome.status,
-                next_step="use the decoder versions the index was made with",
+                next_step="use the decoder versions that built the index",
             )
         if outcome.status == "ok":
-            good.append(place)
+            good.append(row)
     if len(good) < len(chunk):
         free_VMHWC[:, : len(good)] = free_VMHWC[:, good]
-    return [(chunk[place], drawn[place]) for place in good]
+    return [(chunk[row], params[row]) for row in good]
 
 
 def _size_or_one(sample: Sample) -> tuple[int, int]:
-    """(width, height) from the header; 1 x 1 for what will not decode, so that parameters can be drawn in one call."""
+    """(width, height) from the header; 1 x 1 for a bad image, so that all parameters are sampled in one call."""
     if sample.status != "ok":
         return 1, 1
     try:
@@ -246,8 +243,8 @@ def _size_or_one(sample: Sample) -> tuple[int, int]:
         return 1, 1
 
 
-def _draw(rendering: Rendering, sample_ids: list[str], sizes_N2: NDArray[np.int64]) -> list[ViewParams]:
-    """Parameters of the V views of each sample, drawn in one vectorised call."""
+def _sample_params(rendering: Rendering, sample_ids: list[str], sizes_N2: NDArray[np.int64]) -> list[ViewParams]:
+    """Parameters of the V views of each sample, in one vectorised call."""
     views = rendering.view_numbers
     if not sample_ids:
         return []
@@ -261,7 +258,7 @@ def _draw(rendering: Rendering, sample_ids: list[str], sizes_N2: NDArray[np.int6
 
 
 def _render(sample: Sample, params: ViewParams, views_VHWC: Tensor, rendering: Rendering, max_pixels: int) -> _Rendered:
-    """Decodes once and fills ``views_VHWC``; leaves it as it is where the image cannot be used."""
+    """Decodes the image once and fills ``views_VHWC``; a bad image leaves it unchanged."""
     if sample.status != "ok":
         return _Rendered(sample.status)
     try:
@@ -273,7 +270,7 @@ def _render(sample: Sample, params: ViewParams, views_VHWC: Tensor, rendering: R
             image,
             box,
             flip,
-            drawn_row(params.drawn, view),
+            aug_params_row(params.aug_params, view),
             size=rendering.size,
             interpolation=rendering.interpolation,
         )
@@ -282,36 +279,36 @@ def _render(sample: Sample, params: ViewParams, views_VHWC: Tensor, rendering: R
 
 
 def _assemble(
-    kept: list[tuple[Sample, ViewParams]], pixels_VNHWC: Tensor, rendering: Rendering, shard_id: str, number: int
+    rendered: list[tuple[Sample, ViewParams]], pixels_VNHWC: Tensor, rendering: Rendering, shard_id: str, number: int
 ) -> GroupViews:
-    samples = [sample for sample, _ in kept]
-    num_ok, views = len(kept), rendering.view_numbers
-    own = np.arange(num_ok, dtype=np.int32)
+    samples = [sample for sample, _ in rendered]
+    num_ok, views = len(rendered), rendering.view_numbers
+    unmixed_N = np.arange(num_ok, dtype=np.int32)
     mixes = rendering.plan.mixes and not rendering.block.is_eval
     partner_VN = np.stack(
-        [mix_partners(rendering.plan, shard_id, number, view, num_ok) if mixes else own for view in views]
+        [mix_partners(rendering.plan, shard_id, number, view, num_ok) if mixes else unmixed_N for view in views]
     )
-    params_VN = unmix(_stack([params for _, params in kept]), partner_VN == own)
+    params_VN = unmix(_stack([params for _, params in rendered]), partner_VN == unmixed_N)
     return GroupViews(
         shard_id=shard_id,
         samples=samples,
         row_N=np.array([sample.row for sample in samples], np.int32),
         content_hash_N=np.array([xxhash.xxh3_64_intdigest(sample.data) for sample in samples], np.uint64),
-        label_N=np.array([-1 if sample.label is None else sample.label for sample in samples], np.int32),
+        label_N=np.array([NO_LABEL if sample.label is None else sample.label for sample in samples], np.int32),
         box_VN4=params_VN.box_N4,
         flip_VN=params_VN.flip_N,
         partner_VN=partner_VN,
         mix_lambda_VN=params_VN.mix_lambda_N,
-        drawn_VN=dict(params_VN.drawn),
+        aug_params_VN=dict(params_VN.aug_params),
         pixels_VNCHW=pixels_VNHWC.movedim(-1, -3),
     )
 
 
 def _stack(params: list[ViewParams]) -> ViewParams:
-    """N samples' parameters of V views each as one, [V, N, ...]."""
+    """The parameters of V views of each of N samples, stacked: [V, N, ...]."""
     return ViewParams(
-        np.stack([one.box_N4 for one in params], axis=1),
-        np.stack([one.flip_N for one in params], axis=1),
-        np.stack([one.mix_lambda_N for one in params], axis=1),
-        {name: np.stack([one.drawn[name] for one in params], axis=1) for name in params[0].drawn},
+        np.stack([sample.box_N4 for sample in params], axis=1),
+        np.stack([sample.flip_N for sample in params], axis=1),
+        np.stack([sample.mix_lambda_N for sample in params], axis=1),
+        {name: np.stack([sample.aug_params[name] for sample in params], axis=1) for name in params[0].aug_params},
     )

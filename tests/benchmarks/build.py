@@ -134,7 +134,7 @@ class _Bare:
 
     def forward(self) -> None:
         for start in range(0, len(self.views), 256):
-            self.teacher.answer(stack_views(self.views[start : start + 256]))
+            self.teacher.infer(stack_views(self.views[start : start + 256]))
 
 
 def run() -> None:

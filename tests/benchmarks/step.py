@@ -21,7 +21,7 @@ from pipeline.student.data.dataset import Batch, load_batches
 from pipeline.student.distributed import DistributedContext
 from pipeline.student.run.metrics import StepLog
 from pipeline.student.training.trainer import Trainer
-from pipeline.teacher.numerics import keep_memory
+from pipeline.teacher.numerics import retain_freed_memory
 from schemas.config import Config
 from tests.benchmarks.timing import SHARED, Spread
 
@@ -85,7 +85,7 @@ def run() -> None:
         print(f"  skipped, {SHARED} is absent")
         return
     torch.set_num_threads(THREADS)
-    keep_memory()
+    retain_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
         build_cache(_config(folder, "cache"))
         index_shards(_config(folder, "none"), f"{folder}/index")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.augment.options import cutmix_boxes, drawn_row
+from pipeline.augment.options import aug_params_row, cutmix_boxes
 from pipeline.augment.params import ViewParams, sample_keys, view_params
 from pipeline.augment.pixels import apply_view, stack_views, to_input
 from pipeline.shards.decode import decode, image_size
@@ -43,13 +43,15 @@ def _params(**options: Any) -> ViewParams:
 def _rendering(image: Tensor, params: ViewParams) -> Callable[[], list[Tensor]]:
     boxes, flips = params.box_N4.tolist(), params.flip_N.tolist()
     return lambda: [
-        apply_view(image, boxes[row], flips[row], drawn_row(params.drawn, row), size=SIZE, interpolation="bicubic")
+        apply_view(
+            image, boxes[row], flips[row], aug_params_row(params.aug_params, row), size=SIZE, interpolation="bicubic"
+        )
         for row in range(VIEWS)
     ]
 
 
 def _mixing(pixels: Tensor, params: ViewParams) -> Callable[[], Tensor]:
-    boxes = cutmix_boxes(params.drawn)
+    boxes = cutmix_boxes(params.aug_params)
     cut = None if boxes is None else torch.from_numpy(boxes)
     partner, own, zero = torch.arange(VIEWS).flip(0), torch.from_numpy(params.mix_lambda_N), torch.zeros(3)
     return lambda: to_input(pixels, mean_C=zero, std_C=zero + 1, partner_B=partner, lambda_B=own, cutmix_box_B4=cut)

@@ -99,7 +99,7 @@ def _probe(teacher: Teacher) -> NDArray[np.float32]:
     counters[:, 0] = np.tile(np.arange(num_blocks, dtype=np.uint64), _NUM_PROBES)
     noise = philox4x64(keys, counters).astype("<u8").view(np.uint8).reshape(_NUM_PROBES, -1)
     pixels = torch.from_numpy(noise[:, : 3 * size * size].reshape(_NUM_PROBES, 3, size, size).copy())
-    logits_NK = teacher.answer(pixels).logits_NK
+    logits_NK = teacher.infer(pixels).logits_NK
     if not np.isfinite(logits_NK).all():
         raise ModelError(
             "the teacher answers images of plain noise with NaN or infinity",

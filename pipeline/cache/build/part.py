@@ -40,7 +40,7 @@ from pipeline.core.errors import CacheError, ConfigError, ShardError
 from pipeline.core.hashing import digest
 from pipeline.core.redaction import redact
 from pipeline.core.threads import prefetch
-from pipeline.models.load import reading_weights, require_weights
+from pipeline.models.load import require_weights, weights_read_errors
 from pipeline.shards.index import (
     STATUSES,
     IndexBuilder,
@@ -55,10 +55,17 @@ from pipeline.shards.index import (
 from pipeline.shards.omissions import Omissions
 from pipeline.shards.publish import publish_index
 from pipeline.shards.shard_urls import shard_id
-from pipeline.shards.tar import MemberRules, Sample, TarNotes, unread_links
+from pipeline.shards.tar import MemberRules, Sample, TarNotes, read_samples, unread_links
 from pipeline.teacher.inference import GroupOutputs, InferenceOutputs, Teacher, load_teacher, run_inference
-from pipeline.teacher.numerics import check_gpu, numeric_env, pick_device, pin_numerics, trim_memory, visible_gpus
-from pipeline.teacher.rendering import GroupViews, Rendering, fresh_samples, indexed_samples, read_groups
+from pipeline.teacher.numerics import (
+    check_gpu,
+    numeric_env,
+    pick_device,
+    pin_numerics,
+    release_freed_memory,
+    visible_gpus,
+)
+from pipeline.teacher.rendering import GroupViews, Rendering, indexed_samples, read_groups
 from schemas.cache_format import Commit, FileRef, Header, ViewBlock, aug_param_columns, part_schema
 from schemas.config import CacheConfig, Config
 
@@ -172,7 +179,7 @@ def _current(config: Config) -> _Builder:
     pin_numerics(config.ray.cpus_per_task)
     weights, stamp = config.teacher.weights_url, None
     if weights is not None:
-        with reading_weights(weights, where="teacher.weights"):
+        with weights_read_errors(weights, where="teacher.weights"):
             stamp = storage.stamp(weights)
     builder = _builder(config.model_dump_json(), stamp)
     check_gpu(builder.teacher.device, builder.gpus)
@@ -325,7 +332,7 @@ class _PartBuild:
         A part alone could not say which rows it answers for.
         """
         fresh = IndexBuilder(self.shard_id)
-        self._fill(writer, fresh_samples(local, self.data, where=self.where, notes=fresh.notes), fresh)
+        self._fill(writer, read_samples(local, self.data, where=self.where, notes=fresh.notes), fresh)
         index = fresh.finish()
         check_samples(index, self.data, where=self.task.shard_url)
         self.omissions = omissions_of(index)
@@ -354,7 +361,7 @@ class _PartBuild:
                 kept.result()
 
     def _keep(self, writer: PartWriter, asked: GroupOutputs) -> None:
-        group, answers = asked.group, asked.answers()
+        group, answers = asked.group, asked.outputs()
         self.busy.seconds += asked.busy_s()
         if self.first_row is None:
             self.first_row = int(group.row_N[0])
@@ -366,7 +373,7 @@ class _PartBuild:
             self._check_labelled(group)
             rows = sum_rows(answers[0].embedding_ND, group.label_N)
             self.sums = rows if self.sums is None else merge([self.sums, rows])
-        trim_memory()
+        release_freed_memory()
 
     def _check_labelled(self, group: GroupViews) -> None:
         unlabelled = np.flatnonzero(group.label_N < 0)
@@ -402,7 +409,7 @@ class _PartBuild:
             "flip": group.flip_VN[position],
             "mix_row": row_N[group.partner_VN[position]],
             "mix_lambda": group.mix_lambda_VN[position],
-            **{name: values_VN[position] for name, values_VN in group.drawn_VN.items()},
+            **{name: values_VN[position] for name, values_VN in group.aug_params_VN.items()},
             "embedding_norm": norm_N.astype(np.float32),
             "pixel_digest": digests,
             "pixel_mean": means,

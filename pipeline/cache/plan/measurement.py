@@ -162,7 +162,7 @@ def _time_stages(samples: list[Sample], config: Config, shard: str) -> Stages:
             lambda: list(read_groups(iter(few), rendering, pool, shard_id=shard, max_pixels=max_pixels, builder=None))
         )
     # A batch that is not full is padded, so the time is that of a full one.
-    forward_s, _ = _repeated(lambda: teacher.answer(group.pixels_VNCHW[0][: teacher.batch_size]))
+    forward_s, _ = _repeated(lambda: teacher.infer(group.pixels_VNCHW[0][: teacher.batch_size]))
     return Stages(
         decode_s=decode_s / len(few),
         view_s=max(render_s - decode_s, 0.0) / len(few) / num_views,

@@ -52,7 +52,7 @@ class ShardAugParams:
             "flip": params.flip_N,
             "mix_row": self.index.row[ok[partner_N]],
             "mix_lambda": params.mix_lambda_N,
-            **params.drawn,
+            **params.aug_params,
         }
 
     def _partners(self, view: int) -> NDArray[np.int32]:

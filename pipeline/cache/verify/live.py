@@ -64,11 +64,11 @@ def _ask(pool: Pool, teacher: Teacher) -> InferenceOutputs:
     pixels_MCHW = torch.stack([pool.rows[row].pixels_CHW for row in order])
     lambda_M = np.array([pool.rows[row].mix_lambda for row in order], np.float32)
     if (lambda_M == 1).all():
-        answers = teacher.answer(pixels_MCHW)
+        answers = teacher.infer(pixels_MCHW)
     else:
         partner_M = place[np.array(pool.partner)[order]].astype(np.int32)
         cutmix_box_M4 = np.stack([pool.rows[row].cutmix_box_4 for row in order])
-        answers = teacher.answer(pixels_MCHW, partner_M, lambda_M, cutmix_box_M4 if cutmix_box_M4.any() else None)
+        answers = teacher.infer(pixels_MCHW, partner_M, lambda_M, cutmix_box_M4 if cutmix_box_M4.any() else None)
     return InferenceOutputs(answers.logits_NK[place], answers.embedding_ND[place])
 
 

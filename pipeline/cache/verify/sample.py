@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.augment.options import cutmix_boxes
 from pipeline.augment.params import EVAL_VIEW
-from pipeline.augment.random_bits import key_of, philox4x64, uniform
+from pipeline.augment.random_bits import key_of, philox4x64, to_uniform
 from pipeline.cache.build.commit import read_commit
 from pipeline.cache.build.manifest import read_table
 from pipeline.cache.build.part import teacher_of
@@ -83,7 +83,7 @@ def pick(num_rows: int, num_all: int, seed: int) -> NDArray[np.int64]:
     edges = np.arange(num_rows + 1, dtype=np.int64) * num_all // max(1, num_rows)
     counters_N4 = np.zeros((num_rows, 4), np.uint64)
     counters_N4[:, 0] = np.arange(num_rows)
-    share_N = uniform(philox4x64(key_of("verify", seed)[None], counters_N4))[:, 0]
+    share_N = to_uniform(philox4x64(key_of("verify", seed)[None], counters_N4))[:, 0]
     return edges[:-1] + np.floor(share_N * np.diff(edges)).astype(np.int64)
 
 
@@ -162,7 +162,7 @@ class Sample:
             with report_moved([url], "append --shards {}"):
                 group = next(images.groups(unit, block_of(view)))
             start = len(pool.rows)
-            boxes = cutmix_boxes(group.drawn_VN)
+            boxes = cutmix_boxes(group.aug_params_VN)
             cutmix_box_N4 = np.zeros((len(unit), 4), np.float32) if boxes is None else boxes[0]
             for position, ordinal in enumerate(unit):
                 seen = (group.pixels_VNCHW[0, position], group.mix_lambda_VN[0, position], cutmix_box_N4[position])

@@ -29,7 +29,7 @@ class WeightsFile:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
+class BuildRequest:
     """A network to build.
 
     Attributes:
@@ -57,13 +57,13 @@ class Request:
         """Whether the source itself loads the library's weights."""
         return self.config.weights == "pretrained" and self.read is None and not self.builds_only
 
-    def without_weights(self, likely_size: int | None) -> Request:
+    def without_weights(self, likely_size: int | None) -> BuildRequest:
         """The same network, for what does not depend on the values of its weights."""
         return replace(self, read=None, builds_only=True, likely_size=likely_size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OwnInput:
+class DeclaredInput:
     """What the network itself says that it eats; None where it says nothing. ``size`` is in pixels."""
 
     size: int | None = None
@@ -82,14 +82,14 @@ class BuiltModel:
 
     network: nn.Module
     heads: tuple[str, ...]
-    own: OwnInput
+    own: DeclaredInput
     size_kwarg: str | None = None
     embedding_dim: int | None = None
     notes: tuple[str, ...] = ()
 
 
 @contextlib.contextmanager
-def building(request: Request) -> Generator[None]:
+def constructor_errors(request: BuildRequest) -> Generator[None]:
     """Whatever a constructor raises becomes a ModelError; its arguments are the user's."""
     try:
         yield
@@ -104,7 +104,7 @@ def building(request: Request) -> Generator[None]:
         ) from error
 
 
-def unknown_name(request: Request, names: Collection[str]) -> ModelError:
+def unknown_name(request: BuildRequest, names: Collection[str]) -> ModelError:
     """The error for a name that its library does not have, with the nearest that it has."""
     near = difflib.get_close_matches(request.name, names, n=3, cutoff=0.5)
     return ModelError(
@@ -116,7 +116,7 @@ def unknown_name(request: Request, names: Collection[str]) -> ModelError:
     )
 
 
-def refuse_reserved(request: Request, reserved: Collection[str]) -> None:
+def refuse_reserved(request: BuildRequest, reserved: Collection[str]) -> None:
     """Refuses constructor arguments that have a key of their own, or would load weights past ``weights``."""
     found = sorted(set(request.config.kwargs) & set(reserved))
     if found:
@@ -128,7 +128,7 @@ def refuse_reserved(request: Request, reserved: Collection[str]) -> None:
         )
 
 
-def refuse_untrained_head(request: Request, width: int) -> None:
+def refuse_untrained_head(request: BuildRequest, width: int) -> None:
     """Stops a teacher before the download when the pretrained head is not K wide."""
     if width == request.num_classes or request.allow_new_head:
         return
@@ -142,7 +142,7 @@ def refuse_untrained_head(request: Request, width: int) -> None:
     )
 
 
-def no_download(request: Request, error: BaseException) -> ModelError:
+def download_error(request: BuildRequest, error: BaseException) -> ModelError:
     """The error for pretrained weights that did not arrive."""
     return ModelError(
         f"the pretrained weights of {request.config.model} could not be downloaded",

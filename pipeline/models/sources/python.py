@@ -16,14 +16,21 @@ from typing import Any
 from torch import nn
 
 from pipeline.core.errors import ModelError, cause
-from pipeline.models.sources.base import BuiltModel, OwnInput, Request, building, last_layer, refuse_reserved
+from pipeline.models.sources.base import (
+    BuildRequest,
+    BuiltModel,
+    DeclaredInput,
+    constructor_errors,
+    last_layer,
+    refuse_reserved,
+)
 
 _NAME = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*:[^\W\d]\w*")
 # Nobody's own networks, and among them functions that run what their arguments name: a command, a file, a repository.
-_NOT_OWN = frozenset({*sys.stdlib_module_names, "torch", "torchvision", "timm"})
+_FOREIGN_PACKAGES = frozenset({*sys.stdlib_module_names, "torch", "torchvision", "timm"})
 
 
-def build(request: Request) -> BuiltModel:
+def build(request: BuildRequest) -> BuiltModel:
     """Builds with the user's factory. Such a network says nothing of its input: the YAML has to.
 
     Raises:
@@ -38,7 +45,7 @@ def build(request: Request) -> BuiltModel:
             expected="random, or the URL of a .safetensors or .pt file",
         )
     factory = _imported(request)
-    with building(request):
+    with constructor_errors(request):
         network = factory(num_classes=request.num_classes, **request.config.kwargs)
     if not isinstance(network, nn.Module):
         raise ModelError(
@@ -47,10 +54,10 @@ def build(request: Request) -> BuiltModel:
             got=type(network).__name__,
             expected="torch.nn.Module",
         )
-    return BuiltModel(network=network, heads=_heads(network, request), own=OwnInput())
+    return BuiltModel(network=network, heads=_heads(network, request), own=DeclaredInput())
 
 
-def _imported(request: Request) -> Callable[..., Any]:
+def _imported(request: BuildRequest) -> Callable[..., Any]:
     _check_name(request)
     module_name, _, attribute = request.name.partition(":")
     try:
@@ -74,7 +81,7 @@ def _imported(request: Request) -> Callable[..., Any]:
     return factory
 
 
-def _check_name(request: Request) -> None:
+def _check_name(request: BuildRequest) -> None:
     if _NAME.fullmatch(request.name) is None:
         raise ModelError(
             "this is not the name of a factory",
@@ -83,22 +90,22 @@ def _check_name(request: Request) -> None:
             expected="python:package.module:factory, names alone",
         )
     if _is_foreign(request.name.partition(":")[0]):
-        raise _not_own(request, str(request.config.model))
+        raise _foreign_code_error(request, str(request.config.model))
 
 
-def _check_origin(factory: Callable[..., Any], request: Request) -> None:
+def _check_origin(factory: Callable[..., Any], request: BuildRequest) -> None:
     """A module has what it imports too, under any name."""
     if isinstance(factory, (type, types.FunctionType, types.BuiltinFunctionType)) and _is_foreign(
         module := factory.__module__ or "builtins"
     ):
-        raise _not_own(request, f"{request.config.model}, which is {module}.{factory.__qualname__}")
+        raise _foreign_code_error(request, f"{request.config.model}, which is {module}.{factory.__qualname__}")
 
 
 def _is_foreign(module: str) -> bool:
-    return module.partition(".")[0] in _NOT_OWN
+    return module.partition(".")[0] in _FOREIGN_PACKAGES
 
 
-def _not_own(request: Request, got: str) -> ModelError:
+def _foreign_code_error(request: BuildRequest, got: str) -> ModelError:
     return ModelError(
         "a python: factory is code of one's own; the standard library and the frameworks are not",
         where=f"{request.where}.model",
@@ -107,7 +114,7 @@ def _not_own(request: Request, got: str) -> ModelError:
     )
 
 
-def _heads(network: nn.Module, request: Request) -> tuple[str, ...]:
+def _heads(network: nn.Module, request: BuildRequest) -> tuple[str, ...]:
     if callable(getattr(network, "forward_embedding", None)):
         return ()
     name = last_layer(network, nn.Linear)

@@ -12,11 +12,11 @@ from torch import nn
 
 from pipeline.core.errors import ModelError
 from pipeline.models.sources.base import (
+    BuildRequest,
     BuiltModel,
-    OwnInput,
-    Request,
-    building,
-    no_download,
+    DeclaredInput,
+    constructor_errors,
+    download_error,
     refuse_reserved,
     refuse_untrained_head,
     unknown_name,
@@ -40,7 +40,7 @@ _NETWORK_PACKAGES = frozenset({"httpx", "httpcore", "requests", "urllib3", "hugg
 _POOLING_HEADS = (ClassifierHead, NormMlpClassifierHead, ClNormMlpClassifierHead)
 
 
-def build(request: Request) -> BuiltModel:
+def build(request: BuildRequest) -> BuiltModel:
     """Builds a timm model; its input comes from its pretrained configuration, whatever weights it gets.
 
     Raises:
@@ -51,19 +51,19 @@ def build(request: Request) -> BuiltModel:
     refuse_reserved(request, _RESERVED)
     if request.pretrained:
         _check_pretrained(request)
-    with building(request):
+    with constructor_errors(request):
         network = _create(request)
     width = getattr(network, "head_hidden_size", None)
     return BuiltModel(
         network=network,
         heads=_heads(network, request),
-        own=_own_input(network, request.config.kwargs),
+        own=_declared_input(network, request.config.kwargs),
         size_kwarg="img_size",
         embedding_dim=width if isinstance(width, int) else None,
     )
 
 
-def _create(request: Request) -> nn.Module:
+def _create(request: BuildRequest) -> nn.Module:
     try:
         return timm.create_model(
             request.name, pretrained=request.pretrained, num_classes=request.num_classes, **request.config.kwargs
@@ -71,11 +71,11 @@ def _create(request: Request) -> nn.Module:
     except Exception as error:
         package = type(error).__module__.partition(".")[0]
         if request.pretrained and (isinstance(error, OSError) or package in _NETWORK_PACKAGES):
-            raise no_download(request, error) from error
+            raise download_error(request, error) from error
         raise
 
 
-def _check_name(request: Request) -> None:
+def _check_name(request: BuildRequest) -> None:
     if any(mark in request.name for mark in ":/"):
         raise ModelError(
             "only bare timm names are built; hub repositories and folders are not",
@@ -93,7 +93,7 @@ def _check_name(request: Request) -> None:
         raise unknown_name(request, timm.list_pretrained(f"{architecture}*")) from error
 
 
-def _check_pretrained(request: Request) -> None:
+def _check_pretrained(request: BuildRequest) -> None:
     pretrained = timm.get_pretrained_cfg(request.name)
     if pretrained is None or not pretrained.has_weights:
         raise ModelError(
@@ -105,7 +105,7 @@ def _check_pretrained(request: Request) -> None:
     refuse_untrained_head(request, pretrained.num_classes)
 
 
-def _heads(network: Any, request: Request) -> tuple[str, ...]:
+def _heads(network: Any, request: BuildRequest) -> tuple[str, ...]:
     """Names of the classifier, or of all where a distilled or multi-scale model has several."""
     get_classifier = getattr(network, "get_classifier", None)
     classifier = None if get_classifier is None else get_classifier()
@@ -119,7 +119,7 @@ def _heads(network: Any, request: Request) -> tuple[str, ...]:
     return tuple(names[id(layer)] for layer in layers)
 
 
-def _no_single_head(request: Request, classifier: object) -> ModelError:
+def _no_single_head(request: BuildRequest, classifier: object) -> ModelError:
     kinds = [type(part).__name__ for part in classifier] if isinstance(classifier, tuple) else type(classifier).__name__
     return ModelError(
         "this network has no classifier whose input is an embedding",
@@ -131,10 +131,10 @@ def _no_single_head(request: Request, classifier: object) -> ModelError:
     )
 
 
-def _own_input(network: nn.Module, kwargs: dict[str, Any]) -> OwnInput:
+def _declared_input(network: nn.Module, kwargs: dict[str, Any]) -> DeclaredInput:
     img_size = kwargs.get("img_size")
     found = resolve_model_data_config(network, args={"img_size": img_size} if isinstance(img_size, int) else None)
-    return OwnInput(
+    return DeclaredInput(
         size=found["input_size"][-1],
         mean=tuple(found["mean"]),
         std=tuple(found["std"]),

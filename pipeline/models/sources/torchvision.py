@@ -13,13 +13,13 @@ from torchvision import models
 
 from pipeline.core.errors import ModelError, cause
 from pipeline.models.sources.base import (
+    BuildRequest,
     BuiltModel,
-    OwnInput,
-    Request,
+    DeclaredInput,
     WeightsFile,
-    building,
+    constructor_errors,
+    download_error,
     last_layer,
-    no_download,
     refuse_reserved,
     refuse_untrained_head,
     unknown_name,
@@ -34,7 +34,7 @@ _AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
 _OLD_DENSENET = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.\w+)$")
 
 
-def build(request: Request) -> BuiltModel:
+def build(request: BuildRequest) -> BuiltModel:
     """Builds a torchvision classifier; its input comes from its default weights' transforms, whatever weights it gets.
 
     Weights by name and the same weights by URL give the same network.
@@ -55,14 +55,14 @@ def build(request: Request) -> BuiltModel:
     else:
         file = None if request.read is None else request.read()
     kwargs, notes = _arguments(request, published, file)
-    with building(request):
+    with constructor_errors(request):
         network = models.get_model(request.name, weights=None, num_classes=width, **kwargs)
-    network.register_load_state_dict_pre_hook(_mend_names)
+    network.register_load_state_dict_pre_hook(_fix_legacy_names)
     if request.pretrained and file is not None:
         load_state(network, file.state, source=str(published), where=f"{request.where}.weights")
         if width != request.num_classes:
             _replace_head(network, request.num_classes)
-    own = _own_input(network, published)
+    own = _declared_input(network, published)
     return BuiltModel(network=network, heads=(_head(network),), own=own, size_kwarg="image_size", notes=notes)
 
 
@@ -76,7 +76,7 @@ def input_transform(network: nn.Module) -> dict[str, bool]:
 
 
 def _arguments(
-    request: Request, published: models.WeightsEnum, file: WeightsFile | None
+    request: BuildRequest, published: models.WeightsEnum, file: WeightsFile | None
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Arguments of the constructor, as torchvision's builder sets them where it has weights, and notes for the user.
 
@@ -101,7 +101,7 @@ def _arguments(
     return {**chosen, **request.config.kwargs}, tuple(notes)
 
 
-def _image_size(request: Request, published: models.WeightsEnum, file: WeightsFile | None) -> int | None:
+def _image_size(request: BuildRequest, published: models.WeightsEnum, file: WeightsFile | None) -> int | None:
     """Pixels that a ViT's position embedding [1,1+N,D] was made for; None where the constructor's default holds."""
     if file is None:
         return published.meta["min_size"][0] if request.config.weights == "pretrained" else request.likely_size
@@ -116,7 +116,7 @@ def _is_auxiliary(name: str) -> bool:
     return any(name.startswith(head) or f".{head}" in name for head in _AUXILIARY)
 
 
-def _mend_names(
+def _fix_legacy_names(
     network: nn.Module, state: dict[str, Any], _prefix: str, _metadata: object, _strict: bool, *_errors: list[str]
 ) -> None:
     """Before a state dict is loaded: names of old DenseNets, and auxiliary heads that this network lacks."""
@@ -128,7 +128,7 @@ def _mend_names(
             del state[name]
 
 
-def _download(request: Request, published: models.WeightsEnum) -> Mapping[str, Tensor]:
+def _download(request: BuildRequest, published: models.WeightsEnum) -> Mapping[str, Tensor]:
     """The file, in torchvision's cache afterwards, read with pickled code refused.
 
     The library's own loader does not refuse it, and only from here can a failed download be told from bad arguments.
@@ -136,7 +136,7 @@ def _download(request: Request, published: models.WeightsEnum) -> Mapping[str, T
     try:
         return published.get_state_dict(progress=False, check_hash=True, weights_only=True, map_location="cpu")
     except OSError as error:
-        raise no_download(request, error) from error
+        raise download_error(request, error) from error
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ModelError(
             f"the downloaded weights of {request.config.model} are damaged or not plain tensors",
@@ -166,11 +166,11 @@ def _replace_head(network: nn.Module, num_classes: int) -> None:
     setattr(network.get_submodule(parent), leaf, new)
 
 
-def _own_input(network: nn.Module, published: models.WeightsEnum) -> OwnInput:
+def _declared_input(network: nn.Module, published: models.WeightsEnum) -> DeclaredInput:
     preset: Any = published.transforms()
     # A ViT is built for one size, which need not be the one its published weights were made for.
     built_for = getattr(network, "image_size", None)
-    return OwnInput(
+    return DeclaredInput(
         size=built_for if isinstance(built_for, int) else preset.crop_size[0],
         mean=tuple(preset.mean),
         std=tuple(preset.std),

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from pipeline.augment.options import cutmix_boxes, drawn_row
-from pipeline.augment.params import draw_views
+from pipeline.augment.options import aug_params_row, cutmix_boxes
+from pipeline.augment.params import sample_views
 from pipeline.augment.pixels import apply_view, stack_views
 from pipeline.core.errors import CacheError, StillroomError, TrainingError, first_line
 from pipeline.student.data.batch_summary import Summarised
@@ -184,12 +184,12 @@ class _RowViews:
     @classmethod
     def drawn_anew(cls, rows: SampleRows, plan: ViewsConfig, view: int) -> _RowViews:
         """Of the same rows, a view of another plan, which mixes nothing."""
-        params = draw_views(plan, rows.sample_ids, view, rows.rows_N["width"], rows.rows_N["height"])
-        return cls(params.box_N4.tolist(), params.flip_N.tolist(), params.drawn)
+        params = sample_views(plan, rows.sample_ids, view, rows.rows_N["width"], rows.rows_N["height"])
+        return cls(params.box_N4.tolist(), params.flip_N.tolist(), params.aug_params)
 
     def render(self, image_CHW: Tensor, row: int, target: InputSize) -> Tensor:
         """uint8 [3,size,size]; the box is in pixels of the original, so any size shows the same crop."""
-        box, flip, drawn = self.boxes[row], self.flips[row], drawn_row(self.drawn, row)
+        box, flip, drawn = self.boxes[row], self.flips[row], aug_params_row(self.drawn, row)
         return apply_view(image_CHW, box, flip, drawn, size=target.size, interpolation=target.interpolation)
 
 

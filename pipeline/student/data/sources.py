@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline import storage
-from pipeline.augment.params import draw_views, shard_partners, unmix
+from pipeline.augment.params import sample_views, shard_partners, unmix
 from pipeline.cache.read.reader import ShardEntry, TeacherCache, ViewColumns
 from pipeline.core.errors import CacheError, ConfigError, ShardError
 from pipeline.core.redaction import redact
@@ -205,7 +205,7 @@ class IndexedSource:
         sample_ids = index.sample_ids(position_N)
         width_N, height_N = index.width[position_N], index.height[position_N]
         partner_N = self._partners.get((shard, view))[ordinal_N]
-        params = unmix(draw_views(self.plan, sample_ids, view, width_N, height_N), partner_N == ordinal_N)
+        params = unmix(sample_views(self.plan, sample_ids, view, width_N, height_N), partner_N == ordinal_N)
         fields = {
             "offset": index.offset[position_N],
             "size": index.size[position_N],
@@ -218,7 +218,7 @@ class IndexedSource:
             "mix_lambda": params.mix_lambda_N,
             "partner": partner_N,
         }
-        return SampleRows(sample_ids, as_structured_rows(fields, params.drawn), ())
+        return SampleRows(sample_ids, as_structured_rows(fields, params.aug_params), ())
 
 
 class CachedSource:

@@ -26,12 +26,13 @@ from pipeline.core.redaction import quoted, redact
 from pipeline.models import EmbeddingModel, InputSpec
 from pipeline.shards.index import IndexBuilder, ShardIndex, check_samples
 from pipeline.shards.shard_urls import report_moved, shard_id, shard_ids, shard_urls
+from pipeline.shards.tar import read_samples
 from pipeline.student.data.local_store import NodeStore
 from pipeline.student.distributed import DistributedContext
 from pipeline.student.evaluation.loaded_run import CheckpointName, load_run
 from pipeline.student.supervision.spec import SupervisionSpec
 from pipeline.teacher.inference import Teacher, load_teacher
-from pipeline.teacher.rendering import GroupViews, Rendering, fresh_samples, read_groups
+from pipeline.teacher.rendering import GroupViews, Rendering, read_groups
 from schemas.cache_format import ViewBlock
 from schemas.config import Config, DataConfig, ViewsConfig
 
@@ -410,7 +411,7 @@ class Evaluator:
             size=spec.size,
             interpolation=spec.interpolation,
         )
-        samples = fresh_samples(local, self.data, where=redact(url), notes=builder.notes)
+        samples = read_samples(local, self.data, where=redact(url), notes=builder.notes)
         return read_groups(
             samples, rendering, pool, shard_id=shard_id(url), max_pixels=self.data.max_pixels, builder=builder
         )
@@ -435,7 +436,7 @@ def _outputs(
 
 
 def _outputs_of_teacher(teacher: Teacher, group: GroupViews, *, with_embeddings: bool = True) -> _Outputs:
-    logits_NK, embedding_ND = teacher.ask(group.pixels_VNCHW[0])
+    logits_NK, embedding_ND = teacher.infer_on_device(group.pixels_VNCHW[0])
     return _Outputs(logits_NK.cpu(), (embedding_ND if with_embeddings else embedding_ND[:, :0]).cpu())
 
 

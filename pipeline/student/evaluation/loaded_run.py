@@ -13,7 +13,7 @@ from pipeline.core.config_loading import require
 from pipeline.core.errors import ConfigError, ModelError
 from pipeline.core.redaction import redact
 from pipeline.models import LoadedModel, WeightsFile, load_model
-from pipeline.models.weights import transform_input_of
+from pipeline.models.weights import stored_transform_input
 from pipeline.student.evaluation.finite import FiniteWeights
 from pipeline.student.losses import CompositeLoss
 from pipeline.student.networks.student import bridge
@@ -78,7 +78,7 @@ def load_run(run_url: str, checkpoint_name: CheckpointName) -> LoadedRun:
         num_classes=supervision.num_classes,
         size=config.student.size or supervision.size,
         where="student",
-        built_for=WeightsFile(state["model"], transform_input=transform_input_of(state)),
+        built_for=WeightsFile(state["model"], transform_input=stored_transform_input(state)),
     )
     weights = FiniteWeights.of([student.module.network])
     student.module.network.load_state_dict(state["model"])

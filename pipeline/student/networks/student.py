@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from pipeline.models import EmbeddingModel, observe_maps, with_maps
+from pipeline.models import EmbeddingModel, forward_with_maps, register_map_hooks
 from pipeline.student.networks.review import Review, ReviewPlan
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -55,7 +55,7 @@ class Student(nn.Module):
         )
         self.review = None if review is None else Review(review)
         if review is not None:
-            observe_maps(model.network, review.student)
+            register_map_hooks(model.network, review.student)
 
     @property
     def min_rows(self) -> int:
@@ -65,7 +65,7 @@ class Student(nn.Module):
     def forward(self, images_BCHW: Tensor) -> StudentOutputs:
         review = self.review
         named = () if review is None else review.plan.student
-        (logits_BK, embedding_BD), maps = with_maps(named, self.model, images_BCHW)
+        (logits_BK, embedding_BD), maps = forward_with_maps(named, self.model, images_BCHW)
         # Fused here and not in the loss: DDP waits for the gradients of all that learns, so all of it runs in here.
         fused = () if review is None else review(review.plan.levels(maps, embedding_BD))
         projected = {key: self._project(key, embedding_BD) for key in self.projectors}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pipeline.augment.options import drawn_row
+from pipeline.augment.options import aug_params_row
 from pipeline.augment.pixels import apply_view, pixel_digest, pixel_mean
 from pipeline.cache.read.reader import TeacherCache
 from pipeline.core.errors import CacheError
@@ -117,7 +117,7 @@ def _check_shard(source: CachedSource, number: int, shard: int, max_pixels: int)
     for row, (ordinal, place) in enumerate(zip(ordinals, rows.places, strict=True)):
         image = read_image(source, shard, place, sample_id=rows.sample_ids[row], max_pixels=max_pixels)
         box, flip = rows.rows_N["box"][row].tolist(), bool(rows.rows_N["flip"][row])
-        drawn = drawn_row(rows.drawn, row)
+        drawn = aug_params_row(rows.drawn, row)
         view = apply_view(image, box, flip, drawn, size=size, interpolation=interpolation)
         if pixel_digest(view) != columns.pixel_digest[ordinal]:
             drifts.append(_Drift(rows.sample_ids[row], _distance(pixel_mean(view), columns.pixel_mean[ordinal])))

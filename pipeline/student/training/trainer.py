@@ -20,14 +20,14 @@ from pipeline.core.redaction import redact
 from pipeline.models import (
     InputSpec,
     LoadedModel,
-    lay_out,
+    forward_with_maps,
     load_model,
-    observe_maps,
+    move_to_device,
+    register_map_hooks,
     unsafe_in_channels_last,
-    with_maps,
 )
 from pipeline.models.sources.torchvision import input_transform
-from pipeline.models.weights import transform_input_of
+from pipeline.models.weights import stored_transform_input
 from pipeline.student.data.dataset import Batch, InputSize, StepDataset, load_batches
 from pipeline.student.data.loader import over_budget
 from pipeline.student.data.order import TrainingOrder, order_of
@@ -66,13 +66,12 @@ from pipeline.student.training.optimizer_step import OptimizerStep
 from pipeline.student.training.throughput import ThroughputMeter
 from pipeline.student.training.torch_switches import check_compiler, demand_workspace, deterministic, killed_loaders
 from pipeline.teacher.inference import Teacher, load_teacher
-from pipeline.teacher.numerics import keep_memory, pin_numerics
+from pipeline.teacher.numerics import autocast, pin_numerics, retain_freed_memory
 from schemas.config import Config
 
 Report = Callable[[dict[str, Any]], None]
 _FLUSH_STEPS = 50
 _NUM_NAMED = 3
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def _quiet(_: dict[str, Any]) -> None: ...
@@ -111,7 +110,7 @@ def train(config: Config, distributed: DistributedContext | None = None, report:
             report({"kind": "finished", "run": run_url, **finished})
         return finished
     pin_numerics(config.ray.cpus_per_worker)
-    keep_memory()
+    retain_freed_memory()
     if config.train.deterministic:
         demand_workspace()
     trainer = _begin(config, distributed, report)
@@ -223,7 +222,7 @@ class Trainer:
         self.spec = loaded.input
         self._model_notes = [*loaded.notes, *(note for one in self.supervision.teachers for note in one.loaded.notes)]
         self.channels_last, self._unsafe = self._layout()
-        lay_out(self.student.train(), distributed.device, channels_last=self.channels_last)
+        move_to_device(self.student.train(), distributed.device, channels_last=self.channels_last)
         freeze(self.student.model.network, config.train.freeze)
         # Where workers come and go, a batch that is too small for all of them is refused before the first is lost.
         max_ranks = max(distributed.size, config.ray.num_workers)
@@ -501,8 +500,7 @@ class Trainer:
         return total.detach(), terms
 
     def _forward(self, images: Tensor, batch: Batch) -> LossInputs:
-        dtype = _AUTOCAST.get(self.config.train.precision)
-        with torch.autocast(self.distributed.device.type, dtype=dtype, enabled=dtype is not None):
+        with autocast(self.distributed.device, self.config.train.precision):
             answer: StudentOutputs = self.module(images)
         heard = self._listen(batch)
         return LossInputs(
@@ -663,7 +661,7 @@ class Trainer:
         networks: tuple[Any, ...] = self.optimizer_step.evaluated.network, self.student.model.network
         for network in networks:
             if input_transform(network):
-                network.transform_input = bool(transform_input_of(state))
+                network.transform_input = bool(stored_transform_input(state))
 
     def _resume(self) -> None:
         state = checkpoint.load(self.run_url, checkpoint.LAST)
@@ -749,7 +747,7 @@ def _ask(teacher: Teacher, batch: Batch, review: Review | None) -> tuple[Teacher
     pixels_BCHW = batch.teacher_pixels.get(_eaten(teacher.loaded.input), batch.pixels_BCHW)
     named = () if review is None else review.plan.teacher
     asked = pixels_BCHW, batch.partner_B, batch.lambda_B, batch.cutmix_box_B4
-    (teacher_BK, teacher_BD), maps = with_maps(named, teacher.forward, *asked)
+    (teacher_BK, teacher_BD), maps = forward_with_maps(named, teacher.forward, *asked)
     levels = () if review is None else review.plan.levels(maps, teacher_BD)
     return TeacherOutputs({None: teacher_BK}, teacher_BD.norm(dim=1), teacher_BD), levels
 
@@ -780,7 +778,7 @@ def _review(config: Config, student: LoadedModel, teachers: Sequence[Teacher]) -
     assert len(teachers) == 1, "check_config has seen to it"
     teacher = teachers[0]
     plan = plan_review(section, student, teacher.loaded)
-    observe_maps(teacher.loaded.module.network, plan.teacher)
+    register_map_hooks(teacher.loaded.module.network, plan.teacher)
     return plan
 
 

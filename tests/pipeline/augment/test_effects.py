@@ -286,8 +286,8 @@ def test_neither_threads_nor_strides_change_a_pixel() -> None:
     planes = picture(40).contiguous()
     columns = {"jitter_order": 7, **dict.fromkeys(NEUTRAL, 0.7), "jitter_hue": 0.2}
     for number in range(len(OPS)):
-        drawn = {**columns, "op1": number, "op1_magnitude": 0.3 if number < 6 else 1.4 if number < 10 else 5.0}
-        assert torch.equal(apply_options(planes, drawn), apply_options(picture(40), drawn))
+        aug_params = {**columns, "op1": number, "op1_magnitude": 0.3 if number < 6 else 1.4 if number < 10 else 5.0}
+        assert torch.equal(apply_options(planes, aug_params), apply_options(picture(40), aug_params))
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from scipy.stats import ks_2samp
 from torchvision.transforms import RandomErasing
 
-from pipeline.augment.options import OPS, cutmix_boxes, drawn_row
+from pipeline.augment.options import OPS, aug_params_row, cutmix_boxes
 from pipeline.augment.params import ViewParams, unmix
 from pipeline.augment.pixels import apply_view
 from pipeline.cache.format.header import views_body, views_id
@@ -79,7 +79,7 @@ def drawn(plan: ViewsConfig, count: int = 200, view: int = 3) -> ViewParams:
 
 def test_jitter_equals_a_scalar_loop() -> None:
     plan = plan_of(jitter={"probability": 0.7, "brightness": 0.5, "contrast": 0.25, "saturation": 1.0, "hue": 0.125})
-    found = drawn(plan).drawn
+    found = drawn(plan).aug_params
     for row, name in enumerate(ids(200)):
         which, how = (scalar_uniforms(0, name, 3, 3, block) for block in (0, 1))
         expected = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.0}
@@ -117,7 +117,7 @@ def scalar_magnitude(op: str, strength: float, negative: bool) -> float:
 
 def test_operations_and_magnitudes_equal_a_scalar_loop() -> None:
     plan = plan_of(randaugment={"num_ops": 3, "magnitude": 20, "magnitude_spread": 15})
-    found = drawn(plan).drawn
+    found = drawn(plan).aug_params
     seen: set[str] = set()
     for row, name in enumerate(ids(200)):
         for number in range(3):
@@ -150,7 +150,7 @@ def scalar_erased(plan: ViewsConfig, name: str) -> list[float]:
 @pytest.mark.parametrize("area", [(0.02, 1 / 3), (0.6, 1.0)])
 def test_erased_boxes_and_colours_equal_a_scalar_loop(area: tuple[float, float]) -> None:
     plan = plan_of(erasing={"probability": 0.8, "area": area, "aspect": [0.2, 5.0]})
-    found = drawn(plan).drawn
+    found = drawn(plan).aug_params
     for row, name in enumerate(ids(200)):
         box = [float(found[f"erase_{side}"][row]) for side in ("left", "top", "width", "height")]
         assert box == pytest.approx(scalar_erased(plan, name), rel=ulps(1))
@@ -159,7 +159,7 @@ def test_erased_boxes_and_colours_equal_a_scalar_loop(area: tuple[float, float])
 
 
 def test_a_given_colour_is_stored_as_it_is() -> None:
-    found = drawn(plan_of(erasing={"fill": [255, 0, 128]})).drawn
+    found = drawn(plan_of(erasing={"fill": [255, 0, 128]})).aug_params
     assert {tuple(found[f"erase_{name}"].tolist()) for name in ("red", "green", "blue")} == {
         (255,) * 200,
         (0,) * 200,
@@ -169,7 +169,7 @@ def test_a_given_colour_is_stored_as_it_is() -> None:
 
 def test_cut_boxes_equal_a_scalar_loop_and_have_the_area_that_lambda_leaves() -> None:
     params = drawn(plan_of(cutmix=0.4))
-    box_N4 = cutmix_boxes(params.drawn)
+    box_N4 = cutmix_boxes(params.aug_params)
     assert box_N4 is not None
     for row, name in enumerate(ids(200)):
         u, own = scalar_uniforms(0, name, 3, 6, 0), float(params.mix_lambda_N[row])
@@ -183,14 +183,14 @@ def test_cut_boxes_equal_a_scalar_loop_and_have_the_area_that_lambda_leaves() ->
 
 def test_options_move_none_of_the_other_draws() -> None:
     plain, full = drawn(plan_of(seed=7)), drawn(EVERYTHING)
-    assert plain.drawn == {}
+    assert plain.aug_params == {}
     for name in ("box_N4", "flip_N", "mix_lambda_N"):
         assert np.array_equal(getattr(plain, name), getattr(full, name))
     for option in ("jitter", "randaugment", "erasing", "cutmix"):
-        alone = drawn(plan_of(seed=7, **{option: getattr(EVERYTHING, option)})).drawn
+        alone = drawn(plan_of(seed=7, **{option: getattr(EVERYTHING, option)})).aug_params
         assert alone
         for name, values in alone.items():
-            assert np.array_equal(values, full.drawn[name]), name
+            assert np.array_equal(values, full.aug_params[name]), name
 
 
 def test_drawn_parameters_are_frozen() -> None:
@@ -198,14 +198,17 @@ def test_drawn_parameters_are_frozen() -> None:
     params = draw(EVERYTHING, names, [0, 1, 2**40, 65_534], [(500, 375)] * 4)
     found = {
         name: [value.hex() if isinstance(value, float) else value for value in values.tolist()]
-        for name, values in params.drawn.items()
+        for name, values in params.aug_params.items()
     }
     assert found == FROZEN
 
 
 def test_a_single_has_no_box() -> None:
     params = drawn(plan_of(cutmix=1.0), 3)
-    box_N4, left_N4 = cutmix_boxes(params.drawn), cutmix_boxes(unmix(params, np.array([False, True, False])).drawn)
+    box_N4, left_N4 = (
+        cutmix_boxes(params.aug_params),
+        cutmix_boxes(unmix(params, np.array([False, True, False])).aug_params),
+    )
     assert box_N4 is not None
     assert left_N4 is not None
     assert (box_N4[:, 2] > 0).all()
@@ -213,13 +216,13 @@ def test_a_single_has_no_box() -> None:
 
 
 def test_eval_views_draw_nothing() -> None:
-    assert drawn(ViewsConfig(kind="eval")).drawn == {}
+    assert drawn(ViewsConfig(kind="eval")).aug_params == {}
 
 
 def test_erased_areas_and_aspects_are_distributed_as_torchvisions() -> None:
     count = 4000
     plan = plan_of(erasing={"probability": 1.0})
-    found = drawn(plan, count).drawn
+    found = drawn(plan, count).aug_params
     view = torch.zeros(3, 1000, 1000)
     assert plan.erasing is not None
     area, aspect = list(plan.erasing.area), list(plan.erasing.aspect)
@@ -239,7 +242,7 @@ def test_erased_areas_and_aspects_are_distributed_as_torchvisions() -> None:
 
 def test_shares_are_those_of_the_plan() -> None:
     count = 20_000
-    found = drawn(EVERYTHING, count).drawn
+    found = drawn(EVERYTHING, count).aug_params
     shares = {
         0.8: (found["jitter_brightness"] != 1).mean(),
         0.6: (found["erase_width"] > 0).mean(),
@@ -274,7 +277,9 @@ def stored(plan: ViewsConfig, params: ViewParams) -> pa.Table:
     """The columns as a part keeps them, through Parquet."""
     schema = pa.schema(list(aug_param_columns(plan).items()))
     buffer = io.BytesIO()
-    pq.write_table(pa.table([pa.array(params.drawn[item.name], item.type) for item in schema], schema=schema), buffer)
+    pq.write_table(
+        pa.table([pa.array(params.aug_params[item.name], item.type) for item in schema], schema=schema), buffer
+    )
     return pq.read_table(buffer)
 
 
@@ -283,7 +288,7 @@ def stored(plan: ViewsConfig, params: ViewParams) -> pa.Table:
 def test_views_rebuilt_from_stored_columns_are_those_drawn_anew(plan: ViewsConfig, views: list[int], size: int) -> None:
     names, sizes = ids(len(views)), [(31, 45)] * len(views)
     params = draw(plan, names, views, sizes)
-    assert {name: values.dtype for name, values in params.drawn.items()} == {
+    assert {name: values.dtype for name, values in params.aug_params.items()} == {
         name: kind.to_pandas_dtype() for name, kind in aug_param_columns(plan).items()
     }
     table = stored(plan, params)
@@ -292,14 +297,14 @@ def test_views_rebuilt_from_stored_columns_are_those_drawn_anew(plan: ViewsConfi
     for row, (name, view) in enumerate(zip(names, views, strict=True)):
         anew = draw(plan, [name], [view], sizes[:1])
         replayed, drawn_now = (
-            apply_view(image, box, flip, drawn_row(from_, place), size=size, interpolation="bilinear")
+            apply_view(image, box, flip, aug_params_row(from_, place), size=size, interpolation="bilinear")
             for box, flip, from_, place in (
                 (params.box_N4[row].tolist(), bool(params.flip_N[row]), columns, row),
-                (anew.box_N4[0].tolist(), bool(anew.flip_N[0]), anew.drawn, 0),
+                (anew.box_N4[0].tolist(), bool(anew.flip_N[0]), anew.aug_params, 0),
             )
         )
         assert torch.equal(replayed, drawn_now)
-        assert drawn_row(columns, row) == drawn_row(anew.drawn, 0)
+        assert aug_params_row(columns, row) == aug_params_row(anew.aug_params, 0)
 
 
 @given(PLANS, PLANS, st.integers(1, 65_535), st.integers(1, 512))

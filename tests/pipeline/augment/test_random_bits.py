@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.augment.random_bits import key_of, permutation, permutations, philox4x64, uniform
+from pipeline.augment.random_bits import key_of, permutation, permutations, philox4x64, to_uniform
 
 WORD = st.integers(0, 2**64 - 1)
 FULL = 2**64 - 1
@@ -95,7 +95,7 @@ def test_arguments_that_look_alike_have_different_keys(
 
 def test_uniform_takes_the_upper_53_bits() -> None:
     words = np.array([0, 2**11 - 1, 2**11, 2**63, FULL], dtype=np.uint64)
-    assert uniform(words).tolist() == [0.0, 0.0, 2.0**-53, 0.5, 1 - 2.0**-53]
+    assert to_uniform(words).tolist() == [0.0, 0.0, 2.0**-53, 0.5, 1 - 2.0**-53]
 
 
 @given(st.integers(0, 200), st.integers(0, 2**32))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from pipeline.models import EmbeddingModel, load_model
-from pipeline.models.embedding import ask, observe
+from pipeline.models.embedding import forward_with_embedding, register_head_hooks
 from schemas.config import ModelConfig
 from tests.tolerances import ulps
 
@@ -258,9 +258,9 @@ def test_googlenet_trains_without_heads_that_no_loss_reads() -> None:
 def test_heads_of_unequal_width_give_their_joined_inputs() -> None:
     network = nn.ModuleDict({"a": nn.Linear(2, 3), "b": nn.Linear(4, 3)})
     pair = _Pair(network)
-    observe(pair, ("parts.a", "parts.b"))
+    register_head_hooks(pair, ("parts.a", "parts.b"))
     x_BD = torch.arange(12.0).reshape(2, 6)
-    _, embedding_BD = ask(pair, ("parts.a", "parts.b"), x_BD)
+    _, embedding_BD = forward_with_embedding(pair, ("parts.a", "parts.b"), x_BD)
     assert torch.equal(embedding_BD, x_BD)
 
 

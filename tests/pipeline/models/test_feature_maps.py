@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.core.errors import ModelError
-from pipeline.models import EmbeddingModel, FeatureMap, find_maps, load_model, observe_maps, with_maps
+from pipeline.models import EmbeddingModel, FeatureMap, find_maps, forward_with_maps, load_model, register_map_hooks
 from schemas.config import ModelConfig
 from tests.marks import slow
 
@@ -41,14 +41,14 @@ def find(model: EmbeddingModel, *layers: str, size: int = SIZE) -> tuple[Feature
 
 def observed(model: EmbeddingModel, *layers: str) -> tuple[FeatureMap, ...]:
     maps = find(model, *layers)
-    observe_maps(model.network, maps)
+    register_map_hooks(model.network, maps)
     return maps
 
 
 @torch.no_grad()
 def maps_of(model: EmbeddingModel, *layers: str) -> list[Tensor]:
     maps = observed(model, *layers)
-    _, found = with_maps(maps, model, images())
+    _, found = forward_with_maps(maps, model, images())
     for known, one in zip(maps, found, strict=True):
         assert one.shape == (3, known.channels, known.side, known.side)
     return list(found)
@@ -150,7 +150,7 @@ def test_an_output_that_is_overwritten_later_is_seen_as_it_was(layer: str) -> No
 def test_the_gradient_of_a_map_is_that_of_the_bare_modules() -> None:
     model = build(f"{FACTORIES}:Plain")
     maps = observed(model, "stem")
-    _, (found,) = with_maps(maps, model, images())
+    _, (found,) = forward_with_maps(maps, model, images())
     found.square().sum().backward()
     stem: Any = model.network.stem
     (expected,) = torch.autograd.grad(stem(images()).square().sum(), [stem.weight])
@@ -162,8 +162,8 @@ def test_the_answer_is_the_same_with_and_without_maps() -> None:
     with torch.no_grad():
         alone = model(images())
         maps = observed(model, "layer1.1.bn2", "layer2")
-        beside, _ = with_maps(maps, model, images())
-        again, nothing = with_maps((), model, images())
+        beside, _ = forward_with_maps(maps, model, images())
+        again, nothing = forward_with_maps((), model, images())
     for one, other in (zip(beside, alone, strict=True), zip(again, alone, strict=True)):
         assert torch.equal(*one)
         assert torch.equal(*other)
@@ -186,7 +186,7 @@ def test_looking_for_maps_leaves_the_network_as_it_was() -> None:
 def test_no_map_outlives_its_forward() -> None:
     model = build("timm/test_resnet")
     maps = observed(model, "layer1")
-    _, (found,) = with_maps(maps, model, images())
+    _, (found,) = forward_with_maps(maps, model, images())
     alive = weakref.ref(found)
     del found, _
     gc.collect()
@@ -196,11 +196,11 @@ def test_no_map_outlives_its_forward() -> None:
 def test_a_failing_forward_leaves_the_next_one_right() -> None:
     model = build(f"{FACTORIES}:Plain")
     maps = observed(model, "stem")
-    _, (expected,) = with_maps(maps, model, images())
+    _, (expected,) = forward_with_maps(maps, model, images())
     with pytest.raises(RuntimeError):
-        with_maps(maps, model, torch.zeros(1, 1, 8, 8))
+        forward_with_maps(maps, model, torch.zeros(1, 1, 8, 8))
     model(images(rows=1))
-    _, (found,) = with_maps(maps, model, images())
+    _, (found,) = forward_with_maps(maps, model, images())
     assert torch.equal(found, expected)
 
 
@@ -212,8 +212,8 @@ def test_a_copy_shows_its_own_maps(duplicate: Any) -> None:
     with torch.no_grad():
         twin.network.stem.weight.zero_()
         twin.network.stem.bias.fill_(2.0)
-        _, (ours,) = with_maps(maps, model, images())
-        _, (theirs,) = with_maps(maps, twin, images())
+        _, (ours,) = forward_with_maps(maps, model, images())
+        _, (theirs,) = forward_with_maps(maps, twin, images())
     assert torch.equal(theirs, torch.full_like(theirs, 2.0))
     assert not torch.equal(ours, theirs)
 
@@ -225,7 +225,7 @@ def test_threads_that_share_a_network_get_their_own_maps() -> None:
 
     def ask(batch: Tensor) -> Tensor:
         with torch.no_grad():
-            return with_maps(maps, model, batch)[1][0]
+            return forward_with_maps(maps, model, batch)[1][0]
 
     expected = [ask(batch) for batch in batches]
     with ThreadPoolExecutor(4) as pool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pipeline.core.errors import ModelError
 from pipeline.models import LoadedModel, load_model
 from pipeline.models.load import resolve
-from pipeline.models.probe import answers
+from pipeline.models.probe import probe_outputs
 from pipeline.models.sources.base import BuiltModel
 from schemas.config import ModelConfig
 from tests.pipeline.models.factories import Plain
@@ -193,7 +193,7 @@ def test_every_name_has_timms_width_or_is_refused(part: int) -> None:
             if width is None or kind not in PROVEN:
                 PROVEN.add(kind)
                 assert built.own.size is not None
-                _, embedding_BD = answers(built, request, size=built.own.size)
+                _, embedding_BD = probe_outputs(built, request, size=built.own.size)
                 assert embedding_BD.shape[1] == built.embedding_dim
         except ModelError as error:
             refused[name] = error.code

@@ -52,7 +52,7 @@ def group(*, num_rows: int, num_views: int, pinned: bool) -> GroupViews:
 def test_a_gpu_answers_in_fp32_as_the_cpu_does() -> None:
     (on_gpu,) = run_inference(iter([group(num_rows=21, num_views=2, pinned=True)]), teacher())
     (on_cpu,) = run_inference(iter([group(num_rows=21, num_views=2, pinned=False)]), teacher(use_gpu=False))
-    for found, expected in zip(on_gpu.answers(), on_cpu.answers(), strict=True):
+    for found, expected in zip(on_gpu.outputs(), on_cpu.outputs(), strict=True):
         np.testing.assert_allclose(found.logits_NK, expected.logits_NK, rtol=1e-3, atol=1e-3)
         np.testing.assert_allclose(found.embedding_ND, expected.embedding_ND, rtol=1e-3, atol=1e-3)
 
@@ -61,18 +61,18 @@ def test_a_gpu_answers_in_fp32_as_the_cpu_does() -> None:
 def test_groups_that_are_queued_behind_each_other_are_answered_as_if_alone(precision: str) -> None:
     asked = teacher(precision=precision)
     groups = [group(num_rows=num_rows, num_views=3, pinned=True) for num_rows in (16, 9, 23, 16)]
-    alone = [next(iter(run_inference(iter([one]), asked))).answers() for one in groups]
+    alone = [next(iter(run_inference(iter([one]), asked))).outputs() for one in groups]
     # All are queued before any is waited for.
     queued = list(run_inference(iter(groups), asked))
     for found, expected in zip(queued, alone, strict=True):
-        for one, other in zip(found.answers(), expected, strict=True):
+        for one, other in zip(found.outputs(), expected, strict=True):
             assert np.array_equal(one.logits_NK, other.logits_NK)
             assert np.array_equal(one.embedding_ND, other.embedding_ND)
 
 
 def test_queued_groups_were_each_busy_and_together_no_longer_than_the_clock_says() -> None:
     asked = teacher()
-    next(iter(run_inference(iter([group(num_rows=16, num_views=3, pinned=True)]), asked))).answers()
+    next(iter(run_inference(iter([group(num_rows=16, num_views=3, pinned=True)]), asked))).outputs()
     began = time.monotonic()
     queued = list(run_inference((group(num_rows=16, num_views=3, pinned=True) for _ in range(4)), asked))
     busy = [found.busy_s() for found in queued]
@@ -84,7 +84,7 @@ def test_page_locked_pixels_change_no_bit() -> None:
     asked = teacher(precision="bf16")
     pinned, pageable = (group(num_rows=12, num_views=1, pinned=flag) for flag in (True, False))
     assert pinned.pixels_VNCHW.is_pinned()
-    one, other = (found.answers()[0] for found in run_inference(iter([pinned, pageable]), asked))
+    one, other = (found.outputs()[0] for found in run_inference(iter([pinned, pageable]), asked))
     assert np.array_equal(one.logits_NK, other.logits_NK)
 
 
@@ -95,9 +95,9 @@ def test_memory_that_runs_out_names_a_batch_size_that_then_runs() -> None:
     torch.cuda.set_per_process_memory_fraction(taken / total_bytes)
     try:
         with pytest.raises(ResourceError, match=r"set teacher\.batch_size=\d+") as caught:
-            teacher(batch_size=1 << 18).answer(pixels)
+            teacher(batch_size=1 << 18).infer(pixels)
         fits = int(str(caught.value.next_step).partition("batch_size=")[2].partition(",")[0])
-        assert teacher(batch_size=fits).answer(pixels).logits_NK.shape == (1, 1000)
+        assert teacher(batch_size=fits).infer(pixels).logits_NK.shape == (1, 1000)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
 

@@ -54,8 +54,8 @@ def test_a_row_of_one_batch_position_has_the_same_bits_in_any_company(
 ) -> None:
     """Rows are at the same place of a batch when they start at a multiple of its size."""
     start = 4 * (start % 3)
-    alone = four_at_a_time.answer(pixels(12)[start : start + count])
-    whole = four_at_a_time.answer(pixels(12))
+    alone = four_at_a_time.infer(pixels(12)[start : start + count])
+    whole = four_at_a_time.infer(pixels(12))
     rows = slice(start, min(12, start + count))
     assert np.array_equal(alone.logits_NK, whole.logits_NK[rows])
     assert np.array_equal(alone.embedding_ND, whole.embedding_ND[rows])
@@ -63,7 +63,7 @@ def test_a_row_of_one_batch_position_has_the_same_bits_in_any_company(
 
 @pytest.mark.parametrize("batch_size", [1, 3, 5, 64])
 def test_padding_to_the_batch_size_changes_no_row(batch_size: int, four_at_a_time: Teacher) -> None:
-    found, expected = teacher(batch_size).answer(pixels(11)), four_at_a_time.answer(pixels(11))
+    found, expected = teacher(batch_size).infer(pixels(11)), four_at_a_time.infer(pixels(11))
     np.testing.assert_allclose(found.logits_NK, expected.logits_NK, rtol=1e-5, atol=1e-5)
     assert found.logits_NK.shape == (11, 10)
     assert found.embedding_ND.shape == (11, 7)
@@ -74,11 +74,11 @@ def test_boxes_may_show_partners_of_another_batch(four_at_a_time: Teacher) -> No
     lambda_N = np.full(10, 0.75, np.float32)
     cutmix_box_N4 = np.tile(np.array([0.25, 0.0, 0.5, 0.5], np.float32), (10, 1))
     cutmix_box_N4[::3] = 0
-    found = four_at_a_time.answer(pixels(10), partner_N, lambda_N, cutmix_box_N4)
+    found = four_at_a_time.infer(pixels(10), partner_N, lambda_N, cutmix_box_N4)
     boxed = pixels(10)
     boxed[:, :, 0:4, 2:6] = pixels(10)[partner_N.tolist(), :, 0:4, 2:6]
-    by_hand = four_at_a_time.answer(boxed)
-    blended = four_at_a_time.answer(pixels(10), partner_N, lambda_N)
+    by_hand = four_at_a_time.infer(boxed)
+    blended = four_at_a_time.infer(pixels(10), partner_N, lambda_N)
     for row in range(10):
         expected = blended if row % 3 == 0 else by_hand
         assert np.array_equal(found.logits_NK[row], expected.logits_NK[row])
@@ -87,19 +87,19 @@ def test_boxes_may_show_partners_of_another_batch(four_at_a_time: Teacher) -> No
 def test_partners_may_lie_in_another_batch(four_at_a_time: Teacher) -> None:
     partner_N = np.array([9, 8, 7, 6, 5, 4, 3, 2, 1, 0], np.int32)
     lambda_N = np.linspace(0.5, 1, 10).astype(np.float32)
-    in_batches = four_at_a_time.answer(pixels(10), partner_N, lambda_N)
+    in_batches = four_at_a_time.infer(pixels(10), partner_N, lambda_N)
     logits, embedding = four_at_a_time.forward(pixels(10), torch.from_numpy(partner_N), torch.from_numpy(lambda_N))
     np.testing.assert_allclose(in_batches.logits_NK, logits.numpy(), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(in_batches.embedding_ND, embedding.numpy(), rtol=1e-5, atol=1e-5)
 
 
 def test_a_row_alone_is_answered_as_if_nothing_were_mixed(four_at_a_time: Teacher) -> None:
-    own = four_at_a_time.answer(pixels(6), np.arange(6, dtype=np.int32), np.ones(6, np.float32))
-    assert np.array_equal(own.logits_NK, four_at_a_time.answer(pixels(6)).logits_NK)
+    own = four_at_a_time.infer(pixels(6), np.arange(6, dtype=np.int32), np.ones(6, np.float32))
+    assert np.array_equal(own.logits_NK, four_at_a_time.infer(pixels(6)).logits_NK)
 
 
 def test_half_precision_answers_are_given_in_fp32() -> None:
-    answers, exact = teacher(precision="bf16").answer(pixels(5)), teacher().answer(pixels(5))
+    answers, exact = teacher(precision="bf16").infer(pixels(5)), teacher().infer(pixels(5))
     assert answers.logits_NK.dtype == answers.embedding_ND.dtype == np.float32
     difference = np.abs(answers.logits_NK - exact.logits_NK).max()
     assert 0 < difference < 0.05 * np.abs(exact.logits_NK).max()
@@ -170,13 +170,13 @@ def test_a_batch_beyond_memory_is_refused_with_a_size_that_ran(
     )
     monkeypatch.setattr(teachers, "room", room)
     with pytest.raises(ResourceError, match=rf"batch_size={batch_size}\n[\s\S]*set teacher\.batch_size={fits},"):
-        loaded.answer(pixels(4))
-    assert smaller.answer(pixels(4)).logits_NK.shape == (4, 10)
+        loaded.infer(pixels(4))
+    assert smaller.infer(pixels(4)).logits_NK.shape == (4, 10)
 
 
 def test_a_single_row_beyond_memory_is_refused_without_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = teacher(4, model="python:tests.pipeline.cache.teachers:Large", kwargs={})
     monkeypatch.setattr(teachers, "room", 0)
     with pytest.raises(ResourceError, match=r"memory for a single row[\s\S]*a smaller views\.size") as caught:
-        loaded.answer(pixels(4))
+        loaded.infer(pixels(4))
     assert "set teacher.batch_size" not in str(caught.value)

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from pipeline.augment.params import EVAL_VIEW
 from pipeline.core.errors import ShardError
 from pipeline.shards.index import IndexBuilder, ShardIndex, index_shard
-from pipeline.shards.tar import Sample
-from pipeline.teacher.rendering import GroupViews, Rendering, fresh_samples, indexed_samples, read_groups
+from pipeline.shards.tar import Sample, read_samples
+from pipeline.teacher.rendering import GroupViews, Rendering, indexed_samples, read_groups
 from schemas.cache_format import ViewBlock, aug_param_columns
 from schemas.config import DataConfig, ViewsConfig
 from tests.pipeline.caches import digit_samples
@@ -85,7 +85,7 @@ def test_bad_samples_between_good_ones_move_no_pixel(good: list[bool]) -> None:
 
 def test_a_groups_pixels_are_one_tensor_in_channels_last_memory(digits_shards: list[str]) -> None:
     url = digits_shards[0]
-    for group in groups_of(fresh_samples(Path(url), DATA, where=url), rendering(), IndexBuilder("s")):
+    for group in groups_of(read_samples(Path(url), DATA, where=url), rendering(), IndexBuilder("s")):
         for pixels_NCHW in group.pixels_VNCHW:
             assert pixels_NCHW.is_contiguous(memory_format=torch.channels_last)
         num_bytes = group.pixels_VNCHW.untyped_storage().nbytes()
@@ -94,15 +94,15 @@ def test_a_groups_pixels_are_one_tensor_in_channels_last_memory(digits_shards: l
 
 def test_a_first_pass_and_an_indexed_pass_make_the_same_groups(digits_shards: list[str]) -> None:
     url, index = digits_shards[0], index_of(digits_shards[0])
-    fresh = groups_of(fresh_samples(Path(url), DATA, where=url), rendering(), IndexBuilder("s"))
+    fresh = groups_of(read_samples(Path(url), DATA, where=url), rendering(), IndexBuilder("s"))
     again = groups_of(indexed_samples(Path(url), index, DATA, where=url), rendering(), None)
     assert [len(group.samples) for group in fresh] == [6, 6, 6, 2]
     for one, other in zip(fresh, again, strict=True):
         assert torch.equal(one.pixels_VNCHW, other.pixels_VNCHW)
         for name in ("row_N", "content_hash_N", "label_N", "box_VN4", "flip_VN", "partner_VN", "mix_lambda_VN"):
             assert np.array_equal(getattr(one, name), getattr(other, name))
-        assert [*one.drawn_VN] == [*other.drawn_VN] == [*aug_param_columns(rendering().plan)]
-        assert all(np.array_equal(one.drawn_VN[name], other.drawn_VN[name]) for name in one.drawn_VN)
+        assert [*one.aug_params_VN] == [*other.aug_params_VN] == [*aug_param_columns(rendering().plan)]
+        assert all(np.array_equal(one.aug_params_VN[name], other.aug_params_VN[name]) for name in one.aug_params_VN)
 
 
 def test_the_odd_row_of_a_group_has_no_box(digits_shards: list[str]) -> None:
@@ -110,16 +110,16 @@ def test_the_odd_row_of_a_group_has_no_box(digits_shards: list[str]) -> None:
     plan = expected.plan.model_copy(update={"mix_group": 5, "cutmix": 1.0})
     expected = Rendering(plan=plan, block=expected.block, size=8, interpolation="bilinear")
     url = digits_shards[0]
-    for group in groups_of(fresh_samples(Path(url), DATA, where=url), expected, IndexBuilder("s")):
+    for group in groups_of(read_samples(Path(url), DATA, where=url), expected, IndexBuilder("s")):
         single_VN = group.partner_VN == np.arange(5)
         assert single_VN.sum(axis=1).tolist() == [1] * 8
-        assert np.array_equal(group.drawn_VN["cut_width"] == 0, single_VN)
+        assert np.array_equal(group.aug_params_VN["cut_width"] == 0, single_VN)
         assert np.array_equal(group.mix_lambda_VN == 1, single_VN)
 
 
 def test_the_index_of_a_first_pass_is_the_index_made_alone(digits_shards: list[str]) -> None:
     url, builder = digits_shards[1], IndexBuilder("digits-01")
-    groups_of(fresh_samples(Path(url), DATA, where=url), rendering(), builder)
+    groups_of(read_samples(Path(url), DATA, where=url), rendering(), builder)
     fused, alone = builder.finish(), index_of(url)
     assert fused.keys.equals(alone.keys)
     for name in ("status", "label", "offset", "size", "width", "height", "content_hash"):
@@ -128,11 +128,11 @@ def test_the_index_of_a_first_pass_is_the_index_made_alone(digits_shards: list[s
 
 def test_a_block_of_one_view_holds_the_view_of_the_larger_block(digits_shards: list[str]) -> None:
     url = digits_shards[0]
-    both = groups_of(fresh_samples(Path(url), DATA, where=url), rendering(), IndexBuilder("s"))
+    both = groups_of(read_samples(Path(url), DATA, where=url), rendering(), IndexBuilder("s"))
     alone = rendering()
     alone = Rendering(plan=alone.plan, block=ViewBlock(start=1, stop=2), size=8, interpolation="bilinear")
     for one, other in zip(
-        both, groups_of(fresh_samples(Path(url), DATA, where=url), alone, IndexBuilder("s")), strict=True
+        both, groups_of(read_samples(Path(url), DATA, where=url), alone, IndexBuilder("s")), strict=True
     ):
         assert torch.equal(one.pixels_VNCHW[1], other.pixels_VNCHW[0])
         assert np.array_equal(one.partner_VN[1], other.partner_VN[0])
@@ -142,11 +142,11 @@ def test_a_block_of_one_view_holds_the_view_of_the_larger_block(digits_shards: l
 def test_the_eval_pass_of_a_mixing_plan_is_neither_mixed_nor_flipped(digits_shards: list[str]) -> None:
     url, expected = digits_shards[0], rendering(is_eval=True)
     assert expected.view_numbers == [EVAL_VIEW]
-    for group in groups_of(fresh_samples(Path(url), DATA, where=url), expected, IndexBuilder("s")):
+    for group in groups_of(read_samples(Path(url), DATA, where=url), expected, IndexBuilder("s")):
         assert not group.mixes
         assert not group.flip_VN.any()
         assert group.partner_VN.tolist() == [list(range(len(group.samples)))]
-        assert group.drawn_VN == {}
+        assert group.aug_params_VN == {}
 
 
 def test_an_image_beyond_the_pixel_limit_is_recorded_and_left_out() -> None:

@@ -141,7 +141,7 @@ def test_the_last_views_that_a_plan_can_have_stand_beside_the_eval_pass(tiny_con
         partners = shard_partners(config.views, "digits-01", view, 15)
         assert np.array_equal(found.mix_row_N, partners)
         single = partners == np.arange(15)
-        for name, values in unmix(expected, single).drawn.items():
+        for name, values in unmix(expected, single).aug_params.items():
             assert np.array_equal(found.drawn[name], values), name
     assert cache.view("digits-01", EVAL_VIEW).mix_lambda_N.tolist() == [1] * 15
 

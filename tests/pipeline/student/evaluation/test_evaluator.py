@@ -304,13 +304,13 @@ def test_a_run_from_a_cache_measures_its_teacher_as_an_evaluation_with_the_teach
     }
     train(run_config(cache.config, tmp_path / "without", **keys))
     asked: list[int] = []
-    ask = Teacher.ask
+    ask = Teacher.infer_on_device
 
     def counting(self: Teacher, pixels_NCHW: Tensor) -> tuple[Tensor, Tensor]:
         asked.append(len(pixels_NCHW))
         return ask(self, pixels_NCHW)
 
-    monkeypatch.setattr(Teacher, "ask", counting)
+    monkeypatch.setattr(Teacher, "infer_on_device", counting)
     events: list[dict[str, Any]] = []
     config = run_config(cache.config, tmp_path / "with", **keys, train={"eval_agreement": True})
     train(config, report=events.append)
