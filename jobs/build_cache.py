@@ -39,8 +39,8 @@ from pipeline.cache.build.part import (
 )
 from pipeline.cache.format import layout
 from pipeline.cache.format.header import find_header
-from pipeline.cache.plan.build_plan import check_labels, collect_plan_inputs
 from pipeline.cache.plan.free_space import check_space
+from pipeline.cache.plan.plan_inputs import check_labels, collect_plan_inputs
 from pipeline.cache.read.labels import cached_labels
 from pipeline.cache.read.reader import open_cache
 from pipeline.core.errors import CacheError, ShardError

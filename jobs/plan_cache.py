@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.filesize import decimal
@@ -14,18 +14,11 @@ from jobs.ray.cluster import cluster, num_slots, num_tasks_here
 from jobs.ray.fan_out import fan_out
 from pipeline.cache.build.commit import files_present, is_dangling, read_commit_summaries
 from pipeline.cache.build.part import cache_config
-from pipeline.cache.plan.build_plan import (
-    CachePlan,
-    PlanInputs,
-    check_labels,
-    collect_plan_inputs,
-    embedding_dim,
-    needs_embedding_dim,
-    plan_cache,
-)
+from pipeline.cache.plan.build_plan import CachePlan, plan_cache
 from pipeline.cache.plan.free_space import check_space
-from pipeline.cache.plan.measurement import Forecast, Measurement, MeasureTask, advice_on_time, forecast, measure
-from pipeline.cache.plan.plan_warnings import advice
+from pipeline.cache.plan.measurement import Forecast, Measurement, MeasureTask, forecast, measure, part_time_warnings
+from pipeline.cache.plan.plan_inputs import PlanInputs, check_labels, collect_plan_inputs, resolve_embedding_dim
+from pipeline.cache.plan.plan_warnings import plan_warnings
 from pipeline.cache.plan.shard_survey import Estimate
 from pipeline.core.errors import ConfigError, InputError, StorageInputError
 from pipeline.models.summary import check_weights
@@ -59,10 +52,10 @@ def report(config: Config, *, measured: bool) -> Report:
     config = with_absolute_paths(config)
     inputs = _inputs(config)
     plan = plan_cache(inputs)
-    warnings = advice(inputs, plan) + _space(inputs) + (_teacher(config) if plan.work.num_parts_open else [])
+    warnings = plan_warnings(inputs, plan) + _space(inputs) + (_teacher(config) if plan.work.num_parts_open else [])
     found, times = _measure(config, inputs, plan) if measured else (None, None)
     if times is not None:
-        warnings += advice_on_time(times, inputs.cache.views_per_part)
+        warnings += part_time_warnings(times, inputs.cache.views_per_part)
     training, tail = _training(config, inputs)
     return Report(plan, found, times, training, (*warnings, *tail))
 
@@ -77,7 +70,7 @@ def _inputs(config: Config) -> PlanInputs:
     sizes = check_shards(cache.url, by_id, commits)
     inputs = collect_plan_inputs(config, cache, by_id, sizes, commits)
     check_labels(inputs)
-    return replace(inputs, embedding_dim=embedding_dim(config)) if needs_embedding_dim(inputs) else inputs
+    return resolve_embedding_dim(inputs)
 
 
 def _space(inputs: PlanInputs) -> list[str]:

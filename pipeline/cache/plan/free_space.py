@@ -1,6 +1,6 @@
-"""Whether local disks have room for what a build will write, before it writes anything.
+"""Checks before a build that the local disks have room for its files.
 
-Estimates have a lower bound. What cannot fit is refused; what may not fit is said.
+Estimates have a lower bound: a build that cannot fit is refused, one that may not fit gives a warning.
 """
 
 from __future__ import annotations
@@ -11,36 +11,40 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import storage
-from pipeline.cache.plan.build_plan import PlanInputs, plan_size
-from pipeline.cache.plan.shard_survey import Estimate
+from pipeline.cache.plan.build_plan import plan_size
+from pipeline.cache.plan.plan_inputs import PlanInputs
+from pipeline.cache.plan.shard_survey import Estimate, total
 from pipeline.core.errors import StorageInputError
 
 
 @dataclass(frozen=True, slots=True)
 class _Need:
-    """Bytes that one purpose takes of the file system of a folder."""
+    """Bytes that a build writes for one purpose below a folder."""
 
     what: str
     folder: Path
     size_bytes: Estimate
-    way_out: str
+    next_step: str
 
 
 def check_space(inputs: PlanInputs, *, num_tasks: int) -> list[str]:
-    """Looks at this machine's file systems: the cache's, if it is local, and scratch.
+    """Checks this machine's file systems: the one of the cache, if it is local, and the one of scratch.
 
     Args:
-        num_tasks: parts built at once on this machine; 0 where others build them, whose scratch cannot be seen from
-            here.
+        num_tasks: parts built at once on this machine; 0 if other machines build them, whose disks are not visible
+            from here.
 
     Returns:
-        Warnings, where the estimate does not fit but its lower bound does.
+        Warnings about file systems with room for the lower bound only.
 
     Raises:
-        StorageInputError: not even the lower bound fits.
+        StorageInputError: the lower bound does not fit.
     """
-    found = [_check(needs) for needs in _by_file_system(_needs(inputs, num_tasks))]
-    return [warning for warning in found if warning is not None]
+    by_file_system: dict[int, list[_Need]] = {}
+    for need in _needs(inputs, num_tasks):
+        by_file_system.setdefault(need.folder.stat().st_dev, []).append(need)
+    warnings = (_check(needs) for needs in by_file_system.values())
+    return [warning for warning in warnings if warning is not None]
 
 
 def _needs(inputs: PlanInputs, num_tasks: int) -> list[_Need]:
@@ -50,35 +54,29 @@ def _needs(inputs: PlanInputs, num_tasks: int) -> list[_Need]:
         needs.append(_Need("the cache", folder, size.parts_open, "choose another cache.url"))
     if num_tasks:
         scratch = Path(tempfile.gettempdir())
-        way_out = "set TMPDIR to a larger disk, or lower cache.views_per_part"
-        needs.append(_Need(f"scratch of {num_tasks} parts", scratch, size.scratch * num_tasks, way_out))
+        next_step = "set TMPDIR to a larger disk, or lower cache.views_per_part"
+        needs.append(_Need(f"scratch of {num_tasks} parts", scratch, size.scratch * num_tasks, next_step))
     return needs
 
 
-def _by_file_system(needs: list[_Need]) -> list[list[_Need]]:
-    found: dict[int, list[_Need]] = {}
-    for need in needs:
-        found.setdefault(need.folder.stat().st_dev, []).append(need)
-    return list(found.values())
-
-
 def _check(needs: list[_Need]) -> str | None:
-    """A warning on one file system, if there is one."""
+    """A warning about one file system, if it may be too small."""
     free = shutil.disk_usage(needs[0].folder).free
-    expected = sum((need.size_bytes for need in needs), Estimate.exactly(0))
+    needed = total(need.size_bytes for need in needs)
     what, where = " and ".join(need.what for need in needs), ", ".join(str(need.folder) for need in needs)
-    if expected.low > free:
+    if needed.low > free:
         raise StorageInputError(
             f"there is not enough room for {what}",
+            code="storage.not-enough-room",
             where=where,
             got=f"{_gigabytes(free)} free",
-            expected=f"at least {_gigabytes(expected.low)}, about {_gigabytes(expected.expected)}",
-            next_step="; ".join(["make room", *(need.way_out for need in needs)]),
+            expected=f"at least {_gigabytes(needed.low)}, about {_gigabytes(needed.expected)}",
+            next_step="; ".join(["free some space", *(need.next_step for need in needs)]),
         )
-    if expected.expected > free:
+    if needed.expected > free:
         return (
-            f"{what} may not fit: {_gigabytes(free)} free in {where}, wanted "
-            f"{_gigabytes(expected.low)} to {_gigabytes(expected.high)}"
+            f"{what} may not fit: {_gigabytes(free)} free in {where}, expected "
+            f"{_gigabytes(needed.low)} to {_gigabytes(needed.high)}"
         )
     return None
 

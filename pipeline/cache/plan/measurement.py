@@ -1,4 +1,4 @@
-"""How fast a part is built here: each stage alone on a short sample, then one real part in a scratch cache."""
+"""Measures how fast this machine builds a part: each stage alone on a short sample, then one small part in scratch."""
 
 from __future__ import annotations
 
@@ -36,15 +36,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class MeasureTask:
-    """A config, and the shard to sample."""
-
     config: Config
     shard_url: str
 
 
 @dataclass(frozen=True, slots=True)
 class Stages:
-    """Seconds of each stage alone: to decode an image, render a view, ask the teacher about a row of a full batch."""
+    """Seconds of each stage alone: decode an image, render a view, one row of a full batch through the teacher."""
 
     decode_s: float
     view_s: float
@@ -56,12 +54,12 @@ class Measurement:
     """One task alone on its CPUs and GPU.
 
     Attributes:
-        device: its name, and the CPU threads beside it.
+        device: its name, and the number of CPU threads.
         num_images, num_views: of the part that was built.
-        fetch_s: of the sampled shard; next to nothing where it is local.
-        load_s: until a new worker process may begin its first part.
-        row_s: one row of that part, all stages overlapped as they are in a build.
-        row_bytes: of one row of that part.
+        fetch_s: of the sampled shard; almost 0 if it is local.
+        load_s: until a new worker process can begin its first part.
+        row_s: one row of that part, with all stages overlapped as in a build.
+        row_bytes: one row of that part.
     """
 
     device: str
@@ -76,7 +74,7 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """Seconds of one part of mean size and of all that are still to make, and bytes of these."""
+    """Seconds of one part of mean size and of the rest of the build, and the bytes that the rest writes."""
 
     part_s: float
     build_s: float
@@ -85,7 +83,7 @@ class Forecast:
 
 
 def measure(task: MeasureTask) -> Measurement:
-    """Writes to scratch alone, which it removes. Loads the teacher twice: for its stage, and for the part.
+    """Writes only to scratch, which it removes. Loads the teacher twice: for its stage, and for the part.
 
     Raises:
         ShardError: no image of the shard's first mix group can be used.
@@ -125,7 +123,7 @@ def _timed(work: Callable[[], T]) -> tuple[float, T]:
 def _usable(local: Path, config: Config, where: str) -> list[Sample]:
     """The decodable samples of the shard's first mix group."""
     samples = list(islice(read_samples(local, config.data, where=where), config.views.mix_group))
-    reasons = [_reason_against(sample, config) for sample in samples]
+    reasons = [_unusable(sample, config) for sample in samples]
     usable = [sample for sample, reason in zip(samples, reasons, strict=True) if reason is None]
     if not usable:
         raise ShardError(
@@ -138,8 +136,8 @@ def _usable(local: Path, config: Config, where: str) -> list[Sample]:
     return usable
 
 
-def _reason_against(sample: Sample, config: Config) -> str | None:
-    """Why this sample cannot be used; None where it can."""
+def _unusable(sample: Sample, config: Config) -> str | None:
+    """Why this sample cannot be used; None if it can."""
     if sample.status != "ok":
         return sample.status
     try:
@@ -153,25 +151,29 @@ def _time_stages(samples: list[Sample], config: Config, shard: str) -> Stages:
     assert config.data.num_classes is not None
     device = pick_device(config.ray.gpus_per_task > 0)
     teacher = load_teacher(config.teacher, num_classes=config.data.num_classes, size=config.views.size, device=device)
-    few, max_pixels = samples[:_NUM_RENDERED], config.data.max_pixels
+    samples, max_pixels = samples[:_NUM_RENDERED], config.data.max_pixels
     num_views, spec = min(config.views.count, _VIEWS_RENDERED), teacher.loaded.input
     rendering = Rendering(plan=config.views, block=_block(num_views), size=spec.size, interpolation=spec.interpolation)
     with ThreadPoolExecutor(config.ray.cpus_per_task) as pool:
-        decode_s, _ = _repeated(lambda: list(pool.map(lambda one: decode(one.data, max_pixels=max_pixels), few)))
-        render_s, (group, *_) = _repeated(
-            lambda: list(read_groups(iter(few), rendering, pool, shard_id=shard, max_pixels=max_pixels, builder=None))
+        decode_s, _ = _repeated(
+            lambda: list(pool.map(lambda sample: decode(sample.data, max_pixels=max_pixels), samples))
         )
-    # A batch that is not full is padded, so the time is that of a full one.
+        render_s, (group, *_) = _repeated(
+            lambda: list(
+                read_groups(iter(samples), rendering, pool, shard_id=shard, max_pixels=max_pixels, builder=None)
+            )
+        )
+    # The teacher pads a short batch, so the time is that of a full one.
     forward_s, _ = _repeated(lambda: teacher.infer(group.pixels_VNCHW[0][: teacher.batch_size]))
     return Stages(
-        decode_s=decode_s / len(few),
-        view_s=max(render_s - decode_s, 0.0) / len(few) / num_views,
+        decode_s=decode_s / len(samples),
+        view_s=max(render_s - decode_s, 0.0) / len(samples) / num_views,
         forward_s=forward_s / teacher.batch_size,
     )
 
 
 def _repeated(work: Callable[[], T]) -> tuple[float, T]:
-    """Mean seconds of a call, after one that warms up; and a result."""
+    """Mean seconds of a call after a warm-up call, and the last result."""
     result, calls, began = work(), 0, time.perf_counter()
     while calls == 0 or time.perf_counter() - began < _STAGE_S:
         result = work()
@@ -184,20 +186,20 @@ def _block(num_views: int) -> ViewBlock:
 
 
 def _num_images(stages: Stages, config: Config) -> int:
-    """As many as a slow teacher allows, in whole batches: a part of a batch costs as much."""
+    """As many as the time allows, in full batches: a short batch costs as much as a full one."""
     batch_size = config.teacher.batch_size
     return max(1, int(_BUILD_S / (stages.view_s + stages.forward_s) / batch_size)) * batch_size
 
 
 def _num_views(stages: Stages, num_images: int, config: Config) -> int:
-    """As many of a part's views as the time allows."""
+    """As many views of a part as the time allows."""
     assert config.cache is not None
     affordable = int(_BUILD_S / (stages.view_s + stages.forward_s) / num_images)
     return max(1, min(affordable, config.views.count, config.cache.views_per_part))
 
 
 def _tiny_part(config: Config, samples: list[Sample], scratch: Path, num_views: int) -> PartTask:
-    """The same work on these samples alone, into a cache in scratch."""
+    """A build of these samples only, into a cache in scratch."""
     assert config.cache is not None
     packed = (_members(sample, config) for sample in samples)
     (shard,) = pack_shards(packed, f"{scratch}/sample-%d.tar", shard_size=len(samples))
@@ -224,28 +226,29 @@ def _device(config: Config) -> str:
     return f"{env['device']}, {env['threads']} threads"
 
 
-def forecast(plan: CachePlan, config: Config, found: Measurement, *, num_slots: int) -> Forecast:
-    """What is still to make, by this measurement, with so many tasks at once."""
+def forecast(plan: CachePlan, config: Config, measurement: Measurement, *, num_slots: int) -> Forecast:
+    """Extrapolates a measurement to the rest of the build, with so many tasks at once."""
     assert config.cache is not None
     views = min(config.cache.views_per_part, config.views.count)
-    # An image is decoded once for all views of a part, of which the sample may have had fewer.
-    row_s = found.row_s + found.stages.decode_s * (1 / views - 1 / found.num_views)
+    # An image is decoded once for all views of a part; the measured part may have had fewer views.
+    row_s = measurement.row_s + measurement.stages.decode_s * (1 / views - 1 / measurement.num_views)
     rows = plan.work.rows.expected / plan.work.num_shards * views
-    busy_s = plan.work.forwards_open.expected * row_s + plan.work.num_parts_open * found.fetch_s
+    busy_s = plan.work.forwards_open.expected * row_s + plan.work.num_parts_open * measurement.fetch_s
     return Forecast(
-        part_s=rows * row_s + found.fetch_s,
+        part_s=rows * row_s + measurement.fetch_s,
         build_s=busy_s / num_slots,
-        size_bytes=plan.work.forwards_open.expected * found.row_bytes,
+        size_bytes=plan.work.forwards_open.expected * measurement.row_bytes,
         num_slots=num_slots,
     )
 
 
-def advice_on_time(found: Forecast, views_per_part: int) -> list[str]:
-    """Parts of seconds spend their time on beginning and ending; of parts of hours, a lost one costs hours."""
-    if found.part_s > _LONG_PART_S and views_per_part > 1:
+def part_time_warnings(times: Forecast, views_per_part: int) -> list[str]:
+    """A part of seconds is mostly start and end; a part of hours loses hours when its node goes."""
+    if times.part_s > _LONG_PART_S and views_per_part > 1:
         return [
-            f"a part takes {found.part_s / 3600:.1f} hours, and so much is lost with it; lower cache.views_per_part"
+            f"a part takes {times.part_s / 3600:.1f} hours, all of which are lost with its node; "
+            "lower cache.views_per_part"
         ]
-    if found.part_s < _SHORT_PART_S:
-        return [f"a part takes {found.part_s:.1f} s; larger shards or more cache.views_per_part cost less around it"]
+    if times.part_s < _SHORT_PART_S:
+        return [f"a part takes {times.part_s:.1f} s; larger shards or more cache.views_per_part have less overhead"]
     return []

@@ -1,4 +1,4 @@
-"""What speaks against a plan: one sentence each, with its numbers and a way out."""
+"""Warnings about a plan: one sentence each, with its numbers and a next step."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from numpy.typing import NDArray
 
 from pipeline.augment.random_bits import key_of, permutation
 from pipeline.cache.format.header import views_body
-from pipeline.cache.plan.build_plan import CachePlan, PlanInputs
+from pipeline.cache.plan.build_plan import CachePlan
+from pipeline.cache.plan.plan_inputs import PlanInputs
 from pipeline.core.hashing import differences
 from pipeline.models import random_weights_warnings
 from pipeline.shards.index import NO_LABEL, index_settings
 from pipeline.shards.labels import label_warning
 
-_LEAST_SPREAD = 0.5
+_MIN_LABEL_SPREAD = 0.5
 _MANY_CLASSES = 1000
 _MANY_OBJECTS = 1_000_000
 _MANY_READS = 5
-# With so many labels a class, the last one is not missing by chance.
-_ENOUGH_LABELS_A_CLASS = 10
+# With so many labels a class, the last class is not absent by chance.
+_MIN_LABELS_PER_CLASS = 10
 
 
-def advice(inputs: PlanInputs, plan: CachePlan) -> list[str]:
-    """The warnings on a plan."""
-    found = (check(inputs, plan) for check in _CHECKS)
-    return [warning for warning in found if warning is not None]
+def plan_warnings(inputs: PlanInputs, plan: CachePlan) -> list[str]:
+    warnings = (check(inputs, plan) for check in _CHECKS)
+    return [warning for warning in warnings if warning is not None]
 
 
-def _other_cache(inputs: PlanInputs, _: CachePlan) -> str | None:
-    """What can be seen without the teacher; its weights are compared when the build claims the cache."""
+def _different_header(inputs: PlanInputs, _: CachePlan) -> str | None:
+    """Compares all keys but the teacher's weights, which a build compares when it claims the cache."""
     header = inputs.header
     if header is None:
         return None
@@ -40,7 +40,7 @@ def _other_cache(inputs: PlanInputs, _: CachePlan) -> str | None:
         **{name: getattr(cache, name) for name in ("logits", "embeddings", "class_means")},
     }
     if cache.class_means_url is not None:
-        # The header has the digest of what is there, which a plan does not read.
+        # The header has the digest of this file, which a plan does not read.
         del expected["class_means"]
     changed = [
         *differences(header.views, views_body(inputs.config.views), "views."),
@@ -49,15 +49,15 @@ def _other_cache(inputs: PlanInputs, _: CachePlan) -> str | None:
     ]
     if not changed:
         return None
-    return f"cache.url holds a cache of another config, which a build will refuse: {'; '.join(changed)}"
+    return f"cache.url holds a cache of another config, which a build refuses: {'; '.join(changed)}"
 
 
 def _class_sorted(inputs: PlanInputs, _: CachePlan) -> str | None:
     group = inputs.config.views.mix_group
     spread = label_spread(inputs.survey.labels, group)
-    if spread is None or spread >= _LEAST_SPREAD:
+    if spread is None or spread >= _MIN_LABEL_SPREAD:
         return None
-    harm = "images are mixed within few classes" if inputs.config.views.mixes else "batches see few classes at a time"
+    harm = "images are mixed within few classes" if inputs.config.views.mixes else "a batch has few classes"
     return (
         f"the shards are sorted by class: {group} neighbours have {spread:.0%} of the label entropy of a shuffled set, "
         f"so {harm}; shuffle them (stillroom shards pack shuffles image folders)"
@@ -65,19 +65,23 @@ def _class_sorted(inputs: PlanInputs, _: CachePlan) -> str | None:
 
 
 def label_spread(labels: Sequence[NDArray[np.int32]], group: int) -> float | None:
-    """Mean label entropy inside runs of ``group`` rows, as a share of what it is after shuffling: 1 where the order
-    says nothing of the labels, 0 where each run has one class. None: too few labels to tell."""
-    known = [label_N[label_N != NO_LABEL] for label_N in labels]
-    size = min(group, max(map(len, known), default=0))
+    """Mean label entropy of runs of ``group`` rows, as a share of the entropy after shuffling: 1 if the order is
+    independent of the labels, 0 if each run has one class; None if there are too few labels.
+
+    Args:
+        labels: int32 labels of each shard in tar order.
+    """
+    labelled = [label_N[label_N != NO_LABEL] for label_N in labels]
+    size = min(group, max(map(len, labelled), default=0))
     if size < 2:
         return None
-    pooled = np.concatenate(known)
+    pooled = np.concatenate(labelled)
     shuffled = _mean_entropy([pooled[permutation(key_of("plan/labels"), len(pooled))]], size)
-    return _mean_entropy(known, size) / shuffled if shuffled > 0 else None
+    return _mean_entropy(labelled, size) / shuffled if shuffled > 0 else None
 
 
 def _mean_entropy(labels: Sequence[NDArray[np.int32]], size: int) -> float:
-    """In nats, over all whole runs of ``size`` rows."""
+    """In nats, over all complete runs of ``size`` rows."""
     runs = [run for label_N in labels for run in label_N[: len(label_N) // size * size].reshape(-1, size)]
     return float(np.mean([_entropy(run) for run in runs]))
 
@@ -87,7 +91,7 @@ def _entropy(label_N: NDArray[np.int32]) -> float:
     return float(-(share_C * np.log(share_C)).sum())
 
 
-def _other_classes(inputs: PlanInputs, _: CachePlan) -> str | None:
+def _class_range(inputs: PlanInputs, _: CachePlan) -> str | None:
     num_classes = inputs.config.data.num_classes
     assert num_classes is not None
     label_N = np.concatenate([np.empty(0, np.int32), *inputs.survey.labels])
@@ -96,11 +100,11 @@ def _other_classes(inputs: PlanInputs, _: CachePlan) -> str | None:
         return None
     largest = int(label_N.max())
     if largest >= num_classes:
-        return f"a label is {largest}, and data.num_classes is {num_classes}: a build will refuse it"
-    if largest < num_classes - 1 and len(label_N) >= _ENOUGH_LABELS_A_CLASS * num_classes:
+        return f"a label is {largest}, and data.num_classes is {num_classes}: a build refuses it"
+    if largest < num_classes - 1 and len(label_N) >= _MIN_LABELS_PER_CLASS * num_classes:
         return (
             f"data.num_classes is {num_classes}, but none of {len(label_N)} sampled labels is above {largest}: "
-            "is it the teacher's K, and are labels and teacher of the same classes?"
+            "is it the K of the teacher, and do labels and teacher use the same classes?"
         )
     return None
 
@@ -108,15 +112,15 @@ def _other_classes(inputs: PlanInputs, _: CachePlan) -> str | None:
 def _missing_labels(inputs: PlanInputs, _: CachePlan) -> str | None:
     data, count = inputs.config.data, inputs.survey.label_count
     missing = count.num_images - count.num_labelled
-    if not missing or not inputs.num_partials or data.missing_labels == "ignore":
+    if not missing or not inputs.num_class_sums or data.missing_labels == "ignore":
         return label_warning(count, data)
     return (
-        f"{missing} of {count.num_images} sampled images have no label, and class means will refuse them; "
-        "data.missing_labels=ignore averages over the others"
+        f"{missing} of {count.num_images} sampled images have no label, which class means refuse; "
+        "data.missing_labels=ignore averages over the other images"
     )
 
 
-def _coarse_logits(inputs: PlanInputs, plan: CachePlan) -> str | None:
+def _int8_resolution(inputs: PlanInputs, plan: CachePlan) -> str | None:
     num_classes, kind = inputs.config.data.num_classes, str(inputs.cache.logits)
     assert num_classes is not None
     if kind != "int8" or num_classes <= _MANY_CLASSES:
@@ -125,7 +129,7 @@ def _coarse_logits(inputs: PlanInputs, plan: CachePlan) -> str | None:
     return (
         f"int8 spreads 256 levels over {num_classes} logits and stores {size_bytes} bytes a row, "
         f"{size_bytes * plan.work.forwards.expected / 1e9:.1f} GB in all: close logits become equal; "
-        "cache.logits=int4 keeps the largest apart in about half of the bytes"
+        "cache.logits=int4 keeps the largest logits distinct in about half of the bytes"
     )
 
 
@@ -133,8 +137,8 @@ def _many_objects(inputs: PlanInputs, plan: CachePlan) -> str | None:
     if plan.traffic.num_objects <= _MANY_OBJECTS:
         return None
     return (
-        f"{plan.traffic.num_objects} objects: listing, deleting and paying for them adds up; larger shards "
-        f"({plan.work.num_shards} now) or cache.views_per_part above {inputs.cache.views_per_part} make fewer"
+        f"{plan.traffic.num_objects} objects take long to list and delete, and cost requests; larger shards "
+        f"({plan.work.num_shards} now) or cache.views_per_part above {inputs.cache.views_per_part} need fewer"
     )
 
 
@@ -142,16 +146,16 @@ def _many_reads(inputs: PlanInputs, plan: CachePlan) -> str | None:
     if not inputs.is_remote or plan.work.blocks_per_shard < _MANY_READS:
         return None
     return (
-        f"every shard is fetched whole {plan.work.blocks_per_shard} times, once a part: {plan.size.read / 1e9:.1f} GB; "
+        f"every shard is fetched {plan.work.blocks_per_shard} times, once a part: {plan.size.read / 1e9:.1f} GB; "
         f"cache.views_per_part above {inputs.cache.views_per_part} reads less"
     )
 
 
-def _large_sums(_: PlanInputs, plan: CachePlan) -> str | None:
+def _large_class_sums(_: PlanInputs, plan: CachePlan) -> str | None:
     means, parts = plan.size.means, plan.size.parts.expected
     if means is None or means <= parts:
         return None
-    return f"partial class sums may take {means / 1e9:.1f} GB, more than the parts; larger shards make fewer"
+    return f"class sums may take {means / 1e9:.1f} GB, more than the parts; larger shards need fewer"
 
 
 def _random_teacher(inputs: PlanInputs, _: CachePlan) -> str | None:
@@ -160,12 +164,12 @@ def _random_teacher(inputs: PlanInputs, _: CachePlan) -> str | None:
 
 _CHECKS: tuple[Callable[[PlanInputs, CachePlan], str | None], ...] = (
     _random_teacher,
-    _other_cache,
+    _different_header,
     _class_sorted,
-    _other_classes,
+    _class_range,
     _missing_labels,
-    _coarse_logits,
+    _int8_resolution,
     _many_objects,
     _many_reads,
-    _large_sums,
+    _large_class_sums,
 )

@@ -1,6 +1,6 @@
-"""How many rows shards hold, and which labels: from commits and indexes where there are any, else by a sample.
+"""Rows and labels of the shards: from commits and indexes where these exist, else estimated from a sample.
 
-A sample reads the first bytes of a few shards and takes their density for that of all.
+The sample reads the first bytes of a few shards and applies their density, in rows a byte, to all others.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from schemas.config import DataConfig
 _READ_THREADS = 16
 _NUM_SAMPLED = 8
 T = TypeVar("T")
-# Shards that are alike say little of the others, and a single one nothing.
-_LEAST_SPREAD, _SPREAD_OF_ONE = 0.05, 0.2
+# Equal densities in a small sample do not prove that all shards are equal, and one shard proves nothing.
+_MIN_SPREAD, _SPREAD_OF_SINGLE_SHARD = 0.05, 0.2
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A number between ``low`` and ``high``; all three are equal where it was counted."""
+    """A number between ``low`` and ``high``; all three are equal if it was counted."""
 
     low: float
     expected: float
@@ -45,34 +45,33 @@ class Estimate:
         return Estimate(self.low + other.low, self.expected + other.expected, self.high + other.high)
 
     def __mul__(self, other: Estimate | float) -> Estimate:
-        by = other if isinstance(other, Estimate) else Estimate.exactly(other)
-        return Estimate(self.low * by.low, self.expected * by.expected, self.high * by.high)
+        factor = other if isinstance(other, Estimate) else Estimate.exactly(other)
+        return Estimate(self.low * factor.low, self.expected * factor.expected, self.high * factor.high)
 
     @property
     def is_exact(self) -> bool:
         return self.low == self.high
 
 
-def total(parts: Iterable[Estimate]) -> Estimate:
-    return sum(parts, Estimate.exactly(0))
+def total(estimates: Iterable[Estimate]) -> Estimate:
+    return sum(estimates, Estimate.exactly(0))
 
 
 @dataclass(frozen=True, slots=True)
 class ShardSurvey:
-    """What is known of the shards.
+    """Counts and estimates of the shards.
 
     Attributes:
-        rows: usable samples by shard id; of a sampled shard all with an image, since nothing is decoded.
+        rows: usable samples by shard id; of a sampled shard all samples with an image, since nothing is decoded.
         num_counted: shards whose rows were counted.
-        num_indexes: those that stand in the first of the folders; ``num_indexes_read`` of any.
-        num_peeks: shards whose beginning was read.
+        num_indexes_read: indexes that were read.
+        num_shard_heads: shards whose first bytes were read.
         labels: int32 labels in tar order of a few shards, spread over the list; ``NO_LABEL`` for none.
-        label_count: of these; with the members seen where no label was found.
+        label_count: counts of these labels; includes the members of the samples if no label was found.
     """
 
     rows: dict[str, Estimate]
     num_counted: int
-    num_indexes: int
     num_indexes_read: int
     num_shard_heads: int
     labels: tuple[NDArray[np.int32], ...]
@@ -84,94 +83,93 @@ class ShardSurvey:
 
 
 def survey_shards(
-    by_id: Mapping[str, str],
+    urls: Mapping[str, str],
     sizes: Mapping[str, int],
     commits: Sequence[CommitSummary],
     data: DataConfig,
     *,
     index_urls: Sequence[str],
 ) -> ShardSurvey:
-    """Looks at shards (id to URL, id to bytes) without decoding.
+    """Surveys the shards without decoding an image.
 
     Args:
-        index_urls: folders that may hold ``<shard_id>.parquet``, best first.
+        urls: shard id to URL.
+        sizes: shard id to bytes.
+        index_urls: folders that may hold ``<shard_id>.parquet``; the first one that does is read.
 
     Raises:
         ShardError: a sampled shard has no sample with an image.
         CacheError: an index is damaged.
     """
-    paths = _index_paths(by_id, index_urls)
-    counts = {commit.shard_id: commit.num_ok for commit in commits if commit.shard_id in by_id}
-    sampled = _spread(list(by_id))
-    expected = [shard for shard in paths if shard not in counts or shard in sampled]
-    indexes = _in_threads(expected, lambda shard: _read_index(paths[shard]))
+
+    def read_heads(shards: Sequence[str]) -> dict[str, ShardHead]:
+        return _in_threads(shards, lambda shard: read_shard_head(urls[shard], data, size_bytes=sizes[shard]))
+
+    index_paths = _index_paths(urls, index_urls)
+    counts = {commit.shard_id: commit.num_ok for commit in commits if commit.shard_id in urls}
+    sampled = spread(list(urls), _NUM_SAMPLED)
+    indexed = [shard for shard in index_paths if shard not in counts or shard in sampled]
+    indexes = _in_threads(indexed, lambda shard: _read_index(index_paths[shard]))
     counts |= {shard: index.num_ok for shard, index in indexes.items()}
-    unknown = [shard for shard in by_id if shard not in counts]
-    looked_at = list(dict.fromkeys([*_spread(unknown), *(shard for shard in sampled if shard not in indexes)]))
-    shard_heads = _in_threads(looked_at, lambda shard: read_shard_head(by_id[shard], data, size_bytes=sizes[shard]))
-    labels = [_labels(indexes[shard]) if shard in indexes else shard_heads[shard].label_N for shard in sampled]
-    count = LabelCount.of(labels)
-    if data.label is not None and not count.num_labelled:
-        unseen = [shard for shard in sampled if shard not in shard_heads]
-        shard_heads |= _in_threads(unseen, lambda shard: read_shard_head(by_id[shard], data, size_bytes=sizes[shard]))
-        count = LabelCount.of(labels, [shard_heads[shard].members for shard in sampled])
-    estimates = _estimate(unknown, sizes, {shard: shard_heads[shard] for shard in _spread(unknown)})
+    uncounted = [shard for shard in urls if shard not in counts]
+    uncounted_sample = spread(uncounted, _NUM_SAMPLED)
+    without_index = [shard for shard in sampled if shard not in indexes]
+    heads = read_heads(list(dict.fromkeys([*uncounted_sample, *without_index])))
+    labels = [
+        indexes[shard].label[indexes[shard].ok] if shard in indexes else heads[shard].label_N for shard in sampled
+    ]
+    label_count = LabelCount.of(labels)
+    if data.label is not None and not label_count.num_labelled:
+        # Only a shard's head lists the members, which the message about missing labels names.
+        heads |= read_heads([shard for shard in sampled if shard not in heads])
+        label_count = LabelCount.of(labels, [heads[shard].members for shard in sampled])
+    rows = {shard: Estimate.exactly(count) for shard, count in counts.items()}
+    if uncounted:
+        rows |= _estimate_rows(uncounted, sizes, {shard: heads[shard] for shard in uncounted_sample})
     return ShardSurvey(
-        rows={shard: estimates[shard] if shard in estimates else Estimate.exactly(counts[shard]) for shard in by_id},
+        rows={shard: rows[shard] for shard in urls},
         num_counted=len(counts),
-        num_indexes=sum(url == storage.join(index_urls[0], index_name(shard)) for shard, url in paths.items()),
         num_indexes_read=len(indexes),
-        num_shard_heads=len(shard_heads),
+        num_shard_heads=len(heads),
         labels=tuple(labels),
-        label_count=count,
+        label_count=label_count,
     )
 
 
-def _index_paths(by_id: Mapping[str, str], index_urls: Sequence[str]) -> dict[str, str]:
-    """The URL of the index of every shard that has one, by shard id."""
-    found: dict[str, str] = {}
+def _index_paths(urls: Mapping[str, str], index_urls: Sequence[str]) -> dict[str, str]:
+    """The URL of the index of each shard that has one, by shard id."""
+    paths: dict[str, str] = {}
     for folder in index_urls:
-        present = set(storage.listing(folder))
-        for shard in by_id:
-            if index_name(shard) in present:
-                found.setdefault(shard, storage.join(folder, index_name(shard)))
-    return found
+        names = set(storage.listing(folder))
+        for shard in urls:
+            if index_name(shard) in names:
+                paths.setdefault(shard, storage.join(folder, index_name(shard)))
+    return paths
 
 
 def _read_index(url: str) -> ShardIndex:
     return decode_index(storage.read(url, max_bytes=storage.MAX_TABLE_BYTES), where=redact(url))
 
 
-def _in_threads(shards: Sequence[str], work: Callable[[str], T]) -> dict[str, T]:
+def _in_threads(shards: Sequence[str], read: Callable[[str], T]) -> dict[str, T]:
     with ThreadPoolExecutor(_READ_THREADS) as pool:
-        return dict(zip(shards, pool.map(work, shards), strict=True))
+        return dict(zip(shards, pool.map(read, shards), strict=True))
 
 
-def _spread(shards: Sequence[str]) -> list[str]:
-    return spread(shards, _NUM_SAMPLED)
-
-
-def _labels(index: ShardIndex) -> NDArray[np.int32]:
-    return index.label[index.ok]
-
-
-def _estimate(
-    unknown: Sequence[str], sizes: Mapping[str, int], shard_heads: Mapping[str, ShardHead]
+def _estimate_rows(
+    uncounted: Sequence[str], sizes: Mapping[str, int], heads: Mapping[str, ShardHead]
 ) -> dict[str, Estimate]:
-    """Rows of shards by their size and the density of those that were looked at; of a shard seen whole, its count."""
-    if not unknown:
-        return {}
-    density = _density(list(shard_heads.values()))
-    whole = {shard: found for shard, found in shard_heads.items() if found.covered_bytes == sizes[shard]}
-    return {
-        shard: Estimate.exactly(whole[shard].num_samples) if shard in whole else density * sizes[shard]
-        for shard in unknown
+    """Rows from the size of a shard and the density of the sample; exact if the head covers the shard."""
+    density = _density(list(heads.values()))
+    counted = {
+        shard: Estimate.exactly(head.num_samples) for shard, head in heads.items() if head.covered_bytes == sizes[shard]
     }
+    return {shard: counted.get(shard) or density * sizes[shard] for shard in uncounted}
 
 
-def _density(shard_heads: Sequence[ShardHead]) -> Estimate:
-    """Rows a byte: over all that was seen, and in the thinnest and the densest shard."""
-    each = [found.num_samples / found.covered_bytes for found in shard_heads]
-    expected = sum(found.num_samples for found in shard_heads) / sum(found.covered_bytes for found in shard_heads)
-    spread = _SPREAD_OF_ONE if len(each) == 1 else _LEAST_SPREAD
-    return Estimate(min(*each, (1 - spread) * expected), expected, max(*each, (1 + spread) * expected))
+def _density(heads: Sequence[ShardHead]) -> Estimate:
+    """Rows a byte: over all heads, and in the least and the most dense shard."""
+    densities = [head.num_samples / head.covered_bytes for head in heads]
+    expected = sum(head.num_samples for head in heads) / sum(head.covered_bytes for head in heads)
+    spread = _SPREAD_OF_SINGLE_SHARD if len(heads) == 1 else _MIN_SPREAD
+    return Estimate(min(*densities, (1 - spread) * expected), expected, max(*densities, (1 + spread) * expected))

@@ -1,0 +1,149 @@
+"""What a plan is computed from: the config, sizes of the shards, commits of the cache, and a survey of the shards."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from pipeline import storage
+from pipeline.cache.build.blocks import BlockPlan
+from pipeline.cache.build.commit import CommitSummary
+from pipeline.cache.format import layout
+from pipeline.cache.format.header import find_header
+from pipeline.cache.plan.shard_survey import Estimate, ShardSurvey, survey_shards, total
+from pipeline.core.redaction import redact
+from pipeline.models import load_untrained
+from pipeline.shards.labels import check_label_member
+from schemas.cache_format import Header, ViewBlock
+from schemas.config import CacheConfig, Config
+
+
+@dataclass(frozen=True, slots=True)
+class ShardBlocks:
+    """The committed parts of a shard and its missing blocks. The eval pass is a block of one view."""
+
+    committed: tuple[CommitSummary, ...]
+    missing: tuple[ViewBlock, ...]
+
+    @property
+    def num_parts(self) -> int:
+        return len(self.committed) + len(self.missing)
+
+    @property
+    def num_missing_views(self) -> int:
+        return sum(len(block.views) for block in self.missing)
+
+    @property
+    def num_views(self) -> int:
+        return self.num_missing_views + sum(len(commit.block.views) for commit in self.committed)
+
+
+@dataclass(frozen=True)
+class PlanInputs:
+    """The inputs of a plan. ``urls``, ``sizes`` and ``blocks`` are by shard id.
+
+    Attributes:
+        sizes: bytes of each shard.
+        header: None if no build has claimed the cache yet.
+        embedding_dim: D; None if it is unknown: then a plan leaves out embeddings and class sums.
+    """
+
+    config: Config
+    cache: CacheConfig
+    urls: Mapping[str, str]
+    sizes: Mapping[str, int]
+    commits: Sequence[CommitSummary]
+    survey: ShardSurvey
+    header: Header | None
+    embedding_dim: int | None
+
+    @cached_property
+    def blocks(self) -> dict[str, ShardBlocks]:
+        """
+        Raises:
+            CacheError: two commits overlap.
+        """
+        committed: defaultdict[str, list[CommitSummary]] = defaultdict(list)
+        for commit in self.commits:
+            committed[commit.shard_id].append(commit)
+        missing = BlockPlan.of(self.config).missing_by_shard(
+            self.urls, ((commit.shard_id, commit.block) for commit in self.commits), cache_url=self.cache.url
+        )
+        return {shard: ShardBlocks(tuple(committed[shard]), blocks) for shard, blocks in missing.items()}
+
+    @property
+    def forwards(self) -> Estimate:
+        """Rows of the finished cache: one teacher forward each."""
+        return total(self.survey.rows[shard] * blocks.num_views for shard, blocks in self.blocks.items())
+
+    @property
+    def forwards_open(self) -> Estimate:
+        """Rows of the missing blocks."""
+        return total(self.survey.rows[shard] * blocks.num_missing_views for shard, blocks in self.blocks.items())
+
+    @property
+    def is_remote(self) -> bool:
+        return any(storage.protocol(url) != "file" for url in self.urls.values())
+
+    @property
+    def num_class_sums(self) -> int:
+        """Files of class sums: one a shard."""
+        return len(self.urls) if self.cache.class_means in ("eval", "view0") else 0
+
+
+def collect_plan_inputs(
+    config: Config,
+    cache: CacheConfig,
+    urls: Mapping[str, str],
+    sizes: Mapping[str, int],
+    commits: Sequence[CommitSummary],
+) -> PlanInputs:
+    """Reads the header, indexes and the first bytes of a few shards; loads no network.
+
+    Raises:
+        CacheError: the header or an index is damaged.
+        ShardError: a shard has no sample with an image.
+    """
+    header = find_header(cache.url)
+    commits = [commit for commit in commits if commit.shard_id in urls]
+    index_urls = [storage.join(cache.url, layout.INDEX), *filter(None, [config.data.index])]
+    return PlanInputs(
+        config=config,
+        cache=cache,
+        urls=urls,
+        sizes=sizes,
+        commits=commits,
+        survey=survey_shards(urls, sizes, commits, config.data, index_urls=index_urls),
+        header=header,
+        embedding_dim=header.embedding_dim if header else None,
+    )
+
+
+def resolve_embedding_dim(inputs: PlanInputs) -> PlanInputs:
+    """The inputs with D of the config's teacher, if the size of the cache depends on it and no header has it.
+
+    D comes from the architecture: the teacher's weights are not read.
+
+    Raises:
+        ModelError: the network cannot be built from the config.
+    """
+    config = inputs.config
+    is_needed = inputs.cache.embeddings != "none" or inputs.num_class_sums > 0
+    if inputs.embedding_dim is not None or not is_needed:
+        return inputs
+    assert config.data.num_classes is not None
+    teacher = load_untrained(config.teacher, num_classes=config.data.num_classes, size=config.views.size)
+    return replace(inputs, embedding_dim=teacher.module.embedding_dim)
+
+
+def check_labels(inputs: PlanInputs) -> None:
+    """Refuses a wrong ``data.label`` while the cache has no part: later its index settings cannot change.
+
+    Raises:
+        ShardError: no sample of the survey has that member.
+    """
+    if not inputs.commits:
+        where = redact(next(iter(inputs.urls.values())))
+        check_label_member(inputs.survey.label_count, inputs.config.data, where=where)
