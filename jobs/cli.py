@@ -479,6 +479,25 @@ def export(
     _run(command)
 
 
+@app.command()
+def explain(
+    code: Annotated[str | None, typer.Argument(help="Code of an error; without it, all are listed.")] = None,
+) -> None:
+    """Print the cause and the remedy of an error code."""
+
+    def command() -> None:
+        from pipeline.core.error_codes import error_codes
+        from pipeline.core.error_codes import explain as entry_of
+
+        if code is None:
+            print("\n".join(error_codes()))
+            return
+        entry = entry_of(code)
+        print(f"{entry.code}\n  cause:  {entry.cause}\n  remedy: {entry.remedy}")
+
+    _run(command)
+
+
 def _hide_types(command: Any) -> None:
     """Leaves out of the help what says nothing: ``<bool>`` of a flag, ``<str>`` of an argument."""
     context = typer.Context(command)

@@ -33,7 +33,7 @@ class StillroomError(Exception):
         super().__init__(self._text())
 
     def _text(self) -> str:
-        lines = [self.what]
+        lines = [f"[{self.code}] {self.what}"]
         for name, value in (
             ("where", self.where),
             ("got", self.got),

@@ -116,7 +116,7 @@ def test_the_context_builds_the_whole_package_step_by_step(tmp_path: Path) -> No
     assert not any(name.endswith(".py") for name in requirements)
     here = {
         str(path.relative_to(ROOT))
-        for folder in ("schemas", "pipeline", "jobs")
+        for folder in ("schemas", "pipeline", "jobs", "stillroom")
         for path in (ROOT / folder).rglob("*")
         if path.suffix in (".py", ".yaml")
     }

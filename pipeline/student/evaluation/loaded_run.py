@@ -86,6 +86,18 @@ def load_run(run_url: str, checkpoint_name: CheckpointName) -> LoadedRun:
     return LoadedRun(config, supervision, student, int(state["step"]), head_is_trained(config), state["projectors"])
 
 
+def load_student(run_url: str, checkpoint_name: CheckpointName = "best") -> nn.Module:
+    """The student of a finished or interrupted run, in evaluation mode on the CPU.
+
+    Its forward takes normalised images ``[B, 3, H, W]`` in fp32 and returns the network's own output, for most
+    networks logits ``[B, K]``.
+
+    Raises:
+        StillroomError: as ``load_run``.
+    """
+    return load_run(run_url, checkpoint_name).student.module.network.eval()
+
+
 def head_is_trained(config: Config) -> bool:
     """Whether the student's logits mean something: a loss reads them, or its head came with ``student.weights``."""
     assert config.student is not None

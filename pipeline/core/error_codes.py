@@ -1,0 +1,48 @@
+"""Cause and remedy of every error code, as ``schemas/errors.toml`` has them."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib.resources import files
+
+from pipeline.core.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorCode:
+    """One entry of the list.
+
+    Attributes:
+        cause: when the error is raised.
+        remedy: what to do about it.
+    """
+
+    code: str
+    cause: str
+    remedy: str
+
+
+def error_codes() -> dict[str, ErrorCode]:
+    """All entries by code, sorted."""
+    tree = tomllib.loads(files("schemas").joinpath("errors.toml").read_text(encoding="utf-8"))
+    return {code: ErrorCode(code, **entry) for code, entry in sorted(tree.items())}
+
+
+def explain(code: str) -> ErrorCode:
+    """
+    Raises:
+        ConfigError: no error has this code.
+    """
+    known = error_codes()
+    if code not in known:
+        close = get_close_matches(code, known, n=1)
+        raise ConfigError(
+            "no error has this code",
+            code="explain.unknown-code",
+            got=code,
+            expected="AREA.NAME, as the first line of a message has it in brackets",
+            next_step=f"run: stillroom explain {close[0]}" if close else "run: stillroom explain",
+        )
+    return known[code]
