@@ -136,7 +136,7 @@ def shards_pack(
     def command() -> None:
         from jobs.pack_shards import describe, pack
         from pipeline.shards.omissions import Omissions
-        from pipeline.shards.pack import PackSettings
+        from pipeline.shards.pack_plan import PackSettings
 
         settings = PackSettings(name, shard_size, shard_bytes, seed, val_share, labels)
         omissions = Omissions()

@@ -16,7 +16,7 @@ from pipeline import storage
 from pipeline.core.config_loading import require
 from pipeline.core.errors import ShardError
 from pipeline.core.redaction import redact
-from pipeline.shards.labels import LabelCount, check_label_member, count_labels, label_warning, spread
+from pipeline.shards.labels import LabelCount, check_label_member, count_labels, evenly_spaced, label_warning
 from pipeline.shards.omissions import Omissions
 from pipeline.shards.publish import index_name, publish_shard_index, read_index
 from pipeline.shards.shard_head import ShardHead, read_shard_head
@@ -68,13 +68,13 @@ def _check_labels(by_id: dict[str, str], data: DataConfig, folder_url: str) -> N
     """A wrong ``data.label``, while no shard is indexed: an index is never replaced by another one."""
     if data.label is None or not {index_name(shard) for shard in by_id}.isdisjoint(storage.listing(folder_url)):
         return
-    sampled = spread([*by_id.values()], _NUM_SAMPLED)
+    sampled = evenly_spaced([*by_id.values()], _NUM_SAMPLED)
     shard_heads: list[ShardHead] = []
     for url in sampled:
         # Indexing tells what is wrong with a shard, and of which of them.
         with contextlib.suppress(ShardError):
             shard_heads.append(read_shard_head(url, data, size_bytes=storage.size(url)))
-    found = LabelCount.of([seen.label_N for seen in shard_heads], [seen.members for seen in shard_heads])
+    found = LabelCount.from_labels([seen.label_N for seen in shard_heads], [seen.members for seen in shard_heads])
     check_label_member(found, data, where=redact(sampled[0]))
 
 

@@ -12,15 +12,14 @@ from pipeline import storage
 from pipeline.core.errors import ShardError
 from pipeline.core.redaction import redact
 from pipeline.shards.omissions import Omissions
-from pipeline.shards.pack import (
+from pipeline.shards.pack import BadImages, write_packing
+from pipeline.shards.pack_plan import (
     CLASSES,
-    BadImages,
     Packing,
     PackSettings,
-    emit_skipped,
+    describe_skipped,
     plan_packing,
     split_folders,
-    write_packing,
 )
 
 
@@ -46,7 +45,7 @@ def pack(
         text = f"pack: the images of {', '.join(splits)} go into the same shards; pack each folder to keep them apart"
         emit(text, event="warning", level=logging.WARNING)
     if packing.skipped:
-        emit(f"pack: skipped {emit_skipped(packing.skipped)}", event="warning", level=logging.WARNING)
+        emit(f"pack: skipped {describe_skipped(packing.skipped)}", event="warning", level=logging.WARNING)
     omissions = Omissions() if omissions is None else omissions
     with ProgressView("pack", packing.num_images) as progress:
         for num_images in write_packing(packing, out_url, bad_images=bad_images, omissions=omissions):

@@ -1,20 +1,20 @@
-"""Encoded image to pixels, the same on every machine with the same decoder: RGB, 8 bits, upright.
+"""Decodes an image to upright 8-bit RGB, with the same pixels on every machine with the same decoder.
 
-Pillow reads headers, but for those of plain JPEGs, and decodes PNG. torchvision decodes JPEG and WebP, to the same
-pixels: on JPEG it is 25 % faster on photographs and three times on thumbnails, and Pillow's WebP holds the GIL.
-torchvision's PNG decoder crashes the process on damaged files, so it sees none. What is not 8-bit RGB becomes so by
-these rules:
+Pillow reads headers, except those of plain JPEGs, and decodes PNG. torchvision decodes JPEG and WebP, to the same
+pixels: for JPEG it is 25 % faster on photographs and three times as fast on thumbnails, and Pillow's WebP holds the
+GIL. torchvision's PNG decoder crashes the process on damaged files, so it is not used. Other images become 8-bit RGB
+by these rules:
 
-- grayscale, of any number of bits, and palette images are spread to three channels;
-- CMYK and YCCK are taken as inverted, as Adobe stores them, and a channel is C·K / 255 of the stored values;
-- alpha and transparent colours are dropped, so a transparent pixel keeps the colour that is stored for it;
-- of 16-bit channels the high byte is kept;
-- an orientation that stands before the pixels, in EXIF or else in XMP, is applied, in every format;
+- grayscale images of any bit depth and palette images are expanded to three channels;
+- CMYK and YCCK are read as inverted, as Adobe stores them, and a channel is C·K / 255 of the stored values;
+- alpha and transparent colours are dropped, so a transparent pixel has its stored colour;
+- 16-bit channels are reduced to the high byte;
+- an orientation before the pixels, in EXIF or else in XMP, is applied, in every format;
 - profiles and gamma are not applied;
-- metadata that are damaged or too large count as absent: without a readable orientation the pixels stay as stored;
-- of several pictures the first is taken that a plain reader sees, of an APNG or a multi-picture JPEG.
+- damaged or too large metadata count as absent: without a readable orientation the pixels stay as stored;
+- an APNG or a multi-picture JPEG is its first image, as a plain reader shows it.
 
-Anything but a whole JPEG, PNG or WebP image is undecodable, and so is an animated WebP.
+Anything except a complete JPEG, PNG or WebP image is undecodable, and so is an animated WebP.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ BadStatus = Literal["undecodable", "empty", "too_large"]
 _FORMATS = ("JPEG", "PNG", "WEBP")
 _JPEG_START, _JPEG_SCAN = b"\xff\xd8", 0xDA
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-# Tables, restart interval, comment and application data, but for APP1, which holds EXIF and XMP.
+# Tables, restart interval, comment and application data, except APP1, which holds EXIF and XMP.
 _JPEG_SEGMENTS = frozenset({0xC4, 0xDB, 0xDD, 0xFE, 0xE0, *range(0xE2, 0xF0)})
-# Chunks of a PNG that no pixel depends on. APNG's are not among them: they say where the first picture ends.
+# Chunks of a PNG that no pixel depends on. APNG's chunks are needed: they mark the end of the first image.
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 _PNG_TEXT = frozenset({b"tEXt", b"zTXt", b"iTXt"})
 _PNG_METADATA = _PNG_TEXT | {
@@ -50,12 +50,13 @@ _PNG_METADATA = _PNG_TEXT | {
     *(b"bKGD", b"hIST", b"sPLT", b"eXIf", b"oFFs", b"pCAL", b"sCAL", b"sTER", b"dSIG"),
 }
 _PNG_ORIENTATION_KEYWORDS = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
+_MAX_KEYWORD_BYTES = max(map(len, _PNG_ORIENTATION_KEYWORDS))
 _RGB = int(torchvision.io.ImageReadMode.RGB.value)
 _pillow_lock = threading.Lock()
 
 
 class BadImageError(Exception):
-    """An image that cannot be used, and the index status that says why; whether that is fatal is not decided here."""
+    """An image that cannot be used, with its index status. The caller decides whether that is fatal."""
 
     def __init__(self, status: BadStatus, reason: str) -> None:
         super().__init__(status, reason)
@@ -66,14 +67,14 @@ class BadImageError(Exception):
 class _Header(NamedTuple):
     """Format, stored width and height in pixels, before rotation, and the EXIF orientation (1 to 8)."""
 
-    form: str | None
+    format: str | None
     width: int
     height: int
     orientation: int
 
     @property
     def upright(self) -> tuple[int, int]:
-        """Width and height after rotation; orientations from 5 on lie on their side."""
+        """Width and height after rotation. Orientations from 5 on swap the axes."""
         return (self.height, self.width) if self.orientation >= 5 else (self.width, self.height)
 
 
@@ -81,25 +82,26 @@ def image_size(data: bytes) -> tuple[int, int]:
     """(width, height) in pixels after EXIF rotation, from the header alone.
 
     Raises:
-        BadImageError: empty, or no header of an image that is read here.
+        BadImageError: empty, or no header of a supported image.
     """
     return _header(data).upright
 
 
 def decode(data: bytes, *, max_pixels: int) -> Tensor:
-    """The image as uint8 RGB [3,H,W], upright; memory layout is the decoder's. The GIL is free while pixels decode.
+    """The upright image as uint8 RGB [3,H,W], in the decoder's memory layout. The GIL is released during decoding.
 
     Raises:
-        BadImageError: empty, undecodable (truncated included), or of more than ``max_pixels`` pixels by its header,
-            in which case nothing of it is decoded.
+        BadImageError: empty, undecodable (truncated included), or of more than ``max_pixels`` pixels by its header;
+            such an image is not decoded.
     """
     header = _header(data)
     if header.width * header.height > max_pixels:
         raise BadImageError("too_large", f"{header.width}×{header.height} pixels are more than {max_pixels}")
-    stored_CHW = _png_pixels(data) if header.form == "PNG" else _pixels(data)
+    stored_CHW = _png_pixels(data) if header.format == "PNG" else _pixels(data)
     if tuple(stored_CHW.shape) != (3, header.height, header.width):
         raise BadImageError(
-            "undecodable", f"its header says {header.width}×{header.height}, its pixels are {list(stored_CHW.shape)}"
+            "undecodable",
+            f"its header declares {header.width}×{header.height}, its pixels are {list(stored_CHW.shape)}",
         )
     return _upright(stored_CHW, header.orientation)
 
@@ -111,35 +113,37 @@ def _header(data: bytes) -> _Header:
 
 
 def _plain_jpeg_header(data: bytes) -> _Header | None:
-    """The header of a JPEG that nothing turns; None: Pillow has to look.
+    """The header of a JPEG without an orientation. None: Pillow has to read it.
 
-    Pillow's takes longer than the pixels of a thumbnail, with the GIL held. This walks the same segments up to the
-    scan (ITU-T T.81, B.1.1) and gives up at metadata that may hold an orientation, and at whatever is out of form.
+    Pillow takes longer for the header than for the pixels of a thumbnail, with the GIL held. This function walks the
+    same segments up to the scan (ITU-T T.81, B.1.1). It gives up at metadata that may hold an orientation, and at any
+    malformed segment.
     """
     if data[:2] != _JPEG_START:
         return None
-    frame, at = None, 2
-    while at + 10 <= len(data) and data[at] == 0xFF:
-        marker, length = data[at + 1], data[at + 2] << 8 | data[at + 3]
+    frame, offset = None, 2
+    while offset + 10 <= len(data) and data[offset] == 0xFF:
+        marker, length = data[offset + 1], data[offset + 2] << 8 | data[offset + 3]
         if marker == _JPEG_SCAN:
             return frame
         if marker in _JPEG_FRAMES:
-            height, width = data[at + 5] << 8 | data[at + 6], data[at + 7] << 8 | data[at + 8]
-            sound = frame is None and height and width and data[at + 4] == 8 and data[at + 9] in (1, 3, 4)
+            bits, channels = data[offset + 4], data[offset + 9]
+            height, width = data[offset + 5] << 8 | data[offset + 6], data[offset + 7] << 8 | data[offset + 8]
+            is_valid = frame is None and height and width and bits == 8 and channels in (1, 3, 4)
             frame = _Header("JPEG", width, height, 1)
         else:
-            sound = marker in _JPEG_SEGMENTS
-        if not sound or length < 2:
+            is_valid = marker in _JPEG_SEGMENTS
+        if not is_valid or length < 2:
             return None
-        at += 2 + length
+        offset += 2 + length
     return None
 
 
 def _pillow_header(data: bytes) -> _Header:
     try:
-        with _pillow_alone(), _open(data) as image:
+        with _exclusive_pillow(), _open(data) as image:
             return _Header(image.format, *image.size, _orientation(image))
-    # Pillow's parsers raise whatever they fail with: OSError, SyntaxError, struct.error, KeyError …
+    # Pillow's parsers raise many types: OSError, SyntaxError, struct.error, KeyError …
     except Exception as error:
         raise BadImageError("undecodable", _reason(error, data)) from error
 
@@ -153,50 +157,50 @@ def _reason(error: Exception, data: bytes) -> str:
 
 
 def _open(data: bytes) -> Image.Image:
-    """The header, from as much of the metadata as can be read: all, those that may hold an orientation, or none."""
+    """Opens the image with as much of its metadata as possible: all, those that may hold an orientation, or none."""
     try:
         return Image.open(io.BytesIO(data), formats=_FORMATS)
     except Exception:
-        for keep_orientation in (True, False) if data.startswith(_PNG_START) else ():
-            bare = _without_metadata(data, keep_orientation=keep_orientation)
+        for with_orientation in (True, False) if data.startswith(_PNG_START) else ():
+            stripped = _without_metadata(data, with_orientation=with_orientation)
             with contextlib.suppress(Exception):
-                return Image.open(io.BytesIO(bare), formats=_FORMATS)
+                return Image.open(io.BytesIO(stripped), formats=_FORMATS)
         raise
 
 
 def _orientation(image: Image.Image) -> int:
-    """1 to 8; 1 where metadata name none, or are damaged."""
+    """1 to 8; 1 if the metadata have none or are damaged."""
     try:
-        # Pillow's own getexif of a PNG decodes it, to look behind the pixels too.
+        # PngImageFile.getexif would decode the image to find metadata behind the pixels.
         orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
     except Exception:
         return 1
     return orientation if orientation in range(1, 9) else 1
 
 
-def _without_metadata(png: bytes, *, keep_orientation: bool) -> bytes:
+def _without_metadata(png: bytes, *, with_orientation: bool) -> bytes:
     """The same PNG without chunks that no pixel depends on.
 
     Args:
-        keep_orientation: keeps those in which an orientation may stand.
+        with_orientation: leave in the chunks that may hold an orientation.
     """
-    parts, at = [_PNG_START], len(_PNG_START)
-    while at + 8 <= len(png):
+    chunks, offset = [_PNG_START], len(_PNG_START)
+    while offset + 8 <= len(png):
         # Length, type, data, CRC.
-        end = at + 12 + int.from_bytes(png[at : at + 4], "big")
-        kind, content = png[at + 4 : at + 8], png[at + 8 : at + 8 + max(map(len, _PNG_ORIENTATION_KEYWORDS))]
-        may_turn = kind == b"eXIf" or (kind in _PNG_TEXT and content.startswith(_PNG_ORIENTATION_KEYWORDS))
-        if kind not in _PNG_METADATA or (keep_orientation and may_turn):
-            parts.append(png[at:end])
-        at = end
-    return b"".join(parts)
+        end = offset + 12 + int.from_bytes(png[offset : offset + 4], "big")
+        kind, content = png[offset + 4 : offset + 8], png[offset + 8 : offset + 8 + _MAX_KEYWORD_BYTES]
+        may_rotate = kind == b"eXIf" or (kind in _PNG_TEXT and content.startswith(_PNG_ORIENTATION_KEYWORDS))
+        if kind not in _PNG_METADATA or (with_orientation and may_rotate):
+            chunks.append(png[offset:end])
+        offset = end
+    return b"".join(chunks)
 
 
 @contextlib.contextmanager
-def _pillow_alone() -> Generator[None]:
-    """Pillow without its warnings and its own pixel limit, so that a status never hangs on either.
+def _exclusive_pillow() -> Generator[None]:
+    """Pillow without warnings and without its own pixel limit, so that a status depends on neither.
 
-    Both are process-wide, and so is the lock; parsing a header holds the GIL anyway.
+    Both are process-wide, and so is the lock. Parsing a header holds the GIL in any case.
     """
     with _pillow_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -211,8 +215,8 @@ def _pixels(data: bytes) -> Tensor:
     """[3,H,W] uint8 as stored, not rotated."""
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     try:
-        # The operator itself: torchvision's Python wrapper warns at every call from 0.29 on, and filters for
-        # warnings are not safe among threads. Orientation stays with us: the wrapper has none for WebP.
+        # The operator itself: torchvision's Python wrapper warns at every call from 0.29 on, and warning filters are
+        # not thread-safe. The wrapper also applies no orientation to WebP, so this module does.
         stored: Tensor = torch.ops.image.decode_image(encoded, _RGB, False)
     except RuntimeError as error:
         raise BadImageError("undecodable", first_line(error)) from error
@@ -225,11 +229,11 @@ def _png_pixels(data: bytes) -> Tensor:
         image = _load_png(data)
     except Exception:
         try:
-            # Also metadata that stand behind the pixels may be damaged.
-            image = _load_png(_without_metadata(data, keep_orientation=False))
+            # Metadata behind the pixels may be damaged too.
+            image = _load_png(_without_metadata(data, with_orientation=False))
         except Exception as error:
             raise BadImageError("undecodable", _reason(error, data)) from error
-    # Where this stays, converting a palette warns that its alpha is lost, which is the rule here.
+    # With this entry, the conversion of a palette warns that its alpha is lost.
     image.info.pop("transparency", None)
     if image.mode == "I;16":
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -237,7 +241,7 @@ def _png_pixels(data: bytes) -> Tensor:
 
 
 def _load_png(data: bytes) -> Image.Image:
-    with _pillow_alone():
+    with _exclusive_pillow():
         image = Image.open(io.BytesIO(data), formats=("PNG",))
     image.load()
     return image

@@ -1,4 +1,4 @@
-"""The index of a shard: one row per sample in tar order, final after a full decode, the same bytes every time."""
+"""The index of a shard: one row for each sample in tar order, final after a full decode, with reproducible bytes."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import io
 import json
 import shlex
 from array import array
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +24,7 @@ from pipeline.core.bounded_parquet import read_bounded
 from pipeline.core.errors import CacheError, ShardError, StillroomError, first_line
 from pipeline.core.hashing import canonical_json, differences
 from pipeline.core.redaction import redact
+from pipeline.core.threads import map_ordered
 from pipeline.shards.decode import BadImageError, BadStatus, decode
 from pipeline.shards.members import image_extensions
 from pipeline.shards.omissions import Omissions, merged
@@ -42,18 +42,16 @@ _ROWS_PER_GROUP = 65_536
 _NUM_NAMED = 5
 _NUM_REASONS = 20
 
-_In = TypeVar("_In")
-_Out = TypeVar("_Out")
-
 
 @dataclass(frozen=True, eq=False)
 class ShardIndex:
     """Columns over the N samples of one shard, in tar order.
 
     Attributes:
-        member_rules: by which members of the tar became samples. Stored where the two rules differ for this tar.
-        reasons: why samples are bad, by row, as far as known; ``omitted``: what was passed over in the tar. Neither
-            is stored, since texts of a decoder change with its version.
+        member_rules: the rules by which members of the tar became samples. Stored if the two rules differ for this tar.
+        reasons: why samples are bad, by row, as far as known. Not stored, because texts of a decoder change with its
+            version.
+        omitted: members of the tar that belong to no sample. Not stored.
     """
 
     shard_id: str
@@ -92,7 +90,7 @@ class ShardIndex:
 
 
 class IndexBuilder:
-    """Collects rows in tar order; about 50 bytes a row beside the keys."""
+    """Collects rows in tar order; about 50 bytes a row in addition to the keys."""
 
     def __init__(self, shard_id: str) -> None:
         self._shard_id = shard_id
@@ -106,7 +104,7 @@ class IndexBuilder:
         """For ``read_samples`` to fill."""
 
     def add(self, sample: Sample, status: Status, width: int, height: int, reason: str | None = None) -> None:
-        """Appends one sample with what decoding made of it; width and height are 0 unless the status is ok.
+        """Appends one sample with the result of decoding it; width and height are 0 unless the status is ok.
 
         Args:
             reason: why the image cannot be decoded.
@@ -141,7 +139,7 @@ class IndexBuilder:
 
 
 def index_settings(data: DataConfig) -> dict[str, Any]:
-    """What decides an index besides the tar: stored with it, compared when it is used."""
+    """Settings that determine an index together with the tar: stored with it, and compared when it is used."""
     return {
         "image": image_extensions(data),
         "label": None if data.label is None else data.label.lower(),
@@ -151,21 +149,23 @@ def index_settings(data: DataConfig) -> dict[str, Any]:
 
 
 def index_shard(path: Path, data: DataConfig, *, where: str, threads: int = 1, rules: MemberRules = 2) -> ShardIndex:
-    """Indexes a local tar by decoding every image; holds at most a few images a thread.
+    """Indexes a local tar by decoding every image, with a few images of each thread in memory.
 
     Args:
         where: the shard's URL, which names it.
-        rules: 1 for the bytes of an index that an earlier version made.
+        rules: 1 for the bytes of an index that an earlier version built.
 
     Raises:
         ShardError: the tar is damaged or a label cannot be used. Bad images become rows; see ``check_samples``.
     """
     builder = IndexBuilder(shard_id(where))
     samples = read_samples(path, data, where=where, rules=rules, notes=builder.notes)
-    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
-        measure = partial(_measure, max_pixels=data.max_pixels)
-        for sample, measured in _in_order(pool, measure, samples, ahead=2 * threads):
-            builder.add(sample, *measured)
+
+    def measure(sample: Sample) -> tuple[Sample, Status, int, int, str | None]:
+        return sample, *_measure(sample, max_pixels=data.max_pixels)
+
+    for row in map_ordered(measure, samples, threads=threads, name="decode"):
+        builder.add(*row)
     return builder.finish()
 
 
@@ -180,40 +180,29 @@ def _measure(sample: Sample, *, max_pixels: int) -> tuple[Status, int, int, str 
     return "ok", width, height, None
 
 
-def _in_order(
-    pool: ThreadPoolExecutor, work: Callable[[_In], _Out], items: Iterable[_In], *, ahead: int
-) -> Iterator[tuple[_In, _Out]]:
-    """Each item with its result, in the order given; at most ``ahead`` are under way, however many there are."""
-    pending: deque[tuple[_In, Future[_Out]]] = deque()
-    for item in items:
-        pending.append((item, pool.submit(work, item)))
-        if len(pending) > ahead:
-            done, future = pending.popleft()
-            yield done, future.result()
-    for done, future in pending:
-        yield done, future.result()
-
-
 def check_samples(index: ShardIndex, data: DataConfig, *, where: str) -> None:
-    """Holds an index to ``data.bad_samples``: fail refuses any sample that is not ok, skip lets up to
-    ``data.max_bad_share`` of them be recorded.
+    """Applies ``data.bad_samples``: fail refuses any sample that is not ok, skip allows up to ``data.max_bad_share`` of
+    them.
 
     Args:
-        where: the shard's URL. The first bad images of a stored index are read from there, to say why they are bad.
+        where: the shard's URL. The first bad images of a stored index are read from there, to report their reasons.
 
     Raises:
-        ShardError: names counts, the first keys and reasons.
+        ShardError: names the counts, the first keys and their reasons.
     """
     counts = _bad_counts(index)
     skips = data.bad_samples == "skip"
     if counts.total() <= (data.max_bad_share * len(index) if skips else 0):
         return
-    named = [f"{index.keys[row].as_py()} ({_why(index, row, data, where)})" for row in _bad_rows(index)[:_NUM_NAMED]]
+    first = [
+        f"{index.keys[row].as_py()} ({_status_and_reason(index, row, data, where)})"
+        for row in _bad_rows(index)[:_NUM_NAMED]
+    ]
     raise ShardError(
         f"{counts.total()} of {len(index)} samples cannot be used",
         code="shard.bad-samples",
         where=redact(where),
-        got=f"{', '.join(f'{count} {status}' for status, count in sorted(counts.items()))}; first {', '.join(named)}",
+        got=f"{', '.join(f'{count} {status}' for status, count in sorted(counts.items()))}; first {', '.join(first)}",
         expected=f"at most {data.max_bad_share:.4g} of them bad (data.max_bad_share)"
         if skips
         else "one whole JPEG, PNG or WebP image a sample, every key once",
@@ -226,13 +215,13 @@ def _next_step(index: ShardIndex, *, skips: bool) -> str:
     if (duplicates & (index.size == 0)).any():
         tar = shlex.quote(f"{index.shard_id}.tar")
         return (
-            "write the tar again in order of names, since the members of a sample must follow one another: "
+            "write the tar again in name order, because the members of a sample must follow one another: "
             f"mkdir t sorted && tar -xf {tar} -C t && "
             f"(cd t && find . -type f -printf '%P\\n' | LC_ALL=C sort | tar -cf ../sorted/{tar} -T -)"
         )
     if skips:
         return "repair the shard, or raise data.max_bad_share"
-    return "repair the shard, or set data.bad_samples=skip to record and leave them out"
+    return "repair the shard, or set data.bad_samples=skip to record and skip them"
 
 
 def _bad_counts(index: ShardIndex) -> Counter[str]:
@@ -243,7 +232,7 @@ def _bad_rows(index: ShardIndex) -> list[int]:
     return np.flatnonzero(index.status != STATUSES.index("ok")).tolist()
 
 
-def _why(index: ShardIndex, row: int, data: DataConfig, url: str) -> str:
+def _status_and_reason(index: ShardIndex, row: int, data: DataConfig, url: str) -> str:
     status = STATUSES[index.status[row]]
     reason = index.reasons.get(row)
     if reason is None and status in get_args(BadStatus) and index.size[row]:
@@ -253,12 +242,12 @@ def _why(index: ShardIndex, row: int, data: DataConfig, url: str) -> str:
         except BadImageError as error:
             reason = error.reason
         except StillroomError as error:
-            reason = f"no reason is stored, and the shard cannot be read: {error.what}"
+            reason = f"its reason is not stored, and the shard cannot be read: {error.what}"
     return f"{status}: {reason}" if reason else status
 
 
 def omissions_of(index: ShardIndex) -> Omissions:
-    """What the pass that made this index left out: members of the tar, and bad samples with their reasons."""
+    """What the index omits: members of the tar that belong to no sample, and bad samples with their reasons."""
     bad = Omissions()
     for row in _bad_rows(index):
         reason = index.reasons.get(row)
@@ -276,10 +265,10 @@ def encode_index(index: ShardIndex, settings: Mapping[str, Any]) -> bytes:
         pa.array(index.label, mask=index.label == NO_LABEL),
         *(pa.array(column) for column in (index.offset, index.size, index.width, index.height, index.content_hash)),
     ]
-    about = {"format_version": FORMAT_VERSION, "shard_id": index.shard_id, "settings": dict(settings)}
+    metadata = {"format_version": FORMAT_VERSION, "shard_id": index.shard_id, "settings": dict(settings)}
     if index.member_rules != 1:
-        about["member_rules"] = index.member_rules
-    schema = INDEX_SCHEMA.with_metadata({_METADATA_KEY: canonical_json(about)})
+        metadata["member_rules"] = index.member_rules
+    schema = INDEX_SCHEMA.with_metadata({_METADATA_KEY: canonical_json(metadata)})
     sink = io.BytesIO()
     pq.write_table(
         pa.Table.from_arrays(columns, schema=schema),
@@ -296,19 +285,20 @@ def decode_index(data: bytes, *, where: str, settings: Mapping[str, Any] | None 
     """The index that ``encode_index`` wrote.
 
     Args:
-        settings: those of the reader's config; an index made under others is refused. None accepts any.
+        settings: settings of the reader's config; an index with other settings is refused. None accepts any.
 
     Raises:
-        CacheError: damaged, of another format version, or made under other settings.
+        CacheError: the index is damaged, of another format version, or built with other settings.
     """
     try:
         table = read_bounded(pa.BufferReader(data), size_bytes=len(data), page_checksum_verification=True)
-        about = _about(table, settings, where)
-        index = replace(_from_table(table, about["shard_id"]), member_rules=_rules(about))
-    # pyarrow raises ArrowException or OSError for bytes that are not what they claim; the rest are our own checks.
+        metadata = _metadata(table, settings, where)
+        index = replace(_from_table(table, metadata["shard_id"]), member_rules=_rules(metadata))
+    # pyarrow raises ArrowException or OSError for invalid bytes. The others are checks of this module.
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CacheError(
             "this index is damaged",
+            code="shard.index-damaged",
             where=redact(where),
             got=first_line(error),
             next_step="remove it, and index the shard again",
@@ -316,28 +306,30 @@ def decode_index(data: bytes, *, where: str, settings: Mapping[str, Any] | None 
     return index
 
 
-def _about(table: pa.Table, settings: Mapping[str, Any] | None, where: str) -> dict[str, Any]:
-    about: dict[str, Any] = json.loads((table.schema.metadata or {})[_METADATA_KEY])
-    if about["format_version"] != FORMAT_VERSION:
+def _metadata(table: pa.Table, settings: Mapping[str, Any] | None, where: str) -> dict[str, Any]:
+    metadata: dict[str, Any] = json.loads((table.schema.metadata or {})[_METADATA_KEY])
+    if metadata["format_version"] != FORMAT_VERSION:
         raise CacheError(
-            "this index is of another format version",
+            "this index has another format version",
+            code="shard.index-version",
             where=redact(where),
-            got=about["format_version"],
+            got=metadata["format_version"],
             expected=FORMAT_VERSION,
             next_step="index the shard again",
         )
-    if settings is not None and (changed := differences(about["settings"], settings)):
+    if settings is not None and (changed := differences(metadata["settings"], settings)):
         raise CacheError(
-            "this index was made under other settings",
+            "this index was built with other settings",
+            code="shard.index-settings",
             where=redact(where),
             got="; ".join(changed),
-            next_step="use the settings it was made with, or another data.index",
+            next_step="use the settings of the index, or another data.index",
         )
-    return about
+    return metadata
 
 
-def _rules(about: Mapping[str, Any]) -> MemberRules:
-    rules = about.get("member_rules", 1)
+def _rules(metadata: Mapping[str, Any]) -> MemberRules:
+    rules = metadata.get("member_rules", 1)
     if rules not in get_args(MemberRules):
         raise ValueError(f"its member_rules are {rules!r}")
     return rules
@@ -346,8 +338,8 @@ def _rules(about: Mapping[str, Any]) -> MemberRules:
 def _from_table(table: pa.Table, shard_id: str) -> ShardIndex:
     if not table.schema.equals(INDEX_SCHEMA):
         raise ValueError(f"its columns are {table.schema.names}, not those of an index, or of other types")
-    if empty := [field.name for field in INDEX_SCHEMA if not field.nullable and table[field.name].null_count]:
-        raise ValueError(f"nulls in {', '.join(empty)}")
+    if with_nulls := [field.name for field in INDEX_SCHEMA if not field.nullable and table[field.name].null_count]:
+        raise ValueError(f"nulls in {', '.join(with_nulls)}")
     if not np.array_equal(table["row"].to_numpy(), np.arange(len(table))):
         raise ValueError("its rows are not 0, 1, 2 … in order")
     names: list[Status] = table["status"].to_pylist()

@@ -1,4 +1,4 @@
-"""A long-tailed subset of shards, the same for the same seed: what the imbalance of real data does to a loss."""
+"""A long-tailed subset of shards, deterministic in the seed, to measure losses on imbalanced data."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from pipeline.shards.writer import Members, pack_shards
 from schemas.config import DataConfig
 from schemas.recipe import LongTailConfig
 
-_STARTS = {b"\xff\xd8": "jpg", b"\x89P": "png", b"RI": "webp"}
+_EXTENSIONS = {b"\xff\xd8": "jpg", b"\x89P": "png", b"RI": "webp"}
 
 
 @dataclass(frozen=True, slots=True)
 class LongTail:
-    """What was written: the shards in order, and the images of each class."""
+    """The written shards in order, and the number of images of each class."""
 
     urls: list[str]
     counts: list[int]
 
 
 def write_long_tail(urls: Sequence[str], pattern: str, tail: LongTailConfig, data: DataConfig) -> LongTail:
-    """Copies the images that stay, in their order, under ``<shard_id>/<key>``. Equal inputs give equal bytes.
+    """Copies the images of the subset, in their order, under ``<shard_id>/<key>``. Equal inputs give equal bytes.
 
     Args:
-        pattern: of the new shards, such as ``out/tail-%05d.tar``.
+        pattern: URL pattern of the new shards, such as ``out/tail-%05d.tar``.
         data: how keys, images and labels are read.
 
     Raises:
@@ -42,16 +42,16 @@ def write_long_tail(urls: Sequence[str], pattern: str, tail: LongTailConfig, dat
     """
     shard_ids(urls)
     labels = {name: label for name, label, _ in _labelled(urls, data)}
-    kept = draw_long_tail(labels, tail.imbalance, tail.seed)
-    counts = [sum(labels[name] == label for name in kept) for label in range(max(labels.values()) + 1)]
-    stay = ((name, _members(sample, data)) for name, _, sample in _labelled(urls, data) if name in kept)
-    return LongTail(pack_shards(stay, pattern, shard_size=tail.shard_size), counts)
+    subset = draw_long_tail(labels, tail.imbalance, tail.seed)
+    counts = [sum(labels[name] == label for name in subset) for label in range(max(labels.values()) + 1)]
+    samples = ((name, _members(sample, data)) for name, _, sample in _labelled(urls, data) if name in subset)
+    return LongTail(pack_shards(samples, pattern, shard_size=tail.shard_size), counts)
 
 
 def draw_long_tail(labels: Mapping[str, int], imbalance: float, seed: int) -> set[str]:
-    """The ids that stay. Of class k, ``n · imbalance^(-k / (K - 1))`` do, rounded down, at least one; n is the size of
-    the smallest class, so that the profile is exact (Cao 2019, 1906.07413, sec. 4.1). Which ones depends on the seed
-    and the ids alone.
+    """Sample ids of the subset. It has ``n · imbalance^(-k / (K - 1))`` samples of class k, rounded down, at least one;
+    n is the size of the smallest class, so that the profile is exact (Cao 2019, 1906.07413, sec. 4.1). The choice
+    depends only on the seed and the ids.
 
     Args:
         labels: class by sample id.
@@ -59,16 +59,16 @@ def draw_long_tail(labels: Mapping[str, int], imbalance: float, seed: int) -> se
     by_class: defaultdict[int, list[str]] = defaultdict(list)
     for name, label in labels.items():
         by_class[label].append(name)
-    num_most = min(map(len, by_class.values()))
+    max_count = min(map(len, by_class.values()))
     last = max(1, len(by_class) - 1)
-    kept: set[str] = set()
+    subset: set[str] = set()
     for rank, label in enumerate(sorted(by_class)):
-        count = max(1, int(num_most * imbalance ** (-rank / last)))
-        kept |= set(sorted(by_class[label], key=lambda name: _drawn(seed, name))[:count])
-    return kept
+        count = max(1, int(max_count * imbalance ** (-rank / last)))
+        subset |= set(sorted(by_class[label], key=lambda name: _sort_key(seed, name))[:count])
+    return subset
 
 
-def _drawn(seed: int, name: str) -> bytes:
+def _sort_key(seed: int, name: str) -> bytes:
     return hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=16).digest()
 
 
@@ -79,7 +79,8 @@ def _labelled(urls: Sequence[str], data: DataConfig) -> Iterator[tuple[str, int,
             for sample in read_samples(storage.local_copy(url, Path(folder)), data, where=url):
                 if sample.label is None or sample.status != "ok":
                     raise ShardError(
-                        "a long-tailed subset is drawn from samples with an image and a label",
+                        "a sample of this long-tailed subset has no usable image or no label",
+                        code="shard.long-tail-sample",
                         where=f"{redact(url)}, {sample.key}",
                         got=f"status {sample.status}, label {sample.label}",
                         next_step="name other shards, or correct data.label",
@@ -90,6 +91,7 @@ def _labelled(urls: Sequence[str], data: DataConfig) -> Iterator[tuple[str, int,
 def _members(sample: Sample, data: DataConfig) -> Members:
     assert data.label is not None
     readable = image_extensions(data)
-    named = _STARTS.get(sample.data[:2])
-    extension = named if named in readable else readable[0]
+    extension = _EXTENSIONS.get(sample.data[:2])
+    if extension not in readable:
+        extension = readable[0]
     return {extension: sample.data, data.label: str(sample.label).encode()}

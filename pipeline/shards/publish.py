@@ -1,4 +1,4 @@
-"""Put an index where others find it: created once, and never replaced by a different one."""
+"""Publishes indexes: each is created once, and never replaced by a different one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from schemas.config import DataConfig
 
 @dataclass(frozen=True, slots=True)
 class IndexedShard:
-    """Ok rows of an index, and what making it left out: nothing where the index was there before."""
+    """The number of ok rows of an index, and what it omits; no omissions if the index existed before."""
 
     num_ok: int
     omissions: Omissions
@@ -40,33 +40,34 @@ def read_index(folder_url: str, shard: str) -> ShardIndex:
     """
     Raises:
         CacheError: the index is damaged.
-        StorageInputError: there is none.
+        StorageInputError: it does not exist.
     """
     url = storage.join(folder_url, index_name(shard))
     return decode_index(storage.read(url, max_bytes=storage.MAX_TABLE_BYTES), where=redact(url))
 
 
 def publish_index(folder_url: str, shard: str, data: bytes) -> None:
-    """Writes the index of a shard, or checks that the one that stands there has the same bytes.
+    """Writes the index of a shard, or checks that the published one has the same bytes.
 
     Raises:
-        ShardError: it has other bytes: the shard or the reading rules changed since.
+        ShardError: it has other bytes, because the shard or the reading rules changed.
     """
     url = storage.join(folder_url, index_name(shard))
     if not storage.create(url, data) and storage.read(url) != data:
         raise ShardError(
-            "this shard now gives another index than the one that stands",
+            "the index of this shard differs from the published one",
+            code="shard.index-conflict",
             where=f"{shard} in {redact(folder_url)}",
             next_step="restore the shard and the data section, or write to another URL",
         )
 
 
 def publish_shard_index(url: str, *, data: DataConfig, folder_url: str, threads: int) -> IndexedShard:
-    """Indexes one shard unless that was done before.
+    """Indexes one shard, unless its index is published.
 
     Raises:
-        ShardError: the shard is damaged, was replaced since, or holds bad samples under ``bad_samples: fail``.
-        CacheError: the index that stands is damaged or was made under other settings.
+        ShardError: the shard is damaged, differs from the indexed one, or has bad samples under ``bad_samples: fail``.
+        CacheError: the published index is damaged or was built with other settings.
     """
     shard, where = shard_id(url), redact(url)
     target = storage.join(folder_url, index_name(shard))
@@ -84,21 +85,22 @@ def publish_shard_index(url: str, *, data: DataConfig, folder_url: str, threads:
 
 
 def _check_last_image(url: str, index: ShardIndex) -> None:
-    """One range read: a shard written anew under its old name hardly has the same last image at the same place."""
+    """One range read: a rewritten shard of the same name hardly has the same last image at the same offset."""
     if not index.num_ok:
         return
     row = int(index.ok[-1])
     offset, size_bytes = int(index.offset[row]), int(index.size[row])
     try:
-        same = xxhash.xxh3_64_intdigest(storage.read_range(url, offset, size_bytes)) == int(index.content_hash[row])
+        is_same = xxhash.xxh3_64_intdigest(storage.read_range(url, offset, size_bytes)) == int(index.content_hash[row])
     except StorageError:
         if storage.size(url) >= offset + size_bytes:
             raise
-        same = False
-    if not same:
+        is_same = False
+    if not is_same:
         raise ShardError(
             "this shard is not the one that was indexed",
+            code="shard.changed",
             where=f"{redact(url)}, key {index.keys[row]}",
-            got="other bytes where the index has its last image",
+            got="other bytes at the position of the last image",
             next_step="restore the shard, or remove its index and run: stillroom shards index",
         )

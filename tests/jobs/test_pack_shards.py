@@ -13,7 +13,7 @@ from jobs.index_shards import index_shards
 from jobs.pack_shards import describe, pack
 from jobs.plan_cache import report
 from pipeline.core.errors import ShardError
-from pipeline.shards.pack import PackSettings
+from pipeline.shards.pack_plan import PackSettings
 from tests.jobs.conftest import Tree, config_of
 from tests.pipeline.caches import digit_samples
 from tests.pipeline.shards.tars import image_bytes

@@ -21,7 +21,7 @@ from pipeline.cache.verify import verify_cache
 from pipeline.core.errors import CacheError, InputError
 from pipeline.core.hashing import digest
 from pipeline.shards.index import decode_index
-from pipeline.shards.pack import PackSettings
+from pipeline.shards.pack_plan import PackSettings
 from pipeline.student.run import checkpoint
 from schemas.cache_format import INDEX_SCHEMA
 from tests.pipeline.caches import TinyCache

@@ -28,7 +28,7 @@ from pipeline.core.errors import CacheError, ConfigError, ShardError
 from pipeline.core.hashing import digest
 from pipeline.core.redaction import quoted, redact
 from pipeline.shards.index import NO_LABEL, ShardIndex, encode_index, index_settings
-from pipeline.shards.labels import LabelCount, check_label_member, spread
+from pipeline.shards.labels import LabelCount, check_label_member, evenly_spaced
 from pipeline.shards.shard_head import read_shard_head
 from pipeline.shards.shard_urls import new_place, report_moved
 from pipeline.shards.tar import read_samples
@@ -136,9 +136,9 @@ def _check_member(cache: TeacherCache, data: DataConfig, urls: Mapping[str, str]
     """A wrong member is known from the first samples, before all shards are read."""
     seen = [
         read_shard_head(url, data, size_bytes=storage.size(url))
-        for url in (urls[shard.shard_id] for shard in spread(cache.shards, _NUM_PEEKED))
+        for url in (urls[shard.shard_id] for shard in evenly_spaced(cache.shards, _NUM_PEEKED))
     ]
-    found = LabelCount.of([one.label_N for one in seen], [one.members for one in seen])
+    found = LabelCount.from_labels([one.label_N for one in seen], [one.members for one in seen])
     check_label_member(found, data, where=redact(cache.url), option="--label ")
 
 

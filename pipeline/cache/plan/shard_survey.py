@@ -17,7 +17,7 @@ from pipeline import storage
 from pipeline.cache.build.commit import CommitSummary
 from pipeline.core.redaction import redact
 from pipeline.shards.index import ShardIndex, decode_index
-from pipeline.shards.labels import LabelCount, spread
+from pipeline.shards.labels import LabelCount, evenly_spaced
 from pipeline.shards.publish import index_name
 from pipeline.shards.shard_head import ShardHead, read_shard_head
 from schemas.config import DataConfig
@@ -107,22 +107,22 @@ def survey_shards(
 
     index_paths = _index_paths(urls, index_urls)
     counts = {commit.shard_id: commit.num_ok for commit in commits if commit.shard_id in urls}
-    sampled = spread(list(urls), _NUM_SAMPLED)
+    sampled = evenly_spaced(list(urls), _NUM_SAMPLED)
     indexed = [shard for shard in index_paths if shard not in counts or shard in sampled]
     indexes = _in_threads(indexed, lambda shard: _read_index(index_paths[shard]))
     counts |= {shard: index.num_ok for shard, index in indexes.items()}
     uncounted = [shard for shard in urls if shard not in counts]
-    uncounted_sample = spread(uncounted, _NUM_SAMPLED)
+    uncounted_sample = evenly_spaced(uncounted, _NUM_SAMPLED)
     without_index = [shard for shard in sampled if shard not in indexes]
     heads = read_heads(list(dict.fromkeys([*uncounted_sample, *without_index])))
     labels = [
         indexes[shard].label[indexes[shard].ok] if shard in indexes else heads[shard].label_N for shard in sampled
     ]
-    label_count = LabelCount.of(labels)
+    label_count = LabelCount.from_labels(labels)
     if data.label is not None and not label_count.num_labelled:
         # Only a shard's head lists the members, which the message about missing labels names.
         heads |= read_heads([shard for shard in sampled if shard not in heads])
-        label_count = LabelCount.of(labels, [heads[shard].members for shard in sampled])
+        label_count = LabelCount.from_labels(labels, [heads[shard].members for shard in sampled])
     rows = {shard: Estimate.exactly(count) for shard, count in counts.items()}
     if uncounted:
         rows |= _estimate_rows(uncounted, sizes, {shard: heads[shard] for shard in uncounted_sample})

@@ -33,7 +33,7 @@ def cached_labels(cache: TeacherCache) -> LabelCount:
     except StillroomError:
         # A cache is read where its shards are not, too.
         return found
-    return LabelCount.of([seen.label_N], [seen.members]).over(found)
+    return found.with_members_of(LabelCount.from_labels([seen.label_N], [seen.members]))
 
 
 def committed_labels(cache_url: str, commits: Sequence[CommitSummary]) -> LabelCount:

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from jobs.cli import app
 from pipeline import storage
 from pipeline.core.errors import ShardError, StorageInputError
-from pipeline.shards.pack import BadImages, PackSettings, plan_packing, split_folders, write_packing
+from pipeline.shards.pack import BadImages, write_packing
+from pipeline.shards.pack_plan import PackSettings, plan_packing, split_folders
 from tests.pipeline.shards.tars import image_bytes, webdataset_samples
 
 NUM_IMAGES = {"ant": 30, "bee": 20, "cat": 10}
