@@ -1,9 +1,9 @@
-"""The pixels of a plan's options: jitter, RandAugment and erasing of one uint8 view, from its drawn parameters alone.
+"""Jitter, RandAugment and erasing of one uint8 view, from its augmentation parameters alone.
 
-Replay needs the same bits from any number of threads, any memory layout and any processor. So blends are two products
-and a sum of float32, rounded to the nearest level, and geometry copies whole pixels: torchvision's blends and affine
-sampling fuse multiplications with additions, which gives other bits on processors that cannot. The operations without
-such a step are torchvision's.
+Replay needs the same bits for any number of threads, any memory layout and any processor. Blends are therefore two
+products and a sum of float32, rounded to the nearest level, and geometry copies whole pixels: torchvision's blends and
+affine sampling fuse multiplications with additions, and processors that cannot fuse them give other bits. Operations
+without such a step are torchvision's.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from pipeline.augment.options import OPS
+from pipeline.augment.options import BOX_SIDES, OPS
 
 Effect = Callable[[Tensor, float], Tensor]
 _ORDERS = list(permutations(("brightness", "contrast", "saturation", "hue")))
-_UNCOVERED = 128
+_FILL_LEVEL = 128
 
 
 def apply_options(view_CHW: Tensor, aug_params: Mapping[str, float]) -> Tensor:
-    """A view under its drawn parameters: jitter, then the operations in their order, then the erased box.
+    """Applies jitter, then the operations in their order, then the erased box.
 
     Args:
-        view_CHW: uint8 [3, S, S]; left as it is.
-        drawn: one row of ``schemas.cache_format.aug_param_columns``; those of mixing are for ``to_input``.
+        view_CHW: uint8 [3, S, S]; not modified.
+        aug_params: one row of ``schemas.cache_format.aug_param_columns``; ``to_input`` applies those of cutmix.
 
     Returns:
         uint8 [3, S, S] over H×W×C memory.
     """
     steps = [*_jitter_steps(aug_params), *_op_steps(aug_params)]
     if steps:
-        # Planes: channels that lie apart are about twice as fast here, and 7 times in autocontrast.
+        # Contiguous channels are about twice as fast here, and 7 times in autocontrast.
         view_CHW = view_CHW.contiguous()
         for effect, value in steps:
             view_CHW = effect(view_CHW, value)
@@ -56,9 +56,9 @@ def _op_steps(aug_params: Mapping[str, float]) -> Iterator[tuple[Effect, float]]
 
 
 def pixel_edges(box_B4: Tensor, *, height: int, width: int) -> Tensor:
-    """The pixels that boxes in fractions of a view cover: from left and top up to, but not including, right and bottom.
+    """Boxes in fractions of a view to pixels; right and bottom are exclusive.
 
-    An edge at fraction f of n pixels lies at rint(f · n), in float64, halves to even.
+    An edge at fraction f of n pixels is at rint(f · n), in float64, halves to even.
 
     Args:
         box_B4: float32 (left, top, width, height) in 0..1.
@@ -66,13 +66,13 @@ def pixel_edges(box_B4: Tensor, *, height: int, width: int) -> Tensor:
     Returns:
         int64 [B, 4]: left, top, right, bottom.
     """
-    left_B, top_B, wide_B, high_B = box_B4.double().unbind(-1)
-    edges = [left_B * width, top_B * height, (left_B + wide_B) * width, (top_B + high_B) * height]
+    left_B, top_B, width_B, height_B = box_B4.double().unbind(-1)
+    edges = [left_B * width, top_B * height, (left_B + width_B) * width, (top_B + height_B) * height]
     return torch.stack(edges, dim=-1).round_().long()
 
 
 def _blend(view_CHW: Tensor, base_CHW: Tensor, factor: float) -> Tensor:
-    """``factor · view + (1 − factor) · other``, to the nearest level within 0..255."""
+    """``factor · view + (1 − factor) · base``, rounded to the nearest level in 0..255."""
     if factor == 1:
         return view_CHW
     result_CHW = view_CHW.to(torch.float32).mul_(factor)
@@ -95,14 +95,14 @@ def _saturation(view_CHW: Tensor, factor: float) -> Tensor:
 
 def _contrast(view_CHW: Tensor, factor: float) -> Tensor:
     grey = _grey(view_CHW)
-    # In integers: a float32 sum of more than 256 x 256 levels is not exact, and then its order matters.
+    # In integers: a float32 sum of more than 256 x 256 levels is not exact, so it would depend on the order.
     mean = (2 * int(grey.sum()) + grey.numel()) // (2 * grey.numel())
     return _blend(view_CHW, torch.tensor(mean), factor)
 
 
-def _hue(view_CHW: Tensor, turn: float) -> Tensor:
-    """The hue of HSV moved on by ``turn``, a share of the colour circle; greys stay."""
-    if turn == 0:
+def _hue(view_CHW: Tensor, shift: float) -> Tensor:
+    """Shifts the hue of HSV by a fraction of the colour circle; greys do not change."""
+    if shift == 0:
         return view_CHW
     levels_CHW = view_CHW.to(torch.float32)
     red, green, blue = levels_CHW
@@ -112,27 +112,27 @@ def _hue(view_CHW: Tensor, turn: float) -> Tensor:
     across = torch.where(is_red, green - blue, torch.where(is_green, blue - red, red - green))
     start = torch.where(is_red, 0.0, torch.where(is_green, 2.0, 4.0))
     sixths = across / span.clamp_min(1) + start
-    angle_CHW = torch.stack([sixths + (6 * turn + place) for place in (5, 3, 1)])
+    angle_CHW = torch.stack([sixths + (6 * shift + offset) for offset in (5, 3, 1)])
     angle_CHW -= 6 * torch.floor(angle_CHW / 6)
     share_CHW = torch.minimum(angle_CHW, 4 - angle_CHW).clamp_(0, 1)
     return (high - span * share_CHW).round_().to(torch.uint8)
 
 
 def _sharpness(view_CHW: Tensor, factor: float) -> Tensor:
-    """Away from or towards the view smoothed by (1 1 1, 1 5 1, 1 1 1) / 13; the outermost pixels stay."""
-    wide_CHW = view_CHW.to(torch.int32)
-    bands = wide_CHW[:, :-2] + wide_CHW[:, 1:-1] + wide_CHW[:, 2:]
-    sums = bands[..., :-2] + bands[..., 1:-1] + bands[..., 2:] + 4 * wide_CHW[:, 1:-1, 1:-1]
+    """Blends with the view smoothed by (1 1 1, 1 5 1, 1 1 1) / 13; the outermost pixels do not change."""
+    int_CHW = view_CHW.to(torch.int32)
+    rows = int_CHW[:, :-2] + int_CHW[:, 1:-1] + int_CHW[:, 2:]
+    sums = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * int_CHW[:, 1:-1, 1:-1]
     result_CHW = view_CHW.clone()
     result_CHW[:, 1:-1, 1:-1] = _blend(view_CHW[:, 1:-1, 1:-1], torch.round(sums / 13), factor)
     return result_CHW
 
 
 def _affine(view_CHW: Tensor, matrix: tuple[float, float, float, float], shift: tuple[float, float]) -> Tensor:
-    """Each pixel shows the one under ``matrix · p − shift``, grey where that lies outside.
+    """Each pixel p takes the value at ``matrix · p − shift`` (nearest pixel), grey outside of the view.
 
     Args:
-        matrix: row by row; ``p`` is the pixel's centre, x to the right and y down from the centre of the view.
+        matrix: row by row; ``p`` is the centre of a pixel, x to the right and y down from the centre of the view.
         shift: x and y, in fractions of the view.
     """
     size = view_CHW.shape[-1]
@@ -143,7 +143,7 @@ def _affine(view_CHW: Tensor, matrix: tuple[float, float, float, float], shift: 
     )
     outside_SS = (columns_SS < 0) | (columns_SS >= size) | (rows_SS < 0) | (rows_SS >= size)
     source_SS = (rows_SS * size + columns_SS).masked_fill_(outside_SS, size * size)
-    grey_1C = torch.full((1, 3), _UNCOVERED, dtype=torch.uint8)
+    grey_1C = torch.full((1, 3), _FILL_LEVEL, dtype=torch.uint8)
     pixels_PC = torch.cat([view_CHW.permute(1, 2, 0).reshape(-1, 3), grey_1C])
     return pixels_PC.index_select(0, source_SS.view(-1)).view(size, size, 3).permute(2, 0, 1).contiguous()
 
@@ -154,7 +154,7 @@ def _rotate(view_CHW: Tensor, degrees: float) -> Tensor:
 
 
 def _sine_cosine(angle: float) -> tuple[float, float]:
-    """By their series, step by step: libm's versions differ in the last bit. For |angle| <= 1 radian."""
+    """Taylor series for |angle| <= 1 radian, since versions of libm differ in the last bit."""
     sine, cosine, square = 1.0, 1.0, angle * angle
     for degree in range(18, 0, -2):
         sine = 1 - sine * square / (degree * (degree + 1))
@@ -163,7 +163,7 @@ def _sine_cosine(angle: float) -> tuple[float, float]:
 
 
 def _erase(view_CHW: Tensor, aug_params: Mapping[str, float]) -> Tensor:
-    box_14 = torch.tensor([[aug_params[f"erase_{side}"] for side in ("left", "top", "width", "height")]])
+    box_14 = torch.tensor([[aug_params[f"erase_{side}"] for side in BOX_SIDES]])
     left, top, right, bottom = pixel_edges(box_14, height=view_CHW.shape[1], width=view_CHW.shape[2])[0].tolist()
     colour_C = torch.tensor([int(aug_params[f"erase_{name}"]) for name in ("red", "green", "blue")], dtype=torch.uint8)
     result_CHW = view_CHW.clone()
@@ -179,10 +179,10 @@ _JITTERS: dict[str, Effect] = {
 }
 _OPS: dict[str, Effect] = {
     "identity": lambda view, _: view,
-    "shear_x": lambda view, by: _affine(view, (1, by, 0, 1), (0, 0)),
-    "shear_y": lambda view, by: _affine(view, (1, 0, by, 1), (0, 0)),
-    "translate_x": lambda view, by: _affine(view, (1, 0, 0, 1), (by, 0)),
-    "translate_y": lambda view, by: _affine(view, (1, 0, 0, 1), (0, by)),
+    "shear_x": lambda view, shear: _affine(view, (1, shear, 0, 1), (0, 0)),
+    "shear_y": lambda view, shear: _affine(view, (1, 0, shear, 1), (0, 0)),
+    "translate_x": lambda view, shift: _affine(view, (1, 0, 0, 1), (shift, 0)),
+    "translate_y": lambda view, shift: _affine(view, (1, 0, 0, 1), (0, shift)),
     "rotate": _rotate,
     "brightness": _brightness,
     "saturation": _saturation,

@@ -1,7 +1,8 @@
-"""What a plan's options draw of a view: jitter, RandAugment, erasing and cutmix, as columns of plain numbers.
+"""Augmentation parameters of a plan's options: jitter, RandAugment, erasing and cutmix, as columns of plain numbers.
 
-Values are drawn in float64 and kept as a part stores them; the pixels are made from these alone. Geometry is in
-fractions of the view, so that any size shows the same. docs/format.md gives every word's place and every map.
+Values are computed in float64 and rounded to the types that a part stores; pixels depend on these alone. Geometry is in
+fractions of the view, so that it does not depend on the size. docs/format.md specifies the counter and the map of every
+value.
 """
 
 from __future__ import annotations
@@ -42,9 +43,10 @@ OPS = (
     "autocontrast",
     "equalize",
 )
-"""RandAugment's operations (Cubuk 2019, 1909.13719); a column holds the place in this list."""
+"""RandAugment's operations (Cubuk 2019, 1909.13719); a column stores the index in this list."""
 
-# At strength m in 0..1 an operation's magnitude is START + s · RANGE · m; s is the drawn sign where it has one, else 1.
+# At strength m in 0..1 the magnitude of an operation is START + s · RANGE · m, with a random sign s if it is signed,
+# else s = 1.
 _START_O = np.array([0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 8, 255, 0, 0], np.float64)
 _RANGE_O = np.array([0, 0.3, 0.3, 150 / 331, 150 / 331, 30, 0.9, 0.9, 0.9, 0.9, -4, -255, 0, 0], np.float64)
 _SIGNED_O = np.array([name in OPS[1:10] for name in OPS])
@@ -52,6 +54,7 @@ _POSTERIZE = OPS.index("posterize")
 _FULL_MAGNITUDE = 30
 _NUM_ORDERS = 24
 _ERASING_ATTEMPTS = 10
+BOX_SIDES = ("left", "top", "width", "height")
 
 AugParams = dict[str, NDArray[Any]]
 
@@ -59,7 +62,7 @@ AugParams = dict[str, NDArray[Any]]
 def sample_aug_params(
     plan: ViewsConfig, keys_N2: RandomBits, views_N: Ints, mix_lambda_N: NDArray[np.float32]
 ) -> AugParams:
-    """The columns of ``schemas.cache_format.aug_param_columns`` for one view of each of N rows, [N] each."""
+    """The columns of ``schemas.cache_format.aug_param_columns`` for one view of each of N rows: [N] each."""
     aug_params: AugParams = {}
     if plan.jitter is not None:
         aug_params |= _jitter(plan.jitter, keys_N2, views_N)
@@ -78,15 +81,17 @@ def aug_params_row(aug_params: Mapping[str, NDArray[Any]], row: int) -> dict[str
 
 
 def cutmix_boxes(aug_params: Mapping[str, NDArray[Any]]) -> NDArray[np.float32] | None:
-    """[..., 4]: left, top, width, height of the box that shows the partner, in fractions of the view; width 0 where a
-    row is blended. None: the plan has no boxes."""
+    """Boxes that show the partner: [..., 4] (left, top, width, height) in fractions of the view.
+
+    Width 0: the row is blended. ``None``: the plan has no cutmix.
+    """
     if "cut_left" not in aug_params:
         return None
-    return np.stack([aug_params[f"cut_{side}"] for side in ("left", "top", "width", "height")], axis=-1)
+    return np.stack([aug_params[f"cut_{side}"] for side in BOX_SIDES], axis=-1)
 
 
 def without_boxes(aug_params: Mapping[str, NDArray[Any]], rows_N: NDArray[np.bool_]) -> AugParams:
-    """The same columns with no box in these rows."""
+    """The same columns without a cutmix box in these rows."""
     return {
         name: np.where(rows_N, np.float32(0), values_N) if name.startswith("cut_") else values_N
         for name, values_N in aug_params.items()
@@ -94,16 +99,15 @@ def without_boxes(aug_params: Mapping[str, NDArray[Any]], rows_N: NDArray[np.boo
 
 
 def _jitter(jitter: JitterConfig, keys_N2: RandomBits, views_N: Ints) -> AugParams:
-    """Factors of 1 and a hue shift of 0 in the rows that are not jittered."""
+    """Rows that are not jittered have factors of 1 and a hue shift of 0."""
     choice_N4 = sample_uniforms(keys_N2, views_N, STREAM_JITTER)
     strength_N4 = sample_uniforms(keys_N2, views_N, STREAM_JITTER, 1)
     aug_params: AugParams = {"jitter_order": (choice_N4[:, 1] * _NUM_ORDERS).astype(np.uint8)}
-    for place, name in enumerate(("brightness", "contrast", "saturation", "hue")):
+    is_jittered_N = choice_N4[:, 0] < jitter.probability
+    for name, strength_N in zip(("brightness", "contrast", "saturation", "hue"), strength_N4.T, strict=True):
         neutral, strength = float(name != "hue"), float(getattr(jitter, name))
-        value_N = uniform_between(neutral - strength, neutral + strength, strength_N4[:, place])
-        aug_params[f"jitter_{name}"] = np.where(choice_N4[:, 0] < jitter.probability, value_N, neutral).astype(
-            np.float32
-        )
+        value_N = uniform_between(neutral - strength, neutral + strength, strength_N)
+        aug_params[f"jitter_{name}"] = np.where(is_jittered_N, value_N, neutral).astype(np.float32)
     return aug_params
 
 
@@ -117,41 +121,35 @@ def _ops(randaugment: RandAugmentConfig, keys_N2: RandomBits, views_N: Ints) -> 
         strength_N = np.clip(level_N, 0, _FULL_MAGNITUDE) / _FULL_MAGNITUDE
         sign_N = np.where(_SIGNED_O[op_N] & (uniform_N4[:, 2] < 0.5), -1.0, 1.0)
         magnitude_N = _START_O[op_N] + sign_N * _RANGE_O[op_N] * strength_N
+        # posterize has a whole number of bits.
+        magnitude_N = np.where(op_N == _POSTERIZE, np.rint(magnitude_N), magnitude_N)
         aug_params[f"op{number + 1}"] = op_N
-        aug_params[f"op{number + 1}_magnitude"] = _round_posterize(op_N, magnitude_N).astype(np.float32)
+        aug_params[f"op{number + 1}_magnitude"] = magnitude_N.astype(np.float32)
     return aug_params
 
 
-def _round_posterize(op_N: NDArray[np.uint8], magnitude_N: Floats) -> Floats:
-    return np.where(op_N == _POSTERIZE, np.rint(magnitude_N), magnitude_N)
-
-
 def _erasing(erasing: ErasingConfig, keys_N2: RandomBits, views_N: Ints) -> AugParams:
-    """A box by ``_erased_boxes`` in the rows that are erased, else one of no size; its colour in all."""
+    """Rows that are not erased have a box of size 0. Every row has a colour."""
     uniform_N4 = sample_uniforms(keys_N2, views_N, STREAM_ERASING)
     box_N4 = _erased_boxes(erasing, keys_N2, views_N)
     box_N4[uniform_N4[:, 0] >= erasing.probability] = 0
-    aug_params: AugParams = {
-        f"erase_{side}": box_N4[:, place] for place, side in enumerate(("left", "top", "width", "height"))
-    }
-    for place, name in enumerate(("red", "green", "blue")):
-        level_N = uniform_N4[:, 1 + place] * 256
+    aug_params = _box_columns("erase", box_N4)
+    for channel, name in enumerate(("red", "green", "blue")):
+        level_N = uniform_N4[:, 1 + channel] * 256
         if erasing.fill != "random":
-            level_N = np.full(len(level_N), erasing.fill[place])
+            level_N = np.full(len(level_N), erasing.fill[channel])
         aug_params[f"erase_{name}"] = level_N.astype(np.uint8)
     return aug_params
 
 
 def _erased_boxes(erasing: ErasingConfig, keys_N2: RandomBits, views_N: Ints) -> NDArray[np.float32]:
-    """The first of ten attempts that fits into the view (Zhong 2017), else nothing: fractions, float32 [N, 4]."""
+    """The first of ten attempts that fits into the view (Zhong 2017), else size 0: fractions, float32 [N, 4]."""
     box_N4 = np.zeros((len(keys_N2), 4), np.float32)
     pending_M = np.arange(len(keys_N2))
     for attempt in range(_ERASING_ATTEMPTS):
         uniform_M4 = sample_uniforms(keys_N2[pending_M], views_N[pending_M], STREAM_ERASING, 1 + attempt)
-        area_M, aspect_M = (
-            uniform_between(*erasing.area, uniform_M4[:, 0]),
-            log_uniform_between(erasing.aspect, uniform_M4[:, 1]),
-        )
+        area_M = uniform_between(*erasing.area, uniform_M4[:, 0])
+        aspect_M = log_uniform_between(erasing.aspect, uniform_M4[:, 1])
         size_M2 = np.sqrt(np.stack([area_M * aspect_M, area_M / aspect_M], axis=1))
         fits_M = (size_M2 <= 1).all(axis=1)
         box_N4[pending_M[fits_M]] = _place_boxes(size_M2, uniform_M4[:, 2:])[fits_M]
@@ -160,14 +158,18 @@ def _erased_boxes(erasing: ErasingConfig, keys_N2: RandomBits, views_N: Ints) ->
 
 
 def _cutmix(share: float, keys_N2: RandomBits, views_N: Ints, mix_lambda_N: NDArray[np.float32]) -> AugParams:
-    """A square of area 1 − λ, wholly inside the view, in ``share`` of the rows; else one of no size."""
+    """A square of area 1 − λ inside the view in a ``share`` of the rows, size 0 in the others (Yun 2019, CutMix)."""
     uniform_N4 = sample_uniforms(keys_N2, views_N, STREAM_CUTMIX)
     side_N = np.sqrt(1 - mix_lambda_N.astype(np.float64))
     box_N4 = _place_boxes(np.stack([side_N, side_N], axis=1), uniform_N4[:, 1:3])
     box_N4[uniform_N4[:, 0] >= share] = 0
-    return {f"cut_{side}": box_N4[:, place] for place, side in enumerate(("left", "top", "width", "height"))}
+    return _box_columns("cut", box_N4)
 
 
-def _place_boxes(size_N2: Floats, place_N2: Floats) -> NDArray[np.float32]:
-    """Boxes of these sizes (width, height <= 1), their corner uniform where they fit: fractions, float32 [N, 4]."""
-    return np.concatenate([place_N2 * (1 - size_N2), size_N2], axis=1).astype(np.float32)
+def _box_columns(prefix: str, box_N4: NDArray[np.float32]) -> AugParams:
+    return {f"{prefix}_{side}": side_N for side, side_N in zip(BOX_SIDES, box_N4.T, strict=True)}
+
+
+def _place_boxes(size_N2: Floats, uniform_N2: Floats) -> NDArray[np.float32]:
+    """Boxes of these sizes (width, height <= 1) at a uniform position inside the view: fractions, float32 [N, 4]."""
+    return np.concatenate([uniform_N2 * (1 - size_N2), size_N2], axis=1).astype(np.float32)

@@ -1,11 +1,11 @@
-"""What a view is: box, flip, mixing weight and its plan's options, drawn by a pure function of (plan, sample, view).
+"""Parameters of views: box, flip, mixing weight and the plan's options, a pure function of (plan, sample, view).
 
-A row's parameters depend on nothing but its own arguments: not on the other rows of a call, their number or order.
-They are the same bits on every platform (see ``sampling.py``). A cache stores them, so replay depends on none of this;
-``verify`` does.
+The parameters of a row do not depend on the other rows of a call, their number or order. They are the same bits on
+every platform (see ``sampling.py``). A cache stores them, so replay does not depend on this module; ``verify`` does.
 
-Counter layout (part of the format): a view's words are those of key ("view", seed, sample id) at counter
-(block, view, stream, 0); a matching's those of key ("mix", seed, shard id) at (block, group, view, 0).
+Counter layout (part of the format): a view has the key ("view", seed, sample id) and the counters
+(block, view, stream, 0); a matching of mixup partners has the key ("mix", seed, shard id) and the counters
+(block, group, view, 0).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pipeline.augment.sampling import (
 from schemas.config import ViewsConfig
 
 EVAL_VIEW = 65_535
-"""The view number under which an eval pass is stored; a plan's own views are below it."""
+"""The view number of an eval pass; numbers of a plan's views are smaller."""
 
 _CROP_ATTEMPTS = 10
 _CANARY_SHARE = 0.001
@@ -45,9 +45,9 @@ class ViewParams:
     Attributes:
         box_N4: int32 (left, top, width, height) in pixels of the original after EXIF rotation; inside the image.
         flip_N: bool; the crop is mirrored left to right after resizing.
-        mix_lambda_N: float32 in [0.5, 1], the row's own weight; 1 where the plan does not mix. A row that turns out
-            to be its own partner needs ``unmix``: partners are known by shard, not by sample.
-        drawn: sampled parameters of the options by column (``cache_format.aug_param_columns``), one number a row.
+        mix_lambda_N: float32 in [0.5, 1], the weight of the row itself; 1 if the plan does not mix. Partners depend on
+            the whole shard, so rows without a partner keep their λ until ``unmix``.
+        aug_params: sampled parameters of the options by column (``cache_format.aug_param_columns``), [N] each.
     """
 
     box_N4: NDArray[np.int32]
@@ -61,17 +61,17 @@ class ViewParams:
 
 
 def sample_keys(seed: int, sample_ids: Sequence[str]) -> RandomBits:
-    """One key a sample, for all of its views: uint64 [N, 2]."""
+    """One key for each sample, for all of its views: uint64 [N, 2]."""
     keys = [key_of("view", seed, sample_id) for sample_id in sample_ids]
     return np.stack(keys) if keys else np.empty((0, 2), dtype=np.uint64)
 
 
 def view_params(plan: ViewsConfig, keys_N2: RandomBits, views_N: Ints, widths_N: Ints, heights_N: Ints) -> ViewParams:
-    """Parameters of one view of each of N samples; rows may be of different views.
+    """Parameters of one view of each of N samples; view numbers may differ between rows.
 
     Args:
         keys_N2: ``sample_keys(plan.seed, …)``.
-        views_N: view numbers from 0; online training counts epochs beyond 65,535.
+        views_N: view numbers from 0; online training uses epochs, which may exceed 65,535.
         widths_N, heights_N: pixels of the original after EXIF rotation, at least 1.
     """
     if plan.kind == "eval":
@@ -79,7 +79,7 @@ def view_params(plan: ViewsConfig, keys_N2: RandomBits, views_N: Ints, widths_N:
     box_N4 = _crop_boxes(plan, keys_N2, views_N, widths_N, heights_N)
     uniform_N4 = sample_uniforms(keys_N2, views_N, STREAM_FLIP_AND_MIX)
     flip_N = uniform_N4[:, 0] < plan.flip
-    # Beta(1, 1) is uniform. The larger share is the row's own, so that a row remains a view of its own image.
+    # Beta(1, 1) is uniform. A row has the larger weight, so that it remains a view of its own image.
     weight_N = np.maximum(uniform_N4[:, 1], 1 - uniform_N4[:, 1]) if plan.mixes else np.ones(len(keys_N2))
     lambda_N = weight_N.astype(np.float32)
     return ViewParams(box_N4, flip_N, lambda_N, sample_aug_params(plan, keys_N2, _as_ints(views_N), lambda_N))
@@ -88,13 +88,13 @@ def view_params(plan: ViewsConfig, keys_N2: RandomBits, views_N: Ints, widths_N:
 def sample_views(
     plan: ViewsConfig, sample_ids: Sequence[str], view: int, width_N: NDArray[np.int32], height_N: NDArray[np.int32]
 ) -> ViewParams:
-    """``view_params`` of one view of these samples, whose images have these sides."""
+    """``view_params`` of one view of these samples."""
     views_N = np.full(len(sample_ids), view, np.int64)
     return view_params(plan, sample_keys(plan.seed, sample_ids), views_N, _as_ints(width_N), _as_ints(height_N))
 
 
 def eval_params(plan: ViewsConfig, widths_N: Ints, heights_N: Ints) -> ViewParams:
-    """The centred square, neither flipped nor mixed, without any option of the plan.
+    """A centred square crop, neither flipped nor mixed, without the options of the plan.
 
     Its side is ``rint(crop_fraction * min(width, height))`` in float64 (halves to even), at least 1; left and top are
     ``(width - side) // 2`` and ``(height - side) // 2``.
@@ -106,16 +106,16 @@ def eval_params(plan: ViewsConfig, widths_N: Ints, heights_N: Ints) -> ViewParam
 
 
 def is_canary(keys_N2: RandomBits, views_N: Ints) -> NDArray[np.bool_]:
-    """Which of these (sample, view) carry a pixel digest by hash, about one in a thousand: bool [N]."""
+    """Whether these (sample, view) store a pixel digest, by hash: about one in a thousand. bool [N]."""
     return sample_uniforms(keys_N2, views_N, STREAM_CANARY)[:, 0] < _CANARY_SHARE
 
 
 def mix_partners(plan: ViewsConfig, shard_id: str, group: int, view: int, num_ok: int) -> NDArray[np.int32]:
-    """A random matching among the ``num_ok`` ok rows of one mix group.
+    """Mixup partners: a random matching of the ``num_ok`` ok rows of one mix group.
 
     Returns:
-        int32 [num_ok]: each row's partner as a position inside the group. An involution without fixed points, but
-        for one row that is its own partner where ``num_ok`` is odd.
+        int32 [num_ok]: the partner of each row, as a position in the group. An involution without fixed points, except
+        that one row is its own partner if ``num_ok`` is odd.
     """
     random_bits_GM = _matching_bits(plan, shard_id, np.array([group]), view)
     return _match(random_bits_GM[:, :num_ok])[0]
@@ -130,7 +130,7 @@ def shard_partners(plan: ViewsConfig, shard_id: str, view: int, num_ok: int) -> 
 
 
 def unmix(params: ViewParams, unpaired_N: NDArray[np.bool_]) -> ViewParams:
-    """The parameters with nothing mixed into the rows that are their own partners: λ = 1, no box."""
+    """The same parameters with λ = 1 and no cutmix box in the rows that are their own partners."""
     lambda_N = np.where(unpaired_N, np.float32(1), params.mix_lambda_N)
     return replace(params, mix_lambda_N=lambda_N, aug_params=without_boxes(params.aug_params, unpaired_N))
 
@@ -141,12 +141,12 @@ def _matching_bits(plan: ViewsConfig, shard_id: str, groups_G: Ints, view: int) 
     counters_GM4[:, :, 0] = np.arange(blocks)
     counters_GM4[:, :, 1] = groups_G[:, None]
     counters_GM4[:, :, 2] = view
-    words = philox4x64(key_of("mix", plan.seed, shard_id)[None], counters_GM4.reshape(-1, 4))
-    return words.reshape(len(groups_G), blocks * 4)[:, : plan.mix_group]
+    random_bits = philox4x64(key_of("mix", plan.seed, shard_id)[None], counters_GM4.reshape(-1, 4))
+    return random_bits.reshape(len(groups_G), blocks * 4)[:, : plan.mix_group]
 
 
 def _match(random_bits_GM: RandomBits) -> NDArray[np.int32]:
-    """Sorts each group by its words and pairs neighbours: partners inside the group, int32 [G, M]."""
+    """Sorts each group by its random bits and pairs neighbours: positions in the group, int32 [G, M]."""
     order_GM = np.argsort(random_bits_GM, axis=1, kind="stable")
     neighbour_M = np.arange(random_bits_GM.shape[1]) ^ 1
     if len(neighbour_M) % 2:
@@ -159,7 +159,7 @@ def _match(random_bits_GM: RandomBits) -> NDArray[np.int32]:
 def _crop_boxes(
     plan: ViewsConfig, keys_N2: RandomBits, views_N: Ints, widths_N: Ints, heights_N: Ints
 ) -> NDArray[np.int32]:
-    """Inception crops (Szegedy 2015): the first of ten attempts that fits, else the central crop. int32 [N, 4]."""
+    """Inception crops (Szegedy 2015): the first of ten attempts that fits, else the centre crop. int32 [N, 4]."""
     widths_N, heights_N, views_N = _as_ints(widths_N), _as_ints(heights_N), _as_ints(views_N)
     box_N4 = _central_boxes(plan, widths_N, heights_N)
     pending_M = np.arange(len(keys_N2))
@@ -174,12 +174,12 @@ def _crop_boxes(
 def _attempt(
     plan: ViewsConfig, uniform_M4: Floats, widths_M: Ints, heights_M: Ints
 ) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-    """One attempt a row from its draws (area, aspect, left, top): int32 [M, 4], and bool [M] where it fits."""
+    """One attempt for each row, from samples for (area, aspect, left, top): int32 [M, 4] and bool [M], if it fits."""
     area_M = widths_M * heights_M * uniform_between(*plan.area, uniform_M4[:, 0])
     aspect_M = log_uniform_between(plan.aspect, uniform_M4[:, 1])
     width_M, height_M = _rint(np.sqrt(area_M * aspect_M)), _rint(np.sqrt(area_M / aspect_M))
     fits_M = (width_M > 0) & (width_M <= widths_M) & (height_M > 0) & (height_M <= heights_M)
-    # u * n stays below n for u <= 1 - 2^-53, so no offset can leave the image.
+    # u * n < n for u <= 1 - 2^-53, so the box is always inside the image.
     left_M = np.floor(uniform_M4[:, 2] * (widths_M - width_M + 1)).astype(np.int64)
     top_M = np.floor(uniform_M4[:, 3] * (heights_M - height_M + 1)).astype(np.int64)
     return _boxes(left_M, top_M, width_M, height_M), fits_M
@@ -195,7 +195,7 @@ def _central_boxes(plan: ViewsConfig, widths_N: Ints, heights_N: Ints) -> NDArra
 
 
 def _as_ints(values_N: NDArray[np.integer[Any]]) -> Ints:
-    # Index columns are int32, in which an area would overflow.
+    # Index columns are int32, and an area could overflow.
     return np.asarray(values_N, dtype=np.int64)
 
 

@@ -1,6 +1,6 @@
-"""The pixels of a view: crop, resize, flip and options on uint8, on the CPU; mixing and normalising on the device.
+"""Pixels of a view: crop, resize, flip and options in uint8 on the CPU; mixing and normalising on the device.
 
-The canonical view is the uint8 result of ``apply_view``: it is what a canary's digest proves.
+The canonical view is the uint8 result of ``apply_view``, which the digest of a canary proves.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ def apply_view(
     size: int,
     interpolation: Interpolation,
 ) -> Tensor:
-    """Crop, antialiased resize, flip, then what the plan's options drew.
+    """Crops, resizes with antialiasing, flips, then applies the plan's options.
 
-    Pixels do not depend on the strides of the input. An image stored as H×W×C (a decoder's own layout, permuted) is
-    resized about twice as fast as one stored as C×H×W, so decoders should not repack. The whole image at its own size
-    comes back as it is, possibly sharing memory. Deterministic, and safe to call from several threads.
+    Pixels do not depend on the strides of the input. An image stored as H×W×C (the layout of decoders, permuted) is
+    resized about twice as fast as one stored as C×H×W, so decoders should not repack. The whole image at its original
+    size is returned as it is and may share memory. Deterministic and thread-safe.
 
     Args:
         image_CHW: uint8 [3, H, W].
         box: (left, top, width, height) in pixels of ``image_CHW``.
-        drawn: see ``apply_options``.
+        aug_params: see ``apply_options``.
         size: height and width of the result, in pixels.
 
     Returns:
@@ -53,27 +53,31 @@ def apply_view(
 
 
 def _resized(crop_HWC: Tensor, size: int, interpolation: Interpolation) -> Tensor:
-    """[3, size, size]. Always in whole numbers, which are the same on every processor: torchvision's own resize goes
-    through float32 where it expects that to be faster, and then other pixels come out."""
+    """[3, size, size], in integer arithmetic, which is the same on every processor.
+
+    torchvision's resize uses float32 where it expects that to be faster, with other pixels.
+    """
     if crop_HWC.shape[:2] == (size, size):
         return crop_HWC.permute(2, 0, 1)
-    # The batch axis comes first: with one that is added later, the result would lie in planes.
+    # The batch axis is added before the permutation; added after it, the result would not be channels-last.
     crop_1CHW = crop_HWC[None].permute(0, 3, 1, 2)
     return interpolate(crop_1CHW, (size, size), mode=interpolation, antialias=True, align_corners=False)[0]
 
 
-def stack_views(views: Sequence[Tensor], *, room: int | None = None) -> Tensor:
-    """uint8 [..., 3, S, S] each, of one shape, to [N, ..., 3, S, S] in channels-last memory.
+def stack_views(views: Sequence[Tensor], *, spare_bytes: int | None = None) -> Tensor:
+    """Stacks uint8 [..., 3, S, S] tensors of one shape to [N, ..., 3, S, S] in channels-last memory.
 
-    That is how ``apply_view`` leaves pixels and how convolutions read them fastest, so nothing is repacked on the way.
-    With ``room`` they begin a block of memory that other processes can map, with as many free bytes at its end.
+    ``apply_view`` returns this layout and convolutions are fastest with it, so pixels are never repacked.
+
+    Args:
+        spare_bytes: allocate shared memory, with this many free bytes after the pixels.
     """
     channels_last = [view.movedim(-3, -1) for view in views]
     out = None
-    if room is not None:
+    if spare_bytes is not None:
         shape = (len(views), *channels_last[0].shape)
         # As torch's own collate functions do; torch.empty(shape).share_memory_() would copy.
-        block = torch.UntypedStorage._new_shared(math.prod(shape) + room)  # pyright: ignore[reportPrivateUsage]
+        block = torch.UntypedStorage._new_shared(math.prod(shape) + spare_bytes)  # pyright: ignore[reportPrivateUsage]
         out = torch.empty(0, dtype=torch.uint8).set_(block)[: math.prod(shape)].view(shape)
     return torch.stack(channels_last, out=out).movedim(-1, -3)
 
@@ -88,20 +92,19 @@ def to_input(
     cutmix_box_B4: Tensor | None = None,
     partner_pixels_NCHW: Tensor | None = None,
 ) -> Tensor:
-    """Views to a model's input: [0,1], then ``w·x + (1−w)·x[partner]``, then ``(x − mean) / std``.
+    """Views to the input of a model: scaled to [0,1], then ``w·x + (1−w)·x[partner]``, then ``(x − mean) / std``.
 
-    The weight w is λ all over a row that is blended, and in a row with a box 0 inside of it and 1 outside. Each row is
-    computed alone, and a weight of 1 or 0 gives the bits of the one image, so batching changes nothing.
+    The weight w of a blended row is λ; in a row with a box it is 0 inside of the box and 1 outside. The bits of a row
+    do not depend on the other rows of the batch, and weights of 1 and 0 give the bits of one unmixed image.
 
     Args:
         pixels_BCHW: uint8, on the device.
         mean_C, std_C: float32 on the same device, on the [0,1] scale.
-        partner_B: int; whom each row is mixed with. ``None``: nothing is mixed.
-        lambda_B: float32; each row's own weight. Required with ``partner_B``.
-        cut_B4: float32 (left, top, width, height) in fractions of the view; the box that shows the partner, by the
-            rounding of ``pixel_edges``. Width 0: a blend. ``None``: all rows are blended.
-        partner_pixels_NCHW: uint8; what ``partner_B`` indexes, where a partner lies outside the batch. Default: the
-            batch itself.
+        partner_B: int; the row that each row is mixed with. ``None``: rows are not mixed.
+        lambda_B: float32; the weight of the row itself. Required with ``partner_B``.
+        cutmix_box_B4: float32 (left, top, width, height) in fractions of the view; the box that shows the partner,
+            rounded by ``pixel_edges``. Width 0: a blend. ``None``: all rows are blended.
+        partner_pixels_NCHW: uint8; the rows that ``partner_B`` indexes. Default: the batch itself.
 
     Returns:
         float32 [B, 3, H, W] in the memory format of ``pixels_BCHW``.
@@ -119,7 +122,7 @@ def to_input(
 
 
 def _weight_map(lambda_B111: Tensor, cutmix_box_B4: Tensor, height: int, width: int) -> Tensor:
-    """The weight of each row's own pixels where some rows have boxes: float32 [B, 1, H, W]."""
+    """The weight of the pixels of the row itself, where some rows have boxes: float32 [B, 1, H, W]."""
     edges_B4111 = pixel_edges(cutmix_box_B4, height=height, width=width).view(-1, 4, 1, 1, 1)
     left, top, right, bottom = edges_B4111.unbind(1)
     x_W = torch.arange(width, device=cutmix_box_B4.device)
@@ -134,20 +137,19 @@ def _to_unit(pixels_BCHW: Tensor) -> Tensor:
 
 
 def pixel_digest(view_CHW: Tensor) -> bytes:
-    """16 bytes: XXH3-128 (canonical, big-endian) of the uint8 pixels in H×W×C order. Not of their shape."""
+    """16 bytes: XXH3-128 (canonical, big-endian) of the uint8 pixels in H×W×C order, without their shape."""
     return xxhash.xxh3_128_digest(_as_hwc(view_CHW).tobytes())
 
 
 def pixel_mean(view_CHW: Tensor) -> bytes:
-    """192 bytes: uint8 [8, 8, 3] block means (row, column, channel), so that drift has a size and a place.
+    """192 bytes: uint8 [8, 8, 3] block means (row, column, channel), which show the size and position of a drift.
 
-    Along an axis of length n, block i covers pixels ⌊i·n/8⌋ to ⌈(i+1)·n/8⌉ − 1: neighbours share a pixel where 8 does
-    not divide n, and no block is empty for n ≥ 1. A mean is rounded half up, in integers: ⌊(2·sum + m) / 2m⌋ for m
-    pixels.
+    Along an axis of length n, block i covers pixels ⌊i·n/8⌋ to ⌈(i+1)·n/8⌉ − 1: neighbours share a pixel if 8 does not
+    divide n, and no block is empty for n ≥ 1. Means are rounded half up, in integers: ⌊(2·sum + m) / 2m⌋ for m pixels.
     """
     view_HWC = _as_hwc(view_CHW)
     height, width, _ = view_HWC.shape
-    # Sums over all rectangles from the corner: a block's sum is then four look-ups, also where blocks overlap.
+    # A summed-area table: the sum of a block is four look-ups, also where blocks overlap.
     corner = np.pad(view_HWC.astype(np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0), (0, 0)))
     (top, bottom), (left, right) = _block_edges(height), _block_edges(width)
     bands = corner[bottom] - corner[top]

@@ -1,8 +1,9 @@
-"""Random words by counter, not by state: Philox4x64-10 (Salmon 2011, "Parallel random numbers: as easy as 1, 2, 3").
+"""Counter-based random bits: Philox4x64-10 (Salmon 2011, "Parallel random numbers: as easy as 1, 2, 3").
 
-A word is a function of (key, counter) alone, so any row of any view can be drawn without drawing those before it.
-Only raw words and our own mappings are used: a library promises its bit stream, never its distributions. Everything
-here is part of the format; a change of any output needs a new ``RNG_VERSION``, which is part of every views id.
+A block of bits is a function of (key, counter) alone, so any row of any view can be sampled without those before it.
+Maps from bits to numbers are part of this package, because libraries keep their bit streams stable but not their
+distributions. Everything here is part of the format: a change of any output needs a new ``RNG_VERSION``, which is part
+of every views id.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ _MULTIPLIERS_LOW_21 = _MULTIPLIERS_21 & _LOW_HALF
 
 
 def philox4x64(keys_N2: RandomBits, counters_N4: RandomBits) -> RandomBits:
-    """Ten rounds of Philox4x64; word order as in Random123.
+    """Ten rounds of Philox4x64, in the word order of Random123.
 
     Args:
-        keys_N2: uint64 keys; one row serves every counter.
-        counters_N4: uint64 counters, word 0 the least significant.
+        keys_N2: uint64 keys, or [1, 2] for one key for all counters.
+        counters_N4: uint64 counters, the least significant word first.
 
     Returns:
         uint64 [N, 4].
@@ -48,7 +49,7 @@ def philox4x64(keys_N2: RandomBits, counters_N4: RandomBits) -> RandomBits:
 
 
 def _high_product(random_bits_2N: RandomBits) -> RandomBits:
-    """Upper 64 bits of the 128-bit products with the round's multipliers; NumPy has no wider integer than 64 bits."""
+    """Upper 64 bits of the 128-bit products with the multipliers of a round; NumPy's integers end at 64 bits."""
     high, low = random_bits_2N >> _HALF_BITS, random_bits_2N & _LOW_HALF
     low_low = low * _MULTIPLIERS_LOW_21
     high_low = high * _MULTIPLIERS_LOW_21
@@ -60,10 +61,10 @@ def _high_product(random_bits_2N: RandomBits) -> RandomBits:
 def key_of(*parts: str | int) -> RandomBits:
     """The key of these arguments: uint64 [2].
 
-    The bytes hashed are those of the parts, one after another: for an integer ``i`` and its 8 bytes, signed,
-    little-endian; for a string ``s``, its length in bytes as 8 bytes unsigned little-endian, and its UTF-8 (a lone
-    surrogate, as undecodable file names have, as its own three bytes). Equal bytes mean equal arguments. The key is
-    the first 16 bytes of their BLAKE2b-512, read as two little-endian words.
+    The hash input is the concatenation of the parts. An integer contributes ``i`` and 8 bytes, signed, little-endian;
+    a string contributes ``s``, its length in bytes as 8 bytes, unsigned, little-endian, and its UTF-8 (a lone
+    surrogate, as in undecodable file names, is three bytes). Different arguments have different hash inputs. The key
+    is the first 16 bytes of the BLAKE2b-512, read as two little-endian integers.
 
     Raises:
         OverflowError: an integer outside [-2^63, 2^63).
@@ -79,23 +80,23 @@ def _canonical(part: str | int) -> bytes:
     return b"s" + len(data).to_bytes(8, "little") + data
 
 
-def to_uniform(words: RandomBits) -> NDArray[np.float64]:
-    """Words to float64 in [0, 1), exactly ``(word >> 11) * 2**-53``; same shape."""
-    return np.asarray((words >> np.uint64(11)) * 2.0**-53, dtype=np.float64)
+def to_uniform(random_bits: RandomBits) -> NDArray[np.float64]:
+    """uint64 to float64 in [0, 1), exactly ``(bits >> 11) * 2**-53``; same shape."""
+    return np.asarray((random_bits >> np.uint64(11)) * 2.0**-53, dtype=np.float64)
 
 
 def permutation(key_2: RandomBits, size: int) -> NDArray[np.int64]:
-    """The permutation of ``range(size)`` that sorts the key's first words, ties in order: int64 [size]."""
+    """The permutation of ``range(size)`` that sorts the key's first uint64s; the sort is stable. int64 [size]."""
     return next(permutations(key_2[None], [size]))
 
 
 def permutations(keys_N2: RandomBits, sizes: Sequence[int]) -> Iterator[NDArray[np.int64]]:
-    """One for each key, as ``permutation`` gives it. Words of short ones are drawn together, which is faster."""
+    """``permutation`` of each key. Bits of short permutations are generated together, which is faster."""
     ends_N = np.cumsum([-(-size // 4) for size in sizes])
     first = 0
     while first < len(sizes):
-        aug_params = ends_N[first - 1] if first else 0
-        last = max(first + 1, int(np.searchsorted(ends_N, aug_params + _BLOCKS_AT_ONCE)))
+        begin = ends_N[first - 1] if first else 0
+        last = max(first + 1, int(np.searchsorted(ends_N, begin + _BLOCKS_AT_ONCE)))
         yield from _permutations_of_batch(keys_N2[first:last], sizes[first:last])
         first = last
 
@@ -105,6 +106,6 @@ def _permutations_of_batch(keys_N2: RandomBits, sizes: Sequence[int]) -> Iterato
     begin_N = np.cumsum(blocks_N) - blocks_N
     counters_B4 = np.zeros((blocks_N.sum(), 4), dtype=np.uint64)
     counters_B4[:, 0] = np.arange(len(counters_B4)) - np.repeat(begin_N, blocks_N)
-    words = philox4x64(np.repeat(keys_N2, blocks_N, axis=0), counters_B4).reshape(-1)
+    random_bits = philox4x64(np.repeat(keys_N2, blocks_N, axis=0), counters_B4).reshape(-1)
     for start, size in zip((4 * begin_N).tolist(), sizes, strict=True):
-        yield np.argsort(words[start : start + size], kind="stable")
+        yield np.argsort(random_bits[start : start + size], kind="stable")

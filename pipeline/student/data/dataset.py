@@ -218,7 +218,7 @@ def _decoded(stored: EncodedTeacherOutputs, temperatures: tuple[float, ...]) -> 
 
 
 def _stack(pixels: list[Tensor | None], *, room: int | None = None) -> Tensor:
-    return stack_views([image for image in pixels if image is not None], room=room)
+    return stack_views([image for image in pixels if image is not None], spare_bytes=room)
 
 
 @dataclass(frozen=True, slots=True)
