@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from jobs.entry import config_command
@@ -45,6 +44,7 @@ from pipeline.cache.read.labels import cached_labels
 from pipeline.cache.read.reader import open_cache
 from pipeline.core.errors import CacheError, ShardError
 from pipeline.core.redaction import quoted, redact
+from pipeline.core.threads import map_ordered
 from pipeline.models import random_weights_warnings, unreadable_weights
 from pipeline.shards.labels import label_warning
 from pipeline.shards.omissions import Omissions
@@ -186,11 +186,8 @@ def _sizes(by_id: dict[str, str]) -> dict[str, int]:
         if storage.is_listed(folder, len(urls)):
             listed |= {storage.join(folder, name): size for name, size in storage.sizes_right_below(folder).items()}
     others = {shard: url for shard, url in by_id.items() if url not in listed}
-    with (
-        report_moved([*by_id.values()], "append data.shards={}"),
-        ThreadPoolExecutor(_SIZE_THREADS) as pool,
-    ):
-        asked = dict(zip(others, pool.map(storage.size, others.values()), strict=True))
+    with report_moved([*by_id.values()], "append data.shards={}"):
+        asked = dict(zip(others, map_ordered(storage.size, others.values(), threads=_SIZE_THREADS), strict=True))
     return {shard: asked[shard] if shard in asked else listed[url] for shard, url in by_id.items()}
 
 

@@ -6,12 +6,9 @@ Any number of builders may work on the same block. The first commit wins; the ot
 from __future__ import annotations
 
 import hashlib
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from pipeline import storage
 from pipeline.cache.build.blocks import shared_block
@@ -20,11 +17,10 @@ from pipeline.cache.format.files import parse_record
 from pipeline.core.errors import CacheError
 from pipeline.core.hashing import seal
 from pipeline.core.redaction import redact
+from pipeline.core.threads import map_ordered
 from schemas.cache_format import Commit, FileRef, ViewBlock
 
-_READ_THREADS = 16
-_READ_AHEAD = 4 * _READ_THREADS
-T = TypeVar("T")
+READ_THREADS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,23 +131,12 @@ def stream_commits(cache_url: str) -> Iterator[Commit]:
     Of the commits themselves only a few are in memory, however many there are.
     """
     paths = [f"commits/{name}" for name in storage.listing(storage.join(cache_url, "commits"))]
-    yield from read_ahead(lambda path: read_commit(cache_url, path), filter(layout.is_commit, paths))
-
-
-def read_ahead(read: Callable[[str], T], paths: Iterable[str]) -> Iterator[T]:
-    """What threads read of each path, in order; only a few are held that nobody has taken yet."""
-    pool = ThreadPoolExecutor(_READ_THREADS)
-    try:
-        reading: deque[Future[T]] = deque()
-        for path in paths:
-            if len(reading) == _READ_AHEAD:
-                yield reading.popleft().result()
-            reading.append(pool.submit(read, path))
-        while reading:
-            yield reading.popleft().result()
-    finally:
-        # Nobody waits for the threads: it may be the garbage collector that ends this, in one that they wait for.
-        pool.shutdown(wait=False, cancel_futures=True)
+    yield from map_ordered(
+        lambda path: read_commit(cache_url, path),
+        filter(layout.is_commit, paths),
+        threads=READ_THREADS,
+        ahead=4 * READ_THREADS,
+    )
 
 
 def read_commits(cache_url: str) -> list[Commit]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from pipeline.cache.read.reader import ShardEntry, TeacherCache, open_cache
 from pipeline.core.errors import CacheError, ConfigError, ShardError
 from pipeline.core.hashing import digest
 from pipeline.core.redaction import quoted, redact
+from pipeline.core.threads import map_ordered
 from pipeline.shards.index import NO_LABEL, ShardIndex, encode_index, index_settings
 from pipeline.shards.labels import LabelCount, check_label_member, evenly_spaced
 from pipeline.shards.shard_head import read_shard_head
@@ -103,10 +103,13 @@ def relabel(
     urls.update(given)
     storage.check_names(cache_url, (layout.relabelled_path(shard, "0" * 64).rpartition("/")[2] for shard in urls))
     found: list[_OfShard] = []
-    moved = report_moved([*urls.values()], "append --shards {}")
-    with moved, ThreadPoolExecutor(threads, thread_name_prefix="relabel") as pool:
+
+    def relabel_shard(shard: ShardEntry) -> _OfShard:
+        return _relabel_shard(cache, shard, data, urls[shard.shard_id])
+
+    with report_moved([*urls.values()], "append --shards {}"):
         _check_member(cache, data, urls)
-        for of_shard in pool.map(lambda shard: _relabel_shard(cache, shard, data, urls[shard.shard_id]), cache.shards):
+        for of_shard in map_ordered(relabel_shard, cache.shards, threads=threads, name="relabel"):
             found.append(of_shard)
             if progress is not None:
                 progress(len(found), len(cache.shards))

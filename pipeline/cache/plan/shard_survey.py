@@ -6,7 +6,6 @@ The sample reads the first bytes of a few shards and applies their density, in r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from pipeline import storage
 from pipeline.cache.build.commit import CommitSummary
 from pipeline.core.redaction import redact
+from pipeline.core.threads import map_ordered
 from pipeline.shards.index import ShardIndex, decode_index
 from pipeline.shards.labels import LabelCount, evenly_spaced
 from pipeline.shards.publish import index_name
@@ -152,8 +152,7 @@ def _read_index(url: str) -> ShardIndex:
 
 
 def _in_threads(shards: Sequence[str], read: Callable[[str], T]) -> dict[str, T]:
-    with ThreadPoolExecutor(_READ_THREADS) as pool:
-        return dict(zip(shards, pool.map(read, shards), strict=True))
+    return dict(zip(shards, map_ordered(read, shards, threads=_READ_THREADS), strict=True))
 
 
 def _estimate_rows(

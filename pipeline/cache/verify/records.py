@@ -12,7 +12,7 @@ import pyarrow as pa
 from pipeline import storage
 from pipeline.augment.params import EVAL_VIEW
 from pipeline.cache.build.blocks import holds_class_sums
-from pipeline.cache.build.commit import CommitSummary, read_ahead
+from pipeline.cache.build.commit import READ_THREADS, CommitSummary
 from pipeline.cache.build.imported_means import imported_sha256
 from pipeline.cache.build.manifest import fold_commits, locate, parse_manifest
 from pipeline.cache.format import layout
@@ -22,6 +22,7 @@ from pipeline.cache.verify.report import Findings, Problem
 from pipeline.core.errors import CacheError, ShardError
 from pipeline.core.hashing import digest, short
 from pipeline.core.redaction import redact
+from pipeline.core.threads import map_ordered
 from pipeline.shards.shard_urls import shard_id
 from schemas.cache_format import Commit, FileRef, Header, Manifest
 from schemas.config import ViewsConfig
@@ -199,7 +200,8 @@ def _read_commits(
     covered: set[tuple[str, int]] = set()
     commits: list[CompressedCommit] = []
     broken: set[str] = set()
-    for path, (commit, data, own) in zip(paths, read_ahead(read, paths), strict=True):
+    results = map_ordered(read, paths, threads=READ_THREADS, ahead=4 * READ_THREADS)
+    for path, (commit, data, own) in zip(paths, results, strict=True):
         if commit is not None:
             _check_beside(path, commit, firsts.setdefault(commit.shard_id, _OfShard.of(commit)), covered, own)
         findings.merge(own)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 from pipeline import storage
@@ -20,6 +19,7 @@ from pipeline.cache.verify.shard import ShardTask, check_shard
 from pipeline.core.errors import CacheError
 from pipeline.core.redaction import redact
 from pipeline.core.temporary import temporary_folder
+from pipeline.core.threads import map_ordered
 from schemas.cache_format import Header, Manifest
 
 Progress = Callable[[int, int], None]
@@ -53,14 +53,14 @@ def verify_cache(
     tasks = _tasks(cache_url, records, {**records.shard_urls, **(shard_urls or {})}, allowed_levels)
     sums: list[ClassSums] = []
     whole = records.complete
-    with ThreadPoolExecutor(threads, thread_name_prefix="verify") as pool:
-        for done, result in enumerate(pool.map(check_shard, tasks), start=1):
-            findings.merge(result.findings)
-            whole &= not result.lost_sums
-            if result.sums is not None:
-                sums = [merge([*sums, result.sums])]
-            if progress is not None:
-                progress(done, len(tasks))
+    results = map_ordered(check_shard, tasks, threads=threads, name="verify")
+    for done, result in enumerate(results, start=1):
+        findings.merge(result.findings)
+        whole &= not result.lost_sums
+        if result.sums is not None:
+            sums = [merge([*sums, result.sums])]
+        if progress is not None:
+            progress(done, len(tasks))
     _check_ownerless(cache_url, entries, records, findings)
     if records.header is not None and imported_sha256(records.header) is not None:
         _check_imported(cache_url, records.header, records.manifest, findings)

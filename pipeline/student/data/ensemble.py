@@ -6,7 +6,6 @@ Then the words of all teachers are about the very pixels that the student sees.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from pipeline.cache.read.reader import TeacherCache, ViewColumns
 from pipeline.core.errors import CacheError
 from pipeline.core.hashing import differences
 from pipeline.core.redaction import redact
+from pipeline.core.threads import map_ordered
 from pipeline.shards.index import ShardIndex
 
 _READ_THREADS = 16
@@ -74,8 +74,7 @@ def _changed_shards(first: TeacherCache, other: TeacherCache, shard_ids: Sequenc
 
     # One digest is one index; another may be the same index in the bytes of another Parquet writer.
     doubtful = [name for name in shard_ids if ours[name].index_sha256 != theirs[name].index_sha256]
-    with ThreadPoolExecutor(_READ_THREADS) as pool:
-        return [told for told in pool.map(compare, doubtful) if told is not None]
+    return [told for told in map_ordered(compare, doubtful, threads=_READ_THREADS) if told is not None]
 
 
 def _difference(one: ShardIndex, two: ShardIndex) -> str | None:

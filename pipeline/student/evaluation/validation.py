@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -15,6 +14,7 @@ from pipeline import storage
 from pipeline.core.errors import CacheError, ConfigError
 from pipeline.core.hashing import seal, short, unseal
 from pipeline.core.redaction import redact
+from pipeline.core.threads import map_ordered
 from pipeline.shards.index import STATUSES, ShardIndex, check_samples, index_settings, index_shard
 from pipeline.shards.omissions import Omissions, merged
 from pipeline.shards.shard_urls import shard_id
@@ -181,5 +181,5 @@ def _stamps(evaluator: Evaluator, urls: list[str]) -> list[str]:
         "bad_samples": evaluator.data.bad_samples,
         "max_bad_share": evaluator.data.max_bad_share,
     }
-    with evaluator.report_moved(), ThreadPoolExecutor(_LOOK_UPS) as pool:
-        return [short([stamp, rules]) for stamp in pool.map(storage.stamp, urls)]
+    with evaluator.report_moved():
+        return [short([stamp, rules]) for stamp in map_ordered(storage.stamp, urls, threads=_LOOK_UPS)]

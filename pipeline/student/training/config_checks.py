@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from pipeline.cache.read.reader import TeacherCache
 from pipeline.core.config_loading import require
 from pipeline.core.errors import ConfigError
 from pipeline.core.redaction import redact
+from pipeline.core.threads import map_ordered
 from pipeline.models import LoadedModel, load_model, load_untrained, require_weights, unreadable_weights
 from pipeline.shards.shard_urls import report_moved, shard_ids, shard_urls
 from pipeline.student.evaluation.evaluator import teacher_of_run
@@ -378,5 +378,5 @@ def _check_val_shards(config: Config) -> None:
         return
     urls = shard_urls(config.data.val_shards, key="data.val_shards")
     shard_ids(urls)
-    with report_moved(urls, "append data.val_shards={}"), ThreadPoolExecutor(_LOOK_UPS) as pool:
-        list(pool.map(storage.size, urls))
+    with report_moved(urls, "append data.val_shards={}"):
+        list(map_ordered(storage.size, urls, threads=_LOOK_UPS))

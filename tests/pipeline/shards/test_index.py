@@ -3,9 +3,6 @@ from __future__ import annotations
 import io
 import json
 import subprocess
-import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,6 @@ import xxhash
 from PIL import Image
 
 from pipeline.core.errors import CacheError, ShardError
-from pipeline.shards import index as index_module
 from pipeline.shards.index import (
     NO_LABEL,
     STATUSES,
@@ -326,20 +322,3 @@ def test_a_cut_shard_is_indexed_up_to_its_cut_when_told_to_skip(shard: Path) -> 
 def test_whole_samples_pass_when_bad_ones_fail(shard: Path) -> None:
     shard.write_bytes(make_tar([("a.jpg", WHOLE), ("b.jpg", WHOLE)]))
     check_samples(index_shard(shard, CONFIG, where="x.tar"), CONFIG, where="x.tar")
-
-
-def test_decoding_runs_only_so_far_ahead() -> None:
-    taken: list[int] = []
-
-    def items() -> Iterator[int]:
-        for number in range(50):
-            taken.append(number)
-            yield number
-
-    lock = threading.Lock()
-    with ThreadPoolExecutor(3) as pool, lock:
-        results = index_module._in_order(pool, lambda number: number * 2, items(), ahead=6)
-        for number, (item, doubled) in enumerate(results):
-            assert (item, doubled) == (number, 2 * number)
-            assert len(taken) <= number + 7
-    assert len(taken) == 50

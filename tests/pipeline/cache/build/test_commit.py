@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import storage
-from pipeline.cache.build.commit import publish_commit, publish_file, read_ahead, read_commits
+from pipeline.cache.build.commit import publish_commit, publish_file, read_commits
 from pipeline.cache.format import layout
 from schemas.cache_format import ByteRange, Commit, FileRef, Statistics, ViewBlock
 
@@ -76,21 +75,3 @@ def test_a_name_tells_its_shard_and_block(shard: str, start: int, count: int, is
 @pytest.mark.parametrize("path", ["parts/s/eval.parquet", "parts/s/notes.txt", "parts/eval.0123456789abcdef.parquet"])
 def test_a_file_of_another_name_has_no_owner(path: str) -> None:
     assert layout.owner(path) is None
-
-
-def test_files_are_read_ahead_in_order_and_whoever_stops_early_waits_for_none() -> None:
-    assert list(read_ahead(str.upper, "abcdefgh" * 40)) == list("ABCDEFGH" * 40)
-    may_go_on = Event()
-
-    def read(path: str) -> str:
-        assert path == "0" or may_go_on.wait(60)
-        return path
-
-    numbers = map(str, range(1000))
-    files = read_ahead(read, numbers)
-    try:
-        assert next(files) == "0"
-        files.close()
-        assert int(next(numbers)) < 500
-    finally:
-        may_go_on.set()
