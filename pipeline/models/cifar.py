@@ -1,7 +1,7 @@
 """The small residual networks of the CIFAR distillation tables, for ``python:pipeline.models.cifar:resnet``.
 
-Parameter names are those of the published checkpoints of that literature, so that these load. Any input from 8×8 pixels
-up works: the pooling is adaptive.
+Parameter names are those of the published checkpoints, so that these load. The pooling is adaptive: any input of at
+least 8×8 pixels works.
 
 | name | factory | kwargs | embedding |
 |---|---|---|---|
@@ -35,7 +35,12 @@ def resnet(num_classes: int, depth: int, widths: Sequence[int] = (16, 16, 32, 64
         ModelError: a depth that is not 6n + 2, or not four widths.
     """
     if len(widths) != 4 or min(widths) < 1:
-        raise ModelError("a CIFAR ResNet has four widths", got=list(widths), expected="stem and three stages, above 0")
+        raise ModelError(
+            "a CIFAR ResNet has four widths",
+            code="model.cifar-widths",
+            got=list(widths),
+            expected="stem and three stages, above 0",
+        )
     return CifarResNet(num_classes, _blocks_per_stage(depth, step=6, rest=2), tuple(widths))
 
 
@@ -50,29 +55,34 @@ def wide_resnet(num_classes: int, depth: int, width_factor: int) -> nn.Module:
         ModelError: a depth that is not 6n + 4, or a factor below 1.
     """
     if width_factor < 1:
-        raise ModelError("a wide ResNet's width_factor is at least 1", got=width_factor)
+        raise ModelError("a wide ResNet's width_factor is at least 1", code="model.cifar-widths", got=width_factor)
     return CifarWideResNet(num_classes, _blocks_per_stage(depth, step=6, rest=4), width_factor)
 
 
 def _blocks_per_stage(depth: int, *, step: int, rest: int) -> int:
     blocks, remainder = divmod(depth - rest, step)
     if remainder or blocks < 1:
-        raise ModelError("this depth does not split into three equal stages", got=depth, expected=f"{step}n + {rest}")
+        raise ModelError(
+            "this depth does not split into three equal stages",
+            code="model.cifar-depth",
+            got=depth,
+            expected=f"{step}n + {rest}",
+        )
     return blocks
 
 
 def conv3x3(in_channels: int, out_channels: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
-    """Without bias, the size kept but for the stride."""
+    """3×3 convolution without bias; its padding preserves the size at stride 1."""
     return nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, groups=groups, bias=False)
 
 
 def conv1x1(in_channels: int, out_channels: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
-    """Without bias."""
+    """1×1 convolution without bias."""
     return nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=stride, groups=groups, bias=False)
 
 
 def init_convolutions(network: nn.Module) -> None:
-    """He 2015 (1502.01852) by fan-out, as the papers' recipes assume."""
+    """Initialises convolutions by fan-out (He 2015, 1502.01852), as in the recipes of the papers."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -90,7 +100,7 @@ class BasicBlock(nn.Module):
         self.downsample = None
         if stride != 1 or in_channels != out_channels:
             self.downsample = nn.Sequential(conv1x1(in_channels, out_channels, stride), nn.BatchNorm2d(out_channels))
-        # Its output is the block before its last ReLU, which review_kd may name.
+        # The output of the block before its last ReLU, under a name that review_kd can use.
         self.preact = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -143,7 +153,7 @@ class WideBlock(nn.Module):
 
 
 class WideStage(nn.Module):
-    """A stage under the name ``layer``, one level deeper than it need be, as published checkpoints have it."""
+    """A stage whose blocks are named ``layer``, as in published checkpoints."""
 
     def __init__(self, in_channels: int, out_channels: int, blocks: int, stride: int) -> None:
         super().__init__()

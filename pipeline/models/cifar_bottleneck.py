@@ -1,7 +1,7 @@
 """The ResNet-50 of the CIFAR distillation tables, for ``python:pipeline.models.cifar_bottleneck:bottleneck_resnet``.
 
-It is the ImageNet network with a 3×3 stem and no pooling before the first stage. Parameter names are those of the
-published checkpoints of that literature. Any input from 8×8 pixels up works.
+It is the ImageNet network with a 3×3 stem and without pooling before the first stage. Parameter names are those of the
+published checkpoints. Any input of at least 8×8 pixels works.
 """
 
 from __future__ import annotations
@@ -22,13 +22,18 @@ def bottleneck_resnet(num_classes: int, blocks: Sequence[int] = (3, 4, 6, 3)) ->
     """ResNet of bottleneck blocks in four stages (He 2016, 1512.03385, sec. 4.1); the embedding is 2048 wide.
 
     Args:
-        blocks: of each stage; (3, 4, 6, 3) is ResNet-50, (3, 4, 23, 3) ResNet-101.
+        blocks: number of blocks of each stage; (3, 4, 6, 3) is ResNet-50, (3, 4, 23, 3) ResNet-101.
 
     Raises:
-        ModelError: not four stages, or one without a block.
+        ModelError: not four stages, or a stage without blocks.
     """
     if len(blocks) != len(_WIDTHS) or min(blocks) < 1:
-        raise ModelError("a bottleneck ResNet has four stages", got=list(blocks), expected="four counts, above 0")
+        raise ModelError(
+            "a bottleneck ResNet has four stages",
+            code="model.cifar-depth",
+            got=list(blocks),
+            expected="four counts, above 0",
+        )
     return CifarBottleneckResNet(num_classes, tuple(blocks))
 
 
@@ -47,7 +52,7 @@ class BottleneckBlock(nn.Module):
         self.shortcut = nn.Sequential()
         if stride != 1 or in_channels != out_channels:
             self.shortcut = nn.Sequential(conv1x1(in_channels, out_channels, stride), nn.BatchNorm2d(out_channels))
-        # A name for what a ReviewKD teacher shows: the block before its last ReLU.
+        # The output of the block before its last ReLU, under a name that review_kd can use.
         self.preact = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The MobileNetV2 of the CIFAR distillation tables, for ``python:pipeline.models.cifar_mobilenet:mobilenet_v2``.
 
-Against the ImageNet network (Sandler 2018, 1801.04381) the second stage keeps its resolution, every block expands,
-the first one by 1, and activations are plain ReLUs. Any input from 16×16 pixels up works.
+It differs from the ImageNet network (Sandler 2018, 1801.04381): the second stage has stride 1, the first block has an
+expansion layer of factor 1, and activations are ReLUs. Any input of at least 16×16 pixels works.
 """
 
 from __future__ import annotations
@@ -12,24 +12,25 @@ from torch.nn.functional import adaptive_avg_pool2d
 from pipeline.core.errors import ModelError
 from pipeline.models.cifar import conv1x1, conv3x3, init_convolutions
 
-# Channels before the width factor, blocks, stride of the first block.
+# Channels at width factor 1, number of blocks, stride of the first block.
 _STAGES = ((16, 1, 1), (24, 2, 1), (32, 3, 2), (64, 4, 2), (96, 3, 1), (160, 3, 2), (320, 1, 1))
 _STEM, _EMBEDDING = 32, 1280
 
 
 def mobilenet_v2(num_classes: int, width_factor: float = 0.5, expansion: int = 6) -> nn.Module:
-    """The embedding is 1280 wide; a factor above 1 widens it too.
+    """MobileNetV2; the embedding is 1280 wide, or more for a width factor above 1.
 
     Args:
-        width_factor: of all channels; the tables' network has 0.5.
-        expansion: of the blocks after the first stage.
+        width_factor: scales all channels; 0.5 in the tables.
+        expansion: factor of the blocks after the first stage.
 
     Raises:
         ModelError: a factor that leaves a stage without channels, or an expansion below 1.
     """
     if int(_STAGES[0][0] * width_factor) < 1 or expansion < 1:
         raise ModelError(
-            "these numbers make no MobileNetV2",
+            "these arguments do not define a MobileNetV2",
+            code="model.cifar-widths",
             got=f"width_factor {width_factor}, expansion {expansion}",
             expected="a width_factor of at least 1/16, an expansion of at least 1",
         )
@@ -37,21 +38,21 @@ def mobilenet_v2(num_classes: int, width_factor: float = 0.5, expansion: int = 6
 
 
 class InvertedResidual(nn.Module):
-    """1×1 up, 3×3 by channel, 1×1 down without activation; added to its input where shapes allow."""
+    """1×1 expansion, depthwise 3×3, 1×1 projection without activation; residual if the shapes are equal."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int) -> None:
         super().__init__()
-        wide = in_channels * expansion
-        self._adds = stride == 1 and in_channels == out_channels
+        expanded = in_channels * expansion
+        self._is_residual = stride == 1 and in_channels == out_channels
         self.conv = nn.Sequential(
-            *_activated(conv1x1(in_channels, wide)),
-            *_activated(conv3x3(wide, wide, stride, groups=wide)),
-            conv1x1(wide, out_channels),
+            *_activated(conv1x1(in_channels, expanded)),
+            *_activated(conv3x3(expanded, expanded, stride, groups=expanded)),
+            conv1x1(expanded, out_channels),
             nn.BatchNorm2d(out_channels),
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv(x) if self._adds else self.conv(x)
+        return x + self.conv(x) if self._is_residual else self.conv(x)
 
 
 class CifarMobileNetV2(nn.Module):

@@ -1,7 +1,7 @@
 """The ShuffleNets of the CIFAR distillation tables, for ``python:pipeline.models.cifar_shufflenet:shufflenet_v1``
 and ``:shufflenet_v2``.
 
-Against the ImageNet networks the stem is one 1×1 convolution without pooling. Any input from 8×8 pixels up works.
+Unlike in the ImageNet networks the stem is one 1×1 convolution without pooling. Any input of at least 8×8 pixels works.
 """
 
 from __future__ import annotations
@@ -28,34 +28,34 @@ def shufflenet_v2(num_classes: int) -> nn.Module:
 
 
 def shuffle(x: Tensor, groups: int) -> Tensor:
-    """Channel j·g + i of the result is channel j of group i. [B,C,H,W] -> [B,C,H,W]."""
+    """Channel shuffle: channel j·g + i of the result is channel j of group i. [B,C,H,W] -> [B,C,H,W]."""
     return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
 
 
 class ShuffleUnit(nn.Module):
-    """Grouped 1×1, shuffle, 3×3 by channel, grouped 1×1.
+    """Grouped 1×1, shuffle, depthwise 3×3, grouped 1×1. [B,C,H,W] -> [B,C',H/stride,W/stride].
 
-    With stride 1 added to its input, with stride 2 beside its pooled input, which then makes up ``in_channels`` of the
-    ``out_channels``. [B,C,H,W] -> [B,C',H/stride,W/stride].
+    With stride 1 the input is added. With stride 2 the pooled input is concatenated, as ``in_channels`` of the
+    ``out_channels``.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
-        own = out_channels - in_channels if stride == 2 else out_channels
-        middle = own // 4
-        # The stem's channels are too few to be grouped (Zhang 2018, sec. 3.2).
+        branch = out_channels - in_channels if stride == 2 else out_channels
+        middle = branch // 4
+        # The stem has too few channels for groups (Zhang 2018, sec. 3.2).
         self._groups = 1 if in_channels == _STEM else _V1_GROUPS
         self._stride = stride
         self.conv1 = conv1x1(in_channels, middle, groups=self._groups)
         self.bn1 = nn.BatchNorm2d(middle)
         self.conv2 = conv3x3(middle, middle, stride, groups=middle)
         self.bn2 = nn.BatchNorm2d(middle)
-        self.conv3 = conv1x1(middle, own, groups=_V1_GROUPS)
-        self.bn3 = nn.BatchNorm2d(own)
+        self.conv3 = conv1x1(middle, branch, groups=_V1_GROUPS)
+        self.bn3 = nn.BatchNorm2d(branch)
 
     def forward(self, x: Tensor) -> Tensor:
         out = shuffle(relu(self.bn1(self.conv1(x))), self._groups)
-        # Activated between the two, which the paper's unit is not: so are the networks of the tables.
+        # The networks of the tables have this ReLU, the unit of the paper has not.
         out = relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
         if self._stride == 1:
@@ -88,7 +88,7 @@ def _stage_v1(in_channels: int, out_channels: int, blocks: int) -> nn.Sequential
 
 
 class SplitUnit(nn.Module):
-    """Half of the channels pass, the other half goes through 1×1, 3×3 by channel, 1×1; then both are shuffled."""
+    """Identity for half of the channels, 1×1, depthwise 3×3, 1×1 for the other half; then a shuffle."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -101,14 +101,14 @@ class SplitUnit(nn.Module):
         self.bn3 = nn.BatchNorm2d(half)
 
     def forward(self, x: Tensor) -> Tensor:
-        passing, changed = x.chunk(2, dim=1)
-        out = relu(self.bn1(self.conv1(changed)))
+        identity, branch = x.chunk(2, dim=1)
+        out = relu(self.bn1(self.conv1(branch)))
         out = relu(self.bn3(self.conv3(self.bn2(self.conv2(out)))))
-        return shuffle(torch.cat([passing, out], dim=1), 2)
+        return shuffle(torch.cat([identity, out], dim=1), 2)
 
 
 class DownUnit(nn.Module):
-    """Two branches over all channels at half the resolution, shuffled. [B,C,H,W] -> [B,C',H/2,W/2]."""
+    """Two branches over all channels at half the resolution, then a shuffle. [B,C,H,W] -> [B,C',H/2,W/2]."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""One forward, two answers: any classifier's logits and the input of its head."""
+"""Logits and embedding of any classifier in one forward: the embedding is the input of its head."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from torch.nn.functional import linear
 
 _UNSAFE_CHANNELS = range(1, 9)
 
-# Where the running forward collects its heads' inputs. A context variable belongs to one thread and one call: two
-# forwards of one module never mix, a deep copy or pickle of the module carries nothing along, and no activation
-# outlives the call that made it.
+# The inputs of the heads in the forward that is running. A context variable belongs to one thread and one call: two
+# forwards of one module do not mix, a deep copy or pickle of the module does not include it, and no activation
+# outlives its call.
 _captured: ContextVar[list[Tensor] | None] = ContextVar("captured head inputs", default=None)
 
 
 class EmbeddingModel(nn.Module):
-    """A classifier that answers ``forward(images_BCHW) -> (logits_BK, embedding_BD)``.
+    """A classifier with ``forward(images_BCHW) -> (logits_BK, embedding_BD)``.
 
-    The embedding is what the head reads: captured on its way in, so it costs no second forward, keeps its gradient and
-    is exact under autocast and DDP. Positions that a head classifies one by one (a convolution over a feature map) are
-    averaged; so are the inputs of several equally wide heads (distilled ViTs); unequal ones (CrossViT) are joined.
-    Under dropout before the head, the embedding is the dropped-out one: the one that made the logits.
+    The embedding is the input of the head. A hook captures it, so it needs no second forward, has its gradient and is
+    exact under autocast and DDP. If a head classifies positions one by one (a convolution over a feature map), the
+    embedding is their mean. Inputs of several heads are averaged if their widths are equal (distilled ViTs), else
+    concatenated (CrossViT). Dropout before the head applies to the embedding too.
 
-    A network with ``forward_embedding(images_BCHW) -> (logits_BK, embedding_BD)`` is asked through it instead.
+    If the network has ``forward_embedding(images_BCHW) -> (logits_BK, embedding_BD)``, this method is used instead.
 
     Attributes:
-        network: the library's module under its own parameter names; save and load *its* ``state_dict``.
+        network: the module of the library, with its parameter names; save and load *its* ``state_dict``.
         num_classes: K.
         embedding_dim: D.
     """
@@ -42,11 +42,11 @@ class EmbeddingModel(nn.Module):
         embedding_dim: int,
         linear_head: str | None,
     ) -> None:
-        """Called by ``pipeline.models.probe.wrap``, which observes the heads and finds out K, D and the linear head.
+        """Called by ``pipeline.models.probe.wrap``, which registers the hooks and determines K, D and the linear head.
 
         Args:
-            heads: names of the submodules whose input is the embedding; none for ``forward_embedding``.
-            linear_head: name of the ``nn.Linear`` that turns the embedding into the logits, where there is one.
+            heads: names of the submodules whose input is the embedding; empty with ``forward_embedding``.
+            linear_head: name of the ``nn.Linear`` that maps the embedding to the logits, if there is one.
         """
         super().__init__()
         self.network = network
@@ -57,12 +57,12 @@ class EmbeddingModel(nn.Module):
 
     @property
     def heads(self) -> tuple[str, ...]:
-        """Names of the submodules that turn the embedding into logits; none where ``forward_embedding`` does."""
+        """Names of the submodules that map the embedding to logits; empty with ``forward_embedding``."""
         return self._heads
 
     @property
     def head(self) -> nn.Linear | None:
-        """The layer with ``head(embedding_BD) == logits_BK``; None where no single linear layer does that."""
+        """The layer with ``head(embedding_BD) == logits_BK``; None if no single linear layer does that."""
         if self._linear_head is None:
             return None
         layer = self.network.get_submodule(self._linear_head)
@@ -73,15 +73,15 @@ class EmbeddingModel(nn.Module):
         return forward_with_embedding(self.network, self._heads, images_BCHW)
 
     def logits(self, images_BCHW: Tensor) -> Tensor:
-        """[B,K] alone, by the network's own forward where it has a head: no embedding is made on the way."""
+        """[B,K] without the embedding: the forward of the network itself if it has a head."""
         return self.network(images_BCHW) if self._heads else self(images_BCHW)[0]
 
 
 def move_to_device(module: nn.Module, device: torch.device, *, channels_last: bool = True) -> None:
-    """Moves a module to a device, with convolution weights in channels-last memory unless told otherwise.
+    """Moves a module to a device, with convolution weights in channels-last memory by default.
 
-    Views arrive that way, and convolutions that find both the same way repack nothing: training ResNets in fp32 on a
-    CPU is 1.3 to 1.6 times faster.
+    Views are channels-last too, so convolutions repack nothing: training ResNets in fp32 on a CPU is 1.3 to 1.6 times
+    faster.
     """
     module.to(device)
     if channels_last:
@@ -89,8 +89,9 @@ def move_to_device(module: nn.Module, device: torch.device, *, channels_last: bo
 
 
 def unsafe_in_channels_last(module: nn.Module, device: torch.device) -> list[str]:
-    """Names of the convolutions whose backward pass corrupts memory in channels-last layout: 1x1 with a stride and up
-    to 8 input channels, on a CPU (torch 2.14). None on other devices.
+    """Names of the convolutions whose backward pass corrupts memory in channels-last layout.
+
+    These are 1x1 convolutions with a stride and up to 8 input channels, on a CPU (torch 2.14).
     """
     if device.type != "cpu":
         return []
@@ -108,10 +109,10 @@ def register_head_hooks(network: nn.Module, heads: tuple[str, ...]) -> None:
 
 
 def forward_with_embedding(network: nn.Module, heads: tuple[str, ...], images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-    """One forward of an observed network: (logits_BK, embedding_BD).
+    """One forward of a network with registered hooks: (logits_BK, embedding_BD).
 
     Raises:
-        RuntimeError: a head did not run exactly once, so that its input is not one embedding.
+        RuntimeError: a head did not run exactly once.
     """
     if not heads:
         logits_BK, embedding_BD = network.forward_embedding(images_BCHW)  # pyright: ignore[reportCallIssue]
@@ -124,31 +125,31 @@ def forward_with_embedding(network: nn.Module, heads: tuple[str, ...], images_BC
         _captured.reset(token)
     if len(inputs) != len(heads):
         raise RuntimeError(f"{' and '.join(heads)} ran {len(inputs)} times in one forward, not once each")
-    return logits_BK, _united(inputs)
+    return logits_BK, _join(inputs)
 
 
 def _capture(module: nn.Module, args: tuple[Any, ...]) -> None:
     inputs = _captured.get()
     if inputs is not None:
-        inputs.append(_pooled(args[0], channels_first=isinstance(module, nn.Conv2d)))
+        inputs.append(_mean_over_positions(args[0], channels_first=isinstance(module, nn.Conv2d)))
 
 
-def _united(inputs: list[Tensor]) -> Tensor:
-    """The heads' inputs, each [B,Di], as one [B,D]."""
+def _join(inputs: list[Tensor]) -> Tensor:
+    """The inputs of the heads, each [B,Di], as one [B,D]."""
     if len(inputs) == 1:
         return inputs[0]
     return torch.stack(inputs).mean(0) if len({x.shape for x in inputs}) == 1 else torch.cat(inputs, dim=1)
 
 
-def _pooled(x: Tensor, *, channels_first: bool) -> Tensor:
-    """[B,D,H,W] (channels first) or [B,...,D] to [B,D]: the mean over positions."""
+def _mean_over_positions(x: Tensor, *, channels_first: bool) -> Tensor:
+    """[B,D,H,W] (channels first) or [B,...,D] to [B,D]."""
     if x.ndim <= 2:
         return x
     return x.flatten(2).mean(2) if channels_first else x.flatten(1, -2).mean(1)
 
 
 def reproduces(layer: nn.Linear, embedding_BD: Tensor, logits_BK: Tensor) -> bool:
-    """Whether the layer alone turns this embedding into these logits (to fp32 rounding)."""
+    """Whether the layer maps this embedding to these logits (to fp32 rounding)."""
     if (layer.in_features, layer.out_features) != (embedding_BD.shape[1], logits_BK.shape[1]):
         return False
     expected_BK = linear(embedding_BD, layer.weight, layer.bias)

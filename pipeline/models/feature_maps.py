@@ -1,4 +1,4 @@
-"""Feature maps of any network, named by layer: found by one dry forward, captured in every later one."""
+"""Feature maps of any network, by layer name: a dry forward finds their layouts, and hooks capture them later."""
 
 from __future__ import annotations
 
@@ -18,29 +18,28 @@ from pipeline.core.errors import ModelError
 from pipeline.models.embedding import EmbeddingModel
 
 Layout = Literal["channels_first", "channels_last", "tokens"]
-_Asked = ParamSpec("_Asked")
-_Answer = TypeVar("_Answer")
+P = ParamSpec("P")
+T = TypeVar("T")
 
-# Where the running forward puts the outputs of observed layers; the reasons for a context variable are those of
-# ``pipeline/models/embedding.py``.
+# The outputs of hooked layers in the forward that is running; ``embedding.py`` explains why it is a context variable.
 _recorded: ContextVar[dict[str, Tensor] | None] = ContextVar("recorded layer outputs", default=None)
 
-_NUM_LAYERS_NAMED = 6
-# A class and a distillation token, or a class token and four registers. An output with more is of another kind.
+_NUM_SUGGESTED_LAYERS = 6
+# A class and a distillation token, or a class token and four registers.
 _MAX_PREFIX_TOKENS = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeatureMap:
-    """How the output of a layer is read as a map [B,C,H,W].
+    """The output of a layer, and its layout as a map [B,C,H,W].
 
     Attributes:
         layer: dotted name, as in ``network.named_modules()``.
         channels: C.
         side: H and W, in positions.
         layout: ``channels_first`` [B,C,H,W], ``channels_last`` [B,H,W,C] (Swin) or ``tokens`` [B,N,C] (ViT).
-        num_prefix_tokens: tokens in front of the grid's (class, distillation, registers).
-        overwritten: the forward changes the output in place later on, as a ReLU may, so it is copied when it is made.
+        num_prefix_tokens: tokens before those of the grid (class, distillation, registers).
+        overwritten: a later layer changes the output in place, as a ReLU may, so the hook copies it.
     """
 
     layer: str
@@ -50,7 +49,7 @@ class FeatureMap:
     num_prefix_tokens: int = 0
     overwritten: bool = False
 
-    def of(self, output: Tensor) -> Tensor:
+    def to_map(self, output: Tensor) -> Tensor:
         """The layer's output as a map [B,C,H,W], without a copy."""
         if self.layout == "channels_first":
             return output
@@ -60,7 +59,7 @@ class FeatureMap:
 
 
 def register_map_hooks(network: nn.Module, maps: Sequence[FeatureMap]) -> None:
-    """Lets ``forward_with_maps`` see these layers. Once per network; without ``forward_with_maps`` it does nothing."""
+    """Registers hooks that let ``forward_with_maps`` capture these layers. Once per network."""
     for feature_map in maps:
         network.get_submodule(feature_map.layer).register_forward_hook(partial(_record, feature_map))
 
@@ -72,49 +71,54 @@ def _record(feature_map: FeatureMap, _module: nn.Module, _args: tuple[Any, ...],
 
 
 def forward_with_maps(
-    maps: Sequence[FeatureMap], forward: Callable[_Asked, _Answer], *args: _Asked.args, **kwargs: _Asked.kwargs
-) -> tuple[_Answer, tuple[Tensor, ...]]:
-    """What a forward of an observed network answers, and its maps [B,C,H,W], with whatever gradient they have."""
+    maps: Sequence[FeatureMap], forward: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+) -> tuple[T, tuple[Tensor, ...]]:
+    """Runs ``forward(*args, **kwargs)``, of a network with registered hooks.
+
+    Returns:
+        Its outputs, and the maps [B,C,H,W], with gradient if the forward has one.
+    """
     if not maps:
         return forward(*args, **kwargs), ()
     recorded: dict[str, Tensor] = {}
     token = _recorded.set(recorded)
     try:
-        answer = forward(*args, **kwargs)
+        outputs = forward(*args, **kwargs)
     finally:
         _recorded.reset(token)
-    return answer, tuple(feature_map.of(recorded[feature_map.layer]) for feature_map in maps)
+    return outputs, tuple(feature_map.to_map(recorded[feature_map.layer]) for feature_map in maps)
 
 
 def find_maps(model: EmbeddingModel, layers: Sequence[str], *, size: int, where: str) -> tuple[FeatureMap, ...]:
-    """How the outputs of these layers are maps, proven by a forward of two images of ``size`` pixels.
+    """The layouts of the outputs of these layers, from a forward of two images of ``size`` pixels.
 
-    Images are square, and so are maps. An output of four dimensions is [B,C,H,W] where its last two agree, else
-    [B,H,W,C] where its middle two do. One of three is [B,N,C], a grid of tokens after as many others as the network
-    says (``num_prefix_tokens``, as timm's do), or as are left over from the largest square; five at most.
+    Images and maps are square. An output of four dimensions is [B,C,H,W] if its last two are equal, else [B,H,W,C] if
+    its middle two are. An output of three dimensions is [B,N,C]: prefix tokens, then a grid. The number of prefix
+    tokens is that of the network (``num_prefix_tokens``, as in timm), else N minus the largest square; at most five.
 
     Args:
         model: in eval mode.
         layers: dotted names, shallow to deep.
-        where: key of the YAML, for messages.
+        where: YAML key, for messages.
 
     Raises:
-        ModelError: there is no layer of a name, its output is no map, or the layers do not run once each in this order.
+        ModelError: a layer does not exist, does not run exactly once, or its output is not a map; or the layers run in
+            another order.
     """
-    assert not model.training, "a dry forward must leave statistics as they are"
-    unknown = [layer for layer in layers if layer not in _names(model)]
+    assert not model.training, "a dry forward must not change statistics"
+    unknown = [layer for layer in layers if layer not in _layer_names(model)]
     if unknown:
-        raise _unknown(model, unknown[0], size, where)
-    runs = _runs(model, layers, size)
+        raise _unknown_layer(model, unknown[0], size, where)
+    runs = _run_layers(model, layers, size)
     for layer in layers:
-        _check_runs_once(layer, [run for run in runs if run.layer == layer], where)
+        _check_runs_once(layer, sum(run.layer == layer for run in runs), where)
     _check_order(layers, [run.layer for run in runs], where)
-    return tuple(_found(run, model, size, where) for run in runs)
+    return tuple(_require_map(run, model, size, where) for run in runs)
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
-    """One output of a layer, and whether the rest of the forward changed it in place."""
+class _LayerRun:
+    """One output of a layer, and its version (of torch's in-place counter) when the layer returned it."""
 
     layer: str
     output: object
@@ -125,19 +129,19 @@ class _Run:
         return isinstance(self.output, Tensor) and self.output._version != self.version
 
 
-def _names(model: EmbeddingModel) -> list[str]:
+def _layer_names(model: EmbeddingModel) -> list[str]:
     return [name for name, _ in model.network.named_modules() if name]
 
 
 @torch.no_grad()
-def _runs(model: EmbeddingModel, layers: Sequence[str], size: int) -> list[_Run]:
-    """What these layers answer to two images, in the order in which they end."""
-    runs: list[_Run] = []
+def _run_layers(model: EmbeddingModel, layers: Sequence[str], size: int) -> list[_LayerRun]:
+    """The outputs of these layers for two images, in the order in which the layers return."""
+    runs: list[_LayerRun] = []
 
-    def note(layer: str, _module: nn.Module, _args: tuple[Any, ...], output: object) -> None:
-        runs.append(_Run(layer, output, output._version if isinstance(output, Tensor) else 0))
+    def record(layer: str, _module: nn.Module, _args: tuple[Any, ...], output: object) -> None:
+        runs.append(_LayerRun(layer, output, output._version if isinstance(output, Tensor) else 0))
 
-    handles = [model.network.get_submodule(layer).register_forward_hook(partial(note, layer)) for layer in layers]
+    handles = [model.network.get_submodule(layer).register_forward_hook(partial(record, layer)) for layer in layers]
     try:
         model(torch.zeros(2, 3, size, size, device=next(model.parameters()).device))
     finally:
@@ -146,106 +150,111 @@ def _runs(model: EmbeddingModel, layers: Sequence[str], size: int) -> list[_Run]
     return runs
 
 
-def _read(run: _Run, network: nn.Module) -> FeatureMap | None:
-    """The output as a map; None where it is none."""
+def _as_map(run: _LayerRun, network: nn.Module) -> FeatureMap | None:
+    """The layout of the output; None if it is not a map."""
     shape = tuple(run.output.shape) if isinstance(run.output, Tensor) else ()
-    known = partial(FeatureMap, layer=run.layer, overwritten=run.overwritten)
+    feature_map = partial(FeatureMap, layer=run.layer, overwritten=run.overwritten)
     match shape:
         case (2, channels, height, width) if height == width:
-            return known(channels=channels, side=height, layout="channels_first")
+            return feature_map(channels=channels, side=height, layout="channels_first")
         case (2, height, width, channels) if height == width:
-            return known(channels=channels, side=height, layout="channels_last")
+            return feature_map(channels=channels, side=height, layout="channels_last")
         case (2, num_tokens, channels):
-            return _read_tokens(known, num_tokens, channels, network)
+            return _as_token_map(feature_map, num_tokens, channels, network)
         case _:
             return None
 
 
-def _read_tokens(
-    known: Callable[..., FeatureMap], num_tokens: int, channels: int, network: nn.Module
+def _as_token_map(
+    feature_map: Callable[..., FeatureMap], num_tokens: int, channels: int, network: nn.Module
 ) -> FeatureMap | None:
-    told = getattr(network, "num_prefix_tokens", None)
-    # The network's own word first; its layers before the prefix is put on (a patch embedding) have none of it.
-    candidates = (told, 0) if isinstance(told, int) else (num_tokens - isqrt(num_tokens) ** 2,)
+    declared = getattr(network, "num_prefix_tokens", None)
+    # Layers before the prefix is added (a patch embedding) have no prefix tokens.
+    candidates = (declared, 0) if isinstance(declared, int) else (num_tokens - isqrt(num_tokens) ** 2,)
     for prefix in candidates:
         grid = num_tokens - prefix
         if prefix <= _MAX_PREFIX_TOKENS and grid > 0 and isqrt(grid) ** 2 == grid:
-            return known(channels=channels, side=isqrt(grid), layout="tokens", num_prefix_tokens=prefix)
+            return feature_map(channels=channels, side=isqrt(grid), layout="tokens", num_prefix_tokens=prefix)
     return None
 
 
-def _found(run: _Run, model: EmbeddingModel, size: int, where: str) -> FeatureMap:
-    found = _read(run, model.network)
-    if found is not None:
-        return found
+def _require_map(run: _LayerRun, model: EmbeddingModel, size: int, where: str) -> FeatureMap:
+    feature_map = _as_map(run, model.network)
+    if feature_map is not None:
+        return feature_map
     shape = list(run.output.shape) if isinstance(run.output, Tensor) else type(run.output).__name__
     raise ModelError(
-        f"the output of {run.layer} is no feature map",
+        f"the output of {run.layer} is not a feature map",
+        code="model.not-a-feature-map",
         where=where,
-        got=f"{shape}, of 2 images of {size}×{size} pixels",
+        got=f"{shape}, for 2 images of {size}×{size} pixels",
         expected="[B,C,H,W] or [B,H,W,C] with H = W, or [B,N,C] with a square number of tokens",
-        next_step=f"name another layer, such as {_candidates(model, size)}",
+        next_step=f"name another layer, such as {_suggest_layers(model, size)}",
     )
 
 
-def _unknown(model: EmbeddingModel, layer: str, size: int, where: str) -> ModelError:
-    near = difflib.get_close_matches(layer, _names(model), n=3, cutoff=0.5)
+def _unknown_layer(model: EmbeddingModel, layer: str, size: int, where: str) -> ModelError:
+    near = difflib.get_close_matches(layer, _layer_names(model), n=3, cutoff=0.5)
     return ModelError(
         "the network has no layer of this name",
+        code="model.unknown-layer",
         where=where,
         got=layer,
         expected=f"one of {', '.join(near)}, …" if near else "a name of network.named_modules(); none is near this one",
-        next_step=f"name layers that answer with maps, such as {_candidates(model, size)}",
+        next_step=f"name layers whose output is a map, such as {_suggest_layers(model, size)}",
     )
 
 
-def _candidates(model: EmbeddingModel, size: int) -> str:
-    """The last block of each side, with its shape, shallow to deep; where there is one side alone, its blocks."""
-    found = _all_maps(model, size)
+def _suggest_layers(model: EmbeddingModel, size: int) -> str:
+    """The last block of each side, with its shape, shallow to deep; for a single side its blocks."""
+    maps = _all_maps(model, size)
     by_side: dict[int, FeatureMap] = {}
-    for one in found:
-        known = by_side.get(one.side)
-        if known is None or _rank(model, one) <= _rank(model, known):
-            by_side[one.side] = one
-    named = list(by_side.values())
-    if len(named) == 1:
-        named = [one for one in found if one.layer.rpartition(".")[0] == named[0].layer] or named
-    told = [f"{one.layer} [{one.channels},{one.side},{one.side}]" for one in named[-_NUM_LAYERS_NAMED:]]
-    return ", ".join(told) or "none: no layer of this network answers with a map"
+    for candidate in maps:
+        best = by_side.get(candidate.side)
+        if best is None or _rank(model, candidate) <= _rank(model, best):
+            by_side[candidate.side] = candidate
+    suggested = list(by_side.values())
+    if len(suggested) == 1:
+        parent = suggested[0].layer
+        suggested = [candidate for candidate in maps if candidate.layer.rpartition(".")[0] == parent] or suggested
+    shapes = [f"{item.layer} [{item.channels},{item.side},{item.side}]" for item in suggested]
+    return ", ".join(shapes[-_NUM_SUGGESTED_LAYERS:]) or "none: no layer of this network outputs a map"
 
 
 def _all_maps(model: EmbeddingModel, size: int) -> list[FeatureMap]:
-    """Of all layers that run once, in the order in which they end; pooled ones are left out."""
-    runs = _runs(model, _names(model), size)
-    times = Counter(run.layer for run in runs)
-    read = [_read(run, model.network) for run in runs if times[run.layer] == 1]
-    return [one for one in read if one is not None and one.side > 1]
+    """The maps of all layers that run once, in the order in which they return, without pooled ones."""
+    runs = _run_layers(model, _layer_names(model), size)
+    num_runs = Counter(run.layer for run in runs)
+    maps = [_as_map(run, model.network) for run in runs if num_runs[run.layer] == 1]
+    return [feature_map for feature_map in maps if feature_map is not None and feature_map.side > 1]
 
 
-def _rank(model: EmbeddingModel, one: FeatureMap) -> tuple[bool, int]:
-    """Blocks before single operations, outer before inner ones."""
-    layer = model.network.get_submodule(one.layer)
-    return not any(layer.children()), one.layer.count(".")
+def _rank(model: EmbeddingModel, feature_map: FeatureMap) -> tuple[bool, int]:
+    """Blocks before single operations, outer blocks before inner ones."""
+    layer = model.network.get_submodule(feature_map.layer)
+    return not any(layer.children()), feature_map.layer.count(".")
 
 
-def _check_runs_once(layer: str, runs: Sequence[_Run], where: str) -> None:
-    if len(runs) == 1:
+def _check_runs_once(layer: str, num_runs: int, where: str) -> None:
+    if num_runs == 1:
         return
     raise ModelError(
-        f"{layer} runs {len(runs)} times in one forward, so it has not one output",
+        f"{layer} runs {num_runs} times in one forward, so its output is not unique",
+        code="model.layer-not-run-once",
         where=where,
         got=layer,
         expected="a layer that runs once",
-        next_step="name the block around it" if runs else "name a layer that the forward goes through",
+        next_step="name the block around it" if num_runs else "name a layer that the forward uses",
     )
 
 
-def _check_order(layers: Sequence[str], ran: Sequence[str], where: str) -> None:
-    if list(layers) != list(ran):
+def _check_order(layers: Sequence[str], run_order: Sequence[str], where: str) -> None:
+    if list(layers) != list(run_order):
         raise ModelError(
             "these layers are not listed shallow to deep",
+            code="model.layer-order",
             where=where,
             got=", ".join(layers),
-            expected=f"{', '.join(ran)}: the order in which they run",
-            next_step="reorder the list, and the other network's with it",
+            expected=f"{', '.join(run_order)}: the order in which they run",
+            next_step="reorder the list, and that of the other network in the same way",
         )

@@ -1,4 +1,4 @@
-"""From a YAML section to a network that gives logits and embedding, and what it must be fed."""
+"""From a YAML section to a network that returns logits and embedding, and its input spec."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from pipeline.models.state_dicts import rename_to_match
 from pipeline.models.weights import load_state, read_state
 from schemas.config import Interpolation, ModelConfig, Triple
 
+_NAME_FORMS = "timm/NAME, torchvision/NAME or python:package.module:factory"
 _SOURCES: dict[str, Callable[[BuildRequest], BuiltModel]] = {
     "timm/": timm.build,
     "torchvision/": torchvision.build,
@@ -32,13 +33,12 @@ _SOURCES: dict[str, Callable[[BuildRequest], BuiltModel]] = {
 
 @dataclass(frozen=True, slots=True)
 class InputSpec:
-    """What a network eats.
+    """The input that a network expects.
 
     Attributes:
         size: height and width in pixels.
-        mean: per channel, of [0,1] RGB.
-        std: per channel, of [0,1] RGB.
-        interpolation: how a box of the original is resized to ``size``.
+        mean, std: per channel, of [0,1] RGB.
+        interpolation: for resizing a box of the original image to ``size``.
     """
 
     size: int
@@ -52,8 +52,8 @@ class LoadedModel:
     """A network on the CPU in eval mode, its input, and its part of the fingerprint.
 
     Attributes:
-        architecture: JSON of what the weights do not tell: model name, kwargs, num_classes.
-        notes: choices that were made for the user, to be reported once.
+        architecture: model name, kwargs and num_classes as JSON: the facts that weights do not contain.
+        notes: choices made on behalf of the user, to be logged once.
     """
 
     module: EmbeddingModel
@@ -72,31 +72,31 @@ def load_model(
     where: str = "teacher",
     built_for: WeightsFile | None = None,
 ) -> LoadedModel:
-    """Builds the network, loads its weights and proves both with one forward.
+    """Builds the network, loads its weights and checks both with one forward.
 
     Args:
-        num_classes: K; the network answers with exactly as many logits.
-        size: input height and width in pixels; None: the model's own.
-        seed: random weights are a pure function of it and the config. No global generator is touched.
-        allow_new_head: a student may start from pretrained weights of another width, with a head drawn anew; a teacher
-            may not, since it would speak with an untrained head.
+        num_classes: K, the number of logits.
+        size: input height and width in pixels; None: the size that the model declares.
+        seed: random weights are a pure function of it and the config. Global generators do not change.
+        allow_new_head: pretrained weights with another number of classes get a new, random head. For students only:
+            logits of a teacher must not come from an untrained head.
         where: YAML section of ``config``, for messages.
-        built_for: weights that the caller loads afterwards, such as those of a checkpoint; constructors that depend on
-            weights look there.
+        built_for: weights that the caller loads afterwards, such as those of a checkpoint, for constructors that depend
+            on them.
 
     Raises:
         ConfigError: a key is missing, such as ``weights``, or contradicts another.
-        ModelError: the model is unknown, cannot be built as asked or not run at this size, or its weights do not fit.
-        StorageInputError: the weights' URL is refused, missing or not readable.
+        ModelError: the model is unknown, cannot be built, does not run at this size, or its weights do not fit.
+        StorageInputError: the URL of the weights is refused, missing or not readable.
     """
     build, request = resolve(config, num_classes, allow_new_head, where)
     require_weights(config, where=where)
     architecture = _architecture(request)
     if built_for is not None:
         request = replace(request, read=lambda: built_for)
-    with _derived_randomness(seed):
+    with _seeded(seed):
         built = build(request)
-    spec = input_spec(config, built.own, size, where)
+    spec = input_spec(config, built.declared, size, where)
     notes = load_weights(built, request) if built_for is None else ()
     return LoadedModel(wrap(built, request, size=spec.size), spec, architecture, (*notes, *built.notes))
 
@@ -104,31 +104,32 @@ def load_model(
 def load_untrained(
     config: ModelConfig, *, num_classes: int, size: int | None, likely_size: int | None = None, where: str = "teacher"
 ) -> LoadedModel:
-    """The network of these weights without them, for what does not depend on their values.
+    """The network as for its weights, which are not loaded, for facts that do not depend on their values.
 
     Args:
-        likely_size: pixels that the weights were probably made for; default: ``size``.
+        likely_size: input size in pixels that the weights were probably trained for; default: ``size``.
 
     Raises:
-        ConfigError, ModelError: as of ``load_model``.
+        ConfigError, ModelError: as in ``load_model``.
     """
     build, request = resolve(config, num_classes, True, where)
     request = request.without_weights(likely_size=likely_size or size)
-    with _derived_randomness(0):
+    with _seeded(0):
         built = build(request)
-    spec = input_spec(config, built.own, size, where)
+    spec = input_spec(config, built.declared, size, where)
     return LoadedModel(wrap(built, request, size=spec.size), spec, _architecture(request), built.notes)
 
 
 def load_weights(built: BuiltModel, request: BuildRequest) -> tuple[str, ...]:
-    """Copies the tensors of the weights URL, if there is one, into the network. One on the meta device stays without
-    numbers: then the names and shapes are compared.
+    """Copies the tensors of the weights URL, if there is one, into the network.
+
+    On the meta device this compares names and shapes.
 
     Returns:
-        Choices that were made for the user, to be reported once.
+        Choices made on behalf of the user, to be logged once.
 
     Raises:
-        ModelError: the weights do not fit, or are not those of ``sha256``.
+        ModelError: the weights do not fit, or their digest is not ``sha256``.
         StorageInputError: the URL is refused, missing or not readable.
     """
     if request.read is None:
@@ -136,7 +137,7 @@ def load_weights(built: BuiltModel, request: BuildRequest) -> tuple[str, ...]:
     file, where = request.read(), f"{request.where}.weights"
     device = next(iter(built.network.state_dict().values()), torch.empty(0)).device
     if device.type == "meta":
-        # In place: a state dict may carry the versions of its modules as an attribute.
+        # In place, since a state dict may have module versions as an attribute.
         state = cast("dict[str, torch.Tensor]", file.state)
         for name, tensor in state.items():
             state[name] = tensor.to(device)
@@ -147,7 +148,7 @@ def load_weights(built: BuiltModel, request: BuildRequest) -> tuple[str, ...]:
 
 
 def _reader(config: ModelConfig, where: str) -> Callable[[], WeightsFile] | None:
-    """Reads the file of the weights URL, once."""
+    """A function that reads the weights file once."""
     url = config.weights_url
     if url is None:
         return None
@@ -162,7 +163,7 @@ def _reader(config: ModelConfig, where: str) -> Callable[[], WeightsFile] | None
 
 @contextlib.contextmanager
 def weights_read_errors(url: str, *, where: str) -> Generator[None]:
-    """Errors of storage inside of the ``with`` name the YAML key ``where`` and a way out."""
+    """Adds the YAML key ``where`` and a next step to errors of storage."""
     try:
         yield
     except StorageInputError as error:
@@ -177,7 +178,7 @@ def weights_read_errors(url: str, *, where: str) -> Generator[None]:
 
 
 def unreadable_weights(config: ModelConfig) -> str | None:
-    """Why the weights' file cannot be read from here, by a look at its size; None where it can, or where none is named.
+    """Why the weights file cannot be read from this machine, by reading its size; None if it can, or without a file.
 
     Raises:
         StorageInputError: the URL is refused.
@@ -193,17 +194,17 @@ def unreadable_weights(config: ModelConfig) -> str | None:
 
 
 def _refuse_missing_head(built: BuiltModel, state: Mapping[str, torch.Tensor], request: BuildRequest) -> None:
-    """Weights of a backbone alone fit but for the classifier, which a teacher cannot make up."""
-    own = built.network.state_dict().keys()
-    names = rename_to_match(state, own).keys()
-    of_heads = {name for name in own if name.startswith(tuple(f"{head}." for head in built.heads))}
-    if not of_heads or of_heads & names or own - of_heads - names:
+    """Refuses weights of a backbone, which fit except for the classifier."""
+    expected = built.network.state_dict().keys()
+    names = rename_to_match(state, expected).keys()
+    head_names = {name for name in expected if name.startswith(tuple(f"{head}." for head in built.heads))}
+    if not head_names or head_names & names or expected - head_names - names:
         return
     raise ModelError(
         "these weights have no classifier, so the teacher's logits would come from an untrained one",
         code="model.untrained-head",
         where=f"{request.where}.weights: {redact(str(request.config.weights))}",
-        got=f"no {', '.join(sorted(of_heads))}",
+        got=f"no {', '.join(sorted(head_names))}",
         expected=f"weights with a classifier of {request.num_classes} classes (data.num_classes)",
         next_step="train a classifier on these classes and give the whole network's weights as a URL",
     )
@@ -215,8 +216,7 @@ def require_weights(config: ModelConfig, *, where: str) -> None:
         where: YAML section of ``config``, for messages.
 
     Raises:
-        ConfigError: ``weights`` is not set: a teacher has no default, so that a cache of random outputs is never built
-            by omission.
+        ConfigError: ``weights`` is not set. It has no default, since a cache of random outputs would be useless.
     """
     if config.weights is not None:
         return
@@ -252,12 +252,15 @@ def _random_network(config: ModelConfig) -> str:
 def resolve(
     config: ModelConfig, num_classes: int, allow_new_head: bool, where: str
 ) -> tuple[Callable[[BuildRequest], BuiltModel], BuildRequest]:
-    """What builds this network, and what it is asked; arguments as of ``load_model``."""
+    """The source that builds this network, and its request. Arguments as in ``load_model``."""
     if config.model is None:
-        raise ConfigError("no model is named", where=f"{where}.model", expected=_forms())
+        raise ConfigError(
+            "no model is named", code="config.model-missing", where=f"{where}.model", expected=_NAME_FORMS
+        )
     if config.sha256 is not None and config.weights_url is None:
         raise ConfigError(
             "sha256 checks a weights URL, and there is none",
+            code="config.sha256-without-url",
             where=f"{where}.sha256",
             got=f"weights: {config.weights}",
             next_step="remove sha256, or give weights as a URL",
@@ -273,11 +276,13 @@ def resolve(
                 where=where,
                 read=_reader(config, f"{where}.weights"),
             )
-    raise ModelError("this is not the name of a model", where=f"{where}.model", got=config.model, expected=_forms())
-
-
-def _forms() -> str:
-    return "timm/NAME, torchvision/NAME or python:package.module:factory"
+    raise ModelError(
+        "this is not the name of a model",
+        code="model.unknown-source",
+        where=f"{where}.model",
+        got=config.model,
+        expected=_NAME_FORMS,
+    )
 
 
 def _architecture(request: BuildRequest) -> dict[str, object]:
@@ -291,53 +296,58 @@ def _architecture(request: BuildRequest) -> dict[str, object]:
     except (TypeError, ValueError) as error:
         raise ConfigError(
             "kwargs must be plain YAML: text, numbers, booleans, lists and maps with text keys",
+            code="config.kwargs-not-plain",
             where=f"{request.where}.kwargs",
             got=str(error),
         ) from error
 
 
 @contextlib.contextmanager
-def _derived_randomness(seed: int) -> Generator[None]:
-    # The CPU generator alone: networks are built there, and torch.manual_seed would reseed every GPU as well.
+def _seeded(seed: int) -> Generator[None]:
+    # Only the CPU generator: networks are built there, and torch.manual_seed would seed every GPU as well.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
 
 
-def input_spec(config: ModelConfig, own: DeclaredInput, size: int | None, where: str) -> InputSpec:
-    """What the YAML says, else what the network says. No mean, std or size is ever made up."""
+def input_spec(config: ModelConfig, declared: DeclaredInput, size: int | None, where: str) -> InputSpec:
+    """The values of the YAML section, else those that the network declares; mean, std and size have no default."""
     chosen: dict[str, Any] = {
-        "mean": config.mean or own.mean,
-        "std": config.std or own.std,
-        "size": size or own.size,
+        "mean": config.mean or declared.mean,
+        "std": config.std or declared.std,
+        "size": size or declared.size,
     }
     missing = [key for key, value in chosen.items() if value is None]
     if missing:
         examples = {key: f"{where}.{key}=[0.5,0.5,0.5]" for key in ("mean", "std")} | {"size": "views.size=224"}
         raise ConfigError(
             f"{config.model} does not declare its input; {', '.join(missing)} must be given",
+            code="config.model-input-missing",
             where=where,
             got=f"no {', '.join(missing)}",
             expected=f"{where}.mean and {where}.std of [0,1] RGB, and a size in pixels (views.size or student.size)",
             next_step=f"append {' '.join(examples[key] for key in missing)}, or the values that it was trained with",
         )
     if min(chosen["std"]) <= 0:
-        raise ConfigError("std must be above 0", where=f"{where}.std", got=list(chosen["std"]))
-    return InputSpec(**chosen, interpolation=_interpolation(config, own, where))
+        raise ConfigError(
+            "std must be above 0", code="config.std-not-positive", where=f"{where}.std", got=list(chosen["std"])
+        )
+    return InputSpec(**chosen, interpolation=_interpolation(config, declared, where))
 
 
-def _interpolation(config: ModelConfig, own: DeclaredInput, where: str) -> Interpolation:
-    known: dict[str, Interpolation] = {name: name for name in get_args(Interpolation)}
+def _interpolation(config: ModelConfig, declared: DeclaredInput, where: str) -> Interpolation:
+    supported: dict[str, Interpolation] = {name: name for name in get_args(Interpolation)}
     if config.interpolation is not None:
         return config.interpolation
-    if own.interpolation is None and (config.model or "").startswith("python:"):
-        return "bilinear"  # nobody can know what the user's own network was trained with: documented, and can be set
-    if own.interpolation not in known:
+    if declared.interpolation is None and (config.model or "").startswith("python:"):
+        return "bilinear"  # the documented default for networks of the user
+    if declared.interpolation not in supported:
         raise ModelError(
-            f"{config.model} was trained with an interpolation that is not offered here",
+            f"{config.model} was trained with an interpolation that is not supported",
+            code="model.unsupported-interpolation",
             where=f"{where}.interpolation",
-            got=own.interpolation,
-            expected=" or ".join(known),
+            got=declared.interpolation,
+            expected=" or ".join(supported),
             next_step=f"set {where}.interpolation and check the model's accuracy",
         )
-    return known[own.interpolation]
+    return supported[declared.interpolation]

@@ -1,4 +1,4 @@
-"""One dry forward tells what a network really answers: K, D, and whether a linear layer joins the two."""
+"""Dry forwards determine K and D of a network, and whether a linear layer maps the embedding to the logits."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pipeline.models.sources.base import BuildRequest, BuiltModel, last_layer
 
 
 def wrap(built: BuiltModel, request: BuildRequest, *, size: int) -> EmbeddingModel:
-    """The network as an ``EmbeddingModel`` in eval mode, proven by a forward of two images of ``size`` pixels.
+    """The network as an ``EmbeddingModel`` in eval mode, checked by a forward of two images of ``size`` pixels.
 
     Raises:
-        ModelError: the forward fails at this size, or does not give finite [2,K] logits and a finite [2,D] embedding;
-            or a student does not give logits and embedding in training mode.
+        ModelError: the forward fails at this size, or its outputs are not finite [2,K] logits and a finite [2,D]
+            embedding; or the network of a student does not return logits alone in training mode.
     """
     logits_BK, embedding_BD = probe_outputs(built, request, size=size)
     _check_finite(logits_BK, embedding_BD, request)
@@ -32,10 +32,10 @@ def wrap(built: BuiltModel, request: BuildRequest, *, size: int) -> EmbeddingMod
 
 
 def probe_outputs(built: BuiltModel, request: BuildRequest, *, size: int) -> tuple[Tensor, Tensor]:
-    """logits_BK and embedding_BD of two images, in eval mode, on the device of the network (``meta`` has no numbers).
+    """logits_BK and embedding_BD of two images, in eval mode, on the device of the network (``meta`` has no values).
 
     Raises:
-        ModelError: the forward fails at this size, or does not give [2,K] logits and a [2,D] embedding.
+        ModelError: the forward fails at this size, or its outputs are not [2,K] logits and a [2,D] embedding.
     """
     built.network.eval()
     register_head_hooks(built.network, built.heads)
@@ -46,19 +46,22 @@ def probe_outputs(built: BuiltModel, request: BuildRequest, *, size: int) -> tup
     except Exception as error:
         raise ModelError(
             f"{request.config.model} does not run on images of {size}×{size} pixels",
+            code="model.forward-failed",
             where=f"{request.where}.model",
             got=cause(error),
             expected="logits of RGB images [B,3,H,W] at this size",
             next_step=_size_hint(built, request, size),
         ) from error
-    _check(logits_BK, embedding_BD, request)
+    _check_shapes(logits_BK, embedding_BD, request)
     _check_width(built, embedding_BD.shape[1], request)
     return logits_BK, embedding_BD
 
 
 def _images(built: BuiltModel, size: int) -> Tensor:
-    """[2,3,size,size] on the network's device. A ramp, not zeros: a black image can leave every embedding at zero, and
-    then any layer seems to be the head."""
+    """A ramp [2,3,size,size] on the device of the network.
+
+    For black images the embedding could be zero, and then any layer would look like the head.
+    """
     device = next(built.network.parameters(), torch.empty(0)).device
     return torch.linspace(-1, 1, 2 * 3 * size * size, device=device).reshape(2, 3, size, size)
 
@@ -67,7 +70,7 @@ def _check_width(built: BuiltModel, width: int, request: BuildRequest) -> None:
     if built.embedding_dim in (None, width):
         return
     raise ModelError(
-        f"the head of {request.config.model} does not read the embedding of the library",
+        f"the input of the head of {request.config.model} is not the embedding of the library",
         code="model.embedding-width",
         where=f"{request.where}.model",
         got=f"D = {width} at {' and '.join(built.heads)}",
@@ -77,13 +80,13 @@ def _check_width(built: BuiltModel, width: int, request: BuildRequest) -> None:
 
 
 def _check_training(built: BuiltModel, request: BuildRequest, *, size: int) -> None:
-    """One forward in training mode, in which some networks return auxiliary outputs. Leaves no trace."""
+    """One forward in training mode, in which some networks return auxiliary outputs. Changes no state."""
     buffers = {name: buffer.clone() for name, buffer in built.network.named_buffers()}
     logits: object = None
     failure: Exception | None = None
     built.network.train()
     try:
-        # Dropout draws, and BatchNorm moves its statistics.
+        # Dropout uses the generator, and BatchNorm changes its statistics.
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             logits, _ = forward_with_embedding(built.network, built.heads, _images(built, size))
     except Exception as error:
@@ -106,16 +109,17 @@ def _check_training(built: BuiltModel, request: BuildRequest, *, size: int) -> N
     ) from failure
 
 
-def _check(logits_BK: object, embedding_BD: object, request: BuildRequest) -> None:
+def _check_shapes(logits_BK: object, embedding_BD: object, request: BuildRequest) -> None:
     logits_shape, embedding_shape = _shape(logits_BK), _shape(embedding_BD)
     if logits_shape == (2, request.num_classes) and len(embedding_shape) == 2 and embedding_shape[0] == 2:
         return
     raise ModelError(
-        f"{request.config.model} does not answer with logits and an embedding",
+        f"{request.config.model} does not return logits and an embedding",
+        code="model.output-shape",
         where=f"{request.where}.model",
         got=f"for 2 images: logits {logits_shape}, embedding {embedding_shape}",
         expected=f"logits (2, {request.num_classes}), embedding (2, D)",
-        next_step="check kwargs; a network of your own may give forward_embedding(x) -> (logits, embedding)",
+        next_step="check kwargs; your network can define forward_embedding(x) -> (logits, embedding)",
     )
 
 
@@ -123,9 +127,10 @@ def _check_finite(logits_BK: Tensor, embedding_BD: Tensor, request: BuildRequest
     if logits_BK.isfinite().all() and embedding_BD.isfinite().all():
         return
     raise ModelError(
-        "the network answers with NaN or infinity",
+        "the network returns NaN or infinity",
+        code="model.not-finite",
         where=f"{request.where}.model",
-        got=f"from {request.config.model}, for two smooth images",
+        got=f"{request.config.model}, for two smooth images",
         expected="finite logits and embedding",
         next_step=f"check the weights ({request.where}.weights)",
     )
@@ -136,7 +141,7 @@ def _shape(value: object) -> tuple[object, ...]:
 
 
 def _linear_head(built: BuiltModel, embedding_BD: Tensor, logits_BK: Tensor) -> str | None:
-    """The layer that turns embedding into logits: the one head, or the last nn.Linear beside forward_embedding."""
+    """The layer that maps the embedding to the logits: the only head, or the last nn.Linear with forward_embedding."""
     if len(built.heads) > 1:
         return None
     name = built.heads[0] if built.heads else last_layer(built.network, nn.Linear)
@@ -146,6 +151,6 @@ def _linear_head(built: BuiltModel, embedding_BD: Tensor, logits_BK: Tensor) -> 
 
 def _size_hint(built: BuiltModel, request: BuildRequest, size: int) -> str:
     key = "views.size" if request.where == "teacher" else f"{request.where}.size"
-    known = "" if built.own.size in (None, size) else f" to {built.own.size}, the model's own"
-    rebuilt = f"; or build for this size with {request.where}.kwargs: {{{built.size_kwarg}: {size}}} (ViT and kin)"
-    return f"set {key}{known}{rebuilt if built.size_kwarg else ''}"
+    native = "" if built.declared.size in (None, size) else f" to {built.declared.size}, the size of the model"
+    rebuild = f"; or build for this size with {request.where}.kwargs: {{{built.size_kwarg}: {size}}} (ViT and similar)"
+    return f"set {key}{native}{rebuild if built.size_kwarg else ''}"

@@ -1,4 +1,4 @@
-"""What a network is, without a number of its weights: for a look ahead at networks that are large or not here yet."""
+"""Checks of a network without its weights in memory: parameters, embedding and input, and whether weights fit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from schemas.config import ModelConfig
 
 @dataclass(frozen=True, slots=True)
 class ModelSummary:
-    """``embedding_dim`` is D."""
+    """``embedding_dim``: D."""
 
     num_parameters: int
     embedding_dim: int
@@ -24,21 +24,21 @@ class ModelSummary:
 
 
 def summarize_model(config: ModelConfig, *, num_classes: int, size: int | None, where: str) -> ModelSummary:
-    """Builds the network on torch's meta device and runs one forward there. Loads no weights and fetches nothing.
+    """Builds the network on torch's meta device and runs one forward there. Downloads nothing.
 
     Args:
         num_classes: K.
-        size: input height and width in pixels; None: the model's own.
+        size: input height and width in pixels; None: the size that the model declares.
         where: YAML section of ``config``, for messages.
 
     Raises:
         ConfigError: a key is missing or contradicts another.
-        ModelError: the model is unknown, cannot be built as asked, or does not run at this size.
+        ModelError: the model is unknown, cannot be built, or does not run at this size.
     """
     build, request = resolve(config, num_classes, True, where)
     request = request.without_weights(likely_size=size)
     built = _on_meta(build, request)
-    spec = input_spec(config, built.own, size, where)
+    spec = input_spec(config, built.declared, size, where)
     _, embedding_BD = probe_outputs(built, request, size=spec.size)
     num_parameters = sum(parameter.numel() for parameter in built.network.parameters())
     return ModelSummary(num_parameters, embedding_BD.shape[1], spec)
@@ -51,7 +51,7 @@ def _on_meta(build: Callable[[BuildRequest], BuiltModel], request: BuildRequest)
     except ModelError as error:
         if not isinstance(error.__cause__, NotImplementedError):
             raise
-    # The constructors of torchvision's RegNets compute with tensors, which have no numbers there.
+    # The constructors of torchvision's RegNets compute with tensors, which have no values on the meta device.
     with torch.random.fork_rng(devices=[]):
         built = build(request)
     built.network.to("meta")
@@ -59,17 +59,17 @@ def _on_meta(build: Callable[[BuildRequest], BuiltModel], request: BuildRequest)
 
 
 def check_weights(config: ModelConfig, *, num_classes: int, size: int | None, where: str) -> None:
-    """Whether a teacher's weights fit its network, as ``load_model`` finds out, but on the meta device.
+    """Checks on the meta device that the weights of a teacher fit its network, as ``load_model`` does.
 
-    A weights file is read whole, and no forward pass is computed. Weights of a library are not fetched.
+    Reads the whole weights file and computes no forward pass. Does not download the weights of a library.
 
     Args:
         num_classes: K.
-        size: input height and width in pixels; None: the model's own.
+        size: input height and width in pixels; None: the size that the model declares.
         where: YAML section of ``config``, for messages.
 
     Raises:
-        ConfigError, ModelError: as of ``summarize_model``; or no weights are named, or they do not fit.
+        ConfigError, ModelError: as in ``summarize_model``; or ``weights`` is not set, or they do not fit.
         StorageInputError: the weights' URL is refused, missing or not readable.
     """
     require_weights(config, where=where)
@@ -77,7 +77,7 @@ def check_weights(config: ModelConfig, *, num_classes: int, size: int | None, wh
     if request.read is None:
         summarize_model(config, num_classes=num_classes, size=size, where=where)
         return
-    request.read()  # before the meta device is the default of whatever is read
+    request.read()  # outside of the meta device, which would hold the tensors of the file
     built = _on_meta(build, request)
-    probe_outputs(built, request, size=input_spec(config, built.own, size, where).size)
+    probe_outputs(built, request, size=input_spec(config, built.declared, size, where).size)
     load_weights(built, request)

@@ -27,7 +27,7 @@ def _read(run: Path, shards: str) -> None:
             str(run), f"{run}/out.safetensors", format=None, checkpoint_name="last", with_normalization=False
         ),
     ):
-        with pytest.raises(InputError, match=r"cannot be imported|code of one's own|not the name of a factory|wrong"):
+        with pytest.raises(InputError, match=r"cannot be imported|must be your code|not the name of a factory|wrong"):
             read()
 
 

@@ -1,4 +1,4 @@
-"""What every source of networks is asked and answers, and the errors they share."""
+"""The interface of all model sources, and their shared errors."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from schemas.config import ModelConfig, Triple
 
 @dataclass(frozen=True, slots=True)
 class WeightsFile:
-    """What a file of weights holds.
+    """The content of a weights file.
 
     Attributes:
-        state: tensors on the CPU by the names that the file has.
-        notes: what a user should know of the choice; empty where there was none.
-        transform_input: of torchvision's GoogLeNet and Inception, in files that Stillroom wrote; None in others.
+        state: tensors on the CPU, by their names in the file.
+        notes: choices made on behalf of the user.
+        transform_input: of torchvision's GoogLeNet and Inception, if Stillroom wrote the file; None in other files.
     """
 
     state: Mapping[str, Tensor]
@@ -35,12 +35,12 @@ class BuildRequest:
     Attributes:
         name: what follows ``timm/``, ``torchvision/`` or ``python:``.
         num_classes: K, the width of the head.
-        allow_new_head: pretrained weights with another head may be taken without it (the head is drawn anew).
+        allow_new_head: a pretrained head of another width is replaced by a random one.
         where: YAML section, such as ``teacher``.
-        read: gives the weights that the caller loads into the network; None where there are none. Networks whose
-            constructor depends on its weights look there.
-        builds_only: the network is built as for its weights, which are not loaded, such as on the meta device.
-        likely_size: pixels that the weights were probably made for, where they cannot be looked at; None: not known.
+        read: reads the weights that the caller loads into the network, for constructors that depend on them; None
+            without a weights file.
+        builds_only: build the network as for its weights and do not load them, such as on the meta device.
+        likely_size: input size in pixels that the weights were probably trained for, if they cannot be read.
     """
 
     config: ModelConfig
@@ -54,17 +54,17 @@ class BuildRequest:
 
     @property
     def pretrained(self) -> bool:
-        """Whether the source itself loads the library's weights."""
+        """Whether the source loads the weights of the library."""
         return self.config.weights == "pretrained" and self.read is None and not self.builds_only
 
     def without_weights(self, likely_size: int | None) -> BuildRequest:
-        """The same network, for what does not depend on the values of its weights."""
+        """The same network without the values of its weights."""
         return replace(self, read=None, builds_only=True, likely_size=likely_size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeclaredInput:
-    """What the network itself says that it eats; None where it says nothing. ``size`` is in pixels."""
+    """The input that a network declares; None where it declares nothing. ``size``: height and width in pixels."""
 
     size: int | None = None
     mean: Triple | None = None
@@ -74,15 +74,19 @@ class DeclaredInput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuiltModel:
-    """A bare network, the names of its heads (none: it has ``forward_embedding``), and what it eats.
+    """A network as its source built it.
 
-    ``size_kwarg`` is the constructor's name for an input size, for advice in errors. ``embedding_dim`` is the library's
-    D, to which the heads' inputs are compared; None where it gives none. ``notes`` are reported to the user.
+    Attributes:
+        heads: names of the classifiers; empty if the network has ``forward_embedding``.
+        declared: the input that the network declares.
+        size_kwarg: argument of the constructor for the input size, for messages.
+        embedding_dim: D according to the library, to be compared with the heads; None if it declares none.
+        notes: choices made on behalf of the user.
     """
 
     network: nn.Module
     heads: tuple[str, ...]
-    own: DeclaredInput
+    declared: DeclaredInput
     size_kwarg: str | None = None
     embedding_dim: int | None = None
     notes: tuple[str, ...] = ()
@@ -90,14 +94,15 @@ class BuiltModel:
 
 @contextlib.contextmanager
 def constructor_errors(request: BuildRequest) -> Generator[None]:
-    """Whatever a constructor raises becomes a ModelError; its arguments are the user's."""
+    """Turns every error of a constructor into a ModelError, since the user chose its arguments."""
     try:
         yield
     except StillroomError:
         raise
     except Exception as error:
         raise ModelError(
-            f"{request.config.model} cannot be built as asked",
+            f"{request.config.model} cannot be built with these arguments",
+            code="model.constructor-failed",
             where=f"{request.where}.model",
             got=cause(error),
             next_step=f"check {request.where}.kwargs, which go to the constructor: {dict(request.config.kwargs)}",
@@ -105,35 +110,37 @@ def constructor_errors(request: BuildRequest) -> Generator[None]:
 
 
 def unknown_name(request: BuildRequest, names: Collection[str]) -> ModelError:
-    """The error for a name that its library does not have, with the nearest that it has."""
+    """The error for a name that its library does not have, with the nearest names."""
     near = difflib.get_close_matches(request.name, names, n=3, cutoff=0.5)
     return ModelError(
         "there is no model of this name",
+        code="model.unknown-name",
         where=f"{request.where}.model",
         got=request.config.model,
-        expected=f"one of {', '.join(near)}, …" if near else f"one of {len(names)} names, none of them near",
+        expected=f"one of {', '.join(near)}, …" if near else f"one of {len(names)} names; none is near this one",
         next_step="correct the name",
     )
 
 
 def refuse_reserved(request: BuildRequest, reserved: Collection[str]) -> None:
-    """Refuses constructor arguments that have a key of their own, or would load weights past ``weights``."""
-    found = sorted(set(request.config.kwargs) & set(reserved))
-    if found:
+    """Refuses constructor arguments that other keys set, or that would load weights past ``weights``."""
+    refused = sorted(set(request.config.kwargs) & set(reserved))
+    if refused:
         raise ConfigError(
-            f"kwargs may not hold {', '.join(found)}",
+            f"kwargs may not contain {', '.join(refused)}",
+            code="config.reserved-kwargs",
             where=f"{request.where}.kwargs",
             expected="classes from data.num_classes, weights from the section's weights key",
-            next_step=f"remove {', '.join(found)} from kwargs",
+            next_step=f"remove {', '.join(refused)} from kwargs",
         )
 
 
 def refuse_untrained_head(request: BuildRequest, width: int) -> None:
-    """Stops a teacher before the download when the pretrained head is not K wide."""
+    """Refuses, before the download, a teacher whose pretrained head is not K wide."""
     if width == request.num_classes or request.allow_new_head:
         return
     raise ModelError(
-        "the pretrained head has another width, so the teacher would speak with an untrained head",
+        "the pretrained head has another width, so the teacher's logits would come from an untrained one",
         code="model.untrained-head",
         where=f"{request.where}.weights",
         got=f"{width} classes in {request.config.model}" if width else f"no head in {request.config.model}",
@@ -143,9 +150,10 @@ def refuse_untrained_head(request: BuildRequest, width: int) -> None:
 
 
 def download_error(request: BuildRequest, error: BaseException) -> ModelError:
-    """The error for pretrained weights that did not arrive."""
+    """The error for pretrained weights that could not be downloaded."""
     return ModelError(
         f"the pretrained weights of {request.config.model} could not be downloaded",
+        code="weights.download-failed",
         where=f"{request.where}.weights",
         got=cause(error),
         expected="a connection to the model library's host, or its files in the local cache",
@@ -154,6 +162,6 @@ def download_error(request: BuildRequest, error: BaseException) -> ModelError:
 
 
 def last_layer(network: nn.Module, kind: type[nn.Module] | tuple[type[nn.Module], ...]) -> str | None:
-    """Name of the last submodule of a kind, in the order of registration."""
+    """The name of the last submodule of a kind, in the order of registration."""
     names = [name for name, module in network.named_modules() if isinstance(module, kind)]
     return names[-1] if names else None

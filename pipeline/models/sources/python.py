@@ -1,7 +1,7 @@
-"""``python:module:factory``: the user's own network, called as ``factory(num_classes=K, **kwargs) -> nn.Module``.
+"""``python:module:factory``: a network of the user, built by ``factory(num_classes=K, **kwargs) -> nn.Module``.
 
-A config names code and brings none: modules come from where Python finds them, which in a submitted job is its working
-directory and the installed packages. Nothing here adds to that.
+A config names code and does not contain it: modules come from Python's import path, which in a submitted job is its
+working directory and the installed packages. Nothing here extends that path.
 """
 
 from __future__ import annotations
@@ -26,45 +26,48 @@ from pipeline.models.sources.base import (
 )
 
 _NAME = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*:[^\W\d]\w*")
-# Nobody's own networks, and among them functions that run what their arguments name: a command, a file, a repository.
+# Not code of the user. Some of their functions run what their arguments name: a command, a file, a repository.
 _FOREIGN_PACKAGES = frozenset({*sys.stdlib_module_names, "torch", "torchvision", "timm"})
 
 
 def build(request: BuildRequest) -> BuiltModel:
-    """Builds with the user's factory. Such a network says nothing of its input: the YAML has to.
+    """Builds with the factory of the user. Such a network declares no input, so the YAML must.
 
     Raises:
-        ModelError: nothing of that name can be imported or called, or it returns no network with a head to read.
+        ModelError: the factory cannot be imported or called, or it does not return a network with a linear head.
     """
     refuse_reserved(request, {"num_classes"})
     if request.pretrained:
         raise ModelError(
             "a python: factory has no pretrained weights to download",
+            code="weights.no-pretrained",
             where=f"{request.where}.weights",
             got="pretrained",
             expected="random, or the URL of a .safetensors or .pt file",
         )
-    factory = _imported(request)
+    factory = _import_factory(request)
     with constructor_errors(request):
         network = factory(num_classes=request.num_classes, **request.config.kwargs)
     if not isinstance(network, nn.Module):
         raise ModelError(
             f"{request.config.model} did not return a network",
+            code="model.not-a-network",
             where=f"{request.where}.model",
             got=type(network).__name__,
             expected="torch.nn.Module",
         )
-    return BuiltModel(network=network, heads=_heads(network, request), own=DeclaredInput())
+    return BuiltModel(network=network, heads=_heads(network, request), declared=DeclaredInput())
 
 
-def _imported(request: BuildRequest) -> Callable[..., Any]:
+def _import_factory(request: BuildRequest) -> Callable[..., Any]:
     _check_name(request)
     module_name, _, attribute = request.name.partition(":")
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
-    except Exception as error:  # the module is the user's code: it may raise anything while it is imported
+    except Exception as error:  # code of the user may raise anything while it is imported
         raise ModelError(
             "this factory cannot be imported",
+            code="model.factory-import",
             where=f"{request.where}.model",
             got=f"{request.config.model}: {cause(error)}",
             expected="python:package.module:factory",
@@ -73,6 +76,7 @@ def _imported(request: BuildRequest) -> Callable[..., Any]:
     if not callable(factory):
         raise ModelError(
             "this factory cannot be called",
+            code="model.factory-not-callable",
             where=f"{request.where}.model",
             got=f"{request.config.model} is a {type(factory).__name__}",
             expected="factory(num_classes=…, **kwargs) -> torch.nn.Module",
@@ -85,16 +89,17 @@ def _check_name(request: BuildRequest) -> None:
     if _NAME.fullmatch(request.name) is None:
         raise ModelError(
             "this is not the name of a factory",
+            code="model.factory-name",
             where=f"{request.where}.model",
             got=request.config.model,
-            expected="python:package.module:factory, names alone",
+            expected="python:package.module:factory, with names only",
         )
     if _is_foreign(request.name.partition(":")[0]):
         raise _foreign_code_error(request, str(request.config.model))
 
 
 def _check_origin(factory: Callable[..., Any], request: BuildRequest) -> None:
-    """A module has what it imports too, under any name."""
+    """Refuses foreign functions that the module of the user imported, under any name."""
     if isinstance(factory, (type, types.FunctionType, types.BuiltinFunctionType)) and _is_foreign(
         module := factory.__module__ or "builtins"
     ):
@@ -107,10 +112,11 @@ def _is_foreign(module: str) -> bool:
 
 def _foreign_code_error(request: BuildRequest, got: str) -> ModelError:
     return ModelError(
-        "a python: factory is code of one's own; the standard library and the frameworks are not",
+        "a python: factory must be your code, not that of the standard library or a framework",
+        code="model.foreign-factory",
         where=f"{request.where}.model",
         got=got,
-        expected="timm/NAME or torchvision/NAME for their models, or a factory of your own package",
+        expected="timm/NAME or torchvision/NAME for their models, or a factory of your package",
     )
 
 
@@ -122,9 +128,10 @@ def _heads(network: nn.Module, request: BuildRequest) -> tuple[str, ...]:
     if name is None or not isinstance(layer, nn.Linear) or layer.out_features != request.num_classes:
         raise ModelError(
             "the embedding is the input of the last nn.Linear, and this network does not end in one",
+            code="model.no-linear-head",
             where=f"{request.where}.model",
             got=f"{name}: {layer}" if name is not None else "no nn.Linear at all",
             expected=f"a last nn.Linear with out_features={request.num_classes} (data.num_classes)",
-            next_step="register the head last, or give the network forward_embedding(x) -> (logits, embedding)",
+            next_step="register the head last, or define forward_embedding(x) -> (logits, embedding)",
         )
     return (name,)

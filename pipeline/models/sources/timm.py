@@ -1,4 +1,4 @@
-"""``timm/NAME``: bare names of the installed timm, never a hub repository."""
+"""``timm/NAME``: models of the installed timm, never of a hub repository."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ _RESERVED = frozenset(
         "cache_dir",
     }
 )
-# timm downloads through whichever HTTP client its hub package uses; not all of their errors are OSErrors.
+# HTTP clients of timm's hub package; not all of their errors are OSErrors.
 _NETWORK_PACKAGES = frozenset({"httpx", "httpcore", "requests", "urllib3", "huggingface_hub"})
 
 _POOLING_HEADS = (ClassifierHead, NormMlpClassifierHead, ClNormMlpClassifierHead)
 
 
 def build(request: BuildRequest) -> BuiltModel:
-    """Builds a timm model; its input comes from its pretrained configuration, whatever weights it gets.
+    """Builds a timm model. Its input is that of its pretrained configuration, for any weights.
 
     Raises:
         ModelError: unknown name or tag, no or unreachable pretrained weights, arguments that do not fit, or no
@@ -57,7 +57,7 @@ def build(request: BuildRequest) -> BuiltModel:
     return BuiltModel(
         network=network,
         heads=_heads(network, request),
-        own=_declared_input(network, request.config.kwargs),
+        declared=_declared_input(network, request.config.kwargs),
         size_kwarg="img_size",
         embedding_dim=width if isinstance(width, int) else None,
     )
@@ -78,7 +78,8 @@ def _create(request: BuildRequest) -> nn.Module:
 def _check_name(request: BuildRequest) -> None:
     if any(mark in request.name for mark in ":/"):
         raise ModelError(
-            "only bare timm names are built; hub repositories and folders are not",
+            "hub repositories and folders are not supported, only names of timm",
+            code="model.hub-name",
             where=f"{request.where}.model",
             got=request.config.model,
             expected="timm/NAME or timm/NAME.TAG",
@@ -98,6 +99,7 @@ def _check_pretrained(request: BuildRequest) -> None:
     if pretrained is None or not pretrained.has_weights:
         raise ModelError(
             "timm has no pretrained weights for this model",
+            code="weights.no-pretrained",
             where=f"{request.where}.weights",
             got=request.config.model,
             next_step="choose a name with weights, or give weights: random or a URL",
@@ -106,14 +108,14 @@ def _check_pretrained(request: BuildRequest) -> None:
 
 
 def _heads(network: Any, request: BuildRequest) -> tuple[str, ...]:
-    """Names of the classifier, or of all where a distilled or multi-scale model has several."""
+    """Names of the classifiers; distilled and multi-scale models have several."""
     get_classifier = getattr(network, "get_classifier", None)
     classifier = None if get_classifier is None else get_classifier()
     parts: Iterable[object] = classifier if isinstance(classifier, tuple | nn.ModuleList) else (classifier,)
     names = {id(module): name for name, module in network.named_modules()}
-    # SAM's encoders return the module around the layer, which reads a map.
+    # get_classifier of SAM's encoders returns the module around the layer, whose input is a map.
     layers = [part.fc if isinstance(part, _POOLING_HEADS) else part for part in parts]
-    # An empty name is the whole network; a list of heads inside a tuple has no single input.
+    # An empty name is the whole network. A list of heads inside of a tuple has no single input.
     if not layers or not all(names.get(id(layer)) and not isinstance(layer, nn.ModuleList) for layer in layers):
         raise _no_single_head(request, None if get_classifier is None else classifier)
     return tuple(names[id(layer)] for layer in layers)
@@ -133,10 +135,10 @@ def _no_single_head(request: BuildRequest, classifier: object) -> ModelError:
 
 def _declared_input(network: nn.Module, kwargs: dict[str, Any]) -> DeclaredInput:
     img_size = kwargs.get("img_size")
-    found = resolve_model_data_config(network, args={"img_size": img_size} if isinstance(img_size, int) else None)
+    config = resolve_model_data_config(network, args={"img_size": img_size} if isinstance(img_size, int) else None)
     return DeclaredInput(
-        size=found["input_size"][-1],
-        mean=tuple(found["mean"]),
-        std=tuple(found["std"]),
-        interpolation=found["interpolation"],
+        size=config["input_size"][-1],
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        interpolation=config["interpolation"],
     )

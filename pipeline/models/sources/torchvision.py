@@ -27,17 +27,17 @@ from pipeline.models.sources.base import (
 from pipeline.models.weights import load_state
 
 _RESERVED = frozenset({"num_classes", "weights", "progress", "pretrained"})
-# Auxiliary heads have outputs in training alone: no loss here reads them, and DDP waits for their gradients.
+# Auxiliary heads have outputs in training mode only. No loss uses them, and DDP would wait for their gradients.
 _WITH_AUXILIARY_HEADS = frozenset({"googlenet", "inception_v3"})
 _AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
-# As in torchvision's loader of its DenseNets: their files are older than the rule that names of modules have no dots.
+# As in torchvision's loader of its DenseNets, whose files have dots in module names.
 _OLD_DENSENET = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.\w+)$")
 
 
 def build(request: BuildRequest) -> BuiltModel:
-    """Builds a torchvision classifier; its input comes from its default weights' transforms, whatever weights it gets.
+    """Builds a torchvision classifier. Its input is that of the transforms of its default weights, for any weights.
 
-    Weights by name and the same weights by URL give the same network.
+    The same weights by name and by URL give the same network.
 
     Raises:
         ModelError: unknown name, unreachable pretrained weights, or arguments that do not fit.
@@ -62,14 +62,19 @@ def build(request: BuildRequest) -> BuiltModel:
         load_state(network, file.state, source=str(published), where=f"{request.where}.weights")
         if width != request.num_classes:
             _replace_head(network, request.num_classes)
-    own = _declared_input(network, published)
-    return BuiltModel(network=network, heads=(_head(network),), own=own, size_kwarg="image_size", notes=notes)
+    return BuiltModel(
+        network=network,
+        heads=(_head(network),),
+        declared=_declared_input(network, published),
+        size_kwarg="image_size",
+        notes=notes,
+    )
 
 
 def input_transform(network: nn.Module) -> dict[str, bool]:
-    """What the tensors of a GoogLeNet or an Inception do not say, to be stored with them; empty for other networks.
+    """``transform_input`` of a GoogLeNet or Inception, to be stored with its tensors; empty for other networks.
 
-    With ``transform_input`` these networks first change an input normalised for ImageNet to mean and std 0.5.
+    With it these networks first convert an input that is normalised for ImageNet to mean and std 0.5.
     """
     transforms = getattr(network, "transform_input", None)
     return {"transform_input": transforms} if isinstance(transforms, bool) else {}
@@ -78,9 +83,9 @@ def input_transform(network: nn.Module) -> dict[str, bool]:
 def _arguments(
     request: BuildRequest, published: models.WeightsEnum, file: WeightsFile | None
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Arguments of the constructor, as torchvision's builder sets them where it has weights, and notes for the user.
+    """Arguments of the constructor, as torchvision's builder sets them for weights, and notes for the user.
 
-    What the user gives comes first.
+    ``kwargs`` of the user override them.
     """
     chosen: dict[str, Any] = {}
     notes: list[str] = []
@@ -90,7 +95,7 @@ def _arguments(
         chosen["transform_input"] = file.transform_input is not False
         if file.transform_input is None and "transform_input" not in request.config.kwargs:
             notes.append(
-                f"{request.where}.kwargs: transform_input is true, as torchvision sets it where {request.name} has "
+                f"{request.where}.kwargs: transform_input is true, as torchvision sets it for {request.name} with "
                 "weights; set {transform_input: false} for weights that were trained without it"
             )
         auxiliary = [name for name in file.state if _is_auxiliary(name)]
@@ -102,7 +107,7 @@ def _arguments(
 
 
 def _image_size(request: BuildRequest, published: models.WeightsEnum, file: WeightsFile | None) -> int | None:
-    """Pixels that a ViT's position embedding [1,1+N,D] was made for; None where the constructor's default holds."""
+    """The input size of a ViT's position embedding [1,1+N,D], in pixels; None for the default of the constructor."""
     if file is None:
         return published.meta["min_size"][0] if request.config.weights == "pretrained" else request.likely_size
     positions = [tensor for name, tensor in file.state.items() if name.endswith("encoder.pos_embedding")]
@@ -119,7 +124,7 @@ def _is_auxiliary(name: str) -> bool:
 def _fix_legacy_names(
     network: nn.Module, state: dict[str, Any], _prefix: str, _metadata: object, _strict: bool, *_errors: list[str]
 ) -> None:
-    """Before a state dict is loaded: names of old DenseNets, and auxiliary heads that this network lacks."""
+    """Hook before loading a state dict: renames tensors of old DenseNets, drops those of missing auxiliary heads."""
     for name in list(state):
         old = _OLD_DENSENET.match(name)
         if old:
@@ -129,9 +134,9 @@ def _fix_legacy_names(
 
 
 def _download(request: BuildRequest, published: models.WeightsEnum) -> Mapping[str, Tensor]:
-    """The file, in torchvision's cache afterwards, read with pickled code refused.
+    """Downloads the file into torchvision's cache and reads it without pickled code.
 
-    The library's own loader does not refuse it, and only from here can a failed download be told from bad arguments.
+    The loader of the library would run such code, and would not separate a failed download from bad arguments.
     """
     try:
         return published.get_state_dict(progress=False, check_hash=True, weights_only=True, map_location="cpu")
@@ -148,7 +153,7 @@ def _download(request: BuildRequest, published: models.WeightsEnum) -> Mapping[s
 
 
 def _head(network: nn.Module) -> str:
-    """The last nn.Linear; SqueezeNet alone has none and classifies by its last convolution."""
+    """The last nn.Linear; SqueezeNet has none and classifies by its last convolution."""
     name = last_layer(network, nn.Linear) or last_layer(network, nn.Conv2d)
     assert name is not None, "every torchvision classifier ends in one or the other"
     return name
@@ -168,7 +173,7 @@ def _replace_head(network: nn.Module, num_classes: int) -> None:
 
 def _declared_input(network: nn.Module, published: models.WeightsEnum) -> DeclaredInput:
     preset: Any = published.transforms()
-    # A ViT is built for one size, which need not be the one its published weights were made for.
+    # The size of a ViT is fixed when it is built, and may differ from that of its published weights.
     built_for = getattr(network, "image_size", None)
     return DeclaredInput(
         size=built_for if isinstance(built_for, int) else preset.crop_size[0],

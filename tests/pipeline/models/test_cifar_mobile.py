@@ -166,5 +166,5 @@ def test_a_bottleneck_resnet_without_four_stages_is_refused(build: Callable[[], 
 
 @pytest.mark.parametrize("build", [lambda: mobilenet_v2(10, 0.05), lambda: mobilenet_v2(10, 0.5, 0)])
 def test_numbers_that_make_no_mobilenet_are_refused(build: Callable[[], nn.Module]) -> None:
-    with pytest.raises(ModelError, match="no MobileNetV2"):
+    with pytest.raises(ModelError, match="do not define a MobileNetV2"):
         build()

@@ -258,7 +258,7 @@ def test_a_name_near_none_is_told_so() -> None:
 @pytest.mark.parametrize(("layer", "got"), [("fc", r"[2, 7]"), ("pair", "tuple"), ("odd", "[2, 3, 5, 7]")])
 def test_a_layer_whose_output_is_no_map_is_told_with_its_shape(layer: str, got: str) -> None:
     error = refusal(_wrapped(Various()), layer)
-    assert error.what == f"the output of {layer} is no feature map"
+    assert error.what == f"the output of {layer} is not a feature map"
     assert str(error.got).startswith(got)
     assert "stem [5,62,62]" in str(error.next_step)
 

@@ -192,8 +192,8 @@ def test_every_name_has_timms_width_or_is_refused(part: int) -> None:
             kind = (type(built.network), type(built.network.get_submodule(built.heads[0])), len(built.heads))
             if width is None or kind not in PROVEN:
                 PROVEN.add(kind)
-                assert built.own.size is not None
-                _, embedding_BD = probe_outputs(built, request, size=built.own.size)
+                assert built.declared.size is not None
+                _, embedding_BD = probe_outputs(built, request, size=built.declared.size)
                 assert embedding_BD.shape[1] == built.embedding_dim
         except ModelError as error:
             refused[name] = error.code
