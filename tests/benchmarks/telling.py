@@ -34,9 +34,9 @@ def run() -> None:
 
     def worker() -> None:
         for _ in range(_PARTS):
-            caption = tally.caption(task, 1)
-            caption.emit_begin()
-            caption.emit_end(spent)
+            label = tally.label(task, 1)
+            label.emit_begin()
+            label.emit_end(spent)
 
     variants = {
         "driver, no Ray": _as("text", driver),

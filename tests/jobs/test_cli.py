@@ -333,7 +333,7 @@ def test_a_job_says_that_ray_starts_before_it_imports_it(document: Document) -> 
         "def emit(text, **more):\n"
         "    print(text, sorted({'torch', 'ray'} & sys.modules.keys()))\n"
         "    raise KeyboardInterrupt\n"
-        "import jobs.ray.address as address; address.tell = emit\n"
+        "import jobs.ray.address as address; address.emit = emit\n"
         "cli.main()"
     )
     command = [sys.executable, "-c", program, document(ray={"address": "local"})]

@@ -63,7 +63,7 @@ def test_a_folder_of_many_shards_is_listed_once_and_what_it_lacks_is_named(
     for name in ("size", "sizes_right_below"):
         asked = getattr(storage, name)
         monkeypatch.setattr(storage, name, lambda url, asked=asked, name=name: (calls.update([name]), asked(url))[1])
-    monkeypatch.setattr(storage, "NAMES_A_PAGE", 20)
+    monkeypatch.setattr("pipeline.storage.objects.NAMES_A_PAGE", 20)
     folder = f"memory://{tmp_path.name}"
     by_id = {
         f"{place}-{number:02d}": f"{folder}/{place}/{place}-{number:02d}.tar"

@@ -15,7 +15,7 @@ _WORK = """
 import os, sys
 from contextlib import suppress
 from jobs.entry import run_command
-from jobs.observability.log import tell
+from jobs.observability.log import emit
 from jobs.observability.progress import ProgressView
 
 def work():
@@ -24,7 +24,7 @@ def work():
             os.write(1, b"a library prints")
             os.write(2, b"a library prints")
         for done in range(3):
-            tell("a line")
+            emit("a line")
             view.update(done + 1)
         if len(sys.argv) > 2:
             for _ in range(20_000):

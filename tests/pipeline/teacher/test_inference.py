@@ -157,7 +157,7 @@ def test_a_process_that_is_given_another_gpu_says_so(monkeypatch: pytest.MonkeyP
     check_gpu(torch.device("cuda"), seen)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     check_gpu(CPU, seen)
-    with pytest.raises(LostGpuError, match=r"got: +CUDA_VISIBLE_DEVICES='0'\n +wanted: +'3'"):
+    with pytest.raises(LostGpuError, match=r"got: +CUDA_VISIBLE_DEVICES='0'\n +expected: +'3'"):
         check_gpu(torch.device("cuda"), seen)
 
 

@@ -84,7 +84,7 @@ REFUSED = {
     "a large float": (b'{"3": [1, 1e39, 3]}', "beyond float32[\\s\\S]*class 3"),
     "a large integer": (b'{"3": [1, 1' + b"0" * 400 + b", 3]}", "beyond float32[\\s\\S]*class 3"),
     "an integer of many digits": (b'{"3": [1, 1' + b"0" * 9000 + b", 3]}", "not JSON"),
-    "ragged": (f'{{"0": {GOOD}, "4": [1, 2]}}'.encode(), "class 4: 2 numbers[\\s\\S]*wanted: +3 numbers"),
+    "ragged": (f'{{"0": {GOOD}, "4": [1, 2]}}'.encode(), "class 4: 2 numbers[\\s\\S]*expected: +3 numbers"),
     "another width": (b'{"0": [1, 2, 3, 4]}', "not as wide[\\s\\S]*class 0: 4 numbers"),
     "text": (b'{"0": [1, "2", 3]}', "not a list of numbers[\\s\\S]*class 0"),
     "true": (b'{"0": [1, true, 3]}', "not a list of numbers"),

@@ -142,7 +142,7 @@ def test_parity_views_of_cached_and_online_are_bitwise_equal_for_any_world_size(
             assert one.sample_ids == other.sample_ids
             digests = [[pixel_digest(view) for view in batch.pixels_BCHW] for batch in (one, other)]
             assert digests[0] == digests[1]
-            for name in ("labels_B", "partner_B", "lambda_B", "cut_B4"):
+            for name in ("labels_B", "partner_B", "lambda_B", "cutmix_box_B4"):
                 left, right = getattr(one, name), getattr(other, name)
                 assert left is right is None or torch.equal(left, right), name
 
@@ -234,7 +234,7 @@ def test_inputs_of_a_build_and_of_training_are_the_same_bits(replays: Replay) ->
         batch = batches[step]
         assert batch.partner_B is not None
         assert batch.cutmix_box_B4 is not None
-        mixing = {"partner_B": batch.partner_B, "lambda_B": batch.lambda_B, "cut_B4": batch.cutmix_box_B4}
+        mixing = {"partner_B": batch.partner_B, "lambda_B": batch.lambda_B, "cutmix_box_B4": batch.cutmix_box_B4}
         whole = to_input(batch.pixels_BCHW, mean_C=mean, std_C=std, **mixing)
         for row in range(len(batch.sample_ids)):
             alone = to_input(

@@ -65,7 +65,7 @@ def test_pieces_hold_what_the_batch_held_and_mates_stay_together(replays: Replay
         pieces = micro_batches(whole, 2)
         assert [one for piece in pieces for one in piece.sample_ids] == whole.sample_ids
         assert whole.partner_B is not None
-        for name in ("pixels_BCHW", "labels_B", "lambda_B", "cut_B4"):
+        for name in ("pixels_BCHW", "labels_B", "lambda_B", "cutmix_box_B4"):
             assert torch.equal(torch.cat([getattr(piece, name) for piece in pieces]), getattr(whole, name))
         logits = [piece.words[0].logits_at(1.0) for piece in pieces]
         assert torch.equal(torch.cat([one for one in logits if one is not None]), whole.words[0].logits_at(1.0))
