@@ -25,17 +25,11 @@ from pipeline.cache.build.commit import (
     read_commit_summaries,
     revoke,
 )
+from pipeline.cache.build.context import cache_config, prepare
 from pipeline.cache.build.header_claim import check_without_weights
 from pipeline.cache.build.manifest import find_relabelled, publish_manifest, read_manifest, read_sums, read_table
-from pipeline.cache.build.part import (
-    BusyTime,
-    IndexTask,
-    PartTask,
-    build_part,
-    cache_config,
-    prepare_with_notes,
-    restore_index,
-)
+from pipeline.cache.build.part import BusyTime, PartTask, build_part
+from pipeline.cache.build.shard_index import IndexTask, restore_index
 from pipeline.cache.format import layout
 from pipeline.cache.format.header import find_header
 from pipeline.cache.plan.free_space import check_space
@@ -87,7 +81,7 @@ def build_cache(config: Config) -> Manifest:
             # One small task first: a wrong teacher or a foreign cache is found before anything is queued.
             first = [of_tasks(config, urls)]
             name = "the header of the cache"
-            for _, notes in fan_out(prepare_with_notes, first, config.ray, what="a cache task", name=lambda _: name):
+            for _, notes in fan_out(prepare, first, config.ray, what="a cache task", name=lambda _: name):
                 _warn(notes)
         _build_parts(config, by_id, commits)
         manifest = publish_manifest(cache.url, by_id, add_up=partial(_add_up, config.ray))

@@ -13,7 +13,7 @@ from jobs.paths import with_absolute_paths
 from jobs.ray.cluster import cluster, num_slots, num_tasks_here
 from jobs.ray.fan_out import fan_out
 from pipeline.cache.build.commit import files_present, is_dangling, read_commit_summaries
-from pipeline.cache.build.part import cache_config
+from pipeline.cache.build.context import cache_config
 from pipeline.cache.plan.build_plan import CachePlan, plan_cache
 from pipeline.cache.plan.free_space import check_space
 from pipeline.cache.plan.measurement import Forecast, Measurement, MeasureTask, forecast, measure, part_time_warnings

@@ -23,7 +23,7 @@ from jobs.ray.shadowing import check_shadowing
 from jobs.submission.follow import Job, follow, report
 from jobs.submission.package import CONFIG_FOLDER, WorkingDir, find_files, write_package
 from pipeline import storage
-from pipeline.cache.build.part import cache_config
+from pipeline.cache.build.context import cache_config
 from pipeline.core.errors import ConfigError, InputError, ResourceError, SubmissionError, first_line
 from pipeline.core.hashing import short
 from pipeline.core.redaction import redact

@@ -21,8 +21,8 @@ from jobs.ray.fan_out import fan_out
 from pipeline import storage
 from pipeline.augment.params import sample_keys, view_params
 from pipeline.augment.pixels import apply_view, stack_views
-from pipeline.cache.build.part import part as build_module
-from pipeline.cache.build.part import prepare
+from pipeline.cache.build.context import prepare
+from pipeline.cache.build.part import PartBuild
 from pipeline.cache.build.part_writer import PartWriter
 from pipeline.cache.build.statistics import StatisticsSum
 from pipeline.shards.decode import decode
@@ -34,11 +34,11 @@ from tests.benchmarks.timing import SHARED, Spread, Stopwatch, interleaved, rati
 THREADS = 2
 # What turns answers into a committed part: all that a build does besides reading, decoding, views and the teacher.
 STORING = (
-    (build_module._PartBuild, "_rows"),
+    (PartBuild, "record_batch"),
     (StatisticsSum, "add"),
     (PartWriter, "add"),
     (PartWriter, "close"),
-    (build_module._PartBuild, "_publish"),
+    (PartBuild, "publish"),
 )
 
 

@@ -14,12 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.cache.build.commit import read_commits
 from pipeline.cache.build.part_writer import PartWriter, parquet_settings, view_ranges
 from pipeline.cache.format.codec import decode, encode, outputs_of
 from schemas.cache_format import Output, part_schema
 from schemas.config import CacheConfig
 from tests.benchmarks.teachers import BENCH, CIFAR, ten_classes, thousand_classes
+from tests.pipeline.caches import read_commits
 
 _GROUP, _ROUNDS = 256, 3
 _STAGES = ("encode", "write", "hash", "read", "decode")

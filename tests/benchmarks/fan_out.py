@@ -13,7 +13,8 @@ from PIL import Image
 from jobs.build_cache import plan_tasks
 from jobs.ray.fan_out import fan_out
 from pipeline import storage
-from pipeline.cache.build.part import PartTask, build_part, prepare
+from pipeline.cache.build.context import prepare
+from pipeline.cache.build.part import PartTask, build_part
 from pipeline.shards.shard_urls import shard_ids
 from pipeline.shards.writer import pack_shards
 from schemas.config import Config

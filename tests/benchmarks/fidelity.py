@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.cache.build.encoding_fidelity import kl_sum, pearson_sum
+from pipeline.cache.build.statistics import kl_sum, pearson_sum
 from pipeline.cache.format.codec import decode, encode, outputs_of, row_bytes
 from schemas.config import CacheConfig
 from tests.benchmarks.teachers import CIFAR, ten_classes, thousand_classes

@@ -9,7 +9,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.cache.build.part import PartTask, build_part, prepare
+from pipeline.cache.build.context import prepare
+from pipeline.cache.build.part import PartTask, build_part
 from pipeline.shards.tar import read_samples
 from pipeline.shards.writer import Members, pack_shards
 from schemas.cache_format import ViewBlock

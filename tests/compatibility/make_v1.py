@@ -29,8 +29,9 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from pipeline.cache.build.context import prepare
 from pipeline.cache.build.manifest import publish_manifest
-from pipeline.cache.build.part import PartTask, build_part, prepare
+from pipeline.cache.build.part import PartTask, build_part
 from pipeline.cache.ops.inspect import inspect_cache
 from pipeline.models.cifar import resnet
 from pipeline.shards.writer import pack_shards

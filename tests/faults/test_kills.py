@@ -19,7 +19,8 @@ import psutil
 import pytest
 import yaml
 
-from pipeline.cache.build.part import build_part, prepare
+from pipeline.cache.build.context import prepare
+from pipeline.cache.build.part import build_part
 from pipeline.cache.format.layout import commit_path
 from pipeline.shards.writer import pack_shards
 from schemas.config import Config

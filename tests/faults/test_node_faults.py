@@ -23,7 +23,6 @@ from PIL import Image
 from jobs.ray import fan_out as module
 from jobs.ray.fan_out import LostTaskError, fan_out
 from jobs.verify_cache import verify
-from pipeline.cache.build.commit import read_commits
 from pipeline.cache.build.header_claim import MAX_DRIFT
 from pipeline.cache.read.reader import open_cache
 from pipeline.shards.writer import pack_shards
@@ -39,7 +38,7 @@ from tests.faults.test_kills import (
 )
 from tests.jobs.clusters import Nodes, driver, head_node, many_nodes
 from tests.jobs.node_work import attempts, node, take_the_node_along
-from tests.pipeline.caches import build, digit_samples, files
+from tests.pipeline.caches import build, digit_samples, files, read_commits
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 NUM_LOSSES = 6

@@ -21,7 +21,7 @@ import pytest
 import yaml
 
 from jobs.build_cache import build_cache
-from pipeline.cache.build.part import _builder, prepare
+from pipeline.cache.build.context import load_context, prepare
 from pipeline.core.errors import StorageError
 from pipeline.core.hashing import digest
 from pipeline.shards.writer import pack_shards
@@ -151,7 +151,7 @@ def undisturbed(shard: str, folder: Path) -> dict[str, bytes]:
 @pytest.fixture
 def asked(shard: str, folder: Path) -> Callable[[], int]:
     """How many batches of images the teacher was asked so far; what it is asked as it is loaded is no image."""
-    _builder.cache_clear()
+    load_context.cache_clear()
     before = len(forwards())
     prepare(config_of(shard, folder / "prepared"))
     of_loading = {*forwards()[before:]}

@@ -11,7 +11,7 @@ import typer.main
 
 from jobs import build_cache, distill, train_student
 from jobs.cli import app
-from pipeline.cache.build.part import cache_config
+from pipeline.cache.build.context import cache_config
 from pipeline.models.summary import summarize_model
 from pipeline.shards.writer import pack_shards
 from pipeline.storage.config_files import load_config

@@ -12,8 +12,8 @@ import pytest
 from jobs.build_cache import build_cache, check_shards, plan_tasks
 from pipeline import storage
 from pipeline.cache.build.class_means import ClassSums
+from pipeline.cache.build.context import load_context
 from pipeline.cache.build.manifest import read_sums
-from pipeline.cache.build.part import _builder as builder_of  # pyright: ignore[reportPrivateUsage]
 from pipeline.core.errors import StorageInputError
 from schemas.cache_format import FileRef
 from tests.jobs.conftest import Tree, config_of, files_below
@@ -33,9 +33,9 @@ def test_a_task_does_not_carry_the_other_shards(tree: Tree) -> None:
 
 
 def test_a_build_loads_its_teacher_once_whatever_names_its_shards(tree: Tree) -> None:
-    builder_of.cache_clear()
+    load_context.cache_clear()
     build_cache(config_of(tree()))
-    assert builder_of.cache_info().misses == 1
+    assert load_context.cache_info().misses == 1
 
 
 @pytest.mark.slow

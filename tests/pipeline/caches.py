@@ -14,12 +14,13 @@ from sklearn.datasets import load_digits
 
 from pipeline import storage
 from pipeline.cache.build.blocks import BlockPlan
-from pipeline.cache.build.commit import read_commits
+from pipeline.cache.build.commit import stream_commits
+from pipeline.cache.build.context import prepare
 from pipeline.cache.build.manifest import publish_manifest
-from pipeline.cache.build.part import PartTask, build_part, prepare
+from pipeline.cache.build.part import PartTask, build_part
 from pipeline.shards.shard_urls import shard_ids
 from pipeline.shards.writer import Members
-from schemas.cache_format import Manifest
+from schemas.cache_format import Commit, Manifest
 from schemas.config import CacheConfig, Config
 
 
@@ -54,6 +55,11 @@ def shard_urls(config: Config) -> dict[str, str]:
     assert config.data.shards is not None
     urls = [storage.absolute(url) for url in storage.expand(config.data.shards)]
     return dict(zip(shard_ids(urls), urls, strict=True))
+
+
+def read_commits(url: str) -> list[Commit]:
+    """Every commit of a cache of few shards, by path."""
+    return [*stream_commits(url)]
 
 
 def open_tasks(config: Config) -> list[PartTask]:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import storage
-from pipeline.cache.build.commit import read_commits, revoke
+from pipeline.cache.build.commit import revoke
 from pipeline.cache.format import layout
 from pipeline.cache.ops.gc import collect_garbage
 from pipeline.cache.read.reader import open_cache
@@ -22,7 +22,7 @@ from pipeline.core.errors import CacheError, InputError
 from pipeline.core.hashing import digest, seal
 from pipeline.student.training.trainer import train
 from schemas.config import TeacherConfig
-from tests.pipeline.caches import TinyCache
+from tests.pipeline.caches import TinyCache, read_commits
 from tests.pipeline.student.runs import run_config
 
 SHA = "0" * 64

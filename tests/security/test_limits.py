@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.pack_shards import pack
-from pipeline.cache.build.commit import read_commits
 from pipeline.cache.format import layout
 from pipeline.cache.format.header import read_header
 from pipeline.cache.ops.inspect import inspect_cache
@@ -24,7 +23,7 @@ from pipeline.shards.index import decode_index
 from pipeline.shards.pack_plan import PackSettings
 from pipeline.student.run import checkpoint
 from schemas.cache_format import INDEX_SCHEMA
-from tests.pipeline.caches import TinyCache
+from tests.pipeline.caches import TinyCache, read_commits
 from tests.security.test_caches import change_record
 
 HUGE_BYTES = 100 << 30

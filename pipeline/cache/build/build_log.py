@@ -1,6 +1,6 @@
-"""How far builds have come, for people: outside of every digest, so that it may hold times and names of hosts.
+"""The progress of builds, for people. No digest covers these records, so they may have times and host names.
 
-A driver writes one record and renews it; a finished build removes all of them.
+A driver writes one record and renews it; a finished build removes all records.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from schemas.cache_format import BuildLog
 
 _RENEW_S = 30.0
 SILENT_S = 600.0
-"""A driver that did not renew its record for longer has most likely ended."""
+"""A driver that has not renewed its record for longer has most likely ended."""
 _logger = logging.getLogger(__name__)
 
 
 class BuildLogWriter:
-    """The record of one driver, written inside a ``with``. Times are seconds since 1970.
+    """Context manager that writes the record of one driver. Times are seconds since 1970.
 
-    Until the first part is done, a thread renews it: such a build has no commit yet that would show that it runs.
+    A thread renews the record until the first part is done, because no commit shows yet that the build is running.
     """
 
     def __init__(
@@ -63,12 +63,12 @@ class BuildLogWriter:
         self._has_progress.set()
         self._thread.join()
         if kind is not None and not self._num_done:
-            # This build has ended, and left no work behind: nothing to protect from ``gc --unused-header``.
+            # The build has ended without a part, so there is nothing to protect from ``gc --unused-header``.
             with contextlib.suppress(StillroomError):
                 storage.delete(self._url)
 
     def update(self, num_done: int) -> None:
-        """Says how many of all parts are done; written at first, and then every half minute at most."""
+        """Sets how many of all parts are done. Writes the record the first time, then at most every half minute."""
         self._num_done = num_done
         if num_done > self._log.num_before:
             self._has_progress.set()
@@ -90,7 +90,7 @@ class BuildLogWriter:
 
 
 def read_last_log(cache_url: str) -> BuildLog | None:
-    """The record that was renewed last.
+    """The most recently renewed record.
 
     Raises:
         CacheError: a record was changed after it was written.
@@ -104,17 +104,17 @@ def read_last_log(cache_url: str) -> BuildLog | None:
 
 
 def find_running_build(cache_url: str, *, now_s: float) -> BuildLog | None:
-    """The record of a driver that was renewed within ``SILENT_S``, if there is one.
+    """The most recently renewed record, if that was within ``SILENT_S``.
 
     Raises:
-        CacheError: as of ``read_last_log``.
+        CacheError: a record was changed after it was written.
     """
     log = read_last_log(cache_url)
     return log if log is not None and now_s - log.renewed_s <= SILENT_S else None
 
 
 def remove_logs(cache_url: str) -> None:
-    """Of a finished build nobody asks how far it has come."""
+    """Removes all records, after a build has finished."""
     for path in _paths(cache_url):
         storage.delete(storage.join(cache_url, path))
 

@@ -1,6 +1,6 @@
-"""Publish a part, and prove it: files named by their content first, the commit last and only once.
+"""Publish a part: its files, named by their content, then its commit, which is created once.
 
-Any number of builders may work on the same block. The first commit wins; the others find it and remove their own files.
+Any number of builders may work on the same block. The first commit wins; the others read it and remove their files.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ READ_THREADS = 16
 
 @dataclass(frozen=True, slots=True)
 class CommitSummary:
-    """What planning asks of a commit: 0.5 kB in memory, of which there are millions, where the whole takes up to 50.
+    """The fields of a commit that planning needs. There may be millions: 0.5 kB each in memory, a commit up to 50 kB.
 
     Attributes:
-        part, index, means: paths of files; ``means`` is None where the block holds no class sums.
+        part, index, means: paths of files; ``means`` is None if the block has no class sums.
         num_rows: in the part, over all of its views.
     """
 
@@ -59,10 +59,10 @@ class CommitSummary:
         )
 
 
-def publish_file(cache_url: str, local: Path, path_of: str) -> FileRef:
-    """A local file under a name with its content's hash; ``path_of`` holds ``{sha16}`` where the hash goes."""
+def publish_file(cache_url: str, local: Path, template: str) -> FileRef:
+    """Publishes a local file under the path ``template``, with its hash in the place of ``{sha16}``."""
     sha256 = file_digest(local)
-    path = path_of.replace("{sha16}", sha256[:16])
+    path = template.replace("{sha16}", sha256[:16])
     storage.put(local, storage.join(cache_url, path))
     return FileRef(path=path, sha256=sha256, size_bytes=local.stat().st_size)
 
@@ -73,27 +73,27 @@ def file_digest(path: Path) -> str:
 
 
 def publish_commit(cache_url: str, commit: Commit) -> Commit:
-    """The commit that stands: this one, or that of a builder who was first."""
+    """Publishes a commit, and returns the one in the cache: this one, or that of a faster builder."""
     url = storage.join(cache_url, layout.commit_path(commit.shard_id, commit.block))
     if storage.create(url, seal(commit.model_dump(mode="json"))):
         return commit
     winner = read_commit(cache_url, layout.commit_path(commit.shard_id, commit.block))
-    for own, other in ((commit.part, winner.part), (commit.means, winner.means)):
-        # Equal content has an equal name: then the file is the winner's too.
-        if own is not None and (other is None or own.path != other.path):
-            storage.delete(storage.join(cache_url, own.path))
+    for file, winning in ((commit.part, winner.part), (commit.means, winner.means)):
+        # Files of equal content have the same name, so the winner's commit names them too.
+        if file is not None and (winning is None or file.path != winning.path):
+            storage.delete(storage.join(cache_url, file.path))
     return winner
 
 
 def check_fingerprint(commit: Commit, fingerprint: str, cache_url: str) -> None:
     """
     Raises:
-        CacheError: the commit was published under another header than the one with this fingerprint.
+        CacheError: the commit was published under another header than that of this fingerprint.
     """
     if commit.fingerprint != fingerprint:
         path = layout.commit_path(commit.shard_id, commit.block)
         raise CacheError(
-            "a commit is of another teacher",
+            "a commit was published under another header",
             code="cache.commit-of-another-header",
             where=f"{path} in {redact(cache_url)}",
             got=commit.fingerprint,
@@ -110,7 +110,7 @@ def is_unused(cache_url: str) -> bool:
 
 
 def find_commit(cache_url: str, shard_id: str, block: ViewBlock) -> Commit | None:
-    """The commit of a block, or None while there is none."""
+    """The commit of a block, or None if there is none yet."""
     url = storage.join(cache_url, layout.commit_path(shard_id, block))
     data = storage.read_if_there(url, max_bytes=storage.MAX_RECORD_BYTES)
     return None if data is None else parse_record(Commit, data, where=redact(url))
@@ -119,16 +119,16 @@ def find_commit(cache_url: str, shard_id: str, block: ViewBlock) -> Commit | Non
 def read_commit(cache_url: str, path: str) -> Commit:
     """
     Raises:
-        CacheError: the commit was changed after it was written, or is of another format.
+        CacheError: the commit was changed after it was written, or has another format version.
     """
     url = storage.join(cache_url, path)
     return parse_record(Commit, storage.read(url, max_bytes=storage.MAX_RECORD_BYTES), where=redact(url))
 
 
 def stream_commits(cache_url: str) -> Iterator[Commit]:
-    """Every commit of a cache, by shard and block. Found by listing: nothing else proves that work is done.
+    """Every commit of a cache, by shard and block. The listing of commits is the only proof of finished work.
 
-    Of the commits themselves only a few are in memory, however many there are.
+    Only a few commits are in memory at a time.
     """
     paths = [f"commits/{name}" for name in storage.listing(storage.join(cache_url, "commits"))]
     yield from map_ordered(
@@ -139,39 +139,34 @@ def stream_commits(cache_url: str) -> Iterator[Commit]:
     )
 
 
-def read_commits(cache_url: str) -> list[Commit]:
-    """All of ``stream_commits`` at once, for caches of few shards."""
-    return [*stream_commits(cache_url)]
-
-
 def read_commit_summaries(cache_url: str) -> list[CommitSummary]:
-    """What planning asks of every commit, by shard and block."""
+    """A summary of every commit, by shard and block."""
     return [CommitSummary.of(commit) for commit in stream_commits(cache_url)]
 
 
 def files_present(cache_url: str) -> set[str]:
-    """Every part, class-sum partial and index, by three listings.
+    """Every part, file of class sums and index, by three listings.
 
-    List after the commits are read: a file is there before its commit is, so none can seem to be missing.
+    Call this after reading the commits: a file is published before its commit, so no file can seem to be missing.
     """
     folders = ("parts", "means", layout.INDEX)
     return {f"{folder}/{name}" for folder in folders for name in storage.listing(storage.join(cache_url, folder))}
 
 
-def named(commits: Iterable[Commit]) -> set[str]:
-    """Every part, class-sum partial and index that a commit names."""
+def named_files(commits: Iterable[Commit]) -> set[str]:
+    """Every part, file of class sums and index that a commit names."""
     return {ref.path for commit in commits for ref in (commit.part, commit.means, commit.index) if ref is not None}
 
 
 def is_dangling(commit: CommitSummary, present: set[str]) -> bool:
-    """Whether the part or the class sums that this commit names are gone."""
+    """Whether the part or the class sums that this commit names are missing."""
     return any(path is not None and path not in present for path in (commit.part, commit.means))
 
 
 def revoke(cache_url: str, commits: list[CommitSummary]) -> None:
-    """Takes back commits that are void, or that were published under a header which was removed meanwhile.
+    """Removes commits that are dangling, or whose header was removed.
 
-    Commits are created only if absent, so a stale one would stand forever.
+    Commits are created only if absent, so a build could never replace them.
     """
     for commit in commits:
         storage.delete(storage.join(cache_url, layout.commit_path(commit.shard_id, commit.block)))

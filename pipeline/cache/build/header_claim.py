@@ -1,4 +1,4 @@
-"""Who writes to a cache: its fingerprint and header. A builder that differs in any of it stops before it writes."""
+"""The header of a build, and the claim of a cache with it. A builder with another header stops before it writes."""
 
 from __future__ import annotations
 
@@ -27,17 +27,18 @@ from schemas.config import CacheConfig, Config, DataConfig, Precision, ViewsConf
 
 _NUM_PROBES = 4
 MAX_DRIFT = {"fp32": 1e-2, "bf16": 0.15, "fp16": 0.05}
-"""How far logits may move, as a share of their standard deviation: hardware and libraries round differently, another
-network differs by whole logits."""
+"""How far logits may differ, as a share of their standard deviation: hardware and libraries round differently, while
+another network differs by whole logits."""
 
 
 def teacher_body(
     loaded: LoadedModel, *, weights: str, precision: Precision, plan: ViewsConfig, cache: CacheConfig, class_means: str
 ) -> dict[str, Any]:
-    """What decides the words of the teacher; with the views id, its hash is the fingerprint.
+    """Everything that decides the teacher's outputs: its hash is the fingerprint.
 
     Args:
-        weights: their ``weights_digest``.
+        weights: the ``weights_digest``.
+        class_means: as the header names them: ``none``, ``eval``, ``view0`` or ``imported:`` with a digest.
     """
     spec = loaded.input
     return {
@@ -66,7 +67,7 @@ def make_header(
     """The header that this config, these weights and these imported class means would write.
 
     Raises:
-        ModelError: the teacher answers the probe images with NaN or infinity.
+        ModelError: the teacher's logits on the probe images are NaN or infinite.
     """
     body = teacher_body(
         teacher.loaded,
@@ -91,7 +92,7 @@ def make_header(
 
 
 def _probe(teacher: Teacher) -> NDArray[np.float32]:
-    """Logits on four fixed noise images: what notices code that changed behind unchanged weights."""
+    """Logits on four fixed noise images. They show that the model's code changed while its weights did not."""
     size = teacher.loaded.input.size
     num_blocks = -(-3 * size * size // 32)
     keys = np.repeat(sample_keys(0, [f"probe/{number}" for number in range(_NUM_PROBES)]), num_blocks, axis=0)
@@ -102,7 +103,8 @@ def _probe(teacher: Teacher) -> NDArray[np.float32]:
     logits_NK = teacher.infer(pixels).logits_NK
     if not np.isfinite(logits_NK).all():
         raise ModelError(
-            "the teacher answers images of plain noise with NaN or infinity",
+            "the teacher produces NaN or infinity on images of noise",
+            code="model.outputs-not-finite",
             where="teacher",
             next_step="use teacher.precision=fp32, or check the weights",
         )
@@ -110,43 +112,43 @@ def _probe(teacher: Teacher) -> NDArray[np.float32]:
 
 
 def claim(cache_url: str, header: Header) -> Header:
-    """Writes the header if there is none; else checks that it says the same.
+    """Writes the header if there is none. Otherwise checks the header in the cache, and returns it.
 
     Raises:
-        CacheError: the cache belongs to another teacher, transform, plan or encoding; the difference is spelled out.
+        CacheError: the cache is of another teacher, transform, plan or encoding; the error names the difference.
     """
-    # Looked for first: every part asks, and an attempt to create costs a local disk 12 ms, a look 0.05.
-    found = find_header(cache_url)
-    if found is None:
+    # Reads first, because every part claims: an attempt to create takes 12 ms on a local disk, a read 0.05 ms.
+    stored = find_header(cache_url)
+    if stored is None:
         if storage.create(storage.join(cache_url, layout.HEADER), seal(header.model_dump(mode="json"))):
             return header
-        found = read_header(cache_url)
-    check_same(found, header, cache_url)
-    return found
+        stored = read_header(cache_url)
+    check_same(stored, header, cache_url)
+    return stored
 
 
-def check_same(found: Header, expected: Header, cache_url: str) -> None:
+def check_same(stored: Header, expected: Header, cache_url: str) -> None:
     """
     Raises:
-        CacheError: a cache with the header ``found`` is not one that ``expected`` would be written to.
+        CacheError: a build with the header ``expected`` may not write to a cache with the header ``stored``.
     """
-    _check_bodies(found, expected.views, expected.teacher, expected.data, cache_url)
-    old, new = np.array(found.probe_logits), np.array(expected.probe_logits)
+    _check_bodies(stored, expected.views, expected.teacher, expected.data, cache_url)
+    old, new = np.array(stored.probe_logits), np.array(expected.probe_logits)
     drift = float(np.abs(old - new).max() / max(float(old.std()), 1e-6))
     tolerance = MAX_DRIFT[str(expected.teacher["precision"])]
     if drift > tolerance:
         raise CacheError(
-            "the teacher's weights are unchanged, but it answers the four probe images differently",
+            "the teacher's weights are unchanged, but its logits on the four probe images differ",
             code="cache.other-probe-logits",
             where=redact(cache_url),
             got=f"logits differ by {drift:.3g} of their standard deviation",
             expected=f"at most {tolerance}",
-            next_step="model code or a library changed; build into another cache.url",
+            next_step="the model's code or a library changed; build into another cache.url",
         )
 
 
-def check_without_weights(found: Header, config: Config) -> None:
-    """Compares a header with all of a config but the numbers of its teacher, which are not loaded.
+def check_without_weights(stored: Header, config: Config) -> None:
+    """Compares a header with a config, except for the teacher's weights, which are not loaded.
 
     Raises:
         CacheError: a build with this config would write another header.
@@ -161,48 +163,39 @@ def check_without_weights(found: Header, config: Config) -> None:
             teacher,
             num_classes=config.data.num_classes,
             size=size,
-            likely_size=size or int(str(found.teacher["size"])),
+            likely_size=size or int(str(stored.teacher["size"])),
         ),
-        weights=str(found.teacher["weights"]),
+        weights=str(stored.teacher["weights"]),
         precision=teacher.precision,
         plan=config.views,
         cache=cache,
-        # The header has the digest of an imported file, which may be gone like the weights.
-        class_means=cache.class_means if cache.class_means_url is None else str(found.teacher["class_means"]),
+        # The header has the digest of an imported file, which may be missing like the weights.
+        class_means=cache.class_means if cache.class_means_url is None else str(stored.teacher["class_means"]),
     )
-    _check_bodies(found, views_body(config.views), body, index_settings(config.data), cache.url)
+    _check_bodies(stored, views_body(config.views), body, index_settings(config.data), cache.url)
 
 
 def _check_bodies(
-    found: Header, views: dict[str, Any], teacher: dict[str, Any], data: dict[str, Any], cache_url: str
+    stored: Header, views: dict[str, Any], teacher: dict[str, Any], data: dict[str, Any], cache_url: str
 ) -> None:
     changed = [
-        *differences(found.views, views, "views."),
-        *differences(found.teacher, teacher, "teacher."),
-        *differences(found.data, data, "data."),
+        *differences(stored.views, views, "views."),
+        *differences(stored.teacher, teacher, "teacher."),
+        *differences(stored.data, data, "data."),
     ]
-    if changed:
-        raise _other_header(cache_url, got="; ".join(changed), expected=f"fingerprint {found.fingerprint}")
-
-
-def _other_header(cache_url: str, *, got: str, expected: str) -> CacheError:
-    """A header is never replaced by a build: another builder may be at work that has not committed anything yet."""
-    where = redact(cache_url)
-    if is_unused(cache_url):
-        return CacheError(
-            "this cache was begun by another config or another teacher, and nothing is committed to it",
-            code="cache.unused-header",
-            where=where,
-            got=got,
-            expected=expected,
-            next_step=f"if that build has ended, run: stillroom cache gc {quoted(cache_url)} --unused-header; "
-            "else build into another cache.url",
-        )
-    return CacheError(
-        "this cache was begun by another config or another teacher",
-        code="cache.other-header",
-        where=where,
-        got=got,
-        expected=expected,
-        next_step="build into another cache.url, or restore what changed",
+    if not changed:
+        return
+    # A build never replaces a header: another builder may be at work that has not committed a part yet.
+    unused = is_unused(cache_url)
+    raise CacheError(
+        "this cache was begun with another config or another teacher"
+        + (", and nothing is committed to it" if unused else ""),
+        code="cache.unused-header" if unused else "cache.other-header",
+        where=redact(cache_url),
+        got="; ".join(changed),
+        expected=f"fingerprint {stored.fingerprint}",
+        next_step=f"if that build has ended, run: stillroom cache gc {quoted(cache_url)} --unused-header; "
+        "otherwise build into another cache.url"
+        if unused
+        else "build into another cache.url, or restore what changed",
     )

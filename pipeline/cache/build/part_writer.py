@@ -1,7 +1,7 @@
-"""One part: Parquet, view-major, from rows that arrive group by group.
+"""Write one part: view-major Parquet, from rows that arrive group by group.
 
-Groups arrive with all views at once, the file wants one view after the other. So each view spills to an Arrow stream on
-local scratch, and the part is assembled from these at close: memory stays that of one row group.
+A group has the rows of all views, while the file has one view after the other. Each view therefore spills to an Arrow
+stream on local scratch, and ``close`` assembles the part from these streams, in the memory of one row group.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _ZSTD_LEVEL = 3
 
 
 class PartWriter:
-    """Rows in, one checked local Parquet file out. Use as a context manager: leaving it removes the spilled rows."""
+    """Writes rows to one checked local Parquet file. A context manager: its exit removes the spilled rows."""
 
     def __init__(self, scratch: Path, views: Sequence[int], schema: pa.Schema, *, row_size_bytes: int) -> None:
         self._scratch = scratch
@@ -39,21 +39,21 @@ class PartWriter:
             spill.remove()
 
     def add(self, view: int, batch: pa.RecordBatch) -> None:
-        """Appends rows of one view; the order of calls is the order of rows."""
+        """Appends rows to one view."""
         self._spills[view].write(batch)
 
     def close(self) -> Path:
-        """Assembles the part, reopens it and counts its rows.
+        """Assembles the part, opens it again and counts its rows.
 
         Raises:
-            StorageError: what was written does not read back with the rows that were added.
+            StorageError: the file does not have the rows that were added.
         """
         path = self._scratch / "part.parquet"
         with pq.ParquetWriter(path, self._schema, **parquet_settings(self._schema)) as writer:
             for spill in self._spills.values():
                 for table in spill.tables(self._rows_per_group):
                     writer.write_table(table, row_group_size=self._rows_per_group)
-                    del table  # before the next one is read
+                    del table  # frees it before the next table is read
         self._check(path)
         return path
 
@@ -61,14 +61,21 @@ class PartWriter:
         expected = sum(spill.num_rows for spill in self._spills.values())
         got = pq.ParquetFile(path).metadata.num_rows
         if got != expected:
-            raise StorageError("a part did not read back whole", where=str(path), got=got, expected=f"{expected} rows")
+            raise StorageError(
+                "a part was not written completely",
+                code="storage.incomplete-write",
+                where=str(path),
+                got=f"{got} rows",
+                expected=f"{expected} rows",
+                next_step="check the local disk, and run the build again",
+            )
 
 
 def parquet_settings(schema: pa.Schema) -> dict[str, Any]:
-    """How a part is encoded and compressed: what was smallest among the settings that cost microseconds a row.
+    """The Parquet settings with the smallest files among those that take microseconds a row.
 
-    Numbers without repeats gain nothing from dictionaries. The high bytes of small integers and of floats are alike and
-    compress when they stand together. Least and greatest packed rows mean nothing, and are as long as rows.
+    Numbers that do not repeat gain nothing from dictionaries. The high bytes of small integers and floats are similar
+    and compress well next to each other. Statistics of packed rows would be meaningless, and as long as rows.
     """
     numbers = [field for field in schema if not pa.types.is_fixed_size_binary(field.type)]
     split = {field.name: "BYTE_STREAM_SPLIT" for field in numbers if field.type in (pa.int32(), pa.float32())}
@@ -99,7 +106,7 @@ class _Spill:
     def tables(self, max_rows: int) -> Iterator[pa.Table]:
         """The rows in order, as tables of at most ``max_rows`` rows unless a single batch has more."""
         self._finish()
-        # Read, not mapped: mapped pages of a long shard's view would stay in memory until the last is done.
+        # Not memory-mapped: mapped pages of a large view would stay in memory until the last one is read.
         with pa.OSFile(str(self.path), "rb") as source:
             pending: list[pa.RecordBatch] = []
             for batch in pa.ipc.open_stream(source):
@@ -121,21 +128,21 @@ class _Spill:
 
 
 def view_ranges(path: Path, counts: Mapping[int, int]) -> tuple[tuple[ViewRange, ...], ByteRange]:
-    """Where each view lies in a part, and the footer: what one range read each needs.
+    """The byte range of each view in a part, and that of the footer.
 
-    ``counts`` gives the rows of each view, in the order written; row groups never span two views.
+    ``counts`` has the rows of each view, in the order in which they were written. No row group spans two views.
     """
     metadata = pq.read_metadata(path)
     ranges: list[ViewRange] = []
     group, end = 0, len(b"PAR1")
     with path.open("rb") as file:
         for view, rows in counts.items():
-            start, seen = end, 0
-            while seen < rows:
-                seen += metadata.row_group(group).num_rows
+            start, num_rows = end, 0
+            while num_rows < rows:
+                num_rows += metadata.row_group(group).num_rows
                 end = _end_of(metadata.row_group(group))
                 group += 1
-            assert seen == rows, "row groups never span two views"
+            assert num_rows == rows, "no row group spans two views"
             digest = _range_digest(file, start, end - start)
             ranges.append(ViewRange(view=view, offset=start, size_bytes=end - start, rows=rows, digest=digest))
         size_bytes = path.stat().st_size - end
@@ -144,7 +151,7 @@ def view_ranges(path: Path, counts: Mapping[int, int]) -> tuple[tuple[ViewRange,
 
 
 def _range_digest(file: IO[bytes], offset: int, size_bytes: int) -> str:
-    """SHA-256 of a range, a page at a time: a view may be larger than memory allows."""
+    """SHA-256 of a range, read in pages: a view may be larger than the memory."""
     hasher = hashlib.sha256()
     file.seek(offset)
     while size_bytes:

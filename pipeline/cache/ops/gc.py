@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.cache.build.build_log import SILENT_S, find_running_build
-from pipeline.cache.build.commit import is_unused, named, stream_commits
+from pipeline.cache.build.commit import is_unused, named_files, stream_commits
 from pipeline.cache.build.manifest import read_manifest, read_table
 from pipeline.cache.format import layout
 from pipeline.cache.format.header import no_cache, read_header
@@ -159,7 +159,7 @@ def _is_old(entry: storage.Entry, limit_s: float) -> bool:
 
 def _garbage(cache_url: str, entries: Sequence[storage.Entry]) -> list[storage.Entry]:
     ours = [entry.path for entry in entries if layout.owner(entry.path) is not None or layout.is_index(entry.path)]
-    stray = set(ours) - named(stream_commits(cache_url)) - _named_by_manifest(cache_url)
+    stray = set(ours) - named_files(stream_commits(cache_url)) - _named_by_manifest(cache_url)
     return [entry for entry in entries if entry.is_temporary or entry.path in stray]
 
 

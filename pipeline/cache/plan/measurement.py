@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from pipeline import storage
-from pipeline.cache.build.part import PartTask, build_part, prepare
+from pipeline.cache.build.context import prepare
+from pipeline.cache.build.part import PartTask, build_part
 from pipeline.cache.plan.build_plan import CachePlan
 from pipeline.core.errors import ShardError
 from pipeline.core.redaction import redact

@@ -13,8 +13,9 @@ from pipeline import storage
 from pipeline.augment.params import EVAL_VIEW
 from pipeline.cache.build.blocks import holds_class_sums
 from pipeline.cache.build.commit import READ_THREADS, CommitSummary
+from pipeline.cache.build.fold import fold_commits
 from pipeline.cache.build.imported_means import imported_sha256
-from pipeline.cache.build.manifest import fold_commits, locate, parse_manifest
+from pipeline.cache.build.manifest import locate, parse_manifest
 from pipeline.cache.format import layout
 from pipeline.cache.format.files import REBUILD, parse_record, read_file, read_parquet
 from pipeline.cache.format.header import parse_header, replayable_plan

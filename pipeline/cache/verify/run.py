@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from pipeline import storage
 from pipeline.cache.build.class_means import ClassSums, encode_means, merge
 from pipeline.cache.build.commit import file_digest
-from pipeline.cache.build.imported_means import encode_kept, imported_sha256
+from pipeline.cache.build.imported_means import encode_stored, imported_sha256
 from pipeline.cache.format import layout
 from pipeline.cache.format.files import read_file, read_parquet
 from pipeline.cache.format.header import no_cache
@@ -123,7 +123,7 @@ def _check_class_means(cache_url: str, manifest: Manifest, sums: list[ClassSums]
 def _check_imported(cache_url: str, header: Header, manifest: Manifest | None, findings: Findings) -> None:
     """The kept JSON by its digest in the header, and the class means from it again, bit for bit."""
     with findings.told(layout.IMPORTED_MEANS):
-        made = encode_kept(cache_url, header)
+        made = encode_stored(cache_url, header)
         if manifest is None:
             return
         findings.expect(layout.MANIFEST, "this manifest names class means", manifest.class_means is not None, True)

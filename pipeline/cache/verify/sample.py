@@ -16,8 +16,8 @@ from pipeline.augment.options import cutmix_boxes
 from pipeline.augment.params import EVAL_VIEW
 from pipeline.augment.random_bits import key_of, philox4x64, to_uniform
 from pipeline.cache.build.commit import read_commit
+from pipeline.cache.build.context import current_context
 from pipeline.cache.build.manifest import read_table
-from pipeline.cache.build.part import teacher_of
 from pipeline.cache.format import layout
 from pipeline.cache.format.header import replayable_plan
 from pipeline.cache.read.reader import ShardEntry, TeacherCache, ViewColumns
@@ -47,7 +47,8 @@ def load_live(config: Config) -> LiveTeacher:
         ConfigError: the config lacks a key that a build needs.
         ModelError: the teacher cannot be built as asked.
     """
-    return LiveTeacher(config, *teacher_of(config))
+    context = current_context(config)
+    return LiveTeacher(config, context.teacher, context.header)
 
 
 @dataclass(frozen=True, slots=True)

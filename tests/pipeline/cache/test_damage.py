@@ -8,11 +8,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.cache.build.commit import read_commits
 from pipeline.cache.build.manifest import publish_manifest
 from pipeline.cache.read.reader import open_cache
 from pipeline.core.errors import CacheError
-from tests.pipeline.caches import TinyCache, build, files, shard_urls
+from tests.pipeline.caches import TinyCache, build, files, read_commits, shard_urls
 
 
 def read_everything(url: str) -> None:

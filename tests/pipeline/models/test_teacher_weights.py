@@ -10,7 +10,7 @@ import torch
 
 from jobs.build_cache import build_cache
 from jobs.plan_cache import report
-from pipeline.cache.build.part import prepare
+from pipeline.cache.build.context import prepare
 from pipeline.core.errors import ConfigError, ModelError
 from pipeline.models import load_model, random_weights_warnings
 from pipeline.models.cifar import resnet

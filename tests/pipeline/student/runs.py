@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.cache.build.commit import publish_file, read_commits
+from pipeline.cache.build.commit import publish_file
 from pipeline.cache.build.manifest import publish_manifest
 from pipeline.cache.build.part_writer import PartWriter, view_ranges
 from pipeline.cache.format import layout
@@ -24,7 +24,7 @@ from pipeline.student.data.dataset import InputSize, StepDataset
 from pipeline.student.data.order import TrainingOrder
 from pipeline.student.data.sources import CachedSource, IndexedSource, RowSource, open_cached, open_indexed
 from schemas.config import Config, DataConfig, ViewsConfig
-from tests.pipeline.caches import TinyCache, shard_urls
+from tests.pipeline.caches import TinyCache, read_commits, shard_urls
 
 SMALL: dict[str, Any] = {
     "model": "python:tests.pipeline.student.small_networks:Small",

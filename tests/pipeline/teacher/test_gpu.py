@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.cache.build.part import PartTask, build_part, prepare
+from pipeline.cache.build.context import prepare
+from pipeline.cache.build.part import PartTask, build_part
 from pipeline.core.errors import ResourceError
 from pipeline.teacher.inference import Teacher, load_teacher, run_inference
 from pipeline.teacher.numerics import pick_device, pin_numerics

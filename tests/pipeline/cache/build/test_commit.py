@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import storage
-from pipeline.cache.build.commit import publish_commit, publish_file, read_commits
+from pipeline.cache.build.commit import publish_commit, publish_file
 from pipeline.cache.format import layout
 from schemas.cache_format import ByteRange, Commit, FileRef, Statistics, ViewBlock
+from tests.pipeline.caches import read_commits
 
 EVAL = ViewBlock(start=0, stop=1, is_eval=True)
 

@@ -13,11 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import storage
-from pipeline.cache.build.commit import read_commits
+from pipeline.cache.build.context import prepare
 from pipeline.cache.build.imported_means import imported_sha256
 from pipeline.cache.build.manifest import publish_manifest
-from pipeline.cache.build.part import part as build_module
-from pipeline.cache.build.part import prepare
 from pipeline.cache.format import layout
 from pipeline.cache.format.header import read_header
 from pipeline.cache.ops.export_means import export_means
@@ -27,7 +25,7 @@ from pipeline.core.errors import CacheError, ConfigError
 from pipeline.core.hashing import digest
 from pipeline.shards.writer import pack_shards
 from schemas.config import Config
-from tests.pipeline.caches import TinyCache, build, cache_section, digit_samples, files, shard_urls
+from tests.pipeline.caches import TinyCache, build, cache_section, digit_samples, files, read_commits, shard_urls
 from tests.pipeline.conftest import TinyConfig
 
 K, D = 10, 7
@@ -169,7 +167,7 @@ def test_a_build_killed_between_header_and_copy_resumes(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(build_module, "keep_means", killed)
+        patch.setattr("pipeline.cache.build.context.store_means", killed)
         with pytest.raises(KeyboardInterrupt):
             build(config)
     assert list(files(cache_section(config).url)) == [layout.HEADER]

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import storage
-from pipeline.cache.build.commit import read_commit, read_commits
+from pipeline.cache.build.commit import read_commit
+from pipeline.cache.build.context import prepare
 from pipeline.cache.build.manifest import locate, publish_manifest, read_manifest, relative
-from pipeline.cache.build.part import PartTask, build_part, prepare
+from pipeline.cache.build.part import PartTask, build_part
 from pipeline.cache.format import layout
 from pipeline.cache.ops.inspect import inspect_cache
 from pipeline.cache.read.reader import open_cache
@@ -22,7 +23,7 @@ from pipeline.core.hashing import seal
 from pipeline.shards.writer import pack_shards
 from schemas.cache_format import ViewBlock
 from schemas.config import Config
-from tests.pipeline.caches import TinyCache, build, cache_section, digit_samples, files, shard_urls
+from tests.pipeline.caches import TinyCache, build, cache_section, digit_samples, files, read_commits, shard_urls
 from tests.pipeline.conftest import TinyConfig
 
 

@@ -22,10 +22,11 @@ from PIL import Image
 
 from pipeline import storage
 from pipeline.augment.params import EVAL_VIEW, sample_keys, shard_partners, unmix, view_params
-from pipeline.cache.build.commit import publish_commit, publish_file, read_commit, read_commits
+from pipeline.cache.build.commit import publish_commit, publish_file, read_commit
+from pipeline.cache.build.context import cache_config, prepare
 from pipeline.cache.build.manifest import publish_manifest
-from pipeline.cache.build.part import IndexTask, PartTask, build_part, cache_config, prepare, restore_index
-from pipeline.cache.build.part import part as build_module
+from pipeline.cache.build.part import PartTask, build_part
+from pipeline.cache.build.shard_index import IndexTask, restore_index
 from pipeline.cache.format import layout
 from pipeline.cache.read.reader import open_cache
 from pipeline.core.errors import CacheError, ConfigError, ResourceError, ShardError
@@ -37,7 +38,7 @@ from pipeline.shards.writer import Members, pack_shards
 from schemas.cache_format import ViewBlock, aug_param_columns
 from schemas.config import Config
 from tests.pipeline.cache import teachers
-from tests.pipeline.caches import TinyCache, build, cache_section, digit_samples, files, open_tasks
+from tests.pipeline.caches import TinyCache, build, cache_section, digit_samples, files, open_tasks, read_commits
 from tests.pipeline.conftest import TinyConfig
 from tests.pipeline.shards.tars import make_linked_tar
 
@@ -207,7 +208,7 @@ def test_a_builder_killed_before_its_commit_leaves_nothing_that_stays(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(build_module, "publish_commit", killed)
+        patch.setattr("pipeline.cache.build.part.publish_commit", killed)
         with pytest.raises(KeyboardInterrupt):
             build_part(open_tasks(config)[1])
     url = cache_section(config).url

@@ -11,13 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import storage
-from pipeline.cache.build.commit import read_commits
 from pipeline.cache.build.part_writer import PartWriter, view_ranges
 from pipeline.cache.format.codec import encode, outputs_of
 from pipeline.cache.read.reader import open_cache
 from schemas.cache_format import ViewRange, part_schema
 from schemas.config import CacheConfig
-from tests.pipeline.caches import TinyCache
+from tests.pipeline.caches import TinyCache, read_commits
 
 LOGITS = outputs_of(CacheConfig.model_validate({"url": "x", "logits": "fp32"}), num_classes=4, embedding_dim=1)[0]
 SCHEMA = part_schema({"logits": 16})

@@ -10,8 +10,8 @@ import safetensors.torch
 import torch
 
 from pipeline import storage
+from pipeline.cache.build.context import prepare
 from pipeline.cache.build.header_claim import claim, make_header
-from pipeline.cache.build.part import prepare
 from pipeline.cache.format import header, layout
 from pipeline.cache.format.header import read_header, views_id
 from pipeline.core.errors import CacheError, ModelError

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cache.build.commit import read_commits
+from pipeline.cache.build.context import prepare
 from pipeline.cache.build.manifest import read_manifest
-from pipeline.cache.build.part import PartTask, build_part, prepare
+from pipeline.cache.build.part import PartTask, build_part
 from pipeline.cache.ops.gc import GcReport, collect_garbage
 from pipeline.cache.read.reader import open_cache
 from pipeline.cache.verify import verify_cache
 from pipeline.core.errors import CacheError
 from schemas.cache_format import ViewBlock
-from tests.pipeline.caches import TinyCache, build, cache_section, files, shard_urls
+from tests.pipeline.caches import TinyCache, build, cache_section, files, read_commits, shard_urls
 from tests.pipeline.conftest import TinyConfig
 
 HOUR_S = 3600.0

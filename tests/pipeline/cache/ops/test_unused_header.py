@@ -10,8 +10,8 @@ import pytest
 
 from pipeline import storage
 from pipeline.cache.build.build_log import SILENT_S, BuildLogWriter
-from pipeline.cache.build.commit import read_commits
-from pipeline.cache.build.part import PartTask, build_part, prepare
+from pipeline.cache.build.context import prepare
+from pipeline.cache.build.part import PartTask, build_part
 from pipeline.cache.format import layout
 from pipeline.cache.format.header import find_header, read_header
 from pipeline.cache.ops import gc as gc_module
@@ -20,7 +20,7 @@ from pipeline.cache.verify import verify_cache
 from pipeline.core.errors import CacheError
 from schemas.config import Config
 from tests.pipeline.cache import teachers
-from tests.pipeline.caches import TinyCache, build, cache_section, open_tasks, shard_urls
+from tests.pipeline.caches import TinyCache, build, cache_section, open_tasks, read_commits, shard_urls
 from tests.pipeline.conftest import TinyConfig
 
 

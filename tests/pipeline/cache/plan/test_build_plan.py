@@ -8,7 +8,8 @@ import pytest
 
 from pipeline import storage
 from pipeline.cache.build.commit import read_commit_summaries
-from pipeline.cache.build.part import build_part, prepare
+from pipeline.cache.build.context import prepare
+from pipeline.cache.build.part import build_part
 from pipeline.cache.plan.build_plan import plan_cache
 from pipeline.cache.plan.free_space import check_space
 from pipeline.cache.plan.plan_inputs import PlanInputs, collect_plan_inputs, resolve_embedding_dim

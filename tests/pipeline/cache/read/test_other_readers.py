@@ -16,9 +16,8 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.cache.build.commit import read_commits
 from pipeline.cache.read.reader import open_cache
-from tests.pipeline.caches import build
+from tests.pipeline.caches import build, read_commits
 from tests.pipeline.conftest import TinyConfig
 
 Columns = dict[str, Sequence[Any]]

@@ -11,13 +11,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.cache.build.commit import publish_file, read_commits
+from pipeline.cache.build.commit import publish_file
 from pipeline.cache.build.manifest import publish_manifest
 from pipeline.cache.build.part_writer import PartWriter, view_ranges
 from pipeline.cache.format import layout
 from pipeline.core.hashing import seal
 from schemas.cache_format import Commit
-from tests.pipeline.caches import TinyCache, shard_urls
+from tests.pipeline.caches import TinyCache, read_commits, shard_urls
 
 
 def commit_of(cache: TinyCache, shard: str, block: str) -> Commit:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import storage
-from pipeline.cache.build.commit import publish_file, read_commits
+from pipeline.cache.build.commit import publish_file
 from pipeline.cache.build.manifest import publish_manifest
 from pipeline.cache.format import layout
 from pipeline.cache.format.codec import encode
@@ -25,7 +25,7 @@ from pipeline.cache.verify import Problem, VerifyReport, verify_cache
 from pipeline.core.hashing import digest, seal
 from schemas.cache_format import FileRef, Header
 from tests.pipeline.cache.verify.forge import commit_of, replace_commit, republish, rewrite_part, set_cell
-from tests.pipeline.caches import TinyCache, build, copy_of, files, shard_urls
+from tests.pipeline.caches import TinyCache, build, copy_of, files, read_commits, shard_urls
 from tests.pipeline.conftest import TinyConfig
 
 SHARD, BLOCK = "digits-01", "v0000-0001"

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.cache.build.commit import read_commits
 from pipeline.cache.format.codec import decode, encode, outputs_of
 from pipeline.cache.format.header import read_header
 from pipeline.cache.verify import LiveTeacher, load_live, recompute, verify_cache
@@ -21,7 +20,7 @@ from pipeline.cache.verify.sample import arrange, pick
 from schemas.config import CacheConfig, Config
 from tests.marks import slow
 from tests.pipeline.cache.verify.forge import commit_of, replace_commit, republish, rewrite_part
-from tests.pipeline.caches import TinyCache, build
+from tests.pipeline.caches import TinyCache, build, read_commits
 from tests.pipeline.conftest import TinyConfig
 
 SHARD, BLOCK = "digits-01", "v0000-0001"

@@ -18,7 +18,6 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline import storage
-from pipeline.cache.build.commit import read_commits
 from pipeline.cache.format import layout
 from pipeline.cache.read.reader import open_cache
 from pipeline.core.errors import CacheError, StorageError
@@ -29,7 +28,7 @@ from pipeline.student.data.sources import CachedSource, open_cached
 from pipeline.student.distributed import DistributedContext
 from pipeline.student.evaluation.evaluator import make_evaluator
 from schemas.config import DataConfig
-from tests.pipeline.caches import TinyCache, files, shard_urls
+from tests.pipeline.caches import TinyCache, files, read_commits, shard_urls
 from tests.pipeline.student.conftest import NUM_VIEWS, Replay
 from tests.pipeline.student.data.test_dataset import STEPS_AN_EPOCH, assert_same, load
 from tests.pipeline.student.runs import cached_source, dataset, order_of, rewrite_view, set_cell

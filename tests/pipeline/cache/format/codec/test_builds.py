@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pipeline.cache.build.part import prepare
+from pipeline.cache.build.context import prepare
 from pipeline.core.errors import CacheError, ConfigError
 from pipeline.models.cifar import resnet
 from tests.pipeline.caches import build

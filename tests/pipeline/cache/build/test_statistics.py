@@ -1,4 +1,4 @@
-"""What a build measures of its own encoding, against SciPy, and against a look at the rows."""
+"""The fidelity that a build measures of its encodings, against SciPy and against the stored rows."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from scipy.special import rel_entr, softmax
 from scipy.stats import pearsonr
 
 from pipeline.augment.params import sample_keys
-from pipeline.cache.build.commit import read_commits
-from pipeline.cache.build.encoding_fidelity import cosine_sum, kl_sum, pearson_sum
-from pipeline.cache.build.statistics import merge_statistics
+from pipeline.cache.build.statistics import StatisticsFold, cosine_sum, kl_sum, pearson_sum
 from pipeline.cache.ops.inspect import inspect_cache
 from pipeline.cache.read.reader import open_cache
-from tests.pipeline.caches import TinyCache, build
+from tests.pipeline.caches import TinyCache, build, read_commits
 from tests.pipeline.conftest import TinyConfig
 
 RANDOM = np.random.default_rng(0)
@@ -58,7 +56,11 @@ def test_the_commits_say_how_far_the_stored_rows_are_from_those_of_an_exact_cach
     ids = [f"digits-01/digit-{number:04d}" for number in range(20, 35)]
     (row,) = np.flatnonzero(sample_keys(0, ids)[:, 0] % np.uint64(64) == 0)
     columns = [(exact.view("digits-01", view), packed.view("digits-01", view)) for view in range(3)]
-    found = merge_statistics([commit.statistics for commit in read_commits(url) if not commit.block.is_eval])
+    fold = StatisticsFold()
+    for commit in read_commits(url):
+        if not commit.block.is_eval:
+            fold.add(commit.statistics)
+    found = fold.result()
     assert found.fidelity_rows == 3
     p, q = ([softmax(pair[side].logits_NK[row].astype(np.float64)) for pair in columns] for side in (0, 1))
     assert found.kl_sum["1.0"] == pytest.approx(sum(rel_entr(a, b).sum() for a, b in zip(p, q, strict=True)), rel=1e-6)

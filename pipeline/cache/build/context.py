@@ -1,0 +1,131 @@
+"""The state that a process reuses from part to part: its config, its teacher, and the header of the cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from pipeline import storage
+from pipeline.cache.build.header_claim import claim, make_header
+from pipeline.cache.build.imported_means import ImportedMeans, read_means, store_means
+from pipeline.cache.format.codec import outputs_of
+from pipeline.core.config_loading import require
+from pipeline.core.errors import ConfigError
+from pipeline.models.load import require_weights, weights_read_errors
+from pipeline.teacher.inference import Teacher, load_teacher
+from pipeline.teacher.numerics import check_gpu, pick_device, pin_numerics, visible_gpus
+from schemas.cache_format import Header
+from schemas.config import CacheConfig, Config
+
+
+@dataclass(frozen=True, slots=True)
+class BuildContext:
+    """A config with its loaded teacher.
+
+    Attributes:
+        header: what this config and this teacher write to a new cache; after ``claimed``, the header of the cache.
+        imported: class means from a file, where the config names one.
+        gpus: the GPUs that were visible when the teacher was loaded.
+    """
+
+    config: Config
+    cache: CacheConfig
+    teacher: Teacher
+    header: Header
+    imported: ImportedMeans | None
+    gpus: str | None
+
+    def claimed(self) -> BuildContext:
+        """Claims the cache. Every part does so, because the folder may have been emptied since the last part."""
+        return replace(self, header=claim(self.cache.url, self.header))
+
+
+def cache_config(config: Config) -> CacheConfig:
+    """The cache section, checked against the sections that it depends on.
+
+    Raises:
+        ConfigError: a key that a build needs is missing, or two keys contradict each other.
+    """
+    require(config, "data.shards", "data.num_classes", "teacher.model", "cache.url", command="cache build")
+    cache = config.cache
+    assert cache is not None
+    require_weights(config.teacher, where="teacher")
+    if config.teacher.others:
+        raise ConfigError(
+            "a cache stores the outputs of one teacher",
+            code="config.several-teachers",
+            where="teacher.others",
+            got=f"{len(config.teacher.others)} more than teacher.model",
+            next_step="append teacher.others=[], and build one cache for each other teacher, from one config each",
+        )
+    if config.views.mixes and cache.class_means == "view0":
+        raise ConfigError(
+            "class means of mixed images are meaningless",
+            code="config.class-means-of-mixed-views",
+            where="cache.class_means",
+            got="view0",
+            expected="eval, none or the URL of a file under views.kind=function_matching",
+        )
+    if cache.class_means in ("eval", "view0") and config.data.label is None:
+        raise ConfigError(
+            "class means need labels",
+            code="config.class-means-without-labels",
+            where="data.label",
+            got="null",
+            expected="a member extension",
+            next_step="set data.label, or cache.class_means=none",
+        )
+    assert config.data.num_classes is not None
+    # Fails before a teacher is loaded if an encoding needs more classes.
+    outputs_of(cache, num_classes=config.data.num_classes, embedding_dim=1)
+    return cache
+
+
+def prepare(config: Config) -> tuple[str, ...]:
+    """Loads the teacher and claims the cache: the first step of every build, before any work.
+
+    Returns notes for the user about how the teacher's weights were read.
+
+    Raises:
+        CacheError: the cache was begun with another teacher, plan, encoding or source of class means.
+        ConfigError: the config imports class means, and the file does not fit this teacher.
+    """
+    if cache_config(config).class_means_url is not None:
+        # The file at the URL may have changed since this process last built a cache.
+        load_context.cache_clear()
+    context = current_context(config).claimed()
+    if context.imported is not None:
+        store_means(context.cache.url, context.imported)
+    return context.teacher.loaded.notes
+
+
+def current_context(config: Config) -> BuildContext:
+    """The context of this process for the config, loaded again if the weights file was replaced."""
+    # Every time: another job in this process may have set the number of threads.
+    pin_numerics(config.ray.cpus_per_task)
+    weights, stamp = config.teacher.weights_url, None
+    if weights is not None:
+        with weights_read_errors(weights, where="teacher.weights"):
+            stamp = storage.stamp(weights)
+    context = load_context(config.model_dump_json(), stamp)
+    check_gpu(context.teacher.device, context.gpus)
+    return context
+
+
+@lru_cache(maxsize=1)
+def load_context(config_json: str, weights_stamp: str | None) -> BuildContext:  # noqa: ARG001 - part of the cache key
+    """Loads the teacher. A process calls this once for any number of parts."""
+    config = Config.model_validate_json(config_json)
+    cache = cache_config(config)
+    assert config.data.num_classes is not None
+    teacher = load_teacher(
+        config.teacher,
+        num_classes=config.data.num_classes,
+        size=config.views.size,
+        device=pick_device(config.ray.gpus_per_task > 0),
+    )
+    imported, module = None, teacher.module
+    if cache.class_means_url is not None:
+        imported = read_means(cache.class_means_url, num_classes=module.num_classes, embedding_dim=module.embedding_dim)
+    header = make_header(teacher, plan=config.views, cache=cache, data=config.data, imported=imported)
+    return BuildContext(config, cache, teacher, header, imported, gpus=visible_gpus())
