@@ -8,11 +8,11 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 
 from jobs.entry import config_command
-from jobs.observability.build_observer import BuildObserver, BuiltPart, name_of
+from jobs.observability.build_observer import BuildObserver, BuiltPart, part_name
 from jobs.observability.log import emit, warn_of_omissions
 from jobs.observability.progress import ProgressView
 from jobs.paths import with_absolute_paths
-from jobs.ray.cluster import cluster, num_tasks_here, without_gpus
+from jobs.ray.cluster import cluster, num_local_tasks, cpus_only
 from jobs.ray.fan_out import fan_out
 from pipeline import storage
 from pipeline.cache.build.blocks import BlockPlan
@@ -75,7 +75,7 @@ def build_cache(config: Config) -> Manifest:
     inputs = collect_plan_inputs(config, cache, by_id, sizes, commits)
     check_labels(inputs)
     _warn(random_weights_warnings({"teacher": config.teacher}))
-    _warn(check_space(inputs, num_tasks=num_tasks_here(config.ray)))
+    _warn(check_space(inputs, num_tasks=num_local_tasks(config.ray)))
     with cluster(config.ray):
         if not _is_known_without_weights(config, by_id, commits):
             # One small task first: a wrong teacher or a foreign cache is found before anything is queued.
@@ -188,28 +188,28 @@ def _sizes(by_id: dict[str, str]) -> dict[str, int]:
 def _build_parts(config: Config, by_id: dict[str, str], found: list[CommitSummary]) -> None:
     assert config.cache is not None
     commits, lost = _take_stock(config, by_id, found)
-    indexes = without_gpus(config.ray)
+    indexes = cpus_only(config.ray)
     list(fan_out(restore_index, lost, indexes, what="an index task", name=lambda task: redact(task.shard_url)))
     tasks = plan_tasks(config, by_id, commits)
     num_done = len(commits)
-    tally = BuildObserver(config, tasks, num_shards=len(by_id))
-    tally.begin()
+    observer = BuildObserver(config, tasks, num_shards=len(by_id))
+    observer.begin()
     omissions: dict[str, Omissions] = {}
     try:
         with (
             BuildLogWriter(config.cache.url, num_parts=num_done + len(tasks), num_before=num_done) as log,
             ProgressView("cache", num_done + len(tasks), done=num_done) as progress,
         ):
-            built = fan_out(_build, tasks, config.ray, what="a cache task", name=name_of, tally=tally)
+            built = fan_out(_build, tasks, config.ray, what="a cache task", name=part_name, observer=observer)
             for done, (task, part) in enumerate(built, start=1):
                 # The parts of a shard that were built without an index report the same, the others nothing.
                 if part.omissions.counts:
                     omissions[task.shard_url] = part.omissions
                 log.update(num_done + done)
-                progress.update(num_done + done, tally.note(), panel=tally.panel)
+                progress.update(num_done + done, observer.note(), panel=observer.panel)
     finally:
         # Also of a build that was stopped or failed: it cost as much.
-        tally.sum_up()
+        observer.log_summary()
         warn_of_omissions("cache", omissions.values())
 
 
@@ -263,7 +263,7 @@ def _add_up(ray: RayConfig, cache_url: str, refs: Sequence[FileRef]) -> ClassSum
     found = fan_out(
         partial(read_sums, cache_url),
         some,
-        without_gpus(ray),
+        cpus_only(ray),
         what="a task that adds class sums",
         name=lambda refs: f"{refs[0].path} and {len(refs) - 1} more in {redact(cache_url)}",
     )

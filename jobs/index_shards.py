@@ -10,7 +10,7 @@ from jobs.entry import config_command
 from jobs.observability.log import emit, warn_of_omissions
 from jobs.observability.progress import ProgressView
 from jobs.paths import with_absolute_paths
-from jobs.ray.cluster import without_gpus
+from jobs.ray.cluster import cpus_only
 from jobs.ray.fan_out import fan_out
 from pipeline import storage
 from pipeline.core.config_loading import require
@@ -52,7 +52,7 @@ def _index(by_id: dict[str, str], config: Config, folder_url: str) -> int:
     work = partial(publish_shard_index, data=data, folder_url=folder_url, threads=config.ray.cpus_per_task)
     num_ok, omissions = 0, list[Omissions]()
     with ProgressView("index", len(by_id)) as progress:
-        indexed = fan_out(work, [*by_id.values()], without_gpus(config.ray), what="an index task", name=redact)
+        indexed = fan_out(work, [*by_id.values()], cpus_only(config.ray), what="an index task", name=redact)
         for done, (_, found) in enumerate(indexed, start=1):
             num_ok += found.num_ok
             omissions.append(found.omissions)

@@ -10,7 +10,7 @@ from rich.filesize import decimal
 from jobs.build_cache import check_shards
 from jobs.observability.progress import duration
 from jobs.paths import with_absolute_paths
-from jobs.ray.cluster import cluster, num_slots, num_tasks_here
+from jobs.ray.cluster import cluster, num_local_tasks, num_parallel_tasks
 from jobs.ray.fan_out import fan_out
 from pipeline.cache.build.commit import files_present, is_dangling, read_commit_summaries
 from pipeline.cache.build.context import cache_config
@@ -76,7 +76,7 @@ def _inputs(config: Config) -> PlanInputs:
 def _space(inputs: PlanInputs) -> list[str]:
     """What a build would refuse to begin for is a warning here."""
     try:
-        return check_space(inputs, num_tasks=num_tasks_here(inputs.config.ray))
+        return check_space(inputs, num_tasks=num_local_tasks(inputs.config.ray))
     except StorageInputError as error:
         return [f"{error.what}: {error.got} in {error.where}, wanted {error.expected}"]
 
@@ -100,7 +100,7 @@ def _measure(config: Config, inputs: PlanInputs, plan: CachePlan) -> tuple[Measu
     task = MeasureTask(config, urls[len(urls) // 2])
     with cluster(config.ray):
         ((_, found),) = fan_out(measure, [task], config.ray, what="a cache task")
-        return found, forecast(plan, config, found, num_slots=num_slots(config.ray))
+        return found, forecast(plan, config, found, num_slots=num_parallel_tasks(config.ray))
 
 
 def _training(config: Config, inputs: PlanInputs) -> tuple[str | None, list[str]]:

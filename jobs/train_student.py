@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import threading
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import ray
 import torch
 from ray.exceptions import RayActorError
-from ray.train import FailureConfig, RunConfig, get_context
+from ray.train import ControllerError, FailureConfig, RunConfig, TrainingFailedError, get_context
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
-from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.entry import config_command
 from jobs.index_shards import index_shards
-from jobs.observability.log import emit
-from jobs.observability.training_observer import TrainingView
+from jobs.observability.log import emit, warn
+from jobs.observability.training_observer import TrainingObserver
 from jobs.paths import with_absolute_paths
 from jobs.ray.cluster import cluster, node_name, require_resources
-from jobs.ray.worker_group import Placement, fewest, keys_of, leaving, per_worker, scaling
+from jobs.ray.train_internals import preemption_pending
+from jobs.ray.worker_group import PlacementMonitor, min_workers, scaling_config, worker_keys, worker_resources
 from pipeline import storage
 from pipeline.core.errors import ConfigError, InputError, StillroomError, TrainingError
 from pipeline.core.temporary import temporary_folder
@@ -40,44 +39,45 @@ _POLL_S = 0.5
 
 
 def train_student(config: Config, *, device: torch.device | None = None) -> dict[str, Any]:
-    """Trains to the end, from wherever the run stands, and returns its summary. Indexes the shards first where a run
-    without a cache has no index yet.
+    """Trains to the end, from the run's last checkpoint if there is one, and returns the run's summary. First indexes
+    the shards of a run without a cache.
 
     Args:
-        device: of a training without Ray; None: the CPU.
+        device: for a training without Ray; None: the CPU.
 
     Raises:
-        StillroomError: bad input, too few resources, or a training that failed for good.
+        StillroomError: bad input, too few resources, or a failed training.
     """
     config = with_absolute_paths(config)
     run_url = check_config(config)
     check_begun(run_url, config)
     if (summary := read_summary(run_url)) is not None:
-        emit(f"train {storage.last_name(run_url)}: finished before; nothing to do", event="end")
+        emit(f"train {storage.last_name(run_url)}: finished earlier; nothing to do", event="end")
         return summary
     for warning in check_training(config):
-        emit(f"train: {warning}", event="warning", level=logging.WARNING)
+        warn(f"train: {warning}")
     storage.probe(run_url)
     if config.ray.address == "none":
-        return _train_here(config, DistributedContext() if device is None else DistributedContext(device=device))
+        return _train_in_process(config, DistributedContext() if device is None else DistributedContext(device=device))
     with cluster(config.ray):
         _ensure_index(config)
         return _fit(config)
 
 
-def _train_here(config: Config, distributed: DistributedContext) -> dict[str, Any]:
+def _train_in_process(config: Config, distributed: DistributedContext) -> dict[str, Any]:
     """One process, no Ray."""
     if config.ray.num_workers > 1 or config.ray.use_gpu:
         raise ConfigError(
-            "several workers and GPUs are Ray's to give",
+            "several workers or GPUs need Ray",
+            code="ray.workers-without-ray",
             where="ray.address",
             got=f"none, with num_workers={config.ray.num_workers}, use_gpu={config.ray.use_gpu}",
             next_step="set ray.address=local, or ray.num_workers=1 and ray.use_gpu=false",
         )
     _ensure_index(config)
-    with TrainingView(config) as view:
-        view.show({"kind": "rank", "rank": 0, "world_size": 1, "node": node_name()})
-        return train(config, distributed, view.show)
+    with TrainingObserver(config) as observer:
+        observer.observe({"kind": "rank", "rank": 0, "world_size": 1, "node": node_name()})
+        return train(config, distributed, observer.observe)
 
 
 def _ensure_index(config: Config) -> None:
@@ -87,7 +87,7 @@ def _ensure_index(config: Config) -> None:
 
 @ray.remote(num_cpus=0)
 class EventActor:
-    """What workers tell the driver: events to show, and the error that a person should read."""
+    """Carries the workers' events to the driver, and the error that explains a failure."""
 
     def __init__(self) -> None:
         self._events: list[dict[str, Any]] = []
@@ -101,39 +101,41 @@ class EventActor:
         return events
 
     def fail(self, error: StillroomError) -> None:
-        # Where one rank fails the others lose their peer: the first error is the one that explains the rest.
+        # The other ranks then fail because they lost their peer.
         self._error = self._error or error
 
     def error(self) -> StillroomError | None:
         return self._error
 
     def begin(self) -> StillroomError | None:
-        """Called by each worker of a new or restarted group: the bad input that a restart cannot mend, if any."""
+        """Called by each worker of a new or restarted group. Returns an input error, which a restart cannot fix."""
         if self._error is not None and self._error.exit_code != InputError.exit_code:
             self._error = None
         return self._error
 
 
-def _ask(method: Any, *arguments: Any) -> Any:
-    """What a method of the relay answers."""
+def _call(method: Any, *arguments: Any) -> Any:
+    """Calls a method of the event actor and waits for its result."""
     return ray.get(method.remote(*arguments))
 
 
 def _worker(arguments: dict[str, Any]) -> None:
     """One DDP rank, in a process that Ray Train started."""
-    event_actor = arguments["relay"]
-    if (fatal := _ask(event_actor.begin)) is not None:
+    event_actor = arguments["event_actor"]
+    if (fatal := _call(event_actor.begin)) is not None:
         raise fatal
     context = get_context()
-    distributed = DistributedContext(context.get_world_rank(), context.get_world_size(), get_device(), leaving)
-    place = {"kind": "rank", "rank": distributed.rank, "world_size": distributed.size, "node": node_name()}
-    # Waited for, so that every place is known before the leader's first step.
-    _ask(event_actor.push, place)
+    distributed = DistributedContext(
+        context.get_world_rank(), context.get_world_size(), get_device(), preemption_pending
+    )
+    rank = {"kind": "rank", "rank": distributed.rank, "world_size": distributed.size, "node": node_name()}
+    # Waits, so that the driver knows every rank before the first step.
+    _call(event_actor.push, rank)
     config = Config.model_validate_json(ray.get(arguments["config"]))
     try:
         train(config, distributed, report=lambda event: event_actor.push.remote(event))
     except StillroomError as error:
-        _ask(event_actor.fail, error)
+        _call(event_actor.fail, error)
         raise
 
 
@@ -141,57 +143,61 @@ def _fit(config: Config) -> dict[str, Any]:
     assert config.run is not None
     ray_config = config.ray
     require_resources(
-        per_worker(ray_config),
-        num=fewest(ray_config),
+        worker_resources(ray_config),
+        num=min_workers(ray_config),
         wait_s=ray_config.wait_s,
-        what=f"training with {fewest(ray_config)} workers",
-        where=keys_of(ray_config),
+        what=f"training with {min_workers(ray_config)} workers",
+        where=worker_keys(ray_config),
     )
-    event_actor = _relay_here()
+    event_actor = _event_actor_on_this_node()
     with (
         temporary_folder("stillroom-train-") as folder,
-        TrainingView(config) as view,
-        _EventPoller(event_actor, view),
+        TrainingObserver(config) as observer,
+        _EventPoller(event_actor, observer),
     ):
-        _run(lambda: _trainer(config, event_actor, Path(folder)), event_actor, ray_config.max_failures)
+        fit_with_restarts(lambda: _trainer(config, event_actor, Path(folder)), event_actor, ray_config.max_failures)
     summary = read_summary(config.run.url)
     assert summary is not None, "a training that ended without error has written its summary"
     return summary
 
 
-def _relay_here() -> Any:
-    """On the driver's node: any other one may be taken away."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return EventActor.options(scheduling_strategy=here).remote()
+def _event_actor_on_this_node() -> Any:
+    """On the driver's node, since any other node may be taken away."""
+    this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return EventActor.options(scheduling_strategy=this_node).remote()
 
 
 def _trainer(config: Config, event_actor: Any, folder: Path) -> TorchTrainer:
     assert config.run is not None
     run_url = config.run.url
 
-    def warn(text: str) -> None:
+    def push_warning(text: str) -> None:
         event_actor.push.remote({"kind": "warning", "run": run_url, "text": text})
 
     return TorchTrainer(
         _worker,
-        # By reference: Ray Train can show what stands here, and URLs of a config may hold credentials.
-        train_loop_config={"config": ray.put(config.model_dump_json(exclude_unset=True)), "relay": event_actor},
+        # A reference: Ray Train may show these values, and URLs of a config may contain credentials.
+        train_loop_config={"config": ray.put(config.model_dump_json(exclude_unset=True)), "event_actor": event_actor},
         torch_config=TorchConfig(backend="nccl" if config.ray.use_gpu else "gloo"),
-        scaling_config=scaling(config.ray),
+        scaling_config=scaling_config(config.ray),
         run_config=RunConfig(
-            # Ray Train resumes a name it knows; recovery is ours, so every fit has a name of its own.
+            # A new name for every fit: Ray Train would resume a run of the same name from its own checkpoints.
             name=f"stillroom-{uuid.uuid4().hex[:8]}",
             storage_path=str(folder),
             failure_config=FailureConfig(max_failures=config.ray.max_failures),
-            # Of the kind that Ray Train keeps for itself.
-            callbacks=cast("list[Any]", [Placement(config.ray, warn)]),
+            # Typed for the callbacks of Ray Train's public interface.
+            callbacks=cast("list[Any]", [PlacementMonitor(config.ray, push_warning)]),
         ),
     )
 
 
-def _run(trainer: Callable[[], TorchTrainer], event_actor: Any, max_failures: int) -> None:
-    """Fits to the end. Ray Train starts lost workers anew, but those that it loses while they start it takes for a
-    failure of its own, and ends: these are started anew here."""
+def fit_with_restarts(trainer: Callable[[], TorchTrainer], event_actor: Any, max_failures: int) -> None:
+    """Fits to the end. Ray Train restarts lost workers, but ends with a ``ControllerError`` where it loses them while
+    they start; they are restarted here.
+
+    Raises:
+        StillroomError: the training failed more than ``max_failures`` times, or failed on its input.
+    """
     failures = 0
     while True:
         try:
@@ -203,25 +209,28 @@ def _run(trainer: Callable[[], TorchTrainer], event_actor: Any, max_failures: in
                 raise failure from None
             failures += 1
             if not isinstance(failure, RayActorError) or failures > max_failures:
-                _explain(error, event_actor)
+                raise _explained(error, event_actor) from error
 
 
-def _explain(error: TrainingFailedError, event_actor: Any) -> NoReturn:
-    told = _ask(event_actor.error)
-    if told is not None:
-        raise told from None
-    if (killed := _killed(error)) is not None:
-        raise killed from error
-    raise TrainingError(
-        "training failed",
-        got=_cause(error),
-        next_step="run the command again: it goes on from the last checkpoint; ray.max_failures restarts by itself",
-    ) from error
+def _explained(error: TrainingFailedError, event_actor: Any) -> StillroomError:
+    """The error of a rank, or that of a killed worker, or else the first exception of any worker."""
+    return (
+        _call(event_actor.error)
+        or _killed(error)
+        or TrainingError(
+            "training failed",
+            code="train.failed",
+            got=_first_exception(error),
+            next_step="run the command again: it resumes from the last checkpoint; ray.max_failures restarts it "
+            "automatically",
+        )
+    )
 
 
 def _killed(error: TrainingFailedError) -> TrainingError | None:
-    """The message of a worker process that ended without an exception, whatever its peers then failed with; None where
-    all failed in Python."""
+    """The error for a worker process that ended without an exception, whatever exceptions its peers then raised; None
+    where all workers raised exceptions.
+    """
     failures: dict[int, Exception] = getattr(error, "worker_failures", {})
     # Ray Train wraps the error of a dead actor in one of its health checks.
     causes = {rank: getattr(failure, "health_check_failure", failure) for rank, failure in failures.items()}
@@ -232,21 +241,21 @@ def _killed(error: TrainingFailedError) -> TrainingError | None:
         "a worker process of the training died",
         code="train.worker-killed",
         where=f"rank {', '.join(map(str, sorted(dead)))}",
-        got=_signal(str(next(iter(dead.values())))),
+        got=_signals(str(next(iter(dead.values())))),
         next_step="SIGKILL: more memory a worker, or a smaller train.global_batch_size; SIGBUS: more /dev/shm, or "
         "train.num_workers=0; SIGSEGV or SIGABRT: a crash in native code, on a CPU try train.channels_last=false; then "
         "(or after a lost node) run the command again: it resumes from the last checkpoint",
     )
 
 
-def _signal(text: str) -> str:
-    """The signals that Ray's report of a dead actor names, which are candidates where it has seen none itself."""
+def _signals(text: str) -> str:
+    """The signals that Ray's report of a dead actor names. Ray lists several candidates where it does not know."""
     named = dict.fromkeys(re.findall(r"SIG[A-Z]+", text))
     return f"one of {', '.join(named)} (Ray's report)" if named else text.strip().partition("\n")[0]
 
 
 def _in_thread(work: Callable[[], object]) -> None:
-    """Runs work beside the main thread, where Ray Train would take over Ctrl-C and keep it after its end."""
+    """Runs work outside the main thread, where Ray Train would replace the handler of Ctrl-C and not restore it."""
     errors: list[BaseException] = []
 
     def run() -> None:
@@ -263,8 +272,8 @@ def _in_thread(work: Callable[[], object]) -> None:
         raise errors[0]
 
 
-def _cause(error: TrainingFailedError) -> str:
-    """The first worker's own exception, or the controller's, in one line."""
+def _first_exception(error: TrainingFailedError) -> str:
+    """The exception of the first worker, or of the controller, in one line."""
     failures = getattr(error, "worker_failures", {})
     rank, failure = next(iter(failures.items()), ("controller", error))
     lines = [line for line in str(failure).splitlines() if line.strip()]
@@ -272,10 +281,10 @@ def _cause(error: TrainingFailedError) -> str:
 
 
 class _EventPoller:
-    """Shows the workers' events while ``fit`` blocks."""
+    """Passes the workers' events to the observer while ``fit`` blocks."""
 
-    def __init__(self, event_actor: Any, view: TrainingView) -> None:
-        self._event_actor, self._view = event_actor, view
+    def __init__(self, event_actor: Any, observer: TrainingObserver) -> None:
+        self._event_actor, self._observer = event_actor, observer
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._poll, name="progress", daemon=True)
 
@@ -288,12 +297,12 @@ class _EventPoller:
 
     def _poll(self) -> None:
         while not self._stop.wait(_POLL_S):
-            self._show()
-        self._show()
+            self._drain()
+        self._drain()
 
-    def _show(self) -> None:
-        for event in _ask(self._event_actor.drain):
-            self._view.show(event)
+    def _drain(self) -> None:
+        for event in _call(self._event_actor.drain):
+            self._observer.observe(event)
 
 
 def describe(summary: dict[str, Any]) -> str:

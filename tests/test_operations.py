@@ -19,7 +19,7 @@ _LEAST_MESSAGES = 40
 _PHOTOGRAPHS = ROOT.parent / "shared" / "data" / "imagenet-samples"
 # What operators of a cluster meet first: no message of these may lack its row.
 _WITH_ALL_MESSAGES = (
-    *("jobs/ray/fan_out.py", "jobs/ray/connection.py", "jobs/ray/cluster.py", "jobs/ray/worker_group.py"),
+    *("jobs/ray/task_scheduler.py", "jobs/ray/connection.py", "jobs/ray/cluster.py", "jobs/ray/worker_group.py"),
     *("pipeline/cache/build/commit.py", "pipeline/cache/format/header.py", "pipeline/cache/build/manifest.py"),
 )
 

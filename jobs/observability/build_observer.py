@@ -1,4 +1,4 @@
-"""The parts of a build: counted by node, shown, measured, and summed up at the end."""
+"""Observes the parts of a build: progress by node, metrics, and a summary at the end."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from pipeline.shards.shard_urls import shard_id
 from schemas.cache_format import Commit
 from schemas.config import Config
 
-# As many as a terminal shows and a log bears.
-_NUM_NODES = 12
+# More nodes would fill a terminal, and hide the end of a log.
+_MAX_NODES = 12
 
 
 @dataclass(frozen=True, slots=True)
 class BuiltPart:
-    """A part, how long the teacher was at work on it, and what reading its shard left out."""
+    """A part, the seconds in which the teacher computed, and the members that reading its shard left out."""
 
     commit: Commit
     busy_s: float
@@ -42,7 +42,7 @@ class BuiltPart:
 
 @dataclass(slots=True)
 class NodeSums:
-    """Of the parts that one node built. ``began_s`` and ``ended_s`` by the driver's clock."""
+    """Sums over the parts that one node built. ``began_s`` and ``ended_s`` by the driver's clock."""
 
     began_s: float
     ended_s: float = 0.0
@@ -53,7 +53,7 @@ class NodeSums:
     busy_s: float = 0.0
 
     def add(self, built: BuiltPart, seconds: float, *, now_s: float) -> None:
-        # Parts of one node overlap: the one that ends first need not have begun first.
+        # Parts of one node overlap: the first to end need not be the first to begin.
         self.began_s, self.ended_s = min(self.began_s, now_s - seconds), now_s
         self.parts += 1
         self.images += built.num_images
@@ -77,7 +77,7 @@ class NodeSums:
 
 @dataclass
 class _Shards:
-    """Shards by what has become of them."""
+    """Progress by shard; ``open_parts`` counts the parts that are not built yet."""
 
     open_parts: Counter[str]
     done: int
@@ -85,17 +85,17 @@ class _Shards:
     failed: set[str] = field(default_factory=set)
 
 
-def name_of(task: PartTask) -> str:
-    """A part, for people."""
+def part_name(task: PartTask) -> str:
+    """The name of a part in messages."""
     return f"{redact(task.shard_url)}, {task.block.name}"
 
 
 class BuildObserver(TaskObserver):
-    """The parts of one build.
+    """Observes the parts of one build.
 
     Args:
-        tasks: parts that are still to be built.
-        num_shards: of the whole cache.
+        tasks: the parts to build.
+        num_shards: shards of the whole cache.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class BuildObserver(TaskObserver):
         num_shards: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        super().__init__("cache", name_of)
+        super().__init__("cache", part_name)
         assert config.cache is not None
         self.cache = storage.last_name(config.cache.url)
         self.nodes: dict[str, NodeSums] = {}
@@ -116,7 +116,7 @@ class BuildObserver(TaskObserver):
         self._shards, self._num_shards = _Shards(open_parts, num_shards - len(open_parts)), num_shards
 
     def begin(self) -> None:
-        """Inside ``cluster``: what is there before the first part."""
+        """Sets the metrics before the first part; inside ``cluster``."""
         ray_metrics.SHARDS.set(self._num_shards, cache=self.cache)
         self._set_shards()
 
@@ -169,14 +169,14 @@ class BuildObserver(TaskObserver):
         ray_metrics.SHARDS_FAILED.set(len(self._shards.failed), cache=self.cache)
 
     def note(self) -> str:
-        """How it goes, in a few words."""
-        troubles = [f"{self.retries.total()} retried"] if self.retries else []
-        troubles += [f"{self.num_failed} failed"] if self.num_failed else []
+        """The state of the build in a few words."""
+        problems = [f"{self.retries.total()} retried"] if self.retries else []
+        problems += [f"{self.num_failed} failed"] if self.num_failed else []
         rate = f"{self.total.images_per_s:.0f} images/s"
-        return ", ".join([rate, f"teacher {self.total.busy_share:.0%} busy", *troubles])
+        return ", ".join([rate, f"teacher {self.total.busy_share:.0%} busy", *problems])
 
     def panel(self) -> Table:
-        """The nodes, for a terminal."""
+        """The nodes that finished a part last, for a terminal."""
         table = Table(box=None, pad_edge=False)
         table.add_column("node")
         for name in ("parts", "images", "images/s", "teacher busy", "MB"):
@@ -193,14 +193,13 @@ class BuildObserver(TaskObserver):
         return table
 
     def _latest(self) -> list[tuple[str, NodeSums]]:
-        found = sorted(self.nodes.items(), key=lambda item: item[1].ended_s, reverse=True)[:_NUM_NODES]
-        return sorted(found)
+        return sorted(sorted(self.nodes.items(), key=lambda item: item[1].ended_s, reverse=True)[:_MAX_NODES])
 
-    def sum_up(self) -> None:
-        """The end of a build, also of one that failed: what each node did, and the hours that cost."""
+    def log_summary(self) -> None:
+        """Logs the work of each node and its cost in hours, also of a build that failed."""
         if not self.nodes and not self._lost_s:
             return
-        # What was lost was reserved all the same.
+        # Resources were reserved for lost attempts too.
         lost, hours = self._lost_s / 3600, (self.total.seconds + self._lost_s) / 3600
         cost = {
             "node_hours": sum(node.present_s for node in self.nodes.values()) / 3600,
@@ -213,9 +212,8 @@ class BuildObserver(TaskObserver):
                 f"cache: {name}: {counted(node.parts, 'part')}, {node.images} images, "
                 f"{node.images_per_s:.0f} images/s, teacher {node.busy_share:.0%} busy, {node.present_s / 3600:.3g} h"
             )
-            # In plain lines a big cluster's nodes would hide the end of the log.
-            level = logging.INFO if len(self.nodes) <= _NUM_NODES else logging.DEBUG
-            emit(text, event="node", level=level, cache=self.cache, node=name, **_facts(node))
+            level = logging.INFO if len(self.nodes) <= _MAX_NODES else logging.DEBUG
+            emit(text, event="node", level=level, cache=self.cache, node=name, **_json_fields(node))
         text = (
             f"cache: {counted(len(self.nodes), 'node')}, {self.note()}; "
             f"{cost['node_hours']:.3g} node-hours with parts in work, for which parts reserved "
@@ -223,16 +221,12 @@ class BuildObserver(TaskObserver):
         )
         if lost:
             text += f", {lost / hours:.1%} of them in attempts that failed"
-        told: dict[str, Any] = {
-            **_facts(self.total),
-            "retried": self.retries.total(),
-            "failed": self.num_failed,
-            **_rounded(cost),
-        }
-        emit(text, event="summary", cache=self.cache, nodes=len(self.nodes), **told)
+        attempts = {"retried": self.retries.total(), "failed": self.num_failed}
+        fields: dict[str, Any] = {**_json_fields(self.total), **attempts, **_rounded(cost)}
+        emit(text, event="summary", cache=self.cache, nodes=len(self.nodes), **fields)
 
 
-def _facts(node: NodeSums) -> dict[str, object]:
+def _json_fields(node: NodeSums) -> dict[str, object]:
     counts = {"parts": node.parts, "images": node.images, "size_bytes": node.size_bytes}
     measured = {
         "images_per_s": node.images_per_s,

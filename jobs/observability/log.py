@@ -1,6 +1,6 @@
-"""What a job tells while it runs: plain lines on standard error, or with ``STILLROOM_LOG=json`` one JSON object a line.
+"""The log of a job: plain lines on standard error, or with ``STILLROOM_LOG=json`` one JSON object a line.
 
-Chosen by the environment and not by a config, so that a config that cannot be read is told of in the same form.
+The environment selects the form, not the config, so that an error about an unreadable config has the same form.
 """
 
 from __future__ import annotations
@@ -19,21 +19,31 @@ VARIABLE = "STILLROOM_LOG"
 
 
 def emit(text: str, *, event: str = "message", level: int = logging.INFO, **fields: object) -> None:
-    """One event: ``text`` for people; ``event``, which names its kind, and the fields for machines.
+    """Logs one event.
 
-    Credentials of URLs are left out of the text, and of fields that are text. Plain lines leave out the level
-    ``DEBUG``, at which every finished task is logged; JSON has all.
+    Credentials in URLs are removed from the text and from fields that are text. Plain lines leave out the level
+    ``DEBUG``, at which every finished task is logged; JSON has all levels.
+
+    Args:
+        text: the line for people.
+        event: the kind of event, for programs.
+        fields: JSON values, for programs.
     """
-    plain = {name: redact_text(value) if isinstance(value, str) else value for name, value in fields.items()}
-    _logger.log(level, redact_text(text), extra={"event": event, "fields": plain})
+    redacted = {name: redact_text(value) if isinstance(value, str) else value for name, value in fields.items()}
+    _logger.log(level, redact_text(text), extra={"event": event, "fields": redacted})
 
 
-def warn_of_omissions(command: str, several: Iterable[Omissions]) -> None:
-    """One line for each kind of what was left out of shards, with counts over all of them."""
-    whole = merged(several)
-    for kind, line in zip(sorted(whole.counts), whole.lines(), strict=True):
+def warn(text: str) -> None:
+    """Logs a warning: an event of kind ``warning``."""
+    emit(text, event="warning", level=logging.WARNING)
+
+
+def warn_of_omissions(command: str, omissions: Iterable[Omissions]) -> None:
+    """Logs one line for each reason why members of shards were left out, with counts over all shards."""
+    total = merged(omissions)
+    for kind, line in zip(sorted(total.counts), total.lines(), strict=True):
         text = f"{command}: left out {line}"
-        emit(text, event="omitted", level=logging.WARNING, kind=kind, count=whole.counts[kind])
+        emit(text, event="omitted", level=logging.WARNING, kind=kind, count=total.counts[kind])
 
 
 def as_json() -> bool:
@@ -41,7 +51,7 @@ def as_json() -> bool:
 
 
 def is_enabled(level: int) -> bool:
-    """Whether a line of this level goes anywhere, for who would make many in vain."""
+    """Whether lines of this level are written, for callers that would format many for nothing."""
     return level > logging.DEBUG or as_json()
 
 
@@ -54,25 +64,25 @@ class _Lines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             if as_json():
-                print(_object(record), file=sys.stderr, flush=True)
+                print(_json_line(record), file=sys.stderr, flush=True)
             elif is_enabled(record.levelno):
                 print(record.getMessage(), file=sys.stderr, flush=True)
         except Exception:
             self.handleError(record)
 
 
-def _object(record: logging.LogRecord) -> str:
-    told = {
+def _json_line(record: logging.LogRecord) -> str:
+    event = {
         "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
         "level": record.levelname.lower(),
         "event": getattr(record, "event", "message"),
         "message": record.getMessage(),
         **getattr(record, "fields", {}),
     }
-    return json.dumps(told, default=str)
+    return json.dumps(event, default=str)
 
 
-# What a user's own code logs goes its own ways; these lines go this one alone.
+# A user's logging configuration does not affect these lines, and they do not reach the user's handlers.
 _logger = logging.getLogger("stillroom")
 _logger.setLevel(logging.DEBUG)
 _logger.propagate = False

@@ -1,4 +1,4 @@
-"""Progress: a bar with a panel below it in a terminal, a line every few seconds in a log."""
+"""Progress: a bar and a panel in a terminal, a line every few seconds in a log."""
 
 from __future__ import annotations
 
@@ -41,23 +41,23 @@ class _Bar(Progress):
 
 
 class ProgressView:
-    """One running count with a note beside it. Writes to standard error, so that results can be piped."""
+    """A running count with a note, on standard error, so that results can be piped."""
 
     def __init__(self, title: str, total: int, *, done: int = 0) -> None:
         self.title, self.total, self.done = title, total, done
         self._first = done
-        self._began = self._told = time.monotonic()
+        self._began = self._logged = time.monotonic()
         self._bar: _Bar | None = None
         if sys.stderr.isatty() and not as_json():
             self._bar = _Bar(
                 TextColumn("{task.description}", table_column=Column(max_width=_MAX_TITLE_WIDTH, no_wrap=True)),
-                # Takes what width the others leave.
+                # Takes the width that the other columns leave.
                 BarColumn(bar_width=None),
                 MofNCompleteColumn(table_column=Column(no_wrap=True)),
                 TextColumn("{task.fields[left]}"),
                 TextColumn("{task.fields[note]}"),
                 expand=True,
-                # Lines that are told while it runs are written above it.
+                # Log lines appear above the bar.
                 console=Console(stderr=True),
             )
             self._task = self._bar.add_task(title, total=total, completed=done, note="", left="")
@@ -84,8 +84,12 @@ class ProgressView:
         total: int | None = None,
         panel: Callable[[], RenderableType] | None = None,
     ) -> None:
-        """Sets the count; the note says what is happening now, and ``short`` says it where a terminal has little
-        room. ``total`` where it was not known before. ``panel`` makes what a terminal shows below the bar.
+        """Sets the count.
+
+        Args:
+            note: the present state; ``short`` replaces it in a terminal.
+            total: replaces the total of the constructor.
+            panel: builds what a terminal shows below the bar.
         """
         self.done, self.total = done, self.total if total is None else total
         if self._bar is not None:
@@ -93,12 +97,12 @@ class ProgressView:
             left_s = self._left_s()
             left = "" if left_s is None else f"{_clock(left_s)} left"
             self._bar.update(self._task, completed=done, total=self.total, note=short or note, left=left)
-        elif time.monotonic() - self._told >= _LINE_EVERY_S and done < self.total:
-            self._told = time.monotonic()
+        elif time.monotonic() - self._logged >= _LINE_EVERY_S and done < self.total:
+            self._logged = time.monotonic()
             self._line(note)
 
     def _left_s(self) -> float | None:
-        """At the rate since the start; rich forgets a rate after half a minute without an update."""
+        """At the rate since the start; rich discards its rate after half a minute without an update."""
         elapsed_s = time.monotonic() - self._began
         rate = (self.done - self._first) / elapsed_s if elapsed_s > 0 else 0.0
         return (self.total - self.done) / rate if rate > 0 and self.done < self.total else None

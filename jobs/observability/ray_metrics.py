@@ -1,7 +1,7 @@
-"""Ray metrics of a job. Ray's agent on the driver's node gives them to Prometheus, as ``ray_stillroom_…``.
+"""Ray metrics of a job. Ray's agent on the driver's node serves them to Prometheus, as ``ray_stillroom_…``.
 
-The driver alone records: it hears of every task and every step, and one process leaves no series behind of workers that
-are gone. Without Ray nothing is recorded.
+The driver alone records them: it receives the events of every task and every step, and no series of a lost worker
+remains. Without Ray nothing is recorded.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _PREFIX = "stillroom_"
 
 @dataclass(frozen=True, slots=True)
 class Counter:
-    """Only grows. Prometheus sees it as ``exported``."""
+    """A metric that only grows. Its name in Prometheus is ``exported``."""
 
     name: str
     text: str
@@ -29,14 +29,14 @@ class Counter:
         return f"ray_{_PREFIX}{self.name}_total"
 
     def add(self, amount: float, **tags: str) -> None:
-        # Ray refuses to count nothing.
+        # Ray refuses an increment of 0.
         if amount > 0 and ray.is_initialized():
             _metric(metrics.Counter, self.name, self.text, self.tags).inc(amount, tags)
 
 
 @dataclass(frozen=True, slots=True)
 class Gauge:
-    """Goes up and down. Prometheus sees it as ``exported``."""
+    """A metric that rises and falls. Its name in Prometheus is ``exported``."""
 
     name: str
     text: str
@@ -56,7 +56,7 @@ def _metric(kind: Any, name: str, text: str, tags: tuple[str, ...]) -> Any:
     return kind(_PREFIX + name, text, tags)
 
 
-# A cache and a run by the last name of their URL.
+# The last name of the URL of a cache or a run.
 _CACHE, _CACHE_NODE, _RUN = ("cache",), ("cache", "node"), ("run",)
 
 IMAGES = Counter("build_images", "Views that the teacher answered: images times views.", _CACHE_NODE)

@@ -1,4 +1,4 @@
-"""Standard streams that may be closed, full or broken: no work fails because its output cannot be written."""
+"""Standard streams that may be closed, full or broken. A job does not fail because its output cannot be written."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 _DESCRIPTORS = (0, 1, 2)
 
 
-class _Unfailing(io.RawIOBase):
-    """A file that records the error of a write and goes on as if it had been written."""
+class _ErrorRecordingFile(io.RawIOBase):
+    """A file that records the first error of a write and reports success."""
 
     def __init__(self, file: io.FileIO) -> None:
         self._file = file
@@ -37,10 +37,9 @@ class _Unfailing(io.RawIOBase):
 
 
 def protect_streams() -> None:
-    """Reopens standard streams that are closed, and makes writing to the others never raise. Calling it again changes
-    nothing.
+    """Reopens standard streams that are closed, and makes writes to the others never raise. Idempotent.
 
-    A closed descriptor would be given to the next file that is opened, and what libraries print would go into it.
+    The next file that is opened would get a closed descriptor, and libraries would print into it.
     """
     for descriptor in _DESCRIPTORS:
         _reopen(descriptor)
@@ -65,7 +64,7 @@ def _protected(stream: Any, descriptor: int) -> Any:
     buffer = getattr(stream, "buffer", None)
     # With PYTHONUNBUFFERED there is nothing between text and file.
     raw = buffer if isinstance(buffer, io.FileIO) else getattr(buffer, "raw", None)
-    # What a test or a notebook has put there is left as it is.
+    # A stream of a test or a notebook is left as it is.
     if not isinstance(raw, io.FileIO):
         return stream
     with suppress(OSError):
@@ -74,17 +73,17 @@ def _protected(stream: Any, descriptor: int) -> Any:
 
 
 def _text(raw: io.FileIO, encoding: str, *, line_buffering: bool) -> io.TextIOWrapper:
-    # Not every terminal's encoding has every character of a path.
-    binary = io.BufferedWriter(_Unfailing(raw))
+    # A terminal's encoding may lack characters of a path.
+    binary = io.BufferedWriter(_ErrorRecordingFile(raw))
     return io.TextIOWrapper(binary, encoding=encoding, errors="backslashreplace", line_buffering=line_buffering)
 
 
 def lost_output() -> OSError | None:
-    """Why something printed to standard output did not arrive; None: all did, or its reader has ended (``| head``)."""
+    """Why text printed to standard output was lost; None: none was, or its reader has ended (``| head``)."""
     try:
         sys.stdout.flush()
     except OSError as error:
         return error
     raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
-    error = raw.error if isinstance(raw, _Unfailing) else None
+    error = raw.error if isinstance(raw, _ErrorRecordingFile) else None
     return None if error is None or error.errno == errno.EPIPE else error

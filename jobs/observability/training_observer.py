@@ -1,4 +1,4 @@
-"""What a training reports: shown, told, measured, and summed up at the end."""
+"""Observes a training: progress, log, metrics, and a summary at the end."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from jobs.observability.progress import ProgressView
 from pipeline import storage
 from schemas.config import Config
 
-_OF_STEPS = {
+_STEP_METRICS = {
     "loss": ray_metrics.LOSS,
     "lr": ray_metrics.LEARNING_RATE,
     "epoch": ray_metrics.EPOCH,
     "images_per_s": ray_metrics.IMAGES_PER_S,
     "data_wait": ray_metrics.DATA_WAIT,
 }
-_OF_EVALUATIONS = {"top1": ray_metrics.TOP1, "top5": ray_metrics.TOP5, "agreement": ray_metrics.AGREEMENT}
-_SELECTING = {"top1": "top-1", "agreement": "agreement with the teacher", "cosine": "cosine to the teacher"}
+_EVALUATION_METRICS = {"top1": ray_metrics.TOP1, "top5": ray_metrics.TOP5, "agreement": ray_metrics.AGREEMENT}
+# A run selects its best checkpoint by the first of these that is measured.
+_SELECTION_METRICS = {"top1": "top-1", "agreement": "agreement with the teacher", "cosine": "cosine to the teacher"}
 
 
-class TrainingView:
-    """One training with all its starts; a context manager. Workers that are lost and started again begin anew."""
+class TrainingObserver:
+    """Observes one training over all starts of its workers. A context manager; its end logs the summary."""
 
     def __init__(self, config: Config, *, clock: Callable[[], float] = time.monotonic) -> None:
         assert config.run is not None
@@ -38,31 +39,31 @@ class TrainingView:
         self._progress: ProgressView | None = None
         self._nodes: dict[int, str] = {}
         self._counted_s, self._worker_s = clock(), 0.0
-        self._speed, self._last_step = _Speed(config.train.global_batch_size), -1
+        self._speed, self._last_step = _MeanSpeed(config.train.global_batch_size), -1
         self._repeated_steps = 0
-        self._shown: dict[str, float] = {}
+        self._latest: dict[str, float] = {}
 
-    def __enter__(self) -> TrainingView:
+    def __enter__(self) -> TrainingObserver:
         return self
 
     def __exit__(self, *error: Any) -> None:
         if self._progress is not None:
             self._progress.__exit__(*error)
-        self._count_hours()
-        self._sum_up()
+        self._add_worker_time()
+        self._log_summary()
 
-    def show(self, event: dict[str, Any]) -> None:
-        """An event of the loop; or before it of kind ``rank``, with the rank, the world's size and the node."""
+    def observe(self, event: dict[str, Any]) -> None:
+        """An event of the training loop; or one of kind ``rank``, with ``rank``, ``world_size`` and ``node``."""
         fields = {name: value for name, value in event.items() if name not in ("kind", "run")}
         match event["kind"]:
             case "warning":
                 self._emit(f"warning: {fields.pop('text')}", "warning", logging.WARNING, fields)
             case "validation":
-                self._checked(fields)
+                self._log_validation(fields)
             case "validation-teacher":
-                self._asked(fields)
+                self._log_teacher_validation(fields)
             case "rank":
-                self._place(fields)
+                self._add_rank(fields)
             case "begin":
                 self._begin(fields)
             case "step":
@@ -75,25 +76,25 @@ class TrainingView:
     def _emit(self, text: str, event: str, level: int, fields: dict[str, Any]) -> None:
         emit(f"train {self.run}: {text}", event=event, level=level, run=self.run, attempt=self.starts, **fields)
 
-    def _checked(self, fields: dict[str, Any]) -> None:
-        """What reading the validation samples before the first step cost."""
+    def _log_validation(self, fields: dict[str, Any]) -> None:
+        """The cost of reading the validation samples before the first step."""
         text = f"{counted(fields['samples'], 'validation sample')} in {counted(fields['shards'], 'shard')}"
         self._emit(f"{text} read and checked in {fields['read_s']:.1f} s", "validation", logging.INFO, fields)
 
-    def _asked(self, fields: dict[str, Any]) -> None:
-        """What computing the outputs of the teacher of a cache cost before the first step."""
+    def _log_teacher_validation(self, fields: dict[str, Any]) -> None:
+        """The cost of computing the teacher's outputs for the validation images, before the first step."""
         text = f"the teacher's outputs for the validation images, {decimal(fields['size_bytes'])} per rank"
         self._emit(f"{text}, took {fields['seconds']:.1f} s", "validation-teacher", logging.INFO, fields)
 
-    def _place(self, fields: dict[str, Any]) -> None:
-        self._count_hours()
+    def _add_rank(self, fields: dict[str, Any]) -> None:
+        self._add_worker_time()
         self._nodes[fields["rank"]] = fields["node"]
-        # A smaller world than before has fewer ranks.
+        # The world may be smaller than before.
         self._nodes = {rank: node for rank, node in self._nodes.items() if rank < fields["world_size"]}
         ray_metrics.WORKERS.set(len(self._nodes), run=self.run)
         self._emit(f"rank {fields['rank']} on {fields['node']}", "rank", logging.DEBUG, fields)
 
-    def _count_hours(self) -> None:
+    def _add_worker_time(self) -> None:
         now_s = self._clock()
         self._worker_s += len(self._nodes) * (now_s - self._counted_s)
         self._counted_s = now_s
@@ -117,7 +118,7 @@ class TrainingView:
     def _step(self, fields: dict[str, Any]) -> None:
         self._speed.add(fields["step"] - self._last_step, fields)
         self._last_step = fields["step"]
-        self._set(_OF_STEPS, fields)
+        self._set(_STEP_METRICS, fields)
         ray_metrics.STEP.set(fields["step"] + 1, run=self.run)
         self._emit(f"step {fields['step']}, {_note(fields)}", "step", logging.DEBUG, fields)
         if self._progress is not None:
@@ -125,30 +126,29 @@ class TrainingView:
             self._progress.update(fields["step"] + 1, _note(fields), short=epoch, panel=self._panel)
 
     def _evaluated(self, fields: dict[str, Any]) -> None:
-        self._set(_OF_EVALUATIONS, fields)
+        self._set(_EVALUATION_METRICS, fields)
         level, measured = logging.DEBUG, ""
-        # What selects the best checkpoint: the first of these that is measured.
-        for name, text in _SELECTING.items():
+        for name, text in _SELECTION_METRICS.items():
             if not measured and fields.get(name) is not None:
                 level, measured = logging.INFO, f", {text} {fields[name]:.2%}"
         self._emit(f"epoch {fields['epoch']}{measured}", "eval", level, fields)
 
-    def _set(self, levels: dict[str, ray_metrics.Gauge], fields: dict[str, Any]) -> None:
-        for name, level in levels.items():
+    def _set(self, gauges: dict[str, ray_metrics.Gauge], fields: dict[str, Any]) -> None:
+        for name, gauge in gauges.items():
             if fields.get(name) is not None:
-                self._shown[name] = fields[name]
-                level.set(fields[name], run=self.run)
+                self._latest[name] = fields[name]
+                gauge.set(fields[name], run=self.run)
 
     def _panel(self) -> Table:
-        """What was read last, for a terminal."""
+        """The latest values, for a terminal."""
         table = Table(box=None, pad_edge=False)
-        for name in (*self._shown, "starts", "ranks"):
+        for name in (*self._latest, "starts", "ranks"):
             table.add_column(name.replace("_", " "), justify="right")
-        table.add_row(*(f"{value:.4g}" for value in self._shown.values()), str(self.starts), str(len(self._nodes)))
+        table.add_row(*(f"{value:.4g}" for value in self._latest.values()), str(self.starts), str(len(self._nodes)))
         return table
 
-    def _sum_up(self) -> None:
-        """Also of a training that failed: it cost as much."""
+    def _log_summary(self) -> None:
+        """Also of a training that failed."""
         if not self.starts:
             return
         ranks, ray = Counter(self._nodes.values()), self._config.ray
@@ -162,9 +162,9 @@ class TrainingView:
             "cpu_hours": worker_hours * ray.cpus_per_worker,
             "gpu_hours": worker_hours * ray.use_gpu,
         }
-        again = f" ({counted(self._repeated_steps, 'step')} made again)" if self._repeated_steps else ""
+        repeated = f" ({counted(self._repeated_steps, 'step')} repeated)" if self._repeated_steps else ""
         text = (
-            f"{counted(len(ranks), 'node')}, {counted(self.starts, 'start')}{again}, "
+            f"{counted(len(ranks), 'node')}, {counted(self.starts, 'start')}{repeated}, "
             f"{self._speed.images_per_s:.0f} images/s, "
             f"{self._speed.data_wait:.0%} waiting for data; {cost['worker_hours']:.3g} worker-hours, "
             f"which reserved {cost['cpu_hours']:.3g} CPU-hours and {cost['gpu_hours']:.3g} GPU-hours"
@@ -176,21 +176,20 @@ class TrainingView:
 
 
 def _note(fields: dict[str, Any]) -> str:
-    """How it goes since it was last said."""
     return (
         f"loss {fields['loss']:.4f}, {fields['images_per_s']:.0f} images/s, {fields['data_wait']:.0%} waiting for data"
     )
 
 
-class _Speed:
-    """Means over a training of what each event says of the steps since the one before. Evaluations are left out."""
+class _MeanSpeed:
+    """Mean speed over all steps of a training, without evaluations."""
 
     def __init__(self, global_batch_size: int) -> None:
-        self._batch = global_batch_size
+        self._batch_size = global_batch_size
         self._images, self._seconds, self._wait_s = 0.0, 0.0, 0.0
 
     def add(self, num_steps: int, fields: dict[str, Any]) -> None:
-        images = num_steps * self._batch
+        images = num_steps * self._batch_size
         seconds = images / max(fields["images_per_s"], 1e-9)
         self._images += images
         self._seconds += seconds

@@ -1,4 +1,4 @@
-"""What ``ray.address`` means, without an import of Ray."""
+"""The meaning of ``ray.address``, without an import of Ray."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ JOB_ENV = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
 def starts_locally(address: str) -> bool:
-    """Whether this process starts a private cluster: a submitted job runs on the cluster it was submitted to, as a
-    local one would escape the job's resources.
+    """Whether this process starts a private cluster. A submitted job does not: it runs on the cluster that it was
+    submitted to, where a private cluster would exceed the job's resources.
     """
     return address == "local" and JOB_ENV not in os.environ
 
 
 def announce(address: str) -> None:
-    """Logs what the next seconds are for: Ray and torch take long to import."""
+    """Logs what takes the next seconds: the imports of Ray and torch."""
     if address == "none":
         return
     text = "starting Ray on this machine" if starts_locally(address) else "connecting to the Ray cluster"

@@ -1,4 +1,4 @@
-"""Connect to a Ray cluster, or start a private one on this machine, and fail early with one clear error."""
+"""Connect to a Ray cluster or start a private one on this machine; fail early with one clear error."""
 
 from __future__ import annotations
 
@@ -12,45 +12,42 @@ from typing import Any
 
 import grpc
 import ray
-from ray._common.utils import get_default_ray_temp_dir
-from ray._private import services
-from ray._private.authentication.authentication_token_setup import (
-    ensure_token_if_auth_enabled,
-    maybe_enable_token_auth_if_token_available,
-)
-from ray._private.grpc_utils import init_grpc_channel
-from ray.core.generated.gcs_service_pb2 import CheckAliveRequest  # pyright: ignore[reportAttributeAccessIssue]
-from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 from ray.exceptions import AuthenticationError
 
-from jobs.observability.log import emit
+from jobs.observability.log import warn
 from jobs.ray.address import JOB_ENV, starts_locally
+from jobs.ray.core_internals import (
+    AUTHENTICATION_LOGGER,
+    check_alive,
+    default_temp_dir,
+    load_token,
+    local_cluster_address,
+)
 from jobs.ray.shadowing import check_shadowing
-from pipeline.core.errors import ClusterError, ResourceError
+from pipeline.core.errors import ClusterError, ResourceError, first_line
 
 TOKEN_HELP = "set RAY_AUTH_MODE=token, and the cluster's token in RAY_AUTH_TOKEN or its file in RAY_AUTH_TOKEN_PATH"  # noqa: S105
-# Ray itself retries a dead address for 14 minutes.
-_ANSWER_TIMEOUT_S, _REASON_TIMEOUT_S = 10.0, 3.0
-_MOVE = "rename it, or run the command in another folder"
+# Ray itself retries an unreachable address for 14 minutes.
+RESPONSE_TIMEOUT_S, _PORT_TIMEOUT_S = 10.0, 3.0
 _CLIENT_SCHEME = "ray://"
-# The kernel's limit for the path of a Unix socket, less its terminating zero.
+# The kernel's limit for the path of a Unix socket, without its terminating zero.
 _MAX_SOCKET_PATH_BYTES = 107
 _LONGEST_SOCKET = "session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
-# Ray puts the working folder first on its workers' path. What is imported before that cannot be hidden by it.
+# Ray puts the working folder first on its workers' import path, after these modules are imported.
 _PRELOAD = {"preload_python_modules": ["jobs"]}
-_SHORT_ROOTS = ("/tmp", "/var/tmp")  # noqa: S108 - a folder below is created for this user alone, and checked
+_SHORT_ROOTS = ("/tmp", "/var/tmp")  # noqa: S108 - the folder below is created for this user alone, and checked
 
 
 def connect(address: str) -> None:
     """Connects to the cluster of ``ray.address``, or starts one here.
 
     Raises:
-        ResourceError: no cluster answers at the address, it refuses the token, or Ray's folders cannot be written.
+        ResourceError: no cluster responds at the address, it refuses the token, or Ray's folders cannot be written.
         ClusterError: Ray could not start.
     """
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
-    # That Ray guards a cluster with a token is as it should be, and no news.
-    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    # It warns that the cluster requires a token.
+    logging.getLogger(AUTHENTICATION_LOGGER).setLevel(logging.ERROR)
     if starts_locally(address):
         _start(common)
     else:
@@ -58,58 +55,56 @@ def connect(address: str) -> None:
 
 
 def _start(common: dict[str, Any]) -> None:
-    # A private cluster phones nowhere.
+    # A private cluster sends no usage statistics.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     folder = _temporary_folder()
     _check_token_file()
     try:
         ray.init(address="local", include_dashboard=False, _temp_dir=folder, _system_config=_PRELOAD, **common)
     except Exception as error:
-        # Ray raises errors of many classes here. None of them is about this program's own state.
+        # Ray raises exceptions of many classes here, none of them for a bug of this program.
         raise ClusterError(
             "Ray could not start on this machine",
             code="ray.start-failed",
             where="ray.address=local",
-            got=f"{type(error).__name__}: {_first_line(error)}",
-            next_step=f"read the logs in {folder or get_default_ray_temp_dir()}/session_latest/logs, or set "
+            got=f"{type(error).__name__}: {first_line(error)}",
+            next_step=f"read the logs in {folder or default_temp_dir()}/session_latest/logs, or set "
             "ray.address=none to work in one process without Ray",
         ) from error
 
 
 def _temporary_folder() -> str | None:
-    """The folder for Ray's sessions; None: Ray's default, which suits.
+    """The folder for Ray's sessions; None: Ray's default.
 
     Raises:
         ResourceError: the folder cannot be written.
     """
-    default = get_default_ray_temp_dir()
+    default = default_temp_dir()
     size_bytes = len(os.fsencode(f"{default}/{_LONGEST_SOCKET}"))
     if size_bytes <= _MAX_SOCKET_PATH_BYTES:
         _check_writable(default)
         return None
     folder = _short_folder()
-    emit(
+    warn(
         f"Ray's temporary folder is {folder} (logs, spilled objects): below {default} its sockets' paths would have "
-        f"{size_bytes} bytes, and the system allows {_MAX_SOCKET_PATH_BYTES}; RAY_TMPDIR chooses another folder",
-        event="warning",
-        level=logging.WARNING,
+        f"{size_bytes} bytes, and the system allows {_MAX_SOCKET_PATH_BYTES}; RAY_TMPDIR chooses another folder"
     )
     return folder
 
 
 def _short_folder() -> str:
-    """``/tmp/ray-UID``, or the same below ``/var/tmp``: a folder of this user that no other user can write."""
+    """``/tmp/ray-UID``, or the same below ``/var/tmp``: a folder that no other user can write."""
     uid = os.getuid()
     errors: list[str] = []
     for root in _SHORT_ROOTS:
         folder = Path(root, f"ray-{uid}")
         try:
             folder.mkdir(mode=0o700, exist_ok=True)
-            found = folder.lstat()
+            status = folder.lstat()
         except OSError as error:
             errors.append(str(error))
             continue
-        if stat.S_ISDIR(found.st_mode) and found.st_uid == uid:
+        if stat.S_ISDIR(status.st_mode) and status.st_uid == uid:
             return str(folder)
         errors.append(f"{folder} belongs to another user")
     raise _unwritable("; ".join(errors), where=" and ".join(_SHORT_ROOTS))
@@ -136,7 +131,7 @@ def _unwritable(reason: str, *, where: str) -> ResourceError:
 
 
 def _check_token_file() -> None:
-    """Ray writes a token into the home directory before it starts a cluster, unless it is given one.
+    """Ray writes a token into the home directory before it starts a cluster, unless one is given.
 
     Raises:
         ResourceError: the home directory cannot be written.
@@ -165,14 +160,14 @@ def _check_token_file() -> None:
 
 def _join(address: str, common: dict[str, Any]) -> None:
     try:
-        found = _resolve(address)
+        resolved = _resolve(address)
     except (ConnectionError, ValueError) as error:
-        raise _silent(address, _first_line(error)) from error
-    check_answers(found)
+        raise _no_response(address, first_line(error)) from error
+    check_response(resolved)
     if JOB_ENV not in os.environ:
-        here = Path.cwd()
-        files = (path.relative_to(here) for path in here.glob("jobs*/*.py"))
-        check_shadowing([*files, *(Path(path.name) for path in here.glob("*.py"))], folder=here, next_step=_MOVE)
+        folder = Path.cwd()
+        files = [path.relative_to(folder) for pattern in ("*.py", "jobs*/*.py") for path in folder.glob(pattern)]
+        check_shadowing(files, folder=folder, next_step="rename it, or run the command in another folder")
     try:
         ray.init(address=address, **common)
     except Exception as error:
@@ -180,58 +175,51 @@ def _join(address: str, common: dict[str, Any]) -> None:
             "Ray could not connect to this cluster",
             code="ray.connect-failed",
             where=f"ray.address={address}",
-            got=f"{type(error).__name__}: {_first_line(error)}",
+            got=f"{type(error).__name__}: {first_line(error)}",
             expected="the same versions of Ray and Python as the cluster; for HOST:PORT, a node of it on this machine",
-            next_step="set ray.address=auto on a node of the cluster, or hand the job to it with stillroom submit",
+            next_step="set ray.address=auto on a node of the cluster, or run stillroom submit",
         ) from error
 
 
 def _resolve(address: str) -> str:
-    """Where ``auto`` leads: to RAY_ADDRESS, or to the cluster that was started last on this machine."""
+    """``auto`` is RAY_ADDRESS, or else the cluster that was started last on this machine."""
     if address != "auto":
         return address
-    if given := os.environ.get("RAY_ADDRESS"):
-        return given
-    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
-    found = services.canonicalize_bootstrap_address("auto")
-    if found is None:
-        raise _silent("auto", "no cluster was started on this machine")
-    return found
+    resolved = os.environ.get("RAY_ADDRESS") or local_cluster_address()
+    if resolved is None:
+        raise _no_response("auto", "no cluster was started on this machine")
+    return resolved
 
 
-def check_answers(address: str) -> None:
+def check_response(address: str) -> None:
     """One health check of a cluster's control service (``HOST:PORT``) or of its client server (``ray://HOST:PORT``).
 
     Raises:
-        ResourceError: nothing answers in time, something else than Ray answers, or the token is refused.
+        ResourceError: no response in time, or the token is refused.
     """
     try:
-        ensure_token_if_auth_enabled(create_token_if_missing=False)
+        load_token()
+        check_alive(address.removeprefix(_CLIENT_SCHEME), timeout_s=RESPONSE_TIMEOUT_S)
     except AuthenticationError as error:
-        raise _refused(address, _first_line(error)) from error
-    channel = init_grpc_channel(address.removeprefix(_CLIENT_SCHEME))
-    try:
-        NodeInfoGcsServiceStub(channel).CheckAlive(CheckAliveRequest(), timeout=_ANSWER_TIMEOUT_S, wait_for_ready=True)
+        raise _refused(address, first_line(error)) from error
     except grpc.RpcError as error:
         code: grpc.StatusCode = error.code()  # pyright: ignore[reportAttributeAccessIssue]
         if code == grpc.StatusCode.UNAUTHENTICATED:
             raise _refused(address, str(error.details())) from error  # pyright: ignore[reportAttributeAccessIssue]
-        # The client server has no such method, which it says: it is there.
+        # The client server responds that it has no such method.
         if code == grpc.StatusCode.UNIMPLEMENTED and address.startswith(_CLIENT_SCHEME):
             return
-        raise _silent(address, _reason(address)) from error
-    finally:
-        channel.close()
+        raise _no_response(address, _reason(address)) from error
 
 
 def _reason(address: str) -> str:
-    """Why nothing answered: gRPC only reports that the time is over."""
+    """Why there was no response: gRPC reports the timeout alone."""
     host, _, port = address.removeprefix(_CLIENT_SCHEME).rpartition(":")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_REASON_TIMEOUT_S).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_PORT_TIMEOUT_S).close()
     except (OSError, ValueError) as error:
         return str(error)
-    return "something listens there, but does not answer as Ray does"
+    return "something listens there, but it does not respond as Ray does"
 
 
 def _refused(address: str, reason: str) -> ResourceError:
@@ -244,17 +232,13 @@ def _refused(address: str, reason: str) -> ResourceError:
     )
 
 
-def _silent(address: str, reason: str) -> ResourceError:
+def _no_response(address: str, reason: str) -> ResourceError:
     return ResourceError(
         "no Ray cluster responds",
         code="ray.no-answer",
         where=f"ray.address={address}",
         got=reason,
-        expected=f"an answer of its control service (port 6379), or with ray:// of its client server (10001), within "
-        f"{_ANSWER_TIMEOUT_S:g} s",
+        expected="a response of its control service (port 6379), or with ray:// of its client server (10001), within "
+        f"{RESPONSE_TIMEOUT_S:g} s",
         next_step="start one (ray start --head), or set ray.address=local to start one here",
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -21,7 +21,8 @@ import yaml
 from PIL import Image
 
 from jobs.ray import fan_out as module
-from jobs.ray.fan_out import LostTaskError, fan_out
+from jobs.ray.fan_out import fan_out
+from jobs.ray.task_scheduler import LostTaskError
 from jobs.verify_cache import verify
 from pipeline.cache.build.header_claim import MAX_DRIFT
 from pipeline.cache.read.reader import open_cache
@@ -228,15 +229,15 @@ def test_an_autoscaler_starts_from_no_node_what_a_build_and_a_training_ask_for(t
 import sys
 from functools import partial
 from jobs.ray.fan_out import fan_out
-from jobs.ray.cluster import cluster, require_resources, slots
+from jobs.ray.cluster import cluster, num_slots, require_resources
 from schemas.config import RayConfig
 from tests.jobs.node_work import node
 config, pod = RayConfig(address=sys.argv[1], gpus_per_task=1, wait_s=120), {"CPU": 1.0, "GPU": 1.0}
 with cluster(config):
-    assert slots(pod) == 0
+    assert num_slots(pod) == 0
     assert len(list(fan_out(partial(node, 0), range(2), config, what="a part"))) == 2
     require_resources(pod, num=3, wait_s=120, what="three workers", where="here")
-    assert slots(pod) == 3
+    assert num_slots(pod) == 3
 """
     resources = {"CPU": 1, "GPU": 1, "object_store_memory": 150 << 20}
     gpu = {"resources": resources, "node_config": {}, "min_workers": 0, "max_workers": 4}

@@ -1,4 +1,4 @@
-"""Tasks over several nodes: where they run, nodes that come late, nodes that are lost."""
+"""Tasks on several nodes: placement, late nodes and lost nodes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ import pytest
 import ray
 
 from jobs.index_shards import index_shards
-from jobs.ray.fan_out import LostTaskError, fan_out
+from jobs.ray.fan_out import fan_out
+from jobs.ray.task_scheduler import LostTaskError
 from pipeline.core.errors import ResourceError
 from schemas.config import RayConfig
 from tests.jobs.clusters import Nodes, driver, many_nodes
@@ -28,7 +29,7 @@ _TIMEOUT_S = 60
 
 
 class Cluster:
-    """Two nodes of two CPUs, one with a GPU that Ray believes in, the other with a resource ``spot``."""
+    """Two nodes of two CPUs, one with a GPU by its word alone, the other with a resource ``spot``."""
 
     def __init__(self, nodes: Nodes, ids: list[str], pool: ProcessPoolExecutor) -> None:
         self.nodes, self.pool = nodes, pool
@@ -47,7 +48,7 @@ def cluster() -> Iterator[Cluster]:
         many_nodes({"num_cpus": 2, "resources": {"spot": 1}}, {"num_cpus": 2, "num_gpus": 1}) as (nodes, ids),
         driver() as pool,
     ):
-        # One job for all tests, so that workers stay from one to the next.
+        # One job for all tests, so that they share workers.
         pool.submit(partial(ray.init, nodes.address, log_to_driver=False)).result()
         yield Cluster(nodes, ids, pool)
 
@@ -58,29 +59,29 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _drive(work: Callable[[int], Any], num: int, keys: dict[str, Any], log: Path) -> list[Any]:
-    """Results in the order of the numbers; what the driver says goes to ``log``."""
+    """Results in the order of the numbers; the driver's standard error goes to ``log``."""
     with log.open("w", buffering=1) as sink, contextlib.redirect_stderr(sink):
-        found = dict(fan_out(work, range(num), RayConfig(**keys), what="a part"))
-    return [found[number] for number in range(num)]
+        results = dict(fan_out(work, range(num), RayConfig(**keys), what="a part"))
+    return [results[number] for number in range(num)]
 
 
-def wait_until(holds: Callable[[], bool]) -> None:
+def wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + _TIMEOUT_S
-    while not holds():
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
-def test_parts_that_one_node_could_take_are_spread_over_all(cluster: Cluster, log: Path) -> None:
+def test_parts_that_one_node_could_run_are_spread_over_all_nodes(cluster: Cluster, log: Path) -> None:
     assert set(cluster.run(partial(node, 0.5), 2, log)) == {cluster.spot, cluster.gpu}
 
 
-def test_parts_run_where_the_gpus_or_the_named_resources_are(cluster: Cluster, log: Path) -> None:
+def test_parts_run_on_nodes_with_the_gpus_or_custom_resources_they_need(cluster: Cluster, log: Path) -> None:
     assert set(cluster.run(partial(node, 0), 6, log, gpus_per_task=0.5)) == {cluster.gpu}
     assert set(cluster.run(partial(node, 0), 6, log, resources_per_task={"spot": 0.5})) == {cluster.spot}
 
 
-def test_indexing_asks_for_no_gpu(cluster: Cluster, tree: Tree, log: Path, tmp_path: Path) -> None:
+def test_indexing_needs_no_gpu(cluster: Cluster, tree: Tree, log: Path, tmp_path: Path) -> None:
     keys = {"address": cluster.nodes.address, "gpus_per_task": 8, "resources_per_task": {"nowhere": 1}}
     config = config_of(tree(ray=keys))
     assert cluster.pool.submit(index_shards, config, str(tmp_path / "index")).result(_TIMEOUT_S) == 96
@@ -88,89 +89,94 @@ def test_indexing_asks_for_no_gpu(cluster: Cluster, tree: Tree, log: Path, tmp_p
         cluster.run(partial(node, 0), 1, log, **keys)
 
 
-def test_room_that_no_single_node_has_is_no_room(cluster: Cluster, log: Path) -> None:
-    with pytest.raises(ResourceError, match="expected: 3 CPU") as caught:
+def test_a_task_must_fit_on_a_single_node(cluster: Cluster, log: Path) -> None:
+    with pytest.raises(ResourceError) as caught:
         cluster.run(partial(node, 0), 1, log, cpus_per_task=3)
-    assert "2 nodes with 2 CPU" in str(caught.value)
+    assert (caught.value.code, caught.value.expected) == ("ray.too-few-resources", "3 CPU")
+    assert caught.value.got == "2 nodes with 2 CPU"
 
 
-def test_a_node_that_joins_in_the_middle_is_used_as_far_as_it_goes(cluster: Cluster, log: Path, tmp_path: Path) -> None:
-    flown = cluster.submit(partial(wait_for_go, tmp_path), 24, log)
+def test_a_node_that_joins_later_is_filled_with_tasks(cluster: Cluster, log: Path, tmp_path: Path) -> None:
+    future = cluster.submit(partial(wait_for_go, tmp_path), 24, log)
     wait_until(lambda: len(attempts(tmp_path)) == 4)
     late = cluster.nodes.add(num_cpus=3)
     wait_until(lambda: len(attempts(tmp_path)) == 7)
     assert Counter(node for _, node in attempts(tmp_path)) == {cluster.spot: 2, cluster.gpu: 2, late: 3}
     (tmp_path / "go").touch()
-    assert len(flown.result(_TIMEOUT_S)) == 24
+    assert len(future.result(_TIMEOUT_S)) == 24
     cluster.nodes.remove(late)
 
 
-def test_a_start_waits_for_a_node_that_an_autoscaler_is_asked_for(cluster: Cluster, log: Path) -> None:
-    flown = cluster.submit(partial(node, 0), 3, log, resources_per_task={"late": 1}, wait_s=_TIMEOUT_S)
+def test_a_start_waits_for_a_node_of_an_autoscaler(cluster: Cluster, log: Path) -> None:
+    future = cluster.submit(partial(node, 0), 3, log, resources_per_task={"late": 1}, wait_s=_TIMEOUT_S)
     wait_until(lambda: cluster.nodes.demands() == [{"CPU": 1.0, "late": 1.0}])
     late = cluster.nodes.add(resources={"late": 1})
-    assert flown.result(_TIMEOUT_S) == [late] * 3
+    assert future.result(_TIMEOUT_S) == [late] * 3
     assert "waiting up to 60 s for nodes: a part needs 1 CPU, 1 late" in log.read_text()
     assert cluster.nodes.demands() == []
     cluster.nodes.remove(late)
 
 
-def test_a_start_that_waited_in_vain_says_for_what_and_asks_no_longer(cluster: Cluster, log: Path) -> None:
-    with pytest.raises(ResourceError, match="cannot be placed on this cluster after 1 s") as caught:
+def test_a_start_that_timed_out_names_the_resources_and_withdraws_its_demand(cluster: Cluster, log: Path) -> None:
+    with pytest.raises(ResourceError) as caught:
         cluster.run(partial(node, 0), 1, log, gpus_per_task=2, wait_s=1)
-    assert "1 CPU, 2 GPU" in str(caught.value)
+    assert (caught.value.code, caught.value.expected) == ("ray.too-few-resources", "1 CPU, 2 GPU")
+    assert "after 1 s" in caught.value.what
     assert cluster.nodes.demands() == []
 
 
 @pytest.mark.parametrize("graceful", [True, False], ids=["SIGTERM", "SIGKILL"])
-def test_a_lost_node_costs_what_ran_on_it_and_nothing_else(
+def test_a_lost_node_costs_the_tasks_that_ran_on_it_alone(
     graceful: bool, cluster: Cluster, log: Path, tmp_path: Path
 ) -> None:
     lost = cluster.nodes.add(num_cpus=2)
-    flown = cluster.submit(partial(wait_for_go, tmp_path), 12, log)
+    future = cluster.submit(partial(wait_for_go, tmp_path), 12, log)
     wait_until(lambda: len(attempts(tmp_path)) == 6)
     ran_there = {number for number, node in attempts(tmp_path) if node == lost}
     cluster.nodes.remove(lost, graceful=graceful)
     (tmp_path / "go").touch()
-    assert lost not in flown.result(_TIMEOUT_S)
+    assert lost not in future.result(_TIMEOUT_S)
     assert len(ran_there) == 2
     assert Counter(number for number, _ in attempts(tmp_path)) == {n: 1 + (n in ran_there) for n in range(12)}
-    told = log.read_text()
-    assert "retried: 2 after NodeDiedError" in told
-    assert told.count(f"attempt 1 failed on {platform.node()}:{lost[:8]} (NodeDiedError)") == 2
+    text = log.read_text()
+    assert "retried: 2 after NodeDiedError" in text
+    assert text.count(f"attempt 1 failed on {platform.node()}:{lost[:8]} (NodeDiedError)") == 2
 
 
-def test_a_fleet_that_is_gone_is_waited_for(cluster: Cluster, log: Path, tmp_path: Path) -> None:
+def test_tasks_wait_for_lost_nodes_to_come_back(cluster: Cluster, log: Path, tmp_path: Path) -> None:
     first = cluster.nodes.add(resources={"fleet": 1})
-    flown = cluster.submit(partial(wait_for_go, tmp_path), 2, log, resources_per_task={"fleet": 1})
+    future = cluster.submit(partial(wait_for_go, tmp_path), 2, log, resources_per_task={"fleet": 1})
     wait_until(lambda: len(attempts(tmp_path)) == 1)
     cluster.nodes.remove(first, graceful=True)
     wait_until(lambda: "no node is left for a part (1 CPU, 1 fleet); waiting up to 300 s" in log.read_text())
     second = cluster.nodes.add(resources={"fleet": 1})
     (tmp_path / "go").touch()
-    assert flown.result(_TIMEOUT_S) == [second] * 2
+    assert future.result(_TIMEOUT_S) == [second] * 2
     cluster.nodes.remove(second)
 
 
 @pytest.mark.exhaustive
-def test_a_fleet_that_does_not_come_back_ends_the_flight(cluster: Cluster, log: Path, tmp_path: Path) -> None:
+def test_nodes_that_do_not_come_back_end_the_work(cluster: Cluster, log: Path, tmp_path: Path) -> None:
     lost = cluster.nodes.add(resources={"spot-only": 1})
-    flown = cluster.submit(partial(wait_for_go, tmp_path), 3, log, resources_per_task={"spot-only": 1}, wait_s=1)
+    future = cluster.submit(partial(wait_for_go, tmp_path), 3, log, resources_per_task={"spot-only": 1}, wait_s=1)
     wait_until(lambda: len(attempts(tmp_path)) == 1)
     cluster.nodes.remove(lost)
-    with pytest.raises(LostTaskError, match="every node that could run a part is gone") as caught:
-        flown.result(_TIMEOUT_S)
-    assert "got:    none for 1 s" in str(caught.value)
+    with pytest.raises(LostTaskError) as caught:
+        future.result(_TIMEOUT_S)
+    assert (caught.value.code, caught.value.got) == ("ray.nodes-gone", "none for 1 s")
     assert "waiting up to 1 s" in log.read_text()
 
 
 @pytest.mark.exhaustive
-def test_a_job_whose_environment_cannot_be_set_up_says_why(cluster: Cluster, log: Path) -> None:
+def test_a_job_whose_environment_cannot_be_set_up_reports_the_cause(cluster: Cluster, log: Path) -> None:
     nowhere = {"working_dir": "local:///nowhere-at-all"}
     with driver() as pool:
         pool.submit(partial(ray.init, cluster.nodes.address, log_to_driver=False, runtime_env=nowhere)).result()
-        flown = pool.submit(_drive, partial(node, 0), 1, {"address": cluster.nodes.address, "max_retries": 0}, log)
-        with pytest.raises(LostTaskError, match=r"RuntimeEnvSetupError: .*nowhere-at-all") as caught:
-            flown.result(_TIMEOUT_S)
-    assert "working directory or requirements" in str(caught.value)
+        future = pool.submit(_drive, partial(node, 0), 1, {"address": cluster.nodes.address, "max_retries": 0}, log)
+        with pytest.raises(LostTaskError) as caught:
+            future.result(_TIMEOUT_S)
+    assert caught.value.code == "ray.task-lost"
+    assert "RuntimeEnvSetupError: " in str(caught.value.got)
+    assert "nowhere-at-all" in str(caught.value.got)
+    assert "working directory or requirements" in str(caught.value.next_step)
     assert "batch_size" not in str(caught.value)

@@ -67,7 +67,7 @@ def test_passwords_and_signatures_of_urls_are_in_no_file_no_message_and_no_log(
         others = [signed(address, name, SIGNATURES[1]) for name in names]
         assert command(tree(data={"shards": others, "val_shards": others[1]}, **short), documents) == 0
         told = "".join(capfd.readouterr())
-        assert "finished before; nothing to do" in told
+        assert "finished earlier; nothing to do" in told
         # Each of these fails in a place of its own.
         (served / names[1]).write_bytes((served / names[1]).read_bytes()[:3000])
         for number, failing in enumerate(

@@ -1,4 +1,4 @@
-"""Sums of a build by node, against numbers by hand."""
+"""Sums of a build by node, against numbers computed by hand."""
 
 from __future__ import annotations
 
@@ -47,32 +47,34 @@ def built(*, images: int, views: int, size_bytes: int, busy_s: float) -> BuiltPa
 
 
 @pytest.fixture
-def told(tree: Tree, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What is told of three parts on two nodes, of which the first built two at once."""
+def events(tree: Tree, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The log of three parts on two nodes; the first node built two of them at once."""
     monkeypatch.setenv("STILLROOM_LOG", "json")
     config = config_of(tree(ray={"address": "none", "cpus_per_task": 4, "gpus_per_task": 0.5}))
-    one, two, three = (
+    first, second, third = (
         PartTask(config, f"s3://bucket/train-{number}.tar", ViewBlock(start=0, stop=2)) for number in (1, 2, 3)
     )
     clock = Clock()
-    tally = BuildObserver(config, [one, two, three], num_shards=5, clock=clock)
+    observer = BuildObserver(config, [first, second, third], num_shards=5, clock=clock)
     clock.now_s = 1900
-    tally.done(one, built(images=100, views=2, size_bytes=10, busy_s=600), AttemptStats("left", 800), attempt=1)
-    tally.retried(
-        two, TransientStorageError("slow down"), AttemptStats(None, 360), attempt=1, kind="storage", pause_s=1
+    observer.done(first, built(images=100, views=2, size_bytes=10, busy_s=600), AttemptStats("left", 800), attempt=1)
+    observer.retried(
+        second, TransientStorageError("slow down"), AttemptStats(None, 360), attempt=1, kind="storage", pause_s=1
     )
     clock.now_s = 2000
-    tally.done(two, built(images=50, views=2, size_bytes=20, busy_s=250), AttemptStats("left", 1000), attempt=2)
+    observer.done(second, built(images=50, views=2, size_bytes=20, busy_s=250), AttemptStats("left", 1000), attempt=2)
     clock.now_s = 2800
-    tally.done(three, built(images=10, views=1, size_bytes=5, busy_s=900), AttemptStats("right", 1800), attempt=1)
-    tally.failed(three, ShardError("cut"), AttemptStats("right", 540), attempt=1)
-    tally.sum_up()
+    observer.done(third, built(images=10, views=1, size_bytes=5, busy_s=900), AttemptStats("right", 1800), attempt=1)
+    observer.failed(third, ShardError("cut"), AttemptStats("right", 540), attempt=1)
+    observer.log_summary()
     return [json.loads(line) for line in capsys.readouterr().err.splitlines()]
 
 
-def test_a_node_is_there_from_the_start_of_its_first_part_to_the_end_of_its_last(told: list[dict[str, Any]]) -> None:
-    left, right = (item for item in told if item["event"] == "node")
-    # Parts from 1100 to 1900 and from 1000 to 2000: 1000 s, in which two parts took 1800 s, 850 of them asking.
+def test_a_node_is_counted_from_the_start_of_its_first_part_to_the_end_of_its_last(
+    events: list[dict[str, Any]],
+) -> None:
+    left, right = (item for item in events if item["event"] == "node")
+    # Parts from 1100 to 1900 and from 1000 to 2000: 1000 s; the teacher took 850 of 1800 s.
     assert (left["parts"], left["images"], left["size_bytes"]) == (2, 300, 30)
     assert left["images_per_s"] == pytest.approx(0.3)
     assert left["teacher_busy"] == pytest.approx(850 / 1800, abs=1e-6)
@@ -80,21 +82,21 @@ def test_a_node_is_there_from_the_start_of_its_first_part_to_the_end_of_its_last
     assert (right["images"], right["hours"], right["teacher_busy"]) == (10, 0.5, 0.5)
 
 
-def test_the_hours_are_those_that_nodes_and_reservations_cost(told: list[dict[str, Any]]) -> None:
-    (summary,) = (item for item in told if item["event"] == "summary")
+def test_hours_are_those_of_nodes_and_reservations(events: list[dict[str, Any]]) -> None:
+    (summary,) = (item for item in events if item["event"] == "summary")
     assert (summary["nodes"], summary["parts"], summary["images"]) == (2, 3, 310)
     assert (summary["retried"], summary["failed"]) == (1, 1)
     assert summary["node_hours"] == pytest.approx((1000 + 1800) / 3600, abs=1e-6)
-    # One hour of parts in all, and a quarter of one for nothing, of four CPUs and half a GPU each.
+    # One hour of parts and a quarter of an hour of failed attempts, of four CPUs and half a GPU each.
     assert summary["lost_task_hours"] == 0.25
     assert (summary["cpu_hours"], summary["gpu_hours"]) == (5.0, 0.625)
     assert summary["message"].endswith("5 CPU-hours and 0.625 GPU-hours, 20.0% of them in attempts that failed")
 
 
-def test_an_attempt_is_told_with_its_shard_and_what_became_of_it(told: list[dict[str, Any]]) -> None:
+def test_an_attempt_is_logged_with_its_shard_and_its_outcome(events: list[dict[str, Any]]) -> None:
     attempts = [
         (item["event"], item["shard"], item["part"], item["attempt"], item.get("node"))
-        for item in told
+        for item in events
         if "part" in item
     ]
     assert attempts == [
@@ -104,31 +106,31 @@ def test_an_attempt_is_told_with_its_shard_and_what_became_of_it(told: list[dict
         ("done", "train-3", "v0000-0001", 1, "right"),
         ("failed", "train-3", "v0000-0001", 1, "right"),
     ]
-    (retried,) = (item for item in told if item["event"] == "retried")
+    (retried,) = (item for item in events if item["event"] == "retried")
     assert (retried["kind"], retried["pause_s"]) == ("storage", 1)
     assert "slow down" in retried["error"]
 
 
-def test_a_build_of_which_nothing_came_cost_hours_all_the_same(
+def test_a_build_without_a_finished_part_has_hours_too(
     tree: Tree, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = PartTask(config_of(tree()), "s3://bucket/train-1.tar", ViewBlock(start=0, stop=2))
-    tally = BuildObserver(task.config, [task], num_shards=1)
-    tally.failed(task, ShardError("cut"), AttemptStats("left", 1800), attempt=1)
+    observer = BuildObserver(task.config, [task], num_shards=1)
+    observer.failed(task, ShardError("cut"), AttemptStats("left", 1800), attempt=1)
     monkeypatch.setenv("STILLROOM_LOG", "json")
     capsys.readouterr()
-    tally.sum_up()
+    observer.log_summary()
     (summary,) = (json.loads(line) for line in capsys.readouterr().err.splitlines())
     assert (summary["parts"], summary["cpu_hours"], summary["lost_task_hours"], summary["hours"]) == (0, 0.5, 0.5, 0)
     assert summary["message"].endswith("100.0% of them in attempts that failed")
 
 
-def test_a_build_with_nothing_to_do_sums_nothing_up(tree: Tree, capsys: pytest.CaptureFixture[str]) -> None:
-    BuildObserver(config_of(tree()), [], num_shards=5).sum_up()
+def test_a_build_with_nothing_to_do_logs_no_summary(tree: Tree, capsys: pytest.CaptureFixture[str]) -> None:
+    BuildObserver(config_of(tree()), [], num_shards=5).log_summary()
     assert capsys.readouterr().err == ""
 
 
-def test_keys_in_a_url_are_not_told(tree: Tree, capsys: pytest.CaptureFixture[str]) -> None:
+def test_secrets_in_a_url_are_not_logged(tree: Tree, capsys: pytest.CaptureFixture[str]) -> None:
     task = PartTask(config_of(tree()), "https://user:hunter2@host/train-1.tar?sig=hunter2", ViewBlock(start=0, stop=1))
     BuildObserver(task.config, [task], num_shards=1).failed(task, ShardError("cut"), AttemptStats("left", 1), attempt=1)
     assert "hunter2" not in capsys.readouterr().err

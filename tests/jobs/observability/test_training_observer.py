@@ -1,4 +1,4 @@
-"""A training of two starts: what is shown and told, and its sums by hand."""
+"""A training of two starts: its log, and its sums computed by hand."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from jobs.observability.training_observer import TrainingView
+from jobs.observability.training_observer import TrainingObserver
 from tests.jobs.conftest import Tree, config_of
 from tests.jobs.observability.test_build_observer import Clock
 
@@ -26,38 +26,38 @@ def begin(first_step: int) -> dict[str, Any]:
 
 
 @pytest.fixture
-def told(tree: Tree, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Three ranks, of which one is lost after step 19 of 40; two go on from step 10. 24 images a step."""
+def events(tree: Tree, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Three ranks, one lost after step 19 of 40; two resume from step 10. 24 images a step."""
     monkeypatch.setenv("STILLROOM_LOG", "json")
     clock = Clock()
     config = config_of(tree(ray={"cpus_per_worker": 2, "use_gpu": True, "num_workers": 3}))
-    with TrainingView(config, clock=clock) as view:
+    with TrainingObserver(config, clock=clock) as observer:
         clock.now_s += 100
         for number, node in enumerate(("left", "left", "right")):
-            view.show(rank(number, 3, node))
-        view.show(begin(0))
-        view.show(step(19, images_per_s=48, data_wait=0.5))
+            observer.observe(rank(number, 3, node))
+        observer.observe(begin(0))
+        observer.observe(step(19, images_per_s=48, data_wait=0.5))
         clock.now_s += 1200
         for number, node in enumerate(("left", "right")):
-            view.show(rank(number, 2, node))
-        view.show(begin(10))
-        view.show(step(39, images_per_s=24, data_wait=0.0))
-        view.show({"kind": "eval", "run": "r", "epoch": 1, "top1": 0.25, "top5": None, "agreement": None})
+            observer.observe(rank(number, 2, node))
+        observer.observe(begin(10))
+        observer.observe(step(39, images_per_s=24, data_wait=0.0))
+        observer.observe({"kind": "eval", "run": "r", "epoch": 1, "top1": 0.25, "top5": None, "agreement": None})
         clock.now_s += 1800
     return [json.loads(line) for line in capsys.readouterr().err.splitlines()]
 
 
-def test_a_recovery_is_told_with_the_step_it_goes_on_from(told: list[dict[str, Any]]) -> None:
-    starts = [(item["level"], item["attempt"], item["first_step"]) for item in told if item["event"] == "begin"]
+def test_a_recovery_is_logged_with_the_step_it_resumes_from(events: list[dict[str, Any]]) -> None:
+    starts = [(item["level"], item["attempt"], item["first_step"]) for item in events if item["event"] == "begin"]
     assert starts == [("debug", 1, 0), ("warning", 2, 10)]
 
 
-def test_the_sums_are_over_all_starts(told: list[dict[str, Any]]) -> None:
-    (summary,) = (item for item in told if item["event"] == "summary")
+def test_the_sums_are_over_all_starts(events: list[dict[str, Any]]) -> None:
+    (summary,) = (item for item in events if item["event"] == "summary")
     assert (summary["nodes"], summary["starts"]) == (2, 2)
     # Steps 10 to 19 were made by both starts.
     assert summary["repeated_steps"] == 10
-    assert "2 starts (10 steps made again), " in summary["message"]
+    assert "2 starts (10 steps repeated), " in summary["message"]
     # 20 steps in 10 s, half of it waiting, then 30 steps in 30 s: 1,200 images in 40 s.
     assert summary["images_per_s"] == pytest.approx(30.0)
     assert summary["data_wait"] == pytest.approx(5 / 40)
@@ -67,19 +67,19 @@ def test_the_sums_are_over_all_starts(told: list[dict[str, Any]]) -> None:
     assert summary["gpu_hours"] == pytest.approx(2.0, abs=1e-6)
 
 
-def test_nodes_have_their_ranks_and_their_share_of_the_speed(told: list[dict[str, Any]]) -> None:
-    nodes = [(item["node"], item["ranks"], item["images_per_s"]) for item in told if item["event"] == "node"]
+def test_nodes_have_their_ranks_and_their_share_of_the_speed(events: list[dict[str, Any]]) -> None:
+    nodes = [(item["node"], item["ranks"], item["images_per_s"]) for item in events if item["event"] == "node"]
     assert nodes == [("left", 1, 15.0), ("right", 1, 15.0)]
 
 
-def test_the_count_goes_back_with_the_training_and_reaches_its_end(told: list[dict[str, Any]]) -> None:
-    (last,) = (item for item in told if item["event"] == "progress")
+def test_progress_goes_back_with_the_training_and_reaches_its_end(events: list[dict[str, Any]]) -> None:
+    (last,) = (item for item in events if item["event"] == "progress")
     assert (last["done"], last["total"]) == (40, 40)
-    (found,) = (item for item in told if item["event"] == "eval")
-    assert (found["top1"], found["message"]) == (0.25, "train run: epoch 1, top-1 25.00%")
+    (evaluation,) = (item for item in events if item["event"] == "eval")
+    assert (evaluation["top1"], evaluation["message"]) == (0.25, "train run: epoch 1, top-1 25.00%")
 
 
-def test_a_training_that_never_began_sums_nothing_up(tree: Tree, capsys: pytest.CaptureFixture[str]) -> None:
-    with TrainingView(config_of(tree())):
+def test_a_training_that_never_began_logs_no_summary(tree: Tree, capsys: pytest.CaptureFixture[str]) -> None:
+    with TrainingObserver(config_of(tree())):
         pass
     assert capsys.readouterr().err == ""

@@ -63,13 +63,13 @@ sys.exit(run_command(command))
 
 
 @pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobs.ray.connection._ANSWER_TIMEOUT_S", 0.5)
+def short_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobs.ray.connection.RESPONSE_TIMEOUT_S", 0.5)
 
 
 @pytest.fixture
 def silent_port() -> Iterator[int]:
-    """A port that accepts connections and answers nothing."""
+    """A port that accepts connections and never responds."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
@@ -82,7 +82,7 @@ def _python(program: str, *arguments: str, env: dict[str, str]) -> subprocess.Co
     return subprocess.run(command, env={**plain, **env}, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.usefixtures("impatient")
+@pytest.mark.usefixtures("short_timeout")
 @pytest.mark.parametrize("form", ["127.0.0.1:{}", "ray://127.0.0.1:{}", "[::1]:{}"])
 def test_an_address_where_nothing_listens_fails_before_ray_tries_it(form: str) -> None:
     with pytest.raises(ResourceError) as caught, cluster(RayConfig(address=form.format(free_port()))):
@@ -91,23 +91,23 @@ def test_an_address_where_nothing_listens_fails_before_ray_tries_it(form: str) -
     assert "refused" in str(caught.value.got)
 
 
-@pytest.mark.usefixtures("impatient")
+@pytest.mark.usefixtures("short_timeout")
 @pytest.mark.parametrize("scheme", ["", "ray://"])
-def test_a_port_that_never_answers_is_no_cluster(scheme: str, silent_port: int) -> None:
+def test_a_port_that_never_responds_is_no_cluster(scheme: str, silent_port: int) -> None:
     with pytest.raises(ResourceError) as caught:
         connect(f"{scheme}127.0.0.1:{silent_port}")
     assert (caught.value.code, caught.value.where) == ("ray.no-answer", f"ray.address={scheme}127.0.0.1:{silent_port}")
 
 
 @pytest.mark.slow
-def test_a_dead_address_is_reported_within_half_a_minute() -> None:
+def test_an_unreachable_address_is_reported_within_half_a_minute() -> None:
     began = time.monotonic()
     with pytest.raises(ResourceError):
         connect(f"127.0.0.1:{free_port()}")
     assert time.monotonic() - began < _LIMIT_S
 
 
-@pytest.mark.usefixtures("impatient")
+@pytest.mark.usefixtures("short_timeout")
 def test_auto_follows_ray_address_and_checks_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_port()}")
     with pytest.raises(ResourceError) as caught:
@@ -116,7 +116,7 @@ def test_auto_follows_ray_address_and_checks_it_too(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "cluster", "ray://host", "host:port", "host:6379/x"])
-def test_what_is_no_address_of_ray_is_refused_with_the_config(address: str) -> None:
+def test_a_malformed_address_is_refused_with_the_config(address: str) -> None:
     with pytest.raises(ValueError, match="HOST:PORT"):
         Config.model_validate({"ray": {"address": address}})
 
@@ -132,7 +132,7 @@ def _a_file(folder: Path) -> str:
 def test_a_folder_that_ray_cannot_write_is_one_error(variable: str, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
         monkeypatch.delenv(name, raising=False)
-    # Short, or another rule would apply. Below a file nobody can write, not even root.
+    # Short, or another rule would apply. Not even root can write below a file.
     with tempfile.TemporaryDirectory() as folder:
         monkeypatch.setenv(variable, _a_file(Path(folder)))
         with pytest.raises(ResourceError) as caught:
@@ -148,8 +148,8 @@ def test_a_temporary_folder_too_long_for_sockets_is_replaced_by_a_short_one_with
     long = tmp_path / ("x" * 80)
     long.mkdir()
     done = _python(_USE, env={"TMPDIR": str(long)})
-    folder, answer = done.stdout.split()
-    assert (done.returncode, answer, folder) == (0, "7", f"/tmp/ray-{os.getuid()}")
+    folder, result = done.stdout.split()
+    assert (done.returncode, result, folder) == (0, "7", f"/tmp/ray-{os.getuid()}")
     assert f"{folder} " in done.stderr
     assert str(long) in done.stderr
     assert list(long.iterdir()) == []
@@ -157,15 +157,15 @@ def test_a_temporary_folder_too_long_for_sockets_is_replaced_by_a_short_one_with
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_a_home_that_cannot_be_written_is_no_obstacle_to_a_cluster_with_a_given_token(tmp_path: Path) -> None:
-    """The way out that the error names."""
+def test_a_given_token_makes_a_home_that_cannot_be_written_unnecessary(tmp_path: Path) -> None:
+    """The remedy that the error names."""
     done = _python(_USE, env={"HOME": _a_file(tmp_path), "RAY_AUTH_TOKEN": "0123456789abcdef" * 4})
     assert (done.returncode, done.stdout.split()[1]) == (0, "7"), done.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_a_cluster_that_refuses_the_token_says_which_variables_to_set(tmp_path: Path) -> None:
+def test_the_error_of_a_refused_token_names_the_variables_to_set(tmp_path: Path) -> None:
     with head_node(tmp_path, num_cpus=1) as head:
         home = {"HOME": str(tmp_path)}
         for env in ({}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "f" * 64}, {"RAY_AUTH_MODE": "token"}):
