@@ -12,7 +12,7 @@ from jobs.observability.build_observer import BuildObserver, BuiltPart, part_nam
 from jobs.observability.log import emit, warn_of_omissions
 from jobs.observability.progress import ProgressView
 from jobs.paths import with_absolute_paths
-from jobs.ray.cluster import cluster, num_local_tasks, cpus_only
+from jobs.ray.cluster import cluster, cpus_only, num_local_tasks
 from jobs.ray.fan_out import fan_out
 from pipeline import storage
 from pipeline.cache.build.blocks import BlockPlan
