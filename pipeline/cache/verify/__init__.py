@@ -1,8 +1,7 @@
-"""Hold a cache to what it says of itself, and to the teacher that it says it has."""
+"""Verification of a cache: its files against each other, and its outputs against those of its teacher."""
 
-from pipeline.cache.verify.live import recompute
+from pipeline.cache.verify.recomputation import LiveTeacher, load_live, recompute
 from pipeline.cache.verify.report import Problem, Recomputed, VerifyReport
-from pipeline.cache.verify.run import verify_cache
-from pipeline.cache.verify.sample import LiveTeacher, load_live
+from pipeline.cache.verify.verification import verify_cache
 
 __all__ = ["LiveTeacher", "Problem", "Recomputed", "VerifyReport", "load_live", "recompute", "verify_cache"]

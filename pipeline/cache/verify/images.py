@@ -1,11 +1,11 @@
-"""Views of some rows of a shard, made anew from its images."""
+"""Renders cached views again from the images of a shard, and compares canaries."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from schemas.config import ViewsConfig
 
 @dataclass(frozen=True, slots=True)
 class ShardImages:
-    """One shard and its index; ``decoders`` render. Rows are named by their ordinal among the shard's ok rows."""
+    """The images of a shard by their index. Rows are ordinals among the ok rows of the shard."""
 
     url: str
     index: ShardIndex
@@ -37,10 +37,10 @@ class ShardImages:
     decoders: ThreadPoolExecutor
 
     def groups(self, ordinals: Sequence[int], block: ViewBlock) -> Iterator[GroupViews]:
-        """The views of a block of these rows, in groups of the plan's ``mix_group``; mixed as if they were a shard.
+        """The views of a block of these rows, in groups of the plan's ``mix_group``, mixed as the rows of a shard.
 
         Raises:
-            ShardError: an image is not the one that was indexed, or cannot be decoded.
+            ShardError: an image was changed after it was indexed, or cannot be decoded.
         """
         teacher = self.header.teacher
         rendering = Rendering(
@@ -55,18 +55,25 @@ class ShardImages:
             builder=None,
         )
 
+    def key(self, ordinal: int) -> str:
+        return self.index.keys[int(self.index.ok[ordinal])].as_py()
+
     def _sample(self, ordinal: int) -> Sample:
-        at = int(self.index.ok[ordinal])
-        offset, size, label = int(self.index.offset[at]), int(self.index.size[at]), int(self.index.label[at])
-        key = self.index.keys[at].as_py()
+        row, key = int(self.index.ok[ordinal]), self.key(ordinal)
+        offset, size, label = int(self.index.offset[row]), int(self.index.size[row]), int(self.index.label[row])
         data = storage.read_range(self.url, offset, size)
-        if xxhash.xxh3_64_intdigest(data) != int(self.index.content_hash[at]):
-            raise ShardError("this image is not the one that was indexed", where=f"key {key!r}")
-        return Sample(at, key, "ok", None if label == NO_LABEL else label, offset, size, data)
+        if xxhash.xxh3_64_intdigest(data) != int(self.index.content_hash[row]):
+            raise ShardError(
+                "an image was changed after it was indexed",
+                code="shard.changed-image",
+                where=f"key {key!r}",
+                next_step="restore the shard",
+            )
+        return Sample(row, key, "ok", None if label == NO_LABEL else label, offset, size, data)
 
 
-def block_of(view: int) -> ViewBlock:
-    """The block of this view alone."""
+def single_view(view: int) -> ViewBlock:
+    """A block of this view only."""
     if view == EVAL_VIEW:
         return ViewBlock(start=0, stop=1, is_eval=True)
     return ViewBlock(start=view, stop=view + 1)
@@ -75,53 +82,42 @@ def block_of(view: int) -> ViewBlock:
 def check_canaries(
     images: ShardImages, commit: Commit, canaries: Sequence[Canary], findings: Findings, *, allowed_levels: int = 0
 ) -> None:
-    """Makes the pixels of every canary of a part anew; of its first row, all views from one decoding."""
-    compare = partial(_compare, images, commit, findings, allowed_levels)
-    first = [canary for canary in canaries if canary.ordinal == 0]
-    with findings.told(redact(images.url), shard=commit.shard_id):
-        if len(first) == len(commit.views):
+    """Compares all canaries of a part. The first row is a canary under each view: it is decoded once for all."""
+
+    def compare(canary: Canary, pixels_CHW: torch.Tensor) -> None:
+        findings.checked["canaries"] += 1
+        if pixel_digest(pixels_CHW) == canary.digest:
+            return
+        stored, rendered = (np.frombuffer(mean, np.uint8).astype(int) for mean in (canary.mean, pixel_mean(pixels_CHW)))
+        levels = int(np.abs(stored - rendered).max())
+        if max(levels, 1) <= allowed_levels:
+            findings.drift[levels] += 1
+            return
+        here = _versions(numeric_env(torch.device("cpu"), batch_size=1))
+        findings.add(
+            Problem(
+                commit.part.path,
+                "this machine renders other pixels than those of the teacher's input",
+                got=f"block means differ by up to {levels} of 255; here: {here}",
+                expected=f"the part was built with {_versions(commit.environment)}",
+                shard=commit.shard_id,
+                view=canary.view,
+                key=images.key(canary.ordinal),
+                rows=1,
+            )
+        )
+
+    of_first_row = [canary for canary in canaries if canary.ordinal == 0]
+    with findings.capture(redact(images.url), shard=commit.shard_id):
+        if len(of_first_row) == len(commit.views):
             group = next(images.groups([0], commit.block))
-            for position, canary in enumerate(first):
+            for position, canary in enumerate(of_first_row):
                 compare(canary, group.pixels_VNCHW[position, 0])
         for canary in canaries:
             if canary.ordinal:
-                group = next(images.groups([canary.ordinal], block_of(canary.view)))
+                group = next(images.groups([canary.ordinal], single_view(canary.view)))
                 compare(canary, group.pixels_VNCHW[0, 0])
 
 
-def _compare(
-    images: ShardImages,
-    commit: Commit,
-    findings: Findings,
-    allowed_levels: int,
-    canary: Canary,
-    pixels_CHW: torch.Tensor,
-) -> None:
-    findings.checked["canaries"] += 1
-    if pixel_digest(pixels_CHW) == canary.digest:
-        return
-    stored, made = (np.frombuffer(data, np.uint8).astype(int) for data in (canary.mean, pixel_mean(pixels_CHW)))
-    levels = int(np.abs(stored - made).max())
-    if max(levels, 1) <= allowed_levels:
-        findings.drift[levels] += 1
-        return
-    findings.add(
-        Problem(
-            commit.part.path,
-            "these are not the pixels that the teacher saw",
-            got=f"block means differ by up to {levels} of 255; here: {_versions(_here())}",
-            expected=f"the part was built with {_versions(commit.environment)}",
-            shard=commit.shard_id,
-            view=canary.view,
-            key=images.index.keys[int(images.index.ok[canary.ordinal])].as_py(),
-            rows=1,
-        )
-    )
-
-
-def _here() -> dict[str, object]:
-    return numeric_env(torch.device("cpu"), batch_size=1)
-
-
-def _versions(environment: dict[str, object]) -> str:
+def _versions(environment: dict[str, Any]) -> str:
     return ", ".join(f"{name} {environment.get(name, 'unknown')}" for name in ("torchvision", "pillow", "torch"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +14,41 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipeline.augment.params import (
+    EVAL_VIEW,
+    eval_params,
+    is_canary,
+    sample_keys,
+    shard_partners,
+    unmix,
+    view_params,
+)
 from pipeline.cache.build.blocks import holds_class_sums
 from pipeline.cache.build.class_means import ClassSums, merge, sum_rows
-from pipeline.cache.build.commit import file_digest
 from pipeline.cache.build.part_writer import view_ranges
 from pipeline.cache.format.codec import decode, depends_on_temperature, row_bytes
-from pipeline.cache.verify.draws import Columns, ShardAugParams
+from pipeline.cache.format.files import empty_cells
 from pipeline.cache.verify.hits import HitCounts
 from pipeline.cache.verify.report import Findings, Problem
 from pipeline.core.bounded_parquet import read_bounded
 from pipeline.core.errors import CacheError
 from pipeline.shards.index import ShardIndex
-from schemas.cache_format import Commit, FileRef, Header, Output, aug_param_columns, part_schema
+from schemas.cache_format import Commit, Header, Output, aug_param_columns, part_schema
+from schemas.config import ViewsConfig
 
-# What the norm of stored numbers may differ by from that of the exact ones, as a share of it: a rounding each, and the
-# rounding of the norm. Of eight-bit steps it is a step a number.
+Columns = dict[str, NDArray[Any]]
+"""Column name to [N], over the ok rows of a shard in tar order."""
+
+# The norm of stored numbers differs from that of the fp32 numbers by one rounding of each number, and by the rounding
+# of the norm. An int8 number is off by at most one of 255 steps.
 _ROUNDING = {"float32": 2.0**-22, "float16": 2.0**-10}
-_SMALLEST = {"float32": 0.0, "float16": 2.0**-24}
+_MIN_SUBNORMAL = {"float32": 0.0, "float16": 2.0**-24}
 _STEPS = 255
 
 
 @dataclass(frozen=True, slots=True)
 class Canary:
-    """The stored proof of one row's pixels under one view. ``ordinal`` counts the ok rows of the shard."""
+    """The stored digest and block means of one row's pixels under one view. ``ordinal`` is among the ok rows."""
 
     ordinal: int
     view: int
@@ -45,36 +58,64 @@ class Canary:
 
 @dataclass(slots=True)
 class PartContent:
-    """What other checks need of a part that was read whole."""
+    """What other checks need of a part.
+
+    Attributes:
+        sums: class sums of the stored embeddings of its first view, if these are exact.
+    """
 
     canaries: list[Canary] = field(default_factory=list[Canary])
     sums: ClassSums | None = None
-    """Class sums of the stored embeddings of its first view, where these are exact."""
 
 
-def check_file(path: Path, ref: FileRef) -> None:
-    """
-    Raises:
-        CacheError: the file is not the one that a commit names.
-    """
-    size_bytes = path.stat().st_size
-    if (size_bytes, got := file_digest(path)) != (ref.size_bytes, ref.sha256):
-        raise CacheError(
-            "this part is not the one that was committed",
-            got=f"{size_bytes} bytes, sha256 {got[:16]}",
-            expected=f"{ref.size_bytes} bytes, sha256 {ref.sha256[:16]}",
-        )
+@dataclass(frozen=True, slots=True)
+class ReplayedShard:
+    """The columns that a plan gives the ok rows of a shard."""
+
+    plan: ViewsConfig
+    index: ShardIndex
+    keys_N2: NDArray[np.uint64]
+
+    @classmethod
+    def of(cls, plan: ViewsConfig, index: ShardIndex) -> ReplayedShard:
+        return cls(plan, index, sample_keys(plan.seed, index.sample_ids(index.ok)))
+
+    def columns(self, view: int) -> Columns:
+        """Box, flip, mixing and the augmentation parameters of a view."""
+        ok, own_N = self.index.ok, np.arange(self.index.num_ok, dtype=np.int32)
+        widths_N, heights_N = (side[ok].astype(np.int64) for side in (self.index.width, self.index.height))
+        if view == EVAL_VIEW:
+            params, partner_N = eval_params(self.plan, widths_N, heights_N), own_N
+        else:
+            params = view_params(self.plan, self.keys_N2, np.full(len(ok), view, np.int64), widths_N, heights_N)
+            mixes = self.plan.mixes
+            partner_N = shard_partners(self.plan, self.index.shard_id, view, len(ok)) if mixes else own_N
+        params = unmix(params, partner_N == own_N)
+        return {
+            **{f"box_{side}": params.box_N4[:, at] for at, side in enumerate(("left", "top", "width", "height"))},
+            "flip": params.flip_N,
+            "mix_row": self.index.row[ok[partner_N]],
+            "mix_lambda": params.mix_lambda_N,
+            **params.aug_params,
+        }
+
+    def canaries(self, view: int) -> NDArray[np.bool_]:
+        """The rows that are canaries: bool [N]."""
+        chosen_N = is_canary(self.keys_N2, np.full(len(self.keys_N2), view, np.int64))
+        chosen_N[:1] = True
+        return chosen_N
 
 
 class PartCheck:
-    """Reads one part, a row group at a time. ``draws`` are absent where the plan cannot be drawn here."""
+    """Reads one part, a row group at a time. ``replayed`` is None if this version cannot replay the plan."""
 
     def __init__(
-        self, commit: Commit, header: Header, index: ShardIndex, draws: ShardAugParams | None, findings: Findings
+        self, commit: Commit, header: Header, index: ShardIndex, replayed: ReplayedShard | None, findings: Findings
     ) -> None:
         self._commit, self._header, self._index = commit, header, index
-        self._draws, self._findings = draws, findings
-        self._hits = None if draws is None else HitCounts(header, index, mix_group=draws.plan.mix_group)
+        self._replayed, self._findings = replayed, findings
+        self._hits = None if replayed is None else HitCounts(header, index, mix_group=replayed.plan.mix_group)
+        self._rows_by_view = {view.view: view.rows for view in commit.views}
         self._content = PartContent()
 
     def run(self, path: Path) -> PartContent:
@@ -86,170 +127,154 @@ class PartCheck:
             with pq.ParquetFile(path) as file:
                 groups = self._check_structure(file, path)
                 read = partial(read_bounded, path, size_bytes=path.stat().st_size, metadata=file.metadata)
-                for (view, rows), numbers in zip(self._rows_by_view().items(), groups, strict=True):
-                    self._check_view(view, rows, (read(row_groups=[at]) for at in numbers))
-        # What pyarrow and NumPy raise for bytes that are not what they claim.
+                for (view, num_rows), numbers in zip(self._rows_by_view.items(), groups, strict=True):
+                    self._check_view(view, num_rows, (read(row_groups=[number]) for number in numbers))
+        # pyarrow and NumPy raise these for damaged bytes.
         except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
-            raise CacheError("this part cannot be read", got=f"{type(error).__name__}: {error}") from error
+            got = f"{type(error).__name__}: {error}"
+            raise CacheError("this part cannot be read", code="cache.unreadable-part", got=got) from error
         if self._hits is not None:
-            self._hits.compare(self._commit.statistics, self._emit)
+            self._hits.compare(self._commit.statistics, self._report)
         return self._content
 
-    def _rows_by_view(self) -> dict[int, int]:
-        return {view.view: view.rows for view in self._commit.views}
-
-    def _emit(self, what: str, got: object, expected: object) -> None:
+    def _report(self, what: str, got: object, expected: object) -> None:
         path = self._commit.part.path
         self._findings.add(Problem(path, what, got=str(got), expected=str(expected), shard=self._commit.shard_id))
 
-    def _check_structure(self, file: pq.ParquetFile, path: Path) -> list[list[int]]:
-        """The row groups of each view."""
-        if self._draws is not None:
-            drawn = {} if self._commit.block.is_eval else aug_param_columns(self._draws.plan)
-            schema = part_schema({output.name: row_bytes(output) for output in self._header.outputs}, drawn)
+    def _check_structure(self, file: pq.ParquetFile, path: Path) -> list[range]:
+        """The numbers of the row groups of each view."""
+        if self._replayed is not None:
+            aug_params = {} if self._commit.block.is_eval else aug_param_columns(self._replayed.plan)
+            schema = part_schema({output.name: row_bytes(output) for output in self._header.outputs}, aug_params)
             if not file.schema_arrow.equals(schema):
-                raise CacheError("this part has other columns", got=file.schema_arrow.names, expected=schema.names)
+                got = file.schema_arrow.names
+                raise CacheError(
+                    "this part has other columns", code="cache.part-columns", got=got, expected=schema.names
+                )
         sizes = [file.metadata.row_group(number).num_rows for number in range(file.metadata.num_row_groups)]
-        groups = _split(sizes, list(self._rows_by_view().values()))
+        expected = list(self._rows_by_view.values())
+        groups = _split(sizes, expected)
         if groups is None:
-            raise CacheError("a row group spans views", got=sizes, expected=list(self._rows_by_view().values()))
-        ranges, footer = view_ranges(path, self._rows_by_view())
+            raise CacheError("a row group spans views", code="cache.part-row-groups", got=sizes, expected=expected)
+        ranges, footer = view_ranges(path, self._rows_by_view)
         if (ranges, footer) != (self._commit.views, self._commit.footer):
-            self._emit("the commit's byte ranges are not those of this part", ranges, self._commit.views)
+            self._report("the commit's byte ranges do not match this part", ranges, self._commit.views)
         return groups
 
     def _check_view(self, view: int, num_rows: int, tables: Iterator[pa.Table]) -> None:
         self._findings.checked["views"] += 1
-        expected = self._expected(view)
-        canary_N = None if self._draws is None else self._draws.canaries(view)
+        ok, replayed = self._index.ok, self._replayed
+        expected: Columns = {
+            "row": self._index.row[ok],
+            "view": np.full(len(ok), view, np.uint16),
+            "content_hash": self._index.content_hash[ok],
+            **({} if replayed is None else replayed.columns(view)),
+        }
+        canary_N = None if replayed is None else replayed.canaries(view)
         start = 0
         for table in tables:
             rows = slice(start, start + len(table))
             start = rows.stop
-            self._check_columns(table, view, rows, expected)
-            self._check_values(table, view, rows)
-            self._check_canaries(table, view, rows, canary_N)
+            for name, expected_N in expected.items():
+                got_N, expected_M = _array(table, name), expected_N[rows]
+                what = f"{name} does not match the index and the plan"
+                self._check_rows(what, view, rows, got_N == expected_M, got_N, expected_M)
+            self._check_outputs(table, view, rows)
+            self._check_canaries(table, view, rows, None if canary_N is None else canary_N[rows])
             self._findings.checked["rows"] += len(table)
         assert start == num_rows
 
-    def _expected(self, view: int) -> Columns:
-        ok = self._index.ok
-        return {
-            "row": self._index.row[ok],
-            "view": np.full(len(ok), view, np.uint16),
-            "content_hash": self._index.content_hash[ok],
-            **({} if self._draws is None else self._draws.columns(view)),
-        }
-
-    def _check_columns(self, table: pa.Table, view: int, rows: slice, expected: Columns) -> None:
-        for name, expected_N in expected.items():
-            got_N, expected_N = _array(table, name), expected_N[rows]
-            wrong = np.flatnonzero(got_N != expected_N)
-            if len(wrong):
-                first = wrong[0]
-                self._emit_rows(f"{name} is not what it has to be", view, rows, wrong, got_N[first], expected_N[first])
-
-    def _emit_rows(
-        self, what: str, view: int, rows: slice, wrong: NDArray[np.intp], got: object, expected: object = None
-    ) -> None:
-        """One problem for all rows of a row group that share it; the first is named."""
-        key = self._index.keys[int(self._index.ok[rows.start + wrong[0]])].as_py()
+    def _check_rows(
+        self,
+        what: str,
+        view: int,
+        rows: slice,
+        correct_M: NDArray[np.bool_],
+        got_M: Sequence[object] | NDArray[Any] | None = None,
+        expected_M: NDArray[Any] | None = None,
+    ) -> bool:
+        """Adds one problem for all rows of a row group that are not correct; returns whether all are."""
+        wrong = np.flatnonzero(~correct_M)
+        if not len(wrong):
+            return True
+        first = int(wrong[0])
         self._findings.add(
             Problem(
                 self._commit.part.path,
                 what,
-                got=str(got),
-                expected=None if expected is None else str(expected),
+                got=None if got_M is None else str(got_M[first]),
+                expected=None if expected_M is None else str(expected_M[first]),
                 shard=self._commit.shard_id,
                 view=view,
-                key=key,
+                key=self._index.keys[int(self._index.ok[rows.start + first])].as_py(),
                 rows=len(wrong),
             )
         )
+        return False
 
-    def _check_values(self, table: pa.Table, view: int, rows: slice) -> None:
-        norm_N = _array(table, "embedding_norm")
-        wrong = np.flatnonzero(~(np.isfinite(norm_N) & (norm_N >= 0)))
-        if len(wrong):
-            self._emit_rows("the norm of an embedding is none", view, rows, wrong, norm_N[wrong[0]])
+    def _check_outputs(self, table: pa.Table, view: int, rows: slice) -> None:
+        norm_M = _array(table, "embedding_norm")
+        is_norm_M = np.isfinite(norm_M) & (norm_M >= 0)
+        self._check_rows("embedding_norm is negative or not finite", view, rows, is_norm_M, norm_M)
         for output in self._header.outputs:
             with np.errstate(all="ignore"):
-                values_ND = decode(table[output.name], output)
-            finite_N = np.isfinite(values_ND).all(1)
-            wrong = np.flatnonzero(~finite_N)
-            if len(wrong):
-                self._emit_rows(f"{output.name} with NaN or infinity", view, rows, wrong, "not finite")
+                values_MD = decode(table[output.name], output)
+            finite_M = np.asarray(np.isfinite(values_MD).all(1))
+            if not self._check_rows(f"{output.name} has NaN or infinity", view, rows, finite_M):
                 continue
             if output.name == "embedding":
-                self._check_norms(values_ND, norm_N, view, rows, output)
-                self._add_sums(values_ND, view, rows, output)
+                stored_norm_M = np.linalg.norm(values_MD.astype(np.float64), axis=1)
+                is_close_M = np.abs(stored_norm_M - norm_M) <= _norm_error(values_MD, stored_norm_M, output.dtype)
+                what = "embedding_norm does not match the embedding"
+                self._check_rows(what, view, rows, is_close_M, norm_M, stored_norm_M)
+                self._add_sums(values_MD, view, rows, output)
             if output.name == "logits" and self._hits is not None:
                 exact = output.dtype.startswith("float") and not depends_on_temperature(output)
-                self._hits.add_logits(values_ND, rows, exact=exact)
+                self._hits.add_logits(values_MD, rows, exact=exact)
         if self._hits is not None:
             self._hits.add_view(_array(table, "mix_lambda"), rows)
 
-    def _check_norms(
-        self, values_ND: NDArray[np.float32], norm_N: NDArray[np.float32], view: int, rows: slice, output: Output
-    ) -> None:
-        own_N = np.linalg.norm(values_ND.astype(np.float64), axis=1)
-        wrong = np.flatnonzero(~(np.abs(own_N - norm_N) <= _norm_error(values_ND, own_N, output.dtype)))
-        if len(wrong):
-            first = wrong[0]
-            self._emit_rows("the norm is not the embedding's", view, rows, wrong, norm_N[first], f"{own_N[first]:.7g}")
-
-    def _add_sums(self, values_ND: NDArray[np.float32], view: int, rows: slice, output: Output) -> None:
-        """Only fp32 embeddings add up to the very sums that the build made of the teacher's own."""
+    def _add_sums(self, values_MD: NDArray[np.float32], view: int, rows: slice, output: Output) -> None:
+        """Only fp32 embeddings give exactly the sums that the build computed from the teacher's outputs."""
         exact = output.dtype == "float32" and view == self._commit.views[0].view
         if exact and holds_class_sums(self._header.teacher.get("class_means"), self._commit.block):
-            added = sum_rows(values_ND, self._index.label[self._index.ok[rows]])
+            added = sum_rows(values_MD, self._index.label[self._index.ok[rows]])
             sums = self._content.sums
             self._content.sums = added if sums is None else merge([sums, added])
 
-    def _check_canaries(self, table: pa.Table, view: int, rows: slice, canary_N: NDArray[np.bool_] | None) -> None:
+    def _check_canaries(self, table: pa.Table, view: int, rows: slice, canary_M: NDArray[np.bool_] | None) -> None:
         digests: list[bytes | None] = table["pixel_digest"].to_pylist()
         means: list[bytes | None] = table["pixel_mean"].to_pylist()
-        stored = [position for position, digest in enumerate(digests) if digest is not None]
-        complete_N = np.array([(one is None) == (other is None) for one, other in zip(digests, means, strict=True)])
-        stored_N = np.isin(np.arange(len(table)), stored)
-        wrong = np.flatnonzero(~complete_N if canary_N is None else ~complete_N | (stored_N != canary_N[rows]))
-        if len(wrong):
-            got = "one" if stored_N[wrong[0]] else "none"
-            self._emit_rows("a proof of pixels where none belongs, or none where one does", view, rows, wrong, got)
+        has_digest_M = np.array([digest is not None for digest in digests])
+        correct_M = has_digest_M == np.array([mean is not None for mean in means])
+        if canary_M is not None:
+            correct_M &= has_digest_M == canary_M
+        got = ["digest" if has_digest else "no digest" for has_digest in has_digest_M.tolist()]
+        if not self._check_rows("a canary is missing, incomplete or unexpected", view, rows, correct_M, got):
             return
-        for position in stored:
-            digest, mean = digests[position], means[position]
-            assert digest is not None
-            assert mean is not None
-            self._content.canaries.append(Canary(rows.start + position, view, digest, mean))
+        for position, (digest, mean) in enumerate(zip(digests, means, strict=True)):
+            if digest is not None and mean is not None:
+                self._content.canaries.append(Canary(rows.start + position, view, digest, mean))
 
 
 def _array(table: pa.Table, name: str) -> NDArray[Any]:
     column = table[name].combine_chunks()
     if column.null_count:
-        raise CacheError(f"column {name} has empty cells", got=f"{column.null_count} of {len(column)}")
+        raise empty_cells(name, column)
     return column.to_numpy(zero_copy_only=False)
 
 
-def _split(sizes: Sequence[int], expected: Sequence[int]) -> list[list[int]] | None:
-    """Numbers of the row groups, cut so that each run has the rows wanted; None where no cut does."""
-    runs: list[list[int]] = []
-    number = 0
-    for rows in expected:
-        run: list[int] = []
-        while rows > 0 and number < len(sizes):
-            rows -= sizes[number]
-            run.append(number)
-            number += 1
-        if rows:
-            return None
-        runs.append(run)
-    return runs if number == len(sizes) else None
+def _split(sizes: Sequence[int], expected: Sequence[int]) -> list[range] | None:
+    """Row group numbers, split into runs with the expected numbers of rows; None if that is impossible."""
+    starts, run_starts = ([0, *accumulate(rows)] for rows in (sizes, expected))
+    if starts[-1] != run_starts[-1] or not set(run_starts) <= set(starts):
+        return None
+    return [range(first, stop) for first, stop in pairwise(map(starts.index, run_starts))]
 
 
 def _norm_error(values_ND: NDArray[np.float32], norm_N: NDArray[np.float64], dtype: str) -> NDArray[np.float64]:
-    """How far the norm of decoded embeddings may lie from that of the exact ones."""
+    """The largest difference between the norms of decoded embeddings and of the fp32 embeddings."""
     width = np.sqrt(values_ND.shape[1])
     if dtype in _ROUNDING:
-        return _ROUNDING[dtype] * norm_N + _SMALLEST[dtype] * width
+        return _ROUNDING[dtype] * norm_N + _MIN_SUBNORMAL[dtype] * width
     return np.ptp(values_ND, axis=1).astype(np.float64) / _STEPS * width + _ROUNDING["float32"] * norm_N

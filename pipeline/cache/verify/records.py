@@ -1,4 +1,4 @@
-"""Header, commits and manifest: each record by its seal, all of them by each other."""
+"""Header, commits, manifest and its tables: each record by its digest, and all of them against each other."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
+from typing import Any
 
 import pyarrow as pa
 
@@ -29,153 +30,160 @@ from schemas.cache_format import Commit, FileRef, Header, Manifest
 from schemas.config import ViewsConfig
 
 _MAGIC_BYTES = len(b"PAR1")
-_BY_LABELS = {"labelled": 0, "top1_hits": 0, "top5_hits": 0, "class_counts": {}}
-_DAMAGED = "totals of the manifest: a commit is damaged or missing"
+# Figures that change if labels are read again.
+_LABEL_STATISTICS = {"labelled": 0, "top1_hits": 0, "top5_hits": 0, "class_counts": {}}
+_INCOMPLETE = "totals of the manifest: a commit is damaged or missing"
 
 
 @dataclass(frozen=True, slots=True)
 class CompressedCommit:
-    """A commit as its compressed file, which takes a tenth of its objects: a cache may have millions."""
+    """A commit as its compressed file, a tenth of the size of its objects: a cache may have millions of commits."""
 
-    standing: CommitSummary
-    packed: bytes = field(repr=False)
+    summary: CommitSummary
+    data: bytes = field(repr=False)
 
     @classmethod
     def of(cls, commit: Commit, data: bytes) -> CompressedCommit:
         return cls(CommitSummary.of(commit), zlib.compress(data))
 
-    def unpack(self) -> Commit:
-        return parse_record(Commit, zlib.decompress(self.packed), where=self.path)
+    def decompress(self) -> Commit:
+        return parse_record(Commit, zlib.decompress(self.data), where=self.path)
 
     @property
     def path(self) -> str:
-        return layout.commit_path(self.standing.shard_id, self.standing.block)
+        return layout.commit_path(self.summary.shard_id, self.summary.block)
 
 
 @dataclass(frozen=True, slots=True)
-class Relabelled:
-    """The index that a manifest names instead of the build's, and the bytes of the shard that it is of."""
+class RelabelledShard:
+    """The index with new labels that a manifest names instead of the build's, and the size of its shard."""
 
     sha256: str
     size_bytes: int
 
-    def path(self, shard_id: str) -> str:
-        return layout.relabelled_path(shard_id, self.sha256)
-
 
 @dataclass(frozen=True, slots=True)
-class StructuredRows:
-    """What the records say, as far as they can be trusted. ``commits`` are in order of their paths."""
+class CacheRecords:
+    """The records without a problem.
+
+    Attributes:
+        commits: in the order of their paths.
+        damaged: paths of the other commits.
+        manifest_parts: paths of the parts that the manifest names.
+        shard_urls: where the build read each shard of the manifest.
+        relabelled: shards whose labels were read again after the build.
+    """
 
     header: Header | None
     manifest: Manifest | None
     commits: list[CompressedCommit]
-    broken: set[str]
-    """Paths of commits that say nothing."""
-    in_manifest: set[str] = field(default_factory=set[str])
-    """Paths of the parts that the manifest names."""
+    damaged: set[str]
+    manifest_parts: set[str] = field(default_factory=set[str])
     shard_urls: dict[str, str] = field(default_factory=dict[str, str])
-    """Where the build found each shard of the manifest."""
-    relabelled: dict[str, Relabelled] = field(default_factory=dict[str, "Relabelled"])
-    """Of shards whose labels were read again after the build."""
+    relabelled: dict[str, RelabelledShard] = field(default_factory=dict[str, RelabelledShard])
 
     @property
     def complete(self) -> bool:
-        """Whether the manifest's parts are known, and the commit of each."""
-        return bool(self.in_manifest) and self.in_manifest <= {commit.standing.part for commit in self.commits}
+        """Whether the manifest's parts are known, and each has a commit without a problem."""
+        return bool(self.manifest_parts) and self.manifest_parts <= {commit.summary.part for commit in self.commits}
 
     @property
     def plan(self) -> ViewsConfig | None:
-        """The plan of views, if this version draws it as the builder did."""
+        """The plan of views; None if this version cannot replay it."""
         try:
             return None if self.header is None else replayable_plan(self.header)
         except CacheError:
             return None
 
     def unnamed(self, entries: Iterable[storage.Entry]) -> list[str]:
-        """Files that no record names, as far as the records can be read."""
-        known = {layout.HEADER, layout.MANIFEST, layout.SHARDS, layout.PARTS, layout.CLASS_MEANS}
+        """Temporary files, and files that no record names. Files that only a damaged commit may name are left out."""
+        named = {layout.HEADER, layout.MANIFEST, layout.SHARDS, layout.PARTS, layout.CLASS_MEANS, *self.manifest_parts}
         for commit in self.commits:
-            known |= {commit.standing.part, commit.standing.index, *filter(None, [commit.standing.means])}
-        known |= self.in_manifest
+            named |= {commit.summary.part, commit.summary.index, *filter(None, [commit.summary.means])}
         if self.header is not None and imported_sha256(self.header) is not None:
-            known.add(layout.IMPORTED_MEANS)
-        return [entry.path for entry in entries if entry.is_temporary or not self._is_named(entry.path, known)]
+            named.add(layout.IMPORTED_MEANS)
+        return [entry.path for entry in entries if entry.is_temporary or not self._is_named(entry.path, named)]
 
-    def _is_named(self, path: str, known: set[str]) -> bool:
-        if path in known or layout.is_commit(path) or path.startswith((layout.FORMER, f"{layout.LOG}/")):
-            return True
-        # Of earlier labels too, which pinned manifests name.
-        if path.startswith(layout.RELABELLED):
+    def _is_named(self, path: str, named: set[str]) -> bool:
+        # A pinned manifest may name any former table, and any index with earlier labels.
+        if path in named or layout.is_commit(path) or path.startswith((layout.FORMER, layout.RELABELLED)):
             return True
         owner = layout.owner(path)
         if owner is not None:
-            return layout.commit_path(*owner) in self.broken
-        return any(path == layout.index_path(commit.split("/")[1]) for commit in self.broken)
+            return layout.commit_path(*owner) in self.damaged
+        in_damaged = any(path == layout.index_path(commit.split("/")[1]) for commit in self.damaged)
+        return in_damaged or path.startswith(f"{layout.LOG}/")
 
 
-def read_records(cache_url: str, entries: Sequence[storage.Entry], findings: Findings) -> StructuredRows:
-    """Reads every record and table and compares them; what is wrong is told and left out."""
+def read_records(cache_url: str, entries: Sequence[storage.Entry], findings: Findings) -> CacheRecords:
+    """Reads and compares all records and tables. A record with a problem is left out of the result."""
     header = _read_header(cache_url, findings)
-    commits, broken = _read_commits(cache_url, entries, header, findings)
-    manifest = _read_manifest(cache_url, header, findings)
-    records = StructuredRows(header, manifest, commits, broken)
-    if manifest is not None:
-        _check_tables(cache_url, manifest, records, findings)
+    commits, damaged = _read_commits(cache_url, entries, header, findings)
+    records = CacheRecords(header, _read_manifest(cache_url, header, findings), commits, damaged)
+    if records.manifest is not None:
+        _check_tables(cache_url, records.manifest, records, findings)
     for entry in entries:
         if entry.path.startswith(layout.FORMER) and not entry.is_temporary:
-            _check_former(cache_url, entry.path, findings)
+            with findings.capture(entry.path, "former tables"):
+                got, expected = digest(read_file(cache_url, entry.path)), PurePosixPath(entry.path).stem
+                findings.expect(entry.path, "the digest is not the one in the file name", got, expected)
     return records
 
 
-def check_bytes(data: bytes, ref: FileRef) -> None:
+def read_committed(cache_url: str, ref: FileRef) -> bytes:
     """
     Raises:
-        CacheError: these are not the bytes that a record names.
+        CacheError: the file is missing, or its bytes are not those that a record names.
     """
-    if (len(data), got := digest(data)) != (ref.size_bytes, ref.sha256):
+    data = read_file(cache_url, ref.path)
+    check_digest(ref, len(data), digest(data))
+    return data
+
+
+def check_digest(ref: FileRef, size_bytes: int, sha256: str) -> None:
+    """
+    Raises:
+        CacheError: a file with this size and digest is not the one that a record names.
+    """
+    if (size_bytes, sha256) != (ref.size_bytes, ref.sha256):
         raise CacheError(
-            "this file is not the one that was committed",
-            got=f"{len(data)} bytes, sha256 {got[:16]}",
+            "this file was changed after it was written",
+            code="cache.changed-file",
+            got=f"{size_bytes} bytes, sha256 {sha256[:16]}",
             expected=f"{ref.size_bytes} bytes, sha256 {ref.sha256[:16]}",
             next_step=REBUILD,
         )
 
 
+def _read_record(cache_url: str, path: str) -> bytes:
+    return read_file(cache_url, path, max_bytes=storage.MAX_RECORD_BYTES)
+
+
 def _read_header(cache_url: str, findings: Findings) -> Header | None:
-    with findings.told(layout.HEADER):
-        findings.checked["records"] += 1
-        header = parse_header(
-            read_file(cache_url, layout.HEADER, max_bytes=storage.MAX_RECORD_BYTES), where=layout.HEADER
-        )
-        findings.expect(layout.HEADER, "the views id is not that of the views", header.views_id, short(header.views))
-        findings.expect(
-            layout.HEADER, "the fingerprint is not that of the teacher", header.fingerprint, short(header.teacher)
-        )
-        findings.expect(
-            layout.HEADER, "the teacher was asked about other views", header.teacher.get("views_id"), header.views_id
-        )
+    path = layout.HEADER
+    with findings.capture(path, "records"):
+        header = parse_header(_read_record(cache_url, path), where=path)
+        findings.expect(path, "views_id is not the hash of the views", header.views_id, short(header.views))
+        findings.expect(path, "fingerprint is not the hash of the teacher", header.fingerprint, short(header.teacher))
+        views_id = header.teacher.get("views_id")
+        findings.expect(path, "the teacher's outputs are of other views", views_id, header.views_id)
         return header
     return None
 
 
 def _read_manifest(cache_url: str, header: Header | None, findings: Findings) -> Manifest | None:
-    with findings.told(layout.MANIFEST):
-        findings.checked["records"] += 1
-        if not storage.exists(storage.join(cache_url, layout.MANIFEST)):
+    path = layout.MANIFEST
+    with findings.capture(path, "records"):
+        if not storage.exists(storage.join(cache_url, path)):
             raise CacheError(
-                "there is none: the build did not finish, or it was removed",
-                expected="run: stillroom cache build CONFIG",
+                "there is no manifest: the build did not finish, or the file was removed",
+                code="cache.unfinished",
+                next_step="run: stillroom cache build CONFIG (it resumes)",
             )
-        manifest = parse_manifest(
-            read_file(cache_url, layout.MANIFEST, max_bytes=storage.MAX_RECORD_BYTES), where=layout.MANIFEST
-        )
+        manifest = parse_manifest(_read_record(cache_url, path), where=path)
         if header is not None:
-            same = (
-                digest(read_file(cache_url, layout.HEADER, max_bytes=storage.MAX_RECORD_BYTES))
-                == manifest.header_sha256
-            )
-            findings.expect(layout.MANIFEST, "it was made with another header", same, True)
+            header_sha256 = digest(_read_record(cache_url, layout.HEADER))
+            findings.expect(path, "this manifest belongs to another header", header_sha256, manifest.header_sha256)
         return manifest
     return None
 
@@ -183,116 +191,82 @@ def _read_manifest(cache_url: str, header: Header | None, findings: Findings) ->
 def _read_commits(
     cache_url: str, entries: Sequence[storage.Entry], header: Header | None, findings: Findings
 ) -> tuple[list[CompressedCommit], set[str]]:
-    """The commits that can be trusted, by path, and the paths of the others."""
+    """The commits without a problem, by path, and the paths of the others."""
     paths = [entry.path for entry in entries if layout.is_commit(entry.path)]
 
     def read(path: str) -> tuple[Commit | None, bytes, Findings]:
-        own, data = Findings(), b""
-        with own.told(path):
-            own.checked["records"] += 1
-            url = storage.join(cache_url, path)
-            data = storage.read(url, max_bytes=storage.MAX_RECORD_BYTES)
-            commit = parse_record(Commit, data, where=redact(url))
-            _check_commit(path, commit, header, own)
-            return (commit if not own.num_problems else None), data, own
-        return None, data, own
+        commit, data, own_findings = None, b"", Findings()
+        with own_findings.capture(path, "records"):
+            data = storage.read(storage.join(cache_url, path), max_bytes=storage.MAX_RECORD_BYTES)
+            commit = parse_record(Commit, data, where=redact(storage.join(cache_url, path)))
+            _check_commit(path, commit, header, own_findings)
+        return commit if not own_findings.num_problems else None, data, own_findings
 
-    firsts: dict[str, _OfShard] = {}
+    first_of_shard: dict[str, tuple[FileRef, dict[str, Any]]] = {}
     covered: set[tuple[str, int]] = set()
     commits: list[CompressedCommit] = []
-    broken: set[str] = set()
-    results = map_ordered(read, paths, threads=READ_THREADS, ahead=4 * READ_THREADS)
-    for path, (commit, data, own) in zip(paths, results, strict=True):
+    damaged: set[str] = set()
+    results = map_ordered(read, paths, threads=READ_THREADS, ahead=4 * READ_THREADS, name="verify")
+    for path, (commit, data, own_findings) in zip(paths, results, strict=True):
         if commit is not None:
-            _check_beside(path, commit, firsts.setdefault(commit.shard_id, _OfShard.of(commit)), covered, own)
-        findings.merge(own)
-        if commit is None or own.num_problems:
-            broken.add(path)
+            shard = commit.shard_id
+            samples = commit.model_dump(include={"shard_size_bytes", "num_ok", "read", "written", "skipped"})
+            first_index, first_samples = first_of_shard.setdefault(shard, (commit.index, samples))
+            expect = own_findings.expect
+            expect(path, "another index than in the shard's first commit", commit.index, first_index)
+            expect(path, "the shard changed between two of its parts", samples, first_samples)
+            views = {(shard, view.view) for view in commit.views}
+            expect(path, "another commit covers these views", sorted(views & covered), [])
+            covered |= views
+        findings.merge(own_findings)
+        if commit is None or own_findings.num_problems:
+            damaged.add(path)
         else:
             commits.append(CompressedCommit.of(commit, data))
-    return commits, broken
+    return commits, damaged
 
 
 def _check_commit(path: str, commit: Commit, header: Header | None, findings: Findings) -> None:
-    """What a commit says of itself, against its name and the header."""
-    shard, block, sha16 = commit.shard_id, commit.block, commit.part.sha256[:16]
-    mismatch = "this commit names a {} that is not its own"
-    findings.expect(path, "this commit is of another block", layout.commit_path(shard, block), path)
-    part_path = layout.part_path(shard, block).replace("{sha16}", sha16)
-    findings.expect(path, mismatch.format("part"), commit.part.path, part_path)
-    findings.expect(path, mismatch.format("index"), commit.index.path, layout.index_path(shard))
+    """Compares a commit with its path and the header, and its fields with each other."""
+    shard, block, expect = commit.shard_id, commit.block, findings.expect
+    expect(path, "this commit is of another block", layout.commit_path(shard, block), path)
+    part_path = layout.part_path(shard, block).replace("{sha16}", commit.part.sha256[:16])
+    expect(path, "the path of the part does not match the commit", commit.part.path, part_path)
+    index_path = layout.index_path(shard)
+    expect(path, "the path of the index does not match the commit", commit.index.path, index_path)
     if commit.means is not None:
         means_path = layout.means_path(shard, block).replace("{sha16}", commit.means.sha256[:16])
-        findings.expect(path, mismatch.format("file of class sums"), commit.means.path, means_path)
-    views = [EVAL_VIEW] if block.is_eval else list(block.views)
-    rows = dict.fromkeys(views, commit.num_ok)
-    findings.expect(path, "rows by view", {view.view: view.rows for view in commit.views}, rows)
-    findings.expect(path, "samples written", commit.written, commit.num_ok)
+        expect(path, "the path of the class sums does not match the commit", commit.means.path, means_path)
+    rows = dict.fromkeys([EVAL_VIEW] if block.is_eval else block.views, commit.num_ok)
+    expect(path, "rows by view", {view.view: view.rows for view in commit.views}, rows)
+    expect(path, "samples written", commit.written, commit.num_ok)
     starts = [*(view.offset for view in commit.views), commit.footer.offset, commit.part.size_bytes]
-    findings.expect(path, "byte ranges that do not follow each other", starts, _ends(commit))
+    ends = [_MAGIC_BYTES, *(item.offset + item.size_bytes for item in (*commit.views, commit.footer))]
+    expect(path, "the byte ranges are not contiguous", starts, ends)
     if header is not None:
-        findings.expect(path, "this commit is of another teacher", commit.fingerprint, header.fingerprint)
-        wants_means = commit.num_ok > 0 and holds_class_sums(header.teacher.get("class_means"), commit.block)
-        findings.expect(path, "this commit names class sums", commit.means is not None, wants_means)
+        expect(path, "this commit belongs to another teacher", commit.fingerprint, header.fingerprint)
+        has_sums = commit.num_ok > 0 and holds_class_sums(header.teacher.get("class_means"), block)
+        expect(path, "whether this commit names class sums", commit.means is not None, has_sums)
 
 
-def _ends(commit: Commit) -> list[int]:
-    """Where the magic, each view and the footer end."""
-    return [_MAGIC_BYTES, *(item.offset + item.size_bytes for item in (*commit.views, commit.footer))]
-
-
-@dataclass(frozen=True, slots=True)
-class _OfShard:
-    """What is the same in every commit of a shard."""
-
-    index: FileRef
-    samples: dict[str, object]
-
-    @classmethod
-    def of(cls, commit: Commit) -> _OfShard:
-        names = {"shard_size_bytes", "num_ok", "read", "written", "skipped"}
-        return cls(commit.index, commit.model_dump(include=names))
-
-
-def _check_beside(
-    path: str, commit: Commit, first: _OfShard, covered: set[tuple[str, int]], findings: Findings
-) -> None:
-    """Against the commits of the same shard that come before it."""
-    shard, own = commit.shard_id, _OfShard.of(commit)
-    findings.expect(path, "this commit is of another index than the shard's first", own.index, first.index)
-    findings.expect(path, "the shard changed between two of its parts", own.samples, first.samples)
-    views = {(shard, view.view) for view in commit.views}
-    findings.expect(path, "views that another commit covers", sorted(views & covered), [])
-    covered |= views
-
-
-def _check_former(cache_url: str, path: str, findings: Findings) -> None:
-    with findings.told(path):
-        findings.checked["former tables"] += 1
-        expected = PurePosixPath(path).stem
-        findings.expect(path, "this file is not the one of its name", digest(read_file(cache_url, path)), expected)
-
-
-def _check_tables(cache_url: str, manifest: Manifest, records: StructuredRows, findings: Findings) -> None:
+def _check_tables(cache_url: str, manifest: Manifest, records: CacheRecords, findings: Findings) -> None:
     shards = _read_table(cache_url, manifest.shards, layout.SHARDS, findings)
     parts = _read_table(cache_url, manifest.parts, layout.PARTS, findings)
     if shards is None or parts is None:
         return
-    empty = fold_commits([], [])
-    same = findings.expect(layout.PARTS, "this table has other columns", parts.schema.names, empty.parts.schema.names)
+    empty, what = fold_commits([], []), "this table has other columns"
+    same = findings.expect(layout.PARTS, what, parts.schema.names, empty.parts.schema.names)
     names = ["shard_id", "path", *empty.shards.schema.names[1:]]
-    if not (findings.expect(layout.SHARDS, "this table has other columns", shards.schema.names, names) and same):
+    if not (findings.expect(layout.SHARDS, what, shards.schema.names, names) and same):
         return
-    records.in_manifest.update(map(str, parts["path"].to_pylist()))
-    if manifest.labels is not None:
-        columns = (shards[name].to_pylist() for name in ("shard_id", "index_sha256", "size_bytes"))
-        records.relabelled.update(
-            {shard: Relabelled(sha256, size_bytes) for shard, sha256, size_bytes in zip(*columns, strict=True)}
-        )
-    _check_fold(manifest, shards, parts, records, findings)
-    for shard, path in zip(shards["shard_id"].to_pylist(), shards["path"].to_pylist(), strict=True):
+    records.manifest_parts.update(map(str, parts["path"].to_pylist()))
+    columns = (shards[name].to_pylist() for name in ("shard_id", "path", "index_sha256", "size_bytes"))
+    for shard, path, index_sha256, size_bytes in zip(*columns, strict=True):
         findings.expect(layout.SHARDS, "the path of another shard", _shard_of(str(path)), shard, shard=shard)
         records.shard_urls[shard] = locate(manifest.base, str(path))
+        if manifest.labels is not None:
+            records.relabelled[shard] = RelabelledShard(index_sha256, size_bytes)
+    _check_fold(manifest, shards, parts, records, findings)
 
 
 def _shard_of(path: str) -> str:
@@ -303,63 +277,59 @@ def _shard_of(path: str) -> str:
 
 
 def _read_table(cache_url: str, ref: FileRef, path: str, findings: Findings) -> pa.Table | None:
-    findings.expect(layout.MANIFEST, "this manifest names another file", ref.path, path)
-    with findings.told(path):
-        findings.checked["records"] += 1
-        data = read_file(cache_url, path)
-        check_bytes(data, ref)
-        return read_parquet(data)
+    if not findings.expect(layout.MANIFEST, "this manifest names another file", ref.path, path):
+        ref = ref.model_copy(update={"path": path})
+    with findings.capture(path, "records"):
+        return read_parquet(read_committed(cache_url, ref))
     return None
 
 
 def _check_fold(
-    manifest: Manifest, shards: pa.Table, parts: pa.Table, records: StructuredRows, findings: Findings
+    manifest: Manifest, shards: pa.Table, parts: pa.Table, records: CacheRecords, findings: Findings
 ) -> None:
-    """The manifest is the fold of the commits of the parts that it names; others belong to a build that goes on."""
+    """The manifest must be the fold of the commits of its parts. Other commits are those of a build that goes on."""
     shard_ids: list[str] = shards["shard_id"].to_pylist()
-    inside = [commit for commit in records.commits if commit.standing.part in records.in_manifest]
-    if beyond := len(records.commits) - len(inside):
-        findings.checked["commits that are not in the manifest yet"] += beyond
-    foreign = {*parts["shard_id"].to_pylist()} - {*shard_ids}
-    findings.expect(layout.PARTS, "parts of other shards", sorted(map(str, foreign)), [])
-    paths = {commit.standing.part for commit in inside}
-    for path in sorted(records.in_manifest - paths):
-        _emit_missing(path, records, findings)
-    fold = fold_commits((commit.unpack() for commit in inside), shard_ids)
+    commits = [commit for commit in records.commits if commit.summary.part in records.manifest_parts]
+    if num_newer := len(records.commits) - len(commits):
+        findings.checked["commits that are not in the manifest yet"] += num_newer
+    other_shards = {*parts["shard_id"].to_pylist()} - {*shard_ids}
+    findings.expect(layout.PARTS, "parts of other shards", sorted(map(str, other_shards)), [])
+    paths = {commit.summary.part for commit in commits}
+    for path in sorted(records.manifest_parts - paths):
+        _report_missing_commit(path, records, findings)
+    fold = fold_commits((commit.decompress() for commit in commits), shard_ids)
     if records.complete:
         for key, expected in fold.totals.items():
             got = getattr(manifest, key)
             if key == "statistics" and manifest.labels is not None:
-                got, expected = got.model_copy(update=_BY_LABELS), expected.model_copy(update=_BY_LABELS)
+                got, expected = (value.model_copy(update=_LABEL_STATISTICS) for value in (got, expected))
             findings.expect(layout.MANIFEST, f"{key} is not the sum of the commits", got, expected)
     else:
-        findings.not_checked[_DAMAGED] += 1
-        shards = _of(shards, "shard_id", {*fold.shards["shard_id"].to_pylist()})
-        parts = _of(parts, "path", paths)
+        findings.not_checked[_INCOMPLETE] += 1
+        shards = _rows_with(shards, "shard_id", {*fold.shards["shard_id"].to_pylist()})
+        parts = _rows_with(parts, "path", paths)
     # A shard whose labels were read again has another index, and may have been packed again.
-    renewed = ["index_sha256", "size_bytes"] if manifest.labels is not None else []
-    _check_table(layout.SHARDS, shards.drop_columns(["path", *renewed]), fold.shards.drop_columns(renewed), findings)
-    _check_table(layout.PARTS, parts, fold.parts, findings)
+    relabelled = ["index_sha256", "size_bytes"] if manifest.labels is not None else []
+    got_shards = shards.drop_columns(["path", *relabelled])
+    _compare_tables(layout.SHARDS, got_shards, fold.shards.drop_columns(relabelled), findings)
+    _compare_tables(layout.PARTS, parts, fold.parts, findings)
 
 
-def _of(table: pa.Table, name: str, values: set[str]) -> pa.Table:
-    """The rows whose cell is one of these values."""
+def _rows_with(table: pa.Table, name: str, values: set[str]) -> pa.Table:
     return table.filter(pa.array([value in values for value in table[name].to_pylist()], pa.bool_()))
 
 
-def _emit_missing(part_path: str, records: StructuredRows, findings: Findings) -> None:
+def _report_missing_commit(part_path: str, records: CacheRecords, findings: Findings) -> None:
     owner = layout.owner(part_path)
     if owner is None:
-        findings.add(Problem(layout.PARTS, "this is not the name of a part", got=part_path))
-        return
-    path = layout.commit_path(*owner)
-    if path not in records.broken:
-        what = "the manifest names a part of this block that no commit names"
+        findings.add(Problem(layout.PARTS, "this is not the path of a part", got=part_path))
+    elif (path := layout.commit_path(*owner)) not in records.damaged:
+        what = "the manifest names a part of this block, and no commit does"
         findings.add(Problem(path, what, got=part_path, shard=owner[0]))
 
 
-def _check_table(path: str, got: pa.Table, expected: pa.Table, findings: Findings) -> None:
-    """Row by row; the first difference is named."""
+def _compare_tables(path: str, got: pa.Table, expected: pa.Table, findings: Findings) -> None:
+    """Adds a problem with the first cell that differs."""
     if got.equals(expected):
         return
     what = "this table is not the fold of the commits"
@@ -367,8 +337,7 @@ def _check_table(path: str, got: pa.Table, expected: pa.Table, findings: Finding
         findings.expect(path, what, (got.schema.names, len(got)), (expected.schema.names, len(expected)))
         return
     for name in expected.schema.names:
-        for row, (one, other) in enumerate(zip(got[name].to_pylist(), expected[name].to_pylist(), strict=True)):
-            if one != other:
-                shard = str(expected["shard_id"][row])
-                findings.expect(path, f"{what}: {name}", one, other, shard=shard)
+        cells = zip(got[name].to_pylist(), expected[name].to_pylist(), expected["shard_id"].to_pylist(), strict=True)
+        for got_cell, expected_cell, shard in cells:
+            if not findings.expect(path, f"{what}: {name}", got_cell, expected_cell, shard=str(shard)):
                 return

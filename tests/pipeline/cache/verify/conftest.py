@@ -1,4 +1,4 @@
-"""One cache with every kind of file in it: class sums, two shards and blocks, an extension, a skipped sample."""
+"""A cache with each kind of file: class sums, two shards and blocks, an extension, a skipped sample."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.pipeline.conftest import tiny_config_of
 
 @pytest.fixture(scope="session")
 def grown_cache(tmp_path_factory: pytest.TempPathFactory) -> TinyCache:
-    """Built with three views, then two more; ``digit-0004`` cannot be decoded. To be read, never written."""
+    """Three views, then two more; ``digit-0004`` cannot be decoded. Tests only read it."""
     folder = tmp_path_factory.mktemp("grown")
     samples = dict(digit_samples(35))
     samples["digit-0004"] = {**samples["digit-0004"], "png": b"no image"}
@@ -27,5 +27,5 @@ def grown_cache(tmp_path_factory: pytest.TempPathFactory) -> TinyCache:
 
 @pytest.fixture
 def cache(grown_cache: TinyCache, tmp_path: Path) -> TinyCache:
-    """A copy of it of the test's own."""
+    """A copy that the test may change."""
     return copy_of(grown_cache, tmp_path / "cache")

@@ -1,4 +1,4 @@
-"""Changes to a cache that no digest gives away: files are written anew, and all that names them."""
+"""Changes to a cache that no digest reveals: files are written again, and all records that name them."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ def commit_of(cache: TinyCache, shard: str, block: str) -> Commit:
 
 
 def replace_commit(cache: TinyCache, commit: Commit) -> None:
-    """Under the name of its block, with a seal of its own."""
+    """Writes a commit under the name of its block, with its digest."""
     url = storage.join(cache.url, layout.commit_path(commit.shard_id, commit.block))
     storage.write(url, seal(commit.model_dump(mode="json")))
 
 
 def republish(cache: TinyCache) -> None:
-    """Tables, class means and manifest of the commits as they are now; files that none of them names go."""
+    """Publishes the tables, class means and manifest of the current commits, and removes files that none names."""
     publish_manifest(cache.url, shard_urls(cache.config))
 
 
 def rewrite_part(cache: TinyCache, commit: Commit, change: Callable[[pa.Table], pa.Table]) -> Commit:
-    """The part with other content under its right name, and the commit that names it."""
+    """Publishes a part with changed content under the correct name, and the commit that names it."""
     table = change(pq.read_table(storage.join(cache.url, commit.part.path)))
     with tempfile.TemporaryDirectory() as folder:
         views = [view.view for view in commit.views]

@@ -1,4 +1,4 @@
-"""Whatever happens to a file of a cache, verify names the file."""
+"""``verify_cache`` names each file that is damaged, missing or swapped."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ KINDS = [
 ]
 
 
-def one(cache: TinyCache, pattern: str) -> Path:
+def first_match(cache: TinyCache, pattern: str) -> Path:
     return sorted(Path(cache.url).glob(pattern))[0]
 
 
-def named(report: VerifyReport) -> set[str]:
+def problem_files(report: VerifyReport) -> set[str]:
     return {problem.file for problem in report.problems}
 
 
-def test_a_whole_cache_has_no_problem_and_everything_was_checked(grown_cache: TinyCache) -> None:
+def test_an_intact_cache_has_no_problem_and_everything_is_checked(grown_cache: TinyCache) -> None:
     report = verify_cache(grown_cache.url, threads=2)
     assert report.problems == ()
     assert report.ok
@@ -66,7 +66,7 @@ def test_a_whole_cache_has_no_problem_and_everything_was_checked(grown_cache: Ti
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(st.data())
-def test_a_flipped_bit_is_found_in_whatever_file_it_is(cache: TinyCache, data: st.DataObject) -> None:
+def test_a_flipped_bit_in_any_file_is_a_problem_of_that_file(cache: TinyCache, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(files(cache.url))))
     path = Path(cache.url, name)
     intact = path.read_bytes()
@@ -74,28 +74,28 @@ def test_a_flipped_bit_is_found_in_whatever_file_it_is(cache: TinyCache, data: s
     damaged[data.draw(st.integers(0, len(intact) - 1))] ^= 1 << data.draw(st.integers(0, 7))
     path.write_bytes(damaged)
     try:
-        assert name in named(verify_cache(cache.url))
+        assert name in problem_files(verify_cache(cache.url))
     finally:
         path.write_bytes(intact)
 
 
 @pytest.mark.parametrize("pattern", KINDS)
-def test_a_file_that_is_cut_emptied_or_longer_is_one_problem(cache: TinyCache, pattern: str) -> None:
-    path = one(cache, pattern)
+def test_a_truncated_empty_or_longer_file_is_one_problem(cache: TinyCache, pattern: str) -> None:
+    path = first_match(cache, pattern)
     intact = path.read_bytes()
     for data in (intact[:-1], intact[: len(intact) // 2], b"", intact + b"\n"):
         path.write_bytes(data)
         report = verify_cache(cache.url)
-        assert str(path.relative_to(cache.url)) in named(report)
+        assert str(path.relative_to(cache.url)) in problem_files(report)
         assert report.num_problems == 1
 
 
 @pytest.mark.parametrize("pattern", [kind for kind in KINDS if "former" not in kind])
-def test_a_file_that_is_gone_is_one_problem(cache: TinyCache, pattern: str) -> None:
-    path = one(cache, pattern)
+def test_a_missing_file_is_one_problem(cache: TinyCache, pattern: str) -> None:
+    path = first_match(cache, pattern)
     path.unlink()
     report = verify_cache(cache.url)
-    assert named(report) == {str(path.relative_to(cache.url))}
+    assert problem_files(report) == {str(path.relative_to(cache.url))}
     assert report.num_problems == 1
 
 
@@ -110,25 +110,25 @@ def test_a_file_that_is_gone_is_one_problem(cache: TinyCache, pattern: str) -> N
         ("manifest/shards.parquet", "manifest/parts.parquet"),
     ],
 )
-def test_two_files_that_changed_places_are_both_named(cache: TinyCache, first: str, second: str) -> None:
-    one_path, other_path = one(cache, first), one(cache, second)
-    one_data, other_data = one_path.read_bytes(), other_path.read_bytes()
-    one_path.write_bytes(other_data)
-    other_path.write_bytes(one_data)
-    assert named(verify_cache(cache.url)) >= {str(path.relative_to(cache.url)) for path in (one_path, other_path)}
+def test_two_swapped_files_are_both_problems(cache: TinyCache, first: str, second: str) -> None:
+    paths = [first_match(cache, pattern) for pattern in (first, second)]
+    contents = [path.read_bytes() for path in paths]
+    for path, content in zip(paths, reversed(contents), strict=True):
+        path.write_bytes(content)
+    assert problem_files(verify_cache(cache.url)) >= {str(path.relative_to(cache.url)) for path in paths}
 
 
 def test_the_rest_of_a_damaged_cache_is_still_checked(cache: TinyCache) -> None:
-    whole = verify_cache(cache.url)
-    one(cache, "parts/digits-00/eval.*").write_bytes(b"damaged")
+    intact = verify_cache(cache.url)
+    first_match(cache, "parts/digits-00/eval.*").write_bytes(b"damaged")
     Path(cache.url, "commits/digits-01/v0000-0001.json").write_bytes(b"damaged")
     report = verify_cache(cache.url)
     assert report.num_problems == 2
-    assert report.checked["rows"] == whole.checked["rows"] - 19 - 2 * 15
+    assert report.checked["rows"] == intact.checked["rows"] - 19 - 2 * 15
     assert report.not_checked["totals of the manifest: a commit is damaged or missing"] == 1
 
 
-def test_files_that_nothing_names_are_told_and_are_no_problem(cache: TinyCache) -> None:
+def test_files_that_no_record_names_are_listed_and_are_no_problem(cache: TinyCache) -> None:
     strays = ["notes.txt", "parts/digits-00/eval.0123456789abcdef.parquet", "index/digits-07.parquet", "means/.tmp-1"]
     for stray in strays:
         Path(cache.url, stray).write_bytes(b"")
@@ -139,16 +139,17 @@ def test_files_that_nothing_names_are_told_and_are_no_problem(cache: TinyCache) 
     assert sorted(report.unnamed) == sorted(strays)
 
 
-def test_what_stands_in_a_folder_without_a_cache_is_bad_input(tmp_path: Path) -> None:
+def test_a_folder_without_a_cache_is_bad_input(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("none")
-    with pytest.raises(CacheError, match="there is no cache here"):
+    with pytest.raises(CacheError) as caught:
         verify_cache(str(tmp_path))
+    assert caught.value.code == "cache.missing"
 
 
-def test_the_number_of_problems_is_exact_where_only_the_first_are_kept(
+def test_the_number_of_problems_is_exact_even_if_only_the_first_are_stored(
     cache: TinyCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.cache.verify.report._KEPT_PROBLEMS", 3)
+    monkeypatch.setattr("pipeline.cache.verify.report.MAX_PROBLEMS", 3)
     for path in Path(cache.url, "parts").rglob("*.parquet"):
         path.write_bytes(b"damaged")
     report = verify_cache(cache.url)
@@ -156,7 +157,7 @@ def test_the_number_of_problems_is_exact_where_only_the_first_are_kept(
 
 
 def test_a_report_is_plain_json(cache: TinyCache) -> None:
-    one(cache, "parts/digits-00/eval.*").unlink()
-    found = json.loads(json.dumps(verify_cache(cache.url).as_dict()))
-    assert found["ok"] is False
-    assert found["problems"][0]["shard"] == "digits-00"
+    first_match(cache, "parts/digits-00/eval.*").unlink()
+    report = json.loads(json.dumps(verify_cache(cache.url).as_dict()))
+    assert report["ok"] is False
+    assert (report["problems"][0]["shard"], report["problems"][0]["code"]) == ("digits-00", "cache.missing-file")

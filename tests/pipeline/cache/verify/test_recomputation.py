@@ -1,4 +1,4 @@
-"""The teacher is asked again about a sample of rows, and what is stored has to be what it says."""
+"""Outputs of a sample of rows are computed again and compared with the stored outputs."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from pipeline.cache.format.codec import decode, encode, outputs_of
 from pipeline.cache.format.header import read_header
 from pipeline.cache.verify import LiveTeacher, load_live, recompute, verify_cache
-from pipeline.cache.verify.live import distance
+from pipeline.cache.verify.recomputation import arrange, distance, pick
 from pipeline.cache.verify.report import Findings, Recomputed
-from pipeline.cache.verify.sample import arrange, pick
 from schemas.config import CacheConfig, Config
 from tests.marks import slow
 from tests.pipeline.cache.verify.forge import commit_of, replace_commit, republish, rewrite_part
@@ -27,13 +26,13 @@ SHARD, BLOCK = "digits-01", "v0000-0001"
 EVERY_OPTION: dict[str, Any] = {"jitter": {"hue": 0.1}, "randaugment": {}, "erasing": {}, "cutmix": 0.5}
 
 
-def asked(cache: TinyCache, num_rows: int, *, config: Config | None = None) -> tuple[Findings, Recomputed]:
+def recompute_rows(cache: TinyCache, num_rows: int, *, config: Config | None = None) -> tuple[Findings, Recomputed]:
     live: LiveTeacher = load_live(config or cache.config)
     return recompute(cache.url, live, num_rows=num_rows, shard_urls={})
 
 
 def add_to_logits(cache: TinyCache, row: int, added: float) -> None:
-    """To the first class of one row of the block."""
+    """Adds to the logit of class 0 of a row of the block."""
     output = read_header(cache.url).output("logits")
     assert output is not None
 
@@ -47,8 +46,8 @@ def add_to_logits(cache: TinyCache, row: int, added: float) -> None:
     republish(cache)
 
 
-def elsewhere(cache: TinyCache) -> None:
-    """As if every part had been built on another machine."""
+def move_to_other_device(cache: TinyCache) -> None:
+    """Rewrites the commits as if another device had built every part."""
     for commit in read_commits(cache.url):
         replace_commit(cache, commit.model_copy(update={"environment": {**commit.environment, "device": "other"}}))
     republish(cache)
@@ -65,81 +64,83 @@ def elsewhere(cache: TinyCache) -> None:
     ],
     ids=["fp32", "fp16", "crop in bf16", "odd groups and batches", "every option of views"],
 )
-def test_every_row_is_the_same_bits_in_the_environment_of_the_build(
+def test_every_row_has_the_same_bits_in_the_environment_of_the_build(
     tiny_config: TinyConfig, tmp_path: Path, overrides: dict[str, Any]
 ) -> None:
     config = tiny_config(**overrides)
     build(config)
     assert verify_cache(str(tmp_path / "cache")).problems == ()
-    findings, found = asked(TinyCache(str(tmp_path / "cache"), config), 10_000)
+    findings, recomputed = recompute_rows(TinyCache(str(tmp_path / "cache"), config), 10_000)
     has_eval = config.cache is not None and config.cache.class_means == "eval"
     num_rows = 35 * (3 + has_eval)
     assert findings.problems == []
-    assert found == Recomputed(rows=num_rows, same_environment=num_rows, identical=num_rows, largest_difference=0.0)
+    assert recomputed == Recomputed(
+        rows=num_rows, same_environment=num_rows, identical=num_rows, largest_difference=0.0
+    )
 
 
-def test_a_sample_is_about_as_large_as_asked_and_of_whole_pairs(built_cache: TinyCache) -> None:
+def test_a_sample_has_about_the_requested_rows_and_complete_pairs(built_cache: TinyCache) -> None:
     for num_rows in (1, 2, 9, 30):
-        findings, found = asked(built_cache, num_rows)
+        findings, recomputed = recompute_rows(built_cache, num_rows)
         assert findings.problems == []
-        assert num_rows // 2 <= found.rows <= num_rows + 1
+        assert num_rows // 2 <= recomputed.rows <= num_rows + 1
 
 
 def test_one_changed_bit_of_a_logit_is_found_with_its_row(cache: TinyCache) -> None:
     add_to_logits(cache, 17, 1e-5)
-    findings, found = asked(cache, 10_000)
+    findings, recomputed = recompute_rows(cache, 10_000)
     (problem,) = findings.problems
-    assert problem.what == "logits is not what the teacher says"
+    assert problem.what == "logits differs from the teacher's output"
     assert (problem.shard, problem.view, problem.key) == (SHARD, 1, "digit-0022")
-    assert found.identical == found.rows - 1
+    assert recomputed.identical == recomputed.rows - 1
 
 
 @pytest.mark.slow
 def test_on_another_machine_small_differences_pass_and_large_ones_do_not(cache: TinyCache) -> None:
-    elsewhere(cache)
+    move_to_other_device(cache)
     add_to_logits(cache, 17, 1e-5)
-    findings, found = asked(cache, 10_000)
+    findings, recomputed = recompute_rows(cache, 10_000)
     assert findings.problems == []
-    assert found.same_environment == 0
-    assert found.identical == found.rows - 1
-    assert 0 < found.largest_difference < 1e-3
+    assert recomputed.same_environment == 0
+    assert recomputed.identical == recomputed.rows - 1
+    assert 0 < recomputed.largest_difference < 1e-3
     add_to_logits(cache, 17, 1.0)
-    (problem,) = asked(cache, 10_000)[0].problems
+    (problem,) = recompute_rows(cache, 10_000)[0].problems
     assert problem.key == "digit-0022"
     assert "standard deviation" in str(problem.got)
 
 
 @pytest.mark.slow
-def test_half_precision_is_allowed_its_rounding_on_another_machine(tiny_config: TinyConfig, tmp_path: Path) -> None:
+def test_half_precision_may_differ_by_its_rounding_on_another_machine(tiny_config: TinyConfig, tmp_path: Path) -> None:
     config = tiny_config(cache={"logits": "fp16", "embeddings": "fp16"})
     build(config)
     cache = TinyCache(str(tmp_path / "cache"), config)
-    elsewhere(cache)
-    assert asked(cache, 10_000)[0].problems == []
+    move_to_other_device(cache)
+    assert recompute_rows(cache, 10_000)[0].problems == []
 
 
-def test_an_answer_that_rounds_the_other_way_elsewhere_passes_and_one_beyond_it_does_not() -> None:
+def test_an_output_may_round_to_the_other_neighbour_on_another_machine_and_no_further() -> None:
     config = CacheConfig(url="x", logits="fp16")
     (fp16,) = outputs_of(config, num_classes=2, embedding_dim=1)
-    # Between 512 and 1024 float16 has steps of 0.5: 1000.26 is kept as 1000.5, and a hair less as 1000.
-    made = np.array([[1000.26, 0.0]] * 3, np.float32)
+    # Between 512 and 1024 float16 has steps of 0.5: 1000.26 is stored as 1000.5, and a slightly smaller output as 1000.
+    new = np.array([[1000.26, 0.0]] * 3, np.float32)
     stored = np.array([[1000.0, 0.0], [1000.5, 0.0], [999.5, 0.0]], np.float32)
-    off, allowed = distance(stored, made, fp16, drift=0.05, same_N=np.zeros(3, np.bool_))
+    off, allowed = distance(stored, new, fp16, drift=0.05, same_N=np.zeros(3, np.bool_))
     np.testing.assert_allclose(off, [0.26, 0, 0.76], atol=1e-4)
     np.testing.assert_allclose(allowed, 0.24 + 0.05, atol=1e-4)
-    off, allowed = distance(stored, made, fp16, drift=0.05, same_N=np.ones(3, np.bool_))
+    off, allowed = distance(stored, new, fp16, drift=0.05, same_N=np.ones(3, np.bool_))
     assert (off.tolist(), allowed.tolist()) == ([0.5, 0.0, 1.0], [0.0, 0.0, 0.0])
 
 
-def test_another_teacher_is_told_with_what_differs(cache: TinyCache, tiny_config: TinyConfig) -> None:
-    findings, found = asked(cache, 10, config=tiny_config(teacher={"precision": "bf16"}))
+def test_another_teacher_is_one_problem_with_the_difference(cache: TinyCache, tiny_config: TinyConfig) -> None:
+    findings, recomputed = recompute_rows(cache, 10, config=tiny_config(teacher={"precision": "bf16"}))
     (problem,) = findings.problems
     assert problem.file == "header.json"
     assert problem.got == "teacher.precision: fp32 -> bf16"
-    assert found.rows == 0
+    assert recomputed.rows == 0
 
 
-def test_an_image_that_changed_is_told_and_the_others_are_compared(cache: TinyCache, tmp_path: Path) -> None:
+def test_a_changed_image_is_a_problem_and_the_other_rows_are_compared(cache: TinyCache, tmp_path: Path) -> None:
     urls = cache.config.data.shards
     assert isinstance(urls, tuple)
     tar = bytearray(Path(urls[1]).read_bytes())
@@ -147,16 +148,14 @@ def test_an_image_that_changed_is_told_and_the_others_are_compared(cache: TinyCa
     (tmp_path / "digits-01.tar").write_bytes(tar)
     live = load_live(cache.config)
     moved = {SHARD: str(tmp_path / "digits-01.tar")}
-    findings, found = recompute(cache.url, live, num_rows=10_000, shard_urls=moved)
-    assert {problem.what.split(" (")[0] for problem in findings.problems} == {
-        "this image is not the one that was indexed"
-    }
-    assert found.rows >= 19 * 6
-    assert found.identical == found.rows
+    findings, recomputed = recompute(cache.url, live, num_rows=10_000, shard_urls=moved)
+    assert {problem.code for problem in findings.problems} == {"shard.changed-image"}
+    assert recomputed.rows >= 19 * 6
+    assert recomputed.identical == recomputed.rows
 
 
 @given(st.integers(0, 300), st.integers(1, 300), st.integers(0, 9))
-def test_a_sample_is_spread_evenly_without_a_row_twice(num_rows: int, num_all: int, seed: int) -> None:
+def test_a_sample_is_spread_evenly_without_duplicates(num_rows: int, num_all: int, seed: int) -> None:
     picked = pick(num_rows, num_all, seed).tolist()
     assert len(picked) == min(num_rows, num_all) == len(set(picked))
     for number, position in enumerate(picked):
@@ -169,10 +168,10 @@ def test_another_seed_picks_other_rows() -> None:
 
 
 @given(st.lists(st.integers(0, 6), max_size=40))
-def test_every_row_keeps_its_slot_in_whole_batches(slots: list[int]) -> None:
-    order, place = arrange(slots, 7)
+def test_every_row_has_its_slot_in_full_batches(slots: list[int]) -> None:
+    order, position = arrange(slots, 7)
     assert len(order) % 7 == 0
-    assert len(set(place.tolist())) == len(slots)
+    assert len(set(position.tolist())) == len(slots)
     for row, slot in enumerate(slots):
-        assert order[place[row]] == row
-        assert place[row] % 7 == slot
+        assert order[position[row]] == row
+        assert position[row] % 7 == slot

@@ -1,0 +1,152 @@
+"""Verifies a whole cache: reads each file once, shards in threads, a row group per thread in memory."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+
+from pipeline import storage
+from pipeline.cache.build.class_means import ClassSums, encode_means, merge
+from pipeline.cache.build.commit import file_digest
+from pipeline.cache.build.imported_means import encode_stored, imported_sha256
+from pipeline.cache.format import layout
+from pipeline.cache.format.files import read_parquet
+from pipeline.cache.format.header import no_cache
+from pipeline.cache.verify.records import CacheRecords, CompressedCommit, read_committed, read_records
+from pipeline.cache.verify.report import Findings, VerifyReport
+from pipeline.cache.verify.shard import ShardTask, check_shard
+from pipeline.core.redaction import redact
+from pipeline.core.temporary import temporary_folder
+from pipeline.core.threads import map_ordered
+from schemas.cache_format import Header, Manifest
+
+_MAX_UNNAMED = 20
+
+Progress = Callable[[int, int], None]
+"""Called with the number of finished shards and of all shards."""
+
+
+def verify_cache(
+    cache_url: str,
+    *,
+    shard_urls: Mapping[str, str] | None = None,
+    threads: int = 1,
+    allowed_levels: int = 0,
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Compares every file of a cache with its digest, the records that name it, and its expected content.
+
+    Args:
+        shard_urls: where the images are, by shard id, for the canaries; default: where the build read them.
+        threads: number of shards that are checked at a time.
+        allowed_levels: allowed difference of the block means of canaries, in uint8 levels; 0: equal pixels.
+
+    Raises:
+        CacheError: there is no cache here.
+        StorageInputError: the URL is refused.
+    """
+    entries = storage.entries(cache_url)
+    if not any(entry.path in (layout.HEADER, layout.MANIFEST) or layout.is_commit(entry.path) for entry in entries):
+        raise no_cache(cache_url)
+    findings = Findings()
+    records = read_records(cache_url, entries, findings)
+    tasks = _tasks(cache_url, records, {**records.shard_urls, **(shard_urls or {})}, allowed_levels)
+    sums: ClassSums | None = None
+    has_all_sums = records.complete
+    for done, result in enumerate(map_ordered(check_shard, tasks, threads=threads, name="verify"), start=1):
+        findings.merge(result.findings)
+        has_all_sums &= not result.lost_sums
+        if result.sums is not None:
+            sums = result.sums if sums is None else merge([sums, result.sums])
+        if progress is not None:
+            progress(done, len(tasks))
+    _check_files_without_commit(cache_url, entries, records, findings)
+    header, manifest = records.header, records.manifest
+    if header is not None and imported_sha256(header) is not None:
+        _check_imported_means(cache_url, header, manifest, findings)
+    elif manifest is not None:
+        _check_class_means(cache_url, manifest, sums, findings, has_all_sums=has_all_sums)
+    unnamed = records.unnamed(entries)
+    return VerifyReport(
+        url=redact(cache_url),
+        fingerprint=None if header is None else header.fingerprint,
+        num_problems=findings.num_problems,
+        problems=tuple(findings.problems),
+        checked=dict(findings.checked),
+        not_checked=dict(findings.not_checked),
+        num_unnamed=len(unnamed),
+        unnamed=tuple(unnamed[:_MAX_UNNAMED]),
+        drift=dict(findings.drift),
+    )
+
+
+def _tasks(cache_url: str, records: CacheRecords, urls: Mapping[str, str], allowed_levels: int) -> list[ShardTask]:
+    by_shard: defaultdict[str, list[CompressedCommit]] = defaultdict(list)
+    for commit in records.commits:
+        by_shard[commit.summary.shard_id].append(commit)
+    return [
+        ShardTask(cache_url, records, commits, urls.get(shard), allowed_levels) for shard, commits in by_shard.items()
+    ]
+
+
+def _check_files_without_commit(
+    cache_url: str, entries: Sequence[storage.Entry], records: CacheRecords, findings: Findings
+) -> None:
+    """Parts and class sums of a damaged commit: their names have the first characters of their digests."""
+    with_commit = {commit.path for commit in records.commits}
+    for entry in entries:
+        owner = layout.owner(entry.path)
+        commit_path = None if owner is None else layout.commit_path(*owner)
+        is_named = commit_path in records.damaged or entry.path in records.manifest_parts
+        if not is_named or commit_path in with_commit:
+            continue
+        with findings.capture(entry.path), temporary_folder() as scratch:
+            local = storage.local_copy(storage.join(cache_url, entry.path), Path(scratch))
+            sha16 = PurePosixPath(entry.path).stem.rpartition(".")[2]
+            what = "the digest is not the one in the file name"
+            findings.expect(entry.path, what, file_digest(local)[:16], sha16)
+
+
+def _check_class_means(
+    cache_url: str, manifest: Manifest, sums: ClassSums | None, findings: Findings, *, has_all_sums: bool
+) -> None:
+    """Computes the class means from the sums of all shards again, and compares all bits."""
+    if has_all_sums:
+        # Class means of the build's labels are not those of new labels.
+        _expect_means(manifest, findings, expected=sums is not None and manifest.labels is None)
+    if manifest.class_means is None:
+        return
+    path = layout.CLASS_MEANS
+    findings.expect(layout.MANIFEST, "this manifest names another file", manifest.class_means.path, path)
+    expected = None if sums is None else encode_means(sums, fingerprint=manifest.fingerprint)
+    _compare_means(cache_url, manifest, expected if has_all_sums else None, findings)
+    if not has_all_sums:
+        findings.not_checked["class means against class sums: a file of these is damaged"] += 1
+
+
+def _check_imported_means(cache_url: str, header: Header, manifest: Manifest | None, findings: Findings) -> None:
+    """Compares the imported JSON with its digest in the header, and the class means with the JSON."""
+    with findings.capture(layout.IMPORTED_MEANS):
+        expected = encode_stored(cache_url, header)
+        if manifest is not None:
+            _expect_means(manifest, findings, expected=True)
+            _compare_means(cache_url, manifest, expected, findings)
+
+
+def _expect_means(manifest: Manifest, findings: Findings, *, expected: bool) -> None:
+    what = "whether this manifest names class means"
+    findings.expect(layout.MANIFEST, what, manifest.class_means is not None, expected)
+
+
+def _compare_means(cache_url: str, manifest: Manifest, expected: bytes | None, findings: Findings) -> None:
+    """The digest of the class means, and their table unless ``expected`` is None."""
+    if manifest.class_means is None:
+        return
+    path = layout.CLASS_MEANS
+    with findings.capture(path, "class means"):
+        data = read_committed(cache_url, manifest.class_means.model_copy(update={"path": path}))
+        if expected is not None:
+            same = read_parquet(data).equals(read_parquet(expected), check_metadata=True)
+            what = "whether these class means equal those of the class sums or of the imported file"
+            findings.expect(path, what, same, True)
