@@ -177,8 +177,8 @@ def _sizes(by_id: dict[str, str]) -> dict[str, int]:
         by_folder[url.rpartition("/")[0]].append(url)
     listed: dict[str, int] = {}
     for folder, urls in by_folder.items():
-        if storage.is_listed(folder, len(urls)):
-            listed |= {storage.join(folder, name): size for name, size in storage.sizes_right_below(folder).items()}
+        if storage.is_listing_cheaper(folder, len(urls)):
+            listed |= {storage.join(folder, name): size for name, size in storage.sizes_in_folder(folder).items()}
     others = {shard: url for shard, url in by_id.items() if url not in listed}
     with report_moved([*by_id.values()], "append data.shards={}"):
         asked = dict(zip(others, map_ordered(storage.size, others.values(), threads=_SIZE_THREADS), strict=True))

@@ -62,8 +62,8 @@ class RecipeConfig(Section):
     @model_validator(mode="after")
     def _check_names(self) -> RecipeConfig:
         if self.cache is not None and self.caches:
-            raise ValueError("cache and caches are both given; wanted one of them")
+            raise ValueError("cache and caches are both given; expected one of them")
         unknown = sorted(set(self.only or ()) - set(self.students))
         if unknown:
-            raise ValueError(f"only names {', '.join(unknown)}; wanted some of {', '.join(self.students)}")
+            raise ValueError(f"only names {', '.join(unknown)}; expected some of {', '.join(self.students)}")
         return self

@@ -74,7 +74,7 @@ def read_results(recipe: Recipe) -> Tree:
         ConfigError: it holds no results.
     """
     path = recipe.out / _RESULTS
-    data = storage.read_if_there(str(path), max_bytes=storage.MAX_RECORD_BYTES)
+    data = storage.read_if_exists(str(path), max_bytes=storage.MAX_RECORD_BYTES)
     try:
         tree = {} if data is None else json.loads(data)
         is_sound = all(entry.keys() >= _NUMBERS for entry in _entries(tree))

@@ -1,7 +1,7 @@
-"""Parquet that anybody may have written, read within a memory that its size allows.
+"""Reads untrusted Parquet within a memory limit that follows from the file's size.
 
-A few bytes of Parquet can stand for gigabytes: runs of one number, one long text repeated, pages of zeros. How much it
-will be is known before it is made: of numbers from the footer, of texts once each different one was read.
+A few bytes of Parquet can expand to gigabytes: runs of one number, one long text repeated, pages of zeros. The size of
+numbers is known from the footer, and the size of texts after each distinct text is read, both before the expansion.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 MAX_EXPANSION = 100
-"""Times its bytes in the file that a table may take in memory, where that is more than ``ALWAYS_ALLOWED_BYTES``."""
+"""A table may take this many times its bytes in the file in memory, or ``ALWAYS_ALLOWED_BYTES`` if that is more."""
 ALWAYS_ALLOWED_BYTES = 512 * 2**20
 _WIDTH_BYTES = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8}
 _OFFSET_BYTES = 8
@@ -29,38 +29,38 @@ def read_bounded(
     repeated: Collection[str] = (),
     **options: Any,
 ) -> pa.Table:
-    """Row groups of a file, in this thread.
+    """Reads row groups of a file, in the calling thread.
 
     Args:
-        source: what ``pyarrow.parquet.ParquetFile`` takes, and ``options`` too.
-        size_bytes: of what is read.
-        row_groups: by number; None: all.
-        repeated: columns that stay dictionaries, which keep each of their texts once.
+        source: passed to ``pyarrow.parquet.ParquetFile``, as are ``options``.
+        size_bytes: bytes of the file that are read.
+        row_groups: their numbers; None: all.
+        repeated: columns that stay dictionaries, which store each distinct text once.
 
     Raises:
-        ArrowInvalid: it would take more memory than its size allows, or is no Parquet.
+        ArrowInvalid: the table would exceed the memory limit, or the file is no Parquet.
     """
     limit = max(ALWAYS_ALLOWED_BYTES, MAX_EXPANSION * size_bytes)
-    about = pq.read_metadata(source) if metadata is None else metadata
-    groups = range(about.num_row_groups) if row_groups is None else row_groups
-    texts = _texts(about.schema)
-    _check(sum(_declared_bytes(about, group) for group in groups), limit, size_bytes)
-    file = pq.ParquetFile(source, metadata=about, pre_buffer=False, read_dictionary=texts, **options)
+    footer = pq.read_metadata(source) if metadata is None else metadata
+    groups = range(footer.num_row_groups) if row_groups is None else row_groups
+    texts = _text_columns(footer.schema)
+    _check(sum(_declared_bytes(footer, group) for group in groups), limit, size_bytes)
+    file = pq.ParquetFile(source, metadata=footer, pre_buffer=False, read_dictionary=texts, **options)
     table = file.read_row_groups([*groups], use_threads=False)
     dense = [name for name in texts if name not in repeated]
     _check(sum(_dense_bytes(table[name]) for name in dense), limit, size_bytes)
-    expected = about.schema.to_arrow_schema()
+    schema = footer.schema.to_arrow_schema()
     for name in dense:
-        field = expected.field(name)
+        field = schema.field(name)
         table = table.set_column(table.schema.get_field_index(name), field, table[name].cast(field.type))
     return table
 
 
-def _texts(schema: pq.ParquetSchema) -> list[str]:
-    """Columns whose values have a length each.
+def _text_columns(schema: pq.ParquetSchema) -> list[str]:
+    """Names of the columns of variable-length values.
 
     Raises:
-        ArrowInvalid: some are in lists.
+        ArrowInvalid: such a column is nested in a list.
     """
     columns = [schema.column(number) for number in range(len(schema))]
     texts = [column for column in columns if column.physical_type == "BYTE_ARRAY"]
@@ -69,11 +69,11 @@ def _texts(schema: pq.ParquetSchema) -> list[str]:
     return [column.name for column in texts]
 
 
-def _declared_bytes(metadata: pq.FileMetaData, number: int) -> int:
-    """What a row group takes in memory by the footer, each different text once."""
-    group, total = metadata.row_group(number), 0
-    for at in range(group.num_columns):
-        chunk, column = group.column(at), metadata.schema.column(at)
+def _declared_bytes(metadata: pq.FileMetaData, row_group: int) -> int:
+    """Memory of a row group according to the footer, with each distinct text once."""
+    group, total = metadata.row_group(row_group), 0
+    for number in range(group.num_columns):
+        chunk, column = group.column(number), metadata.schema.column(number)
         num_values = max(group.num_rows, chunk.num_values)
         if chunk.physical_type == "BYTE_ARRAY":
             total += chunk.total_uncompressed_size + _OFFSET_BYTES * num_values
@@ -86,7 +86,7 @@ def _declared_bytes(metadata: pq.FileMetaData, number: int) -> int:
 
 
 def _dense_bytes(column: pa.ChunkedArray) -> int:
-    """What a column of dictionaries takes once every row has a text of its own."""
+    """Memory of a dictionary column after every row gets a copy of its text."""
     total = 0
     for chunk in column.chunks:
         lengths = pc.call_function("binary_length", [chunk.dictionary]).cast(pa.int64())
@@ -97,6 +97,6 @@ def _dense_bytes(column: pa.ChunkedArray) -> int:
 def _check(needed_bytes: int, limit: int, size_bytes: int) -> None:
     if needed_bytes > limit:
         raise pa.ArrowInvalid(
-            f"{size_bytes} bytes that stand for {needed_bytes}; at most {MAX_EXPANSION} times as many are read, "
-            f"and {ALWAYS_ALLOWED_BYTES} always"
+            f"{size_bytes} bytes that expand to {needed_bytes}; the limit is {MAX_EXPANSION} times as many, "
+            f"or {ALWAYS_ALLOWED_BYTES} if that is more"
         )

@@ -1,19 +1,18 @@
-"""One YAML document and overrides to one checked ``Config``; mistakes are named by key, line and nearest name."""
+"""Turns one YAML document and overrides into a checked ``Config``. Errors name key, line and nearest name."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_origin
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from pipeline.core.config_overrides import apply_override, echo
-from pipeline.core.config_problems import config_error, is_inside, merged_problems, problem_of
-from pipeline.core.config_schema import description
-from pipeline.core.errors import ConfigError
-from pipeline.core.yaml_document import KeyPath, omegaconf_error, parse_document
+from pipeline.core.config_problems import config_error, description, echo, is_inside, sections_of
+from pipeline.core.errors import ConfigError, first_line
+from pipeline.core.yaml_document import EXPECTED_INTERPOLATION, KeyPath, omegaconf_error, parse_document, yaml_error
 from schemas.config import Config
 
 
@@ -25,18 +24,20 @@ def parse_config(text: str, overrides: Sequence[str] = (), *, where: str) -> Con
         where: name of the document for messages.
 
     Raises:
-        ConfigError: everything that is wrong, in one message.
+        ConfigError: names all problems of the document and the overrides.
     """
     try:
         document, places = parse_document(text, where=where)
         for override in overrides:
-            path = apply_override(document, override, where)
-            places = {known: place for known, place in places.items() if not is_inside(known, path)}
+            path = _apply_override(document, override, where)
+            places = {key: place for key, place in places.items() if not is_inside(key, path)}
             places[path] = f"override {echo(override)}"
         return _validate(_resolve(document, where), where=where, places=places)
     except RecursionError as error:
         raise ConfigError(
-            "this config is nested too deeply, or an alias in it stands inside of what it names", where=where
+            "this config is nested too deeply, or an alias in it refers to a value that contains the alias",
+            code="config.too-deep",
+            where=where,
         ) from error
 
 
@@ -44,19 +45,19 @@ def build_config(tree: Mapping[str, Any], *, where: str) -> Config:
     """Checks a tree of plain values.
 
     Raises:
-        ConfigError: everything that is wrong with it, in one message.
+        ConfigError: names all problems of the tree.
     """
     return _validate(tree, where=where, places={})
 
 
 def require(config: Config, *keys: str, command: str, section: str = "") -> None:
-    """Refuses a config in which a key that a command cannot do without is null, empty or absent.
+    """Refuses a config in which a required key of a command is null, empty or absent.
 
     Args:
-        section: path of the config in a larger document, such as ``students.kd.``, before which its keys stand there.
+        section: path of the config in a larger document, such as ``students.kd.``, for messages.
 
     Raises:
-        ConfigError: names every such key and what it means.
+        ConfigError: names every such key and its description.
     """
     missing = [key for key in keys if _value(config, key) in (None, ())]
     if missing:
@@ -82,7 +83,7 @@ def _resolve(document: DictConfig, where: str) -> dict[str, Any]:
         tree = OmegaConf.to_container(document, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise omegaconf_error(error, where) from error
-    assert isinstance(tree, dict), "only mappings come this far"
+    assert isinstance(tree, dict), "parse_document returns mappings only"
     return {str(key): value for key, value in tree.items()}
 
 
@@ -90,5 +91,74 @@ def _validate(tree: Mapping[str, Any], *, where: str, places: Mapping[KeyPath, s
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        problems = merged_problems([problem_of(details, tree) for details in error.errors(include_url=False)])
-        raise config_error(problems, where, places) from error
+        raise config_error(error, tree, where, places) from error
+
+
+def _apply_override(document: DictConfig, override: str, where: str) -> KeyPath:
+    """Sets one key and returns its path."""
+    key, equals, text = override.partition("=")
+    place = f"{where}, override {echo(override)}"
+    if not equals or not all(key.split(".")):
+        raise ConfigError(
+            "this override sets no key", code="config.override-without-key", where=place, expected="section.key=value"
+        )
+    try:
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
+        assert isinstance(value, dict), "a dot list is a mapping"
+        _set(document, tuple(key.split(".")), value["value"])
+    except yaml.YAMLError as error:
+        raise yaml_error(error, place) from error
+    # OmegaConf raises ValueError or TypeError for a name instead of a list position, its own error for a position out
+    # of range, and IndexError for a single bracket.
+    except (OmegaConfBaseException, ValueError, TypeError, IndexError) as error:
+        raise _override_error(error, place, enters_list=_enters_list(document, key)) from error
+    return tuple(int(part) if part.isdigit() else part for part in key.split("."))
+
+
+def _set(document: DictConfig, path: tuple[str, ...], value: Any) -> None:
+    """Merges a mapping into a section, key by key. Replaces any other value, such as a list or ``kwargs``."""
+    if isinstance(value, dict) and value and _is_section(path):
+        for name, item in value.items():
+            _set(document, (*path, str(name)), item)
+    else:
+        OmegaConf.update(document, ".".join(path), value, merge=False, force_add=True)
+
+
+def _is_section(path: tuple[str, ...]) -> bool:
+    models: list[type[BaseModel]] = [Config]
+    for name in path:
+        fields = [model.model_fields[name] for model in models if name in model.model_fields]
+        models = [
+            inner for field in fields if get_origin(field.annotation) is not tuple for inner in sections_of(field)
+        ]
+    return bool(models)
+
+
+def _enters_list(document: DictConfig, key: str) -> bool:
+    tree: Any = OmegaConf.to_container(document, resolve=False)
+    for name in key.split("."):
+        if isinstance(tree, list):
+            return True
+        tree = tree.get(name) if isinstance(tree, dict) else None
+    return False
+
+
+def _override_error(error: Exception, place: str, *, enters_list: bool) -> ConfigError:
+    got = first_line(error)
+    if isinstance(error, GrammarParseError):
+        return ConfigError(
+            "this override has an interpolation that cannot be parsed",
+            code="config.override-interpolation",
+            where=place,
+            got=got,
+            expected=EXPECTED_INTERPOLATION,
+        )
+    if enters_list:
+        return ConfigError(
+            "this override sets a list item that does not exist",
+            code="config.override-list-item",
+            where=place,
+            got=got,
+            expected="the position, from 0, of an item of the list",
+        )
+    return ConfigError("this override cannot be applied", code="config.override-refused", where=place, got=got)

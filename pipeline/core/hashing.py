@@ -1,4 +1,4 @@
-"""Canonical bytes and digests: equal content has one spelling, and any flipped byte is found."""
+"""Canonical bytes and digests: equal values have equal bytes, and any flipped byte is detected."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.core.errors import CacheError
 
 
 def canonical_json(value: object) -> bytes:
-    """Sorted keys, no spaces, UTF-8, no NaN: one byte string per value."""
+    """One byte string per value: sorted keys, no spaces, UTF-8, no NaN."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return text.encode()
 
@@ -25,21 +25,21 @@ def digest(data: bytes) -> str:
 
 
 def short(value: object) -> str:
-    """16 hex characters of the digest of a JSON value: an id for people and file names."""
+    """16 hex characters of the digest of a JSON value: a short id for messages and file names."""
     return digest(canonical_json(value))[:16]
 
 
 def seal(body: Mapping[str, Any]) -> bytes:
-    """A JSON document that carries the digest of everything else in it."""
+    """A JSON document with the digest of its other fields."""
     content = {key: value for key, value in body.items() if key != "digest"}
     return canonical_json({**content, "digest": digest(canonical_json(content))}) + b"\n"
 
 
 def unseal(data: bytes, *, where: str) -> dict[str, Any]:
-    """The document, if its bytes are exactly those that ``seal`` wrote.
+    """The document of bytes that ``seal`` wrote.
 
     Raises:
-        CacheError: not JSON, not canonical, or the digest is not that of the content.
+        CacheError: the bytes are not canonical JSON, or the digest does not match the content.
     """
     try:
         body = json.loads(data)
@@ -48,7 +48,8 @@ def unseal(data: bytes, *, where: str) -> dict[str, Any]:
         body, intact = {}, False
     if not intact:
         raise CacheError(
-            "this file was changed after it was written: its digest is not that of its content",
+            "this file was changed after it was written: its digest does not match its content",
+            code="cache.record-changed",
             where=where,
             next_step="restore the file, or remove it and run the build again",
         )
@@ -56,7 +57,7 @@ def unseal(data: bytes, *, where: str) -> dict[str, Any]:
 
 
 def weights_digest(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over sorted name, dtype, shape and bytes of a state dict: what weights *are*, wherever they came from."""
+    """SHA-256 over sorted name, dtype, shape and bytes of a state dict: the same for any file format of the weights."""
     hasher = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
@@ -67,12 +68,12 @@ def weights_digest(state: Mapping[str, Tensor]) -> str:
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
     """``a.b: old -> new`` for every leaf that differs, in key order."""
-    found: list[str] = []
+    changes: list[str] = []
     for key in sorted({*old, *new}):
         path = f"{prefix}{key}"
         before, after = old.get(key), new.get(key)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
-            found.extend(differences(before, after, f"{path}."))
+            changes.extend(differences(before, after, f"{path}."))
         elif before != after:
-            found.append(f"{path}: {before} -> {after}")
-    return found
+            changes.append(f"{path}: {before} -> {after}")
+    return changes

@@ -1,25 +1,25 @@
-"""URLs fit to be shown: without user, password, query and fragment, in which stores and proxies put credentials."""
+"""Redacts URLs for messages: removes user, password, query and fragment, where stores and proxies put credentials."""
 
 from __future__ import annotations
 
 import re
 import shlex
 
-# Of bounded length, so that a long word costs no more than its length.
+# Of bounded length, so that matching takes linear time.
 _SCHEME = r"[A-Za-z][A-Za-z0-9+.-]{0,15}://"
-# Up to the next blank, quote or URL: a query may hold anything else, and of a list only the first would be cut.
+# Up to the next blank, quote or URL: a query may contain any other character, such as the comma of a list of URLs.
 _URL = re.compile(rf"{_SCHEME}(?:(?!{_SCHEME})[^\s'\"])*")
-# What stands before the @ of these is a container's name, unless it has a password.
+# In these URLs, the name of a container precedes the @, unless it has a password.
 _WITH_CONTAINER = ("az", "abfs", "abfss")
-# A slash or question mark in a password that was not encoded ends what a URL takes for the host, and the rest of the
-# password follows. Hosts have ports, which are digits; buckets have none.
+# An unencoded slash or question mark in a password ends the apparent host of a URL, and the rest of the password
+# follows. Hosts have ports, which are digits; buckets have none.
 _BROKEN_USER = re.compile(r"[^/?#@\[]*:(?!\d*(?:[/?#]|$))[^@]*[/?#].*@")
 _USER_OF_BUCKET = re.compile(r"[^/?#@]*:.*@")
 _WITH_PORT = ("http", "https", "ray")
 
 
 def redact(url: str) -> str:
-    """The URL without user, password, query and fragment, fit for a message or a manifest; a path as it is."""
+    """The URL without user, password, query and fragment, for a message or a manifest; a path unchanged."""
     head, sep, tail = url.partition("://")
     if not sep:
         return url
@@ -28,15 +28,15 @@ def redact(url: str) -> str:
     tail = re.split(r"[?#]", tail, maxsplit=1)[0]
     authority, slash, path = tail.partition("/")
     user, _, host = authority.rpartition("@")
-    kept = f"{user}@" if user and head.lower() in _WITH_CONTAINER and not re.search("[:@]", user) else ""
-    return f"{head}://{kept}{host}{slash}{path}"
+    container = f"{user}@" if user and head.lower() in _WITH_CONTAINER and not re.search("[:@]", user) else ""
+    return f"{head}://{container}{host}{slash}{path}"
 
 
 def quoted(url: str) -> str:
-    """The redacted URL as a shell takes it, for commands that users are given."""
+    """The redacted URL, quoted for a shell, for commands in messages."""
     return shlex.quote(redact(url))
 
 
 def redact_text(text: str) -> str:
-    """The text with every URL in it redacted, also those in lists and in what other libraries say."""
-    return _URL.sub(lambda found: redact(found[0]), text)
+    """The text with every URL in it redacted, also in lists and in messages of other libraries."""
+    return _URL.sub(lambda match: redact(match[0]), text)

@@ -1,5 +1,5 @@
-"""Temporary folders of one process. Where a driver gave its workers a folder, they lie in it and go with it: a worker
-that is killed removes nothing itself.
+"""Temporary folders of a process. The folders of workers lie in a folder of their driver, which removes them even if a
+worker is killed.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ VARIABLE = "STILLROOM_SCRATCH"
 
 
 def temporary_folder(prefix: str = "stillroom-") -> tempfile.TemporaryDirectory[str]:
-    """A new folder that is removed at the end of a ``with``, or by ``cleanup()``."""
+    """A new folder, removed at the end of a ``with`` or by ``cleanup()``."""
     parent = os.environ.get(VARIABLE)
     # A worker may outlive its driver, and the driver's folder.
     folder = parent if parent and Path(parent).is_dir() else None
-    # What another process still writes into it at its end is no reason to fail.
+    # Another process may still write into the folder while it is removed, which is no error.
     return tempfile.TemporaryDirectory(prefix=prefix, dir=folder, ignore_cleanup_errors=True)
 
 
 @contextmanager
 def shared_with_children() -> Generator[None]:
-    """One folder for the temporary folders of this process and of those that it starts; removed at the end, by when
-    they have to be gone.
+    """One folder for the temporary folders of this process and of its child processes, which must end before it is
+    removed at the end of the ``with``.
     """
     with temporary_folder("stillroom-scratch-") as folder:
         before = os.environ.get(VARIABLE)

@@ -12,15 +12,16 @@ from omegaconf.errors import OmegaConfBaseException
 from pipeline.core.errors import ConfigError
 
 KeyPath = tuple[str | int, ...]
-# Of a document with its aliases followed: each may name a list that names others, which doubles it line by line.
+EXPECTED_INTERPOLATION = "${section.key} of this document, or ${oc.env:NAME} of the environment"
+# Counted with aliases followed. An alias may name a list of aliases, so the size can double with every line.
 _MAX_NODES = 10_000
 
 
 def parse_document(text: str, *, where: str) -> tuple[DictConfig, dict[KeyPath, str]]:
-    """A YAML mapping as it is written, and the line of each key.
+    """An unresolved YAML mapping, and the line of each key.
 
     Raises:
-        ConfigError: no mapping in plain YAML, or a larger one than is read.
+        ConfigError: the text is no mapping in plain YAML, or too large.
         RecursionError: it is nested too deeply.
     """
     places = _key_lines(text, where)
@@ -34,17 +35,24 @@ def _key_lines(text: str, where: str) -> dict[KeyPath, str]:
     except yaml.YAMLError as error:
         raise yaml_error(error, where) from error
     if root is None:
-        raise ConfigError("this config is empty", where=where, expected="a YAML mapping such as data: {shards: …}")
+        raise ConfigError(
+            "this config is empty",
+            code="config.empty",
+            where=where,
+            expected="a YAML mapping such as data: {shards: …}",
+        )
     if not isinstance(root, yaml.MappingNode):
         raise ConfigError(
             "this config is not a mapping",
+            code="config.not-a-mapping",
             where=where,
             got="a list" if isinstance(root, yaml.SequenceNode) else "a single value",
             expected="sections such as data: {shards: …}",
         )
     if (num_nodes := _num_nodes(root, {})) > _MAX_NODES:
         raise ConfigError(
-            "this config is too large once its aliases are followed",
+            "this config is too large after its aliases are followed",
+            code="config.too-large",
             where=where,
             got=f"{num_nodes} keys and values",
             expected=f"at most {_MAX_NODES}",
@@ -54,7 +62,7 @@ def _key_lines(text: str, where: str) -> dict[KeyPath, str]:
 
 
 def _num_nodes(node: yaml.Node, counted: dict[int, int]) -> int:
-    """Nodes below and with this one, those behind an alias each time that it is used; each is visited once."""
+    """Number of nodes from this one down. Nodes behind an alias count at every use, and each is visited once."""
     if id(node) not in counted:
         pairs = node.value if isinstance(node, yaml.MappingNode) else ()
         items = node.value if isinstance(node, yaml.SequenceNode) else (child for pair in pairs for child in pair)
@@ -80,26 +88,34 @@ def _parse(text: str, where: str) -> DictConfig:
         raise yaml_error(error, where) from error
     except OmegaConfBaseException as error:
         raise omegaconf_error(error, where) from error
-    assert isinstance(document, DictConfig), "only mappings come this far"
+    assert isinstance(document, DictConfig), "_key_lines refuses anything else"
     return document
 
 
 def yaml_error(error: yaml.YAMLError, where: str) -> ConfigError:
     if not isinstance(error, yaml.MarkedYAMLError):
-        return ConfigError("this config is not YAML", where=where, got=" ".join(str(error).split()))
+        return ConfigError(
+            "this config is not YAML", code="config.not-yaml", where=where, got=" ".join(str(error).split())
+        )
     if "single document" in (error.context or ""):
         return ConfigError(
-            "this config holds several YAML documents", where=where, expected="one, without a --- between"
+            "this config has several YAML documents",
+            code="config.several-documents",
+            where=where,
+            expected="one, without a --- between",
         )
     mark = error.problem_mark or error.context_mark
     place = f"{where}, line {mark.line + 1}, column {mark.column + 1}" if mark else where
-    return ConfigError("this config is not YAML", where=place, got=error.problem or error.context)
+    return ConfigError(
+        "this config is not YAML", code="config.not-yaml", where=place, got=error.problem or error.context
+    )
 
 
 def omegaconf_error(error: OmegaConfBaseException, where: str) -> ConfigError:
     return ConfigError(
         "this value cannot be resolved",
+        code="config.unresolved-value",
         where=f"{where}, {error.full_key}" if error.full_key else where,
         got=(error.msg or str(error)).splitlines()[0],
-        expected="${section.key} of this document, or ${oc.env:NAME} of the environment",
+        expected=EXPECTED_INTERPOLATION,
     )

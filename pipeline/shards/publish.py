@@ -72,7 +72,7 @@ def publish_shard_index(url: str, *, data: DataConfig, folder_url: str, threads:
     shard, where = shard_id(url), redact(url)
     target = storage.join(folder_url, index_name(shard))
     settings = index_settings(data)
-    if (stored := storage.read_if_there(target, max_bytes=storage.MAX_TABLE_BYTES)) is not None:
+    if (stored := storage.read_if_exists(target, max_bytes=storage.MAX_TABLE_BYTES)) is not None:
         index = decode_index(stored, where=redact(target), settings=settings)
         _check_last_image(url, index)
         check_samples(index, data, where=url)

@@ -134,7 +134,7 @@ def _names_in(folder_url: str) -> list[str]:
     if storage.protocol(folder_url) not in storage.WRITABLE:
         return []
     try:
-        files = [name for name in storage.sizes_right_below(folder_url) if not name.startswith(".")]
+        files = [name for name in storage.sizes_in_folder(folder_url) if not name.startswith(".")]
         folders = storage.folders(folder_url)
     except (StillroomError, OSError):
         return []

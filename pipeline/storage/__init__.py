@@ -1,41 +1,41 @@
-"""Every byte that is read or written goes through here: allowed URLs, whole objects, create-if-absent.
+"""All reads and writes of the project by URL: allowed URLs, whole objects, create-if-absent.
 
-Writes are never streamed into their final name: an exception inside an fsspec or Arrow output stream publishes what
-was written so far. A writer makes a local temporary file, closes it, and ``put`` publishes it in one step.
+Writes are never streamed to their final name, because an exception inside an fsspec or Arrow output stream publishes
+the bytes written so far. A writer creates a local temporary file, closes it, and ``put`` publishes it in one step.
 
-Every operation may be repeated, so temporary failures (throttling, a lost connection, a short response) are tried
-again here, a few times within a minute; an error that a caller sees has lasted. See ``failures.repeated``.
+Every operation is idempotent, so transient failures (throttling, a lost connection, a short response) are retried a few
+times within a minute; a caller sees only errors that persist. See ``failures.repeated``.
 """
 
-from pipeline.storage.create import create, probe
 from pipeline.storage.failures import MISSING_FILE
-from pipeline.storage.filesystems import check_writable
 from pipeline.storage.local import check_names, local_folder, local_path, on_disk, scratch_folder
 from pipeline.storage.objects import (
     MAX_RECORD_BYTES,
     MAX_TABLE_BYTES,
-    NAMES_A_PAGE,
-    Entry,
+    NAMES_PER_PAGE,
+    check_writable,
+    create,
     delete,
     download,
     entries,
     exists,
     folders,
-    is_listed,
+    is_listing_cheaper,
     listing,
     local_copy,
-    num_gets,
-    num_puts,
+    probe,
     put,
     read,
-    read_if_there,
+    read_if_exists,
     read_range,
     size,
     sizes,
-    sizes_right_below,
+    sizes_in_folder,
     stamp,
     write,
 )
+from pipeline.storage.s3_store import num_gets, num_puts
+from pipeline.storage.stores import Entry
 from pipeline.storage.urls import (
     WRITABLE,
     absolute,
@@ -52,7 +52,7 @@ __all__ = [
     "MAX_RECORD_BYTES",
     "MAX_TABLE_BYTES",
     "MISSING_FILE",
-    "NAMES_A_PAGE",
+    "NAMES_PER_PAGE",
     "WRITABLE",
     "Entry",
     "absolute",
@@ -67,7 +67,7 @@ __all__ = [
     "expand",
     "expand_home",
     "folders",
-    "is_listed",
+    "is_listing_cheaper",
     "join",
     "last_name",
     "listing",
@@ -81,13 +81,13 @@ __all__ = [
     "protocol",
     "put",
     "read",
-    "read_if_there",
+    "read_if_exists",
     "read_range",
     "scratch_folder",
     "short_name",
     "size",
     "sizes",
-    "sizes_right_below",
+    "sizes_in_folder",
     "stamp",
     "write",
 ]

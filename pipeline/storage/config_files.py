@@ -30,10 +30,10 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
 
 
 def read_document(source: str) -> DictConfig:
-    """A YAML mapping as it is written.
+    """A YAML mapping, unresolved.
 
     Raises:
-        ConfigError: no mapping in plain YAML, or a larger one than is read.
+        ConfigError: the text is no mapping in plain YAML, or too large.
         RecursionError: it is nested too deeply.
     """
     return parse_document(_read_text(source), where=redact(source))[0]
@@ -45,9 +45,12 @@ def _read_text(source: str) -> str:
     except StorageInputError as error:
         raise ConfigError(
             "this config cannot be read",
+            code="config.unreadable",
             where=error.where,
             got=error.what if error.got is None else f"{error.what}: {error.got}",
             expected=error.expected,
         ) from error
     except UnicodeDecodeError as error:
-        raise ConfigError("this config is not UTF-8 text", where=redact(source), got=str(error)) from error
+        raise ConfigError(
+            "this config is not UTF-8 text", code="config.not-utf8", where=redact(source), got=str(error)
+        ) from error

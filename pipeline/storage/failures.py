@@ -1,4 +1,4 @@
-"""What storage libraries raise, as errors of the project; what may pass is tried again."""
+"""Errors of storage libraries as errors of the project, and retries of the transient ones."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 _log = logging.getLogger(__name__)
 MISSING_FILE = "storage.missing-file"
-"""Code of the error of a file that is read and not there."""
-# What these packages raise is seldom an OSError.
+"""Code of the error for a read of an absent file."""
+# Packages that raise errors which are seldom OSErrors.
 _LIBRARIES = (
     *("botocore", "aiobotocore", "s3fs", "google", "gcsfs", "azure", "adlfs", "huggingface_hub"),
     *("aiohttp", "httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3"),
@@ -40,8 +40,8 @@ _NO_CONNECTION = re.compile(
 )
 # botocore, of an endpoint without a scheme or host.
 _BAD_ENDPOINT = re.compile(r"Invalid endpoint: (.*)|Custom endpoint `(.*)` was not a valid URI")
-# S3 answers these with a status that elsewhere means a wrong request. NoSuchUpload: the answer to the end of a
-# multipart upload was lost, and its repetition finds the upload gone; a new upload is right.
+# S3 returns these with a status that elsewhere means a wrong request. NoSuchUpload: the response to the end of a
+# multipart upload was lost, and the retry finds no upload. A new upload is right.
 _TRANSIENT_CODES = frozenset(
     {
         *("BadDigest", "ConditionalRequestConflict", "IncompleteBody", "NoSuchUpload", "OperationAborted"),
@@ -58,12 +58,12 @@ _TRANSIENT_ERRNO = frozenset(
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _MAX_ATTEMPTS = 5
 _MAX_REPEATING_S = 60
-# Full jitter: many tasks that were throttled together come back apart.
+# Full jitter: many tasks that were throttled together retry at different times.
 PAUSE = wait_random_exponential(multiplier=0.2, max=8)
 
 
 def repeated(operation: Callable[P, R]) -> Callable[P, R]:
-    """Tries again what may pass, with growing random pauses. ``operation`` is idempotent, and never inside another."""
+    """Retries transient failures, with growing random pauses. ``operation`` is idempotent, and never inside another."""
     return retry(
         retry=retry_if_exception_type(TransientStorageError),
         stop=stop_after_attempt(_MAX_ATTEMPTS) | stop_before_delay(_MAX_REPEATING_S),
@@ -75,20 +75,20 @@ def repeated(operation: Callable[P, R]) -> Callable[P, R]:
 
 @contextlib.contextmanager
 def translated_errors(url: str, doing: str) -> Generator[None]:
-    """Turns what a storage library raises into one of our errors, with the URL in it."""
+    """Turns errors of a storage library inside a ``with`` into errors of the project, with the URL in them."""
     try:
         yield
     except StillroomError:
         raise
     except Exception as error:
-        told = _translated(root_error(error), url, doing)
-        if told is None:
+        translated = _translated(root_error(error), url, doing)
+        if translated is None:
             raise
-        raise told from error
+        raise translated from error
 
 
 def root_error(error: Exception) -> Exception:
-    """fsspec calls whatever fails over HTTP a missing file; its cause tells what happened."""
+    """The error itself, or its cause: fsspec raises FileNotFoundError for any failure over HTTP."""
     cause = error.__cause__
     if not isinstance(error, FileNotFoundError) or not isinstance(cause, Exception):
         return error
@@ -101,18 +101,20 @@ def _package(error: BaseException) -> str:
     return type(error).__module__.partition(".")[0]
 
 
+def _is_of_library(error: BaseException | None) -> bool:
+    return error is not None and _package(error) in _LIBRARIES
+
+
 def _status(error: BaseException) -> int | None:
-    """The HTTP status by whichever name this library gives it."""
-    found = (getattr(error, name, None) for name in ("status", "status_code", "code"))
-    return next((status for status in found if isinstance(status, int)), None)
+    """The HTTP status. Each library has another name for it."""
+    values = (getattr(error, name, None) for name in ("status", "status_code", "code"))
+    return next((status for status in values if isinstance(status, int)), None)
 
 
 def _translated(error: Exception, url: str, doing: str) -> StorageError | StorageInputError | None:
-    """Our error for what a storage library raised; None where it is none of theirs, and so a bug of ours."""
-    where, name = redact(url), type(error).__name__
-    of_library = _package(error) in _LIBRARIES
-    origin = error.__cause__ or error.__context__
-    of_argument = isinstance(error, ValueError) and origin is not None and _package(origin) in _LIBRARIES
+    """The project's error for an error of a storage library; None for any other error, which is a bug."""
+    where, name, got = redact(url), type(error).__name__, f"{type(error).__name__}: {error}"
+    is_refused_argument = isinstance(error, ValueError) and _is_of_library(error.__cause__ or error.__context__)
     if (endpoint := _BAD_ENDPOINT.fullmatch(str(error))) is not None:
         return StorageInputError(
             "the endpoint of this store is not a URL",
@@ -122,50 +124,53 @@ def _translated(error: Exception, url: str, doing: str) -> StorageError | Storag
             expected="http://HOST:PORT or https://HOST",
             next_step="set AWS_ENDPOINT_URL, AWS_ENDPOINT_URL_S3 or endpoint_url of ~/.aws/config to such a URL",
         )
-    if not (of_library or of_argument or isinstance(error, OSError)):
+    if not (_is_of_library(error) or is_refused_argument or isinstance(error, OSError)):
         return None
-    got = f"{name}: {error}"
     if s3_error_code(error) in _TRANSIENT_CODES:
-        return TransientStorageError(f"cannot {doing}", where=where, got=got)
-    if of_library and _NO_CREDENTIALS.search(name):
-        next_step = "set the credentials of this store in the environment or in its configuration file, and try again"
-        return StorageInputError(f"cannot {doing}: no valid credentials", where=where, got=got, next_step=next_step)
-    if isinstance(error, PermissionError) or (of_library and _status(error) in (401, 403)):
-        return StorageInputError(f"cannot {doing}: permission denied", where=where)
+        return TransientStorageError(f"cannot {doing}", code="storage.transient", where=where, got=got)
+    if _is_of_library(error) and _NO_CREDENTIALS.search(name):
+        return StorageInputError(
+            f"cannot {doing}: no valid credentials",
+            code="storage.no-credentials",
+            where=where,
+            got=got,
+            next_step="set the credentials of this store in the environment or in its configuration file",
+        )
+    if isinstance(error, PermissionError) or (_is_of_library(error) and _status(error) in (401, 403)):
+        return StorageInputError(f"cannot {doing}: permission denied", code="storage.permission-denied", where=where)
     if _NO_CONNECTION.search(name):
         kind = TransientStorageError if _is_transient(error) else StorageError
-        return kind(f"cannot {doing}: could not connect", where=where, got=got)
-    if (reason := _wrong_path(error)) is not None:
-        code = MISSING_FILE if isinstance(error, FileNotFoundError) else None
-        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-            code = NAME_TOO_LONG
+        return kind(f"cannot {doing}: could not connect", code="storage.no-connection", where=where, got=got)
+    if (reason := _path_error(error)) is not None:
+        code, text = reason
+        return StorageInputError(f"cannot {doing}: {text}", code=code, where=where, next_step=_glob_hint(error, where))
+    if is_refused_argument:
         return StorageInputError(
-            f"cannot {doing}: {reason}", code=code, where=where, next_step=_glob_hint(error, where)
+            f"cannot {doing}: the store refuses this name", code="storage.refused-name", where=where, got=got
         )
-    if of_argument:
-        return StorageInputError(f"cannot {doing}: the store does not take this name", where=where, got=got)
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         return disk_full(error, where, doing)
-    kind = TransientStorageError if _is_transient(error) else StorageError
-    return kind(f"cannot {doing}", where=where, got=got)
+    if _is_transient(error):
+        return TransientStorageError(f"cannot {doing}", code="storage.transient", where=where, got=got)
+    return StorageError(f"cannot {doing}", code="storage.failed", where=where, got=got)
 
 
 def s3_error_code(error: BaseException) -> str | None:
-    """The code in S3's answer; s3fs keeps that as the cause."""
+    """The code in the response of S3, which s3fs stores in the cause."""
     response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
     return response.get("Error", {}).get("Code") if isinstance(response, dict) else None
 
 
 def _is_transient(error: Exception) -> bool:
-    """Whether the same request may succeed later: a timeout, a lost connection, a store that is overloaded."""
+    """Whether the same request may succeed later: a timeout, a lost connection, an overloaded store."""
     if isinstance(error, (TimeoutError, ConnectionError)):
         return True
     response = getattr(error.__cause__, "response", None)
     status = response["ResponseMetadata"].get("HTTPStatusCode") if isinstance(response, dict) else _status(error)
     if status is not None:
         return status in _TRANSIENT_STATUS
-    if _package(error) in _LIBRARIES:
-        # Bad certificates and URLs are values; the rest is connections and half answers.
+    if _is_of_library(error):
+        # Bad certificates and URLs are ValueErrors. The others are lost connections and partial responses.
         return not isinstance(error, ValueError)
     return isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNO
 
@@ -173,23 +178,26 @@ def _is_transient(error: Exception) -> bool:
 def disk_full(error: OSError, where: str, doing: str) -> StorageError:
     return StorageError(
         f"cannot {doing}: no space is left",
+        code="storage.disk-full",
         where=where,
         got=f"{type(error).__name__}: {error}",
         next_step="free some space (or set TMPDIR, if it is the scratch folder) and run the command again; it resumes",
     )
 
 
-def _wrong_path(error: Exception) -> str | None:
+def _path_error(error: Exception) -> tuple[str, str] | None:
+    """Code and text for a path that cannot be used."""
+    number = error.errno if isinstance(error, OSError) else None
     if isinstance(error, FileNotFoundError):
-        return "there is no such file"
+        return MISSING_FILE, "there is no such file"
     if isinstance(error, IsADirectoryError):
-        return "this is a folder"
+        return "storage.is-folder", "this is a folder"
     if isinstance(error, (NotADirectoryError, FileExistsError)):
-        return "a part of this path is a file"
-    if isinstance(error, OSError) and error.errno == errno.EROFS:
-        return "this file system is read-only"
-    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-        return "a name in this path is too long for this file system (most take 255 bytes)"
+        return "storage.file-in-path", "a part of this path is a file"
+    if number == errno.EROFS:
+        return "storage.read-only-file-system", "this file system is read-only"
+    if number == errno.ENAMETOOLONG:
+        return NAME_TOO_LONG, "a name in this path is too long for this file system (most allow 255 bytes)"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Names of files and objects: an allow-list of protocols, paths made absolute, brace patterns."""
+"""URLs of files and objects: the allow-list of protocols, absolute paths, brace patterns."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.core.errors import StorageInputError
 from pipeline.core.redaction import redact
 
 NAME_TOO_LONG = "storage.name-too-long"
-"""Code of the error of a name that a file system cannot hold."""
+"""Code of the error for a name that a file system cannot have."""
 WRITABLE = ("file", "memory", "s3", "gs", "gcs", "az", "abfs", "abfss")
 READABLE = (*WRITABLE, "http", "https", "hf")
 _MAX_LABEL_BYTES = 100
@@ -49,7 +49,7 @@ def protocol(url: str) -> str:
     return name
 
 
-def _refused(url: str, *, got: str, next_step: str, code: str | None = None) -> StorageInputError:
+def _refused(url: str, *, got: str, next_step: str, code: str = "storage.refused-url") -> StorageInputError:
     expected = f"a path, or one of {', '.join(READABLE)}"
     return StorageInputError(
         "this URL is refused", code=code, where=redact(url), got=got, expected=expected, next_step=next_step
@@ -57,31 +57,35 @@ def _refused(url: str, *, got: str, next_step: str, code: str | None = None) -> 
 
 
 def join(base: str, *parts: str) -> str:
-    """``base/part/…`` for a path or a URL; the slashes of a bare ``s3://`` stay.
+    """``base/part/…`` for a path or a URL. A bare ``s3://`` keeps its slashes.
 
     Raises:
-        StorageInputError: a part leads out of ``base``. Names of files also come from files, whoever wrote those.
+        StorageInputError: a part leads out of ``base``. Parts may come from untrusted files.
     """
     if any(name == ".." for part in parts for name in part.split("/")):
         raise StorageInputError(
-            "this path leads out of its folder", where=redact(base), got="/".join(parts), expected="no .. in it"
+            "this path leads out of its folder",
+            code="storage.path-outside-folder",
+            where=redact(base),
+            got="/".join(parts),
+            expected="no .. in it",
         )
     head, sep, tail = base.rpartition("://")
     return "/".join([head + sep + tail.rstrip("/"), *parts])
 
 
 def last_name(url: str) -> str:
-    """What a URL is called in lines about it: its last name, without what ``redact`` takes away."""
+    """The last name of a redacted URL, for messages about it."""
     return redact(url).rstrip("/").rpartition("/")[2]
 
 
 def short_name(name: str) -> str:
-    """The end of a name in at most 100 bytes, for names of local copies, which have a prefix and suffixes besides."""
+    """The end of a name in at most 100 bytes, for names of local copies, which add a prefix and suffixes."""
     return name.encode()[-_MAX_LABEL_BYTES:].decode(errors="ignore")
 
 
 def expand_home(path: str) -> str:
-    """A path with a leading ``~`` or ``~user`` replaced by that home folder; any other path or URL as it is.
+    """A path with a leading ``~`` or ``~user`` replaced by that home folder; any other path or URL unchanged.
 
     Raises:
         StorageInputError: the home folder is unknown. Unexpanded, the path would name a folder called ``~``.
@@ -102,15 +106,16 @@ def expand_home(path: str) -> str:
 
 
 def absolute(url: str) -> str:
-    """A bare path made absolute, with ``~`` expanded; a URL as it is. Relative paths mean nothing on another process's
-    working directory, and ``~`` may be another user's home there."""
+    """A bare path as an absolute path, with ``~`` expanded; a URL unchanged.
+
+    Another process may have another working directory and another home folder."""
     is_path = protocol(url) == "file" and "://" not in url
     return str(Path(expand_home(url)).absolute()) if is_path else url
 
 
 def absolute_patterns(patterns: str | tuple[str, ...]) -> str | tuple[str, ...]:
-    """The same for brace patterns, unexpanded, because a pattern is short: only alternatives of whole paths or URLs,
-    as in ``{~/a,/b}/0.tar``, are expanded, because each is absolute or relative by itself."""
+    """``absolute`` of brace patterns. They stay unexpanded, because a pattern is short, except alternatives of whole
+    paths or URLs, as in ``{~/a,/b}/0.tar``: each of these is absolute or relative."""
     if isinstance(patterns, tuple):
         return tuple(url for pattern in patterns for url in _as_tuple(absolute_patterns(pattern)))
     if _PATH_ALTERNATIVES.match(patterns):
@@ -130,7 +135,10 @@ def expand(patterns: str | tuple[str, ...]) -> list[str]:
             urls.extend(map(expand_home, braceexpand(pattern)))
         except ValueError as error:
             raise StorageInputError(
-                "a brace in this pattern is not closed", where=redact(pattern), expected="…{00000..00009}.tar"
+                "a brace in this pattern is not closed",
+                code="storage.unclosed-brace",
+                where=redact(pattern),
+                expected="…{00000..00009}.tar",
             ) from error
     for url in urls:
         protocol(url)

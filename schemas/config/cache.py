@@ -25,7 +25,7 @@ class CacheConfig(Section):
     @classmethod
     def _check_logits(cls, logits: str) -> str:
         if not re.fullmatch(r"fp32|fp16|int8|int4|none|topk:[1-9][0-9]*", logits):
-            raise ValueError(f"logits is {logits!r}; wanted fp32, fp16, int8, int4, none or topk:k, such as topk:16")
+            raise ValueError(f"logits is {logits!r}; expected fp32, fp16, int8, int4, none or topk:k, such as topk:16")
         return logits
 
     @property

@@ -76,7 +76,7 @@ class ReviewKdLoss(LossSection):
     def _check_pairs(self) -> ReviewKdLoss:
         pairs = len(self.student_layers), len(self.teacher_layers)
         if pairs[0] != pairs[1]:
-            raise ValueError(f"{pairs[0]} student_layers and {pairs[1]} teacher_layers; wanted one beside each")
+            raise ValueError(f"{pairs[0]} student_layers and {pairs[1]} teacher_layers; expected one beside each")
         for key in ("student_layers", "teacher_layers"):
             layers: tuple[str, ...] = getattr(self, key)
             if len({*layers}) < len(layers):

@@ -78,7 +78,7 @@ class StudentConfig(ModelConfig):
         if self.views is None:
             return self
         if self.views.mixes:
-            raise ValueError("views mix images, but the teacher's words are of one image alone; wanted crop or eval")
+            raise ValueError("views mix images, but the teacher's words are of one image alone; expected crop or eval")
         # By value, since a run's own copy of its config names every key.
         defaults = {name: ViewsConfig.model_fields[name].default for name in ("count", "size")}
         if named := [name for name, default in defaults.items() if getattr(self.views, name) != default]:

@@ -38,7 +38,7 @@ class RayConfig(Section):
     @classmethod
     def _check_address(cls, address: str) -> str:
         if address not in ("local", "auto", "none") and not _RAY_ADDRESS.fullmatch(address):
-            raise ValueError(f"address is {address!r}; wanted local, auto, none, HOST:PORT or ray://HOST:PORT")
+            raise ValueError(f"address is {address!r}; expected local, auto, none, HOST:PORT or ray://HOST:PORT")
         return address
 
     @field_validator("resources_per_task")
@@ -47,23 +47,23 @@ class RayConfig(Section):
         for name, amount in resources.items():
             if name in ("CPU", "GPU", "memory", "object_store_memory"):
                 raise ValueError(
-                    f"{name} is Ray's own; wanted cpus_per_task, gpus_per_task, or the cluster's own names"
+                    f"{name} is Ray's own; expected cpus_per_task, gpus_per_task, or the cluster's own names"
                 )
             # Ray shares a unit among tasks, and gives several only as a whole; it counts in ten-thousandths.
             if not (0.0001 <= amount <= 1 or (amount >= 1 and amount == int(amount))):
-                raise ValueError(f"{name} is {amount:g}; wanted 0.0001 to 1, or a whole number")
+                raise ValueError(f"{name} is {amount:g}; expected 0.0001 to 1, or a whole number")
         return resources
 
     @model_validator(mode="after")
     def _check_part_timeout(self) -> RayConfig:
         if self.part_timeout_s is not None and self.address == "none":
             raise ValueError(
-                "part_timeout_s ends a process of Ray, and address is none; wanted null, or another address"
+                "part_timeout_s ends a process of Ray, and address is none; expected null, or another address"
             )
         return self
 
     @model_validator(mode="after")
     def _check_workers(self) -> RayConfig:
         if self.min_workers is not None and self.min_workers > self.num_workers:
-            raise ValueError(f"min_workers is {self.min_workers}; wanted at most num_workers, {self.num_workers}")
+            raise ValueError(f"min_workers is {self.min_workers}; expected at most num_workers, {self.num_workers}")
         return self

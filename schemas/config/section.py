@@ -39,7 +39,7 @@ class Section(BaseModel):
 def local_path(path: str, *, key: str) -> str:
     """A path of this machine's file system, which no URL is: as a path it would name a folder such as ``s3:``."""
     if "://" in path:
-        raise ValueError(f"{key} is {path!r}; wanted a local path")
+        raise ValueError(f"{key} is {path!r}; expected a local path")
     return path
 
 

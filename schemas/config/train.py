@@ -88,7 +88,7 @@ class TrainConfig(Section):
     @classmethod
     def _check_milestones(cls, milestones: tuple[int, ...]) -> tuple[int, ...]:
         if any(one >= other for one, other in pairwise(milestones)):
-            raise ValueError(f"milestones are {list(milestones)}; wanted each epoch once, in ascending order")
+            raise ValueError(f"milestones are {list(milestones)}; expected each epoch once, in ascending order")
         return milestones
 
     @model_validator(mode="after")

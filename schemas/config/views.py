@@ -53,9 +53,9 @@ class ErasingConfig(Section):
 
 def _check_area_and_aspect(area: tuple[float, float], aspect: tuple[float, float]) -> None:
     if not 0 < area[0] <= area[1] <= 1:
-        raise ValueError(f"area is {list(area)}; wanted 0 < low <= high <= 1")
+        raise ValueError(f"area is {list(area)}; expected 0 < low <= high <= 1")
     if not 0 < aspect[0] <= aspect[1]:
-        raise ValueError(f"aspect is {list(aspect)}; wanted 0 < low <= high")
+        raise ValueError(f"aspect is {list(aspect)}; expected 0 < low <= high")
 
 
 class ViewsConfig(Section):
@@ -86,7 +86,7 @@ class ViewsConfig(Section):
         if self.kind == "eval" and (named := [name for name in _AUGMENTING if getattr(self, name) is not None]):
             raise ValueError(f"kind eval is never augmented, but {', '.join(named)} is set")
         if self.cutmix is not None and not self.mixes:
-            raise ValueError(f"cutmix needs partners, and kind {self.kind} mixes nothing; wanted function_matching")
+            raise ValueError(f"cutmix needs partners, and kind {self.kind} mixes nothing; expected function_matching")
         return self
 
     @property

@@ -18,7 +18,7 @@ from jobs.train_student import train_student
 from pipeline import storage
 from pipeline.core.errors import StorageInputError, TransientStorageError
 from pipeline.shards.writer import pack_shards
-from pipeline.storage import failures
+from pipeline.storage import failures, s3_store
 from schemas.config import Config
 from tests.faults.s3_proxy import FAULTS, Weather, proxy
 from tests.jobs.conftest import NETWORK
@@ -122,7 +122,7 @@ def test_a_large_upload_goes_in_parts_with_checksums_and_a_damaged_part_is_sent_
     storm: Storm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     # S3's smallest part; what follows is more than two of them.
-    monkeypatch.setattr(storage, "_S3_CHUNK_BYTES", 5 * 2**20)
+    monkeypatch.setattr(s3_store, "CHUNK_BYTES", 5 * 2**20)
     (tmp_path / "large").write_bytes(random.Random(3).randbytes(12 * 2**20))
 
     class FirstPart(Weather):

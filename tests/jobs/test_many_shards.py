@@ -60,10 +60,10 @@ def test_a_folder_of_many_shards_is_listed_once_and_what_it_lacks_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = Counter[str]()
-    for name in ("size", "sizes_right_below"):
+    for name in ("size", "sizes_in_folder"):
         asked = getattr(storage, name)
         monkeypatch.setattr(storage, name, lambda url, asked=asked, name=name: (calls.update([name]), asked(url))[1])
-    monkeypatch.setattr("pipeline.storage.objects.NAMES_A_PAGE", 20)
+    monkeypatch.setattr("pipeline.storage.objects.NAMES_PER_PAGE", 20)
     folder = f"memory://{tmp_path.name}"
     by_id = {
         f"{place}-{number:02d}": f"{folder}/{place}/{place}-{number:02d}.tar"
@@ -74,7 +74,7 @@ def test_a_folder_of_many_shards_is_listed_once_and_what_it_lacks_is_named(
         storage.write(url, bytes(number))
     sizes = check_shards(f"{folder}/cache", by_id, [])
     assert sizes == {shard: number for number, shard in enumerate(by_id)}
-    assert calls == {"sizes_right_below": 1, "size": 3}
+    assert calls == {"sizes_in_folder": 1, "size": 3}
     storage.delete(by_id["many-07"])
     with pytest.raises(StorageInputError) as caught:
         check_shards(f"{folder}/cache", by_id, [])

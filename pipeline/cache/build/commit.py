@@ -112,7 +112,7 @@ def is_unused(cache_url: str) -> bool:
 def find_commit(cache_url: str, shard_id: str, block: ViewBlock) -> Commit | None:
     """The commit of a block, or None if there is none yet."""
     url = storage.join(cache_url, layout.commit_path(shard_id, block))
-    data = storage.read_if_there(url, max_bytes=storage.MAX_RECORD_BYTES)
+    data = storage.read_if_exists(url, max_bytes=storage.MAX_RECORD_BYTES)
     return None if data is None else parse_record(Commit, data, where=redact(url))
 
 

@@ -88,7 +88,7 @@ def write_manifest(cache_url: str, manifest: Manifest) -> None:
 def find_relabelled(cache_url: str) -> Manifest | None:
     """The manifest, if its labels were read again after the build."""
     url = storage.join(cache_url, layout.MANIFEST)
-    data = storage.read_if_there(url, max_bytes=storage.MAX_RECORD_BYTES)
+    data = storage.read_if_exists(url, max_bytes=storage.MAX_RECORD_BYTES)
     if data is None:
         return None
     try:
@@ -116,7 +116,7 @@ def read_manifest(cache_url: str) -> tuple[Manifest, bytes]:
         CacheError: there is none (the build did not finish), or it is damaged.
     """
     url = storage.join(cache_url, layout.MANIFEST)
-    data = storage.read_if_there(url, max_bytes=storage.MAX_RECORD_BYTES)
+    data = storage.read_if_exists(url, max_bytes=storage.MAX_RECORD_BYTES)
     if data is None:
         if not storage.exists(storage.join(cache_url, layout.HEADER)):
             raise no_cache(cache_url)

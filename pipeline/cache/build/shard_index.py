@@ -47,7 +47,7 @@ def find_index(cache_url: str, shard_url: str, data: DataConfig) -> StoredIndex 
     """
     shard = shard_id(shard_url)
     url = storage.join(cache_url, layout.index_path(shard))
-    stored = storage.read_if_there(url, max_bytes=storage.MAX_TABLE_BYTES)
+    stored = storage.read_if_exists(url, max_bytes=storage.MAX_TABLE_BYTES)
     if stored is None:
         return None
     index = decode_index(stored, where=redact(url), settings=index_settings(data))

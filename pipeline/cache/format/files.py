@@ -95,7 +95,7 @@ def publish_named(cache_url: str, path: str, data: bytes) -> FileRef:
     """
     ref = FileRef(path=path, sha256=digest(data), size_bytes=len(data))
     url = storage.join(cache_url, path)
-    former = storage.read_if_there(url, max_bytes=storage.MAX_TABLE_BYTES)
+    former = storage.read_if_exists(url, max_bytes=storage.MAX_TABLE_BYTES)
     if former is not None and (sha256 := digest(former)) != ref.sha256:
         storage.write(storage.join(cache_url, layout.former_path(sha256)), former)
     storage.write(url, data)
@@ -113,7 +113,7 @@ def read_named(cache_url: str, ref: FileRef) -> bytes:
     if (got := digest(data)) == ref.sha256:
         return data
     former_url = storage.join(cache_url, layout.former_path(ref.sha256))
-    former = storage.read_if_there(former_url, max_bytes=storage.MAX_TABLE_BYTES)
+    former = storage.read_if_exists(former_url, max_bytes=storage.MAX_TABLE_BYTES)
     if former is not None and digest(former) == ref.sha256:
         return former
     raise CacheError(

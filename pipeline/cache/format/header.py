@@ -86,7 +86,7 @@ def find_header(cache_url: str) -> Header | None:
         CacheError: it is damaged, or has another format version.
     """
     url = storage.join(cache_url, layout.HEADER)
-    data = storage.read_if_there(url, max_bytes=storage.MAX_RECORD_BYTES)
+    data = storage.read_if_exists(url, max_bytes=storage.MAX_RECORD_BYTES)
     return None if data is None else parse_header(data, where=redact(url))
 
 

@@ -95,7 +95,7 @@ def remove_unused_header(
         CacheError: there is no header, something is committed, or a build is logged as running.
     """
     url = storage.join(cache_url, layout.HEADER)
-    header = storage.read_if_there(url, max_bytes=storage.MAX_RECORD_BYTES)
+    header = storage.read_if_exists(url, max_bytes=storage.MAX_RECORD_BYTES)
     if header is None:
         raise no_cache(cache_url)
     _check_unused(cache_url)

@@ -53,14 +53,14 @@ def build_requests(inputs: PlanInputs, *, row_bytes: float, num_objects: int) ->
     num_sums_open = inputs.num_class_sums - sum(commit.means is not None for commit in commits)
     # At its start the driver reads sizes of shards, commits, indexes and heads of shards.
     num_remote = sum(map(_is_remote, inputs.urls.values()))
-    get += num_remote if num_remote < storage.NAMES_A_PAGE else 0
+    get += num_remote if num_remote < storage.NAMES_PER_PAGE else 0
     get += len(commits) + survey.num_indexes_read + (survey.num_shard_heads if inputs.is_remote else 0)
     # At its end it reads every commit and class sum, and indexes to count the labels.
     get += num_parts + inputs.num_class_sums + min(num_shards, NUM_INDEXES_READ)
     return Requests(
         put=_DRIVER.put + put + num_sums_open,
         get=_DRIVER.get + get + num_sums_open,
-        list=_DRIVER.list + num_objects // storage.NAMES_A_PAGE,
+        list=_DRIVER.list + num_objects // storage.NAMES_PER_PAGE,
     )
 
 

@@ -362,7 +362,7 @@ def open_indexed(folder_url: str, data: DataConfig, plan: ViewsConfig) -> Indexe
     indexes: list[ShardIndex] = []
     for name in shard_ids(urls):
         url = storage.join(folder_url, index_name(name))
-        found = storage.read_if_there(url, max_bytes=storage.MAX_TABLE_BYTES)
+        found = storage.read_if_exists(url, max_bytes=storage.MAX_TABLE_BYTES)
         if found is None:
             raise ShardError(
                 f"shard {name} has no index",

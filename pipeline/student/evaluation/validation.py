@@ -151,7 +151,7 @@ def _sum(counts: torch.Tensor, distributed: DistributedContext) -> list[int]:
 def _recorded(evaluator: Evaluator, run_url: str) -> ValidationSamples | None:
     """The record of a former start, if it is of these shards: each rank looks at its share, and all agree."""
     url = storage.join(run_url, VALIDATION)
-    data = storage.read_if_there(url, max_bytes=storage.MAX_RECORD_BYTES)
+    data = storage.read_if_exists(url, max_bytes=storage.MAX_RECORD_BYTES)
     body = _opened(data, url)
     stamps = dict(zip(map(shard_id, evaluator.own_urls), _stamps(evaluator, evaluator.own_urls), strict=True))
     known: Mapping[str, str] = body.get("stamps", {})

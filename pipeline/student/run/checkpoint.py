@@ -92,7 +92,7 @@ def check_begun(run_url: str, config: Config) -> None:
 
 def _removal(run_url: str) -> str:
     """How to let another config begin the run: remove its config and the manifests that it pinned."""
-    names = [name for name in storage.sizes_right_below(run_url) if name == CONFIG or _PINNED.fullmatch(name)]
+    names = [name for name in storage.sizes_in_folder(run_url) if name == CONFIG or _PINNED.fullmatch(name)]
     urls = [redact(storage.join(run_url, name)) for name in sorted(names)]
     if storage.protocol(run_url) != "file":
         return f"remove {', '.join(urls)}, and run this command again"
@@ -131,7 +131,7 @@ def read_config(run_url: str) -> Config:
         ConfigError: there is no run here, or its config is none.
     """
     url = storage.join(run_url, CONFIG)
-    data = storage.read_if_there(url, max_bytes=storage.MAX_RECORD_BYTES)
+    data = storage.read_if_exists(url, max_bytes=storage.MAX_RECORD_BYTES)
     if data is None:
         raise ConfigError("there is no run here", where=redact(run_url), next_step="run: stillroom train CONFIG")
     body = unseal(data, where=redact(url))
@@ -166,7 +166,7 @@ def pin_manifests(run_url: str, manifests: Sequence[bytes]) -> tuple[bytes, ...]
 def pinned_manifests(run_url: str, num_caches: int) -> tuple[bytes | None, ...]:
     """One a cache, in the order of ``data.cache``; None: not pinned yet."""
     urls = [_manifest_url(run_url, number) for number in range(num_caches)]
-    return tuple(storage.read_if_there(url, max_bytes=storage.MAX_RECORD_BYTES) for url in urls)
+    return tuple(storage.read_if_exists(url, max_bytes=storage.MAX_RECORD_BYTES) for url in urls)
 
 
 def _manifest_url(run_url: str, number: int) -> str:
@@ -197,7 +197,7 @@ def load(run_url: str, name: str) -> dict[str, Any] | None:
         CacheError: the file is damaged.
     """
     url = storage.join(run_url, name)
-    data = storage.read_if_there(url)
+    data = storage.read_if_exists(url)
     if data is None:
         return None
     try:
@@ -218,7 +218,7 @@ def write_summary(run_url: str, summary: dict[str, Any]) -> None:
 def read_summary(run_url: str) -> dict[str, Any] | None:
     """What a finished run reached; None while it is not finished."""
     url = storage.join(run_url, SUMMARY)
-    data = storage.read_if_there(url, max_bytes=storage.MAX_RECORD_BYTES)
+    data = storage.read_if_exists(url, max_bytes=storage.MAX_RECORD_BYTES)
     if data is None:
         return None
     try:

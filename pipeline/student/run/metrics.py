@@ -118,7 +118,7 @@ class _Lines:
     def __init__(self, run_url: str, name: str, folder: Path, *, first_step: int) -> None:
         self._url, self._local = storage.join(run_url, name), folder / name
         kept: list[str] = []
-        if first_step and (published := storage.read_if_there(self._url)) is not None:
+        if first_step and (published := storage.read_if_exists(self._url)) is not None:
             kept = [line for line in published.decode().splitlines() if json.loads(line)["step"] < first_step]
         self._local.write_text("".join(f"{line}\n" for line in kept))
 
@@ -133,7 +133,7 @@ class _Lines:
 
 def published_evaluation(run_url: str, step: int) -> Record | None:
     """The evaluation after a step, if ``evaluations.jsonl`` of the run has it."""
-    published = storage.read_if_there(storage.join(run_url, EVALUATIONS))
+    published = storage.read_if_exists(storage.join(run_url, EVALUATIONS))
     lines = [] if published is None else [json.loads(line) for line in published.decode().splitlines()]
     return next((line for line in lines if line["step"] == step), None)
 

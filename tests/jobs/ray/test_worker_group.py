@@ -88,5 +88,5 @@ def test_workers_that_die_while_they_start_are_restarted_as_often_as_others() ->
 
 
 def test_min_workers_above_num_workers_is_refused() -> None:
-    with pytest.raises(ValueError, match="min_workers is 3; wanted at most num_workers, 2"):
+    with pytest.raises(ValueError, match="min_workers is 3; expected at most num_workers, 2"):
         RayConfig(num_workers=2, min_workers=3)

@@ -188,7 +188,7 @@ def test_every_mistake_is_listed_with_its_line(yaml_file: Path) -> None:
     message = refusal(yaml_file, "train:\n  lr: fast\n  epoch: 3\nlos: []\nloss: [{name: kdd}]\n", "views.kind=evil")
     assert "5 keys of this config are wrong" in message
     for line in (
-        "train.lr, line 2: wrong value; got 'fast' (text); wanted number",
+        "train.lr, line 2: wrong value; got 'fast' (text); expected number",
         "train.epoch, line 3: unknown key; did you mean epochs?",
         "los, line 4: unknown key; did you mean loss?",
         "loss.0.name, line 5: unknown loss; got 'kdd'",

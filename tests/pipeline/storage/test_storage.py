@@ -25,7 +25,7 @@ from s3fs.errors import translate_boto_error
 from pipeline import storage
 from pipeline.cache.format.files import read_file
 from pipeline.core.errors import MissingPackageError, StorageError, StorageInputError, TransientStorageError
-from pipeline.storage import failures
+from pipeline.storage import failures, local_store
 from pipeline.storage.config_files import load_config
 from pipeline.student.data.local_store import NodeStore
 from tests.marks import slow
@@ -400,7 +400,7 @@ def test_a_file_system_without_any_exclusive_create_is_refused_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # FUSE's exFAT answers this to every flag, and a C library without the function is as good as one.
-    monkeypatch.setattr(storage, "_renameat2_noreplace", lambda *_: errno.EINVAL)
+    monkeypatch.setattr(local_store, "renameat2_noreplace", lambda *_: errno.EINVAL)
     for call in (storage.probe, lambda folder: storage.create(f"{folder}/a", b"x")):
         with pytest.raises(StorageInputError) as caught:
             call(str(tmp_path))
@@ -412,7 +412,7 @@ def test_a_file_system_without_any_exclusive_create_is_refused_by_name(
 
 @pytest.mark.usefixtures("no_hard_links")
 def test_other_failures_of_the_rename_are_those_of_any_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "_renameat2_noreplace", lambda *_: errno.ENOSPC)
+    monkeypatch.setattr(local_store, "renameat2_noreplace", lambda *_: errno.ENOSPC)
     with pytest.raises(StorageError, match="no space is left"):
         storage.create(f"{tmp_path}/a", b"x")
     assert list(tmp_path.iterdir()) == []
@@ -657,7 +657,7 @@ def test_a_store_that_cannot_tell_is_never_an_absent_file(
 ) -> None:
     failing(failure, monkeypatch)
     assert store.isfile("bucket/a") is False
-    for call in (storage.exists, storage.listing, storage.read_if_there):
+    for call in (storage.exists, storage.listing, storage.read_if_exists):
         with pytest.raises(kind, match="s3://bucket/a"):
             call("s3://bucket/a")
 
@@ -667,7 +667,7 @@ def test_a_missing_object_is_absent_and_not_an_error(monkeypatch: pytest.MonkeyP
     failing(FileNotFoundError("bucket/a"), monkeypatch)
     assert not storage.exists("s3://bucket/a")
     assert storage.listing("s3://bucket/a") == []
-    assert storage.read_if_there("s3://bucket/a") is None
+    assert storage.read_if_exists("s3://bucket/a") is None
 
 
 def test_a_new_object_is_seen_past_a_cached_listing(store: FailingStore) -> None:

@@ -159,7 +159,7 @@ def test_a_row_of_the_table_of_parts_is_found_by_shard_and_view_and_no_other_is(
 @pytest.mark.parametrize("scheme", ["file", "memory"])
 def test_the_files_right_below_a_folder_are_told_with_their_sizes(tmp_path: Path, scheme: str) -> None:
     folder = f"{tmp_path}/below" if scheme == "file" else f"memory://{tmp_path.name}/below"
-    assert storage.sizes_right_below(folder) == {}
+    assert storage.sizes_in_folder(folder) == {}
     for name in ("a.tar", "b.tar", "deeper/c.tar"):
         storage.write(f"{folder}/{name}", b"x" * len(name))
-    assert storage.sizes_right_below(folder) == {"a.tar": 5, "b.tar": 5}
+    assert storage.sizes_in_folder(folder) == {"a.tar": 5, "b.tar": 5}

@@ -73,7 +73,7 @@ def test_they_are_refused_before_a_cache_is_built(replays: Replay, tmp_path: Pat
 @pytest.mark.parametrize(
     ("views", "told"),
     [
-        ({"kind": "function_matching"}, "wanted crop or eval"),
+        ({"kind": "function_matching"}, "expected crop or eval"),
         ({"kind": "crop", "count": 3}, "views has count"),
         ({"kind": "crop", "size": 16, "count": 2}, "views has count, size"),
     ],
