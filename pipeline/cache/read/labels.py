@@ -1,4 +1,4 @@
-"""The labels of a cache: how many of its images have one."""
+"""How many images of a cache have a label."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from schemas.config import DataConfig
 
 
 def cached_labels(cache: TeacherCache) -> LabelCount:
-    """Of a finished cache, by its indexes: of many shards, of some spread over them. Where none has a label, with the
-    members of its first shard, if that can be read.
+    """The labels of a finished cache, counted in its indexes: of many shards, in an even sample. If no image has a
+    label, the result has the members of the first shard, if that can be read.
 
     Raises:
         CacheError: an index is damaged or missing.
     """
-    found = count_labels(cache.shards, cache.index)
-    if found.num_labelled or not cache.shards:
-        return found
+    labels = count_labels(cache.shards, cache.index)
+    if labels.num_labelled or not cache.shards:
+        return labels
     first = cache.shards[0]
     try:
-        seen = read_shard_head(cache.shard_url(first), reading_rules(cache.data), size_bytes=first.size_bytes)
+        head = read_shard_head(cache.shard_url(first), reading_rules(cache.data), size_bytes=first.size_bytes)
     except StillroomError:
-        # A cache is read where its shards are not, too.
-        return found
-    return found.with_members_of(LabelCount.from_labels([seen.label_N], [seen.members]))
+        # A cache can be read where its shards are missing.
+        return labels
+    return labels.with_members_of(LabelCount.from_labels([head.label_N], [head.members]))
 
 
 def committed_labels(cache_url: str, commits: Sequence[CommitSummary]) -> LabelCount:
-    """Of a cache whose build has not ended, by the indexes of the shards that have a commit.
+    """The labels of an unfinished cache, counted in the indexes of the shards that have a commit.
 
     Raises:
         CacheError: an index is damaged or missing.
@@ -50,5 +50,5 @@ def committed_labels(cache_url: str, commits: Sequence[CommitSummary]) -> LabelC
 
 
 def reading_rules(settings: Mapping[str, Any]) -> DataConfig:
-    """A data section with the settings of a cache's indexes, and nothing else."""
+    """A data section with the settings of a cache's indexes alone."""
     return DataConfig.model_validate({**settings, "image": ";".join(settings["image"])})

@@ -1,4 +1,4 @@
-"""Read a finished cache: of each (shard, view) one range, checked against its commit, decoded when it is needed."""
+"""Read a finished cache: one checked range for each (shard, view), decoded on demand."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipeline.cache.build.class_means import ClassMeans, decode_means
 from pipeline.cache.build.manifest import locate, parse_manifest, read_manifest, read_table
 from pipeline.cache.format import layout
 from pipeline.cache.format.codec import column_of, decode, depends_on_temperature, raw_rows, row_bytes
-from pipeline.cache.format.files import REBUILD, missing_file, read_file, read_named
+from pipeline.cache.format.files import REBUILD, empty_cells, missing_file, read_file, read_named
 from pipeline.cache.format.header import parse_header, plan_of
 from pipeline.core.bounded_parquet import read_bounded
 from pipeline.core.errors import CacheError, StorageError, StorageInputError
@@ -32,7 +32,7 @@ from schemas.cache_format import Header, Manifest, Output, aug_param_columns
 
 @dataclass(frozen=True, slots=True)
 class StoredRows:
-    """N rows of one output as the cache stores them; dense only when asked for, at the temperature of who asks."""
+    """N encoded rows of one output."""
 
     column: pa.Array
     output: Output
@@ -46,7 +46,7 @@ class StoredRows:
         return depends_on_temperature(self.output)
 
     def take(self, row_N: NDArray[np.integer[Any]]) -> StoredRows:
-        """Some of the rows, by position."""
+        """The rows at these positions."""
         return StoredRows(column_of(raw_rows(self.column).take(row_N, axis=0)), self.output)
 
     @classmethod
@@ -60,13 +60,13 @@ class StoredRows:
         return cls(column_of(raw_NW), output)
 
     def dense(self, *, temperature: float = 1.0) -> NDArray[np.float32]:
-        """[N,D] as a loss at this temperature sees them."""
+        """[N,D] fp32 at the temperature of the loss that reads them."""
         return decode(self.column, self.output, temperature=temperature)
 
 
 @dataclass(frozen=True, slots=True)
 class ViewColumns:
-    """What the cache holds of one view of one shard; N ok rows in tar order."""
+    """The columns of one view of one shard: N ok rows in tar order."""
 
     row_N: NDArray[np.int32]
     content_hash_N: NDArray[np.uint64]
@@ -83,12 +83,12 @@ class ViewColumns:
 
     @property
     def logits_NK(self) -> NDArray[np.float32] | None:
-        """All rows, dense at T = 1; None: the cache keeps no logits."""
+        """All rows, decoded at T = 1. None if the cache has no logits."""
         return None if self.logits is None else self.logits.dense()
 
     @property
     def embedding_ND(self) -> NDArray[np.float32] | None:
-        """All rows, dense; None: the cache keeps no embeddings."""
+        """All rows, decoded. None if the cache has no embeddings."""
         return None if self.embedding is None else self.embedding.dense()
 
 
@@ -105,7 +105,7 @@ class ShardEntry:
 
 @dataclass(frozen=True, slots=True)
 class CommittedView:
-    """The bytes of one view of one shard, by what they must be."""
+    """Size and digests of the bytes of one view of one shard."""
 
     size_bytes: int
     digest: str
@@ -113,17 +113,18 @@ class CommittedView:
 
 
 _REPEATED = ("shard_id", "path", "part_sha256", "footer_digest")
-"""Of the table of parts: the same text for all views of a part."""
+"""Columns of the table of parts that have the same text for all views of a part."""
 
 
 @dataclass(frozen=True, slots=True)
 class _PartsIndex:
-    """Finds the row of a view of a shard, in 16 bytes a row: a dict of ten million pairs would have gigabytes.
+    """Finds the row of a (shard, view) with 16 bytes a row. A dict of ten million pairs would take gigabytes.
 
     Attributes:
-        table: the manifest's table of parts, P rows, its shards as a dictionary.
-        number: of each shard, in no particular order.
-        key_P: shard's number and view as one number, ascending, and ``row_P`` the row it is of.
+        table: the manifest's table of parts with P rows, its shards as a dictionary.
+        number: the number of each shard, in no particular order.
+        key_P: the number of the shard and the view as one number, ascending.
+        row_P: the row of each key.
     """
 
     table: pa.Table
@@ -140,7 +141,7 @@ class _PartsIndex:
         return cls(table, number, key_P[row_P], row_P)
 
     def entry(self, shard_id: str, view: int) -> dict[str, object] | None:
-        """The row by column, or None where the cache has no such view."""
+        """The row as a dict, or None if the cache does not have this view."""
         number = self.number.get(shard_id)
         if number is None:
             return None
@@ -156,7 +157,7 @@ def _key(number: Any, view: Any) -> Any:
 
 
 class TeacherCache:
-    """A finished cache, opened for reading. ``manifest_bytes`` are the run's own copy, if it has one."""
+    """A finished cache, opened for reading. ``manifest_bytes`` are the run's copy of the manifest, if it has one."""
 
     def __init__(self, url: str, manifest: Manifest, manifest_bytes: bytes, header: Header) -> None:
         self.url, self.manifest, self.manifest_bytes, self.header = url, manifest, manifest_bytes, header
@@ -191,12 +192,16 @@ class TeacherCache:
         where = redact(storage.join(self.url, path))
         data = read_file(self.url, path)
         if digest(data) != shard.index_sha256:
-            again = f"run: stillroom cache relabel {quoted(self.url)}" if is_relabelled else REBUILD
-            raise CacheError("this index is not the one that the manifest names", where=where, next_step=again)
+            raise CacheError(
+                "this index is not the one that the manifest names",
+                code="cache.changed-file",
+                where=where,
+                next_step=f"run: stillroom cache relabel {quoted(self.url)}" if is_relabelled else REBUILD,
+            )
         return decode_index(data, where=where)
 
     def shard_url(self, shard: ShardEntry) -> str:
-        """Where the build found the shard, without any query its URL had."""
+        """The URL of the shard at build time, without its query."""
         return locate(self.manifest.base, shard.path)
 
     def class_means(self) -> ClassMeans | None:
@@ -211,21 +216,21 @@ class TeacherCache:
         )
 
     def _entry(self, shard_id: str, view: int) -> dict[str, object]:
-        """The row of the manifest about one view of one shard."""
         entry = self._parts.entry(shard_id, view)
         if entry is None:
             raise CacheError(
-                "the cache does not hold this view",
+                "the cache does not have this view",
+                code="cache.missing-view",
                 where=f"{shard_id}, view {view} in {redact(self.url)}",
                 expected=f"views 0..{self.num_views - 1}",
+                next_step="raise views.count and run: stillroom cache build CONFIG",
             )
         return entry
 
     def committed_view(self, shard_id: str, view: int) -> CommittedView:
-        """What is committed of one view of one shard.
-
+        """
         Raises:
-            CacheError: the view is not in the cache.
+            CacheError: the cache does not have the view.
         """
         entry = self._entry(shard_id, view)
         return CommittedView(int(str(entry["size_bytes"])), str(entry["digest"]), str(entry["footer_digest"]))
@@ -234,12 +239,12 @@ class TeacherCache:
         """The columns of one view of one shard.
 
         Raises:
-            CacheError: the view is not in the cache, or its bytes are not those that were committed.
+            CacheError: the cache does not have the view, or its bytes were changed.
         """
         entry = self._entry(shard_id, view)
-        # An eval pass has nothing of the plan's options.
-        drawn = {} if view == EVAL_VIEW else aug_param_columns(plan_of(self.header))
-        return _decode_columns(self._fetch(entry), self.header, list(drawn))
+        # The options of the plan do not apply to the eval pass.
+        aug_params = {} if view == EVAL_VIEW else aug_param_columns(plan_of(self.header))
+        return _view_columns(self._fetch(entry), self.header, list(aug_params))
 
     def _fetch(self, entry: dict[str, object]) -> pa.Table:
         url = storage.join(self.url, str(entry["path"]))
@@ -252,25 +257,28 @@ class TeacherCache:
         )
         source = _Range(end, offset, data)
         try:
-            # Given its metadata, Parquet reads no footer, which it would look for with a guess of 64 KiB.
+            # With its metadata given, Parquet does not read the last 64 KiB of the file to find the footer.
             metadata = pq.read_metadata(pa.BufferReader(b"PAR1" + tail))
-            found = read_bounded(
+            table = read_bounded(
                 pa.PythonFile(source, mode="r"),
                 size_bytes=size_bytes,
                 metadata=metadata,
                 row_groups=_row_groups(metadata, offset, offset + size_bytes),
             )
         except (pa.ArrowInvalid, OSError) as error:
-            raise CacheError("this part's footer is damaged", where=where, got=str(error), next_step=REBUILD) from error
-        if found.num_rows != entry["rows"]:
             raise CacheError(
-                "a view has another number of rows",
+                "this part is damaged", code="cache.damaged-part", where=where, got=str(error), next_step=REBUILD
+            ) from error
+        if table.num_rows != entry["rows"]:
+            raise CacheError(
+                "a view of this part has another number of rows",
+                code="cache.damaged-part",
                 where=where,
-                got=found.num_rows,
+                got=table.num_rows,
                 expected=entry["rows"],
                 next_step=REBUILD,
             )
-        return found
+        return table
 
 
 def _read_range(url: str, offset: int, size_bytes: int, *, end: int, digest: object, where: str) -> bytes:
@@ -283,18 +291,17 @@ def _read_range(url: str, offset: int, size_bytes: int, *, end: int, digest: obj
         raise
     if hashlib.sha256(data).hexdigest() != digest:
         raise CacheError(
-            "these bytes are not those that were committed",
-            where=where,
-            next_step=REBUILD,
+            "this range was changed after it was written", code="cache.changed-file", where=where, next_step=REBUILD
         )
     return data
 
 
 def _check_size(url: str, expected: int, cause: StorageError) -> None:
-    """Tells a part that was cut short, which no retry mends, from storage that failed."""
+    """Raises for a truncated part, which no retry repairs, so that the caller can raise the error of storage."""
     if (got := storage.size(url)) != expected:
         raise CacheError(
-            "this part is not as long as its commit says",
+            "this part has another size than in its commit",
+            code="cache.truncated-part",
             where=redact(url),
             got=f"{got} bytes",
             expected=f"{expected} bytes",
@@ -303,7 +310,7 @@ def _check_size(url: str, expected: int, cause: StorageError) -> None:
 
 
 class _Range(io.RawIOBase):
-    """A file of which only one range was fetched; reading outside it is an error, never zeros."""
+    """A file of which one range was fetched. Reading outside of the range raises OSError."""
 
     def __init__(self, size_bytes: int, offset: int, data: bytes) -> None:
         self._size, self._offset, self._data, self._position = size_bytes, offset, data, 0
@@ -317,9 +324,6 @@ class _Range(io.RawIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
         self._position = start + offset
-        return self._position
-
-    def emit(self) -> int:
         return self._position
 
     def read(self, size: int = -1) -> bytes:
@@ -338,10 +342,10 @@ def _row_groups(metadata: pq.FileMetaData, start: int, stop: int) -> list[int]:
     ]
 
 
-def _decode_columns(table: pa.Table, header: Header, drawn: list[str]) -> ViewColumns:
-    for name in ("row", "content_hash", "embedding_norm", "mix_row", "mix_lambda", "flip", *drawn):
+def _view_columns(table: pa.Table, header: Header, aug_params: list[str]) -> ViewColumns:
+    for name in ("row", "content_hash", "embedding_norm", "mix_row", "mix_lambda", "flip", *aug_params):
         if table[name].null_count:
-            raise CacheError(f"column {name} has empty cells")
+            raise empty_cells(name, table[name])
     box = [table[f"box_{side}"].to_numpy() for side in ("left", "top", "width", "height")]
     return ViewColumns(
         row_N=table["row"].to_numpy(),
@@ -350,7 +354,7 @@ def _decode_columns(table: pa.Table, header: Header, drawn: list[str]) -> ViewCo
         flip_N=table["flip"].combine_chunks().to_numpy(zero_copy_only=False),
         mix_row_N=table["mix_row"].to_numpy(),
         mix_lambda_N=table["mix_lambda"].to_numpy(),
-        drawn={name: table[name].to_numpy() for name in drawn},
+        drawn={name: table[name].to_numpy() for name in aug_params},
         embedding_norm_N=table["embedding_norm"].to_numpy(),
         logits=_stored(table, header.output("logits")),
         embedding=_stored(table, header.output("embedding")),
@@ -362,16 +366,16 @@ def _decode_columns(table: pa.Table, header: Header, drawn: list[str]) -> ViewCo
 def _stored(table: pa.Table, output: Output | None) -> StoredRows | None:
     if output is None:
         return None
-    if null_count := table[output.name].null_count:
-        raise CacheError(f"{null_count} rows have no {output.name}")
+    if table[output.name].null_count:
+        raise empty_cells(output.name, table[output.name])
     return StoredRows(table[output.name].combine_chunks(), output)
 
 
 def open_cache(url: str, *, manifest_bytes: bytes | None = None) -> TeacherCache:
-    """Opens a finished cache, or the state of it that ``manifest_bytes`` name.
+    """Opens a finished cache, in the state of ``manifest_bytes`` if given.
 
     Raises:
-        CacheError: no cache, unfinished, damaged, or the header is not the manifest's.
+        CacheError: there is no cache, it is unfinished or damaged, or its header is not that of the manifest.
     """
     where = redact(url)
     if manifest_bytes is None:
@@ -381,7 +385,8 @@ def open_cache(url: str, *, manifest_bytes: bytes | None = None) -> TeacherCache
     data = read_file(url, layout.HEADER, max_bytes=storage.MAX_RECORD_BYTES)
     if digest(data) != manifest.header_sha256:
         raise CacheError(
-            "this header is not the one that the manifest was made with",
+            "this header is not the one of the manifest",
+            code="cache.header-not-of-manifest",
             where=redact(storage.join(url, layout.HEADER)),
             next_step=REBUILD,
         )

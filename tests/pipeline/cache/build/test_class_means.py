@@ -49,28 +49,28 @@ def test_means_equal_a_float64_loop(seed: int, count: int) -> None:
 
 
 @given(st.integers(0, 99), st.integers(1, 60), st.lists(st.integers(0, 60), max_size=6), st.randoms())
-def test_any_partition_in_any_order_gives_the_same_bytes(seed: int, count: int, cuts: list[int], random) -> None:
+def test_any_partition_in_any_order_gives_the_same_bytes(seed: int, count: int, ends: list[int], random) -> None:
     embedding_ND, label_N = rows(seed, count)
-    pieces = np.split(np.arange(count), sorted(cut for cut in cuts if cut < count))
-    parts = [sum_rows(embedding_ND[piece], label_N[piece]) for piece in pieces]
+    splits = np.split(np.arange(count), sorted(end for end in ends if end < count))
+    parts = [sum_rows(embedding_ND[split], label_N[split]) for split in splits]
     random.shuffle(parts)
     half = len(parts) // 2
     tree = [merge(some) for some in (parts[:half], parts[half:]) if some]
-    whole = encode_sums(sum_rows(embedding_ND, label_N))
-    assert encode_sums(merge(parts)) == whole
-    assert encode_sums(merge(tree)) == whole
+    expected = encode_sums(sum_rows(embedding_ND, label_N))
+    assert encode_sums(merge(parts)) == expected
+    assert encode_sums(merge(tree)) == expected
 
 
 @given(st.integers(0, 99), st.integers(0, 20))
-def test_stored_sums_come_back(seed: int, count: int) -> None:
+def test_stored_sums_are_read_unchanged(seed: int, count: int) -> None:
     sums = sum_rows(*rows(seed, count))
-    found = decode_sums(encode_sums(sums), where="here")
-    assert np.array_equal(found.class_C, sums.class_C)
-    assert np.array_equal(found.count_C, sums.count_C)
-    assert np.array_equal(found.sum_CD, sums.sum_CD)
+    decoded = decode_sums(encode_sums(sums), where="here")
+    assert np.array_equal(decoded.class_C, sums.class_C)
+    assert np.array_equal(decoded.count_C, sums.count_C)
+    assert np.array_equal(decoded.sum_CD, sums.sum_CD)
 
 
-def test_only_classes_that_are_present_are_stored() -> None:
+def test_only_classes_that_occur_are_stored() -> None:
     sums = sum_rows(np.ones((3, DIM), np.float32), np.array([4, -1, 2], np.int32))
     assert sums.class_C.tolist() == [2, 4]
     assert sums.count_C.tolist() == [1, 1]
@@ -84,37 +84,37 @@ def test_no_labelled_row_leaves_every_mean_empty() -> None:
 
 @pytest.mark.parametrize("magnitude", [2.0**38, 3e38])
 def test_an_embedding_beyond_the_fixed_point_is_refused(magnitude: float) -> None:
-    with pytest.raises(CacheError, match="too large for exact class sums"):
+    with pytest.raises(CacheError, match=r"cache\.class-sums-overflow"):
         sum_rows(np.full((1, DIM), magnitude, np.float32), np.zeros(1, np.int32))
 
 
 def test_rows_that_fit_alone_and_overflow_together_are_refused() -> None:
     embedding_ND = np.full((8, DIM), 2.0**37, np.float32)
-    with pytest.raises(CacheError, match="too large"):
+    with pytest.raises(CacheError, match=r"cache\.class-sums-overflow"):
         sum_rows(embedding_ND, np.zeros(8, np.int32))
 
 
 def test_sums_that_fit_alone_and_overflow_together_are_refused() -> None:
     part = sum_rows(np.full((1, DIM), 2.0**37, np.float32), np.zeros(1, np.int32))
-    with pytest.raises(CacheError, match="too large"):
+    with pytest.raises(CacheError, match=r"cache\.class-sums-overflow"):
         merge([part] * 8)
 
 
 def test_another_teachers_means_are_refused() -> None:
     data = encode_means(sum_rows(*rows(0, 9)), fingerprint="old")
-    with pytest.raises(CacheError, match=r"another teacher's[\s\S]*got: +old[\s\S]*wanted: +new"):
+    with pytest.raises(CacheError, match=r"cache\.class-means-of-another-teacher[\s\S]*got: +old[\s\S]*expected: +new"):
         decode_means(data, num_classes=NUM_CLASSES, fingerprint="new", where="here")
 
 
-def test_means_of_classes_that_a_header_makes_up_are_refused() -> None:
+def test_means_that_do_not_fit_the_classes_of_the_header_are_refused() -> None:
     sums = ClassSums(np.array([0, 3], np.int32), np.array([1, 1]), np.ones((2, 2), np.int64))
     data = encode_means(sums, fingerprint="f")
     assert np.isnan(decode_means(data, num_classes=4, fingerprint="f", where="here").mean_KD).all(1).sum() == 2
     for num_classes in (3, 1_000_000_000):
-        with pytest.raises(CacheError, match="no class means of so many classes"):
+        with pytest.raises(CacheError, match=r"cache\.invalid-class-means"):
             decode_means(data, num_classes=num_classes, fingerprint="f", where="here")
 
 
-def test_bytes_that_are_no_parquet_are_refused() -> None:
-    with pytest.raises(CacheError, match="not readable Parquet"):
+def test_bytes_that_are_not_parquet_are_refused() -> None:
+    with pytest.raises(CacheError, match=r"cache\.unreadable-parquet"):
         decode_sums(b"PAR1, but not really", where="here")

@@ -1,4 +1,4 @@
-"""Class means from a file: checked before any work, part of the fingerprint, whole without the URL; and out again."""
+"""Class means from a file: checked before any work, part of the fingerprint, independent of the URL, and exported."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def means_file(path: Path, *, classes: int = K, dim: int = D, shift: float = 0.0
 
 @pytest.fixture
 def importing(tiny_config: TinyConfig, tmp_path: Path) -> Import:
-    """A config whose class means are a file of this test."""
+    """Builds configs whose class means are a file."""
 
-    def make(**overrides: Any) -> Config:
+    def configure(**overrides: Any) -> Config:
         url = overrides.pop("url", None) or means_file(tmp_path / "means.json")
         return tiny_config(cache={"class_means": url, **overrides.pop("cache", {})}, **overrides)
 
-    return make
+    return configure
 
 
 def test_the_caches_means_are_those_of_the_file_and_no_eval_pass_is_made(importing: Import, tmp_path: Path) -> None:
@@ -74,10 +74,10 @@ def test_the_table_says_that_it_was_imported_and_that_counts_are_unknown(importi
 
 
 def test_a_cache_of_imported_means_is_the_same_bytes_each_time(importing: Import, tmp_path: Path) -> None:
-    one, other = importing(), importing(cache={"url": str(tmp_path / "other")})
-    build(one)
-    build(other)
-    assert files(cache_section(one).url) == files(cache_section(other).url)
+    first, second = importing(), importing(cache={"url": str(tmp_path / "second")})
+    build(first)
+    build(second)
+    assert files(cache_section(first).url) == files(cache_section(second).url)
 
 
 def test_everything_but_the_means_is_as_without_them(
@@ -104,34 +104,35 @@ def test_classes_that_the_file_lacks_have_no_mean(importing: Import, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("keys", "told"),
+    ("keys", "code", "expected"),
     [
-        ({"dim": D + 1}, r"not as wide[\s\S]*8 numbers[\s\S]*wanted: +7 numbers"),
-        ({"classes": K + 1}, r"key '10'[\s\S]*class ids 0 to 9"),
-        ({"classes": 0}, "no class"),
+        ({"dim": D + 1}, "config.class-means-wrong-width", "7 numbers"),
+        ({"classes": K + 1}, "config.class-means-unknown-class", "class ids 0 to 9"),
+        ({"classes": 0}, "config.class-means-empty", '{"<class id>": [D numbers], …}'),
     ],
 )
 def test_a_file_of_another_teacher_is_refused_before_anything_is_written(
-    keys: dict[str, int], told: str, importing: Import, tmp_path: Path
+    keys: dict[str, int], code: str, expected: str, importing: Import, tmp_path: Path
 ) -> None:
     url = means_file(tmp_path / "wrong.json", **keys)
     config = importing(url=url)
-    with pytest.raises(ConfigError, match=told) as caught:
+    with pytest.raises(ConfigError) as caught:
         build(config)
-    assert caught.value.where == f"cache.class_means: {url}"
+    error = caught.value
+    assert (error.code, error.where, error.expected) == (code, f"cache.class_means: {url}", expected)
     assert not Path(cache_section(config).url).exists()
 
 
 def test_a_file_that_could_not_hold_so_few_numbers_is_not_even_read(importing: Import, tmp_path: Path) -> None:
     (tmp_path / "huge.json").write_bytes(b" " * 6000)
-    with pytest.raises(ConfigError, match=r"too large[\s\S]*6000 bytes[\s\S]*at most 5632 bytes for 10 classes of 7"):
+    with pytest.raises(ConfigError, match=r"config\.class-means-too-large[\s\S]*6000 bytes[\s\S]*at most 5632 bytes"):
         build(importing(url=str(tmp_path / "huge.json")))
 
 
 @pytest.mark.parametrize("url", ["evall", "/nowhere/means.json", "pipe:cat means.json", "imported:0123"])
-def test_a_word_or_url_that_is_no_file_is_refused_with_the_choices(url: str, importing: Import) -> None:
+def test_a_value_that_names_no_file_is_refused_with_the_choices(url: str, importing: Import) -> None:
     config = importing(url=url)
-    with pytest.raises(ConfigError, match="none, eval, view0, or the URL of a JSON file"):
+    with pytest.raises(ConfigError, match=r"config\.class-means-unreadable[\s\S]*none, eval, view0, or"):
         build(config)
     assert not Path(cache_section(config).url).exists()
 
@@ -143,17 +144,17 @@ def test_a_changed_file_is_refused_with_both_digests_and_nothing_is_written(impo
     first = digest((tmp_path / "means.json").read_bytes())
     means_file(tmp_path / "means.json", shift=1)
     second = digest((tmp_path / "means.json").read_bytes())
-    with pytest.raises(CacheError, match=rf"teacher\.class_means: imported:{first} -> imported:{second}"):
+    with pytest.raises(CacheError, match=rf"cache\.other-header[\s\S]*imported:{first} -> imported:{second}"):
         build(config)
     assert files(cache_section(config).url) == before
 
 
-@pytest.mark.parametrize(("begun", "told"), [("eval", "eval -> imported:"), ("none", "none -> imported:")])
+@pytest.mark.parametrize("begun", ["eval", "none"])
 def test_a_cache_begun_otherwise_takes_no_imported_means(
-    begun: str, told: str, importing: Import, tiny_config: TinyConfig
+    begun: str, importing: Import, tiny_config: TinyConfig
 ) -> None:
     prepare(tiny_config(cache={"class_means": begun}))
-    with pytest.raises(CacheError, match=rf"teacher\.class_means: {told}"):
+    with pytest.raises(CacheError, match=rf"cache\.unused-header[\s\S]*teacher\.class_means: {begun} -> imported:"):
         prepare(importing())
 
 
@@ -175,20 +176,20 @@ def test_a_build_killed_between_header_and_copy_resumes(
     assert files(cache_section(config).url) == files(cache_section(whole).url)
 
 
-def test_a_cache_is_whole_without_the_file_and_is_extended_by_its_own_copy(importing: Import, tmp_path: Path) -> None:
+def test_a_cache_reads_without_the_file_and_is_extended_with_its_copy(importing: Import, tmp_path: Path) -> None:
     config = importing()
     build(config)
     section = cache_section(config)
-    more, kept = {"views": {"count": 5}}, tmp_path / "kept.json"
+    more, copy = {"views": {"count": 5}}, tmp_path / "copy.json"
     (tmp_path / "means.json").unlink()
     assert open_cache(section.url).class_means() is not None
-    with pytest.raises(ConfigError, match=r"no such file[\s\S]*the copy that a begun cache keeps as class_means\.json"):
+    with pytest.raises(ConfigError, match=r"config\.class-means-unreadable[\s\S]*class_means\.json"):
         build(importing(url=str(tmp_path / "means.json"), **more))
-    shutil.copyfile(Path(section.url, layout.IMPORTED_MEANS), kept)
+    shutil.copyfile(Path(section.url, layout.IMPORTED_MEANS), copy)
     build(importing(url=f"{section.url}/{layout.IMPORTED_MEANS}", **more))
     cache = open_cache(section.url)
     assert cache.num_views == 5
-    assert files(section.url)[layout.IMPORTED_MEANS] == kept.read_bytes()
+    assert files(section.url)[layout.IMPORTED_MEANS] == copy.read_bytes()
 
 
 def test_means_stay_those_of_the_file_when_shards_are_added(importing: Import) -> None:
@@ -201,8 +202,12 @@ def test_means_stay_those_of_the_file_when_shards_are_added(importing: Import) -
     assert files(cache_section(config).url)[layout.CLASS_MEANS] == before
 
 
-@pytest.mark.parametrize("damage", [b"{}", None], ids=["changed", "missing"])
-def test_a_damaged_copy_is_found_when_a_manifest_is_published(damage: bytes | None, importing: Import) -> None:
+@pytest.mark.parametrize(
+    ("damage", "code"), [(b"{}", "cache.changed-file"), (None, "cache.missing-file")], ids=["changed", "missing"]
+)
+def test_a_damaged_copy_is_found_when_a_manifest_is_published(
+    damage: bytes | None, code: str, importing: Import
+) -> None:
     config = importing()
     build(config)
     url = cache_section(config).url
@@ -210,14 +215,15 @@ def test_a_damaged_copy_is_found_when_a_manifest_is_published(damage: bytes | No
     path.unlink()
     if damage is not None:
         path.write_bytes(damage)
-    with pytest.raises(CacheError, match=r"class_means\.json[\s\S]*stillroom cache build CONFIG"):
+    with pytest.raises(CacheError, match=r"class_means\.json[\s\S]*stillroom cache build CONFIG") as caught:
         publish_manifest(url, shard_urls(config))
+    assert caught.value.code == code
     path.unlink(missing_ok=True)
     build(config)
     assert path.exists()
 
 
-def test_credentials_of_the_url_are_neither_kept_nor_told(importing: Import) -> None:
+def test_credentials_of_the_url_are_neither_stored_nor_shown(importing: Import) -> None:
     with pytest.raises(ConfigError) as caught:
         build(importing(url="memory://me:secret@nowhere/means.json"))
     assert "secret" not in str(caught.value)
@@ -231,11 +237,11 @@ def test_exported_means_are_the_means_within_rounding_and_come_back(
     assert (done.num_written, done.embedding_dim, done.absent) == (K, D, ())
     config = importing(url=out)
     build(config)
-    own, imported = open_cache(built_cache.url).class_means(), open_cache(cache_section(config).url).class_means()
-    assert own is not None
+    exported, imported = open_cache(built_cache.url).class_means(), open_cache(cache_section(config).url).class_means()
+    assert exported is not None
     assert imported is not None
-    np.testing.assert_allclose(imported.mean_KD, own.mean_KD, rtol=1e-6, atol=0.5e-4)
-    assert (imported.mean_KD != own.mean_KD).any()
+    np.testing.assert_allclose(imported.mean_KD, exported.mean_KD, rtol=1e-6, atol=0.5e-4)
+    assert (imported.mean_KD != exported.mean_KD).any()
     again = str(tmp_path / "again.json")
     export_means(cache_section(config).url, again, full_precision=False)
     assert storage.read(again) == storage.read(out)
@@ -248,24 +254,24 @@ def test_exported_in_full_the_means_come_back_bit_by_bit(
     export_means(built_cache.url, out, full_precision=True)
     config = importing(url=out)
     build(config)
-    own, imported = open_cache(built_cache.url).class_means(), open_cache(cache_section(config).url).class_means()
-    assert own is not None
+    exported, imported = open_cache(built_cache.url).class_means(), open_cache(cache_section(config).url).class_means()
+    assert exported is not None
     assert imported is not None
-    np.testing.assert_array_equal(imported.mean_KD, own.mean_KD)
+    np.testing.assert_array_equal(imported.mean_KD, exported.mean_KD)
 
 
 def test_exported_classes_stand_in_the_order_of_their_first_samples(tiny_config: TinyConfig, tmp_path: Path) -> None:
     # Labels 3 to 9, then 0, 9 …; one sample has none.
     samples = [(key, members) for key, members in digit_samples(35)][3:]
     samples.insert(0, ("unlabelled", {"png": samples[0][1]["png"]}))
-    shards = pack_shards(samples, f"{tmp_path}/own-%02d.tar", shard_size=9)
+    shards = pack_shards(samples, f"{tmp_path}/shard-%02d.tar", shard_size=9)
     config = tiny_config(data={"shards": shards, "missing_labels": "ignore"}, views={"count": 1})
     build(config)
     export_means(cache_section(config).url, str(tmp_path / "out.json"), full_precision=False)
     assert list(json.loads((tmp_path / "out.json").read_text())) == list("3456789012")
 
 
-def test_classes_without_a_mean_are_left_out_and_told(importing: Import, tmp_path: Path) -> None:
+def test_classes_without_a_mean_are_left_out_and_reported(importing: Import, tmp_path: Path) -> None:
     config = importing(url=means_file(tmp_path / "seven.json", classes=7))
     build(config)
     done = export_means(cache_section(config).url, str(tmp_path / "out.json"), full_precision=False)
@@ -276,7 +282,7 @@ def test_classes_without_a_mean_are_left_out_and_told(importing: Import, tmp_pat
 def test_a_cache_without_class_means_has_none_to_export(tiny_config: TinyConfig, tmp_path: Path) -> None:
     config = tiny_config(cache={"class_means": "none"})
     build(config)
-    with pytest.raises(CacheError, match="has no class means"):
+    with pytest.raises(CacheError, match=r"cache\.no-class-means"):
         export_means(cache_section(config).url, str(tmp_path / "out.json"), full_precision=False)
     assert not (tmp_path / "out.json").exists()
 

@@ -1,4 +1,4 @@
-"""The fold of commits: what belongs to a cache, where its shards lie, and how it grows."""
+"""The manifest: which commits belong to a cache, where its shards are, and how it grows."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def url_of(config: Config) -> str:
     return cache_section(config).url
 
 
-def test_an_unfinished_cache_says_so(tiny_config: TinyConfig, tmp_path: Path) -> None:
-    with pytest.raises(CacheError, match="there is no cache here"):
+def test_a_missing_and_an_unfinished_cache_have_different_errors(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match=r"cache\.missing\]"):
         open_cache(str(tmp_path))
     config = tiny_config()
     prepare(config)
-    with pytest.raises(CacheError, match=r"not finished: it has no manifest[\s\S]*it resumes"):
+    with pytest.raises(CacheError, match=r"cache\.unfinished"):
         open_cache(url_of(config))
 
 
@@ -45,7 +45,7 @@ def test_no_manifest_is_published_before_a_view_is_complete(tiny_config: TinyCon
     prepare(config)
     urls = shard_urls(config)
     build_part(PartTask(config, urls["digits-00"], ViewBlock(start=0, stop=2)))
-    with pytest.raises(CacheError, match="no view is complete for every shard"):
+    with pytest.raises(CacheError, match=r"cache\.no-complete-view"):
         publish_manifest(url_of(config), urls)
 
 
@@ -61,15 +61,13 @@ def test_views_count_only_where_every_shard_has_them(tiny_config: TinyConfig) ->
     assert publish_manifest(url_of(config), urls).num_views == 3
 
 
-def test_more_views_are_added_to_those_that_stand(tiny_cache: TinyCache, tiny_config: TinyConfig) -> None:
+def test_more_views_leave_the_existing_files_unchanged(tiny_cache: TinyCache, tiny_config: TinyConfig) -> None:
     before = files(tiny_cache.url)
     manifest = build(tiny_config(views={"count": 5}))
     after = files(tiny_cache.url)
     assert manifest.num_views == 5
-    kept = ("header", "index/", "parts/", "means/", "commits/", "class_means")
-    assert {path: after[path] for path in before if path.startswith(kept)} == {
-        path: data for path, data in before.items() if path.startswith(kept)
-    }
+    unchanged = ("header", "index/", "parts/", "means/", "commits/", "class_means")
+    assert all(after[path] == data for path, data in before.items() if path.startswith(unchanged))
     assert sorted(path for path in after if path.startswith("commits/digits-00") and path not in before) == [
         "commits/digits-00/v0003-0004.json"
     ]
@@ -82,12 +80,9 @@ def test_added_views_are_those_of_a_cache_built_at_once(
     at_once = tiny_config(views={"count": 5}, cache={"url": str(tmp_path / "at-once")})
     build(at_once)
     for view in range(5):
-        one, other = (
-            open_cache(tiny_cache.url).view("digits-01", view),
-            open_cache(url_of(at_once)).view("digits-01", view),
-        )
-        assert np.array_equal(one.logits_NK, other.logits_NK)
-        assert np.array_equal(one.box_N4, other.box_N4)
+        extended, complete = (open_cache(url).view("digits-01", view) for url in (tiny_cache.url, url_of(at_once)))
+        assert np.array_equal(extended.logits_NK, complete.logits_NK)
+        assert np.array_equal(extended.box_N4, complete.box_N4)
 
 
 def test_an_added_shard_extends_the_cache_and_its_means(tiny_config: TinyConfig, digits_shards: list[str]) -> None:
@@ -100,7 +95,7 @@ def test_an_added_shard_extends_the_cache_and_its_means(tiny_config: TinyConfig,
     assert means.count_K.sum() == 35
 
 
-def test_commits_of_shards_no_longer_asked_for_stay_and_do_not_count(
+def test_commits_of_shards_that_the_config_no_longer_names_stay_and_do_not_count(
     tiny_cache: TinyCache, tiny_config: TinyConfig, digits_shards: list[str]
 ) -> None:
     before = files(tiny_cache.url)
@@ -122,12 +117,12 @@ def test_class_means_without_any_label_are_refused_and_nothing_is_published(
     samples = [(key, {"png": members["png"]}) for key, members in digit_samples(5)]
     shards = pack_shards(samples, f"{tmp_path}/bare-%02d.tar", shard_size=5)
     config = tiny_config(data={"shards": shards, "missing_labels": "ignore"})
-    with pytest.raises(CacheError, match=r"no row of the whole cache has a label[\s\S]*data\.label"):
+    with pytest.raises(CacheError, match=r"cache\.no-labels"):
         build(config)
     assert not [path for path in files(url_of(config)) if path.startswith("manifest")]
 
 
-def test_a_build_that_has_not_ended_shows_blocks_and_claims_no_totals(tiny_config: TinyConfig) -> None:
+def test_an_unfinished_build_shows_blocks_and_no_totals(tiny_config: TinyConfig) -> None:
     config = tiny_config()
     prepare(config)
     for shard in ("digits-00", "digits-01"):
@@ -151,7 +146,7 @@ def test_a_run_reads_its_own_copy_of_the_manifest_after_the_cache_was_extended(
     assert means is not None
     assert means.count_K.sum() == 20
     assert len(cache.view("digits-00", 2).row_N) == 20
-    with pytest.raises(CacheError, match=r"does not hold this view[\s\S]*0\.\.2"):
+    with pytest.raises(CacheError, match=r"cache\.missing-view[\s\S]*0\.\.2"):
         cache.view("digits-00", 3)
 
 
@@ -181,12 +176,12 @@ def test_a_manifest_names_the_shards_where_the_build_found_them(
     ],
 )
 def test_base_and_path_find_every_shard_again(urls: list[str], base: str) -> None:
-    found, names = relative({url: url for url in urls})
-    assert found == base
-    assert [locate(found, names[url]) for url in urls] == urls
+    common, paths = relative({url: url for url in urls})
+    assert common == base
+    assert [locate(common, paths[url]) for url in urls] == urls
 
 
-def test_queries_and_credentials_are_never_written_down() -> None:
+def test_queries_and_credentials_are_never_stored() -> None:
     base, names = relative({"a": "https://me:secret@host/x/a.tar?token=secret", "b": "https://host/x/b.tar#secret"})
     assert (base, names) == ("https://host/x", {"a": "a.tar", "b": "b.tar"})
 
@@ -201,11 +196,11 @@ def test_any_set_of_shards_is_found_again(places: list[tuple[str, str]]) -> None
     assert [locate(base, names[url]) for url in urls] == urls
 
 
-def test_a_commit_of_another_teacher_is_refused(tiny_cache: TinyCache) -> None:
+def test_a_commit_under_another_header_is_refused(tiny_cache: TinyCache) -> None:
     path = layout.commit_path("digits-00", ViewBlock(start=2, stop=3))
     foreign = read_commit(tiny_cache.url, path).model_copy(update={"fingerprint": "another"})
     storage.write(storage.join(tiny_cache.url, path), seal(foreign.model_dump(mode="json")))
-    with pytest.raises(CacheError, match=r"of another teacher[\s\S]*digits-00/v0002-0002"):
+    with pytest.raises(CacheError, match=r"cache\.commit-of-another-header[\s\S]*digits-00/v0002-0002"):
         publish_manifest(tiny_cache.url, shard_urls(tiny_cache.config))
 
 

@@ -1,4 +1,4 @@
-"""Caches of many shards: what is held of a commit, and that folding one at a time says what folding all says."""
+"""Caches of many shards: few commits are in memory, and their fold is that of all commits."""
 
 from __future__ import annotations
 
@@ -61,27 +61,27 @@ def alive() -> int:
 
 @pytest.mark.slow
 def test_commits_come_in_order_and_few_of_them_are_in_memory_at_once(many: str) -> None:
-    before, most, seen = alive(), 0, list[str]()
+    before, peak, shards = alive(), 0, list[str]()
     for number, commit in enumerate(stream_commits(many)):
-        seen.append(commit.shard_id)
+        shards.append(commit.shard_id)
         if number % 100 == 50:
-            most = max(most, alive() - before)
-    assert seen == [f"s-{number:03d}" for number in range(_NUM_SHARDS)]
-    assert most < _NUM_SHARDS // 3
+            peak = max(peak, alive() - before)
+    assert shards == [f"s-{number:03d}" for number in range(_NUM_SHARDS)]
+    assert peak < _NUM_SHARDS // 3
 
 
 @pytest.mark.slow
-def test_a_fold_and_a_plan_keep_no_commit(many: str) -> None:
+def test_a_fold_and_a_plan_hold_no_commit(many: str) -> None:
     before = alive()
-    standing = read_commit_summaries(many)
-    fold = fold_commits(stream_commits(many), [commit.shard_id for commit in standing])
+    summaries = read_commit_summaries(many)
+    fold = fold_commits(stream_commits(many), [commit.shard_id for commit in summaries])
     assert alive() == before
     assert (fold.totals["num_shards"], fold.totals["num_views"], len(fold.parts)) == (_NUM_SHARDS, 2, 2 * _NUM_SHARDS)
 
 
-def test_what_stands_is_what_the_commit_says() -> None:
-    found = CommitSummary.of(commit_of("s", 0, 2))
-    assert found == CommitSummary(
+def test_a_summary_has_the_fields_of_its_commit() -> None:
+    summary = CommitSummary.of(commit_of("s", 0, 2))
+    assert summary == CommitSummary(
         shard_id="s",
         shard_size_bytes=100,
         block=ViewBlock(start=0, stop=2),
@@ -94,7 +94,7 @@ def test_what_stands_is_what_the_commit_says() -> None:
         num_rows=6,
     )
     assert CommitSummary.of(commit_of("s", 2, 4)).means is None
-    assert CommitSummary.of(commit_of("t", 0, 2)).block is found.block
+    assert CommitSummary.of(commit_of("t", 0, 2)).block is summary.block
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 3, 1000])

@@ -1,4 +1,4 @@
-"""A cache has one teacher and one plan: whoever differs is stopped before it writes, and told in what."""
+"""A cache has one teacher and one plan: a builder that differs stops before it writes, and names the difference."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def header_of(config: Config) -> Header:
     return make_header(teacher, plan=config.views, cache=cache_section(config), data=config.data)
 
 
-def own_teacher(factory: str) -> dict[str, Any]:
+def teacher_section(factory: str) -> dict[str, Any]:
     return {"model": f"python:tests.pipeline.cache.teachers:{factory}", "kwargs": {}}
 
 
@@ -88,25 +88,25 @@ def name_of(change: dict[str, dict[str, Any]]) -> str:
 
 
 @pytest.mark.parametrize("change", MEANINGFUL, ids=name_of)
-def test_what_changes_an_answer_changes_the_fingerprint(change: dict[str, Any], tiny_config: TinyConfig) -> None:
+def test_a_change_of_the_outputs_changes_the_fingerprint(change: dict[str, Any], tiny_config: TinyConfig) -> None:
     assert header_of(tiny_config(**change)).fingerprint != header_of(tiny_config()).fingerprint
 
 
 @pytest.mark.parametrize("change", MEANINGLESS, ids=name_of)
-def test_what_changes_no_answer_leaves_the_fingerprint(change: dict[str, Any], tiny_config: TinyConfig) -> None:
+def test_any_other_change_leaves_the_fingerprint(change: dict[str, Any], tiny_config: TinyConfig) -> None:
     assert header_of(tiny_config(**change)).fingerprint == header_of(tiny_config()).fingerprint
 
 
-def test_the_fingerprint_hangs_on_the_weights_and_not_on_their_url(tiny_config: TinyConfig, tmp_path: Path) -> None:
-    one, same, other = (
+def test_the_fingerprint_depends_on_the_weights_and_not_on_their_url(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    first, equal, different = (
         header_of(tiny_config(teacher={"weights": save_weights(tmp_path / name, nudge=nudge)}))
         for name, nudge in (("a.safetensors", 0), ("b.safetensors", 0), ("c.safetensors", 1e-6))
     )
-    assert one == same
-    assert one.fingerprint != other.fingerprint
+    assert first == equal
+    assert first.fingerprint != different.fingerprint
 
 
-def test_the_views_id_hangs_on_the_plan_alone() -> None:
+def test_the_views_id_depends_on_the_plan_alone() -> None:
     plan = ViewsConfig.model_validate({"kind": "crop", "count": 3, "size": 16})
     assert views_id(plan) == views_id(plan.model_copy(update={"count": 9, "size": 224}))
     for change in ({"kind": "function_matching"}, {"seed": 1}, {"flip": 0.1}, {"mix_group": 2}, {"area": (0.1, 1.0)}):
@@ -114,7 +114,7 @@ def test_the_views_id_hangs_on_the_plan_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "difference"),
     [
         ({"views": {"seed": 1}}, "views.seed: 0 -> 1"),
         ({"views": {"size": 8}}, "teacher.size: 16 -> 8"),
@@ -126,75 +126,75 @@ def test_the_views_id_hangs_on_the_plan_alone() -> None:
     ],
     ids=["plan", "size", "option", "precision", "encoding", "limit", "member"],
 )
-def test_a_builder_that_differs_is_told_in_what_before_it_writes(
-    change: dict[str, Any], told: str, tiny_cache: TinyCache, tiny_config: TinyConfig
+def test_a_builder_that_differs_stops_before_it_writes_and_names_the_difference(
+    change: dict[str, Any], difference: str, tiny_cache: TinyCache, tiny_config: TinyConfig
 ) -> None:
     before = files(tiny_cache.url)
     with pytest.raises(CacheError) as caught:
         build(tiny_config(**change))
-    assert told in str(caught.value)
-    assert "another cache.url" in str(caught.value)
+    assert caught.value.code == "cache.other-header"
+    assert difference in str(caught.value.got)
     assert files(tiny_cache.url) == before
 
 
 @pytest.mark.usefixtures("tiny_cache")
 def test_other_weights_are_refused(tiny_config: TinyConfig, tmp_path: Path) -> None:
-    with pytest.raises(CacheError, match=r"teacher\.weights: [0-9a-f]{64} -> [0-9a-f]{64}"):
+    with pytest.raises(CacheError, match=r"cache\.other-header[\s\S]*teacher\.weights: [0-9a-f]{64} -> [0-9a-f]{64}"):
         prepare(tiny_config(teacher={"weights": save_weights(tmp_path / "w.safetensors", nudge=1e-3)}))
 
 
-def test_changed_code_behind_the_same_weights_is_noticed(
+def test_changed_code_with_the_same_weights_is_noticed(
     tiny_config: TinyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, url = tiny_config(teacher=own_teacher("Scaled")), str(tmp_path / "cache")
+    config, url = tiny_config(teacher=teacher_section("Scaled")), str(tmp_path / "cache")
     before = claim(url, header_of(config))
     monkeypatch.setattr(teachers, "scale", 1.1)
     after = header_of(config)
     assert after.fingerprint == before.fingerprint
-    with pytest.raises(CacheError, match="answers the four probe images differently"):
+    with pytest.raises(CacheError, match=r"cache\.other-probe-logits"):
         claim(url, after)
 
 
 def test_rounding_of_another_machine_is_not_changed_code(
     tiny_config: TinyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, url = tiny_config(teacher=own_teacher("Scaled")), str(tmp_path / "cache")
+    config, url = tiny_config(teacher=teacher_section("Scaled")), str(tmp_path / "cache")
     before = claim(url, header_of(config))
     monkeypatch.setattr(teachers, "scale", 1 + 1e-5)
     assert claim(url, header_of(config)) == before
 
 
-def test_a_teacher_without_numbers_is_refused_before_any_work(tiny_config: TinyConfig) -> None:
-    config = tiny_config(teacher=own_teacher("NanOnNoise"))
-    with pytest.raises(ModelError, match="NaN or infinity"):
+def test_a_teacher_whose_outputs_are_nan_is_refused_before_any_work(tiny_config: TinyConfig) -> None:
+    config = tiny_config(teacher=teacher_section("NanOnNoise"))
+    with pytest.raises(ModelError, match=r"model\.outputs-not-finite"):
         prepare(config)
     assert not storage.exists(storage.join(cache_section(config).url, layout.HEADER))
 
 
-def test_no_header_is_no_cache(tmp_path: Path) -> None:
-    with pytest.raises(CacheError, match="there is no cache here"):
+def test_a_url_without_a_header_is_not_a_cache(tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match=r"cache\.missing\]"):
         read_header(str(tmp_path))
 
 
 def test_a_header_of_another_format_is_refused(tiny_config: TinyConfig) -> None:
     body = header_of(tiny_config()).model_dump(mode="json")
-    with pytest.raises(CacheError, match=r"unknown cache format[\s\S]*got: +2"):
+    with pytest.raises(CacheError, match=r"cache\.unknown-format[\s\S]*got: +2"):
         header.parse_header(seal({**body, "format_version": 2}), where="here")
-    with pytest.raises(CacheError, match=r"no header of cache format 1[\s\S]*mood"):
+    with pytest.raises(CacheError, match=r"cache\.invalid-record[\s\S]*mood"):
         header.parse_header(seal({**body, "mood": "good"}), where="here")
     del body["outputs"]
-    with pytest.raises(CacheError, match="outputs"):
+    with pytest.raises(CacheError, match=r"cache\.invalid-record[\s\S]*outputs"):
         header.parse_header(seal(body), where="here")
 
 
 def test_an_unknown_encoding_is_refused(tiny_config: TinyConfig) -> None:
     body = header_of(tiny_config()).model_dump(mode="json")
     body["outputs"][0]["encoding"] = "packed"
-    with pytest.raises(CacheError, match=r"logits of this cache[\s\S]*got: +packed"):
+    with pytest.raises(CacheError, match=r"cache\.unknown-encoding[\s\S]*got: +packed"):
         header.parse_header(seal(body), where="here")
 
 
-def test_an_unknown_output_is_ignored_however_it_is_packed(tiny_config: TinyConfig) -> None:
+def test_an_unknown_output_is_ignored_in_any_encoding(tiny_config: TinyConfig) -> None:
     body = header_of(tiny_config()).model_dump(mode="json")
     body["outputs"].append({**body["outputs"][0], "name": "depth", "encoding": "packed"})
     assert header.parse_header(seal(body), where="here").outputs[-1].encoding == "packed"

@@ -74,12 +74,12 @@ def test_the_last_class_of_many_comes_back(num_classes: int) -> None:
 def test_a_largest_logit_beyond_float16_is_refused() -> None:
     values = np.zeros((1, 128), np.float32)
     values[0, 5] = 70_000
-    with pytest.raises(CacheError, match="do not fit int4"):
+    with pytest.raises(CacheError, match=r"cache\.values-do-not-fit"):
         encode(values, logits_output("int4", 128))
 
 
 def test_few_classes_are_refused_since_int8_takes_fewer_bytes() -> None:
     config = CacheConfig.model_validate({"url": "x", "logits": "int4"})
-    with pytest.raises(ConfigError, match=r"100 classes[\s\S]*cache.logits=int8"):
+    with pytest.raises(ConfigError, match=r"config\.too-few-classes[\s\S]*100 classes[\s\S]*cache.logits=int8"):
         outputs_of(config, num_classes=100, embedding_dim=1)
     assert row_bytes(logits_output("int4", 128)) <= row_bytes(logits_output("int8", 128))

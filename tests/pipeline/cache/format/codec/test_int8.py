@@ -59,5 +59,5 @@ def test_rows_of_denormals_keep_their_order_of_magnitude() -> None:
 
 
 def test_a_row_that_spans_more_than_float32_holds_is_refused() -> None:
-    with pytest.raises(CacheError, match=r"do not fit int8[\s\S]*keys b\n[\s\S]*1 rows[\s\S]*cache.logits=fp32"):
+    with pytest.raises(CacheError, match=r"cache\.values-do-not-fit[\s\S]*keys b\n[\s\S]*1 rows[\s\S]*logits=fp32"):
         encode(np.array([[0, 1], [-3e38, 3e38]], np.float32), logits_output("int8", 2), keys=["a", "b"])

@@ -1,4 +1,4 @@
-"""Stored numbers come back within the error that their type states, and what does not fit is refused."""
+"""Stored numbers are decoded within the error bound of their type, and numbers that do not fit are refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def matrices(limit: float) -> st.SearchStrategy[NDArray[np.float32]]:
 
 
 @given(matrices(SINGLE_MAX))
-def test_fp32_comes_back_bit_for_bit(values_ND: NDArray[np.float32]) -> None:
+def test_fp32_is_decoded_bit_for_bit(values_ND: NDArray[np.float32]) -> None:
     kind = logits_output("fp32", values_ND.shape[1])
     assert decode(encode(values_ND, kind), kind).tobytes() == values_ND.tobytes()
 
@@ -40,8 +40,8 @@ def test_fp16_errs_by_at_most_half_a_unit_in_the_last_place(values_ND: NDArray[n
 
 
 @given(st.floats(65_520, SINGLE_MAX, width=32), st.sampled_from([-1, 1]))
-def test_what_would_be_infinite_in_fp16_is_refused(value: float, sign: int) -> None:
-    with pytest.raises(CacheError, match=r"do not fit float16[\s\S]*cache.logits=fp32"):
+def test_a_number_that_would_be_infinite_in_fp16_is_refused(value: float, sign: int) -> None:
+    with pytest.raises(CacheError, match=r"cache\.values-do-not-fit[\s\S]*cache.logits=fp32"):
         encode(np.array([[0.0, sign * value]], np.float32), logits_output("fp16", 2))
 
 
@@ -50,7 +50,7 @@ def test_what_would_be_infinite_in_fp16_is_refused(value: float, sign: int) -> N
 def test_no_encoding_takes_nan_or_infinity(kind: str, value: float) -> None:
     values = teacher_like(3, 130)
     values[1, values[1].argmin()] = value
-    with pytest.raises(CacheError, match=r"do not fit[\s\S]*keys two\n[\s\S]*got: +1 rows"):
+    with pytest.raises(CacheError, match=r"cache\.values-do-not-fit[\s\S]*keys two\n[\s\S]*got: +1 rows"):
         encode(values, logits_output(kind, 130), keys=["one", "two", "three"])
 
 
@@ -58,15 +58,15 @@ def test_no_encoding_takes_nan_or_infinity(kind: str, value: float) -> None:
 def test_a_slice_decodes_to_the_slice(kind: str) -> None:
     output, values = logits_output(kind, 130), teacher_like(7, 130)
     column = encode(values, output)
-    whole = decode(column, output)
+    rows = decode(column, output)
     for start, stop in ((0, 7), (2, 5), (6, 7), (3, 3)):
-        assert np.array_equal(decode(column.slice(start, stop - start), output), whole[start:stop])
+        assert np.array_equal(decode(column.slice(start, stop - start), output), rows[start:stop])
     chunks = pa.chunked_array([column.slice(2, 3), column])
-    assert np.array_equal(decode(chunks, output), np.concatenate([whole[2:5], whole]))
+    assert np.array_equal(decode(chunks, output), np.concatenate([rows[2:5], rows]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_row_does_not_depend_on_the_rows_beside_it(kind: str) -> None:
+def test_a_row_does_not_depend_on_the_other_rows(kind: str) -> None:
     values = teacher_like(9, 131)
     assert stored(values, kind) == [row for number in range(9) for row in stored(values[number : number + 1], kind)]
 
@@ -100,18 +100,18 @@ def test_the_fields_of_an_output_are_its_row(kind: str) -> None:
 
 
 def test_an_empty_cell_is_refused() -> None:
-    with pytest.raises(CacheError, match="1 rows have no logits"):
+    with pytest.raises(CacheError, match=r"cache\.empty-cells\] column logits"):
         decode(pa.array([b"1234", None], pa.binary(4)), logits_output("fp16", 2))
 
 
 def test_an_unknown_encoding_is_refused_by_name() -> None:
     output = logits_output("fp16", 2).model_copy(update={"encoding": "wavelet"})
-    for use in (lambda: decode(pa.array([b"1234"], pa.binary(4)), output), lambda: depends_on_temperature(output)):
-        with pytest.raises(CacheError, match=r"logits of this cache[\s\S]*wavelet[\s\S]*dense, int8, int4, topk"):
-            use()
+    for call in (lambda: decode(pa.array([b"1234"], pa.binary(4)), output), lambda: depends_on_temperature(output)):
+        with pytest.raises(CacheError, match=r"cache\.unknown-encoding[\s\S]*wavelet[\s\S]*dense, int8, int4, topk"):
+            call()
 
 
-def test_only_the_outputs_that_are_kept_are_listed() -> None:
+def test_only_stored_outputs_are_listed() -> None:
     def listed(logits: str, embeddings: str) -> list[tuple[str, tuple[int, ...], str, str]]:
         config = CacheConfig.model_validate({"url": "x", "logits": logits, "embeddings": embeddings})
         outputs = outputs_of(config, num_classes=10, embedding_dim=4)

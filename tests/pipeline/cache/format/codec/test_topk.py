@@ -138,12 +138,12 @@ def test_a_rest_far_below_the_top_is_kept_and_a_top_beyond_float16_is_refused() 
     found = round_trip(values, "topk:1", temperature=2.0)
     np.testing.assert_allclose(found[:, 1:], values[:, 1:], rtol=0.15)
     values[1, 0] = 70_000
-    with pytest.raises(CacheError, match=r"do not fit topk[\s\S]*keys right\n[\s\S]*cache.logits=fp32"):
+    with pytest.raises(CacheError, match=r"cache\.values-do-not-fit[\s\S]*keys right\n[\s\S]*cache.logits=fp32"):
         encode(values, logits_output("topk:1", 5), keys=["left", "right"])
 
 
 def test_as_many_as_all_classes_are_refused() -> None:
     for k in (10, 11):
         config = CacheConfig.model_validate({"url": "x", "logits": f"topk:{k}"})
-        with pytest.raises(ConfigError, match=rf"topk:{k} needs more classes[\s\S]*at least {k + 1}"):
+        with pytest.raises(ConfigError, match=rf"config\.too-few-classes[\s\S]*at least {k + 1}"):
             outputs_of(config, num_classes=10, embedding_dim=1)
