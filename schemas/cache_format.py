@@ -14,7 +14,7 @@ FORMAT_VERSION = 1
 EVAL_BLOCK = "eval"
 
 Status = Literal["ok", "undecodable", "empty", "too_large", "duplicate_key", "no_image", "truncated"]
-"""What became of a sample's image. Only ``ok`` rows are seen by a teacher or a student."""
+"""The result of reading a sample's image. A teacher and a student see only ``ok`` rows."""
 
 
 def _required(name: str, kind: pa.DataType) -> pa.Field:
@@ -27,7 +27,7 @@ INDEX_SCHEMA = pa.schema(
         _required("key", pa.string()),  # WebDataset __key__
         _required("status", pa.string()),
         pa.field("label", pa.int32()),  # null: the sample has none
-        _required("offset", pa.int64()),  # of the encoded image in the tar, bytes
+        _required("offset", pa.int64()),  # of the encoded image in the tar, in bytes
         _required("size", pa.int32()),  # of the encoded image, bytes
         _required("width", pa.int32()),  # pixels after EXIF rotation; 0 unless ok
         _required("height", pa.int32()),
@@ -36,12 +36,11 @@ INDEX_SCHEMA = pa.schema(
 )
 """``index/<shard_id>.parquet``: one row per sample, in tar order."""
 
-
 _BOX = ("left", "top", "width", "height")
 
 
 def aug_param_columns(plan: ViewsConfig) -> dict[str, pa.DataType]:
-    """What a plan's options add to each row of its views; an eval pass has none of it."""
+    """Columns that the options of a plan add to each row of its views, except in an eval pass."""
     columns: dict[str, pa.DataType] = {}
     if plan.jitter is not None:
         columns["jitter_order"] = pa.uint8()
@@ -57,12 +56,12 @@ def aug_param_columns(plan: ViewsConfig) -> dict[str, pa.DataType]:
     return columns
 
 
-def part_schema(outputs: Mapping[str, int], drawn: Mapping[str, pa.DataType] | None = None) -> pa.Schema:
+def part_schema(outputs: Mapping[str, int], aug_params: Mapping[str, pa.DataType] | None = None) -> pa.Schema:
     """``parts/<shard_id>/<block>.<sha16>.parquet``: one row per ok sample and view, view-major.
 
     Args:
         outputs: bytes of one stored row of each tensor, by name.
-        drawn: ``aug_param_columns`` of the plan; none of an eval pass.
+        aug_params: ``aug_param_columns`` of the plan; None for an eval pass.
     """
     return pa.schema(
         [
@@ -74,9 +73,9 @@ def part_schema(outputs: Mapping[str, int], drawn: Mapping[str, pa.DataType] | N
             _required("box_width", pa.int32()),
             _required("box_height", pa.int32()),
             _required("flip", pa.bool_()),
-            _required("mix_row", pa.int32()),  # index row of the mixup partner; the own row where nothing is mixed
-            _required("mix_lambda", pa.float32()),  # the own share of the mixed pixels
-            *(_required(name, kind) for name, kind in (drawn or {}).items()),
+            _required("mix_row", pa.int32()),  # index row of the mixup partner; equal to row if nothing is mixed
+            _required("mix_lambda", pa.float32()),  # share of this image in the mixed pixels
+            *(_required(name, kind) for name, kind in (aug_params or {}).items()),
             _required("embedding_norm", pa.float32()),
             pa.field("pixel_digest", pa.binary(16)),  # canary rows: XXH3-128 of the uint8 view
             pa.field("pixel_mean", pa.binary(192)),  # canary rows: uint8 [8,8,3] block means
@@ -86,13 +85,13 @@ def part_schema(outputs: Mapping[str, int], drawn: Mapping[str, pa.DataType] | N
 
 
 class Record(BaseModel):
-    """Written once and never changed; unknown keys mean another format version."""
+    """A JSON record, written once and never changed. Unknown keys mean another format version."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class ViewBlock(Record):
-    """Views start..stop-1 of one shard: the unit of work, commit and loss. The eval pass is a block of its own."""
+    """Views start..stop-1 of one shard: the unit of work and of commits. The eval pass is a separate block."""
 
     start: int = Field(ge=0)
     stop: int = Field(ge=0)
@@ -108,7 +107,7 @@ class ViewBlock(Record):
 
 
 class RowField(Record):
-    """A run of equal numbers inside a stored row."""
+    """A run of numbers of the same type inside a stored row."""
 
     name: str
     dtype: str = Field(description="As NumPy spells it, little-endian: <f4, <f2, <i4, <u2, |u1.")
@@ -119,7 +118,7 @@ class Output(Record):
     """One tensor per row: name, shape without the batch, dtype of the stored numbers, and how they are packed.
 
     ``fields`` are the bytes of a row, one after another. Any name of an encoding parses: a reader ignores outputs that
-    it does not ask for, and refuses an encoding where it would have to decode it.
+    it does not use, and refuses an unknown encoding only when it has to decode it.
     """
 
     name: str
@@ -127,7 +126,9 @@ class Output(Record):
     dtype: str
     encoding: str
     fields: tuple[RowField, ...]
-    temperatures: tuple[float, ...] = Field(default=(), description="At which the encoding keeps facts of its own.")
+    temperatures: tuple[float, ...] = Field(
+        default=(), description="Temperatures for which the encoding stores values."
+    )
 
 
 class FileRef(Record):
@@ -147,7 +148,7 @@ class ByteRange(Record):
 
 
 class ViewRange(Record):
-    """Where one view lies in its part: one range read fetches it, the digest checks it."""
+    """The byte range of one view in its part, fetched by one range read and checked by its digest."""
 
     view: int
     offset: int
@@ -157,7 +158,7 @@ class ViewRange(Record):
 
 
 class Statistics(Record):
-    """Sums, not means, so that any fold of commits is exact in counts and associative in meaning."""
+    """Sums, not means, so that counts are exact in any fold of commits."""
 
     labelled: int = 0
     top1_hits: int = 0
@@ -173,7 +174,7 @@ class Statistics(Record):
 
 
 class Header(Record):
-    """Who writes here. Created before any work; a builder that differs stops at it."""
+    """What a cache is built from. Created before any work; a builder with another header stops."""
 
     format_version: Literal[1] = FORMAT_VERSION
     views_id: str
@@ -218,26 +219,26 @@ class Commit(Record):
 
 
 class BuildLog(Record):
-    """How far one driver has come. Outside of every digest, and gone when the build is finished."""
+    """Progress of one driver. Part of no digest, and removed when the build is finished."""
 
     format_version: Literal[1] = FORMAT_VERSION
     host: str
     process: int
     began_s: float = Field(description="Seconds since 1970.")
     renewed_s: float
-    num_parts: int = Field(description="Of the whole cache as this driver's config wants it.")
-    num_before: int = Field(description="Parts that stood when this driver began.")
+    num_parts: int = Field(description="Parts of the whole cache according to this driver's config.")
+    num_before: int = Field(description="Parts that were committed when this driver began.")
     num_done: int
 
 
 class Relabelled(Record):
-    """Labels that were read again after the build: the indexes in use are those of ``labels/``."""
+    """Labels that were read again after the build. The current indexes are those in ``labels/``."""
 
     data: dict[str, Any] = Field(description="The index settings of these indexes.")
 
 
 class Manifest(Record):
-    """The fold of all commits: constant in size, written last. Without it there is no cache."""
+    """The fold of all commits: constant in size, written last. A cache without it is unfinished."""
 
     format_version: Literal[1] = FORMAT_VERSION
     header_sha256: str
@@ -255,11 +256,11 @@ class Manifest(Record):
     parts: FileRef
     class_means: FileRef | None
     environment: dict[str, Any] = Field(description="Numeric environment of the first part, for messages on drift.")
-    labels: Relabelled | None = Field(None, description="Left out of the record where there is none.")
+    labels: Relabelled | None = Field(None, description="Absent from the record if the cache was never relabelled.")
 
     @model_serializer(mode="wrap")
     def _without_absent_labels(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A cache that was never relabelled has the record that it had before there were such."""
+        """The record of a cache that was never relabelled has no such key, as in earlier versions."""
         body: dict[str, Any] = serialize(self)
         if self.labels is None:
             body.pop("labels", None)

@@ -1,4 +1,4 @@
-"""The document of a recipe: a whole experiment, whose stages are parts of a config. ``stillroom recipe``."""
+"""The document of ``stillroom recipe``: an experiment whose stages are parts of a config."""
 
 from __future__ import annotations
 
@@ -9,25 +9,27 @@ from pydantic import Field, field_validator, model_validator
 from schemas.config import Section, local_path
 
 Stage = dict[str, Any]
-"""A part of a config. It is checked as a config once it is put together."""
+"""A part of a config. It is checked after the parts are merged."""
 
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class GridConfig(Section):
-    """Every student is trained for each of these epochs with each of these seeds: one cell of the table each."""
+    """Every student is trained for each number of epochs with each seed. Each run is one cell of the table."""
 
-    epochs: tuple[Count, ...] | None = Field(None, min_length=1, description="Lengths; null: the stage's train.epochs.")
+    epochs: tuple[Count, ...] | None = Field(
+        None, min_length=1, description="Values of train.epochs; null: that of the stage."
+    )
     seeds: tuple[Seed, ...] = Field((0,), min_length=1, description="Values of train.seed.")
 
 
 class LongTailConfig(Section):
-    """A long-tailed subset: the share that class k of K keeps falls exponentially with k (Cao 2019)."""
+    """A long-tailed subset: the share of class k of K that it has falls exponentially with k (Cao 2019)."""
 
-    shards: str | tuple[str, ...] = Field(description="Of what: URL with braces, or a list.")
+    shards: str | tuple[str, ...] = Field(description="Source shards: URL with braces, or a list.")
     imbalance: float = Field(ge=1, description="Images of the largest class over those of the smallest.")
-    seed: int = Field(0, ge=0, description="Decides which images stay.")
+    seed: int = Field(0, ge=0, description="Determines the images of the subset.")
     shard_size: int = Field(1000, ge=1, description="Images in one written shard.")
 
 
@@ -35,21 +37,25 @@ class RecipeConfig(Section):
     """One document, one table."""
 
     title: str = Field(description="Printed above the table.")
-    out: str = Field(description="Folder of everything that the recipe makes.")
-    vars: dict[str, Any] = Field(default_factory=dict, description="Values and choices of one's own, for ${vars.name}.")
-    images: int | None = Field(None, ge=1, description="Training images, so that a dry run can count steps.")
+    out: str = Field(description="Folder of all outputs of the recipe.")
+    vars: dict[str, Any] = Field(
+        default_factory=dict, description="Values and choices of the recipe, for ${vars.name}."
+    )
+    images: int | None = Field(
+        None, ge=1, description="Number of training images, from which a dry run computes steps."
+    )
     published: dict[str, float] = Field(
-        default_factory=dict, description="Top-1 by name (teacher or a student's) in per cent, as the paper has it."
+        default_factory=dict, description="Top-1 by name (teacher or a student's) in per cent, from the paper."
     )
     subsets: dict[str, LongTailConfig] = Field(
         default_factory=dict, description="Written first, as out/shards/NAME-00000.tar and so on."
     )
     common: Stage = Field(default_factory=dict, description="Keys of all stages.")
-    teacher: Stage = Field(description="A training, or a teacher section with the weights of a teacher that is there.")
-    cache: Stage | None = Field(None, description="The build of the one cache.")
+    teacher: Stage = Field(description="A training, or a teacher section with the weights of an existing teacher.")
+    cache: Stage | None = Field(None, description="The build of a single cache.")
     caches: dict[str, Stage] = Field(default_factory=dict, description="Builds of several, by name.")
     students: dict[str, Stage] = Field(
-        min_length=1, description="Trainings by name; beside a config's, the keys cache (a name) and grid."
+        min_length=1, description="Trainings by name, with the keys of a config and also cache (a name) and grid."
     )
     only: tuple[str, ...] | None = Field(None, min_length=1, description="The students to train; null: all.")
     grid: GridConfig | None = Field(None, description="Lengths and seeds of all students.")

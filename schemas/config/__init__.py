@@ -1,6 +1,6 @@
-"""Every YAML key: typed, frozen, with its meaning and unit. One ``Config``; each command names the sections it needs.
+"""The schema of the YAML config: every key with its type, meaning and unit. Each command requires some sections.
 
-Unknown keys are refused. Nothing here touches a file, a network or a model.
+Unknown keys are refused. This package does no I/O and loads no model.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from schemas.config.views import ErasingConfig, JitterConfig, RandAugmentConfig,
 
 
 class Config(Section):
-    """The one document. ``require`` says which sections a command cannot do without."""
+    """One YAML document. ``require`` checks the keys that a command needs."""
 
     data: DataConfig = Field(default_factory=lambda: DataConfig.model_validate({}))
     teacher: TeacherConfig = Field(default_factory=lambda: TeacherConfig.model_validate({}))

@@ -11,15 +11,19 @@ from schemas.config.section import Section
 
 
 class CacheConfig(Section):
-    """What is kept of the teacher's words, and where."""
+    """Which teacher outputs are stored, and where."""
 
     url: str = Field(description="Folder of the cache; any allowed URL.")
     logits: str = Field("fp16", description="fp32, fp16, int8, int4, topk:k or none: encoding of the logits.")
-    embeddings: Literal["fp32", "fp16", "int8", "none"] = Field("none", description="Of the penultimate embedding.")
+    embeddings: Literal["fp32", "fp16", "int8", "none"] = Field(
+        "none", description="Encoding of the penultimate embedding."
+    )
     class_means: str = Field(
         "none", min_length=1, description="none, eval (one extra eval pass), view0, or the URL of ND's JSON."
     )
-    views_per_part: int = Field(5, ge=1, le=500, description="Views in one part: the unit of work and of loss.")
+    views_per_part: int = Field(
+        5, ge=1, le=500, description="Views in one part, the unit of work: a killed task loses at most one."
+    )
 
     @field_validator("logits")
     @classmethod
@@ -30,5 +34,5 @@ class CacheConfig(Section):
 
     @property
     def class_means_url(self) -> str | None:
-        """Where class means come from that the build does not make itself."""
+        """The URL of imported class means; None if the build computes them or stores none."""
         return None if self.class_means in ("none", "eval", "view0") else self.class_means

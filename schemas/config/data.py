@@ -10,7 +10,7 @@ from schemas.config.section import Section, local_path
 
 
 class DataConfig(Section):
-    """Which images, which labels, and what to do with bad ones."""
+    """Images, labels, and the treatment of bad samples."""
 
     shards: str | tuple[str, ...] | None = Field(
         None, description="Training shards: URL with {a..b} braces, or a list."
@@ -22,11 +22,11 @@ class DataConfig(Section):
     )
     num_classes: int | None = Field(None, ge=2, description="K. Labels must lie in [0, K).")
     cache: str | tuple[str, ...] | None = Field(
-        None, description="URL of a finished teacher cache to train from, or a list: one a teacher."
+        None, description="URL of a finished teacher cache to train from, or a list with one for each teacher."
     )
     index: str | None = Field(None, description="URL of the folder with <shard_id>.parquet; default <run url>/index.")
     bad_samples: Literal["fail", "skip"] = Field(
-        "fail", description="Images that cannot be used: stop, or record and skip."
+        "fail", description="Action for images that cannot be used: stop, or record and skip."
     )
     max_bad_share: float = Field(
         0.1, ge=0, le=1, description="Under skip: a shard with a larger share of bad samples fails."
@@ -37,13 +37,13 @@ class DataConfig(Section):
     max_pixels: int = Field(64_000_000, gt=0, description="Images with more pixels are not decoded (status too_large).")
 
     allow_pixel_drift: int = Field(
-        0, ge=0, le=255, description="Levels by which block means of a canary may differ here from the cache's."
+        0, ge=0, le=255, description="Levels by which block means of a canary may differ from those in the cache."
     )
     local_dir: str | None = Field(
         None, description="Folder on every node for copies of shards and cached views; default: the temporary folder."
     )
     local_bytes: int | None = Field(
-        None, gt=0, description="Bytes a node keeps there at most; default: four fifths of what the disk has for it."
+        None, gt=0, description="Maximum bytes in local_dir on a node; default: four fifths of the free disk space."
     )
 
     @field_validator("local_dir")

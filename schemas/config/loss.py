@@ -1,4 +1,4 @@
-"""``loss``: one section a loss."""
+"""``loss``: one section for each loss."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class DistLoss(LossSection):
     temperature: float = Field(1.0, gt=0, description="T of both softmaxes; the loss is scaled by T².")
     inter_weight: float = Field(1.0, ge=0, description="β: relations among the classes of one sample.")
     intra_weight: float = Field(1.0, ge=0, description="γ: relations among the samples of one class.")
-    gather: bool = Field(False, description="Relations over the global batch instead of each rank's own rows.")
+    gather: bool = Field(False, description="Relations over the global batch instead of the rows of each rank.")
 
 
 class DkdLoss(LossSection):
@@ -45,8 +45,8 @@ class DkdLoss(LossSection):
 
     name: Literal["dkd"]
     temperature: float = Field(4.0, gt=0, description="T of both softmaxes; the loss is scaled by T².")
-    alpha: float = Field(1.0, ge=0, description="Weight of TCKD: target against not target.")
-    beta: float = Field(8.0, ge=0, description="Weight of NCKD: the other classes among themselves.")
+    alpha: float = Field(1.0, ge=0, description="Weight of TCKD: target class against the others.")
+    beta: float = Field(8.0, ge=0, description="Weight of NCKD: relations among the other classes.")
 
 
 class HardLoss(LossSection):
@@ -68,15 +68,17 @@ class ReviewKdLoss(LossSection):
     student_layers: tuple[str, ...] = Field(
         min_length=1, description="Dotted names as in network.named_modules(), shallow to deep."
     )
-    teacher_layers: tuple[str, ...] = Field(min_length=1, description="One beside each of the student's.")
-    mid_channels: int = Field(256, ge=1, description="Channels in which levels are fused; most of the loss's cost.")
-    embedding: bool = Field(True, description="The pooled embeddings are one more level, the deepest.")
+    teacher_layers: tuple[str, ...] = Field(min_length=1, description="One for each of student_layers.")
+    mid_channels: int = Field(
+        256, ge=1, description="Channels of the fused levels; they determine most of the cost of the loss."
+    )
+    embedding: bool = Field(True, description="Use the pooled embeddings as one more level, the deepest.")
 
     @model_validator(mode="after")
     def _check_pairs(self) -> ReviewKdLoss:
         pairs = len(self.student_layers), len(self.teacher_layers)
         if pairs[0] != pairs[1]:
-            raise ValueError(f"{pairs[0]} student_layers and {pairs[1]} teacher_layers; expected one beside each")
+            raise ValueError(f"{pairs[0]} student_layers and {pairs[1]} teacher_layers; expected the same number")
         for key in ("student_layers", "teacher_layers"):
             layers: tuple[str, ...] = getattr(self, key)
             if len({*layers}) < len(layers):
@@ -85,10 +87,10 @@ class ReviewKdLoss(LossSection):
 
 
 class SifnLoss(LossSection):
-    """Longer embeddings step by step, whatever the teacher says; an ablation of the ND paper."""
+    """Increases the norm of embeddings step by step, independent of the teacher; an ablation of the ND paper."""
 
     name: Literal["sifn"]
-    increase: float = Field(1.0, gt=0, description="r: by how much the embedding's norm is to grow.")
+    increase: float = Field(1.0, gt=0, description="r: target increase of the embedding norm.")
 
 
 class CosineLoss(LossSection):
@@ -98,7 +100,7 @@ class CosineLoss(LossSection):
 
 
 class MseLoss(LossSection):
-    """Mean squared difference of the same."""
+    """Mean squared difference of the student's and the teacher's embedding; needs the same."""
 
     name: Literal["mse"]
 

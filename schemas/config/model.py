@@ -14,7 +14,7 @@ Interpolation = Literal["bilinear", "bicubic"]
 
 
 class ModelConfig(Section):
-    """How to build a network and what it eats. Mean, std and size come from the model's own config unless given."""
+    """How to build a network, and its input. Mean, std and size default to the values in the model's config."""
 
     model: str | None = Field(None, description="timm/NAME, torchvision/NAME or python:package.module:factory.")
     weights: str | None = Field("random", description="pretrained, random, or URL of .safetensors/.pt (weights_only).")
@@ -26,12 +26,12 @@ class ModelConfig(Section):
 
     @property
     def weights_url(self) -> str | None:
-        """The file that ``weights`` names, if it names one."""
+        """The URL in ``weights``, if it is one."""
         return None if self.weights in ("random", "pretrained") else self.weights
 
 
 class TeacherModelConfig(ModelConfig):
-    """A network that is asked."""
+    """A network that produces teacher outputs."""
 
     weights: str | None = Field(
         None, description="pretrained, random, or URL of .safetensors/.pt (weights_only). A teacher has no default."
@@ -44,33 +44,33 @@ class TeacherModelConfig(ModelConfig):
 
 
 class OtherTeacherConfig(TeacherModelConfig):
-    """One of several teachers online, beside the first."""
+    """A further online teacher."""
 
     size: int | None = Field(
-        None, ge=1, description="Input height and width in pixels; default views.size, else the model's own."
+        None, ge=1, description="Input height and width in pixels; default views.size, else that of the model."
     )
 
 
 class TeacherConfig(TeacherModelConfig):
-    """The network that is asked, or the first of several."""
+    """The teacher, or the first of several."""
 
-    mode: Literal["none", "cache", "online"] = Field("cache", description="What a student learns from, in training.")
+    mode: Literal["none", "cache", "online"] = Field("cache", description="Source of the supervision in training.")
     others: tuple[OtherTeacherConfig, ...] = Field(
-        (), description="mode online: further teachers, asked about the same views; losses are summed over all."
+        (), description="mode online: further teachers, for the same views; losses are summed over all."
     )
 
     @property
-    def asked(self) -> dict[str, TeacherModelConfig]:
+    def models(self) -> dict[str, TeacherModelConfig]:
         """All teachers of mode online, by the names of their sections."""
         return {"teacher": self, **{f"teacher.others.{number}": other for number, other in enumerate(self.others)}}
 
 
 class StudentConfig(ModelConfig):
-    """The network that learns."""
+    """The network that is trained."""
 
     size: int | None = Field(None, ge=1, description="Input height and width in pixels; default views.size.")
     views: ViewsConfig | None = Field(
-        None, description="Views of the student alone, drawn anew each epoch; null: it sees what its teacher sees."
+        None, description="Separate views for the student, new in each epoch; null: the views of the teacher."
     )
 
     @model_validator(mode="after")
@@ -78,8 +78,8 @@ class StudentConfig(ModelConfig):
         if self.views is None:
             return self
         if self.views.mixes:
-            raise ValueError("views mix images, but the teacher's words are of one image alone; expected crop or eval")
-        # By value, since a run's own copy of its config names every key.
+            raise ValueError("views mix images, but teacher outputs are per image; expected crop or eval")
+        # By value, because the stored config of a run has every key.
         defaults = {name: ViewsConfig.model_fields[name].default for name in ("count", "size")}
         if named := [name for name, default in defaults.items() if getattr(self.views, name) != default]:
             raise ValueError(

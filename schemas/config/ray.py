@@ -12,27 +12,29 @@ _RAY_ADDRESS = re.compile(r"(ray://)?(\[[0-9a-fA-F:.]+\]|[^\s/:]+):[0-9]{1,5}")
 
 
 class RayConfig(Section):
-    """How work is spread."""
+    """How work is distributed."""
 
     address: str = Field("local", description="local, auto, none (no Ray: one process), or ray://host:port.")
-    cpus_per_task: int = Field(1, ge=1, description="CPUs of one cache task; also its decode threads.")
+    cpus_per_task: int = Field(1, ge=1, description="CPUs of one cache task, and the number of its decode threads.")
     gpus_per_task: float = Field(0, ge=0, description="GPUs of one cache task; a fraction lets tasks share one.")
     resources_per_task: dict[str, float] = Field(
-        default_factory=dict, description="Of the cluster's own resources, for one cache task, by name."
+        default_factory=dict, description="Custom resources of the cluster for one cache task, by name."
     )
-    wait_s: float = Field(0, ge=0, description="Seconds to wait for nodes that an autoscaler is to add.")
+    wait_s: float = Field(0, ge=0, description="Seconds to wait for nodes that an autoscaler adds.")
     max_retries: int = Field(
-        3, ge=0, description="Per part, for crashed workers and failing storage; five times as many for lost nodes."
+        3,
+        ge=0,
+        description="Retries of a part after worker crashes and storage failures; five times as many for lost nodes.",
     )
     part_timeout_s: float | None = Field(
         None, gt=0, description="Seconds after which an attempt at a part is ended and retried; null: never."
     )
     num_workers: int = Field(1, ge=1, description="DDP world size.")
-    min_workers: int | None = Field(None, ge=1, description="The smallest world to go on in; null: num_workers.")
-    resize_every_s: float = Field(300, gt=0, description="Seconds between looks for room for more workers.")
+    min_workers: int | None = Field(None, ge=1, description="Smallest world size to continue with; null: num_workers.")
+    resize_every_s: float = Field(300, gt=0, description="Seconds between checks for resources for more workers.")
     cpus_per_worker: int = Field(1, ge=1, description="CPUs of one DDP worker.")
     use_gpu: bool = Field(False, description="One GPU per DDP worker, NCCL; else gloo.")
-    max_failures: int = Field(0, ge=0, description="Restarts of a training whose worker died.")
+    max_failures: int = Field(0, ge=0, description="Restarts of a training after the death of a worker.")
 
     @field_validator("address")
     @classmethod
@@ -47,9 +49,9 @@ class RayConfig(Section):
         for name, amount in resources.items():
             if name in ("CPU", "GPU", "memory", "object_store_memory"):
                 raise ValueError(
-                    f"{name} is Ray's own; expected cpus_per_task, gpus_per_task, or the cluster's own names"
+                    f"{name} is built into Ray; expected cpus_per_task, gpus_per_task, or a custom resource"
                 )
-            # Ray shares a unit among tasks, and gives several only as a whole; it counts in ten-thousandths.
+            # Tasks may share one unit, but get several only as whole units. Ray counts in ten-thousandths.
             if not (0.0001 <= amount <= 1 or (amount >= 1 and amount == int(amount))):
                 raise ValueError(f"{name} is {amount:g}; expected 0.0001 to 1, or a whole number")
         return resources

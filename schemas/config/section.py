@@ -1,4 +1,4 @@
-"""What all sections of the config have in common: frozen, unknown keys refused, true and false no numbers."""
+"""The base of all sections of the config: frozen, refuses unknown keys, and takes no boolean for a number."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
-    """A frozen group of keys that refuses names it does not know."""
+    """A frozen group of keys that refuses unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
     def _refuse_booleans(cls, values: Any) -> Any:
-        """Pydantic takes true for 1, which nobody means."""
+        """Pydantic would convert true to 1."""
         given: dict[str, Any] = values if isinstance(values, dict) else {}
         wrong = [
             InitErrorDetails(
@@ -37,7 +37,7 @@ class Section(BaseModel):
 
 
 def local_path(path: str, *, key: str) -> str:
-    """A path of this machine's file system, which no URL is: as a path it would name a folder such as ``s3:``."""
+    """A local path. A URL is refused, because as a path it would name a folder such as ``s3:``."""
     if "://" in path:
         raise ValueError(f"{key} is {path!r}; expected a local path")
     return path
@@ -49,14 +49,14 @@ def _takes_numbers(annotation: Any) -> bool:
 
 
 def _kinds(annotation: Any) -> Iterator[Any]:
-    """The types of which an annotation is made."""
+    """The annotation and all types inside it."""
     yield annotation
     for inner in get_args(annotation):
         yield from _kinds(inner)
 
 
 def _booleans(value: Any, loc: tuple[str | int, ...]) -> Iterator[tuple[tuple[str | int, ...], bool]]:
-    """The booleans in a value or list, by place."""
+    """The booleans in a value or list, with their locations."""
     if isinstance(value, bool):
         yield loc, value
     elif isinstance(value, list | tuple):

@@ -8,9 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from schemas.config.model import (
-    Precision,
-)
+from schemas.config.model import Precision
 from schemas.config.section import Section, Share
 
 Optimizer = Literal["sgd", "adamw", "lamb", "rmsprop_tf", "soap"]
@@ -28,22 +26,22 @@ class TrainConfig(Section):
 
     epochs: int = Field(1, ge=1, description="Passes over the training rows; epoch e sees one view of each.")
     global_batch_size: int = Field(256, ge=1, description="G, rows per optimiser step over all ranks.")
-    accumulate: int = Field(1, ge=1, description="Micro-batches that a rank's rows of a full step are cut into.")
+    accumulate: int = Field(1, ge=1, description="Number of micro-batches of a rank in a full step.")
     precision: Precision = Field(
-        "fp32", description="Below fp32: autocast, under fp16 with a scaled loss; losses stay fp32."
+        "fp32", description="Below fp32: autocast, with loss scaling under fp16; losses stay fp32."
     )
     optimizer: Optimizer = Field("adamw", description="From torch, timm (lamb, rmsprop_tf), pytorch_optimizer (soap).")
     lr: float = Field(1e-3, gt=0, description="Peak learning rate.")
     momentum: float = Field(0.9, ge=0, lt=1, description="sgd and rmsprop_tf.")
-    nesterov: bool = Field(False, description="sgd alone.")
+    nesterov: bool = Field(False, description="sgd only.")
     betas: tuple[Share, Share] | None = Field(
-        None, description="adamw, lamb, soap: decay a step of both moments; default: the optimiser's own."
+        None, description="adamw, lamb, soap: decay of both moments per step; default: that of the optimiser."
     )
     eps: float | None = Field(
-        None, gt=0, description="All but sgd: added to the divisor; default: the optimiser's own."
+        None, gt=0, description="All except sgd: added to the divisor; default: that of the optimiser."
     )
     alpha: Share | None = Field(
-        None, description="rmsprop_tf: decay a step of the squared gradient; default: the optimiser's own."
+        None, description="rmsprop_tf: decay of the squared gradient per step; default: that of the optimiser."
     )
     weight_decay: float = Field(0.0, ge=0, description="On weights of two or more dimensions only.")
     warmup_steps: int = Field(0, ge=0, description="Step s of the warm-up has (s + 1) / warmup_steps of lr.")
@@ -60,35 +58,38 @@ class TrainConfig(Section):
         None,
         gt=0,
         lt=1,
-        description="Decay a step of averaged weights, which are then evaluated and kept as the model.",
+        description="Decay per step of averaged weights, which are then evaluated and stored as the model.",
     )
-    freeze: tuple[str, ...] = Field((), description="Modules or parameters of the student, by name, that do not learn.")
+    freeze: tuple[str, ...] = Field(
+        (), description="Modules or parameters of the student, by name, that are not trained."
+    )
     compile: bool = Field(False, description="torch.compile of the student.")
     channels_last: bool | None = Field(
-        None, description="Memory layout of the student. Default: channels-last unless its backward can crash on a CPU."
+        None,
+        description="Memory layout of the student. Default: channels-last unless its backward pass can crash on a CPU.",
     )
-    deterministic: bool = Field(False, description="Deterministic algorithms alone, in all of torch.")
+    deterministic: bool = Field(False, description="Only deterministic algorithms, in all of torch.")
     seed: int = Field(0, ge=0, lt=2**63, description="Initial weights, order, dropout.")
-    order: Literal["global", "pinned"] = Field("global", description="Shards permuted per epoch, or by the seed alone.")
+    order: Literal["global", "pinned"] = Field("global", description="Shards permuted per epoch, or once by the seed.")
     lanes: int | None = Field(None, ge=1, description="C; default: the largest divisor of G (pairs: G/2) up to 64.")
     tail: Literal["drop", "short"] = Field("drop", description="Rows beyond the last full global batch.")
     num_workers: int = Field(0, ge=0, description="Loader processes per rank.")
     eval_every_epochs: int = Field(1, ge=0, description="0: only after the last epoch.")
     eval_agreement: bool | None = Field(
         None,
-        description="Agreement with the teacher in each evaluation; true: from a cache too, of the teacher that is "
-        "named beside it. Default: of one online teacher.",
+        description="Agreement with the teacher in each evaluation; true: also for training from a cache, with the "
+        "configured teacher. Default: with a single online teacher.",
     )
-    checkpoint_every_epochs: int = Field(1, ge=1, description="How much a killed run loses at most.")
-    checkpoint_every_steps: int | None = Field(None, ge=1, description="The same within long epochs.")
-    keep_every_epochs: int | None = Field(None, ge=1, description="Epochs between checkpoints that are never replaced.")
+    checkpoint_every_epochs: int = Field(1, ge=1, description="Epochs that a killed run loses at most.")
+    checkpoint_every_steps: int | None = Field(None, ge=1, description="Steps that it loses at most, for long epochs.")
+    keep_every_epochs: int | None = Field(None, ge=1, description="Epochs between permanent checkpoints.")
     tensorboard: bool = Field(False, description="Event files in <run url>/tensorboard.")
 
     @field_validator("milestones")
     @classmethod
     def _check_milestones(cls, milestones: tuple[int, ...]) -> tuple[int, ...]:
-        if any(one >= other for one, other in pairwise(milestones)):
-            raise ValueError(f"milestones are {list(milestones)}; expected each epoch once, in ascending order")
+        if any(left >= right for left, right in pairwise(milestones)):
+            raise ValueError(f"milestones are {list(milestones)}; expected ascending epochs")
         return milestones
 
     @model_validator(mode="after")
@@ -105,12 +106,12 @@ class TrainConfig(Section):
     def _check_optimizer(self) -> TrainConfig:
         for key in ("betas", "eps", "alpha"):
             if getattr(self, key) is not None and key not in _OPTIMIZER_KEYS[self.optimizer]:
-                takers = [name for name, keys in _OPTIMIZER_KEYS.items() if key in keys]
-                raise ValueError(f"{key} is for {', '.join(takers)}, and the optimizer is {self.optimizer}")
+                optimizers = [name for name, keys in _OPTIMIZER_KEYS.items() if key in keys]
+                raise ValueError(f"{key} is for {', '.join(optimizers)}, and the optimizer is {self.optimizer}")
         return self
 
 
 class RunConfig(Section):
-    """Where a training run lives."""
+    """The folder of a training run."""
 
     url: str = Field(description="Folder of the run; any allowed URL.")

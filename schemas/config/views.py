@@ -12,9 +12,9 @@ _AUGMENTING = ("jitter", "randaugment", "erasing")
 
 
 class JitterConfig(Section):
-    """Colour jitter, in one of the 24 orders: drawn factors of brightness, contrast, saturation, and a shift of hue."""
+    """Colour jitter in a random order: sampled factors of brightness, contrast, saturation, and a shift of hue."""
 
-    probability: float = Field(1.0, gt=0, le=1, description="Share of the views that are jittered.")
+    probability: float = Field(1.0, gt=0, le=1, description="Share of the jittered views.")
     brightness: float = Field(0.4, ge=0, le=1, description="b: the factor is uniform in 1 - b to 1 + b.")
     contrast: float = Field(0.4, ge=0, le=1, description="The same, away from the mean of the grey view.")
     saturation: float = Field(0.4, ge=0, le=1, description="The same, away from the grey view.")
@@ -28,7 +28,7 @@ class JitterConfig(Section):
 
 
 class RandAugmentConfig(Section):
-    """Operations drawn with replacement from the 14 of Cubuk 2019, at a strength of 0 to 30."""
+    """Operations sampled with replacement from the 14 of Cubuk 2019, at a strength of 0 to 30."""
 
     num_ops: int = Field(2, ge=1, le=8, description="Operations on each view, one after another.")
     magnitude: float = Field(9.0, ge=0, le=30, description="Strength of an operation; 30 is the strongest.")
@@ -38,11 +38,11 @@ class RandAugmentConfig(Section):
 class ErasingConfig(Section):
     """A box of one colour over a part of the view (Zhong 2017)."""
 
-    probability: float = Field(0.25, gt=0, le=1, description="Share of the views that are erased in part.")
-    area: tuple[float, float] = Field((0.02, 1 / 3), description="Area as a share of the view, drawn uniformly.")
-    aspect: tuple[float, float] = Field((0.3, 10 / 3), description="Width / height, drawn log-uniformly.")
+    probability: float = Field(0.25, gt=0, le=1, description="Share of the partly erased views.")
+    area: tuple[float, float] = Field((0.02, 1 / 3), description="Area as a share of the view, sampled uniformly.")
+    aspect: tuple[float, float] = Field((0.3, 10 / 3), description="Width / height, sampled log-uniformly.")
     fill: Literal["random"] | tuple[Level, Level, Level] = Field(
-        "random", description="Its colour: drawn for each view, or [red, green, blue] from 0 to 255."
+        "random", description="Colour: sampled for each view, or [red, green, blue] from 0 to 255."
     )
 
     @model_validator(mode="after")
@@ -59,23 +59,25 @@ def _check_area_and_aspect(area: tuple[float, float], aspect: tuple[float, float
 
 
 class ViewsConfig(Section):
-    """The plan of augmented views. All of it but count and size is part of the views id."""
+    """The plan of augmented views. The views id depends on all keys except count and size."""
 
     kind: Literal["eval", "crop", "function_matching"] = Field("crop", description="See docs/format.md.")
     count: int = Field(1, ge=1, le=65_535, description="V, views per image in a cache.")
     seed: int = Field(0, ge=0, lt=2**63, description="Views are a pure function of it and the sample id.")
     size: int | None = Field(None, ge=1, description="The teacher's input height and width in pixels.")
-    area: tuple[float, float] = Field((0.05, 1.0), description="Box area as a share of the image, drawn uniformly.")
-    aspect: tuple[float, float] = Field((0.75, 4 / 3), description="Box width / height, drawn log-uniformly.")
+    area: tuple[float, float] = Field((0.05, 1.0), description="Box area as a share of the image, sampled uniformly.")
+    aspect: tuple[float, float] = Field((0.75, 4 / 3), description="Box width / height, sampled log-uniformly.")
     flip: float = Field(0.5, ge=0, le=1, description="Probability of a horizontal flip.")
     crop_fraction: float = Field(0.875, gt=0, le=1, description="Eval views: side of the centred box / shorter edge.")
     mix_group: int = Field(256, ge=2, description="Consecutive ok rows among which mixup partners are matched.")
-    # Null options are left out of the views id, so a further one leaves the ids of present plans as they are.
+    # The views id leaves out null options, so a new option does not change the ids of existing plans.
     jitter: JitterConfig | None = Field(None, description="Colour jitter of the flipped crop.")
     randaugment: RandAugmentConfig | None = Field(None, description="RandAugment, after jitter.")
-    erasing: ErasingConfig | None = Field(None, description="Random erasing, last of what is done to a view alone.")
+    erasing: ErasingConfig | None = Field(
+        None, description="Random erasing, after all other operations on a single view."
+    )
     cutmix: float | None = Field(
-        None, gt=0, le=1, description="Share of the mixed rows that show their partner in a box instead of a blend."
+        None, gt=0, le=1, description="Share of the mixed rows whose partner is pasted as a box instead of blended."
     )
 
     @model_validator(mode="after")

@@ -21,7 +21,7 @@ _SHARDS_LOOKED_AT = 16
 
 def advice(config: Config, facts: SupervisionSpec, source: RowSource, *, world_size: int) -> list[str]:
     """One line each. Only DIST is known to suffer from what labels show, so without it no label is read."""
-    told = random_weights_warnings(config.teacher.asked) if config.teacher.mode != "none" else []
+    told = random_weights_warnings(config.teacher.models) if config.teacher.mode != "none" else []
     terms = [term for term in config.loss if isinstance(term, DistLoss) and term.weight]
     if not terms:
         return told

@@ -117,7 +117,7 @@ def _open(config: Config, urls: Sequence[str]) -> tuple[TeacherCache, ...]:
 
 
 def _means_caches(config: Config) -> tuple[TeacherCache | None, ...]:
-    urls = [section.class_means for section in config.teacher.asked.values()]
+    urls = [section.class_means for section in config.teacher.models.values()]
     opened = iter(_open(config, [url for url in urls if url is not None]))
     return tuple(None if url is None else next(opened) for url in urls)
 

@@ -123,7 +123,7 @@ def _check_caches(urls: Sequence[str]) -> None:
 def _check_others(config: Config) -> None:
     """Twice the same words would weigh as two teachers': ``others`` are those beside the first, who is not listed."""
     seen: list[dict[str, Any]] = []
-    for (where, section), size in zip(config.teacher.asked.items(), asked_sizes(config), strict=True):
+    for (where, section), size in zip(config.teacher.models.items(), asked_sizes(config), strict=True):
         words = {**section.model_dump(include=_OF_WORDS), "size": size}
         if words in seen:
             raise ConfigError(
@@ -159,15 +159,15 @@ def _check_teacher_needs(config: Config, loss: CompositeLoss) -> None:
                 f"a loss needs the teacher's {words}", where="teacher.mode", got=mode, expected="cache or online"
             )
     if mode == "online":
-        require(config, *(f"{name}.model" for name in config.teacher.asked), command="train with teacher.mode=online")
-        for where, section in config.teacher.asked.items():
+        require(config, *(f"{name}.model" for name in config.teacher.models), command="train with teacher.mode=online")
+        for where, section in config.teacher.models.items():
             require_weights(section, where=where)
         if loss.needs_class_means:
             _require_class_means(config)
 
 
 def _require_class_means(config: Config) -> None:
-    for where, section in config.teacher.asked.items():
+    for where, section in config.teacher.models.items():
         if section.class_means is None:
             raise ConfigError(
                 "nd needs class means, and a teacher online makes none",
@@ -230,7 +230,7 @@ def check_means_serve(config: Config, loss: CompositeLoss, facts: SupervisionSpe
     """
     if facts.caches or not loss.needs_class_means:
         return
-    for name, cache in zip(config.teacher.asked, facts.means_caches, strict=True):
+    for name, cache in zip(config.teacher.models, facts.means_caches, strict=True):
         assert cache is not None, "check_config has seen to it"
         where = f"{name}.class_means: {redact(cache.url)}"
         if cache.manifest.class_means is None:

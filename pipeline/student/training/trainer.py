@@ -177,7 +177,7 @@ def _check_labels(loss: CompositeLoss, source: RowSource, facts: SupervisionSpec
 def _online_supervision(
     config: Config, loss: CompositeLoss, facts: SupervisionSpec, source: RowSource, device: torch.device
 ) -> Supervision:
-    asked = config.teacher.asked
+    asked = config.teacher.models
     teachers = tuple(
         load_teacher(section, num_classes=facts.num_classes, size=size, device=device, where=name)
         for (name, section), size in zip(asked.items(), asked_sizes(config), strict=True)

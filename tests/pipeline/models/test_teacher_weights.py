@@ -107,7 +107,7 @@ def test_random_weights_are_warned_of_by_plan_build_and_training(
 
 def test_weights_from_a_file_and_no_teacher_at_all_are_not_warned_of() -> None:
     def warnings(teacher: dict[str, Any]) -> list[str]:
-        return random_weights_warnings(Config.model_validate({"teacher": teacher}).teacher.asked)
+        return random_weights_warnings(Config.model_validate({"teacher": teacher}).teacher.models)
 
     assert warnings({}) == warnings({"weights": "random"}) == warnings({**NETWORK, "weights": "a.pt"}) == []
     others = {**NETWORK, "weights": "a.pt", "others": [{**NETWORK, "weights": "random"}]}

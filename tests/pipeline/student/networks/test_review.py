@@ -230,7 +230,7 @@ def test_a_layer_that_is_not_there_is_told_with_the_nearest_and_those_that_serve
 @pytest.mark.parametrize(
     ("keys", "told"),
     [
-        ({"student_layers": ["conv1"]}, "1 student_layers and 2 teacher_layers; expected one beside each"),
+        ({"student_layers": ["conv1"]}, "1 student_layers and 2 teacher_layers; expected the same number"),
         ({"teacher_layers": ["layer2", "layer2"]}, "teacher_layers names a layer twice"),
         ({"student_layers": [], "teacher_layers": []}, "at least 1 item"),
     ],
