@@ -1,4 +1,4 @@
-"""Small caches for tests: built by the plain loop that any job amounts to, and read back by hand."""
+"""Small caches for tests, built by a plain loop."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from schemas.config import CacheConfig, Config
 
 
 def digit_samples(count: int) -> Iterator[tuple[str, Members]]:
-    """Handwritten digits on coloured grounds, in sizes that differ, so that no axis can be taken for another."""
+    """Handwritten digits on coloured backgrounds, in different sizes, so that a mixed-up axis is noticed."""
     digits, random = load_digits(), np.random.default_rng(0)
     for row in range(count):
         ink = np.kron(digits.images[row] / 16, np.ones((3, 3)))
-        inputs, stroke = random.uniform(0, 255, (2, 3))
-        pixels = (inputs + (stroke - inputs) * ink[:, :, None]).astype(np.uint8)
+        background, stroke = random.uniform(0, 255, (2, 3))
+        pixels = (background + (stroke - background) * ink[:, :, None]).astype(np.uint8)
         image = Image.fromarray(pixels).resize((17 + row % 7, 23 - row % 5))
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
@@ -39,7 +39,7 @@ def digit_samples(count: int) -> Iterator[tuple[str, Members]]:
 
 @dataclass(frozen=True, slots=True)
 class TinyCache:
-    """A finished cache of one's own, and the config that built it."""
+    """A finished cache, and the config that built it."""
 
     url: str
     config: Config
@@ -80,13 +80,13 @@ def build(config: Config, tasks: Iterable[PartTask] | None = None) -> Manifest:
 
 
 def copy_of(cache: TinyCache, folder: Path) -> TinyCache:
-    """The same cache under another URL, to do as one likes with."""
+    """A copy of the cache, which a test may change."""
     shutil.copytree(cache.url, folder)
     section = cache_section(cache.config).model_copy(update={"url": str(folder)})
     return TinyCache(str(folder), cache.config.model_copy(update={"cache": section}))
 
 
 def files(url: str) -> dict[str, bytes]:
-    """Every file of a cache by relative path, but for those of ``log/``."""
+    """Every file of a cache by relative path, except those of ``log/``."""
     paths = (path for path in storage.listing(url) if not path.startswith("log/"))
     return {path: storage.read(storage.join(url, path)) for path in paths}

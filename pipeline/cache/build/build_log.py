@@ -23,7 +23,7 @@ from pipeline.core.hashing import seal
 from pipeline.core.redaction import redact
 from schemas.cache_format import BuildLog
 
-_RENEW_S = 30.0
+RENEW_S = 30.0
 SILENT_S = 600.0
 """A driver that has not renewed its record for longer has most likely ended."""
 _logger = logging.getLogger(__name__)
@@ -72,12 +72,12 @@ class BuildLogWriter:
         self._num_done = num_done
         if num_done > self._log.num_before:
             self._has_progress.set()
-            if self._clock() - self._log.renewed_s < _RENEW_S:
+            if self._clock() - self._log.renewed_s < RENEW_S:
                 return
         self._write()
 
     def _renew_until_progress(self) -> None:
-        while not self._has_progress.wait(_RENEW_S):
+        while not self._has_progress.wait(RENEW_S):
             try:
                 self._write()
             except StillroomError as error:

@@ -14,7 +14,7 @@ from pipeline.core.hashing import canonical_json
 from schemas.cache_format import Commit, ViewBlock
 
 # Rows of the table of parts that are Python objects at one time, before they become columns.
-_ROWS_PER_BATCH = 100_000
+ROWS_PER_BATCH = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +140,7 @@ class _PartsTable:
             )
             for view in commit.views
         )
-        if len(self._rows) >= _ROWS_PER_BATCH:
+        if len(self._rows) >= ROWS_PER_BATCH:
             self._pack()
 
     def _pack(self) -> None:

@@ -22,6 +22,16 @@ _MAX_NUMBER_BYTES = 64
 """A number takes 25 bytes at full precision, and its indent at most as many."""
 
 
+_FAULTS = {
+    "config.class-means-empty": "this file has no class means",
+    "config.class-means-overflow": "a class mean is too large for float32",
+    "config.class-means-not-json": "this file of class means is not one JSON object",
+    "config.class-means-unknown-class": "this file of class means has a class that the teacher does not have",
+    "config.class-means-not-numbers": "a class mean is not a list of numbers",
+    "config.class-means-wrong-width": "a class mean differs in width from the teacher's embedding",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class NdMeans:
     """Means of the C classes of a file, in ascending order of the classes."""
@@ -51,13 +61,13 @@ def parse_nd_json(data: bytes, *, num_classes: int, embedding_dim: int, where: s
     tree = _load(data, where)
     classes = sorted((_class_id(key, num_classes, where), key) for key in tree)
     if not classes:
-        _refuse("empty", "this file has no class means", where, got="{}")
+        _refuse("config.class-means-empty", where, got="{}")
     rows = [_row(tree[key], key, embedding_dim, where) for _, key in classes]
     with np.errstate(over="ignore"):
         mean_CD = np.array(rows, np.float64).astype(np.float32)
     bad = np.flatnonzero(~np.isfinite(mean_CD).all(axis=1))
     if len(bad):
-        _refuse("overflow", "a class mean is too large for float32", where, got=f"class {classes[bad[0]][0]}")
+        _refuse("config.class-means-overflow", where, got=f"class {classes[bad[0]][0]}")
     return NdMeans(np.array([number for number, _ in classes], np.int32), mean_CD)
 
 
@@ -65,9 +75,9 @@ def _load(data: bytes, where: str) -> dict[str, Any]:
     try:
         tree = json.loads(data, object_pairs_hook=_unrepeated, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        _refuse("not-json", "this file of class means is not one JSON object", where, got=str(error), cause=error)
+        _refuse("config.class-means-not-json", where, got=str(error), cause=error)
     if not isinstance(tree, dict):
-        _refuse("not-json", "this file of class means is not one JSON object", where, got=f"a {type(tree).__name__}")
+        _refuse("config.class-means-not-json", where, got=f"a {type(tree).__name__}")
     return tree
 
 
@@ -88,8 +98,7 @@ def _class_id(key: str, num_classes: int, where: str) -> int:
     is_canonical = key.isascii() and key.isdigit() and len(key) <= len(str(num_classes)) and str(int(key)) == key
     if not is_canonical or int(key) >= num_classes:
         _refuse(
-            "unknown-class",
-            "this file of class means has a class that the teacher does not have",
+            "config.class-means-unknown-class",
             where,
             got=f"key {key[:40]!r}",
             expected=f"class ids 0 to {num_classes - 1}",
@@ -99,17 +108,10 @@ def _class_id(key: str, num_classes: int, where: str) -> int:
 
 def _row(row: object, key: str, embedding_dim: int, where: str) -> list[float]:
     if not isinstance(row, list) or any(type(value) not in (int, float) for value in row):
-        _refuse(
-            "not-numbers",
-            "a class mean is not a list of numbers",
-            where,
-            got=f"class {key}",
-            expected=f"{embedding_dim} numbers",
-        )
+        _refuse("config.class-means-not-numbers", where, got=f"class {key}", expected=f"{embedding_dim} numbers")
     if len(row) != embedding_dim:
         _refuse(
-            "wrong-width",
-            "a class mean differs in width from the teacher's embedding",
+            "config.class-means-wrong-width",
             where,
             got=f"class {key}: {len(row)} numbers",
             expected=f"{embedding_dim} numbers",
@@ -117,12 +119,11 @@ def _row(row: object, key: str, embedding_dim: int, where: str) -> list[float]:
     try:
         return [float(value) for value in row]
     except OverflowError as error:
-        _refuse("overflow", "a class mean is too large for float32", where, got=f"class {key}", cause=error)
+        _refuse("config.class-means-overflow", where, got=f"class {key}", cause=error)
 
 
 def _refuse(
-    fault: str,
-    what: str,
+    code: str,
     where: str,
     *,
     got: str,
@@ -130,8 +131,8 @@ def _refuse(
     cause: Exception | None = None,
 ) -> NoReturn:
     raise ConfigError(
-        what,
-        code=f"config.class-means-{fault}",
+        _FAULTS[code],
+        code=code,
         where=where,
         got=got,
         expected=expected,

@@ -117,7 +117,7 @@ _REPEATED = ("shard_id", "path", "part_sha256", "footer_digest")
 
 
 @dataclass(frozen=True, slots=True)
-class _PartsIndex:
+class PartsIndex:
     """Finds the row of a (shard, view) with 16 bytes a row. A dict of ten million pairs would take gigabytes.
 
     Attributes:
@@ -133,7 +133,7 @@ class _PartsIndex:
     row_P: NDArray[np.int64]
 
     @classmethod
-    def of(cls, table: pa.Table) -> _PartsIndex:
+    def of(cls, table: pa.Table) -> PartsIndex:
         shards = table["shard_id"].unify_dictionaries().combine_chunks()
         key_P = _key(shards.indices.to_numpy().astype(np.int64), table["view"].to_numpy().astype(np.int64))
         row_P = np.argsort(key_P, kind="stable")
@@ -178,8 +178,8 @@ class TeacherCache:
         return [ShardEntry(*row) for row in zip(*columns, strict=True)]
 
     @cached_property
-    def _parts(self) -> _PartsIndex:
-        return _PartsIndex.of(read_table(self.url, self.manifest.parts, repeated=_REPEATED))
+    def _parts(self) -> PartsIndex:
+        return PartsIndex.of(read_table(self.url, self.manifest.parts, repeated=_REPEATED))
 
     def index(self, shard: ShardEntry) -> ShardIndex:
         """The shard's index, checked against the manifest."""

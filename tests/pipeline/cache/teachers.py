@@ -1,4 +1,4 @@
-"""Teachers with the faults that a cache has to notice, for ``python:tests.pipeline.cache.teachers:…``."""
+"""Teachers with faults that a build detects, for ``python:tests.pipeline.cache.teachers:…``."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 scale = 1.0
-"""What an edit of the user's code would change: it is in no state dict."""
+"""Changed by tests like code of a user: it is not in the state dict."""
 
 
-room = 1000
-"""Rows that ``Large`` finds memory for."""
+max_rows = 1000
+"""The largest batch for which ``Large`` has memory."""
 
 
 class Scaled(nn.Module):
@@ -27,31 +27,31 @@ class Scaled(nn.Module):
 
 
 class NanOnPlainImages(Scaled):
-    """Divides by the contrast of an image, which an image of one colour has none of."""
+    """Divides by the contrast of an image, which is zero for one colour."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * torch.where(_contrast(x) < 1e-3, torch.nan, 1.0)
 
 
 class Loud(Scaled):
-    """Logits beyond fp16's 65,504."""
+    """Logits beyond 65,504, the largest fp16 number."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + 1e5
 
 
 class NanOnNoise(Scaled):
-    """Runs on smooth images, so that it can be loaded, and breaks on rough ones."""
+    """Works on smooth images, so that it can be loaded, and produces NaN on rough ones."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * torch.where(_contrast(x) > 0.9, torch.nan, 1.0)
 
 
 class Large(Scaled):
-    """Runs out of memory, as CUDA tells it, beyond ``room`` rows."""
+    """Runs out of memory beyond ``max_rows`` rows, with the error of CUDA."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if len(x) > room:
+        if len(x) > max_rows:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore lines")
         return super().forward(x)
 
@@ -60,11 +60,11 @@ def do_nothing() -> None: ...
 
 
 during_forward: Callable[[], None] = do_nothing
-"""What ``Disturbed`` runs while it computes: the work of another process in the middle of a part."""
+"""Called by ``Disturbed`` in its forward pass, in the place of another process."""
 
 
 class Disturbed(Scaled):
-    """Lets a test act while a part is built."""
+    """Lets a test act during the build of a part."""
 
     def forward(self, x: Tensor) -> Tensor:
         during_forward()
@@ -72,7 +72,7 @@ class Disturbed(Scaled):
 
 
 class HotOnWhite(Scaled):
-    """A white image makes logits that fp16 has no numbers for; noise of all colours does not."""
+    """Produces logits beyond fp16 on a white image, but not on noise."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__(num_classes)

@@ -168,7 +168,7 @@ def test_a_batch_beyond_memory_is_refused_with_a_size_that_ran(
     loaded, smaller = (
         teacher(size, model="python:tests.pipeline.cache.teachers:Large", kwargs={}) for size in (batch_size, fits)
     )
-    monkeypatch.setattr(teachers, "room", room)
+    monkeypatch.setattr(teachers, "max_rows", room)
     with pytest.raises(ResourceError, match=rf"batch_size={batch_size}\n[\s\S]*set teacher\.batch_size={fits},"):
         loaded.infer(pixels(4))
     assert smaller.infer(pixels(4)).logits_NK.shape == (4, 10)
@@ -176,7 +176,7 @@ def test_a_batch_beyond_memory_is_refused_with_a_size_that_ran(
 
 def test_a_single_row_beyond_memory_is_refused_without_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = teacher(4, model="python:tests.pipeline.cache.teachers:Large", kwargs={})
-    monkeypatch.setattr(teachers, "room", 0)
+    monkeypatch.setattr(teachers, "max_rows", 0)
     with pytest.raises(ResourceError, match=r"memory for a single row[\s\S]*a smaller views\.size") as caught:
         loaded.infer(pixels(4))
     assert "set teacher.batch_size" not in str(caught.value)

@@ -15,7 +15,7 @@ from pipeline import storage
 from pipeline.cache.build.commit import CommitSummary, read_commit_summaries, stream_commits
 from pipeline.cache.build.fold import fold_commits
 from pipeline.cache.format import layout
-from pipeline.cache.read.reader import _PartsIndex as PartsIndex  # pyright: ignore[reportPrivateUsage]
+from pipeline.cache.read.reader import PartsIndex
 from pipeline.core.hashing import seal
 from schemas.cache_format import ByteRange, Commit, FileRef, Statistics, ViewBlock, ViewRange
 
@@ -101,7 +101,7 @@ def test_a_summary_has_the_fields_of_its_commit() -> None:
 def test_the_table_of_parts_is_the_same_however_it_is_packed(
     monkeypatch: pytest.MonkeyPatch, rows_at_once: int
 ) -> None:
-    monkeypatch.setattr("pipeline.cache.build.fold._ROWS_PER_BATCH", rows_at_once)
+    monkeypatch.setattr("pipeline.cache.build.fold.ROWS_PER_BATCH", rows_at_once)
     commits = [commit_of(shard, start, start + 2) for shard in ("a", "b") for start in (0, 2, 4)]
     rows = fold_commits(commits, ["a", "b"]).parts.to_pylist()
     assert [(row["shard_id"], row["view"], row["digest"]) for row in rows] == [

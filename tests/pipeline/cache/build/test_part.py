@@ -453,7 +453,7 @@ def test_infinity_in_half_precision_names_the_samples(tiny_config: TinyConfig, t
 def test_a_batch_beyond_memory_is_found_before_any_work(
     tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(teachers, "room", 6)
+    monkeypatch.setattr(teachers, "max_rows", 6)
     config = tiny_config(teacher={"model": "python:tests.pipeline.cache.teachers:Large", "kwargs": {}, "batch_size": 8})
     with pytest.raises(ResourceError, match=r"model\.out-of-memory[\s\S]*teacher\.batch_size=4"):
         prepare(config)
