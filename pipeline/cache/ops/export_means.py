@@ -1,4 +1,4 @@
-"""A cache's class means as a file of their own, for those who train with ND elsewhere."""
+"""Exports the class means of a cache as the JSON file that other implementations of ND read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.shards.index import NO_LABEL
 
 @dataclass(frozen=True, slots=True)
 class ExportedMeans:
-    """What a written file holds: how many classes of how many numbers, and the classes of the teacher it lacks."""
+    """The number of written classes, D, and the classes of the teacher that have no mean."""
 
     num_written: int
     embedding_dim: int
@@ -25,10 +25,10 @@ class ExportedMeans:
 
 
 def export_means(cache_url: str, out_url: str, *, full_precision: bool) -> ExportedMeans:
-    """Writes the class means of a finished cache as ND's JSON; classes without a mean are left out.
+    """Writes the class means of a finished cache as JSON; classes without a mean are left out.
 
     Args:
-        full_precision: every digit of the fp32 means instead of four decimals.
+        full_precision: all digits of the fp32 means instead of four decimals.
 
     Raises:
         CacheError: there is no such cache, or it has no class means.
@@ -38,8 +38,9 @@ def export_means(cache_url: str, out_url: str, *, full_precision: bool) -> Expor
     if means is None:
         raise CacheError(
             "this cache has no class means",
+            code="cache.no-class-means",
             where=redact(cache_url),
-            next_step="build a cache with cache.class_means=eval (into another cache.url)",
+            next_step="build a cache with cache.class_means=eval into another cache.url",
         )
     has_mean_K = np.asarray(np.isfinite(means.mean_KD).all(axis=1))
     order = _first_seen(cache, has_mean_K)
@@ -50,7 +51,7 @@ def export_means(cache_url: str, out_url: str, *, full_precision: bool) -> Expor
 
 
 def _first_seen(cache: TeacherCache, has_mean_K: NDArray[np.bool_]) -> list[int]:
-    """The classes that have a mean, in the order of their first sample; those without a sample last, ascending."""
+    """The classes with a mean, in the order of their first sample; then those without a sample, ascending."""
     order: dict[int, None] = {}
     num_expected = int(has_mean_K.sum())
     for shard in cache.shards:

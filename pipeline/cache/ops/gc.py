@@ -1,4 +1,4 @@
-"""Remove what no commit names: files of builders that were killed or lost a race, and their temporary files."""
+"""Removes files that no commit names: those of builders that were killed or lost a race, and temporary files."""
 
 from __future__ import annotations
 
@@ -19,16 +19,21 @@ from pipeline.core.redaction import quoted, redact
 
 @dataclass(frozen=True, slots=True)
 class GcReport:
-    """Facts for a screen or for ``--json``. Bytes are of the files; ``removed`` would be, under ``dry_run``."""
+    """The result for a screen or for ``--json``.
+
+    Attributes:
+        removed: paths that were removed, or would be without ``dry_run``.
+        freed_bytes: size of these files.
+        num_young: files that no record names and that may belong to a running builder: they stay.
+        num_former: tables and class means that an extension replaced and that stay; ``former_bytes`` is their size.
+    """
 
     url: str
     dry_run: bool
     removed: tuple[str, ...]
     freed_bytes: int
     num_young: int
-    """Files that nothing names and that may be the work of a running builder: they were kept."""
     num_former: int
-    """Tables and class means that an extension replaced, and that were kept."""
     former_bytes: int
 
     def as_dict(self) -> dict[str, Any]:
@@ -38,57 +43,55 @@ class GcReport:
 def collect_garbage(
     cache_url: str, *, min_age_s: float, former: bool = False, dry_run: bool = False, now_s: float | None = None
 ) -> GcReport:
-    """Removes files that neither a commit nor the manifest names. Files of other names than a build gives stay.
+    """Removes files that neither a commit nor the manifest names, if a build gives such names.
 
     Args:
-        min_age_s: younger files stay: a running builder publishes a part before the commit that names it.
-        former: also what an extension replaced, which runs that were begun before it still read.
+        min_age_s: younger files stay, because a running builder publishes a part before the commit that names it.
+        former: also removes files that an extension replaced, and that runs with an older manifest read.
         now_s: seconds since 1970.
 
     Raises:
-        CacheError: there is no cache here, or a commit or the manifest is damaged: then nobody can say what it names.
+        CacheError: there is no cache here; or a commit or the manifest is damaged, so that the named files are unknown.
     """
     read_header(cache_url)
     now_s = time.time() if now_s is None else now_s
-    # Listed before the commits are read: what is committed in between is there, and named.
+    # Listed before the commits are read, so that every listed file of a new commit is named.
     entries = storage.entries(cache_url)
-    is_quiet = all(_is_old(entry, now_s - min_age_s) for entry in entries)
-    garbage = _garbage(cache_url, entries)
-    kept = [entry for entry in entries if entry.path.startswith(layout.FORMER) and not entry.is_temporary]
+    unnamed = _unnamed(cache_url, entries)
+    former_entries = [entry for entry in entries if entry.path.startswith(layout.FORMER) and not entry.is_temporary]
     if former:
-        garbage, kept = garbage + kept, []
-    # A builder may be about to commit a part of an index that it found here, however old; nothing renews its time.
-    old = [
-        entry
-        for entry in garbage
-        if _is_old(entry, now_s - min_age_s) and (is_quiet or not layout.is_index(entry.path))
+        unnamed, former_entries = unnamed + former_entries, []
+    # A running builder may be about to commit a part that uses an index which it did not write: then the index may be
+    # old, and only other files are young.
+    is_idle = all(_is_old(entry, now_s - min_age_s) for entry in entries)
+    removed = [
+        entry for entry in unnamed if _is_old(entry, now_s - min_age_s) and (is_idle or not layout.is_index(entry.path))
     ]
     if not dry_run:
-        for entry in old:
+        for entry in removed:
             storage.delete(storage.join(cache_url, entry.path))
     return GcReport(
         url=redact(cache_url),
         dry_run=dry_run,
-        removed=tuple(entry.path for entry in old),
-        freed_bytes=sum(entry.size_bytes for entry in old),
-        num_young=len(garbage) - len(old),
-        num_former=len(kept),
-        former_bytes=sum(entry.size_bytes for entry in kept),
+        removed=tuple(entry.path for entry in removed),
+        freed_bytes=sum(entry.size_bytes for entry in removed),
+        num_young=len(unnamed) - len(removed),
+        num_former=len(former_entries),
+        former_bytes=sum(entry.size_bytes for entry in former_entries),
     )
 
 
 def remove_unused_header(
     cache_url: str, *, force: bool = False, dry_run: bool = False, now_s: float | None = None
 ) -> GcReport:
-    """Removes the header of a cache to which nothing is committed, and what would bind a build with another header: its
-    indexes, its imported class means and its build logs.
+    """Removes the header of a cache without commits, and its indexes, imported class means and build logs: a build with
+    another header cannot use these.
 
-    A builder that commits between the check and the removal keeps its header, and this raises. One that commits later
-    claims the cache again, or stops because another builder has claimed it: see ``_publish_commit`` of
-    ``pipeline.cache.build.part``.
+    If a builder commits during the removal, the header is created again and this function raises. A builder that
+    commits later claims the cache again, or stops if another builder has claimed it.
 
     Args:
-        force: also while a build is logged as running.
+        force: removes the header even if a build is logged as running.
         now_s: seconds since 1970.
 
     Raises:
@@ -105,7 +108,7 @@ def remove_unused_header(
     if not dry_run:
         for entry in entries:
             storage.delete(storage.join(cache_url, entry.path))
-        # Last: what is left by an interruption is removed by running this again.
+        # Last, so that the command can be repeated after an interruption.
         storage.delete(url)
         try:
             _check_unused(cache_url)
@@ -129,7 +132,7 @@ def _check_unused(cache_url: str) -> None:
             "this header is in use: parts are committed under it",
             code="cache.header-in-use",
             where=redact(cache_url),
-            next_step="build into another cache.url; to discard this cache, delete its folder",
+            next_step="build into another cache.url, or delete the folder to discard this cache",
         )
 
 
@@ -141,9 +144,9 @@ def _check_no_running_build(cache_url: str, now_s: float) -> None:
             "a build of this cache is logged as running",
             code="cache.build-running",
             where=where,
-            got=f"process {log.process} on {log.host}, heard from {max(now_s - log.renewed_s, 0):.0f} s ago",
-            expected=f"no record of a build, or one that is {SILENT_S:.0f} s old",
-            next_step="stop that build, or wait; if it was killed, run: "
+            got=f"process {log.process} on {log.host}, last sign {max(now_s - log.renewed_s, 0):.0f} s ago",
+            expected=f"no build log, or one without a sign for {SILENT_S:.0f} s",
+            next_step="stop that build, or wait until it ends; if it was killed, run: "
             f"stillroom cache gc {quoted(cache_url)} --unused-header --force",
         )
 
@@ -153,18 +156,19 @@ def _is_bound_to_header(path: str) -> bool:
 
 
 def _is_old(entry: storage.Entry, limit_s: float) -> bool:
-    """Of a file whose time the store does not tell, nobody knows."""
+    """False if the store gives no time."""
     return entry.modified_s is not None and entry.modified_s <= limit_s
 
 
-def _garbage(cache_url: str, entries: Sequence[storage.Entry]) -> list[storage.Entry]:
-    ours = [entry.path for entry in entries if layout.owner(entry.path) is not None or layout.is_index(entry.path)]
-    stray = set(ours) - named_files(stream_commits(cache_url)) - _named_by_manifest(cache_url)
-    return [entry for entry in entries if entry.is_temporary or entry.path in stray]
+def _unnamed(cache_url: str, entries: Sequence[storage.Entry]) -> list[storage.Entry]:
+    """Temporary files, and parts, class sums and indexes that neither a commit nor the manifest names."""
+    built = {entry.path for entry in entries if layout.owner(entry.path) is not None or layout.is_index(entry.path)}
+    unnamed = built - named_files(stream_commits(cache_url)) - _named_by_manifest(cache_url)
+    return [entry for entry in entries if entry.is_temporary or entry.path in unnamed]
 
 
 def _named_by_manifest(cache_url: str) -> set[str]:
-    """Parts and indexes that a training reads, whatever has become of their commits."""
+    """Parts and indexes that a training reads, even if their commits are gone."""
     if not storage.exists(storage.join(cache_url, layout.MANIFEST)):
         return set()
     manifest = read_manifest(cache_url)[0]

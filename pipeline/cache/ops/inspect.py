@@ -1,4 +1,4 @@
-"""One screen about a cache: what it holds, or how far its build has come."""
+"""A summary of a cache: its content, or the progress of its build."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from pipeline.shards.labels import LabelCount, label_warning
 from schemas.cache_format import BuildLog, Header, Manifest, Output, Statistics
 from schemas.config import ViewsConfig
 
-# A driver may be silent for as long as so many parts take.
+# A driver that builds long parts may give no sign for the time of so many parts.
 _SILENT_PARTS = 10
 
 
 @dataclass(frozen=True, slots=True)
 class CacheReport:
-    """Facts for a screen or for ``--json``. Shares are of 1, sizes in bytes; None: not known (yet).
+    """The result for a screen or for ``--json``. Shares are of 1, sizes in bytes; None: unknown.
 
-    What stands in commits is counted at any time: ``shards_begun``, parts, rows and bytes. Totals of the cache are
-    known once it is finished. A build that has not ended says how many parts it plans, who builds, how long ago it was
-    heard of and how long it still takes (None too after a long silence).
+    ``shards_begun``, parts, rows and bytes are those of the commits; totals of the cache are known once it is finished.
+    ``num_parts_planned``, ``builder``, ``last_heard_s`` (seconds since its last sign) and ``eta_s`` are those of a
+    running build; ``eta_s`` is None after a long silence.
     """
 
     url: str
@@ -71,13 +71,16 @@ class CacheReport:
 
 
 def inspect_cache(cache_url: str, *, now_s: float | None = None) -> CacheReport:
-    """Reads header, manifest and commits; of a build under way, its log too. ``now_s``: seconds since 1970.
+    """Reads header, manifest and commits, and the log of a running build.
+
+    Args:
+        now_s: seconds since 1970.
 
     Raises:
         CacheError: there is no cache here, or it is damaged.
     """
     header = read_header(cache_url)
-    # One after another: with their counts of classes, many are more than memory holds.
+    # Streamed: with their class counts, the commits of many shards do not fit into memory.
     commits: list[CommitSummary] = []
     fold = StatisticsFold()
     for commit in stream_commits(cache_url):
@@ -94,14 +97,14 @@ def inspect_cache(cache_url: str, *, now_s: float | None = None) -> CacheReport:
     settings = manifest.labels.data if manifest and manifest.labels else header.data
     finished_cache = cache_url if finished else None
     warning = None if labels is None else label_warning(labels, reading_rules(settings), finished_cache=finished_cache)
-    size_bytes = sum(commit.part_size_bytes for commit in commits)
+    size_bytes, model = sum(commit.part_size_bytes for commit in commits), header.teacher["architecture"]["model"]
     statistics = manifest.statistics if manifest else fold.result()
     return CacheReport(
         url=redact(cache_url),
         finished=finished,
         fingerprint=header.fingerprint,
         views_id=header.views_id,
-        teacher=f"{_model(header)}, {header.num_classes} classes, {header.teacher['precision']}",
+        teacher=f"{model}, {header.num_classes} classes, {header.teacher['precision']}",
         views=f"{', '.join(_view_names(header))}, seed {header.views['seed']}, {header.teacher['size']} px",
         num_shards=manifest.num_shards if manifest else None,
         num_ok=manifest.num_ok if manifest else None,
@@ -129,7 +132,7 @@ def inspect_cache(cache_url: str, *, now_s: float | None = None) -> CacheReport:
 def _labels(
     cache_url: str, header: Header, commits: list[CommitSummary], manifest: Manifest | None
 ) -> LabelCount | None:
-    """None where no labels are read, nothing is committed, or an index cannot be read, which ``verify`` tells."""
+    """None if no labels are read, nothing is committed, or an index is not readable, which ``verify`` reports."""
     reads_labels = header.data["label"] is not None or (manifest is not None and manifest.labels is not None)
     if not reads_labels or not commits:
         return None
@@ -140,34 +143,30 @@ def _labels(
 
 
 def _eta_s(log: BuildLog, num_commits: int, now_s: float) -> float | None:
-    """By the mean time of the parts that this driver has made so far."""
-    made = log.num_done - log.num_before
-    if not made:
+    """From the mean time of the parts that this driver has built so far."""
+    num_built = log.num_done - log.num_before
+    if not num_built:
         return None
-    part_s = (log.renewed_s - log.began_s) / made
+    part_s = (log.renewed_s - log.began_s) / num_built
     if now_s - log.renewed_s > max(SILENT_S, _SILENT_PARTS * part_s):
         return None
     return max(log.num_parts - num_commits, 0) * part_s
 
 
 def _view_names(header: Header) -> list[str]:
-    """The kind of views, and the options of the plan."""
+    """The kind of the views and the options of the plan."""
     options = (name for name, field in ViewsConfig.model_fields.items() if field.default is None)
     return [str(header.views["kind"]), *(name for name in options if name in header.views)]
 
 
-def _model(header: Header) -> str:
-    return str(header.teacher["architecture"]["model"])
-
-
 def _encoding(header: Header, output: Output) -> str:
-    word = header.teacher["logits" if output.name == "logits" else "embeddings"]
-    return f"{word} {list(output.shape)}, {row_bytes(output)} bytes a row"
+    encoding = header.teacher["logits" if output.name == "logits" else "embeddings"]
+    return f"{encoding} {list(output.shape)}, {row_bytes(output)} bytes a row"
 
 
 def _fidelity(header: Header, statistics: Statistics) -> dict[str, Any]:
-    """Means over the sampled rows, of stored numbers against fp32: KL and 1 − correlation at each temperature, share of
-    rows whose largest class is another, cosine of embeddings."""
+    """Means over sampled rows of stored against fp32 outputs: KL and 1 − correlation at each temperature, share of rows
+    with another largest class, cosine of embeddings."""
     rows = statistics.fidelity_rows
     logits, embedding = (rows if header.output(name) else 0 for name in ("logits", "embedding"))
     return {

@@ -1,6 +1,6 @@
-"""Labels of a finished cache read again from its shards, without the teacher: labels decide no teacher output.
+"""Reads the labels of a finished cache again from its shards. No teacher runs: its outputs do not depend on labels.
 
-The indexes of the build stay, since commits and pinned manifests name them. The new ones have their content's hash in
+The indexes of the build stay, because commits and pinned manifests name them. The new indexes have their digests in
 their names, and a manifest that names them is published last.
 """
 
@@ -35,17 +35,17 @@ from pipeline.shards.tar import read_samples
 from schemas.cache_format import Manifest, Relabelled, Statistics
 from schemas.config import DataConfig
 
-_NUM_PEEKED = 8
-_HITS = ("labelled", "top1_hits", "top5_hits")
+_NUM_SHARD_HEADS = 8
+_HIT_COUNTS = ("labelled", "top1_hits", "top5_hits")
 
 
 @dataclass(frozen=True, slots=True)
 class Relabelling:
-    """What a relabelling came to.
+    """The result of ``relabel``.
 
     Attributes:
-        lost_means: class means that the build computed by its own labels are left out.
-        num_given: shards that were read where ``shard_urls`` of ``relabel`` has them.
+        lost_means: the new manifest lacks the class means, because the build computed them from its labels.
+        num_given: shards whose URL was given in ``shard_urls``.
     """
 
     label: str
@@ -56,7 +56,7 @@ class Relabelling:
 
 
 @dataclass(frozen=True, slots=True)
-class _OfShard:
+class _ShardLabels:
     index_sha256: str
     size_bytes: int
     num_images: int
@@ -72,95 +72,99 @@ def relabel(
     threads: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> Relabelling:
-    """Publishes a manifest whose indexes have the labels that the shards hold now. Reads every shard, decodes nothing.
+    """Publishes a manifest whose indexes have the current labels of the shards. Reads every shard, decodes no image.
 
-    Shards may have been packed again: samples, their order and the bytes of their images must be those of the build.
+    Shards may have been packed again with the same samples, order and image bytes as in the build.
 
     Args:
-        label: member extension of the class index; default: the cache's.
-        shard_urls: where the shards are, by id; of others, where the build found them. The manifest has these places.
-        progress: called with the number of shards done and of all.
+        label: member extension of the class index; default: that of the cache.
+        shard_urls: where the shards are, by id; default: where the build read them. The new manifest names these URLs.
+        progress: called with the number of finished shards and of all shards.
 
     Raises:
-        CacheError: the cache is not finished, damaged, or was changed meanwhile.
-        ConfigError: no label is named, or a shard that the cache does not have.
-        ShardError: a shard is missing, has other samples or images than the build saw, or a label that cannot be used;
-            or no sample has that member.
+        CacheError: the cache is unfinished, damaged, or was changed meanwhile.
+        ConfigError: there is no label to read, or a named shard is not in the cache.
+        ShardError: a shard is missing, has other samples or images than in the build, or an invalid label; or no sample
+            has the member.
     """
     cache = open_cache(cache_url)
-    data = _reading(cache, label)
+    data = _data_config(cache, label)
     urls = {shard.shard_id: cache.shard_url(shard) for shard in cache.shards}
     given = shard_urls or {}
-    if strange := sorted(given.keys() - urls.keys()):
+    if unknown := sorted(given.keys() - urls.keys()):
         raise ConfigError(
-            "shards are named that this cache does not have",
+            "this cache does not have all named shards",
             code="cache.relabel-unknown-shards",
             where="--shards",
-            got=f"{len(strange)} of {len(given)} shards, such as {strange[0]}",
+            got=f"{len(unknown)} of {len(given)} shards, such as {unknown[0]}",
             expected=f"the names of the cache's shards: {new_place(urls.values())}",
-            next_step="correct the names, or leave --shards out where the shards are where the build found them",
+            next_step="correct the names, or omit --shards if the shards are still where the build read them",
         )
     urls.update(given)
     storage.check_names(cache_url, (layout.relabelled_path(shard, "0" * 64).rpartition("/")[2] for shard in urls))
-    found: list[_OfShard] = []
+    shards: list[_ShardLabels] = []
 
-    def relabel_shard(shard: ShardEntry) -> _OfShard:
+    def relabel_shard(shard: ShardEntry) -> _ShardLabels:
         return _relabel_shard(cache, shard, data, urls[shard.shard_id])
 
     with report_moved([*urls.values()], "append --shards {}"):
         _check_member(cache, data, urls)
-        for of_shard in map_ordered(relabel_shard, cache.shards, threads=threads, name="relabel"):
-            found.append(of_shard)
+        for shard in map_ordered(relabel_shard, cache.shards, threads=threads, name="relabel"):
+            shards.append(shard)
             if progress is not None:
-                progress(len(found), len(cache.shards))
-    manifest = _publish(cache, data, found, urls)
-    num_labelled = sum(of_shard.class_counts.total() for of_shard in found)
-    count = LabelCount(num_labelled, sum(of_shard.num_images for of_shard in found), len(found))
-    lost = cache.manifest.class_means is not None and manifest.class_means is None
-    return Relabelling(str(data.label), count, manifest.statistics, lost, len(given))
+                progress(len(shards), len(cache.shards))
+    manifest = _publish(cache, data, shards, urls)
+    num_labelled = sum(shard.class_counts.total() for shard in shards)
+    return Relabelling(
+        label=str(data.label),
+        count=LabelCount(num_labelled, sum(shard.num_images for shard in shards), len(shards)),
+        statistics=manifest.statistics,
+        lost_means=cache.manifest.class_means is not None and manifest.class_means is None,
+        num_given=len(given),
+    )
 
 
-def _reading(cache: TeacherCache, label: str | None) -> DataConfig:
+def _data_config(cache: TeacherCache, label: str | None) -> DataConfig:
     rules = reading_rules(cache.data)
     label = label or rules.label
     if label is None:
         raise ConfigError(
-            "this cache was built without labels, and no member is named that holds them",
+            "this cache was built without labels, and --label is missing",
             code="cache.relabel-without-label",
             where=redact(cache.url),
             got="data.label: null",
             next_step=f"run: stillroom cache relabel {quoted(cache.url)} --label cls",
         )
-    # Samples that the build left out are in its index as well.
+    # The index of the build lists the skipped samples as well.
     return rules.model_copy(update={"label": label, "bad_samples": "skip"})
 
 
 def _check_member(cache: TeacherCache, data: DataConfig, urls: Mapping[str, str]) -> None:
-    """A wrong member is known from the first samples, before all shards are read."""
-    seen = [
+    """Finds a wrong member in the first samples of a few shards, before all shards are read."""
+    heads = [
         read_shard_head(url, data, size_bytes=storage.size(url))
-        for url in (urls[shard.shard_id] for shard in evenly_spaced(cache.shards, _NUM_PEEKED))
+        for url in (urls[shard.shard_id] for shard in evenly_spaced(cache.shards, _NUM_SHARD_HEADS))
     ]
-    found = LabelCount.from_labels([one.label_N for one in seen], [one.members for one in seen])
-    check_label_member(found, data, where=redact(cache.url), option="--label ")
+    count = LabelCount.from_labels([head.label_N for head in heads], [head.members for head in heads])
+    check_label_member(count, data, where=redact(cache.url), option="--label ")
 
 
-def _relabel_shard(cache: TeacherCache, shard: ShardEntry, data: DataConfig, url: str) -> _OfShard:
+def _relabel_shard(cache: TeacherCache, shard: ShardEntry, data: DataConfig, url: str) -> _ShardLabels:
     with storage.scratch_folder() as scratch:
         local = storage.local_copy(url, scratch)
-        index = _relabelled(cache.index(shard), data, local, where=redact(url))
+        index = _with_labels(cache.index(shard), data, local, where=redact(url))
         size_bytes = local.stat().st_size
     encoded = encode_index(index, index_settings(data))
     sha256 = digest(encoded)
-    # Equal content has an equal name; written also where it is there, since that file may be damaged.
+    # Equal content has an equal name. An existing file is replaced, because it may be damaged.
     storage.write(storage.join(cache.url, layout.relabelled_path(shard.shard_id, sha256)), encoded)
     label_M = index.label[index.ok]
     class_counts = Counter[int](label_M[label_M != NO_LABEL].tolist())
-    return _OfShard(sha256, size_bytes, len(label_M), class_counts, _hits(cache, shard, label_M))
+    return _ShardLabels(sha256, size_bytes, len(label_M), class_counts, _count_hits(cache, shard, label_M))
 
 
-def _relabelled(index: ShardIndex, data: DataConfig, local: Path, *, where: str) -> ShardIndex:
-    """The index with the labels and places that the shard has now."""
+def _with_labels(index: ShardIndex, data: DataConfig, local: Path, *, where: str) -> ShardIndex:
+    """The index with the current labels and offsets of the shard."""
     samples = [
         (sample.key, xxhash.xxh3_64_intdigest(sample.data), sample.label, sample.offset)
         for sample in read_samples(local, data, where=where)
@@ -168,14 +172,15 @@ def _relabelled(index: ShardIndex, data: DataConfig, local: Path, *, where: str)
     keys: list[str] = index.keys.to_pylist()
     expected = list(zip(keys, index.content_hash.tolist(), strict=True))
     if (got := [(key, content_hash) for key, content_hash, *_ in samples]) != expected:
-        row = next((row for row, (one, other) in enumerate(zip(got, expected, strict=False)) if one != other), None)
+        rows = enumerate(zip(got, expected, strict=False))
+        row = next((row for row, (got_sample, expected_sample) in rows if got_sample != expected_sample), None)
         raise ShardError(
-            "this shard holds other samples or images than the cache was built from",
+            "this shard has other samples or images than those of the build",
             code="cache.relabel-other-images",
             where=where if row is None else f"{where}, row {row}, key {expected[row][0]}",
             got=f"{len(got)} samples" if row is None else f"key {got[row][0]}, content hash {got[row][1]:016x}",
             expected=f"{len(expected)} samples" if row is None else f"content hash {expected[row][1]:016x}",
-            next_step="restore the images, or build another cache: other images need the teacher",
+            next_step="restore the images, or build another cache: other images need new teacher outputs",
         )
     return replace(
         index,
@@ -184,40 +189,40 @@ def _relabelled(index: ShardIndex, data: DataConfig, local: Path, *, where: str)
     )
 
 
-def _hits(cache: TeacherCache, shard: ShardEntry, label_M: NDArray[np.int32]) -> Counter[str]:
-    """Of the stored logits of view 0, where images are not mixed: one view is enough for a teacher's accuracy."""
+def _count_hits(cache: TeacherCache, shard: ShardEntry, label_M: NDArray[np.int32]) -> Counter[str]:
+    """Hits of the stored logits of view 0; none if its images are mixed. One view suffices for the accuracy."""
     if cache.header.views["kind"] == "function_matching" or cache.header.output("logits") is None or not len(label_M):
         return Counter()
     logits_MK = cache.view(shard.shard_id, 0).logits_NK
     assert logits_MK is not None, "the header has such an output"
-    known = label_M != NO_LABEL
-    rank = class_ranks(logits_MK[known], label_M[known])
-    return Counter(labelled=int(known.sum()), top1_hits=int((rank < 1).sum()), top5_hits=int((rank < 5).sum()))
+    labelled = label_M != NO_LABEL
+    rank = class_ranks(logits_MK[labelled], label_M[labelled])
+    return Counter(labelled=int(labelled.sum()), top1_hits=int((rank < 1).sum()), top5_hits=int((rank < 5).sum()))
 
 
-def _publish(cache: TeacherCache, data: DataConfig, found: list[_OfShard], urls: dict[str, str]) -> Manifest:
+def _publish(cache: TeacherCache, data: DataConfig, shards: list[_ShardLabels], urls: dict[str, str]) -> Manifest:
     if read_manifest(cache.url)[1] != cache.manifest_bytes:
         raise CacheError(
             "the cache was changed while its labels were read",
             code="cache.changed-meanwhile",
             where=redact(cache.url),
-            next_step="run the command again once no build is running",
+            next_step="run the command again when no build is running",
         )
-    hits = sum((of_shard.hits for of_shard in found), Counter[str]())
+    hits = sum((shard.hits for shard in shards), Counter[str]())
     classes = Counter[int]()
     if hits["labelled"]:
-        for of_shard in found:
-            classes.update(of_shard.class_counts)
+        for shard in shards:
+            classes.update(shard.class_counts)
     statistics = cache.manifest.statistics.model_copy(
-        update={**{name: hits[name] for name in _HITS}, "class_counts": dict(sorted(classes.items()))}
+        update={**{name: hits[name] for name in _HIT_COUNTS}, "class_counts": dict(sorted(classes.items()))}
     )
     table = read_table(cache.url, cache.manifest.shards)
-    # The offsets of the new indexes hold for the shards that were read, so these are the cache's shards from now on.
+    # The offsets of the new indexes are those of the shards that were read, so the manifest names these shards.
     base, paths = relative(urls)
     for name, values in (
         ("path", pa.array([paths[shard.shard_id] for shard in cache.shards], pa.string())),
-        ("size_bytes", pa.array([of_shard.size_bytes for of_shard in found], pa.int64())),
-        ("index_sha256", pa.array([of_shard.index_sha256 for of_shard in found], pa.string())),
+        ("size_bytes", pa.array([shard.size_bytes for shard in shards], pa.int64())),
+        ("index_sha256", pa.array([shard.index_sha256 for shard in shards], pa.string())),
     ):
         table = table.set_column(table.schema.get_field_index(name), name, values)
     is_imported = imported_sha256(cache.header) is not None

@@ -1,4 +1,4 @@
-"""Labels of a finished cache are read again without the teacher; pinned runs, digests and verification stay whole."""
+"""Labels of a finished cache are read again without a teacher; pinned runs and verification still work."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ NUM, SHARD_SIZE = 20, 10
 CLASSES = [int(members["cls"]) for _, members in digit_samples(NUM)]
 
 
-def packed(folder: Path, label: str | None, *, shift: int = 0, swapped: bool = False) -> list[str]:
-    """Two shards whose classes, moved on by ``shift``, are in the member ``label``; None: only as JSON."""
+def pack(folder: Path, label: str | None, *, shift: int = 0, swapped: bool = False) -> list[str]:
+    """Packs two shards with the classes, plus ``shift``, in the member ``label``; None: only in a JSON member."""
 
     def samples() -> Iterator[tuple[str, Members]]:
-        found = list(digit_samples(NUM))
-        images = [members["png"] for _, members in found]
+        digits = list(digit_samples(NUM))
+        images = [members["png"] for _, members in digits]
         if swapped:
             images[0], images[1] = images[1], images[0]
-        for (key, members), image in zip(found, images, strict=True):
+        for (key, members), image in zip(digits, images, strict=True):
             index = (int(members["cls"]) + shift) % 10
             text = {"json": json.dumps({"class": index}).encode()} if label is None else {label: str(index).encode()}
             yield key, {"png": image, **text}
@@ -46,7 +46,7 @@ def packed(folder: Path, label: str | None, *, shift: int = 0, swapped: bool = F
     return pack_shards(samples(), f"{folder}/s-%02d.tar", shard_size=SHARD_SIZE)
 
 
-def built(tiny_config: TinyConfig, shards: list[str], **sections: Any) -> Config:
+def build_config(tiny_config: TinyConfig, shards: list[str], **sections: Any) -> Config:
     keys = {"views": {"kind": "crop"}, "cache": {"class_means": "none"}, **sections}
     config = tiny_config(**{**keys, "data": {"shards": shards, **keys.get("data", {})}})
     build(config)
@@ -58,31 +58,31 @@ def labels(cache: TeacherCache) -> list[int]:
 
 
 def test_shards_packed_again_with_labels_give_a_cache_its_labels(tiny_config: TinyConfig, tmp_path: Path) -> None:
-    config = built(tiny_config, packed(tmp_path / "json", None))
+    config = build_config(tiny_config, pack(tmp_path / "json", None))
     url = cache_section(config).url
     before = files(url)
     assert labels(open_cache(url)) == [-1] * NUM
-    again = dict(zip(shard_urls(config), packed(tmp_path / "cls", "cls"), strict=True))
-    found = relabel(url, shard_urls=again, threads=2)
-    assert str(found.count) == f"{NUM} of {NUM}"
+    again = dict(zip(shard_urls(config), pack(tmp_path / "cls", "cls"), strict=True))
+    relabelling = relabel(url, shard_urls=again, threads=2)
+    assert str(relabelling.count) == f"{NUM} of {NUM}"
     cache = open_cache(url)
     assert labels(cache) == CLASSES
-    # By hand, from the stored logits of view 0.
+    # Hits of the stored logits of view 0.
     hits = sum(
         int((view.argmax(1) == cache.index(shard).label).sum())
         for shard in cache.shards
         if (view := cache.view(shard.shard_id, 0).logits_NK) is not None
     )
-    assert (found.statistics.labelled, found.statistics.top1_hits) == (NUM, hits)
+    assert (relabelling.statistics.labelled, relabelling.statistics.top1_hits) == (NUM, hits)
     report = inspect_cache(url)
     assert (report.teacher_top1, report.labels) == (hits / NUM, f"{NUM} of {NUM}")
-    # Nothing that a commit or a pinned manifest names was touched.
+    # No file that a commit or a pinned manifest names is changed.
     after = files(url)
     assert {path for path, data in before.items() if after[path] != data} == {
         "manifest.json",
         "manifest/shards.parquet",
     }
-    # From now on the cache names the shards that its labels were read from, since others have other offsets.
+    # The cache names the shards that its labels were read from, because the others have other offsets.
     assert [cache.shard_url(shard) for shard in cache.shards] == [*again.values()]
     for given in (again, None):
         verified = verify_cache(url, shard_urls=given)
@@ -91,11 +91,11 @@ def test_shards_packed_again_with_labels_give_a_cache_its_labels(tiny_config: Ti
     assert train(run_config(config, tmp_path / "run", **moved))["steps"] == 3
 
 
-@pytest.mark.parametrize("data", [{}, {"label": "txt"}], ids=["left to the cache", "named"])
-def test_another_member_of_the_same_shards_holds_the_labels(
+@pytest.mark.parametrize("data", [{}, {"label": "txt"}], ids=["default", "named"])
+def test_labels_may_be_in_another_member_of_the_same_shards(
     tiny_config: TinyConfig, tmp_path: Path, data: dict[str, str]
 ) -> None:
-    config = built(tiny_config, packed(tmp_path / "txt", "txt"))
+    config = build_config(tiny_config, pack(tmp_path / "txt", "txt"))
     url = cache_section(config).url
     relabel(url, label="txt")
     assert open_cache(url).data["label"] == "txt"
@@ -103,25 +103,25 @@ def test_another_member_of_the_same_shards_holds_the_labels(
     assert train(run_config(config, tmp_path / "run", loss=CE, data=data, train={"epochs": 1}))["steps"] == 3
 
 
-def test_a_pinned_manifest_keeps_its_labels(tiny_config: TinyConfig, tmp_path: Path) -> None:
-    config = built(tiny_config, packed(tmp_path / "a", "cls"))
+def test_a_pinned_manifest_has_its_former_labels(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    config = build_config(tiny_config, pack(tmp_path / "a", "cls"))
     url = cache_section(config).url
     pinned = read_manifest(url)[1]
-    others = dict(zip(shard_urls(config), packed(tmp_path / "b", "cls", shift=3), strict=True))
-    relabel(url, shard_urls=others)
+    shifted = dict(zip(shard_urls(config), pack(tmp_path / "b", "cls", shift=3), strict=True))
+    relabel(url, shard_urls=shifted)
     assert labels(open_cache(url, manifest_bytes=pinned)) == CLASSES
     assert labels(open_cache(url)) == [(label + 3) % 10 for label in CLASSES]
-    # Twice gives the same files.
+    # A second call writes the same files.
     before = files(url)
-    relabel(url, shard_urls=others)
+    relabel(url, shard_urls=shifted)
     assert files(url) == before
 
 
 def test_other_images_are_refused_and_nothing_is_published(tiny_config: TinyConfig, tmp_path: Path) -> None:
-    config = built(tiny_config, packed(tmp_path / "a", "cls"))
+    config = build_config(tiny_config, pack(tmp_path / "a", "cls"))
     url = cache_section(config).url
     before = read_manifest(url)[1]
-    swapped = dict(zip(shard_urls(config), packed(tmp_path / "b", "cls", swapped=True), strict=True))
+    swapped = dict(zip(shard_urls(config), pack(tmp_path / "b", "cls", swapped=True), strict=True))
     with pytest.raises(ShardError) as caught:
         relabel(url, shard_urls=swapped)
     assert caught.value.code == "cache.relabel-other-images"
@@ -130,7 +130,7 @@ def test_other_images_are_refused_and_nothing_is_published(tiny_config: TinyConf
 
 
 def test_shards_that_the_cache_does_not_have_are_refused(tiny_config: TinyConfig, tmp_path: Path) -> None:
-    config = built(tiny_config, packed(tmp_path / "a", "cls"))
+    config = build_config(tiny_config, pack(tmp_path / "a", "cls"))
     url = cache_section(config).url
     before = files(url)
     with pytest.raises(ConfigError) as caught:
@@ -140,21 +140,21 @@ def test_shards_that_the_cache_does_not_have_are_refused(tiny_config: TinyConfig
     assert files(url) == before
 
 
-def test_some_shards_may_be_elsewhere_and_are_counted(tiny_config: TinyConfig, tmp_path: Path) -> None:
-    config = built(tiny_config, packed(tmp_path / "a", "cls"))
+def test_moved_shards_may_be_some_of_all_and_are_counted(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    config = build_config(tiny_config, pack(tmp_path / "a", "cls"))
     url = cache_section(config).url
     first, second = shard_urls(config)
-    elsewhere = packed(tmp_path / "b", "cls", shift=3)[0]
-    found = relabel(url, shard_urls={first: elsewhere})
-    assert (found.num_given, found.count.num_shards) == (1, 2)
+    elsewhere = pack(tmp_path / "b", "cls", shift=3)[0]
+    relabelling = relabel(url, shard_urls={first: elsewhere})
+    assert (relabelling.num_given, relabelling.count.num_shards) == (1, 2)
     cache = open_cache(url)
     assert [cache.shard_url(shard) for shard in cache.shards] == [elsewhere, shard_urls(config)[second]]
-    assert "shards: 1 read as --shards names them, 1 where the build found them" in describe(found)
+    assert "shards: 1 read as --shards names them, 1 where the build found them" in describe(relabelling)
     assert not verify_cache(url).problems
 
 
-def test_a_wrong_member_and_no_member_are_refused(tiny_config: TinyConfig, tmp_path: Path) -> None:
-    config = built(tiny_config, packed(tmp_path / "a", None), data={"label": None})
+def test_a_missing_label_option_and_a_wrong_member_are_refused(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    config = build_config(tiny_config, pack(tmp_path / "a", None), data={"label": None})
     url = cache_section(config).url
     with pytest.raises(ConfigError) as no_label:
         relabel(url)
@@ -166,8 +166,8 @@ def test_a_wrong_member_and_no_member_are_refused(tiny_config: TinyConfig, tmp_p
     assert wrong.value.next_step == "append --label MEMBER"
 
 
-def test_a_cache_that_was_changed_meanwhile_is_left_alone(tiny_config: TinyConfig, tmp_path: Path) -> None:
-    config = built(tiny_config, packed(tmp_path / "a", "cls"))
+def test_a_cache_that_was_changed_meanwhile_is_not_relabelled(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    config = build_config(tiny_config, pack(tmp_path / "a", "cls"))
     url = cache_section(config).url
     extended = config.model_copy(update={"views": config.views.model_copy(update={"count": 4})})
 
@@ -181,8 +181,8 @@ def test_a_cache_that_was_changed_meanwhile_is_left_alone(tiny_config: TinyConfi
     assert open_cache(url).num_views == 4
 
 
-def test_labels_stay_until_something_is_built(tiny_config: TinyConfig, tmp_path: Path) -> None:
-    config = built(tiny_config, packed(tmp_path / "a", "txt"))
+def test_new_labels_stay_until_a_build_adds_something(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    config = build_config(tiny_config, pack(tmp_path / "a", "txt"))
     url = cache_section(config).url
     relabel(url, label="txt")
     stored = read_manifest(url)[1]
@@ -195,21 +195,23 @@ def test_labels_stay_until_something_is_built(tiny_config: TinyConfig, tmp_path:
     assert not verify_cache(url).problems
 
 
-def test_class_means_of_former_labels_are_left_out(tiny_config: TinyConfig, tmp_path: Path) -> None:
-    url = cache_section(built(tiny_config, packed(tmp_path / "a", "cls"), cache={"class_means": "eval"})).url
+def test_class_means_of_the_former_labels_are_left_out(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    url = cache_section(build_config(tiny_config, pack(tmp_path / "a", "cls"), cache={"class_means": "eval"})).url
     assert relabel(url).lost_means
     assert open_cache(url).class_means() is None
     assert not verify_cache(url).problems
 
 
-def test_a_damaged_index_of_labels_is_found(tiny_config: TinyConfig, tmp_path: Path) -> None:
-    url = cache_section(built(tiny_config, packed(tmp_path / "a", "cls"))).url
+def test_a_damaged_index_with_new_labels_is_found(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    url = cache_section(build_config(tiny_config, pack(tmp_path / "a", "cls"))).url
     relabel(url)
     path = next(path for path in files(url) if path.startswith("labels/"))
     Path(url, path).write_bytes(storage.read(storage.join(url, path))[:-9])
     assert {problem.file for problem in verify_cache(url).problems} == {path}
 
 
-def test_a_cache_that_was_never_relabelled_has_the_record_that_it_had(tiny_config: TinyConfig, tmp_path: Path) -> None:
-    url = cache_section(built(tiny_config, packed(tmp_path / "a", "cls"))).url
+def test_the_manifest_of_a_cache_that_was_never_relabelled_has_no_labels(
+    tiny_config: TinyConfig, tmp_path: Path
+) -> None:
+    url = cache_section(build_config(tiny_config, pack(tmp_path / "a", "cls"))).url
     assert "labels" not in json.loads(read_manifest(url)[1])

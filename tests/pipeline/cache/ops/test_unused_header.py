@@ -1,4 +1,4 @@
-"""A header without commits can be removed so that another build begins, and no cache ever mixes two headers."""
+"""A header without commits can be removed so that another build can begin; no cache mixes two headers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from pipeline.cache.build.context import prepare
 from pipeline.cache.build.part import PartTask, build_part
 from pipeline.cache.format import layout
 from pipeline.cache.format.header import find_header, read_header
-from pipeline.cache.ops import gc as gc_module
 from pipeline.cache.ops.gc import remove_unused_header
 from pipeline.cache.verify import verify_cache
 from pipeline.core.errors import CacheError
@@ -28,7 +27,7 @@ def url_of(config: Config) -> str:
     return cache_section(config).url
 
 
-def log_of(config: Config, *, renewed_s: float) -> BuildLogWriter:
+def write_log(config: Config, *, renewed_s: float) -> BuildLogWriter:
     log = BuildLogWriter(url_of(config), num_parts=6, num_before=0, clock=lambda: renewed_s)
     log.update(0)
     return log
@@ -36,11 +35,11 @@ def log_of(config: Config, *, renewed_s: float) -> BuildLogWriter:
 
 @pytest.fixture
 def disturbed(tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Configs whose teacher runs ``act`` once, in the middle of the next part."""
+    """Configs, and a function that registers a call for their teacher's next forward."""
 
     def config(**overrides: Any) -> Config:
-        own = {"model": "python:tests.pipeline.cache.teachers:Disturbed", "kwargs": {}, "mean": [0.5] * 3}
-        return tiny_config(teacher=own, **overrides)
+        teacher = {"model": "python:tests.pipeline.cache.teachers:Disturbed", "kwargs": {}, "mean": [0.5] * 3}
+        return tiny_config(teacher=teacher, **overrides)
 
     def during_the_next_part(act: Any) -> None:
         def once() -> None:
@@ -52,7 +51,7 @@ def disturbed(tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch) -> Any:
     return config, during_the_next_part
 
 
-def test_a_builder_that_differs_from_an_unused_header_gets_the_command_that_removes_it(tiny_config: TinyConfig) -> None:
+def test_the_error_about_an_unused_header_has_the_command_that_removes_it(tiny_config: TinyConfig) -> None:
     config = tiny_config()
     prepare(config)
     with pytest.raises(CacheError) as caught:
@@ -66,10 +65,10 @@ def test_a_builder_that_differs_from_an_unused_header_gets_the_command_that_remo
     assert caught.value.code == "cache.other-header"
 
 
-def test_after_the_removal_another_config_builds_the_cache_that_it_would_have_built_at_first(
+def test_after_the_removal_another_config_builds_the_same_cache_as_without_the_first_build(
     tiny_config: TinyConfig, built_cache: TinyCache
 ) -> None:
-    # The index of a first pass whose part was never committed says which members it read.
+    # The index settings of a part that was never committed name another label member.
     wrong, right = tiny_config(data={"label": "nothing"}, cache={"class_means": "none"}), tiny_config()
     task = PartTask(wrong, shard_urls(wrong)["digits-00"], open_tasks(wrong)[0].block)
     prepare(wrong)
@@ -101,16 +100,16 @@ def test_a_header_with_a_commit_or_a_manifest_stays(tiny_cache: TinyCache) -> No
     assert find_header(tiny_cache.url) is not None
 
 
-def test_no_cache_is_an_error_of_its_own(tmp_path: Path) -> None:
+def test_a_missing_cache_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CacheError) as caught:
         remove_unused_header(str(tmp_path))
     assert caught.value.code == "cache.missing"
 
 
-def test_a_running_build_protects_its_header_until_it_is_silent_or_force_is_given(tiny_config: TinyConfig) -> None:
+def test_the_header_of_a_running_build_stays_until_its_log_is_old_or_force_is_given(tiny_config: TinyConfig) -> None:
     config, now_s = tiny_config(), time.time()
     prepare(config)
-    log_of(config, renewed_s=now_s)
+    write_log(config, renewed_s=now_s)
     with pytest.raises(CacheError) as caught:
         remove_unused_header(url_of(config), now_s=now_s + SILENT_S - 1)
     assert caught.value.code == "cache.build-running"
@@ -121,7 +120,7 @@ def test_a_running_build_protects_its_header_until_it_is_silent_or_force_is_give
     assert storage.listing(url_of(config)) == []
 
 
-def test_a_builder_in_the_middle_of_a_part_claims_the_cache_again(disturbed: Any) -> None:
+def test_a_builder_claims_the_cache_again_if_its_header_is_removed_during_a_part(disturbed: Any) -> None:
     configure, during_the_next_part = disturbed
     config = configure()
     prepare(config)
@@ -133,7 +132,7 @@ def test_a_builder_in_the_middle_of_a_part_claims_the_cache_again(disturbed: Any
     assert verify_cache(url_of(config)).ok
 
 
-def test_a_builder_whose_cache_another_one_claimed_takes_its_commit_back_and_stops(disturbed: Any) -> None:
+def test_a_builder_revokes_its_commit_and_stops_if_another_builder_claimed_the_cache(disturbed: Any) -> None:
     configure, during_the_next_part = disturbed
     config, other = configure(), configure(views={"seed": 1})
     prepare(config)
@@ -155,7 +154,7 @@ def test_a_builder_whose_cache_another_one_claimed_takes_its_commit_back_and_sto
     assert verify_cache(url_of(other)).ok
 
 
-def test_a_commit_between_check_and_removal_gets_its_header_back(
+def test_a_commit_during_the_removal_restores_the_header(
     tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config()
@@ -167,7 +166,7 @@ def test_a_commit_between_check_and_removal_gets_its_header_back(
             build_part(task)
         delete(url)
 
-    monkeypatch.setattr(gc_module.storage, "delete", commit_first)
+    monkeypatch.setattr(storage, "delete", commit_first)
     with pytest.raises(CacheError) as caught:
         remove_unused_header(url_of(config))
     assert caught.value.code == "cache.header-in-use"
@@ -177,7 +176,7 @@ def test_a_commit_between_check_and_removal_gets_its_header_back(
     assert verify_cache(url_of(config)).ok
 
 
-def test_a_commit_under_another_header_is_no_work_that_is_done(tiny_config: TinyConfig) -> None:
+def test_a_commit_under_another_header_is_refused(tiny_config: TinyConfig) -> None:
     config, other = tiny_config(), tiny_config(views={"seed": 1})
     prepare(config)
     task = open_tasks(config)[0]
