@@ -65,7 +65,7 @@ class ShardImages:
         if xxhash.xxh3_64_intdigest(data) != int(self.index.content_hash[row]):
             raise ShardError(
                 "an image was changed after it was indexed",
-                code="shard.changed-image",
+                code="shard.image-changed",
                 where=f"key {key!r}",
                 next_step="restore the shard",
             )

@@ -149,7 +149,7 @@ def test_a_changed_image_is_a_problem_and_the_other_rows_are_compared(cache: Tin
     live = load_live(cache.config)
     moved = {SHARD: str(tmp_path / "digits-01.tar")}
     findings, recomputed = recompute(cache.url, live, num_rows=10_000, shard_urls=moved)
-    assert {problem.code for problem in findings.problems} == {"shard.changed-image"}
+    assert {problem.code for problem in findings.problems} == {"shard.image-changed"}
     assert recomputed.rows >= 19 * 6
     assert recomputed.identical == recomputed.rows
 
