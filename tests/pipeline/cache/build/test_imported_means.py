@@ -161,8 +161,8 @@ def test_a_cache_begun_otherwise_takes_no_imported_means(
 def test_a_build_killed_between_header_and_copy_resumes(
     importing: Import, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, config = importing(cache={"url": str(tmp_path / "whole")}), importing()
-    build(whole)
+    reference, config = importing(cache={"url": str(tmp_path / "reference")}), importing()
+    build(reference)
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
@@ -173,7 +173,7 @@ def test_a_build_killed_between_header_and_copy_resumes(
             build(config)
     assert list(files(cache_section(config).url)) == [layout.HEADER]
     build(config)
-    assert files(cache_section(config).url) == files(cache_section(whole).url)
+    assert files(cache_section(config).url) == files(cache_section(reference).url)
 
 
 def test_a_cache_reads_without_the_file_and_is_extended_with_its_copy(importing: Import, tmp_path: Path) -> None:
@@ -287,12 +287,12 @@ def test_a_cache_without_class_means_has_none_to_export(tiny_config: TinyConfig,
     assert not (tmp_path / "out.json").exists()
 
 
-def test_verify_holds_the_means_to_the_file_and_the_file_to_the_header(importing: Import) -> None:
+def test_verify_checks_the_means_against_the_file_and_the_file_against_the_header(importing: Import) -> None:
     config = importing()
     build(config)
     url = cache_section(config).url
-    whole = verify_cache(url)
-    assert (whole.ok, whole.unnamed) == (True, ())
+    report = verify_cache(url)
+    assert (report.ok, report.unnamed) == (True, ())
     for name in (layout.IMPORTED_MEANS, layout.CLASS_MEANS):
         path = Path(url, name)
         data = path.read_bytes()

@@ -190,8 +190,8 @@ folders = st.lists(st.sampled_from(["x", "y", "zz"]), max_size=3).map("/".join)
 
 
 @given(st.lists(st.tuples(st.sampled_from(["", "s3://b", "s3://c", "gs://b"]), folders), min_size=1, max_size=5))
-def test_any_set_of_shards_is_found_again(places: list[tuple[str, str]]) -> None:
-    urls = [f"{root}/{f'{folder}/' if folder else ''}{number}.tar" for number, (root, folder) in enumerate(places)]
+def test_any_set_of_shards_is_found_again(locations: list[tuple[str, str]]) -> None:
+    urls = [f"{root}/{f'{folder}/' if folder else ''}{number}.tar" for number, (root, folder) in enumerate(locations)]
     base, names = relative({url: url for url in urls})
     assert [locate(base, names[url]) for url in urls] == urls
 

@@ -137,18 +137,18 @@ def test_counts_are_added_over_commits_and_samples_over_shards() -> None:
 
 
 @given(st.sets(st.tuples(st.sampled_from(["a", "b", "b-1", "c"]), st.sampled_from([0, 1, 7, 255, 256, 65_535]))))
-def test_a_row_of_the_table_of_parts_is_found_by_shard_and_view_and_no_other_is(keys: set[tuple[str, int]]) -> None:
+def test_the_table_of_parts_is_indexed_by_shard_and_view(keys: set[tuple[str, int]]) -> None:
     rows = [{"shard_id": shard, "view": view, "path": f"{shard}/{view}"} for shard, view in keys]
     types = {"shard_id": pa.string(), "view": pa.uint16(), "path": pa.string()}
     schema = pa.schema(types)
     table = pa.Table.from_pylist(rows, schema)
-    # In two pieces with a dictionary each, as a file of several row groups is read.
+    # Two chunks with a dictionary each, like a file of several row groups.
     half = len(table) // 2
-    pieces = pa.concat_tables(
-        piece.set_column(0, "shard_id", piece["shard_id"].combine_chunks().dictionary_encode())
-        for piece in (table.slice(0, half), table.slice(half))
+    chunked = pa.concat_tables(
+        chunk.set_column(0, "shard_id", chunk["shard_id"].combine_chunks().dictionary_encode())
+        for chunk in (table.slice(0, half), table.slice(half))
     )
-    index = PartsIndex.of(pieces)
+    index = PartsIndex.of(chunked)
     for shard in ("a", "b", "b-1", "c", "absent"):
         for view in (0, 1, 2, 7, 255, 256, 65_534, 65_535):
             entry = index.entry(shard, view)
@@ -157,7 +157,7 @@ def test_a_row_of_the_table_of_parts_is_found_by_shard_and_view_and_no_other_is(
 
 
 @pytest.mark.parametrize("scheme", ["file", "memory"])
-def test_the_files_right_below_a_folder_are_told_with_their_sizes(tmp_path: Path, scheme: str) -> None:
+def test_the_files_of_a_folder_are_listed_with_their_sizes(tmp_path: Path, scheme: str) -> None:
     folder = f"{tmp_path}/below" if scheme == "file" else f"memory://{tmp_path.name}/below"
     assert storage.sizes_in_folder(folder) == {}
     for name in ("a.tar", "b.tar", "deeper/c.tar"):

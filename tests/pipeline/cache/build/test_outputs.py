@@ -1,4 +1,4 @@
-"""What a cache says is what the teacher says: recomputed by hand from the tars, with none of the build's code."""
+"""The outputs in a cache are the teacher's, recomputed from the tars without any code of the build."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SIZE, SHARDS = 16, ("digits-00", "digits-01")
 
 @pytest.fixture
 def network(tmp_path: Path) -> CifarResNet:
-    """A teacher of our own making, whose weights the config names by file."""
+    """A teacher whose weights are in a file that the config names."""
     with torch.random.fork_rng():
         torch.manual_seed(7)
         network = resnet(10, 8, (4, 4, 6, 7))
@@ -69,14 +69,14 @@ def crops(shard: list[torch.Tensor], columns: ViewColumns) -> torch.Tensor:
 
 
 @torch.no_grad()
-def ask_by_hand(
+def infer_by_hand(
     network: CifarResNet, pixels_NCHW: torch.Tensor, columns: ViewColumns
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits and embedding; mixes and normalises in float64."""
     unit = pixels_NCHW.double() / 255
     partner = torch.from_numpy(np.searchsorted(columns.row_N, columns.mix_row_N))
-    own = torch.from_numpy(columns.mix_lambda_N.astype(np.float64))[:, None, None, None]
-    mixed = own * unit + (1 - own) * unit[partner]
+    lam = torch.from_numpy(columns.mix_lambda_N.astype(np.float64))[:, None, None, None]
+    mixed = lam * unit + (1 - lam) * unit[partner]
     mean, std = torch.tensor([[0.5, 0.4, 0.3], [0.2, 0.3, 0.25]], dtype=torch.float64)[:, None, :, None, None]
     x = ((mixed - mean) / std).float()
     features = network.layer3(network.layer2(network.layer1(torch.relu(network.bn1(network.conv1(x))))))
@@ -86,7 +86,7 @@ def ask_by_hand(
 
 def check_view(cache: TeacherCache, network: CifarResNet, url: str, shard: str, view: int) -> ViewColumns:
     columns = cache.view(shard, view)
-    logits, embedding = ask_by_hand(network, crops(images(url), columns), columns)
+    logits, embedding = infer_by_hand(network, crops(images(url), columns), columns)
     assert columns.embedding_ND is not None
     np.testing.assert_allclose(columns.logits_NK, logits, rtol=2e-5, atol=2e-5)
     np.testing.assert_allclose(columns.embedding_ND, embedding, rtol=2e-5, atol=2e-5)
@@ -107,7 +107,7 @@ def test_function_matching_equals_a_recomputation_by_hand(
             # Partners are mutual and of the same mix group of 8.
             assert np.array_equal(columns.mix_row_N[columns.mix_row_N], columns.row_N)
             assert np.array_equal(columns.mix_row_N // 8, columns.row_N // 8)
-            # 15 rows are a group of 8 and one of 7, whose odd row stays alone; 20 rows are 8, 8 and 4.
+            # 15 rows are a group of 8 and one of 7, whose odd row is not mixed; 20 rows are 8, 8 and 4.
             assert (~mixed_N).sum() == (1 if shard == "digits-01" else 0)
 
 
@@ -156,8 +156,8 @@ def test_class_means_are_those_of_the_stored_embeddings(
 
 
 @pytest.mark.usefixtures("network")
-def test_the_batch_size_changes_no_answer(tiny_config: TinyConfig, tmp_path: Path) -> None:
-    found: list[NDArray[np.float32]] = []
+def test_the_batch_size_changes_no_output(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    logits: list[NDArray[np.float32]] = []
     for batch_size in (3, 8, 64):
         weights = str(tmp_path / "teacher.safetensors")
         cache = open_built(
@@ -166,9 +166,9 @@ def test_the_batch_size_changes_no_answer(tiny_config: TinyConfig, tmp_path: Pat
             teacher={"weights": weights, "batch_size": batch_size},
             cache={"url": str(tmp_path / f"batch-{batch_size}")},
         )
-        found.append(np.concatenate([cache.view(shard, 2).logits_NK for shard in SHARDS]))
-    np.testing.assert_allclose(found[0], found[1], rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(found[0], found[2], rtol=1e-5, atol=1e-5)
+        logits.append(np.concatenate([cache.view(shard, 2).logits_NK for shard in SHARDS]))
+    np.testing.assert_allclose(logits[0], logits[1], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(logits[0], logits[2], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -212,7 +212,7 @@ def test_about_one_row_in_a_thousand_is_a_canary() -> None:
 
 
 @pytest.mark.usefixtures("network")
-def test_statistics_count_what_the_eval_pass_answers(tiny_config: TinyConfig, tmp_path: Path) -> None:
+def test_statistics_count_the_hits_of_the_eval_pass(tiny_config: TinyConfig, tmp_path: Path) -> None:
     cache = open_built(tiny_config, tmp_path)
     top1 = top5 = 0
     for entry in cache.shards:

@@ -134,16 +134,16 @@ def test_the_last_views_that_a_plan_can_have_differ_from_the_eval_pass(tiny_conf
     index = cache.index(cache.shards[0])
     keys, sizes = sample_keys(0, index.sample_ids(index.ok)), (index.width[index.ok], index.height[index.ok])
     for view in (2, 65_532, 65_534):
-        found = cache.view("digits-01", view)
+        columns = cache.view("digits-01", view)
         expected = view_params(
             config.views, keys, np.full(15, view, np.int64), *(side.astype(np.int64) for side in sizes)
         )
-        assert np.array_equal(found.box_N4, expected.box_N4)
+        assert np.array_equal(columns.box_N4, expected.box_N4)
         partners = shard_partners(config.views, "digits-01", view, 15)
-        assert np.array_equal(found.mix_row_N, partners)
+        assert np.array_equal(columns.mix_row_N, partners)
         single = partners == np.arange(15)
         for name, values in unmix(expected, single).aug_params.items():
-            assert np.array_equal(found.drawn[name], values), name
+            assert np.array_equal(columns.drawn[name], values), name
     assert cache.view("digits-01", EVAL_VIEW).mix_lambda_N.tolist() == [1] * 15
 
 
@@ -393,8 +393,8 @@ def test_a_truncated_shard_keeps_its_complete_samples_and_counts_the_truncated_o
     assert isinstance(config.data.shards, tuple)
     path = Path(config.data.shards[0])
     with tarfile.open(path) as archive:
-        place = archive.getmember("digit-0015.png").offset_data
-    path.write_bytes(path.read_bytes()[: place + 10])
+        offset = archive.getmember("digit-0015.png").offset_data
+    path.write_bytes(path.read_bytes()[: offset + 10])
     manifest = build(config)
     assert (manifest.num_samples, manifest.num_ok, manifest.skipped) == (16, 15, {"truncated": 1})
     assert open_cache(cache_section(config).url).view("shard-00", 2).row_N.tolist() == list(range(15))

@@ -1,4 +1,4 @@
-"""A part is view-major, and each of its views is read from its own bytes and the footer alone."""
+"""A part is view-major, and reading a view needs the bytes of this view and the footer alone."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def write_part(folder: Path, *, row_size_bytes: int) -> Path:
         return writer.close()
 
 
-# A row size beyond the row group's budget leaves the smallest row groups there are: 256 rows.
+# A row size beyond the budget of a row group gives the smallest row groups, of 256 rows.
 SIZES = pytest.mark.parametrize(("row_size_bytes", "groups_per_view"), [(1 << 30, 4), (16, 1)])
 
 
@@ -70,20 +70,20 @@ def test_ranges_follow_each_other_from_the_magic_to_the_footer(
     path = write_part(tmp_path, row_size_bytes=row_size_bytes)
     data = path.read_bytes()
     ranges, footer = view_ranges(path, dict.fromkeys(VIEWS, ROWS))
-    assert [(found.view, found.rows) for found in ranges] == [(3, ROWS), (4, ROWS)]
+    assert [(view.view, view.rows) for view in ranges] == [(3, ROWS), (4, ROWS)]
     assert ranges[0].offset == 4
     assert ranges[0].offset + ranges[0].size_bytes == ranges[1].offset
     assert ranges[1].offset + ranges[1].size_bytes == footer.offset
     assert footer.offset + footer.size_bytes == len(data)
-    # Parquet ends in the footer's own length and its magic.
+    # A Parquet file ends with the length of its footer and the magic.
     assert footer.size_bytes == int.from_bytes(data[-8:-4], "little") + 8
-    for found in (*ranges, footer):
-        chunk = data[found.offset : found.offset + found.size_bytes]
-        assert hashlib.sha256(chunk).hexdigest() == found.digest
+    for item in (*ranges, footer):
+        chunk = data[item.offset : item.offset + item.size_bytes]
+        assert hashlib.sha256(chunk).hexdigest() == item.digest
     assert pq.read_metadata(path).num_row_groups == 2 * groups_per_view
 
 
-def test_the_part_is_a_file_that_any_parquet_reader_reads(tmp_path: Path) -> None:
+def test_any_parquet_reader_reads_a_part(tmp_path: Path) -> None:
     table = pq.read_table(write_part(tmp_path, row_size_bytes=1 << 30))
     assert table.schema.equals(SCHEMA)
     assert np.frombuffer(table["logits"][ROWS + 5].as_py(), "<f4").tolist() == pytest.approx([5.4] * 4)
@@ -100,19 +100,19 @@ def test_leaving_the_writer_removes_the_spilled_rows(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_view_is_read_from_its_own_bytes_and_the_footer_alone(tiny_cache: TinyCache) -> None:
+def test_reading_a_view_needs_its_bytes_and_the_footer_alone(tiny_cache: TinyCache) -> None:
     expected = open_cache(tiny_cache.url).view("digits-00", 1)
-    commit = next(one for one in read_commits(tiny_cache.url) if one.block.name == "v0000-0001")
+    commit = next(commit for commit in read_commits(tiny_cache.url) if commit.block.name == "v0000-0001")
     url = storage.join(tiny_cache.url, commit.part.path)
     _destroy_all_but(Path(url), commit.views[1], commit.footer.offset)
-    found = open_cache(tiny_cache.url).view("digits-00", 1)
-    assert np.array_equal(found.logits_NK, expected.logits_NK)
-    assert np.array_equal(found.box_N4, expected.box_N4)
-    assert found.pixel_digest == expected.pixel_digest
+    columns = open_cache(tiny_cache.url).view("digits-00", 1)
+    assert np.array_equal(columns.logits_NK, expected.logits_NK)
+    assert np.array_equal(columns.box_N4, expected.box_N4)
+    assert columns.pixel_digest == expected.pixel_digest
 
 
 def test_a_view_costs_two_range_reads(tiny_cache: TinyCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    commit = next(one for one in read_commits(tiny_cache.url) if one.block.name == "v0000-0001")
+    commit = next(commit for commit in read_commits(tiny_cache.url) if commit.block.name == "v0000-0001")
     reads: list[tuple[int, int]] = []
     real = storage.read_range
 
@@ -127,7 +127,7 @@ def test_a_view_costs_two_range_reads(tiny_cache: TinyCache, monkeypatch: pytest
     assert reads == [(view.offset, view.size_bytes), (footer.offset, footer.size_bytes)]
 
 
-def test_a_parts_name_carries_the_hash_of_its_content(built_cache: TinyCache) -> None:
+def test_the_name_of_a_part_has_the_hash_of_its_content(built_cache: TinyCache) -> None:
     commits = read_commits(built_cache.url)
     assert len(commits) == 6
     for commit in commits:

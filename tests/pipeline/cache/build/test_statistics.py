@@ -22,14 +22,14 @@ STORED = EXACT + RANDOM.normal(0, 0.5, (6, 11)).astype(np.float32)
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
 def test_kl_and_correlation_are_those_of_scipy(temperature: float) -> None:
     pairs = [
-        (softmax(row / temperature), softmax(other / temperature))
-        for row, other in zip(EXACT.astype(np.float64), STORED.astype(np.float64), strict=True)
+        (softmax(row / temperature), softmax(stored / temperature))
+        for row, stored in zip(EXACT.astype(np.float64), STORED.astype(np.float64), strict=True)
     ]
     assert kl_sum(EXACT, STORED, temperature) == pytest.approx(sum(rel_entr(p, q).sum() for p, q in pairs))
     assert pearson_sum(EXACT, STORED, temperature) == pytest.approx(sum(1 - pearsonr(p, q)[0] for p, q in pairs))
 
 
-def test_cosines_are_those_of_a_loop_and_of_equal_rows_one_each() -> None:
+def test_cosines_are_those_of_a_loop_and_1_for_equal_rows() -> None:
     expected = sum(
         float(np.dot(a, b)) / np.sqrt(float(np.dot(a, a)) * float(np.dot(b, b)))
         for a, b in zip(EXACT.astype(np.float64), STORED.astype(np.float64), strict=True)
@@ -40,14 +40,14 @@ def test_cosines_are_those_of_a_loop_and_of_equal_rows_one_each() -> None:
     assert cosine_sum(zeros, zeros + 1) == 0
 
 
-def test_equal_logits_are_no_distance_apart_also_where_all_classes_are_alike() -> None:
+def test_equal_logits_have_no_distance_even_if_all_classes_are_equal() -> None:
     alike = np.ones((2, 5), np.float32)
     for values in (EXACT, alike):
         assert kl_sum(values, values, 2.0) == pearson_sum(values, values, 2.0) == 0
     assert pearson_sum(alike, EXACT[:2, :5], 2.0) == 2
 
 
-def test_the_commits_say_how_far_the_stored_rows_are_from_those_of_an_exact_cache(
+def test_commits_have_the_distance_of_stored_rows_from_those_of_an_exact_cache(
     tiny_config: TinyConfig, built_cache: TinyCache, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     url = str(tmp_path_factory.mktemp("topk") / "cache")
@@ -60,17 +60,17 @@ def test_the_commits_say_how_far_the_stored_rows_are_from_those_of_an_exact_cach
     for commit in read_commits(url):
         if not commit.block.is_eval:
             fold.add(commit.statistics)
-    found = fold.result()
-    assert found.fidelity_rows == 3
+    total = fold.result()
+    assert total.fidelity_rows == 3
     p, q = ([softmax(pair[side].logits_NK[row].astype(np.float64)) for pair in columns] for side in (0, 1))
-    assert found.kl_sum["1.0"] == pytest.approx(sum(rel_entr(a, b).sum() for a, b in zip(p, q, strict=True)), rel=1e-6)
+    assert total.kl_sum["1.0"] == pytest.approx(sum(rel_entr(a, b).sum() for a, b in zip(p, q, strict=True)), rel=1e-6)
     expected = sum(1 - pearsonr(a, b)[0] for a, b in zip(p, q, strict=True))
-    assert found.pearson_sum["1.0"] == pytest.approx(expected, rel=1e-6)
-    assert found.argmax_flips == 0
+    assert total.pearson_sum["1.0"] == pytest.approx(expected, rel=1e-6)
+    assert total.argmax_flips == 0
     cosines = sum(
         cosine_sum(*(side.embedding_ND[[row]] for side in pair if side.embedding_ND is not None)) for pair in columns
     )
-    assert found.embedding_cosine_sum == pytest.approx(cosines)
+    assert total.embedding_cosine_sum == pytest.approx(cosines)
     assert 2.99 < cosines < 3
 
 
@@ -87,7 +87,7 @@ def test_inspect_shows_the_encodings_and_what_they_cost(tiny_config: TinyConfig)
     assert 0.99 < report.embedding_cosine < 1
 
 
-def test_inspect_says_nothing_of_logits_that_are_not_there(tiny_config: TinyConfig) -> None:
+def test_inspect_omits_the_fidelity_of_outputs_that_are_not_stored(tiny_config: TinyConfig) -> None:
     config = tiny_config(cache={"logits": "none", "embeddings": "none"})
     build(config)
     assert config.cache is not None

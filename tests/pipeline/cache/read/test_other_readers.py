@@ -1,4 +1,4 @@
-"""A part is read by pandas, Polars and DuckDB, and its logits by whoever has read docs/format.md."""
+"""pandas, Polars and DuckDB read a part, and docs/format.md is enough to decode its logits."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def by_polars(path: Path) -> Columns:
 
 def by_duckdb(path: Path) -> Columns:
     with duckdb.connect() as connection:
-        found = connection.execute("SELECT * FROM read_parquet(?)", [str(path)])
-        names = [column[0] for column in found.description]
-        return dict(zip(names, zip(*found.fetchall(), strict=True), strict=True))
+        result = connection.execute("SELECT * FROM read_parquet(?)", [str(path)])
+        names = [column[0] for column in result.description]
+        return dict(zip(names, zip(*result.fetchall(), strict=True), strict=True))
 
 
-def one_row(cell: bytes, output: dict[str, Any]) -> list[float]:
+def decode_row(cell: bytes, output: dict[str, Any]) -> list[float]:
     """A row of int8 or topk at T = 1, by the document: ``fields`` one after another, little-endian."""
     letters = {"<f4": "f", "<f2": "e", "|u1": "B", "<u2": "H", "<i4": "i"}
     layout = "".join(f"{field['count']}{letters[field['dtype']]}" for field in output["fields"])
@@ -63,16 +63,16 @@ def test_every_column_of_a_part_is_read_and_a_row_of_logits_decoded(
     config = tiny_config(cache={"logits": logits, "class_means": "none", "views_per_part": 3})
     build(config)
     assert config.cache is not None
-    commit = next(one for one in read_commits(config.cache.url) if one.shard_id == "digits-01")
+    commit = next(commit for commit in read_commits(config.cache.url) if commit.shard_id == "digits-01")
     path = Path(config.cache.url, commit.part.path)
-    found, expected = read(path), pq.read_table(path)
-    assert list(found) == expected.column_names
+    columns, expected = read(path), pq.read_table(path)
+    assert list(columns) == expected.column_names
     for name in expected.column_names:
         # Empty cells are None, or the NaN of pandas.
-        cells = [None if isinstance(cell, float) and cell != cell else cell for cell in found[name]]
+        cells = [None if isinstance(cell, float) and cell != cell else cell for cell in columns[name]]
         assert cells == expected[name].to_pylist(), name
     header = json.loads(Path(config.cache.url, "header.json").read_text())
     output = next(output for output in header["outputs"] if output["name"] == "logits")
-    decoded = one_row(found["logits"][15 + 4], output)
+    decoded = decode_row(columns["logits"][15 + 4], output)
     stored = open_cache(config.cache.url).view("digits-01", 1).logits_NK[4]
     np.testing.assert_allclose(decoded, stored, rtol=1e-5, atol=1e-6)

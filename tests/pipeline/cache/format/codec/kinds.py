@@ -1,4 +1,4 @@
-"""Outputs by the config's words, and one trip through a column."""
+"""Outputs by the value of the config, and a round trip through a column."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def stored(values_NK: NDArray[np.float32], kind: str) -> list[bytes]:
 
 def round_trip(values_NK: NDArray[np.float32], kind: str, *, temperature: float = 1.0) -> NDArray[np.float64]:
     output = logits_output(kind, values_NK.shape[1])
-    found = decode(encode(values_NK, output), output, temperature=temperature)
-    assert found.dtype == np.float32
-    assert found.shape == values_NK.shape
-    return found.astype(np.float64)
+    decoded = decode(encode(values_NK, output), output, temperature=temperature)
+    assert decoded.dtype == np.float32
+    assert decoded.shape == values_NK.shape
+    return decoded.astype(np.float64)
 
 
 def steps_error(values_K: NDArray[np.float64]) -> float:
-    """The rounding of fp32 in steps of log(1 + d / 3) over a row: beside half a step, how far a number may be off.
+    """The rounding of fp32 in steps of log(1 + d / 3) over a row: the error of a number in addition to half a step.
 
     Difference, quotient, log, division by the number of steps, and the same again for a number's code; then code times
     step: 8 operations on an exponent, of which an error weighs d + 3 times as much in a distance d. Then exp, factor,
@@ -40,7 +40,7 @@ def steps_error(values_K: NDArray[np.float64]) -> float:
 
 
 def teacher_like(rows: int, num_classes: int, seed: int = 0) -> NDArray[np.float32]:
-    """Normal logits with one class that stands out, as a trained teacher's do."""
+    """Normal logits with one class that stands out, like those of a trained teacher."""
     random = np.random.default_rng(seed)
     values = random.normal(0, 2.5, (rows, num_classes))
     values[np.arange(rows), random.integers(0, num_classes, rows)] += random.uniform(2, 12, rows)

@@ -1,4 +1,4 @@
-"""What an encoding cannot hold stops a build: before any work where the config shows it, else with the keys."""
+"""An encoding that does not fit stops a build: before any work if the config shows it, otherwise with the keys."""
 
 from __future__ import annotations
 
@@ -39,6 +39,6 @@ def test_logits_that_do_not_fit_stop_the_build_with_their_keys(
 
 
 @pytest.mark.parametrize("logits", ["int16", "topk", "topk:0", "topk:-1", "topk:1.5", "topk:01"])
-def test_a_word_that_names_no_encoding_is_refused(tiny_config: TinyConfig, logits: str) -> None:
+def test_a_value_that_names_no_encoding_is_refused(tiny_config: TinyConfig, logits: str) -> None:
     with pytest.raises(ValueError, match=r"expected fp32, fp16, int8, int4, none or topk:k"):
         tiny_config(cache={"logits": logits})

@@ -1,4 +1,4 @@
-"""int4: sixteen logits in float16, and half a step of a logarithm of error at most for the others."""
+"""int4: sixteen logits in float16, and an error of at most half a logarithmic step for the others."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def matrices() -> st.SearchStrategy[NDArray[np.float32]]:
 @pytest.mark.slow
 @given(matrices())
 def test_the_largest_sixteen_are_float16_and_the_others_err_by_half_a_step(values_NK: NDArray[np.float32]) -> None:
-    found = round_trip(values_NK, "int4")
-    for values, decoded in zip(values_NK, found, strict=True):
+    decoded_NK = round_trip(values_NK, "int4")
+    for values, decoded in zip(values_NK, decoded_NK, strict=True):
         # Python sorts stably: equal logits stay in the order of their classes.
         ranked = sorted(range(len(values)), key=lambda number: -values[number])
         exact, rest = ranked[:16], ranked[16:]
@@ -49,14 +49,14 @@ def test_a_row_is_next_step_ids_logits_and_half_a_byte_a_class() -> None:
     assert list(row[8:24]) == list(range(100, 116))
     assert np.frombuffer(row, "<f2", 16, 24).tolist() == list(range(32, 16, -1))
     codes = row[56:]
-    # The even class is the low half of a byte. Classes that are kept exactly have code 0, as has the last half byte.
+    # The even class is the low half of a byte. Classes with exact logits have code 0, as has the last half byte.
     assert list(codes[:2]) == [0 | 3 << 4, 6 | 15 << 4]
     assert set(codes[2:50]) == set(codes[58:65]) == {15 | 15 << 4}
     assert set(codes[50:58]) == {0}
     assert codes[65] == 12
-    found = round_trip(values, "int4")
+    decoded = round_trip(values, "int4")
     error = steps_error(values[0].astype(np.float64))
-    assert found[0, [0, 1, 2, 3, 130]].tolist() == pytest.approx([0, -3, -9, -93, -45], rel=0, abs=error)
+    assert decoded[0, [0, 1, 2, 3, 130]].tolist() == pytest.approx([0, -3, -9, -93, -45], rel=0, abs=error)
 
 
 def test_ids_take_two_bytes_beyond_256_classes_and_four_beyond_65536() -> None:

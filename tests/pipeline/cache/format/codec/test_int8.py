@@ -1,4 +1,4 @@
-"""int8: half a step of error at most, and the smallest number exactly."""
+"""int8: an error of at most half a step, and the exact smallest number."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def test_the_error_is_half_a_step_of_a_255th_of_the_row(values_NK: NDArray[np.fl
 
 
 @given(st.floats(-(2.0**127), 2.0**127, width=32), st.integers(2, 9))
-def test_a_constant_row_comes_back_exactly(value: float, width: int) -> None:
+def test_a_constant_row_is_decoded_exactly(value: float, width: int) -> None:
     values = np.full((2, width), value, np.float32)
     assert (round_trip(values, "int8") == values).all()
 
 
 @given(matrices(2.0**100))
-def test_the_smallest_number_comes_back_exactly(values_NK: NDArray[np.float32]) -> None:
+def test_the_smallest_number_is_decoded_exactly(values_NK: NDArray[np.float32]) -> None:
     lowest = values_NK == values_NK.min(1, keepdims=True)
     assert (round_trip(values_NK, "int8")[lowest] == values_NK[lowest]).all()
 
