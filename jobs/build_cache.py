@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 from jobs.entry import config_command
 from jobs.observability.build_observer import BuildObserver, BuiltPart, part_name
-from jobs.observability.log import emit, warn_of_omissions
+from jobs.observability.log import emit, warn, warn_of_omissions
 from jobs.observability.progress import ProgressView
 from jobs.paths import with_absolute_paths
 from jobs.ray.cluster import cluster, cpus_only, num_local_tasks
@@ -43,115 +42,110 @@ from pipeline.models import random_weights_warnings, unreadable_weights
 from pipeline.shards.labels import label_warning
 from pipeline.shards.omissions import Omissions
 from pipeline.shards.publish import index_name
-from pipeline.shards.shard_urls import report_moved, shard_ids, shard_urls
+from pipeline.shards.shard_urls import report_moved, urls_by_id
 from pipeline.storage.config_files import load_config
 from schemas.cache_format import FileRef, Manifest
 from schemas.config import Config, RayConfig
 
 _SIZE_THREADS = 16
-# Each may have 16 MB. Enough a task that the driver hears little, few enough that a retry costs little.
-_SUMS_PER_TASK = 256
+# Files of up to 16 MB. Many, so that the driver receives few sums; few enough that a retry is cheap.
+SUMS_PER_TASK = 256
 _NUM_NAMED = 5
 
 
 def build_cache(config: Config) -> Manifest:
-    """Builds every part that has no commit yet, then publishes the manifest. Resumes by itself.
+    """Builds every part that has no commit, then publishes the manifest. A repeated call resumes.
 
     Raises:
-        CacheError: the cache was begun by another config or teacher, or holds shards that this config lacks.
+        CacheError: the cache was begun by another config or teacher, or contains shards that this config lacks.
         ShardError: a shard is missing, damaged, or changed, or no sample has the member ``data.label``.
         ResourceError: no node could run a task.
-        StorageInputError: what is to be written does not fit on the disk it would go to.
+        StorageInputError: a local disk has too little room for the cache.
     """
     config = with_absolute_paths(config)
     cache = cache_config(config)
     assert config.data.shards is not None
-    urls = shard_urls(config.data.shards)
-    by_id = dict(zip(shard_ids(urls), urls, strict=True))
+    by_id = urls_by_id(config.data.shards)
     storage.probe(cache.url)
     relabelled = find_relabelled(cache.url)
     commits = read_commit_summaries(cache.url)
     sizes = check_shards(cache.url, by_id, commits)
     inputs = collect_plan_inputs(config, cache, by_id, sizes, commits)
     check_labels(inputs)
-    _warn(random_weights_warnings({"teacher": config.teacher}))
-    _warn(check_space(inputs, num_tasks=num_local_tasks(config.ray)))
+    _warn(*random_weights_warnings({"teacher": config.teacher}))
+    _warn(*check_space(inputs, num_tasks=num_local_tasks(config.ray)))
     with cluster(config.ray):
-        if not _is_known_without_weights(config, by_id, commits):
-            # One small task first: a wrong teacher or a foreign cache is found before anything is queued.
-            first = [of_tasks(config, urls)]
-            name = "the header of the cache"
-            for _, notes in fan_out(prepare, first, config.ray, what="a cache task", name=lambda _: name):
-                _warn(notes)
+        if not _needs_no_weights(config, by_id, commits):
+            # One small task first: it detects a wrong teacher or another build's cache before any part is queued.
+            first, name = [task_config(config, by_id)], "the header of the cache"
+            for _, warnings in fan_out(prepare, first, config.ray, what="a cache task", name=lambda _: name):
+                _warn(*warnings)
         _build_parts(config, by_id, commits)
-        manifest = publish_manifest(cache.url, by_id, add_up=partial(_add_up, config.ray))
+        manifest = publish_manifest(cache.url, by_id, add_up=partial(_sum_in_tasks, config.ray))
     remove_logs(cache.url)
     if relabelled is not None and relabelled.labels is not None and manifest.labels is None:
         command = f"stillroom cache relabel {quoted(cache.url)} --label {relabelled.labels.data['label']}"
         moved = "" if relabelled.base == manifest.base else " --shards (as before)"
-        _warn([f"the cache has the labels of its build again; run: {command}{moved}"])
+        _warn(f"the cache has the labels of its build again; run: {command}{moved}")
     labels = cached_labels(open_cache(cache.url))
     if (warning := label_warning(labels, config.data, finished_cache=cache.url)) is not None:
-        _warn([warning])
+        _warn(warning)
     return manifest
 
 
-def _warn(warnings: Iterable[str]) -> None:
+def _warn(*warnings: str) -> None:
     for warning in warnings:
-        emit(f"cache: {warning}", event="warning", level=logging.WARNING)
+        warn(f"cache: {warning}")
 
 
-def _is_known_without_weights(config: Config, by_id: dict[str, str], commits: list[CommitSummary]) -> bool:
-    """Whether the header can stand for weights that are not at hand, since no part is left to make.
+def _needs_no_weights(config: Config, by_id: dict[str, str], commits: list[CommitSummary]) -> bool:
+    """Whether no part is missing, so that the header's fingerprint replaces weights that are unavailable.
 
     Raises:
-        CacheError: the header is of another config.
+        CacheError: another config began the cache.
     """
     assert config.cache is not None
     pretrained = "pretrained weights are not fetched" if config.teacher.weights == "pretrained" else None
     reason = pretrained or unreadable_weights(config.teacher)
     header = None if reason is None else find_header(config.cache.url)
-    if header is None or _has_open_parts(config, by_id, commits):
+    if header is None:
+        return False
+    present = files_present(config.cache.url)
+    valid = [commit for commit in commits if commit.shard_id in by_id and not is_dangling(commit, present)]
+    if plan_tasks(config, by_id, valid):
         return False
     check_without_weights(header, config)
     _warn(
-        [
-            f"teacher.weights was not compared ({reason}): every part is committed, and all else in the config is that "
-            f"of fingerprint {header.fingerprint}"
-        ]
+        f"teacher.weights was not compared ({reason}): every part is committed, and the rest of the config has "
+        f"fingerprint {header.fingerprint}"
     )
     return True
 
 
-def _has_open_parts(config: Config, by_id: dict[str, str], commits: list[CommitSummary]) -> bool:
-    assert config.cache is not None
-    present = files_present(config.cache.url)
-    whole = [commit for commit in commits if commit.shard_id in by_id and not is_dangling(commit, present)]
-    return bool(plan_tasks(config, by_id, whole))
-
-
 def check_shards(cache_url: str, by_id: dict[str, str], commits: Sequence[CommitSummary]) -> dict[str, int]:
-    """Changes nothing. What a build would find out late, or not at all. Returns the bytes of each shard.
+    """Checks the shards against the cache before a build. Writes nothing. Returns the bytes of each shard.
 
     Raises:
-        CacheError: the finished cache has shards that are not asked for: it would lose them.
+        CacheError: the config lacks shards of the finished cache, which would lose them.
         ShardError: a shard is missing, or has another size than when its parts were built.
     """
-    lacking = sorted(_finished_shards(cache_url, commits) - by_id.keys())
-    if lacking:
+    lost = sorted(_finished_shards(cache_url, commits) - by_id.keys())
+    if lost:
         raise CacheError(
-            f"this config lacks {len(lacking)} shards of the finished cache, which would lose them",
+            f"this config lacks {len(lost)} shards of the finished cache, which would lose them",
+            code="cache.lost-shards",
             where=redact(cache_url),
-            got=", ".join(lacking[:_NUM_NAMED]) + (", ..." if len(lacking) > _NUM_NAMED else ""),
+            got=", ".join(lost[:_NUM_NAMED]) + (", ..." if len(lost) > _NUM_NAMED else ""),
             next_step="name all shards in data.shards, or build into another cache.url",
         )
-    # No other file of a build has a longer name.
+    # A build writes no file with a longer name than an index.
     storage.check_names(cache_url, map(index_name, by_id))
     sizes = _sizes(by_id)
     for commit in commits:
         if commit.shard_id in sizes and sizes[commit.shard_id] != commit.shard_size_bytes:
             raise ShardError(
                 "this shard changed since its parts were built",
+                code="shard.changed",
                 where=redact(by_id[commit.shard_id]),
                 got=f"{sizes[commit.shard_id]} bytes",
                 expected=f"{commit.shard_size_bytes} bytes",
@@ -166,12 +160,12 @@ def _finished_shards(cache_url: str, commits: Sequence[CommitSummary]) -> set[st
     try:
         return set(read_table(cache_url, read_manifest(cache_url)[0].shards)["shard_id"].to_pylist())
     except CacheError:
-        # A damaged manifest or table is published anew; the commits bound what it can have named.
+        # A damaged manifest or table is published again; it can only have named shards with commits.
         return {commit.shard_id for commit in commits}
 
 
 def _sizes(by_id: dict[str, str]) -> dict[str, int]:
-    """Bytes of each shard: of a folder with many by its listing, of others, and where it names none, one by one."""
+    """Bytes of each shard: by a listing of folders with many shards, and else by one request a shard."""
     by_folder: defaultdict[str, list[str]] = defaultdict(list)
     for url in by_id.values():
         by_folder[url.rpartition("/")[0]].append(url)
@@ -179,17 +173,17 @@ def _sizes(by_id: dict[str, str]) -> dict[str, int]:
     for folder, urls in by_folder.items():
         if storage.is_listing_cheaper(folder, len(urls)):
             listed |= {storage.join(folder, name): size for name, size in storage.sizes_in_folder(folder).items()}
-    others = {shard: url for shard, url in by_id.items() if url not in listed}
+    unlisted = [url for url in by_id.values() if url not in listed]
     with report_moved([*by_id.values()], "append data.shards={}"):
-        asked = dict(zip(others, map_ordered(storage.size, others.values(), threads=_SIZE_THREADS), strict=True))
-    return {shard: asked[shard] if shard in asked else listed[url] for shard, url in by_id.items()}
+        listed |= zip(unlisted, map_ordered(storage.size, unlisted, threads=_SIZE_THREADS), strict=True)
+    return {shard: listed[url] for shard, url in by_id.items()}
 
 
-def _build_parts(config: Config, by_id: dict[str, str], found: list[CommitSummary]) -> None:
+def _build_parts(config: Config, by_id: dict[str, str], commits: list[CommitSummary]) -> None:
     assert config.cache is not None
-    commits, lost = _take_stock(config, by_id, found)
-    indexes = cpus_only(config.ray)
-    list(fan_out(restore_index, lost, indexes, what="an index task", name=lambda task: redact(task.shard_url)))
+    commits, lost_indexes = _valid_commits(config, by_id, commits)
+    ray = cpus_only(config.ray)
+    list(fan_out(restore_index, lost_indexes, ray, what="an index task", name=lambda task: redact(task.shard_url)))
     tasks = plan_tasks(config, by_id, commits)
     num_done = len(commits)
     observer = BuildObserver(config, tasks, num_shards=len(by_id))
@@ -202,13 +196,12 @@ def _build_parts(config: Config, by_id: dict[str, str], found: list[CommitSummar
         ):
             built = fan_out(_build, tasks, config.ray, what="a cache task", name=part_name, observer=observer)
             for done, (task, part) in enumerate(built, start=1):
-                # The parts of a shard that were built without an index report the same, the others nothing.
+                # All parts that read the whole shard report the same omissions, the others none.
                 if part.omissions.counts:
                     omissions[task.shard_url] = part.omissions
                 log.update(num_done + done)
                 progress.update(num_done + done, observer.note(), panel=observer.panel)
     finally:
-        # Also of a build that was stopped or failed: it cost as much.
         observer.log_summary()
         warn_of_omissions("cache", omissions.values())
 
@@ -219,59 +212,58 @@ def _build(task: PartTask) -> BuiltPart:
     return BuiltPart(build_part(task, busy, omissions), busy.seconds, omissions)
 
 
-def _take_stock(
-    config: Config, by_id: dict[str, str], found: list[CommitSummary]
+def _valid_commits(
+    config: Config, by_id: dict[str, str], commits: list[CommitSummary]
 ) -> tuple[list[CommitSummary], list[IndexTask]]:
-    """The commits of these shards whose files are there, and the indexes they miss. Void commits are taken back."""
+    """The commits of these shards whose files exist, and tasks for their missing indexes. Revokes dangling commits."""
     assert config.cache is not None
     url = config.cache.url
-    commits = [commit for commit in found if commit.shard_id in by_id]
+    commits = [commit for commit in commits if commit.shard_id in by_id]
     present = files_present(url)
     dangling = [commit for commit in commits if is_dangling(commit, present)]
     if dangling:
-        emit(f"cache: {len(dangling)} commits were void: their files are gone, and are built again", event="void")
+        emit(f"cache: {len(dangling)} dangling commits: their files are gone, and are built again", event="void")
         revoke(url, dangling)
-    standing = [commit for commit in commits if not is_dangling(commit, present)]
-    lost = {commit.shard_id: commit.index_sha256 for commit in standing if commit.index not in present}
-    lean = of_tasks(config, by_id.values())
-    return standing, [IndexTask(lean, by_id[shard], sha256) for shard, sha256 in lost.items()]
+    valid = [commit for commit in commits if not is_dangling(commit, present)]
+    lost = {commit.shard_id: commit.index_sha256 for commit in valid if commit.index not in present}
+    small = task_config(config, by_id)
+    return valid, [IndexTask(small, by_id[shard], sha256) for shard, sha256 in lost.items()]
 
 
-def of_tasks(config: Config, urls: Iterable[str]) -> Config:
-    """The config as its tasks carry it, each of which names its own shard: a list of 100,000 URLs has megabytes.
+def task_config(config: Config, by_id: dict[str, str]) -> Config:
+    """The config for tasks, without the list of shards: 100,000 URLs have megabytes, and a task names its own shard.
 
-    The same for all tasks of a build, since a worker keeps its teacher for as long as the config stays the same.
+    It is equal for all tasks of a build, since a worker reuses its teacher while the config stays equal.
     """
-    return config.model_copy(
-        update={"data": config.data.model_copy(update={"shards": next(iter(urls)), "val_shards": None})}
-    )
+    data = config.data.model_copy(update={"shards": next(iter(by_id.values())), "val_shards": None})
+    return config.model_copy(update={"data": data})
 
 
 def plan_tasks(config: Config, by_id: dict[str, str], commits: Sequence[CommitSummary]) -> list[PartTask]:
-    """The parts that none of these commits names."""
+    """A task for each part without a commit."""
     assert config.cache is not None
-    lean = of_tasks(config, by_id.values())
+    small = task_config(config, by_id)
     missing = BlockPlan.of(config).missing_by_shard(
         by_id, ((commit.shard_id, commit.block) for commit in commits), cache_url=config.cache.url
     )
-    return [PartTask(lean, by_id[shard], block) for shard, blocks in missing.items() for block in blocks]
+    return [PartTask(small, by_id[shard], block) for shard, blocks in missing.items() for block in blocks]
 
 
-def _add_up(ray: RayConfig, cache_url: str, refs: Sequence[FileRef]) -> ClassSums:
-    """The sums of all files, read by tasks: of 100,000 shards they have up to 1.6 TB, too much for one machine."""
-    some = [refs[start : start + _SUMS_PER_TASK] for start in range(0, len(refs), _SUMS_PER_TASK)]
-    found = fan_out(
+def _sum_in_tasks(ray: RayConfig, cache_url: str, refs: Sequence[FileRef]) -> ClassSums:
+    """The sum over all files, read by tasks: those of 100,000 shards have up to 1.6 TB, too much for one machine."""
+    chunks = [refs[start : start + SUMS_PER_TASK] for start in range(0, len(refs), SUMS_PER_TASK)]
+    sums = fan_out(
         partial(read_sums, cache_url),
-        some,
+        chunks,
         cpus_only(ray),
         what="a task that adds class sums",
         name=lambda refs: f"{refs[0].path} and {len(refs) - 1} more in {redact(cache_url)}",
     )
-    return add_up(sums for _, sums in found)
+    return add_up(chunk_sums for _, chunk_sums in sums)
 
 
 def describe(manifest: Manifest) -> str:
-    """One line for the end of a build."""
+    """The line at the end of a build."""
     skipped = sum(manifest.skipped.values())
     hits, labelled = manifest.statistics.top1_hits, manifest.statistics.labelled
     teacher = f", teacher top-1 {hits / labelled:.1%}" if labelled else ""

@@ -1,4 +1,4 @@
-"""Say what a build would make and cost. ``stillroom cache plan CONFIG [k.k=v …] [--measure]``."""
+"""Estimate the size and cost of a build. ``stillroom cache plan CONFIG [k.k=v …] [--measure]``."""
 
 from __future__ import annotations
 
@@ -22,14 +22,20 @@ from pipeline.cache.plan.plan_warnings import plan_warnings
 from pipeline.cache.plan.shard_survey import Estimate
 from pipeline.core.errors import ConfigError, InputError, StorageInputError
 from pipeline.models.summary import check_weights
-from pipeline.shards.shard_urls import shard_ids, shard_urls
+from pipeline.shards.shard_urls import urls_by_id
 from pipeline.student.data.order import TrainingOrder
 from schemas.config import Config
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A plan, what a sample of it took, how an epoch of the config's training ends, and what speaks against any."""
+    """A plan, optionally with a measurement.
+
+    Attributes:
+        forecast: times of the build, from the measurement.
+        training: steps of an epoch of the config's training, if it has one.
+        warnings: reasons not to run the build or the training.
+    """
 
     plan: CachePlan
     measurement: Measurement | None
@@ -42,29 +48,32 @@ class Report:
 
 
 def report(config: Config, *, measured: bool) -> Report:
-    """Writes nothing; runs the teacher only to measure, but reads its weights file where parts are still to make.
+    """Writes nothing. Runs the teacher only to measure, but reads its weights file where parts are missing.
 
     Raises:
         ConfigError: a key that a build needs is missing.
-        ShardError: a shard is missing, changed, or holds no image, or no sample has the member ``data.label``.
-        CacheError: the cache that stands is damaged.
+        ShardError: a shard is missing, changed, or contains no image, or no sample has the member ``data.label``.
+        CacheError: the existing cache is damaged.
     """
     config = with_absolute_paths(config)
     inputs = _inputs(config)
     plan = plan_cache(inputs)
-    warnings = plan_warnings(inputs, plan) + _space(inputs) + (_teacher(config) if plan.work.num_parts_open else [])
-    found, times = _measure(config, inputs, plan) if measured else (None, None)
+    warnings = (
+        plan_warnings(inputs, plan)
+        + _space_warnings(inputs)
+        + (_weights_warnings(config) if plan.work.num_parts_open else [])
+    )
+    measurement, times = _measure(config, inputs, plan) if measured else (None, None)
     if times is not None:
         warnings += part_time_warnings(times, inputs.cache.views_per_part)
-    training, tail = _training(config, inputs)
-    return Report(plan, found, times, training, (*warnings, *tail))
+    training, training_warnings = _training(config, inputs)
+    return Report(plan, measurement, times, training, (*warnings, *training_warnings))
 
 
 def _inputs(config: Config) -> PlanInputs:
     cache = cache_config(config)
     assert config.data.shards is not None
-    urls = shard_urls(config.data.shards)
-    by_id = dict(zip(shard_ids(urls), urls, strict=True))
+    by_id = urls_by_id(config.data.shards)
     commits, present = read_commit_summaries(cache.url), files_present(cache.url)
     commits = [commit for commit in commits if not is_dangling(commit, present)]
     sizes = check_shards(cache.url, by_id, commits)
@@ -73,38 +82,36 @@ def _inputs(config: Config) -> PlanInputs:
     return resolve_embedding_dim(inputs)
 
 
-def _space(inputs: PlanInputs) -> list[str]:
-    """What a build would refuse to begin for is a warning here."""
+def _space_warnings(inputs: PlanInputs) -> list[str]:
+    """A lack of space, for which a build would fail, is a warning here."""
     try:
         return check_space(inputs, num_tasks=num_local_tasks(inputs.config.ray))
     except StorageInputError as error:
-        return [f"{error.what}: {error.got} in {error.where}, wanted {error.expected}"]
+        return [f"{error.what}: {error.got} in {error.where}, expected {error.expected}"]
 
 
-def _teacher(config: Config) -> list[str]:
-    """The teacher's weights file against its network: what a build would refuse is a warning here."""
+def _weights_warnings(config: Config) -> list[str]:
+    """Weights that do not fit the teacher's network, for which a build would fail, are a warning here."""
     assert config.data.num_classes is not None
     try:
         check_weights(config.teacher, num_classes=config.data.num_classes, size=config.views.size, where="teacher")
     except InputError as error:
-        details = "; ".join(
-            str(detail) for detail in (error.where, error.got, error.expected, error.next_step) if detail is not None
-        )
-        return [f"a build would be refused: {error.what} ({details})"]
+        fields = (error.where, error.got, error.expected, error.next_step)
+        return [f"a build would fail: {error.what} ({'; '.join(str(text) for text in fields if text is not None)})"]
     return []
 
 
 def _measure(config: Config, inputs: PlanInputs, plan: CachePlan) -> tuple[Measurement, Forecast]:
-    """As one Ray task where the build would run as Ray tasks, with the CPUs and GPUs that these would have."""
+    """Measures in one task with the resources of a build's tasks."""
     urls = list(inputs.urls.values())
     task = MeasureTask(config, urls[len(urls) // 2])
     with cluster(config.ray):
-        ((_, found),) = fan_out(measure, [task], config.ray, what="a cache task")
-        return found, forecast(plan, config, found, num_slots=num_parallel_tasks(config.ray))
+        ((_, measurement),) = fan_out(measure, [task], config.ray, what="a cache task")
+        return measurement, forecast(plan, config, measurement, num_slots=num_parallel_tasks(config.ray))
 
 
 def _training(config: Config, inputs: PlanInputs) -> tuple[str | None, list[str]]:
-    """How an epoch of the config's own training ends, if it has any; and what that training would be refused for."""
+    """The steps of an epoch of the config's training, if it has one, and warnings about errors of its order."""
     train = config.train
     if not train.model_fields_set:
         return None, []
@@ -120,34 +127,31 @@ def _training(config: Config, inputs: PlanInputs) -> tuple[str | None, list[str]
             plan=config.views,
         )
     except ConfigError as error:
-        return None, [f"training would be refused: {error.what} ({error.where}: {error.got})"]
-    last = f"{order.rows_dropped} rows dropped" if train.tail == "drop" else _short_step(order)
+        return None, [f"training would fail: {error.what} ({error.where}: {error.got})"]
+    last_rows = order.global_rows(order.num_steps - 1)
+    last = f"{order.rows_dropped} rows dropped" if train.tail == "drop" else f"the last of {last_rows}"
     return f"{order.num_steps} steps of {train.global_batch_size} rows, {last} (train.tail: {train.tail})", []
 
 
-def _short_step(order: TrainingOrder) -> str:
-    return f"the last of {order.global_rows(order.num_steps - 1)}"
-
-
-def describe(found: Report) -> str:
-    """The screen that the command prints."""
-    lines = [*_plan_lines(found.plan), *_time_lines(found)]
-    if found.training is not None:
-        lines.append(("epoch", found.training))
-    screen = [f"{name:<16}{text}" for name, text in lines]
-    return "\n".join([*screen, *(f"warning: {warning}" for warning in found.warnings)])
+def describe(report: Report) -> str:
+    """The text that the command prints."""
+    lines = [*_plan_lines(report.plan), *_time_lines(report.measurement, report.forecast)]
+    if report.training is not None:
+        lines.append(("epoch", report.training))
+    texts = [f"{name:<16}{text}" for name, text in lines]
+    return "\n".join([*texts, *(f"warning: {warning}" for warning in report.warnings)])
 
 
 def _plan_lines(plan: CachePlan) -> list[tuple[str, str]]:
     work, size, traffic = plan.work, plan.size, plan.traffic
-    how = "counted" if work.rows.is_exact else f"{work.num_counted} shards counted, the others by a look at a few"
+    how = "counted" if work.rows.is_exact else f"{work.num_counted} shards counted, the others estimated from a few"
     stored = "as measured in its parts" if size.is_measured else "before compression"
     columns = ", ".join([f"{name} {num_bytes}" for name, num_bytes in size.outputs.items()])
     build, epoch = traffic.build, traffic.epoch
     lines = [
         ("images", f"{_count(work.rows)} in {work.num_shards} shards ({how})"),
         ("labels", "none (data.label is null)" if plan.labels is None else str(plan.labels)),
-        ("parts", f"{work.num_parts}, {work.blocks_per_shard} a shard; {work.num_parts_open} still to make"),
+        ("parts", f"{work.num_parts}, {work.blocks_per_shard} a shard; {work.num_parts_open} still to build"),
         ("bytes a row", f"{size.row.expected:.0f} {stored} ({columns}, other columns {size.columns:.0f})"),
         ("bytes", f"{_bytes(size.parts)}, {decimal(round(size.parts_of_shard.expected))} a shard"),
         ("still to write", _bytes(size.parts_open)),
@@ -165,15 +169,14 @@ def _plan_lines(plan: CachePlan) -> list[tuple[str, str]]:
 
 def _break_even(plan: CachePlan) -> str:
     even = plan.break_even
-    text = f"asks the teacher less than training online where students x epochs > {even.forwards_per_image}"
+    text = f"fewer teacher forwards than training online where students x epochs > {even.forwards_per_image}"
     if even.epochs is None:
         return text
     students = f"{even.num_students} student{'s' * (even.num_students != 1)}"
     return f"{text}; with train.epochs={even.epochs} from {students} on"
 
 
-def _time_lines(found: Report) -> list[tuple[str, str]]:
-    measured, times = found.measurement, found.forecast
+def _time_lines(measured: Measurement | None, times: Forecast | None) -> list[tuple[str, str]]:
     if measured is None or times is None:
         return []
     stages = measured.stages

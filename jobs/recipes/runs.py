@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from jobs.evaluate import evaluate
 from jobs.observability.progress import ProgressView
 from jobs.paths import with_absolute_paths
 from jobs.ray.fan_out import fan_out
 from jobs.recipes.document import RunSpec
+from jobs.run_ops import evaluate
 from jobs.train_student import train_student
 from pipeline.student.evaluation.evaluator import Evaluation
 from schemas.config import Config, RayConfig

@@ -15,10 +15,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from jobs.evaluate import percent
 from jobs.observability.log import emit
 from jobs.recipes.document import Recipe, RunSpec
 from jobs.recipes.runs import Row
+from jobs.run_ops import percent
 from pipeline import storage
 from pipeline.core.errors import ConfigError
 from pipeline.core.redaction import quoted

@@ -87,6 +87,16 @@ def shard_urls(patterns: str | Sequence[str], *, key: str = "data.shards") -> li
     return urls
 
 
+def urls_by_id(patterns: str | Sequence[str], *, key: str = "data.shards") -> dict[str, str]:
+    """The expanded URLs by shard id, in the order written.
+
+    Raises:
+        StillroomError: as ``shard_urls`` and ``shard_ids`` do.
+    """
+    urls = shard_urls(patterns, key=key)
+    return dict(zip(shard_ids(urls), urls, strict=True))
+
+
 def _check_no_glob(url: str, key: str) -> None:
     folder, _, pattern = url.rpartition("/")
     # A file may have such a name. A query is not part of the name, and the redacted URL has none.

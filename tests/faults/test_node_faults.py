@@ -20,10 +20,10 @@ import torch
 import yaml
 from PIL import Image
 
+from jobs.cache_ops import verify
 from jobs.ray import fan_out as module
 from jobs.ray.fan_out import fan_out
 from jobs.ray.task_scheduler import LostTaskError
-from jobs.verify_cache import verify
 from pipeline.cache.build.header_claim import MAX_DRIFT
 from pipeline.cache.read.reader import open_cache
 from pipeline.shards.writer import pack_shards

@@ -9,7 +9,7 @@ import torch
 
 from jobs.build_cache import build_cache
 from jobs.distill import distill
-from jobs.evaluate import evaluate
+from jobs.run_ops import evaluate
 from jobs.train_student import train_student
 from pipeline.core.errors import CacheError, ConfigError, StorageInputError
 from pipeline.models.cifar import resnet

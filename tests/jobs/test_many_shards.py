@@ -49,7 +49,7 @@ def test_class_sums_added_up_in_tasks_give_the_same_means(
         asked.append(len(refs))
         return read_sums(cache_url, refs)
 
-    monkeypatch.setattr("jobs.build_cache._SUMS_PER_TASK", 3)
+    monkeypatch.setattr("jobs.build_cache.SUMS_PER_TASK", 3)
     monkeypatch.setattr("jobs.build_cache.read_sums", counted)
     build_cache(config_of(tree(cache={"url": str(tmp_path / "many")})))
     assert files_below(tmp_path / "many") == files_below(tmp_path / "one")

@@ -13,13 +13,13 @@ import yaml
 
 from jobs import index_shards
 from jobs.build_cache import build_cache
+from jobs.cache_ops import verify
 from jobs.distill import distill
 from jobs.plan_cache import report
 from jobs.recipes.document import load_recipe
 from jobs.recipes.schedule import describe_plan
 from jobs.submit import check_job
 from jobs.train_student import train_student
-from jobs.verify_cache import verify
 from pipeline.core.errors import ConfigError, InputError
 from schemas.config import Config
 from tests.jobs.conftest import NETWORK

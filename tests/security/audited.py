@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from jobs import distill
-from jobs.evaluate import evaluate
-from jobs.verify_cache import verify
+from jobs.cache_ops import verify
+from jobs.run_ops import evaluate
 from pipeline.storage.config_files import load_config
 from pipeline.student.export.exporters import export_run
 

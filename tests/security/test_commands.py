@@ -23,7 +23,7 @@ from pydantic import BaseModel
 
 from jobs import distill
 from jobs.entry import run_command
-from jobs.evaluate import evaluate
+from jobs.run_ops import evaluate
 from pipeline.models import load_model
 from schemas.config import Config, ModelConfig
 from tests.jobs.conftest import NETWORK, Tree

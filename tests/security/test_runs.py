@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from jobs.evaluate import evaluate
+from jobs.run_ops import evaluate
 from pipeline.core.errors import InputError
 from pipeline.core.hashing import seal
 from pipeline.student.export.exporters import export_run

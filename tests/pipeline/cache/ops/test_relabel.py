@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobs.relabel_cache import describe
+from jobs.cache_ops import describe_relabelling
 from pipeline import storage
 from pipeline.cache.build.manifest import publish_manifest, read_manifest
 from pipeline.cache.ops.inspect import inspect_cache
@@ -149,7 +149,7 @@ def test_moved_shards_may_be_some_of_all_and_are_counted(tiny_config: TinyConfig
     assert (relabelling.num_given, relabelling.count.num_shards) == (1, 2)
     cache = open_cache(url)
     assert [cache.shard_url(shard) for shard in cache.shards] == [elsewhere, shard_urls(config)[second]]
-    assert "shards: 1 read as --shards names them, 1 where the build found them" in describe(relabelling)
+    assert "shards: 1 read as --shards names them, 1 where the build read them" in describe_relabelling(relabelling)
     assert not verify_cache(url).problems
 
 

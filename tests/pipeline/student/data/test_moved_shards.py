@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from jobs.build_cache import check_shards
+from jobs.cache_ops import describe_verification
 from jobs.index_shards import index_shards
-from jobs.verify_cache import describe
 from pipeline import storage
 from pipeline.cache.ops.relabel import relabel
 from pipeline.cache.verify import verify_cache
@@ -126,11 +126,11 @@ def test_validation_shards_have_an_option_in_each_command(base: Config, tmp_path
 
 def test_a_verification_without_shards_names_its_option(base: Config, tmp_path: Path) -> None:
     url = cache_section(base).url
-    assert "--shards" not in describe(verify_cache(url))
+    assert "--shards" not in describe_verification(verify_cache(url))
     moved(tmp_path)
     report = verify_cache(url)
     assert report.ok
-    assert "append --shards" in describe(report)
+    assert "append --shards" in describe_verification(report)
 
 
 @pytest.mark.parametrize("label", ["cls", None])

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch.nn.functional import cosine_similarity
 
-from jobs.evaluate import describe
+from jobs.run_ops import describe_evaluation
 from pipeline.cache.read.reader import open_cache
 from pipeline.core.errors import ConfigError
 from pipeline.student import CachedDataset
@@ -79,8 +79,8 @@ def test_a_run_is_evaluated_by_the_cosine_of_a_loop_over_images(config: Config, 
     expected = cosine_similarity(projected_ND.double(), their_ND.double()).mean().item()
     assert found.cosine == pytest.approx(expected, rel=1e-4)
     assert not found.head_trained
-    assert "cosine to the teacher" in describe(found)
-    assert "not trained" in describe(found)
+    assert "cosine to the teacher" in describe_evaluation(found)
+    assert "not trained" in describe_evaluation(found)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from jobs.evaluate import evaluate
+from jobs.run_ops import evaluate
 from pipeline.core.errors import ConfigError, ShardError, StorageInputError
 from pipeline.shards.writer import pack_shards
 from pipeline.student.run import checkpoint

@@ -1,4 +1,4 @@
-"""Evaluate a trained run on validation shards: accuracy, calibration, and how near it is to its teacher."""
+"""Operations on a finished run: evaluate and export its student; and the text of their results."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pipeline.shards.index import omissions_of
 from pipeline.shards.omissions import Omissions
 from pipeline.student.evaluation.evaluator import Evaluation, evaluate_run
 from pipeline.student.evaluation.loaded_run import CheckpointName
+from pipeline.student.export.exporters import Exported
 
 
 def evaluate(
@@ -19,10 +20,10 @@ def evaluate(
     threads: int = 1,
     with_teacher: bool = True,
 ) -> Evaluation:
-    """On a GPU where there is one.
+    """Evaluates a trained run on validation shards, on a GPU if there is one.
 
     Raises:
-        StillroomError: no run, no checkpoint, or shards that cannot be read.
+        StillroomError: there is no such run or checkpoint, or a shard cannot be read.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(threads)
@@ -41,12 +42,12 @@ def evaluate(
 
 
 def percent(share: float | None) -> str:
-    """``97.2 %``, or a dash where nothing was measured."""
+    """``97.2 %``, or a dash for None."""
     return "-" if share is None else f"{share:.1%}".replace("%", " %")
 
 
-def describe(evaluation: Evaluation) -> str:
-    """The lines that the command prints."""
+def describe_evaluation(evaluation: Evaluation) -> str:
+    """The text of ``stillroom evaluate``."""
     lines = [
         ("images", str(evaluation.num_rows)),
         ("top-1", percent(evaluation.top1)),
@@ -59,5 +60,15 @@ def describe(evaluation: Evaluation) -> str:
     if evaluation.cosine is not None:
         lines.append(("cosine to the teacher", f"{evaluation.cosine:.4f}"))
     if not evaluation.head_trained:
-        lines.append(("head", "not trained: no loss reads the student's logits, so nothing is measured of them"))
+        lines.append(("head", "not trained: no loss reads the student's logits, so they are not evaluated"))
     return "\n".join(f"{name:<28}{value}" for name, value in lines)
+
+
+def describe_export(exported: Exported) -> str:
+    """The line of ``stillroom export``."""
+    checked = "" if exported.difference is None else f"; logits within {exported.difference:.1g} of the student's"
+    backbone = "; the backbone alone: no loss trained the head" if exported.head_left_out else ""
+    return (
+        f"export: step {exported.step} as {exported.format} in {exported.url}, {exported.size_bytes / 1e6:.1f} MB; "
+        f"input {exported.input}{checked}{backbone}"
+    )

@@ -1,0 +1,182 @@
+"""Operations on a cache (inspect, verify, relabel, class means, garbage collection), and the text of their results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jobs.observability.progress import ProgressView, duration
+from jobs.paths import with_absolute_paths
+from pipeline import storage
+from pipeline.cache.ops.export_means import ExportedMeans
+from pipeline.cache.ops.gc import GcReport
+from pipeline.cache.ops.inspect import CacheReport
+from pipeline.cache.ops.relabel import Relabelling, relabel
+from pipeline.cache.verify import Recomputed, VerifyReport, load_live, recompute, verify_cache
+from pipeline.cache.verify.shard import SHARD_MISSING
+from pipeline.shards.shard_urls import urls_by_id
+from schemas.config import Config
+
+_NUM_PROBLEMS = 20
+_NUM_CLASSES = 10
+
+
+def describe_cache(report: CacheReport) -> str:
+    """The text of ``stillroom cache inspect``."""
+
+    def text(value: object) -> str:
+        if value is None:
+            return "-"
+        if isinstance(value, dict):
+            return ", ".join(f"{key} {text(item)}" for key, item in value.items()) or "none"
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    def line(name: str, value: object) -> str:
+        if name.endswith("_s") and isinstance(value, float):
+            name, value = name.removesuffix("_s"), duration(value)
+        return f"{name.replace('_', ' '):<20}{text(value)}"
+
+    fields: dict[str, Any] = report.as_dict()
+    lines = [line(name, value) for name, value in fields.items() if name != "warnings"]
+    return "\n".join([*lines, *(f"warning: {warning}" for warning in report.warnings)])
+
+
+def verify(
+    cache_url: str,
+    *,
+    shards: str | None = None,
+    threads: int = 1,
+    config: Config | None = None,
+    num_rows: int = 256,
+    allow_pixel_drift: int = 0,
+) -> VerifyReport:
+    """Verifies every file of the cache; with a config, also the teacher outputs of ``num_rows`` rows. Progress goes to
+    standard error.
+
+    Args:
+        shards: where the images are; default: ``data.shards`` of the config, or where the build read them.
+        config: the config of the build.
+        allow_pixel_drift: levels of 255 by which canaries may differ on this machine.
+
+    Raises:
+        CacheError: there is no cache at this URL.
+        ConfigError, ModelError: the config names no teacher that can be loaded.
+    """
+    # First, so that a wrong config does not fail after an hour of reading.
+    live = None if config is None else load_live(with_absolute_paths(config))
+    if shards is not None:
+        by_id = urls_by_id(shards, key="--shards")
+    else:
+        by_id = {} if live is None or live.config.data.shards is None else urls_by_id(live.config.data.shards)
+    with ProgressView("verify", 0) as progress:
+        report = verify_cache(
+            cache_url,
+            shard_urls=by_id,
+            threads=threads,
+            allowed_levels=allow_pixel_drift,
+            progress=lambda done, total: progress.update(done, "shards", total=total),
+        )
+    if live is None:
+        return report
+    with ProgressView("recompute", 0) as progress:
+        return report.joined(
+            *recompute(
+                cache_url,
+                live,
+                num_rows=num_rows,
+                shard_urls=by_id,
+                progress=lambda done, total: progress.update(done, "views", total=total),
+            )
+        )
+
+
+def describe_verification(report: VerifyReport) -> str:
+    """The text of ``stillroom cache verify``."""
+    lines = [str(problem) for problem in report.problems[:_NUM_PROBLEMS]]
+    if (num_more := report.num_problems - len(lines)) > 0:
+        lines.append(f"… and {num_more} more problems")
+    lines += _counts("checked", report.checked) + _counts("not checked", report.not_checked)
+    if SHARD_MISSING in report.not_checked:
+        lines.append("  to check these canaries, append --shards 'NEW_FOLDER/….tar' (data.shards-moved)")
+    if report.drift:
+        count, levels = sum(report.drift.values()), max(report.drift)
+        lines.append(f"pixel drift: {count} canaries differ, block means by up to {levels} of 255, which was allowed")
+    if report.recomputed is not None:
+        lines.append(f"recomputed:  {_recomputed_text(report.recomputed)}")
+    if report.num_unnamed:
+        lines.append(f"{report.num_unnamed} files that nothing names, first {', '.join(report.unnamed[:3])}")
+        lines.append("  harmless; stillroom cache gc removes what killed builders left")
+    if not report.ok:
+        lines.append("next: remove what is damaged and run stillroom cache build CONFIG, which rebuilds it;")
+        lines.append("  a cache with wrong rows under right digests has to be built into another cache.url")
+    verdict = "no problems" if report.ok else f"{report.num_problems} problems"
+    return "\n".join([*lines, f"{report.url}: {verdict}"])
+
+
+def _counts(title: str, counts: dict[str, int]) -> list[str]:
+    return [f"{title + ':':<13}{', '.join(f'{count} {name}' for name, count in counts.items())}"] if counts else []
+
+
+def _recomputed_text(recomputed: Recomputed) -> str:
+    return (
+        f"{recomputed.rows} rows, {recomputed.identical} with the same bits, largest difference "
+        f"{recomputed.largest_difference:.2g} standard deviations; {recomputed.same_environment} rows were built in "
+        "this numeric environment"
+    )
+
+
+def relabel_cache(cache_url: str, *, label: str | None, shards: str | None, threads: int) -> Relabelling:
+    """Reads the labels of a finished cache again from its shards. Progress goes to standard error.
+
+    Args:
+        shards: where the shards are; default: where the build read them.
+
+    Raises:
+        StillroomError: as ``relabel`` does.
+    """
+    by_id = {} if shards is None else urls_by_id(shards, key="--shards")
+    with ProgressView("relabel", 0) as progress:
+        return relabel(
+            cache_url,
+            label=label,
+            shard_urls={shard: storage.absolute(url) for shard, url in by_id.items()},
+            threads=threads,
+            progress=lambda done, total: progress.update(done, "shards", total=total),
+        )
+
+
+def describe_relabelling(relabelling: Relabelling) -> str:
+    """The text of ``stillroom cache relabel``."""
+    statistics, count = relabelling.statistics, relabelling.count
+    top1 = f"{statistics.top1_hits / statistics.labelled:.1%}, on view 0" if statistics.labelled else "not known"
+    lines = [f"labels: {count} (data.label is {relabelling.label})", f"teacher top-1: {top1}"]
+    if 0 < relabelling.num_given < count.num_shards:
+        num_others = count.num_shards - relabelling.num_given
+        lines.append(
+            f"shards: {relabelling.num_given} read as --shards names them, {num_others} where the build read them"
+        )
+    if relabelling.num_given:
+        lines.append("from now on the cache names these shards; configs that name data.shards have to name them too")
+    if relabelling.lost_means:
+        lines.append("warning: class means came from the labels of the build and are left out; nd needs another build")
+    return "\n".join(lines)
+
+
+def describe_means(means: ExportedMeans, out: str) -> str:
+    """The line of ``stillroom cache means``."""
+    names = ", ".join(map(str, means.absent[:_NUM_CLASSES])) + (", …" if len(means.absent) > _NUM_CLASSES else "")
+    absent = f"; {len(means.absent)} classes have no mean: {names}" if means.absent else ""
+    return f"class means: {means.num_written} classes of {means.embedding_dim} numbers in {out}{absent}"
+
+
+def describe_garbage(report: GcReport) -> str:
+    """The text of ``stillroom cache gc``: one line for each file, and the sum."""
+    verb, freed = ("would remove", "would free") if report.dry_run else ("removed", "freed")
+    lines = [f"{verb} {path}" for path in report.removed]
+    if report.num_young:
+        lines.append(f"kept {report.num_young} files that a running build may be about to commit (see --min-age)")
+    if report.num_former:
+        lines.append(
+            f"kept {report.num_former} tables that an extension replaced, {report.former_bytes / 1e6:.1f} MB: "
+            "runs that began before it read them; --former removes them"
+        )
+    return "\n".join([*lines, f"{report.url}: {len(report.removed)} files, {freed} {report.freed_bytes / 1e6:.1f} MB"])
