@@ -90,6 +90,12 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class VersionedRecord(Record):
+    """A record that is one JSON file."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+
+
 class ViewBlock(Record):
     """Views start..stop-1 of one shard: the unit of work and of commits. The eval pass is a separate block."""
 
@@ -173,10 +179,9 @@ class Statistics(Record):
     embedding_cosine_sum: float = 0.0
 
 
-class Header(Record):
+class Header(VersionedRecord):
     """What a cache is built from. Created before any work; a builder with another header stops."""
 
-    format_version: Literal[1] = FORMAT_VERSION
     views_id: str
     views: dict[str, Any]
     fingerprint: str
@@ -191,10 +196,9 @@ class Header(Record):
         return next((output for output in self.outputs if output.name == name), None)
 
 
-class Commit(Record):
+class Commit(VersionedRecord):
     """The only proof that a block of a shard is done."""
 
-    format_version: Literal[1] = FORMAT_VERSION
     fingerprint: str
     shard_id: str
     shard_size_bytes: int
@@ -218,10 +222,9 @@ class Commit(Record):
         return self
 
 
-class BuildLog(Record):
+class BuildLog(VersionedRecord):
     """Progress of one driver. Part of no digest, and removed when the build is finished."""
 
-    format_version: Literal[1] = FORMAT_VERSION
     host: str
     process: int
     began_s: float = Field(description="Seconds since 1970.")
@@ -237,10 +240,9 @@ class Relabelled(Record):
     data: dict[str, Any] = Field(description="The index settings of these indexes.")
 
 
-class Manifest(Record):
+class Manifest(VersionedRecord):
     """The fold of all commits: constant in size, written last. A cache without it is unfinished."""
 
-    format_version: Literal[1] = FORMAT_VERSION
     header_sha256: str
     views_id: str
     fingerprint: str

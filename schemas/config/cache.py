@@ -33,6 +33,10 @@ class CacheConfig(Section):
         return logits
 
     @property
+    def computes_class_means(self) -> bool:
+        return self.class_means in ("eval", "view0")
+
+    @property
     def class_means_url(self) -> str | None:
         """The URL of imported class means; None if the build computes them or stores none."""
-        return None if self.class_means in ("none", "eval", "view0") else self.class_means
+        return None if self.class_means == "none" or self.computes_class_means else self.class_means

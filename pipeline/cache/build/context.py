@@ -66,7 +66,7 @@ def cache_config(config: Config) -> CacheConfig:
             got="view0",
             expected="eval, none or the URL of a file under views.kind=function_matching",
         )
-    if cache.class_means in ("eval", "view0") and config.data.label is None:
+    if cache.computes_class_means and config.data.label is None:
         raise ConfigError(
             "class means need labels",
             code="config.class-means-without-labels",

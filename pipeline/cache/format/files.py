@@ -14,9 +14,9 @@ from pipeline.core.bounded_parquet import read_bounded
 from pipeline.core.errors import CacheError, StorageInputError, TooLargeError, first_line
 from pipeline.core.hashing import digest, unseal
 from pipeline.core.redaction import redact
-from schemas.cache_format import FORMAT_VERSION, FileRef, Record
+from schemas.cache_format import FORMAT_VERSION, FileRef, VersionedRecord
 
-R = TypeVar("R", bound=Record)
+R = TypeVar("R", bound=VersionedRecord)
 
 REBUILD = "remove this file and run: stillroom cache build CONFIG"
 """The remedy for any damage: a build revokes the commits that name missing files, and builds these files again."""

@@ -90,7 +90,7 @@ class PlanInputs:
     @property
     def num_class_sums(self) -> int:
         """Files of class sums: one a shard."""
-        return len(self.urls) if self.cache.class_means in ("eval", "view0") else 0
+        return len(self.urls) if self.cache.computes_class_means else 0
 
 
 def collect_plan_inputs(
