@@ -23,7 +23,7 @@ from pipeline.shards.shard_urls import shard_id
 from pipeline.shards.tar import Sample, read_samples
 from pipeline.shards.writer import Members, pack_shards
 from pipeline.teacher.inference import load_teacher
-from pipeline.teacher.numerics import numeric_env, pick_device, pin_numerics
+from pipeline.teacher.numerics import pick_device, pin_numerics
 from pipeline.teacher.rendering import Rendering, read_groups
 from schemas.cache_format import ViewBlock
 from schemas.config import Config
@@ -91,20 +91,23 @@ def measure(task: MeasureTask) -> Measurement:
         ModelError: the teacher cannot be loaded.
     """
     config = task.config
+    assert config.cache is not None
     pin_numerics(config.ray.cpus_per_task)
     with temporary_folder() as folder:
         scratch = Path(folder)
         fetch_s, local = _timed(lambda: storage.local_copy(task.shard_url, scratch / "shard"))
         samples = _usable(local, config, task.shard_url)
         stages = _time_stages(samples, config, shard_id(task.shard_url))
-        samples = samples[: _num_images(stages, config)]
-        num_views = _num_views(stages, len(samples), config)
-        part = _tiny_part(config, samples, scratch, num_views)
+        affordable_rows = int(_BUILD_S / (stages.view_s + stages.forward_s))
+        # The teacher pads a short batch, which costs as much as a full one.
+        samples = samples[: max(1, affordable_rows // config.teacher.batch_size) * config.teacher.batch_size]
+        num_views = max(1, min(affordable_rows // len(samples), config.views.count, config.cache.views_per_part))
+        part = _small_part(config, samples, scratch, num_views)
         load_s, _ = _timed(lambda: prepare(part.config))
         build_s, commit = _timed(lambda: build_part(part))
-    rows = commit.written * num_views
+    rows, env = commit.written * num_views, commit.environment
     return Measurement(
-        device=_device(config),
+        device=f"{env['device']}, {env['threads']} threads",
         num_images=commit.written,
         num_views=num_views,
         fetch_s=fetch_s,
@@ -154,7 +157,9 @@ def _time_stages(samples: list[Sample], config: Config, shard: str) -> Stages:
     teacher = load_teacher(config.teacher, num_classes=config.data.num_classes, size=config.views.size, device=device)
     samples, max_pixels = samples[:_NUM_RENDERED], config.data.max_pixels
     num_views, spec = min(config.views.count, _VIEWS_RENDERED), teacher.loaded.input
-    rendering = Rendering(plan=config.views, block=_block(num_views), size=spec.size, interpolation=spec.interpolation)
+    rendering = Rendering(
+        plan=config.views, block=ViewBlock(start=0, stop=num_views), size=spec.size, interpolation=spec.interpolation
+    )
     with ThreadPoolExecutor(config.ray.cpus_per_task) as pool:
         decode_s, _ = _repeated(
             lambda: list(pool.map(lambda sample: decode(sample.data, max_pixels=max_pixels), samples))
@@ -164,7 +169,7 @@ def _time_stages(samples: list[Sample], config: Config, shard: str) -> Stages:
                 read_groups(iter(samples), rendering, pool, shard_id=shard, max_pixels=max_pixels, builder=None)
             )
         )
-    # The teacher pads a short batch, so the time is that of a full one.
+    # A short batch is padded, so the time is that of a full one.
     forward_s, _ = _repeated(lambda: teacher.infer(group.pixels_VNCHW[0][: teacher.batch_size]))
     return Stages(
         decode_s=decode_s / len(samples),
@@ -182,37 +187,20 @@ def _repeated(work: Callable[[], T]) -> tuple[float, T]:
     return (time.perf_counter() - began) / calls, result
 
 
-def _block(num_views: int) -> ViewBlock:
-    return ViewBlock(start=0, stop=num_views)
-
-
-def _num_images(stages: Stages, config: Config) -> int:
-    """As many as the time allows, in full batches: a short batch costs as much as a full one."""
-    batch_size = config.teacher.batch_size
-    return max(1, int(_BUILD_S / (stages.view_s + stages.forward_s) / batch_size)) * batch_size
-
-
-def _num_views(stages: Stages, num_images: int, config: Config) -> int:
-    """As many views of a part as the time allows."""
-    assert config.cache is not None
-    affordable = int(_BUILD_S / (stages.view_s + stages.forward_s) / num_images)
-    return max(1, min(affordable, config.views.count, config.cache.views_per_part))
-
-
-def _tiny_part(config: Config, samples: list[Sample], scratch: Path, num_views: int) -> PartTask:
+def _small_part(config: Config, samples: list[Sample], scratch: Path, num_views: int) -> PartTask:
     """A build of these samples only, into a cache in scratch."""
     assert config.cache is not None
     packed = (_members(sample, config) for sample in samples)
     (shard,) = pack_shards(packed, f"{scratch}/sample-%d.tar", shard_size=len(samples))
     settings = {"url": str(scratch / "cache"), "class_means": "none", "views_per_part": num_views}
-    tiny = config.model_copy(
+    small = config.model_copy(
         update={
             "data": config.data.model_copy(update={"shards": shard}),
             "views": config.views.model_copy(update={"count": num_views}),
             "cache": config.cache.model_copy(update=settings),
         }
     )
-    return PartTask(tiny, shard, _block(num_views))
+    return PartTask(small, shard, ViewBlock(start=0, stop=num_views))
 
 
 def _members(sample: Sample, config: Config) -> tuple[str, Members]:
@@ -220,11 +208,6 @@ def _members(sample: Sample, config: Config) -> tuple[str, Members]:
     if config.data.label is not None and sample.label is not None:
         members[config.data.label.lower()] = str(sample.label).encode()
     return sample.key, members
-
-
-def _device(config: Config) -> str:
-    env = numeric_env(pick_device(config.ray.gpus_per_task > 0), batch_size=config.teacher.batch_size)
-    return f"{env['device']}, {env['threads']} threads"
 
 
 def forecast(plan: CachePlan, config: Config, measurement: Measurement, *, num_slots: int) -> Forecast:

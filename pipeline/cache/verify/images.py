@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -36,8 +36,8 @@ class ShardImages:
     plan: ViewsConfig
     decoders: ThreadPoolExecutor
 
-    def groups(self, ordinals: Sequence[int], block: ViewBlock) -> Iterator[GroupViews]:
-        """The views of a block of these rows, in groups of the plan's ``mix_group``, mixed as the rows of a shard.
+    def render(self, ordinals: Sequence[int], block: ViewBlock) -> GroupViews:
+        """The views of a block of these rows, mixed like the first rows of a shard: at most ``mix_group`` rows.
 
         Raises:
             ShardError: an image was changed after it was indexed, or cannot be decoded.
@@ -46,13 +46,15 @@ class ShardImages:
         rendering = Rendering(
             plan=self.plan, block=block, size=int(teacher["size"]), interpolation=teacher["interpolation"]
         )
-        yield from read_groups(
-            (self._sample(ordinal) for ordinal in ordinals),
-            rendering,
-            self.decoders,
-            shard_id=self.index.shard_id,
-            max_pixels=int(self.header.data["max_pixels"]),
-            builder=None,
+        return next(
+            read_groups(
+                map(self._sample, ordinals),
+                rendering,
+                self.decoders,
+                shard_id=self.index.shard_id,
+                max_pixels=int(self.header.data["max_pixels"]),
+                builder=None,
+            )
         )
 
     def key(self, ordinal: int) -> str:
@@ -110,12 +112,12 @@ def check_canaries(
     of_first_row = [canary for canary in canaries if canary.ordinal == 0]
     with findings.capture(redact(images.url), shard=commit.shard_id):
         if len(of_first_row) == len(commit.views):
-            group = next(images.groups([0], commit.block))
+            group = images.render([0], commit.block)
             for position, canary in enumerate(of_first_row):
                 compare(canary, group.pixels_VNCHW[position, 0])
         for canary in canaries:
             if canary.ordinal:
-                group = next(images.groups([canary.ordinal], single_view(canary.view)))
+                group = images.render([canary.ordinal], single_view(canary.view))
                 compare(canary, group.pixels_VNCHW[0, 0])
 
 

@@ -188,7 +188,7 @@ class _RowSampler:
         same_environment = read_commit(self._cache.url, _commit_path(file)).environment == self._environment
         for unit in units:
             with report_moved([url], "append --shards {}"):
-                group = next(images.groups(unit, single_view(view)))
+                group = images.render(unit, single_view(view))
             start = len(rows)
             boxes_VN4 = cutmix_boxes(group.aug_params_VN)
             for position, ordinal in enumerate(unit):

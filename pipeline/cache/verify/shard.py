@@ -16,7 +16,7 @@ from pipeline.cache.build.commit import file_digest
 from pipeline.cache.format import layout
 from pipeline.cache.format.files import missing_file, read_file
 from pipeline.cache.verify.images import ShardImages, check_canaries
-from pipeline.cache.verify.part import Canary, PartCheck, PartContent, ReplayedShard
+from pipeline.cache.verify.part import PartCheck, PartContent, ReplayedShard
 from pipeline.cache.verify.records import CacheRecords, CompressedCommit, check_digest, read_committed
 from pipeline.cache.verify.report import Findings
 from pipeline.core.errors import CacheError, StillroomError, StorageInputError
@@ -34,22 +34,6 @@ _NO_PLAN = "augmentation parameters and canaries: this version cannot replay the
 _NOT_RELABELLED = ("shard_id", "keys", "status", "size", "width", "height", "content_hash")
 
 
-@dataclass(frozen=True, slots=True)
-class ShardTask:
-    """The commits of a shard, and the URL of its images.
-
-    Attributes:
-        shard_url: None if it is unknown.
-        allowed_levels: allowed difference of the block means of canaries, in levels of 255.
-    """
-
-    cache_url: str
-    records: CacheRecords
-    commits: list[CompressedCommit]
-    shard_url: str | None
-    allowed_levels: int = 0
-
-
 @dataclass(slots=True)
 class ShardResult:
     """
@@ -63,38 +47,51 @@ class ShardResult:
     lost_sums: bool = False
 
 
-def check_shard(task: ShardTask) -> ShardResult:
-    """Reads each file of a shard once."""
+def check_shard(
+    cache_url: str,
+    records: CacheRecords,
+    commits: list[CompressedCommit],
+    *,
+    shard_url: str | None,
+    allowed_levels: int,
+) -> ShardResult:
+    """Reads each file of a shard once.
+
+    Args:
+        commits: of this shard, at least one.
+        shard_url: where the images are; None if that is unknown.
+        allowed_levels: allowed difference of the block means of canaries, in uint8 levels.
+    """
+    check = _ShardCheck(cache_url, records, [commit.decompress() for commit in commits])
+    index = check.read_index()
+    plan = records.plan
+    replayed = None if plan is None or index is None else ReplayedShard.of(plan, index)
     with ThreadPoolExecutor(1, thread_name_prefix="decode") as decoders:
-        return _ShardCheck(task, decoders).run()
+        images = check.open_images(index, shard_url, decoders)
+        for commit in check.commits:
+            content = check.check_part(commit, index, replayed)
+            check.check_sums(commit, index, content)
+            if content is None or not content.canaries:
+                continue
+            if images is None:
+                check.findings.not_checked[SHARD_MISSING] += len(content.canaries)
+            else:
+                check_canaries(images, commit, content.canaries, check.findings, allowed_levels=allowed_levels)
+    return check.result
 
 
 class _ShardCheck:
-    def __init__(self, task: ShardTask, decoders: ThreadPoolExecutor) -> None:
-        self._task, self._records, self._decoders = task, task.records, decoders
-        self._commits = [commit.decompress() for commit in task.commits]
-        self._shard_id = self._commits[0].shard_id
-        self._result = ShardResult()
-        self._findings = self._result.findings
+    def __init__(self, cache_url: str, records: CacheRecords, commits: list[Commit]) -> None:
+        self.commits, self.result = commits, ShardResult()
+        self.findings = self.result.findings
+        self._cache_url, self._records, self._shard_id = cache_url, records, commits[0].shard_id
 
-    def run(self) -> ShardResult:
-        index = self._read_index()
-        plan = self._records.plan
-        replayed = None if plan is None or index is None else ReplayedShard.of(plan, index)
-        images = self._open_images(index)
-        for commit in self._commits:
-            content = self._check_part(commit, index, replayed)
-            self._check_sums(commit, index, content)
-            if content is not None and content.canaries:
-                self._check_canaries(commit, images, content.canaries)
-        return self._result
-
-    def _read_index(self) -> ShardIndex | None:
+    def read_index(self) -> ShardIndex | None:
         """The index, if it contradicts neither itself nor the commits. Rows are compared with no other index."""
-        commit, header = self._commits[0], self._records.header
+        commit, header = self.commits[0], self._records.header
 
         def check(findings: Findings) -> ShardIndex:
-            data = read_committed(self._task.cache_url, commit.index)
+            data = read_committed(self._cache_url, commit.index)
             index = decode_index(data, where=commit.index.path, settings=None if header is None else header.data)
             _check_index(index, commit, findings)
             return index
@@ -109,7 +106,7 @@ class _ShardCheck:
         path = layout.relabelled_path(self._shard_id, relabelled.sha256)
 
         def check(findings: Findings) -> ShardIndex:
-            data = read_file(self._task.cache_url, path)
+            data = read_file(self._cache_url, path)
             what = "this file was changed after it was written"
             findings.expect(path, what, digest(data), relabelled.sha256, shard=self._shard_id)
             index = decode_index(data, where=path)
@@ -129,33 +126,33 @@ class _ShardCheck:
             if header is not None:
                 num_outside = int(((index.label < NO_LABEL) | (index.label >= header.num_classes)).sum())
                 findings.expect(path, "labels outside of the classes", num_outside, 0, shard=self._shard_id)
-        self._findings.merge(findings)
+        self.findings.merge(findings)
         return None if findings.num_problems else index
 
-    def _check_part(
+    def check_part(
         self, commit: Commit, index: ShardIndex | None, replayed: ReplayedShard | None
     ) -> PartContent | None:
         """The content of a part; None if its bytes are not those that were committed."""
         header = self._records.header
-        with self._findings.capture(commit.part.path, "parts", shard=self._shard_id), temporary_folder() as scratch:
-            path = _fetch(self._task.cache_url, commit.part, Path(scratch))
+        with self.findings.capture(commit.part.path, "parts", shard=self._shard_id), temporary_folder() as scratch:
+            path = _fetch(self._cache_url, commit.part, Path(scratch))
             check_digest(commit.part, path.stat().st_size, file_digest(path))
-            self._findings.checked["bytes"] += commit.part.size_bytes
+            self.findings.checked["bytes"] += commit.part.size_bytes
             if header is None or index is None:
-                self._findings.not_checked[_NO_HEADER if header is None else _NO_INDEX] += 1
+                self.findings.not_checked[_NO_HEADER if header is None else _NO_INDEX] += 1
                 return None
             if replayed is None:
-                self._findings.not_checked[_NO_PLAN] += 1
-            return PartCheck(commit, header, index, replayed, self._findings).run(path)
+                self.findings.not_checked[_NO_PLAN] += 1
+            return PartCheck(commit, header, index, replayed, self.findings).run(path)
         return None
 
-    def _check_sums(self, commit: Commit, index: ShardIndex | None, content: PartContent | None) -> None:
+    def check_sums(self, commit: Commit, index: ShardIndex | None, content: PartContent | None) -> None:
         if commit.means is None:
             return
         in_manifest, path = commit.part.path in self._records.manifest_parts, commit.means.path
         sums = self._read_sums(commit.means)
         if sums is None:
-            self._result.lost_sums |= in_manifest
+            self.result.lost_sums |= in_manifest
             return
         if index is not None:
             label_N = index.label[index.ok]
@@ -163,20 +160,20 @@ class _ShardCheck:
             expected = dict(zip(classes.tolist(), counts.tolist(), strict=True))
             got = dict(zip(sums.class_C.tolist(), sums.count_C.tolist(), strict=True))
             what = "rows by class do not match the index"
-            self._findings.expect(path, what, got, expected, shard=self._shard_id)
+            self.findings.expect(path, what, got, expected, shard=self._shard_id)
         if content is not None and content.sums is not None:
             same = all(
                 np.array_equal(getattr(sums, name), getattr(content.sums, name))
                 for name in ("class_C", "count_C", "sum_CD")
             )
             what = "whether the sums equal those of the part's embeddings"
-            self._findings.expect(path, what, same, True, shard=self._shard_id)
+            self.findings.expect(path, what, same, True, shard=self._shard_id)
         if in_manifest:
-            self._result.sums = sums if self._result.sums is None else merge([self._result.sums, sums])
+            self.result.sums = sums if self.result.sums is None else merge([self.result.sums, sums])
 
     def _read_sums(self, ref: FileRef) -> ClassSums | None:
-        with self._findings.capture(ref.path, "class sums", shard=self._shard_id):
-            data = read_committed(self._task.cache_url, ref)
+        with self.findings.capture(ref.path, "class sums", shard=self._shard_id):
+            data = read_committed(self._cache_url, ref)
             try:
                 return decode_sums(data, where=ref.path)
             # The Parquet file has other columns or metadata.
@@ -187,9 +184,11 @@ class _ShardCheck:
                 ) from error
         return None
 
-    def _open_images(self, index: ShardIndex | None) -> ShardImages | None:
+    def open_images(
+        self, index: ShardIndex | None, url: str | None, decoders: ThreadPoolExecutor
+    ) -> ShardImages | None:
         """The images, if the shard is available and has the expected size."""
-        url, records = self._task.shard_url, self._records
+        records = self._records
         if records.header is None or index is None:
             return None
         relabelled = self._read_relabelled(index)
@@ -198,20 +197,14 @@ class _ShardCheck:
         try:
             size_bytes = storage.size(url)
         except StillroomError as error:
-            self._findings.not_checked[f"canaries of a shard: {error.what}"] += 1
+            self.findings.not_checked[f"canaries of a shard: {error.what}"] += 1
             return None
         named = records.relabelled.get(self._shard_id)
-        expected = self._commits[0].shard_size_bytes if named is None else named.size_bytes
+        expected = self.commits[0].shard_size_bytes if named is None else named.size_bytes
         what = "this shard is not as long as when its parts were built"
-        if not self._findings.expect(redact(url), what, size_bytes, expected, shard=self._shard_id):
+        if not self.findings.expect(redact(url), what, size_bytes, expected, shard=self._shard_id):
             return None
-        return ShardImages(url, relabelled or index, records.header, records.plan, self._decoders)
-
-    def _check_canaries(self, commit: Commit, images: ShardImages | None, canaries: list[Canary]) -> None:
-        if images is None:
-            self._findings.not_checked[SHARD_MISSING] += len(canaries)
-        else:
-            check_canaries(images, commit, canaries, self._findings, allowed_levels=self._task.allowed_levels)
+        return ShardImages(url, relabelled or index, records.header, records.plan, decoders)
 
 
 def _fetch(cache_url: str, ref: FileRef, scratch: Path) -> Path:

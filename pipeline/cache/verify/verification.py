@@ -15,7 +15,7 @@ from pipeline.cache.format.files import read_parquet
 from pipeline.cache.format.header import no_cache
 from pipeline.cache.verify.records import CacheRecords, CompressedCommit, read_committed, read_records
 from pipeline.cache.verify.report import Findings, VerifyReport
-from pipeline.cache.verify.shard import ShardTask, check_shard
+from pipeline.cache.verify.shard import ShardResult, check_shard
 from pipeline.core.redaction import redact
 from pipeline.core.temporary import temporary_folder
 from pipeline.core.threads import map_ordered
@@ -51,16 +51,24 @@ def verify_cache(
         raise no_cache(cache_url)
     findings = Findings()
     records = read_records(cache_url, entries, findings)
-    tasks = _tasks(cache_url, records, {**records.shard_urls, **(shard_urls or {})}, allowed_levels)
+    urls = {**records.shard_urls, **(shard_urls or {})}
+    commits_of_shard: defaultdict[str, list[CompressedCommit]] = defaultdict(list)
+    for commit in records.commits:
+        commits_of_shard[commit.summary.shard_id].append(commit)
+
+    def check(shard: str) -> ShardResult:
+        commits, url = commits_of_shard[shard], urls.get(shard)
+        return check_shard(cache_url, records, commits, shard_url=url, allowed_levels=allowed_levels)
+
     sums: ClassSums | None = None
     has_all_sums = records.complete
-    for done, result in enumerate(map_ordered(check_shard, tasks, threads=threads, name="verify"), start=1):
+    for done, result in enumerate(map_ordered(check, [*commits_of_shard], threads=threads, name="verify"), start=1):
         findings.merge(result.findings)
         has_all_sums &= not result.lost_sums
         if result.sums is not None:
             sums = result.sums if sums is None else merge([sums, result.sums])
         if progress is not None:
-            progress(done, len(tasks))
+            progress(done, len(commits_of_shard))
     _check_files_without_commit(cache_url, entries, records, findings)
     header, manifest = records.header, records.manifest
     if header is not None and imported_sha256(header) is not None:
@@ -79,15 +87,6 @@ def verify_cache(
         unnamed=tuple(unnamed[:_MAX_UNNAMED]),
         drift=dict(findings.drift),
     )
-
-
-def _tasks(cache_url: str, records: CacheRecords, urls: Mapping[str, str], allowed_levels: int) -> list[ShardTask]:
-    by_shard: defaultdict[str, list[CompressedCommit]] = defaultdict(list)
-    for commit in records.commits:
-        by_shard[commit.summary.shard_id].append(commit)
-    return [
-        ShardTask(cache_url, records, commits, urls.get(shard), allowed_levels) for shard, commits in by_shard.items()
-    ]
 
 
 def _check_files_without_commit(
