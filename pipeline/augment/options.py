@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.augment.random_bits import RandomBits
-from pipeline.augment.sampling import (
+from pipeline.augment.random_bits import (
     STREAM_CUTMIX,
     STREAM_ERASING,
     STREAM_JITTER,
     STREAM_OPS,
     Floats,
     Ints,
+    RandomBits,
     log_uniform_between,
     sample_uniforms,
     uniform_between,

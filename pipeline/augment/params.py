@@ -1,7 +1,7 @@
 """Parameters of views: box, flip, mixing weight and the plan's options, a pure function of (plan, sample, view).
 
 The parameters of a row do not depend on the other rows of a call, their number or order. They are the same bits on
-every platform (see ``sampling.py``). A cache stores them, so replay does not depend on this module; ``verify`` does.
+every platform (see ``random_bits.py``). A cache stores them, so replay does not depend on this module; ``verify`` does.
 
 Counter layout (part of the format): a view has the key ("view", seed, sample id) and the counters
 (block, view, stream, 0); a matching of mixup partners has the key ("mix", seed, shard id) and the counters
@@ -18,14 +18,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.augment.options import sample_aug_params, without_boxes
-from pipeline.augment.random_bits import RandomBits, key_of, philox4x64
-from pipeline.augment.sampling import (
+from pipeline.augment.random_bits import (
     STREAM_BOX,
     STREAM_CANARY,
     STREAM_FLIP_AND_MIX,
     Floats,
     Ints,
+    RandomBits,
+    key_of,
     log_uniform_between,
+    philox4x64,
     sample_uniforms,
     uniform_between,
 )

@@ -1,15 +1,20 @@
-"""Counter-based random bits: Philox4x64-10 (Salmon 2011, "Parallel random numbers: as easy as 1, 2, 3").
+"""Counter-based random bits, Philox4x64-10 (Salmon 2011, "Parallel random numbers: as easy as 1, 2, 3"), and samples.
 
 A block of bits is a function of (key, counter) alone, so any row of any view can be sampled without those before it.
 Maps from bits to numbers are part of this package, because libraries keep their bit streams stable but not their
-distributions. Everything here is part of the format: a change of any output needs a new ``RNG_VERSION``, which is part
-of every views id.
+distributions. They use only float64 +, ×, ÷, √, floor and rint, each of which IEEE 754 rounds exactly, so results are
+the same bits on every platform. The exponential is implemented here for the same reason: versions of libm and SIMD
+libraries differ in the last bit.
+
+Everything here is part of the format: a change of any output needs a new ``RNG_VERSION``, which is part of every views
+id.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from decimal import Decimal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +22,12 @@ from numpy.typing import NDArray
 RNG_VERSION = 1
 
 RandomBits = NDArray[np.uint64]
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+# The third counter word separates the streams, so that a new augmentation changes no sample of the existing ones.
+STREAM_BOX, STREAM_FLIP_AND_MIX, STREAM_CANARY = 0, 1, 2
+STREAM_JITTER, STREAM_OPS, STREAM_ERASING, STREAM_CUTMIX = 3, 4, 5, 6
 
 _ROUNDS = 10
 _BLOCKS_AT_ONCE = 1 << 12
@@ -80,17 +91,17 @@ def _canonical(part: str | int) -> bytes:
     return b"s" + len(data).to_bytes(8, "little") + data
 
 
-def to_uniform(random_bits: RandomBits) -> NDArray[np.float64]:
+def to_uniform(random_bits: RandomBits) -> Floats:
     """uint64 to float64 in [0, 1), exactly ``(bits >> 11) * 2**-53``; same shape."""
     return np.asarray((random_bits >> np.uint64(11)) * 2.0**-53, dtype=np.float64)
 
 
-def permutation(key_2: RandomBits, size: int) -> NDArray[np.int64]:
+def permutation(key_2: RandomBits, size: int) -> Ints:
     """The permutation of ``range(size)`` that sorts the key's first uint64s; the sort is stable. int64 [size]."""
     return next(permutations(key_2[None], [size]))
 
 
-def permutations(keys_N2: RandomBits, sizes: Sequence[int]) -> Iterator[NDArray[np.int64]]:
+def permutations(keys_N2: RandomBits, sizes: Sequence[int]) -> Iterator[Ints]:
     """``permutation`` of each key. Bits of short permutations are generated together, which is faster."""
     ends_N = np.cumsum([-(-size // 4) for size in sizes])
     first = 0
@@ -101,7 +112,7 @@ def permutations(keys_N2: RandomBits, sizes: Sequence[int]) -> Iterator[NDArray[
         first = last
 
 
-def _permutations_of_batch(keys_N2: RandomBits, sizes: Sequence[int]) -> Iterator[NDArray[np.int64]]:
+def _permutations_of_batch(keys_N2: RandomBits, sizes: Sequence[int]) -> Iterator[Ints]:
     blocks_N = np.array([-(-size // 4) for size in sizes])
     begin_N = np.cumsum(blocks_N) - blocks_N
     counters_B4 = np.zeros((blocks_N.sum(), 4), dtype=np.uint64)
@@ -109,3 +120,35 @@ def _permutations_of_batch(keys_N2: RandomBits, sizes: Sequence[int]) -> Iterato
     random_bits = philox4x64(np.repeat(keys_N2, blocks_N, axis=0), counters_B4).reshape(-1)
     for start, size in zip((4 * begin_N).tolist(), sizes, strict=True):
         yield np.argsort(random_bits[start : start + size], kind="stable")
+
+
+def sample_uniforms(keys_N2: RandomBits, views_N: Ints, stream: int, block: int = 0) -> Floats:
+    """Four uniform samples in [0, 1) for each row: float64 [N, 4]."""
+    counters_N4 = np.zeros((len(keys_N2), 4), dtype=np.uint64)
+    counters_N4[:, 0] = block
+    counters_N4[:, 1] = views_N
+    counters_N4[:, 2] = stream
+    return to_uniform(philox4x64(keys_N2, counters_N4))
+
+
+def uniform_between(low: float | Floats, high: float | Floats, uniform_N: Floats) -> Floats:
+    """Maps uniform samples in [0, 1) to [low, high)."""
+    return low + (high - low) * uniform_N
+
+
+def log_uniform_between(bounds: tuple[float, float], uniform_N: Floats) -> Floats:
+    """Maps uniform samples in [0, 1) to log-uniform ones between the bounds, 0 < low <= high."""
+    low, high = bounds
+    # Decimal rounds its logarithm correctly in software, on every platform.
+    return low * _exp(float((Decimal(high) / Decimal(low)).ln()) * uniform_N)
+
+
+def _exp(x_N: Floats) -> Floats:
+    """e^x for x >= 0, from exactly rounded operations only; relative error about (2 + x) · 1e-16."""
+    ln2 = 0.6931471805599453
+    power_N = np.rint(x_N / ln2)
+    rest_N = x_N - power_N * ln2
+    sum_N = np.ones_like(x_N)
+    for degree in range(14, 0, -1):
+        sum_N = 1 + sum_N * rest_N / degree
+    return np.ldexp(sum_N, power_N.astype(np.int32))
