@@ -4,8 +4,8 @@ import importlib
 import sys
 from pathlib import Path
 
-# A folder of the user's named ``pipeline`` or ``schemas`` may come earlier on the path: with ``python -m`` and in Ray's
-# workers the working folder does. What is imported now, from where this package lies, is not looked for again.
+# The working folder comes first on the import path with ``python -m`` and in Ray's workers, and may contain a package
+# ``pipeline`` or ``schemas`` of the user. Python does not search again for packages that are imported here.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 try:
     for _name in ("pipeline", "schemas"):

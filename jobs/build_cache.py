@@ -145,7 +145,7 @@ def check_shards(cache_url: str, by_id: dict[str, str], commits: Sequence[Commit
         if commit.shard_id in sizes and sizes[commit.shard_id] != commit.shard_size_bytes:
             raise ShardError(
                 "this shard changed since its parts were built",
-                code="shard.changed",
+                code="shard.changed-since-build",
                 where=redact(by_id[commit.shard_id]),
                 got=f"{sizes[commit.shard_id]} bytes",
                 expected=f"{commit.shard_size_bytes} bytes",

@@ -1,4 +1,4 @@
-"""The main job on real handwritten digits, without a network: shards, teacher, cache, students, one table."""
+"""The main job on handwritten digits, without a network: shards, teacher, cache, students, one table."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from jobs.observability.log import emit
-from jobs.recipe import perform
+from jobs.recipe import run_and_report
 from pipeline import storage
 from pipeline.core.errors import StorageInputError, TrainingError
 from pipeline.shards.writer import pack_shards
 
 NUM_LABELLED = 150
 _NUM_VAL = 397
-_LEAST_GAIN = 0.10  # of top-1
+_MIN_GAIN = 0.10  # of top-1
 _TRAIN_SHARDS, _VAL_SHARDS = 8, 2
 _RECIPE = Path(__file__).parent / "configs" / "demo.yaml"
 _MAX_LEVEL = 16  # scikit-learn's digits have 17 gray levels
@@ -31,8 +31,10 @@ _MAX_LEVEL = 16  # scikit-learn's digits have 17 gray levels
 def pack_digits(folder: Path) -> None:
     """1,400 train and 397 validation digits of 8 x 8 pixels, shuffled, as WebDataset shards.
 
-    Every training sample has its label as ``full.cls``, which the teacher's config names; only 150 have ``cls``, which
-    all other configs read.
+    Every training sample has its label in ``full.cls``, for the teacher; 150 have it in ``cls`` too, for the students.
+
+    Raises:
+        StorageInputError: the folder cannot be created.
     """
     digits = cast("Any", load_digits())
     order = list(range(len(digits.target)))
@@ -42,11 +44,15 @@ def pack_digits(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageInputError(
-            "this folder cannot be made", where=str(folder), got=str(error), next_step="choose another --out"
+            "this folder cannot be created",
+            code="storage.folder-not-created",
+            where=str(folder),
+            got=str(error),
+            next_step="choose another --out",
         ) from error
     for name, rows, shards in (("train", train, _TRAIN_SHARDS), ("val", val, _VAL_SHARDS)):
         labelled = set(rows[:NUM_LABELLED]) if name == "train" else set(rows)
-        # Labelled digits are spread over all shards; the packer keeps the order it is given.
+        # Spreads the labelled digits over all shards, since the packer does not shuffle.
         random.Random(1).shuffle(rows)
         samples = _samples(digits.images, digits.target, rows, labelled)
         pack_shards(samples, str(folder / f"{name}-%05d.tar"), shard_size=-(-len(rows) // shards))
@@ -68,38 +74,38 @@ def _png(image_HW: NDArray[np.float64]) -> bytes:
 
 
 def run_demo(out: Path) -> Path:
-    """Runs the packaged recipe below ``out`` and returns the path of ``results.json``. Resumes by itself.
+    """Runs the packaged recipe below ``out`` and returns the path of ``results.json``. A repeated call resumes.
 
     Raises:
-        TrainingError: of ``gains``.
+        TrainingError: as ``gains`` does.
     """
     out = Path(storage.absolute(str(out)))
     pack_digits(out / "shards")
-    path = perform(str(_RECIPE), [f"out={out}"])
+    path = run_and_report(str(_RECIPE), [f"out={out}"])
     emit(gains(json.loads(path.read_text())), event="gains")
     return path
 
 
 def gains(results: dict[str, Any]) -> str:
-    """One line: by how many points of top-1 each distilled student is above the one of labels alone.
+    """The line with each distilled student's gain in points of top-1 over the student of labels alone.
 
     Args:
         results: content of ``results.json``.
 
     Raises:
-        TrainingError: one is fewer than 10 points above it. On the versions of torch and Ray that were tried it is at
-            least 29, so this installation computes something else.
+        TrainingError: a gain is below 10 points. The tested versions of torch and Ray gain at least 29 points, so this
+            installation computes something else.
     """
     top1 = {name: student["top1"] for name, student in results["students"].items()}
-    alone = top1.pop("labels")
+    baseline = top1.pop("labels")
     text = "points of top-1 above labels alone: "
-    text += ", ".join(f"{name} {100 * (value - alone):+.1f}" for name, value in top1.items())
-    if all(value >= alone + _LEAST_GAIN for value in top1.values()):
+    text += ", ".join(f"{name} {100 * (value - baseline):+.1f}" for name, value in top1.items())
+    if all(value >= baseline + _MIN_GAIN for value in top1.values()):
         return text
     raise TrainingError(
-        "distillation does not help here, which it should",
+        "distillation brought no gain, although it should",
         code="demo.no-gain",
         got=text,
-        expected=f"at least {100 * _LEAST_GAIN:.0f} each",
+        expected=f"at least {100 * _MIN_GAIN:.0f} each",
         next_step="run stillroom demo in a new --out; if it fails again, run make test",
     )

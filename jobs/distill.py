@@ -1,4 +1,4 @@
-"""Build what is missing of the cache, then train. ``python -m jobs.distill CONFIG [k.k=v …]``."""
+"""Build the missing parts of a cache, then train. ``python -m jobs.distill CONFIG [k.k=v …]``."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from schemas.config import Config
 
 
 def distill(config: Config) -> dict[str, Any]:
-    """The union of a build's and a training's config; ``data.cache`` is ``cache.url``. Returns the run's summary.
+    """Builds and trains from one config, in which ``cache.url`` is also ``data.cache``. Returns the run's summary.
 
     Raises:
-        StillroomError: as the build and the training do; both configs are checked before either starts.
+        StillroomError: as the build and the training do. Both are checked before either starts.
     """
     training = training_of(config)
     check_distillation(training)

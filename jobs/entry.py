@@ -1,4 +1,4 @@
-"""How every command starts and ends: one message, one exit code, no traceback for what a person can mend."""
+"""The start and the end of every command: one message, one exit code, no traceback for errors that a user can fix."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ INTERRUPTED = 130
 
 
 def report_crashes() -> None:
-    """A signal that ends the process in native code (SIGSEGV, SIGBUS, SIGABRT, SIGFPE, SIGILL) names itself and the
-    Python stack on stderr, where it would be silent. SIGKILL cannot be reported from inside.
+    """Makes Python report a signal of native code (SIGSEGV, SIGBUS, SIGABRT, SIGFPE, SIGILL) and the Python stack on
+    stderr. No process can report its own SIGKILL.
     """
-    # Streams that are closed or replaced have no file descriptor to write to.
+    # A closed or replaced stream has no file descriptor.
     with contextlib.suppress(RuntimeError, OSError, ValueError, AttributeError):
         faulthandler.enable()
 
@@ -28,7 +28,7 @@ def report_crashes() -> None:
 def run_command(command: Callable[[], None], *, resume: str | None = None) -> int:
     """Runs a command and returns its exit code: 0, 2 for bad input, 1 for failure, 130 for Ctrl-C.
 
-    ``resume`` is the command that goes on from what is committed; it is printed after Ctrl-C.
+    ``resume`` is the command that resumes from what is committed. It is printed after Ctrl-C.
     """
     protect_streams()
     code = _exit_code(command, resume)
@@ -47,14 +47,14 @@ def _exit_code(command: Callable[[], None], resume: str | None) -> int:
     except KeyboardInterrupt:
         emit("interrupted; what is committed stays", event="interrupted", level=logging.WARNING)
         if resume is not None:
-            # An override may hold a signed URL, and job logs are kept.
+            # An override may contain a signed URL, and job logs are stored.
             emit(f"resume with: {redact_text(resume)}", event="resume")
         return INTERRUPTED
     return 0
 
 
 def config_command(name: str, command: Callable[[str, list[str]], None], *, option: str | None = None) -> None:
-    """The whole of ``python -m jobs.NAME CONFIG [k.k=v …]``; an option is passed on among the overrides."""
+    """Runs ``python -m jobs.NAME CONFIG [k.k=v …]`` and exits. An option is passed on among the overrides."""
     protect_streams()
     report_crashes()
     arguments = sys.argv[1:]
@@ -62,5 +62,5 @@ def config_command(name: str, command: Callable[[str, list[str]], None], *, opti
         more = f" [{option}]" if option else ""
         print(f"usage: python -m jobs.{name} CONFIG [section.key=value ...]{more}", file=sys.stderr)
         raise SystemExit(0 if arguments else 2)
-    again = f"python -m jobs.{name} {' '.join(arguments)}"
-    raise SystemExit(run_command(lambda: command(arguments[0], arguments[1:]), resume=again))
+    resume = f"python -m jobs.{name} {' '.join(arguments)}"
+    raise SystemExit(run_command(lambda: command(arguments[0], arguments[1:]), resume=resume))

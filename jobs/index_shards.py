@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from functools import partial
 
 from jobs.entry import config_command
-from jobs.observability.log import emit, warn_of_omissions
+from jobs.observability.log import emit, warn, warn_of_omissions
 from jobs.observability.progress import ProgressView
 from jobs.paths import with_absolute_paths
 from jobs.ray.cluster import cpus_only
@@ -20,7 +19,7 @@ from pipeline.shards.labels import LabelCount, check_label_member, count_labels,
 from pipeline.shards.omissions import Omissions
 from pipeline.shards.publish import index_name, publish_shard_index, read_index
 from pipeline.shards.shard_head import ShardHead, read_shard_head
-from pipeline.shards.shard_urls import report_moved, shard_ids, shard_urls
+from pipeline.shards.shard_urls import report_moved, urls_by_id
 from pipeline.storage.config_files import load_config
 from pipeline.student.data.sources import index_url
 from schemas.config import Config, DataConfig
@@ -29,7 +28,7 @@ _NUM_SAMPLED = 8
 
 
 def index_shards(config: Config, folder_url: str) -> int:
-    """Writes ``<folder_url>/<shard_id>.parquet`` for every shard that has none. Returns the number of ok rows.
+    """Writes ``<folder_url>/<shard_id>.parquet`` for every shard without an index. Returns the number of ok rows.
 
     Raises:
         ShardError: a shard is damaged, has a bad sample under ``bad_samples: fail``, or changed since it was indexed;
@@ -38,44 +37,47 @@ def index_shards(config: Config, folder_url: str) -> int:
     """
     require(config, "data.shards", command="shards index")
     assert config.data.shards is not None
-    urls = shard_urls(config.data.shards)
-    by_id = dict(zip(shard_ids(urls), urls, strict=True))
+    by_id = urls_by_id(config.data.shards)
     storage.check_names(folder_url, map(index_name, by_id))
-    with report_moved(urls, "append data.shards={}"):
+    with report_moved([*by_id.values()], "append data.shards={}"):
         return _index(by_id, config, folder_url)
 
 
 def _index(by_id: dict[str, str], config: Config, folder_url: str) -> int:
     _check_labels(by_id, config.data, folder_url)
-    # Every task reads this anew, and a list of 100,000 URLs has megabytes.
+    # Every task reads the config, and a list of 100,000 URLs has megabytes.
     data = config.data.model_copy(update={"shards": None, "val_shards": None})
     work = partial(publish_shard_index, data=data, folder_url=folder_url, threads=config.ray.cpus_per_task)
     num_ok, omissions = 0, list[Omissions]()
     with ProgressView("index", len(by_id)) as progress:
         indexed = fan_out(work, [*by_id.values()], cpus_only(config.ray), what="an index task", name=redact)
-        for done, (_, found) in enumerate(indexed, start=1):
-            num_ok += found.num_ok
-            omissions.append(found.omissions)
+        for done, (_, index) in enumerate(indexed, start=1):
+            num_ok += index.num_ok
+            omissions.append(index.omissions)
             progress.update(done, f"{num_ok} rows")
     warn_of_omissions("index", omissions)
     labels = count_labels([*by_id], lambda shard: read_index(folder_url, shard))
     if (warning := label_warning(labels, config.data)) is not None:
-        emit(f"index: {warning}", event="warning", level=logging.WARNING)
+        warn(f"index: {warning}")
     return num_ok
 
 
 def _check_labels(by_id: dict[str, str], data: DataConfig, folder_url: str) -> None:
-    """A wrong ``data.label``, while no shard is indexed: an index is never replaced by another one."""
+    """Detects a wrong ``data.label`` before the first shard is indexed, since an index is never replaced.
+
+    Raises:
+        ShardError: no sampled shard has the member.
+    """
     if data.label is None or not {index_name(shard) for shard in by_id}.isdisjoint(storage.listing(folder_url)):
         return
     sampled = evenly_spaced([*by_id.values()], _NUM_SAMPLED)
-    shard_heads: list[ShardHead] = []
+    heads: list[ShardHead] = []
     for url in sampled:
-        # Indexing tells what is wrong with a shard, and of which of them.
+        # Indexing reports a bad shard.
         with contextlib.suppress(ShardError):
-            shard_heads.append(read_shard_head(url, data, size_bytes=storage.size(url)))
-    found = LabelCount.from_labels([seen.label_N for seen in shard_heads], [seen.members for seen in shard_heads])
-    check_label_member(found, data, where=redact(sampled[0]))
+            heads.append(read_shard_head(url, data, size_bytes=storage.size(url)))
+    count = LabelCount.from_labels([head.label_N for head in heads], [head.members for head in heads])
+    check_label_member(count, data, where=redact(sampled[0]))
 
 
 def main(source: str, overrides: list[str]) -> None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping
 
-from jobs.observability.log import emit, warn_of_omissions
+from jobs.observability.log import warn, warn_of_omissions
 from jobs.observability.progress import ProgressView
 from pipeline import storage
 from pipeline.core.errors import ShardError
@@ -33,19 +32,18 @@ def pack(
     bad_images: BadImages = "fail",
     omissions: Omissions | None = None,
 ) -> Packing:
-    """Goes on where an earlier run of the same packing was stopped.
+    """Packs a folder tree. An interrupted packing resumes.
 
     Raises:
-        ShardError: there is nothing to pack, classes cannot be used, or images cannot be decoded under ``fail``.
-        StorageInputError: something else is in ``out_url``, or a link leads out of the tree without ``links_out``.
+        ShardError: there is nothing to pack, the classes are unusable, or images cannot be decoded under ``fail``.
+        StorageInputError: ``out_url`` contains other files, or a link leads out of the tree without ``links_out``.
     """
     classes = None if classes_url is None else _read_classes(classes_url)
     packing = plan_packing(source_url, settings, out_url=out_url, classes=classes, links_out=links_out)
     if not packing.classes and (splits := split_folders(packing.paths)):
-        text = f"pack: the images of {', '.join(splits)} go into the same shards; pack each folder to keep them apart"
-        emit(text, event="warning", level=logging.WARNING)
+        warn(f"pack: the images of {', '.join(splits)} go into the same shards; pack each folder to separate them")
     if packing.skipped:
-        emit(f"pack: skipped {describe_skipped(packing.skipped)}", event="warning", level=logging.WARNING)
+        warn(f"pack: skipped {describe_skipped(packing.skipped)}")
     omissions = Omissions() if omissions is None else omissions
     with ProgressView("pack", packing.num_images) as progress:
         for num_images in write_packing(packing, out_url, bad_images=bad_images, omissions=omissions):
@@ -57,10 +55,10 @@ def pack(
 def _read_classes(url: str) -> Mapping[str, int]:
     try:
         classes = json.loads(storage.read(url, max_bytes=storage.MAX_RECORD_BYTES))
-        fits = sorted(classes.values()) == list(range(len(classes)))
+        is_valid = sorted(classes.values()) == list(range(len(classes)))
     except (ValueError, RecursionError, AttributeError, TypeError):
-        classes, fits = {}, False
-    if not fits:
+        classes, is_valid = {}, False
+    if not is_valid:
         raise ShardError(
             "these are not the classes of a packing",
             code="pack.bad-classes-file",
@@ -71,7 +69,7 @@ def _read_classes(url: str) -> Mapping[str, int]:
 
 
 def describe(packing: Packing, out_url: str, *, num_left_out: int = 0) -> str:
-    """What was packed, and what a config says of it."""
+    """The number of images, and the section ``data`` of a config for the shards."""
     names: dict[str, list[str]] = {}
     for name in packing.shards:
         names.setdefault(name.rpartition("-")[0], []).append(name)

@@ -1,7 +1,4 @@
-"""URLs of a config made good for other processes, once, in the one that the user started.
-
-Ray's workers run in other directories, so bare paths become absolute; and they have another memory.
-"""
+"""Absolute paths in a config, set in the process that the user started: Ray's workers run in other directories."""
 
 from __future__ import annotations
 
@@ -13,11 +10,11 @@ from schemas.config import CacheConfig, Config, ModelConfig, TeacherConfig, Teac
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """The config with every bare path absolute, ``~`` expanded; URLs and brace patterns stay, a pattern being short.
+    """The config with every bare path absolute and ``~`` expanded. URLs stay, and brace patterns are not expanded.
 
     Raises:
         StorageInputError: a URL is refused.
-        ConfigError: a cache or a run in this process's memory, where Ray's workers would not find it.
+        ConfigError: a cache or a run is in this process's memory, which Ray's workers cannot reach.
     """
     update: dict[str, Any] = {"data": config.data.model_copy(update=_data(config))}
     for name in ("cache", "run"):
@@ -37,10 +34,11 @@ def with_absolute_paths(config: Config) -> Config:
 def _check_shared(url: str, address: str, *, where: str) -> None:
     if storage.protocol(url) == "memory" and address != "none":
         raise ConfigError(
-            "memory:// lives in one process, and Ray works in others",
+            "memory:// belongs to one process, and Ray's workers are other processes",
+            code="ray.memory-url",
             where=where,
             got=url,
-            expected="a URL that all processes see",
+            expected="a URL that all processes reach",
             next_step="name a folder or a bucket, or set ray.address=none",
         )
 

@@ -1,7 +1,7 @@
-"""A whole experiment from one YAML: train a teacher, cache what it says, train students, print one table.
+"""A whole experiment from one YAML: train a teacher, cache its outputs, train students, print one table.
 
-``stillroom recipe RECIPE [key=value …] [--dry-run]``. Every stage is an ordinary config and resumes by itself, so
-running a recipe again does only what is missing. A dry run says what it would do, and does nothing.
+``stillroom recipe RECIPE [key=value …] [--dry-run]``. Every stage is an ordinary config that resumes, so a repeated run
+does only what is missing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DRY_RUN = "--dry-run"
 
 
 def run_recipe(recipe: Recipe) -> Results:
-    """Subsets, teacher, caches, students."""
+    """Writes the subsets, trains the teacher, builds the caches, trains and evaluates the students."""
     _write_subsets(recipe)
     teacher = _train_teacher(recipe)
     with cluster(recipe.specs[0].config.ray):
@@ -40,9 +40,9 @@ def _write_subsets(recipe: Recipe) -> None:
     data = DataConfig.model_validate(recipe.document.common.get("data", {}))
     for name, tail in recipe.document.subsets.items():
         pattern = str(recipe.out / "shards" / f"{name}-%05d.tar")
-        written = write_long_tail(shard_urls(tail.shards, key=f"subsets.{name}.shards"), pattern, tail, data)
+        subset = write_long_tail(shard_urls(tail.shards, key=f"subsets.{name}.shards"), pattern, tail, data)
         emit(
-            f"subset {name}: {sum(written.counts)} images in {len(written.urls)} shards, by class {written.counts}",
+            f"subset {name}: {sum(subset.counts)} images in {len(subset.urls)} shards, by class {subset.counts}",
             event="stage",
         )
 
@@ -66,10 +66,10 @@ def _train_students(recipe: Recipe) -> list[Row]:
     return rows
 
 
-def perform(source: str, overrides: list[str]) -> Path:
-    """The whole of it: runs a recipe, prints its tables, and returns the path of ``results.json``."""
+def run_and_report(source: str, overrides: list[str]) -> Path:
+    """Runs a recipe, prints its tables, and returns the path of ``results.json``."""
     recipe = load_recipe(source, overrides)
-    # A file that later results could not be merged into stops a recipe before its first stage.
+    # A damaged file of results fails the recipe before its first stage.
     read_results(recipe)
     path = write_results(recipe, run_recipe(recipe))
     print_tables(recipe, read_results(recipe))
@@ -77,7 +77,7 @@ def perform(source: str, overrides: list[str]) -> Path:
 
 
 def describe_packaged() -> str:
-    """The lines that ``--list`` prints."""
+    """The text of ``--list``."""
     return "\n".join(f"{name:<20}{title}" for name, title in titles().items())
 
 
@@ -86,7 +86,7 @@ def main(source: str, overrides: list[str]) -> None:
         print(describe_plan(load_recipe(source, [text for text in overrides if text != DRY_RUN])))
         return
     began = time.monotonic()
-    path = perform(source, overrides)
+    path = run_and_report(source, overrides)
     emit(f"{path} written after {time.monotonic() - began:.0f} s", event="end")
 
 
