@@ -104,7 +104,7 @@ def _probe(teacher: Teacher) -> NDArray[np.float32]:
     if not np.isfinite(logits_NK).all():
         raise ModelError(
             "the teacher produces NaN or infinity on images of noise",
-            code="model.outputs-not-finite",
+            code="model.not-finite",
             where="teacher",
             next_step="use teacher.precision=fp32, or check the weights",
         )

@@ -182,7 +182,7 @@ class PartBuild:
             keys = [group.samples[row].key for row in np.flatnonzero(bad_N)[:_NUM_NAMED]]
             raise ShardError(
                 f"the teacher produced NaN or infinity for {int(bad_N.sum())} rows",
-                code="model.outputs-not-finite",
+                code="model.not-finite",
                 where=f"{self.where}, view {view}, keys {', '.join(keys)}",
                 next_step="use teacher.precision=fp32, or check the weights",
             )

@@ -1,7 +1,6 @@
 """Rows of floats to fixed-size bytes and back, one file for each encoding."""
 
 from pipeline.cache.format.codec.rows import (
-    arrow_type,
     check_encodings,
     column_of,
     decode,
@@ -13,7 +12,6 @@ from pipeline.cache.format.codec.rows import (
 )
 
 __all__ = [
-    "arrow_type",
     "check_encodings",
     "column_of",
     "decode",

@@ -67,11 +67,7 @@ def check_encodings(outputs: Iterable[Output]) -> None:
 
 def row_bytes(output: Output) -> int:
     """Bytes of one row as stored, before page compression."""
-    return sum(np.dtype(field.dtype).itemsize * field.count for field in output.fields)
-
-
-def arrow_type(output: Output) -> pa.DataType:
-    return pa.binary(row_bytes(output))
+    return _row_dtype(output).itemsize
 
 
 def depends_on_temperature(output: Output) -> bool:
@@ -89,7 +85,7 @@ def encode(values_ND: NDArray[np.float32], output: Output, *, keys: Sequence[str
     with np.errstate(over="ignore", invalid="ignore"):
         _encoding(output).pack(values_ND, rows_N)
     _check_fits(values_ND, rows_N, output, keys)
-    return pa.Array.from_buffers(arrow_type(output), len(rows_N), [None, pa.py_buffer(rows_N.tobytes())])
+    return column_of(rows_N.view(np.uint8).reshape(len(rows_N), rows_N.itemsize))
 
 
 def _check_fits(values_ND: NDArray[np.float32], rows_N: Rows, output: Output, keys: Sequence[str]) -> None:

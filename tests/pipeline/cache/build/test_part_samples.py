@@ -201,7 +201,7 @@ def plain(row: int, members: dict[str, bytes]) -> Members:
 def test_nan_from_a_teacher_names_the_samples(tiny_config: TinyConfig, tmp_path: Path) -> None:
     teacher = {"model": "python:tests.pipeline.cache.teachers:NanOnPlainImages", "kwargs": {}}
     config = with_samples(tmp_path, tiny_config, plain, teacher=teacher, views={"kind": "crop"})
-    with pytest.raises(ShardError, match=r"model\.outputs-not-finite[\s\S]*keys digit-0005\n"):
+    with pytest.raises(ShardError, match=r"model\.not-finite[\s\S]*keys digit-0005\n"):
         build(config)
     assert read_commits(cache_section(config).url) == []
 
@@ -217,7 +217,7 @@ def test_infinity_in_half_precision_names_the_samples(tiny_config: TinyConfig, t
     config = with_samples(
         tmp_path, tiny_config, grey_or_white, teacher={**hot, "precision": "fp16"}, views={"kind": "crop"}
     )
-    with pytest.raises(ShardError, match=r"model\.outputs-not-finite[\s\S]*keys digit-0005\n"):
+    with pytest.raises(ShardError, match=r"model\.not-finite[\s\S]*keys digit-0005\n"):
         build(config)
     assert read_commits(cache_section(config).url) == []
     build(

@@ -166,7 +166,7 @@ def test_rounding_of_another_machine_is_not_changed_code(
 
 def test_a_teacher_whose_outputs_are_nan_is_refused_before_any_work(tiny_config: TinyConfig) -> None:
     config = tiny_config(teacher=teacher_section("NanOnNoise"))
-    with pytest.raises(ModelError, match=r"model\.outputs-not-finite"):
+    with pytest.raises(ModelError, match=r"model\.not-finite"):
         prepare(config)
     assert not storage.exists(storage.join(cache_section(config).url, layout.HEADER))
 
