@@ -24,7 +24,7 @@ from pipeline.core.redaction import redact
 from schemas.cache_format import BuildLog
 
 RENEW_S = 30.0
-SILENT_S = 600.0
+STALE_S = 600.0
 """A driver that has not renewed its record for longer has most likely ended."""
 _logger = logging.getLogger(__name__)
 
@@ -104,13 +104,13 @@ def read_last_log(cache_url: str) -> BuildLog | None:
 
 
 def find_running_build(cache_url: str, *, now_s: float) -> BuildLog | None:
-    """The most recently renewed record, if that was within ``SILENT_S``.
+    """The most recently renewed record, if that was within ``STALE_S``.
 
     Raises:
         CacheError: a record was changed after it was written.
     """
     log = read_last_log(cache_url)
-    return log if log is not None and now_s - log.renewed_s <= SILENT_S else None
+    return log if log is not None and now_s - log.renewed_s <= STALE_S else None
 
 
 def remove_logs(cache_url: str) -> None:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline import storage
-from pipeline.cache.build.build_log import SILENT_S, find_running_build
+from pipeline.cache.build.build_log import STALE_S, find_running_build
 from pipeline.cache.build.commit import is_unused, named_files, stream_commits
 from pipeline.cache.build.manifest import read_manifest, read_table
 from pipeline.cache.format import layout
@@ -145,7 +145,7 @@ def _check_no_running_build(cache_url: str, now_s: float) -> None:
             code="cache.build-running",
             where=where,
             got=f"process {log.process} on {log.host}, last sign {max(now_s - log.renewed_s, 0):.0f} s ago",
-            expected=f"no build log, or one without a sign for {SILENT_S:.0f} s",
+            expected=f"no build log, or one without a sign for {STALE_S:.0f} s",
             next_step="stop that build, or wait until it ends; if it was killed, run: "
             f"stillroom cache gc {quoted(cache_url)} --unused-header --force",
         )

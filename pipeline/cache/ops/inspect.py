@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline import storage
-from pipeline.cache.build.build_log import SILENT_S, read_last_log
+from pipeline.cache.build.build_log import STALE_S, read_last_log
 from pipeline.cache.build.commit import CommitSummary, stream_commits
 from pipeline.cache.build.manifest import read_manifest
 from pipeline.cache.build.statistics import StatisticsFold
@@ -148,7 +148,7 @@ def _eta_s(log: BuildLog, num_commits: int, now_s: float) -> float | None:
     if not num_built:
         return None
     part_s = (log.renewed_s - log.began_s) / num_built
-    if now_s - log.renewed_s > max(SILENT_S, _SILENT_PARTS * part_s):
+    if now_s - log.renewed_s > max(STALE_S, _SILENT_PARTS * part_s):
         return None
     return max(log.num_parts - num_commits, 0) * part_s
 

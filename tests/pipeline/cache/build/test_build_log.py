@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline import storage
-from pipeline.cache.build.build_log import SILENT_S, BuildLogWriter, find_running_build, read_last_log, remove_logs
+from pipeline.cache.build.build_log import STALE_S, BuildLogWriter, find_running_build, read_last_log, remove_logs
 from pipeline.cache.ops.inspect import inspect_cache
 from tests.pipeline.caches import TinyCache, files
 
@@ -98,7 +98,7 @@ def test_a_build_without_a_part_yet_renews_its_record(
         clock.now_s = 5000
         while (record := read_last_log(tiny_cache.url)) is None or record.renewed_s < clock.now_s:
             assert find_running_build(tiny_cache.url, now_s=1000) is not None
-        assert find_running_build(tiny_cache.url, now_s=5000 + SILENT_S) == record
+        assert find_running_build(tiny_cache.url, now_s=5000 + STALE_S) == record
         clock.now_s = 5001
         log.update(1)
         clock.now_s = 9000

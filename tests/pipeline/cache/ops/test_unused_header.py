@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline import storage
-from pipeline.cache.build.build_log import SILENT_S, BuildLogWriter
+from pipeline.cache.build.build_log import STALE_S, BuildLogWriter
 from pipeline.cache.build.context import prepare
 from pipeline.cache.build.part import PartTask, build_part
 from pipeline.cache.format import layout
@@ -111,12 +111,12 @@ def test_the_header_of_a_running_build_stays_until_its_log_is_old_or_force_is_gi
     prepare(config)
     write_log(config, renewed_s=now_s)
     with pytest.raises(CacheError) as caught:
-        remove_unused_header(url_of(config), now_s=now_s + SILENT_S - 1)
+        remove_unused_header(url_of(config), now_s=now_s + STALE_S - 1)
     assert caught.value.code == "cache.build-running"
     assert f"gc {url_of(config)} --unused-header --force" in str(caught.value.next_step)
     assert find_header(url_of(config)) is not None
     assert "header.json" in remove_unused_header(url_of(config), force=True, dry_run=True).removed
-    remove_unused_header(url_of(config), now_s=now_s + SILENT_S + 1)
+    remove_unused_header(url_of(config), now_s=now_s + STALE_S + 1)
     assert storage.listing(url_of(config)) == []
 
 
