@@ -82,15 +82,15 @@ class ReplayedShard:
 
     def columns(self, view: int) -> Columns:
         """Box, flip, mixing and the augmentation parameters of a view."""
-        ok, own_N = self.index.ok, np.arange(self.index.num_ok, dtype=np.int32)
+        ok, ordinal_N = self.index.ok, np.arange(self.index.num_ok, dtype=np.int32)
         widths_N, heights_N = (side[ok].astype(np.int64) for side in (self.index.width, self.index.height))
         if view == EVAL_VIEW:
-            params, partner_N = eval_params(self.plan, widths_N, heights_N), own_N
+            params, partner_N = eval_params(self.plan, widths_N, heights_N), ordinal_N
         else:
             params = view_params(self.plan, self.keys_N2, np.full(len(ok), view, np.int64), widths_N, heights_N)
             mixes = self.plan.mixes
-            partner_N = shard_partners(self.plan, self.index.shard_id, view, len(ok)) if mixes else own_N
-        params = unmix(params, partner_N == own_N)
+            partner_N = shard_partners(self.plan, self.index.shard_id, view, len(ok)) if mixes else ordinal_N
+        params = unmix(params, partner_N == ordinal_N)
         return {
             **{f"box_{side}": params.box_N4[:, at] for at, side in enumerate(("left", "top", "width", "height"))},
             "flip": params.flip_N,

@@ -195,31 +195,31 @@ def _read_commits(
     paths = [entry.path for entry in entries if layout.is_commit(entry.path)]
 
     def read(path: str) -> tuple[Commit | None, bytes, Findings]:
-        commit, data, own_findings = None, b"", Findings()
-        with own_findings.capture(path, "records"):
+        commit, data, commit_findings = None, b"", Findings()
+        with commit_findings.capture(path, "records"):
             data = storage.read(storage.join(cache_url, path), max_bytes=storage.MAX_RECORD_BYTES)
             commit = parse_record(Commit, data, where=redact(storage.join(cache_url, path)))
-            _check_commit(path, commit, header, own_findings)
-        return commit if not own_findings.num_problems else None, data, own_findings
+            _check_commit(path, commit, header, commit_findings)
+        return commit if not commit_findings.num_problems else None, data, commit_findings
 
     first_of_shard: dict[str, tuple[FileRef, dict[str, Any]]] = {}
     covered: set[tuple[str, int]] = set()
     commits: list[CompressedCommit] = []
     damaged: set[str] = set()
     results = map_ordered(read, paths, threads=READ_THREADS, ahead=4 * READ_THREADS, name="verify")
-    for path, (commit, data, own_findings) in zip(paths, results, strict=True):
+    for path, (commit, data, commit_findings) in zip(paths, results, strict=True):
         if commit is not None:
             shard = commit.shard_id
             samples = commit.model_dump(include={"shard_size_bytes", "num_ok", "read", "written", "skipped"})
             first_index, first_samples = first_of_shard.setdefault(shard, (commit.index, samples))
-            expect = own_findings.expect
+            expect = commit_findings.expect
             expect(path, "another index than in the shard's first commit", commit.index, first_index)
             expect(path, "the shard changed between two of its parts", samples, first_samples)
             views = {(shard, view.view) for view in commit.views}
             expect(path, "another commit covers these views", sorted(views & covered), [])
             covered |= views
-        findings.merge(own_findings)
-        if commit is None or own_findings.num_problems:
+        findings.merge(commit_findings)
+        if commit is None or commit_findings.num_problems:
             damaged.add(path)
         else:
             commits.append(CompressedCommit.of(commit, data))
