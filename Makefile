@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 OUT    ?= runs/demo
 
-.PHONY: install demo test test-slow test-system test-exhaustive check bench recipe clean
+.PHONY: install demo test test-slow test-system test-exhaustive check docs bench recipe clean
 
 install: $(VENV)/.installed
 
@@ -43,6 +43,11 @@ check: install
 	$(BIN)/lint-imports
 	$(BIN)/basedpyright
 
+# No page loads anything from another host; read it with `python -m http.server -d site`.
+docs: install
+	$(BIN)/python -m tests.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+
 bench: install
 	$(BIN)/python -m tests.benchmarks
 
@@ -50,4 +55,4 @@ recipe: install
 	$(BIN)/stillroom recipe cifar10
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site

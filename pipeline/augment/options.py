@@ -1,8 +1,8 @@
 """Augmentation parameters of a plan's options: jitter, RandAugment, erasing and cutmix, as columns of plain numbers.
 
 Values are computed in float64 and rounded to the types that a part stores; pixels depend on these alone. Geometry is in
-fractions of the view, so that it does not depend on the size. docs/format.md specifies the counter and the map of every
-value.
+fractions of the view, so that it does not depend on the size. docs/reference/format.md specifies the counter and the
+map of every value.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The state dict in a checkpoint: its key, and the prefixes of its names. docs/config.md lists the supported forms."""
+"""The state dict in a checkpoint: its key, and prefixes of names. docs/reference/config.md lists the accepted forms."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class CachedDataset(Dataset[CachedBatch]):
 
     Items are whole batches in the one order of training, so a loader neither batches nor shuffles nor samples:
     ``DataLoader(dataset, batch_size=None, num_workers=8)``. Any number of workers gives the same batches, any world
-    size the same global ones. docs/python.md has an example.
+    size the same global ones. docs/tutorials/your-own-loop.md has an example.
     """
 
     def __init__(

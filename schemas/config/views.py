@@ -61,7 +61,7 @@ def _check_area_and_aspect(area: tuple[float, float], aspect: tuple[float, float
 class ViewsConfig(Section):
     """The plan of augmented views. The views id depends on all keys except count and size."""
 
-    kind: Literal["eval", "crop", "function_matching"] = Field("crop", description="See docs/format.md.")
+    kind: Literal["eval", "crop", "function_matching"] = Field("crop", description="See docs/reference/format.md.")
     count: int = Field(1, ge=1, le=65_535, description="V, views per image in a cache.")
     seed: int = Field(0, ge=0, lt=2**63, description="Views are a pure function of it and the sample id.")
     size: int | None = Field(None, ge=1, description="The teacher's input height and width in pixels.")

@@ -1,4 +1,4 @@
-"""S3 requests counted in the server's log, against the plan and the figures of docs/operations.md."""
+"""S3 requests counted in the server's log, against the plan and the figures of docs/how-to/size-a-build.md."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_build_and_an_epoch_send_the_planned_requests(s3: str, new_requests: R
     pack_shards(digit_samples(12 * 12), f"{s3}/in/d-%03d.tar", shard_size=12)
     of_8_shards, of_12_shards = (_build_as_planned(_config(s3, num), new_requests) for num in (8, 12))
     # The heads of eight shards are read, however many there are.
-    text = (Path(__file__).resolve().parents[2] / "docs" / "operations.md").read_text()
+    text = (Path(__file__).resolve().parents[2] / "docs" / "how-to" / "size-a-build.md").read_text()
     row = re.search(r"^\| a shard of three parts \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|", text, re.MULTILINE)
     assert row is not None
     assert [*map(int, row.groups())] == [*_per_shard(of_8_shards, of_12_shards).values()]

@@ -153,6 +153,6 @@ def test_without_ray_nothing_is_recorded_and_nothing_breaks(monkeypatch: pytest.
 
 
 def test_the_document_has_every_meter_with_its_labels_and_its_meaning() -> None:
-    text = (ROOT / "docs" / "observability.md").read_text()
+    text = (ROOT / "docs" / "how-to" / "watch.md").read_text()
     rows = re.findall(r"^\| `(ray_stillroom_\w+)` \| ([^|]*) \| (.*) \|$", text, re.MULTILINE)
     assert rows == [(meter.exported, ", ".join(f"`{tag}`" for tag in meter.tags), meter.text) for meter in METERS]

@@ -1,4 +1,4 @@
-"""Random words, boxes, flips, weights, partners and canaries, derived anew in plain Python from docs/format.md alone.
+"""Random bits, boxes, flips, weights, partners and canaries, recomputed in plain Python from the format page alone.
 
 Nothing of the views' code is used on this side, not even its keys; ``math`` and integers take the place of NumPy.
 """

@@ -1,4 +1,4 @@
-"""The example of docs/python.md runs as it stands there, in one process and in two that train as one."""
+"""The example of docs/tutorials/your-own-loop.md runs as printed, in one process and in two that train as one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.pipeline.student.conftest import Replay
 from tests.pipeline.student.small_networks import Small
 from tests.ranks import group, run_two_ranks
 
-DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "python.md"
+DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "tutorials" / "your-own-loop.md"
 OPTIONS: dict[str, Any] = {"global_batch_size": 8, "tail": "short", "epochs": 3}
 
 

@@ -1,4 +1,4 @@
-"""pandas, Polars and DuckDB read a part, and docs/format.md is enough to decode its logits."""
+"""pandas, Polars and DuckDB read a part, and docs/reference/format.md is enough to decode its logits."""
 
 from __future__ import annotations
 

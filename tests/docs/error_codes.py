@@ -1,0 +1,65 @@
+"""docs/reference/errors.md: every error code with its cause and remedy, and the messages that it comes with."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipeline.core.error_codes import error_codes
+
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+_TITLE = """# Error codes
+
+Every error has a code, which stays the same when its message changes. The first line of a message ends with it, JSON
+logs have it as `code`, and `stillroom explain CODE` prints the entry. Programs and tests should match the code.
+
+An error prints what is wrong, then `where`, `got`, `expected` and `next` as far as they apply.
+[Recover from a failure](../how-to/recover.md) groups the common ones by situation. Quoted lines are the messages of a
+code, with … for the parts that vary."""
+
+
+def title() -> str:
+    return _TITLE
+
+
+def sections() -> Iterator[str]:
+    entries, messages = error_codes(), raised_messages()
+    codes = sorted({*entries, *messages})
+    for area in sorted({code.partition(".")[0] for code in codes}):
+        yield f"## {area}"
+        for code in codes:
+            if code.startswith(f"{area}."):
+                yield f"### {code}"
+                if code in entries:
+                    yield f"{entries[code].cause}\n\n**Remedy:** {entries[code].remedy}"
+                if code in messages:
+                    yield "\n>\n".join(f"> {message}" for message in sorted(messages[code]))
+
+
+def raised_messages() -> dict[str, set[str]]:
+    """Code to the first lines of its messages, with … for the parts that vary."""
+    found: dict[str, set[str]] = {}
+    for layer in ("schemas", "pipeline", "jobs"):
+        for path in sorted((_ROOT / layer).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Call) and (code := _code(node)) and (message := first_argument(node)):
+                    found.setdefault(code, set()).add(message)
+    return found
+
+
+def _code(call: ast.Call) -> str | None:
+    values = [keyword.value for keyword in call.keywords if keyword.arg == "code"]
+    return str(values[0].value) if values and isinstance(values[0], ast.Constant) and values[0].value else None
+
+
+def first_argument(call: ast.Call) -> str | None:
+    """The first argument as text, if it is text."""
+    if not call.args:
+        return None
+    first = call.args[0]
+    if isinstance(first, ast.JoinedStr):
+        return "".join(str(item.value) if isinstance(item, ast.Constant) else "…" for item in first.values)
+    return first.value if isinstance(first, ast.Constant) and isinstance(first.value, str) else None
