@@ -135,5 +135,5 @@ def module_sections() -> Iterator[str]:
 
 def _first_sentence(path: Path) -> str:
     text = " ".join((ast.get_docstring(ast.parse(path.read_text())) or "").replace("``", "`").split())
-    sentence = re.split(r"(?<=[.:])\s+(?=[A-Z`])", text, maxsplit=1)[0]
+    sentence = re.split(r"(?<=\.)\s+(?=[A-Z`])", text, maxsplit=1)[0]
     return sentence.replace("|", "\\|")

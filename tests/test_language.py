@@ -1,0 +1,59 @@
+"""Words that were replaced by terms of the field stay out of the product code and of the documentation.
+
+A pattern is listed only if it has no legitimate use: names that no longer exist, and private expressions.
+CONTRIBUTING.md has the rules; docs/upgrading.md lists former names and is exempt.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+_EXEMPT = {"docs/upgrading.md"}
+_SUFFIXES = {".py", ".md", ".yaml", ".toml"}
+# Pattern to the term to use instead.
+REPLACED = {
+    # Names.
+    r"StoredWords|TeacherWords": "EncodedTeacherOutputs, TeacherOutputs",
+    r"\bwords_[A-Z0-9]+\b": "random_bits_… for random numbers, the array's name elsewhere",
+    r"\bLessons?\b|LessonFacts|open_lessons|facts_of": "Supervision, SupervisionSpec, open_supervision, resolve_spec",
+    r"AskedConfig|AskedTeacher|ask_groups|StudentAnswer": "TeacherModelConfig, run_inference, StudentOutputs",
+    r"KeptCommit|\bStanding\b": "CompressedCommit, CommitSummary",
+    r"Speedometer|\bUpdater\b": "ThroughputMeter, OptimizerStep",
+    r"is_leaving|\bleads\(": "preemption_pending, is_main_rank",
+    r"survey_ground|\bcrowding\b": "collect_plan_inputs, over_budget",
+    r"ShardDraws|drawn_columns": "ShardAugParams, aug_param_columns",
+    r"PassingStorageError": "TransientStorageError",
+    r"patience_s|\bwithdraw\b": "timeout_s, revoke",
+    # Prose: a teacher produces outputs, a network takes an input, data are stored.
+    r"teacher's words|\bits words\b": "teacher outputs",
+    r"\bone's own\b": "your own, or name the owner",
+    r"\bmended?\b": "fix",
+}
+
+
+def sources() -> Iterator[Path]:
+    """Product code and documentation; generated pages repeat the docstrings."""
+    for folder in ("pipeline", "jobs", "schemas", "stillroom", "docs", "examples"):
+        yield from (path for path in (ROOT / folder).rglob("*") if path.suffix in _SUFFIXES)
+    yield from ROOT.glob("*.md")
+
+
+def uses(pattern: str) -> list[str]:
+    expression = re.compile(pattern, re.IGNORECASE if pattern.islower() else 0)
+    return [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}"
+        for path in sources()
+        if str(path.relative_to(ROOT)) not in _EXEMPT
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if expression.search(line)
+    ]
+
+
+@pytest.mark.parametrize("pattern", REPLACED)
+def test_a_replaced_word_is_not_used(pattern: str) -> None:
+    assert not uses(pattern), f"use: {REPLACED[pattern]}"
