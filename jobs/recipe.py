@@ -14,7 +14,7 @@ from jobs.entry import config_command
 from jobs.observability.log import emit
 from jobs.ray.cluster import cluster
 from jobs.recipes.document import Recipe, load_recipe, titles
-from jobs.recipes.runs import Row, can_share, train_and_evaluate, train_together
+from jobs.recipes.runs import Row, can_run_in_parallel, train_and_evaluate, train_in_parallel
 from jobs.recipes.schedule import describe_plan
 from jobs.recipes.table import Results, print_tables, read_results, write_results
 from pipeline.shards.long_tail import write_long_tail
@@ -28,12 +28,12 @@ def run_recipe(recipe: Recipe) -> Results:
     """Writes the subsets, trains the teacher, builds the caches, trains and evaluates the students."""
     _write_subsets(recipe)
     teacher = _train_teacher(recipe)
-    with cluster(recipe.specs[0].config.ray):
+    with cluster(recipe.runs[0].config.ray):
         for config in recipe.caches.values():
             assert config.cache is not None
             emit(f"2/3 teacher cache: {config.cache.url}", event="stage")
             emit(describe(build_cache(config)), event="stage")
-        return Results(teacher, tuple(zip(recipe.specs, _train_students(recipe), strict=True)))
+        return Results(teacher, tuple(zip(recipe.runs, _train_students(recipe), strict=True)))
 
 
 def _write_subsets(recipe: Recipe) -> None:
@@ -56,13 +56,13 @@ def _train_teacher(recipe: Recipe) -> Row | None:
 
 
 def _train_students(recipe: Recipe) -> list[Row]:
-    if can_share(recipe.specs):
-        emit(f"3/3 students: {len(recipe.specs)} trainings, several at once", event="stage")
-        return train_together(recipe.specs)
+    if can_run_in_parallel(recipe.runs):
+        emit(f"3/3 students: {len(recipe.runs)} trainings, several at once", event="stage")
+        return train_in_parallel(recipe.runs)
     rows: list[Row] = []
-    for number, spec in enumerate(recipe.specs, start=1):
-        emit(f"3/3 student {number} of {len(recipe.specs)}: {spec.name}", event="stage")
-        rows.append(train_and_evaluate(spec.config))
+    for number, run in enumerate(recipe.runs, start=1):
+        emit(f"3/3 student {number} of {len(recipe.runs)}: {run.name}", event="stage")
+        rows.append(train_and_evaluate(run.config))
     return rows
 
 

@@ -1,4 +1,4 @@
-"""The trainings of a recipe: several at once as Ray tasks where each needs one process, else one after the other."""
+"""The trainings of a recipe: several at once as Ray tasks where each needs one process, else one after another."""
 
 from __future__ import annotations
 
@@ -20,52 +20,53 @@ from schemas.config import Config, RayConfig
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What a training came to; ``seconds`` of training alone."""
+    """The result of a training. ``seconds`` are those of the training without the evaluation."""
 
     evaluation: Evaluation
     seconds: float
 
 
 def train_and_evaluate(config: Config) -> Row:
-    """Trains to the end, from wherever the run stands, and evaluates the last weights."""
-    return _evaluated(config, train_student(config)["seconds"], threads=os.cpu_count() or 1)
+    """Trains to the end, from the last checkpoint if there is one, and evaluates the last weights."""
+    return _evaluate(config, train_student(config)["seconds"], threads=os.cpu_count() or 1)
 
 
-def _evaluated(config: Config, seconds: float, *, threads: int) -> Row:
+def _evaluate(config: Config, seconds: float, *, threads: int) -> Row:
     assert config.run is not None
     assert config.data.val_shards is not None
     return Row(evaluate(config.run.url, config.data.val_shards, threads=threads), seconds)
 
 
-def can_share(specs: Sequence[RunSpec]) -> bool:
-    """Whether these trainings can run beside each other: there are several, in a cluster, of one process each."""
-    alone = all(spec.config.ray.num_workers == 1 and not spec.config.ray.use_gpu for spec in specs)
-    return alone and len(specs) > 1 and specs[0].config.ray.address != "none"
+def can_run_in_parallel(runs: Sequence[RunSpec]) -> bool:
+    """Whether there are several trainings on Ray, each of one process."""
+    single = all(run.config.ray.num_workers == 1 and not run.config.ray.use_gpu for run in runs)
+    return single and len(runs) > 1 and runs[0].config.ray.address != "none"
 
 
-def train_together(specs: Sequence[RunSpec]) -> list[Row]:
-    """As Ray tasks with ``ray.cpus_per_worker`` CPUs and ``ray.gpus_per_task`` GPUs each, as many at once as fit.
+def train_in_parallel(runs: Sequence[RunSpec]) -> list[Row]:
+    """Trains as many runs at once as fit, as Ray tasks with ``ray.cpus_per_worker`` CPUs and ``ray.gpus_per_task`` GPUs
+    each. A repeated call resumes those that are not finished.
 
     Raises:
-        StillroomError: a cell failed for good. Run again: finished ones are left as they are, others go on.
+        StillroomError: a run failed for good.
     """
-    first = specs[0].config.ray
-    # A training is no part: it lasts as long as it lasts.
+    first = runs[0].config.ray
+    # The timeout of a part does not apply to a training.
     ray = first.model_copy(update={"cpus_per_task": first.cpus_per_worker, "part_timeout_s": None})
     # Tasks run in another folder.
-    placed = [replace(spec, config=with_absolute_paths(spec.config)) for spec in specs]
+    absolute = [replace(run, config=with_absolute_paths(run.config)) for run in runs]
     rows: dict[str, Row] = {}
-    with ProgressView("cells", len(specs)) as progress:
-        trained = fan_out(train_run, placed, ray, what="a training", name=lambda spec: spec.name, reports_silence=False)
-        for spec, row in trained:
-            rows[spec.name] = row
-            progress.update(len(rows), spec.name)
-    return [rows[spec.name] for spec in specs]
+    with ProgressView("cells", len(runs)) as progress:
+        trained = fan_out(train_run, absolute, ray, what="a training", name=lambda run: run.name, reports_silence=False)
+        for run, row in trained:
+            rows[run.name] = row
+            progress.update(len(rows), run.name)
+    return [rows[run.name] for run in runs]
 
 
-def train_run(spec: RunSpec) -> Row:
+def train_run(run: RunSpec) -> Row:
     """Inside a task: one process, on the task's GPU if it has one."""
-    alone = RayConfig.model_validate({"address": "none", "cpus_per_worker": spec.config.ray.cpus_per_worker})
-    config = spec.config.model_copy(update={"ray": alone})
+    ray = RayConfig.model_validate({"address": "none", "cpus_per_worker": run.config.ray.cpus_per_worker})
+    config = run.config.model_copy(update={"ray": ray})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return _evaluated(config, train_student(config, device=device)["seconds"], threads=alone.cpus_per_worker)
+    return _evaluate(config, train_student(config, device=device)["seconds"], threads=ray.cpus_per_worker)

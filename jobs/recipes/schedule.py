@@ -1,4 +1,4 @@
-"""The dry run of a recipe: what each stage would do, counted where the document says how many images there are."""
+"""The dry run of a recipe: what each stage would do, with counts if the document gives the number of images."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _PRETRAINED = "pretrained"
 
 
 def describe_plan(recipe: Recipe) -> str:
-    """The screen that ``--dry-run`` prints. Builds every network without its weights; reads no data, fetches nothing.
+    """The text of ``--dry-run``. Builds every network without its weights; reads no data and downloads nothing.
 
     Raises:
-        ConfigError: a stage could not begin: no such order of training, or a key that a network needs is missing.
+        ConfigError: a stage cannot begin: its order of training is impossible, or a network lacks a key.
         ModelError: a network is unknown, or cannot be built as asked.
     """
     lines = [recipe.document.title, *_subset_lines(recipe), *_teacher_lines(recipe)]
     for name, config in recipe.caches.items():
         lines.append(_line("cache" if name == "cache" else f"cache {name}", _cache_text(config, recipe)))
-    for name in dict.fromkeys(spec.student for spec in recipe.specs):
-        lines += _student_lines(recipe, [spec for spec in recipe.specs if spec.student == name])
+    for name in dict.fromkeys(run.student for run in recipe.runs):
+        lines += _student_lines(recipe, [run for run in recipe.runs if run.student == name])
     return "\n".join([*lines, *_needs(recipe)])
 
 
@@ -51,47 +51,55 @@ def _teacher_lines(recipe: Recipe) -> Iterator[str]:
 def _model_text(model: ModelConfig, config: Config, where: str) -> str:
     assert config.data.num_classes is not None
     size = getattr(model, "size", None) or config.views.size
-    outline = summarize_model(model, num_classes=config.data.num_classes, size=size, where=where)
+    summary = summarize_model(model, num_classes=config.data.num_classes, size=size, where=where)
     kwargs = f" {model.kwargs}" if model.kwargs else ""
     return (
-        f"{model.model}{kwargs}: {outline.num_parameters / 1e6:.2f} M parameters, embedding {outline.embedding_dim}, "
-        f"{outline.input.size} pixels"
+        f"{model.model}{kwargs}: {summary.num_parameters / 1e6:.2f} M parameters, embedding {summary.embedding_dim}, "
+        f"{summary.input.size} pixels"
     )
 
 
 def _cache_text(config: Config, recipe: Recipe) -> str:
     assert config.cache is not None
-    views, kept = config.views, config.cache
+    views, cache = config.views, config.cache
     images = recipe.document.images
-    forwards = "" if images is None or not _of_all(recipe, config) else f", {images * views.count} teacher forwards"
+    forwards = (
+        ""
+        if images is None or not _reads_common_shards(recipe, config)
+        else f", {images * views.count} teacher forwards"
+    )
     return (
-        f"{views.kind} x {views.count} views{forwards}, logits {kept.logits}, embeddings {kept.embeddings}, "
-        f"class means {kept.class_means}: {kept.url}"
+        f"{views.kind} x {views.count} views{forwards}, logits {cache.logits}, embeddings {cache.embeddings}, "
+        f"class means {cache.class_means}: {cache.url}"
     )
 
 
-def _student_lines(recipe: Recipe, specs: list[RunSpec]) -> Iterator[str]:
-    first = specs[0].config
+def _student_lines(recipe: Recipe, runs: list[RunSpec]) -> Iterator[str]:
+    name, first = runs[0].student, runs[0].config
     assert first.student is not None
-    learns = {"cache": "from its cache", "online": "from the teacher itself", "none": "from labels"}[first.teacher.mode]
-    yield _line(f"student {specs[0].student}", f"{_model_text(first.student, first, 'student')}; {learns}")
+    source = {"cache": "from its cache", "online": "from the online teacher", "none": "from labels"}[first.teacher.mode]
+    yield _line(f"student {name}", f"{_model_text(first.student, first, 'student')}; {source}")
     yield _line("", f"loss {loss_text(first)}")
-    for spec in {spec.epochs: spec for spec in specs}.values():
-        yield _line("", _training_text(spec.config, plan_of(recipe, spec.config)))
-    if (seeds := sorted({spec.seed for spec in specs})) != [0]:
+    for run in {run.epochs: run for run in runs}.values():
+        yield _line("", _training_text(run.config, plan_of(recipe, run.config)))
+    if (seeds := sorted({run.seed for run in runs})) != [0]:
         yield _line("", f"seeds {', '.join(map(str, seeds))}")
-    if specs[0].student in recipe.document.published:
-        yield _line("", f"published top-1 {recipe.document.published[specs[0].student]:.2f} %")
+    if name in recipe.document.published:
+        yield _line("", f"published top-1 {recipe.document.published[name]:.2f} %")
 
 
 def plan_of(recipe: Recipe, config: Config) -> TrainingPlan | None:
-    """None where the document does not say how many images this stage trains on."""
+    """The plan of a training; None if the document does not give the number of its images."""
     images = recipe.document.images
-    return None if images is None or not _of_all(recipe, config) else plan_training(config.train, config.views, images)
+    return (
+        None
+        if images is None or not _reads_common_shards(recipe, config)
+        else plan_training(config.train, config.views, images)
+    )
 
 
-def _of_all(recipe: Recipe, config: Config) -> bool:
-    """Whether a stage reads the shards of ``common``, whose images ``images`` counts."""
+def _reads_common_shards(recipe: Recipe, config: Config) -> bool:
+    """Whether a stage reads the shards of ``common``, the number of whose images is ``images``."""
     return config.data.shards == recipe.document.common.get("data", {}).get("shards")
 
 
@@ -107,12 +115,12 @@ def _training_text(config: Config, plan: TrainingPlan | None) -> str:
 
 def loss_text(config: Config) -> str:
     """``1 ce + 2.5 kd(temperature=1, warmup_epochs=5) + 1 nd``"""
-    return " + ".join(f"{term.weight:g} {term.name}{_options(term)}" for term in config.loss)
+    return " + ".join(f"{term.weight:g} {term.name}{_options_text(term)}" for term in config.loss)
 
 
-def _options(term: LossSection) -> str:
-    given = term.model_dump(exclude={"name", "weight"}, exclude_unset=True)
-    return f"({', '.join(f'{key}={_plain(value)}' for key, value in sorted(given.items()))})" if given else ""
+def _options_text(term: LossSection) -> str:
+    options = term.model_dump(exclude={"name", "weight"}, exclude_unset=True)
+    return f"({', '.join(f'{key}={_plain(value)}' for key, value in sorted(options.items()))})" if options else ""
 
 
 def _plain(value: object) -> str:
@@ -120,18 +128,20 @@ def _plain(value: object) -> str:
 
 
 def _needs(recipe: Recipe) -> Iterator[str]:
-    """What has to be there, or will be fetched, before the stages can run."""
+    """The shards and weights that the stages read or download."""
     data = recipe.document.common.get("data", {})
     for key in ("shards", "val_shards"):
         if key in data:
             yield _line(f"needs {key}", _named(data[key]))
     sections = [
         recipe.teacher.student or recipe.teacher.teacher,
-        *(spec.config.student for spec in recipe.specs),
-        *(other for spec in recipe.specs for other in spec.config.teacher.others),
+        *(run.config.student for run in recipe.runs),
+        *(teacher for run in recipe.runs for teacher in run.config.teacher.others),
     ]
-    expected = {section.weights: section for section in sections if section and section.weights not in (None, "random")}
-    for section in expected.values():
+    by_weights = {
+        section.weights: section for section in sections if section and section.weights not in (None, "random")
+    }
+    for section in by_weights.values():
         yield _line("needs weights", _weights(section))
 
 
