@@ -1,4 +1,4 @@
-"""Tables of a recipe: means and deviations by hand, published numbers beside measured ones."""
+"""Tables of a recipe: means and deviations computed by hand, published and measured numbers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from schemas.recipe import RecipeConfig
 @pytest.mark.parametrize(
     ("values", "digits", "text"),
     [
-        # Deviation of two values: their distance over the root of two.
+        # The deviation of two values is their distance over the square root of two.
         ([57.4, 58.2], 1, "57.8 ± 0.6"),
         ([1.0, 2.0, 3.0, 4.0], 2, "2.50 ± 1.29"),
         ([12.0], 0, "12"),
@@ -32,43 +32,43 @@ def test_a_spread_is_the_mean_and_the_sample_deviation(values: list[float], digi
     assert spread(values, digits) == text
 
 
-def spec(student: str, epochs: int, seed: int) -> RunSpec:
+def run_of(student: str, epochs: int, seed: int) -> RunSpec:
     url = f"/runs/{student}-epochs{epochs}-seed{seed}"
     return RunSpec(student, epochs, seed, Config.model_validate({"run": {"url": url}}))
 
 
 def row(top1: float, *, agreement: float | None = 0.5, seconds: float = 10.0) -> Row:
-    found = Evaluation(num_rows=100, top1=top1, top5=1.0, ece=0.1, agreement=agreement, kl=0.2, teacher_top1=0.75)
-    return Row(found, seconds)
+    evaluation = Evaluation(num_rows=100, top1=top1, top5=1.0, ece=0.1, agreement=agreement, kl=0.2, teacher_top1=0.75)
+    return Row(evaluation, seconds)
 
 
-def recipe_of(out: Path, *specs: RunSpec, **document: Any) -> Recipe:
+def recipe_of(out: Path, *runs: RunSpec, **document: Any) -> Recipe:
     tree = {"title": "tiny", "out": str(out), "teacher": {}, "students": {"kd": {}, "online": {}}, **document}
-    return Recipe(RecipeConfig.model_validate(tree), out, Config(), {}, specs)
+    return Recipe(RecipeConfig.model_validate(tree), out, Config(), {}, runs)
 
 
 def write(recipe: Recipe, results: Results) -> dict[str, Any]:
-    """The file after these trainings, each of which has left its run."""
-    for found, _ in results.specs:
-        name = found.name if has_grid(recipe) else found.student
+    """The content of the file after these runs, whose folders exist."""
+    for run, _ in results.runs:
+        name = run.name if has_grid(recipe) else run.student
         (recipe.out / "students" / name).mkdir(parents=True, exist_ok=True)
     return json.loads(write_results(recipe, results).read_text())
 
 
 def printed(results: Results, out: Path, capsys: pytest.CaptureFixture[str], **document: Any) -> str:
-    recipe = recipe_of(out, *(found for found, _ in results.specs), **document)
+    recipe = recipe_of(out, *(run for run, _ in results.runs), **document)
     write(recipe, results)
     print_tables(recipe, read_results(recipe))
     return capsys.readouterr().out
 
 
 def test_a_grid_is_a_table_of_students_by_epochs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    specs = (
-        *((spec("kd", epochs, seed), row(0.5 + epochs / 100 + seed / 50)) for epochs in (8, 24) for seed in (0, 1)),
-        (spec("online", 24, 0), row(0.9, agreement=None, seconds=99.6)),
+    runs = (
+        *((run_of("kd", epochs, seed), row(0.5 + epochs / 100 + seed / 50)) for epochs in (8, 24) for seed in (0, 1)),
+        (run_of("online", 24, 0), row(0.9, agreement=None, seconds=99.6)),
     )
     lines = [
-        line.split("|") for line in printed(Results(None, specs), tmp_path, capsys, grid={}).splitlines() if "|" in line
+        line.split("|") for line in printed(Results(None, runs), tmp_path, capsys, grid={}).splitlines() if "|" in line
     ]
     rows = [[text.strip() for text in line[1:-1]] for line in lines]
     assert rows[0] == ["top-1, %", "8 epochs", "24 epochs"]
@@ -78,8 +78,8 @@ def test_a_grid_is_a_table_of_students_by_epochs(tmp_path: Path, capsys: pytest.
     assert rows[-1] == ["online", "-", "100"]
 
 
-def test_published_numbers_stand_beside_measured_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    results = Results(None, ((spec("kd", 8, 0), row(0.705)),))
+def test_published_numbers_have_a_column_of_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = Results(None, ((run_of("kd", 8, 0), row(0.705)),))
     text = printed(results, tmp_path, capsys, published={"kd": 70.66, "teacher": 72.34})
     (teacher,) = [line for line in text.splitlines() if "teacher " in line and "72.34 %" in line]
     (student,) = [line for line in text.splitlines() if "70.66 %" in line]
@@ -88,11 +88,10 @@ def test_published_numbers_stand_beside_measured_ones(tmp_path: Path, capsys: py
 
 
 def test_a_partial_run_merges_into_the_results_of_earlier_ones(tmp_path: Path) -> None:
-    whole = tuple((spec("kd", epochs, 0), row(epochs / 100)) for epochs in (8, 24))
+    runs = tuple((run_of("kd", epochs, 0), row(epochs / 100)) for epochs in (8, 24))
     recipe = recipe_of(tmp_path, grid={"epochs": [8, 24]})
-    before = write(recipe, Results(row(0.7), whole))["cells"]
-    # One cell is one cell of the grid, and not the whole of another table.
-    after = write(recipe, Results(row(0.7), ((spec("online", 8, 0), row(0.5)), (spec("kd", 24, 0), row(0.9)))))
+    before = write(recipe, Results(row(0.7), runs))["cells"]
+    after = write(recipe, Results(row(0.7), ((run_of("online", 8, 0), row(0.5)), (run_of("kd", 24, 0), row(0.9)))))
     assert set(after) == {"teacher", "cells"}
     assert [(entry["student"], entry["epochs"], entry["top1"]) for entry in after["cells"]] == [
         ("kd", 8, 0.08),
@@ -104,25 +103,25 @@ def test_a_partial_run_merges_into_the_results_of_earlier_ones(tmp_path: Path) -
 
 def test_students_without_a_grid_merge_by_name(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path)
-    write(recipe, Results(None, ((spec("online", 1, 0), row(0.5)),)))
-    tree = write(recipe, Results(None, ((spec("kd", 1, 0), row(0.6)),)))
+    write(recipe, Results(None, ((run_of("online", 1, 0), row(0.5)),)))
+    tree = write(recipe, Results(None, ((run_of("kd", 1, 0), row(0.6)),)))
     assert [(name, entry["top1"]) for name, entry in tree["students"].items()] == [("kd", 0.6), ("online", 0.5)]
 
 
 def test_results_without_their_student_or_run_are_left_out_and_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    both = Results(None, tuple((spec(name, 8, 0), row(0.5)) for name in ("kd", "online")))
+    both = Results(None, tuple((run_of(name, 8, 0), row(0.5)) for name in ("kd", "online")))
     write(recipe_of(tmp_path, grid={}), both)
     shutil.rmtree(tmp_path / "students" / "online-epochs8-seed0")
     capsys.readouterr()
-    tree = write(recipe_of(tmp_path, grid={}), Results(None, ((spec("kd", 24, 0), row(0.5)),)))
+    tree = write(recipe_of(tmp_path, grid={}), Results(None, ((run_of("kd", 24, 0), row(0.5)),)))
     assert [(entry["student"], entry["epochs"]) for entry in tree["cells"]] == [("kd", 8), ("kd", 24)]
     assert "results: 1 of this run, 1 of earlier ones; 1 left out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"students": {"kd": {"top1": 1}}}', '{"cells": [3]}'])
-def test_a_damaged_file_of_results_is_named_and_stays(text: str, tmp_path: Path) -> None:
+def test_a_damaged_file_of_results_is_reported_and_not_changed(text: str, tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text(text)
     for call in (read_results, lambda recipe: write_results(recipe, Results(row(0.5), ()))):
         with pytest.raises(ConfigError) as caught:
