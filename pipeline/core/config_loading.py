@@ -27,12 +27,12 @@ def parse_config(text: str, overrides: Sequence[str] = (), *, where: str) -> Con
         ConfigError: names all problems of the document and the overrides.
     """
     try:
-        document, places = parse_document(text, where=where)
+        document, origins = parse_document(text, where=where)
         for override in overrides:
             path = _apply_override(document, override, where)
-            places = {key: place for key, place in places.items() if not is_inside(key, path)}
-            places[path] = f"override {echo(override)}"
-        return _validate(_resolve(document, where), where=where, places=places)
+            origins = {key: origin for key, origin in origins.items() if not is_inside(key, path)}
+            origins[path] = f"override {echo(override)}"
+        return _validate(_resolve(document, where), where=where, origins=origins)
     except RecursionError as error:
         raise ConfigError(
             "this config is nested too deeply, or an alias in it refers to a value that contains the alias",
@@ -47,7 +47,7 @@ def build_config(tree: Mapping[str, Any], *, where: str) -> Config:
     Raises:
         ConfigError: names all problems of the tree.
     """
-    return _validate(tree, where=where, places={})
+    return _validate(tree, where=where, origins={})
 
 
 def require(config: Config, *keys: str, command: str, section: str = "") -> None:
@@ -87,31 +87,31 @@ def _resolve(document: DictConfig, where: str) -> dict[str, Any]:
     return {str(key): value for key, value in tree.items()}
 
 
-def _validate(tree: Mapping[str, Any], *, where: str, places: Mapping[KeyPath, str]) -> Config:
+def _validate(tree: Mapping[str, Any], *, where: str, origins: Mapping[KeyPath, str]) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise config_error(error, tree, where, places) from error
+        raise config_error(error, tree, where, origins) from error
 
 
 def _apply_override(document: DictConfig, override: str, where: str) -> KeyPath:
     """Sets one key and returns its path."""
     key, equals, text = override.partition("=")
-    place = f"{where}, override {echo(override)}"
+    origin = f"{where}, override {echo(override)}"
     if not equals or not all(key.split(".")):
         raise ConfigError(
-            "this override sets no key", code="config.override-without-key", where=place, expected="section.key=value"
+            "this override sets no key", code="config.override-without-key", where=origin, expected="section.key=value"
         )
     try:
         value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
         assert isinstance(value, dict), "a dot list is a mapping"
         _set(document, tuple(key.split(".")), value["value"])
     except yaml.YAMLError as error:
-        raise yaml_error(error, place) from error
+        raise yaml_error(error, origin) from error
     # OmegaConf raises ValueError or TypeError for a name instead of a list position, its own error for a position out
     # of range, and IndexError for a single bracket.
     except (OmegaConfBaseException, ValueError, TypeError, IndexError) as error:
-        raise _override_error(error, place, enters_list=_enters_list(document, key)) from error
+        raise _override_error(error, origin, enters_list=_enters_list(document, key)) from error
     return tuple(int(part) if part.isdigit() else part for part in key.split("."))
 
 
@@ -143,13 +143,13 @@ def _enters_list(document: DictConfig, key: str) -> bool:
     return False
 
 
-def _override_error(error: Exception, place: str, *, enters_list: bool) -> ConfigError:
+def _override_error(error: Exception, origin: str, *, enters_list: bool) -> ConfigError:
     got = first_line(error)
     if isinstance(error, GrammarParseError):
         return ConfigError(
             "this override has an interpolation that cannot be parsed",
             code="config.override-interpolation",
-            where=place,
+            where=origin,
             got=got,
             expected=EXPECTED_INTERPOLATION,
         )
@@ -157,8 +157,8 @@ def _override_error(error: Exception, place: str, *, enters_list: bool) -> Confi
         return ConfigError(
             "this override sets a list item that does not exist",
             code="config.override-list-item",
-            where=place,
+            where=origin,
             got=got,
             expected="the position, from 0, of an item of the list",
         )
-    return ConfigError("this override cannot be applied", code="config.override-refused", where=place, got=got)
+    return ConfigError("this override cannot be applied", code="config.override-refused", where=origin, got=got)

@@ -38,12 +38,12 @@ class _Problem:
 
 
 def config_error(
-    error: ValidationError, tree: Mapping[str, Any], where: str, places: Mapping[KeyPath, str]
+    error: ValidationError, tree: Mapping[str, Any], where: str, origins: Mapping[KeyPath, str]
 ) -> ConfigError:
     """All problems of a config in one error.
 
     Args:
-        places: the place of each key in the text, such as ``line 7``; empty for a tree that was never text.
+        origins: the origin of each key in the text, such as ``line 7``; empty for a tree that was never text.
     """
     problems = _merged(_problem(details, tree) for details in error.errors(include_url=False))
     if len(problems) == 1:
@@ -51,13 +51,13 @@ def config_error(
         return ConfigError(
             f"{problem.what}: {_dotted(problem.path)}" if problem.path else problem.what,
             code=_CODES[problem.what],
-            where=where + _place(problem.path, places),
+            where=where + _origin(problem.path, origins),
             got=problem.got,
             expected=problem.expected,
             next_step=problem.hint,
         )
     listed = "".join(
-        f"\n    {_dotted(problem.path)}{_place(problem.path, places)}: {_one_line(problem)}" for problem in problems
+        f"\n    {_dotted(problem.path)}{_origin(problem.path, origins)}: {_one_line(problem)}" for problem in problems
     )
     return ConfigError(
         f"{len(problems)} keys of this config are wrong", code="config.several-problems", where=where, got=listed
@@ -120,11 +120,11 @@ def _one_line(problem: _Problem) -> str:
     return "; ".join([problem.what, *filter(None, details)])
 
 
-def _place(path: KeyPath, places: Mapping[KeyPath, str]) -> str:
-    """``, line 7``: the place of the key, of one inside it, or of the section that should have it."""
-    inside = [inner for inner in places if is_inside(inner, path)]
+def _origin(path: KeyPath, origins: Mapping[KeyPath, str]) -> str:
+    """``, line 7``: the origin of the key, of one inside it, or of the section that should have it."""
+    inside = [inner for inner in origins if is_inside(inner, path)]
     around = [path[:length] for length in range(len(path) - 1, 0, -1)]
-    return next((f", {places[candidate]}" for candidate in (path, *inside, *around) if candidate in places), "")
+    return next((f", {origins[candidate]}" for candidate in (path, *inside, *around) if candidate in origins), "")
 
 
 def _dotted(path: KeyPath) -> str:

@@ -24,8 +24,8 @@ def parse_document(text: str, *, where: str) -> tuple[DictConfig, dict[KeyPath, 
         ConfigError: the text is no mapping in plain YAML, or too large.
         RecursionError: it is nested too deeply.
     """
-    places = _key_lines(text, where)
-    return _parse(text, where), places
+    origins = _key_lines(text, where)
+    return _parse(text, where), origins
 
 
 def _key_lines(text: str, where: str) -> dict[KeyPath, str]:
@@ -105,9 +105,9 @@ def yaml_error(error: yaml.YAMLError, where: str) -> ConfigError:
             expected="one, without a --- between",
         )
     mark = error.problem_mark or error.context_mark
-    place = f"{where}, line {mark.line + 1}, column {mark.column + 1}" if mark else where
+    origin = f"{where}, line {mark.line + 1}, column {mark.column + 1}" if mark else where
     return ConfigError(
-        "this config is not YAML", code="config.not-yaml", where=place, got=error.problem or error.context
+        "this config is not YAML", code="config.not-yaml", where=origin, got=error.problem or error.context
     )
 
 
