@@ -1,4 +1,4 @@
-"""The small shards, configs and caches of the other tests, to be attacked."""
+"""The small shards, configs and caches of the other tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files behind a password and a signature, as data that is not public is served."""
+"""Serves files behind a password and a signature, as private data is served."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SECRET = re.compile(b"HUSH(4711|0815|1848)|" + base64.b64encode(f"user:{PASSWORD
 
 
 def signed(address: str, name: str, signature: str = SIGNATURES[0]) -> str:
-    """The URL of a file with all that its server wants."""
+    """The URL of a file with its password and signature."""
     return f"http://user:{PASSWORD}@{address}/{name}?sig={signature}"
 
 
@@ -45,13 +45,13 @@ class _Guarded(BaseHTTPRequestHandler):
         if not path.is_file():
             self.send_error(404)
             return
-        data, span = path.read_bytes(), re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers["Range"] or "")
-        part = data[int(span[1]) : int(span[2]) + 1] if span else data
-        self.send_response(206 if span else 200)
+        data, byte_range = path.read_bytes(), re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers["Range"] or "")
+        part = data[int(byte_range[1]) : int(byte_range[2]) + 1] if byte_range else data
+        self.send_response(206 if byte_range else 200)
         self.send_header("Content-Length", str(len(part)))
         self.send_header("Accept-Ranges", "bytes")
-        if span:
-            self.send_header("Content-Range", f"bytes {span[1]}-{span[2]}/{len(data)}")
+        if byte_range:
+            self.send_header("Content-Range", f"bytes {byte_range[1]}-{byte_range[2]}/{len(data)}")
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(part)

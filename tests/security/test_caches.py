@@ -1,4 +1,4 @@
-"""A cache that somebody else made to do harm: sealed as it should be, and lying about where things are."""
+"""A malicious cache, with valid digests and false paths."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from pipeline.core.errors import CacheError, InputError
 from pipeline.core.hashing import digest, seal
 from pipeline.student.training.trainer import train
 from schemas.config import TeacherConfig
+from tests.errors import raises
 from tests.pipeline.caches import TinyCache, read_commits
 from tests.pipeline.student.runs import run_config
 
@@ -29,13 +30,13 @@ SHA = "0" * 64
 
 
 def change_record(path: Path, **changes: object) -> None:
-    """Another content under a digest that fits it."""
+    """Changes the content and the digest."""
     body = json.loads(path.read_bytes())
     path.write_bytes(seal({**body, **changes}))
 
 
 def change_table(cache: TinyCache, name: str, column: str, change: Callable[[str], str]) -> None:
-    """One column of a table that the manifest names, and the manifest with it."""
+    """Changes one column of a table of the manifest, and the manifest."""
     path = Path(cache.url, f"manifest/{name}.parquet")
     table = pq.read_table(path, use_threads=False)
     values = pa.array([change(value) for value in table[column].to_pylist()], pa.string())
@@ -56,7 +57,7 @@ def read_everything(url: str) -> None:
 @pytest.mark.parametrize(("table", "column"), [("parts", "path"), ("shards", "shard_id")])
 def test_no_table_leads_a_reader_out_of_the_cache(tiny_cache: TinyCache, table: str, column: str) -> None:
     change_table(tiny_cache, table, column, lambda value: f"x/../../{value}")
-    with pytest.raises(InputError, match="leads out of its folder"):
+    with raises("storage.path-outside-folder", InputError):
         read_everything(tiny_cache.url)
 
 
@@ -66,11 +67,11 @@ def test_no_manifest_leads_a_reader_out_of_the_cache(tiny_cache: TinyCache, path
     outside.write_bytes(Path(tiny_cache.url, layout.SHARDS).read_bytes())
     ref = {"path": path, "sha256": digest(outside.read_bytes()), "size_bytes": outside.stat().st_size}
     change_record(Path(tiny_cache.url, layout.MANIFEST), shards=ref)
-    with pytest.raises(InputError, match="leads out of its folder"):
+    with raises("storage.path-outside-folder", InputError):
         read_everything(tiny_cache.url)
 
 
-def test_no_commit_makes_a_builder_or_gc_remove_what_is_outside_of_the_cache(tiny_cache: TinyCache) -> None:
+def test_no_commit_leads_a_builder_or_gc_to_remove_files_outside_of_the_cache(tiny_cache: TinyCache) -> None:
     (commit_path, *_) = sorted(Path(tiny_cache.url, "commits/digits-00").iterdir())
     outside = Path(tiny_cache.url).parent / "mine" / commit_path.name
     outside.parent.mkdir()
@@ -79,23 +80,25 @@ def test_no_commit_makes_a_builder_or_gc_remove_what_is_outside_of_the_cache(tin
     change_record(commit_path, shard_id="../../mine", part=part)
     commits = [commit for commit in read_commits(tiny_cache.url) if commit.shard_id == "../../mine"]
     assert len(commits) == 1
-    with pytest.raises(InputError, match="leads out of its folder"):
+    with raises("storage.path-outside-folder", InputError):
         revoke(tiny_cache.url, commits)
     collect_garbage(tiny_cache.url, min_age_s=0, former=True)
     assert outside.read_text() == "mine"
 
 
-@pytest.mark.parametrize("base", ["pipe:touch {made}", "pipe://touch {made}", "simplecache::file://{made}", "ftp://h"])
-def test_no_place_of_shards_that_a_cache_names_runs_a_command(tiny_cache: TinyCache, base: str, tmp_path: Path) -> None:
-    made = tmp_path / "made"
-    change_record(Path(tiny_cache.url, layout.MANIFEST), base=base.format(made=made))
+@pytest.mark.parametrize(
+    "base", ["pipe:touch {target}", "pipe://touch {target}", "simplecache::file://{target}", "ftp://h"]
+)
+def test_no_base_url_of_a_cache_runs_a_command(tiny_cache: TinyCache, base: str, tmp_path: Path) -> None:
+    target = tmp_path / "created"
+    change_record(Path(tiny_cache.url, layout.MANIFEST), base=base.format(target=target))
     cache = open_cache(tiny_cache.url)
-    with pytest.raises(InputError, match="refused"):
+    with raises("storage.refused-url", InputError):
         storage.size(cache.shard_url(cache.shards[0]))
-    assert not made.exists()
+    assert not target.exists()
 
 
-def test_no_module_that_a_cache_names_is_imported(
+def test_no_module_named_by_a_cache_is_imported(
     tiny_cache: TinyCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "planted_by_a_cache.py").write_text("def build(num_classes): ...\n")
@@ -113,7 +116,7 @@ def test_no_module_that_a_cache_names_is_imported(
     assert "planted_by_a_cache" not in sys.modules
 
 
-def test_a_record_nested_without_end_is_damage_and_no_crash(tiny_cache: TinyCache) -> None:
+def test_a_deeply_nested_record_is_damage_and_no_crash(tiny_cache: TinyCache) -> None:
     Path(tiny_cache.url, layout.MANIFEST).write_bytes(b"[" * 200_000)
-    with pytest.raises(CacheError, match="changed after it was written"):
+    with raises("cache.record-changed", CacheError):
         open_cache(tiny_cache.url)

@@ -1,4 +1,4 @@
-"""What a cluster itself keeps of a job: its logs, and what it tells of trainings."""
+"""Data of a job that a cluster stores: its logs, and its records of trainings."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_passwords_and_signatures_are_in_no_log_of_a_cluster_and_in_nothing_that_it_tells(
+def test_passwords_and_signatures_are_in_no_log_and_no_record_of_a_cluster(
     shards: list[str], tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
-    served, kept = tmp_path / "served", tmp_path / "kept"
-    for folder in (served, kept):
+    served, outputs = tmp_path / "served", tmp_path / "outputs"
+    for folder in (served, outputs):
         folder.mkdir()
     shutil.copy(shards[0], served)
     with guarded(served) as address:
@@ -32,18 +32,18 @@ def test_passwords_and_signatures_are_in_no_log_of_a_cluster_and_in_nothing_that
         sections = {
             "data": {"shards": url, "val_shards": url},
             "views": {"count": 1},
-            "cache": {"url": str(kept / "cache")},
+            "cache": {"url": str(outputs / "cache")},
             "train": {"epochs": 1},
-            "run": {"url": str(kept / "run")},
+            "run": {"url": str(outputs / "run")},
             "ray": {"address": "local"},
         }
         assert distill(config_of(tree(**sections)))["steps"] == 1
     state = get_state_actor()
     assert state is not None
     trainings = ray.get(state.get_train_runs.remote())
-    told = [run.model_dump_json() for run in trainings.values()]
-    assert any("train_loop_config" in run for run in told)
-    assert not [run for run in told if SECRET.search(run.encode())]
+    records = [run.model_dump_json() for run in trainings.values()]
+    assert any("train_loop_config" in run for run in records)
+    assert not [run for run in records if SECRET.search(run.encode())]
     logs = Path(global_worker.node.get_session_dir_path(), "logs")
     assert any(logs.iterdir())
-    assert with_a_secret(logs) == with_a_secret(kept) == []
+    assert with_a_secret(logs) == with_a_secret(outputs) == []

@@ -1,4 +1,4 @@
-"""What data and configs cannot do, and what nobody is shown, tried with whole commands."""
+"""Complete commands: untrusted data and configs run no code, and no output shows a secret."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from tests.security.guarded_http import SECRET, SIGNATURES, guarded, signed
 
 
 def with_a_secret(folder: Path) -> list[str]:
-    """Files below that hold one, or are called so."""
+    """Files below a folder with a secret in their content or name."""
     paths = (path for path in folder.rglob("*") if path.is_file())
     return [str(path) for path in paths if SECRET.search(path.read_bytes()) or SECRET.search(str(path).encode())]
 
 
 def command(config: dict[str, Any], folder: Path, overrides: Sequence[str] = ()) -> int:
-    """``stillroom distill``: its exit code."""
+    """The exit code of ``stillroom distill``."""
     folder.mkdir(exist_ok=True)
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))
@@ -64,11 +64,11 @@ def test_passwords_and_signatures_of_urls_are_in_no_file_no_message_and_no_log(
         assert command(tree(data=data, **short), documents) == 0
         assert evaluate(str(tmp_path / "run"), urls[1]).num_rows == 24
         # The same run under another signature.
-        others = [signed(address, name, SIGNATURES[1]) for name in names]
-        assert command(tree(data={"shards": others, "val_shards": others[1]}, **short), documents) == 0
-        told = "".join(capfd.readouterr())
-        assert "finished earlier; nothing to do" in told
-        # Each of these fails in a place of its own.
+        again = [signed(address, name, SIGNATURES[1]) for name in names]
+        assert command(tree(data={"shards": again, "val_shards": again[1]}, **short), documents) == 0
+        output = "".join(capfd.readouterr())
+        assert "finished earlier; nothing to do" in output
+        # Each of these fails at another point.
         (served / names[1]).write_bytes((served / names[1]).read_bytes()[:3000])
         for number, failing in enumerate(
             (
@@ -86,10 +86,10 @@ def test_passwords_and_signatures_of_urls_are_in_no_file_no_message_and_no_log(
         ):
             sections: dict[str, Any] = {"data": data, "cache": {"url": str(tmp_path / f"cache-{number}")}, **failing}
             assert command(tree(**sections), documents) == 2, failing
-    told += "".join(capfd.readouterr()) + caplog.text
-    assert told.count(f"http://{address}/") > 5
-    assert not SECRET.search(told.encode())
-    # The config alone, where a person wrote them.
+    output += "".join(capfd.readouterr()) + caplog.text
+    assert output.count(f"http://{address}/") > 5
+    assert not SECRET.search(output.encode())
+    # Only the config of the user.
     assert with_a_secret(tmp_path) == [str(documents / "config.yaml")]
 
 
@@ -107,7 +107,7 @@ OTHER_TEXTS = {
 
 
 def free_texts(model: type[BaseModel], prefix: str) -> Iterator[str]:
-    """Keys below a section whose value may be any text, also one of a list."""
+    """Keys below a section whose value may be any text, also in a list."""
     for name, field in model.model_fields.items():
         kinds = list(kinds_of(field.annotation))
         if str in kinds:
@@ -125,40 +125,42 @@ def kinds_of(annotation: Any) -> Iterator[Any]:
             yield from kinds_of(inner)
 
 
-def test_every_key_of_free_text_is_known_to_be_a_url_or_none() -> None:
-    found = {key for key in free_texts(Config, "") if not key.endswith(".kwargs")}
-    assert found == {*URL_KEYS, *OTHER_TEXTS}
+def test_every_key_of_free_text_is_listed_as_a_url_or_another_text() -> None:
+    keys = {key for key in free_texts(Config, "") if not key.endswith(".kwargs")}
+    assert keys == {*URL_KEYS, *OTHER_TEXTS}
 
 
-@pytest.mark.parametrize("url", ["pipe:touch {made}", "pipe://touch {made}", "simplecache::file://{made}", "ftp://h/a"])
+@pytest.mark.parametrize(
+    "url", ["pipe:touch {target}", "pipe://touch {target}", "simplecache::file://{target}", "ftp://h/a"]
+)
 @pytest.mark.parametrize("key", URL_KEYS)
 def test_every_key_that_holds_a_url_refuses_commands_and_chains_and_other_protocols(
     key: str, url: str, tree: Tree, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = tmp_path / "made"
-    override = f"{key}='{url.format(made=made)}'"
+    target = tmp_path / "created"
+    override = f"{key}='{url.format(target=target)}'"
     means = str(tmp_path / "means")
     others = [{**NETWORK, "weights": str(tmp_path / "x.pt"), "class_means": means}]
     online = {"teacher": {"mode": "online", "class_means": means, "others": others}, "loss": [{"name": "nd"}]}
     config = tree(**online if key.startswith("teacher.") else {})
     assert command(config, tmp_path / "documents", [override]) == 2
-    told = capsys.readouterr().err
-    # Only data.local_dir is no URL at all but a folder of the node.
-    is_no_path = key == "data.local_dir" and "expected: a local path" in told
-    assert "refused" in told or "weights of this kind are not read" in told or is_no_path, told
-    assert not made.exists()
+    message = capsys.readouterr().err
+    # data.local_dir is the only key that is a folder of the node and no URL.
+    is_no_path = key == "data.local_dir" and "expected: a local path" in message
+    assert "refused" in message or "weights of this kind are not read" in message or is_no_path, message
+    assert not target.exists()
     assert not (tmp_path / "cache").exists()
 
 
 def _hostile_shard(source: str, target: Path, outside: Path) -> None:
-    """The samples of a shard, among members that name places outside, link to them, or are no files."""
+    """The samples of a shard, with members that name outside paths, link to them, or are no files."""
     with tarfile.open(source) as good, tarfile.open(target, "w") as bad:
         images = [member for member in good.getmembers() if member.name.endswith(".png")]
         for number, member in enumerate(images):
             data = good.extractfile(member)
             assert data is not None
-            place = ["", "../../", f"{outside}/", "/", "a/../../../"][number % 5]
-            for name, content in ((f"{place}{number}.png", data.read()), (f"{place}{number}.cls", b"1")):
+            folder = ["", "../../", f"{outside}/", "/", "a/../../../"][number % 5]
+            for name, content in ((f"{folder}{number}.png", data.read()), (f"{folder}{number}.cls", b"1")):
                 info = tarfile.TarInfo(name)
                 info.size, info.mode = len(content), 0o4777
                 bad.addfile(info, io.BytesIO(content))
@@ -176,7 +178,7 @@ def _hostile_shard(source: str, target: Path, outside: Path) -> None:
 
 
 @pytest.mark.slow
-def test_no_command_unpickles_data_starts_a_program_or_writes_elsewhere_whatever_a_shard_holds(
+def test_no_command_unpickles_data_starts_a_program_or_writes_elsewhere_for_any_shard(
     shards: list[str], tree: Tree, tmp_path: Path
 ) -> None:
     outside, scratch = tmp_path / "outside", tmp_path / "scratch"
@@ -191,7 +193,7 @@ def test_no_command_unpickles_data_starts_a_program_or_writes_elsewhere_whatever
         views={"count": 1},
         train={"num_workers": 0, "checkpoint_every_steps": 1},
     )
-    # As training loops save them: pickled.
+    # Pickled, as training loops save them.
     weights = load_model(ModelConfig.model_validate(NETWORK), num_classes=10, size=16).module.network.state_dict()
     torch.save({"state_dict": collections.OrderedDict(weights)}, tmp_path / "teacher.pt")
     config["teacher"]["weights"] = str(tmp_path / "teacher.pt")
@@ -208,8 +210,8 @@ def test_no_command_unpickles_data_starts_a_program_or_writes_elsewhere_whatever
     assert done.returncode == 0, done.stderr
     events = json.loads(done.stdout.splitlines()[-1])
     assert [event.partition(" ")[0] for event in events["control"]] == ["pickle.find_class", "subprocess.Popen"]
-    assert [event for event in events["own"] if ": " not in event] == []
-    places = [Path(event.partition(": ")[2]) for event in events["own"]]
+    assert [event for event in events["commands"] if ": " not in event] == []
+    places = [Path(event.partition(": ")[2]) for event in events["commands"]]
     mine = [tmp_path / name for name in ("cache", "run", "node", "scratch")]
     probes = [place for place in places if place.parent == tmp_path and place.name.startswith(".tmp-")]
     assert {place for place in places if not any(place.is_relative_to(folder) for folder in mine)} == {*probes}

@@ -1,4 +1,4 @@
-"""Files of a cache, a run or an index folder that would fill the memory of who opens them: refused, never read."""
+"""Files of a cache, a run or an index folder that would fill the memory of a reader are refused unread."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from pipeline.shards.index import decode_index
 from pipeline.shards.pack_plan import PackSettings
 from pipeline.student.run import checkpoint
 from schemas.cache_format import INDEX_SCHEMA
+from tests.errors import raises
 from tests.pipeline.caches import TinyCache, read_commits
 from tests.security.test_caches import change_record
 
@@ -30,7 +31,7 @@ HUGE_BYTES = 100 << 30
 
 
 def make_huge(path: Path) -> None:
-    """Zeros that no disk holds: reading them would fill the memory."""
+    """Zeros that take no disk space: reading them would fill the memory."""
     with path.open("wb") as file:
         file.truncate(HUGE_BYTES)
 
@@ -48,39 +49,38 @@ def make_huge(path: Path) -> None:
         ("commits/digits-00/v0000-0000.json", read_commits),
     ],
 )
-def test_no_file_of_a_cache_is_read_whole_that_no_cache_would_have(
-    path: str, read: Callable[[str], object], tiny_cache: TinyCache
-) -> None:
-    place = Path(tiny_cache.url, path)
+def test_no_oversized_file_of_a_cache_is_read(path: str, read: Callable[[str], object], tiny_cache: TinyCache) -> None:
+    file = Path(tiny_cache.url, path)
     if path.startswith("commits/"):
-        place = sorted(place.parent.glob("v*.json"))[0]
-    assert place.is_file()
-    make_huge(place)
-    with pytest.raises(InputError, match=rf"too large(.|\n)*{HUGE_BYTES} bytes"):
+        file = sorted(file.parent.glob("v*.json"))[0]
+    assert file.is_file()
+    make_huge(file)
+    with raises("storage.too-large", InputError) as caught:
         read(tiny_cache.url)
+    assert caught.value.got == f"{HUGE_BYTES} bytes"
     assert not verify_cache(tiny_cache.url).ok
 
 
 @pytest.mark.parametrize("name", [checkpoint.CONFIG, checkpoint.SUMMARY, checkpoint.MANIFEST])
-def test_no_record_of_a_run_is_read_whole_that_no_run_would_have(name: str, tmp_path: Path) -> None:
+def test_no_oversized_record_of_a_run_is_read(name: str, tmp_path: Path) -> None:
     make_huge(tmp_path / name)
     read = {
         checkpoint.CONFIG: checkpoint.read_config,
         checkpoint.SUMMARY: checkpoint.read_summary,
         checkpoint.MANIFEST: lambda url: checkpoint.pinned_manifests(url, 1),
     }[name]
-    with pytest.raises(InputError, match="too large"):
+    with raises("storage.too-large", InputError):
         read(str(tmp_path))
 
 
-def test_no_classes_are_read_that_no_packing_would_have_written(tmp_path: Path) -> None:
+def test_no_oversized_classes_file_is_read(tmp_path: Path) -> None:
     make_huge(tmp_path / "classes.json")
-    with pytest.raises(InputError, match="too large"):
+    with raises("storage.too-large", InputError):
         pack(str(tmp_path), str(tmp_path / "out"), PackSettings(), classes_url=str(tmp_path / "classes.json"))
 
 
 def _endless(schema: pa.Schema, num_rows: int) -> bytes:
-    """A table of a few kilobytes with so many equal rows of long texts."""
+    """A table of a few kilobytes with this number of equal rows of long texts."""
     values = {pa.string(): ["x" * 10_000]}
     columns = [
         pa.DictionaryArray.from_arrays(np.zeros(num_rows, np.int8), pa.array(values.get(field.type, [0]), field.type))
@@ -92,7 +92,7 @@ def _endless(schema: pa.Schema, num_rows: int) -> bytes:
     return sink.getvalue()
 
 
-def test_no_table_of_a_cache_is_unpacked_that_stands_for_far_more_than_its_bytes(tiny_cache: TinyCache) -> None:
+def test_no_table_of_a_cache_that_expands_too_much_is_unpacked(tiny_cache: TinyCache) -> None:
     for name in ("shards", "parts"):
         path = Path(tiny_cache.url, f"manifest/{name}.parquet")
         data = _endless(pq.read_schema(path), 100_000)
@@ -100,14 +100,15 @@ def test_no_table_of_a_cache_is_unpacked_that_stands_for_far_more_than_its_bytes
         path.write_bytes(data)
         ref = {"path": f"manifest/{name}.parquet", "sha256": digest(data), "size_bytes": len(data)}
         change_record(Path(tiny_cache.url, layout.MANIFEST), **{name: ref})
-    with pytest.raises(CacheError, match="bytes that stand for"):
-        _ = open_cache(tiny_cache.url).shards
-    with pytest.raises(CacheError, match="bytes that stand for"):
-        open_cache(tiny_cache.url).view("digits-00", 0)
+    for read in (lambda: open_cache(tiny_cache.url).shards, lambda: open_cache(tiny_cache.url).view("digits-00", 0)):
+        with pytest.raises(CacheError) as caught:
+            read()
+        assert "bytes that expand to" in str(caught.value.got)
     problems = [problem.got for problem in verify_cache(tiny_cache.url).problems]
-    assert any("bytes that stand for" in str(got) for got in problems), problems
+    assert any("bytes that expand to" in str(got) for got in problems), problems
 
 
-def test_no_index_is_unpacked_that_stands_for_far_more_than_its_bytes() -> None:
-    with pytest.raises(CacheError, match="bytes that stand for"):
+def test_no_index_that_expands_too_much_is_unpacked() -> None:
+    with raises("shard.index-damaged", CacheError) as caught:
         decode_index(_endless(INDEX_SCHEMA, 100_000), where="index")
+    assert "bytes that expand to" in str(caught.value.got)

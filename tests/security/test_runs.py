@@ -1,4 +1,4 @@
-"""A run that somebody else made: what its config may name, and what it brings."""
+"""An untrusted run: its config and its files run no code."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.pipeline.student.runs import run_config
 
 
 def _read(run: Path, shards: str) -> None:
-    """Everything that reads a run of somebody else."""
+    """All commands that read an untrusted run."""
     for read in (
         lambda: evaluate(str(run), shards),
         lambda: export_run(
@@ -31,7 +31,7 @@ def _read(run: Path, shards: str) -> None:
             read()
 
 
-def test_a_run_has_no_code_run_that_it_brings_nor_functions_of_pythons_own(
+def test_a_run_executes_neither_code_in_its_folder_nor_functions_of_python(
     tiny_cache: TinyCache, tmp_path: Path
 ) -> None:
     run, made = tmp_path / "run", tmp_path / "made"

@@ -1,4 +1,4 @@
-"""Parquet that stands for far more than it holds is refused before it fills the memory; all else is read as ever."""
+"""Parquet that expands too much is refused before it fills the memory; other Parquet is read as pyarrow reads it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def encoded(table: pa.Table, **options: object) -> bytes:
 
 
 def one_text(num_rows: int, *, size_bytes: int) -> pa.Table:
-    """The same text in every row, which the file holds once."""
+    """The same text in every row, stored once in the file."""
     indices = pa.array(np.zeros(num_rows, np.int32))
     return pa.table({"text": pa.DictionaryArray.from_arrays(indices, pa.array(["x" * size_bytes]))})
 
@@ -54,12 +54,12 @@ def test_tables_that_would_fill_the_memory_are_refused_within_little_of_it(name:
         "print(peak() - before)\n"
     )
     done = subprocess.run([sys.executable, "-c", script, path], capture_output=True, text=True, check=True)
-    told, used_kib = done.stdout.splitlines()
-    assert "bytes that stand for" in told
+    message, used_kib = done.stdout.splitlines()
+    assert "bytes that expand to" in message
     assert int(used_kib) < 64 * 1024
 
 
-def test_a_table_comes_back_as_pyarrow_itself_reads_it() -> None:
+def test_a_table_is_read_as_pyarrow_reads_it() -> None:
     texts = [None, "", "a", "a", "ü" * 500, *(str(number) for number in range(3_000))]
     columns = {
         "text": pa.array(texts, pa.string()),
@@ -78,7 +78,7 @@ def test_a_table_comes_back_as_pyarrow_itself_reads_it() -> None:
             assert got.equals(pq.read_table(io.BytesIO(data), use_threads=False), check_metadata=True)
 
 
-def test_repeated_texts_are_kept_once_where_that_is_asked() -> None:
+def test_repeated_columns_store_each_text_once() -> None:
     data = encoded(one_text(3, size_bytes=4), store_schema=False)
     column = read_bounded(pa.BufferReader(data), size_bytes=len(data), repeated=["text"])["text"]
     assert pa.types.is_dictionary(column.type)

@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 
 from pipeline import storage
 from pipeline.core.config_loading import build_config, require
-from pipeline.core.errors import ConfigError
+from pipeline.core.errors import ConfigError, StorageInputError, TooLargeError
 from pipeline.storage.config_files import load_config
 from schemas.config import Config, JitterConfig, KdLoss, RandAugmentConfig
+from tests.errors import raises
 from tests.marks import slow
 
+LOSSES = "ce, kd, dist, dkd, hard, nd, sifn, cosine, mse, review_kd"
 TRAINING = """\
 data:
   cache: s3://bucket/caches/r152
@@ -39,15 +41,15 @@ def load(path: Path, text: str, *overrides: str) -> Config:
     return load_config(str(path), overrides)
 
 
-def refusal(path: Path, text: str, *overrides: str) -> str:
+def refusal(path: Path, text: str, *overrides: str) -> ConfigError:
     with pytest.raises(ConfigError) as caught:
         load(path, text, *overrides)
-    message = str(caught.value)
     assert caught.value.exit_code == 2
     assert not any(
-        word in message for word in ("pydantic", "validation error", "Traceback", "input_value", "OmegaConf")
+        word in str(caught.value)
+        for word in ("pydantic", "validation error", "Traceback", "input_value", "OmegaConf", "secret")
     )
-    return message
+    return caught.value
 
 
 def test_a_document_becomes_a_config(yaml_file: Path) -> None:
@@ -115,78 +117,71 @@ def test_a_section_override_merges_into_the_section(yaml_file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "parts"),
+    ("text", "code", "parts"),
     [
-        ("train:\n  lr: 1\n  epoch: 3\n", ["unknown key: train.epoch", "line 3", "did you mean epochs?"]),
-        ("los: []\n", ["unknown key: los", "line 1", "did you mean loss?"]),
-        ("zzzzzz: 1\n", ["unknown key: zzzzzz", "data, teacher, views, cache"]),
-        ("loss:\n- name: kd\n  temprature: 3\n", ["unknown key: loss.0.temprature", "line 3", "mean temperature?"]),
-        ("cache: {url: x, logit: fp16}\n", ["unknown key: cache.logit", "did you mean logits?"]),
+        ("train:\n  lr: 1\n  epoch: 3\n", "unknown-key", ["train.epoch", "line 3", "did you mean epochs?"]),
+        ("los: []\n", "unknown-key", ["los", "line 1", "did you mean loss?"]),
+        ("zzzzzz: 1\n", "unknown-key", ["zzzzzz", "data, teacher, views, cache"]),
+        ("loss:\n- name: kd\n  temprature: 3\n", "unknown-key", ["loss.0.temprature", "line 3", "mean temperature?"]),
+        ("cache: {url: x, logit: fp16}\n", "unknown-key", ["cache.logit", "did you mean logits?"]),
+        ("loss:\n- {name: ce}\n- {name: kdd}\n", "unknown-loss", ["loss.1.name", "'kdd'", LOSSES, "line 3"]),
+        ("loss: [{weight: 1}]\n", "missing-key", ["loss.0.name", LOSSES]),
+        ("cache: {logits: fp16}\n", "missing-key", ["cache.url", "line 1", "Folder of the cache"]),
+        ("train: {lr: fast}\n", "wrong-value", ["train.lr", "'fast' (text)", "number"]),
+        ("train: {epochs: 0}\n", "wrong-value", ["train.epochs", "got:      0", "greater than or equal to 1"]),
+        ("train: {epochs: true}\n", "wrong-value", ["train.epochs", "line 1", "True (true/false)", "number"]),
+        ("train: {clip_norm: false}\n", "wrong-value", ["train.clip_norm", "False (true/false)", "number"]),
+        ("views: {area: [0.1, yes]}\n", "wrong-value", ["views.area.1", "True (true/false)", "number"]),
+        ("loss: [{name: kd, temperature: true}]\n", "wrong-value", ["loss.0.temperature", "line 1", "number"]),
+        ("train: 3\n", "wrong-value", ["train", "3 (a number)", "mapping"]),
+        ("views:\n", "wrong-value", ["views", "null", "mapping"]),
+        ("data: {shards: 3}\n", "wrong-value", ["data.shards", "text or list"]),
+        ("data: {shards: [a, 1]}\n", "wrong-value", ["data.shards.1", "1 (a number)", "text"]),
+        ("loss: {name: kd}\n", "wrong-value", ["loss", "a mapping", "list"]),
+        ("views: {kind: evil}\n", "wrong-value", ["views.kind", "'evil'", "'eval', 'crop' or 'function_matching'"]),
+        ("views: {area: [2, 1]}\n", "conflicting-values", ["views", "area is [2.0, 1.0]", "0 < low <= high <= 1"]),
+        ("cache: {url: x, logits: fp8}\n", "wrong-value", ["cache.logits", "logits is 'fp8'", "topk:k"]),
+        ("views: {kind: eval, jitter: {}}\n", "conflicting-values", ["views", "never augmented, but jitter is set"]),
+        ("views: {cutmix: 0.5}\n", "conflicting-values", ["views", "kind crop mixes nothing", "function_matching"]),
+        ("views: {jitter: {hue: 0.6}}\n", "wrong-value", ["views.jitter.hue", "less than or equal to 0.5"]),
+        ("views: {jitter: {hues: 0.1}}\n", "unknown-key", ["views.jitter.hues", "did you mean hue?"]),
         (
-            "loss:\n- {name: ce}\n- {name: kdd}\n",
-            [
-                "unknown loss: loss.1.name",
-                "'kdd'",
-                "ce, kd, dist, dkd, hard, nd, sifn, cosine, mse, review_kd",
-                "line 3",
-            ],
+            "views: {jitter: {brightness: 0, contrast: 0, saturation: 0}}\n",
+            "conflicting-values",
+            ["views.jitter", "nothing is jittered"],
         ),
-        (
-            "loss: [{weight: 1}]\n",
-            ["missing key: loss.0.name", "ce, kd, dist, dkd, hard, nd, sifn, cosine, mse, review_kd"],
-        ),
-        ("cache: {logits: fp16}\n", ["missing key: cache.url", "line 1", "Folder of the cache"]),
-        ("train: {lr: fast}\n", ["wrong value: train.lr", "'fast' (text)", "number"]),
-        ("train: {epochs: 0}\n", ["wrong value: train.epochs", "got:    0", "greater than or equal to 1"]),
-        ("train: {epochs: true}\n", ["wrong value: train.epochs", "line 1", "True (true/false)", "number"]),
-        ("train: {clip_norm: false}\n", ["wrong value: train.clip_norm", "False (true/false)", "number"]),
-        ("views: {area: [0.1, yes]}\n", ["wrong value: views.area.1", "True (true/false)", "number"]),
-        ("loss: [{name: kd, temperature: true}]\n", ["wrong value: loss.0.temperature", "line 1", "number"]),
-        ("train: 3\n", ["wrong value: train", "3 (a number)", "mapping"]),
-        ("views:\n", ["wrong value: views", "null", "mapping"]),
-        ("data: {shards: 3}\n", ["wrong value: data.shards", "text or list"]),
-        ("data: {shards: [a, 1]}\n", ["wrong value: data.shards.1", "1 (a number)", "text"]),
-        ("loss: {name: kd}\n", ["wrong value: loss", "a mapping", "list"]),
-        ("views: {kind: evil}\n", ["wrong value: views.kind", "'evil'", "'eval', 'crop' or 'function_matching'"]),
-        ("views: {area: [2, 1]}\n", ["views", "area is [2.0, 1.0]", "0 < low <= high <= 1"]),
-        ("cache: {url: x, logits: fp8}\n", ["wrong value: cache.logits", "logits is 'fp8'", "topk:k"]),
-        (
-            "views: {kind: eval, jitter: {}}\n",
-            ["do not go together: views", "kind eval is never augmented, but jitter is set"],
-        ),
-        ("views: {cutmix: 0.5}\n", ["views", "kind crop mixes nothing", "function_matching"]),
-        ("views: {jitter: {hue: 0.6}}\n", ["wrong value: views.jitter.hue", "less than or equal to 0.5"]),
-        ("views: {jitter: {hues: 0.1}}\n", ["unknown key: views.jitter.hues", "did you mean hue?"]),
-        ("views: {jitter: {brightness: 0, contrast: 0, saturation: 0}}\n", ["views.jitter", "nothing is jittered"]),
-        ("views: {randaugment: {magnitude: 31}}\n", ["views.randaugment.magnitude", "less than or equal to 30"]),
-        ("views: {erasing: {area: [0.5, 0.1]}}\n", ["views.erasing", "area is [0.5, 0.1]"]),
-        ("views: {erasing: {fill: [0, 0, 256]}}\n", ["views.erasing.fill.2", "less than or equal to 255"]),
-        ("teacher: {mean: [1, 2]}\n", ["teacher.mean.2"]),
-        ("1: 2\n", ["unknown key: 1", "line 1"]),
-        ("run: {url: '${nope.x}'}\n", ["cannot be resolved", "run.url", "nope"]),
-        ("run: {url: '???'}\n", ["cannot be resolved", "run.url"]),
-        ("train: {lr: 1, lr: 2}\n", ["not YAML", "line 1, column 16", "duplicate key lr"]),
-        ("train:\n  lr: [1,\n  epochs: 3\n", ["not YAML", "line 4, column 1"]),
-        ("a: b: c\n", ["not YAML", "line 1, column 5"]),
-        ("run: {url: !!python/object:os.system x}\n", ["not YAML", "line 1, column 12"]),
-        ("a: \x01\n", ["not YAML", "special characters"]),
-        ("", ["empty"]),
-        ("# nothing\n", ["empty"]),
-        ("- 1\n", ["not a mapping", "a list"]),
-        ("train\n", ["not a mapping", "a single value"]),
-        ("train: {}\n---\ntrain: {}\n", ["several YAML documents"]),
+        ("views: {randaugment: {magnitude: 31}}\n", "wrong-value", ["magnitude", "less than or equal to 30"]),
+        ("views: {erasing: {area: [0.5, 0.1]}}\n", "conflicting-values", ["views.erasing", "area is [0.5, 0.1]"]),
+        ("views: {erasing: {fill: [0, 0, 256]}}\n", "wrong-value", ["views.erasing.fill.2", "equal to 255"]),
+        ("teacher: {mean: [1, 2]}\n", "missing-key", ["teacher.mean.2"]),
+        ("1: 2\n", "unknown-key", ["1", "line 1"]),
+        ("run: {url: '${nope.x}'}\n", "unresolved-value", ["run.url", "nope"]),
+        ("run: {url: '???'}\n", "unresolved-value", ["run.url"]),
+        ("train: {lr: 1, lr: 2}\n", "not-yaml", ["line 1, column 16", "duplicate key lr"]),
+        ("train:\n  lr: [1,\n  epochs: 3\n", "not-yaml", ["line 4, column 1"]),
+        ("a: b: c\n", "not-yaml", ["line 1, column 5"]),
+        ("run: {url: !!python/object:os.system x}\n", "not-yaml", ["line 1, column 12"]),
+        ("a: \x01\n", "not-yaml", ["special characters"]),
+        ("", "empty", []),
+        ("# nothing\n", "empty", []),
+        ("- 1\n", "not-a-mapping", ["a list"]),
+        ("train\n", "not-a-mapping", ["a single value"]),
+        ("train: {}\n---\ntrain: {}\n", "several-documents", []),
     ],
 )
-def test_a_mistake_is_told_in_one_message_with_its_place(yaml_file: Path, text: str, parts: list[str]) -> None:
-    message = refusal(yaml_file, text)
-    assert str(yaml_file) in message
+def test_a_mistake_is_reported_with_its_code_and_its_position(
+    yaml_file: Path, text: str, code: str, parts: list[str]
+) -> None:
+    error = refusal(yaml_file, text)
+    assert error.code == f"config.{code}"
+    assert str(yaml_file) in str(error.where)
     for part in parts:
-        assert part in message
+        assert part in str(error)
 
 
 def test_every_mistake_is_listed_with_its_line(yaml_file: Path) -> None:
-    message = refusal(yaml_file, "train:\n  lr: fast\n  epoch: 3\nlos: []\nloss: [{name: kdd}]\n", "views.kind=evil")
-    assert "5 keys of this config are wrong" in message
+    error = refusal(yaml_file, "train:\n  lr: fast\n  epoch: 3\nlos: []\nloss: [{name: kdd}]\n", "views.kind=evil")
+    assert error.code == "config.several-problems"
     for line in (
         "train.lr, line 2: wrong value; got 'fast' (text); expected number",
         "train.epoch, line 3: unknown key; did you mean epochs?",
@@ -194,30 +189,39 @@ def test_every_mistake_is_listed_with_its_line(yaml_file: Path) -> None:
         "loss.0.name, line 5: unknown loss; got 'kdd'",
         "views.kind, override 'views.kind=evil': wrong value",
     ):
-        assert line in message
-    assert len(message.splitlines()) <= 9
+        assert line in str(error.got)
+    assert len(str(error).splitlines()) <= 9
 
 
 @pytest.mark.parametrize(
-    ("override", "parts"),
+    ("override", "code", "parts"),
     [
-        ("train.lr", ["does not set a key", "section.key=value"]),
-        ("=3", ["does not set a key"]),
-        ("train..lr=3", ["does not set a key"]),
-        ("trian.lr=1", ["unknown key: trian", "override 'trian.lr=1'", "did you mean train?"]),
-        ("train.learning=1", ["unknown key: train.learning", "override 'train.learning=1'"]),
-        ("train.lr=fast", ["wrong value: train.lr", "override 'train.lr=fast'"]),
-        ("train.lr=[1", ["not YAML", "override 'train.lr=[1'"]),
-        ("loss.7.weight=1", ["list item that is not there", "override 'loss.7.weight=1'"]),
-        ("loss.kd.weight=1", ["list item that is not there"]),
-        ("train.lr.x=1", ["wrong value: train.lr", "a mapping"]),
-        ("data.shards=${nope}", ["cannot be resolved", "data.shards"]),
+        ("train.lr", "override-without-key", []),
+        ("=3", "override-without-key", []),
+        ("train..lr=3", "override-without-key", []),
+        ("trian.lr=1", "unknown-key", ["trian", "did you mean train?"]),
+        ("train.learning=1", "unknown-key", ["train.learning"]),
+        ("train.lr=fast", "wrong-value", ["train.lr"]),
+        ("train.lr=[1", "not-yaml", []),
+        ("loss.7.weight=1", "override-list-item", []),
+        ("loss.kd.weight=1", "override-list-item", []),
+        ("loss={name: kd}", "wrong-value", ["a mapping"]),
+        ("train.lr.x=1", "wrong-value", ["train.lr", "a mapping"]),
+        ("train.lr=${x", "override-interpolation", []),
     ],
 )
-def test_a_wrong_override_is_quoted(yaml_file: Path, override: str, parts: list[str]) -> None:
-    message = refusal(yaml_file, TRAINING, override)
+def test_the_error_for_a_wrong_override_quotes_it(yaml_file: Path, override: str, code: str, parts: list[str]) -> None:
+    error = refusal(yaml_file, TRAINING, override)
+    assert error.code == f"config.{code}"
+    assert f"override '{override}'" in str(error.where)
     for part in parts:
-        assert part in message
+        assert part in str(error)
+
+
+def test_an_override_with_an_unknown_reference_names_its_key(yaml_file: Path) -> None:
+    error = refusal(yaml_file, TRAINING, "data.shards=${nope}")
+    assert error.code == "config.unresolved-value"
+    assert "data.shards" in str(error.where)
 
 
 def test_an_override_replaces_a_mistake_of_the_document(yaml_file: Path) -> None:
@@ -225,20 +229,22 @@ def test_an_override_replaces_a_mistake_of_the_document(yaml_file: Path) -> None
 
 
 @pytest.mark.parametrize("source", ["nowhere/train.yaml", "."])
-def test_a_document_that_is_not_there_is_named(source: str) -> None:
-    with pytest.raises(ConfigError, match="cannot be read") as caught:
+def test_the_error_for_an_absent_document_names_it(source: str) -> None:
+    with raises("config.unreadable", ConfigError) as caught:
         load_config(source)
-    assert source in str(caught.value)
+    assert source in str(caught.value.where)
 
 
 def test_a_document_is_not_fetched_from_a_refused_url() -> None:
-    with pytest.raises(ConfigError, match="refused"):
+    with raises("config.unreadable", ConfigError) as caught:
         load_config("pipe:cat /etc/passwd")
+    assert isinstance(caught.value.__cause__, StorageInputError)
+    assert caught.value.__cause__.code == "storage.refused-url"
 
 
 def test_bytes_that_are_not_text_are_refused(yaml_file: Path) -> None:
     yaml_file.write_bytes(b"train: \xff\xfe")
-    with pytest.raises(ConfigError, match="UTF-8"):
+    with raises("config.not-utf8", ConfigError):
         load_config(str(yaml_file))
 
 
@@ -250,45 +256,49 @@ def test_no_message_shows_the_credentials_of_a_url(yaml_file: Path) -> None:
         ("train: {}\n", f"train.lr=[s3://a/b,{secret}]"),
         ("train: {}\n", secret),
     ):
-        assert "secret" not in refusal(yaml_file, text, override)
+        assert "secret" not in str(refusal(yaml_file, text, override))
 
 
 @pytest.mark.parametrize("tag", ["!!python/object/apply:os.mkdir [{}]", "!!python/name:os.mkdir", "!!python/tuple [1]"])
-def test_yaml_makes_plain_values_alone(tag: str, yaml_file: Path, tmp_path: Path) -> None:
+def test_yaml_creates_plain_values_only(tag: str, yaml_file: Path, tmp_path: Path) -> None:
     value = tag.format(tmp_path / "made")
     for text, override in ((f"data:\n  shards: {value}\n", "train.lr=1"), ("data: {}\n", f"data.shards={value}")):
-        assert "could not determine a constructor for the tag" in refusal(yaml_file, text, override)
+        error = refusal(yaml_file, text, override)
+        assert error.code == "config.not-yaml"
+        assert "could not determine a constructor for the tag" in str(error.got)
     assert not (tmp_path / "made").exists()
     if "mkdir [" in tag:
         yaml.unsafe_load(value)  # the same text is dangerous to a loader that trusts it
         assert (tmp_path / "made").exists()
 
 
-def test_aliases_that_grow_without_end_are_refused_before_they_are_followed(yaml_file: Path) -> None:
+def test_exponentially_growing_aliases_are_refused_before_they_are_followed(yaml_file: Path) -> None:
     levels = "".join(f"    a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]\n" for level in range(1, 60))
-    assert "too large once its aliases" in refusal(yaml_file, f"teacher:\n  kwargs:\n    a0: &a0 [x]\n{levels}")
+    assert refusal(yaml_file, f"teacher:\n  kwargs:\n    a0: &a0 [x]\n{levels}").code == "config.too-large"
 
 
 @pytest.mark.parametrize("text", [slow(f"data: {'[' * 2000}{']' * 2000}\n"), "data: &here {shards: *here}\n"])
-def test_nesting_without_end_is_refused(text: str, yaml_file: Path) -> None:
-    assert "nested too deeply" in refusal(yaml_file, text)
+def test_too_deep_nesting_is_refused(text: str, yaml_file: Path) -> None:
+    assert refusal(yaml_file, text).code == "config.too-deep"
 
 
 def test_a_document_as_large_as_a_data_file_is_not_read(yaml_file: Path) -> None:
     with yaml_file.open("wb") as file:
-        file.truncate(100 << 30)  # of zeros that no disk holds: reading it would fill the memory
-    with pytest.raises(ConfigError, match="too large"):
+        file.truncate(100 << 30)  # zeros that take no disk space: reading them would fill the memory
+    with raises("config.unreadable", ConfigError) as caught:
         load_config(str(yaml_file))
+    assert isinstance(caught.value.__cause__, TooLargeError)
 
 
-def test_long_values_are_cut_in_messages(yaml_file: Path) -> None:
-    assert len(refusal(yaml_file, f"train: {{lr: {'x' * 5000}}}\n")) < 500
+def test_long_values_are_shortened_in_messages(yaml_file: Path) -> None:
+    assert len(str(refusal(yaml_file, f"train: {{lr: {'x' * 5000}}}\n"))) < 500
 
 
 def test_a_tree_is_checked_like_a_document() -> None:
     assert build_config({"train": {"lr": 1}}, where="demo").train.lr == 1
-    with pytest.raises(ConfigError, match=r"train\.lrr[^$]*demo[^$]*did you mean lr"):
+    with raises("config.unknown-key", ConfigError) as caught:
         build_config({"train": {"lrr": 1}}, where="demo")
+    assert (caught.value.where, caught.value.next_step) == ("demo", "did you mean lr?")
 
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
@@ -319,7 +329,7 @@ def test_any_text_is_a_config_or_a_config_error(yaml_file: Path, text: str, over
 
 
 @pytest.mark.parametrize(
-    ("resources", "says"),
+    ("resources", "part"),
     [
         ("{GPU: 1}", "cpus_per_task, gpus_per_task"),
         ("{spot: 0}", "spot is 0"),
@@ -327,26 +337,25 @@ def test_any_text_is_a_config_or_a_config_error(yaml_file: Path, text: str, over
         ("{spot: .inf}", "finite"),
     ],
 )
-def test_resources_that_ray_does_not_share_out_like_this_are_refused(
-    yaml_file: Path, resources: str, says: str
-) -> None:
-    assert says in refusal(yaml_file, TRAINING, f"ray.resources_per_task={resources}")
+def test_amounts_of_resources_that_ray_cannot_assign_are_refused(yaml_file: Path, resources: str, part: str) -> None:
+    error = refusal(yaml_file, TRAINING, f"ray.resources_per_task={resources}")
+    assert error.code == "config.wrong-value"
+    assert part in str(error)
 
 
-def test_resources_are_the_clusters_own_names_with_parts_of_a_unit_or_whole_units(yaml_file: Path) -> None:
+def test_custom_resources_are_fractions_of_a_unit_or_whole_units(yaml_file: Path) -> None:
     config = load(yaml_file, TRAINING, 'ray.resources_per_task={spot: 0.01, "accelerator_type:H100": 1, disk: 3}')
     assert config.ray.resources_per_task == {"spot": 0.01, "accelerator_type:H100": 1, "disk": 3}
 
 
-def test_require_names_each_missing_key_and_what_it_means() -> None:
+def test_require_names_each_missing_key_and_its_description() -> None:
     config = build_config({"cache": {"url": "memory://x"}}, where="x")
     require(config, "cache.url", "views", "train.lr", command="stillroom cache build")
-    with pytest.raises(ConfigError) as caught:
+    with raises("config.missing-key", ConfigError) as caught:
         require(config, "cache.url", "teacher.model", "run.url", "loss", command="stillroom train")
     message = str(caught.value)
-    assert "stillroom train needs" in message
     assert "teacher.model: timm/NAME" in message
-    assert "loss: a list of terms, named ce, kd, dist, dkd, hard, nd, sifn, cosine, mse, review_kd" in message
+    assert f"loss: a list of terms, named {LOSSES}" in message
     assert "teacher.model=… run.url=… loss=…" in message
     assert "cache.url" not in message
 
@@ -362,25 +371,6 @@ def test_an_override_replaces_a_mapping_that_is_a_value_and_merges_into_a_sectio
     student = load(yaml_file, text, "student.kwargs={depth: 14}", "student.kwargs.width=3").student
     assert student is not None
     assert student.kwargs == {"depth": 14, "width": 3}
-
-
-@pytest.mark.parametrize(
-    ("override", "code", "got"),
-    [
-        ("loss={name: kd}", "config.invalid", "a mapping"),
-        ("train.lr=${x", "config.override-interpolation", None),
-        ("loss.7.weight=1", "config.override-list-item", None),
-        ("loss.kd.weight=1", "config.override-list-item", None),
-    ],
-)
-def test_an_override_that_cannot_be_applied_says_why(
-    yaml_file: Path, override: str, code: str, got: str | None
-) -> None:
-    with pytest.raises(ConfigError) as caught:
-        load(yaml_file, "loss: [{name: kd}]", override)
-    assert caught.value.code == code
-    assert got is None or caught.value.got == got
-    assert f"override '{override}'" in str(caught.value.where)
 
 
 def test_an_override_replaces_a_term_of_the_loss(yaml_file: Path) -> None:

@@ -1,4 +1,4 @@
-"""Errors have codes that outlive their sentences and cross process borders."""
+"""Errors have stable codes, also in another process."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ def kinds() -> Iterator[type[StillroomError]]:
 
 
 @pytest.mark.parametrize("kind", [*kinds()], ids=lambda kind: kind.__name__)
-def test_every_kind_has_a_code_of_an_area_and_a_name(kind: type[StillroomError]) -> None:
+def test_the_code_of_every_class_has_an_area_and_a_name(kind: type[StillroomError]) -> None:
     assert re.fullmatch(r"[a-z]+\.[a-z]+(-[a-z]+)*", kind("what").code)
 
 
-def test_no_two_kinds_share_a_code() -> None:
+def test_no_two_classes_share_a_code() -> None:
     codes = [kind.code for kind in kinds()]
     assert len({*codes}) == len(codes)
 
 
-def test_a_fault_may_have_a_more_precise_code_than_its_kind() -> None:
+def test_an_error_may_have_a_more_precise_code_than_its_class() -> None:
     assert CacheError("what", code="cache.fingerprint-mismatch").code == "cache.fingerprint-mismatch"
     assert CacheError("what").code == CacheError.code
 
 
-def test_an_error_that_crosses_a_process_border_keeps_code_and_fields() -> None:
+def test_an_error_has_the_same_code_and_fields_in_another_process() -> None:
     error = InputError("what", code="data.label-not-found", where="w", got=3, expected=["a"], next_step="n")
-    other = pickle.loads(pickle.dumps(error))
-    assert (type(other), other.code, str(other)) == (InputError, "data.label-not-found", str(error))
-    assert (other.what, other.where, other.got, other.expected, other.next_step) == ("what", "w", "3", "['a']", "n")
+    copy = pickle.loads(pickle.dumps(error))
+    assert (type(copy), copy.code, str(copy)) == (InputError, "data.label-not-found", str(error))
+    assert (copy.what, copy.where, copy.got, copy.expected, copy.next_step) == ("what", "w", "3", "['a']", "n")
 
 
 @pytest.mark.parametrize(

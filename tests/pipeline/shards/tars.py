@@ -1,4 +1,4 @@
-"""Tars for tests, written by the standard library, and the real webdataset reader to compare with."""
+"""Tars for tests, written by the standard library, and the webdataset reader as the oracle."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def make_tar(members: Iterable[tuple[str, bytes]], *, form: int = tarfile.PAX_FO
 def make_linked_tar(
     members: Iterable[tuple[str, bytes | str]], *, form: int = tarfile.PAX_FORMAT, kind: bytes = tarfile.LNKTYPE
 ) -> bytes:
-    """Files, and links of this kind where the content is a target's name; a name that ends in a slash is a folder."""
+    """Files, and links of this kind if the content is the name of a target. A name with a final slash is a folder."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=form) as archive:
         for name, content in members:
@@ -57,7 +57,7 @@ def make_linked_tar(
 
 
 def webdataset_samples(path: Path) -> list[dict[str, Any]]:
-    """What the library itself makes of a tar, with the predicate by which its users pass over hidden files."""
+    """The samples that the library reads from a tar, with the usual predicate against hidden files."""
     with path.open("rb") as stream:
         source = [{"url": str(path), "stream": stream}]
         return list(group_by_keys(tar_file_expander(source, select_files=lambda name: not _HIDDEN.search(name))))

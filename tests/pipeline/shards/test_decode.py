@@ -20,9 +20,9 @@ from tests.pipeline.shards.tars import data_config, image_bytes, real_shard
 
 PLENTY = 1_000_000
 _PNG = b"\x89PNG\r\n\x1a\n"
-# Under this profile the same numbers are other colours.
+# A profile in which the same numbers are other colours.
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
-TURNED_BY_XMP = (
+ROTATED_BY_XMP = (
     b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta xmlns:x="adobe:ns:meta/"><r tiff:Orientation="6"/></x:xmpmeta>'
 )
 
@@ -34,7 +34,7 @@ def oriented(form: str, orientation: int, **options: Any) -> bytes:
 
 
 def pillow(data: bytes) -> np.ndarray[Any, Any]:
-    """[3,H,W], the other decoder's pixels."""
+    """Pillow's pixels, [3,H,W]."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
@@ -53,7 +53,7 @@ def sixteen_bit_png(values_HWC: np.ndarray[Any, Any], color_type: int) -> bytes:
 
 
 def gray_png(bits: int) -> bytes:
-    """All levels of so many bits in one row."""
+    """All levels of this bit depth in one row."""
     levels = range(2**bits)
     row = int("".join(f"{level:0{bits}b}" for level in levels), 2).to_bytes(len(levels) * bits // 8, "big")
     header = struct.pack(">IIBBBBB", len(levels), 1, bits, 0, 0, 0, 0)
@@ -61,27 +61,27 @@ def gray_png(bits: int) -> bytes:
 
 
 def with_segment(jpeg: bytes, marker: int, content: bytes) -> bytes:
-    """A segment more, right after the start of the image."""
+    """The JPEG with a further segment after the start of the image."""
     return jpeg[:2] + bytes([0xFF, marker]) + (len(content) + 2).to_bytes(2, "big") + content + jpeg[2:]
 
 
 def adobe_transform(jpeg: bytes, transform: int) -> bytes:
     """The same stored channels under another transform: 0 is CMYK, 2 is YCCK."""
-    at = jpeg.index(b"Adobe") + 11
-    return jpeg[:at] + bytes([transform]) + jpeg[at + 1 :]
+    offset = jpeg.index(b"Adobe") + 11
+    return jpeg[:offset] + bytes([transform]) + jpeg[offset + 1 :]
 
 
 def without_adobe(jpeg: bytes) -> bytes:
-    at = jpeg.index(b"\xff\xee")
-    return jpeg[:at] + jpeg[at + 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big") :]
+    offset = jpeg.index(b"\xff\xee")
+    return jpeg[:offset] + jpeg[offset + 2 + int.from_bytes(jpeg[offset + 2 : offset + 4], "big") :]
 
 
 def several(form: str, **options: Any) -> tuple[bytes, Image.Image]:
-    """Three pictures in one file, and the first of them."""
+    """Three images in one file, and the first of them."""
     pixels = np.random.default_rng(3).integers(0, 256, (3, 6, 9, 3), dtype=np.uint8)
-    first, *others = (Image.fromarray(picture) for picture in pixels)
+    first, *rest = (Image.fromarray(picture) for picture in pixels)
     buffer = io.BytesIO()
-    first.save(buffer, form, save_all=True, append_images=others, **options)
+    first.save(buffer, form, save_all=True, append_images=rest, **options)
     return buffer.getvalue(), first
 
 
@@ -106,7 +106,7 @@ IMAGES = {
     "jpeg cmyk without a marker": without_adobe(image_bytes("JPEG", "CMYK")),
     "jpeg ycck": adobe_transform(image_bytes("JPEG", "CMYK"), 2),
     "jpeg of one pixel": image_bytes("JPEG", size=(1, 1)),
-    "jpeg turned by XMP": with_segment(image_bytes("JPEG"), 0xE1, TURNED_BY_XMP),
+    "jpeg rotated by XMP": with_segment(image_bytes("JPEG"), 0xE1, ROTATED_BY_XMP),
     **{f"jpeg in orientation {number}": oriented("JPEG", number) for number in range(1, 9)},
     "png": image_bytes(),
     "png grayscale": image_bytes(mode="L"),
@@ -143,13 +143,13 @@ def test_real_images_decode_as_pillow_decodes_them(name: str) -> None:
         np.testing.assert_array_equal(decode(sample.data, max_pixels=PLENTY).numpy(), pillow(sample.data))
 
 
-# Where the corner F of a 2×3 image comes to lie, by CIPA DC-008: (row, column) of the stored top-left pixel.
+# (row, column) of the stored top-left pixel of a 2×3 image after each orientation, by CIPA DC-008.
 CORNERS = {1: (0, 0), 2: (0, 1), 3: (2, 1), 4: (2, 0), 5: (0, 0), 6: (0, 2), 7: (1, 2), 8: (1, 0)}
 
 
 @pytest.mark.parametrize("form", ["PNG", "WEBP"])
 @pytest.mark.parametrize(("orientation", "corner"), CORNERS.items())
-def test_each_orientation_puts_the_first_pixel_in_its_corner(
+def test_each_orientation_moves_the_first_pixel_to_its_corner(
     form: str, orientation: int, corner: tuple[int, int]
 ) -> None:
     stored = Image.new("RGB", (2, 3))
@@ -168,7 +168,7 @@ def test_each_orientation_puts_the_first_pixel_in_its_corner(
     [(0, [0, 0, 0]), (2, [0, 1, 2]), (4, [0, 0, 0]), (6, [0, 1, 2])],
     ids=["L", "RGB", "LA", "RGBA"],
 )
-def test_of_sixteen_bits_the_high_byte_is_kept(color_type: int, channels: list[int]) -> None:
+def test_sixteen_bit_channels_become_their_high_byte(color_type: int, channels: list[int]) -> None:
     num_channels = {0: 1, 2: 3, 4: 2, 6: 4}[color_type]
     values_HWC = np.random.default_rng(2).integers(0, 65_536, (3, 4, num_channels))
     values_HWC[0, 0], values_HWC[0, 1], values_HWC[0, 2] = 255, 256, 65_535
@@ -177,7 +177,7 @@ def test_of_sixteen_bits_the_high_byte_is_kept(color_type: int, channels: list[i
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
-def test_levels_of_few_bits_are_spread_from_black_to_white(bits: int) -> None:
+def test_levels_of_low_bit_depths_are_scaled_from_black_to_white(bits: int) -> None:
     levels = decode(gray_png(bits) if bits > 1 else image_bytes(mode="1"), max_pixels=PLENTY)
     assert set(levels.flatten().tolist()) == {level * 255 // (2**bits - 1) for level in range(2**bits)}
 
@@ -197,17 +197,17 @@ def test_cmyk_is_inverted_ink_times_inverted_black(ink: tuple[int, int, int, int
     black = 255 - ink[3]
     expected = [(255 - channel) * black / 255 for channel in ink[:3]]
     for data in (flat_cmyk(ink, 0), without_adobe(flat_cmyk(ink, 0))):
-        # The inks of a flat block come back within one level.
+        # The inks of a flat block are decoded within one level.
         assert decode(data, max_pixels=64)[:, 3, 3].tolist() == pytest.approx(expected, abs=2)
 
 
 @pytest.mark.parametrize("stored", [(255, 128, 128, 255), (150, 90, 200, 255), (120, 160, 110, 100)])
-def test_ycck_is_ycc_turned_to_inks_by_the_jfif_formula(stored: tuple[int, int, int, int]) -> None:
-    # Pillow inverts what it writes, so these channels stand in the file as they are here.
+def test_ycck_is_ycc_converted_to_inks_by_the_jfif_formula(stored: tuple[int, int, int, int]) -> None:
+    # Pillow inverts the channels that it writes, so the file has these values.
     data = flat_cmyk((255 - stored[0], 255 - stored[1], 255 - stored[2], 255 - stored[3]), 2)
     luma, blue, red = stored[0], stored[1] - 128, stored[2] - 128
     inks = (luma + 1.402 * red, luma - 0.344136 * blue - 0.714136 * red, luma + 1.772 * blue)
-    # libjpeg gives 255 less each, which are the inverted inks of Adobe's files.
+    # libjpeg returns 255 minus each, the inverted inks of Adobe's files.
     expected = [min(max(255 - ink, 0), 255) * stored[3] / 255 for ink in inks]
     assert decode(data, max_pixels=64)[:, 3, 3].tolist() == pytest.approx(expected, abs=3)
 
@@ -219,13 +219,13 @@ def test_a_profile_changes_no_pixel(form: str) -> None:
     assert torch.equal(decode(plain, max_pixels=PLENTY), decode(tagged, max_pixels=PLENTY))
 
 
-@pytest.mark.parametrize("own_first", [False, True])
-def test_of_an_animated_png_the_first_picture_is_taken(own_first: bool) -> None:
-    data, first = several("PNG", default_image=own_first)
+@pytest.mark.parametrize("default_image", [False, True])
+def test_an_animated_png_is_its_first_image(default_image: bool) -> None:
+    data, first = several("PNG", default_image=default_image)
     np.testing.assert_array_equal(decode(data, max_pixels=PLENTY).permute(1, 2, 0).numpy(), np.asarray(first))
 
 
-def test_of_a_multi_picture_jpeg_the_first_picture_is_taken() -> None:
+def test_a_multi_picture_jpeg_is_its_first_image() -> None:
     data, first = several("MPO")
     np.testing.assert_array_equal(decode(data, max_pixels=PLENTY).numpy(), pillow(data))
     assert image_size(data) == first.size
@@ -240,13 +240,13 @@ def test_an_animated_webp_is_undecodable() -> None:
 @pytest.mark.parametrize(
     "data", [translucent("PNG"), translucent("WEBP", lossless=True, exact=True)], ids=["png", "webp"]
 )
-def test_alpha_is_dropped_and_the_stored_colour_kept(data: bytes) -> None:
+def test_alpha_is_dropped_and_the_stored_colour_stays(data: bytes) -> None:
     stored_HWC = np.random.default_rng(1).integers(0, 256, (5, 7, 4), dtype=np.uint8)
     np.testing.assert_array_equal(decode(data, max_pixels=PLENTY).numpy(), stored_HWC[..., :3].transpose(2, 0, 1))
 
 
 @pytest.mark.parametrize("name", ["jpeg", "jpeg progressive", "jpeg grayscale", "webp", "webp lossless"])
-def test_an_image_cut_anywhere_is_undecodable(name: str) -> None:
+def test_an_image_truncated_anywhere_is_undecodable(name: str) -> None:
     data = IMAGES[name]
     for length in range(1, len(data)):
         with pytest.raises(BadImageError) as caught:
@@ -254,7 +254,7 @@ def test_an_image_cut_anywhere_is_undecodable(name: str) -> None:
         assert caught.value.status == "undecodable"
 
 
-def test_a_cut_png_is_undecodable_unless_every_pixel_came_before_the_cut() -> None:
+def test_a_truncated_png_is_undecodable_unless_it_has_every_pixel() -> None:
     data = IMAGES["png"]
     whole_CHW = decode(data, max_pixels=PLENTY)
     num_whole = 0
@@ -278,14 +278,14 @@ def test_no_bytes_are_empty() -> None:
 @pytest.mark.parametrize(
     "data", [b"x", b"not an image" * 9, image_bytes("GIF"), image_bytes("BMP"), image_bytes("TIFF")]
 )
-def test_other_formats_are_undecodable_whatever_a_decoder_could_do(data: bytes) -> None:
+def test_other_formats_are_undecodable(data: bytes) -> None:
     for read in (image_size, lambda data: decode(data, max_pixels=PLENTY)):
         with pytest.raises(BadImageError) as caught:
             read(data)
         assert caught.value.status == "undecodable"
 
 
-def test_the_pixel_limit_is_the_last_size_that_decodes() -> None:
+def test_the_pixel_limit_is_the_largest_size_that_decodes() -> None:
     data = image_bytes(size=(7, 5))
     assert decode(data, max_pixels=35).shape == (3, 5, 7)
     with pytest.raises(BadImageError) as caught:
@@ -294,14 +294,14 @@ def test_the_pixel_limit_is_the_last_size_that_decodes() -> None:
 
 
 def bomb() -> bytes:
-    """A JPEG header of 65,000 × 65,000 pixels over the data of a few."""
+    """A JPEG header of 65,000 × 65,000 pixels with the data of a few pixels."""
     data = bytearray(image_bytes("JPEG"))
     frame = data.index(b"\xff\xc0")
     data[frame + 5 : frame + 9] = (65_000).to_bytes(2, "big") * 2
     return bytes(data)
 
 
-def test_a_bomb_is_too_large_without_a_warning_and_by_our_limit_alone() -> None:
+def test_a_bomb_is_too_large_by_max_pixels_and_without_a_warning() -> None:
     with pytest.raises(BadImageError) as caught:
         decode(bomb(), max_pixels=64_000_000)
     assert caught.value.status == "too_large"
@@ -309,25 +309,25 @@ def test_a_bomb_is_too_large_without_a_warning_and_by_our_limit_alone() -> None:
     assert Image.MAX_IMAGE_PIXELS is not None
 
 
-def test_broken_metadata_neither_warns_nor_costs_the_image() -> None:
+def test_an_image_with_broken_metadata_decodes_without_a_warning() -> None:
     data = IMAGES["jpeg"]
     segment = b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01"
     broken = data[:2] + b"\xff\xe1" + (len(segment) + 2).to_bytes(2, "big") + segment + data[2:]
     np.testing.assert_array_equal(decode(broken, max_pixels=PLENTY).numpy(), pillow(data))
 
 
-PNG_IDAT_AT = IMAGES["png"].index(b"IDAT") - 4
+PNG_IDAT_OFFSET = IMAGES["png"].index(b"IDAT") - 4
 PLAIN = {"PNG": IMAGES["png"], "WEBP": IMAGES["webp lossless"], "JPEG": IMAGES["jpeg"]}
 
 
-def with_chunk(kind: bytes, content: bytes, *, at: int = PNG_IDAT_AT, png: bytes = IMAGES["png"]) -> bytes:
-    """The PNG with a further chunk; by default before its pixels."""
-    return png[:at] + chunk(kind, content) + png[at:]
+def with_chunk(kind: bytes, content: bytes, *, offset: int = PNG_IDAT_OFFSET, png: bytes = IMAGES["png"]) -> bytes:
+    """The PNG with a further chunk, by default before its pixels."""
+    return png[:offset] + chunk(kind, content) + png[offset:]
 
 
 def wrong_crc(png: bytes, kind: bytes) -> bytes:
-    at = png.index(kind)
-    end = at + 4 + int.from_bytes(png[at - 4 : at], "big")
+    offset = png.index(kind)
+    end = offset + 4 + int.from_bytes(png[offset - 4 : offset], "big")
     return png[:end] + bytes([png[end] ^ 1]) + png[end + 1 :]
 
 
@@ -342,39 +342,39 @@ DAMAGED_METADATA = {
     "PNG, ICC profile of another compression": with_chunk(b"iCCP", b"icc\0\7" + LARGE),
     "PNG, large text": with_chunk(b"zTXt", b"k\0\0" + LARGE),
     "PNG, large international text": with_chunk(b"iTXt", b"k\0\1\0\0\0" + LARGE),
-    "PNG, large text behind the pixels": with_chunk(b"zTXt", b"k\0\0" + LARGE, at=len(IMAGES["png"]) - 12),
+    "PNG, large text behind the pixels": with_chunk(b"zTXt", b"k\0\0" + LARGE, offset=len(IMAGES["png"]) - 12),
     "PNG, XMP that is not UTF-8": with_chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0\xff\xfe"),
-    "PNG, resolution cut short": with_chunk(b"pHYs", b"\0"),
+    "PNG, truncated resolution": with_chunk(b"pHYs", b"\0"),
     "PNG, gamma without bytes": with_chunk(b"gAMA", b""),
-    "PNG, primaries cut short": with_chunk(b"cHRM", b"\0\1"),
+    "PNG, truncated primaries": with_chunk(b"cHRM", b"\0\1"),
     "PNG, text with a wrong checksum": wrong_crc(with_chunk(b"tEXt", b"k\0value"), b"tEXt"),
     "WEBP, EXIF": image_bytes("WEBP", lossless=True, exif=b"garbage!"),
     "WEBP, EXIF and XMP": image_bytes("WEBP", lossless=True, exif=b"Exif\0\0II*\0\xff\xff\xff\xff", xmp=b"\xff<"),
     "JPEG, EXIF": with_segment(IMAGES["jpeg"], 0xE1, b"Exif\0\0garbage!"),
-    # Pillow itself reads the EXIF of a JPEG without a resolution, and passes over what is wrong with it.
+    # Pillow reads the EXIF of a JPEG without a resolution, and ignores errors in it.
     "JPEG, EXIF behind a resolution": with_segment(image_bytes("JPEG", dpi=(72, 72)), 0xE1, b"Exif\0\0garbage!"),
 }
 
 
 @pytest.mark.parametrize("name", DAMAGED_METADATA)
-def test_damaged_or_large_metadata_leave_the_pixels_as_they_are_stored(name: str) -> None:
+def test_damaged_or_large_metadata_do_not_change_the_pixels(name: str) -> None:
     data, plain = DAMAGED_METADATA[name], PLAIN[name.partition(",")[0]]
     assert torch.equal(decode(data, max_pixels=PLENTY), decode(plain, max_pixels=PLENTY))
     assert image_size(data) == (7, 5)
 
 
-def test_an_orientation_counts_also_where_other_metadata_are_too_large() -> None:
-    turned = oriented("PNG", 6)
-    at = turned.index(b"eXIf") - 4
+def test_an_orientation_is_applied_even_if_other_metadata_are_too_large() -> None:
+    rotated = oriented("PNG", 6)
+    offset = rotated.index(b"eXIf") - 4
     for extra in (chunk(b"iCCP", b"icc\0\0" + LARGE), chunk(b"pHYs", b"\0")):
-        data = turned[:at] + extra + turned[at:]
-        assert torch.equal(decode(data, max_pixels=PLENTY), decode(turned, max_pixels=PLENTY))
+        data = rotated[:offset] + extra + rotated[offset:]
+        assert torch.equal(decode(data, max_pixels=PLENTY), decode(rotated, max_pixels=PLENTY))
         assert image_size(data) == (5, 7)
 
 
 def wrong_stream(png: bytes) -> bytes:
-    at = png.index(b"IDAT") + 12
-    return png[:at] + bytes([png[at] ^ 255]) + png[at + 1 :]
+    offset = png.index(b"IDAT") + 12
+    return png[:offset] + bytes([png[offset] ^ 255]) + png[offset + 1 :]
 
 
 @pytest.mark.parametrize(
@@ -382,8 +382,8 @@ def wrong_stream(png: bytes) -> bytes:
     [wrong_crc(IMAGES["png"], b"IHDR"), wrong_crc(image_bytes(mode="P"), b"PLTE"), wrong_stream(IMAGES["png"])],
     ids=["header", "palette", "pixels"],
 )
-def test_damage_to_what_pixels_depend_on_is_not_taken_for_metadata(png: bytes) -> None:
-    for data in (png, with_chunk(b"eXIf", b"garbage!", png=png, at=png.index(b"IDAT") - 4)):
+def test_damage_to_chunks_that_pixels_depend_on_is_not_taken_for_metadata(png: bytes) -> None:
+    for data in (png, with_chunk(b"eXIf", b"garbage!", png=png, offset=png.index(b"IDAT") - 4)):
         with pytest.raises(BadImageError) as caught:
             decode(data, max_pixels=PLENTY)
         assert caught.value.status == "undecodable"
@@ -403,7 +403,7 @@ def test_damage_to_what_pixels_depend_on_is_not_taken_for_metadata(png: bytes) -
         (IMAGES["jpeg"][:-30], "truncated"),
     ],
 )
-def test_a_reason_is_the_same_text_every_time_and_names_the_cause(data: bytes, reason: str) -> None:
+def test_a_reason_is_deterministic_and_names_the_cause(data: bytes, reason: str) -> None:
     texts: set[str] = set()
     for _ in range(2):
         with pytest.raises(BadImageError) as caught:
@@ -413,16 +413,16 @@ def test_a_reason_is_the_same_text_every_time_and_names_the_cause(data: bytes, r
     assert reason in text
 
 
-def test_an_exif_that_stands_behind_other_segments_turns_the_image() -> None:
-    turned = oriented("JPEG", 6)
+def test_an_exif_segment_after_other_segments_rotates_the_image() -> None:
+    rotated = oriented("JPEG", 6)
     for marker, content in (
         (0xE2, b"ICC_PROFILE\0\1\1" + PROFILE),
         (0xFE, b"a comment"),
         (0xEE, b"Adobe\0d\0\0\0\0\0"),
     ):
         np.testing.assert_array_equal(
-            decode(with_segment(turned, marker, content), max_pixels=PLENTY).numpy(),
-            pillow(with_segment(turned, marker, content)),
+            decode(with_segment(rotated, marker, content), max_pixels=PLENTY).numpy(),
+            pillow(with_segment(rotated, marker, content)),
         )
     frame = (plain := image_bytes("JPEG", size=(9, 4))).index(b"\xff\xc0")
     segment = with_segment(b"\xff\xd8", 0xE1, b"Exif\0\0" + exif_of(6))[2:]
@@ -443,14 +443,14 @@ JPEGS = {name: data for name, data in IMAGES.items() if name.startswith("jpeg")}
 
 @settings(max_examples=300, deadline=None)
 @given(name=st.sampled_from(sorted(JPEGS)), data=st.data())
-def test_a_jpeg_header_says_what_pillow_reads_in_it(name: str, data: st.DataObject) -> None:
-    """Also where the segments before the scan are damaged, as long as Pillow reads it at all."""
+def test_the_header_of_a_jpeg_agrees_with_pillow(name: str, data: st.DataObject) -> None:
+    """Also with damaged segments before the scan, if Pillow reads the header."""
     damaged = bytearray(JPEGS[name])
     scan = damaged.index(b"\xff\xda") + 2
-    for place in data.draw(st.lists(st.integers(2, scan), max_size=3)):
-        damaged[place] = data.draw(st.integers(0, 255))
+    for position in data.draw(st.lists(st.integers(2, scan), max_size=3)):
+        damaged[position] = data.draw(st.integers(0, 255))
     try:
-        found = image_size(bytes(damaged))
+        size = image_size(bytes(damaged))
     except BadImageError:
         return
     with warnings.catch_warnings():
@@ -459,16 +459,16 @@ def test_a_jpeg_header_says_what_pillow_reads_in_it(name: str, data: st.DataObje
             image = Image.open(io.BytesIO(damaged), formats=("JPEG",))
         except Exception:
             return
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in range(5, 9)
-    assert found == (image.size[::-1] if turned else image.size)
+        rotated = image.getexif().get(ExifTags.Base.Orientation, 1) in range(5, 9)
+    assert size == (image.size[::-1] if rotated else image.size)
 
 
 @settings(max_examples=150, deadline=None)
 @given(name=st.sampled_from(sorted(IMAGES)), data=st.data())
-def test_damaged_bytes_decode_to_their_headers_size_or_are_refused(name: str, data: st.DataObject) -> None:
+def test_damaged_bytes_decode_to_the_size_in_their_header_or_are_refused(name: str, data: st.DataObject) -> None:
     damaged = bytearray(IMAGES[name])
-    for place in data.draw(st.lists(st.integers(0, len(damaged) - 1), min_size=1, max_size=4)):
-        damaged[place] = data.draw(st.integers(0, 255))
+    for position in data.draw(st.lists(st.integers(0, len(damaged) - 1), min_size=1, max_size=4)):
+        damaged[position] = data.draw(st.integers(0, 255))
     try:
         _, height, width = decode(bytes(damaged), max_pixels=PLENTY).shape
     except BadImageError:
@@ -476,7 +476,7 @@ def test_damaged_bytes_decode_to_their_headers_size_or_are_refused(name: str, da
     assert image_size(bytes(damaged)) == (width, height)
 
 
-def test_threads_decode_what_one_thread_decodes() -> None:
+def test_threads_decode_the_same_pixels_as_one_thread() -> None:
     many = [*IMAGES.values(), IMAGES["jpeg"][:-9], b""] * 8
 
     def outcome(data: bytes) -> object:

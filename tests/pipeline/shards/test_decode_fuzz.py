@@ -1,4 +1,4 @@
-"""Thousands of damaged images in a process of their own, where a crash of a decoder is seen as what it is."""
+"""Thousands of damaged images in a separate process, which detects a crash of a decoder."""
 
 from __future__ import annotations
 
@@ -22,37 +22,37 @@ EDGES = (b"\0", b"\xff", b"\x7f", b"\x80", b"\0\0\0\0", b"\xff\xff\xff\xff", b"\
 
 @cache
 def seeds(form: str) -> list[bytes]:
-    """Sound images of a format: the small ones of every kind, and one with many blocks."""
+    """Intact images of a format: small ones of every kind, and larger ones with many blocks."""
     large = [image_bytes(form, size=(120, 90)), image_bytes(form, mode="L", size=(64, 65))]
     small = [data for name, data in IMAGES.items() if name.startswith(form.lower())]
     return [*small, *large, *([] if form == "JPEG" else [translucent(form)])]
 
 
 def damaged(data: bytes, generator: random.Random) -> bytes:
-    """One to four times: bytes changed, cut out, doubled or put in; at times the end is cut off."""
+    """Changes, removes, repeats or inserts bytes one to four times, and sometimes truncates the result."""
     out = bytearray(data)
     for _ in range(generator.randint(1, 4)):
-        # Headers and tables are short and say the most.
-        place = generator.randrange(min(len(out), generator.choice([64, 700, len(out)])))
+        # Headers and tables are short and have the most influence.
+        position = generator.randrange(min(len(out), generator.choice([64, 700, len(out)])))
         length = generator.choice([1, 1, 2, 4, 16])
         match generator.randrange(5):
             case 0:
-                out[place : place + 1] = bytes([generator.randrange(256)])
+                out[position : position + 1] = bytes([generator.randrange(256)])
             case 1:
                 edge = generator.choice(EDGES)
-                out[place : place + len(edge)] = edge
+                out[position : position + len(edge)] = edge
             case 2:
-                del out[place : place + length]
+                del out[position : position + length]
             case 3:
-                out[place:place] = out[place : place + length * 8]
+                out[position:position] = out[position : position + length * 8]
             case _:
-                out[place] ^= 1 << generator.randrange(8)
+                out[position] ^= 1 << generator.randrange(8)
         out = out or bytearray(b"\0")
     return bytes(out[: generator.randrange(1, len(out) + 1)] if generator.random() < 0.1 else out)
 
 
 def case(form: str, number: int) -> bytes:
-    """The damaged image that a failure names."""
+    """The damaged image with this number, which a failure names."""
     generator = random.Random(f"{form}/{number}")
     return damaged(generator.choice(seeds(form)), generator)
 
@@ -71,13 +71,13 @@ def decode_many(form: str, reached: Synchronized[int]) -> None:
         assert pixels_CHW.dtype == torch.uint8
         assert tuple(pixels_CHW.shape) == (3, height, width)
         assert width * height <= MAX_PIXELS
-    # Damage that is always refused would say little.
+    # Some damaged images decode, and some do not.
     assert NUM_DAMAGED / 50 < num_decoded < NUM_DAMAGED
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
-def test_no_damaged_image_crashes_hangs_or_raises_anything_but_a_status(form: str) -> None:
+def test_no_damaged_image_crashes_hangs_or_raises_another_error(form: str) -> None:
     context = multiprocessing.get_context("spawn")
     reached: Synchronized[int] = context.Value("q", -1)
     process = context.Process(target=decode_many, args=(form, reached))
@@ -87,4 +87,4 @@ def test_no_damaged_image_crashes_hangs_or_raises_anything_but_a_status(form: st
     if hangs:
         process.kill()
         process.join()
-    assert (process.exitcode, hangs) == (0, False), f"case({form!r}, {reached.value}) is the one to look at"
+    assert (process.exitcode, hangs) == (0, False), f"the failure is in case({form!r}, {reached.value})"

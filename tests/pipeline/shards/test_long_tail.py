@@ -1,4 +1,4 @@
-"""Long-tailed subsets: the published profile, the same images for the same seed, nothing changed in what stays."""
+"""Long-tailed subsets: the published profile, the same images for the same seed, copied unchanged."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pipeline.shards.tar import Sample, read_samples
 from pipeline.shards.writer import pack_shards
 from schemas.config import DataConfig
 from schemas.recipe import LongTailConfig
+from tests.errors import raises
 from tests.pipeline.caches import digit_samples
 
 DATA = DataConfig(num_classes=10)
@@ -35,16 +36,18 @@ def samples(urls: list[str]) -> list[Sample]:
 )
 def test_the_profile_is_the_published_one(imbalance: float, expected: list[int]) -> None:
     labels = {f"train/{row:05d}": row % 10 for row in range(10_000)}
-    kept = Counter(labels[name] for name in draw_long_tail(labels, imbalance, 0))
-    assert [kept[label] for label in range(10)] == expected
+    counts = Counter(labels[name] for name in draw_long_tail(labels, imbalance, 0))
+    assert [counts[label] for label in range(10)] == expected
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=200), st.floats(1, 1000), st.integers(0, 5))
-def test_every_class_stays_and_none_outgrows_the_one_before(labels: list[int], imbalance: float, seed: int) -> None:
-    of = {f"s/{row}": label for row, label in enumerate(labels)}
-    kept = draw_long_tail(of, imbalance, seed)
-    assert kept <= of.keys()
-    counts = Counter(of[name] for name in kept)
+def test_every_class_stays_and_none_is_larger_than_the_previous_one(
+    labels: list[int], imbalance: float, seed: int
+) -> None:
+    by_id = {f"s/{row}": label for row, label in enumerate(labels)}
+    subset = draw_long_tail(by_id, imbalance, seed)
+    assert subset <= by_id.keys()
+    counts = Counter(by_id[name] for name in subset)
     assert counts.keys() == set(labels)
     in_order = [counts[label] for label in sorted(counts)]
     assert in_order == sorted(in_order, reverse=True)
@@ -52,13 +55,13 @@ def test_every_class_stays_and_none_outgrows_the_one_before(labels: list[int], i
 
 
 @given(st.permutations(range(40)))
-def test_what_stays_does_not_hang_on_the_order_of_listing(order: list[int]) -> None:
+def test_the_subset_does_not_depend_on_the_order_of_listing(order: list[int]) -> None:
     names = [f"s/{row}" for row in order]
     labels = {name: int(name.rpartition("/")[2]) % 4 for name in names}
     assert draw_long_tail(labels, 8, 3) == draw_long_tail(dict(sorted(labels.items())), 8, 3)
 
 
-def test_what_stays_is_copied_byte_for_byte_in_its_order_and_twice_the_same(tmp_path: Path) -> None:
+def test_the_subset_is_copied_byte_for_byte_in_its_order_and_reproducibly(tmp_path: Path) -> None:
     source = pack_shards(digit_samples(400), f"{tmp_path}/all-%d.tar", shard_size=150)
     tail = LongTailConfig(shards=tuple(source), imbalance=8, shard_size=60)
     first = write_long_tail(source, f"{tmp_path}/a/tail-%05d.tar", tail, DATA)
@@ -72,7 +75,7 @@ def test_what_stays_is_copied_byte_for_byte_in_its_order_and_twice_the_same(tmp_
     assert len(first.urls) == -(-sum(first.counts) // 60)
 
 
-def test_another_seed_keeps_other_images_of_the_same_profile(tmp_path: Path) -> None:
+def test_another_seed_selects_other_images_with_the_same_profile(tmp_path: Path) -> None:
     source = pack_shards(digit_samples(300), f"{tmp_path}/all-%d.tar", shard_size=300)
     kept = []
     for seed in (0, 1):
@@ -82,9 +85,10 @@ def test_another_seed_keeps_other_images_of_the_same_profile(tmp_path: Path) -> 
     assert {sample.key for sample in samples(kept[0].urls)} != {sample.key for sample in samples(kept[1].urls)}
 
 
-def test_a_sample_without_a_label_is_named(tmp_path: Path) -> None:
+def test_the_error_for_a_sample_without_a_label_names_it(tmp_path: Path) -> None:
     members = [(key, {"png": sample["png"]} if key == "digit-0003" else sample) for key, sample in digit_samples(8)]
     source = pack_shards(members, f"{tmp_path}/all-%d.tar", shard_size=8)
-    with pytest.raises(ShardError, match="digit-0003") as caught:
+    with raises("shard.long-tail-sample", ShardError) as caught:
         write_long_tail(source, f"{tmp_path}/tail-%d.tar", LongTailConfig(shards=source[0], imbalance=2), DATA)
-    assert "label None" in str(caught.value)
+    assert str(caught.value.where).endswith("digit-0003")
+    assert caught.value.got == "status ok, label None"

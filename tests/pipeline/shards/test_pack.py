@@ -11,9 +11,10 @@ from typer.testing import CliRunner
 
 from jobs.cli import app
 from pipeline import storage
-from pipeline.core.errors import ShardError, StorageInputError
+from pipeline.core.errors import ShardError, StillroomError, StorageInputError
 from pipeline.shards.pack import BadImages, write_packing
 from pipeline.shards.pack_plan import PackSettings, plan_packing, split_folders
+from tests.errors import raises
 from tests.pipeline.shards.tars import image_bytes, webdataset_samples
 
 NUM_IMAGES = {"ant": 30, "bee": 20, "cat": 10}
@@ -21,7 +22,7 @@ NUM_IMAGES = {"ant": 30, "bee": 20, "cat": 10}
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """Three classes of images that all differ, in folders of their own, one of them deeper."""
+    """Three classes of distinct images in separate folders, some of them in a subfolder."""
     for name, count in NUM_IMAGES.items():
         for row in range(count):
             path = tmp_path / "tree" / name / ("deep" if row % 5 == 0 else "") / f"{name}.{row:02}.{_extension(row)}"
@@ -49,7 +50,7 @@ def packed(
 
 
 def read_all(out: Path, pattern: str = "*.tar") -> list[dict[str, Any]]:
-    """What webdataset itself makes of the shards."""
+    """The samples that webdataset reads from the shards."""
     return [sample for path in sorted(out.glob(pattern)) for sample in webdataset_samples(path)]
 
 
@@ -61,7 +62,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_every_image_comes_back_once_byte_for_byte_with_its_class(tree: Path, tmp_path: Path) -> None:
+def test_every_image_is_in_the_shards_once_byte_for_byte_with_its_class(tree: Path, tmp_path: Path) -> None:
     packed(tree, tmp_path / "out", shard_size=16)
     samples = read_all(tmp_path / "out")
     expected = {path.read_bytes(): path.relative_to(tree).parts[0] for path in tree.rglob("*.*") if path.is_file()}
@@ -74,7 +75,7 @@ def test_every_image_comes_back_once_byte_for_byte_with_its_class(tree: Path, tm
     assert all(sample["__key__"].split("/")[0] == expected[image_of(sample)] for sample in samples)
 
 
-def test_shards_are_shuffled_and_of_the_size_asked(tree: Path, tmp_path: Path) -> None:
+def test_shards_are_shuffled_and_have_the_given_size(tree: Path, tmp_path: Path) -> None:
     assert packed(tree, tmp_path / "out", shard_size=16) == [f"train-{number:05}.tar" for number in range(4)]
     shards = [webdataset_samples(tmp_path / "out" / f"train-{number:05}.tar") for number in range(4)]
     assert [len(shard) for shard in shards] == [16, 16, 16, 12]
@@ -82,7 +83,7 @@ def test_shards_are_shuffled_and_of_the_size_asked(tree: Path, tmp_path: Path) -
     assert all(len({sample["cls"] for sample in shard}) == 3 for shard in shards)
 
 
-def test_the_same_tree_and_seed_give_the_same_bytes_and_another_seed_another_order(tree: Path, tmp_path: Path) -> None:
+def test_the_same_tree_and_seed_have_the_same_bytes_and_another_seed_another_order(tree: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         packed(tree, tmp_path / name, seed=seed)
     keys = {name: [sample["__key__"] for sample in read_all(tmp_path / name)] for name in "abc"}
@@ -91,7 +92,7 @@ def test_the_same_tree_and_seed_give_the_same_bytes_and_another_seed_another_ord
     assert sorted(keys["a"]) == sorted(keys["c"])
 
 
-def test_an_image_more_leaves_the_others_in_their_order(tree: Path, tmp_path: Path) -> None:
+def test_a_new_image_does_not_change_the_order_of_the_others(tree: Path, tmp_path: Path) -> None:
     packed(tree, tmp_path / "a")
     (tree / "bee" / "new.png").write_bytes(image_bytes())
     packed(tree, tmp_path / "b")
@@ -99,7 +100,7 @@ def test_an_image_more_leaves_the_others_in_their_order(tree: Path, tmp_path: Pa
     assert [key for key in second if key != "bee/new"] == first
 
 
-def test_a_shard_stays_below_the_bytes_asked_unless_one_image_is_larger(tree: Path, tmp_path: Path) -> None:
+def test_a_shard_has_at_most_shard_bytes_unless_one_image_is_larger(tree: Path, tmp_path: Path) -> None:
     (tree / "ant" / "large.png").write_bytes(b"x" * 30_000)
     packed(tree, tmp_path / "out", bad_images="pack", shard_bytes=20_000)
     shards = {path: webdataset_samples(path) for path in (tmp_path / "out").glob("*.tar")}
@@ -117,7 +118,7 @@ def test_a_share_of_every_class_goes_into_validation_shards(tree: Path, tmp_path
     assert len(train) + len(val) == 60
 
 
-def test_names_that_would_be_one_sample_get_keys_of_their_own(tmp_path: Path) -> None:
+def test_names_that_would_be_one_sample_get_distinct_keys(tmp_path: Path) -> None:
     names = ("a.jpg", "a.png", "a.b.png", "a_b.png", "A.PNG")
     for name in names:
         path = tmp_path / "tree" / "x" / name
@@ -134,7 +135,7 @@ def test_names_that_would_be_one_sample_get_keys_of_their_own(tmp_path: Path) ->
     }
 
 
-def test_what_is_no_image_is_named_and_the_rest_is_packed(tree: Path) -> None:
+def test_files_that_are_no_images_are_listed_and_the_images_are_packed(tree: Path) -> None:
     for name in ("notes.txt", "ant/x.gif", "ant/.hidden.png", "ant/README", "loose.png", "ant/empty.png"):
         (tree / name).write_bytes(b"" if "empty" in name else b"x")
     packing = plan_packing(str(tree), PackSettings())
@@ -156,7 +157,7 @@ def test_linked_images_and_class_folders_are_packed(tree: Path, tmp_path: Path) 
         (linked / "ant" / path.name).symlink_to(path)
     for name in ("bee", "cat"):
         (linked / name).symlink_to(tree / name)
-    with pytest.raises(StorageInputError, match="leads out of this folder"):
+    with raises("storage.link-out"):
         packed(linked, tmp_path / "out")
     packed(linked, tmp_path / "out", links_out=True)
     assert {image_of(sample) for sample in read_all(tmp_path / "out")} == {
@@ -164,7 +165,7 @@ def test_linked_images_and_class_folders_are_packed(tree: Path, tmp_path: Path) 
     }
 
 
-def test_trees_and_shards_may_lie_at_any_url(tree: Path, tmp_path: Path) -> None:
+def test_trees_and_shards_may_have_any_url(tree: Path, tmp_path: Path) -> None:
     for path in tree.rglob("*.*"):
         if path.is_file():
             storage.write(f"memory://{tmp_path.name}/tree/{path.relative_to(tree)}", path.read_bytes())
@@ -176,7 +177,7 @@ def test_trees_and_shards_may_lie_at_any_url(tree: Path, tmp_path: Path) -> None
     )
 
 
-def test_a_packing_that_was_killed_goes_on_and_ends_in_the_same_bytes(tree: Path, tmp_path: Path) -> None:
+def test_a_killed_packing_resumes_and_ends_with_the_same_bytes(tree: Path, tmp_path: Path) -> None:
     packed(tree, tmp_path / "whole", shard_size=16)
     writing = write_packing(plan_packing(str(tree), PackSettings(shard_size=16)), str(tmp_path / "out"))
     next(writing), next(writing)
@@ -188,12 +189,12 @@ def test_a_packing_that_was_killed_goes_on_and_ends_in_the_same_bytes(tree: Path
     assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
 
 
-def test_a_folder_with_anything_else_in_it_is_refused_and_left_alone(tree: Path, tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_refused_and_unchanged(tree: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("x")
-    with pytest.raises(StorageInputError) as caught:
+    with raises("pack.out-not-empty", StorageInputError) as caught:
         packed(tree, tmp_path / "out")
-    assert (caught.value.code, caught.value.got) == ("pack.out-not-empty", "mine")
+    assert caught.value.got == "mine"
     assert caught.value.next_step == f"run: stillroom shards pack {tree} {tmp_path}/out/shards"
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
 
@@ -204,11 +205,10 @@ def test_another_packing_into_the_same_folder_is_refused(tree: Path, tmp_path: P
     before = files_of(tmp_path / "out")
     if change == "image":
         (tree / "ant" / "new.png").write_bytes(image_bytes())
-    with pytest.raises(StorageInputError) as caught:
+    with raises("pack.other-packing", StorageInputError) as caught:
         packed(tree, tmp_path / "out", seed=int(change == "seed"))
-    changed = "settings.seed: 0 -> 1" if change == "seed" else "num_images: 60 -> 61"
-    assert (caught.value.code, caught.value.got) == ("pack.other-packing", changed)
-    # The command that is printed works.
+    assert caught.value.got == ("settings.seed: 0 -> 1" if change == "seed" else "num_images: 60 -> 61")
+    # The printed command works.
     command = shlex.split(str(caught.value.next_step).removeprefix("run: "))
     assert CliRunner().invoke(app, command[1:]).exit_code == 0
     assert len(read_all(tmp_path / "out-2")) == 60 + (change == "image")
@@ -218,41 +218,43 @@ def test_another_packing_into_the_same_folder_is_refused(tree: Path, tmp_path: P
 def test_an_image_that_changes_while_it_is_packed_stops_the_packing(tree: Path, tmp_path: Path) -> None:
     packing = plan_packing(str(tree), PackSettings())
     next(tree.glob("cat/*.png")).write_bytes(b"shorter")
-    with pytest.raises(ShardError, match="changed while it was packed"):
+    with raises("pack.image-changed", ShardError):
         list(write_packing(packing, str(tmp_path / "out")))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["packing.json"]
 
 
-def test_indexes_of_another_tree_are_used_though_a_class_is_missing_here(tree: Path, tmp_path: Path) -> None:
+def test_indexes_of_another_tree_are_used_even_if_a_class_is_missing(tree: Path, tmp_path: Path) -> None:
     classes = {"aardvark": 0, "ant": 1, "bee": 2, "cat": 3, "dog": 4}
     packed(tree, tmp_path / "out", classes=classes)
     assert Counter(sample["cls"] for sample in read_all(tmp_path / "out")) == {b"1": 30, b"2": 20, b"3": 10}
     assert json.loads((tmp_path / "out" / "classes.json").read_text()) == classes
-    with pytest.raises(ShardError, match=r"not among the classes[\s\S]*cat"):
+    with raises("pack.unknown-class", ShardError) as caught:
         packed(tree, tmp_path / "other", classes={"ant": 0, "bee": 1})
+    assert caught.value.got == "cat"
 
 
-BAD_TREES: dict[str, tuple[list[str], str]] = {
-    "missing": ([], r"no images here[\s\S]*no files at all"),
-    "no images": (["a/x.txt", "b/y.gif"], r"no images here[\s\S]*1 \.gif \(b/y\.gif\), 1 \.txt"),
-    "no folders": (["x.png", "y.png"], r"no images in class folders[\s\S]*--labels none"),
-    "one class": (["a/x.png"], "only one class"),
-    "a class without images": (["a/x.png", "b/y.png", "c/z.txt"], r"1 class folders have no images[\s\S]*c"),
-    "an empty folder": (["a/x.png", "b/y.png", "c/"], r"1 class folders have no images[\s\S]*c"),
-    "metadata": (["__a__/x.png", "b/y.png"], "read back as another key"),
+BAD_TREES: dict[str, tuple[list[str], str, str]] = {
+    "missing": ([], "pack.no-images", "no files at all"),
+    "no images": (["a/x.txt", "b/y.gif"], "pack.no-images", "1 .gif (b/y.gif), 1 .txt (a/x.txt)"),
+    "no folders": (["x.png", "y.png"], "pack.no-images", "2 in no class folder (x.png, y.png)"),
+    "one class": (["a/x.png"], "pack.one-class", "a"),
+    "a class without images": (["a/x.png", "b/y.png", "c/z.txt"], "pack.empty-class", "c"),
+    "an empty folder": (["a/x.png", "b/y.png", "c/"], "pack.empty-class", "c"),
+    "metadata": (["__a__/x.png", "b/y.png"], "shard.member-name", "None"),
 }
 
 
 @pytest.mark.parametrize("name", BAD_TREES)
 def test_a_tree_that_cannot_be_packed_is_refused_before_anything_is_written(name: str, tmp_path: Path) -> None:
-    paths, told = BAD_TREES[name]
+    paths, code, got = BAD_TREES[name]
     for path in paths:
         target = tmp_path / "tree" / path
         (target if path.endswith("/") else target.parent).mkdir(parents=True, exist_ok=True)
         if not path.endswith("/"):
             target.write_bytes(b"x")
-    with pytest.raises(ShardError, match=told):
+    with raises(code, ShardError) as caught:
         packed(tmp_path / "tree", tmp_path / "out")
+    assert str(caught.value.got) == got
     assert not (tmp_path / "out").exists()
 
 
@@ -273,19 +275,18 @@ def test_without_labels_any_tree_is_packed(tmp_path: Path) -> None:
 
 
 def spoil(tree: Path) -> None:
-    """Two images are cut, one is a page of a server."""
+    """Truncates two images, and replaces one by a page of a server."""
     for name in ("ant/ant.01.JPEG", "bee/bee.02.png"):
         path = tree / name
         path.write_bytes(path.read_bytes()[:60])
     (tree / "cat" / "cat.01.JPEG").write_bytes(b"<html>not found</html>")
 
 
-def test_images_that_cannot_be_decoded_are_all_named_and_the_other_shards_stay(tree: Path, tmp_path: Path) -> None:
+def test_all_undecodable_images_are_named_and_the_other_shards_stay(tree: Path, tmp_path: Path) -> None:
     spoil(tree)
     packing = plan_packing(str(tree), PackSettings(shard_size=4))
-    with pytest.raises(ShardError) as caught:
+    with raises("pack.bad-images", ShardError) as caught:
         list(write_packing(packing, str(tmp_path / "out")))
-    assert caught.value.code == "pack.bad-images"
     got = str(caught.value.got)
     assert got.startswith("3 images that cannot be decoded (")
     for path, reason in (("ant/ant.01.JPEG", ""), ("bee/bee.02.png", "damaged PNG"), ("cat/cat.01.JPEG", "but HTML")):
@@ -297,7 +298,7 @@ def test_images_that_cannot_be_decoded_are_all_named_and_the_other_shards_stay(t
     written = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.tar")}
     assert {*written} == whole
     assert 0 < len(whole) < len(packing.shards)
-    # What the message advises resumes.
+    # The command in the message resumes.
     result = CliRunner().invoke(
         app, ["shards", "pack", str(tree), str(tmp_path / "out"), "--shard-size", "4", "--bad-images", "skip"]
     )
@@ -308,19 +309,18 @@ def test_images_that_cannot_be_decoded_are_all_named_and_the_other_shards_stay(t
     assert sorted(keys) == sorted({image.key for images in packing.shards.values() for image in images} - bad)
 
 
-def test_bad_images_are_copied_where_nothing_is_to_be_checked(tree: Path, tmp_path: Path) -> None:
+def test_bad_images_are_copied_without_checks(tree: Path, tmp_path: Path) -> None:
     spoil(tree)
     packed(tree, tmp_path / "out", bad_images="pack")
     assert len(read_all(tmp_path / "out")) == 60
 
 
-def test_a_shard_of_bad_images_alone_is_refused_also_when_they_are_skipped(tmp_path: Path) -> None:
+def test_a_shard_of_only_bad_images_is_refused_also_under_skip(tmp_path: Path) -> None:
     for name in ("a/x.png", "b/y.png"):
         (tmp_path / "tree" / name).parent.mkdir(parents=True)
         (tmp_path / "tree" / name).write_bytes(b"x")
-    with pytest.raises(ShardError, match="among them all of a shard") as caught:
+    with raises("pack.bad-images", ShardError):
         packed(tmp_path / "tree", tmp_path / "out", bad_images="skip")
-    assert caught.value.code == "pack.bad-images"
     assert not list((tmp_path / "out").glob("*.tar"))
 
 
@@ -339,7 +339,7 @@ SPLITS = {
     "years": (["train2017/ant/a.png", "val2017/ant/c.png"], ["train2017", "val2017"]),
     "no classes": (["train/a.png", "test/b.png"], ["train", "test"]),
     "one": (["train/ant/a.png", "train/bee/b.png"], ["train"]),
-    "beside another folder": (["train/ant/a.png", "val/ant/b.png", "extra/x/c.png"], ["train", "val"]),
+    "with another folder": (["train/ant/a.png", "val/ant/b.png", "extra/x/c.png"], ["train", "val"]),
     "a vehicle": (["train/a.png", "car/b.png", "bus/c.png"], []),
     "a vehicle with kinds": (["train/steam/a.png", "car/b.png"], []),
     "a vehicle and an exam": (["train/steam/a.png", "test/oral/b.png", "car/c.png"], []),
@@ -349,12 +349,12 @@ SPLITS = {
 
 
 @pytest.mark.parametrize("name", SPLITS)
-def test_folders_are_splits_only_where_the_layout_is_that_of_splits(name: str) -> None:
+def test_folders_are_splits_only_in_the_layout_of_splits(name: str) -> None:
     paths, splits = SPLITS[name]
     assert split_folders(paths) == splits
 
 
-def commands_of(error: ShardError) -> list[list[str]]:
+def commands_of(error: StillroomError) -> list[list[str]]:
     return [shlex.split(line) for line in str(error.next_step).splitlines()[1:]]
 
 
@@ -362,13 +362,13 @@ def test_splits_are_refused_with_the_commands_that_pack_them(tmp_path: Path) -> 
     paths = [f"{split}/{name}/{row}.png" for split in ("train", "val") for name in ("ant", "bee") for row in range(3)]
     source, out = tree_of(tmp_path / "my images", [*paths[:-3], "val/zoo.txt"]), str(tmp_path / "out")
     (Path(source) / "annotations").mkdir()
-    with pytest.raises(ShardError) as caught:
+    with raises("pack.splits-as-classes", ShardError) as caught:
         plan_packing(source, PackSettings(shard_size=2), out_url=out)
-    assert (caught.value.code, caught.value.got) == ("pack.splits-as-classes", "train/, val/")
+    assert caught.value.got == "train/, val/"
     for command in commands_of(caught.value):
         result = CliRunner().invoke(app, command[1:])
         assert result.exit_code == 0, result.output
-    # Of the validation images class bee is missing, and ant has its index of training.
+    # The validation images lack class bee, and ant has its index of training.
     assert Counter(sample["cls"] for sample in read_all(tmp_path / "out" / "train")) == {b"0": 3, b"1": 3}
     assert Counter(sample["cls"] for sample in read_all(tmp_path / "out" / "val")) == {b"0": 3}
     assert sorted(path.name for path in (tmp_path / "out" / "val").glob("*.tar")) == ["val-00000.tar", "val-00001.tar"]
@@ -376,9 +376,8 @@ def test_splits_are_refused_with_the_commands_that_pack_them(tmp_path: Path) -> 
 
 def test_splits_without_classes_are_refused_with_commands_without_labels(tmp_path: Path) -> None:
     source = tree_of(tmp_path / "tree", ["train/a.png", "train/b.png", "test/c.png"])
-    with pytest.raises(ShardError) as caught:
+    with raises("pack.splits-as-classes", ShardError) as caught:
         plan_packing(source, PackSettings(), out_url=str(tmp_path / "out"))
-    assert caught.value.code == "pack.splits-as-classes"
     for command in commands_of(caught.value):
         assert CliRunner().invoke(app, command[1:]).exit_code == 0
     assert [len(read_all(tmp_path / "out" / name)) for name in ("train", "test")] == [2, 1]

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from pipeline.core.errors import ShardError
 from pipeline.shards.shard_head import read_shard_head
 from pipeline.shards.tar import Sample, ShardReader, TarNotes, read_samples, unread_links
+from tests.errors import raises
 from tests.pipeline.shards.tars import (
     BLOCK,
     data_config,
@@ -52,13 +53,12 @@ def shard(tmp_path: Path) -> Path:
 )
 def test_real_shards_read_as_webdataset_reads_them(name: str) -> None:
     path = real_shard(name)
-    ours = [(s.key, s.label, s.data) for s in read_samples(path, data_config(num_classes=1000), where=name)]
-    theirs = [(s["__key__"], int(s["cls"]), s["jpg"]) for s in webdataset_samples(path)]
-    assert ours == theirs
+    samples = [(s.key, s.label, s.data) for s in read_samples(path, data_config(num_classes=1000), where=name)]
+    assert samples == [(s["__key__"], int(s["cls"]), s["jpg"]) for s in webdataset_samples(path)]
 
 
 @pytest.mark.parametrize("name", ["cifar10/val-00000.tar", "imagenet-samples/sample-00001.tar"])
-def test_byte_ranges_of_real_shards_give_the_same_bytes(name: str) -> None:
+def test_byte_ranges_of_real_shards_have_the_same_bytes(name: str) -> None:
     path = real_shard(name)
     samples = list(read_samples(path, data_config(), where=name))
     with ShardReader(path, where=name) as reader, ThreadPoolExecutor(4) as pool:
@@ -100,20 +100,20 @@ def expected_groups(path: Path) -> list[tuple[str, dict[str, bytes]]] | None:
 
 @LAWS
 @given(members=TARS, form=FORMATS)
-def test_keys_and_images_are_webdatasets_whatever_the_names(
+def test_keys_and_images_are_those_of_webdataset_for_any_names(
     shard: Path, members: list[tuple[str, bytes]], form: int
 ) -> None:
     shard.write_bytes(make_tar(members, form=form))
     groups = expected_groups(shard)
     if not groups:
-        return  # no sample, or a repeated member: the tests below say what happens then
-    extensions = sorted({extension for _, found in groups for extension in found})
+        return  # no sample, or a repeated member: see the tests below
+    extensions = sorted({extension for _, images in groups for extension in images})
     config = data_config(image=";".join(extensions), label=None)
-    ours = list(read_samples(shard, config, where="x"))
-    assert [sample.key for sample in ours] == [key for key, _ in groups]
+    samples = list(read_samples(shard, config, where="x"))
+    assert [sample.key for sample in samples] == [key for key, _ in groups]
     listed = [name for name in extensions if name.strip() == name and name]
-    for sample, (_, found) in zip(ours, groups, strict=True):
-        best = next((found[name] for name in listed if name in found), b"")
+    for sample, (_, images) in zip(samples, groups, strict=True):
+        best = next((images[name] for name in listed if name in images), b"")
         assert sample.data == best
 
 
@@ -124,7 +124,7 @@ def test_long_names_are_read_whole(shard: Path, form: int) -> None:
     assert sample.key == key
 
 
-def test_a_key_that_comes_again_is_a_duplicate_and_the_first_stays(shard: Path) -> None:
+def test_a_repeated_key_is_a_duplicate_and_the_first_stays(shard: Path) -> None:
     content = make_tar([("a.jpg", b"1"), ("b.jpg", b"2"), ("a.jpg", b"3")])
     assert [(s.key, s.status) for s in samples_of(shard, content)] == [("a", "ok"), ("b", "ok"), ("a", "duplicate_key")]
 
@@ -134,12 +134,12 @@ def test_an_extension_repeated_inside_a_sample_is_a_duplicate(shard: Path) -> No
     assert sample.status == "duplicate_key"
 
 
-def test_samples_without_image_bytes_say_which_kind(shard: Path) -> None:
+def test_samples_without_image_bytes_have_the_status_of_their_kind(shard: Path) -> None:
     content = make_tar([("a.jpg", b""), ("a.cls", b"1"), ("b.cls", b"1"), ("c.txt", b"words")])
     assert [s.status for s in samples_of(shard, content)] == ["empty", "no_image", "no_image"]
 
 
-def test_the_first_listed_image_extension_wins_wherever_it_stands(shard: Path) -> None:
+def test_the_first_listed_image_extension_wins_in_any_order_of_members(shard: Path) -> None:
     content = make_tar([("a.png", b"png"), ("a.jpg", b"jpg"), ("b.jpg", b"jpg"), ("b.png", b"png")])
     assert [s.data for s in samples_of(shard, content, image="png; JPG")] == [b"png", b"png"]
 
@@ -152,14 +152,14 @@ def test_an_image_longer_than_its_pixels_could_be_is_not_read(shard: Path) -> No
 
 
 def notes_of(path: Path, content: bytes, **keys: Any) -> tuple[list[Sample], list[str]]:
-    """The samples, and the lines about what was left out."""
+    """The samples, and the lines about omissions."""
     path.write_bytes(content)
     notes = TarNotes()
     samples = list(read_samples(path, data_config(**keys), where="s3://bucket/x.tar", notes=notes))
     return samples, notes.omissions.lines()
 
 
-def test_members_that_are_not_files_are_passed_over_and_counted(shard: Path) -> None:
+def test_members_that_are_not_files_are_omitted_and_counted(shard: Path) -> None:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         for name, kind in (("d.jpg", tarfile.DIRTYPE), ("p.jpg", tarfile.FIFOTYPE), ("c.jpg", tarfile.CHRTYPE)):
@@ -194,15 +194,15 @@ def test_hidden_members_split_no_sample_at_any_depth(shard: Path, folder: str, f
     assert lines[0].startswith(f"10 hidden members ({folder}.DS_Store, {folder}.hidden/a.jpg, {folder}._a.jpg, …)")
 
 
-def test_a_tar_of_hidden_members_alone_says_so(shard: Path) -> None:
-    with pytest.raises(ShardError) as caught:
+def test_the_error_for_a_tar_of_hidden_members_counts_them(shard: Path) -> None:
+    with raises("shard.no-samples", ShardError) as caught:
         samples_of(shard, make_tar([("d/._a.jpg", APPLE)]))
-    assert (caught.value.code, caught.value.got) == ("shard.no-samples", "1 hidden members (d/._a.jpg)")
+    assert caught.value.got == "1 hidden members (d/._a.jpg)"
 
 
 @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
 @pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
-def test_links_are_read_as_the_files_that_extracting_the_tar_gives(shard: Path, kind: bytes, form: int) -> None:
+def test_links_are_read_as_the_files_of_the_extracted_tar(shard: Path, kind: bytes, form: int) -> None:
     long = "n" * 90
     members: list[tuple[str, bytes | str]] = [
         ("./a.jpg", b"A" * 700),
@@ -229,7 +229,7 @@ def test_links_are_read_as_the_files_that_extracting_the_tar_gives(shard: Path, 
         assert all(reader.read(sample.offset, sample.size) == sample.data for sample in samples)
 
 
-def test_a_symbolic_link_may_stand_before_its_target(shard: Path) -> None:
+def test_a_symbolic_link_may_precede_its_target(shard: Path) -> None:
     content = make_linked_tar([("a.jpg", "d/b.jpg"), ("d/b.jpg", b"B")], kind=tarfile.SYMTYPE)
     samples, lines = notes_of(shard, content)
     assert [(sample.key, sample.data) for sample in samples] == [("a", b"B"), ("d/b", b"B")]
@@ -265,14 +265,14 @@ def test_links_without_a_file_in_the_tar_are_counted_with_the_reason(shard: Path
     ]
 
 
-def test_a_link_to_the_member_in_which_a_tar_is_cut_has_no_target(shard: Path) -> None:
+def test_a_link_to_a_truncated_member_has_no_target(shard: Path) -> None:
     content = make_linked_tar([("a.jpg", "z.bin"), ("b.jpg", b"B"), ("z.bin", b"Z" * 700)], kind=tarfile.SYMTYPE)
-    cut = content[: content.index(b"Z" * 700) + 100]
-    samples, lines = notes_of(shard, cut, bad_samples="skip")
+    truncated = content[: content.index(b"Z" * 700) + 100]
+    samples, lines = notes_of(shard, truncated, bad_samples="skip")
     assert [(sample.key, sample.status) for sample in samples] == [("b", "ok"), ("z", "truncated")]
     assert lines == ["1 links whose target is not in the tar (a.jpg)"]
-    with pytest.raises(ShardError, match="ends inside a member"):
-        samples_of(shard, cut)
+    with raises("shard.truncated", ShardError):
+        samples_of(shard, truncated)
 
 
 def test_old_rules_read_a_tar_as_the_first_version_did(shard: Path) -> None:
@@ -283,7 +283,7 @@ def test_old_rules_read_a_tar_as_the_first_version_did(shard: Path) -> None:
     assert unread_links(notes).counts.total() == 1
 
 
-def test_gnu_tar_writes_what_is_read_here(shard: Path) -> None:
+def test_the_output_of_gnu_tar_is_read(shard: Path) -> None:
     source = shard.parent / "source"
     source.mkdir()
     for number in range(3):
@@ -303,7 +303,7 @@ def test_gnu_tar_writes_what_is_read_here(shard: Path) -> None:
     ]
 
 
-NO_TARS: dict[str, tuple[bytes, str, str]] = {
+NOT_TARS: dict[str, tuple[bytes, str, str]] = {
     "gzip": (gzip.compress(make_tar(PAIR), mtime=0), "gzip", "gunzip -c x.tar > unpacked/x.tar"),
     "zstd": (b"\x28\xb5\x2f\xfd" + bytes(600), "zstd", "zstd -dc x.tar"),
     "xz": (lzma.compress(make_tar(PAIR)), "xz", "xz -dc x.tar"),
@@ -322,18 +322,18 @@ NO_TARS: dict[str, tuple[bytes, str, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", NO_TARS)
-def test_what_is_no_tar_is_named_with_the_step_that_helps(shard: Path, name: str) -> None:
-    content, kind, next_step = NO_TARS[name]
+@pytest.mark.parametrize("name", NOT_TARS)
+def test_the_error_for_a_file_that_is_no_tar_names_its_kind_and_the_next_step(shard: Path, name: str) -> None:
+    content, kind, next_step = NOT_TARS[name]
     shard.write_bytes(content)
     for read in (
         lambda: list(read_samples(shard, data_config(), where=str(shard))),
         lambda: list(read_samples(shard, data_config(bad_samples="skip"), where=str(shard))),
         lambda: read_shard_head(str(shard), data_config(), size_bytes=len(content)),
     ):
-        with pytest.raises(ShardError) as caught:
+        with raises("shard.not-a-tar", ShardError) as caught:
             read()
-        assert (caught.value.code, caught.value.got) == ("shard.not-a-tar", kind)
+        assert caught.value.got == kind
         assert next_step in str(caught.value.next_step)
 
 
@@ -346,10 +346,13 @@ def test_no_label_is_none_and_a_null_label_reads_none(shard: Path) -> None:
 @pytest.mark.parametrize(
     "text", [b"", b"x", b"1.0", b"-1", b"10", b"1_0", b"\xd9\xa3", b"\xff", b"1" * 70, b"+3", b"3 4"]
 )
-def test_a_label_that_is_no_class_names_shard_and_key(shard: Path, text: bytes) -> None:
+def test_the_error_for_a_label_that_is_no_class_names_shard_and_key(shard: Path, text: bytes) -> None:
     content = make_tar([("a.jpg", b"1"), ("a.cls", b"9"), ("bad.jpg", b"2"), ("bad.cls", text)])
-    with pytest.raises(ShardError, match=r"'bad'[^$]*s3://bucket/x.tar.*after 1 samples"):
+    with raises("shard.bad-label") as caught:
         samples_of(shard, content, num_classes=10, bad_samples="skip")
+    assert "'bad'" in caught.value.what
+    assert str(caught.value.where).startswith("s3://bucket/x.tar, ")
+    assert str(caught.value.where).endswith(", after 1 samples")
 
 
 def test_every_label_below_num_classes_is_read(shard: Path) -> None:
@@ -358,20 +361,20 @@ def test_every_label_below_num_classes_is_read(shard: Path) -> None:
 
 
 @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
-def test_a_tar_cut_anywhere_is_refused_or_lost_nothing(shard: Path, form: int) -> None:
+def test_a_tar_truncated_anywhere_is_refused_or_lost_nothing(shard: Path, form: int) -> None:
     members = [("n" * 120 + "/a.jpg", b"A" * 700), ("n" * 120 + "/a.cls", b"3"), ("b.jpg", b"B" * BLOCK)]
     content = make_tar(members, form=form)
     end = len(content.rstrip(b"\0"))
     end += -end % BLOCK + len(END_OF_ARCHIVE)
     whole = samples_of(shard, content)
     assert samples_of(shard, content[:end]) == whole
-    for cut in range(0, end, 7):
+    for size_bytes in range(0, end, 7):
         with pytest.raises(ShardError):
-            samples_of(shard, content[:cut])
+            samples_of(shard, content[:size_bytes])
 
 
 @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
-def test_a_tar_cut_anywhere_keeps_its_whole_samples_when_told_to_skip(shard: Path, form: int) -> None:
+def test_a_tar_truncated_anywhere_has_its_complete_samples_under_skip(shard: Path, form: int) -> None:
     members = [
         ("n" * 120 + "/a.jpg", b"A" * 700),
         ("n" * 120 + "/a.cls", b"3"),
@@ -380,48 +383,50 @@ def test_a_tar_cut_anywhere_keeps_its_whole_samples_when_told_to_skip(shard: Pat
     ]
     content = make_tar(members, form=form)
     whole = samples_of(shard, content)
-    # Where each sample's first header ends: from there on the tar names it.
-    named = [content.index(data) for data in (b"A" * 700, b"B" * BLOCK, b"C" + b"\0" * 511)]
+    # The end of each sample's first header: from there on the tar names the sample.
+    header_ends = [content.index(data) for data in (b"A" * 700, b"B" * BLOCK, b"C" + b"\0" * 511)]
     end = len(content.rstrip(b"\0"))
     end += -end % BLOCK + len(END_OF_ARCHIVE)
     assert samples_of(shard, content[:end], bad_samples="skip") == whole
-    for cut in range(named[0], end, 7):
-        *kept, last = samples_of(shard, content[:cut], bad_samples="skip")
-        assert len(kept) == sum(place <= cut for place in named) - 1
-        assert kept == whole[: len(kept)]
-        assert (last.row, last.key, last.status) == (len(kept), whole[len(kept)].key, "truncated")
-    for cut in range(0, named[0], 7):
+    for size_bytes in range(header_ends[0], end, 7):
+        *complete, last = samples_of(shard, content[:size_bytes], bad_samples="skip")
+        assert len(complete) == sum(end <= size_bytes for end in header_ends) - 1
+        assert complete == whole[: len(complete)]
+        assert (last.row, last.key, last.status) == (len(complete), whole[len(complete)].key, "truncated")
+    for size_bytes in range(0, header_ends[0], 7):
         with pytest.raises(ShardError):
-            samples_of(shard, content[:cut], bad_samples="skip")
+            samples_of(shard, content[:size_bytes], bad_samples="skip")
 
 
 @pytest.mark.parametrize("start", [1536, 2560])
-def test_damage_that_is_no_cut_is_refused_also_when_told_to_skip(shard: Path, start: int) -> None:
+def test_other_damage_is_refused_also_under_skip(shard: Path, start: int) -> None:
     content = bytearray(make_tar(PAIR))
     content[start : start + BLOCK] = b"x" * BLOCK
-    with pytest.raises(ShardError, match="garbled"):
+    with raises("shard.damaged"):
         samples_of(shard, bytes(content), bad_samples="skip")
 
 
-def test_a_cut_says_where_and_how_many_samples_came_before(shard: Path) -> None:
+def test_the_error_for_a_truncated_tar_names_the_byte_and_the_number_of_samples_before(shard: Path) -> None:
     content = make_tar(PAIR)
     # Headers and data: a.jpg 0 and 512 to 1536, a.cls 1536 and 2048, b.jpg 2560 and 3072.
-    with pytest.raises(ShardError, match=r"s3://bucket/x\.tar, byte 2560, after 0 samples"):
-        samples_of(shard, content[:3073])
-    with pytest.raises(ShardError, match=r"byte 3584, after 1 samples"):
-        samples_of(shard, content[:4100])
+    for size_bytes, position in ((3073, "byte 2560, after 0 samples"), (4100, "byte 3584, after 1 samples")):
+        with raises("shard.truncated") as caught:
+            samples_of(shard, content[:size_bytes])
+        assert caught.value.where == f"s3://bucket/x.tar, {position}"
 
 
 @pytest.mark.parametrize(
     "content", [b"", b"\0" * 10240, b"\0" * 100, b"x" * 2000, gzip.compress(make_tar(PAIR), mtime=0)]
 )
 def test_files_without_samples_are_refused(shard: Path, content: bytes) -> None:
-    with pytest.raises(ShardError, match=r"after 0 samples"):
+    with pytest.raises(ShardError) as caught:
         samples_of(shard, content)
+    assert caught.value.code in ("shard.no-samples", "shard.not-a-tar", "shard.truncated")
+    assert str(caught.value.where).endswith(", after 0 samples")
 
 
-def test_a_tar_of_metadata_alone_is_refused(shard: Path) -> None:
-    with pytest.raises(ShardError, match="holds no samples"):
+def test_a_tar_with_only_metadata_is_refused(shard: Path) -> None:
+    with raises("shard.no-samples"):
         samples_of(shard, make_tar([("__index__/a.json", b"{}"), ("README", b"hello")]))
 
 
@@ -429,20 +434,21 @@ def test_a_tar_of_metadata_alone_is_refused(shard: Path) -> None:
 def test_a_header_wiped_to_zeros_is_refused(shard: Path, start: int) -> None:
     content = bytearray(make_tar(PAIR))
     content[start : start + BLOCK] = bytes(BLOCK)
-    with pytest.raises(ShardError, match="garbled"):
+    with raises("shard.damaged"):
         samples_of(shard, bytes(content))
 
 
 def test_a_hole_of_zeros_over_several_members_is_refused(shard: Path) -> None:
     content = bytearray(make_tar(PAIR))
     content[1536:3072] = bytes(1536)
-    with pytest.raises(ShardError, match="bytes follow the end"):
+    with raises("shard.bytes-after-end"):
         samples_of(shard, bytes(content))
 
 
 def test_two_tars_in_one_file_are_refused(shard: Path) -> None:
-    with pytest.raises(ShardError, match="byte 10240, after 1 samples"):
+    with raises("shard.bytes-after-end") as caught:
         samples_of(shard, make_tar(PAIR) + make_tar([("c.jpg", b"C")]))
+    assert str(caught.value.where).endswith("byte 10240, after 1 samples")
 
 
 @LAWS
@@ -456,15 +462,15 @@ def test_a_flipped_bit_in_a_header_is_refused_or_changes_nothing(
     try:
         assert samples_of(shard, bytes(content)) == whole
     except ShardError as error:
-        places = str(error)
+        where = str(error.where)
     else:
         return
-    assert f"byte {header}," in places
+    assert f"byte {header}," in where
 
 
 @LAWS
 @given(data=st.data())
-def test_random_damage_never_escapes_as_another_error(shard: Path, data: st.DataObject) -> None:
+def test_random_damage_never_raises_another_error(shard: Path, data: st.DataObject) -> None:
     content = bytearray(make_tar([("é" * 80 + ".jpg", b"A" * 30), ("b.jpg", b"B"), ("b.cls", b"1")]))
     for place in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=6)):
         content[place] = data.draw(st.integers(0, 255))
@@ -480,12 +486,12 @@ def with_checksum(header: bytearray) -> bytes:
     return bytes(header)
 
 
-def test_a_negative_member_size_cannot_loop_for_ever(shard: Path) -> None:
+def test_a_negative_member_size_causes_no_endless_loop(shard: Path) -> None:
     content = bytearray(make_tar(PAIR))
     header = content[1536 : 1536 + BLOCK]
     header[124:136] = b"\xff" * 10 + b"\xf8\x00"  # base 256, two's complement: -2048
     content[1536 : 1536 + BLOCK] = with_checksum(header)
-    with pytest.raises(ShardError, match="garbled"):
+    with raises("shard.damaged"):
         samples_of(shard, bytes(content))
 
 
@@ -493,7 +499,7 @@ def test_a_sparse_member_is_refused(shard: Path) -> None:
     header = bytearray(make_tar([("a.jpg", b"")], form=tarfile.GNU_FORMAT)[:BLOCK])
     header[156:157] = tarfile.GNUTYPE_SPARSE
     header[483:495] = b"%011o\0" % 512
-    with pytest.raises(ShardError, match="sparse"):
+    with raises("shard.sparse"):
         samples_of(shard, with_checksum(header) + END_OF_ARCHIVE)
 
 
@@ -509,13 +515,14 @@ def test_an_extended_header_that_would_fill_the_memory_is_refused_unread(
     start = make_tar(before)[: 2 * BLOCK * len(before)]
     with shard.open("wb") as file:
         file.write(start + with_checksum(header))
-        file.truncate(len(start) + BLOCK + size_bytes + 4 * BLOCK)  # zeros that no disk holds
+        file.truncate(len(start) + BLOCK + size_bytes + 4 * BLOCK)  # zeros that take no disk space
     for bad_samples in ("fail", "skip"):
-        with pytest.raises(ShardError, match=f"byte {len(start)}(.|\n)*at most 1048576 bytes"):
+        with raises("shard.extended-header-too-large") as caught:
             list(read_samples(shard, data_config(bad_samples=bad_samples), where="x"))
+        assert f"byte {len(start)}," in str(caught.value.where)
 
 
-def test_long_names_are_read_as_ever(shard: Path) -> None:
+def test_very_long_names_are_read(shard: Path) -> None:
     name = "n" * 100_000
     for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
         assert [s.key for s in samples_of(shard, make_tar([(f"{name}.jpg", b"1")], form=form))] == [name]
@@ -524,7 +531,7 @@ def test_long_names_are_read_as_ever(shard: Path) -> None:
 def test_a_name_that_is_not_utf8_is_refused(shard: Path) -> None:
     header = bytearray(make_tar([("a.jpg", b"")])[:BLOCK])
     header[0:1] = b"\xff"
-    with pytest.raises(ShardError, match="not UTF-8"):
+    with raises("shard.name-not-utf-8"):
         samples_of(shard, with_checksum(header) + END_OF_ARCHIVE)
 
 
@@ -532,8 +539,9 @@ def test_reading_past_the_end_of_a_shard_is_an_error(shard: Path) -> None:
     shard.write_bytes(b"0123456789")
     with ShardReader(shard, where="s3://bucket/x.tar") as reader:
         assert reader.read(2, 3) == b"234"
-        with pytest.raises(ShardError, match=r"s3://bucket/x\.tar, byte 8"):
+        with raises("shard.too-short") as caught:
             reader.read(8, 3)
+    assert caught.value.where == "s3://bucket/x.tar, byte 8"
 
 
 def peak_of_reading(path: Path, num_samples: int) -> int:
@@ -548,13 +556,13 @@ def peak_of_reading(path: Path, num_samples: int) -> int:
 
 
 @pytest.mark.slow
-def test_memory_holds_the_keys_and_not_the_members(shard: Path) -> None:
+def test_memory_grows_with_the_keys_and_not_with_the_members(shard: Path) -> None:
     few, many = peak_of_reading(shard, 200), peak_of_reading(shard, 4200)
     # A TarInfo is about 1,500 bytes; a short key in a set is under 150.
     assert (many - few) / 4000 < 200
 
 
-def test_messages_keep_credentials_of_the_url_out(shard: Path) -> None:
+def test_messages_have_no_credentials_of_the_url(shard: Path) -> None:
     shard.write_bytes(b"")
     with pytest.raises(ShardError) as caught:
         list(read_samples(shard, data_config(), where="s3://key:secret@bucket/x.tar?token=abc"))

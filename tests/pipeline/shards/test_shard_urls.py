@@ -1,3 +1,5 @@
+"""Shard ids, brace patterns, and the errors for folders and globs."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -9,7 +11,40 @@ from hypothesis import strategies as st
 
 from pipeline import storage
 from pipeline.core.errors import ShardError
-from pipeline.shards.shard_urls import brace_patterns, shard_urls
+from pipeline.shards.shard_urls import brace_patterns, shard_id, shard_ids, shard_urls
+from tests.errors import raises
+
+
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        ("train-00012.tar", "train-00012"),
+        ("/data/a.b/train.v1.tar", "train.v1"),
+        ("s3://bucket/deep/train-00012.tar", "train-00012"),
+        ("https://host/x.tar?sig=a/b.tar", "x"),
+    ],
+)
+def test_the_id_is_the_file_stem(url: str, name: str) -> None:
+    assert shard_id(url) == name
+
+
+@pytest.mark.parametrize("name", ["a.tar.gz", "a.tgz", "a.tar.zst", "a.tar.bz2", "a.zip", "a", ".tar", "x/..tar", ""])
+def test_compressed_tars_and_other_files_are_refused(name: str) -> None:
+    with raises("shard.name", ShardError):
+        shard_id(f"s3://bucket/{name}")
+
+
+def test_the_error_for_a_repeated_stem_names_both_urls_and_no_credentials() -> None:
+    with raises("shard.same-name", ShardError) as caught:
+        shard_ids(["s3://key:secret@one/a.tar", "b.tar", "s3://two/a.tar"])
+    assert "s3://one/a.tar" in str(caught.value)
+    assert "s3://two/a.tar" in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+def test_ids_are_in_the_order_of_the_urls() -> None:
+    assert shard_ids(["x/b.tar", "y/a.tar"]) == ["b", "a"]
+
 
 NAMES = st.builds(
     lambda stem, number, width, end: f"{stem}{number:0{width}d}{end}.tar",
@@ -41,7 +76,7 @@ def test_a_run_is_one_pattern_and_a_gap_two() -> None:
 
 @pytest.fixture(params=["folder", "memory"])
 def base(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A folder with training and validation shards, and a file that is none."""
+    """A folder with training and validation shards, and another file."""
     url = str(tmp_path / "data") if request.param == "folder" else f"memory://{tmp_path.name}/data"
     for name in (*(f"train-{number:04d}.tar" for number in range(12)), "val-0000.tar", "classes.json"):
         storage.write(f"{url}/{name}", b"x")
@@ -50,9 +85,9 @@ def base(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.mark.parametrize("end", ["", "/"])
 def test_a_folder_is_refused_with_the_patterns_of_its_shards(base: str, end: str) -> None:
-    with pytest.raises(ShardError) as caught:
+    with raises("data.folder", ShardError) as caught:
         shard_urls(base + end)
-    assert (caught.value.code, caught.value.where) == ("data.folder", "data.shards")
+    assert caught.value.where == "data.shards"
     values = str(caught.value.next_step).split(": ", 1)[1].split(", ")
     assert values == [
         f"data.shards={base}/train-{{0000..0011}}.tar",
@@ -74,9 +109,8 @@ def test_a_folder_is_refused_with_the_patterns_of_its_shards(base: str, end: str
 def test_a_glob_is_refused_with_the_pattern_of_what_it_matches(base: str, glob: str, suggested: str | None) -> None:
     if "?" in glob and "://" in base:
         pytest.skip("a question mark begins the query of a URL")
-    with pytest.raises(ShardError) as caught:
+    with raises("data.glob", ShardError) as caught:
         shard_urls([f"{base}/{glob}"])
-    assert caught.value.code == "data.glob"
     expected = "no file matches" if suggested is None else suggested.format(base=base)
     assert expected in str(caught.value.next_step)
 
@@ -84,22 +118,19 @@ def test_a_glob_is_refused_with_the_pattern_of_what_it_matches(base: str, glob: 
 def test_another_key_is_named_and_several_patterns_are_a_list(tmp_path: Path) -> None:
     for name in ("a-1.tar", "b.tar"):
         (tmp_path / name).touch()
-    with pytest.raises(ShardError) as caught:
+    with raises("data.folder") as caught:
         shard_urls(str(tmp_path), key="data.val_shards")
     assert str(caught.value.next_step).endswith(f"data.val_shards=['{tmp_path}/a-1.tar', '{tmp_path}/b.tar']")
 
 
-def test_a_folder_of_images_is_to_be_packed(tmp_path: Path) -> None:
+def test_the_error_for_a_folder_of_images_suggests_packing(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").touch()
-    with pytest.raises(ShardError) as caught:
+    with raises("data.folder") as caught:
         shard_urls(str(tmp_path))
-    assert (caught.value.code, caught.value.next_step) == (
-        "data.folder",
-        f"make shards of its images: stillroom shards pack {tmp_path} OUT",
-    )
+    assert caught.value.next_step == f"make shards of its images: stillroom shards pack {tmp_path} OUT"
 
 
-def test_files_may_have_any_name_and_absent_ones_are_for_their_readers(tmp_path: Path) -> None:
+def test_files_may_have_any_name_and_absent_ones_are_not_checked(tmp_path: Path) -> None:
     (tmp_path / "odd[1].tar").touch()
     (tmp_path / "x.tar.gz").touch()
     urls = [f"{tmp_path}/odd[1].tar", f"{tmp_path}/x.tar.gz", f"{tmp_path}/absent.tar", f"{tmp_path}/absent"]

@@ -1,0 +1,357 @@
+"""Failures of storage libraries become errors with codes; transient ones are retried."""
+
+from __future__ import annotations
+
+import errno
+import http.server
+import sys
+import threading
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import aiohttp
+import botocore.exceptions
+import fsspec
+import pytest
+import tenacity
+from fsspec.asyn import AsyncFileSystem
+from s3fs.errors import translate_boto_error
+
+from pipeline import storage
+from pipeline.cache.format.files import read_file
+from pipeline.core.errors import (
+    MissingPackageError,
+    StillroomError,
+    StorageError,
+    StorageInputError,
+    TransientStorageError,
+)
+from pipeline.storage.config_files import load_config
+from tests.errors import raises
+
+# Protocols of stores whose package may be missing, and the extra that has it.
+EXTRAS = {"s3": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure", "hf": "hf"}
+
+
+PACKAGES = {"s3": "s3fs", "gcs": "gcsfs", "azure": "adlfs", "hf": "huggingface_hub"}
+
+
+@pytest.fixture
+def no_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An environment without any optional store: importing one fails as it does where it is not installed."""
+    for name in PACKAGES.values():
+        monkeypatch.setitem(sys.modules, name, None)
+    for protocol in EXTRAS:
+        monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, protocol, raising=False)
+
+
+@pytest.mark.usefixtures("no_packages")
+@pytest.mark.parametrize("protocol", EXTRAS)
+def test_a_missing_package_is_named_with_the_command_that_installs_it(protocol: str, tmp_path: Path) -> None:
+    url = f"{protocol}://container@account/a" if protocol.startswith("abfs") else f"{protocol}://bucket/a/b"
+    calls = (
+        storage.read,
+        storage.size,
+        lambda url: storage.local_copy(url, tmp_path),
+        load_config,
+        lambda url: read_file(url, "header.json"),
+    )
+    for call in calls:
+        with raises("storage.missing-package", MissingPackageError) as caught:
+            call(url)
+        assert str(caught.value.next_step).startswith(f"pip install 'stillroom[{EXTRAS[protocol]}]'")
+
+
+@pytest.mark.usefixtures("no_packages")
+@pytest.mark.parametrize("protocol", ["gs", "az"])
+def test_an_unsupported_create_is_refused_without_the_package_of_the_store(protocol: str) -> None:
+    with raises("storage.no-create-if-absent"):
+        storage.create(f"{protocol}://bucket/a", b"")
+
+
+def test_every_extra_in_a_message_is_an_extra_of_the_package() -> None:
+    extras = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
+    for extra, package in PACKAGES.items():
+        (requirement,) = extras["optional-dependencies"][extra]
+        assert requirement.partition(">")[0].replace("-", "_") == package
+
+
+class FailingStore(AsyncFileSystem):
+    """A remote store that fails ``num_failures`` times, has every file, and has a stale listing."""
+
+    failure: ClassVar[Exception | None] = None
+    num_failures: ClassVar[float] = float("inf")
+    num_requests: ClassVar[int] = 0
+    cachable = False
+
+    async def _info(self, path: str, **_: Any) -> dict[str, Any]:
+        cls = type(self)
+        cls.num_requests += 1
+        if self.failure is not None and self.num_requests <= self.num_failures:
+            raise self.failure
+        if self._parent(path) in self.dircache:
+            raise FileNotFoundError(path)
+        return {"name": path, "size": 1, "type": "file"}
+
+    async def _cat_file(self, path: str, start: int | None = None, end: int | None = None, **_: Any) -> bytes:
+        del start, end
+        await self._info(path)
+        return b"x"
+
+    async def _find(self, path: str, **_: Any) -> dict[str, Any]:
+        try:
+            return {path: await self._info(path)}
+        except FileNotFoundError:
+            return {}
+
+    def invalidate_cache(self, path: str | None = None) -> None:
+        self.dircache.pop(path, None)
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> FailingStore:
+    filesystem = FailingStore()
+    for name, value in (("failure", None), ("num_failures", float("inf")), ("num_requests", 0)):
+        monkeypatch.setattr(FailingStore, name, value)
+    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda url: (filesystem, url.partition("://")[2]))
+    return filesystem
+
+
+def failing(failure: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FailingStore, "failure", failure)
+
+
+def status_error(status: int) -> aiohttp.ClientResponseError:
+    info = aiohttp.RequestInfo("https://host/a?token=hidden", "GET", None)  # pyright: ignore[reportArgumentType]
+    return aiohttp.ClientResponseError(info, (), status=status, message="no")
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind"),
+    [
+        (PermissionError("403"), StorageInputError),
+        (OSError(errno.EBUSY, "503 slow down"), StorageError),
+        (status_error(503), StorageError),
+        (botocore.exceptions.NoCredentialsError(), StorageInputError),
+    ],
+)
+def test_a_failing_store_is_never_an_absent_file(
+    store: FailingStore, failure: Exception, kind: type[StillroomError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(failure, monkeypatch)
+    assert store.isfile("bucket/a") is False
+    for call in (storage.exists, storage.listing, storage.read_if_exists):
+        with pytest.raises(kind) as caught:
+            call("s3://bucket/a")
+        assert caught.value.where == "s3://bucket/a"
+
+
+@pytest.mark.usefixtures("store")
+def test_a_missing_object_is_absent_and_not_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(FileNotFoundError("bucket/a"), monkeypatch)
+    assert not storage.exists("s3://bucket/a")
+    assert storage.listing("s3://bucket/a") == []
+    assert storage.read_if_exists("s3://bucket/a") is None
+
+
+def test_a_new_object_is_seen_past_a_cached_listing(store: FailingStore) -> None:
+    store.dircache["bucket"] = []
+    assert storage.exists("s3://bucket/a")
+
+
+@pytest.mark.parametrize(
+    ("failure", "code"),
+    [
+        (botocore.exceptions.NoCredentialsError(), "storage.no-credentials"),
+        (botocore.exceptions.PartialCredentialsError(provider="env", cred_var="x"), "storage.no-credentials"),
+        (botocore.exceptions.CredentialRetrievalError(provider="x", error_msg="x"), "storage.no-credentials"),
+        (botocore.exceptions.EndpointConnectionError(endpoint_url="http://x"), "storage.no-connection"),
+        (botocore.exceptions.ReadTimeoutError(endpoint_url="http://x"), "storage.transient"),
+        (aiohttp.ServerDisconnectedError(), "storage.transient"),
+        (status_error(403), "storage.permission-denied"),
+        (status_error(500), "storage.transient"),
+        (ConnectionRefusedError(), "storage.no-connection"),
+        (FileExistsError(), "storage.file-in-path"),
+        (NotADirectoryError(), "storage.file-in-path"),
+        (IsADirectoryError(), "storage.is-folder"),
+        (OSError(errno.EROFS, "read-only"), "storage.read-only-file-system"),
+        (OSError(errno.ENOSPC, "No space left on device"), "storage.disk-full"),
+    ],
+)
+@pytest.mark.usefixtures("store")
+def test_each_failure_of_a_library_becomes_an_error_with_a_code(
+    failure: Exception, code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(failure, monkeypatch)
+    with raises(code, StorageInputError if code in INPUT_CODES else StorageError) as caught:
+        storage.read("s3://bucket/a")
+    assert caught.value.where == "s3://bucket/a"
+    assert "hidden" not in str(caught.value)
+
+
+INPUT_CODES = (
+    *("storage.no-credentials", "storage.permission-denied", "storage.file-in-path", "storage.is-folder"),
+    "storage.read-only-file-system",
+)
+
+
+def client_error(code: str, status: int) -> OSError:
+    """The error of s3fs for a response of S3."""
+    response: Any = {"Error": {"Code": code, "Message": "message"}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    return translate_boto_error(botocore.exceptions.ClientError(response, "GetObject"))
+
+
+TRANSIENT = [
+    client_error("InternalError", 500),
+    client_error("SlowDown", 503),
+    client_error("ServiceUnavailable", 503),
+    client_error("503", 503),
+    client_error("RequestTimeout", 400),
+    client_error("BadDigest", 400),
+    client_error("ConditionalRequestConflict", 409),
+    client_error("NoSuchUpload", 404),
+    client_error("429", 429),
+    status_error(500),
+    status_error(429),
+    aiohttp.ServerDisconnectedError(),
+    aiohttp.ClientPayloadError(),
+    botocore.exceptions.ReadTimeoutError(endpoint_url="http://x"),
+    botocore.exceptions.IncompleteReadError(actual_bytes=1, expected_bytes=2),
+    fsspec.exceptions.FSTimeoutError(),
+    ConnectionResetError(),
+    OSError(errno.ESTALE, "stale handle"),
+]
+
+
+PERMANENT = [
+    (client_error("NoSuchKey", 404), StorageInputError),
+    (client_error("NoSuchBucket", 404), StorageInputError),
+    (client_error("AccessDenied", 403), StorageInputError),
+    (client_error("InvalidRequest", 400), StorageError),
+    (client_error("NotImplemented", 501), StorageError),
+    (botocore.exceptions.NoCredentialsError(), StorageInputError),
+    (status_error(404), StorageError),
+    (aiohttp.InvalidURL("x"), StorageError),
+    (OSError(errno.ENOSPC, "full"), StorageError),
+    (OSError(errno.EDQUOT, "full"), StorageError),
+    (OSError(errno.EINVAL, "invalid"), StorageError),
+]
+
+
+@pytest.mark.parametrize("failure", TRANSIENT, ids=lambda failure: f"{type(failure).__name__} {failure}"[:40])
+@pytest.mark.usefixtures("store")
+def test_transient_failures_are_retried_a_bounded_number_of_times(
+    failure: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(failure, monkeypatch)
+    with pytest.raises(TransientStorageError):
+        storage.size("s3://bucket/a")
+    assert FailingStore.num_requests == 5
+    monkeypatch.setattr(FailingStore, "num_requests", 0)
+    monkeypatch.setattr(FailingStore, "num_failures", 4)
+    assert storage.size("s3://bucket/a") == 1
+    assert FailingStore.num_requests == 5
+
+
+@pytest.mark.parametrize(("failure", "kind"), PERMANENT, ids=lambda value: f"{value}"[:40])
+@pytest.mark.usefixtures("store")
+def test_permanent_failures_are_raised_at_once(
+    failure: Exception, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(failure, monkeypatch)
+    with pytest.raises(kind) as caught:
+        storage.size("s3://bucket/a")
+    assert not isinstance(caught.value, TransientStorageError)
+    assert FailingStore.num_requests == 1
+
+
+def test_retries_end_within_a_minute(store: FailingStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock that advances 40 s per attempt."""
+    ticks = iter(range(0, 4000, 40))
+    monkeypatch.setattr(tenacity, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    failing(ConnectionResetError(), monkeypatch)
+    with pytest.raises(TransientStorageError):
+        storage.read("s3://bucket/a")
+    assert store.num_requests == 2
+
+
+@pytest.mark.usefixtures("store")
+def test_a_name_that_a_store_refuses_is_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = ValueError("Failed to list path")
+    refused.__context__ = botocore.exceptions.ParamValidationError(report="Invalid bucket name")
+    failing(refused, monkeypatch)
+    with raises("storage.refused-name"):
+        storage.exists("s3://a bucket/a")
+
+
+@pytest.mark.usefixtures("store")
+def test_missing_credentials_come_with_a_next_step_and_bugs_stay_bugs(monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(botocore.exceptions.NoCredentialsError(), monkeypatch)
+    with raises("storage.no-credentials") as caught:
+        storage.size("s3://bucket/a")
+    assert caught.value.next_step is not None
+    failing(ZeroDivisionError("a bug"), monkeypatch)
+    with pytest.raises(ZeroDivisionError):
+        storage.size("s3://bucket/a")
+
+
+class StatusServer(http.server.BaseHTTPRequestHandler):
+    """Responds with the status in the path."""
+
+    def do_GET(self) -> None:
+        self.send_response(int(self.path[1:4]))
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, format: str, *args: object) -> None:
+        """No log."""
+
+
+@pytest.fixture
+def host() -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), StatusServer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def test_over_http_only_a_404_is_a_missing_file(host: str, tmp_path: Path) -> None:
+    reads = (storage.read, storage.size, lambda url: storage.local_copy(url, tmp_path))
+    assert not storage.exists(f"{host}/404")
+    for call in reads:
+        with raises("storage.missing-file"):
+            call(f"{host}/404")
+    for call in (storage.exists, *reads):
+        with raises("storage.permission-denied"):
+            call(f"{host}/403")
+        with raises("storage.transient") as caught:
+            call(f"{host}/503?token=hidden")
+        assert "hidden" not in str(caught.value)
+
+
+def test_a_refused_connection_is_not_a_missing_file(tmp_path: Path) -> None:
+    with http.server.HTTPServer(("127.0.0.1", 0), StatusServer) as server:
+        url = f"http://127.0.0.1:{server.server_address[1]}/a"
+    for call in (storage.exists, storage.read, storage.size, lambda gone: storage.local_copy(gone, tmp_path)):
+        with raises("storage.no-connection"):
+            call(url)
+
+
+@pytest.mark.parametrize("endpoint", ["localhost:9000", "minio.local", "//minio:9000", "http://"])
+def test_an_endpoint_that_is_no_url_is_bad_input(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    fsspec.filesystem("s3").clear_instance_cache()
+    try:
+        with raises("storage.endpoint") as caught:
+            storage.exists("s3://bucket/a")
+    finally:
+        fsspec.filesystem("s3").clear_instance_cache()
+    assert (caught.value.where, caught.value.got) == ("s3://bucket/a", endpoint)
+    assert "AWS_ENDPOINT_URL" in str(caught.value.next_step)
