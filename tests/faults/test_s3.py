@@ -12,9 +12,9 @@ import pytest
 from jobs.build_cache import build_cache
 from jobs.train_student import train_student
 from pipeline import storage
-from pipeline.core.errors import StorageInputError
 from pipeline.shards.writer import pack_shards
 from schemas.config import Config
+from tests.errors import raises
 from tests.jobs.conftest import NETWORK
 from tests.pipeline.caches import digit_samples
 
@@ -36,7 +36,7 @@ def test_put_read_range_list_and_delete(s3: str, tmp_path: Path) -> None:
     assert storage.listing(f"{s3}/folder") == ["file"]
     storage.delete(f"{s3}/folder/file")
     assert storage.listing(f"{s3}/folder") == []
-    with pytest.raises(StorageInputError, match="no such file"):
+    with raises("storage.missing-file"):
         storage.read(f"{s3}/folder/file")
 
 
@@ -50,14 +50,14 @@ def test_another_process_s_object_is_seen_and_a_folder_or_a_lack_of_credentials_
     fsspec.filesystem("s3", skip_instance_cache=True).pipe_file(url, b"x")
     assert storage.exists(url)
     for call in (storage.read, storage.size):
-        with pytest.raises(StorageInputError, match="is a folder"):
+        with raises("storage.is-folder"):
             call(f"{s3}/seen")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     for call in (storage.exists, storage.read, storage.listing):
-        with pytest.raises(StorageInputError, match="no valid credentials"):
+        with raises("storage.no-credentials"):
             call(url)
     fsspec.get_filesystem_class("s3").clear_instance_cache()
 

@@ -20,6 +20,7 @@ from pipeline.core.errors import StorageInputError, TransientStorageError
 from pipeline.shards.writer import pack_shards
 from pipeline.storage import failures, s3_store
 from schemas.config import Config
+from tests.errors import raises
 from tests.faults.s3_proxy import FAULTS, Weather, proxy
 from tests.jobs.conftest import NETWORK
 from tests.pipeline.caches import digit_samples, files
@@ -161,7 +162,7 @@ def test_a_store_that_does_not_recover_is_given_up_and_a_missing_bucket_at_once(
 
 def test_a_store_that_ignores_conditions_is_refused_by_the_probe(storm: Storm) -> None:
     bucket = storm(Weather(share=0, draw=random.Random(0), heeds_conditions=False))
-    with pytest.raises(StorageInputError, match="does not heed create-if-absent"):
+    with raises("storage.create-not-exclusive"):
         storage.probe(f"{bucket}/careless")
     assert storage.listing(f"{bucket}/careless") == []
 

@@ -27,10 +27,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pipeline.core.errors import ModelError, StorageInputError
+from pipeline.core.errors import ModelError
 from pipeline.core.hashing import weights_digest
 from pipeline.models import LoadedModel, load_model, load_state, read_state
 from schemas.config import ModelConfig
+from tests.errors import raises
 from tests.pipeline.models.factories import Plain
 
 HALF = (0.5, 0.5, 0.5)
@@ -492,9 +493,9 @@ def test_a_misspelt_word_for_weights_gets_the_words_that_there_are() -> None:
 
 
 def test_an_absent_file_and_a_command_are_refused_by_storage(tmp_path: Path) -> None:
-    with pytest.raises(StorageInputError, match="no such file"):
+    with raises("storage.missing-file"):
         load(str(tmp_path / "absent.pt"))
-    with pytest.raises(StorageInputError, match="refused"):
+    with raises("storage.refused-url"):
         load("pipe:cat weights.pt")
 
 
