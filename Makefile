@@ -46,7 +46,7 @@ check: install
 # No page loads anything from another host; read it with `python -m http.server -d site`.
 docs: install
 	$(BIN)/python -m tests.docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: install
 	$(BIN)/python -m tests.benchmarks

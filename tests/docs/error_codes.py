@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.core.error_codes import error_codes
 
 _ROOT = Path(__file__).resolve().parents[2]
+# With a hyphen, which no key of the config has.
+_CODE = re.compile(r"[a-z]+\.[a-z0-9]+(?:-[a-z0-9]+)+")
 
 
 _TITLE = """# Error codes
@@ -27,7 +30,7 @@ def title() -> str:
 
 def sections() -> Iterator[str]:
     entries, messages = error_codes(), raised_messages()
-    codes = sorted({*entries, *messages})
+    codes = sorted(all_codes())
     for area in sorted({code.partition(".")[0] for code in codes}):
         yield f"## {area}"
         for code in codes:
@@ -39,15 +42,29 @@ def sections() -> Iterator[str]:
                     yield "\n>\n".join(f"> {message}" for message in sorted(messages[code]))
 
 
+def all_codes() -> set[str]:
+    """Codes of the list, codes given to errors, and texts of that form in the same areas, such as codes of a table."""
+    codes = {*error_codes(), *raised_messages()}
+    areas = {code.partition(".")[0] for code in codes}
+    texts = {
+        node.value for node in _nodes() if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value
+    }
+    return codes | {text for text in texts if _CODE.fullmatch(text) and text.partition(".")[0] in areas}
+
+
 def raised_messages() -> dict[str, set[str]]:
     """Code to the first lines of its messages, with … for the parts that vary."""
-    found: dict[str, set[str]] = {}
+    messages: dict[str, set[str]] = {}
+    for node in _nodes():
+        if isinstance(node, ast.Call) and (code := _code(node)) and (message := first_argument(node)):
+            messages.setdefault(code, set()).add(message)
+    return messages
+
+
+def _nodes() -> Iterator[ast.AST]:
     for layer in ("schemas", "pipeline", "jobs"):
         for path in sorted((_ROOT / layer).rglob("*.py")):
-            for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.Call) and (code := _code(node)) and (message := first_argument(node)):
-                    found.setdefault(code, set()).add(message)
-    return found
+            yield from ast.walk(ast.parse(path.read_text()))
 
 
 def _code(call: ast.Call) -> str | None:
