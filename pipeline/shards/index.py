@@ -41,6 +41,16 @@ _METADATA_KEY = b"stillroom"
 _ROWS_PER_GROUP = 65_536
 _NUM_NAMED = 5
 _NUM_REASONS = 20
+# Of the columns of ``ShardIndex``, as the standard library's array spells the types.
+_TYPE_CODES = {
+    "status": "B",
+    "label": "i",
+    "offset": "q",
+    "size": "i",
+    "width": "i",
+    "height": "i",
+    "content_hash": "Q",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +68,7 @@ class ShardIndex:
     keys: pa.StringArray
     status: NDArray[np.uint8]  # position in STATUSES
     label: NDArray[np.int32]  # NO_LABEL: none
-    offset: NDArray[np.int64]  # bytes into the tar; 0 where there is no image
+    offset: NDArray[np.int64]  # bytes into the tar; 0 without an image
     size: NDArray[np.int32]  # bytes
     width: NDArray[np.int32]  # pixels after EXIF rotation; 0 unless ok
     height: NDArray[np.int32]
@@ -77,7 +87,7 @@ class ShardIndex:
 
     @cached_property
     def ok(self) -> NDArray[np.int64]:
-        """Rows whose image can be used, ascending: pairing, order and counts run over these alone."""
+        """Rows with a usable image, ascending. Pairing, order and counts use only these."""
         return np.flatnonzero(self.status == STATUSES.index("ok"))
 
     @property
@@ -95,10 +105,7 @@ class IndexBuilder:
     def __init__(self, shard_id: str) -> None:
         self._shard_id = shard_id
         self._keys: list[str] = []
-        self._status, self._label = array("B"), array("i")
-        self._offset, self._size = array("q"), array("i")
-        self._width, self._height = array("i"), array("i")
-        self._content_hash = array("Q")
+        self._columns = {name: array(code) for name, code in _TYPE_CODES.items()}
         self._reasons: dict[int, str] = {}
         self.notes = TarNotes()
         """For ``read_samples`` to fill."""
@@ -111,13 +118,11 @@ class IndexBuilder:
         """
         assert sample.row == len(self._keys), "rows are added in tar order"
         self._keys.append(sample.key)
-        self._status.append(STATUSES.index(status))
-        self._label.append(NO_LABEL if sample.label is None else sample.label)
-        self._offset.append(sample.offset)
-        self._size.append(sample.size)
-        self._width.append(width)
-        self._height.append(height)
-        self._content_hash.append(xxhash.xxh3_64_intdigest(sample.data))
+        label = NO_LABEL if sample.label is None else sample.label
+        content_hash = xxhash.xxh3_64_intdigest(sample.data)
+        row = (STATUSES.index(status), label, sample.offset, sample.size, width, height, content_hash)
+        for column, value in zip(self._columns.values(), row, strict=True):
+            column.append(value)
         if reason is not None and len(self._reasons) < _NUM_REASONS:
             self._reasons[sample.row] = reason
 
@@ -125,13 +130,7 @@ class IndexBuilder:
         return ShardIndex(
             shard_id=self._shard_id,
             keys=pa.array(self._keys, pa.string()),
-            status=np.array(self._status, np.uint8),
-            label=np.array(self._label, np.int32),
-            offset=np.array(self._offset, np.int64),
-            size=np.array(self._size, np.int32),
-            width=np.array(self._width, np.int32),
-            height=np.array(self._height, np.int32),
-            content_hash=np.array(self._content_hash, np.uint64),
+            **{name: np.array(column) for name, column in self._columns.items()},
             member_rules=2 if self.notes.rules_differ else 1,
             reasons=dict(self._reasons),
             omitted=self.notes.omissions,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import uuid
+from collections.abc import Generator
 from pathlib import Path
 
 from filelock import FileLock
@@ -27,17 +28,14 @@ MAX_TABLE_BYTES = 4 * 2**30
 _STORES: dict[str, type[Store]] = {"file": LocalStore, "memory": MemoryStore, "s3": S3Store}
 
 
-def _store_class(url: str) -> type[Store]:
-    return _STORES.get(protocol(url), Store)
-
-
-def _open(url: str) -> Store:
-    return _store_class(url)(url)
-
-
-def _open_writable(url: str) -> Store:
-    _check_protocol_writable(url)
-    return _open(url)
+@contextlib.contextmanager
+def _open(url: str, doing: str, *, writes: bool = False) -> Generator[Store]:
+    """The store of a URL. Errors of its library inside the ``with`` become errors of the project."""
+    if writes:
+        _check_protocol_writable(url)
+    store = _STORES.get(protocol(url), Store)(url)
+    with translated_errors(url, doing):
+        yield store
 
 
 def _check_protocol_writable(url: str) -> None:
@@ -57,14 +55,14 @@ def check_writable(url: str) -> None:
     Raises:
         StorageInputError: the URL is refused, or its protocol is read-only.
     """
-    _open_writable(url)
+    with _open(url, "write", writes=True):
+        pass
 
 
 @repeated
 def exists(url: str) -> bool:
     """Whether the file exists now. A store that fails to report it is an error, never an absent file."""
-    store = _open(url)
-    with translated_errors(url, "look for"):
+    with _open(url, "look for") as store:
         info = store.info()
         return info is not None and info["type"] == "file"
 
@@ -72,8 +70,7 @@ def exists(url: str) -> bool:
 @repeated
 def stamp(url: str) -> str:
     """The store's info of a file now, tag and times included: another text after the file is replaced."""
-    store = _open(url)
-    with translated_errors(url, "stat"):
+    with _open(url, "stat") as store:
         store.filesystem.invalidate_cache(store.path.rpartition("/")[0])
         return str(sorted(store.filesystem.info(store.path).items()))
 
@@ -81,8 +78,7 @@ def stamp(url: str) -> str:
 @repeated
 def size(url: str) -> int:
     """Size in bytes."""
-    store = _open(url)
-    with translated_errors(url, "stat"):
+    with _open(url, "stat") as store:
         return store.size()
 
 
@@ -93,8 +89,7 @@ def read(url: str, *, max_bytes: int | None = None) -> bytes:
     Raises:
         TooLargeError: it is larger than ``max_bytes``.
     """
-    store = _open(url)
-    with translated_errors(url, "read"):
+    with _open(url, "read") as store:
         try:
             return store.read(max_bytes)
         except FileNotFoundError:
@@ -111,8 +106,7 @@ def read_if_exists(url: str, *, max_bytes: int | None = None) -> bytes | None:
     Raises:
         TooLargeError: it is larger than ``max_bytes``.
     """
-    store = _open(url)
-    with translated_errors(url, "read"):
+    with _open(url, "read") as store:
         try:
             return store.read(max_bytes)
         except (FileNotFoundError, NotADirectoryError) as error:
@@ -128,8 +122,7 @@ def read_range(url: str, offset: int, size_bytes: int) -> bytes:
     Raises:
         StorageError: the object ends before that.
     """
-    store = _open(url)
-    with translated_errors(url, "read"):
+    with _open(url, "read") as store:
         data = store.read_range(offset, size_bytes)
         is_short = len(data) != size_bytes
         is_truncated = is_short and store.size() >= offset + size_bytes
@@ -154,8 +147,7 @@ def read_range(url: str, offset: int, size_bytes: int) -> bytes:
 @repeated
 def entries(url: str) -> list[Entry]:
     """Every object below ``url`` by path, leftovers of killed writers included; empty if the folder is absent."""
-    store = _open(url)
-    with translated_errors(url, "list"):
+    with _open(url, "list") as store:
         return sorted(store.entries(), key=lambda entry: entry.path)
 
 
@@ -175,11 +167,10 @@ def sizes(url: str, *, links_out: bool = False) -> dict[str, int]:
     Raises:
         StorageInputError: a link leads out of the folder, or to a folder that contains it.
     """
-    store = _open(url)
-    if not isinstance(store, LocalStore):
-        return {entry.path: entry.size_bytes for entry in entries(url)}
-    with translated_errors(url, "list"):
-        return dict(sorted(store.sizes(links_out=links_out).items()))
+    with _open(url, "list") as store:
+        if isinstance(store, LocalStore):
+            return dict(sorted(store.sizes(links_out=links_out).items()))
+    return {entry.path: entry.size_bytes for entry in entries(url)}
 
 
 def is_listing_cheaper(url: str, num_names: int) -> bool:
@@ -190,23 +181,20 @@ def is_listing_cheaper(url: str, num_names: int) -> bool:
 @repeated
 def sizes_in_folder(url: str) -> dict[str, int]:
     """Bytes of every object right below ``url`` by its name; empty if the folder is absent."""
-    store = _open(url)
-    with translated_errors(url, "list"):
+    with _open(url, "list") as store:
         return store.sizes_in_folder()
 
 
 def folders(url: str) -> list[str]:
     """Names of the folders right below ``url``, sorted. A file system also has empty ones."""
-    store = _open(url)
-    with translated_errors(url, "list"):
+    with _open(url, "list") as store:
         return sorted(store.folders())
 
 
 @repeated
 def put(local: Path, url: str) -> None:
     """Publishes a closed local file under ``url``: one replace on a file system, one upload on an object store."""
-    store = _open_writable(url)
-    with translated_errors(url, "write"):
+    with _open(url, "write", writes=True) as store:
         store.put(local)
 
 
@@ -229,7 +217,7 @@ def create(url: str, data: bytes) -> bool:
         StorageInputError: a conditional create is not implemented for this store.
     """
     _check_protocol_writable(url)
-    if not _store_class(url).can_create:
+    if not _STORES.get(protocol(url), Store).can_create:
         raise StorageInputError(
             "create-if-absent is not implemented for this store",
             code="storage.no-create-if-absent",
@@ -238,8 +226,7 @@ def create(url: str, data: bytes) -> bool:
             expected="file, memory or s3 for caches and runs",
             next_step="write to one of these; reading from it works",
         )
-    store = _open(url)
-    with translated_errors(url, "create"):
+    with _open(url, "create") as store:
         if store.create(data):
             return True
         try:
@@ -283,12 +270,8 @@ def probe(url: str) -> None:
 @repeated
 def delete(url: str) -> None:
     """Removes one object. An absent one is no error, because another builder may have removed it."""
-    store = _open_writable(url)
-    with contextlib.suppress(FileNotFoundError), translated_errors(url, "delete"):
-        try:
-            store.remove()
-        except FileNotFoundError:
-            return
+    with _open(url, "delete", writes=True) as store, contextlib.suppress(FileNotFoundError):
+        store.remove()
 
 
 @repeated
@@ -297,8 +280,7 @@ def local_copy(url: str, folder: Path) -> Path:
 
     Safe among processes of a node: one downloads under a lock, the others wait for its copy.
     """
-    store = _open(url)
-    with translated_errors(url, "read"):
+    with _open(url, "read") as store:
         size_bytes = store.size()
     if isinstance(store, LocalStore):
         return Path(store.path)
@@ -309,7 +291,7 @@ def local_copy(url: str, folder: Path) -> Path:
         if not target.exists():
             scratch = temporary_sibling(target)
             try:
-                _fetch(store, url, scratch, size_bytes)
+                _fetch(url, scratch, size_bytes)
                 scratch.replace(target)
             finally:
                 scratch.unlink(missing_ok=True)
@@ -323,11 +305,11 @@ def download(url: str, target: Path, size_bytes: int) -> None:
     Raises:
         TransientStorageError: the object has another size.
     """
-    _fetch(_open(url), url, target, size_bytes)
+    _fetch(url, target, size_bytes)
 
 
-def _fetch(store: Store, url: str, target: Path, size_bytes: int) -> None:
-    with translated_errors(url, "fetch"):
+def _fetch(url: str, target: Path, size_bytes: int) -> None:
+    with _open(url, "fetch") as store:
         store.fetch(target)
     if target.stat().st_size != size_bytes:
         raise TransientStorageError(

@@ -10,30 +10,22 @@ from pydantic import Field, field_validator
 from schemas.config.cache import CacheConfig
 from schemas.config.data import DataConfig
 from schemas.config.loss import (
-    CeLoss,
-    CosineLoss,
     DistLoss,
-    DkdLoss,
-    HardLoss,
     KdLoss,
     LossConfig,
     LossSection,
-    MseLoss,
-    NdLoss,
     ReviewKdLoss,
-    SifnLoss,
 )
 from schemas.config.model import (
     Interpolation,
     ModelConfig,
-    OtherTeacherConfig,
     Precision,
     StudentConfig,
     TeacherConfig,
     TeacherModelConfig,
 )
 from schemas.config.ray import RayConfig
-from schemas.config.section import Level, Section, Share, Triple, local_path
+from schemas.config.section import Section, Share, Triple, local_path
 from schemas.config.train import Optimizer, RunConfig, TrainConfig
 from schemas.config.views import ErasingConfig, JitterConfig, RandAugmentConfig, ViewsConfig
 
@@ -61,25 +53,17 @@ class Config(Section):
 
 __all__ = [
     "CacheConfig",
-    "CeLoss",
     "Config",
-    "CosineLoss",
     "DataConfig",
     "DistLoss",
-    "DkdLoss",
     "ErasingConfig",
-    "HardLoss",
     "Interpolation",
     "JitterConfig",
     "KdLoss",
-    "Level",
     "LossConfig",
     "LossSection",
     "ModelConfig",
-    "MseLoss",
-    "NdLoss",
     "Optimizer",
-    "OtherTeacherConfig",
     "Precision",
     "RandAugmentConfig",
     "RayConfig",
@@ -87,7 +71,6 @@ __all__ = [
     "RunConfig",
     "Section",
     "Share",
-    "SifnLoss",
     "StudentConfig",
     "TeacherConfig",
     "TeacherModelConfig",

@@ -205,9 +205,9 @@ def test_another_packing_into_the_same_folder_is_refused(tree: Path, tmp_path: P
     before = files_of(tmp_path / "out")
     if change == "image":
         (tree / "ant" / "new.png").write_bytes(image_bytes())
-    with raises("pack.other-packing", StorageInputError) as caught:
+    got = "settings.seed: 0 -> 1" if change == "seed" else "num_images: 60 -> 61"
+    with raises("pack.other-packing", StorageInputError, got=got) as caught:
         packed(tree, tmp_path / "out", seed=int(change == "seed"))
-    assert caught.value.got == ("settings.seed: 0 -> 1" if change == "seed" else "num_images: 60 -> 61")
     # The printed command works.
     command = shlex.split(str(caught.value.next_step).removeprefix("run: "))
     assert CliRunner().invoke(app, command[1:]).exit_code == 0
@@ -228,9 +228,8 @@ def test_indexes_of_another_tree_are_used_even_if_a_class_is_missing(tree: Path,
     packed(tree, tmp_path / "out", classes=classes)
     assert Counter(sample["cls"] for sample in read_all(tmp_path / "out")) == {b"1": 30, b"2": 20, b"3": 10}
     assert json.loads((tmp_path / "out" / "classes.json").read_text()) == classes
-    with raises("pack.unknown-class", ShardError) as caught:
+    with raises("pack.unknown-class", ShardError, got="cat"):
         packed(tree, tmp_path / "other", classes={"ant": 0, "bee": 1})
-    assert caught.value.got == "cat"
 
 
 BAD_TREES: dict[str, tuple[list[str], str, str]] = {

@@ -158,9 +158,8 @@ def test_a_tilde_inside_a_path_or_url_is_not_expanded(home: Path) -> None:
 def test_the_home_of_an_unknown_user_is_refused_and_never_a_folder() -> None:
     calls = (storage.absolute, storage.expand, storage.exists, lambda path: storage.write(path, b""))
     for call in calls:
-        with raises("storage.unknown-home") as caught:
+        with raises("storage.unknown-home", got="~nobody-of-this-name"):
             call("~nobody-of-this-name/x")
-        assert caught.value.got == "~nobody-of-this-name"
     assert not any(Path.cwd().iterdir())
 
 
@@ -191,9 +190,8 @@ def test_a_file_url_names_no_host(url: str) -> None:
     ],
 )
 def test_the_error_for_a_refused_url_names_the_reason(url: str, got: str) -> None:
-    with raises("storage.refused-url") as caught:
+    with raises("storage.refused-url", got=got):
         storage.protocol(url)
-    assert caught.value.got == got
 
 
 @pytest.mark.parametrize(
