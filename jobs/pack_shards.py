@@ -16,7 +16,6 @@ from pipeline.shards.pack_plan import (
     CLASSES,
     Packing,
     PackSettings,
-    describe_skipped,
     plan_packing,
     split_folders,
 )
@@ -42,8 +41,8 @@ def pack(
     packing = plan_packing(source_url, settings, out_url=out_url, classes=classes, links_out=links_out)
     if not packing.classes and (splits := split_folders(packing.paths)):
         warn(f"pack: the images of {', '.join(splits)} go into the same shards; pack each folder to separate them")
-    if packing.skipped:
-        warn(f"pack: skipped {describe_skipped(packing.skipped)}")
+    if packing.skipped.counts:
+        warn(f"pack: skipped {', '.join(packing.skipped.lines())}")
     omissions = Omissions() if omissions is None else omissions
     with ProgressView("pack", packing.num_images) as progress:
         for num_images in write_packing(packing, out_url, bad_images=bad_images, omissions=omissions):

@@ -17,6 +17,7 @@ from pipeline import storage
 from pipeline.core.errors import ShardError
 from pipeline.core.hashing import canonical_json, digest, seal
 from pipeline.core.redaction import redact
+from pipeline.shards.omissions import Omissions
 from pipeline.shards.writer import check_name
 
 Labels = Literal["folder", "none"]
@@ -29,6 +30,7 @@ _SPLIT = re.compile(
     r"(?P<role>train|val|test|dev|eval)(ing|id|idation|uation)?([-_]?(set|images|\d{4}))?", re.IGNORECASE
 )
 _NUM_NAMED = 3
+_NO_CLASS = "in no class folder"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +70,14 @@ class Packing:
     Attributes:
         shards: images by file name, in order.
         classes: index by folder name; empty without labels.
-        skipped: paths of the files that are not packed, by reason.
+        skipped: the files that are not packed, by reason.
     """
 
     source_url: str
     settings: PackSettings
     shards: dict[str, list[SourceImage]]
     classes: dict[str, int]
-    skipped: dict[str, list[str]]
+    skipped: Omissions
 
     @property
     def num_images(self) -> int:
@@ -146,7 +148,7 @@ def plan_packing(
 
 
 def _extension(path: str) -> str:
-    """Lower case, without the dot; empty where there is none."""
+    """Lower case, without the dot; empty for a name without one."""
     stem, dot, extension = path.rpartition("/")[2].rpartition(".")
     return extension.lower() if dot and stem else ""
 
@@ -155,13 +157,15 @@ def _class_of(path: str) -> str:
     return path.partition("/")[0]
 
 
-def _separate(sizes: Mapping[str, int], labels: Labels) -> tuple[list[str], dict[str, list[str]]]:
-    """The paths of images, and the paths of all other files by the reason to skip them."""
-    usable, skipped = list[str](), defaultdict[str, list[str]](list)
+def _separate(sizes: Mapping[str, int], labels: Labels) -> tuple[list[str], Omissions]:
+    """The paths of images, and all other files by the reason to skip them."""
+    usable, skipped = list[str](), Omissions()
     for path, size_bytes in sizes.items():
-        reason = _reason_to_skip(path, size_bytes, labels)
-        (usable if reason is None else skipped[reason]).append(path)
-    return usable, dict(sorted(skipped.items()))
+        if (reason := _reason_to_skip(path, size_bytes, labels)) is None:
+            usable.append(path)
+        else:
+            skipped.add(reason, path)
+    return usable, skipped
 
 
 def _reason_to_skip(path: str, size_bytes: int, labels: Labels) -> str | None:
@@ -172,26 +176,18 @@ def _reason_to_skip(path: str, size_bytes: int, labels: Labels) -> str | None:
         return f".{extension}" if extension else "no extension"
     if not size_bytes:
         return "empty"
-    return "in no class folder" if labels == "folder" and "/" not in path else None
+    return _NO_CLASS if labels == "folder" and "/" not in path else None
 
 
-def _nothing_to_pack(where: str, skipped: Mapping[str, Sequence[str]], labels: Labels) -> ShardError:
-    loose = labels == "folder" and "in no class folder" in skipped
+def _nothing_to_pack(where: str, skipped: Omissions, labels: Labels) -> ShardError:
+    has_loose_images = _NO_CLASS in skipped.counts
     return ShardError(
-        "there are no images in class folders" if loose else "there are no images here",
+        "there are no images in class folders" if has_loose_images else "there are no images here",
         code="pack.no-images",
         where=where,
-        got=describe_skipped(skipped) or "no files at all",
+        got=", ".join(skipped.lines()) or "no files at all",
         expected=f"{'<class>/' if labels == 'folder' else ''}<name>.{{{','.join(_EXTENSIONS)}}}",
-        next_step="pass --labels none to pack images without labels" if loose else None,
-    )
-
-
-def describe_skipped(skipped: Mapping[str, Sequence[str]]) -> str:
-    """``3 .txt (a.txt, …), 1 hidden (.x)``."""
-    return ", ".join(
-        f"{len(paths)} {reason} ({', '.join(paths[:_NUM_NAMED])}{', …' if len(paths) > _NUM_NAMED else ''})"
-        for reason, paths in skipped.items()
+        next_step="pass --labels none to pack images without labels" if has_loose_images else None,
     )
 
 

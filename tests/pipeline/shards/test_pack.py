@@ -140,7 +140,7 @@ def test_files_that_are_no_images_are_listed_and_the_images_are_packed(tree: Pat
         (tree / name).write_bytes(b"" if "empty" in name else b"x")
     packing = plan_packing(str(tree), PackSettings())
     assert packing.num_images == 60
-    assert packing.skipped == {
+    assert packing.skipped.examples == {
         ".gif": ["ant/x.gif"],
         ".txt": ["notes.txt"],
         "empty": ["ant/empty.png"],
