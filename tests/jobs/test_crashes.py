@@ -1,4 +1,4 @@
-"""A process that a signal ends leaves a message that names the signal and what helps."""
+"""A process that a signal ends is reported with the signal and a remedy."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TWO = {"address": "local", "num_workers": 2}
 
 
 def killed_at(tree: Tree, number: signal.Signals, **sections: Any) -> dict[str, Any]:
-    """A training whose process is ended by a signal in its third step."""
+    """A training whose process a signal ends in its third step."""
     kwargs = {"number": int(number), "forwards": 3}
     student = {**NETWORK, "model": "python:tests.jobs.networks:Killed", "kwargs": kwargs}
     return tree(teacher={"mode": "none"}, loss=[{"name": "ce"}], student=student, **sections)

@@ -1,4 +1,4 @@
-"""The demo as the README promises it."""
+"""The demo of the README."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def results(**top1: float) -> dict[str, Any]:
     return {"students": {name: {"top1": value} for name, value in top1.items()}}
 
 
-def test_a_demo_says_how_far_distilled_students_are_above_labels_alone() -> None:
-    """`make demo` runs the whole of it."""
+def test_a_demo_reports_the_gain_of_distilled_students_over_labels_alone() -> None:
+    """``make demo`` runs the whole demo."""
     assert gains(results(labels=0.6, kd=0.75, dist=0.7)) == "points of top-1 above labels alone: kd +15.0, dist +10.0"
 
 
 @pytest.mark.parametrize("dist", [0.69, 0.5, math.nan])
-def test_a_demo_in_which_distillation_does_not_help_fails(dist: float) -> None:
+def test_a_demo_without_a_gain_fails(dist: float) -> None:
     with pytest.raises(TrainingError) as caught:
         gains(results(labels=0.6, kd=0.75, dist=dist))
     assert (caught.value.code, caught.value.exit_code) == ("demo.no-gain", 1)

@@ -1,4 +1,4 @@
-"""Labels that are not found are an error before any work where that can be known, and else a warning with counts."""
+"""Missing labels are an error before any work if the shards show it, else a warning with counts."""
 
 from __future__ import annotations
 
@@ -25,17 +25,16 @@ NUM_SAMPLES, SHARD_SIZE = 24, 8
 
 @pytest.fixture
 def shards_of(tmp_path: Path) -> Shards:
-    """``shards_of(member_of)``: three shards of eight digits, whose label member is what the function makes of (row,
-    label): a name and a text, or nothing."""
+    """``shards_of(member_of)``: three shards of eight digits. ``member_of(row, label)`` returns their label members."""
 
-    def make(member_of: Callable[[int, str], Members]) -> list[str]:
+    def pack(member_of: Callable[[int, str], Members]) -> list[str]:
         samples = (
             (key, {"png": members["png"], **member_of(row, members["cls"].decode())})
             for row, (key, members) in enumerate(digit_samples(NUM_SAMPLES))
         )
         return pack_shards(samples, f"{tmp_path}/s-%02d.tar", shard_size=SHARD_SIZE)
 
-    return make
+    return pack
 
 
 def in_json(_: int, label: str) -> Members:
@@ -73,7 +72,7 @@ def test_a_wrong_label_member_stops_a_build_and_its_plan_before_the_teacher(
     assert files_below(tmp_path) == before
 
 
-def test_the_member_that_holds_class_indexes_is_named(tree: Tree, shards_of: Shards) -> None:
+def test_a_member_with_class_indexes_is_named(tree: Tree, shards_of: Shards) -> None:
     config = unlabelled(tree, shards_of(in_txt))
     with pytest.raises(ShardError) as caught:
         build_cache(config)
@@ -90,7 +89,7 @@ def test_an_index_for_online_training_is_refused_too(tree: Tree, shards_of: Shar
     assert not (tmp_path / "index").exists()
 
 
-def test_an_index_of_partly_labelled_shards_is_made_with_a_count(
+def test_an_index_of_partly_labelled_shards_is_written_with_a_count(
     tree: Tree, shards_of: Shards, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = unlabelled(tree, shards_of(in_the_last_shard))
@@ -98,7 +97,7 @@ def test_an_index_of_partly_labelled_shards_is_made_with_a_count(
     assert "16 of 24 images have none (data.label is cls)" in caplog.text
 
 
-def test_without_labels_on_purpose_nothing_is_said(
+def test_data_without_labels_on_purpose_gives_no_warning(
     tree: Tree, shards_of: Shards, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = unlabelled(tree, shards_of(in_json), label=None)
@@ -111,12 +110,12 @@ def test_labels_that_may_be_missing_are_counted_by_plan_build_and_inspect(
     tree: Tree, shards_of: Shards, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = unlabelled(tree, shards_of(in_json), missing_labels="ignore")
-    said = "0 of 24; members seen: json, png"
-    found = report(config, measured=False)
-    assert f"labels          {said}" in describe(found)
-    assert sum(said in warning for warning in found.warnings) == 1
+    labels = "0 of 24; members seen: json, png"
+    plan = report(config, measured=False)
+    assert f"labels          {labels}" in describe(plan)
+    assert sum(labels in warning for warning in plan.warnings) == 1
     build_cache(config)
-    assert said in caplog.text
+    assert labels in caplog.text
     # The rules of a finished cache cannot change: data.label would not help.
     command = f"run: stillroom cache relabel {tmp_path / 'cache'} --label MEMBER"
     assert command in caplog.text
@@ -125,7 +124,7 @@ def test_labels_that_may_be_missing_are_counted_by_plan_build_and_inspect(
         assert result.exit_code == 0
         assert command in result.stdout
         assert "data.label=" not in result.stdout
-        assert said in result.stdout
+        assert labels in result.stdout
         assert "warning" in result.stdout
 
 
@@ -138,8 +137,8 @@ def test_partly_labelled_data_is_built_with_a_count(
     assert json.loads(result.stdout)["labels"] == "8 of 24"
 
 
-def test_a_cache_that_has_parts_without_labels_goes_on(tree: Tree, shards_of: Shards) -> None:
-    """Its reading rules are in its header and cannot change any more."""
+def test_a_cache_of_parts_without_labels_can_be_extended(tree: Tree, shards_of: Shards) -> None:
+    """Its header fixes its reading rules."""
     shards = shards_of(in_json)
     build_cache(unlabelled(tree, shards, missing_labels="ignore"))
     later = unlabelled(tree, shards)
@@ -147,7 +146,7 @@ def test_a_cache_that_has_parts_without_labels_goes_on(tree: Tree, shards_of: Sh
     assert build_cache(later).num_views == 4
 
 
-def test_an_inspection_where_the_shards_are_not_says_no_members(tree: Tree, shards_of: Shards, tmp_path: Path) -> None:
+def test_an_inspection_without_the_shards_names_no_members(tree: Tree, shards_of: Shards, tmp_path: Path) -> None:
     shards = shards_of(in_json)
     build_cache(unlabelled(tree, shards, missing_labels="ignore"))
     for shard in shards:

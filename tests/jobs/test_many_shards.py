@@ -21,7 +21,7 @@ from tests.jobs.conftest import Tree, config_of, files_below
 pytestmark = pytest.mark.ray
 
 
-def test_a_task_does_not_carry_the_other_shards(tree: Tree) -> None:
+def test_a_task_does_not_contain_the_urls_of_other_shards(tree: Tree) -> None:
     sizes = set[int]()
     for count in (10, 5_000):
         urls = [f"s3://bucket/train/shard-{number:05d}.tar" for number in range(count)]
@@ -43,26 +43,26 @@ def test_class_sums_added_up_in_tasks_give_the_same_means(
     tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build_cache(config_of(tree(cache={"url": str(tmp_path / "one")})))
-    asked = list[int]()
+    chunk_sizes = list[int]()
 
     def counted(cache_url: str, refs: Sequence[FileRef]) -> ClassSums:
-        asked.append(len(refs))
+        chunk_sizes.append(len(refs))
         return read_sums(cache_url, refs)
 
     monkeypatch.setattr("jobs.build_cache.SUMS_PER_TASK", 3)
     monkeypatch.setattr("jobs.build_cache.read_sums", counted)
     build_cache(config_of(tree(cache={"url": str(tmp_path / "many")})))
     assert files_below(tmp_path / "many") == files_below(tmp_path / "one")
-    assert asked == [3, 1]
+    assert chunk_sizes == [3, 1]
 
 
-def test_a_folder_of_many_shards_is_listed_once_and_what_it_lacks_is_named(
+def test_a_folder_of_many_shards_is_listed_once_and_a_missing_shard_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = Counter[str]()
     for name in ("size", "sizes_in_folder"):
-        asked = getattr(storage, name)
-        monkeypatch.setattr(storage, name, lambda url, asked=asked, name=name: (calls.update([name]), asked(url))[1])
+        call = getattr(storage, name)
+        monkeypatch.setattr(storage, name, lambda url, call=call, name=name: (calls.update([name]), call(url))[1])
     monkeypatch.setattr("pipeline.storage.objects.NAMES_PER_PAGE", 20)
     folder = f"memory://{tmp_path.name}"
     by_id = {

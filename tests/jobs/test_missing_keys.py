@@ -38,7 +38,7 @@ COMMANDS: dict[str, Callable[[Config, str], object]] = {
         for command in ("build", "train", "distill")
     },
 }
-# Dotted keys; a section alone goes as a whole.
+# Dotted keys, and sections that are removed as a whole.
 KEYS = (
     *("data", "data.shards", "data.num_classes", "data.cache", "data.val_shards", "teacher", "teacher.model"),
     *("cache", "student", "student.model", "loss", "run", "views"),
@@ -46,7 +46,7 @@ KEYS = (
 
 
 def document(mode: str) -> Tree:
-    """A whole config, of shards and a cache that are not there: no command comes further than to look for them."""
+    """A complete config with shards and a cache that do not exist, so that every command ends when it opens them."""
     return {
         "data": {"shards": "/nowhere/a.tar", "val_shards": "/nowhere/b.tar", "num_classes": 10, "cache": "/nowhere/c"},
         "teacher": {**NETWORK, "weights": "random", "mode": mode},
@@ -64,18 +64,18 @@ def lacking(tree: Tree) -> Iterator[tuple[str, Tree]]:
     for key in KEYS:
         section, _, name = key.partition(".")
         if name:
-            yield key, {**tree, section: {other: value for other, value in tree[section].items() if other != name}}
+            yield key, {**tree, section: {item: value for item, value in tree[section].items() if item != name}}
         else:
-            yield key, {other: value for other, value in tree.items() if other != section}
+            yield key, {item: value for item, value in tree.items() if item != section}
 
 
 @pytest.mark.parametrize("mode", ["cache", "online", "none"])
 @pytest.mark.parametrize("command", COMMANDS)
-def test_no_missing_key_ends_a_command_otherwise_than_as_bad_input(command: str, mode: str, tmp_path: Path) -> None:
+def test_every_missing_key_ends_a_command_as_bad_input(command: str, mode: str, tmp_path: Path) -> None:
     source = tmp_path / "config.yaml"
     for _, tree in lacking(document(mode)):
         source.write_text(yaml.safe_dump(tree))
-        # A job to be submitted is checked by its config alone, and need not have what it does not use.
+        # A submission is checked by its config alone, and may lack keys that it does not use.
         refused = contextlib.suppress(InputError) if command.startswith("submit") else pytest.raises(InputError)
         with refused:
             COMMANDS[command](Config.model_validate(tree), str(source))
@@ -117,7 +117,7 @@ RECIPE: Tree = {
 
 
 @pytest.mark.parametrize(
-    ("lacks", "named"),
+    ("missing", "expected"),
     [
         (None, None),
         ("data.shards", "data.shards"),
@@ -128,20 +128,20 @@ RECIPE: Tree = {
     ],
 )
 def test_a_recipe_names_a_missing_key_before_its_first_stage(
-    lacks: str | None, named: str | None, tmp_path: Path
+    missing: str | None, expected: str | None, tmp_path: Path
 ) -> None:
     tree = yaml.safe_load(yaml.safe_dump({**RECIPE, "out": str(tmp_path / "out")}))
-    if lacks is not None:
-        *section, name = lacks.split(".")
+    if missing is not None:
+        *section, name = missing.split(".")
         (tree["common"][section[0]] if section else tree["common"]).pop(name)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
-    if named is None:
+    if expected is None:
         assert "teacher" in describe_plan(load_recipe(str(tmp_path / "recipe.yaml"), []))
         return
     with pytest.raises(ConfigError) as caught:
         load_recipe(str(tmp_path / "recipe.yaml"), [])
     assert caught.value.code == "config.missing-key"
-    assert named in str(caught.value.got)
-    # The advice is a key of the recipe, not of one stage's config; the data are those of all stages.
-    section = "common" if named.startswith("data.") else r"(teacher|students\.\w+)"
-    assert re.search(rf" {section}\.{re.escape(named)}=…", str(caught.value.next_step))
+    assert expected in str(caught.value.got)
+    # The next step names a key of the recipe; all stages share the section data.
+    section = "common" if expected.startswith("data.") else r"(teacher|students\.\w+)"
+    assert re.search(rf" {section}\.{re.escape(expected)}=…", str(caught.value.next_step))

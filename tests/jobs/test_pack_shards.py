@@ -1,4 +1,4 @@
-"""A folder of images to a finished cache, by the commands' own words."""
+"""From a folder of images to a finished cache, with the printed section of the config."""
 
 from __future__ import annotations
 
@@ -65,8 +65,9 @@ def test_validation_images_of_another_folder_get_the_indexes_of_the_first(folder
 @pytest.mark.parametrize("text", ["[]", "{}x", '{"a": 0, "b": 2}', '{"a": "x"}'])
 def test_a_file_that_is_no_list_of_classes_is_refused(folder: Path, tmp_path: Path, text: str) -> None:
     (tmp_path / "classes.json").write_text(text)
-    with pytest.raises(ShardError, match="not the classes of a packing"):
+    with pytest.raises(ShardError) as caught:
         pack(str(folder), f"{tmp_path}/out", PackSettings(), classes_url=f"{tmp_path}/classes.json")
+    assert caught.value.code == "pack.bad-classes-file"
 
 
 def test_the_printed_pattern_names_every_shard(folder: Path, tmp_path: Path) -> None:

@@ -32,9 +32,9 @@ def test_one_path_or_a_list_of_them_becomes_absolute(key: str, tmp_path: Path, m
 def test_class_means_of_a_teacher_become_absolute_like_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     teacher = {"class_means": "caches/r50", "weights": "r50.pt"}
-    found = with_absolute_paths(Config.model_validate({"teacher": {**teacher, "others": [teacher]}})).teacher
-    for one in (found, *found.others):
-        assert (one.class_means, one.weights) == (f"{tmp_path}/caches/r50", f"{tmp_path}/r50.pt")
+    first = with_absolute_paths(Config.model_validate({"teacher": {**teacher, "others": [teacher]}})).teacher
+    for section in (first, *first.others):
+        assert (section.class_means, section.weights) == (f"{tmp_path}/caches/r50", f"{tmp_path}/r50.pt")
 
 
 def test_a_tilde_is_the_users_home_in_every_key_that_takes_a_path(
@@ -55,8 +55,8 @@ def test_a_tilde_is_the_users_home_in_every_key_that_takes_a_path(
         "cache": {"url": "~/cache", "class_means": "~/means.json"},
         "run": {"url": "~/run"},
     }
-    found = with_absolute_paths(Config.model_validate(tree)).model_dump_json(exclude_unset=True)
-    assert json.loads(found) == json.loads(
+    text = with_absolute_paths(Config.model_validate(tree)).model_dump_json(exclude_unset=True)
+    assert json.loads(text) == json.loads(
         json.dumps({**tree, "data": {**tree["data"], "val_shards": ["~/c.tar", "~/d.tar"]}}).replace(
             '"~', f'"{tmp_path}'
         )
@@ -74,8 +74,10 @@ def test_demo_and_recipes_take_a_tilde_and_refuse_a_url(tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     recipe = str(Path(jobs.__file__).parent / "configs" / "demo.yaml")
     assert load_recipe(recipe, ["out=~/demo"]).out == tmp_path / "home" / "demo"
-    with pytest.raises(ConfigError, match="local path"):
+    with pytest.raises(ConfigError) as caught:
         load_recipe(recipe, ["out=s3://bucket/demo"])
+    assert caught.value.code == "recipe.invalid"
+    assert "local path" in str(caught.value.got)
     with pytest.raises(StorageInputError):
         run_demo(Path("s3://bucket/demo"))
     assert not any(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Lines for people, objects for machines."""
+"""Plain lines and JSON objects of the log."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def as_json(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STILLROOM_LOG", "json")
 
 
-def test_people_are_told_the_text_alone_and_not_of_every_task(capsys: Captured) -> None:
+def test_plain_lines_have_the_text_alone_and_leave_out_finished_tasks(capsys: Captured) -> None:
     emit("a part is done", event="done", level=logging.DEBUG, shard="a")
     emit("the cache is done", event="end", parts=3)
     captured = capsys.readouterr()
@@ -37,12 +37,12 @@ def test_people_are_told_the_text_alone_and_not_of_every_task(capsys: Captured) 
 
 
 @pytest.mark.usefixtures("as_json")
-def test_machines_are_told_everything_an_object_a_line(capsys: Captured) -> None:
+def test_json_lines_have_all_levels_and_fields(capsys: Captured) -> None:
     emit("two\nlines", event="done", level=logging.DEBUG, shard="a", where=Path("b"))
-    (told,) = objects(capsys)
-    at = datetime.fromisoformat(told.pop("time"))
+    (event,) = objects(capsys)
+    at = datetime.fromisoformat(event.pop("time"))
     assert timedelta(0) <= datetime.now(UTC) - at < timedelta(minutes=1)
-    assert told == {"level": "debug", "event": "done", "message": "two\nlines", "shard": "a", "where": "b"}
+    assert event == {"level": "debug", "event": "done", "message": "two\nlines", "shard": "a", "where": "b"}
 
 
 @pytest.mark.usefixtures("as_json")
@@ -51,28 +51,28 @@ def test_the_error_that_ends_a_command_is_an_object_too(capsys: Captured) -> Non
         raise ConfigError("no such key", where="train.lrr", next_step="correct it")
 
     assert run_command(command) == 2
-    (told,) = objects(capsys)
-    assert (told["level"], told["event"], told["exit_code"]) == ("error", "error", 2)
-    assert "train.lrr" in told["message"]
+    (event,) = objects(capsys)
+    assert (event["level"], event["event"], event["exit_code"]) == ("error", "error", 2)
+    assert "train.lrr" in event["message"]
 
 
 @pytest.mark.usefixtures("as_json")
-def test_a_build_tells_of_each_part_once_and_names_the_shard_that_failed(
+def test_a_build_logs_each_part_once_and_names_the_shard_that_failed(
     tree: Tree, shards: list[str], tmp_path: Path, capsys: Captured
 ) -> None:
-    cut = tmp_path / "cut.tar"
-    cut.write_bytes(Path(shards[0]).read_bytes()[:5000])
+    truncated = tmp_path / "cut.tar"
+    truncated.write_bytes(Path(shards[0]).read_bytes()[:5000])
     with pytest.raises(ShardError):
-        build_cache(config_of(tree(data={"shards": [*shards[1:], str(cut)]})))
-    told = objects(capsys)
-    parts = {(item["shard"], item["part"]): item["event"] for item in told if "part" in item}
+        build_cache(config_of(tree(data={"shards": [*shards[1:], str(truncated)]})))
+    events = objects(capsys)
+    parts = {(item["shard"], item["part"]): item["event"] for item in events if "part" in item}
     blocks = ("eval", "v0000-0001", "v0002-0002")
     good = {(f"digits-0{number}", block): "done" for number in (1, 2, 3) for block in blocks}
     assert parts == {**good, **{("cut", block): "failed" for block in blocks}}
-    assert len([item for item in told if "part" in item]) == 12
-    assert {item["attempt"] for item in told if "part" in item} == {1}
-    assert all(item["node"] for item in told if "part" in item)
-    (summary,) = [item for item in told if item["event"] == "summary"]
+    assert len([item for item in events if "part" in item]) == 12
+    assert {item["attempt"] for item in events if "part" in item} == {1}
+    assert all(item["node"] for item in events if "part" in item)
+    (summary,) = [item for item in events if item["event"] == "summary"]
     # Three shards of 24 images, their evaluation view and three crops.
     assert (summary["parts"], summary["failed"], summary["images"]) == (9, 3, 3 * 24 * 4)
     assert summary["size_bytes"] == sum(path.stat().st_size for path in (tmp_path / "cache").glob("parts/*/*"))

@@ -1,4 +1,4 @@
-"""Two nodes on one machine: a log tells them apart."""
+"""A log distinguishes two nodes on one machine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TIMEOUT_S = 60
 
 
 class Meeting:
-    """A task of each node, which does not end before the other has begun."""
+    """Two tasks, neither of which ends before the other has begun, so that each node runs one."""
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
@@ -34,7 +34,7 @@ class Meeting:
 
 
 def main(folder: str) -> None:
-    """Prints each item with the node that ran it, as the task itself saw it."""
+    """Prints each item with the node that ran it, as the task reported it."""
     import ray
     from ray.cluster_utils import Cluster
 
@@ -52,7 +52,7 @@ def main(folder: str) -> None:
 
 
 def test_the_log_names_for_each_task_the_node_that_ran_it(tmp_path: Path) -> None:
-    # A process of its own: this one is the driver of another cluster.
+    # In another process: this one is the driver of another cluster.
     env = {**os.environ, "STILLROOM_LOG": "json", "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
     done = subprocess.run(
         [sys.executable, "-m", "tests.jobs.observability.test_nodes_in_logs", str(tmp_path)],
@@ -62,16 +62,16 @@ def test_the_log_names_for_each_task_the_node_that_ran_it(tmp_path: Path) -> Non
         timeout=150,
         check=True,
     )
-    found = json.loads(done.stdout.splitlines()[-1])
-    ran = found["ran"]
-    told = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
-    assert {item["item"]: item["node"] for item in told if item["event"] == "done"} == ran
+    output = json.loads(done.stdout.splitlines()[-1])
+    ran = output["ran"]
+    events = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
+    assert {item["item"]: item["node"] for item in events if item["event"] == "done"} == ran
     assert len(set(ran.values())) == 2
-    # So do the workers' own, in the same form.
-    own = [json.loads(line) for line in found["workers"] if line.startswith("{")]
+    # The logs of the workers have the same form.
+    worker_events = [json.loads(line) for line in output["workers"] if line.startswith("{")]
     for event in ("began", "ended"):
-        assert {item["item"]: item["node"] for item in own if item["event"] == event} == ran
-    assert [item["attempt"] for item in own] == [1] * 4
+        assert {item["item"]: item["node"] for item in worker_events if item["event"] == event} == ran
+    assert [item["attempt"] for item in worker_events] == [1] * 4
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Progress in a real terminal, and in a log."""
+"""Progress in a real terminal and in a log."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _END = "<end>"
 
 @contextmanager
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
-    """Standard error on a pseudo-terminal of 80 columns. Yields what reads it, without colours.
+    """Standard error on a pseudo-terminal of 80 columns. Yields a function that reads it, without colours.
 
     Not a fixture: pytest sets its own standard error between a test's fixtures and the test.
     """
@@ -34,13 +34,13 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
         at.setattr("sys.stderr", stream)
 
         def written() -> str:
-            # What is written arrives some time later, and in pieces.
+            # Text arrives later and in several reads.
             stream.write(_END)
             stream.flush()
-            found = b""
-            while not found.endswith(_END.encode()):
-                found += reader.read(1 << 16)
-            return re.sub(r"\x1b\[[0-9;]*m", "", found.decode().removesuffix(_END))
+            data = b""
+            while not data.endswith(_END.encode()):
+                data += reader.read(1 << 16)
+            return re.sub(r"\x1b\[[0-9;]*m", "", data.decode().removesuffix(_END))
 
         yield written
 
@@ -60,7 +60,7 @@ def test_a_terminal_shows_a_bar_with_its_panel_below(monkeypatch: pytest.MonkeyP
     assert re.search(r"node +images/s\s+left +12", last)
 
 
-def test_a_line_that_is_told_stands_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_log_line_appears_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     with terminal(monkeypatch) as written:
         with ProgressView("cache", 4) as view:
             view.update(1)
@@ -77,7 +77,7 @@ def test_a_log_gets_lines_without_a_panel(capsys: pytest.CaptureFixture[str]) ->
     assert re.fullmatch(r"cache: 4/4 after \d+ s\n", capsys.readouterr().err)
 
 
-def test_json_is_not_drawn_over_even_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_json_has_no_bar_even_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STILLROOM_LOG", "json")
     with terminal(monkeypatch) as written:
         with ProgressView("cache", 1) as view:
@@ -87,7 +87,7 @@ def test_json_is_not_drawn_over_even_in_a_terminal(monkeypatch: pytest.MonkeyPat
     assert '"done": 1' in line
 
 
-def test_80_columns_show_count_time_left_and_what_is_said_in_short(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_80_columns_show_count_time_left_and_the_short_note(monkeypatch: pytest.MonkeyPatch) -> None:
     with terminal(monkeypatch) as written:
         with ProgressView("train a-run-with-a-long-name", 312_500) as view:
             view.update(150_000, "loss 1.2345, and far more", short="epoch 48/100, 12345 images/s")

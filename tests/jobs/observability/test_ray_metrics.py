@@ -1,4 +1,4 @@
-"""What a job records, as Prometheus gets it, and the dashboard's questions to it."""
+"""Ray metrics of a job as Prometheus scrapes them, and the queries of the dashboard."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import ray
 from ray.dashboard.modules.reporter.reporter_agent import GPU_TAG_KEYS, METRICS_GAUGES
+from ray.util import metrics
 
 from jobs.build_cache import build_cache
 from jobs.observability import ray_metrics
@@ -27,7 +28,9 @@ from tests.jobs.conftest import Tree, config_of
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).resolve().parents[3]
 DASHBOARD = ROOT / "infra" / "grafana" / "stillroom.json"
-METERS = [made for made in vars(ray_metrics).values() if isinstance(made, ray_metrics.Counter | ray_metrics.Gauge)]
+METRICS = [
+    metric for metric in vars(ray_metrics).values() if isinstance(metric, ray_metrics.Counter | ray_metrics.Gauge)
+]
 _SERIES = re.compile(r"(\w+)\{(.*)\} (\S+)")
 _WAIT_S = 60
 
@@ -35,31 +38,31 @@ Series = dict[str, list[tuple[dict[str, str], float]]]
 
 
 def scrape() -> Series:
-    """The page that Prometheus reads of this node: name to labels and value of each series."""
+    """The page of this node that Prometheus scrapes: the labels and value of each series, by name."""
     (node,) = ray.nodes()
-    with urllib.request.urlopen(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics", timeout=10) as answer:
-        lines = answer.read().decode().splitlines()
-    found: Series = {}
+    with urllib.request.urlopen(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics", timeout=10) as response:
+        lines = response.read().decode().splitlines()
+    series: Series = {}
     for name, labels, value in filter(None, (match and match.groups() for match in map(_SERIES.fullmatch, lines))):
-        found.setdefault(name, []).append((dict(re.findall(r'(\w+)="([^"]*)"', labels)), float(value)))
-    return found
+        series.setdefault(name, []).append((dict(re.findall(r'(\w+)="([^"]*)"', labels)), float(value)))
+    return series
 
 
-def wait_for(meter: ray_metrics.Counter, names: set[str], **labels: str) -> Series:
-    """A page with this series on it, and so with all that was recorded before it, and with these names of Ray's."""
+def wait_for(metric: ray_metrics.Counter, names: set[str], **labels: str) -> Series:
+    """Waits for a page with this series, and so with all that was recorded before it, and with these names."""
     deadline = time.monotonic() + _WAIT_S
     while time.monotonic() < deadline:
-        found = scrape()
-        is_there = any(labels.items() <= seen.items() for seen, _ in found.get(meter.exported, []))
-        if is_there and names <= found.keys():
-            return found
+        series = scrape()
+        is_recorded = any(labels.items() <= seen.items() for seen, _ in series.get(metric.exported, []))
+        if is_recorded and names <= series.keys():
+            return series
         time.sleep(0.3)
-    raise TimeoutError(f"no {meter.exported} with {labels}, or none of {names - found.keys()}, after {_WAIT_S} s")
+    raise TimeoutError(f"no {metric.exported} with {labels}, or none of {names - series.keys()}, after {_WAIT_S} s")
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
-    """What the dashboard asks of Prometheus in one place."""
+class Query:
+    """One query of the dashboard to Prometheus."""
 
     place: str
     query: str
@@ -72,54 +75,53 @@ class Question:
     @property
     def labels(self) -> set[str]:
         grouped = {label for group in re.findall(r"by \(([^)]*)\)", self.query) for label in group.split(", ")}
-        # Else the legend would be empty: a group has no other labels.
+        # A legend of other labels would be empty.
         assert set(re.findall(r"{{(\w+)}}", self.legend)) <= grouped, self.place
         return grouped | set(re.findall(r"[{,]\s*(\w+)\s*[=!]", self.query))
 
 
-def questions() -> list[Question]:
+def queries() -> list[Query]:
     dashboard = json.loads(DASHBOARD.read_text())
     choices = [item for item in dashboard["templating"]["list"] if item["type"] == "query"]
-    # label_values(METRIC, LABEL), written as a selection by that label.
-    chosen = {
+    # label_values(METRIC, LABEL) as a selection by that label.
+    variables = {
         item["name"]: re.sub(r"label_values\((\w+), (\w+)\)", r'\1{\2=""}', item["query"]["query"]) for item in choices
     }
-    return [Question(name, query, "") for name, query in chosen.items()] + [
-        Question(f"{panel['title']} {target['refId']}", target["expr"], target["legendFormat"])
+    return [Query(name, query, "") for name, query in variables.items()] + [
+        Query(f"{panel['title']} {target['refId']}", target["expr"], target["legendFormat"])
         for panel in dashboard["panels"]
         for target in panel.get("targets", [])
     ]
 
 
-# Where no GPU is, Ray tells nothing of GPUs; these are its own names for it.
+# Without a GPU, Ray exports no metrics of GPUs; these are their names in Ray.
 GPU_METRICS = {f"ray_{name}" for name in METRICS_GAUGES if name.startswith(("node_gpu", "node_gram"))}
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_every_meter_is_exported_and_every_question_of_the_dashboard_has_an_answer(tree: Tree, tmp_path: Path) -> None:
-    # For what Ray tells of tasks. All else works in this process, which is a driver of the cluster: workers record
-    # nothing, and take long to start.
+def test_every_metric_is_exported_and_every_query_of_the_dashboard_has_a_result(tree: Tree, tmp_path: Path) -> None:
+    # For Ray's metrics of tasks. The jobs below run in this process, which is a driver of the cluster.
     ray.get(ray.remote(platform.node).remote())
     config = config_of(tree(cache={"url": str(tmp_path / "metered")}))
     manifest = build_cache(config)
     train_student(config_of(tree(teacher={"mode": "online"}, run={"url": str(tmp_path / "metered-run")})))
     task = PartTask(config, config.data.shards[0], ViewBlock(start=0, stop=2))
-    unlucky = BuildObserver(config, [task], num_shards=4)
-    unlucky.retried(
+    observer = BuildObserver(config, [task], num_shards=4)
+    observer.retried(
         task, TransientStorageError("slow down"), AttemptStats("left", 1), attempt=1, kind="storage", pause_s=1
     )
-    unlucky.failed(task, ShardError("cut"), AttemptStats("left", 1), attempt=2)
+    observer.failed(task, ShardError("cut"), AttemptStats("left", 1), attempt=2)
 
-    asked = {name for question in questions() for name in question.names}
-    found = wait_for(ray_metrics.PARTS_FAILED, asked - GPU_METRICS, cache="metered")
-    for meter in METERS:
-        (labels, _), *_ = found[meter.exported]
-        assert set(meter.tags) <= labels.keys(), meter.name
-    ours = {name for name in found if name.startswith("ray_stillroom_")}
-    assert ours == {meter.exported for meter in METERS}
+    queried = {name for query in queries() for name in query.names}
+    series = wait_for(ray_metrics.PARTS_FAILED, queried - GPU_METRICS, cache="metered")
+    for metric in METRICS:
+        (labels, _), *_ = series[metric.exported]
+        assert set(metric.tags) <= labels.keys(), metric.name
+    exported = {name for name in series if name.startswith("ray_stillroom_")}
+    assert exported == {metric.exported for metric in METRICS}
 
-    def total(meter: ray_metrics.Counter | ray_metrics.Gauge, **expected: str) -> float:
-        return sum(value for labels, value in found[meter.exported] if expected.items() <= labels.items())
+    def total(metric: ray_metrics.Counter | ray_metrics.Gauge, **expected: str) -> float:
+        return sum(value for labels, value in series[metric.exported] if expected.items() <= labels.items())
 
     cache = {"cache": "metered"}
     assert total(ray_metrics.IMAGES, **cache) == 4 * 24 * (3 + 1)
@@ -136,23 +138,23 @@ def test_every_meter_is_exported_and_every_question_of_the_dashboard_has_an_answ
     ) == (8, 8, 1)
     assert 0 <= total(ray_metrics.TOP1, **run) <= total(ray_metrics.TOP5, **run) <= 1
 
-    for question in questions():
-        assert question.names, question.place
-        for name in question.names:
-            labels = set(GPU_TAG_KEYS) if name in GPU_METRICS else found[name][0][0].keys()
-            # A label of one side of a sum is not asked of the other.
-            assert question.labels <= labels, f"{question.place}: {name}"
-    assert ours <= asked
+    for query in queries():
+        assert query.names, query.place
+        for name in query.names:
+            labels = set(GPU_TAG_KEYS) if name in GPU_METRICS else series[name][0][0].keys()
+            assert query.labels <= labels, f"{query.place}: {name}"
+    assert exported <= queried
 
 
-def test_without_ray_nothing_is_recorded_and_nothing_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_ray_nothing_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.is_initialized", lambda: False)
-    monkeypatch.setattr(ray_metrics, "_metric", lambda *_: pytest.fail("it was recorded"))
+    monkeypatch.setattr(metrics, "Counter", lambda *_: pytest.fail("it was recorded"))
+    monkeypatch.setattr(metrics, "Gauge", lambda *_: pytest.fail("it was recorded"))
     ray_metrics.IMAGES.add(1, cache="a", node="b")
     ray_metrics.LOSS.set(1.0, run="a")
 
 
-def test_the_document_has_every_meter_with_its_labels_and_its_meaning() -> None:
+def test_the_document_has_every_metric_with_its_labels_and_its_meaning() -> None:
     text = (ROOT / "docs" / "how-to" / "watch.md").read_text()
     rows = re.findall(r"^\| `(ray_stillroom_\w+)` \| ([^|]*) \| (.*) \|$", text, re.MULTILINE)
-    assert rows == [(meter.exported, ", ".join(f"`{tag}`" for tag in meter.tags), meter.text) for meter in METERS]
+    assert rows == [(metric.exported, ", ".join(f"`{tag}`" for tag in metric.tags), metric.text) for metric in METRICS]

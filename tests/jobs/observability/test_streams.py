@@ -1,4 +1,4 @@
-"""Standard streams that are closed, full or broken stop no work and change no exit code but that of a lost result."""
+"""Closed, full or broken standard streams stop no work; only a lost result changes the exit code."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 STILLROOM = [sys.executable, "-m", "jobs.cli"]
-# Logs, prints far more than a pipe holds, and leaves a file whose content nothing else may have reached.
+# Logs, prints far more than the buffer of a pipe, and writes a file that no other output may reach.
 _WORK = """
 import os, sys
 from contextlib import suppress
@@ -29,14 +29,14 @@ def work():
         if len(sys.argv) > 2:
             for _ in range(20_000):
                 print("a result")
-        file.write("whole")
+        file.write("complete")
 
 sys.exit(run_command(work))
 """
 
 
 def _run(shell: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A command of bash, in which ``"$@"`` is the program above with its arguments."""
+    """Runs a bash command in which ``"$@"`` is the program above with its arguments."""
     command = ["bash", "-o", "pipefail", "-c", shell, "bash", sys.executable, "-c", _WORK, *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
@@ -45,19 +45,19 @@ def _run(shell: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("streams", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-", ">/dev/full", "2>/dev/full"])
 def test_work_with_a_closed_or_full_stream_is_done_and_exits_0(streams: str, unbuffered: str, tmp_path: Path) -> None:
     done = _run(f'PYTHONUNBUFFERED={unbuffered} "$@" {streams}', str(tmp_path / "out"))
-    assert (done.returncode, (tmp_path / "out").read_text()) == (0, "whole"), done.stderr
+    assert (done.returncode, (tmp_path / "out").read_text()) == (0, "complete"), done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_a_reader_that_ends_early_changes_neither_work_nor_exit_code(tmp_path: Path) -> None:
     done = _run('"$@" | head -1', str(tmp_path / "out"), "print")
-    assert (done.returncode, (tmp_path / "out").read_text()) == (0, "whole"), done.stderr
+    assert (done.returncode, (tmp_path / "out").read_text()) == (0, "complete"), done.stderr
     assert (done.stderr.count("a line"), "Error" in done.stderr) == (3, False)
 
 
-def test_a_result_that_a_full_disk_did_not_take_is_one_error_and_exit_1(tmp_path: Path) -> None:
+def test_a_result_lost_on_a_full_disk_is_one_error_and_exit_1(tmp_path: Path) -> None:
     done = _run('"$@" > /dev/full', str(tmp_path / "out"), "print")
-    assert (done.returncode, (tmp_path / "out").read_text()) == (1, "whole")
+    assert (done.returncode, (tmp_path / "out").read_text()) == (1, "complete")
     assert done.stderr.count("error: the output could not be written") == 1
     assert "Traceback" not in done.stderr
 
