@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeGuard, get_args
 
@@ -74,6 +75,7 @@ def documented_defaults() -> dict[str, Any]:
     return defaults
 
 
+@cache
 def coded_defaults() -> dict[str, Any]:
     """The same from schemas/config/."""
     found = _defaults("loss", LossSection)

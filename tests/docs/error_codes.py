@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from pipeline.core.error_codes import error_codes
@@ -42,16 +43,18 @@ def sections() -> Iterator[str]:
                     yield "\n>\n".join(f"> {message}" for message in sorted(messages[code]))
 
 
-def all_codes() -> set[str]:
+@cache
+def all_codes() -> frozenset[str]:
     """Codes of the list, codes given to errors, and texts of that form in the same areas, such as codes of a table."""
     codes = {*error_codes(), *raised_messages()}
     areas = {code.partition(".")[0] for code in codes}
     texts = {
         node.value for node in _nodes() if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value
     }
-    return codes | {text for text in texts if _CODE.fullmatch(text) and text.partition(".")[0] in areas}
+    return frozenset(codes) | {text for text in texts if _CODE.fullmatch(text) and text.partition(".")[0] in areas}
 
 
+@cache
 def raised_messages() -> dict[str, set[str]]:
     """Code to the first lines of its messages, with … for the parts that vary."""
     messages: dict[str, set[str]] = {}
@@ -61,10 +64,10 @@ def raised_messages() -> dict[str, set[str]]:
     return messages
 
 
-def _nodes() -> Iterator[ast.AST]:
-    for layer in ("schemas", "pipeline", "jobs"):
-        for path in sorted((_ROOT / layer).rglob("*.py")):
-            yield from ast.walk(ast.parse(path.read_text()))
+@cache
+def _nodes() -> tuple[ast.AST, ...]:
+    paths = (path for layer in ("schemas", "pipeline", "jobs") for path in sorted((_ROOT / layer).rglob("*.py")))
+    return tuple(node for path in paths for node in ast.walk(ast.parse(path.read_text())))
 
 
 def _code(call: ast.Call) -> str | None:
