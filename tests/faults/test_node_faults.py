@@ -38,7 +38,7 @@ from tests.faults.test_kills import (
     wait_until,
 )
 from tests.jobs.clusters import Nodes, driver, head_node, many_nodes
-from tests.jobs.node_work import attempts, node, take_the_node_along
+from tests.jobs.node_work import attempts, kill_the_node, node
 from tests.pipeline.caches import build, digit_samples, files, read_commits
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -205,7 +205,7 @@ def test_nodes_of_two_kinds_build_one_cache_whose_numbers_agree_within_what_is_s
 def _drive(folder: Path, address: str, done: Path) -> None:
     module._BACKOFF_S = 0.1
     keys = RayConfig(address=address, max_retries=1, resources_per_task={"doomed": 1})
-    for number, _ in fan_out(partial(take_the_node_along, folder), range(3), keys, what="a part"):
+    for number, _ in fan_out(partial(kill_the_node, folder), range(3), keys, what="a part"):
         (done / str(number)).touch()
 
 

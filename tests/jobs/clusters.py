@@ -1,4 +1,4 @@
-"""Ray clusters in processes of their own, ended by process id and never by name."""
+"""Ray clusters in other processes, ended by process id and never by name."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ _COMMANDS = (
     "head_start_ray_commands",
     "worker_start_ray_commands",
 )
-# How Ray's provider for tests calls the head.
+# The head's id in Ray's provider for tests.
 _HEAD_ID = "f" * 51 + "00000"
 
 
 @dataclass(frozen=True, slots=True)
 class HeadNode:
-    """Where a started cluster listens, and the environment that may talk to it."""
+    """The addresses of a started cluster, and the environment of its clients."""
 
     address: str
     dashboard_url: str
@@ -45,7 +45,7 @@ class HeadNode:
 
     def busy_workers(self) -> list[int]:
         """The processes that run a task of ``fan_out`` now: Ray names its workers after their task."""
-        pids = [found.pid for found in psutil.process_iter() if _runs_a_task(_name_of(found))]
+        pids = [process.pid for process in psutil.process_iter() if _runs_a_task(_name_of(process))]
         return [pid for pid in pids if _session_of(pid) == self.session]
 
 
@@ -71,8 +71,8 @@ def _name_of(process: psutil.Process) -> str:
 def head_node(
     folder: Path, *, num_cpus: int, node_types: dict[str, Any] | None = None, python: str = sys.executable
 ) -> Iterator[HeadNode]:
-    """``ray start --head --block`` on loopback with a token of its own; given types of nodes, with an autoscaler that
-    starts such nodes on this machine.
+    """``ray start --head --block`` on loopback with a token; with ``node_types`` also an autoscaler that starts such
+    nodes on this machine.
     """
     port, dashboard_port = free_port(), free_port()
     token = folder / "token"
@@ -83,7 +83,7 @@ def head_node(
     options = [
         f"--port={port}",
         f"--dashboard-port={dashboard_port}",
-        # Ray's own is one number for a whole machine; without it, a cluster beside this one takes no jobs.
+        # Ray's default is one port for a whole machine, so another cluster could not take jobs.
         f"--dashboard-agent-listen-port={free_port()}",
         f"--num-cpus={num_cpus}",
         "--include-dashboard=true",
@@ -93,8 +93,8 @@ def head_node(
         options.append(f"--autoscaling-config={folder / 'autoscaler.yaml'}")
         env |= {"RAY_enable_autoscaler_v2": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"}
         env |= {"RAY_CLOUD_INSTANCE_ID": _HEAD_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": _HEAD_ID}
-    # A folder of its own, since a job's "auto" is the cluster that was last started in its folder. The sockets in it
-    # would have names that are too long below pytest's.
+    # A new folder, since "auto" of a job is the last cluster started in its folder. Paths of sockets in pytest's folder
+    # would be too long.
     with (
         tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as temporary,
         (folder / "ray.log").open("wb") as log,
@@ -109,7 +109,7 @@ def head_node(
 
 
 def _autoscaler(node_types: dict[str, Any], *, gcs_address: str) -> dict[str, Any]:
-    """Ray's own autoscaler with the provider of its own tests, whose nodes are processes."""
+    """Ray's autoscaler with the provider of Ray's tests, whose nodes are processes."""
     return {
         "cluster_name": "test",
         "max_workers": 8,
@@ -123,7 +123,7 @@ def _autoscaler(node_types: dict[str, Any], *, gcs_address: str) -> dict[str, An
             "disable_node_updaters": True,
             "disable_launch_config_check": True,
         },
-        # Nothing to install and nothing to copy; Ray wants each key.
+        # Ray requires each key.
         **{key: [] for key in (*_COMMANDS, "cluster_synced_files", "rsync_exclude", "rsync_filter")},
         **{key: {} for key in ("auth", "docker", "file_mounts")},
         "file_mounts_sync_continuously": False,
@@ -140,7 +140,7 @@ def _autoscaler(node_types: dict[str, Any], *, gcs_address: str) -> dict[str, An
 def _wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + _START_TIMEOUT_S
     while time.monotonic() < deadline:
-        assert process.poll() is None, "ray start ended by itself"
+        assert process.poll() is None, "ray start ended"
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 return
@@ -149,21 +149,21 @@ def _wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
 
 
 def end_session(process: subprocess.Popen[bytes]) -> None:
-    """Ray's workers are process groups of their own, but they stay in the session that ``start_new_session`` made."""
+    """Ends all processes of the session: Ray's workers have other process groups, but the same session."""
     members: list[int] = []
-    # A head that could not start has ended by itself.
+    # A head that could not start has already ended.
     with suppress(psutil.NoSuchProcess):
         members = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
-    with _gone():
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
     try:
         process.wait(10)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-    members += [found.pid for found in psutil.process_iter() if _session_of(found.pid) == process.pid]
+    members += [other.pid for other in psutil.process_iter() if _session_of(other.pid) == process.pid]
     for pid in set(members):
-        with _gone():
+        with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
 
@@ -174,37 +174,29 @@ def _session_of(pid: int) -> int | None:
         return None
 
 
-@contextmanager
-def _gone() -> Iterator[None]:
-    try:
-        yield
-    except ProcessLookupError:
-        return
-
-
 class Nodes:
-    """A Ray cluster of several nodes on this machine, apart from the tests' own Ray; see ``many_nodes``."""
+    """A Ray cluster of several nodes on this machine, separate from the cluster of other tests; see ``many_nodes``."""
 
     def __init__(self, pool: ProcessPoolExecutor, head: dict[str, Any]) -> None:
         self._pool = pool
         self.address: str = pool.submit(_start_cluster, head).result()
 
     def add(self, **node: Any) -> str:
-        """Starts a node, of one CPU if not said otherwise, and returns its id."""
+        """Starts a node, with one CPU by default, and returns its id."""
         return self._pool.submit(_add_node, node).result()
 
     def remove(self, node_id: str, *, graceful: bool = False) -> None:
-        """Ends a node: with SIGKILL, or with SIGTERM and the time that it takes."""
+        """Ends a node, with SIGKILL or gracefully with SIGTERM."""
         self._pool.submit(_remove_node, node_id, graceful=graceful).result()
 
     def demands(self) -> list[dict[str, float]]:
-        """What an autoscaler is told of placement groups that wait."""
+        """The bundles of pending placement groups, as an autoscaler sees them."""
         return self._pool.submit(_demands).result()
 
 
 @contextmanager
 def many_nodes(*sizes: dict[str, Any], **head: Any) -> Iterator[tuple[Nodes, list[str]]]:
-    """``Nodes``, and the ids of those of these sizes, beside a head that runs no task."""
+    """``Nodes`` with a head that runs no task, and the ids of further nodes of these sizes."""
     with driver() as pool:
         try:
             nodes = Nodes(pool, {"num_cpus": 0, "include_dashboard": False, **head})
@@ -215,7 +207,7 @@ def many_nodes(*sizes: dict[str, Any], **head: Any) -> Iterator[tuple[Nodes, lis
 
 @contextmanager
 def driver() -> Iterator[ProcessPoolExecutor]:
-    """A process for calls that are a cluster's driver, or its keeper."""
+    """A process that is the driver or the owner of a cluster."""
     with pytest.MonkeyPatch.context() as patch:
         # Ray reads it once, when it is imported.
         patch.setenv("RAY_AUTH_MODE", "disabled")
@@ -226,7 +218,7 @@ def driver() -> Iterator[ProcessPoolExecutor]:
         yield pool
 
 
-# In the keeper's process: the cluster, and its nodes by id.
+# In the owner's process: the cluster, and its nodes by id.
 _clusters: list[Any] = []
 _nodes: dict[str, Any] = {}
 
@@ -234,7 +226,7 @@ _nodes: dict[str, Any] = {}
 def _start_cluster(head: dict[str, Any]) -> str:
     from ray.cluster_utils import Cluster
 
-    # Ctrl-C is the tests' to hear: their end is the cluster's.
+    # Ctrl-C ends the tests, and they end the cluster.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _clusters.append(Cluster(initialize_head=True, head_node_args=head))
     return str(_clusters[0].address)
@@ -254,7 +246,7 @@ def _demands() -> list[dict[str, float]]:
     from ray.autoscaler.v2.sdk import get_cluster_status
 
     waiting = get_cluster_status(_clusters[0].address).resource_demands.placement_group_demand
-    return [found.bundle for demand in waiting for found in demand.bundles_by_count for _ in range(found.count)]
+    return [item.bundle for demand in waiting for item in demand.bundles_by_count for _ in range(item.count)]
 
 
 def _stop_cluster() -> None:

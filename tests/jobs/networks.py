@@ -1,4 +1,4 @@
-"""Students that end their process, for ``python:tests.jobs.networks:…``."""
+"""A student that ends its process, for ``python:tests.jobs.networks:Killed``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.pipeline.student.small_networks import Small
 
 
 class Killed(Small):
-    """Sends its own process a signal in the n-th forward of a training, as a crash in native code would."""
+    """Sends its process a signal in the n-th forward of a training, like a crash in native code."""
 
     def __init__(self, num_classes: int, number: int, forwards: int) -> None:
         super().__init__(num_classes)

@@ -1,4 +1,4 @@
-"""What tests give to the nodes of a cluster; imports little, since every new worker imports it."""
+"""Functions for the nodes of a test's cluster. Few imports, since every new worker imports this module."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ import ray
 
 
 def node(seconds: float, _: int) -> str:
-    """Where it ran."""
+    """Returns the id of its node after some seconds."""
     time.sleep(seconds)
     return ray.get_runtime_context().get_node_id()
 
 
 def attempt(folder: Path, number: int) -> str:
-    """Leaves a file that names its node, which it returns."""
-    here = node(0, number)
-    (folder / f"{number}-{here}-{uuid4().hex}").touch()
-    return here
+    """Writes a file that names its node, and returns the id of the node."""
+    node_id = node(0, number)
+    (folder / f"{number}-{node_id}-{uuid4().hex}").touch()
+    return node_id
 
 
 def wait_for_go(folder: Path, number: int) -> str:
-    """An attempt that goes on when ``go`` is there."""
-    here = attempt(folder, number)
+    """An attempt that waits for the file ``go``."""
+    node_id = attempt(folder, number)
     while not (folder / "go").exists():
         time.sleep(0.02)
-    return here
+    return node_id
 
 
-def take_the_node_along(folder: Path, number: int) -> None:
-    """An attempt that number 0 never ends: it kills its node and itself."""
+def kill_the_node(folder: Path, number: int) -> None:
+    """An attempt; that of item 0 kills its node and itself."""
     attempt(folder, number)
     if number == 0:
         os.kill(os.getppid(), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""The commands as a user meets them: exit codes, one message, nothing half-written."""
+"""The commands as a user runs them: exit codes, one message, no partial outputs."""
 
 from __future__ import annotations
 
@@ -54,18 +54,19 @@ BAD_CONFIGS = {
 
 
 @pytest.mark.parametrize("name", BAD_CONFIGS)
-def test_bad_input_to_a_build_is_one_message_and_exit_2_and_nothing_that_looks_done(
+def test_bad_input_to_a_build_is_one_message_and_exit_2_and_leaves_no_part_of_a_cache(
     name: str, stillroom: Stillroom, document: Document, tmp_path: Path
 ) -> None:
-    sections, told = BAD_CONFIGS[name]
+    sections, text = BAD_CONFIGS[name]
     code, out, err = stillroom("cache", "build", document(**sections))
     assert code == 2
     assert out == ""
     assert err.count("error:") == 1
-    assert told in err
+    assert text in err
     assert "Traceback" not in err
-    left = files_below(tmp_path)
-    assert not [path for path in left if path.startswith(("cache/commits", "cache/manifest", "cache/parts"))]
+    assert not [
+        path for path in files_below(tmp_path) if path.startswith(("cache/commits", "cache/manifest", "cache/parts"))
+    ]
 
 
 def test_a_teacher_with_other_classes_than_its_weights_is_refused(
@@ -77,7 +78,7 @@ def test_a_teacher_with_other_classes_than_its_weights_is_refused(
     assert "fc.weight (7, 8) for (10, 8)" in err
 
 
-def test_training_from_an_unfinished_cache_says_how_to_finish_it(
+def test_training_from_an_unfinished_cache_names_the_command_that_finishes_it(
     stillroom: Stillroom, document: Document, tmp_path: Path
 ) -> None:
     config = document(data={"cache": str(tmp_path / "cache")})
@@ -109,10 +110,10 @@ def test_build_train_evaluate_inspect_from_one_yaml_with_overrides(
     assert "fp32 [10]" in out
     assert stillroom("train", config, "views.count=2", "train.epochs=1", "loss.0.temperature=3")[0] == 0
     code, out, _ = stillroom("evaluate", str(tmp_path / "run"), "--shards", shards[-1], "--json")
-    found = json.loads(out)
+    evaluation = json.loads(out)
     assert code == 0
-    assert found["num_rows"] == 24
-    assert 0 <= found["agreement"] <= 1
+    assert evaluation["num_rows"] == 24
+    assert 0 <= evaluation["agreement"] <= 1
 
 
 @pytest.mark.slow
@@ -151,11 +152,11 @@ def test_a_student_is_exported_and_wrong_requests_exit_2_with_one_message(
 
 
 @pytest.mark.slow
-def test_class_means_leave_one_cache_as_json_and_enter_another(
+def test_class_means_are_exported_as_json_and_imported_into_another_cache(
     stillroom: Stillroom, document: Document, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert stillroom("cache", "build", document())[0] == 0
-    # A bare path is taken from the folder of the command.
+    # A relative path is relative to the folder of the command.
     monkeypatch.chdir(tmp_path)
     code, out, err = stillroom("cache", "means", str(tmp_path / "cache"), "--out", "means.json")
     assert (code, out) == (0, "")
@@ -171,7 +172,7 @@ def test_class_means_leave_one_cache_as_json_and_enter_another(
     assert f"{tmp_path}/nowhere.json" in err
 
 
-def test_verify_ends_with_0_for_a_whole_cache_1_for_a_problem_and_2_where_no_cache_is(
+def test_verify_exits_0_for_an_intact_cache_1_for_a_problem_and_2_without_a_cache(
     stillroom: Stillroom, document: Document, tmp_path: Path
 ) -> None:
     config, url = document(), str(tmp_path / "cache")
@@ -184,10 +185,10 @@ def test_verify_ends_with_0_for_a_whole_cache_1_for_a_problem_and_2_where_no_cac
     part.write_bytes(part.read_bytes()[:-1])
     assert "run stillroom cache build CONFIG" in stillroom("cache", "verify", url)[1]
     code, out, _ = stillroom("cache", "verify", url, "--json")
-    found = json.loads(out)
+    report = json.loads(out)
     assert code == 1
-    assert (found["ok"], found["num_problems"]) == (False, 1)
-    assert found["problems"][0]["file"] == str(part.relative_to(tmp_path / "cache"))
+    assert (report["ok"], report["num_problems"]) == (False, 1)
+    assert report["problems"][0]["file"] == str(part.relative_to(tmp_path / "cache"))
     code, _, err = stillroom("cache", "verify", url, "views.count=2")
     assert (code, "give --config too" in err) == (2, True)
 
@@ -223,7 +224,7 @@ def test_a_failed_first_build_is_corrected_by_the_command_that_its_message_print
 
 
 @pytest.mark.slow
-def test_verify_says_which_config_is_not_that_of_the_cache(
+def test_verify_names_the_keys_in_which_a_config_differs_from_the_cache(
     stillroom: Stillroom, document: Document, tmp_path: Path
 ) -> None:
     config, url = document(), str(tmp_path / "cache")
@@ -242,7 +243,7 @@ def test_shards_index_writes_the_bytes_that_a_cache_build_writes(
     assert files_below(tmp_path / "index") == files_below(tmp_path / "cache" / "index")
 
 
-def test_a_plan_is_one_json_object_or_a_screen_and_needs_the_keys_of_a_build(
+def test_a_plan_is_one_json_object_or_a_text_and_needs_the_keys_of_a_build(
     stillroom: Stillroom, document: Document, tmp_path: Path
 ) -> None:
     code, out, _ = stillroom("cache", "plan", document(), "views.count=50", "--json")
@@ -319,13 +320,13 @@ def test_a_shell_completes_commands_without_torch_or_ray() -> None:
         "except SystemExit: pass\n"
         "assert not {'torch', 'ray', 'pyarrow'} & sys.modules.keys()"
     )
-    words = {"_STILLROOM_COMPLETE": "complete_bash", "COMP_WORDS": "stillroom cache b", "COMP_CWORD": "2"}
+    completion = {"_STILLROOM_COMPLETE": "complete_bash", "COMP_WORDS": "stillroom cache b", "COMP_CWORD": "2"}
     command = [sys.executable, "-c", program]
-    done = subprocess.run(command, env={**os.environ, **words}, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env={**os.environ, **completion}, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, "build"), done.stderr
 
 
-def test_a_job_says_that_ray_starts_before_it_imports_it(document: Document) -> None:
+def test_a_job_reports_the_start_of_ray_before_it_imports_ray(document: Document) -> None:
     program = (
         "import sys; sys.argv = ['stillroom', 'cache', 'build', *sys.argv[1:]]\n"
         "import jobs.observability.log as log\n"
@@ -361,7 +362,7 @@ def test_recipes_of_the_package_are_listed_and_run_by_name_from_any_folder(
     ("name", "next_step"),
     [("cifar100", "stillroom recipe cifar10"), ("demo", "stillroom demo"), ("x", "stillroom recipe --list")],
 )
-def test_an_unknown_recipe_is_one_message_with_the_command_that_helps(
+def test_an_unknown_recipe_is_one_message_with_the_command_to_run(
     name: str, next_step: str, stillroom: Stillroom
 ) -> None:
     with pytest.raises(ConfigError) as caught:

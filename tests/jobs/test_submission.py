@@ -37,7 +37,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory):
 
 
 def submit(cluster: HeadNode, *entrypoint: str) -> subprocess.CompletedProcess[str]:
-    """What a user types: uploads the checkout, follows the job's log, exits as the job does."""
+    """Runs ``ray job submit``, which uploads the checkout, follows the job's log and exits as the job does."""
     ray = Path(sys.executable).parent / "ray"
     command = [ray, "job", "submit", "--address", cluster.dashboard_url, "--working-dir", ".", "--", *entrypoint]
     return subprocess.run(command, cwd=ROOT, env=cluster.env, capture_output=True, text=True, timeout=400, check=False)
@@ -63,7 +63,7 @@ def test_a_submitted_distill_job_streams_its_log_and_leaves_cache_and_student(
 
 
 @pytest.mark.parametrize("module", ["build_cache", slow("train_student")])
-def test_a_submitted_job_with_a_mistake_shows_its_one_message(
+def test_a_submitted_job_with_bad_input_shows_one_message(
     module: str, cluster: HeadNode, tree: Tree, tmp_path: Path
 ) -> None:
     config = write(tree(ray={"address": "auto"}, views={"kind": "crops"}), tmp_path / "bad.yaml")
@@ -83,22 +83,22 @@ def stillroom(cluster: HeadNode, folder: Path, *arguments: str, **env: str) -> s
     )
 
 
-def ask(cluster: HeadNode, job: str, what: str = "", method: str = "GET") -> dict[str, Any]:
-    """What the Jobs API answers about a job, without Ray's client."""
+def request(cluster: HeadNode, job: str, what: str = "", method: str = "GET") -> dict[str, Any]:
+    """The response of the Jobs API about a job, without Ray's client."""
     headers = {"Authorization": f"Bearer {Path(cluster.env['RAY_AUTH_TOKEN_PATH']).read_text()}"}
-    request = urllib.request.Request(f"{cluster.dashboard_url}/api/jobs/{job}{what}", headers=headers, method=method)
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        return json.loads(answer.read())
+    call = urllib.request.Request(f"{cluster.dashboard_url}/api/jobs/{job}{what}", headers=headers, method=method)
+    with urllib.request.urlopen(call, timeout=30) as response:
+        return json.loads(response.read())
 
 
 @pytest.mark.exhaustive
-def test_stillroom_submit_builds_trains_and_distills_and_passes_variables_that_it_does_not_show(
+def test_stillroom_submit_builds_trains_and_distills_and_passes_variables_without_showing_them(
     cluster: HeadNode, tree: Tree, tmp_path: Path
 ) -> None:
     value = str(tmp_path / "hush-4711")
     place = "${oc.env:STILLROOM_TEST_CACHE}"
     sections = tree(ray={"address": "auto"}, cache={"url": place}, data={"cache": place})
-    # Outside of the working directory, and the job has it all the same.
+    # Outside of the working directory: the config is uploaded anyway.
     config = write(sections, tmp_path / "both.yaml")
     (tmp_path / "code").mkdir()
     for command in ("build", "train", "distill"):
@@ -107,9 +107,9 @@ def test_stillroom_submit_builds_trains_and_distills_and_passes_variables_that_i
         arguments = [command, config, *overrides, *options]
         done = stillroom(cluster, tmp_path / "code", *arguments, STILLROOM_TEST_CACHE=value)
         assert done.returncode == 0, done.stdout + done.stderr
-        assert done.stdout == ask(cluster, command, "/logs")["logs"]
+        assert done.stdout == request(cluster, command, "/logs")["logs"]
         assert "give it no credentials: STILLROOM_TEST_CACHE" in done.stderr
-        info = ask(cluster, command)
+        info = request(cluster, command)
         assert info["metadata"].keys() == {"project", "command", "config_fingerprint"}
         assert (info["metadata"]["project"], info["metadata"]["command"]) == ("stillroom", command)
         assert "hush-4711" not in done.stdout + done.stderr + str(info["metadata"]) + info["entrypoint"]
@@ -137,7 +137,7 @@ def test_stillroom_submit_exits_as_the_job_does_and_refuses_a_used_id_and_a_wron
 
 
 def wheel(folder: Path, name: str, code: str) -> Path:
-    """A wheel of one module, which needs nothing."""
+    """A wheel of one module without dependencies."""
     info = f"{name}-1.0.dist-info"
     with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as package:
         package.writestr(f"{name}.py", code)
@@ -150,7 +150,7 @@ def wheel(folder: Path, name: str, code: str) -> Path:
 
 
 @pytest.mark.exhaustive
-def test_factories_come_from_the_submitted_folder_or_what_pip_installs_and_a_failed_install_is_told(
+def test_factories_come_from_the_submitted_folder_or_from_pip_and_a_failed_install_is_reported(
     tree: Tree, tmp_path: Path
 ) -> None:
     code = "from pipeline.models.cifar import resnet\n\ndef build(num_classes):\n"
@@ -160,9 +160,9 @@ def test_factories_come_from_the_submitted_folder_or_what_pip_installs_and_a_fai
     requirements = tmp_path / "requirements.txt"
     requirements.write_text(f"{wheel(tmp_path, 'lent_teacher', code)}\n")
     (tmp_path / "code").mkdir()
-    # Beside the config, and not in the folder that is submitted.
+    # In the folder of the config, which is not submitted.
     (tmp_path / "lent_teacher.py").write_text(code)
-    # Ray copies the virtual environment that it runs in. One of links is soon copied; this one has torch.
+    # Ray copies its virtual environment. This one is small and imports the packages of the tests' environment.
     environment = tmp_path / "environment"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
     packages = sysconfig.get_path("purelib", vars={"base": str(environment)})
@@ -199,7 +199,7 @@ def build(num_classes, folder):
 
 @dataclass(frozen=True, slots=True)
 class SlowBuild:
-    """A build by a teacher of the working directory: slow while there is a file ``slow``, halted by one ``acquire``."""
+    """A build with a teacher of the working directory: slow while a file ``slow`` exists, halted by a file ``hold``."""
 
     folder: Path
     config: str
@@ -224,7 +224,7 @@ class SlowBuild:
                 process.kill()
                 process.wait()
 
-    def said(self) -> str:
+    def errors(self) -> str:
         return (self.folder / "err").read_text()
 
     def log(self) -> str:
@@ -242,24 +242,24 @@ def slow_build(tree: Tree, shards: list[str], tmp_path: Path) -> SlowBuild:
     return SlowBuild(tmp_path, write(sections, tmp_path / "build.yaml"))
 
 
-def wait_until(holds: Callable[[], object], process: subprocess.Popen[str], build: SlowBuild) -> None:
+def wait_until(condition: Callable[[], object], process: subprocess.Popen[str], build: SlowBuild) -> None:
     deadline = time.monotonic() + 400
-    while not holds():
-        assert process.poll() is None, build.log() + build.said()
-        assert time.monotonic() < deadline, build.log() + build.said()
+    while not condition():
+        assert process.poll() is None, build.log() + build.errors()
+        assert time.monotonic() < deadline, build.log() + build.errors()
         time.sleep(0.02)
 
 
 @pytest.fixture
 def terminal() -> Iterator[tuple[int, int]]:
-    """Where a test types, and where a command reads that."""
+    """The ends of a pseudo-terminal: the test writes to the first, a command reads from the second."""
     ends = os.openpty()
     yield ends
     for end in ends:
         os.close(end)
 
 
-def test_ctrl_c_asks_and_stops_the_job_and_submitting_again_asks_nothing_that_is_committed(
+def test_ctrl_c_asks_and_stops_the_job_and_submitting_again_repeats_nothing_that_is_committed(
     cluster: HeadNode, slow_build: SlowBuild, terminal: tuple[int, int]
 ) -> None:
     folder, (keys, stdin) = slow_build.folder, terminal
@@ -267,19 +267,19 @@ def test_ctrl_c_asks_and_stops_the_job_and_submitting_again_asks_nothing_that_is
         wait_until(lambda: len(list(folder.glob("cache/commits/digits-00/*.json"))) == 3, process, slow_build)
         (folder / "hold").touch()
         process.send_signal(signal.SIGINT)
-        wait_until(lambda: "stop the job?" in slow_build.said(), process, slow_build)
+        wait_until(lambda: "stop the job?" in slow_build.errors(), process, slow_build)
         os.write(keys, b"n\n")
-        wait_until(lambda: "following job stopped" in slow_build.said(), process, slow_build)
+        wait_until(lambda: "following job stopped" in slow_build.errors(), process, slow_build)
         process.send_signal(signal.SIGINT)
-        wait_until(lambda: slow_build.said().count("stop the job?") == 2, process, slow_build)
+        wait_until(lambda: slow_build.errors().count("stop the job?") == 2, process, slow_build)
         os.write(keys, b"y\n")
-        assert process.wait(60) == 130, slow_build.said()
-    assert "job stopped was stopped" in slow_build.said()
-    assert ask(cluster, "stopped")["status"] == "STOPPED"
-    # Over all connections to the log, each line was printed once.
-    assert slow_build.log() == ask(cluster, "stopped", "/logs")["logs"]
+        assert process.wait(60) == 130, slow_build.errors()
+    assert "job stopped was stopped" in slow_build.errors()
+    assert request(cluster, "stopped")["status"] == "STOPPED"
+    # Each line was printed once over all connections to the log.
+    assert slow_build.log() == request(cluster, "stopped", "/logs")["logs"]
     assert not (folder / "cache" / "manifest.json").exists()
-    # A build that read this shard again would find no image in it.
+    # A build that reads this shard again finds no image in it.
     committed = folder / "digits-00.tar"
     committed.write_bytes(bytes(committed.stat().st_size))
     for name in ("hold", "slow"):
@@ -290,7 +290,7 @@ def test_ctrl_c_asks_and_stops_the_job_and_submitting_again_asks_nothing_that_is
 
 
 @pytest.mark.parametrize("has_terminal", [slow(False), True])
-def test_ctrl_c_without_a_terminal_and_a_second_one_leave_the_job_running_and_say_how_to_stop_it(
+def test_ctrl_c_without_a_terminal_and_a_second_one_leave_the_job_running_and_print_how_to_stop_it(
     has_terminal: bool, cluster: HeadNode, slow_build: SlowBuild, terminal: tuple[int, int]
 ) -> None:
     (slow_build.folder / "hold").touch()
@@ -299,10 +299,10 @@ def test_ctrl_c_without_a_terminal_and_a_second_one_leave_the_job_running_and_sa
         wait_until(lambda: "Running entrypoint" in slow_build.log(), process, slow_build)
         process.send_signal(signal.SIGINT)
         if has_terminal:
-            wait_until(lambda: "stop the job?" in slow_build.said(), process, slow_build)
+            wait_until(lambda: "stop the job?" in slow_build.errors(), process, slow_build)
             process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130, slow_build.said()
-    assert f"job {job} goes on" in slow_build.said()
-    assert f"ray job stop --address {cluster.dashboard_url} {job}" in slow_build.said()
-    assert ask(cluster, job)["status"] == "RUNNING"
-    assert ask(cluster, job, "/stop", "POST") == {"stopped": True}
+        assert process.wait(60) == 130, slow_build.errors()
+    assert f"job {job} goes on" in slow_build.errors()
+    assert f"ray job stop --address {cluster.dashboard_url} {job}" in slow_build.errors()
+    assert request(cluster, job)["status"] == "RUNNING"
+    assert request(cluster, job, "/stop", "POST") == {"stopped": True}
