@@ -1,4 +1,4 @@
-"""An S3 server on loopback, folders with short names, and the end of what a test left running."""
+"""An S3 server on loopback, folders with short names, and the end of jobs that a test left running."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         server = subprocess.Popen(command, stdout=sink, stderr=sink)
         patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
         patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "a-secret-that-nobody-may-see")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "a-secret-value")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         try:
             _make_bucket()
@@ -59,6 +59,6 @@ def _make_bucket() -> None:
 
 @pytest.fixture
 def disks() -> Iterator[Path]:
-    """For the folders of nodes: below pytest's own, the sockets in them would have names that are too long."""
+    """A folder for the folders of nodes: in pytest's folder the paths of their sockets would be too long."""
     with tempfile.TemporaryDirectory(prefix="nodes-", ignore_cleanup_errors=True) as folder:
         yield Path(folder)

@@ -1,4 +1,4 @@
-"""Jobs in processes of their own, as a user starts them in a terminal."""
+"""Jobs in other processes, as a user starts them in a terminal."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def write(path: Path, tree: dict[str, object]) -> Path:
 
 
 def start(job: str, config: Path) -> subprocess.Popen[bytes]:
-    """A job in a session of its own that hears Ctrl-C; what it says goes to ``said(config)``."""
+    """Starts a job in a new session in which Ctrl-C works. Its output is ``log_of(config)``."""
     command = [sys.executable, "-m", f"jobs.{job}", str(config)]
     with config.with_suffix(".log").open("ab") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, preexec_fn=hear_ctrl_c)
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, preexec_fn=enable_ctrl_c)
     _started.append(process)
     return process
 
 
-def hear_ctrl_c() -> None:
-    """Whoever runs the tests in the background of a script has them, and all they start, ignore it."""
+def enable_ctrl_c() -> None:
+    """Restores the handler of Ctrl-C, which processes in the background of a script ignore."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -36,12 +36,12 @@ def start_build(config: Path) -> subprocess.Popen[bytes]:
     return start("build_cache", config)
 
 
-def said(config: Path) -> str:
+def log_of(config: Path) -> str:
     return config.with_suffix(".log").read_text()
 
 
 def end_all() -> None:
-    """What a failed test left running would disturb the tests after it."""
+    """Ends jobs that a failed test left running."""
     for process in _started:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

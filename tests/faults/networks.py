@@ -1,4 +1,4 @@
-"""Teachers that leave a trace of every batch they are asked, outside of any cache, wait before one, or die of one."""
+"""Teachers that record every batch outside of the cache, wait before a batch, or end their process at a batch."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ LOG, MINE, HOLD = "STILLROOM_TEST_FORWARDS", "STILLROOM_TEST_MINE", "STILLROOM_T
 
 
 class Traced(nn.Module):
-    """A digest of each batch of images goes to the file that the environment names: one line, one write."""
+    """Writes a digest of each batch of images to the file of the environment: one line, one write."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.network = resnet(num_classes=num_classes, depth=8, widths=[4, 4, 6, 8])
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        seen = hashlib.sha256(images_BCHW.detach().float().contiguous().numpy().tobytes()).hexdigest()
+        digest = hashlib.sha256(images_BCHW.detach().float().contiguous().numpy().tobytes()).hexdigest()
         handle = os.open(os.environ[LOG], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         try:
-            os.write(handle, f"{seen}\n".encode())
+            os.write(handle, f"{digest}\n".encode())
         finally:
             os.close(handle)
         return self.network(images_BCHW)
@@ -38,7 +38,7 @@ def forwards() -> list[str]:
 
 
 class Mined(Traced):
-    """Ends its process at a white image, as long as the file stands that the environment names."""
+    """Ends its process at a white image while the file of the environment exists."""
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         # White after normalising by 0.5 and 0.5; padding is darker.
@@ -47,23 +47,23 @@ class Mined(Traced):
         return super().forward(images_BCHW)
 
 
-class CacheLease(Traced):
-    """Waits before each batch while the file stands that the environment names; ``held`` counts the first waits."""
+class Held(Traced):
+    """Waits before each batch while the file of the environment exists; ``num_waiting`` counts the first waits."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__(num_classes)
-        self.was_held = False
+        self.has_waited = False
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         while Path(os.environ[HOLD]).exists():
-            if not self.was_held:
-                self.was_held = True
+            if not self.has_waited:
+                self.has_waited = True
                 Path(f"{os.environ[HOLD]}-{os.getpid()}").touch()
             time.sleep(0.02)
         return super().forward(images_BCHW)
 
 
-def held() -> int:
-    """How many processes have begun to wait."""
-    acquire = Path(os.environ[HOLD])
-    return len(list(acquire.parent.glob(f"{acquire.name}-*")))
+def num_waiting() -> int:
+    """The number of processes that have begun to wait."""
+    hold = Path(os.environ[HOLD])
+    return len(list(hold.parent.glob(f"{hold.name}-*")))

@@ -1,4 +1,4 @@
-"""A proxy before an S3 server that fails as networks and stores do, and counts how often."""
+"""A proxy before an S3 server that injects faults of networks and stores, and counts them."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
-FAULTS = ("error 500", "slow down", "reset", "answer lost", "slow body", "cut body", "damaged upload")
+FAULTS = ("error 500", "slow down", "reset", "response lost", "slow body", "cut body", "damaged upload")
 _ONLY_FOR = {"slow body": "GET", "cut body": "GET", "damaged upload": "PUT"}
-# An operation has five attempts, so that one more than this would be told as an error.
+# An operation has five attempts, so more faults would be an error.
 _MAX_PER_NAME = 3
 _BURST = 3
-_ANSWER = "<?xml version='1.0'?><Error><Code>{code}</Code><Message>injected</Message></Error>"
+_ERROR_BODY = "<?xml version='1.0'?><Error><Code>{code}</Code><Message>injected</Message></Error>"
 _HOP_BY_HOP = {"connection", "transfer-encoding", "content-length", "expect", "keep-alive"}
 
 
 @dataclass
-class Weather:
-    """What goes wrong, when: drawn for every request, a bounded number of times for every object."""
+class FaultPlan:
+    """Decides the faults: sampled for every request, a bounded number for every object."""
 
     share: float
-    draw: random.Random
-    heeds_conditions: bool = True
+    random: random.Random
+    honours_conditions: bool = True
     injected: Counter[str] = field(default_factory=Counter)
     checksums: Counter[str] = field(default_factory=Counter)
     _per_name: Counter[str] = field(default_factory=Counter)
@@ -41,7 +41,7 @@ class Weather:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def fault_for(self, method: str, path: str) -> str | None:
-        """The fault for this request, or None. A burst of ``slow down`` meets whatever comes next."""
+        """The fault for this request, or None. A burst of ``slow down`` applies to the following requests."""
         url = urlsplit(path)
         name = parse_qs(url.query).get("prefix", [url.path.split("/", 2)[-1]])[0].strip("/")
         with self._lock:
@@ -50,11 +50,11 @@ class Weather:
             if self._burst_left:
                 self._burst_left -= 1
                 kind = "slow down"
-            elif self.draw.random() < self.share:
-                # The rarest so far, so that a short run meets every kind.
+            elif self.random.random() < self.share:
+                # The rarest fault so far, so that a short run has every kind.
                 possible = [fault for fault in FAULTS if method == _ONLY_FOR.get(fault, method)]
-                kind = min(possible, key=lambda fault: (self.injected[fault], self.draw.random()))
-                self._burst_left = self.draw.randrange(_BURST) if kind == "slow down" else 0
+                kind = min(possible, key=lambda fault: (self.injected[fault], self.random.random()))
+                self._burst_left = self.random.randrange(_BURST) if kind == "slow down" else 0
             else:
                 return None
             self._per_name[name] += 1
@@ -64,49 +64,49 @@ class Weather:
 
 class _Proxy(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    weather: Weather
+    plan: FaultPlan
     target: str
 
     def handle_any(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if self.command == "PUT":
-            self.weather.checksums["with" if "x-amz-checksum-crc32" in self.headers else "without"] += 1
-        fault = self.weather.fault_for(self.command, self.path)
+            self.plan.checksums["with" if "x-amz-checksum-crc32" in self.headers else "without"] += 1
+        fault = self.plan.fault_for(self.command, self.path)
         if fault == "error 500":
-            self._answer(500, "InternalError")
+            self._fail(500, "InternalError")
         elif fault == "slow down":
-            self._answer(503, "SlowDown")
+            self._fail(503, "SlowDown")
         elif fault == "reset":
             self._reset()
         elif fault == "damaged upload" and body and self._refuses(bytes([body[0] ^ 1]) + body[1:]):
-            self._answer(400, "BadDigest")
+            self._fail(400, "BadDigest")
         else:
             self._forward(body, fault)
 
     do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = handle_any
 
     def _refuses(self, body: bytes) -> bool:
-        """What S3 does with a body whose checksum is not the one that was sent with it."""
-        arrived = base64.b64encode(zlib.crc32(body).to_bytes(4, "big")).decode()
-        return self.headers.get("x-amz-checksum-crc32", arrived) != arrived
+        """Whether S3 refuses this body because it does not match the checksum of the request."""
+        checksum = base64.b64encode(zlib.crc32(body).to_bytes(4, "big")).decode()
+        return self.headers.get("x-amz-checksum-crc32", checksum) != checksum
 
     def _forward(self, body: bytes, fault: str | None) -> None:
         headers = {name: value for name, value in self.headers.items() if name.lower() not in _HOP_BY_HOP}
-        if not self.weather.heeds_conditions:
+        if not self.plan.honours_conditions:
             headers = {name: value for name, value in headers.items() if name.lower() != "if-none-match"}
         connection = http.client.HTTPConnection(self.target, timeout=60)
         connection.request(self.command, self.path, body, headers)
-        answer = connection.getresponse()
-        data = answer.read()
+        response = connection.getresponse()
+        data = response.read()
         connection.close()
-        if fault == "answer lost":
+        if fault == "response lost":
             self._reset()
             return
-        self.send_response(answer.status)
-        for name, value in answer.getheaders():
+        self.send_response(response.status)
+        for name, value in response.getheaders():
             if name.lower() not in _HOP_BY_HOP:
                 self.send_header(name, value)
-        length = answer.getheader("Content-Length") if self.command == "HEAD" else str(len(data))
+        length = response.getheader("Content-Length") if self.command == "HEAD" else str(len(data))
         if length is not None:
             self.send_header("Content-Length", length)
         self.end_headers()
@@ -121,13 +121,13 @@ class _Proxy(BaseHTTPRequestHandler):
             for start in range(0, len(data), step):
                 self.wfile.write(data[start : start + step])
                 self.wfile.flush()
-                # Not synchronisation: the slowness itself.
+                # The fault itself, not synchronisation.
                 time.sleep(0.1)
         elif self.command != "HEAD":
             self.wfile.write(data)
 
-    def _answer(self, status: int, code: str) -> None:
-        data = _ANSWER.format(code=code).encode()
+    def _fail(self, status: int, code: str) -> None:
+        data = _ERROR_BODY.format(code=code).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/xml")
         self.send_header("Content-Length", str(len(data)))
@@ -136,7 +136,7 @@ class _Proxy(BaseHTTPRequestHandler):
             self.wfile.write(data)
 
     def _reset(self) -> None:
-        """The connection ends with RST, not in good order."""
+        """Ends the connection with RST."""
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.close_connection = True
         self.connection.close()
@@ -153,13 +153,13 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Clients that hang up are what this is about."""
+        """Clients that disconnect are expected."""
 
 
 @contextmanager
-def proxy(target: str, weather: Weather) -> Iterator[str]:
+def proxy(target: str, plan: FaultPlan) -> Iterator[str]:
     """The URL of a proxy before ``http://target``."""
-    handler = type("Proxy", (_Proxy,), {"weather": weather, "target": target})
+    handler = type("Proxy", (_Proxy,), {"plan": plan, "target": target})
     with _Server(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()

@@ -1,4 +1,4 @@
-"""Real kills: whatever dies, and whenever, the finished cache has the bytes of an undisturbed one."""
+"""Killed processes: whichever dies, and whenever, the finished cache has the bytes of an undisturbed one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pipeline.cache.build.part import build_part
 from pipeline.cache.format.layout import commit_path
 from pipeline.shards.writer import pack_shards
 from schemas.config import Config
-from tests.faults.drivers import hear_ctrl_c, said, start, start_build, write
+from tests.faults.drivers import enable_ctrl_c, log_of, start, start_build, write
 from tests.faults.networks import LOG, forwards
 from tests.jobs.clusters import head_node
 from tests.jobs.conftest import NETWORK
@@ -48,7 +48,7 @@ def config_file(folder: Path, name: str, shards: list[str]) -> Path:
 
 
 def traced_file(folder: Path, name: str, shards: list[str]) -> Path:
-    """Many small parts, and a teacher that leaves a trace of what it is asked."""
+    """Many small parts, and a teacher that records its batches."""
     path = config_file(folder, name, shards)
     tree = yaml.safe_load(path.read_text())
     tree["teacher"] |= {"model": "python:tests.faults.networks:Traced", "kwargs": {}}
@@ -94,23 +94,23 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @dataclass
 class Kills:
-    """Ends driver, worker or raylet of a build at random points; knows what was committed when nobody was alive."""
+    """Kills the driver, a worker or the raylet of a build at random times."""
 
     config: Path
     folder: Path
-    draw: random.Random
+    random: random.Random
     counts: Counter[str] = field(default_factory=Counter)
     num_agents: int = 0
-    # (parts that were committed, number of batches the teacher had been asked by then)
+    # (commits, number of batches of the teacher) at each time without a running builder.
     snapshots: list[tuple[set[str], int]] = field(default_factory=list)
 
     def run(self, num_kills: int) -> None:
         builders: list[subprocess.Popen[bytes]] = []
         while self.counts.total() < num_kills:
             if not builders:
-                builders = [start_build(self.config) for _ in range(self.draw.choice((1, 1, 2)))]
+                builders = [start_build(self.config) for _ in range(self.random.choice((1, 1, 2)))]
             self._wait(builders[0])
-            killed = self._kill(builders[0], self.draw.choice(("driver", "worker", "raylet")))
+            killed = self._kill(builders[0], self.random.choice(("driver", "worker", "raylet")))
             if killed == "worker":
                 if len(builders) == 1:
                     self._remember()
@@ -119,37 +119,36 @@ class Kills:
                 self._kill(racer, "driver")
             builders = []
             self._remember()
-        # Whose worker was the last to be killed goes on, and so does a second one beside it.
-        assert [builder.wait(300) for builder in builders] == [0] * len(builders), said(self.config)
+        # A builder goes on after the kill of its worker, and so does a second builder.
+        assert [builder.wait(300) for builder in builders] == [0] * len(builders), log_of(self.config)
 
     def _wait(self, builder: subprocess.Popen[bytes]) -> None:
-        """To a random commit, or to a random moment of the start."""
-        if self.draw.random() < 0.2:
-            wait_until(lambda: builder.poll() is not None, self.draw.uniform(0, 6))
+        """Waits for a random commit, or for a random time of the start."""
+        if self.random.random() < 0.2:
+            wait_until(lambda: builder.poll() is not None, self.random.uniform(0, 6))
             return
-        expected = len(committed(self.folder)) + self.draw.randint(1, 4)
+        expected = len(committed(self.folder)) + self.random.randint(1, 4)
         wait_until(lambda: builder.poll() is not None or len(committed(self.folder)) >= expected, 400)
-        wait_until(lambda: False, self.draw.random() * 0.2)
+        wait_until(lambda: False, self.random.random() * 0.2)
 
     def _kill(self, builder: subprocess.Popen[bytes], expected: str) -> str:
-        """Kills one process and returns what it was. After driver or raylet, the whole builder is gone."""
+        """Kills one process and returns its kind. The kill of a driver or raylet ends the builder."""
         if builder.poll() is not None:
             return "nothing"
         family = psutil.Process(builder.pid).children(recursive=True)
-        found = [process for process in family if is_a(process, expected)]
-        victim = self.draw.choice(found) if found else psutil.Process(builder.pid)
-        killed = expected if found else "driver"
+        candidates = [process for process in family if is_a(process, expected)]
+        victim = self.random.choice(candidates) if candidates else psutil.Process(builder.pid)
+        killed = expected if candidates else "driver"
         victim.kill()
         self.counts[killed] += 1
         if killed != "worker":
-            # A driver without its raylet ends by itself, and workers end without their driver. Ray's agents do not.
+            # A driver ends without its raylet, and workers end without their driver. Ray's agents do not.
             builder.wait(60)
             self._end(family)
         return killed
 
     def _end(self, family: list[psutil.Process]) -> None:
-        """Sees that a builder's processes end; kills the agents, which may have been at their very start, where they do
-        not bear their names yet."""
+        """Waits for the end of a builder's processes, and kills the agents as soon as they have their names."""
         deadline = time.monotonic() + 60
         agents: set[psutil.Process] = set()
         while family and time.monotonic() < deadline:
@@ -184,56 +183,56 @@ def committed(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.glob("commits/*/*.json")}
 
 
-def wait_until(holds: Callable[[], bool], timeout_s: float) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
-    while not holds() and time.monotonic() < deadline:
+    while not condition() and time.monotonic() < deadline:
         time.sleep(0.01)
 
 
 def batches_of_parts(config: Path, folder: Path) -> dict[str, set[str]]:
-    """What the teacher is asked for each part, by commit: one part after the other, without Ray."""
+    """The batches of the teacher for each part, by commit: one part after another, without Ray."""
     tree = yaml.safe_load(config.read_text())
     tree["cache"]["url"], tree["ray"]["address"] = str(folder), "none"
-    alone = Config.model_validate(tree)
-    prepare(alone)
-    found: dict[str, set[str]] = {}
-    for task in open_tasks(alone):
+    config_without_ray = Config.model_validate(tree)
+    prepare(config_without_ray)
+    batches: dict[str, set[str]] = {}
+    for task in open_tasks(config_without_ray):
         before = len(forwards())
         commit = build_part(task)
-        found[commit_path(commit.shard_id, commit.block)] = {*forwards()[before:]}
-    return found
+        batches[commit_path(commit.shard_id, commit.block)] = {*forwards()[before:]}
+    return batches
 
 
-def digest_of(found: dict[str, bytes]) -> str:
-    whole = hashlib.sha256()
-    for name, data in sorted(found.items()):
-        whole.update(f"{name}\n{len(data)}\n".encode() + data)
-    return whole.hexdigest()
+def digest_of(contents: dict[str, bytes]) -> str:
+    state = hashlib.sha256()
+    for name, data in sorted(contents.items()):
+        state.update(f"{name}\n{len(data)}\n".encode() + data)
+    return state.hexdigest()
 
 
 @pytest.mark.exhaustive
 @pytest.mark.timeout(1200)
-def test_a_build_killed_and_raced_at_random_points_ends_with_the_bytes_of_an_undisturbed_one(
+def test_a_build_killed_and_raced_at_random_times_has_the_bytes_of_an_undisturbed_one(
     shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))
     monkeypatch.setenv(LOG, str(tmp_path / "forwards"))
     seed = int(os.environ.get("STILLROOM_TEST_SEED", "7"))
     undisturbed, config = (traced_file(tmp_path, name, shards) for name in ("undisturbed", "killed"))
-    assert start_build(undisturbed).wait() == 0, said(undisturbed)
-    asked_for = batches_of_parts(undisturbed, tmp_path / "mapped")
+    assert start_build(undisturbed).wait() == 0, log_of(undisturbed)
+    batches_by_commit = batches_of_parts(undisturbed, tmp_path / "mapped")
     kills = Kills(config, tmp_path / "killed", random.Random(seed))
     kills.run(NUM_KILLS)
-    assert start_build(config).wait() == 0, said(config)
-    whole, broken = files(str(tmp_path / "undisturbed")), files(str(tmp_path / "killed"))
+    assert start_build(config).wait() == 0, log_of(config)
+    expected, actual = files(str(tmp_path / "undisturbed")), files(str(tmp_path / "killed"))
     print(f"\nseed {seed}; {kills.counts.total()} kills: {dict(kills.counts)}; {kills.num_agents} agents of Ray left")
-    print(f"committed at each: {[len(done) for done, _ in kills.snapshots]} of {len(asked_for)} parts")
-    print(f"undisturbed {digest_of(whole)}\nkilled      {digest_of(broken)}")
-    assert broken == whole
-    assert len({*whole}) > len(asked_for)
-    asked = forwards()
+    print(f"committed at each: {[len(done) for done, _ in kills.snapshots]} of {len(batches_by_commit)} parts")
+    print(f"undisturbed {digest_of(expected)}\nkilled      {digest_of(actual)}")
+    assert actual == expected
+    assert len({*expected}) > len(batches_by_commit)
+    all_batches = forwards()
     for done, count in kills.snapshots:
-        assert not set().union(*(asked_for[path] for path in done)) & {*asked[count:]}
+        assert not set().union(*(batches_by_commit[path] for path in done)) & {*all_batches[count:]}
 
 
 def test_a_killed_worker_costs_a_retry_and_not_the_build(shards: list[str], tmp_path: Path) -> None:
@@ -245,27 +244,27 @@ def test_a_killed_worker_costs_a_retry_and_not_the_build(shards: list[str], tmp_
     ]
     busy = [child for child in workers if ": " in " ".join(child.cmdline())] or workers
     busy[0].send_signal(signal.SIGKILL)
-    assert process.wait() == 0, said(config)
+    assert process.wait() == 0, log_of(config)
     assert (tmp_path / "worker" / "manifest.json").exists()
 
 
-def test_ctrl_c_exits_130_keeps_commits_and_prints_how_to_resume(shards: list[str], tmp_path: Path) -> None:
+def test_ctrl_c_exits_130_leaves_the_commits_and_prints_how_to_resume(shards: list[str], tmp_path: Path) -> None:
     config = config_file(tmp_path, "interrupted", shards)
     process = start_build(config)
     wait_for_commits(tmp_path / "interrupted", 1, process)
     process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130, said(config)
-    assert f"python -m jobs.build_cache {config}" in said(config)
+    assert process.wait(60) == 130, log_of(config)
+    assert f"python -m jobs.build_cache {config}" in log_of(config)
     assert list((tmp_path / "interrupted").glob("commits/*/*.json"))
     assert not (tmp_path / "interrupted" / "manifest.json").exists()
 
 
 @pytest.mark.exhaustive
-def test_ctrl_c_on_a_cluster_that_goes_on_ends_what_was_in_flight(tmp_path: Path) -> None:
+def test_ctrl_c_on_a_running_cluster_ends_the_tasks_in_flight(tmp_path: Path) -> None:
     flight = "list(fan_out(time.sleep, [600.0] * 4, RayConfig(address=sys.argv[1]), what='a task'))"
     script = f"import sys, time\nfrom jobs.ray.fan_out import fan_out\nfrom schemas.config import RayConfig\n{flight}"
     with head_node(tmp_path, num_cpus=2) as node:
-        driver = subprocess.Popen([sys.executable, "-c", script, node.address], env=node.env, preexec_fn=hear_ctrl_c)
+        driver = subprocess.Popen([sys.executable, "-c", script, node.address], env=node.env, preexec_fn=enable_ctrl_c)
         wait_until(lambda: len(node.busy_workers()) == 2, 60)
         assert len(node.busy_workers()) == 2
         driver.send_signal(signal.SIGINT)
@@ -274,14 +273,14 @@ def test_ctrl_c_on_a_cluster_that_goes_on_ends_what_was_in_flight(tmp_path: Path
         assert not node.busy_workers()
 
 
-def test_ctrl_c_in_a_ray_training_exits_130_and_the_same_command_goes_on(shards: list[str], tmp_path: Path) -> None:
+def test_ctrl_c_in_a_ray_training_exits_130_and_the_same_command_resumes(shards: list[str], tmp_path: Path) -> None:
     config = training_file(tmp_path, "training", shards)
     process = start("train_student", config)
     wait_for(tmp_path / "training", "checkpoints/last.pt", 1, process)
     process.send_signal(signal.SIGINT)
-    assert process.wait(90) == 130, said(config)
-    assert f"python -m jobs.train_student {config}" in said(config)
+    assert process.wait(90) == 130, log_of(config)
+    assert f"python -m jobs.train_student {config}" in log_of(config)
     assert not (tmp_path / "training" / "summary.json").exists()
-    assert start("train_student", config).wait() == 0, said(config)
+    assert start("train_student", config).wait() == 0, log_of(config)
     lines = (tmp_path / "training" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(160))

@@ -1,4 +1,4 @@
-"""Builds on nodes that come and go, and parts that fail for good on them."""
+"""Builds on nodes that are lost and added, and parts that fail for good on them."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ import yaml
 from PIL import Image
 
 from jobs.cache_ops import verify
-from jobs.ray import fan_out as module
+from jobs.ray import task_scheduler
 from jobs.ray.fan_out import fan_out
 from jobs.ray.task_scheduler import LostTaskError
 from pipeline.cache.build.header_claim import MAX_DRIFT
 from pipeline.cache.read.reader import open_cache
 from pipeline.shards.writer import pack_shards
 from schemas.config import Config, RayConfig
-from tests.faults.drivers import said, start_build, write
-from tests.faults.networks import HOLD, LOG, MINE, CacheLease, forwards, held
+from tests.faults.drivers import log_of, start_build, write
+from tests.faults.networks import HOLD, LOG, MINE, Held, forwards, num_waiting
 from tests.faults.test_kills import (
     batches_of_parts,
     committed,
@@ -47,7 +47,7 @@ NUM_LOSSES = 6
 
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
-    """A head alone; its workers hear of ``LOG``, ``MINE`` and ``HOLD``."""
+    """A head alone; the environment of its workers has ``LOG``, ``MINE`` and ``HOLD``."""
     folder = tmp_path_factory.mktemp("nodes")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
@@ -61,7 +61,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
 
 @pytest.fixture
 def config(nodes: Nodes, tmp_path: Path) -> Path:
-    """Sixty parts of a build on this cluster, whose teacher can be held."""
+    """Sixty parts of a build on this cluster, whose teacher can be halted."""
     shards = pack_shards(digit_samples(200), f"{tmp_path}/digits-%02d.tar", shard_size=40)
     path = on(nodes, traced_file(tmp_path, "cache", shards), max_retries=2)
     tree = yaml.safe_load(path.read_text())
@@ -75,7 +75,7 @@ def on(nodes: Nodes, path: Path, **ray: object) -> Path:
     return write(path, tree)
 
 
-def alone(path: Path, folder: Path) -> Config:
+def local_config(path: Path, folder: Path) -> Config:
     """The same build as a plain loop into another folder."""
     tree = yaml.safe_load(path.read_text())
     tree["cache"]["url"], tree["ray"]["address"] = str(folder), "none"
@@ -84,40 +84,40 @@ def alone(path: Path, folder: Path) -> Config:
 
 @pytest.mark.exhaustive
 @pytest.mark.timeout(1200)
-def test_spot_nodes_that_come_and_go_end_in_the_bytes_of_an_undisturbed_build(
+def test_a_build_on_nodes_that_are_lost_and_added_has_the_bytes_of_an_undisturbed_build(
     nodes: Nodes, config: Path, tmp_path: Path
 ) -> None:
     draw = random.Random(int(os.environ.get("STILLROOM_TEST_SEED", "7")))
     # A fast machine would finish all parts before the last node is lost.
-    acquire = Path(os.environ[HOLD])
+    hold = Path(os.environ[HOLD])
     fleet = [nodes.add() for _ in range(2)]
     process = start_build(config)
     done: list[int] = []
     for number in range(NUM_LOSSES):
-        acquire.unlink(missing_ok=True)
+        hold.unlink(missing_ok=True)
         expected = len(committed(tmp_path / "cache")) + draw.randint(1, 6)
         wait_until(lambda expected=expected: len(committed(tmp_path / "cache")) >= expected, 400)
-        acquire.touch()
-        assert process.poll() is None, said(config)
-        # Once the whole fleet is gone.
+        hold.touch()
+        assert process.poll() is None, log_of(config)
+        # All nodes are lost once.
         for lost in [*fleet] if number == NUM_LOSSES // 2 else [draw.choice(fleet)]:
             fleet.remove(lost)
             nodes.remove(lost, graceful=draw.random() < 0.5)
         done.append(len(committed(tmp_path / "cache")))
         fleet += [nodes.add() for _ in range(2 - len(fleet))]
-    acquire.unlink()
-    assert process.wait(300) == 0, said(config)
-    build(alone(config, tmp_path / "undisturbed"))
-    whole, broken = files(str(tmp_path / "undisturbed")), files(str(tmp_path / "cache"))
-    retried = [line for line in said(config).splitlines() if "retried" in line]
+    hold.unlink()
+    assert process.wait(300) == 0, log_of(config)
+    build(local_config(config, tmp_path / "undisturbed"))
+    expected_files, disturbed_files = files(str(tmp_path / "undisturbed")), files(str(tmp_path / "cache"))
+    retried = [line for line in log_of(config).splitlines() if "retried" in line]
     print(f"\n{NUM_LOSSES + 1} nodes lost at {done} of 60 parts; {retried}")
-    print(f"undisturbed {digest_of(whole)}\nspot nodes  {digest_of(broken)}")
-    assert broken == whole
+    print(f"undisturbed {digest_of(expected_files)}\nspot nodes  {digest_of(disturbed_files)}")
+    assert disturbed_files == expected_files
     for lost in fleet:
         nodes.remove(lost)
 
 
-def test_a_part_that_fails_for_good_is_named_the_others_finish_and_a_rerun_does_only_that_one(
+def test_a_part_that_fails_for_good_is_named_the_others_finish_and_a_rerun_builds_only_that_one(
     nodes: Nodes, tmp_path: Path
 ) -> None:
     samples = list(digit_samples(32))
@@ -134,58 +134,60 @@ def test_a_part_that_fails_for_good_is_named_the_others_finish_and_a_rerun_does_
     write(config, tree)
     mine = Path(os.environ[MINE])
     mine.touch()
-    one = nodes.add(num_cpus=2)
+    node_id = nodes.add(num_cpus=2)
     assert start_build(config).wait(400) == 1
-    assert "a worker did not finish its task" in said(config)
-    assert f"where:  {shards[1]}, " in said(config), said(config)
-    assert "Traceback" not in said(config)
+    assert "a worker did not finish its task" in log_of(config)
+    assert f"where:  {shards[1]}, " in log_of(config), log_of(config)
+    assert "Traceback" not in log_of(config)
     cache = tmp_path / "cache"
     assert {path.split("/")[1] for path in committed(cache)} == {"digits-00", "digits-02", "digits-03"}
     mine.unlink()
     before = len(forwards())
-    assert start_build(config).wait(400) == 0, said(config)
-    again = {*forwards()[before:]}
-    asked_for = batches_of_parts(config, tmp_path / "mapped")
-    (last,) = (batches for path, batches in asked_for.items() if "digits-01" in path)
-    assert last <= again
-    assert not again & set().union(*(batches for path, batches in asked_for.items() if "digits-01" not in path))
-    nodes.remove(one)
+    assert start_build(config).wait(400) == 0, log_of(config)
+    repeated = {*forwards()[before:]}
+    batches_by_commit = batches_of_parts(config, tmp_path / "mapped")
+    (last,) = (batches for path, batches in batches_by_commit.items() if "digits-01" in path)
+    assert last <= repeated
+    assert not repeated & set().union(
+        *(batches for path, batches in batches_by_commit.items() if "digits-01" not in path)
+    )
+    nodes.remove(node_id)
 
 
 @pytest.mark.exhaustive
-@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="this CPU is of the older kind itself")
-def test_nodes_of_two_kinds_build_one_cache_whose_numbers_agree_within_what_is_stated(
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="this CPU is of the older kind")
+def test_nodes_of_two_cpu_kinds_build_one_cache_within_the_stated_drift(
     nodes: Nodes, config: Path, tmp_path: Path
 ) -> None:
-    # As on an older CPU, torch and its kernels round otherwise there; it would draw other random weights too.
+    # As on an older CPU, torch rounds differently. It would also sample other random weights.
     older = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"}
-    torch.save(CacheLease(10).state_dict(), tmp_path / "teacher.pt")
+    torch.save(Held(10).state_dict(), tmp_path / "teacher.pt")
     tree = yaml.safe_load(config.read_text())
     tree["teacher"]["weights"] = str(tmp_path / "teacher.pt")
-    # Two bytes a logit would hide most of it.
+    # fp16 would hide most of the difference.
     tree["cache"]["logits"] = "fp32"
     write(config, tree)
-    fleet, waited = [nodes.add(), nodes.add(env_vars=older)], held()
+    fleet, waited = [nodes.add(), nodes.add(env_vars=older)], num_waiting()
     process = start_build(config)
-    # Each has a part in work before the other has done all.
+    # Each node has a part in work before the other one has finished all parts.
     wait_until(lambda: (tmp_path / "cache" / "header.json").exists(), 400)
-    acquire = Path(os.environ[HOLD])
-    acquire.touch()
-    wait_until(lambda: held() == waited + 2, 60)
-    acquire.unlink()
-    assert process.wait(300) == 0, said(config)
+    hold = Path(os.environ[HOLD])
+    hold.touch()
+    wait_until(lambda: num_waiting() == waited + 2, 60)
+    hold.unlink()
+    assert process.wait(300) == 0, log_of(config)
     for node_id in fleet:
         nodes.remove(node_id)
-    url, here = str(tmp_path / "cache"), str(tmp_path / "here")
-    build(alone(config, Path(here)))
-    mixed, plain = files(f"{url}/index"), files(f"{here}/index")
+    url, local = str(tmp_path / "cache"), str(tmp_path / "local")
+    build(local_config(config, Path(local)))
+    mixed, plain = files(f"{url}/index"), files(f"{local}/index")
     assert len(mixed) == 5
     assert mixed == plain
     kinds = {(commit.shard_id, view.view): commit for commit in read_commits(url) for view in commit.views}
-    found, expected = open_cache(url), open_cache(here)
+    mixed_cache, local_cache = open_cache(url), open_cache(local)
     drifts: dict[str, list[float]] = {}
     for (shard, view), commit in kinds.items():
-        got, want = found.view(shard, view), expected.view(shard, view)
+        got, want = mixed_cache.view(shard, view), local_cache.view(shard, view)
         for name in ("row_N", "content_hash_N", "box_N4", "flip_N", "mix_row_N", "mix_lambda_N"):
             assert np.array_equal(getattr(got, name), getattr(want, name)), (shard, view, name)
         assert got.pixel_digest == want.pixel_digest
@@ -203,28 +205,29 @@ def test_nodes_of_two_kinds_build_one_cache_whose_numbers_agree_within_what_is_s
 
 
 def _drive(folder: Path, address: str, done: Path) -> None:
-    module._BACKOFF_S = 0.1
+    task_scheduler.BACKOFF_S = 0.1
     keys = RayConfig(address=address, max_retries=1, resources_per_task={"doomed": 1})
     for number, _ in fan_out(partial(kill_the_node, folder), range(3), keys, what="a part"):
         (done / str(number)).touch()
 
 
-def test_a_part_that_takes_its_node_along_each_time_comes_to_an_end(nodes: Nodes, tmp_path: Path) -> None:
+def test_a_part_that_kills_its_node_each_time_fails_for_good(nodes: Nodes, tmp_path: Path) -> None:
     (tmp_path / "attempts").mkdir()
     (tmp_path / "done").mkdir()
     for _ in range(6):
         nodes.add(resources={"doomed": 1})
     with driver() as pool:
-        flown = pool.submit(_drive, tmp_path / "attempts", nodes.address, tmp_path / "done")
-        with pytest.raises(LostTaskError, match="NodeDiedError") as caught:
-            flown.result(120)
-    assert caught.value.where == "0"
+        future = pool.submit(_drive, tmp_path / "attempts", nodes.address, tmp_path / "done")
+        with pytest.raises(LostTaskError) as caught:
+            future.result(120)
+    assert (caught.value.code, caught.value.where) == ("ray.task-lost", "0")
+    assert str(caught.value.got).startswith("NodeDiedError")
     assert Counter(number for number, _ in attempts(tmp_path / "attempts")) == {0: 6, 1: 1, 2: 1}
     assert {path.name for path in (tmp_path / "done").iterdir()} == {"1", "2"}
 
 
 @pytest.mark.exhaustive
-def test_an_autoscaler_starts_from_no_node_what_a_build_and_a_training_ask_for(tmp_path: Path) -> None:
+def test_an_autoscaler_starts_the_nodes_of_a_build_and_a_training_from_zero(tmp_path: Path) -> None:
     script = """
 import sys
 from functools import partial
@@ -246,20 +249,20 @@ with cluster(config):
 
 
 @pytest.mark.exhaustive
-def test_a_task_that_memory_does_not_hold_is_retried_as_often_as_said() -> None:
-    # Whatever is in use is too much, so that Ray ends every task soon.
+def test_a_task_that_runs_out_of_memory_is_retried_max_retries_times() -> None:
+    # Any use exceeds the threshold, so that Ray ends every task soon.
     crowded = {"memory_usage_threshold": 0.0001, "memory_monitor_refresh_ms": 50}
-    with many_nodes({"num_cpus": 1}, _system_config=crowded) as (found, (there,)), driver() as pool:
-        said = pool.submit(_sleep, found.address).result(120)
-    assert f"attempt 1 failed on {platform.node()}:{there[:8]} (OutOfMemoryError)" in said
-    assert "tasks were retried: 1 after OutOfMemoryError" in said
+    with many_nodes({"num_cpus": 1}, _system_config=crowded) as (nodes, (node_id,)), driver() as pool:
+        log = pool.submit(_sleep, nodes.address).result(120)
+    assert f"attempt 1 failed on {platform.node()}:{node_id[:8]} (OutOfMemoryError)" in log
+    assert "tasks were retried: 1 after OutOfMemoryError" in log
 
 
 def _sleep(address: str) -> str:
     keys = RayConfig(address=address, max_retries=1)
-    with contextlib.redirect_stderr(io.StringIO()) as said:
+    with contextlib.redirect_stderr(io.StringIO()) as log:
         try:
             list(fan_out(partial(node, 600), range(1), keys, what="a part"))
         except LostTaskError as error:
             print(error, file=sys.stderr)
-    return said.getvalue()
+    return log.getvalue()

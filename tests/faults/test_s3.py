@@ -1,4 +1,4 @@
-"""S3 by its real protocol, against a server on loopback: conditional create, and the whole way from one bucket."""
+"""S3 by its real protocol, against a server on loopback: conditional create, and build and training in one bucket."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_put_read_range_list_and_delete(s3: str, tmp_path: Path) -> None:
         storage.read(f"{s3}/folder/file")
 
 
-def test_another_process_s_object_is_seen_and_a_folder_or_a_lack_of_credentials_is_told(
+def test_another_process_s_object_is_visible_and_a_folder_or_a_lack_of_credentials_is_an_error(
     s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = f"{s3}/seen/a"
@@ -62,7 +62,7 @@ def test_another_process_s_object_is_seen_and_a_folder_or_a_lack_of_credentials_
     fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
-def test_shards_cache_and_run_in_a_bucket_and_no_secret_in_any_of_them(s3: str, tmp_path: Path) -> None:
+def test_shards_cache_and_run_in_a_bucket_contain_no_secret(s3: str, tmp_path: Path) -> None:
     for local in pack_shards(digit_samples(48), f"{tmp_path}/digits-%02d.tar", shard_size=24):
         storage.put(Path(local), f"{s3}/shards/{Path(local).name}")
     tree = {

@@ -1,4 +1,4 @@
-"""S3 that throttles, fails, resets, loses answers, cuts and damages bodies: same cache, same losses."""
+"""S3 that throttles, fails, resets, loses responses, truncates and damages bodies: same cache, same losses."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from pipeline.shards.writer import pack_shards
 from pipeline.storage import failures, s3_store
 from schemas.config import Config
 from tests.errors import raises
-from tests.faults.s3_proxy import FAULTS, Weather, proxy
+from tests.faults.s3_proxy import FAULTS, FaultPlan, proxy
 from tests.jobs.conftest import NETWORK
 from tests.pipeline.caches import digit_samples, files
 
 pytestmark = pytest.mark.slow
-Storm = Callable[[Weather], str]
+StartProxy = Callable[[FaultPlan], str]
 
 
 @pytest.fixture
-def storm(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Storm]:
-    """``storm(weather)`` puts a proxy with that weather before the server of ``s3`` until the test ends."""
-    # Repetitions are ours alone and at once: botocore's own layer would hide them, and both would wait.
+def start_proxy(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[StartProxy]:
+    """``start_proxy(plan)`` puts a proxy with these faults before the server of ``s3`` until the test ends."""
+    # Disables the retries of botocore, which would hide those of storage, and the pauses of storage.
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     monkeypatch.setattr(failures.PAUSE, "multiplier", 0)
     monkeypatch.setattr(fsspec.get_filesystem_class("s3"), "connect_timeout", 2)
@@ -41,8 +41,8 @@ def storm(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Storm]:
     with pytest.MonkeyPatch.context() as patch:
         proxies = []
 
-        def start(weather: Weather) -> str:
-            through = proxy(target, weather)
+        def start(plan: FaultPlan) -> str:
+            through = proxy(target, plan)
             patch.setenv("AWS_ENDPOINT_URL", through.__enter__())
             proxies.append(through)
             class_of_s3.clear_instance_cache()
@@ -55,7 +55,7 @@ def storm(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Storm]:
 
 
 def tree(s3: str, name: str, folder: Path) -> dict[str, Any]:
-    """With a node of its own, or the storm would find what the calm has fetched."""
+    """Each with another local store, so that the run with faults downloads all files again."""
     return {
         "data": {
             "shards": f"{s3}/shards/digits-{{00..01}}.tar",
@@ -79,30 +79,30 @@ def losses(s3: str, name: str) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in map(json.loads, lines)]
 
 
-def test_a_build_and_a_training_through_a_storm_end_as_they_do_in_calm(
-    storm: Storm, s3: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_build_and_a_training_with_faults_have_the_results_of_those_without(
+    start_proxy: StartProxy, s3: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for local in pack_shards(digit_samples(48), f"{tmp_path}/digits-%02d.tar", shard_size=24):
         storage.put(Path(local), f"{s3}/shards/{Path(local).name}")
-    for name in ("calm", "stormy"):
-        if name == "stormy":
-            weather = Weather(share=0.4, draw=random.Random(11))
-            storm(weather)
+    for name in ("undisturbed", "disturbed"):
+        if name == "disturbed":
+            plan = FaultPlan(share=0.4, random=random.Random(11))
+            start_proxy(plan)
         build_cache(Config.model_validate(tree(s3, name, tmp_path)))
         train_student(Config.model_validate(tree(s3, name, tmp_path)))
-    injected = weather.injected.copy()
-    weather.share = 0
+    injected = plan.injected.copy()
+    plan.share = 0
     with capsys.disabled():
-        print(f"\ninjected: {dict(injected)}; uploads {dict(weather.checksums)} checksum")
+        print(f"\ninjected: {dict(injected)}; uploads {dict(plan.checksums)} checksum")
     assert {*injected} == {*FAULTS}
-    assert weather.checksums["without"] == 0
-    assert files(f"{s3}/stormy") == files(f"{s3}/calm")
-    assert losses(s3, "stormy") == losses(s3, "calm")
+    assert plan.checksums["without"] == 0
+    assert files(f"{s3}/disturbed") == files(f"{s3}/undisturbed")
+    assert losses(s3, "disturbed") == losses(s3, "undisturbed")
 
 
-@pytest.mark.parametrize("fault", ["answer lost", "damaged upload", "reset"])
-def test_a_creation_that_failed_on_its_way_is_done_once_and_is_ours(fault: str, storm: Storm) -> None:
-    class Once(Weather):
+@pytest.mark.parametrize("fault", ["response lost", "damaged upload", "reset"])
+def test_a_creation_with_a_failed_request_happens_once_and_succeeds(fault: str, start_proxy: StartProxy) -> None:
+    class Once(FaultPlan):
         def fault_for(self, method: str, path: str) -> str | None:
             del path
             if method != "PUT" or self.injected[fault]:
@@ -110,23 +110,23 @@ def test_a_creation_that_failed_on_its_way_is_done_once_and_is_ours(fault: str, 
             self.injected[fault] += 1
             return fault
 
-    weather = Once(share=0, draw=random.Random(0))
-    bucket = storm(weather)
+    plan = Once(share=0, random=random.Random(0))
+    bucket = start_proxy(plan)
     url = f"{bucket}/once/{fault.replace(' ', '-')}.json"
-    assert storage.create(url, b"ours")
-    assert weather.injected == {fault: 1}
-    assert storage.read(url) == b"ours"
-    assert not storage.create(url, b"theirs")
+    assert storage.create(url, b"first")
+    assert plan.injected == {fault: 1}
+    assert storage.read(url) == b"first"
+    assert not storage.create(url, b"second")
 
 
-def test_a_large_upload_goes_in_parts_with_checksums_and_a_damaged_part_is_sent_again(
-    storm: Storm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_a_large_upload_has_parts_with_checksums_and_a_damaged_part_is_sent_again(
+    start_proxy: StartProxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    # S3's smallest part; what follows is more than two of them.
+    # The smallest part of S3; the file has more than two of them.
     monkeypatch.setattr(s3_store, "CHUNK_BYTES", 5 * 2**20)
     (tmp_path / "large").write_bytes(random.Random(3).randbytes(12 * 2**20))
 
-    class FirstPart(Weather):
+    class FirstPart(FaultPlan):
         def fault_for(self, method: str, path: str) -> str | None:
             del method
             if "partNumber=2" not in path or self.injected["damaged upload"]:
@@ -134,40 +134,42 @@ def test_a_large_upload_goes_in_parts_with_checksums_and_a_damaged_part_is_sent_
             self.injected["damaged upload"] += 1
             return "damaged upload"
 
-    weather = FirstPart(share=0, draw=random.Random(0))
-    bucket = storm(weather)
+    plan = FirstPart(share=0, random=random.Random(0))
+    bucket = start_proxy(plan)
     storage.put(tmp_path / "large", f"{bucket}/large")
-    assert weather.injected == {"damaged upload": 1}
-    assert weather.checksums["without"] == 0
-    assert weather.checksums["with"] == 6
+    assert plan.injected == {"damaged upload": 1}
+    assert plan.checksums["without"] == 0
+    assert plan.checksums["with"] == 6
     assert storage.read(f"{bucket}/large") == (tmp_path / "large").read_bytes()
 
 
-def test_a_store_that_does_not_recover_is_given_up_and_a_missing_bucket_at_once(storm: Storm) -> None:
-    class Down(Weather):
+def test_a_store_that_does_not_recover_fails_after_retries_and_a_missing_bucket_at_once(
+    start_proxy: StartProxy,
+) -> None:
+    class Down(FaultPlan):
         def fault_for(self, method: str, path: str) -> str | None:
             self.injected[f"{method} {path}"] += 1
             return "slow down"
 
-    weather = Down(share=1, draw=random.Random(0))
-    bucket = storm(weather)
-    with pytest.raises(TransientStorageError, match="Service Unavailable"):
+    plan = Down(share=1, random=random.Random(0))
+    bucket = start_proxy(plan)
+    with pytest.raises(TransientStorageError):
         storage.size(f"{bucket}/a")
-    assert 5 <= sum(weather.injected.values()) <= 15
-    calm = Weather(share=0, draw=random.Random(0))
-    storm(calm)
+    assert 5 <= sum(plan.injected.values()) <= 15
+    no_faults = FaultPlan(share=0, random=random.Random(0))
+    start_proxy(no_faults)
     with pytest.raises(StorageInputError):
         storage.write("s3://no-such-bucket/a", b"x")
 
 
-def test_a_store_that_ignores_conditions_is_refused_by_the_probe(storm: Storm) -> None:
-    bucket = storm(Weather(share=0, draw=random.Random(0), heeds_conditions=False))
+def test_a_store_that_ignores_conditions_is_refused_by_the_probe(start_proxy: StartProxy) -> None:
+    bucket = start_proxy(FaultPlan(share=0, random=random.Random(0), honours_conditions=False))
     with raises("storage.create-not-exclusive"):
         storage.probe(f"{bucket}/careless")
     assert storage.listing(f"{bucket}/careless") == []
 
 
-def test_a_probe_of_a_bucket_leaves_nothing_and_one_that_is_not_there_is_refused(s3: str) -> None:
+def test_a_probe_of_a_bucket_leaves_no_object_and_a_missing_bucket_is_refused(s3: str) -> None:
     storage.probe(f"{s3}/probed")
     assert storage.listing(f"{s3}/probed") == []
     assert fsspec.filesystem("s3").find(f"{s3}/probed") == []

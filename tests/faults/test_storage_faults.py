@@ -1,7 +1,6 @@
-"""Every file operation of a small build fails once, in each way, one after the other; the cache comes out the same.
+"""Every file operation of a small build fails once, in each way, one after another; the cache is the same.
 
-The faults come from the interpreter's audit events, which see each opening, renaming, linking and removing below the
-cache's folder, whichever line of ours does it.
+Faults are injected by the interpreter's audit events for each open, rename, link and remove below the cache's folder.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from pipeline.core.hashing import digest
 from pipeline.shards.writer import pack_shards
 from pipeline.storage import failures
 from schemas.config import Config
+from tests.errors import raises
 from tests.faults.networks import LOG, forwards
 from tests.marks import slow
 from tests.pipeline.caches import digit_samples, files
@@ -37,12 +37,12 @@ WRITES = ("open for writing", "os.mkdir", "os.rename", "os.link")
 
 
 class Killed(BaseException):
-    """What a SIGKILL is to the code that runs: nothing after it happens."""
+    """Like a SIGKILL: no code of the build runs after it."""
 
 
 @dataclass
 class Faults:
-    """Sees every operation below ``folder`` and may raise in its stead."""
+    """Records every operation below ``folder`` and may raise instead of it."""
 
     folder: Path
     strike: Callable[[Faults, str, Path], None]
@@ -71,7 +71,7 @@ def _hook(event: str, arguments: tuple[object, ...]) -> None:
 
 @contextmanager
 def injected(folder: Path, strike: Callable[[Faults, str, Path], None], *, hard_links: bool = True) -> Iterator[Faults]:
-    """Without ``hard_links`` each attempt to make one fails too, as it does on vfat."""
+    """Without ``hard_links`` each link fails too, as on vfat."""
 
     def first(faults: Faults, event: str, path: Path) -> None:
         strike(faults, event, path)
@@ -110,7 +110,7 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def shard(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Seven digits and one image that nobody can decode."""
+    """Seven digits and one undecodable image."""
     samples = [*digit_samples(7), ("broken", {"png": b"no image", "cls": b"1"})]
     (url,) = pack_shards(samples, f"{tmp_path_factory.mktemp('shard')}/one-%d.tar", shard_size=8)
     return url
@@ -118,7 +118,7 @@ def shard(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """In memory where the machine allows it: a sync to a disk is most of the time of a small build."""
+    """In memory if possible: a small build spends most of its time in syncs to a disk."""
     root = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=root if root.is_dir() and os.access(root, os.W_OK) else None) as name:
         yield Path(name)
@@ -149,13 +149,13 @@ def undisturbed(shard: str, folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def asked(shard: str, folder: Path) -> Callable[[], int]:
-    """How many batches of images the teacher was asked so far; what it is asked as it is loaded is no image."""
+def num_batches(shard: str, folder: Path) -> Callable[[], int]:
+    """Returns the number of the teacher's batches so far, without the probes at its load."""
     load_context.cache_clear()
     before = len(forwards())
     prepare(config_of(shard, folder / "prepared"))
-    of_loading = {*forwards()[before:]}
-    return lambda: sum(batch not in of_loading for batch in forwards())
+    probes = {*forwards()[before:]}
+    return lambda: sum(batch not in probes for batch in forwards())
 
 
 def operations(shard: str, url: Path, *, hard_links: bool = True) -> list[str]:
@@ -170,7 +170,7 @@ def commits(found: dict[str, bytes]) -> dict[str, dict[str, object]]:
 
 
 def check_half_built(found: dict[str, bytes], undisturbed: dict[str, bytes]) -> None:
-    """Whatever stands under a final name is whole, and what a commit names is there."""
+    """Checks that every file under a final name is complete, and that the files of commits exist."""
     assert {name: digest(data) for name, data in found.items()} == {
         name: digest(undisturbed[name]) for name in found if name in undisturbed
     }
@@ -179,89 +179,89 @@ def check_half_built(found: dict[str, bytes], undisturbed: dict[str, bytes]) -> 
             assert named is None or named["path"] in found
 
 
-def check_resumed(shard: str, url: Path, undisturbed: dict[str, bytes], asked: Callable[[], int]) -> None:
-    """From here an undisturbed build ends with the same bytes, and asks nothing again that is committed."""
-    found = files(str(url))
-    check_half_built(found, undisturbed)
-    before = asked()
+def check_resumed(shard: str, url: Path, undisturbed: dict[str, bytes], num_batches: Callable[[], int]) -> None:
+    """Checks that an undisturbed build resumes to the same bytes and repeats no committed part."""
+    partial = files(str(url))
+    check_half_built(partial, undisturbed)
+    before = num_batches()
     manifest = build_cache(config_of(shard, url))
     # One batch a part.
-    assert asked() - before == len(PARTS) - len(commits(found))
+    assert num_batches() - before == len(PARTS) - len(commits(partial))
     assert files(str(url)) == undisturbed
     assert (manifest.num_samples, manifest.num_ok, manifest.skipped) == (8, 7, {"undecodable": 1})
     for commit in commits(undisturbed).values():
         assert commit["read"] == commit["written"] + sum(commit["skipped"].values())
 
 
-def places(seen: list[str], kinds: tuple[str, ...]) -> list[int]:
-    return [number for number, event in enumerate(seen) if event in kinds]
+def positions(events: list[str], kinds: tuple[str, ...]) -> list[int]:
+    return [number for number, event in enumerate(events) if event in kinds]
 
 
 @pytest.mark.exhaustive
 @pytest.mark.slow
-def test_an_operation_that_fails_once_is_done_again_and_nothing_else_is(
-    shard: str, folder: Path, undisturbed: dict[str, bytes], asked: Callable[[], int]
+def test_an_operation_that_fails_once_is_repeated_and_nothing_else(
+    shard: str, folder: Path, undisturbed: dict[str, bytes], num_batches: Callable[[], int]
 ) -> None:
-    for place in range(len(operations(shard, folder / "count"))):
+    for position in range(len(operations(shard, folder / "count"))):
 
-        def strike(faults: Faults, event: str, path: Path, place: int = place) -> None:
+        def strike(faults: Faults, event: str, path: Path, position: int = position) -> None:
             del event
-            if len(faults.seen) == place + 1:
+            if len(faults.seen) == position + 1:
                 raise OSError(errno.EIO, "a bad moment", str(path))
 
-        url, before = folder / f"cache-{place}", asked()
+        url, before = folder / f"cache-{position}", num_batches()
         with injected(url, strike):
             build_cache(config_of(shard, url))
-        assert files(str(url)) == undisturbed, place
-        assert asked() - before == len(PARTS), place
+        assert files(str(url)) == undisturbed, position
+        assert num_batches() - before == len(PARTS), position
 
 
 @pytest.mark.slow
 def test_a_disk_that_fills_at_any_write_gives_one_error_and_a_build_that_resumes(
-    shard: str, folder: Path, undisturbed: dict[str, bytes], asked: Callable[[], int]
+    shard: str, folder: Path, undisturbed: dict[str, bytes], num_batches: Callable[[], int]
 ) -> None:
-    for place in places(operations(shard, folder / "count"), WRITES):
+    for position in positions(operations(shard, folder / "count"), WRITES):
 
-        def strike(faults: Faults, event: str, path: Path, place: int = place) -> None:
-            if len(faults.seen) > place and event in WRITES:
+        def strike(faults: Faults, event: str, path: Path, position: int = position) -> None:
+            if len(faults.seen) > position and event in WRITES:
                 raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-        url = folder / f"cache-{place}"
-        with injected(url, strike), pytest.raises(StorageError, match="no space is left") as caught:
+        url = folder / f"cache-{position}"
+        with injected(url, strike), raises("storage.disk-full", StorageError):
             build_cache(config_of(shard, url))
-        assert caught.value.exit_code == 1
-        check_resumed(shard, url, undisturbed, asked)
+        check_resumed(shard, url, undisturbed, num_batches)
 
 
 @pytest.mark.exhaustive
 @pytest.mark.slow
-def test_a_replace_or_link_that_keeps_failing_gives_one_error_and_a_build_that_resumes(
-    shard: str, folder: Path, undisturbed: dict[str, bytes], asked: Callable[[], int]
+def test_a_rename_or_link_that_always_fails_gives_one_error_and_a_build_that_resumes(
+    shard: str, folder: Path, undisturbed: dict[str, bytes], num_batches: Callable[[], int]
 ) -> None:
-    for place in places(operations(shard, folder / "count"), ("os.rename", "os.link")):
+    for position in positions(operations(shard, folder / "count"), ("os.rename", "os.link")):
 
-        def strike(faults: Faults, event: str, path: Path, place: int = place) -> None:
-            if len(faults.seen) > place and event in ("os.rename", "os.link"):
-                raise OSError(errno.EIO, "this stays", str(path))
+        def strike(faults: Faults, event: str, path: Path, position: int = position) -> None:
+            if len(faults.seen) > position and event in ("os.rename", "os.link"):
+                raise OSError(errno.EIO, "always fails", str(path))
 
-        url = folder / f"cache-{place}"
-        with injected(url, strike) as faults, pytest.raises(StorageError, match="this stays") as caught:
+        url = folder / f"cache-{position}"
+        with injected(url, strike) as faults, pytest.raises(StorageError) as caught:
             build_cache(config_of(shard, url))
         assert caught.value.exit_code == 1
-        # Each of the tasks that met it gave up after its fifth attempt.
-        assert faults.seen[place:].count(faults.seen[place]) % 5 == 0
-        check_resumed(shard, url, undisturbed, asked)
+        assert "always fails" in str(caught.value.got)
+        # Each operation was given up after its fifth attempt.
+        assert faults.seen[position:].count(faults.seen[position]) % 5 == 0
+        check_resumed(shard, url, undisturbed, num_batches)
 
 
 @pytest.mark.slow
 @LINKS
-def test_a_death_at_any_operation_with_a_torn_file_left_behind_leaves_a_build_that_resumes(
-    shard: str, folder: Path, undisturbed: dict[str, bytes], asked: Callable[[], int], hard_links: bool
+def test_a_kill_at_any_operation_with_a_truncated_file_leaves_a_build_that_resumes(
+    shard: str, folder: Path, undisturbed: dict[str, bytes], num_batches: Callable[[], int], hard_links: bool
 ) -> None:
-    for place in range(len(operations(shard, folder / "count", hard_links=hard_links))):
+    for position in range(len(operations(shard, folder / "count", hard_links=hard_links))):
 
-        def strike(faults: Faults, event: str, path: Path, place: int = place) -> None:
-            if len(faults.seen) <= place:
+        def strike(faults: Faults, event: str, path: Path, position: int = position) -> None:
+            if len(faults.seen) <= position:
                 return
             if not faults.struck and event in ("os.rename", "os.link"):
                 with no_faults():
@@ -269,33 +269,33 @@ def test_a_death_at_any_operation_with_a_torn_file_left_behind_leaves_a_build_th
             faults.struck = True
             raise Killed
 
-        url = folder / f"cache-{place}"
+        url = folder / f"cache-{position}"
         with injected(url, strike, hard_links=hard_links), pytest.raises(Killed):
             build_cache(config_of(shard, url))
-        check_resumed(shard, url, undisturbed, asked)
+        check_resumed(shard, url, undisturbed, num_batches)
 
 
 @pytest.mark.slow
 @LINKS
-def test_a_second_builder_may_come_and_finish_at_any_write(
+def test_a_second_builder_may_start_and_finish_at_any_write(
     shard: str, folder: Path, undisturbed: dict[str, bytes], hard_links: bool
 ) -> None:
-    for place in places(operations(shard, folder / "count", hard_links=hard_links), WRITES):
+    for position in positions(operations(shard, folder / "count", hard_links=hard_links), WRITES):
 
-        def strike(faults: Faults, event: str, path: Path, place: int = place) -> None:
+        def strike(faults: Faults, event: str, path: Path, position: int = position) -> None:
             del event, path
-            if len(faults.seen) > place and not faults.struck:
+            if len(faults.seen) > position and not faults.struck:
                 faults.struck = True
                 with no_faults():
                     build_cache(config_of(shard, faults.folder))
 
-        url = folder / f"cache-{place}"
+        url = folder / f"cache-{position}"
         with injected(url, strike, hard_links=hard_links):
             build_cache(config_of(shard, url))
-        assert files(str(url)) == undisturbed, place
+        assert files(str(url)) == undisturbed, position
 
 
-# A disk of its own that another program fills after the first commit, and then leaves.
+# A separate disk that another program fills after the first commit, and then frees.
 FILL = """
 mount -t tmpfs -o size=64m tmpfs {disk} || exit 99
 {python} -m jobs.build_cache {config} 2> {out}/first.log & builder=$!
@@ -312,7 +312,7 @@ cp -r {cache} {out}/copy 2> /dev/null || true
 @pytest.mark.slow
 @pytest.mark.skipif(subprocess.run(["unshare", "-rm", "true"], check=False).returncode != 0, reason="no namespaces")
 @pytest.mark.parametrize("full", ["cache", slow("scratch")])
-def test_a_disk_that_is_really_full_exits_1_with_one_message_and_the_same_command_resumes(
+def test_a_full_disk_exits_1_with_one_message_and_the_same_command_resumes(
     full: str, shard: str, tmp_path: Path
 ) -> None:
     disk, out = tmp_path / "disk", tmp_path / "out"
@@ -320,19 +320,19 @@ def test_a_disk_that_is_really_full_exits_1_with_one_message_and_the_same_comman
     out.mkdir()
     cache = (disk if full == "cache" else out) / "cache"
     tree = config_of(shard, cache).model_dump(mode="json")
-    # Enough that the disk is filled long before the last one.
+    # Many, so that the disk is full long before the last part.
     tree["views"]["count"] = 150
     (out / "config.yaml").write_text(yaml.safe_dump(tree))
-    named = {"disk": disk, "out": out, "cache": cache, "commits": cache / "commits", "config": out / "config.yaml"}
-    script = FILL.format(python=sys.executable, **named)
+    paths = {"disk": disk, "out": out, "cache": cache, "commits": cache / "commits", "config": out / "config.yaml"}
+    script = FILL.format(python=sys.executable, **paths)
     scratch = {"TMPDIR": str(disk)} if full == "scratch" else {}
     subprocess.run(["unshare", "-rm", "bash", "-c", script], env={**os.environ, **scratch}, check=True)
-    said = (out / "first.log").read_text()
-    assert (out / "first").read_text() == "1\n", said
+    log = (out / "first.log").read_text()
+    assert (out / "first").read_text() == "1\n", log
     assert (out / "second").read_text() == "0\n", (out / "second.log").read_text()
-    assert said.count("error: ") == 1
-    assert "no space is left" in said
-    assert "Traceback" not in said
+    assert log.count("error: ") == 1
+    assert "storage.disk-full" in log
+    assert "Traceback" not in log
     assert 0 < len((out / "committed").read_text().split()) < 151
     build_cache(Config.model_validate({**tree, "cache": {**tree["cache"], "url": str(tmp_path / "undisturbed")}}))
     assert files(str(out / ("copy" if full == "cache" else "cache"))) == files(str(tmp_path / "undisturbed"))

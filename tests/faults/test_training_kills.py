@@ -1,4 +1,4 @@
-"""A worker of a training is killed, a node is lost: workers start again, and nothing of it is to be seen later."""
+"""A worker of a training is killed and a node is lost: workers are restarted, and the results are the same."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import yaml
 
 from pipeline.shards.writer import pack_shards
 from pipeline.student.run import checkpoint
-from tests.faults.drivers import said, start, write
+from tests.faults.drivers import log_of, start, write
 from tests.faults.test_kills import training_file
 from tests.faults.test_training_nodes import cluster, lose, wait_for, worker_node
 from tests.pipeline.caches import digit_samples
@@ -50,22 +50,22 @@ def config_file(folder: Path, name: str, shards: list[str], **ray: Any) -> Path:
 
 
 def kill_a_worker_on(node: subprocess.Popen[bytes]) -> None:
-    """Ray's workers stay in the session of their node, and no other session's are touched."""
-    victims = [found for found in psutil.process_iter(["cmdline"]) if _is_worker_on(node, found)]
+    """Kills the worker in the session of the node."""
+    victims = [process for process in psutil.process_iter(["cmdline"]) if _is_worker_on(node, process)]
     assert len(victims) == 1
     victims[0].kill()
     psutil.wait_procs(victims, timeout=30)
 
 
-def _is_worker_on(node: subprocess.Popen[bytes], found: psutil.Process) -> bool:
+def _is_worker_on(node: subprocess.Popen[bytes], process: psutil.Process) -> bool:
     try:
-        return " ".join(found.info["cmdline"] or ()).startswith(WORKER) and os.getsid(found.pid) == node.pid
+        return " ".join(process.info["cmdline"] or ()).startswith(WORKER) and os.getsid(process.pid) == node.pid
     except ProcessLookupError:
         return False
 
 
 def steps_at(run: Path) -> int:
-    """Where the last checkpoint stands; 0: there is none yet."""
+    """The step of the last checkpoint; 0 without a checkpoint."""
     state = checkpoint.load(str(run), checkpoint.LAST)
     return 0 if state is None else state["step"]
 
@@ -74,51 +74,51 @@ def metrics(run: Path) -> Sequence[dict[str, float]]:
     return [json.loads(line) for line in (run / checkpoint.METRICS).read_text().splitlines()]
 
 
-def assert_bitwise(one: Any, other: Any) -> None:
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other)
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key in one.keys() - {"seconds"}:
-            assert_bitwise(one[key], other[key])
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other)
-        for left, right in zip(one, other, strict=True):
+def assert_bitwise(actual: Any, expected: Any) -> None:
+    if isinstance(actual, torch.Tensor):
+        assert torch.equal(actual, expected)
+    elif isinstance(actual, dict):
+        assert actual.keys() == expected.keys()
+        for key in actual.keys() - {"seconds"}:
+            assert_bitwise(actual[key], expected[key])
+    elif isinstance(actual, list | tuple):
+        assert len(actual) == len(expected)
+        for left, right in zip(actual, expected, strict=True):
             assert_bitwise(left, right)
     else:
-        assert one == other
+        assert actual == expected
 
 
 @pytest.mark.exhaustive
 @pytest.mark.timeout(1500)
-def test_a_training_that_loses_a_worker_and_then_a_node_ends_with_the_bits_of_an_undisturbed_one(
+def test_a_training_that_loses_a_worker_and_then_a_node_has_the_bits_of_an_undisturbed_one(
     disks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its two nodes of one CPU each are one at first, and it waits; the one that is lost is replaced."""
+    """Two nodes of one CPU each. The training waits for the second one; the lost node is replaced."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))
     shards = pack_shards(digit_samples(400), f"{tmp_path}/digits-%02d.tar", shard_size=80)
     undisturbed = config_file(tmp_path, "undisturbed", shards)
-    assert start("train_student", undisturbed).wait(600) == 0, said(undisturbed)
+    assert start("train_student", undisturbed).wait(600) == 0, log_of(undisturbed)
     run = tmp_path / "disturbed"
     with ExitStack() as stack:
         head = stack.enter_context(cluster(disks / "head", monkeypatch))
-        # A busy machine may cost a start beside these two.
+        # A busy machine may cost another start.
         keys = {"address": head.address, "wait_s": 120, "max_failures": 4}
         disturbed = config_file(tmp_path, "disturbed", shards, **keys)
         driver = start("train_student", disturbed)
-        wait_for(lambda: "waiting up to 120 s for nodes" in said(disturbed), driver, disturbed)
+        wait_for(lambda: "waiting up to 120 s for nodes" in log_of(disturbed), driver, disturbed)
         first = stack.enter_context(worker_node(head, disks / "first"))
         wait_for(lambda: steps_at(run) > 0, driver, disturbed)
         kill_a_worker_on(first)
         wait_for(lambda: steps_at(run) > STEPS_PER_EPOCH, driver, disturbed)
         lose(first)
         stack.enter_context(worker_node(head, disks / "second"))
-        assert driver.wait(600) == 0, said(disturbed)
+        assert driver.wait(600) == 0, log_of(disturbed)
 
-    assert "start 3 of the workers" in said(disturbed)
-    one, other = (metrics(tmp_path / name) for name in ("undisturbed", "disturbed"))
-    assert [record["step"] for record in other] == list(range(NUM_STEPS))
-    assert other == one
+    assert "start 3 of the workers" in log_of(disturbed)
+    expected, actual = (metrics(tmp_path / name) for name in ("undisturbed", "disturbed"))
+    assert [record["step"] for record in actual] == list(range(NUM_STEPS))
+    assert actual == expected
     for name in (checkpoint.LAST, checkpoint.BEST):
         states = [checkpoint.load(str(tmp_path / run), name) for run in ("undisturbed", "disturbed")]
         assert states[0] is not None

@@ -1,4 +1,4 @@
-"""A training over nodes that are lost and added while it runs."""
+"""A training on nodes that are lost and added while it runs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from jobs.train_student import train_student
 from pipeline.shards.writer import pack_shards
 from pipeline.student.run import checkpoint
 from schemas.config import Config
-from tests.faults.drivers import said, start, write
+from tests.faults.drivers import log_of, start, write
 from tests.jobs.clusters import HeadNode, end_session, free_port, head_node
 from tests.pipeline.caches import digit_samples
 
@@ -35,20 +35,20 @@ _TIMEOUT_S = 300
 
 @contextmanager
 def served(folder: Path) -> Iterator[tuple[str, Counter[str]]]:
-    """The folder's URL, and how often each of its files was fetched as a whole."""
-    fetched: Counter[str] = Counter()
+    """The folder's URL, and how often each of its files was downloaded as a whole."""
+    downloads: Counter[str] = Counter()
 
     class Handler(SimpleHTTPRequestHandler):
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments, directory=str(folder))
 
         def do_GET(self) -> None:
-            expected = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-            if expected is None:
-                fetched[self.path.lstrip("/")] += 1
+            byte_range = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+            if byte_range is None:
+                downloads[self.path.lstrip("/")] += 1
                 super().do_GET()
                 return
-            data = Path(self.translate_path(self.path)).read_bytes()[int(expected[1]) : int(expected[2]) + 1]
+            data = Path(self.translate_path(self.path)).read_bytes()[int(byte_range[1]) : int(byte_range[2]) + 1]
             self.send_response(206)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
@@ -59,19 +59,19 @@ def served(folder: Path) -> Iterator[tuple[str, Counter[str]]]:
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         try:
-            yield f"http://127.0.0.1:{server.server_address[1]}", fetched
+            yield f"http://127.0.0.1:{server.server_address[1]}", downloads
         finally:
             server.shutdown()
 
 
 @contextmanager
 def cluster(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HeadNode]:
-    """The head, of one CPU; what its workers keep lies in the folder. Jobs that are started find their way to it."""
+    """A head of one CPU; the folder has the temporary files of its workers. Jobs of this process use the cluster."""
     folder.mkdir()
-    # Ray's own sockets need short names.
+    # Ray's sockets need short paths.
     monkeypatch.setenv("RAY_TMPDIR", tempfile.gettempdir())
     monkeypatch.setenv("TMPDIR", str(folder))
-    # A node that has not answered five times is lost.
+    # A node is lost after five failed health checks.
     monkeypatch.setenv("RAY_health_check_period_ms", "1000")
     with head_node(folder, num_cpus=1) as head:
         for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_USAGE_STATS_ENABLED"):
@@ -81,13 +81,13 @@ def cluster(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HeadNode]
 
 @contextmanager
 def worker_node(head: HeadNode, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A node of one CPU in a session of its own; what its workers keep lies in the folder."""
+    """A node of one CPU in a new session; the folder has the temporary files of its workers."""
     folder.mkdir()
     options = [
         f"--address={head.address}",
         "--node-ip-address=127.0.0.1",
         "--num-cpus=1",
-        # Those of the nodes' ports that Ray does not draw by itself are one machine's.
+        # Nodes of one machine need different ports.
         f"--dashboard-agent-listen-port={free_port()}",
         "--min-worker-port=0",
         "--max-worker-port=0",
@@ -105,29 +105,29 @@ def worker_node(head: HeadNode, folder: Path) -> Iterator[subprocess.Popen[bytes
 
 
 def lose(node: subprocess.Popen[bytes]) -> None:
-    """The machine is gone at once, without a word."""
-    for found in psutil.process_iter():
+    """Kills all processes of the node at once."""
+    for process in psutil.process_iter():
         with suppress(ProcessLookupError, psutil.NoSuchProcess):
-            if os.getsid(found.pid) == node.pid:
-                found.kill()
+            if os.getsid(process.pid) == node.pid:
+                process.kill()
     node.wait()
 
 
-def announce_the_end_of(head: HeadNode) -> None:
-    """What a handler of a cloud's notice does for the node that is not the head."""
+def announce_preemption(head: HeadNode) -> None:
+    """Drains the node that is not the head, like the handler of a cloud's preemption notice."""
     script = "import ray; ray.init(log_to_driver=False); "
     script += (
         "print(*[n['NodeID'] for n in ray.nodes() if n['Alive'] and 'node:__internal_head__' not in n['Resources']])"
     )
     env = {**head.env, "RAY_ADDRESS": head.address}
     (node_id,) = subprocess.check_output([sys.executable, "-c", script], env=env, text=True).split()
-    why = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", "--deadline-remaining-seconds=120"]
+    reason = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", "--deadline-remaining-seconds=120"]
     command = [Path(sys.executable).parent / "ray", "drain-node", f"--address={head.address}", f"--node-id={node_id}"]
-    subprocess.run([*command, *why], env=env, check=True, capture_output=True)
+    subprocess.run([*command, *reason], env=env, check=True, capture_output=True)
 
 
 def config_of(folder: Path, name: str, shards: str, **ray: Any) -> dict[str, Any]:
-    """120 steps of a student that computes each row alone, so that any number of ranks computes the same."""
+    """120 steps of a student without statistics of a batch, so that the losses do not depend on the number of ranks."""
     network = {"model": "python:tests.faults.gated:Gated", "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
     return {
         "data": {"shards": shards, "index": str(folder / "index"), "num_classes": 10},
@@ -141,23 +141,23 @@ def config_of(folder: Path, name: str, shards: str, **ray: Any) -> dict[str, Any
     }
 
 
-def train_alone(config: dict[str, Any]) -> None:
+def train_in_one_process(config: dict[str, Any]) -> None:
     checked = Config.model_validate(config)
     assert checked.data.index is not None
     index_shards(checked, checked.data.index)
     train_student(checked)
 
 
-def wait_for(what: Callable[[], bool], driver: subprocess.Popen[bytes], config: Path) -> None:
+def wait_for(condition: Callable[[], bool], driver: subprocess.Popen[bytes], config: Path) -> None:
     deadline = time.monotonic() + _TIMEOUT_S
-    while not what():
-        assert time.monotonic() < deadline, said(config)
-        assert driver.poll() is None, said(config)
+    while not condition():
+        assert time.monotonic() < deadline, log_of(config)
+        assert driver.poll() is None, log_of(config)
         time.sleep(0.1)
 
 
 def worlds(folder: Path) -> list[tuple[str, str]]:
-    """Number of ranks, and node, of each process that has begun to learn."""
+    """The number of ranks and the node of each process that has begun to train."""
     log = folder / "worlds"
     lines = log.read_text().splitlines() if log.exists() else []
     return [(size, Path(node).name) for size, node in map(str.split, lines)]
@@ -176,10 +176,10 @@ def losses(folder: Path) -> list[float]:
 
 @pytest.mark.exhaustive
 @pytest.mark.timeout(900)
-def test_a_training_shrinks_and_grows_with_its_nodes_and_computes_what_one_process_does(
+def test_a_training_shrinks_and_grows_with_its_nodes_and_has_the_losses_of_one_process(
     disks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two ranks on two nodes; one node is lost; another one is added. No node fetches a shard twice."""
+    """Two ranks on two nodes; one node is lost; another one is added. No node downloads a shard twice."""
     head_folder, first_folder, second_folder = (disks / name for name in ("head", "first", "second"))
     cloud, run = (tmp_path / name for name in ("cloud", "nodes"))
     for folder in (cloud, run):
@@ -188,13 +188,13 @@ def test_a_training_shrinks_and_grows_with_its_nodes_and_computes_what_one_proce
 
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))
     with ExitStack() as stack:
-        url, fetched = stack.enter_context(served(cloud))
+        url, downloads = stack.enter_context(served(cloud))
         shards = f"{url}/digits-{{00..04}}.tar"
-        train_alone(config_of(tmp_path, "alone", shards, address="none"))
-        fetched.clear()
+        train_in_one_process(config_of(tmp_path, "alone", shards, address="none"))
+        downloads.clear()
         head = stack.enter_context(cluster(head_folder, monkeypatch))
         first = stack.enter_context(worker_node(head, first_folder))
-        # Beside the lost node, Ray 2.60 itself sometimes removes workers that start on a busy machine.
+        # Ray 2.60 sometimes removes workers that start on a busy machine.
         ray = {"address": head.address, "num_workers": 2, "min_workers": 1, "max_failures": 4, "resize_every_s": 1}
         config = write(tmp_path / "nodes.yaml", config_of(tmp_path, "nodes", shards, **ray))
         (run / "gate").touch()
@@ -205,48 +205,50 @@ def test_a_training_shrinks_and_grows_with_its_nodes_and_computes_what_one_proce
         stack.enter_context(worker_node(head, second_folder))
         wait_for(lambda: len(worlds(run)) == 5, driver, config)
         (run / "gate").unlink()
-        assert driver.wait(_TIMEOUT_S) == 0, said(config)
+        assert driver.wait(_TIMEOUT_S) == 0, log_of(config)
 
     groups = worlds(run)
     assert sorted(groups[:2]) == [("2", "first"), ("2", "head")]
     assert groups[2] == ("1", "head")
     assert sorted(groups[3:]) == [("2", "head"), ("2", "second")]
-    assert "1 of 2 workers run" in said(config)
+    assert "1 of 2 workers run" in log_of(config)
     assert losses(run) == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
-    kept = [path.name for node in (head_folder, first_folder, second_folder) for path in node.glob("stillroom-*/*.tar")]
-    # A name begins with a digest of what the file is a copy of.
-    assert Counter(name.partition("-")[2] for name in kept) == fetched
-    assert sorted(fetched) == [f"digits-0{number}.tar" for number in range(5)]
+    copies = [
+        path.name for node in (head_folder, first_folder, second_folder) for path in node.glob("stillroom-*/*.tar")
+    ]
+    # The name of a copy begins with a digest of its source.
+    assert Counter(name.partition("-")[2] for name in copies) == downloads
+    assert sorted(downloads) == [f"digits-0{number}.tar" for number in range(5)]
 
 
 @pytest.mark.timeout(900)
-def test_a_training_saves_before_a_node_goes_whose_end_was_announced(
+def test_a_training_saves_a_checkpoint_before_a_preempted_node_is_lost(
     disks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No checkpoint is due before the end."""
+    """No checkpoint is due before the end of the training."""
     pack_shards(digit_samples(200), f"{tmp_path}/digits-%02d.tar", shard_size=40)
     shards = f"{tmp_path}/digits-{{00..04}}.tar"
-    never = {"checkpoint_every_steps": None, "checkpoint_every_epochs": 24}
+    no_checkpoints = {"checkpoint_every_steps": None, "checkpoint_every_epochs": 24}
     run = tmp_path / "nodes"
     run.mkdir()
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))
-    train_alone(config_of(tmp_path, "alone", shards, address="none"))
+    train_in_one_process(config_of(tmp_path, "alone", shards, address="none"))
     with ExitStack() as stack:
         head = stack.enter_context(cluster(disks / "head", monkeypatch))
         first = stack.enter_context(worker_node(head, disks / "first"))
         tree = config_of(tmp_path, "nodes", shards, address=head.address, num_workers=2, wait_s=120, max_failures=4)
-        tree["train"] |= never
+        tree["train"] |= no_checkpoints
         config = write(tmp_path / "nodes.yaml", tree)
         (run / "gate").touch()
         driver = start("train_student", config)
         wait_for(lambda: len(worlds(run)) == 2, driver, config)
-        announce_the_end_of(head)
+        announce_preemption(head)
         wait_for(lambda: steps_at(run) > 0, driver, config)
         lose(first)
         stack.enter_context(worker_node(head, disks / "second"))
         wait_for(lambda: len(worlds(run)) == 4, driver, config)
         (run / "gate").unlink()
-        assert driver.wait(_TIMEOUT_S) == 0, said(config)
+        assert driver.wait(_TIMEOUT_S) == 0, log_of(config)
 
-    assert "a node will be taken away" in said(config)
+    assert "a node will be taken away" in log_of(config)
     assert losses(run) == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)

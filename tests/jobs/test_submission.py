@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.faults.drivers import hear_ctrl_c
+from tests.faults.drivers import enable_ctrl_c
 from tests.jobs.clusters import HeadNode, head_node
 from tests.jobs.conftest import Tree
 from tests.marks import slow
@@ -216,7 +216,7 @@ class SlowBuild:
                 stdin=stdin,
                 stdout=out,
                 stderr=err,
-                preexec_fn=hear_ctrl_c,
+                preexec_fn=enable_ctrl_c,
             )
             try:
                 yield process
