@@ -1,6 +1,4 @@
-"""Manifests, and what a cluster would say to them: KubeRay's published CRDs, Kubernetes' schemas for the rest, and what
-Prometheus' operator asks of the fields that are used here.
-"""
+"""Manifests and schemas: KubeRay's published CRDs, Kubernetes' schemas, and one written for Prometheus' operator."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ Document = dict[str, Any]
 
 
 def _object(**properties: Document) -> Document:
-    """Of these fields alone, each of which must be there."""
+    """The schema of an object with exactly these fields."""
     return {
         "type": "object",
         "properties": properties,
@@ -51,12 +49,12 @@ _POD_MONITOR = _object(
 
 
 class _OnceLoader(yaml.SafeLoader):
-    """A key that stands twice is a mistake, of which YAML keeps the last without a word."""
+    """Refuses duplicate keys, of which YAML silently takes the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value]
         if len(names) > len(set(names)):
-            raise yaml.constructor.ConstructorError(None, None, "a key stands twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, "a duplicate key", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -75,12 +73,12 @@ def closed(schema: Any) -> Any:
         return [closed(part) for part in schema]
     if not isinstance(schema, dict):
         return schema
-    found = {name: closed(part) for name, part in schema.items() if name != "properties"}
+    strict = {name: closed(part) for name, part in schema.items() if name != "properties"}
     if "properties" in schema:
-        found["properties"] = {name: closed(part) for name, part in schema["properties"].items()}
+        strict["properties"] = {name: closed(part) for name, part in schema["properties"].items()}
         if not schema.get("x-kubernetes-preserve-unknown-fields"):
-            found.setdefault("additionalProperties", False)
-    return found
+            strict.setdefault("additionalProperties", False)
+    return strict
 
 
 @functools.cache
@@ -101,8 +99,8 @@ def _validator(kind: str) -> jsonschema.Draft202012Validator:
     return jsonschema.Draft202012Validator(closed(schema))
 
 
-def mistake(document: Document) -> str | None:
-    """What is wrong with a manifest, or None."""
+def schema_error(document: Document) -> str | None:
+    """The first error of a manifest, or None."""
     if not isinstance(document.get("kind"), str) or not isinstance(document.get("apiVersion"), str):
         return "$: no kind or apiVersion"
     if document["kind"] in {*_CUSTOM, "PodMonitor"}:

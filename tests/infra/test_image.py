@@ -1,4 +1,4 @@
-"""The Dockerfile, as far as it goes without a daemon: linted, and its packages built from what its context admits."""
+"""The Dockerfile without a daemon: linted, and its packages built from the files of its context."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def instructions() -> list[tuple[str, str]]:
-    """Name and arguments of each, without comments and with continued lines joined."""
+    """Name and arguments of each instruction, without comments and with continued lines joined."""
     lines = [line for line in DOCKERFILE.read_text().splitlines() if line and not line.startswith("#")]
     joined = "\n".join(lines).replace("\\\n", " ")
     return [(name, rest) for name, _, rest in (line.partition(" ") for line in joined.splitlines())]
 
 
 def arguments(name: str) -> list[str]:
-    return [rest for found, rest in instructions() if found == name]
+    return [rest for instruction, rest in instructions() if instruction == name]
 
 
 def pinned() -> dict[str, Version]:
     """Every package==version of the pip steps; ARGs are filled in."""
     defaults = dict(argument.split("=") for argument in arguments("ARG"))
     steps = re.sub(r"\$\{(\w+)\}", lambda match: defaults[match[1]], "\n".join(arguments("RUN")))
-    found = re.findall(r"([a-z]+)(?:\[[a-z,]+\])?==([\d.]+)", steps)
-    return {name: Version(version) for name, version in found}
+    pins = re.findall(r"([a-z]+)(?:\[[a-z,]+\])?==([\d.]+)", steps)
+    return {name: Version(version) for name, version in pins}
 
 
 def test_the_linter_finds_nothing() -> None:
@@ -61,9 +61,9 @@ def test_the_base_image_has_an_exact_version_that_the_project_supports() -> None
     assert version is not None
     assert Version(version[1]) in Requirement(f"python{PROJECT['requires-python']}").specifier
     assert stages == ["base", "base", "torch-${ACCELERATOR}"]
-    named = {image.partition(" AS ")[2] for image in arguments("FROM")}
-    told = re.findall(r"--build-arg ACCELERATOR=(\w+)", (INFRA / "README.md").read_text())
-    assert {f"torch-{name}" for name in told} == {"torch-cpu", "torch-cuda"} <= named
+    names = {image.partition(" AS ")[2] for image in arguments("FROM")}
+    documented = re.findall(r"--build-arg ACCELERATOR=(\w+)", (INFRA / "README.md").read_text())
+    assert {f"torch-{name}" for name in documented} == {"torch-cpu", "torch-cuda"} <= names
 
 
 def test_pinned_packages_are_within_the_project_s_bounds_and_ray_is_that_of_the_manifests() -> None:
@@ -73,7 +73,7 @@ def test_pinned_packages_are_within_the_project_s_bounds_and_ray_is_that_of_the_
     assert {cluster_spec(manifest(name))["rayVersion"] for name in CLUSTERS} == {str(pinned()["ray"])}
 
 
-def test_pods_use_the_image_of_this_version_as_its_user() -> None:
+def test_pods_use_the_image_of_this_version_and_its_user() -> None:
     for pod in (pod for name in CLUSTERS for pod in pods(manifest(name))):
         (container,) = pod.containers
         assert container["image"] == f"registry.example.com/stillroom:{PROJECT['version']}-cuda"
@@ -82,7 +82,7 @@ def test_pods_use_the_image_of_this_version_as_its_user() -> None:
 
 
 def _context(folder: Path) -> None:
-    """What .dockerignore sends: nothing but the names that it admits."""
+    """Copies the files that .dockerignore admits."""
     first, *rules = [rule for rule in (ROOT / ".dockerignore").read_text().splitlines() if not rule.startswith("#")]
     assert first == "*"
     admitted = [rule[1:] for rule in rules if rule.startswith("!")]
@@ -96,7 +96,7 @@ def _context(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_context_builds_the_whole_package_step_by_step(tmp_path: Path) -> None:
+def test_the_context_builds_the_complete_package(tmp_path: Path) -> None:
     context, image = tmp_path / "context", tmp_path / "image"
     context.mkdir()
     image.mkdir()
@@ -110,21 +110,21 @@ def test_the_context_builds_the_whole_package_step_by_step(tmp_path: Path) -> No
                     shutil.copytree(source, image / target)
                 else:
                     shutil.copy(source, image / target)
-        elif name == "RUN" and any(re.fullmatch(r"\.(\[[a-z0-9,]+\])?", word) for word in shlex.split(rest)):
+        elif name == "RUN" and any(re.fullmatch(r"\.(\[[a-z0-9,]+\])?", argument) for argument in shlex.split(rest)):
             wheels.append(_wheel(image, tmp_path / f"wheel-{len(wheels)}"))
     requirements, package = wheels
     assert not any(name.endswith(".py") for name in requirements)
-    here = {
+    sources_here = {
         str(path.relative_to(ROOT))
         for folder in ("schemas", "pipeline", "jobs", "stillroom")
         for path in (ROOT / folder).rglob("*")
         if path.suffix in (".py", ".yaml")
     }
-    assert {name for name in package if ".dist-info/" not in name} == here
+    assert {name for name in package if ".dist-info/" not in name} == sources_here
 
 
 def _wheel(source: Path, out: Path) -> set[str]:
-    """The files of the package that pip would install from here, without its requirements."""
+    """The files of the wheel of this source, without its requirements."""
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
     subprocess.run([*command, "--wheel-dir", out, source], check=True, capture_output=True)
     (wheel,) = out.glob("*.whl")
@@ -138,6 +138,6 @@ def test_the_extras_that_the_image_installs_exist() -> None:
 
 
 @pytest.mark.parametrize("name", ["ENV", "ARG"])
-def test_no_secret_comes_into_the_image_as_a_setting(name: str) -> None:
+def test_the_image_has_no_secret_as_a_setting(name: str) -> None:
     given = re.findall(r"(\w+)=", " ".join(arguments(name)))
     assert not [key for key in given if re.search(r"TOKEN|KEY|SECRET|PASSWORD|CREDENTIAL", key)]

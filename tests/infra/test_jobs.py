@@ -1,4 +1,4 @@
-"""What the jobs run: their commands, the config that they name, and the pods that it needs."""
+"""The jobs' commands, their config, and the pods that it needs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from schemas.config import Config
 from tests.infra.manifests import INFRA, ROOT, Document, cluster_spec, load, manifest, pods
 from tests.pipeline.caches import digit_samples
 
-# Each job, the module that it runs, and the command of a shell that does the same.
+# Each job, its module, and the equivalent command.
 JOBS = {
     "rayjob-build": ("jobs.build_cache", ["cache", "build"]),
     "rayjob-train": ("jobs.train_student", ["train"]),
@@ -37,7 +37,7 @@ def command(document: Document) -> tuple[str, list[str]]:
 
 
 def config_file(document: Document, path: str) -> Path:
-    """The file here that the head's pod has under ``path``: of the ConfigMap that is mounted there."""
+    """The file of the ConfigMap that is mounted at ``path`` in the head's pod."""
     (kustomization,) = load(INFRA / "kustomization.yaml")
     files = {entry["name"]: entry["files"] for entry in kustomization["configMapGenerator"]}
     head = next(pods(document))
@@ -53,7 +53,7 @@ def config_of(name: str) -> Config:
     return load_config(str(config_file(document, path)), overrides)
 
 
-def test_everything_that_is_applied_first_exists() -> None:
+def test_all_resources_of_the_kustomization_exist() -> None:
     (kustomization,) = load(INFRA / "kustomization.yaml")
     files = [*kustomization["resources"], *kustomization["configMapGenerator"][0]["files"]]
     assert all((INFRA / name).is_file() for name in files)
@@ -62,36 +62,35 @@ def test_everything_that_is_applied_first_exists() -> None:
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_an_entry_point_runs_a_job_and_parses_as_the_command_that_does_the_same(name: str) -> None:
+def test_an_entry_point_runs_a_job_and_parses_as_the_equivalent_command(name: str) -> None:
     module, arguments = command(manifest(name))
     assert module == JOBS[name][0]
     assert (ROOT / module.replace(".", "/")).with_suffix(".py").is_file()
-    found: Any = typer.main.get_command(app)
-    words = list(JOBS[name][1])
-    while words:
-        found = found.commands[words.pop(0)]
-    parsed = found.make_context(name, list(arguments)).params
+    group: Any = typer.main.get_command(app)
+    for part in JOBS[name][1]:
+        group = group.commands[part]
+    parsed = group.make_context(name, list(arguments)).params
     assert [parsed["config"], *(parsed["overrides"] or [])] == arguments
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_the_config_of_a_job_loads_and_has_what_the_job_asks_for(name: str) -> None:
+def test_the_config_of_a_job_loads_and_has_the_keys_of_the_job(name: str) -> None:
     config = config_of(name)
     if name != "rayjob-train":
         assert cache_config(config).url == config.data.cache
     if name != "rayjob-build":
         assert check_config(config) == "s3://my-bucket/runs/r50-dist"
-    # A job of KubeRay is no private cluster's, nor a plain loop.
+    # A job of KubeRay uses the cluster of its pods.
     assert config.ray.address == "auto"
 
 
-def test_the_networks_and_the_schedule_of_the_config_are_as_its_comments_say() -> None:
+def test_the_networks_and_the_schedule_match_the_comments_of_the_config() -> None:
     config = config_of("rayjob-distill")
     assert config.student is not None
     teacher, student = (
         summarize_model(model, num_classes=1000, size=224, where="here") for model in (config.teacher, config.student)
     )
-    # torchvision's and timm's tables.
+    # From the tables of torchvision and timm.
     assert round(teacher.num_parameters / 1e6, 2) == 60.19
     assert round(student.num_parameters / 1e6, 2) == 25.56
     plan = plan_training(config.train, config.views, 1_281_167)
@@ -101,7 +100,7 @@ def test_the_networks_and_the_schedule_of_the_config_are_as_its_comments_say() -
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_a_task_and_a_worker_fit_a_pod_and_the_pods_that_may_come_are_enough_and_waited_for(name: str) -> None:
+def test_tasks_and_workers_fit_on_a_pod_and_a_job_waits_for_enough_pods(name: str) -> None:
     config = config_of(name).ray
     (group,) = cluster_spec(manifest(name))["workerGroupSpecs"]
     (container,) = group["template"]["spec"]["containers"]
@@ -113,14 +112,14 @@ def test_a_task_and_a_worker_fit_a_pod_and_the_pods_that_may_come_are_enough_and
     assert config.use_gpu
     assert config.max_retries > 0
     if name != "rayjob-build":
-        # A training does not begin where a worker has no place.
+        # A training needs a place for every worker.
         assert min(cpus // config.cpus_per_worker, gpus) * group["maxReplicas"] >= config.num_workers
         assert config.max_failures > 0
     assert group["minReplicas"] > 0 or config.wait_s > 0
 
 
 @pytest.mark.slow
-def test_the_config_builds_trains_and_distils_where_images_and_networks_are_small(tmp_path: Path) -> None:
+def test_the_config_builds_trains_and_distils_with_small_images_and_networks(tmp_path: Path) -> None:
     shards = pack_shards(digit_samples(24), f"{tmp_path}/digits-%02d.tar", shard_size=12)
     network = "model: 'python:pipeline.models.cifar:resnet', weights: random, mean: [0, 0, 0], std: [1, 1, 1]"
     overrides = [

@@ -1,4 +1,4 @@
-"""Every manifest as the API server, KubeRay's operator and a cluster with restricted pods would judge it."""
+"""Every manifest against the rules of the API server, KubeRay's operator and a namespace with restricted pods."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ import yaml
 from ray.dashboard.http_server_agent import PUBLIC_EXACT_PATHS
 from ray.scripts.scripts import start
 
-from tests.infra.manifests import INFRA, Document, Pod, cluster_spec, load, manifest, mistake, pods
+from tests.infra.manifests import INFRA, Document, Pod, cluster_spec, load, manifest, pods, schema_error
 
 JOBS = ("rayjob-build", "rayjob-train", "rayjob-distill")
 CLUSTERS = (*JOBS, "raycluster-dev")
 FILES = sorted((INFRA / "kuberay").glob("*.yaml"))
-# Maps whose keys are the user's own: no schema knows them, and tests below do.
+# Maps with arbitrary keys, which no schema checks, but tests below.
 _FREE = {"annotations", "labels", "limits", "matchLabels", "rayStartParams", "requests"}
 _SECRET = re.compile(
     r"AKIA[0-9A-Z]{16}|-----BEGIN|://[^/\s]*:[^/\s]*@|(?:password|secret|token|key)\w*\s*[:=]\s*[\"']?[\w/+=-]{16}|"
@@ -45,25 +45,25 @@ def test_every_file_of_the_folder_is_tested_here() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("document", documents())
-def test_a_manifest_is_what_its_schema_asks_for(document: Document) -> None:
-    assert mistake(document) is None
+def test_a_manifest_matches_its_schema(document: Document) -> None:
+    assert schema_error(document) is None
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("document", documents())
-def test_no_misspelt_key_and_no_value_of_another_kind_passes(document: Document) -> None:
-    # A copy without YAML's aliases, so that one change is one change.
+def test_every_misspelled_key_and_every_value_of_another_type_is_refused(document: Document) -> None:
+    # A copy without YAML's aliases, so that a change affects one place.
     document = json.loads(json.dumps(document))
-    unnoticed = {path[-2] for path in _keys(document) if mistake(_misspelt(document, path)) is None}
+    unnoticed = {path[-2] for path in _keys(document) if schema_error(_misspelled(document, path)) is None}
     assert unnoticed <= _FREE
     leaves = [path for path, value in _places(document) if not isinstance(value, dict | list)]
-    assert [path for path in leaves if mistake(_replaced(document, path, [{"no": "such"}])) is None] == []
+    assert [path for path in leaves if schema_error(_replaced(document, path, [{"no": "such"}])) is None] == []
 
 
-def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+def test_a_duplicate_key_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "twice.yaml"
     path.write_text("kind: RayJob\nspec: {}\nspec: {}\n")
-    with pytest.raises(yaml.YAMLError, match="stands twice"):
+    with pytest.raises(yaml.YAMLError, match="duplicate key"):
         load(path)
 
 
@@ -84,7 +84,7 @@ def _replaced(document: Document, path: tuple[Any, ...], value: Any) -> Document
     return document
 
 
-def _misspelt(document: Document, path: tuple[Any, ...]) -> Document:
+def _misspelled(document: Document, path: tuple[Any, ...]) -> Document:
     document = copy.deepcopy(document)
     parent = _parent(document, path)
     parent[f"{path[-1]}x"] = parent.pop(path[-1])
@@ -99,23 +99,23 @@ def _parent(document: Document, path: tuple[Any, ...]) -> Any:
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_a_job_ends_its_cluster_and_cannot_cost_money_for_ever(name: str) -> None:
+def test_a_job_ends_its_cluster_and_has_a_deadline(name: str) -> None:
     spec = manifest(name)["spec"]
     assert spec["shutdownAfterJobFinishes"]
     assert spec["ttlSecondsAfterFinished"] > 0
     assert spec["activeDeadlineSeconds"] > 0
-    # The CRD takes any text here.
+    # The CRD accepts any text here.
     assert spec["submissionMode"] in {"K8sJobMode", "HTTPMode", "SidecarMode", "InteractiveMode"}
 
 
-def test_names_are_such_that_the_operator_can_add_its_own(cluster: Document) -> None:
-    # 63 characters of a label, less what KubeRay appends to clusters and jobs.
+def test_names_leave_room_for_the_suffixes_of_the_operator(cluster: Document) -> None:
+    # 63 characters of a label, less the suffixes of KubeRay.
     assert re.fullmatch(r"[a-z]([a-z0-9-]{0,45}[a-z0-9])?", cluster["metadata"]["name"])
     groups = [group["groupName"] for group in cluster_spec(cluster)["workerGroupSpecs"]]
     assert len(groups) == len(set(groups))
 
 
-def test_autoscaler_v2_starts_pods_that_never_restart_between_the_bounds(cluster: Document) -> None:
+def test_autoscaler_v2_starts_pods_within_bounds_that_never_restart(cluster: Document) -> None:
     spec = cluster_spec(cluster)
     assert spec["enableInTreeAutoscaling"]
     assert spec["autoscalerOptions"]["version"] == "v2"
@@ -124,9 +124,9 @@ def test_autoscaler_v2_starts_pods_that_never_restart_between_the_bounds(cluster
     assert {pod.spec["restartPolicy"] for pod in pods(cluster)} == {"Never"}
 
 
-def test_a_cluster_has_a_token_and_a_ray_that_knows_tokens(cluster: Document) -> None:
+def test_a_cluster_has_a_token_and_a_ray_that_supports_tokens(cluster: Document) -> None:
     spec = cluster_spec(cluster)
-    # Without a name the operator makes a random token; no pod turns it off again.
+    # Without a name the operator creates a random token; no pod disables it.
     assert spec["authOptions"] == {"mode": "token"}
     assert tuple(map(int, spec["rayVersion"].split("."))) >= (2, 52, 0)
     assert not any("env" in container for pod in pods(cluster) for container in pod.containers)
@@ -139,21 +139,21 @@ def test_start_parameters_are_options_of_ray_start_and_text(cluster: Document) -
     assert isinstance(start, click.Command)
     assert {f"--{name}" for name in given} <= {option for param in start.params for option in param.opts}
     assert all(isinstance(value, str) for value in given.values())
-    # Else tasks would run on the head, which has no room for them.
+    # The head has no resources for tasks.
     assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
 
 
-def test_every_container_says_what_it_needs_and_gets_no_more_memory(cluster: Document) -> None:
-    found = [container["resources"] for pod in pods(cluster) for container in pod.containers]
-    for resources in [*found, cluster_spec(cluster)["autoscalerOptions"]["resources"]]:
+def test_every_container_has_requests_equal_to_its_limits(cluster: Document) -> None:
+    of_pods = [container["resources"] for pod in pods(cluster) for container in pod.containers]
+    for resources in [*of_pods, cluster_spec(cluster)["autoscalerOptions"]["resources"]]:
         requests, limits = resources["requests"], resources["limits"]
         assert {"cpu", "memory"} <= requests.keys() == limits.keys()
         assert limits.keys() <= {"cpu", "memory", "ephemeral-storage", "nvidia.com/gpu"}
-        # What is promised is what there is: Ray counts limits, Kubernetes places by requests.
+        # Ray counts limits, and Kubernetes places pods by requests.
         assert all(requests[name] == limits[name] for name in requests if name != "ephemeral-storage")
 
 
-def test_pods_are_those_that_a_restricted_namespace_admits(cluster: Document) -> None:
+def test_a_restricted_namespace_admits_the_pods(cluster: Document) -> None:
     (namespace,) = [
         document for document in load(INFRA / "kuberay" / "namespace.yaml") if document["kind"] == "Namespace"
     ]
@@ -171,23 +171,23 @@ def test_pods_are_those_that_a_restricted_namespace_admits(cluster: Document) ->
         assert context == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
 
 
-def test_only_the_head_holds_a_token_of_the_api_server(cluster: Document) -> None:
+def test_only_the_head_has_a_token_of_the_api_server(cluster: Document) -> None:
     for pod in pods(cluster):
         assert pod.spec.get("automountServiceAccountToken", True) == (pod.name == "head")
 
 
-def test_mounts_name_volumes_and_the_config_map_that_is_made(cluster: Document) -> None:
+def test_mounts_name_volumes_and_the_generated_config_map(cluster: Document) -> None:
     (kustomization,) = load(INFRA / "kustomization.yaml")
     assert kustomization["generatorOptions"] == {"disableNameSuffixHash": True}
-    made = {entry["name"] for entry in kustomization["configMapGenerator"]}
+    generated = {entry["name"] for entry in kustomization["configMapGenerator"]}
     for pod in pods(cluster):
         volumes = {volume["name"]: volume for volume in pod.spec.get("volumes", [])}
         mounted = {mount["name"] for container in pod.containers for mount in container.get("volumeMounts", [])}
         assert mounted == volumes.keys()
-        assert {volume["configMap"]["name"] for volume in volumes.values() if "configMap" in volume} <= made
+        assert {volume["configMap"]["name"] for volume in volumes.values() if "configMap" in volume} <= generated
 
 
-def test_the_store_s_keys_come_from_a_role_or_a_secret_and_stand_nowhere(cluster: Document) -> None:
+def test_the_store_s_keys_come_from_a_role_or_a_secret(cluster: Document) -> None:
     accounts = [entry["metadata"]["name"] for entry in load(INFRA / "kuberay" / "namespace.yaml")[1:]]
     for pod in pods(cluster):
         if pod.name != "submitter":
@@ -199,7 +199,7 @@ def test_the_store_s_keys_come_from_a_role_or_a_secret_and_stand_nowhere(cluster
 @pytest.mark.parametrize(
     "path", sorted(path for path in INFRA.rglob("*") if path.is_file()), ids=lambda path: path.name
 )
-def test_no_file_holds_what_looks_like_a_secret(path: Path) -> None:
+def test_no_file_contains_a_secret(path: Path) -> None:
     assert [match[0] for match in _SECRET.finditer(path.read_text())] == []
     if path.suffix == ".yaml":
         assert all(document.get("kind") != "Secret" for document in load(path))
@@ -215,11 +215,11 @@ def test_no_file_holds_what_looks_like_a_secret(path: Path) -> None:
         "auth_token: 0123456789abcdef0123456789abcdef",
     ],
 )
-def test_what_looks_like_a_secret_is_found(text: str) -> None:
+def test_the_pattern_of_secrets_matches_secrets(text: str) -> None:
     assert _SECRET.search(text)
 
 
-def test_probes_ask_ray_where_it_answers_without_a_token(cluster: Document) -> None:
+def test_probes_use_paths_of_ray_without_a_token(cluster: Document) -> None:
     (port,) = [param.default for param in start.params if param.name == "dashboard_agent_listen_port"]
     for pod in pods(cluster):
         if pod.name != "submitter":
@@ -231,7 +231,7 @@ def test_probes_ask_ray_where_it_answers_without_a_token(cluster: Document) -> N
 
 
 def _terms(pod: Pod) -> list[dict[str, Any]]:
-    """Every list of requirements on a node's labels, required or preferred; inside one, all must hold."""
+    """Every list of requirements on a node's labels, required or preferred. All requirements of a list must hold."""
     affinity = pod.spec["affinity"]["nodeAffinity"]
     required = affinity.get("requiredDuringSchedulingIgnoredDuringExecution", {}).get("nodeSelectorTerms", [])
     preferred = affinity.get("preferredDuringSchedulingIgnoredDuringExecution", [])
@@ -252,30 +252,30 @@ def _holds(term: dict[str, Any], labels: dict[str, str]) -> bool:
     return True
 
 
-# What GKE, EKS, Karpenter and AKS write on a spot node.
+# The labels of spot nodes of GKE, EKS, Karpenter and AKS.
 SPOT = (
     {"cloud.google.com/gke-spot": "true"},
     {"eks.amazonaws.com/capacityType": "SPOT"},
     {"karpenter.sh/capacity-type": "spot"},
     {"kubernetes.azure.com/scalesetpriority": "spot"},
 )
-STAYING = ({}, {"eks.amazonaws.com/capacityType": "ON_DEMAND"}, {"karpenter.sh/capacity-type": "on-demand"})
+ON_DEMAND = ({}, {"eks.amazonaws.com/capacityType": "ON_DEMAND"}, {"karpenter.sh/capacity-type": "on-demand"})
 
 
 @pytest.mark.parametrize(
     ("name", "wants_spot"), [("rayjob-build", True), ("rayjob-train", False), ("rayjob-distill", True)]
 )
-def test_heads_stay_and_workers_go_to_the_nodes_that_suit_their_work(name: str, wants_spot: bool) -> None:
+def test_heads_avoid_spot_nodes_and_workers_prefer_the_nodes_of_their_job(name: str, wants_spot: bool) -> None:
     head, worker, _ = pods(manifest(name))
     for labels in SPOT:
         assert not any(_holds(term, labels) for term in _terms(head))
         assert any(_holds(term, labels) for term in _terms(worker)) == wants_spot
-    for labels in STAYING:
+    for labels in ON_DEMAND:
         assert any(_holds(term, labels) for term in _terms(head))
         assert any(_holds(term, labels) for term in _terms(worker)) != wants_spot
 
 
-def test_pods_with_a_gpu_bear_the_taints_of_gpu_and_spot_nodes(cluster: Document) -> None:
+def test_pods_with_a_gpu_tolerate_the_taints_of_gpu_and_spot_nodes(cluster: Document) -> None:
     taints = [
         {"key": "nvidia.com/gpu", "value": "present", "effect": "NoSchedule"},
         {"key": "cloud.google.com/gke-spot", "value": "true", "effect": "NoSchedule"},
@@ -292,7 +292,7 @@ def _tolerates(rule: dict[str, str], taint: dict[str, str]) -> bool:
     return rule["key"] == taint["key"] and rule["effect"] == taint["effect"] and value
 
 
-def test_the_network_policy_holds_for_every_pod(cluster: Document) -> None:
+def test_the_network_policy_applies_to_every_pod(cluster: Document) -> None:
     policy = manifest("network-policy")["spec"]
     assert set(policy["policyTypes"]) == {"Ingress", "Egress"}
     for pod in pods(cluster):
@@ -302,7 +302,7 @@ def test_the_network_policy_holds_for_every_pod(cluster: Document) -> None:
     assert open_ports <= {port["containerPort"] for port in head.containers[0]["ports"]}
 
 
-def test_the_network_policy_opens_no_port_to_everybody_nor_the_node_s_own_role() -> None:
+def test_the_network_policy_opens_neither_ports_to_all_nor_the_metadata_service() -> None:
     policy = manifest("network-policy")["spec"]
     assert all(rule["from"] and all(peer for peer in rule["from"]) for rule in policy["ingress"])
     assert all(rule["to"] and all(peer for peer in rule["to"]) for rule in policy["egress"])
