@@ -67,7 +67,7 @@ def test_the_header_of_a_recipe_names_its_paper_and_its_command(name: str) -> No
     text = "\n".join(header)
     assert f"stillroom recipe {name}" in text
     assert any(number in text for number in ("2106.05237", "2205.10536", "2305.17007"))
-    assert "xpected top-1" in text or "What the paper tells" in text
+    assert "xpected top-1" in text or "The paper reports" in text
 
 
 # Table of pairs: KD++ (kd, nd), DKD++ (alpha, beta, nd), DIST++ (dist, nd), lr, teacher, labels, KD++, DKD++, DIST++,
