@@ -1,4 +1,4 @@
-"""Ray tasks for many items: bounded in number, retried with counts, spread over nodes that come and go."""
+"""Ray tasks for many items: bounded in number, retried with counts, spread over nodes that are added and lost."""
 
 from __future__ import annotations
 

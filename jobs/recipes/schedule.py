@@ -18,7 +18,7 @@ def describe_plan(recipe: Recipe) -> str:
 
     Raises:
         ConfigError: a stage cannot begin: its order of training is impossible, or a network lacks a key.
-        ModelError: a network is unknown, or cannot be built as asked.
+        ModelError: a network is unknown or cannot be built.
     """
     lines = [recipe.document.title, *_subset_lines(recipe), *_teacher_lines(recipe)]
     for name, config in recipe.caches.items():

@@ -55,8 +55,8 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
         patch.setenv(LOG, str(folder / "forwards"))
         patch.setenv(MINE, str(folder / "mine"))
         patch.setenv(HOLD, str(folder / "hold"))
-        with many_nodes() as (found, _):
-            yield found
+        with many_nodes() as (nodes, _):
+            yield nodes
 
 
 @pytest.fixture
@@ -199,7 +199,9 @@ def test_nodes_of_two_cpu_kinds_build_one_cache_within_the_stated_drift(
     assert {*drifts} == {native, "DEFAULT"}
     assert {*drifts[native]} == {0.0}
     assert 0 < max(drifts["DEFAULT"]) < MAX_DRIFT["fp32"]
-    print(f"\n{ {kind: len(found) for kind, found in drifts.items()} } views; drift up to {max(drifts['DEFAULT']):.2g}")
+    print(
+        f"\n{ {kind: len(values) for kind, values in drifts.items()} } views; drift up to {max(drifts['DEFAULT']):.2g}"
+    )
     report = verify(url, config=Config.model_validate(yaml.safe_load(config.read_text())), num_rows=10_000)
     assert report.num_problems == 0, report.problems
 

@@ -165,18 +165,18 @@ def operations(shard: str, url: Path, *, hard_links: bool = True) -> list[str]:
     return faults.seen
 
 
-def commits(found: dict[str, bytes]) -> dict[str, dict[str, object]]:
-    return {Path(name).stem: json.loads(data) for name, data in found.items() if name.startswith("commits/")}
+def commits(contents: dict[str, bytes]) -> dict[str, dict[str, object]]:
+    return {Path(name).stem: json.loads(data) for name, data in contents.items() if name.startswith("commits/")}
 
 
-def check_half_built(found: dict[str, bytes], undisturbed: dict[str, bytes]) -> None:
+def check_half_built(contents: dict[str, bytes], undisturbed: dict[str, bytes]) -> None:
     """Checks that every file under a final name is complete, and that the files of commits exist."""
-    assert {name: digest(data) for name, data in found.items()} == {
-        name: digest(undisturbed[name]) for name in found if name in undisturbed
+    assert {name: digest(data) for name, data in contents.items()} == {
+        name: digest(undisturbed[name]) for name in contents if name in undisturbed
     }
-    for commit in commits(found).values():
-        for named in (commit["part"], commit["index"], commit["means"]):
-            assert named is None or named["path"] in found
+    for commit in commits(contents).values():
+        for ref in (commit["part"], commit["index"], commit["means"]):
+            assert ref is None or ref["path"] in contents
 
 
 def check_resumed(shard: str, url: Path, undisturbed: dict[str, bytes], num_batches: Callable[[], int]) -> None:

@@ -28,9 +28,9 @@ Document = Callable[..., str]
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """Two logical CPUs, whatever the machine has. Jobs find it and use it."""
+    """A cluster of two logical CPUs, which the jobs of this process use."""
     if ray.is_initialized():
-        # Another folder's tests have this fixture too.
+        # Tests of other folders use this fixture too.
         yield
         return
     # Metrics reach Prometheus' page every second instead of every ten.
@@ -42,22 +42,22 @@ def ray_cluster() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Four shards of 24 digits. Not to be changed."""
+    """Four shards of 24 digits. Tests must not change them."""
     folder = tmp_path_factory.mktemp("shards")
     return pack_shards(digit_samples(96), f"{folder}/digits-%02d.tar", shard_size=24)
 
 
 @pytest.fixture
 def tree(shards: list[str], tmp_path: Path) -> Tree:
-    """The plain tree of a config for a build and a training below ``tmp_path``; sections given are merged over it."""
+    """Returns the plain tree of a config for a build and a training below ``tmp_path``, merged with given sections."""
 
-    def make(**sections: Any) -> dict[str, Any]:
+    def merged(**sections: Any) -> dict[str, Any]:
         base: dict[str, Any] = {
             "data": {
                 "shards": list(shards),
                 "val_shards": shards[-1],
                 "num_classes": 10,
-                # Workers would find what equal caches of other tests, or of earlier sessions, left on this node.
+                # Else workers would use copies of equal caches of other tests or earlier sessions.
                 "local_dir": str(tmp_path / "node"),
             },
             "teacher": {**NETWORK, "weights": "random", "batch_size": 8},
@@ -73,7 +73,7 @@ def tree(shards: list[str], tmp_path: Path) -> Tree:
             base[name] = {**base[name], **keys} if isinstance(keys, dict) and name in base else keys
         return base
 
-    return make
+    return merged
 
 
 @pytest.fixture
@@ -93,6 +93,6 @@ def config_of(tree: dict[str, Any]) -> Config:
 
 
 def files_below(folder: Path) -> dict[str, bytes]:
-    """Every file by its relative path, but for those of a cache's ``log/``."""
-    found = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    return {str(name): path.read_bytes() for name, path in found.items() if "log" not in name.parts}
+    """Every file by its relative path, except those of a cache's ``log/``."""
+    paths = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {str(name): path.read_bytes() for name, path in paths.items() if "log" not in name.parts}

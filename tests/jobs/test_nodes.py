@@ -29,7 +29,7 @@ _TIMEOUT_S = 60
 
 
 class Cluster:
-    """Two nodes of two CPUs, one with a GPU by its word alone, the other with a resource ``spot``."""
+    """Two nodes of two CPUs, one with a simulated GPU, the other with a resource ``spot``."""
 
     def __init__(self, nodes: Nodes, ids: list[str], pool: ProcessPoolExecutor) -> None:
         self.nodes, self.pool = nodes, pool

@@ -55,7 +55,7 @@ def test_a_recovery_is_logged_with_the_step_it_resumes_from(events: list[dict[st
 def test_the_sums_are_over_all_starts(events: list[dict[str, Any]]) -> None:
     (summary,) = (item for item in events if item["event"] == "summary")
     assert (summary["nodes"], summary["starts"]) == (2, 2)
-    # Steps 10 to 19 were made by both starts.
+    # Both starts did steps 10 to 19.
     assert summary["repeated_steps"] == 10
     assert "2 starts (10 steps repeated), " in summary["message"]
     # 20 steps in 10 s, half of it waiting, then 30 steps in 30 s: 1,200 images in 40 s.

@@ -1,4 +1,4 @@
-"""Reaching a Ray cluster, or starting one here: what prevents it ends in one error, and soon."""
+"""Connections to a Ray cluster, and private clusters: each failure is one early error."""
 
 from __future__ import annotations
 
