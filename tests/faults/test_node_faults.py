@@ -209,6 +209,7 @@ def _drive(folder: Path, address: str, done: Path) -> None:
         (done / str(number)).touch()
 
 
+@pytest.mark.exhaustive
 def test_a_part_that_takes_its_node_along_each_time_comes_to_an_end(nodes: Nodes, tmp_path: Path) -> None:
     (tmp_path / "attempts").mkdir()
     (tmp_path / "done").mkdir()

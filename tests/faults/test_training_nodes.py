@@ -219,6 +219,7 @@ def test_a_training_shrinks_and_grows_with_its_nodes_and_computes_what_one_proce
     assert sorted(fetched) == [f"digits-0{number}.tar" for number in range(5)]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.timeout(900)
 def test_a_training_saves_before_a_node_goes_whose_end_was_announced(
     disks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
