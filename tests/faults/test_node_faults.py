@@ -213,6 +213,7 @@ def _drive(folder: Path, address: str, done: Path) -> None:
         (done / str(number)).touch()
 
 
+@pytest.mark.exhaustive
 def test_a_part_that_kills_its_node_each_time_fails_for_good(nodes: Nodes, tmp_path: Path) -> None:
     (tmp_path / "attempts").mkdir()
     (tmp_path / "done").mkdir()

@@ -119,6 +119,7 @@ def test_stillroom_submit_builds_trains_and_distills_and_passes_variables_withou
         assert (run / "checkpoints" / "last.pt").stat().st_size > 0
 
 
+@pytest.mark.exhaustive
 def test_stillroom_submit_exits_as_the_job_does_and_refuses_a_used_id_and_a_wrong_token(
     cluster: HeadNode, tree: Tree, tmp_path: Path
 ) -> None:
@@ -259,6 +260,7 @@ def terminal() -> Iterator[tuple[int, int]]:
         os.close(end)
 
 
+@pytest.mark.exhaustive
 def test_ctrl_c_asks_and_stops_the_job_and_submitting_again_repeats_nothing_that_is_committed(
     cluster: HeadNode, slow_build: SlowBuild, terminal: tuple[int, int]
 ) -> None:

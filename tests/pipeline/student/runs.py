@@ -11,6 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import torch
+from torch import Tensor
 
 from pipeline import storage
 from pipeline.cache.build.commit import publish_file
@@ -19,12 +21,14 @@ from pipeline.cache.build.part_writer import PartWriter, view_ranges
 from pipeline.cache.format import layout
 from pipeline.cache.read.reader import open_cache
 from pipeline.core.hashing import seal
+from pipeline.models import load_model
 from pipeline.shards.publish import publish_shard_index
 from pipeline.student.data.dataset import InputSize, StepDataset
 from pipeline.student.data.order import TrainingOrder
 from pipeline.student.data.sources import CachedSource, IndexedSource, RowSource, open_cached, open_indexed
 from schemas.config import Config, DataConfig, ViewsConfig
 from tests.pipeline.caches import TinyCache, read_commits, shard_urls
+from tests.tolerances import magnitude_of, network_operations, reordered
 
 SMALL: dict[str, Any] = {
     "model": "python:tests.pipeline.student.small_networks:Small",
@@ -62,6 +66,20 @@ def run_config(base: Config, url: Path, *, mode: str = "cache", **sections: Any)
         for section, keys in part.items():
             tree[section] = {**tree.get(section, {}), **keys} if isinstance(keys, dict) else keys
     return Config.model_validate(tree)
+
+
+def training_error(config: Config, num_steps: float) -> float:
+    """The relative distance of two trainings by this config whose sums have other orders: of losses and weights."""
+    assert config.student is not None
+    loaded = load_model(config.student, num_classes=10, size=config.views.size, where="student")
+    images_BCHW = torch.zeros(config.train.global_batch_size, 3, loaded.input.size, loaded.input.size)
+    return reordered(num_steps * network_operations(loaded.module, images_BCHW))
+
+
+def assert_weights_close(found: dict[str, Tensor], expected: dict[str, Tensor], error: float) -> None:
+    """``error`` is relative to the largest weight of each tensor."""
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=error * magnitude_of(value))
 
 
 def index_shards(config: Config, folder: Path) -> None:

@@ -28,15 +28,6 @@ class Normalised(Small):
         self.conv1 = nn.Sequential(self.conv1, nn.BatchNorm2d(width))
 
 
-class Nudged(Small):
-    """Begins with the neighbours in float32 of Small's weights, as rounding otherwise might leave them."""
-
-    def __init__(self, num_classes: int) -> None:
-        super().__init__(num_classes)
-        for weights in self.parameters():
-            weights.data = torch.nextafter(weights.data, torch.full_like(weights, torch.inf))
-
-
 class Undecided(Small):
     """Writes its logits by an operation that has no deterministic form."""
 

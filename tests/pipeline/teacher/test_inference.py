@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from pipeline.core.errors import LostGpuError, ResourceError
 from pipeline.teacher.inference import Teacher, load_teacher
@@ -17,6 +18,7 @@ from pipeline.teacher.numerics import check_gpu, numeric_env, pick_device, pin_n
 from schemas.config import TeacherConfig
 from tests.pipeline.cache import teachers
 from tests.processors import printed
+from tests.tolerances import magnitude_of, network_operations, reordered
 
 CPU = torch.device("cpu")
 
@@ -39,6 +41,11 @@ def teacher(batch_size: int = 4, precision: str = "fp32", **keys: Any) -> Teache
 
 def pixels(count: int) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(3).integers(0, 256, (count, 3, 8, 8), dtype=np.uint8))
+
+
+def forward_error(outputs: NDArray[np.float32]) -> float:
+    operations = network_operations(teacher().module, torch.zeros(1, 3, 8, 8), backward=False)
+    return reordered(operations, magnitude_of(outputs))
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +71,7 @@ def test_a_row_of_one_batch_position_has_the_same_bits_in_any_company(
 @pytest.mark.parametrize("batch_size", [1, 3, 5, 64])
 def test_padding_to_the_batch_size_changes_no_row(batch_size: int, four_at_a_time: Teacher) -> None:
     found, expected = teacher(batch_size).infer(pixels(11)), four_at_a_time.infer(pixels(11))
-    np.testing.assert_allclose(found.logits_NK, expected.logits_NK, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found.logits_NK, expected.logits_NK, rtol=0, atol=forward_error(expected.logits_NK))
     assert found.logits_NK.shape == (11, 10)
     assert found.embedding_ND.shape == (11, 7)
 
@@ -89,8 +96,8 @@ def test_partners_may_lie_in_another_batch(four_at_a_time: Teacher) -> None:
     lambda_N = np.linspace(0.5, 1, 10).astype(np.float32)
     in_batches = four_at_a_time.infer(pixels(10), partner_N, lambda_N)
     logits, embedding = four_at_a_time.forward(pixels(10), torch.from_numpy(partner_N), torch.from_numpy(lambda_N))
-    np.testing.assert_allclose(in_batches.logits_NK, logits.numpy(), rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(in_batches.embedding_ND, embedding.numpy(), rtol=1e-5, atol=1e-5)
+    for found, expected in ((in_batches.logits_NK, logits), (in_batches.embedding_ND, embedding)):
+        np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=forward_error(found))
 
 
 def test_a_row_alone_is_answered_as_if_nothing_were_mixed(four_at_a_time: Teacher) -> None:

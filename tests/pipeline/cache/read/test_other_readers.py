@@ -19,6 +19,7 @@ import pytest
 from pipeline.cache.read.reader import open_cache
 from tests.pipeline.caches import build, read_commits
 from tests.pipeline.conftest import TinyConfig
+from tests.tolerances import ulps
 
 Columns = dict[str, Sequence[Any]]
 
@@ -75,4 +76,8 @@ def test_every_column_of_a_part_is_read_and_a_row_of_logits_decoded(
     output = next(output for output in header["outputs"] if output["name"] == "logits")
     decoded = decode_row(columns["logits"][15 + 4], output)
     stored = open_cache(config.cache.url).view("digits-01", 1).logits_NK[4]
-    np.testing.assert_allclose(decoded, stored, rtol=1e-5, atol=1e-6)
+    # One side in float64. int8: a product and a sum. topk: an exponent of at most log(1 + span / 3), of which an error
+    # weighs span + 3 times as much; then exp, factor and difference.
+    span = float(np.ptp(decoded)) + 3
+    error = ulps(1 + 3 + np.log(span / 3), max(span, float(np.abs(decoded).max())))
+    np.testing.assert_allclose(decoded, stored, rtol=0, atol=error)

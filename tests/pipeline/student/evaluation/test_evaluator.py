@@ -39,6 +39,7 @@ from schemas.config import Config, StudentConfig
 from tests.pipeline.caches import TinyCache, shard_urls
 from tests.pipeline.student.conftest import Replay
 from tests.pipeline.student.runs import CE, NORMALISED, index_shards, run_config
+from tests.tolerances import log_softmax_error, magnitude_of, network_operations, reordered, ulps
 
 CPU = torch.device("cpu")
 
@@ -93,9 +94,26 @@ def test_accuracy_and_agreement_are_those_of_a_loop_over_images(replays: Replay,
     assert found.top5 == pytest.approx((own_NK.topk(5).indices == label_N[:, None]).any(1).double().mean().item())
     assert found.agreement == pytest.approx((own_NK.argmax(1) == their_NK.argmax(1)).double().mean().item())
     assert found.teacher_top1 == pytest.approx((their_NK.argmax(1) == label_N).double().mean().item())
-    assert found.ece == pytest.approx(calibration_error(own_NK, label_N), rel=1e-4)
-    assert found.kl == pytest.approx(divergence(their_NK, own_NK), rel=1e-4)
+    own_error, their_error = logits_error(student, own_NK), logits_error(teacher.loaded, their_NK)
+    assert found.ece == pytest.approx(calibration_error(own_NK, label_N), rel=0, abs=ece_error(own_NK, own_error))
+    # By a teacher's logit, KL changes by no more than p times the largest log(p / q), by a student's by q - p.
+    log_p_NK, log_q_NK = (logits_NK.log_softmax(1) for logits_NK in (their_NK, own_NK))
+    error = 2 * own_error + 2 * magnitude_of(log_p_NK - log_q_NK) * their_error
+    assert found.kl == pytest.approx(divergence(their_NK, own_NK), rel=0, abs=error)
     assert 0 < found.agreement < 1
+
+
+def logits_error(loaded: LoadedModel, logits_NK: Tensor) -> float:
+    """Of a network in batches of other sizes."""
+    images_BCHW = torch.zeros(1, 3, loaded.input.size, loaded.input.size)
+    return reordered(network_operations(loaded.module.eval(), images_BCHW, backward=False), magnitude_of(logits_NK))
+
+
+def ece_error(logits_NK: Tensor, error: float) -> float:
+    """A confidence changes by at most half of what logits differ by, 2 · error; its softmax in fp32 takes K + 4
+    operations, and a bin sums over rows."""
+    num_rows, num_classes = logits_NK.shape
+    return error + log_softmax_error(logits_NK) + ulps(num_classes + num_rows + 3)
 
 
 def calibration_error(logits_NK: Tensor, label_N: Tensor) -> float:
@@ -125,7 +143,8 @@ def test_logits_between_0_and_1_are_not_taken_for_probabilities(replays: Replay)
     logits_NK, label_N = one_by_one(config, student.module.eval(), student.input)
     assert 0 < logits_NK.min() < logits_NK.max() < 1
     found = evaluator(config)(student.module, student.input)
-    assert found.ece == pytest.approx(calibration_error(logits_NK, label_N), abs=1e-5)
+    error = ece_error(logits_NK, logits_error(student, logits_NK))
+    assert found.ece == pytest.approx(calibration_error(logits_NK, label_N), rel=0, abs=error)
 
 
 def test_a_teacher_agrees_with_itself(replays: Replay) -> None:
@@ -133,7 +152,9 @@ def test_a_teacher_agrees_with_itself(replays: Replay) -> None:
     teacher = teacher_of(config)
     found = evaluator(config)(teacher.module, teacher.loaded.input, teacher)
     assert found.agreement == 1
-    assert found.kl == pytest.approx(0, abs=1e-6)
+    # Of distributions whose logits differ by at most d, KL is at most d² / 2.
+    logits_NK, _ = one_by_one(config, teacher.module, teacher.loaded.input)
+    assert found.kl == pytest.approx(0, abs=(2 * logits_error(teacher.loaded, logits_NK)) ** 2 / 2)
     assert found.top1 == found.teacher_top1
 
 
@@ -226,12 +247,13 @@ def test_evaluation_leaves_no_trace_in_the_model(replays: Replay) -> None:
 
 
 def test_the_size_of_a_batch_changes_no_count(replays: Replay, monkeypatch: pytest.MonkeyPatch) -> None:
-    student = network()
-    whole = evaluator(replays("crop").config)(student.module, student.input)
+    config, student = replays("crop").config, network()
+    whole = evaluator(config)(student.module, student.input)
     monkeypatch.setattr("pipeline.student.evaluation.evaluator._BATCH", 3)
-    found = evaluator(replays("crop").config)(student.module, student.input)
+    found = evaluator(config)(student.module, student.input)
     # A mean of confidences is no count: convolutions round otherwise in another batch.
-    assert found.ece == pytest.approx(whole.ece, abs=1e-5)
+    logits_NK, _ = one_by_one(config, student.module.eval(), student.input)
+    assert found.ece == pytest.approx(whole.ece, rel=0, abs=ece_error(logits_NK, logits_error(student, logits_NK)))
     assert replace(found, ece=whole.ece) == whole
 
 

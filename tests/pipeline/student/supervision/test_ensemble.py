@@ -35,7 +35,9 @@ from tests.pipeline.student.runs import (
     rewrite_view,
     run_config,
     set_cell,
+    training_error,
 )
+from tests.tolerances import ulps
 
 SIZED = {**SMALL, "size": 16}
 ALL_TERMS = [*CE, {"name": "kd", "temperature": 2.0}, {"name": "dist"}, {"name": "nd"}]
@@ -105,17 +107,18 @@ def test_a_loss_is_the_sum_of_what_it_is_with_each_teacher_alone(
         for number, cache in enumerate((replays("crop"), colleague))
     ]
     assert alone[0] != pytest.approx(alone[1], rel=1e-3)
-    assert [both[f"loss/{name}/{number}"] for number in (0, 1)] == pytest.approx(alone, rel=1e-6)
-    assert both[f"loss/{name}"] == pytest.approx(sum(alone), rel=1e-6)
-    assert both["loss"] == pytest.approx(0.5 * sum(alone), rel=1e-6)
+    assert [both[f"loss/{name}/{number}"] for number in (0, 1)] == alone
+    assert both[f"loss/{name}"] == pytest.approx(sum(alone), rel=ulps(1))
+    assert both["loss"] == pytest.approx(0.5 * sum(alone), rel=ulps(2))
 
 
 def test_two_teachers_who_say_the_same_teach_as_one_of_twice_the_weight(replays: Replay, tmp_path: Path) -> None:
     one, twin = replays("crop"), copy_of(replays("crop"), tmp_path / "twin")
-    train(together(tmp_path / "two", one, twin, student=NORMALISED | {"size": 16}))
+    config = together(tmp_path / "two", one, twin, student=NORMALISED | {"size": 16})
+    train(config)
     train(together(tmp_path / "one", one, student=NORMALISED | {"size": 16}, loss=[{**KD[0], "weight": 2.0}]))
     for two, alone in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
-        assert two["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+        assert two["loss"] == pytest.approx(alone["loss"], rel=training_error(config, two["step"] + 1))
 
 
 def test_a_list_of_one_is_that_one(replays: Replay, tmp_path: Path) -> None:
@@ -176,14 +179,16 @@ def test_parity_every_loss_of_two_cached_teachers_is_that_of_the_two_online(
         "train": {"epochs": 8, "optimizer": "sgd", "momentum": 0.0, "lr": 0.002, "accumulate": accumulate},
     }
     train(together(tmp_path / "cached", *caches, **keys))
-    train(online(tmp_path / "online", *caches, **keys))
+    config = online(tmp_path / "online", *caches, **keys)
+    train(config)
     cached, asked = metrics(tmp_path / "cached"), metrics(tmp_path / "online")
     assert len(cached) == 40
     for one, other in zip(cached, asked, strict=True):
         assert {f"loss/{term['name']}/{number}" for term in EVERY_LOSS[1:] for number in (0, 1)} < one.keys()
         assert one.keys() == other.keys()
+        error = training_error(config, one["step"] + 1)
         for name in one:
-            assert one[name] == pytest.approx(other[name], rel=1e-4), name
+            assert one[name] == pytest.approx(other[name], rel=error), name
     for name, cache in zip(("manifest.json", "manifest-1.json"), caches, strict=True):
         assert (tmp_path / "online" / name).read_bytes() == storage.read(f"{cache.url}/manifest.json")
 
