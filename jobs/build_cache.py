@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from jobs.entry import config_command
-from jobs.observability.build_observer import BuildObserver, BuiltPart, part_name
+from jobs.observability.build_observer import BuildObserver, BuiltPart
 from jobs.observability.log import emit, warn, warn_of_omissions
 from jobs.observability.progress import ProgressView
 from jobs.paths import with_absolute_paths
@@ -194,7 +194,7 @@ def _build_parts(config: Config, by_id: dict[str, str], commits: list[CommitSumm
             BuildLogWriter(config.cache.url, num_parts=num_done + len(tasks), num_before=num_done) as log,
             ProgressView("cache", num_done + len(tasks), done=num_done) as progress,
         ):
-            built = fan_out(_build, tasks, config.ray, what="a cache task", name=part_name, observer=observer)
+            built = fan_out(_build, tasks, config.ray, what="a cache task", observer=observer)
             for done, (task, part) in enumerate(built, start=1):
                 # All parts that read the whole shard report the same omissions, the others none.
                 if part.omissions.counts:

@@ -283,25 +283,22 @@ def submit(
     submission_id: Annotated[str | None, typer.Option(help="Id of the job; default: a new one.")] = None,
 ) -> None:
     """Run a build, a training or both as a job of a Ray cluster. Submitting again resumes from what is committed."""
-    from jobs.submit import Submission
     from jobs.submit import submit as submit_job
 
     code = submit_job(
-        Submission(
-            command=command,
-            source=config,
-            overrides=overrides or [],
-            address=address,
-            working_dir=working_dir,
-            excludes=exclude or [],
-            env=env or [],
-            pip=pip,
-            num_cpus=entrypoint_cpus,
-            num_gpus=entrypoint_gpus,
-            memory_bytes=entrypoint_memory,
-            submission_id=submission_id,
-            wait=wait,
-        )
+        command,
+        config,
+        overrides or [],
+        address=address,
+        working_dir=working_dir,
+        excludes=exclude or [],
+        env=env or [],
+        pip=pip,
+        num_cpus=entrypoint_cpus,
+        num_gpus=entrypoint_gpus,
+        memory_bytes=entrypoint_memory,
+        submission_id=submission_id,
+        wait=wait,
     )
     if code:
         raise typer.Exit(code)

@@ -10,7 +10,6 @@ import shlex
 import tempfile
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -18,13 +17,12 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
 from jobs.paths import with_absolute_paths
-from jobs.ray.connection import TOKEN_HELP
-from jobs.ray.shadowing import check_shadowing
+from jobs.ray.connection import check_shadowing, no_response, token_refused
 from jobs.submission.follow import Job, follow, report
-from jobs.submission.package import CONFIG_FOLDER, WorkingDir, find_files, write_package
+from jobs.submission.package import CONFIG_FOLDER, find_files, write_package
 from pipeline import storage
 from pipeline.cache.build.context import cache_config
-from pipeline.core.errors import ConfigError, InputError, ResourceError, SubmissionError, first_line
+from pipeline.core.errors import ConfigError, InputError, SubmissionError, first_line
 from pipeline.core.hashing import short
 from pipeline.core.redaction import redact
 from pipeline.storage.config_files import load_config
@@ -51,36 +49,7 @@ _OUTPUTS: dict[Command, tuple[str, ...]] = {
     "distill": ("cache.url", "run.url"),
 }
 _NOT_READ = ("cache.url", "run.url", "data.local_dir")
-_NUM_NAMED = 5
 _URL_SEPARATORS = re.compile(r"[\s,\[\]{}'\"]+")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Submission:
-    """A command for a cluster.
-
-    Attributes:
-        source: path or URL of the YAML document.
-        address: ``http(s)://HOST:PORT`` of the cluster's dashboard.
-        excludes: patterns of .gitignore for files of ``working_dir`` that are not uploaded.
-        env: names of variables of this environment that the job gets.
-        pip: requirements file that Ray installs for the job; None: the nodes have all packages.
-        num_cpus, num_gpus, memory_bytes: reserved for the driver alone, in addition to its tasks and workers.
-    """
-
-    command: Command
-    source: str
-    overrides: Sequence[str]
-    address: str
-    working_dir: Path
-    excludes: Sequence[str] = ()
-    env: Sequence[str] = ()
-    pip: Path | None = None
-    num_cpus: float = 0
-    num_gpus: float = 0
-    memory_bytes: int = 0
-    submission_id: str | None = None
-    wait: bool = True
 
 
 class _Client(JobSubmissionClient):
@@ -92,8 +61,31 @@ class _Client(JobSubmissionClient):
         return super()._do_request(method, endpoint, data=data, **options)
 
 
-def submit(submission: Submission) -> int:
+def submit(
+    command: Command,
+    source: str,
+    overrides: Sequence[str] = (),
+    *,
+    address: str,
+    working_dir: Path,
+    excludes: Sequence[str] = (),
+    env: Sequence[str] = (),
+    pip: Path | None = None,
+    num_cpus: float = 0,
+    num_gpus: float = 0,
+    memory_bytes: int = 0,
+    submission_id: str | None = None,
+    wait: bool = True,
+) -> int:
     """Checks the config and the options, uploads, submits, and with ``wait`` prints the log until the job has ended.
+
+    Args:
+        source: path or URL of the YAML document.
+        address: ``http(s)://HOST:PORT`` of the cluster's dashboard.
+        excludes: patterns of .gitignore for files of ``working_dir`` that are not uploaded.
+        env: names of variables of this environment that the job gets.
+        pip: requirements file that Ray installs for the job; None: the nodes have all packages.
+        num_cpus, num_gpus, memory_bytes: reserved for the driver alone, in addition to its tasks and workers.
 
     Returns:
         The exit code of the job's command; 130 if the job was stopped, or left running after Ctrl-C; without ``wait``
@@ -104,37 +96,42 @@ def submit(submission: Submission) -> int:
         ResourceError: no cluster responds at the address, or it refuses the token.
         SubmissionError: the cluster refused the job, or became unreachable while the job ran.
     """
-    job = Job(_job_id(submission), _checked_address(submission.address))
-    _check_overrides(submission.overrides)
-    config = load_config(submission.source, submission.overrides)
-    check_job(submission.command, config)
-    runtime_env = _runtime_env(submission.env, submission.pip and _path(submission.pip))
+    job = Job(_job_id(submission_id, command), _checked_address(address))
+    _check_overrides(overrides)
+    config = load_config(source, overrides)
+    check_job(command, config)
+    runtime_env = _runtime_env(env, pip and _path(pip))
     not_read, read = local_paths(config)
-    working_dir = find_files(_path(submission.working_dir), submission.excludes, results=not_read, inputs=read)
+    files = find_files(_path(working_dir), excludes, results=not_read, inputs=read)
     check_shadowing(
-        map(Path, working_dir.relative(working_dir.sizes)),
-        folder=working_dir.folder,
+        map(Path, files.relative(files.sizes)),
+        folder=files.folder,
         next_step="rename it, or leave it out: --exclude /jobs.py --exclude /jobs/",
     )
-    _describe(submission, working_dir, config)
+    report(f"{command} of {redact(source)}; working directory {files}")
+    _warn_of_paths_and_env(command, config, env)
+    config_name = f"{CONFIG_FOLDER}/{PurePosixPath(redact(source)).name}"
     with tempfile.TemporaryDirectory() as scratch:
-        package, config_name = Path(scratch) / "working_dir.zip", _config_name(submission.source)
-        write_package(package, working_dir, config_name, storage.read(submission.source))
+        package = Path(scratch) / "working_dir.zip"
+        write_package(package, files, config_name, storage.read(source))
         with _connection_errors(job.address), _refusals(job):
             client = _connect(job.address)
             client.submit_job(
-                entrypoint=shlex.join(
-                    ["python", "-m", _MODULES[submission.command], config_name, *submission.overrides]
-                ),
+                entrypoint=shlex.join(["python", "-m", _MODULES[command], config_name, *overrides]),
                 submission_id=job.id,
                 runtime_env={**runtime_env, "working_dir": str(package)},
-                metadata=_metadata(submission.command, config),
-                entrypoint_num_cpus=submission.num_cpus,
-                entrypoint_num_gpus=submission.num_gpus,
-                entrypoint_memory=submission.memory_bytes,
+                # Jobs of one config have one fingerprint.
+                metadata={
+                    "project": "stillroom",
+                    "command": command,
+                    "config_fingerprint": short(config.model_dump(mode="json")),
+                },
+                entrypoint_num_cpus=num_cpus,
+                entrypoint_num_gpus=num_gpus,
+                entrypoint_memory=memory_bytes,
             )
     job.report(f"is submitted to {redact(job.address)}")
-    if not submission.wait:
+    if not wait:
         print(job.id)
         return 0
     with _connection_errors(job.address):
@@ -207,8 +204,8 @@ def _checked_address(address: str) -> str:
     )
 
 
-def _job_id(submission: Submission) -> str:
-    job_id = submission.submission_id or f"stillroom-{submission.command}-{secrets.token_hex(4)}"
+def _job_id(submission_id: str | None, command: Command) -> str:
+    job_id = submission_id or f"stillroom-{command}-{secrets.token_hex(4)}"
     # It becomes a part of URLs and file names.
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", job_id):
         raise InputError(
@@ -254,37 +251,17 @@ def _runtime_env(env: Sequence[str], pip: Path | None) -> dict[str, Any]:
     return {"env_vars": {name: os.environ[name] for name in env}, **({} if pip is None else {"pip": str(pip)})}
 
 
-def _describe(submission: Submission, working_dir: WorkingDir, config: Config) -> None:
-    size = f"{len(working_dir.sizes)} files, {working_dir.size_bytes / 1e6:.1f} MB"
-    report(f"{submission.command} of {redact(submission.source)}; working directory {working_dir.folder} ({size})")
-    if working_dir.special:
-        names = ", ".join(working_dir.relative(working_dir.special))
-        report(f"left out, being links to folders or special files: {names}")
-    if working_dir.results:
-        names = ", ".join(working_dir.relative(working_dir.results[:_NUM_NAMED]))
-        num_more = len(working_dir.results) - _NUM_NAMED
-        more = f" and {num_more} more" if num_more > 0 else ""
-        report(f"left out, being caches, runs or absolute paths of the config: {names}{more}")
-    if submission.env:
-        names = ", ".join(submission.env)
+def _warn_of_paths_and_env(command: Command, config: Config, env: Sequence[str]) -> None:
+    if env:
+        names = ", ".join(env)
         report(f"Ray stores these values with the job and logs them on its nodes, so give it no credentials: {names}")
     keys = [
         key.removesuffix("_url")
-        for key in (*_INPUTS, *_OUTPUTS[submission.command])
+        for key in (*_INPUTS, *_OUTPUTS[command])
         if any(url.startswith(("/", "file://")) for url in _urls(config, key))
     ]
     if keys:
         report(f"every node has to see these local paths: {', '.join(keys)}")
-
-
-def _config_name(source: str) -> str:
-    return f"{CONFIG_FOLDER}/{PurePosixPath(redact(source)).name}"
-
-
-def _metadata(command: Command, config: Config) -> dict[str, str]:
-    """What the cluster shows of the job. Jobs of one config have one fingerprint."""
-    fingerprint = short(config.model_dump(mode="json"))
-    return {"project": "stillroom", "command": command, "config_fingerprint": fingerprint}
 
 
 def _connect(address: str) -> JobSubmissionClient:
@@ -302,23 +279,15 @@ def _connection_errors(address: str) -> Generator[None]:
     try:
         yield
     except AuthenticationError as error:
-        raise ResourceError(
-            "the cluster did not accept the token, or there was none",
-            where=redact(address),
-            got=first_line(error),
-            code="ray.token-refused",
-            next_step=TOKEN_HELP,
-        ) from error
+        raise token_refused(redact(address), first_line(error)) from error
     # The reader of our own output has ended.
     except BrokenPipeError:
         raise
     # The exceptions of requests are OSErrors, also that of a response that is no JSON.
     except OSError as error:
-        raise ResourceError(
-            "no Ray cluster responds",
-            code="ray.no-answer",
-            where=redact(address),
-            got=type(error).__name__,
+        raise no_response(
+            redact(address),
+            type(error).__name__,
             expected=f"a response of its dashboard within {RESPONSE_TIMEOUT_S} s",
             next_step="check that the cluster runs and that its dashboard's port can be reached from here "
             "(kubectl port-forward, ssh -L)",

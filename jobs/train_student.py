@@ -150,12 +150,13 @@ def _fit(config: Config) -> dict[str, Any]:
         where=worker_keys(ray_config),
     )
     event_actor = _event_actor_on_this_node()
-    with (
-        temporary_folder("stillroom-train-") as folder,
-        TrainingObserver(config) as observer,
-        _EventPoller(event_actor, observer),
-    ):
-        fit_with_restarts(lambda: _trainer(config, event_actor, Path(folder)), event_actor, ray_config.max_failures)
+    with temporary_folder("stillroom-train-") as folder, TrainingObserver(config) as observer:
+        fit_with_restarts(
+            lambda: _trainer(config, event_actor, Path(folder)),
+            event_actor,
+            observer.observe,
+            max_failures=ray_config.max_failures,
+        )
     summary = read_summary(config.run.url)
     assert summary is not None, "a training that ended without error has written its summary"
     return summary
@@ -191,17 +192,31 @@ def _trainer(config: Config, event_actor: Any, folder: Path) -> TorchTrainer:
     )
 
 
-def fit_with_restarts(trainer: Callable[[], TorchTrainer], event_actor: Any, max_failures: int) -> None:
+def fit_with_restarts(
+    trainer: Callable[[], TorchTrainer],
+    event_actor: Any,
+    observe: Callable[[dict[str, Any]], None],
+    *,
+    max_failures: int,
+) -> None:
     """Fits to the end. Ray Train restarts lost workers, but ends with a ``ControllerError`` where it loses them while
     they start; they are restarted here.
+
+    Args:
+        observe: called with each event of the workers.
 
     Raises:
         StillroomError: the training failed more than ``max_failures`` times, or failed on its input.
     """
+
+    def poll() -> None:
+        for event in _call(event_actor.drain):
+            observe(event)
+
     failures = 0
     while True:
         try:
-            _in_thread(trainer().fit)
+            _fit_in_thread(trainer(), poll)
             break
         except TrainingFailedError as error:
             failure = error.controller_failure if isinstance(error, ControllerError) else None
@@ -254,20 +269,25 @@ def _signals(text: str) -> str:
     return f"one of {', '.join(named)} (Ray's report)" if named else text.strip().partition("\n")[0]
 
 
-def _in_thread(work: Callable[[], object]) -> None:
-    """Runs work outside the main thread, where Ray Train would replace the handler of Ctrl-C and not restore it."""
+def _fit_in_thread(trainer: TorchTrainer, poll: Callable[[], None]) -> None:
+    """Fits outside the main thread, where Ray Train would replace the handler of Ctrl-C and not restore it."""
     errors: list[BaseException] = []
 
     def run() -> None:
         try:
-            work()
+            trainer.fit()
         except BaseException as error:
             errors.append(error)
 
     thread = threading.Thread(target=run, name="fit", daemon=True)
     thread.start()
-    while thread.is_alive():
-        thread.join(_POLL_S)
+    try:
+        while thread.is_alive():
+            thread.join(_POLL_S)
+            poll()
+    except KeyboardInterrupt:
+        poll()
+        raise
     if errors:
         raise errors[0]
 
@@ -278,31 +298,6 @@ def _first_exception(error: TrainingFailedError) -> str:
     rank, failure = next(iter(failures.items()), ("controller", error))
     lines = [line for line in str(failure).splitlines() if line.strip()]
     return f"rank {rank}: {lines[-1] if lines else type(failure).__name__}"
-
-
-class _EventPoller:
-    """Passes the workers' events to the observer while ``fit`` blocks."""
-
-    def __init__(self, event_actor: Any, observer: TrainingObserver) -> None:
-        self._event_actor, self._observer = event_actor, observer
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._poll, name="progress", daemon=True)
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _poll(self) -> None:
-        while not self._stop.wait(_POLL_S):
-            self._drain()
-        self._drain()
-
-    def _drain(self) -> None:
-        for event in _call(self._event_actor.drain):
-            self._observer.observe(event)
 
 
 def describe(summary: dict[str, Any]) -> str:

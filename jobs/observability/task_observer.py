@@ -65,15 +65,15 @@ class TaskObserver:
     """
 
     def __init__(self, title: str, name: Callable[[Any], str] = str) -> None:
-        self.title, self._name = title, name
+        self.title, self.name = title, name
         self.retries: Counter[str] = Counter()
 
     def label(self, item: Any, attempt: int) -> AttemptLabel:
-        return AttemptLabel(self.title, self._name(item), attempt, self.fields(item))
+        return AttemptLabel(self.title, self.name(item), attempt, self.fields(item))
 
     def fields(self, item: Any) -> dict[str, object]:
         """The fields that identify an item in JSON."""
-        return {"item": self._name(item)}
+        return {"item": self.name(item)}
 
     def done(self, item: Any, result: Any, stats: AttemptStats, *, attempt: int) -> None:  # noqa: ARG002 - for subclasses
         if is_enabled(logging.DEBUG):

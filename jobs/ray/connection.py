@@ -7,7 +7,8 @@ import os
 import socket
 import stat
 import tempfile
-from pathlib import Path
+from collections.abc import Iterable
+from pathlib import Path, PurePath
 from typing import Any
 
 import grpc
@@ -23,18 +24,20 @@ from jobs.ray.core_internals import (
     load_token,
     local_cluster_address,
 )
-from jobs.ray.shadowing import check_shadowing
-from pipeline.core.errors import ClusterError, ResourceError, first_line
+from pipeline.core.errors import ClusterError, InputError, ResourceError, first_line
 
-TOKEN_HELP = "set RAY_AUTH_MODE=token, and the cluster's token in RAY_AUTH_TOKEN or its file in RAY_AUTH_TOKEN_PATH"  # noqa: S105
+_TOKEN_HELP = "set RAY_AUTH_MODE=token, and the cluster's token in RAY_AUTH_TOKEN or its file in RAY_AUTH_TOKEN_PATH"  # noqa: S105
 # Ray itself retries an unreachable address for 14 minutes.
 RESPONSE_TIMEOUT_S, _PORT_TIMEOUT_S = 10.0, 3.0
 _CLIENT_SCHEME = "ray://"
+_PACKAGE = "jobs"
+# A folder with this file is a checkout of Stillroom.
+_CHECKOUT_MARKER = PurePath(_PACKAGE, "build_cache.py")
 # The kernel's limit for the path of a Unix socket, without its terminating zero.
 _MAX_SOCKET_PATH_BYTES = 107
 _LONGEST_SOCKET = "session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
 # Ray puts the working folder first on its workers' import path, after these modules are imported.
-_PRELOAD = {"preload_python_modules": ["jobs"]}
+_PRELOAD = {"preload_python_modules": [_PACKAGE]}
 _SHORT_ROOTS = ("/tmp", "/var/tmp")  # noqa: S108 - the folder below is created for this user alone, and checked
 
 
@@ -201,11 +204,11 @@ def check_response(address: str) -> None:
         load_token()
         check_alive(address.removeprefix(_CLIENT_SCHEME), timeout_s=RESPONSE_TIMEOUT_S)
     except AuthenticationError as error:
-        raise _refused(address, first_line(error)) from error
+        raise token_refused(f"ray.address={address}", first_line(error)) from error
     except grpc.RpcError as error:
         code: grpc.StatusCode = error.code()  # pyright: ignore[reportAttributeAccessIssue]
         if code == grpc.StatusCode.UNAUTHENTICATED:
-            raise _refused(address, str(error.details())) from error  # pyright: ignore[reportAttributeAccessIssue]
+            raise token_refused(f"ray.address={address}", str(error.details())) from error  # pyright: ignore[reportAttributeAccessIssue]
         # The client server responds that it has no such method.
         if code == grpc.StatusCode.UNIMPLEMENTED and address.startswith(_CLIENT_SCHEME):
             return
@@ -222,23 +225,54 @@ def _reason(address: str) -> str:
     return "something listens there, but it does not respond as Ray does"
 
 
-def _refused(address: str, reason: str) -> ResourceError:
+def token_refused(where: str, reason: str) -> ResourceError:
     return ResourceError(
         "the cluster did not accept the token, or there was none",
         code="ray.token-refused",
-        where=f"ray.address={address}",
+        where=where,
         got=reason,
-        next_step=TOKEN_HELP,
+        next_step=_TOKEN_HELP,
+    )
+
+
+def no_response(where: str, reason: str, *, expected: str, next_step: str) -> ResourceError:
+    return ResourceError(
+        "no Ray cluster responds",
+        code="ray.no-answer",
+        where=where,
+        got=reason,
+        expected=expected,
+        next_step=next_step,
     )
 
 
 def _no_response(address: str, reason: str) -> ResourceError:
-    return ResourceError(
-        "no Ray cluster responds",
-        code="ray.no-answer",
-        where=f"ray.address={address}",
-        got=reason,
+    return no_response(
+        f"ray.address={address}",
+        reason,
         expected="a response of its control service (port 6379), or with ray:// of its client server (10001), within "
         f"{RESPONSE_TIMEOUT_S:g} s",
         next_step="start one (ray start --head), or set ray.address=local to start one here",
     )
+
+
+def check_shadowing(files: Iterable[PurePath], *, folder: Path, next_step: str) -> None:
+    """Detects a user's own module named ``jobs``, which Ray's workers would import instead of Stillroom's package.
+
+    Args:
+        files: relative to a folder that comes first on the import path of Ray's workers.
+
+    Raises:
+        InputError: a module of that folder hides Stillroom's package.
+    """
+    names = set(files)
+    hiding = {PurePath(f"{_PACKAGE}.py"), PurePath(_PACKAGE, "__init__.py")} & names
+    if hiding and _CHECKOUT_MARKER not in names:
+        raise InputError(
+            f"a module of this folder hides Stillroom's package {_PACKAGE} from Ray's workers",
+            code="ray.hidden-package",
+            where=str(folder),
+            got=", ".join(str(path) for path in sorted(hiding)),
+            expected=f"no module named {_PACKAGE}",
+            next_step=next_step,
+        )

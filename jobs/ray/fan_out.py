@@ -38,7 +38,7 @@ def fan_out(
     Args:
         items: consumed as tasks start.
         what: the kind of task, for the error that no node has room for one.
-        name: the name of an item in messages.
+        name: the name of an item in messages; an ``observer`` has its own.
         observer: receives every attempt.
         reports_silence: False for items that take hours.
 
@@ -55,7 +55,7 @@ def fan_out(
         yield from _loop(work, items, failures, observer)
     else:
         with cluster(config):
-            scheduler = TaskScheduler(work, config, what, name, failures.add, observer, reports_silence=reports_silence)
+            scheduler = TaskScheduler(work, config, what, failures.add, observer, reports_silence=reports_silence)
             yield from scheduler.run(items)
     failures.raise_all("the others are done")
 

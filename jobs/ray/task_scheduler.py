@@ -122,7 +122,6 @@ class TaskScheduler:
         work: Callable[[Any], Any],
         config: RayConfig,
         what: str,
-        name: Callable[[Any], str],
         on_failure: Callable[[StillroomError], None],
         observer: TaskObserver,
         *,
@@ -145,7 +144,7 @@ class TaskScheduler:
         self._work = ray.put(work)
         self._node_wait_s = node_wait_s(config)
         self._max_retries, self._timeout_s = config.max_retries, config.part_timeout_s
-        self._name, self._on_failure, self._observer = name, on_failure, observer
+        self._on_failure, self._observer = on_failure, observer
         self._reports_silence = reports_silence
         self._limit, self._next_node_check = 0, 0.0
         self._without_nodes_since: float | None = None
@@ -275,7 +274,7 @@ class TaskScheduler:
         in_flight_s = time.monotonic() - attempt.launched
         # An estimate: less the time that the last finished task was queued.
         stats = AttemptStats(node_of(failure), max(in_flight_s - self._queued_s, 0.0))
-        name = self._name(attempt.item)
+        name = self._observer.name(attempt.item)
         # Compared with the whole time in flight and not with the estimate, so that no timeout is taken for a crash.
         if isinstance(failure, WorkerCrashedError) and self._timeout_s is not None and in_flight_s >= self._timeout_s:
             self._retry(attempt, _timed_out(name, self._timeout_s, stats.node), stats, kind="a timeout")

@@ -33,14 +33,12 @@ class WorkingDir:
 
     Attributes:
         sizes: bytes by path.
-        special: links to folders and special files, which cannot be uploaded.
-        results: caches, runs and other paths that the job does not read from its copy of the folder.
+        left_out: caches, runs and other results, links to folders, and special files.
     """
 
     folder: Path
     sizes: dict[Path, int]
-    special: tuple[Path, ...]
-    results: tuple[Path, ...] = ()
+    left_out: tuple[Path, ...]
 
     @property
     def size_bytes(self) -> int:
@@ -48,6 +46,15 @@ class WorkingDir:
 
     def relative(self, paths: Collection[Path]) -> list[str]:
         return [str(path.relative_to(self.folder)) for path in paths]
+
+    def __str__(self) -> str:
+        """The folder, its size, and what is not uploaded."""
+        text = f"{self.folder} ({len(self.sizes)} files, {self.size_bytes / 1e6:.1f} MB)"
+        if not self.left_out:
+            return text
+        num_more = len(self.left_out) - _NUM_NAMED
+        names = ", ".join(self.relative(self.left_out[:_NUM_NAMED])) + (f" and {num_more} more" if num_more > 0 else "")
+        return f"{text} without results, links to folders and special files: {names}"
 
 
 def find_files(
@@ -66,10 +73,10 @@ def find_files(
     """
     folder = folder.absolute()
     rule = (folder, GitIgnoreSpec.from_lines([*_EXCLUDES, *_EXCLUDES_AT_TOP, *excludes]))
-    skipped: list[Path] = []
+    left_out: list[Path] = []
     try:
         inputs, results = _below(folder, inputs), _below(folder, results)
-        paths = list(_walk(folder, [rule], skipped, lambda path: _is_result(path, results, inputs)))
+        paths = list(_walk(folder, [rule], left_out, lambda path: _is_result(path, results, inputs)))
         sizes = {path: path.stat().st_size for path in paths if path.is_file()}
     except OSError as error:
         raise StorageInputError(
@@ -79,7 +86,8 @@ def find_files(
             got=str(error),
             next_step="give another one (--working-dir), or leave out what cannot be read (--exclude PATTERN)",
         ) from error
-    working_dir = WorkingDir(folder, sizes, tuple(path for path in paths if path not in sizes), tuple(skipped))
+    left_out += (path for path in paths if path not in sizes)
+    working_dir = WorkingDir(folder, sizes, tuple(left_out))
     _check_size(working_dir)
     return working_dir
 
@@ -98,9 +106,9 @@ def _is_result(path: Path, results: Collection[Path], inputs: Collection[Path]) 
 
 
 def _walk(
-    folder: Path, rules: Sequence[_Rule], skipped: list[Path], is_result: Callable[[Path], bool]
+    folder: Path, rules: Sequence[_Rule], left_out: list[Path], is_result: Callable[[Path], bool]
 ) -> Iterator[Path]:
-    """Files and links; results are appended to ``skipped`` instead."""
+    """Files and links; results are appended to ``left_out`` instead."""
     ignore_files = [folder / name for name in _IGNORE_FILES if (folder / name).is_file()]
     rules = [*rules, *((folder, GitIgnoreSpec.from_lines(path.read_text().splitlines())) for path in ignore_files)]
     for path in sorted(folder.iterdir()):
@@ -109,10 +117,10 @@ def _walk(
         if any(patterns.match_file(f"{path.relative_to(base)}{slash}") for base, patterns in rules):
             continue
         if is_result(path):
-            skipped.append(path)
+            left_out.append(path)
         # A link to a folder may lead to whole disks, or form a cycle.
         elif path.is_dir() and not path.is_symlink():
-            yield from _walk(path, rules, skipped, is_result)
+            yield from _walk(path, rules, left_out, is_result)
         else:
             yield path
 

@@ -16,7 +16,7 @@ from ray.job_submission import JobDetails, JobStatus
 
 from jobs.submission.follow import exit_code
 from jobs.submission.package import MAX_BYTES, find_files, write_package
-from jobs.submit import Submission, check_job, local_paths, submit
+from jobs.submit import check_job, local_paths, submit
 from pipeline.core.errors import InputError
 from pipeline.storage.config_files import load_config
 from tests.jobs.clusters import free_port
@@ -25,7 +25,7 @@ from tests.jobs.conftest import Document
 UNREACHABLE = "http://127.0.0.1:1"
 SECRET = "hush-4711"
 
-# Sections of the config, fields of the submission, and a part of the message.
+# Sections of the config, arguments of the submission, and a part of the message.
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "unknown key": ({"views": {"kinds": "crop"}}, {}, "views.kinds"),
     "a key that distill needs": ({"student": None}, {"command": "distill"}, "no student.model"),
@@ -47,9 +47,9 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 }
 
 
-def submission(source: str, working_dir: Path, **fields: Any) -> Submission:
-    base: dict[str, Any] = {"command": "build", "overrides": (), "address": UNREACHABLE, "working_dir": working_dir}
-    return Submission(source=source, **{**base, **fields})
+def submit_build(source: str, working_dir: Path, **arguments: Any) -> int:
+    base: dict[str, Any] = {"command": "build", "address": UNREACHABLE, "working_dir": working_dir}
+    return submit(source=source, **{**base, **arguments})
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -58,7 +58,7 @@ def test_a_wrong_submission_is_refused_before_a_cluster_is_contacted(
 ) -> None:
     sections, changes, text = REFUSED[name]
     with pytest.raises(InputError) as caught:
-        submit(submission(document(**sections), tmp_path, **changes))
+        submit_build(document(**sections), tmp_path, **changes)
     assert text in str(caught.value)
     assert caught.value.code != "ray.no-answer"
     assert SECRET not in str(caught.value) + "".join(capsys.readouterr())
@@ -72,7 +72,7 @@ def test_a_tilde_is_the_home_of_the_user_who_submits(
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for changes in ({"working_dir": Path("~/absent")}, {"pip": Path("~/absent")}):
         with pytest.raises(InputError) as caught:
-            submit(submission(document(), tmp_path, **changes))
+            submit_build(document(), tmp_path, **changes)
         assert str(tmp_path / "home" / "absent") in str(caught.value)
 
 
@@ -89,12 +89,11 @@ def test_unreachable_addresses_fail_after_the_stated_time(silent: str, document:
     script = (
         "import sys, jobs.submit\n"
         "from pathlib import Path\n"
-        "from jobs.submit import Submission, submit\n"
+        "from jobs.submit import submit\n"
         "jobs.submit.RESPONSE_TIMEOUT_S = 1\n"
         "for address in sys.argv[2:]:\n"
         "    try:\n"
-        "        submit(Submission(command='build', source=sys.argv[1], overrides=(), address=address,\n"
-        "                          working_dir=Path('empty')))\n"
+        "        submit('build', sys.argv[1], address=address, working_dir=Path('empty'))\n"
         "    except Exception as error:\n"
         "        print(error.code, error.exit_code, error)\n"
     )
@@ -134,7 +133,7 @@ def test_environments_data_and_runs_are_not_uploaded_and_packages_of_such_names_
     (tmp_path / ".rayignore").write_text("big\n")
     assert names(tmp_path) == [".rayignore", *uploaded]
     assert names(tmp_path, "pkg/runs", ".rayignore") == uploaded[:2]
-    assert find_files(tmp_path, ()).special == (tmp_path / "away",)
+    assert find_files(tmp_path, ()).left_out == (tmp_path / "away",)
 
 
 def test_a_folder_that_is_too_large_is_refused_with_its_largest_files(tmp_path: Path) -> None:
@@ -200,7 +199,7 @@ def test_results_in_the_working_directory_are_not_uploaded(document: Document, t
     uploaded = find_files(folder, (), results=not_read, inputs=read)
     # Files that the job reads from its copy are uploaded, also those inside a run.
     assert sorted(uploaded.relative(uploaded.sizes)) == sorted(["net.py", "out/notes.txt", *inputs])
-    assert set(uploaded.relative(uploaded.results)) == {
+    assert set(uploaded.relative(uploaded.left_out)) == {
         "earlier",
         "node",
         "out/best",

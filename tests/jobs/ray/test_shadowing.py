@@ -9,7 +9,7 @@ from pathlib import Path, PurePath
 
 import pytest
 
-from jobs.ray.shadowing import check_shadowing
+from jobs.ray.connection import check_shadowing
 from pipeline.core.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -80,10 +80,10 @@ class FailingTrainer:
 def test_workers_that_die_while_they_start_are_restarted_as_often_as_others() -> None:
     event_actor = EventActor.remote()
     twice = FailingTrainer(2)
-    fit_with_restarts(lambda: cast(TorchTrainer, twice), event_actor, max_failures=2)
+    fit_with_restarts(lambda: cast(TorchTrainer, twice), event_actor, print, max_failures=2)
     assert twice.fits == 3
     with pytest.raises(TrainingError) as caught:
-        fit_with_restarts(lambda: cast(TorchTrainer, FailingTrainer(2)), event_actor, max_failures=0)
+        fit_with_restarts(lambda: cast(TorchTrainer, FailingTrainer(2)), event_actor, print, max_failures=0)
     assert caught.value.code == "train.failed"
 
 
