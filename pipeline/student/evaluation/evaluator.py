@@ -324,7 +324,10 @@ class Evaluator:
         found = tally.finish(self.distributed, compared=teacher is not None)
         if found is None:
             raise ConfigError(
-                "there are no images to evaluate on", where="data.val_shards", got=f"{len(self.urls)} shards"
+                "there are no images to evaluate on",
+                code="data.no-validation-images",
+                where=self.key,
+                got=f"{len(self.urls)} shards",
             )
         return found
 
@@ -531,6 +534,7 @@ def teacher_of_run(config: Config, supervision: SupervisionSpec, device: torch.d
     if cached and weights_digest(teacher.state()) != cached[0]:
         raise CacheError(
             "the teacher of this config is not the one whose words were cached",
+            code="cache.other-teacher",
             where="teacher.weights",
             got=redact(str(config.teacher.weights)),
             expected=f"weights with digest {cached[0][:16]}",

@@ -69,6 +69,7 @@ def load_run(run_url: str, checkpoint_name: CheckpointName) -> LoadedRun:
     if state is None:
         raise ConfigError(
             f"this run has no {checkpoint_name} checkpoint",
+            code="run.no-checkpoint",
             where=redact(run_url),
             next_step="train it to the end of an epoch"
             + (", with data.val_shards that have labels, or with a teacher online" if name == checkpoint.BEST else ""),

@@ -91,6 +91,7 @@ def _format_of(out_url: str) -> ExportFormat:
     if suffix not in found:
         raise ConfigError(
             "the suffix of this file names no format",
+            code="export.unknown-format",
             where=redact(out_url),
             got=f".{suffix}" if suffix else "no suffix",
             expected=", ".join(f".{name}" for name in found),
@@ -105,6 +106,7 @@ def _check_request(format: ExportFormat, *, with_normalization: bool) -> None:
     if with_normalization and format not in _GRAPHS:
         raise ConfigError(
             "weights alone cannot hold the normalisation",
+            code="export.no-graph-to-normalize",
             where="--with-normalization",
             got=f"format {format}",
             expected=" or ".join(_GRAPHS),
@@ -117,6 +119,7 @@ def _check_finished(run_url: str) -> None:
     if checkpoint.read_summary(run_url) is None:
         raise ConfigError(
             "this run is not finished, so its last checkpoint is one on the way",
+            code="run.not-finished",
             where=redact(run_url),
             next_step="run stillroom train CONFIG again, which goes on from there, or give --checkpoint best",
         )

@@ -95,6 +95,7 @@ def check_onnx_packages() -> None:
     if missing:
         raise ConfigError(
             "ONNX needs packages that are not installed",
+            code="export.missing-package",
             got=f"no {', '.join(missing)}",
             next_step="pip install 'stillroom[export]', or export to .pt2 or .safetensors",
         )
@@ -111,6 +112,7 @@ def _program(classifier: Classifier) -> ExportedProgram:
 def _no_graph(kind: str, error: Exception) -> ModelError:
     return ModelError(
         f"this network cannot be written as a graph of {kind}",
+        code="export.not-a-graph",
         where="student.model",
         got=cause(error),
         next_step="export its weights to .safetensors, or change the network where its code depends on the data",
@@ -149,6 +151,7 @@ def _difference(got_NK: Tensor, expected_NK: Tensor, kind: str) -> float:
     if not difference <= TOLERANCE * float(expected_NK.abs().max()):
         raise ModelError(
             f"the graph does not answer as the network does, under {kind}",
+            code="export.graph-differs",
             where="student.model",
             got=f"logits {tuple(got_NK.shape)} that differ by up to {difference:.2g}",
             expected=f"logits {tuple(expected_NK.shape)} within {TOLERANCE:g} of the largest",

@@ -39,6 +39,7 @@ def finite_pair(student_BK: Tensor, teacher_BK: Tensor) -> tuple[Tensor, Tensor]
     if student_BK.shape != teacher_BK.shape:
         raise ModelError(
             "student and teacher do not answer alike",
+            code="loss.shapes-differ",
             where="logits of one batch",
             got=f"student {list(student_BK.shape)}, teacher {list(teacher_BK.shape)}",
             expected="one shape [B,K]: the same rows, the same classes",

@@ -172,6 +172,7 @@ class _Term:
         if missing:
             raise TrainingError(
                 f"the loss {self.key} lacks inputs",
+                code="loss.missing-input",
                 where="LossInputs of one batch",
                 got=f"None for {', '.join(missing)}",
                 expected=", ".join(sorted(self.required)),
@@ -195,6 +196,7 @@ class CompositeLoss:
         if not terms:
             raise ConfigError(
                 "the loss section is missing",
+                code="config.no-loss",
                 where=where,
                 expected=f"one or more of {', '.join(LOSSES)}",
                 next_step="add a section such as  loss: [{name: kd, weight: 1.0, temperature: 4.0}]",

@@ -79,6 +79,7 @@ def _pair(student_BD: Tensor, teacher_BD: Tensor) -> tuple[Tensor, Tensor]:
     if student_BD.shape != teacher_BD.shape:
         raise ModelError(
             "the embeddings of student and teacher are not alike",
+            code="loss.shapes-differ",
             where="embeddings of one batch",
             got=f"student {list(student_BD.shape)}, teacher {list(teacher_BD.shape)}",
             expected="one shape [B,D]: the same rows, the teacher's width",

@@ -62,6 +62,7 @@ def _difference(student_BCHW: Tensor, teacher_BCHW: Tensor) -> Tensor:
     if student_BCHW.shape != teacher_BCHW.shape:
         raise ModelError(
             "student and teacher have other feature maps",
+            code="loss.shapes-differ",
             where="a level of one batch",
             got=f"student {list(student_BCHW.shape)}, teacher {list(teacher_BCHW.shape)}",
             expected="one shape [B,C,H,W], into which the student's maps are fused",

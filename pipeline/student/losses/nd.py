@@ -147,6 +147,7 @@ def check_class_means(class_means_KD: Tensor, label_counts_K: Tensor, *, where: 
     if len(class_means_KD) != len(label_counts_K):
         raise CacheError(
             "the class means are not of this data's classes",
+            code="cache.class-means-of-other-classes",
             where=where,
             got=f"K = {len(class_means_KD)}",
             expected=f"K = {len(label_counts_K)}",
@@ -158,6 +159,7 @@ def check_class_means(class_means_KD: Tensor, label_counts_K: Tensor, *, where: 
         named = ", ".join(map(str, classes[:_NUM_CLASSES_NAMED]))
         raise CacheError(
             "classes occur in the labels but have no mean, which nd needs",
+            code="cache.missing-class-means",
             where=where,
             got=f"{len(classes)} without a mean: {named}{', …' if len(classes) > _NUM_CLASSES_NAMED else ''}",
             expected="a mean for every class that occurs",

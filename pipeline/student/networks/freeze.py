@@ -33,7 +33,13 @@ def freeze(network: nn.Module, names: Sequence[str]) -> None:
         if isinstance(module, BATCH_NORMS) and _covered(name, names):
             module.eval()
     if names and not any(parameter.requires_grad for parameter in network.parameters()):
-        raise ConfigError("every parameter is frozen, so there is nothing to learn", where="train.freeze")
+        raise ConfigError(
+            "every parameter is frozen, so there is nothing to train",
+            code="config.all-frozen",
+            where="train.freeze",
+            got=", ".join(names),
+            next_step="leave out a name",
+        )
 
 
 def _covered(name: str, names: Sequence[str]) -> bool:
@@ -48,6 +54,7 @@ def _check_name(network: nn.Module, name: str) -> None:
     children = [one for one, _ in network.named_children()]
     raise ConfigError(
         "the student has no module or parameter of this name",
+        code="config.unknown-frozen-name",
         where="train.freeze",
         got=name,
         expected=f"one of {', '.join(near or children)}, …",

@@ -46,6 +46,7 @@ def review_section(terms: Sequence[LossConfig]) -> ReviewKdLoss | None:
     if len(found) > 1:
         raise ConfigError(
             "review_kd occurs more than once",
+            code="config.review-repeated",
             where="loss",
             got=f"{len(found)} terms",
             expected="one",

@@ -133,7 +133,12 @@ def read_config(run_url: str) -> Config:
     url = storage.join(run_url, CONFIG)
     data = storage.read_if_exists(url, max_bytes=storage.MAX_RECORD_BYTES)
     if data is None:
-        raise ConfigError("there is no run here", where=redact(run_url), next_step="run: stillroom train CONFIG")
+        raise ConfigError(
+            "there is no run here",
+            code="run.not-found",
+            where=redact(run_url),
+            next_step="correct the URL, or run: stillroom train CONFIG",
+        )
     body = unseal(data, where=redact(url))
     body.pop("digest")
     where = redact(url)
@@ -205,6 +210,7 @@ def load(run_url: str, name: str) -> dict[str, Any] | None:
     except Exception as error:
         raise CacheError(
             "this checkpoint is damaged",
+            code="run.damaged-checkpoint",
             where=redact(url),
             got=cause(error),
             next_step="remove it to start the run again",
@@ -226,6 +232,7 @@ def read_summary(run_url: str) -> dict[str, Any] | None:
     except ValueError as error:
         raise CacheError(
             "this summary is damaged",
+            code="run.damaged-summary",
             where=redact(url),
             got=str(error),
             next_step="remove it and run the training again: it goes on from its last checkpoint",
