@@ -38,7 +38,7 @@ def fan_out(
     Args:
         items: consumed as tasks start.
         what: the kind of task, for the error that no node has room for one.
-        name: the name of an item in messages; an ``observer`` has its own.
+        name: the name of an item in messages; unused with an ``observer``.
         observer: receives every attempt.
         reports_silence: False for items that take hours.
 

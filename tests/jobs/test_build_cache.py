@@ -15,6 +15,7 @@ from pipeline.core.errors import CacheError, ShardError, StorageInputError
 from pipeline.shards.omissions import Omissions
 from pipeline.shards.writer import pack_shards
 from schemas.cache_format import Commit
+from tests.errors import raises
 from tests.jobs.conftest import Tree, config_of, files_below
 from tests.pipeline.caches import digit_samples
 from tests.pipeline.shards.tars import make_linked_tar
@@ -103,9 +104,8 @@ def test_another_teacher_is_refused_before_any_work(tree: Tree, tmp_path: Path) 
     build_cache(config_of(tree()))
     finished = files_below(tmp_path / "cache")
     changed = tree()["teacher"] | {"kwargs": {"depth": 8, "widths": [4, 4, 6, 10]}}
-    with pytest.raises(CacheError) as caught:
+    with raises("cache.other-header", CacheError) as caught:
         build_cache(config_of(tree(teacher=changed)))
-    assert caught.value.code == "cache.other-header"
     assert "teacher.architecture.kwargs" in str(caught.value.got)
     assert files_below(tmp_path / "cache") == finished
 
@@ -141,9 +141,8 @@ def test_an_index_is_not_restored_from_a_shard_that_changed(tree: Tree, shards: 
     index.unlink()
     renamed = [(key.replace("0003", "9003"), members) for key, members in digit_samples(24)]
     pack_shards(renamed, f"{tmp_path}/own/digits-%02d.tar", shard_size=24)
-    with pytest.raises(CacheError) as caught:
+    with raises("cache.index-not-reproducible", CacheError) as caught:
         build_cache(config)
-    assert caught.value.code == "cache.index-not-reproducible"
     assert "commits/digits-00" in str(caught.value.next_step)
     assert not index.exists()
     shutil.rmtree(tmp_path / "cache" / "commits" / "digits-00")
@@ -156,9 +155,8 @@ def test_fewer_shards_than_the_finished_cache_are_refused_before_any_change(
     build_cache(config_of(tree()))
     finished = files_below(tmp_path / "cache")
     fewer = config_of(tree(data={"shards": shards[1:3]}, views={"count": 5}))
-    with pytest.raises(CacheError) as caught:
+    with raises("cache.lost-shards", CacheError, got="digits-00, digits-03"):
         build_cache(fewer)
-    assert (caught.value.code, caught.value.got) == ("cache.lost-shards", "digits-00, digits-03")
     assert files_below(tmp_path / "cache") == finished
 
 
@@ -168,9 +166,8 @@ def test_a_damaged_table_of_shards_is_repaired_and_still_prevents_the_loss_of_sh
     build_cache(config_of(tree()))
     finished = files_below(tmp_path / "cache")
     (tmp_path / "cache" / "manifest" / "shards.parquet").write_bytes(b"damaged")
-    with pytest.raises(CacheError) as caught:
+    with raises("cache.lost-shards", CacheError, got="digits-00"):
         build_cache(config_of(tree(data={"shards": shards[1:]})))
-    assert (caught.value.code, caught.value.got) == ("cache.lost-shards", "digits-00")
     build_cache(config_of(tree()))
     repaired = files_below(tmp_path / "cache")
     assert {name: repaired[name] for name in finished} == finished

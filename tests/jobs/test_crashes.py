@@ -17,6 +17,7 @@ from jobs.build_cache import build_cache
 from jobs.train_student import train_student
 from pipeline.core.errors import TrainingError
 from pipeline.student.training.trainer import train
+from tests.errors import raises
 from tests.jobs.conftest import NETWORK, Tree, config_of
 from tests.marks import slow
 
@@ -72,9 +73,8 @@ def test_a_loader_process_that_is_killed_is_one_message(
             killed.append(loader.pid)
             os.kill(loader.pid, signal.SIGKILL)
 
-    with pytest.raises(TrainingError) as caught:
+    with raises("train.loader-killed", TrainingError) as caught:
         train(training, report=report)
-    assert caught.value.code == "train.loader-killed"
     (pid,) = killed  # torch names the signal only if its handler comes before its queue's timeout
     assert str(pid) in str(caught.value.got)
     assert "train.num_workers" in str(caught.value.next_step)
@@ -84,8 +84,7 @@ def test_a_loader_process_that_is_killed_is_one_message(
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_worker_that_a_signal_ends_is_one_message(tree: Tree) -> None:
-    with pytest.raises(TrainingError) as caught:
+    with raises("train.worker-killed", TrainingError) as caught:
         train_student(config_of(killed_at(tree, signal.SIGSEGV, ray=TWO)))
-    assert caught.value.code == "train.worker-killed"
     assert "SIGSEGV" in str(caught.value.got)
     assert "train.channels_last=false" in str(caught.value.next_step)

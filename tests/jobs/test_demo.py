@@ -13,6 +13,7 @@ from pipeline import storage
 from pipeline.core.errors import TrainingError
 from pipeline.shards.tar import read_samples
 from schemas.config import DataConfig
+from tests.errors import raises
 
 
 def test_the_digits_are_packed_with_few_labels_for_students_and_all_for_the_teacher(tmp_path: Path) -> None:
@@ -44,6 +45,5 @@ def test_a_demo_reports_the_gain_of_distilled_students_over_labels_alone() -> No
 
 @pytest.mark.parametrize("dist", [0.69, 0.5, math.nan])
 def test_a_demo_without_a_gain_fails(dist: float) -> None:
-    with pytest.raises(TrainingError) as caught:
+    with raises("demo.no-gain", TrainingError, exit_code=1):
         gains(results(labels=0.6, kd=0.75, dist=dist))
-    assert (caught.value.code, caught.value.exit_code) == ("demo.no-gain", 1)

@@ -14,6 +14,7 @@ from jobs.train_student import train_student
 from pipeline.core.errors import CacheError, ConfigError, StorageInputError
 from pipeline.models.cifar import resnet
 from schemas.config import Config
+from tests.errors import raises
 from tests.jobs.conftest import Tree, config_of, files_below
 
 
@@ -55,17 +56,14 @@ def test_a_finished_cache_needs_no_weights_of_its_teacher(
     # Each command reports that the weights were not compared.
     assert capsys.readouterr().err.count(f"fingerprint {manifest.fingerprint}") == 3
     assert files_below(tmp_path / "cache") == before
-    with pytest.raises(CacheError) as changed:
+    with raises("cache.other-header", CacheError, got="teacher.precision: fp32 -> bf16"):
         distill(config("run", teacher={"precision": "bf16"}))
-    assert (changed.value.code, changed.value.got) == ("cache.other-header", "teacher.precision: fp32 -> bf16")
-    with pytest.raises(StorageInputError) as extended:
+    with raises("weights.unreadable", StorageInputError, where=f"teacher.weights: {weights}") as extended:
         build_cache(config("run", views={"count": 4}))
-    assert (extended.value.code, extended.value.where) == ("weights.unreadable", f"teacher.weights: {weights}")
     assert "teacher.weights=URL" in str(extended.value.next_step)
     val_shards = str(config("run").data.val_shards)
-    with pytest.raises(StorageInputError) as compared:
+    with raises("weights.unreadable", StorageInputError) as compared:
         evaluate(str(tmp_path / "trained"), val_shards)
-    assert compared.value.code == "weights.unreadable"
     assert f"stillroom evaluate {tmp_path}/trained" in str(compared.value.next_step)
     assert "--without-teacher" in str(compared.value.next_step)
     measured = evaluate(str(tmp_path / "trained"), val_shards, with_teacher=False)

@@ -16,6 +16,7 @@ from pipeline.cache.build.context import load_context
 from pipeline.cache.build.manifest import read_sums
 from pipeline.core.errors import StorageInputError
 from schemas.cache_format import FileRef
+from tests.errors import raises
 from tests.jobs.conftest import Tree, config_of, files_below
 
 pytestmark = pytest.mark.ray
@@ -76,9 +77,8 @@ def test_a_folder_of_many_shards_is_listed_once_and_a_missing_shard_is_named(
     assert sizes == {shard: number for number, shard in enumerate(by_id)}
     assert calls == {"sizes_in_folder": 1, "size": 3}
     storage.delete(by_id["many-07"])
-    with pytest.raises(StorageInputError) as caught:
+    with raises("data.shards-moved", StorageInputError) as caught:
         check_shards(f"{folder}/cache", by_id, [])
-    assert caught.value.code == "data.shards-moved"
     assert (caught.value.where, caught.value.got) == (
         by_id["many-07"],
         "1 of 23 shards are not where they are expected",
@@ -88,7 +88,6 @@ def test_a_folder_of_many_shards_is_listed_once_and_a_missing_shard_is_named(
 def test_a_shard_whose_name_leaves_no_room_for_suffixes_is_refused_before_work(tmp_path: Path) -> None:
     shard = "n" * 249
     (tmp_path / f"{shard}.tar").touch()
-    with pytest.raises(StorageInputError) as caught:
+    with raises("storage.name-too-long", StorageInputError):
         check_shards(f"{tmp_path}/cache", {shard: f"{tmp_path}/{shard}.tar"}, [])
-    assert caught.value.code == "storage.name-too-long"
     assert not (tmp_path / "cache").exists()

@@ -22,6 +22,7 @@ from jobs.submit import check_job
 from jobs.train_student import train_student
 from pipeline.core.errors import ConfigError, InputError
 from schemas.config import Config
+from tests.errors import raises
 from tests.jobs.conftest import NETWORK
 
 Tree = dict[str, Any]
@@ -96,9 +97,8 @@ def test_a_missing_key_is_named(command: str, key: str, tmp_path: Path) -> None:
     tree = dict(lacking(document("cache")))[key]
     source = tmp_path / "config.yaml"
     source.write_text(yaml.safe_dump(tree))
-    with pytest.raises(ConfigError) as caught:
+    with raises("config.missing-key", ConfigError, got=f"no {key}") as caught:
         COMMANDS[command](Config.model_validate(tree), str(source))
-    assert (caught.value.code, caught.value.got) == ("config.missing-key", f"no {key}")
     assert f"{key}=…" in str(caught.value.next_step)
 
 
@@ -138,9 +138,8 @@ def test_a_recipe_names_a_missing_key_before_its_first_stage(
     if expected is None:
         assert "teacher" in describe_plan(load_recipe(str(tmp_path / "recipe.yaml"), []))
         return
-    with pytest.raises(ConfigError) as caught:
+    with raises("config.missing-key", ConfigError) as caught:
         load_recipe(str(tmp_path / "recipe.yaml"), [])
-    assert caught.value.code == "config.missing-key"
     assert expected in str(caught.value.got)
     # The next step names a key of the recipe; all stages share the section data.
     section = "common" if expected.startswith("data.") else r"(teacher|students\.\w+)"

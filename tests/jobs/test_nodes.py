@@ -20,6 +20,7 @@ from jobs.ray.fan_out import fan_out
 from jobs.ray.task_scheduler import LostTaskError
 from pipeline.core.errors import ResourceError
 from schemas.config import RayConfig
+from tests.errors import raises
 from tests.jobs.clusters import Nodes, driver, many_nodes
 from tests.jobs.conftest import Tree, config_of
 from tests.jobs.node_work import attempts, node, wait_for_go
@@ -90,9 +91,8 @@ def test_indexing_needs_no_gpu(cluster: Cluster, tree: Tree, log: Path, tmp_path
 
 
 def test_a_task_must_fit_on_a_single_node(cluster: Cluster, log: Path) -> None:
-    with pytest.raises(ResourceError) as caught:
+    with raises("ray.too-few-resources", ResourceError, expected="3 CPU") as caught:
         cluster.run(partial(node, 0), 1, log, cpus_per_task=3)
-    assert (caught.value.code, caught.value.expected) == ("ray.too-few-resources", "3 CPU")
     assert caught.value.got == "2 nodes with 2 CPU"
 
 
@@ -118,9 +118,8 @@ def test_a_start_waits_for_a_node_of_an_autoscaler(cluster: Cluster, log: Path) 
 
 
 def test_a_start_that_timed_out_names_the_resources_and_withdraws_its_demand(cluster: Cluster, log: Path) -> None:
-    with pytest.raises(ResourceError) as caught:
+    with raises("ray.too-few-resources", ResourceError, expected="1 CPU, 2 GPU") as caught:
         cluster.run(partial(node, 0), 1, log, gpus_per_task=2, wait_s=1)
-    assert (caught.value.code, caught.value.expected) == ("ray.too-few-resources", "1 CPU, 2 GPU")
     assert "after 1 s" in caught.value.what
     assert cluster.nodes.demands() == []
 
@@ -161,9 +160,8 @@ def test_nodes_that_do_not_come_back_end_the_work(cluster: Cluster, log: Path, t
     future = cluster.submit(partial(wait_for_go, tmp_path), 3, log, resources_per_task={"spot-only": 1}, wait_s=1)
     wait_until(lambda: len(attempts(tmp_path)) == 1)
     cluster.nodes.remove(lost)
-    with pytest.raises(LostTaskError) as caught:
+    with raises("ray.nodes-gone", LostTaskError, got="none for 1 s"):
         future.result(_TIMEOUT_S)
-    assert (caught.value.code, caught.value.got) == ("ray.nodes-gone", "none for 1 s")
     assert "waiting up to 1 s" in log.read_text()
 
 

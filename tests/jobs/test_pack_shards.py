@@ -14,6 +14,7 @@ from jobs.pack_shards import describe, pack
 from jobs.plan_cache import report
 from pipeline.core.errors import ShardError
 from pipeline.shards.pack_plan import PackSettings
+from tests.errors import raises
 from tests.jobs.conftest import Tree, config_of
 from tests.pipeline.caches import digit_samples
 from tests.pipeline.shards.tars import image_bytes
@@ -65,9 +66,8 @@ def test_validation_images_of_another_folder_get_the_indexes_of_the_first(folder
 @pytest.mark.parametrize("text", ["[]", "{}x", '{"a": 0, "b": 2}', '{"a": "x"}'])
 def test_a_file_that_is_no_list_of_classes_is_refused(folder: Path, tmp_path: Path, text: str) -> None:
     (tmp_path / "classes.json").write_text(text)
-    with pytest.raises(ShardError) as caught:
+    with raises("pack.bad-classes-file", ShardError):
         pack(str(folder), f"{tmp_path}/out", PackSettings(), classes_url=f"{tmp_path}/classes.json")
-    assert caught.value.code == "pack.bad-classes-file"
 
 
 def test_the_printed_pattern_names_every_shard(folder: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from jobs.recipes.document import load_recipe
 from pipeline.core.config_loading import build_config
 from pipeline.core.errors import ConfigError, StorageInputError
 from schemas.config import Config
+from tests.errors import raises
 
 
 @pytest.mark.parametrize("key", ["shards", "val_shards", "cache"])
@@ -74,9 +75,8 @@ def test_demo_and_recipes_take_a_tilde_and_refuse_a_url(tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     recipe = str(Path(jobs.__file__).parent / "configs" / "demo.yaml")
     assert load_recipe(recipe, ["out=~/demo"]).out == tmp_path / "home" / "demo"
-    with pytest.raises(ConfigError) as caught:
+    with raises("recipe.invalid", ConfigError) as caught:
         load_recipe(recipe, ["out=s3://bucket/demo"])
-    assert caught.value.code == "recipe.invalid"
     assert "local path" in str(caught.value.got)
     with pytest.raises(StorageInputError):
         run_demo(Path("s3://bucket/demo"))

@@ -11,6 +11,7 @@ from jobs.build_cache import build_cache
 from jobs.plan_cache import describe, report
 from pipeline.core.errors import StorageInputError
 from pipeline.models.cifar import resnet
+from tests.errors import raises
 from tests.jobs.conftest import Tree, config_of, files_below
 
 
@@ -76,9 +77,8 @@ def test_a_sample_is_measured_as_a_ray_task_for_all_slots_of_the_cluster(tree: T
 def test_a_build_that_cannot_fit_stops_before_it_writes(tree: Tree, tmp_path: Path) -> None:
     views = {"count": 65_535, "size": 16}
     config = config_of(tree(views=views, data={"num_classes": 10**12}, cache={"class_means": "none"}))
-    with pytest.raises(StorageInputError) as caught:
+    with raises("storage.not-enough-room", StorageInputError):
         build_cache(config)
-    assert caught.value.code == "storage.not-enough-room"
     assert files_below(tmp_path) == {}
 
 

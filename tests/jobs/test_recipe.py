@@ -13,6 +13,7 @@ from jobs.recipe import load_recipe, run_recipe, write_results
 from pipeline.core.errors import ConfigError
 from pipeline.shards.tar import read_samples
 from schemas.config import DataConfig
+from tests.errors import raises
 from tests.jobs.conftest import NETWORK
 
 CONFIGS = Path(jobs.__file__).parent / "configs"
@@ -37,9 +38,8 @@ def test_an_error_in_a_student_names_its_stage_before_anything_runs(tmp_path: Pa
 
 
 def test_a_misspelled_variable_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError) as caught:
+    with raises("recipe.unreadable", ConfigError) as caught:
         load_recipe(str(CONFIGS / "cifar10.yaml"), [f"out={tmp_path}", "vars.dta=/elsewhere"])
-    assert caught.value.code == "recipe.unreadable"
     assert "dta" in str(caught.value.got)
     recipe = load_recipe(str(CONFIGS / "cifar10.yaml"), [f"out={tmp_path}", "vars.data=/elsewhere"])
     assert recipe.caches["cache"].data.shards == "/elsewhere/train-{00000..00009}.tar"
@@ -47,9 +47,8 @@ def test_a_misspelled_variable_is_refused(tmp_path: Path) -> None:
 
 def test_unknown_and_missing_sections_are_reported(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("title: x\nout: y\nteachers: {}\n")
-    with pytest.raises(ConfigError) as caught:
+    with raises("recipe.invalid", ConfigError) as caught:
         load_recipe(str(tmp_path / "r.yaml"), [])
-    assert caught.value.code == "recipe.invalid"
     assert "teachers" in str(caught.value.got)
     assert "students" in str(caught.value.got)
 

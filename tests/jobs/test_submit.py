@@ -19,6 +19,7 @@ from jobs.submission.package import MAX_BYTES, find_files, write_package
 from jobs.submit import check_job, local_paths, submit
 from pipeline.core.errors import InputError
 from pipeline.storage.config_files import load_config
+from tests.errors import raises
 from tests.jobs.clusters import free_port
 from tests.jobs.conftest import Document
 
@@ -142,9 +143,8 @@ def test_a_folder_that_is_too_large_is_refused_with_its_largest_files(tmp_path: 
         file.truncate(MAX_BYTES - 1)
         assert find_files(tmp_path, ()).size_bytes == MAX_BYTES
         file.truncate(MAX_BYTES)
-    with pytest.raises(InputError) as caught:
+    with raises("submit.working-dir-too-large", InputError) as caught:
         find_files(tmp_path, ())
-    assert caught.value.code == "submit.working-dir-too-large"
     assert "104.9 MB  weights.pt" in str(caught.value.got)
     assert "--exclude" in str(caught.value.next_step)
     assert names(tmp_path, "*.pt") == ["small.py"]

@@ -11,6 +11,7 @@ from jobs.build_cache import build_cache
 from jobs.distill import distill
 from jobs.train_student import train_student
 from pipeline.core.errors import CacheError, ResourceError
+from tests.errors import raises
 from tests.jobs.conftest import Tree, config_of, files_below
 
 pytestmark = pytest.mark.ray
@@ -54,9 +55,8 @@ def test_a_workers_error_reaches_the_driver_as_its_one_message(tree: Tree, tmp_p
     data[200] ^= 1
     part.write_bytes(bytes(data))
     training = config_of(tree(ray={**TWO, "max_failures": 1}, data={"cache": str(tmp_path / "cache")}))
-    with pytest.raises(CacheError) as caught:
+    with raises("cache.changed-file", CacheError):
         train_student(training)
-    assert caught.value.code == "cache.changed-file"
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
@@ -66,9 +66,8 @@ def test_more_workers_than_fit_on_the_cluster_are_refused(tree: Tree) -> None:
     config = config_of(
         tree(ray={"address": "local", "num_workers": 9}, teacher={"mode": "none"}, loss=[{"name": "ce"}])
     )
-    with pytest.raises(ResourceError) as caught:
+    with raises("ray.too-few-resources", ResourceError) as caught:
         train_student(config)
-    assert caught.value.code == "ray.too-few-resources"
     assert (caught.value.got, caught.value.expected) == ("1 node with 2 CPU: room for 2", "9 x (1 CPU)")
 
 

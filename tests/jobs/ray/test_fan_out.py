@@ -27,6 +27,7 @@ from pipeline.core.errors import (
     TransientStorageError,
 )
 from schemas.config import RayConfig
+from tests.errors import raises
 from tests.jobs import NUM_CPUS
 
 pytestmark = pytest.mark.ray
@@ -218,9 +219,8 @@ def test_a_single_bad_shard_raises_its_own_error() -> None:
 
 def test_a_failure_that_may_pass_decides_the_exit_code() -> None:
     errors: dict[int, type[StillroomError]] = {1: ShardError, 2: TransientStorageError}
-    with pytest.raises(TransientStorageError) as caught:
+    with raises("ray.several-failures", TransientStorageError, exit_code=1) as caught:
         list(fan_out(partial(_fail_by_kind, errors), range(4), RayConfig(address="none"), what="a task"))
-    assert (caught.value.code, caught.value.exit_code) == ("ray.several-failures", 1)
     assert "item 1 failed" in str(caught.value)
     assert "item 2 failed" in str(caught.value)
 
@@ -237,9 +237,8 @@ def test_a_failure_that_concerns_all_items_ends_the_work_at_once(kind: type[Stil
 def test_too_many_bad_shards_end_the_work() -> None:
     consumed: list[int] = []
     errors: dict[int, type[StillroomError]] = dict.fromkeys(range(100), ShardError)
-    with pytest.raises(ShardError) as caught:
+    with raises("ray.several-failures", ShardError) as caught:
         list(fan_out(partial(_fail_by_kind, errors), _items(100, consumed), RayConfig(address="none"), what="a task"))
-    assert caught.value.code == "ray.several-failures"
     assert str(caught.value.got).count("failed") == len(consumed) == 17
 
 
@@ -269,9 +268,8 @@ def test_bad_input_is_never_retried(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_tasks_that_no_node_could_run_are_refused_at_once() -> None:
-    with pytest.raises(ResourceError) as caught:
+    with raises("ray.too-few-resources", ResourceError, exit_code=2) as caught:
         list(fan_out(_square, [1], RayConfig(cpus_per_task=64), what="a cache task"))
-    assert (caught.value.code, caught.value.exit_code) == ("ray.too-few-resources", 2)
     assert (caught.value.got, caught.value.expected) == (f"1 node with {NUM_CPUS} CPU", "64 CPU")
 
 

@@ -16,6 +16,7 @@ from jobs.ray.worker_group import PlacementMonitor
 from jobs.train_student import EventActor, fit_with_restarts, train_student
 from pipeline.core.errors import ResourceError, TrainingError
 from schemas.config import RayConfig
+from tests.errors import raises
 from tests.jobs import NUM_CPUS
 from tests.jobs.conftest import Tree, config_of
 
@@ -55,9 +56,8 @@ def test_workers_that_have_run_and_lost_their_place_fail_with_exit_code_1() -> N
     monitor = PlacementMonitor(RayConfig(num_workers=8, min_workers=5, wait_s=1e-6), warnings.append)
     monitor.on_running(6)
     monitor.on_waiting(repeated=False)
-    with pytest.raises(TrainingError) as caught:
+    with raises("train.no-place", TrainingError, exit_code=1):
         monitor.on_waiting(repeated=True)
-    assert (caught.value.code, caught.value.exit_code) == ("train.no-place", 1)
     assert warnings[0] == "6 of 8 workers run: there is no room for more"
     assert "for room for 5 x 1 CPU; there is room for 2 where nothing else runs" in warnings[1]
     assert len(warnings) == 2
@@ -82,9 +82,8 @@ def test_workers_that_die_while_they_start_are_restarted_as_often_as_others() ->
     twice = FailingTrainer(2)
     fit_with_restarts(lambda: cast(TorchTrainer, twice), event_actor, print, max_failures=2)
     assert twice.fits == 3
-    with pytest.raises(TrainingError) as caught:
+    with raises("train.failed", TrainingError):
         fit_with_restarts(lambda: cast(TorchTrainer, FailingTrainer(2)), event_actor, print, max_failures=0)
-    assert caught.value.code == "train.failed"
 
 
 def test_min_workers_above_num_workers_is_refused() -> None:

@@ -18,6 +18,7 @@ from pipeline.core.errors import ModelError
 from pipeline.models import load_model
 from pipeline.student.networks.review import plan_review, review_section
 from schemas.config import Config
+from tests.errors import raises
 from tests.marks import slow
 from tests.tolerances import ulps
 
@@ -345,6 +346,5 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, capsys: py
 
 def test_a_network_that_does_not_exist_is_found_by_a_dry_run(tmp_path: Path) -> None:
     wrong = recipe("dist-imagenet", tmp_path, "students.dist.student.model=timm/resnet19")
-    with pytest.raises(ModelError) as caught:
+    with raises("model.unknown-name", ModelError):
         describe_plan(wrong)
-    assert caught.value.code == "model.unknown-name"

@@ -16,6 +16,7 @@ from pipeline.core.errors import ConfigError
 from pipeline.student.evaluation.evaluator import Evaluation
 from schemas.config import Config
 from schemas.recipe import RecipeConfig
+from tests.errors import raises
 
 
 @pytest.mark.parametrize(
@@ -124,7 +125,6 @@ def test_results_without_their_student_or_run_are_left_out_and_counted(
 def test_a_damaged_file_of_results_is_reported_and_not_changed(text: str, tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text(text)
     for call in (read_results, lambda recipe: write_results(recipe, Results(row(0.5), ()))):
-        with pytest.raises(ConfigError) as caught:
+        with raises("recipe.results-damaged", ConfigError, where=str(tmp_path / "results.json")):
             call(recipe_of(tmp_path))
-        assert (caught.value.code, caught.value.where) == ("recipe.results-damaged", str(tmp_path / "results.json"))
     assert (tmp_path / "results.json").read_text() == text
