@@ -67,7 +67,8 @@ def check_encodings(outputs: Iterable[Output]) -> None:
 
 def row_bytes(output: Output) -> int:
     """Bytes of one row as stored, before page compression."""
-    return _row_dtype(output).itemsize
+    # Not the itemsize of a dtype: a plan may have more classes than NumPy has room for.
+    return sum(np.dtype(field.dtype).itemsize * field.count for field in output.fields)
 
 
 def depends_on_temperature(output: Output) -> bool:
