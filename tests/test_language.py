@@ -30,7 +30,6 @@ REPLACED = {
     r"PassingStorageError": "TransientStorageError",
     r"patience_s|\bwithdraw\b": "timeout_s, revoke",
     # Prose: a teacher produces outputs, a network takes an input, data are stored.
-    r"teacher's words|\bits words\b": "teacher outputs",
     r"\bone's own\b": "your own, or name the owner",
     r"\bmended?\b": "fix",
 }

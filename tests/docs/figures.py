@@ -46,7 +46,7 @@ def results() -> str:
     body = "\n".join(_panel(panel, index * _PANEL_WIDTH) for index, panel in enumerate(PANELS))
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
-        f'font-family="system-ui, sans-serif">\n'
+        f'font-family="Helvetica, Arial, sans-serif">\n'
         "<title>Top-1 accuracy of students on three data sets, by what they learn from</title>\n"
         f'<rect width="{_WIDTH}" height="{_HEIGHT}" rx="8" fill="#ffffff"/>\n{body}\n</svg>\n'
     )
