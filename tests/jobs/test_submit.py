@@ -48,8 +48,8 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 }
 
 
-def submit_build(source: str, working_dir: Path, **arguments: Any) -> int:
-    base: dict[str, Any] = {"command": "build", "address": UNREACHABLE, "working_dir": working_dir}
+def submit_build(source: str, **arguments: Any) -> int:
+    base: dict[str, Any] = {"command": "build", "address": UNREACHABLE}
     return submit(source=source, **{**base, **arguments})
 
 
@@ -59,7 +59,7 @@ def test_a_wrong_submission_is_refused_before_a_cluster_is_contacted(
 ) -> None:
     sections, changes, text = REFUSED[name]
     with pytest.raises(InputError) as caught:
-        submit_build(document(**sections), tmp_path, **changes)
+        submit_build(document(**sections), **{"working_dir": tmp_path, **changes})
     assert text in str(caught.value)
     assert caught.value.code != "ray.no-answer"
     assert SECRET not in str(caught.value) + "".join(capsys.readouterr())
@@ -73,7 +73,7 @@ def test_a_tilde_is_the_home_of_the_user_who_submits(
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for changes in ({"working_dir": Path("~/absent")}, {"pip": Path("~/absent")}):
         with pytest.raises(InputError) as caught:
-            submit_build(document(), tmp_path, **changes)
+            submit_build(document(), **{"working_dir": tmp_path, **changes})
         assert str(tmp_path / "home" / "absent") in str(caught.value)
 
 
