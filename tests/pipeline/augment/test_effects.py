@@ -1,4 +1,4 @@
-"""Pixels of options: against Pillow and plain loops; the same bits for any threads, strides and instruction set."""
+"""Pixels of options against Pillow and plain loops; the same bits for any threads, strides and instruction set."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.tolerances import ulps
 
 SIZES = [7, 32, 97]
 NEUTRAL = {"jitter_brightness": 1.0, "jitter_contrast": 1.0, "jitter_saturation": 1.0, "jitter_hue": 0.0}
-# Frozen: other pixels are other views.
+# Frozen, since other pixels would be other views.
 FROZEN: dict[str, str] = {
     "identity": "797bc70e0e18b56e",
     "shear_x": "b8b35294d7510dd9",
@@ -47,7 +47,7 @@ FROZEN: dict[str, str] = {
 
 
 def picture(size: int, seed: int = 0) -> Tensor:
-    """Patches of colour with some noise: uint8 [3, S, S], as a view lies in memory."""
+    """Patches of colour with some noise: uint8 [3, S, S], with the memory layout of a view."""
     random = np.random.Generator(np.random.PCG64(seed))
     patches = random.integers(0, 256, (size // 8 + 1, size // 8 + 1, 3)).repeat(8, 0).repeat(8, 1)[:size, :size]
     noisy = np.clip(patches * 0.8 + random.integers(0, 40, (size, size, 3)), 0, 255)
@@ -58,8 +58,8 @@ def pillow(view: Tensor) -> Image.Image:
     return Image.fromarray(view.permute(1, 2, 0).contiguous().numpy())
 
 
-def levels_apart(view: Tensor, other: Image.Image | Tensor) -> int:
-    expected = other if isinstance(other, Tensor) else torch.from_numpy(np.array(other)).permute(2, 0, 1)
+def max_difference(view: Tensor, expected: Image.Image | Tensor) -> int:
+    expected = expected if isinstance(expected, Tensor) else torch.from_numpy(np.array(expected)).permute(2, 0, 1)
     return int((view.int() - expected.int()).abs().max())
 
 
@@ -77,12 +77,12 @@ ENHANCERS = {
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", ENHANCERS)
-def test_blends_are_pillows_but_for_its_rounding(name: str, size: int) -> None:
-    """Pillow cuts fractions of a level off, we round."""
+def test_blends_equal_pillows_except_for_rounding(name: str, size: int) -> None:
+    """Pillow truncates to levels, this package rounds."""
     for seed, factor in enumerate((0.0, 0.1, 0.77, 1.0, 1.31, 1.9)):
         view = picture(size, seed)
         expected = ENHANCERS[name](pillow(view)).enhance(factor)
-        assert levels_apart(op(view, name, factor), expected) <= (0 if factor in (0.0, 1.0) else 1)
+        assert max_difference(op(view, name, factor), expected) <= (0 if factor in (0.0, 1.0) else 1)
 
 
 @given(st.integers(0, 2**24 - 1), st.floats(0, 2, width=32))
@@ -92,11 +92,11 @@ def test_a_blend_is_rounded_to_the_nearest_level(colour: int, factor: float) -> 
     view = torch.tensor(rgb, dtype=torch.uint8)[:, None, None].expand(3, 2, 2)
     red, green, blue = rgb
     grey = (19595 * red + 38470 * green + 7471 * blue + 32768) // 65536
-    for name, other in (("brightness", 0), ("saturation", grey), ("contrast", grey)):
-        for made, level in zip(op(view, name, factor)[:, 0, 0].tolist(), rgb, strict=True):
-            exact = min(max(factor * level + (1 - factor) * other, 0), 255)
+    for name, base in (("brightness", 0), ("saturation", grey), ("contrast", grey)):
+        for blended, level in zip(op(view, name, factor)[:, 0, 0].tolist(), rgb, strict=True):
+            exact = min(max(factor * level + (1 - factor) * base, 0), 255)
             # 1 − factor, two products of at most 2 · 255 and their sum.
-            assert abs(made - exact) <= 0.5 + ulps(4, 2 * 255)
+            assert abs(blended - exact) <= 0.5 + ulps(4, 2 * 255)
 
 
 TABLES = {
@@ -108,32 +108,32 @@ TABLES = {
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", TABLES)
-def test_tables_are_pillows(name: str, size: int) -> None:
-    magnitude, theirs = TABLES[name]
-    assert levels_apart(op(picture(size), name, magnitude), theirs(pillow(picture(size)))) == 0
+def test_table_operations_equal_pillows(name: str, size: int) -> None:
+    magnitude, reference = TABLES[name]
+    assert max_difference(op(picture(size), name, magnitude), reference(pillow(picture(size)))) == 0
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_autocontrast_is_pillows_but_for_its_rounding(size: int) -> None:
+def test_autocontrast_equals_pillows_except_for_rounding(size: int) -> None:
     view = picture(size) // 2 + 30
-    assert levels_apart(op(view, "autocontrast"), ImageOps.autocontrast(pillow(view))) <= 1
+    assert max_difference(op(view, "autocontrast"), ImageOps.autocontrast(pillow(view))) <= 1
 
 
 def jittered(view: Tensor, order: int = 0, **changes: float) -> Tensor:
     return apply_options(view, {"jitter_order": order, **NEUTRAL, **changes})
 
 
-@pytest.mark.parametrize("turn", [-0.5, -0.2, 0.05, 0.37, 0.5])
-def test_hue_is_that_of_a_loop_and_of_torchvision(turn: float) -> None:
+@pytest.mark.parametrize("shift", [-0.5, -0.2, 0.05, 0.37, 0.5])
+def test_hue_equals_a_loop_and_torchvision(shift: float) -> None:
     view = picture(16)
-    made = jittered(view, jitter_hue=turn)
-    # Differences, a quotient, the turn, its fraction and 4 operations on a hue of at most 6 sectors; then 3 on levels.
+    shifted = jittered(view, jitter_hue=shift)
+    # Differences, a quotient, the shift, its fraction and 4 operations on a hue of at most 6 sectors; then 3 on levels.
     error = ulps(8, 6 * 255) + ulps(3, 255)
     for y, x in np.ndindex(16, 16):
         hue, saturation, value = colorsys.rgb_to_hsv(*(level / 255 for level in view[:, y, x].tolist()))
-        expected = colorsys.hsv_to_rgb((hue + turn) % 1, saturation, value)
-        assert made[:, y, x].tolist() == pytest.approx([255 * share for share in expected], abs=0.5 + error)
-    assert levels_apart(made, functional.adjust_hue(view, turn)) <= 1
+        expected = colorsys.hsv_to_rgb((hue + shift) % 1, saturation, value)
+        assert shifted[:, y, x].tolist() == pytest.approx([255 * share for share in expected], abs=0.5 + error)
+    assert max_difference(shifted, functional.adjust_hue(view, shift)) <= 1
 
 
 def test_greys_have_no_hue() -> None:
@@ -142,7 +142,7 @@ def test_greys_have_no_hue() -> None:
 
 
 def test_jitter_is_applied_in_the_stored_order() -> None:
-    """Orders count as the permutations of (brightness, contrast, saturation, hue) do in a dictionary."""
+    """Orders are the lexicographic permutations of (brightness, contrast, saturation, hue)."""
     view = picture(24)
     values = {"brightness": 1.4, "contrast": 0.7, "saturation": 1.3, "hue": 0.1}
     columns = {f"jitter_{name}": value for name, value in values.items()}
@@ -158,23 +158,23 @@ def test_jitter_is_applied_in_the_stored_order() -> None:
         assert torch.equal(jittered(view, order, **columns), expected)
 
 
-def source_of(name: str, by: float, x: float, y: float, size: int) -> tuple[float, float]:
+def source_point(name: str, magnitude: float, x: float, y: float, size: int) -> tuple[float, float]:
     match name:
         case "shear_x":
-            return x + by * y, y
+            return x + magnitude * y, y
         case "shear_y":
-            return x, y + by * x
+            return x, y + magnitude * x
         case "translate_x":
-            return x - by * size, y
+            return x - magnitude * size, y
         case "translate_y":
-            return x, y - by * size
+            return x, y - magnitude * size
         case _:
-            sine, cosine = math.sin(math.radians(by)), math.cos(math.radians(by))
+            sine, cosine = math.sin(math.radians(magnitude)), math.cos(math.radians(magnitude))
             return cosine * x - sine * y, sine * x + cosine * y
 
 
 GEOMETRY = [
-    *[(name, by) for name in OPS[1:5] for by in (0.0, 0.2137, -0.3)],
+    *[(name, magnitude) for name in OPS[1:5] for magnitude in (0.0, 0.2137, -0.3)],
     ("rotate", 30.0),
     ("rotate", -11.7),
     ("rotate", 0.0),
@@ -182,22 +182,22 @@ GEOMETRY = [
 
 
 @pytest.mark.parametrize("size", [8, 15])
-@pytest.mark.parametrize(("name", "by"), GEOMETRY)
-def test_geometry_shows_the_pixel_under_each_source_point(name: str, by: float, size: int) -> None:
+@pytest.mark.parametrize(("name", "magnitude"), GEOMETRY)
+def test_geometry_takes_the_pixel_at_each_source_point(name: str, magnitude: float, size: int) -> None:
     view = picture(size)
-    made = op(view, name, by).tolist()
+    moved = op(view, name, magnitude).tolist()
     pixels = view.tolist()
     for row, column in np.ndindex(size, size):
-        x, y = source_of(name, by, column + 0.5 - size / 2, row + 0.5 - size / 2, size)
-        there = math.floor(y + size / 2), math.floor(x + size / 2)
-        inside = all(0 <= place < size for place in there)
+        x, y = source_point(name, magnitude, column + 0.5 - size / 2, row + 0.5 - size / 2, size)
+        source_row, source_column = math.floor(y + size / 2), math.floor(x + size / 2)
+        inside = 0 <= source_row < size and 0 <= source_column < size
         for channel in range(3):
-            expected = pixels[channel][there[0]][there[1]] if inside else 128
-            assert made[channel][row][column] == expected
+            expected = pixels[channel][source_row][source_column] if inside else 128
+            assert moved[channel][row][column] == expected
 
 
 @pytest.mark.parametrize("degrees", [30.0, -7.5])
-def test_rotation_turns_as_pillows_does(degrees: float) -> None:
+def test_rotation_equals_pillows_at_almost_all_pixels(degrees: float) -> None:
     view = picture(64)
     expected = pillow(view).rotate(degrees, Image.Resampling.NEAREST, fillcolor=(128, 128, 128))
     same = (op(view, "rotate", degrees).permute(1, 2, 0).numpy() == np.array(expected)).all(axis=2)
@@ -213,25 +213,25 @@ def test_edges_are_rounded_to_the_nearest_pixel(
     boxes: list[tuple[float, float, float, float]], height: int, width: int
 ) -> None:
     edges = pixel_edges(torch.tensor(boxes), height=height, width=width).tolist()
-    for (left, top, wide, high), found in zip(boxes, edges, strict=True):
-        assert found == [
+    for (left, top, box_width, box_height), actual in zip(boxes, edges, strict=True):
+        assert actual == [
             round(left * width),
             round(top * height),
-            round((left + wide) * width),
-            round((top + high) * height),
+            round((left + box_width) * width),
+            round((top + box_height) * height),
         ]
 
 
-def test_an_erased_box_has_its_colour_and_the_rest_stays() -> None:
+def test_erasing_changes_only_the_box() -> None:
     view = picture(20)
     box = {"erase_left": 0.1, "erase_top": 0.5, "erase_width": 0.42, "erase_height": 0.3}
-    made = apply_options(view, {**box, "erase_red": 9, "erase_green": 200, "erase_blue": 0})
+    erased = apply_options(view, {**box, "erase_red": 9, "erase_green": 200, "erase_blue": 0})
     for row, column in np.ndindex(20, 20):
         expected = [9, 200, 0] if 10 <= row < 16 and 2 <= column < 10 else view[:, row, column].tolist()
-        assert made[:, row, column].tolist() == expected
+        assert erased[:, row, column].tolist() == expected
 
 
-def test_a_box_of_no_size_erases_nothing() -> None:
+def test_a_box_of_size_0_erases_nothing() -> None:
     view = picture(20)
     box = dict.fromkeys(("erase_left", "erase_top", "erase_width", "erase_height"), 0.0)
     assert torch.equal(apply_options(view, {**box, "erase_red": 9, "erase_green": 9, "erase_blue": 9}), view)
@@ -258,9 +258,9 @@ def every_effect(size: int) -> Iterator[tuple[str, Tensor]]:
 
 
 def all_digests() -> str:
-    # 300: sums of a larger view leave float32's integers.
-    made = [pixel_digest(view) for size in (33, 300) for _, view in every_effect(size)]
-    return hashlib.sha256(b"".join(made)).hexdigest()
+    # At 300 pixels, sums exceed the integers that float32 represents.
+    digests = [pixel_digest(view) for size in (33, 300) for _, view in every_effect(size)]
+    return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def test_no_effect_changes_its_input() -> None:

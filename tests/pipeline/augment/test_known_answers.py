@@ -1,6 +1,6 @@
-"""Random bits, boxes, flips, weights, partners and canaries, recomputed in plain Python from the format page alone.
+"""Random bits, boxes, flips, weights, partners and canaries, recomputed from docs/reference/format.md alone.
 
-Nothing of the views' code is used on this side, not even its keys; ``math`` and integers take the place of NumPy.
+It uses plain Python integers and ``math``, and no code of ``pipeline.augment``, not even its keys.
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ def uniforms(key: Key, counter: tuple[int, int, int, int]) -> list[float]:
     return [(word // 2**11) / 2**53 for word in philox(key, counter)]
 
 
-def box(plan: ViewsConfig, of: Key, view: int, width: int, height: int) -> Box:
+def box(plan: ViewsConfig, sample_key: Key, view: int, width: int, height: int) -> Box:
     low, high = plan.aspect
     for attempt in range(10):
-        area, aspect, left, top = uniforms(of, (attempt, view, 0, 0))
+        area, aspect, left, top = uniforms(sample_key, (attempt, view, 0, 0))
         pixels = width * height * (plan.area[0] + (plan.area[1] - plan.area[0]) * area)
         ratio = low * (high / low) ** aspect
         box_width, box_height = round(math.sqrt(pixels * ratio)), round(math.sqrt(pixels / ratio))
         if 1 <= box_width <= width and 1 <= box_height <= height:
-            places = (left * (width - box_width + 1), top * (height - box_height + 1))
-            return [math.floor(places[0]), math.floor(places[1]), box_width, box_height]
+            corner = (left * (width - box_width + 1), top * (height - box_height + 1))
+            return [math.floor(corner[0]), math.floor(corner[1]), box_width, box_height]
     box_width = min(width, max(1, round(height * high)))
     box_height = min(height, max(1, round(width / low)))
     return [(width - box_width) // 2, (height - box_height) // 2, box_width, box_height]
@@ -87,7 +87,7 @@ VIEWS = (0, 1, 49, 65_534, 2**40)
 IDS = ("train-00012/n01440764_18", "val/ä", "s/", "s/" + "k" * 300)
 SEEDS = (0, 7, 2**63 - 1)
 
-# Frozen: another value here is another format. Sample s/k, view 3 of seed 11.
+# Frozen: another value would be another format. Sample s/k, view 3 of seed 11.
 FROZEN: dict[str, Box] = {
     "landscape": [7, 49, 352, 321],
     "portrait": [32, 36, 336, 387],
@@ -105,7 +105,7 @@ def cases(size: tuple[int, int]) -> list[Case]:
     return [Case(name, view, size) for name in IDS for view in VIEWS]
 
 
-def drawn(plan: ViewsConfig, some: list[Case]) -> tuple[list[Box], list[bool], list[float]]:
+def sampled(plan: ViewsConfig, some: list[Case]) -> tuple[list[Box], list[bool], list[float]]:
     widths, heights = np.array([case.size for case in some], np.int64).T
     views = np.array([case.view for case in some], np.int64)
     params = view_params(plan, sample_keys(plan.seed, [case.sample_id for case in some]), views, widths, heights)
@@ -113,47 +113,47 @@ def drawn(plan: ViewsConfig, some: list[Case]) -> tuple[list[Box], list[bool], l
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_keys_and_words(seed: int) -> None:
+def test_keys_and_random_bits(seed: int) -> None:
     for name in IDS:
-        of = key("view", seed, name)
-        assert key_of("view", seed, name).tolist() == list(of)
+        expected = key("view", seed, name)
+        assert key_of("view", seed, name).tolist() == list(expected)
         for counter in [(0, 0, 0, 0), (9, 65_534, 1, 0), (WORD - 1, WORD - 1, WORD - 1, WORD - 1)]:
-            got = philox4x64(np.array([of], np.uint64), np.array([counter], np.uint64))
-            assert got.tolist() == [philox(of, counter)]
+            actual = philox4x64(np.array([expected], np.uint64), np.array([counter], np.uint64))
+            assert actual.tolist() == [philox(expected, counter)]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 def test_boxes_flips_and_weights(size: tuple[int, int], seed: int) -> None:
     plan = ViewsConfig(kind="function_matching", seed=seed, flip=0.3, count=50)
-    boxes, flips, weights = drawn(plan, cases(size))
-    for case, got_box, flip, weight in zip(cases(size), boxes, flips, weights, strict=True):
-        of = key("view", seed, case.sample_id)
-        assert got_box == box(plan, of, case.view, *size)
-        turn, share, _, _ = uniforms(of, (0, case.view, 1, 0))
-        assert flip == (turn < 0.3)
+    boxes, flips, weights = sampled(plan, cases(size))
+    for case, actual_box, flip, weight in zip(cases(size), boxes, flips, weights, strict=True):
+        sample_key = key("view", seed, case.sample_id)
+        assert actual_box == box(plan, sample_key, case.view, *size)
+        flip_uniform, share, _, _ = uniforms(sample_key, (0, case.view, 1, 0))
+        assert flip == (flip_uniform < 0.3)
         assert weight == np.float32(max(share, 1 - share))
 
 
 def test_boxes_of_every_shape_are_frozen() -> None:
     plan = ViewsConfig(kind="crop", seed=11)
-    assert {name: drawn(plan, [Case("s/k", 3, size)])[0][0] for name, size in SIZES.items()} == FROZEN
+    assert {name: sampled(plan, [Case("s/k", 3, size)])[0][0] for name, size in SIZES.items()} == FROZEN
 
 
 @pytest.mark.parametrize("num_ok", [1, 2, 3, 9, 255, 256])
 @pytest.mark.parametrize(("group", "view"), [(0, 0), (5, 49), (2**31, 65_534)])
-def test_partners_are_neighbours_in_the_order_of_their_words(num_ok: int, group: int, view: int) -> None:
+def test_partners_are_neighbours_in_the_order_of_their_random_bits(num_ok: int, group: int, view: int) -> None:
     plan = ViewsConfig(kind="function_matching", seed=7)
-    of = key("mix", 7, "train-00012")
-    words = [word for block in range(64) for word in philox(of, (block, group, view, 0))]
+    mix_key = key("mix", 7, "train-00012")
+    words = [word for block in range(64) for word in philox(mix_key, (block, group, view, 0))]
     order = sorted(range(num_ok), key=lambda row: words[row])
     expected = list(range(num_ok))
-    for one, other in zip(order[0::2], order[1::2], strict=False):
-        expected[one], expected[other] = other, one
+    for first, second in zip(order[0::2], order[1::2], strict=False):
+        expected[first], expected[second] = second, first
     assert mix_partners(plan, "train-00012", group, view, num_ok).tolist() == expected
 
 
-def test_canaries_are_the_rows_whose_word_is_below_a_thousandth() -> None:
+def test_canaries_are_the_rows_whose_uniform_is_below_a_thousandth() -> None:
     names = [f"train-00000/{number:08d}" for number in range(3000)]
     flags = is_canary(sample_keys(5, names), np.full(len(names), 3))
     expected = [uniforms(key("view", 5, name), (0, 3, 2, 0))[0] < 0.001 for name in names]

@@ -1,4 +1,4 @@
-"""What options draw: against a scalar loop over NumPy's Philox, torchvision's statistics, frozen literals and laws."""
+"""Augmentation parameters against a scalar loop, torchvision's statistics, frozen literals and laws."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ from pipeline.augment.pixels import apply_view
 from pipeline.cache.format.header import views_body, views_id
 from schemas.cache_format import aug_param_columns
 from schemas.config import ViewsConfig
-from tests.pipeline.augment.test_params import draw, ids, scalar_uniforms
+from tests.pipeline.augment.test_known_answers import key, uniforms
+from tests.pipeline.augment.test_params import ids, sample
 from tests.tolerances import ulps
 
-# Frozen: another value here is another format.
+# Frozen: another value would be another format.
 FROZEN: dict[str, list[Any]] = {
     "jitter_order": [19, 1, 23, 4],
     "jitter_brightness": [
@@ -73,26 +74,30 @@ EVERYTHING = plan_of(
 )
 
 
-def drawn(plan: ViewsConfig, count: int = 200, view: int = 3) -> ViewParams:
-    return draw(plan, ids(count), [view] * count, [(500, 375)] * count)
+def sampled(plan: ViewsConfig, count: int = 200, view: int = 3) -> ViewParams:
+    return sample(plan, ids(count), [view] * count, [(500, 375)] * count)
+
+
+def scalar_uniforms(seed: int, name: str, view: int, stream: int, block: int) -> list[float]:
+    return uniforms(key("view", seed, name), (block, view, stream, 0))
 
 
 def test_jitter_equals_a_scalar_loop() -> None:
     plan = plan_of(jitter={"probability": 0.7, "brightness": 0.5, "contrast": 0.25, "saturation": 1.0, "hue": 0.125})
-    found = drawn(plan).aug_params
+    actual = sampled(plan).aug_params
     for row, name in enumerate(ids(200)):
-        which, how = (scalar_uniforms(0, name, 3, 3, block) for block in (0, 1))
+        choice, strength = (scalar_uniforms(0, name, 3, 3, block) for block in (0, 1))
         expected = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.0}
-        if which[0] < 0.7:
+        if choice[0] < 0.7:
             expected = {
-                "brightness": 0.5 + how[0],
-                "contrast": 0.75 + 0.5 * how[1],
-                "saturation": 2 * how[2],
-                "hue": -0.125 + 0.25 * how[3],
+                "brightness": 0.5 + strength[0],
+                "contrast": 0.75 + 0.5 * strength[1],
+                "saturation": 2 * strength[2],
+                "hue": -0.125 + 0.25 * strength[3],
             }
-        assert found["jitter_order"][row] == int(which[1] * 24)
+        assert actual["jitter_order"][row] == int(choice[1] * 24)
         for column, value in expected.items():
-            assert found[f"jitter_{column}"][row] == np.float32(value), column
+            assert actual[f"jitter_{column}"][row] == np.float32(value), column
 
 
 SCALES: dict[str, tuple[float, float]] = {
@@ -110,23 +115,23 @@ SCALES: dict[str, tuple[float, float]] = {
 
 def scalar_magnitude(op: str, strength: float, negative: bool) -> float:
     if op in SCALES:
-        neutral, most = SCALES[op]
-        return neutral + (-most if negative else most) * strength
+        neutral, scale = SCALES[op]
+        return neutral + (-scale if negative else scale) * strength
     return {"posterize": 8 - round(4 * strength), "solarize": 255 - 255 * strength}.get(op, 0)
 
 
 def test_operations_and_magnitudes_equal_a_scalar_loop() -> None:
     plan = plan_of(randaugment={"num_ops": 3, "magnitude": 20, "magnitude_spread": 15})
-    found = drawn(plan).aug_params
+    actual = sampled(plan).aug_params
     seen: set[str] = set()
     for row, name in enumerate(ids(200)):
         for number in range(3):
             u = scalar_uniforms(0, name, 3, 4, number)
             op = OPS[int(u[0] * 14)]
             level = min(max(5 + 30 * u[1], 0), 30)
-            assert OPS[found[f"op{number + 1}"][row]] == op
+            assert OPS[actual[f"op{number + 1}"][row]] == op
             expected = scalar_magnitude(op, level / 30, u[2] < 0.5)
-            assert found[f"op{number + 1}_magnitude"][row] == pytest.approx(expected, rel=ulps(1))
+            assert actual[f"op{number + 1}_magnitude"][row] == pytest.approx(expected, rel=ulps(1))
             seen.add(op)
     assert seen == {*OPS}
 
@@ -150,108 +155,108 @@ def scalar_erased(plan: ViewsConfig, name: str) -> list[float]:
 @pytest.mark.parametrize("area", [(0.02, 1 / 3), (0.6, 1.0)])
 def test_erased_boxes_and_colours_equal_a_scalar_loop(area: tuple[float, float]) -> None:
     plan = plan_of(erasing={"probability": 0.8, "area": area, "aspect": [0.2, 5.0]})
-    found = drawn(plan).aug_params
+    actual = sampled(plan).aug_params
     for row, name in enumerate(ids(200)):
-        box = [float(found[f"erase_{side}"][row]) for side in ("left", "top", "width", "height")]
+        box = [float(actual[f"erase_{side}"][row]) for side in ("left", "top", "width", "height")]
         assert box == pytest.approx(scalar_erased(plan, name), rel=ulps(1))
-        colour = [int(found[f"erase_{name}"][row]) for name in ("red", "green", "blue")]
+        colour = [int(actual[f"erase_{name}"][row]) for name in ("red", "green", "blue")]
         assert colour == [int(256 * u) for u in scalar_uniforms(0, name, 3, 5, 0)[1:]]
 
 
-def test_a_given_colour_is_stored_as_it_is() -> None:
-    found = drawn(plan_of(erasing={"fill": [255, 0, 128]})).aug_params
-    assert {tuple(found[f"erase_{name}"].tolist()) for name in ("red", "green", "blue")} == {
+def test_a_configured_colour_is_stored() -> None:
+    actual = sampled(plan_of(erasing={"fill": [255, 0, 128]})).aug_params
+    assert {tuple(actual[f"erase_{name}"].tolist()) for name in ("red", "green", "blue")} == {
         (255,) * 200,
         (0,) * 200,
         (128,) * 200,
     }
 
 
-def test_cut_boxes_equal_a_scalar_loop_and_have_the_area_that_lambda_leaves() -> None:
-    params = drawn(plan_of(cutmix=0.4))
+def test_cutmix_boxes_equal_a_scalar_loop_and_have_the_area_one_minus_lambda() -> None:
+    params = sampled(plan_of(cutmix=0.4))
     box_N4 = cutmix_boxes(params.aug_params)
     assert box_N4 is not None
     for row, name in enumerate(ids(200)):
-        u, own = scalar_uniforms(0, name, 3, 6, 0), float(params.mix_lambda_N[row])
-        side = math.sqrt(1 - own)
+        u, weight = scalar_uniforms(0, name, 3, 6, 0), float(params.mix_lambda_N[row])
+        side = math.sqrt(1 - weight)
         expected = [u[1] * (1 - side), u[2] * (1 - side), side, side] if u[0] < 0.4 else [0, 0, 0, 0]
         assert box_N4[row].tolist() == np.array(expected, np.float32).tolist()
         if u[0] < 0.4:
-            assert float(box_N4[row, 2]) * float(box_N4[row, 3]) == pytest.approx(1 - own, rel=ulps(2))
+            assert float(box_N4[row, 2]) * float(box_N4[row, 3]) == pytest.approx(1 - weight, rel=ulps(2))
     assert 0 < (box_N4[:, 2] > 0).sum() < 200
 
 
-def test_options_move_none_of_the_other_draws() -> None:
-    plain, full = drawn(plan_of(seed=7)), drawn(EVERYTHING)
+def test_options_do_not_change_other_samples() -> None:
+    plain, full = sampled(plan_of(seed=7)), sampled(EVERYTHING)
     assert plain.aug_params == {}
     for name in ("box_N4", "flip_N", "mix_lambda_N"):
         assert np.array_equal(getattr(plain, name), getattr(full, name))
     for option in ("jitter", "randaugment", "erasing", "cutmix"):
-        alone = drawn(plan_of(seed=7, **{option: getattr(EVERYTHING, option)})).aug_params
+        alone = sampled(plan_of(seed=7, **{option: getattr(EVERYTHING, option)})).aug_params
         assert alone
         for name, values in alone.items():
             assert np.array_equal(values, full.aug_params[name]), name
 
 
-def test_drawn_parameters_are_frozen() -> None:
+def test_augmentation_parameters_are_frozen() -> None:
     names = ["train-00012/n01440764_18"] * 3 + ["val/ä"]
-    params = draw(EVERYTHING, names, [0, 1, 2**40, 65_534], [(500, 375)] * 4)
-    found = {
+    params = sample(EVERYTHING, names, [0, 1, 2**40, 65_534], [(500, 375)] * 4)
+    actual = {
         name: [value.hex() if isinstance(value, float) else value for value in values.tolist()]
         for name, values in params.aug_params.items()
     }
-    assert found == FROZEN
+    assert actual == FROZEN
 
 
-def test_a_single_has_no_box() -> None:
-    params = drawn(plan_of(cutmix=1.0), 3)
-    box_N4, left_N4 = (
+def test_a_row_without_a_partner_has_no_box() -> None:
+    params = sampled(plan_of(cutmix=1.0), 3)
+    box_N4, unmixed_N4 = (
         cutmix_boxes(params.aug_params),
         cutmix_boxes(unmix(params, np.array([False, True, False])).aug_params),
     )
     assert box_N4 is not None
-    assert left_N4 is not None
+    assert unmixed_N4 is not None
     assert (box_N4[:, 2] > 0).all()
-    assert left_N4.tolist() == [box_N4[0].tolist(), [0, 0, 0, 0], box_N4[2].tolist()]
+    assert unmixed_N4.tolist() == [box_N4[0].tolist(), [0, 0, 0, 0], box_N4[2].tolist()]
 
 
-def test_eval_views_draw_nothing() -> None:
-    assert drawn(ViewsConfig(kind="eval")).aug_params == {}
+def test_eval_views_have_no_augmentation_parameters() -> None:
+    assert sampled(ViewsConfig(kind="eval")).aug_params == {}
 
 
 def test_erased_areas_and_aspects_are_distributed_as_torchvisions() -> None:
     count = 4000
     plan = plan_of(erasing={"probability": 1.0})
-    found = drawn(plan, count).aug_params
+    actual = sampled(plan, count).aug_params
     view = torch.zeros(3, 1000, 1000)
     assert plan.erasing is not None
     area, aspect = list(plan.erasing.area), list(plan.erasing.aspect)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        theirs = np.array([RandomErasing.get_params(view, area, aspect, [0.0])[:4] for _ in range(count)]) / 1000
-    top, left, height, width = theirs.T
-    ours = {side: found[f"erase_{side}"].astype(np.float64) for side in ("left", "top", "width", "height")}
+        boxes_N4 = np.array([RandomErasing.get_params(view, area, aspect, [0.0])[:4] for _ in range(count)]) / 1000
+    top, left, height, width = boxes_N4.T
+    erased = {side: actual[f"erase_{side}"].astype(np.float64) for side in ("left", "top", "width", "height")}
     # The two-sample bound at a significance of 1e-3; both samples are fixed.
     bound = 1.95 * math.sqrt(2 / count)
-    assert ks_2samp(ours["width"] * ours["height"], width * height).statistic < bound
-    # Their aspect is height / width.
-    assert ks_2samp(ours["height"] / ours["width"], height / width).statistic < bound
-    assert ks_2samp(ours["left"], left).statistic < bound
-    assert ks_2samp(ours["top"], top).statistic < bound
+    assert ks_2samp(erased["width"] * erased["height"], width * height).statistic < bound
+    # The aspect of torchvision is height / width.
+    assert ks_2samp(erased["height"] / erased["width"], height / width).statistic < bound
+    assert ks_2samp(erased["left"], left).statistic < bound
+    assert ks_2samp(erased["top"], top).statistic < bound
 
 
 def test_shares_are_those_of_the_plan() -> None:
     count = 20_000
-    found = drawn(EVERYTHING, count).aug_params
+    actual = sampled(EVERYTHING, count).aug_params
     shares = {
-        0.8: (found["jitter_brightness"] != 1).mean(),
-        0.6: (found["erase_width"] > 0).mean(),
-        0.5: (found["cut_width"] > 0).mean(),
+        0.8: (actual["jitter_brightness"] != 1).mean(),
+        0.6: (actual["erase_width"] > 0).mean(),
+        0.5: (actual["cut_width"] > 0).mean(),
     }
     for expected, share in shares.items():
         assert abs(share - expected) < 4 * math.sqrt(expected * (1 - expected) / count)
     for column, values in (("op1", 14), ("op2", 14), ("jitter_order", 24)):
-        counts = np.bincount(found[column], minlength=values)
+        counts = np.bincount(actual[column], minlength=values)
         assert len(counts) == values
         assert np.abs(counts / count - 1 / values).max() < 4 * math.sqrt(1 / values / count)
 
@@ -274,7 +279,7 @@ VIEW = st.one_of(st.integers(0, 65_534), st.integers(0, 2**40))
 
 
 def stored(plan: ViewsConfig, params: ViewParams) -> pa.Table:
-    """The columns as a part keeps them, through Parquet."""
+    """The columns as a part stores them, through Parquet."""
     schema = pa.schema(list(aug_param_columns(plan).items()))
     buffer = io.BytesIO()
     pq.write_table(
@@ -285,9 +290,9 @@ def stored(plan: ViewsConfig, params: ViewParams) -> pa.Table:
 
 @given(PLANS, st.lists(VIEW, min_size=1, max_size=3), st.integers(5, 40))
 @settings(max_examples=40)
-def test_views_rebuilt_from_stored_columns_are_those_drawn_anew(plan: ViewsConfig, views: list[int], size: int) -> None:
+def test_views_from_stored_columns_equal_views_sampled_again(plan: ViewsConfig, views: list[int], size: int) -> None:
     names, sizes = ids(len(views)), [(31, 45)] * len(views)
-    params = draw(plan, names, views, sizes)
+    params = sample(plan, names, views, sizes)
     assert {name: values.dtype for name, values in params.aug_params.items()} == {
         name: kind.to_pandas_dtype() for name, kind in aug_param_columns(plan).items()
     }
@@ -295,29 +300,30 @@ def test_views_rebuilt_from_stored_columns_are_those_drawn_anew(plan: ViewsConfi
     columns = {name: table[name].to_numpy() for name in table.column_names}
     image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 45, 31), dtype=np.uint8))
     for row, (name, view) in enumerate(zip(names, views, strict=True)):
-        anew = draw(plan, [name], [view], sizes[:1])
-        replayed, drawn_now = (
-            apply_view(image, box, flip, aug_params_row(from_, place), size=size, interpolation="bilinear")
-            for box, flip, from_, place in (
+        again = sample(plan, [name], [view], sizes[:1])
+        replayed, sampled_again = (
+            apply_view(image, box, flip, aug_params_row(source, source_row), size=size, interpolation="bilinear")
+            for box, flip, source, source_row in (
                 (params.box_N4[row].tolist(), bool(params.flip_N[row]), columns, row),
-                (anew.box_N4[0].tolist(), bool(anew.flip_N[0]), anew.aug_params, 0),
+                (again.box_N4[0].tolist(), bool(again.flip_N[0]), again.aug_params, 0),
             )
         )
-        assert torch.equal(replayed, drawn_now)
-        assert aug_params_row(columns, row) == aug_params_row(anew.aug_params, 0)
+        assert torch.equal(replayed, sampled_again)
+        assert aug_params_row(columns, row) == aug_params_row(again.aug_params, 0)
 
 
 @given(PLANS, PLANS, st.integers(1, 65_535), st.integers(1, 512))
 @settings(max_examples=60)
-def test_the_views_id_changes_exactly_where_a_meaningful_key_does(
-    one: ViewsConfig, other: ViewsConfig, count: int, size: int
+def test_the_views_id_changes_exactly_if_a_meaningful_key_does(
+    first: ViewsConfig, second: ViewsConfig, count: int, size: int
 ) -> None:
-    meaning = {"count", "size"}
-    assert (views_id(one) == views_id(other)) == (one.model_dump(exclude=meaning) == other.model_dump(exclude=meaning))
-    assert views_id(one) == views_id(one.model_copy(update={"count": count, "size": size}))
+    size_keys = {"count", "size"}
+    equal = first.model_dump(exclude=size_keys) == second.model_dump(exclude=size_keys)
+    assert (views_id(first) == views_id(second)) == equal
+    assert views_id(first) == views_id(first.model_copy(update={"count": count, "size": size}))
 
 
-def test_a_plan_without_options_has_the_id_it_had_before_there_were_any() -> None:
+def test_the_id_of_a_plan_without_options_is_that_of_versions_without_options() -> None:
     # Frozen: caches of such plans carry it.
     assert views_id(plan_of(count=50, seed=0, size=224)) == "b39417b70e6b4f83"
     assert "jitter" not in views_body(plan_of())

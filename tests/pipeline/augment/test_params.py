@@ -1,9 +1,10 @@
-"""View parameters: against a scalar loop, torchvision's statistics, frozen literals, and their laws."""
+"""View parameters against torchvision's statistics, frozen literals and laws."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -23,14 +24,13 @@ from pipeline.augment.params import (
     unmix,
     view_params,
 )
-from pipeline.augment.random_bits import key_of
 from schemas.config import ViewsConfig
 
 CROP = ViewsConfig(kind="crop")
 MIX = ViewsConfig(kind="function_matching", count=50)
 SIDE = st.one_of(st.integers(1, 40), st.integers(1, 20_000))
 RANGES = st.sampled_from([((0.05, 1.0), (0.75, 4 / 3)), ((1.0, 1.0), (1.0, 1.0)), ((0.9, 1.0), (0.01, 0.02))])
-# Frozen: another value here is another format.
+# Frozen: another value would be another format.
 FROZEN_BOXES = [[167, 7, 299, 331], [100, 191, 127, 152], [41, 26, 358, 340], [295, 148, 119, 129]]
 FROZEN_FLIPS = [False, True, True, False]
 FROZEN_LAMBDAS = ["0x1.18e9ea0000000p-1", "0x1.3d9a9e0000000p-1", "0x1.25fa9e0000000p-1", "0x1.d3f3120000000p-1"]
@@ -42,51 +42,16 @@ def ids(count: int) -> list[str]:
     return [f"train-00000/{number:08d}" for number in range(count)]
 
 
-def draw(plan: ViewsConfig, names: Sequence[str], views: Sequence[int], sizes: Sequence[tuple[int, int]]) -> ViewParams:
+def sample(
+    plan: ViewsConfig, names: Sequence[str], views: Sequence[int], sizes: Sequence[tuple[int, int]]
+) -> ViewParams:
     widths, heights = np.array(sizes, dtype=np.int64).reshape(-1, 2).T
     return view_params(plan, sample_keys(plan.seed, names), np.array(views, dtype=np.int64), widths, heights)
 
 
-def scalar_uniforms(seed: int, name: str, view: int, stream: int, block: int) -> list[float]:
-    """The documented counter layout by NumPy's own Philox, which counts up before each use."""
-    low, high = key_of("view", seed, name).tolist()
-    counter = (block + (view << 64) + (stream << 128) - 1) % 2**256
-    words = np.random.Philox(key=low | high << 64, counter=counter).random_raw(4)
-    return [int(word >> np.uint64(11)) / 2**53 for word in words]
-
-
-def scalar_box(plan: ViewsConfig, name: str, view: int, width: int, height: int) -> list[int]:
-    low, high = (math.log(bound) for bound in plan.aspect)
-    for attempt in range(10):
-        u = scalar_uniforms(plan.seed, name, view, 0, attempt)
-        area = width * height * (plan.area[0] + (plan.area[1] - plan.area[0]) * u[0])
-        aspect = math.exp(low + (high - low) * u[1])
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < w <= width and 0 < h <= height:
-            return [int(u[2] * (width - w + 1)), int(u[3] * (height - h + 1)), w, h]
-    ratio = width / height
-    w = max(1, round(height * plan.aspect[1])) if ratio > plan.aspect[1] else width
-    h = max(1, round(width / plan.aspect[0])) if ratio < plan.aspect[0] else height
-    return [(width - w) // 2, (height - h) // 2, w, h]
-
-
-@pytest.mark.parametrize("size", [(500, 375), (32, 32), (3, 200), (4000, 7), (1, 1)])
-def test_boxes_equal_a_scalar_loop(size: tuple[int, int]) -> None:
-    names, views = ids(200), [number % 7 for number in range(200)]
-    boxes = draw(CROP, names, views, [size] * 200).box_N4
-    assert boxes.tolist() == [scalar_box(CROP, name, view, *size) for name, view in zip(names, views, strict=True)]
-
-
-def test_flips_and_lambdas_equal_a_scalar_loop() -> None:
-    params = draw(MIX, ids(100), [3] * 100, [(50, 40)] * 100)
-    words = [scalar_uniforms(0, name, 3, 1, 0) for name in ids(100)]
-    assert params.flip_N.tolist() == [u[0] < 0.5 for u in words]
-    assert params.mix_lambda_N.tolist() == [np.float32(max(u[1], 1 - u[1])) for u in words]
-
-
 def test_parameters_are_frozen() -> None:
     plan = ViewsConfig(kind="function_matching", seed=7)
-    params = draw(plan, ["train-00012/n01440764_18"] * 3 + ["val/ä"], [0, 1, 2**40, 65_534], [(500, 375)] * 4)
+    params = sample(plan, ["train-00012/n01440764_18"] * 3 + ["val/ä"], [0, 1, 2**40, 65_534], [(500, 375)] * 4)
     assert params.box_N4.tolist() == FROZEN_BOXES
     assert params.flip_N.tolist() == FROZEN_FLIPS
     assert [value.hex() for value in params.mix_lambda_N.tolist()] == FROZEN_LAMBDAS
@@ -101,13 +66,13 @@ def test_boxes_lie_inside_any_image(
     sizes: list[tuple[int, int]], ranges: tuple[tuple[float, float], tuple[float, float]], view: int
 ) -> None:
     plan = ViewsConfig(kind="crop", area=ranges[0], aspect=ranges[1])
-    assert_inside(draw(plan, ids(len(sizes)), [view] * len(sizes), sizes), sizes)
+    assert_inside(sample(plan, ids(len(sizes)), [view] * len(sizes), sizes), sizes)
 
 
 @given(st.lists(st.tuples(SIDE, SIDE), min_size=1, max_size=20), st.floats(0.001, 1))
 def test_eval_boxes_are_centred_squares_inside_any_image(sizes: list[tuple[int, int]], fraction: float) -> None:
     plan = ViewsConfig(kind="eval", crop_fraction=fraction)
-    params = draw(plan, ids(len(sizes)), [0] * len(sizes), sizes)
+    params = sample(plan, ids(len(sizes)), [0] * len(sizes), sizes)
     assert_inside(params, sizes)
     for (left, top, width, height), size in zip(params.box_N4.tolist(), sizes, strict=True):
         assert width == height == max(1, round(fraction * min(size)))
@@ -140,28 +105,28 @@ def test_a_row_does_not_depend_on_the_other_rows(data: st.DataObject) -> None:
     count = 40
     sizes = [(17 + 13 * number, 900 - 20 * number) for number in range(count)]
     views = [number % 5 for number in range(count)]
-    whole = draw(MIX, ids(count), views, sizes)
+    whole = sample(MIX, ids(count), views, sizes)
     some = data.draw(st.lists(st.integers(0, count - 1), max_size=count))
-    part = draw(MIX, [ids(count)[row] for row in some], [views[row] for row in some], [sizes[row] for row in some])
+    part = sample(MIX, [ids(count)[row] for row in some], [views[row] for row in some], [sizes[row] for row in some])
     assert np.array_equal(part.box_N4, whole.box_N4[some])
     assert np.array_equal(part.flip_N, whole.flip_N[some])
     assert np.array_equal(part.mix_lambda_N, whole.mix_lambda_N[some])
 
 
-def test_views_samples_and_seeds_draw_different_crops() -> None:
+def test_views_samples_and_seeds_have_different_crops() -> None:
     sizes = [(5000, 4000)] * 64
-    base = draw(CROP, ids(64), [0] * 64, sizes).box_N4
+    base = sample(CROP, ids(64), [0] * 64, sizes).box_N4
     others = [
-        draw(CROP, ids(64), [1] * 64, sizes).box_N4,
-        draw(CROP, [name + "x" for name in ids(64)], [0] * 64, sizes).box_N4,
-        draw(ViewsConfig(kind="crop", seed=1), ids(64), [0] * 64, sizes).box_N4,
+        sample(CROP, ids(64), [1] * 64, sizes).box_N4,
+        sample(CROP, [name + "x" for name in ids(64)], [0] * 64, sizes).box_N4,
+        sample(ViewsConfig(kind="crop", seed=1), ids(64), [0] * 64, sizes).box_N4,
     ]
     assert all((base != other).any(axis=1).all() for other in others)
 
 
-def test_function_matching_crops_as_crop_does() -> None:
+def test_function_matching_has_the_crops_of_kind_crop() -> None:
     sizes, views = [(640, 480)] * 50, list(range(50))
-    mixed, plain = draw(MIX, ids(50), views, sizes), draw(CROP, ids(50), views, sizes)
+    mixed, plain = sample(MIX, ids(50), views, sizes), sample(CROP, ids(50), views, sizes)
     assert np.array_equal(mixed.box_N4, plain.box_N4)
     assert np.array_equal(mixed.flip_N, plain.flip_N)
     assert (plain.mix_lambda_N == 1).all()
@@ -171,39 +136,39 @@ def test_function_matching_crops_as_crop_does() -> None:
 @pytest.mark.parametrize("size", [(500, 375), (200, 900)])
 def test_crops_are_distributed_as_torchvisions(size: tuple[int, int]) -> None:
     count = 8000
-    ours = draw(CROP, ids(count), [0] * count, [size] * count).box_N4.astype(np.float64)
-    theirs = torchvision_boxes(count, size)
+    boxes_N4 = sample(CROP, ids(count), [0] * count, [size] * count).box_N4.astype(np.float64)
+    reference_N4 = torchvision_boxes(count, size)
     # The two-sample bound at a significance of 1e-3 is 1.95 * sqrt(2 / n); both samples are fixed.
     bound = 1.95 * math.sqrt(2 / count)
-    for name, of in {
+    for name, measure in {
         "area": lambda box: box[:, 2] * box[:, 3],
         "aspect": lambda box: box[:, 2] / box[:, 3],
         "left": lambda box: box[:, 0],
         "top": lambda box: box[:, 1],
         "right": lambda box: size[0] - box[:, 0] - box[:, 2],
     }.items():
-        assert ks_2samp(of(ours), of(theirs)).statistic < bound, name
+        assert ks_2samp(measure(boxes_N4), measure(reference_N4)).statistic < bound, name
 
 
 def torchvision_boxes(count: int, size: tuple[int, int]) -> np.ndarray:
     image = torch.empty(3, size[1], size[0])
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        drawn = [RandomResizedCrop.get_params(image, list(CROP.area), list(CROP.aspect)) for _ in range(count)]
-    return np.array([(left, top, width, height) for top, left, height, width in drawn], dtype=np.float64)
+        boxes = [RandomResizedCrop.get_params(image, list(CROP.area), list(CROP.aspect)) for _ in range(count)]
+    return np.array([(left, top, width, height) for top, left, height, width in boxes], dtype=np.float64)
 
 
 def test_flip_and_lambda_have_the_stated_distributions() -> None:
     count = 20_000
-    params = draw(ViewsConfig(kind="function_matching", flip=0.3), ids(count), [0] * count, [(64, 64)] * count)
+    params = sample(ViewsConfig(kind="function_matching", flip=0.3), ids(count), [0] * count, [(64, 64)] * count)
     # Four standard deviations of a share of 20,000.
     assert abs(params.flip_N.mean() - 0.3) < 4 * math.sqrt(0.3 * 0.7 / count)
     assert kstest(params.mix_lambda_N, "uniform", args=(0.5, 0.5)).statistic < 1.95 / math.sqrt(count)
 
 
 @pytest.mark.parametrize(("flip", "flipped"), [(0.0, False), (1.0, True)])
-def test_flip_never_and_flip_always_mean_it(flip: float, flipped: bool) -> None:
-    params = draw(ViewsConfig(kind="crop", flip=flip), ids(500), [0] * 500, [(9, 9)] * 500)
+def test_a_flip_probability_of_0_or_1_is_exact(flip: float, flipped: bool) -> None:
+    params = sample(ViewsConfig(kind="crop", flip=flip), ids(500), [0] * 500, [(9, 9)] * 500)
     assert (params.flip_N == flipped).all()
 
 
@@ -225,18 +190,18 @@ def test_partners_are_spread_evenly() -> None:
 
 
 @given(st.integers(0, 40), st.integers(2, 9))
-def test_a_shards_partners_are_those_of_its_groups(num_ok: int, mix_group: int) -> None:
+def test_partners_of_a_shard_are_those_of_its_groups(num_ok: int, mix_group: int) -> None:
     plan = ViewsConfig(kind="function_matching", mix_group=mix_group)
     expected: list[int] = []
     for group, start in enumerate(range(0, num_ok, mix_group)):
         inside = mix_partners(plan, "s", group, 4, min(mix_group, num_ok - start))
-        expected.extend(start + int(place) for place in inside)
+        expected.extend(start + int(partner) for partner in inside)
     assert shard_partners(plan, "s", 4, num_ok).tolist() == expected
 
 
 def test_matchings_differ_between_views_groups_shards_and_seeds() -> None:
     other_seed = ViewsConfig(kind="function_matching", seed=1)
-    made = [
+    matchings = [
         mix_partners(plan, shard, group, view, 256).tolist()
         for plan, shard, group, view in [
             (MIX, "a", 0, 0),
@@ -246,15 +211,15 @@ def test_matchings_differ_between_views_groups_shards_and_seeds() -> None:
             (other_seed, "a", 0, 0),
         ]
     ]
-    assert all(one != other for place, one in enumerate(made) for other in made[:place])
+    assert all(first != second for first, second in combinations(matchings, 2))
 
 
-def test_a_single_is_not_mixed() -> None:
-    params = draw(MIX, ids(3), [0] * 3, [(9, 9)] * 3)
+def test_a_row_without_a_partner_is_not_mixed() -> None:
+    params = sample(MIX, ids(3), [0] * 3, [(9, 9)] * 3)
     mixed = unmix(params, np.array([False, True, False]))
-    own = params.mix_lambda_N.tolist()
+    lambdas = params.mix_lambda_N.tolist()
     assert mixed.mix_lambda_N.dtype == np.float32
-    assert mixed.mix_lambda_N.tolist() == [own[0], 1.0, own[2]]
+    assert mixed.mix_lambda_N.tolist() == [lambdas[0], 1.0, lambdas[2]]
 
 
 def test_canaries_are_frozen() -> None:
@@ -266,5 +231,5 @@ def test_about_one_row_in_a_thousand_is_a_canary() -> None:
     keys = sample_keys(0, ids(1000))
     flags = np.stack([is_canary(keys, np.full(1000, view)) for view in range(200)])
     assert abs(flags.sum() - 200) < 4 * math.sqrt(200)
-    # Canaries of one view tell nothing about those of another.
+    # Canaries of different views are independent.
     assert flags.any(axis=0).sum() > 140

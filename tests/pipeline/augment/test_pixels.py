@@ -1,4 +1,4 @@
-"""Pixels of a view: identity, order of steps, strides, threads; and digests against plain loops."""
+"""Pixels of a view: identity, order of steps, strides and threads; digests against plain loops."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.tolerances import ulps
 PHOTOS = Path(__file__).resolve().parents[4] / "shared" / "data" / "imagenet-samples" / "sample-00000.tar"
 MODES: tuple[Interpolation, ...] = ("bilinear", "bicubic")
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-# Frozen: another value here is another format.
+# Frozen: another value would be another format.
 FROZEN_DIGEST = "9ae42177d73f3dab1715fb41f20071ca"
 
 
@@ -35,7 +35,7 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("interpolation", MODES)
-def test_the_whole_image_at_its_own_size_is_itself(interpolation: Interpolation) -> None:
+def test_the_whole_image_at_its_original_size_is_not_changed(interpolation: Interpolation) -> None:
     image = noise(3, 32, 32)
     assert torch.equal(apply_view(image, (0, 0, 32, 32), False, size=32, interpolation=interpolation), image)
 
@@ -51,14 +51,14 @@ def test_a_box_of_the_target_size_is_copied_and_flipped() -> None:
 def test_pixels_do_not_depend_on_strides(interpolation: Interpolation, box: tuple[int, ...]) -> None:
     planes = noise(3, 70, 90)
     interleaved = planes.permute(1, 2, 0).contiguous().permute(2, 0, 1)
-    one = apply_view(planes, box, False, size=24, interpolation=interpolation)
-    other = apply_view(interleaved, box, False, size=24, interpolation=interpolation)
-    assert one.shape == (3, 24, 24)
-    assert torch.equal(one, other)
+    from_planes = apply_view(planes, box, False, size=24, interpolation=interpolation)
+    from_interleaved = apply_view(interleaved, box, False, size=24, interpolation=interpolation)
+    assert from_planes.shape == (3, 24, 24)
+    assert torch.equal(from_planes, from_interleaved)
 
 
 def resized() -> str:
-    """Views of boxes of many shapes, made smaller and larger."""
+    """The digest of views of many box shapes, smaller and larger than the view."""
     image, random = noise(3, 190, 230), np.random.Generator(np.random.PCG64(0))
     views = hashlib.sha256()
     for interpolation in MODES:
@@ -71,14 +71,14 @@ def resized() -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", ["default", "avx2"])
-def test_no_instruction_set_changes_how_a_box_is_resized(capability: str) -> None:
+def test_no_instruction_set_changes_a_resized_pixel(capability: str) -> None:
     code = "from tests.pipeline.augment.test_pixels import resized; print(resized())"
     assert printed(code, capability=capability) == resized()
 
 
 @pytest.mark.parametrize("interpolation", MODES)
 def test_resizing_agrees_with_pillow(interpolation: Interpolation) -> None:
-    """Pillow is another implementation; both round in fixed point, so a level or two apart."""
+    """Both implementations round in fixed point, so they differ by up to two levels."""
     smooth = torch.linspace(0, 255, 60 * 80 * 3).to(torch.uint8).reshape(60, 80, 3)
     resample = Image.Resampling[interpolation.upper()]
     expected = Image.fromarray(smooth.numpy()).crop((8, 4, 72, 56)).resize((20, 20), resample)
@@ -94,19 +94,19 @@ def test_flip_comes_after_the_resize() -> None:
     assert torch.equal(flipped, straight.flip(-1))
 
 
-def test_threads_make_the_same_pixels() -> None:
+def test_threads_do_not_change_pixels() -> None:
     image = noise(3, 120, 160)
-    boxes = [(place, place, 100 - place, 110 - place) for place in range(16)]
+    boxes = [(offset, offset, 100 - offset, 110 - offset) for offset in range(16)]
 
     def digest(box: tuple[int, ...]) -> bytes:
         return pixel_digest(apply_view(image, box, True, size=64, interpolation="bicubic"))
 
-    alone = [digest(box) for box in boxes]
+    expected = [digest(box) for box in boxes]
     with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(digest, boxes * 3)) == alone * 3
+        assert list(pool.map(digest, boxes * 3)) == expected * 3
 
 
-def test_a_photograph_makes_a_view() -> None:
+def test_a_view_of_a_photograph_equals_pillows() -> None:
     if not PHOTOS.exists():
         pytest.skip(f"{PHOTOS} is absent")
     with tarfile.open(PHOTOS) as tar:
@@ -123,29 +123,29 @@ def test_a_photograph_makes_a_view() -> None:
 
 def test_input_is_mixed_on_the_unit_scale_and_then_normalised() -> None:
     pixels = noise(4, 3, 2, 2)
-    partner, own = torch.tensor([1, 0, 2, 3]), torch.tensor([0.75, 0.5, 1.0, 1.0])
-    made = to_input(pixels, mean_C=MEAN, std_C=STD, partner_B=partner, lambda_B=own)
+    partner, weights = torch.tensor([1, 0, 2, 3]), torch.tensor([0.75, 0.5, 1.0, 1.0])
+    mixed = to_input(pixels, mean_C=MEAN, std_C=STD, partner_B=partner, lambda_B=weights)
     for row, channel, y, x in np.ndindex(4, 3, 2, 2):
-        weight = float(own[row])
+        weight = float(weights[row])
         value = weight * int(pixels[row, channel, y, x]) + (1 - weight) * int(pixels[int(partner[row]), channel, y, x])
         expected = (value / 255 - float(MEAN[channel])) / float(STD[channel])
         # Two quotients, two products and a sum of at most 1; the mean; then the division by std.
         error = ulps(8, 1 / float(STD[channel]))
-        assert float(made[row, channel, y, x]) == pytest.approx(expected, rel=0, abs=error)
+        assert float(mixed[row, channel, y, x]) == pytest.approx(expected, rel=0, abs=error)
 
 
 def test_input_does_not_depend_on_batching() -> None:
-    """The bits of a row are the same alone, with its partner elsewhere, or in a whole group."""
+    """A row has the same bits alone, with its partner outside of the batch, and in a whole group."""
     pixels = noise(6, 3, 5, 7)
-    partner, own = torch.tensor([3, 4, 5, 0, 1, 2]), torch.rand(6, generator=torch.Generator().manual_seed(1))
-    whole = to_input(pixels, mean_C=MEAN, std_C=STD, partner_B=partner, lambda_B=own)
+    partner, weights = torch.tensor([3, 4, 5, 0, 1, 2]), torch.rand(6, generator=torch.Generator().manual_seed(1))
+    whole = to_input(pixels, mean_C=MEAN, std_C=STD, partner_B=partner, lambda_B=weights)
     for rows in (slice(0, 1), slice(1, 5), slice(5, 6)):
         part = to_input(
             pixels[rows],
             mean_C=MEAN,
             std_C=STD,
             partner_B=partner[rows],
-            lambda_B=own[rows],
+            lambda_B=weights[rows],
             partner_pixels_NCHW=pixels,
         )
         assert torch.equal(part, whole[rows])
@@ -160,56 +160,56 @@ def test_lambda_one_is_the_unmixed_row_bitwise() -> None:
 def some_boxes() -> tuple[Tensor, Tensor, Tensor]:
     """Six rows of 12 x 10 pixels, two of them blends, one whose box is less than a pixel: partners, λ, boxes."""
     partner = torch.tensor([3, 4, 5, 0, 1, 2])
-    own = torch.tensor([0.75, 0.9, 0.5, 0.84, 0.9999, 0.6])
-    side = (1 - own).sqrt()
-    place = torch.tensor([[0.1, 0.4], [0.0, 0.0], [0.29, 0.0], [0.6, 0.6], [0.52, 0.52], [0.0, 0.0]])
-    box = torch.cat([place, side[:, None], side[:, None]], dim=1)
+    weights = torch.tensor([0.75, 0.9, 0.5, 0.84, 0.9999, 0.6])
+    side = (1 - weights).sqrt()
+    corner = torch.tensor([[0.1, 0.4], [0.0, 0.0], [0.29, 0.0], [0.6, 0.6], [0.52, 0.52], [0.0, 0.0]])
+    box = torch.cat([corner, side[:, None], side[:, None]], dim=1)
     box[[1, 5]] = 0
-    return partner, own, box
+    return partner, weights, box
 
 
 def test_a_box_shows_the_partner_and_a_blend_stays_a_blend() -> None:
     pixels = noise(6, 3, 12, 10)
-    partner, own, box = some_boxes()
+    partner, weights, box = some_boxes()
     zero, one = torch.zeros(3), torch.ones(3)
-    made = to_input(pixels, mean_C=zero, std_C=one, partner_B=partner, lambda_B=own, cutmix_box_B4=box)
-    blended = to_input(pixels, mean_C=zero, std_C=one, partner_B=partner, lambda_B=own)
-    assert torch.equal(made[[1, 5]], blended[[1, 5]])
+    boxed = to_input(pixels, mean_C=zero, std_C=one, partner_B=partner, lambda_B=weights, cutmix_box_B4=box)
+    blended = to_input(pixels, mean_C=zero, std_C=one, partner_B=partner, lambda_B=weights)
+    assert torch.equal(boxed[[1, 5]], blended[[1, 5]])
     for row in (0, 2, 3, 4):
-        left, top, wide, high = box[row].tolist()
+        left, top, box_width, box_height = box[row].tolist()
         for y, x in np.ndindex(12, 10):
-            inside = round(10 * left) <= x < round(10 * (left + wide)) and round(12 * top) <= y < round(
-                12 * (top + high)
+            inside = round(10 * left) <= x < round(10 * (left + box_width)) and round(12 * top) <= y < round(
+                12 * (top + box_height)
             )
             shown = pixels[int(partner[row]) if inside else row, :, y, x]
-            assert torch.equal(made[row, :, y, x], shown.to(torch.float32) / 255)
+            assert torch.equal(boxed[row, :, y, x], shown.to(torch.float32) / 255)
 
 
 def test_boxes_do_not_depend_on_batching() -> None:
-    """Also where partners lie in another batch, as in a build."""
+    """Partners may be in another batch, as in a build."""
     pixels = noise(6, 3, 12, 10)
-    partner, own, box = some_boxes()
-    whole = to_input(pixels, mean_C=MEAN, std_C=STD, partner_B=partner, lambda_B=own, cutmix_box_B4=box)
+    partner, weights, box = some_boxes()
+    whole = to_input(pixels, mean_C=MEAN, std_C=STD, partner_B=partner, lambda_B=weights, cutmix_box_B4=box)
     for rows in (slice(0, 1), slice(1, 5), slice(5, 6)):
         part = to_input(
             pixels[rows],
             mean_C=MEAN,
             std_C=STD,
             partner_B=torch.arange(len(pixels[rows])),
-            lambda_B=own[rows],
+            lambda_B=weights[rows],
             cutmix_box_B4=box[rows],
             partner_pixels_NCHW=pixels[partner[rows]],
         )
         assert torch.equal(part, whole[rows])
 
 
-def test_input_keeps_channels_last() -> None:
+def test_the_input_is_channels_last() -> None:
     pixels = noise(2, 3, 8, 8).contiguous(memory_format=torch.channels_last)
     mixing = {"partner_B": torch.tensor([1, 0]), "lambda_B": torch.tensor([0.5, 0.75])}
     for boxes in (None, torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.25, 0.25, 0.5, 0.5]])):
-        made = to_input(pixels, mean_C=MEAN, std_C=STD, **mixing, cutmix_box_B4=boxes)
-        assert made.is_contiguous(memory_format=torch.channels_last)
-        assert made.dtype == torch.float32
+        result = to_input(pixels, mean_C=MEAN, std_C=STD, **mixing, cutmix_box_B4=boxes)
+        assert result.is_contiguous(memory_format=torch.channels_last)
+        assert result.dtype == torch.float32
 
 
 def test_digest_is_of_the_pixels_in_row_column_channel_order() -> None:
@@ -224,7 +224,7 @@ def test_digest_is_frozen() -> None:
     assert pixel_digest(view).hex() == FROZEN_DIGEST
 
 
-def test_digest_sees_one_changed_pixel() -> None:
+def test_one_changed_pixel_changes_the_digest() -> None:
     view = noise(3, 16, 16)
     changed = view.clone()
     changed[1, 7, 9] ^= 1

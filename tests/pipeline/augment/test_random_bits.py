@@ -1,4 +1,4 @@
-"""Random words: published vectors, NumPy's own Philox, and literals that freeze the format."""
+"""Random bits against published vectors, NumPy's Philox, and literals that freeze the format."""
 
 from __future__ import annotations
 
@@ -32,28 +32,28 @@ PUBLISHED = [
         (0xA528F45403E61D95, 0x38C72DBD566E9788, 0xA5A1610E72FD18B5, 0x57BD43B5E52B7FE6),
     ),
 ]
-# Frozen: another value here is another format.
+# Frozen: another value would be another format.
 KEY_VIEW = ["0x5058b01ccce05ed5", "0xafc3c9e988522a83"]
 KEY_NOTHING = ["0x3590142f7026a78", "0x72d2522585fdc6c6"]
 
 
 def numpy_philox(key: tuple[int, ...], counter: tuple[int, ...]) -> list[int]:
     """NumPy's generator adds one to its 256-bit counter before each use."""
-    before = (sum(word << (64 * place) for place, word in enumerate(counter)) - 1) % 2**256
+    before = (sum(word << (64 * index) for index, word in enumerate(counter)) - 1) % 2**256
     generator = np.random.Philox(key=key[0] | key[1] << 64, counter=before)
     return [int(word) for word in generator.random_raw(4)]
 
 
 @pytest.mark.parametrize(("key", "counter", "words"), PUBLISHED)
-def test_words_equal_the_published_vectors(
+def test_random_bits_equal_the_published_vectors(
     key: tuple[int, ...], counter: tuple[int, ...], words: tuple[int, ...]
 ) -> None:
-    got = philox4x64(np.array([key], dtype=np.uint64), np.array([counter], dtype=np.uint64))
-    assert got.tolist() == [list(words)]
+    actual = philox4x64(np.array([key], dtype=np.uint64), np.array([counter], dtype=np.uint64))
+    assert actual.tolist() == [list(words)]
 
 
 @given(st.lists(st.tuples(st.tuples(WORD, WORD), st.tuples(WORD, WORD, WORD, WORD)), min_size=1, max_size=9))
-def test_words_equal_numpys_raw_words(rows: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> None:
+def test_random_bits_equal_numpys(rows: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> None:
     keys = np.array([key for key, _ in rows], dtype=np.uint64)
     counters = np.array([counter for _, counter in rows], dtype=np.uint64)
     assert philox4x64(keys, counters).tolist() == [numpy_philox(*row) for row in rows]
@@ -70,7 +70,7 @@ def test_keys_are_frozen() -> None:
     assert [hex(word) for word in key_of().tolist()] == KEY_NOTHING
 
 
-def test_key_bytes_follow_the_written_rule() -> None:
+def test_a_key_is_the_documented_hash() -> None:
     written = b"s" + (3).to_bytes(8, "little") + b"a\xc3\xa9" + b"i" + b"\xfe" + b"\xff" * 7
     first_16 = hashlib.blake2b(written).digest()[:16]
     assert key_of("aé", -2).tolist() == [int.from_bytes(first_16[:8], "little"), int.from_bytes(first_16[8:], "little")]
@@ -80,17 +80,17 @@ PART = st.one_of(st.text(max_size=4), st.integers(-(2**63), 2**63 - 1))
 
 
 @given(st.lists(PART, max_size=4), st.lists(PART, max_size=4))
-def test_different_arguments_have_different_keys(one: list[str | int], other: list[str | int]) -> None:
-    assert (key_of(*one).tolist() == key_of(*other).tolist()) == (one == other)
+def test_different_arguments_have_different_keys(first: list[str | int], second: list[str | int]) -> None:
+    assert (key_of(*first).tolist() == key_of(*second).tolist()) == (first == second)
 
 
 @pytest.mark.parametrize(
-    ("one", "other"), [(("ab", "c"), ("a", "bc")), ((1,), ("1",)), (("",), ()), (("\udcc3\udca9",), ("é",))]
+    ("first", "second"), [(("ab", "c"), ("a", "bc")), ((1,), ("1",)), (("",), ()), (("\udcc3\udca9",), ("é",))]
 )
 def test_arguments_that_look_alike_have_different_keys(
-    one: tuple[str | int, ...], other: tuple[str | int, ...]
+    first: tuple[str | int, ...], second: tuple[str | int, ...]
 ) -> None:
-    assert key_of(*one).tolist() != key_of(*other).tolist()
+    assert key_of(*first).tolist() != key_of(*second).tolist()
 
 
 def test_uniform_takes_the_upper_53_bits() -> None:
@@ -99,17 +99,17 @@ def test_uniform_takes_the_upper_53_bits() -> None:
 
 
 @given(st.integers(0, 200), st.integers(0, 2**32))
-def test_permutation_sorts_the_keys_first_words(size: int, seed: int) -> None:
+def test_a_permutation_sorts_the_first_uint64s_of_its_key(size: int, seed: int) -> None:
     key = key_of("test", seed)
     words = [word for block in range(-(-size // 4)) for word in numpy_philox(tuple(key.tolist()), (block, 0, 0, 0))]
-    assert permutation(key, size).tolist() == sorted(range(size), key=lambda place: words[place])
+    assert permutation(key, size).tolist() == sorted(range(size), key=lambda index: words[index])
 
 
 @given(st.lists(st.integers(0, 40_000), max_size=12))
 @settings(max_examples=30)
-def test_permutations_drawn_together_are_those_drawn_alone(sizes: list[int]) -> None:
+def test_permutations_generated_together_equal_single_ones(sizes: list[int]) -> None:
     keys = [key_of("test", number) for number in range(len(sizes))]
     together = [*permutations(np.array(keys, np.uint64).reshape(-1, 2), sizes)]
-    assert [one.tolist() for one in together] == [
+    assert [order_N.tolist() for order_N in together] == [
         permutation(key, size).tolist() for key, size in zip(keys, sizes, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""What tests of many networks share."""
+"""Fixtures for tests of many networks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 @pytest.fixture
 def without_initial_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Most of the time of a constructor goes into drawing them, and structures need none."""
+    """Initialising weights is most of the time of a constructor, and tests of structure do not need it."""
 
     def unchanged(tensor: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
         return tensor

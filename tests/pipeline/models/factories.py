@@ -1,4 +1,4 @@
-"""Networks of the kind a user would bring, for ``python:tests.pipeline.models.factories:…``."""
+"""Networks as a user would define them, for ``python:tests.pipeline.models.factories:…``."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class Plain(nn.Module):
 
 
 class Scaled(Plain):
-    """The last linear layer is there, and yet it does not make the logits alone."""
+    """The last linear layer alone does not give the logits."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 3 * super().forward(x)
 
 
 class SelfDescribed(Plain):
-    """Says itself what its embedding is: here, twice the head's input."""
+    """Defines its embedding: twice the input of the head."""
 
     def forward_embedding(self, x: Tensor) -> tuple[Tensor, Tensor]:
         features_BD = self.stem(x).mean((2, 3))
@@ -51,7 +51,7 @@ class Headless(nn.Module):
 
 
 class SharedHead(Plain):
-    """Asks its head twice, so there are two candidates for the embedding."""
+    """Runs its head twice, so there are two candidates for the embedding."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + super().forward(x.flip(3))
@@ -63,7 +63,7 @@ class Transposed(Plain):
 
 
 class Tokens(nn.Module):
-    """Classifies every position and averages: by linearity, the head of the averaged embedding."""
+    """Classifies every position and averages, which by linearity is the head of the mean embedding."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -85,16 +85,16 @@ def not_a_network(num_classes: int) -> Tensor:
 not_callable = 3
 
 
-class Poisoned(Plain):
-    """As if its weights came from a run that diverged."""
+class NanLogits(Plain):
+    """Like weights of a run that diverged."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__(num_classes)
         nn.init.constant_(self.fc.weight, float("nan"))
 
 
-class PoisonedEmbedding(SelfDescribed):
-    """Good logits, and an embedding that is not finite."""
+class NanEmbedding(SelfDescribed):
+    """Finite logits, and an embedding that is not finite."""
 
     def forward_embedding(self, x: Tensor) -> tuple[Tensor, Tensor]:
         logits_BK, embedding_BD = super().forward_embedding(x)

@@ -1,4 +1,4 @@
-"""A module of one's own that has functions of others."""
+"""A user module that imports foreign functions."""
 
 from os import mkdir as make_folder
 from subprocess import Popen

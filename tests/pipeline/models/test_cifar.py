@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,21 +11,18 @@ from torch import Tensor, nn
 from torch.nn.functional import batch_norm, conv2d
 
 from pipeline.core.errors import ModelError
-from pipeline.models import load_model
 from pipeline.models.cifar import resnet, wide_resnet
-from schemas.config import ModelConfig
+from pipeline.models.cifar_bottleneck import bottleneck_resnet
+from pipeline.models.cifar_mobilenet import mobilenet_v2
+from tests.pipeline.models.loading import build, millions
 
 X4 = (32, 64, 128, 256)
 
 
-def _millions(network: nn.Module) -> float:
-    return sum(parameter.numel() for parameter in network.parameters()) / 1e6
-
-
 @pytest.mark.parametrize(("depth", "published"), [(20, 0.27), (32, 0.46), (44, 0.66), (56, 0.85), (110, 1.7)])
 def test_resnet_sizes_are_those_of_he_2016(depth: int, published: float) -> None:
-    # The paper's shortcuts have no parameters; ours project, as the distillation tables do: under 1 % more.
-    plain = _millions(resnet(10, depth)) - (16 * 32 + 2 * 32 + 32 * 64 + 2 * 64) / 1e6
+    # Shortcuts of the paper have no parameters. Projections, as in the distillation tables, add less than 1 %.
+    plain = millions(resnet(10, depth)) - (16 * 32 + 2 * 32 + 32 * 64 + 2 * 64) / 1e6
     assert plain == pytest.approx(published, abs=0.05 if published == 1.7 else 0.006)
 
 
@@ -38,7 +36,7 @@ def test_resnet_sizes_are_those_of_he_2016(depth: int, published: float) -> None
     ],
 )
 def test_wide_resnet_sizes_are_the_published(network: nn.Module, published: float) -> None:
-    assert _millions(network) == pytest.approx(published, abs=0.051)
+    assert millions(network) == pytest.approx(published, abs=0.051)
 
 
 @pytest.mark.parametrize(
@@ -57,10 +55,7 @@ def test_wide_resnet_sizes_are_the_published(network: nn.Module, published: floa
 def test_embeddings_have_the_width_of_the_published_class_means(
     factory: str, kwargs: dict[str, Any], width: int
 ) -> None:
-    config = ModelConfig.model_validate(
-        {"model": f"python:pipeline.models.cifar:{factory}", "kwargs": kwargs, "mean": (0, 0, 0), "std": (1, 1, 1)}
-    )
-    module = load_model(config, num_classes=100, size=8).module
+    module = build(f"python:pipeline.models.cifar:{factory}", kwargs)
     assert module.embedding_dim == width
     logits_BK, embedding_BD = module(torch.rand(2, 3, 16, 16))
     assert module.head is not None
@@ -75,7 +70,7 @@ def _norm(state: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
 
 
 def _noisy(network: nn.Module) -> dict[str, Tensor]:
-    """Random values in every tensor, statistics and biases too, so that a forgotten one shows."""
+    """Random values in every tensor, including statistics and biases, so that the comparison covers all of them."""
     generator = torch.Generator().manual_seed(0)
     state = {
         name: torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + 0.1
@@ -87,7 +82,7 @@ def _noisy(network: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def test_resnet8_is_the_paper_s_arithmetic_by_hand() -> None:
+def test_resnet8_equals_the_arithmetic_of_the_paper() -> None:
     network = resnet(10, 8).double().eval()
     s = _noisy(network)
     images_BCHW = torch.rand(2, 3, 12, 12, dtype=torch.float64)
@@ -101,7 +96,7 @@ def test_resnet8_is_the_paper_s_arithmetic_by_hand() -> None:
     torch.testing.assert_close(network(images_BCHW), x.mean((2, 3)) @ s["fc.weight"].T + s["fc.bias"])
 
 
-def test_wrn_10_2_is_the_paper_s_arithmetic_by_hand() -> None:
+def test_wrn_10_2_equals_the_arithmetic_of_the_paper() -> None:
     network = wide_resnet(10, 10, 2).double().eval()
     s = _noisy(network)
     images_BCHW = torch.rand(2, 3, 12, 12, dtype=torch.float64)
@@ -115,13 +110,23 @@ def test_wrn_10_2_is_the_paper_s_arithmetic_by_hand() -> None:
     torch.testing.assert_close(network(images_BCHW), x.mean((2, 3)) @ s["fc.weight"].T + s["fc.bias"])
 
 
-@pytest.mark.parametrize("build", [lambda: resnet(10, 21), lambda: resnet(10, 2), lambda: wide_resnet(10, 20, 2)])
-def test_a_depth_that_does_not_split_is_refused(build: Any) -> None:
-    with pytest.raises(ModelError, match="three equal stages"):
-        build()
-
-
-@pytest.mark.parametrize("build", [lambda: resnet(10, 8, (16, 32, 64)), lambda: wide_resnet(10, 16, 0)])
-def test_widths_that_make_no_network_are_refused(build: Any) -> None:
-    with pytest.raises(ModelError):
-        build()
+@pytest.mark.parametrize(
+    ("factory", "args", "code"),
+    [
+        (resnet, (10, 21), "model.cifar-depth"),
+        (resnet, (10, 2), "model.cifar-depth"),
+        (wide_resnet, (10, 20, 2), "model.cifar-depth"),
+        (resnet, (10, 8, (16, 32, 64)), "model.cifar-widths"),
+        (wide_resnet, (10, 16, 0), "model.cifar-widths"),
+        (bottleneck_resnet, (10, (3, 4, 6)), "model.cifar-depth"),
+        (bottleneck_resnet, (10, (3, 0, 6, 3)), "model.cifar-depth"),
+        (mobilenet_v2, (10, 0.05), "model.cifar-widths"),
+        (mobilenet_v2, (10, 0.5, 0), "model.cifar-widths"),
+    ],
+)
+def test_arguments_that_do_not_define_a_network_are_refused(
+    factory: Callable[..., nn.Module], args: tuple[Any, ...], code: str
+) -> None:
+    with pytest.raises(ModelError) as caught:
+        factory(*args)
+    assert caught.value.code == code

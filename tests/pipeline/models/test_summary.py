@@ -1,4 +1,4 @@
-"""An outline is what the loaded network would be, and costs neither its memory nor a download."""
+"""A summary equals the loaded network, without its memory and without a download."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torchvision import models
 
-from pipeline.core.errors import ConfigError, ModelError
+from pipeline.core.errors import InputError
 from pipeline.models import load_model
 from pipeline.models.summary import summarize_model
 from schemas.config import ModelConfig
@@ -32,19 +32,19 @@ def model(**keys: Any) -> ModelConfig:
     ],
     ids=lambda value: str(value.model) if isinstance(value, ModelConfig) else None,
 )
-def test_an_outline_tells_what_the_loaded_network_is(config: ModelConfig, size: int | None) -> None:
-    outline = summarize_model(config, num_classes=7, size=size, where="student")
+def test_a_summary_equals_the_loaded_network(config: ModelConfig, size: int | None) -> None:
+    summary = summarize_model(config, num_classes=7, size=size, where="student")
     loaded = load_model(config, num_classes=7, size=size, where="student")
-    assert outline.num_parameters == sum(parameter.numel() for parameter in loaded.module.network.parameters())
-    assert (outline.embedding_dim, outline.input) == (loaded.module.embedding_dim, loaded.input)
+    assert summary.num_parameters == sum(parameter.numel() for parameter in loaded.module.network.parameters())
+    assert (summary.embedding_dim, summary.input) == (loaded.module.embedding_dim, loaded.input)
 
 
-def test_a_network_whose_constructor_computes_with_tensors_has_an_outline() -> None:
+def test_a_network_whose_constructor_computes_with_tensors_has_a_summary() -> None:
     before = torch.get_rng_state()
     config = ModelConfig.model_validate({"model": "torchvision/regnet_y_400mf", "weights": "random"})
-    outline = summarize_model(config, num_classes=1000, size=64, where="teacher")
+    summary = summarize_model(config, num_classes=1000, size=64, where="teacher")
     published = models.RegNet_Y_400MF_Weights.DEFAULT.meta["num_params"]
-    assert (outline.num_parameters, outline.embedding_dim) == (published, 440)
+    assert (summary.num_parameters, summary.embedding_dim) == (published, 440)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -58,28 +58,33 @@ def test_a_network_whose_constructor_computes_with_tensors_has_an_outline() -> N
         ("timm/mobilenetv1_100.ra4_e3600_r224_in1k", 4.2, 1024),
     ],
 )
-def test_networks_of_the_recipes_are_those_of_the_papers_and_nothing_is_fetched(
+def test_networks_of_the_recipes_are_those_of_the_papers_and_are_not_downloaded(
     name: str, millions: float, embedding: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
-        raise AssertionError("an outline went to the network")
+        raise AssertionError("a summary used the network")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    outline = summarize_model(model(model=name, weights="pretrained"), num_classes=1000, size=224, where="teacher")
-    assert outline.num_parameters / 1e6 == pytest.approx(millions, abs=0.06)
-    assert (outline.embedding_dim, outline.input.size) == (embedding, 224)
+    summary = summarize_model(model(model=name, weights="pretrained"), num_classes=1000, size=224, where="teacher")
+    assert summary.num_parameters / 1e6 == pytest.approx(millions, abs=0.06)
+    assert (summary.embedding_dim, summary.input.size) == (embedding, 224)
 
 
-def test_an_outline_leaves_the_global_generator_alone() -> None:
+def test_a_summary_does_not_change_the_global_generator() -> None:
     before = torch.get_rng_state()
     summarize_model(model(**CIFAR), num_classes=10, size=32, where="student")
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_what_loading_would_refuse_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"student\.mean"):
-        summarize_model(model(**{**CIFAR, "mean": None}), num_classes=10, size=32, where="student")
-    with pytest.raises(ModelError, match="no model of this name"):
-        summarize_model(model(model="timm/resnet19"), num_classes=10, size=32, where="student")
-    with pytest.raises(ModelError, match="16×16"):
-        summarize_model(model(model="timm/vit_tiny_patch16_224"), num_classes=10, size=16, where="student")
+@pytest.mark.parametrize(
+    ("keys", "size", "code"),
+    [
+        ({**CIFAR, "mean": None}, 32, "config.model-input-missing"),
+        ({"model": "timm/resnet19"}, 32, "model.unknown-name"),
+        ({"model": "timm/vit_tiny_patch16_224"}, 16, "model.forward-failed"),
+    ],
+)
+def test_a_summary_has_the_errors_of_loading(keys: dict[str, Any], size: int, code: str) -> None:
+    with pytest.raises(InputError) as caught:
+        summarize_model(model(**keys), num_classes=10, size=size, where="student")
+    assert caught.value.code == code

@@ -1,4 +1,4 @@
-"""A teacher's weights are set on purpose: there is no default, and random ones are warned of."""
+"""The weights of a teacher have no default, and random weights give a warning."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def assert_missing(error: ConfigError, where: str = "teacher.weights") -> None:
     assert f"{where}=pretrained" in str(error.next_step)
 
 
-def test_a_build_without_weights_is_refused_before_anything_is_written(tiny_config: TinyConfig, tmp_path: Path) -> None:
+def test_a_build_without_weights_is_refused_before_it_writes(tiny_config: TinyConfig, tmp_path: Path) -> None:
     config = tiny_config(teacher={"weights": None})
     for begin in (prepare, build_cache, lambda config: report(config, measured=False)):
         with pytest.raises(ConfigError) as caught:
@@ -60,7 +60,7 @@ def test_an_online_teacher_without_weights_is_refused_by_the_config_alone(
     assert_missing(caught.value, where)
 
 
-def test_a_distillation_that_has_to_build_needs_weights(tiny_config: TinyConfig, tmp_path: Path) -> None:
+def test_a_distillation_that_builds_a_cache_needs_weights(tiny_config: TinyConfig, tmp_path: Path) -> None:
     base = tiny_config(teacher={"weights": None})
     config = run_config(base, tmp_path / "run", loss=KD, cache={"url": str(tmp_path / "cache")})
     with pytest.raises(ConfigError) as caught:
@@ -68,14 +68,14 @@ def test_a_distillation_that_has_to_build_needs_weights(tiny_config: TinyConfig,
     assert_missing(caught.value)
 
 
-def test_a_finished_cache_serves_a_teacher_section_without_weights(built_cache: TinyCache, tmp_path: Path) -> None:
+def test_a_finished_cache_does_not_need_weights_of_the_teacher(built_cache: TinyCache, tmp_path: Path) -> None:
     config = run_config(built_cache.config, tmp_path / "run", loss=KD, teacher={"weights": None}, train={"epochs": 1})
     check_training(config)
     assert train(config)["steps"] == 5
 
 
 @pytest.mark.parametrize("section", [TeacherConfig, StudentConfig])
-def test_a_student_alone_has_random_weights_by_default(section: type[TeacherConfig | StudentConfig]) -> None:
+def test_only_a_student_has_random_weights_by_default(section: type[TeacherConfig | StudentConfig]) -> None:
     config = section.model_validate(NETWORK)
     if isinstance(config, StudentConfig):
         assert load_model(config, num_classes=10, size=16, where="student").input.size == 16
@@ -85,7 +85,7 @@ def test_a_student_alone_has_random_weights_by_default(section: type[TeacherConf
     assert_missing(caught.value)
 
 
-def test_random_weights_are_warned_of_by_plan_build_and_training(
+def test_plan_build_and_training_warn_of_random_weights(
     tiny_config: TinyConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = tiny_config()
@@ -105,18 +105,18 @@ def test_random_weights_are_warned_of_by_plan_build_and_training(
         assert sum("teacher.weights is random" in text for text in texts) == 1
 
 
-def test_weights_from_a_file_and_no_teacher_at_all_are_not_warned_of() -> None:
+def test_there_is_no_warning_without_a_teacher_or_with_weights_from_a_file() -> None:
     def warnings(teacher: dict[str, Any]) -> list[str]:
         return random_weights_warnings(Config.model_validate({"teacher": teacher}).teacher.models)
 
     assert warnings({}) == warnings({"weights": "random"}) == warnings({**NETWORK, "weights": "a.pt"}) == []
     others = {**NETWORK, "weights": "a.pt", "others": [{**NETWORK, "weights": "random"}]}
     assert [text.partition(" ")[0] for text in warnings(others)] == ["teacher.others.0.weights"]
-    # The factory may load weights itself, which its config does not show.
+    # The factory may load weights, which its config does not show.
     assert "untrained unless" in warnings({**NETWORK, "weights": "random"})[0]
 
 
-def test_a_backbone_without_a_classifier_is_no_teacher(tmp_path: Path) -> None:
+def test_a_backbone_without_a_classifier_is_refused_as_a_teacher(tmp_path: Path) -> None:
     state = resnet(num_classes=10, depth=8, widths=(4, 4, 6, 7)).state_dict()
     backbone = {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
     torch.save(backbone, tmp_path / "backbone.pt")
@@ -124,7 +124,7 @@ def test_a_backbone_without_a_classifier_is_no_teacher(tmp_path: Path) -> None:
     with pytest.raises(ModelError) as caught:
         load_model(config, num_classes=10, size=16)
     assert (caught.value.code, caught.value.got) == ("model.untrained-head", "no fc.bias, fc.weight")
-    # Weights of another network are told as that.
+    # Weights of another network have another code.
     torch.save({"fc.weight": state["fc.weight"]}, tmp_path / "head.pt")
     with pytest.raises(ModelError) as caught:
         load_model(config.model_copy(update={"weights": str(tmp_path / "head.pt")}), num_classes=10, size=16)

@@ -1,4 +1,4 @@
-"""Every name of timm: its embedding has timm's own width, or it is refused by code before any work."""
+"""Every name of timm: its embedding has the width that timm declares, or it is refused by code before any work."""
 
 from __future__ import annotations
 
@@ -11,23 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.core.errors import ModelError
-from pipeline.models import LoadedModel, load_model
 from pipeline.models.load import resolve
 from pipeline.models.probe import probe_outputs
 from pipeline.models.sources.base import BuiltModel
 from schemas.config import ModelConfig
 from tests.pipeline.models.factories import Plain
+from tests.pipeline.models.loading import NORMALISED, load, refused
 
 NO_CLASSIFIER = "model.no-classifier"
 # Names without a single classifier.
 REFUSED = ("efficientvim_*_dist", "*_enc")
-# Each is a test, so that a failure shows while the others go on.
+# Each part is a test, so that the others run after a failure.
 NUM_PARTS = 8
-
-
-def load(model: str, kwargs: dict[str, Any], **options: Any) -> LoadedModel:
-    config = ModelConfig.model_validate({"model": model, "kwargs": kwargs, "weights": "random"})
-    return load_model(config, num_classes=7, size=kwargs.get("img_size", 64), **options)
 
 
 @pytest.mark.parametrize(
@@ -40,18 +35,18 @@ def load(model: str, kwargs: dict[str, Any], **options: Any) -> LoadedModel:
     ],
 )
 def test_the_embedding_is_timms_pre_logits(name: str, kwargs: dict[str, Any], width: int) -> None:
-    module = load(f"timm/{name}", kwargs).module
     size = kwargs.get("img_size", 64)
+    module = load(f"timm/{name}", kwargs=kwargs, size=size).module
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     network: Any = module.network
     with torch.no_grad():
         logits_BK, embedding_BD = module(images)
-        own = network.forward_head(network.forward_features(images), pre_logits=True)
-        own_logits = network(images)
+        expected = network.forward_head(network.forward_features(images), pre_logits=True)
+        expected_logits = network(images)
     assert module.embedding_dim == width == network.head_hidden_size
-    if isinstance(own, torch.Tensor):
-        torch.testing.assert_close(embedding_BD, own.flatten(1))
-    torch.testing.assert_close(logits_BK, own_logits)
+    if isinstance(expected, torch.Tensor):
+        torch.testing.assert_close(embedding_BD, expected.flatten(1))
+    torch.testing.assert_close(logits_BK, expected_logits)
 
 
 @pytest.mark.parametrize(
@@ -64,12 +59,12 @@ def test_the_embedding_is_timms_pre_logits(name: str, kwargs: dict[str, Any], wi
 )
 def test_names_without_a_single_classifier_are_refused(name: str, kwargs: dict[str, Any]) -> None:
     for where in ("teacher", "student"):
-        with torch.device("meta"), pytest.raises(ModelError) as caught:
-            load(f"timm/{name}", kwargs, where=where)
-        assert (caught.value.code, caught.value.where) == (NO_CLASSIFIER, f"{where}.model")
+        with torch.device("meta"):
+            error = refused(f"timm/{name}", kwargs=kwargs, where=where)
+        assert (error.code, error.where) == (NO_CLASSIFIER, f"{where}.model")
 
 
-def test_a_head_of_another_width_than_timms_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_head_of_another_width_than_timm_declares_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     build = timm.create_model
 
     def widened(*args: Any, **kwargs: Any) -> Any:
@@ -78,9 +73,7 @@ def test_a_head_of_another_width_than_timms_is_refused(monkeypatch: pytest.Monke
         return network
 
     monkeypatch.setattr(timm, "create_model", widened)
-    with pytest.raises(ModelError) as caught:
-        load("timm/test_resnet", {})
-    assert caught.value.code == "model.embedding-width"
+    assert refused("timm/test_resnet").code == "model.embedding-width"
 
 
 class Auxiliary(Plain):
@@ -108,7 +101,6 @@ class Failing(Auxiliary):
         return super().forward(x)
 
 
-OWN = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "weights": "random"}
 HERE = "python:tests.pipeline.models.test_timm_names"
 
 
@@ -120,28 +112,22 @@ HERE = "python:tests.pipeline.models.test_timm_names"
     ],
 )
 def test_a_student_with_several_outputs_in_training_mode_is_refused(model: str, kwargs: dict[str, Any]) -> None:
-    keys = OWN if model.startswith(HERE) else {"weights": "random"}
-    config = ModelConfig.model_validate({"model": model, "kwargs": kwargs, **keys})
-    assert load_model(config, num_classes=7, size=64).module.num_classes == 7  # a teacher never trains
-    with pytest.raises(ModelError) as caught:
-        load_model(config, num_classes=7, size=64, where="student")
-    assert (caught.value.code, caught.value.where) == ("model.training-outputs", "student.model")
-    assert "tuple" in str(caught.value.got) or "GoogLeNetOutputs" in str(caught.value.got)
+    keys: dict[str, Any] = {"kwargs": kwargs, **NORMALISED}
+    assert load(model, **keys).module.num_classes == 7  # a teacher never trains
+    error = refused(model, where="student", **keys)
+    assert (error.code, error.where) == ("model.training-outputs", "student.model")
+    assert "tuple" in str(error.got) or "GoogLeNetOutputs" in str(error.got)
 
 
 def test_a_student_that_fails_in_training_mode_is_refused_with_its_error() -> None:
-    config = ModelConfig.model_validate({"model": f"{HERE}:Failing", **OWN})
-    with pytest.raises(ModelError) as caught:
-        load_model(config, num_classes=7, size=64, where="student")
-    assert caught.value.code == "model.training-outputs"
-    assert "fails in training mode" in caught.value.what
-    assert caught.value.got == "FileNotFoundError: no such file: statistics"
+    error = refused(f"{HERE}:Failing", where="student", **NORMALISED)
+    assert (error.code, error.got) == ("model.training-outputs", "FileNotFoundError: no such file: statistics")
+    assert "fails in training mode" in error.what
 
 
-def test_looking_at_training_mode_moves_neither_statistics_nor_generators() -> None:
-    config = ModelConfig.model_validate({"model": f"{HERE}:Silent", **OWN})
+def test_the_check_of_training_mode_changes_neither_statistics_nor_generators() -> None:
     before = torch.get_rng_state()
-    student = load_model(config, num_classes=7, size=64, where="student").module
+    student = load(f"{HERE}:Silent", where="student", **NORMALISED).module
     assert torch.equal(torch.get_rng_state(), before)
     fresh = nn.BatchNorm2d(3).state_dict()
     norm: Any = student.network.norm
@@ -152,12 +138,12 @@ def test_looking_at_training_mode_moves_neither_statistics_nor_generators() -> N
 # ---- every name
 
 
-# Classes of networks whose forward has been seen in this process.
-PROVEN: set[object] = set()
+# Classes of networks whose forward was checked in this process.
+CHECKED: set[object] = set()
 
 
 def width_of_heads(built: BuiltModel) -> int | None:
-    """D by the layers alone; None where a head is not one of torch's own."""
+    """D according to the layers; None if a head is not a layer of torch."""
     widths: list[int] = []
     for name in built.heads:
         layer = built.network.get_submodule(name)
@@ -174,7 +160,7 @@ def width_of_heads(built: BuiltModel) -> int | None:
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("part", range(NUM_PARTS))
 @pytest.mark.usefixtures("without_initial_values")
-def test_every_name_has_timms_width_or_is_refused(part: int) -> None:
+def test_every_name_has_the_width_that_timm_declares_or_is_refused(part: int) -> None:
     assert len(timm.list_models()) > 1000
     names = timm.list_models()[part::NUM_PARTS]
     refused: dict[str, str] = {}
@@ -188,10 +174,10 @@ def test_every_name_has_timms_width_or_is_refused(part: int) -> None:
             width = width_of_heads(built)
             if width is not None and width != built.embedding_dim:
                 wrong[name] = f"{built.heads} read {width}, not {built.embedding_dim}"
-            # A forward is a second proof: once for every class of networks, and wherever a head is timm's own.
+            # A forward checks D once for every class of networks, and wherever a head is a module of timm.
             kind = (type(built.network), type(built.network.get_submodule(built.heads[0])), len(built.heads))
-            if width is None or kind not in PROVEN:
-                PROVEN.add(kind)
+            if width is None or kind not in CHECKED:
+                CHECKED.add(kind)
                 assert built.declared.size is not None
                 _, embedding_BD = probe_outputs(built, request, size=built.declared.size)
                 assert embedding_BD.shape[1] == built.embedding_dim

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from pipeline.models import LoadedModel, WeightsFile, load_model, load_untrained
+from pipeline.models import LoadedModel, WeightsFile, load_untrained
 from pipeline.models.load import resolve
 from pipeline.models.sources.torchvision import input_transform
 from pipeline.models.summary import check_weights, summarize_model
 from schemas.config import ModelConfig
 from tests.marks import slow
+from tests.pipeline.models.loading import load
 
 Publish = Callable[[Mapping[str, Tensor]], None]
 WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
@@ -48,7 +49,7 @@ def published_state(name: str) -> dict[str, Tensor]:
 
 @pytest.fixture
 def publish(monkeypatch: pytest.MonkeyPatch) -> Publish:
-    """Stands for the download alone: torchvision's own code takes it from there."""
+    """Replaces the download; torchvision does the rest."""
 
     def use(state: Mapping[str, Tensor]) -> None:
         def get_state_dict(*_args: Any, **_kwargs: Any) -> Any:
@@ -61,17 +62,16 @@ def publish(monkeypatch: pytest.MonkeyPatch) -> Publish:
     return use
 
 
-def load(name: str, weights: str, **keys: Any) -> LoadedModel:
-    config = ModelConfig.model_validate({"model": f"torchvision/{name}", "weights": weights, **keys})
-    return load_model(config, num_classes=1000, size=smallest(name))
+def load_classifier(name: str, weights: str, **keys: Any) -> LoadedModel:
+    return load(f"torchvision/{name}", weights=weights, num_classes=1000, size=min_size(name), **keys)
 
 
-def smallest(name: str) -> int:
+def min_size(name: str) -> int:
     return max(64, *models.get_model_weights(name)["DEFAULT"].meta["min_size"])
 
 
 def images(name: str) -> Tensor:
-    size = smallest(name)
+    size = min_size(name)
     return torch.linspace(-200, 200, 2 * 3 * size * size).reshape(2, 3, size, size).sin()
 
 
@@ -80,8 +80,8 @@ def logits(name: str, network: nn.Module) -> Tensor:
         return network(images(name))
 
 
-def torchvisions_own(name: str) -> nn.Module:
-    """By torchvision's own builder; auxiliary heads have no outputs in eval mode."""
+def torchvision_model(name: str) -> nn.Module:
+    """By the builder of torchvision; auxiliary heads have no outputs in eval mode."""
     return models.get_model(name, weights="DEFAULT", progress=False).eval()
 
 
@@ -92,30 +92,30 @@ def check_logits(name: str, publish: Publish, url: Path) -> None:
         safetensors.torch.save_file(dict(state), url)
     else:
         torch.save(state, url)
-    own = torchvisions_own(name)
-    expected = logits(name, own)
+    published = torchvision_model(name)
+    expected = logits(name, published)
     assert expected.std() > 0
     for weights in ("pretrained", str(url)):
-        loaded = load(name, weights)
+        loaded = load_classifier(name, weights)
         torch.testing.assert_close(logits(name, loaded.module.network), expected, rtol=0, atol=0)
-        assert input_transform(loaded.module.network) == input_transform(own)
+        assert input_transform(loaded.module.network) == input_transform(published)
 
 
 def check_structure(name: str, publish: Publish) -> None:
-    """What decides the logits but for the numbers: every argument of every layer, names, shapes and flags."""
-    # A RegNet's constructor computes with tensors, which have no numbers on the meta device.
+    """Compares every argument of every layer, names, shapes and flags: everything but the values of the weights."""
+    # The constructor of a RegNet computes with tensors, which have no values on the meta device.
     with torch.device("cpu" if name.startswith("regnet_") else "meta"):
         state = published_state(name)
         publish(state)
-        own = torchvisions_own(name)
+        published = torchvision_model(name)
         config = ModelConfig.model_validate({"model": f"torchvision/{name}", "weights": "pretrained"})
         build, request = resolve(config, 1000, False, "teacher")
         built = [build(request), build(replace(request, read=lambda: WeightsFile(state)))]
-    for network in (one.network for one in built):
-        assert repr(network) == repr(own)
+    for network in (model.network for model in built):
+        assert repr(network) == repr(published)
         shapes = {key: tensor.shape for key, tensor in network.state_dict().items()}
-        assert shapes == {key: tensor.shape for key, tensor in own.state_dict().items()}
-        assert input_transform(network) == input_transform(own)
+        assert shapes == {key: tensor.shape for key, tensor in published.state_dict().items()}
+        assert input_transform(network) == input_transform(published)
 
 
 @pytest.mark.parametrize(
@@ -161,8 +161,8 @@ def test_a_vit_of_another_size_is_built_for_its_file_and_by_name_for_the_publish
 
 
 @pytest.mark.slow
-def test_a_vit_is_built_for_its_weights_also_where_these_are_not_looked_at(tmp_path: Path) -> None:
-    """So a finished cache is known again, and a plan refuses nothing that a build takes."""
+def test_a_vit_is_built_for_its_weights_even_if_they_cannot_be_read(tmp_path: Path) -> None:
+    """Otherwise the fingerprint of a finished cache would differ, and a plan would refuse what a build accepts."""
     url = str(tmp_path / "swag.safetensors")
     config = ModelConfig.model_validate({"model": "torchvision/vit_b_16", "weights": url})
     safetensors.torch.save_file(models.vit_b_16(image_size=64).state_dict(), url)
@@ -182,34 +182,36 @@ def test_files_of_old_densenets_load(publish: Publish, tmp_path: Path) -> None:
     assert "features.denseblock1.denselayer1.norm.1.weight" in old
     publish(old)
     torch.save(old, tmp_path / "old.pth")
-    expected = logits("densenet121", torchvisions_own("densenet121"))
+    expected = logits("densenet121", torchvision_model("densenet121"))
     for weights in ("pretrained", str(tmp_path / "old.pth")):
-        torch.testing.assert_close(logits("densenet121", load("densenet121", weights).module.network), expected)
+        torch.testing.assert_close(
+            logits("densenet121", load_classifier("densenet121", weights).module.network), expected
+        )
 
 
-def test_what_was_decided_for_the_user_is_said_and_kwargs_win(publish: Publish, tmp_path: Path) -> None:
+def test_choices_on_behalf_of_the_user_are_noted_and_kwargs_override_them(publish: Publish, tmp_path: Path) -> None:
     state = published_state("googlenet")
     publish(state)
     url = str(tmp_path / "weights.pth")
     torch.save(state, url)
-    transformed, left_out = load("googlenet", url).notes
+    transformed, left_out = load_classifier("googlenet", url).notes
     assert "transform_input is true" in transformed
     assert "20 tensors of auxiliary heads are left out" in left_out
-    assert load("googlenet", "pretrained").notes == ()
+    assert load_classifier("googlenet", "pretrained").notes == ()
     for weights in ("pretrained", url):
-        loaded = load("googlenet", weights, kwargs={"transform_input": False})
+        loaded = load_classifier("googlenet", weights, kwargs={"transform_input": False})
         assert input_transform(loaded.module.network) == {"transform_input": False}
         assert "transform_input" not in "".join(loaded.notes)
-        with_heads = load("googlenet", weights, kwargs={"aux_logits": True}).module.network
+        with_heads = load_classifier("googlenet", weights, kwargs={"aux_logits": True}).module.network
         assert with_heads.state_dict().keys() == state.keys()
 
 
 @pytest.mark.parametrize("transforms", [None, True, False])
 @pytest.mark.parametrize("exported", [True, False])
-def test_a_student_of_stillroom_as_a_teacher_has_the_input_that_it_was_trained_with(
+def test_a_student_as_a_teacher_has_the_input_transform_of_its_training(
     tmp_path: Path, transforms: bool | None, exported: bool
 ) -> None:
-    network = load("googlenet", "random", kwargs={"transform_input": bool(transforms)}).module.network
+    network = load_classifier("googlenet", "random", kwargs={"transform_input": bool(transforms)}).module.network
     recorded = {} if transforms is None else input_transform(network)  # None: a file of an older version
     url = tmp_path / "student"
     if exported:
@@ -217,7 +219,7 @@ def test_a_student_of_stillroom_as_a_teacher_has_the_input_that_it_was_trained_w
         safetensors.torch.save_file(network.state_dict(), url, {"run_config_sha256": "0", **texts})
     else:
         torch.save({"model": network.state_dict(), "projectors": {}, **recorded}, url)
-    loaded = load("googlenet", str(url))
+    loaded = load_classifier("googlenet", str(url))
     torch.testing.assert_close(logits("googlenet", loaded.module.network), logits("googlenet", network))
     assert input_transform(loaded.module.network) == {"transform_input": bool(transforms)}
     assert loaded.notes == ()

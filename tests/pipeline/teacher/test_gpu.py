@@ -1,4 +1,4 @@
-"""What a GPU does differently: other numbers, queued work, memory that runs out. Needs one."""
+"""Inference and builds on a GPU: its rounding, queued work, and running out of memory."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def teacher(*, precision: str = "fp32", batch_size: int = 8, use_gpu: bool = Tru
 
 
 def group(*, num_rows: int, num_views: int, pinned: bool) -> GroupViews:
-    """Noise, mixed in pairs; its pixels lie as ``read_groups`` lays them."""
+    """Noise, mixed in pairs, with the memory layout of ``read_groups``."""
     random = np.random.default_rng(num_rows)
     pixels = torch.from_numpy(random.integers(0, 256, (num_views, num_rows, SIZE, SIZE, 3), dtype=np.uint8))
     lambda_VN = random.uniform(0.5, 1, (num_views, num_rows)).astype(np.float32)
@@ -47,67 +47,71 @@ def group(*, num_rows: int, num_views: int, pinned: bool) -> GroupViews:
         flip_VN=np.zeros((num_views, num_rows), np.bool_),
         partner_VN=np.tile(np.arange(num_rows, dtype=np.int32)[::-1], (num_views, 1)),
         mix_lambda_VN=lambda_VN,
-        drawn_VN={},
+        aug_params_VN={},
         pixels_VNCHW=(pixels.pin_memory() if pinned else pixels).movedim(-1, -3),
     )
 
 
-def test_a_gpu_answers_in_fp32_as_the_cpu_does() -> None:
+def test_outputs_of_a_gpu_in_fp32_are_close_to_those_of_the_cpu() -> None:
     (on_gpu,) = run_inference(iter([group(num_rows=21, num_views=2, pinned=True)]), teacher())
     (on_cpu,) = run_inference(iter([group(num_rows=21, num_views=2, pinned=False)]), teacher(use_gpu=False))
     module = teacher(use_gpu=False).module
     error = reordered(network_operations(module, torch.zeros(1, 3, SIZE, SIZE), backward=False))
-    for found, expected in zip(on_gpu.outputs(), on_cpu.outputs(), strict=True):
-        for one, other in ((found.logits_NK, expected.logits_NK), (found.embedding_ND, expected.embedding_ND)):
-            np.testing.assert_allclose(one, other, rtol=0, atol=error * magnitude_of(other))
+    for actual, expected in zip(on_gpu.outputs(), on_cpu.outputs(), strict=True):
+        for values, reference in (
+            (actual.logits_NK, expected.logits_NK),
+            (actual.embedding_ND, expected.embedding_ND),
+        ):
+            np.testing.assert_allclose(values, reference, rtol=0, atol=error * magnitude_of(reference))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_groups_that_are_queued_behind_each_other_are_answered_as_if_alone(precision: str) -> None:
-    asked = teacher(precision=precision)
+def test_queued_groups_have_the_outputs_of_single_groups(precision: str) -> None:
+    model = teacher(precision=precision)
     groups = [group(num_rows=num_rows, num_views=3, pinned=True) for num_rows in (16, 9, 23, 16)]
-    alone = [next(iter(run_inference(iter([one]), asked))).outputs() for one in groups]
-    # All are queued before any is waited for.
-    queued = list(run_inference(iter(groups), asked))
-    for found, expected in zip(queued, alone, strict=True):
-        for one, other in zip(found.outputs(), expected, strict=True):
-            assert np.array_equal(one.logits_NK, other.logits_NK)
-            assert np.array_equal(one.embedding_ND, other.embedding_ND)
+    single = [next(iter(run_inference(iter([views]), model))).outputs() for views in groups]
+    # All groups are queued before the first wait.
+    queued = list(run_inference(iter(groups), model))
+    for outputs, expected in zip(queued, single, strict=True):
+        for view, expected_view in zip(outputs.outputs(), expected, strict=True):
+            assert np.array_equal(view.logits_NK, expected_view.logits_NK)
+            assert np.array_equal(view.embedding_ND, expected_view.embedding_ND)
 
 
-def test_queued_groups_were_each_busy_and_together_no_longer_than_the_clock_says() -> None:
-    asked = teacher()
-    next(iter(run_inference(iter([group(num_rows=16, num_views=3, pinned=True)]), asked))).outputs()
+def test_the_busy_times_of_queued_groups_do_not_exceed_the_elapsed_time() -> None:
+    model = teacher()
+    next(iter(run_inference(iter([group(num_rows=16, num_views=3, pinned=True)]), model))).outputs()
     began = time.monotonic()
-    queued = list(run_inference((group(num_rows=16, num_views=3, pinned=True) for _ in range(4)), asked))
-    busy = [found.busy_s() for found in queued]
+    queued = list(run_inference((group(num_rows=16, num_views=3, pinned=True) for _ in range(4)), model))
+    busy = [outputs.busy_s() for outputs in queued]
     assert min(busy) > 0
     assert sum(busy) <= time.monotonic() - began
 
 
 def test_page_locked_pixels_change_no_bit() -> None:
-    asked = teacher(precision="bf16")
+    model = teacher(precision="bf16")
     pinned, pageable = (group(num_rows=12, num_views=1, pinned=flag) for flag in (True, False))
     assert pinned.pixels_VNCHW.is_pinned()
-    one, other = (found.outputs()[0] for found in run_inference(iter([pinned, pageable]), asked))
-    assert np.array_equal(one.logits_NK, other.logits_NK)
+    first, second = (outputs.outputs()[0] for outputs in run_inference(iter([pinned, pageable]), model))
+    assert np.array_equal(first.logits_NK, second.logits_NK)
 
 
-def test_memory_that_runs_out_names_a_batch_size_that_then_runs() -> None:
+def test_the_error_for_too_little_memory_has_a_batch_size_that_fits() -> None:
     pixels = torch.zeros(1, 3, SIZE, SIZE, dtype=torch.uint8)
     free_bytes, total_bytes = torch.cuda.mem_get_info()
     taken = min(free_bytes, 2 << 30)
     torch.cuda.set_per_process_memory_fraction(taken / total_bytes)
     try:
-        with pytest.raises(ResourceError, match=r"set teacher\.batch_size=\d+") as caught:
+        with pytest.raises(ResourceError) as caught:
             teacher(batch_size=1 << 18).infer(pixels)
+        assert caught.value.code == "model.out-of-memory"
         fits = int(str(caught.value.next_step).partition("batch_size=")[2].partition(",")[0])
         assert teacher(batch_size=fits).infer(pixels).logits_NK.shape == (1, 1000)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def test_two_builds_on_a_gpu_give_the_same_part(tiny_config: TinyConfig, tmp_path: Path) -> None:
+def test_builds_on_a_gpu_produce_the_same_part(tiny_config: TinyConfig, tmp_path: Path) -> None:
     assert [first_part(tiny_config, tmp_path / name).part.sha256 for name in "ab"] == [
         first_part(tiny_config, tmp_path / "c").part.sha256
     ] * 2
