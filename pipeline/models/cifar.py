@@ -15,7 +15,7 @@ The tables' other networks are in ``cifar_bottleneck`` (ResNet50), ``cifar_mobil
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +81,14 @@ def conv1x1(in_channels: int, out_channels: int, stride: int = 1, groups: int = 
     return nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=stride, groups=groups, bias=False)
 
 
+def stage(
+    block: Callable[[int, int, int], nn.Module], in_channels: int, out_channels: int, blocks: int, *, stride: int
+) -> nn.Sequential:
+    """``blocks`` times ``block(in_channels, out_channels, stride)``, the first with the stride."""
+    rest = [block(out_channels, out_channels, 1) for _ in range(blocks - 1)]
+    return nn.Sequential(block(in_channels, out_channels, stride), *rest)
+
+
 def init_convolutions(network: nn.Module) -> None:
     """Initialises convolutions by fan-out (He 2015, 1502.01852), as in the recipes of the papers."""
     for module in network.modules():
@@ -116,9 +124,9 @@ class CifarResNet(nn.Module):
         super().__init__()
         self.conv1 = conv3x3(3, widths[0])
         self.bn1 = nn.BatchNorm2d(widths[0])
-        self.layer1 = _stage(widths[0], widths[1], blocks, stride=1)
-        self.layer2 = _stage(widths[1], widths[2], blocks, stride=2)
-        self.layer3 = _stage(widths[2], widths[3], blocks, stride=2)
+        self.layer1 = stage(BasicBlock, widths[0], widths[1], blocks, stride=1)
+        self.layer2 = stage(BasicBlock, widths[1], widths[2], blocks, stride=2)
+        self.layer3 = stage(BasicBlock, widths[2], widths[3], blocks, stride=2)
         self.fc = nn.Linear(widths[3], num_classes)
         init_convolutions(self)
 
@@ -126,11 +134,6 @@ class CifarResNet(nn.Module):
         x = relu(self.bn1(self.conv1(images_BCHW)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.fc(adaptive_avg_pool2d(x, 1).flatten(1))
-
-
-def _stage(in_channels: int, out_channels: int, blocks: int, *, stride: int) -> nn.Sequential:
-    rest = [BasicBlock(out_channels, out_channels, 1) for _ in range(blocks - 1)]
-    return nn.Sequential(BasicBlock(in_channels, out_channels, stride), *rest)
 
 
 class WideBlock(nn.Module):
@@ -157,8 +160,7 @@ class WideStage(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, blocks: int, stride: int) -> None:
         super().__init__()
-        rest = [WideBlock(out_channels, out_channels, 1) for _ in range(blocks - 1)]
-        self.layer = nn.Sequential(WideBlock(in_channels, out_channels, stride), *rest)
+        self.layer = stage(WideBlock, in_channels, out_channels, blocks, stride=stride)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x)

@@ -6,11 +6,13 @@ expansion layer of factor 1, and activations are ReLUs. Any input of at least 16
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
 from pipeline.core.errors import ModelError
-from pipeline.models.cifar import conv1x1, conv3x3, init_convolutions
+from pipeline.models.cifar import conv1x1, conv3x3, init_convolutions, stage
 
 # Channels at width factor 1, number of blocks, stride of the first block.
 _STAGES = ((16, 1, 1), (24, 2, 1), (32, 3, 2), (64, 4, 2), (96, 3, 1), (160, 3, 2), (320, 1, 1))
@@ -65,7 +67,8 @@ class CifarMobileNetV2(nn.Module):
         self.blocks = nn.Sequential()
         for number, (width, blocks, stride) in enumerate(_STAGES):
             out_channels = int(width * width_factor)
-            self.blocks.append(_stage(channels, out_channels, blocks, stride, expansion if number else 1))
+            block = partial(InvertedResidual, expansion=expansion if number else 1)
+            self.blocks.append(stage(block, channels, out_channels, blocks, stride=stride))
             channels = out_channels
         width = int(_EMBEDDING * max(1.0, width_factor))
         self.conv2 = nn.Sequential(*_activated(conv1x1(channels, width)))
@@ -82,8 +85,3 @@ class CifarMobileNetV2(nn.Module):
 
 def _activated(convolution: nn.Conv2d) -> tuple[nn.Module, ...]:
     return convolution, nn.BatchNorm2d(convolution.out_channels), nn.ReLU(inplace=True)
-
-
-def _stage(in_channels: int, out_channels: int, blocks: int, stride: int, expansion: int) -> nn.Sequential:
-    rest = [InvertedResidual(out_channels, out_channels, 1, expansion) for _ in range(blocks - 1)]
-    return nn.Sequential(InvertedResidual(in_channels, out_channels, stride, expansion), *rest)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, relu
 
-from pipeline.models.cifar import conv1x1, conv3x3
+from pipeline.models.cifar import conv1x1, conv3x3, stage
 
 _STEM = 24
 _V1_WIDTHS, _V1_BLOCKS, _V1_GROUPS = (240, 480, 960), (4, 8, 4), 3
@@ -71,20 +71,15 @@ class CifarShuffleNetV1(nn.Module):
         self.conv1 = conv1x1(3, _STEM)
         self.bn1 = nn.BatchNorm2d(_STEM)
         first, second, third = _V1_WIDTHS
-        self.layer1 = _stage_v1(_STEM, first, _V1_BLOCKS[0])
-        self.layer2 = _stage_v1(first, second, _V1_BLOCKS[1])
-        self.layer3 = _stage_v1(second, third, _V1_BLOCKS[2])
+        self.layer1 = stage(ShuffleUnit, _STEM, first, _V1_BLOCKS[0], stride=2)
+        self.layer2 = stage(ShuffleUnit, first, second, _V1_BLOCKS[1], stride=2)
+        self.layer3 = stage(ShuffleUnit, second, third, _V1_BLOCKS[2], stride=2)
         self.linear = nn.Linear(third, num_classes)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         x = relu(self.bn1(self.conv1(images_BCHW)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.linear(adaptive_avg_pool2d(x, 1).flatten(1))
-
-
-def _stage_v1(in_channels: int, out_channels: int, blocks: int) -> nn.Sequential:
-    rest = [ShuffleUnit(out_channels, out_channels, 1) for _ in range(blocks - 1)]
-    return nn.Sequential(ShuffleUnit(in_channels, out_channels, 2), *rest)
 
 
 class SplitUnit(nn.Module):
