@@ -1,10 +1,11 @@
-"""Counter-based random bits, Philox4x64-10 (Salmon 2011, "Parallel random numbers: as easy as 1, 2, 3"), and samples.
+"""Counter-based random bits, permutations and uniform samples.
 
-A block of bits is a function of (key, counter) alone, so any row of any view can be sampled without those before it.
-Maps from bits to numbers are part of this package, because libraries keep their bit streams stable but not their
-distributions. They use only float64 +, ×, ÷, √, floor and rint, each of which IEEE 754 rounds exactly, so results are
-the same bits on every platform. The exponential is implemented here for the same reason: versions of libm and SIMD
-libraries differ in the last bit.
+The generator is Philox4x64-10 (Salmon 2011, "Parallel random numbers: as easy as 1, 2, 3"). A block of bits is a
+function of (key, counter) alone, so any row of any view can be sampled without those before it. Maps from bits to
+numbers are part of this module, because libraries keep their bit streams stable but not their distributions. They use
+only float64 +, ×, ÷, √, floor and rint, each of which IEEE 754 rounds exactly, so results are the same bits on every
+platform. The exponential is implemented here for the same reason: versions of libm and SIMD libraries differ in the
+last bit.
 
 Everything here is part of the format: a change of any output needs a new ``RNG_VERSION``, which is part of every views
 id.
