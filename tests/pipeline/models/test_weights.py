@@ -431,7 +431,9 @@ def test_misfits_are_counted_and_named(state: dict[str, Tensor], tmp_path: Path)
 def test_misfits_of_shapes_have_both_shapes(state: dict[str, Tensor], tmp_path: Path) -> None:
     error = refused(save(state, tmp_path / "seven.safetensors"), num_classes=10)
     assert error.code == "weights.misfit"
-    assert error.got == "2 of another shape (fc.weight (7, 5) for (10, 5), fc.bias (7,) for (10,))"
+    assert str(error.got).startswith("2 of another shape (")
+    for misfit in ("fc.weight (7, 5) for (10, 5)", "fc.bias (7,) for (10,)"):
+        assert misfit in str(error.got)
 
 
 def test_a_long_list_of_misfits_is_truncated(tmp_path: Path) -> None:
