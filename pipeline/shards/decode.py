@@ -79,7 +79,7 @@ class _Header(NamedTuple):
 
 
 def image_size(data: bytes) -> tuple[int, int]:
-    """(width, height) in pixels after EXIF rotation, from the header alone.
+    """(width, height) in pixels after EXIF rotation, from the header.
 
     Raises:
         BadImageError: empty, or no header of a supported image.

@@ -38,7 +38,7 @@ def write_long_tail(urls: Sequence[str], pattern: str, tail: LongTailConfig, dat
         data: how keys, images and labels are read.
 
     Raises:
-        ShardError: a shard is damaged, or holds a sample without image or label.
+        ShardError: a shard is damaged, or has a sample without image or label.
     """
     shard_ids(urls)
     labels = {name: label for name, label, _ in _labelled(urls, data)}

@@ -306,7 +306,7 @@ class ShardReader:
         data = os.pread(self._file.fileno(), size, offset)
         if len(data) != size:
             raise ShardError(
-                "this shard is shorter than its index says",
+                "this shard is shorter than its index declares",
                 code="shard.too-short",
                 where=f"{self._where}, byte {offset}",
                 got=f"{len(data)} bytes",

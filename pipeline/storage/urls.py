@@ -42,7 +42,7 @@ def protocol(url: str) -> str:
         next_step = f"write {name}:// in lower case"
         raise _refused(url, got=f"protocol {head!r}", next_step=next_step, code="storage.scheme-not-lower-case")
     if name == "file" and sep and not tail.startswith("/"):
-        got, next_step = f"file:// with a host, {tail.partition('/')[0]!r}", "write file:///PATH, or the path alone"
+        got, next_step = f"file:// with a host, {tail.partition('/')[0]!r}", "write file:///PATH, or only the path"
         raise _refused(url, got=got, next_step=next_step, code="storage.file-url-with-host")
     if name not in ("file", "memory") and not tail.partition("/")[0].rpartition("@")[2]:
         raise _refused(url, got=f"{name}:// without a bucket or host", next_step=f"write {name}://NAME/…")

@@ -98,7 +98,7 @@ URL_KEYS = (
     *("cache.url", "cache.class_means", "teacher.weights", "student.weights", "teacher.class_means"),
     *("teacher.others.0.weights", "teacher.others.0.class_means"),
 )
-# Any text that is no URL: names of models, layers, members of a tar and encodings; and Ray's own address.
+# Any text that is no URL: names of models, layers, members of a tar and encodings; and the address of Ray.
 OTHER_TEXTS = {
     *("data.image", "data.label", "teacher.model", "teacher.sha256", "student.model", "student.sha256"),
     *("teacher.others.0.model", "teacher.others.0.sha256", "cache.logits", "ray.address", "ray.resources_per_task"),

@@ -68,21 +68,21 @@ def test_the_subset_is_copied_byte_for_byte_in_its_order_and_reproducibly(tmp_pa
     again = write_long_tail(source, f"{tmp_path}/b/tail-%05d.tar", tail, DATA)
     assert [Path(url).read_bytes() for url in first.urls] == [Path(url).read_bytes() for url in again.urls]
     whole = {f"all-{row // 150}/{sample.key}": sample for row, sample in enumerate(samples(source))}
-    kept = samples(first.urls)
-    assert [name for name in whole if name in {sample.key for sample in kept}] == [sample.key for sample in kept]
-    assert all((sample.data, sample.label) == (whole[sample.key].data, whole[sample.key].label) for sample in kept)
-    assert first.counts == [Counter(sample.label for sample in kept)[label] for label in range(10)]
+    subset = samples(first.urls)
+    assert [name for name in whole if name in {sample.key for sample in subset}] == [sample.key for sample in subset]
+    assert all((sample.data, sample.label) == (whole[sample.key].data, whole[sample.key].label) for sample in subset)
+    assert first.counts == [Counter(sample.label for sample in subset)[label] for label in range(10)]
     assert len(first.urls) == -(-sum(first.counts) // 60)
 
 
 def test_another_seed_selects_other_images_with_the_same_profile(tmp_path: Path) -> None:
     source = pack_shards(digit_samples(300), f"{tmp_path}/all-%d.tar", shard_size=300)
-    kept = []
+    tails = []
     for seed in (0, 1):
         tail = LongTailConfig(shards=tuple(source), imbalance=10, seed=seed)
-        kept.append(write_long_tail(source, f"{tmp_path}/{seed}-%d.tar", tail, DATA))
-    assert kept[0].counts == kept[1].counts
-    assert {sample.key for sample in samples(kept[0].urls)} != {sample.key for sample in samples(kept[1].urls)}
+        tails.append(write_long_tail(source, f"{tmp_path}/{seed}-%d.tar", tail, DATA))
+    assert tails[0].counts == tails[1].counts
+    assert {sample.key for sample in samples(tails[0].urls)} != {sample.key for sample in samples(tails[1].urls)}
 
 
 def test_the_error_for_a_sample_without_a_label_names_it(tmp_path: Path) -> None:
