@@ -80,7 +80,8 @@ def _problem(error: ErrorDetails, tree: Mapping[str, Any]) -> _Problem:
             return _Problem((*path, "name"), "missing key", expected=", ".join(_loss_names()))
         case "value_error":
             got, _, expected = str(context["error"]).partition("; expected ")
-            what = "conflicting values" if isinstance(value, Mapping) else "wrong value"
+            is_section = isinstance(value, Mapping) and _sections_at(error["loc"])
+            what = "conflicting values" if is_section else "wrong value"
             return _Problem(path, what, got, expected or None)
         case _:
             return _Problem(path, "wrong value", _describe(value), _expected(error["msg"]))
