@@ -23,7 +23,7 @@ from pipeline.cache.plan.shard_survey import Estimate
 from pipeline.core.errors import ConfigError, InputError, StorageInputError
 from pipeline.models.summary import check_weights
 from pipeline.shards.shard_urls import urls_by_id
-from pipeline.student.data.order import TrainingOrder
+from pipeline.student.data.order import order_of
 from schemas.config import Config
 
 
@@ -116,16 +116,8 @@ def _training(config: Config, inputs: PlanInputs) -> tuple[str | None, list[str]
     if not train.model_fields_set:
         return None, []
     try:
-        order = TrainingOrder.build(
-            list(inputs.urls),
-            [round(rows.expected) for rows in inputs.survey.rows.values()],
-            seed=train.seed,
-            global_batch_size=train.global_batch_size,
-            lanes=train.lanes,
-            kind=train.order,
-            tail=train.tail,
-            plan=config.views,
-        )
+        num_rows = [round(rows.expected) for rows in inputs.survey.rows.values()]
+        order = order_of(train, list(inputs.urls), num_rows, config.views)
     except ConfigError as error:
         return None, [f"training would fail: {error.what} ({error.where}: {error.got})"]
     last_rows = order.global_rows(order.num_steps - 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, get_origin
+from typing import Any, TypeVar, get_origin
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -14,6 +14,8 @@ from pipeline.core.config_problems import config_error, description, echo, is_in
 from pipeline.core.errors import ConfigError, first_line
 from pipeline.core.yaml_document import EXPECTED_INTERPOLATION, KeyPath, omegaconf_error, parse_document, yaml_error
 from schemas.config import Config
+
+S = TypeVar("S", bound=BaseModel)
 
 
 def parse_config(text: str, overrides: Sequence[str] = (), *, where: str) -> Config:
@@ -50,7 +52,19 @@ def build_config(tree: Mapping[str, Any], *, where: str) -> Config:
     return _validate(tree, where=where, origins={})
 
 
-def require(config: Config, *keys: str, command: str, section: str = "") -> None:
+def build_section(kind: type[S], tree: Mapping[str, Any], *, where: str) -> S:
+    """Checks a tree of plain values against another model than ``Config``, with keys of the same names.
+
+    Raises:
+        ConfigError: names all problems of the tree.
+    """
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise config_error(error, tree, where, {}) from error
+
+
+def require(config: BaseModel, *keys: str, command: str, section: str = "") -> None:
     """Refuses a config in which a required key of a command is null, empty or absent.
 
     Args:

@@ -1,6 +1,6 @@
-"""Students: the order they are taught in, what they read, how they are trained. ``CachedDataset`` is for other loops.
+"""Students: data, supervision, losses, training, evaluation, export; ``CachedDataset`` is for other training loops.
 
-What is named here is imported when it is asked for, so that a module of this package loads no more than it needs.
+The names of this package are imported at their first use, so that a module of it loads no more than it needs.
 """
 
 from __future__ import annotations

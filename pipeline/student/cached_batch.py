@@ -1,4 +1,4 @@
-"""What ``CachedDataset`` yields: one rank's rows of one step, in a form that cannot part teacher and pixels."""
+"""The items of ``CachedDataset``: one rank's rows of one step, with pixels and teacher outputs together."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch.nn.functional import one_hot
 
 from pipeline.augment.pixels import to_input
 from pipeline.core.errors import ConfigError
+from pipeline.student.data.batch import Batch
 from pipeline.student.data.batch_summary import Summarised
-from pipeline.student.data.dataset import Batch
 from pipeline.student.data.teacher_outputs import TeacherOutputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class CachedBatch(Summarised):
-    """B rows: the views that the teacher saw, what it said of them, and labels. A short last step has fewer rows.
+    """B rows: the teacher's views, its outputs for them, and labels. A short last step has fewer rows.
 
-    Pixels stay uint8 until ``images`` is called: a quarter of the bytes on the way to a GPU, and they are mixed there.
+    Pixels stay uint8 until ``images`` is called: a quarter of the bytes on the way to a GPU, which then mixes them.
 
     Attributes:
-        rows: the training loop's own batch; its pixels are not mixed yet.
+        rows: the batch as ``stillroom train`` reads it; its pixels are not mixed yet.
         mean_C, std_C: of the student's input, on the scale of [0,1] RGB.
         num_classes: K.
         ddp_weight: factor of this rank's mean loss, rows · W / rows of all ranks, with which DDP's mean of gradients
@@ -54,7 +54,7 @@ class CachedBatch(Summarised):
 
     @property
     def labels_B(self) -> Tensor:
-        """int64; −1 where a sample has none."""
+        """int64; -1 where a sample has none."""
         return self.rows.labels_B
 
     @property
@@ -70,9 +70,9 @@ class CachedBatch(Summarised):
         return torch.ones_like(self.labels_B, dtype=torch.float32) if lambda_B is None else lambda_B
 
     def images(self) -> Tensor:
-        """float32 [B,3,S,S] in channels-last memory, mixed as the teacher saw them and normalised for the student.
+        """float32 [B,3,S,S] in channels-last memory, mixed as for the teacher and normalised for the student.
 
-        Computed anew at each call, on the device of the batch.
+        Computed at each call, on the device of the batch.
         """
         rows = self.rows
         return to_input(
@@ -91,16 +91,16 @@ class CachedBatch(Summarised):
             teacher: position in the list of caches.
 
         Raises:
-            ConfigError: the cache keeps no logits, or they were not decoded for this temperature.
+            ConfigError: the cache has no logits, or they were not decoded for this temperature.
         """
-        words = self.rows.words[teacher]
-        logits_BK = words.logits_at(temperature)
+        outputs = self.rows.teacher_outputs[teacher]
+        logits_BK = outputs.logits_at(temperature)
         if logits_BK is None:
-            raise _no_logits(words, temperature)
+            raise _no_logits(outputs, temperature)
         return logits_BK
 
     def teacher_embeddings(self, *, teacher: int = 0) -> Tensor:
-        """float32 [B,D], in the teacher's own width.
+        """float32 [B,D], in the teacher's width.
 
         Args:
             teacher: position in the list of caches.
@@ -108,7 +108,7 @@ class CachedBatch(Summarised):
         Raises:
             ConfigError: the dataset was opened without them.
         """
-        embedding_BD = self.rows.words[teacher].embedding_BD
+        embedding_BD = self.rows.teacher_outputs[teacher].embedding_BD
         if embedding_BD is None:
             raise ConfigError(
                 "there are no embeddings of this teacher in the batch",
@@ -119,13 +119,13 @@ class CachedBatch(Summarised):
         return embedding_BD
 
     def teacher_norms(self, *, teacher: int = 0) -> Tensor:
-        """float32 [B]: of the teacher's embeddings, which ND reads."""
-        return self.rows.words[teacher].norm_B
+        """float32 [B]: norms of the teacher's embeddings, which ND reads."""
+        return self.rows.teacher_outputs[teacher].norm_B
 
     def targets(self) -> Tensor:
-        """float32 [B,K]: labels as distributions, mixed like the pixels. What has no label adds nothing to its row."""
-        own_B1 = self.lambda_B[:, None]
-        return own_B1 * self._one_hot(self.labels_B) + (1 - own_B1) * self._one_hot(self.mixed_labels_B)
+        """float32 [B,K]: labels as distributions, mixed like the pixels. A missing label adds nothing to its row."""
+        lambda_B1 = self.lambda_B[:, None]
+        return lambda_B1 * self._one_hot(self.labels_B) + (1 - lambda_B1) * self._one_hot(self.mixed_labels_B)
 
     def _one_hot(self, labels_B: Tensor) -> Tensor:
         return one_hot(labels_B.clamp(min=0), self.num_classes) * (labels_B >= 0)[:, None].to(torch.float32)
@@ -136,23 +136,25 @@ class CachedBatch(Summarised):
         return replace(self, rows=self.rows.to(device), mean_C=mean_C, std_C=std_C)
 
     def pin_memory(self) -> CachedBatch:
-        """Called by a ``DataLoader`` with ``pin_memory=True``."""
+        """A ``DataLoader`` with ``pin_memory=True`` calls it."""
         return replace(
             self, rows=self.rows.pin_memory(), mean_C=self.mean_C.pin_memory(), std_C=self.std_C.pin_memory()
         )
 
 
-def _no_logits(words: TeacherOutputs, temperature: float) -> ConfigError:
-    decoded = [f"{known:g}" for known in words.logits if known is not None]
+def _no_logits(outputs: TeacherOutputs, temperature: float) -> ConfigError:
+    decoded = [f"{key:g}" for key in outputs.logits if key is not None]
     if not decoded:
         return ConfigError(
             "there are no logits of this teacher",
+            code="cache.logits-not-read",
             got="a cache built with cache.logits=none, or temperatures=()",
             next_step="use teacher_norms with nd, or build a cache with logits (into another cache.url)",
         )
     return ConfigError(
         "the logits of this cache depend on the temperature, and were not decoded for this one",
+        code="cache.logits-not-read",
         got=f"temperature {temperature:g}",
         expected=f"one of {', '.join(decoded)}",
-        next_step=f"make the dataset with CachedDataset(…, temperatures=({temperature:g},))",
+        next_step=f"open the dataset with CachedDataset(…, temperatures=({temperature:g},))",
     )

@@ -1,4 +1,4 @@
-"""A finished cache as a PyTorch dataset, for training loops other than ours: same order, same pixels, same words."""
+"""A finished cache as a PyTorch dataset, for your own training loop: the order, pixels and outputs of ours."""
 
 from __future__ import annotations
 
@@ -14,23 +14,25 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from pipeline.cache.read.reader import open_cache
-from pipeline.core.config_loading import build_config, require
+from pipeline.core.config_loading import build_section, require
 from pipeline.core.errors import ConfigError, OrderError
-from pipeline.core.redaction import redact
+from pipeline.models import InputSpec
 from pipeline.student.cached_batch import CachedBatch
-from pipeline.student.data.dataset import InputSize, StepDataset
+from pipeline.student.data.batch import InputSize
+from pipeline.student.data.dataset import StepDataset
 from pipeline.student.data.order import TrainingOrder, order_of
 from pipeline.student.data.sources import CachedSource, check_any_labelled, open_cached
 from pipeline.student.supervision.canaries import check_canaries
 from pipeline.student.supervision.class_means import cached_means
-from pipeline.student.supervision.spec import SupervisionSpec, resolve_spec
-from schemas.config import Config, Interpolation, StudentConfig, Triple
+from pipeline.student.supervision.requirements import CLASS_MEANS, EMBEDDINGS
+from pipeline.student.supervision.spec import SupervisionSpec, spec_of_caches
+from schemas.config import DataConfig, Interpolation, Section, StudentConfig, TrainConfig, Triple
 
 
 @dataclass(frozen=True, slots=True)
 class _Pass:
-    """One reader's way through an epoch: its first item, and how far apart its items are. A loader deals items to its
-    processes in turn."""
+    """The items that one process reads of an epoch: the first, and the distance between two. A loader deals items to
+    its processes in turn."""
 
     epoch: int
     start_step: int
@@ -39,19 +41,27 @@ class _Pass:
 
     @classmethod
     def here(cls, epoch: int, start_step: int) -> _Pass:
-        """Of this process."""
+        """That of this process."""
         worker = get_worker_info()
         first, stride = (0, 1) if worker is None else (worker.id, worker.num_workers)
         return cls(epoch, start_step, first, stride)
+
+
+class _Options(Section):
+    """Arguments of a dataset that mean the same as keys of a config."""
+
+    data: DataConfig
+    student: StudentConfig
+    train: TrainConfig
 
 
 Location = str | Path
 
 
 class CachedDataset(Dataset[CachedBatch]):
-    """``dataset[i]`` is this rank's batch of a step of one epoch: image views, labels and what the teachers said.
+    """``dataset[i]`` is this rank's batch of one step of an epoch: image views, labels and teacher outputs.
 
-    Items are whole batches in the one order of training, so a loader neither batches nor shuffles nor samples:
+    Items are whole batches in the order of training, so a loader neither batches nor shuffles nor samples:
     ``DataLoader(dataset, batch_size=None, num_workers=8)``. Any number of workers gives the same batches, any world
     size the same global ones. docs/tutorials/your-own-loop.md has an example.
     """
@@ -80,22 +90,22 @@ class CachedDataset(Dataset[CachedBatch]):
         verify_canaries: bool = True,
         allow_pixel_drift: int = 0,
     ) -> None:
-        """Opens the caches and, unless told otherwise, proves on some views that this machine makes their pixels.
+        """Opens the caches and verifies on some views that this machine computes their pixels.
 
-        Options that are called like a key of the config (``train.*``, ``student.*``, ``data.*``) mean the same, and
-        errors name them by that key.
+        Arguments with the name of a config key (``train.*``, ``student.*``, ``data.*``) mean the same, and errors name
+        them by that key.
 
         Args:
-            cache: URL or path of a finished cache, or a list: one a teacher, all over the same views.
-            shards: URLs or paths with ``{a..b}`` braces; default: all of the cache, where its build found them.
+            cache: URL or path of a finished cache, or a list: one for each teacher, all over the same views.
+            shards: URLs or paths with ``{a..b}`` braces; default: all of the cache, at the URLs of its build.
             epoch, start_step: see ``set_epoch``.
             global_batch_size: rows of a step over all ranks.
             size, interpolation: of the student's square input; default: the teacher's.
             mean, std: per channel, of [0,1] RGB, for ``CachedBatch.images``; default: the teacher's.
-            temperatures: at which losses will read logits, where these depend on it (topk); empty: decode none.
+            temperatures: of the losses that read logits, where these depend on it (topk); empty: decode none.
             embeddings: read the teachers' embeddings too, for ``CachedBatch.teacher_embeddings``.
             require_labels: a row without a label is an error.
-            verify_canaries: False begins sooner; a decoder or resize that differs is then never noticed.
+            verify_canaries: False starts sooner; a decoder or resize that differs then goes unnoticed.
 
         Raises:
             ConfigError: an option is wrong, or contradicts another or the cache.
@@ -104,29 +114,31 @@ class CachedDataset(Dataset[CachedBatch]):
         data = {"cache": _plain(cache), "shards": _plain(shards), "allow_pixel_drift": allow_pixel_drift}
         student = {"size": size, "interpolation": interpolation, "mean": mean, "std": std}
         train = {"global_batch_size": global_batch_size, "seed": seed, "order": order, "tail": tail, "lanes": lanes}
-        config = build_config({"data": data, "student": student, "train": train}, where="CachedDataset")
-        require(config, "data.cache", command="CachedDataset")
-        _check_place(rank, world_size)
+        options = build_section(_Options, {"data": data, "student": student, "train": train}, where="CachedDataset")
+        require(options, "data.cache", command="CachedDataset")
+        _check_rank(rank, world_size)
         _check_temperatures(temperatures)
-        self._facts = resolve_spec(config, tuple(open_cache(url) for url in config.data.caches))
-        _check_embeddings(self._facts, embeddings=embeddings)
+        caches = tuple(open_cache(url) for url in options.data.caches)
+        self._spec = spec_of_caches(caches, options.data, options.student)
+        for opened in caches if embeddings else ():
+            EMBEDDINGS.check_stored(opened)
         self._source = _open_rows(
-            self._facts, verify_canaries=verify_canaries, require_labels=require_labels, with_embeddings=embeddings
+            self._spec, verify_canaries=verify_canaries, require_labels=require_labels, with_embeddings=embeddings
         )
-        self._order = _checked_order(config, self._facts, self._source, world_size)
-        self._input = _own_input(config, self._facts)
+        self._order = _checked_order(options.train, self._spec, self._source, world_size)
+        self._input = _input_spec(options.student, self._spec)
         self._steps = StepDataset(
             self._source,
             self._order,
             rank=rank,
             world_size=world_size,
-            student=InputSize(int(self._input["size"]), self._input["interpolation"]),
-            max_pixels=self._facts.data.max_pixels,
+            student=InputSize(self._input.size, self._input.interpolation),
+            max_pixels=self._spec.data.max_pixels,
             needs_labels=require_labels,
             temperatures=tuple(temperatures),
         )
-        # Shared memory, so that loader processes that outlive an epoch see the next one: epoch, start step, and whether
-        # the first and the last step that are left of that epoch were taken, in any order where processes race.
+        # In shared memory, so that loader processes that outlive an epoch see the next one: epoch, start step, and
+        # whether the first and the last remaining step of that epoch were taken, in any order where processes race.
         self._position = torch.zeros(4, dtype=torch.int64).share_memory_()
         self._last: tuple[_Pass, int] | None = None
         self.set_epoch(epoch, start_step=start_step)
@@ -134,7 +146,7 @@ class CachedDataset(Dataset[CachedBatch]):
     @property
     def num_classes(self) -> int:
         """K."""
-        return self._facts.num_classes
+        return self._spec.num_classes
 
     @property
     def num_views(self) -> int:
@@ -146,7 +158,7 @@ class CachedDataset(Dataset[CachedBatch]):
         return self._order.num_steps
 
     def class_means(self, *, teacher: int = 0) -> Tensor:
-        """fp32 [K,D]: the teacher's mean embedding of each class, which ``nd`` learns from.
+        """fp32 [K,D]: the teacher's mean embedding of each class, which ``nd`` reads.
 
         Args:
             teacher: position of the cache in the list.
@@ -155,44 +167,45 @@ class CachedDataset(Dataset[CachedBatch]):
             ConfigError: that cache has no class means.
             CacheError: they are damaged, or a class occurs in the labels and has no mean.
         """
-        cache = self._facts.caches[teacher]
-        if cache.manifest.class_means is None:
-            raise ConfigError(
-                "this cache has no class means",
-                where=redact(cache.url),
-                next_step="build one with cache.class_means=eval",
-            )
+        cache = self._spec.caches[teacher]
+        CLASS_MEANS.check_stored(cache)
         return cached_means(cache, self._source)
 
     def set_epoch(self, epoch: int, *, start_step: int = 0) -> None:
-        """Another epoch: another order and the next view. Call it before the loader is iterated, not meanwhile.
+        """Selects an epoch, its order and its view. Call it before the loader is iterated.
 
         Args:
-            start_step: steps of this epoch that were taken before an interruption, and are left out.
+            start_step: steps of this epoch to skip, since they were taken before an interruption.
 
         Raises:
             ConfigError: there is no such epoch or step.
         """
         if epoch < 0:
-            raise ConfigError("there is no such epoch", where="epoch", got=epoch, expected="0 or more")
+            raise ConfigError(
+                "there is no such epoch", code="data.no-such-step", where="epoch", got=epoch, expected="0 or more"
+            )
         if not 0 <= start_step <= self.steps_per_epoch:
             raise ConfigError(
-                "there is no such step", where="start_step", got=start_step, expected=f"0 to {self.steps_per_epoch}"
+                "there is no such step",
+                code="data.no-such-step",
+                where="start_step",
+                got=start_step,
+                expected=f"0 to {self.steps_per_epoch}",
             )
         self._position.copy_(torch.tensor([epoch, start_step, 0, 0]))
 
     def __len__(self) -> int:
-        """Steps that are left of the epoch."""
+        """Remaining steps of the epoch."""
         return self.steps_per_epoch - int(self._position[1])
 
     def __getitems__(self, _indices: Sequence[int]) -> None:
-        """What a ``DataLoader`` with a batch size asks for.
+        """A ``DataLoader`` with a batch size calls it.
 
         Raises:
-            ConfigError: always, since the items are batches already.
+            ConfigError: always, since the items are batches.
         """
         raise ConfigError(
-            "the items of CachedDataset are batches already",
+            "the items of CachedDataset are batches",
             code="data.batched-twice",
             where="DataLoader",
             got="a batch size (by default 1)",
@@ -203,12 +216,14 @@ class CachedDataset(Dataset[CachedBatch]):
         """
         Raises:
             OrderError: another item is next: the loader shuffles, or has a sampler.
-            CacheError: a row's image is not the one that the teacher saw.
+            CacheError: a row's image is not that of the cache.
         """
         epoch, start_step, took_first, took_last = self._position.tolist()
         # Python's own loop over a sequence ends at an IndexError.
         if not 0 <= index < self.steps_per_epoch - start_step:
-            raise IndexError(f"step {index} of {self.steps_per_epoch - start_step} that are left of epoch {epoch}")
+            raise IndexError(
+                f"step {index} of the {self.steps_per_epoch - start_step} remaining steps of epoch {epoch}"
+            )
         self._take(_Pass.here(epoch, start_step), index)
         if index == 0:
             if took_first and took_last:
@@ -219,14 +234,14 @@ class CachedDataset(Dataset[CachedBatch]):
         rows = self._steps[epoch * self.steps_per_epoch + start_step + index]
         return CachedBatch(
             rows=rows,
-            mean_C=torch.tensor(self._input["mean"]),
-            std_C=torch.tensor(self._input["std"]),
+            mean_C=torch.tensor(self._input.mean),
+            std_C=torch.tensor(self._input.std),
             num_classes=self.num_classes,
             ddp_weight=len(rows.labels_B) * self._steps.world_size / rows.num_rows_global,
         )
 
     def _take(self, now: _Pass, index: int) -> None:
-        """Refuses an item that neither begins a pass nor goes on with it. The same item again is allowed."""
+        """Refuses an item that neither starts a pass nor continues it. The same item again is allowed."""
         last = self._last[1] if self._last is not None and self._last[0] == now else None
         if index not in (now.first, last, None if last is None else last + now.stride):
             raise _out_of_order(now, last, index)
@@ -245,6 +260,7 @@ class CachedDataset(Dataset[CachedBatch]):
 def _out_of_order(now: _Pass, last: int | None, index: int) -> OrderError:
     return OrderError(
         "items of a CachedDataset were taken in another order than that of training",
+        code="data.out-of-order",
         where=f"epoch {now.epoch}, from step {now.start_step}",
         got=f"item {index}" + ("" if last is None else f" after item {last}"),
         expected=f"item {now.first if last is None else last + now.stride}: every rank takes all items, in order",
@@ -257,7 +273,7 @@ def _out_of_order(now: _Pass, last: int | None, index: int) -> OrderError:
 def _repeated(epoch: int) -> str:
     return (
         f"CachedDataset repeats epoch {epoch}: the same views in the same order. Call set_epoch(epoch) before each "
-        f"epoch; set_epoch({epoch}) repeats it on purpose, without this warning"
+        f"epoch; set_epoch({epoch}) repeats it without this warning"
     )
 
 
@@ -267,10 +283,11 @@ def _plain(urls: Location | Sequence[Location] | None) -> str | list[str] | None
     return str(urls) if isinstance(urls, str | Path) else [str(url) for url in urls]
 
 
-def _check_place(rank: int, world_size: int) -> None:
+def _check_rank(rank: int, world_size: int) -> None:
     if not 0 <= rank < world_size:
         raise ConfigError(
             "there is no such rank",
+            code="data.no-such-rank",
             where="rank, world_size",
             got=f"{rank}, {world_size}",
             expected="0 <= rank < world_size",
@@ -279,42 +296,33 @@ def _check_place(rank: int, world_size: int) -> None:
 
 def _check_temperatures(temperatures: Sequence[float]) -> None:
     if not all(0 < temperature < math.inf for temperature in temperatures):
-        raise ConfigError("a temperature is above 0", where="temperatures", got=list(temperatures))
-
-
-def _check_embeddings(facts: SupervisionSpec, *, embeddings: bool) -> None:
-    for cache in facts.caches if embeddings else ():
-        if cache.header.output("embedding") is None:
-            raise ConfigError(
-                "this cache has no embeddings",
-                code="cache.no-embeddings",
-                where=redact(cache.url),
-                got="a cache built with cache.embeddings=none",
-                next_step="leave embeddings out, or build a cache with cache.embeddings=fp16 (into another cache.url)",
-            )
+        raise ConfigError(
+            "a temperature is not above 0", code="data.bad-temperature", where="temperatures", got=list(temperatures)
+        )
 
 
 def _open_rows(
-    facts: SupervisionSpec, *, verify_canaries: bool, require_labels: bool, with_embeddings: bool
+    spec: SupervisionSpec, *, verify_canaries: bool, require_labels: bool, with_embeddings: bool
 ) -> CachedSource:
     source = open_cached(
-        facts.caches, facts.data, with_embeddings=with_embeddings, name_shards="give CachedDataset shards={}"
+        spec.caches, spec.data, with_embeddings=with_embeddings, name_shards="give CachedDataset shards={}"
     )
     if require_labels:
-        check_any_labelled(source, facts.data)
+        check_any_labelled(source, spec.data)
     if verify_canaries:
-        found = check_canaries(source, max_pixels=facts.data.max_pixels, allowed_levels=facts.data.allow_pixel_drift)
-        if found.num_drifted:
-            warnings.warn(found.warning(), stacklevel=3)
+        canaries = check_canaries(source, spec.data)
+        if canaries.num_drifted:
+            warnings.warn(canaries.warning(), stacklevel=3)
     return source
 
 
-def _checked_order(config: Config, facts: SupervisionSpec, source: CachedSource, world_size: int) -> TrainingOrder:
-    order = order_of(config.train, source.shard_ids, source.num_ok, facts.plan)
+def _checked_order(train: TrainConfig, spec: SupervisionSpec, source: CachedSource, world_size: int) -> TrainingOrder:
+    order = order_of(train, source.shard_ids, source.num_ok, spec.plan)
     rows, step = order.smallest_batch(world_size)
     if rows == 0:
         raise ConfigError(
             "a rank would have no rows in a step",
+            code="train.batch-too-small",
             where=f"step {step} of {order.num_steps} of every epoch",
             got=f"{order.global_rows(step)} rows over {world_size} ranks",
             next_step="set another global_batch_size, fewer ranks, or tail='drop'",
@@ -322,9 +330,13 @@ def _checked_order(config: Config, facts: SupervisionSpec, source: CachedSource,
     return order
 
 
-def _own_input(config: Config, facts: SupervisionSpec) -> dict[str, Any]:
-    """Size, interpolation, mean and std: the student's where they are given, else the first teacher's."""
-    given = config.student or StudentConfig.model_validate({})
-    teacher = facts.caches[0].header.teacher
-    own = {name: getattr(given, name) or teacher[name] for name in ("interpolation", "mean", "std")}
-    return {**own, "size": given.size or facts.size}
+def _input_spec(student: StudentConfig, spec: SupervisionSpec) -> InputSpec:
+    """The student's input where it is given, else that of the first teacher."""
+    teacher = spec.caches[0].header.teacher
+    assert spec.size is not None, "a cache has a size"
+    return InputSpec(
+        size=student.size or spec.size,
+        mean=student.mean or tuple(teacher["mean"]),
+        std=student.std or tuple(teacher["std"]),
+        interpolation=student.interpolation or teacher["interpolation"],
+    )

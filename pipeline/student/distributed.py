@@ -1,4 +1,4 @@
-"""The ranks that train together. One process is a world of its own."""
+"""The ranks that train together; a single process is rank 0 of 1."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """torch.distributed.nn has the same, deprecated; what it names instead is private."""
+    """torch.distributed.nn has the same, deprecated in favour of private functions."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:  # noqa: ARG004
@@ -29,19 +29,22 @@ def _all_reduced(values: Tensor) -> Tensor:
     return total
 
 
-def _stays() -> bool:
+def _never() -> bool:
     return False
 
 
 @dataclass(frozen=True, slots=True)
 class DistributedContext:
-    """This process's place. With more than one rank, torch.distributed has been initialised by the caller."""
+    """The rank of this process. With more than one, the caller has initialised torch.distributed.
+
+    Attributes:
+        leaving: whether this rank knows that a node of the training is about to be taken away.
+    """
 
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    leaving: Callable[[], bool] = _stays
-    """Whether this rank has heard that a machine of its world is about to be taken away."""
+    leaving: Callable[[], bool] = _never
 
     @property
     def is_main_rank(self) -> bool:
@@ -55,41 +58,41 @@ class DistributedContext:
         return values
 
     def sum_with_gradient(self, values: Tensor) -> Tensor:
-        """The sum over ranks for values that a loss hangs on: a rank's values get the gradient of all ranks' losses.
+        """The sum over ranks for values that a loss depends on: a rank's values get the gradient of all ranks' losses.
 
-        Every rank calls it, and goes backward through it, as often as the others.
+        Every rank calls it, and backpropagates through it, as often as the others.
         """
         return _SumOverRanks.apply(values) if self.size > 1 else values
 
     def max(self, values: Tensor) -> Tensor:
-        """The largest over ranks, on every rank."""
+        """The maximum over ranks, on every rank."""
         if self.size > 1:
             dist.all_reduce(values, op=dist.ReduceOp.MAX)
         return values
 
     def join(self, values_N: Tensor) -> Tensor:
-        """The ranks' values [N], of whatever lengths, one after another, on every rank."""
+        """The values [N] of all ranks, whose lengths may differ, concatenated in rank order, on every rank."""
         if self.size == 1:
             return values_N
         lengths = torch.zeros(self.size, dtype=torch.int64, device=values_N.device)
         lengths[self.rank] = len(values_N)
         ends = self.sum(lengths).cumsum(0).tolist()
-        # A sum of what lies in places of its own: all backends have it, for any lengths.
+        # A sum of arrays that are zero but at each rank's positions: all backends have it, for any lengths.
         joined = torch.zeros(ends[-1], dtype=values_N.dtype, device=values_N.device)
         joined[ends[self.rank] - len(values_N) : ends[self.rank]] = values_N
         return self.sum(joined)
 
-    def copy_from_leader(self, tensors: Iterable[Tensor]) -> None:
+    def copy_from_main_rank(self, tensors: Iterable[Tensor]) -> None:
         """Overwrites these tensors, in place, with those of rank 0."""
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
 
     def preemption_pending(self) -> bool:
-        """Whether any rank has heard it, on every rank."""
+        """Whether any rank is ``leaving``, on every rank."""
         return bool(self.max(torch.tensor(self.leaving(), dtype=torch.uint8, device=self.device)))
 
     def wait(self) -> None:
-        """Until every rank is here."""
+        """Waits until every rank calls it."""
         if self.size > 1:
             dist.barrier()

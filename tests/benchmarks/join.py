@@ -2,8 +2,8 @@
 
 One thread, page cache warm. Rows of a step are as the order gives them: some of every shard. ``torch.load``: a file an
 image. ``records``: a file a shard of equal records, opened, sought and read for each key. ``memmap``: the same file,
-mapped once and kept open, one gather a shard. Each ends with fp32 logits [256, 1000] in the order of the batch. Ours,
-like these, of logits (and norms); and the loader's whole join, with boxes, flips, mates, labels, hashes and sample ids.
+mapped once and kept open, one gather a shard. Each ends with fp32 logits [256, 1000] in the order of the batch. Ours is
+the loader's whole join, with norms, boxes, flips, mixup partners, labels, hashes and sample ids as well.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from jobs.build_cache import build_cache
 from pipeline.cache.format.codec import raw_rows
 from pipeline.cache.read.reader import TeacherCache, open_cache
-from pipeline.student.data.dataset import join_step
+from pipeline.student.data.dataset import group_by_shard, read_rows
 from pipeline.student.data.order import OrderedRows, TrainingOrder
 from pipeline.student.data.sources import CachedSource, open_cached
-from pipeline.student.data.teacher_outputs import EncodedTeacherOutputs
+from pipeline.student.data.teacher_outputs import decode_outputs
 from schemas.config import Config
 from tests.benchmarks.teachers import BENCH, CIFAR
 from tests.benchmarks.timing import Spread, interleaved, ratio
@@ -88,11 +88,10 @@ def _compare(encoding: str, source: CachedSource, config: Config, folder: Path) 
     steps = [rows.rows(step % order.num_steps, 0, 1) for step in range(ROUNDS + 1)]
     layouts = _layouts(encoding, source, folder)
     variants: dict[str, Callable[[OrderedRows], torch.Tensor]] = {
-        "ours, all columns": lambda rows: _all_columns(source, rows),
-        "ours, logits": lambda rows: _logits_alone(source, rows),
+        "ours": lambda rows: _all_columns(source, rows),
         **layouts,
     }
-    expected = variants["ours, all columns"](steps[0])
+    expected = variants["ours"](steps[0])
     for name, call in variants.items():
         assert torch.equal(call(steps[0]), expected), name
     queues = {name: iter(steps) for name in variants}
@@ -103,29 +102,22 @@ def _compare(encoding: str, source: CachedSource, config: Config, folder: Path) 
     print(f"  {encoding}, {BATCH} rows of {shards:.0f} shards, 1000 classes")
     for name, values in seconds.items():
         each = Spread.of([value / BATCH * 1e6 for value in values])
-        print(f"    {name:<20}{each} us a row, time / ours {ratio(values, seconds['ours, logits'])}")
+        print(f"    {name:<20}{each} us a row, time / ours {ratio(values, seconds['ours'])}")
 
 
 def _all_columns(source: CachedSource, rows: OrderedRows) -> torch.Tensor:
-    return torch.from_numpy(join_step(source, rows, 0).rows.words[0].dense([1.0])[None])
-
-
-def _logits_alone(source: CachedSource, rows: OrderedRows) -> torch.Tensor:
-    pieces: list[tuple[NDArray[np.int64], EncodedTeacherOutputs]] = []
-    for shard in np.unique(rows.shard_B).tolist():
-        where_N = np.flatnonzero(rows.shard_B == shard)
-        (columns,) = source.mapped(shard, 0)
-        pieces.append((where_N, EncodedTeacherOutputs.of(columns, rows.row_B[where_N])))
-    return torch.from_numpy(EncodedTeacherOutputs.placed(pieces, len(rows.row_B)).dense([1.0])[None])
+    columns = read_rows(source, rows, group_by_shard(rows), 0).of_teacher(0)
+    return decode_outputs(columns, source.outputs[0], [1.0]).logits[None]
 
 
 def _layouts(encoding: str, source: CachedSource, folder: Path) -> dict[str, Callable[[OrderedRows], torch.Tensor]]:
     """Each shard's logits in files of one's own, in the cache's own bytes."""
     names: dict[tuple[int, int], str] = {}
     maps: list[NDArray[np.uint8]] = []
+    (cache,) = source.caches
     places: dict[str, tuple[Path, int]] = {}
     for shard, num_ok in enumerate(source.num_ok):
-        raw_NW = raw_rows(source.columns(shard, 0)[0].logits.column)
+        raw_NW = raw_rows(cache.view(cache.shards[shard].shard_id, 0).logits.column)
         path = folder / f"{source.shard_ids[shard]}.bin"
         path.write_bytes(raw_NW.tobytes())
         maps.append(np.memmap(path, np.uint8, "r", shape=raw_NW.shape))

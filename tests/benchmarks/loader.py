@@ -17,9 +17,11 @@ from torch.utils.data import DataLoader, Dataset
 from pipeline.augment.pixels import apply_view, stack_views
 from pipeline.shards.decode import decode
 from pipeline.shards.tar import ShardReader
-from pipeline.student.data.dataset import InputSize, JoinedStep, StepDataset, join_step, load_batches
-from pipeline.student.data.order import TrainingOrder
-from pipeline.student.data.sources import open_cached
+from pipeline.student.data.batch import InputSize
+from pipeline.student.data.dataset import StepDataset, group_by_shard, read_rows
+from pipeline.student.data.loader import load_batches
+from pipeline.student.data.order import OrderedRows, TrainingOrder
+from pipeline.student.data.sources import CachedSource, open_cached
 from schemas.config import Config
 from tests.benchmarks.join import built, random_teacher
 from tests.benchmarks.teachers import BENCH
@@ -110,7 +112,7 @@ def _variants(case: _Case) -> tuple[int, dict[str, Callable[[], int]]]:
     for step in range(case.steps):
         epoch, local_step = divmod(step, order.num_steps)
         rows = order.epoch(epoch, 0).rows(local_step, 0, 1)
-        listed.append(list(_rows_of(join_step(source, rows, epoch))))
+        listed.append(list(_rows_of(source, rows, epoch)))
     source.close()
     paths = [source.caches[0].shard_url(shard) for shard in source.caches[0].shards]
     bare = _Bare(paths, listed, case.size)
@@ -127,9 +129,11 @@ def _variants(case: _Case) -> tuple[int, dict[str, Callable[[], int]]]:
     return sum(map(len, listed)), {"bare": drain_bare, "ours": drain_ours}
 
 
-def _rows_of(joined: JoinedStep) -> Iterator[_Row]:
-    boxes, flips = (joined.rows.rows_N[name].tolist() for name in ("box", "flip"))
-    for shard, row_N in joined.of_shards:
-        for row in row_N.tolist():
-            offset, num_bytes, _ = joined.rows.places[row]
+def _rows_of(source: CachedSource, ordered: OrderedRows, epoch: int) -> Iterator[_Row]:
+    by_shard = group_by_shard(ordered)
+    rows = read_rows(source, ordered, by_shard, epoch)
+    boxes, flips = (rows.rows_N[name].tolist() for name in ("box", "flip"))
+    for shard, position_N in by_shard:
+        for row in position_N.tolist():
+            offset, num_bytes, _ = rows.byte_ranges[row]
             yield shard, offset, num_bytes, boxes[row], flips[row]

@@ -17,13 +17,12 @@ from scipy.stats import binom
 
 from jobs.build_cache import build_cache
 from jobs.index_shards import index_shards
-from pipeline.student.data.dataset import Batch, load_batches
-from pipeline.student.distributed import DistributedContext
-from pipeline.student.run.metrics import StepLog
-from pipeline.student.training.trainer import Trainer
+from pipeline.student.data.batch import Batch
+from pipeline.student.data.loader import load_batches
 from pipeline.teacher.numerics import retain_freed_memory
 from schemas.config import Config
 from tests.benchmarks.timing import SHARED, Spread
+from tests.pipeline.student.runs import trainer_of
 
 BLOCKS, STEPS_A_BLOCK = 24, 3
 THREADS = 2
@@ -58,20 +57,19 @@ class _Run:
     """One training, a block of steps at a time."""
 
     def __init__(self, config: Config) -> None:
-        self.trainer = Trainer(config, DistributedContext(), lambda _: None)
-        self._log = StepLog(DistributedContext())
-        steps = range(self.trainer.total_steps)
-        self.batches: Iterator[Batch] = load_batches(self.trainer._dataset(), steps, num_workers=0, pin_memory=False)
+        self.trainer = trainer_of(config)
+        steps = range(self.trainer.setup.total_steps)
+        self.batches: Iterator[Batch] = load_batches(self.trainer.setup.dataset, steps, num_workers=0, pin_memory=False)
 
     def block(self) -> None:
         for batch in itertools.islice(self.batches, STEPS_A_BLOCK):
-            self.trainer._train_step(batch, self._log)
-        self._log.flush()
+            self.trainer.log.add_step(batch, self.trainer.train_step(batch))
+        self.trainer.log.flush()
 
 
 def _forward(run: _Run) -> Callable[[], None]:
     """The teacher alone, on as many batches."""
-    teacher, batch = run.trainer.supervision.teachers[0], next(run.batches)
+    teacher, batch = run.trainer.setup.supervision.teachers[0], next(run.batches)
 
     def block() -> None:
         for _ in range(STEPS_A_BLOCK):
@@ -93,7 +91,7 @@ def run() -> None:
         variants: dict[str, Callable[[], Any]] = {name: one.block for name, one in runs.items()}
         _report(_interleaved({**variants, "teacher": _forward(runs["online"])}))
         for one in runs.values():
-            one.trainer.close()
+            one.trainer.setup.close()
 
 
 _MODES = {"labels": "none", "cached": "cache", "online": "online"}

@@ -58,7 +58,7 @@ def test_a_command_that_a_signal_ends_names_it_on_stderr(
 def test_a_loader_process_that_is_killed_is_one_message(
     tree: Tree, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("pipeline.student.training.trainer._FLUSH_STEPS", 1)
+    monkeypatch.setattr("pipeline.student.training.trainer.FLUSH_STEPS", 1)
     config = config_of(tree())
     build_cache(config)
     data = {"cache": str(tmp_path / "cache")}

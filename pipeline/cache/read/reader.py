@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,7 +18,7 @@ from pipeline.augment.params import EVAL_VIEW
 from pipeline.cache.build.class_means import ClassMeans, decode_means
 from pipeline.cache.build.manifest import locate, parse_manifest, read_manifest, read_table
 from pipeline.cache.format import layout
-from pipeline.cache.format.codec import column_of, decode, depends_on_temperature, raw_rows, row_bytes
+from pipeline.cache.format.codec import column_of, decode, depends_on_temperature, raw_rows
 from pipeline.cache.format.files import REBUILD, empty_cells, missing_file, read_file, read_named
 from pipeline.cache.format.header import parse_header, plan_of
 from pipeline.core.bounded_parquet import read_bounded
@@ -48,16 +47,6 @@ class StoredRows:
     def take(self, row_N: NDArray[np.integer[Any]]) -> StoredRows:
         """The rows at these positions."""
         return StoredRows(column_of(raw_rows(self.column).take(row_N, axis=0)), self.output)
-
-    @classmethod
-    def placed(cls, pieces: Sequence[tuple[NDArray[np.integer[Any]], StoredRows]], num_rows: int) -> StoredRows:
-        """One of ``num_rows`` out of pieces of one output; each comes with the places that its rows go to, and all
-        places are filled."""
-        output = pieces[0][1].output
-        raw_NW = np.empty((num_rows, row_bytes(output)), np.uint8)
-        for place_P, rows in pieces:
-            raw_NW[place_P] = raw_rows(rows.column)
-        return cls(column_of(raw_NW), output)
 
     def dense(self, *, temperature: float = 1.0) -> NDArray[np.float32]:
         """[N,D] fp32 at the temperature of the loss that reads them."""

@@ -1,26 +1,25 @@
-"""Several caches that teach one student: the same views of the same samples, or training does not begin.
+"""Checks of several caches that one student trains from: they must hold the same views of the same samples.
 
-Then the words of all teachers are about the very pixels that the student sees.
+The outputs of all teachers are then for the pixels that the student sees.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from pipeline.cache.read.reader import TeacherCache, ViewColumns
+from pipeline.cache.read.reader import TeacherCache
 from pipeline.core.errors import CacheError
 from pipeline.core.hashing import differences
 from pipeline.core.redaction import redact
 from pipeline.core.threads import map_ordered
 from pipeline.shards.index import ShardIndex
+from pipeline.student.data.rows import StructuredRows, is_aug_param
 
 _READ_THREADS = 16
 _NUM_NAMED = 5
-_DRAWN = ("box_N4", "flip_N", "mix_row_N", "mix_lambda_N")
+_VIEW_FIELDS = ("box", "flip", "mix_row", "mix_lambda")
 
 
 def check_same_plans(caches: Sequence[TeacherCache]) -> None:
@@ -30,24 +29,26 @@ def check_same_plans(caches: Sequence[TeacherCache]) -> None:
     """
     first = caches[0]
     for other in caches[1:]:
-        one, two = first.header, other.header
-        classes = differences({"num_classes": one.num_classes}, {"num_classes": two.num_classes})
-        _refuse(classes, "the teachers of these caches know different classes", first, other)
-        _refuse(differences(one.views, two.views), "these caches hold different views", first, other)
-        _refuse(differences(first.data, other.data), "these caches read the shards by different rules", first, other)
+        before, after = first.header, other.header
+        classes = differences({"num_classes": before.num_classes}, {"num_classes": after.num_classes})
+        views, data = differences(before.views, after.views), differences(first.data, other.data)
+        _refuse(classes, "the teachers of these caches have different classes", "cache.classes-differ", first, other)
+        _refuse(views, "these caches hold different views", "cache.views-differ", first, other)
+        _refuse(data, "these caches read the shards by different rules", "cache.reading-rules-differ", first, other)
 
 
 def check_same_shards(caches: Sequence[TeacherCache]) -> None:
     """
     Raises:
-        CacheError: two caches hold different shards, so that it has to be said which to train on.
+        CacheError: two caches hold different shards, and the config does not name those to train on.
     """
     first = caches[0]
     names = {shard.shard_id for shard in first.shards}
     for other in caches[1:]:
-        theirs = {shard.shard_id for shard in other.shards}
-        changed = [*_named("missing", names - theirs), *_named("beyond the other's", theirs - names)]
-        _refuse(changed, "these caches hold different shards; data.shards may name those that all hold", first, other)
+        others = {shard.shard_id for shard in other.shards}
+        changed = [*_named("missing", names - others), *_named("only in the second", others - names)]
+        what = "these caches hold different shards; data.shards may name those that all hold"
+        _refuse(changed, what, "cache.shards-differ", first, other)
 
 
 def _named(what: str, names: set[str]) -> list[str]:
@@ -63,66 +64,67 @@ def check_same_samples(caches: Sequence[TeacherCache], shard_ids: Sequence[str])
     first = caches[0]
     for other in caches[1:]:
         changed = _changed_shards(first, other, shard_ids)
-        _refuse(changed[:_NUM_NAMED], f"{len(changed)} shards of these caches hold different samples", first, other)
+        what = f"{len(changed)} shards of these caches hold different samples"
+        _refuse(changed[:_NUM_NAMED], what, "cache.samples-differ", first, other)
 
 
 def _changed_shards(first: TeacherCache, other: TeacherCache, shard_ids: Sequence[str]) -> list[str]:
-    ours, theirs = ({shard.shard_id: shard for shard in cache.shards} for cache in (first, other))
+    shards, others = ({shard.shard_id: shard for shard in cache.shards} for cache in (first, other))
 
     def compare(name: str) -> str | None:
-        return _difference(first.index(ours[name]), other.index(theirs[name]))
+        return _difference(first.index(shards[name]), other.index(others[name]))
 
-    # One digest is one index; another may be the same index in the bytes of another Parquet writer.
-    doubtful = [name for name in shard_ids if ours[name].index_sha256 != theirs[name].index_sha256]
-    return [told for told in map_ordered(compare, doubtful, threads=_READ_THREADS) if told is not None]
+    # Equal digests are equal indexes; different ones may be the same index by another Parquet writer.
+    doubtful = [name for name in shard_ids if shards[name].index_sha256 != others[name].index_sha256]
+    found = map_ordered(compare, doubtful, threads=_READ_THREADS)
+    return [difference for difference in found if difference is not None]
 
 
-def _difference(one: ShardIndex, two: ShardIndex) -> str | None:
-    """What the first difference of two indexes of a shard is; where the bytes lie in the tar does not matter."""
-    if len(one) != len(two):
-        return f"{one.shard_id} had {len(one)} samples -> {len(two)}"
+def _difference(index: ShardIndex, other: ShardIndex) -> str | None:
+    """The first difference of two indexes of a shard; the positions of the bytes in the tar do not matter."""
+    if len(index) != len(other):
+        return f"{index.shard_id} had {len(index)} samples -> {len(other)}"
     columns = {
-        "key": (one.keys.to_numpy(zero_copy_only=False), two.keys.to_numpy(zero_copy_only=False)),
-        "status": (one.status, two.status),
-        "label": (one.label, two.label),
-        "content_hash": (one.content_hash, two.content_hash),
+        "key": (index.keys.to_numpy(zero_copy_only=False), other.keys.to_numpy(zero_copy_only=False)),
+        "status": (index.status, other.status),
+        "label": (index.label, other.label),
+        "content_hash": (index.content_hash, other.content_hash),
     }
     for name, (before, after) in columns.items():
         changed = np.flatnonzero(before != after)
         if len(changed):
             row = changed[0]
-            return f"{one.sample_ids(changed[:1])[0]} {name}: {before[row]} -> {after[row]}"
+            return f"{index.sample_ids(changed[:1])[0]} {name}: {before[row]} -> {after[row]}"
     return None
 
 
-def check_same_views(columns: Sequence[ViewColumns], *, where: str) -> None:
-    """What was drawn for a view of a shard is the same in each cache.
+def check_same_views(caches: Sequence[StructuredRows], *, where: str) -> None:
+    """Checks that each cache stores the same view of each row of a shard (see ``JoinedRows``).
 
     Raises:
-        CacheError: it is not; the first such row is named.
+        CacheError: two of them differ; the first such row is named.
     """
-    first = columns[0]
-    for other in columns[1:]:
-        for name, before in _drawn(first).items():
-            after = _drawn(other)[name]
+    first = caches[0]
+    names = [*_VIEW_FIELDS, *(name for name in first.dtype.names or () if is_aug_param(name))]
+    for other in caches[1:]:
+        for name in names:
+            before, after = first[name], other[name]
             changed = np.flatnonzero((before != after).reshape(len(before), -1).any(axis=1))
             if len(changed):
                 raise CacheError(
-                    f"{len(changed)} rows were seen otherwise by another teacher",
-                    where=f"{where}, row {first.row_N[changed[0]]}",
+                    f"another teacher saw other views of {len(changed)} rows",
+                    code="cache.views-differ",
+                    where=f"{where}, row {first['row'][changed[0]]}",
                     got=f"{name}: {before[changed[0]]} -> {after[changed[0]]}",
                     next_step="one of the caches was changed after it was built; build it again into another cache.url",
                 )
 
 
-def _drawn(columns: ViewColumns) -> dict[str, NDArray[Any]]:
-    return {name: getattr(columns, name) for name in _DRAWN} | columns.drawn
-
-
-def _refuse(changed: Sequence[str], what: str, first: TeacherCache, other: TeacherCache) -> None:
+def _refuse(changed: Sequence[str], what: str, code: str, first: TeacherCache, other: TeacherCache) -> None:
     if changed:
         raise CacheError(
             what,
+            code=code,
             where=f"{redact(first.url)} -> {redact(other.url)}",
             got="; ".join(changed),
             next_step="build the caches of several teachers over the same shards, with one data and one views section",

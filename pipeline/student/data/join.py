@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,42 +17,55 @@ import xxhash
 from numpy.typing import NDArray
 
 from pipeline.cache.format.codec import column_of, raw_rows
-from pipeline.cache.read.reader import StoredRows, ViewColumns
+from pipeline.cache.read.reader import ViewColumns
 from pipeline.core.errors import CacheError
 from pipeline.shards.index import ShardIndex
-from pipeline.student.data.rows import StructuredRows, as_structured_rows, drawn_fields
-from schemas.cache_format import Output
+from pipeline.student.data.rows import StructuredRows, as_structured_rows
 
-VERSION = 2
-"""Of the form below: a file of another one has another name."""
+VERSION = 3
+"""Of the file. Files of different versions have different names."""
 
 _DIGEST_BYTES = 16
-_STORED = ("logits", "embedding")
+_OUTPUTS = ("logits", "embedding")
 
 
 class DamagedFileError(Exception):
-    """The bytes are not those that were written; never seen by a user."""
+    """The bytes are not those that were written. Callers handle it; no user sees it."""
 
 
 @dataclass(frozen=True, slots=True)
 class JoinedRows:
-    """The N ok rows of a shard under a view. Arrays may lie in a mapped file, and are not to be written to."""
+    """The N ok rows of a shard under a view. Arrays may lie in a mapped file, which must not be written to.
 
-    columns: ViewColumns
+    Attributes:
+        ids: ``shard_id/key``.
+        rows_N: fields as in ``SampleRows``, and ``row``, ``mix_row`` and ``embedding_norm`` of the cache.
+        encoded: uint8 [N,W] by name of the output: rows as the cache stores them.
+    """
+
     ids: pa.StringArray
-    """``shard_id/key``."""
     rows_N: StructuredRows
-    """As ``SampleRows`` has them, and ``row``, ``mix_row`` and ``embedding_norm`` of ``columns``."""
+    encoded: Mapping[str, NDArray[np.uint8]]
 
-    def __len__(self) -> int:
-        return len(self.rows_N)
+    def sample_ids(self, ordinal_N: NDArray[np.int32]) -> NDArray[np.object_]:
+        return self.ids.take(pa.array(ordinal_N)).to_numpy(zero_copy_only=False)
 
-    def sample_ids(self, ordinal_N: NDArray[np.int32]) -> list[str]:
-        return self.ids.take(pa.array(ordinal_N)).to_pylist()
+    def teacher_columns(self, ordinal_N: NDArray[np.int32]) -> dict[str, NDArray[np.generic]]:
+        """See ``SampleRows``."""
+        encoded = {name: raw_NW.take(ordinal_N, axis=0) for name, raw_NW in self.encoded.items()}
+        return {"norm": self.rows_N["embedding_norm"][ordinal_N], **encoded}
 
 
-def join_rows(columns: ViewColumns, index: ShardIndex, *, where: str) -> JoinedRows:
-    """Rows of a view beside their rows of the index.
+@dataclass(frozen=True, slots=True)
+class PixelProofs:
+    """Pixel digests and block means of N rows; None for the rows that are no canaries."""
+
+    digests: list[bytes | None]
+    means: list[bytes | None]
+
+
+def join_rows(columns: ViewColumns, index: ShardIndex, *, where: str) -> pa.RecordBatch:
+    """Joins the rows of a view with their rows of the index.
 
     Raises:
         CacheError: see ``check_alignment``.
@@ -74,7 +87,17 @@ def join_rows(columns: ViewColumns, index: ShardIndex, *, where: str) -> JoinedR
         "partner": np.searchsorted(columns.row_N, columns.mix_row_N).astype(np.int32),
     }
     rows_N = as_structured_rows(fields, columns.drawn)
-    return JoinedRows(columns, pa.array(index.sample_ids(index.ok), pa.string()), rows_N)
+    stored = dict(zip(_OUTPUTS, (columns.logits, columns.embedding), strict=True))
+    batch = pa.record_batch(
+        {
+            "row": column_of(rows_N.view(np.uint8).reshape(len(rows_N), rows_N.itemsize)),
+            "id": pa.array(index.sample_ids(index.ok), pa.string()),
+            "pixel_digest": pa.array(columns.pixel_digest, pa.binary(16)),
+            "pixel_mean": pa.array(columns.pixel_mean, pa.binary(192)),
+            **{name: output.column for name, output in stored.items() if output is not None},
+        }
+    )
+    return batch.replace_schema_metadata({"fields": json.dumps(rows_N.dtype.descr)})
 
 
 def check_alignment(columns: ViewColumns, index: ShardIndex, *, where: str) -> None:
@@ -88,6 +111,7 @@ def check_alignment(columns: ViewColumns, index: ShardIndex, *, where: str) -> N
     if not np.array_equal(columns.row_N, expected_N):
         raise CacheError(
             "the cached rows are not the shard's rows",
+            code="cache.rows-mismatch",
             where=where,
             got=f"{len(columns.row_N)} rows: {_misplaced(columns.row_N, expected_N)}",
             expected=f"{len(expected_N)} rows, each ok row of the index once, in tar order",
@@ -97,6 +121,7 @@ def check_alignment(columns: ViewColumns, index: ShardIndex, *, where: str) -> N
     if len(wrong):
         raise CacheError(
             f"{len(wrong)} cached rows are of other images",
+            code="cache.other-images",
             where=f"{where}, {index.sample_ids(index.ok[wrong[:1]])[0]}",
             got=f"content hash {int(columns.content_hash_N[wrong[0]]):016x}",
             expected=f"{int(index.content_hash[index.ok][wrong[0]]):016x}",
@@ -106,6 +131,7 @@ def check_alignment(columns: ViewColumns, index: ShardIndex, *, where: str) -> N
     if len(foreign):
         raise CacheError(
             f"{len(foreign)} cached rows are mixed with rows that the shard does not have",
+            code="cache.foreign-partner",
             where=f"{where}, {index.sample_ids(index.ok[foreign[:1]])[0]}",
             got=f"row {columns.mix_row_N[foreign[0]]}",
             next_step="build another cache",
@@ -120,13 +146,12 @@ def _misplaced(row_N: NDArray[np.int32], expected_N: NDArray[np.int32]) -> str:
         "foreign": np.setdiff1d(rows, expected_N),
         "repeated": rows[counts > 1],
     }
-    told = [f"{kind} {found[:5].tolist()}" for kind, found in kinds.items() if len(found)]
-    return ", ".join(told) or "the right ones in another order"
+    named = [f"{kind} {rows[:5].tolist()}" for kind, rows in kinds.items() if len(rows)]
+    return ", ".join(named) or "the right ones in another order"
 
 
-def write_joined(rows: JoinedRows, path: Path) -> None:
-    """Fills a file, in place."""
-    batch = _to_batch(rows)
+def write_joined(batch: pa.RecordBatch, path: Path) -> None:
+    """Fills an existing file, in place."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, batch.schema) as stream:
         stream.write_batch(batch)
@@ -136,23 +161,29 @@ def write_joined(rows: JoinedRows, path: Path) -> None:
         file.write(xxhash.xxh3_128_digest(data))
 
 
-def map_joined(path: Path, outputs: Sequence[Output]) -> JoinedRows:
-    """Maps a file and reads it once, to compare its digest. Pixel proofs stay unread; see ``with_proofs``.
+def map_joined(path: Path, *, outputs: Sequence[str] = _OUTPUTS) -> JoinedRows:
+    """Maps a file and reads it once, to compare its digest.
 
     Args:
-        outputs: of the cache that the view is of.
+        outputs: names of those to take, if the file has them.
 
     Raises:
         DamagedFileError: its bytes are not those that were written.
     """
-    return _from_batch(_mapped(path), {output.name: output for output in outputs})
-
-
-def with_proofs(columns: ViewColumns, path: Path) -> ViewColumns:
-    """The same columns with the pixel digests and means of the rows that have any."""
     batch = _mapped(path)
-    digests, means = (tuple(batch[name].to_pylist()) for name in ("pixel_digest", "pixel_mean"))
-    return replace(columns, pixel_digest=digests, pixel_mean=means)
+    fields = [(name, kind, *map(tuple, shape)) for name, kind, *shape in json.loads(batch.schema.metadata[b"fields"])]
+    rows_N = raw_rows(batch["row"]).reshape(-1).view(fields)
+    encoded = {name: raw_rows(batch[name]) for name in outputs if name in batch.schema.names}
+    return JoinedRows(batch["id"], rows_N, encoded)
+
+
+def read_proofs(path: Path) -> PixelProofs:
+    """
+    Raises:
+        DamagedFileError: its bytes are not those that were written.
+    """
+    batch = _mapped(path)
+    return PixelProofs(batch["pixel_digest"].to_pylist(), batch["pixel_mean"].to_pylist())
 
 
 def _mapped(path: Path) -> pa.RecordBatch:
@@ -162,40 +193,3 @@ def _mapped(path: Path) -> pa.RecordBatch:
     if len(digest) < _DIGEST_BYTES or xxhash.xxh3_128_digest(body) != digest.to_pybytes():
         raise DamagedFileError(str(path))
     return pa.ipc.open_stream(body).read_next_batch()
-
-
-def _to_batch(rows: JoinedRows) -> pa.RecordBatch:
-    columns = rows.columns
-    rows_NW = rows.rows_N.view(np.uint8).reshape(len(rows), rows.rows_N.itemsize)
-    stored = dict(zip(_STORED, (columns.logits, columns.embedding), strict=True))
-    batch = pa.record_batch(
-        {
-            "record": column_of(rows_NW),
-            "id": rows.ids,
-            "pixel_digest": pa.array(columns.pixel_digest, pa.binary(16)),
-            "pixel_mean": pa.array(columns.pixel_mean, pa.binary(192)),
-            **{name: found.column for name, found in stored.items() if found is not None},
-        }
-    )
-    return batch.replace_schema_metadata({"fields": json.dumps(rows.rows_N.dtype.descr)})
-
-
-def _from_batch(batch: pa.RecordBatch, outputs: Mapping[str, Output]) -> JoinedRows:
-    fields = [(name, kind, *map(tuple, shape)) for name, kind, *shape in json.loads(batch.schema.metadata[b"fields"])]
-    rows_N = raw_rows(batch["record"]).reshape(-1).view(fields)
-    stored = {name: StoredRows(batch[name], outputs[name]) if name in outputs else None for name in _STORED}
-    columns = ViewColumns(
-        row_N=rows_N["row"],
-        content_hash_N=rows_N["content_hash"],
-        box_N4=rows_N["box"],
-        flip_N=rows_N["flip"],
-        mix_row_N=rows_N["mix_row"],
-        mix_lambda_N=rows_N["mix_lambda"],
-        drawn=drawn_fields(rows_N),
-        embedding_norm_N=rows_N["embedding_norm"],
-        logits=stored["logits"],
-        embedding=stored["embedding"],
-        pixel_digest=(),
-        pixel_mean=(),
-    )
-    return JoinedRows(columns, batch["id"], rows_N)

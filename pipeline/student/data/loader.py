@@ -1,127 +1,161 @@
-"""Brings the files of coming steps to this node while earlier ones are trained on.
-
-The order says which (shard, view) is met when, so nothing is guessed. One process of each rank does it, for all its
-loader processes, which then find the files there; one that is early waits for the same file or makes it.
-"""
+"""Loads the batches of a training, in loader processes or in its own, and checks what these need of the machine."""
 
 from __future__ import annotations
 
-import logging
 import os
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Self
+import tempfile
+from collections.abc import Generator, Sequence
+from pathlib import Path
 
-from pipeline.core.errors import StillroomError
-from pipeline.student.data.order import TrainingOrder
-from pipeline.student.data.sources import RowSource
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-_THREADS = 8
-_log = logging.getLogger(__name__)
+from pipeline.cache.format.codec import depends_on_temperature
+from pipeline.core.errors import ConfigError, ResourceError, StillroomError, TrainingError, first_line
+from pipeline.student.data.batch import Batch, SharedMemoryBatch
+from pipeline.student.data.dataset import StepDataset
+from pipeline.student.data.prefetcher import Prefetcher, ranks_on_node
+from schemas.cache_format import Header
+
+_PREFETCH_FACTOR = 2
+"""Batches that each loader process prepares ahead."""
+_FOLDER = Path("/dev/shm")  # noqa: S108 - where torch itself allocates it
+_FP32_BYTES = 4
+# Batches travel as file descriptors over a Unix socket that multiprocessing creates: the kernel's limit for its path,
+# and what multiprocessing appends to the temporary folder.
+_MAX_SOCKET_PATH_BYTES = 107
+_SOCKET_BELOW_TEMP = "/pymp-xxxxxxxx/listener-xxxxxxxx"
 
 
-@dataclass(frozen=True, slots=True)
-class _Coming:
-    """A shard that an epoch meets first at this step, counted over all epochs."""
+def load_batches(dataset: StepDataset, steps: range, *, num_workers: int, pin_memory: bool) -> Generator[Batch]:
+    """The batches of these steps, in order, for any number of loader processes.
 
-    step: int
-    shard: int
-    epoch: int
+    Close the generator if not all batches are taken: it waits for threads, and a garbage collector must not, since it
+    may run under a lock that they need to end.
+
+    Raises:
+        StillroomError: the error of the dataset, at its step, from any process.
+    """
+    loader = DataLoader(
+        _ErrorCapturingDataset(dataset),
+        batch_size=None,
+        sampler=steps,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        prefetch_factor=_PREFETCH_FACTOR if num_workers else None,
+    )
+    outcomes = iter(loader)
+    ahead = Prefetcher(dataset.source, dataset.order, rank=dataset.rank, world_size=dataset.world_size, steps=steps)
+    with ahead:
+        try:
+            for outcome in outcomes:
+                if isinstance(outcome, StillroomError):
+                    raise outcome
+                batch = outcome.open() if isinstance(outcome, SharedMemoryBatch) else outcome
+                ahead.advance(batch.step)
+                yield batch
+        finally:
+            # Collected later, with an error's traceback, it would wait 5 s for each loader process.
+            del outcomes
 
 
-class Prefetcher:
-    """Fetches up to one window of shards ahead, and no more than half of what the node's store may hold.
+class _ErrorCapturingDataset(Dataset[Batch | SharedMemoryBatch | StillroomError]):
+    """Returns errors instead of raising them.
 
-    Started only when loader processes are: a process that is forked from one with threads inherits locks that nobody
-    in it will ever release.
+    A ``DataLoader`` turns an exception of its processes into a traceback; a returned error arrives unchanged.
     """
 
-    def __init__(self, source: RowSource, order: TrainingOrder, *, rank: int, world_size: int, steps: range) -> None:
-        self._source, self._order = source, order
-        self._rank, self._world_size = rank, world_size
-        self._max_ahead = _max_ahead(source, world_size)
-        self._coming = self._look_ahead(steps)
-        self._next: _Coming | None = None
-        self._ahead: deque[int] = deque()
-        """First steps of what was asked for and is not used yet."""
-        self._step = steps.start - 1
-        self._failed: list[BaseException] = []
-        self._walking: Future[None] | None = None
-        self._walker = ThreadPoolExecutor(1, thread_name_prefix="look-ahead")
-        self._fetchers = ThreadPoolExecutor(_THREADS, thread_name_prefix="fetch")
+    def __init__(self, dataset: StepDataset) -> None:
+        self._dataset = dataset
 
-    def __enter__(self) -> Self:
-        self.advance(self._step)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._walker.shutdown(cancel_futures=True)
-        self._fetchers.shutdown(cancel_futures=True)
-
-    def advance(self, step: int) -> None:
-        """Says that this step was handed out. Returns at once."""
-        self._step = step
-        if self._failed:
-            raise self._failed[0]
-        if self._max_ahead and (self._walking is None or self._walking.done()):
-            self._walking = self._walker.submit(self._guarded, self._walk)
-
-    def _walk(self) -> None:
-        """Asks for what comes until a window after the present step, as far as there is room."""
-        while self._ahead and self._ahead[0] <= self._step:
-            self._ahead.popleft()
-        while len(self._ahead) < self._max_ahead:
-            self._next = self._next or next(self._coming, None)
-            if self._next is None or self._next.step > self._step + self._order.window_steps:
-                return
-            self._fetchers.submit(self._guarded, self._fetch, self._next)
-            self._ahead.append(self._next.step)
-            self._next = None
-
-    def _look_ahead(self, steps: range) -> Iterator[_Coming]:
-        num_steps = self._order.num_steps
-        for epoch in range(steps.start // num_steps, -(-steps.stop // num_steps)):
-            first, rows = epoch * num_steps, self._order.epoch(epoch, self._source.view_of(epoch))
-            expected = range(max(steps.start - first, 0), min(steps.stop - first, num_steps))
-            for step, shard in rows.first_steps(expected, self._rank, self._world_size):
-                yield _Coming(first + step, shard, epoch)
-
-    def _fetch(self, coming: _Coming) -> None:
+    def __getitem__(self, step: int) -> Batch | SharedMemoryBatch | StillroomError:
         try:
-            self._source.fetch(coming.shard, coming.epoch)
+            batch = self._dataset[step]
         except StillroomError as error:
-            # Who reads it meets the same error at its step, after all batches before it.
-            _log.info("shard %s was not fetched ahead: %s", self._source.shard_ids[coming.shard], error.what)
-
-    def _guarded(self, work: Callable[..., None], *args: object) -> None:
-        try:
-            work(*args)
-        except Exception as error:
-            self._failed.append(error)
-
-
-def ranks_here(world_size: int) -> int:
-    """How many ranks share this node and its store: torchrun and Ray Train tell; else all of them."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-
-
-def _max_ahead(source: RowSource, world_size: int) -> int:
-    """Shards; half of the store is left to what is in use."""
-    if source.fetched_bytes == 0:
-        return 0
-    return max(1, source.store.limit() // 2 // ranks_here(world_size) // source.fetched_bytes)
+            return error
+        except RuntimeError as error:
+            # Raised by torch, without a class: other programs have taken what was free at the start.
+            if "shared memory" not in str(error):
+                raise
+            return TrainingError(
+                "a loader process could not get shared memory for its batch",
+                code="train.shared-memory",
+                where="train.num_workers",
+                got=first_line(error),
+                next_step="lower train.num_workers (0 needs none), or enlarge /dev/shm; then run the command again: it "
+                "continues from the last checkpoint",
+            )
+        return batch if get_worker_info() is None else SharedMemoryBatch.of(batch)
 
 
-def over_budget(source: RowSource, order: TrainingOrder, *, rank: int, world_size: int) -> str | None:
-    """What to warn of where all that is in use at a time does not fit into the node's store."""
-    shards = min(order.shards_at_once(rank, world_size) * ranks_here(world_size), len(source.shard_ids))
-    needed, limit = shards * source.fetched_bytes, source.store.limit()
-    if needed <= limit:
-        return None
-    return (
-        f"about {needed:,} bytes of shards and views are in use at a time on this node, and {limit:,} may be kept in "
-        f"{source.store.folder} (data.local_bytes, data.local_dir): files will be fetched again and again; raise it, "
-        "set train.order: pinned or fewer train.lanes, or train on more nodes"
+def check_loaders(dataset: StepDataset, headers: Sequence[Header], *, num_workers: int, reads_embeddings: bool) -> None:
+    """Checks that this machine has what loader processes need to send their batches.
+
+    Args:
+        headers: of the caches whose outputs travel with each batch.
+        num_workers: loader processes of each rank; with 0 nothing is needed.
+
+    Raises:
+        ResourceError: ``/dev/shm`` has less free memory than the batches that all ranks of this machine hold at a time.
+        ConfigError: the path of the temporary folder is too long for a socket.
+    """
+    if not num_workers:
+        return
+    _check_temporary_folder()
+    if not _FOLDER.is_dir():
+        return
+    volume = os.statvfs(_FOLDER)
+    ranks, batch = ranks_on_node(dataset.world_size), batch_bytes(dataset, headers, reads_embeddings=reads_embeddings)
+    # Those that the loaders hold or fill, and the batch in use.
+    num_batches, free_bytes = _PREFETCH_FACTOR * num_workers + 1, volume.f_bavail * volume.f_frsize
+    if (needed_bytes := ranks * num_batches * batch) <= free_bytes:
+        return
+    fitting = max((free_bytes // ranks // batch - 1) // _PREFETCH_FACTOR, 0)
+    raise ResourceError(
+        "the shared memory of this machine does not hold the batches of the loader processes",
+        code="train.shared-memory",
+        where=str(_FOLDER),
+        got=f"{free_bytes:,} bytes free",
+        expected=f"{needed_bytes:,} bytes: {ranks} ranks x {num_batches} batches (train.num_workers={num_workers}) "
+        f"x {batch:,} bytes",
+        next_step=f"set train.num_workers={fitting}, lower train.global_batch_size, or enlarge {_FOLDER}: docker run "
+        f"--shm-size={_gigabytes(needed_bytes)}g, or in Kubernetes mount an emptyDir with medium: Memory there",
+    )
+
+
+def _gigabytes(num_bytes: int) -> int:
+    return -(-num_bytes // 2**30)
+
+
+def batch_bytes(dataset: StepDataset, headers: Sequence[Header], *, reads_embeddings: bool) -> int:
+    """Bytes of shared memory that one full batch of this rank takes, without what aligns its tensors."""
+    order = dataset.order
+    lanes = len(order.lanes_of(dataset.rank, dataset.world_size))
+    rows = min(lanes * order.units_per_lane_step * order.rows_per_unit, order.num_rows)
+    pixels = sum(3 * network.size**2 for network in (dataset.student, *dataset.teachers))
+    outputs = sum(_output_bytes(header, dataset.temperatures, reads_embeddings) for header in headers)
+    return rows * (pixels + outputs)
+
+
+def _output_bytes(header: Header, temperatures: Sequence[float], reads_embeddings: bool) -> int:
+    """Of one row, decoded."""
+    logits, size = header.output("logits"), 0
+    if logits is not None and temperatures:
+        size += header.num_classes * (len(temperatures) if depends_on_temperature(logits) else 1)
+    if reads_embeddings and header.output("embedding") is not None:
+        size += header.embedding_dim
+    return _FP32_BYTES * size
+
+
+def _check_temporary_folder() -> None:
+    folder = tempfile.gettempdir()
+    size_bytes = len(os.fsencode(folder + _SOCKET_BELOW_TEMP))
+    if size_bytes <= _MAX_SOCKET_PATH_BYTES:
+        return
+    raise ConfigError(
+        "the temporary folder has too long a path for the sockets of the loader processes",
+        code="train.temp-dir-too-long",
+        where="TMPDIR",
+        got=f"{folder}: {size_bytes} bytes with the name of the socket",
+        expected=f"at most {_MAX_SOCKET_PATH_BYTES} bytes",
+        next_step="export TMPDIR=/tmp, or set train.num_workers=0",
     )

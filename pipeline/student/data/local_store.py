@@ -1,12 +1,12 @@
-"""Files that a node keeps for all training processes on it: copies of remote shards, and views of caches to be mapped.
+"""Files that a node stores for all its training processes: copies of remote shards, and views of caches to be mapped.
 
-One folder, one byte limit. A file is made once, by who asks first; the others wait. It is written under a name of its
-own and renamed when it is whole, so a file under its final name is never half of one. What was used longest ago goes
-first.
+One folder, one byte limit. The first process that needs a file makes it; the others wait. It is written under another
+name and renamed when it is complete, so a file under its final name is never partial. The least recently used file is
+removed first.
 
-There is no record beside the files, so nothing can disagree with them: sizes and times of use are the file system's,
-and who is at work with a file has it locked (``flock``), which the kernel ends with the process. A file in use is not
-removed: it would still take its space, and the next process would make it once more.
+All state is in the files, so nothing can disagree with them: sizes and times of use are the file system's, and a
+process locks each file that it uses (``flock``); the kernel releases the lock with the process. A file in use is not
+removed: it would still take its space, and the next process would make it again.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from pipeline import storage
 from pipeline.core.errors import StorageInputError
 from schemas.config import DataConfig
 
-Make = Callable[[Path], None]
-"""Fills a file that is there, in place."""
+Fill = Callable[[Path], None]
+"""Fills an existing file, in place."""
 
 TEMPORARY = Path(tempfile.gettempdir())
-"""Where ``data.local_dir`` is not given."""
+"""The default of ``data.local_dir``."""
 
 _NAME = re.compile(r"(?:\.part-(?P<reserved>\d+)-)?[0-9a-f]{24}-.+")
 _SHARE_OF_FREE = 0.8
@@ -40,20 +40,23 @@ _POLL_S = 0.02
 
 
 def name_of(key: str, label: str) -> str:
-    """The file's name for what ``key`` identifies; ``label`` is for who looks into the folder."""
+    """The name of the file that ``key`` identifies; ``label`` is for readers of the folder."""
     return f"{hashlib.sha256(key.encode()).hexdigest()[:24]}-{storage.short_name(label)}"
 
 
 @dataclass(frozen=True, slots=True)
 class CacheLease:
-    """A file that stays where it is until it is let go of."""
+    """A file that is not removed until the lease is closed.
+
+    Attributes:
+        store: None: the file is no copy of a store.
+        over_budget: the files in use on this node exceed the limit; close other leases where possible.
+    """
 
     path: Path
     store: NodeStore | None = None
-    """None: not a copy of ours."""
     descriptor: int = -1
-    crowded: bool = False
-    """What is in use on this node takes more than the limit: who can should let go of other files."""
+    over_budget: bool = False
 
     def __enter__(self) -> Self:
         return self
@@ -62,15 +65,15 @@ class CacheLease:
         self.close()
 
     def close(self) -> None:
-        """Lets go. Memory that was mapped stays readable."""
+        """Releases the file. Memory that was mapped stays readable."""
         if self.store is None:
             return
         os.close(self.descriptor)
-        if self.crowded:
+        if self.over_budget:
             self.store.shrink()
 
     def discard(self) -> None:
-        """Lets go of a copy that turned out wrong, so that the next who asks gets a new one."""
+        """Releases and removes a copy whose bytes are wrong, so that the next lease gets a new one."""
         if self.store is not None and _is_named(self.descriptor, self.path):
             self.path.unlink(missing_ok=True)
         self.close()
@@ -86,19 +89,22 @@ class _File:
 
 @dataclass(frozen=True, slots=True)
 class NodeStore:
-    """``limit_bytes`` of None is four fifths of what the disk has for it: what is free and what is here."""
+    """
+    Attributes:
+        limit_bytes: None: four fifths of the disk's free bytes and those of the store.
+    """
 
     folder: Path
     limit_bytes: int | None = None
 
     @classmethod
     def of(cls, data: DataConfig) -> NodeStore:
-        """A user's own folder in ``data.local_dir``: what others put into it would be learnt."""
+        """A folder in ``data.local_dir`` that belongs to this user, since a student trains on its content."""
         parent = TEMPORARY if data.local_dir is None else Path(storage.expand_home(data.local_dir))
         return cls(parent / f"stillroom-{os.geteuid()}", data.local_bytes)
 
     def acquire_url(self, url: str) -> CacheLease:
-        """The object's bytes: itself if it is local, else a copy.
+        """A file with the object's bytes: the object itself if it is local, else a copy.
 
         Raises:
             StorageError, StorageInputError: it cannot be read, or the disk is full.
@@ -107,37 +113,36 @@ class NodeStore:
         local = storage.local_path(url)
         if local is not None:
             return CacheLease(local)
-        # The same object again after it was replaced by one of another size. Same sizes are told apart by contents,
-        # which readers of images compare.
+        # The size tells whether the object was replaced; with the same size, readers of images compare contents.
         name = name_of(f"{url}\n{size_bytes}", storage.last_name(url))
 
         def fetch(part: Path) -> None:
             storage.download(url, part, size_bytes)
 
-        held = self.acquire(name, size_bytes, fetch)
-        if held.path.stat().st_size == size_bytes:
-            return held
-        # What a node that lost its power leaves behind: files are renamed whole, and not forced to the disk.
-        held.discard()
+        lease = self.acquire(name, size_bytes, fetch)
+        if lease.path.stat().st_size == size_bytes:
+            return lease
+        # A node lost its power: files are renamed when complete, and not forced to the disk.
+        lease.discard()
         return self.acquire(name, size_bytes, fetch)
 
-    def acquire(self, name: str, size_bytes: int, make: Make) -> CacheLease:
-        """The file of this name (``name_of``), made if it is not there.
+    def acquire(self, name: str, size_bytes: int, fill: Fill) -> CacheLease:
+        """The file of this name (``name_of``), made if it does not exist.
 
         Args:
-            size_bytes: about how large it will be; room is made for that before it is.
+            size_bytes: its approximate size; so much room is made first.
 
         Raises:
             StorageInputError: the folder is another user's, or cannot be written to.
             StorageError: the disk is full.
         """
-        with storage.on_disk(self.folder, "keep a file"):
+        with storage.on_disk(self.folder, "store a file"):
             self._prepare()
             while True:
-                held = self._find(name) or self._make(name, size_bytes, make)
-                # None: others finished, or removed, what we waited for.
-                if held is not None:
-                    return held
+                lease = self._lease(name) or self._make(name, size_bytes, fill)
+                # None: another process finished or removed the file meanwhile.
+                if lease is not None:
+                    return lease
 
     def _prepare(self) -> None:
         self.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -145,34 +150,35 @@ class NodeStore:
         owner = self.folder.stat().st_uid
         if owner != os.geteuid():
             raise StorageInputError(
-                "this folder belongs to another user, who could change what is learnt",
+                "this folder belongs to another user, who could change the training data",
+                code="storage.foreign-folder",
                 where=str(self.folder),
                 got=f"user {owner}",
                 expected=f"user {os.geteuid()}",
-                next_step="set data.local_dir to a folder of your own",
+                next_step="set data.local_dir to a folder that belongs to you",
             )
 
-    def _find(self, name: str) -> CacheLease | None:
+    def _lease(self, name: str) -> CacheLease | None:
         path = self.folder / name
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
         fcntl.flock(descriptor, fcntl.LOCK_SH)
-        return self._used(path, descriptor, crowded=False)
+        return self._used(path, descriptor, over_budget=False)
 
-    def _used(self, path: Path, descriptor: int, *, crowded: bool) -> CacheLease | None:
-        """Of a locked file; None if it was removed before it was locked."""
+    def _used(self, path: Path, descriptor: int, *, over_budget: bool) -> CacheLease | None:
+        """The lease of a locked file; None if it was removed before it was locked."""
         if os.fstat(descriptor).st_nlink == 0:
             os.close(descriptor)
             return None
         now = time.time_ns()
-        # Given in full: the kernel's own idea of now has steps of some milliseconds.
+        # In nanoseconds: the kernel's clock for files has steps of some milliseconds.
         os.utime(descriptor, ns=(now, now))
-        return CacheLease(path, self, descriptor, crowded)
+        return CacheLease(path, self, descriptor, over_budget)
 
-    def _make(self, name: str, size_bytes: int, make: Make) -> CacheLease | None:
-        """The part is its own lock: who was killed has left it unlocked, and the next one fills it anew."""
+    def _make(self, name: str, size_bytes: int, fill: Fill) -> CacheLease | None:
+        """The partial file is locked while it is filled: a killed process leaves it unlocked, and the next fills it."""
         part = self.folder / f".part-{size_bytes}-{name}"
         descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         if not _claimed(descriptor, part):
@@ -183,9 +189,9 @@ class NodeStore:
                 part.unlink()
                 _release(descriptor)
                 return None
-            # The part's name tells its size to be, so that all who make room at this moment count it.
+            # Its name contains its final size, so that all processes that make room now count it.
             fits = self.shrink()
-            make(part)
+            fill(part)
             part.rename(self.folder / name)
         except BaseException:
             part.unlink(missing_ok=True)
@@ -194,11 +200,11 @@ class NodeStore:
         fcntl.flock(descriptor, fcntl.LOCK_SH)
         if os.fstat(descriptor).st_size > size_bytes:
             fits = self.shrink()
-        return self._used(self.folder / name, descriptor, crowded=not fits)
+        return self._used(self.folder / name, descriptor, over_budget=not fits)
 
     def shrink(self) -> bool:
-        """Removes what nobody uses, longest unused first, until the limit is kept. Returns whether it is."""
-        with self._alone():
+        """Removes unused files, least recently used first, until the limit holds. Returns whether it does."""
+        with self._exclusive():
             files = [file for file in self._files() if not (file.is_part and _removed(file.path))]
             total = sum(file.size_bytes for file in files)
             limit = self._limit(total)
@@ -210,8 +216,8 @@ class NodeStore:
             return total <= limit
 
     def limit(self) -> int:
-        """Bytes that the store may take, as things stand."""
-        with storage.on_disk(self.folder, "keep files"):
+        """Bytes that the store may take now."""
+        with storage.on_disk(self.folder, "store files"):
             self._prepare()
             return self._limit(sum(file.size_bytes for file in self._files()))
 
@@ -221,8 +227,8 @@ class NodeStore:
         return int(_SHARE_OF_FREE * (used_bytes + shutil.disk_usage(self.folder).free))
 
     @contextmanager
-    def _alone(self) -> Generator[None]:
-        """Two who made room at the same time would remove twice as much."""
+    def _exclusive(self) -> Generator[None]:
+        """Two processes that made room at the same time would remove twice as much."""
         descriptor = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -231,9 +237,9 @@ class NodeStore:
             _release(descriptor)
 
     def _files(self) -> Iterator[_File]:
-        """What is ours in the folder; a file that goes meanwhile is left out."""
-        with os.scandir(self.folder) as found:
-            for entry in found:
+        """The store's files in the folder, without those that are removed meanwhile."""
+        with os.scandir(self.folder) as entries:
+            for entry in entries:
                 if (match := _NAME.fullmatch(entry.name)) is None:
                     continue
                 try:
@@ -246,12 +252,12 @@ class NodeStore:
 
 
 def _claimed(descriptor: int, part: Path) -> bool:
-    """Whether the part is ours to fill: locked, and still the one that the name means."""
+    """Whether this process may fill the partial file: it has locked it, and the name still refers to it."""
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            # Not a wait for the lock: who made it keeps it, shared, as long as it is used.
+            # Polled: the process that made the file holds its lock, shared, as long as it uses it.
             if not _is_named(descriptor, part):
                 return False
             time.sleep(_POLL_S)
@@ -267,13 +273,13 @@ def _is_named(descriptor: int, path: Path) -> bool:
 
 
 def _release(descriptor: int) -> None:
-    # Closing alone would leave the lock to a process that was forked meanwhile.
+    # Closing alone would leave the lock with a process that was forked meanwhile.
     fcntl.flock(descriptor, fcntl.LOCK_UN)
     os.close(descriptor)
 
 
 def _removed(path: Path) -> bool:
-    """Removes a file unless somebody uses it."""
+    """Removes a file unless a process uses it."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -283,7 +289,7 @@ def _removed(path: Path) -> bool:
     except BlockingIOError:
         os.close(descriptor)
         return False
-    # The name may mean another file by now.
+    # The name may refer to another file by now.
     if named := _is_named(descriptor, path):
         path.unlink()
     _release(descriptor)

@@ -1,4 +1,4 @@
-"""Rows of samples on their way into a batch: a record of numbers each, an id, and what the teachers said."""
+"""Rows of samples on their way into a batch: one flat set of named columns."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.student.data.teacher_outputs import EncodedTeacherOutputs
-
 StructuredRows = NDArray[np.void]
-_DRAWN = "drawn/"
-_PLACE = ["offset", "size", "content_hash"]
+_AUG_PARAMS = "aug_params/"
+_BYTE_RANGE = ["offset", "size", "content_hash"]
+_ID, _ROW, _TEACHER = "sample_id", "row", "teacher"
 
 
-def as_structured_rows(fields: Mapping[str, NDArray[Any]], drawn: Mapping[str, NDArray[Any]]) -> StructuredRows:
-    """[N] arrays, or [N, …], side by side. ``drawn`` are the columns of ``schemas.cache_format.aug_param_columns``."""
-    named = {**fields, **{_DRAWN + name: values_N for name, values_N in drawn.items()}}
+def as_structured_rows(fields: Mapping[str, NDArray[Any]], aug_params: Mapping[str, NDArray[Any]]) -> StructuredRows:
+    """[N] arrays, or [N, …], as the fields of one array; ``aug_params`` by ``schemas.cache_format.aug_param_columns``.
+
+    Numbers that are read together are stored together: a step takes few rows of many shards, and pays for each array
+    it touches.
+    """
+    named = {**fields, **{_AUG_PARAMS + name: values_N for name, values_N in aug_params.items()}}
     num_rows = len(next(iter(named.values())))
     rows_N = np.empty(num_rows, [(name, values.dtype, values.shape[1:]) for name, values in named.items()])
     for name, values in named.items():
@@ -26,50 +29,86 @@ def as_structured_rows(fields: Mapping[str, NDArray[Any]], drawn: Mapping[str, N
     return rows_N
 
 
-def drawn_fields(rows_N: StructuredRows) -> dict[str, NDArray[Any]]:
-    """What ``as_structured_rows`` was given as ``drawn``."""
+def is_aug_param(field: str) -> bool:
+    return field.startswith(_AUG_PARAMS)
+
+
+def aug_params_of(rows_N: StructuredRows) -> dict[str, NDArray[Any]]:
+    """The ``aug_params`` of ``as_structured_rows``."""
     names = rows_N.dtype.names or ()
-    return {name.removeprefix(_DRAWN): rows_N[name] for name in names if name.startswith(_DRAWN)}
+    return {name.removeprefix(_AUG_PARAMS): rows_N[name] for name in names if is_aug_param(name)}
 
 
 @dataclass(frozen=True, slots=True)
 class SampleRows:
-    """N rows under one view: where their bytes are, how they are cropped, what the teachers said.
+    """N rows under one view: where their bytes are, how they are cropped, and the encoded outputs of cached teachers.
 
     Attributes:
-        record_N: numbers that are taken together are stored together: a step takes few rows of many shards, and pays
-            for each array it touches. Fields: offset, size, content_hash (of the image's bytes in its shard), label,
-            width, height (pixels after EXIF rotation), box [4], flip, mix_lambda, partner (ordinal among the shard's
-            ok rows; a row's own where it is not mixed), and the drawn ones; maybe others.
-        words: of each cache; none where views are drawn here.
+        columns: ``sample_id`` (str objects), ``row`` (structured), and of each cached teacher ``teacher/<number>/norm``
+            (fp32), ``…/logits`` and ``…/embedding`` (uint8 [N,W], encoded), where the cache has them and a loss reads
+            them. Fields of ``row``: offset, size, content_hash (of the image's bytes in its shard), label, width,
+            height (pixels after EXIF rotation), box [4], flip, mix_lambda, partner (ordinal among the shard's ok rows;
+            a row's own where it is not mixed), augmentation parameters, and possibly others.
     """
 
-    sample_ids: list[str]
-    rows_N: StructuredRows
-    words: tuple[EncodedTeacherOutputs, ...]
+    columns: Mapping[str, NDArray[Any]]
 
     @classmethod
-    def placed(cls, pieces: Sequence[tuple[NDArray[np.int64], SampleRows]], num_rows: int) -> SampleRows:
-        """One of ``num_rows`` out of pieces, each with the places of its rows; all places are filled."""
-        sample_ids = [""] * num_rows
-        rows_N = np.empty(num_rows, pieces[0][1].rows_N.dtype)
-        for place_P, piece in pieces:
-            rows_N[place_P] = piece.rows_N
-            for place, sample_id in zip(place_P.tolist(), piece.sample_ids, strict=True):
-                sample_ids[place] = sample_id
-        words = zip(*([(place_P, said) for said in piece.words] for place_P, piece in pieces), strict=True)
-        return cls(
-            sample_ids, rows_N, tuple(EncodedTeacherOutputs.placed(of_teacher, num_rows) for of_teacher in words)
-        )
+    def build(
+        cls,
+        sample_id_N: NDArray[np.object_],
+        rows_N: StructuredRows,
+        teachers: Sequence[Mapping[str, NDArray[Any]]] = (),
+    ) -> SampleRows:
+        """
+        Args:
+            teachers: the columns of each cached teacher.
+        """
+        outputs = {
+            f"{_TEACHER}/{number}/{name}": values
+            for number, columns in enumerate(teachers)
+            for name, values in columns.items()
+        }
+        return cls({_ID: sample_id_N, _ROW: rows_N, **outputs})
 
     def __len__(self) -> int:
         return len(self.rows_N)
 
     @property
-    def places(self) -> list[tuple[int, int, int]]:
-        """Offset and size in bytes in the shard, and content hash, of each row."""
-        return self.rows_N[_PLACE].tolist()
+    def sample_ids(self) -> list[str]:
+        return self.columns[_ID].tolist()
 
     @property
-    def drawn(self) -> dict[str, NDArray[Any]]:
-        return drawn_fields(self.rows_N)
+    def rows_N(self) -> StructuredRows:
+        return self.columns[_ROW]
+
+    @property
+    def byte_ranges(self) -> list[tuple[int, int, int]]:
+        """Offset and size in bytes in the shard, and content hash, of each row's image."""
+        return self.rows_N[_BYTE_RANGE].tolist()
+
+    @property
+    def aug_params(self) -> dict[str, NDArray[Any]]:
+        return aug_params_of(self.rows_N)
+
+    def of_teacher(self, number: int) -> dict[str, NDArray[Any]]:
+        """The columns of one cached teacher."""
+        prefix = f"{_TEACHER}/{number}/"
+        return {name.removeprefix(prefix): values for name, values in self.columns.items() if name.startswith(prefix)}
+
+
+def scatter(chunks: Sequence[SampleRows], positions: Sequence[NDArray[np.integer[Any]]]) -> SampleRows:
+    """The rows of several shards as those of one batch.
+
+    Args:
+        chunks: with the same columns each.
+        positions: of each chunk's rows in the batch; together they are 0 … B - 1.
+    """
+    num_rows = sum(map(len, positions))
+    columns = {
+        name: np.empty((num_rows, *values.shape[1:]), values.dtype) for name, values in chunks[0].columns.items()
+    }
+    for chunk, position_N in zip(chunks, positions, strict=True):
+        for name, values in chunk.columns.items():
+            columns[name][position_N] = values
+    return SampleRows(columns)

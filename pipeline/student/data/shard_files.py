@@ -7,21 +7,21 @@ from dataclasses import dataclass
 from pipeline.shards.shard_urls import report_moved
 from pipeline.shards.tar import ShardReader
 from pipeline.student.data.local_store import CacheLease, NodeStore
-from pipeline.student.data.recent import Recent, max_stored
+from pipeline.student.data.memo import Memo, max_open
 
 
 @dataclass(frozen=True, slots=True)
 class _OpenShard:
-    held: CacheLease
+    lease: CacheLease
     reader: ShardReader
 
     def close(self) -> None:
         self.reader.close()
-        self.held.close()
+        self.lease.close()
 
     def discard(self) -> None:
         self.reader.close()
-        self.held.discard()
+        self.lease.discard()
 
 
 class ShardFiles:
@@ -30,13 +30,13 @@ class ShardFiles:
     def __init__(self, urls: list[str], store: NodeStore, *, name_shards: str = "append data.shards={}") -> None:
         """``name_shards``: as of ``open_cached``."""
         self._urls, self._store, self._name_shards = urls, store, name_shards
-        self._opened = Recent(self._open, max_stored(2), _OpenShard.close)
+        self._opened = Memo(self._open, max_open(2), _OpenShard.close)
 
     def _open(self, shard: int) -> _OpenShard:
-        held = self._acquire(shard)
-        if held.crowded:
+        lease = self._acquire(shard)
+        if lease.over_budget:
             self._opened.clear()
-        return _OpenShard(held, ShardReader(held.path, where=self._urls[shard]))
+        return _OpenShard(lease, ShardReader(lease.path, where=self._urls[shard]))
 
     def _acquire(self, shard: int) -> CacheLease:
         with report_moved(self._urls, self._name_shards):
@@ -46,13 +46,13 @@ class ShardFiles:
         return self._opened.get(shard).reader.read(offset, size)
 
     def reread(self, shard: int, offset: int, size: int) -> bytes:
-        """The same bytes out of a new copy, for who found others in the old one; local shards are read as they are."""
+        """Reads from a new copy, after the old one turned out to have other bytes. A local shard is read again."""
         if (opened := self._opened.pop(shard)) is not None:
             opened.discard()
         return self.read(shard, offset, size)
 
     def fetch(self, shard: int) -> None:
-        """Copies a shard to this node, unless it is local or there already. Threads may share it."""
+        """Copies a shard to this node, unless it is local or copied already. Threads may share it."""
         self._acquire(shard).close()
 
     def close(self) -> None:

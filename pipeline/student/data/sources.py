@@ -1,8 +1,8 @@
-"""Where a run's rows come from: finished caches, or shards with an index. Both give the same views of a row."""
+"""Sources of a run's rows: finished caches, or shards with an index. Both give the same views of a row."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline import storage
 from pipeline.augment.params import sample_views, shard_partners, unmix
-from pipeline.cache.read.reader import ShardEntry, TeacherCache, ViewColumns
+from pipeline.cache.read.reader import ShardEntry, TeacherCache
 from pipeline.core.errors import CacheError, ConfigError, ShardError
 from pipeline.core.redaction import redact
 from pipeline.shards.decode import BadImageError, decode
@@ -20,26 +20,32 @@ from pipeline.shards.index import NO_LABEL, ShardIndex, decode_index, index_sett
 from pipeline.shards.publish import index_name
 from pipeline.shards.shard_urls import shard_ids, shard_urls
 from pipeline.student.data.ensemble import check_same_samples, check_same_shards
+from pipeline.student.data.join import PixelProofs
 from pipeline.student.data.local_store import NodeStore
-from pipeline.student.data.recent import Recent
+from pipeline.student.data.memo import Memo
 from pipeline.student.data.rows import SampleRows, as_structured_rows
 from pipeline.student.data.shard_files import ShardFiles
-from pipeline.student.data.teacher_outputs import EncodedTeacherOutputs
 from pipeline.student.data.view_files import ViewFiles
+from schemas.cache_format import Output
 from schemas.config import Config, DataConfig, ViewsConfig
 
-_KEPT = 64
-_SAMPLED = 16
+_MEMO_SIZE = 64
+_NUM_SAMPLED = 16
 
 
 class RowSource(Protocol):
-    """What a training reads from. Shards are named by position; ``rows`` takes ordinals among a shard's ok rows."""
+    """The rows of a training. Shards are numbered by position; ``rows`` takes ordinals among a shard's ok rows."""
 
     @property
     def shard_ids(self) -> list[str]: ...
 
     @property
     def num_ok(self) -> list[int]: ...
+
+    @property
+    def outputs(self) -> Sequence[Mapping[str, Output]]:
+        """What each cached teacher's columns hold, by name."""
+        ...
 
     def view_of(self, epoch: int) -> int: ...
 
@@ -65,24 +71,25 @@ class RowSource(Protocol):
 
 
 def read_image(
-    source: RowSource, shard: int, place: tuple[int, int, int], *, sample_id: str, max_pixels: int
+    source: RowSource, shard: int, byte_range: tuple[int, int, int], *, sample_id: str, max_pixels: int
 ) -> Tensor:
-    """The whole image at a place (see ``SampleRows.places``), uint8 [3,H,W], proven to be the one that was indexed.
+    """The image at one of ``SampleRows.byte_ranges``, uint8 [3,H,W], proven to be the one that was indexed.
 
     Raises:
         CacheError: the tar holds other bytes now.
         ShardError: they no longer decode, or the tar ends before them.
     """
-    offset, size, expected = place
+    offset, size, expected = byte_range
     data = source.read(shard, offset, size)
     content_hash = xxhash.xxh3_64_intdigest(data)
     if content_hash != expected:
-        # It may be this node's copy alone that is wrong.
+        # Only this node's copy may be wrong.
         data = source.reread(shard, offset, size)
         content_hash = xxhash.xxh3_64_intdigest(data)
     if content_hash != expected:
         raise CacheError(
             "an image is not the one that was indexed",
+            code="shard.image-changed",
             where=sample_id,
             got=f"content hash {content_hash:016x}",
             expected=f"{expected:016x}",
@@ -115,6 +122,7 @@ def check_labelled(sample_ids: list[str], label_N: NDArray[np.integer[Any]]) -> 
     if len(unlabelled):
         raise ConfigError(
             "a loss needs labels, and some samples have none",
+            code="data.missing-labels",
             where=", ".join(sample_ids[row] for row in unlabelled[:3]),
             got=f"{len(unlabelled)} of {len(label_N)} samples without a label",
             next_step="set data.missing_labels=ignore to average over labelled rows, or use kd or dist alone",
@@ -124,13 +132,14 @@ def check_labelled(sample_ids: list[str], label_N: NDArray[np.integer[Any]]) -> 
 def check_any_labelled(source: RowSource, data: DataConfig) -> None:
     """
     Raises:
-        ConfigError: not one row has a label, so that losses that need one would learn nothing.
+        ConfigError: no row has a label, so that losses that need one would learn nothing.
     """
-    # Where nothing reads labels there is no need to open every index to see it.
+    # Without a label member no index needs to be opened.
     shards = range(len(source.shard_ids) if data.label is not None else 0)
     if not any((source.labels(shard) >= 0).any() for shard in shards):
         raise ConfigError(
-            "a loss needs labels, and not one sample has one",
+            "a loss needs labels, and no sample has one",
+            code="data.no-labels",
             where="data.label",
             got=f"{data.label}, in {sum(source.num_ok)} samples",
             expected="the member extension that holds the class",
@@ -150,7 +159,9 @@ def label_counts(source: RowSource, num_classes: int, *, shards: Sequence[int] |
 
 
 class IndexedSource:
-    """Views drawn here and now, for training without a cache: epoch e sees view e."""
+    """Views sampled while training, without a cache: epoch e sees view e."""
+
+    outputs: Sequence[Mapping[str, Output]] = ()
 
     def __init__(self, urls: list[str], indexes: list[ShardIndex], plan: ViewsConfig, store: NodeStore) -> None:
         self.shard_ids, self._urls = shard_ids(urls), urls
@@ -159,7 +170,7 @@ class IndexedSource:
         self.store, self._files = store, ShardFiles(urls, store, name_shards="correct data.shards={}")
         self.read, self.reread, self.close = self._files.read, self._files.reread, self._files.close
         self._indexes = indexes
-        self._partners = Recent(self._draw_partners, _KEPT)
+        self._partners = Memo(self._partners_of, _MEMO_SIZE)
 
     def fetch(self, shard: int, epoch: int) -> None:  # noqa: ARG002
         """Brings a shard to this node; the same in every epoch. Threads may share it."""
@@ -191,7 +202,7 @@ class IndexedSource:
     def view_of(self, epoch: int) -> int:
         return epoch if self.plan.kind != "eval" else 0
 
-    def _draw_partners(self, key: tuple[int, int]) -> NDArray[np.int32]:
+    def _partners_of(self, key: tuple[int, int]) -> NDArray[np.int32]:
         shard, view = key
         num_ok = self.num_ok[shard]
         if not self.plan.mixes:
@@ -218,13 +229,13 @@ class IndexedSource:
             "mix_lambda": params.mix_lambda_N,
             "partner": partner_N,
         }
-        return SampleRows(sample_ids, as_structured_rows(fields, params.aug_params), ())
+        return SampleRows.build(np.array(sample_ids, object), as_structured_rows(fields, params.aug_params))
 
 
 class CachedSource:
-    """Views and teachers' words as the caches store them: epoch e sees view e mod V, the fewest views of any cache.
+    """Views and teacher outputs as the caches store them: epoch e sees view e mod V, the smallest V of all caches.
 
-    All caches hold the same views of the same rows; index and views are the first one's.
+    All caches hold the same views of the same rows; index and views are those of the first.
     """
 
     def __init__(
@@ -238,6 +249,7 @@ class CachedSource:
         name_shards: str,
     ) -> None:
         self.caches, self._shards, self._urls = tuple(caches), shards, urls
+        self.outputs = tuple({output.name: output for output in cache.header.outputs} for cache in caches)
         self.num_views = min(cache.num_views for cache in caches)
         self.shard_ids = [shard.shard_id for shard in shards]
         self.num_ok = [shard.num_ok for shard in shards]
@@ -247,8 +259,8 @@ class CachedSource:
             ViewFiles(self.caches, shards, store, with_embeddings=with_embeddings),
         )
         self.read, self.reread = self._files.read, self._files.reread
-        # A view's file has what training needs of it; only labels are asked for without a view.
-        self._indexes = Recent(self._read_index, _KEPT)
+        # Training takes all but labels and content hashes from the views.
+        self._indexes = Memo(self._read_index, _MEMO_SIZE)
 
     def view_of(self, epoch: int) -> int:
         return epoch % self.num_views
@@ -271,7 +283,7 @@ class CachedSource:
     @property
     def fetched_bytes(self) -> int:
         """About how many bytes ``fetch`` brings of a shard, on average."""
-        some = self._shards[:: -(-len(self._shards) // _SAMPLED)]
+        some = self._shards[:: -(-len(self._shards) // _NUM_SAMPLED)]
         views = sum(cache.committed_view(shard.shard_id, 0).size_bytes for shard in some for cache in self.caches)
         shards = 0 if is_local(self._urls) else sum(shard.size_bytes for shard in some)
         return (views + shards) // len(some)
@@ -280,19 +292,18 @@ class CachedSource:
         self._files.close()
         self._views.close()
 
-    def columns(self, shard: int, view: int) -> tuple[ViewColumns, ...]:
-        """Of each cache all ok rows of a shard under a view, proven to be those of the index."""
-        return self._views.columns(shard, view)
-
-    def mapped(self, shard: int, view: int) -> tuple[ViewColumns, ...]:
-        """The same without pixel digests, over memory that all processes share."""
-        return tuple(joined.columns for joined in self._views.get(shard, view))
+    def pixel_proofs(self, shard: int, view: int) -> list[PixelProofs]:
+        """Of all ok rows of a shard under a view, in each cache."""
+        return self._views.proofs(shard, view)
 
     def rows(self, shard: int, ordinal_N: NDArray[np.int32], epoch: int) -> SampleRows:
-        """The rows with these ordinals among the shard's ok rows, under the epoch's view, with the teacher's words."""
-        of_caches = self._views.get(shard, self.view_of(epoch))
-        words = tuple(EncodedTeacherOutputs.of(rows.columns, ordinal_N) for rows in of_caches)
-        return SampleRows(of_caches[0].sample_ids(ordinal_N), of_caches[0].rows_N[ordinal_N], words)
+        """The rows with these ordinals among the shard's ok rows, under the epoch's view, with teacher outputs."""
+        joined = self._views.get(shard, self.view_of(epoch))
+        return SampleRows.build(
+            joined[0].sample_ids(ordinal_N),
+            joined[0].rows_N[ordinal_N],
+            [rows.teacher_columns(ordinal_N) for rows in joined],
+        )
 
 
 def open_cached(
@@ -302,11 +313,11 @@ def open_cached(
     with_embeddings: bool = False,
     name_shards: str = "append data.shards={}",
 ) -> CachedSource:
-    """The caches' rows, with shards from ``data.shards`` if given, else all of them from where the first cache found
-    them; with the teachers' embeddings only where a loss reads them.
+    """The rows of ``data.shards``, or of all shards of the caches, at the URLs in the first cache's manifest.
 
     Args:
-        name_shards: how a caller gives the place of the shards, ``{}``; for the error about missing ones.
+        with_embeddings: read the teachers' embeddings too.
+        name_shards: how a caller passes the URLs of the shards, ``{}``; for the error about missing ones.
 
     Raises:
         CacheError: a shard is not in a cache, or two caches do not hold the same shards or the same samples in them.
@@ -337,6 +348,7 @@ def _check_holds(cache: TeacherCache, names: list[str]) -> None:
     if unknown:
         raise CacheError(
             f"{len(unknown)} of {len(names)} shards are not in the cache",
+            code="cache.missing-shards",
             where=redact(cache.url),
             got=", ".join(unknown[:5]),
             next_step="run: stillroom cache build CONFIG with these shards (it adds them)",
@@ -362,12 +374,13 @@ def open_indexed(folder_url: str, data: DataConfig, plan: ViewsConfig) -> Indexe
     indexes: list[ShardIndex] = []
     for name in shard_ids(urls):
         url = storage.join(folder_url, index_name(name))
-        found = storage.read_if_exists(url, max_bytes=storage.MAX_TABLE_BYTES)
-        if found is None:
+        data_bytes = storage.read_if_exists(url, max_bytes=storage.MAX_TABLE_BYTES)
+        if data_bytes is None:
             raise ShardError(
                 f"shard {name} has no index",
+                code="shard.no-index",
                 where=redact(folder_url),
                 next_step="run: stillroom shards index CONFIG",
             )
-        indexes.append(decode_index(found, where=redact(url), settings=index_settings(data)))
+        indexes.append(decode_index(data_bytes, where=redact(url), settings=index_settings(data)))
     return IndexedSource(urls, indexes, plan, NodeStore.of(data))

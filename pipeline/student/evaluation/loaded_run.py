@@ -18,7 +18,7 @@ from pipeline.student.evaluation.finite import FiniteWeights
 from pipeline.student.losses import CompositeLoss
 from pipeline.student.networks.student import bridge
 from pipeline.student.run import checkpoint
-from pipeline.student.supervision.spec import SupervisionSpec, lesson_facts
+from pipeline.student.supervision.spec import SupervisionSpec, resolve_spec
 from schemas.config import Config
 
 CheckpointName = Literal["best", "last"]
@@ -62,7 +62,7 @@ def load_run(run_url: str, checkpoint_name: CheckpointName) -> LoadedRun:
     """
     config = checkpoint.read_config(run_url)
     require(config, "student.model", "run.url", command=f"the config of {redact(run_url)}")
-    supervision = lesson_facts(config)
+    supervision = resolve_spec(config)
     assert config.student is not None
     name = checkpoint.BEST if checkpoint_name == "best" else checkpoint.LAST
     state = checkpoint.load(run_url, name)

@@ -1,4 +1,4 @@
-"""The class means that nd learns from: a cached teacher's own, or beside a teacher online those in a cache of his."""
+"""Class means for ``nd``: those of the cache that is trained from, or of a cache of the online teacher."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.teacher.inference import Teacher
 
 
 def cached_means(cache: TeacherCache, source: RowSource) -> Tensor:
-    """[K,D] on the CPU, of the cache that the rows come from.
+    """[K,D] on the CPU, from the cache of the training rows.
 
     Raises:
         CacheError: a class occurs in the labels but has no mean.
@@ -23,17 +23,17 @@ def cached_means(cache: TeacherCache, source: RowSource) -> Tensor:
     means = cache.class_means()
     assert means is not None, "check_caches_serve has seen to it"
     means_KD = torch.from_numpy(means.mean_KD)
-    # Means of the cache's own are of the labels that occur; imported ones may be of others.
+    # A cache computes means of the labels that occur; imported ones may be of others.
     count_K = label_counts(source, len(means_KD)) if means.count_K is None else means.count_K
     check_class_means(means_KD, torch.from_numpy(count_K), where=redact(cache.url))
     return means_KD
 
 
 def online_means(cache: TeacherCache, teacher: Teacher, source: RowSource, *, section: str) -> Tensor:
-    """[K,D] on the CPU, of a cache of this teacher, which may be over other shards and views than are trained on.
+    """[K,D] on the CPU, from a cache of this teacher, whose shards and views may differ from those of the training.
 
     Args:
-        section: the teacher's in the YAML, for messages.
+        section: of the teacher in the YAML, for messages.
 
     Raises:
         CacheError: the cache is another teacher's, or a class occurs in the labels but has no mean.
@@ -49,7 +49,7 @@ def online_means(cache: TeacherCache, teacher: Teacher, source: RowSource, *, se
 
 
 def _check_same_teacher(cache: TeacherCache, teacher: Teacher, section: str) -> None:
-    """Means of another teacher may be as wide: they would load, and mislead."""
+    """Means of another teacher may have the same width, and would load without an error."""
     online = {
         "architecture": teacher.loaded.architecture,
         "weights": weights_digest(teacher.state()),
@@ -60,7 +60,8 @@ def _check_same_teacher(cache: TeacherCache, teacher: Teacher, section: str) -> 
     if changed:
         raise CacheError(
             "these class means are another teacher's",
+            code="cache.other-teacher",
             where=f"{section}.class_means: {redact(cache.url)}",
             got="; ".join(changed),
-            next_step="name a cache of the teacher that is asked, or none and drop nd from the loss section",
+            next_step="name a cache of the online teacher, or none and leave out nd",
         )

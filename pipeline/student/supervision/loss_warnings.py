@@ -1,4 +1,4 @@
-"""What speaks against the losses of a run on its data, told at its start with numbers and what to do."""
+"""Warnings about losses that suit the data badly, with numbers and a remedy."""
 
 from __future__ import annotations
 
@@ -10,31 +10,36 @@ from numpy.typing import NDArray
 from pipeline.models import random_weights_warnings
 from pipeline.student.data.sources import RowSource, label_counts
 from pipeline.student.supervision.spec import SupervisionSpec
-from schemas.config import Config, DistLoss
+from schemas.cache_format import Header, Statistics
+from schemas.config import Config, DistLoss, LossConfig
 
-# Where long-tailed benchmarks begin.
+# The smallest ratio of long-tailed benchmarks.
 _STRONG_IMBALANCE = 10
-# A few rare classes among many are no reason to speak.
+# A few rare classes among many are no reason for a warning.
 _MANY_ABSENT = 0.1
-_SHARDS_LOOKED_AT = 16
+_NUM_SAMPLED_SHARDS = 16
+
+# A student ends some tenths of a nat, or of correlation, away from its teacher; a hundredth is a few per cent of that.
+_MAX_DISTANCE = 0.01
+_BETTER = {"topk": "int8", "int4": "int8", "int8": "fp16", "fp16": "fp32"}
 
 
-def advice(config: Config, facts: SupervisionSpec, source: RowSource, *, world_size: int) -> list[str]:
-    """One line each. Only DIST is known to suffer from what labels show, so without it no label is read."""
-    told = random_weights_warnings(config.teacher.models) if config.teacher.mode != "none" else []
+def loss_warnings(config: Config, spec: SupervisionSpec, source: RowSource, *, world_size: int) -> list[str]:
+    """One line each. Labels are read for DIST alone, the one loss that is known to suffer from their distribution."""
+    texts = random_weights_warnings(config.teacher.models) if config.teacher.mode != "none" else []
     terms = [term for term in config.loss if isinstance(term, DistLoss) and term.weight]
     if not terms:
-        return told
-    told += _few_classes(facts.num_classes)
-    share_K = _label_shares(facts, source)
+        return texts
+    texts += _few_classes(spec.num_classes)
+    share_K = _label_shares(spec, source)
     if share_K is not None:
-        told += _imbalance(share_K)
+        texts += _imbalance(share_K)
         intra = [term for term in terms if term.intra_weight]
         if intra:
             gathers = world_size == 1 or all(term.gather for term in intra)
             rows = config.train.global_batch_size // (1 if gathers else world_size)
-            told += _absent_classes(share_K, rows, may_gather=not gathers)
-    return told
+            texts += _absent_classes(share_K, rows, may_gather=not gathers)
+    return texts
 
 
 def _few_classes(num_classes: int) -> list[str]:
@@ -58,7 +63,7 @@ def _imbalance(share_K: NDArray[np.float64]) -> list[str]:
 
 
 def _absent_classes(share_K: NDArray[np.float64], rows: int, *, may_gather: bool) -> list[str]:
-    """Of rows drawn by these shares; the order's batches are close to that."""
+    """For batches of rows sampled by these shares; the batches of the order are close to that."""
     absent = float(((1 - share_K) ** rows > 0.5).mean())
     if absent <= _MANY_ABSENT:
         return []
@@ -69,21 +74,57 @@ def _absent_classes(share_K: NDArray[np.float64], rows: int, *, may_gather: bool
     ]
 
 
-def _label_shares(facts: SupervisionSpec, source: RowSource) -> NDArray[np.float64] | None:
-    """[K], from the cache's statistics, or from the indexes of a few shards; None where no label is seen.
+def _label_shares(spec: SupervisionSpec, source: RowSource) -> NDArray[np.float64] | None:
+    """[K], from the cache's statistics, or from the indexes of a few shards; None if no row has a label.
 
-    A cache counts labels where it counts hits: on views that are not mixed.
+    A cache counts labels on views that are not mixed.
     """
-    if facts.data.label is None:
+    if spec.data.label is None:
         return None
-    count_K = np.zeros(facts.num_classes, np.int64)
-    stored = facts.caches[0].manifest.statistics.class_counts if facts.caches else {}
+    count_K = np.zeros(spec.num_classes, np.int64)
+    stored = spec.caches[0].manifest.statistics.class_counts if spec.caches else {}
     if stored:
         count_K[list(stored)] = list(stored.values())
     else:
-        count_K = label_counts(source, facts.num_classes, shards=_spread(len(source.shard_ids)))
+        count_K = label_counts(source, spec.num_classes, shards=_spread(len(source.shard_ids)))
     return count_K / count_K.sum() if count_K.any() else None
 
 
 def _spread(num_shards: int) -> Sequence[int]:
-    return np.unique(np.linspace(0, num_shards - 1, _SHARDS_LOOKED_AT, dtype=np.int64)).tolist()
+    return np.unique(np.linspace(0, num_shards - 1, _NUM_SAMPLED_SHARDS, dtype=np.int64)).tolist()
+
+
+def fidelity_warnings(header: Header, statistics: Statistics, losses: Sequence[LossConfig]) -> list[str]:
+    """One line for each loss at whose temperature the stored logits are far from the teacher's.
+
+    DIST reads correlations of probabilities, other losses with a temperature their KL.
+    """
+    if header.output("logits") is None or not statistics.fidelity_rows:
+        return []
+    return [text for loss in losses if loss.weight and (text := _fidelity_warning(header, statistics, loss))]
+
+
+def _fidelity_warning(header: Header, statistics: Statistics, loss: LossConfig) -> str | None:
+    temperature: float | None = getattr(loss, "temperature", None)
+    if temperature is None:
+        return None
+    sums, unit = (
+        (statistics.pearson_sum, "of correlation") if loss.name == "dist" else (statistics.kl_sum, "nats of KL")
+    )
+    distance, measured_at = _at(sums, temperature)
+    distance /= statistics.fidelity_rows
+    if distance <= _MAX_DISTANCE:
+        return None
+    encoding = str(header.teacher["logits"])
+    return (
+        f"{loss.name} at T = {temperature:g}: logits in {encoding} are {distance:.2g} {unit} from the teacher's"
+        f"{measured_at}, more than {_MAX_DISTANCE}; cache.logits={_BETTER[encoding.partition(':')[0]]} is closer"
+    )
+
+
+def _at(sums: dict[str, float], temperature: float) -> tuple[float, str]:
+    """The sum at a temperature, linear in log T between those of the build and constant beyond; and a note on T."""
+    temperatures, values = zip(*sorted((float(key), value) for key, value in sums.items()), strict=True)
+    value = float(np.interp(np.log(temperature), np.log(temperatures), values))
+    nearest = min(max(temperature, temperatures[0]), temperatures[-1])
+    return value, "" if nearest == temperature else f" (measured at T = {nearest:g}, the nearest)"

@@ -1,4 +1,4 @@
-"""Training images that are validation images too, told by their content hashes: accuracy on them measures memory."""
+"""Training images that are validation images too, found by content hash: accuracy on them measures memorisation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NUM_NAMED = 3
 
 @dataclass(frozen=True, slots=True)
 class Overlap:
-    """``num_rows`` training rows are in the validation shards, the first of them by name."""
+    """``num_rows`` training rows are in the validation shards; ``sample_ids`` names the first."""
 
     num_rows: int
     sample_ids: tuple[str, ...]
@@ -26,7 +26,7 @@ class Overlap:
         more = ", …" if self.num_rows > len(self.sample_ids) else ""
         return (
             f"{self.num_rows} training images are also in the validation shards, byte for byte: "
-            f"{', '.join(self.sample_ids)}{more}; accuracy on them says nothing of new images"
+            f"{', '.join(self.sample_ids)}{more}; accuracy on them measures memorisation"
         )
 
 
@@ -42,10 +42,10 @@ class SeenImages:
     def overlap(self, source: RowSource, distributed: DistributedContext) -> Overlap:
         """Compares all ranks' images with the training rows; each rank reads its share of the training indexes, one at
         a time, and no image. Every rank calls it."""
-        own = np.concatenate([np.empty(0, np.uint64), *self._hashes])
-        # The collectives know no unsigned words; the bits are the same.
-        everyone = distributed.join(torch.from_numpy(own.view(np.int64)).to(distributed.device)).cpu().numpy()
-        validation = np.unique(everyone.view(np.uint64))
+        hash_N = np.concatenate([np.empty(0, np.uint64), *self._hashes])
+        # The collectives have no unsigned integers; the bits are the same.
+        all_M = distributed.join(torch.from_numpy(hash_N.view(np.int64)).to(distributed.device)).cpu().numpy()
+        validation = np.unique(all_M.view(np.uint64))
         num_rows, first = 0, list[tuple[int, int]]()
         for shard in range(distributed.rank, len(source.shard_ids), distributed.size):
             index = source.index(shard)
@@ -56,11 +56,11 @@ class SeenImages:
 
 
 def _is_among(hash_N: NDArray[np.uint64], sorted_M: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    """By bisection: a sort of both for each of many shards would take the validation set's time every time."""
-    place_N = np.searchsorted(sorted_M, hash_N)
-    found_N = place_N < len(sorted_M)
-    found_N[found_N] = sorted_M[place_N[found_N]] == hash_N[found_N]
-    return found_N
+    """By bisection: sorting both for each of many shards would sort the validation set every time."""
+    position_N = np.searchsorted(sorted_M, hash_N)
+    equal_N = position_N < len(sorted_M)
+    equal_N[equal_N] = sorted_M[position_N[equal_N]] == hash_N[equal_N]
+    return equal_N
 
 
 def _sum(count: int, distributed: DistributedContext) -> int:
@@ -68,7 +68,7 @@ def _sum(count: int, distributed: DistributedContext) -> int:
 
 
 def _named(first: list[tuple[int, int]], source: RowSource, distributed: DistributedContext) -> tuple[str, ...]:
-    """The names of the first rows, by place, over all ranks."""
-    places = distributed.join(torch.tensor(first, dtype=torch.int64, device=distributed.device).view(-1))
-    rows = sorted(map(tuple, places.view(len(places) // 2, 2).tolist()))[:_NUM_NAMED]
+    """The names of the first rows, by position, over all ranks."""
+    positions = distributed.join(torch.tensor(first, dtype=torch.int64, device=distributed.device).view(-1))
+    rows = sorted(map(tuple, positions.view(len(positions) // 2, 2).tolist()))[:_NUM_NAMED]
     return tuple(source.index(shard).sample_ids([row])[0] for shard, row in rows)

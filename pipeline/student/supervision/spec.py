@@ -1,9 +1,9 @@
-"""What a run's config leaves to its caches: classes, input size, reading rules, views. Read without opening a shard."""
+"""The spec of a supervision: the facts that a config leaves to its caches. Resolved without opening a shard."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.cache.format.header import plan_of, views_id
@@ -15,26 +15,31 @@ from pipeline.core.redaction import redact
 from pipeline.shards.index import index_settings
 from pipeline.student.data.ensemble import check_same_plans
 from pipeline.student.run import checkpoint
-from schemas.config import Config, DataConfig, ViewsConfig
+from schemas.config import Config, DataConfig, StudentConfig, ViewsConfig
 
 _TEACHER_KEYS = ("model", "kwargs", "mean", "std", "interpolation")
 
 
 @dataclass(frozen=True, slots=True)
 class SupervisionSpec:
-    """The same facts, whether a cache or the config states them. ``size`` in pixels; None: the model's own."""
+    """The same facts, whether a cache or the config states them.
+
+    Attributes:
+        data: with the reading rules of the caches.
+        plan: the teacher's views; without a teacher, the student's.
+        student_views: the student's views, where they differ from the teacher's.
+        size: input size in pixels; None: the model's default.
+        caches: one for each teacher; empty with online teachers, or none.
+        means_caches: the cache that holds the class means of each online teacher; None: there is none.
+    """
 
     data: DataConfig
     plan: ViewsConfig
-    """What the teacher sees; where there is none, the student."""
     student_views: ViewsConfig | None
-    """What the student sees, where that is something else."""
     num_classes: int
     size: int | None
     caches: tuple[TeacherCache, ...]
-    """One a teacher; none where teachers are asked in training, or nobody is."""
     means_caches: tuple[TeacherCache | None, ...] = ()
-    """Where the class means of each teacher online are kept; None: nowhere."""
 
     @property
     def opened(self) -> tuple[TeacherCache, ...]:
@@ -42,13 +47,19 @@ class SupervisionSpec:
         return self.caches or tuple(cache for cache in self.means_caches if cache is not None)
 
     @property
+    def manifests(self) -> tuple[bytes, ...]:
+        """The states of ``opened``."""
+        return tuple(cache.manifest_bytes for cache in self.opened)
+
+    @property
     def student_plan(self) -> ViewsConfig:
-        """The student's views, which are its teacher's unless it has its own."""
+        """The student's views: ``student_views``, else those of its teacher."""
         return self.student_views or self.plan
 
 
-def lesson_facts(config: Config) -> SupervisionSpec:
-    """
+def resolve_spec(config: Config) -> SupervisionSpec:
+    """The spec of a run, whose caches are opened in the states that the run has pinned, if it has.
+
     Raises:
         CacheError: there is no such cache, the config contradicts it, or two caches do not go together.
         ConfigError: the config names one teacher or no size where there are several.
@@ -56,60 +67,81 @@ def lesson_facts(config: Config) -> SupervisionSpec:
     if config.teacher.mode != "cache":
         require(config, "data.num_classes", command=f"teacher.mode={config.teacher.mode}")
         assert config.data.num_classes is not None
-        own, size = student_views(config, config.views), config.views.size
-        _check_size_said(config, asked_sizes(config))
-        return SupervisionSpec(config.data, config.views, own, config.data.num_classes, size, (), _means_caches(config))
-    return resolve_spec(config, _open(config, config.data.caches))
+        _check_one_size(teacher_sizes(config), config.student)
+        return SupervisionSpec(
+            data=config.data,
+            plan=config.views,
+            student_views=student_views(config, config.views),
+            num_classes=config.data.num_classes,
+            size=config.views.size,
+            caches=(),
+            means_caches=_means_caches(config),
+        )
+    caches = _open(config, config.data.caches)
+    check_same_plans(caches)
+    plan = plan_of(caches[0].header)
+    _check_same_views(config, plan, caches[0])
+    _check_same_teacher(config, caches)
+    return replace(spec_of_caches(caches, config.data, config.student), student_views=student_views(config, plan))
 
 
-def resolve_spec(config: Config, caches: tuple[TeacherCache, ...]) -> SupervisionSpec:
-    """What these caches state, held against what the config names.
+def spec_of_caches(
+    caches: tuple[TeacherCache, ...], data: DataConfig, student: StudentConfig | None
+) -> SupervisionSpec:
+    """The facts that caches state.
 
     Raises:
-        CacheError: the config contradicts them, or two of them do not go together.
-        ConfigError: the config names one teacher or no size where there are several.
+        CacheError: ``data`` contradicts the caches, or two of them do not go together.
+        ConfigError: the teachers have different input sizes, and the student has none.
     """
     check_same_plans(caches)
-    # All say the same of views, classes and reading rules.
+    # All caches have the same views, classes and reading rules.
     first = caches[0]
-    plan = plan_of(first.header)
-    _check_same_views(config, plan, first)
-    _check_same_teacher(config, caches)
+    sizes = [int(cache.header.teacher["size"]) for cache in caches]
+    read_by = _data_of(data, first)
+    _check_one_size(sizes, student)
     return SupervisionSpec(
-        data=_data_of(config, first),
-        plan=plan,
-        student_views=student_views(config, plan),
+        data=read_by,
+        plan=plan_of(first.header),
+        student_views=None,
         num_classes=first.header.num_classes,
-        size=_size_of(config, caches),
+        size=min(sizes),
         caches=caches,
     )
 
 
 def student_views(config: Config, plan: ViewsConfig) -> ViewsConfig | None:
-    """The plan of a student that sees other views than its teacher: FunMatch's *fixed* where the teacher sees eval
-    views, *independent* where it sees crops of its own (Beyer 2022, sec. 3.1).
+    """The plan of a student whose views differ from its teacher's: FunMatch's *fixed* if the teacher has eval views,
+    *independent* if it has other crops (Beyer 2022, sec. 3.1).
 
     Raises:
-        ConfigError: ``student.views`` with a teacher that sees mixed images or the very same views, or with none.
+        ConfigError: ``student.views`` with a teacher of mixed images or the same views, or without a teacher.
     """
-    own = None if config.student is None else config.student.views
-    if own is None:
+    views = None if config.student is None else config.student.views
+    if views is None:
         return None
     if config.teacher.mode == "none":
-        got, next_step = "teacher.mode: none", "without a teacher, views says what the student sees"
+        got, next_step = "teacher.mode: none", "without a teacher, set the views section"
     elif plan.mixes:
-        got, next_step = f"a teacher that sees {plan.kind}", "remove student.views: its words are of mixed images"
-    elif views_id(own) == views_id(plan):
+        got, next_step = (
+            f"a teacher with views of kind {plan.kind}",
+            "remove student.views: its outputs are for mixed images",
+        )
+    elif views_id(views) == views_id(plan):
         got, next_step = "the views of its teacher", "remove student.views, or set another student.views.seed"
     else:
-        return own
+        return views
     raise ConfigError(
-        "the student cannot have views of its own here", where="student.views", got=got, next_step=next_step
+        "the student's views cannot differ from its teacher's here",
+        code="config.student-views",
+        where="student.views",
+        got=got,
+        next_step=next_step,
     )
 
 
 def _open(config: Config, urls: Sequence[str]) -> tuple[TeacherCache, ...]:
-    """In the states that the run has pinned."""
+    """In the states that the run has pinned, if it has."""
     require(config, "run.url", command="train")
     assert config.run is not None
     pinned = checkpoint.pinned_manifests(config.run.url, len(urls))
@@ -122,35 +154,31 @@ def _means_caches(config: Config) -> tuple[TeacherCache | None, ...]:
     return tuple(None if url is None else next(opened) for url in urls)
 
 
-def asked_sizes(config: Config) -> list[int | None]:
-    """Input sizes of the teachers online in pixels, as the config says them; None: the model's own."""
+def teacher_sizes(config: Config) -> list[int | None]:
+    """Input sizes of the online teachers in pixels, from the config; None: the model's default."""
     return [config.views.size, *(other.size or config.views.size for other in config.teacher.others)]
 
 
-def _size_of(config: Config, caches: Sequence[TeacherCache]) -> int:
-    """The teachers' input size, which the student takes unless it has its own."""
-    sizes = [int(cache.header.teacher["size"]) for cache in caches]
-    _check_size_said(config, sizes)
-    return min(sizes)
-
-
-def _check_size_said(config: Config, sizes: Sequence[int | None]) -> None:
+def _check_one_size(sizes: Sequence[int | None], student: StudentConfig | None) -> None:
     known = sorted({size for size in sizes if size is not None})
-    if len({*sizes}) > 1 and (config.student is None or config.student.size is None):
+    if len({*sizes}) > 1 and (student is None or student.size is None):
         raise ConfigError(
-            "the teachers have different input sizes, so the student's has to be said",
+            "the teachers have different input sizes, so the student needs its own",
+            code="config.student-size-unclear",
             where="student.size",
-            got=f"teachers of {', '.join(map(str, known))} pixels" + (" and a model's own" if None in sizes else ""),
+            got=f"teachers of {', '.join(map(str, known))} pixels"
+            + (" and a model's default" if None in sizes else ""),
             next_step=f"set student.size={known[0]}, or any other",
         )
 
 
 def _check_same_views(config: Config, plan: ViewsConfig, cache: TeacherCache) -> None:
-    """A views section beside a cache must mean the cache's views: silently training on others would be a lie."""
+    """A cache has its own views, and would silently override those of a views section."""
     _require_same(
         plan.model_dump(mode="json"),
         config.views.model_dump(mode="json", include=config.views.model_fields_set - {"count", "size"}),
         what="the views of this config are not those of the cache",
+        code="cache.other-views",
         where=redact(cache.url),
         expected=f"views id {cache.header.views_id}, not {views_id(config.views)}",
         next_step="remove the views section, or build another cache",
@@ -158,15 +186,16 @@ def _check_same_views(config: Config, plan: ViewsConfig, cache: TeacherCache) ->
 
 
 def _check_same_teacher(config: Config, caches: Sequence[TeacherCache]) -> None:
-    """A teacher named beside a cache must be the cache's. Its weights are compared where they are loaded anyway."""
+    """A teacher named with a cache must be the cache's. Its weights are compared where they are loaded anyway."""
     given = config.teacher
     if given.model is None:
         return
     if len(caches) > 1:
         raise ConfigError(
-            "the teacher section names one teacher, and this run learns from several",
+            "the teacher section names one teacher, and this run has several",
+            code="config.one-teacher-of-several",
             where="teacher.model",
-            got=f"{given.model}, beside {len(caches)} caches",
+            got=f"{given.model}, with {len(caches)} caches",
             next_step="remove teacher.model, or append teacher.model=null; agreement is measured for one teacher",
         )
     cache = caches[0]
@@ -174,23 +203,25 @@ def _check_same_teacher(config: Config, caches: Sequence[TeacherCache]) -> None:
     _require_same(
         {**stored["architecture"], **stored},
         given.model_dump(mode="json", include=given.model_fields_set & set(_TEACHER_KEYS), exclude_none=True),
-        what="the teacher of this config is not the one whose words are cached",
+        what="the teacher of this config is not that of the cache",
+        code="cache.other-teacher",
         where=f"teacher, against {redact(cache.url)}",
         next_step="name the cache's teacher or none at all, or build another cache",
     )
 
 
-def _data_of(config: Config, cache: TeacherCache) -> DataConfig:
-    """The data section with the cache's own reading rules, which a config may repeat but not change."""
+def _data_of(data: DataConfig, cache: TeacherCache) -> DataConfig:
+    """The data section with the cache's reading rules, which a config may repeat but not change."""
     stored = cache.data
     _require_same(
         stored,
-        {key: value for key, value in index_settings(config.data).items() if key in config.data.model_fields_set},
-        what="this config reads the shards otherwise than the cache did",
+        {key: value for key, value in index_settings(data).items() if key in data.model_fields_set},
+        what="the reading rules of this config are not those of the cache",
+        code="cache.other-reading-rules",
         where=f"data, against {redact(cache.url)}",
         next_step="remove these keys, or build another cache",
     )
-    return config.data.model_copy(update={**stored, "image": ";".join(stored["image"])})
+    return data.model_copy(update={**stored, "image": ";".join(stored["image"])})
 
 
 def _require_same(
@@ -198,11 +229,12 @@ def _require_same(
     named: Mapping[str, Any],
     *,
     what: str,
+    code: str,
     where: str,
     next_step: str,
     expected: str | None = None,
 ) -> None:
-    """What a config names must be what the cache stores; what it leaves out is the cache's to say."""
+    """Each key that a config names must have the value that the cache stores."""
     changed = differences({key: stored[key] for key in named}, named)
     if changed:
-        raise CacheError(what, where=where, got="; ".join(changed), expected=expected, next_step=next_step)
+        raise CacheError(what, code=code, where=where, got="; ".join(changed), expected=expected, next_step=next_step)

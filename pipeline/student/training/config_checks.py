@@ -1,4 +1,4 @@
-"""What can be known to be wrong before any work is done, so that it is found first and nothing is written."""
+"""Checks of a config before any work is done and anything is written."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from pipeline import storage
-from pipeline.cache.read.reader import TeacherCache
 from pipeline.core.config_loading import require
 from pipeline.core.errors import ConfigError
 from pipeline.core.redaction import redact
@@ -19,16 +18,22 @@ from pipeline.student.evaluation.evaluator import teacher_of_run
 from pipeline.student.losses import CompositeLoss
 from pipeline.student.networks.freeze import freeze
 from pipeline.student.networks.review import plan_review, review_section
-from pipeline.student.supervision.spec import SupervisionSpec, asked_sizes, lesson_facts, student_views
-from schemas.config import CacheConfig, Config, DistLoss
+from pipeline.student.supervision.requirements import (
+    check_cache_will_serve,
+    check_caches_serve,
+    check_means_serve,
+    check_mode_serves,
+)
+from pipeline.student.supervision.spec import SupervisionSpec, resolve_spec, student_views, teacher_sizes
+from schemas.config import Config, DistLoss
 
 _LOOK_UPS = 16
-# What a teacher says depends on these keys and the input size.
-_OF_WORDS = {"model", "kwargs", "weights", "mean", "std", "interpolation", "precision"}
+# A teacher's outputs depend on these keys and the input size.
+_OUTPUT_KEYS = {"model", "kwargs", "weights", "mean", "std", "interpolation", "precision"}
 
 
 def check_config(config: Config) -> str:
-    """What the config alone shows; reads nothing. Returns the run's URL.
+    """Checks what the config alone shows; reads nothing. Returns the run's URL.
 
     Raises:
         ConfigError: a key is missing, or two sections contradict each other.
@@ -46,22 +51,27 @@ def check_config(config: Config) -> str:
         _check_caches(config.data.caches)
     else:
         require(config, "data.shards", "data.num_classes", command="train")
-        _check_teacher_needs(config, CompositeLoss(config.loss, where="loss"))
+        check_mode_serves(config, CompositeLoss(config.loss, where="loss"))
         _check_others(config)
     assert config.run is not None
     if config.run.url in (*config.data.caches, config.cache.url if config.cache else None):
         raise ConfigError(
-            "a run and a cache cannot share a folder", where="run.url", got=config.run.url, expected="another folder"
+            "a run and a cache cannot share a folder",
+            code="config.run-in-cache",
+            where="run.url",
+            got=config.run.url,
+            expected="another folder",
         )
     return config.run.url
 
 
 def _check_review(config: Config) -> None:
-    """Feature maps are far larger than images, so no cache keeps them."""
+    """Feature maps are far larger than images, so no cache stores them."""
     mode = config.teacher.mode
     if review_section(config.loss) is not None and mode != "online":
         raise ConfigError(
             "review_kd needs feature maps of the teacher, which no cache holds",
+            code="config.review-needs-online",
             where="teacher.mode",
             got=mode,
             expected="online",
@@ -69,28 +79,30 @@ def _check_review(config: Config) -> None:
         )
     if review_section(config.loss) is not None and config.teacher.others:
         raise ConfigError(
-            "review_kd reviews the feature maps of one teacher",
+            "review_kd takes the feature maps of one teacher",
+            code="config.review-needs-one-teacher",
             where="teacher.others",
-            got=f"{len(config.teacher.others)} beside teacher.model",
+            got=f"{len(config.teacher.others)} in addition to teacher.model",
             next_step="append teacher.others=[], or drop review_kd",
         )
 
 
 def _check_gathers(config: Config) -> None:
-    """Relations over all ranks are of the rows of one backward pass, and a step has several where it accumulates."""
+    """Relations over all ranks cover the rows of one backward pass, and a step that accumulates has several."""
     gathers = any(isinstance(term, DistLoss) and term.gather for term in config.loss)
     if gathers and config.train.accumulate > 1:
         raise ConfigError(
-            "dist gathers the rows of a whole step, which no micro-batch has",
+            "dist gathers the rows of a step, and a micro-batch has only some of them",
+            code="config.gather-accumulate",
             where="train.accumulate",
             got=config.train.accumulate,
-            expected="1 beside gather: true of dist",
+            expected="1 with gather: true of dist",
             next_step="set train.accumulate=1, or gather: false, which relates the rows of one micro-batch",
         )
 
 
 def _check_agreement(config: Config) -> None:
-    """Of a cache the teacher's outputs on the training shards are known, and those on validation shards are not."""
+    """A cache holds the teacher's outputs for the training shards, not for validation shards."""
     if not config.train.eval_agreement:
         return
     teacher, num_caches = config.teacher, len(config.data.caches)
@@ -114,75 +126,50 @@ def _check_agreement(config: Config) -> None:
 
 
 def _check_caches(urls: Sequence[str]) -> None:
-    """Twice the same words would weigh as two teachers'."""
-    twice = sorted({url for url in urls if urls.count(url) > 1})
-    if twice:
-        raise ConfigError("data.cache names a cache twice", where="data.cache", got=", ".join(map(redact, twice)))
+    """A cache listed twice would get double weight."""
+    repeated = sorted({url for url in urls if urls.count(url) > 1})
+    if repeated:
+        raise ConfigError(
+            "data.cache names a cache twice",
+            code="config.cache-repeated",
+            where="data.cache",
+            got=", ".join(map(redact, repeated)),
+        )
 
 
 def _check_others(config: Config) -> None:
-    """Twice the same words would weigh as two teachers': ``others`` are those beside the first, who is not listed."""
+    """A teacher named twice would get double weight. ``teacher.others`` does not list the first teacher again."""
     seen: list[dict[str, Any]] = []
-    for (where, section), size in zip(config.teacher.models.items(), asked_sizes(config), strict=True):
-        words = {**section.model_dump(include=_OF_WORDS), "size": size}
-        if words in seen:
+    for (where, section), size in zip(config.teacher.models.items(), teacher_sizes(config), strict=True):
+        identity = {**section.model_dump(include=_OUTPUT_KEYS), "size": size}
+        if identity in seen:
             raise ConfigError(
                 "a teacher is named twice",
+                code="config.teacher-repeated",
                 where=where,
                 got=section.model,
-                expected="in teacher.others the teachers beside the one of the teacher section",
+                expected="in teacher.others only teachers that differ from that of the teacher section",
             )
-        seen.append(words)
+        seen.append(identity)
 
 
 def _refuse_others(config: Config) -> None:
     if config.teacher.others:
         raise ConfigError(
-            "several teachers are named, and none is asked online",
+            "several teachers are named, and none runs online",
+            code="config.online-keys-unused",
             where="teacher.others",
-            got=f"{len(config.teacher.others)} beside teacher.model, with teacher.mode={config.teacher.mode}",
+            got=f"{len(config.teacher.others)} in addition to teacher.model, with teacher.mode={config.teacher.mode}",
             next_step="set teacher.mode=online, or remove teacher.others: data.cache takes a list of caches",
         )
 
 
-def _check_teacher_needs(config: Config, loss: CompositeLoss) -> None:
-    """Without a teacher there is nothing but labels, and a teacher online has class means only if it is given them."""
-    mode = config.teacher.mode
-    needs = {
-        "logits": loss.needs_logits,
-        "embeddings": loss.needs_teacher_embedding,
-        "class means": loss.needs_class_means,
-    }
-    for words, needed in needs.items():
-        if needed and mode == "none":
-            raise ConfigError(
-                f"a loss needs the teacher's {words}", where="teacher.mode", got=mode, expected="cache or online"
-            )
-    if mode == "online":
-        require(config, *(f"{name}.model" for name in config.teacher.models), command="train with teacher.mode=online")
-        for where, section in config.teacher.models.items():
-            require_weights(section, where=where)
-        if loss.needs_class_means:
-            _require_class_means(config)
-
-
-def _require_class_means(config: Config) -> None:
-    for where, section in config.teacher.models.items():
-        if section.class_means is None:
-            raise ConfigError(
-                "nd needs class means, and a teacher online makes none",
-                where=f"{where}.class_means",
-                expected="the URL of a finished cache of this teacher that has class means",
-                next_step="build one with views.count=1, cache.logits=none and cache.class_means=eval, or use "
-                "teacher.mode=cache",
-            )
-
-
 def _refuse_class_means(config: Config) -> None:
-    """Silently learning from others than those that the config names would be a lie."""
+    """A cache has its own class means, and would silently override those that the config names."""
     if config.teacher.class_means is not None:
         raise ConfigError(
-            "class means beside a teacher that is not asked online",
+            "class means are named for a teacher that does not run online",
+            code="config.online-keys-unused",
             where="teacher.class_means",
             got=f"{redact(config.teacher.class_means)}, with teacher.mode={config.teacher.mode}",
             next_step="remove teacher.class_means: a cache has its own (cache.class_means)",
@@ -190,7 +177,7 @@ def _refuse_class_means(config: Config) -> None:
 
 
 def check_training(config: Config) -> list[str]:
-    """What a look at the cache's header, the models and the validation shards shows; trains nothing, writes nothing.
+    """Checks a config against the cache's header, the models and the validation shards; writes nothing.
 
     Returns:
         Warnings about what could not be checked.
@@ -200,81 +187,27 @@ def check_training(config: Config) -> list[str]:
             teacher that the config names, or lacks what the loss needs.
     """
     check_config(config)
-    facts = lesson_facts(config)
+    spec = resolve_spec(config)
     loss = CompositeLoss(config.loss, where="loss")
-    check_caches_serve(loss, facts.caches)
-    check_means_serve(config, loss, facts)
-    _check_layers(config, _check_student(config, facts.num_classes, facts.size))
+    check_caches_serve(loss, spec.caches)
+    check_means_serve(config, loss, spec)
+    _check_layers(config, _check_student(config, spec.num_classes, spec.size))
     _check_val_shards(config)
-    return _check_teacher_weights(config, facts)
+    return _check_teacher_weights(config, spec)
 
 
-def _check_teacher_weights(config: Config, facts: SupervisionSpec) -> list[str]:
-    """A teacher beside a cache must be the cache's. Its file is only compared: training from a cache needs none."""
-    if not facts.caches or config.teacher.weights == "pretrained":
+def _check_teacher_weights(config: Config, spec: SupervisionSpec) -> list[str]:
+    """A teacher named with a cache must be the cache's. Training from a cache needs no weights file."""
+    if not spec.caches or config.teacher.weights == "pretrained":
         return []
     reason = None if config.train.eval_agreement else unreadable_weights(config.teacher)
     if reason is not None:
         return [
             f"teacher.weights was not compared ({reason}); the cache's fingerprint "
-            f"{facts.caches[0].header.fingerprint} stands for it"
+            f"{spec.caches[0].header.fingerprint} stands for it"
         ]
-    teacher_of_run(config, facts, torch.device("cpu"))
+    teacher_of_run(config, spec, torch.device("cpu"))
     return []
-
-
-def check_means_serve(config: Config, loss: CompositeLoss, facts: SupervisionSpec) -> None:
-    """
-    Raises:
-        ConfigError: a cache beside a teacher online has no class means, or its classes are not the data's.
-    """
-    if facts.caches or not loss.needs_class_means:
-        return
-    for name, cache in zip(config.teacher.models, facts.means_caches, strict=True):
-        assert cache is not None, "check_config has seen to it"
-        where = f"{name}.class_means: {redact(cache.url)}"
-        if cache.manifest.class_means is None:
-            raise ConfigError(
-                "nd needs class means, and this cache has none",
-                where=where,
-                next_step="name a cache that was built with cache.class_means=eval",
-            )
-        if cache.header.num_classes != facts.num_classes:
-            raise ConfigError(
-                "these class means are of another number of classes",
-                where=where,
-                got=f"K = {cache.header.num_classes}",
-                expected=f"K = {facts.num_classes}, data.num_classes",
-            )
-
-
-def check_caches_serve(loss: CompositeLoss, caches: Sequence[TeacherCache]) -> None:
-    """
-    Raises:
-        ConfigError: a cache does not hold what the loss needs.
-    """
-    for cache in caches:
-        if loss.needs_logits and cache.header.output("logits") is None:
-            raise ConfigError(
-                "a loss needs the teacher's logits, and this cache keeps none",
-                where=redact(cache.url),
-                got="a cache built with cache.logits=none",
-                next_step="train with nd or ce alone, or build a cache with logits (into another cache.url)",
-            )
-        if loss.needs_teacher_embedding and cache.header.output("embedding") is None:
-            raise ConfigError(
-                "a loss needs the teacher's embeddings, and this cache keeps none",
-                where=redact(cache.url),
-                got="a cache built with cache.embeddings=none",
-                next_step="drop cosine and mse from the loss section, or build a cache with cache.embeddings=fp16 "
-                "(into another cache.url)",
-            )
-        if loss.needs_class_means and cache.manifest.class_means is None:
-            raise ConfigError(
-                "nd needs class means, and this cache has none",
-                where=redact(cache.url),
-                next_step="build a cache with cache.class_means=eval (into another cache.url)",
-            )
 
 
 def training_of(config: Config) -> Config:
@@ -292,6 +225,7 @@ def training_of(config: Config) -> Config:
     if len(config.data.caches) > 1:
         raise ConfigError(
             "distill builds one cache and trains from it",
+            code="config.several-caches",
             where="data.cache",
             got=f"{len(config.data.caches)} caches",
             next_step="run: stillroom cache build CONFIG for each, then: stillroom train CONFIG",
@@ -300,7 +234,7 @@ def training_of(config: Config) -> Config:
 
 
 def check_distillation(config: Config) -> None:
-    """The same for a config whose cache is still to be built; ``data.cache`` is its URL already.
+    """``check_training`` for a config whose cache is still to be built; ``data.cache`` is its URL already.
 
     Raises:
         StillroomError: as ``check_training``; or the cache would lack what the loss needs.
@@ -313,7 +247,7 @@ def check_distillation(config: Config) -> None:
 
 
 def check_plan(config: Config) -> None:
-    """What such a config alone shows; reads nothing.
+    """Checks what such a config alone shows; reads nothing.
 
     Raises:
         ConfigError: as ``check_config``; or the cache would lack what the loss needs.
@@ -322,31 +256,7 @@ def check_plan(config: Config) -> None:
     assert config.cache is not None
     if config.teacher.mode == "cache":
         require_weights(config.teacher, where="teacher")
-        _check_cache_will_serve(CompositeLoss(config.loss, where="loss"), config.cache)
-
-
-def _check_cache_will_serve(loss: CompositeLoss, cache: CacheConfig) -> None:
-    if loss.needs_logits and cache.logits == "none":
-        raise ConfigError(
-            "a loss needs the teacher's logits, and this cache would keep none",
-            where="cache.logits",
-            got="none",
-            expected="an encoding, or a loss section of nd and ce",
-        )
-    if loss.needs_teacher_embedding and cache.embeddings == "none":
-        raise ConfigError(
-            "a loss needs the teacher's embeddings, and this cache would keep none",
-            where="cache.embeddings",
-            got="none",
-            expected="fp32, fp16 or int8, or a loss section without cosine and mse",
-        )
-    if loss.needs_class_means and cache.class_means == "none":
-        raise ConfigError(
-            "nd needs class means, and this cache would have none",
-            where="cache.class_means",
-            got="none",
-            expected="eval, the URL of a file, or view0 where views are not mixed",
-        )
+        check_cache_will_serve(CompositeLoss(config.loss, where="loss"), config.cache)
 
 
 def _check_student(config: Config, num_classes: int, size: int | None) -> LoadedModel:
@@ -364,7 +274,7 @@ def _check_student(config: Config, num_classes: int, size: int | None) -> Loaded
 
 
 def _check_layers(config: Config, student: LoadedModel) -> None:
-    """Both networks answer with maps where ``review_kd`` looks, whatever their weights."""
+    """Both networks have maps at the layers of ``review_kd``; weights do not matter."""
     section = review_section(config.loss)
     if section is None:
         return

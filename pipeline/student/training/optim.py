@@ -1,4 +1,4 @@
-"""Optimiser and schedule of a config, from torch, timm and pytorch_optimizer."""
+"""Optimizer and schedule of a config, from torch, timm and pytorch_optimizer."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from pipeline.core.errors import ConfigError
 from schemas.config import TrainConfig
 
 
-def make_optimizer(module: nn.Module, train: TrainConfig) -> Optimizer:
-    """Weight decay on tensors of two or more dimensions alone: norms and biases are not kernels."""
+def build_optimizer(module: nn.Module, train: TrainConfig) -> Optimizer:
+    """Weight decay applies to tensors of two or more dimensions: norms and biases are no kernels."""
     decayed = [parameter for parameter in module.parameters() if parameter.requires_grad and parameter.ndim > 1]
     others = [parameter for parameter in module.parameters() if parameter.requires_grad and parameter.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": train.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    # The config has refused those that the optimiser does not take.
+    # The config refuses those that the optimizer does not take.
     given = {"betas": train.betas, "eps": train.eps, "alpha": train.alpha}
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if train.optimizer == "sgd":
@@ -32,32 +32,41 @@ def make_optimizer(module: nn.Module, train: TrainConfig) -> Optimizer:
     if train.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=train.lr, **options)
     if train.optimizer == "lamb":
-        # Its own clipping would be a second one, beside train.clip_norm.
+        # Lamb would clip a second time, after train.clip_norm.
         return Lamb(groups, lr=train.lr, max_grad_norm=None, **options)
     if train.optimizer == "rmsprop_tf":
         return RMSpropTF(groups, lr=train.lr, momentum=train.momentum, **options)
     return SOAP(groups, lr=train.lr, **options)
 
 
-def make_schedule(optimizer: Optimizer, train: TrainConfig, *, total_steps: int) -> LambdaLR:
-    """Linear warm-up from 0, then the config's schedule. Stepped once an optimiser step.
+def build_schedule(optimizer: Optimizer, train: TrainConfig, *, total_steps: int) -> LambdaLR:
+    """Linear warm-up from 0, then the config's schedule. Step it once an optimizer step.
 
     Raises:
-        ConfigError: the warm-up takes the whole training, so the peak learning rate would never be reached.
+        ConfigError: as ``check_warmup``.
+    """
+    check_warmup(train, total_steps)
+    return LambdaLR(optimizer, partial(lr_factor, train=train, total_steps=total_steps))
+
+
+def check_warmup(train: TrainConfig, total_steps: int) -> None:
+    """
+    Raises:
+        ConfigError: the warm-up is as long as the training, so the peak learning rate would never be reached.
     """
     if train.warmup_steps >= total_steps:
         raise ConfigError(
             "the warm-up is as long as the training",
+            code="train.warmup-too-long",
             where="train.warmup_steps",
             got=f"{train.warmup_steps} of {total_steps} steps",
             expected="fewer steps than the training has",
             next_step="lower train.warmup_steps, or train for more epochs",
         )
-    return LambdaLR(optimizer, partial(lr_factor, train=train, total_steps=total_steps))
 
 
 def lr_factor(step: int, *, train: TrainConfig, total_steps: int) -> float:
-    """The share of the peak learning rate at a 0-based step; all of ``train.epochs`` have equally many."""
+    """The share of the peak learning rate at a 0-based step; all epochs have the same number of steps."""
     if step < train.warmup_steps:
         return (step + 1) / train.warmup_steps
     if train.schedule == "constant":

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from pipeline.core.errors import TrainingError
 from pipeline.models import EmbeddingModel
 from pipeline.student.networks.student import Student
-from pipeline.student.training.optim import make_optimizer, make_schedule
+from pipeline.student.training.optim import build_optimizer, build_schedule
 from schemas.config import TrainConfig
 
-# Thirty overflows in a row from the first scale, 65536. Of a finite loss there is then nothing left to be seen in fp16.
+# Thirty overflows in a row from the first scale, 65536. A finite loss is then below the range of fp16.
 _MIN_SCALE = 1e-4
 # After n updates the decay is at most n / (9 + n), the warm-up of TensorFlow's moving averages.
 _WARMUP_UPDATES = 9.0
@@ -24,12 +24,12 @@ _WARMUP_UPDATES = 9.0
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What one update was like.
+    """Measurements of one update.
 
     Attributes:
         lr: of this step.
         grad_norm: 0-d, before clipping; None where nothing is clipped.
-        scale: of the next step's loss; None but under fp16.
+        scale: of the next step's loss; None unless the precision is fp16.
     """
 
     lr: float
@@ -38,17 +38,17 @@ class Update:
 
 
 class OptimizerStep:
-    """Gradients in, weights out. Every rank makes the same updates, since DDP gives every rank the same gradients.
+    """Updates weights from gradients. Every rank makes the same updates, since DDP gives every rank the same gradients.
 
-    A step whose gradients overflow under fp16 moves nothing: neither weights nor schedule nor average.
+    A step whose gradients overflow under fp16 changes nothing: neither weights nor schedule nor average.
 
     Attributes:
         averaged: the student's network with averaged weights and statistics; None without ``train.ema``.
     """
 
     def __init__(self, student: Student, train: TrainConfig, *, total_steps: int, device: torch.device) -> None:
-        self.optimizer = make_optimizer(student, train)
-        self.schedule = make_schedule(self.optimizer, train, total_steps=total_steps)
+        self.optimizer = build_optimizer(student, train)
+        self.schedule = build_schedule(self.optimizer, train, total_steps=total_steps)
         self.scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "fp16")
         self.averaged = None if train.ema is None else _average(student.model, train.ema)
         self._student, self._clip_norm = student, train.clip_norm
@@ -58,7 +58,7 @@ class OptimizerStep:
         self.scaler.scale(loss).backward()
 
     def step(self) -> Update:
-        """Uses up the gradients."""
+        """Updates the weights, and clears the gradients."""
         lr = float(self.optimizer.param_groups[0]["lr"])
         grad_norm = self._clip()
         before = self._scale()
@@ -77,7 +77,7 @@ class OptimizerStep:
         return nn.utils.clip_grad_norm_(self._student.parameters(), self._clip_norm)
 
     def _scale(self) -> float | None:
-        """Waits for the device; but so does the scaler's own step."""
+        """Waits for the device; so does the step of the scaler."""
         return self.scaler.get_scale() if self.scaler.is_enabled() else None
 
     def _advance(self) -> None:
@@ -87,20 +87,23 @@ class OptimizerStep:
 
     @property
     def num_updates(self) -> int:
-        """Steps that moved the weights."""
+        """Steps that changed the weights."""
         return self.schedule.last_epoch
 
     @property
     def evaluated(self) -> EmbeddingModel:
-        """The network whose weights count: averaged, if there is an average."""
+        """The network that is evaluated and exported: the averaged one, if there is one."""
         return self._student.model if self.averaged is None else self.averaged.module
 
     def averaged_buffers(self) -> Iterator[Tensor]:
-        """None without an average."""
+        """Empty without an average."""
         return iter(()) if self.averaged is None else self.averaged.buffers()
 
     def check(self, *, where: str) -> None:
-        """Looked at now and then, beside the losses; ``where`` are the steps since it was last.
+        """Checks the loss scale, once in many steps.
+
+        Args:
+            where: the steps since the last check.
 
         Raises:
             TrainingError: gradients overflow fp16 at any scale.
@@ -109,6 +112,7 @@ class OptimizerStep:
         if scale is not None and scale < _MIN_SCALE:
             raise TrainingError(
                 "gradients overflow fp16 at any scale of the loss",
+                code="train.fp16-overflow",
                 where=where,
                 got=f"scale {scale:.1e} after {self.num_updates} updates",
                 expected=f"a scale of at least {_MIN_SCALE:.0e}",
@@ -116,7 +120,7 @@ class OptimizerStep:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """All but weights: optimiser, schedule, scaler."""
+        """Of optimizer, schedule and scaler; the weights are not included."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),

@@ -1,18 +1,21 @@
-"""A training before it begins: steps, and the learning rate where it turns."""
+"""The plan of a training: its steps, and its learning rate where the schedule changes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.core.errors import ConfigError
-from pipeline.student.data.order import TrainingOrder
-from pipeline.student.training.optim import lr_factor
+from pipeline.student.data.order import order_of
+from pipeline.student.training.optim import check_warmup, lr_factor
 from schemas.config import TrainConfig, ViewsConfig
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingPlan:
-    """``rows_dropped`` of an epoch; ``lr`` is the learning rate by 0-based step, at the steps where it turns."""
+    """
+    Attributes:
+        rows_dropped: of each epoch.
+        lr: the learning rate by 0-based step, at the steps where the schedule changes.
+    """
 
     steps_per_epoch: int
     total_steps: int
@@ -23,25 +26,15 @@ class TrainingPlan:
 def plan_training(train: TrainConfig, views: ViewsConfig, num_rows: int) -> TrainingPlan:
     """
     Args:
-        views: what the teacher sees, since mixed rows come in pairs.
+        views: of the teacher; mixed rows come in pairs.
         num_rows: of one epoch.
 
     Raises:
-        ConfigError: these rows make no such order, or the warm-up takes the whole training.
+        ConfigError: as ``order_of`` and ``check_warmup``.
     """
-    order = TrainingOrder.build(
-        ["all"],
-        [num_rows],
-        seed=train.seed,
-        global_batch_size=train.global_batch_size,
-        lanes=train.lanes,
-        kind=train.order,
-        tail=train.tail,
-        plan=views,
-    )
+    order = order_of(train, ["all"], [num_rows], views)
     total = train.epochs * order.num_steps
-    if train.warmup_steps >= total:
-        raise ConfigError("the warm-up takes the whole training", where="train.warmup_steps", got=f"of {total} steps")
+    check_warmup(train, total)
     return TrainingPlan(
         steps_per_epoch=order.num_steps,
         total_steps=total,

@@ -19,13 +19,14 @@ def check_compiler(device: torch.device) -> None:
     """Compiles one line for this device and runs it.
 
     Raises:
-        ResourceError: it cannot be done here, such as without a C++ compiler, or on a GPU without Triton.
+        ResourceError: this machine cannot, for example without a C++ compiler, or on a GPU without Triton.
     """
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
-    except Exception as error:  # inductor raises whatever the missing tool makes it stumble over
+    except Exception as error:  # inductor raises different types, by the tool that is missing
         raise ResourceError(
             "torch.compile does not work on this machine",
+            code="train.compile-unavailable",
             where=f"train.compile=true, device {device.type}",
             got=cause(getattr(error, "inner_exception", error)),
             expected="a C++ compiler with Python's headers, and on a GPU Triton",
@@ -35,7 +36,7 @@ def check_compiler(device: torch.device) -> None:
 
 @contextmanager
 def deterministic(enabled: bool) -> Generator[None]:
-    """Deterministic algorithms alone, process-wide, until the end of the block; nothing at all where not enabled.
+    """Selects deterministic algorithms in the whole process, until the end of the block, if enabled.
 
     Raises:
         TrainingError: an operation in the block has no deterministic form.
@@ -52,6 +53,7 @@ def deterministic(enabled: bool) -> Generator[None]:
             raise
         raise TrainingError(
             "an operation has no deterministic form",
+            code="train.not-deterministic",
             where="train.deterministic=true",
             got=str(error).split(",")[0],
             next_step="set train.deterministic=false, or use another student or loss, in another run.url",
@@ -62,7 +64,7 @@ def deterministic(enabled: bool) -> Generator[None]:
 
 @contextmanager
 def killed_loaders() -> Generator[None]:
-    """Turns the death of a loader process into one message: torch raises it wherever the main thread is.
+    """Turns the death of a loader process into one error: torch raises it at any place of the main thread.
 
     Raises:
         TrainingError: a loader process was killed by a signal, which is named.
@@ -84,15 +86,16 @@ def killed_loaders() -> Generator[None]:
 
 
 def demand_workspace() -> None:
-    """Sets the variable that makes cuBLAS deterministic. It is read when cuBLAS is first used, so call it before.
+    """Sets the variable that makes cuBLAS deterministic. Call it before cuBLAS is first used, which reads it.
 
     Raises:
-        ConfigError: the environment asks for a workspace that is not deterministic.
+        ConfigError: the environment sets a workspace that is not deterministic.
     """
     given = os.environ.setdefault(_CUBLAS, _DETERMINISTIC_WORKSPACES[0])
     if given not in _DETERMINISTIC_WORKSPACES:
         raise ConfigError(
-            "the environment makes cuBLAS give other results from run to run",
+            "the environment makes the results of cuBLAS differ from run to run",
+            code="train.cublas-workspace",
             where=_CUBLAS,
             got=given,
             expected=" or ".join(_DETERMINISTIC_WORKSPACES),

@@ -23,9 +23,15 @@ from pipeline.cache.read.reader import open_cache
 from pipeline.core.hashing import seal
 from pipeline.models import load_model
 from pipeline.shards.publish import publish_shard_index
-from pipeline.student.data.dataset import InputSize, StepDataset
+from pipeline.student.data.batch import InputSize
+from pipeline.student.data.dataset import StepDataset
 from pipeline.student.data.order import TrainingOrder
 from pipeline.student.data.sources import CachedSource, IndexedSource, RowSource, open_cached, open_indexed
+from pipeline.student.distributed import DistributedContext
+from pipeline.student.training.run_log import Report, RunLog
+from pipeline.student.training.setup import prepare
+from pipeline.student.training.trainer import Trainer
+from pipeline.student.training.validator import Validator
 from schemas.config import Config, DataConfig, ViewsConfig
 from tests.pipeline.caches import TinyCache, read_commits, shard_urls
 from tests.tolerances import magnitude_of, network_operations, reordered
@@ -119,6 +125,16 @@ def dataset(source: RowSource, plan: ViewsConfig, **changes: Any) -> StepDataset
         "temperatures": (1.0,),
     }
     return StepDataset(source, order_of(source, plan), **{**keys, **changes})
+
+
+def trainer_of(
+    config: Config, distributed: DistributedContext | None = None, report: Report = lambda _: None
+) -> Trainer:
+    """The trainer of a run that is not claimed, and whose validation samples are not read. Close its setup."""
+    distributed = distributed or DistributedContext()
+    setup = prepare(config, distributed)
+    log = RunLog(setup.run_url, distributed, report)
+    return Trainer(setup, Validator(setup, log.emit), log)
 
 
 def metrics(run_url: Path) -> list[dict[str, float]]:

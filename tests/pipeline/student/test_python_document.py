@@ -45,7 +45,7 @@ def teach_in_group(rendezvous: Path, rank: int, cache_url: str) -> dict[str, Ten
 
 
 @pytest.mark.parametrize("kind", [slow("crop"), "function_matching"])
-def test_two_ranks_learn_what_one_process_learns(replays: Replay, tmp_path: Path, kind: str) -> None:
+def test_two_ranks_train_as_one_process(replays: Replay, tmp_path: Path, kind: str) -> None:
     """The last step of an epoch has three rows: ``ddp_weight`` matters."""
     url = replays(kind).url
     alone = teach(url)

@@ -15,11 +15,14 @@ from torch import Tensor
 from pipeline.augment.pixels import pixel_digest, to_input
 from pipeline.cache.read.reader import open_cache
 from pipeline.core.errors import CacheError, ConfigError, ShardError
-from pipeline.student.data.dataset import Batch, InputSize, StepDataset, load_batches
+from pipeline.student.data.batch import Batch, InputSize
+from pipeline.student.data.dataset import StepDataset
+from pipeline.student.data.loader import load_batches
 from pipeline.student.data.sources import CachedSource, IndexedSource
 from pipeline.teacher.inference import load_teacher
 from schemas.cache_format import aug_param_columns
 from schemas.config import DataConfig, ViewsConfig
+from tests.errors import raises
 from tests.marks import slow
 from tests.pipeline.caches import TinyCache, shard_urls
 from tests.pipeline.student.conftest import NUM_VIEWS, Replay
@@ -41,7 +44,7 @@ def load(batches: StepDataset, steps: range, num_workers: int = 0) -> list[Batch
 def assert_same(one: Batch, other: Batch) -> None:
     for item in fields(Batch):
         left, right = getattr(one, item.name), getattr(other, item.name)
-        if item.name == "words":
+        if item.name == "teacher_outputs":
             for ours, theirs in zip(left, right, strict=True):
                 assert ours.logits.keys() == theirs.logits.keys()
                 assert all(torch.equal(ours.logits[key], theirs.logits[key]) for key in ours.logits)
@@ -54,7 +57,7 @@ def assert_same(one: Batch, other: Batch) -> None:
 
 
 def logits(batch: Batch, teacher: int = 0, temperature: float = 1.0) -> Tensor:
-    found = batch.words[teacher].logits_at(temperature)
+    found = batch.teacher_outputs[teacher].logits_at(temperature)
     assert found is not None
     return found
 
@@ -73,11 +76,11 @@ def test_loader_processes_change_no_batch(replays: Replay, num_workers: int) -> 
 
 def test_loader_processes_change_no_pixels_of_teachers_online(replays: Replay, tmp_path: Path) -> None:
     config = replays("crop").config
-    eaten = [InputSize(12, "bilinear"), InputSize(128, "bicubic")]
-    batches = dataset(indexed_source(config, tmp_path), config.views, teachers=eaten)
+    sizes = [InputSize(12, "bilinear"), InputSize(128, "bicubic")]
+    batches = dataset(indexed_source(config, tmp_path), config.views, teachers=sizes)
     for one, other in zip(load(batches, range(3)), load(batches, range(3), 1), strict=True):
-        assert [*one.teacher_pixels] == [*other.teacher_pixels] == eaten
-        for size in eaten:
+        assert [*one.teacher_pixels] == [*other.teacher_pixels] == sizes
+        for size in sizes:
             # Strides too: another memory format may have other sums in a convolution.
             assert one.teacher_pixels[size].stride() == other.teacher_pixels[size].stride()
             assert torch.equal(one.teacher_pixels[size], other.teacher_pixels[size])
@@ -99,7 +102,9 @@ def test_the_ranks_batches_laid_together_are_the_batch_of_one_process(
         for name in ("pixels_BCHW", "labels_B"):
             assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name)), name
         assert torch.equal(torch.cat([logits(part) for part in parts]), logits(batch))
-        assert torch.equal(torch.cat([part.words[0].norm_B for part in parts]), batch.words[0].norm_B)
+        assert torch.equal(
+            torch.cat([part.teacher_outputs[0].norm_B for part in parts]), batch.teacher_outputs[0].norm_B
+        )
         assert {part.num_rows_global for part in parts} == {len(batch.sample_ids)}
         if kind != "crop":
             assert torch.equal(torch.cat([part.lambda_B for part in parts]), batch.lambda_B)
@@ -162,13 +167,13 @@ def test_parity_parameters_of_cached_and_online_views_are_bitwise_equal(
             assert one.sample_ids == other.sample_ids
             for name in ("box", "flip", "partner", "mix_lambda", "content_hash", "offset", "size"):
                 assert np.array_equal(one.rows_N[name], other.rows_N[name]), name
-            assert [*one.drawn] == [*other.drawn] == [*aug_param_columns(plan)]
-            for name, values in one.drawn.items():
-                assert values.dtype == other.drawn[name].dtype, name
-                assert np.array_equal(values, other.drawn[name]), name
+            assert [*one.aug_params] == [*other.aug_params] == [*aug_param_columns(plan)]
+            for name, values in one.aug_params.items():
+                assert values.dtype == other.aug_params[name].dtype, name
+                assert np.array_equal(values, other.aug_params[name]), name
 
 
-def test_a_cache_begins_anew_after_its_last_view_and_online_training_does_not(replays: Replay, tmp_path: Path) -> None:
+def test_a_cache_repeats_its_views_and_online_training_does_not(replays: Replay, tmp_path: Path) -> None:
     stored, drawn = both(replays("crop"), tmp_path)
     assert [stored.view_of(epoch) for epoch in (0, 11, 12, 25)] == [0, 11, 0, 1]
     assert [drawn.view_of(epoch) for epoch in (0, 12, 70_000)] == [0, 12, 70_000]
@@ -181,7 +186,7 @@ def test_online_training_draws_options_beyond_the_views_of_any_cache(replays: Re
     source = indexed_source(replays("everything").config, tmp_path)
     rows = np.arange(20, dtype=np.int32)
     # Their lowest 16 bits are equal.
-    early, late = (source.rows(0, rows, epoch).drawn for epoch in (4464, 65_536 + 4464))
+    early, late = (source.rows(0, rows, epoch).aug_params for epoch in (4464, 65_536 + 4464))
     assert [*early] == [*late]
     assert not np.array_equal(early["op1_magnitude"], late["op1_magnitude"])
 
@@ -212,7 +217,10 @@ def test_parity_outputs_of_cached_and_online_teacher(
         assert batch.pixels_BCHW.shape[2:] == (student_size, student_size)
         pixels = batch.teacher_pixels.get(theirs, batch.pixels_BCHW)
         logits_BK, embedding_BD = teacher.forward(pixels, batch.partner_B, batch.lambda_B, batch.cutmix_box_B4)
-        for actual, cached in ((logits_BK, logits(expected)), (embedding_BD.norm(dim=1), expected.words[0].norm_B)):
+        for actual, cached in (
+            (logits_BK, logits(expected)),
+            (embedding_BD.norm(dim=1), expected.teacher_outputs[0].norm_B),
+        ):
             torch.testing.assert_close(actual, cached, rtol=0, atol=error * magnitude_of(cached))
 
 
@@ -220,7 +228,7 @@ def test_a_plan_with_everything_shows_everything(replays: Replay) -> None:
     """Otherwise parity would be that of options that never happen."""
     source = cached_source(replays("everything"))
     rows = [source.rows(0, np.arange(20, dtype=np.int32), epoch) for epoch in range(NUM_VIEWS)]
-    drawn = {name: np.concatenate([one.drawn[name] for one in rows]) for name in rows[0].drawn}
+    drawn = {name: np.concatenate([one.aug_params[name] for one in rows]) for name in rows[0].aug_params}
     assert {*drawn["op1"].tolist(), *drawn["op2"].tolist()} == {*range(14)}
     assert len({*drawn["jitter_order"].tolist()}) == 24
     for name, neutral in (("jitter_hue", 0), ("erase_width", 0), ("cut_width", 0)):
@@ -250,15 +258,15 @@ def test_inputs_of_a_build_and_of_training_are_the_same_bits(replays: Replay) ->
             assert torch.equal(alone[0], whole[row])
 
 
-def test_one_rendering_serves_all_networks_that_eat_the_same(replays: Replay, tmp_path: Path) -> None:
+def test_one_rendering_serves_all_networks_of_the_same_input(replays: Replay, tmp_path: Path) -> None:
     cache = replays("crop")
     drawn, plan = indexed_source(cache.config, tmp_path), cache.config.views
     same, other, small = InputSize(16, "bilinear"), InputSize(16, "bicubic"), InputSize(12, "bilinear")
     assert dataset(drawn, plan, teachers=[same, same])[0].teacher_pixels == {}
     batch = dataset(drawn, plan, teachers=[small, same, other, small])[0]
     assert [*batch.teacher_pixels] == [small, other]
-    for eaten, pixels_BCHW in batch.teacher_pixels.items():
-        assert torch.equal(pixels_BCHW, dataset(drawn, plan, student=eaten)[0].pixels_BCHW)
+    for sizes, pixels_BCHW in batch.teacher_pixels.items():
+        assert torch.equal(pixels_BCHW, dataset(drawn, plan, student=sizes)[0].pixels_BCHW)
 
 
 @pytest.mark.slow
@@ -297,25 +305,28 @@ def test_an_online_teacher_sees_its_own_views_beside_a_student_that_sees_others(
 
 def swap_mates(table: pa.Table) -> pa.Table:
     """Two pairs change partners: rows, content and order stay what they were."""
-    mates = table["mix_row"].to_pylist()
-    first, second = mates[0], next(mate for row, mate in enumerate(mates) if row not in (0, mates[0]) and mate != row)
-    third = mates[second]
+    partner_rows = table["mix_row"].to_pylist()
+    first, second = (
+        partner_rows[0],
+        next(mate for row, mate in enumerate(partner_rows) if row not in (0, partner_rows[0]) and mate != row),
+    )
+    third = partner_rows[second]
     for one, other in ((0, second), (first, third)):
-        mates[one], mates[other] = other, one
-    return set_column(table, "mix_row", mates)
+        partner_rows[one], partner_rows[other] = other, one
+    return set_column(table, "mix_row", partner_rows)
 
 
 def test_partners_that_are_not_the_orders_stop_training(own_replay: Replay) -> None:
     cache = own_replay("function_matching")
     rewrite_view(cache, "digits-00", 0, swap_mates)
-    with pytest.raises(CacheError, match="partners are not those of the training order"):
+    with raises("cache.partner-mismatch"):
         load(cached(cache), range(STEPS_AN_EPOCH))
 
 
 def test_partners_in_a_cache_that_mixes_nothing_stop_training(own_replay: Replay) -> None:
     cache = own_replay("crop")
     rewrite_view(cache, "digits-00", 0, set_cell("mix_row", 3, 4))
-    with pytest.raises(CacheError, match="partners are not those of the training order"):
+    with raises("cache.partner-mismatch"):
         load(cached(cache), range(STEPS_AN_EPOCH))
 
 
@@ -343,7 +354,7 @@ def test_changed_image_bytes_stop_training_by_name_from_any_process(
     changed = TinyCache(cache.url, cache.config.model_copy(update={"data": data}))
     with pytest.raises(CacheError) as caught:
         load(cached(changed), range(STEPS_AN_EPOCH), num_workers)
-    assert caught.value.what == "an image is not the one that was indexed"
+    assert caught.value.code == "shard.image-changed"
     assert caught.value.where == sample_id
     assert caught.value.exit_code == 2
     assert "Traceback" not in str(caught.value)
@@ -362,8 +373,10 @@ def test_batches_before_an_error_arrive(replays: Replay, tmp_path: Path) -> None
 
 
 def test_an_image_beyond_the_pixel_limit_is_a_shard_error_of_ours(replays: Replay) -> None:
-    with pytest.raises(ShardError, match="too_large"):
+    with pytest.raises(ShardError) as caught:
         cached(replays("crop"), max_pixels=5)[0]
+    assert caught.value.code == "shard.image-undecodable-now"
+    assert str(caught.value.got).startswith("too_large")
 
 
 def test_a_row_without_a_label_is_named_before_it_reaches_the_device(own_replay: Replay, tmp_path: Path) -> None:
@@ -371,13 +384,14 @@ def test_a_row_without_a_label_is_named_before_it_reaches_the_device(own_replay:
     unlabelled = cache.config.data.model_copy(update={"label": None})
     source = indexed_source(cache.config.model_copy(update={"data": unlabelled}), tmp_path / "index")
     batches = dataset(source, cache.config.views, needs_labels=True)
-    with pytest.raises(ConfigError, match="samples without a label") as caught:
+    with raises("data.missing-labels") as caught:
         batches[0]
     assert str(caught.value.where).startswith("digits-0")
-    with pytest.raises(ConfigError, match="20 of 20 samples without a label"):
+    with pytest.raises(ConfigError) as caught:
         source.check_labelled()
+    assert caught.value.got == "20 of 20 samples without a label"
 
 
 def test_more_ranks_than_lanes_are_refused(replays: Replay) -> None:
-    with pytest.raises(ConfigError, match="more ranks than lanes"):
+    with raises("train.more-ranks-than-lanes"):
         cached(replays("function_matching"), rank=0, world_size=5)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from pipeline import storage
 from pipeline.core.errors import StorageError, StorageInputError
-from pipeline.student.data.local_store import Make, NodeStore, name_of
+from pipeline.student.data.local_store import Fill, NodeStore, name_of
 from tests.errors import raises
 
 SIZES = {number: 100 * (number + 1) for number in range(6)}
@@ -26,12 +26,12 @@ HAMMER = """
 import random, sys
 from pathlib import Path
 from pipeline.student.data.local_store import NodeStore
-from tests.pipeline.student.data.test_local_store import SIZES, content, hold
+from tests.pipeline.student.data.test_local_store import SIZES, content, acquire
 draw = random.Random(int(sys.argv[2]))
 store = NodeStore(Path(sys.argv[1]), int(sys.argv[3]))
 while True:
     number = draw.choice(list(SIZES))
-    with hold(store, number, slowly=True) as held:
+    with acquire(store, number, slowly=True) as held:
         assert held.path.read_bytes() == content(number), number
     print(number, flush=True)
 """
@@ -45,7 +45,7 @@ def content(number: int) -> bytes:
     return random.Random(number).randbytes(SIZES[number])
 
 
-def filling(number: int, *, slowly: bool = False) -> Make:
+def filling(number: int, *, slowly: bool = False) -> Fill:
     def make(part: Path) -> None:
         with part.open("wb") as file:
             for byte in (content(number)[:50], content(number)[50:]):
@@ -107,14 +107,14 @@ def test_the_longest_unused_go_first_and_what_is_in_use_stays(
                     room.remove(old)
             model = room[:-1]
         held = acquire(store, number)
-        assert held.crowded == (number not in model and sum(SIZES[one] for one in {*model, number}) > limit)
+        assert held.over_budget == (number not in model and sum(SIZES[one] for one in {*model, number}) > limit)
         model = [*(one for one in model if one != number), number]
         assert kept(store) == sorted(model)
-        if data.draw(st.booleans()) and not held.crowded:
+        if data.draw(st.booleans()) and not held.over_budget:
             in_use.setdefault(number, []).append(held)
             continue
         held.close()
-        if held.crowded:
+        if held.over_budget:
             for old in list(model):
                 if sum(SIZES[one] for one in model) <= limit:
                     break
@@ -129,11 +129,11 @@ def test_the_longest_unused_go_first_and_what_is_in_use_stays(
 def test_a_file_above_the_limit_is_used_and_gone_after_its_use(store: NodeStore) -> None:
     small = NodeStore(store.folder, 350)
     with acquire(small, 5) as held:
-        assert held.crowded
+        assert held.over_budget
         assert held.path.read_bytes() == content(5)
     assert kept(small) == []
     with acquire(small, 0) as held:
-        assert not held.crowded
+        assert not held.over_budget
     assert kept(small) == [0]
 
 
@@ -144,14 +144,14 @@ def test_what_is_being_made_counts_as_what_it_will_be(store: NodeStore) -> None:
     def make(part: Path) -> None:
         for number in (0, 4):
             with acquire(store, number) as held:
-                crowded.append(held.crowded)
+                crowded.append(held.over_budget)
         filling(5)(part)
 
     store.acquire(name(5), 600, make).close()
     assert crowded == [False, True]
 
 
-def test_a_part_that_a_killed_process_left_is_filled_anew_or_removed(store: NodeStore) -> None:
+def test_a_partial_file_of_a_killed_process_is_filled_again_or_removed(store: NodeStore) -> None:
     store.folder.mkdir()
     leftovers = [store.folder / f".part-{SIZES[number]}-{name(number)}" for number in (1, 2)]
     for part in leftovers:
@@ -196,13 +196,13 @@ def test_the_folder_of_another_user_is_refused(store: NodeStore, monkeypatch: py
     store.folder.mkdir()
     owner = store.folder.stat().st_uid
     monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
-    with pytest.raises(StorageInputError, match="belongs to another user"):
+    with raises("storage.foreign-folder"):
         acquire(store, 1)
 
 
-def test_a_place_that_cannot_be_a_folder_is_told(tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_a_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(StorageInputError, match="cannot keep a file: a part of this path is a file"):
+    with pytest.raises(StorageInputError, match="a part of this path is a file"):
         acquire(NodeStore(tmp_path / "file" / "store"), 1)
 
 

@@ -131,7 +131,7 @@ def test_ranks_differ_by_one_lane_at_most(case: Case) -> None:
 
 @given(cases())
 @LAW
-def test_mates_share_a_rank_and_are_those_of_the_view(case: Case) -> None:
+def test_mixup_partners_share_a_rank_and_are_those_of_the_view(case: Case) -> None:
     partners, epoch = expected_partners(case), case.fresh
     for step in range(case.order.num_steps):
         for rank in range(case.world_size):
@@ -155,7 +155,7 @@ def expected_partners(case: Case) -> dict[Row, Row]:
 
 @given(cases(), st.data())
 @LAW
-def test_any_step_can_be_asked_for_alone(case: Case, data: st.DataObject) -> None:
+def test_any_step_can_be_read_alone(case: Case, data: st.DataObject) -> None:
     """Resuming is nothing but asking a fresh order for a later step, also with another world size."""
     step = data.draw(st.integers(0, case.order.num_steps - 1))
     undisturbed, resumed = case.fresh, case.fresh
@@ -291,7 +291,7 @@ def test_lanes_must_divide_the_pairs_of_a_mixed_batch() -> None:
 def test_an_odd_batch_of_pairs_is_refused() -> None:
     message = refused(num_ok=[100], global_batch_size=7, plan=ViewsConfig(kind="function_matching"))
     assert "train.global_batch_size" in message
-    assert "take 8" in message
+    assert "set train.global_batch_size=8" in message
 
 
 def test_fewer_rows_than_a_batch_are_refused_unless_the_tail_is_short() -> None:
@@ -313,8 +313,9 @@ def test_no_rows_are_refused() -> None:
 
 def test_more_ranks_than_lanes_are_refused() -> None:
     order = build([100], 10, lanes=5)
-    with pytest.raises(ConfigError, match="world size 6, 5 lanes"):
+    with pytest.raises(ConfigError) as caught:
         order.lanes_of(0, 6)
+    assert (caught.value.code, caught.value.got) == ("train.more-ranks-than-lanes", "world size 6, 5 lanes")
 
 
 @pytest.mark.parametrize("step", [-1, 10])

@@ -28,7 +28,7 @@ from tests.pipeline.student.runs import CE, KD, cached_source, dataset, metrics,
 
 ND = [{"name": "nd"}]
 TWO_TEMPERATURES = [{"name": "kd", "temperature": 1.0}, {"name": "kd", "temperature": 4.0}]
-SOME = np.array([7, 2, 2, 19], np.int32)
+ALL = np.arange(20, dtype=np.int32)
 Decoded = list[tuple[int, float]]
 
 
@@ -55,44 +55,36 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> Decoded:
 
 
 @pytest.mark.parametrize(("encoding", "row_bytes"), [("fp32", 40), ("fp16", 20)])
-def test_a_kept_view_costs_its_stored_bytes(tiny_config: TinyConfig, encoding: str, row_bytes: int) -> None:
+def test_a_row_costs_its_stored_bytes(tiny_config: TinyConfig, encoding: str, row_bytes: int) -> None:
     cache = built(tiny_config, logits=encoding, embeddings="fp16")
     columns = open_cache(cache.url).view("digits-00", 1)
     assert columns.logits is not None
     assert columns.embedding is not None
     assert columns.logits.column.nbytes == 20 * row_bytes
     assert columns.embedding.column.nbytes == 20 * 7 * 2
-    (kept,) = cached_source(cache).columns(0, 1)
-    assert kept.logits is not None
-    assert (kept.logits.column.nbytes, kept.embedding) == (20 * row_bytes, None)
+    columns = cached_source(cache).rows(0, ALL, 1).of_teacher(0)
+    assert {name: values.nbytes for name, values in columns.items()} == {"norm": 20 * 4, "logits": 20 * row_bytes}
 
 
-def test_embeddings_are_kept_as_stored_where_a_loss_reads_them(tiny_config: TinyConfig) -> None:
+def test_embeddings_stay_encoded_where_a_loss_reads_them(tiny_config: TinyConfig) -> None:
     cache = built(tiny_config, embeddings="fp16")
     source = cached_source(cache, with_embeddings=True)
-    (kept,) = source.columns(0, 1)
-    assert kept.embedding is not None
-    assert kept.embedding.column.nbytes == 20 * 7 * 2
+    assert source.rows(0, ALL, 1).of_teacher(0)["embedding"].nbytes == 20 * 7 * 2
     batch = dataset(source, cache.config.views)[0]
     for place, sample_id in enumerate(batch.sample_ids):
         shard, _, key = sample_id.partition("/")
         index = open_cache(cache.url).index(source.caches[0].shards[int(shard[-1])])
         stored = open_cache(cache.url).view(shard, 0).embedding_ND
         assert stored is not None
-        assert batch.words[0].embedding_BD is not None
-        np.testing.assert_array_equal(batch.words[0].embedding_BD[place], stored[index.keys.to_pylist().index(key)])
+        assert batch.teacher_outputs[0].embedding_BD is not None
+        np.testing.assert_array_equal(
+            batch.teacher_outputs[0].embedding_BD[place], stored[index.keys.to_pylist().index(key)]
+        )
 
 
 def test_without_such_a_loss_a_batch_carries_no_embeddings(replays: Replay) -> None:
     cache = replays("crop")
-    assert dataset(cached_source(cache), cache.config.views)[0].words[0].embedding_BD is None
-
-
-def test_some_rows_are_those_of_the_whole_view(replays: Replay) -> None:
-    columns = open_cache(replays("crop").url).view("digits-00", 3)
-    assert columns.logits is not None
-    assert len(columns.logits.take(SOME)) == 4
-    np.testing.assert_array_equal(columns.logits.take(SOME).dense(), columns.logits_NK[SOME])
+    assert dataset(cached_source(cache), cache.config.views)[0].teacher_outputs[0].embedding_BD is None
 
 
 def test_only_the_rows_of_a_batch_are_decoded_and_once_for_each_temperature(replays: Replay, decoded: Decoded) -> None:
@@ -102,7 +94,7 @@ def test_only_the_rows_of_a_batch_are_decoded_and_once_for_each_temperature(repl
     assert sum(rows for rows, temperature in decoded if temperature == 1) == 8
     assert sum(rows for rows, temperature in decoded if temperature == 4) == 8
     assert {temperature for _, temperature in decoded} == {1.0, 4.0}
-    assert set(batch.words[0].logits) == {1.0, 4.0}
+    assert set(batch.teacher_outputs[0].logits) == {1.0, 4.0}
 
 
 @pytest.mark.usefixtures("decoded")
@@ -118,10 +110,10 @@ def test_rows_of_several_shards_come_at_their_places(replays: Replay) -> None:
         assert stored.logits is not None
         exact = codec.decode(stored.logits.column, stored.logits.output)[row]
         for temperature, factor in ((0.5, 1.5), (4.0, 5.0)):
-            logits_BK = batch.words[0].logits_at(temperature)
+            logits_BK = batch.teacher_outputs[0].logits_at(temperature)
             assert logits_BK is not None
             np.testing.assert_array_equal(logits_BK[place], exact * np.float32(factor))
-        assert batch.words[0].norm_B[place] == stored.embedding_norm_N[row]
+        assert batch.teacher_outputs[0].norm_B[place] == stored.embedding_norm_N[row]
 
 
 @pytest.mark.parametrize("temperatures", [(1.0,), (1.0, 4.0)])
@@ -129,7 +121,7 @@ def test_an_encoding_that_is_the_same_at_any_temperature_is_decoded_once(
     replays: Replay, temperatures: tuple[float, ...]
 ) -> None:
     cache = replays("crop")
-    (words,) = dataset(cached_source(cache), cache.config.views, temperatures=temperatures)[0].words
+    (words,) = dataset(cached_source(cache), cache.config.views, temperatures=temperatures)[0].teacher_outputs
     assert list(words.logits) == [None]
     assert all(words.logits_at(temperature) is words.logits[None] for temperature in temperatures)
 
@@ -176,7 +168,7 @@ def test_a_cache_of_the_largest_logits_trains_at_two_temperatures(tiny_config: T
     except ValidationError:
         pytest.skip("this version has no encoding topk")
     check_each_term_reads_its_own(cache, tmp_path)
-    (words,) = dataset(cached_source(cache), cache.config.views, temperatures=(1.0, 4.0))[0].words
+    (words,) = dataset(cached_source(cache), cache.config.views, temperatures=(1.0, 4.0))[0].teacher_outputs
     assert set(words.logits) == {1.0, 4.0}
     assert not np.array_equal(words.logits[1.0], words.logits[4.0])
 
@@ -192,9 +184,9 @@ def test_a_loss_that_needs_logits_is_refused_before_any_work_where_there_are_non
     cache = without_logits(tiny_config)
     config = run_config(cache.config, tmp_path / "run", loss=loss)
     for refuse in (train, check_training):
-        with pytest.raises(ConfigError, match="needs the teacher's logits, and this cache keeps none") as caught:
+        with pytest.raises(ConfigError) as caught:
             refuse(config)
-        assert caught.value.where == cache.url
+        assert (caught.value.code, caught.value.where) == ("cache.no-logits", cache.url)
     assert not (tmp_path / "run").exists()
 
 
@@ -205,9 +197,9 @@ def test_a_loss_that_needs_embeddings_is_refused_before_any_work_where_there_are
     cache = built(tiny_config, embeddings="none")
     config = run_config(cache.config, tmp_path / "run", loss=loss)
     for refuse in (train, check_training):
-        with pytest.raises(ConfigError, match="needs the teacher's embeddings, and this cache keeps none") as caught:
+        with pytest.raises(ConfigError) as caught:
             refuse(config)
-        assert caught.value.where == cache.url
+        assert (caught.value.code, caught.value.where) == ("cache.no-embeddings", cache.url)
         assert "cache.embeddings=fp16" in str(caught.value.next_step)
     assert not (tmp_path / "run").exists()
 
@@ -236,6 +228,7 @@ def test_a_cache_to_be_built_without_the_logits_that_a_loss_needs_is_refused(
         base = tiny_config(cache={"logits": "none"})
         return run_config(base, tmp_path / "run", loss=loss, cache=base.model_dump(mode="json")["cache"])
 
-    with pytest.raises(ConfigError, match="this cache would keep none"):
+    with pytest.raises(ConfigError) as caught:
         check_distillation(distilling(KD))
+    assert caught.value.code == "cache.no-logits"
     check_distillation(distilling(ND))

@@ -17,8 +17,9 @@ from torch import nn
 from pipeline.core.errors import CacheError, ConfigError
 from pipeline.core.hashing import seal
 from pipeline.student.run import checkpoint
-from pipeline.student.training.optim import make_optimizer, make_schedule
+from pipeline.student.training.optim import build_optimizer, build_schedule
 from schemas.config import Config, TrainConfig
+from tests.errors import raises
 
 
 def config(**sections: Any) -> Config:
@@ -93,7 +94,7 @@ def test_credentials_of_urls_are_not_written_and_make_no_other_run(tmp_path: Pat
         url = f"https://user:{secret}@host/a.tar?sig={secret}"
         checkpoint.claim_run(str(tmp_path), config(data={"shards": [url]}, teacher={"kwargs": {"a": {"b": [url]}}}))
         assert secret.encode() not in (tmp_path / checkpoint.CONFIG).read_bytes()
-    with pytest.raises(ConfigError, match=r"data\.shards"):
+    with raises("data.shards"):
         checkpoint.claim_run(str(tmp_path), config(data={"shards": ["https://host/b.tar"]}))
 
 
@@ -131,8 +132,8 @@ def test_optimizer_and_schedule_come_back_bitwise(tmp_path: Path, name: str) -> 
 
     def begin() -> tuple[nn.Module, torch.optim.Optimizer, Any]:
         layer = nn.Linear(3, 2)
-        optimizer = make_optimizer(layer, train)
-        return layer, optimizer, make_schedule(optimizer, train, total_steps=9)
+        optimizer = build_optimizer(layer, train)
+        return layer, optimizer, build_schedule(optimizer, train, total_steps=9)
 
     def steps(layer: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any, count: int) -> None:
         for number in range(count):

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from pipeline.core.errors import TrainingError
 from pipeline.student.distributed import DistributedContext
 from pipeline.student.run.metrics import MetricsFile, StepLog
-from pipeline.student.training.throughput import ThroughputMeter
+from pipeline.student.training.run_log import ThroughputMeter
 
 
 def log_of(losses: list[float], *, first_step: int = 0) -> StepLog:

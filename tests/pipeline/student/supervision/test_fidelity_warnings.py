@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from pipeline.cache.read.reader import open_cache
 from pipeline.models.cifar import resnet
-from pipeline.student.supervision.fidelity_warnings import fidelity_warnings
+from pipeline.student.supervision.loss_warnings import fidelity_warnings
 from pipeline.student.training.trainer import train
 from schemas.cache_format import Header, Statistics
 from schemas.config import LossConfig
@@ -80,7 +80,7 @@ def test_a_loss_of_no_weight_no_measured_rows_and_no_logits_warn_of_nothing(head
     assert fidelity_warnings(bare, Statistics(fidelity_rows=1, kl_sum=KL), kd) == []
 
 
-def test_a_training_says_so_once_before_its_first_step(tiny_config: TinyConfig, tmp_path: Path) -> None:
+def test_a_training_warns_once_before_its_first_step(tiny_config: TinyConfig, tmp_path: Path) -> None:
     # One of the 35 digits is measured. The teacher speaks up, so that one logit of ten says little.
     network = resnet(10, 8, (4, 4, 6, 7))
     with torch.no_grad():

@@ -9,14 +9,14 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from pipeline.core.errors import ConfigError
 from pipeline.student.evaluation.evaluator import evaluate_run
 from pipeline.student.export.exporters import export_run
 from pipeline.student.run import checkpoint
-from pipeline.student.supervision.spec import lesson_facts
+from pipeline.student.supervision.spec import resolve_spec
 from pipeline.student.training.config_checks import check_distillation
 from pipeline.student.training.trainer import train
 from schemas.config import Config, StudentConfig
+from tests.errors import raises
 from tests.marks import slow
 from tests.pipeline.caches import build, cache_section
 from tests.pipeline.conftest import TinyConfig
@@ -29,12 +29,12 @@ def with_views(**views: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("mode", ["cache", "online"])
-def test_a_student_has_views_of_its_own_only_where_the_config_says_so(
+def test_a_student_has_its_own_views_only_where_the_config_sets_them(
     replays: Replay, tmp_path: Path, mode: str
 ) -> None:
     base = replays("crop").config
-    same = lesson_facts(run_config(base, tmp_path, mode=mode))
-    other = lesson_facts(run_config(base, tmp_path, mode=mode, student=with_views(kind="crop", seed=7)))
+    same = resolve_spec(run_config(base, tmp_path, mode=mode))
+    other = resolve_spec(run_config(base, tmp_path, mode=mode, student=with_views(kind="crop", seed=7)))
     assert same.student_views is None
     assert same.student_plan.seed == same.plan.seed == other.plan.seed == 0
     assert other.student_plan.seed == 7
@@ -44,20 +44,20 @@ def test_a_student_has_views_of_its_own_only_where_the_config_says_so(
     ("kind", "mode", "views", "told"),
     [
         ("crop", "none", {"kind": "eval"}, "teacher.mode: none"),
-        ("function_matching", "cache", {"kind": "crop", "seed": 1}, "a teacher that sees function_matching"),
-        ("function_matching", "online", {"kind": "eval"}, "a teacher that sees function_matching"),
+        ("function_matching", "cache", {"kind": "crop", "seed": 1}, "a teacher with views of kind function_matching"),
+        ("function_matching", "online", {"kind": "eval"}, "a teacher with views of kind function_matching"),
         ("crop", "cache", None, "the views of its teacher"),
         ("crop", "online", None, "the views of its teacher"),
     ],
 )
-def test_views_that_no_words_are_of_are_refused(
+def test_student_views_that_no_teacher_outputs_fit_are_refused(
     replays: Replay, tmp_path: Path, kind: str, mode: str, views: dict[str, Any] | None, told: str
 ) -> None:
     base = replays(kind).config
     own = base.views.model_dump(exclude={"count", "size"}) if views is None else views
     config = run_config(base, tmp_path, mode=mode, student=with_views(**own))
-    with pytest.raises(ConfigError, match="cannot have views of its own") as caught:
-        lesson_facts(config)
+    with raises("config.student-views") as caught:
+        resolve_spec(config)
     assert caught.value.got == told
 
 
@@ -66,7 +66,7 @@ def test_they_are_refused_before_a_cache_is_built(replays: Replay, tmp_path: Pat
     url = str(tmp_path / "to-build")
     config = run_config(base, tmp_path / "run", data={"cache": url}, student=with_views(kind="eval"))
     config = config.model_copy(update={"cache": cache_section(base).model_copy(update={"url": url})})
-    with pytest.raises(ConfigError, match="cannot have views of its own"):
+    with raises("config.student-views"):
         check_distillation(config)
 
 

@@ -10,11 +10,9 @@ import torch
 from torch import nn
 
 from pipeline.models import load_model, unsafe_in_channels_last
-from pipeline.student.distributed import DistributedContext
-from pipeline.student.training.trainer import Trainer
 from schemas.config import StudentConfig
 from tests.pipeline.student.conftest import Replay
-from tests.pipeline.student.runs import run_config
+from tests.pipeline.student.runs import run_config, trainer_of
 
 CPU = torch.device("cpu")
 
@@ -73,15 +71,16 @@ def test_weights_and_images_lie_as_the_config_or_the_network_decides(
     train = {"epochs": 1, "tail": "short", "global_batch_size": 7, "channels_last": option}
     config = run_config(replays("crop").config, tmp_path, student=resnet(*widths), train=train)
     texts: list[str] = []
-    trainer = Trainer(config, DistributedContext(), lambda event: texts.append(str(event.get("text", ""))))
+    trainer = trainer_of(config, report=lambda event: texts.append(str(event.get("text", ""))))
     layouts: set[bool] = set()
-    trainer.student.register_forward_pre_hook(
+    student = trainer.setup.student.module
+    student.register_forward_pre_hook(
         lambda _, images: layouts.add(images[0].is_contiguous(memory_format=torch.channels_last))
     )
     trainer.run()
-    trainer.close()
+    trainer.setup.close()
     assert layouts == {channels_last}
-    weights = [layer.weight for layer in trainer.student.modules() if isinstance(layer, nn.Conv2d)]
+    weights = [layer.weight for layer in student.modules() if isinstance(layer, nn.Conv2d)]
     wide = [weight for weight in weights if min(weight.shape[1:]) > 1]
     assert wide
     assert {weight.is_contiguous(memory_format=torch.channels_last) for weight in wide} == {channels_last}

@@ -1,4 +1,4 @@
-"""Micro-batches: every row once, mates together, and the gradients of the whole batch."""
+"""Micro-batches: every row once, partners together, and the gradients of the whole batch."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.core.errors import ConfigError
 from pipeline.shards.writer import pack_shards
 from pipeline.student.distributed import DistributedContext
 from pipeline.student.run import checkpoint
-from pipeline.student.training.micro_batches import cuts, micro_batches, num_pieces, smallest_batch
-from pipeline.student.training.trainer import Trainer, train
+from pipeline.student.training.micro_batches import micro_batches, num_micro_batches, smallest_micro_batch, split_rows
+from pipeline.student.training.setup import prepare
+from pipeline.student.training.trainer import train
+from tests.errors import raises
 from tests.marks import slow
 from tests.pipeline.caches import digit_samples
 from tests.pipeline.conftest import TinyConfig
@@ -36,73 +37,77 @@ from tests.pipeline.student.runs import (
 
 
 @given(st.integers(0, 200), st.integers(1, 20), st.sampled_from([1, 2]))
-def test_cuts_cover_all_rows_in_order_at_even_places_and_in_sizes_that_differ_by_a_unit(
-    num_rows: int, pieces: int, rows_per_unit: int
+def test_slices_cover_all_rows_in_order_at_even_positions_and_in_sizes_that_differ_by_a_unit(
+    num_rows: int, chunks: int, rows_per_unit: int
 ) -> None:
-    found = cuts(num_rows, pieces, rows_per_unit=rows_per_unit)
-    assert [row for piece in found for row in range(piece.start, piece.stop)] == list(range(num_rows))
-    assert all(piece.start % rows_per_unit == 0 for piece in found[:-1] if piece.stop > piece.start)
-    sizes = [piece.stop - piece.start for piece in found]
-    assert len(sizes) == pieces
+    found = split_rows(num_rows, chunks, rows_per_unit=rows_per_unit)
+    assert [row for chunk in found for row in range(chunk.start, chunk.stop)] == list(range(num_rows))
+    assert all(chunk.start % rows_per_unit == 0 for chunk in found[:-1] if chunk.stop > chunk.start)
+    sizes = [chunk.stop - chunk.start for chunk in found]
+    assert len(sizes) == chunks
     assert max(sizes) - min(sizes) <= 2 * rows_per_unit - 1
-    assert smallest_batch(num_rows, pieces, rows_per_unit=rows_per_unit) == min(sizes)
+    assert smallest_micro_batch(num_rows, chunks, rows_per_unit=rows_per_unit) == min(sizes)
 
 
 @given(st.integers(1, 20), st.integers(1, 300), st.data())
-def test_a_short_step_has_no_larger_pieces_than_a_full_one(accumulate: int, size: int, data: st.DataObject) -> None:
+def test_a_short_step_has_no_larger_micro_batches_than_a_full_one(
+    accumulate: int, size: int, data: st.DataObject
+) -> None:
     num_rows = data.draw(st.integers(1, size))
-    pieces = num_pieces(accumulate, num_rows, size)
-    assert 1 <= pieces <= accumulate
-    assert num_pieces(accumulate, size, size) == accumulate
-    assert num_rows / pieces <= size / accumulate
+    chunks = num_micro_batches(accumulate, num_rows, size)
+    assert 1 <= chunks <= accumulate
+    assert num_micro_batches(accumulate, size, size) == accumulate
+    assert num_rows / chunks <= size / accumulate
 
 
 @pytest.mark.slow
-def test_pieces_hold_what_the_batch_held_and_mates_stay_together(replays: Replay) -> None:
+def test_micro_batches_hold_the_rows_of_the_batch_and_partners_stay_together(replays: Replay) -> None:
     cache = replays("everything")
     source = cached_source(cache)
     batch = dataset(source, cache.config.views)[4]
     assert len(batch.sample_ids) == 3, "the short last step: a pair, or two that are not mixed, and a single row"
     for whole in (dataset(source, cache.config.views)[1], batch):
-        pieces = micro_batches(whole, 2)
-        assert [one for piece in pieces for one in piece.sample_ids] == whole.sample_ids
+        chunks = micro_batches(whole, 2)
+        assert [one for chunk in chunks for one in chunk.sample_ids] == whole.sample_ids
         assert whole.partner_B is not None
         for name in ("pixels_BCHW", "labels_B", "lambda_B", "cutmix_box_B4"):
-            assert torch.equal(torch.cat([getattr(piece, name) for piece in pieces]), getattr(whole, name))
-        logits = [piece.words[0].logits_at(1.0) for piece in pieces]
-        assert torch.equal(torch.cat([one for one in logits if one is not None]), whole.words[0].logits_at(1.0))
-        mates = [piece.sample_ids[row] for piece in pieces for row in piece.partner_B.tolist()]
-        assert mates == [whole.sample_ids[row] for row in whole.partner_B.tolist()]
-        assert {piece.num_rows_global for piece in pieces} == {whole.num_rows_global}
+            assert torch.equal(torch.cat([getattr(chunk, name) for chunk in chunks]), getattr(whole, name))
+        logits = [chunk.teacher_outputs[0].logits_at(1.0) for chunk in chunks]
+        assert torch.equal(
+            torch.cat([one for one in logits if one is not None]), whole.teacher_outputs[0].logits_at(1.0)
+        )
+        partners = [chunk.sample_ids[row] for chunk in chunks for row in chunk.partner_B.tolist()]
+        assert partners == [whole.sample_ids[row] for row in whole.partner_B.tolist()]
+        assert {chunk.num_rows_global for chunk in chunks} == {whole.num_rows_global}
 
 
 @pytest.mark.parametrize("kind", ["crop", "function_matching"])
-@pytest.mark.parametrize("pieces", [slow(2), 3])
+@pytest.mark.parametrize("chunks", [slow(2), 3])
 def test_accumulated_gradients_are_those_of_the_whole_batch(
-    replays: Replay, tmp_path: Path, kind: str, pieces: int
+    replays: Replay, tmp_path: Path, kind: str, chunks: int
 ) -> None:
-    """Plain SGD of a student without BatchNorm: weights differ as gradients do. Batches of 16 in pieces of 4 to 8 rows,
+    """Plain SGD of a student without BatchNorm: weights differ as gradients do. Batches of 16 in chunks of 4 to 8 rows,
     and a last one of 3 in fewer."""
     base = replays(kind).config
     keys = {"epochs": 2, "global_batch_size": 16, "optimizer": "sgd", "momentum": 0.0, "lr": 0.1}
-    for accumulate in (1, pieces):
+    for accumulate in (1, chunks):
         config = {"loss": [*CE, *KD], "train": {**keys, "accumulate": accumulate}}
         train(run_config(base, tmp_path / str(accumulate), **config))
-    whole, cut = (metrics(tmp_path / str(accumulate)) for accumulate in (1, pieces))
+    whole, cut = (metrics(tmp_path / str(accumulate)) for accumulate in (1, chunks))
     error = training_error(run_config(base, tmp_path, train=keys), len(whole))
     for name in ("loss", "loss/ce", "loss/kd"):
         losses = [[record[name] for record in records] for records in (whole, cut)]
         assert losses[1] == pytest.approx(losses[0], rel=error)
-    weights = [checkpoint.load(str(tmp_path / str(accumulate)), checkpoint.LAST) for accumulate in (1, pieces)]
+    weights = [checkpoint.load(str(tmp_path / str(accumulate)), checkpoint.LAST) for accumulate in (1, chunks)]
     assert weights[0] is not None
     assert weights[1] is not None
     assert_weights_close(weights[1]["model"], weights[0]["model"], error)
 
 
-def test_a_mean_over_labelled_rows_is_one_of_the_step_and_not_of_its_pieces(
+def test_a_mean_over_labelled_rows_is_that_of_the_step_and_not_of_its_micro_batches(
     tiny_config: TinyConfig, tmp_path: Path
 ) -> None:
-    """Every third row has a label, so that pieces of two rows have none, one, or rarely two."""
+    """Every third row has a label, so that chunks of two rows have none, one, or rarely two."""
     samples = (
         (key, {name: data for name, data in members.items() if name == "png" or row % 3 == 0})
         for row, (key, members) in enumerate(digit_samples(35))
@@ -131,9 +136,9 @@ def test_micro_batches_have_the_rows_that_a_student_can_be_trained_on(
     keys = {"global_batch_size": 7, "accumulate": accumulate}
     config = run_config(replays("crop").config, tmp_path, student=student, train=keys)
     if not refused:
-        Trainer(config, DistributedContext(), print).close()
+        prepare(config, DistributedContext()).close()
         return
-    with pytest.raises(ConfigError, match="too few rows in a micro-batch") as caught:
-        Trainer(config, DistributedContext(), print)
-    assert caught.value.got == f"7 of its 7 rows, over 1 ranks, cut into {accumulate}"
+    with raises("train.batch-too-small") as caught:
+        prepare(config, DistributedContext())
+    assert caught.value.got == f"7 of its 7 rows, over 1 ranks, split into {accumulate}"
     assert "train.accumulate" in str(caught.value.next_step)

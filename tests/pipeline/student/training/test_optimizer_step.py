@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.core.errors import TrainingError
 from pipeline.models import load_model
 from pipeline.student.networks.student import Student
 from pipeline.student.run import checkpoint
 from pipeline.student.training.optimizer_step import OptimizerStep
 from schemas.config import StudentConfig, TrainConfig
+from tests.errors import raises
 from tests.pipeline.student.runs import NORMALISED
 from tests.tolerances import reordered, ulps
 
@@ -43,7 +43,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-def test_the_gradient_norm_is_told_before_clipping_and_the_step_taken_after_it() -> None:
+def test_the_gradient_norm_is_reported_before_clipping_and_the_step_taken_after_it() -> None:
     student, optimizer_step = begin(clip_norm=1e-3, momentum=0.0)
     before = [parameter.detach().clone() for parameter in student.parameters()]
     optimizer_step.backward(loss_of(student))
@@ -61,7 +61,7 @@ def test_the_gradient_norm_is_told_before_clipping_and_the_step_taken_after_it()
     assert math.sqrt(moved) == pytest.approx(0.1 * 1e-3, rel=0, abs=ulps(1, norm))
 
 
-def test_without_clipping_nobody_computes_a_norm() -> None:
+def test_without_clipping_no_norm_is_computed() -> None:
     student, optimizer_step = begin()
     optimizer_step.backward(loss_of(student))
     update = optimizer_step.step()
@@ -114,7 +114,7 @@ def test_gradients_that_overflow_at_any_scale_stop_the_training_with_the_steps()
     optimizer_step.check(where="between steps 0 and 28")
     optimizer_step.backward(math.inf * next(student.parameters()).sum())
     optimizer_step.step()
-    with pytest.raises(TrainingError, match="overflow fp16 at any scale") as caught:
+    with raises("train.fp16-overflow") as caught:
         optimizer_step.check(where="between steps 0 and 29")
     assert caught.value.where == "between steps 0 and 29"
 

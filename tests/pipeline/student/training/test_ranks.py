@@ -20,11 +20,20 @@ from pipeline.student.distributed import DistributedContext
 from pipeline.student.losses import BatchShare, CompositeLoss, LossInputs, TeacherInputs
 from pipeline.student.run import checkpoint
 from pipeline.student.run.metrics import StepLog
-from pipeline.student.training.trainer import Trainer, train
+from pipeline.student.training.trainer import train
 from schemas.config import Config, LossConfig
 from tests.marks import slow
 from tests.pipeline.student.conftest import Replay
-from tests.pipeline.student.runs import CE, KD, NORMALISED, assert_weights_close, metrics, run_config, training_error
+from tests.pipeline.student.runs import (
+    CE,
+    KD,
+    NORMALISED,
+    assert_weights_close,
+    metrics,
+    run_config,
+    trainer_of,
+    training_error,
+)
 from tests.pipeline.student.supervision.test_ensemble import online
 from tests.ranks import forked, group, run_two_ranks
 from tests.tolerances import magnitude_of, reordered, ulps
@@ -44,10 +53,10 @@ def train_all(rendezvous: Path, rank: int, bodies: list[str]) -> None:
         assert not distributed.preemption_pending()
         for config in configs:
             train(config, distributed)
-        trainer = Trainer(last, distributed, lambda _: None)
+        trainer = trainer_of(last, distributed)
         trainer.run()
-        trainer.close()
-        for name, buffer in trainer.student.named_buffers():
+        trainer.setup.close()
+        for name, buffer in trainer.setup.student.module.named_buffers():
             torch.testing.assert_close(distributed.sum(buffer.double()), 2 * buffer.double(), msg=name)
         log = StepLog(distributed)
         for step in (7, 8, 9):

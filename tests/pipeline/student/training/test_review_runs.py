@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.core.errors import ConfigError, ModelError
 from pipeline.models import load_model
-from pipeline.student.data.dataset import load_batches
+from pipeline.student.data.loader import load_batches
 from pipeline.student.distributed import DistributedContext
 from pipeline.student.run import checkpoint
-from pipeline.student.training.trainer import Trainer, train
+from pipeline.student.training.trainer import train
 from schemas.config import Config
+from tests.errors import raises
 from tests.marks import slow
 from tests.pipeline.student.conftest import Replay
 from tests.pipeline.student.runs import (
@@ -26,6 +26,7 @@ from tests.pipeline.student.runs import (
     index_shards,
     metrics,
     run_config,
+    trainer_of,
     training_error,
 )
 from tests.pipeline.student.training.test_ranks import weights
@@ -90,14 +91,14 @@ def test_teacher_and_student_may_see_the_same_crop_at_their_own_sizes(replays: R
 def test_the_teachers_maps_are_of_the_mixed_pixels(replays: Replay, tmp_path: Path) -> None:
     config = review_run(replays("function_matching").config, tmp_path)
     index_shards(config, tmp_path / "index")
-    trainer = Trainer(config, DistributedContext(), print)
+    trainer = trainer_of(config)
     try:
-        with closing(load_batches(trainer._dataset(), range(1), num_workers=0, pin_memory=False)) as batches:
+        with closing(load_batches(trainer.setup.dataset, range(1), num_workers=0, pin_memory=False)) as batches:
             batch = next(batches)
-        inputs = trainer._forward(torch.zeros(len(batch.labels_B), 3, 16, 16), batch)
+        inputs = trainer.train_step.forward(torch.zeros(len(batch.labels_B), 3, 16, 16), batch)
     finally:
-        trainer.close()
-    (teacher,) = trainer.supervision.teachers
+        trainer.setup.close()
+    (teacher,) = trainer.setup.supervision.teachers
     assert batch.partner_B is not None
     assert batch.lambda_B is not None
     own, weight = batch.pixels_BCHW / 255, batch.lambda_B.reshape(-1, 1, 1, 1)
@@ -142,7 +143,7 @@ def test_the_checkpoint_holds_what_fuses_and_the_network_stays_as_it_is(replays:
 def test_kill_and_resume_with_feature_maps_is_bitwise(
     replays: Replay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: tuple[str, int]
 ) -> None:
-    monkeypatch.setattr("pipeline.student.training.trainer._FLUSH_STEPS", 1)
+    monkeypatch.setattr("pipeline.student.training.trainer.FLUSH_STEPS", 1)
     base = replays("function_matching").config
     keys: dict[str, Any] = {
         "data": {"val_shards": base.data.shards},
@@ -162,14 +163,15 @@ def test_kill_and_resume_with_feature_maps_is_bitwise(
 
 def train_unnormalised(config: Config, distributed: DistributedContext) -> None:
     """With the fusion's BatchNorm in eval mode, since each rank's would have statistics of its own rows."""
-    trainer = Trainer(config, distributed, lambda _: None)
-    checkpoint.claim_run(trainer.run_url, config)
-    assert trainer.student.review is not None
-    trainer.student.review.eval()
+    trainer = trainer_of(config, distributed)
+    checkpoint.claim_run(trainer.setup.run_url, config)
+    review = trainer.setup.student.module.review
+    assert review is not None
+    review.eval()
     try:
         trainer.run()
     finally:
-        trainer.close()
+        trainer.setup.close()
 
 
 def train_in_group(rendezvous: Path, rank: int, body: str) -> None:
@@ -204,11 +206,11 @@ def test_a_layer_that_is_not_there_stops_a_run_before_it_is_claimed(replays: Rep
         replays("crop").config, tmp_path / "run", loss=[{**REVIEW, "student_layers": ["conv1", "conv7"]}]
     )
     index_shards(config, tmp_path / "run" / "index")
-    with pytest.raises(ModelError, match="no layer of this name"):
+    with raises("model.unknown-layer"):
         train(config)
     assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_a_cache_cannot_serve_feature_maps(replays: Replay, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="which no cache holds"):
+    with raises("config.review-needs-online"):
         train(run_config(replays("crop").config, tmp_path, loss=[REVIEW]))

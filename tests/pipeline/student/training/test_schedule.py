@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.core.errors import ConfigError
 from pipeline.student.training.schedule import plan_training
 from schemas.config import TrainConfig, ViewsConfig
+from tests.errors import raises
 
 CROPS = ViewsConfig(kind="crop")
 
@@ -37,9 +37,9 @@ def test_steps_and_rates_of_a_cosine_with_warm_up() -> None:
 
 
 def test_what_a_training_would_be_refused_for_is_refused() -> None:
-    with pytest.raises(ConfigError, match="too many rows"):
+    with raises("train.too-many-dropped"):
         plan_training(train(global_batch_size=512), CROPS, 1020)
-    with pytest.raises(ConfigError, match="warm-up"):
+    with raises("train.warmup-too-long"):
         plan_training(train(global_batch_size=10, warmup_steps=10), CROPS, 100)
-    with pytest.raises(ConfigError):
+    with raises("train.odd-batch-size"):
         plan_training(train(global_batch_size=33), ViewsConfig(kind="function_matching"), 99)

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.core.errors import ConfigError, ResourceError, TrainingError
 from pipeline.student.run import checkpoint
 from pipeline.student.training.torch_switches import check_compiler, demand_workspace, deterministic
 from pipeline.student.training.trainer import train
+from tests.errors import raises
 from tests.pipeline.student.conftest import Replay
 from tests.pipeline.student.runs import (
     CE,
@@ -60,14 +60,14 @@ def test_a_compiled_student_learns_what_an_ordinary_one_does_under_the_same_name
 
 
 @pytest.mark.slow
-def test_a_machine_without_a_compiler_is_told_before_training(
+def test_a_machine_without_a_compiler_is_refused_before_training(
     replays: Replay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.compiler.reset()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     with (
         torch._inductor.config.patch({"cpp.cxx": (str(tmp_path / "no-compiler"),)}),
-        pytest.raises(ResourceError, match=r"torch\.compile does not work") as caught,
+        raises("train.compile-unavailable") as caught,
     ):
         train(run_config(replays("crop").config, tmp_path / "run", train={"compile": True}))
     assert "InvalidCxxCompiler: No working C++ compiler found" in str(caught.value.got)
@@ -79,7 +79,7 @@ def test_a_machine_without_a_compiler_is_told_before_training(
 def test_an_operation_without_a_deterministic_form_stops_the_training_by_name(replays: Replay, tmp_path: Path) -> None:
     student = {**SMALL, "model": "python:tests.pipeline.student.small_networks:Undecided"}
     config = run_config(replays("crop").config, tmp_path, student=student, train={"deterministic": True})
-    with pytest.raises(TrainingError, match="no deterministic form") as caught:
+    with raises("train.not-deterministic") as caught:
         train(config)
     assert "put_" in str(caught.value.got)
     train(run_config(replays("crop").config, tmp_path / "again", student=student))
@@ -95,7 +95,7 @@ def test_a_deterministic_run_gives_the_bits_of_an_ordinary_one_on_a_cpu(replays:
 
 def test_a_workspace_that_is_not_deterministic_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
-    with pytest.raises(ConfigError, match="cuBLAS") as caught:
+    with raises("train.cublas-workspace") as caught:
         demand_workspace()
     assert caught.value.got == ":0:0"
 

@@ -18,8 +18,10 @@ from pipeline.shards.writer import pack_shards
 from pipeline.student.distributed import DistributedContext
 from pipeline.student.run import checkpoint
 from pipeline.student.run.metrics import MetricsFile
-from pipeline.student.training.trainer import Trainer, train
+from pipeline.student.training.setup import prepare
+from pipeline.student.training.trainer import train
 from schemas.config import Config
+from tests.errors import raises
 from tests.marks import slow
 from tests.pipeline.caches import TinyCache, build, cache_section, digit_samples
 from tests.pipeline.conftest import TinyConfig
@@ -157,7 +159,7 @@ def test_parity_kill_and_resume_is_bitwise(
 ) -> None:
     """In the midst of an epoch, at its end, and between its last step and its checkpoint; with BatchNorm, Dropout and
     a projector."""
-    monkeypatch.setattr("pipeline.student.training.trainer._FLUSH_STEPS", 1)
+    monkeypatch.setattr("pipeline.student.training.trainer.FLUSH_STEPS", 1)
     base = replays(kind).config
     keys: dict[str, Any] = {
         "data": {"val_shards": base.data.shards},
@@ -210,7 +212,7 @@ def test_a_resume_from_the_midst_of_an_epoch_is_bitwise_under_every_option(
     replays: Replay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
     """From a checkpoint one step into an epoch; the process had gone on to the next step but one."""
-    monkeypatch.setattr("pipeline.student.training.trainer._FLUSH_STEPS", 1)
+    monkeypatch.setattr("pipeline.student.training.trainer.FLUSH_STEPS", 1)
     base = replays("function_matching").config
     # Steps of 12, 12 and 11 rows.
     train_keys = {"epochs": 5, "global_batch_size": 12, "warmup_steps": 2, "checkpoint_every_steps": 7, **options}
@@ -235,7 +237,7 @@ def test_a_run_whose_machine_will_be_taken_away_does_not_wait_for_its_next_check
     replays: Replay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It hears of it after step 6, and is gone after step 8; without it, nothing would be saved before the end."""
-    monkeypatch.setattr("pipeline.student.training.trainer._FLUSH_STEPS", 2)
+    monkeypatch.setattr("pipeline.student.training.trainer.FLUSH_STEPS", 2)
     base = replays("crop").config
     keys: dict[str, Any] = {"train": {"epochs": 5, "checkpoint_every_epochs": 5}, "student": NORMALISED}
     run(run_config(base, tmp_path / "straight", **keys))
@@ -257,7 +259,7 @@ def test_a_run_whose_machine_will_be_taken_away_does_not_wait_for_its_next_check
     assert metrics(tmp_path / "taken") == metrics(tmp_path / "straight")
 
 
-def test_an_evaluation_that_is_made_again_for_the_summary_is_told_once(
+def test_an_evaluation_that_is_repeated_for_the_summary_is_recorded_once(
     replays: Replay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = replays("crop").config
@@ -274,7 +276,7 @@ def test_an_evaluation_that_is_made_again_for_the_summary_is_told_once(
     assert (found[-1]["top1"], found[-1]["ece"]) == (summary["top1"], summary["ece"])
 
 
-def test_checkpoints_come_by_steps_and_some_are_kept(replays: Replay, tmp_path: Path) -> None:
+def test_checkpoints_are_saved_by_steps_and_some_are_never_replaced(replays: Replay, tmp_path: Path) -> None:
     """Five epochs of five steps. Each kept one is the last one of its time."""
     base = replays("crop").config
     keys = {"epochs": 5, "checkpoint_every_epochs": 5, "checkpoint_every_steps": 4, "keep_every_epochs": 2}
@@ -295,7 +297,7 @@ def test_checkpoints_come_by_steps_and_some_are_kept(replays: Replay, tmp_path: 
         assert state(tmp_path, name)["step"] == step
 
 
-def test_fp16_training_stays_near_fp32_and_tells_its_scale(replays: Replay, tmp_path: Path) -> None:
+def test_fp16_training_stays_near_fp32_and_reports_its_scale(replays: Replay, tmp_path: Path) -> None:
     base = replays("crop").config
     for precision in ("fp32", "fp16"):
         run(run_config(base, tmp_path / precision, train={"precision": precision, "clip_norm": 1.0}))
@@ -306,11 +308,11 @@ def test_fp16_training_stays_near_fp32_and_tells_its_scale(replays: Replay, tmp_
     assert all(record["grad_norm"] > 0 for record in metrics(tmp_path / "fp16"))
 
 
-def test_a_loss_that_is_not_finite_is_told_with_its_step_under_accumulation_and_fp16(
+def test_a_loss_that_is_not_finite_is_reported_with_its_step_under_accumulation_and_fp16(
     replays: Replay, tmp_path: Path
 ) -> None:
     keys = {"lr": 1e30, "optimizer": "sgd", "accumulate": 2, "precision": "fp16"}
-    with pytest.raises(TrainingError, match="the loss is not finite") as caught:
+    with raises("train.not-finite-loss") as caught:
         run(run_config(replays("crop").config, tmp_path, train=keys))
     assert "seen between steps 0 and 4" in str(caught.value.where)
 
@@ -365,7 +367,7 @@ def test_a_finished_run_is_left_as_it_is(replays: Replay, tmp_path: Path) -> Non
 def test_a_run_goes_on_only_with_the_config_it_was_begun_with(replays: Replay, tmp_path: Path) -> None:
     base = replays("crop").config
     run(run_config(base, tmp_path), stop=("step", 1))
-    with pytest.raises(ConfigError, match="begun with another config") as caught:
+    with raises("run.other-config") as caught:
         train(run_config(base, tmp_path, train={"lr": 0.5}, loss=[*KD, *CE]))
     assert "train.lr: 0.003 -> 0.5" in str(caught.value.got)
     assert "loss: " in str(caught.value.got)
@@ -373,7 +375,7 @@ def test_a_run_goes_on_only_with_the_config_it_was_begun_with(replays: Replay, t
 
 def test_a_refused_config_leaves_no_run_behind(replays: Replay, tmp_path: Path) -> None:
     base = replays("crop").config
-    with pytest.raises(ConfigError, match="too few rows"):
+    with raises("train.batch-too-small"):
         train(run_config(base, tmp_path, student=NORMALISED, train={"global_batch_size": 34}))
     assert list(tmp_path.iterdir()) == []
     run(run_config(base, tmp_path))
@@ -384,7 +386,7 @@ def test_a_batch_too_small_for_the_ranks_that_may_join_later_is_refused_at_the_s
 ) -> None:
     ranks = {"num_workers": 2, "min_workers": 1}
     config = run_config(replays("crop").config, tmp_path, student=NORMALISED, train={"global_batch_size": 8}, ray=ranks)
-    with pytest.raises(ConfigError, match="BatchNorm") as caught:
+    with raises("train.batch-too-small") as caught:
         train(config)
     assert caught.value.got == "1 of its 3 rows, over 2 ranks"
 
@@ -396,7 +398,7 @@ def test_one_row_is_enough_for_a_student_without_batchnorm(replays: Replay, tmp_
 
 def test_a_projector_needs_two_rows_like_any_batchnorm(replays: Replay, tmp_path: Path) -> None:
     config = run_config(replays("crop").config, tmp_path, loss=ALL_TERMS, train={"global_batch_size": 34})
-    with pytest.raises(ConfigError, match="BatchNorm has no statistics of a single row") as caught:
+    with raises("train.batch-too-small") as caught:
         train(config)
     assert caught.value.where == "step 1 of 2 of every epoch"
     assert caught.value.got == "1 of its 1 rows, over 1 ranks"
@@ -414,8 +416,8 @@ def test_a_rank_with_too_few_rows_stops_every_rank_before_it_waits(
 ) -> None:
     """Of 35 rows the last step has what is left."""
     config = run_config(replays("crop").config, tmp_path, student=student, train={"global_batch_size": batch})
-    with pytest.raises(ConfigError, match="too few rows in a step") as caught:
-        Trainer(config, DistributedContext(rank, 2), print)
+    with raises("train.batch-too-small") as caught:
+        prepare(config, DistributedContext(rank, 2))
     assert caught.value.got == got
 
 
@@ -423,14 +425,14 @@ def test_ordinary_batches_of_one_row_a_rank_are_refused_under_batchnorm(replays:
     config = run_config(
         replays("crop").config, tmp_path, student=NORMALISED, train={"global_batch_size": 5, "tail": "drop"}
     )
-    with pytest.raises(ConfigError, match="BatchNorm") as caught:
-        Trainer(config, DistributedContext(0, 5), print)
+    with raises("train.batch-too-small") as caught:
+        prepare(config, DistributedContext(0, 5))
     assert caught.value.got == "1 of its 5 rows, over 5 ranks"
     assert "train.tail" not in str(caught.value.next_step)
 
 
 @pytest.mark.slow
-def test_a_run_keeps_to_the_views_it_was_begun_with_when_its_cache_grows(own_replay: Replay, tmp_path: Path) -> None:
+def test_a_run_uses_the_views_it_was_begun_with_when_its_cache_grows(own_replay: Replay, tmp_path: Path) -> None:
     cache = own_replay("crop")
     keys: dict[str, Any] = {"train": {"epochs": NUM_VIEWS + 2}}
     run(run_config(cache.config, tmp_path / "straight", **keys))
@@ -469,8 +471,9 @@ def test_missing_labels_are_found_before_the_first_step(replays: Replay, tmp_pat
     base = replays("crop").config
     config = run_config(base, tmp_path, mode="none", loss=CE, data={"label": None})
     index_shards(config, tmp_path / "index")
-    with pytest.raises(ConfigError, match="20 of 20 samples without a label"):
+    with raises("data.missing-labels") as caught:
         train(config)
+    assert caught.value.got == "20 of 20 samples without a label"
 
 
 def test_missing_labels_in_a_cache_stop_the_losses_that_need_them(own_replay: Replay, tmp_path: Path) -> None:
@@ -479,7 +482,7 @@ def test_missing_labels_in_a_cache_stop_the_losses_that_need_them(own_replay: Re
     tree = base.model_dump(mode="json", exclude_unset=True)
     unlabelled = Config.model_validate({**tree, **{key: {**tree[key], **keys} for key, keys in sections.items()}})
     build(unlabelled)
-    with pytest.raises(ConfigError, match="a loss needs labels"):
+    with raises("data.no-labels"):
         train(run_config(unlabelled, tmp_path / "ce", loss=CE))
     run(run_config(unlabelled, tmp_path / "kd"))
 
@@ -495,7 +498,7 @@ def test_without_a_single_label_a_loss_that_needs_them_is_refused_at_the_start(
         build(base)
     config = run_config(base, tmp_path / "ce", mode=mode, loss=[*CE], data={"missing_labels": "ignore", "label": label})
     index_shards(config, tmp_path / "ce" / "index")
-    with pytest.raises(ConfigError, match="not one sample has one") as caught:
+    with raises("data.no-labels") as caught:
         train(config)
     assert caught.value.got == f"{label}, in 35 samples"
     assert not (tmp_path / "ce" / "config.json").exists()
@@ -562,31 +565,35 @@ def test_nd_refuses_imported_means_that_lack_a_class_that_occurs(replays: Replay
 
 
 @pytest.mark.parametrize(
-    ("mode", "terms", "told"),
+    ("mode", "terms", "code"),
     [
-        ("none", KD, "a loss needs the teacher's logits"),
-        ("none", [{"name": "nd"}], "a loss needs the teacher's class means"),
-        ("online", [{"name": "nd"}], "nd needs class means, and a teacher online makes none"),
+        ("none", KD, "config.loss-needs-teacher"),
+        ("none", [{"name": "nd"}], "config.loss-needs-teacher"),
+        ("online", [{"name": "nd"}], "config.no-class-means"),
     ],
 )
 def test_a_loss_that_this_teacher_cannot_serve_is_refused(
-    replays: Replay, tmp_path: Path, mode: str, terms: list[dict[str, Any]], told: str
+    replays: Replay, tmp_path: Path, mode: str, terms: list[dict[str, Any]], code: str
 ) -> None:
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError) as caught:
         train(run_config(replays("crop").config, tmp_path, mode=mode, loss=terms))
+    assert caught.value.code == code
 
 
 def test_views_that_are_not_the_caches_are_refused(replays: Replay, tmp_path: Path) -> None:
-    with pytest.raises(CacheError, match="not those of the cache") as caught:
-        train(run_config(replays("crop").config, tmp_path, views={"seed": 5}))
-    with pytest.raises(CacheError, match=r"jitter\.hue: 0\.2 -> 0\.1"):
-        train(run_config(replays("everything").config, tmp_path, views={"jitter": {"probability": 0.8, "hue": 0.1}}))
-    assert caught.value.got == "seed: 0 -> 5"
+    for kind, views, got in (
+        ("crop", {"seed": 5}, "seed: 0 -> 5"),
+        ("everything", {"jitter": {"probability": 0.8, "hue": 0.1}}, "jitter.hue: 0.2 -> 0.1"),
+    ):
+        with pytest.raises(CacheError) as caught:
+            train(run_config(replays(kind).config, tmp_path, views=views))
+        assert (caught.value.code, caught.value.got) == ("cache.other-views", got)
 
 
 def test_reading_rules_that_are_not_the_caches_are_refused(replays: Replay, tmp_path: Path) -> None:
-    with pytest.raises(CacheError, match="otherwise than the cache did") as caught:
+    with pytest.raises(CacheError) as caught:
         train(run_config(replays("crop").config, tmp_path, data={"max_pixels": 10**6}))
+    assert caught.value.code == "cache.other-reading-rules"
     assert "max_pixels: 64000000 -> 1000000" in str(caught.value.got)
 
 
@@ -594,7 +601,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_step_and_without_a_checkpoint(
     replays: Replay, tmp_path: Path
 ) -> None:
     config = run_config(replays("crop").config, tmp_path, train={"lr": 1e30, "optimizer": "sgd"})
-    with pytest.raises(TrainingError, match="the loss is not finite") as caught:
+    with raises("train.not-finite-loss") as caught:
         run(config)
     assert "seen between steps 0 and 4" in str(caught.value.where)
     assert caught.value.exit_code == 1

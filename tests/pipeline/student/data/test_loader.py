@@ -10,8 +10,9 @@ import pytest
 
 from pipeline.cache.read.reader import open_cache
 from pipeline.core.errors import ConfigError, ResourceError
-from pipeline.student.data.dataset import InputSize, StepDataset
-from pipeline.student.data.shared_memory import batch_bytes, check_loaders
+from pipeline.student.data.batch import InputSize
+from pipeline.student.data.dataset import StepDataset
+from pipeline.student.data.loader import batch_bytes, check_loaders
 from tests.pipeline.caches import TinyCache
 from tests.pipeline.student.conftest import Replay
 from tests.pipeline.student.runs import cached_source, dataset
@@ -34,7 +35,7 @@ def test_the_bytes_of_a_batch_are_those_of_a_loaded_one(replays: Replay, kind: s
     batch.map_columns(lambda tensor: sizes.append(tensor.nbytes))
     assert cache.config.cache is not None
     headers = [open_cache(cache.config.cache.url).header]
-    counted = batch_bytes(batches, headers, reads_embeddings=batch.words[0].embedding_BD is not None)
+    counted = batch_bytes(batches, headers, reads_embeddings=batch.teacher_outputs[0].embedding_BD is not None)
     assert 0 <= sum(sizes) - counted <= _MAX_SMALL_BYTES_PER_ROW * len(batch.sample_ids)
 
 

@@ -1,0 +1,179 @@
+"""What a loss needs of its teachers, and whether a cache holds it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from pipeline.cache.read.reader import TeacherCache
+from pipeline.core.config_loading import require
+from pipeline.core.errors import ConfigError
+from pipeline.core.redaction import redact
+from pipeline.models import require_weights
+from pipeline.student.losses import CompositeLoss
+from pipeline.student.supervision.spec import SupervisionSpec
+from schemas.config import CacheConfig, Config
+
+
+@dataclass(frozen=True, slots=True)
+class Requirement:
+    """One kind of teacher output.
+
+    Attributes:
+        key: of the ``cache`` section; with the value ``none`` a cache lacks this output.
+        losses: those that need it, for messages.
+        values: of the key, with which a cache has it.
+        remedy: how to train without it.
+    """
+
+    name: str
+    key: str
+    code: str
+    losses: str
+    values: str
+    remedy: str
+    is_needed: Callable[[CompositeLoss], bool]
+    is_stored: Callable[[TeacherCache], bool]
+
+    def check_stored(self, cache: TeacherCache, *, where: str | None = None) -> None:
+        """
+        Raises:
+            ConfigError: the cache lacks this output.
+        """
+        if not self.is_stored(cache):
+            raise ConfigError(
+                f"{self.losses} the teacher's {self.name}, and this cache has none",
+                code=self.code,
+                where=redact(cache.url) if where is None else where,
+                got=f"a cache built with cache.{self.key}=none",
+                next_step=f"{self.remedy}, or build a cache with cache.{self.key}={self.values} (into another "
+                "cache.url)",
+            )
+
+    def check_planned(self, cache: CacheConfig) -> None:
+        """
+        Raises:
+            ConfigError: a cache that is built with this section would lack this output.
+        """
+        if getattr(cache, self.key) == "none":
+            raise ConfigError(
+                f"{self.losses} the teacher's {self.name}, and this cache would have none",
+                code=self.code,
+                where=f"cache.{self.key}",
+                got="none",
+                expected=self.values,
+                next_step=f"set cache.{self.key}, or {self.remedy}",
+            )
+
+
+LOGITS = Requirement(
+    "logits",
+    key="logits",
+    code="cache.no-logits",
+    losses="a loss needs",
+    values="fp16 (or another encoding)",
+    remedy="train with nd or ce alone",
+    is_needed=lambda loss: loss.needs_logits,
+    is_stored=lambda cache: cache.header.output("logits") is not None,
+)
+EMBEDDINGS = Requirement(
+    "embeddings",
+    key="embeddings",
+    code="cache.no-embeddings",
+    losses="a loss needs",
+    values="fp16",
+    remedy="leave out cosine and mse",
+    is_needed=lambda loss: loss.needs_teacher_embedding,
+    is_stored=lambda cache: cache.header.output("embedding") is not None,
+)
+CLASS_MEANS = Requirement(
+    "class means",
+    key="class_means",
+    code="cache.no-class-means",
+    losses="nd needs",
+    values="eval",
+    remedy="leave out nd",
+    is_needed=lambda loss: loss.needs_class_means,
+    is_stored=lambda cache: cache.manifest.class_means is not None,
+)
+
+
+def requirements_of(loss: CompositeLoss) -> list[Requirement]:
+    """The teacher outputs that a loss section needs."""
+    return [requirement for requirement in (LOGITS, EMBEDDINGS, CLASS_MEANS) if requirement.is_needed(loss)]
+
+
+def check_caches_serve(loss: CompositeLoss, caches: Sequence[TeacherCache]) -> None:
+    """
+    Raises:
+        ConfigError: a cache does not hold what the loss needs.
+    """
+    for cache in caches:
+        for requirement in requirements_of(loss):
+            requirement.check_stored(cache)
+
+
+def check_cache_will_serve(loss: CompositeLoss, cache: CacheConfig) -> None:
+    """
+    Raises:
+        ConfigError: a cache that is built with this section would not hold what the loss needs.
+    """
+    for requirement in requirements_of(loss):
+        requirement.check_planned(cache)
+
+
+def check_means_serve(config: Config, loss: CompositeLoss, spec: SupervisionSpec) -> None:
+    """
+    Raises:
+        ConfigError: the cache named for an online teacher has no class means, or another number of classes.
+    """
+    if spec.caches or not loss.needs_class_means:
+        return
+    for name, cache in zip(config.teacher.models, spec.means_caches, strict=True):
+        assert cache is not None, "check_config has seen to it"
+        where = f"{name}.class_means: {redact(cache.url)}"
+        CLASS_MEANS.check_stored(cache, where=where)
+        if cache.header.num_classes != spec.num_classes:
+            raise ConfigError(
+                "these class means are of another number of classes",
+                code="config.class-means-mismatch",
+                where=where,
+                got=f"K = {cache.header.num_classes}",
+                expected=f"K = {spec.num_classes}, data.num_classes",
+            )
+
+
+def check_mode_serves(config: Config, loss: CompositeLoss) -> None:
+    """Checks what the config alone shows, in the modes without a cache.
+
+    Raises:
+        ConfigError: there is no teacher for a loss that needs one, or an online teacher lacks a key.
+    """
+    mode = config.teacher.mode
+    for requirement in requirements_of(loss) if mode == "none" else ():
+        raise ConfigError(
+            f"a loss needs the teacher's {requirement.name}",
+            code="config.loss-needs-teacher",
+            where="teacher.mode",
+            got=mode,
+            expected="cache or online",
+        )
+    if mode == "online":
+        require(config, *(f"{name}.model" for name in config.teacher.models), command="train with teacher.mode=online")
+        for where, section in config.teacher.models.items():
+            require_weights(section, where=where)
+        if loss.needs_class_means:
+            _require_class_means(config)
+
+
+def _require_class_means(config: Config) -> None:
+    for where, section in config.teacher.models.items():
+        if section.class_means is None:
+            raise ConfigError(
+                "nd needs class means, and an online teacher computes none",
+                code="config.no-class-means",
+                where=f"{where}.class_means",
+                expected="the URL of a finished cache of this teacher that has class means",
+                next_step="build one with views.count=1, cache.logits=none and cache.class_means=eval, or use "
+                "teacher.mode=cache",
+            )

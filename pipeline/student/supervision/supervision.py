@@ -1,0 +1,114 @@
+"""The supervision of a run: its rows, their views, and its teachers, cached or online."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from pipeline.student.data.sources import RowSource, check_any_labelled, index_url, open_cached, open_indexed
+from pipeline.student.losses import ClassDirections, CompositeLoss
+from pipeline.student.supervision.canaries import CanaryReport, check_canaries
+from pipeline.student.supervision.class_means import cached_means, online_means
+from pipeline.student.supervision.requirements import check_caches_serve, check_means_serve
+from pipeline.student.supervision.spec import SupervisionSpec, teacher_sizes
+from pipeline.teacher.inference import Teacher, load_teacher
+from schemas.config import Config
+
+
+@dataclass(frozen=True, slots=True)
+class Supervision:
+    """An opened ``SupervisionSpec``.
+
+    Attributes:
+        teachers: the online ones; empty where outputs come from caches, or there is no teacher.
+        class_directions: one for each teacher; None where the loss does not need it.
+        teacher_dims: widths D of the teachers' embeddings.
+    """
+
+    spec: SupervisionSpec
+    source: RowSource
+    teachers: tuple[Teacher, ...]
+    class_directions: tuple[ClassDirections | None, ...]
+    teacher_dims: tuple[int, ...]
+    canaries: CanaryReport = field(default_factory=CanaryReport)
+
+
+def open_supervision(
+    config: Config,
+    spec: SupervisionSpec,
+    loss: CompositeLoss,
+    device: torch.device,
+    *,
+    teachers: Sequence[Teacher] | None = None,
+) -> Supervision:
+    """Opens the rows and the teachers of a spec, and checks that they provide what the loss needs.
+
+    Args:
+        teachers: online teachers that are loaded already; None loads them.
+
+    Raises:
+        ConfigError: a loss needs what this teacher mode does not offer, or labels that are missing.
+        CacheError: the cache is not usable, or this machine computes other pixels than the teacher was given.
+    """
+    check_caches_serve(loss, spec.caches)
+    check_means_serve(config, loss, spec)
+    if spec.caches:
+        return _cached_supervision(spec, loss, device)
+    source = open_indexed(index_url(config), spec.data, spec.plan)
+    if refuses_unlabelled(config, loss):
+        source.check_labelled()
+    _check_labels(spec, source, loss)
+    if config.teacher.mode == "none":
+        return Supervision(spec, source, (), (), ())
+    teachers = _load_teachers(config, spec, device) if teachers is None else tuple(teachers)
+    return _online_supervision(config, spec, source, loss, teachers, device)
+
+
+def refuses_unlabelled(config: Config, loss: CompositeLoss) -> bool:
+    """Whether a row without a label is an error."""
+    return loss.needs_labels and config.data.missing_labels == "refuse"
+
+
+def _check_labels(spec: SupervisionSpec, source: RowSource, loss: CompositeLoss) -> None:
+    if loss.needs_labels:
+        check_any_labelled(source, spec.data)
+
+
+def _load_teachers(config: Config, spec: SupervisionSpec, device: torch.device) -> tuple[Teacher, ...]:
+    return tuple(
+        load_teacher(section, num_classes=spec.num_classes, size=size, device=device, where=name)
+        for (name, section), size in zip(config.teacher.models.items(), teacher_sizes(config), strict=True)
+    )
+
+
+def _online_supervision(
+    config: Config,
+    spec: SupervisionSpec,
+    source: RowSource,
+    loss: CompositeLoss,
+    teachers: tuple[Teacher, ...],
+    device: torch.device,
+) -> Supervision:
+    directions = tuple(
+        ClassDirections.of(online_means(cache, teacher, source, section=name).to(device))
+        if cache is not None and loss.needs_class_means
+        else None
+        for name, cache, teacher in zip(config.teacher.models, spec.means_caches, teachers, strict=True)
+    )
+    widths = tuple(teacher.module.embedding_dim for teacher in teachers)
+    return Supervision(spec, source, teachers, directions, widths)
+
+
+def _cached_supervision(spec: SupervisionSpec, loss: CompositeLoss, device: torch.device) -> Supervision:
+    source = open_cached(spec.caches, spec.data, with_embeddings=loss.needs_teacher_embedding)
+    _check_labels(spec, source, loss)
+    # On every rank, since each may run on a machine whose decoder differs.
+    canaries = check_canaries(source, spec.data)
+    directions = tuple(
+        ClassDirections.of(cached_means(cache, source).to(device)) if loss.needs_class_means else None
+        for cache in spec.caches
+    )
+    widths = tuple(cache.header.embedding_dim for cache in spec.caches)
+    return Supervision(spec, source, (), directions, widths, canaries)

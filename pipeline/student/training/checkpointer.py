@@ -1,0 +1,134 @@
+"""Saves and restores the state of a training: weights, optimizer, and how far it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pipeline.core.errors import ConfigError
+from pipeline.core.hashing import short
+from pipeline.core.redaction import redact
+from pipeline.models.sources.torchvision import input_transform
+from pipeline.models.weights import stored_transform_input
+from pipeline.student.evaluation.evaluator import Score
+from pipeline.student.run import checkpoint
+from pipeline.student.run.metrics import published_evaluation
+from pipeline.student.training.setup import TrainingSetup
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a training is.
+
+    Attributes:
+        step: optimizer steps that are done, over all epochs.
+        seconds: of training, in all starts of the run.
+        best: the score of the best evaluation.
+        was_evaluated: whether the evaluation after ``step`` is published already.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    best: Score | None = None
+    was_evaluated: bool = False
+
+    @property
+    def best_top1(self) -> float | None:
+        return self.best.value if self.best is not None and self.best.metric == "top1" else None
+
+    def improves(self, evaluation: Mapping[str, float | int | None]) -> bool:
+        """Whether this evaluation is better than all before; it is the best one from now on."""
+        score = Score.of(evaluation)
+        if score is None or not score.beats(self.best):
+            return False
+        self.best = score
+        return True
+
+
+class Checkpointer:
+    """The checkpoints of one run."""
+
+    def __init__(self, setup: TrainingSetup) -> None:
+        self._run_url, self._order, self._config = setup.run_url, setup.order, setup.config
+        self._student, self._optimizer_step = setup.student.module, setup.optimizer_step
+
+    def save(self, progress: Progress, *names: str) -> None:
+        """Replaces the checkpoints of these names, in this order."""
+        state = self._state(progress)
+        for name in names:
+            checkpoint.save(self._run_url, name, state)
+
+    def _state(self, progress: Progress) -> dict[str, Any]:
+        raw, evaluated = self._student.model.network, self._optimizer_step.evaluated.network
+        return {
+            # The weights that are evaluated, for every reader; the raw ones only resume the training.
+            "model": evaluated.state_dict(),
+            "raw": None if evaluated is raw else raw.state_dict(),
+            "projectors": self._student.projectors.state_dict(),
+            "review": None if self._student.review is None else self._student.review.state_dict(),
+            **self._optimizer_step.state_dict(),
+            "step": progress.step,
+            "best_top1": progress.best_top1,
+            "best": None if progress.best is None else asdict(progress.best),
+            "seconds": progress.seconds,
+            "order": self._order_id(),
+            **input_transform(evaluated),
+        }
+
+    def _order_id(self) -> str:
+        """What the position in a checkpoint counts in: another order would repeat some rows and skip others."""
+        order = self._order
+        rows = [*zip(order.shard_ids, order.num_ok_S.tolist(), strict=True)]
+        return short([order.seed, order.global_batch_size, order.num_lanes, order.kind, order.tail, rows])
+
+    def restore(self) -> Progress:
+        """Loads the last checkpoint into the networks and the optimizer; without one, nothing changes.
+
+        Raises:
+            ConfigError: the checkpoint is of another order of training.
+            CacheError: the checkpoint is damaged.
+        """
+        state = checkpoint.load(self._run_url, checkpoint.LAST)
+        if state is None:
+            return Progress()
+        if state["order"] != self._order_id():
+            raise ConfigError(
+                "the checkpoint's position counts in another order of training",
+                code="run.other-order",
+                where=redact(self._run_url),
+                got="other shards, or other rows in them, than when the run was begun",
+                next_step="restore the shards and their index, or choose another run.url",
+            )
+        self._optimizer_step.evaluated.network.load_state_dict(state["model"])
+        if state["raw"] is not None:
+            self._student.model.network.load_state_dict(state["raw"])
+        self._restore_input_transform(state)
+        self._student.projectors.load_state_dict(state["projectors"])
+        if self._student.review is not None:
+            self._student.review.load_state_dict(state["review"])
+        self._optimizer_step.load_state_dict(state)
+        return self._progress(state)
+
+    def _restore_input_transform(self, state: dict[str, Any]) -> None:
+        """A run that was begun before torchvision's networks were built as for their weights goes on as it began."""
+        assert self._config.student is not None
+        if "transform_input" in self._config.student.kwargs:
+            return
+        networks: tuple[Any, ...] = self._optimizer_step.evaluated.network, self._student.model.network
+        for network in networks:
+            if input_transform(network):
+                network.transform_input = bool(stored_transform_input(state))
+
+    def _progress(self, state: dict[str, Any]) -> Progress:
+        """Includes the evaluation after the checkpoint's step, which is made after the checkpoint is saved."""
+        progress = Progress(state["step"], state["seconds"])
+        if (best := state.get("best")) is not None:
+            progress.best = Score(**best)
+        elif state["best_top1"] is not None:
+            # A run of a version that had no other metric.
+            progress.best = Score("top1", state["best_top1"])
+        published = published_evaluation(self._run_url, progress.step - 1)
+        progress.was_evaluated = published is not None
+        progress.improves(published or {})
+        return progress

@@ -1,0 +1,137 @@
+"""Events and metrics of a run: each rank adds its steps, the main rank writes files and reports."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.student.data.batch import Batch
+from pipeline.student.distributed import DistributedContext
+from pipeline.student.evaluation.evaluator import Evaluation
+from pipeline.student.run.metrics import MetricsFile, Record, StepLog
+from pipeline.student.training.train_step import StepResult
+
+Report = Callable[[dict[str, Any]], None]
+Emit = Callable[..., None]
+"""``emit(kind, **values)``."""
+
+
+class RunLog:
+    """What a run reports while it trains."""
+
+    def __init__(self, run_url: str, distributed: DistributedContext, report: Report) -> None:
+        self._run_url, self._report = run_url, report
+        self._is_main_rank = distributed.is_main_rank
+        self._steps, self._speed = StepLog(distributed), ThroughputMeter()
+        self._metrics: MetricsFile | None = None
+
+    def emit(self, kind: str, **values: Any) -> None:
+        """Reports an event, on the main rank."""
+        if self._is_main_rank:
+            self._report({"kind": kind, "run": self._run_url, **values})
+
+    @contextmanager
+    def files(self, *, first_step: int, tensorboard: bool) -> Generator[None]:
+        """Opens the metrics files, on the main rank."""
+        if not self._is_main_rank:
+            yield
+            return
+        with MetricsFile(self._run_url, first_step=first_step, tensorboard=tensorboard) as self._metrics:
+            yield
+
+    def watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Measures the throughput of a loop over these batches."""
+        return self._speed.watch(batches)
+
+    def restart_clock(self) -> None:
+        """Excludes the time since the last flush from the throughput."""
+        self._speed.reset()
+
+    def add_step(self, batch: Batch, result: StepResult) -> None:
+        """Without waiting for the device."""
+        update = result.update
+        self._steps.add(
+            batch.step,
+            batch.epoch,
+            update.lr,
+            result.total,
+            result.terms,
+            grad_norm=update.grad_norm,
+            scale=update.scale,
+        )
+
+    @property
+    def num_pending(self) -> int:
+        """Steps since the last flush."""
+        return len(self._steps)
+
+    def flush(self) -> list[Record]:
+        """One record a step since the last flush, averaged over ranks. Every rank calls it.
+
+        Raises:
+            TrainingError: a loss or a gradient is not finite.
+        """
+        return self._steps.flush()
+
+    def write(self, records: list[Record], *, total_steps: int, seconds: float) -> None:
+        """Adds flushed records to the metrics, and reports the last of them."""
+        if self._metrics is not None:
+            speed = self._speed.read()
+            self._metrics.add(records, speed)
+            self.emit("step", total_steps=total_steps, seconds=seconds, **records[-1], **speed)
+
+    def write_evaluation(self, step: int, epoch: int, evaluation: Evaluation, *, publish: bool) -> None:
+        """After this step, which ended the epoch with this 1-based number."""
+        if self._metrics is not None:
+            self._metrics.add_evaluation(step, epoch, evaluation.measured())
+            if publish:
+                self._metrics.publish_evaluations()
+
+    def publish(self) -> None:
+        """Replaces the run's metrics files. Call it before a checkpoint is saved."""
+        if self._metrics is not None:
+            self._metrics.publish()
+
+
+@dataclass(slots=True)
+class ThroughputMeter:
+    """Counts images and waiting time since it was last read or reset.
+
+    Steps are queued on the device; read the meter when the device has finished them.
+    """
+
+    clock: Callable[[], float] = time.monotonic
+    _began: float = field(init=False)
+    _wait_s: float = field(init=False)
+    _images: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.reset()
+
+    def watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Yields the same batches; counts their images over all ranks, and the time that the loader takes for each."""
+        while True:
+            requested = self.clock()
+            batch = next(batches, None)
+            if batch is None:
+                return
+            self._wait_s += self.clock() - requested
+            self._images += batch.num_rows_global
+            yield batch
+
+    def read(self) -> dict[str, float]:
+        """``images_per_s`` over all ranks, and ``data_wait``: the share of time in which this rank waited for data."""
+        elapsed_s = max(self.clock() - self._began, 1e-9)
+        values = {
+            "images_per_s": round(self._images / elapsed_s, 2),
+            "data_wait": round(min(self._wait_s / elapsed_s, 1.0), 4),
+        }
+        self.reset()
+        return values
+
+    def reset(self) -> None:
+        """Excludes the time since the last call, such as that of an evaluation."""
+        self._began, self._wait_s, self._images = self.clock(), 0.0, 0

@@ -1,0 +1,155 @@
+"""One training step: forward, loss and backward of each micro-batch, then one update of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.augment.pixels import to_input
+from pipeline.augment.random_bits import key_of
+from pipeline.models import forward_with_maps
+from pipeline.student.data.batch import Batch
+from pipeline.student.data.teacher_outputs import TeacherOutputs
+from pipeline.student.losses import BatchShare, LossInputs, TeacherInputs
+from pipeline.student.losses.arithmetic import is_labelled
+from pipeline.student.networks.student import StudentOutputs
+from pipeline.student.training.micro_batches import combined, micro_batches, num_micro_batches
+from pipeline.student.training.optimizer_step import Update
+from pipeline.student.training.setup import TrainingSetup, input_size
+from pipeline.teacher.inference import Teacher
+from pipeline.teacher.numerics import autocast
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """The total loss and its terms, 0-d on the device, and the update that they led to."""
+
+    total: Tensor
+    terms: Mapping[str, Tensor]
+    update: Update
+
+
+class TrainStep:
+    """``step(batch)`` trains on one batch, on the device."""
+
+    def __init__(self, setup: TrainingSetup) -> None:
+        self.loss, self.distributed = setup.loss, setup.distributed
+        self.student, self.optimizer_step = setup.student.module, setup.optimizer_step
+        self.module: nn.Module = self.student
+        self._train, self._supervision = setup.config.train, setup.supervision
+        self._channels_last = setup.student.channels_last
+        self._may_lack_labels = self.loss.needs_labels and setup.config.data.missing_labels == "ignore"
+        self._mean_C, self._std_C = (
+            torch.tensor(values, device=self.distributed.device)
+            for values in (setup.student.input_spec.mean, setup.student.input_spec.std)
+        )
+
+    def wrap(self) -> None:
+        """Wraps the student for several ranks, and compiles it if ``train.compile``. The weights must be loaded."""
+        if self.distributed.size > 1:
+            self.module = DistributedDataParallel(self.student)
+        if self._train.compile:
+            # In place, so that the names in a state dict do not change.
+            self.module.compile()
+
+    def __call__(self, batch: Batch) -> StepResult:
+        train = self._train
+        chunks = micro_batches(
+            batch, num_micro_batches(train.accumulate, batch.num_rows_global, train.global_batch_size)
+        )
+        num_labelled_global = self._num_labelled_global(batch)
+        losses: list[tuple[Tensor, dict[str, Tensor]]] = []
+        for number, chunk in enumerate(chunks):
+            with self._gradient_sync(last=number == len(chunks) - 1):
+                losses.append(self._accumulate(chunk, number, num_labelled_global))
+        total, terms = combined(losses, [len(chunk.labels_B) for chunk in chunks])
+        return StepResult(total, terms, self.optimizer_step.step())
+
+    def _gradient_sync(self, *, last: bool) -> AbstractContextManager[None]:
+        """Ranks exchange gradients once a step, in its last backward pass."""
+        if last or not isinstance(self.module, DistributedDataParallel):
+            return nullcontext()
+        return self.module.no_sync()
+
+    def _accumulate(
+        self, batch: Batch, number: int, num_labelled_global: int | Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Adds the gradients of one micro-batch. Returns its part of the total loss, and its terms."""
+        # Dropout must not depend on what ran before, or a resumed run would differ from an undisturbed one.
+        key = key_of("dropout", self._train.seed, batch.step, self.distributed.rank, *([number] if number else []))
+        torch.manual_seed(int(key[0] >> 1))
+        inputs = self.forward(self._images(batch), batch)
+        total, terms = self.loss(inputs, self._share(inputs, batch, num_labelled_global), epoch=batch.epoch)
+        self.optimizer_step.backward(total)
+        return total.detach(), terms
+
+    def _images(self, batch: Batch) -> Tensor:
+        """The student's input, fp32 [B,3,S,S]: mixed and normalised."""
+        images = to_input(
+            batch.pixels_BCHW,
+            mean_C=self._mean_C,
+            std_C=self._std_C,
+            partner_B=batch.partner_B,
+            lambda_B=batch.lambda_B,
+            cutmix_box_B4=batch.cutmix_box_B4,
+        )
+        # A convolution takes the layout of its input, whatever that of its weights.
+        return images if self._channels_last else images.contiguous()
+
+    def forward(self, images: Tensor, batch: Batch) -> LossInputs:
+        """The outputs of the student and of each teacher on one batch."""
+        with autocast(self.distributed.device, self._train.precision):
+            outputs: StudentOutputs = self.module(images)
+        return LossInputs(
+            student_BK=outputs.logits_BK,
+            labels_B=batch.labels_B,
+            embedding_BD=outputs.embedding_BD,
+            teachers=tuple(
+                TeacherInputs(
+                    words=teacher_outputs,
+                    projected={key: by_teacher[number] for key, by_teacher in outputs.projected.items()},
+                    class_directions=self._supervision.class_directions[number],
+                    student_maps=outputs.maps or None,
+                    teacher_maps=teacher_maps or None,
+                )
+                for number, (teacher_outputs, teacher_maps) in enumerate(self._teacher_outputs(batch))
+            ),
+            partner_B=batch.partner_B,
+            lambda_B=batch.lambda_B,
+            sum_over_ranks=self.distributed.sum_with_gradient,
+        )
+
+    def _teacher_outputs(self, batch: Batch) -> list[tuple[TeacherOutputs, tuple[Tensor, ...]]]:
+        """The outputs of each teacher, online or cached, and the feature maps that ``review_kd`` compares."""
+        online = [self._infer(teacher, batch) for teacher in self._supervision.teachers]
+        return online or [(outputs, ()) for outputs in batch.teacher_outputs]
+
+    def _infer(self, teacher: Teacher, batch: Batch) -> tuple[TeacherOutputs, tuple[Tensor, ...]]:
+        review = self.student.review
+        pixels_BCHW = batch.teacher_pixels.get(input_size(teacher.loaded.input), batch.pixels_BCHW)
+        mixing = batch.partner_B, batch.lambda_B, batch.cutmix_box_B4
+        observed = () if review is None else review.plan.teacher
+        (teacher_BK, teacher_BD), maps = forward_with_maps(observed, teacher.forward, pixels_BCHW, *mixing)
+        levels = () if review is None else review.plan.levels(maps, teacher_BD)
+        return TeacherOutputs({None: teacher_BK}, teacher_BD.norm(dim=1), teacher_BD), levels
+
+    def _num_labelled_global(self, batch: Batch) -> int | Tensor:
+        """Rows of the step with a label, over all ranks; every row where none may lack one."""
+        if not self._may_lack_labels:
+            return batch.num_rows_global
+        mixed_labels_B = None if batch.partner_B is None else batch.labels_B[batch.partner_B]
+        return self.distributed.sum(is_labelled(batch.labels_B, mixed_labels_B).sum())
+
+    def _share(self, inputs: LossInputs, batch: Batch, num_labelled_global: int | Tensor) -> BatchShare:
+        return BatchShare(
+            world_size=self.distributed.size,
+            num_rows=len(batch.labels_B),
+            num_rows_global=batch.num_rows_global,
+            num_labelled=inputs.num_labelled,
+            num_labelled_global=num_labelled_global,
+        )

@@ -1,0 +1,139 @@
+"""Evaluations of a student while it trains, on the validation shards of its config."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from pipeline.core.errors import EvaluationError, TrainingError
+from pipeline.models import EmbeddingModel
+from pipeline.student.data.sources import RowSource
+from pipeline.student.evaluation.evaluator import (
+    Evaluation,
+    PrecomputedTeacher,
+    Subject,
+    make_evaluator,
+    teacher_for_agreement,
+)
+from pipeline.student.evaluation.loaded_run import head_is_trained
+from pipeline.student.evaluation.validation import ValidationSamples, read_validation, record_validation
+from pipeline.student.supervision.overlap import SeenImages
+from pipeline.student.training.run_log import Emit
+from pipeline.student.training.setup import TrainingSetup
+from pipeline.teacher.inference import Teacher
+
+
+class Validator:
+    """Without ``data.val_shards`` it evaluates nothing."""
+
+    def __init__(self, setup: TrainingSetup, emit: Emit) -> None:
+        config, spec = setup.config, setup.spec
+        self._config, self._spec, self._distributed, self._emit = config, spec, setup.distributed, emit
+        self._input_spec, self._teachers = setup.student.input_spec, setup.supervision.teachers
+        self._subject = _subject(setup)
+        self._evaluator = None
+        if config.data.val_shards is not None:
+            self._evaluator = make_evaluator(
+                config.data.val_shards,
+                spec.data,
+                spec.student_plan,
+                setup.distributed,
+                num_threads=config.ray.cpus_per_worker,
+            )
+        self._samples: ValidationSamples | None = None
+        self._teacher: Teacher | PrecomputedTeacher | None = None
+        self._compared_with_training = False
+
+    @property
+    def is_enabled(self) -> bool:
+        return self._evaluator is not None
+
+    def prepare(self, run_url: str) -> None:
+        """Reads and checks the validation samples, and the teacher that evaluations compare with. Every rank calls it.
+
+        Raises:
+            ShardError: a validation shard is damaged, a label cannot be used, or ``data.bad_samples`` refuses a sample.
+            ConfigError: the shards hold no images.
+            StillroomError: the weights of the cache's teacher cannot be read, or are not those that were cached.
+        """
+        if self._evaluator is None:
+            return
+        began = time.monotonic()
+        samples = self._samples = read_validation(self._evaluator, run_url)
+        if samples.was_read:
+            seconds = time.monotonic() - began
+            self._emit("validation", samples=samples.samples, shards=len(samples.stamps), read_s=round(seconds, 3))
+        self._teacher = self._compared_teacher()
+
+    def _compared_teacher(self) -> Teacher | PrecomputedTeacher | None:
+        """The online teacher, or the outputs of a cache's teacher, whose network is released again."""
+        assert self._evaluator is not None
+        expected = self._config.train.eval_agreement
+        if expected is False:
+            return None
+        if self._teachers or not expected:
+            return self._teachers[0] if len(self._teachers) == 1 else None
+        teacher = teacher_for_agreement(
+            self._config, self._spec, self._distributed.device, or_else="set train.eval_agreement=null"
+        )
+        assert teacher is not None, "check_config has seen to it"
+        began = time.monotonic()
+        outputs = self._evaluator.ask(teacher, with_embeddings=self._subject.projector is not None)
+        seconds = time.monotonic() - began
+        self._emit("validation-teacher", size_bytes=outputs.size_bytes, seconds=round(seconds, 3))
+        return outputs
+
+    def record_samples(self, run_url: str) -> None:
+        """Later starts of the run need not read the samples again."""
+        if self._samples is not None and self._samples.was_read:
+            record_validation(self._samples, run_url)
+
+    def warnings(self) -> list[str]:
+        if self._samples is None:
+            return []
+        return self._samples.warnings(head_trained=self._subject.head_trained, best_by=self._best_without_labels())
+
+    def _best_without_labels(self) -> str | None:
+        """The metric that the best checkpoint follows where it cannot be accuracy; None: there is none."""
+        if self._teacher is None:
+            return None
+        if self._subject.head_trained:
+            return "agreement with the teacher"
+        return None if self._subject.projector is None else "cosine to the teacher"
+
+    def evaluate(self, model: EmbeddingModel, source: RowSource, *, step: int) -> Evaluation:
+        """Evaluates the weights after ``step`` steps. Every rank calls it, if the validator is enabled.
+
+        The first evaluation also compares the validation images with the training rows, and warns of an overlap.
+
+        Raises:
+            TrainingError: the student's outputs are not finite.
+        """
+        assert self._evaluator is not None
+        seen = SeenImages()
+        try:
+            evaluation = self._evaluator(
+                model, self._input_spec, self._teacher, subject=self._subject, on_index=seen.add
+            )
+        except EvaluationError as error:
+            # The student's weights are finite and its outputs are not: this began in earlier steps.
+            raise TrainingError(
+                f"{error.what} in the evaluation after step {step - 1}",
+                code="train.not-finite-evaluation" if error.code == "evaluate.student-not-finite" else error.code,
+                where=error.where,
+                got=error.got,
+                next_step=error.next_step,
+            ) from error
+        if not self._compared_with_training:
+            self._compared_with_training = True
+            overlap = seen.overlap(source, self._distributed)
+            if overlap.num_rows:
+                self._emit("warning", text=overlap.warning())
+        return evaluation
+
+
+def _subject(setup: TrainingSetup) -> Subject:
+    """What evaluations measure besides what labels allow."""
+    terms, one_teacher = setup.loss.projected, len(setup.supervision.teacher_dims) == 1
+    projectors: Any = setup.student.module.projectors[terms[0]] if terms and one_teacher else [None]
+    return Subject(head_is_trained(setup.config), projectors[0])
