@@ -103,7 +103,7 @@ def test_unreachable_addresses_fail_after_the_stated_time(silent: str, document:
     env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
     assert done.stdout.count("ray.no-answer 2 ") == 2
-    assert f"where:  {silent}" in done.stdout
+    assert silent in done.stdout
     assert "within 1 s" in done.stdout
 
 
