@@ -41,14 +41,14 @@ class StoredRows:
 
     @property
     def depends_on_temperature(self) -> bool:
-        """Whether ``dense`` is a function of the temperature."""
+        """Whether ``decode`` is a function of the temperature."""
         return depends_on_temperature(self.output)
 
     def take(self, row_N: NDArray[np.integer[Any]]) -> StoredRows:
         """The rows at these positions."""
         return StoredRows(column_of(raw_rows(self.column).take(row_N, axis=0)), self.output)
 
-    def dense(self, *, temperature: float = 1.0) -> NDArray[np.float32]:
+    def decode(self, *, temperature: float = 1.0) -> NDArray[np.float32]:
         """[N,D] fp32 at the temperature of the loss that reads them."""
         return decode(self.column, self.output, temperature=temperature)
 
@@ -63,7 +63,7 @@ class ViewColumns:
     flip_N: NDArray[np.bool_]
     mix_row_N: NDArray[np.int32]
     mix_lambda_N: NDArray[np.float32]
-    drawn: dict[str, NDArray[Any]]
+    aug_params: dict[str, NDArray[Any]]
     embedding_norm_N: NDArray[np.float32]
     logits: StoredRows | None
     embedding: StoredRows | None
@@ -73,12 +73,12 @@ class ViewColumns:
     @property
     def logits_NK(self) -> NDArray[np.float32] | None:
         """All rows, decoded at T = 1. None if the cache has no logits."""
-        return None if self.logits is None else self.logits.dense()
+        return None if self.logits is None else self.logits.decode()
 
     @property
     def embedding_ND(self) -> NDArray[np.float32] | None:
         """All rows, decoded. None if the cache has no embeddings."""
-        return None if self.embedding is None else self.embedding.dense()
+        return None if self.embedding is None else self.embedding.decode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,7 +343,7 @@ def _view_columns(table: pa.Table, header: Header, aug_params: list[str]) -> Vie
         flip_N=table["flip"].combine_chunks().to_numpy(zero_copy_only=False),
         mix_row_N=table["mix_row"].to_numpy(),
         mix_lambda_N=table["mix_lambda"].to_numpy(),
-        drawn={name: table[name].to_numpy() for name in aug_params},
+        aug_params={name: table[name].to_numpy() for name in aug_params},
         embedding_norm_N=table["embedding_norm"].to_numpy(),
         logits=_stored(table, header.output("logits")),
         embedding=_stored(table, header.output("embedding")),

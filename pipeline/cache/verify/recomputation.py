@@ -193,7 +193,7 @@ class _RowSampler:
             boxes_VN4 = cutmix_boxes(group.aug_params_VN)
             for position, ordinal in enumerate(unit):
                 stored = {
-                    name: stored_rows.take(np.array([ordinal])).dense()[0]
+                    name: stored_rows.take(np.array([ordinal])).decode()[0]
                     for name, stored_rows in outputs.items()
                     if stored_rows is not None
                 }

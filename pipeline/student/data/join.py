@@ -86,7 +86,7 @@ def join_rows(columns: ViewColumns, index: ShardIndex, *, where: str) -> pa.Reco
         "height": index.height[index.ok],
         "partner": np.searchsorted(columns.row_N, columns.mix_row_N).astype(np.int32),
     }
-    rows_N = as_structured_rows(fields, columns.drawn)
+    rows_N = as_structured_rows(fields, columns.aug_params)
     stored = dict(zip(_OUTPUTS, (columns.logits, columns.embedding), strict=True))
     batch = pa.record_batch(
         {

@@ -61,11 +61,11 @@ def decode_outputs(
     by_temperature: dict[float | None, NDArray[np.float32]] = {}
     if logits is not None and temperatures:
         if logits.depends_on_temperature:
-            by_temperature = {temperature: logits.dense(temperature=temperature) for temperature in temperatures}
+            by_temperature = {temperature: logits.decode(temperature=temperature) for temperature in temperatures}
         else:
-            by_temperature = {None: logits.dense()}
+            by_temperature = {None: logits.decode()}
     return TeacherOutputs(
         {key: torch.from_numpy(logits_BK) for key, logits_BK in by_temperature.items()},
         torch.from_numpy(columns["norm"]),
-        None if embedding is None else torch.from_numpy(embedding.dense()),
+        None if embedding is None else torch.from_numpy(embedding.decode()),
     )

@@ -85,9 +85,9 @@ def test_augmentation_parameters_are_plain_columns_of_each_part_except_the_eval_
         assert names & {*part.column_names} == (set() if "/eval." in path else names)
         for view in part["view"].unique().to_pylist():
             rows = part.filter(pc.equal(part["view"], view))
-            stored = cache.view(path.split("/")[1], view).drawn
+            stored = cache.view(path.split("/")[1], view).aug_params
             assert all(rows[name].to_pylist() == stored[name].tolist() for name in stored)
-    assert cache.view("digits-00", EVAL_VIEW).drawn == {}
+    assert cache.view("digits-00", EVAL_VIEW).aug_params == {}
 
 
 def test_the_last_views_that_a_plan_can_have_differ_from_the_eval_pass(tiny_config: TinyConfig) -> None:
@@ -117,7 +117,7 @@ def test_the_last_views_that_a_plan_can_have_differ_from_the_eval_pass(tiny_conf
         assert np.array_equal(columns.mix_row_N, partners)
         single = partners == np.arange(15)
         for name, values in unmix(expected, single).aug_params.items():
-            assert np.array_equal(columns.drawn[name], values), name
+            assert np.array_equal(columns.aug_params[name], values), name
     assert cache.view("digits-01", EVAL_VIEW).mix_lambda_N.tolist() == [1] * 15
 
 

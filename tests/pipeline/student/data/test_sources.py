@@ -56,7 +56,7 @@ def columns(rows: list[int]) -> ViewColumns:
         flip_N=nothing.astype(np.bool_),
         mix_row_N=np.full(len(rows), 0, np.int32),
         mix_lambda_N=nothing,
-        drawn={},
+        aug_params={},
         embedding_norm_N=nothing,
         logits=None,
         embedding=None,

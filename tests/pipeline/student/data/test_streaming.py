@@ -221,8 +221,8 @@ def test_mapped_columns_are_those_of_the_cache_and_lie_in_the_file(replays: Repl
             assert (stored.dtype, stored.flags.writeable) == (values.dtype, False), name
             assert np.array_equal(stored, values), name
         aug_params = aug_params_of(joined.rows_N)
-        assert [*aug_params] == [*expected.drawn]
-        assert all(np.array_equal(values, expected.drawn[name]) for name, values in aug_params.items())
+        assert [*aug_params] == [*expected.aug_params]
+        assert all(np.array_equal(values, expected.aug_params[name]) for name, values in aug_params.items())
         assert (tuple(proofs.digests), tuple(proofs.means)) == (expected.pixel_digest, expected.pixel_mean)
         assert expected.logits is not None
         assert np.array_equal(joined.encoded["logits"], raw_rows(expected.logits.column))

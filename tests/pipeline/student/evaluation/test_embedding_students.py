@@ -115,7 +115,7 @@ def test_a_dataset_has_the_embeddings_of_its_cache(replays: Replay) -> None:
         columns, index = reader.view(entry.shard_id, 0), reader.index(entry)
         stored = columns.embedding
         assert stored is not None
-        by_id = dict(zip(index.sample_ids(columns.row_N), torch.from_numpy(stored.dense()), strict=True))
+        by_id = dict(zip(index.sample_ids(columns.row_N), torch.from_numpy(stored.decode()), strict=True))
         for row, sample_id in enumerate(batch.sample_ids):
             if sample_id in by_id:
                 assert torch.equal(embedding_BD[row], by_id[sample_id])
