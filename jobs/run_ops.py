@@ -7,9 +7,10 @@ import torch
 from jobs.observability.log import warn_of_omissions
 from pipeline.shards.index import omissions_of
 from pipeline.shards.omissions import Omissions
-from pipeline.student.evaluation.evaluator import Evaluation, evaluate_run
+from pipeline.student.evaluation.evaluator import evaluate_run
 from pipeline.student.evaluation.loaded_run import CheckpointName
-from pipeline.student.export.exporters import Exported
+from pipeline.student.evaluation.metrics import Evaluation
+from pipeline.student.export.exporters import ExportedModel
 
 
 def evaluate(
@@ -64,7 +65,7 @@ def describe_evaluation(evaluation: Evaluation) -> str:
     return "\n".join(f"{name:<28}{value}" for name, value in lines)
 
 
-def describe_export(exported: Exported) -> str:
+def describe_export(exported: ExportedModel) -> str:
     """The line of ``stillroom export``."""
     checked = "" if exported.difference is None else f"; logits within {exported.difference:.1g} of the student's"
     backbone = "; the backbone alone: no loss trained the head" if exported.head_left_out else ""

@@ -1,4 +1,4 @@
-"""Weights that have to stay finite: looked at before every checkpoint, so that none of NaNs replaces a good one."""
+"""Checks that weights are finite, before every checkpoint: NaNs must not replace a good checkpoint."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, slots=True)
 class FiniteWeights:
-    """All parameters of some modules, and those buffers that were finite at first: a mask may hold -inf on purpose."""
+    """All parameters of some modules, and the buffers that were finite at first: a mask may contain -inf on purpose."""
 
     modules: tuple[nn.Module, ...]
     exempt: frozenset[str]
@@ -22,8 +22,8 @@ class FiniteWeights:
         modules = tuple(modules)
         return cls(modules, frozenset(name for name, value in _buffers(modules) if not value.isfinite().all()))
 
-    def broken(self) -> list[str]:
-        """Names of those with NaN or infinity. On a GPU it waits for the device once."""
+    def not_finite(self) -> list[str]:
+        """Names of the tensors with NaN or infinity. Waits for the device once."""
         values = {
             name: value
             for name, value in chain(_parameters(self.modules), _buffers(self.modules))
@@ -48,5 +48,5 @@ def _buffers(modules: Iterable[nn.Module]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _prefix(number: int) -> str:
-    """The averaged weights have the names of those that learn."""
+    """The averaged weights have the names of the trained ones."""
     return "averaged" if number else ""

@@ -1,4 +1,4 @@
-"""A run's checkpoint as the network that was trained, in eval mode."""
+"""Loads the trained network of a run from a checkpoint, in eval mode."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeline.models import LoadedModel, WeightsFile, load_model
 from pipeline.models.weights import stored_transform_input
 from pipeline.student.evaluation.finite import FiniteWeights
 from pipeline.student.losses import CompositeLoss
-from pipeline.student.networks.student import bridge
+from pipeline.student.networks.student import projector_for
 from pipeline.student.run import checkpoint
 from pipeline.student.supervision.spec import SupervisionSpec, resolve_spec
 from schemas.config import Config
@@ -30,7 +30,7 @@ class LoadedRun:
     """A student, without the projectors of its training.
 
     Attributes:
-        step: optimiser steps behind the weights.
+        step: optimiser steps until the checkpoint.
         head_trained: False: no loss read the student's logits, and its head began with random weights.
         projectors: the state of all projectors.
     """
@@ -43,18 +43,19 @@ class LoadedRun:
     projectors: Mapping[str, Tensor]
 
     def projector(self, teacher_dim: int) -> nn.Module | None:
-        """Of the first loss that takes the student's embedding in the first teacher's width; None: no loss does."""
+        """Of the first loss that compares embeddings, to the first teacher's width; None: no loss does."""
         terms = CompositeLoss(self.config.loss, where="loss").projected
         if not terms:
             return None
-        module, prefix = bridge(self.student.module.embedding_dim, teacher_dim), f"{terms[0]}.0."
+        module, prefix = projector_for(self.student.module.embedding_dim, teacher_dim), f"{terms[0]}.0."
         state = {name.removeprefix(prefix): value for name, value in self.projectors.items() if name.startswith(prefix)}
         module.load_state_dict(state)
         return module.eval()
 
 
 def load_run(run_url: str, checkpoint_name: CheckpointName) -> LoadedRun:
-    """
+    """Loads a checkpoint of a run.
+
     Raises:
         ConfigError: there is no run, or it has no such checkpoint.
         CacheError: the run's cache cannot be read, or the checkpoint is damaged.
@@ -72,7 +73,7 @@ def load_run(run_url: str, checkpoint_name: CheckpointName) -> LoadedRun:
             code="run.no-checkpoint",
             where=redact(run_url),
             next_step="train it to the end of an epoch"
-            + (", with data.val_shards that have labels, or with a teacher online" if name == checkpoint.BEST else ""),
+            + (", with data.val_shards that have labels, or with an online teacher" if name == checkpoint.BEST else ""),
         )
     student = load_model(
         config.student.model_copy(update={"weights": "random", "sha256": None}),
@@ -100,18 +101,18 @@ def load_student(run_url: str, checkpoint_name: CheckpointName = "best") -> nn.M
 
 
 def head_is_trained(config: Config) -> bool:
-    """Whether the student's logits mean something: a loss reads them, or its head came with ``student.weights``."""
+    """Whether the student's head is trained: a loss reads the logits, or ``student.weights`` include the head."""
     assert config.student is not None
     return CompositeLoss(config.loss, where="loss").trains_head or config.student.weights != "random"
 
 
 def _check_finite(weights: FiniteWeights, url: str, step: int) -> None:
-    broken = weights.broken()
-    if broken:
+    names = weights.not_finite()
+    if names:
         raise ModelError(
             "the weights of this checkpoint are not finite",
             code="weights.not-finite",
             where=redact(url),
-            got=f"NaN or infinity in {', '.join(broken[:_NUM_NAMED])}, after {step} steps",
+            got=f"NaN or infinity in {', '.join(names[:_NUM_NAMED])}, after {step} steps",
             next_step="train again with a lower train.lr or with train.clip_norm, in another run.url",
         )

@@ -1,4 +1,4 @@
-"""Validation samples are read and checked before the first step, so that none of them can end a training later."""
+"""Reads and checks all validation samples before the first step, so that a bad one cannot stop the training later."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pipeline.student.distributed import DistributedContext
 from pipeline.student.evaluation.evaluator import Evaluator
 
 VALIDATION = "validation.json"
-_LOOK_UPS = 16
+_NUM_THREADS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +31,13 @@ class ValidationSamples:
     """Counts over all ranks.
 
     Attributes:
-        samples: all of the shards.
-        images: those that can be used.
+        samples: all samples of the shards.
+        images: samples that can be used.
         labelled: images with a label.
-        left_out: the others, by the reason.
-        stamps: by shard, what its store says of the file; another text after it was replaced.
-        omitted: what was passed over in the tars, a line for each kind; see ``Omissions``.
-        was_read: whether this start has read the images; False: a former start of the run has.
+        left_out: number of the other samples by reason.
+        stamps: by shard, a digest of its file's stamp in the store and of the reading rules; it changes with the file.
+        omitted: ignored members of the tars, a line for each kind; see ``Omissions``.
+        was_read: whether this start has read the images; False: an earlier start of the run has.
     """
 
     samples: int
@@ -49,19 +49,19 @@ class ValidationSamples:
     omitted: Sequence[str] = ()
 
     def warnings(self, *, head_trained: bool, best_by: str | None) -> list[str]:
-        """What is left out, and what is not measured.
+        """Which samples are left out, and which metrics are not measured.
 
         Args:
             head_trained: whether a loss reads the student's logits; see ``head_is_trained``.
-            best_by: the metric that ``checkpoints/best.pt`` follows where no accuracy is measured; None: there is none.
+            best_by: the metric that ``checkpoints/best.pt`` follows if no accuracy is measured; None: there is none.
         """
         texts = [self._left_out(), *(f"validation: left out {line}" for line in self.omitted)]
         if not head_trained:
             texts.append(f"validation: no loss reads the student's logits; {_not_measured(best_by)}")
         elif self.labelled < self.images:
-            rest = "accuracy and calibration are those of the labelled samples"
-            what = rest if self.labelled else _not_measured(best_by)
-            texts.append(f"validation: labels: {self.labelled} of {self.images} samples (data.label); {what}")
+            labelled = "accuracy and calibration are those of the labelled samples"
+            effect = labelled if self.labelled else _not_measured(best_by)
+            texts.append(f"validation: labels: {self.labelled} of {self.images} samples (data.label); {effect}")
         return [text for text in texts if text]
 
     def _left_out(self) -> str:
@@ -80,20 +80,22 @@ def _not_measured(best_by: str | None) -> str:
 
 
 def read_validation(evaluator: Evaluator, run_url: str) -> ValidationSamples:
-    """Every rank calls it; each decodes all images of its share of the shards, unless the run has a record of them.
+    """Decodes all validation images, unless the run has a record of them. Every rank calls it and reads its share.
 
     Raises:
         ShardError: a shard is damaged, a label cannot be used, or ``data.bad_samples`` refuses a sample.
         ConfigError: the shards hold no images.
     """
-    recorded = _recorded(evaluator, run_url)
+    recorded = _read_record(evaluator, run_url)
     if recorded is not None:
         return recorded
-    counts, omissions = _counts(evaluator)
-    found = _sum(torch.stack([torch.zeros(len(STATUSES) + 1, dtype=torch.int64), *counts]), evaluator.distributed)
-    omitted = _over_ranks(omissions, evaluator.distributed).lines()
-    left_out = {status: count for status, count in zip(STATUSES, found, strict=False) if count and status != "ok"}
-    images = found[STATUSES.index("ok")]
+    distributed = evaluator.distributed
+    rank_counts, rank_omissions = _index_shards(evaluator)
+    *by_status, labelled = distributed.sum(rank_counts.to(distributed.device)).tolist()
+    omitted = _gather(rank_omissions, distributed).lines()
+    counts: dict[str, int] = dict(zip(STATUSES, by_status, strict=True))
+    images = counts.pop("ok")
+    left_out = {status: count for status, count in counts.items() if count}
     if not images:
         raise ConfigError(
             "there are no images to evaluate on",
@@ -102,37 +104,37 @@ def read_validation(evaluator: Evaluator, run_url: str) -> ValidationSamples:
             got=f"{sum(left_out.values())} samples in {len(evaluator.urls)} shards, none of which can be used",
             next_step="name shards with images, or leave data.val_shards out",
         )
-    # Rank 0 alone writes them.
-    urls = evaluator.urls if evaluator.distributed.is_main_rank else []
+    # Only the main rank writes them.
+    urls = evaluator.urls if distributed.is_main_rank else []
     stamps = dict(zip(map(shard_id, urls), _stamps(evaluator, urls), strict=True))
     samples = images + sum(left_out.values())
-    return ValidationSamples(samples, images, found[-1], left_out, stamps=stamps, was_read=True, omitted=omitted)
+    return ValidationSamples(samples, images, labelled, left_out, stamps=stamps, was_read=True, omitted=omitted)
 
 
-def record_validation(found: ValidationSamples, run_url: str) -> None:
-    """Lets later starts of the run leave out the reading, as long as shards and reading rules are the same."""
-    body = {name: value for name, value in asdict(found).items() if name != "was_read"}
+def record_validation(samples: ValidationSamples, run_url: str) -> None:
+    """Lets later starts of the run skip the reading while shards and reading rules are the same."""
+    body = {name: value for name, value in asdict(samples).items() if name != "was_read"}
     storage.write(storage.join(run_url, VALIDATION), seal(body))
 
 
-def _counts(evaluator: Evaluator) -> tuple[list[torch.Tensor], Omissions]:
-    """Of each shard of this rank: samples by status, and labelled images; and what was passed over in all of them."""
-    counts: list[torch.Tensor] = []
+def _index_shards(evaluator: Evaluator) -> tuple[torch.Tensor, Omissions]:
+    """Over this rank's shards: number of samples by status, then of labelled images; and ignored members."""
+    counts = torch.zeros(len(STATUSES) + 1, dtype=torch.int64)
     omissions = Omissions()
-    for url in evaluator.own_urls:
+    for url in evaluator.rank_urls:
         with evaluator.report_moved():
-            file = NodeStore.of(evaluator.data).acquire_url(url)
-        with file as held:
-            index = index_shard(held.path, evaluator.data, where=url, threads=evaluator.num_threads)
+            lease = NodeStore.of(evaluator.data).acquire_url(url)
+        with lease as file:
+            index = index_shard(file.path, evaluator.data, where=url, threads=evaluator.num_threads)
         check_samples(index, evaluator.data, where=url)
-        counts.append(_count(index))
+        counts += _count(index)
         omissions.include(index.omitted)
     return counts, omissions
 
 
-def _over_ranks(own: Omissions, distributed: DistributedContext) -> Omissions:
-    """Those of all ranks, on every rank."""
-    line = json.dumps({"counts": own.counts, "examples": own.examples}).encode() + b"\n"
+def _gather(omissions: Omissions, distributed: DistributedContext) -> Omissions:
+    """The omissions of all ranks, on every rank."""
+    line = json.dumps({"counts": omissions.counts, "examples": omissions.examples}).encode() + b"\n"
     joined = distributed.join(torch.tensor(list(line), dtype=torch.uint8, device=distributed.device))
     bodies = map(json.loads, bytes(joined.tolist()).splitlines())
     return merged(Omissions(Counter(body["counts"]), body["examples"]) for body in bodies)
@@ -144,25 +146,21 @@ def _count(index: ShardIndex) -> torch.Tensor:
     return torch.cat([by_status, torch.tensor([labelled])])
 
 
-def _sum(counts: torch.Tensor, distributed: DistributedContext) -> list[int]:
-    return distributed.sum(counts.sum(0).to(distributed.device)).tolist()
-
-
-def _recorded(evaluator: Evaluator, run_url: str) -> ValidationSamples | None:
-    """The record of a former start, if it is of these shards: each rank looks at its share, and all agree."""
+def _read_record(evaluator: Evaluator, run_url: str) -> ValidationSamples | None:
+    """The record of an earlier start, if it is of these shards: each rank checks its share, and all ranks agree."""
     url = storage.join(run_url, VALIDATION)
-    data = storage.read_if_exists(url, max_bytes=storage.MAX_RECORD_BYTES)
-    body = _opened(data, url)
-    stamps = dict(zip(map(shard_id, evaluator.own_urls), _stamps(evaluator, evaluator.own_urls), strict=True))
-    known: Mapping[str, str] = body.get("stamps", {})
-    changed = len(known) != len(evaluator.urls) or any(known.get(name) != stamp for name, stamp in stamps.items())
+    body = _parse(storage.read_if_exists(url, max_bytes=storage.MAX_RECORD_BYTES), url)
+    urls = evaluator.rank_urls
+    stamps = dict(zip(map(shard_id, urls), _stamps(evaluator, urls), strict=True))
+    recorded: Mapping[str, str] = body.get("stamps", {})
+    changed = len(recorded) != len(evaluator.urls) or any(recorded.get(name) != stamps[name] for name in stamps)
     if evaluator.distributed.sum(torch.tensor(int(changed), device=evaluator.distributed.device)):
         return None
     return ValidationSamples(**body, was_read=False)
 
 
-def _opened(data: bytes | None, url: str) -> dict[str, Any]:
-    """Without its digest; empty where there is none, or a damaged one, which is written again."""
+def _parse(data: bytes | None, url: str) -> dict[str, Any]:
+    """The record without its digest; empty if it is missing, or damaged, in which case it is written again."""
     if data is None:
         return {}
     try:
@@ -170,16 +168,16 @@ def _opened(data: bytes | None, url: str) -> dict[str, Any]:
     except CacheError:
         return {}
     body = {name: value for name, value in body.items() if name != "digest"}
-    # Another version may have written other counts.
+    # Another version may have written other fields.
     return body if body.keys() == {field.name for field in fields(ValidationSamples)} - {"was_read"} else {}
 
 
 def _stamps(evaluator: Evaluator, urls: list[str]) -> list[str]:
-    """Of each shard, with the rules by which it is read."""
+    """A digest for each shard, of its stamp and the rules by which it is read."""
     rules = {
         **index_settings(evaluator.data),
         "bad_samples": evaluator.data.bad_samples,
         "max_bad_share": evaluator.data.max_bad_share,
     }
     with evaluator.report_moved():
-        return [short([stamp, rules]) for stamp in map_ordered(storage.stamp, urls, threads=_LOOK_UPS)]
+        return [short([stamp, rules]) for stamp in map_ordered(storage.stamp, urls, threads=_NUM_THREADS)]

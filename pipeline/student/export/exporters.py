@@ -1,4 +1,4 @@
-"""A trained student as one file for others: its weights, or a graph that runs without our code."""
+"""Exports a trained student as one file: its weights, or a graph that runs without Stillroom."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _GRAPHS: dict[ExportFormat, Callable[[Classifier, Path, Mapping[str, str]], floa
 
 
 @dataclass(frozen=True, slots=True)
-class Exported:
-    """What was written.
+class ExportedModel:
+    """The written file.
 
     Attributes:
-        difference: of the graph's logits from the network's, at most; None for weights.
-        head_left_out: the head was not trained, so that the file has the backbone alone.
+        difference: largest difference of the graph's logits from the network's; None for weights.
+        head_left_out: the head was not trained, so the file has the backbone alone.
     """
 
     url: str
@@ -51,10 +51,10 @@ def export_run(
     format: ExportFormat | None = None,
     checkpoint_name: CheckpointName = "last",
     with_normalization: bool = False,
-) -> Exported:
-    """Writes the student of a run, without the projectors of its training and without a head that no loss trained.
+) -> ExportedModel:
+    """Writes the student of a run, without projectors and without a head that no loss trained.
 
-    A graph is published only after it has answered as the network does.
+    A graph is published only if its logits equal the network's within ``TOLERANCE``.
 
     Args:
         format: default: by the suffix of ``out_url``.
@@ -62,9 +62,9 @@ def export_run(
         with_normalization: the graph takes uint8 RGB [N,3,S,S] instead of normalised float32.
 
     Raises:
-        ConfigError: there is no such run, it is not finished, the format is unknown or a package is missing; or a graph
-            is wanted of a student whose head was not trained.
-        ModelError: the network is no graph, or the graph answers otherwise than the network.
+        ConfigError: there is no such run, it is not finished, the format is unknown, a package is missing, or the
+            format is a graph and the student's head was not trained.
+        ModelError: the network cannot be exported as a graph, or the graph's logits differ.
         StorageInputError: ``out_url`` is refused or cannot be written.
     """
     chosen = format or _format_of(out_url)
@@ -72,32 +72,32 @@ def export_run(
     storage.check_writable(out_url)
     if checkpoint_name == "last":
         _check_finished(run_url)
-    trained = load_run(run_url, checkpoint_name)
-    left_out = _untrained_head(trained, chosen, run_url)
-    described = _described(trained, run_url, checkpoint_name, with_normalization=with_normalization)
+    run = load_run(run_url, checkpoint_name)
+    left_out = _untrained_head(run, chosen, run_url)
+    metadata = _metadata(run, run_url, checkpoint_name, with_normalization=with_normalization)
+    if left_out:
+        metadata["left_out"] = json.dumps(left_out)
     with storage.scratch_folder() as folder:
         path = folder / f"student.{chosen}"
-        if left_out:
-            described["left_out"] = json.dumps(left_out)
-        difference = _write(trained, path, chosen, described, left_out, with_normalization=with_normalization)
+        difference = _write(run, path, chosen, metadata, left_out, with_normalization=with_normalization)
         size_bytes = path.stat().st_size
         storage.put(path, out_url)
-    return Exported(redact(out_url), chosen, size_bytes, trained.step, described["input"], difference, bool(left_out))
+    return ExportedModel(redact(out_url), chosen, size_bytes, run.step, metadata["input"], difference, bool(left_out))
 
 
 def _format_of(out_url: str) -> ExportFormat:
     suffix = PurePosixPath(redact(out_url)).suffix.removeprefix(".").lower()
-    found: dict[str, ExportFormat] = {name: name for name in get_args(ExportFormat)}
-    if suffix not in found:
+    formats: dict[str, ExportFormat] = {name: name for name in get_args(ExportFormat)}
+    if suffix not in formats:
         raise ConfigError(
             "the suffix of this file names no format",
             code="export.unknown-format",
             where=redact(out_url),
             got=f".{suffix}" if suffix else "no suffix",
-            expected=", ".join(f".{name}" for name in found),
-            next_step="use one of these, or give --format",
+            expected=", ".join(f".{name}" for name in formats),
+            next_step="use one of these, or pass --format",
         )
-    return found[suffix]
+    return formats[suffix]
 
 
 def _check_request(format: ExportFormat, *, with_normalization: bool) -> None:
@@ -105,7 +105,7 @@ def _check_request(format: ExportFormat, *, with_normalization: bool) -> None:
         check_onnx_packages()
     if with_normalization and format not in _GRAPHS:
         raise ConfigError(
-            "weights alone cannot hold the normalisation",
+            "a file of weights cannot contain the normalisation",
             code="export.no-graph-to-normalize",
             where="--with-normalization",
             got=f"format {format}",
@@ -118,16 +118,16 @@ def _check_finished(run_url: str) -> None:
     checkpoint.read_config(run_url)
     if checkpoint.read_summary(run_url) is None:
         raise ConfigError(
-            "this run is not finished, so its last checkpoint is one on the way",
+            "this run is not finished, so its last checkpoint is an intermediate one",
             code="run.not-finished",
             where=redact(run_url),
-            next_step="run stillroom train CONFIG again, which goes on from there, or give --checkpoint best",
+            next_step="run stillroom train CONFIG again to finish it, or pass --checkpoint best",
         )
 
 
-def _described(trained: LoadedRun, run_url: str, checkpoint_name: str, *, with_normalization: bool) -> dict[str, str]:
+def _metadata(run: LoadedRun, run_url: str, checkpoint_name: str, *, with_normalization: bool) -> dict[str, str]:
     """The metadata of every format: text by name, lists and maps as JSON."""
-    student, size = trained.student, trained.student.input.size
+    student, size = run.student, run.student.input.size
     kind = "uint8 RGB" if with_normalization else "float32 RGB, of [0,1] less mean, over std"
     return {
         "model": str(student.architecture["model"]),
@@ -139,51 +139,51 @@ def _described(trained: LoadedRun, run_url: str, checkpoint_name: str, *, with_n
         "mean": json.dumps(list(student.input.mean)),
         "std": json.dumps(list(student.input.std)),
         "checkpoint": checkpoint_name,
-        "step": str(trained.step),
+        "step": str(run.step),
         **{key: json.dumps(value) for key, value in input_transform(student.module.network).items()},
         "weights_digest": weights_digest(student.module.network.state_dict()),
         "run_config_sha256": digest(storage.read(storage.join(run_url, checkpoint.CONFIG))),
     }
 
 
-def _untrained_head(trained: LoadedRun, format: ExportFormat, run_url: str) -> list[str]:
-    """Names of the tensors of a head that no loss trained, which weights leave out; none where it was trained.
+def _untrained_head(run: LoadedRun, format: ExportFormat, run_url: str) -> list[str]:
+    """Names of the head's tensors if no loss trained it, which a file of weights leaves out.
 
     Raises:
-        ConfigError: a graph would answer with the logits of such a head.
+        ConfigError: a graph would return the logits of such a head.
     """
-    if trained.head_trained:
+    if run.head_trained:
         return []
     if format in _GRAPHS:
         raise ConfigError(
-            "the head of this student was not trained: no loss reads its logits, which a graph answers with",
+            "the head of this student was not trained: no loss reads its logits, which a graph returns",
             code="export.untrained-head",
             where=redact(run_url),
-            got=f"format {format}, losses {', '.join(term.name for term in trained.config.loss)}",
-            next_step="export to .safetensors, which has the backbone alone, or train with a loss on logits too",
+            got=f"format {format}, losses {', '.join(term.name for term in run.config.loss)}",
+            next_step="export to .safetensors, which has the backbone alone, or add a loss on logits",
         )
-    prefixes = tuple(f"{head}." for head in trained.student.module.heads)
-    return [name for name in trained.student.module.network.state_dict() if name.startswith(prefixes)]
+    prefixes = tuple(f"{head}." for head in run.student.module.heads)
+    return [name for name in run.student.module.network.state_dict() if name.startswith(prefixes)]
 
 
 def _write(
-    trained: LoadedRun,
+    run: LoadedRun,
     path: Path,
     format: ExportFormat,
-    described: Mapping[str, str],
+    metadata: Mapping[str, str],
     left_out: Sequence[str],
     *,
     with_normalization: bool,
 ) -> float | None:
-    student = trained.student
+    student = run.student
     if format in _GRAPHS:
         classifier = Classifier(student.module, student.input, normalizes=with_normalization).eval()
-        return _GRAPHS[format](classifier, path, described)
-    # Copies: the format takes neither tensors that share memory nor strides.
+        return _GRAPHS[format](classifier, path, metadata)
+    # Copies, since the format supports neither shared memory nor strides.
     state = {
         name: tensor.contiguous().clone()
         for name, tensor in student.module.network.state_dict().items()
         if name not in left_out
     }
-    safetensors.torch.save_file(state, path, {"format": "pt", **described})
+    safetensors.torch.save_file(state, path, {"format": "pt", **metadata})
     return None

@@ -1,4 +1,4 @@
-"""A network as a graph that runs without our code: torch.export and ONNX, each read back and held to the network."""
+"""Writes a network as a graph (torch.export, ONNX), and compares the written file with the network."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipeline.core.errors import ConfigError, ModelError, cause
 from pipeline.models import EmbeddingModel, InputSpec
 
 TOLERANCE = 1e-4
-"""How far a graph's logits may lie from the network's, as a share of the largest: backends fuse and reorder sums."""
+"""Largest difference of a graph's logits from the network's, relative to the largest logit: backends reorder sums."""
 
 METADATA_FILE = "stillroom.json"
 """The name of the metadata inside a ``.pt2``."""
@@ -32,7 +32,7 @@ class Classifier(nn.Module):
     """forward(images_NCHW) -> logits [N,K], without the embedding.
 
     Args:
-        normalizes: images are uint8 RGB instead of normalised float32.
+        normalizes: the input is uint8 RGB instead of normalised float32.
     """
 
     def __init__(self, model: EmbeddingModel, spec: InputSpec, *, normalizes: bool) -> None:
@@ -47,7 +47,7 @@ class Classifier(nn.Module):
         return self.model.logits(images_NCHW)
 
     def noise(self, count: int) -> Tensor:
-        """Random images of the kind that it takes, the same at every call."""
+        """Random input, the same at every call."""
         shape, generator = (count, 3, self.size, self.size), torch.Generator().manual_seed(count)
         if self.normalizes:
             return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
@@ -55,31 +55,30 @@ class Classifier(nn.Module):
 
 
 def write_pt2(classifier: Classifier, path: Path, metadata: Mapping[str, str]) -> float:
-    """A ``torch.export`` program for any batch size, with its metadata in ``stillroom.json``. Returns the largest
-    difference of its logits from the network's.
+    """Writes a ``torch.export`` program for any batch size, with its metadata in ``stillroom.json``. Returns the
+    largest difference of its logits from the network's.
 
     Raises:
-        ModelError: the network is no graph for any batch size, or the program answers otherwise.
+        ModelError: the network is not exportable for any batch size, or the program's logits differ.
     """
     torch.export.save(_program(classifier), path, extra_files={METADATA_FILE: json.dumps(dict(metadata))})
-    read = torch.export.load(path).module()
-    return _largest_difference(classifier, read, "torch.export")
+    return _largest_difference(classifier, torch.export.load(path).module(), "torch.export")
 
 
 def write_onnx(classifier: Classifier, path: Path, metadata: Mapping[str, str]) -> float:
-    """The same as ONNX: input ``images``, output ``logits``, metadata in the model's properties.
+    """Writes ONNX for any batch size: input ``images``, output ``logits``, metadata in the model's properties.
 
     Raises:
         ConfigError: a package is missing.
-        ModelError: as ``write_pt2``, or the network has no ONNX form.
+        ModelError: as ``write_pt2``, or an operator has no ONNX form.
     """
     check_onnx_packages()
     program = _program(classifier)
     try:
-        made = torch.onnx.export(program, dynamo=True, input_names=["images"], output_names=["logits"], verbose=False)
-        assert made is not None, "given no file, the exporter returns the program"
-        made.model.metadata_props.update(metadata)
-        made.save(path, external_data=False)
+        onnx = torch.onnx.export(program, dynamo=True, input_names=["images"], output_names=["logits"], verbose=False)
+        assert onnx is not None, "without a file the exporter returns the program"
+        onnx.model.metadata_props.update(metadata)
+        onnx.save(path, external_data=False)
         run = _onnx_runner(path)
     except Exception as error:
         raise _no_graph("ONNX", error) from error
@@ -89,7 +88,7 @@ def write_onnx(classifier: Classifier, path: Path, metadata: Mapping[str, str]) 
 def check_onnx_packages() -> None:
     """
     Raises:
-        ConfigError: a package that makes or checks ONNX is not installed.
+        ConfigError: a package that writes or checks ONNX is not installed.
     """
     missing = [name for name in _ONNX_PACKAGES if find_spec(name) is None]
     if missing:
@@ -111,7 +110,7 @@ def _program(classifier: Classifier) -> ExportedProgram:
 
 def _no_graph(kind: str, error: Exception) -> ModelError:
     return ModelError(
-        f"this network cannot be written as a graph of {kind}",
+        f"this network cannot be exported as a graph ({kind})",
         code="export.not-a-graph",
         where="student.model",
         got=cause(error),
@@ -120,7 +119,7 @@ def _no_graph(kind: str, error: Exception) -> ModelError:
 
 
 def _onnx_runner(path: Path) -> Callable[[Tensor], Tensor]:
-    # Optional packages, looked for before.
+    # Optional; check_onnx_packages has found it.
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -134,7 +133,7 @@ def _onnx_runner(path: Path) -> Callable[[Tensor], Tensor]:
 
 @torch.no_grad()
 def _largest_difference(classifier: Classifier, graph: Callable[[Tensor], Any], kind: str) -> float:
-    found = 0.0
+    largest = 0.0
     for count in _CHECKED_BATCHES:
         images_NCHW = classifier.noise(count)
         expected_NK = classifier(images_NCHW)
@@ -142,15 +141,15 @@ def _largest_difference(classifier: Classifier, graph: Callable[[Tensor], Any], 
             got_NK = graph(images_NCHW)
         except Exception as error:
             raise _no_graph(f"{kind} for {count} images", error) from error
-        found = max(found, _difference(got_NK, expected_NK, kind))
-    return found
+        largest = max(largest, _difference(got_NK, expected_NK, kind))
+    return largest
 
 
 def _difference(got_NK: Tensor, expected_NK: Tensor, kind: str) -> float:
     difference = float((got_NK - expected_NK).abs().max()) if got_NK.shape == expected_NK.shape else math.inf
     if not difference <= TOLERANCE * float(expected_NK.abs().max()):
         raise ModelError(
-            f"the graph does not answer as the network does, under {kind}",
+            f"the graph's logits differ from the network's ({kind})",
             code="export.graph-differs",
             where="student.model",
             got=f"logits {tuple(got_NK.shape)} that differ by up to {difference:.2g}",

@@ -1,4 +1,4 @@
-"""ReviewKD's part that learns: the student's feature maps fused, deep to shallow, into the teacher's shapes."""
+"""The trained part of ReviewKD: fuses the student's feature maps, deep to shallow, into the teacher's shapes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from schemas.config import LossConfig, ReviewKdLoss
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReviewPlan:
-    """Which maps of two networks are compared, shallow to deep.
+    """Which feature maps of student and teacher are compared, shallow to deep.
 
     Attributes:
-        student: maps of the student's layers.
-        teacher: maps of the teacher's, one beside each of the student's.
-        embedding_dims: widths (Ds, Dt) of the embeddings, which are the deepest level as maps of one position; None:
-            they are no level.
-        mid_channels: width in which the levels are fused.
+        student: the student's maps.
+        teacher: the teacher's maps, one for each of the student's.
+        embedding_dims: widths (Ds, Dt) of the embeddings, which form the deepest level as maps of one position; None:
+            the embeddings are not compared.
+        mid_channels: channels in which the levels are fused.
     """
 
     student: tuple[FeatureMap, ...]
@@ -32,7 +32,7 @@ class ReviewPlan:
     mid_channels: int
 
     def levels(self, maps: Sequence[Tensor], embedding_BD: Tensor) -> tuple[Tensor, ...]:
-        """One network's levels [B,C,H,W] out of its maps and its embedding."""
+        """The levels [B,C,H,W] of one network, from its maps and its embedding."""
         return tuple(maps) if self.embedding_dims is None else (*maps, embedding_BD[:, :, None, None])
 
 
@@ -40,26 +40,26 @@ def review_section(terms: Sequence[LossConfig]) -> ReviewKdLoss | None:
     """The ``review_kd`` term of a loss section, if it has one.
 
     Raises:
-        ConfigError: it has two; a student has one set of modules that fuse its maps.
+        ConfigError: it has two; a student has one set of fusion modules.
     """
-    found = [term for term in terms if isinstance(term, ReviewKdLoss)]
-    if len(found) > 1:
+    sections = [term for term in terms if isinstance(term, ReviewKdLoss)]
+    if len(sections) > 1:
         raise ConfigError(
             "review_kd occurs more than once",
             code="config.review-repeated",
             where="loss",
-            got=f"{len(found)} terms",
+            got=f"{len(sections)} terms",
             expected="one",
             next_step="list all layers in one term",
         )
-    return found[0] if found else None
+    return sections[0] if sections else None
 
 
 def plan_review(section: ReviewKdLoss, student: LoadedModel, teacher: LoadedModel) -> ReviewPlan:
-    """Both in eval mode, each asked with two images of its own size.
+    """Finds the maps by one forward pass of each network, in eval mode.
 
     Raises:
-        ModelError: a layer is not there, or answers with no map.
+        ModelError: a network has no such layer, or the layer's output is no feature map.
     """
     dims = (student.module.embedding_dim, teacher.module.embedding_dim)
     return ReviewPlan(
@@ -75,17 +75,18 @@ def _maps(loaded: LoadedModel, layers: Sequence[str], key: str) -> tuple[Feature
 
 
 class Review(nn.Module):
-    """forward(levels of the student, shallow to deep) -> as many maps in the shapes of the teacher's levels.
+    """forward(the student's levels, shallow to deep) -> as many maps in the shapes of the teacher's levels.
 
-    Every level is fused with what the deeper ones left, so the teacher's shallow maps teach the student's deep layers
-    too (Chen 2021, 2104.09044, sec. 3.3).
+    Each level is fused with the deeper ones, so that the student's deep layers also learn from the teacher's shallow
+    maps (Chen 2021, 2104.09044, sec. 3.3).
     """
 
     def __init__(self, plan: ReviewPlan) -> None:
         super().__init__()
         self.plan = plan
         widths = [
-            (one.channels, other.channels, other.side) for one, other in zip(plan.student, plan.teacher, strict=True)
+            (student.channels, teacher.channels, teacher.side)
+            for student, teacher in zip(plan.student, plan.teacher, strict=True)
         ]
         if plan.embedding_dims is not None:
             widths.append((*plan.embedding_dims, 1))
@@ -107,9 +108,9 @@ class Review(nn.Module):
 class Fusion(nn.Module):
     """ABF, attention-based fusion (Chen 2021, fig. 3): forward(map_BCHW, deeper_BMHW) -> (output, carried).
 
-    The map is reduced to M channels. Two maps of weights in 0 to 1, from a convolution over both, choose at each
-    position between it and what the deeper levels carried up; the deepest level has nothing to choose between. The sum,
-    at the teacher's side, is carried on [B,M,S,S], and as an output it gets the teacher's channels [B,Ct,S,S].
+    The map is reduced to M channels. A convolution over it and the fused deeper map computes, for each position, two
+    weights in [0, 1] for their sum; the deepest level has no deeper map. The sum, resized to the teacher's side, is
+    carried to the next level [B,M,S,S]; as an output it gets the teacher's channels [B,Ct,S,S].
     """
 
     def __init__(
@@ -124,10 +125,11 @@ class Fusion(nn.Module):
     def forward(self, map_BCHW: Tensor, deeper_BMHW: Tensor | None) -> tuple[Tensor, Tensor]:
         fused_BMHW = self.reduce(map_BCHW)
         if self.choose is not None:
-            assert deeper_BMHW is not None, "only the deepest level has none below it"
+            assert deeper_BMHW is not None, "only the deepest level has no deeper map"
             deeper_BMHW = _resized(deeper_BMHW, fused_BMHW.shape[-1])
-            own_B1HW, other_B1HW = self.choose(torch.cat([fused_BMHW, deeper_BMHW], dim=1)).sigmoid().split(1, dim=1)
-            fused_BMHW = fused_BMHW * own_B1HW + deeper_BMHW * other_B1HW
+            weights_B2HW = self.choose(torch.cat([fused_BMHW, deeper_BMHW], dim=1)).sigmoid()
+            weight_B1HW, deeper_weight_B1HW = weights_B2HW.split(1, dim=1)
+            fused_BMHW = fused_BMHW * weight_B1HW + deeper_BMHW * deeper_weight_B1HW
         carried_BMSS = _resized(fused_BMHW, self.teacher_side)
         return self.expand(carried_BMSS), carried_BMSS
 
@@ -139,5 +141,5 @@ def _conv(in_channels: int, out_channels: int, *, kernel_size: int) -> nn.Sequen
 
 
 def _resized(x_BCHW: Tensor, side: int) -> Tensor:
-    """By nearest positions, as in the paper's code."""
+    """By nearest neighbours, as in the paper's code."""
     return x_BCHW if x_BCHW.shape[-1] == side else interpolate(x_BCHW, (side, side), mode="nearest")

@@ -1,4 +1,4 @@
-"""The student: a network, and what some losses put around it in training only: projectors, fused feature maps."""
+"""The student in training: a network, with the projectors and the fused feature maps that some losses need."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class StudentOutputs(NamedTuple):
-    """What losses take of the student. A tuple, in which DDP finds the tensors.
+    """The student's outputs for losses. A tuple, in which DDP finds the tensors.
 
     Attributes:
         logits_BK: [B,K].
-        embedding_BD: [B,D], in the student's own width.
-        projected: by term one embedding [B,Dt] a teacher, in its width.
-        maps: one [B,C,H,W] a reviewed level.
+        embedding_BD: [B,D], in the student's width.
+        projected: by term, one embedding [B,Dt] for each teacher, in the teacher's width.
+        maps: one [B,C,H,W] for each level of ``review_kd``.
     """
 
     logits_BK: Tensor
@@ -30,14 +30,14 @@ class StudentOutputs(NamedTuple):
 
 
 class Student(nn.Module):
-    """A network as losses see it; ``forward(images_BCHW)`` answers with ``StudentOutputs``.
+    """A network with the modules that losses train; ``forward(images_BCHW)`` returns ``StudentOutputs``.
 
-    Each term has projectors of its own, so that what one term asks of its projector is not what another gets.
+    Each term has separate projectors, so that no term changes the projector of another.
 
     Args:
         terms: keys of the loss terms that take the embedding in a teacher's width.
-        teacher_dims: Dt, one a teacher.
-        review: the feature maps that ``review_kd`` compares; None: there are none.
+        teacher_dims: Dt of each teacher.
+        review: the feature maps that ``review_kd`` compares; None: the loss section has no ``review_kd``.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Student(nn.Module):
         super().__init__()
         self.model = model
         self.projectors = nn.ModuleDict(
-            {key: nn.ModuleList(bridge(model.embedding_dim, dim) for dim in teacher_dims) for key in terms}
+            {key: nn.ModuleList(projector_for(model.embedding_dim, dim) for dim in teacher_dims) for key in terms}
         )
         self.review = None if review is None else Review(review)
         if review is not None:
@@ -59,28 +59,28 @@ class Student(nn.Module):
 
     @property
     def min_rows(self) -> int:
-        """The fewest rows of a batch that it can be trained on: BatchNorm has no statistics of a single row."""
+        """The smallest batch to train on: BatchNorm needs two rows."""
         return 2 if any(isinstance(module, BATCH_NORMS) and module.training for module in self.modules()) else 1
 
     def forward(self, images_BCHW: Tensor) -> StudentOutputs:
         review = self.review
         named = () if review is None else review.plan.student
         (logits_BK, embedding_BD), maps = forward_with_maps(named, self.model, images_BCHW)
-        # Fused here and not in the loss: DDP waits for the gradients of all that learns, so all of it runs in here.
+        # Fused here and not in the loss: DDP expects all trained modules to run in this forward.
         fused = () if review is None else review(review.plan.levels(maps, embedding_BD))
         projected = {key: self._project(key, embedding_BD) for key in self.projectors}
         return StudentOutputs(logits_BK, embedding_BD, projected, fused)
 
     def _project(self, key: str, embedding_BD: Tensor) -> tuple[Tensor, ...]:
-        bridges: Any = self.projectors[key]
-        return tuple(bridge(embedding_BD) for bridge in bridges)
+        projectors: Any = self.projectors[key]
+        return tuple(projector(embedding_BD) for projector in projectors)
 
 
-def bridge(student_dim: int, teacher_dim: int) -> nn.Module:
-    """From the student's width to a teacher's; the identity where they are the same."""
-    return nn.Identity() if teacher_dim == student_dim else projector(student_dim, teacher_dim)
+def projector_for(student_dim: int, teacher_dim: int) -> nn.Module:
+    """From the student's width to a teacher's: BatchNorm, Dropout(0.5), Linear as in the ND paper's code (Wang 2023).
 
-
-def projector(student_dim: int, teacher_dim: int) -> nn.Sequential:
-    """BatchNorm, Dropout(0.5), Linear: the ND paper's bridge between widths (Wang 2023, official code)."""
+    The identity if the widths are equal.
+    """
+    if teacher_dim == student_dim:
+        return nn.Identity()
     return nn.Sequential(nn.BatchNorm1d(student_dim), nn.Dropout(0.5), nn.Linear(student_dim, teacher_dim))

@@ -1,4 +1,4 @@
-"""A run's folder: its config, its copy of the manifest, checkpoints that replace each other whole, and its summary."""
+"""Files of a run's folder: config, copies of the caches' manifests, checkpoints, summary."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ SPEED = "speed.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 SUMMARY = "summary.json"
 
-# Where and how fast a run goes may change between its starts; what it computes may not.
+# Place and speed of a run may change between its starts; what it computes may not.
 _MAY_CHANGE = {
     "ray": True,
     "run": True,
-    # Which samples are trained on is held to the order's id; of validation samples the rules may change.
+    # The id of the sample order covers the training samples; the rules for validation samples may change.
     "data": {"val_shards", "bad_samples", "max_bad_share", "local_dir", "local_bytes"},
     "train": {
         "num_workers",
@@ -43,7 +43,7 @@ _MAY_CHANGE = {
         "keep_every_epochs",
         "tensorboard",
         "eval_agreement",
-        # Rounds otherwise, but may be the way out of a crash.
+        # Rounds differently, but may avoid a crash.
         "channels_last",
     },
 }
@@ -53,12 +53,12 @@ _PINNED = re.compile(r"manifest(-\d+)?\.json")
 
 
 def claim_run(run_url: str, config: Config) -> None:
-    """Writes the config of a new run, or checks that a begun one goes on with the same. Any rank may be first.
+    """Writes the config of a new run, or checks that a resumed run has the same config. Any rank may be first.
 
-    Credentials in its URLs are not written, and others do not make another run of it.
+    Credentials in URLs are not written, and a change of credentials is no other config.
 
     Raises:
-        ConfigError: the run was begun with another config; the difference is spelled out.
+        ConfigError: the run was begun with another config; ``got`` lists the differences.
     """
     if not storage.create(storage.join(run_url, CONFIG), seal(_without_credentials(config.model_dump(mode="json")))):
         check_begun(run_url, config)
@@ -67,7 +67,7 @@ def claim_run(run_url: str, config: Config) -> None:
 def check_begun(run_url: str, config: Config) -> None:
     """
     Raises:
-        ConfigError: there is a run, begun with another config; the difference is spelled out.
+        ConfigError: there is a run with another config; ``got`` lists the differences.
     """
     if not storage.exists(storage.join(run_url, CONFIG)):
         return
@@ -83,15 +83,15 @@ def check_begun(run_url: str, config: Config) -> None:
             code="run.other-config",
             where=redact(run_url),
             got="; ".join(changed),
-            next_step="choose another run.url, or undo the change to go on with this run"
+            next_step="choose another run.url, or undo the change to continue this run"
             if is_saved
-            # A live training may not have reached its first checkpoint, so nothing is replaced here.
-            else f"if no training of this run is alive, {_removal(run_url)}; else choose another run.url",
+            # An active training may not have saved its first checkpoint yet, so nothing is replaced here.
+            else f"if no training of this run is active, {_removal(run_url)}; else choose another run.url",
         )
 
 
 def _removal(run_url: str) -> str:
-    """How to let another config begin the run: remove its config and the manifests that it pinned."""
+    """How another config can begin the run: remove its config and its pinned manifests."""
     names = [name for name in storage.sizes_in_folder(run_url) if name == CONFIG or _PINNED.fullmatch(name)]
     urls = [redact(storage.join(run_url, name)) for name in sorted(names)]
     if storage.protocol(run_url) != "file":
@@ -99,16 +99,16 @@ def _removal(run_url: str) -> str:
     return f"run: rm {shlex.join(urls)}, and then this command again"
 
 
-def _has_moved(run_url: str, one: Config, other: Config) -> bool:
-    """Whether the same shards in the same order are only named at another place."""
-    if one.data.shards == other.data.shards:
+def _has_moved(run_url: str, began: Config, now: Config) -> bool:
+    """Whether the config names the same shards in the same order, at another place."""
+    if began.data.shards == now.data.shards:
         return False
-    names = _shard_names(run_url, one)
-    return names is not None and names == _shard_names(run_url, other)
+    ids = _shard_ids(run_url, began)
+    return ids is not None and ids == _shard_ids(run_url, now)
 
 
-def _shard_names(run_url: str, config: Config) -> list[str] | None:
-    """Ids of the shards of a run, those of its first cache where the config names none; None: not known."""
+def _shard_ids(run_url: str, config: Config) -> list[str] | None:
+    """Ids of the shards of a run, those of its first cache if the config names none; None: unknown."""
     if config.data.shards is not None:
         return shard_ids(shard_urls(config.data.shards))
     if config.teacher.mode != "cache" or not config.data.caches:
@@ -123,12 +123,12 @@ def _shard_names(run_url: str, config: Config) -> list[str] | None:
 def read_config(run_url: str) -> Config:
     """The config that a run was begun with. Keys with their default value count as not set.
 
-    The file holds every key, so that a later default changes no run. Which of them the user set is not in it: a key
-    that was left to the cache must stay so, and a key that was set to its default agreed with the cache when the run
-    began.
+    The file has every key, so that a later default changes no run, but not which keys the user set. A key that was
+    left to the cache must stay unset, and a key that was set to its default agreed with the cache when the run began.
 
     Raises:
-        ConfigError: there is no run here, or its config is none.
+        ConfigError: there is no run, or its config is invalid.
+        CacheError: the file was changed.
     """
     url = storage.join(run_url, CONFIG)
     data = storage.read_if_exists(url, max_bytes=storage.MAX_RECORD_BYTES)
@@ -163,13 +163,13 @@ def _without_credentials(value: Any) -> Any:
 
 
 def pin_manifests(run_url: str, manifests: Sequence[bytes]) -> tuple[bytes, ...]:
-    """The run's own copies of its caches' manifests: made at its first start, used for life, so that extending a cache
-    does not change a running job. Returns the copies that count."""
+    """Copies the manifests of the caches into the run at its first start, so that extending a cache does not change
+    the run. Returns the copies to use, which an earlier start or another rank may have written."""
     return tuple(_pin(_manifest_url(run_url, number), data) for number, data in enumerate(manifests))
 
 
 def pinned_manifests(run_url: str, num_caches: int) -> tuple[bytes | None, ...]:
-    """One a cache, in the order of ``data.cache``; None: not pinned yet."""
+    """One for each cache, in the order of ``data.cache``; None: not pinned yet."""
     urls = [_manifest_url(run_url, number) for number in range(num_caches)]
     return tuple(storage.read_if_exists(url, max_bytes=storage.MAX_RECORD_BYTES) for url in urls)
 
@@ -183,20 +183,20 @@ def _pin(url: str, data: bytes) -> bytes:
     return data if storage.create(url, data) else storage.read(url, max_bytes=storage.MAX_RECORD_BYTES)
 
 
-def kept(epoch: int) -> str:
-    """Name of the checkpoint after so many epochs that none replaces."""
+def epoch_checkpoint(epoch: int) -> str:
+    """Name of the permanent checkpoint after this number of epochs."""
     return f"checkpoints/epoch-{epoch:04d}.pt"
 
 
 def save(run_url: str, name: str, state: dict[str, Any]) -> None:
-    """One whole file, replaced in one step: a reader sees the old or the new one, never half of either."""
+    """Writes a checkpoint. A reader sees the old file or the new one, never a part."""
     sink = io.BytesIO()
     torch.save(state, sink)
     storage.write(storage.join(run_url, name), sink.getvalue())
 
 
 def load(run_url: str, name: str) -> dict[str, Any] | None:
-    """A checkpoint's state on the CPU, or None. No code in it is ever run (weights_only).
+    """A checkpoint's state on the CPU; None: there is none. Its code is never run (``weights_only``).
 
     Raises:
         CacheError: the file is damaged.
@@ -222,7 +222,11 @@ def write_summary(run_url: str, summary: dict[str, Any]) -> None:
 
 
 def read_summary(run_url: str) -> dict[str, Any] | None:
-    """What a finished run reached; None while it is not finished."""
+    """The summary of a finished run; None: it is not finished.
+
+    Raises:
+        CacheError: the file is damaged.
+    """
     url = storage.join(run_url, SUMMARY)
     data = storage.read_if_exists(url, max_bytes=storage.MAX_RECORD_BYTES)
     if data is None:
@@ -235,5 +239,5 @@ def read_summary(run_url: str) -> dict[str, Any] | None:
             code="run.damaged-summary",
             where=redact(url),
             got=str(error),
-            next_step="remove it and run the training again: it goes on from its last checkpoint",
+            next_step="remove it and run the training again: it continues from its last checkpoint",
         ) from error

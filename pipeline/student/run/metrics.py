@@ -1,4 +1,4 @@
-"""What a run tells of itself: the loss of every step, its speed, its evaluations."""
+"""Metrics files of a run: the loss of every step, throughput, evaluations."""
 
 from __future__ import annotations
 
@@ -34,18 +34,17 @@ class _Step:
 
 @dataclass
 class StepLog:
-    """Collects the losses of each step on each rank, kept on the device until somebody has time to look, and turns them
-    into their mean over ranks now and then.
+    """Collects the losses of each step on the device, and averages them over ranks at each ``flush``.
 
-    The total is weighted by each rank's rows, so its mean is the loss of the global batch; a term is each rank's own
-    mean, so under unequal batches its mean over ranks is near the global one.
+    The total is weighted by each rank's rows, so its mean is the loss of the global batch. A term is the mean over the
+    rank's rows, so its mean over ranks is approximate if the ranks' batches differ in size.
 
-    Reading a loss stops the device and asks all ranks, so this happens once in many steps; a loss that is not finite is
-    found then, with the range of steps in which it began.
+    A flush waits for the device and for all ranks, so call it once in many steps. It detects a loss that is not finite,
+    and reports the range of steps in which it began.
     """
 
     distributed: DistributedContext
-    _rows: list[_Step] = field(default_factory=list)
+    _steps: list[_Step] = field(default_factory=list)
     _names: tuple[str, ...] = ()
 
     def add(
@@ -59,27 +58,29 @@ class StepLog:
         grad_norm: Tensor | None = None,
         scale: float | None = None,
     ) -> None:
-        """``grad_norm`` is the same on every rank, as DDP's gradients are; ``scale`` is that of the loss under fp16."""
+        """``grad_norm`` is the same on every rank, as DDP's gradients are; ``scale`` is the loss scale under fp16."""
         values = {"loss": total.detach(), **{f"loss/{name}": value for name, value in terms.items()}}
         if grad_norm is not None:
             values["grad_norm"] = grad_norm
         self._names = tuple(values)
-        self._rows.append(_Step(step, epoch, lr, scale, torch.stack([*values.values()])))
+        self._steps.append(_Step(step, epoch, lr, scale, torch.stack([*values.values()])))
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._steps)
 
     def flush(self) -> list[Record]:
-        """One record a step since the last flush, the same on every rank.
+        """One record for each step since the last flush, the same on every rank. Every rank calls it.
 
         Raises:
-            TrainingError: a loss is NaN or infinite, or a gradient is that was not merely scaled too much.
+            TrainingError: a loss is NaN or infinite, or a gradient without loss scaling is.
         """
-        if not self._rows:
+        if not self._steps:
             return []
-        values = self.distributed.sum(torch.stack([step.values for step in self._rows]).float()) / self.distributed.size
-        records = [self._record(step, row) for step, row in zip(self._rows, values.tolist(), strict=True)]
-        self._rows.clear()
+        values = (
+            self.distributed.sum(torch.stack([step.values for step in self._steps]).float()) / self.distributed.size
+        )
+        records = [self._record(step, row) for step, row in zip(self._steps, values.tolist(), strict=True)]
+        self._steps.clear()
         _check_finite(records)
         return [{name: _jsonable(value) for name, value in record.items()} for record in records]
 
@@ -90,13 +91,13 @@ class StepLog:
 
 
 def _jsonable(value: float | int | None) -> float | int | None:
-    """JSON has no infinity: the gradient norm of a step that was skipped becomes null."""
+    """JSON has no infinity: the gradient norm of a skipped step becomes null."""
     return value if value is not None and math.isfinite(value) else None
 
 
 def _check_finite(records: Sequence[Record]) -> None:
     for name in ("loss", "grad_norm"):
-        bad = [record["step"] for record in records if not _is_sound(record, name)]
+        bad = [record["step"] for record in records if not _is_valid(record, name)]
         if bad:
             raise TrainingError(
                 "the loss is not finite" if name == "loss" else "the gradients are not finite",
@@ -106,21 +107,21 @@ def _check_finite(records: Sequence[Record]) -> None:
             )
 
 
-def _is_sound(record: Record, name: str) -> bool:
-    """Under fp16 gradients overflow now and then, and the step is skipped."""
+def _is_valid(record: Record, name: str) -> bool:
+    """Under fp16 a gradient may overflow; the step is then skipped."""
     value = record.get(name, 0.0)
     return (value is not None and math.isfinite(value)) or (name == "grad_norm" and "scale" in record)
 
 
-class _Lines:
-    """A file of one JSON object a line, kept here and published whole."""
+class _JsonLines:
+    """A local file with one JSON object per line, published as a whole."""
 
     def __init__(self, run_url: str, name: str, folder: Path, *, first_step: int) -> None:
         self._url, self._local = storage.join(run_url, name), folder / name
-        kept: list[str] = []
+        earlier: list[str] = []
         if first_step and (published := storage.read_if_exists(self._url)) is not None:
-            kept = [line for line in published.decode().splitlines() if json.loads(line)["step"] < first_step]
-        self._local.write_text("".join(f"{line}\n" for line in kept))
+            earlier = [line for line in published.decode().splitlines() if json.loads(line)["step"] < first_step]
+        self._local.write_text("".join(f"{line}\n" for line in earlier))
 
     def add(self, records: Sequence[Record]) -> None:
         with self._local.open("a") as handle:
@@ -132,62 +133,61 @@ class _Lines:
 
 
 def published_evaluation(run_url: str, step: int) -> Record | None:
-    """The evaluation after a step, if ``evaluations.jsonl`` of the run has it."""
+    """The evaluation after a step; None: ``evaluations.jsonl`` of the run lacks it."""
     published = storage.read_if_exists(storage.join(run_url, EVALUATIONS))
     lines = [] if published is None else [json.loads(line) for line in published.decode().splitlines()]
     return next((line for line in lines if line["step"] == step), None)
 
 
 class MetricsFile:
-    """``metrics.jsonl`` of a run, one object per optimiser step, and beside it ``speed.jsonl``, ``evaluations.jsonl``
-    and TensorBoard's event files; each published whole. Use as a context manager.
+    """``metrics.jsonl`` of a run with one object per optimiser step, ``speed.jsonl``, ``evaluations.jsonl`` and
+    TensorBoard's event files; each is published as a whole. Use as a context manager.
 
-    What a clock says stands in ``speed.jsonl`` alone, so that the metrics of a resumed run are those of an undisturbed
-    one.
+    Only ``speed.jsonl`` has measured times, so that the metrics of a resumed run equal those of an undisturbed one.
 
-    Publish before the checkpoint: a run that resumes drops the steps after its checkpoint, since it computes them
-    again, but has no other place to take those before it from.
+    Publish before saving a checkpoint: a resumed run computes the steps after its checkpoint again, but has no other
+    source for the steps before it.
     """
 
     def __init__(self, run_url: str, *, first_step: int, tensorboard: bool = False) -> None:
         self._folder = temporary_folder("stillroom-metrics-")
         folder = Path(self._folder.name)
-        self._steps, self._speed, self._evaluations = (
-            _Lines(run_url, name, folder, first_step=first_step) for name in (METRICS, SPEED, EVALUATIONS)
+        self._metrics, self._speed, self._evaluations = (
+            _JsonLines(run_url, name, folder, first_step=first_step) for name in (METRICS, SPEED, EVALUATIONS)
         )
-        self._board = TensorBoardWriter(run_url, first_step=first_step) if tensorboard else None
+        self._tensorboard = TensorBoardWriter(run_url, first_step=first_step) if tensorboard else None
 
     def __enter__(self) -> MetricsFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._board is not None:
-            self._board.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
         self._folder.cleanup()
 
     def add(self, records: Sequence[Record], speed: Mapping[str, float] | None = None) -> None:
-        """Steps in order, and how fast they were. TensorBoard gets the last of them."""
-        self._steps.add(records)
+        """Adds steps in order, and their throughput. TensorBoard gets the last of them."""
+        self._metrics.add(records)
         if speed is not None:
             self._speed.add([{"step": records[-1]["step"], **speed}])
-        if self._board is not None:
+        if self._tensorboard is not None:
             last = {name: value for name, value in records[-1].items() if name != "step"}
-            self._board.add(int(records[-1]["step"] or 0), {**last, **(speed or {})})
+            self._tensorboard.add(int(records[-1]["step"] or 0), {**last, **(speed or {})})
 
-    def add_evaluation(self, step: int, epoch: int, found: Mapping[str, float | int | None]) -> None:
-        """After this step, which ended the epoch with this 1-based number."""
-        self._evaluations.add([{"step": step, "epoch": epoch, **found}])
-        if self._board is not None:
-            self._board.add(step, found, prefix="eval/")
+    def add_evaluation(self, step: int, epoch: int, evaluation: Mapping[str, float | int | None]) -> None:
+        """Adds the evaluation after this step, the last one of this 1-based epoch."""
+        self._evaluations.add([{"step": step, "epoch": epoch, **evaluation}])
+        if self._tensorboard is not None:
+            self._tensorboard.add(step, evaluation, prefix="eval/")
 
     def publish_evaluations(self) -> None:
-        """After the checkpoint of their step: what is not published is evaluated again by a run that resumes."""
+        """Call it after their checkpoint is saved: a resumed run repeats evaluations that are not published."""
         self._evaluations.publish()
-        if self._board is not None:
-            self._board.publish()
+        if self._tensorboard is not None:
+            self._tensorboard.publish()
 
     def publish(self) -> None:
-        for lines in (self._steps, self._speed, self._evaluations):
+        for lines in (self._metrics, self._speed, self._evaluations):
             lines.publish()
-        if self._board is not None:
-            self._board.publish()
+        if self._tensorboard is not None:
+            self._tensorboard.publish()

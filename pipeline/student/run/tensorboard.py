@@ -1,4 +1,4 @@
-"""TensorBoard's event files of a run: written here, published whole."""
+"""TensorBoard's event files of a run, written locally and published as a whole."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ FOLDER = "tensorboard"
 class TensorBoardWriter:
     """The event file of one start of a run.
 
-    It is named by its first step, so that a start from the same checkpoint replaces it; TensorBoard reads the files of
-    all starts in order and drops what a later one computed again.
+    Its name has the first step, so that a start from the same checkpoint replaces it. TensorBoard reads the files of
+    all starts in order and drops the steps that a later start repeats.
     """
 
     def __init__(self, run_url: str, *, first_step: int) -> None:

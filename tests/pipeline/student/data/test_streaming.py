@@ -28,7 +28,7 @@ from pipeline.student.data.prefetcher import Prefetcher, budget_warnings
 from pipeline.student.data.rows import aug_params_of
 from pipeline.student.data.sources import CachedSource, open_cached
 from pipeline.student.distributed import DistributedContext
-from pipeline.student.evaluation.evaluator import make_evaluator
+from pipeline.student.evaluation.evaluator import build_evaluator
 from schemas.config import DataConfig
 from tests.errors import raises
 from tests.pipeline.caches import TinyCache, files, read_commits, shard_urls
@@ -299,7 +299,7 @@ def test_validation_shards_come_through_the_same_store(remote: Any, monkeypatch:
     config = remote("crop").config
     data: DataConfig = config.data
     assert data.shards is not None
-    evaluator = make_evaluator(data.shards, data, config.views, DistributedContext(), num_threads=1)
+    evaluator = build_evaluator(data.shards, data, config.views, DistributedContext(), num_threads=1)
     from pipeline.models import load_model
 
     loaded = load_model(config.teacher, num_classes=10, size=16, where="teacher")
