@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -10,7 +10,10 @@ from schemas.config.section import Section
 
 
 class LossSection(Section):
-    """One term of the total loss."""
+    """One term of the total loss. Keys are the parameters of the loss, except ``network_keys``."""
+
+    network_keys: ClassVar[frozenset[str]] = frozenset()
+    """Keys that define modules or outputs of the networks."""
 
     weight: float = Field(1.0, ge=0, description="Factor of this term in the total.")
     warmup_epochs: int = Field(0, ge=0, description="The weight is scaled by min(1, epoch / warmup_epochs), 0-based.")
@@ -63,6 +66,10 @@ class NdLoss(LossSection):
 
 class ReviewKdLoss(LossSection):
     """ReviewKD, Chen 2021: feature maps of both networks; needs the teacher online."""
+
+    network_keys: ClassVar[frozenset[str]] = frozenset(
+        {"student_layers", "teacher_layers", "mid_channels", "embedding"}
+    )
 
     name: Literal["review_kd"]
     student_layers: tuple[str, ...] = Field(

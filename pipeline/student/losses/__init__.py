@@ -1,7 +1,10 @@
-"""Losses of a student: each a pure function of one batch in fp32, and their composition from a config."""
+"""Losses of a student: pure functions of one batch in fp32, and their composition from a config.
+
+Each import of a loss here also registers it.
+"""
 
 from pipeline.student.losses.ce import ce
-from pipeline.student.losses.compose import LOSSES, BatchShare, CompositeLoss, LossInputs, TeacherInputs
+from pipeline.student.losses.composite import BatchShare, CompositeLoss, LossInputs, TeacherInputs
 from pipeline.student.losses.dist import dist
 from pipeline.student.losses.dkd import dkd
 from pipeline.student.losses.embedding import cosine, mse, sifn
@@ -9,6 +12,7 @@ from pipeline.student.losses.hard import hard
 from pipeline.student.losses.hcl import hcl
 from pipeline.student.losses.kd import kd
 from pipeline.student.losses.nd import ClassDirections, check_class_means, nd
+from pipeline.student.losses.registry import LOSSES
 
 __all__ = [
     "LOSSES",

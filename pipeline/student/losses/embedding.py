@@ -1,4 +1,4 @@
-"""Losses on embeddings row by row: towards the teacher's (cosine, mse), or towards longer ones (sifn)."""
+"""Losses on embeddings: towards the teacher's (cosine, mse), or towards a larger norm (sifn)."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.core.errors import ModelError
-from pipeline.student.losses.arithmetic import SMALLEST_NORM, finite_embedding, no_autocast
+from pipeline.student.losses.arithmetic import MIN_NORM, check_same_shape, finite_embedding, no_autocast
+from pipeline.student.losses.registry import register
 
-# Where half precision still holds the gradient of a squared difference, with two entries to share it.
-_LARGEST_SQUARED = 3e4
+# fp16 can represent the gradient of a squared difference up to this size, if two entries share it.
+_MAX_SQUARED = 3e4
 
 
+@register("cosine")
 def cosine(student_BD: Tensor, teacher_BD: Tensor) -> Tensor:
     """``1 − cos(student, teacher)``, mean over the rows; 0 for a batch of no rows.
 
-    Norms below 1e-4 count as 1e-4: a zero embedding has cosine 0, and gradients stay within fp16.
+    Norms below 1e-4 count as 1e-4: a zero embedding has cosine 0, and gradients fit fp16.
 
     Args:
         student_BD: embeddings ``[B,D]`` of the teacher's width, any floating type.
@@ -30,13 +31,14 @@ def cosine(student_BD: Tensor, teacher_BD: Tensor) -> Tensor:
     """
     with no_autocast(student_BD):
         student_BD, teacher_BD = _pair(student_BD, teacher_BD)
-        return _mean(1 - functional.cosine_similarity(student_BD, teacher_BD, dim=1, eps=SMALLEST_NORM))
+        return _mean(1 - functional.cosine_similarity(student_BD, teacher_BD, dim=1, eps=MIN_NORM))
 
 
+@register("mse")
 def mse(student_BD: Tensor, teacher_BD: Tensor) -> Tensor:
-    """``(student − teacher)²``, mean over rows and dimensions; 0 for a batch of no rows. Entries count within ±3e4.
+    """``(student − teacher)²``, mean over rows and dimensions; 0 for a batch of no rows. Entries are clamped to ±3e4.
 
-    The hint of FitNets (Romero 2015, 1412.6550) on the last embedding.
+    The hint loss of FitNets (Romero 2015, 1412.6550) on the last embedding.
 
     Args:
         student_BD: embeddings ``[B,D]`` of the teacher's width, any floating type.
@@ -50,41 +52,38 @@ def mse(student_BD: Tensor, teacher_BD: Tensor) -> Tensor:
     """
     with no_autocast(student_BD):
         student_BD, teacher_BD = _pair(student_BD, teacher_BD)
-        student_BD, teacher_BD = (
-            side_BD.clamp(-_LARGEST_SQUARED, _LARGEST_SQUARED) for side_BD in (student_BD, teacher_BD)
-        )
+        student_BD, teacher_BD = (side_BD.clamp(-_MAX_SQUARED, _MAX_SQUARED) for side_BD in (student_BD, teacher_BD))
         return _mean(functional.mse_loss(student_BD, teacher_BD, reduction="none").mean(dim=1))
 
 
+@register("sifn")
 def sifn(embedding_BD: Tensor, *, increase: float = 1.0) -> Tensor:
     """``(‖s‖ − (‖s‖.detach() + increase))²``, mean over the rows; 0 for a batch of no rows.
 
-    Its value is always ``increase²``; what it does is its gradient, ``−2 · increase`` along each row's own direction:
-    norms grow step by step. An ablation of the ND paper (Wang 2023, 2305.17007), from Xu 2019 (1811.07456). No teacher.
+    Its value is always ``increase²``. Its gradient is ``−2 · increase`` along each row's direction, so that norms grow
+    step by step. An ablation of the ND paper (Wang 2023, 2305.17007), from Xu 2019 (1811.07456). Takes no teacher.
 
     Args:
-        embedding_BD: the student's own ``[B,D]``, any floating type; a zero row has no direction to grow in.
-        increase: by how much the norm is to grow, in units of the embedding.
+        embedding_BD: the student's embedding ``[B,D]``, any floating type; a zero row has no direction and no gradient.
+        increase: target increase of the norm, in units of the embedding.
 
     Returns:
         fp32 scalar.
     """
     with no_autocast(embedding_BD):
         norm_B = torch.linalg.vector_norm(finite_embedding(embedding_BD), dim=1)
-        # The norms go first: a small increase would be lost beside a large norm.
+        # Norms are subtracted first: a small increase would be lost in a large norm.
         return _mean((norm_B - norm_B.detach() - increase).square())
 
 
 def _pair(student_BD: Tensor, teacher_BD: Tensor) -> tuple[Tensor, Tensor]:
-    if student_BD.shape != teacher_BD.shape:
-        raise ModelError(
-            "the embeddings of student and teacher are not alike",
-            code="loss.shapes-differ",
-            where="embeddings of one batch",
-            got=f"student {list(student_BD.shape)}, teacher {list(teacher_BD.shape)}",
-            expected="one shape [B,D]: the same rows, the teacher's width",
-            next_step="project the student's embedding to the teacher's width",
-        )
+    check_same_shape(
+        student_BD,
+        teacher_BD,
+        of="embeddings",
+        expected="one shape [B,D]: the same rows, the teacher's width",
+        next_step="project the student's embedding to the teacher's width",
+    )
     return finite_embedding(student_BD), finite_embedding(teacher_BD.detach())
 
 

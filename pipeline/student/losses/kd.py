@@ -6,8 +6,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.student.losses.arithmetic import finite_pair, no_autocast
+from pipeline.student.losses.registry import register
 
 
+@register("kd")
 def kd(student_BK: Tensor, teacher_BK: Tensor, *, temperature: float) -> Tensor:
     """``T² · KL(softmax(teacher/T) ‖ softmax(student/T))`` in nats, mean over the rows; 0 for a batch of no rows.
 
@@ -27,6 +29,6 @@ def kd(student_BK: Tensor, teacher_BK: Tensor, *, temperature: float) -> Tensor:
         student_log_BK = (student_BK / temperature).log_softmax(dim=1)
         teacher_log_BK = (teacher_BK / temperature).log_softmax(dim=1)
         total = functional.kl_div(student_log_BK, teacher_log_BK, reduction="sum", log_target=True)
-        # T² keeps the gradient's scale against a label term when T changes (Hinton 2015, sec. 2). A rank may have no
-        # rows in a short last step.
+        # T² keeps the gradient's scale relative to a label term when T changes (Hinton 2015, sec. 2).
+        # A rank may have no rows in a short last step.
         return temperature**2 * total / max(len(student_BK), 1)

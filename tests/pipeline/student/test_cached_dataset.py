@@ -101,10 +101,10 @@ def test_student_and_loss_are_given_what_the_training_loop_gives_them(
     assert len(batches) == 2 * STEPS
     for batch, images_BCHW, (inputs, share) in zip(batches, images, spy.given, strict=True):
         assert torch.equal(batch.images(), images_BCHW)
-        assert torch.equal(batch.teacher_logits(), inputs.teachers[0].words.logits[None])
-        assert torch.equal(batch.teacher_norms(), inputs.teachers[0].words.norm_B)
+        assert torch.equal(batch.teacher_logits(), inputs.teachers[0].outputs.logits[None])
+        assert torch.equal(batch.teacher_norms(), inputs.teachers[0].outputs.norm_B)
         assert torch.equal(batch.labels_B, inputs.labels_B)
-        assert batch.ddp_weight == share.of_rows
+        assert batch.ddp_weight == share.row_factor
         if kind != "crop":
             assert inputs.mixed_labels_B is not None
             assert inputs.lambda_B is not None

@@ -203,7 +203,7 @@ def one_step(distributed: DistributedContext, sizes: list[int], side: int) -> tu
             labels_B=labels_B,
             teachers=(
                 TeacherInputs(
-                    words=TeacherOutputs({None: teacher.flatten(1) if side == 1 else teacher}, labels_B.float())
+                    outputs=TeacherOutputs({None: teacher.flatten(1) if side == 1 else teacher}, labels_B.float())
                 ),
             ),
             sum_over_ranks=distributed.sum_with_gradient,

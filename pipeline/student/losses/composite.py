@@ -1,4 +1,4 @@
-"""The loss section of a config as one function: weights, warm-up, and shares that make DDP's mean exact."""
+"""The loss section of a config as one function: weights, warm-up, and factors that make DDP's mean exact."""
 
 from __future__ import annotations
 
@@ -13,59 +13,34 @@ from torch import Tensor
 from pipeline.core.errors import ConfigError, TrainingError
 from pipeline.student.data.teacher_outputs import TeacherOutputs
 from pipeline.student.losses.arithmetic import is_labelled
-from pipeline.student.losses.ce import ce
-from pipeline.student.losses.dist import SumOverRanks, dist
-from pipeline.student.losses.dkd import dkd
-from pipeline.student.losses.embedding import cosine, mse, sifn
-from pipeline.student.losses.hard import hard
-from pipeline.student.losses.hcl import hcl
-from pipeline.student.losses.kd import kd
-from pipeline.student.losses.nd import ClassDirections, nd
+from pipeline.student.losses.dist import SumOverRanks
+from pipeline.student.losses.nd import ClassDirections
+from pipeline.student.losses.registry import LOSSES
 from schemas.config import LossConfig, LossSection
 
-# A loss says what it needs by its parameters: those named like an attribute of LossInputs are filled from the batch,
-# those named in TeacherInputs.at from a teacher, the others are the keys of its section in the YAML. A loss that takes
-# labels averages over the labelled rows; one that takes anything of a teacher is summed over the teachers. One whose
-# section has ``gather: true`` is of the global batch already, on every rank.
-LOSSES: Mapping[str, Callable[..., Tensor]] = {
-    "ce": ce,
-    "cosine": cosine,
-    "dist": dist,
-    "dkd": dkd,
-    "hard": hard,
-    "kd": kd,
-    "mse": mse,
-    "nd": nd,
-    "review_kd": hcl,
-    "sifn": sifn,
-}
-
-
-_OF_TEACHER = frozenset(
+_TEACHER_INPUTS = frozenset(
     {"teacher_BK", "teacher_norm_B", "teacher_BD", "student_BD", "class_directions", "student_maps", "teacher_maps"}
 )
-# Keys of a section that say how networks are built and asked, not how the loss is computed.
-_OF_NETWORKS = frozenset({"student_layers", "teacher_layers", "mid_channels", "embedding"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherInputs:
-    """One teacher beside one batch, on its device."""
+    """What losses may take of one teacher for one batch, on the batch's device."""
 
-    words: TeacherOutputs
+    outputs: TeacherOutputs
     projected: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
-    """The student's embedding in this teacher's width, by the key of the term that takes it."""
+    """The student's embedding in this teacher's width, by the key of the term."""
     class_directions: ClassDirections | None = None
     student_maps: tuple[Tensor, ...] | None = None
-    """[B,C,H,W] a level, fused into the shapes of ``teacher_maps``."""
+    """[B,C,H,W] for each level, fused into the shapes of ``teacher_maps``."""
     teacher_maps: tuple[Tensor, ...] | None = None
 
     def at(self, key: str, temperature: float) -> dict[str, Any]:
-        """What the term of this key may take of the teacher, by parameter, with logits for its temperature."""
+        """The inputs of one term by parameter name, with logits decoded for its temperature."""
         return {
-            "teacher_BK": self.words.logits_at(temperature),
-            "teacher_norm_B": self.words.norm_B,
-            "teacher_BD": self.words.embedding_BD,
+            "teacher_BK": self.outputs.logits_at(temperature),
+            "teacher_norm_B": self.outputs.norm_B,
+            "teacher_BD": self.outputs.embedding_BD,
             "student_BD": self.projected.get(key),
             "class_directions": self.class_directions,
             "student_maps": self.student_maps,
@@ -75,24 +50,24 @@ class TeacherInputs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossInputs:
-    """What one rank knows about one batch, all on one device. B is the rank's own number of rows."""
+    """What losses may take of one batch on one rank, all on one device. B is the rank's number of rows."""
 
     student_BK: Tensor  # logits
     labels_B: Tensor  # int64, -1: none
-    embedding_BD: Tensor | None = None  # the student's own, in its own width
+    embedding_BD: Tensor | None = None  # the student's, in its width
     teachers: tuple[TeacherInputs, ...] = ()
-    partner_B: Tensor | None = None  # int64, each row's mixup partner as a position in this batch; None: not mixed
-    lambda_B: Tensor | None = None  # each row's own share of its mixed pixels; comes with partner_B
+    partner_B: Tensor | None = None  # int64, position of each row's mixup partner in this batch; None: not mixed
+    lambda_B: Tensor | None = None  # share of the row's image in its mixed pixels; comes with partner_B
     sum_over_ranks: SumOverRanks | None = None  # for terms that gather
 
     @property
     def mixed_labels_B(self) -> Tensor | None:
-        """int64 ``[B]``, the partners' labels; None where the batch is not mixed."""
+        """int64 ``[B]``, the partners' labels; None: the batch is not mixed."""
         return None if self.partner_B is None else self.labels_B[self.partner_B]
 
     @property
     def num_labelled(self) -> Tensor:
-        """0-d int64 on the batch's device: rows over which losses with labels average. Sum it over ranks."""
+        """0-d int64 on the batch's device: rows over which losses with labels average. Callers sum it over ranks."""
         return is_labelled(self.labels_B, self.mixed_labels_B).sum()
 
 
@@ -100,9 +75,9 @@ class LossInputs:
 class BatchShare:
     """This rank's part of the global batch of one step.
 
-    DDP takes the plain mean of the ranks' gradients. A term that is a mean over ``num`` of ``num_global`` valid rows
-    therefore counts ``num · W / num_global`` here, and the mean over ranks is the mean over the global batch.
-    Tensors are 0-d and on the batch's device, so that no step waits for a count.
+    DDP averages the ranks' gradients. A term that is a mean over ``num`` of ``num_global`` valid rows is therefore
+    multiplied by ``num · W / num_global``, so that the mean over ranks is the mean over the global batch. Tensors are
+    0-d and on the batch's device, so that no step waits for a count.
     """
 
     world_size: int
@@ -112,13 +87,13 @@ class BatchShare:
     num_labelled_global: int | Tensor
 
     @property
-    def of_rows(self) -> float | Tensor:
-        """Factor of a term that averages over all rows; 0 where there are none on any rank."""
+    def row_factor(self) -> float | Tensor:
+        """Factor of a term that averages over all rows; 0 if no rank has any."""
         return self._factor(self.num_rows, self.num_rows_global)
 
     @property
-    def of_labelled(self) -> float | Tensor:
-        """Factor of a term that averages over the labelled rows; 0 where there are none on any rank."""
+    def labelled_factor(self) -> float | Tensor:
+        """Factor of a term that averages over the labelled rows; 0 if no rank has any."""
         return self._factor(self.num_labelled, self.num_labelled_global)
 
     def _factor(self, num: int | Tensor, num_global: int | Tensor) -> float | Tensor:
@@ -128,7 +103,7 @@ class BatchShare:
 
 @dataclass(frozen=True, slots=True)
 class _Term:
-    """One entry of the loss section, ready to be called."""
+    """One entry of the loss section, with its function."""
 
     key: str
     section: LossSection
@@ -137,35 +112,31 @@ class _Term:
     optional: frozenset[str]
     options: dict[str, Any]
 
-    @property
-    def uses_labels(self) -> bool:
-        return "labels_B" in self.required
-
     def factor(self, share: BatchShare) -> float | Tensor:
-        """What makes DDP's mean over ranks the mean over the global batch."""
+        """The factor that makes DDP's mean over ranks the mean over the global batch."""
         if "sum_over_ranks" in self.required:
             return 1.0
-        return share.of_labelled if self.uses_labels else share.of_rows
+        return share.labelled_factor if "labels_B" in self.required else share.row_factor
 
     def weight(self, epoch: int) -> float:
-        """The weight in a 0-based epoch: 0 in all of the first one while warming up (Wang 2023)."""
+        """The weight in a 0-based epoch. Warm-up starts at 0 for the whole first epoch (Wang 2023)."""
         warmup_epochs = self.section.warmup_epochs
         return self.section.weight * (min(1.0, epoch / warmup_epochs) if warmup_epochs else 1.0)
 
     @property
     def temperature(self) -> float:
-        """Of the teacher's logits as this term sees them; 1 where it has none."""
+        """At which this term takes the teacher's logits; 1 for a loss without temperature."""
         return self.options.get("temperature", 1.0)
 
     def values(self, inputs: LossInputs) -> list[Tensor]:
-        """One for each teacher if the loss takes anything of a teacher, else one."""
-        asks = bool(self.required & _OF_TEACHER)
-        seen = [teacher.at(self.key, self.temperature) for teacher in inputs.teachers] if asks else []
-        return [self._value(inputs, of_teacher) for of_teacher in seen or [{}]]
+        """One value for each teacher if the loss takes an input of the teacher, else one value."""
+        teachers = inputs.teachers if self.required & _TEACHER_INPUTS else ()
+        by_teacher = [teacher.at(self.key, self.temperature) for teacher in teachers]
+        return [self._value(inputs, teacher_inputs) for teacher_inputs in by_teacher or [{}]]
 
-    def _value(self, inputs: LossInputs, of_teacher: Mapping[str, Any]) -> Tensor:
+    def _value(self, inputs: LossInputs, teacher_inputs: Mapping[str, Any]) -> Tensor:
         tensors = {
-            name: of_teacher.get(name) if name in _OF_TEACHER else getattr(inputs, name)
+            name: teacher_inputs.get(name) if name in _TEACHER_INPUTS else getattr(inputs, name)
             for name in self.required | self.optional
         }
         missing = sorted(name for name in self.required if tensors[name] is None)
@@ -176,7 +147,7 @@ class _Term:
                 where="LossInputs of one batch",
                 got=f"None for {', '.join(missing)}",
                 expected=", ".join(sorted(self.required)),
-                next_step="ask what the composition needs (needs_labels and so on) before training, and fill it",
+                next_step="fill them; the needs_… properties of CompositeLoss list what the terms take",
             )
         return self.loss(**tensors, **self.options)
 
@@ -185,11 +156,12 @@ class CompositeLoss:
     """The weighted sum of the terms of a config's loss section.
 
     Args:
-        terms: the ``loss`` section, in its order. The same loss may occur several times (two temperatures, say).
+        terms: the ``loss`` section, in its order. The same loss may occur several times, for example at two
+            temperatures.
         where: the config, for messages.
 
     Raises:
-        ConfigError: there is no term.
+        ConfigError: the section is empty.
     """
 
     def __init__(self, terms: Sequence[LossConfig], *, where: str) -> None:
@@ -198,13 +170,13 @@ class CompositeLoss:
                 "the loss section is missing",
                 code="config.no-loss",
                 where=where,
-                expected=f"one or more of {', '.join(LOSSES)}",
+                expected=f"one or more of {', '.join(sorted(LOSSES))}",
                 next_step="add a section such as  loss: [{name: kd, weight: 1.0, temperature: 4.0}]",
             )
         self._terms = [_term(key, section) for key, section in zip(_keys(terms), terms, strict=True)]
 
     def __call__(self, inputs: LossInputs, share: BatchShare, *, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The total to call ``backward`` on, and what each term was.
+        """Computes the total loss and the value of each term.
 
         Args:
             inputs: this rank's batch.
@@ -212,14 +184,15 @@ class CompositeLoss:
             epoch: 0-based, for warm-up.
 
         Returns:
-            fp32 scalar, weighted and scaled for DDP's mean over ranks; and by term (``kd``, ``kd_2``, …) the fp32 mean
-            over this rank's valid rows, unweighted, unscaled and detached. Of several teachers a term is the sum, and
-            ``kd/0``, ``kd/1``, … are each one's (FunMatch, Beyer 2022: losses of several teachers are summed).
+            The total, an fp32 scalar, weighted and scaled for DDP's mean over ranks, on which to call ``backward``; and
+            by term (``kd``, ``kd_2``, …) the fp32 mean over this rank's valid rows, unweighted, unscaled and detached.
+            With several teachers a term is summed over them (FunMatch, Beyer 2022), and ``kd/0``, ``kd/1``, … are the
+            values of the single teachers.
 
         Raises:
-            TrainingError: a term needs something that the batch does not carry.
+            TrainingError: the batch lacks an input of a term.
         """
-        # A 0 that hangs on the logits: where no term reads them, DDP would wait for the gradient of the head.
+        # A 0 that depends on the logits: if no term reads them, DDP would wait for the gradient of the head.
         total = inputs.student_BK[:0].float().sum()
         values: dict[str, Tensor] = {}
         for term in self._terms:
@@ -233,7 +206,7 @@ class CompositeLoss:
 
     @property
     def temperatures(self) -> tuple[float, ...]:
-        """At which the terms read a teacher's logits, ascending; none where no term does."""
+        """At which terms read a teacher's logits, ascending."""
         return tuple(sorted({term.temperature for term in self._terms if "teacher_BK" in term.required}))
 
     @property
@@ -263,7 +236,7 @@ class CompositeLoss:
 
     @property
     def projected(self) -> tuple[str, ...]:
-        """The keys of the terms that take the student's embedding in a teacher's width: each in one of its own."""
+        """The keys of the terms that take the student's embedding in a teacher's width, by separate projectors."""
         return tuple(term.key for term in self._terms if "student_BD" in term.required)
 
     def _needs(self, name: str) -> bool:
@@ -271,7 +244,7 @@ class CompositeLoss:
 
 
 def _keys(terms: Sequence[LossConfig]) -> list[str]:
-    """``kd``, ``ce``, ``kd_2``: each term's name, numbered from its second occurrence."""
+    """``kd``, ``ce``, ``kd_2``: the names of the terms, numbered from the second occurrence."""
     names = [term.name for term in terms]
     counts = [names[: i + 1].count(name) for i, name in enumerate(names)]
     return [name if count == 1 else f"{name}_{count}" for name, count in zip(names, counts, strict=True)]
@@ -279,7 +252,7 @@ def _keys(terms: Sequence[LossConfig]) -> list[str]:
 
 def _term(key: str, section: LossConfig) -> _Term:
     loss = LOSSES[section.name]
-    options = section.model_dump(exclude={"name", *LossSection.model_fields, *_OF_NETWORKS})
+    options = section.model_dump(exclude={"name", *LossSection.model_fields, *section.network_keys})
     parameters = inspect.signature(loss).parameters
     from_batch = parameters.keys() - options.keys()
     optional = {name for name in from_batch if parameters[name].default is None}

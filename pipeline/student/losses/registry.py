@@ -1,0 +1,29 @@
+"""Registers losses under their names in the YAML.
+
+The parameters of a loss tell what it needs. Those named like an attribute of ``LossInputs`` are filled from the batch,
+those named in ``TeacherInputs.at`` from a teacher, the others are the keys of its config section. A parameter with the
+default None is optional. A loss that takes labels averages over the labelled rows; a loss that takes an output of a
+teacher is summed over teachers; a loss whose section has ``gather: true`` returns the value of the global batch on
+every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from torch import Tensor
+
+LossFunction = TypeVar("LossFunction", bound=Callable[..., Tensor])
+
+LOSSES: dict[str, Callable[..., Tensor]] = {}
+
+
+def register(name: str) -> Callable[[LossFunction], LossFunction]:
+    """Makes a function the loss of the config sections with this ``name``. Its module is imported in ``__init__``."""
+
+    def add(loss: LossFunction) -> LossFunction:
+        LOSSES[name] = loss
+        return loss
+
+    return add
