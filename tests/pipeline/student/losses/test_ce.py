@@ -7,24 +7,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.student.losses import ce
+from tests.pipeline.student.losses.batches import SEEDS, law, random_batch
 from tests.tolerances import log_softmax_error, ulps
-
-# A loaded machine is no finding.
-law = settings(deadline=None, max_examples=40)
-SEEDS = st.integers(0, 2**32 - 1)
-
-
-def draw(seed: int, num_rows: int, num_classes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Logits, labels with some missing, partners' labels with some missing, lambdas."""
-    generator = torch.Generator().manual_seed(seed)
-    logits_BK = 3 * torch.randn(num_rows, num_classes, generator=generator)
-    labels_B, mixed_B = torch.randint(-1, num_classes, (2, num_rows), generator=generator)
-    return logits_BK, labels_B, mixed_B, 0.5 + torch.rand(num_rows, generator=generator) / 2
 
 
 def softmax(row: np.ndarray) -> np.ndarray:
@@ -34,13 +23,13 @@ def softmax(row: np.ndarray) -> np.ndarray:
 
 def targets(labels: list[int], mixed: list[int], lambdas: list[float], num_classes: int, smoothing: float):
     """float64 target distribution of each row; None for a row that has no label."""
-    for label, other, share in zip(labels, mixed, lambdas, strict=True):
-        if label < 0 or other < 0:
+    for label, mixed_label, share in zip(labels, mixed, lambdas, strict=True):
+        if label < 0 or mixed_label < 0:
             yield None
             continue
         target = np.full(num_classes, smoothing / num_classes)
         target[label] += (1 - smoothing) * share
-        target[other] += (1 - smoothing) * (1 - share)
+        target[mixed_label] += (1 - smoothing) * (1 - share)
         yield target
 
 
@@ -81,7 +70,8 @@ def check_against_oracle(loss: Tensor, logits_BK: Tensor, rows: list[np.ndarray 
 def test_ce_equals_a_float64_loop_over_the_labelled_rows(
     seed: int, num_rows: int, num_classes: int, smoothing: float
 ) -> None:
-    logits_BK, labels_B, _, _ = draw(seed, num_rows, num_classes)
+    batch = random_batch(seed, num_rows, num_classes)
+    logits_BK, labels_B = batch["student_BK"], batch["labels_B"]
     rows = list(targets(labels_B.tolist(), labels_B.tolist(), [1.0] * num_rows, num_classes, smoothing))
     logits_BK.requires_grad_()
     check_against_oracle(ce(logits_BK, labels_B, label_smoothing=smoothing), logits_BK, rows)
@@ -92,10 +82,12 @@ def test_ce_equals_a_float64_loop_over_the_labelled_rows(
 def test_mixed_ce_equals_a_float64_loop_over_rows_with_both_labels(
     seed: int, num_rows: int, num_classes: int, smoothing: float
 ) -> None:
-    logits_BK, labels_B, mixed_B, lambda_B = draw(seed, num_rows, num_classes)
-    rows = list(targets(labels_B.tolist(), mixed_B.tolist(), lambda_B.tolist(), num_classes, smoothing))
-    logits_BK.requires_grad_()
-    loss = ce(logits_BK, labels_B, label_smoothing=smoothing, mixed_labels_B=mixed_B, lambda_B=lambda_B)
+    batch = random_batch(seed, num_rows, num_classes)
+    logits_BK = batch.pop("student_BK").requires_grad_()
+    del batch["teacher_BK"]
+    labels, mixed, lambdas = (batch[name].tolist() for name in ("labels_B", "mixed_labels_B", "lambda_B"))
+    rows = list(targets(labels, mixed, lambdas, num_classes, smoothing))
+    loss = ce(logits_BK, **batch, label_smoothing=smoothing)
     check_against_oracle(loss, logits_BK, rows)
 
 
@@ -107,18 +99,5 @@ def test_ce_of_equal_logits_is_the_log_of_the_number_of_classes() -> None:
 def test_ce_equals_torch_cross_entropy_with_smoothing() -> None:
     logits_BK = torch.randn(16, 10, generator=torch.Generator().manual_seed(0))
     labels_B = torch.arange(16) % 10
-    theirs = torch.nn.functional.cross_entropy(logits_BK, labels_B, label_smoothing=0.1)
-    torch.testing.assert_close(ce(logits_BK, labels_B, label_smoothing=0.1), theirs)
-
-
-def test_ce_of_a_batch_without_labels_is_zero_with_zero_gradient() -> None:
-    logits_BK = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    loss = ce(logits_BK, torch.full((4,), -1))
-    loss.backward()
-    assert loss.item() == 0
-    assert torch.equal(logits_BK.grad, torch.zeros(4, 3))
-
-
-def test_ce_refuses_partners_without_lambdas() -> None:
-    with pytest.raises(AssertionError, match="come together"):
-        ce(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), mixed_labels_B=torch.zeros(2, dtype=torch.int64))
+    expected = torch.nn.functional.cross_entropy(logits_BK, labels_B, label_smoothing=0.1)
+    torch.testing.assert_close(ce(logits_BK, labels_B, label_smoothing=0.1), expected)

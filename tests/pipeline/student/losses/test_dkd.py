@@ -7,31 +7,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.core.errors import ModelError
 from pipeline.student.losses import dkd, kd
+from tests.pipeline.student.losses.batches import SEEDS, law, random_batch
 from tests.tolerances import kl_error, log_softmax_error, ulps
-
-# A loaded machine is no finding.
-law = settings(deadline=None, max_examples=40)
-SEEDS = st.integers(0, 2**32 - 1)
-
-
-def draw(seed: int, num_rows: int, num_classes: int) -> dict[str, Tensor]:
-    """Logits of both sides, labels of which some are missing, partners' labels and weights."""
-    generator = torch.Generator().manual_seed(seed)
-    student_BK, teacher_BK = 3 * torch.randn(2, num_rows, num_classes, generator=generator)
-    labels_B, mixed_B = torch.randint(-1, num_classes, (2, num_rows), generator=generator)
-    return {
-        "student_BK": student_BK,
-        "teacher_BK": teacher_BK,
-        "labels_B": labels_B,
-        "mixed_labels_B": mixed_B,
-        "lambda_B": 0.5 + torch.rand(num_rows, generator=generator) / 2,
-    }
 
 
 def kl(p: list[float], q: list[float]) -> float:
@@ -42,7 +24,7 @@ def softmax(logits: list[float]) -> list[float]:
     return [math.exp(z) / sum(map(math.exp, logits)) for z in logits]
 
 
-def of_row(student: np.ndarray, teacher: np.ndarray, label: int, temperature: float) -> tuple[float, float]:
+def row_losses(student: np.ndarray, teacher: np.ndarray, label: int, temperature: float) -> tuple[float, float]:
     """TCKD and NCKD in float64 from probabilities, without T²."""
     s, t = ([z / temperature for z in side] for side in (student.tolist(), teacher.tolist()))
     p_s, p_t = softmax(s)[label], softmax(t)[label]
@@ -54,12 +36,12 @@ def oracle(batch: dict[str, Tensor], temperature: float, alpha: float, beta: flo
     """Row by row: the chance of each label times its loss, over the rows with both labels."""
     student, teacher = (batch[name].double().numpy() for name in ("student_BK", "teacher_BK"))
     rows: list[float] = []
-    for row, (one, other) in enumerate(zip(batch["labels_B"].tolist(), batch["mixed_labels_B"].tolist(), strict=True)):
-        if one >= 0 and other >= 0:
+    for row, labels in enumerate(zip(batch["labels_B"].tolist(), batch["mixed_labels_B"].tolist(), strict=True)):
+        if min(labels) >= 0:
             share = float(batch["lambda_B"][row])
-            losses = [of_row(student[row], teacher[row], label, temperature) for label in (one, other)]
-            of_one, of_other = (alpha * target + beta * others for target, others in losses)
-            rows.append(share * of_one + (1 - share) * of_other)
+            losses = [row_losses(student[row], teacher[row], label, temperature) for label in labels]
+            loss, mixed_loss = (alpha * target + beta * others for target, others in losses)
+            rows.append(share * loss + (1 - share) * mixed_loss)
     return temperature**2 * sum(rows) / max(len(rows), 1)
 
 
@@ -78,7 +60,7 @@ def value_error(student_BK: Tensor, teacher_BK: Tensor, temperature: float) -> f
 
 @pytest.mark.parametrize(("label", "target", "others"), [(0, 0.058892, 0.0), (1, 0.016417, 0.056633)])
 def test_dkd_gives_the_values_by_hand(label: int, target: float, others: float) -> None:
-    """The teacher says 1/2, 1/4, 1/4; the student 1/3 each."""
+    """The teacher's probabilities are 1/2, 1/4, 1/4; the student's are equal."""
     teacher_BK = torch.tensor([[math.log(2), 0.0, 0.0]])
 
     def value(alpha: float, beta: float) -> float:
@@ -102,14 +84,14 @@ def test_dkd_gives_the_values_by_hand(label: int, target: float, others: float) 
 def test_dkd_equals_a_float64_loop_over_rows_with_both_labels(
     seed: int, num_rows: int, num_classes: int, temperature: float
 ) -> None:
-    batch = draw(seed, num_rows, num_classes)
+    batch = random_batch(seed, num_rows, num_classes)
     loss = dkd(**batch, temperature=temperature, alpha=0.7, beta=3.0)
     error = 3.7 * value_error(batch["student_BK"], batch["teacher_BK"], temperature)
     assert loss.item() == pytest.approx(oracle(batch, temperature, 0.7, 3.0), rel=0, abs=error)
 
 
 def test_the_gradient_of_dkd_equals_finite_differences_of_the_loop() -> None:
-    batch = draw(8, 4, 5)
+    batch = random_batch(8, 4, 5)
     batch["labels_B"], batch["mixed_labels_B"] = torch.tensor([0, 4, -1, 2]), torch.tensor([3, 4, 1, 2])
     point = batch["student_BK"].double()
     batch["student_BK"].requires_grad_()
@@ -127,9 +109,9 @@ def test_the_gradient_of_dkd_equals_finite_differences_of_the_loop() -> None:
 
 @law
 @given(seed=SEEDS, num_classes=st.integers(2, 8), temperature=st.sampled_from([1.0, 4.0]))
-def test_target_and_the_weighted_others_make_up_kd(seed: int, num_classes: int, temperature: float) -> None:
+def test_tckd_and_weighted_nckd_add_up_to_kd(seed: int, num_classes: int, temperature: float) -> None:
     """Equation 7 of the paper: KD = TCKD + (1 − p) · NCKD, p the teacher's probability of the target."""
-    batch = draw(seed, 1, num_classes)
+    batch = random_batch(seed, 1, num_classes)
     student_BK, teacher_BK, labels_B = batch["student_BK"], batch["teacher_BK"], torch.tensor([seed % num_classes])
     others = 1 - (teacher_BK / temperature).softmax(dim=1)[0, labels_B].item()
     loss = dkd(student_BK, teacher_BK, labels_B, temperature=temperature, alpha=1.0, beta=others)
@@ -141,29 +123,29 @@ def test_target_and_the_weighted_others_make_up_kd(seed: int, num_classes: int, 
 
 @law
 @given(seed=SEEDS, num_rows=st.integers(1, 6))
-def test_a_row_mixed_with_its_own_class_or_not_at_all_is_an_unmixed_row(seed: int, num_rows: int) -> None:
-    batch = draw(seed, num_rows, 4)
+def test_a_row_mixed_within_its_class_or_with_lambda_1_has_the_unmixed_loss(seed: int, num_rows: int) -> None:
+    batch = random_batch(seed, num_rows, 4)
     student_BK, teacher_BK, labels_B = batch["student_BK"], batch["teacher_BK"], batch["labels_B"]
     plain = dkd(student_BK, teacher_BK, labels_B, temperature=4.0).item()
-    own = {**batch, "mixed_labels_B": labels_B}
-    alone = {**batch, "mixed_labels_B": torch.where(labels_B < 0, -1, 0), "lambda_B": torch.ones(num_rows)}
+    same_class = {**batch, "mixed_labels_B": labels_B}
+    unmixed = {**batch, "mixed_labels_B": torch.where(labels_B < 0, -1, 0), "lambda_B": torch.ones(num_rows)}
     # The rows' losses are the same bits; lerp between them rounds 3 times, and the mean B + 1 times.
-    for mixed in (own, alone):
+    for mixed in (same_class, unmixed):
         assert dkd(**mixed, temperature=4.0).item() == pytest.approx(plain, rel=ulps(2 * (num_rows + 1) + 3))
 
 
-def test_a_mixed_rows_loss_is_the_mean_over_labels_drawn_with_its_weights() -> None:
-    batch = draw(3, 1, 4)
+def test_the_loss_of_a_mixed_row_is_the_weighted_mean_over_its_labels() -> None:
+    batch = random_batch(3, 1, 4)
     mixed = {"mixed_labels_B": torch.tensor([2]), "lambda_B": torch.tensor([0.75])}
-    one, other = (
+    loss_0, loss_2 = (
         dkd(batch["student_BK"], batch["teacher_BK"], torch.tensor([label]), temperature=2.0) for label in (0, 2)
     )
     loss = dkd(batch["student_BK"], batch["teacher_BK"], torch.tensor([0]), temperature=2.0, **mixed)
-    torch.testing.assert_close(loss, (3 * one + other) / 4)
+    torch.testing.assert_close(loss, (3 * loss_0 + loss_2) / 4)
 
 
 def test_dkd_of_equal_logits_is_zero_with_zero_gradient() -> None:
-    batch = draw(1, 5, 7)
+    batch = random_batch(1, 5, 7)
     student_BK = batch["teacher_BK"].clone().requires_grad_()
     loss = dkd(student_BK, batch["teacher_BK"], torch.arange(5), temperature=4.0)
     loss.backward()
@@ -173,8 +155,8 @@ def test_dkd_of_equal_logits_is_zero_with_zero_gradient() -> None:
     assert student_BK.grad.abs().max() <= 4 * 9 * 2 * (of_logs + ulps(12)) / 5
 
 
-def test_where_the_official_form_ends_in_infinity_dkd_has_its_limit() -> None:
-    """A teacher sure of the target, a student as sure of another class: log odds −200 against 200."""
+def test_dkd_is_finite_where_the_official_form_is_infinite() -> None:
+    """Teacher and student are saturated at different classes: log odds of the target 200 and −200."""
     student_BK = torch.tensor([[-100.0, 100.0, -100.0]], requires_grad=True)
     loss = dkd(student_BK, torch.tensor([[100.0, -100.0, -100.0]]), torch.tensor([0]), temperature=1.0, beta=0.0)
     loss.backward()
@@ -182,31 +164,7 @@ def test_where_the_official_form_ends_in_infinity_dkd_has_its_limit() -> None:
     assert student_BK.grad[0].tolist() == pytest.approx([-1, 1, 0], rel=0, abs=ulps(12))
 
 
-def test_two_classes_leave_nothing_among_the_others() -> None:
-    batch = draw(2, 6, 2)
+def test_nckd_of_two_classes_is_zero() -> None:
+    batch = random_batch(2, 6, 2)
     loss = dkd(batch["student_BK"], batch["teacher_BK"], torch.tensor([0, 1] * 3), temperature=1.0, alpha=0.0)
     assert loss.item() == 0
-
-
-def test_dkd_of_a_batch_without_labels_is_zero_with_zero_gradient() -> None:
-    student_BK = torch.ones(3, 4, requires_grad=True)
-    loss = dkd(student_BK, torch.eye(3, 4), torch.full((3,), -1), temperature=4.0)
-    loss.backward()
-    assert loss.item() == 0
-    assert torch.equal(student_BK.grad, torch.zeros(3, 4))
-
-
-def test_no_gradient_reaches_the_teacher() -> None:
-    teacher_BK = torch.eye(3, 4).requires_grad_()
-    dkd(torch.zeros(3, 4, requires_grad=True), teacher_BK, torch.arange(3), temperature=4.0).backward()
-    assert teacher_BK.grad is None
-
-
-def test_dkd_refuses_a_teacher_of_other_classes() -> None:
-    with pytest.raises(ModelError, match=r"student \[2, 10\], teacher \[2, 100\]"):
-        dkd(torch.zeros(2, 10), torch.zeros(2, 100), torch.zeros(2, dtype=torch.int64), temperature=1.0)
-
-
-def test_dkd_refuses_lambdas_without_partners() -> None:
-    with pytest.raises(AssertionError, match="come together"):
-        dkd(torch.ones(1, 2), torch.ones(1, 2), torch.tensor([0]), temperature=1.0, lambda_B=torch.ones(1))

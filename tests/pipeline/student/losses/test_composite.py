@@ -1,18 +1,17 @@
-"""The composition: which term weighs how much when, and that ranks together learn what one process would."""
+"""The composition: weights of the terms by epoch, and gradients of ranks that add up to those of one process."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.core.errors import ConfigError, TrainingError
 from pipeline.student.data.teacher_outputs import TeacherOutputs
 from pipeline.student.losses import (
     LOSSES,
@@ -32,10 +31,10 @@ from pipeline.student.losses import (
     sifn,
 )
 from schemas.config import Config
+from tests.errors import raises
+from tests.pipeline.student.losses.batches import SEEDS, law
 from tests.tolerances import log_softmax_error, ulps
 
-# A loaded machine is no finding.
-law = settings(deadline=None, max_examples=40)
 K, D, WIDTH = 5, 4, 3
 WEIGHTS_FN = torch.linspace(-1, 1, WIDTH * (K + D)).reshape(WIDTH, K + D)
 KD_PLUS_PLUS = [
@@ -51,7 +50,7 @@ DKD_PLUS_PLUS = [
     {"name": "nd", "weight": 3.5},
 ]
 DIST_PLUS_PLUS = [{"name": "ce"}, {"name": "dist", "weight": 2.0, "temperature": 4.0}, {"name": "nd"}]
-EVERY_OTHER = [{"name": "hard"}, {"name": "sifn", "increase": 0.5}, {"name": "cosine"}, {"name": "mse"}]
+OTHER_LOSSES = [{"name": "hard"}, {"name": "sifn", "increase": 0.5}, {"name": "cosine"}, {"name": "mse"}]
 PROJECTED = ("nd", "cosine", "mse")
 
 
@@ -71,7 +70,7 @@ class GlobalBatch:
     class_means_KD: Tensor
 
     @classmethod
-    def draw(cls, seed: int, num_rows: int, *, missing: float, mixed: bool) -> GlobalBatch:
+    def random(cls, seed: int, num_rows: int, *, missing: float, mixed: bool) -> GlobalBatch:
         generator = torch.Generator().manual_seed(seed)
         labels_B = torch.randint(K, (num_rows,), generator=generator)
         labels_B[torch.rand(num_rows, generator=generator) < missing] = -1
@@ -92,7 +91,7 @@ class GlobalBatch:
             embedding_BD=student_BN[:, K:],
             teachers=(
                 TeacherInputs(
-                    words=TeacherOutputs(
+                    outputs=TeacherOutputs(
                         {None: self.teacher_BK[rows]}, self.teacher_BD[rows].norm(dim=1), self.teacher_BD[rows]
                     ),
                     projected=dict.fromkeys(PROJECTED, student_BN[:, K:]),
@@ -150,11 +149,11 @@ def gradient_error(batch: GlobalBatch, sections: Sequence[dict[str, Any]], num_r
     cancelled_B = (features_BF.abs() @ weights_FN.abs())[:, K:].norm(dim=1) / norm_B
     if batch.lambda_B is not None:
         means_BD = batch.class_means_KD[batch.labels_B.clamp_min(0)]
-        own_BD, other_BD = (
+        parts = (
             batch.lambda_B[:, None] * means_BD,
             (1 - batch.lambda_B)[:, None] * means_BD[_partners(means_BD)],
         )
-        cancelled_B = cancelled_B + (own_BD.norm(dim=1) + other_BD.norm(dim=1)) / (own_BD + other_BD).norm(dim=1)
+        cancelled_B = cancelled_B + (parts[0].norm(dim=1) + parts[1].norm(dim=1)) / (parts[0] + parts[1]).norm(dim=1)
     temperature = max(section.get("temperature", 1.0) for section in sections)
     of_logits = 2 * temperature * (log_softmax_error(student_BN) + log_softmax_error(batch.teacher_BK) + ulps(K + 12))
     of_embeddings = (ulps(40) * cancelled_B * 2 / norm_B).max().item()
@@ -167,17 +166,17 @@ def gradient_error(batch: GlobalBatch, sections: Sequence[dict[str, Any]], num_r
 
 @law
 @given(
-    seed=st.integers(0, 2**32 - 1),
+    seed=SEEDS,
     pairs=st.lists(st.integers(0, 4), min_size=1, max_size=4).filter(any),
     missing=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
     mixed=st.booleans(),
-    sections=st.sampled_from([[*KD_PLUS_PLUS, REVIEW], DKD_PLUS_PLUS, EVERY_OTHER]),
+    sections=st.sampled_from([[*KD_PLUS_PLUS, REVIEW], DKD_PLUS_PLUS, OTHER_LOSSES]),
 )
 def test_the_mean_over_ranks_of_any_split_is_the_gradient_of_the_global_batch(
     seed: int, pairs: list[int], missing: float, mixed: bool, sections: list[dict[str, Any]]
 ) -> None:
     sizes = [2 * num if mixed else num for num in pairs]
-    batch = GlobalBatch.draw(seed, sum(sizes), missing=missing, mixed=mixed)
+    batch = GlobalBatch.random(seed, sum(sizes), missing=missing, mixed=mixed)
     loss = compose(*sections)
     # Both are fp32.
     error = gradient_error(batch, sections, len(sizes)) + gradient_error(batch, sections, 1)
@@ -192,7 +191,7 @@ def test_a_term_without_a_label_on_any_rank_leaves_the_others_as_they_are(zero: 
     torch.testing.assert_close(total, values["kd"])
 
 
-def alone(inputs: LossInputs) -> BatchShare:
+def one_rank(inputs: LossInputs) -> BatchShare:
     num_rows, num_labelled = len(inputs.labels_B), int(inputs.num_labelled)
     return BatchShare(
         world_size=1,
@@ -204,120 +203,122 @@ def alone(inputs: LossInputs) -> BatchShare:
 
 
 def inputs(*, mixed: bool = False, missing: float = 0.0) -> LossInputs:
-    return GlobalBatch.draw(0, 6, missing=missing, mixed=mixed).inputs(slice(None), WEIGHTS_FN)
+    return GlobalBatch.random(0, 6, missing=missing, mixed=mixed).inputs(slice(None), WEIGHTS_FN)
 
 
-def seen(batch: LossInputs) -> dict[str, Any]:
-    """What its only teacher shows to a loss at T = 1."""
+def teacher_inputs(batch: LossInputs) -> dict[str, Any]:
+    """The inputs from its only teacher, at T = 1."""
     (teacher,) = batch.teachers
     return teacher.at("nd", 1.0)
 
 
-def nd_of(batch: LossInputs, teacher: int = 0, **mixed: Any) -> Tensor:
-    """By hand from the parts of the batch."""
-    one = batch.teachers[teacher]
-    return nd(one.projected["nd"], one.words.norm_B, one.class_directions, batch.labels_B, **mixed)
+def nd_of(batch: LossInputs, number: int = 0, **mixed: Any) -> Tensor:
+    """ND by hand from the parts of the batch."""
+    teacher = batch.teachers[number]
+    return nd(teacher.projected["nd"], teacher.outputs.norm_B, teacher.class_directions, batch.labels_B, **mixed)
 
 
-def test_kd_plus_plus_is_the_weighted_sum_of_its_terms() -> None:
-    batch = inputs()
-    total, values = compose(*KD_PLUS_PLUS)(batch, alone(batch), epoch=1)
-    terms = {
-        "ce": ce(batch.student_BK, batch.labels_B, label_smoothing=0.1),
-        "kd": kd(batch.student_BK, seen(batch)["teacher_BK"], temperature=4.0),
-        "nd": nd_of(batch),
+Terms = dict[str, tuple[float, Tensor]]
+
+
+def kd_plus_plus(batch: LossInputs) -> Terms:
+    return {
+        "ce": (1, ce(batch.student_BK, batch.labels_B, label_smoothing=0.1)),
+        # A quarter warm in epoch 1 of 4.
+        "kd": (2.5 / 4, kd(batch.student_BK, teacher_inputs(batch)["teacher_BK"], temperature=4.0)),
+        "nd": (0.5, nd_of(batch)),
     }
-    torch.testing.assert_close(values, terms)
-    # kd's weight 2.5 is a quarter warm in epoch 1 of 4.
-    torch.testing.assert_close(total, terms["ce"] + 2.5 / 4 * terms["kd"] + 0.5 * terms["nd"])
 
 
-def test_review_kd_plus_plus_is_the_weighted_sum_of_its_terms() -> None:
-    batch = inputs()
-    total, values = compose(*REVIEW_PLUS_PLUS)(batch, alone(batch), epoch=0)
+def review_plus_plus(batch: LossInputs) -> Terms:
     (teacher,) = batch.teachers
     assert teacher.student_maps is not None
     assert teacher.teacher_maps is not None
-    terms = {
-        "ce": ce(batch.student_BK, batch.labels_B),
-        "review_kd": hcl(teacher.student_maps, teacher.teacher_maps),
-        "nd": nd_of(batch),
+    return {
+        "ce": (1, ce(batch.student_BK, batch.labels_B)),
+        "review_kd": (3, hcl(teacher.student_maps, teacher.teacher_maps)),
+        "nd": (0.5, nd_of(batch)),
     }
-    torch.testing.assert_close(values, terms)
-    torch.testing.assert_close(total, terms["ce"] + 3 * terms["review_kd"] + 0.5 * terms["nd"])
 
 
-def test_dkd_plus_plus_is_the_weighted_sum_of_its_terms() -> None:
-    batch = inputs(mixed=True, missing=0.3)
-    mixed = {"mixed_labels_B": batch.mixed_labels_B, "lambda_B": batch.lambda_B}
-    total, values = compose(*DKD_PLUS_PLUS)(batch, alone(batch), epoch=1)
-    terms = {
-        "ce": ce(batch.student_BK, batch.labels_B, **mixed),
-        "dkd": dkd(
-            batch.student_BK,
-            seen(batch)["teacher_BK"],
-            batch.labels_B,
-            temperature=4.0,
-            alpha=2.5,
-            beta=4.0,
-            **mixed,
-        ),
-        "nd": nd_of(batch, **mixed),
+def dkd_plus_plus(batch: LossInputs) -> Terms:
+    mixed: dict[str, Any] = {"mixed_labels_B": batch.mixed_labels_B, "lambda_B": batch.lambda_B}
+    logits = batch.student_BK, teacher_inputs(batch)["teacher_BK"]
+    return {
+        "ce": (1, ce(batch.student_BK, batch.labels_B, **mixed)),
+        "dkd": (1 / 4, dkd(*logits, batch.labels_B, temperature=4.0, alpha=2.5, beta=4.0, **mixed)),
+        "nd": (3.5, nd_of(batch, **mixed)),
     }
-    torch.testing.assert_close(values, terms)
-    torch.testing.assert_close(total, terms["ce"] + terms["dkd"] / 4 + 3.5 * terms["nd"])
 
 
-def test_dist_plus_plus_is_the_weighted_sum_of_its_terms() -> None:
-    batch = inputs()
-    total, values = compose(*DIST_PLUS_PLUS)(batch, alone(batch), epoch=0)
-    terms = {
-        "ce": ce(batch.student_BK, batch.labels_B),
-        "dist": dist(batch.student_BK, seen(batch)["teacher_BK"], temperature=4.0),
-        "nd": nd_of(batch),
+def dist_plus_plus(batch: LossInputs) -> Terms:
+    return {
+        "ce": (1, ce(batch.student_BK, batch.labels_B)),
+        "dist": (2, dist(batch.student_BK, teacher_inputs(batch)["teacher_BK"], temperature=4.0)),
+        "nd": (1, nd_of(batch)),
     }
-    torch.testing.assert_close(values, terms)
-    torch.testing.assert_close(total, terms["ce"] + 2 * terms["dist"] + terms["nd"])
 
 
-def test_each_loss_on_embeddings_takes_the_embedding_that_is_meant_for_it() -> None:
+@pytest.mark.parametrize(
+    ("sections", "expected", "is_mixed"),
+    [
+        (KD_PLUS_PLUS, kd_plus_plus, False),
+        (REVIEW_PLUS_PLUS, review_plus_plus, False),
+        (DKD_PLUS_PLUS, dkd_plus_plus, True),
+        (DIST_PLUS_PLUS, dist_plus_plus, False),
+    ],
+    ids=["KD++", "ReviewKD++", "DKD++", "DIST++"],
+)
+def test_a_composition_is_the_weighted_sum_of_its_terms(
+    sections: list[dict[str, Any]], expected: Callable[[LossInputs], Terms], is_mixed: bool
+) -> None:
+    batch = inputs(mixed=True, missing=0.3) if is_mixed else inputs()
+    total, values = compose(*sections)(batch, one_rank(batch), epoch=1)
+    terms = expected(batch)
+    torch.testing.assert_close(values, {name: value for name, (_, value) in terms.items()})
+    torch.testing.assert_close(total, torch.stack([weight * value for weight, value in terms.values()]).sum())
+
+
+def test_each_loss_on_embeddings_takes_the_embedding_of_its_projector() -> None:
     batch, generator = inputs(), torch.Generator().manual_seed(1)
-    own = {name: torch.randn(6, D, generator=generator) for name in PROJECTED}
+    projected = {name: torch.randn(6, D, generator=generator) for name in PROJECTED}
     (teacher,) = batch.teachers
-    batch = replace(batch, teachers=(replace(teacher, projected=own),), embedding_BD=torch.ones(6, 2))
-    loss = compose(*EVERY_OTHER, {"name": "nd"})
+    batch = replace(batch, teachers=(replace(teacher, projected=projected),), embedding_BD=torch.ones(6, 2))
+    loss = compose(*OTHER_LOSSES, {"name": "nd"})
     assert loss.projected == ("cosine", "mse", "nd")
-    _, values = loss(batch, alone(batch), epoch=0)
-    torch.testing.assert_close(values["cosine"], cosine(own["cosine"], teacher.words.embedding_BD))
-    torch.testing.assert_close(values["mse"], mse(own["mse"], teacher.words.embedding_BD))
+    _, values = loss(batch, one_rank(batch), epoch=0)
+    torch.testing.assert_close(values["cosine"], cosine(projected["cosine"], teacher.outputs.embedding_BD))
+    torch.testing.assert_close(values["mse"], mse(projected["mse"], teacher.outputs.embedding_BD))
     torch.testing.assert_close(values["nd"], nd_of(batch))
     torch.testing.assert_close(values["sifn"], sifn(torch.ones(6, 2), increase=0.5))
 
 
-def test_a_gathered_term_is_not_weighed_by_the_ranks_rows_again() -> None:
+def test_a_gathered_term_is_not_weighted_by_the_rows_of_the_rank() -> None:
     batch = replace(inputs(), sum_over_ranks=lambda sums: sums)
     share = BatchShare(world_size=2, num_rows=6, num_rows_global=8, num_labelled=6, num_labelled_global=8)
     total, values = compose({"name": "dist", "gather": True})(batch, share, epoch=0)
     torch.testing.assert_close(total, values["dist"])
 
 
-def test_a_gathered_term_without_a_way_to_sum_over_ranks_is_refused_and_never_local() -> None:
+def test_a_gathered_term_without_a_sum_over_ranks_is_refused() -> None:
     batch = inputs()
-    with pytest.raises(TrainingError, match=r"the loss dist lacks[\s\S]*None for sum_over_ranks"):
-        compose({"name": "dist", "gather": True})(batch, alone(batch), epoch=0)
+    with raises("loss.missing-input", got="None for sum_over_ranks"):
+        compose({"name": "dist", "gather": True})(batch, one_rank(batch), epoch=0)
 
 
 def test_every_key_of_dist_reaches_it() -> None:
     batch = inputs()
     section = {"name": "dist", "temperature": 2.0, "inter_weight": 0.25, "intra_weight": 3.0}
-    total, _ = compose(section)(batch, alone(batch), epoch=0)
-    expected = dist(batch.student_BK, seen(batch)["teacher_BK"], temperature=2.0, inter_weight=0.25, intra_weight=3.0)
+    total, _ = compose(section)(batch, one_rank(batch), epoch=0)
+    expected = dist(
+        batch.student_BK, teacher_inputs(batch)["teacher_BK"], temperature=2.0, inter_weight=0.25, intra_weight=3.0
+    )
     torch.testing.assert_close(total, expected)
 
 
 def test_a_mixed_batch_mixes_the_labels_of_partners() -> None:
     batch = inputs(mixed=True, missing=0.4)
-    _, values = compose({"name": "ce"}, {"name": "nd"})(batch, alone(batch), epoch=0)
+    _, values = compose({"name": "ce"}, {"name": "nd"})(batch, one_rank(batch), epoch=0)
     mixed = {"mixed_labels_B": batch.labels_B[[1, 0, 3, 2, 5, 4]], "lambda_B": batch.lambda_B}
     torch.testing.assert_close(values["ce"], ce(batch.student_BK, batch.labels_B, **mixed))
     torch.testing.assert_close(values["nd"], nd_of(batch, **mixed))
@@ -334,17 +335,17 @@ def test_a_mixed_row_is_labelled_only_with_its_partner() -> None:
 
 
 @pytest.mark.parametrize(("epoch", "share"), [(0, 0.0), (1, 0.25), (3, 0.75), (4, 1.0), (9, 1.0)])
-def test_warm_up_rises_from_zero_in_the_first_epoch_and_then_stays(epoch: int, share: float) -> None:
+def test_warm_up_rises_from_zero_in_the_first_epoch_to_the_full_weight(epoch: int, share: float) -> None:
     batch = inputs()
     loss = compose({"name": "kd", "weight": 3.0, "warmup_epochs": 4})
-    total, values = loss(batch, alone(batch), epoch=epoch)
+    total, values = loss(batch, one_rank(batch), epoch=epoch)
     torch.testing.assert_close(total, 3 * share * values["kd"])
     assert values["kd"] > 0
 
 
 def test_without_warm_up_the_first_epoch_weighs_in_full() -> None:
     batch = inputs()
-    total, values = compose({"name": "kd", "weight": 3.0})(batch, alone(batch), epoch=0)
+    total, values = compose({"name": "kd", "weight": 3.0})(batch, one_rank(batch), epoch=0)
     torch.testing.assert_close(total, 3 * values["kd"])
 
 
@@ -352,35 +353,35 @@ def test_terms_of_one_name_keep_apart() -> None:
     batch = inputs()
     temperatures = [1.0, 4.0, 10.0]
     sections = [{"name": "kd", "temperature": temperature} for temperature in temperatures]
-    _, values = compose(sections[0], {"name": "ce"}, *sections[1:])(batch, alone(batch), epoch=0)
+    _, values = compose(sections[0], {"name": "ce"}, *sections[1:])(batch, one_rank(batch), epoch=0)
     assert list(values) == ["kd", "ce", "kd_2", "kd_3"]
     for key, temperature in zip(["kd", "kd_2", "kd_3"], temperatures, strict=True):
         torch.testing.assert_close(
-            values[key], kd(batch.student_BK, seen(batch)["teacher_BK"], temperature=temperature)
+            values[key], kd(batch.student_BK, teacher_inputs(batch)["teacher_BK"], temperature=temperature)
         )
 
 
-def test_a_term_reads_the_logits_that_are_for_its_temperature() -> None:
+def test_a_term_reads_the_logits_decoded_for_its_temperature() -> None:
     batch = inputs()
-    words = {
+    outputs = {
         temperature: torch.randn(6, K, generator=torch.Generator().manual_seed(seed))
         for seed, temperature in enumerate((1.0, 4.0))
     }
-    batch = replace(batch, teachers=(replace(batch.teachers[0], words=TeacherOutputs(words, torch.ones(6))),))
+    batch = replace(batch, teachers=(replace(batch.teachers[0], outputs=TeacherOutputs(outputs, torch.ones(6))),))
     loss = compose({"name": "kd", "temperature": 4.0}, {"name": "dist"}, {"name": "kd", "temperature": 1.0})
     assert loss.temperatures == (1.0, 4.0)
-    _, values = loss(batch, alone(batch), epoch=0)
-    torch.testing.assert_close(values["kd"], kd(batch.student_BK, words[4.0], temperature=4.0))
-    torch.testing.assert_close(values["dist"], dist(batch.student_BK, words[1.0], temperature=1.0))
-    torch.testing.assert_close(values["kd_2"], kd(batch.student_BK, words[1.0], temperature=1.0))
+    _, values = loss(batch, one_rank(batch), epoch=0)
+    torch.testing.assert_close(values["kd"], kd(batch.student_BK, outputs[4.0], temperature=4.0))
+    torch.testing.assert_close(values["dist"], dist(batch.student_BK, outputs[1.0], temperature=1.0))
+    torch.testing.assert_close(values["kd_2"], kd(batch.student_BK, outputs[1.0], temperature=1.0))
 
 
-def test_a_temperature_that_nobody_decoded_for_is_refused_and_never_stood_in_for() -> None:
+def test_logits_that_were_not_decoded_for_the_temperature_are_refused() -> None:
     batch = inputs()
-    words = TeacherOutputs({1.0: torch.zeros(6, K)}, torch.ones(6))
-    batch = replace(batch, teachers=(replace(batch.teachers[0], words=words),))
-    with pytest.raises(TrainingError, match=r"the loss kd lacks[\s\S]*None for teacher_BK"):
-        compose({"name": "kd", "temperature": 2.0})(batch, alone(batch), epoch=0)
+    outputs = TeacherOutputs({1.0: torch.zeros(6, K)}, torch.ones(6))
+    batch = replace(batch, teachers=(replace(batch.teachers[0], outputs=outputs),))
+    with raises("loss.missing-input", got="None for teacher_BK"):
+        compose({"name": "kd", "temperature": 2.0})(batch, one_rank(batch), epoch=0)
 
 
 @pytest.mark.parametrize(
@@ -391,18 +392,18 @@ def test_a_temperature_that_nobody_decoded_for_is_refused_and_never_stood_in_for
         ([{"name": "kd", "temperature": 4.0}, {"name": "dist"}, {"name": "kd", "temperature": 4.0}], (1.0, 4.0)),
     ],
 )
-def test_a_composition_says_at_which_temperatures_it_reads_logits(
+def test_a_composition_lists_the_temperatures_at_which_it_reads_logits(
     sections: list[dict[str, Any]], temperatures: tuple[float, ...]
 ) -> None:
     assert compose(*sections).temperatures == temperatures
 
 
 def with_teachers(batch: LossInputs, num: int) -> LossInputs:
-    """The same rows before teachers of different widths."""
+    """The same rows with teachers of different widths."""
     generator = torch.Generator().manual_seed(5)
     teachers = [
         TeacherInputs(
-            words=TeacherOutputs(
+            outputs=TeacherOutputs(
                 {None: torch.randn(6, K, generator=generator)}, 4 * torch.rand(6, generator=generator)
             ),
             projected={"nd": torch.randn(6, 3 + number, generator=generator)},
@@ -413,34 +414,34 @@ def with_teachers(batch: LossInputs, num: int) -> LossInputs:
     return replace(batch, teachers=tuple(teachers))
 
 
-def test_losses_of_several_teachers_are_summed_and_each_is_told() -> None:
+def test_losses_of_several_teachers_are_summed_and_reported_one_by_one() -> None:
     batch = with_teachers(inputs(), 3)
     total, values = compose({"name": "kd", "weight": 2.0}, {"name": "ce"}, {"name": "nd", "weight": 0.5})(
-        batch, alone(batch), epoch=0
+        batch, one_rank(batch), epoch=0
     )
-    kds = [kd(batch.student_BK, one.words.logits[None], temperature=4.0) for one in batch.teachers]
+    kds = [kd(batch.student_BK, teacher.outputs.logits[None], temperature=4.0) for teacher in batch.teachers]
     nds = [nd_of(batch, number) for number in range(3)]
-    alone_ce = ce(batch.student_BK, batch.labels_B)
+    expected_ce = ce(batch.student_BK, batch.labels_B)
     assert list(values) == ["kd", "kd/0", "kd/1", "kd/2", "ce", "nd", "nd/0", "nd/1", "nd/2"]
     for number in range(3):
         torch.testing.assert_close(values[f"kd/{number}"], kds[number])
         torch.testing.assert_close(values[f"nd/{number}"], nds[number])
     torch.testing.assert_close(values["kd"], kds[0] + kds[1] + kds[2])
-    # Labels are one, whatever the number of teachers.
-    torch.testing.assert_close(values["ce"], alone_ce)
-    torch.testing.assert_close(total, 2 * sum(kds) + alone_ce + 0.5 * sum(nds))
+    # Labels count once for any number of teachers.
+    torch.testing.assert_close(values["ce"], expected_ce)
+    torch.testing.assert_close(total, 2 * sum(kds) + expected_ce + 0.5 * sum(nds))
 
 
-def test_one_teacher_is_told_once() -> None:
+def test_the_loss_of_one_teacher_is_reported_once() -> None:
     batch = with_teachers(inputs(), 1)
-    _, values = compose({"name": "kd"}, {"name": "nd"})(batch, alone(batch), epoch=0)
+    _, values = compose({"name": "kd"}, {"name": "nd"})(batch, one_rank(batch), epoch=0)
     assert list(values) == ["kd", "nd"]
 
 
 def test_logits_that_no_term_reads_get_a_zero_gradient_whatever_they_are() -> None:
     student_BK = torch.full((6, K), torch.inf, requires_grad=True)
     batch = replace(inputs(), student_BK=student_BK)
-    total, values = compose({"name": "nd"})(batch, alone(batch), epoch=0)
+    total, values = compose({"name": "nd"})(batch, one_rank(batch), epoch=0)
     total.backward()
     assert total == values["nd"]
     assert torch.equal(student_BK.grad, torch.zeros(6, K))
@@ -450,7 +451,7 @@ def test_values_are_off_the_graph_and_the_total_is_on_it() -> None:
     batch = inputs()
     student_BK = batch.student_BK.clone().requires_grad_()
     batch = LossInputs(student_BK=student_BK, labels_B=batch.labels_B)
-    total, values = compose({"name": "ce"})(batch, alone(batch), epoch=0)
+    total, values = compose({"name": "ce"})(batch, one_rank(batch), epoch=0)
     assert total.requires_grad
     assert not values["ce"].requires_grad
 
@@ -475,10 +476,11 @@ def test_review_kd_needs_neither_labels_nor_logits_nor_class_means() -> None:
         ("sifn", set[str]()),
     ],
 )
-def test_a_loss_says_what_it_needs(name: str, needs: set[str]) -> None:
+def test_a_loss_declares_what_it_needs(name: str, needs: set[str]) -> None:
     loss = compose({"name": name})
-    said = {what for what in ("labels", "logits", "class_means", "teacher_embedding") if getattr(loss, f"needs_{what}")}
-    assert said | ({"projector"} if loss.projected else set()) == needs
+    kinds = ("labels", "logits", "class_means", "teacher_embedding")
+    declared = {kind for kind in kinds if getattr(loss, f"needs_{kind}")}
+    assert declared | ({"projector"} if loss.projected else set()) == needs
 
 
 def test_a_composition_needs_what_any_of_its_terms_needs() -> None:
@@ -488,22 +490,21 @@ def test_a_composition_needs_what_any_of_its_terms_needs() -> None:
 
 
 def test_every_registered_loss_can_be_built_from_its_required_keys_alone_and_called() -> None:
-    """Only feature maps have to be named: no network says which of them are worth comparing."""
+    """Only layers of feature maps have no default."""
     batch = inputs()
     required = {"review_kd": {key: REVIEW[key] for key in ("student_layers", "teacher_layers")}}
     for name in LOSSES:
-        total, _ = compose({"name": name, **required.get(name, {})})(batch, alone(batch), epoch=0)
+        total, _ = compose({"name": name, **required.get(name, {})})(batch, one_rank(batch), epoch=0)
         assert total.isfinite()
 
 
-def test_a_batch_without_what_a_term_needs_is_refused_by_name() -> None:
+def test_missing_inputs_of_a_term_are_refused_by_name() -> None:
     batch = LossInputs(student_BK=torch.zeros(2, K), labels_B=torch.zeros(2, dtype=torch.int64))
-    with pytest.raises(TrainingError, match=r"the loss nd lacks[\s\S]*class_directions, student_BD, teacher_norm_B"):
-        compose({"name": "nd"})(batch, alone(batch), epoch=0)
+    with raises("loss.missing-input", got="None for class_directions, student_BD, teacher_norm_B"):
+        compose({"name": "nd"})(batch, one_rank(batch), epoch=0)
 
 
 def test_an_empty_loss_section_is_refused_with_an_example() -> None:
-    with pytest.raises(ConfigError, match="loss section is missing") as refusal:
+    with raises("config.no-loss", where="train.yaml") as caught:
         CompositeLoss((), where="train.yaml")
-    assert refusal.value.where == "train.yaml"
-    assert "name: kd" in str(refusal.value.next_step)
+    assert "name: kd" in str(caught.value.next_step)

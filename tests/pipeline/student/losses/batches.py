@@ -1,0 +1,96 @@
+"""Random batches for tests of losses, and one way to call every registered loss."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any, get_args
+
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pipeline.student.losses import LOSSES, ClassDirections
+from schemas.config import LossSection
+
+# No deadline: a loaded machine must not fail a test.
+law = settings(deadline=None, max_examples=40)
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def random_pair(seed: int, *shape: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Normally distributed values of student and teacher."""
+    student, teacher = scale * torch.randn(2, *shape, generator=torch.Generator().manual_seed(seed))
+    return student, teacher
+
+
+def random_batch(seed: int, num_rows: int, num_classes: int) -> dict[str, Tensor]:
+    """Logits of both sides, labels and partners' labels of which some are missing, and lambdas."""
+    generator = torch.Generator().manual_seed(seed)
+    student_BK, teacher_BK = 3 * torch.randn(2, num_rows, num_classes, generator=generator)
+    labels_B, mixed_labels_B = torch.randint(-1, num_classes, (2, num_rows), generator=generator)
+    return {
+        "student_BK": student_BK,
+        "teacher_BK": teacher_BK,
+        "labels_B": labels_B,
+        "mixed_labels_B": mixed_labels_B,
+        "lambda_B": 0.5 + torch.rand(num_rows, generator=generator) / 2,
+    }
+
+
+def _class_directions(student_BD: Tensor) -> ClassDirections:
+    """Of three classes: one with a usual mean, one with a zero mean, one without a mean."""
+    return ClassDirections.of(torch.tensor([[1.0], [0.0], [math.nan]]).expand(3, student_BD.shape[1]))
+
+
+def _maps(logits_BK: Tensor) -> list[Tensor]:
+    """Two levels with these numbers, of 5×5 positions and of one."""
+    level_BK11 = logits_BK[:, :, None, None]
+    # Powers of two round nothing.
+    return [level_BK11 * torch.tensor([-1, 0.5, 1, 0.25, 0]).expand(5, 5).to(logits_BK), level_BK11]
+
+
+# By parameter, from logits of student and teacher; losses on embeddings or maps take the logits for these.
+_INPUTS: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
+    "student_BK": lambda student, _teacher, _labels: student,
+    "student_BD": lambda student, _teacher, _labels: student,
+    "embedding_BD": lambda student, _teacher, _labels: student,
+    "teacher_BK": lambda _student, teacher, _labels: teacher,
+    "teacher_BD": lambda _student, teacher, _labels: teacher,
+    "teacher_norm_B": lambda _student, teacher, _labels: teacher.float().norm(dim=1),
+    "class_directions": lambda student, _teacher, _labels: _class_directions(student),
+    "student_maps": lambda student, _teacher, _labels: _maps(student),
+    "teacher_maps": lambda _student, teacher, _labels: _maps(teacher),
+    "labels_B": lambda _student, _teacher, labels: labels,
+}
+
+
+def takes(name: str, *parameters: str) -> bool:
+    """Whether the loss has one of these parameters."""
+    return not inspect.signature(LOSSES[name]).parameters.keys().isdisjoint(parameters)
+
+
+def default_options(name: str) -> dict[str, Any]:
+    """The keys of a loss with their defaults, from its config section."""
+    sections = {
+        get_args(section.model_fields["name"].annotation)[0]: section for section in LossSection.__subclasses__()
+    }
+    section = sections[name]
+    excluded = {"name", *LossSection.model_fields, *section.network_keys}
+    return {key: field.default for key, field in section.model_fields.items() if key not in excluded}
+
+
+def call(
+    name: str, student_BK: Tensor, teacher_BK: Tensor, labels_B: Tensor, *, mixed: bool = False, **options: Any
+) -> Tensor:
+    """The loss of this name, for these logits in place of whatever it takes."""
+    inputs = {
+        key: _INPUTS[key](student_BK, teacher_BK, labels_B)
+        for key in inspect.signature(LOSSES[name]).parameters
+        if key in _INPUTS
+    }
+    if mixed:
+        options |= {"mixed_labels_B": labels_B.flip(0), "lambda_B": torch.full_like(teacher_BK[:, 0], 0.75)}
+    return LOSSES[name](**inputs, **{**default_options(name), **options})
