@@ -32,7 +32,7 @@ from pipeline.teacher.rendering import GroupViews, Rendering, read_groups
 from schemas.cache_format import ViewBlock
 from schemas.config import Config, DataConfig, ViewsConfig
 
-_BATCH_SIZE = 128
+BATCH_SIZE = 128
 _CLASSIFIER = EvaluationScope()
 
 
@@ -234,7 +234,7 @@ def _student_outputs(
     mean_C, std_C = torch.tensor(spec.mean, device=device), torch.tensor(spec.std, device=device)
     logits: list[Tensor] = []
     embeddings: list[Tensor] = []
-    for pixels_BCHW in pixels_NCHW.split(_BATCH_SIZE):
+    for pixels_BCHW in pixels_NCHW.split(BATCH_SIZE):
         logits_BK, embedding_BD = model(to_input(pixels_BCHW.to(device), mean_C=mean_C, std_C=std_C))
         logits.append(logits_BK.float().cpu())
         embeddings.append((embedding_BD if projector is None else projector(embedding_BD)).float().cpu())

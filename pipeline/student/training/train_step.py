@@ -111,7 +111,7 @@ class TrainStep:
             embedding_BD=outputs.embedding_BD,
             teachers=tuple(
                 TeacherInputs(
-                    words=teacher_outputs,
+                    outputs=teacher_outputs,
                     projected={key: by_teacher[number] for key, by_teacher in outputs.projected.items()},
                     class_directions=self._supervision.class_directions[number],
                     student_maps=outputs.maps or None,

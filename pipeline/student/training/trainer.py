@@ -13,8 +13,8 @@ from pipeline.core.errors import TrainingError
 from pipeline.student.data.loader import load_batches
 from pipeline.student.data.prefetcher import budget_warnings
 from pipeline.student.distributed import DistributedContext
-from pipeline.student.evaluation.evaluator import Evaluation
 from pipeline.student.evaluation.finite import FiniteWeights
+from pipeline.student.evaluation.metrics import Evaluation
 from pipeline.student.run import checkpoint
 from pipeline.student.supervision.loss_warnings import fidelity_warnings, loss_warnings
 from pipeline.student.training.checkpointer import Checkpointer, Progress
@@ -175,7 +175,7 @@ class Trainer:
 
     def _save(self) -> None:
         self.log.publish()
-        permanent = [checkpoint.kept(self._epochs_done)] if self._saves_for_good() else []
+        permanent = [checkpoint.epoch_checkpoint(self._epochs_done)] if self._saves_for_good() else []
         self.checkpointer.save(self.progress, *permanent, checkpoint.LAST)
 
     def _flush(self) -> None:
@@ -193,13 +193,13 @@ class Trainer:
         Raises:
             TrainingError: a parameter or a statistic of BatchNorm is NaN or infinite on any rank.
         """
-        broken, distributed = self._weights.broken(), self.setup.distributed
-        if distributed.sum(torch.tensor(len(broken), device=distributed.device)):
+        names, distributed = self._weights.not_finite(), self.setup.distributed
+        if distributed.sum(torch.tensor(len(names), device=distributed.device)):
             raise TrainingError(
                 "the weights are not finite",
                 code="train.not-finite-weights",
                 where=f"changed {steps}",
-                got=f"NaN or infinity in {', '.join(broken[:_NUM_NAMED]) or 'those of another rank'}",
+                got=f"NaN or infinity in {', '.join(names[:_NUM_NAMED]) or 'those of another rank'}",
                 next_step="lower train.lr, set train.clip_norm, or use train.precision=fp32, in another run.url",
             )
 

@@ -8,14 +8,9 @@ from typing import Any
 from pipeline.core.errors import EvaluationError, TrainingError
 from pipeline.models import EmbeddingModel
 from pipeline.student.data.sources import RowSource
-from pipeline.student.evaluation.evaluator import (
-    Evaluation,
-    PrecomputedTeacher,
-    Subject,
-    make_evaluator,
-    teacher_for_agreement,
-)
+from pipeline.student.evaluation.evaluator import PrecomputedTeacher, build_evaluator, teacher_for_agreement
 from pipeline.student.evaluation.loaded_run import head_is_trained
+from pipeline.student.evaluation.metrics import Evaluation, EvaluationScope
 from pipeline.student.evaluation.validation import ValidationSamples, read_validation, record_validation
 from pipeline.student.supervision.overlap import SeenImages
 from pipeline.student.training.run_log import Emit
@@ -30,10 +25,10 @@ class Validator:
         config, spec = setup.config, setup.spec
         self._config, self._spec, self._distributed, self._emit = config, spec, setup.distributed, emit
         self._input_spec, self._teachers = setup.student.input_spec, setup.supervision.teachers
-        self._subject = _subject(setup)
+        self._scope = _scope(setup)
         self._evaluator = None
         if config.data.val_shards is not None:
-            self._evaluator = make_evaluator(
+            self._evaluator = build_evaluator(
                 config.data.val_shards,
                 spec.data,
                 spec.student_plan,
@@ -78,7 +73,7 @@ class Validator:
         )
         assert teacher is not None, "check_config has seen to it"
         began = time.monotonic()
-        outputs = self._evaluator.ask(teacher, with_embeddings=self._subject.projector is not None)
+        outputs = self._evaluator.precompute(teacher, with_embeddings=self._scope.projector is not None)
         seconds = time.monotonic() - began
         self._emit("validation-teacher", size_bytes=outputs.size_bytes, seconds=round(seconds, 3))
         return outputs
@@ -91,15 +86,15 @@ class Validator:
     def warnings(self) -> list[str]:
         if self._samples is None:
             return []
-        return self._samples.warnings(head_trained=self._subject.head_trained, best_by=self._best_without_labels())
+        return self._samples.warnings(head_trained=self._scope.head_trained, best_by=self._best_without_labels())
 
     def _best_without_labels(self) -> str | None:
         """The metric that the best checkpoint follows where it cannot be accuracy; None: there is none."""
         if self._teacher is None:
             return None
-        if self._subject.head_trained:
+        if self._scope.head_trained:
             return "agreement with the teacher"
-        return None if self._subject.projector is None else "cosine to the teacher"
+        return None if self._scope.projector is None else "cosine to the teacher"
 
     def evaluate(self, model: EmbeddingModel, source: RowSource, *, step: int) -> Evaluation:
         """Evaluates the weights after ``step`` steps. Every rank calls it, if the validator is enabled.
@@ -112,9 +107,7 @@ class Validator:
         assert self._evaluator is not None
         seen = SeenImages()
         try:
-            evaluation = self._evaluator(
-                model, self._input_spec, self._teacher, subject=self._subject, on_index=seen.add
-            )
+            evaluation = self._evaluator(model, self._input_spec, self._teacher, scope=self._scope, on_index=seen.add)
         except EvaluationError as error:
             # The student's weights are finite and its outputs are not: this began in earlier steps.
             raise TrainingError(
@@ -132,8 +125,8 @@ class Validator:
         return evaluation
 
 
-def _subject(setup: TrainingSetup) -> Subject:
+def _scope(setup: TrainingSetup) -> EvaluationScope:
     """What evaluations measure besides what labels allow."""
     terms, one_teacher = setup.loss.projected, len(setup.supervision.teacher_dims) == 1
     projectors: Any = setup.student.module.projectors[terms[0]] if terms and one_teacher else [None]
-    return Subject(head_is_trained(setup.config), projectors[0])
+    return EvaluationScope(head_is_trained(setup.config), projectors[0])

@@ -1,4 +1,4 @@
-"""Students that learn from embeddings alone: what is measured of them, exported, and read from a cache for them."""
+"""Students that learn from embeddings alone: their metrics, exports and cached batches."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from torch.nn.functional import cosine_similarity
 
 from jobs.run_ops import describe_evaluation
 from pipeline.cache.read.reader import open_cache
-from pipeline.core.errors import ConfigError
 from pipeline.student import CachedDataset
 from pipeline.student.evaluation.evaluator import evaluate_run
 from pipeline.student.evaluation.loaded_run import load_run
@@ -22,6 +21,7 @@ from pipeline.student.export.exporters import export_run
 from pipeline.student.run import checkpoint
 from pipeline.student.training.trainer import train
 from schemas.config import Config
+from tests.errors import raises
 from tests.pipeline.caches import build, cache_section
 from tests.pipeline.conftest import TinyConfig
 from tests.pipeline.student.conftest import Replay
@@ -34,7 +34,7 @@ COSINE = [{"name": "cosine"}, {"name": "mse"}]
 
 @pytest.fixture
 def config(replays: Replay, tmp_path: Path) -> Config:
-    """A student of 16 numbers learns from a teacher of 7 online, evaluated after each of four epochs."""
+    """A student of width 16 learns from an online teacher of width 7, evaluated after each of four epochs."""
     base = replays("crop").config
     keys: dict[str, Any] = {"loss": COSINE, "train": {"epochs": 4, "lr": 0.02}}
     config = run_config(base, tmp_path / "run", mode="online", data={"val_shards": base.data.shards}, **keys)
@@ -65,37 +65,36 @@ def test_a_run_is_evaluated_by_the_cosine_of_a_loop_over_images(config: Config, 
     train(config)
     assert config.data.val_shards is not None
     shards = config.data.val_shards
-    found = evaluate_run(str(tmp_path / "run"), shards, checkpoint_name="last", num_threads=1, device=CPU)
+    evaluation = evaluate_run(str(tmp_path / "run"), shards, checkpoint_name="last", num_threads=1, device=CPU)
     trained, teacher = load_run(str(tmp_path / "run"), "last"), teacher_of(config)
-    own_ND, _ = one_by_one(config, trained.student.module, trained.student.input, output=1)
-    their_ND, _ = one_by_one(config, teacher.module, teacher.loaded.input, output=1)
+    student_ND, _ = one_by_one(config, trained.student.module, trained.student.input, output=1)
+    teacher_ND, _ = one_by_one(config, teacher.module, teacher.loaded.input, output=1)
     state = checkpoint.load(str(tmp_path / "run"), checkpoint.LAST)
     assert state is not None
     norm, linear = (
         {name.removeprefix(prefix): value for name, value in state["projectors"].items() if name.startswith(prefix)}
         for prefix in ("cosine.0.0.", "cosine.0.2.")
     )
-    unit_ND = (own_ND - norm["running_mean"]) / (norm["running_var"] + 1e-5).sqrt()
+    unit_ND = (student_ND - norm["running_mean"]) / (norm["running_var"] + 1e-5).sqrt()
     projected_ND = (unit_ND * norm["weight"] + norm["bias"]) @ linear["weight"].T + linear["bias"]
-    expected = cosine_similarity(projected_ND.double(), their_ND.double()).mean().item()
+    expected = cosine_similarity(projected_ND.double(), teacher_ND.double()).mean().item()
     # Errors of both networks, relative to an embedding, of which the projector's BatchNorm subtracts the mean.
-    growth = magnitude_of((own_ND.abs() + norm["running_mean"].abs()) / (norm["running_var"] + 1e-5).sqrt())
+    growth = magnitude_of((student_ND.abs() + norm["running_mean"].abs()) / (norm["running_var"] + 1e-5).sqrt())
     errors = (
         reordered(network_operations(module, torch.zeros(1, 3, 16, 16), backward=False))
         for module in (trained.student.module, teacher.module)
     )
-    assert found.cosine == pytest.approx(expected, rel=0, abs=growth * sum(errors))
-    assert not found.head_trained
-    assert "cosine to the teacher" in describe_evaluation(found)
-    assert "not trained" in describe_evaluation(found)
+    assert evaluation.cosine == pytest.approx(expected, rel=0, abs=growth * sum(errors))
+    assert not evaluation.head_trained
+    assert "cosine to the teacher" in describe_evaluation(evaluation)
+    assert "not trained" in describe_evaluation(evaluation)
 
 
 @pytest.mark.slow
 def test_a_student_of_embeddings_is_exported_without_its_head(config: Config, tmp_path: Path) -> None:
     train(config)
-    with pytest.raises(ConfigError) as caught:
+    with raises("export.untrained-head") as caught:
         export_run(str(tmp_path / "run"), str(tmp_path / "student.pt2"))
-    assert caught.value.code == "export.untrained-head"
     assert ".safetensors" in str(caught.value.next_step)
     done = export_run(str(tmp_path / "run"), str(tmp_path / "student.safetensors"))
     assert done.head_left_out
@@ -110,7 +109,7 @@ def test_a_dataset_has_the_embeddings_of_its_cache(replays: Replay) -> None:
         batch = data[0]
     embedding_BD = batch.teacher_embeddings()
     assert embedding_BD.dtype == torch.float32
-    reader, found = open_cache(cache.url), 0
+    reader, num_compared = open_cache(cache.url), 0
     for entry in reader.shards:
         columns, index = reader.view(entry.shard_id, 0), reader.index(entry)
         stored = columns.embedding
@@ -119,17 +118,18 @@ def test_a_dataset_has_the_embeddings_of_its_cache(replays: Replay) -> None:
         for row, sample_id in enumerate(batch.sample_ids):
             if sample_id in by_id:
                 assert torch.equal(embedding_BD[row], by_id[sample_id])
-                found += 1
-    assert found == 7
+                num_compared += 1
+    assert num_compared == 7
 
 
-def test_embeddings_that_are_not_read_or_not_there_are_refused(replays: Replay, tiny_config: TinyConfig) -> None:
-    with closing(CachedDataset(replays("crop").url, global_batch_size=7)) as data, pytest.raises(ConfigError) as caught:
+def test_embeddings_that_are_not_read_or_not_stored_are_refused(replays: Replay, tiny_config: TinyConfig) -> None:
+    with (
+        closing(CachedDataset(replays("crop").url, global_batch_size=7)) as data,
+        raises("cache.embeddings-not-read") as caught,
+    ):
         data[0].teacher_embeddings()
-    assert caught.value.code == "cache.embeddings-not-read"
     assert "embeddings=True" in str(caught.value.next_step)
     config = tiny_config(cache={"embeddings": "none"})
     build(config)
-    with pytest.raises(ConfigError) as caught:
+    with raises("cache.no-embeddings"):
         CachedDataset(cache_section(config).url, global_batch_size=7, embeddings=True)
-    assert caught.value.code == "cache.no-embeddings"

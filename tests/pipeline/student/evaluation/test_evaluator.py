@@ -15,27 +15,20 @@ from torch import Tensor
 
 from pipeline.augment.pixels import apply_view
 from pipeline.cache.read.reader import open_cache
-from pipeline.core.errors import (
-    CacheError,
-    ConfigError,
-    EvaluationError,
-    ModelError,
-    ShardError,
-    StillroomError,
-    StorageInputError,
-)
+from pipeline.core.errors import StorageInputError
 from pipeline.models import InputSpec, LoadedModel, load_model
 from pipeline.shards.decode import decode
 from pipeline.shards.index import index_shard
 from pipeline.shards.tar import ShardReader
 from pipeline.student.distributed import DistributedContext
-from pipeline.student.evaluation.evaluator import Evaluator, evaluate_run, make_evaluator
+from pipeline.student.evaluation.evaluator import Evaluator, build_evaluator, evaluate_run
 from pipeline.student.export.exporters import export_run
 from pipeline.student.run import checkpoint
 from pipeline.student.training.config_checks import check_training
 from pipeline.student.training.trainer import train
 from pipeline.teacher.inference import Teacher, load_teacher
 from schemas.config import Config, StudentConfig
+from tests.errors import raises
 from tests.pipeline.caches import TinyCache, shard_urls
 from tests.pipeline.student.conftest import Replay
 from tests.pipeline.student.runs import CE, NORMALISED, index_shards, run_config
@@ -50,7 +43,7 @@ def network(seed: int = 0, size: int = 12) -> LoadedModel:
 
 def evaluator(config: Config, **data: Any) -> Evaluator:
     shards = tuple(shard_urls(config).values())
-    return make_evaluator(
+    return build_evaluator(
         shards, config.data.model_copy(update=data), config.views, DistributedContext(), num_threads=2
     )
 
@@ -81,26 +74,30 @@ def one_by_one(config: Config, module: Any, spec: InputSpec, *, output: int = 0)
 
 @pytest.mark.parametrize("kind", ["crop", "everything"])
 def test_accuracy_and_agreement_are_those_of_a_loop_over_images(replays: Replay, kind: str) -> None:
-    """Whatever the training views are made of: eval views are never augmented."""
+    """For any training views: eval views are never augmented."""
     config = replays(kind).config
     teacher = teacher_of(config)
-    # The teacher's weights on smaller pictures: a student that agrees now and then.
+    # The teacher's weights on smaller images: a student that agrees for some images.
     student = load_model(config.teacher, num_classes=10, size=12)
-    own_NK, label_N = one_by_one(config, student.module, student.input)
-    their_NK, _ = one_by_one(config, teacher.module, teacher.loaded.input)
-    found = evaluator(config)(student.module, student.input, teacher)
-    assert found.num_rows == len(label_N) == 35
-    assert found.top1 == pytest.approx((own_NK.argmax(1) == label_N).double().mean().item())
-    assert found.top5 == pytest.approx((own_NK.topk(5).indices == label_N[:, None]).any(1).double().mean().item())
-    assert found.agreement == pytest.approx((own_NK.argmax(1) == their_NK.argmax(1)).double().mean().item())
-    assert found.teacher_top1 == pytest.approx((their_NK.argmax(1) == label_N).double().mean().item())
-    own_error, their_error = logits_error(student, own_NK), logits_error(teacher.loaded, their_NK)
-    assert found.ece == pytest.approx(calibration_error(own_NK, label_N), rel=0, abs=ece_error(own_NK, own_error))
+    student_NK, label_N = one_by_one(config, student.module, student.input)
+    teacher_NK, _ = one_by_one(config, teacher.module, teacher.loaded.input)
+    evaluation = evaluator(config)(student.module, student.input, teacher)
+    assert evaluation.num_rows == len(label_N) == 35
+    assert evaluation.top1 == pytest.approx((student_NK.argmax(1) == label_N).double().mean().item())
+    assert evaluation.top5 == pytest.approx(
+        (student_NK.topk(5).indices == label_N[:, None]).any(1).double().mean().item()
+    )
+    assert evaluation.agreement == pytest.approx((student_NK.argmax(1) == teacher_NK.argmax(1)).double().mean().item())
+    assert evaluation.teacher_top1 == pytest.approx((teacher_NK.argmax(1) == label_N).double().mean().item())
+    own_error, their_error = logits_error(student, student_NK), logits_error(teacher.loaded, teacher_NK)
+    assert evaluation.ece == pytest.approx(
+        calibration_error(student_NK, label_N), rel=0, abs=ece_error(student_NK, own_error)
+    )
     # By a teacher's logit, KL changes by no more than p times the largest log(p / q), by a student's by q - p.
-    log_p_NK, log_q_NK = (logits_NK.log_softmax(1) for logits_NK in (their_NK, own_NK))
+    log_p_NK, log_q_NK = (logits_NK.log_softmax(1) for logits_NK in (teacher_NK, student_NK))
     error = 2 * own_error + 2 * magnitude_of(log_p_NK - log_q_NK) * their_error
-    assert found.kl == pytest.approx(divergence(their_NK, own_NK), rel=0, abs=error)
-    assert 0 < found.agreement < 1
+    assert evaluation.kl == pytest.approx(divergence(teacher_NK, student_NK), rel=0, abs=error)
+    assert 0 < evaluation.agreement < 1
 
 
 def logits_error(loaded: LoadedModel, logits_NK: Tensor) -> float:
@@ -135,75 +132,77 @@ def divergence(teacher_NK: Tensor, student_NK: Tensor) -> float:
 
 
 def test_logits_between_0_and_1_are_not_taken_for_probabilities(replays: Replay) -> None:
-    """Torchmetrics would, by itself."""
+    """torchmetrics would take them for probabilities."""
     config, student = replays("crop").config, network()
     with torch.no_grad():
         student.module.network.fc.weight.mul_(1e-3)
         student.module.network.fc.bias.copy_(torch.linspace(0.1, 0.9, 10))
     logits_NK, label_N = one_by_one(config, student.module.eval(), student.input)
     assert 0 < logits_NK.min() < logits_NK.max() < 1
-    found = evaluator(config)(student.module, student.input)
+    evaluation = evaluator(config)(student.module, student.input)
     error = ece_error(logits_NK, logits_error(student, logits_NK))
-    assert found.ece == pytest.approx(calibration_error(logits_NK, label_N), rel=0, abs=error)
+    assert evaluation.ece == pytest.approx(calibration_error(logits_NK, label_N), rel=0, abs=error)
 
 
 def test_a_teacher_agrees_with_itself(replays: Replay) -> None:
     config = replays("crop").config
     teacher = teacher_of(config)
-    found = evaluator(config)(teacher.module, teacher.loaded.input, teacher)
-    assert found.agreement == 1
+    evaluation = evaluator(config)(teacher.module, teacher.loaded.input, teacher)
+    assert evaluation.agreement == 1
     # Of distributions whose logits differ by at most d, KL is at most d² / 2.
     logits_NK, _ = one_by_one(config, teacher.module, teacher.loaded.input)
-    assert found.kl == pytest.approx(0, abs=(2 * logits_error(teacher.loaded, logits_NK)) ** 2 / 2)
-    assert found.top1 == found.teacher_top1
+    assert evaluation.kl == pytest.approx(0, abs=(2 * logits_error(teacher.loaded, logits_NK)) ** 2 / 2)
+    assert evaluation.top1 == evaluation.teacher_top1
 
 
 def test_without_labels_agreement_is_all_that_is_measured(replays: Replay) -> None:
     config = replays("crop").config
     teacher = teacher_of(config)
-    found = evaluator(config, label=None)(teacher.module, teacher.loaded.input, teacher)
-    assert (found.num_rows, found.top1, found.top5, found.ece, found.teacher_top1) == (35, None, None, None, None)
-    assert found.agreement == 1
+    evaluation = evaluator(config, label=None)(teacher.module, teacher.loaded.input, teacher)
+    assert (evaluation.num_rows, evaluation.top1, evaluation.top5, evaluation.ece, evaluation.teacher_top1) == (
+        35,
+        None,
+        None,
+        None,
+        None,
+    )
+    assert evaluation.agreement == 1
 
 
-def test_a_head_of_zeros_hits_by_class_index_alone(replays: Replay) -> None:
+def test_ties_of_a_student_are_broken_by_class_index(replays: Replay) -> None:
     """All logits of a row are equal: class 0 is predicted, and classes 0 to 4 are its five first."""
     config, student = replays("crop").config, network()
     torch.nn.init.zeros_(student.module.network.fc.weight)
     torch.nn.init.zeros_(student.module.network.fc.bias)
     _, label_N = one_by_one(config, student.module.eval(), student.input)
-    found = evaluator(config)(student.module, student.input)
-    assert found.top1 == pytest.approx((label_N == 0).double().mean().item())
-    assert found.top5 == pytest.approx((label_N < 5).double().mean().item())
+    evaluation = evaluator(config)(student.module, student.input)
+    assert evaluation.top1 == pytest.approx((label_N == 0).double().mean().item())
+    assert evaluation.top5 == pytest.approx((label_N < 5).double().mean().item())
 
 
-def test_ties_of_a_teacher_agree_by_class_index(replays: Replay) -> None:
+def test_ties_of_a_teacher_are_broken_by_class_index(replays: Replay) -> None:
     config, teacher = replays("crop").config, teacher_of(replays("crop").config)
     for parameter in teacher.module.network.parameters():
         torch.nn.init.zeros_(parameter)
     student = network()
-    own_NK, label_N = one_by_one(config, student.module.eval(), student.input)
-    found = evaluator(config)(student.module, student.input, teacher)
-    assert found.teacher_top1 == pytest.approx((label_N == 0).double().mean().item())
-    assert found.agreement == pytest.approx((own_NK.argmax(1) == 0).double().mean().item())
+    student_NK, label_N = one_by_one(config, student.module.eval(), student.input)
+    evaluation = evaluator(config)(student.module, student.input, teacher)
+    assert evaluation.teacher_top1 == pytest.approx((label_N == 0).double().mean().item())
+    assert evaluation.agreement == pytest.approx((student_NK.argmax(1) == 0).double().mean().item())
 
 
 def test_rows_that_are_not_finite_stop_an_evaluation_with_their_number(replays: Replay) -> None:
-    """Every row that a NaN made a hit before."""
     config, student = replays("crop").config, network()
-    own_NK, _ = one_by_one(config, student.module.eval(), student.input)
-    first_shard_NK = own_NK[:20]
+    student_NK, _ = one_by_one(config, student.module.eval(), student.input)
+    first_shard_NK = student_NK[:20]
     limit = first_shard_NK[:, 0].median()
     num_bad = int((first_shard_NK[:, 0] > limit).sum())
     assert 0 < num_bad < 20
     student.module.network.fc.register_forward_hook(
         lambda _, __, logits_BK: logits_BK.masked_fill(logits_BK[:, :1] > limit, torch.nan)
     )
-    with pytest.raises(EvaluationError) as caught:
+    with raises("evaluate.student-not-finite", got=f"NaN or infinity in {num_bad} of 20 rows", exit_code=1) as caught:
         evaluator(config)(student.module, student.input)
-    assert caught.value.code == "evaluate.student-not-finite"
-    assert caught.value.exit_code == 1
-    assert caught.value.got == f"NaN or infinity in {num_bad} of 20 rows"
     assert str(caught.value.where).startswith(next(iter(shard_urls(config).values())))
 
 
@@ -212,9 +211,8 @@ def test_a_teacher_that_is_not_finite_stops_an_evaluation(replays: Replay, value
     config, teacher, student = replays("crop").config, teacher_of(replays("crop").config), network()
     for parameter in teacher.module.network.parameters():
         torch.nn.init.constant_(parameter, value)
-    with pytest.raises(EvaluationError) as caught:
+    with raises("evaluate.teacher-not-finite") as caught:
         evaluator(config)(student.module, student.input, teacher)
-    assert caught.value.code == "evaluate.teacher-not-finite"
     assert "teacher.weights" in str(caught.value.next_step)
 
 
@@ -229,9 +227,8 @@ def test_a_checkpoint_that_is_not_finite_is_neither_evaluated_nor_exported(repla
         lambda shards: evaluate_run(str(tmp_path / "run"), shards, checkpoint_name="last", num_threads=1, device=CPU),
         lambda _: export_run(str(tmp_path / "run"), str(tmp_path / "student.safetensors")),
     ):
-        with pytest.raises(ModelError) as caught:
+        with raises("weights.not-finite") as caught:
             use(config.data.val_shards)
-        assert caught.value.code == "weights.not-finite"
         assert "conv1.bias" in str(caught.value.got)
 
 
@@ -249,19 +246,20 @@ def test_evaluation_leaves_no_trace_in_the_model(replays: Replay) -> None:
 def test_the_size_of_a_batch_changes_no_count(replays: Replay, monkeypatch: pytest.MonkeyPatch) -> None:
     config, student = replays("crop").config, network()
     whole = evaluator(config)(student.module, student.input)
-    monkeypatch.setattr("pipeline.student.evaluation.evaluator._BATCH", 3)
-    found = evaluator(config)(student.module, student.input)
+    monkeypatch.setattr("pipeline.student.evaluation.evaluator.BATCH_SIZE", 3)
+    evaluation = evaluator(config)(student.module, student.input)
     # A mean of confidences is no count: convolutions round otherwise in another batch.
     logits_NK, _ = one_by_one(config, student.module.eval(), student.input)
-    assert found.ece == pytest.approx(whole.ece, rel=0, abs=ece_error(logits_NK, logits_error(student, logits_NK)))
-    assert replace(found, ece=whole.ece) == whole
+    assert evaluation.ece == pytest.approx(whole.ece, rel=0, abs=ece_error(logits_NK, logits_error(student, logits_NK)))
+    assert replace(evaluation, ece=whole.ece) == whole
 
 
 def test_bad_images_follow_the_configs_rule(replays: Replay) -> None:
     config, student = replays("crop").config, network()
-    with pytest.raises(ShardError, match="20 of 20 samples cannot be used"):
+    with raises("shard.bad-samples") as caught:
         evaluator(config, max_pixels=5)(student.module, student.input)
-    with pytest.raises(ConfigError, match="no images to evaluate on"):
+    assert "20 of 20 samples" in str(caught.value)
+    with raises("data.no-validation-images"):
         evaluator(config, max_pixels=5, bad_samples="skip", max_bad_share=1.0)(student.module, student.input)
 
 
@@ -278,46 +276,48 @@ def test_a_run_evaluates_as_it_did_while_it_was_trained(replays: Replay, tmp_pat
     summary = checkpoint.read_summary(str(tmp_path))
     assert summary is not None
     for name, key in (("last", "top1"), ("best", "best_top1")):
-        found = evaluate_run(str(tmp_path), config.data.val_shards, checkpoint_name=name, num_threads=1, device=CPU)
-        assert found.top1 == summary[key]
-        assert found.agreement is not None
-        assert found.kl is not None
+        evaluation = evaluate_run(
+            str(tmp_path), config.data.val_shards, checkpoint_name=name, num_threads=1, device=CPU
+        )
+        assert evaluation.top1 == summary[key]
+        assert evaluation.agreement is not None
+        assert evaluation.kl is not None
 
 
-def test_with_an_average_its_weights_are_evaluated_and_kept_as_the_model(replays: Replay, tmp_path: Path) -> None:
+def test_averaged_weights_are_evaluated_and_stored_as_the_model(replays: Replay, tmp_path: Path) -> None:
     cache = replays("crop")
     config = trained(cache, tmp_path, student=NORMALISED, train={"epochs": 4, "lr": 0.05, "ema": 0.9})
     state = checkpoint.load(str(tmp_path), checkpoint.LAST)
     assert state is not None
     assert not torch.equal(state["model"]["fc.weight"], state["raw"]["fc.weight"])
     student = network(size=16)
-    found: dict[str, float | None] = {}
+    evaluation: dict[str, float | None] = {}
     for name in ("model", "raw"):
         student.module.network.load_state_dict(state[name])
-        found[name] = evaluator(config)(student.module, student.input).ece
+        evaluation[name] = evaluator(config)(student.module, student.input).ece
     lines = (tmp_path / "evaluations.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3, 4]
-    assert json.loads(lines[-1])["ece"] == found["model"] != found["raw"]
+    assert json.loads(lines[-1])["ece"] == evaluation["model"] != evaluation["raw"]
     assert config.data.val_shards is not None
     last = evaluate_run(str(tmp_path), config.data.val_shards, checkpoint_name="last", num_threads=1, device=CPU)
-    assert last.ece == found["model"]
+    assert last.ece == evaluation["model"]
 
 
-def test_a_training_with_its_teacher_in_the_loop_measures_how_near_it_comes(replays: Replay, tmp_path: Path) -> None:
+def test_a_training_with_an_online_teacher_measures_agreement_and_kl(replays: Replay, tmp_path: Path) -> None:
     base = replays("crop").config
     config = run_config(base, tmp_path, mode="online", data={"val_shards": base.data.shards}, train={"epochs": 6})
     index_shards(config, tmp_path / "index")
     train(config)
-    found = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
-    assert all(0 <= one["agreement"] <= 1 for one in found)
-    assert 0 < found[-1]["kl"] < found[0]["kl"]
+    evaluation = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
+    assert all(0 <= line["agreement"] <= 1 for line in evaluation)
+    assert 0 < evaluation[-1]["kl"] < evaluation[0]["kl"]
 
 
 @pytest.mark.parametrize("loss", ["kd", "mse"], ids=["of logits", "of embeddings"])
-def test_a_run_from_a_cache_measures_its_teacher_as_an_evaluation_with_the_teacher_does(
+def test_precomputed_teacher_outputs_give_the_metrics_of_an_evaluation_with_the_teacher(
     replays: Replay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str
 ) -> None:
-    """By weights of the run alone and by another code path; the student's images are of another size."""
+    """By another code path; student and teacher take images of different sizes."""
     cache = replays("crop")
     keys: dict[str, Any] = {
         "loss": [{"name": loss}],
@@ -325,38 +325,37 @@ def test_a_run_from_a_cache_measures_its_teacher_as_an_evaluation_with_the_teach
         "data": {"val_shards": cache.config.data.shards},
     }
     train(run_config(cache.config, tmp_path / "without", **keys))
-    asked: list[int] = []
-    ask = Teacher.infer_on_device
+    batches: list[int] = []
+    infer = Teacher.infer_on_device
 
     def counting(self: Teacher, pixels_NCHW: Tensor) -> tuple[Tensor, Tensor]:
-        asked.append(len(pixels_NCHW))
-        return ask(self, pixels_NCHW)
+        batches.append(len(pixels_NCHW))
+        return infer(self, pixels_NCHW)
 
     monkeypatch.setattr(Teacher, "infer_on_device", counting)
     events: list[dict[str, Any]] = []
     config = run_config(cache.config, tmp_path / "with", **keys, train={"eval_agreement": True})
     train(config, report=events.append)
-    found = [json.loads(line) for line in (tmp_path / "with" / "evaluations.jsonl").read_text().splitlines()]
-    assert len(found) == 2
-    assert sum(asked) == found[0]["num_rows"]
+    evaluation = [json.loads(line) for line in (tmp_path / "with" / "evaluations.jsonl").read_text().splitlines()]
+    assert len(evaluation) == 2
+    assert sum(batches) == evaluation[0]["num_rows"]
     (event,) = (event for event in events if event["kind"] == "validation-teacher")
     width = 10 if loss == "kd" else 10 + open_cache(cache.url).header.embedding_dim
-    assert event["size_bytes"] == 4 * width * found[0]["num_rows"]
+    assert event["size_bytes"] == 4 * width * evaluation[0]["num_rows"]
     assert config.data.val_shards is not None
     url = str(tmp_path / "with")
     last = evaluate_run(url, config.data.val_shards, checkpoint_name="last", num_threads=1, device=CPU)
-    assert {**last.measured()} == {name: value for name, value in found[-1].items() if name in last.measured()}
+    assert {**last.measured()} == {name: value for name, value in evaluation[-1].items() if name in last.measured()}
     assert (last.cosine if loss == "mse" else last.agreement) is not None
-    one, other = (checkpoint.load(str(tmp_path / name), checkpoint.LAST) for name in ("without", "with"))
-    assert one is not None
-    assert other is not None
-    assert all(torch.equal(value, other["model"][name]) for name, value in one["model"].items())
+    states = [checkpoint.load(str(tmp_path / name), checkpoint.LAST) for name in ("without", "with")]
+    models = [state["model"] for state in states if state is not None]
+    assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
     without = [json.loads(line) for line in (tmp_path / "without" / "evaluations.jsonl").read_text().splitlines()]
     assert all(line["agreement"] is None and line["cosine"] is None for line in without)
 
 
 @pytest.mark.parametrize("measured", [False, True])
-def test_agreement_with_a_teacher_online_is_measured_or_left_out_whatever_caches_are_named(
+def test_agreement_with_an_online_teacher_is_measured_or_left_out_for_any_named_caches(
     replays: Replay, tmp_path: Path, *, measured: bool
 ) -> None:
     base = replays("crop").config
@@ -368,8 +367,8 @@ def test_agreement_with_a_teacher_online_is_measured_or_left_out_whatever_caches
     config = run_config(base, tmp_path, mode="online", **keys)
     index_shards(config, tmp_path / "index")
     train(config)
-    found = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
-    assert [line["agreement"] is not None for line in found] == [measured, measured]
+    evaluation = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
+    assert [line["agreement"] is not None for line in evaluation] == [measured, measured]
 
 
 @pytest.mark.parametrize(
@@ -388,9 +387,8 @@ def test_agreement_that_cannot_be_measured_is_refused_before_any_work(
     keys: dict[str, Any] = {"data": {"val_shards": base.data.shards}, "train": {"eval_agreement": True}}
     for section, keys_of in changes.items():
         keys[section] = {**keys.get(section, {}), **keys_of} if isinstance(keys_of, dict) else keys_of
-    with pytest.raises(ConfigError) as caught:
+    with raises("config.eval-agreement") as caught:
         train(run_config(base, tmp_path, **keys))
-    assert caught.value.code == "config.eval-agreement"
     assert missing in caught.value.what
     assert not list(tmp_path.iterdir())
 
@@ -409,7 +407,7 @@ def test_agreement_with_a_teacher_whose_weights_are_gone_is_refused_before_the_f
     assert not (tmp_path / "run").exists()
 
 
-def test_a_validation_shard_that_is_replaced_after_the_teacher_was_asked_is_an_error(
+def test_a_validation_shard_that_is_replaced_after_the_teachers_outputs_were_computed_is_an_error(
     replays: Replay, tmp_path: Path
 ) -> None:
     base = replays("crop").config
@@ -423,9 +421,8 @@ def test_a_validation_shard_that_is_replaced_after_the_teacher_was_asked_is_an_e
         if event["kind"] == "eval" and event["epoch"] == 1:
             shutil.copy(copies[0], copies[1])
 
-    with pytest.raises(StillroomError) as caught:
+    with raises("shard.replaced"):
         train(config, report=replace)
-    assert caught.value.code == "shard.replaced"
     state = checkpoint.load(str(tmp_path / "run"), checkpoint.LAST)
     assert state is not None
     assert state["step"] == 10
@@ -435,38 +432,39 @@ def test_another_architecture_than_the_caches_teacher_is_refused_before_training
     replays: Replay, tmp_path: Path
 ) -> None:
     kwargs = {"depth": 8, "widths": [4, 4, 6, 8]}
-    with pytest.raises(CacheError, match=r"kwargs\.widths: \[4, 4, 6, 7\] -> \[4, 4, 6, 8\]"):
+    with raises("cache.other-teacher") as caught:
         trained(replays("crop"), tmp_path, teacher={"kwargs": kwargs})
+    assert "kwargs.widths: [4, 4, 6, 7] -> [4, 4, 6, 8]" in str(caught.value)
     assert not list(tmp_path.iterdir())
 
 
 def test_other_weights_than_the_caches_teachers_are_refused(replays: Replay, tmp_path: Path) -> None:
     cache = replays("crop")
-    other = load_model(cache.config.teacher, num_classes=10, size=16, seed=1)
-    torch.save(other.module.network.state_dict(), tmp_path / "other.pt")
+    teacher = load_model(cache.config.teacher, num_classes=10, size=16, seed=1)
+    torch.save(teacher.module.network.state_dict(), tmp_path / "other.pt")
     config = trained(cache, tmp_path / "run", teacher={"weights": str(tmp_path / "other.pt")}, train={"epochs": 1})
     assert config.data.val_shards is not None
-    with pytest.raises(CacheError, match="not the one whose words were cached"):
+    with raises("cache.other-teacher"):
         evaluate_run(str(tmp_path / "run"), config.data.val_shards, checkpoint_name="last", num_threads=1, device=CPU)
-    with pytest.raises(CacheError, match="not the one whose words were cached"):
+    with raises("cache.other-teacher"):
         check_training(config)
 
 
-def test_a_run_without_the_wanted_checkpoint_says_how_to_get_it(replays: Replay, tmp_path: Path) -> None:
+def test_a_missing_checkpoint_is_refused_with_how_to_get_it(replays: Replay, tmp_path: Path) -> None:
     cache = replays("crop")
     config = run_config(cache.config, tmp_path)
     train(config)
     shards = cache.config.data.shards
     assert shards is not None
-    with pytest.raises(ConfigError, match="no best checkpoint") as caught:
+    with raises("run.no-checkpoint") as caught:
         evaluate_run(str(tmp_path), shards, checkpoint_name="best", num_threads=1, device=CPU)
     assert "data.val_shards" in str(caught.value.next_step)
-    with pytest.raises(ConfigError, match="there is no run here"):
+    with raises("run.not-evaluation"):
         evaluate_run(str(tmp_path / "nowhere"), shards, checkpoint_name="last", num_threads=1, device=CPU)
 
 
 def test_a_rank_without_a_shard_counts_nothing(replays: Replay) -> None:
-    """Two shards over three ranks: the ranks' own counts, before they are added up, are of disjoint images."""
+    """Two shards over three ranks: the counts of the ranks are of disjoint images."""
     config, student = replays("crop").config, network()
     rows: list[int] = []
     for rank in range(3):
@@ -475,6 +473,6 @@ def test_a_rank_without_a_shard_counts_nothing(replays: Replay) -> None:
         if shards:
             rows.append(share(student.module, student.input).num_rows)
         else:
-            with pytest.raises(ConfigError, match="no images to evaluate on"):
+            with raises("data.no-validation-images"):
                 share(student.module, student.input)
     assert rows == [20, 15]

@@ -1,4 +1,4 @@
-"""An exported student answers as the run's student does, wherever it is read; what is wrong leaves no file."""
+"""An exported student has the outputs of the run's student; a refused export leaves no file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pipeline.core.errors import ConfigError, ModelError, StorageInputError
 from pipeline.models import InputSpec, LoadedModel, load_model
 from pipeline.student.evaluation.loaded_run import CheckpointName
 from pipeline.student.export.exporters import export_run
@@ -22,6 +21,7 @@ from pipeline.student.export.graphs import TOLERANCE
 from pipeline.student.run import checkpoint
 from pipeline.student.training.trainer import train
 from schemas.config import StudentConfig
+from tests.errors import raises
 from tests.marks import slow
 from tests.pipeline.student.conftest import Replay
 from tests.pipeline.student.runs import CE, SMALL, run_config
@@ -52,7 +52,7 @@ Finished = Callable[[str], str]
 
 @pytest.fixture(scope="module")
 def finished(replays: Replay, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """``finished("timm")``: the URL of a run of one epoch of that network. To be read, never written."""
+    """``finished("timm")``: the URL of a run of one epoch with that network. Tests only read it."""
     runs: dict[str, str] = {}
 
     def get(name: str) -> str:
@@ -118,7 +118,7 @@ GRAPHS = [
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["pt2", "onnx"])
 @pytest.mark.parametrize(("network", "with_normalization"), GRAPHS)
-def test_a_graph_answers_as_the_runs_student_for_any_batch_size(
+def test_a_graph_has_the_logits_of_the_runs_student_for_any_batch_size(
     finished: Finished, tmp_path: Path, network: str, suffix: str, with_normalization: bool
 ) -> None:
     path = tmp_path / f"student.{suffix}"
@@ -138,10 +138,10 @@ def test_a_graph_answers_as_the_runs_student_for_any_batch_size(
 
 
 @pytest.mark.parametrize("network", [slow(name) if name in ("timm", "torchvision") else name for name in NETWORKS])
-def test_exported_weights_are_the_networks_alone_and_begin_another_student(
+def test_exported_weights_have_no_projectors_and_initialise_another_student(
     finished: Finished, tmp_path: Path, network: str
 ) -> None:
-    """The runs learnt from ND, so that checkpoints hold projectors to the teacher's width."""
+    """The runs use ND, so their checkpoints have projectors to the teacher's width."""
     path = tmp_path / "student.safetensors"
     assert export_run(finished(network), str(path)).difference is None
     student = student_of(finished(network))
@@ -153,16 +153,16 @@ def test_exported_weights_are_the_networks_alone_and_begin_another_student(
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", slow("pt2"), slow("onnx")])
-def test_metadata_say_what_the_network_is_and_eats(finished: Finished, tmp_path: Path, suffix: str) -> None:
+def test_metadata_describe_the_network_and_its_input(finished: Finished, tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"student.{suffix}"
     export_run(finished("timm"), str(path))
-    found = metadata_of(path)
+    metadata = metadata_of(path)
     spec = student_of(finished("timm")).input
-    assert found["model"] == "timm/vit_tiny_patch16_224"
-    assert json.loads(found["kwargs"]) == NETWORKS["timm"]["kwargs"]
-    assert (found["num_classes"], found["size"], found["interpolation"]) == ("10", "32", "bicubic")
-    assert (json.loads(found["mean"]), json.loads(found["std"])) == (list(spec.mean), list(spec.std))
-    assert (found["checkpoint"], found["step"]) == ("last", "5")
+    assert metadata["model"] == "timm/vit_tiny_patch16_224"
+    assert json.loads(metadata["kwargs"]) == NETWORKS["timm"]["kwargs"]
+    assert (metadata["num_classes"], metadata["size"], metadata["interpolation"]) == ("10", "32", "bicubic")
+    assert (json.loads(metadata["mean"]), json.loads(metadata["std"])) == (list(spec.mean), list(spec.std))
+    assert (metadata["checkpoint"], metadata["step"]) == ("last", "5")
 
 
 @pytest.mark.parametrize(("name", "path"), [("best", checkpoint.BEST), ("last", checkpoint.LAST)])
@@ -180,12 +180,12 @@ def test_the_named_checkpoint_is_exported(replays: Replay, tmp_path: Path, name:
     assert all(torch.equal(value, state["model"][key]) for key, value in written.items())
 
 
-def test_a_named_format_goes_before_the_suffix(finished: Finished, tmp_path: Path) -> None:
+def test_the_format_option_overrides_the_suffix(finished: Finished, tmp_path: Path) -> None:
     export_run(finished("cifar"), str(tmp_path / "weights"), format="safetensors")
     assert load_file(tmp_path / "weights")
 
 
-def test_it_is_published_to_any_store(finished: Finished) -> None:
+def test_an_export_is_written_to_any_store(finished: Finished) -> None:
     from pipeline import storage
 
     done = export_run(finished("cifar"), "memory://exports/student.safetensors")
@@ -194,7 +194,7 @@ def test_it_is_published_to_any_store(finished: Finished) -> None:
 
 
 class Dropped(nn.Module):
-    """Answers otherwise in a graph: what is random is drawn anew at every call, in eval mode too."""
+    """Random at every call, also in eval mode, so that a graph's logits differ from the network's."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -205,7 +205,7 @@ class Dropped(nn.Module):
 
 
 class Branching(Dropped):
-    """No graph: what it does hangs on its pixels."""
+    """Has no graph: its control flow depends on the pixels."""
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         pooled_BC = images_BCHW.mean((2, 3))
@@ -215,19 +215,19 @@ class Branching(Dropped):
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["pt2", "onnx"])
 @pytest.mark.parametrize(
-    ("network", "told"), [("Dropped", "does not answer as the network"), ("Branching", "cannot be written as a graph")]
+    ("network", "code"), [("Dropped", "export.graph-differs"), ("Branching", "export.not-a-graph")]
 )
-def test_what_is_no_faithful_graph_leaves_no_file(
-    replays: Replay, tmp_path: Path, network: str, told: str, suffix: str
+def test_a_network_without_an_equal_graph_is_refused_and_leaves_no_file(
+    replays: Replay, tmp_path: Path, network: str, code: str, suffix: str
 ) -> None:
     student = {**SMALL, "model": f"python:{__name__}:{network}"}
     train(run_config(replays("crop").config, tmp_path / "run", student=student, train={"epochs": 1}))
-    with pytest.raises(ModelError, match=told):
+    with raises(code):
         export_run(str(tmp_path / "run"), str(tmp_path / f"student.{suffix}"))
     assert not list(tmp_path.glob("student*"))
 
 
-def test_an_unfinished_run_gives_its_best_weights_only(replays: Replay, tmp_path: Path) -> None:
+def test_only_the_best_checkpoint_of_an_unfinished_run_is_exported(replays: Replay, tmp_path: Path) -> None:
     base = replays("crop").config
     train_twice = {"data": {"val_shards": base.data.shards}, "train": {"epochs": 3}}
     config = run_config(base, tmp_path / "run", **train_twice)
@@ -239,24 +239,24 @@ def test_an_unfinished_run_gives_its_best_weights_only(replays: Replay, tmp_path
     with pytest.raises(KeyboardInterrupt):
         train(config, report=report)
     out = str(tmp_path / "student.safetensors")
-    with pytest.raises(ConfigError, match="not finished"):
+    with raises("run.not-finished"):
         export_run(str(tmp_path / "run"), out)
     assert export_run(str(tmp_path / "run"), out, checkpoint_name="best").step == 5
 
 
-def test_what_is_asked_wrongly_is_told_before_anything_is_read(finished: Finished, tmp_path: Path) -> None:
+def test_invalid_requests_are_refused_before_the_run_is_read(finished: Finished, tmp_path: Path) -> None:
     run = finished("cifar")
-    with pytest.raises(ConfigError, match="there is no run here"):
+    with raises("run.not-found"):
         export_run(str(tmp_path / "nowhere"), str(tmp_path / "a.onnx"))
     for name in ("student.pth", "student"):
-        with pytest.raises(ConfigError, match="names no format"):
+        with raises("export.unknown-format"):
             export_run(run, str(tmp_path / name))
-    with pytest.raises(ConfigError, match="cannot hold the normalisation"):
+    with raises("export.no-graph-to-normalize"):
         export_run(run, str(tmp_path / "a.safetensors"), with_normalization=True)
-    with pytest.raises(StorageInputError, match="read-only"):
+    with raises("storage.read-only-protocol"):
         export_run(run, "https://example.org/a.onnx")
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageInputError, match="a part of this path is a file"):
+    with raises("storage.file-in-path"):
         export_run(run, str(tmp_path / "file" / "a.safetensors"))
 
 
@@ -264,7 +264,6 @@ def test_a_missing_package_is_named_with_what_installs_it(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(ConfigError, match="not installed") as caught:
+    with raises("export.missing-package", got="no onnxruntime") as caught:
         export_run(finished("cifar"), str(tmp_path / "a.onnx"))
-    assert caught.value.got == "no onnxruntime"
     assert "stillroom[export]" in str(caught.value.next_step)

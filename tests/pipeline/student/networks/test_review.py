@@ -1,7 +1,8 @@
-"""The fusion of ReviewKD against the paper's, computed in float64 by hand; and what a plan of it refuses."""
+"""The fusion of ReviewKD against a float64 implementation of the paper; plans that are refused."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from pipeline.core.errors import ConfigError, ModelError
 from pipeline.models import FeatureMap, LoadedModel, load_model
 from pipeline.student.networks.review import Review, ReviewPlan, plan_review, review_section
 from pipeline.student.networks.student import Student
 from schemas.config import Config, ReviewKdLoss, StudentConfig
+from tests.errors import raises
 from tests.pipeline.student.runs import SMALL
 
 RESNET = {**SMALL, "model": "python:pipeline.models.cifar:resnet", "kwargs": {"depth": 8, "widths": [4, 4, 6, 7]}}
@@ -39,17 +40,17 @@ def feature_map(channels: int, side: int) -> FeatureMap:
 
 
 def plan(student: list[tuple[int, int]], teacher: list[tuple[int, int]], **keys: Any) -> ReviewPlan:
-    """Of maps given as (channels, side)."""
-    given = {"embedding_dims": None, "mid_channels": 3, **keys}
+    """For maps given as (channels, side)."""
+    options = {"embedding_dims": None, "mid_channels": 3, **keys}
     return ReviewPlan(
-        student=tuple(feature_map(*one) for one in student),
-        teacher=tuple(feature_map(*one) for one in teacher),
-        **given,
+        student=tuple(feature_map(*shape) for shape in student),
+        teacher=tuple(feature_map(*shape) for shape in teacher),
+        **options,
     )
 
 
 class Oracle:
-    """The paper's fusion in float64 NumPy, on the weights of a module in training."""
+    """The paper's fusion in float64 NumPy, with the weights of a module in training mode."""
 
     def __init__(self, review: Review) -> None:
         self.weights = {name: value.detach().numpy() for name, value in review.state_dict().items()}
@@ -66,13 +67,13 @@ class Oracle:
         padded, (height, width) = np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1))), x.shape[2:]
         kernel = self.weights[f"{name}.weight"]
         shifts = [(row, column) for row in range(3) for column in range(3)]
-        parts = [
+        products = [
             np.einsum(
                 "oc,bchw->bohw", kernel[:, :, row, column], padded[:, :, row : row + height, column : column + width]
             )
             for row, column in shifts
         ]
-        return np.sum(parts, axis=0)
+        return np.sum(products, axis=0)
 
     def level(
         self, number: int, x: np.ndarray, deeper: np.ndarray | None, teacher_side: int
@@ -89,12 +90,17 @@ class Oracle:
 
 
 def nearest(x: np.ndarray, side: int) -> np.ndarray:
-    positions = [place * x.shape[2] // side for place in range(side)]
+    positions = [position * x.shape[2] // side for position in range(side)]
     return x[:, :, positions][:, :, :, positions]
 
 
-def noisy(review: Review) -> Review:
-    """In float64, with values of chance in every parameter, so that one that is forgotten shows."""
+def shapes(maps: Sequence[Tensor]) -> list[tuple[int, ...]]:
+    """Without the batch."""
+    return [tuple(map_BCHW.shape[1:]) for map_BCHW in maps]
+
+
+def randomized(review: Review) -> Review:
+    """In float64, with random values in every parameter, so that each parameter matters."""
     generator = torch.Generator().manual_seed(0)
     for parameter in review.double().parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
@@ -112,7 +118,7 @@ def noisy(review: Review) -> Review:
     ids=["equal sides", "a teacher of larger maps", "a teacher of smaller maps", "one level"],
 )
 def test_the_fusion_is_the_papers(student: list[tuple[int, int]], teacher: list[tuple[int, int]]) -> None:
-    review = noisy(Review(plan(student, teacher)))
+    review = randomized(Review(plan(student, teacher)))
     generator = torch.Generator().manual_seed(1)
     levels = [torch.randn(3, c, side, side, generator=generator, dtype=torch.float64) for c, side in student]
     oracle, deeper = Oracle(review), None
@@ -120,14 +126,14 @@ def test_the_fusion_is_the_papers(student: list[tuple[int, int]], teacher: list[
     for number in reversed(range(len(levels))):
         output, deeper = oracle.level(number, levels[number].numpy(), deeper, teacher[number][1])
         expected.insert(0, output)
-    found = review(levels)
-    assert [tuple(one.shape[1:]) for one in found] == [(c, side, side) for c, side in teacher]
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, torch.from_numpy(other))
+    outputs = review(levels)
+    assert shapes(outputs) == [(c, side, side) for c, side in teacher]
+    for output, expected_output in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(output, torch.from_numpy(expected_output))
 
 
 def test_a_shallow_output_depends_on_deep_levels_and_not_the_other_way_round() -> None:
-    review = noisy(Review(plan([(4, 8), (6, 4)], [(3, 8), (2, 4)])))
+    review = randomized(Review(plan([(4, 8), (6, 4)], [(3, 8), (2, 4)])))
     shallow, deep = torch.rand(2, 4, 8, 8).double(), torch.rand(2, 6, 4, 4).double()
     before, after = review([shallow, deep]), review([shallow, deep.flip(3)])
     assert not torch.allclose(before[0], after[0])
@@ -137,7 +143,7 @@ def test_a_shallow_output_depends_on_deep_levels_and_not_the_other_way_round() -
 def test_the_embeddings_are_the_deepest_level() -> None:
     review = Review(plan([(4, 8)], [(3, 4)], embedding_dims=(9, 11)))
     levels = review.plan.levels([torch.rand(2, 4, 8, 8)], torch.rand(2, 9))
-    assert [tuple(one.shape) for one in review(levels)] == [(2, 3, 4, 4), (2, 11, 1, 1)]
+    assert shapes(review(levels)) == [(3, 4, 4), (11, 1, 1)]
 
 
 def student_of(**keys: Any) -> tuple[Student, ReviewPlan]:
@@ -147,16 +153,16 @@ def student_of(**keys: Any) -> tuple[Student, ReviewPlan]:
 
 
 @pytest.mark.parametrize("embedding", [True, False])
-def test_a_student_answers_in_the_shapes_of_the_teachers_levels(embedding: bool) -> None:
+def test_a_students_maps_have_the_shapes_of_the_teachers_levels(embedding: bool) -> None:
     student, plan = student_of(embedding=embedding)
-    assert [(one.channels, one.side) for one in plan.student] == [(8, 8), (16, 4)]
-    answer = student(torch.rand(4, 3, 16, 16))
-    (projected_BD,) = answer.projected["nd"]
-    assert (answer.logits_BK.shape, projected_BD.shape) == ((4, 10), (4, 16))
-    assert [tuple(one.shape[1:]) for one in answer.maps] == [(6, 8, 8), (7, 4, 4), (7, 1, 1)][: 2 + embedding]
+    assert [(feature_map.channels, feature_map.side) for feature_map in plan.student] == [(8, 8), (16, 4)]
+    outputs = student(torch.rand(4, 3, 16, 16))
+    (projected_BD,) = outputs.projected["nd"]
+    assert (outputs.logits_BK.shape, projected_BD.shape) == ((4, 10), (4, 16))
+    assert shapes(outputs.maps) == [(6, 8, 8), (7, 4, 4), (7, 1, 1)][: 2 + embedding]
 
 
-def test_the_students_levels_are_what_its_layers_answer() -> None:
+def test_the_students_levels_are_the_outputs_of_its_layers() -> None:
     student, _ = student_of()
     seen: list[tuple[Tensor, ...]] = []
     assert student.review is not None
@@ -164,50 +170,49 @@ def test_the_students_levels_are_what_its_layers_answer() -> None:
     images, network = torch.rand(4, 3, 16, 16), student.model.network
     student(images)
     conv1 = network.conv1(images)
-    for found, expected in zip(seen[0], [conv1, network.conv2(conv1.relu())], strict=False):
-        torch.testing.assert_close(found, expected)
+    for level, expected in zip(seen[0], [conv1, network.conv2(conv1.relu())], strict=False):
+        torch.testing.assert_close(level, expected)
     torch.testing.assert_close(seen[0][2][:, :, 0, 0], student.model(images)[1])
 
 
-def test_everything_but_the_head_learns_from_the_maps_alone() -> None:
+def test_everything_but_the_head_gets_a_gradient_from_the_maps() -> None:
     student, _ = student_of()
     *_, maps = student(torch.rand(4, 3, 16, 16))
-    torch.stack([one.square().sum() for one in maps]).sum().backward()
+    torch.stack([map_BCHW.square().sum() for map_BCHW in maps]).sum().backward()
     idle = {name for name, parameter in student.named_parameters() if parameter.grad is None}
     assert idle == {"model.network.fc.weight", "model.network.fc.bias"}
 
 
-def test_a_student_without_a_review_answers_with_no_maps_and_has_nothing_more_to_learn() -> None:
+def test_a_student_without_a_review_has_no_maps_and_no_more_parameters() -> None:
     student = Student(loaded(SMALL).module)
     assert student(torch.rand(4, 3, 16, 16)).maps == ()
     assert not [name for name in student.state_dict() if not name.startswith("model.network.")]
 
 
-def test_a_review_asks_for_two_rows_like_any_batchnorm() -> None:
+def test_a_review_needs_two_rows_like_any_batchnorm() -> None:
     student, _ = student_of()
     assert student.min_rows == 2
 
 
-# Where a graph breaks, torch's compiler looks at gradients of inner tensors; its own filter comes after ours.
+# At a graph break torch's compiler reads gradients of inner tensors; its filter comes after ours.
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_a_compiled_student_answers_alike(backend: str) -> None:
+def test_a_compiled_student_has_the_same_outputs(backend: str) -> None:
     student, _ = student_of()
     images = torch.rand(4, 3, 16, 16)
     expected = student(images)
-    found: Any = torch.compile(student, backend=backend)(images)
-    torch.testing.assert_close(found[0], expected[0])
-    for one, other in zip(found.maps, expected.maps, strict=True):
-        torch.testing.assert_close(one, other)
+    outputs: Any = torch.compile(student, backend=backend)(images)
+    torch.testing.assert_close(outputs[0], expected[0])
+    torch.testing.assert_close(outputs.maps, expected.maps)
 
 
 def test_the_fusion_follows_the_layers_it_was_planned_for_under_autocast() -> None:
     student, _ = student_of()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         *_, maps = student(torch.rand(4, 3, 16, 16))
-    assert [tuple(one.shape[1:]) for one in maps] == [(6, 8, 8), (7, 4, 4), (7, 1, 1)]
-    assert all(one.isfinite().all() for one in maps)
+    assert shapes(maps) == [(6, 8, 8), (7, 4, 4), (7, 1, 1)]
+    assert all(map_BCHW.isfinite().all() for map_BCHW in maps)
 
 
 @pytest.mark.parametrize(
@@ -217,38 +222,37 @@ def test_the_fusion_follows_the_layers_it_was_planned_for_under_autocast() -> No
         ({"teacher_layers": ["layer2", "layer4"]}, "teacher_layers of review_kd", "layer3"),
     ],
 )
-def test_a_layer_that_is_not_there_is_told_with_the_nearest_and_those_that_serve(
+def test_an_unknown_layer_is_refused_with_the_nearest_and_with_usable_layers(
     keys: dict[str, Any], where: str, near: str
 ) -> None:
-    with pytest.raises(ModelError, match="no layer of this name") as caught:
+    with raises("model.unknown-layer", where=where) as caught:
         student_of(**keys)
-    assert caught.value.where == where
     assert near in str(caught.value.expected)
     assert near in str(caught.value.next_step)
 
 
 @pytest.mark.parametrize(
-    ("keys", "told"),
+    ("keys", "message"),
     [
         ({"student_layers": ["conv1"]}, "1 student_layers and 2 teacher_layers; expected the same number"),
         ({"teacher_layers": ["layer2", "layer2"]}, "teacher_layers names a layer twice"),
         ({"student_layers": [], "teacher_layers": []}, "at least 1 item"),
     ],
 )
-def test_layers_come_in_pairs(keys: dict[str, Any], told: str) -> None:
-    with pytest.raises(ValidationError, match=told):
+def test_layers_come_in_pairs(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
         section(**keys)
 
 
 def test_a_second_review_is_refused() -> None:
     terms = Config.model_validate({"loss": [REVIEW, {"name": "kd"}, REVIEW]}).loss
-    with pytest.raises(ConfigError, match="more than once"):
+    with raises("config.review-repeated"):
         review_section(terms)
     assert review_section(terms[1:2]) is None
 
 
-def test_identity_is_all_that_stands_before_the_last_relu_of_a_cifar_block() -> None:
-    """What the paper compares of a teacher: a stage before its last ReLU. It has no weights of its own."""
+def test_the_input_of_the_last_relu_of_a_cifar_block_has_a_name() -> None:
+    """The paper compares a teacher's stage before its last ReLU. The named module has no weights."""
     network = loaded(RESNET).module.network
     preact = network.get_submodule("layer3.0.preact")
     assert isinstance(preact, nn.Identity)
