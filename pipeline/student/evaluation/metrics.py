@@ -192,8 +192,8 @@ class FiniteRows:
         self.rows += len(keys)
         for name, outputs in (("student", student), ("teacher", teacher)):
             if outputs is not None:
-                bad_rows = (~outputs.is_finite_N).nonzero().flatten().tolist()
-                self.bad_keys[name] += [keys[row] for row in bad_rows]
+                bad_rows: list[int] = (~outputs.is_finite_N).nonzero().flatten().tolist()
+                self.bad_keys[name].extend(keys[row] for row in bad_rows)
         return not any(self.bad_keys.values())
 
     def check(self, *, where: str) -> None:

@@ -459,7 +459,7 @@ def test_a_missing_checkpoint_is_refused_with_how_to_get_it(replays: Replay, tmp
     with raises("run.no-checkpoint") as caught:
         evaluate_run(str(tmp_path), shards, checkpoint_name="best", num_threads=1, device=CPU)
     assert "data.val_shards" in str(caught.value.next_step)
-    with raises("run.not-evaluation"):
+    with raises("run.not-found"):
         evaluate_run(str(tmp_path / "nowhere"), shards, checkpoint_name="last", num_threads=1, device=CPU)
 
 
