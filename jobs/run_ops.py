@@ -9,7 +9,7 @@ from pipeline.shards.index import omissions_of
 from pipeline.shards.omissions import Omissions
 from pipeline.student.evaluation.evaluator import evaluate_run
 from pipeline.student.evaluation.loaded_run import CheckpointName
-from pipeline.student.evaluation.metrics import Evaluation
+from pipeline.student.evaluation.scores import Evaluation
 from pipeline.student.export.exporters import ExportedModel
 
 

@@ -25,7 +25,7 @@ from pipeline.shards.tar import read_samples
 from pipeline.student.data.local_store import NodeStore
 from pipeline.student.distributed import DistributedContext
 from pipeline.student.evaluation.loaded_run import CheckpointName, load_run
-from pipeline.student.evaluation.metrics import Evaluation, EvaluationScope, FiniteRows, MetricSums, NetworkOutputs
+from pipeline.student.evaluation.scores import Evaluation, EvaluationScope, FiniteRows, MetricSums, NetworkOutputs
 from pipeline.student.supervision.spec import SupervisionSpec
 from pipeline.teacher.inference import Teacher, load_teacher
 from pipeline.teacher.rendering import GroupViews, Rendering, read_groups

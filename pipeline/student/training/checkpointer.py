@@ -11,7 +11,7 @@ from pipeline.core.hashing import short
 from pipeline.core.redaction import redact
 from pipeline.models.sources.torchvision import input_transform
 from pipeline.models.weights import stored_transform_input
-from pipeline.student.evaluation.metrics import Score
+from pipeline.student.evaluation.scores import Score
 from pipeline.student.run import checkpoint
 from pipeline.student.run.metrics import published_evaluation
 from pipeline.student.training.setup import TrainingSetup

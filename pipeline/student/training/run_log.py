@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.student.data.batch import Batch
 from pipeline.student.distributed import DistributedContext
-from pipeline.student.evaluation.metrics import Evaluation
+from pipeline.student.evaluation.scores import Evaluation
 from pipeline.student.run.metrics import MetricsFile, Record, StepLog
 from pipeline.student.training.train_step import StepResult
 

@@ -14,7 +14,7 @@ from pipeline.student.data.loader import load_batches
 from pipeline.student.data.prefetcher import budget_warnings
 from pipeline.student.distributed import DistributedContext
 from pipeline.student.evaluation.finite import FiniteWeights
-from pipeline.student.evaluation.metrics import Evaluation
+from pipeline.student.evaluation.scores import Evaluation
 from pipeline.student.run import checkpoint
 from pipeline.student.supervision.loss_warnings import fidelity_warnings, loss_warnings
 from pipeline.student.training.checkpointer import Checkpointer, Progress

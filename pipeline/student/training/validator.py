@@ -10,7 +10,7 @@ from pipeline.models import EmbeddingModel
 from pipeline.student.data.sources import RowSource
 from pipeline.student.evaluation.evaluator import PrecomputedTeacher, build_evaluator, teacher_for_agreement
 from pipeline.student.evaluation.loaded_run import head_is_trained
-from pipeline.student.evaluation.metrics import Evaluation, EvaluationScope
+from pipeline.student.evaluation.scores import Evaluation, EvaluationScope
 from pipeline.student.evaluation.validation import ValidationSamples, read_validation, record_validation
 from pipeline.student.supervision.overlap import SeenImages
 from pipeline.student.training.run_log import Emit

@@ -13,7 +13,7 @@ from jobs.recipes.document import Recipe, RunSpec
 from jobs.recipes.runs import Row
 from jobs.recipes.table import Results, has_grid, print_tables, read_results, spread, write_results
 from pipeline.core.errors import ConfigError
-from pipeline.student.evaluation.metrics import Evaluation
+from pipeline.student.evaluation.scores import Evaluation
 from schemas.config import Config
 from schemas.recipe import RecipeConfig
 from tests.errors import raises
