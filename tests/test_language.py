@@ -31,6 +31,8 @@ REPLACED = {
     r"patience_s|\bwithdraw\b": "timeout_s, revoke",
     # Prose: a teacher produces outputs, a network takes an input, data are stored.
     r"\bone's own\b": "your own, or name the owner",
+    r"\bwhoever\b|\bstrangers?\b": "the user, untrusted data",
+    r"\bmade again\b": "repeated, rebuilt",
     r"\bmended?\b": "fix",
 }
 
