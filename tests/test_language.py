@@ -33,6 +33,12 @@ REPLACED = {
     r"\bone's own\b": "your own, or name the owner",
     r"\bwhoever\b|\bstrangers?\b": "the user, untrusted data",
     r"\bmade again\b": "repeated, rebuilt",
+    r"teacher's words|\bits words\b": "teacher outputs",
+    r"\bheard\b|\bnobody\b": "received, observed; no process, no user",
+    r"\bmates\b": "mixup partners",
+    r"\bpatience\b|\badvice\b": "timeout; warnings",
+    r"\bhis\b": "its, for a network or a process",
+    r"_Outcomes\b|_Parcel\b": "ErrorCapturingDataset, SharedMemoryBatch",
     r"\bmended?\b": "fix",
 }
 

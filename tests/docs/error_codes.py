@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+from pipeline.core import errors
 from pipeline.core.error_codes import error_codes
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -47,7 +48,8 @@ def sections() -> Iterator[str]:
 def all_codes() -> frozenset[str]:
     """Codes of the list, codes given to errors, and texts of that form in the same areas, such as codes of a table."""
     codes = {*error_codes(), *raised_messages()}
-    areas = {code.partition(".")[0] for code in codes}
+    classes = {value.code for value in vars(errors).values() if isinstance(value, type) and hasattr(value, "code")}
+    areas = {code.partition(".")[0] for code in codes | classes}
     texts = {
         node.value for node in _nodes() if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value
     }
