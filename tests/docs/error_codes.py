@@ -18,7 +18,7 @@ _CODE = re.compile(r"[a-z]+\.[a-z0-9]+(?:-[a-z0-9]+)+")
 
 _TITLE = """# Error codes
 
-Every error has a code, which stays the same when its message changes. The first line of a message ends with it, JSON
+Every error has a code, which stays the same when its message changes. A message begins with it in brackets, JSON
 logs have it as `code`, and `stillroom explain CODE` prints the entry. Programs and tests should match the code.
 
 An error prints what is wrong, then `where`, `got`, `expected` and `next` as far as they apply.

@@ -205,7 +205,7 @@ class FiniteRows:
             if keys:
                 raise EvaluationError(
                     f"the {name}'s outputs are not finite",
-                    code=f"evaluate.{name}-not-finite",
+                    code="evaluate.student-not-finite" if name == "student" else "evaluate.teacher-not-finite",
                     where=f"{where}, first keys {', '.join(keys[:_NUM_NAMED])}",
                     got=f"NaN or infinity in {len(keys)} of {self.rows} rows",
                     next_step="train again with a lower train.lr or with train.clip_norm, in another run.url"

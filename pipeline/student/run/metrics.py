@@ -101,7 +101,7 @@ def _check_finite(records: Sequence[Record]) -> None:
         if bad:
             raise TrainingError(
                 "the loss is not finite" if name == "loss" else "the gradients are not finite",
-                code=f"train.not-finite-{'loss' if name == 'loss' else 'gradients'}",
+                code="train.not-finite-loss" if name == "loss" else "train.not-finite-gradients",
                 where=f"first in step {bad[0]}, seen between steps {records[0]['step']} and {records[-1]['step']}",
                 next_step="lower train.lr, set train.clip_norm, or use train.precision=fp32, in another run.url",
             )
