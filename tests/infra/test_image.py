@@ -118,7 +118,7 @@ def test_the_context_builds_the_complete_package(tmp_path: Path) -> None:
         str(path.relative_to(ROOT))
         for folder in ("schemas", "pipeline", "jobs", "stillroom")
         for path in (ROOT / folder).rglob("*")
-        if path.suffix in (".py", ".yaml")
+        if path.suffix in (".py", ".yaml", ".toml", ".typed")
     }
     assert {name for name in package if ".dist-info/" not in name} == sources_here
 
