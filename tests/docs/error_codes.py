@@ -51,7 +51,9 @@ def all_codes() -> frozenset[str]:
     classes = {value.code for value in vars(errors).values() if isinstance(value, type) and hasattr(value, "code")}
     areas = {code.partition(".")[0] for code in codes | classes}
     texts = {
-        node.value for node in _nodes() if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value
+        node.value
+        for _, node in product_nodes()
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value
     }
     return frozenset(codes) | {text for text in texts if _CODE.fullmatch(text) and text.partition(".")[0] in areas}
 
@@ -60,16 +62,17 @@ def all_codes() -> frozenset[str]:
 def raised_messages() -> dict[str, set[str]]:
     """Code to the first lines of its messages, with … for the parts that vary."""
     messages: dict[str, set[str]] = {}
-    for node in _nodes():
+    for _, node in product_nodes():
         if isinstance(node, ast.Call) and (code := _code(node)) and (message := first_argument(node)):
             messages.setdefault(code, set()).add(message)
     return messages
 
 
 @cache
-def _nodes() -> tuple[ast.AST, ...]:
+def product_nodes() -> tuple[tuple[Path, ast.AST], ...]:
+    """Every node of the product code's syntax trees, with the path of its file."""
     paths = (path for layer in ("schemas", "pipeline", "jobs") for path in sorted((_ROOT / layer).rglob("*.py")))
-    return tuple(node for path in paths for node in ast.walk(ast.parse(path.read_text())))
+    return tuple((path, node) for path in paths for node in ast.walk(ast.parse(path.read_text())))
 
 
 def _code(call: ast.Call) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,23 +11,17 @@ import pytest
 from pipeline.core import errors
 from pipeline.core.error_codes import error_codes, explain
 from pipeline.core.errors import ConfigError, StillroomError
+from tests.docs.error_codes import product_nodes
 
 ROOT = Path(__file__).resolve().parents[3]
 ERRORS = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, StillroomError)}
 CODE = re.compile(r"[a-z]+(?:-[a-z]+)*\.[a-z0-9]+(?:-[a-z0-9]+)*")
 
 
-def product_trees() -> Iterator[tuple[Path, ast.Module]]:
-    for package in ("pipeline", "jobs", "schemas"):
-        for path in sorted((ROOT / package).rglob("*.py")):
-            yield path, ast.parse(path.read_text())
-
-
 def test_every_raised_error_names_its_code() -> None:
     lacking = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
-        for path, tree in product_trees()
-        for node in ast.walk(tree)
+        for path, node in product_nodes()
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ERRORS
         if not any(keyword.arg == "code" for keyword in node.keywords)
     ]
@@ -40,8 +33,7 @@ def test_the_list_has_the_codes_that_are_raised_and_no_other() -> None:
     areas = {code.partition(".")[0] for code in listed}
     raised = {
         node.value
-        for _, tree in product_trees()
-        for node in ast.walk(tree)
+        for _, node in product_nodes()
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and CODE.fullmatch(node.value)
         if node.value.partition(".")[0] in areas
     }
