@@ -256,17 +256,20 @@ def _killed(error: TrainingFailedError) -> TrainingError | None:
         "a worker process of the training died",
         code="train.worker-killed",
         where=f"rank {', '.join(map(str, sorted(dead)))}",
-        got=_signals(str(next(iter(dead.values())))),
+        got=_cause_of_death(str(next(iter(dead.values())))),
         next_step="SIGKILL: more memory a worker, or a smaller train.global_batch_size; SIGBUS: more /dev/shm, or "
         "train.num_workers=0; SIGSEGV or SIGABRT: a crash in native code, on a CPU try train.channels_last=false; then "
         "(or after a lost node) run the command again: it resumes from the last checkpoint",
     )
 
 
-def _signals(text: str) -> str:
-    """The signals that Ray's report of a dead actor names. Ray lists several candidates where it does not know."""
-    named = dict.fromkeys(re.findall(r"SIG[A-Z]+", text))
-    return f"one of {', '.join(named)} (Ray's report)" if named else text.strip().partition("\n")[0]
+def _cause_of_death(report: str) -> str:
+    """The signals that Ray's report of a dead actor names, or else its sentences without the fields of the actor. Ray
+    lists several candidates where it does not know the signal.
+    """
+    if signals := dict.fromkeys(re.findall(r"SIG[A-Z]+", report)):
+        return f"one of {', '.join(signals)} (Ray's report)"
+    return " ".join(line.strip() for line in report.splitlines() if line.strip() and not line.startswith("\t"))
 
 
 def _fit_in_thread(trainer: TorchTrainer, poll: Callable[[], None]) -> None:

@@ -12,6 +12,9 @@ from schemas.config.section import Section, local_path
 class DataConfig(Section):
     """Images, labels, and the treatment of bad samples."""
 
+    task: Literal["classification"] = Field(
+        "classification", description="What the target of a sample is: a class index."
+    )
     shards: str | tuple[str, ...] | None = Field(
         None, description="Training shards: URL with {a..b} braces, or a list."
     )

@@ -1,0 +1,186 @@
+"""Image classification: a class index per sample, logits [K] and an embedding [D] per view, top-1 and top-5 hits."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipeline.tasks.task import (
+    BadTargetError,
+    OutputSpec,
+    Recount,
+    StatisticsAccumulator,
+    TargetColumn,
+    Targets,
+    Task,
+    TeacherOutputs,
+)
+from schemas.cache_format import Statistics
+from schemas.config import CacheConfig, DataConfig
+
+NO_LABEL = -1
+LABEL, LOGITS, EMBEDDING = "label", "logits", "embedding"
+_MAX_INT32 = 2**31 - 1
+# float16 rounding may swap the order of a stored float16 logit and a logit stored in finer steps.
+_ROUNDING = 2.0**-10
+
+
+def class_ranks(logits_NK: NDArray[np.float32], class_N: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+    """int64 [N], from 0: the number of larger logits, plus the number of equal logits with a lower class index.
+
+    Each class of a row has a different rank, and class 0 of a row of equal logits has rank 0, as in
+    ``predicted_classes``. Functions such as ``torch.topk`` do not define the order of ties.
+
+    Args:
+        logits_NK: finite. A NaN is neither larger nor equal, so in a row of NaNs any class would have rank 0.
+        class_N: from 0 to K - 1.
+    """
+    class_N1 = class_N.astype(np.int64)[:, None]
+    logit_N1 = np.take_along_axis(logits_NK, class_N1, 1)
+    is_lower_NK = np.arange(logits_NK.shape[1]) < class_N1
+    return ((logits_NK > logit_N1) | ((logits_NK == logit_N1) & is_lower_NK)).sum(1)
+
+
+def predicted_classes(logits_NK: NDArray[np.float32]) -> NDArray[np.int64]:
+    """int64 [N]: the class of rank 0. NumPy's argmax is documented to return the first of equal values."""
+    return logits_NK.argmax(1)
+
+
+class HitCounter(StatisticsAccumulator):
+    """Counts labelled rows, labels by class, and top-1 and top-5 hits of logits."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._classes: Counter[int] = Counter()
+
+    def add(self, outputs: TeacherOutputs, targets: Targets) -> None:
+        label_N = targets[LABEL]
+        labelled = label_N != NO_LABEL
+        label_M = label_N[labelled]
+        rank_M = class_ranks(outputs[LOGITS][labelled], label_M)
+        self._counts["labelled"] += len(label_M)
+        self._counts["top1_hits"] += int((rank_M < 1).sum())
+        self._counts["top5_hits"] += int((rank_M < 5).sum())
+        self._classes.update(label_M.tolist())
+
+    def result(self) -> dict[str, Any]:
+        return {**self._counts, "class_counts": dict(sorted(self._classes.items()))}
+
+
+class HitRecount(Recount):
+    """A mix group counts only if none of its rows is mixed in any view of the part.
+
+    An encoding may turn unequal logits into ties. So hits have two bounds: with all ties lost, and with all ties won.
+    For fp32 logits the bounds are equal unless the teacher's own logits tie.
+    """
+
+    def __init__(self, label_N: NDArray[np.int32], *, mix_group: int, has_logits: bool) -> None:
+        self._has_logits = has_logits
+        self._label_N = label_N
+        self._group_N = np.arange(len(label_N)) // mix_group
+        num_groups = int(self._group_N[-1]) + 1 if len(self._group_N) else 0
+        self._mixes_G = np.zeros(num_groups, np.bool_)
+        # [G, top-1 or top-5, ties lost or won]
+        self._hits_G22 = np.zeros((num_groups, 2, 2), np.int64)
+        self._num_rows_N = np.zeros(len(label_N), np.int64)
+
+    def add_view(self, mix_lambda_M: NDArray[np.float32], rows: slice) -> None:
+        np.logical_or.at(self._mixes_G, self._group_N[rows], mix_lambda_M != 1)
+        self._num_rows_N[rows] += 1
+
+    def add_outputs(self, name: str, values: NDArray[np.float32], rows: slice, *, exact: bool) -> None:
+        if name != LOGITS:
+            return
+        label_M = self._label_N[rows]
+        labelled = np.flatnonzero(label_M != NO_LABEL)
+        logits_LK, label_L = values[labelled], label_M[labelled].astype(np.int64)
+        label_logit_L1 = np.take_along_axis(logits_LK, label_L[:, None], 1)
+        margin_L1 = 0 if exact else _ROUNDING * np.abs(logits_LK).max(1, keepdims=True, initial=0)
+        max_rank_L = (logits_LK >= label_logit_L1 - margin_L1).sum(1) - 1
+        min_rank_L = (logits_LK > label_logit_L1 + margin_L1).sum(1)
+        hits_L22 = np.stack([[rank_L < 1, rank_L < 5] for rank_L in (max_rank_L, min_rank_L)]).transpose(2, 1, 0)
+        np.add.at(self._hits_G22, self._group_N[rows][labelled], hits_L22.astype(np.int64))
+
+    def compare(self, stated: Statistics, report: Callable[[str, object, object], None]) -> None:
+        counted_N = (self._label_N != NO_LABEL) & ~self._mixes_G[self._group_N]
+        classes: Counter[int] = Counter()
+        for label, num_rows in zip(
+            self._label_N[counted_N].tolist(), self._num_rows_N[counted_N].tolist(), strict=True
+        ):
+            classes[label] += num_rows
+        if stated.labelled != classes.total() or stated.class_counts != dict(classes):
+            expected = dict(sorted(classes.items()))
+            report("the commit's class counts do not match the labels", stated.class_counts, expected)
+        if not self._has_logits:
+            return
+        bounds_22 = self._hits_G22[~self._mixes_G].sum(0).tolist()
+        for name, hits, (low, high) in zip(
+            ("top-1", "top-5"), (stated.top1_hits, stated.top5_hits), bounds_22, strict=True
+        ):
+            if not low <= hits <= high:
+                report(f"the commit's {name} hits do not match the stored logits", hits, f"{low} to {high}")
+
+
+class Classification(Task):
+    """The task of format v1."""
+
+    name = "classification"
+    columns = (TargetColumn(LABEL, pa.int32(), NO_LABEL),)
+    statistics_fields = ("labelled", "top1_hits", "top5_hits", "class_counts")
+
+    def settings(self, data: DataConfig) -> dict[str, Any]:
+        return {"label": self.member(data), "num_classes": data.num_classes}
+
+    def member(self, data: DataConfig) -> str | None:
+        return None if data.label is None else data.label.lower()
+
+    def parse(self, text: bytes, data: DataConfig) -> int:
+        bound = _MAX_INT32 + 1 if data.num_classes is None else data.num_classes
+        # int() would also accept 1_000, signs and digits of other scripts.
+        if not self.is_target(text) or int(text) >= bound:
+            raise BadTargetError(f"an integer in [0, {bound}) as text")
+        return int(text)
+
+    def is_target(self, text: bytes) -> bool:
+        digits = text.strip()
+        return digits.isdigit() and int(digits) <= _MAX_INT32
+
+    def encode(self, target: int) -> bytes:
+        return str(target).encode()
+
+    def rows(self, targets: Iterable[int | None]) -> dict[str, NDArray[Any]]:
+        return {LABEL: np.array([NO_LABEL if label is None else label for label in targets], np.int32)}
+
+    def has_target(self, targets: Targets) -> NDArray[np.bool_]:
+        return targets[LABEL] != NO_LABEL
+
+    def outputs(self, cache: CacheConfig, *, num_classes: int, embedding_dim: int) -> tuple[OutputSpec, ...]:
+        return (
+            OutputSpec(LOGITS, num_classes, cache.logits),
+            OutputSpec(EMBEDDING, embedding_dim, cache.embeddings),
+        )
+
+    def accumulate(self) -> HitCounter:
+        return HitCounter()
+
+    def fold(self, parts: Iterable[Statistics]) -> dict[str, Any]:
+        counts, classes = Counter[str](), Counter[int]()
+        for part in parts:
+            for field in ("labelled", "top1_hits", "top5_hits"):
+                counts[field] += getattr(part, field)
+            classes.update(part.class_counts)
+        return {**counts, "class_counts": dict(sorted(classes.items()))}
+
+    def recount(self, targets: Targets, *, mix_group: int, outputs: Iterable[str]) -> HitRecount:
+        return HitRecount(targets[LABEL], mix_group=mix_group, has_logits=LOGITS in outputs)
+
+    def teacher_metrics(self, statistics: Statistics) -> dict[str, float]:
+        if not statistics.labelled:
+            return {}
+        shares = {"top1": statistics.top1_hits, "top5": statistics.top5_hits}
+        return {name: hits / statistics.labelled for name, hits in shares.items()}

@@ -1,0 +1,153 @@
+"""The contract of a task: what the target of a sample is, which outputs a teacher has, and which statistics count."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from schemas.cache_format import Statistics
+from schemas.config import CacheConfig, DataConfig
+
+Targets = Mapping[str, NDArray[Any]]
+"""Target columns by name, [N] or [N,…] each; a row without a target has ``TargetColumn.missing``."""
+
+TeacherOutputs = Mapping[str, NDArray[np.float32]]
+"""Outputs of a teacher by the names of ``OutputSpec``, [N,…] each."""
+
+
+@dataclass(frozen=True, slots=True)
+class TargetColumn:
+    """A column of the index that holds targets.
+
+    Attributes:
+        missing: stands in arrays for a sample without a target, which is null in the index.
+    """
+
+    name: str
+    type: pa.DataType
+    missing: int
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return np.dtype(self.type.to_pandas_dtype())
+
+
+@dataclass(frozen=True, slots=True)
+class OutputSpec:
+    """An output that a cache may store for each row.
+
+    Attributes:
+        width: numbers in a row.
+        kind: the encoding by its name in ``cache``; ``none``: not stored.
+    """
+
+    name: str
+    width: int
+    kind: str
+
+
+class BadTargetError(ValueError):
+    """A member that is no target. The message has what was expected; the reader adds sample and place."""
+
+
+class StatisticsAccumulator(ABC):
+    """Sums the task's fields of ``Statistics`` over views of samples that are not mixed."""
+
+    @abstractmethod
+    def add(self, outputs: TeacherOutputs, targets: Targets) -> None:
+        """Adds N rows: the teacher's fp32 outputs, and the targets of the same samples."""
+
+    @abstractmethod
+    def result(self) -> dict[str, Any]:
+        """The task's fields of ``Statistics``."""
+
+
+class Recount(ABC):
+    """Derives the task's statistics of one part again, from stored outputs and the targets of the index."""
+
+    @abstractmethod
+    def add_view(self, mix_lambda_M: NDArray[np.float32], rows: slice) -> None:
+        """Adds rows of a view, whether or not their outputs are finite."""
+
+    @abstractmethod
+    def add_outputs(self, name: str, values: NDArray[np.float32], rows: slice, *, exact: bool) -> None:
+        """Adds the decoded rows of one output.
+
+        Args:
+            exact: the order of the values is that of the teacher's fp32 outputs, except for ties.
+        """
+
+    @abstractmethod
+    def compare(self, stated: Statistics, report: Callable[[str, object, object], None]) -> None:
+        """Calls ``report(what, got, expected)`` for each figure of a commit that does not match the part."""
+
+
+class Task(ABC):
+    """One kind of target. A task has no state: all methods may be called in any process and thread."""
+
+    name: ClassVar[str]
+    columns: ClassVar[tuple[TargetColumn, ...]]
+    statistics_fields: ClassVar[tuple[str, ...]]
+    """Fields of ``Statistics`` that depend on targets, and therefore change when targets are read again."""
+
+    @abstractmethod
+    def settings(self, data: DataConfig) -> dict[str, Any]:
+        """Settings that determine the target columns together with the tar; part of an index's settings."""
+
+    @abstractmethod
+    def member(self, data: DataConfig) -> str | None:
+        """The extension, in lower case, of the member that holds the target; None: no targets are read."""
+
+    @abstractmethod
+    def parse(self, text: bytes, data: DataConfig) -> Any:
+        """The target in a member's bytes.
+
+        Raises:
+            BadTargetError: it is no valid target.
+        """
+
+    @abstractmethod
+    def is_target(self, text: bytes) -> bool:
+        """Whether some config could read a target in this member; for messages that name candidates."""
+
+    @abstractmethod
+    def encode(self, target: Any) -> bytes:
+        """The bytes of a member that ``parse`` reads as this target."""
+
+    @abstractmethod
+    def rows(self, targets: Iterable[Any | None]) -> dict[str, NDArray[Any]]:
+        """The target columns of samples, from what ``parse`` returned for each; None: the sample has no target."""
+
+    @abstractmethod
+    def has_target(self, targets: Targets) -> NDArray[np.bool_]:
+        """[N]: which rows have a target."""
+
+    @abstractmethod
+    def outputs(self, cache: CacheConfig, *, num_classes: int, embedding_dim: int) -> tuple[OutputSpec, ...]:
+        """What a cache with this config stores for each row."""
+
+    @abstractmethod
+    def accumulate(self) -> StatisticsAccumulator: ...
+
+    @abstractmethod
+    def fold(self, parts: Iterable[Statistics]) -> dict[str, Any]:
+        """The task's fields of the sum of these statistics. Parts are consumed one at a time."""
+
+    @abstractmethod
+    def recount(self, targets: Targets, *, mix_group: int, outputs: Iterable[str]) -> Recount:
+        """
+        Args:
+            targets: of the part's usable rows.
+            mix_group: number of neighbouring rows that mix among themselves.
+            outputs: names of the stored outputs.
+        """
+
+    @abstractmethod
+    def teacher_metrics(self, statistics: Statistics) -> dict[str, float]:
+        """The teacher's quality by name (``top1``), as shares; empty where it was not measured."""
