@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.augment.params import sample_keys
-from pipeline.cache.build.ranking import class_ranks, predicted_classes
 from pipeline.cache.format.codec import decode, encode
+from pipeline.tasks.classification import class_ranks, predicted_classes
 from pipeline.teacher.inference import InferenceOutputs
 from pipeline.teacher.rendering import GroupViews
 from schemas.cache_format import Header, Output, Statistics

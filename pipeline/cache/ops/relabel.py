@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from pipeline import storage
 from pipeline.cache.build.imported_means import imported_sha256
 from pipeline.cache.build.manifest import publish_shards, read_manifest, read_table, relative, write_manifest
-from pipeline.cache.build.ranking import class_ranks
 from pipeline.cache.format import layout
 from pipeline.cache.read.labels import reading_rules
 from pipeline.cache.read.reader import ShardEntry, TeacherCache, open_cache
@@ -32,6 +31,7 @@ from pipeline.shards.labels import LabelCount, check_label_member, evenly_spaced
 from pipeline.shards.shard_head import read_shard_head
 from pipeline.shards.shard_urls import new_place, report_moved
 from pipeline.shards.tar import read_samples
+from pipeline.tasks.classification import class_ranks
 from schemas.cache_format import Manifest, Relabelled, Statistics
 from schemas.config import DataConfig
 

@@ -28,11 +28,12 @@ from pipeline.cache.build.class_means import ClassSums, merge, sum_rows
 from pipeline.cache.build.part_writer import view_ranges
 from pipeline.cache.format.codec import decode, depends_on_temperature, row_bytes
 from pipeline.cache.format.files import empty_cells
-from pipeline.cache.verify.hits import HitCounts
 from pipeline.cache.verify.report import Findings, Problem
 from pipeline.core.bounded_parquet import read_bounded
 from pipeline.core.errors import CacheError
 from pipeline.shards.index import ShardIndex
+from pipeline.tasks import Recount, task_of
+from pipeline.tasks.classification import LABEL
 from schemas.cache_format import Commit, Header, Output, aug_param_columns, part_schema
 from schemas.config import ViewsConfig
 
@@ -114,7 +115,7 @@ class PartCheck:
     ) -> None:
         self._commit, self._header, self._index = commit, header, index
         self._replayed, self._findings = replayed, findings
-        self._hits = None if replayed is None else HitCounts(header, index, mix_group=replayed.plan.mix_group)
+        self._recount = None if replayed is None else _recount(header, index, mix_group=replayed.plan.mix_group)
         self._rows_by_view = {view.view: view.rows for view in commit.views}
         self._content = PartContent()
 
@@ -133,8 +134,8 @@ class PartCheck:
         except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
             got = f"{type(error).__name__}: {error}"
             raise CacheError("this part cannot be read", code="cache.unreadable-part", got=got) from error
-        if self._hits is not None:
-            self._hits.compare(self._commit.statistics, self._report)
+        if self._recount is not None:
+            self._recount.compare(self._commit.statistics, self._report)
         return self._content
 
     def _report(self, what: str, got: object, expected: object) -> None:
@@ -228,11 +229,11 @@ class PartCheck:
                 what = "embedding_norm does not match the embedding"
                 self._check_rows(what, view, rows, is_close_M, norm_M, stored_norm_M)
                 self._add_sums(values_MD, view, rows, output)
-            if output.name == "logits" and self._hits is not None:
+            if self._recount is not None:
                 exact = output.dtype.startswith("float") and not depends_on_temperature(output)
-                self._hits.add_logits(values_MD, rows, exact=exact)
-        if self._hits is not None:
-            self._hits.add_view(_array(table, "mix_lambda"), rows)
+                self._recount.add_outputs(output.name, values_MD, rows, exact=exact)
+        if self._recount is not None:
+            self._recount.add_view(_array(table, "mix_lambda"), rows)
 
     def _add_sums(self, values_MD: NDArray[np.float32], view: int, rows: slice, output: Output) -> None:
         """Only fp32 embeddings give exactly the sums that the build computed from the teacher's outputs."""
@@ -255,6 +256,13 @@ class PartCheck:
         for position, (digest, mean) in enumerate(zip(digests, means, strict=True)):
             if digest is not None and mean is not None:
                 self._content.canaries.append(Canary(rows.start + position, view, digest, mean))
+
+
+def _recount(header: Header, index: ShardIndex, *, mix_group: int) -> Recount:
+    targets = {LABEL: index.label[index.ok]}
+    return task_of(header.data).recount(
+        targets, mix_group=mix_group, outputs=[output.name for output in header.outputs]
+    )
 
 
 def _array(table: pa.Table, name: str) -> NDArray[Any]:

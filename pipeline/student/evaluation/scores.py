@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, kl_div
 
-from pipeline.cache.build.ranking import class_ranks, predicted_classes
 from pipeline.core.errors import EvaluationError
 from pipeline.student.distributed import DistributedContext
+from pipeline.tasks.classification import class_ranks, predicted_classes
 
 if TYPE_CHECKING:
     from torchmetrics.classification import MulticlassCalibrationError

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.cache.build.ranking import class_ranks, predicted_classes
+from pipeline.tasks.classification import class_ranks, predicted_classes
 
 
 def sorted_ranks(logits_NK: np.ndarray, class_N: np.ndarray) -> list[int]:
