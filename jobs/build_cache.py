@@ -222,7 +222,7 @@ def _valid_commits(
     present = files_present(url)
     dangling = [commit for commit in commits if is_dangling(commit, present)]
     if dangling:
-        emit(f"cache: {len(dangling)} dangling commits: their files are gone, and are built again", event="void")
+        emit(f"cache: {len(dangling)} dangling commits: their files are missing and will be rebuilt", event="dangling")
         revoke(url, dangling)
     valid = [commit for commit in commits if not is_dangling(commit, present)]
     lost = {commit.shard_id: commit.index_sha256 for commit in valid if commit.index not in present}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import asdict
 
 from jobs.observability.progress import ProgressView, duration
 from jobs.paths import with_absolute_paths
@@ -35,8 +35,7 @@ def describe_cache(report: CacheReport) -> str:
             name, value = name.removesuffix("_s"), duration(value)
         return f"{name.replace('_', ' '):<20}{text(value)}"
 
-    fields: dict[str, Any] = report.as_dict()
-    lines = [line(name, value) for name, value in fields.items() if name != "warnings"]
+    lines = [line(name, value) for name, value in asdict(report).items() if name != "warnings"]
     return "\n".join([*lines, *(f"warning: {warning}" for warning in report.warnings)])
 
 
@@ -172,11 +171,13 @@ def describe_garbage(report: GcReport) -> str:
     """The text of ``stillroom cache gc``: one line for each file, and the sum."""
     verb, freed = ("would remove", "would free") if report.dry_run else ("removed", "freed")
     lines = [f"{verb} {path}" for path in report.removed]
-    if report.num_young:
-        lines.append(f"kept {report.num_young} files that a running build may be about to commit (see --min-age)")
-    if report.num_former:
+    if report.num_recent:
         lines.append(
-            f"kept {report.num_former} tables that an extension replaced, {report.former_bytes / 1e6:.1f} MB: "
+            f"left {report.num_recent} recent files, which a running build may be about to commit (see --min-age)"
+        )
+    if report.num_former_files:
+        lines.append(
+            f"left {report.num_former_files} tables that an extension replaced, {report.former_bytes / 1e6:.1f} MB: "
             "runs that began before it read them; --former removes them"
         )
     return "\n".join([*lines, f"{report.url}: {len(report.removed)} files, {freed} {report.freed_bytes / 1e6:.1f} MB"])

@@ -16,7 +16,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class GridConfig(Section):
-    """Every student is trained for each number of epochs with each seed. Each run is one cell of the table."""
+    """Every student is trained for each number of epochs with each seed. Each such run is one entry of the results."""
 
     epochs: tuple[Count, ...] | None = Field(
         None, min_length=1, description="Values of train.epochs; null: that of the stage."

@@ -238,7 +238,7 @@ def token_refused(where: str, reason: str) -> ResourceError:
 def no_response(where: str, reason: str, *, expected: str, next_step: str) -> ResourceError:
     return ResourceError(
         "no Ray cluster responds",
-        code="ray.no-answer",
+        code="ray.no-response",
         where=where,
         got=reason,
         expected=expected,

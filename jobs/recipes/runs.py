@@ -56,7 +56,7 @@ def train_in_parallel(runs: Sequence[RunSpec]) -> list[Row]:
     # Tasks run in another folder.
     absolute = [replace(run, config=with_absolute_paths(run.config)) for run in runs]
     rows: dict[str, Row] = {}
-    with ProgressView("cells", len(runs)) as progress:
+    with ProgressView("runs", len(runs)) as progress:
         trained = fan_out(train_run, absolute, ray, what="a training", name=lambda run: run.name, reports_silence=False)
         for run, row in trained:
             rows[run.name] = row

@@ -28,6 +28,8 @@ Entry = dict[str, Any]
 """The numbers of one run, by their names in ``results.json``; runs of a grid also have ``epochs`` and ``seed``."""
 
 _RESULTS = "results.json"
+# The key of ``runs`` in files of versions before 0.1.0.
+_FORMER_RUNS_KEY = "cells"
 _REQUIRED_KEYS = {"top1", "agreement", "seconds"}
 
 
@@ -64,7 +66,7 @@ def write_results(recipe: Recipe, results: Results) -> Path:
                 for entry in entries
                 if "seed" not in entry
             },
-            "cells": [entry for entry in entries if "seed" in entry],
+            "runs": [entry for entry in entries if "seed" in entry],
         }
         tree = {key: value for key, value in tree.items() if value}
         storage.write(str(path), json.dumps(tree, indent=2).encode() + b"\n")
@@ -81,6 +83,8 @@ def read_results(recipe: Recipe) -> Tree:
     data = storage.read_if_exists(str(path), max_bytes=storage.MAX_RECORD_BYTES)
     try:
         tree = {} if data is None else json.loads(data)
+        if _FORMER_RUNS_KEY in tree:
+            tree["runs"] = tree.pop(_FORMER_RUNS_KEY)
         is_valid = all(entry.keys() >= _REQUIRED_KEYS for entry in _entries(tree))
     except (ValueError, AttributeError, TypeError, RecursionError):
         tree, is_valid = {}, False
@@ -97,12 +101,12 @@ def read_results(recipe: Recipe) -> Tree:
 
 def _entries(tree: Tree) -> list[Entry]:
     students = [{"student": name, **numbers} for name, numbers in tree.get("students", {}).items()]
-    return [*students, *({"epochs": None, **entry} for entry in tree.get("cells", ()))]
+    return [*students, *({"epochs": None, **entry} for entry in tree.get("runs", ()))]
 
 
-def _merged(recipe: Recipe, former: Tree, results: Results) -> list[Entry]:
-    """The former entries, updated by the new ones, in the order of the document."""
-    by_key = {_key(entry): entry for entry in _entries(former)}
+def _merged(recipe: Recipe, earlier: Tree, results: Results) -> list[Entry]:
+    """The earlier entries, updated by the new ones, in the order of the document."""
+    by_key = {_key(entry): entry for entry in _entries(earlier)}
     stored = {key: entry for key, entry in by_key.items() if _exists(recipe, entry)}
     new = {_key(entry): entry for entry in (_entry(recipe, run, row) for run, row in results.runs)}
     num_removed = len(by_key) - len(stored)
@@ -128,9 +132,9 @@ def _exists(recipe: Recipe, entry: Entry) -> bool:
 
 
 def _entry(recipe: Recipe, run: RunSpec, row: Row) -> Entry:
-    cell = {"epochs": run.epochs, "seed": run.seed} if has_grid(recipe) else {}
+    grid = {"epochs": run.epochs, "seed": run.seed} if has_grid(recipe) else {}
     numbers = {"top1": row.evaluation.top1, "agreement": row.evaluation.agreement, "seconds": row.seconds}
-    return {"student": run.student, **cell, **numbers}
+    return {"student": run.student, **grid, **numbers}
 
 
 def has_grid(recipe: Recipe) -> bool:
@@ -146,10 +150,10 @@ def print_tables(recipe: Recipe, tree: Tree) -> None:
     teacher = tree["teacher"]
     if "students" in tree:
         console.print(_table(teacher, tree["students"], recipe.document.published))
-    if "cells" in tree:
+    if "runs" in tree:
         console.print(f"teacher {percent(teacher['top1'])}; mean ± standard deviation over seeds", highlight=False)
         for heading, measure, digits in _MEASURES:
-            console.print(_grid_table(heading, tree["cells"], measure, digits))
+            console.print(_grid_table(heading, tree["runs"], measure, digits))
 
 
 def _table(teacher: Entry, students: Mapping[str, Entry], published: Mapping[str, float]) -> Table:
@@ -180,16 +184,14 @@ def _in_percent(share: float | None) -> float | None:
     return None if share is None else 100 * share
 
 
-def _grid_table(heading: str, cells: Sequence[Entry], measure: Measure, digits: int) -> Table:
+def _grid_table(heading: str, runs: Sequence[Entry], measure: Measure, digits: int) -> Table:
     """A Markdown table with a row for each student and a column for each number of epochs."""
-    lengths = sorted({cell["epochs"] for cell in cells})
+    lengths = sorted({run["epochs"] for run in runs})
     table = Table(heading, box=box.MARKDOWN)
     for epochs in lengths:
         table.add_column(f"{epochs} epochs", justify="right")
-    for student in dict.fromkeys(cell["student"] for cell in cells):
-        columns = [
-            [measure(cell) for cell in cells if (cell["student"], cell["epochs"]) == (student, e)] for e in lengths
-        ]
+    for student in dict.fromkeys(run["student"] for run in runs):
+        columns = [[measure(run) for run in runs if (run["student"], run["epochs"]) == (student, e)] for e in lengths]
         table.add_row(
             student, *(spread([value for value in column if value is not None], digits) for column in columns)
         )

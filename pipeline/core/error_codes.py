@@ -17,11 +17,13 @@ class ErrorCode:
     Attributes:
         cause: when the error is raised.
         remedy: what to do about it.
+        former: its code in earlier versions, if that differs.
     """
 
     code: str
     cause: str
     remedy: str
+    former: str | None = None
 
 
 def error_codes() -> dict[str, ErrorCode]:
@@ -31,13 +33,15 @@ def error_codes() -> dict[str, ErrorCode]:
 
 
 def explain(code: str) -> ErrorCode:
-    """
+    """The entry of a code. A former code has the entry of its current name.
+
     Raises:
         ConfigError: no error has this code.
     """
-    known = error_codes()
-    if code not in known:
-        close = get_close_matches(code, known, n=1)
+    entries = error_codes()
+    entry = entries.get(code) or next((entry for entry in entries.values() if entry.former == code), None)
+    if entry is None:
+        close = get_close_matches(code, entries, n=1)
         raise ConfigError(
             "no error has this code",
             code="explain.unknown-code",
@@ -45,4 +49,4 @@ def explain(code: str) -> ErrorCode:
             expected="AREA.NAME, as the first line of a message has it in brackets",
             next_step=f"run: stillroom explain {close[0]}" if close else "run: stillroom explain",
         )
-    return known[code]
+    return entry

@@ -173,18 +173,18 @@ def test_errors_in_a_grid_are_reported_before_anything_runs(grid: Path, override
 
 
 @pytest.mark.slow
-def test_a_grid_is_trained_once_and_its_results_contain_every_cell(grid: Path, tmp_path: Path) -> None:
+def test_a_grid_is_trained_once_and_its_results_contain_every_run(grid: Path, tmp_path: Path) -> None:
     recipe = load_recipe(str(grid), ["only=[crop,online]"])
     first = run_recipe(recipe)
-    cells = json.loads(write_results(recipe, first).read_text())["cells"]
-    assert [(cell["student"], cell["epochs"], cell["seed"]) for cell in cells] == [
+    runs = json.loads(write_results(recipe, first).read_text())["runs"]
+    assert [(run["student"], run["epochs"], run["seed"]) for run in runs] == [
         (run.student, run.epochs, run.seed) for run in recipe.runs
     ]
     summaries = [tmp_path / "out" / "students" / run.name / "summary.json" for run in recipe.runs]
     written = [path.stat().st_mtime_ns for path in summaries]
     assert run_recipe(recipe) == first
     assert [path.stat().st_mtime_ns for path in summaries] == written
-    # Another seed trains only the new cells.
+    # Another seed trains only the new runs.
     wider = run_recipe(load_recipe(str(grid), ["only=[crop,online]", "grid.seeds=[0,1,2]"]))
     assert len(wider.runs) == len(first.runs) + 2
     assert [path.stat().st_mtime_ns for path in summaries] == written

@@ -61,7 +61,7 @@ def test_a_wrong_submission_is_refused_before_a_cluster_is_contacted(
     with pytest.raises(InputError) as caught:
         submit_build(document(**sections), **{"working_dir": tmp_path, **changes})
     assert text in str(caught.value)
-    assert caught.value.code != "ray.no-answer"
+    assert caught.value.code != "ray.no-response"
     assert SECRET not in str(caught.value) + "".join(capsys.readouterr())
 
 
@@ -102,7 +102,7 @@ def test_unreachable_addresses_fail_after_the_stated_time(silent: str, document:
     command = [sys.executable, "-c", script, document(), silent, f"http://127.0.0.1:{free_port()}"]
     env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
-    assert done.stdout.count("ray.no-answer 2 ") == 2
+    assert done.stdout.count("ray.no-response 2 ") == 2
     assert silent in done.stdout
     assert "within 1 s" in done.stdout
 

@@ -24,20 +24,22 @@ class GcReport:
     Attributes:
         removed: paths that were removed, or would be without ``dry_run``.
         freed_bytes: size of these files.
-        num_young: files that no record names and that may belong to a running builder: they stay.
-        num_former: tables and class means that an extension replaced and that stay; ``former_bytes`` is their size.
+        num_recent: files that no record names, but that may belong to a running builder; they are not removed.
+        num_former_files: tables and class means that an extension replaced and that are not removed; ``former_bytes``
+            is their size.
     """
 
     url: str
     dry_run: bool
     removed: tuple[str, ...]
     freed_bytes: int
-    num_young: int
-    num_former: int
+    num_recent: int
+    num_former_files: int
     former_bytes: int
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """The fields by name, and ``num_young`` and ``num_former``, the former names of two of them."""
+        return {**asdict(self), "num_young": self.num_recent, "num_former": self.num_former_files}
 
 
 def collect_garbage(
@@ -61,8 +63,8 @@ def collect_garbage(
     former_entries = [entry for entry in entries if entry.path.startswith(layout.FORMER) and not entry.is_temporary]
     if former:
         unnamed, former_entries = unnamed + former_entries, []
-    # A running builder may be about to commit a part that uses an index which it did not write: then the index may be
-    # old, and only other files are young.
+    # A running builder may be about to commit a part that uses an index which it did not write. The index may then be
+    # old although other files are recent.
     is_idle = all(_is_old(entry, now_s - min_age_s) for entry in entries)
     removed = [
         entry for entry in unnamed if _is_old(entry, now_s - min_age_s) and (is_idle or not layout.is_index(entry.path))
@@ -75,8 +77,8 @@ def collect_garbage(
         dry_run=dry_run,
         removed=tuple(entry.path for entry in removed),
         freed_bytes=sum(entry.size_bytes for entry in removed),
-        num_young=len(unnamed) - len(removed),
-        num_former=len(former_entries),
+        num_recent=len(unnamed) - len(removed),
+        num_former_files=len(former_entries),
         former_bytes=sum(entry.size_bytes for entry in former_entries),
     )
 
@@ -120,8 +122,8 @@ def remove_unused_header(
         dry_run=dry_run,
         removed=(*(entry.path for entry in entries), layout.HEADER),
         freed_bytes=sum(entry.size_bytes for entry in entries) + len(header),
-        num_young=0,
-        num_former=0,
+        num_recent=0,
+        num_former_files=0,
         former_bytes=0,
     )
 
@@ -144,8 +146,8 @@ def _check_no_running_build(cache_url: str, now_s: float) -> None:
             "a build of this cache is logged as running",
             code="cache.build-running",
             where=where,
-            got=f"process {log.process} on {log.host}, last sign {max(now_s - log.renewed_s, 0):.0f} s ago",
-            expected=f"no build log, or one without a sign for {STALE_S:.0f} s",
+            got=f"process {log.process} on {log.host}, log renewed {max(now_s - log.renewed_s, 0):.0f} s ago",
+            expected=f"no build log, or one that was not renewed for {STALE_S:.0f} s",
             next_step="stop that build, or wait until it ends; if it was killed, run: "
             f"stillroom cache gc {quoted(cache_url)} --unused-header --force",
         )

@@ -23,7 +23,7 @@ from pipeline.shards.labels import LabelCount, label_warning
 from schemas.cache_format import BuildLog, Header, Manifest, Output, Statistics
 from schemas.config import ViewsConfig
 
-# A driver that builds long parts may give no sign for the time of so many parts.
+# A driver renews its log when a part is done, so this many part times may pass without a renewal.
 _SILENT_PARTS = 10
 
 
@@ -32,7 +32,7 @@ class CacheReport:
     """The result for a screen or for ``--json``. Shares are of 1, sizes in bytes; None: unknown.
 
     ``shards_begun``, parts, rows and bytes are those of the commits; totals of the cache are known once it is finished.
-    ``num_parts_planned``, ``builder``, ``last_heard_s`` (seconds since its last sign) and ``eta_s`` are those of a
+    ``num_parts_planned``, ``builder``, ``log_age_s`` (seconds since it renewed its log) and ``eta_s`` are those of a
     running build; ``eta_s`` is None after a long silence.
     """
 
@@ -49,7 +49,7 @@ class CacheReport:
     num_parts: int
     num_parts_planned: int | None
     builder: str | None
-    last_heard_s: float | None
+    log_age_s: float | None
     eta_s: float | None
     parts_by_block: dict[str, int]
     rows_by_block: dict[str, int]
@@ -67,7 +67,8 @@ class CacheReport:
     warnings: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """The fields by name, and ``last_heard_s``, the former name of ``log_age_s``."""
+        return {**asdict(self), "last_heard_s": self.log_age_s}
 
 
 def inspect_cache(cache_url: str, *, now_s: float | None = None) -> CacheReport:
@@ -113,7 +114,7 @@ def inspect_cache(cache_url: str, *, now_s: float | None = None) -> CacheReport:
         num_parts=len(commits),
         num_parts_planned=log.num_parts if log else None,
         builder=f"process {log.process} on {log.host}" if log else None,
-        last_heard_s=now_s - log.renewed_s if log else None,
+        log_age_s=now_s - log.renewed_s if log else None,
         eta_s=_eta_s(log, len(commits), now_s) if log else None,
         parts_by_block=dict(sorted(Counter(commit.block.name for commit in commits).items())),
         rows_by_block=dict(sorted(rows.items())),

@@ -88,14 +88,14 @@ def _python(program: str, *arguments: str, env: dict[str, str]) -> subprocess.Co
 def test_an_address_where_nothing_listens_fails_before_ray_tries_it(form: str) -> None:
     with pytest.raises(ResourceError) as caught, cluster(RayConfig(address=form.format(free_port()))):
         pass
-    assert (caught.value.code, caught.value.exit_code) == ("ray.no-answer", 2)
+    assert (caught.value.code, caught.value.exit_code) == ("ray.no-response", 2)
     assert "refused" in str(caught.value.got)
 
 
 @pytest.mark.usefixtures("short_timeout")
 @pytest.mark.parametrize("scheme", ["", "ray://"])
 def test_a_port_that_never_responds_is_no_cluster(scheme: str, silent_port: int) -> None:
-    with raises("ray.no-answer", ResourceError, where=f"ray.address={scheme}127.0.0.1:{silent_port}"):
+    with raises("ray.no-response", ResourceError, where=f"ray.address={scheme}127.0.0.1:{silent_port}"):
         connect(f"{scheme}127.0.0.1:{silent_port}")
 
 
@@ -110,7 +110,7 @@ def test_an_unreachable_address_is_reported_within_half_a_minute() -> None:
 @pytest.mark.usefixtures("short_timeout")
 def test_auto_follows_ray_address_and_checks_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_port()}")
-    with raises("ray.no-answer", ResourceError):
+    with raises("ray.no-response", ResourceError):
         connect("auto")
 
 

@@ -91,15 +91,22 @@ def test_published_numbers_have_a_column_of_the_table(tmp_path: Path, capsys: py
 def test_a_partial_run_merges_into_the_results_of_earlier_ones(tmp_path: Path) -> None:
     runs = tuple((run_of("kd", epochs, 0), row(epochs / 100)) for epochs in (8, 24))
     recipe = recipe_of(tmp_path, grid={"epochs": [8, 24]})
-    before = write(recipe, Results(row(0.7), runs))["cells"]
+    before = write(recipe, Results(row(0.7), runs))["runs"]
     after = write(recipe, Results(row(0.7), ((run_of("online", 8, 0), row(0.5)), (run_of("kd", 24, 0), row(0.9)))))
-    assert set(after) == {"teacher", "cells"}
-    assert [(entry["student"], entry["epochs"], entry["top1"]) for entry in after["cells"]] == [
+    assert set(after) == {"teacher", "runs"}
+    assert [(entry["student"], entry["epochs"], entry["top1"]) for entry in after["runs"]] == [
         ("kd", 8, 0.08),
         ("kd", 24, 0.9),
         ("online", 8, 0.5),
     ]
-    assert after["cells"][0] == before[0]
+    assert after["runs"][0] == before[0]
+
+
+def test_results_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, grid={"epochs": [8, 24]})
+    tree = write(recipe, Results(row(0.7), ((run_of("kd", 8, 0), row(0.5)),)))
+    (tmp_path / "results.json").write_text(json.dumps({"teacher": tree["teacher"], "cells": tree["runs"]}))
+    assert read_results(recipe) == tree
 
 
 def test_students_without_a_grid_merge_by_name(tmp_path: Path) -> None:
@@ -117,11 +124,11 @@ def test_results_without_their_student_or_run_are_left_out_and_counted(
     shutil.rmtree(tmp_path / "students" / "online-epochs8-seed0")
     capsys.readouterr()
     tree = write(recipe_of(tmp_path, grid={}), Results(None, ((run_of("kd", 24, 0), row(0.5)),)))
-    assert [(entry["student"], entry["epochs"]) for entry in tree["cells"]] == [("kd", 8), ("kd", 24)]
+    assert [(entry["student"], entry["epochs"]) for entry in tree["runs"]] == [("kd", 8), ("kd", 24)]
     assert "results: 1 of this run, 1 of earlier ones; 1 left out" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"students": {"kd": {"top1": 1}}}', '{"cells": [3]}'])
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"students": {"kd": {"top1": 1}}}', '{"runs": [3]}'])
 def test_a_damaged_file_of_results_is_reported_and_not_changed(text: str, tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text(text)
     for call in (read_results, lambda recipe: write_results(recipe, Results(row(0.5), ()))):

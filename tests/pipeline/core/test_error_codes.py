@@ -54,6 +54,11 @@ def test_each_entry_has_a_cause_and_a_remedy() -> None:
         assert entry.remedy.endswith((".", "`"))
 
 
+def test_a_former_code_has_the_entry_of_its_current_name() -> None:
+    assert explain("ray.no-answer").code == "ray.no-response"
+    assert error_codes().keys().isdisjoint(entry.former for entry in error_codes().values())
+
+
 def test_an_unknown_code_names_the_nearest() -> None:
     with pytest.raises(ConfigError) as caught:
         explain("cache.mising")

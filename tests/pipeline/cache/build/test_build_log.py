@@ -32,12 +32,12 @@ def writer(cache: TinyCache, clock: Clock, *, num_parts: int = 30, num_before: i
 def test_a_running_build_shows_its_planned_parts_and_remaining_time(tiny_cache: TinyCache, clock: Clock) -> None:
     log = writer(tiny_cache, clock)
     begun = inspect_cache(tiny_cache.url, now_s=1010)
-    assert (begun.num_parts, begun.num_parts_planned, begun.eta_s, begun.last_heard_s) == (6, 30, None, 10)
+    assert (begun.num_parts, begun.num_parts_planned, begun.eta_s, begun.log_age_s) == (6, 30, None, 10)
     clock.now_s = 1040
     log.update(6)
     # Four parts in 40 s; 24 of 30 are to come.
     report = inspect_cache(tiny_cache.url, now_s=1045)
-    assert (report.eta_s, report.last_heard_s) == (240, 5)
+    assert (report.eta_s, report.log_age_s) == (240, 5)
     assert report.builder is not None
 
 
@@ -62,7 +62,7 @@ def test_no_remaining_time_is_shown_for_a_driver_that_stopped_renewing_its_recor
     log.update(6)
     report = inspect_cache(tiny_cache.url, now_s=1040 + silence_s)
     assert (report.eta_s is not None) is has_eta
-    assert report.last_heard_s == silence_s
+    assert report.log_age_s == silence_s
 
 
 def test_a_driver_of_long_parts_may_renew_its_record_less_often(tiny_cache: TinyCache, clock: Clock) -> None:

@@ -47,7 +47,7 @@ def test_unnamed_files_are_removed_and_no_others(tiny_cache: TinyCache) -> None:
     write_files(tiny_cache, *UNNAMED)
     report = collect(tiny_cache.url)
     assert sorted(report.removed) == sorted(UNNAMED)
-    assert (report.freed_bytes, report.num_young, report.num_former) == (5 * len(UNNAMED), 0, 0)
+    assert (report.freed_bytes, report.num_recent, report.num_former_files) == (5 * len(UNNAMED), 0, 0)
     assert files(tiny_cache.url) == before
     assert not list(Path(tiny_cache.url).rglob(".tmp-*"))
     assert verify_cache(tiny_cache.url).ok
@@ -64,7 +64,7 @@ def test_a_dry_run_reports_the_same_and_removes_nothing(tiny_cache: TinyCache) -
 def test_young_files_stay_because_a_running_builder_commits_its_part_last(tiny_cache: TinyCache) -> None:
     write_files(tiny_cache, *UNNAMED)
     report = collect(tiny_cache.url, age_s=0)
-    assert (report.removed, report.num_young) == ((), len(UNNAMED))
+    assert (report.removed, report.num_recent) == ((), len(UNNAMED))
     assert all(Path(tiny_cache.url, path).exists() for path in UNNAMED)
 
 
@@ -89,7 +89,7 @@ def test_former_tables_are_removed_only_with_former(tiny_cache: TinyCache, tiny_
     build(tiny_config(views={"count": 5}))
     report = collect(tiny_cache.url)
     assert report.removed == ()
-    assert report.num_former == 1
+    assert report.num_former_files == 1
     assert open_cache(tiny_cache.url, manifest_bytes=pinned).view("digits-00", 0).row_N.size == 20
     assert collect(tiny_cache.url, former=True).freed_bytes == report.former_bytes
     with pytest.raises(CacheError) as caught:
