@@ -51,7 +51,7 @@ def _root(
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for shards, cache, runs and results.json.")] = Path("runs/demo"),
 ) -> None:
-    """Run the main job on real digits: shards, teacher, cache, students, a table. Needs no network."""
+    """Distil handwritten digits: shards, teacher, cache, students, table. Needs no network."""
     from jobs.demo import run_demo
 
     emit(f"results in {run_demo(out)}", event="end")
@@ -59,21 +59,25 @@ def demo(
 
 @add_command(shards_app, "pack")
 def shards_pack(
-    source: Annotated[str, typer.Argument(help="Folder or URL of images, one folder a class.", metavar="SRC")],
+    source: Annotated[str, typer.Argument(help="Folder or URL of images, with one folder per class.", metavar="SRC")],
     out: Annotated[str, typer.Argument(help="New folder or URL for the shards.", metavar="OUT")],
-    shard_size: Annotated[int, typer.Option(min=1, help="Images in a shard, at most.")] = 10_000,
-    shard_bytes: Annotated[int, typer.Option(min=1, help="Bytes of a shard, at most.")] = 256 << 20,
+    shard_size: Annotated[int, typer.Option(min=1, help="Maximum number of images in a shard.")] = 10_000,
+    shard_bytes: Annotated[int, typer.Option(min=1, help="Maximum size of a shard, bytes.")] = 256 << 20,
     seed: Annotated[int, typer.Option(help="Seed of the shuffle.")] = 0,
-    val_share: Annotated[float, typer.Option(min=0, max=0.99, help="Share of each class for validation shards.")] = 0,
-    labels: Annotated[Literal["folder", "none"], typer.Option(help="The first folder's name is the class.")] = "folder",
+    val_share: Annotated[
+        float, typer.Option(min=0, max=0.99, help="Share of each class in validation shards, 0 to 0.99.")
+    ] = 0,
+    labels: Annotated[
+        Literal["folder", "none"], typer.Option(help="Class of an image: the first folder, or none.")
+    ] = "folder",
     classes: Annotated[str | None, typer.Option(help="classes.json of another packing, for its class indexes.")] = None,
     name: Annotated[str, typer.Option(help="Stem of the shards' names.")] = "train",
     links_out: Annotated[
-        bool, typer.Option("--links-out", help="Follow links that lead out of SRC: pack their targets.")
+        bool, typer.Option("--links-out", help="Follow links that lead out of SRC, and pack their targets.")
     ] = False,
     bad_images: Annotated[
         Literal["fail", "skip", "pack"],
-        typer.Option(help="Images that cannot be decoded: stop and name them, leave them out, or copy them unchecked."),
+        typer.Option(help="Images that cannot be decoded: stop and list them, omit them, or copy them unchecked."),
     ] = "fail",
 ) -> None:
     """Pack a folder tree of images into shuffled shards. Resumes automatically."""
@@ -105,7 +109,9 @@ def cache_build(config: ConfigArgument, overrides: OverridesArgument = None) -> 
 def cache_plan(
     config: ConfigArgument,
     overrides: OverridesArgument = None,
-    measure: Annotated[bool, typer.Option("--measure", help="Time a short sample with the real teacher.")] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Build a short sample with the teacher, and time it.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Estimate a build: rows, bytes, requests, teacher forwards, break-even. Writes nothing."""
@@ -130,7 +136,7 @@ def cache_means(
     out: Annotated[str, typer.Option(help="JSON file or URL to write.")],
     full_precision: Annotated[bool, typer.Option(help="Every digit instead of four decimals.")] = False,
 ) -> None:
-    """Write class means as the JSON that ND's authors use."""
+    """Write class means in the JSON format of ND's authors (Wang 2023)."""
     from jobs.cache_ops import describe_means
     from pipeline.cache.ops.export_means import export_means
 
@@ -141,8 +147,8 @@ def cache_means(
 def cache_verify(
     cache: CacheArgument,
     overrides: OverridesArgument = None,
-    config: Annotated[str | None, typer.Option(help="The build's YAML: runs its teacher again.")] = None,
-    sample: Annotated[int, typer.Option(min=1, help="Rows to recompute, with --config.")] = 256,
+    config: Annotated[str | None, typer.Option(help="YAML of the build, whose teacher is run again.")] = None,
+    sample: Annotated[int, typer.Option(min=1, help="With --config: number of rows to recompute.")] = 256,
     shards: ShardsOption = None,
     threads: ThreadsOption = 4,
     allow_pixel_drift: Annotated[
@@ -151,7 +157,7 @@ def cache_verify(
     ] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Check every file of a cache, its rows and its pixels; with --config, the teacher's outputs. Problems exit 1."""
+    """Check files, rows and pixels of a cache; with --config, also teacher outputs. Exit code 1: problems."""
     from jobs.cache_ops import describe_verification, verify
     from pipeline.storage.config_files import load_config
 
@@ -190,21 +196,26 @@ def cache_gc(
     cache: CacheArgument,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the files that would be removed.")] = False,
     min_age: Annotated[
-        float, typer.Option(min=0, help="Minutes: younger files stay, since a running build commits them later.")
+        float,
+        typer.Option(min=0, help="Minimum age of removed files, minutes; a running build may commit younger ones."),
     ] = 60.0,
     former: Annotated[
-        bool, typer.Option("--former", help="Also tables that an extension replaced; older runs may still read them.")
+        bool,
+        typer.Option("--former", help="Also remove tables that an extension replaced; older runs may still read them."),
     ] = False,
     unused_header: Annotated[
         bool,
-        typer.Option("--unused-header", help="Only the header of a cache without commits, so that another can begin."),
+        typer.Option(
+            "--unused-header",
+            help="Only remove the header of a cache without commits, so that a different build can start.",
+        ),
     ] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="With --unused-header: also while a build is logged as running.")
+        bool, typer.Option("--force", help="With --unused-header: even while a build is logged as running.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Remove files that no commit names: those of builders that were killed or lost a race."""
+    """Remove files that no commit refers to, left by builds that were killed or lost a race."""
     from jobs.cache_ops import describe_garbage
     from pipeline.cache.ops.gc import collect_garbage, remove_unused_header
 
@@ -240,7 +251,7 @@ def recipe(
     ] = None,
     overrides: OverridesArgument = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only show the stages: networks, steps, losses, needed files.")
+        bool, typer.Option("--dry-run", help="Only show the stages: networks, steps, losses, required files.")
     ] = False,
     show_all: Annotated[bool, typer.Option("--list", help="Show the packaged recipes.")] = False,
 ) -> None:
@@ -266,23 +277,25 @@ def submit(
         ),
     ],
     overrides: OverridesArgument = None,
-    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Show the log and exit as the job does.")] = True,
+    wait: Annotated[
+        bool, typer.Option("--wait/--no-wait", help="Follow the log, and exit with the job's exit code.")
+    ] = True,
     working_dir: Annotated[Path, typer.Option(help="Folder that is uploaded and in which the job runs.")] = Path(),
     exclude: Annotated[
-        list[str] | None, typer.Option(metavar="PATTERN", help="As in .gitignore: not uploaded either. Repeatable.")
+        list[str] | None, typer.Option(metavar="PATTERN", help="Files not to upload, as in .gitignore. Repeatable.")
     ] = None,
     env: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Variable of this shell for the job. Repeatable.")
+        list[str] | None, typer.Option(metavar="NAME", help="Variable of this shell to pass to the job. Repeatable.")
     ] = None,
     pip: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Requirements to install; default: the nodes' packages.")
+        Path | None, typer.Option(metavar="FILE", help="Requirements file to install; default: the nodes' packages.")
     ] = None,
-    entrypoint_cpus: Annotated[float, typer.Option(min=0, help="Reserved for the driver.")] = 0,
-    entrypoint_gpus: Annotated[float, typer.Option(min=0, help="Reserved for the driver.")] = 0,
+    entrypoint_cpus: Annotated[float, typer.Option(min=0, help="CPUs reserved for the driver.")] = 0,
+    entrypoint_gpus: Annotated[float, typer.Option(min=0, help="GPUs reserved for the driver.")] = 0,
     entrypoint_memory: Annotated[int, typer.Option(min=0, help="Bytes reserved for the driver.")] = 0,
     submission_id: Annotated[str | None, typer.Option(help="Id of the job; default: a new one.")] = None,
 ) -> None:
-    """Run a build, a training or both as a job of a Ray cluster. Submitting again resumes from what is committed."""
+    """Run a build, a training or both as a job of a Ray cluster. Submitting again resumes from the committed work."""
     from jobs.submit import submit as submit_job
 
     code = submit_job(
@@ -311,11 +324,11 @@ def evaluate(
     checkpoint: CheckpointOption = "last",
     threads: ThreadsOption = 1,
     without_teacher: Annotated[
-        bool, typer.Option("--without-teacher", help="No agreement; the teacher's weights are not read.")
+        bool, typer.Option("--without-teacher", help="Do not measure agreement, which needs the teacher's weights.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure a trained student: top-1, top-5, calibration, agreement with its teacher."""
+    """Measure a trained student: top-1, top-5, calibration error, agreement with its teacher."""
     from jobs.run_ops import describe_evaluation
     from jobs.run_ops import evaluate as evaluate_on
 
@@ -333,12 +346,10 @@ def export(
     checkpoint: CheckpointOption = "last",
     with_normalization: Annotated[
         bool,
-        typer.Option(
-            "--with-normalization", help="The graph takes uint8 RGB [N,3,S,S]; default: float32, normalised before."
-        ),
+        typer.Option("--with-normalization", help="The graph takes uint8 RGB [N,3,S,S]; default: normalised float32."),
     ] = False,
 ) -> None:
-    """Write a trained student as one file. A graph takes any batch size and is checked against the student."""
+    """Write a trained student as one file. A graph takes any batch size, and is compared with the student."""
     from jobs.run_ops import describe_export
     from pipeline.student.export.exporters import export_run
 
@@ -348,7 +359,7 @@ def export(
 
 @add_command(app, "explain")
 def explain(
-    code: Annotated[str | None, typer.Argument(help="Code of an error; without it, all are listed.")] = None,
+    code: Annotated[str | None, typer.Argument(help="Code of an error; default: list all codes.")] = None,
 ) -> None:
     """Print the cause and the remedy of an error code."""
     from pipeline.core.error_codes import error_codes

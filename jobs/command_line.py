@@ -17,14 +17,15 @@ from jobs.entry import run_command
 Command = TypeVar("Command", bound=Callable[..., None])
 ConfigArgument = Annotated[str, typer.Argument(help="YAML file or URL.", metavar="CONFIG")]
 OverridesArgument = Annotated[
-    list[str] | None, typer.Argument(help="section.key=value, the value as YAML.", metavar="[K.K=V]...")
+    list[str] | None,
+    typer.Argument(help="Override section.key=value; the value is parsed as YAML.", metavar="[K.K=V]..."),
 ]
 CacheArgument = Annotated[str, typer.Argument(help="URL of the cache.", metavar="CACHE")]
 RunArgument = Annotated[str, typer.Argument(help="URL of a run.")]
 ShardsOption = Annotated[
-    str | None, typer.Option(help="Where the shards are, {a..b} braces allowed; default: where the build read them.")
+    str | None, typer.Option(help="Location of the shards, {a..b} braces allowed; default: where the build read them.")
 ]
-CheckpointOption = Annotated[Literal["best", "last"], typer.Option(help="Which weights.")]
+CheckpointOption = Annotated[Literal["best", "last"], typer.Option(help="Checkpoint to load.")]
 ThreadsOption = Annotated[int, typer.Option(min=1, help="CPU threads.")]
 PixelDriftOption = Annotated[
     int | None,
@@ -90,7 +91,7 @@ def show_version(is_set: bool) -> None:
 
 
 def hide_types(command: Any) -> None:
-    """Hides types that say nothing in the help: ``<bool>`` of a flag, ``<str>`` of an argument."""
+    """Hides uninformative types in the help: ``<bool>`` of a flag, ``<str>`` of an argument."""
     context = typer.Context(command)
     for parameter in command.get_params(context):
         if getattr(parameter, "is_bool_flag", False):

@@ -12,7 +12,7 @@ from pipeline.core.redaction import redact_text
 
 
 class StillroomError(Exception):
-    """Base of every error raised on purpose. Its text is the complete message for a user, with redacted URLs."""
+    """Base class of all deliberate errors. ``str(error)`` is the complete message, with redacted URLs."""
 
     exit_code: int = 1
     code: str = "stillroom.failed"

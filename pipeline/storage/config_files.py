@@ -17,14 +17,14 @@ MAX_CONFIG_BYTES = 1 << 20
 
 
 def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
-    """Reads, overrides, resolves and checks one YAML document.
+    """Reads one YAML document, applies overrides, resolves references, and checks it.
 
     Args:
         source: path or allowed URL of the document.
         overrides: ``train.lr=3e-4``, ``loss.0.weight=2``; the value is parsed as YAML.
 
     Raises:
-        ConfigError: everything that is wrong, in one message.
+        ConfigError: the document is invalid; one message lists all problems.
     """
     return parse_config(_read_text(source), overrides, where=redact(source))
 

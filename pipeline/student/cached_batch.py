@@ -17,7 +17,7 @@ from pipeline.student.data.teacher_outputs import TeacherOutputs
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class CachedBatch(Summarised):
-    """B rows: the teacher's views, its outputs for them, and labels. A short last step has fewer rows.
+    """The B rows of one rank in one step: views, teacher outputs and labels. A short last step has fewer rows.
 
     Pixels stay uint8 until ``images`` is called: a quarter of the bytes on the way to a GPU, which then mixes them.
 
@@ -25,8 +25,8 @@ class CachedBatch(Summarised):
         rows: the batch as ``stillroom train`` reads it; its pixels are not mixed yet.
         mean_C, std_C: of the student's input, on the scale of [0,1] RGB.
         num_classes: K.
-        ddp_weight: factor of this rank's mean loss, rows · W / rows of all ranks, with which DDP's mean of gradients
-            is that of the global batch. 1 in one process.
+        ddp_weight: factor of this rank's mean loss, rows · W / rows of all W ranks, with which DDP's mean of the
+            gradients is the gradient of the mean over the global batch. 1 in one process.
     """
 
     rows: Batch
@@ -40,6 +40,7 @@ class CachedBatch(Summarised):
 
     @property
     def epoch(self) -> int:
+        """Counted from 0."""
         return self.rows.epoch
 
     @property
@@ -54,18 +55,18 @@ class CachedBatch(Summarised):
 
     @property
     def labels_B(self) -> Tensor:
-        """int64; -1 where a sample has none."""
+        """int64; -1 for a sample without a label."""
         return self.rows.labels_B
 
     @property
     def mixed_labels_B(self) -> Tensor:
-        """int64; the label of the sample that a row is mixed with, its own where it is not mixed."""
+        """int64; the label of each row's mixup partner, equal to ``labels_B`` for unmixed rows."""
         partner_B = self.rows.partner_B
         return self.labels_B if partner_B is None else self.labels_B[partner_B]
 
     @property
     def lambda_B(self) -> Tensor:
-        """float32; a row's own share of its mixed pixels and label, 1 where it is not mixed."""
+        """float32; the weight of a row in its mixed pixels and label; its partner has 1 − λ. 1 for unmixed rows."""
         lambda_B = self.rows.lambda_B
         return torch.ones_like(self.labels_B, dtype=torch.float32) if lambda_B is None else lambda_B
 
@@ -85,7 +86,7 @@ class CachedBatch(Summarised):
         )
 
     def teacher_logits(self, *, temperature: float = 1.0, teacher: int = 0) -> Tensor:
-        """float32 [B,K], as a loss at this temperature reads them; only topk logits depend on it.
+        """float32 [B,K], decoded for a loss at this temperature. Only ``topk`` logits depend on the temperature.
 
         Args:
             teacher: position in the list of caches.
@@ -119,11 +120,11 @@ class CachedBatch(Summarised):
         return embedding_BD
 
     def teacher_norms(self, *, teacher: int = 0) -> Tensor:
-        """float32 [B]: norms of the teacher's embeddings, which ND reads."""
+        """float32 [B]: norms of the teacher's embeddings, an input of ``nd``."""
         return self.rows.teacher_outputs[teacher].norm_B
 
     def targets(self) -> Tensor:
-        """float32 [B,K]: labels as distributions, mixed like the pixels. A missing label adds nothing to its row."""
+        """float32 [B,K]: one-hot labels, mixed like the pixels. A missing label contributes zeros."""
         lambda_B1 = self.lambda_B[:, None]
         return lambda_B1 * self._one_hot(self.labels_B) + (1 - lambda_B1) * self._one_hot(self.mixed_labels_B)
 
@@ -131,12 +132,13 @@ class CachedBatch(Summarised):
         return one_hot(labels_B.clamp(min=0), self.num_classes) * (labels_B >= 0)[:, None].to(torch.float32)
 
     def to(self, device: torch.device | str) -> CachedBatch:
+        """A copy of the batch on this device."""
         device = torch.device(device)
         mean_C, std_C = self.mean_C.to(device, non_blocking=True), self.std_C.to(device, non_blocking=True)
         return replace(self, rows=self.rows.to(device), mean_C=mean_C, std_C=std_C)
 
     def pin_memory(self) -> CachedBatch:
-        """A ``DataLoader`` with ``pin_memory=True`` calls it."""
+        """A copy in pinned memory; ``DataLoader(pin_memory=True)`` calls this."""
         return replace(
             self, rows=self.rows.pin_memory(), mean_C=self.mean_C.pin_memory(), std_C=self.std_C.pin_memory()
         )

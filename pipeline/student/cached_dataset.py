@@ -1,4 +1,4 @@
-"""A finished cache as a PyTorch dataset, for your own training loop: the order, pixels and outputs of ours."""
+"""A finished cache as a PyTorch dataset, for training loops outside Stillroom."""
 
 from __future__ import annotations
 
@@ -61,9 +61,9 @@ Location = str | Path
 class CachedDataset(Dataset[CachedBatch]):
     """``dataset[i]`` is this rank's batch of one step of an epoch: image views, labels and teacher outputs.
 
-    Items are whole batches in the order of training, so a loader neither batches nor shuffles nor samples:
-    ``DataLoader(dataset, batch_size=None, num_workers=8)``. Any number of workers gives the same batches, any world
-    size the same global ones. docs/tutorials/your-own-loop.md has an example.
+    Items are whole batches in the order of training, so a loader must not batch, shuffle or sample:
+    ``DataLoader(dataset, batch_size=None, num_workers=8)``. Batches are the same for any number of workers, global
+    batches for any world size. docs/tutorials/your-own-loop.md has an example.
     """
 
     def __init__(
@@ -90,26 +90,27 @@ class CachedDataset(Dataset[CachedBatch]):
         verify_canaries: bool = True,
         allow_pixel_drift: int = 0,
     ) -> None:
-        """Opens the caches and verifies on some views that this machine computes their pixels.
+        """Opens the caches, and verifies on a few views that this machine reproduces their pixels.
 
-        Arguments with the name of a config key (``train.*``, ``student.*``, ``data.*``) mean the same, and errors name
-        them by that key.
+        Arguments with the name of a config key (``train.*``, ``student.*``, ``data.*``) have its meaning, and errors
+        name that key.
 
         Args:
             cache: URL or path of a finished cache, or a list: one for each teacher, all over the same views.
-            shards: URLs or paths with ``{a..b}`` braces; default: all of the cache, at the URLs of its build.
+            shards: URLs or paths with ``{a..b}`` braces; default: all shards of the cache, at the URLs of its build.
             epoch, start_step: see ``set_epoch``.
             global_batch_size: rows of a step over all ranks.
             size, interpolation: of the student's square input; default: the teacher's.
             mean, std: per channel, of [0,1] RGB, for ``CachedBatch.images``; default: the teacher's.
-            temperatures: of the losses that read logits, where these depend on it (topk); empty: decode none.
-            embeddings: read the teachers' embeddings too, for ``CachedBatch.teacher_embeddings``.
-            require_labels: a row without a label is an error.
-            verify_canaries: False starts sooner; a decoder or resize that differs then goes unnoticed.
+            temperatures: at which ``topk`` logits are decoded; other encodings need no list. Empty: decode no logits.
+            embeddings: whether to read the teachers' embeddings, for ``CachedBatch.teacher_embeddings``.
+            require_labels: whether a row without a label is an error.
+            verify_canaries: False starts sooner, but a different decoder or resize goes unnoticed.
 
         Raises:
             ConfigError: an option is wrong, or contradicts another or the cache.
-            CacheError: a cache is unfinished or damaged, caches do not go together, or pixels are not the teacher's.
+            CacheError: a cache is unfinished or damaged, the caches differ in their views or samples, or this machine
+                computes other pixels.
         """
         data = {"cache": _plain(cache), "shards": _plain(shards), "allow_pixel_drift": allow_pixel_drift}
         student = {"size": size, "interpolation": interpolation, "mean": mean, "std": std}
@@ -145,20 +146,21 @@ class CachedDataset(Dataset[CachedBatch]):
 
     @property
     def num_classes(self) -> int:
-        """K."""
+        """K, the number of classes."""
         return self._spec.num_classes
 
     @property
     def num_views(self) -> int:
-        """V: epoch e shows view e mod V."""
+        """V, the number of views; epoch e shows view e mod V."""
         return self._source.num_views
 
     @property
     def steps_per_epoch(self) -> int:
+        """The same for every rank, epoch and number of workers."""
         return self._order.num_steps
 
     def class_means(self, *, teacher: int = 0) -> Tensor:
-        """fp32 [K,D]: the teacher's mean embedding of each class, which ``nd`` reads.
+        """fp32 [K,D]: the teacher's mean embedding of each class, an input of ``nd``.
 
         Args:
             teacher: position of the cache in the list.
@@ -172,10 +174,10 @@ class CachedDataset(Dataset[CachedBatch]):
         return cached_means(cache, self._source)
 
     def set_epoch(self, epoch: int, *, start_step: int = 0) -> None:
-        """Selects an epoch, its order and its view. Call it before the loader is iterated.
+        """Selects an epoch, with its order and view. Call it before you iterate over the loader.
 
         Args:
-            start_step: steps of this epoch to skip, since they were taken before an interruption.
+            start_step: number of steps to skip, which were taken before an interruption.
 
         Raises:
             ConfigError: there is no such epoch or step.

@@ -31,7 +31,7 @@ from schemas.config.views import ErasingConfig, JitterConfig, RandAugmentConfig,
 
 
 class Config(Section):
-    """One YAML document. ``require`` checks the keys that a command needs."""
+    """The configuration of a run: one checked YAML document."""
 
     data: DataConfig = Field(default_factory=lambda: DataConfig.model_validate({}))
     teacher: TeacherConfig = Field(default_factory=lambda: TeacherConfig.model_validate({}))

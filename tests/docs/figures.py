@@ -42,12 +42,12 @@ _TEXT, _MUTED, _BAR, _BASELINE = "#1f2937", "#6b7280", "#3f51b5", "#9ca3af"
 
 
 def results() -> str:
-    """Top-1 of students by what they learn from, one panel an experiment."""
+    """Top-1 of students by their losses and views, one panel per experiment."""
     body = "\n".join(_panel(panel, index * _PANEL_WIDTH) for index, panel in enumerate(PANELS))
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
         f'font-family="Helvetica, Arial, sans-serif">\n'
-        "<title>Top-1 accuracy of students on three data sets, by what they learn from</title>\n"
+        "<title>Top-1 accuracy of students on three data sets, by losses and views</title>\n"
         f'<rect width="{_WIDTH}" height="{_HEIGHT}" rx="8" fill="#ffffff"/>\n{body}\n</svg>\n'
     )
 

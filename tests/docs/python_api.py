@@ -15,22 +15,22 @@ from stillroom import losses
 
 _ROOT = Path(__file__).resolve().parents[2]
 _LAYERS = {
-    "stillroom": "The public face: names for `import stillroom`, and nothing else.",
-    "schemas": "What is written down: configuration and file formats. No I/O and no torch.",
-    "pipeline": "The work. It never imports Ray.",
-    "jobs": "Entry points, and the only place that imports Ray.",
+    "stillroom": "The public API: the names of `import stillroom`.",
+    "schemas": "Configuration and file formats. No I/O and no torch.",
+    "pipeline": "Everything from tar files to trained students. It never imports Ray.",
+    "jobs": "Entry points. The only layer that imports Ray.",
 }
 
 
 _TITLE = """# Python API
 
-`import stillroom` gives the names that your own code may use; the modules behind them may change.
+The names of `import stillroom` are the public interface; the modules behind them may change.
 [Your own training loop](../tutorials/your-own-loop.md) shows them in use. Suffixes of names give shapes: `B` batch,
 `K` classes, `D` embedding, `C H W` image."""
 _MODULES_TITLE = """# Modules
 
-Every module with the first sentence of its docstring. [Architecture](../explanation/architecture.md) explains how they
-work together."""
+For contributors: every module with the first sentence of its docstring.
+[Architecture](../explanation/architecture.md) explains how they work together."""
 
 
 def title() -> str:
@@ -79,7 +79,8 @@ def _signature(name: str, value: Any, *, drop_self: bool = False) -> str:
     text = re.sub(r"\b(?:torch|pipeline|collections|typing)\.(?:\w+\.)*", "", text)
     if len(name + text) <= 100 or drop_self:
         return name + text
-    listed = [re.sub(r"\b(?:\w+\.)+(?=\w)", "", str(item).replace("'", "")) for item in parameters]
+    # The prefixes of modules, but not the digits before a decimal point.
+    listed = [re.sub(r"\b(?:[^\W\d]\w*\.)+(?=\w)", "", str(item).replace("'", "")) for item in parameters]
     first_keyword = next((at for at, item in enumerate(parameters) if item.kind is item.KEYWORD_ONLY), None)
     if first_keyword is not None:
         listed.insert(first_keyword, "*")

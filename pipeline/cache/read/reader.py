@@ -146,13 +146,14 @@ def _key(number: Any, view: Any) -> Any:
 
 
 class TeacherCache:
-    """A finished cache, opened for reading. ``manifest_bytes`` are the run's copy of the manifest, if it has one."""
+    """A finished cache, opened for reading. ``manifest_bytes`` is the manifest, or a run's copy of it."""
 
     def __init__(self, url: str, manifest: Manifest, manifest_bytes: bytes, header: Header) -> None:
         self.url, self.manifest, self.manifest_bytes, self.header = url, manifest, manifest_bytes, header
 
     @property
     def num_views(self) -> int:
+        """V, the number of views of every image."""
         return self.manifest.num_views
 
     @property
@@ -194,6 +195,7 @@ class TeacherCache:
         return locate(self.manifest.base, shard.path)
 
     def class_means(self) -> ClassMeans | None:
+        """The mean embedding of each class, or None if the cache has none."""
         ref = self.manifest.class_means
         if ref is None:
             return None
@@ -217,7 +219,8 @@ class TeacherCache:
         return entry
 
     def committed_view(self, shard_id: str, view: int) -> CommittedView:
-        """
+        """Size and digests of one view of one shard.
+
         Raises:
             CacheError: the cache does not have the view.
         """
@@ -361,10 +364,10 @@ def _stored(table: pa.Table, output: Output | None) -> StoredRows | None:
 
 
 def open_cache(url: str, *, manifest_bytes: bytes | None = None) -> TeacherCache:
-    """Opens a finished cache, in the state of ``manifest_bytes`` if given.
+    """Opens a finished cache, in the state that ``manifest_bytes`` describes, if given.
 
     Raises:
-        CacheError: there is no cache, it is unfinished or damaged, or its header is not that of the manifest.
+        CacheError: there is no cache, it is unfinished or damaged, or its header and manifest do not match.
     """
     where = redact(url)
     if manifest_bytes is None:

@@ -91,11 +91,11 @@ def load_run(run_url: str, checkpoint_name: CheckpointName) -> LoadedRun:
 def load_student(run_url: str, checkpoint_name: CheckpointName = "best") -> nn.Module:
     """The student of a finished or interrupted run, in evaluation mode on the CPU.
 
-    Its forward takes normalised images ``[B, 3, H, W]`` in fp32 and returns the network's own output, for most
+    Its forward takes normalised images ``[B, 3, H, W]`` in fp32 and returns the network's output, for most
     networks logits ``[B, K]``.
 
     Raises:
-        StillroomError: as ``load_run``.
+        StillroomError: there is no such run or checkpoint, or it cannot be loaded.
     """
     return load_run(run_url, checkpoint_name).student.module.network.eval()
 

@@ -1,6 +1,6 @@
 """Losses of a student: pure functions of one batch in fp32, and their composition from a config.
 
-Each import of a loss here also registers it.
+Importing a loss here registers its name.
 """
 
 from pipeline.student.losses.ce import ce
