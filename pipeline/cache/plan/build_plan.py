@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from pipeline import storage
 from pipeline.cache.build.commit import CommitSummary
@@ -102,9 +101,6 @@ class CachePlan:
     traffic: Traffic
     break_even: BreakEven
     labels: LabelCount | None
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def plan_cache(inputs: PlanInputs) -> CachePlan:

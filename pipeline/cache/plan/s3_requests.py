@@ -1,8 +1,7 @@
-"""S3 requests of a build and of an epoch of training.
+"""S3 requests of a build and of an epoch of training, for an estimate of their price.
 
-Requests that grow with the number of shards and parts are counted as the code makes them, if nothing fails. All other
-requests of the driver are a constant, so that the sum is exact to about ten requests of a kind, plus one LIST per
-thousand objects. ``tests/faults/test_s3_requests.py`` compares it with the log of an S3 server.
+Requests that grow with the number of shards and parts are counted, if nothing fails. All others of the driver are a
+constant. ``tests/faults/test_s3_requests.py`` compares the sum with the log of an S3 server.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ class Requests:
     list: int = 0
 
 
-# Probe of the store, header, log, listings, tables, class means and manifest of a new build.
-_DRIVER = Requests(put=8, get=24, list=16)
+# Probe of the store, survey of a few shards, header, log, listings, tables, class means and manifest of a new build.
+_DRIVER = Requests(put=8, get=32, list=16)
 # The header twice, the commit, the index, and a HEAD of the uploaded part.
 _GETS_PER_PART = 5
 # The index, the rows of one view, and the footer of their part.
@@ -38,24 +37,20 @@ def build_requests(inputs: PlanInputs, *, row_bytes: float, num_objects: int) ->
         row_bytes: expected bytes of a row in a part.
         num_objects: of the finished cache.
     """
-    survey, commits, num_shards = inputs.survey, inputs.commits, len(inputs.urls)
-    weights = inputs.config.teacher.weights_url
-    gets_per_part = _GETS_PER_PART + (weights is not None and _is_remote(weights))
+    commits, num_shards = inputs.commits, len(inputs.urls)
     num_parts = put = get = 0
     for shard, blocks in inputs.blocks.items():
         num_parts += blocks.num_parts
-        get += len(blocks.missing) * (gets_per_part + _gets_per_fetch(inputs, shard))
+        get += len(blocks.missing) * (_GETS_PER_PART + _gets_per_fetch(inputs, shard))
         for block in blocks.missing:
-            part_bytes = survey.rows[shard].expected * len(block.views) * row_bytes
+            part_bytes = inputs.survey.rows[shard].expected * len(block.views) * row_bytes
             put += storage.num_puts(part_bytes) + 1
     # The first part of a shard writes its index; one part writes its class sums, which get a HEAD.
     put += num_shards - len({commit.shard_id for commit in commits})
     num_sums_open = inputs.num_class_sums - sum(commit.means is not None for commit in commits)
-    # At its start the driver reads sizes of shards, commits, indexes and heads of shards.
-    num_remote = sum(map(_is_remote, inputs.urls.values()))
-    get += num_remote if num_remote < storage.NAMES_PER_PAGE else 0
-    get += len(commits) + survey.num_indexes_read + (survey.num_shard_heads if inputs.is_remote else 0)
-    # At its end it reads every commit and class sum, and indexes to count the labels.
+    # At its start the driver reads sizes of shards and commits; at its end every commit and class sum, and indexes to
+    # count the labels.
+    get += len(commits) + (num_shards if inputs.is_remote and num_shards < storage.NAMES_PER_PAGE else 0)
     get += num_parts + inputs.num_class_sums + min(num_shards, NUM_INDEXES_READ)
     return Requests(
         put=_DRIVER.put + put + num_sums_open,
@@ -77,8 +72,5 @@ def epoch_requests(inputs: PlanInputs) -> Requests:
 
 def _gets_per_fetch(inputs: PlanInputs, shard: str, *, num_opens: int = 1) -> int:
     """A HEAD by each process that opens a remote shard, and the GETs of one download."""
-    return num_opens + storage.num_gets(inputs.sizes[shard]) if _is_remote(inputs.urls[shard]) else 0
-
-
-def _is_remote(url: str) -> bool:
-    return storage.protocol(url) != "file"
+    is_remote = storage.protocol(inputs.urls[shard]) != "file"
+    return num_opens + storage.num_gets(inputs.sizes[shard]) if is_remote else 0

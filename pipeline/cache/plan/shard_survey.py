@@ -64,16 +64,12 @@ class ShardSurvey:
     Attributes:
         rows: usable samples by shard id; of a sampled shard all samples with an image, since nothing is decoded.
         num_counted: shards whose rows were counted.
-        num_indexes_read: indexes that were read.
-        num_shard_heads: shards whose first bytes were read.
         labels: int32 labels in tar order of a few shards, spread over the list; ``NO_LABEL`` for none.
         label_count: counts of these labels; includes the members of the samples if no label was found.
     """
 
     rows: dict[str, Estimate]
     num_counted: int
-    num_indexes_read: int
-    num_shard_heads: int
     labels: tuple[NDArray[np.int32], ...]
     label_count: LabelCount
 
@@ -129,8 +125,6 @@ def survey_shards(
     return ShardSurvey(
         rows={shard: rows[shard] for shard in urls},
         num_counted=len(counts),
-        num_indexes_read=len(indexes),
-        num_shard_heads=len(heads),
         labels=tuple(labels),
         label_count=label_count,
     )
