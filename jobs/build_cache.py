@@ -44,8 +44,9 @@ from pipeline.shards.omissions import Omissions
 from pipeline.shards.publish import index_name
 from pipeline.shards.shard_urls import report_moved, urls_by_id
 from pipeline.storage.config_files import load_config
+from pipeline.tasks import task_of
 from schemas.cache_format import FileRef, Manifest
-from schemas.config import Config, RayConfig
+from schemas.config import Config, DataConfig, RayConfig
 
 _SIZE_THREADS = 16
 # Files of up to 16 MB. Many, so that the driver receives few sums; few enough that a retry is cheap.
@@ -262,11 +263,11 @@ def _sum_in_tasks(ray: RayConfig, cache_url: str, refs: Sequence[FileRef]) -> Cl
     return add_up(chunk_sums for _, chunk_sums in sums)
 
 
-def describe(manifest: Manifest) -> str:
+def describe(manifest: Manifest, data: DataConfig) -> str:
     """The line at the end of a build."""
     skipped = sum(manifest.skipped.values())
-    hits, labelled = manifest.statistics.top1_hits, manifest.statistics.labelled
-    teacher = f", teacher top-1 {hits / labelled:.1%}" if labelled else ""
+    metric, share = next(iter(task_of(data).teacher_metrics(manifest.statistics).items()))
+    teacher = "" if share is None else f", teacher {metric} {share:.1%}"
     return (
         f"cache: {manifest.num_ok} images x {manifest.num_views} views in {manifest.num_shards} shards, "
         f"{manifest.size_bytes / 1e6:.1f} MB, {skipped} skipped{teacher}"
@@ -274,7 +275,8 @@ def describe(manifest: Manifest) -> str:
 
 
 def main(source: str, overrides: list[str]) -> None:
-    emit(describe(build_cache(load_config(source, overrides))), event="end")
+    config = load_config(source, overrides)
+    emit(describe(build_cache(config), config.data), event="end")
 
 
 if __name__ == "__main__":

@@ -145,9 +145,9 @@ def relabel_cache(cache_url: str, *, label: str | None, shards: str | None, thre
 
 def describe_relabelling(relabelling: Relabelling) -> str:
     """The text of ``stillroom cache relabel``."""
-    statistics, count = relabelling.statistics, relabelling.count
-    top1 = f"{statistics.top1_hits / statistics.labelled:.1%}, on view 0" if statistics.labelled else "not known"
-    lines = [f"labels: {count} (data.label is {relabelling.label})", f"teacher top-1: {top1}"]
+    count, (metric, share) = relabelling.count, next(iter(relabelling.teacher_metrics.items()))
+    quality = "not known" if share is None else f"{share:.1%}, on view 0"
+    lines = [f"labels: {count} (data.label is {relabelling.label})", f"teacher {metric}: {quality}"]
     if 0 < relabelling.num_given < count.num_shards:
         num_others = count.num_shards - relabelling.num_given
         lines.append(

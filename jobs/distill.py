@@ -25,7 +25,7 @@ def distill(config: Config) -> dict[str, Any]:
     check_distillation(training)
     with cluster(config.ray):
         if config.teacher.mode == "cache":
-            emit(describe(build_cache(config)), event="end")
+            emit(describe(build_cache(config), config.data), event="end")
         return train_student(training)
 
 

@@ -32,7 +32,7 @@ def run_recipe(recipe: Recipe) -> Results:
         for config in recipe.caches.values():
             assert config.cache is not None
             emit(f"2/3 teacher cache: {config.cache.url}", event="stage")
-            emit(describe(build_cache(config)), event="stage")
+            emit(describe(build_cache(config), config.data), event="stage")
         return Results(teacher, tuple(zip(recipe.runs, _train_students(recipe), strict=True)))
 
 

@@ -25,6 +25,8 @@ from schemas.config import CacheConfig, DataConfig
 
 NO_LABEL = -1
 LABEL, LOGITS, EMBEDDING = "label", "logits", "embedding"
+TOP1, TOP5 = "top-1", "top-5"
+_HIT_COUNTS = ("labelled", "top1_hits", "top5_hits")
 _MAX_INT32 = 2**31 - 1
 # float16 rounding may swap the order of a stored float16 logit and a logit stored in finer steps.
 _ROUNDING = 2.0**-10
@@ -67,6 +69,11 @@ class HitCounter(StatisticsAccumulator):
         self._counts["top1_hits"] += int((rank_M < 1).sum())
         self._counts["top5_hits"] += int((rank_M < 5).sum())
         self._classes.update(label_M.tolist())
+
+    def add_part(self, statistics: Statistics) -> None:
+        for field in _HIT_COUNTS:
+            self._counts[field] += getattr(statistics, field)
+        self._classes.update(statistics.class_counts)
 
     def result(self) -> dict[str, Any]:
         return {**self._counts, "class_counts": dict(sorted(self._classes.items()))}
@@ -119,9 +126,7 @@ class HitRecount(Recount):
         if not self._has_logits:
             return
         bounds_22 = self._hits_G22[~self._mixes_G].sum(0).tolist()
-        for name, hits, (low, high) in zip(
-            ("top-1", "top-5"), (stated.top1_hits, stated.top5_hits), bounds_22, strict=True
-        ):
+        for name, hits, (low, high) in zip((TOP1, TOP5), (stated.top1_hits, stated.top5_hits), bounds_22, strict=True):
             if not low <= hits <= high:
                 report(f"the commit's {name} hits do not match the stored logits", hits, f"{low} to {high}")
 
@@ -131,7 +136,7 @@ class Classification(Task):
 
     name = "classification"
     columns = (TargetColumn(LABEL, pa.int32(), NO_LABEL),)
-    statistics_fields = ("labelled", "top1_hits", "top5_hits", "class_counts")
+    statistics_fields = (*_HIT_COUNTS, "class_counts")
 
     def settings(self, data: DataConfig) -> dict[str, Any]:
         return {"label": self.member(data), "num_classes": data.num_classes}
@@ -165,22 +170,16 @@ class Classification(Task):
             OutputSpec(EMBEDDING, embedding_dim, cache.embeddings),
         )
 
+    def is_output(self, name: str) -> bool:
+        return name in (LOGITS, EMBEDDING)
+
     def accumulate(self) -> HitCounter:
         return HitCounter()
-
-    def fold(self, parts: Iterable[Statistics]) -> dict[str, Any]:
-        counts, classes = Counter[str](), Counter[int]()
-        for part in parts:
-            for field in ("labelled", "top1_hits", "top5_hits"):
-                counts[field] += getattr(part, field)
-            classes.update(part.class_counts)
-        return {**counts, "class_counts": dict(sorted(classes.items()))}
 
     def recount(self, targets: Targets, *, mix_group: int, outputs: Iterable[str]) -> HitRecount:
         return HitRecount(targets[LABEL], mix_group=mix_group, has_logits=LOGITS in outputs)
 
-    def teacher_metrics(self, statistics: Statistics) -> dict[str, float]:
-        if not statistics.labelled:
-            return {}
-        shares = {"top1": statistics.top1_hits, "top5": statistics.top5_hits}
-        return {name: hits / statistics.labelled for name, hits in shares.items()}
+    def teacher_metrics(self, statistics: Statistics) -> dict[str, float | None]:
+        hits = {TOP1: statistics.top1_hits, TOP5: statistics.top5_hits}
+        num_rows = statistics.labelled
+        return {name: num_hits / num_rows if num_rows else None for name, num_hits in hits.items()}

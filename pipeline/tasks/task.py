@@ -57,11 +57,15 @@ class BadTargetError(ValueError):
 
 
 class StatisticsAccumulator(ABC):
-    """Sums the task's fields of ``Statistics`` over views of samples that are not mixed."""
+    """Sums the task's fields of ``Statistics``: over rows, and over the statistics of parts."""
 
     @abstractmethod
     def add(self, outputs: TeacherOutputs, targets: Targets) -> None:
-        """Adds N rows: the teacher's fp32 outputs, and the targets of the same samples."""
+        """Adds N rows that are not mixed: the teacher's fp32 outputs, and the targets of the same samples."""
+
+    @abstractmethod
+    def add_part(self, statistics: Statistics) -> None:
+        """Adds an earlier result. A cache may have millions of parts: none of them may stay in memory."""
 
     @abstractmethod
     def result(self) -> dict[str, Any]:
@@ -133,11 +137,11 @@ class Task(ABC):
         """What a cache with this config stores for each row."""
 
     @abstractmethod
-    def accumulate(self) -> StatisticsAccumulator: ...
+    def is_output(self, name: str) -> bool:
+        """Whether this version reads an output with this name; a reader ignores the others of a cache."""
 
     @abstractmethod
-    def fold(self, parts: Iterable[Statistics]) -> dict[str, Any]:
-        """The task's fields of the sum of these statistics. Parts are consumed one at a time."""
+    def accumulate(self) -> StatisticsAccumulator: ...
 
     @abstractmethod
     def recount(self, targets: Targets, *, mix_group: int, outputs: Iterable[str]) -> Recount:
@@ -149,5 +153,5 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def teacher_metrics(self, statistics: Statistics) -> dict[str, float]:
-        """The teacher's quality by name (``top1``), as shares; empty where it was not measured."""
+    def teacher_metrics(self, statistics: Statistics) -> dict[str, float | None]:
+        """The teacher's quality as shares, by the names that texts show, the most telling one first. None: unknown."""

@@ -1,9 +1,9 @@
-"""Teacher inference: batches of a fixed size in, fp32 logits and embeddings out."""
+"""Teacher inference: batches of a fixed size in, fp32 outputs by name out."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,17 +14,14 @@ from torch import Tensor
 from pipeline.augment.pixels import to_input
 from pipeline.core.errors import ResourceError, first_line
 from pipeline.models import LoadedModel, load_model, move_to_device
+from pipeline.tasks import TeacherOutputs
+from pipeline.tasks.classification import EMBEDDING, LOGITS
 from pipeline.teacher.numerics import autocast
 from pipeline.teacher.rendering import GroupViews
 from schemas.config import Precision, TeacherModelConfig
 
-
-@dataclass(frozen=True, slots=True)
-class InferenceOutputs:
-    """The teacher outputs of N rows: fp32, on the CPU."""
-
-    logits_NK: NDArray[np.float32]
-    embedding_ND: NDArray[np.float32]
+_NETWORK_OUTPUTS = (LOGITS, EMBEDDING)
+"""Names of what an ``EmbeddingModel`` returns, in its order."""
 
 
 class Teacher:
@@ -48,11 +45,11 @@ class Teacher:
         lambda_B: Tensor | None = None,
         cutmix_box_B4: Tensor | None = None,
         partner_pixels_NCHW: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> dict[str, Tensor]:
         """One forward of a batch of any size. Arguments are those of ``to_input``, on any device.
 
         Returns:
-            fp32 logits [B,K] and embedding [B,D], on the teacher's device.
+            fp32 outputs by name, [B,…] each, on the teacher's device.
         """
         images_BCHW = to_input(
             pixels_BCHW.to(self.device, non_blocking=True),
@@ -64,8 +61,8 @@ class Teacher:
             partner_pixels_NCHW=partner_pixels_NCHW,
         )
         with autocast(self.device, self.precision):
-            logits_BK, embedding_BD = self.module(images_BCHW)
-        return logits_BK.float(), embedding_BD.float()
+            outputs = self.module(images_BCHW)
+        return {name: tensor.float() for name, tensor in zip(_NETWORK_OUTPUTS, outputs, strict=True)}
 
     def infer(
         self,
@@ -73,10 +70,10 @@ class Teacher:
         partner_N: NDArray[np.int32] | None = None,
         lambda_N: NDArray[np.float32] | None = None,
         cutmix_box_N4: NDArray[np.float32] | None = None,
-    ) -> InferenceOutputs:
+    ) -> TeacherOutputs:
         """``infer_on_device``, then waits and copies the outputs to the CPU."""
-        logits_NK, embedding_ND = self.infer_on_device(pixels_NCHW, partner_N, lambda_N, cutmix_box_N4)
-        return InferenceOutputs(logits_NK.cpu().numpy(), embedding_ND.cpu().numpy())
+        outputs = self.infer_on_device(pixels_NCHW, partner_N, lambda_N, cutmix_box_N4)
+        return {name: tensor.cpu().numpy() for name, tensor in outputs.items()}
 
     @torch.inference_mode()
     def infer_on_device(
@@ -85,7 +82,7 @@ class Teacher:
         partner_N: NDArray[np.int32] | None = None,
         lambda_N: NDArray[np.float32] | None = None,
         cutmix_box_N4: NDArray[np.float32] | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> dict[str, Tensor]:
         """Runs N rows in batches of exactly ``batch_size``, so that the arithmetic of a row does not depend on N.
 
         The last batch is padded. A partner may lie in another batch. A GPU may still be computing when this returns.
@@ -95,7 +92,7 @@ class Teacher:
             partner_N, lambda_N, cutmix_box_N4: as in ``to_input``; ``None``: rows are not mixed.
 
         Returns:
-            fp32 logits [N,K] and embedding [N,D], on the teacher's device.
+            fp32 outputs by name, [N,…] each, on the teacher's device.
 
         Raises:
             ResourceError: a batch does not fit into the device's memory; it names a batch size that does.
@@ -114,24 +111,22 @@ class Teacher:
         partner_N: NDArray[np.int32] | None = None,
         lambda_N: NDArray[np.float32] | None = None,
         cutmix_box_N4: NDArray[np.float32] | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> dict[str, Tensor]:
         # One copy to the device for each call, without waiting, so that a GPU is not idle between batches.
         pixels_NCHW = pixels_NCHW.to(self.device, non_blocking=True)
         partners_N, weights_N, boxes_N4 = (self._sent(values) for values in (partner_N, lambda_N, cutmix_box_N4))
-        outputs: list[tuple[Tensor, Tensor]] = []
+        batches: list[dict[str, Tensor]] = []
         for rows_B in torch.arange(len(pixels_NCHW), device=self.device).split(batch_size):
             padded_B = torch.cat([rows_B, rows_B[-1:].expand(batch_size - len(rows_B))])
-            logits_BK, embedding_BD = self.forward(
+            outputs = self.forward(
                 _pick(pixels_NCHW, padded_B),
                 None if partners_N is None else torch.arange(batch_size, device=self.device),
                 None if weights_N is None else weights_N[padded_B],
                 None if boxes_N4 is None else boxes_N4[padded_B],
                 None if partners_N is None else _pick(pixels_NCHW, partners_N[padded_B].long()),
             )
-            outputs.append((logits_BK[: len(rows_B)], embedding_BD[: len(rows_B)]))
-        return torch.cat([logits_BK for logits_BK, _ in outputs]), torch.cat(
-            [embedding_BD for _, embedding_BD in outputs]
-        )
+            batches.append({name: tensor[: len(rows_B)] for name, tensor in outputs.items()})
+        return {name: torch.cat([outputs[name] for outputs in batches]) for name in batches[0]}
 
     def _sent(self, values_N: NDArray[np.generic] | None) -> Tensor | None:
         return None if values_N is None else torch.from_numpy(values_N).to(self.device, non_blocking=True)
@@ -189,13 +184,13 @@ class GroupOutputs:
     """A mix group and the teacher outputs of its V views, which a GPU may still be copying: read them by ``outputs``.
 
     Attributes:
+        tensors: by name of the output, [V,N,…] each.
         submit_s: seconds that it took to start the work; on a GPU this does not include the computation.
         started, copied: events around the work of a GPU; None on a CPU.
     """
 
     group: GroupViews
-    logits_VNK: Tensor
-    embedding_VND: Tensor
+    tensors: Mapping[str, Tensor]
     submit_s: float
     started: torch.cuda.Event | None
     copied: torch.cuda.Event | None
@@ -207,14 +202,12 @@ class GroupOutputs:
         self.copied.synchronize()
         return self.started.elapsed_time(self.copied) / 1e3
 
-    def outputs(self) -> list[InferenceOutputs]:
+    def outputs(self) -> list[TeacherOutputs]:
         """Waits for the outputs. One item for each view."""
         if self.copied is not None:
             self.copied.synchronize()
-        return [
-            InferenceOutputs(logits_NK.numpy(), embedding_ND.numpy())
-            for logits_NK, embedding_ND in zip(self.logits_VNK, self.embedding_VND, strict=True)
-        ]
+        arrays = {name: tensor.numpy() for name, tensor in self.tensors.items()}
+        return [{name: array[view] for name, array in arrays.items()} for view in range(len(self.group.pixels_VNCHW))]
 
 
 def run_inference(groups: Iterator[GroupViews], teacher: Teacher) -> Iterator[GroupOutputs]:
@@ -227,11 +220,11 @@ def run_inference(groups: Iterator[GroupViews], teacher: Teacher) -> Iterator[Gr
             for view, pixels_NCHW in enumerate(group.pixels_VNCHW)
         ]
         # Without waiting: the next group is queued behind this one. torch uses page-locked memory for such a copy.
-        logits_VNK, embedding_VND = (
-            torch.stack(tensors).to("cpu", non_blocking=True) for tensors in zip(*views, strict=True)
-        )
+        tensors = {
+            name: torch.stack([outputs[name] for outputs in views]).to("cpu", non_blocking=True) for name in views[0]
+        }
         submit_s = time.monotonic() - start_s
-        yield GroupOutputs(group, logits_VNK, embedding_VND, submit_s, started, _record_event(teacher.device))
+        yield GroupOutputs(group, tensors, submit_s, started, _record_event(teacher.device))
 
 
 def _record_event(device: torch.device) -> torch.cuda.Event | None:

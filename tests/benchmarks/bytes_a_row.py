@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.cache.build.part_writer import PartWriter, parquet_settings, view_ranges
-from pipeline.cache.format.codec import decode, encode, outputs_of
+from pipeline.cache.format.codec import decode, encode, stored_outputs
+from pipeline.tasks import OutputSpec
 from schemas.cache_format import Output, part_schema
-from schemas.config import CacheConfig
 from tests.benchmarks.teachers import BENCH, CIFAR, ten_classes, thousand_classes
 from tests.pipeline.caches import read_commits
 
@@ -84,8 +84,7 @@ def _other_settings(batches: list[pa.RecordBatch], path: Path) -> str:
 
 
 def _report(rows: pa.Table, logits_NK: NDArray[np.float32], kind: str) -> None:
-    config = CacheConfig.model_validate({"url": "x", "logits": kind})
-    output = outputs_of(config, num_classes=logits_NK.shape[1], embedding_dim=1)[0]
+    (output,) = stored_outputs([OutputSpec("logits", logits_NK.shape[1], kind)])
     num_rows = len(logits_NK)
     batches = _batches(rows, logits_NK, output)
     with tempfile.TemporaryDirectory() as name:

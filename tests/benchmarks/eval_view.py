@@ -47,7 +47,7 @@ def _load(section: dict[str, Any], *, num_classes: int, size: int) -> Teacher:
 def _report(title: str, teacher: Teacher, shards: list[Path], fraction: float) -> None:
     samples = [sample for shard in shards for sample in read_samples(shard, DataConfig(), where=shard.name)]
     ours, theirs = stack_views(list(_our_views(samples, teacher, fraction))), _timm_views(samples, teacher, fraction)
-    logits = [teacher.infer(pixels).logits_NK for pixels in (ours, theirs)]
+    logits = [teacher.infer(pixels)["logits"] for pixels in (ours, theirs)]
     label_N = np.array([sample.label for sample in samples])
     print(f"  {title}: {len(samples)} images")
     apart = (ours.int() - theirs.int()).abs()

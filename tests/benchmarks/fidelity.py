@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.cache.build.statistics import kl_sum, pearson_sum
-from pipeline.cache.format.codec import decode, encode, outputs_of, row_bytes
-from schemas.config import CacheConfig
+from pipeline.cache.format.codec import decode, encode, row_bytes, stored_outputs
+from pipeline.tasks import OutputSpec
 from tests.benchmarks.teachers import CIFAR, ten_classes, thousand_classes
 
 Matrix = NDArray[np.float32]
@@ -24,8 +24,7 @@ _ENTRY_BYTES = 4
 
 def _stored(exact_NK: Matrix, kind: str) -> tuple[int, Callable[[float], Matrix]]:
     """Bytes a row, and the logits that a loss at a temperature sees."""
-    config = CacheConfig.model_validate({"url": "x", "logits": kind})
-    output = outputs_of(config, num_classes=exact_NK.shape[1], embedding_dim=1)[0]
+    (output,) = stored_outputs([OutputSpec("logits", exact_NK.shape[1], kind)])
     column = encode(exact_NK, output)
     return row_bytes(output), lambda temperature: decode(column, output, temperature=temperature)
 

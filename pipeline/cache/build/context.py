@@ -8,10 +8,11 @@ from functools import lru_cache
 from pipeline import storage
 from pipeline.cache.build.header_claim import claim, make_header
 from pipeline.cache.build.imported_means import ImportedMeans, read_means, store_means
-from pipeline.cache.format.codec import outputs_of
+from pipeline.cache.format.codec import stored_outputs
 from pipeline.core.config_loading import require
 from pipeline.core.errors import ConfigError
 from pipeline.models.load import require_weights, weights_read_errors
+from pipeline.tasks import task_of
 from pipeline.teacher.inference import Teacher, load_teacher
 from pipeline.teacher.numerics import check_gpu, pick_device, pin_numerics, visible_gpus
 from schemas.cache_format import Header
@@ -77,7 +78,7 @@ def cache_config(config: Config) -> CacheConfig:
         )
     assert config.data.num_classes is not None
     # Fails before a teacher is loaded if an encoding needs more classes.
-    outputs_of(cache, num_classes=config.data.num_classes, embedding_dim=1)
+    stored_outputs(task_of(config.data).outputs(cache, num_classes=config.data.num_classes, embedding_dim=1))
     return cache
 
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from pipeline.cache.build.statistics import StatisticsFold
 from pipeline.core.hashing import canonical_json
+from pipeline.tasks import Task
 from schemas.cache_format import Commit, ViewBlock
 
 # Rows of the table of parts that are Python objects at one time, before they become columns.
@@ -26,7 +27,7 @@ class Fold:
     parts: pa.Table
 
 
-def fold_commits(commits: Iterable[Commit], shard_ids: Collection[str]) -> Fold:
+def fold_commits(commits: Iterable[Commit], shard_ids: Collection[str], task: Task) -> Fold:
     """Folds the commits of these shards, in the order of their paths. The result has the shards in the given order.
 
     No commit stays in memory: a cache may have more of them than fit. ``num_views`` is 0 if a shard lacks view 0.
@@ -34,7 +35,7 @@ def fold_commits(commits: Iterable[Commit], shard_ids: Collection[str]) -> Fold:
     by_shard: dict[str, _Shard] = {}
     covered: defaultdict[str, int] = defaultdict(int)
     environments: dict[bytes, dict[str, Any]] = {}
-    statistics, parts, size_bytes = StatisticsFold(), _PartsTable(), 0
+    statistics, parts, size_bytes = StatisticsFold(task), _PartsTable(), 0
     for commit in commits:
         shard = commit.shard_id
         if shard not in by_shard:

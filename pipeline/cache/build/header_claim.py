@@ -14,13 +14,14 @@ from pipeline.augment.random_bits import philox4x64
 from pipeline.cache.build.commit import is_unused
 from pipeline.cache.build.imported_means import ImportedMeans
 from pipeline.cache.format import layout
-from pipeline.cache.format.codec import outputs_of
+from pipeline.cache.format.codec import stored_outputs
 from pipeline.cache.format.header import find_header, read_header, views_body, views_id
 from pipeline.core.errors import CacheError, ModelError
 from pipeline.core.hashing import differences, seal, short, weights_digest
 from pipeline.core.redaction import quoted, redact
 from pipeline.models import LoadedModel, load_untrained
 from pipeline.shards.index import index_settings
+from pipeline.tasks import task_of
 from pipeline.teacher.inference import Teacher
 from schemas.cache_format import Header
 from schemas.config import CacheConfig, Config, DataConfig, Precision, ViewsConfig
@@ -78,6 +79,7 @@ def make_header(
         class_means=cache.class_means if imported is None else imported.mode,
     )
     module = teacher.module
+    specs = task_of(data).outputs(cache, num_classes=module.num_classes, embedding_dim=module.embedding_dim)
     return Header(
         views_id=views_id(plan),
         views=views_body(plan),
@@ -86,13 +88,13 @@ def make_header(
         data=index_settings(data),
         num_classes=module.num_classes,
         embedding_dim=module.embedding_dim,
-        outputs=outputs_of(cache, num_classes=module.num_classes, embedding_dim=module.embedding_dim),
-        probe_logits=tuple(tuple(float(value) for value in row) for row in _probe(teacher)),
+        outputs=stored_outputs(specs),
+        probe_logits=tuple(tuple(float(value) for value in row) for row in _probe(teacher, specs[0].name)),
     )
 
 
-def _probe(teacher: Teacher) -> NDArray[np.float32]:
-    """Logits on four fixed noise images. They show that the model's code changed while its weights did not."""
+def _probe(teacher: Teacher, name: str) -> NDArray[np.float32]:
+    """An output for four fixed noise images, [4,…]: it shows that the model changed while its weights did not."""
     size = teacher.loaded.input.size
     num_blocks = -(-3 * size * size // 32)
     keys = np.repeat(sample_keys(0, [f"probe/{number}" for number in range(_NUM_PROBES)]), num_blocks, axis=0)
@@ -100,15 +102,15 @@ def _probe(teacher: Teacher) -> NDArray[np.float32]:
     counters[:, 0] = np.tile(np.arange(num_blocks, dtype=np.uint64), _NUM_PROBES)
     noise = philox4x64(keys, counters).astype("<u8").view(np.uint8).reshape(_NUM_PROBES, -1)
     pixels = torch.from_numpy(noise[:, : 3 * size * size].reshape(_NUM_PROBES, 3, size, size).copy())
-    logits_NK = teacher.infer(pixels).logits_NK
-    if not np.isfinite(logits_NK).all():
+    values = teacher.infer(pixels)[name]
+    if not np.isfinite(values).all():
         raise ModelError(
             "the teacher produces NaN or infinity on images of noise",
             code="model.not-finite",
             where="teacher",
             next_step="use teacher.precision=fp32, or check the weights",
         )
-    return logits_NK
+    return values
 
 
 def claim(cache_url: str, header: Header) -> Header:

@@ -22,6 +22,7 @@ from pipeline.cache.format.header import no_cache, read_header
 from pipeline.core.errors import CacheError
 from pipeline.core.hashing import digest, seal
 from pipeline.core.redaction import redact
+from pipeline.tasks import task_of
 from schemas.cache_format import Commit, FileRef, Header, Manifest
 
 _READ_THREADS = 16
@@ -48,7 +49,7 @@ def publish_manifest(
     header = read_header(cache_url)
     checks = _CommitChecks(header.fingerprint, cache_url)
     commits = (commit for commit in stream_commits(cache_url) if commit.shard_id in shard_urls)
-    fold = fold_commits(checks.checked(commits), shard_urls)
+    fold = fold_commits(checks.checked(commits), shard_urls, task_of(header.data))
     if fold.totals["num_views"] == 0:
         raise CacheError(
             "no view is complete for every shard",

@@ -42,7 +42,9 @@ from pipeline.shards.index import STATUSES, IndexBuilder, omissions_of
 from pipeline.shards.omissions import Omissions
 from pipeline.shards.shard_urls import shard_id
 from pipeline.shards.tar import Sample, TarNotes, read_samples, unread_links
-from pipeline.teacher.inference import GroupOutputs, InferenceOutputs, run_inference
+from pipeline.tasks import TeacherOutputs, task_of
+from pipeline.tasks.classification import EMBEDDING
+from pipeline.teacher.inference import GroupOutputs, run_inference
 from pipeline.teacher.numerics import numeric_env, release_freed_memory
 from pipeline.teacher.rendering import GroupViews, Rendering, indexed_samples, read_groups
 from schemas.cache_format import Commit, FileRef, ViewBlock, aug_param_columns, part_schema
@@ -102,7 +104,7 @@ class PartBuild:
         self.rendering = Rendering(plan=plan, block=task.block, size=spec.size, interpolation=spec.interpolation)
         self.row_sizes = {output.name: row_bytes(output) for output in context.header.outputs}
         self.schema = part_schema(self.row_sizes, {} if task.block.is_eval else aug_param_columns(plan))
-        self.statistics = StatisticsSum(context.header)
+        self.statistics = StatisticsSum(context.header.outputs, task_of(self.data))
         self.sums: ClassSums | None = None
         self.omissions = Omissions()
         self.first_row: int | None = None
@@ -162,7 +164,7 @@ class PartBuild:
             self.statistics.add(group, outputs)
         if holds_class_sums(self.context.cache.class_means, self.task.block):
             self._check_labelled(group)
-            sums = sum_rows(by_view[0].embedding_ND, group.label_N)
+            sums = sum_rows(by_view[0][EMBEDDING], group.label_N)
             self.sums = sums if self.sums is None else merge([self.sums, sums])
         release_freed_memory()
 
@@ -176,8 +178,8 @@ class PartBuild:
                 next_step="set data.missing_labels=ignore to average over the others, or cache.class_means=none",
             )
 
-    def _check_finite(self, group: GroupViews, view: int, outputs: InferenceOutputs) -> None:
-        bad_N = ~(np.isfinite(outputs.logits_NK).all(1) & np.isfinite(outputs.embedding_ND).all(1))
+    def _check_finite(self, group: GroupViews, view: int, outputs: TeacherOutputs) -> None:
+        bad_N = ~np.all([np.isfinite(values.reshape(len(values), -1)).all(1) for values in outputs.values()], axis=0)
         if bad_N.any():
             keys = [group.samples[row].key for row in np.flatnonzero(bad_N)[:_NUM_NAMED]]
             raise ShardError(
@@ -187,10 +189,10 @@ class PartBuild:
                 next_step="use teacher.precision=fp32, or check the weights",
             )
 
-    def record_batch(self, group: GroupViews, position: int, view: int, outputs: InferenceOutputs) -> pa.RecordBatch:
+    def record_batch(self, group: GroupViews, position: int, view: int, outputs: TeacherOutputs) -> pa.RecordBatch:
         """The rows of one view of a group, as the part stores them."""
         row_N, box_N4 = group.row_N, group.box_VN4[position]
-        norm_N = np.linalg.norm(outputs.embedding_ND.astype(np.float64), axis=1)
+        norm_N = np.linalg.norm(outputs[EMBEDDING].astype(np.float64), axis=1)
         digests, means = self._canaries(group, position, view)
         columns: dict[str, object] = {
             "row": row_N,
@@ -208,9 +210,8 @@ class PartBuild:
             "pixel_digest": digests,
             "pixel_mean": means,
         }
-        values = {"logits": outputs.logits_NK, "embedding": outputs.embedding_ND}
         for output in self.context.header.outputs:
-            columns[output.name] = encode(values[output.name], output, keys=[sample.key for sample in group.samples])
+            columns[output.name] = encode(outputs[output.name], output, keys=[sample.key for sample in group.samples])
         return pa.record_batch([pa.array(columns[item.name], item.type) for item in self.schema], schema=self.schema)
 
     def _canaries(self, group: GroupViews, position: int, view: int) -> tuple[list[bytes | None], list[bytes | None]]:

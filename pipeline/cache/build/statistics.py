@@ -1,108 +1,120 @@
-"""Statistics of a part and of a cache: teacher accuracy, and the fidelity of stored outputs to the fp32 ones."""
+"""Statistics of a part and of a cache: those of the task, and the fidelity of stored outputs to the fp32 ones."""
 
 from __future__ import annotations
 
 from array import array
-from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.augment.params import sample_keys
 from pipeline.cache.format.codec import decode, encode
-from pipeline.tasks.classification import class_ranks, predicted_classes
-from pipeline.teacher.inference import InferenceOutputs
+from pipeline.tasks import Task, TeacherOutputs
+from pipeline.tasks.classification import EMBEDDING, LABEL, LOGITS, predicted_classes
 from pipeline.teacher.rendering import GroupViews
 from schemas.cache_format import Header, Output, Statistics
 
-_KEYS = {str(temperature): temperature for temperature in (1.0, 2.0, 4.0)}
+_TEMPERATURES = {str(temperature): temperature for temperature in (1.0, 2.0, 4.0)}
 _SAMPLE_ONE_IN = 64
-_COUNTS = ("labelled", "top1_hits", "top5_hits", "fidelity_rows", "argmax_flips")
+
+
+@dataclass(slots=True)
+class _Fidelity:
+    """Fields of ``Statistics``, summed over sampled rows."""
+
+    fidelity_rows: int = 0
+    argmax_flips: int = 0
+    kl_sum: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_TEMPERATURES, 0.0))
+    pearson_sum: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_TEMPERATURES, 0.0))
+    embedding_cosine_sum: float = 0.0
+
+    def add_logits(self, exact_NK: NDArray[np.float32], output: Output) -> None:
+        column = encode(exact_NK, output)
+        flips_N = predicted_classes(exact_NK) != predicted_classes(decode(column, output))
+        self.argmax_flips += int(flips_N.sum())
+        for key, temperature in _TEMPERATURES.items():
+            stored_NK = decode(column, output, temperature=temperature)
+            self.kl_sum[key] += kl_sum(exact_NK, stored_NK, temperature)
+            self.pearson_sum[key] += pearson_sum(exact_NK, stored_NK, temperature)
+
+    def add_embedding(self, exact_ND: NDArray[np.float32], output: Output) -> None:
+        self.embedding_cosine_sum += cosine_sum(exact_ND, decode(encode(exact_ND, output), output))
+
+
+_MEASURES: dict[str, Callable[[_Fidelity, NDArray[np.float32], Output], None]] = {
+    LOGITS: _Fidelity.add_logits,
+    EMBEDDING: _Fidelity.add_embedding,
+}
+"""How the fidelity of an output is measured, by its name; that of others is not."""
 
 
 class StatisticsSum:
     """Sums over the views and groups of one part."""
 
-    def __init__(self, header: Header) -> None:
-        self._logits, self._embedding = header.output("logits"), header.output("embedding")
-        self._counts: Counter[str] = Counter()
-        self._classes: Counter[int] = Counter()
-        self._kl, self._pearson = dict.fromkeys(_KEYS, 0.0), dict.fromkeys(_KEYS, 0.0)
-        self._cosine = 0.0
+    def __init__(self, outputs: Iterable[Output], task: Task) -> None:
+        self._measured = [output for output in outputs if output.name in _MEASURES]
+        self._task_sums, self._fidelity = task.accumulate(), _Fidelity()
 
-    def add(self, group: GroupViews, outputs: InferenceOutputs) -> None:
-        """Adds one view of one group. Hits are counted only if its images are not mixed."""
+    def add(self, group: GroupViews, outputs: TeacherOutputs) -> None:
+        """Adds one view of one group. The task's statistics are of images that are not mixed."""
         if not group.mixes:
-            self._count_hits(outputs.logits_NK, group.label_N)
-        self._measure_fidelity(group, outputs)
-
-    def _count_hits(self, logits_NK: NDArray[np.float32], label_N: NDArray[np.int32]) -> None:
-        labelled = label_N >= 0
-        logits_MK, label_M = logits_NK[labelled], label_N[labelled]
-        rank_M = class_ranks(logits_MK, label_M)
-        self._counts["labelled"] += len(label_M)
-        self._counts["top1_hits"] += int((rank_M < 1).sum())
-        self._counts["top5_hits"] += int((rank_M < 5).sum())
-        self._classes.update(label_M.tolist())
-
-    def _measure_fidelity(self, group: GroupViews, outputs: InferenceOutputs) -> None:
+            self._task_sums.add(outputs, {LABEL: group.label_N})
         # Keyed by the sample, so that the same rows are measured for any order of work.
-        chosen = sample_keys(0, group.sample_ids)[:, 0] % np.uint64(_SAMPLE_ONE_IN) == 0
-        if not chosen.any():
+        chosen_N = sample_keys(0, group.sample_ids)[:, 0] % np.uint64(_SAMPLE_ONE_IN) == 0
+        if not chosen_N.any():
             return
-        self._counts["fidelity_rows"] += int(chosen.sum())
-        if self._logits is not None:
-            self._measure_logits(outputs.logits_NK[chosen], self._logits)
-        if self._embedding is not None:
-            exact = outputs.embedding_ND[chosen]
-            self._cosine += cosine_sum(exact, decode(encode(exact, self._embedding), self._embedding))
-
-    def _measure_logits(self, exact_NK: NDArray[np.float32], output: Output) -> None:
-        column = encode(exact_NK, output)
-        flips_N = predicted_classes(exact_NK) != predicted_classes(decode(column, output))
-        self._counts["argmax_flips"] += int(flips_N.sum())
-        for key, temperature in _KEYS.items():
-            stored_NK = decode(column, output, temperature=temperature)
-            self._kl[key] += kl_sum(exact_NK, stored_NK, temperature)
-            self._pearson[key] += pearson_sum(exact_NK, stored_NK, temperature)
+        self._fidelity.fidelity_rows += int(chosen_N.sum())
+        for output in self._measured:
+            _MEASURES[output.name](self._fidelity, outputs[output.name][chosen_N], output)
 
     def result(self) -> Statistics:
-        return Statistics(
-            **self._counts,
-            class_counts=dict(sorted(self._classes.items())),
-            kl_sum=self._kl,
-            pearson_sum=self._pearson,
-            embedding_cosine_sum=self._cosine,
-        )
+        return Statistics(**self._task_sums.result(), **asdict(self._fidelity))
 
 
 class StatisticsFold:
     """The sums of all parts, added in the given order, in 56 bytes a part."""
 
-    def __init__(self) -> None:
-        self._counts: Counter[str] = Counter()
-        self._classes: Counter[int] = Counter()
-        self._kl, self._pearson = ({key: array("d") for key in _KEYS} for _ in range(2))
+    def __init__(self, task: Task) -> None:
+        self._task_sums = task.accumulate()
+        self._num_rows = self._num_flips = 0
+        self._kl, self._pearson = ({key: array("d") for key in _TEMPERATURES} for _ in range(2))
         self._cosine = array("d")
 
     def add(self, part: Statistics) -> None:
-        for name in _COUNTS:
-            self._counts[name] += getattr(part, name)
-        self._classes.update(part.class_counts)
-        for sums, of_part in ((self._kl, part.kl_sum), (self._pearson, part.pearson_sum)):
+        self._task_sums.add_part(part)
+        self._num_rows += part.fidelity_rows
+        self._num_flips += part.argmax_flips
+        for sums, part_sums in ((self._kl, part.kl_sum), (self._pearson, part.pearson_sum)):
             for key, values in sums.items():
-                values.append(of_part.get(key, 0.0))
+                values.append(part_sums.get(key, 0.0))
         self._cosine.append(part.embedding_cosine_sum)
 
     def result(self) -> Statistics:
         # Not a running sum: Python's ``sum`` compensates for rounding from 3.12 on.
         return Statistics(
-            **{name: self._counts[name] for name in _COUNTS},
-            class_counts=dict(sorted(self._classes.items())),
+            **self._task_sums.result(),
+            fidelity_rows=self._num_rows,
+            argmax_flips=self._num_flips,
             kl_sum={key: float(sum(values)) for key, values in self._kl.items()},
             pearson_sum={key: float(sum(values)) for key, values in self._pearson.items()},
             embedding_cosine_sum=float(sum(self._cosine)),
         )
+
+
+def mean_fidelity(header: Header, statistics: Statistics) -> dict[str, Any]:
+    """Means over sampled rows of stored against fp32 outputs: KL and 1 − correlation at each temperature, share of rows
+    with another largest class, cosine of embeddings. None or empty for outputs that are not stored."""
+    rows = statistics.fidelity_rows
+    logits, embedding = (rows if header.output(name) else 0 for name in (LOGITS, EMBEDDING))
+    return {
+        "kl_nats": {key: total / logits for key, total in statistics.kl_sum.items()} if logits else {},
+        "pearson": {key: total / logits for key, total in statistics.pearson_sum.items()} if logits else {},
+        "argmax_flips": statistics.argmax_flips / logits if logits else None,
+        "embedding_cosine": statistics.embedding_cosine_sum / embedding if embedding else None,
+    }
 
 
 def kl_sum(exact_NK: NDArray[np.float32], stored_NK: NDArray[np.float32], temperature: float) -> float:

@@ -14,7 +14,8 @@ from pipeline.cache.format.files import parse_record
 from pipeline.core.errors import CacheError
 from pipeline.core.hashing import short
 from pipeline.core.redaction import redact
-from schemas.cache_format import Header
+from pipeline.tasks import task_of
+from schemas.cache_format import Header, Output
 from schemas.config import ViewsConfig
 
 
@@ -92,5 +93,11 @@ def find_header(cache_url: str) -> Header | None:
 
 def parse_header(data: bytes, *, where: str) -> Header:
     header = parse_record(Header, data, where=where)
-    check_encodings(header.outputs)
+    check_encodings(read_outputs(header))
     return header
+
+
+def read_outputs(header: Header) -> tuple[Output, ...]:
+    """The outputs that this version reads; it ignores all others."""
+    task = task_of(header.data)
+    return tuple(output for output in header.outputs if task.is_output(output.name))

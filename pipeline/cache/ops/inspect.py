@@ -11,16 +11,18 @@ from pipeline import storage
 from pipeline.cache.build.build_log import STALE_S, read_last_log
 from pipeline.cache.build.commit import CommitSummary, stream_commits
 from pipeline.cache.build.manifest import read_manifest
-from pipeline.cache.build.statistics import StatisticsFold
+from pipeline.cache.build.statistics import StatisticsFold, mean_fidelity
 from pipeline.cache.format import layout
-from pipeline.cache.format.codec import row_bytes
+from pipeline.cache.format.codec import config_key, row_bytes
 from pipeline.cache.format.header import read_header
 from pipeline.cache.read.labels import cached_labels, committed_labels, reading_rules
 from pipeline.cache.read.reader import open_cache
 from pipeline.core.errors import CacheError
 from pipeline.core.redaction import redact
 from pipeline.shards.labels import LabelCount, label_warning
-from schemas.cache_format import BuildLog, Header, Manifest, Output, Statistics
+from pipeline.tasks import task_of
+from pipeline.tasks.classification import TOP1
+from schemas.cache_format import BuildLog, Header, Manifest, Output
 from schemas.config import ViewsConfig
 
 # A driver renews its log when a part is done, so this many part times may pass without a renewal.
@@ -81,9 +83,10 @@ def inspect_cache(cache_url: str, *, now_s: float | None = None) -> CacheReport:
         CacheError: there is no cache here, or it is damaged.
     """
     header = read_header(cache_url)
+    task = task_of(header.data)
     # Streamed: with their class counts, the commits of many shards do not fit into memory.
     commits: list[CommitSummary] = []
-    fold = StatisticsFold()
+    fold = StatisticsFold(task)
     for commit in stream_commits(cache_url):
         commits.append(CommitSummary.of(commit))
         fold.add(commit.statistics)
@@ -124,8 +127,8 @@ def inspect_cache(cache_url: str, *, now_s: float | None = None) -> CacheReport:
         outputs={output.name: _encoding(header, output) for output in header.outputs},
         class_means=str(header.teacher["class_means"]),
         labels=None if labels is None else str(labels),
-        teacher_top1=statistics.top1_hits / statistics.labelled if statistics.labelled else None,
-        **_fidelity(header, statistics),
+        teacher_top1=task.teacher_metrics(statistics).get(TOP1),
+        **mean_fidelity(header, statistics),
         warnings=() if warning is None else (warning,),
     )
 
@@ -161,18 +164,5 @@ def _view_names(header: Header) -> list[str]:
 
 
 def _encoding(header: Header, output: Output) -> str:
-    encoding = header.teacher["logits" if output.name == "logits" else "embeddings"]
+    encoding = header.teacher[config_key(output.name)]
     return f"{encoding} {list(output.shape)}, {row_bytes(output)} bytes a row"
-
-
-def _fidelity(header: Header, statistics: Statistics) -> dict[str, Any]:
-    """Means over sampled rows of stored against fp32 outputs: KL and 1 − correlation at each temperature, share of rows
-    with another largest class, cosine of embeddings."""
-    rows = statistics.fidelity_rows
-    logits, embedding = (rows if header.output(name) else 0 for name in ("logits", "embedding"))
-    return {
-        "kl_nats": {key: total / logits for key, total in statistics.kl_sum.items()} if logits else {},
-        "pearson": {key: total / logits for key, total in statistics.pearson_sum.items()} if logits else {},
-        "argmax_flips": statistics.argmax_flips / logits if logits else None,
-        "embedding_cosine": statistics.embedding_cosine_sum / embedding if embedding else None,
-    }

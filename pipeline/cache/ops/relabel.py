@@ -31,8 +31,9 @@ from pipeline.shards.labels import LabelCount, check_label_member, evenly_spaced
 from pipeline.shards.shard_head import read_shard_head
 from pipeline.shards.shard_urls import new_place, report_moved
 from pipeline.shards.tar import read_samples
+from pipeline.tasks import task_of
 from pipeline.tasks.classification import class_ranks
-from schemas.cache_format import Manifest, Relabelled, Statistics
+from schemas.cache_format import Manifest, Relabelled
 from schemas.config import DataConfig
 
 _NUM_SHARD_HEADS = 8
@@ -44,13 +45,14 @@ class Relabelling:
     """The result of ``relabel``.
 
     Attributes:
+        teacher_metrics: on view 0, as ``Task.teacher_metrics`` has them.
         lost_means: the new manifest lacks the class means, because the build computed them from its labels.
         num_given: shards whose URL was given in ``shard_urls``.
     """
 
     label: str
     count: LabelCount
-    statistics: Statistics
+    teacher_metrics: Mapping[str, float | None]
     lost_means: bool
     num_given: int
 
@@ -118,7 +120,7 @@ def relabel(
     return Relabelling(
         label=str(data.label),
         count=LabelCount(num_labelled, sum(shard.num_images for shard in shards), len(shards)),
-        statistics=manifest.statistics,
+        teacher_metrics=task_of(data).teacher_metrics(manifest.statistics),
         lost_means=cache.manifest.class_means is not None and manifest.class_means is None,
         num_given=len(given),
     )

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 from pipeline import storage
 from pipeline.cache.build.commit import CommitSummary
-from pipeline.cache.format.codec import outputs_of, row_bytes
+from pipeline.cache.format.codec import row_bytes, stored_outputs
 from pipeline.cache.plan.plan_inputs import PlanInputs
 from pipeline.cache.plan.s3_requests import Requests, build_requests, epoch_requests
 from pipeline.cache.plan.shard_survey import Estimate
 from pipeline.shards.labels import LabelCount
+from pipeline.tasks import task_of
 from schemas.cache_format import Output, aug_param_columns, part_schema
 from schemas.config import Config, ViewsConfig
 
@@ -161,10 +162,12 @@ def plan_size(inputs: PlanInputs) -> Size:
 def _outputs(inputs: PlanInputs) -> tuple[Output, ...]:
     if inputs.header is not None:
         return inputs.header.outputs
-    assert inputs.config.data.num_classes is not None
+    data = inputs.config.data
+    assert data.num_classes is not None
     # Without D the embedding is left out, and the rest is a lower bound.
     cache = inputs.cache if inputs.embedding_dim else inputs.cache.model_copy(update={"embeddings": "none"})
-    return outputs_of(cache, num_classes=inputs.config.data.num_classes, embedding_dim=inputs.embedding_dim or 1)
+    specs = task_of(data).outputs(cache, num_classes=data.num_classes, embedding_dim=inputs.embedding_dim or 1)
+    return stored_outputs(specs)
 
 
 def _column_bytes(plan: ViewsConfig) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,12 +21,13 @@ from pipeline.cache.build.manifest import locate, parse_manifest, read_manifest,
 from pipeline.cache.format import layout
 from pipeline.cache.format.codec import column_of, decode, depends_on_temperature, raw_rows
 from pipeline.cache.format.files import REBUILD, empty_cells, missing_file, read_file, read_named
-from pipeline.cache.format.header import parse_header, plan_of
+from pipeline.cache.format.header import parse_header, plan_of, read_outputs
 from pipeline.core.bounded_parquet import read_bounded
 from pipeline.core.errors import CacheError, StorageError, StorageInputError
 from pipeline.core.hashing import digest
 from pipeline.core.redaction import quoted, redact
 from pipeline.shards.index import ShardIndex, decode_index
+from pipeline.tasks.classification import EMBEDDING, LOGITS
 from schemas.cache_format import Header, Manifest, Output, aug_param_columns
 
 
@@ -55,7 +57,7 @@ class StoredRows:
 
 @dataclass(frozen=True, slots=True)
 class ViewColumns:
-    """The columns of one view of one shard: N ok rows in tar order."""
+    """The columns of one view of one shard: N ok rows in tar order. ``outputs`` are the stored ones, by name."""
 
     row_N: NDArray[np.int32]
     content_hash_N: NDArray[np.uint64]
@@ -65,20 +67,22 @@ class ViewColumns:
     mix_lambda_N: NDArray[np.float32]
     aug_params: dict[str, NDArray[Any]]
     embedding_norm_N: NDArray[np.float32]
-    logits: StoredRows | None
-    embedding: StoredRows | None
+    outputs: Mapping[str, StoredRows]
     pixel_digest: tuple[bytes | None, ...]
     pixel_mean: tuple[bytes | None, ...]
 
     @property
     def logits_NK(self) -> NDArray[np.float32] | None:
         """All rows, decoded at T = 1. None if the cache has no logits."""
-        return None if self.logits is None else self.logits.decode()
+        return self._decoded(LOGITS)
 
     @property
     def embedding_ND(self) -> NDArray[np.float32] | None:
         """All rows, decoded. None if the cache has no embeddings."""
-        return None if self.embedding is None else self.embedding.decode()
+        return self._decoded(EMBEDDING)
+
+    def _decoded(self, name: str) -> NDArray[np.float32] | None:
+        return self.outputs[name].decode() if name in self.outputs else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,16 +352,13 @@ def _view_columns(table: pa.Table, header: Header, aug_params: list[str]) -> Vie
         mix_lambda_N=table["mix_lambda"].to_numpy(),
         aug_params={name: table[name].to_numpy() for name in aug_params},
         embedding_norm_N=table["embedding_norm"].to_numpy(),
-        logits=_stored(table, header.output("logits")),
-        embedding=_stored(table, header.output("embedding")),
+        outputs={output.name: _stored(table, output) for output in read_outputs(header)},
         pixel_digest=tuple(table["pixel_digest"].to_pylist()),
         pixel_mean=tuple(table["pixel_mean"].to_pylist()),
     )
 
 
-def _stored(table: pa.Table, output: Output | None) -> StoredRows | None:
-    if output is None:
-        return None
+def _stored(table: pa.Table, output: Output) -> StoredRows:
     if table[output.name].null_count:
         raise empty_cells(output.name, table[output.name])
     return StoredRows(table[output.name].combine_chunks(), output)

@@ -32,7 +32,9 @@ from pipeline.cache.verify.images import ShardImages, single_view
 from pipeline.cache.verify.report import Findings, Problem, Recomputed
 from pipeline.core.errors import CacheError
 from pipeline.shards.shard_urls import report_moved
-from pipeline.teacher.inference import InferenceOutputs, Teacher
+from pipeline.tasks import TeacherOutputs
+from pipeline.tasks.classification import EMBEDDING
+from pipeline.teacher.inference import Teacher
 from pipeline.teacher.numerics import numeric_env
 from schemas.cache_format import Header, Output
 from schemas.config import Config
@@ -178,7 +180,6 @@ class _RowSampler:
 
     def _append_view(self, rows: list[_Row], entry: ShardEntry, view: int, ordinals: list[int], file: str) -> None:
         columns = self._cache.view(entry.shard_id, view)
-        outputs = {"logits": columns.logits, "embedding": columns.embedding}
         url = self._shard_urls.get(entry.shard_id, self._cache.shard_url(entry))
         # In mix groups of two, the two rows of a pair are partners, whatever the matching.
         plan = self._plan.model_copy(update={"mix_group": 2})
@@ -194,8 +195,7 @@ class _RowSampler:
             for position, ordinal in enumerate(unit):
                 stored = {
                     name: stored_rows.take(np.array([ordinal])).decode()[0]
-                    for name, stored_rows in outputs.items()
-                    if stored_rows is not None
+                    for name, stored_rows in columns.outputs.items()
                 }
                 rows.append(
                     _Row(
@@ -238,7 +238,7 @@ def arrange(slots: list[int], batch_size: int) -> tuple[NDArray[np.int64], NDArr
     return row_M, position_N
 
 
-def _infer(rows: list[_Row], teacher: Teacher) -> InferenceOutputs:
+def _infer(rows: list[_Row], teacher: Teacher) -> TeacherOutputs:
     """The teacher's outputs, each row in the slot of a batch that it had in the build."""
     row_M, position_N = arrange([row.slot for row in rows], teacher.batch_size)
     batched = [rows[row] for row in row_M]
@@ -250,12 +250,11 @@ def _infer(rows: list[_Row], teacher: Teacher) -> InferenceOutputs:
         partner_M = position_N[[row.partner for row in batched]].astype(np.int32)
         box_M4 = np.stack([row.cutmix_box_4 for row in batched])
         outputs = teacher.infer(pixels_MCHW, partner_M, lambda_M, box_M4 if box_M4.any() else None)
-    return InferenceOutputs(outputs.logits_NK[position_N], outputs.embedding_ND[position_N])
+    return {name: values[position_N] for name, values in outputs.items()}
 
 
 def _compare(rows: list[_Row], live: LiveTeacher, findings: Findings) -> Recomputed:
-    outputs = _infer(rows, live.teacher)
-    new = {"logits": outputs.logits_NK, "embedding": outputs.embedding_ND}
+    new = _infer(rows, live.teacher)
     drift = MAX_DRIFT[live.teacher.precision]
     differs_N, largest = np.zeros(len(rows), np.bool_), 0.0
     same_N = np.array([row.same_environment for row in rows])
@@ -266,7 +265,7 @@ def _compare(rows: list[_Row], live: LiveTeacher, findings: Findings) -> Recompu
         _add_problems(rows, output.name, off_N / scale, allowed_N / scale, findings)
         differs_N |= off_N > 0
         largest = max(largest, float(off_N.max()) / scale)
-    norm_N = np.linalg.norm(outputs.embedding_ND.astype(np.float64), axis=1).astype(np.float32)
+    norm_N = np.linalg.norm(new[EMBEDDING].astype(np.float64), axis=1).astype(np.float32)
     off_N = np.abs(norm_N - np.array([row.norm for row in rows])) / np.maximum(norm_N, 1e-6)
     _add_problems(rows, "embedding_norm", off_N, np.where(same_N, 0.0, drift), findings)
     differs_N |= off_N > 0

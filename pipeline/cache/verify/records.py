@@ -26,12 +26,11 @@ from pipeline.core.hashing import digest, short
 from pipeline.core.redaction import redact
 from pipeline.core.threads import map_ordered
 from pipeline.shards.shard_urls import shard_id
+from pipeline.tasks import Task, task_of
 from schemas.cache_format import Commit, FileRef, Header, Manifest
 from schemas.config import ViewsConfig
 
 _MAGIC_BYTES = len(b"PAR1")
-# Figures that change if labels are read again.
-_LABEL_STATISTICS = {"labelled": 0, "top1_hits": 0, "top5_hits": 0, "class_counts": {}}
 _INCOMPLETE = "totals of the manifest: a commit is damaged or missing"
 
 
@@ -86,6 +85,10 @@ class CacheRecords:
     def complete(self) -> bool:
         """Whether the manifest's parts are known, and each has a commit without a problem."""
         return bool(self.manifest_parts) and self.manifest_parts <= {commit.summary.part for commit in self.commits}
+
+    @property
+    def task(self) -> Task:
+        return task_of({} if self.header is None else self.header.data)
 
     @property
     def plan(self) -> ViewsConfig | None:
@@ -254,7 +257,7 @@ def _check_tables(cache_url: str, manifest: Manifest, records: CacheRecords, fin
     parts = _read_table(cache_url, manifest.parts, layout.PARTS, findings)
     if shards is None or parts is None:
         return
-    empty, what = fold_commits([], []), "this table has other columns"
+    empty, what = fold_commits([], [], records.task), "this table has other columns"
     same = findings.expect(layout.PARTS, what, parts.schema.names, empty.parts.schema.names)
     names = ["shard_id", "path", *empty.shards.schema.names[1:]]
     if not (findings.expect(layout.SHARDS, what, shards.schema.names, names) and same):
@@ -297,12 +300,13 @@ def _check_fold(
     paths = {commit.summary.part for commit in commits}
     for path in sorted(records.manifest_parts - paths):
         _report_missing_commit(path, records, findings)
-    fold = fold_commits((commit.decompress() for commit in commits), shard_ids)
+    fold = fold_commits((commit.decompress() for commit in commits), shard_ids, records.task)
     if records.complete:
         for key, expected in fold.totals.items():
             got = getattr(manifest, key)
             if key == "statistics" and manifest.labels is not None:
-                got, expected = (value.model_copy(update=_LABEL_STATISTICS) for value in (got, expected))
+                excluded = {*records.task.statistics_fields}
+                got, expected = (value.model_dump(exclude=excluded) for value in (got, expected))
             findings.expect(layout.MANIFEST, f"{key} is not the sum of the commits", got, expected)
     else:
         findings.not_checked[_INCOMPLETE] += 1

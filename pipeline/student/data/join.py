@@ -87,14 +87,13 @@ def join_rows(columns: ViewColumns, index: ShardIndex, *, where: str) -> pa.Reco
         "partner": np.searchsorted(columns.row_N, columns.mix_row_N).astype(np.int32),
     }
     rows_N = as_structured_rows(fields, columns.aug_params)
-    stored = dict(zip(_OUTPUTS, (columns.logits, columns.embedding), strict=True))
     batch = pa.record_batch(
         {
             "row": column_of(rows_N.view(np.uint8).reshape(len(rows_N), rows_N.itemsize)),
             "id": pa.array(index.sample_ids(index.ok), pa.string()),
             "pixel_digest": pa.array(columns.pixel_digest, pa.binary(16)),
             "pixel_mean": pa.array(columns.pixel_mean, pa.binary(192)),
-            **{name: output.column for name, output in stored.items() if output is not None},
+            **{name: output.column for name, output in columns.outputs.items()},
         }
     )
     return batch.replace_schema_metadata({"fields": json.dumps(rows_N.dtype.descr)})

@@ -27,6 +27,7 @@ from pipeline.student.distributed import DistributedContext
 from pipeline.student.evaluation.loaded_run import CheckpointName, load_run
 from pipeline.student.evaluation.scores import Evaluation, EvaluationScope, FiniteRows, MetricSums, NetworkOutputs
 from pipeline.student.supervision.spec import SupervisionSpec
+from pipeline.tasks.classification import EMBEDDING, LOGITS
 from pipeline.teacher.inference import Teacher, load_teacher
 from pipeline.teacher.rendering import GroupViews, Rendering, read_groups
 from schemas.cache_format import ViewBlock
@@ -242,7 +243,8 @@ def _student_outputs(
 
 
 def _teacher_outputs(teacher: Teacher, group: GroupViews, *, with_embeddings: bool = True) -> NetworkOutputs:
-    logits_NK, embedding_ND = teacher.infer_on_device(group.pixels_VNCHW[0])
+    outputs = teacher.infer_on_device(group.pixels_VNCHW[0])
+    logits_NK, embedding_ND = outputs[LOGITS], outputs[EMBEDDING]
     return NetworkOutputs(logits_NK.cpu(), (embedding_ND if with_embeddings else embedding_ND[:, :0]).cpu())
 
 

@@ -21,6 +21,7 @@ from pipeline.student.networks.student import StudentOutputs
 from pipeline.student.training.micro_batches import combined, micro_batches, num_micro_batches
 from pipeline.student.training.optimizer_step import Update
 from pipeline.student.training.setup import TrainingSetup, input_size
+from pipeline.tasks.classification import EMBEDDING, LOGITS
 from pipeline.teacher.inference import Teacher
 from pipeline.teacher.numerics import autocast
 
@@ -134,9 +135,10 @@ class TrainStep:
         pixels_BCHW = batch.teacher_pixels.get(input_size(teacher.loaded.input), batch.pixels_BCHW)
         mixing = batch.partner_B, batch.lambda_B, batch.cutmix_box_B4
         observed = () if review is None else review.plan.teacher
-        (teacher_BK, teacher_BD), maps = forward_with_maps(observed, teacher.forward, pixels_BCHW, *mixing)
+        outputs, maps = forward_with_maps(observed, teacher.forward, pixels_BCHW, *mixing)
+        teacher_BD = outputs[EMBEDDING]
         levels = () if review is None else review.plan.levels(maps, teacher_BD)
-        return TeacherOutputs({None: teacher_BK}, teacher_BD.norm(dim=1), teacher_BD), levels
+        return TeacherOutputs({None: outputs[LOGITS]}, teacher_BD.norm(dim=1), teacher_BD), levels
 
     def _num_labelled_global(self, batch: Batch) -> int | Tensor:
         """Rows of the step with a label, over all ranks; every row where none may lack one."""

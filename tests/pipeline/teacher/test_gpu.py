@@ -59,8 +59,8 @@ def test_outputs_of_a_gpu_in_fp32_are_close_to_those_of_the_cpu() -> None:
     error = reordered(network_operations(module, torch.zeros(1, 3, SIZE, SIZE), backward=False))
     for actual, expected in zip(on_gpu.outputs(), on_cpu.outputs(), strict=True):
         for values, reference in (
-            (actual.logits_NK, expected.logits_NK),
-            (actual.embedding_ND, expected.embedding_ND),
+            (actual["logits"], expected["logits"]),
+            (actual["embedding"], expected["embedding"]),
         ):
             np.testing.assert_allclose(values, reference, rtol=0, atol=error * magnitude_of(reference))
 
@@ -74,8 +74,8 @@ def test_queued_groups_have_the_outputs_of_single_groups(precision: str) -> None
     queued = list(run_inference(iter(groups), model))
     for outputs, expected in zip(queued, single, strict=True):
         for view, expected_view in zip(outputs.outputs(), expected, strict=True):
-            assert np.array_equal(view.logits_NK, expected_view.logits_NK)
-            assert np.array_equal(view.embedding_ND, expected_view.embedding_ND)
+            assert np.array_equal(view["logits"], expected_view["logits"])
+            assert np.array_equal(view["embedding"], expected_view["embedding"])
 
 
 def test_the_busy_times_of_queued_groups_do_not_exceed_the_elapsed_time() -> None:
@@ -93,7 +93,7 @@ def test_page_locked_pixels_change_no_bit() -> None:
     pinned, pageable = (group(num_rows=12, num_views=1, pinned=flag) for flag in (True, False))
     assert pinned.pixels_VNCHW.is_pinned()
     first, second = (outputs.outputs()[0] for outputs in run_inference(iter([pinned, pageable]), model))
-    assert np.array_equal(first.logits_NK, second.logits_NK)
+    assert np.array_equal(first["logits"], second["logits"])
 
 
 def test_the_error_for_too_little_memory_has_a_batch_size_that_fits() -> None:
@@ -106,7 +106,7 @@ def test_the_error_for_too_little_memory_has_a_batch_size_that_fits() -> None:
             teacher(batch_size=1 << 18).infer(pixels)
         assert caught.value.code == "model.out-of-memory"
         fits = int(str(caught.value.next_step).partition("batch_size=")[2].partition(",")[0])
-        assert teacher(batch_size=fits).infer(pixels).logits_NK.shape == (1, 1000)
+        assert teacher(batch_size=fits).infer(pixels)["logits"].shape == (1, 1000)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
 

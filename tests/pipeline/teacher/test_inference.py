@@ -64,16 +64,16 @@ def test_a_row_at_one_batch_position_has_the_same_bits_among_any_other_rows(
     alone = four_at_a_time.infer(pixels(12)[start : start + count])
     whole = four_at_a_time.infer(pixels(12))
     rows = slice(start, min(12, start + count))
-    assert np.array_equal(alone.logits_NK, whole.logits_NK[rows])
-    assert np.array_equal(alone.embedding_ND, whole.embedding_ND[rows])
+    assert np.array_equal(alone["logits"], whole["logits"][rows])
+    assert np.array_equal(alone["embedding"], whole["embedding"][rows])
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 5, 64])
 def test_padding_to_the_batch_size_changes_no_row(batch_size: int, four_at_a_time: Teacher) -> None:
     actual, expected = teacher(batch_size).infer(pixels(11)), four_at_a_time.infer(pixels(11))
-    np.testing.assert_allclose(actual.logits_NK, expected.logits_NK, rtol=0, atol=forward_error(expected.logits_NK))
-    assert actual.logits_NK.shape == (11, 10)
-    assert actual.embedding_ND.shape == (11, 7)
+    np.testing.assert_allclose(actual["logits"], expected["logits"], rtol=0, atol=forward_error(expected["logits"]))
+    assert actual["logits"].shape == (11, 10)
+    assert actual["embedding"].shape == (11, 7)
 
 
 def test_cutmix_partners_may_be_in_another_batch(four_at_a_time: Teacher) -> None:
@@ -88,34 +88,35 @@ def test_cutmix_partners_may_be_in_another_batch(four_at_a_time: Teacher) -> Non
     blended = four_at_a_time.infer(pixels(10), partner_N, lambda_N)
     for row in range(10):
         expected = blended if row % 3 == 0 else with_boxes
-        assert np.array_equal(actual.logits_NK[row], expected.logits_NK[row])
+        assert np.array_equal(actual["logits"][row], expected["logits"][row])
 
 
 def test_mixup_partners_may_be_in_another_batch(four_at_a_time: Teacher) -> None:
     partner_N = np.array([9, 8, 7, 6, 5, 4, 3, 2, 1, 0], np.int32)
     lambda_N = np.linspace(0.5, 1, 10).astype(np.float32)
     in_batches = four_at_a_time.infer(pixels(10), partner_N, lambda_N)
-    logits, embedding = four_at_a_time.forward(pixels(10), torch.from_numpy(partner_N), torch.from_numpy(lambda_N))
-    for found, expected in ((in_batches.logits_NK, logits), (in_batches.embedding_ND, embedding)):
-        np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=forward_error(found))
+    whole = four_at_a_time.forward(pixels(10), torch.from_numpy(partner_N), torch.from_numpy(lambda_N))
+    assert list(in_batches) == list(whole) == ["logits", "embedding"]
+    for name, found in in_batches.items():
+        np.testing.assert_allclose(found, whole[name].numpy(), rtol=0, atol=forward_error(found))
 
 
 def test_a_row_that_is_its_own_partner_is_not_mixed(four_at_a_time: Teacher) -> None:
     single = four_at_a_time.infer(pixels(6), np.arange(6, dtype=np.int32), np.ones(6, np.float32))
-    assert np.array_equal(single.logits_NK, four_at_a_time.infer(pixels(6)).logits_NK)
+    assert np.array_equal(single["logits"], four_at_a_time.infer(pixels(6))["logits"])
 
 
 def test_outputs_in_half_precision_are_fp32() -> None:
     outputs, exact = teacher(precision="bf16").infer(pixels(5)), teacher().infer(pixels(5))
-    assert outputs.logits_NK.dtype == outputs.embedding_ND.dtype == np.float32
-    difference = np.abs(outputs.logits_NK - exact.logits_NK).max()
-    assert 0 < difference < 0.05 * np.abs(exact.logits_NK).max()
+    assert outputs["logits"].dtype == outputs["embedding"].dtype == np.float32
+    difference = np.abs(outputs["logits"] - exact["logits"]).max()
+    assert 0 < difference < 0.05 * np.abs(exact["logits"]).max()
 
 
 def test_inference_does_not_change_a_teacher(four_at_a_time: Teacher) -> None:
     before = {name: tensor.clone() for name, tensor in four_at_a_time.state().items()}
-    logits, _ = four_at_a_time.forward(pixels(4))
-    assert not logits.requires_grad
+    outputs = four_at_a_time.forward(pixels(4))
+    assert not outputs["logits"].requires_grad
     assert not four_at_a_time.module.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in four_at_a_time.state().items())
 
@@ -185,7 +186,7 @@ def test_the_error_for_too_little_memory_has_a_batch_size_that_fits(
         loaded.infer(pixels(4))
     assert (caught.value.code, caught.value.where) == ("model.out-of-memory", f"teacher.batch_size={batch_size}")
     assert str(caught.value.next_step).startswith(f"set teacher.batch_size={fits},")
-    assert smaller.infer(pixels(4)).logits_NK.shape == (4, 10)
+    assert smaller.infer(pixels(4))["logits"].shape == (4, 10)
 
 
 def test_the_error_for_a_single_row_beyond_memory_has_no_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:

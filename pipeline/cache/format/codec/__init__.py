@@ -3,21 +3,23 @@
 from pipeline.cache.format.codec.rows import (
     check_encodings,
     column_of,
+    config_key,
     decode,
     depends_on_temperature,
     encode,
-    outputs_of,
     raw_rows,
     row_bytes,
+    stored_outputs,
 )
 
 __all__ = [
     "check_encodings",
     "column_of",
+    "config_key",
     "decode",
     "depends_on_temperature",
     "encode",
-    "outputs_of",
     "raw_rows",
     "row_bytes",
+    "stored_outputs",
 ]

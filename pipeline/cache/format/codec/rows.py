@@ -15,26 +15,32 @@ from pipeline.cache.format.codec.int8 import INT8
 from pipeline.cache.format.codec.topk import TOPK
 from pipeline.cache.format.files import empty_cells
 from pipeline.core.errors import CacheError
+from pipeline.tasks import OutputSpec
 from schemas.cache_format import Output
-from schemas.config import CacheConfig
 
 _ENCODINGS = (DENSE, INT8, INT4, TOPK)
 _BY_NAME = {encoding.name: encoding for encoding in _ENCODINGS}
 _BY_KIND = {kind: encoding for encoding in _ENCODINGS for kind in encoding.kinds}
-_DECODED_OUTPUTS = ("logits", "embedding")
+_CONFIG_KEYS = {"embedding": "embeddings"}
 _NUM_NAMED = 5
 
 
-def outputs_of(config: CacheConfig, *, num_classes: int, embedding_dim: int) -> tuple[Output, ...]:
-    """The outputs that a cache with this config stores for each row.
+def stored_outputs(specs: Iterable[OutputSpec]) -> tuple[Output, ...]:
+    """The outputs that a cache stores for each row.
 
     Raises:
         ConfigError: an encoding needs more classes.
     """
-    kinds = (("logits", num_classes, config.logits), ("embedding", embedding_dim, config.embeddings))
     return tuple(
-        _BY_KIND[kind.partition(":")[0]].describe(name, width, kind) for name, width, kind in kinds if kind != "none"
+        _BY_KIND[spec.kind.partition(":")[0]].describe(spec.name, spec.width, spec.kind)
+        for spec in specs
+        if spec.kind != "none"
     )
+
+
+def config_key(name: str) -> str:
+    """The key of ``cache``, and of ``teacher`` in a header, that has the encoding of an output."""
+    return _CONFIG_KEYS.get(name, name)
 
 
 def _encoding(output: Output) -> Encoding:
@@ -55,14 +61,12 @@ def _row_dtype(output: Output) -> np.dtype[np.void]:
 
 
 def check_encodings(outputs: Iterable[Output]) -> None:
-    """Checks the outputs that this version decodes; it ignores all others.
-
+    """
     Raises:
         CacheError: an encoding is unknown.
     """
     for output in outputs:
-        if output.name in _DECODED_OUTPUTS:
-            _encoding(output)
+        _encoding(output)
 
 
 def row_bytes(output: Output) -> int:
@@ -102,7 +106,7 @@ def _check_fits(values_ND: NDArray[np.float32], rows_N: Rows, output: Output, ke
         code="cache.values-do-not-fit",
         where=f"keys {', '.join(np.array(keys)[bad[:_NUM_NAMED]].tolist())}" if keys else None,
         got=f"{len(bad)} rows, largest magnitude {float(np.abs(values_ND).max()):.4g}",
-        next_step=f"set cache.{'embeddings' if output.name == 'embedding' else output.name}=fp32",
+        next_step=f"set cache.{config_key(output.name)}=fp32",
     )
 
 

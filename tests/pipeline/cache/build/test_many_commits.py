@@ -17,9 +17,11 @@ from pipeline.cache.build.fold import fold_commits
 from pipeline.cache.format import layout
 from pipeline.cache.read.reader import PartsIndex
 from pipeline.core.hashing import seal
+from pipeline.tasks.classification import Classification
 from schemas.cache_format import ByteRange, Commit, FileRef, Statistics, ViewBlock, ViewRange
 
 _NUM_SHARDS = 300
+TASK = Classification()
 
 
 def commit_of(shard: str, start: int, stop: int, *, is_eval: bool = False, hits: int = 1) -> Commit:
@@ -74,7 +76,7 @@ def test_commits_come_in_order_and_few_of_them_are_in_memory_at_once(many: str) 
 def test_a_fold_and_a_plan_hold_no_commit(many: str) -> None:
     before = alive()
     summaries = read_commit_summaries(many)
-    fold = fold_commits(stream_commits(many), [commit.shard_id for commit in summaries])
+    fold = fold_commits(stream_commits(many), [commit.shard_id for commit in summaries], TASK)
     assert alive() == before
     assert (fold.totals["num_shards"], fold.totals["num_views"], len(fold.parts)) == (_NUM_SHARDS, 2, 2 * _NUM_SHARDS)
 
@@ -103,7 +105,7 @@ def test_the_table_of_parts_is_the_same_however_it_is_packed(
 ) -> None:
     monkeypatch.setattr("pipeline.cache.build.fold.ROWS_PER_BATCH", rows_at_once)
     commits = [commit_of(shard, start, start + 2) for shard in ("a", "b") for start in (0, 2, 4)]
-    rows = fold_commits(commits, ["a", "b"]).parts.to_pylist()
+    rows = fold_commits(commits, ["a", "b"], TASK).parts.to_pylist()
     assert [(row["shard_id"], row["view"], row["digest"]) for row in rows] == [
         (shard, view, f"d{view}") for shard in ("a", "b") for view in range(6)
     ]
@@ -122,12 +124,12 @@ def test_views_are_complete_up_to_the_first_that_some_shard_lacks(views: dict[st
 
     common = set[int].intersection(*views.values())
     first = next(view for view in range(11) if view not in common)
-    assert fold_commits(commits(), list(views)).totals["num_views"] == first
+    assert fold_commits(commits(), list(views), TASK).totals["num_views"] == first
 
 
 def test_counts_are_added_over_commits_and_samples_over_shards() -> None:
     commits = [commit_of("a", 0, 1, hits=1), commit_of("a", 1, 2, hits=6), commit_of("b", 0, 2, hits=3)]
-    totals = fold_commits(commits, ["b", "a"]).totals
+    totals = fold_commits(commits, ["b", "a"], TASK).totals
     assert (totals["num_samples"], totals["num_ok"], totals["skipped"]) == (8, 6, {"empty": 2})
     assert totals["size_bytes"] == 150
     statistics = totals["statistics"]

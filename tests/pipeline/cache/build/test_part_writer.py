@@ -12,13 +12,13 @@ import pytest
 
 from pipeline import storage
 from pipeline.cache.build.part_writer import PartWriter, view_ranges
-from pipeline.cache.format.codec import encode, outputs_of
+from pipeline.cache.format.codec import encode, stored_outputs
 from pipeline.cache.read.reader import open_cache
+from pipeline.tasks import OutputSpec
 from schemas.cache_format import ViewRange, part_schema
-from schemas.config import CacheConfig
 from tests.pipeline.caches import TinyCache, read_commits
 
-LOGITS = outputs_of(CacheConfig.model_validate({"url": "x", "logits": "fp32"}), num_classes=4, embedding_dim=1)[0]
+(LOGITS,) = stored_outputs([OutputSpec("logits", 4, "fp32")])
 SCHEMA = part_schema({"logits": 16})
 ROWS, VIEWS, GROUP = 700, (3, 4), 100
 

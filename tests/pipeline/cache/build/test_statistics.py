@@ -12,6 +12,7 @@ from pipeline.augment.params import sample_keys
 from pipeline.cache.build.statistics import StatisticsFold, cosine_sum, kl_sum, pearson_sum
 from pipeline.cache.ops.inspect import inspect_cache
 from pipeline.cache.read.reader import open_cache
+from pipeline.tasks.classification import Classification
 from tests.pipeline.caches import TinyCache, build, read_commits
 from tests.pipeline.conftest import TinyConfig
 from tests.tolerances import ulps
@@ -66,7 +67,7 @@ def test_commits_have_the_distance_of_stored_rows_from_those_of_an_exact_cache(
     ids = [f"digits-01/digit-{number:04d}" for number in range(20, 35)]
     (row,) = np.flatnonzero(sample_keys(0, ids)[:, 0] % np.uint64(64) == 0)
     columns = [(exact.view("digits-01", view), packed.view("digits-01", view)) for view in range(3)]
-    fold = StatisticsFold()
+    fold = StatisticsFold(Classification())
     for commit in read_commits(url):
         if not commit.block.is_eval:
             fold.add(commit.statistics)

@@ -73,7 +73,9 @@ def test_shards_packed_again_with_labels_give_a_cache_its_labels(tiny_config: Ti
         for shard in cache.shards
         if (view := cache.view(shard.shard_id, 0).logits_NK) is not None
     )
-    assert (relabelling.statistics.labelled, relabelling.statistics.top1_hits) == (NUM, hits)
+    statistics = cache.manifest.statistics
+    assert (statistics.labelled, statistics.top1_hits) == (NUM, hits)
+    assert relabelling.teacher_metrics["top-1"] == hits / NUM
     report = inspect_cache(url)
     assert (report.teacher_top1, report.labels) == (hits / NUM, f"{NUM} of {NUM}")
     # No file that a commit or a pinned manifest names is changed.

@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.cache.format.codec import decode, encode, outputs_of
+from pipeline.cache.format.codec import decode, encode, stored_outputs
 from pipeline.cache.format.header import read_header
 from pipeline.cache.verify import LiveTeacher, load_live, recompute, verify_cache
 from pipeline.cache.verify.recomputation import arrange, distance, pick
 from pipeline.cache.verify.report import Findings, Recomputed
-from schemas.config import CacheConfig, Config
+from pipeline.tasks import OutputSpec
+from schemas.config import Config
 from tests.marks import slow
 from tests.pipeline.cache.verify.forge import commit_of, replace_commit, republish, rewrite_part
 from tests.pipeline.caches import TinyCache, build, read_commits
@@ -121,8 +122,7 @@ def test_half_precision_may_differ_by_its_rounding_on_another_machine(tiny_confi
 
 
 def test_an_output_may_round_to_the_other_neighbour_on_another_machine_and_no_further() -> None:
-    config = CacheConfig(url="x", logits="fp16")
-    (fp16,) = outputs_of(config, num_classes=2, embedding_dim=1)
+    (fp16,) = stored_outputs([OutputSpec("logits", 2, "fp16")])
     # Between 512 and 1024 float16 has steps of 0.5: 1000.26 is stored as 1000.5, and a slightly smaller output as 1000.
     new = np.array([[1000.26, 0.0]] * 3, np.float32)
     stored = np.array([[1000.0, 0.0], [1000.5, 0.0], [999.5, 0.0]], np.float32)

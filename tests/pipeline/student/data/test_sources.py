@@ -58,8 +58,7 @@ def columns(rows: list[int]) -> ViewColumns:
         mix_lambda_N=nothing,
         aug_params={},
         embedding_norm_N=nothing,
-        logits=None,
-        embedding=None,
+        outputs={},
         pixel_digest=(None,) * len(rows),
         pixel_mean=(None,) * len(rows),
     )

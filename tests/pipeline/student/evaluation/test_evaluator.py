@@ -328,7 +328,7 @@ def test_precomputed_teacher_outputs_give_the_metrics_of_an_evaluation_with_the_
     batches: list[int] = []
     infer = Teacher.infer_on_device
 
-    def counting(self: Teacher, pixels_NCHW: Tensor) -> tuple[Tensor, Tensor]:
+    def counting(self: Teacher, pixels_NCHW: Tensor) -> dict[str, Tensor]:
         batches.append(len(pixels_NCHW))
         return infer(self, pixels_NCHW)
 

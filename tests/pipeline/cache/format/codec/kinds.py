@@ -5,15 +5,14 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.cache.format.codec import decode, encode, outputs_of
+from pipeline.cache.format.codec import decode, encode, stored_outputs
+from pipeline.tasks import OutputSpec
 from schemas.cache_format import Output
-from schemas.config import CacheConfig
 from tests.tolerances import ulps
 
 
 def logits_output(kind: str, num_classes: int) -> Output:
-    config = CacheConfig.model_validate({"url": "x", "logits": kind})
-    return outputs_of(config, num_classes=num_classes, embedding_dim=1)[0]
+    return stored_outputs([OutputSpec("logits", num_classes, kind)])[0]
 
 
 def stored(values_NK: NDArray[np.float32], kind: str) -> list[bytes]:

@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from pipeline.cache.format.codec import encode, outputs_of, row_bytes
+from pipeline.cache.format.codec import encode, row_bytes
 from pipeline.core.errors import CacheError, ConfigError
-from schemas.config import CacheConfig
 from tests.pipeline.cache.format.codec.kinds import logits_output, round_trip, steps_error, stored, teacher_like
 from tests.tolerances import ulps
 
@@ -79,7 +78,6 @@ def test_a_largest_logit_beyond_float16_is_refused() -> None:
 
 
 def test_few_classes_are_refused_since_int8_takes_fewer_bytes() -> None:
-    config = CacheConfig.model_validate({"url": "x", "logits": "int4"})
     with pytest.raises(ConfigError, match=r"config\.too-few-classes[\s\S]*100 classes[\s\S]*cache.logits=int8"):
-        outputs_of(config, num_classes=100, embedding_dim=1)
+        logits_output("int4", 100)
     assert row_bytes(logits_output("int4", 128)) <= row_bytes(logits_output("int8", 128))

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from pipeline.cache.format.codec import decode, depends_on_temperature, encode, outputs_of, row_bytes
+from pipeline.cache.format.codec import decode, depends_on_temperature, encode, row_bytes, stored_outputs
 from pipeline.core.errors import CacheError
+from pipeline.tasks.classification import Classification
 from schemas.config import CacheConfig
 from tests.pipeline.cache.format.codec.kinds import logits_output, round_trip, stored, teacher_like
 
@@ -114,7 +115,7 @@ def test_an_unknown_encoding_is_refused_by_name() -> None:
 def test_only_stored_outputs_are_listed() -> None:
     def listed(logits: str, embeddings: str) -> list[tuple[str, tuple[int, ...], str, str]]:
         config = CacheConfig.model_validate({"url": "x", "logits": logits, "embeddings": embeddings})
-        outputs = outputs_of(config, num_classes=10, embedding_dim=4)
+        outputs = stored_outputs(Classification().outputs(config, num_classes=10, embedding_dim=4))
         return [(item.name, item.shape, item.dtype, item.encoding) for item in outputs]
 
     assert listed("fp16", "none") == [("logits", (10,), "float16", "dense")]

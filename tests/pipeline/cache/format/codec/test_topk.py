@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from pipeline.cache.format.codec import decode, encode, outputs_of, row_bytes
+from pipeline.cache.format.codec import decode, encode, row_bytes
 from pipeline.core.errors import CacheError, ConfigError
-from schemas.config import CacheConfig
 from tests.pipeline.cache.format.codec.kinds import (
     logits_output,
     round_trip,
@@ -148,6 +147,5 @@ def test_others_far_below_the_top_are_decoded_and_a_top_beyond_float16_is_refuse
 
 def test_as_many_as_all_classes_are_refused() -> None:
     for k in (10, 11):
-        config = CacheConfig.model_validate({"url": "x", "logits": f"topk:{k}"})
         with pytest.raises(ConfigError, match=rf"config\.too-few-classes[\s\S]*at least {k + 1}"):
-            outputs_of(config, num_classes=10, embedding_dim=1)
+            logits_output(f"topk:{k}", 10)
