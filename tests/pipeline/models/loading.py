@@ -27,7 +27,9 @@ def load(model: str | None, *, num_classes: int = 7, size: int | None = 64, **ke
 
 
 def build(model: str, kwargs: dict[str, Any] | None = None) -> EmbeddingModel:
-    return load(model, kwargs=kwargs or {}, **(NORMALISED if model.startswith("python:") else {})).module
+    kwargs = kwargs or {}
+    declared = NORMALISED if model.startswith("python:") else {}
+    return load(model, kwargs=kwargs, size=kwargs.get("img_size", 64), **declared).module
 
 
 def refused(model: str | None, **keys: Any) -> InputError:

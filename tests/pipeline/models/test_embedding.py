@@ -73,16 +73,21 @@ def test_embedding_times_head_is_the_logits(built: CachedBuild, name: str, kwarg
         *TIMM,
         ("timm/deit_tiny_distilled_patch16_224", {"img_size": 64}),
         ("timm/test_resnet", {"drop_rate": 0.5}),
+        *[(f"timm/samvit_base_{name}", {"img_size": 64, "depth": 1}) for name in ("patch16", "patch16_224")],
+        ("timm/samvit_base_patch16_224", {"img_size": 96, "depth": 1}),
+        ("timm/caformer_s18", {}),
     ],
 )
 def test_the_embedding_of_a_timm_model_is_its_pre_logits(built: CachedBuild, name: str, kwargs: dict[str, Any]) -> None:
     model = built(name, kwargs)
     network: Any = model.network
     with torch.no_grad():
-        logits_BK, embedding_BD = model(images())
-        features = network.forward_features(images())
-        torch.testing.assert_close(embedding_BD, network.forward_head(features, pre_logits=True))
-        torch.testing.assert_close(logits_BK, network(images()))
+        pixels = images(kwargs.get("img_size", 64))
+        logits_BK, embedding_BD = model(pixels)
+        expected_BD = network.forward_head(network.forward_features(pixels), pre_logits=True)
+        torch.testing.assert_close(embedding_BD, expected_BD.flatten(1))
+        torch.testing.assert_close(logits_BK, network(pixels))
+    assert model.embedding_dim == network.head_hidden_size
 
 
 def _resnet_reference(net: Any, x: Tensor) -> Tensor:
@@ -147,16 +152,6 @@ def test_the_embedding_of_a_head_over_positions_is_their_mean() -> None:
     torch.testing.assert_close(model.head(embedding_BD), logits_BK)
 
 
-def test_gradients_flow_through_logits_and_embedding_to_the_stem() -> None:
-    model = build(PLAIN)
-    for output in model.train()(images()):
-        model.zero_grad()
-        output.square().sum().backward(retain_graph=True)
-        gradient = model.network.stem.weight.grad
-        assert gradient is not None
-        assert gradient.abs().sum() > 0
-
-
 def test_under_autocast_the_embedding_still_gives_the_logits() -> None:
     model = build("timm/test_resnet")
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
@@ -164,11 +159,6 @@ def test_under_autocast_the_embedding_still_gives_the_logits() -> None:
         assert model.head is not None
         torch.testing.assert_close(model.head(embedding_BD), logits_BK, rtol=0, atol=0)
     assert logits_BK.dtype == torch.bfloat16
-
-
-def test_the_state_dict_of_the_network_has_the_names_of_the_library() -> None:
-    assert "stem.weight" in build(PLAIN).network.state_dict()
-    assert "layer1.0.conv1.weight" in build("timm/resnet18").network.state_dict()
 
 
 def test_ddp_reduces_the_gradients_of_both_outputs(tmp_path: Path) -> None:

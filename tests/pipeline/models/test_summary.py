@@ -13,6 +13,7 @@ from pipeline.core.errors import InputError
 from pipeline.models import load_model
 from pipeline.models.summary import summarize_model
 from schemas.config import ModelConfig
+from tests.errors import raises
 from tests.marks import slow
 
 CIFAR = {"model": "python:pipeline.models.cifar:resnet", "kwargs": {"depth": 20}, "mean": (0, 0, 0), "std": (1, 1, 1)}
@@ -85,6 +86,5 @@ def test_a_summary_does_not_change_the_global_generator() -> None:
     ],
 )
 def test_a_summary_has_the_errors_of_loading(keys: dict[str, Any], size: int, code: str) -> None:
-    with pytest.raises(InputError) as caught:
+    with raises(code, InputError):
         summarize_model(model(**keys), num_classes=10, size=size, where="student")
-    assert caught.value.code == code

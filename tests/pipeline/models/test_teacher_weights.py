@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from pipeline.models.cifar import resnet
 from pipeline.student.training.config_checks import check_config, check_distillation, check_training, training_of
 from pipeline.student.training.trainer import train
 from schemas.config import Config, StudentConfig, TeacherConfig
+from tests.errors import raises
 from tests.pipeline.caches import TinyCache
 from tests.pipeline.conftest import TinyConfig
 from tests.pipeline.student.runs import KD, index_shards, run_config
@@ -29,19 +32,20 @@ NETWORK: dict[str, Any] = {
 }
 
 
-def assert_missing(error: ConfigError, where: str = "teacher.weights") -> None:
-    assert (error.code, error.where, error.exit_code) == ("config.teacher-weights-missing", where, 2)
+@contextmanager
+def missing(where: str = "teacher.weights") -> Iterator[None]:
+    with raises("config.teacher-weights-missing", ConfigError, where=where, exit_code=2) as caught:
+        yield
     for choice in ("pretrained", "URL", "random"):
-        assert choice in str(error.expected)
-    assert f"{where}=pretrained" in str(error.next_step)
+        assert choice in str(caught.value.expected)
+    assert f"{where}=pretrained" in str(caught.value.next_step)
 
 
 def test_a_build_without_weights_is_refused_before_it_writes(tiny_config: TinyConfig, tmp_path: Path) -> None:
     config = tiny_config(teacher={"weights": None})
     for begin in (prepare, build_cache, lambda config: report(config, measured=False)):
-        with pytest.raises(ConfigError) as caught:
+        with missing():
             begin(config)
-        assert_missing(caught.value)
     assert not list(tmp_path.iterdir())
 
 
@@ -55,17 +59,15 @@ def test_a_build_without_weights_is_refused_before_it_writes(tiny_config: TinyCo
 def test_an_online_teacher_without_weights_is_refused_by_the_config_alone(
     teacher: dict[str, Any], where: str, tiny_config: TinyConfig, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError) as caught:
+    with missing(where):
         check_config(run_config(tiny_config(), tmp_path, mode="online", loss=KD, teacher=teacher))
-    assert_missing(caught.value, where)
 
 
 def test_a_distillation_that_builds_a_cache_needs_weights(tiny_config: TinyConfig, tmp_path: Path) -> None:
     base = tiny_config(teacher={"weights": None})
     config = run_config(base, tmp_path / "run", loss=KD, cache={"url": str(tmp_path / "cache")})
-    with pytest.raises(ConfigError) as caught:
+    with missing():
         check_distillation(training_of(config))
-    assert_missing(caught.value)
 
 
 def test_a_finished_cache_does_not_need_weights_of_the_teacher(built_cache: TinyCache, tmp_path: Path) -> None:
@@ -74,15 +76,11 @@ def test_a_finished_cache_does_not_need_weights_of_the_teacher(built_cache: Tiny
     assert train(config)["steps"] == 5
 
 
-@pytest.mark.parametrize("section", [TeacherConfig, StudentConfig])
-def test_only_a_student_has_random_weights_by_default(section: type[TeacherConfig | StudentConfig]) -> None:
-    config = section.model_validate(NETWORK)
-    if isinstance(config, StudentConfig):
-        assert load_model(config, num_classes=10, size=16, where="student").input.size == 16
-        return
-    with pytest.raises(ConfigError) as caught:
-        load_model(config, num_classes=10, size=16)
-    assert_missing(caught.value)
+def test_only_a_student_has_random_weights_by_default() -> None:
+    student = load_model(StudentConfig.model_validate(NETWORK), num_classes=10, size=16, where="student")
+    assert student.input.size == 16
+    with missing():
+        load_model(TeacherConfig.model_validate(NETWORK), num_classes=10, size=16)
 
 
 def test_plan_build_and_training_warn_of_random_weights(
@@ -121,20 +119,17 @@ def test_a_backbone_without_a_classifier_is_refused_as_a_teacher(tmp_path: Path)
     backbone = {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
     torch.save(backbone, tmp_path / "backbone.pt")
     config = TeacherConfig.model_validate({**NETWORK, "weights": str(tmp_path / "backbone.pt")})
-    with pytest.raises(ModelError) as caught:
+    with raises("model.untrained-head", ModelError, got="no fc.bias, fc.weight"):
         load_model(config, num_classes=10, size=16)
-    assert (caught.value.code, caught.value.got) == ("model.untrained-head", "no fc.bias, fc.weight")
     # Weights of another network have another code.
     torch.save({"fc.weight": state["fc.weight"]}, tmp_path / "head.pt")
-    with pytest.raises(ModelError) as caught:
+    with raises("weights.misfit", ModelError):
         load_model(config.model_copy(update={"weights": str(tmp_path / "head.pt")}), num_classes=10, size=16)
-    assert caught.value.code == "weights.misfit"
 
 
 @pytest.mark.parametrize("model", ["timm/vit_small_patch14_dinov2", "timm/vit_base_patch16_siglip_224"])
 def test_a_pretrained_teacher_without_a_classifier_is_refused_before_the_download(model: str) -> None:
     config = TeacherConfig.model_validate({"model": model, "weights": "pretrained"})
-    with pytest.raises(ModelError) as caught:
+    with raises("model.untrained-head", ModelError) as caught:
         load_model(config, num_classes=10, size=None)
-    assert caught.value.code == "model.untrained-head"
     assert "no head" in str(caught.value.got)

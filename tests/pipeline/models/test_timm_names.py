@@ -26,30 +26,6 @@ NUM_PARTS = 8
 
 
 @pytest.mark.parametrize(
-    ("name", "kwargs", "width"),
-    [
-        ("samvit_base_patch16_224", {"img_size": 64, "depth": 1}, 768),
-        ("samvit_base_patch16", {"img_size": 64, "depth": 1}, 256),
-        ("samvit_base_patch16_224", {"img_size": 96, "depth": 1}, 768),
-        ("caformer_s18", {}, 512),
-    ],
-)
-def test_the_embedding_is_timms_pre_logits(name: str, kwargs: dict[str, Any], width: int) -> None:
-    size = kwargs.get("img_size", 64)
-    module = load(f"timm/{name}", kwargs=kwargs, size=size).module
-    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-    network: Any = module.network
-    with torch.no_grad():
-        logits_BK, embedding_BD = module(images)
-        expected = network.forward_head(network.forward_features(images), pre_logits=True)
-        expected_logits = network(images)
-    assert module.embedding_dim == width == network.head_hidden_size
-    if isinstance(expected, torch.Tensor):
-        torch.testing.assert_close(embedding_BD, expected.flatten(1))
-    torch.testing.assert_close(logits_BK, expected_logits)
-
-
-@pytest.mark.parametrize(
     ("name", "kwargs"),
     [
         ("efficientvim_m1_dist", {}),

@@ -40,6 +40,40 @@ def random_batch(seed: int, num_rows: int, num_classes: int) -> dict[str, Tensor
     }
 
 
+def without_partners(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in batch.items() if name not in ("mixed_labels_B", "lambda_B")}
+
+
+def labelled_rows(batch: dict[str, Tensor]) -> list[tuple[int, list[tuple[int, float]]]]:
+    """Of the rows that have each label: the row, and its labels with their shares, one label if nothing is mixed."""
+    labels_B = batch["labels_B"].tolist()
+    mixed_labels_B = batch["mixed_labels_B"].tolist() if "lambda_B" in batch else labels_B
+    share_B = batch["lambda_B"].tolist() if "lambda_B" in batch else [1.0] * len(labels_B)
+    rows = enumerate(zip(labels_B, mixed_labels_B, share_B, strict=True))
+    return [(row, [(a, share), (b, 1 - share)]) for row, (a, b, share) in rows if min(a, b) >= 0]
+
+
+def mean_over(rows: list[Tensor], student: Tensor) -> Tensor:
+    """The mean of the rows' losses; 0 on the graph if there are none."""
+    return torch.stack(rows).mean() if rows else 0 * student.sum()
+
+
+Function = Callable[[Tensor], Tensor]
+
+
+def assert_equals_oracle(
+    loss: Function, oracle: Function, student: Tensor, *, value_error: float, gradient_error: float
+) -> None:
+    """The value of an fp32 loss of the student's outputs, and its gradient, are those of the oracle in float64."""
+    exact = student.double().requires_grad_()
+    student = student.clone().requires_grad_()
+    value, expected = loss(student), oracle(exact)
+    assert value.dtype == torch.float32
+    assert abs(value.item() - expected.item()) <= value_error
+    (gradient,), (expected_gradient,) = torch.autograd.grad(value, student), torch.autograd.grad(expected, exact)
+    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=0, atol=gradient_error)
+
+
 def _class_directions(student_BD: Tensor) -> ClassDirections:
     """Of three classes: one with a usual mean, one with a zero mean, one without a mean."""
     return ClassDirections.of(torch.tensor([[1.0], [0.0], [math.nan]]).expand(3, student_BD.shape[1]))

@@ -1,10 +1,7 @@
-"""Losses on embeddings against hand numbers, float64 loops and the gradients that their formulas have."""
+"""Losses on embeddings against hand numbers and float64 loops."""
 
 from __future__ import annotations
 
-import math
-
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -12,19 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.student.losses import cosine, mse, sifn
-from tests.pipeline.student.losses.batches import SEEDS, law, random_pair
-from tests.tolerances import ulps
+from tests.pipeline.student.losses.batches import SEEDS, assert_equals_oracle, law, mean_over, random_pair
+from tests.tolerances import magnitude_of, ulps
 
 rows = st.integers(1, 6)
-
-
-def random_embeddings(seed: int, num_rows: int) -> tuple[Tensor, Tensor]:
-    student_BD, teacher_BD = random_pair(seed, num_rows, 5, scale=4.0)
-    return student_BD.requires_grad_(), teacher_BD
-
-
-def exact(*tensors: Tensor) -> list[np.ndarray]:
-    return [tensor.detach().double().numpy() for tensor in tensors]
 
 
 def cosine_error(num_rows: int, width: int) -> float:
@@ -43,33 +31,25 @@ def test_cosine_gives_the_values_by_hand() -> None:
 
 
 @law
-@given(seed=SEEDS, num_rows=rows)
-def test_cosine_equals_a_float64_loop_with_its_closed_form_gradient(seed: int, num_rows: int) -> None:
-    student_BD, teacher_BD = random_embeddings(seed, num_rows)
-    loss = cosine(student_BD, teacher_BD)
-    loss.backward()
-    value, gradient_BD = 0.0, np.zeros((num_rows, 5))
-    for row, (s, t) in enumerate(zip(*exact(student_BD, teacher_BD), strict=True)):
-        s_norm, t_norm = math.sqrt(s @ s), math.sqrt(t @ t)
-        cos = s @ t / (s_norm * t_norm)
-        value += (1 - cos) / num_rows
-        gradient_BD[row] = -(t / t_norm - cos * s / s_norm) / s_norm / num_rows
-    assert loss.item() == pytest.approx(value, rel=0, abs=cosine_error(num_rows, 5))
+@given(seed=SEEDS, num_rows=rows, factor=st.sampled_from([0.25, 1.0, 3.0, 1024.0]))
+def test_cosine_equals_a_float64_loop_at_any_length_of_either_side(seed: int, num_rows: int, factor: float) -> None:
+    student_BD, teacher_BD = random_pair(seed, num_rows, 5, scale=4.0)
+    student_BD, teacher_BD = factor * student_BD, teacher_BD / factor
+
+    def oracle(student_BD: Tensor) -> Tensor:
+        pairs = zip(student_BD, teacher_BD.double(), strict=True)
+        return mean_over([1 - s @ t / ((s @ s).sqrt() * (t @ t).sqrt()) for s, t in pairs], student_BD)
+
     # The unit vectors and the cosine once more, the sum over D of the chain rule, and 6 operations on entries of at
     # most 2/‖s‖.
-    shortest = student_BD.detach().norm(dim=1).min().item()
-    error = ulps(4 * 5 + 11, 2 / shortest) / num_rows
-    np.testing.assert_allclose(student_BD.grad, gradient_BD, rtol=0, atol=error)
-
-
-@law
-@given(seed=SEEDS, factor=st.sampled_from([0.25, 3.0, 1024.0]))
-def test_cosine_ignores_the_length_of_either_side(seed: int, factor: float) -> None:
-    student_BD, teacher_BD = random_embeddings(seed, 4)
-    # Both are fp32, and the factors round both sides.
-    error = 2 * cosine_error(4, 5) + ulps(2)
-    scaled = cosine(factor * student_BD, teacher_BD / factor).item()
-    assert scaled == pytest.approx(cosine(student_BD, teacher_BD).item(), rel=0, abs=error)
+    shortest = student_BD.norm(dim=1).min().item()
+    assert_equals_oracle(
+        lambda student_BD: cosine(student_BD, teacher_BD),
+        oracle,
+        student_BD,
+        value_error=cosine_error(num_rows, 5),
+        gradient_error=ulps(4 * 5 + 11, 2 / shortest) / num_rows,
+    )
 
 
 def test_an_embedding_without_direction_has_cosine_zero_and_a_bounded_gradient() -> None:
@@ -87,30 +67,37 @@ def test_mse_gives_the_value_by_hand() -> None:
 
 @law
 @given(seed=SEEDS, num_rows=rows)
-def test_mse_equals_a_float64_mean_with_its_closed_form_gradient(seed: int, num_rows: int) -> None:
-    student_BD, teacher_BD = random_embeddings(seed, num_rows)
-    loss = mse(student_BD, teacher_BD)
-    loss.backward()
-    student, teacher = exact(student_BD, teacher_BD)
-    # A difference has a relative error of one rounding; its square, 5 sums and B of positive numbers, 2 divisions.
-    assert loss.item() == pytest.approx(np.mean((student - teacher) ** 2), rel=ulps(2 + 1 + 5 + num_rows + 2))
-    # The difference, times 2, two divisions.
-    np.testing.assert_allclose(student_BD.grad, 2 * (student - teacher) / student.size, rtol=ulps(4), atol=0)
+def test_mse_equals_the_mean_in_float64(seed: int, num_rows: int) -> None:
+    student_BD, teacher_BD = random_pair(seed, num_rows, 5, scale=4.0)
+    difference_BD = student_BD.double() - teacher_BD.double()
+    assert_equals_oracle(
+        lambda student_BD: mse(student_BD, teacher_BD),
+        lambda student_BD: ((student_BD - teacher_BD) ** 2).mean(),
+        student_BD,
+        # A difference has a relative error of one rounding; its square, 5 sums and B of positive numbers, 2 divisions.
+        value_error=ulps(2 + 1 + 5 + num_rows + 2, difference_BD.square().mean().item()),
+        # The difference, times 2, two divisions.
+        gradient_error=ulps(4, magnitude_of(2 * difference_BD / difference_BD.numel())),
+    )
 
 
 @law
 @given(seed=SEEDS, num_rows=rows, increase=st.sampled_from([0.01, 1.0, 5.0]))
-def test_sifn_is_the_increase_squared_with_an_outward_gradient(seed: int, num_rows: int, increase: float) -> None:
-    student_BD, _ = random_embeddings(seed, num_rows)
-    loss = sifn(student_BD, increase=increase)
-    loss.backward()
-    # The increase in fp32, its square, the mean over rows.
-    assert loss.item() == pytest.approx(increase**2, rel=ulps(2 + 1 + num_rows + 1))
-    (student,) = exact(student_BD)
-    unit_BD = student / np.sqrt((student**2).sum(axis=1, keepdims=True))
-    # The norm: squares, 5 sums, a root; then entry over norm, times twice the increase, over B.
-    np.testing.assert_allclose(
-        student_BD.grad, -2 * increase * unit_BD / num_rows, rtol=ulps((1 + 5 + 1) + 1 + 3 + 1), atol=0
+def test_sifn_is_the_squared_increase_of_the_norm(seed: int, num_rows: int, increase: float) -> None:
+    student_BD, _ = random_pair(seed, num_rows, 5, scale=4.0)
+
+    def oracle(student_BD: Tensor) -> Tensor:
+        norm_B = student_BD.square().sum(dim=1).sqrt()
+        return (norm_B - (norm_B.detach() + increase)).square().mean()
+
+    assert_equals_oracle(
+        lambda student_BD: sifn(student_BD, increase=increase),
+        oracle,
+        student_BD,
+        # The increase in fp32, its square, the mean over rows.
+        value_error=ulps(2 + 1 + num_rows + 1, increase**2),
+        # The norm: squares, 5 sums, a root; then entry over norm, times twice the increase, over B.
+        gradient_error=ulps((1 + 5 + 1) + 1 + 3 + 1, 2 * increase / num_rows),
     )
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from pipeline.student.losses import hard
-from tests.pipeline.student.losses.batches import SEEDS, law, random_pair
+from tests.pipeline.student.losses.batches import SEEDS, assert_equals_oracle, law, random_pair
 from tests.tolerances import log_softmax_error, ulps
 
 
@@ -28,19 +28,17 @@ def test_hard_gives_the_value_by_hand() -> None:
 @given(seed=SEEDS, num_rows=st.integers(1, 6), num_classes=st.integers(2, 8))
 def test_value_and_gradient_are_torchs_cross_entropy_in_float64(seed: int, num_rows: int, num_classes: int) -> None:
     student_BK, teacher_BK = random_pair(seed, num_rows, num_classes, scale=3.0)
-    exact_BK = student_BK.double().requires_grad_()
-    expected = functional.cross_entropy(exact_BK, teacher_BK.argmax(dim=1))
-    loss = hard(student_BK.requires_grad_(), teacher_BK)
     of_logs = log_softmax_error(student_BK)
     # The mean over rows: B sums and a division of losses up to the largest.
-    largest = -exact_BK.detach().log_softmax(dim=1).min().item()
-    assert loss.item() == pytest.approx(expected.item(), rel=0, abs=of_logs + ulps(num_rows + 1, largest))
-    gradients = [
-        torch.autograd.grad(value, logits_BK)[0] for value, logits_BK in ((loss, student_BK), (expected, exact_BK))
-    ]
-    # (softmax − target) / B: exp of a log-probability, the sum over K of the chain rule, product, difference, division.
-    difference_BK = gradients[0].double() - gradients[1]
-    assert difference_BK.abs().max() <= (of_logs + ulps(num_classes + 4)) / num_rows
+    largest = -student_BK.double().log_softmax(dim=1).min().item()
+    assert_equals_oracle(
+        lambda student_BK: hard(student_BK, teacher_BK),
+        lambda student_BK: functional.cross_entropy(student_BK, teacher_BK.argmax(dim=1)),
+        student_BK,
+        value_error=of_logs + ulps(num_rows + 1, largest),
+        # (softmax − target) / B: exp of a log-probability, the chain rule's sum over K, product, difference, division.
+        gradient_error=(of_logs + ulps(num_classes + 4)) / num_rows,
+    )
 
 
 def test_of_equal_logits_the_first_class_counts() -> None:
