@@ -13,7 +13,7 @@ import ray
 import torch
 from ray.exceptions import RayActorError
 from ray.train import ControllerError, FailureConfig, RunConfig, TrainingFailedError, get_context
-from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.torch import TorchConfig, get_device
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.entry import config_command
@@ -22,7 +22,7 @@ from jobs.observability.log import emit, warn
 from jobs.observability.training_observer import TrainingObserver
 from jobs.paths import with_absolute_paths
 from jobs.ray.cluster import cluster, node_name, require_resources
-from jobs.ray.train_internals import preemption_pending
+from jobs.ray.train_internals import RayTrainer, preemption_pending
 from jobs.ray.worker_group import PlacementMonitor, min_workers, scaling_config, worker_keys, worker_resources
 from pipeline import storage
 from pipeline.core.errors import ConfigError, InputError, StillroomError, TrainingError
@@ -168,14 +168,14 @@ def _event_actor_on_this_node() -> Any:
     return EventActor.options(scheduling_strategy=this_node).remote()
 
 
-def _trainer(config: Config, event_actor: Any, folder: Path) -> TorchTrainer:
+def _trainer(config: Config, event_actor: Any, folder: Path) -> RayTrainer:
     assert config.run is not None
     run_url = config.run.url
 
     def push_warning(text: str) -> None:
         event_actor.push.remote({"kind": "warning", "run": run_url, "text": text})
 
-    return TorchTrainer(
+    return RayTrainer(
         _worker,
         # A reference: Ray Train may show these values, and URLs of a config may contain credentials.
         train_loop_config={"config": ray.put(config.model_dump_json(exclude_unset=True)), "event_actor": event_actor},
@@ -193,7 +193,7 @@ def _trainer(config: Config, event_actor: Any, folder: Path) -> TorchTrainer:
 
 
 def fit_with_restarts(
-    trainer: Callable[[], TorchTrainer],
+    trainer: Callable[[], RayTrainer],
     event_actor: Any,
     observe: Callable[[dict[str, Any]], None],
     *,
@@ -272,7 +272,7 @@ def _cause_of_death(report: str) -> str:
     return " ".join(line.strip() for line in report.splitlines() if line.strip() and not line.startswith("\t"))
 
 
-def _fit_in_thread(trainer: TorchTrainer, poll: Callable[[], None]) -> None:
+def _fit_in_thread(trainer: RayTrainer, poll: Callable[[], None]) -> None:
     """Fits outside the main thread, where Ray Train would replace the handler of Ctrl-C and not restore it."""
     errors: list[BaseException] = []
 

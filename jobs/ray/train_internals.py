@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.constants import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.context import get_train_context
@@ -37,6 +39,19 @@ def preemption_pending() -> bool:
 def set_group_start_timeout(timeout_s: float) -> None:
     """Limits an attempt of Ray Train to place its workers. Takes effect in the controller's process."""
     os.environ.setdefault(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, str(timeout_s))
+
+
+class RayTrainer(TorchTrainer):
+    """Ray's trainer without its placement group cleaner, which can end a healthy training.
+
+    Every second the cleaner queries the state of the controller, at RAY_ADDRESS or else at the cluster that
+    ``ray start`` started last on the machine. If that is another cluster, it knows no such controller: the cleaner then
+    takes the controller for dead and removes the workers. Without the cleaner Ray removes them when this job ends.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()
+        return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
 
 
 class WorkerGroupCallback(ControllerCallback):

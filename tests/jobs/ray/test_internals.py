@@ -9,6 +9,7 @@ from pathlib import Path
 import grpc
 import pytest
 from ray.train import WorkerGroupError
+from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.controller.state import RestartingState, RunningState, SchedulingState
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
 
@@ -80,3 +81,13 @@ def test_the_controller_s_states_become_three_events() -> None:
         ("waiting", True),
         ("running", None),
     ]
+
+
+def callback_names(trainer: type[TorchTrainer]) -> set[str]:
+    return {type(callback).__name__ for callback in trainer(print)._create_default_callbacks()}
+
+
+def test_only_the_cleaner_that_may_ask_another_cluster_is_left_out() -> None:
+    expected = callback_names(TorchTrainer) - {"PlacementGroupCleanerCallback"}
+    assert expected < callback_names(TorchTrainer)
+    assert callback_names(train_internals.RayTrainer) == expected
