@@ -23,7 +23,7 @@ from jobs.submission.package import CONFIG_FOLDER, find_files, write_package
 from pipeline import storage
 from pipeline.cache.build.context import cache_config
 from pipeline.core.errors import ConfigError, InputError, SubmissionError, first_line
-from pipeline.core.hashing import short
+from pipeline.core.hashing import short_digest
 from pipeline.core.redaction import redact
 from pipeline.storage.config_files import load_config
 from pipeline.student.training.config_checks import check_config, check_plan, training_of
@@ -124,7 +124,7 @@ def submit(
                 metadata={
                     "project": "stillroom",
                     "command": command,
-                    "config_fingerprint": short(config.model_dump(mode="json")),
+                    "config_fingerprint": short_digest(config.model_dump(mode="json")),
                 },
                 entrypoint_num_cpus=num_cpus,
                 entrypoint_num_gpus=num_gpus,

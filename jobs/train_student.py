@@ -30,7 +30,7 @@ from pipeline.core.temporary import temporary_folder
 from pipeline.storage.config_files import load_config
 from pipeline.student.data.sources import index_url
 from pipeline.student.distributed import DistributedContext
-from pipeline.student.run.checkpoint import check_begun, read_summary
+from pipeline.student.run.checkpoint import check_same_config, read_summary
 from pipeline.student.training.config_checks import check_config, check_training
 from pipeline.student.training.trainer import train
 from schemas.config import Config
@@ -50,7 +50,7 @@ def train_student(config: Config, *, device: torch.device | None = None) -> dict
     """
     config = with_absolute_paths(config)
     run_url = check_config(config)
-    check_begun(run_url, config)
+    check_same_config(run_url, config)
     if (summary := read_summary(run_url)) is not None:
         emit(f"train {storage.last_name(run_url)}: finished earlier; nothing to do", event="end")
         return summary
@@ -256,14 +256,14 @@ def _killed(error: TrainingFailedError) -> TrainingError | None:
         "a worker process of the training died",
         code="train.worker-killed",
         where=f"rank {', '.join(map(str, sorted(dead)))}",
-        got=_cause_of_death(str(next(iter(dead.values())))),
+        got=_termination_cause(str(next(iter(dead.values())))),
         next_step="SIGKILL: more memory a worker, or a smaller train.global_batch_size; SIGBUS: more /dev/shm, or "
         "train.num_workers=0; SIGSEGV or SIGABRT: a crash in native code, on a CPU try train.channels_last=false; then "
         "(or after a lost node) run the command again: it resumes from the last checkpoint",
     )
 
 
-def _cause_of_death(report: str) -> str:
+def _termination_cause(report: str) -> str:
     """The signals that Ray's report of a dead actor names, or else its sentences without the fields of the actor. Ray
     lists several candidates where it does not know the signal.
     """

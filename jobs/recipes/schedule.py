@@ -41,7 +41,7 @@ def _teacher_lines(recipe: Recipe) -> Iterator[str]:
     config = recipe.teacher
     if config.student is not None:
         yield _line("teacher", f"{_model_text(config.student, config, 'teacher')}; trained here")
-        yield _line("", _training_text(config, plan_of(recipe, config)))
+        yield _line("", _training_text(config, training_plan(recipe, config)))
     else:
         yield _line("teacher", f"{_model_text(config.teacher, config, 'teacher')}; weights {_weights(config.teacher)}")
     if "teacher" in recipe.document.published:
@@ -81,14 +81,14 @@ def _student_lines(recipe: Recipe, runs: list[RunSpec]) -> Iterator[str]:
     yield _line(f"student {name}", f"{_model_text(first.student, first, 'student')}; {source}")
     yield _line("", f"loss {loss_text(first)}")
     for run in {run.epochs: run for run in runs}.values():
-        yield _line("", _training_text(run.config, plan_of(recipe, run.config)))
+        yield _line("", _training_text(run.config, training_plan(recipe, run.config)))
     if (seeds := sorted({run.seed for run in runs})) != [0]:
         yield _line("", f"seeds {', '.join(map(str, seeds))}")
     if name in recipe.document.published:
         yield _line("", f"published top-1 {recipe.document.published[name]:.2f} %")
 
 
-def plan_of(recipe: Recipe, config: Config) -> TrainingPlan | None:
+def training_plan(recipe: Recipe, config: Config) -> TrainingPlan | None:
     """The plan of a training; None if the document does not give the number of its images."""
     images = recipe.document.images
     return (

@@ -24,7 +24,7 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def short(value: object) -> str:
+def short_digest(value: object) -> str:
     """16 hex characters of the digest of a JSON value: a short id for messages and file names."""
     return digest(canonical_json(value))[:16]
 

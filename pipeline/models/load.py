@@ -70,7 +70,7 @@ def load_model(
     seed: int = 0,
     allow_new_head: bool = False,
     where: str = "teacher",
-    built_for: WeightsFile | None = None,
+    expected_weights: WeightsFile | None = None,
 ) -> LoadedModel:
     """Builds the network, loads its weights and checks both with one forward.
 
@@ -81,8 +81,8 @@ def load_model(
         allow_new_head: pretrained weights with another number of classes get a new, random head. For students only:
             logits of a teacher must not come from an untrained head.
         where: YAML section of ``config``, for messages.
-        built_for: weights that the caller loads afterwards, such as those of a checkpoint, for constructors that depend
-            on them.
+        expected_weights: weights that the caller loads afterwards, such as those of a checkpoint, for constructors that
+            depend on them.
 
     Raises:
         ConfigError: a key is missing, such as ``weights``, or contradicts another.
@@ -92,12 +92,12 @@ def load_model(
     build, request = resolve(config, num_classes, allow_new_head, where)
     require_weights(config, where=where)
     architecture = _architecture(request)
-    if built_for is not None:
-        request = replace(request, read=lambda: built_for)
+    if expected_weights is not None:
+        request = replace(request, read=lambda: expected_weights)
     with _seeded(seed):
         built = build(request)
     spec = input_spec(config, built.declared, size, where)
-    notes = load_weights(built, request) if built_for is None else ()
+    notes = load_weights(built, request) if expected_weights is None else ()
     return LoadedModel(wrap(built, request, size=spec.size), spec, architecture, (*notes, *built.notes))
 
 

@@ -298,15 +298,15 @@ def _unreadable(url: str, where: str, error: BaseException) -> ModelError:
 
 def _as_weights_file(content: object, url: str, where: str) -> WeightsFile:
     checkpoint = find_state(content)
-    strange = [
+    non_tensors = [
         f"{name}: {type(value).__name__}" for name, value in checkpoint.state.items() if not isinstance(value, Tensor)
     ]
-    if not checkpoint.state or strange:
+    if not checkpoint.state or non_tensors:
         raise ModelError(
             "the file does not hold a state dict",
             code="weights.no-state-dict",
             where=f"{where}: {redact(url)}",
-            got="; ".join(_summary(strange, "not a tensor")) or f"an empty or unnamed {type(content).__name__}",
+            got="; ".join(_summary(non_tensors, "not a tensor")) or f"an empty or unnamed {type(content).__name__}",
             expected=f"names to tensors, at the top or under one of {', '.join((*TRAINED_KEYS, *AVERAGED_KEYS))}",
             next_step="save only the state dict: torch.save(model.state_dict(), FILE)",
         )

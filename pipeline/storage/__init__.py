@@ -4,7 +4,7 @@ Writes are never streamed to their final name, because an exception inside an fs
 the bytes written so far. A writer creates a local temporary file, closes it, and ``put`` publishes it in one step.
 
 Every operation is idempotent, so transient failures (throttling, a lost connection, a short response) are retried a few
-times within a minute; a caller sees only errors that persist. See ``failures.repeated``.
+times within a minute; a caller sees only errors that persist. See ``failures.with_retries``.
 """
 
 from pipeline.storage.failures import MISSING_FILE

@@ -57,16 +57,16 @@ _TRANSIENT_ERRNO = frozenset(
 )
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _MAX_ATTEMPTS = 5
-_MAX_REPEATING_S = 60
+_MAX_RETRY_S = 60
 # Full jitter: many tasks that were throttled together retry at different times.
 PAUSE = wait_random_exponential(multiplier=0.2, max=8)
 
 
-def repeated(operation: Callable[P, R]) -> Callable[P, R]:
+def with_retries(operation: Callable[P, R]) -> Callable[P, R]:
     """Retries transient failures, with growing random pauses. ``operation`` is idempotent, and never inside another."""
     return retry(
         retry=retry_if_exception_type(TransientStorageError),
-        stop=stop_after_attempt(_MAX_ATTEMPTS) | stop_before_delay(_MAX_REPEATING_S),
+        stop=stop_after_attempt(_MAX_ATTEMPTS) | stop_before_delay(_MAX_RETRY_S),
         wait=PAUSE,
         before_sleep=before_sleep_log(_log, logging.INFO),
         reraise=True,
@@ -74,14 +74,14 @@ def repeated(operation: Callable[P, R]) -> Callable[P, R]:
 
 
 @contextlib.contextmanager
-def translated_errors(url: str, doing: str) -> Generator[None]:
+def translated_errors(url: str, action: str) -> Generator[None]:
     """Turns errors of a storage library inside a ``with`` into errors of the project, with the URL in them."""
     try:
         yield
     except StillroomError:
         raise
     except Exception as error:
-        translated = _translated(root_error(error), url, doing)
+        translated = _translated(root_error(error), url, action)
         if translated is None:
             raise
         raise translated from error
@@ -111,7 +111,7 @@ def _status(error: BaseException) -> int | None:
     return next((status for status in values if isinstance(status, int)), None)
 
 
-def _translated(error: Exception, url: str, doing: str) -> StorageError | StorageInputError | None:
+def _translated(error: Exception, url: str, action: str) -> StorageError | StorageInputError | None:
     """The project's error for an error of a storage library; None for any other error, which is a bug."""
     where, name, got = redact(url), type(error).__name__, f"{type(error).__name__}: {error}"
     is_refused_argument = isinstance(error, ValueError) and _is_of_library(error.__cause__ or error.__context__)
@@ -127,32 +127,32 @@ def _translated(error: Exception, url: str, doing: str) -> StorageError | Storag
     if not (_is_of_library(error) or is_refused_argument or isinstance(error, OSError)):
         return None
     if s3_error_code(error) in _TRANSIENT_CODES:
-        return TransientStorageError(f"cannot {doing}", code="storage.transient", where=where, got=got)
+        return TransientStorageError(f"cannot {action}", code="storage.transient", where=where, got=got)
     if _is_of_library(error) and _NO_CREDENTIALS.search(name):
         return StorageInputError(
-            f"cannot {doing}: no valid credentials",
+            f"cannot {action}: no valid credentials",
             code="storage.no-credentials",
             where=where,
             got=got,
             next_step="set the credentials of this store in the environment or in its configuration file",
         )
     if isinstance(error, PermissionError) or (_is_of_library(error) and _status(error) in (401, 403)):
-        return StorageInputError(f"cannot {doing}: permission denied", code="storage.permission-denied", where=where)
+        return StorageInputError(f"cannot {action}: permission denied", code="storage.permission-denied", where=where)
     if _NO_CONNECTION.search(name):
         kind = TransientStorageError if _is_transient(error) else StorageError
-        return kind(f"cannot {doing}: could not connect", code="storage.no-connection", where=where, got=got)
+        return kind(f"cannot {action}: could not connect", code="storage.no-connection", where=where, got=got)
     if (reason := _path_error(error)) is not None:
         code, text = reason
-        return StorageInputError(f"cannot {doing}: {text}", code=code, where=where, next_step=_glob_hint(error, where))
+        return StorageInputError(f"cannot {action}: {text}", code=code, where=where, next_step=_glob_hint(error, where))
     if is_refused_argument:
         return StorageInputError(
-            f"cannot {doing}: the store refuses this name", code="storage.refused-name", where=where, got=got
+            f"cannot {action}: the store refuses this name", code="storage.refused-name", where=where, got=got
         )
     if isinstance(error, OSError) and error.errno in DISK_FULL:
-        return disk_full(error, where, doing)
+        return disk_full(error, where, action)
     if _is_transient(error):
-        return TransientStorageError(f"cannot {doing}", code="storage.transient", where=where, got=got)
-    return StorageError(f"cannot {doing}", code="storage.failed", where=where, got=got)
+        return TransientStorageError(f"cannot {action}", code="storage.transient", where=where, got=got)
+    return StorageError(f"cannot {action}", code="storage.failed", where=where, got=got)
 
 
 def s3_error_code(error: BaseException) -> str | None:
@@ -175,9 +175,9 @@ def _is_transient(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNO
 
 
-def disk_full(error: OSError, where: str, doing: str) -> StorageError:
+def disk_full(error: OSError, where: str, action: str) -> StorageError:
     return StorageError(
-        f"cannot {doing}: no space is left",
+        f"cannot {action}: no space is left",
         code="storage.disk-full",
         where=where,
         got=f"{type(error).__name__}: {error}",

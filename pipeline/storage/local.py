@@ -46,9 +46,9 @@ def check_names(folder_url: str, names: Iterable[str]) -> None:
     )
 
 
-def on_disk(path: Path, doing: str) -> contextlib.AbstractContextManager[None]:
+def on_disk(path: Path, action: str) -> contextlib.AbstractContextManager[None]:
     """Turns errors of the file system inside a ``with`` into errors of the project, with the path in them."""
-    return translated_errors(str(path), doing)
+    return translated_errors(str(path), action)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from filelock import FileLock
 
 from pipeline.core.errors import StorageError, StorageInputError, TransientStorageError
 from pipeline.core.redaction import redact
-from pipeline.storage.failures import repeated, root_error, translated_errors
+from pipeline.storage.failures import root_error, translated_errors, with_retries
 from pipeline.storage.local import local_path, scratch_folder
 from pipeline.storage.local_store import LocalStore, temporary_sibling
 from pipeline.storage.s3_store import S3Store
@@ -29,12 +29,12 @@ _STORES: dict[str, type[Store]] = {"file": LocalStore, "memory": MemoryStore, "s
 
 
 @contextlib.contextmanager
-def _open(url: str, doing: str, *, writes: bool = False) -> Generator[Store]:
+def _open(url: str, action: str, *, writes: bool = False) -> Generator[Store]:
     """The store of a URL. Errors of its library inside the ``with`` become errors of the project."""
     if writes:
         _check_protocol_writable(url)
     store = _STORES.get(protocol(url), Store)(url)
-    with translated_errors(url, doing):
+    with translated_errors(url, action):
         yield store
 
 
@@ -59,7 +59,7 @@ def check_writable(url: str) -> None:
         pass
 
 
-@repeated
+@with_retries
 def exists(url: str) -> bool:
     """Whether the file exists now. A store that fails to report it is an error, never an absent file."""
     with _open(url, "look for") as store:
@@ -67,7 +67,7 @@ def exists(url: str) -> bool:
         return info is not None and info["type"] == "file"
 
 
-@repeated
+@with_retries
 def stamp(url: str) -> str:
     """The store's info of a file now, tag and times included: another text after the file is replaced."""
     with _open(url, "stat") as store:
@@ -75,14 +75,14 @@ def stamp(url: str) -> str:
         return str(sorted(store.filesystem.info(store.path).items()))
 
 
-@repeated
+@with_retries
 def size(url: str) -> int:
     """Size in bytes."""
     with _open(url, "stat") as store:
         return store.size()
 
 
-@repeated
+@with_retries
 def read(url: str, *, max_bytes: int | None = None) -> bytes:
     """The whole object.
 
@@ -99,7 +99,7 @@ def read(url: str, *, max_bytes: int | None = None) -> bytes:
             raise
 
 
-@repeated
+@with_retries
 def read_if_exists(url: str, *, max_bytes: int | None = None) -> bytes | None:
     """The whole object, or None if it is absent: one request, where ``exists`` and ``read`` are two or three.
 
@@ -115,7 +115,7 @@ def read_if_exists(url: str, *, max_bytes: int | None = None) -> bytes | None:
             return None
 
 
-@repeated
+@with_retries
 def read_range(url: str, offset: int, size_bytes: int) -> bytes:
     """Exactly ``size_bytes`` from ``offset``.
 
@@ -144,7 +144,7 @@ def read_range(url: str, offset: int, size_bytes: int) -> bytes:
     return data
 
 
-@repeated
+@with_retries
 def entries(url: str) -> list[Entry]:
     """Every object below ``url`` by path, leftovers of killed writers included; empty if the folder is absent."""
     with _open(url, "list") as store:
@@ -178,7 +178,7 @@ def is_listing_cheaper(url: str, num_names: int) -> bool:
     return num_names >= NAMES_PER_PAGE and protocol(url) in WRITABLE and protocol(url) != "file"
 
 
-@repeated
+@with_retries
 def sizes_in_folder(url: str) -> dict[str, int]:
     """Bytes of every object right below ``url`` by its name; empty if the folder is absent."""
     with _open(url, "list") as store:
@@ -191,7 +191,7 @@ def folders(url: str) -> list[str]:
         return sorted(store.folders())
 
 
-@repeated
+@with_retries
 def put(local: Path, url: str) -> None:
     """Publishes a closed local file under ``url``: one replace on a file system, one upload on an object store."""
     with _open(url, "write", writes=True) as store:
@@ -206,7 +206,7 @@ def write(url: str, data: bytes) -> None:
         put(local, url)
 
 
-@repeated
+@with_retries
 def create(url: str, data: bytes) -> bool:
     """Publishes bytes only if the object is absent. Returns whether the object has these bytes.
 
@@ -267,14 +267,14 @@ def probe(url: str) -> None:
         )
 
 
-@repeated
+@with_retries
 def delete(url: str) -> None:
     """Removes one object. An absent one is no error, because another builder may have removed it."""
     with _open(url, "delete", writes=True) as store, contextlib.suppress(FileNotFoundError):
         store.remove()
 
 
-@repeated
+@with_retries
 def local_copy(url: str, folder: Path) -> Path:
     """A local path with the object's bytes: the file itself if it is local, else a copy in ``folder``.
 
@@ -298,7 +298,7 @@ def local_copy(url: str, folder: Path) -> Path:
     return target
 
 
-@repeated
+@with_retries
 def download(url: str, target: Path, size_bytes: int) -> None:
     """Fills a local file with the object's bytes, in place.
 

@@ -38,13 +38,13 @@ class DistributedContext:
     """The rank of this process. With more than one, the caller has initialised torch.distributed.
 
     Attributes:
-        leaving: whether this rank knows that a node of the training is about to be taken away.
+        preemption_notice: returns whether this rank has a notice that a node of the training will be preempted.
     """
 
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    leaving: Callable[[], bool] = _never
+    preemption_notice: Callable[[], bool] = _never
 
     @property
     def is_main_rank(self) -> bool:
@@ -89,8 +89,8 @@ class DistributedContext:
                 dist.broadcast(tensor, src=0)
 
     def preemption_pending(self) -> bool:
-        """Whether any rank is ``leaving``, on every rank."""
-        return bool(self.max(torch.tensor(self.leaving(), dtype=torch.uint8, device=self.device)))
+        """Whether ``preemption_notice`` is true on any rank; the same on every rank."""
+        return bool(self.max(torch.tensor(self.preemption_notice(), dtype=torch.uint8, device=self.device)))
 
     def wait(self) -> None:
         """Waits until every rank calls it."""

@@ -102,7 +102,7 @@ class Teacher:
         except torch.OutOfMemoryError as error:
             message = first_line(error)
         # Outside of the handler, whose frames still hold the memory that ran out.
-        raise self._too_large(pixels_NCHW[:1], message)
+        raise self._out_of_memory_error(pixels_NCHW[:1], message)
 
     def _run_batches(
         self,
@@ -114,24 +114,24 @@ class Teacher:
     ) -> dict[str, Tensor]:
         # One copy to the device for each call, without waiting, so that a GPU is not idle between batches.
         pixels_NCHW = pixels_NCHW.to(self.device, non_blocking=True)
-        partners_N, weights_N, boxes_N4 = (self._sent(values) for values in (partner_N, lambda_N, cutmix_box_N4))
+        partners_N, weights_N, boxes_N4 = (self._to_device(values) for values in (partner_N, lambda_N, cutmix_box_N4))
         batches: list[dict[str, Tensor]] = []
         for rows_B in torch.arange(len(pixels_NCHW), device=self.device).split(batch_size):
             padded_B = torch.cat([rows_B, rows_B[-1:].expand(batch_size - len(rows_B))])
             outputs = self.forward(
-                _pick(pixels_NCHW, padded_B),
+                _take_rows(pixels_NCHW, padded_B),
                 None if partners_N is None else torch.arange(batch_size, device=self.device),
                 None if weights_N is None else weights_N[padded_B],
                 None if boxes_N4 is None else boxes_N4[padded_B],
-                None if partners_N is None else _pick(pixels_NCHW, partners_N[padded_B].long()),
+                None if partners_N is None else _take_rows(pixels_NCHW, partners_N[padded_B].long()),
             )
             batches.append({name: tensor[: len(rows_B)] for name, tensor in outputs.items()})
         return {name: torch.cat([outputs[name] for outputs in batches]) for name in batches[0]}
 
-    def _sent(self, values_N: NDArray[np.generic] | None) -> Tensor | None:
+    def _to_device(self, values_N: NDArray[np.generic] | None) -> Tensor | None:
         return None if values_N is None else torch.from_numpy(values_N).to(self.device, non_blocking=True)
 
-    def _too_large(self, pixels_1CHW: Tensor, message: str) -> ResourceError:
+    def _out_of_memory_error(self, pixels_1CHW: Tensor, message: str) -> ResourceError:
         sizes = [self.batch_size >> halvings for halvings in range(1, self.batch_size.bit_length())]
         fits = next((size for size in sizes if self._fits(size, pixels_1CHW)), None)
         return ResourceError(
@@ -159,7 +159,7 @@ class Teacher:
         return self.module.network.state_dict()
 
 
-def _pick(pixels_NCHW: Tensor, rows_B: Tensor) -> Tensor:
+def _take_rows(pixels_NCHW: Tensor, rows_B: Tensor) -> Tensor:
     """Rows in channels-last memory, in which convolutions are fastest."""
     return pixels_NCHW[rows_B].contiguous(memory_format=torch.channels_last)
 

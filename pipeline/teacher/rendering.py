@@ -109,12 +109,12 @@ def indexed_samples(
     for sample in read_samples(path, data, where=where, rules=index.member_rules, notes=notes):
         num_read += 1
         if num_read > len(index):
-            raise _changed(where, got=f"a sample {sample.key!r} beyond the {len(index)} indexed")
+            raise _changed_shard_error(where, got=f"a sample {sample.key!r} beyond the {len(index)} indexed")
         _check_indexed(sample, index, keys[sample.row], where)
         if index.status[sample.row] == STATUSES.index("ok"):
             yield sample
     if num_read < len(index):
-        raise _changed(where, got=f"{num_read} samples", expected=f"{len(index)}")
+        raise _changed_shard_error(where, got=f"{num_read} samples", expected=f"{len(index)}")
 
 
 def _check_indexed(sample: Sample, index: ShardIndex, key: str, where: str) -> None:
@@ -137,10 +137,10 @@ def _check_indexed(sample: Sample, index: ShardIndex, key: str, where: str) -> N
         "status": sample.status,
     }
     if changed := differences(indexed, actual):
-        raise _changed(f"{where}, key {key!r}", got="; ".join(changed))
+        raise _changed_shard_error(f"{where}, key {key!r}", got="; ".join(changed))
 
 
-def _changed(where: str, *, got: str, expected: str | None = None) -> ShardError:
+def _changed_shard_error(where: str, *, got: str, expected: str | None = None) -> ShardError:
     return ShardError(
         "this shard was changed after it was indexed",
         code="shard.changed-since-index",

@@ -17,7 +17,7 @@ from pipeline.cache.format import layout
 from pipeline.cache.format.codec import stored_outputs
 from pipeline.cache.format.header import find_header, read_header, views_body, views_id
 from pipeline.core.errors import CacheError, ModelError
-from pipeline.core.hashing import differences, seal, short, weights_digest
+from pipeline.core.hashing import differences, seal, short_digest, weights_digest
 from pipeline.core.redaction import quoted, redact
 from pipeline.models import LoadedModel, load_untrained
 from pipeline.shards.index import index_settings
@@ -83,7 +83,7 @@ def make_header(
     return Header(
         views_id=views_id(plan),
         views=views_body(plan),
-        fingerprint=short(body),
+        fingerprint=short_digest(body),
         teacher=body,
         data=index_settings(data),
         num_classes=module.num_classes,

@@ -12,7 +12,7 @@ from pipeline.cache.format import layout
 from pipeline.cache.format.codec import check_encodings
 from pipeline.cache.format.files import parse_record
 from pipeline.core.errors import CacheError
-from pipeline.core.hashing import short
+from pipeline.core.hashing import short_digest
 from pipeline.core.redaction import redact
 from pipeline.tasks import task_of
 from schemas.cache_format import Header, Output
@@ -26,7 +26,7 @@ def views_body(plan: ViewsConfig) -> dict[str, Any]:
 
 
 def views_id(plan: ViewsConfig) -> str:
-    return short(views_body(plan))
+    return short_digest(views_body(plan))
 
 
 def plan_of(header: Header) -> ViewsConfig:

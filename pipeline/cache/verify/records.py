@@ -22,7 +22,7 @@ from pipeline.cache.format.files import REBUILD, parse_record, read_file, read_p
 from pipeline.cache.format.header import parse_header, replayable_plan
 from pipeline.cache.verify.report import Findings, Problem
 from pipeline.core.errors import CacheError, ShardError
-from pipeline.core.hashing import digest, short
+from pipeline.core.hashing import digest, short_digest
 from pipeline.core.redaction import redact
 from pipeline.core.threads import map_ordered
 from pipeline.shards.shard_urls import shard_id
@@ -166,8 +166,10 @@ def _read_header(cache_url: str, findings: Findings) -> Header | None:
     path = layout.HEADER
     with findings.capture(path, "records"):
         header = parse_header(_read_record(cache_url, path), where=path)
-        findings.expect(path, "views_id is not the hash of the views", header.views_id, short(header.views))
-        findings.expect(path, "fingerprint is not the hash of the teacher", header.fingerprint, short(header.teacher))
+        findings.expect(path, "views_id is not the hash of the views", header.views_id, short_digest(header.views))
+        findings.expect(
+            path, "fingerprint is not the hash of the teacher", header.fingerprint, short_digest(header.teacher)
+        )
         views_id = header.teacher.get("views_id")
         findings.expect(path, "the teacher's outputs are of other views", views_id, header.views_id)
         return header

@@ -39,7 +39,7 @@ class BuildRequest:
         where: YAML section, such as ``teacher``.
         read: reads the weights that the caller loads into the network, for constructors that depend on them; None
             without a weights file.
-        builds_only: build the network as for its weights and do not load them, such as on the meta device.
+        skips_weights: build the network for its weights but do not load them, for example on the meta device.
         likely_size: input size in pixels that the weights were probably trained for, if they cannot be read.
     """
 
@@ -49,17 +49,17 @@ class BuildRequest:
     allow_new_head: bool
     where: str
     read: Callable[[], WeightsFile] | None = None
-    builds_only: bool = False
+    skips_weights: bool = False
     likely_size: int | None = None
 
     @property
     def pretrained(self) -> bool:
         """Whether the source loads the weights of the library."""
-        return self.config.weights == "pretrained" and self.read is None and not self.builds_only
+        return self.config.weights == "pretrained" and self.read is None and not self.skips_weights
 
     def without_weights(self, likely_size: int | None) -> BuildRequest:
         """The same network without the values of its weights."""
-        return replace(self, read=None, builds_only=True, likely_size=likely_size)
+        return replace(self, read=None, skips_weights=True, likely_size=likely_size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

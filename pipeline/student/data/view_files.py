@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipeline.cache.read.reader import ShardEntry, TeacherCache
 from pipeline.core.errors import StorageError
-from pipeline.core.hashing import short
+from pipeline.core.hashing import short_digest
 from pipeline.core.redaction import redact
 from pipeline.student.data.ensemble import check_same_views
 from pipeline.student.data.join import (
@@ -108,7 +108,7 @@ class ViewFiles:
         committed = cache.committed_view(entry.shard_id, view)
         # The content that the file is made of, wherever it lies: runs share files, also those of copies of a cache.
         content = [VERSION, cache.header.fingerprint, committed.digest, committed.footer_digest, entry.index_sha256]
-        name = name_of(short([*content, entry.shard_id, view]), f"{entry.shard_id}-v{view:04d}.arrow")
+        name = name_of(short_digest([*content, entry.shard_id, view]), f"{entry.shard_id}-v{view:04d}.arrow")
         return self._store.acquire(name, committed.size_bytes, lambda path: self._write(cache, entry, view, path))
 
     def _write(self, cache: TeacherCache, entry: ShardEntry, view: int, path: Path) -> None:

@@ -80,7 +80,7 @@ def load_run(run_url: str, checkpoint_name: CheckpointName) -> LoadedRun:
         num_classes=supervision.num_classes,
         size=config.student.size or supervision.size,
         where="student",
-        built_for=WeightsFile(state["model"], transform_input=stored_transform_input(state)),
+        expected_weights=WeightsFile(state["model"], transform_input=stored_transform_input(state)),
     )
     weights = FiniteWeights.of([student.module.network])
     student.module.network.load_state_dict(state["model"])

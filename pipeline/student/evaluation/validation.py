@@ -12,7 +12,7 @@ import torch
 
 from pipeline import storage
 from pipeline.core.errors import CacheError, ConfigError
-from pipeline.core.hashing import seal, short, unseal
+from pipeline.core.hashing import seal, short_digest, unseal
 from pipeline.core.redaction import redact
 from pipeline.core.threads import map_ordered
 from pipeline.shards.index import STATUSES, ShardIndex, check_samples, index_settings, index_shard
@@ -180,4 +180,4 @@ def _stamps(evaluator: Evaluator, urls: list[str]) -> list[str]:
         "max_bad_share": evaluator.data.max_bad_share,
     }
     with evaluator.report_moved():
-        return [short([stamp, rules]) for stamp in map_ordered(storage.stamp, urls, threads=_NUM_THREADS)]
+        return [short_digest([stamp, rules]) for stamp in map_ordered(storage.stamp, urls, threads=_NUM_THREADS)]

@@ -61,10 +61,10 @@ def claim_run(run_url: str, config: Config) -> None:
         ConfigError: the run was begun with another config; ``got`` lists the differences.
     """
     if not storage.create(storage.join(run_url, CONFIG), seal(_without_credentials(config.model_dump(mode="json")))):
-        check_begun(run_url, config)
+        check_same_config(run_url, config)
 
 
-def check_begun(run_url: str, config: Config) -> None:
+def check_same_config(run_url: str, config: Config) -> None:
     """
     Raises:
         ConfigError: there is a run with another config; ``got`` lists the differences.

@@ -103,7 +103,7 @@ def requirements_of(loss: CompositeLoss) -> list[Requirement]:
     return [requirement for requirement in (LOGITS, EMBEDDINGS, CLASS_MEANS) if requirement.is_needed(loss)]
 
 
-def check_caches_serve(loss: CompositeLoss, caches: Sequence[TeacherCache]) -> None:
+def check_cached_outputs(loss: CompositeLoss, caches: Sequence[TeacherCache]) -> None:
     """
     Raises:
         ConfigError: a cache does not hold what the loss needs.
@@ -113,7 +113,7 @@ def check_caches_serve(loss: CompositeLoss, caches: Sequence[TeacherCache]) -> N
             requirement.check_stored(cache)
 
 
-def check_cache_will_serve(loss: CompositeLoss, cache: CacheConfig) -> None:
+def check_planned_outputs(loss: CompositeLoss, cache: CacheConfig) -> None:
     """
     Raises:
         ConfigError: a cache that is built with this section would not hold what the loss needs.
@@ -122,7 +122,7 @@ def check_cache_will_serve(loss: CompositeLoss, cache: CacheConfig) -> None:
         requirement.check_planned(cache)
 
 
-def check_means_serve(config: Config, loss: CompositeLoss, spec: SupervisionSpec) -> None:
+def check_online_class_means(config: Config, loss: CompositeLoss, spec: SupervisionSpec) -> None:
     """
     Raises:
         ConfigError: the cache named for an online teacher has no class means, or another number of classes.
@@ -143,7 +143,7 @@ def check_means_serve(config: Config, loss: CompositeLoss, spec: SupervisionSpec
             )
 
 
-def check_mode_serves(config: Config, loss: CompositeLoss) -> None:
+def check_teacher_mode(config: Config, loss: CompositeLoss) -> None:
     """Checks what the config alone shows, in the modes without a cache.
 
     Raises:

@@ -42,14 +42,14 @@ class SupervisionSpec:
     means_caches: tuple[TeacherCache | None, ...] = ()
 
     @property
-    def opened(self) -> tuple[TeacherCache, ...]:
+    def all_caches(self) -> tuple[TeacherCache, ...]:
         """All caches that the run reads, in the order in which it pins their manifests."""
         return self.caches or tuple(cache for cache in self.means_caches if cache is not None)
 
     @property
     def manifests(self) -> tuple[bytes, ...]:
-        """The states of ``opened``."""
-        return tuple(cache.manifest_bytes for cache in self.opened)
+        """The states of ``all_caches``."""
+        return tuple(cache.manifest_bytes for cache in self.all_caches)
 
     @property
     def student_plan(self) -> ViewsConfig:
@@ -160,15 +160,15 @@ def teacher_sizes(config: Config) -> list[int | None]:
 
 
 def _check_one_size(sizes: Sequence[int | None], student: StudentConfig | None) -> None:
-    known = sorted({size for size in sizes if size is not None})
+    distinct_sizes = sorted({size for size in sizes if size is not None})
     if len({*sizes}) > 1 and (student is None or student.size is None):
         raise ConfigError(
             "the teachers have different input sizes, so the student needs its own",
             code="config.student-size-unclear",
             where="student.size",
-            got=f"teachers of {', '.join(map(str, known))} pixels"
+            got=f"teachers of {', '.join(map(str, distinct_sizes))} pixels"
             + (" and a model's default" if None in sizes else ""),
-            next_step=f"set student.size={known[0]}, or any other",
+            next_step=f"set student.size={distinct_sizes[0]}, or any other",
         )
 
 

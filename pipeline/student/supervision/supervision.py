@@ -11,7 +11,7 @@ from pipeline.student.data.sources import RowSource, check_any_labelled, index_u
 from pipeline.student.losses import ClassDirections, CompositeLoss
 from pipeline.student.supervision.canaries import CanaryReport, check_canaries
 from pipeline.student.supervision.class_means import cached_means, online_means
-from pipeline.student.supervision.requirements import check_caches_serve, check_means_serve
+from pipeline.student.supervision.requirements import check_cached_outputs, check_online_class_means
 from pipeline.student.supervision.spec import SupervisionSpec, teacher_sizes
 from pipeline.teacher.inference import Teacher, load_teacher
 from schemas.config import Config
@@ -52,8 +52,8 @@ def open_supervision(
         ConfigError: a loss needs what this teacher mode does not offer, or labels that are missing.
         CacheError: the cache is not usable, or this machine computes other pixels than the teacher was given.
     """
-    check_caches_serve(loss, spec.caches)
-    check_means_serve(config, loss, spec)
+    check_cached_outputs(loss, spec.caches)
+    check_online_class_means(config, loss, spec)
     if spec.caches:
         return _cached_supervision(spec, loss, device)
     source = open_indexed(index_url(config), spec.data, spec.plan)

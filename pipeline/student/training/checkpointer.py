@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline.core.errors import ConfigError
-from pipeline.core.hashing import short
+from pipeline.core.hashing import short_digest
 from pipeline.core.redaction import redact
 from pipeline.models.sources.torchvision import input_transform
 from pipeline.models.weights import stored_transform_input
@@ -80,7 +80,7 @@ class Checkpointer:
         """What the position in a checkpoint counts in: another order would repeat some rows and skip others."""
         order = self._order
         rows = [*zip(order.shard_ids, order.num_ok_S.tolist(), strict=True)]
-        return short([order.seed, order.global_batch_size, order.num_lanes, order.kind, order.tail, rows])
+        return short_digest([order.seed, order.global_batch_size, order.num_lanes, order.kind, order.tail, rows])
 
     def restore(self) -> Progress:
         """Loads the last checkpoint into the networks and the optimizer; without one, nothing changes.

@@ -19,10 +19,10 @@ from pipeline.student.losses import CompositeLoss
 from pipeline.student.networks.freeze import freeze
 from pipeline.student.networks.review import plan_review, review_section
 from pipeline.student.supervision.requirements import (
-    check_cache_will_serve,
-    check_caches_serve,
-    check_means_serve,
-    check_mode_serves,
+    check_cached_outputs,
+    check_online_class_means,
+    check_planned_outputs,
+    check_teacher_mode,
 )
 from pipeline.student.supervision.spec import SupervisionSpec, resolve_spec, student_views, teacher_sizes
 from schemas.config import Config, DistLoss
@@ -51,7 +51,7 @@ def check_config(config: Config) -> str:
         _check_caches(config.data.caches)
     else:
         require(config, "data.shards", "data.num_classes", command="train")
-        check_mode_serves(config, CompositeLoss(config.loss, where="loss"))
+        check_teacher_mode(config, CompositeLoss(config.loss, where="loss"))
         _check_others(config)
     assert config.run is not None
     if config.run.url in (*config.data.caches, config.cache.url if config.cache else None):
@@ -189,8 +189,8 @@ def check_training(config: Config) -> list[str]:
     check_config(config)
     spec = resolve_spec(config)
     loss = CompositeLoss(config.loss, where="loss")
-    check_caches_serve(loss, spec.caches)
-    check_means_serve(config, loss, spec)
+    check_cached_outputs(loss, spec.caches)
+    check_online_class_means(config, loss, spec)
     _check_layers(config, _check_student(config, spec.num_classes, spec.size))
     _check_val_shards(config)
     return _check_teacher_weights(config, spec)
@@ -256,7 +256,7 @@ def check_plan(config: Config) -> None:
     assert config.cache is not None
     if config.teacher.mode == "cache":
         require_weights(config.teacher, where="teacher")
-        check_cache_will_serve(CompositeLoss(config.loss, where="loss"), config.cache)
+        check_planned_outputs(CompositeLoss(config.loss, where="loss"), config.cache)
 
 
 def _check_student(config: Config, num_classes: int, size: int | None) -> LoadedModel:

@@ -46,7 +46,7 @@ def train(config: Config, distributed: DistributedContext | None = None, report:
     """
     distributed = distributed or DistributedContext()
     run_url = check_config(config)
-    checkpoint.check_begun(run_url, config)
+    checkpoint.check_same_config(run_url, config)
     finished = checkpoint.read_summary(run_url)
     if finished is not None:
         if distributed.is_main_rank:

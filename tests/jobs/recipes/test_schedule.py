@@ -13,7 +13,7 @@ import torch
 import jobs
 from jobs.recipe import main
 from jobs.recipes.document import Recipe, load_recipe
-from jobs.recipes.schedule import describe_plan, loss_text, plan_of
+from jobs.recipes.schedule import describe_plan, loss_text, training_plan
 from pipeline.core.errors import ModelError
 from pipeline.models import load_model
 from pipeline.student.networks.review import plan_review, review_section
@@ -99,7 +99,7 @@ def test_nd_on_cifar100_has_the_paper_s_weights_rates_and_results(pair: str, tmp
     )
     names = ("teacher", "labels", "kd++", "dkd++", "dist++", "review++")
     assert resolved.document.published == dict(zip(names, published, strict=True))
-    plan = plan_of(resolved, stage(resolved, "kd++"))
+    plan = training_plan(resolved, stage(resolved, "kd++"))
     assert plan is not None
     assert (plan.steps_per_epoch, plan.total_steps) == (390, 240 * 390)
     assert list(plan.lr.items()) == [
@@ -221,7 +221,7 @@ def test_nd_on_imagenet_has_the_paper_s_weights_and_schedule(pair: str, tmp_path
     train = stage(resolved, "kd++").train
     assert (train.epochs, train.global_batch_size, train.lr, train.weight_decay) == (100, 512, 0.2, 1e-4)
     assert (train.schedule, tuple(train.milestones), train.gamma) == ("step", (30, 60, 90), 0.1)
-    plan = plan_of(resolved, stage(resolved, "kd++"))
+    plan = training_plan(resolved, stage(resolved, "kd++"))
     assert plan is not None
     assert plan.total_steps == 100 * 2502  # 1,281,167 images
 
@@ -282,7 +282,7 @@ def test_funmatch_on_imagenet_has_the_paper_s_numbers_at_every_length(epochs: in
     assert (train.epochs, train.global_batch_size, train.lr, train.warmup_steps) == (epochs, 4096, 0.03, 5000)
     assert (train.optimizer, train.clip_norm, train.schedule) == ("adamw", 1.0, "cosine")
     assert train.weight_decay * train.lr == pytest.approx(3e-4)
-    plan = plan_of(resolved, config)
+    plan = training_plan(resolved, config)
     assert plan is not None
     assert plan.total_steps == epochs * 312
     # (1 + cos(π - x)) / 2 is sin(x / 2)²; in float64 the cosine and the sum are rounded.

@@ -19,7 +19,7 @@ from pipeline.core.errors import ConfigError, StillroomError, StorageInputError
 from pipeline.shards.shard_urls import new_place, report_moved
 from pipeline.student import CachedDataset
 from pipeline.student.evaluation.evaluator import evaluate_run
-from pipeline.student.run.checkpoint import check_begun
+from pipeline.student.run.checkpoint import check_same_config
 from pipeline.student.training.config_checks import check_training
 from pipeline.student.training.trainer import train
 from schemas.config import Config
@@ -76,11 +76,11 @@ def test_a_begun_run_goes_on_with_shards_at_another_place_but_with_no_others(bas
     run = tmp_path / "run"
     train(of_cache_alone(base, run))
     there = moved(tmp_path)
-    check_begun(str(run), of_cache_alone(base, run, shards=there))
+    check_same_config(str(run), of_cache_alone(base, run, shards=there))
     with pytest.raises(ConfigError) as caught:
-        check_begun(str(run), of_cache_alone(base, run, shards=there.replace("00..01", "00..00")))
+        check_same_config(str(run), of_cache_alone(base, run, shards=there.replace("00..01", "00..00")))
     assert caught.value.code == "run.other-config"
-    check_begun(str(run), of_cache_alone(base, run))
+    check_same_config(str(run), of_cache_alone(base, run))
 
 
 def test_a_dataset_names_its_own_option(base: Config, tmp_path: Path) -> None:

@@ -72,16 +72,18 @@ def test_the_stored_config_names_every_key_so_that_a_later_default_changes_no_ru
     (tmp_path / checkpoint.CONFIG).write_bytes(seal(stored))
     assert checkpoint.read_config(str(tmp_path)).train.lr == 0.25
     with raises("run.other-config", got="train.lr: 0.25 -> 0.001"):
-        checkpoint.check_begun(str(tmp_path), config())
+        checkpoint.check_same_config(str(tmp_path), config())
 
 
 def test_a_run_with_the_old_default_of_teacher_weights_continues(tmp_path: Path) -> None:
     teacher = {"model": "timm/resnet18", "mode": "cache"}
     old = config(teacher={**teacher, "weights": "random", "others": [{"weights": "random"}]})
     checkpoint.claim_run(str(tmp_path), old)
-    checkpoint.check_begun(str(tmp_path), config(teacher={**teacher, "others": [{}]}))
+    checkpoint.check_same_config(str(tmp_path), config(teacher={**teacher, "others": [{}]}))
     with raises("run.other-config", got="teacher.weights: random -> pretrained"):
-        checkpoint.check_begun(str(tmp_path), config(teacher={**teacher, "weights": "pretrained", "others": [{}]}))
+        checkpoint.check_same_config(
+            str(tmp_path), config(teacher={**teacher, "weights": "pretrained", "others": [{}]})
+        )
 
 
 def test_credentials_of_urls_are_not_written_and_make_no_other_run(tmp_path: Path) -> None:
@@ -95,7 +97,7 @@ def test_credentials_of_urls_are_not_written_and_make_no_other_run(tmp_path: Pat
 
 
 def test_a_folder_without_a_run_has_no_config(tmp_path: Path) -> None:
-    checkpoint.check_begun(str(tmp_path), config())
+    checkpoint.check_same_config(str(tmp_path), config())
     with raises("run.not-found"):
         checkpoint.read_config(str(tmp_path))
 
@@ -197,7 +199,7 @@ def test_a_corrected_config_can_begin_a_run_without_a_checkpoint(tmp_path: Path)
     checkpoint.pin_manifests(run, [b"one", b"two"])
     corrected = config(train={"lr": 0.5})
     with raises("run.other-config") as caught:
-        checkpoint.check_begun(run, corrected)
+        checkpoint.check_same_config(run, corrected)
     assert "no checkpoint is saved" in caught.value.what
     # The suggested command works.
     command = re.search(r"run: (rm .*), and then", str(caught.value.next_step))
@@ -207,6 +209,6 @@ def test_a_corrected_config_can_begin_a_run_without_a_checkpoint(tmp_path: Path)
     checkpoint.claim_run(run, corrected)
     checkpoint.save(run, checkpoint.LAST, {"step": 1})
     with raises("run.other-config") as caught:
-        checkpoint.check_begun(run, config())
+        checkpoint.check_same_config(run, config())
     assert "rm " not in str(caught.value.next_step)
     assert "no checkpoint" not in caught.value.what

@@ -49,7 +49,7 @@ def train_all(rendezvous: Path, rank: int, bodies: list[str]) -> None:
     *configs, last = [Config.model_validate_json(body) for body in bodies]
     with group(rendezvous, rank) as distributed:
         # One rank has heard that its machine goes: all must save.
-        assert replace(distributed, leaving=lambda: rank == 1).preemption_pending()
+        assert replace(distributed, preemption_notice=lambda: rank == 1).preemption_pending()
         assert not distributed.preemption_pending()
         for config in configs:
             train(config, distributed)

@@ -250,7 +250,7 @@ def test_a_run_whose_machine_will_be_taken_away_does_not_wait_for_its_next_check
             raise PlugPulledError
 
     with pytest.raises(PlugPulledError):
-        train(taken, DistributedContext(leaving=lambda: told[-1].get("step", 0) >= 6), report)
+        train(taken, DistributedContext(preemption_notice=lambda: told[-1].get("step", 0) >= 6), report)
     assert [event["text"] for event in told if "taken away" in event.get("text", "")] == [
         "a node will be taken away: checkpoints every 2 steps until then"
     ]
