@@ -143,14 +143,17 @@ def _plan_lines(plan: CachePlan) -> list[tuple[str, str]]:
     lines = [
         ("images", f"{_count(work.rows)} in {work.num_shards} shards ({how})"),
         ("labels", "none (data.label is null)" if plan.labels is None else str(plan.labels)),
-        ("parts", f"{work.num_parts}, {work.blocks_per_shard} a shard; {work.num_parts_open} still to build"),
-        ("bytes a row", f"{size.row.expected:.0f} {stored} ({columns}, other columns {size.columns:.0f})"),
-        ("bytes", f"{_bytes(size.parts)}, {decimal(round(size.parts_of_shard.expected))} a shard"),
+        ("parts", f"{work.num_parts}, {work.blocks_per_shard} per shard; {work.num_parts_open} still to build"),
+        ("bytes per row", f"{size.row.expected:.0f} {stored} ({columns}, other columns {size.columns:.0f})"),
+        ("bytes", f"{_bytes(size.parts)}, {decimal(round(size.parts_of_shard.expected))} per shard"),
         ("still to write", _bytes(size.parts_open)),
-        ("scratch", f"{_bytes(size.scratch)} a task"),
-        ("shards read", f"{decimal(size.read)}: each once a part"),
+        ("scratch", f"{_bytes(size.scratch)} per task"),
+        ("shards read", f"{decimal(size.read)}: each shard once per part"),
         ("objects", str(traffic.num_objects)),
-        ("requests", f"{build.put} put, {build.get} get, {build.list} list; at most {epoch.get} get an epoch and node"),
+        (
+            "requests",
+            f"{build.put} put, {build.get} get, {build.list} list; at most {epoch.get} get per epoch and node",
+        ),
         ("teacher", f"{_count(work.forwards)} forwards, {_count(work.forwards_open)} still to do"),
         ("break-even", _break_even(plan)),
     ]
@@ -161,7 +164,7 @@ def _plan_lines(plan: CachePlan) -> list[tuple[str, str]]:
 
 def _break_even(plan: CachePlan) -> str:
     even = plan.break_even
-    text = f"fewer teacher forwards than training online where students x epochs > {even.forwards_per_image}"
+    text = f"fewer teacher forwards than online training if students x epochs > {even.forwards_per_image}"
     if even.epochs is None:
         return text
     students = f"{even.num_students} student{'s' * (even.num_students != 1)}"
@@ -176,13 +179,13 @@ def _time_lines(measured: Measurement | None, times: Forecast | None) -> list[tu
         ("measured", f"{measured.num_images} images x {measured.num_views} views on {measured.device}"),
         (
             "stages alone",
-            f"decode {_milliseconds(stages.decode_s)} an image, view {_milliseconds(stages.view_s)}, "
-            f"forward {_milliseconds(stages.forward_s)} a row",
+            f"decode {_milliseconds(stages.decode_s)} per image, view {_milliseconds(stages.view_s)}, "
+            f"forward {_milliseconds(stages.forward_s)} per row",
         ),
-        ("a task", f"{1 / measured.row_s:.1f} rows/s; a worker begins after {duration(measured.load_s)}"),
-        ("a part", f"{duration(times.part_s)}, {duration(measured.fetch_s)} of it to fetch its shard"),
-        ("build", f"{duration(times.build_s)} with {times.num_slots} at once"),
-        ("bytes to write", f"{decimal(round(times.size_bytes))}, {measured.row_bytes:.0f} a row as stored"),
+        ("a task", f"{1 / measured.row_s:.1f} rows/s; a worker starts in {duration(measured.load_s)}"),
+        ("a part", f"{duration(times.part_s)}, {duration(measured.fetch_s)} of it to fetch the shard"),
+        ("build", f"{duration(times.build_s)} with {times.num_slots} task{'s' * (times.num_slots != 1)} in parallel"),
+        ("bytes to write", f"{decimal(round(times.size_bytes))}, {measured.row_bytes:.0f} per row as stored"),
     ]
 
 

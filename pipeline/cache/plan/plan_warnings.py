@@ -127,7 +127,7 @@ def _int8_resolution(inputs: PlanInputs, plan: CachePlan) -> str | None:
         return None
     size_bytes = plan.size.outputs["logits"]
     return (
-        f"int8 spreads 256 levels over {num_classes} logits and stores {size_bytes} bytes a row, "
+        f"int8 spreads 256 levels over {num_classes} logits and stores {size_bytes} bytes per row, "
         f"{size_bytes * plan.work.forwards.expected / 1e9:.1f} GB in all: close logits become equal; "
         "cache.logits=int4 keeps the largest logits distinct in about half of the bytes"
     )

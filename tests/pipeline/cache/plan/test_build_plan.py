@@ -223,7 +223,7 @@ def test_int8_logits_of_many_classes_give_a_warning_with_their_bytes(built_cache
     data = config.data.model_copy(update={"num_classes": 21_841})
     cache = cache_section(config).model_copy(update={"logits": "int8"})
     warned = warnings_of(config.model_copy(update={"data": data, "cache": cache}))
-    assert "int8 spreads 256 levels over 21841 logits and stores 40 bytes a row" in warned
+    assert "int8 spreads 256 levels over 21841 logits and stores 40 bytes per row" in warned
 
 
 def huge(tiny_config: TinyConfig, **cache: object) -> Config:
