@@ -36,12 +36,6 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class MeasureTask:
-    config: Config
-    shard_url: str
-
-
-@dataclass(frozen=True, slots=True)
 class Stages:
     """Seconds of each stage alone: decode an image, render a view, one row of a full batch through the teacher."""
 
@@ -83,21 +77,20 @@ class Forecast:
     num_slots: int
 
 
-def measure(task: MeasureTask) -> Measurement:
+def measure(config: Config, shard_url: str) -> Measurement:
     """Writes only to scratch, which it removes. Loads the teacher twice: for its stage, and for the part.
 
     Raises:
         ShardError: no image of the shard's first mix group can be used.
         ModelError: the teacher cannot be loaded.
     """
-    config = task.config
     assert config.cache is not None
     pin_numerics(config.ray.cpus_per_task)
     with temporary_folder() as folder:
         scratch = Path(folder)
-        fetch_s, local = _timed(lambda: storage.local_copy(task.shard_url, scratch / "shard"))
-        samples = _usable(local, config, task.shard_url)
-        stages = _time_stages(samples, config, shard_id(task.shard_url))
+        fetch_s, local = _timed(lambda: storage.local_copy(shard_url, scratch / "shard"))
+        samples = _usable(local, config, shard_url)
+        stages = _time_stages(samples, config, shard_id(shard_url))
         affordable_rows = int(_BUILD_S / (stages.view_s + stages.forward_s))
         # The teacher pads a short batch, which costs as much as a full one.
         samples = samples[: max(1, affordable_rows // config.teacher.batch_size) * config.teacher.batch_size]
