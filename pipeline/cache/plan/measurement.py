@@ -22,6 +22,7 @@ from pipeline.shards.members import image_extensions
 from pipeline.shards.shard_urls import shard_id
 from pipeline.shards.tar import Sample, read_samples
 from pipeline.shards.writer import Members, pack_shards
+from pipeline.tasks import task_of
 from pipeline.teacher.inference import load_teacher
 from pipeline.teacher.numerics import pick_device, pin_numerics
 from pipeline.teacher.rendering import Rendering, read_groups
@@ -159,7 +160,15 @@ def _time_stages(samples: list[Sample], config: Config, shard: str) -> Stages:
         )
         render_s, (group, *_) = _repeated(
             lambda: list(
-                read_groups(iter(samples), rendering, pool, shard_id=shard, max_pixels=max_pixels, builder=None)
+                read_groups(
+                    iter(samples),
+                    rendering,
+                    pool,
+                    shard_id=shard,
+                    task=task_of(config.data),
+                    max_pixels=max_pixels,
+                    builder=None,
+                )
             )
         )
     # A short batch is padded, so the time is that of a full one.
@@ -198,8 +207,10 @@ def _small_part(config: Config, samples: list[Sample], scratch: Path, num_views:
 
 def _members(sample: Sample, config: Config) -> tuple[str, Members]:
     members = {image_extensions(config.data)[0]: sample.data}
-    if config.data.label is not None and sample.label is not None:
-        members[config.data.label.lower()] = str(sample.label).encode()
+    task = task_of(config.data)
+    extension = task.member(config.data)
+    if extension is not None and sample.target is not None:
+        members[extension] = task.encode(sample.target)
     return sample.key, members
 
 
