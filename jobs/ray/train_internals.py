@@ -44,9 +44,10 @@ def set_group_start_timeout(timeout_s: float) -> None:
 class RayTrainer(TorchTrainer):
     """Ray's trainer without its placement group cleaner, which can end a healthy training.
 
-    Every second the cleaner queries the state of the controller, at RAY_ADDRESS or else at the cluster that
-    ``ray start`` started last on the machine. If that is another cluster, it knows no such controller: the cleaner then
-    takes the controller for dead and removes the workers. Without the cleaner Ray removes them when this job ends.
+    Every second the cleaner queries the state of the controller, at RAY_ADDRESS, or else at the cluster that
+    ``ray start`` started last on the machine, or else at port 8265, where a private cluster has no dashboard. If that
+    is another cluster, it knows no such controller: the cleaner then takes the controller for dead and removes the
+    workers. Without the cleaner Ray removes them when this job ends.
     """
 
     def _create_default_callbacks(self) -> list[Any]:

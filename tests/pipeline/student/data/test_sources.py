@@ -14,11 +14,10 @@ from hypothesis import strategies as st
 
 from pipeline.cache.read.reader import ViewColumns, open_cache
 from pipeline.core.errors import CacheError
-from pipeline.shards.index import STATUSES, ShardIndex
+from pipeline.shards.index import NO_LABEL, STATUSES, ShardIndex
 from pipeline.student.data.join import check_alignment
 from pipeline.student.data.memo import Memo
 from pipeline.student.data.sources import open_cached, open_indexed
-from pipeline.tasks.classification import Classification
 from tests.errors import raises
 from tests.pipeline.caches import shard_urls
 from tests.pipeline.student.conftest import Replay
@@ -38,8 +37,7 @@ def index() -> ShardIndex:
         shard_id="shard",
         keys=pa.array([f"key{row}" for row in range(8)]),
         status=status,
-        task=Classification(),
-        targets=Classification().rows([None] * 8),
+        label=np.full(8, NO_LABEL, np.int32),
         offset=zeros.astype(np.int64),
         size=zeros,
         width=zeros,
