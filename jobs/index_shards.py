@@ -76,8 +76,7 @@ def _check_labels(by_id: dict[str, str], data: DataConfig, folder_url: str) -> N
         # Indexing reports a bad shard.
         with contextlib.suppress(ShardError):
             heads.append(read_shard_head(url, data, size_bytes=storage.size(url)))
-    count = LabelCount.from_labels([head.label_N for head in heads], [head.members for head in heads])
-    check_label_member(count, data, where=redact(sampled[0]))
+    check_label_member(LabelCount.of_heads(heads, data), data, where=redact(sampled[0]))
 
 
 def main(source: str, overrides: list[str]) -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from pipeline import storage
 from pipeline.core.errors import ConfigError
-from schemas.config import CacheConfig, Config, ModelConfig, TeacherConfig, TeacherModelConfig
+from schemas.config import Config, Section
+
+S = TypeVar("S", bound=Section)
+Urls = str | tuple[str, ...]
+_PATTERNS = frozenset({"shards", "val_shards"})
+_NAMES = _PATTERNS | {"cache", "index", "local_dir", "weights", "class_means", "url"}
 
 
 def with_absolute_paths(config: Config) -> Config:
@@ -16,19 +22,43 @@ def with_absolute_paths(config: Config) -> Config:
         StorageInputError: a URL is refused.
         ConfigError: a cache or a run is in this process's memory, which Ray's workers cannot reach.
     """
-    update: dict[str, Any] = {"data": config.data.model_copy(update=_data(config))}
     for name in ("cache", "run"):
         if (section := getattr(config, name)) is not None:
             _check_shared(section.url, config.ray.address, where=f"{name}.url")
-    if config.run is not None:
-        update["run"] = config.run.model_copy(update={"url": storage.absolute(config.run.url)})
-    if config.cache is not None:
-        update["cache"] = config.cache.model_copy(update=_cache(config.cache))
-    for name in ("teacher", "student"):
-        section = getattr(config, name)
-        if section is not None:
-            update[name] = section.model_copy(update=_model(section))
-    return config.model_copy(update=update)
+    return _with_urls(config, _absolute)
+
+
+def urls_by_key(config: Config) -> dict[str, tuple[str, ...]]:
+    """The paths and URLs of a config by dotted key, such as ``teacher.weights``; patterns of shards as they are."""
+    found: dict[str, tuple[str, ...]] = {}
+
+    def collect(key: str, urls: Urls) -> Urls:
+        found[key] = (urls,) if isinstance(urls, str) else urls
+        return urls
+
+    _with_urls(config, collect)
+    return found
+
+
+def _with_urls(section: S, change: Callable[[str, Urls], Urls], prefix: str = "") -> S:
+    """The section with ``change(key, urls)`` for the value of every key that names files."""
+    update: dict[str, Any] = {}
+    for name, value in section:
+        key = f"{prefix}{name}"
+        if isinstance(value, Section):
+            update[name] = _with_urls(value, change, f"{key}.")
+        elif name == "others":
+            update[name] = tuple(_with_urls(other, change, f"{key}.{n}.") for n, other in enumerate(value))
+        # Keys that may also have a word, such as pretrained, have a property that is None then.
+        elif name in _NAMES and (urls := getattr(section, f"{name}_url", value)) is not None:
+            update[name] = change(key, urls)
+    return section.model_copy(update={name: value for name, value in update.items() if value != getattr(section, name)})
+
+
+def _absolute(key: str, urls: Urls) -> Urls:
+    if key.rpartition(".")[2] in _PATTERNS:
+        return storage.absolute_patterns(urls)
+    return storage.absolute(urls) if isinstance(urls, str) else tuple(map(storage.absolute, urls))
 
 
 def _check_shared(url: str, address: str, *, where: str) -> None:
@@ -41,34 +71,3 @@ def _check_shared(url: str, address: str, *, where: str) -> None:
             expected="a URL that all processes reach",
             next_step="name a folder or a bucket, or set ray.address=none",
         )
-
-
-def _model(section: ModelConfig) -> dict[str, Any]:
-    urls: dict[str, Any] = {}
-    if section.weights_url is not None:
-        urls["weights"] = storage.absolute(section.weights_url)
-    if isinstance(section, TeacherModelConfig) and section.class_means is not None:
-        urls["class_means"] = storage.absolute(section.class_means)
-    if isinstance(section, TeacherConfig):
-        urls["others"] = tuple(other.model_copy(update=_model(other)) for other in section.others)
-    return urls
-
-
-def _cache(cache: CacheConfig) -> dict[str, Any]:
-    urls = {"url": storage.absolute(cache.url)}
-    if cache.class_means_url is not None:
-        urls["class_means"] = storage.absolute(cache.class_means_url)
-    return urls
-
-
-def _data(config: Config) -> dict[str, Any]:
-    data: dict[str, Any] = {}
-    for name in ("shards", "val_shards"):
-        if (patterns := getattr(config.data, name)) is not None:
-            data[name] = storage.absolute_patterns(patterns)
-    if (caches := config.data.cache) is not None:
-        data["cache"] = storage.absolute(caches) if isinstance(caches, str) else tuple(map(storage.absolute, caches))
-    for name in ("index", "local_dir"):
-        if (url := getattr(config.data, name)) is not None:
-            data[name] = storage.absolute(url)
-    return data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from rich.filesize import decimal
@@ -16,7 +17,7 @@ from pipeline.cache.build.commit import files_present, is_dangling, read_commit_
 from pipeline.cache.build.context import cache_config
 from pipeline.cache.plan.build_plan import CachePlan, plan_cache
 from pipeline.cache.plan.free_space import check_space
-from pipeline.cache.plan.measurement import Forecast, Measurement, MeasureTask, forecast, measure, part_time_warnings
+from pipeline.cache.plan.measurement import Forecast, Measurement, forecast, measure, part_time_warnings
 from pipeline.cache.plan.plan_inputs import PlanInputs, check_labels, collect_plan_inputs, resolve_embedding_dim
 from pipeline.cache.plan.plan_warnings import plan_warnings
 from pipeline.cache.plan.shard_survey import Estimate
@@ -58,11 +59,7 @@ def report(config: Config, *, measured: bool) -> Report:
     config = with_absolute_paths(config)
     inputs = _inputs(config)
     plan = plan_cache(inputs)
-    warnings = (
-        plan_warnings(inputs, plan)
-        + _space_warnings(inputs)
-        + (_weights_warnings(config) if plan.work.num_parts_open else [])
-    )
+    warnings = plan_warnings(inputs, plan) + _build_warnings(inputs, plan)
     measurement, times = _measure(config, inputs, plan) if measured else (None, None)
     if times is not None:
         warnings += part_time_warnings(times, inputs.cache.views_per_part)
@@ -82,31 +79,33 @@ def _inputs(config: Config) -> PlanInputs:
     return resolve_embedding_dim(inputs)
 
 
-def _space_warnings(inputs: PlanInputs) -> list[str]:
-    """A lack of space, for which a build would fail, is a warning here."""
-    try:
-        return check_space(inputs, num_tasks=num_local_tasks(inputs.config.ray))
-    except StorageInputError as error:
-        return [f"{error.what}: {error.got} in {error.where}, expected {error.expected}"]
-
-
-def _weights_warnings(config: Config) -> list[str]:
-    """Weights that do not fit the teacher's network, for which a build would fail, are a warning here."""
+def _build_warnings(inputs: PlanInputs, plan: CachePlan) -> list[str]:
+    """A lack of space and weights that do not fit the teacher's network: a build would fail, a plan warns."""
+    config, warnings = inputs.config, list[str]()
     assert config.data.num_classes is not None
+    try:
+        warnings += check_space(inputs, num_tasks=num_local_tasks(config.ray))
+    except StorageInputError as error:
+        warnings.append(_would_fail("a build", error))
+    if not plan.work.num_parts_open:
+        return warnings
     try:
         check_weights(config.teacher, num_classes=config.data.num_classes, size=config.views.size, where="teacher")
     except InputError as error:
-        fields = (error.where, error.got, error.expected, error.next_step)
-        return [f"a build would fail: {error.what} ({'; '.join(str(text) for text in fields if text is not None)})"]
-    return []
+        warnings.append(_would_fail("a build", error))
+    return warnings
+
+
+def _would_fail(what: str, error: InputError) -> str:
+    details = (error.where, error.got, error.expected, error.next_step)
+    return f"{what} would fail: {error.what} ({'; '.join(str(text) for text in details if text is not None)})"
 
 
 def _measure(config: Config, inputs: PlanInputs, plan: CachePlan) -> tuple[Measurement, Forecast]:
     """Measures in one task with the resources of a build's tasks."""
     urls = list(inputs.urls.values())
-    task = MeasureTask(config, urls[len(urls) // 2])
     with cluster(config.ray):
-        ((_, measurement),) = fan_out(measure, [task], config.ray, what="a cache task")
+        ((_, measurement),) = fan_out(partial(measure, config), [urls[len(urls) // 2]], config.ray, what="a cache task")
         return measurement, forecast(plan, config, measurement, num_slots=num_parallel_tasks(config.ray))
 
 
@@ -119,7 +118,7 @@ def _training(config: Config, inputs: PlanInputs) -> tuple[str | None, list[str]
         num_rows = [round(rows.expected) for rows in inputs.survey.rows.values()]
         order = order_of(train, list(inputs.urls), num_rows, config.views)
     except ConfigError as error:
-        return None, [f"training would fail: {error.what} ({error.where}: {error.got})"]
+        return None, [_would_fail("training", error)]
     last_rows = order.global_rows(order.num_steps - 1)
     last = f"{order.rows_dropped} rows dropped" if train.tail == "drop" else f"the last of {last_rows}"
     return f"{order.num_steps} steps of {train.global_batch_size} rows, {last} (train.tail: {train.tail})", []
@@ -143,14 +142,17 @@ def _plan_lines(plan: CachePlan) -> list[tuple[str, str]]:
     lines = [
         ("images", f"{_count(work.rows)} in {work.num_shards} shards ({how})"),
         ("labels", "none (data.label is null)" if plan.labels is None else str(plan.labels)),
-        ("parts", f"{work.num_parts}, {work.blocks_per_shard} a shard; {work.num_parts_open} still to build"),
-        ("bytes a row", f"{size.row.expected:.0f} {stored} ({columns}, other columns {size.columns:.0f})"),
-        ("bytes", f"{_bytes(size.parts)}, {decimal(round(size.parts_of_shard.expected))} a shard"),
+        ("parts", f"{work.num_parts}, {work.blocks_per_shard} per shard; {work.num_parts_open} still to build"),
+        ("bytes per row", f"{size.row.expected:.0f} {stored} ({columns}, other columns {size.columns:.0f})"),
+        ("bytes", f"{_bytes(size.parts)}, {decimal(round(size.parts_of_shard.expected))} per shard"),
         ("still to write", _bytes(size.parts_open)),
-        ("scratch", f"{_bytes(size.scratch)} a task"),
-        ("shards read", f"{decimal(size.read)}: each once a part"),
+        ("scratch", f"{_bytes(size.scratch)} per task"),
+        ("shards read", f"{decimal(size.read)}: each shard once per part"),
         ("objects", str(traffic.num_objects)),
-        ("requests", f"{build.put} put, {build.get} get, {build.list} list; at most {epoch.get} get an epoch and node"),
+        (
+            "requests",
+            f"{build.put} put, {build.get} get, {build.list} list; at most {epoch.get} get per epoch and node",
+        ),
         ("teacher", f"{_count(work.forwards)} forwards, {_count(work.forwards_open)} still to do"),
         ("break-even", _break_even(plan)),
     ]
@@ -161,7 +163,7 @@ def _plan_lines(plan: CachePlan) -> list[tuple[str, str]]:
 
 def _break_even(plan: CachePlan) -> str:
     even = plan.break_even
-    text = f"fewer teacher forwards than training online where students x epochs > {even.forwards_per_image}"
+    text = f"fewer teacher forwards than online training if students x epochs > {even.forwards_per_image}"
     if even.epochs is None:
         return text
     students = f"{even.num_students} student{'s' * (even.num_students != 1)}"
@@ -176,13 +178,13 @@ def _time_lines(measured: Measurement | None, times: Forecast | None) -> list[tu
         ("measured", f"{measured.num_images} images x {measured.num_views} views on {measured.device}"),
         (
             "stages alone",
-            f"decode {_milliseconds(stages.decode_s)} an image, view {_milliseconds(stages.view_s)}, "
-            f"forward {_milliseconds(stages.forward_s)} a row",
+            f"decode {_milliseconds(stages.decode_s)} per image, view {_milliseconds(stages.view_s)}, "
+            f"forward {_milliseconds(stages.forward_s)} per row",
         ),
-        ("a task", f"{1 / measured.row_s:.1f} rows/s; a worker begins after {duration(measured.load_s)}"),
-        ("a part", f"{duration(times.part_s)}, {duration(measured.fetch_s)} of it to fetch its shard"),
-        ("build", f"{duration(times.build_s)} with {times.num_slots} at once"),
-        ("bytes to write", f"{decimal(round(times.size_bytes))}, {measured.row_bytes:.0f} a row as stored"),
+        ("a task", f"{1 / measured.row_s:.1f} rows/s; a worker starts in {duration(measured.load_s)}"),
+        ("a part", f"{duration(times.part_s)}, {duration(measured.fetch_s)} of it to fetch the shard"),
+        ("build", f"{duration(times.build_s)} with {times.num_slots} task{'s' * (times.num_slots != 1)} in parallel"),
+        ("bytes to write", f"{decimal(round(times.size_bytes))}, {measured.row_bytes:.0f} per row as stored"),
     ]
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
-from jobs.paths import with_absolute_paths
+from jobs.paths import urls_by_key, with_absolute_paths
 from jobs.ray.connection import check_shadowing, no_response, token_refused
 from jobs.submission.follow import Job, follow, report
 from jobs.submission.package import CONFIG_FOLDER, find_files, write_package
@@ -33,16 +33,6 @@ Command = Literal["build", "train", "distill"]
 
 RESPONSE_TIMEOUT_S = 30
 _MODULES: dict[Command, str] = {"build": "jobs.build_cache", "train": "jobs.train_student", "distill": "jobs.distill"}
-_INPUTS = (
-    "data.shards",
-    "data.val_shards",
-    "data.cache",
-    "data.index",
-    "teacher.weights",
-    "teacher.class_means",
-    "student.weights",
-    "cache.class_means_url",
-)
 _OUTPUTS: dict[Command, tuple[str, ...]] = {
     "build": ("cache.url",),
     "train": ("run.url",),
@@ -151,8 +141,9 @@ def check_job(command: Command, config: Config) -> None:
         check_config(config)
     if command == "distill":
         check_plan(training_of(config))
+    urls = urls_by_key(config)
     for key in _OUTPUTS[command]:
-        (url,) = _urls(config, key)
+        (url,) = urls[key]
         if storage.protocol(url) == "file" and "://" not in url and not _path(url).is_absolute():
             raise ConfigError(
                 "a job's working directory is a temporary copy, so results written there are lost",
@@ -168,12 +159,6 @@ def _path(path: str | Path) -> Path:
     return Path(storage.expand_home(str(path)))
 
 
-def _urls(config: Config, key: str) -> tuple[str, ...]:
-    section, name = key.split(".")
-    value = getattr(getattr(config, section), name, None)
-    return () if value is None else (value,) if isinstance(value, str) else tuple(value)
-
-
 def local_paths(config: Config) -> tuple[list[Path], list[Path]]:
     """The local paths of a config: first those that a job does not read from its copy of the working directory.
 
@@ -181,13 +166,10 @@ def local_paths(config: Config) -> tuple[list[Path], list[Path]]:
     """
     not_read: list[Path] = []
     read: list[Path] = []
-    for key in (*_INPUTS, *_NOT_READ):
-        for pattern in _urls(config, key):
-            if pattern in ("random", "pretrained") or storage.protocol(pattern) != "file":
-                continue
-            for url in storage.expand(pattern):
-                path = _path(url.removeprefix("file://"))
-                (not_read if path.is_absolute() or key in _NOT_READ else read).append(path)
+    for key, patterns in urls_by_key(config).items():
+        for url in storage.expand(tuple(pattern for pattern in patterns if storage.protocol(pattern) == "file")):
+            path = _path(url.removeprefix("file://"))
+            (not_read if path.is_absolute() or key in _NOT_READ else read).append(path)
     return not_read, read
 
 
@@ -256,9 +238,9 @@ def _warn_of_paths_and_env(command: Command, config: Config, env: Sequence[str])
         names = ", ".join(env)
         report(f"Ray stores these values with the job and logs them on its nodes, so give it no credentials: {names}")
     keys = [
-        key.removesuffix("_url")
-        for key in (*_INPUTS, *_OUTPUTS[command])
-        if any(url.startswith(("/", "file://")) for url in _urls(config, key))
+        key
+        for key, urls in urls_by_key(config).items()
+        if (key not in _NOT_READ or key in _OUTPUTS[command]) and any(url.startswith(("/", "file://")) for url in urls)
     ]
     if keys:
         report(f"every node has to see these local paths: {', '.join(keys)}")

@@ -21,20 +21,26 @@ def _required(name: str, kind: pa.DataType) -> pa.Field:
     return pa.field(name, kind, nullable=False)
 
 
-INDEX_SCHEMA = pa.schema(
-    [
-        _required("row", pa.int32()),  # position in the tar, from 0, bad samples included
-        _required("key", pa.string()),  # WebDataset __key__
-        _required("status", pa.string()),
-        pa.field("label", pa.int32()),  # null: the sample has none
-        _required("offset", pa.int64()),  # of the encoded image in the tar, in bytes
-        _required("size", pa.int32()),  # of the encoded image, bytes
-        _required("width", pa.int32()),  # pixels after EXIF rotation; 0 unless ok
-        _required("height", pa.int32()),
-        _required("content_hash", pa.uint64()),  # xxh3 of the encoded image
-    ]
-)
-"""``index/<shard_id>.parquet``: one row per sample, in tar order."""
+def index_schema(targets: Mapping[str, pa.DataType]) -> pa.Schema:
+    """``index/<shard_id>.parquet``: one row per sample, in tar order.
+
+    Args:
+        targets: columns of the task: ``label``, int32, for classification.
+    """
+    return pa.schema(
+        [
+            _required("row", pa.int32()),  # position in the tar, from 0, bad samples included
+            _required("key", pa.string()),  # WebDataset __key__
+            _required("status", pa.string()),
+            *(pa.field(name, kind) for name, kind in targets.items()),  # null: the sample has no target
+            _required("offset", pa.int64()),  # of the encoded image in the tar, in bytes
+            _required("size", pa.int32()),  # of the encoded image, bytes
+            _required("width", pa.int32()),  # pixels after EXIF rotation; 0 unless ok
+            _required("height", pa.int32()),
+            _required("content_hash", pa.uint64()),  # xxh3 of the encoded image
+        ]
+    )
+
 
 _BOX = ("left", "top", "width", "height")
 

@@ -216,7 +216,7 @@ class BuildObserver(TaskObserver):
             emit(text, event="node", level=level, cache=self.cache, node=name, **_json_fields(node))
         text = (
             f"cache: {counted(len(self.nodes), 'node')}, {self.note()}; "
-            f"{cost['node_hours']:.3g} node-hours with parts in work, for which parts reserved "
+            f"{cost['node_hours']:.3g} node-hours of work, for which tasks reserved "
             f"{cost['cpu_hours']:.3g} CPU-hours and {cost['gpu_hours']:.3g} GPU-hours"
         )
         if lost:

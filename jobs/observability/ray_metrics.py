@@ -59,17 +59,17 @@ def _metric(kind: Any, name: str, text: str, tags: tuple[str, ...]) -> Any:
 # The last name of the URL of a cache or a run.
 _CACHE, _CACHE_NODE, _RUN = ("cache",), ("cache", "node"), ("run",)
 
-IMAGES = Counter("build_images", "Views with teacher outputs: images times views.", _CACHE_NODE)
+IMAGES = Counter("build_images", "Views for which the teacher produced outputs: images times views.", _CACHE_NODE)
 BYTES = Counter("build_written_bytes", "Bytes of committed parts.", _CACHE_NODE)
 TASK_SECONDS = Counter("build_task_seconds", "Seconds of work on finished parts.", _CACHE_NODE)
 TEACHER_SECONDS = Counter("build_teacher_busy_seconds", "Of these, seconds in which the teacher computed.", _CACHE_NODE)
 PARTS_DONE = Counter("build_parts_done", "Parts built.", _CACHE_NODE)
 PARTS_RETRIED = Counter("build_parts_retried", "Attempts that failed and are retried.", ("cache", "kind"))
-PARTS_FAILED = Counter("build_parts_failed", "Parts that failed for good.", _CACHE)
+PARTS_FAILED = Counter("build_parts_failed", "Parts that failed permanently.", _CACHE)
 SHARDS = Gauge("build_shards", "Shards of the whole cache.", _CACHE)
 SHARDS_DONE = Gauge("build_shards_done", "Shards all of whose parts are committed.", _CACHE)
 SHARDS_RETRIED = Gauge("build_shards_retried", "Shards with a retried attempt.", _CACHE)
-SHARDS_FAILED = Gauge("build_shards_failed", "Shards with a part that failed for good.", _CACHE)
+SHARDS_FAILED = Gauge("build_shards_failed", "Shards with a part that failed permanently.", _CACHE)
 
 STARTS = Counter("train_starts", "Starts of the workers: one, and one more for each recovery.", _RUN)
 WORKERS = Gauge("train_workers", "Ranks that train.", _RUN)

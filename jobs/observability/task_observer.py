@@ -84,14 +84,14 @@ class TaskObserver:
         self, item: Any, error: StillroomError, stats: AttemptStats, *, attempt: int, kind: str, pause_s: float
     ) -> None:
         """``attempt`` failed, and the next one follows after the pause."""
-        text = f"attempt {attempt} failed{_on(stats)} ({kind}); again in {pause_s:.0f} s"
+        text = f"attempt {attempt} failed{_on(stats)} ({kind}); retry in {pause_s:.0f} s"
         more = {"kind": kind, "error": str(error), "pause_s": pause_s}
         self.label(item, attempt).emit("retried", text, logging.WARNING, stats, **more)
         self.retries[kind] += 1
 
     def failed(self, item: Any, error: StillroomError, stats: AttemptStats, *, attempt: int) -> None:
-        """For good. The error itself is shown when the other items are done."""
-        text = f"failed for good in attempt {attempt}{_on(stats)}: {error.what}"
+        """Permanently. The error itself is shown when the other items are done."""
+        text = f"failed permanently in attempt {attempt}{_on(stats)}: {error.what}"
         self.label(item, attempt).emit("failed", text, logging.ERROR, stats, error=str(error))
 
 

@@ -43,7 +43,7 @@ def fan_out(
         reports_silence: False for items that take hours.
 
     Raises:
-        StillroomError: an item failed for good. If the fault concerns that item alone (a damaged shard, retries used
+        StillroomError: an item failed permanently. If the fault concerns that item alone (a damaged shard, retries used
             up), all other items are finished first, and one error lists all failures. Any other fault ends the work
             at once.
 
@@ -76,7 +76,7 @@ def _loop(
 
 
 class _Failures:
-    """Failures for good of single items. The blocks of a shard fail with equal messages, which count once."""
+    """Permanent failures of single items. The blocks of a shard fail with equal messages, which count once."""
 
     def __init__(self) -> None:
         self._by_text: dict[str, StillroomError] = {}

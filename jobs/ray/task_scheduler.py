@@ -111,7 +111,7 @@ class TaskScheduler:
     """Runs the items of one ``fan_out``, inside ``cluster``.
 
     Args:
-        on_failure: called with each failure for good; raises to end the work.
+        on_failure: called with each permanent failure; raises to end the work.
 
     Raises:
         ResourceError: no node has room for a task.
@@ -239,7 +239,7 @@ class TaskScheduler:
             return
         oldest.next_report_s = 2 * silent_s
         limit = "" if self._timeout_s is None else f"; its process is ended after {self._timeout_s:g} s of work"
-        text = f"attempt {oldest.number} has given no result for {silent_s:.0f} s{limit}"
+        text = f"attempt {oldest.number} has had no result for {silent_s:.0f} s{limit}"
         label = self._observer.label(oldest.item, oldest.number)
         label.emit("silent", text, logging.WARNING, silent_s=round(silent_s, 1))
 

@@ -48,7 +48,7 @@ def train_in_parallel(runs: Sequence[RunSpec]) -> list[Row]:
     each. A repeated call resumes those that are not finished.
 
     Raises:
-        StillroomError: a run failed for good.
+        StillroomError: a run failed permanently.
     """
     first = runs[0].config.ray
     # The timeout of a part does not apply to a training.

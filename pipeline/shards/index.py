@@ -30,13 +30,13 @@ from pipeline.shards.members import image_extensions
 from pipeline.shards.omissions import Omissions, merged
 from pipeline.shards.shard_urls import shard_id
 from pipeline.shards.tar import MemberRules, Sample, TarNotes, read_samples
-from schemas.cache_format import FORMAT_VERSION, INDEX_SCHEMA, Status
+from pipeline.tasks import Targets, Task, task_of, task_settings
+from schemas.cache_format import FORMAT_VERSION, Status, index_schema
 from schemas.config import DataConfig
 
 STATUSES: tuple[Status, ...] = get_args(Status)
 """``ShardIndex.status`` holds positions in this tuple; ok is 0."""
 
-NO_LABEL = -1
 _METADATA_KEY = b"stillroom"
 _ROWS_PER_GROUP = 65_536
 _NUM_NAMED = 5
@@ -44,7 +44,6 @@ _NUM_REASONS = 20
 # Of the columns of ``ShardIndex``, as the standard library's array spells the types.
 _TYPE_CODES = {
     "status": "B",
-    "label": "i",
     "offset": "q",
     "size": "i",
     "width": "i",
@@ -58,6 +57,7 @@ class ShardIndex:
     """Columns over the N samples of one shard, in tar order.
 
     Attributes:
+        targets: the task's target columns.
         member_rules: the rules by which members of the tar became samples. Stored if the two rules differ for this tar.
         reasons: why samples are bad, by row, as far as known. Not stored, because texts of a decoder change with its
             version.
@@ -66,8 +66,9 @@ class ShardIndex:
 
     shard_id: str
     keys: pa.StringArray
+    task: Task
+    targets: Targets
     status: NDArray[np.uint8]  # position in STATUSES
-    label: NDArray[np.int32]  # NO_LABEL: none
     offset: NDArray[np.int64]  # bytes into the tar; 0 without an image
     size: NDArray[np.int32]  # bytes
     width: NDArray[np.int32]  # pixels after EXIF rotation; 0 unless ok
@@ -94,17 +95,23 @@ class ShardIndex:
     def num_ok(self) -> int:
         return len(self.ok)
 
+    @property
+    def ok_targets(self) -> Targets:
+        """Target columns of the ok rows."""
+        return {name: values[self.ok] for name, values in self.targets.items()}
+
     def sample_ids(self, rows: Sequence[int] | NDArray[np.integer[Any]]) -> list[str]:
         """``shard_id/key`` of each row."""
         return [f"{self.shard_id}/{key}" for key in self.keys.take(pa.array(rows, pa.int64())).to_pylist()]
 
 
 class IndexBuilder:
-    """Collects rows in tar order; about 50 bytes a row in addition to the keys."""
+    """Collects rows in tar order; about 50 bytes a row in addition to keys and targets."""
 
-    def __init__(self, shard_id: str) -> None:
-        self._shard_id = shard_id
+    def __init__(self, shard_id: str, task: Task) -> None:
+        self._shard_id, self._task = shard_id, task
         self._keys: list[str] = []
+        self._targets: list[Any | None] = []
         self._columns = {name: array(code) for name, code in _TYPE_CODES.items()}
         self._reasons: dict[int, str] = {}
         self.notes = TarNotes()
@@ -118,9 +125,9 @@ class IndexBuilder:
         """
         assert sample.row == len(self._keys), "rows are added in tar order"
         self._keys.append(sample.key)
-        label = NO_LABEL if sample.label is None else sample.label
+        self._targets.append(sample.target)
         content_hash = xxhash.xxh3_64_intdigest(sample.data)
-        row = (STATUSES.index(status), label, sample.offset, sample.size, width, height, content_hash)
+        row = (STATUSES.index(status), sample.offset, sample.size, width, height, content_hash)
         for column, value in zip(self._columns.values(), row, strict=True):
             column.append(value)
         if reason is not None and len(self._reasons) < _NUM_REASONS:
@@ -130,6 +137,8 @@ class IndexBuilder:
         return ShardIndex(
             shard_id=self._shard_id,
             keys=pa.array(self._keys, pa.string()),
+            task=self._task,
+            targets=self._task.rows(self._targets),
             **{name: np.array(column) for name, column in self._columns.items()},
             member_rules=2 if self.notes.rules_differ else 1,
             reasons=dict(self._reasons),
@@ -141,8 +150,7 @@ def index_settings(data: DataConfig) -> dict[str, Any]:
     """Settings that determine an index together with the tar: stored with it, and compared when it is used."""
     return {
         "image": image_extensions(data),
-        "label": None if data.label is None else data.label.lower(),
-        "num_classes": data.num_classes,
+        **task_settings(data),
         "max_pixels": data.max_pixels,
     }
 
@@ -157,7 +165,7 @@ def index_shard(path: Path, data: DataConfig, *, where: str, threads: int = 1, r
     Raises:
         ShardError: the tar is damaged or a label cannot be used. Bad images become rows; see ``check_samples``.
     """
-    builder = IndexBuilder(shard_id(where))
+    builder = IndexBuilder(shard_id(where), task_of(data))
     samples = read_samples(path, data, where=where, rules=rules, notes=builder.notes)
 
     def measure(sample: Sample) -> tuple[Sample, Status, int, int, str | None]:
@@ -256,25 +264,25 @@ def omissions_of(index: ShardIndex) -> Omissions:
 
 
 def encode_index(index: ShardIndex, settings: Mapping[str, Any]) -> bytes:
-    """Parquet bytes of ``INDEX_SCHEMA``: equal for equal index, settings and pyarrow."""
+    """Parquet bytes of ``index_schema``: equal for equal index, settings and pyarrow."""
     columns: list[pa.Array] = [
         pa.array(index.row),
         index.keys,
         pa.DictionaryArray.from_arrays(pa.array(index.status, pa.int8()), pa.array(STATUSES)).dictionary_decode(),
-        pa.array(index.label, mask=index.label == NO_LABEL),
+        *(column.to_arrow(index.targets[column.name]) for column in index.task.columns),
         *(pa.array(column) for column in (index.offset, index.size, index.width, index.height, index.content_hash)),
     ]
     metadata = {"format_version": FORMAT_VERSION, "shard_id": index.shard_id, "settings": dict(settings)}
     if index.member_rules != 1:
         metadata["member_rules"] = index.member_rules
-    schema = INDEX_SCHEMA.with_metadata({_METADATA_KEY: canonical_json(metadata)})
+    schema = _schema(index.task).with_metadata({_METADATA_KEY: canonical_json(metadata)})
     sink = io.BytesIO()
     pq.write_table(
         pa.Table.from_arrays(columns, schema=schema),
         sink,
         row_group_size=_ROWS_PER_GROUP,
         compression="zstd",
-        use_dictionary=["status", "label"],  # pyright: ignore[reportArgumentType]
+        use_dictionary=["status", *index.targets],  # pyright: ignore[reportArgumentType]
         write_page_checksum=True,
     )
     return sink.getvalue()
@@ -292,7 +300,8 @@ def decode_index(data: bytes, *, where: str, settings: Mapping[str, Any] | None 
     try:
         table = read_bounded(pa.BufferReader(data), size_bytes=len(data), page_checksum_verification=True)
         metadata = _metadata(table, settings, where)
-        index = replace(_from_table(table, metadata["shard_id"]), member_rules=_rules(metadata))
+        task = task_of(metadata["settings"])
+        index = replace(_from_table(table, metadata["shard_id"], task), member_rules=_rules(metadata))
     # pyarrow raises ArrowException or OSError for invalid bytes. The others are checks of this module.
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CacheError(
@@ -334,10 +343,15 @@ def _rules(metadata: Mapping[str, Any]) -> MemberRules:
     return rules
 
 
-def _from_table(table: pa.Table, shard_id: str) -> ShardIndex:
-    if not table.schema.equals(INDEX_SCHEMA):
+def _schema(task: Task) -> pa.Schema:
+    return index_schema({column.name: column.type for column in task.columns})
+
+
+def _from_table(table: pa.Table, shard_id: str, task: Task) -> ShardIndex:
+    schema = _schema(task)
+    if not table.schema.equals(schema):
         raise ValueError(f"its columns are {table.schema.names}, not those of an index, or of other types")
-    if with_nulls := [field.name for field in INDEX_SCHEMA if not field.nullable and table[field.name].null_count]:
+    if with_nulls := [field.name for field in schema if not field.nullable and table[field.name].null_count]:
         raise ValueError(f"nulls in {', '.join(with_nulls)}")
     if not np.array_equal(table["row"].to_numpy(), np.arange(len(table))):
         raise ValueError("its rows are not 0, 1, 2 … in order")
@@ -346,6 +360,6 @@ def _from_table(table: pa.Table, shard_id: str) -> ShardIndex:
         raise ValueError(f"unknown status {', '.join(sorted(unknown))}")
     status = np.array([STATUSES.index(name) for name in names], np.uint8)
     numbers = {name: table[name].to_numpy() for name in ("offset", "size", "width", "height", "content_hash")}
-    label = table["label"].fill_null(NO_LABEL).to_numpy()
+    targets = {column.name: column.to_numpy(table[column.name]) for column in task.columns}
     keys = table["key"].combine_chunks()
-    return ShardIndex(shard_id, keys, status=status, label=label, **numbers)
+    return ShardIndex(shard_id, keys, task, targets, status=status, **numbers)

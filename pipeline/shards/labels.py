@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from pipeline.core.errors import ShardError
 from pipeline.core.redaction import quoted
 from pipeline.core.threads import map_ordered
-from pipeline.shards.index import NO_LABEL, ShardIndex
+from pipeline.shards.index import ShardIndex
+from pipeline.shards.shard_head import ShardHead
+from pipeline.tasks import task_of
 from schemas.config import DataConfig
 
 T = TypeVar("T")
@@ -23,12 +25,12 @@ NUM_INDEXES_READ = 64
 
 @dataclass(frozen=True, slots=True)
 class LabelCount:
-    """Labels of the usable images of some shards.
+    """How many usable images of some shards have a label: a target of the task.
 
     Attributes:
         num_shards: number of these shards.
         members: extensions of the samples' members, most frequent first; None: not read.
-        readable: the extensions whose texts are all class indexes.
+        readable: the extensions that always hold a target.
     """
 
     num_labelled: int
@@ -38,25 +40,30 @@ class LabelCount:
     readable: tuple[str, ...] = ()
 
     @classmethod
-    def from_labels(
-        cls, labels: Sequence[NDArray[np.int32]], members: Iterable[tuple[Counter[str], Counter[str]]] | None = None
+    def of(
+        cls, labelled: Sequence[NDArray[np.bool_]], members: Iterable[tuple[Counter[str], Counter[str]]] | None = None
     ) -> LabelCount:
         """
         Args:
-            labels: labels of the images of each shard; int32, ``NO_LABEL`` for none.
-            members: for some of these shards how often each extension occurs, and how often its text is a class index.
+            labelled: of each shard which images have a label.
+            members: of some of these shards: ``ShardHead.members``.
         """
-        num_labelled = sum(int((label_N != NO_LABEL).sum()) for label_N in labels)
-        num_images = sum(map(len, labels))
+        num_labelled = sum(int(labelled_N.sum()) for labelled_N in labelled)
+        num_images = sum(map(len, labelled))
         if members is None:
-            return cls(num_labelled, num_images, len(labels))
-        counts, counts_with_index = Counter[str](), Counter[str]()
-        for shard_counts, shard_counts_with_index in members:
+            return cls(num_labelled, num_images, len(labelled))
+        counts, counts_with_target = Counter[str](), Counter[str]()
+        for shard_counts, shard_counts_with_target in members:
             counts += shard_counts
-            counts_with_index += shard_counts_with_index
+            counts_with_target += shard_counts_with_target
         ordered = tuple(sorted(counts, key=lambda name: (-counts[name], name)))
-        readable = tuple(name for name in ordered if counts_with_index[name] == counts[name])
-        return cls(num_labelled, num_images, len(labels), ordered, readable)
+        readable = tuple(name for name in ordered if counts_with_target[name] == counts[name])
+        return cls(num_labelled, num_images, len(labelled), ordered, readable)
+
+    @classmethod
+    def of_heads(cls, heads: Sequence[ShardHead], data: DataConfig) -> LabelCount:
+        has_target = task_of(data).has_target
+        return cls.of([has_target(head.targets) for head in heads], [head.members for head in heads])
 
     def with_members_of(self, sampled: LabelCount) -> LabelCount:
         """These counts with the members of other counts."""
@@ -75,7 +82,7 @@ def count_labels(shards: Sequence[T], read: Callable[[T], ShardIndex]) -> LabelC
         read: returns the index of a shard; called in threads.
     """
     indexes = map_ordered(read, evenly_spaced(shards, NUM_INDEXES_READ), threads=_READ_THREADS)
-    return LabelCount.from_labels([index.label[index.ok] for index in indexes])
+    return LabelCount.of([index.task.has_target(index.ok_targets) for index in indexes])
 
 
 def evenly_spaced(shards: Sequence[T], max_shards: int) -> list[T]:
@@ -95,12 +102,13 @@ def check_label_member(count: LabelCount, data: DataConfig, *, where: str, optio
     Raises:
         ShardError: no counted image has a label, and no member has the extension ``data.label``.
     """
+    extension = task_of(data).member(data)
     is_absent = (
-        data.label is not None
+        extension is not None
         and count.num_images
         and not count.num_labelled
         and count.members is not None
-        and data.label.lower() not in count.members
+        and extension not in count.members
     )
     if not is_absent or data.missing_labels == "ignore":
         return
@@ -114,7 +122,7 @@ def check_label_member(count: LabelCount, data: DataConfig, *, where: str, optio
         code="data.label-not-found",
         where=where,
         got=f"labels: {count}",
-        expected="members <key>.cls with a class index as text, or the name of the member that holds it",
+        expected=f"members <key>.cls with {task_of(data).member_content}, or the name of the member that holds it",
         next_step=next_step,
     )
 

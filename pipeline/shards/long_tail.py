@@ -16,6 +16,7 @@ from pipeline.shards.members import image_extensions
 from pipeline.shards.shard_urls import shard_id, shard_ids
 from pipeline.shards.tar import Sample, read_samples
 from pipeline.shards.writer import Members, pack_shards
+from pipeline.tasks import task_of
 from schemas.config import DataConfig
 from schemas.recipe import LongTailConfig
 
@@ -77,15 +78,15 @@ def _labelled(urls: Sequence[str], data: DataConfig) -> Iterator[tuple[str, int,
     with tempfile.TemporaryDirectory() as folder:
         for url in urls:
             for sample in read_samples(storage.local_copy(url, Path(folder)), data, where=url):
-                if sample.label is None or sample.status != "ok":
+                if sample.target is None or sample.status != "ok":
                     raise ShardError(
                         "a sample of this long-tailed subset has no usable image or no label",
                         code="shard.long-tail-sample",
                         where=f"{redact(url)}, {sample.key}",
-                        got=f"status {sample.status}, label {sample.label}",
+                        got=f"status {sample.status}, label {sample.target}",
                         next_step="name other shards, or correct data.label",
                     )
-                yield f"{shard_id(url)}/{sample.key}", sample.label, sample
+                yield f"{shard_id(url)}/{sample.key}", sample.target, sample
 
 
 def _members(sample: Sample, data: DataConfig) -> Members:
@@ -94,4 +95,4 @@ def _members(sample: Sample, data: DataConfig) -> Members:
     extension = _EXTENSIONS.get(sample.data[:2])
     if extension not in readable:
         extension = readable[0]
-    return {extension: sample.data, data.label: str(sample.label).encode()}
+    return {extension: sample.data, data.label: task_of(data).encode(sample.target)}

@@ -19,6 +19,7 @@ from pipeline.shards.decode import BadImageError, decode
 from pipeline.shards.omissions import Omissions
 from pipeline.shards.pack_plan import CLASSES, Packing, SourceImage, pack_command, some_of
 from pipeline.shards.writer import Members, write_shard
+from pipeline.tasks.classification import Classification
 from schemas.config import DataConfig
 
 BadImages = Literal["fail", "skip", "pack"]
@@ -157,7 +158,7 @@ def _samples(
         return image, data, _decoding_error(data) if checks else None
 
     for image, data, reason in map_ordered(read, images, threads=_READ_THREADS, ahead=_READ_AHEAD, name="pack"):
-        label = {} if image.label is None else {"cls": str(image.label).encode()}
+        label = {} if image.label is None else {"cls": Classification().encode(image.label)}
         yield image.key, {image.extension: data, **label}, reason, image.path
 
 

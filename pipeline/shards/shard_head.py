@@ -1,4 +1,4 @@
-"""The first bytes of a shard: how dense its samples are, and which labels they have. Nothing is decoded."""
+"""The first bytes of a shard: how dense its samples are, and which targets they have. Nothing is decoded."""
 
 from __future__ import annotations
 
@@ -8,18 +8,15 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from pipeline import storage
 from pipeline.core.errors import ShardError
 from pipeline.core.redaction import redact
 from pipeline.shards.file_kinds import file_kind, not_a_tar
-from pipeline.shards.index import NO_LABEL
 from pipeline.shards.members import ByteRange, LinkTable, image_extensions, is_hidden, split_name
-from pipeline.shards.tar import MAX_LABEL_BYTES
 from pipeline.shards.tar_headers import BAD_HEADER
+from pipeline.tasks import Targets, Task, task_of
 from schemas.config import DataConfig
 
 _FIRST_BYTES = 8 << 20
@@ -31,17 +28,15 @@ class ShardHead:
 
     Attributes:
         covered_bytes: where the last whole sample ends; the size of the shard if the head covers all of it.
-        label_N: int32, of the samples with an image; ``NO_LABEL`` without a readable label.
-        members: how often each extension occurs, and how often its text is a class index.
+        num_samples: of those with an image.
+        targets: target columns of these samples, which may not be valid under the config.
+        members: how often each extension occurs, and how often it holds a target under some config.
     """
 
     covered_bytes: int
-    label_N: NDArray[np.int32]
-    members: tuple[Counter[str], Counter[str]] = field(default_factory=lambda: (Counter(), Counter()))
-
-    @property
-    def num_samples(self) -> int:
-        return len(self.label_N)
+    num_samples: int
+    targets: Targets
+    members: tuple[Counter[str], Counter[str]]
 
 
 @dataclass(slots=True)
@@ -60,17 +55,21 @@ def read_shard_head(url: str, data: DataConfig, *, size_bytes: int, first_bytes:
     Raises:
         ShardError: this is no tar, or there is no sample with an image.
     """
+    task = task_of(data)
     head = storage.read_range(url, 0, min(size_bytes, first_bytes))
     is_complete = len(head) == size_bytes
     if not (infos := _headers(head)) and (is_complete or file_kind(head) not in ("a tar", "unknown bytes")):
         raise not_a_tar(head, redact(url))
-    groups = [list(group) for _, group in groupby(_members(head, infos), key=lambda member: member.key)]
+    groups = [
+        list(group)
+        for _, group in groupby(_members(head, infos, max_bytes=task.max_bytes), key=lambda member: member.key)
+    ]
     # The next key proves that a sample is complete.
     complete = groups if is_complete else groups[:-1]
-    labels = [_label(group, data) for group in complete if _has_image(group, data)]
-    if labels:
+    if with_image := [group for group in complete if _has_image(group, data)]:
         covered = size_bytes if is_complete else groups[-1][0].offset
-        return ShardHead(covered, np.array(labels, np.int32), _count_members(complete))
+        targets = task.rows(_target(group, task, task.member(data)) for group in with_image)
+        return ShardHead(covered, len(with_image), targets, _count_members(complete, task))
     if is_complete:
         raise ShardError(
             "this shard holds no sample with an image",
@@ -94,7 +93,7 @@ def _headers(head: bytes) -> list[tarfile.TarInfo]:
     return infos
 
 
-def _members(head: bytes, infos: list[tarfile.TarInfo]) -> Iterator[_Member]:
+def _members(head: bytes, infos: list[tarfile.TarInfo], *, max_bytes: int) -> Iterator[_Member]:
     """Members of samples, as in ``read_samples``, except links to a target behind these bytes."""
     links: LinkTable | None = None
     for info in infos:
@@ -107,25 +106,19 @@ def _members(head: bytes, infos: list[tarfile.TarInfo]) -> Iterator[_Member]:
             links = links or LinkTable(lambda: infos)
             data = links.resolve(info)
         if isinstance(data, ByteRange):
-            text = head[data.offset : data.offset + data.size] if data.size <= MAX_LABEL_BYTES else b""
+            text = head[data.offset : data.offset + data.size] if data.size <= max_bytes else b""
             yield _Member(*name, info.offset, text)
 
 
-def _count_members(groups: list[list[_Member]]) -> tuple[Counter[str], Counter[str]]:
+def _count_members(groups: list[list[_Member]], task: Task) -> tuple[Counter[str], Counter[str]]:
     members = [member for group in groups for member in group]
-    with_index = [member for member in members if _class_index(member.text) != NO_LABEL]
-    return Counter(member.extension for member in members), Counter(member.extension for member in with_index)
+    with_target = [member for member in members if task.try_parse(member.text) is not None]
+    return Counter(member.extension for member in members), Counter(member.extension for member in with_target)
 
 
 def _has_image(group: list[_Member], data: DataConfig) -> bool:
     return not {member.extension for member in group}.isdisjoint(image_extensions(data))
 
 
-def _label(group: list[_Member], data: DataConfig) -> int:
-    extension = None if data.label is None else data.label.lower()
-    return _class_index(next((member.text for member in group if member.extension == extension), b""))
-
-
-def _class_index(text: bytes) -> int:
-    digits = text.strip()
-    return int(digits) if digits.isdigit() and int(digits) < 2**31 else NO_LABEL
+def _target(group: list[_Member], task: Task, extension: str | None) -> Any | None:
+    return next((task.try_parse(member.text) for member in group if member.extension == extension), None)

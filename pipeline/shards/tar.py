@@ -8,17 +8,17 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Literal, Self
+from typing import IO, Any, Literal, Self
 
 from pipeline.core.errors import ShardError
 from pipeline.core.redaction import redact
 from pipeline.shards.members import ByteRange, LinkTable, image_extensions, is_hidden, is_metadata, split_name
 from pipeline.shards.omissions import Omissions
 from pipeline.shards.tar_headers import TarHeaders
+from pipeline.tasks import BadTargetError, task_of
 from schemas.cache_format import Status
 from schemas.config import DataConfig
 
-MAX_LABEL_BYTES = 64
 _MAX_INT32 = 2**31 - 1
 # Sixteen-bit RGBA is the widest pixel of the supported formats. A longer member holds something else.
 _BYTES_PER_PIXEL, _HEADROOM_BYTES = 8, 1 << 20
@@ -33,12 +33,17 @@ _NO_EXTENSION = "files without an extension"
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One WebDataset sample before decoding. ``data`` is the encoded image, ``b""`` if there is none to decode."""
+    """One WebDataset sample before decoding.
+
+    Attributes:
+        target: what ``Task.parse`` returned; None: the sample has none.
+        data: the encoded image, ``b""`` if there is none to decode.
+    """
 
     row: int
     key: str
     status: Status
-    label: int | None
+    target: Any | None
     offset: int
     size: int
     data: bytes
@@ -83,7 +88,7 @@ class _Group:
     extensions: set[str] = field(default_factory=set[str])
     repeated: bool = False
     truncated: bool = False
-    label: int | None = None
+    target: Any | None = None
     image: _Member | None = None
     data: bytes = b""
 
@@ -103,7 +108,7 @@ def read_samples(
 
     Raises:
         ShardError: this is no tar, the tar is damaged, holds no sample, or ends early under ``bad_samples: fail``; or
-            a label is not an integer in [0, num_classes).
+            a label is not valid for the task.
     """
     with path.open("rb") as file:
         yield from _ShardScan(path, file, data, redact(where), rules, notes or TarNotes()).samples()
@@ -121,8 +126,8 @@ class _ShardScan:
         self._notes = notes
         self._links: LinkTable | None = None
         self._ranks = {name: rank for rank, name in enumerate(image_extensions(data))}
-        self._label = None if data.label is None else data.label.lower()
-        self._num_classes = data.num_classes
+        self._data, self._task = data, task_of(data)
+        self._target_extension = self._task.member(data)
         self._max_bytes = min(_MAX_INT32, data.max_pixels * _BYTES_PER_PIXEL + _HEADROOM_BYTES)
         self._keys: set[str] = set()
 
@@ -216,8 +221,8 @@ class _ShardScan:
             group.repeated = True
             return
         group.extensions.add(member.extension)
-        if member.extension == self._label:
-            group.label = self._parse_label(member, self._read(member, MAX_LABEL_BYTES))
+        if member.extension == self._target_extension:
+            group.target = self._parse_target(member, self._read(member, self._task.max_bytes))
         rank = self._ranks.get(member.extension)
         if rank is not None and (group.image is None or rank < self._ranks[group.image.extension]):
             group.image = member
@@ -230,20 +235,18 @@ class _ShardScan:
         self._file.seek(member.offset)
         return self._file.read(member.size)
 
-    def _parse_label(self, member: _Member, text: bytes) -> int:
-        digits = text.strip()
-        bound = _MAX_INT32 + 1 if self._num_classes is None else self._num_classes
-        # int() would also accept 1_000, signs and digits of other scripts.
-        if not digits.isdigit() or int(digits) >= bound:
+    def _parse_target(self, member: _Member, text: bytes) -> Any:
+        try:
+            return self._task.parse(text, self._data)
+        except BadTargetError as error:
             raise self._headers.error(
                 f"sample {member.key!r}: its label cannot be used",
                 member.offset,
                 code="shard.bad-label",
                 got=repr(text.decode("utf-8", "backslashreplace")) if text else f"{member.size} bytes",
-                expected=f"an integer in [0, {bound}) as text in .{member.extension}",
-                next_step="correct the label, data.num_classes or data.label",
-            )
-        return int(digits)
+                expected=f"{error.expected} in .{member.extension}",
+                next_step=error.next_step,
+            ) from error
 
     def _finish(self, group: _Group) -> Sample:
         status = self._status(group)
@@ -253,7 +256,7 @@ class _ShardScan:
             row=self._headers.num_samples,
             key=group.key,
             status=status,
-            label=group.label,
+            target=group.target,
             offset=image.offset if image else 0,
             size=image.size if image else 0,
             data=group.data,

@@ -20,12 +20,35 @@ from pipeline.tasks.task import (
 )
 from schemas.config import DataConfig
 
-_TASKS: dict[str, Task] = {task.name: task for task in (Classification(),)}
+_DEFAULT = Classification.name
+_TASKS: dict[str, Task] = {}
+
+
+def register(task: Task) -> None:
+    """Makes a task available under its name."""
+    assert task.name not in _TASKS, f"two tasks are called {task.name}"
+    _TASKS[task.name] = task
+
+
+register(Classification())
 
 
 def task_of(data: DataConfig | Mapping[str, Any]) -> Task:
-    """The task of a config, or of the settings of an index, which name no task if it is that of format v1."""
-    return _TASKS[data.task if isinstance(data, DataConfig) else data.get("task", Classification.name)]
+    """The task of a config, or of the settings of an index (``task_settings``).
+
+    Raises:
+        ValueError: this version does not have it.
+    """
+    name = data.task if isinstance(data, DataConfig) else data.get("task", _DEFAULT)
+    if name not in _TASKS:
+        raise ValueError(f"the task is {name!r}, which this version does not have")
+    return _TASKS[name]
+
+
+def task_settings(data: DataConfig) -> dict[str, Any]:
+    """``Task.settings``, and the task's name where it is not classification: format v1 names none."""
+    name = {} if data.task == _DEFAULT else {"task": data.task}
+    return {**task_of(data).settings(data), **name}
 
 
 __all__ = [
@@ -37,5 +60,7 @@ __all__ = [
     "Targets",
     "Task",
     "TeacherOutputs",
+    "register",
     "task_of",
+    "task_settings",
 ]

@@ -135,6 +135,8 @@ class Classification(Task):
     """The task of format v1."""
 
     name = "classification"
+    member_content = "a class index as text"
+    max_bytes = 64
     columns = (TargetColumn(LABEL, pa.int32(), NO_LABEL),)
     statistics_fields = (*_HIT_COUNTS, "class_counts")
 
@@ -146,14 +148,16 @@ class Classification(Task):
 
     def parse(self, text: bytes, data: DataConfig) -> int:
         bound = _MAX_INT32 + 1 if data.num_classes is None else data.num_classes
-        # int() would also accept 1_000, signs and digits of other scripts.
-        if not self.is_target(text) or int(text) >= bound:
-            raise BadTargetError(f"an integer in [0, {bound}) as text")
-        return int(text)
+        label = self.try_parse(text)
+        if label is None or label >= bound:
+            next_step = "correct the label, data.num_classes or data.label"
+            raise BadTargetError(f"an integer in [0, {bound}) as text", next_step=next_step)
+        return label
 
-    def is_target(self, text: bytes) -> bool:
+    def try_parse(self, text: bytes) -> int | None:
         digits = text.strip()
-        return digits.isdigit() and int(digits) <= _MAX_INT32
+        # int() would also accept 1_000, signs and digits of other scripts.
+        return int(digits) if digits.isdigit() and int(digits) <= _MAX_INT32 else None
 
     def encode(self, target: int) -> bytes:
         return str(target).encode()

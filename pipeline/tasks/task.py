@@ -15,7 +15,7 @@ from schemas.cache_format import Statistics
 from schemas.config import CacheConfig, DataConfig
 
 Targets = Mapping[str, NDArray[Any]]
-"""Target columns by name, [N] or [N,…] each; a row without a target has ``TargetColumn.missing``."""
+"""Target columns by name, [N] each; a row without a target has ``TargetColumn.missing``."""
 
 TeacherOutputs = Mapping[str, NDArray[np.float32]]
 """Outputs of a teacher by the names of ``OutputSpec``, [N,…] each."""
@@ -23,7 +23,7 @@ TeacherOutputs = Mapping[str, NDArray[np.float32]]
 
 @dataclass(frozen=True, slots=True)
 class TargetColumn:
-    """A column of the index that holds targets.
+    """A column of numbers that the index has for targets. Its name differs from those of ``index_schema``.
 
     Attributes:
         missing: stands in arrays for a sample without a target, which is null in the index.
@@ -33,9 +33,11 @@ class TargetColumn:
     type: pa.DataType
     missing: int
 
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return np.dtype(self.type.to_pandas_dtype())
+    def to_arrow(self, values_N: NDArray[Any]) -> pa.Array:
+        return pa.array(values_N, self.type, mask=values_N == self.missing)
+
+    def to_numpy(self, column: pa.ChunkedArray) -> NDArray[Any]:
+        return column.fill_null(self.missing).to_numpy()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,11 @@ class OutputSpec:
 
 
 class BadTargetError(ValueError):
-    """A member that is no target. The message has what was expected; the reader adds sample and place."""
+    """A member that is no target. The reader of the shard adds sample and place."""
+
+    def __init__(self, expected: str, *, next_step: str) -> None:
+        super().__init__(expected)
+        self.expected, self.next_step = expected, next_step
 
 
 class StatisticsAccumulator(ABC):
@@ -96,6 +102,10 @@ class Task(ABC):
     """One kind of target. A task has no state: all methods may be called in any process and thread."""
 
     name: ClassVar[str]
+    member_content: ClassVar[str]
+    """What a member with a target holds, for messages."""
+    max_bytes: ClassVar[int]
+    """Of a member with a target. A longer one is not read, and parsed as empty."""
     columns: ClassVar[tuple[TargetColumn, ...]]
     statistics_fields: ClassVar[tuple[str, ...]]
     """Fields of ``Statistics`` that depend on targets, and therefore change when targets are read again."""
@@ -117,8 +127,8 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def is_target(self, text: bytes) -> bool:
-        """Whether some config could read a target in this member; for messages that name candidates."""
+    def try_parse(self, text: bytes) -> Any | None:
+        """The target that some config would read in a member's bytes; None: they are a target under no config."""
 
     @abstractmethod
     def encode(self, target: Any) -> bytes:

@@ -32,8 +32,9 @@ from pipeline.augment.pixels import apply_view
 from pipeline.core.errors import ShardError
 from pipeline.core.hashing import differences
 from pipeline.shards.decode import BadImageError, BadStatus, decode, image_size
-from pipeline.shards.index import NO_LABEL, STATUSES, IndexBuilder, ShardIndex
+from pipeline.shards.index import STATUSES, IndexBuilder, ShardIndex
 from pipeline.shards.tar import Sample, TarNotes, read_samples
+from pipeline.tasks import Targets, Task
 from schemas.cache_format import Status, ViewBlock
 from schemas.config import DataConfig, Interpolation, ViewsConfig
 
@@ -62,7 +63,7 @@ class GroupViews:
     samples: list[Sample]
     row_N: NDArray[np.int32]
     content_hash_N: NDArray[np.uint64]
-    label_N: NDArray[np.int32]
+    targets: Targets
     box_VN4: NDArray[np.int32]
     flip_VN: NDArray[np.bool_]
     partner_VN: NDArray[np.int32]
@@ -121,7 +122,7 @@ def _check_indexed(sample: Sample, index: ShardIndex, key: str, where: str) -> N
     row, status = sample.row, STATUSES[index.status[sample.row]]
     indexed = {
         "key": key,
-        "label": int(index.label[row]),
+        **{name: values[row] for name, values in index.targets.items()},
         "offset": int(index.offset[row]),
         "size": int(index.size[row]),
         "content_hash": int(index.content_hash[row]),
@@ -130,7 +131,7 @@ def _check_indexed(sample: Sample, index: ShardIndex, key: str, where: str) -> N
     }
     actual = {
         "key": sample.key,
-        "label": NO_LABEL if sample.label is None else sample.label,
+        **{name: values[0] for name, values in index.task.rows([sample.target]).items()},
         "offset": sample.offset,
         "size": sample.size,
         "content_hash": xxhash.xxh3_64_intdigest(sample.data),
@@ -157,6 +158,7 @@ def read_groups(
     pool: ThreadPoolExecutor,
     *,
     shard_id: str,
+    task: Task,
     max_pixels: int,
     builder: IndexBuilder | None,
     pinned: bool = False,
@@ -165,6 +167,7 @@ def read_groups(
 
     Args:
         samples: every sample of a shard without an index (``read_samples``), or ``indexed_samples``.
+        task: that of the samples' targets.
         builder: collects the index of a shard that has none. ``None``: every sample must decode.
         pinned: render into page-locked memory, which a GPU can copy from while it computes.
 
@@ -186,7 +189,7 @@ def read_groups(
             free_VMHWC = buffer_VNHWC[:, len(rendered) :]
             rendered.extend(_render_chunk(chunk, free_VMHWC, rendering, pool, shard_id, max_pixels, builder))
         if rendered:
-            yield _assemble(rendered, buffer_VNHWC[:, : len(rendered)], rendering, shard_id, number)
+            yield _assemble(rendered, buffer_VNHWC[:, : len(rendered)], rendering, shard_id, task, number)
             number += 1
 
 
@@ -279,7 +282,12 @@ def _render(sample: Sample, params: ViewParams, views_VHWC: Tensor, rendering: R
 
 
 def _assemble(
-    rendered: list[tuple[Sample, ViewParams]], pixels_VNHWC: Tensor, rendering: Rendering, shard_id: str, number: int
+    rendered: list[tuple[Sample, ViewParams]],
+    pixels_VNHWC: Tensor,
+    rendering: Rendering,
+    shard_id: str,
+    task: Task,
+    number: int,
 ) -> GroupViews:
     samples = [sample for sample, _ in rendered]
     num_ok, views = len(rendered), rendering.view_numbers
@@ -294,7 +302,7 @@ def _assemble(
         samples=samples,
         row_N=np.array([sample.row for sample in samples], np.int32),
         content_hash_N=np.array([xxhash.xxh3_64_intdigest(sample.data) for sample in samples], np.uint64),
-        label_N=np.array([NO_LABEL if sample.label is None else sample.label for sample in samples], np.int32),
+        targets=task.rows(sample.target for sample in samples),
         box_VN4=params_VN.box_N4,
         flip_VN=params_VN.flip_N,
         partner_VN=partner_VN,

@@ -12,6 +12,7 @@ from tests.benchmarks import (
     bytes_a_row,
     decoders,
     eval_view,
+    event_costs,
     fan_out,
     fidelity,
     join,
@@ -21,7 +22,6 @@ from tests.benchmarks import (
     nodes,
     scale,
     step,
-    telling,
     view_options,
 )
 from tests.benchmarks.timing import machine
@@ -31,6 +31,7 @@ BENCHMARKS = {
     "bytes_a_row": ("Bytes a row by encoding", bytes_a_row.run),
     "decoders": ("JPEG decoders", decoders.run),
     "eval_view": ("Eval views against timm's eval transform", eval_view.run),
+    "event_costs": ("Log lines, counters and metrics of a part", event_costs.run),
     "fan_out": ("Ray tasks over 10,000 tiny parts", fan_out.run),
     "fidelity": ("Fidelity of stored logits", fidelity.run),
     "join": ("Teacher columns joined, B=256 K=1000", join.run),
@@ -40,7 +41,6 @@ BENCHMARKS = {
     "nodes": ("A build over two nodes of one CPU against one", nodes.run),
     "scale": ("What is done once for each shard, 1,000 and 10,000 of them", scale.run),
     "step": ("A training step: cached against labels alone, online against its parts", step.run),
-    "telling": ("What is told and recorded of a part", telling.run),
     "view_options": ("Options of views", view_options.run),
 }
 

@@ -48,7 +48,7 @@ def _report(title: str, teacher: Teacher, shards: list[Path], fraction: float) -
     samples = [sample for shard in shards for sample in read_samples(shard, DataConfig(), where=shard.name)]
     ours, theirs = stack_views(list(_our_views(samples, teacher, fraction))), _timm_views(samples, teacher, fraction)
     logits = [teacher.infer(pixels)["logits"] for pixels in (ours, theirs)]
-    label_N = np.array([sample.label for sample in samples])
+    label_N = np.array([sample.target for sample in samples])
     print(f"  {title}: {len(samples)} images")
     apart = (ours.int() - theirs.int()).abs()
     each = Spread.of(apart.float().mean((1, 2, 3)).tolist())

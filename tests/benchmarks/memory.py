@@ -46,7 +46,7 @@ def _images() -> Iterator[tuple[str, Members]]:
     data = DataConfig.model_validate({})
     for path in sorted((SHARED / "cifar10").glob("train-*.tar")):
         for sample in read_samples(path, data, where=str(path)):
-            yield f"{path.stem}-{sample.key}", {"jpg": sample.data, "cls": str(sample.label).encode()}
+            yield f"{path.stem}-{sample.key}", {"jpg": sample.data, "cls": str(sample.target).encode()}
 
 
 def run() -> None:

@@ -1,4 +1,4 @@
-"""Builds on nodes that are lost and added, and parts that fail for good on them."""
+"""Builds on nodes that are lost and added, and parts that fail permanently on them."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def test_the_digits_are_packed_with_few_labels_for_students_and_all_for_the_teac
         data = DataConfig(label=member, num_classes=10)
         samples = [sample for path in shards for sample in read_samples(path, data, where=str(path))]
         assert len(samples) == 1400
-        assert sum(sample.label is not None for sample in samples) == expected
+        assert sum(sample.target is not None for sample in samples) == expected
 
 
 def test_packing_twice_gives_the_same_bytes(tmp_path: Path) -> None:

@@ -225,7 +225,7 @@ students:
     run_recipe(recipe)
     tail = str(tmp_path / "out" / "shards" / "tail-00000.tar")
     assert recipe.runs[0].config.data.shards == tail
-    counts = Counter(sample.label for sample in read_samples(Path(tail), DataConfig(num_classes=10), where=tail))
+    counts = Counter(sample.target for sample in read_samples(Path(tail), DataConfig(num_classes=10), where=tail))
     assert counts[0] > counts[9] > 0
     steps = len((tmp_path / "out" / "students" / "kd" / "metrics.jsonl").read_text().splitlines())
     assert steps == -(-counts.total() // 8)

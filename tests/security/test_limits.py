@@ -22,7 +22,7 @@ from pipeline.core.hashing import digest
 from pipeline.shards.index import decode_index
 from pipeline.shards.pack_plan import PackSettings
 from pipeline.student.run import checkpoint
-from schemas.cache_format import INDEX_SCHEMA
+from schemas.cache_format import index_schema
 from tests.errors import raises
 from tests.pipeline.caches import TinyCache, read_commits
 from tests.security.test_caches import change_record
@@ -109,5 +109,5 @@ def test_no_table_of_a_cache_that_expands_too_much_is_unpacked(tiny_cache: TinyC
 
 def test_no_index_that_expands_too_much_is_unpacked() -> None:
     with raises("shard.index-damaged", CacheError) as caught:
-        decode_index(_endless(INDEX_SCHEMA, 100_000), where="index")
+        decode_index(_endless(index_schema({"label": pa.int32()}), 100_000), where="index")
     assert "bytes that expand to" in str(caught.value.got)

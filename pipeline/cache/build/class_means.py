@@ -20,6 +20,7 @@ from pipeline import storage
 from pipeline.cache.format.codec import column_of
 from pipeline.cache.format.files import REBUILD, read_parquet
 from pipeline.core.errors import CacheError
+from pipeline.tasks.classification import NO_LABEL
 
 FRACTION_BITS = 24
 
@@ -34,12 +35,12 @@ class ClassSums:
 
 
 def sum_rows(embedding_ND: NDArray[np.float32], label_N: NDArray[np.int32]) -> ClassSums:
-    """Class sums of N rows, without the rows whose label is negative (no label).
+    """Class sums of N rows, without the rows that have no label.
 
     Raises:
         CacheError: the embeddings are so large that the fixed point would overflow.
     """
-    labelled = label_N >= 0
+    labelled = label_N != NO_LABEL
     scaled_ND = np.rint(np.ldexp(embedding_ND[labelled].astype(np.float64), FRACTION_BITS))
     # The sum of magnitudes bounds every class sum and its partial sums.
     _check_range(np.abs(scaled_ND).sum(0))

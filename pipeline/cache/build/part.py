@@ -43,7 +43,7 @@ from pipeline.shards.omissions import Omissions
 from pipeline.shards.shard_urls import shard_id
 from pipeline.shards.tar import Sample, TarNotes, read_samples, unread_links
 from pipeline.tasks import TeacherOutputs, task_of
-from pipeline.tasks.classification import EMBEDDING
+from pipeline.tasks.classification import EMBEDDING, LABEL
 from pipeline.teacher.inference import GroupOutputs, run_inference
 from pipeline.teacher.numerics import numeric_env, release_freed_memory
 from pipeline.teacher.rendering import GroupViews, Rendering, indexed_samples, read_groups
@@ -99,12 +99,12 @@ class PartBuild:
     def __init__(self, context: BuildContext, task: PartTask, scratch: Path, busy: BusyTime) -> None:
         plan, spec = context.config.views, context.teacher.loaded.input
         self.context, self.task, self.scratch, self.busy = context, task, scratch, busy
-        self.data = context.config.data
+        self.data, self.target_task = context.config.data, task_of(context.config.data)
         self.shard_id, self.where = shard_id(task.shard_url), redact(task.shard_url)
         self.rendering = Rendering(plan=plan, block=task.block, size=spec.size, interpolation=spec.interpolation)
         self.row_sizes = {output.name: row_bytes(output) for output in context.header.outputs}
         self.schema = part_schema(self.row_sizes, {} if task.block.is_eval else aug_param_columns(plan))
-        self.statistics = StatisticsSum(context.header.outputs, task_of(self.data))
+        self.statistics = StatisticsSum(context.header.outputs, self.target_task)
         self.sums: ClassSums | None = None
         self.omissions = Omissions()
         self.first_row: int | None = None
@@ -126,7 +126,7 @@ class PartBuild:
 
     def _fill_and_index(self, writer: PartWriter, local: Path) -> StoredIndex:
         """The first pass over a shard also indexes it. The index is published before any part, whose rows it names."""
-        builder = IndexBuilder(self.shard_id)
+        builder = IndexBuilder(self.shard_id, self.target_task)
         self._fill(writer, read_samples(local, self.data, where=self.where, notes=builder.notes), builder)
         index = builder.finish()
         stored = publish_new_index(self.context.cache.url, self.task.shard_url, index, self.data)
@@ -141,6 +141,7 @@ class PartBuild:
                 self.rendering,
                 pool,
                 shard_id=self.shard_id,
+                task=self.target_task,
                 max_pixels=self.data.max_pixels,
                 builder=builder,
                 pinned=self.context.teacher.device.type == "cuda",
@@ -164,12 +165,12 @@ class PartBuild:
             self.statistics.add(group, outputs)
         if holds_class_sums(self.context.cache.class_means, self.task.block):
             self._check_labelled(group)
-            sums = sum_rows(by_view[0][EMBEDDING], group.label_N)
+            sums = sum_rows(by_view[0][EMBEDDING], group.targets[LABEL])
             self.sums = sums if self.sums is None else merge([self.sums, sums])
         release_freed_memory()
 
     def _check_labelled(self, group: GroupViews) -> None:
-        unlabelled = np.flatnonzero(group.label_N < 0)
+        unlabelled = np.flatnonzero(~self.target_task.has_target(group.targets))
         if len(unlabelled) and self.data.missing_labels == "refuse":
             raise ShardError(
                 "class means need a label for every sample",

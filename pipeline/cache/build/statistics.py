@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pipeline.augment.params import sample_keys
 from pipeline.cache.format.codec import decode, encode
 from pipeline.tasks import Task, TeacherOutputs
-from pipeline.tasks.classification import EMBEDDING, LABEL, LOGITS, predicted_classes
+from pipeline.tasks.classification import EMBEDDING, LOGITS, predicted_classes
 from pipeline.teacher.rendering import GroupViews
 from schemas.cache_format import Header, Output, Statistics
 
@@ -61,7 +61,7 @@ class StatisticsSum:
     def add(self, group: GroupViews, outputs: TeacherOutputs) -> None:
         """Adds one view of one group. The task's statistics are of images that are not mixed."""
         if not group.mixes:
-            self._task_sums.add(outputs, {LABEL: group.label_N})
+            self._task_sums.add(outputs, group.targets)
         # Keyed by the sample, so that the same rows are measured for any order of work.
         chosen_N = sample_keys(0, group.sample_ids)[:, 0] % np.uint64(_SAMPLE_ONE_IN) == 0
         if not chosen_N.any():

@@ -6,7 +6,6 @@ their names, and a manifest that names them is published last.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import xxhash
-from numpy.typing import NDArray
 
 from pipeline import storage
 from pipeline.cache.build.imported_means import imported_sha256
@@ -26,18 +24,17 @@ from pipeline.core.errors import CacheError, ConfigError, ShardError
 from pipeline.core.hashing import digest
 from pipeline.core.redaction import quoted, redact
 from pipeline.core.threads import map_ordered
-from pipeline.shards.index import NO_LABEL, ShardIndex, encode_index, index_settings
+from pipeline.shards.index import ShardIndex, encode_index, index_settings
 from pipeline.shards.labels import LabelCount, check_label_member, evenly_spaced
 from pipeline.shards.shard_head import read_shard_head
 from pipeline.shards.shard_urls import new_place, report_moved
 from pipeline.shards.tar import read_samples
 from pipeline.tasks import task_of
-from pipeline.tasks.classification import class_ranks
-from schemas.cache_format import Manifest, Relabelled
+from pipeline.tasks.classification import LOGITS
+from schemas.cache_format import Manifest, Relabelled, Statistics
 from schemas.config import DataConfig
 
 _NUM_SHARD_HEADS = 8
-_HIT_COUNTS = ("labelled", "top1_hits", "top5_hits")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +59,8 @@ class _ShardLabels:
     index_sha256: str
     size_bytes: int
     num_images: int
-    class_counts: Counter[int]
-    hits: Counter[str]
+    num_labelled: int
+    statistics: Statistics
 
 
 def relabel(
@@ -116,7 +113,7 @@ def relabel(
             if progress is not None:
                 progress(len(shards), len(cache.shards))
     manifest = _publish(cache, data, shards, urls)
-    num_labelled = sum(shard.class_counts.total() for shard in shards)
+    num_labelled = sum(shard.num_labelled for shard in shards)
     return Relabelling(
         label=str(data.label),
         count=LabelCount(num_labelled, sum(shard.num_images for shard in shards), len(shards)),
@@ -147,8 +144,7 @@ def _check_member(cache: TeacherCache, data: DataConfig, urls: Mapping[str, str]
         read_shard_head(url, data, size_bytes=storage.size(url))
         for url in (urls[shard.shard_id] for shard in evenly_spaced(cache.shards, _NUM_SHARD_HEADS))
     ]
-    count = LabelCount.from_labels([head.label_N for head in heads], [head.members for head in heads])
-    check_label_member(count, data, where=redact(cache.url), option="--label ")
+    check_label_member(LabelCount.of_heads(heads, data), data, where=redact(cache.url), option="--label ")
 
 
 def _relabel_shard(cache: TeacherCache, shard: ShardEntry, data: DataConfig, url: str) -> _ShardLabels:
@@ -160,15 +156,14 @@ def _relabel_shard(cache: TeacherCache, shard: ShardEntry, data: DataConfig, url
     sha256 = digest(encoded)
     # Equal content has an equal name. An existing file is replaced, because it may be damaged.
     storage.write(storage.join(cache.url, layout.relabelled_path(shard.shard_id, sha256)), encoded)
-    label_M = index.label[index.ok]
-    class_counts = Counter[int](label_M[label_M != NO_LABEL].tolist())
-    return _ShardLabels(sha256, size_bytes, len(label_M), class_counts, _count_hits(cache, shard, label_M))
+    num_labelled = int(index.task.has_target(index.ok_targets).sum())
+    return _ShardLabels(sha256, size_bytes, index.num_ok, num_labelled, _target_statistics(cache, shard, index))
 
 
 def _with_labels(index: ShardIndex, data: DataConfig, local: Path, *, where: str) -> ShardIndex:
     """The index with the current labels and offsets of the shard."""
     samples = [
-        (sample.key, xxhash.xxh3_64_intdigest(sample.data), sample.label, sample.offset)
+        (sample.key, xxhash.xxh3_64_intdigest(sample.data), sample.target, sample.offset)
         for sample in read_samples(local, data, where=where)
     ]
     keys: list[str] = index.keys.to_pylist()
@@ -186,20 +181,20 @@ def _with_labels(index: ShardIndex, data: DataConfig, local: Path, *, where: str
         )
     return replace(
         index,
-        label=np.array([NO_LABEL if label is None else label for _, _, label, _ in samples], np.int32),
+        targets=index.task.rows(target for _, _, target, _ in samples),
         offset=np.array([offset for *_, offset in samples], np.int64),
     )
 
 
-def _count_hits(cache: TeacherCache, shard: ShardEntry, label_M: NDArray[np.int32]) -> Counter[str]:
-    """Hits of the stored logits of view 0; none if its images are mixed. One view suffices for the accuracy."""
-    if cache.header.views["kind"] == "function_matching" or cache.header.output("logits") is None or not len(label_M):
-        return Counter()
-    logits_MK = cache.view(shard.shard_id, 0).logits_NK
-    assert logits_MK is not None, "the header has such an output"
-    labelled = label_M != NO_LABEL
-    rank = class_ranks(logits_MK[labelled], label_M[labelled])
-    return Counter(labelled=int(labelled.sum()), top1_hits=int((rank < 1).sum()), top5_hits=int((rank < 5).sum()))
+def _target_statistics(cache: TeacherCache, shard: ShardEntry, index: ShardIndex) -> Statistics:
+    """From the stored logits of view 0; empty if its images are mixed. One view suffices for the accuracy."""
+    if cache.header.views["kind"] == "function_matching" or cache.header.output(LOGITS) is None or not index.num_ok:
+        return Statistics()
+    logits_NK = cache.view(shard.shard_id, 0).logits_NK
+    assert logits_NK is not None, "the header has such an output"
+    accumulator = index.task.accumulate()
+    accumulator.add({LOGITS: logits_NK}, index.ok_targets)
+    return Statistics(**accumulator.result())
 
 
 def _publish(cache: TeacherCache, data: DataConfig, shards: list[_ShardLabels], urls: dict[str, str]) -> Manifest:
@@ -210,13 +205,10 @@ def _publish(cache: TeacherCache, data: DataConfig, shards: list[_ShardLabels], 
             where=redact(cache.url),
             next_step="run the command again when no build is running",
         )
-    hits = sum((shard.hits for shard in shards), Counter[str]())
-    classes = Counter[int]()
-    if hits["labelled"]:
-        for shard in shards:
-            classes.update(shard.class_counts)
+    task = task_of(data)
+    counted = Statistics(**task.fold(shard.statistics for shard in shards))
     statistics = cache.manifest.statistics.model_copy(
-        update={**{name: hits[name] for name in _HIT_COUNTS}, "class_counts": dict(sorted(classes.items()))}
+        update={name: getattr(counted, name) for name in task.statistics_fields}
     )
     table = read_table(cache.url, cache.manifest.shards)
     # The offsets of the new indexes are those of the shards that were read, so the manifest names these shards.

@@ -109,13 +109,13 @@ def plan_cache(inputs: PlanInputs) -> CachePlan:
     Raises:
         CacheError: two commits overlap.
     """
-    size = plan_size(inputs)
+    size, data = plan_size(inputs), inputs.config.data
     return CachePlan(
         work=_work(inputs),
         size=size,
         traffic=_traffic(inputs, size.row.expected),
         break_even=_break_even(inputs.config),
-        labels=None if inputs.config.data.label is None else inputs.survey.label_count,
+        labels=None if task_of(data).member(data) is None else inputs.survey.label_count,
     )
 
 

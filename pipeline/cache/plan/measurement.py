@@ -22,6 +22,7 @@ from pipeline.shards.members import image_extensions
 from pipeline.shards.shard_urls import shard_id
 from pipeline.shards.tar import Sample, read_samples
 from pipeline.shards.writer import Members, pack_shards
+from pipeline.tasks import task_of
 from pipeline.teacher.inference import load_teacher
 from pipeline.teacher.numerics import pick_device, pin_numerics
 from pipeline.teacher.rendering import Rendering, read_groups
@@ -33,12 +34,6 @@ _NUM_RENDERED, _VIEWS_RENDERED = 64, 4
 _SHORT_PART_S, _LONG_PART_S = 10, 3600
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class MeasureTask:
-    config: Config
-    shard_url: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,21 +78,20 @@ class Forecast:
     num_slots: int
 
 
-def measure(task: MeasureTask) -> Measurement:
+def measure(config: Config, shard_url: str) -> Measurement:
     """Writes only to scratch, which it removes. Loads the teacher twice: for its stage, and for the part.
 
     Raises:
         ShardError: no image of the shard's first mix group can be used.
         ModelError: the teacher cannot be loaded.
     """
-    config = task.config
     assert config.cache is not None
     pin_numerics(config.ray.cpus_per_task)
     with temporary_folder() as folder:
         scratch = Path(folder)
-        fetch_s, local = _timed(lambda: storage.local_copy(task.shard_url, scratch / "shard"))
-        samples = _usable(local, config, task.shard_url)
-        stages = _time_stages(samples, config, shard_id(task.shard_url))
+        fetch_s, local = _timed(lambda: storage.local_copy(shard_url, scratch / "shard"))
+        samples = _usable(local, config, shard_url)
+        stages = _time_stages(samples, config, shard_id(shard_url))
         affordable_rows = int(_BUILD_S / (stages.view_s + stages.forward_s))
         # The teacher pads a short batch, which costs as much as a full one.
         samples = samples[: max(1, affordable_rows // config.teacher.batch_size) * config.teacher.batch_size]
@@ -166,7 +160,15 @@ def _time_stages(samples: list[Sample], config: Config, shard: str) -> Stages:
         )
         render_s, (group, *_) = _repeated(
             lambda: list(
-                read_groups(iter(samples), rendering, pool, shard_id=shard, max_pixels=max_pixels, builder=None)
+                read_groups(
+                    iter(samples),
+                    rendering,
+                    pool,
+                    shard_id=shard,
+                    task=task_of(config.data),
+                    max_pixels=max_pixels,
+                    builder=None,
+                )
             )
         )
     # A short batch is padded, so the time is that of a full one.
@@ -205,8 +207,10 @@ def _small_part(config: Config, samples: list[Sample], scratch: Path, num_views:
 
 def _members(sample: Sample, config: Config) -> tuple[str, Members]:
     members = {image_extensions(config.data)[0]: sample.data}
-    if config.data.label is not None and sample.label is not None:
-        members[config.data.label.lower()] = str(sample.label).encode()
+    task = task_of(config.data)
+    extension = task.member(config.data)
+    if extension is not None and sample.target is not None:
+        members[extension] = task.encode(sample.target)
     return sample.key, members
 
 

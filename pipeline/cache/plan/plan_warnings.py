@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-import numpy as np
-from numpy.typing import NDArray
-
-from pipeline.augment.random_bits import key_of, permutation
 from pipeline.cache.format.header import views_body
 from pipeline.cache.plan.build_plan import CachePlan
+from pipeline.cache.plan.class_warnings import class_range, sorted_by_class
 from pipeline.cache.plan.plan_inputs import PlanInputs
 from pipeline.core.hashing import differences
 from pipeline.models import random_weights_warnings
-from pipeline.shards.index import NO_LABEL, index_settings
+from pipeline.shards.index import index_settings
 from pipeline.shards.labels import label_warning
 
-_MIN_LABEL_SPREAD = 0.5
 _MANY_CLASSES = 1000
 _MANY_OBJECTS = 1_000_000
 _MANY_READS = 5
-# With so many labels a class, the last class is not absent by chance.
-_MIN_LABELS_PER_CLASS = 10
+
+
+_Checks = tuple[Callable[[PlanInputs, CachePlan], str | None], ...]
 
 
 def plan_warnings(inputs: PlanInputs, plan: CachePlan) -> list[str]:
-    warnings = (check(inputs, plan) for check in _CHECKS)
+    checks = (*_CONFIG_CHECKS, *_TARGET_CHECKS.get(inputs.config.data.task, ()), *_SIZE_CHECKS)
+    warnings = (check(inputs, plan) for check in checks)
     return [warning for warning in warnings if warning is not None]
 
 
@@ -52,63 +50,6 @@ def _different_header(inputs: PlanInputs, _: CachePlan) -> str | None:
     return f"cache.url holds a cache of another config, which a build refuses: {'; '.join(changed)}"
 
 
-def _class_sorted(inputs: PlanInputs, _: CachePlan) -> str | None:
-    group = inputs.config.views.mix_group
-    spread = label_spread(inputs.survey.labels, group)
-    if spread is None or spread >= _MIN_LABEL_SPREAD:
-        return None
-    harm = "images are mixed within few classes" if inputs.config.views.mixes else "a batch has few classes"
-    return (
-        f"the shards are sorted by class: {group} neighbours have {spread:.0%} of the label entropy of a shuffled set, "
-        f"so {harm}; shuffle them (stillroom shards pack shuffles image folders)"
-    )
-
-
-def label_spread(labels: Sequence[NDArray[np.int32]], group: int) -> float | None:
-    """Mean label entropy of runs of ``group`` rows, as a share of the entropy after shuffling: 1 if the order is
-    independent of the labels, 0 if each run has one class; None if there are too few labels.
-
-    Args:
-        labels: int32 labels of each shard in tar order.
-    """
-    labelled = [label_N[label_N != NO_LABEL] for label_N in labels]
-    size = min(group, max(map(len, labelled), default=0))
-    if size < 2:
-        return None
-    pooled = np.concatenate(labelled)
-    shuffled = _mean_entropy([pooled[permutation(key_of("plan/labels"), len(pooled))]], size)
-    return _mean_entropy(labelled, size) / shuffled if shuffled > 0 else None
-
-
-def _mean_entropy(labels: Sequence[NDArray[np.int32]], size: int) -> float:
-    """In nats, over all complete runs of ``size`` rows."""
-    runs = [run for label_N in labels for run in label_N[: len(label_N) // size * size].reshape(-1, size)]
-    return float(np.mean([_entropy(run) for run in runs]))
-
-
-def _entropy(label_N: NDArray[np.int32]) -> float:
-    share_C = np.unique(label_N, return_counts=True)[1] / len(label_N)
-    return float(-(share_C * np.log(share_C)).sum())
-
-
-def _class_range(inputs: PlanInputs, _: CachePlan) -> str | None:
-    num_classes = inputs.config.data.num_classes
-    assert num_classes is not None
-    label_N = np.concatenate([np.empty(0, np.int32), *inputs.survey.labels])
-    label_N = label_N[label_N != NO_LABEL]
-    if not len(label_N):
-        return None
-    largest = int(label_N.max())
-    if largest >= num_classes:
-        return f"a label is {largest}, and data.num_classes is {num_classes}: a build refuses it"
-    if largest < num_classes - 1 and len(label_N) >= _MIN_LABELS_PER_CLASS * num_classes:
-        return (
-            f"data.num_classes is {num_classes}, but none of {len(label_N)} sampled labels is above {largest}: "
-            "is it the K of the teacher, and do labels and teacher use the same classes?"
-        )
-    return None
-
-
 def _missing_labels(inputs: PlanInputs, _: CachePlan) -> str | None:
     data, count = inputs.config.data, inputs.survey.label_count
     missing = count.num_images - count.num_labelled
@@ -127,7 +68,7 @@ def _int8_resolution(inputs: PlanInputs, plan: CachePlan) -> str | None:
         return None
     size_bytes = plan.size.outputs["logits"]
     return (
-        f"int8 spreads 256 levels over {num_classes} logits and stores {size_bytes} bytes a row, "
+        f"int8 spreads 256 levels over {num_classes} logits and stores {size_bytes} bytes per row, "
         f"{size_bytes * plan.work.forwards.expected / 1e9:.1f} GB in all: close logits become equal; "
         "cache.logits=int4 keeps the largest logits distinct in about half of the bytes"
     )
@@ -162,11 +103,10 @@ def _random_teacher(inputs: PlanInputs, _: CachePlan) -> str | None:
     return next(iter(random_weights_warnings({"teacher": inputs.config.teacher})), None)
 
 
-_CHECKS: tuple[Callable[[PlanInputs, CachePlan], str | None], ...] = (
-    _random_teacher,
-    _different_header,
-    _class_sorted,
-    _class_range,
+_CONFIG_CHECKS: _Checks = (_random_teacher, _different_header)
+_TARGET_CHECKS: dict[str, _Checks] = {"classification": (sorted_by_class, class_range)}
+"""By the name of the task."""
+_SIZE_CHECKS: _Checks = (
     _missing_labels,
     _int8_resolution,
     _many_objects,

@@ -1,4 +1,4 @@
-"""Rows and labels of the shards: from commits and indexes where these exist, else estimated from a sample.
+"""Rows and targets of the shards: from commits and indexes where these exist, else estimated from a sample.
 
 The sample reads the first bytes of a few shards and applies their density, in rows a byte, to all others.
 """
@@ -9,9 +9,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
 from pipeline import storage
 from pipeline.cache.build.commit import CommitSummary
 from pipeline.core.redaction import redact
@@ -20,6 +17,7 @@ from pipeline.shards.index import ShardIndex, decode_index
 from pipeline.shards.labels import LabelCount, evenly_spaced
 from pipeline.shards.publish import index_name
 from pipeline.shards.shard_head import ShardHead, read_shard_head
+from pipeline.tasks import Targets, task_of
 from schemas.config import DataConfig
 
 _READ_THREADS = 16
@@ -64,13 +62,13 @@ class ShardSurvey:
     Attributes:
         rows: usable samples by shard id; of a sampled shard all samples with an image, since nothing is decoded.
         num_counted: shards whose rows were counted.
-        labels: int32 labels in tar order of a few shards, spread over the list; ``NO_LABEL`` for none.
-        label_count: counts of these labels; includes the members of the samples if no label was found.
+        targets: target columns in tar order of a few shards, spread over the list.
+        label_count: counts of these targets; includes the members of the samples if no target was found.
     """
 
     rows: dict[str, Estimate]
     num_counted: int
-    labels: tuple[NDArray[np.int32], ...]
+    targets: tuple[Targets, ...]
     label_count: LabelCount
 
     @property
@@ -111,21 +109,21 @@ def survey_shards(
     uncounted_sample = evenly_spaced(uncounted, _NUM_SAMPLED)
     without_index = [shard for shard in sampled if shard not in indexes]
     heads = read_heads(list(dict.fromkeys([*uncounted_sample, *without_index])))
-    labels = [
-        indexes[shard].label[indexes[shard].ok] if shard in indexes else heads[shard].label_N for shard in sampled
-    ]
-    label_count = LabelCount.from_labels(labels)
-    if data.label is not None and not label_count.num_labelled:
+    task = task_of(data)
+    targets = [indexes[shard].ok_targets if shard in indexes else heads[shard].targets for shard in sampled]
+    labelled = [task.has_target(columns) for columns in targets]
+    label_count = LabelCount.of(labelled)
+    if task.member(data) is not None and not label_count.num_labelled:
         # Only a shard's head lists the members, which the message about missing labels names.
         heads |= read_heads([shard for shard in sampled if shard not in heads])
-        label_count = LabelCount.from_labels(labels, [heads[shard].members for shard in sampled])
+        label_count = LabelCount.of(labelled, [heads[shard].members for shard in sampled])
     rows = {shard: Estimate.exactly(count) for shard, count in counts.items()}
     if uncounted:
         rows |= _estimate_rows(uncounted, sizes, {shard: heads[shard] for shard in uncounted_sample})
     return ShardSurvey(
         rows={shard: rows[shard] for shard in urls},
         num_counted=len(counts),
-        labels=tuple(labels),
+        targets=tuple(targets),
         label_count=label_count,
     )
 

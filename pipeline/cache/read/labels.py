@@ -29,11 +29,12 @@ def cached_labels(cache: TeacherCache) -> LabelCount:
         return labels
     first = cache.shards[0]
     try:
-        head = read_shard_head(cache.shard_url(first), reading_rules(cache.data), size_bytes=first.size_bytes)
+        rules = reading_rules(cache.data)
+        head = read_shard_head(cache.shard_url(first), rules, size_bytes=first.size_bytes)
     except StillroomError:
         # A cache can be read where its shards are missing.
         return labels
-    return labels.with_members_of(LabelCount.from_labels([head.label_N], [head.members]))
+    return labels.with_members_of(LabelCount.of_heads([head], rules))
 
 
 def committed_labels(cache_url: str, commits: Sequence[CommitSummary]) -> LabelCount:

@@ -18,7 +18,7 @@ from pipeline.cache.verify.part import Canary
 from pipeline.cache.verify.report import Findings, Problem
 from pipeline.core.errors import ShardError
 from pipeline.core.redaction import redact
-from pipeline.shards.index import NO_LABEL, ShardIndex
+from pipeline.shards.index import ShardIndex
 from pipeline.shards.tar import Sample
 from pipeline.teacher.numerics import numeric_env
 from pipeline.teacher.rendering import GroupViews, Rendering, read_groups
@@ -52,6 +52,7 @@ class ShardImages:
                 rendering,
                 self.decoders,
                 shard_id=self.index.shard_id,
+                task=self.index.task,
                 max_pixels=int(self.header.data["max_pixels"]),
                 builder=None,
             )
@@ -62,7 +63,7 @@ class ShardImages:
 
     def _sample(self, ordinal: int) -> Sample:
         row, key = int(self.index.ok[ordinal]), self.key(ordinal)
-        offset, size, label = int(self.index.offset[row]), int(self.index.size[row]), int(self.index.label[row])
+        offset, size = int(self.index.offset[row]), int(self.index.size[row])
         data = storage.read_range(self.url, offset, size)
         if xxhash.xxh3_64_intdigest(data) != int(self.index.content_hash[row]):
             raise ShardError(
@@ -71,7 +72,8 @@ class ShardImages:
                 where=f"key {key!r}",
                 next_step="restore the shard",
             )
-        return Sample(row, key, "ok", None if label == NO_LABEL else label, offset, size, data)
+        # Views do not depend on targets.
+        return Sample(row, key, "ok", None, offset, size, data)
 
 
 def single_view(view: int) -> ViewBlock:

@@ -32,7 +32,7 @@ from pipeline.cache.verify.report import Findings, Problem
 from pipeline.core.bounded_parquet import read_bounded
 from pipeline.core.errors import CacheError
 from pipeline.shards.index import ShardIndex
-from pipeline.tasks import Recount, task_of
+from pipeline.tasks import Recount
 from pipeline.tasks.classification import LABEL
 from schemas.cache_format import Commit, Header, Output, aug_param_columns, part_schema
 from schemas.config import ViewsConfig
@@ -239,7 +239,7 @@ class PartCheck:
         """Only fp32 embeddings give exactly the sums that the build computed from the teacher's outputs."""
         exact = output.dtype == "float32" and view == self._commit.views[0].view
         if exact and holds_class_sums(self._header.teacher.get("class_means"), self._commit.block):
-            added = sum_rows(values_MD, self._index.label[self._index.ok[rows]])
+            added = sum_rows(values_MD, self._index.ok_targets[LABEL][rows])
             sums = self._content.sums
             self._content.sums = added if sums is None else merge([sums, added])
 
@@ -259,10 +259,7 @@ class PartCheck:
 
 
 def _recount(header: Header, index: ShardIndex, *, mix_group: int) -> Recount:
-    targets = {LABEL: index.label[index.ok]}
-    return task_of(header.data).recount(
-        targets, mix_group=mix_group, outputs=[output.name for output in header.outputs]
-    )
+    return index.task.recount(index.ok_targets, mix_group=mix_group, outputs=[output.name for output in header.outputs])
 
 
 def _array(table: pa.Table, name: str) -> NDArray[Any]:

@@ -23,7 +23,8 @@ from pipeline.core.errors import CacheError, StillroomError, StorageInputError
 from pipeline.core.hashing import digest
 from pipeline.core.redaction import redact
 from pipeline.core.temporary import temporary_folder
-from pipeline.shards.index import NO_LABEL, STATUSES, ShardIndex, decode_index
+from pipeline.shards.index import STATUSES, ShardIndex, decode_index
+from pipeline.tasks.classification import LABEL, NO_LABEL
 from schemas.cache_format import Commit, FileRef
 
 SHARD_MISSING = "canaries: the shard is not available"
@@ -124,7 +125,8 @@ class _ShardCheck:
         with findings.capture(path, "indexes", shard=self._shard_id):
             index = check(findings)
             if header is not None:
-                num_outside = int(((index.label < NO_LABEL) | (index.label >= header.num_classes)).sum())
+                label_N = index.targets[LABEL]
+                num_outside = int(((label_N < NO_LABEL) | (label_N >= header.num_classes)).sum())
                 findings.expect(path, "labels outside of the classes", num_outside, 0, shard=self._shard_id)
         self.findings.merge(findings)
         return None if findings.num_problems else index
@@ -155,7 +157,7 @@ class _ShardCheck:
             self.result.lost_sums |= in_manifest
             return
         if index is not None:
-            label_N = index.label[index.ok]
+            label_N = index.ok_targets[LABEL]
             classes, counts = np.unique(label_N[label_N != NO_LABEL], return_counts=True)
             expected = dict(zip(classes.tolist(), counts.tolist(), strict=True))
             got = dict(zip(sums.class_C.tolist(), sums.count_C.tolist(), strict=True))

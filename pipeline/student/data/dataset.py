@@ -108,7 +108,7 @@ class StepDataset(Dataset[Batch]):
                 next_step="the cache was built by another version of the views; build another cache",
             )
         if self.needs_labels:
-            check_labelled(rows.sample_ids, label_B)
+            check_labelled(rows.sample_ids, label_B >= 0)
 
     def _pixels(
         self, rows: SampleRows, by_shard: ByShard, epoch: int

@@ -87,7 +87,7 @@ def _difference(index: ShardIndex, other: ShardIndex) -> str | None:
     columns = {
         "key": (index.keys.to_numpy(zero_copy_only=False), other.keys.to_numpy(zero_copy_only=False)),
         "status": (index.status, other.status),
-        "label": (index.label, other.label),
+        **{name: (values, other.targets[name]) for name, values in index.targets.items()},
         "content_hash": (index.content_hash, other.content_hash),
     }
     for name, (before, after) in columns.items():

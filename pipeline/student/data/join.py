@@ -81,7 +81,7 @@ def join_rows(columns: ViewColumns, index: ShardIndex, *, where: str) -> pa.Reco
         "embedding_norm": columns.embedding_norm_N,
         "offset": index.offset[index.ok],
         "size": index.size[index.ok],
-        "label": index.label[index.ok],
+        **index.ok_targets,
         "width": index.width[index.ok],
         "height": index.height[index.ok],
         "partner": np.searchsorted(columns.row_N, columns.mix_row_N).astype(np.int32),

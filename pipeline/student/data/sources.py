@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import xxhash
@@ -16,7 +16,7 @@ from pipeline.cache.read.reader import ShardEntry, TeacherCache
 from pipeline.core.errors import CacheError, ConfigError, ShardError
 from pipeline.core.redaction import redact
 from pipeline.shards.decode import BadImageError, decode
-from pipeline.shards.index import NO_LABEL, ShardIndex, decode_index, index_settings
+from pipeline.shards.index import ShardIndex, decode_index, index_settings
 from pipeline.shards.publish import index_name
 from pipeline.shards.shard_urls import shard_ids, shard_urls
 from pipeline.student.data.ensemble import check_same_samples, check_same_shards
@@ -26,6 +26,7 @@ from pipeline.student.data.memo import Memo
 from pipeline.student.data.rows import SampleRows, as_structured_rows
 from pipeline.student.data.shard_files import ShardFiles
 from pipeline.student.data.view_files import ViewFiles
+from pipeline.tasks import Targets, Task, task_of
 from schemas.cache_format import Output
 from schemas.config import Config, DataConfig, ViewsConfig
 
@@ -51,7 +52,12 @@ class RowSource(Protocol):
 
     def rows(self, shard: int, ordinal_N: NDArray[np.int32], epoch: int) -> SampleRows: ...
 
-    def labels(self, shard: int) -> NDArray[np.int32]: ...
+    @property
+    def task(self) -> Task: ...
+
+    def targets(self, shard: int) -> Targets:
+        """The target columns of a shard's ok rows."""
+        ...
 
     def index(self, shard: int) -> ShardIndex: ...
 
@@ -113,18 +119,18 @@ def is_local(urls: Sequence[str]) -> bool:
     return all(storage.protocol(url) == "file" for url in urls)
 
 
-def check_labelled(sample_ids: list[str], label_N: NDArray[np.integer[Any]]) -> None:
+def check_labelled(sample_ids: list[str], labelled_N: NDArray[np.bool_]) -> None:
     """
     Raises:
         ConfigError: some of these samples have no label; the first are named.
     """
-    unlabelled = np.flatnonzero(label_N < 0)
+    unlabelled = np.flatnonzero(~labelled_N)
     if len(unlabelled):
         raise ConfigError(
             "a loss needs labels, and some samples have none",
             code="data.missing-labels",
             where=", ".join(sample_ids[row] for row in unlabelled[:3]),
-            got=f"{len(unlabelled)} of {len(label_N)} samples without a label",
+            got=f"{len(unlabelled)} of {len(labelled_N)} samples without a label",
             next_step="set data.missing_labels=ignore to average over labelled rows, or use kd or dist alone",
         )
 
@@ -135,8 +141,8 @@ def check_any_labelled(source: RowSource, data: DataConfig) -> None:
         ConfigError: no row has a label, so that losses that need one would learn nothing.
     """
     # Without a label member no index needs to be opened.
-    shards = range(len(source.shard_ids) if data.label is not None else 0)
-    if not any((source.labels(shard) >= 0).any() for shard in shards):
+    shards = range(len(source.shard_ids) if source.task.member(data) is not None else 0)
+    if not any(source.task.has_target(source.targets(shard)).any() for shard in shards):
         raise ConfigError(
             "a loss needs labels, and no sample has one",
             code="data.no-labels",
@@ -146,16 +152,6 @@ def check_any_labelled(source: RowSource, data: DataConfig) -> None:
             next_step="if the shards have labels, run: stillroom cache relabel CACHE --label MEMBER (of a cache), or "
             "index them into another data.index; else use kd or dist alone",
         )
-
-
-def label_counts(source: RowSource, num_classes: int, *, shards: Sequence[int] | None = None) -> NDArray[np.int64]:
-    """How many ok rows of all shards, or of these, have each label; reads their indexes. int64 [K]."""
-    shards = range(len(source.shard_ids)) if shards is None else shards
-    counts = np.zeros(num_classes, np.int64)
-    for shard in shards:
-        label_N = source.labels(shard)
-        counts += np.bincount(label_N[label_N != NO_LABEL], minlength=num_classes)
-    return counts
 
 
 class IndexedSource:
@@ -169,7 +165,7 @@ class IndexedSource:
         self.plan = plan
         self.store, self._files = store, ShardFiles(urls, store, name_shards="correct data.shards={}")
         self.read, self.reread, self.close = self._files.read, self._files.reread, self._files.close
-        self._indexes = indexes
+        self.task, self._indexes = indexes[0].task, indexes
         self._partners = Memo(self._partners_of, _MEMO_SIZE)
 
     def fetch(self, shard: int, epoch: int) -> None:  # noqa: ARG002
@@ -190,11 +186,10 @@ class IndexedSource:
             ConfigError: an ok row has no label.
         """
         for index in self._indexes:
-            check_labelled(index.sample_ids(index.ok), index.label[index.ok])
+            check_labelled(index.sample_ids(index.ok), self.task.has_target(index.ok_targets))
 
-    def labels(self, shard: int) -> NDArray[np.int32]:
-        index = self._indexes[shard]
-        return index.label[index.ok]
+    def targets(self, shard: int) -> Targets:
+        return self._indexes[shard].ok_targets
 
     def index(self, shard: int) -> ShardIndex:
         return self._indexes[shard]
@@ -221,7 +216,7 @@ class IndexedSource:
             "offset": index.offset[position_N],
             "size": index.size[position_N],
             "content_hash": index.content_hash[position_N],
-            "label": index.label[position_N],
+            **{name: values[position_N] for name, values in index.targets.items()},
             "width": width_N,
             "height": height_N,
             "box": params.box_N4,
@@ -249,6 +244,7 @@ class CachedSource:
         name_shards: str,
     ) -> None:
         self.caches, self._shards, self._urls = tuple(caches), shards, urls
+        self.task = task_of(caches[0].data)
         self.outputs = tuple({output.name: output for output in cache.header.outputs} for cache in caches)
         self.num_views = min(cache.num_views for cache in caches)
         self.shard_ids = [shard.shard_id for shard in shards]
@@ -259,15 +255,14 @@ class CachedSource:
             ViewFiles(self.caches, shards, store, with_embeddings=with_embeddings),
         )
         self.read, self.reread = self._files.read, self._files.reread
-        # Training takes all but labels and content hashes from the views.
+        # Training takes all but targets and content hashes from the views.
         self._indexes = Memo(self._read_index, _MEMO_SIZE)
 
     def view_of(self, epoch: int) -> int:
         return epoch % self.num_views
 
-    def labels(self, shard: int) -> NDArray[np.int32]:
-        index = self.index(shard)
-        return index.label[index.ok]
+    def targets(self, shard: int) -> Targets:
+        return self.index(shard).ok_targets
 
     def index(self, shard: int) -> ShardIndex:
         return self._indexes.get(shard)

@@ -27,7 +27,8 @@ from pipeline.student.distributed import DistributedContext
 from pipeline.student.evaluation.loaded_run import CheckpointName, load_run
 from pipeline.student.evaluation.scores import Evaluation, EvaluationScope, FiniteRows, MetricSums, NetworkOutputs
 from pipeline.student.supervision.spec import SupervisionSpec
-from pipeline.tasks.classification import EMBEDDING, LOGITS
+from pipeline.tasks import task_of
+from pipeline.tasks.classification import EMBEDDING, LABEL, LOGITS
 from pipeline.teacher.inference import Teacher, load_teacher
 from pipeline.teacher.rendering import GroupViews, Rendering, read_groups
 from schemas.cache_format import ViewBlock
@@ -155,7 +156,9 @@ class Evaluator:
         stored: dict[str, list[tuple[list[str], NetworkOutputs]]] = {}
         for url in self.rank_urls:
             with self._local_file(url) as local, ThreadPoolExecutor(self.num_threads) as pool:
-                groups = self._groups(local, url, teacher.loaded.input, pool, IndexBuilder(shard_id(url)))
+                groups = self._groups(
+                    local, url, teacher.loaded.input, pool, IndexBuilder(shard_id(url), task_of(self.data))
+                )
                 stored[url] = [
                     (_keys(group), _teacher_outputs(teacher, group, with_embeddings=with_embeddings))
                     for group in groups
@@ -171,7 +174,7 @@ class Evaluator:
         teacher: Teacher | PrecomputedTeacher | None,
         sums: MetricSums,
     ) -> ShardIndex:
-        builder = IndexBuilder(shard_id(url))
+        builder = IndexBuilder(shard_id(url), task_of(self.data))
         finite = FiniteRows()
         with self._local_file(url) as local, ThreadPoolExecutor(self.num_threads) as pool:
             for group, teacher_outputs in self._groups_with_teacher(local, url, spec, teacher, pool, builder):
@@ -179,7 +182,7 @@ class Evaluator:
                     model, spec, group.pixels_VNCHW[0], self.distributed.device, sums.scope.projector
                 )
                 if finite.add(_keys(group), outputs, teacher_outputs):
-                    sums.add(outputs, teacher_outputs, torch.from_numpy(group.label_N))
+                    sums.add(outputs, teacher_outputs, torch.from_numpy(group.targets[LABEL]))
         index = builder.finish()
         finite.check(where=redact(url))
         check_samples(index, self.data, where=url)
@@ -211,7 +214,7 @@ class Evaluator:
         teacher_spec = teacher.loaded.input
         if (teacher_spec.size, teacher_spec.interpolation) == (spec.size, spec.interpolation):
             return ((group, _teacher_outputs(teacher, group)) for group in groups)
-        teacher_groups = self._groups(local, url, teacher_spec, pool, IndexBuilder(shard_id(url)))
+        teacher_groups = self._groups(local, url, teacher_spec, pool, IndexBuilder(shard_id(url), task_of(self.data)))
         return zip(groups, (_teacher_outputs(teacher, group) for group in teacher_groups), strict=True)
 
     def _groups(
@@ -225,7 +228,13 @@ class Evaluator:
         )
         samples = read_samples(local, self.data, where=redact(url), notes=builder.notes)
         return read_groups(
-            samples, rendering, pool, shard_id=shard_id(url), max_pixels=self.data.max_pixels, builder=builder
+            samples,
+            rendering,
+            pool,
+            shard_id=shard_id(url),
+            task=task_of(self.data),
+            max_pixels=self.data.max_pixels,
+            builder=builder,
         )
 
 

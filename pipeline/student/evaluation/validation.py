@@ -142,7 +142,7 @@ def _gather(omissions: Omissions, distributed: DistributedContext) -> Omissions:
 
 def _count(index: ShardIndex) -> torch.Tensor:
     by_status = torch.bincount(torch.from_numpy(index.status).long(), minlength=len(STATUSES))
-    labelled = int((index.label[index.ok] >= 0).sum())
+    labelled = int(index.task.has_target(index.ok_targets).sum())
     return torch.cat([by_status, torch.tensor([labelled])])
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.cache.read.reader import TeacherCache
 from pipeline.core.errors import CacheError
 from pipeline.core.hashing import differences, weights_digest
 from pipeline.core.redaction import redact
-from pipeline.student.data.sources import RowSource, label_counts
+from pipeline.student.data.sources import RowSource
 from pipeline.student.losses import check_class_means
+from pipeline.tasks.classification import LABEL
 from pipeline.teacher.inference import Teacher
 
 
@@ -65,3 +70,12 @@ def _check_same_teacher(cache: TeacherCache, teacher: Teacher, section: str) -> 
             got="; ".join(changed),
             next_step="name a cache of the online teacher, or none and leave out nd",
         )
+
+
+def label_counts(source: RowSource, num_classes: int, *, shards: Sequence[int] | None = None) -> NDArray[np.int64]:
+    """How many ok rows of all shards, or of these, have each label; reads their indexes. int64 [K]."""
+    counts = np.zeros(num_classes, np.int64)
+    for shard in range(len(source.shard_ids)) if shards is None else shards:
+        targets = source.targets(shard)
+        counts += np.bincount(targets[LABEL][source.task.has_target(targets)], minlength=num_classes)
+    return counts

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.models import random_weights_warnings
-from pipeline.student.data.sources import RowSource, label_counts
+from pipeline.student.data.sources import RowSource
+from pipeline.student.supervision.class_means import label_counts
 from pipeline.student.supervision.spec import SupervisionSpec
 from schemas.cache_format import Header, Statistics
 from schemas.config import Config, DistLoss, LossConfig

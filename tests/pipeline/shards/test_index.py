@@ -16,7 +16,6 @@ from PIL import Image
 
 from pipeline.core.errors import CacheError, ShardError
 from pipeline.shards.index import (
-    NO_LABEL,
     STATUSES,
     ShardIndex,
     check_samples,
@@ -27,7 +26,7 @@ from pipeline.shards.index import (
     omissions_of,
 )
 from pipeline.shards.tar import ShardReader, read_samples
-from schemas.cache_format import INDEX_SCHEMA
+from schemas.cache_format import index_schema
 from tests.errors import raises
 from tests.pipeline.shards.tars import (
     data_config,
@@ -72,7 +71,7 @@ def same(left: ShardIndex, right: ShardIndex) -> bool:
 
 def test_every_sample_has_a_row_with_its_final_status(index: ShardIndex) -> None:
     assert [STATUSES[code] for code in index.status] == EXPECTED
-    assert index.label.tolist() == [1, 2, NO_LABEL, NO_LABEL, NO_LABEL, NO_LABEL, NO_LABEL]
+    assert index.targets["label"].tolist() == [1, 2, -1, -1, -1, -1, -1]
     assert list(zip(index.width.tolist(), index.height.tolist(), strict=True)) == [
         (40, 30), (0, 0), (0, 0), (0, 0), (0, 0), (3, 9), (0, 0)
     ]  # fmt: skip
@@ -96,7 +95,7 @@ def test_the_index_of_a_real_shard_agrees_with_webdataset_and_pillow(name: str) 
     samples = webdataset_samples(path)
     assert index.num_ok == len(index) == len(samples)
     assert index.keys.to_pylist() == [sample["__key__"] for sample in samples]
-    assert index.label.tolist() == [int(sample["cls"]) for sample in samples]
+    assert index.targets["label"].tolist() == [int(sample["cls"]) for sample in samples]
     sizes = [Image.open(io.BytesIO(sample["jpg"])).size for sample in samples]
     assert list(zip(index.width.tolist(), index.height.tolist(), strict=True)) == sizes
 
@@ -112,17 +111,19 @@ def test_the_same_tar_gives_the_same_bytes_for_any_number_of_threads(
 
 def test_an_index_survives_its_bytes(index: ShardIndex) -> None:
     back = decode_index(encode_index(index, index_settings(CONFIG)), where="x", settings=index_settings(CONFIG))
-    for name in ("row", "status", "label", "offset", "size", "width", "height", "content_hash"):
+    for name in ("row", "status", "offset", "size", "width", "height", "content_hash"):
         column, decoded = getattr(index, name), getattr(back, name)
         assert column.dtype == decoded.dtype
         np.testing.assert_array_equal(column, decoded)
+    assert index.targets["label"].dtype == back.targets["label"].dtype == np.int32
+    np.testing.assert_array_equal(index.targets["label"], back.targets["label"])
     assert back.keys.equals(index.keys)
     assert back.shard_id == "x"
 
 
 def test_an_index_is_plain_parquet(index: ShardIndex) -> None:
     table = pq.read_table(io.BytesIO(encode_index(index, {})))
-    assert table.schema.equals(INDEX_SCHEMA)
+    assert table.schema.equals(index_schema({"label": pa.int32()}))
     assert table["status"].to_pylist() == EXPECTED
     assert table["label"].to_pylist() == [1, 2, None, None, None, None, None]
     assert table["row"].to_pylist() == list(range(7))
@@ -262,7 +263,7 @@ def test_the_error_for_separated_members_of_a_sample_has_a_command_that_joins_th
     _, _, command = str(caught.value.next_step).partition(": ")
     subprocess.run(command, shell=True, cwd=tmp_path, check=True)
     index = index_shard(tmp_path / "sorted" / "x.tar", CONFIG, where="x.tar")
-    assert (index.num_ok, index.keys.to_pylist(), index.label.tolist()) == (2, ["a", "b"], [1, 2])
+    assert (index.num_ok, index.keys.to_pylist(), index.targets["label"].tolist()) == (2, ["a", "b"], [1, 2])
 
 
 HIDDEN_OR_LINKED = {

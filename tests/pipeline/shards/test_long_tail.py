@@ -70,8 +70,8 @@ def test_the_subset_is_copied_byte_for_byte_in_its_order_and_reproducibly(tmp_pa
     whole = {f"all-{row // 150}/{sample.key}": sample for row, sample in enumerate(samples(source))}
     subset = samples(first.urls)
     assert [name for name in whole if name in {sample.key for sample in subset}] == [sample.key for sample in subset]
-    assert all((sample.data, sample.label) == (whole[sample.key].data, whole[sample.key].label) for sample in subset)
-    assert first.counts == [Counter(sample.label for sample in subset)[label] for label in range(10)]
+    assert all((sample.data, sample.target) == (whole[sample.key].data, whole[sample.key].target) for sample in subset)
+    assert first.counts == [Counter(sample.target for sample in subset)[label] for label in range(10)]
     assert len(first.urls) == -(-sum(first.counts) // 60)
 
 

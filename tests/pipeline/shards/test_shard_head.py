@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.errors import ShardError
-from pipeline.shards.index import NO_LABEL, index_shard
+from pipeline.shards.index import index_shard
 from pipeline.shards.shard_head import read_shard_head
 from tests.errors import raises
 from tests.pipeline.shards.tars import data_config, image_bytes, make_linked_tar, make_tar
@@ -30,7 +30,7 @@ def test_a_shard_within_the_first_bytes_is_counted_with_its_labels(tmp_path: Pat
     url, size_bytes = shard_of(tmp_path, numbered(12))
     head = read_shard_head(url, data_config(), size_bytes=size_bytes)
     assert head.covered_bytes == size_bytes
-    assert head.label_N.tolist() == list(range(12))
+    assert head.targets["label"].tolist() == list(range(12))
 
 
 @pytest.mark.parametrize("first_bytes", [20_000, 20_480, 20_481, 33_333])
@@ -39,7 +39,7 @@ def test_only_complete_samples_of_the_first_bytes_count(tmp_path: Path, first_by
     url, size_bytes = shard_of(tmp_path, members)
     head = read_shard_head(url, data_config(), size_bytes=size_bytes, first_bytes=first_bytes)
     assert 0 < head.num_samples < 12
-    assert head.label_N.tolist() == list(range(head.num_samples))
+    assert head.targets["label"].tolist() == list(range(head.num_samples))
     whole = make_tar(members[: 2 * head.num_samples]).rstrip(b"\0")
     assert head.covered_bytes == -(-len(whole) // 512) * 512 <= first_bytes
 
@@ -59,7 +59,7 @@ def test_samples_without_an_image_do_not_count_and_unreadable_labels_are_none(tm
         ("d.cls", b" 7 "),
     ]
     url, size_bytes = shard_of(tmp_path, members)
-    assert read_shard_head(url, data_config(), size_bytes=size_bytes).label_N.tolist() == [NO_LABEL, NO_LABEL, 7]
+    assert read_shard_head(url, data_config(), size_bytes=size_bytes).targets["label"].tolist() == [-1, -1, 7]
 
 
 def test_a_shard_without_images_is_refused(tmp_path: Path) -> None:
@@ -81,6 +81,6 @@ def test_hidden_members_do_not_count_and_links_do(tmp_path: Path, kind: bytes) -
     path = tmp_path / "a.tar"
     path.write_bytes(make_linked_tar(members, kind=kind))
     head = read_shard_head(str(path), data_config(), size_bytes=path.stat().st_size)
-    assert head.label_N.tolist() == [3, 3]
+    assert head.targets["label"].tolist() == [3, 3]
     index = index_shard(path, data_config(), where=str(path))
-    assert index.label[index.ok].tolist() == head.label_N.tolist()
+    assert index.ok_targets["label"].tolist() == head.targets["label"].tolist()

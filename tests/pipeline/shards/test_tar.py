@@ -53,7 +53,7 @@ def shard(tmp_path: Path) -> Path:
 )
 def test_real_shards_read_as_webdataset_reads_them(name: str) -> None:
     path = real_shard(name)
-    samples = [(s.key, s.label, s.data) for s in read_samples(path, data_config(num_classes=1000), where=name)]
+    samples = [(s.key, s.target, s.data) for s in read_samples(path, data_config(num_classes=1000), where=name)]
     assert samples == [(s["__key__"], int(s["cls"]), s["jpg"]) for s in webdataset_samples(path)]
 
 
@@ -68,8 +68,8 @@ def test_byte_ranges_of_real_shards_have_the_same_bytes(name: str) -> None:
 
 def test_samples_carry_label_status_and_byte_range(shard: Path) -> None:
     first, second = samples_of(shard, make_tar(PAIR))
-    assert (first.row, first.key, first.status, first.label, first.data) == (0, "a", "ok", 3, b"A" * 700)
-    assert (second.row, second.key, second.status, second.label, second.size) == (1, "b", "ok", 4, 1)
+    assert (first.row, first.key, first.status, first.target, first.data) == (0, "a", "ok", 3, b"A" * 700)
+    assert (second.row, second.key, second.status, second.target, second.size) == (1, "b", "ok", 4, 1)
     assert shard.read_bytes()[first.offset : first.offset + first.size] == first.data
 
 
@@ -187,8 +187,8 @@ def test_hidden_members_split_no_sample_at_any_depth(shard: Path, folder: str, f
     samples, lines = notes_of(shard, make_tar(mixed, form=form))
     (tmp := shard.with_name("plain.tar")).write_bytes(make_tar(plain, form=form))
     expected = list(read_samples(tmp, data_config(), where="x"))
-    assert [(s.row, s.key, s.status, s.label, s.data) for s in samples] == [
-        (s.row, s.key, s.status, s.label, s.data) for s in expected
+    assert [(s.row, s.key, s.status, s.target, s.data) for s in samples] == [
+        (s.row, s.key, s.status, s.target, s.data) for s in expected
     ]
     assert len(lines) == 1
     assert lines[0].startswith(f"10 hidden members ({folder}.DS_Store, {folder}.hidden/a.jpg, {folder}._a.jpg, …)")
@@ -220,7 +220,7 @@ def test_links_are_read_as_the_files_of_the_extracted_tar(shard: Path, kind: byt
     for sample in samples:
         path = shard.parent / "out" / sample.key
         assert sample.data == path.with_name(path.name + ".jpg").read_bytes()
-        assert sample.label == int(path.with_name(path.name + ".cls").read_text())
+        assert sample.target == int(path.with_name(path.name + ".cls").read_text())
     assert [sample.key for sample in samples] == ["./a", f"d/{long}", "./k", "d/l"]
     # The range of a linked member is that of its target.
     assert (samples[2].offset, samples[2].size) == (samples[0].offset, samples[0].size)
@@ -293,7 +293,7 @@ def test_the_output_of_gnu_tar_is_read(shard: Path) -> None:
         (source / f"k9.{extension}").symlink_to(f"k2.{extension}")
     subprocess.run(["tar", "--sort=name", "-cf", str(shard), "-C", str(source), "."], check=True)
     samples = list(read_samples(shard, data_config(), where="x"))
-    assert [(sample.key, sample.label, sample.data[:1]) for sample in samples] == [
+    assert [(sample.key, sample.target, sample.data[:1]) for sample in samples] == [
         ("./k0", 0, b"\0"),
         ("./k1", 1, b"\1"),
         ("./k2", 2, b"\2"),
@@ -338,8 +338,8 @@ def test_the_error_for_a_file_that_is_no_tar_names_its_kind_and_the_next_step(sh
 
 def test_no_label_is_none_and_a_null_label_reads_none(shard: Path) -> None:
     content = make_tar([("a.jpg", b"1"), ("b.jpg", b"2"), ("b.cls", b"not a number")])
-    assert [s.label for s in samples_of(shard, content, label=None)] == [None, None]
-    assert [s.label for s in samples_of(shard, content, label="other")] == [None, None]
+    assert [s.target for s in samples_of(shard, content, label=None)] == [None, None]
+    assert [s.target for s in samples_of(shard, content, label="other")] == [None, None]
 
 
 @pytest.mark.parametrize(
@@ -356,7 +356,7 @@ def test_the_error_for_a_label_that_is_no_class_names_shard_and_key(shard: Path,
 
 def test_every_label_below_num_classes_is_read(shard: Path) -> None:
     content = make_tar([(f"{k}.cls", f" {k}\n".encode()) for k in range(10)])
-    assert [s.label for s in samples_of(shard, content, num_classes=10)] == list(range(10))
+    assert [s.target for s in samples_of(shard, content, num_classes=10)] == list(range(10))
 
 
 @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])

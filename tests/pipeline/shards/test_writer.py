@@ -18,7 +18,7 @@ SAMPLES = [(f"digits/{number:02}", {"png": bytes([number]) * 9, "cls": b"%d" % n
 def test_packed_samples_are_read_in_order_from_shards_of_the_given_size(tmp_path: Path) -> None:
     urls = pack_shards(SAMPLES, f"{tmp_path}/out/train-%05d.tar", shard_size=3)
     assert urls == [f"{tmp_path}/out/train-{number:05}.tar" for number in range(3)]
-    read = [[(s.key, s.label, s.data) for s in read_samples(Path(u), data_config(), where=u)] for u in urls]
+    read = [[(s.key, s.target, s.data) for s in read_samples(Path(u), data_config(), where=u)] for u in urls]
     assert [len(shard) for shard in read] == [3, 3, 1]
     assert [sample for shard in read for sample in shard] == [
         (key, int(members["cls"]), members["png"]) for key, members in SAMPLES

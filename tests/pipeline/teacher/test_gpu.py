@@ -42,7 +42,7 @@ def group(*, num_rows: int, num_views: int, pinned: bool) -> GroupViews:
         samples=[],
         row_N=np.arange(num_rows, dtype=np.int32),
         content_hash_N=np.zeros(num_rows, np.uint64),
-        label_N=np.zeros(num_rows, np.int32),
+        targets={"label": np.zeros(num_rows, np.int32)},
         box_VN4=np.zeros((num_views, num_rows, 4), np.int32),
         flip_VN=np.zeros((num_views, num_rows), np.bool_),
         partner_VN=np.tile(np.arange(num_rows, dtype=np.int32)[::-1], (num_views, 1)),

@@ -18,6 +18,7 @@ from pipeline.augment.params import EVAL_VIEW
 from pipeline.core.errors import ShardError
 from pipeline.shards.index import IndexBuilder, ShardIndex, index_shard
 from pipeline.shards.tar import Sample, read_samples
+from pipeline.tasks.classification import Classification
 from pipeline.teacher.rendering import GroupViews, Rendering, indexed_samples, read_groups
 from schemas.cache_format import ViewBlock, aug_param_columns
 from schemas.config import DataConfig, ViewsConfig
@@ -43,11 +44,15 @@ def groups_of(
     samples: Iterator[Sample], spec: Rendering, builder: IndexBuilder | None, max_pixels: int = 10_000
 ) -> list[GroupViews]:
     with ThreadPoolExecutor(2) as pool:
-        return list(read_groups(samples, spec, pool, shard_id="s", max_pixels=max_pixels, builder=builder))
+        return list(
+            read_groups(
+                samples, spec, pool, shard_id="s", task=Classification(), max_pixels=max_pixels, builder=builder
+            )
+        )
 
 
 def sample(row: int, data: bytes) -> Sample:
-    return Sample(row=row, key=str(row), status="ok" if data else "empty", label=row % 10, offset=0, size=1, data=data)
+    return Sample(row=row, key=str(row), status="ok" if data else "empty", target=row % 10, offset=0, size=1, data=data)
 
 
 def index_of(url: str) -> ShardIndex:
@@ -58,7 +63,7 @@ def index_of(url: str) -> ShardIndex:
 @given(st.lists(st.sampled_from(["good", "good", "garbage", "empty"]), max_size=25))
 def test_every_group_but_the_last_is_full_despite_bad_samples(kinds: list[str]) -> None:
     payload = {"good": PNG, "garbage": b"garbage", "empty": b""}
-    builder = IndexBuilder("s")
+    builder = IndexBuilder("s", Classification())
     samples = iter([sample(row, payload[kind]) for row, kind in enumerate(kinds)])
     groups = groups_of(samples, rendering(kind="crop", views=1), builder)
     good = [row for row, kind in enumerate(kinds) if kind == "good"]
@@ -76,7 +81,7 @@ def test_every_group_but_the_last_is_full_despite_bad_samples(kinds: list[str]) 
 def test_bad_samples_between_good_ones_change_no_pixel(good: list[bool]) -> None:
     images = [members["png"] for _, members in digit_samples(len(good))]
     mixed = [sample(row, image if ok else b"garbage") for row, (ok, image) in enumerate(zip(good, images, strict=True))]
-    groups = groups_of(iter(mixed), rendering(), IndexBuilder("s"))
+    groups = groups_of(iter(mixed), rendering(), IndexBuilder("s", Classification()))
     # The key of a view is that of its sample, so a group of one good image has the same views.
     for group in groups:
         for row, good_sample in enumerate(group.samples):
@@ -87,7 +92,7 @@ def test_bad_samples_between_good_ones_change_no_pixel(good: list[bool]) -> None
 
 def test_the_pixels_of_a_group_are_one_tensor_in_channels_last_memory(digits_shards: list[str]) -> None:
     url = digits_shards[0]
-    for group in groups_of(read_samples(Path(url), DATA, where=url), rendering(), IndexBuilder("s")):
+    for group in groups_of(read_samples(Path(url), DATA, where=url), rendering(), IndexBuilder("s", Classification())):
         for pixels_NCHW in group.pixels_VNCHW:
             assert pixels_NCHW.is_contiguous(memory_format=torch.channels_last)
         num_bytes = group.pixels_VNCHW.untyped_storage().nbytes()
@@ -96,13 +101,14 @@ def test_the_pixels_of_a_group_are_one_tensor_in_channels_last_memory(digits_sha
 
 def test_a_first_pass_and_an_indexed_pass_give_the_same_groups(digits_shards: list[str]) -> None:
     url, index = digits_shards[0], index_of(digits_shards[0])
-    fresh = groups_of(read_samples(Path(url), DATA, where=url), rendering(), IndexBuilder("s"))
+    fresh = groups_of(read_samples(Path(url), DATA, where=url), rendering(), IndexBuilder("s", Classification()))
     indexed = groups_of(indexed_samples(Path(url), index, DATA, where=url), rendering(), None)
     assert [len(group.samples) for group in fresh] == [6, 6, 6, 2]
     for first, second in zip(fresh, indexed, strict=True):
         assert torch.equal(first.pixels_VNCHW, second.pixels_VNCHW)
-        for name in ("row_N", "content_hash_N", "label_N", "box_VN4", "flip_VN", "partner_VN", "mix_lambda_VN"):
+        for name in ("row_N", "content_hash_N", "box_VN4", "flip_VN", "partner_VN", "mix_lambda_VN"):
             assert np.array_equal(getattr(first, name), getattr(second, name))
+        assert np.array_equal(first.targets["label"], second.targets["label"])
         assert [*first.aug_params_VN] == [*second.aug_params_VN] == [*aug_param_columns(rendering().plan)]
         assert all(np.array_equal(values, second.aug_params_VN[name]) for name, values in first.aug_params_VN.items())
 
@@ -111,7 +117,7 @@ def test_the_odd_row_of_a_group_has_no_box(digits_shards: list[str]) -> None:
     spec = rendering(views=8)
     spec = replace(spec, plan=spec.plan.model_copy(update={"mix_group": 5, "cutmix": 1.0}))
     url = digits_shards[0]
-    for group in groups_of(read_samples(Path(url), DATA, where=url), spec, IndexBuilder("s")):
+    for group in groups_of(read_samples(Path(url), DATA, where=url), spec, IndexBuilder("s", Classification())):
         single_VN = group.partner_VN == np.arange(5)
         assert single_VN.sum(axis=1).tolist() == [1] * 8
         assert np.array_equal(group.aug_params_VN["cut_width"] == 0, single_VN)
@@ -119,19 +125,20 @@ def test_the_odd_row_of_a_group_has_no_box(digits_shards: list[str]) -> None:
 
 
 def test_the_index_of_a_first_pass_equals_a_separate_index(digits_shards: list[str]) -> None:
-    url, builder = digits_shards[1], IndexBuilder("digits-01")
+    url, builder = digits_shards[1], IndexBuilder("digits-01", Classification())
     groups_of(read_samples(Path(url), DATA, where=url), rendering(), builder)
     fused, separate = builder.finish(), index_of(url)
     assert fused.keys.equals(separate.keys)
-    for name in ("status", "label", "offset", "size", "width", "height", "content_hash"):
+    for name in ("status", "offset", "size", "width", "height", "content_hash"):
         assert np.array_equal(getattr(fused, name), getattr(separate, name))
+    assert np.array_equal(fused.targets["label"], separate.targets["label"])
 
 
 def test_a_block_of_one_view_has_the_view_of_the_larger_block(digits_shards: list[str]) -> None:
     url = digits_shards[0]
-    both = groups_of(read_samples(Path(url), DATA, where=url), rendering(), IndexBuilder("s"))
+    both = groups_of(read_samples(Path(url), DATA, where=url), rendering(), IndexBuilder("s", Classification()))
     spec = replace(rendering(), block=ViewBlock(start=1, stop=2))
-    second = groups_of(read_samples(Path(url), DATA, where=url), spec, IndexBuilder("s"))
+    second = groups_of(read_samples(Path(url), DATA, where=url), spec, IndexBuilder("s", Classification()))
     for group, group_of_one_view in zip(both, second, strict=True):
         assert torch.equal(group.pixels_VNCHW[1], group_of_one_view.pixels_VNCHW[0])
         assert np.array_equal(group.partner_VN[1], group_of_one_view.partner_VN[0])
@@ -141,7 +148,7 @@ def test_a_block_of_one_view_has_the_view_of_the_larger_block(digits_shards: lis
 def test_the_eval_pass_of_a_mixing_plan_is_neither_mixed_nor_flipped(digits_shards: list[str]) -> None:
     url, spec = digits_shards[0], rendering(is_eval=True)
     assert spec.view_numbers == [EVAL_VIEW]
-    for group in groups_of(read_samples(Path(url), DATA, where=url), spec, IndexBuilder("s")):
+    for group in groups_of(read_samples(Path(url), DATA, where=url), spec, IndexBuilder("s", Classification())):
         assert not group.mixes
         assert not group.flip_VN.any()
         assert group.partner_VN.tolist() == [list(range(len(group.samples)))]
@@ -149,7 +156,7 @@ def test_the_eval_pass_of_a_mixing_plan_is_neither_mixed_nor_flipped(digits_shar
 
 
 def test_an_image_beyond_the_pixel_limit_is_recorded_and_skipped() -> None:
-    builder = IndexBuilder("s")
+    builder = IndexBuilder("s", Classification())
     assert groups_of(iter([sample(0, PNG)]), rendering(kind="crop"), builder, max_pixels=10) == []
     assert builder.finish().num_ok == 0
 

@@ -152,7 +152,7 @@ def test_class_means_are_those_of_the_stored_embeddings(
     assert means is not None
     total, count = np.zeros((10, 7)), np.zeros(10, int)
     for entry in cache.shards:
-        columns, labels = cache.view(entry.shard_id, view), cache.index(entry).label
+        columns, labels = cache.view(entry.shard_id, view), cache.index(entry).targets["label"]
         assert columns.embedding_ND is not None
         for embedding_D, label in zip(columns.embedding_ND, labels, strict=True):
             total[label] += embedding_D
@@ -222,7 +222,7 @@ def test_statistics_count_the_hits_of_the_eval_pass(tiny_config: TinyConfig, tmp
     cache = open_built(tiny_config, tmp_path)
     top1 = top5 = 0
     for entry in cache.shards:
-        logits_NK, labels = cache.view(entry.shard_id, EVAL_VIEW).logits_NK, cache.index(entry).label
+        logits_NK, labels = cache.view(entry.shard_id, EVAL_VIEW).logits_NK, cache.index(entry).targets["label"]
         ranked_NK = np.argsort(-logits_NK, axis=1)
         top1 += int((ranked_NK[:, 0] == labels).sum())
         top5 += int((ranked_NK[:, :5] == labels[:, None]).any(1).sum())
@@ -238,7 +238,7 @@ def test_a_teacher_of_equal_logits_hits_by_class_index_and_verifies(tiny_config:
     torch.nn.init.zeros_(network.fc.bias)
     safetensors.torch.save_file(network.state_dict(), tmp_path / "teacher.safetensors")
     cache = open_built(tiny_config, tmp_path)
-    label_N = np.concatenate([cache.index(entry).label for entry in cache.shards])
+    label_N = np.concatenate([cache.index(entry).targets["label"] for entry in cache.shards])
     statistics = cache.manifest.statistics
     assert statistics.labelled == len(label_N) == 35
     assert statistics.top1_hits == (label_N == 0).sum()

@@ -54,7 +54,7 @@ def build_config(tiny_config: TinyConfig, shards: list[str], **sections: Any) ->
 
 
 def labels(cache: TeacherCache) -> list[int]:
-    return np.concatenate([cache.index(shard).label for shard in cache.shards]).tolist()
+    return np.concatenate([cache.index(shard).targets["label"] for shard in cache.shards]).tolist()
 
 
 def test_shards_packed_again_with_labels_give_a_cache_its_labels(tiny_config: TinyConfig, tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_shards_packed_again_with_labels_give_a_cache_its_labels(tiny_config: Ti
     assert labels(cache) == CLASSES
     # Hits of the stored logits of view 0.
     hits = sum(
-        int((view.argmax(1) == cache.index(shard).label).sum())
+        int((view.argmax(1) == cache.index(shard).targets["label"]).sum())
         for shard in cache.shards
         if (view := cache.view(shard.shard_id, 0).logits_NK) is not None
     )

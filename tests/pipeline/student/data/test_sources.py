@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 from pipeline.cache.read.reader import ViewColumns, open_cache
 from pipeline.core.errors import CacheError
-from pipeline.shards.index import NO_LABEL, STATUSES, ShardIndex
+from pipeline.shards.index import STATUSES, ShardIndex
 from pipeline.student.data.join import check_alignment
 from pipeline.student.data.memo import Memo
 from pipeline.student.data.sources import open_cached, open_indexed
+from pipeline.tasks.classification import Classification
 from tests.errors import raises
 from tests.pipeline.caches import shard_urls
 from tests.pipeline.student.conftest import Replay
@@ -37,7 +38,8 @@ def index() -> ShardIndex:
         shard_id="shard",
         keys=pa.array([f"key{row}" for row in range(8)]),
         status=status,
-        label=np.full(8, NO_LABEL, np.int32),
+        task=Classification(),
+        targets=Classification().rows([None] * 8),
         offset=zeros.astype(np.int64),
         size=zeros,
         width=zeros,

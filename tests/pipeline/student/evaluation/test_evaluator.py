@@ -68,7 +68,7 @@ def one_by_one(config: Config, module: Any, spec: InputSpec, *, output: int = 0)
                 view = apply_view(image, box, False, size=spec.size, interpolation=spec.interpolation)
                 with torch.no_grad():
                     logits.append(module(((view / 255 - mean) / std)[None])[output][0])
-                labels.append(int(index.label[row]))
+                labels.append(int(index.targets["label"][row]))
     return torch.stack(logits), torch.tensor(labels)
 
 

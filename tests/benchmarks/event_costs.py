@@ -1,4 +1,4 @@
-"""What is told, counted and recorded of one part: in the driver, which hears of all parts, and in its worker."""
+"""Costs of the events of one part: logging, counters and metrics, in the driver and in the worker of the part."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ _PARTS, _ROUNDS = 1_000, 9
 def run() -> None:
     config = Config.model_validate({"data": {"shards": "s3://bucket/train.tar"}, "cache": {"url": "s3://bucket/cache"}})
     task = PartTask(config, "s3://bucket/train.tar", ViewBlock(start=0, stop=5))
-    tally = BuildObserver(config, [task] * _PARTS * 10 * _ROUNDS, num_shards=1)
+    observer = BuildObserver(config, [task] * _PARTS * 10 * _ROUNDS, num_shards=1)
     result, spent = built(images=1_000, views=5, size_bytes=1_000_000, busy_s=9.0), AttemptStats("node", 10.0)
 
     def driver() -> None:
         for _ in range(_PARTS):
-            tally.done(task, result, spent, attempt=1)
-            tally.note()
+            observer.done(task, result, spent, attempt=1)
+            observer.note()
 
     def worker() -> None:
         for _ in range(_PARTS):
-            label = tally.label(task, 1)
+            label = observer.label(task, 1)
             label.emit_begin()
             label.emit_end(spent)
 
@@ -63,4 +63,4 @@ def _as(form: str, work: Callable[[], None]) -> Callable[[], None]:
 
 def _report(variants: dict[str, Callable[[], None]]) -> None:
     for name, seconds in interleaved(variants, rounds=_ROUNDS).items():
-        print(f"  {name:<26}{Spread.of([value / _PARTS * 1e3 for value in seconds])} ms a part")
+        print(f"  {name:<26}{Spread.of([value / _PARTS * 1e3 for value in seconds])} ms per part")
