@@ -206,7 +206,10 @@ def _publish(cache: TeacherCache, data: DataConfig, shards: list[_ShardLabels], 
             next_step="run the command again when no build is running",
         )
     task = task_of(data)
-    counted = Statistics(**task.fold(shard.statistics for shard in shards))
+    sums = task.accumulate()
+    for shard in shards:
+        sums.add_part(shard.statistics)
+    counted = Statistics(**sums.result())
     statistics = cache.manifest.statistics.model_copy(
         update={name: getattr(counted, name) for name in task.statistics_fields}
     )
