@@ -87,7 +87,7 @@ def build_cache(config: Config) -> Manifest:
     if relabelled is not None and relabelled.labels is not None and manifest.labels is None:
         command = f"stillroom cache relabel {quoted(cache.url)} --label {relabelled.labels.data['label']}"
         moved = "" if relabelled.base == manifest.base else " --shards (as before)"
-        _warn(f"the cache has the labels of its build again; run: {command}{moved}")
+        _warn(f"the cache again has the labels of its build; to relabel it, run: {command}{moved}")
     labels = cached_labels(open_cache(cache.url))
     if (warning := label_warning(labels, config.data, finished_cache=cache.url)) is not None:
         _warn(warning)
@@ -128,7 +128,7 @@ def check_shards(cache_url: str, by_id: dict[str, str], commits: Sequence[Commit
 
     Raises:
         CacheError: the config lacks shards of the finished cache, which would lose them.
-        ShardError: a shard is missing, or has another size than when its parts were built.
+        ShardError: a shard is missing, or has a different size from when its parts were built.
     """
     lost = sorted(_finished_shards(cache_url, commits) - by_id.keys())
     if lost:
@@ -232,7 +232,7 @@ def _valid_commits(
 
 
 def task_config(config: Config, by_id: dict[str, str]) -> Config:
-    """The config for tasks, without the list of shards: 100,000 URLs have megabytes, and a task names its own shard.
+    """The config for tasks, without the list of shards: 100,000 URLs take megabytes, and a task names its shard.
 
     It is equal for all tasks of a build, since a worker reuses its teacher while the config stays equal.
     """

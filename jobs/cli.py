@@ -114,7 +114,7 @@ def cache_plan(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Estimate a build: rows, bytes, requests, teacher forwards, break-even. Writes nothing."""
+    """Estimate a build: rows, bytes, requests, teacher forward passes, break-even. Writes nothing."""
     from jobs.plan_cache import describe, report
     from pipeline.storage.config_files import load_config
 
@@ -134,7 +134,7 @@ def cache_inspect(cache: CacheArgument, as_json: JsonOption = False) -> None:
 def cache_means(
     cache: CacheArgument,
     out: Annotated[str, typer.Option(help="JSON file or URL to write.")],
-    full_precision: Annotated[bool, typer.Option(help="Every digit instead of four decimals.")] = False,
+    full_precision: Annotated[bool, typer.Option(help="All digits instead of four decimals.")] = False,
 ) -> None:
     """Write class means in the JSON format of ND's authors (Wang 2023)."""
     from jobs.cache_ops import describe_means
@@ -162,7 +162,7 @@ def cache_verify(
     from pipeline.storage.config_files import load_config
 
     if overrides and config is None:
-        raise typer.BadParameter("overrides change a config: give --config too")
+        raise typer.BadParameter("overrides change a config: pass --config too")
     report = verify(
         cache,
         shards=shards,
@@ -220,7 +220,7 @@ def cache_gc(
     from pipeline.cache.ops.gc import collect_garbage, remove_unused_header
 
     if force and not unused_header:
-        raise typer.BadParameter("--force is for --unused-header: give that too")
+        raise typer.BadParameter("--force needs --unused-header")
     if unused_header:
         report = remove_unused_header(cache, force=force, dry_run=dry_run)
     else:
@@ -261,7 +261,7 @@ def recipe(
     if show_all:
         print(describe_packaged())
     elif source is None:
-        raise typer.BadParameter("name a recipe, or give --list")
+        raise typer.BadParameter("name a recipe, or pass --list")
     else:
         main(source, [*(overrides or []), *([DRY_RUN] if dry_run else [])])
 

@@ -94,7 +94,7 @@ def gains(results: dict[str, Any]) -> str:
 
     Raises:
         TrainingError: a gain is below 10 points. The tested versions of torch and Ray gain at least 29 points, so this
-            installation computes something else.
+            installation computes different results.
     """
     top1 = {name: student["top1"] for name, student in results["students"].items()}
     baseline = top1.pop("labels")

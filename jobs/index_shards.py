@@ -45,7 +45,7 @@ def index_shards(config: Config, folder_url: str) -> int:
 
 def _index(by_id: dict[str, str], config: Config, folder_url: str) -> int:
     _check_labels(by_id, config.data, folder_url)
-    # Every task reads the config, and a list of 100,000 URLs has megabytes.
+    # Every task reads the config, and a list of 100,000 URLs takes megabytes.
     data = config.data.model_copy(update={"shards": None, "val_shards": None})
     work = partial(publish_shard_index, data=data, folder_url=folder_url, threads=config.ray.cpus_per_task)
     num_ok, omissions = 0, list[Omissions]()

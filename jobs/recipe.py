@@ -1,7 +1,7 @@
 """A whole experiment from one YAML: train a teacher, cache its outputs, train students, print one table.
 
-``stillroom recipe RECIPE [key=value …] [--dry-run]``. Every stage is an ordinary config that resumes, so a repeated run
-does only what is missing.
+``stillroom recipe RECIPE [key=value …] [--dry-run]``. Every stage is an ordinary config that resumes, so a repeated
+run does only the missing work.
 """
 
 from __future__ import annotations

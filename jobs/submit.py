@@ -43,7 +43,7 @@ _URL_SEPARATORS = re.compile(r"[\s,\[\]{}'\"]+")
 
 
 class _Client(JobSubmissionClient):
-    """Ray's client with a timeout: its own requests wait for ever for a server that accepts and never responds."""
+    """Ray's client with a timeout: its own requests wait forever for a server that accepts and never responds."""
 
     def _do_request(self, method: str, endpoint: str, *, data: bytes | None = None, **options: Any) -> Any:
         # An upload may take any time.
@@ -75,7 +75,7 @@ def submit(
         excludes: patterns of .gitignore for files of ``working_dir`` that are not uploaded.
         env: names of variables of this environment that the job gets.
         pip: requirements file that Ray installs for the job; None: the nodes have all packages.
-        num_cpus, num_gpus, memory_bytes: reserved for the driver alone, in addition to its tasks and workers.
+        num_cpus, num_gpus, memory_bytes: reserved for the driver only, in addition to its tasks and workers.
 
     Returns:
         The exit code of the job's command; 130 if the job was stopped, or left running after Ctrl-C; without ``wait``
@@ -129,7 +129,7 @@ def submit(
 
 
 def check_job(command: Command, config: Config) -> None:
-    """Checks a job's config. Reads no shard, cache or model, which the cluster alone may reach.
+    """Checks a job's config. Reads no shard, cache or model, which only the cluster may be able to reach.
 
     Raises:
         InputError: as the job itself would; or the job would write into its working directory, which is temporary.
@@ -278,7 +278,7 @@ def _connection_errors(address: str) -> Generator[None]:
 
 @contextmanager
 def _refusals(job: Job) -> Generator[None]:
-    """Turns the cluster's refusal of a job into an error that says why."""
+    """Turns the cluster's refusal of a job into an error with its reason."""
     try:
         yield
     except RuntimeError as error:

@@ -51,7 +51,7 @@ def as_json() -> bool:
 
 
 def is_enabled(level: int) -> bool:
-    """Whether lines of this level are written, for callers that would format many for nothing."""
+    """Whether lines of this level are written, so that callers can skip formatting them."""
     return level > logging.DEBUG or as_json()
 
 

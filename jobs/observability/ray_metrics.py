@@ -1,6 +1,6 @@
 """Ray metrics of a job. Ray's agent on the driver's node serves them to Prometheus, as ``ray_stillroom_…``.
 
-The driver alone records them: it receives the events of every task and every step, and no series of a lost worker
+Only the driver records them: it receives the events of every task and every step, and no series of a lost worker
 remains. Without Ray nothing is recorded.
 """
 

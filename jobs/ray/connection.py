@@ -216,18 +216,18 @@ def check_response(address: str) -> None:
 
 
 def _reason(address: str) -> str:
-    """Why there was no response: gRPC reports the timeout alone."""
+    """Why there was no response: gRPC reports only the timeout."""
     host, _, port = address.removeprefix(_CLIENT_SCHEME).rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_PORT_TIMEOUT_S).close()
     except (OSError, ValueError) as error:
         return str(error)
-    return "something listens there, but it does not respond as Ray does"
+    return "a server listens there, but does not respond like Ray"
 
 
 def token_refused(where: str, reason: str) -> ResourceError:
     return ResourceError(
-        "the cluster did not accept the token, or there was none",
+        "the cluster did not accept the token, or none was sent",
         code="ray.token-refused",
         where=where,
         got=reason,

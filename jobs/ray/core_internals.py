@@ -1,4 +1,4 @@
-"""Ray's internals for connections. This module and ``train_internals`` alone import names that Ray may change in any
+"""Ray's internals for connections. Only this module and ``train_internals`` import names that Ray may change in any
 release.
 """
 

@@ -97,11 +97,11 @@ class _Failures:
         if len(errors) == 1:
             raise errors[0]
         if errors:
-            # A failure that may pass (exit code 1) is worth another run, so it decides the exit code.
+            # A possibly temporary failure (exit code 1) is worth another run, so it decides the exit code.
             kind = type(min(errors, key=lambda error: error.exit_code))
             raise kind(
                 f"{len(errors)} failures; {outcome}",
                 code="ray.several-failures",
                 got="".join(f"\n- {error}".replace("\n", "\n    ") for error in errors),
-                next_step="fix each cause; then run the command again: it does only what is not done",
+                next_step="fix each cause; then run the command again: it does only what is missing",
             )

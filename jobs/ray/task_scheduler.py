@@ -34,7 +34,7 @@ _SILENT_FACTOR = 3
 
 
 class LostTaskError(StorageError):
-    """A worker or node died with its task. Retried like a storage failure that may pass."""
+    """A worker or node died with its task. Retried like a temporary storage failure."""
 
     code = "ray.task-lost"
 
@@ -157,7 +157,7 @@ class TaskScheduler:
         """Each item with its result, in the order of completion.
 
         Raises:
-            LostTaskError: all nodes that could run a task were gone for ``ray.wait_s`` seconds.
+            LostTaskError: no node could run a task for ``ray.wait_s`` seconds.
         """
         new_attempts = (_Attempt(item) for item in items)
         try:
@@ -185,7 +185,7 @@ class TaskScheduler:
         return bool(self._in_flight or self._waiting)
 
     def _task(self, label: AttemptLabel) -> Any:
-        """The task, named after its part on Ray's dashboard. Ray also keeps series of metrics for every name for ever,
+        """The task, named after its part on Ray's dashboard. Ray also keeps series of metrics for every name forever,
         so only the first ``MAX_NAMED_TASKS`` first attempts have a name, and every retry.
         """
         if label.attempt == 1:
@@ -219,7 +219,7 @@ class TaskScheduler:
             )
         elif now - self._without_nodes_since > self._node_wait_s:
             raise LostTaskError(
-                f"every node that could run {self._what} is gone",
+                f"no node is left that could run {self._what}",
                 code="ray.nodes-gone",
                 where=self._where,
                 got=f"none for {self._node_wait_s:g} s",
@@ -229,7 +229,7 @@ class TaskScheduler:
 
     def _report_silence(self) -> None:
         """Reports the task launched first where it takes far longer than all finished ones, at growing intervals. Tasks
-        launched later may still be queued: Ray does not tell which have begun.
+        launched later may still be queued: Ray does not report which have begun.
         """
         if not self._in_flight or not self._reports_silence:
             return
@@ -255,7 +255,7 @@ class TaskScheduler:
         try:
             result, error, stats = ray.get(reference)
         except RayTaskError:
-            # An exception of another class than StillroomError is a bug: the user needs its traceback.
+            # An exception that is not a StillroomError is a bug: the user needs its traceback.
             raise
         except RayError as failure:
             self._handle_loss(attempt, failure)
@@ -300,7 +300,7 @@ class TaskScheduler:
 
 def _timed_out(name: str, timeout_s: float, node: str | None) -> LostTaskError:
     return LostTaskError(
-        "a part did not finish in its time",
+        "a part did not finish within its timeout",
         code="ray.part-timeout",
         where=name,
         got=f"no result after {timeout_s:g} s" + ("" if node is None else f" on {node}"),
@@ -322,5 +322,5 @@ def _lost(failure: RayError, name: str) -> LostTaskError:
         code="ray.task-lost",
         where=name,
         got=f"{type(failure).__name__}: {reason}",
-        next_step=f"run the command again: finished parts stay; if it repeats, {remedy}",
+        next_step=f"run the command again: finished parts stay; if it happens again, {remedy}",
     )

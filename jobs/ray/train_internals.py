@@ -29,7 +29,7 @@ _WAITING = (InitializingState, SchedulingState, ReschedulingState, RestartingSta
 
 
 def preemption_pending() -> bool:
-    """Whether a node of this worker's group is about to be taken away (``ray drain-node``).
+    """Whether a node of this worker's group is about to be preempted (``ray drain-node``).
 
     ``ray.train.get_preemption_info`` returns the same, but waits for all workers at each call.
     """
@@ -68,7 +68,7 @@ class WorkerGroupCallback(ControllerCallback):
         """The workers run; ``num_workers`` is None where their number did not change."""
 
     def on_waiting(self, *, repeated: bool) -> None:
-        """The workers wait for a place; ``repeated`` where the controller tries the same step again."""
+        """The workers wait to be placed; ``repeated`` where the controller tries the same step again."""
 
     def after_controller_start(self, train_run_context: Any) -> None:  # noqa: ARG002
         self.on_start()

@@ -1,4 +1,4 @@
-"""The workers of a training: their number, their resources, and how long they wait for a place."""
+"""The workers of a training: their number, their resources, and how long they wait for free nodes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _POLL_S = 0.5
 
 
 def min_workers(config: RayConfig) -> int:
-    """The smallest number of workers with which a training begins or goes on."""
+    """The smallest number of workers with which a training starts or continues."""
     return config.min_workers or config.num_workers
 
 
@@ -48,7 +48,7 @@ def scaling_config(config: RayConfig) -> ScalingConfig:
 
 
 class PlacementMonitor(WorkerGroupCallback):
-    """Warns while workers wait for a place, and ends the training after ``ray.wait_s``: Ray Train would wait for ever.
+    """Warns while workers wait to be placed, and ends the training after ``ray.wait_s``: Ray Train would wait forever.
 
     Args:
         warn: takes the text of each warning.
@@ -102,11 +102,11 @@ class PlacementMonitor(WorkerGroupCallback):
         """A training that has run may be resumed unchanged when its nodes are back; another one requests too much."""
         kind = TrainingError if self._has_run else ResourceError
         return kind(
-            f"the workers of this training had no place for {self._node_wait_s:g} s",
+            f"the workers of this training could not be placed for {self._node_wait_s:g} s",
             code="train.no-place",
             where=worker_keys(self._config),
             got=self._got(nodes),
             expected=self._expected,
-            next_step="add nodes, end what else runs on them, lower the keys above, or raise ray.wait_s; then run the "
+            next_step="add nodes, stop other work on them, lower the keys above, or raise ray.wait_s; then run the "
             "command again: it resumes from the last checkpoint",
         )

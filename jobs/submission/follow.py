@@ -42,7 +42,7 @@ class Job:
 
 
 def report(text: str) -> None:
-    """Prints a line about the job to standard error; standard output has the job's log alone."""
+    """Prints a line about the job to standard error; standard output has only the job's log."""
     print(f"submit: {text}", file=sys.stderr, flush=True)
 
 
@@ -64,7 +64,7 @@ def follow(client: JobSubmissionClient, job: Job) -> int:
         except KeyboardInterrupt:
             stop = _confirm_stop()
             if stop is None:
-                job.report("goes on")
+                job.report("continues")
                 return INTERRUPTED
             report(f"{'stopping' if stop else 'following'} job {job.id}")
             if stop:
@@ -108,13 +108,13 @@ class _Log:
                 timeout.reschedule(clock() + SILENCE_S)
 
     def print_rest(self) -> None:
-        """Prints what a dropped connection did not bring of the log of an ended job."""
+        """Prints the rest of the log of an ended job that a dropped connection did not deliver."""
         print(self._client.get_job_logs(self._job_id)[self._num_printed :], end="", flush=True)
 
 
 def _wait_for_end(client: JobSubmissionClient, job: Job, log: _Log) -> JobDetails:
     while True:
-        # The end of the connection does not tell whether the job has ended.
+        # The end of the connection does not show whether the job has ended.
         with contextlib.suppress(aiohttp.ClientError, TimeoutError, RuntimeError):
             asyncio.run(log.tail())
         info = _info(client, job)
@@ -137,7 +137,7 @@ def _info(client: JobSubmissionClient, job: Job) -> JobDetails:
         return attempts(client.get_job_info, job.id)
     except (OSError, RuntimeError) as error:
         raise SubmissionError(
-            f"the cluster no longer reports on job {job.id}; the job may go on",
+            f"the cluster no longer reports on job {job.id}; the job may still be running",
             code="submit.lost-contact",
             where=redact(job.address),
             got=first_line(error),

@@ -15,7 +15,7 @@ from pipeline.core.errors import StorageInputError
 MAX_BYTES = 100 << 20
 # Folder of the config in the job's working directory: its original path may be excluded, outside of it, or a URL.
 CONFIG_FOLDER = ".stillroom"
-# Patterns of .gitignore. Folders named data and runs are excluded at the top alone: deeper ones may be packages.
+# Patterns of .gitignore. Folders named data and runs are excluded at the top level only: deeper ones may be packages.
 _EXCLUDES = (".git", ".venv", "venv", "__pycache__", "*.egg-info", ".*_cache", ".hypothesis", ".env")
 _EXCLUDES_AT_TOP = (f"/{CONFIG_FOLDER}", "/data", "/runs")
 _IGNORE_FILES = (".gitignore", ".rayignore")
@@ -112,7 +112,7 @@ def _walk(
     ignore_files = [folder / name for name in _IGNORE_FILES if (folder / name).is_file()]
     rules = [*rules, *((folder, GitIgnoreSpec.from_lines(path.read_text().splitlines())) for path in ignore_files)]
     for path in sorted(folder.iterdir()):
-        # A pattern that ends in a slash matches folders alone.
+        # A pattern that ends in a slash matches folders only.
         slash = "/" if path.is_dir() else ""
         if any(patterns.match_file(f"{path.relative_to(base)}{slash}") for base, patterns in rules):
             continue

@@ -1,6 +1,6 @@
 """Pixels of a view: crop, resize, flip and options in uint8 on the CPU; mixing and normalising on the device.
 
-The canonical view is the uint8 result of ``apply_view``, which the digest of a canary proves.
+The canonical view is the uint8 result of ``apply_view``, which the digest of a canary verifies.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def to_input(
     Returns:
         float32 [B, 3, H, W] in the memory format of ``pixels_BCHW``.
     """
-    assert (partner_B is None) == (lambda_B is None), "partners and their weights come together"
+    assert (partner_B is None) == (lambda_B is None), "partner_B and lambda_B must be given together"
     unit_BCHW = _to_unit(pixels_BCHW)
     if partner_B is not None and lambda_B is not None:
         pool_NCHW = pixels_BCHW if partner_pixels_NCHW is None else partner_pixels_NCHW

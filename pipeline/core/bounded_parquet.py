@@ -1,7 +1,8 @@
 """Reads untrusted Parquet within a memory limit that follows from the file's size.
 
-A few bytes of Parquet can expand to gigabytes: runs of one number, one long text repeated, pages of zeros. The size of
-numbers is known from the footer, and the size of texts after each distinct text is read, both before the expansion.
+A few bytes of Parquet can expand to gigabytes: run-length encoded numbers, one long string repeated, pages of zeros.
+The size of numbers is known from the footer, and the size of texts after each distinct text is read, both before the
+expansion.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def _text_columns(schema: pq.ParquetSchema) -> list[str]:
     columns = [schema.column(number) for number in range(len(schema))]
     texts = [column for column in columns if column.physical_type == "BYTE_ARRAY"]
     if nested := [column.path for column in texts if column.path != column.name]:
-        raise pa.ArrowInvalid(f"lists of texts in {', '.join(nested)}")
+        raise pa.ArrowInvalid(f"lists of strings in {', '.join(nested)}")
     return [column.name for column in texts]
 
 

@@ -53,7 +53,7 @@ def build_config(tree: Mapping[str, Any], *, where: str) -> Config:
 
 
 def build_section(kind: type[S], tree: Mapping[str, Any], *, where: str) -> S:
-    """Checks a tree of plain values against another model than ``Config``, with keys of the same names.
+    """Checks a tree of plain values against a model other than ``Config`` whose keys have the same names.
 
     Raises:
         ConfigError: names all problems of the tree.

@@ -1,4 +1,4 @@
-"""Cause and remedy of every error code, as ``schemas/errors.toml`` has them."""
+"""Cause and remedy of every error code, as listed in ``schemas/errors.toml``."""
 
 from __future__ import annotations
 

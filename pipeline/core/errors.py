@@ -67,7 +67,7 @@ class ConfigError(InputError):
 
 
 class OrderError(ConfigError):
-    """Items of a dataset that were requested in another order than that of training."""
+    """Items of a dataset that were requested in an order that differs from that of training."""
 
     code = "data.out-of-order"
 
@@ -79,7 +79,7 @@ class StorageInputError(InputError):
 
 
 class TooLargeError(StorageInputError):
-    """A file that is larger than a file of its kind can be."""
+    """A file above the size limit of its kind."""
 
     code = "storage.too-large"
 
@@ -134,7 +134,7 @@ class ClusterError(StillroomError):
 
 
 class LostGpuError(StillroomError):
-    """A process was assigned another GPU than the one it uses. Another process can do its work."""
+    """A process was assigned a different GPU from the one that it uses. Another process can take over its work."""
 
     code = "ray.lost-gpu"
 
@@ -152,7 +152,7 @@ class TrainingError(StillroomError):
 
 
 class EvaluationError(StillroomError):
-    """An evaluation without meaning, for example of logits that are not finite."""
+    """An evaluation whose result would be meaningless, for example because logits are not finite."""
 
     code = "evaluate.failed"
 

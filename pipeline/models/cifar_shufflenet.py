@@ -55,7 +55,7 @@ class ShuffleUnit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = shuffle(relu(self.bn1(self.conv1(x))), self._groups)
-        # The networks of the tables have this ReLU, the unit of the paper has not.
+        # The networks of the tables have this ReLU, the unit of the paper does not.
         out = relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
         if self._stride == 1:

@@ -1,4 +1,4 @@
-"""Feature maps of any network, by layer name: a dry forward finds their layouts, and hooks capture them later."""
+"""Feature maps of any network, by layer name: a trial forward pass finds their layouts; hooks capture them later."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def find_maps(model: EmbeddingModel, layers: Sequence[str], *, size: int, where:
         ModelError: a layer does not exist, does not run exactly once, or its output is not a map; or the layers run in
             another order.
     """
-    assert not model.training, "a dry forward must not change statistics"
+    assert not model.training, "the trial forward pass must not change statistics"
     unknown = [layer for layer in layers if layer not in _layer_names(model)]
     if unknown:
         raise _unknown_layer(model, unknown[0], size, where)
@@ -200,7 +200,7 @@ def _unknown_layer(model: EmbeddingModel, layer: str, size: int, where: str) -> 
         code="model.unknown-layer",
         where=where,
         got=layer,
-        expected=f"one of {', '.join(near)}, …" if near else "a name of network.named_modules(); none is near this one",
+        expected=f"one of {', '.join(near)}, …" if near else "a name of network.named_modules(); none is similar",
         next_step=f"name layers whose output is a map, such as {_suggest_layers(model, size)}",
     )
 

@@ -52,7 +52,7 @@ class LoadedModel:
     """A network on the CPU in eval mode, its input, and its part of the fingerprint.
 
     Attributes:
-        architecture: model name, kwargs and num_classes as JSON: the facts that weights do not contain.
+        architecture: model name, kwargs and num_classes as JSON, which weights do not contain.
         notes: choices made on behalf of the user, to be logged once.
     """
 
@@ -104,7 +104,7 @@ def load_model(
 def load_untrained(
     config: ModelConfig, *, num_classes: int, size: int | None, likely_size: int | None = None, where: str = "teacher"
 ) -> LoadedModel:
-    """The network as for its weights, which are not loaded, for facts that do not depend on their values.
+    """Builds the network for its weights without loading them, for properties that do not depend on their values.
 
     Args:
         likely_size: input size in pixels that the weights were probably trained for; default: ``size``.
@@ -178,7 +178,8 @@ def weights_read_errors(url: str, *, where: str) -> Generator[None]:
 
 
 def unreadable_weights(config: ModelConfig) -> str | None:
-    """Why the weights file cannot be read from this machine, by reading its size; None if it can, or without a file.
+    """The reason why this machine cannot read the weights file, tested by a request for its size; None if it can, or if
+    there is no file.
 
     Raises:
         StorageInputError: the URL is refused.
@@ -221,7 +222,7 @@ def require_weights(config: ModelConfig, *, where: str) -> None:
     if config.weights is not None:
         return
     raise ConfigError(
-        "no weights are named",
+        "no weights are given",
         code="config.teacher-weights-missing",
         where=f"{where}.weights",
         got=f"{config.model} without weights",
@@ -255,7 +256,7 @@ def resolve(
     """The source that builds this network, and its request. Arguments as in ``load_model``."""
     if config.model is None:
         raise ConfigError(
-            "no model is named", code="config.model-missing", where=f"{where}.model", expected=_NAME_FORMS
+            "no model is given", code="config.model-missing", where=f"{where}.model", expected=_NAME_FORMS
         )
     if config.sha256 is not None and config.weights_url is None:
         raise ConfigError(
@@ -277,7 +278,7 @@ def resolve(
                 read=_reader(config, f"{where}.weights"),
             )
     raise ModelError(
-        "this is not the name of a model",
+        "this model name has an unknown form",
         code="model.unknown-source",
         where=f"{where}.model",
         got=config.model,

@@ -1,4 +1,4 @@
-"""Dry forwards determine K and D of a network, and whether a linear layer maps the embedding to the logits."""
+"""Trial forward passes determine K and D of a network, and whether a linear layer maps the embedding to the logits."""
 
 from __future__ import annotations
 

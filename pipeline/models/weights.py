@@ -158,15 +158,15 @@ def _misfits(network: nn.Module, state: OrderedDict[str, Tensor], shapes: Mappin
 
 
 def _check_name(url: str, where: str) -> None:
-    """Names a misspelt word for weights, which would otherwise look like the name of a missing file."""
+    """Reports a misspelt keyword, which would otherwise look like the name of a missing file."""
     if url.isalnum() and not storage.exists(url):
         raise ModelError(
-            "this is neither a word for weights nor a file",
+            "this is neither a keyword of weights nor a file",
             code="weights.unknown-name",
             where=where,
             got=url,
             expected="pretrained, random, or the URL of a file of safetensors or torch.save",
-            next_step="correct the word, or give the path of the file",
+            next_step="correct the keyword, or give the path of the file",
         )
 
 
@@ -179,7 +179,7 @@ def _check_digest(data: bytes, sha256: str | None, url: str, where: str) -> None
         where=f"{where}: {redact(url)}",
         got=digest(data),
         expected=sha256,
-        next_step="restore the file, or correct sha256 if the change was meant",
+        next_step="restore the file, or correct sha256 if the change was intended",
     )
 
 
@@ -237,11 +237,11 @@ def _unpickle(data: bytes, url: str, where: str) -> object:
 
 def _pickled_code(got: str, read: str, data: bytes, url: str, where: str) -> ModelError:
     return ModelError(
-        "the file holds more than tensors: pickled code is never run",
+        "the file contains more than tensors: pickled code is never run",
         code="weights.pickled-code",
         where=f"{where}: {redact(url)}",
         got=got,
-        expected="a state dict: names and tensors, and next to it plain values alone",
+        expected="a state dict (names to tensors), with nothing but plain values next to it",
         next_step=f"if you trust the file, since this runs its code: {_conversion(read, data, url)}",
     )
 
@@ -303,7 +303,7 @@ def _as_weights_file(content: object, url: str, where: str) -> WeightsFile:
     ]
     if not checkpoint.state or non_tensors:
         raise ModelError(
-            "the file does not hold a state dict",
+            "the file does not contain a state dict",
             code="weights.no-state-dict",
             where=f"{where}: {redact(url)}",
             got="; ".join(_summary(non_tensors, "not a tensor")) or f"an empty or unnamed {type(content).__name__}",

@@ -116,8 +116,8 @@ def _plain_jpeg_header(data: bytes) -> _Header | None:
     """The header of a JPEG without an orientation. None: Pillow has to read it.
 
     Pillow takes longer for the header than for the pixels of a thumbnail, with the GIL held. This function walks the
-    same segments up to the scan (ITU-T T.81, B.1.1). It gives up at metadata that may hold an orientation, and at any
-    malformed segment.
+    same segments up to the scan (ITU-T T.81, B.1.1). It returns None at metadata that may hold an orientation, and at
+    any malformed segment.
     """
     if data[:2] != _JPEG_START:
         return None

@@ -94,7 +94,7 @@ def evenly_spaced(shards: Sequence[T], max_shards: int) -> list[T]:
 def check_label_member(count: LabelCount, data: DataConfig, *, where: str, option: str = "data.label=") -> None:
     """Refuses a ``data.label`` that no sample has, unless labels may be missing (``data.missing_labels: ignore``).
 
-    Shards outside the count may have labels, so this check belongs to the start of the work, before a teacher runs.
+    Shards outside the count may have labels, so callers check this at the start of the work, before a teacher runs.
 
     Args:
         option: how the user passes the member.

@@ -85,7 +85,7 @@ def publish_shard_index(url: str, *, data: DataConfig, folder_url: str, threads:
 
 
 def _check_last_image(url: str, index: ShardIndex) -> None:
-    """One range read: a rewritten shard of the same name hardly has the same last image at the same offset."""
+    """One range read: a rewritten shard of the same name is unlikely to have the same last image at this offset."""
     if not index.num_ok:
         return
     row = int(index.ok[-1])

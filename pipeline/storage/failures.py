@@ -63,7 +63,11 @@ PAUSE = wait_random_exponential(multiplier=0.2, max=8)
 
 
 def with_retries(operation: Callable[P, R]) -> Callable[P, R]:
-    """Retries transient failures, with growing random pauses. ``operation`` is idempotent, and never inside another."""
+    """Retries transient failures, with growing random pauses.
+
+    Args:
+        operation: idempotent, and never run inside another retried operation.
+    """
     return retry(
         retry=retry_if_exception_type(TransientStorageError),
         stop=stop_after_attempt(_MAX_ATTEMPTS) | stop_before_delay(_MAX_RETRY_S),
@@ -106,7 +110,7 @@ def _is_of_library(error: BaseException | None) -> bool:
 
 
 def _status(error: BaseException) -> int | None:
-    """The HTTP status. Each library has another name for it."""
+    """The HTTP status. Each library has a different name for it."""
     values = (getattr(error, name, None) for name in ("status", "status_code", "code"))
     return next((status for status in values if isinstance(status, int)), None)
 

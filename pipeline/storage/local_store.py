@@ -84,7 +84,7 @@ def fsync(path: Path) -> None:
 
 
 def _fsync_folder(folder: Path) -> None:
-    """Puts new names on disk, if the file system can: some network file systems cannot."""
+    """Syncs new names to disk, if the file system can: some network file systems cannot."""
     try:
         fsync(folder)
     except OSError as error:
@@ -115,7 +115,7 @@ def _rename_new(scratch: Path, target: Path, *, link_error: OSError) -> None:
     number = renameat2_noreplace(scratch, target)
     if number in _NOT_SUPPORTED:
         raise StorageInputError(
-            "this file system cannot create a file only if it is absent, which keeps two writers apart",
+            "this file system has no atomic create-if-absent, which protects a file from a second writer",
             code="storage.no-exclusive-create",
             where=str(target.parent),
             got=f"no hard links ({link_error.strerror}), no renameat2 with RENAME_NOREPLACE ({os.strerror(number)})",
@@ -165,7 +165,7 @@ def _walk(folder: Path, root: Path | None, ancestors: tuple[Path, ...]) -> Itera
                     code="storage.link-out",
                     where=str(path),
                     got=str(target),
-                    next_step="copy its target, or pass --links-out if all of it is yours",
+                    next_step="copy its target, or pass --links-out if you trust all of its files",
                 )
             if entry.is_dir():
                 yield from _walk(path, root, ancestors)

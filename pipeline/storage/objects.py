@@ -69,7 +69,7 @@ def exists(url: str) -> bool:
 
 @with_retries
 def stamp(url: str) -> str:
-    """The store's info of a file now, tag and times included: another text after the file is replaced."""
+    """The store's metadata of a file as text, with its ETag and times: it differs after the file is replaced."""
     with _open(url, "stat") as store:
         store.filesystem.invalidate_cache(store.path.rpartition("/")[0])
         return str(sorted(store.filesystem.info(store.path).items()))
@@ -210,8 +210,8 @@ def write(url: str, data: bytes) -> None:
 def create(url: str, data: bytes) -> bool:
     """Publishes bytes only if the object is absent. Returns whether the object has these bytes.
 
-    A writer that finds its own bytes has succeeded: either its first response was lost, or an identical writer was as
-    fast. The two cases are indistinguishable, and equal bytes mean the same to every reader.
+    A writer that finds its own bytes has succeeded: either the response to its first request was lost, or another
+    writer created the same bytes. The two cases are indistinguishable, and readers see no difference.
 
     Raises:
         StorageInputError: a conditional create is not implemented for this store.
@@ -233,12 +233,12 @@ def create(url: str, data: bytes) -> bool:
             return store.read(None) == data
         except FileNotFoundError as error:
             raise TransientStorageError(
-                "the object was removed at this moment", code="storage.removed-meanwhile", where=redact(url)
+                "the object was removed while it was created", code="storage.removed-meanwhile", where=redact(url)
             ) from error
 
 
 def probe(url: str) -> None:
-    """Proves before any work that files below ``url`` can be created, are protected from a second creator, and can be
+    """Checks before any work that files below ``url`` can be created, are protected from a second create, and can be
     removed.
 
     Raises:
@@ -251,7 +251,9 @@ def probe(url: str) -> None:
     target = join(folder_url, f".tmp-probe-{uuid.uuid4().hex}")
     if not create(target, b"first"):
         raise StorageError(
-            "an object already has a new random name", code="storage.probe-name-taken", where=redact(target)
+            "an object with a newly generated random name already exists",
+            code="storage.probe-name-taken",
+            where=redact(target),
         )
     try:
         is_exclusive = not create(target, b"second")

@@ -92,7 +92,7 @@ def num_gets(size_bytes: float) -> int:
 
 
 def _crc32(path: Path) -> str:
-    """As S3 spells it: base64 of the big-endian word."""
+    """In the encoding of S3: base64 of the big-endian word."""
     value = 0
     with path.open("rb") as file:
         while block := file.read(_BLOCK_BYTES):

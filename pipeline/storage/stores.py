@@ -1,4 +1,4 @@
-"""The seam between URLs and stores: the operations of a store on the object or folder at one URL.
+"""The interface of a store: its operations on the object or folder at one URL.
 
 ``Store`` implements them with fsspec. A store with faster or safer requests derives from it, and its protocol is
 registered in ``objects``.
@@ -88,7 +88,7 @@ class Store:
         self.filesystem, self.path = open_filesystem(url)
 
     def info(self) -> dict[str, Any] | None:
-        """fsspec's info of the object or folder now, past any cached listing; None if it is absent."""
+        """fsspec's info of the object or folder now, bypassing any cached listing; None if it is absent."""
         # fsspec's own exists and isfile return False for every exception, also for a refused or throttled request.
         self.filesystem.invalidate_cache(self.path.rstrip("/").rpartition("/")[0])
         try:
@@ -122,7 +122,7 @@ class Store:
     def check_size(self, size_bytes: int, max_bytes: int) -> None:
         if size_bytes > max_bytes:
             raise TooLargeError(
-                "this file is larger than such a file can be",
+                "this file is above the size limit of its kind",
                 code="storage.too-large",
                 where=self.where,
                 got=f"{size_bytes} bytes",
@@ -150,7 +150,7 @@ class Store:
 
     def entries(self) -> list[Entry]:
         """Every object below the folder; empty if the folder is absent."""
-        # A search that walks a tree leaves out what it may not read, also the folder itself.
+        # A search that walks a tree skips what it may not read, even the folder itself.
         return [] if self.info() is None else self._find()
 
     def _find(self) -> list[Entry]:
@@ -185,7 +185,7 @@ class Store:
 
 
 def _modified_s(info: Mapping[str, Any]) -> float | None:
-    """The time of the last change. Each store has another name for it."""
+    """The time of the last change. Each store has a different name for it."""
     names = ("mtime", "LastModified", "last_modified", "updated", "created")
     time = next((info[name] for name in names if info.get(name) is not None), None)
     if isinstance(time, str):

@@ -261,7 +261,7 @@ class CachedDataset(Dataset[CachedBatch]):
 
 def _out_of_order(now: _Pass, last: int | None, index: int) -> OrderError:
     return OrderError(
-        "items of a CachedDataset were taken in another order than that of training",
+        "items of a CachedDataset were requested in an order that differs from that of training",
         code="data.out-of-order",
         where=f"epoch {now.epoch}, from step {now.start_step}",
         got=f"item {index}" + ("" if last is None else f" after item {last}"),

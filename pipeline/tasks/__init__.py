@@ -1,5 +1,5 @@
-"""Tasks: what depends on the kind of target, one file a task. Metrics, losses and reports of a task stand in their own
-layers, registered by its name; no other module tests which task it is.
+"""Tasks: what depends on the kind of target, one file per task. Metrics, losses and reports of a task are in the
+packages of metrics, losses and reports, registered by its name; no other module tests which task it is.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The numeric environment: the facts that must be equal for two builds to produce the same bytes, and its switches."""
+"""The numeric environment: properties that must be equal for two builds to produce the same bytes, and its switches."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
 
 
 def numeric_env(device: torch.device, *, batch_size: int) -> dict[str, object]:
-    """Facts about hardware and software. Equal environments produce byte-identical parts. No host name, no time."""
+    """Properties of hardware and software. Equal environments produce byte-identical parts. No host name, no time."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_info("model name"),
         "device_type": device.type,
@@ -112,7 +112,7 @@ def pick_device(use_gpu: bool) -> torch.device:
 
 
 def visible_gpus() -> str | None:
-    """The GPUs that this process may use. CUDA reads this once, when it starts."""
+    """``CUDA_VISIBLE_DEVICES``: the GPUs that this process may use. CUDA reads it once, at its initialisation."""
     return os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
@@ -123,7 +123,7 @@ def check_gpu(device: torch.device, first_visible: str | None) -> None:
         first_visible: ``visible_gpus`` at the time when the device was first used.
 
     Raises:
-        LostGpuError: the process was assigned another GPU since, which CUDA does not notice.
+        LostGpuError: the process has since been assigned a different GPU, which CUDA does not notice.
     """
     if device.type == "cuda" and visible_gpus() != first_visible:
         raise LostGpuError(

@@ -223,7 +223,7 @@ def _render_chunk(
             builder.add(sample, outcome.status, outcome.width, outcome.height, outcome.reason)
         elif outcome.status != "ok":
             raise ShardError(
-                "an image that could be used when its shard was indexed cannot be used now",
+                "an image that was usable when its shard was indexed is unusable now",
                 code="shard.image-undecodable-now",
                 where=f"{shard_id}/{sample.key}",
                 got=f"{outcome.status}: {outcome.reason}" if outcome.reason else outcome.status,

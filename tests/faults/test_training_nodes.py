@@ -253,6 +253,6 @@ def test_a_training_saves_a_checkpoint_before_a_preempted_node_is_lost(
         (run / "gate").unlink()
         assert driver.wait(_TIMEOUT_S) == 0, log_of(config)
 
-    assert "a node will be taken away" in log_of(config)
+    assert "a node will be preempted" in log_of(config)
     alone = Config.model_validate(config_of(tmp_path, "alone", shards, address="none"))
     assert losses(run) == pytest.approx(losses(tmp_path / "alone"), rel=training_error(alone, 120))

@@ -304,7 +304,7 @@ def test_ctrl_c_without_a_terminal_and_a_second_one_leave_the_job_running_and_pr
             wait_until(lambda: "stop the job?" in slow_build.errors(), process, slow_build)
             process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130, slow_build.errors()
-    assert f"job {job} goes on" in slow_build.errors()
+    assert f"job {job} continues" in slow_build.errors()
     assert f"ray job stop --address {cluster.dashboard_url} {job}" in slow_build.errors()
     assert request(cluster, job)["status"] == "RUNNING"
     assert request(cluster, job, "/stop", "POST") == {"stopped": True}

@@ -1,4 +1,4 @@
-"""The blocks of views that a build makes of each shard, which of them are missing, and which hold class sums."""
+"""The blocks of views into which a build splits each shard, which of them are missing, and which hold class sums."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def publish_commit(cache_url: str, commit: Commit) -> Commit:
 def check_fingerprint(commit: Commit, fingerprint: str, cache_url: str) -> None:
     """
     Raises:
-        CacheError: the commit was published under another header than that of this fingerprint.
+        CacheError: the commit was published under a header whose fingerprint differs.
     """
     if commit.fingerprint != fingerprint:
         path = layout.commit_path(commit.shard_id, commit.block)

@@ -187,7 +187,7 @@ def _check_bodies(
     ]
     if not changed:
         return
-    # A build never replaces a header: another builder may be at work that has not committed a part yet.
+    # A build never replaces a header: another builder may be running that has not committed a part yet.
     unused = is_unused(cache_url)
     raise CacheError(
         "this cache was begun with another config or another teacher"

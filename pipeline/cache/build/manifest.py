@@ -102,7 +102,7 @@ def find_relabelled(cache_url: str) -> Manifest | None:
 
 def _find_unchanged_relabelled(cache_url: str, fold: Fold) -> Manifest | None:
     """The relabelled manifest, if nothing was built since. Otherwise the new manifest loses these labels, because later
-    parts and shards have those of the build alone."""
+    parts and shards have only those of the build."""
     manifest = find_relabelled(cache_url)
     if manifest is None:
         return None

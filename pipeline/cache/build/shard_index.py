@@ -43,7 +43,7 @@ def find_index(cache_url: str, shard_url: str, data: DataConfig) -> StoredIndex 
 
     Raises:
         ShardError: more samples cannot be used than ``data.bad_samples`` allows.
-        CacheError: the index is damaged, or was made with other settings.
+        CacheError: the index is damaged, or was built with other settings.
     """
     shard = shard_id(shard_url)
     url = storage.join(cache_url, layout.index_path(shard))
@@ -78,7 +78,7 @@ def restore_index(task: IndexTask) -> None:
     got = ""
     with storage.scratch_folder() as scratch:
         local = storage.local_copy(task.shard_url, scratch)
-        # An earlier version, which built with the first rules alone, may have built the parts.
+        # An earlier version, which knew only the first rules, may have built the parts.
         for rules in (2, 1):
             index = index_shard(local, data, where=where, threads=task.config.ray.cpus_per_task, rules=rules)
             restored = encode_index(index, index_settings(data))

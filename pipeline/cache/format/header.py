@@ -38,7 +38,7 @@ def replayable_plan(header: Header) -> ViewsConfig:
     """``plan_of``, for callers that sample the views again.
 
     Raises:
-        CacheError: this version samples other views from the plan than the builder did.
+        CacheError: this version samples views from the plan that differ from those of the builder.
     """
     if header.views.get("rng_version") != RNG_VERSION:
         raise CacheError(

@@ -1,4 +1,4 @@
-"""The path of each file of a cache. No other module spells these paths."""
+"""The path of each file of a cache. No other module contains these paths."""
 
 from __future__ import annotations
 

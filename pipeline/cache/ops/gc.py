@@ -170,7 +170,7 @@ def _unnamed(cache_url: str, entries: Sequence[storage.Entry]) -> list[storage.E
 
 
 def _named_by_manifest(cache_url: str) -> set[str]:
-    """Parts and indexes that a training reads, even if their commits are gone."""
+    """Parts and indexes that a training reads, even if their commits are missing."""
     if not storage.exists(storage.join(cache_url, layout.MANIFEST)):
         return set()
     manifest = read_manifest(cache_url)[0]

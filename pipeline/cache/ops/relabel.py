@@ -83,8 +83,8 @@ def relabel(
     Raises:
         CacheError: the cache is unfinished, damaged, or was changed meanwhile.
         ConfigError: there is no label to read, or a named shard is not in the cache.
-        ShardError: a shard is missing, has other samples or images than in the build, or an invalid label; or no sample
-            has the member.
+        ShardError: a shard is missing, has samples or images that differ from those of the build, or an invalid label;
+            or no sample has the member.
     """
     cache = open_cache(cache_url)
     data = _data_config(cache, label)
@@ -172,7 +172,7 @@ def _with_labels(index: ShardIndex, data: DataConfig, local: Path, *, where: str
         rows = enumerate(zip(got, expected, strict=False))
         row = next((row for row, (got_sample, expected_sample) in rows if got_sample != expected_sample), None)
         raise ShardError(
-            "this shard has other samples or images than those of the build",
+            "the samples or images of this shard differ from those of the build",
             code="cache.relabel-other-images",
             where=where if row is None else f"{where}, row {row}, key {expected[row][0]}",
             got=f"{len(got)} samples" if row is None else f"key {got[row][0]}, content hash {got[row][1]:016x}",

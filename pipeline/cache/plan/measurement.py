@@ -231,7 +231,7 @@ def forecast(plan: CachePlan, config: Config, measurement: Measurement, *, num_s
 
 
 def part_time_warnings(times: Forecast, views_per_part: int) -> list[str]:
-    """A part of seconds is mostly start and end; a part of hours loses hours when its node goes."""
+    """A part of seconds is mostly start and end; a part of hours loses hours when its node is lost."""
     if times.part_s > _LONG_PART_S and views_per_part > 1:
         return [
             f"a part takes {times.part_s / 3600:.1f} hours, all of which are lost with its node; "

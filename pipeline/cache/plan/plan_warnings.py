@@ -70,7 +70,7 @@ def _int8_resolution(inputs: PlanInputs, plan: CachePlan) -> str | None:
     return (
         f"int8 spreads 256 levels over {num_classes} logits and stores {size_bytes} bytes per row, "
         f"{size_bytes * plan.work.forwards.expected / 1e9:.1f} GB in all: close logits become equal; "
-        "cache.logits=int4 keeps the largest logits distinct in about half of the bytes"
+        "cache.logits=int4 preserves differences between the largest logits in about half of the bytes"
     )
 
 

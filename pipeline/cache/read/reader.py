@@ -296,7 +296,7 @@ def _check_size(url: str, expected: int, cause: StorageError) -> None:
     """Raises for a truncated part, which no retry repairs, so that the caller can raise the error of storage."""
     if (got := storage.size(url)) != expected:
         raise CacheError(
-            "this part has another size than in its commit",
+            "the size of this part differs from that in its commit",
             code="cache.truncated-part",
             where=redact(url),
             got=f"{got} bytes",

@@ -101,7 +101,7 @@ def check_canaries(
         findings.add(
             Problem(
                 commit.part.path,
-                "this machine renders other pixels than those of the teacher's input",
+                "this machine renders pixels that differ from the teacher's input",
                 got=f"block means differ by up to {levels} of 255; here: {here}",
                 expected=f"the part was built with {_versions(commit.environment)}",
                 shard=commit.shard_id,

@@ -218,7 +218,7 @@ def _read_commits(
             samples = commit.model_dump(include={"shard_size_bytes", "num_ok", "read", "written", "skipped"})
             first_index, first_samples = first_of_shard.setdefault(shard, (commit.index, samples))
             expect = commit_findings.expect
-            expect(path, "another index than in the shard's first commit", commit.index, first_index)
+            expect(path, "an index that differs from that of the shard's first commit", commit.index, first_index)
             expect(path, "the shard changed between two of its parts", samples, first_samples)
             views = {(shard, view.view) for view in commit.views}
             expect(path, "another commit covers these views", sorted(views & covered), [])
@@ -292,7 +292,7 @@ def _read_table(cache_url: str, ref: FileRef, path: str, findings: Findings) -> 
 def _check_fold(
     manifest: Manifest, shards: pa.Table, parts: pa.Table, records: CacheRecords, findings: Findings
 ) -> None:
-    """The manifest must be the fold of the commits of its parts. Other commits are those of a build that goes on."""
+    """The manifest must be the fold of the commits of its parts. Other commits belong to a running build."""
     shard_ids: list[str] = shards["shard_id"].to_pylist()
     commits = [commit for commit in records.commits if commit.summary.part in records.manifest_parts]
     if num_newer := len(records.commits) - len(commits):

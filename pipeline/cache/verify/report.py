@@ -19,7 +19,7 @@ class Problem:
     """A fault of a file. ``rows`` counts the rows that share it; shard, view and key are those of the first row.
 
     Attributes:
-        code: of the error that ended the check of this file; None if the check went on.
+        code: of the error that ended the check of this file; None if the check continued.
     """
 
     file: str
@@ -73,7 +73,7 @@ class Findings:
     def capture(
         self, file: str, kind: str | None = None, *, shard: str | None = None, view: int | None = None
     ) -> Generator[None]:
-        """Turns an error inside a ``with`` into a problem of this file, so that the verification goes on.
+        """Turns an error inside a ``with`` into a problem of this file, so that the verification continues.
 
         Args:
             kind: counted as checked.

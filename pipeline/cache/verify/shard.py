@@ -203,7 +203,7 @@ class _ShardCheck:
             return None
         named = records.relabelled.get(self._shard_id)
         expected = self.commits[0].shard_size_bytes if named is None else named.size_bytes
-        what = "this shard is not as long as when its parts were built"
+        what = "the size of this shard has changed since its parts were built"
         if not self.findings.expect(redact(url), what, size_bytes, expected, shard=self._shard_id):
             return None
         return ShardImages(url, relabelled or index, records.header, records.plan, decoders)

@@ -113,11 +113,11 @@ def unknown_name(request: BuildRequest, names: Collection[str]) -> ModelError:
     """The error for a name that its library does not have, with the nearest names."""
     near = difflib.get_close_matches(request.name, names, n=3, cutoff=0.5)
     return ModelError(
-        "there is no model of this name",
+        "the library has no model of this name",
         code="model.unknown-name",
         where=f"{request.where}.model",
         got=request.config.model,
-        expected=f"one of {', '.join(near)}, …" if near else f"one of {len(names)} names; none is near this one",
+        expected=f"one of {', '.join(near)}, …" if near else f"one of {len(names)} names; none is similar",
         next_step="correct the name",
     )
 

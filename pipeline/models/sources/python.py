@@ -26,7 +26,7 @@ from pipeline.models.sources.base import (
 )
 
 _NAME = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*:[^\W\d]\w*")
-# Not code of the user. Some of their functions run what their arguments name: a command, a file, a repository.
+# Not code of the user. Some of their functions execute what their arguments name: a command, a file, a repository.
 _FOREIGN_PACKAGES = frozenset({*sys.stdlib_module_names, "torch", "torchvision", "timm"})
 
 
@@ -99,7 +99,7 @@ def _check_name(request: BuildRequest) -> None:
 
 
 def _check_origin(factory: Callable[..., Any], request: BuildRequest) -> None:
-    """Refuses foreign functions that the module of the user imported, under any name."""
+    """Refuses functions of other packages that the module of the user imported, under any name."""
     if isinstance(factory, (type, types.FunctionType, types.BuiltinFunctionType)) and _is_foreign(
         module := factory.__module__ or "builtins"
     ):

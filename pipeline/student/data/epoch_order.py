@@ -197,7 +197,7 @@ def _concatenate(chunks: Sequence[_Units]) -> _Units:
 def _flatten(units: _Units) -> OrderedRows:
     row_B, shard_B = units.row_UW.reshape(-1), units.shard_UW.reshape(-1)
     position_B = np.arange(len(row_B), dtype=np.int32)
-    # Partners stand at 2j and 2j + 1, and only the very last unit can lack its second row.
+    # Partners are at positions 2j and 2j + 1, and only the very last unit can lack its second row.
     partner_B = np.where(np.repeat(units.mixed_U, units.row_UW.shape[1]), position_B ^ 1, position_B)
     present_B = row_B >= 0
     return OrderedRows(shard_B[present_B], row_B[present_B], partner_B[present_B])

@@ -103,8 +103,8 @@ def check_alignment(columns: ViewColumns, index: ShardIndex, *, where: str) -> N
     """The cached rows are the index's ok rows: each once, in order, with the same content, mixed among themselves.
 
     Raises:
-        CacheError: a row is missing, repeated, foreign, of another image, or mixed with a row that is none of these;
-            the first such row is named.
+        CacheError: a row is missing, repeated, unknown to the index, of another image, or mixed with a row that does
+            not exist; the first such row is named.
     """
     expected_N = index.row[index.ok]
     if not np.array_equal(columns.row_N, expected_N):

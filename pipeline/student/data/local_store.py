@@ -1,12 +1,12 @@
 """Files that a node stores for all its training processes: copies of remote shards, and views of caches to be mapped.
 
-One folder, one byte limit. The first process that needs a file makes it; the others wait. It is written under another
+One folder, one byte limit. The first process that needs a file creates it; the others wait. It is written under another
 name and renamed when it is complete, so a file under its final name is never partial. The least recently used file is
 removed first.
 
 All state is in the files, so nothing can disagree with them: sizes and times of use are the file system's, and a
 process locks each file that it uses (``flock``); the kernel releases the lock with the process. A file in use is not
-removed: it would still take its space, and the next process would make it again.
+removed: it would still take its space, and the next process would create it again.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class NodeStore:
         local = storage.local_path(url)
         if local is not None:
             return CacheLease(local)
-        # The size tells whether the object was replaced; with the same size, readers of images compare contents.
+        # The size shows whether the object was replaced; for an equal size, readers of images compare contents.
         name = name_of(f"{url}\n{size_bytes}", storage.last_name(url))
 
         def fetch(part: Path) -> None:
@@ -127,10 +127,10 @@ class NodeStore:
         return self.acquire(name, size_bytes, fetch)
 
     def acquire(self, name: str, size_bytes: int, fill: Fill) -> CacheLease:
-        """The file of this name (``name_of``), made if it does not exist.
+        """The file of this name (``name_of``), created if it does not exist.
 
         Args:
-            size_bytes: its approximate size; so much room is made first.
+            size_bytes: its approximate size; that much space is freed first.
 
         Raises:
             StorageInputError: the folder is another user's, or cannot be written to.
@@ -228,7 +228,7 @@ class NodeStore:
 
     @contextmanager
     def _exclusive(self) -> Generator[None]:
-        """Two processes that made room at the same time would remove twice as much."""
+        """Two processes that freed space at the same time would remove twice as much."""
         descriptor = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -257,7 +257,7 @@ def _claimed(descriptor: int, part: Path) -> bool:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            # Polled: the process that made the file holds its lock, shared, as long as it uses it.
+            # Polled: the process that created the file holds a shared lock as long as it uses it.
             if not _is_named(descriptor, part):
                 return False
             time.sleep(_POLL_S)

@@ -1,6 +1,6 @@
 """The sample order: the rows of every (epoch, step, rank), from (seed, epoch) and the index's counts alone.
 
-The order of an epoch is built in four moves. Units (rows; mixup pairs under mixing) are permuted inside each shard;
+The order of an epoch is built in four stages. Units (rows; mixup pairs under mixing) are permuted inside each shard;
 shards are concatenated in the epoch's order; that sequence is split into C contiguous lanes; each lane is shuffled
 inside windows of a few shards. A step takes the same number of units from every lane, and a rank owns whole lanes, so
 the global batches are the same for any world size, and a rank touches few shards at a time.
@@ -36,7 +36,7 @@ _WINDOW_STEPS = 2
 class TrainingOrder:
     """The order of a training. Build it with ``order_of`` or ``TrainingOrder.build``, which check the numbers.
 
-    Under mixing, mixup partners stand next to each other in one batch. A row without a partner in its shard is joined
+    Under mixing, mixup partners are adjacent in one batch. A row without a partner in its shard is joined
     with the next such row into one unit, so that full steps have G rows; the two are not mixed with each other. If the
     number of rows is odd, the last such row ends the short last step, or is dropped.
 

@@ -79,7 +79,7 @@ class RowSource(Protocol):
 def read_image(
     source: RowSource, shard: int, byte_range: tuple[int, int, int], *, sample_id: str, max_pixels: int
 ) -> Tensor:
-    """The image at one of ``SampleRows.byte_ranges``, uint8 [3,H,W], proven to be the one that was indexed.
+    """The image at one of ``SampleRows.byte_ranges``, uint8 [3,H,W], verified to be the one that was indexed.
 
     Raises:
         CacheError: the tar holds other bytes now.
@@ -106,11 +106,11 @@ def read_image(
         return decode(data, max_pixels=max_pixels)
     except BadImageError as error:
         raise ShardError(
-            "an image that could be used when its shard was indexed cannot be used now",
+            "an image that was usable when its shard was indexed is unusable now",
             code="shard.image-undecodable-now",
             where=sample_id,
             got=f"{error.status}: {error.reason}",
-            next_step="use the decoder versions that the index was made with",
+            next_step="use the decoder versions that built the index",
         ) from error
 
 

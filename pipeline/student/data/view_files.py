@@ -55,7 +55,7 @@ class ViewFiles:
         self._opened = Memo(self._open, max_open(len(caches)), _OpenView.close)
 
     def get(self, shard: int, view: int) -> tuple[JoinedRows, ...]:
-        """All ok rows of a shard under a view, in each cache; proven to be those of the index.
+        """All ok rows of a shard under a view, in each cache; verified against the index.
 
         Raises:
             CacheError: they are not, or two caches hold different views.
@@ -68,7 +68,7 @@ class ViewFiles:
         return [read_proofs(lease.path) for lease in self._opened.get((shard, view)).leases]
 
     def fetch(self, shard: int, view: int) -> None:
-        """Makes the files, if they do not exist. Threads may share it."""
+        """Creates the files, if they do not exist. Threads may share it."""
         for cache in self._caches:
             self._acquire(cache, shard, view).close()
 
@@ -97,7 +97,7 @@ class ViewFiles:
                 files.callback(lease.close)
                 return rows, lease
         raise StorageError(
-            "a file that was just written is read as other bytes",
+            "a file that was just written is read back with different bytes",
             code="storage.disk-corrupts",
             where=str(self._store.folder),
             next_step="set data.local_dir to a folder on another disk",
@@ -106,7 +106,7 @@ class ViewFiles:
     def _acquire(self, cache: TeacherCache, shard: int, view: int) -> CacheLease:
         entry = self._shards[shard]
         committed = cache.committed_view(entry.shard_id, view)
-        # The content that the file is made of, wherever it lies: runs share files, also those of copies of a cache.
+        # The content that the file is built from, at any location: runs share files, even for copies of a cache.
         content = [VERSION, cache.header.fingerprint, committed.digest, committed.footer_digest, entry.index_sha256]
         name = name_of(short_digest([*content, entry.shard_id, view]), f"{entry.shard_id}-v{view:04d}.arrow")
         return self._store.acquire(name, committed.size_bytes, lambda path: self._write(cache, entry, view, path))

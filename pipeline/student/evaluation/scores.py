@@ -54,7 +54,7 @@ class Evaluation:
         return asdict(self)
 
     def measured(self) -> dict[str, float | int | None]:
-        """The numbers alone."""
+        """Only the metrics."""
         return {name: value for name, value in self.as_dict().items() if name != "head_trained"}
 
 

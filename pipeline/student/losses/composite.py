@@ -187,7 +187,7 @@ class CompositeLoss:
             The total, an fp32 scalar, weighted and scaled for DDP's mean over ranks, on which to call ``backward``; and
             by term (``kd``, ``kd_2``, …) the fp32 mean over this rank's valid rows, unweighted, unscaled and detached.
             With several teachers a term is summed over them (FunMatch, Beyer 2022), and ``kd/0``, ``kd/1``, … are the
-            values of the single teachers.
+            values of the individual teachers.
 
         Raises:
             TrainingError: the batch lacks an input of a term.

@@ -55,10 +55,10 @@ _PINNED = re.compile(r"manifest(-\d+)?\.json")
 def claim_run(run_url: str, config: Config) -> None:
     """Writes the config of a new run, or checks that a resumed run has the same config. Any rank may be first.
 
-    Credentials in URLs are not written, and a change of credentials is no other config.
+    Credentials in URLs are not written, and changed credentials do not make a different config.
 
     Raises:
-        ConfigError: the run was begun with another config; ``got`` lists the differences.
+        ConfigError: the run was started with another config; ``got`` lists the differences.
     """
     if not storage.create(storage.join(run_url, CONFIG), seal(_without_credentials(config.model_dump(mode="json")))):
         check_same_config(run_url, config)
@@ -79,7 +79,7 @@ def check_same_config(run_url: str, config: Config) -> None:
     if changed:
         is_saved = storage.exists(storage.join(run_url, LAST)) or storage.exists(storage.join(run_url, SUMMARY))
         raise ConfigError(
-            "this run was begun with another config" + ("" if is_saved else ", and no checkpoint is saved in it"),
+            "this run was started with another config" + ("" if is_saved else ", and no checkpoint is saved in it"),
             code="run.other-config",
             where=redact(run_url),
             got="; ".join(changed),

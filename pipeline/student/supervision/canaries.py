@@ -49,7 +49,8 @@ class CanaryReport:
 
     def warning(self) -> str:
         return (
-            f"this machine computes other pixels than the teacher was given: {self.num_drifted} of {self.num_compared} "
+            "this machine computes pixels that differ from the teacher's input: "
+            f"{self.num_drifted} of {self.num_compared} "
             f"canaries differ, block means by up to {self.levels} of 255, which data.allow_pixel_drift allows"
         )
 
@@ -67,8 +68,8 @@ def check_canaries(source: CachedSource, data: DataConfig) -> CanaryReport:
         data: ``allow_pixel_drift`` is how far block means may differ, in uint8 levels; 0: pixels must be the same.
 
     Raises:
-        CacheError: this machine's decoder or resize computes other pixels than the teacher was given, an image is not
-            the cached one, or the cache has no pixel digest.
+        CacheError: this machine's decoder or resize computes pixels that differ from the teacher's input, an image is
+            not the cached one, or the cache has no pixel digest.
     """
     try:
         report = CanaryReport()
@@ -103,7 +104,7 @@ def _check_cache(source: CachedSource, number: int, max_pixels: int, allowed_lev
 def _drift_error(cache: TeacherCache, drifts: list[_Drift], compared: int) -> CacheError:
     here, levels = numeric_env(torch.device("cpu"), batch_size=1), max(drift.levels for drift in drifts)
     return CacheError(
-        "this machine computes other pixels than the teacher was given",
+        "this machine computes pixels that differ from the teacher's input",
         code="cache.pixel-drift",
         where=f"{len(drifts)} of {compared} canaries, first {drifts[0].sample_id}",
         got=f"block means differ by up to {levels} of 255; here: {_versions(here)}",
@@ -131,7 +132,7 @@ def _check_shard(source: CachedSource, number: int, shard: int, max_pixels: int)
 
 
 def _distance(mean: bytes, stored: bytes | None) -> int:
-    # A digest without a mean tells that pixels differ, and not by how much: the largest difference is assumed.
+    # A digest without a mean shows that pixels differ, but not by how much: the largest difference is assumed.
     if stored is None:
         return 255
     return int(np.abs(np.frombuffer(mean, np.uint8).astype(np.int16) - np.frombuffer(stored, np.uint8)).max())

@@ -26,7 +26,7 @@ def cached_means(cache: TeacherCache, source: RowSource) -> Tensor:
         CacheError: a class occurs in the labels but has no mean.
     """
     means = cache.class_means()
-    assert means is not None, "check_caches_serve has seen to it"
+    assert means is not None, "ensured by check_cached_outputs"
     means_KD = torch.from_numpy(means.mean_KD)
     # A cache computes means of the labels that occur; imported ones may be of others.
     count_K = label_counts(source, len(means_KD)) if means.count_K is None else means.count_K
@@ -45,7 +45,7 @@ def online_means(cache: TeacherCache, teacher: Teacher, source: RowSource, *, se
     """
     _check_same_teacher(cache, teacher, section)
     means = cache.class_means()
-    assert means is not None, "check_means_serve has seen to it"
+    assert means is not None, "ensured by check_online_class_means"
     means_KD = torch.from_numpy(means.mean_KD)
     check_class_means(
         means_KD, torch.from_numpy(label_counts(source, teacher.module.num_classes)), where=redact(cache.url)

@@ -26,7 +26,7 @@ _BETTER = {"topk": "int8", "int4": "int8", "int8": "fp16", "fp16": "fp32"}
 
 
 def loss_warnings(config: Config, spec: SupervisionSpec, source: RowSource, *, world_size: int) -> list[str]:
-    """One line each. Labels are read for DIST alone, the one loss that is known to suffer from their distribution."""
+    """One line each. Labels are read only for DIST, the one loss that is known to suffer from their distribution."""
     texts = random_weights_warnings(config.teacher.models) if config.teacher.mode != "none" else []
     terms = [term for term in config.loss if isinstance(term, DistLoss) and term.weight]
     if not terms:
@@ -47,8 +47,8 @@ def _few_classes(num_classes: int) -> list[str]:
     if num_classes > 2:
         return []
     return [
-        "dist with K = 2: 1 - correlation of two probabilities is 0 or 2, so inter says no more than which class wins; "
-        "use kd, or raise the temperature and set inter_weight: 0"
+        "dist with K = 2: 1 - correlation of two probabilities is 0 or 2, so inter shows only which class "
+        "has the larger probability; use kd, or raise the temperature and set inter_weight: 0"
     ]
 
 
@@ -59,7 +59,7 @@ def _imbalance(share_K: NDArray[np.float64]) -> list[str]:
         return []
     return [
         f"dist on imbalanced classes: the most frequent has {occurring.max():.2%} of the labels, the rarest "
-        f"{occurring.min():.2%}, a ratio of {ratio:.0f}; DIST was seen below plain KD on such data: compare with kd"
+        f"{occurring.min():.2%}, a ratio of {ratio:.0f}; users report DIST below plain KD here: compare with kd"
     ]
 
 

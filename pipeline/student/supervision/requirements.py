@@ -130,7 +130,7 @@ def check_online_class_means(config: Config, loss: CompositeLoss, spec: Supervis
     if spec.caches or not loss.needs_class_means:
         return
     for name, cache in zip(config.teacher.models, spec.means_caches, strict=True):
-        assert cache is not None, "check_config has seen to it"
+        assert cache is not None, "ensured by check_config"
         where = f"{name}.class_means: {redact(cache.url)}"
         CLASS_MEANS.check_stored(cache, where=where)
         if cache.header.num_classes != spec.num_classes:

@@ -1,4 +1,4 @@
-"""The spec of a supervision: the facts that a config leaves to its caches. Resolved without opening a shard."""
+"""The spec of a supervision: the config with the values that come from its caches. Resolved without opening a shard."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TEACHER_KEYS = ("model", "kwargs", "mean", "std", "interpolation")
 
 @dataclass(frozen=True, slots=True)
 class SupervisionSpec:
-    """The same facts, whether a cache or the config states them.
+    """Views, classes, sizes and caches of a run, whether a cache or the config specifies them.
 
     Attributes:
         data: with the reading rules of the caches.
@@ -61,7 +61,7 @@ def resolve_spec(config: Config) -> SupervisionSpec:
     """The spec of a run, whose caches are opened in the states that the run has pinned, if it has.
 
     Raises:
-        CacheError: there is no such cache, the config contradicts it, or two caches do not go together.
+        CacheError: there is no such cache, the config contradicts it, or two caches are incompatible.
         ConfigError: the config names one teacher or no size where there are several.
     """
     if config.teacher.mode != "cache":
@@ -88,10 +88,10 @@ def resolve_spec(config: Config) -> SupervisionSpec:
 def spec_of_caches(
     caches: tuple[TeacherCache, ...], data: DataConfig, student: StudentConfig | None
 ) -> SupervisionSpec:
-    """The facts that caches state.
+    """The spec of a run whose values come from its caches.
 
     Raises:
-        CacheError: ``data`` contradicts the caches, or two of them do not go together.
+        CacheError: ``data`` contradicts the caches, or two of them are incompatible.
         ConfigError: the teachers have different input sizes, and the student has none.
     """
     check_same_plans(caches)
@@ -163,7 +163,7 @@ def _check_one_size(sizes: Sequence[int | None], student: StudentConfig | None) 
     distinct_sizes = sorted({size for size in sizes if size is not None})
     if len({*sizes}) > 1 and (student is None or student.size is None):
         raise ConfigError(
-            "the teachers have different input sizes, so the student needs its own",
+            "the teachers have different input sizes, so the student needs a size",
             code="config.student-size-unclear",
             where="student.size",
             got=f"teachers of {', '.join(map(str, distinct_sizes))} pixels"

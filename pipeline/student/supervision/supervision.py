@@ -50,7 +50,7 @@ def open_supervision(
 
     Raises:
         ConfigError: a loss needs what this teacher mode does not offer, or labels that are missing.
-        CacheError: the cache is not usable, or this machine computes other pixels than the teacher was given.
+        CacheError: the cache is not usable, or this machine computes pixels that differ from the teacher's input.
     """
     check_cached_outputs(loss, spec.caches)
     check_online_class_means(config, loss, spec)

@@ -111,7 +111,7 @@ class Checkpointer:
         return self._progress(state)
 
     def _restore_input_transform(self, state: dict[str, Any]) -> None:
-        """A run that was begun before torchvision's networks were built as for their weights goes on as it began."""
+        """Restores the input transform of the run, which earlier versions chose without regard to the weights."""
         assert self._config.student is not None
         if "transform_input" in self._config.student.kwargs:
             return
@@ -121,7 +121,7 @@ class Checkpointer:
                 network.transform_input = bool(stored_transform_input(state))
 
     def _progress(self, state: dict[str, Any]) -> Progress:
-        """Includes the evaluation after the checkpoint's step, which is made after the checkpoint is saved."""
+        """Includes the evaluation after the checkpoint's step, which runs after the checkpoint is saved."""
         progress = Progress(state["step"], state["seconds"])
         if (best := state.get("best")) is not None:
             progress.best = Score(**best)

@@ -36,7 +36,7 @@ def micro_batches(batch: Batch, num_chunks: int) -> list[Batch]:
     """Splits a batch and keeps mixup partners together; ``num_rows_global`` stays that of the step."""
     if num_chunks == 1:
         return [batch]
-    # Partners stand at 2j and 2j + 1, see TrainingOrder.
+    # Partners are at positions 2j and 2j + 1, see TrainingOrder.
     rows_per_unit = 1 if batch.partner_B is None else 2
     return [_chunk(batch, rows) for rows in split_rows(len(batch.labels_B), num_chunks, rows_per_unit=rows_per_unit)]
 

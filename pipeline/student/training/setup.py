@@ -172,7 +172,7 @@ def _review(config: Config, student: LoadedModel, teachers: Sequence[Teacher]) -
     section = review_section(config.loss)
     if section is None:
         return None
-    assert len(teachers) == 1, "check_config has seen to it"
+    assert len(teachers) == 1, "ensured by check_config"
     teacher = teachers[0]
     plan = plan_review(section, student, teacher.loaded)
     register_map_hooks(teacher.loaded.module.network, plan.teacher)
@@ -180,7 +180,7 @@ def _review(config: Config, student: LoadedModel, teachers: Sequence[Teacher]) -
 
 
 def _check_batches(order: TrainingOrder, student: Student, world_size: int, accumulate: int) -> None:
-    """Every rank has enough rows in every step: one without rows could not answer the others' gradients."""
+    """Every rank has enough rows in every step: one without rows could not take part in the exchange of gradients."""
     rows, step = order.smallest_batch(world_size)
     all_rows = order.global_rows(step)
     num_chunks = num_micro_batches(accumulate, all_rows, order.global_batch_size)

@@ -81,7 +81,7 @@ def killed_loaders() -> Generator[None]:
             where="train.num_workers",
             got=text.split(". ")[0].strip(),
             next_step="Killed: less memory (fewer train.num_workers, a smaller train.global_batch_size); Bus error: a "
-            "larger /dev/shm, or train.num_workers=0; then run the command again: it goes on from its last checkpoint",
+            "larger /dev/shm, or train.num_workers=0; then run the command again: it resumes from its last checkpoint",
         ) from error
 
 

@@ -28,7 +28,7 @@ from pipeline.teacher.numerics import pin_numerics, retain_freed_memory
 from schemas.config import Config
 
 FLUSH_STEPS = 50
-"""Steps between two looks at losses and weights, each of which waits for the device."""
+"""Steps between two checks of losses and weights, each of which waits for the device."""
 _NUM_NAMED = 3
 
 
@@ -110,7 +110,7 @@ class Trainer:
             return self._finish(self._train())
 
     def _train(self) -> Evaluation | None:
-        """Takes all steps that are left. Returns the evaluation after the last epoch, if one was made."""
+        """Takes all steps that are left. Returns the evaluation after the last epoch, if there was one."""
         setup, progress, device = self.setup, self.progress, self.setup.distributed.device
         began = time.monotonic() - progress.seconds
         evaluation = self._evaluate_if_missed()
@@ -164,12 +164,12 @@ class Trainer:
         return every_epochs is not None and self._ends_epoch and self._epochs_done % every_epochs == 0
 
     def _saves_in_time(self) -> bool:
-        """Whether a node is about to be taken away, so that the next checkpoint that is due may come too late."""
+        """Whether a node is about to be preempted, so that the next scheduled checkpoint may come too late."""
         if not self.setup.distributed.preemption_pending():
             return False
         if not self._preemption_reported:
             self._preemption_reported = True
-            text = f"a node will be taken away: checkpoints every {FLUSH_STEPS} steps until then"
+            text = f"a node will be preempted: checkpoints every {FLUSH_STEPS} steps until then"
             self.log.emit("warning", text=text)
         return True
 

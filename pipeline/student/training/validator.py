@@ -71,7 +71,7 @@ class Validator:
         teacher = teacher_for_agreement(
             self._config, self._spec, self._distributed.device, or_else="set train.eval_agreement=null"
         )
-        assert teacher is not None, "check_config has seen to it"
+        assert teacher is not None, "ensured by check_config"
         began = time.monotonic()
         outputs = self._evaluator.precompute(teacher, with_embeddings=self._scope.projector is not None)
         seconds = time.monotonic() - began

@@ -87,5 +87,5 @@ def test_repeated_columns_store_each_text_once() -> None:
 
 def test_texts_in_lists_are_refused() -> None:
     data = encoded(pa.table({"names": pa.array([["a"]], pa.list_(pa.string()))}))
-    with pytest.raises(pa.ArrowInvalid, match=r"lists of texts in names\.list\.element"):
+    with pytest.raises(pa.ArrowInvalid, match=r"lists of strings in names\.list\.element"):
         read_bounded(pa.BufferReader(data), size_bytes=len(data))

@@ -142,7 +142,7 @@ def test_other_pixels_are_found_with_the_largest_difference(cache: TinyCache) ->
         return set_cell(set_cell(table, "pixel_mean", 0, bytes(mean)), "pixel_digest", 0, bytes(16))
 
     problem = only(forged(cache, change))
-    assert problem.what == "this machine renders other pixels than those of the teacher's input"
+    assert problem.what == "this machine renders pixels that differ from the teacher's input"
     assert (problem.shard, problem.view, problem.key) == (SHARD, 0, "digit-0020")
     assert "differ by up to 8 of 255" in str(problem.got)
 

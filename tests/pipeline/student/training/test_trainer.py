@@ -251,8 +251,8 @@ def test_a_run_whose_machine_will_be_taken_away_does_not_wait_for_its_next_check
 
     with pytest.raises(PlugPulledError):
         train(taken, DistributedContext(preemption_notice=lambda: told[-1].get("step", 0) >= 6), report)
-    assert [event["text"] for event in told if "taken away" in event.get("text", "")] == [
-        "a node will be taken away: checkpoints every 2 steps until then"
+    assert [event["text"] for event in told if "preempted" in event.get("text", "")] == [
+        "a node will be preempted: checkpoints every 2 steps until then"
     ]
     assert first_step(run(taken)) == 7
     assert_bitwise(state(tmp_path / "straight"), state(tmp_path / "taken"))
