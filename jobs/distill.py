@@ -30,7 +30,8 @@ def distill(config: Config) -> dict[str, Any]:
 
 
 def main(source: str, overrides: list[str]) -> None:
-    emit(f"distill: {describe_training(distill(load_config(source, overrides)))}", event="end")
+    config = load_config(source, overrides)
+    emit(f"distill: {describe_training(distill(config), config)}", event="end")
 
 
 if __name__ == "__main__":

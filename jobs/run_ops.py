@@ -9,7 +9,7 @@ from pipeline.shards.index import omissions_of
 from pipeline.shards.omissions import Omissions
 from pipeline.student.evaluation.evaluator import evaluate_run
 from pipeline.student.evaluation.loaded_run import CheckpointName
-from pipeline.student.evaluation.scores import Evaluation
+from pipeline.student.evaluation.metrics import Evaluation, metrics_of
 from pipeline.student.export.exporters import ExportedModel
 
 
@@ -42,24 +42,14 @@ def evaluate(
     return evaluation
 
 
-def percent(share: float | None) -> str:
-    """``97.2 %``, or a dash for None."""
-    return "-" if share is None else f"{share:.1%}".replace("%", " %")
-
-
 def describe_evaluation(evaluation: Evaluation) -> str:
     """The text of ``stillroom evaluate``."""
-    lines = [
-        ("images", str(evaluation.num_rows)),
-        ("top-1", percent(evaluation.top1)),
-        ("top-5", percent(evaluation.top5)),
-        ("calibration error", percent(evaluation.ece)),
-        ("agreement with the teacher", percent(evaluation.agreement)),
-        ("KL from the teacher", "-" if evaluation.kl is None else f"{evaluation.kl:.4f} nats"),
-        ("teacher top-1", percent(evaluation.teacher_top1)),
-    ]
-    if evaluation.cosine is not None:
-        lines.append(("cosine to the teacher", f"{evaluation.cosine:.4f}"))
+    lines = [("images", str(evaluation.num_rows))]
+    for metric in metrics_of(evaluation.task).metrics:
+        value = evaluation.metrics[metric.key]
+        # Few students have a projector.
+        if value is not None or "projector" not in metric.needs:
+            lines.append((metric.title, metric.text(value)))
     if not evaluation.head_trained:
         lines.append(("head", "not trained: no loss reads the student's logits, so they are not evaluated"))
     return "\n".join(f"{name:<28}{value}" for name, value in lines)

@@ -30,6 +30,7 @@ from pipeline.core.temporary import temporary_folder
 from pipeline.storage.config_files import load_config
 from pipeline.student.data.sources import index_url
 from pipeline.student.distributed import DistributedContext
+from pipeline.student.evaluation.metrics import metrics_of
 from pipeline.student.run.checkpoint import check_same_config, read_summary
 from pipeline.student.training.config_checks import check_config, check_training
 from pipeline.student.training.trainer import train
@@ -303,14 +304,17 @@ def _first_exception(error: TrainingFailedError) -> str:
     return f"rank {rank}: {lines[-1] if lines else type(failure).__name__}"
 
 
-def describe(summary: dict[str, Any]) -> str:
+def describe(summary: dict[str, Any], config: Config) -> str:
     """One line for the end of a training."""
-    top1 = "" if summary["top1"] is None else f", top-1 {summary['top1']:.2%}"
-    return f"{summary['steps']} steps in {summary['seconds']:.1f} s{top1}"
+    metrics = metrics_of(config.data.task)
+    score = metrics.score(summary)
+    measured = "" if score is None else f", {metrics.text(score)}"
+    return f"{summary['steps']} steps in {summary['seconds']:.1f} s{measured}"
 
 
 def main(source: str, overrides: list[str]) -> None:
-    emit(f"train: {describe(train_student(load_config(source, overrides)))}", event="end")
+    config = load_config(source, overrides)
+    emit(f"train: {describe(train_student(config), config)}", event="end")
 
 
 if __name__ == "__main__":

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.util import metrics
+from ray.util import metrics as meters
+
+if TYPE_CHECKING:
+    from pipeline.student.evaluation.metrics import MetricSet
 
 _PREFIX = "stillroom_"
 
@@ -31,7 +34,7 @@ class Counter:
     def add(self, amount: float, **tags: str) -> None:
         # Ray refuses an increment of 0.
         if amount > 0 and ray.is_initialized():
-            _metric(metrics.Counter, self.name, self.text, self.tags).inc(amount, tags)
+            _metric(meters.Counter, self.name, self.text, self.tags).inc(amount, tags)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,7 @@ class Gauge:
 
     def set(self, value: float, **tags: str) -> None:
         if ray.is_initialized():
-            _metric(metrics.Gauge, self.name, self.text, self.tags).set(value, tags)
+            _metric(meters.Gauge, self.name, self.text, self.tags).set(value, tags)
 
 
 @cache
@@ -82,6 +85,12 @@ IMAGES_PER_S = Gauge(
     "train_images_per_second", "Images per second over all ranks, between the last two steps that were read.", _RUN
 )
 DATA_WAIT = Gauge("train_data_wait_share", "Share of the main rank's time spent waiting for data, 0 to 1.", _RUN)
-TOP1 = Gauge("train_top1", "Accuracy of the last evaluation, 0 to 1.", _RUN)
-TOP5 = Gauge("train_top5", "Top-5 accuracy of that evaluation, 0 to 1.", _RUN)
-AGREEMENT = Gauge("train_agreement", "Agreement of student and teacher in that evaluation, 0 to 1.", _RUN)
+
+
+def evaluation_gauges(metrics: MetricSet) -> dict[str, Gauge]:
+    """The gauges of a task's metrics, by their keys."""
+    return {
+        metric.key: Gauge(f"train_{metric.key}", metric.gauge, _RUN)
+        for metric in metrics.metrics
+        if metric.gauge is not None
+    }

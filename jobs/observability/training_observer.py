@@ -15,6 +15,7 @@ from jobs.observability import ray_metrics
 from jobs.observability.log import counted, emit
 from jobs.observability.progress import ProgressView
 from pipeline import storage
+from pipeline.student.evaluation.metrics import metrics_of
 from schemas.config import Config
 
 _STEP_METRICS = {
@@ -24,9 +25,6 @@ _STEP_METRICS = {
     "images_per_s": ray_metrics.IMAGES_PER_S,
     "data_wait": ray_metrics.DATA_WAIT,
 }
-_EVALUATION_METRICS = {"top1": ray_metrics.TOP1, "top5": ray_metrics.TOP5, "agreement": ray_metrics.AGREEMENT}
-# A run selects its best checkpoint by the first of these that is measured.
-_SELECTION_METRICS = {"top1": "top-1", "agreement": "agreement with the teacher", "cosine": "cosine to the teacher"}
 
 
 class TrainingObserver:
@@ -42,6 +40,8 @@ class TrainingObserver:
         self._speed, self._last_step = _MeanSpeed(config.train.global_batch_size), -1
         self._repeated_steps = 0
         self._latest: dict[str, float] = {}
+        self._metrics = metrics_of(config.data.task)
+        self._gauges = ray_metrics.evaluation_gauges(self._metrics)
 
     def __enter__(self) -> TrainingObserver:
         return self
@@ -126,11 +126,10 @@ class TrainingObserver:
             self._progress.update(fields["step"] + 1, _note(fields), short=epoch, panel=self._panel)
 
     def _evaluated(self, fields: dict[str, Any]) -> None:
-        self._set(_EVALUATION_METRICS, fields)
-        level, measured = logging.DEBUG, ""
-        for name, text in _SELECTION_METRICS.items():
-            if not measured and fields.get(name) is not None:
-                level, measured = logging.INFO, f", {text} {fields[name]:.2%}"
+        self._set(self._gauges, fields)
+        score = self._metrics.score(fields)
+        measured = "" if score is None else f", {self._metrics.text(score)}"
+        level = logging.DEBUG if score is None else logging.INFO
         self._emit(f"epoch {fields['epoch']}{measured}", "eval", level, fields)
 
     def _set(self, gauges: dict[str, ray_metrics.Gauge], fields: dict[str, Any]) -> None:

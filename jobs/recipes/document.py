@@ -17,6 +17,7 @@ from pipeline import storage
 from pipeline.core.config_loading import build_config, require
 from pipeline.core.errors import ConfigError
 from pipeline.storage.config_files import read_document
+from pipeline.student.evaluation.metrics import MetricSet, metrics_of
 from pipeline.student.run.checkpoint import LAST
 from schemas.config import Config, StudentConfig, TeacherConfig
 from schemas.recipe import GridConfig, RecipeConfig, Stage
@@ -103,6 +104,10 @@ class Recipe:
     @property
     def trains_teacher(self) -> bool:
         return self.teacher.student is not None
+
+    @property
+    def metrics(self) -> MetricSet:
+        return metrics_of(self.teacher.data.task)
 
 
 def load_recipe(source: str, overrides: list[str]) -> Recipe:

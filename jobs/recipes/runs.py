@@ -14,7 +14,7 @@ from jobs.ray.fan_out import fan_out
 from jobs.recipes.document import RunSpec
 from jobs.run_ops import evaluate
 from jobs.train_student import train_student
-from pipeline.student.evaluation.scores import Evaluation
+from pipeline.student.evaluation.metrics import Evaluation
 from schemas.config import Config, RayConfig
 
 

@@ -45,7 +45,7 @@ def _teacher_lines(recipe: Recipe) -> Iterator[str]:
     else:
         yield _line("teacher", f"{_model_text(config.teacher, config, 'teacher')}; weights {_weights(config.teacher)}")
     if "teacher" in recipe.document.published:
-        yield _line("", f"published top-1 {recipe.document.published['teacher']:.2f} %")
+        yield _line("", f"published {recipe.metrics.main.title} {recipe.document.published['teacher']:.2f} %")
 
 
 def _model_text(model: ModelConfig, config: Config, where: str) -> str:
@@ -85,7 +85,7 @@ def _student_lines(recipe: Recipe, runs: list[RunSpec]) -> Iterator[str]:
     if (seeds := sorted({run.seed for run in runs})) != [0]:
         yield _line("", f"seeds {', '.join(map(str, seeds))}")
     if name in recipe.document.published:
-        yield _line("", f"published top-1 {recipe.document.published[name]:.2f} %")
+        yield _line("", f"published {recipe.metrics.main.title} {recipe.document.published[name]:.2f} %")
 
 
 def training_plan(recipe: Recipe, config: Config) -> TrainingPlan | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -18,10 +18,10 @@ from rich.table import Table
 from jobs.observability.log import emit
 from jobs.recipes.document import Recipe, RunSpec
 from jobs.recipes.runs import Row
-from jobs.run_ops import percent
 from pipeline import storage
 from pipeline.core.errors import ConfigError
 from pipeline.core.redaction import quoted
+from pipeline.student.evaluation.metrics import Metric
 
 Tree = dict[str, Any]
 Entry = dict[str, Any]
@@ -30,7 +30,6 @@ Entry = dict[str, Any]
 _RESULTS = "results.json"
 # The key of ``runs`` in files of versions before 0.1.0.
 _FORMER_RUNS_KEY = "cells"
-_REQUIRED_KEYS = {"top1", "agreement", "seconds"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +39,18 @@ class Results:
     teacher: Row | None
     runs: tuple[tuple[RunSpec, Row], ...]
 
-    @property
-    def teacher_top1(self) -> float | None:
-        """On the validation shards, from 0 to 1."""
-        return self.runs[0][1].evaluation.teacher_top1 if self.teacher is None else self.teacher.evaluation.top1
+    def of_teacher(self, metrics: Sequence[Metric]) -> Entry:
+        """The teacher's values of those of these metrics that it has, on the validation shards."""
+        if self.teacher is not None:
+            values = self.teacher.evaluation.metrics
+            return {metric.key: values[metric.key] for metric in metrics if metric.teacher_key}
+        values = self.runs[0][1].evaluation.metrics
+        return {metric.key: values[metric.teacher_key] for metric in metrics if metric.teacher_key}
 
 
 def write_results(recipe: Recipe, results: Results) -> Path:
-    """Writes ``results.json``: top-1 and agreement (from 0 to 1) and seconds of the teacher and each run. Earlier
-    results stay, unless their student or run was removed.
+    """Writes ``results.json``: the metrics of the table and seconds of the teacher and each run. Earlier results stay,
+    unless their student or run was removed.
 
     Raises:
         ConfigError: the existing file contains no results.
@@ -56,7 +58,7 @@ def write_results(recipe: Recipe, results: Results) -> Path:
     path = recipe.out / _RESULTS
     recipe.out.mkdir(parents=True, exist_ok=True)
     seconds = None if results.teacher is None else results.teacher.seconds
-    teacher = {"top1": results.teacher_top1, "seconds": seconds}
+    teacher = {**results.of_teacher(recipe.metrics.columns), "seconds": seconds}
     with FileLock(recipe.out / f".{_RESULTS}.lock"):
         entries = _merged(recipe, read_results(recipe), results)
         tree = {
@@ -81,11 +83,12 @@ def read_results(recipe: Recipe) -> Tree:
     """
     path = recipe.out / _RESULTS
     data = storage.read_if_exists(str(path), max_bytes=storage.MAX_RECORD_BYTES)
+    required = {*recipe.metrics.table, "seconds"}
     try:
         tree = {} if data is None else json.loads(data)
         if _FORMER_RUNS_KEY in tree:
             tree["runs"] = tree.pop(_FORMER_RUNS_KEY)
-        is_valid = all(entry.keys() >= _REQUIRED_KEYS for entry in _entries(tree))
+        is_valid = all(entry.keys() >= required for entry in _entries(tree))
     except (ValueError, AttributeError, TypeError, RecursionError):
         tree, is_valid = {}, False
     if not is_valid:
@@ -133,8 +136,8 @@ def _exists(recipe: Recipe, entry: Entry) -> bool:
 
 def _entry(recipe: Recipe, run: RunSpec, row: Row) -> Entry:
     grid = {"epochs": run.epochs, "seed": run.seed} if has_grid(recipe) else {}
-    numbers = {"top1": row.evaluation.top1, "agreement": row.evaluation.agreement, "seconds": row.seconds}
-    return {"student": run.student, **grid, **numbers}
+    values = {key: row.evaluation.metrics[key] for key in recipe.metrics.table}
+    return {"student": run.student, **grid, **values, "seconds": row.seconds}
 
 
 def has_grid(recipe: Recipe) -> bool:
@@ -147,23 +150,29 @@ def print_tables(recipe: Recipe, tree: Tree) -> None:
     """Prints the content of ``results.json`` to standard output."""
     console = Console(width=None if sys.stdout.isatty() else 100)
     console.print(recipe.document.title, style="bold", highlight=False)
-    teacher = tree["teacher"]
+    teacher, columns = tree["teacher"], recipe.metrics.columns
     if "students" in tree:
-        console.print(_table(teacher, tree["students"], recipe.document.published))
+        console.print(_table(recipe, {"teacher": teacher, **tree["students"]}))
     if "runs" in tree:
-        console.print(f"teacher {percent(teacher['top1'])}; mean ± standard deviation over seeds", highlight=False)
-        for heading, measure, digits in _MEASURES:
-            console.print(_grid_table(heading, tree["runs"], measure, digits))
+        values = ", ".join(metric.text(teacher[metric.key]) for metric in columns if metric.key in teacher)
+        console.print(f"teacher {values}; mean ± standard deviation over seeds", highlight=False)
+        for metric in columns:
+            unit, factor, digits = _UNITS[metric.unit]
+            console.print(_grid_table(f"{metric.title}{unit}", tree["runs"], metric.key, factor, digits))
+        console.print(_grid_table("seconds", tree["runs"], "seconds", 1, 0))
 
 
-def _table(teacher: Entry, students: Mapping[str, Entry], published: Mapping[str, float]) -> Table:
+def _table(recipe: Recipe, entries: Mapping[str, Entry]) -> Table:
+    columns, published = recipe.metrics.columns, recipe.document.published
+    headings = [*(metric.title for metric in columns), "seconds"]
+    headings += [f"published {recipe.metrics.main.title}"] if published else []
     table = Table("")
-    for heading in ("top-1", "agreement with teacher", "seconds", *(["published top-1"] if published else [])):
+    for heading in headings:
         table.add_column(heading, justify="right")
-    for name, entry in {"teacher": teacher, **students}.items():
+    for name, entry in entries.items():
         seconds = "-" if entry["seconds"] is None else f"{entry['seconds']:.1f}"
-        shares = (percent(entry["top1"]), percent(entry.get("agreement")))
-        table.add_row(name, *shares, seconds, *_published(name, published))
+        values = (metric.text(entry.get(metric.key)) for metric in columns)
+        table.add_row(name, *values, seconds, *_published(name, published))
     return table
 
 
@@ -172,29 +181,20 @@ def _published(name: str, published: Mapping[str, float]) -> list[str]:
     return [f"{published[name]:.2f} %" if name in published else "-"] if published else []
 
 
-Measure = Callable[[Entry], float | None]
-_MEASURES: tuple[tuple[str, Measure, int], ...] = (
-    ("top-1, %", lambda entry: _in_percent(entry["top1"]), 1),
-    ("agreement with teacher, %", lambda entry: _in_percent(entry["agreement"]), 1),
-    ("seconds", lambda entry: entry["seconds"], 0),
-)
+_UNITS = {"share": (", %", 100, 1), "nats": (", nats", 1, 4), "none": ("", 1, 4)}
+"""In a grid's table: the unit after the heading, the factor of values, and their digits."""
 
 
-def _in_percent(share: float | None) -> float | None:
-    return None if share is None else 100 * share
-
-
-def _grid_table(heading: str, runs: Sequence[Entry], measure: Measure, digits: int) -> Table:
+def _grid_table(heading: str, runs: Sequence[Entry], key: str, factor: float, digits: int) -> Table:
     """A Markdown table with a row for each student and a column for each number of epochs."""
     lengths = sorted({run["epochs"] for run in runs})
     table = Table(heading, box=box.MARKDOWN)
     for epochs in lengths:
         table.add_column(f"{epochs} epochs", justify="right")
     for student in dict.fromkeys(run["student"] for run in runs):
-        columns = [[measure(run) for run in runs if (run["student"], run["epochs"]) == (student, e)] for e in lengths]
-        table.add_row(
-            student, *(spread([value for value in column if value is not None], digits) for column in columns)
-        )
+        columns = [[run[key] for run in runs if (run["student"], run["epochs"]) == (student, e)] for e in lengths]
+        values = ([factor * value for value in column if value is not None] for column in columns)
+        table.add_row(student, *(spread(of_seeds, digits) for of_seeds in values))
     return table
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from tests.docs import command_line, config_tables, error_codes, figures, python_api
 
@@ -31,14 +32,21 @@ def page(title: str, sections: Iterable[str]) -> str:
     return "\n\n".join([title, NOTICE, *sections]) + "\n"
 
 
-def with_metrics(text: str) -> str:
-    """Fills the table of Ray metrics, whose rows are those of the code."""
+def ray_meters() -> list[Any]:
+    """All Ray metrics, of ``Counter`` and ``Gauge``."""
     from jobs.observability import ray_metrics
+    from pipeline.student.evaluation.metrics import metrics_of
 
     kinds = ray_metrics.Counter | ray_metrics.Gauge
     meters = [meter for meter in vars(ray_metrics).values() if isinstance(meter, kinds)]
+    return [*meters, *ray_metrics.evaluation_gauges(metrics_of("classification")).values()]
+
+
+def with_metrics(text: str) -> str:
+    """Fills the table of Ray metrics, whose rows are those of the code."""
     rows = [
-        f"| `{meter.exported}` | {', '.join(f'`{tag}`' for tag in meter.tags)} | {meter.text} |" for meter in meters
+        f"| `{meter.exported}` | {', '.join(f'`{tag}`' for tag in meter.tags)} | {meter.text} |"
+        for meter in ray_meters()
     ]
     table = "\n".join(["| metric | labels | meaning |", "|---|---|---|", *rows])
     return re.sub(r"^\| metric \| labels \|.*?(?=\n\n)", table, text, count=1, flags=re.MULTILINE | re.DOTALL)

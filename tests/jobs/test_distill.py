@@ -67,7 +67,7 @@ def test_a_finished_cache_needs_no_weights_of_its_teacher(
     assert f"stillroom evaluate {tmp_path}/trained" in str(compared.value.next_step)
     assert "--without-teacher" in str(compared.value.next_step)
     measured = evaluate(str(tmp_path / "trained"), val_shards, with_teacher=False)
-    assert (measured.num_rows, measured.agreement) == (24, None)
+    assert (measured.num_rows, measured.metrics["agreement"]) == (24, None)
 
 
 def test_changed_weights_of_a_finished_cache_are_refused(tree: Tree, tmp_path: Path) -> None:

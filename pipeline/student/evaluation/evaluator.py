@@ -24,18 +24,19 @@ from pipeline.shards.shard_urls import report_moved, shard_id, shard_ids, shard_
 from pipeline.shards.tar import read_samples
 from pipeline.student.data.local_store import NodeStore
 from pipeline.student.distributed import DistributedContext
+from pipeline.student.evaluation.finite import FiniteRows
 from pipeline.student.evaluation.loaded_run import CheckpointName, load_run
-from pipeline.student.evaluation.scores import Evaluation, EvaluationScope, FiniteRows, MetricSums, NetworkOutputs
+from pipeline.student.evaluation.metrics import Evaluation, EvaluationScope, MetricSums, Outputs, metrics_of
 from pipeline.student.supervision.spec import SupervisionSpec
 from pipeline.tasks import task_of
-from pipeline.tasks.classification import EMBEDDING, LABEL, LOGITS
+from pipeline.tasks.classification import EMBEDDING, LOGITS
 from pipeline.teacher.inference import Teacher, load_teacher
 from pipeline.teacher.rendering import GroupViews, Rendering, read_groups
 from schemas.cache_format import ViewBlock
 from schemas.config import Config, DataConfig, ViewsConfig
 
 BATCH_SIZE = 128
-_CLASSIFIER = EvaluationScope()
+_DEFAULT_SCOPE = EvaluationScope()
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +47,14 @@ class PrecomputedTeacher:
         groups: by the URL of a shard, the sample keys of each mix group and the teacher's outputs for them.
     """
 
-    groups: Mapping[str, list[tuple[list[str], NetworkOutputs]]]
+    groups: Mapping[str, list[tuple[list[str], Outputs]]]
 
     @property
     def size_bytes(self) -> int:
         all_outputs = (outputs for groups in self.groups.values() for _, outputs in groups)
-        return sum(outputs.logits_NK.nbytes + outputs.embedding_ND.nbytes for outputs in all_outputs)
+        return sum(values.nbytes for outputs in all_outputs for values in outputs.values())
 
-    def join(self, url: str, groups: Iterator[GroupViews]) -> Iterator[tuple[GroupViews, NetworkOutputs]]:
+    def join(self, url: str, groups: Iterator[GroupViews]) -> Iterator[tuple[GroupViews, Outputs]]:
         """Each mix group of a shard with the teacher's outputs.
 
         Raises:
@@ -111,7 +112,7 @@ class Evaluator:
         spec: InputSpec,
         teacher: Teacher | PrecomputedTeacher | None = None,
         *,
-        scope: EvaluationScope = _CLASSIFIER,
+        scope: EvaluationScope = _DEFAULT_SCOPE,
         on_index: Callable[[ShardIndex], None] | None = None,
     ) -> Evaluation:
         """Evaluates a model. Every rank calls it.
@@ -130,30 +131,37 @@ class Evaluator:
         modes = {module: module.training for network in networks for module in network.modules()}
         for network in networks:
             network.eval()
-        assert self.data.num_classes is not None
-        sums = MetricSums.empty(scope, self.data.num_classes, self.distributed.device)
+        metrics, distributed, num_rows = metrics_of(self.data.task), self.distributed, 0
+        sums = metrics.sums(self.data, scope, distributed.device)
         try:
             for url in self.rank_urls:
-                index = self._add_shard(url, model, spec, teacher, sums)
+                index = self._add_shard(url, model, spec, teacher, sums, scope.projector)
+                num_rows += index.num_ok
                 if on_index is not None:
                     on_index(index)
         finally:
             for module, was_training in modes.items():
                 module.training = was_training
-        evaluation = sums.finish(self.distributed, compared=teacher is not None)
-        if evaluation is None:
+        total_rows = int(distributed.sum(torch.tensor(num_rows, device=distributed.device)))
+        if not total_rows:
             raise ConfigError(
                 "there are no images to evaluate on",
                 code="data.no-validation-images",
                 where=self.key,
                 got=f"{len(self.urls)} shards",
             )
-        return evaluation
+        values = sums.finish(distributed)
+        return Evaluation(
+            task=self.data.task,
+            num_rows=total_rows,
+            metrics={metric.key: values[metric.key] for metric in metrics.metrics},
+            head_trained=scope.head_trained,
+        )
 
     @torch.inference_mode()
     def precompute(self, teacher: Teacher, *, with_embeddings: bool) -> PrecomputedTeacher:
         """A teacher's outputs for all images of this rank, for later evaluations."""
-        stored: dict[str, list[tuple[list[str], NetworkOutputs]]] = {}
+        stored: dict[str, list[tuple[list[str], Outputs]]] = {}
         for url in self.rank_urls:
             with self._local_file(url) as local, ThreadPoolExecutor(self.num_threads) as pool:
                 groups = self._groups(
@@ -173,16 +181,15 @@ class Evaluator:
         spec: InputSpec,
         teacher: Teacher | PrecomputedTeacher | None,
         sums: MetricSums,
+        projector: nn.Module | None,
     ) -> ShardIndex:
         builder = IndexBuilder(shard_id(url), task_of(self.data))
         finite = FiniteRows()
         with self._local_file(url) as local, ThreadPoolExecutor(self.num_threads) as pool:
             for group, teacher_outputs in self._groups_with_teacher(local, url, spec, teacher, pool, builder):
-                outputs = _student_outputs(
-                    model, spec, group.pixels_VNCHW[0], self.distributed.device, sums.scope.projector
-                )
+                outputs = _student_outputs(model, spec, group.pixels_VNCHW[0], self.distributed.device, projector)
                 if finite.add(_keys(group), outputs, teacher_outputs):
-                    sums.add(outputs, teacher_outputs, torch.from_numpy(group.targets[LABEL]))
+                    sums.add(outputs, teacher_outputs, group.targets)
         index = builder.finish()
         finite.check(where=redact(url))
         check_samples(index, self.data, where=url)
@@ -204,7 +211,7 @@ class Evaluator:
         teacher: Teacher | PrecomputedTeacher | None,
         pool: ThreadPoolExecutor,
         builder: IndexBuilder,
-    ) -> Iterator[tuple[GroupViews, NetworkOutputs | None]]:
+    ) -> Iterator[tuple[GroupViews, Outputs | None]]:
         """Each mix group rendered for the student, and the teacher's outputs for the same images."""
         groups = self._groups(local, url, spec, pool, builder)
         if teacher is None:
@@ -240,7 +247,7 @@ class Evaluator:
 
 def _student_outputs(
     model: EmbeddingModel, spec: InputSpec, pixels_NCHW: Tensor, device: torch.device, projector: nn.Module | None
-) -> NetworkOutputs:
+) -> Outputs:
     mean_C, std_C = torch.tensor(spec.mean, device=device), torch.tensor(spec.std, device=device)
     logits: list[Tensor] = []
     embeddings: list[Tensor] = []
@@ -248,13 +255,12 @@ def _student_outputs(
         logits_BK, embedding_BD = model(to_input(pixels_BCHW.to(device), mean_C=mean_C, std_C=std_C))
         logits.append(logits_BK.float().cpu())
         embeddings.append((embedding_BD if projector is None else projector(embedding_BD)).float().cpu())
-    return NetworkOutputs(torch.cat(logits), torch.cat(embeddings))
+    return {LOGITS: torch.cat(logits), EMBEDDING: torch.cat(embeddings)}
 
 
-def _teacher_outputs(teacher: Teacher, group: GroupViews, *, with_embeddings: bool = True) -> NetworkOutputs:
+def _teacher_outputs(teacher: Teacher, group: GroupViews, *, with_embeddings: bool = True) -> Outputs:
     outputs = teacher.infer_on_device(group.pixels_VNCHW[0])
-    logits_NK, embedding_ND = outputs[LOGITS], outputs[EMBEDDING]
-    return NetworkOutputs(logits_NK.cpu(), (embedding_ND if with_embeddings else embedding_ND[:, :0]).cpu())
+    return {name: values.cpu() for name, values in outputs.items() if with_embeddings or name != EMBEDDING}
 
 
 def build_evaluator(

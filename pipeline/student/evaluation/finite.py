@@ -1,13 +1,18 @@
-"""Checks that weights are finite, before every checkpoint: NaNs must not replace a good checkpoint."""
+"""Checks that weights are finite before every checkpoint, which NaNs must not replace; and outputs in evaluations."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 
 import torch
 from torch import Tensor, nn
+
+from pipeline.core.errors import EvaluationError
+from pipeline.student.evaluation.metrics import Outputs
+
+_NUM_NAMED = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,3 +55,39 @@ def _buffers(modules: Iterable[nn.Module]) -> Iterator[tuple[str, Tensor]]:
 def _prefix(number: int) -> str:
     """The averaged weights have the names of the trained ones."""
     return "averaged" if number else ""
+
+
+@dataclass(slots=True)
+class FiniteRows:
+    """Finds the rows of one shard whose outputs are not finite, and therefore have no rank, confidence or agreement."""
+
+    rows: int = 0
+    bad_keys: dict[str, list[str]] = field(default_factory=lambda: {"student": [], "teacher": []})
+    """Sample keys by network."""
+
+    def add(self, keys: Sequence[str], student: Outputs, teacher: Outputs | None) -> bool:
+        """Returns whether all outputs so far are finite."""
+        self.rows += len(keys)
+        for name, outputs in (("student", student), ("teacher", teacher)):
+            if outputs is not None:
+                is_finite = torch.stack([values.isfinite().flatten(1).all(1) for values in outputs.values()]).all(0)
+                bad_rows: list[int] = (~is_finite).nonzero().flatten().tolist()
+                self.bad_keys[name].extend(keys[row] for row in bad_rows)
+        return not any(self.bad_keys.values())
+
+    def check(self, *, where: str) -> None:
+        """
+        Raises:
+            EvaluationError: there are such rows.
+        """
+        for name, keys in self.bad_keys.items():
+            if keys:
+                raise EvaluationError(
+                    f"the {name}'s outputs are not finite",
+                    code="evaluate.student-not-finite" if name == "student" else "evaluate.teacher-not-finite",
+                    where=f"{where}, first keys {', '.join(keys[:_NUM_NAMED])}",
+                    got=f"NaN or infinity in {len(keys)} of {self.rows} rows",
+                    next_step="train again with a lower train.lr or with train.clip_norm, in another run.url"
+                    if name == "student"
+                    else "set teacher.precision=fp32, or check teacher.weights",
+                )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,9 +10,9 @@ from pipeline.core.hashing import short_digest
 from pipeline.core.redaction import redact
 from pipeline.models.sources.torchvision import input_transform
 from pipeline.models.weights import stored_transform_input
-from pipeline.student.evaluation.scores import Score
+from pipeline.student.evaluation.metrics import MetricSet, Score, Values, metrics_of
 from pipeline.student.run import checkpoint
-from pipeline.student.run.metrics import published_evaluation
+from pipeline.student.run.metrics_files import published_evaluation
 from pipeline.student.training.setup import TrainingSetup
 
 
@@ -33,14 +32,14 @@ class Progress:
     best: Score | None = None
     was_evaluated: bool = False
 
-    @property
-    def best_top1(self) -> float | None:
-        return self.best.value if self.best is not None and self.best.metric == "top1" else None
+    def best_value(self, metric: str) -> float | None:
+        """None: another metric selects the best checkpoint."""
+        return self.best.value if self.best is not None and self.best.metric == metric else None
 
-    def improves(self, evaluation: Mapping[str, float | int | None]) -> bool:
-        """Whether this evaluation is better than all before; it is the best one from now on."""
-        score = Score.of(evaluation)
-        if score is None or not score.beats(self.best):
+    def improves(self, values: Values, metrics: MetricSet) -> bool:
+        """Whether an evaluation with these values is better than all before; it is the best one from now on."""
+        score = metrics.score(values)
+        if score is None or not metrics.is_better(score, self.best):
             return False
         self.best = score
         return True
@@ -52,6 +51,7 @@ class Checkpointer:
     def __init__(self, setup: TrainingSetup) -> None:
         self._run_url, self._order, self._config = setup.run_url, setup.order, setup.config
         self._student, self._optimizer_step = setup.student.module, setup.optimizer_step
+        self._metrics = metrics_of(setup.config.data.task)
 
     def save(self, progress: Progress, *names: str) -> None:
         """Replaces the checkpoints of these names, in this order."""
@@ -69,7 +69,7 @@ class Checkpointer:
             "review": None if self._student.review is None else self._student.review.state_dict(),
             **self._optimizer_step.state_dict(),
             "step": progress.step,
-            "best_top1": progress.best_top1,
+            f"best_{self._metrics.main.key}": progress.best_value(self._metrics.main.key),
             "best": None if progress.best is None else asdict(progress.best),
             "seconds": progress.seconds,
             "order": self._order_id(),
@@ -125,10 +125,10 @@ class Checkpointer:
         progress = Progress(state["step"], state["seconds"])
         if (best := state.get("best")) is not None:
             progress.best = Score(**best)
-        elif state["best_top1"] is not None:
-            # A run of a version that had no other metric.
-            progress.best = Score("top1", state["best_top1"])
+        elif (value := state[f"best_{self._metrics.main.key}"]) is not None:
+            # A run of a version that selected by no other metric.
+            progress.best = Score(self._metrics.main.key, value)
         published = published_evaluation(self._run_url, progress.step - 1)
         progress.was_evaluated = published is not None
-        progress.improves(published or {})
+        progress.improves(published or {}, self._metrics)
         return progress

@@ -10,8 +10,8 @@ from typing import Any
 
 from pipeline.student.data.batch import Batch
 from pipeline.student.distributed import DistributedContext
-from pipeline.student.evaluation.scores import Evaluation
-from pipeline.student.run.metrics import MetricsFile, Record, StepLog
+from pipeline.student.evaluation.metrics import Evaluation
+from pipeline.student.run.metrics_files import MetricsFile, Record, StepLog
 from pipeline.student.training.train_step import StepResult
 
 Report = Callable[[dict[str, Any]], None]

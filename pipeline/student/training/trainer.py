@@ -14,7 +14,7 @@ from pipeline.student.data.loader import load_batches
 from pipeline.student.data.prefetcher import budget_warnings
 from pipeline.student.distributed import DistributedContext
 from pipeline.student.evaluation.finite import FiniteWeights
-from pipeline.student.evaluation.scores import Evaluation
+from pipeline.student.evaluation.metrics import Evaluation, metrics_of
 from pipeline.student.run import checkpoint
 from pipeline.student.supervision.loss_warnings import fidelity_warnings, loss_warnings
 from pipeline.student.training.checkpointer import Checkpointer, Progress
@@ -85,7 +85,7 @@ class Trainer:
     def __init__(self, setup: TrainingSetup, validator: Validator, log: RunLog) -> None:
         self.setup, self.validator, self.log = setup, validator, log
         self.train_step, self.checkpointer = TrainStep(setup), Checkpointer(setup)
-        self.progress = Progress()
+        self.progress, self._metrics = Progress(), metrics_of(setup.config.data.task)
         student, optimizer_step = setup.student.module, setup.optimizer_step
         networks = (student, optimizer_step.evaluated) if optimizer_step.averaged else (student,)
         self._weights = FiniteWeights.of(networks)
@@ -224,7 +224,7 @@ class Trainer:
         setup.distributed.copy_from_main_rank(setup.optimizer_step.averaged_buffers())
         evaluation = self.validator.evaluate(setup.optimizer_step.evaluated, setup.supervision.source, step=step)
         self.log.emit("eval", epoch=self._epochs_done, **evaluation.measured())
-        if self.progress.improves(evaluation.measured()) and setup.distributed.is_main_rank:
+        if self.progress.improves(evaluation.measured(), self._metrics) and setup.distributed.is_main_rank:
             self.checkpointer.save(self.progress, checkpoint.BEST)
         if record:
             self.log.write_evaluation(step - 1, self._epochs_done, evaluation, publish=publish)
@@ -234,15 +234,14 @@ class Trainer:
         if evaluation is None:
             # Resumed after its last step: the files have this evaluation already.
             evaluation = self._evaluate(record=False)
-        best = self.progress.best
+        measured = {} if evaluation is None else evaluation.metrics
+        best, main = self.progress.best, self._metrics.main.key
         summary = {
             "steps": self.progress.step,
             "epochs": self.setup.config.train.epochs,
             "seconds": round(self.progress.seconds, 3),
-            "top1": None if evaluation is None else evaluation.top1,
-            "top5": None if evaluation is None else evaluation.top5,
-            "ece": None if evaluation is None else evaluation.ece,
-            "best_top1": self.progress.best_top1,
+            **{metric.key: measured.get(metric.key) for metric in self._metrics.without_teacher},
+            f"best_{main}": self.progress.best_value(main),
             "best_metric": None if best is None else best.metric,
             "best_value": None if best is None else best.value,
         }

@@ -10,7 +10,7 @@ from pipeline.models import EmbeddingModel
 from pipeline.student.data.sources import RowSource
 from pipeline.student.evaluation.evaluator import PrecomputedTeacher, build_evaluator, teacher_for_agreement
 from pipeline.student.evaluation.loaded_run import head_is_trained
-from pipeline.student.evaluation.scores import Evaluation, EvaluationScope
+from pipeline.student.evaluation.metrics import Evaluation, EvaluationScope, metrics_of
 from pipeline.student.evaluation.validation import ValidationSamples, read_validation, record_validation
 from pipeline.student.supervision.overlap import SeenImages
 from pipeline.student.training.run_log import Emit
@@ -90,11 +90,9 @@ class Validator:
 
     def _best_without_labels(self) -> str | None:
         """The metric that the best checkpoint follows where it cannot be accuracy; None: there is none."""
-        if self._teacher is None:
-            return None
-        if self._scope.head_trained:
-            return "agreement with the teacher"
-        return None if self._scope.projector is None else "cosine to the teacher"
+        available = self._scope.available(teacher=self._teacher is not None)
+        metric = metrics_of(self._config.data.task).selected_by(available)
+        return None if metric is None else metric.title
 
     def evaluate(self, model: EmbeddingModel, source: RowSource, *, step: int) -> Evaluation:
         """Evaluates the weights after ``step`` steps. Every rank calls it, if the validator is enabled.

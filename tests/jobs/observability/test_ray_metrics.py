@@ -22,15 +22,15 @@ from jobs.observability.task_observer import AttemptStats
 from jobs.train_student import train_student
 from pipeline.cache.build.part import PartTask
 from pipeline.core.errors import ShardError, TransientStorageError
+from pipeline.student.evaluation.metrics import metrics_of
 from schemas.cache_format import ViewBlock
+from tests.docs.pages import ray_meters
 from tests.jobs.conftest import Tree, config_of
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).resolve().parents[3]
 DASHBOARD = ROOT / "infra" / "grafana" / "stillroom.json"
-METRICS = [
-    metric for metric in vars(ray_metrics).values() if isinstance(metric, ray_metrics.Counter | ray_metrics.Gauge)
-]
+METRICS = ray_meters()
 _SERIES = re.compile(r"(\w+)\{(.*)\} (\S+)")
 _WAIT_S = 60
 
@@ -136,7 +136,8 @@ def test_every_metric_is_exported_and_every_query_of_the_dashboard_has_a_result(
         total(ray_metrics.TOTAL_STEPS, **run),
         total(ray_metrics.STARTS, **run),
     ) == (8, 8, 1)
-    assert 0 <= total(ray_metrics.TOP1, **run) <= total(ray_metrics.TOP5, **run) <= 1
+    gauges = ray_metrics.evaluation_gauges(metrics_of("classification"))
+    assert 0 <= total(gauges["top1"], **run) <= total(gauges["top5"], **run) <= 1
 
     for query in queries():
         assert query.names, query.place

@@ -74,7 +74,7 @@ def test_progress_goes_back_with_the_training_and_reaches_its_end(events: list[d
     (last,) = (item for item in events if item["event"] == "progress")
     assert (last["done"], last["total"]) == (40, 40)
     (evaluation,) = (item for item in events if item["event"] == "eval")
-    assert (evaluation["top1"], evaluation["message"]) == (0.25, "train run: epoch 1, top-1 25.00%")
+    assert (evaluation["top1"], evaluation["message"]) == (0.25, "train run: epoch 1, top-1 25.00 %")
 
 
 def test_a_training_that_never_began_logs_no_summary(tree: Tree, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,13 +14,13 @@ from torch.nn.functional import cosine_similarity
 
 from jobs.run_ops import describe_evaluation
 from pipeline.cache.read.reader import open_cache
-from pipeline.student import CachedDataset
 from pipeline.student.evaluation.evaluator import evaluate_run
 from pipeline.student.evaluation.loaded_run import load_run
 from pipeline.student.export.exporters import export_run
 from pipeline.student.run import checkpoint
 from pipeline.student.training.trainer import train
 from schemas.config import Config
+from stillroom import CachedDataset
 from tests.errors import raises
 from tests.pipeline.caches import build, cache_section
 from tests.pipeline.conftest import TinyConfig
@@ -84,7 +84,7 @@ def test_a_run_is_evaluated_by_the_cosine_of_a_loop_over_images(config: Config, 
         reordered(network_operations(module, torch.zeros(1, 3, 16, 16), backward=False))
         for module in (trained.student.module, teacher.module)
     )
-    assert evaluation.cosine == pytest.approx(expected, rel=0, abs=growth * sum(errors))
+    assert evaluation.metrics["cosine"] == pytest.approx(expected, rel=0, abs=growth * sum(errors))
     assert not evaluation.head_trained
     assert "cosine to the teacher" in describe_evaluation(evaluation)
     assert "not trained" in describe_evaluation(evaluation)

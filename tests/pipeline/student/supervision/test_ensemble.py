@@ -452,7 +452,7 @@ def test_a_run_of_several_teachers_evaluates_without_agreement(
     found = evaluate_run(
         str(tmp_path), tuple(digits_shards), checkpoint_name="last", num_threads=1, device=torch.device("cpu")
     )
-    assert (found.top1, found.agreement) == (summary["top1"], None)
+    assert (found.metrics["top1"], found.metrics["agreement"]) == (summary["top1"], None)
 
 
 def test_plans_that_agree_are_of_any_teachers(replays: Replay, colleague: TinyCache) -> None:

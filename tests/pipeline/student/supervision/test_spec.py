@@ -131,6 +131,6 @@ def test_a_run_that_leaves_everything_to_its_cache_can_be_evaluated_exported_and
         str(tmp_path / "run"), base.data.shards, checkpoint_name="last", num_threads=1, device=torch.device("cpu")
     )
     assert found.num_rows == 35
-    assert (found.top1 is None) == ("label" in cached)
+    assert (found.metrics["top1"] is None) == ("label" in cached)
     exported = export_run(str(tmp_path / "run"), str(tmp_path / "student.safetensors"))
     assert exported.step == summary["steps"]

@@ -19,7 +19,7 @@ from pipeline.student.data.teacher_outputs import TeacherOutputs
 from pipeline.student.distributed import DistributedContext
 from pipeline.student.losses import BatchShare, CompositeLoss, LossInputs, TeacherInputs
 from pipeline.student.run import checkpoint
-from pipeline.student.run.metrics import StepLog
+from pipeline.student.run.metrics_files import StepLog
 from pipeline.student.training.trainer import train
 from schemas.config import Config, LossConfig
 from tests.marks import slow

@@ -17,7 +17,7 @@ from pipeline.core.errors import CacheError, ConfigError, TrainingError
 from pipeline.shards.writer import pack_shards
 from pipeline.student.distributed import DistributedContext
 from pipeline.student.run import checkpoint
-from pipeline.student.run.metrics import MetricsFile
+from pipeline.student.run.metrics_files import MetricsFile
 from pipeline.student.training.setup import prepare
 from pipeline.student.training.trainer import train
 from schemas.config import Config

@@ -14,7 +14,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline.student.distributed import DistributedContext
-from pipeline.student.run.metrics import MetricsFile, StepLog
+from pipeline.student.run.metrics_files import MetricsFile, StepLog
 from pipeline.student.training.run_log import ThroughputMeter
 from tests.errors import raises
 

@@ -1,0 +1,194 @@
+"""The contract of a task's metrics: what each of them is, how images are added, which of them selects a checkpoint."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.student.distributed import DistributedContext
+from pipeline.tasks import Targets
+from schemas.config import DataConfig
+
+Outputs = Mapping[str, Tensor]
+"""Outputs of one network for N images by name, [N,…] each, fp32 on the CPU."""
+
+Need = Literal["targets", "teacher", "head", "projector"]
+"""``head``: the student's head is trained. ``projector``: a loss compares embeddings."""
+
+Values = Mapping[str, float | int | None]
+"""Numbers by key; None for one that was not measured."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """One number of an evaluation.
+
+    Attributes:
+        key: in JSON, events and checkpoints.
+        title: in tables and messages.
+        unit: ``share``: from 0 to 1, shown in percent.
+        needs: without any of these the metric is not measured.
+        teacher_key: of the metric that is the same number of the teacher.
+        gauge: meaning of the Ray metric ``train_<key>``; None: there is none.
+    """
+
+    key: str
+    title: str
+    unit: Literal["share", "nats", "none"] = "share"
+    higher_is_better: bool = True
+    needs: tuple[Need, ...] = ()
+    teacher_key: str | None = None
+    gauge: str | None = None
+
+    def text(self, value: float | None, *, digits: int = 1) -> str:
+        """``97.2 %``, or a dash for None. ``digits`` are those of a percentage."""
+        if value is None:
+            return "-"
+        if self.unit == "share":
+            return f"{value:.{digits}%}".replace("%", " %")
+        return f"{value:.4f} nats" if self.unit == "nats" else f"{value:.4f}"
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationScope:
+    """Which metrics apply to a student, besides what targets and teacher allow.
+
+    Attributes:
+        head_trained: False: no loss read the student's logits, and its head began with random weights. Its logits are
+            then not measured.
+        projector: from the student's embedding to the teacher's width, if a loss compares embeddings.
+    """
+
+    head_trained: bool = True
+    projector: nn.Module | None = None
+
+    def available(self, *, teacher: bool) -> set[Need]:
+        """What metrics may need, but for targets."""
+        conditions: dict[Need, bool] = {
+            "teacher": teacher,
+            "head": self.head_trained,
+            "projector": self.projector is not None,
+        }
+        return {need for need, is_given in conditions.items() if is_given}
+
+
+class MetricSums(ABC):
+    """Sums of a task's metrics over the images of one rank."""
+
+    @abstractmethod
+    def add(self, student: Outputs, teacher: Outputs | None, targets: Targets) -> None:
+        """Adds N rows, whose outputs must be finite; the student's embedding is in the teacher's width."""
+
+    @abstractmethod
+    def finish(self, distributed: DistributedContext) -> dict[str, float | None]:
+        """The metrics over all ranks by key, each of which must call it; None: no row was measured."""
+
+
+class RowMeans:
+    """Means over rows, each over those rows for which its quantity was added."""
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self._sums = {key: [0.0, 0.0] for key in keys}
+
+    def add(self, key: str, total: float, num_rows: int) -> None:
+        """Adds the sum of a quantity over some rows."""
+        self._sums[key][0] += total
+        self._sums[key][1] += num_rows
+
+    def over_ranks(self, distributed: DistributedContext) -> dict[str, float | None]:
+        """By key; None without rows. Every rank calls it."""
+        sums = torch.tensor([*self._sums.values()], dtype=torch.float64, device=distributed.device)
+        totals: list[list[float]] = distributed.sum(sums).tolist()
+        pairs = zip(self._sums, totals, strict=True)
+        return {key: total / num_rows if num_rows else None for key, (total, num_rows) in pairs}
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """The metric that selects the best checkpoint, by its key."""
+
+    metric: str
+    value: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricSet:
+    """The metrics of one task.
+
+    Attributes:
+        metrics: in the order of JSON and tables.
+        selection: the first of these that was measured selects the best checkpoint.
+        table: those that a table of several students has.
+        sums: builds empty sums. The config is that of the images; the device is the one that evaluates.
+    """
+
+    metrics: tuple[Metric, ...]
+    selection: tuple[str, ...]
+    table: tuple[str, ...]
+    sums: Callable[[DataConfig, EvaluationScope, torch.device], MetricSums]
+
+    def __getitem__(self, key: str) -> Metric:
+        return next(metric for metric in self.metrics if metric.key == key)
+
+    @property
+    def main(self) -> Metric:
+        """The metric that selects the best checkpoint if all can be measured."""
+        return self[self.selection[0]]
+
+    @property
+    def columns(self) -> list[Metric]:
+        """Those of ``table``."""
+        return [self[key] for key in self.table]
+
+    @property
+    def without_teacher(self) -> list[Metric]:
+        """Those that need no teacher."""
+        return [metric for metric in self.metrics if "teacher" not in metric.needs]
+
+    def selected_by(self, available: set[Need]) -> Metric | None:
+        """The metric that selects the best checkpoint where only this is available; None: there is none."""
+        metrics = map(self.__getitem__, self.selection)
+        return next((metric for metric in metrics if available.issuperset(metric.needs)), None)
+
+    def score(self, values: Values) -> Score | None:
+        """None if no metric of the selection was measured."""
+        measured = ((key, values.get(key)) for key in self.selection)
+        return next((Score(key, value) for key, value in measured if value is not None), None)
+
+    def text(self, score: Score) -> str:
+        """``top-1 97.21 %``."""
+        return f"{self[score.metric].title} {self[score.metric].text(score.value, digits=2)}"
+
+    def is_better(self, score: Score, best: Score | None) -> bool:
+        """Equal values are no improvement; another metric starts a new comparison."""
+        if best is None or best.metric != score.metric:
+            return True
+        return score.value > best.value if self[score.metric].higher_is_better else score.value < best.value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """Metrics of a student.
+
+    Attributes:
+        task: whose metrics these are.
+        metrics: by key, in the order of the task; None for a metric that was not measured.
+        head_trained: see ``EvaluationScope``.
+    """
+
+    task: str
+    num_rows: int
+    metrics: Mapping[str, float | None]
+    head_trained: bool = True
+
+    def as_dict(self) -> dict[str, float | int | None]:
+        return {**self.measured(), "head_trained": self.head_trained}
+
+    def measured(self) -> dict[str, float | int | None]:
+        """Only the numbers."""
+        return {"num_rows": self.num_rows, **self.metrics}
