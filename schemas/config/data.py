@@ -13,7 +13,7 @@ class DataConfig(Section):
     """Images, labels, and the treatment of bad samples."""
 
     task: Literal["classification"] = Field(
-        "classification", description="What the target of a sample is: a class index."
+        "classification", description="The task; the label of a sample is a class index."
     )
     shards: str | tuple[str, ...] | None = Field(
         None, description="Training shards: URL with {a..b} braces, or a list."

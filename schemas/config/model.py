@@ -21,7 +21,9 @@ class ModelConfig(Section):
     sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$", description="Checked before a weights URL is loaded.")
     mean: Triple | None = Field(None, description="Per-channel mean of [0,1] RGB.")
     std: Triple | None = Field(None, description="Per-channel standard deviation of [0,1] RGB.")
-    interpolation: Interpolation | None = Field(None, description="How a box is resized to the input size.")
+    interpolation: Interpolation | None = Field(
+        None, description="Interpolation that resizes the crop box to the input."
+    )
     kwargs: dict[str, Any] = Field(default_factory=dict, description="Passed on to the model's constructor.")
 
     @property
