@@ -1,4 +1,4 @@
-"""The main job on handwritten digits, without a network: shards, teacher, cache, students, one table."""
+"""The demo: distils handwritten digits without a network connection."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def gains(results: dict[str, Any]) -> str:
     if all(share >= baseline + _MIN_GAIN for share in shares.values()):
         return text
     raise TrainingError(
-        "distillation brought no gain, although it should",
+        "distillation gained less than expected",
         code="demo.no-gain",
         got=text,
         expected=f"at least {100 * _MIN_GAIN:.0f} each",

@@ -1,4 +1,4 @@
-"""Validation errors of a config as its author sees them: key, line, value, expected value, nearest name."""
+"""Validation errors of a config as messages: key, line, value, expected value, nearest name."""
 
 from __future__ import annotations
 

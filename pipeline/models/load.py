@@ -1,4 +1,4 @@
-"""From a YAML section to a network that returns logits and embedding, and its input spec."""
+"""Builds the network of a YAML section, which returns logits and embedding, and its input spec."""
 
 from __future__ import annotations
 

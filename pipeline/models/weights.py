@@ -174,7 +174,7 @@ def _check_digest(data: bytes, sha256: str | None, url: str, where: str) -> None
     if sha256 is None or digest(data) == sha256:
         return
     raise ModelError(
-        "the weights are not the ones the config names: their sha256 differs",
+        "the sha256 of the weights differs from that in the config",
         code="weights.sha256-mismatch",
         where=f"{where}: {redact(url)}",
         got=digest(data),
@@ -287,7 +287,7 @@ def _refused_global(error: BaseException) -> str:
 
 def _unreadable(url: str, where: str, error: BaseException) -> ModelError:
     return ModelError(
-        "the weights cannot be read; the file is damaged or of another format",
+        "the weights cannot be read; the file is damaged or has another format",
         code="weights.damaged",
         where=f"{where}: {redact(url)}",
         got=cause(error),

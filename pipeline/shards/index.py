@@ -318,7 +318,7 @@ def _metadata(table: pa.Table, settings: Mapping[str, Any] | None, where: str) -
     metadata: dict[str, Any] = json.loads((table.schema.metadata or {})[_METADATA_KEY])
     if metadata["format_version"] != FORMAT_VERSION:
         raise CacheError(
-            "this index has another format version",
+            "this index has an unknown format version",
             code="shard.index-version",
             where=redact(where),
             got=metadata["format_version"],
@@ -327,7 +327,7 @@ def _metadata(table: pa.Table, settings: Mapping[str, Any] | None, where: str) -
         )
     if settings is not None and (changed := differences(metadata["settings"], settings)):
         raise CacheError(
-            "this index was built with other settings",
+            "this index was built with different settings",
             code="shard.index-settings",
             where=redact(where),
             got="; ".join(changed),

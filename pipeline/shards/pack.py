@@ -119,7 +119,7 @@ def _begin(packing: Packing, out_url: str) -> set[str]:
         )
     if not storage.create(url, packing.record()) and (stored := storage.read(url)) != packing.record():
         raise StorageInputError(
-            "this folder has another packing: of other images, or with other options",
+            "this folder has a packing of different images, or with different options",
             code="pack.other-packing",
             where=redact(out_url),
             got=_changes(stored, packing.record()),

@@ -72,7 +72,7 @@ def read_shard_head(url: str, data: DataConfig, *, size_bytes: int, first_bytes:
         return ShardHead(covered, len(with_image), targets, _count_members(complete, task))
     if is_complete:
         raise ShardError(
-            "this shard holds no sample with an image",
+            "this shard has no sample with an image",
             code="shard.no-samples",
             where=redact(url),
             got=f"{len(groups)} samples",

@@ -142,7 +142,7 @@ class _ShardScan:
                 self._add(group, member)
         if group is None:
             raise self._headers.error(
-                "this shard holds no samples",
+                "this shard has no samples",
                 0,
                 code="shard.no-samples",
                 got=", ".join(self._notes.omissions.lines()) or None,

@@ -1,4 +1,4 @@
-"""The base of all sections of the config: frozen, refuses unknown keys, and takes no boolean for a number."""
+"""The base of all sections of the config: frozen, refuses unknown keys, and does not accept booleans as numbers."""
 
 from __future__ import annotations
 

@@ -135,6 +135,7 @@ def module_sections() -> Iterator[str]:
 
 
 def _first_sentence(path: Path) -> str:
-    text = " ".join((ast.get_docstring(ast.parse(path.read_text())) or "").replace("``", "`").split())
+    paragraph = (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n\n")[0]
+    text = " ".join(paragraph.replace("``", "`").split())
     sentence = re.split(r"(?<=\.)\s+(?=[A-Z`])", text, maxsplit=1)[0]
     return sentence.replace("|", "\\|")

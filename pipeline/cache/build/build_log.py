@@ -1,4 +1,4 @@
-"""The progress of builds, for people. No digest covers these records, so they may have times and host names.
+"""Progress records of running builds. No digest covers these records, so they may have times and host names.
 
 A driver writes one record and renews it; a finished build removes all records.
 """

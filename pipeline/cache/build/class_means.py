@@ -144,7 +144,7 @@ def decode_means(data: bytes, *, num_classes: int, fingerprint: str, where: str)
     written_by = (table.schema.metadata or {}).get(b"stillroom:fingerprint", b"").decode()
     if written_by != fingerprint:
         raise CacheError(
-            "these class means are another teacher's",
+            "these class means belong to another teacher",
             code="cache.class-means-of-another-teacher",
             where=where,
             got=written_by or "no fingerprint",

@@ -88,7 +88,7 @@ def prepare(config: Config) -> tuple[str, ...]:
     Returns notes for the user about how the teacher's weights were read.
 
     Raises:
-        CacheError: the cache was begun with another teacher, plan, encoding or source of class means.
+        CacheError: the cache was started with a different teacher, plan, encoding or source of class means.
         ConfigError: the config imports class means, and the file does not fit this teacher.
     """
     if cache_config(config).class_means_url is not None:

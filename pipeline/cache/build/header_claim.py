@@ -1,4 +1,4 @@
-"""The header of a build, and the claim of a cache with it. A builder with another header stops before it writes."""
+"""Claims a cache for a build: creates its header, or checks the existing one, before anything is written."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ def _check_bodies(
     # A build never replaces a header: another builder may be running that has not committed a part yet.
     unused = is_unused(cache_url)
     raise CacheError(
-        "this cache was begun with another config or another teacher"
+        "this cache was started with a different config or teacher"
         + (", and nothing is committed to it" if unused else ""),
         code="cache.unused-header" if unused else "cache.other-header",
         where=redact(cache_url),

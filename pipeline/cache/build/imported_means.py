@@ -86,7 +86,7 @@ def encode_stored(cache_url: str, header: Header) -> bytes:
     where, sha256 = redact(storage.join(cache_url, layout.IMPORTED_MEANS)), str(imported_sha256(header))
     if (got := digest(data)) != sha256:
         raise CacheError(
-            "these class means are not those that the cache was begun with",
+            "these class means are not those with which the cache was started",
             code="cache.changed-file",
             where=where,
             got=f"sha256 {got[:16]}",

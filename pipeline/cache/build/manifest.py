@@ -122,7 +122,7 @@ def read_manifest(cache_url: str) -> tuple[Manifest, bytes]:
         if not storage.exists(storage.join(cache_url, layout.HEADER)):
             raise no_cache(cache_url)
         raise CacheError(
-            "this cache is not finished: it has no manifest",
+            "this cache is unfinished: it has no manifest",
             code="cache.unfinished",
             where=redact(cache_url),
             next_step="run: stillroom cache build CONFIG (it resumes)",

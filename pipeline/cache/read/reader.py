@@ -267,7 +267,7 @@ class TeacherCache:
             ) from error
         if table.num_rows != entry["rows"]:
             raise CacheError(
-                "a view of this part has another number of rows",
+                "the number of rows of a view of this part differs from its commit",
                 code="cache.damaged-part",
                 where=where,
                 got=table.num_rows,

@@ -150,7 +150,7 @@ class PartCheck:
             if not file.schema_arrow.equals(schema):
                 got = file.schema_arrow.names
                 raise CacheError(
-                    "this part has other columns", code="cache.part-columns", got=got, expected=schema.names
+                    "this part has unexpected columns", code="cache.part-columns", got=got, expected=schema.names
                 )
         sizes = [file.metadata.row_group(number).num_rows for number in range(file.metadata.num_row_groups)]
         expected = list(self._rows_by_view.values())

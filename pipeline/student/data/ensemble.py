@@ -112,7 +112,7 @@ def check_same_views(caches: Sequence[StructuredRows], *, where: str) -> None:
             changed = np.flatnonzero((before != after).reshape(len(before), -1).any(axis=1))
             if len(changed):
                 raise CacheError(
-                    f"another teacher saw other views of {len(changed)} rows",
+                    f"the views of {len(changed)} rows differ between the caches",
                     code="cache.views-differ",
                     where=f"{where}, row {first['row'][changed[0]]}",
                     got=f"{name}: {before[changed[0]]} -> {after[changed[0]]}",

@@ -119,7 +119,7 @@ def check_alignment(columns: ViewColumns, index: ShardIndex, *, where: str) -> N
     wrong = np.flatnonzero(columns.content_hash_N != index.content_hash[index.ok])
     if len(wrong):
         raise CacheError(
-            f"{len(wrong)} cached rows are of other images",
+            f"{len(wrong)} cached rows belong to other images",
             code="cache.other-images",
             where=f"{where}, {index.sample_ids(index.ok[wrong[:1]])[0]}",
             got=f"content hash {int(columns.content_hash_N[wrong[0]]):016x}",
@@ -129,7 +129,7 @@ def check_alignment(columns: ViewColumns, index: ShardIndex, *, where: str) -> N
     foreign = np.flatnonzero(~np.isin(columns.mix_row_N, expected_N))
     if len(foreign):
         raise CacheError(
-            f"{len(foreign)} cached rows are mixed with rows that the shard does not have",
+            f"{len(foreign)} cached rows have mixup partners that the shard does not have",
             code="cache.foreign-partner",
             where=f"{where}, {index.sample_ids(index.ok[foreign[:1]])[0]}",
             got=f"row {columns.mix_row_N[foreign[0]]}",

@@ -1,4 +1,4 @@
-"""Loads the batches of a training, in loader processes or in its own, and checks what these need of the machine."""
+"""Loads the batches of a training, in loader processes or in the process itself, after a check of shared memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of samples on their way into a batch: one flat set of named columns."""
+"""Rows of samples before they become a batch: one flat set of named columns."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ def check_class_means(class_means_KD: Tensor, label_counts_K: Tensor, *, where: 
     """
     if len(class_means_KD) != len(label_counts_K):
         raise CacheError(
-            "the class means are of another number of classes",
+            "the class means have a different number of classes",
             code="cache.class-means-of-other-classes",
             where=where,
             got=f"K = {len(class_means_KD)}",

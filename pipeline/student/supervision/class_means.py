@@ -64,7 +64,7 @@ def _check_same_teacher(cache: TeacherCache, teacher: Teacher, section: str) -> 
     changed = differences({key: cache.header.teacher[key] for key in online}, online)
     if changed:
         raise CacheError(
-            "these class means are another teacher's",
+            "these class means belong to another teacher",
             code="cache.other-teacher",
             where=f"{section}.class_means: {redact(cache.url)}",
             got="; ".join(changed),

@@ -135,7 +135,7 @@ def check_online_class_means(config: Config, loss: CompositeLoss, spec: Supervis
         CLASS_MEANS.check_stored(cache, where=where)
         if cache.header.num_classes != spec.num_classes:
             raise ConfigError(
-                "these class means are of another number of classes",
+                "these class means have a different number of classes",
                 code="config.class-means-mismatch",
                 where=where,
                 got=f"K = {cache.header.num_classes}",
@@ -170,7 +170,7 @@ def _require_class_means(config: Config) -> None:
     for where, section in config.teacher.models.items():
         if section.class_means is None:
             raise ConfigError(
-                "nd needs class means, and an online teacher computes none",
+                "nd needs class means, which an online teacher does not compute",
                 code="config.no-class-means",
                 where=f"{where}.class_means",
                 expected="the URL of a finished cache of this teacher that has class means",

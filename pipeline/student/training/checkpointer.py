@@ -1,4 +1,4 @@
-"""Saves and restores the state of a training: weights, optimizer, and how far it is."""
+"""Saves and restores the state of a training: weights, optimizer and position."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class Checkpointer:
             return Progress()
         if state["order"] != self._order_id():
             raise ConfigError(
-                "the checkpoint's position counts in another order of training",
+                "the checkpoint belongs to a different order of training",
                 code="run.other-order",
                 where=redact(self._run_url),
                 got="other shards, or other rows in them, than when the run was begun",
