@@ -22,6 +22,7 @@ from pipeline.cache.plan.plan_inputs import PlanInputs, check_labels, collect_pl
 from pipeline.cache.plan.plan_warnings import plan_warnings
 from pipeline.cache.plan.shard_survey import Estimate
 from pipeline.core.errors import ConfigError, InputError, StorageInputError
+from pipeline.core.redaction import redact
 from pipeline.models.summary import check_weights
 from pipeline.shards.shard_urls import urls_by_id
 from pipeline.student.data.order import order_of
@@ -105,7 +106,8 @@ def _measure(config: Config, inputs: PlanInputs, plan: CachePlan) -> tuple[Measu
     """Measures in one task with the resources of a build's tasks."""
     urls = list(inputs.urls.values())
     with cluster(config.ray):
-        ((_, measurement),) = fan_out(partial(measure, config), [urls[len(urls) // 2]], config.ray, what="a cache task")
+        work, shard_url = partial(measure, config), urls[len(urls) // 2]
+        ((_, measurement),) = fan_out(work, [shard_url], config.ray, what="a cache task", name=redact)
         return measurement, forecast(plan, config, measurement, num_slots=num_parallel_tasks(config.ray))
 
 

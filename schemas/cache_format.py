@@ -42,7 +42,8 @@ def index_schema(targets: Mapping[str, pa.DataType]) -> pa.Schema:
     )
 
 
-_BOX = ("left", "top", "width", "height")
+BOX_SIDES = ("left", "top", "width", "height")
+JITTERS = ("brightness", "contrast", "saturation", "hue")
 
 
 def aug_param_columns(plan: ViewsConfig) -> dict[str, pa.DataType]:
@@ -50,15 +51,17 @@ def aug_param_columns(plan: ViewsConfig) -> dict[str, pa.DataType]:
     columns: dict[str, pa.DataType] = {}
     if plan.jitter is not None:
         columns["jitter_order"] = pa.uint8()
-        columns |= {f"jitter_{name}": pa.float32() for name in ("brightness", "contrast", "saturation", "hue")}
+        columns |= {f"jitter_{name}": pa.float32() for name in JITTERS}
     if plan.randaugment is not None:
         for number in range(1, plan.randaugment.num_ops + 1):
             columns |= {f"op{number}": pa.uint8(), f"op{number}_magnitude": pa.float32()}
     if plan.erasing is not None:
-        columns |= {f"erase_{side}": pa.float32() for side in _BOX}  # fractions of the view; width 0: nothing erased
+        columns |= {
+            f"erase_{side}": pa.float32() for side in BOX_SIDES
+        }  # fractions of the view; width 0: nothing erased
         columns |= {f"erase_{name}": pa.uint8() for name in ("red", "green", "blue")}
     if plan.cutmix is not None:
-        columns |= {f"cut_{side}": pa.float32() for side in _BOX}  # fractions of the view; width 0: a blend
+        columns |= {f"cut_{side}": pa.float32() for side in BOX_SIDES}  # fractions of the view; width 0: a blend
     return columns
 
 

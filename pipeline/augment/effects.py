@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from pipeline.augment.options import BOX_SIDES, OPS
+from pipeline.augment.options import OPS
+from schemas.cache_format import BOX_SIDES, JITTERS
 
 Effect = Callable[[Tensor, float], Tensor]
-_ORDERS = list(permutations(("brightness", "contrast", "saturation", "hue")))
+_ORDERS = list(permutations(JITTERS))
 _FILL_LEVEL = 128
 
 

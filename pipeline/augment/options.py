@@ -25,6 +25,7 @@ from pipeline.augment.random_bits import (
     sample_uniforms,
     uniform_between,
 )
+from schemas.cache_format import BOX_SIDES, JITTERS
 from schemas.config import ErasingConfig, JitterConfig, RandAugmentConfig, ViewsConfig
 
 OPS = (
@@ -54,7 +55,6 @@ _POSTERIZE = OPS.index("posterize")
 _FULL_MAGNITUDE = 30
 _NUM_ORDERS = 24
 _ERASING_ATTEMPTS = 10
-BOX_SIDES = ("left", "top", "width", "height")
 
 AugParams = dict[str, NDArray[Any]]
 
@@ -104,7 +104,7 @@ def _jitter(jitter: JitterConfig, keys_N2: RandomBits, views_N: Ints) -> AugPara
     strength_N4 = sample_uniforms(keys_N2, views_N, STREAM_JITTER, 1)
     aug_params: AugParams = {"jitter_order": (choice_N4[:, 1] * _NUM_ORDERS).astype(np.uint8)}
     is_jittered_N = choice_N4[:, 0] < jitter.probability
-    for name, strength_N in zip(("brightness", "contrast", "saturation", "hue"), strength_N4.T, strict=True):
+    for name, strength_N in zip(JITTERS, strength_N4.T, strict=True):
         neutral, strength = float(name != "hue"), float(getattr(jitter, name))
         value_N = uniform_between(neutral - strength, neutral + strength, strength_N)
         aug_params[f"jitter_{name}"] = np.where(is_jittered_N, value_N, neutral).astype(np.float32)

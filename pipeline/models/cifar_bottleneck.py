@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, relu
 
 from pipeline.core.errors import ModelError
-from pipeline.models.cifar import conv1x1, conv3x3, init_convolutions
+from pipeline.models.cifar import conv1x1, conv3x3, init_convolutions, stage
 
 _EXPANSION = 4
-_WIDTHS = (64, 128, 256, 512)
+_STEM, _WIDTHS = 64, (256, 512, 1024, 2048)
 
 
 def bottleneck_resnet(num_classes: int, blocks: Sequence[int] = (3, 4, 6, 3)) -> nn.Module:
@@ -38,11 +38,11 @@ def bottleneck_resnet(num_classes: int, blocks: Sequence[int] = (3, 4, 6, 3)) ->
 
 
 class BottleneckBlock(nn.Module):
-    """1×1, 3×3, 1×1 and a shortcut, activated after the sum. [B,C,H,W] -> [B,4·width,H/stride,W/stride]."""
+    """1×1, 3×3, 1×1 and a shortcut, activated after the sum. [B,C,H,W] -> [B,C',H/stride,W/stride]."""
 
-    def __init__(self, in_channels: int, width: int, stride: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
-        out_channels = _EXPANSION * width
+        width = out_channels // _EXPANSION
         self.conv1 = conv1x1(in_channels, width)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = conv3x3(width, width, stride)
@@ -66,21 +66,16 @@ class CifarBottleneckResNet(nn.Module):
 
     def __init__(self, num_classes: int, blocks: tuple[int, ...]) -> None:
         super().__init__()
-        self.conv1 = conv3x3(3, _WIDTHS[0])
-        self.bn1 = nn.BatchNorm2d(_WIDTHS[0])
-        self.layer1 = _stage(_WIDTHS[0], _WIDTHS[0], blocks[0], stride=1)
-        self.layer2 = _stage(_EXPANSION * _WIDTHS[0], _WIDTHS[1], blocks[1], stride=2)
-        self.layer3 = _stage(_EXPANSION * _WIDTHS[1], _WIDTHS[2], blocks[2], stride=2)
-        self.layer4 = _stage(_EXPANSION * _WIDTHS[2], _WIDTHS[3], blocks[3], stride=2)
-        self.linear = nn.Linear(_EXPANSION * _WIDTHS[3], num_classes)
+        self.conv1 = conv3x3(3, _STEM)
+        self.bn1 = nn.BatchNorm2d(_STEM)
+        self.layer1 = stage(BottleneckBlock, _STEM, _WIDTHS[0], blocks[0], stride=1)
+        self.layer2 = stage(BottleneckBlock, _WIDTHS[0], _WIDTHS[1], blocks[1], stride=2)
+        self.layer3 = stage(BottleneckBlock, _WIDTHS[1], _WIDTHS[2], blocks[2], stride=2)
+        self.layer4 = stage(BottleneckBlock, _WIDTHS[2], _WIDTHS[3], blocks[3], stride=2)
+        self.linear = nn.Linear(_WIDTHS[3], num_classes)
         init_convolutions(self)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         x = relu(self.bn1(self.conv1(images_BCHW)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.linear(adaptive_avg_pool2d(x, 1).flatten(1))
-
-
-def _stage(in_channels: int, width: int, blocks: int, *, stride: int) -> nn.Sequential:
-    rest = [BottleneckBlock(_EXPANSION * width, width, 1) for _ in range(blocks - 1)]
-    return nn.Sequential(BottleneckBlock(in_channels, width, stride), *rest)

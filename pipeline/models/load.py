@@ -89,22 +89,22 @@ def load_model(
         ModelError: the model is unknown, cannot be built, does not run at this size, or its weights do not fit.
         StorageInputError: the URL of the weights is refused, missing or not readable.
     """
-    build, request = resolve(config, num_classes, allow_new_head, where)
+    request = resolve(config, num_classes, allow_new_head, where)
     require_weights(config, where=where)
     architecture = _architecture(request)
     if expected_weights is not None:
         request = replace(request, read=lambda: expected_weights)
     with _seeded(seed):
-        built = build(request)
+        built = request.build()
     spec = input_spec(config, built.declared, size, where)
     notes = load_weights(built, request) if expected_weights is None else ()
     return LoadedModel(wrap(built, request, size=spec.size), spec, architecture, (*notes, *built.notes))
 
 
 def load_untrained(
-    config: ModelConfig, *, num_classes: int, size: int | None, likely_size: int | None = None, where: str = "teacher"
+    config: ModelConfig, *, num_classes: int, size: int | None, likely_size: int | None = None
 ) -> LoadedModel:
-    """Builds the network for its weights without loading them, for properties that do not depend on their values.
+    """Builds a teacher's network without loading its weights, for properties that do not depend on their values.
 
     Args:
         likely_size: input size in pixels that the weights were probably trained for; default: ``size``.
@@ -112,11 +112,10 @@ def load_untrained(
     Raises:
         ConfigError, ModelError: as in ``load_model``.
     """
-    build, request = resolve(config, num_classes, True, where)
-    request = request.without_weights(likely_size=likely_size or size)
+    request = resolve(config, num_classes, True, "teacher").without_weights(likely_size=likely_size or size)
     with _seeded(0):
-        built = build(request)
-    spec = input_spec(config, built.declared, size, where)
+        built = request.build()
+    spec = input_spec(config, built.declared, size, request.where)
     return LoadedModel(wrap(built, request, size=spec.size), spec, _architecture(request), built.notes)
 
 
@@ -250,10 +249,8 @@ def _random_network(config: ModelConfig) -> str:
     return f"{config.model} is untrained, and its outputs carry no knowledge of any class"
 
 
-def resolve(
-    config: ModelConfig, num_classes: int, allow_new_head: bool, where: str
-) -> tuple[Callable[[BuildRequest], BuiltModel], BuildRequest]:
-    """The source that builds this network, and its request. Arguments as in ``load_model``."""
+def resolve(config: ModelConfig, num_classes: int, allow_new_head: bool, where: str) -> BuildRequest:
+    """The request for this network. Arguments as in ``load_model``."""
     if config.model is None:
         raise ConfigError(
             "no model is given", code="config.model-missing", where=f"{where}.model", expected=_NAME_FORMS
@@ -266,10 +263,11 @@ def resolve(
             got=f"weights: {config.weights}",
             next_step="remove sha256, or give weights as a URL",
         )
-    for prefix, build in _SOURCES.items():
+    for prefix, source in _SOURCES.items():
         name = config.model.removeprefix(prefix)
         if name and name != config.model:
-            return build, BuildRequest(
+            return BuildRequest(
+                source=source,
                 config=config,
                 name=name,
                 num_classes=num_classes,

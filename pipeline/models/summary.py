@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -35,25 +34,24 @@ def summarize_model(config: ModelConfig, *, num_classes: int, size: int | None, 
         ConfigError: a key is missing or contradicts another.
         ModelError: the model is unknown, cannot be built, or does not run at this size.
     """
-    build, request = resolve(config, num_classes, True, where)
-    request = request.without_weights(likely_size=size)
-    built = _on_meta(build, request)
+    request = resolve(config, num_classes, True, where).without_weights(likely_size=size)
+    built = _on_meta(request)
     spec = input_spec(config, built.declared, size, where)
     _, embedding_BD = probe_outputs(built, request, size=spec.size)
     num_parameters = sum(parameter.numel() for parameter in built.network.parameters())
     return ModelSummary(num_parameters, embedding_BD.shape[1], spec)
 
 
-def _on_meta(build: Callable[[BuildRequest], BuiltModel], request: BuildRequest) -> BuiltModel:
+def _on_meta(request: BuildRequest) -> BuiltModel:
     try:
         with torch.device("meta"):
-            return build(request)
+            return request.build()
     except ModelError as error:
         if not isinstance(error.__cause__, NotImplementedError):
             raise
     # The constructors of torchvision's RegNets compute with tensors, which have no values on the meta device.
     with torch.random.fork_rng(devices=[]):
-        built = build(request)
+        built = request.build()
     built.network.to("meta")
     return built
 
@@ -73,11 +71,11 @@ def check_weights(config: ModelConfig, *, num_classes: int, size: int | None, wh
         StorageInputError: the weights' URL is refused, missing or not readable.
     """
     require_weights(config, where=where)
-    build, request = resolve(config, num_classes, False, where)
+    request = resolve(config, num_classes, False, where)
     if request.read is None:
         summarize_model(config, num_classes=num_classes, size=size, where=where)
         return
     request.read()  # outside of the meta device, which would hold the tensors of the file
-    built = _on_meta(build, request)
+    built = _on_meta(request)
     probe_outputs(built, request, size=input_spec(config, built.declared, size, where).size)
     load_weights(built, request)

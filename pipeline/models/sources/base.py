@@ -33,6 +33,7 @@ class BuildRequest:
     """A network to build.
 
     Attributes:
+        source: builds networks of this name.
         name: what follows ``timm/``, ``torchvision/`` or ``python:``.
         num_classes: K, the width of the head.
         allow_new_head: a pretrained head of another width is replaced by a random one.
@@ -43,6 +44,7 @@ class BuildRequest:
         likely_size: input size in pixels that the weights were probably trained for, if they cannot be read.
     """
 
+    source: Callable[[BuildRequest], BuiltModel]
     config: ModelConfig
     name: str
     num_classes: int
@@ -56,6 +58,9 @@ class BuildRequest:
     def pretrained(self) -> bool:
         """Whether the source loads the weights of the library."""
         return self.config.weights == "pretrained" and self.read is None and not self.skips_weights
+
+    def build(self) -> BuiltModel:
+        return self.source(self)
 
     def without_weights(self, likely_size: int | None) -> BuildRequest:
         """The same network without the values of its weights."""

@@ -109,8 +109,8 @@ def check_structure(name: str, publish: Publish) -> None:
         publish(state)
         published = torchvision_model(name)
         config = ModelConfig.model_validate({"model": f"torchvision/{name}", "weights": "pretrained"})
-        build, request = resolve(config, 1000, False, "teacher")
-        built = [build(request), build(replace(request, read=lambda: WeightsFile(state)))]
+        request = resolve(config, 1000, False, "teacher")
+        built = [request.build(), replace(request, read=lambda: WeightsFile(state)).build()]
     for network in (model.network for model in built):
         assert repr(network) == repr(published)
         shapes = {key: tensor.shape for key, tensor in network.state_dict().items()}
