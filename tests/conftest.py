@@ -1,4 +1,4 @@
-"""What holds for every test."""
+"""Fixtures and settings of all tests."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class _ByFile(LoadFileScheduling):
 
 @cache
 def _shared(file: Path) -> str | None:
-    """What the file's tests share with those of other files."""
+    """State that the tests of a file share with those of other files."""
     text = file.read_text()
     return next((name for name in ("ray_cluster", "tests.ranks") if name in text), None)
 
@@ -52,7 +52,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileSche
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_files_of_earlier_sessions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Trainings keep files in the temporary folder; those of other sessions may have been made by other code."""
+    """Trainings store files in the temporary folder; those of other sessions may come from different code."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipeline.student.data.local_store.TEMPORARY", tmp_path_factory.mktemp("node"))
         yield

@@ -32,7 +32,7 @@ from schemas.config import Config
 from tests.benchmarks.timing import SHARED, Spread, Stopwatch, interleaved, ratio
 
 THREADS = 2
-# What turns answers into a committed part: all that a build does besides reading, decoding, views and the teacher.
+# The work from teacher outputs to a committed part: all of a build except reading, decoding, views and the teacher.
 STORING = (
     (PartBuild, "record_batch"),
     (StatisticsSum, "add"),
@@ -124,8 +124,8 @@ class _Bare:
         widths, heights = (np.array([image.shape[axis] for image in self.images], np.int64) for axis in (2, 1))
         rendered: list[torch.Tensor] = []
         for view in range(self.config.views.count):
-            drawn = view_params(self.config.views, keys, np.full(len(keys), view, np.int64), widths, heights)
-            rendered += self._map(self._apply, self.images, drawn.box_N4.tolist(), drawn.flip_N.tolist())
+            sampled = view_params(self.config.views, keys, np.full(len(keys), view, np.int64), widths, heights)
+            rendered += self._map(self._apply, self.images, sampled.box_N4.tolist(), sampled.flip_N.tolist())
         return rendered
 
     def _apply(self, image: torch.Tensor, box: list[int], flip: bool) -> torch.Tensor:

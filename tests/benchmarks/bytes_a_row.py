@@ -43,7 +43,7 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def _batches(rows: pa.Table, logits_NK: NDArray[np.float32], output: Output) -> list[pa.RecordBatch]:
-    """Rows of a real part with its logits encoded anew, as the groups of a build."""
+    """Rows of a real part with re-encoded logits, as the groups of a build."""
     schema = part_schema({"logits": encode(logits_NK[:1], output).type.byte_width})
     batches: list[pa.RecordBatch] = []
     for start in range(0, rows.num_rows, _GROUP):

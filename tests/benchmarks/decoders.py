@@ -1,4 +1,4 @@
-"""JPEG decoders against ours: time, and whether the pixels are the same; what scaled decoding would give and cost."""
+"""JPEG decoders against Stillroom's: time, and whether pixels are equal; speed and error of scaled decoding."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Decoder = Callable[[bytes], torch.Tensor]
 _SCALES = (8, 4, 2)
 
 
-def _ours(data: bytes) -> torch.Tensor:
+def _stillroom(data: bytes) -> torch.Tensor:
     return decode(data, max_pixels=MAX_PIXELS)
 
 
@@ -51,8 +51,8 @@ def _to_chw(pixels_HWC: NDArray[np.uint8]) -> torch.Tensor:
 
 
 def _decoders() -> dict[str, Decoder]:
-    """Ours first; the optional ones where they are installed."""
-    found: dict[str, Decoder] = {"ours": _ours, "torchvision operator": _operator, "Pillow": _pillow}
+    """Stillroom's first; the optional ones where they are installed."""
+    found: dict[str, Decoder] = {"ours": _stillroom, "torchvision operator": _operator, "Pillow": _pillow}
     if util.find_spec("simplejpeg"):
         found["simplejpeg"] = _simplejpeg()
     if util.find_spec("cv2"):
@@ -90,7 +90,7 @@ def run() -> None:
             for scaled_size in scaled_sizes:
                 _scaled(images, scaled_size)
     print("  made images")
-    _compare(decoders, _made())
+    _compare(decoders, _synthetic())
     _guard(_bomb())
 
 
@@ -120,10 +120,10 @@ def _eval_view(image_CHW: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _compare(decoders: dict[str, Decoder], images: dict[Any, bytes]) -> None:
-    ours = {name: _ours(data) for name, data in images.items()}
+    ours = {name: _stillroom(data) for name, data in images.items()}
     for decoder, call in decoders.items():
-        told = {name: _difference(call, data, ours[name]) for name, data in images.items()}
-        other = {name: found for name, found in told.items() if found}
+        reported = {name: _difference(call, data, ours[name]) for name, data in images.items()}
+        other = {name: found for name, found in reported.items() if found}
         named = ", ".join(f"{name} {found}" for name, found in other.items() if isinstance(name, str))
         largest = max((found for found in other.values() if isinstance(found, int)), default=0)
         print(f"    pixels of {decoder:<22}{len(other)} of {len(images)} images differ, by up to {largest}; {named}")
@@ -141,14 +141,17 @@ def _difference(call: Decoder, data: bytes, ours_CHW: torch.Tensor) -> int | str
 
 def _shares(images: list[bytes], size: int) -> None:
     """What decoding and headers are of a view that is cropped at random, of which V share one decode."""
-    pixels = [_ours(data) for data in images]
+    pixels = [_stillroom(data) for data in images]
     boxes = _boxes(ViewsConfig(kind="crop"), [image_size(data) for data in images])
 
     def views() -> None:
         for image, box in zip(pixels, boxes, strict=True):
             apply_view(image, box, False, size=size, interpolation="bicubic")
 
-    parts = {"header": lambda: [image_size(data) for data in images], "decode": lambda: list(map(_ours, images))}
+    parts = {
+        "header": lambda: [image_size(data) for data in images],
+        "decode": lambda: list(map(_stillroom, images)),
+    }
     seconds = interleaved({**parts, "view": views}, rounds=ROUNDS)
     print(f"    a header is {ratio(seconds['header'], seconds['decode'])} of a decode")
     for num_views in (1, 5):
@@ -192,8 +195,8 @@ def _scaled(images: list[bytes], size: int) -> None:
     print(f"      pixels differ by {mean} on average, by {max(int(one.max()) for one in apart)} at most")
 
 
-def _made() -> dict[str, bytes]:
-    """What photographs from one camera do not have."""
+def _synthetic() -> dict[str, bytes]:
+    """Cases that photographs from one camera do not cover."""
     pixels = np.random.default_rng(0).integers(0, 256, (37, 53, 4), dtype=np.uint8)
     cmyk = _jpeg(Image.fromarray(pixels, "CMYK"))
     adobe = cmyk.index(b"Adobe")

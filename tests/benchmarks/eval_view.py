@@ -32,7 +32,7 @@ def run() -> None:
     small = _load({**ten_classes().section, "batch_size": 128}, num_classes=10, size=32)
     for fraction in (1.0, 0.875):
         _report(f"CIFAR-10, ResNet-20, crop fraction {fraction}", small, sorted(CIFAR.glob("val-*.tar")), fraction)
-    # Weights of an ImageNet network are not at hand: its pixels and the cosine of its logits are what can be told.
+    # No weights of an ImageNet network are available: this compares pixels and the cosine of logits.
     large = _load({"model": "timm/resnet50", "weights": "random", "batch_size": 64}, num_classes=1000, size=224)
     for fraction in (0.875, 0.95):
         title = f"photographs, ResNet-50 with random weights, crop fraction {fraction}"

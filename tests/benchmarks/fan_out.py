@@ -25,7 +25,7 @@ _TIMED = 500
 
 
 def _config(folder: str, name: str, address: str) -> Config:
-    """A cache of one image, one view a part, one small network: a part is hardly more than its own bookkeeping."""
+    """A cache of one image, one view a part, one small network: a part costs little more than its bookkeeping."""
     return Config.model_validate(
         {
             "data": {"shards": f"{folder}/one-0.tar", "num_classes": 10},

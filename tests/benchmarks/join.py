@@ -1,9 +1,9 @@
-"""Teacher columns joined to the 256 rows of a step, against files that one would write oneself.
+"""Teacher columns joined to the 256 rows of a step, against simple file layouts.
 
-One thread, page cache warm. Rows of a step are as the order gives them: some of every shard. ``torch.load``: a file an
-image. ``records``: a file a shard of equal records, opened, sought and read for each key. ``memmap``: the same file,
-mapped once and kept open, one gather a shard. Each ends with fp32 logits [256, 1000] in the order of the batch. Ours is
-the loader's whole join, with norms, boxes, flips, mixup partners, labels, hashes and sample ids as well.
+One thread, page cache warm. Rows of a step are as the order gives them: some of every shard. ``torch.load``: one file
+per image. ``records``: one file per shard of equal records, opened, sought and read for each key. ``memmap``: the same
+file, mapped once and kept open, one gather a shard. Each ends with fp32 logits [256, 1000] in the order of the batch.
+Stillroom's is the loader's whole join, with norms, boxes, flips, mixup partners, labels, hashes and sample ids as well.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Values = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 
 
 def random_teacher(encoding: str, num_classes: int = 1000) -> Config:
-    """Some classes over CIFAR-10's images, by a network that learnt nothing: only the bytes matter here."""
+    """Some classes over CIFAR-10's images, by an untrained network: only the number of bytes matters."""
     return Config.model_validate(
         {
             "data": {"shards": f"{CIFAR}/train-{{00000..00009}}.tar", "num_classes": num_classes},
@@ -111,7 +111,7 @@ def _all_columns(source: CachedSource, rows: OrderedRows) -> torch.Tensor:
 
 
 def _layouts(encoding: str, source: CachedSource, folder: Path) -> dict[str, Callable[[OrderedRows], torch.Tensor]]:
-    """Each shard's logits in files of one's own, in the cache's own bytes."""
+    """Each shard's logits in the other layouts, with the bytes of the cache."""
     names: dict[tuple[int, int], str] = {}
     maps: list[NDArray[np.uint8]] = []
     (cache,) = source.caches

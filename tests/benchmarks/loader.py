@@ -1,7 +1,7 @@
-"""The loader alone against what it cannot avoid: the same images decoded, cropped and resized by as many processes.
+"""The loader against its lower bound: the same images decoded, cropped and resized by as many processes.
 
 The bare loader knows offsets and boxes beforehand, in memory; it checks, joins and orders nothing. Rates of whole
-passes of both, in turn; each begins its own processes.
+passes of both, in turn; each starts new processes.
 """
 
 from __future__ import annotations
@@ -121,12 +121,12 @@ def _variants(case: _Case) -> tuple[int, dict[str, Callable[[], int]]]:
         loader: Any = DataLoader(bare, batch_size=None, sampler=range(case.steps), num_workers=WORKERS)
         return sum(len(pixels) for pixels in loader)
 
-    def drain_ours() -> int:
+    def drain_stillroom() -> int:
         batches = load_batches(dataset, range(case.steps), num_workers=WORKERS, pin_memory=False)
         return sum(len(batch.labels_B) for batch in batches)
 
-    assert drain_bare() == drain_ours()
-    return sum(map(len, listed)), {"bare": drain_bare, "ours": drain_ours}
+    assert drain_bare() == drain_stillroom()
+    return sum(map(len, listed)), {"bare": drain_bare, "ours": drain_stillroom}
 
 
 def _rows_of(source: CachedSource, ordered: OrderedRows, epoch: int) -> Iterator[_Row]:

@@ -1,4 +1,4 @@
-"""The most memory a task takes, over a shard of 1,000 images and over one of 10,000; a fresh process for each."""
+"""Peak memory of a task for a shard of 1,000 images and for one of 10,000, each in a new process."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _config(shard: str, url: str) -> Config:
 
 
 def _images() -> Iterator[tuple[str, Members]]:
-    """CIFAR-10's training images, shard after shard, under keys of their own."""
+    """CIFAR-10's training images, shard after shard, with unique keys."""
     data = DataConfig.model_validate({})
     for path in sorted((SHARED / "cifar10").glob("train-*.tar")):
         for sample in read_samples(path, data, where=str(path)):
@@ -70,11 +70,11 @@ def _in_a_process(shard: str, cache_url: str) -> float:
 
 
 def _peak_of_a_part(shard: str, cache_url: str) -> float:
-    """MB (10⁶ bytes) that building one part takes at most beside what a process with its teacher has."""
+    """Peak MB (10⁶ bytes) of building one part, above those of a process with its teacher."""
     config = _config(shard, cache_url)
     prepare(config)
     before_bytes = _status_bytes("VmRSS")
-    # Linux begins the high-water mark anew.
+    # Resets the high-water mark (Linux).
     Path("/proc/self/clear_refs").write_text("5")
     build_part(PartTask(config, shard, ViewBlock(start=0, stop=VIEWS)))
     return (_status_bytes("VmHWM") - before_bytes) / 1e6

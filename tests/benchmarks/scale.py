@@ -1,9 +1,9 @@
-"""What a build's driver and a training rank do once for each shard, over a made-up cache of many shards.
+"""The work of a build's driver and of a training rank per shard, for a synthetic cache of many shards.
 
 Commits are those a build would write (sealed, five views, one row for every class), written without its fsyncs; their
 parts are empty files, since no stage here opens one. ``python -m tests.benchmarks.scale 100000`` takes another size;
-``python -m tests.benchmarks.scale order 100000 10000 64`` draws an epoch of so many shards of so many rows, for one of
-so many ranks.
+``python -m tests.benchmarks.scale order 100000 10000 64`` builds an epoch of so many shards of so many rows, for one
+of so many ranks.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _commit(shard: str, size_bytes: int) -> Commit:
         ViewRange(view=view, offset=4 + view * view_bytes, size_bytes=view_bytes, rows=_ROWS, digest=_sha(shard, view))
         for view in block.views
     )
-    # Of a thousand draws among a thousand classes, 632 are met.
+    # A thousand samples among a thousand classes cover 632 of them.
     counts = {number * _CLASSES // 632: _VIEWS for number in range(632)}
     return Commit(
         fingerprint="f",
@@ -151,7 +151,7 @@ def _build_stages(config: Config) -> None:
     assert config.data.shards is not None
     assert config.cache is not None
     patterns, url = config.data.shards, config.cache.url
-    urls = _stage("names expanded and told apart", lambda: storage.expand(patterns))
+    urls = _stage("names expanded and checked for duplicates", lambda: storage.expand(patterns))
     by_id = dict(zip(_stage("shard ids", lambda: shard_ids(urls)), urls, strict=True))
     commits = _stage("commits read", lambda: read_commit_summaries(url))
     _stage("sizes of shards", lambda: check_shards(url, by_id, commits))
@@ -187,7 +187,7 @@ def _order_stages(shard_ids: list[str], num_ok: list[int], plan: ViewsConfig, *,
 
 
 def report_order(num_shards: int, num_rows: int, num_ranks: int) -> None:
-    """An epoch of more rows than a made-up cache has, and the most memory that this process ever had."""
+    """An epoch of more rows than the synthetic cache has, and the peak memory of this process."""
     print(f"  {num_shards} shards of {num_rows} rows")
     shard_ids = [f"train-{number:06d}" for number in range(num_shards)]
     _order_stages(shard_ids, [num_rows] * num_shards, ViewsConfig(count=_VIEWS, size=224), num_ranks=num_ranks)

@@ -1,6 +1,6 @@
-"""A training step from a cache against one with labels alone, and one with the teacher online against its parts.
+"""A training step from a cache against one with labels alone, and one with an online teacher against its parts.
 
-Whole steps: reading, decoding and joining in the training's own process, forward, loss, backward, optimiser.
+Whole steps: reading, decoding and joining in the training process, forward, loss, backward, optimiser.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def _report(seconds: dict[str, list[float]]) -> None:
     cached = [one / other for one, other in zip(seconds["cached"], seconds["labels"], strict=True)]
     print(f"  cached / labels: {_with_interval(cached)}")
     paid = [online / own for online, own in zip(seconds["online"], seconds["cached"], strict=True)]
-    due = [(ask + own) / own for ask, own in zip(seconds["teacher"], seconds["cached"], strict=True)]
+    due = [(teacher + cached) / cached for teacher, cached in zip(seconds["teacher"], seconds["cached"], strict=True)]
     print(f"  online / cached: {_with_interval(paid)}")
     print(f"  (teacher + cached) / cached: {_with_interval(due)}")
     print(f"  the first over the second: {_with_interval([a / b for a, b in zip(paid, due, strict=True)])}")

@@ -3,7 +3,7 @@
 The first knows the 10 classes. The second knows 1000, since weights of an ImageNet teacher cannot be assumed: crops of
 the images are clustered into 1000 pseudo-classes by the first one's embeddings (k-means), and another network is
 trained on the pixels of the crops. Its classes have neighbours and distant ones, as dogs and ships are in ImageNet, and
-its confidence is learnt; its images are small ones. Everything is kept in ``runs/bench`` and made once.
+its confidence is learned; its images are small. Everything is stored in ``runs/bench`` and computed once.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def thousand_classes() -> BenchTeacher:
 
 
 def _trunk(teacher: BenchTeacher) -> Path:
-    """A teacher's weights under a head of 1000 classes: learning starts from features that tell the crops apart."""
+    """A teacher's weights under a head of 1000 classes: training starts from features that separate the crops."""
     state = torch.load(teacher.section["weights"], weights_only=True)["model"]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Interleaved timing: each variant in turn, many rounds, ratios within a round. A shared machine slows all alike."""
+"""Interleaved timing: each variant in turn, many rounds, ratios within a round; a slow machine slows all equally."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Spread:
 class Stopwatch:
     """Adds up the CPU time of the calling threads inside some functions, which do not call each other.
 
-    Not the wall's: what runs beside a teacher that uses every core mostly waits.
+    Not wall time: work that runs in parallel with a teacher on all cores mostly waits.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What each option of a plan costs a view of 224 pixels of a photograph of 500 x 375, beside decoding and the view."""
+"""Cost of each option of a plan for a view of 224 pixels of a 500 x 375 photograph, without decoding and cropping."""
 
 from __future__ import annotations
 
@@ -70,6 +70,6 @@ def run() -> None:
     torch.set_num_threads(threads)
     seconds["decode"] = [value * VIEWS for value in seconds["decode"]]
     for name, values in seconds.items():
-        told = f"  {name:<17}{Spread.of([value / VIEWS * 1e6 for value in values])} µs a view"
+        reported = f"  {name:<17}{Spread.of([value / VIEWS * 1e6 for value in values])} µs a view"
         base = {"decode": None, "input, boxes": "input, blends"}.get(name, "crop and flip")
-        print(told + (f", {ratio(values, seconds[base])} of {base}" if base and base != name else ""))
+        print(reported + (f", {ratio(values, seconds[base])} of {base}" if base and base != name else ""))

@@ -1,6 +1,6 @@
 """Makes ``tests/compatibility/v1``: a cache and runs as commit 4d883fb wrote them, which every later version must open.
 
-Run once at that commit, from an empty folder of a neutral name, and copied here as it is: it is never made again.
+Run once at that commit, from an empty folder of a neutral name, and copied here as it is: it is never regenerated.
 
     PYTHONPATH=CHECKOUT CHECKOUT/.venv/bin/python -m tests.compatibility.make_v1
 

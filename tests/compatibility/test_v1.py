@@ -54,7 +54,7 @@ def losses(run: Path) -> dict[int, dict[str, float]]:
 
 
 @pytest.mark.usefixtures("old")
-def test_an_old_cache_opens_and_holds_what_it_held() -> None:
+def test_an_old_cache_opens_with_its_former_content() -> None:
     report, before = json.loads(stillroom("cache", "inspect", "cache", "--json")), expected("cache")
     assert {key: report[key] for key in before} == before
 

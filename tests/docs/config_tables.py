@@ -1,7 +1,7 @@
 """The tables of docs/reference/config.md. Keys, types and defaults come from the schema.
 
-The column "meaning" may say more than the description in the schema, since descriptions are also parts of error
-messages: a meaning on the page is kept, and a new key starts with its description.
+The column "meaning" may be longer than the description in the schema, which error messages quote: the text on the page
+is preserved, and a new key starts with its description.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def rows(heading: str, model: type[BaseModel]) -> Iterator[tuple[str, str, Defau
 
 
 def filled(text: str) -> str:
-    """The page with its tables made anew."""
+    """The page with regenerated tables."""
     parts = re.split(r"(^#+ .+$)", text, flags=re.MULTILINE)
     for index in range(1, len(parts), 2):
         heading = parts[index].lstrip("#").strip()

@@ -54,7 +54,7 @@ def tiny_config_of(shards: list[str], cache_url: str, overrides: dict[str, Any])
 def tiny_config(digits_shards: list[str], tmp_path: Path) -> TinyConfig:
     """``tiny_config(views={"count": 1}, …)``: a config over the digits, sections merged key by key over the defaults.
 
-    Its cache URL is a folder of the test's own, which does not exist yet.
+    Its cache URL is a folder for this test alone, which does not exist yet.
     """
     return lambda **overrides: tiny_config_of(digits_shards, str(tmp_path / "cache"), overrides)
 
@@ -70,5 +70,5 @@ def built_cache(digits_shards: list[str], tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture
 def tiny_cache(built_cache: TinyCache, tmp_path: Path) -> TinyCache:
-    """A copy of ``built_cache`` of the test's own."""
+    """A copy of ``built_cache`` that the test may change."""
     return copy_of(built_cache, tmp_path / "cache")

@@ -87,7 +87,7 @@ def callback_names(trainer: type[TorchTrainer]) -> set[str]:
     return {type(callback).__name__ for callback in trainer(print)._create_default_callbacks()}
 
 
-def test_only_the_cleaner_that_may_ask_another_cluster_is_left_out() -> None:
+def test_only_the_cleaner_that_may_query_another_cluster_is_left_out() -> None:
     expected = callback_names(TorchTrainer) - {"PlacementGroupCleanerCallback"}
     assert expected < callback_names(TorchTrainer)
     assert callback_names(train_internals.RayTrainer) == expected

@@ -1,4 +1,4 @@
-"""A user's own modules with the names of Stillroom's packages, in the folder where a command runs."""
+"""Modules of a user with the names of Stillroom's packages, in the folder where a command runs."""
 
 from __future__ import annotations
 

@@ -87,9 +87,7 @@ def test_different_arguments_have_different_keys(first: list[str | int], second:
 @pytest.mark.parametrize(
     ("first", "second"), [(("ab", "c"), ("a", "bc")), ((1,), ("1",)), (("",), ()), (("\udcc3\udca9",), ("é",))]
 )
-def test_arguments_that_look_alike_have_different_keys(
-    first: tuple[str | int, ...], second: tuple[str | int, ...]
-) -> None:
+def test_similar_arguments_have_different_keys(first: tuple[str | int, ...], second: tuple[str | int, ...]) -> None:
     assert key_of(*first).tolist() != key_of(*second).tolist()
 
 

@@ -33,7 +33,7 @@ def test_an_undamaged_cache_reads(built_cache: TinyCache) -> None:
 @settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_a_flipped_bit_is_found_wherever_it_is(tiny_cache: TinyCache, data: st.DataObject) -> None:
-    # Class sums are read when a manifest is published, and have a test of their own.
+    # Class sums are read when a manifest is published, and have a separate test.
     paths = [path for path in files(tiny_cache.url) if not path.startswith("means/")]
     path = Path(tiny_cache.url, data.draw(st.sampled_from(paths)))
     intact = path.read_bytes()

@@ -470,7 +470,7 @@ def _bytes(state: dict[str, Tensor], suffix: str) -> bytes:
     return buffer.getvalue()
 
 
-def test_the_error_for_a_misspelt_word_has_the_valid_ones() -> None:
+def test_the_error_for_a_misspelt_keyword_lists_the_valid_ones() -> None:
     error = refused("pretraind")
     assert (error.code, error.where, error.got) == ("weights.unknown-name", "teacher.weights", "pretraind")
     assert str(error.expected).startswith("pretrained, random, or ")

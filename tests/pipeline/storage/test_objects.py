@@ -236,7 +236,7 @@ def test_a_name_that_is_too_long_is_bad_input(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("letter", ["n", "ü", "語"])
-def test_a_local_copy_of_an_object_with_a_very_long_name_is_made(letter: str, tmp_path: Path) -> None:
+def test_an_object_with_a_very_long_name_has_a_local_copy(letter: str, tmp_path: Path) -> None:
     url = f"memory://{tmp_path.name}/{letter * 400}.tar"
     storage.write(url, b"x")
     assert storage.local_copy(url, tmp_path / "copies").read_bytes() == b"x"

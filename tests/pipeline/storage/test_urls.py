@@ -205,7 +205,7 @@ def test_the_error_for_a_refused_url_names_the_reason(url: str, got: str) -> Non
         ("folder//", "folder/a/b"),
     ],
 )
-def test_join_keeps_the_slashes_of_a_protocol(base: str, joined: str) -> None:
+def test_join_preserves_the_slashes_of_a_protocol(base: str, joined: str) -> None:
     assert storage.join(base, "a", "b") == joined
 
 

@@ -29,14 +29,14 @@ PLANS: dict[str, dict[str, Any]] = {
 
 
 class Replay(Protocol):
-    """A cache of one of the plans, with twelve views unless said otherwise."""
+    """A cache of one of the plans, with twelve views by default."""
 
     def __call__(self, kind: str, *, num_views: int = NUM_VIEWS) -> TinyCache: ...
 
 
 @pytest.fixture(autouse=True)
 def _leave_no_trace() -> Iterator[None]:
-    """Training sets the number of threads for its whole process, and sources keep shards open."""
+    """Training sets the number of threads for its whole process, and sources hold shards open."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -51,7 +51,7 @@ def _with_views(config: Config, kind: str, url: str, num_views: int = NUM_VIEWS)
 
 @pytest.fixture(scope="session")
 def replays(built_cache: TinyCache, tmp_path_factory: pytest.TempPathFactory) -> Replay:
-    """``replays("crop")`` and so on through ``PLANS``: twelve fp32 views of 35 digits. Never to be written."""
+    """``replays("crop")`` and so on through ``PLANS``: twelve fp32 views of 35 digits. Never written to."""
     built: dict[tuple[str, int], TinyCache] = {}
 
     def get(kind: str, *, num_views: int = NUM_VIEWS) -> TinyCache:
@@ -66,8 +66,8 @@ def replays(built_cache: TinyCache, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture
-def own_replay(replays: Replay, tmp_path: Path) -> Replay:
-    """The same, as copies to do as one likes with."""
+def replay_copy(replays: Replay, tmp_path: Path) -> Replay:
+    """Copies of the same caches, which a test may change."""
 
     def get(kind: str, *, num_views: int = NUM_VIEWS) -> TinyCache:
         return copy_of(replays(kind, num_views=num_views), tmp_path / f"replay-{kind}-{num_views}")
@@ -76,13 +76,13 @@ def own_replay(replays: Replay, tmp_path: Path) -> Replay:
 
 
 @pytest.fixture(scope="session")
-def colleagues(built_cache: TinyCache, tmp_path_factory: pytest.TempPathFactory) -> Replay:
-    """The views of ``replays``, two fewer, as a wider teacher saw them in 12 pixels. Never to be written."""
+def wide_caches(built_cache: TinyCache, tmp_path_factory: pytest.TempPathFactory) -> Replay:
+    """The views of ``replays`` except two, with the outputs of a wider teacher at 12 pixels. Never written to."""
     built: dict[tuple[str, int], TinyCache] = {}
 
     def get(kind: str, *, num_views: int = NUM_VIEWS - 2) -> TinyCache:
         if (kind, num_views) not in built:
-            url = str(tmp_path_factory.mktemp("colleague") / kind)
+            url = str(tmp_path_factory.mktemp("wide") / kind)
             config = _with_views(built_cache.config, kind, url, num_views)
             teacher = config.teacher.model_copy(update={"kwargs": {"depth": 8, "widths": [4, 4, 6, 9]}})
             views = config.views.model_copy(update={"size": 12})
@@ -95,5 +95,5 @@ def colleagues(built_cache: TinyCache, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="session")
-def colleague(colleagues: Replay) -> TinyCache:
-    return colleagues("crop")
+def wide_cache(wide_caches: Replay) -> TinyCache:
+    return wide_caches("crop")

@@ -142,8 +142,8 @@ def metrics(run_url: Path) -> list[dict[str, float]]:
 
 
 def rewrite_view(cache: TinyCache, shard_id: str, view: int, change: Callable[[pa.Table], pa.Table]) -> None:
-    """Replaces the rows of one view in its part, with every digest, commit and table made anew: nothing but a look at
-    the rows themselves can tell."""
+    """Replaces the rows of one view in its part, and updates every digest, commit and table: only a check of the rows
+    themselves can detect it."""
     commit = next(
         commit
         for commit in read_commits(cache.url)

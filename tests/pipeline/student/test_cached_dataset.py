@@ -1,4 +1,4 @@
-"""The public dataset: the batches of our own training loop, for any loader and any world size, in anybody's loop."""
+"""The public dataset: the batches of Stillroom's training loop, for any loader and world size, in any loop."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def assert_same(one: CachedBatch, other: CachedBatch) -> None:
 
 
 class Spy:
-    """A loss that keeps what it is given."""
+    """A loss that records its inputs."""
 
     def __init__(self, loss: Any) -> None:
         self.loss = loss
@@ -161,7 +161,7 @@ def test_a_loader_process_that_is_spawned_reads_the_same(replays: Replay, of: Of
 
 
 class OfSampler(DistributedSampler[int]):
-    """As Lightning's ``DistributedSamplerWrapper``: deals out what another sampler yields."""
+    """As Lightning's ``DistributedSamplerWrapper``: distributes the items of another sampler."""
 
     def __init__(self, sampler: Any, **options: Any) -> None:
         self._items = list(sampler)
@@ -176,7 +176,7 @@ def dealt(rank: int, *, shuffle: bool) -> Callable[[CachedDataset], dict[str, An
     return lambda dataset: {"sampler": DistributedSampler(dataset, **options)}  # pyright: ignore[reportArgumentType]
 
 
-# What a loader is given beside the dataset.
+# Arguments of a loader in addition to the dataset.
 REORDERED: dict[str, Callable[[CachedDataset], dict[str, Any]]] = {
     "shuffle": lambda _: {"shuffle": True, "generator": torch.Generator().manual_seed(0)},
     "reversed": lambda dataset: {"sampler": range(len(dataset) - 1, -1, -1)},
@@ -316,10 +316,10 @@ def test_images_come_in_any_size_and_normalisation(replays: Replay, of: Of) -> N
     torch.testing.assert_close(own.images(), (own.rows.pixels_BCHW / 255 - mean) / std)
 
 
-def test_several_caches_hold_outputs_for_the_same_images(replays: Replay, colleague: TinyCache, of: Of) -> None:
+def test_several_caches_hold_outputs_for_the_same_images(replays: Replay, wide_cache: TinyCache, of: Of) -> None:
     cache = replays("crop")
-    both = of([cache.url, colleague.url], size=16)
-    alone, other = of(cache), of(colleague, size=16)
+    both = of([cache.url, wide_cache.url], size=16)
+    alone, other = of(cache), of(wide_cache, size=16)
     for dataset in (both, alone, other):
         dataset.set_epoch(1)
     for one, first, second in zip(both, alone, other, strict=True):
@@ -328,11 +328,11 @@ def test_several_caches_hold_outputs_for_the_same_images(replays: Replay, collea
         assert torch.equal(one.teacher_logits(teacher=1), second.teacher_logits())
     assert both.num_views == NUM_VIEWS - 2
     with raises("config.student-size-unclear"):
-        of([cache.url, colleague.url])
+        of([cache.url, wide_cache.url])
 
 
-def test_class_means_are_those_of_each_teachers_cache(replays: Replay, colleague: TinyCache, of: Of) -> None:
-    caches = [replays("crop"), colleague]
+def test_class_means_are_those_of_each_teachers_cache(replays: Replay, wide_cache: TinyCache, of: Of) -> None:
+    caches = [replays("crop"), wide_cache]
     dataset = of([cache.url for cache in caches], size=16)
     for teacher, cache in enumerate(caches):
         stored = open_cache(cache.url).class_means()
@@ -363,8 +363,8 @@ def test_a_short_form_of_logits_is_read_at_the_temperatures_that_were_named(
         of(replays("crop"), temperatures=())[0].teacher_logits()
 
 
-def test_drift_stops_it_unless_allowed_or_not_looked_for(own_replay: Replay, of: Of) -> None:
-    cache = own_replay("crop")
+def test_drift_stops_it_unless_allowed_or_not_looked_for(replay_copy: Replay, of: Of) -> None:
+    cache = replay_copy("crop")
     rewrite_view(cache, "digits-00", 0, set_cell("pixel_digest", 0, bytes(16)))
     with raises("cache.pixel-drift"):
         of(cache)
@@ -390,8 +390,8 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("name", BAD_OPTIONS)
 def test_a_wrong_option_is_refused(replays: Replay, of: Of, name: str) -> None:
-    options, told = BAD_OPTIONS[name]
-    with pytest.raises((ConfigError, CacheError), match=told):
+    options, reported = BAD_OPTIONS[name]
+    with pytest.raises((ConfigError, CacheError), match=reported):
         of(replays("crop"), **options)
 
 

@@ -51,7 +51,7 @@ def importing(tiny_config: TinyConfig, tmp_path: Path) -> Import:
     return configure
 
 
-def test_the_caches_means_are_those_of_the_file_and_no_eval_pass_is_made(importing: Import, tmp_path: Path) -> None:
+def test_the_caches_means_are_those_of_the_file_and_there_is_no_eval_pass(importing: Import, tmp_path: Path) -> None:
     config = importing()
     build(config)
     url = cache_section(config).url
@@ -65,7 +65,7 @@ def test_the_caches_means_are_those_of_the_file_and_no_eval_pass_is_made(importi
     assert imported_sha256(read_header(url)) == digest(data)
 
 
-def test_the_table_says_that_it_was_imported_and_that_counts_are_unknown(importing: Import, tmp_path: Path) -> None:
+def test_the_table_records_that_it_was_imported_and_that_counts_are_unknown(importing: Import, tmp_path: Path) -> None:
     config = importing()
     build(config)
     table = pq.read_table(Path(cache_section(config).url, layout.CLASS_MEANS))
@@ -153,7 +153,7 @@ def test_a_changed_file_is_refused_with_both_digests_and_nothing_is_written(impo
 
 
 @pytest.mark.parametrize("begun", ["eval", "none"])
-def test_a_cache_begun_otherwise_takes_no_imported_means(
+def test_a_cache_with_another_header_refuses_imported_means(
     begun: str, importing: Import, tiny_config: TinyConfig
 ) -> None:
     prepare(tiny_config(cache={"class_means": begun}))
@@ -264,7 +264,7 @@ def test_exported_in_full_the_means_come_back_bit_by_bit(
     np.testing.assert_array_equal(imported.mean_KD, exported.mean_KD)
 
 
-def test_exported_classes_stand_in_the_order_of_their_first_samples(tiny_config: TinyConfig, tmp_path: Path) -> None:
+def test_exported_classes_are_in_the_order_of_their_first_samples(tiny_config: TinyConfig, tmp_path: Path) -> None:
     # Labels 3 to 9, then 0, 9 …; one sample has none.
     samples = [(key, members) for key, members in digit_samples(35)][3:]
     samples.insert(0, ("unlabelled", {"png": samples[0][1]["png"]}))

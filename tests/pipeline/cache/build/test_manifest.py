@@ -150,9 +150,7 @@ def test_a_run_reads_its_own_copy_of_the_manifest_after_the_cache_was_extended(
         cache.view("digits-00", 3)
 
 
-def test_a_manifest_names_the_shards_where_the_build_found_them(
-    built_cache: TinyCache, digits_shards: list[str]
-) -> None:
+def test_a_manifest_has_the_shard_urls_of_the_build(built_cache: TinyCache, digits_shards: list[str]) -> None:
     cache = open_cache(built_cache.url)
     assert [cache.shard_url(shard) for shard in cache.shards] == digits_shards
     assert [shard.path for shard in cache.shards] == ["digits-00.tar", "digits-01.tar"]
@@ -190,7 +188,7 @@ folders = st.lists(st.sampled_from(["x", "y", "zz"]), max_size=3).map("/".join)
 
 
 @given(st.lists(st.tuples(st.sampled_from(["", "s3://b", "s3://c", "gs://b"]), folders), min_size=1, max_size=5))
-def test_any_set_of_shards_is_found_again(locations: list[tuple[str, str]]) -> None:
+def test_relative_and_locate_are_inverse_for_any_set_of_shards(locations: list[tuple[str, str]]) -> None:
     urls = [f"{root}/{f'{folder}/' if folder else ''}{number}.tar" for number, (root, folder) in enumerate(locations)]
     base, names = relative({url: url for url in urls})
     assert [locate(base, names[url]) for url in urls] == urls

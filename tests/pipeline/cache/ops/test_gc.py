@@ -61,14 +61,14 @@ def test_a_dry_run_reports_the_same_and_removes_nothing(tiny_cache: TinyCache) -
     assert (planned.removed, planned.freed_bytes) == (done.removed, done.freed_bytes)
 
 
-def test_young_files_stay_because_a_running_builder_commits_its_part_last(tiny_cache: TinyCache) -> None:
+def test_recent_files_stay_because_a_running_builder_commits_its_part_last(tiny_cache: TinyCache) -> None:
     write_files(tiny_cache, *UNNAMED)
     report = collect(tiny_cache.url, age_s=0)
     assert (report.removed, report.num_recent) == ((), len(UNNAMED))
     assert all(Path(tiny_cache.url, path).exists() for path in UNNAMED)
 
 
-def test_an_index_stays_while_any_file_of_the_cache_is_young(tiny_cache: TinyCache) -> None:
+def test_an_index_stays_while_any_file_of_the_cache_is_recent(tiny_cache: TinyCache) -> None:
     write_files(tiny_cache, *UNNAMED)
     for path in Path(tiny_cache.url).rglob("*"):
         os.utime(path, (0, 0))

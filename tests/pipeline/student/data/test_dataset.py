@@ -1,4 +1,4 @@
-"""Batches: the same for any number of loader processes and ranks, and the same views whether cached or drawn now."""
+"""Batches: equal for any number of loader processes and ranks, and the same views whether cached or sampled online."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_loader_processes_change_no_batch(replays: Replay, num_workers: int) -> 
         assert_same(one, other)
 
 
-def test_loader_processes_change_no_pixels_of_teachers_online(replays: Replay, tmp_path: Path) -> None:
+def test_loader_processes_change_no_pixels_of_online_teachers(replays: Replay, tmp_path: Path) -> None:
     config = replays("crop").config
     sizes = [InputSize(12, "bilinear"), InputSize(128, "bicubic")]
     batches = dataset(indexed_source(config, tmp_path), config.views, teachers=sizes)
@@ -88,7 +88,7 @@ def test_loader_processes_change_no_pixels_of_teachers_online(replays: Replay, t
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_ranks_batches_laid_together_are_the_batch_of_one_process(
+def test_the_concatenated_batches_of_the_ranks_are_the_batch_of_one_process(
     replays: Replay, kind: str, world_size: int
 ) -> None:
     cache = replays(kind)
@@ -137,12 +137,12 @@ def test_parity_views_of_cached_and_online_are_bitwise_equal_for_any_world_size(
     replays: Replay, tmp_path: Path, kind: str, world_size: int
 ) -> None:
     cache = replays(kind)
-    stored, drawn = both(cache, tmp_path)
+    stored, sampled = both(cache, tmp_path)
     plan = cache.config.views
     # The short step of three rows leaves nothing for some of three ranks, which training refuses.
     rows = STEPS_AN_EPOCH if world_size <= 2 else STEPS_AN_EPOCH - 1
     for rank in range(world_size):
-        one_rank, other_rank = (dataset(source, plan, rank=rank, world_size=world_size) for source in (stored, drawn))
+        one_rank, other_rank = (dataset(source, plan, rank=rank, world_size=world_size) for source in (stored, sampled))
         for step in (epoch * STEPS_AN_EPOCH + local for epoch in range(NUM_VIEWS) for local in range(rows)):
             one, other = one_rank[step], other_rank[step]
             assert one.sample_ids == other.sample_ids
@@ -158,12 +158,12 @@ def test_parity_parameters_of_cached_and_online_views_are_bitwise_equal(
     replays: Replay, tmp_path: Path, kind: str
 ) -> None:
     cache = replays(kind)
-    stored, drawn = both(cache, tmp_path)
+    stored, sampled = both(cache, tmp_path)
     plan = cache.config.views
     for epoch in range(NUM_VIEWS):
         for shard, num_ok in enumerate(stored.num_ok):
             ordinal_N = np.arange(num_ok, dtype=np.int32)
-            one, other = (source.rows(shard, ordinal_N, epoch) for source in (stored, drawn))
+            one, other = (source.rows(shard, ordinal_N, epoch) for source in (stored, sampled))
             assert one.sample_ids == other.sample_ids
             for name in ("box", "flip", "partner", "mix_lambda", "content_hash", "offset", "size"):
                 assert np.array_equal(one.rows_N[name], other.rows_N[name]), name
@@ -174,15 +174,15 @@ def test_parity_parameters_of_cached_and_online_views_are_bitwise_equal(
 
 
 def test_a_cache_repeats_its_views_and_online_training_does_not(replays: Replay, tmp_path: Path) -> None:
-    stored, drawn = both(replays("crop"), tmp_path)
+    stored, sampled = both(replays("crop"), tmp_path)
     assert [stored.view_of(epoch) for epoch in (0, 11, 12, 25)] == [0, 11, 0, 1]
-    assert [drawn.view_of(epoch) for epoch in (0, 12, 70_000)] == [0, 12, 70_000]
+    assert [sampled.view_of(epoch) for epoch in (0, 12, 70_000)] == [0, 12, 70_000]
     rows = np.arange(20, dtype=np.int32)
-    first, later = (drawn.rows(0, rows, epoch).rows_N for epoch in (0, 12))
+    first, later = (sampled.rows(0, rows, epoch).rows_N for epoch in (0, 12))
     assert not np.array_equal(first["box"], later["box"])
 
 
-def test_online_training_draws_options_beyond_the_views_of_any_cache(replays: Replay, tmp_path: Path) -> None:
+def test_online_training_samples_options_beyond_the_views_of_any_cache(replays: Replay, tmp_path: Path) -> None:
     source = indexed_source(replays("everything").config, tmp_path)
     rows = np.arange(20, dtype=np.int32)
     # Their lowest 16 bits are equal.
@@ -201,12 +201,12 @@ def teacher_input(cache: TinyCache) -> InputSize:
 def test_parity_outputs_of_cached_and_online_teacher(
     replays: Replay, tmp_path: Path, kind: str, student_size: int
 ) -> None:
-    """Also where the student eats another size, so that its pixels are not the teacher's."""
+    """Also where the student has a different input size, so that its pixels are not the teacher's."""
     cache = replays(kind)
     config, theirs = cache.config, teacher_input(cache)
-    stored, drawn = both(cache, tmp_path)
+    stored, sampled = both(cache, tmp_path)
     own = InputSize(student_size, "bilinear")
-    online = dataset(drawn, config.views, student=own, teachers=[theirs])
+    online = dataset(sampled, config.views, student=own, teachers=[theirs])
     replayed = dataset(stored, config.views, student=own)
     teacher = load_teacher(config.teacher, num_classes=10, size=theirs.size, device=torch.device("cpu"))
     images_BCHW = torch.zeros(1, 3, theirs.size, theirs.size)
@@ -224,19 +224,19 @@ def test_parity_outputs_of_cached_and_online_teacher(
             torch.testing.assert_close(actual, cached, rtol=0, atol=error * magnitude_of(cached))
 
 
-def test_a_plan_with_everything_shows_everything(replays: Replay) -> None:
-    """Otherwise parity would be that of options that never happen."""
+def test_a_plan_with_all_options_applies_each_of_them(replays: Replay) -> None:
+    """Otherwise parity would hold for options that are never applied."""
     source = cached_source(replays("everything"))
     rows = [source.rows(0, np.arange(20, dtype=np.int32), epoch) for epoch in range(NUM_VIEWS)]
-    drawn = {name: np.concatenate([one.aug_params[name] for one in rows]) for name in rows[0].aug_params}
-    assert {*drawn["op1"].tolist(), *drawn["op2"].tolist()} == {*range(14)}
-    assert len({*drawn["jitter_order"].tolist()}) == 24
+    sampled = {name: np.concatenate([one.aug_params[name] for one in rows]) for name in rows[0].aug_params}
+    assert {*sampled["op1"].tolist(), *sampled["op2"].tolist()} == {*range(14)}
+    assert len({*sampled["jitter_order"].tolist()}) == 24
     for name, neutral in (("jitter_hue", 0), ("erase_width", 0), ("cut_width", 0)):
-        assert 0 < (drawn[name] == neutral).sum() < len(drawn[name])
+        assert 0 < (sampled[name] == neutral).sum() < len(sampled[name])
 
 
 def test_inputs_of_a_build_and_of_training_are_the_same_bits(replays: Replay) -> None:
-    """The build mixes a batch with partners in another one, training with partners in the same."""
+    """The build mixes a batch with partners in a different batch, training with partners in the same batch."""
     cache = replays("everything")
     theirs = teacher_input(cache)
     batches = cached(cache, student=theirs)
@@ -260,18 +260,18 @@ def test_inputs_of_a_build_and_of_training_are_the_same_bits(replays: Replay) ->
 
 def test_one_rendering_serves_all_networks_of_the_same_input(replays: Replay, tmp_path: Path) -> None:
     cache = replays("crop")
-    drawn, plan = indexed_source(cache.config, tmp_path), cache.config.views
+    sampled, plan = indexed_source(cache.config, tmp_path), cache.config.views
     same, other, small = InputSize(16, "bilinear"), InputSize(16, "bicubic"), InputSize(12, "bilinear")
-    assert dataset(drawn, plan, teachers=[same, same])[0].teacher_pixels == {}
-    batch = dataset(drawn, plan, teachers=[small, same, other, small])[0]
+    assert dataset(sampled, plan, teachers=[same, same])[0].teacher_pixels == {}
+    batch = dataset(sampled, plan, teachers=[small, same, other, small])[0]
     assert [*batch.teacher_pixels] == [small, other]
     for sizes, pixels_BCHW in batch.teacher_pixels.items():
-        assert torch.equal(pixels_BCHW, dataset(drawn, plan, student=sizes)[0].pixels_BCHW)
+        assert torch.equal(pixels_BCHW, dataset(sampled, plan, student=sizes)[0].pixels_BCHW)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["crop", "eval"])
-def test_a_student_with_views_of_its_own_sees_those_an_online_run_of_them_shows(
+def test_a_student_with_separate_views_sees_those_of_an_online_run_with_that_plan(
     replays: Replay, tmp_path: Path, kind: str
 ) -> None:
     cache = replays("crop")
@@ -281,30 +281,28 @@ def test_a_student_with_views_of_its_own_sees_those_an_online_run_of_them_shows(
     steps = range(0, (NUM_VIEWS + 1) * STEPS_AN_EPOCH, 3)
     plan = cache.config.views
     apart = load(dataset(stored, plan, student_views=own), steps)
-    for batch, seen, taught in zip(
+    for batch, seen, teacher_batch in zip(
         apart, load(dataset(alone, own), steps), load(dataset(stored, plan), steps), strict=True
     ):
         assert torch.equal(batch.pixels_BCHW, seen.pixels_BCHW)
-        assert not torch.equal(batch.pixels_BCHW, taught.pixels_BCHW)
-        assert batch.sample_ids == seen.sample_ids == taught.sample_ids
-        assert torch.equal(logits(batch), logits(taught))
+        assert not torch.equal(batch.pixels_BCHW, teacher_batch.pixels_BCHW)
+        assert batch.sample_ids == seen.sample_ids == teacher_batch.sample_ids
+        assert torch.equal(logits(batch), logits(teacher_batch))
 
 
-def test_an_online_teacher_sees_its_own_views_beside_a_student_that_sees_others(
-    replays: Replay, tmp_path: Path
-) -> None:
+def test_an_online_teacher_and_its_student_may_see_different_views(replays: Replay, tmp_path: Path) -> None:
     cache = replays("crop")
-    drawn = indexed_source(cache.config, tmp_path)
+    sampled = indexed_source(cache.config, tmp_path)
     plan, own, size = cache.config.views, ViewsConfig.model_validate({"kind": "eval"}), InputSize(16, "bilinear")
-    batches = dataset(drawn, plan, teachers=[size], student_views=own)
+    batches = dataset(sampled, plan, teachers=[size], student_views=own)
     for step in range(0, 2 * STEPS_AN_EPOCH, 2):
-        batch, together = batches[step], dataset(drawn, plan)[step]
+        batch, together = batches[step], dataset(sampled, plan)[step]
         assert torch.equal(batch.teacher_pixels[size], together.pixels_BCHW)
         assert not torch.equal(batch.pixels_BCHW, together.pixels_BCHW)
 
 
-def swap_mates(table: pa.Table) -> pa.Table:
-    """Two pairs change partners: rows, content and order stay what they were."""
+def swap_partners(table: pa.Table) -> pa.Table:
+    """Two pairs swap partners: rows, content and order do not change."""
     partner_rows = table["mix_row"].to_pylist()
     first, second = (
         partner_rows[0],
@@ -316,22 +314,22 @@ def swap_mates(table: pa.Table) -> pa.Table:
     return set_column(table, "mix_row", partner_rows)
 
 
-def test_partners_that_are_not_the_orders_stop_training(own_replay: Replay) -> None:
-    cache = own_replay("function_matching")
-    rewrite_view(cache, "digits-00", 0, swap_mates)
+def test_partners_that_are_not_the_orders_stop_training(replay_copy: Replay) -> None:
+    cache = replay_copy("function_matching")
+    rewrite_view(cache, "digits-00", 0, swap_partners)
     with raises("cache.partner-mismatch"):
         load(cached(cache), range(STEPS_AN_EPOCH))
 
 
-def test_partners_in_a_cache_that_mixes_nothing_stop_training(own_replay: Replay) -> None:
-    cache = own_replay("crop")
+def test_partners_in_a_cache_that_mixes_nothing_stop_training(replay_copy: Replay) -> None:
+    cache = replay_copy("crop")
     rewrite_view(cache, "digits-00", 0, set_cell("mix_row", 3, 4))
     with raises("cache.partner-mismatch"):
         load(cached(cache), range(STEPS_AN_EPOCH))
 
 
 def shards_with_a_changed_image(cache: TinyCache, folder: Path) -> tuple[DataConfig, str]:
-    """Copies of the shards in which one bit of one image differs, at the same place and length."""
+    """Copies of the shards in which one bit of one image differs, at the same offset and size."""
     opened = open_cache(cache.url)
     index = opened.index(opened.shards[1])
     folder.mkdir()
@@ -372,15 +370,15 @@ def test_batches_before_an_error_arrive(replays: Replay, tmp_path: Path) -> None
         next(batches)
 
 
-def test_an_image_beyond_the_pixel_limit_is_a_shard_error_of_ours(replays: Replay) -> None:
+def test_an_image_beyond_the_pixel_limit_is_a_shard_error(replays: Replay) -> None:
     with pytest.raises(ShardError) as caught:
         cached(replays("crop"), max_pixels=5)[0]
     assert caught.value.code == "shard.image-undecodable-now"
     assert str(caught.value.got).startswith("too_large")
 
 
-def test_a_row_without_a_label_is_named_before_it_reaches_the_device(own_replay: Replay, tmp_path: Path) -> None:
-    cache = own_replay("crop")
+def test_a_row_without_a_label_is_named_before_it_reaches_the_device(replay_copy: Replay, tmp_path: Path) -> None:
+    cache = replay_copy("crop")
     unlabelled = cache.config.data.model_copy(update={"label": None})
     source = indexed_source(cache.config.model_copy(update={"data": unlabelled}), tmp_path / "index")
     batches = dataset(source, cache.config.views, needs_labels=True)

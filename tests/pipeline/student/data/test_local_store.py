@@ -1,4 +1,4 @@
-"""The files of a node: made once, never seen by half, within the limit, whoever is killed when."""
+"""The files of a node: created once, never read while incomplete, within the limit, whenever a process is killed."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def acquire(store: NodeStore, number: int, *, slowly: bool = False):
     return store.acquire(name(number), SIZES[number], filling(number, slowly=slowly))
 
 
-def kept(store: NodeStore) -> list[int]:
+def stored_numbers(store: NodeStore) -> list[int]:
     """Numbers of the files in the folder."""
     return sorted(number for number in SIZES if (store.folder / name(number)).exists())
 
@@ -71,7 +71,7 @@ def store(tmp_path: Path) -> NodeStore:
     return NodeStore(tmp_path / "store", 1000)
 
 
-def test_a_file_is_made_once_for_all_threads(store: NodeStore) -> None:
+def test_a_file_is_created_once_for_all_threads(store: NodeStore) -> None:
     made: list[Path] = []
 
     def make(part: Path) -> None:
@@ -90,7 +90,7 @@ def test_a_file_is_made_once_for_all_threads(store: NodeStore) -> None:
 @pytest.mark.slow
 @settings(max_examples=100)
 @given(st.data())
-def test_the_longest_unused_go_first_and_what_is_in_use_stays(
+def test_the_least_recently_used_files_are_removed_first_and_files_in_use_stay(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     """Against a list in order of use; sizes are 100 to 600."""
@@ -109,7 +109,7 @@ def test_the_longest_unused_go_first_and_what_is_in_use_stays(
         held = acquire(store, number)
         assert held.over_budget == (number not in model and sum(SIZES[one] for one in {*model, number}) > limit)
         model = [*(one for one in model if one != number), number]
-        assert kept(store) == sorted(model)
+        assert stored_numbers(store) == sorted(model)
         if data.draw(st.booleans()) and not held.over_budget:
             in_use.setdefault(number, []).append(held)
             continue
@@ -120,25 +120,25 @@ def test_the_longest_unused_go_first_and_what_is_in_use_stays(
                     break
                 if old not in in_use:
                     model.remove(old)
-    assert kept(store) == sorted(model)
+    assert stored_numbers(store) == sorted(model)
     for helds in in_use.values():
         for held in helds:
             held.close()
 
 
-def test_a_file_above_the_limit_is_used_and_gone_after_its_use(store: NodeStore) -> None:
+def test_a_file_above_the_limit_is_used_and_then_removed(store: NodeStore) -> None:
     small = NodeStore(store.folder, 350)
     with acquire(small, 5) as held:
         assert held.over_budget
         assert held.path.read_bytes() == content(5)
-    assert kept(small) == []
+    assert stored_numbers(small) == []
     with acquire(small, 0) as held:
         assert not held.over_budget
-    assert kept(small) == [0]
+    assert stored_numbers(small) == [0]
 
 
-def test_what_is_being_made_counts_as_what_it_will_be(store: NodeStore) -> None:
-    """Else several downloads that begin at the same time would take the room of one."""
+def test_a_partial_file_counts_with_its_final_size(store: NodeStore) -> None:
+    """Otherwise several downloads that start at the same time would share the free space of one."""
     crowded: list[bool] = []
 
     def make(part: Path) -> None:
@@ -180,14 +180,14 @@ def test_other_files_in_the_folder_are_never_removed(store: NodeStore) -> None:
     assert len(list(store.folder.iterdir())) == 4
 
 
-def test_a_discarded_copy_is_made_again_and_another_process_s_new_one_stays(store: NodeStore) -> None:
+def test_a_discarded_copy_is_created_again_and_that_of_another_process_stays(store: NodeStore) -> None:
     first, second = acquire(store, 1), acquire(store, 1)
     first.path.write_bytes(b"damaged")
     first.discard()
-    assert kept(store) == []
+    assert stored_numbers(store) == []
     third = acquire(store, 1)
     second.discard()
-    assert kept(store) == [1]
+    assert stored_numbers(store) == [1]
     assert third.path.read_bytes() == content(1)
     third.close()
 
@@ -265,7 +265,7 @@ def test_processes_that_are_killed_at_any_moment_leave_right_files_within_the_li
         for _ in range(8):
             victim = draw.randrange(len(workers))
             assert workers[victim].stdout is not None
-            # It works: so it is killed in the midst of it.
+            # The writer is running, so the kill interrupts it.
             assert workers[victim].stdout.readline()
             time.sleep(draw.random() * 0.02)
             workers[victim].send_signal(signal.SIGKILL)
@@ -281,9 +281,9 @@ def test_processes_that_are_killed_at_any_moment_leave_right_files_within_the_li
             worker.communicate()
     assert store.shrink()
     assert all(path.name == ".lock" or not path.name.startswith(".") for path in store.folder.iterdir())
-    for number in kept(store):
+    for number in stored_numbers(store):
         assert (store.folder / name(number)).read_bytes() == content(number)
     for number in SIZES:
         with acquire(store, number) as held:
             assert held.path.read_bytes() == content(number)
-    assert sum(SIZES[number] for number in kept(store)) <= 1300
+    assert sum(SIZES[number] for number in stored_numbers(store)) <= 1300

@@ -1,4 +1,4 @@
-"""Shards that have moved: one error, with the option that names their new place in the command that was given."""
+"""Shards that have moved: one error, with the option of the command by which the user passes their new location."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def of_cache_alone(base: Config, url: Path, **data: Any) -> Config:
     return config.model_copy(update={"data": type(config.data)(cache=config.data.cache, **data)})
 
 
-def test_training_from_a_cache_names_data_shards_and_goes_on_from_the_new_place(base: Config, tmp_path: Path) -> None:
+def test_training_from_a_cache_names_data_shards_and_continues_from_the_new_place(base: Config, tmp_path: Path) -> None:
     there = moved(tmp_path)
     with pytest.raises(StorageInputError) as caught:
         train(of_cache_alone(base, tmp_path / "run"))
@@ -72,7 +72,7 @@ def test_training_from_a_cache_names_data_shards_and_goes_on_from_the_new_place(
     assert train(of_cache_alone(base, tmp_path / "run", shards=there))["steps"] > 0
 
 
-def test_a_begun_run_goes_on_with_shards_at_another_place_but_with_no_others(base: Config, tmp_path: Path) -> None:
+def test_a_run_continues_with_moved_shards_but_not_with_other_shards(base: Config, tmp_path: Path) -> None:
     run = tmp_path / "run"
     train(of_cache_alone(base, run))
     there = moved(tmp_path)

@@ -55,7 +55,7 @@ class Case:
 
     @property
     def fresh(self) -> EpochOrder:
-        """One that has built no lane yet."""
+        """An order that has built no lane yet."""
         return self.order.epoch(self.epoch, self.view)
 
 
@@ -142,7 +142,7 @@ def test_mixup_partners_share_a_rank_and_are_those_of_the_view(case: Case) -> No
 
 
 def expected_partners(case: Case) -> dict[Row, Row]:
-    """Group by group; every row its own partner where the plan does not mix."""
+    """Group by group; without mixing, every row is its own partner."""
     partners = {row: row for row in every_row(case.order)}
     plan = case.order.plan
     for shard, count in enumerate(case.order.num_ok_S.tolist() if plan.mixes else []):
@@ -156,7 +156,7 @@ def expected_partners(case: Case) -> dict[Row, Row]:
 @given(cases(), st.data())
 @LAW
 def test_any_step_can_be_read_alone(case: Case, data: st.DataObject) -> None:
-    """Resuming is nothing but asking a fresh order for a later step, also with another world size."""
+    """Resuming needs only a new order and a later step, also with a different world size."""
     step = data.draw(st.integers(0, case.order.num_steps - 1))
     undisturbed, resumed = case.fresh, case.fresh
     batches = [global_batch(undisturbed, number, case.world_size) for number in range(case.order.num_steps)]
@@ -181,13 +181,13 @@ def test_first_steps_are_those_at_which_rows_name_a_shard_first(case: Case, data
 @pytest.mark.parametrize("kind", ["global", "pinned"])
 @pytest.mark.parametrize("plan", ["crop", "function_matching"])
 def test_epochs_seeds_and_steps_differ(kind: str, plan: str) -> None:
-    def made(seed: int, epoch: int) -> list[Row]:
+    def epoch_rows(seed: int, epoch: int) -> list[Row]:
         order = build([50] * 8, 40, kind=kind, seed=seed, plan=ViewsConfig(kind=plan, count=9))
         return all_rows(order.epoch(epoch, 0))
 
-    assert made(0, 0) == made(0, 0)
-    assert made(0, 0) != made(0, 1) != made(0, 2)
-    assert made(0, 0) != made(1, 0)
+    assert epoch_rows(0, 0) == epoch_rows(0, 0)
+    assert epoch_rows(0, 0) != epoch_rows(0, 1) != epoch_rows(0, 2)
+    assert epoch_rows(0, 0) != epoch_rows(1, 0)
 
 
 def shards_by_lane(order: TrainingOrder, epoch: int) -> list[set[int]]:
@@ -220,8 +220,8 @@ def test_a_lane_mixes_a_few_shards_at_a_time() -> None:
 
 
 @pytest.mark.slow
-def test_a_rank_builds_its_own_lanes_alone() -> None:
-    """Peak memory of one of 32 ranks is a fraction of one rank's that owns all."""
+def test_a_rank_builds_only_its_lanes() -> None:
+    """Peak memory of one of 32 ranks is a fraction of that of a single rank, which has all lanes."""
     order = build([200] * 640, 64, lanes=32)
 
     def peak_bytes(world_size: int) -> int:
@@ -255,7 +255,7 @@ def test_default_lanes_are_the_largest_divisor_up_to_64(half: int, mixed: bool) 
 
 
 def test_odd_singles_join_into_one_unit_and_are_not_mixed() -> None:
-    """Three shards of 3 rows: one pair each, two singles side by side, the third ends the epoch."""
+    """Three shards of 3 rows: one pair each, two singles in one unit, the third at the end of the epoch."""
     order = build([3, 3, 3], 2, lanes=1, plan=ViewsConfig(kind="function_matching"))
     rows = order.epoch(0, 0)
     steps = [rows.rows(step, 0, 1) for step in range(order.num_steps)]
@@ -263,8 +263,8 @@ def test_odd_singles_join_into_one_unit_and_are_not_mixed() -> None:
     assert sorted(step.partner_B.tolist() for step in steps) == [[0], [0, 1], [1, 0], [1, 0], [1, 0]]
 
 
-def test_the_order_is_frozen() -> None:
-    """A run that resumes under a later version must see the rows it has not seen."""
+def test_the_order_of_a_version_never_changes() -> None:
+    """A run that resumes with a later version must train on the remaining rows."""
     order = build([3, 4, 5], 4, lanes=2, seed=5, plan=ViewsConfig(kind="function_matching"))
     assert [pairs_of(order.epoch(2, 1).rows(step, 0, 1)) for step in range(3)] == FROZEN_ORDER
 

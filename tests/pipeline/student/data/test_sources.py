@@ -1,4 +1,4 @@
-"""The join: what is cached of a row is of this very row, or training stops."""
+"""The join: cached outputs belong to exactly the row that they are joined with, or training stops."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def reordered(table: pa.Table) -> pa.Table:
 
 
 def with_neighbours_outputs(table: pa.Table) -> pa.Table:
-    """Every row has the outputs of the next one: the classic silent bug."""
+    """Every row has the outputs of the next row: the classic silent bug."""
     return set_column(table.take([*range(1, 20), 0]), "row", table["row"].to_pylist())
 
 
@@ -142,9 +142,9 @@ TAMPERED: dict[str, tuple[Callable[[pa.Table], pa.Table], str]] = {
 
 
 @pytest.mark.parametrize("how", TAMPERED)
-def test_a_tampered_part_whose_digests_are_right_stops_at_the_join(own_replay: Replay, how: str) -> None:
+def test_a_tampered_part_whose_digests_are_right_stops_at_the_join(replay_copy: Replay, how: str) -> None:
     change, code = TAMPERED[how]
-    cache = own_replay("crop")
+    cache = replay_copy("crop")
     rewrite_view(cache, "digits-00", 5, change)
     source = cached_source(cache)
     source.rows(0, ALL, 4)
@@ -153,9 +153,9 @@ def test_a_tampered_part_whose_digests_are_right_stops_at_the_join(own_replay: R
     assert f"view 5 of digits-00 in {cache.url}" in str(caught.value.where)
 
 
-def test_another_shards_part_stops_at_the_join(own_replay: Replay) -> None:
-    """Same rows, same views, same teacher: only the content tells them apart."""
-    cache = own_replay("crop")
+def test_another_shards_part_stops_at_the_join(replay_copy: Replay) -> None:
+    """Same rows, same views, same teacher: they differ only in content."""
+    cache = replay_copy("crop")
     hashes = [*open_cache(cache.url).view("digits-01", 0).content_hash_N.tolist(), *[0] * 5]
     rewrite_view(cache, "digits-00", 0, lambda table: set_column(table, "content_hash", hashes))
     with raises("cache.other-images"):
@@ -187,13 +187,13 @@ def test_a_shard_that_the_cache_does_not_hold_is_named(replays: Replay) -> None:
     assert caught.value.got == "other-07"
 
 
-def test_shards_without_an_index_are_refused_with_the_command_that_makes_it(replays: Replay, tmp_path: Path) -> None:
+def test_shards_without_an_index_are_refused_with_the_command_that_builds_it(replays: Replay, tmp_path: Path) -> None:
     config = replays("crop").config
     with raises("shard.no-index"):
         open_indexed(str(tmp_path), config.data, config.views)
 
 
-def test_an_index_made_under_other_settings_is_refused(replays: Replay, tmp_path: Path) -> None:
+def test_an_index_built_with_other_settings_is_refused(replays: Replay, tmp_path: Path) -> None:
     config = replays("crop").config
     index_shards(config, tmp_path)
     other = config.data.model_copy(update={"num_classes": 11})

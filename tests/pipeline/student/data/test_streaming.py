@@ -1,4 +1,4 @@
-"""From any URL: what is read from storage, once a node; with little room; from damaged copies; ahead of its use."""
+"""Reads from storage: once per node, within a small limit, with damaged copies, and ahead of use."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ BYTES = Counter[tuple[str, int, int]]
 
 @contextmanager
 def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[BYTES]:
-    """Every read of an object in memory:// as (path, first byte, end), with how often it was made."""
+    """Every read of an object in memory:// as (path, first byte, end), with its number of reads."""
     reads: BYTES = Counter()
     cat_file, get_file, lock = MemoryFileSystem.cat_file, MemoryFileSystem.get_file, threading.Lock()
 
@@ -64,7 +64,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[BYTES]:
 
 @pytest.fixture
 def remote(replays: Replay, tmp_path: Path) -> Iterator[Any]:
-    """``remote("crop")``: cache and shards in memory://, and a store of the test's own."""
+    """``remote("crop")``: cache and shards in memory://, and a node store for this test."""
     base = f"memory://{tmp_path.name}"
 
     def copy(kind: str, **keys: Any) -> TinyCache:
@@ -86,7 +86,7 @@ def batches_of(cache: TinyCache, **changes: Any) -> StepDataset:
     return dataset(cached_source(cache), cache.config.views, **changes)
 
 
-def wanted_reads(cache: TinyCache, view: int) -> BYTES:
+def expected_reads(cache: TinyCache, view: int) -> BYTES:
     """By the commits alone: of each shard the tar, the index, and of one part one view's range and the footer."""
     reads: BYTES = Counter()
     for commit in read_commits(cache.url):
@@ -105,12 +105,12 @@ def wanted_reads(cache: TinyCache, view: int) -> BYTES:
 
 @pytest.mark.parametrize("kind", ["crop", "function_matching"])
 def test_an_epoch_reads_the_bytes_of_one_view_once(remote: Any, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    """With everybody asking at once: two ranks, each with a thread ahead of its steps."""
+    """With concurrent requests: two ranks, each with a thread that fetches ahead."""
     cache = remote(kind)
     ranks = [batches_of(cache, rank=rank, world_size=2) for rank in range(2)]
     for epoch in (0, 7, 7 + NUM_VIEWS):
         steps = range(epoch * STEPS_AN_EPOCH, epoch * STEPS_AN_EPOCH + 4)
-        expected = wanted_reads(cache, epoch % NUM_VIEWS)
+        expected = expected_reads(cache, epoch % NUM_VIEWS)
         assert all(rank.source.fetched_bytes for rank in ranks)
         with counted(monkeypatch) as reads, ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda rank, steps=steps: load(rank, steps), ranks))
@@ -139,7 +139,7 @@ def test_less_room_than_a_step_needs_is_enough(
     with counted(monkeypatch) as reads:
         for one, other in zip(local, load(dataset(source, cache.config.views), steps), strict=True):
             assert_same(one, other)
-    assert sum(reads.values()) > 3 * sum(wanted_reads(cache, 0).values())
+    assert sum(reads.values()) > 3 * sum(expected_reads(cache, 0).values())
     source.close()
     assert sum(path.stat().st_size for path in source.store.folder.iterdir()) <= limit_bytes
 
@@ -159,7 +159,7 @@ def node_files(source: CachedSource, suffix: str) -> list[Path]:
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
-def test_a_damaged_view_on_the_node_is_never_read_and_is_made_again(remote: Any, damage: str) -> None:
+def test_a_damaged_view_on_the_node_is_never_used_and_is_written_again(remote: Any, damage: str) -> None:
     cache = remote("crop")
     before = load(batches_of(cache), range(STEPS_AN_EPOCH))
     source = cached_source(cache)
@@ -229,9 +229,9 @@ def test_mapped_columns_are_those_of_the_cache_and_lie_in_the_file(replays: Repl
         assert not joined.encoded["logits"].flags.writeable
 
 
-def test_an_error_of_what_is_fetched_ahead_comes_at_its_step(own_replay: Replay) -> None:
+def test_an_error_of_what_is_fetched_ahead_comes_at_its_step(replay_copy: Replay) -> None:
     """A part of the second epoch is bad: the batches of the first arrive."""
-    cache = own_replay("crop")
+    cache = replay_copy("crop")
     rewrite_view(cache, "digits-01", 1, set_cell("content_hash", 4, 5))
     batches = load_batches(batches_of(cache), range(2 * STEPS_AN_EPOCH), num_workers=0, pin_memory=False)
     assert [next(batches).step for _ in range(STEPS_AN_EPOCH)] == [*range(STEPS_AN_EPOCH)]
@@ -287,7 +287,7 @@ def test_each_image_is_decoded_once_a_step_partners_included(
 
 
 def test_a_dataset_that_is_sent_to_another_process_gives_the_same(replays: Replay) -> None:
-    """As loaders that do not fork do; files that are open here stay here."""
+    """As loaders that do not fork do; files that are open in this process are not sent."""
     batches = batches_of(replays("function_matching"))
     before = batches[3]
     sent: StepDataset = pickle.loads(pickle.dumps(batches))

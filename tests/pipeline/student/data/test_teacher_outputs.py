@@ -1,4 +1,4 @@
-"""What a teacher said stays as it is stored until rows are asked for, and is decoded for the losses that read it."""
+"""Teacher outputs stay encoded until their rows are read, and are decoded at the temperatures of the losses."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def built(tiny_config: TinyConfig, **cache: Any) -> TinyCache:
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> Decoded:
     """(rows, temperature) of every decoding from here on, of an encoding that gives ``(1 + T)`` times what is stored:
-    no sensible one, but one at which a wrong temperature shows."""
+    meaningless, but a wrong temperature changes it."""
     calls: Decoded = []
 
     def stand_in(column: pa.Array, output: Output, *, temperature: float = 1.0) -> NDArray[np.float32]:
@@ -121,9 +121,9 @@ def test_an_encoding_that_is_the_same_at_any_temperature_is_decoded_once(
     replays: Replay, temperatures: tuple[float, ...]
 ) -> None:
     cache = replays("crop")
-    (words,) = dataset(cached_source(cache), cache.config.views, temperatures=temperatures)[0].teacher_outputs
-    assert list(words.logits) == [None]
-    assert all(words.logits_at(temperature) is words.logits[None] for temperature in temperatures)
+    (outputs,) = dataset(cached_source(cache), cache.config.views, temperatures=temperatures)[0].teacher_outputs
+    assert list(outputs.logits) == [None]
+    assert all(outputs.logits_at(temperature) is outputs.logits[None] for temperature in temperatures)
 
 
 def test_logits_that_no_loss_reads_are_not_decoded(replays: Replay, tmp_path: Path, decoded: Decoded) -> None:
@@ -168,9 +168,9 @@ def test_a_cache_of_the_largest_logits_trains_at_two_temperatures(tiny_config: T
     except ValidationError:
         pytest.skip("this version has no encoding topk")
     check_each_term_reads_its_own(cache, tmp_path)
-    (words,) = dataset(cached_source(cache), cache.config.views, temperatures=(1.0, 4.0))[0].teacher_outputs
-    assert set(words.logits) == {1.0, 4.0}
-    assert not np.array_equal(words.logits[1.0], words.logits[4.0])
+    (outputs,) = dataset(cached_source(cache), cache.config.views, temperatures=(1.0, 4.0))[0].teacher_outputs
+    assert set(outputs.logits) == {1.0, 4.0}
+    assert not np.array_equal(outputs.logits[1.0], outputs.logits[4.0])
 
 
 def without_logits(tiny_config: TinyConfig) -> TinyCache:

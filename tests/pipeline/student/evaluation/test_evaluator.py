@@ -116,7 +116,7 @@ def ece_error(logits_NK: Tensor, error: float) -> float:
 
 
 def calibration_error(logits_NK: Tensor, label_N: Tensor) -> float:
-    """Guo 2017 in float64: rows sorted into 15 bins of their confidence; the empty ones count for nothing."""
+    """Guo 2017 in float64: rows sorted into 15 bins of their confidence; empty bins contribute nothing."""
     bins: list[list[tuple[float, bool]]] = [[] for _ in range(15)]
     for row_K, label in zip(logits_NK.double().softmax(1).tolist(), label_N.tolist(), strict=True):
         confidence = max(row_K)
@@ -168,7 +168,7 @@ def test_without_labels_agreement_is_all_that_is_measured(replays: Replay) -> No
 
 
 def test_ties_of_a_student_are_broken_by_class_index(replays: Replay) -> None:
-    """All logits of a row are equal: class 0 is predicted, and classes 0 to 4 are its five first."""
+    """All logits of a row are equal: class 0 is predicted, and classes 0 to 4 are the top five."""
     config, student = replays("crop").config, network()
     torch.nn.init.zeros_(student.module.network.fc.weight)
     torch.nn.init.zeros_(student.module.network.fc.bias)
@@ -392,7 +392,7 @@ def test_agreement_that_cannot_be_measured_is_refused_before_any_work(
     assert not list(tmp_path.iterdir())
 
 
-def test_agreement_with_a_teacher_whose_weights_are_gone_is_refused_before_the_first_step(
+def test_agreement_with_a_teacher_whose_weights_are_missing_is_refused_before_the_first_step(
     replays: Replay, tmp_path: Path
 ) -> None:
     base = replays("crop").config

@@ -119,7 +119,7 @@ def default_options(name: str) -> dict[str, Any]:
 def call(
     name: str, student_BK: Tensor, teacher_BK: Tensor, labels_B: Tensor, *, mixed: bool = False, **options: Any
 ) -> Tensor:
-    """The loss of this name, for these logits in place of whatever it takes."""
+    """The loss of this name on these logits; other inputs are derived from them."""
     inputs = {
         key: _INPUTS[key](student_BK, teacher_BK, labels_B)
         for key in inspect.signature(LOSSES[name]).parameters

@@ -108,7 +108,7 @@ class GlobalBatch:
 
 
 def _partners(rows_BN: Tensor) -> Tensor:
-    """int64 ``[B]``: rows 2i and 2i + 1 are each other's."""
+    """int64 ``[B]``: rows 2i and 2i + 1 are partners."""
     return torch.arange(len(rows_BN)) ^ 1
 
 
@@ -305,7 +305,7 @@ def test_warm_up_rises_from_zero_in_the_first_epoch_to_the_full_weight(
     assert values["kd"] > 0
 
 
-def test_terms_of_one_name_keep_apart() -> None:
+def test_terms_of_the_same_loss_have_separate_names() -> None:
     batch = inputs()
     temperatures = [1.0, 4.0, 10.0]
     sections = [{"name": "kd", "temperature": temperature} for temperature in temperatures]

@@ -1,4 +1,4 @@
-"""What every registered loss promises: fp32 inside, finite on any input, no value read on the host, checked inputs."""
+"""The contract of all registered losses: fp32 inside, finite on any input, no value read on the host, checked input."""
 
 from __future__ import annotations
 

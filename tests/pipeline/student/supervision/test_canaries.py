@@ -53,8 +53,8 @@ def brighter(levels: int, block: int) -> Callable[[pa.Table], pa.Table]:
     return change
 
 
-def test_drift_stops_training_with_its_size_and_both_versions(own_replay: Replay, tmp_path: Path) -> None:
-    cache = own_replay("crop")
+def test_drift_stops_training_with_its_size_and_both_versions(replay_copy: Replay, tmp_path: Path) -> None:
+    cache = replay_copy("crop")
     rewrite_view(cache, "digits-00", 0, brighter(3, 50))
     rewrite_view(cache, "digits-01", 0, brighter(7, 191))
     with raises("cache.pixel-drift") as caught:
@@ -68,16 +68,16 @@ def test_drift_stops_training_with_its_size_and_both_versions(own_replay: Replay
     assert not (tmp_path / "run").exists()
 
 
-def test_drift_smaller_than_a_level_of_any_block_is_still_drift(own_replay: Replay) -> None:
-    cache = own_replay("crop")
+def test_drift_smaller_than_a_level_of_any_block_is_still_drift(replay_copy: Replay) -> None:
+    cache = replay_copy("crop")
     rewrite_view(cache, "digits-00", 0, set_cell("pixel_digest", 0, bytes(16)))
     with pytest.raises(CacheError) as caught:
         check(cache)
     assert "differ by up to 0 of 255" in str(caught.value.got)
 
 
-def test_a_cache_without_canaries_proves_nothing(own_replay: Replay) -> None:
-    cache = own_replay("crop")
+def test_a_cache_without_canaries_proves_nothing(replay_copy: Replay) -> None:
+    cache = replay_copy("crop")
     for shard in ("digits-00", "digits-01"):
         rewrite_view(cache, shard, 0, set_cell("pixel_digest", 0, None))
     with raises("cache.no-canaries"):
@@ -100,8 +100,8 @@ def test_a_changed_image_is_not_mistaken_for_another_decoder(replays: Replay, tm
         check_canaries(source, cache.config.data)
 
 
-def test_allowed_drift_is_counted_and_its_size_reported(own_replay: Replay) -> None:
-    cache = own_replay("crop")
+def test_allowed_drift_is_counted_and_its_size_reported(replay_copy: Replay) -> None:
+    cache = replay_copy("crop")
     rewrite_view(cache, "digits-00", 0, brighter(3, 50))
     rewrite_view(cache, "digits-01", 0, brighter(7, 191))
     assert check(cache, 7) == CanaryReport(num_compared=2, num_drifted=2, levels=7)
@@ -111,8 +111,10 @@ def test_allowed_drift_is_counted_and_its_size_reported(own_replay: Replay) -> N
     assert "--allow-pixel-drift 7" in str(caught.value.next_step)
 
 
-def test_drift_of_no_level_is_allowed_by_one_and_drift_of_unknown_size_by_all_of_them(own_replay: Replay) -> None:
-    cache = own_replay("crop")
+def test_drift_below_a_level_needs_an_allowance_of_1_and_of_unknown_size_one_of_255(
+    replay_copy: Replay,
+) -> None:
+    cache = replay_copy("crop")
     rewrite_view(cache, "digits-00", 0, set_cell("pixel_digest", 0, bytes(16)))
     assert check(cache, 1) == CanaryReport(num_compared=2, num_drifted=1, levels=0)
     rewrite_view(cache, "digits-01", 0, set_cell("pixel_digest", 0, bytes(16)))
@@ -122,8 +124,8 @@ def test_drift_of_no_level_is_allowed_by_one_and_drift_of_unknown_size_by_all_of
     assert "differ by up to 255 of 255" in str(caught.value.got)
 
 
-def test_a_run_on_drifting_pixels_warns_and_records_that_it_was_allowed(own_replay: Replay, tmp_path: Path) -> None:
-    cache, warnings = own_replay("crop"), list[str]()
+def test_a_run_on_drifting_pixels_warns_and_records_that_it_was_allowed(replay_copy: Replay, tmp_path: Path) -> None:
+    cache, warnings = replay_copy("crop"), list[str]()
     rewrite_view(cache, "digits-00", 0, brighter(3, 50))
 
     def report(event: dict[str, Any]) -> None:
@@ -138,7 +140,7 @@ def test_a_run_on_drifting_pixels_warns_and_records_that_it_was_allowed(own_repl
     # Nothing drifts, nothing is warnings.
     warnings.clear()
     train(
-        run_config(own_replay("function_matching").config, tmp_path / "other", data={"allow_pixel_drift": 4}),
+        run_config(replay_copy("function_matching").config, tmp_path / "other", data={"allow_pixel_drift": 4}),
         report=report,
     )
     assert warnings == []

@@ -1,4 +1,4 @@
-"""nd beside a teacher online: class means of a cache of this teacher, and of no other."""
+"""nd with an online teacher: class means from a cache of this teacher, and of no other."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def online(base: Config, run_url: Path, means: str, **sections: Any) -> Config:
     return config
 
 
-def test_a_teacher_online_takes_the_class_means_of_a_cache_of_his(replays: Replay, tmp_path: Path) -> None:
-    """The cache may be over other views: the same means, so the same losses as from the cache of the views."""
+def test_an_online_teacher_uses_the_class_means_of_its_cache(replays: Replay, tmp_path: Path) -> None:
+    """The cache may have other views: its means are equal, so the losses equal those of a run from the cache."""
     base = replays("crop")
     train(online(base.config, tmp_path / "own", base.url))
     train(online(base.config, tmp_path / "other", replays("function_matching").url))
@@ -42,7 +42,7 @@ def test_a_teacher_online_takes_the_class_means_of_a_cache_of_his(replays: Repla
 def test_class_means_of_another_teacher_are_refused_by_its_weights(
     replays: Replay, tiny_config: TinyConfig, tmp_path: Path
 ) -> None:
-    """As wide and with as many classes: nothing else could tell."""
+    """Width and number of classes are equal: only the weights differ."""
     teacher = {"kwargs": {"depth": 14, "widths": [4, 4, 6, 7]}}
     other = tiny_config(teacher=teacher, views={"kind": "crop", "count": 1})
     build(other)
@@ -73,8 +73,8 @@ def test_class_means_of_another_number_of_classes_are_refused(replays: Replay, t
     assert caught.value.got == "K = 10"
 
 
-def test_an_online_run_uses_the_class_means_it_was_begun_with(own_replay: Replay, tmp_path: Path) -> None:
-    cache: TinyCache = own_replay("crop")
+def test_an_online_run_uses_the_class_means_it_was_started_with(replay_copy: Replay, tmp_path: Path) -> None:
+    cache: TinyCache = replay_copy("crop")
     config = online(cache.config, tmp_path / "run", cache.url)
 
     def stop(event: dict[str, Any]) -> None:

@@ -77,7 +77,7 @@ def online(url: Path, first: TinyCache, *others: TinyCache, **sections: Any) -> 
 
 @pytest.fixture
 def rebuilt(replays: Replay, tmp_path: Path) -> Rebuild:
-    """``rebuilt(views={"seed": 5})``: a cache of two views, a few keys of whose config are others."""
+    """``rebuilt(views={"seed": 5})``: a cache of two views, with these changes to the config."""
 
     def make(**sections: dict[str, Any]) -> TinyCache:
         tree = replays("crop").config.model_dump(mode="json", exclude_unset=True)
@@ -99,14 +99,14 @@ def first_step(url: Path, *caches: TinyCache, loss: list[dict[str, Any]]) -> dic
 
 @pytest.mark.parametrize("name", ["kd", "dist"])
 def test_a_loss_is_the_sum_of_what_it_is_with_each_teacher_alone(
-    replays: Replay, colleague: TinyCache, tmp_path: Path, name: str
+    replays: Replay, wide_cache: TinyCache, tmp_path: Path, name: str
 ) -> None:
     """Before the first step the student, its rows and its views are the same for any teacher."""
     loss = [{"name": name, "temperature": 2.0, "weight": 0.5}]
-    both = first_step(tmp_path / "both", replays("crop"), colleague, loss=loss)
+    both = first_step(tmp_path / "both", replays("crop"), wide_cache, loss=loss)
     alone = [
         first_step(tmp_path / str(number), cache, loss=loss)[f"loss/{name}"]
-        for number, cache in enumerate((replays("crop"), colleague))
+        for number, cache in enumerate((replays("crop"), wide_cache))
     ]
     assert alone[0] != pytest.approx(alone[1], rel=1e-3)
     assert [both[f"loss/{name}/{number}"] for number in (0, 1)] == alone
@@ -114,7 +114,7 @@ def test_a_loss_is_the_sum_of_what_it_is_with_each_teacher_alone(
     assert both["loss"] == pytest.approx(0.5 * sum(alone), rel=ulps(2))
 
 
-def test_two_teachers_who_say_the_same_teach_as_one_of_twice_the_weight(replays: Replay, tmp_path: Path) -> None:
+def test_two_teachers_with_equal_outputs_count_as_one_of_twice_the_weight(replays: Replay, tmp_path: Path) -> None:
     one, twin = replays("crop"), copy_of(replays("crop"), tmp_path / "twin")
     config = together(tmp_path / "two", one, twin, student=NORMALISED | {"size": 16})
     train(config)
@@ -123,7 +123,7 @@ def test_two_teachers_who_say_the_same_teach_as_one_of_twice_the_weight(replays:
         assert two["loss"] == pytest.approx(alone["loss"], rel=training_error(config, two["step"] + 1))
 
 
-def test_a_list_of_one_is_that_one(replays: Replay, tmp_path: Path) -> None:
+def test_a_list_of_one_cache_equals_that_cache(replays: Replay, tmp_path: Path) -> None:
     config = replays("crop").config
     train(run_config(config, tmp_path / "text"))
     train(run_config(config, tmp_path / "list", data={"cache": [replays("crop").url]}))
@@ -133,9 +133,9 @@ def test_a_list_of_one_is_that_one(replays: Replay, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_every_loss_trains_from_two_teachers_of_different_widths(
-    replays: Replay, colleague: TinyCache, tmp_path: Path
+    replays: Replay, wide_cache: TinyCache, tmp_path: Path
 ) -> None:
-    train(together(tmp_path, replays("crop"), colleague, loss=ALL_TERMS, train={"epochs": 10, "lr": 0.02}))
+    train(together(tmp_path, replays("crop"), wide_cache, loss=ALL_TERMS, train={"epochs": 10, "lr": 0.02}))
     curve = [record["loss"] for record in metrics(tmp_path)]
     assert sum(curve[-5:]) < 0.8 * sum(curve[:5])
     state = checkpoint.load(str(tmp_path), checkpoint.LAST)
@@ -144,8 +144,8 @@ def test_every_loss_trains_from_two_teachers_of_different_widths(
 
 
 @pytest.mark.slow
-def test_two_teachers_resume_bitwise(replays: Replay, colleague: TinyCache, tmp_path: Path) -> None:
-    caches, keys = (replays("crop"), colleague), {"loss": ALL_TERMS, "train": {"epochs": 3}}
+def test_two_teachers_resume_bitwise(replays: Replay, wide_cache: TinyCache, tmp_path: Path) -> None:
+    caches, keys = (replays("crop"), wide_cache), {"loss": ALL_TERMS, "train": {"epochs": 3}}
     train(together(tmp_path / "straight", *caches, **keys))
     stopped = together(tmp_path / "stopped", *caches, **keys)
 
@@ -170,10 +170,10 @@ def test_two_teachers_resume_bitwise(replays: Replay, colleague: TinyCache, tmp_
     [("crop", 16, 1), slow("function_matching", 12, 1), slow("function_matching", 24, 2)],
 )
 def test_parity_every_loss_of_two_cached_teachers_is_that_of_the_two_online(
-    replays: Replay, colleagues: Replay, tmp_path: Path, kind: str, size: int, accumulate: int
+    replays: Replay, wide_caches: Replay, tmp_path: Path, kind: str, size: int, accumulate: int
 ) -> None:
-    """They eat 16 and 12 pixels, and embed into 7 and 9 dimensions."""
-    caches = replays(kind), colleagues(kind)
+    """Their inputs are 16 and 12 pixels, their embeddings 7 and 9 dimensions."""
+    caches = replays(kind), wide_caches(kind)
     keys: dict[str, Any] = {
         "student": {**NORMALISED, "size": size},
         "loss": EVERY_LOSS,
@@ -183,9 +183,9 @@ def test_parity_every_loss_of_two_cached_teachers_is_that_of_the_two_online(
     train(together(tmp_path / "cached", *caches, **keys))
     config = online(tmp_path / "online", *caches, **keys)
     train(config)
-    cached, asked = metrics(tmp_path / "cached"), metrics(tmp_path / "online")
+    cached, online_metrics = metrics(tmp_path / "cached"), metrics(tmp_path / "online")
     assert len(cached) == 40
-    for one, other in zip(cached, asked, strict=True):
+    for one, other in zip(cached, online_metrics, strict=True):
         assert {f"loss/{term['name']}/{number}" for term in EVERY_LOSS[1:] for number in (0, 1)} < one.keys()
         assert one.keys() == other.keys()
         error = training_error(config, one["step"] + 1)
@@ -195,10 +195,10 @@ def test_parity_every_loss_of_two_cached_teachers_is_that_of_the_two_online(
         assert (tmp_path / "online" / name).read_bytes() == storage.read(f"{cache.url}/manifest.json")
 
 
-def test_class_means_of_another_of_the_teachers_online_are_refused(
-    replays: Replay, colleague: TinyCache, tmp_path: Path
+def test_class_means_of_another_online_teacher_are_refused(
+    replays: Replay, wide_cache: TinyCache, tmp_path: Path
 ) -> None:
-    config = online(tmp_path / "run", replays("crop"), colleague, loss=[{"name": "nd"}])
+    config = online(tmp_path / "run", replays("crop"), wide_cache, loss=[{"name": "nd"}])
     first, other = config.teacher, config.teacher.others[0]
     other = other.model_copy(update={"class_means": first.class_means})
     with raises("cache.other-teacher") as caught:
@@ -238,13 +238,13 @@ def test_the_first_teacher_among_the_others_would_count_twice(replays: Replay, t
         check_config(config)
 
 
-def test_views_are_as_many_as_the_fewest_of_any_cache(replays: Replay, colleague: TinyCache) -> None:
-    source = cached_source(replays("crop"), colleague)
+def test_views_are_as_many_as_the_fewest_of_any_cache(replays: Replay, wide_cache: TinyCache) -> None:
+    source = cached_source(replays("crop"), wide_cache)
     assert [source.view_of(epoch) for epoch in (0, NUM_VIEWS - 3, NUM_VIEWS - 2, NUM_VIEWS)] == [0, 9, 0, 2]
 
 
-def test_each_teachers_outputs_are_those_of_the_requested_rows(replays: Replay, colleague: TinyCache) -> None:
-    caches, rows = (replays("crop"), colleague), np.array([3, 0, 12], np.int32)
+def test_each_teachers_outputs_are_those_of_the_requested_rows(replays: Replay, wide_cache: TinyCache) -> None:
+    caches, rows = (replays("crop"), wide_cache), np.array([3, 0, 12], np.int32)
     source = cached_source(*caches)
     found = source.rows(1, rows, 4)
     for number, (cache, outputs) in enumerate(zip(caches, source.outputs, strict=True)):
@@ -256,11 +256,11 @@ def test_each_teachers_outputs_are_those_of_the_requested_rows(replays: Replay, 
 
 @pytest.mark.slow
 def test_a_run_uses_the_pinned_state_of_each_of_its_caches(
-    replays: Replay, colleague: TinyCache, tmp_path: Path
+    replays: Replay, wide_cache: TinyCache, tmp_path: Path
 ) -> None:
-    grown = copy_of(colleague, tmp_path / "grown")
+    grown = copy_of(wide_cache, tmp_path / "grown")
     keys: dict[str, Any] = {"train": {"epochs": NUM_VIEWS, "eval_every_epochs": 0}}
-    train(together(tmp_path / "straight", replays("crop"), colleague, **keys))
+    train(together(tmp_path / "straight", replays("crop"), wide_cache, **keys))
     config = together(tmp_path / "run", replays("crop"), grown, **keys)
 
     def report(event: dict[str, Any]) -> None:
@@ -351,19 +351,19 @@ SAMPLES: dict[str, tuple[Callable[..., Any], str]] = {
 def test_caches_of_other_samples_are_refused_by_the_first_that_differs(
     replays: Replay, rebuilt: Rebuild, tmp_path: Path, what: str
 ) -> None:
-    change, told = SAMPLES[what]
+    change, reported = SAMPLES[what]
     shards = pack_shards(changed_samples(change), f"{tmp_path}/digits-%02d.tar", shard_size=20)
     other = rebuilt(data={"shards": shards, "bad_samples": "skip"})
     with raises("cache.samples-differ") as caught:
         train(together(tmp_path / "run", replays("crop"), other))
-    assert str(caught.value.got).startswith(told)
+    assert str(caught.value.got).startswith(reported)
     assert not (tmp_path / "run").exists()
 
 
 def test_where_the_bytes_of_a_sample_lie_in_its_tar_does_not_matter(
     replays: Replay, rebuilt: Rebuild, tmp_path: Path
 ) -> None:
-    """Tars with a further member a sample: other offsets, so other indexes, of the same images and labels."""
+    """Tars with an additional member per sample: different offsets and indexes, but the same images and labels."""
     samples = changed_samples(lambda _, key, members: (key, {"json": b"{}", **members}))
     shards = pack_shards(samples, f"{tmp_path}/digits-%02d.tar", shard_size=20)
     other = rebuilt(data={"shards": shards})
@@ -373,10 +373,10 @@ def test_where_the_bytes_of_a_sample_lie_in_its_tar_does_not_matter(
     train(together(tmp_path / "run", replays("crop"), other))
 
 
-def test_a_view_that_was_changed_in_one_cache_stops_at_the_join(own_replay: Replay, colleague: TinyCache) -> None:
-    cache = own_replay("crop")
+def test_a_view_that_was_changed_in_one_cache_stops_at_the_join(replay_copy: Replay, wide_cache: TinyCache) -> None:
+    cache = replay_copy("crop")
     rewrite_view(cache, "digits-01", 2, set_cell("flip", 6, lambda flip: not flip))
-    source = cached_source(colleague, cache)
+    source = cached_source(wide_cache, cache)
     source.rows(1, np.arange(15, dtype=np.int32), 1)
     with raises("cache.views-differ") as caught:
         source.rows(1, np.arange(15, dtype=np.int32), 2)
@@ -384,22 +384,24 @@ def test_a_view_that_was_changed_in_one_cache_stops_at_the_join(own_replay: Repl
     assert str(caught.value.got).startswith("flip: ")
 
 
-def test_the_canaries_of_each_cache_are_checked_at_its_teachers_size(own_replay: Replay, colleague: TinyCache) -> None:
-    cache = own_replay("crop")
-    alone = [check_canaries(cached_source(one), cache.config.data) for one in (colleague, cache)]
-    both = check_canaries(cached_source(colleague, cache), cache.config.data)
+def test_the_canaries_of_each_cache_are_checked_at_its_teachers_size(
+    replay_copy: Replay, wide_cache: TinyCache
+) -> None:
+    cache = replay_copy("crop")
+    alone = [check_canaries(cached_source(one), cache.config.data) for one in (wide_cache, cache)]
+    both = check_canaries(cached_source(wide_cache, cache), cache.config.data)
     assert both.num_compared == sum(found.num_compared for found in alone)
     rewrite_view(cache, "digits-00", 0, set_cell("pixel_digest", 0, bytes(16)))
     with raises("cache.pixel-drift"):
-        check_canaries(cached_source(colleague, cache), cache.config.data)
+        check_canaries(cached_source(wide_cache, cache), cache.config.data)
 
 
-def test_a_cache_without_canaries_is_not_proven_by_another(own_replay: Replay, colleague: TinyCache) -> None:
-    cache = own_replay("crop")
+def test_a_cache_without_canaries_is_not_proven_by_another(replay_copy: Replay, wide_cache: TinyCache) -> None:
+    cache = replay_copy("crop")
     for shard in ("digits-00", "digits-01"):
         rewrite_view(cache, shard, 0, set_cell("pixel_digest", 0, None))
     with raises("cache.no-canaries") as caught:
-        check_canaries(cached_source(colleague, cache), cache.config.data)
+        check_canaries(cached_source(wide_cache, cache), cache.config.data)
     assert caught.value.where == cache.url
 
 
@@ -412,17 +414,17 @@ def test_a_cache_that_lacks_what_a_loss_needs_is_named(replays: Replay, rebuilt:
 
 @pytest.mark.parametrize("run", [together, online])
 def test_teachers_of_different_sizes_need_the_students_size(
-    replays: Replay, colleague: TinyCache, tmp_path: Path, run: Callable[..., Config]
+    replays: Replay, wide_cache: TinyCache, tmp_path: Path, run: Callable[..., Config]
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        train(run(tmp_path / "run", replays("crop"), colleague, student=SMALL))
+        train(run(tmp_path / "run", replays("crop"), wide_cache, student=SMALL))
     assert (caught.value.code, caught.value.got) == ("config.student-size-unclear", "teachers of 12, 16 pixels")
 
 
-def test_one_teacher_cannot_be_named_beside_two_caches(replays: Replay, colleague: TinyCache, tmp_path: Path) -> None:
+def test_a_teacher_section_with_two_caches_is_refused(replays: Replay, wide_cache: TinyCache, tmp_path: Path) -> None:
     teacher = replays("crop").config.teacher.model_dump(mode="json", exclude_unset=True)
     with pytest.raises(ConfigError) as caught:
-        train(together(tmp_path / "run", replays("crop"), colleague, teacher=teacher))
+        train(together(tmp_path / "run", replays("crop"), wide_cache, teacher=teacher))
     assert (caught.value.code, caught.value.where) == ("config.one-teacher-of-several", "teacher.model")
 
 
@@ -436,17 +438,17 @@ def test_a_list_of_caches_that_cannot_be_meant_is_refused_by_the_config_alone(
         check_config(run_config(replays("crop").config, tmp_path, data={"cache": urls}))
 
 
-def test_a_run_in_the_folder_of_any_of_its_caches_is_refused(replays: Replay, colleague: TinyCache) -> None:
+def test_a_run_in_the_folder_of_any_of_its_caches_is_refused(replays: Replay, wide_cache: TinyCache) -> None:
     with raises("config.run-in-cache"):
-        check_config(together(Path(colleague.url), replays("crop"), colleague))
+        check_config(together(Path(wide_cache.url), replays("crop"), wide_cache))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("run", [together, online])
 def test_a_run_of_several_teachers_evaluates_without_agreement(
-    replays: Replay, colleague: TinyCache, digits_shards: list[str], tmp_path: Path, run: Callable[..., Config]
+    replays: Replay, wide_cache: TinyCache, digits_shards: list[str], tmp_path: Path, run: Callable[..., Config]
 ) -> None:
-    train(run(tmp_path, replays("crop"), colleague, data={"val_shards": digits_shards}))
+    train(run(tmp_path, replays("crop"), wide_cache, data={"val_shards": digits_shards}))
     summary = checkpoint.read_summary(str(tmp_path))
     assert summary is not None
     found = evaluate_run(
@@ -455,8 +457,8 @@ def test_a_run_of_several_teachers_evaluates_without_agreement(
     assert (found.metrics["top1"], found.metrics["agreement"]) == (summary["top1"], None)
 
 
-def test_plans_that_agree_are_of_any_teachers(replays: Replay, colleague: TinyCache) -> None:
-    caches = opened(replays("crop"), colleague)
+def test_plans_that_agree_are_of_any_teachers(replays: Replay, wide_cache: TinyCache) -> None:
+    caches = opened(replays("crop"), wide_cache)
     check_same_plans(caches)
     check_same_shards(caches)
     check_same_samples(caches, [shard.shard_id for shard in caches[0].shards])

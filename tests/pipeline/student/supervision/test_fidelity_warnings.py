@@ -1,4 +1,4 @@
-"""A training is warned of an encoding that is too coarse for one of its losses, with the number, and of no other."""
+"""A training warns about an encoding that is too coarse for one of its losses, with the number, and about no other."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_loss_of_no_weight_no_measured_rows_and_no_logits_warn_of_nothing(head
 
 
 def test_a_training_warns_once_before_its_first_step(tiny_config: TinyConfig, tmp_path: Path) -> None:
-    # One of the 35 digits is measured. The teacher speaks up, so that one logit of ten says little.
+    # One of the 35 digits is measured. The teacher has large logits, so that a single logit of ten changes little.
     network = resnet(10, 8, (4, 4, 6, 7))
     with torch.no_grad():
         network.fc.weight.mul_(30)

@@ -1,4 +1,4 @@
-"""Advice on losses: each with its number, and only where it is true."""
+"""Warnings about losses: each with its number, and only where it applies."""
 
 from __future__ import annotations
 

@@ -27,9 +27,9 @@ def validation(tmp_path: Path) -> list[str]:
 
 
 def warnings_of(config: Config) -> list[str]:
-    told: list[dict[str, Any]] = []
-    train(config, report=told.append)
-    texts = [event["text"] for event in told if event["kind"] == "warning"]
+    reported: list[dict[str, Any]] = []
+    train(config, report=reported.append)
+    texts = [event["text"] for event in reported if event["kind"] == "warning"]
     # The teacher of these tests has random weights, of which every run warns.
     return [text for text in texts if not text.startswith("teacher.weights is random")]
 
@@ -78,7 +78,7 @@ def compare(rendezvous: Path, rank: int, cache: TinyCache, seen_by_rank: list[li
 
 
 def test_ranks_count_the_images_that_either_has_read(replays: Replay, validation: list[str], tmp_path: Path) -> None:
-    """Rank 1 has read nothing but images of rank 0's training shard, and the other way round."""
+    """Rank 1 has read only images of rank 0's training shard, and vice versa."""
     early = ((key, members) for row, (key, members) in enumerate(digit_samples(12)) if row in (3, 5, 7, 11))
     seen_by_rank = [validation, pack_shards(early, f"{tmp_path}/early-%02d.tar", shard_size=24)]
     run_two_ranks(compare, tmp_path, replays("crop"), seen_by_rank)

@@ -1,4 +1,4 @@
-"""What a run takes from its caches instead of its config, and what a config may not say beside them."""
+"""Values that a run takes from its caches instead of its config, and config keys that may not contradict them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def with_views(**views: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("mode", ["cache", "online"])
-def test_a_student_has_its_own_views_only_where_the_config_sets_them(
+def test_a_student_has_separate_views_only_where_the_config_sets_them(
     replays: Replay, tmp_path: Path, mode: str
 ) -> None:
     base = replays("crop").config
@@ -41,7 +41,7 @@ def test_a_student_has_its_own_views_only_where_the_config_sets_them(
 
 
 @pytest.mark.parametrize(
-    ("kind", "mode", "views", "told"),
+    ("kind", "mode", "views", "reported"),
     [
         ("crop", "none", {"kind": "eval"}, "teacher.mode: none"),
         ("function_matching", "cache", {"kind": "crop", "seed": 1}, "a teacher with views of kind function_matching"),
@@ -51,14 +51,14 @@ def test_a_student_has_its_own_views_only_where_the_config_sets_them(
     ],
 )
 def test_student_views_that_no_teacher_outputs_fit_are_refused(
-    replays: Replay, tmp_path: Path, kind: str, mode: str, views: dict[str, Any] | None, told: str
+    replays: Replay, tmp_path: Path, kind: str, mode: str, views: dict[str, Any] | None, reported: str
 ) -> None:
     base = replays(kind).config
     own = base.views.model_dump(exclude={"count", "size"}) if views is None else views
     config = run_config(base, tmp_path, mode=mode, student=with_views(**own))
     with raises("config.student-views") as caught:
         resolve_spec(config)
-    assert caught.value.got == told
+    assert caught.value.got == reported
 
 
 def test_they_are_refused_before_a_cache_is_built(replays: Replay, tmp_path: Path) -> None:
@@ -71,19 +71,19 @@ def test_they_are_refused_before_a_cache_is_built(replays: Replay, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("views", "told"),
+    ("views", "reported"),
     [
         ({"kind": "function_matching"}, "expected crop or eval"),
         ({"kind": "crop", "count": 3}, "views has count"),
         ({"kind": "crop", "size": 16, "count": 2}, "views has count, size"),
     ],
 )
-def test_keys_without_a_meaning_for_a_student_are_refused(views: dict[str, Any], told: str) -> None:
-    with pytest.raises(ValidationError, match=told):
+def test_keys_without_a_meaning_for_a_student_are_refused(views: dict[str, Any], reported: str) -> None:
+    with pytest.raises(ValidationError, match=reported):
         StudentConfig.model_validate({"views": views})
 
 
-def test_a_run_with_views_of_its_student_goes_on_and_can_be_evaluated(replays: Replay, tmp_path: Path) -> None:
+def test_a_run_with_views_of_its_student_resumes_and_can_be_evaluated(replays: Replay, tmp_path: Path) -> None:
     config = run_config(replays("crop").config, tmp_path / "run", student=with_views(kind="crop", seed=1))
     summary = train(config)
     assert checkpoint.read_config(str(tmp_path / "run")) == config
@@ -92,7 +92,7 @@ def test_a_run_with_views_of_its_student_goes_on_and_can_be_evaluated(replays: R
 
 @pytest.mark.slow
 @pytest.mark.parametrize("views", [{"kind": "eval"}, {"kind": "crop", "seed": 1}], ids=["eval", "independent"])
-def test_parity_loss_of_a_cached_and_an_online_run_whose_student_has_views_of_its_own(
+def test_parity_loss_of_a_cached_and_an_online_run_whose_student_has_separate_views(
     replays: Replay, tmp_path: Path, views: dict[str, Any]
 ) -> None:
     config = run_config(replays("crop").config, tmp_path / "cache", student=with_views(**views))

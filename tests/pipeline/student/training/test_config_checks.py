@@ -1,4 +1,4 @@
-"""Mistakes are found before any work, and leave nothing behind."""
+"""Errors in a config are detected before any work, and leave no files behind."""
 
 from __future__ import annotations
 

@@ -64,10 +64,10 @@ NARROW, WIDE = (8, 8, 16, 32), (16, 16, 32, 64)
         (WIDE, False, False, ""),
     ],
 )
-def test_weights_and_images_lie_as_the_config_or_the_network_decides(
+def test_the_config_or_the_network_decides_the_memory_layout(
     replays: Replay, tmp_path: Path, widths: tuple[int, ...], option: bool | None, channels_last: bool, warned: str
 ) -> None:
-    """One epoch; what torch lays out is looked at, since 8 channels crash at 64 pixels alone and with AVX-512."""
+    """One epoch; checks the layout and not a crash, since 8 channels crash only at 64 pixels and with AVX-512."""
     train = {"epochs": 1, "tail": "short", "global_batch_size": 7, "channels_last": option}
     config = run_config(replays("crop").config, tmp_path, student=resnet(*widths), train=train)
     texts: list[str] = []

@@ -1,4 +1,4 @@
-"""Optimiser and schedule against hand numbers and torch's own schedules."""
+"""Optimiser and schedule against values by hand and torch's own schedules."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def train(**keys: Any) -> TrainConfig:
 
 
 def rates(config: TrainConfig, total_steps: int) -> list[float]:
-    """The learning rate of each step, as a training would meet them."""
+    """The learning rate of each step, as a training would use them."""
     optimizer = build_optimizer(nn.Linear(2, 2), config)
     schedule = build_schedule(optimizer, config, total_steps=total_steps)
     found: list[float] = []
@@ -79,7 +79,7 @@ def test_an_exponential_schedule_decays_in_stairs_of_any_length() -> None:
 
 
 @pytest.mark.parametrize(
-    ("keys", "told"),
+    ("keys", "reported"),
     [
         ({"schedule": "step"}, "schedule step needs milestones"),
         ({"schedule": "exponential"}, "schedule exponential needs decay_epochs"),
@@ -91,8 +91,8 @@ def test_an_exponential_schedule_decays_in_stairs_of_any_length() -> None:
     ],
     ids=str,
 )
-def test_keys_that_an_optimizer_or_schedule_does_not_take_are_refused(keys: dict[str, Any], told: str) -> None:
-    with pytest.raises(ValidationError, match=told):
+def test_keys_that_an_optimizer_or_schedule_does_not_take_are_refused(keys: dict[str, Any], reported: str) -> None:
+    with pytest.raises(ValidationError, match=reported):
         train(**keys)
 
 
@@ -124,7 +124,7 @@ def test_rmsprop_is_tensorflows() -> None:
     assert stepped("rmsprop_tf", [3.0, -1.0, 0.5], **keys) == pytest.approx(expected, rel=0, abs=ulps(3 * 10, 3))
 
 
-def test_lamb_scales_adams_update_to_the_weights_norm_and_clips_nothing_by_itself() -> None:
+def test_lamb_scales_adams_update_to_the_weights_norm_and_does_not_clip() -> None:
     """By hand: Adam's first update is the gradient's sign, decay is added, and the whole has the weight's norm."""
     for gradient in (3.0, 3000.0):
         (weight,) = stepped("lamb", [gradient], weight_decay=0.1, eps=1e-12)
@@ -135,14 +135,14 @@ def test_lamb_scales_adams_update_to_the_weights_norm_and_clips_nothing_by_itsel
 
 @pytest.mark.parametrize("name", ["adamw", "soap"])
 def test_decoupled_decay_takes_lr_times_decay_of_a_weight(name: str) -> None:
-    """Without a gradient nothing else moves it. SOAP's first step measures and moves nothing at all."""
+    """Without a gradient nothing else changes it. SOAP's first step only measures and changes nothing."""
     found = stepped(name, [0.0, 0.0], weight_decay=0.1)
     first = 2.0 if name == "soap" else 2.0 * (1 - 0.2 * 0.1)
     assert found == pytest.approx([first, first * (1 - 0.2 * 0.1)], rel=0, abs=ulps(3, 2))
 
 
-def test_soap_finds_a_valley_that_lies_askew_sooner_than_adam() -> None:
-    """A badly conditioned quadratic, turned: the case that preconditioning in eigenbases is for."""
+def test_soap_converges_faster_than_adam_on_a_rotated_quadratic() -> None:
+    """A rotated, badly conditioned quadratic: the case for preconditioning in an eigenbasis."""
     torch.manual_seed(0)
     turn, _ = torch.linalg.qr(torch.randn(8, 8))
     target = torch.randn(8, 8)
@@ -179,7 +179,7 @@ def test_weight_decay_is_for_kernels_alone(name: str) -> None:
     assert len(decay) == 6
 
 
-def test_one_step_of_sgd_is_the_hand_number() -> None:
+def test_one_step_of_sgd_equals_the_value_by_hand() -> None:
     layer = nn.Linear(1, 1)
     with torch.no_grad():
         layer.weight.fill_(2.0)

@@ -121,7 +121,7 @@ def test_gradients_that_overflow_at_any_scale_stop_the_training_with_the_steps()
 
 @pytest.mark.parametrize("decay", [0.3, 0.9999])
 def test_averaged_weights_and_statistics_are_those_of_a_loop(decay: float) -> None:
-    """In float64 by hand: the first update copies, update n + 1 keeps min(decay, n / (9 + n)) of what was there."""
+    """In float64 by hand: the first update copies, update n + 1 retains min(decay, n / (9 + n)) of the average."""
     student, optimizer_step = begin(ema=decay, momentum=0.0)
     expected: dict[str, Tensor] = {}
     largest: dict[str, float] = {}
@@ -144,7 +144,7 @@ def test_averaged_weights_and_statistics_are_those_of_a_loop(decay: float) -> No
 
 
 def test_averaged_weights_forget_the_first_ones_in_a_short_run() -> None:
-    """With the bare decay, 0.99 ** 30 = 74 % of the average would be the first weights."""
+    """Without the warm-up of the decay, 0.99 ** 30 = 74 % of the average would be the first weights."""
     student, optimizer_step = begin(ema=0.99, momentum=0.0, lr=1e-6)
     with torch.no_grad():
         for parameter in student.parameters():

@@ -1,4 +1,4 @@
-"""Real ranks over gloo: together they are one process."""
+"""Real ranks over gloo: together they train like one process."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ correlation divides by that difference, so one ulp of a probability becomes up t
 
 
 def train_all(rendezvous: Path, rank: int, bodies: list[str]) -> None:
-    """Trains by each config in turn, by the last with a look at the buffers that were evaluated; then one rank's loss
-    is not a number."""
+    """Trains with each config in turn, and checks the evaluated buffers after the last; then the loss of one rank is
+    NaN."""
     *configs, last = [Config.model_validate_json(body) for body in bodies]
     with group(rendezvous, rank) as distributed:
-        # One rank has heard that its machine goes: all must save.
+        # One rank has a notice that its node will be preempted: all must save.
         assert replace(distributed, preemption_notice=lambda: rank == 1).preemption_pending()
         assert not distributed.preemption_pending()
         for config in configs:
@@ -81,7 +81,7 @@ def weights(url: Path) -> dict[str, torch.Tensor]:
 
 
 def compared_values(url: Path) -> Iterator[float | None]:
-    """Of all evaluations: those with a teacher, whoever of the ranks has asked him."""
+    """Of all evaluations: those with a teacher, whichever rank ran it."""
     for line in (url / "evaluations.jsonl").read_text().splitlines():
         yield from (json.loads(line)[name] for name in ("agreement", "kl", "cosine"))
 
@@ -95,10 +95,11 @@ def interrupt(config: Config) -> None:
         train(config, report=report)
 
 
-def test_two_ranks_train_as_one_process(replays: Replay, colleagues: Replay, tmp_path: Path) -> None:
+def test_two_ranks_train_as_one_process(replays: Replay, wide_caches: Replay, tmp_path: Path) -> None:
     """Plain SGD, so that weights differ as gradients do. The last step of an epoch has three rows: two for one rank,
-    one for the other. One validation shard, so that one rank evaluates nothing. ``grown`` was begun by one process, no
-    loss of ``headless`` reads its logits, and ``taught`` asks two teachers, each at a size of its own."""
+    one for the other. One validation shard, so that one rank evaluates nothing. ``resumed`` was started by one
+    process, no loss of ``untrained-head`` reads its logits, and ``two-teachers`` has two teachers with different input
+    sizes."""
     base = replays("function_matching").config
     shards = base.data.shards
     assert shards is not None
@@ -110,24 +111,26 @@ def test_two_ranks_train_as_one_process(replays: Replay, colleagues: Replay, tmp
     compared = {**keys, "train": {**keys["train"], "eval_agreement": True}}
     alone = run_config(base, tmp_path / "alone", **compared)
     train(alone)
-    interrupt(run_config(base, tmp_path / "grown", **compared))
+    interrupt(run_config(base, tmp_path / "resumed", **compared))
     ranks = {"ray": {"num_workers": 2}}
-    two = [run_config(base, tmp_path / name, **compared, **ranks) for name in ("two", "grown")]
+    two = [run_config(base, tmp_path / name, **compared, **ranks) for name in ("two", "resumed")]
     # A slow descent, since the gradients of dist are steep: see STEEP.
     gathering = {**keys, "loss": [*CE, {"name": "dist", "gather": True}], "train": {**keys["train"], "lr": 0.01}}
-    headless = {**compared, "loss": [{"name": "sifn"}]}
-    for name, changed in (("gathered", gathering), ("headless", headless)):
+    untrained_head = {**compared, "loss": [{"name": "sifn"}]}
+    for name, changed in (("gathered", gathering), ("untrained-head", untrained_head)):
         train(run_config(base, tmp_path / f"{name}-alone", **changed))
         two.append(run_config(base, tmp_path / name, **changed, **ranks))
-    caches = replays("function_matching"), colleagues("function_matching")
-    train(online(tmp_path / "taught-alone", *caches, **keys))
-    two.append(online(tmp_path / "taught", *caches, **keys, **ranks))
-    # BatchNorm has statistics of its own on each rank; both evaluate with those of the checkpoint.
+    caches = replays("function_matching"), wide_caches("function_matching")
+    train(online(tmp_path / "two-teachers-alone", *caches, **keys))
+    two.append(online(tmp_path / "two-teachers", *caches, **keys, **ranks))
+    # BatchNorm has separate statistics on each rank; both evaluate with those of the checkpoint.
     normalised = {**keys, "student": NORMALISED, "data": {"val_shards": shards}}
     normalised["train"] = {**keys["train"], "global_batch_size": 12}
     train_with_two_ranks([*two, run_config(base, tmp_path / "normalised", **normalised, **ranks)], tmp_path)
 
-    pairs = {"two": "alone", "grown": "alone"} | {name: f"{name}-alone" for name in ("headless", "taught", "gathered")}
+    pairs = {"two": "alone", "resumed": "alone"} | {
+        name: f"{name}-alone" for name in ("untrained-head", "two-teachers", "gathered")
+    }
     for name, one in pairs.items():
         error = ulps(15 * STEEP) if name == "gathered" else training_error(alone, 15)
         assert_weights_close(weights(tmp_path / name), weights(tmp_path / one), error)

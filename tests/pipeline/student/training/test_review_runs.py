@@ -1,4 +1,4 @@
-"""Training by feature maps: it learns from teachers of other families, resumes bitwise, and ranks are one process."""
+"""Training by feature maps: it learns from teachers of other families, resumes bitwise, and ranks equal one process."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_kill_and_resume_with_feature_maps_is_bitwise(
 
 
 def train_unnormalised(config: Config, distributed: DistributedContext) -> None:
-    """With the fusion's BatchNorm in eval mode, since each rank's would have statistics of its own rows."""
+    """With the fusion's BatchNorm in eval mode, since the statistics would differ between ranks."""
     trainer = trainer_of(config, distributed)
     checkpoint.claim_run(trainer.setup.run_url, config)
     review = trainer.setup.student.module.review

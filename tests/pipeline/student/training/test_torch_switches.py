@@ -1,4 +1,4 @@
-"""Compiled and deterministic training, and what is said where either cannot be had."""
+"""Compiled and deterministic training, and the errors where either is not available."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_a_compiled_student_learns_what_an_ordinary_one_does_under_the_same_names(
     replays: Replay, tmp_path: Path
 ) -> None:
-    """With a short last step, which is another shape."""
+    """With a short last step, which has a different shape."""
     base = replays("function_matching").config
     for compiled in (False, True):
         keys: dict[str, Any] = {"epochs": 2, "optimizer": "sgd", "lr": 0.05, "compile": compiled}

@@ -1,4 +1,4 @@
-"""Training as a whole: it learns, replays exactly, resumes bitwise, and refuses what it cannot do before it begins."""
+"""Training as a whole: it learns, replays exactly, resumes bitwise, and detects invalid input before it starts."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ ALL_TERMS = [*CE, {"name": "kd", "temperature": 2.0, "warmup_epochs": 2}, {"name
 Event = dict[str, Any]
 
 
-class PlugPulledError(Exception):
-    """The end of a process, as far as a run can tell."""
+class ProcessKilledError(Exception):
+    """Ends a training like the death of its process."""
 
 
 def run(config: Config, *, stop: tuple[str, int] | None = None) -> list[Event]:
@@ -47,12 +47,12 @@ def run(config: Config, *, stop: tuple[str, int] | None = None) -> list[Event]:
     def report(event: Event) -> None:
         events.append(event)
         if stop is not None and sum(one["kind"] == stop[0] for one in events) == stop[1]:
-            raise PlugPulledError
+            raise ProcessKilledError
 
     if stop is None:
         train(config, report=report)
     else:
-        with pytest.raises(PlugPulledError):
+        with pytest.raises(ProcessKilledError):
             train(config, report=report)
     return events
 
@@ -114,7 +114,7 @@ EVERY_LOSS = [
 
 
 def test_parity_every_loss_of_a_cached_run_is_that_of_an_online_run(replays: Replay, tmp_path: Path) -> None:
-    """Through projectors, whose Dropout and first weights both runs draw alike; on mixed views."""
+    """Through projectors, whose Dropout and initial weights are equal in both runs; on mixed views."""
     cache = replays("function_matching")
     keys: dict[str, Any] = {"student": NORMALISED, "loss": EVERY_LOSS, "train": {"epochs": 4, "lr": 0.01}}
     run(run_config(cache.config, tmp_path / "cache", **keys))
@@ -133,7 +133,7 @@ def test_parity_every_loss_of_a_cached_run_is_that_of_an_online_run(replays: Rep
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["crop", "function_matching", slow("everything")])
 def test_parity_loss_of_a_cached_and_an_online_run(replays: Replay, tmp_path: Path, kind: str) -> None:
-    """Over 205 steps, each epoch on views of its own."""
+    """Over 205 steps, with different views in each epoch."""
     base = replays(kind, num_views=41).config
     student = {**NORMALISED, "size": 24} if kind == "everything" else NORMALISED
     # A slow descent: a loss near 0 is a difference of rounded logarithms, whose relative error has no bound.
@@ -157,7 +157,7 @@ def test_parity_loss_of_a_cached_and_an_online_run(replays: Replay, tmp_path: Pa
 def test_parity_kill_and_resume_is_bitwise(
     replays: Replay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: tuple[str, int], kind: str, optimizer: str
 ) -> None:
-    """In the midst of an epoch, at its end, and between its last step and its checkpoint; with BatchNorm, Dropout and
+    """In the middle of an epoch, at its end, and between its last step and its checkpoint; with BatchNorm, Dropout and
     a projector."""
     monkeypatch.setattr("pipeline.student.training.trainer.FLUSH_STEPS", 1)
     base = replays(kind).config
@@ -180,16 +180,16 @@ def test_parity_kill_and_resume_is_bitwise(
 
 
 def test_a_training_that_fails_has_ended_its_threads_before_its_error_arrives(replays: Replay, tmp_path: Path) -> None:
-    """Who keeps the error keeps the loop's frames, and a garbage collector would wait for these threads anywhere."""
+    """The error holds the loop's frames. A garbage collector that frees them must not wait for their threads."""
     before = {*threading.enumerate()}
     seen: list[str] = []
 
     def report(event: Event) -> None:
         if event["kind"] == "step":
             seen.extend(found.name for found in {*threading.enumerate()} - before)
-            raise PlugPulledError
+            raise ProcessKilledError
 
-    with pytest.raises(PlugPulledError) as caught:
+    with pytest.raises(ProcessKilledError) as caught:
         train(run_config(replays("crop").config, tmp_path), report=report)
     assert any(name.startswith("look-ahead") for name in seen)
     left = [found.name for found in {*threading.enumerate()} - before]
@@ -208,10 +208,10 @@ def test_a_training_that_fails_has_ended_its_threads_before_its_error_arrives(re
     ],
     ids=str,
 )
-def test_a_resume_from_the_midst_of_an_epoch_is_bitwise_under_every_option(
+def test_a_resume_from_the_middle_of_an_epoch_is_bitwise_under_every_option(
     replays: Replay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
-    """From a checkpoint one step into an epoch; the process had gone on to the next step but one."""
+    """From a checkpoint one step into an epoch; the process had completed two more steps."""
     monkeypatch.setattr("pipeline.student.training.trainer.FLUSH_STEPS", 1)
     base = replays("function_matching").config
     # Steps of 12, 12 and 11 rows.
@@ -233,25 +233,25 @@ def test_a_resume_from_the_midst_of_an_epoch_is_bitwise_under_every_option(
     assert evaluations[0] == evaluations[1]
 
 
-def test_a_run_whose_machine_will_be_taken_away_does_not_wait_for_its_next_checkpoint(
+def test_a_run_on_a_node_to_be_preempted_saves_before_its_next_checkpoint(
     replays: Replay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It hears of it after step 6, and is gone after step 8; without it, nothing would be saved before the end."""
+    """The notice arrives after step 6, the node is lost after step 8; without a notice, nothing would be saved."""
     monkeypatch.setattr("pipeline.student.training.trainer.FLUSH_STEPS", 2)
     base = replays("crop").config
     keys: dict[str, Any] = {"train": {"epochs": 5, "checkpoint_every_epochs": 5}, "student": NORMALISED}
     run(run_config(base, tmp_path / "straight", **keys))
     taken = run_config(base, tmp_path / "taken", **keys)
-    told: list[Event] = []
+    reported: list[Event] = []
 
     def report(event: Event) -> None:
-        told.append(event)
+        reported.append(event)
         if event.get("step") == 8:
-            raise PlugPulledError
+            raise ProcessKilledError
 
-    with pytest.raises(PlugPulledError):
-        train(taken, DistributedContext(preemption_notice=lambda: told[-1].get("step", 0) >= 6), report)
-    assert [event["text"] for event in told if "preempted" in event.get("text", "")] == [
+    with pytest.raises(ProcessKilledError):
+        train(taken, DistributedContext(preemption_notice=lambda: reported[-1].get("step", 0) >= 6), report)
+    assert [event["text"] for event in reported if "preempted" in event.get("text", "")] == [
         "a node will be preempted: checkpoints every 2 steps until then"
     ]
     assert first_step(run(taken)) == 7
@@ -266,7 +266,7 @@ def test_an_evaluation_that_is_repeated_for_the_summary_is_recorded_once(
     config = run_config(base, tmp_path, loss=CE, data={"val_shards": base.data.shards})
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "write_summary", dies_at(checkpoint.write_summary, 1))
-        with pytest.raises(PlugPulledError):
+        with pytest.raises(ProcessKilledError):
             run(config)
     run(config)
     found = [json.loads(line) for line in (tmp_path / checkpoint.EVALUATIONS).read_text().splitlines()]
@@ -277,7 +277,7 @@ def test_an_evaluation_that_is_repeated_for_the_summary_is_recorded_once(
 
 
 def test_checkpoints_are_saved_by_steps_and_some_are_never_replaced(replays: Replay, tmp_path: Path) -> None:
-    """Five epochs of five steps. Each kept one is the last one of its time."""
+    """Five epochs of five steps. Each permanent checkpoint is the last one at its time."""
     base = replays("crop").config
     keys = {"epochs": 5, "checkpoint_every_epochs": 5, "checkpoint_every_steps": 4, "keep_every_epochs": 2}
     saved: list[tuple[str, int]] = []
@@ -327,7 +327,7 @@ def test_a_run_killed_while_it_writes_loses_nothing_and_repeats_nothing(
     stopped = run_config(base, tmp_path / "stopped")
     with monkeypatch.context() as patch:
         patch.setattr(module, name, dies_at(getattr(module, name), 2 if name == "publish" else 1))
-        with pytest.raises(PlugPulledError):
+        with pytest.raises(ProcessKilledError):
             run(stopped)
     run(stopped)
     assert metrics(tmp_path / "stopped") == metrics(tmp_path / "straight")
@@ -342,7 +342,7 @@ def dies_at(function: Any, number: int) -> Any:
 
     def call(*arguments: Any) -> Any:
         if next(calls) == number:
-            raise PlugPulledError
+            raise ProcessKilledError
         return function(*arguments)
 
     return call
@@ -364,7 +364,7 @@ def test_a_finished_run_is_left_as_it_is(replays: Replay, tmp_path: Path) -> Non
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_a_run_goes_on_only_with_the_config_it_was_begun_with(replays: Replay, tmp_path: Path) -> None:
+def test_a_run_resumes_only_with_the_config_it_was_started_with(replays: Replay, tmp_path: Path) -> None:
     base = replays("crop").config
     run(run_config(base, tmp_path), stop=("step", 1))
     with raises("run.other-config") as caught:
@@ -414,7 +414,7 @@ def test_a_projector_needs_two_rows_like_any_batchnorm(replays: Replay, tmp_path
 def test_a_rank_with_too_few_rows_stops_every_rank_before_it_waits(
     replays: Replay, tmp_path: Path, rank: int, student: dict[str, Any], batch: int, got: str
 ) -> None:
-    """Of 35 rows the last step has what is left."""
+    """The last step has the remainder of 35 rows."""
     config = run_config(replays("crop").config, tmp_path, student=student, train={"global_batch_size": batch})
     with raises("train.batch-too-small") as caught:
         prepare(config, DistributedContext(rank, 2))
@@ -432,8 +432,8 @@ def test_ordinary_batches_of_one_row_a_rank_are_refused_under_batchnorm(replays:
 
 
 @pytest.mark.slow
-def test_a_run_uses_the_views_it_was_begun_with_when_its_cache_grows(own_replay: Replay, tmp_path: Path) -> None:
-    cache = own_replay("crop")
+def test_a_run_uses_the_views_it_was_started_with_when_its_cache_grows(replay_copy: Replay, tmp_path: Path) -> None:
+    cache = replay_copy("crop")
     keys: dict[str, Any] = {"train": {"epochs": NUM_VIEWS + 2}}
     run(run_config(cache.config, tmp_path / "straight", **keys))
     run(run_config(cache.config, tmp_path / "grown", **keys), stop=("step", 2))
@@ -448,16 +448,16 @@ def test_a_run_uses_the_views_it_was_begun_with_when_its_cache_grows(own_replay:
 
 @pytest.mark.slow
 def test_a_rank_that_opened_a_later_state_of_the_cache_takes_the_one_that_was_pinned(
-    own_replay: Replay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    replay_copy: Replay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache = own_replay("crop")
+    cache = replay_copy("crop")
     keys: dict[str, Any] = {"train": {"epochs": NUM_VIEWS + 1}}
     run(run_config(cache.config, tmp_path / "alone", **keys))
     first_rank = (Path(cache.url) / "manifest.json").read_bytes()
     build(cache.config.model_copy(update={"views": cache.config.views.model_copy(update={"count": NUM_VIEWS + 1})}))
 
     def claim(run_url: str, config: Config) -> None:
-        """Between this rank's look at the cache and its claim, another rank pins what it saw."""
+        """After this rank opened the cache and before its claim, another rank pins the state that it opened."""
         claim_run(run_url, config)
         checkpoint.pin_manifests(run_url, [first_rank])
 
@@ -476,8 +476,8 @@ def test_missing_labels_are_found_before_the_first_step(replays: Replay, tmp_pat
     assert caught.value.got == "20 of 20 samples without a label"
 
 
-def test_missing_labels_in_a_cache_stop_the_losses_that_need_them(own_replay: Replay, tmp_path: Path) -> None:
-    base = own_replay("crop").config
+def test_missing_labels_in_a_cache_stop_the_losses_that_need_them(replay_copy: Replay, tmp_path: Path) -> None:
+    base = replay_copy("crop").config
     sections: dict[str, Any] = {"data": {"label": None}, "cache": {"url": str(tmp_path / "c"), "class_means": "none"}}
     tree = base.model_dump(mode="json", exclude_unset=True)
     unlabelled = Config.model_validate({**tree, **{key: {**tree[key], **keys} for key, keys in sections.items()}})
@@ -492,7 +492,7 @@ def test_missing_labels_in_a_cache_stop_the_losses_that_need_them(own_replay: Re
 def test_without_a_single_label_a_loss_that_needs_them_is_refused_at_the_start(
     tiny_config: TinyConfig, tmp_path: Path, mode: str, label: str | None
 ) -> None:
-    """Also where missing labels are ignored: there would be nothing to learn."""
+    """Also where missing labels are ignored: no row could be learned from."""
     base = tiny_config(data={"label": label}, views={"kind": "crop"}, cache={"class_means": "none"})
     if mode == "cache":
         build(base)

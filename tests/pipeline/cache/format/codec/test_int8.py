@@ -53,7 +53,7 @@ def test_a_row_is_offset_scale_and_one_byte_a_number() -> None:
     assert row_bytes(logits_output("int8", 5)) == 13
 
 
-def test_rows_of_denormals_keep_their_order_of_magnitude() -> None:
+def test_rows_of_denormals_preserve_their_order_of_magnitude() -> None:
     values = np.array([[0.0, 1e-45, 3e-43, 1e-40]], np.float32)
     assert np.abs(round_trip(values, "int8") - values).max() <= 1e-40 / 510 + 255 * 1.4e-45
 

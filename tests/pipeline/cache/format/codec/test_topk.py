@@ -79,7 +79,7 @@ def test_the_largest_class_stays_the_only_largest_however_close_the_next() -> No
 
 
 @pytest.mark.parametrize("temperature", [1.0, 1.4, 2.0, 3.0, 4.0, 6.0, 10.0])
-def test_the_others_keep_their_softmax_weight_at_any_temperature(temperature: float) -> None:
+def test_the_others_preserve_their_softmax_weight_at_any_temperature(temperature: float) -> None:
     values_NK = teacher_like(50, 1000)
     decoded_NK = round_trip(values_NK, "topk:20", temperature=temperature)
     top = np.argsort(-values_NK, axis=1)[:, :20]
