@@ -13,6 +13,7 @@ from pipeline.core.errors import ConfigError
 from pipeline.student.data.batch import Batch
 from pipeline.student.data.batch_summary import Summarised
 from pipeline.student.data.teacher_outputs import TeacherOutputs
+from pipeline.tasks.classification import LABEL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -36,7 +37,7 @@ class CachedBatch(Summarised):
     ddp_weight: float
 
     def __len__(self) -> int:
-        return len(self.rows.labels_B)
+        return self.rows.num_rows
 
     @property
     def epoch(self) -> int:
@@ -56,7 +57,7 @@ class CachedBatch(Summarised):
     @property
     def labels_B(self) -> Tensor:
         """int64; -1 for a sample without a label."""
-        return self.rows.labels_B
+        return self.rows.targets[LABEL]
 
     @property
     def mixed_labels_B(self) -> Tensor:

@@ -239,7 +239,7 @@ class CachedDataset(Dataset[CachedBatch]):
             mean_C=torch.tensor(self._input.mean),
             std_C=torch.tensor(self._input.std),
             num_classes=self.num_classes,
-            ddp_weight=len(rows.labels_B) * self._steps.world_size / rows.num_rows_global,
+            ddp_weight=rows.num_rows * self._steps.world_size / rows.num_rows_global,
         )
 
     def _take(self, now: _Pass, index: int) -> None:

@@ -23,7 +23,7 @@ TeacherOutputs = Mapping[str, NDArray[np.float32]]
 
 @dataclass(frozen=True, slots=True)
 class TargetColumn:
-    """A column of numbers that the index has for targets. Its name differs from those of ``index_schema``.
+    """A column of integers that the index has for targets. Its name differs from those of ``index_schema``.
 
     Attributes:
         missing: stands in arrays for a sample without a target, which is null in the index.

@@ -123,7 +123,7 @@ def _variants(case: _Case) -> tuple[int, dict[str, Callable[[], int]]]:
 
     def drain_stillroom() -> int:
         batches = load_batches(dataset, range(case.steps), num_workers=WORKERS, pin_memory=False)
-        return sum(len(batch.labels_B) for batch in batches)
+        return sum(batch.num_rows for batch in batches)
 
     assert drain_bare() == drain_stillroom()
     return sum(map(len, listed)), {"bare": drain_bare, "ours": drain_stillroom}

@@ -34,7 +34,7 @@ class Batch(Summarised):
         sample_ids: ``shard_id/key``.
         pixels_BCHW: uint8, of the student's views; not mixed yet.
         teacher_pixels: uint8 [B,C,H,W] for online teachers whose input differs from the student's.
-        labels_B: int64; -1 where a sample has none.
+        targets: int64 [B] by the name of the task's column.
         partner_B: int64; position in the batch of the mixup partner, a row's own where it is not mixed. None: the views
             are not mixed, nor have they ``lambda_B``.
         lambda_B: fp32; a row's own share of its mixed pixels.
@@ -48,11 +48,16 @@ class Batch(Summarised):
     sample_ids: list[str]
     pixels_BCHW: Tensor
     teacher_pixels: Mapping[InputSize, Tensor]
-    labels_B: Tensor
+    targets: Mapping[str, Tensor]
     partner_B: Tensor | None
     lambda_B: Tensor | None
     cutmix_box_B4: Tensor | None
     teacher_outputs: tuple[TeacherOutputs, ...]
+
+    @property
+    def num_rows(self) -> int:
+        """B."""
+        return len(self.sample_ids)
 
     def to(self, device: torch.device) -> Batch:
         return self.map_columns(lambda tensor: tensor.to(device, non_blocking=True))
@@ -65,8 +70,9 @@ class Batch(Summarised):
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         columns = {name: function(value) for name, value in values.items() if isinstance(value, Tensor | TensorSpec)}
         pixels = {size: function(pixels_BCHW) for size, pixels_BCHW in self.teacher_pixels.items()}
+        targets = {name: function(target_B) for name, target_B in self.targets.items()}
         outputs = tuple(outputs.map(function) for outputs in self.teacher_outputs)
-        return replace(self, **columns, teacher_pixels=pixels, teacher_outputs=outputs)
+        return replace(self, **columns, teacher_pixels=pixels, targets=targets, teacher_outputs=outputs)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from pipeline.student.data.order import EpochOrder, OrderedRows, TrainingOrder
 from pipeline.student.data.rows import SampleRows, scatter
 from pipeline.student.data.sources import RowSource, check_labelled, read_image
 from pipeline.student.data.teacher_outputs import decode_outputs
+from pipeline.tasks import Targets
 from schemas.config import ViewsConfig
 
 
@@ -72,8 +73,8 @@ class StepDataset(Dataset[Batch]):
     def _batch(self, step: int, epoch: int, ordered: OrderedRows, num_rows_global: int) -> Batch:
         by_shard = group_by_shard(ordered)
         rows = read_rows(self.source, ordered, by_shard, epoch)
-        label_B = rows.rows_N["label"].astype(np.int64)
-        self._check(ordered, rows, label_B)
+        targets = {column.name: rows.rows_N[column.name] for column in self.source.task.columns}
+        self._check(ordered, rows, targets)
         pixels, teacher_pixels = self._pixels(rows, by_shard, epoch)
         mixes = self.order.plan.mixes
         cutmix_box_B4 = cutmix_boxes(rows.aug_params)
@@ -84,7 +85,7 @@ class StepDataset(Dataset[Batch]):
             sample_ids=rows.sample_ids,
             pixels_BCHW=torch.empty(0),
             teacher_pixels={size: _stack(views) for size, views in teacher_pixels.items()},
-            labels_B=torch.from_numpy(label_B),
+            targets={name: torch.from_numpy(values_B.astype(np.int64)) for name, values_B in targets.items()},
             partner_B=torch.from_numpy(ordered.partner_B.astype(np.int64)) if mixes else None,
             lambda_B=torch.from_numpy(rows.rows_N["mix_lambda"].copy()) if mixes else None,
             cutmix_box_B4=None if cutmix_box_B4 is None else torch.from_numpy(cutmix_box_B4),
@@ -97,7 +98,7 @@ class StepDataset(Dataset[Batch]):
         spare_bytes = None if get_worker_info() is None else SharedMemoryBatch.extra_bytes(batch)
         return replace(batch, pixels_BCHW=_stack(pixels, spare_bytes=spare_bytes))
 
-    def _check(self, ordered: OrderedRows, rows: SampleRows, label_B: NDArray[np.int64]) -> None:
+    def _check(self, ordered: OrderedRows, rows: SampleRows, targets: Targets) -> None:
         """The order computes partners and a cache stores them: if they differ, the teacher saw other mixed pixels."""
         wrong = np.flatnonzero(ordered.row_B[ordered.partner_B] != rows.rows_N["partner"])
         if len(wrong):
@@ -108,7 +109,7 @@ class StepDataset(Dataset[Batch]):
                 next_step="the cache was built by another version of the views; build another cache",
             )
         if self.needs_labels:
-            check_labelled(rows.sample_ids, label_B >= 0)
+            check_labelled(rows.sample_ids, self.source.task.has_target(targets))
 
     def _pixels(
         self, rows: SampleRows, by_shard: ByShard, epoch: int

@@ -46,9 +46,9 @@ class SampleRows:
     Attributes:
         columns: ``sample_id`` (str objects), ``row`` (structured), and of each cached teacher ``teacher/<number>/norm``
             (fp32), ``…/logits`` and ``…/embedding`` (uint8 [N,W], encoded), where the cache has them and a loss reads
-            them. Fields of ``row``: offset, size, content_hash (of the image's bytes in its shard), label, width,
-            height (pixels after EXIF rotation), box [4], flip, mix_lambda, partner (ordinal among the shard's ok rows;
-            a row's own where it is not mixed), augmentation parameters, and possibly others.
+            them. Fields of ``row``: offset, size, content_hash (of the image's bytes in its shard), the task's target
+            columns, width, height (pixels after EXIF rotation), box [4], flip, mix_lambda, partner (ordinal among the
+            shard's ok rows; a row's own where it is not mixed), augmentation parameters, and possibly others.
     """
 
     columns: Mapping[str, NDArray[Any]]

@@ -80,7 +80,7 @@ def _label_shares(spec: SupervisionSpec, source: RowSource) -> NDArray[np.float6
 
     A cache counts labels on views that are not mixed.
     """
-    if spec.data.label is None:
+    if source.task.member(spec.data) is None:
         return None
     count_K = np.zeros(spec.num_classes, np.int64)
     stored = spec.caches[0].manifest.statistics.class_counts if spec.caches else {}

@@ -38,7 +38,7 @@ def micro_batches(batch: Batch, num_chunks: int) -> list[Batch]:
         return [batch]
     # Partners are at positions 2j and 2j + 1, see TrainingOrder.
     rows_per_unit = 1 if batch.partner_B is None else 2
-    return [_chunk(batch, rows) for rows in split_rows(len(batch.labels_B), num_chunks, rows_per_unit=rows_per_unit)]
+    return [_chunk(batch, rows) for rows in split_rows(batch.num_rows, num_chunks, rows_per_unit=rows_per_unit)]
 
 
 def _chunk(batch: Batch, rows: slice) -> Batch:

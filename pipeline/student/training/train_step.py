@@ -21,7 +21,7 @@ from pipeline.student.networks.student import StudentOutputs
 from pipeline.student.training.micro_batches import combined, micro_batches, num_micro_batches
 from pipeline.student.training.optimizer_step import Update
 from pipeline.student.training.setup import TrainingSetup, input_size
-from pipeline.tasks.classification import EMBEDDING, LOGITS
+from pipeline.tasks.classification import EMBEDDING, LABEL, LOGITS
 from pipeline.teacher.inference import Teacher
 from pipeline.teacher.numerics import autocast
 
@@ -68,7 +68,7 @@ class TrainStep:
         for number, chunk in enumerate(chunks):
             with self._gradient_sync(last=number == len(chunks) - 1):
                 losses.append(self._accumulate(chunk, number, num_labelled_global))
-        total, terms = combined(losses, [len(chunk.labels_B) for chunk in chunks])
+        total, terms = combined(losses, [chunk.num_rows for chunk in chunks])
         return StepResult(total, terms, self.optimizer_step.step())
 
     def _gradient_sync(self, *, last: bool) -> AbstractContextManager[None]:
@@ -108,7 +108,7 @@ class TrainStep:
             outputs: StudentOutputs = self.module(images)
         return LossInputs(
             student_BK=outputs.logits_BK,
-            labels_B=batch.labels_B,
+            labels_B=batch.targets[LABEL],
             embedding_BD=outputs.embedding_BD,
             teachers=tuple(
                 TeacherInputs(
@@ -144,13 +144,14 @@ class TrainStep:
         """Rows of the step with a label, over all ranks; every row where none may lack one."""
         if not self._may_lack_labels:
             return batch.num_rows_global
-        mixed_labels_B = None if batch.partner_B is None else batch.labels_B[batch.partner_B]
-        return self.distributed.sum(is_labelled(batch.labels_B, mixed_labels_B).sum())
+        labels_B = batch.targets[LABEL]
+        mixed_labels_B = None if batch.partner_B is None else labels_B[batch.partner_B]
+        return self.distributed.sum(is_labelled(labels_B, mixed_labels_B).sum())
 
     def _share(self, inputs: LossInputs, batch: Batch, num_labelled_global: int | Tensor) -> BatchShare:
         return BatchShare(
             world_size=self.distributed.size,
-            num_rows=len(batch.labels_B),
+            num_rows=batch.num_rows,
             num_rows_global=batch.num_rows_global,
             num_labelled=inputs.num_labelled,
             num_labelled_global=num_labelled_global,

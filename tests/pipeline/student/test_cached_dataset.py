@@ -436,7 +436,7 @@ def test_the_text_of_a_batch_is_short_and_has_every_shape(replays: Replay, of: O
     for part in (
         "CachedBatch(rows=Batch(step=0, epoch=0, num_rows_global=8",
         "pixels_BCHW=uint8[8,3,16,16]",
-        "labels_B=int64[8]",
+        "targets={'label': int64[8]}",
         "lambda_B=float32[8]",
         "teacher_outputs=[TeacherOutputs(logits={None: float32[8,10]}, norm_B=float32[8])]",
         "… 8 in all]",

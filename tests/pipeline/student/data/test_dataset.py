@@ -49,6 +49,9 @@ def assert_same(one: Batch, other: Batch) -> None:
                 assert ours.logits.keys() == theirs.logits.keys()
                 assert all(torch.equal(ours.logits[key], theirs.logits[key]) for key in ours.logits)
                 assert torch.equal(ours.norm_B, theirs.norm_B)
+        elif item.name == "targets":
+            assert left.keys() == right.keys()
+            assert all(torch.equal(left[name], right[name]) for name in left)
         elif isinstance(left, Tensor) and isinstance(right, Tensor):
             assert torch.equal(left, right), item.name
             assert left.stride() == right.stride(), item.name
@@ -99,8 +102,8 @@ def test_the_concatenated_batches_of_the_ranks_are_the_batch_of_one_process(
     for step in steps:
         batch, parts = whole[step], [share[step] for share in shares]
         assert [name for part in parts for name in part.sample_ids] == batch.sample_ids
-        for name in ("pixels_BCHW", "labels_B"):
-            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name)), name
+        assert torch.equal(torch.cat([part.pixels_BCHW for part in parts]), batch.pixels_BCHW)
+        assert torch.equal(torch.cat([part.targets["label"] for part in parts]), batch.targets["label"])
         assert torch.equal(torch.cat([logits(part) for part in parts]), logits(batch))
         assert torch.equal(
             torch.cat([part.teacher_outputs[0].norm_B for part in parts]), batch.teacher_outputs[0].norm_B
@@ -148,9 +151,10 @@ def test_parity_views_of_cached_and_online_are_bitwise_equal_for_any_world_size(
             assert one.sample_ids == other.sample_ids
             digests = [[pixel_digest(view) for view in batch.pixels_BCHW] for batch in (one, other)]
             assert digests[0] == digests[1]
-            for name in ("labels_B", "partner_B", "lambda_B", "cutmix_box_B4"):
+            for name in ("partner_B", "lambda_B", "cutmix_box_B4"):
                 left, right = getattr(one, name), getattr(other, name)
                 assert left is right is None or torch.equal(left, right), name
+            assert torch.equal(one.targets["label"], other.targets["label"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -216,10 +220,10 @@ def test_parity_outputs_of_cached_and_online_teacher(
         assert torch.equal(batch.pixels_BCHW, expected.pixels_BCHW)
         assert batch.pixels_BCHW.shape[2:] == (student_size, student_size)
         pixels = batch.teacher_pixels.get(theirs, batch.pixels_BCHW)
-        logits_BK, embedding_BD = teacher.forward(pixels, batch.partner_B, batch.lambda_B, batch.cutmix_box_B4)
+        outputs = teacher.forward(pixels, batch.partner_B, batch.lambda_B, batch.cutmix_box_B4)
         for actual, cached in (
-            (logits_BK, logits(expected)),
-            (embedding_BD.norm(dim=1), expected.teacher_outputs[0].norm_B),
+            (outputs["logits"], logits(expected)),
+            (outputs["embedding"].norm(dim=1), expected.teacher_outputs[0].norm_B),
         ):
             torch.testing.assert_close(actual, cached, rtol=0, atol=error * magnitude_of(cached))
 

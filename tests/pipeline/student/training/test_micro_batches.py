@@ -70,8 +70,9 @@ def test_micro_batches_hold_the_rows_of_the_batch_and_partners_stay_together(rep
         chunks = micro_batches(whole, 2)
         assert [one for chunk in chunks for one in chunk.sample_ids] == whole.sample_ids
         assert whole.partner_B is not None
-        for name in ("pixels_BCHW", "labels_B", "lambda_B", "cutmix_box_B4"):
+        for name in ("pixels_BCHW", "lambda_B", "cutmix_box_B4"):
             assert torch.equal(torch.cat([getattr(chunk, name) for chunk in chunks]), getattr(whole, name))
+        assert torch.equal(torch.cat([chunk.targets["label"] for chunk in chunks]), whole.targets["label"])
         logits = [chunk.teacher_outputs[0].logits_at(1.0) for chunk in chunks]
         assert torch.equal(
             torch.cat([one for one in logits if one is not None]), whole.teacher_outputs[0].logits_at(1.0)
