@@ -8,7 +8,8 @@ import os
 import shutil
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.core.errors import StorageInputError
@@ -26,30 +27,25 @@ class LocalStore(Store):
     def put(self, local: Path) -> None:
         target = Path(self.path)
         make_folder(target.parent)
-        scratch = temporary_sibling(target)
-        try:
+        with temporary_sibling(target) as scratch:
             shutil.copyfile(local, scratch)
             fsync(scratch)
             scratch.replace(target)
             _fsync_folder(target.parent)
-        finally:
-            scratch.unlink(missing_ok=True)
 
     def create(self, data: bytes) -> bool:
         target = Path(self.path)
         if target.is_file():
             return False
         make_folder(target.parent)
-        scratch = temporary_sibling(target)
         try:
-            scratch.write_bytes(data)
-            fsync(scratch)
-            _publish_new(scratch, target)
-            _fsync_folder(target.parent)
+            with temporary_sibling(target) as scratch:
+                scratch.write_bytes(data)
+                fsync(scratch)
+                _publish_new(scratch, target)
+                _fsync_folder(target.parent)
         except FileExistsError:
             return False
-        finally:
-            scratch.unlink(missing_ok=True)
         return True
 
     def folders(self) -> list[str]:
@@ -71,8 +67,14 @@ def make_folder(folder: Path) -> None:
     _fsync_folder(folder.parent)
 
 
-def temporary_sibling(target: Path) -> Path:
-    return target.with_name(f".tmp-{uuid.uuid4().hex}")
+@contextmanager
+def temporary_sibling(target: Path) -> Generator[Path]:
+    """A new name in the target's folder. Its file is removed at the end of the ``with``, unless it was renamed."""
+    scratch = target.with_name(f".tmp-{uuid.uuid4().hex}")
+    try:
+        yield scratch
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def fsync(path: Path) -> None:

@@ -291,12 +291,9 @@ def local_copy(url: str, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(str(target) + ".lock"):
         if not target.exists():
-            scratch = temporary_sibling(target)
-            try:
+            with temporary_sibling(target) as scratch:
                 _fetch(url, scratch, size_bytes)
                 scratch.replace(target)
-            finally:
-                scratch.unlink(missing_ok=True)
     return target
 
 
