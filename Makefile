@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 OUT    ?= runs/demo
 
-.PHONY: install demo test test-slow test-system test-exhaustive check docs bench recipe clean
+.PHONY: install demo test test-fast test-slow test-system test-exhaustive check docs bench recipe clean
 
 install: $(VENV)/.installed
 
@@ -24,6 +24,10 @@ demo: install
 # Files keep their order, in which those of the shared Ray cluster come early and end in time.
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# The inner loop: what needs no cluster, no server and no cache.
+test-fast: install
+	$(BIN)/python -m pytest -m 'not ray and not server and not long and not slow and not gpu' -n 2 --dist loadfile
 
 test-slow: test-system test-exhaustive
 

@@ -50,6 +50,25 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileSche
     return _ByFile(config, log)
 
 
+# What a fixture starts or builds marks each test that uses it, also by way of another fixture.
+_MARKERS = {
+    "ray_cluster": "ray",
+    "s3": "server",
+    "host": "server",
+    # Shards of which a test builds caches and trains students.
+    "digits_shards": "long",
+    "grown_cache": "long",
+    "shards": "long",
+}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for marker in {_MARKERS[name] for name in getattr(item, "fixturenames", ()) if name in _MARKERS}:
+            item.add_marker(marker)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _no_files_of_earlier_sessions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Trainings store files in the temporary folder; those of other sessions may come from different code."""

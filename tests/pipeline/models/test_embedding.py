@@ -13,6 +13,7 @@ from torch import Tensor, distributed, nn
 
 from pipeline.models import EmbeddingModel
 from pipeline.models.embedding import forward_with_embedding, register_head_hooks
+from tests.marks import long
 from tests.pipeline.models.loading import FACTORIES, PLAIN, build, images
 from tests.tolerances import magnitude_of, network_operations, reordered, ulps
 
@@ -33,7 +34,7 @@ def built() -> CachedBuild:
     return once
 
 
-TIMM: list[tuple[str, dict[str, Any]]] = [
+TIMM: list[Any] = [
     ("timm/test_resnet", {}),
     ("timm/test_efficientnet", {}),
     ("timm/test_vit", {"img_size": 64}),
@@ -42,11 +43,11 @@ TIMM: list[tuple[str, dict[str, Any]]] = [
     ("timm/mobilenetv3_small_050", {}),
     ("timm/vit_tiny_patch16_224", {"img_size": 64}),
 ]
-TORCHVISION: list[tuple[str, dict[str, Any]]] = [
+TORCHVISION: list[Any] = [
     ("torchvision/resnet18", {}),
     ("torchvision/mobilenet_v3_small", {}),
     ("torchvision/efficientnet_b0", {}),
-    ("torchvision/vit_b_16", {"image_size": 64}),
+    long("torchvision/vit_b_16", {"image_size": 64}),
 ]
 
 
@@ -75,7 +76,7 @@ def test_embedding_times_head_is_the_logits(built: CachedBuild, name: str, kwarg
         ("timm/test_resnet", {"drop_rate": 0.5}),
         *[(f"timm/samvit_base_{name}", {"img_size": 64, "depth": 1}) for name in ("patch16", "patch16_224")],
         ("timm/samvit_base_patch16_224", {"img_size": 96, "depth": 1}),
-        ("timm/caformer_s18", {}),
+        long("timm/caformer_s18", {}),
     ],
 )
 def test_the_embedding_of_a_timm_model_is_its_pre_logits(built: CachedBuild, name: str, kwargs: dict[str, Any]) -> None:
@@ -115,7 +116,7 @@ def _squeezenet_reference(net: Any, x: Tensor) -> Tensor:
     [
         ("resnet18", {}, _resnet_reference),
         ("mobilenet_v3_small", {}, _mobilenet_reference),
-        ("vit_b_16", {"image_size": 64}, _vit_reference),
+        long("vit_b_16", {"image_size": 64}, _vit_reference),
         ("squeezenet1_1", {}, _squeezenet_reference),
     ],
 )

@@ -88,6 +88,7 @@ def test_a_map_of_torchvision_equals_its_modules_run_one_by_one() -> None:
     torch.testing.assert_close(output, expected)
 
 
+@pytest.mark.long
 def test_the_maps_of_a_torchvision_swin_are_channels_last() -> None:
     model = build("torchvision/swin_t")
     (output,) = captured(model, "features.1")

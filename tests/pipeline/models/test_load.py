@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pipeline.core.hashing import canonical_json, weights_digest
+from tests.marks import long
 from tests.pipeline.models import factories
 from tests.pipeline.models.loading import FACTORIES, HALF, NORMALISED, PLAIN, load, refused
 
@@ -231,7 +232,7 @@ def test_a_user_network_has_no_pretrained_weights() -> None:
     ("model", "where", "steps"),
     [
         ("timm/vit_tiny_patch16_224", "teacher", ("set views.size to 224", "{img_size: 64}")),
-        ("torchvision/vit_b_16", "student", ("set student.size to 224", "student.kwargs: {image_size: 64}")),
+        long("torchvision/vit_b_16", "student", ("set student.size to 224", "student.kwargs: {image_size: 64}")),
     ],
 )
 def test_the_error_for_a_size_that_does_not_fit_has_both_remedies(

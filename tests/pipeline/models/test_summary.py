@@ -16,6 +16,9 @@ from schemas.config import ModelConfig
 from tests.errors import raises
 from tests.marks import slow
 
+# Networks of full size.
+pytestmark = pytest.mark.long
+
 CIFAR = {"model": "python:pipeline.models.cifar:resnet", "kwargs": {"depth": 20}, "mean": (0, 0, 0), "std": (1, 1, 1)}
 
 

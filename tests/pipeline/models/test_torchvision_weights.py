@@ -24,6 +24,9 @@ from schemas.config import ModelConfig
 from tests.marks import slow
 from tests.pipeline.models.loading import load
 
+# Networks of full size.
+pytestmark = pytest.mark.long
+
 Publish = Callable[[Mapping[str, Tensor]], None]
 WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
 MAX_COMPARED = 100_000_000  # parameters

@@ -129,73 +129,9 @@ def status_error(status: int) -> aiohttp.ClientResponseError:
     return aiohttp.ClientResponseError(info, (), status=status, message="no")
 
 
-@pytest.mark.parametrize(
-    ("failure", "kind"),
-    [
-        (PermissionError("403"), StorageInputError),
-        (OSError(errno.EBUSY, "503 slow down"), StorageError),
-        (status_error(503), StorageError),
-        (botocore.exceptions.NoCredentialsError(), StorageInputError),
-    ],
-)
-def test_a_failing_store_is_never_an_absent_file(
-    store: FailingStore, failure: Exception, kind: type[StillroomError], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    failing(failure, monkeypatch)
-    assert store.isfile("bucket/a") is False
-    for call in (storage.exists, storage.listing, storage.read_if_exists):
-        with pytest.raises(kind) as caught:
-            call("s3://bucket/a")
-        assert caught.value.where == "s3://bucket/a"
-
-
-@pytest.mark.usefixtures("store")
-def test_a_missing_object_is_absent_and_not_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    failing(FileNotFoundError("bucket/a"), monkeypatch)
-    assert not storage.exists("s3://bucket/a")
-    assert storage.listing("s3://bucket/a") == []
-    assert storage.read_if_exists("s3://bucket/a") is None
-
-
 def test_a_new_object_is_seen_past_a_cached_listing(store: FailingStore) -> None:
     store.dircache["bucket"] = []
     assert storage.exists("s3://bucket/a")
-
-
-@pytest.mark.parametrize(
-    ("failure", "code"),
-    [
-        (botocore.exceptions.NoCredentialsError(), "storage.no-credentials"),
-        (botocore.exceptions.PartialCredentialsError(provider="env", cred_var="x"), "storage.no-credentials"),
-        (botocore.exceptions.CredentialRetrievalError(provider="x", error_msg="x"), "storage.no-credentials"),
-        (botocore.exceptions.EndpointConnectionError(endpoint_url="http://x"), "storage.no-connection"),
-        (botocore.exceptions.ReadTimeoutError(endpoint_url="http://x"), "storage.transient"),
-        (aiohttp.ServerDisconnectedError(), "storage.transient"),
-        (status_error(403), "storage.permission-denied"),
-        (status_error(500), "storage.transient"),
-        (ConnectionRefusedError(), "storage.no-connection"),
-        (FileExistsError(), "storage.file-in-path"),
-        (NotADirectoryError(), "storage.file-in-path"),
-        (IsADirectoryError(), "storage.is-folder"),
-        (OSError(errno.EROFS, "read-only"), "storage.read-only-file-system"),
-        (OSError(errno.ENOSPC, "No space left on device"), "storage.disk-full"),
-    ],
-)
-@pytest.mark.usefixtures("store")
-def test_each_failure_of_a_library_becomes_an_error_with_a_code(
-    failure: Exception, code: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    failing(failure, monkeypatch)
-    with raises(code, StorageInputError if code in INPUT_CODES else StorageError) as caught:
-        storage.read("s3://bucket/a")
-    assert caught.value.where == "s3://bucket/a"
-    assert "hidden" not in str(caught.value)
-
-
-INPUT_CODES = (
-    *("storage.no-credentials", "storage.permission-denied", "storage.file-in-path", "storage.is-folder"),
-    "storage.read-only-file-system",
-)
 
 
 def client_error(code: str, status: int) -> OSError:
@@ -204,68 +140,98 @@ def client_error(code: str, status: int) -> OSError:
     return translate_boto_error(botocore.exceptions.ClientError(response, "GetObject"))
 
 
-TRANSIENT = [
-    client_error("InternalError", 500),
-    client_error("SlowDown", 503),
-    client_error("ServiceUnavailable", 503),
-    client_error("503", 503),
-    client_error("RequestTimeout", 400),
-    client_error("BadDigest", 400),
-    client_error("ConditionalRequestConflict", 409),
-    client_error("NoSuchUpload", 404),
-    client_error("429", 429),
-    status_error(500),
-    status_error(429),
-    aiohttp.ServerDisconnectedError(),
-    aiohttp.ClientPayloadError(),
-    botocore.exceptions.ReadTimeoutError(endpoint_url="http://x"),
-    botocore.exceptions.IncompleteReadError(actual_bytes=1, expected_bytes=2),
-    fsspec.exceptions.FSTimeoutError(),
-    ConnectionResetError(),
-    OSError(errno.ESTALE, "stale handle"),
+FAILURES: list[tuple[type[StillroomError], str, list[Exception]]] = [
+    (
+        TransientStorageError,
+        "storage.transient",
+        [
+            *(client_error(code, 503) for code in ("SlowDown", "ServiceUnavailable", "503")),
+            *(client_error(code, 400) for code in ("RequestTimeout", "BadDigest")),
+            client_error("InternalError", 500),
+            client_error("ConditionalRequestConflict", 409),
+            client_error("NoSuchUpload", 404),
+            client_error("429", 429),
+            *(status_error(status) for status in (429, 500, 503)),
+            aiohttp.ServerDisconnectedError(),
+            aiohttp.ClientPayloadError(),
+            botocore.exceptions.ReadTimeoutError(endpoint_url="http://x"),
+            botocore.exceptions.IncompleteReadError(actual_bytes=1, expected_bytes=2),
+            fsspec.exceptions.FSTimeoutError(),
+            ConnectionResetError(),
+            *(OSError(number, "a text") for number in (errno.ESTALE, errno.EBUSY)),
+        ],
+    ),
+    (
+        TransientStorageError,
+        "storage.no-connection",
+        [botocore.exceptions.EndpointConnectionError(endpoint_url="http://x"), ConnectionRefusedError()],
+    ),
+    (
+        StorageInputError,
+        "storage.no-credentials",
+        [
+            botocore.exceptions.NoCredentialsError(),
+            botocore.exceptions.PartialCredentialsError(provider="env", cred_var="x"),
+            botocore.exceptions.CredentialRetrievalError(provider="x", error_msg="x"),
+        ],
+    ),
+    (
+        StorageInputError,
+        "storage.permission-denied",
+        [status_error(403), client_error("AccessDenied", 403), PermissionError("403")],
+    ),
+    (
+        StorageInputError,
+        "storage.missing-file",
+        [client_error("NoSuchKey", 404), client_error("NoSuchBucket", 404), FileNotFoundError("bucket/a")],
+    ),
+    (StorageInputError, "storage.file-in-path", [FileExistsError(), NotADirectoryError()]),
+    (StorageInputError, "storage.is-folder", [IsADirectoryError()]),
+    (StorageInputError, "storage.read-only-file-system", [OSError(errno.EROFS, "read-only")]),
+    (StorageError, "storage.disk-full", [OSError(number, "full") for number in (errno.ENOSPC, errno.EDQUOT)]),
+    (
+        StorageError,
+        "storage.failed",
+        [
+            client_error("InvalidRequest", 400),
+            client_error("NotImplemented", 501),
+            status_error(404),
+            aiohttp.InvalidURL("x"),
+            OSError(errno.EINVAL, "invalid"),
+        ],
+    ),
 ]
 
 
-PERMANENT = [
-    (client_error("NoSuchKey", 404), StorageInputError),
-    (client_error("NoSuchBucket", 404), StorageInputError),
-    (client_error("AccessDenied", 403), StorageInputError),
-    (client_error("InvalidRequest", 400), StorageError),
-    (client_error("NotImplemented", 501), StorageError),
-    (botocore.exceptions.NoCredentialsError(), StorageInputError),
-    (status_error(404), StorageError),
-    (aiohttp.InvalidURL("x"), StorageError),
-    (OSError(errno.ENOSPC, "full"), StorageError),
-    (OSError(errno.EDQUOT, "full"), StorageError),
-    (OSError(errno.EINVAL, "invalid"), StorageError),
-]
-
-
-@pytest.mark.parametrize("failure", TRANSIENT, ids=lambda failure: f"{type(failure).__name__} {failure}"[:40])
-@pytest.mark.usefixtures("store")
-def test_transient_failures_are_retried_a_bounded_number_of_times(
-    failure: Exception, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("kind", "code", "failure"),
+    [(kind, code, failure) for kind, code, failures in FAILURES for failure in failures],
+    ids=lambda value: f"{type(value).__name__} {value}"[:40] if isinstance(value, Exception) else None,
+)
+def test_a_failure_has_a_code_and_only_a_transient_one_is_retried_a_bounded_number_of_times(
+    store: FailingStore, kind: type[StillroomError], code: str, failure: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failing(failure, monkeypatch)
-    with pytest.raises(TransientStorageError):
+    is_transient = kind is TransientStorageError
+    with raises(code, kind, where="s3://bucket/a") as caught:
         storage.size("s3://bucket/a")
-    assert FailingStore.num_requests == 5
-    monkeypatch.setattr(FailingStore, "num_requests", 0)
+    assert isinstance(caught.value, TransientStorageError) == is_transient
+    assert store.num_requests == (5 if is_transient else 1)
+    assert "hidden" not in str(caught.value)
+    # Only a file that the store says is not there is absent.
+    for call in (storage.exists, storage.listing, storage.read_if_exists):
+        if isinstance(failure, FileNotFoundError):
+            assert not call("s3://bucket/a")
+        elif not isinstance(failure, NotADirectoryError):
+            with raises(code, kind, where="s3://bucket/a"):
+                call("s3://bucket/a")
+
+
+def test_a_retry_that_succeeds_ends_the_retries(store: FailingStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(ConnectionResetError(), monkeypatch)
     monkeypatch.setattr(FailingStore, "num_failures", 4)
     assert storage.size("s3://bucket/a") == 1
-    assert FailingStore.num_requests == 5
-
-
-@pytest.mark.parametrize(("failure", "kind"), PERMANENT, ids=lambda value: f"{value}"[:40])
-@pytest.mark.usefixtures("store")
-def test_permanent_failures_are_raised_at_once(
-    failure: Exception, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    failing(failure, monkeypatch)
-    with pytest.raises(kind) as caught:
-        storage.size("s3://bucket/a")
-    assert not isinstance(caught.value, TransientStorageError)
-    assert FailingStore.num_requests == 1
+    assert store.num_requests == 5
 
 
 def test_retries_end_within_a_minute(store: FailingStore, monkeypatch: pytest.MonkeyPatch) -> None:
