@@ -130,7 +130,7 @@ def _worker(arguments: dict[str, Any]) -> None:
         context.get_world_rank(), context.get_world_size(), get_device(), preemption_pending
     )
     rank = {"kind": "rank", "rank": distributed.rank, "world_size": distributed.size, "node": node_name()}
-    # Waits, so that the driver knows every rank before the first step.
+    # Waits, so that every rank is registered with the driver before the first step.
     _call(event_actor.push, rank)
     config = Config.model_validate_json(ray.get(arguments["config"]))
     try:

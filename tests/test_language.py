@@ -40,6 +40,18 @@ REPLACED = {
     r"\bhis\b": "its, for a network or a process",
     r"_Outcomes\b|_Parcel\b": "ErrorCapturingDataset, SharedMemoryBatch",
     r"\bmended?\b": "fix",
+    r"\banew\b|\bfor ever\b|\bfor good\b": "again; without limit; permanently",
+    r"\bsomebody\b": "the user, the recipient, an untrusted source",
+    r"\btells\b|\btold\b|\bsays\b|\bsaid\b": "report, state, describe",
+    r"\basked\b|\basks\b|\bspeaks\b": "request, query, prompt; a teacher runs on an input",
+    r"\bknows\b|\blearnt\b": "has, stores, is registered",
+    r"\beats?\b|\beaten\b": "expects, input_spec",
+    r"\bdrawn\b": "sampled",
+    r"\btheirs\b|\bours\b": "name the owner",
+    r"\bbeside\b|\bof its own\b": "next to, in addition to; separate",
+    r"\bby itself\b|what is there\b": "automatically; existing files",
+    r"\bcome and go\b": "are added and lost",
+    r"\b(?:bytes|ms|µs) a (?:row|view|part|task|image|shard)\b": "per row",
 }
 
 

@@ -46,8 +46,8 @@ class RayTrainer(TorchTrainer):
 
     Every second the cleaner queries the state of the controller, at RAY_ADDRESS, or else at the cluster that
     ``ray start`` started last on the machine, or else at port 8265, where a private cluster has no dashboard. If that
-    is another cluster, it knows no such controller: the cleaner then takes the controller for dead and removes the
-    workers. Without the cleaner Ray removes them when this job ends.
+    is another cluster, it has no such controller: the cleaner then assumes that the controller is dead, and removes
+    the workers. Without the cleaner Ray removes them when this job ends.
     """
 
     def _create_default_callbacks(self) -> list[Any]:

@@ -47,7 +47,7 @@ def report(text: str) -> None:
 
 
 def follow(client: JobSubmissionClient, job: Job) -> int:
-    """Prints the log until the job has ended. Ctrl-C asks whether to stop the job; a second Ctrl-C, or the first one
+    """Prints the log until the job has ended. Ctrl-C prompts whether to stop the job; a second Ctrl-C, or the first one
     without a terminal, leaves the job running.
 
     Returns:

@@ -81,7 +81,7 @@ def view_params(plan: ViewsConfig, keys_N2: RandomBits, views_N: Ints, widths_N:
     box_N4 = _crop_boxes(plan, keys_N2, views_N, widths_N, heights_N)
     uniform_N4 = sample_uniforms(keys_N2, views_N, STREAM_FLIP_AND_MIX)
     flip_N = uniform_N4[:, 0] < plan.flip
-    # Beta(1, 1) is uniform. A row has the larger weight, so that it remains a view of its own image.
+    # Beta(1, 1) is uniform. A row has the larger weight, so that it remains a view of its image.
     weight_N = np.maximum(uniform_N4[:, 1], 1 - uniform_N4[:, 1]) if plan.mixes else np.ones(len(keys_N2))
     lambda_N = weight_N.astype(np.float32)
     return ViewParams(box_N4, flip_N, lambda_N, sample_aug_params(plan, keys_N2, _as_ints(views_N), lambda_N))

@@ -106,7 +106,7 @@ class ShardIndex:
 
 
 class IndexBuilder:
-    """Collects rows in tar order; about 50 bytes a row in addition to keys and targets."""
+    """Collects rows in tar order; about 50 bytes per row in addition to keys and targets."""
 
     def __init__(self, shard_id: str, task: Task) -> None:
         self._shard_id, self._task = shard_id, task

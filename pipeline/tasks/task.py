@@ -164,4 +164,4 @@ class Task(ABC):
 
     @abstractmethod
     def teacher_metrics(self, statistics: Statistics) -> dict[str, float | None]:
-        """The teacher's quality as shares, by the names that texts show, the most telling one first. None: unknown."""
+        """The teacher's quality as shares, by the names in texts, the most informative one first. None: unknown."""

@@ -14,7 +14,7 @@ from jobs.cli import app
 _EXIT_CODES = """| exit code | meaning |
 |---|---|
 | 0 | success |
-| 2 | bad input: the message says what, where, got, expected and the next step |
+| 2 | bad input: the message has what, where, got, expected and the next step |
 | 1 | any other failure |
 | 130 | Ctrl-C: committed work stays, and the command that resumes is printed |"""
 

@@ -75,7 +75,7 @@ class StatisticsSum:
 
 
 class StatisticsFold:
-    """The sums of all parts, added in the given order, in 56 bytes a part."""
+    """The sums of all parts, added in the given order, in 56 bytes per part."""
 
     def __init__(self, task: Task) -> None:
         self._task_sums = task.accumulate()

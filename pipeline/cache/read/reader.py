@@ -111,7 +111,7 @@ _REPEATED = ("shard_id", "path", "part_sha256", "footer_digest")
 
 @dataclass(frozen=True, slots=True)
 class PartsIndex:
-    """Finds the row of a (shard, view) with 16 bytes a row. A dict of ten million pairs would take gigabytes.
+    """Finds the row of a (shard, view) with 16 bytes per row. A dict of ten million pairs would take gigabytes.
 
     Attributes:
         table: the manifest's table of parts with P rows, its shards as a dictionary.

@@ -99,7 +99,7 @@ class StepDataset(Dataset[Batch]):
         return replace(batch, pixels_BCHW=_stack(pixels, spare_bytes=spare_bytes))
 
     def _check(self, ordered: OrderedRows, rows: SampleRows, targets: Targets) -> None:
-        """The order computes partners and a cache stores them: if they differ, the teacher saw other mixed pixels."""
+        """The order computes partners and a cache stores them; they must be equal."""
         wrong = np.flatnonzero(ordered.row_B[ordered.partner_B] != rows.rows_N["partner"])
         if len(wrong):
             raise CacheError(

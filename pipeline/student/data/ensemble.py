@@ -59,7 +59,7 @@ def _named(what: str, names: set[str]) -> list[str]:
 def check_same_samples(caches: Sequence[TeacherCache], shard_ids: Sequence[str]) -> None:
     """
     Raises:
-        CacheError: a shard held other samples, labels or images when another cache was built; the first is named.
+        CacheError: samples, labels or images of a shard differ between the caches; the first such shard is named.
     """
     first = caches[0]
     for other in caches[1:]:

@@ -50,7 +50,7 @@ class _Units:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EpochOrder:
-    """One epoch. It stores the lanes that were used, so ``rows`` is cheap at any step; about 9 bytes a row.
+    """One epoch. It stores the lanes that were used, so ``rows`` is cheap at any step; about 9 bytes per row.
 
     Attributes:
         sequence_S: int64; the epoch's order of shards.

@@ -1,7 +1,7 @@
 """Fetches the files of coming steps to this node while earlier steps are trained on.
 
-The order tells which step needs which (shard, view) first, so no heuristic is needed. One process of each rank fetches
-for all its loader processes; one that needs a file earlier waits for it or creates it.
+The order determines which step needs which (shard, view) first, so no heuristic is needed. One process of each rank
+fetches for all its loader processes; one that needs a file earlier waits for it or creates it.
 """
 
 from __future__ import annotations

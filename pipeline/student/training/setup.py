@@ -118,7 +118,7 @@ def _assemble(
     train, source, spec = config.train, supervision.source, supervision.spec
     order = order_of(train, source.shard_ids, source.num_ok, spec.plan)
     student = student or build_student(config, supervision, loss, distributed.device)
-    # Where workers come and go, a batch that is too small for all of them is refused before the first is lost.
+    # With elastic workers, a batch that is too small for all of them is refused before the first is lost.
     _check_batches(order, student.module, max(distributed.size, config.ray.num_workers), train.accumulate)
     dataset = StepDataset(
         source,

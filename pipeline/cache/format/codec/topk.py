@@ -1,8 +1,8 @@
 """``topk:k``: the k largest logits of a row, and the total softmax weight of the others at four temperatures.
 
 k stored probabilities would give the share of the others at T = 1 alone, and overestimate it at any higher T. This
-encoding stores the *level* of the others for four temperatures: the one logit that, in place of each of theirs, leaves
-the sum of their softmax weights unchanged. Between these temperatures, the level is interpolated in 1/T, in which it is
+encoding stores the *level* of the others for four temperatures: the one logit that, used for each of them, leaves the
+sum of their softmax weights unchanged. Between these temperatures, the level is interpolated in 1/T, in which it is
 linear where the others are normally distributed.
 """
 
