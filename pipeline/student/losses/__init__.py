@@ -12,10 +12,11 @@ from pipeline.student.losses.hard import hard
 from pipeline.student.losses.hcl import hcl
 from pipeline.student.losses.kd import kd
 from pipeline.student.losses.nd import ClassDirections, check_class_means, nd
-from pipeline.student.losses.registry import LOSSES
+from pipeline.student.losses.registry import LOSS_TASKS, LOSSES
 
 __all__ = [
     "LOSSES",
+    "LOSS_TASKS",
     "BatchShare",
     "ClassDirections",
     "CompositeLoss",

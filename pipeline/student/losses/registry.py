@@ -17,13 +17,15 @@ from torch import Tensor
 LossFunction = TypeVar("LossFunction", bound=Callable[..., Tensor])
 
 LOSSES: dict[str, Callable[..., Tensor]] = {}
+LOSS_TASKS: dict[str, tuple[str, ...]] = {}
+"""By the name of a loss, the tasks (``data.task``) whose targets and outputs it takes."""
 
 
-def register(name: str) -> Callable[[LossFunction], LossFunction]:
+def register(name: str, *, tasks: tuple[str, ...] = ("classification",)) -> Callable[[LossFunction], LossFunction]:
     """Makes a function the loss of the config sections with this ``name``. Its module is imported in ``__init__``."""
 
     def add(loss: LossFunction) -> LossFunction:
-        LOSSES[name] = loss
+        LOSSES[name], LOSS_TASKS[name] = loss, tasks
         return loss
 
     return add

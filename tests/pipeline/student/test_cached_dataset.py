@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
 
 from pipeline.cache.read.reader import open_cache
 from pipeline.core.errors import CacheError, ConfigError, OrderError
-from pipeline.student import CachedBatch, CachedDataset
 from pipeline.student.losses import BatchShare, LossInputs, ce
+from stillroom import CachedBatch, CachedDataset
 from tests.errors import raises
 from tests.marks import slow
 from tests.pipeline.caches import TinyCache, build, cache_section, shard_urls
@@ -447,7 +447,10 @@ def test_the_text_of_a_batch_is_short_and_has_every_shape(replays: Replay, of: O
 
 
 def test_the_package_loads_nothing_until_a_name_is_used() -> None:
-    code = "import sys, pipeline.student as s; assert 'torch' not in sys.modules; assert 'CachedDataset' in s.__all__"
+    code = (
+        "import sys, stillroom, pipeline.student as former; assert 'torch' not in sys.modules; "
+        "assert former.CachedDataset is stillroom.CachedDataset; assert former.CachedBatch is stillroom.CachedBatch"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         __import__("pipeline.student", fromlist=["x"]).Nothing  # noqa: B018

@@ -17,12 +17,12 @@ from pipeline.cache.ops.relabel import relabel
 from pipeline.cache.verify import verify_cache
 from pipeline.core.errors import ConfigError, StillroomError, StorageInputError
 from pipeline.shards.shard_urls import new_place, report_moved
-from pipeline.student import CachedDataset
 from pipeline.student.evaluation.evaluator import evaluate_run
 from pipeline.student.run.checkpoint import check_same_config
 from pipeline.student.training.config_checks import check_training
 from pipeline.student.training.trainer import train
 from schemas.config import Config
+from stillroom import CachedDataset
 from tests.pipeline.caches import TinyCache, build, cache_section, shard_urls
 from tests.pipeline.conftest import TinyConfig
 from tests.pipeline.student.runs import CE, run_config
