@@ -165,4 +165,5 @@ def _view_names(header: Header) -> list[str]:
 
 def _encoding(header: Header, output: Output) -> str:
     encoding = header.teacher[config_key(output.name)]
-    return f"{encoding} {list(output.shape)}, {row_bytes(output)} bytes per row"
+    # A value of --json, unchanged since the first version.
+    return f"{encoding} {list(output.shape)}, {row_bytes(output)} bytes a row"

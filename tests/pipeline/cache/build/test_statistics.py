@@ -91,7 +91,7 @@ def test_inspect_shows_the_encodings_and_what_they_cost(tiny_config: TinyConfig)
     build(config)
     assert config.cache is not None
     report = inspect_cache(config.cache.url)
-    assert report.outputs == {"logits": "topk:2 [10], 12 bytes per row", "embedding": "int8 [7], 15 bytes per row"}
+    assert report.outputs == {"logits": "topk:2 [10], 12 bytes a row", "embedding": "int8 [7], 15 bytes a row"}
     assert report.kl_nats.keys() == report.pearson.keys() == {"1.0", "2.0", "4.0"}
     assert 0 < report.kl_nats["1.0"] < 0.1
     assert report.argmax_flips == 0
