@@ -20,7 +20,6 @@ from pipeline import storage
 from pipeline.cache.format.codec import column_of
 from pipeline.cache.format.files import REBUILD, read_parquet
 from pipeline.core.errors import CacheError
-from pipeline.tasks.classification import NO_LABEL
 
 FRACTION_BITS = 24
 
@@ -34,17 +33,16 @@ class ClassSums:
     sum_CD: NDArray[np.int64]
 
 
-def sum_rows(embedding_ND: NDArray[np.float32], label_N: NDArray[np.int32]) -> ClassSums:
-    """Class sums of N rows, without the rows that have no label.
+def sum_rows(embedding_ND: NDArray[np.float32], class_N: NDArray[np.int32]) -> ClassSums:
+    """Class sums of N rows, each of which has a class.
 
     Raises:
         CacheError: the embeddings are so large that the fixed point would overflow.
     """
-    labelled = label_N != NO_LABEL
-    scaled_ND = np.rint(np.ldexp(embedding_ND[labelled].astype(np.float64), FRACTION_BITS))
+    scaled_ND = np.rint(np.ldexp(embedding_ND.astype(np.float64), FRACTION_BITS))
     # The sum of magnitudes bounds every class sum and its partial sums.
     _check_range(np.abs(scaled_ND).sum(0))
-    classes, inverse, counts = np.unique(label_N[labelled], return_inverse=True, return_counts=True)
+    classes, inverse, counts = np.unique(class_N, return_inverse=True, return_counts=True)
     sum_CD = np.zeros((len(classes), embedding_ND.shape[1]), np.int64)
     np.add.at(sum_CD, inverse, scaled_ND.astype(np.int64))
     return ClassSums(classes.astype(np.int32), counts.astype(np.int64), sum_CD)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from pipeline import storage
 from pipeline.augment.params import is_canary, sample_keys
@@ -164,13 +165,14 @@ class PartBuild:
             writer.add(view, self.record_batch(group, position, view, outputs))
             self.statistics.add(group, outputs)
         if holds_class_sums(self.context.cache.class_means, self.task.block):
-            self._check_labelled(group)
-            sums = sum_rows(by_view[0][EMBEDDING], group.targets[LABEL])
+            labelled_N = self._labelled_rows(group)
+            sums = sum_rows(by_view[0][EMBEDDING][labelled_N], group.targets[LABEL][labelled_N])
             self.sums = sums if self.sums is None else merge([self.sums, sums])
         release_freed_memory()
 
-    def _check_labelled(self, group: GroupViews) -> None:
-        unlabelled = np.flatnonzero(~self.target_task.has_target(group.targets))
+    def _labelled_rows(self, group: GroupViews) -> NDArray[np.bool_]:
+        labelled_N = self.target_task.has_target(group.targets)
+        unlabelled = np.flatnonzero(~labelled_N)
         if len(unlabelled) and self.data.missing_labels == "refuse":
             raise ShardError(
                 "class means need a label for every sample",
@@ -178,6 +180,7 @@ class PartBuild:
                 where=f"{self.where}, keys {', '.join(group.samples[row].key for row in unlabelled[:_NUM_NAMED])}",
                 next_step="set data.missing_labels=ignore to average over the others, or cache.class_means=none",
             )
+        return labelled_N
 
     def _check_finite(self, group: GroupViews, view: int, outputs: TeacherOutputs) -> None:
         bad_N = ~np.all([np.isfinite(values.reshape(len(values), -1)).all(1) for values in outputs.values()], axis=0)

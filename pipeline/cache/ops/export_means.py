@@ -12,7 +12,7 @@ from pipeline.cache.format.nd_json import DECIMALS, format_nd_json
 from pipeline.cache.read.reader import TeacherCache, open_cache
 from pipeline.core.errors import CacheError
 from pipeline.core.redaction import redact
-from pipeline.tasks.classification import LABEL, NO_LABEL
+from pipeline.tasks.classification import LABEL
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +58,9 @@ def _first_seen(cache: TeacherCache, has_mean_K: NDArray[np.bool_]) -> list[int]
         if len(order) == num_expected:
             break
         index = cache.index(shard)
-        labels, firsts = np.unique(index.ok_targets[LABEL], return_index=True)
+        label_M = index.ok_targets[LABEL][index.task.has_target(index.ok_targets)]
+        labels, firsts = np.unique(label_M, return_index=True)
         seen = labels[np.argsort(firsts)].tolist()
-        order.update(dict.fromkeys(label for label in seen if label != NO_LABEL and has_mean_K[label]))
+        order.update(dict.fromkeys(label for label in seen if has_mean_K[label]))
     order.update(dict.fromkeys(np.flatnonzero(has_mean_K).tolist()))
     return list(order)

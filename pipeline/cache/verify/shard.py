@@ -24,7 +24,7 @@ from pipeline.core.hashing import digest
 from pipeline.core.redaction import redact
 from pipeline.core.temporary import temporary_folder
 from pipeline.shards.index import STATUSES, ShardIndex, decode_index
-from pipeline.tasks.classification import LABEL, NO_LABEL
+from pipeline.tasks.classification import LABEL
 from schemas.cache_format import Commit, FileRef
 
 SHARD_MISSING = "canaries: the shard is not available"
@@ -125,8 +125,8 @@ class _ShardCheck:
         with findings.capture(path, "indexes", shard=self._shard_id):
             index = check(findings)
             if header is not None:
-                label_N = index.targets[LABEL]
-                num_outside = int(((label_N < NO_LABEL) | (label_N >= header.num_classes)).sum())
+                label_M = index.targets[LABEL][index.task.has_target(index.targets)]
+                num_outside = int(((label_M < 0) | (label_M >= header.num_classes)).sum())
                 findings.expect(path, "labels outside of the classes", num_outside, 0, shard=self._shard_id)
         self.findings.merge(findings)
         return None if findings.num_problems else index
@@ -157,8 +157,8 @@ class _ShardCheck:
             self.result.lost_sums |= in_manifest
             return
         if index is not None:
-            label_N = index.ok_targets[LABEL]
-            classes, counts = np.unique(label_N[label_N != NO_LABEL], return_counts=True)
+            label_M = index.ok_targets[LABEL][index.task.has_target(index.ok_targets)]
+            classes, counts = np.unique(label_M, return_counts=True)
             expected = dict(zip(classes.tolist(), counts.tolist(), strict=True))
             got = dict(zip(sums.class_C.tolist(), sums.count_C.tolist(), strict=True))
             what = "rows by class do not match the index"
