@@ -28,6 +28,10 @@ from pipeline.student.data.dataset import StepDataset
 from pipeline.student.data.order import TrainingOrder
 from pipeline.student.data.sources import CachedSource, IndexedSource, RowSource, open_cached, open_indexed
 from pipeline.student.distributed import DistributedContext
+from pipeline.student.evaluation.evaluator import evaluate_run
+from pipeline.student.evaluation.loaded_run import CheckpointName
+from pipeline.student.evaluation.metrics import Evaluation
+from pipeline.student.run import checkpoint
 from pipeline.student.training.run_log import Report, RunLog
 from pipeline.student.training.setup import prepare
 from pipeline.student.training.trainer import Trainer
@@ -135,6 +139,24 @@ def trainer_of(
     setup = prepare(config, distributed)
     log = RunLog(setup.run_url, distributed, report)
     return Trainer(setup, Validator(setup, log.emit), log)
+
+
+def evaluations(run_url: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_url / checkpoint.EVALUATIONS).read_text().splitlines()]
+
+
+def evaluated(config: Config, name: CheckpointName = "last", *, with_teacher: bool = True) -> Evaluation:
+    """Of a finished run, on the validation shards of its config."""
+    assert config.run is not None
+    assert config.data.val_shards is not None
+    return evaluate_run(
+        config.run.url,
+        config.data.val_shards,
+        checkpoint_name=name,
+        num_threads=1,
+        device=torch.device("cpu"),
+        with_teacher=with_teacher,
+    )
 
 
 def metrics(run_url: Path) -> list[dict[str, float]]:

@@ -58,10 +58,8 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> Decoded:
 def test_a_row_costs_its_stored_bytes(tiny_config: TinyConfig, encoding: str, row_bytes: int) -> None:
     cache = built(tiny_config, logits=encoding, embeddings="fp16")
     columns = open_cache(cache.url).view("digits-00", 1)
-    assert columns.logits is not None
-    assert columns.embedding is not None
-    assert columns.logits.column.nbytes == 20 * row_bytes
-    assert columns.embedding.column.nbytes == 20 * 7 * 2
+    assert columns.outputs["logits"].column.nbytes == 20 * row_bytes
+    assert columns.outputs["embedding"].column.nbytes == 20 * 7 * 2
     columns = cached_source(cache).rows(0, ALL, 1).of_teacher(0)
     assert {name: values.nbytes for name, values in columns.items()} == {"norm": 20 * 4, "logits": 20 * row_bytes}
 

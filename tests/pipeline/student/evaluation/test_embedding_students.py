@@ -14,7 +14,6 @@ from torch.nn.functional import cosine_similarity
 
 from jobs.run_ops import describe_evaluation
 from pipeline.cache.read.reader import open_cache
-from pipeline.student.evaluation.evaluator import evaluate_run
 from pipeline.student.evaluation.loaded_run import load_run
 from pipeline.student.export.exporters import export_run
 from pipeline.student.run import checkpoint
@@ -25,8 +24,8 @@ from tests.errors import raises
 from tests.pipeline.caches import build, cache_section
 from tests.pipeline.conftest import TinyConfig
 from tests.pipeline.student.conftest import Replay
-from tests.pipeline.student.evaluation.test_evaluator import CPU, one_by_one, teacher_of
-from tests.pipeline.student.runs import index_shards, run_config
+from tests.pipeline.student.evaluation.test_evaluator import one_by_one, teacher_of
+from tests.pipeline.student.runs import evaluated, evaluations, index_shards, run_config
 from tests.tolerances import magnitude_of, network_operations, reordered
 
 COSINE = [{"name": "cosine"}, {"name": "mse"}]
@@ -45,7 +44,7 @@ def config(replays: Replay, tmp_path: Path) -> Config:
 def test_the_cosine_to_the_teacher_is_measured_and_selects_the_best_checkpoint(config: Config, tmp_path: Path) -> None:
     events: list[dict[str, Any]] = []
     train(config, report=events.append)
-    lines = [json.loads(line) for line in (tmp_path / "run" / checkpoint.EVALUATIONS).read_text().splitlines()]
+    lines = evaluations(tmp_path / "run")
     assert all(line[name] is None for line in lines for name in ("top1", "top5", "ece", "agreement", "kl"))
     cosines = [line["cosine"] for line in lines]
     assert cosines[-1] > cosines[0]
@@ -63,9 +62,7 @@ def test_the_cosine_to_the_teacher_is_measured_and_selects_the_best_checkpoint(c
 
 def test_a_run_is_evaluated_by_the_cosine_of_a_loop_over_images(config: Config, tmp_path: Path) -> None:
     train(config)
-    assert config.data.val_shards is not None
-    shards = config.data.val_shards
-    evaluation = evaluate_run(str(tmp_path / "run"), shards, checkpoint_name="last", num_threads=1, device=CPU)
+    evaluation = evaluated(config)
     trained, teacher = load_run(str(tmp_path / "run"), "last"), teacher_of(config)
     student_ND, _ = one_by_one(config, trained.student.module, trained.student.input, output=1)
     teacher_ND, _ = one_by_one(config, teacher.module, teacher.loaded.input, output=1)
@@ -112,9 +109,8 @@ def test_a_dataset_has_the_embeddings_of_its_cache(replays: Replay) -> None:
     reader, num_compared = open_cache(cache.url), 0
     for entry in reader.shards:
         columns, index = reader.view(entry.shard_id, 0), reader.index(entry)
-        stored = columns.embedding
-        assert stored is not None
-        by_id = dict(zip(index.sample_ids(columns.row_N), torch.from_numpy(stored.decode()), strict=True))
+        assert columns.embedding_ND is not None
+        by_id = dict(zip(index.sample_ids(columns.row_N), torch.from_numpy(columns.embedding_ND), strict=True))
         for row, sample_id in enumerate(batch.sample_ids):
             if sample_id in by_id:
                 assert torch.equal(embedding_BD[row], by_id[sample_id])

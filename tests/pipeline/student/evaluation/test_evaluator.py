@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from dataclasses import replace
@@ -31,7 +30,7 @@ from schemas.config import Config, StudentConfig
 from tests.errors import raises
 from tests.pipeline.caches import TinyCache, shard_urls
 from tests.pipeline.student.conftest import Replay
-from tests.pipeline.student.runs import CE, NORMALISED, index_shards, run_config
+from tests.pipeline.student.runs import CE, NORMALISED, evaluated, evaluations, index_shards, run_config
 from tests.tolerances import log_softmax_error, magnitude_of, network_operations, reordered, ulps
 
 CPU = torch.device("cpu")
@@ -271,13 +270,10 @@ def trained(cache: TinyCache, url: Path, **sections: Any) -> Config:
 def test_a_run_evaluates_as_it_did_while_it_was_trained(replays: Replay, tmp_path: Path) -> None:
     cache = replays("crop")
     config = trained(cache, tmp_path, student=NORMALISED, train={"epochs": 6, "lr": 0.05})
-    assert config.data.val_shards is not None
     summary = checkpoint.read_summary(str(tmp_path))
     assert summary is not None
     for name, key in (("last", "top1"), ("best", "best_top1")):
-        evaluation = evaluate_run(
-            str(tmp_path), config.data.val_shards, checkpoint_name=name, num_threads=1, device=CPU
-        )
+        evaluation = evaluated(config, name)
         assert evaluation.metrics["top1"] == summary[key]
         assert evaluation.metrics["agreement"] is not None
         assert evaluation.metrics["kl"] is not None
@@ -294,12 +290,10 @@ def test_averaged_weights_are_evaluated_and_stored_as_the_model(replays: Replay,
     for name in ("model", "raw"):
         student.module.network.load_state_dict(state[name])
         evaluation[name] = evaluator(config)(student.module, student.input).metrics["ece"]
-    lines = (tmp_path / "evaluations.jsonl").read_text().splitlines()
-    assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3, 4]
-    assert json.loads(lines[-1])["ece"] == evaluation["model"] != evaluation["raw"]
-    assert config.data.val_shards is not None
-    last = evaluate_run(str(tmp_path), config.data.val_shards, checkpoint_name="last", num_threads=1, device=CPU)
-    assert last.metrics["ece"] == evaluation["model"]
+    lines = evaluations(tmp_path)
+    assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
+    assert lines[-1]["ece"] == evaluation["model"] != evaluation["raw"]
+    assert evaluated(config).metrics["ece"] == evaluation["model"]
 
 
 def test_a_training_with_an_online_teacher_measures_agreement_and_kl(replays: Replay, tmp_path: Path) -> None:
@@ -307,7 +301,7 @@ def test_a_training_with_an_online_teacher_measures_agreement_and_kl(replays: Re
     config = run_config(base, tmp_path, mode="online", data={"val_shards": base.data.shards}, train={"epochs": 6})
     index_shards(config, tmp_path / "index")
     train(config)
-    evaluation = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
+    evaluation = evaluations(tmp_path)
     assert all(0 <= line["agreement"] <= 1 for line in evaluation)
     assert 0 < evaluation[-1]["kl"] < evaluation[0]["kl"]
 
@@ -335,21 +329,19 @@ def test_precomputed_teacher_outputs_give_the_metrics_of_an_evaluation_with_the_
     events: list[dict[str, Any]] = []
     config = run_config(cache.config, tmp_path / "with", **keys, train={"eval_agreement": True})
     train(config, report=events.append)
-    evaluation = [json.loads(line) for line in (tmp_path / "with" / "evaluations.jsonl").read_text().splitlines()]
+    evaluation = evaluations(tmp_path / "with")
     assert len(evaluation) == 2
     assert sum(batches) == evaluation[0]["num_rows"]
     (event,) = (event for event in events if event["kind"] == "validation-teacher")
     width = 10 if loss == "kd" else 10 + open_cache(cache.url).header.embedding_dim
     assert event["size_bytes"] == 4 * width * evaluation[0]["num_rows"]
-    assert config.data.val_shards is not None
-    url = str(tmp_path / "with")
-    last = evaluate_run(url, config.data.val_shards, checkpoint_name="last", num_threads=1, device=CPU)
+    last = evaluated(config)
     assert {**last.measured()} == {name: value for name, value in evaluation[-1].items() if name in last.measured()}
     assert (last.metrics["cosine"] if loss == "mse" else last.metrics["agreement"]) is not None
     states = [checkpoint.load(str(tmp_path / name), checkpoint.LAST) for name in ("without", "with")]
     models = [state["model"] for state in states if state is not None]
     assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
-    without = [json.loads(line) for line in (tmp_path / "without" / "evaluations.jsonl").read_text().splitlines()]
+    without = evaluations(tmp_path / "without")
     assert all(line["agreement"] is None and line["cosine"] is None for line in without)
 
 
@@ -366,7 +358,7 @@ def test_agreement_with_an_online_teacher_is_measured_or_left_out_for_any_named_
     config = run_config(base, tmp_path, mode="online", **keys)
     index_shards(config, tmp_path / "index")
     train(config)
-    evaluation = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
+    evaluation = evaluations(tmp_path)
     assert [line["agreement"] is not None for line in evaluation] == [measured, measured]
 
 
@@ -442,9 +434,8 @@ def test_other_weights_than_the_caches_teachers_are_refused(replays: Replay, tmp
     teacher = load_model(cache.config.teacher, num_classes=10, size=16, seed=1)
     torch.save(teacher.module.network.state_dict(), tmp_path / "other.pt")
     config = trained(cache, tmp_path / "run", teacher={"weights": str(tmp_path / "other.pt")}, train={"epochs": 1})
-    assert config.data.val_shards is not None
     with raises("cache.other-teacher"):
-        evaluate_run(str(tmp_path / "run"), config.data.val_shards, checkpoint_name="last", num_threads=1, device=CPU)
+        evaluated(config)
     with raises("cache.other-teacher"):
         check_training(config)
 

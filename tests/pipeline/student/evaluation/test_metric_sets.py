@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from jobs.run_ops import describe_evaluation
 from jobs.train_student import describe
 from pipeline import tasks
 from pipeline.student.distributed import DistributedContext
-from pipeline.student.evaluation.evaluator import evaluate_run
 from pipeline.student.evaluation.loaded_run import load_run
 from pipeline.student.evaluation.metrics import (
     METRIC_SETS,
@@ -27,13 +25,12 @@ from pipeline.student.evaluation.metrics import (
     Score,
     metrics_of,
 )
-from pipeline.student.run import checkpoint
 from pipeline.student.training.trainer import train
 from pipeline.tasks.classification import Classification
 from schemas.config import DataConfig
 from tests.pipeline.student.conftest import Replay
 from tests.pipeline.student.evaluation.test_evaluator import CPU, evaluator, network, one_by_one
-from tests.pipeline.student.runs import run_config
+from tests.pipeline.student.runs import evaluated, evaluations, run_config
 
 
 class Parity(Classification):
@@ -98,7 +95,7 @@ def test_files_of_a_run_and_its_best_checkpoint_follow_the_declaration(
     keys = {"data": {"val_shards": base.data.shards}, "train": {"epochs": 4, "lr": 0.05}}
     config = run_config(base, tmp_path, **keys)
     summary = train(config)
-    lines = [json.loads(line) for line in (tmp_path / checkpoint.EVALUATIONS).read_text().splitlines()]
+    lines = evaluations(tmp_path)
     assert [*lines[0]] == ["step", "epoch", "num_rows", "wrong_parity", "silent", "odd"]
     trained = load_run(str(tmp_path), "last").student
     expected = expected_metrics(*one_by_one(config, trained.module, trained.input))
@@ -106,11 +103,7 @@ def test_files_of_a_run_and_its_best_checkpoint_follow_the_declaration(
     assert expected.items() <= summary.items()
     least = min(line["wrong_parity"] for line in lines)
     assert (summary["best_metric"], summary["best_value"], summary["best_silent"]) == ("wrong_parity", least, None)
-    assert config.data.val_shards is not None
-    best = evaluate_run(
-        str(tmp_path), config.data.val_shards, checkpoint_name="best", num_threads=1, device=CPU, with_teacher=False
-    )
-    assert best.metrics["wrong_parity"] == least
+    assert evaluated(config, "best", with_teacher=False).metrics["wrong_parity"] == least
     assert "wrong parity" in describe(summary, config)
     assert [*ray_metrics.evaluation_gauges(metrics_of(config.data.task))] == ["wrong_parity"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import tarfile
@@ -20,7 +19,7 @@ from schemas.config import Config, RunConfig
 from tests.errors import raises
 from tests.pipeline.caches import digit_samples
 from tests.pipeline.student.conftest import Replay
-from tests.pipeline.student.runs import CE, index_shards, metrics, run_config
+from tests.pipeline.student.runs import CE, evaluations, index_shards, metrics, run_config
 
 Event = dict[str, Any]
 
@@ -132,10 +131,6 @@ def test_a_shard_that_breaks_between_two_starts_is_refused_at_the_second(config:
     assert (tmp_path / "run" / checkpoint.LAST).exists() == before
     events = run(changed(config, bad_samples="skip", max_bad_share=0.1))
     assert [event["num_rows"] for event in events if event["kind"] == "eval"][-1] == 11
-
-
-def evaluations(run_url: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_url / checkpoint.EVALUATIONS).read_text().splitlines()]
 
 
 def outcome(run_url: Path) -> dict[str, Any]:
