@@ -117,7 +117,7 @@ def _layouts(encoding: str, source: CachedSource, folder: Path) -> dict[str, Cal
     (cache,) = source.caches
     places: dict[str, tuple[Path, int]] = {}
     for shard, num_ok in enumerate(source.num_ok):
-        raw_NW = raw_rows(cache.view(cache.shards[shard].shard_id, 0).logits.column)
+        raw_NW = raw_rows(cache.view(cache.shards[shard].shard_id, 0).outputs["logits"].column)
         path = folder / f"{source.shard_ids[shard]}.bin"
         path.write_bytes(raw_NW.tobytes())
         maps.append(np.memmap(path, np.uint8, "r", shape=raw_NW.shape))

@@ -105,8 +105,8 @@ def test_rows_of_several_shards_come_at_their_places(replays: Replay) -> None:
         shard, _, key = sample_id.partition("/")
         row = open_cache(cache.url).index(source.caches[0].shards[int(shard[-1])]).keys.to_pylist().index(key)
         stored = open_cache(cache.url).view(shard, 0)
-        assert stored.logits is not None
-        exact = codec.decode(stored.logits.column, stored.logits.output)[row]
+        logits = stored.outputs["logits"]
+        exact = codec.decode(logits.column, logits.output)[row]
         for temperature, factor in ((0.5, 1.5), (4.0, 5.0)):
             logits_BK = batch.teacher_outputs[0].logits_at(temperature)
             assert logits_BK is not None
