@@ -25,9 +25,10 @@ demo: install
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# The inner loop: what needs no cluster, no server and no cache.
+# The inner loop: what needs no cluster, no server and no cache; property tests with fewer examples.
 test-fast: install
-	$(BIN)/python -m pytest -m 'not ray and not server and not long and not slow and not gpu' -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m 'not ray and not server and not long and not slow and not gpu' -n 2 --dist loadfile \
+	  --hypothesis-profile=quick
 
 test-slow: test-system test-exhaustive
 

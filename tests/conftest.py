@@ -22,6 +22,8 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 # `make test-exhaustive` draws other examples in every run and prints what reproduces a failure.
 settings.register_profile("explore", deadline=None, derandomize=False, database=None, print_blob=True)
+# `make test-fast` tries fewer of the same examples.
+settings.register_profile("quick", settings.get_profile("repeatable"), max_examples=20)
 # pytest's option --hypothesis-profile comes after this.
 settings.load_profile("repeatable")
 

@@ -19,6 +19,8 @@ from pipeline.student import CachedDataset
 from pipeline.student.training.trainer import train
 from tests.pipeline.student.runs import training_error
 
+pytestmark = pytest.mark.long
+
 V1 = Path(__file__).parent / "v1"
 NUM_VAL = 12
 

@@ -15,6 +15,8 @@ from pipeline.shards.tar import read_samples
 from schemas.config import DataConfig
 from tests.errors import raises
 
+pytestmark = pytest.mark.long
+
 
 def test_the_digits_are_packed_with_few_labels_for_students_and_all_for_the_teacher(tmp_path: Path) -> None:
     pack_digits(tmp_path)

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+# Every test starts processes.
+pytestmark = pytest.mark.long
+
 STILLROOM = [sys.executable, "-m", "jobs.cli"]
 # Logs, prints far more than the buffer of a pipe, and writes a file that no other output may reach.
 _WORK = """

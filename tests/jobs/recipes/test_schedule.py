@@ -22,6 +22,9 @@ from tests.errors import raises
 from tests.marks import slow
 from tests.tolerances import ulps
 
+# Dry runs build the networks of papers.
+pytestmark = pytest.mark.long
+
 CONFIGS = Path(jobs.__file__).parent / "configs"
 LOCAL = ("demo", "cifar10", "cifar10-views", "cifar10-losses")
 PAPERS = (

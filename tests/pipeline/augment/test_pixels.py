@@ -134,23 +134,6 @@ def test_input_is_mixed_on_the_unit_scale_and_then_normalised() -> None:
         assert float(mixed[row, channel, y, x]) == pytest.approx(expected, rel=0, abs=error)
 
 
-def test_input_does_not_depend_on_batching() -> None:
-    """A row has the same bits alone, with its partner outside of the batch, and in a whole group."""
-    pixels = noise(6, 3, 5, 7)
-    partner, weights = torch.tensor([3, 4, 5, 0, 1, 2]), torch.rand(6, generator=torch.Generator().manual_seed(1))
-    whole = to_input(pixels, mean_C=MEAN, std_C=STD, partner_B=partner, lambda_B=weights)
-    for rows in (slice(0, 1), slice(1, 5), slice(5, 6)):
-        part = to_input(
-            pixels[rows],
-            mean_C=MEAN,
-            std_C=STD,
-            partner_B=partner[rows],
-            lambda_B=weights[rows],
-            partner_pixels_NCHW=pixels,
-        )
-        assert torch.equal(part, whole[rows])
-
-
 def test_lambda_one_is_the_unmixed_row_bitwise() -> None:
     pixels = noise(5, 3, 4, 4)
     mixed = to_input(pixels, mean_C=MEAN, std_C=STD, partner_B=torch.arange(4, -1, -1), lambda_B=torch.ones(5))
@@ -185,22 +168,22 @@ def test_a_box_shows_the_partner_and_a_blend_stays_a_blend() -> None:
             assert torch.equal(boxed[row, :, y, x], shown.to(torch.float32) / 255)
 
 
-def test_boxes_do_not_depend_on_batching() -> None:
-    """Partners may be in another batch, as in a build."""
+@pytest.mark.parametrize("boxed", [False, True])
+def test_input_does_not_depend_on_batching(boxed: bool) -> None:
+    """A row has the same bits with its partner outside of the batch, as in a build, and in a whole group."""
     pixels = noise(6, 3, 12, 10)
     partner, weights, box = some_boxes()
-    whole = to_input(pixels, mean_C=MEAN, std_C=STD, partner_B=partner, lambda_B=weights, cutmix_box_B4=box)
+
+    def mixed(rows: slice, **partners: Tensor) -> Tensor:
+        boxes = box[rows] if boxed else None
+        return to_input(pixels[rows], mean_C=MEAN, std_C=STD, lambda_B=weights[rows], cutmix_box_B4=boxes, **partners)
+
+    whole = mixed(slice(None), partner_B=partner)
     for rows in (slice(0, 1), slice(1, 5), slice(5, 6)):
-        part = to_input(
-            pixels[rows],
-            mean_C=MEAN,
-            std_C=STD,
-            partner_B=torch.arange(len(pixels[rows])),
-            lambda_B=weights[rows],
-            cutmix_box_B4=box[rows],
-            partner_pixels_NCHW=pixels[partner[rows]],
-        )
+        part = mixed(rows, partner_B=partner[rows], partner_pixels_NCHW=pixels)
+        gathered = mixed(rows, partner_B=torch.arange(len(pixels[rows])), partner_pixels_NCHW=pixels[partner[rows]])
         assert torch.equal(part, whole[rows])
+        assert torch.equal(gathered, whole[rows])
 
 
 def test_the_input_is_channels_last() -> None:
