@@ -164,7 +164,7 @@ def _fit(config: Config) -> dict[str, Any]:
 
 
 def _event_actor_on_this_node() -> Any:
-    """On the driver's node, since any other node may be taken away."""
+    """On the driver's node, since any other node may be preempted."""
     this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return EventActor.options(scheduling_strategy=this_node).remote()
 

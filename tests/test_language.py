@@ -51,14 +51,22 @@ REPLACED = {
     r"\bbeside\b|\bof its own\b": "next to, in addition to; separate",
     r"\bby itself\b|what is there\b": "automatically; existing files",
     r"\bcome and go\b": "are added and lost",
-    r"\b(?:bytes|ms|µs) a (?:row|view|part|task|image|shard)\b": "per row",
+    r"\bgo(?:es)? on\b|\bwent on\b|\btaken away\b": "continue, resume; preempted",
+    r"\bgo together\b|\balike\b|\bseen to it\b": "compatible; equal; ensured by",
+    r"\bhim\b|\banybody\b|\bcolleagues?\b|\bin the midst\b": "name the process or the user; in the middle",
+    r"\ba teacher online\b|\bteachers online\b": "online teacher",
+    r"\bbridge\b|\bpieces?\b|\bdense\(\)": "projector; micro-batches, chunks; decode()",
+    r"check_\w+_serves?\b|check_begun|failures\.repeated": "check_cached_outputs, …; check_same_config; with_retries",
+    r"\b(?:ms|µs) a (?:row|view|part|task|image|shard)\b|\bbytes a (?:view|part|task|image|shard)\b": "per row",
 }
 
 
 def sources() -> Iterator[Path]:
-    """Product code and documentation; generated pages repeat the docstrings."""
-    for folder in ("pipeline", "jobs", "schemas", "stillroom", "docs", "examples"):
-        yield from (path for path in (ROOT / folder).rglob("*") if path.suffix in _SUFFIXES)
+    """Product code, manifests and documentation; generated pages repeat the docstrings."""
+    for folder in ("pipeline", "jobs", "schemas", "stillroom", "docs", "examples", "infra"):
+        yield from (
+            path for path in (ROOT / folder).rglob("*") if path.suffix in _SUFFIXES or path.name == "Dockerfile"
+        )
     yield from ROOT.glob("*.md")
 
 

@@ -65,7 +65,7 @@ class NdLoss(LossSection):
 
 
 class ReviewKdLoss(LossSection):
-    """ReviewKD, Chen 2021: feature maps of both networks; needs the teacher online."""
+    """ReviewKD, Chen 2021: feature maps of both networks; needs an online teacher."""
 
     network_keys: ClassVar[frozenset[str]] = frozenset(
         {"student_layers", "teacher_layers", "mid_channels", "embedding"}
@@ -101,7 +101,7 @@ class SifnLoss(LossSection):
 
 
 class CosineLoss(LossSection):
-    """1 - cosine of the student's and the teacher's embedding; needs cached embeddings or a teacher online."""
+    """1 - cosine of the student's and the teacher's embedding; needs cached embeddings or an online teacher."""
 
     name: Literal["cosine"]
 

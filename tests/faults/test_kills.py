@@ -119,7 +119,7 @@ class Kills:
                 self._kill(racer, "driver")
             builders = []
             self._remember()
-        # A builder goes on after the kill of its worker, and so does a second builder.
+        # A builder continues after the kill of its worker, and so does a second builder.
         assert [builder.wait(300) for builder in builders] == [0] * len(builders), log_of(self.config)
 
     def _wait(self, builder: subprocess.Popen[bytes]) -> None:

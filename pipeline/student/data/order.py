@@ -130,7 +130,7 @@ class TrainingOrder:
         return range(rank * self.num_lanes // world_size, (rank + 1) * self.num_lanes // world_size)
 
     def smallest_batch(self, world_size: int) -> tuple[int, int]:
-        """The smallest number of rows of a rank in a step, and that step; all full steps are alike.
+        """The smallest number of rows of a rank in a step, and that step; all full steps have the same sizes.
 
         Raises:
             ConfigError: more ranks than lanes.

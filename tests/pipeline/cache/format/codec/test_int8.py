@@ -29,7 +29,8 @@ def matrices(limit: float) -> st.SearchStrategy[NDArray[np.float32]]:
 def test_the_error_is_half_a_step_of_a_255th_of_the_row(values_NK: NDArray[np.float32]) -> None:
     exact = values_NK.astype(np.float64)
     step_N1 = (exact.max(1, keepdims=True) - exact.min(1, keepdims=True)) / 255
-    # Beside the half step: roundings of float32 in step, product and sum, and 255 halves of its smallest number.
+    # In addition to the half step: roundings of float32 in step, product and sum, and 255 halves of its smallest
+    # number.
     rounding = np.abs(exact).max(1, keepdims=True) * 2.0**-21 + 255 * 2.0**-149
     assert (np.abs(round_trip(values_NK, "int8") - exact) <= step_N1 / 2 + rounding).all()
 
