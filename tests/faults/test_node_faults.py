@@ -29,18 +29,13 @@ from pipeline.cache.build.header_claim import MAX_DRIFT
 from pipeline.cache.read.reader import open_cache
 from pipeline.shards.writer import pack_shards
 from schemas.config import Config, RayConfig
-from tests.faults.drivers import log_of, start_build, write
+from tests.faults.builds import batches_of_parts, committed, digest_of, edited, local_config, traced_file
+from tests.faults.drivers import log_of, start_build
 from tests.faults.networks import HOLD, LOG, MINE, Held, forwards, num_waiting
-from tests.faults.test_kills import (
-    batches_of_parts,
-    committed,
-    digest_of,
-    traced_file,
-    wait_until,
-)
 from tests.jobs.clusters import Nodes, driver, head_node, many_nodes
 from tests.jobs.node_work import attempts, kill_the_node, node
 from tests.pipeline.caches import build, digit_samples, files, read_commits
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 NUM_LOSSES = 6
@@ -64,23 +59,9 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
 def config(nodes: Nodes, tmp_path: Path) -> Path:
     """Sixty parts of a build on this cluster, whose teacher can be halted."""
     shards = pack_shards(digit_samples(200), f"{tmp_path}/digits-%02d.tar", shard_size=40)
-    path = on(nodes, traced_file(tmp_path, "cache", shards), max_retries=2)
-    tree = yaml.safe_load(path.read_text())
-    tree["teacher"]["model"] = "python:tests.faults.networks:Held"
-    return write(path, tree)
-
-
-def on(nodes: Nodes, path: Path, **ray: object) -> Path:
-    tree = yaml.safe_load(path.read_text())
-    tree["ray"] = {"address": nodes.address, **ray}
-    return write(path, tree)
-
-
-def local_config(path: Path, folder: Path) -> Config:
-    """The same build as a plain loop into another folder."""
-    tree = yaml.safe_load(path.read_text())
-    tree["cache"]["url"], tree["ray"]["address"] = str(folder), "none"
-    return Config.model_validate(tree)
+    teacher = {"model": "python:tests.faults.networks:Held"}
+    ray = {"address": nodes.address, "max_retries": 2}
+    return edited(traced_file(tmp_path, "cache", shards), teacher=teacher, ray=ray)
 
 
 @pytest.mark.exhaustive
@@ -97,7 +78,7 @@ def test_a_build_on_nodes_that_are_lost_and_added_has_the_bytes_of_an_undisturbe
     for number in range(NUM_LOSSES):
         hold.unlink(missing_ok=True)
         expected = len(committed(tmp_path / "cache")) + draw.randint(1, 6)
-        wait_until(lambda expected=expected: len(committed(tmp_path / "cache")) >= expected, 400)
+        wait_until(lambda expected=expected: len(committed(tmp_path / "cache")) >= expected)
         hold.touch()
         assert process.poll() is None, log_of(config)
         # All nodes are lost once.
@@ -126,13 +107,14 @@ def test_a_part_that_fails_for_good_is_named_the_others_finish_and_a_rerun_build
     Image.new("RGB", (20, 20), "white").save(white, "PNG")
     samples[12] = ("white", {"png": white.getvalue(), "cls": b"1"})
     shards = pack_shards(samples, f"{tmp_path}/digits-%02d.tar", shard_size=8)
-    config = on(nodes, traced_file(tmp_path, "cache", shards), max_retries=1)
-    tree = yaml.safe_load(config.read_text())
-    tree["teacher"]["model"] = "python:tests.faults.networks:Mined"
-    # One part a shard.
-    tree["views"] = {"kind": "crop", "count": 2, "size": 16}
-    tree["cache"]["class_means"] = "none"
-    write(config, tree)
+    config = edited(
+        traced_file(tmp_path, "cache", shards),
+        teacher={"model": "python:tests.faults.networks:Mined"},
+        # One part a shard.
+        views={"kind": "crop", "count": 2, "size": 16},
+        cache={"class_means": "none"},
+        ray={"address": nodes.address, "max_retries": 1},
+    )
     mine = Path(os.environ[MINE])
     mine.touch()
     node_id = nodes.add(num_cpus=2)
@@ -163,18 +145,15 @@ def test_nodes_of_two_cpu_kinds_build_one_cache_within_the_stated_drift(
     # As on an older CPU, torch rounds differently. It would also sample other random weights.
     older = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"}
     torch.save(Held(10).state_dict(), tmp_path / "teacher.pt")
-    tree = yaml.safe_load(config.read_text())
-    tree["teacher"]["weights"] = str(tmp_path / "teacher.pt")
     # fp16 would hide most of the difference.
-    tree["cache"]["logits"] = "fp32"
-    write(config, tree)
+    edited(config, teacher={"weights": str(tmp_path / "teacher.pt")}, cache={"logits": "fp32"})
     fleet, waited = [nodes.add(), nodes.add(env_vars=older)], num_waiting()
     process = start_build(config)
     # Each node has a part in work before the other one has finished all parts.
-    wait_until(lambda: (tmp_path / "cache" / "header.json").exists(), 400)
+    wait_until(lambda: (tmp_path / "cache" / "header.json").exists())
     hold = Path(os.environ[HOLD])
     hold.touch()
-    wait_until(lambda: num_waiting() == waited + 2, 60)
+    wait_until(lambda: num_waiting() == waited + 2, timeout_s=60)
     hold.unlink()
     assert process.wait(300) == 0, log_of(config)
     for node_id in fleet:

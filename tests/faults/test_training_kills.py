@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
-from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
-import yaml
 
 from pipeline.shards.writer import pack_shards
 from pipeline.student.run import checkpoint
-from tests.faults.drivers import log_of, start, write
-from tests.faults.test_kills import training_file
-from tests.faults.test_training_nodes import cluster, lose, wait_for, worker_node
+from tests.faults.builds import edited, steps_at, training_file
+from tests.faults.drivers import log_of, start
+from tests.jobs.clusters import head_with_folder, lose, worker_node
 from tests.pipeline.caches import digit_samples
+from tests.pipeline.student.runs import metrics
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 STEPS_PER_EPOCH = 50
@@ -31,9 +31,7 @@ WORKER = "ray::RayTrainWorker"
 
 def config_file(folder: Path, name: str, shards: list[str], **ray: Any) -> Path:
     """Two ranks, 50 steps an epoch, a checkpoint every 8: BatchNorm, momentum, average and clipping have a state."""
-    path = training_file(folder, name, shards)
-    tree: dict[str, Any] = yaml.safe_load(path.read_text())
-    tree["train"] = {
+    train = {
         "epochs": NUM_EPOCHS,
         "global_batch_size": 8,
         "lr": 0.01,
@@ -44,9 +42,7 @@ def config_file(folder: Path, name: str, shards: list[str], **ray: Any) -> Path:
         "warmup_steps": 5,
         "checkpoint_every_steps": 8,
     }
-    tree["data"]["val_shards"] = shards[0]
-    tree["ray"] |= ray
-    return write(path, tree)
+    return edited(training_file(folder, name, shards), train=train, data={"val_shards": shards[0]}, ray=ray)
 
 
 def kill_a_worker_on(node: subprocess.Popen[bytes]) -> None:
@@ -62,16 +58,6 @@ def _is_worker_on(node: subprocess.Popen[bytes], process: psutil.Process) -> boo
         return " ".join(process.info["cmdline"] or ()).startswith(WORKER) and os.getsid(process.pid) == node.pid
     except ProcessLookupError:
         return False
-
-
-def steps_at(run: Path) -> int:
-    """The step of the last checkpoint; 0 without a checkpoint."""
-    state = checkpoint.load(str(run), checkpoint.LAST)
-    return 0 if state is None else state["step"]
-
-
-def metrics(run: Path) -> Sequence[dict[str, float]]:
-    return [json.loads(line) for line in (run / checkpoint.METRICS).read_text().splitlines()]
 
 
 def assert_bitwise(actual: Any, expected: Any) -> None:
@@ -101,16 +87,16 @@ def test_a_training_that_loses_a_worker_and_then_a_node_has_the_bits_of_an_undis
     assert start("train_student", undisturbed).wait(600) == 0, log_of(undisturbed)
     run = tmp_path / "disturbed"
     with ExitStack() as stack:
-        head = stack.enter_context(cluster(disks / "head", monkeypatch))
+        head = stack.enter_context(head_with_folder(disks / "head", monkeypatch))
         # A busy machine may cost another start.
         keys = {"address": head.address, "wait_s": 120, "max_failures": 4}
         disturbed = config_file(tmp_path, "disturbed", shards, **keys)
         driver = start("train_student", disturbed)
-        wait_for(lambda: "waiting up to 120 s for nodes" in log_of(disturbed), driver, disturbed)
+        wait_until(lambda: "waiting up to 120 s for nodes" in log_of(disturbed), driver, partial(log_of, disturbed))
         first = stack.enter_context(worker_node(head, disks / "first"))
-        wait_for(lambda: steps_at(run) > 0, driver, disturbed)
+        wait_until(lambda: steps_at(run) > 0, driver, partial(log_of, disturbed))
         kill_a_worker_on(first)
-        wait_for(lambda: steps_at(run) > STEPS_PER_EPOCH, driver, disturbed)
+        wait_until(lambda: steps_at(run) > STEPS_PER_EPOCH, driver, partial(log_of, disturbed))
         lose(first)
         stack.enter_context(worker_node(head, disks / "second"))
         assert driver.wait(600) == 0, log_of(disturbed)

@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import subprocess
 import sys
-import tempfile
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
-import psutil
 import pytest
 
 from jobs.index_shards import index_shards
 from jobs.train_student import train_student
 from pipeline.shards.writer import pack_shards
-from pipeline.student.run import checkpoint
 from schemas.config import Config
+from tests.faults.builds import steps_at
 from tests.faults.drivers import log_of, start, write
-from tests.jobs.clusters import HeadNode, end_session, free_port, head_node
+from tests.jobs.clusters import HeadNode, head_with_folder, lose, worker_node
 from tests.pipeline.caches import digit_samples
-from tests.pipeline.student.runs import training_error
+from tests.pipeline.student.runs import metrics, training_error
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 _TIMEOUT_S = 300
@@ -63,55 +60,6 @@ def served(folder: Path) -> Iterator[tuple[str, Counter[str]]]:
             yield f"http://127.0.0.1:{server.server_address[1]}", downloads
         finally:
             server.shutdown()
-
-
-@contextmanager
-def cluster(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HeadNode]:
-    """A head of one CPU; the folder has the temporary files of its workers. Jobs of this process use the cluster."""
-    folder.mkdir()
-    # Ray's sockets need short paths.
-    monkeypatch.setenv("RAY_TMPDIR", tempfile.gettempdir())
-    monkeypatch.setenv("TMPDIR", str(folder))
-    # A node is lost after five failed health checks.
-    monkeypatch.setenv("RAY_health_check_period_ms", "1000")
-    with head_node(folder, num_cpus=1) as head:
-        for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_USAGE_STATS_ENABLED"):
-            monkeypatch.setenv(name, head.env[name])
-        yield head
-
-
-@contextmanager
-def worker_node(head: HeadNode, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A node of one CPU in a new session; the folder has the temporary files of its workers."""
-    folder.mkdir()
-    options = [
-        f"--address={head.address}",
-        "--node-ip-address=127.0.0.1",
-        "--num-cpus=1",
-        # Nodes of one machine need different ports.
-        f"--dashboard-agent-listen-port={free_port()}",
-        "--min-worker-port=0",
-        "--max-worker-port=0",
-        "--include-log-monitor=false",
-    ]
-    command = [Path(sys.executable).parent / "ray", "start", "--block", *options]
-    env = {**head.env, "TMPDIR": str(folder)}
-    with (folder / "ray.log").open("wb") as log:
-        process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
-        try:
-            yield process
-        finally:
-            if process.poll() is None:
-                end_session(process)
-
-
-def lose(node: subprocess.Popen[bytes]) -> None:
-    """Kills all processes of the node at once."""
-    for process in psutil.process_iter():
-        with suppress(ProcessLookupError, psutil.NoSuchProcess):
-            if os.getsid(process.pid) == node.pid:
-                process.kill()
-    node.wait()
 
 
 def announce_preemption(head: HeadNode) -> None:
@@ -149,14 +97,6 @@ def train_in_one_process(config: dict[str, Any]) -> None:
     train_student(checked)
 
 
-def wait_for(condition: Callable[[], bool], driver: subprocess.Popen[bytes], config: Path) -> None:
-    deadline = time.monotonic() + _TIMEOUT_S
-    while not condition():
-        assert time.monotonic() < deadline, log_of(config)
-        assert driver.poll() is None, log_of(config)
-        time.sleep(0.1)
-
-
 def worlds(folder: Path) -> list[tuple[str, str]]:
     """The number of ranks and the node of each process that has begun to train."""
     log = folder / "worlds"
@@ -164,13 +104,8 @@ def worlds(folder: Path) -> list[tuple[str, str]]:
     return [(size, Path(node).name) for size, node in map(str.split, lines)]
 
 
-def steps_at(folder: Path) -> int:
-    state = checkpoint.load(str(folder / "run"), checkpoint.LAST)
-    return 0 if state is None else state["step"]
-
-
 def losses(folder: Path) -> list[float]:
-    records = [json.loads(line) for line in (folder / "run" / checkpoint.METRICS).read_text().splitlines()]
+    records = metrics(folder / "run")
     assert [record["step"] for record in records] == list(range(120))
     return [record["loss"] for record in records]
 
@@ -193,18 +128,17 @@ def test_a_training_shrinks_and_grows_with_its_nodes_and_has_the_losses_of_one_p
         shards = f"{url}/digits-{{00..04}}.tar"
         train_in_one_process(config_of(tmp_path, "alone", shards, address="none"))
         downloads.clear()
-        head = stack.enter_context(cluster(head_folder, monkeypatch))
+        head = stack.enter_context(head_with_folder(head_folder, monkeypatch))
         first = stack.enter_context(worker_node(head, first_folder))
-        # Ray 2.60 sometimes removes workers that start on a busy machine.
         ray = {"address": head.address, "num_workers": 2, "min_workers": 1, "max_failures": 4, "resize_every_s": 1}
         config = write(tmp_path / "nodes.yaml", config_of(tmp_path, "nodes", shards, **ray))
         (run / "gate").touch()
         driver = start("train_student", config)
-        wait_for(lambda: steps_at(run) >= 2, driver, config)
+        wait_until(lambda: steps_at(run / "run") >= 2, driver, partial(log_of, config))
         lose(first)
-        wait_for(lambda: len(worlds(run)) == 3, driver, config)
+        wait_until(lambda: len(worlds(run)) == 3, driver, partial(log_of, config))
         stack.enter_context(worker_node(head, second_folder))
-        wait_for(lambda: len(worlds(run)) == 5, driver, config)
+        wait_until(lambda: len(worlds(run)) == 5, driver, partial(log_of, config))
         (run / "gate").unlink()
         assert driver.wait(_TIMEOUT_S) == 0, log_of(config)
 
@@ -237,19 +171,19 @@ def test_a_training_saves_a_checkpoint_before_a_preempted_node_is_lost(
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))
     train_in_one_process(config_of(tmp_path, "alone", shards, address="none"))
     with ExitStack() as stack:
-        head = stack.enter_context(cluster(disks / "head", monkeypatch))
+        head = stack.enter_context(head_with_folder(disks / "head", monkeypatch))
         first = stack.enter_context(worker_node(head, disks / "first"))
         tree = config_of(tmp_path, "nodes", shards, address=head.address, num_workers=2, wait_s=120, max_failures=4)
         tree["train"] |= no_checkpoints
         config = write(tmp_path / "nodes.yaml", tree)
         (run / "gate").touch()
         driver = start("train_student", config)
-        wait_for(lambda: len(worlds(run)) == 2, driver, config)
+        wait_until(lambda: len(worlds(run)) == 2, driver, partial(log_of, config))
         announce_preemption(head)
-        wait_for(lambda: steps_at(run) > 0, driver, config)
+        wait_until(lambda: steps_at(run / "run") > 0, driver, partial(log_of, config))
         lose(first)
         stack.enter_context(worker_node(head, disks / "second"))
-        wait_for(lambda: len(worlds(run)) == 4, driver, config)
+        wait_until(lambda: len(worlds(run)) == 4, driver, partial(log_of, config))
         (run / "gate").unlink()
         assert driver.wait(_TIMEOUT_S) == 0, log_of(config)
 

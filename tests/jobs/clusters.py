@@ -108,6 +108,55 @@ def head_node(
             end_session(process)
 
 
+@contextmanager
+def head_with_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HeadNode]:
+    """A head of one CPU; the folder has the temporary files of its workers. Jobs of this process use the cluster."""
+    folder.mkdir()
+    # Ray's sockets need short paths.
+    monkeypatch.setenv("RAY_TMPDIR", tempfile.gettempdir())
+    monkeypatch.setenv("TMPDIR", str(folder))
+    # A node is lost after five failed health checks.
+    monkeypatch.setenv("RAY_health_check_period_ms", "1000")
+    with head_node(folder, num_cpus=1) as head:
+        for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_USAGE_STATS_ENABLED"):
+            monkeypatch.setenv(name, head.env[name])
+        yield head
+
+
+@contextmanager
+def worker_node(head: HeadNode, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A node of one CPU in a new session; the folder has the temporary files of its workers."""
+    folder.mkdir()
+    options = [
+        f"--address={head.address}",
+        "--node-ip-address=127.0.0.1",
+        "--num-cpus=1",
+        # Nodes of one machine need different ports.
+        f"--dashboard-agent-listen-port={free_port()}",
+        "--min-worker-port=0",
+        "--max-worker-port=0",
+        "--include-log-monitor=false",
+    ]
+    command = [Path(sys.executable).parent / "ray", "start", "--block", *options]
+    env = {**head.env, "TMPDIR": str(folder)}
+    with (folder / "ray.log").open("wb") as log:
+        process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                end_session(process)
+
+
+def lose(node: subprocess.Popen[bytes]) -> None:
+    """Kills all processes of the node at once."""
+    for process in psutil.process_iter():
+        if _session_of(process.pid) == node.pid:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+    node.wait()
+
+
 def _autoscaler(node_types: dict[str, Any], *, gcs_address: str) -> dict[str, Any]:
     """Ray's autoscaler with the provider of Ray's tests, whose nodes are processes."""
     return {

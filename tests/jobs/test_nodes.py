@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import platform
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -24,6 +23,7 @@ from tests.errors import raises
 from tests.jobs.clusters import Nodes, driver, many_nodes
 from tests.jobs.conftest import Tree, config_of
 from tests.jobs.node_work import attempts, node, wait_for_go
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 _TIMEOUT_S = 60
@@ -66,13 +66,6 @@ def _drive(work: Callable[[int], Any], num: int, keys: dict[str, Any], log: Path
     return [results[number] for number in range(num)]
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + _TIMEOUT_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def test_parts_that_one_node_could_run_are_spread_over_all_nodes(cluster: Cluster, log: Path) -> None:
     assert set(cluster.run(partial(node, 0.5), 2, log)) == {cluster.spot, cluster.gpu}
 
@@ -99,9 +92,9 @@ def test_a_task_must_fit_on_a_single_node(cluster: Cluster, log: Path) -> None:
 
 def test_a_node_that_joins_later_is_filled_with_tasks(cluster: Cluster, log: Path, tmp_path: Path) -> None:
     future = cluster.submit(partial(wait_for_go, tmp_path), 24, log)
-    wait_until(lambda: len(attempts(tmp_path)) == 4)
+    wait_until(lambda: len(attempts(tmp_path)) == 4, timeout_s=_TIMEOUT_S)
     late = cluster.nodes.add(num_cpus=3)
-    wait_until(lambda: len(attempts(tmp_path)) == 7)
+    wait_until(lambda: len(attempts(tmp_path)) == 7, timeout_s=_TIMEOUT_S)
     assert Counter(node for _, node in attempts(tmp_path)) == {cluster.spot: 2, cluster.gpu: 2, late: 3}
     (tmp_path / "go").touch()
     assert len(future.result(_TIMEOUT_S)) == 24
@@ -110,7 +103,7 @@ def test_a_node_that_joins_later_is_filled_with_tasks(cluster: Cluster, log: Pat
 
 def test_a_start_waits_for_a_node_of_an_autoscaler(cluster: Cluster, log: Path) -> None:
     future = cluster.submit(partial(node, 0), 3, log, resources_per_task={"late": 1}, wait_s=_TIMEOUT_S)
-    wait_until(lambda: cluster.nodes.demands() == [{"CPU": 1.0, "late": 1.0}])
+    wait_until(lambda: cluster.nodes.demands() == [{"CPU": 1.0, "late": 1.0}], timeout_s=_TIMEOUT_S)
     late = cluster.nodes.add(resources={"late": 1})
     assert future.result(_TIMEOUT_S) == [late] * 3
     assert "waiting up to 60 s for nodes: a part needs 1 CPU, 1 late" in log.read_text()
@@ -131,7 +124,7 @@ def test_a_lost_node_costs_the_tasks_that_ran_on_it_alone(
 ) -> None:
     lost = cluster.nodes.add(num_cpus=2)
     future = cluster.submit(partial(wait_for_go, tmp_path), 12, log)
-    wait_until(lambda: len(attempts(tmp_path)) == 6)
+    wait_until(lambda: len(attempts(tmp_path)) == 6, timeout_s=_TIMEOUT_S)
     ran_there = {number for number, node in attempts(tmp_path) if node == lost}
     cluster.nodes.remove(lost, graceful=graceful)
     (tmp_path / "go").touch()
@@ -146,9 +139,12 @@ def test_a_lost_node_costs_the_tasks_that_ran_on_it_alone(
 def test_tasks_wait_for_lost_nodes_to_come_back(cluster: Cluster, log: Path, tmp_path: Path) -> None:
     first = cluster.nodes.add(resources={"fleet": 1})
     future = cluster.submit(partial(wait_for_go, tmp_path), 2, log, resources_per_task={"fleet": 1})
-    wait_until(lambda: len(attempts(tmp_path)) == 1)
+    wait_until(lambda: len(attempts(tmp_path)) == 1, timeout_s=_TIMEOUT_S)
     cluster.nodes.remove(first, graceful=True)
-    wait_until(lambda: "no node is left for a part (1 CPU, 1 fleet); waiting up to 300 s" in log.read_text())
+    wait_until(
+        lambda: "no node is left for a part (1 CPU, 1 fleet); waiting up to 300 s" in log.read_text(),
+        timeout_s=_TIMEOUT_S,
+    )
     second = cluster.nodes.add(resources={"fleet": 1})
     (tmp_path / "go").touch()
     assert future.result(_TIMEOUT_S) == [second] * 2
@@ -159,7 +155,7 @@ def test_tasks_wait_for_lost_nodes_to_come_back(cluster: Cluster, log: Path, tmp
 def test_nodes_that_do_not_come_back_end_the_work(cluster: Cluster, log: Path, tmp_path: Path) -> None:
     lost = cluster.nodes.add(resources={"spot-only": 1})
     future = cluster.submit(partial(wait_for_go, tmp_path), 3, log, resources_per_task={"spot-only": 1}, wait_s=1)
-    wait_until(lambda: len(attempts(tmp_path)) == 1)
+    wait_until(lambda: len(attempts(tmp_path)) == 1, timeout_s=_TIMEOUT_S)
     cluster.nodes.remove(lost)
     with raises("ray.nodes-gone", LostTaskError, got="none for 1 s"):
         future.result(_TIMEOUT_S)

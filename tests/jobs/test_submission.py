@@ -9,10 +9,9 @@ import signal
 import subprocess
 import sys
 import sysconfig
-import time
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from tests.faults.drivers import enable_ctrl_c
 from tests.jobs.clusters import HeadNode, head_node
 from tests.jobs.conftest import Tree
 from tests.marks import slow
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parents[2]
@@ -231,6 +231,9 @@ class SlowBuild:
     def log(self) -> str:
         return (self.folder / "out").read_text()
 
+    def output(self) -> str:
+        return self.log() + self.errors()
+
 
 @pytest.fixture
 def slow_build(tree: Tree, shards: list[str], tmp_path: Path) -> SlowBuild:
@@ -241,14 +244,6 @@ def slow_build(tree: Tree, shards: list[str], tmp_path: Path) -> SlowBuild:
     teacher = {"model": "python:slow_teacher:build", "kwargs": {"folder": str(tmp_path)}}
     sections = tree(ray={"address": "auto"}, data={"shards": copies}, teacher=teacher)
     return SlowBuild(tmp_path, write(sections, tmp_path / "build.yaml"))
-
-
-def wait_until(condition: Callable[[], object], process: subprocess.Popen[str], build: SlowBuild) -> None:
-    deadline = time.monotonic() + 400
-    while not condition():
-        assert process.poll() is None, build.log() + build.errors()
-        assert time.monotonic() < deadline, build.log() + build.errors()
-        time.sleep(0.02)
 
 
 @pytest.fixture
@@ -266,14 +261,14 @@ def test_ctrl_c_asks_and_stops_the_job_and_submitting_again_repeats_nothing_that
 ) -> None:
     folder, (keys, stdin) = slow_build.folder, terminal
     with slow_build.submitted(cluster, "stopped", stdin) as process:
-        wait_until(lambda: len(list(folder.glob("cache/commits/digits-00/*.json"))) == 3, process, slow_build)
+        wait_until(lambda: len(list(folder.glob("cache/commits/digits-00/*.json"))) == 3, process, slow_build.output)
         (folder / "hold").touch()
         process.send_signal(signal.SIGINT)
-        wait_until(lambda: "stop the job?" in slow_build.errors(), process, slow_build)
+        wait_until(lambda: "stop the job?" in slow_build.errors(), process, slow_build.output)
         os.write(keys, b"n\n")
-        wait_until(lambda: "following job stopped" in slow_build.errors(), process, slow_build)
+        wait_until(lambda: "following job stopped" in slow_build.errors(), process, slow_build.output)
         process.send_signal(signal.SIGINT)
-        wait_until(lambda: slow_build.errors().count("stop the job?") == 2, process, slow_build)
+        wait_until(lambda: slow_build.errors().count("stop the job?") == 2, process, slow_build.output)
         os.write(keys, b"y\n")
         assert process.wait(60) == 130, slow_build.errors()
     assert "job stopped was stopped" in slow_build.errors()
@@ -298,10 +293,10 @@ def test_ctrl_c_without_a_terminal_and_a_second_one_leave_the_job_running_and_pr
     (slow_build.folder / "hold").touch()
     job = f"left-{has_terminal}"
     with slow_build.submitted(cluster, job, terminal[1] if has_terminal else subprocess.DEVNULL) as process:
-        wait_until(lambda: "Running entrypoint" in slow_build.log(), process, slow_build)
+        wait_until(lambda: "Running entrypoint" in slow_build.log(), process, slow_build.output)
         process.send_signal(signal.SIGINT)
         if has_terminal:
-            wait_until(lambda: "stop the job?" in slow_build.errors(), process, slow_build)
+            wait_until(lambda: "stop the job?" in slow_build.errors(), process, slow_build.output)
             process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130, slow_build.errors()
     assert f"job {job} continues" in slow_build.errors()

@@ -13,13 +13,10 @@ from jobs.train_student import train_student
 from pipeline.core.errors import CacheError, ResourceError
 from tests.errors import raises
 from tests.jobs.conftest import Tree, config_of, files_below
+from tests.pipeline.student.runs import metrics
 
 pytestmark = pytest.mark.ray
 TWO = {"address": "local", "num_workers": 2}
-
-
-def steps_of(run: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.exhaustive
@@ -39,7 +36,7 @@ def test_distill_builds_then_trains_with_two_workers_and_a_second_call_does_noth
     assert [item["step"] for item in events if item["event"] == "step"] == [3, 7]
     assert summary["steps"] == 8
     assert 0 <= summary["top1"] <= 1
-    assert steps_of(tmp_path / "run") == list(range(8))
+    assert [record["step"] for record in metrics(tmp_path / "run")] == list(range(8))
     before = files_below(tmp_path)
     assert distill(config) == summary
     assert files_below(tmp_path) == before
