@@ -24,24 +24,25 @@ from tests.benchmarks import (
     step,
     view_options,
 )
-from tests.benchmarks.timing import machine
+from tests.benchmarks.timing import CIFAR, SHARED, machine
 
+# Title, function, and the data without which it is skipped.
 BENCHMARKS = {
-    "build": ("Cache build", build.run),
-    "bytes_a_row": ("Bytes a row by encoding", bytes_a_row.run),
-    "decoders": ("JPEG decoders", decoders.run),
-    "eval_view": ("Eval views against timm's eval transform", eval_view.run),
-    "event_costs": ("Log lines, counters and metrics of a part", event_costs.run),
-    "fan_out": ("Ray tasks over 10,000 tiny parts", fan_out.run),
-    "fidelity": ("Fidelity of stored logits", fidelity.run),
-    "join": ("Teacher columns joined, B=256 K=1000", join.run),
-    "loader": ("The loader alone against bare decode and augment", loader.run),
-    "memory": ("Memory of a cache task over shards of two sizes", memory.run),
-    "nd": ("ND loss, forward and backward, B=256 K=1000 D=2048", nd_loss.run),
-    "nodes": ("A build over two nodes of one CPU against one", nodes.run),
-    "scale": ("What is done once for each shard, 1,000 and 10,000 of them", scale.run),
-    "step": ("A training step: cached against labels alone, online against its parts", step.run),
-    "view_options": ("Options of views", view_options.run),
+    "build": ("Cache build", build.run, SHARED),
+    "bytes_a_row": ("Bytes a row by encoding", bytes_a_row.run, CIFAR),
+    "decoders": ("JPEG decoders", decoders.run, None),
+    "eval_view": ("Eval views against timm's eval transform", eval_view.run, SHARED),
+    "event_costs": ("Log lines, counters and metrics of a part", event_costs.run, None),
+    "fan_out": ("Ray tasks over 10,000 tiny parts", fan_out.run, None),
+    "fidelity": ("Fidelity of stored logits", fidelity.run, CIFAR),
+    "join": ("Teacher columns joined, B=256 K=1000", join.run, CIFAR),
+    "loader": ("The loader alone against bare decode and augment", loader.run, SHARED),
+    "memory": ("Memory of a cache task over shards of two sizes", memory.run, SHARED),
+    "nd": ("ND loss, forward and backward, B=256 K=1000 D=2048", nd_loss.run, None),
+    "nodes": ("A build over two nodes of one CPU against one", nodes.run, None),
+    "scale": ("What is done once for each shard, 1,000 and 10,000 of them", scale.run, None),
+    "step": ("A training step: cached against labels alone, online against its parts", step.run, SHARED),
+    "view_options": ("Options of views", view_options.run, SHARED),
 }
 
 if __name__ == "__main__":
@@ -50,6 +51,9 @@ if __name__ == "__main__":
         raise SystemExit(f"no benchmark is called {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}")
     print(f"{machine()}; median (quartiles)")
     for name in names:
-        title, benchmark = BENCHMARKS[name]
+        title, benchmark, data = BENCHMARKS[name]
         print(title)
-        benchmark()
+        if data is None or data.exists():
+            benchmark()
+        else:
+            print(f"  skipped, {data} is absent")

@@ -18,7 +18,7 @@ from pipeline.cache.build.part_writer import PartWriter, parquet_settings, view_
 from pipeline.cache.format.codec import decode, encode, stored_outputs
 from pipeline.tasks import OutputSpec
 from schemas.cache_format import Output, part_schema
-from tests.benchmarks.teachers import BENCH, CIFAR, ten_classes, thousand_classes
+from tests.benchmarks.teachers import BENCH, ten_classes, thousand_classes
 from tests.pipeline.caches import read_commits
 
 _GROUP, _ROUNDS = 256, 3
@@ -114,9 +114,6 @@ def _report(rows: pa.Table, logits_NK: NDArray[np.float32], kind: str) -> None:
 
 
 def run() -> None:
-    if not CIFAR.exists():
-        print(f"  skipped, {CIFAR} is absent")
-        return
     titles = "".join(f"{stage:>8}" for stage in _STAGES)
     for teacher, kinds in (
         (ten_classes(), ("fp32", "fp16", "int8", "topk:4")),

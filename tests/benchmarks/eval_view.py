@@ -19,16 +19,13 @@ from pipeline.shards.decode import decode
 from pipeline.shards.tar import Sample, read_samples
 from pipeline.teacher.inference import Teacher, load_teacher
 from schemas.config import DataConfig, TeacherConfig, ViewsConfig
-from tests.benchmarks.teachers import CIFAR, ten_classes
-from tests.benchmarks.timing import SHARED, Spread
+from tests.benchmarks.teachers import ten_classes
+from tests.benchmarks.timing import CIFAR, SHARED, Spread
 
 PHOTOGRAPHS = SHARED / "imagenet-samples"
 
 
 def run() -> None:
-    if not SHARED.exists():
-        print(f"  skipped, {SHARED} is absent")
-        return
     small = _load({**ten_classes().section, "batch_size": 128}, num_classes=10, size=32)
     for fraction in (1.0, 0.875):
         _report(f"CIFAR-10, ResNet-20, crop fraction {fraction}", small, sorted(CIFAR.glob("val-*.tar")), fraction)

@@ -18,7 +18,7 @@ from pipeline.cache.build.part import PartTask, build_part
 from pipeline.shards.shard_urls import shard_ids
 from pipeline.shards.writer import pack_shards
 from schemas.config import Config
-from tests.benchmarks.timing import Spread, interleaved
+from tests.benchmarks.timing import Spread, interleaved, random_resnet
 
 PARTS = 10_000
 _TIMED = 500
@@ -29,14 +29,7 @@ def _config(folder: str, name: str, address: str) -> Config:
     return Config.model_validate(
         {
             "data": {"shards": f"{folder}/one-0.tar", "num_classes": 10},
-            "teacher": {
-                "model": "python:pipeline.models.cifar:resnet",
-                "weights": "random",
-                "kwargs": {"depth": 8},
-                "mean": (0.5, 0.5, 0.5),
-                "std": (0.25, 0.25, 0.25),
-                "batch_size": 1,
-            },
+            "teacher": random_resnet(batch_size=1),
             "views": {"kind": "crop", "count": PARTS, "size": 8},
             "cache": {"url": f"{folder}/{name}", "views_per_part": 1},
             "ray": {"address": address},

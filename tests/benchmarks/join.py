@@ -21,12 +21,13 @@ from jobs.build_cache import build_cache
 from pipeline.cache.format.codec import raw_rows
 from pipeline.cache.read.reader import TeacherCache, open_cache
 from pipeline.student.data.dataset import group_by_shard, read_rows
-from pipeline.student.data.order import OrderedRows, TrainingOrder
+from pipeline.student.data.order import OrderedRows
 from pipeline.student.data.sources import CachedSource, open_cached
 from pipeline.student.data.teacher_outputs import decode_outputs
 from schemas.config import Config
-from tests.benchmarks.teachers import BENCH, CIFAR
-from tests.benchmarks.timing import Spread, interleaved, ratio
+from tests.benchmarks.teachers import BENCH
+from tests.benchmarks.timing import CIFAR, Spread, interleaved, random_resnet, ratio
+from tests.pipeline.student.runs import order_of
 
 ROUNDS, BATCH = 40, 256
 Values = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
@@ -37,14 +38,7 @@ def random_teacher(encoding: str, num_classes: int = 1000) -> Config:
     return Config.model_validate(
         {
             "data": {"shards": f"{CIFAR}/train-{{00000..00009}}.tar", "num_classes": num_classes},
-            "teacher": {
-                "model": "python:pipeline.models.cifar:resnet",
-                "weights": "random",
-                "kwargs": {"depth": 8},
-                "mean": (0.5, 0.5, 0.5),
-                "std": (0.25, 0.25, 0.25),
-                "batch_size": 256,
-            },
+            "teacher": random_resnet(batch_size=256),
             "views": {"kind": "crop", "count": 1, "size": 32},
             "cache": {"url": str(BENCH / f"random{num_classes}-{encoding}"), "logits": encoding},
             "ray": {"address": "none", "cpus_per_task": 2},
@@ -60,9 +54,6 @@ def built(config: Config) -> TeacherCache:
 
 
 def run() -> None:
-    if not CIFAR.exists():
-        print(f"  skipped, {CIFAR} is absent")
-        return
     for encoding in ("fp16", "int8"):
         config = random_teacher(encoding)
         source = open_cached([built(config)], config.data)
@@ -74,16 +65,7 @@ def run() -> None:
 
 
 def _compare(encoding: str, source: CachedSource, config: Config, folder: Path) -> None:
-    order = TrainingOrder.build(
-        source.shard_ids,
-        source.num_ok,
-        seed=0,
-        global_batch_size=BATCH,
-        lanes=None,
-        kind="global",
-        tail="drop",
-        plan=config.views,
-    )
+    order = order_of(source, config.views, global_batch_size=BATCH, tail="drop")
     rows = order.epoch(0, 0)
     steps = [rows.rows(step % order.num_steps, 0, 1) for step in range(ROUNDS + 1)]
     layouts = _layouts(encoding, source, folder)

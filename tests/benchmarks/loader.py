@@ -20,12 +20,13 @@ from pipeline.shards.tar import ShardReader
 from pipeline.student.data.batch import InputSize
 from pipeline.student.data.dataset import StepDataset, group_by_shard, read_rows
 from pipeline.student.data.loader import load_batches
-from pipeline.student.data.order import OrderedRows, TrainingOrder
+from pipeline.student.data.order import OrderedRows
 from pipeline.student.data.sources import CachedSource, open_cached
 from schemas.config import Config
 from tests.benchmarks.join import built, random_teacher
 from tests.benchmarks.teachers import BENCH
 from tests.benchmarks.timing import SHARED, Spread, interleaved, ratio
+from tests.pipeline.student.runs import order_of
 
 WORKERS, ROUNDS = 2, 9
 _Row = tuple[int, int, int, list[int], bool]
@@ -68,9 +69,6 @@ class _Bare(Dataset[Tensor]):
 
 
 def run() -> None:
-    if not SHARED.exists():
-        print(f"  skipped, {SHARED} is absent")
-        return
     cases = {
         "imagenet-samples, 224": _Case(_photographs(), batch=32, steps=96),
         "cifar10, 32": _Case(random_teacher("fp16", num_classes=10), batch=256, steps=320),
@@ -88,16 +86,7 @@ def _variants(case: _Case) -> tuple[int, dict[str, Callable[[], int]]]:
     """The images of a pass, and both ways to it."""
     config = case.config
     source = open_cached([built(config)], config.data)
-    order = TrainingOrder.build(
-        source.shard_ids,
-        source.num_ok,
-        seed=0,
-        global_batch_size=case.batch,
-        lanes=None,
-        kind="global",
-        tail="short",
-        plan=config.views,
-    )
+    order = order_of(source, config.views, global_batch_size=case.batch)
     dataset = StepDataset(
         source,
         order,

@@ -15,7 +15,7 @@ from pipeline.shards.tar import read_samples
 from pipeline.shards.writer import Members, pack_shards
 from schemas.cache_format import ViewBlock
 from schemas.config import Config, DataConfig
-from tests.benchmarks.timing import SHARED, Spread, ratio
+from tests.benchmarks.timing import SHARED, Spread, random_resnet, ratio
 
 SIZES, ROUNDS = (1_000, 10_000), 3
 VIEWS = 2
@@ -27,13 +27,7 @@ def _config(shard: str, url: str) -> Config:
     return Config.model_validate(
         {
             "data": {"shards": shard, "num_classes": NUM_CLASSES},
-            "teacher": {
-                "model": "python:pipeline.models.cifar:resnet",
-                "weights": "random",
-                "kwargs": {"depth": 8},
-                "mean": (0.5, 0.5, 0.5),
-                "std": (0.25, 0.25, 0.25),
-            },
+            "teacher": random_resnet(),
             "views": {"kind": "function_matching", "count": VIEWS, "size": 32},
             "cache": {"url": url, "logits": "fp32", "views_per_part": VIEWS},
             "ray": {"address": "none"},
@@ -50,9 +44,6 @@ def _images() -> Iterator[tuple[str, Members]]:
 
 
 def run() -> None:
-    if not SHARED.exists():
-        print(f"  skipped, {SHARED} is absent")
-        return
     with tempfile.TemporaryDirectory() as folder:
         shards = {size: pack_shards(_images(), f"{folder}/of-{size}-%02d.tar", shard_size=size)[0] for size in SIZES}
         peaks: dict[int, list[float]] = {size: [] for size in SIZES}

@@ -11,7 +11,7 @@ import ray
 from jobs.build_cache import build_cache
 from pipeline.shards.writer import pack_shards
 from schemas.config import Config
-from tests.benchmarks.timing import Spread, interleaved, ratio
+from tests.benchmarks.timing import Spread, interleaved, random_resnet, ratio
 from tests.jobs.clusters import driver, many_nodes
 from tests.pipeline.caches import digit_samples
 
@@ -23,14 +23,7 @@ def _config(folder: str, name: str, nodes: str) -> Config:
     return Config.model_validate(
         {
             "data": {"shards": f"{folder}/digits-{{00..{_SHARDS - 1:02d}}}.tar", "num_classes": 10},
-            "teacher": {
-                "model": "python:pipeline.models.cifar:resnet",
-                "weights": "random",
-                "kwargs": {"depth": 20},
-                "mean": (0.5, 0.5, 0.5),
-                "std": (0.25, 0.25, 0.25),
-                "batch_size": 32,
-            },
+            "teacher": random_resnet(20, batch_size=32),
             "views": {"kind": "crop", "count": _VIEWS, "size": 32},
             "cache": {"url": f"{folder}/{name}", "views_per_part": 2},
             "ray": {"address": "auto", "resources_per_task": {nodes: 0.01}},

@@ -21,13 +21,11 @@ from pipeline.student.data.batch import Batch
 from pipeline.student.data.loader import load_batches
 from pipeline.teacher.numerics import retain_freed_memory
 from schemas.config import Config
-from tests.benchmarks.timing import SHARED, Spread
+from tests.benchmarks.timing import SHARED, Spread, random_resnet
 from tests.pipeline.student.runs import trainer_of
 
 BLOCKS, STEPS_A_BLOCK = 24, 3
 THREADS = 2
-_NORMALISED = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
-_RESNET = {"model": "python:pipeline.models.cifar:resnet", **_NORMALISED}
 
 
 def _config(folder: str, mode: str) -> Config:
@@ -41,10 +39,10 @@ def _config(folder: str, mode: str) -> Config:
                 "cache": f"{folder}/cache" if mode == "cache" else None,
                 "local_dir": folder,
             },
-            "teacher": {**_RESNET, "weights": "random", "kwargs": {"depth": 56}, "mode": mode, "batch_size": 128},
+            "teacher": random_resnet(56, mode=mode, batch_size=128),
             "views": {"kind": "crop", "count": 1, "size": 32},
             "cache": {"url": f"{folder}/cache"},
-            "student": {**_RESNET, "kwargs": {"depth": 20}},
+            "student": random_resnet(20),
             "loss": [{"name": "ce"}] if mode == "none" else [{"name": "kd"}],
             "train": {"epochs": 10, "global_batch_size": 128, "optimizer": "sgd", "lr": 0.01},
             "run": {"url": f"{folder}/{mode}"},
@@ -79,9 +77,6 @@ def _forward(run: _Run) -> Callable[[], None]:
 
 
 def run() -> None:
-    if not SHARED.exists():
-        print(f"  skipped, {SHARED} is absent")
-        return
     torch.set_num_threads(THREADS)
     retain_freed_memory()
     with tempfile.TemporaryDirectory() as folder:

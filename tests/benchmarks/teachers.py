@@ -31,10 +31,9 @@ from pipeline.shards.tar import read_samples
 from pipeline.shards.writer import Members, pack_shards
 from pipeline.student.run.checkpoint import LAST
 from schemas.config import Config, DataConfig
-from tests.benchmarks.timing import SHARED
+from tests.benchmarks.timing import CIFAR
 
 BENCH = Path(__file__).resolve().parents[2] / "runs" / "bench"
-CIFAR = SHARED / "cifar10"
 _NUM_PSEUDO = 1000
 _CROPS = {"kind": "crop", "size": 32, "area": [0.4, 1.0], "crop_fraction": 1.0}
 _VIEWS = {"clean": {"kind": "eval", "size": 32, "crop_fraction": 1.0}, "mixed": {**_CROPS, "kind": "function_matching"}}

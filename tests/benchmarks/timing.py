@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+CIFAR = SHARED / "cifar10"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,18 @@ def interleaved(variants: Mapping[str, Callable[[], object]], *, rounds: int) ->
 def ratio(above: list[float], below: list[float]) -> Spread:
     """Of one round's times, over all rounds."""
     return Spread.of([a / b for a, b in zip(above, below, strict=True)])
+
+
+def random_resnet(depth: int = 8, **keys: object) -> dict[str, object]:
+    """The section of a network of CIFAR's size that learnt nothing."""
+    return {
+        "model": "python:pipeline.models.cifar:resnet",
+        "weights": "random",
+        "kwargs": {"depth": depth},
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.25, 0.25, 0.25),
+        **keys,
+    }
 
 
 def machine() -> str:

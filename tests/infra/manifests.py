@@ -17,6 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 INFRA = ROOT / "infra"
 _CRDS = ROOT.parent / "shared" / "reference" / "kuberay"
 _CUSTOM = {"RayJob": "ray.io_rayjobs.yaml", "RayCluster": "ray.io_rayclusters.yaml"}
+JOBS = ("rayjob-build", "rayjob-train", "rayjob-distill")
+CLUSTERS = (*JOBS, "raycluster-dev")
 
 Document = dict[str, Any]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from tests.infra.manifests import INFRA, manifest, pods
+from tests.infra.manifests import CLUSTERS, INFRA, manifest, pods
 
 DASHBOARD: dict[str, Any] = json.loads((INFRA / "grafana" / "stillroom.json").read_text())
 PANELS = DASHBOARD["panels"]
@@ -50,7 +50,7 @@ def test_prometheus_finds_the_pods_at_a_port_that_the_policy_opens() -> None:
     port_name = rules["__meta_kubernetes_pod_container_port_name",]["regex"]
     ingress = [rule for rule in policy["spec"]["ingress"] if "monitoring" in json.dumps(rule)]
     opened = {port["port"] for rule in ingress for port in rule["ports"]}
-    for name in ("rayjob-build", "rayjob-train", "rayjob-distill", "raycluster-dev"):
+    for name in CLUSTERS:
         head = next(pod for pod in pods(manifest(name)) if pod.name == "head")
         assert head.labels["project"] == project
         (port,) = [port for port in head.containers[0]["ports"] if port["name"] == port_name]

@@ -18,7 +18,7 @@ from pipeline.storage.config_files import load_config
 from pipeline.student.training.config_checks import check_config
 from pipeline.student.training.schedule import plan_training
 from schemas.config import Config
-from tests.infra.manifests import INFRA, ROOT, Document, cluster_spec, load, manifest, pods
+from tests.infra.manifests import CLUSTERS, INFRA, ROOT, Document, cluster_spec, load, manifest, pods
 from tests.pipeline.caches import digit_samples
 
 # Each job, its module, and the equivalent command.
@@ -57,7 +57,7 @@ def test_all_resources_of_the_kustomization_exist() -> None:
     (kustomization,) = load(INFRA / "kustomization.yaml")
     files = [*kustomization["resources"], *kustomization["configMapGenerator"][0]["files"]]
     assert all((INFRA / name).is_file() for name in files)
-    namespaces = {manifest(name)["metadata"]["namespace"] for name in (*JOBS, "raycluster-dev", "network-policy")}
+    namespaces = {manifest(name)["metadata"]["namespace"] for name in (*CLUSTERS, "network-policy")}
     assert namespaces == {kustomization["namespace"]}
 
 

@@ -16,10 +16,8 @@ import yaml
 from ray.dashboard.http_server_agent import PUBLIC_EXACT_PATHS
 from ray.scripts.scripts import start
 
-from tests.infra.manifests import INFRA, Document, Pod, cluster_spec, load, manifest, pods, schema_error
+from tests.infra.manifests import CLUSTERS, INFRA, JOBS, Document, Pod, cluster_spec, load, manifest, pods, schema_error
 
-JOBS = ("rayjob-build", "rayjob-train", "rayjob-distill")
-CLUSTERS = (*JOBS, "raycluster-dev")
 FILES = sorted((INFRA / "kuberay").glob("*.yaml"))
 # Maps with arbitrary keys, which no schema checks, but tests below.
 _FREE = {"annotations", "labels", "limits", "matchLabels", "rayStartParams", "requests"}

@@ -5,8 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from pipeline.core.errors import TrainingError
 from pipeline.student.training.trainer import train
 from tests.errors import raises
 from tests.jobs.conftest import NETWORK, Tree, config_of
+from tests.jobs.programs import run_python
 from tests.marks import slow
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,9 +46,7 @@ def test_a_command_that_a_signal_ends_names_it_on_stderr(
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(killed_at(tree, number)))
     code = "import sys; from jobs.cli import main; sys.argv = ['stillroom', 'train', sys.argv[1]]; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = run_python("-c", code, path, cwd=ROOT)
     assert done.returncode == -number
     assert f"Fatal Python error: {text}" in done.stderr
     assert "networks.py" in done.stderr

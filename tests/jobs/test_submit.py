@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from pipeline.storage.config_files import load_config
 from tests.errors import raises
 from tests.jobs.clusters import free_port
 from tests.jobs.conftest import Document
+from tests.jobs.programs import run_python
 
 UNREACHABLE = "http://127.0.0.1:1"
 SECRET = "hush-4711"
@@ -99,9 +99,9 @@ def test_unreachable_addresses_fail_after_the_stated_time(silent: str, document:
         "        print(error.code, error.exit_code, error)\n"
     )
     (tmp_path / "empty").mkdir()
-    command = [sys.executable, "-c", script, document(), silent, f"http://127.0.0.1:{free_port()}"]
-    env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    addresses = silent, f"http://127.0.0.1:{free_port()}"
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
+    done = run_python("-c", script, document(), *addresses, cwd=tmp_path, **token)
     assert done.stdout.count("ray.no-response 2 ") == 2
     assert silent in done.stdout
     assert "within 1 s" in done.stdout

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.jobs.programs import run_python
+
 # Every test starts processes.
 pytestmark = pytest.mark.long
 
-STILLROOM = [sys.executable, "-m", "jobs.cli"]
 # Logs, prints far more than the buffer of a pipe, and writes a file that no other output may reach.
 _WORK = """
 import os, sys
@@ -38,10 +38,15 @@ sys.exit(run_command(work))
 """
 
 
-def _run(shell: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs a bash command in which ``"$@"`` is the program above with its arguments."""
-    command = ["bash", "-o", "pipefail", "-c", shell, "bash", sys.executable, "-c", _WORK, *arguments]
+def _in_bash(shell: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs a bash command in which ``"$@"`` is Python with these arguments."""
+    command = ["bash", "-o", "pipefail", "-c", shell, "bash", sys.executable, *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def _run(shell: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The same for the program above with its arguments."""
+    return _in_bash(shell, "-c", _WORK, *arguments)
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
@@ -67,12 +72,10 @@ def test_a_result_lost_on_a_full_disk_is_one_error_and_exit_1(tmp_path: Path) ->
 
 def test_characters_that_a_terminal_lacks_are_escaped(tmp_path: Path) -> None:
     program = "from jobs.entry import run_command; run_command(lambda: print('\\u00e9\\u2713'))"
-    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, env=env, cwd=tmp_path, check=False)
-    assert (done.returncode, done.stdout) == (0, b"\\xe9\\u2713\n"), done.stderr
+    done = run_python("-c", program, cwd=tmp_path, PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stdout) == (0, "\\xe9\\u2713\n"), done.stderr
 
 
 def test_help_through_a_pipe_that_closes_exits_0() -> None:
-    command = ["bash", "-o", "pipefail", "-c", '"$@" | true', "bash", *STILLROOM, "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = _in_bash('"$@" | true', "-m", "jobs.cli", "--help")
     assert (done.returncode, done.stderr) == (0, "")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,6 +18,7 @@ from pipeline.core.errors import ResourceError
 from schemas.config import Config, RayConfig
 from tests.errors import raises
 from tests.jobs.clusters import free_port, head_node
+from tests.jobs.programs import run_python
 
 _LIMIT_S = 30
 _JOIN = (
@@ -75,12 +74,6 @@ def silent_port() -> Iterator[int]:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         yield listener.getsockname()[1]
-
-
-def _python(program: str, *arguments: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    plain = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    command = [sys.executable, "-c", program, *arguments]
-    return subprocess.run(command, env={**plain, **env}, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.usefixtures("short_timeout")
@@ -146,7 +139,7 @@ def test_a_folder_that_ray_cannot_write_is_one_error(variable: str, code: str, m
 def test_a_temporary_folder_too_long_for_sockets_is_replaced_by_a_short_one_with_a_warning(tmp_path: Path) -> None:
     long = tmp_path / ("x" * 80)
     long.mkdir()
-    done = _python(_USE, env={"TMPDIR": str(long)})
+    done = run_python("-c", _USE, TMPDIR=str(long))
     folder, result = done.stdout.split()
     assert (done.returncode, result, folder) == (0, "7", f"/tmp/ray-{os.getuid()}")
     assert f"{folder} " in done.stderr
@@ -158,7 +151,7 @@ def test_a_temporary_folder_too_long_for_sockets_is_replaced_by_a_short_one_with
 @pytest.mark.ray
 def test_a_given_token_makes_a_home_that_cannot_be_written_unnecessary(tmp_path: Path) -> None:
     """The remedy that the error names."""
-    done = _python(_USE, env={"HOME": _a_file(tmp_path), "RAY_AUTH_TOKEN": "0123456789abcdef" * 4})
+    done = run_python("-c", _USE, HOME=_a_file(tmp_path), RAY_AUTH_TOKEN="0123456789abcdef" * 4)
     assert (done.returncode, done.stdout.split()[1]) == (0, "7"), done.stderr
 
 
@@ -168,18 +161,18 @@ def test_the_error_of_a_refused_token_names_the_variables_to_set(tmp_path: Path)
     with head_node(tmp_path, num_cpus=1) as head:
         home = {"HOME": str(tmp_path)}
         for env in ({}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "f" * 64}, {"RAY_AUTH_MODE": "token"}):
-            done = _python(_JOIN, head.address, env={**home, **env})
+            done = run_python("-c", _JOIN, head.address, **{**home, **env})
             assert done.returncode == 2
             assert "RAY_AUTH_TOKEN_PATH" in done.stderr
             assert done.stderr.count("\n") == 4, done.stderr
-        assert _python(_JOIN, head.address, env=head.env).returncode == 0
+        assert run_python("-c", _JOIN, head.address, **head.env).returncode == 0
 
 
 @pytest.mark.slow
 @pytest.mark.ray
 def test_ctrl_c_leaves_no_temporary_folder_of_a_worker(tmp_path: Path) -> None:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        done = _python(_INTERRUPTED, env={"TMPDIR": folder, "STILLROOM_TEST_BEGAN": str(tmp_path / "began")})
+        done = run_python("-c", _INTERRUPTED, TMPDIR=folder, STILLROOM_TEST_BEGAN=str(tmp_path / "began"))
         assert done.returncode == 130, done.stderr
         assert (tmp_path / "began").read_text().startswith(f"{folder}/stillroom-scratch-")
         assert [path.name for path in Path(folder).iterdir() if path.name.startswith("stillroom")] == []

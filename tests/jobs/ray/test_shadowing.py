@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path, PurePath
 
 import pytest
 
 from jobs.ray.connection import check_shadowing
 from pipeline.core.errors import InputError
+from tests.jobs.programs import run_python
 
 ROOT = Path(__file__).resolve().parents[3]
 # Workers need no package to run a builtin, so only the import of Stillroom's own package is tested.
@@ -28,25 +26,18 @@ def _hostile(folder: Path, *names: str) -> Path:
     return folder
 
 
-def _python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    plain = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    env = {**plain, "PYTHONPATH": ""}
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=env, capture_output=True, text=True, check=False
-    )
-
-
 @pytest.mark.slow
 @pytest.mark.ray
 def test_ray_s_workers_import_stillroom_and_not_modules_of_the_working_folder(tmp_path: Path) -> None:
     # -P gives the import path of a console command, without the working folder. Ray's workers have that folder first.
     folder = _hostile(tmp_path, "jobs.py", "pipeline/__init__.py", "schemas.py")
-    done = _python(folder, "-P", "-c", _FAN_OUT)
+    done = run_python("-P", "-c", _FAN_OUT, cwd=folder, PYTHONPATH="")
     assert done.returncode == 0, done.stderr
 
 
 def test_python_m_imports_stillroom_s_pipeline_where_the_working_folder_has_another(tmp_path: Path) -> None:
-    done = _python(_hostile(tmp_path, "pipeline/__init__.py", "schemas.py"), "-m", "jobs.cli", "--version")
+    folder = _hostile(tmp_path, "pipeline/__init__.py", "schemas.py")
+    done = run_python("-m", "jobs.cli", "--version", cwd=folder, PYTHONPATH="")
     assert done.stdout.startswith("stillroom "), done.stderr
 
 

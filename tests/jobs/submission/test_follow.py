@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 from aiohttp import WSMsgType, web
+
+from tests.jobs.programs import run_python
 
 LINES = [f"line {number}\n" for number in range(30)]
 SCRIPT = """
@@ -106,14 +105,7 @@ def test_a_log_whose_connection_breaks_and_goes_silent_is_printed_once_and_to_it
     cluster = Cluster()
     with served(cluster) as address:
         # In another process: Ray reads the token once in a process, and other tests need other tokens.
-        done = subprocess.run(
-            [sys.executable, "-c", SCRIPT, address],
-            env={**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_API_SERVER_ADDRESS": address},
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        done = run_python("-c", SCRIPT, address, RAY_AUTH_MODE="disabled", RAY_API_SERVER_ADDRESS=address)
     assert done.returncode == 3, done.stdout + done.stderr
     assert done.stdout == "".join(LINES)
     assert "job job failed with exit code 3" in done.stderr
