@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ NETWORK = {
 
 Tree = Callable[..., dict[str, Any]]
 Document = Callable[..., str]
+JsonLog = Callable[[], list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="session")
@@ -87,6 +89,13 @@ def document(tree: Tree, tmp_path: Path) -> Document:
         return str(path)
 
     return write
+
+
+@pytest.fixture
+def json_log(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> JsonLog:
+    """Makes the log JSON. Returns its objects since the last call."""
+    monkeypatch.setenv("STILLROOM_LOG", "json")
+    return lambda: [json.loads(line) for line in capsys.readouterr().err.splitlines()]
 
 
 def config_of(tree: dict[str, Any]) -> Config:

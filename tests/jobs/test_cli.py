@@ -17,6 +17,7 @@ from jobs.build_cache import build_cache
 from jobs.recipes.document import load_recipe
 from pipeline.core.errors import ConfigError
 from pipeline.models.cifar import resnet
+from tests.errors import raises
 from tests.jobs.conftest import Document, config_of, files_below, tree_below
 from tests.jobs.programs import run_python
 from tests.pipeline.shards.tars import image_bytes
@@ -345,9 +346,8 @@ def test_recipes_of_the_package_are_listed_and_run_by_name_from_any_folder(
 def test_an_unknown_recipe_is_one_message_with_the_command_to_run(
     name: str, next_step: str, stillroom: Stillroom
 ) -> None:
-    with pytest.raises(ConfigError) as caught:
+    with raises("recipe.unknown-name", ConfigError, got=name, next_step=next_step):
         load_recipe(name, [])
-    assert (caught.value.code, caught.value.got, caught.value.next_step) == ("recipe.unknown-name", name, next_step)
     _, err = stillroom("recipe", name, code=2)
     assert err.count("error:") == 1
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from jobs.observability.task_observer import AttemptStats
 from pipeline.cache.build.part import PartTask
 from pipeline.core.errors import ShardError, TransientStorageError
 from schemas.cache_format import ByteRange, Commit, FileRef, Statistics, ViewBlock, ViewRange
-from tests.jobs.conftest import Tree, config_of
+from tests.jobs.conftest import JsonLog, Tree, config_of
 
 
 class Clock:
@@ -47,9 +46,8 @@ def built(*, images: int, views: int, size_bytes: int, busy_s: float) -> BuiltPa
 
 
 @pytest.fixture
-def events(tree: Tree, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+def events(tree: Tree, json_log: JsonLog) -> list[dict[str, Any]]:
     """The log of three parts on two nodes; the first node built two of them at once."""
-    monkeypatch.setenv("STILLROOM_LOG", "json")
     config = config_of(tree(ray={"address": "none", "cpus_per_task": 4, "gpus_per_task": 0.5}))
     first, second, third = (
         PartTask(config, f"s3://bucket/train-{number}.tar", ViewBlock(start=0, stop=2)) for number in (1, 2, 3)
@@ -67,7 +65,7 @@ def events(tree: Tree, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     observer.done(third, built(images=10, views=1, size_bytes=5, busy_s=900), AttemptStats("right", 1800), attempt=1)
     observer.failed(third, ShardError("cut"), AttemptStats("right", 540), attempt=1)
     observer.log_summary()
-    return [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    return json_log()
 
 
 def test_a_node_is_counted_from_the_start_of_its_first_part_to_the_end_of_its_last(
@@ -111,16 +109,12 @@ def test_an_attempt_is_logged_with_its_shard_and_its_outcome(events: list[dict[s
     assert "slow down" in retried["error"]
 
 
-def test_a_build_without_a_finished_part_has_hours_too(
-    tree: Tree, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_build_without_a_finished_part_has_hours_too(tree: Tree, json_log: JsonLog) -> None:
     task = PartTask(config_of(tree()), "s3://bucket/train-1.tar", ViewBlock(start=0, stop=2))
     observer = BuildObserver(task.config, [task], num_shards=1)
     observer.failed(task, ShardError("cut"), AttemptStats("left", 1800), attempt=1)
-    monkeypatch.setenv("STILLROOM_LOG", "json")
-    capsys.readouterr()
     observer.log_summary()
-    (summary,) = (json.loads(line) for line in capsys.readouterr().err.splitlines())
+    _, summary = json_log()
     assert (summary["parts"], summary["cpu_hours"], summary["lost_task_hours"], summary["hours"]) == (0, 0.5, 0.5, 0)
     assert summary["message"].endswith("100.0% of them in attempts that failed")
 

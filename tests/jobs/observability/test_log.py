@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,57 +12,42 @@ from jobs.build_cache import build_cache
 from jobs.entry import run_command
 from jobs.observability.log import emit
 from pipeline.core.errors import ConfigError, ShardError
-from tests.jobs.conftest import Tree, config_of
-
-Captured = pytest.CaptureFixture[str]
+from tests.jobs.conftest import JsonLog, Tree, config_of
 
 
-def objects(captured: Captured) -> list[dict[str, Any]]:
-    """Every line of standard error as JSON."""
-    return [json.loads(line) for line in captured.readouterr().err.splitlines()]
-
-
-@pytest.fixture
-def as_json(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("STILLROOM_LOG", "json")
-
-
-def test_plain_lines_have_the_text_alone_and_leave_out_finished_tasks(capsys: Captured) -> None:
+def test_plain_lines_have_the_text_alone_and_leave_out_finished_tasks(capsys: pytest.CaptureFixture[str]) -> None:
     emit("a part is done", event="done", level=logging.DEBUG, shard="a")
     emit("the cache is done", event="end", parts=3)
     captured = capsys.readouterr()
     assert (captured.err, captured.out) == ("the cache is done\n", "")
 
 
-@pytest.mark.usefixtures("as_json")
-def test_json_lines_have_all_levels_and_fields(capsys: Captured) -> None:
+def test_json_lines_have_all_levels_and_fields(json_log: JsonLog) -> None:
     emit("two\nlines", event="done", level=logging.DEBUG, shard="a", where=Path("b"))
-    (event,) = objects(capsys)
+    (event,) = json_log()
     at = datetime.fromisoformat(event.pop("time"))
     assert timedelta(0) <= datetime.now(UTC) - at < timedelta(minutes=1)
     assert event == {"level": "debug", "event": "done", "message": "two\nlines", "shard": "a", "where": "b"}
 
 
-@pytest.mark.usefixtures("as_json")
-def test_the_error_that_ends_a_command_is_an_object_too(capsys: Captured) -> None:
+def test_the_error_that_ends_a_command_is_an_object_too(json_log: JsonLog) -> None:
     def command() -> None:
         raise ConfigError("no such key", where="train.lrr", next_step="correct it")
 
     assert run_command(command) == 2
-    (event,) = objects(capsys)
+    (event,) = json_log()
     assert (event["level"], event["event"], event["exit_code"]) == ("error", "error", 2)
     assert "train.lrr" in event["message"]
 
 
-@pytest.mark.usefixtures("as_json")
 def test_a_build_logs_each_part_once_and_names_the_shard_that_failed(
-    tree: Tree, shards: list[str], tmp_path: Path, capsys: Captured
+    tree: Tree, shards: list[str], tmp_path: Path, json_log: JsonLog
 ) -> None:
     truncated = tmp_path / "cut.tar"
     truncated.write_bytes(Path(shards[0]).read_bytes()[:5000])
     with pytest.raises(ShardError):
         build_cache(config_of(tree(data={"shards": [*shards[1:], str(truncated)]})))
-    events = objects(capsys)
+    events = json_log()
     parts = {(item["shard"], item["part"]): item["event"] for item in events if "part" in item}
     blocks = ("eval", "v0000-0001", "v0002-0002")
     good = {(f"digits-0{number}", block): "done" for number in (1, 2, 3) for block in blocks}

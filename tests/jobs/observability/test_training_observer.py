@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
 
 from jobs.observability.training_observer import TrainingObserver
-from tests.jobs.conftest import Tree, config_of
+from tests.jobs.conftest import JsonLog, Tree, config_of
 from tests.jobs.observability.test_build_observer import Clock
 
 
@@ -26,9 +25,8 @@ def begin(first_step: int) -> dict[str, Any]:
 
 
 @pytest.fixture
-def events(tree: Tree, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+def events(tree: Tree, json_log: JsonLog) -> list[dict[str, Any]]:
     """Three ranks, one lost after step 19 of 40; two resume from step 10. 24 images a step."""
-    monkeypatch.setenv("STILLROOM_LOG", "json")
     clock = Clock()
     config = config_of(tree(ray={"cpus_per_worker": 2, "use_gpu": True, "num_workers": 3}))
     with TrainingObserver(config, clock=clock) as observer:
@@ -44,7 +42,7 @@ def events(tree: Tree, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
         observer.observe(step(39, images_per_s=24, data_wait=0.0))
         observer.observe({"kind": "eval", "run": "r", "epoch": 1, "top1": 0.25, "top5": None, "agreement": None})
         clock.now_s += 1800
-    return [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    return json_log()
 
 
 def test_a_recovery_is_logged_with_the_step_it_resumes_from(events: list[dict[str, Any]]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import platform
 import time
@@ -29,6 +28,7 @@ from pipeline.core.errors import (
 from schemas.config import RayConfig
 from tests.errors import raises
 from tests.jobs import NUM_CPUS
+from tests.jobs.conftest import JsonLog
 
 pytestmark = pytest.mark.ray
 RAY = RayConfig(max_retries=2)
@@ -164,15 +164,12 @@ def test_a_permanent_fault_fails_after_the_counted_retries(tmp_path: Path) -> No
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_retries_are_counted_by_kind_of_fault_and_each_attempt_is_logged(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("STILLROOM_LOG", "json")
+def test_retries_are_counted_by_kind_of_fault_and_each_attempt_is_logged(tmp_path: Path, json_log: JsonLog) -> None:
     name = f"shard of {tmp_path.name}"
     tasks = fan_out(partial(_alternate, tmp_path), [1], RAY, what="a task", name=lambda _: name)
     assert list(tasks) == [(1, 1)]
     assert attempts(tmp_path) == 5
-    events = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    events = json_log()
     assert "retried: 2 after WorkerCrashedError, 2 after a failure of storage" in events.pop()["message"]
     died, failed = ("retried", "WorkerCrashedError"), ("retried", "a failure of storage")
     assert [(item["event"], item.get("kind")) for item in events] == [died, failed, died, failed, ("done", None)]
@@ -276,20 +273,18 @@ def test_tasks_that_no_node_could_run_are_refused_at_once() -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_part_that_hangs_is_ended_retried_and_named_when_the_others_are_done(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, json_log: JsonLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("STILLROOM_LOG", "json")
     monkeypatch.setattr("jobs.ray.task_scheduler.SILENT_AFTER_S", 0.5)
     ray_config = RayConfig(max_retries=1, part_timeout_s=3)
     done: list[int] = []
-    with pytest.raises(StorageError) as caught:
+    with raises("ray.part-timeout", StorageError, where="part 1", exit_code=1):
         collect(
             fan_out(partial(_hang_at_1, tmp_path), range(6), ray_config, what="a task", name="part {}".format), done
         )
     assert sorted(done) == [0, 2, 3, 4, 5]
     assert len(list(tmp_path.glob("1-*"))) == 2
-    assert (caught.value.code, caught.value.where, caught.value.exit_code) == ("ray.part-timeout", "part 1", 1)
-    events = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    events = json_log()
     assert [(item["item"], item["kind"]) for item in events if item["event"] == "retried"] == [("part 1", "a timeout")]
     silent = [item for item in events if item["event"] == "silent" and item["item"] == "part 1"]
     assert silent

@@ -8,6 +8,7 @@ import pytest
 
 from jobs.ray.connection import check_shadowing
 from pipeline.core.errors import InputError
+from tests.errors import raises
 from tests.jobs.programs import run_python
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -43,9 +44,8 @@ def test_python_m_imports_stillroom_s_pipeline_where_the_working_folder_has_anot
 
 @pytest.mark.parametrize("names", [["jobs.py"], ["jobs/__init__.py", "jobs/mine.py"]])
 def test_a_package_that_hides_stillroom_s_from_a_cluster_s_workers_is_refused(names: list[str]) -> None:
-    with pytest.raises(InputError) as caught:
+    with raises("ray.hidden-package", InputError, got=names[0], where="/work"):
         check_shadowing(map(PurePath, names), folder=Path("/work"), next_step="rename it")
-    assert (caught.value.code, caught.value.got, caught.value.where) == ("ray.hidden-package", names[0], "/work")
 
 
 @pytest.mark.parametrize("names", [["jobs/__init__.py", "jobs/build_cache.py"], ["jobs/a.txt"], ["src/jobs.py"], []])

@@ -39,13 +39,11 @@ def test_a_training_whose_place_is_occupied_fails_after_wait_s(tree: Tree) -> No
     occupied = placement_group([{"CPU": NUM_CPUS - 1}])
     ray.get(occupied.ready())
     try:
-        with pytest.raises(ResourceError) as caught:
+        with raises("train.no-place", ResourceError, expected="room for 2 x 1 CPU") as caught:
             train_student(config)
     finally:
         remove_placement_group(occupied)
-    assert caught.value.code == "train.no-place"
     assert caught.value.got == "room for 2 where nothing else runs (1 of 2 CPU free)"
-    assert caught.value.expected == "room for 2 x 1 CPU"
     assert "ray.num_workers=2" in str(caught.value.where)
 
 
