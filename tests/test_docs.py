@@ -9,21 +9,20 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeGuard, get_args
+from typing import Any
 
 import numpy as np
 import pytest
 import typer.main
 import yaml
 from numpy.typing import NDArray
-from pydantic import BaseModel
 
 from jobs.cli import app
 from pipeline.cache.format.codec import decode, encode
 from pipeline.cache.read.reader import open_cache
 from pipeline.shards.writer import pack_shards
-from schemas.config import Config, LossConfig, LossSection
-from schemas.recipe import GridConfig, LongTailConfig, RecipeConfig
+from schemas.config import Config
+from tests.docs import config_tables
 from tests.docs.error_codes import all_codes
 from tests.docs.pages import generated_files
 from tests.pipeline.caches import build, digit_samples
@@ -80,38 +79,11 @@ def documented_defaults() -> dict[str, Any]:
 @cache
 def coded_defaults() -> dict[str, Any]:
     """The same from schemas/config/."""
-    found = _defaults("loss", LossSection)
-    for name, field in Config.model_fields.items():
-        models = [kind for kind in (field.annotation, *get_args(field.annotation)) if _is_section(kind)]
-        for model in models:
-            found |= _defaults(name, model)
-            for option, inner in model.model_fields.items():
-                # A section that is also one of the document's own is described there.
-                for kind in filter(_is_section, get_args(inner.annotation)):
-                    if option not in Config.model_fields:
-                        found |= _defaults(f"{name}: {option}", kind)
-    found |= _defaults("Recipes", RecipeConfig)
-    found |= _defaults("Recipes: grid", GridConfig) | _defaults("Recipes: subsets", LongTailConfig)
-    for model in get_args(get_args(LossConfig)[0]):
-        own = _defaults(f"loss: {get_args(model.model_fields['name'].annotation)[0]}", model)
-        common = {"name", *LossSection.model_fields}
-        found |= {key: value for key, value in own.items() if key.rpartition(".")[2] not in common}
-    return found
-
-
-def _is_section(kind: object) -> TypeGuard[type[BaseModel]]:
-    return isinstance(kind, type) and issubclass(kind, BaseModel)
-
-
-def _defaults(section: str, model: type[BaseModel]) -> dict[str, Any]:
     return {
-        f"{section}.{name}": "required" if field.is_required() else _plain(field.get_default(call_default_factory=True))
-        for name, field in model.model_fields.items()
+        f"{heading}.{key}": default
+        for heading, model in config_tables.sections().items()
+        for key, _, default, _ in config_tables.rows(heading, model)
     }
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def test_every_key_is_documented_with_its_default_and_no_other_is() -> None:
@@ -120,8 +92,7 @@ def test_every_key_is_documented_with_its_default_and_no_other_is() -> None:
 
 def test_every_loss_has_a_part_of_the_document() -> None:
     text = (ROOT / "docs" / "reference" / "config.md").read_text()
-    losses = {get_args(model.model_fields["name"].annotation)[0] for model in get_args(get_args(LossConfig)[0])}
-    assert set(re.findall(r"^### loss: (\w+)$", text, re.MULTILINE)) == losses
+    assert set(re.findall(r"^### loss: (\w+)$", text, re.MULTILINE)) == config_tables.losses().keys()
 
 
 def test_every_make_target_that_is_mentioned_exists(document: str) -> None:

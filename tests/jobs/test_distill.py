@@ -18,20 +18,9 @@ from tests.errors import raises
 from tests.jobs.conftest import Tree, config_of, files_below
 
 
-def test_several_caches_are_refused_before_one_is_built(tmp_path: Path) -> None:
-    config = Config.model_validate(
-        {
-            "data": {"shards": "train.tar", "num_classes": 10, "cache": ["a", "b"]},
-            "teacher": {"model": "timm/resnet18", "weights": "random"},
-            "student": {"model": "timm/resnet18"},
-            "cache": {"url": str(tmp_path / "cache")},
-            "loss": [{"name": "kd"}],
-            "run": {"url": str(tmp_path / "run")},
-            "ray": {"address": "none"},
-        }
-    )
+def test_several_caches_are_refused_before_one_is_built(tree: Tree, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        distill(config)
+        distill(config_of(tree(data={"cache": ["a", "b"]})))
     assert caught.value.got == "2 caches"
     assert not list(tmp_path.iterdir())
 
