@@ -6,14 +6,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fsspec
 import pytest
 
+from pipeline import storage
+from pipeline.shards.writer import pack_shards
+from schemas.config import Config
 from tests.faults import drivers
 from tests.jobs.clusters import free_port
+from tests.jobs.conftest import NETWORK
+from tests.pipeline.caches import digit_samples
 
 BUCKET = "s3://stillroom-test"
 
@@ -55,6 +60,37 @@ def _make_bucket() -> None:
             time.sleep(0.3)
         else:
             return
+
+
+@pytest.fixture
+def s3_config(s3: str, tmp_path: Path) -> Callable[[str], Config]:
+    """``s3_config("a")``: a build and a training in the bucket, whose cache is ``a``, from two shards there. Each name
+    has another local store, so that a later run downloads all files again.
+    """
+    for local in pack_shards(digit_samples(48), f"{tmp_path}/digits-%02d.tar", shard_size=24):
+        storage.put(Path(local), f"{s3}/shards/{Path(local).name}")
+
+    def config(name: str) -> Config:
+        return Config.model_validate(
+            {
+                "data": {
+                    "shards": f"{s3}/shards/digits-{{00..01}}.tar",
+                    "num_classes": 10,
+                    "cache": f"{s3}/{name}",
+                    "local_dir": str(tmp_path / f"node-{name}"),
+                },
+                "teacher": {**NETWORK, "weights": "random", "batch_size": 8},
+                "views": {"kind": "function_matching", "count": 4, "size": 16, "mix_group": 16},
+                "cache": {"url": f"{s3}/{name}", "class_means": "eval", "views_per_part": 1},
+                "student": NETWORK,
+                "loss": [{"name": "kd"}],
+                "train": {"epochs": 2, "global_batch_size": 24},
+                "run": {"url": f"{s3}/run-{name}"},
+                "ray": {"address": "none"},
+            }
+        )
+
+    return config
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,11 +13,8 @@ import pytest
 from jobs.build_cache import build_cache
 from jobs.train_student import train_student
 from pipeline import storage
-from pipeline.shards.writer import pack_shards
 from schemas.config import Config
 from tests.errors import raises
-from tests.jobs.conftest import NETWORK
-from tests.pipeline.caches import digit_samples
 
 pytestmark = pytest.mark.slow
 
@@ -62,23 +60,11 @@ def test_another_process_s_object_is_visible_and_a_folder_or_a_lack_of_credentia
     fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
-def test_shards_cache_and_run_in_a_bucket_contain_no_secret(s3: str, tmp_path: Path) -> None:
-    for local in pack_shards(digit_samples(48), f"{tmp_path}/digits-%02d.tar", shard_size=24):
-        storage.put(Path(local), f"{s3}/shards/{Path(local).name}")
-    tree = {
-        "data": {"shards": f"{s3}/shards/digits-{{00..01}}.tar", "num_classes": 10, "cache": f"{s3}/cache"},
-        "teacher": {**NETWORK, "weights": "random", "batch_size": 8},
-        "views": {"kind": "crop", "count": 2, "size": 16, "mix_group": 16},
-        "cache": {"url": f"{s3}/cache", "class_means": "eval"},
-        "student": NETWORK,
-        "loss": [{"name": "kd"}],
-        "train": {"epochs": 2, "global_batch_size": 24},
-        "run": {"url": f"{s3}/run"},
-        "ray": {"address": "none"},
-    }
-    manifest = build_cache(Config.model_validate(tree))
-    assert (manifest.num_ok, manifest.num_views, manifest.base) == (48, 2, f"{s3}/shards")
-    assert train_student(Config.model_validate(tree))["steps"] == 4
+def test_shards_cache_and_run_in_a_bucket_contain_no_secret(s3: str, s3_config: Callable[[str], Config]) -> None:
+    config = s3_config("cache")
+    manifest = build_cache(config)
+    assert (manifest.num_ok, manifest.num_views, manifest.base) == (48, 4, f"{s3}/shards")
+    assert train_student(config)["steps"] == 4
     written = {name: storage.read(f"{s3}/{name}") for name in storage.listing(s3)}
-    assert "run/metrics.jsonl" in written
+    assert "run-cache/metrics.jsonl" in written
     assert not [name for name, data in written.items() if os.environ["AWS_SECRET_ACCESS_KEY"].encode() in data]

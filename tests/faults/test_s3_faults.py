@@ -7,7 +7,6 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import fsspec
@@ -17,13 +16,11 @@ from jobs.build_cache import build_cache
 from jobs.train_student import train_student
 from pipeline import storage
 from pipeline.core.errors import StorageInputError, TransientStorageError
-from pipeline.shards.writer import pack_shards
 from pipeline.storage import failures, s3_store
 from schemas.config import Config
 from tests.errors import raises
 from tests.faults.s3_proxy import FAULTS, FaultPlan, proxy
-from tests.jobs.conftest import NETWORK
-from tests.pipeline.caches import digit_samples, files
+from tests.pipeline.caches import files
 
 pytestmark = pytest.mark.slow
 StartProxy = Callable[[FaultPlan], str]
@@ -54,42 +51,20 @@ def start_proxy(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[StartProxy
     class_of_s3.clear_instance_cache()
 
 
-def tree(s3: str, name: str, folder: Path) -> dict[str, Any]:
-    """Each with another local store, so that the run with faults downloads all files again."""
-    return {
-        "data": {
-            "shards": f"{s3}/shards/digits-{{00..01}}.tar",
-            "num_classes": 10,
-            "cache": f"{s3}/{name}",
-            "local_dir": str(folder / f"node-{name}"),
-        },
-        "teacher": {**NETWORK, "weights": "random", "batch_size": 8},
-        "views": {"kind": "function_matching", "count": 4, "size": 16, "mix_group": 16},
-        "cache": {"url": f"{s3}/{name}", "class_means": "eval", "views_per_part": 1},
-        "student": NETWORK,
-        "loss": [{"name": "kd"}],
-        "train": {"epochs": 2, "global_batch_size": 24},
-        "run": {"url": f"{s3}/run-{name}"},
-        "ray": {"address": "none"},
-    }
-
-
 def losses(s3: str, name: str) -> list[tuple[int, float]]:
     lines = storage.read(f"{s3}/run-{name}/metrics.jsonl").decode().splitlines()
     return [(line["step"], line["loss"]) for line in map(json.loads, lines)]
 
 
 def test_a_build_and_a_training_with_faults_have_the_results_of_those_without(
-    start_proxy: StartProxy, s3: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    start_proxy: StartProxy, s3: str, s3_config: Callable[[str], Config], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for local in pack_shards(digit_samples(48), f"{tmp_path}/digits-%02d.tar", shard_size=24):
-        storage.put(Path(local), f"{s3}/shards/{Path(local).name}")
     for name in ("undisturbed", "disturbed"):
         if name == "disturbed":
             plan = FaultPlan(share=0.4, random=random.Random(11))
             start_proxy(plan)
-        build_cache(Config.model_validate(tree(s3, name, tmp_path)))
-        train_student(Config.model_validate(tree(s3, name, tmp_path)))
+        build_cache(s3_config(name))
+        train_student(s3_config(name))
     injected = plan.injected.copy()
     plan.share = 0
     with capsys.disabled():
