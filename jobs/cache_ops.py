@@ -7,11 +7,12 @@ from dataclasses import asdict
 from jobs.observability.progress import ProgressView, duration
 from jobs.paths import with_absolute_paths
 from pipeline import storage
+from pipeline.cache.build.context import current_context
 from pipeline.cache.ops.export_means import ExportedMeans
 from pipeline.cache.ops.gc import GcReport
 from pipeline.cache.ops.inspect import CacheReport
 from pipeline.cache.ops.relabel import Relabelling, relabel
-from pipeline.cache.verify import Recomputed, VerifyReport, load_live, recompute, verify_cache
+from pipeline.cache.verify import Recomputed, VerifyReport, recompute, verify_cache
 from pipeline.cache.verify.shard import SHARD_MISSING
 from pipeline.shards.shard_urls import urls_by_id
 from schemas.config import Config
@@ -61,11 +62,11 @@ def verify(
         ConfigError, ModelError: the config names no teacher that can be loaded.
     """
     # First, so that a wrong config does not fail after an hour of reading.
-    live = None if config is None else load_live(with_absolute_paths(config))
+    context = None if config is None else current_context(with_absolute_paths(config))
     if shards is not None:
         by_id = urls_by_id(shards, key="--shards")
     else:
-        by_id = {} if live is None or live.config.data.shards is None else urls_by_id(live.config.data.shards)
+        by_id = {} if context is None or context.config.data.shards is None else urls_by_id(context.config.data.shards)
     with ProgressView("verify", 0) as progress:
         report = verify_cache(
             cache_url,
@@ -74,18 +75,18 @@ def verify(
             allowed_levels=allow_pixel_drift,
             progress=lambda done, total: progress.update(done, "shards", total=total),
         )
-    if live is None:
+    if context is None:
         return report
     with ProgressView("recompute", 0) as progress:
-        return report.joined(
-            *recompute(
-                cache_url,
-                live,
-                num_rows=num_rows,
-                shard_urls=by_id,
-                progress=lambda done, total: progress.update(done, "views", total=total),
-            )
+        report.recomputed = recompute(
+            cache_url,
+            context,
+            report,
+            num_rows=num_rows,
+            shard_urls=by_id,
+            progress=lambda done, total: progress.update(done, "views", total=total),
         )
+    return report
 
 
 def describe_verification(report: VerifyReport) -> str:

@@ -186,6 +186,17 @@ class Statistics(Record):
     )
     argmax_flips: int = 0
     embedding_cosine_sum: float = 0.0
+    sums: dict[str, float] = Field(
+        default_factory=dict,
+        description="Of a task other than classification, by name; without any, not in the record.",
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_absent_sums(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        body: dict[str, Any] = serialize(self)
+        if not self.sums:
+            body.pop("sums", None)
+        return body
 
 
 class Header(VersionedRecord):

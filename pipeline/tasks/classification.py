@@ -113,7 +113,7 @@ class HitRecount(Recount):
         hits_L22 = np.stack([[rank_L < 1, rank_L < 5] for rank_L in (max_rank_L, min_rank_L)]).transpose(2, 1, 0)
         np.add.at(self._hits_G22, self._group_N[rows][labelled], hits_L22.astype(np.int64))
 
-    def compare(self, stated: Statistics, report: Callable[[str, object, object], None]) -> None:
+    def compare(self, stated: Statistics, report: Callable[[str, object, object], object]) -> None:
         counted_N = (self._label_N != NO_LABEL) & ~self._mixes_G[self._group_N]
         classes: Counter[int] = Counter()
         for label, num_rows in zip(

@@ -94,7 +94,7 @@ class Recount(ABC):
         """
 
     @abstractmethod
-    def compare(self, stated: Statistics, report: Callable[[str, object, object], None]) -> None:
+    def compare(self, stated: Statistics, report: Callable[[str, object, object], object]) -> None:
         """Calls ``report(what, got, expected)`` for each figure of a commit that does not match the part."""
 
 

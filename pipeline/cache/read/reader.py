@@ -95,6 +95,12 @@ class ShardEntry:
     num_ok: int
     index_sha256: str
 
+    @classmethod
+    def from_table(cls, table: pa.Table) -> list[ShardEntry]:
+        """The rows of the manifest's table of shards."""
+        columns = (table[name].to_pylist() for name in ("shard_id", "path", "size_bytes", "num_ok", "index_sha256"))
+        return [cls(*row) for row in zip(*columns, strict=True)]
+
 
 @dataclass(frozen=True, slots=True)
 class CommittedView:
@@ -167,9 +173,7 @@ class TeacherCache:
 
     @cached_property
     def shards(self) -> list[ShardEntry]:
-        table = read_table(self.url, self.manifest.shards)
-        columns = (table[name].to_pylist() for name in ("shard_id", "path", "size_bytes", "num_ok", "index_sha256"))
-        return [ShardEntry(*row) for row in zip(*columns, strict=True)]
+        return ShardEntry.from_table(read_table(self.url, self.manifest.shards))
 
     @cached_property
     def _parts(self) -> PartsIndex:

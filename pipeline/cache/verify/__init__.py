@@ -1,7 +1,7 @@
 """Verification of a cache: its files against each other, and its outputs against those of its teacher."""
 
-from pipeline.cache.verify.recomputation import LiveTeacher, load_live, recompute
+from pipeline.cache.verify.recomputation import recompute
 from pipeline.cache.verify.report import Problem, Recomputed, VerifyReport
 from pipeline.cache.verify.verification import verify_cache
 
-__all__ = ["LiveTeacher", "Problem", "Recomputed", "VerifyReport", "load_live", "recompute", "verify_cache"]
+__all__ = ["Problem", "Recomputed", "VerifyReport", "recompute", "verify_cache"]

@@ -135,12 +135,11 @@ class PartCheck:
             got = f"{type(error).__name__}: {error}"
             raise CacheError("this part cannot be read", code="cache.unreadable-part", got=got) from error
         if self._recount is not None:
-            self._recount.compare(self._commit.statistics, self._report)
+            self._recount.compare(self._commit.statistics, self._expect)
         return self._content
 
-    def _report(self, what: str, got: object, expected: object) -> None:
-        path = self._commit.part.path
-        self._findings.add(Problem(path, what, got=str(got), expected=str(expected), shard=self._commit.shard_id))
+    def _expect(self, what: str, got: object, expected: object) -> None:
+        self._findings.expect(self._commit.part.path, what, got, expected, shard=self._commit.shard_id)
 
     def _check_structure(self, file: pq.ParquetFile, path: Path) -> list[range]:
         """The numbers of the row groups of each view."""
@@ -157,9 +156,10 @@ class PartCheck:
         groups = _split(sizes, expected)
         if groups is None:
             raise CacheError("a row group spans views", code="cache.part-row-groups", got=sizes, expected=expected)
-        ranges, footer = view_ranges(path, self._rows_by_view)
-        if (ranges, footer) != (self._commit.views, self._commit.footer):
-            self._report("the commit's byte ranges do not match this part", ranges, self._commit.views)
+        expected_ranges = (self._commit.views, self._commit.footer)
+        self._expect(
+            "the commit's byte ranges do not match this part", view_ranges(path, self._rows_by_view), expected_ranges
+        )
         return groups
 
     def _check_view(self, view: int, num_rows: int, tables: Iterator[pa.Table]) -> None:

@@ -21,7 +21,7 @@ from pipeline.augment.options import cutmix_boxes
 from pipeline.augment.params import EVAL_VIEW
 from pipeline.augment.random_bits import key_of, philox4x64, to_uniform
 from pipeline.cache.build.commit import read_commit
-from pipeline.cache.build.context import current_context
+from pipeline.cache.build.context import BuildContext
 from pipeline.cache.build.header_claim import MAX_DRIFT, check_same
 from pipeline.cache.build.manifest import read_table
 from pipeline.cache.format import layout
@@ -36,30 +36,10 @@ from pipeline.tasks import TeacherOutputs
 from pipeline.tasks.classification import EMBEDDING
 from pipeline.teacher.inference import Teacher
 from pipeline.teacher.numerics import numeric_env
-from schemas.cache_format import Header, Output
-from schemas.config import Config
+from schemas.cache_format import Output
 
 _BATCHES_AT_ONCE = 4
 _MIN_ROWS_AT_ONCE = 256
-
-
-@dataclass(frozen=True, slots=True)
-class LiveTeacher:
-    """The teacher of a config, and the header of a cache that it would write."""
-
-    config: Config
-    teacher: Teacher
-    header: Header
-
-
-def load_live(config: Config) -> LiveTeacher:
-    """
-    Raises:
-        ConfigError: the config lacks a key that a build needs.
-        ModelError: the teacher cannot be built from the config.
-    """
-    context = current_context(config)
-    return LiveTeacher(config, context.teacher, context.header)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,33 +71,36 @@ class _Row:
 
 def recompute(
     cache_url: str,
-    live: LiveTeacher,
+    context: BuildContext,
+    findings: Findings,
     *,
     num_rows: int,
     shard_urls: Mapping[str, str],
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[Findings, Recomputed]:
+) -> Recomputed:
     """Compares about ``num_rows`` rows, spread evenly over shards and views; of mixed views both rows of a pair.
 
     Args:
+        context: with the teacher, and the header that it would write.
+        findings: receives the problems.
         shard_urls: where the images are, by shard id; default: where the build read them.
         progress: called with the number of finished (shard, view) pairs and of all sampled pairs.
     """
-    findings, recomputed = Findings(), Recomputed()
-    with findings.capture(layout.HEADER), ThreadPoolExecutor(live.config.ray.cpus_per_task) as decoders:
+    recomputed = Recomputed()
+    with findings.capture(layout.HEADER), ThreadPoolExecutor(context.config.ray.cpus_per_task) as decoders:
         cache = open_cache(cache_url)
-        check_same(cache.header, live.header, cache_url)
-        sampler = _RowSampler(cache, live, shard_urls, decoders, findings)
+        check_same(cache.header, context.header, cache_url)
+        sampler = _RowSampler(cache, context, shard_urls, decoders, findings)
         rows: list[_Row] = []
-        max_rows = max(_MIN_ROWS_AT_ONCE, _BATCHES_AT_ONCE * live.teacher.batch_size)
+        max_rows = max(_MIN_ROWS_AT_ONCE, _BATCHES_AT_ONCE * context.teacher.batch_size)
         for done, num_pairs in sampler.append_to(rows, num_rows, seed):
             if rows and (len(rows) >= max_rows or done == num_pairs):
-                recomputed += _compare(rows, live, findings)
+                recomputed += _compare(rows, context, findings)
                 rows.clear()
             if progress is not None:
                 progress(done, num_pairs)
-    return findings, recomputed
+    return recomputed
 
 
 def pick(num_rows: int, num_all: int, seed: int) -> NDArray[np.int64]:
@@ -136,15 +119,15 @@ class _RowSampler:
     def __init__(
         self,
         cache: TeacherCache,
-        live: LiveTeacher,
+        context: BuildContext,
         shard_urls: Mapping[str, str],
         decoders: ThreadPoolExecutor,
         findings: Findings,
     ) -> None:
-        self._cache, self._batch_size, self._shard_urls = cache, live.teacher.batch_size, shard_urls
+        self._cache, self._batch_size, self._shard_urls = cache, context.teacher.batch_size, shard_urls
         self._decoders, self._findings = decoders, findings
         self._plan = replayable_plan(cache.header)
-        self._environment = numeric_env(live.teacher.device, batch_size=self._batch_size)
+        self._environment = numeric_env(context.teacher.device, batch_size=self._batch_size)
         table = read_table(cache.url, cache.manifest.parts)
         views = zip(table["shard_id"].to_pylist(), table["view"].to_pylist(), strict=True)
         self._part_of_view = dict(zip(views, table["path"].to_pylist(), strict=True))
@@ -253,12 +236,12 @@ def _infer(rows: list[_Row], teacher: Teacher) -> TeacherOutputs:
     return {name: values[position_N] for name, values in outputs.items()}
 
 
-def _compare(rows: list[_Row], live: LiveTeacher, findings: Findings) -> Recomputed:
-    new = _infer(rows, live.teacher)
-    drift = MAX_DRIFT[live.teacher.precision]
+def _compare(rows: list[_Row], context: BuildContext, findings: Findings) -> Recomputed:
+    new = _infer(rows, context.teacher)
+    drift = MAX_DRIFT[context.teacher.precision]
     differs_N, largest = np.zeros(len(rows), np.bool_), 0.0
     same_N = np.array([row.same_environment for row in rows])
-    for output in live.header.outputs:
+    for output in context.header.outputs:
         scale = max(float(new[output.name].std()), 1e-6)
         stored_ND = np.stack([row.stored[output.name] for row in rows])
         off_N, allowed_N = distance(stored_ND, new[output.name], output, drift=drift * scale, same_N=same_N)

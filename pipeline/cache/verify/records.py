@@ -20,6 +20,7 @@ from pipeline.cache.build.manifest import locate, parse_manifest
 from pipeline.cache.format import layout
 from pipeline.cache.format.files import REBUILD, parse_record, read_file, read_parquet
 from pipeline.cache.format.header import parse_header, replayable_plan
+from pipeline.cache.read.reader import ShardEntry
 from pipeline.cache.verify.report import Findings, Problem
 from pipeline.core.errors import CacheError, ShardError
 from pipeline.core.hashing import digest, short_digest
@@ -54,14 +55,6 @@ class CompressedCommit:
 
 
 @dataclass(frozen=True, slots=True)
-class RelabelledShard:
-    """The index with new labels that a manifest names instead of the build's, and the size of its shard."""
-
-    sha256: str
-    size_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
 class CacheRecords:
     """The records without a problem.
 
@@ -69,8 +62,7 @@ class CacheRecords:
         commits: in the order of their paths.
         damaged: paths of the other commits.
         manifest_parts: paths of the parts that the manifest names.
-        shard_urls: where the build read each shard of the manifest.
-        relabelled: shards whose labels were read again after the build.
+        shards: those of the manifest, by id.
     """
 
     header: Header | None
@@ -78,13 +70,21 @@ class CacheRecords:
     commits: list[CompressedCommit]
     damaged: set[str]
     manifest_parts: set[str] = field(default_factory=set[str])
-    shard_urls: dict[str, str] = field(default_factory=dict[str, str])
-    relabelled: dict[str, RelabelledShard] = field(default_factory=dict[str, RelabelledShard])
+    shards: dict[str, ShardEntry] = field(default_factory=dict[str, ShardEntry])
 
     @property
     def complete(self) -> bool:
         """Whether the manifest's parts are known, and each has a commit without a problem."""
         return bool(self.manifest_parts) and self.manifest_parts <= {commit.summary.part for commit in self.commits}
+
+    def shard_url(self, shard_id: str) -> str | None:
+        """Where the build read a shard; None for a shard that the manifest does not name."""
+        shard = self.shards.get(shard_id)
+        return None if shard is None or self.manifest is None else locate(self.manifest.base, shard.path)
+
+    def relabelled(self, shard_id: str) -> ShardEntry | None:
+        """The shard, if its labels were read again after the build."""
+        return self.shards.get(shard_id) if self.manifest is not None and self.manifest.labels is not None else None
 
     @property
     def task(self) -> Task:
@@ -265,12 +265,10 @@ def _check_tables(cache_url: str, manifest: Manifest, records: CacheRecords, fin
     if not (findings.expect(layout.SHARDS, what, shards.schema.names, names) and same):
         return
     records.manifest_parts.update(map(str, parts["path"].to_pylist()))
-    columns = (shards[name].to_pylist() for name in ("shard_id", "path", "index_sha256", "size_bytes"))
-    for shard, path, index_sha256, size_bytes in zip(*columns, strict=True):
-        findings.expect(layout.SHARDS, "the path of another shard", _shard_of(str(path)), shard, shard=shard)
-        records.shard_urls[shard] = locate(manifest.base, str(path))
-        if manifest.labels is not None:
-            records.relabelled[shard] = RelabelledShard(index_sha256, size_bytes)
+    for shard in ShardEntry.from_table(shards):
+        what = "the path of another shard"
+        findings.expect(layout.SHARDS, what, _shard_of(str(shard.path)), shard.shard_id, shard=shard.shard_id)
+        records.shards[shard.shard_id] = shard
     _check_fold(manifest, shards, parts, records, findings)
 
 

@@ -49,7 +49,8 @@ class Findings:
     Attributes:
         checked: how many objects of each kind were checked, with or without a problem.
         not_checked: reasons, and how often each occurred.
-        drift: canaries that differ within the allowed drift, by the difference in levels.
+        drift: canaries whose pixels differ within the allowed drift, by the largest difference of their block means in
+            levels of 255.
     """
 
     checked: Counter[str] = field(default_factory=Counter[str])
@@ -124,41 +125,30 @@ class Recomputed:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class VerifyReport:
+@dataclass(slots=True, kw_only=True)
+class VerifyReport(Findings):
     """The result for a screen or for ``--json``. ``problems`` are the first of ``num_problems``.
 
     Attributes:
         unnamed: the first of ``num_unnamed`` files that no record names, and that killed writers left. They are
             harmless, and ``stillroom cache gc`` removes them.
-        drift: canaries whose pixels differ within the allowed drift, by the largest difference of their block means
-            in levels of 255.
+        recomputed: the result of ``recompute``, if that was called.
     """
 
     url: str
-    fingerprint: str | None
-    num_problems: int
-    problems: tuple[Problem, ...]
-    checked: dict[str, int]
-    not_checked: dict[str, int]
-    num_unnamed: int
-    unnamed: tuple[str, ...]
+    fingerprint: str | None = None
+    num_unnamed: int = 0
+    unnamed: tuple[str, ...] = ()
     recomputed: Recomputed | None = None
-    drift: dict[int, int] = field(default_factory=dict[int, int])
 
     @property
     def ok(self) -> bool:
         return self.num_problems == 0
 
     def as_dict(self) -> dict[str, Any]:
-        return {"ok": self.ok, **asdict(self)}
-
-    def joined(self, findings: Findings, recomputed: Recomputed) -> VerifyReport:
-        """This report with the result of ``recompute``."""
-        return replace(
-            self,
-            num_problems=self.num_problems + findings.num_problems,
-            problems=(*self.problems, *findings.problems)[:MAX_PROBLEMS],
-            not_checked={**self.not_checked, **findings.not_checked},
-            recomputed=recomputed,
-        )
+        counts = {name: dict(getattr(self, name)) for name in ("checked", "not_checked", "drift")}
+        return {
+            "ok": self.ok,
+            **asdict(replace(self, checked=Counter(), not_checked=Counter(), drift=Counter())),
+            **counts,
+        }

@@ -101,15 +101,15 @@ class _ShardCheck:
 
     def _read_relabelled(self, built: ShardIndex) -> ShardIndex | None:
         """The index with new labels, if it has one and everything else equals the index of the build."""
-        relabelled = self._records.relabelled.get(self._shard_id)
+        relabelled = self._records.relabelled(self._shard_id)
         if relabelled is None:
             return None
-        path = layout.relabelled_path(self._shard_id, relabelled.sha256)
+        path = layout.relabelled_path(self._shard_id, relabelled.index_sha256)
 
         def check(findings: Findings) -> ShardIndex:
             data = read_file(self._cache_url, path)
             what = "this file was changed after it was written"
-            findings.expect(path, what, digest(data), relabelled.sha256, shard=self._shard_id)
+            findings.expect(path, what, digest(data), relabelled.index_sha256, shard=self._shard_id)
             index = decode_index(data, where=path)
             for name in _NOT_RELABELLED:
                 got, expected = getattr(index, name), getattr(built, name)
@@ -201,7 +201,7 @@ class _ShardCheck:
         except StillroomError as error:
             self.findings.not_checked[f"canaries of a shard: {error.what}"] += 1
             return None
-        named = records.relabelled.get(self._shard_id)
+        named = records.relabelled(self._shard_id)
         expected = self.commits[0].shard_size_bytes if named is None else named.size_bytes
         what = "the size of this shard has changed since its parts were built"
         if not self.findings.expect(redact(url), what, size_bytes, expected, shard=self._shard_id):

@@ -19,7 +19,6 @@ from pipeline.cache.verify.shard import ShardResult, check_shard
 from pipeline.core.redaction import redact
 from pipeline.core.temporary import temporary_folder
 from pipeline.core.threads import map_ordered
-from schemas.cache_format import Header, Manifest
 
 _MAX_UNNAMED = 20
 
@@ -49,44 +48,31 @@ def verify_cache(
     entries = storage.entries(cache_url)
     if not any(entry.path in (layout.HEADER, layout.MANIFEST) or layout.is_commit(entry.path) for entry in entries):
         raise no_cache(cache_url)
-    findings = Findings()
-    records = read_records(cache_url, entries, findings)
-    urls = {**records.shard_urls, **(shard_urls or {})}
+    report = VerifyReport(url=redact(cache_url))
+    records = read_records(cache_url, entries, report)
     commits_of_shard: defaultdict[str, list[CompressedCommit]] = defaultdict(list)
     for commit in records.commits:
         commits_of_shard[commit.summary.shard_id].append(commit)
 
     def check(shard: str) -> ShardResult:
-        commits, url = commits_of_shard[shard], urls.get(shard)
-        return check_shard(cache_url, records, commits, shard_url=url, allowed_levels=allowed_levels)
+        url = (shard_urls or {}).get(shard) or records.shard_url(shard)
+        return check_shard(cache_url, records, commits_of_shard[shard], shard_url=url, allowed_levels=allowed_levels)
 
     sums: ClassSums | None = None
     has_all_sums = records.complete
     for done, result in enumerate(map_ordered(check, [*commits_of_shard], threads=threads, name="verify"), start=1):
-        findings.merge(result.findings)
+        report.merge(result.findings)
         has_all_sums &= not result.lost_sums
         if result.sums is not None:
             sums = result.sums if sums is None else merge([sums, result.sums])
         if progress is not None:
             progress(done, len(commits_of_shard))
-    _check_files_without_commit(cache_url, entries, records, findings)
-    header, manifest = records.header, records.manifest
-    if header is not None and imported_sha256(header) is not None:
-        _check_imported_means(cache_url, header, manifest, findings)
-    elif manifest is not None:
-        _check_class_means(cache_url, manifest, sums, findings, has_all_sums=has_all_sums)
+    _check_files_without_commit(cache_url, entries, records, report)
+    _check_class_means(cache_url, records, sums, report, has_all_sums=has_all_sums)
     unnamed = records.unnamed(entries)
-    return VerifyReport(
-        url=redact(cache_url),
-        fingerprint=None if header is None else header.fingerprint,
-        num_problems=findings.num_problems,
-        problems=tuple(findings.problems),
-        checked=dict(findings.checked),
-        not_checked=dict(findings.not_checked),
-        num_unnamed=len(unnamed),
-        unnamed=tuple(unnamed[:_MAX_UNNAMED]),
-        drift=dict(findings.drift),
-    )
+    report.num_unnamed, report.unnamed = len(unnamed), tuple(unnamed[:_MAX_UNNAMED])
+    report.fingerprint = None if records.header is None else records.header.fingerprint
+    return report
 
 
 def _check_files_without_commit(
@@ -108,43 +94,32 @@ def _check_files_without_commit(
 
 
 def _check_class_means(
-    cache_url: str, manifest: Manifest, sums: ClassSums | None, findings: Findings, *, has_all_sums: bool
+    cache_url: str, records: CacheRecords, sums: ClassSums | None, findings: Findings, *, has_all_sums: bool
 ) -> None:
-    """Computes the class means from the sums of all shards again, and compares all bits."""
-    if has_all_sums:
-        # Class means of the build's labels are not those of new labels.
-        _expect_means(manifest, findings, expected=sums is not None and manifest.labels is None)
-    if manifest.class_means is None:
+    """Computes the class means again, from the sums of all shards or from the imported JSON, and compares all bits."""
+    header, manifest, path = records.header, records.manifest, layout.CLASS_MEANS
+    is_known = has_all_sums
+    expected: bytes | None = None
+    if header is not None and imported_sha256(header) is not None:
+        is_known = False
+        with findings.capture(layout.IMPORTED_MEANS):
+            # Also compares the JSON with its digest in the header.
+            expected = encode_stored(cache_url, header)
+            is_known = True
+    # The sums are those of the build's labels.
+    elif has_all_sums and sums is not None and manifest is not None and manifest.labels is None:
+        expected = encode_means(sums, fingerprint=manifest.fingerprint)
+    ref = None if manifest is None else manifest.class_means
+    if is_known and manifest is not None:
+        what = "whether this manifest names class means"
+        findings.expect(layout.MANIFEST, what, ref is not None, expected is not None)
+    if ref is None:
         return
-    path = layout.CLASS_MEANS
-    findings.expect(layout.MANIFEST, "this manifest names another file", manifest.class_means.path, path)
-    expected = None if sums is None else encode_means(sums, fingerprint=manifest.fingerprint)
-    _compare_means(cache_url, manifest, expected if has_all_sums else None, findings)
-    if not has_all_sums:
-        findings.not_checked["class means against class sums: a file of these is damaged"] += 1
-
-
-def _check_imported_means(cache_url: str, header: Header, manifest: Manifest | None, findings: Findings) -> None:
-    """Compares the imported JSON with its digest in the header, and the class means with the JSON."""
-    with findings.capture(layout.IMPORTED_MEANS):
-        expected = encode_stored(cache_url, header)
-        if manifest is not None:
-            _expect_means(manifest, findings, expected=True)
-            _compare_means(cache_url, manifest, expected, findings)
-
-
-def _expect_means(manifest: Manifest, findings: Findings, *, expected: bool) -> None:
-    what = "whether this manifest names class means"
-    findings.expect(layout.MANIFEST, what, manifest.class_means is not None, expected)
-
-
-def _compare_means(cache_url: str, manifest: Manifest, expected: bytes | None, findings: Findings) -> None:
-    """The digest of the class means, and their table unless ``expected`` is None."""
-    if manifest.class_means is None:
-        return
-    path = layout.CLASS_MEANS
+    if not is_known:
+        findings.not_checked["class means against their source: a file of it is damaged"] += 1
+    findings.expect(layout.MANIFEST, "this manifest names another file", ref.path, path)
     with findings.capture(path, "class means"):
-        data = read_committed(cache_url, manifest.class_means.model_copy(update={"path": path}))
+        data = read_committed(cache_url, ref.model_copy(update={"path": path}))
         if expected is not None:
             same = read_parquet(data).equals(read_parquet(expected), check_metadata=True)
             what = "whether these class means equal those of the class sums or of the imported file"

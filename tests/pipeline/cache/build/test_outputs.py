@@ -243,4 +243,4 @@ def test_a_teacher_of_equal_logits_hits_by_class_index_and_verifies(tiny_config:
     assert statistics.labelled == len(label_N) == 35
     assert statistics.top1_hits == (label_N == 0).sum()
     assert statistics.top5_hits == (label_N < 5).sum()
-    assert verify_cache(cache.url).problems == ()
+    assert verify_cache(cache.url).problems == []

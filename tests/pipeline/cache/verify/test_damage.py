@@ -39,7 +39,7 @@ def problem_files(report: VerifyReport) -> set[str]:
 
 def test_an_intact_cache_has_no_problem_and_everything_is_checked(grown_cache: TinyCache) -> None:
     report = verify_cache(grown_cache.url, threads=2)
-    assert report.problems == ()
+    assert report.problems == []
     assert report.ok
     assert report.not_checked == {}
     assert (report.num_unnamed, report.unnamed) == (0, ())

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.cache.build.context import current_context
 from pipeline.cache.format.codec import decode, encode, stored_outputs
 from pipeline.cache.format.header import read_header
-from pipeline.cache.verify import LiveTeacher, load_live, recompute, verify_cache
+from pipeline.cache.verify import recompute, verify_cache
 from pipeline.cache.verify.recomputation import arrange, distance, pick
 from pipeline.cache.verify.report import Findings, Recomputed
 from pipeline.tasks import OutputSpec
@@ -29,8 +30,9 @@ EVERY_OPTION: dict[str, Any] = {"jitter": {"hue": 0.1}, "randaugment": {}, "eras
 
 
 def recompute_rows(cache: TinyCache, num_rows: int, *, config: Config | None = None) -> tuple[Findings, Recomputed]:
-    live: LiveTeacher = load_live(config or cache.config)
-    return recompute(cache.url, live, num_rows=num_rows, shard_urls={})
+    findings = Findings()
+    context = current_context(config or cache.config)
+    return findings, recompute(cache.url, context, findings, num_rows=num_rows, shard_urls={})
 
 
 def add_to_logits(cache: TinyCache, row: int, added: float) -> None:
@@ -71,7 +73,7 @@ def test_every_row_has_the_same_bits_in_the_environment_of_the_build(
 ) -> None:
     config = tiny_config(**overrides)
     build(config)
-    assert verify_cache(str(tmp_path / "cache")).problems == ()
+    assert verify_cache(str(tmp_path / "cache")).problems == []
     findings, recomputed = recompute_rows(TinyCache(str(tmp_path / "cache"), config), 10_000)
     has_eval = config.cache is not None and config.cache.class_means == "eval"
     num_rows = 35 * (3 + has_eval)
@@ -148,9 +150,9 @@ def test_a_changed_image_is_a_problem_and_the_other_rows_are_compared(cache: Tin
     tar = bytearray(Path(urls[1]).read_bytes())
     tar[tar.index(b"IDAT") + 20] ^= 1
     (tmp_path / "digits-01.tar").write_bytes(tar)
-    live = load_live(cache.config)
-    moved = {SHARD: str(tmp_path / "digits-01.tar")}
-    findings, recomputed = recompute(cache.url, live, num_rows=10_000, shard_urls=moved)
+    findings, moved = Findings(), {SHARD: str(tmp_path / "digits-01.tar")}
+    context = current_context(cache.config)
+    recomputed = recompute(cache.url, context, findings, num_rows=10_000, shard_urls=moved)
     assert {problem.code for problem in findings.problems} == {"shard.image-changed"}
     assert recomputed.rows >= 19 * 6
     assert recomputed.identical == recomputed.rows
