@@ -168,6 +168,9 @@ class Classification(Task):
     def has_target(self, targets: Targets) -> NDArray[np.bool_]:
         return targets[LABEL] != NO_LABEL
 
+    def num_invalid(self, targets: Targets, *, num_classes: int) -> int:
+        return int(((targets[LABEL] < NO_LABEL) | (targets[LABEL] >= num_classes)).sum())
+
     def outputs(self, cache: CacheConfig, *, num_classes: int, embedding_dim: int) -> tuple[OutputSpec, ...]:
         return (
             OutputSpec(LOGITS, num_classes, cache.logits),

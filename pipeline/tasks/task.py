@@ -143,6 +143,10 @@ class Task(ABC):
         """[N]: which rows have a target."""
 
     @abstractmethod
+    def num_invalid(self, targets: Targets, *, num_classes: int) -> int:
+        """The number of rows with a target that is not valid for a teacher of K classes."""
+
+    @abstractmethod
     def outputs(self, cache: CacheConfig, *, num_classes: int, embedding_dim: int) -> tuple[OutputSpec, ...]:
         """What a cache with this config stores for each row."""
 

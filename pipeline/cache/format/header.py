@@ -93,6 +93,16 @@ def find_header(cache_url: str) -> Header | None:
 
 def parse_header(data: bytes, *, where: str) -> Header:
     header = parse_record(Header, data, where=where)
+    try:
+        task_of(header.data)
+    except ValueError as error:
+        raise CacheError(
+            "this version does not know the task of this cache",
+            code="cache.unknown-task",
+            where=where,
+            got=str(error),
+            next_step="read it with the version that wrote it",
+        ) from error
     check_encodings(read_outputs(header))
     return header
 

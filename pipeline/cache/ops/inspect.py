@@ -137,7 +137,7 @@ def _labels(
     cache_url: str, header: Header, commits: list[CommitSummary], manifest: Manifest | None
 ) -> LabelCount | None:
     """None if no labels are read, nothing is committed, or an index is not readable, which ``verify`` reports."""
-    reads_labels = header.data["label"] is not None or (manifest is not None and manifest.labels is not None)
+    reads_labels = header.data.get("label") is not None or (manifest is not None and manifest.labels is not None)
     if not reads_labels or not commits:
         return None
     try:
@@ -164,6 +164,6 @@ def _view_names(header: Header) -> list[str]:
 
 
 def _encoding(header: Header, output: Output) -> str:
-    encoding = header.teacher[config_key(output.name)]
+    encoding = header.teacher.get(config_key(output.name), output.encoding)
     # A value of --json, unchanged since the first version.
     return f"{encoding} {list(output.shape)}, {row_bytes(output)} bytes a row"

@@ -120,14 +120,13 @@ class _ShardCheck:
         return self._checked_index(path, check)
 
     def _checked_index(self, path: str, check: Callable[[Findings], ShardIndex]) -> ShardIndex | None:
-        """The index that ``check`` returns, if it adds no problem and the labels are in the range of the classes."""
+        """The index that ``check`` returns, if it adds no problem and all targets are in range."""
         findings, index, header = Findings(), None, self._records.header
         with findings.capture(path, "indexes", shard=self._shard_id):
             index = check(findings)
             if header is not None:
-                label_M = index.targets[LABEL][index.task.has_target(index.targets)]
-                num_outside = int(((label_M < 0) | (label_M >= header.num_classes)).sum())
-                findings.expect(path, "labels outside of the classes", num_outside, 0, shard=self._shard_id)
+                num_invalid = index.task.num_invalid(index.targets, num_classes=header.num_classes)
+                findings.expect(path, "targets out of range", num_invalid, 0, shard=self._shard_id)
         self.findings.merge(findings)
         return None if findings.num_problems else index
 

@@ -382,7 +382,7 @@ def test_commits_of_shards_outside_the_manifest_are_no_problem(cache: TinyCache)
     ("name", "value", "what"),
     [
         ("key", "digit-0021", "duplicate keys"),
-        ("label", 10, "labels outside of the classes"),
+        ("label", 10, "targets out of range"),
         ("size", 1 << 30, "byte ranges outside of the shard"),
         ("width", 0, "images without a size"),
         ("status", "empty", "samples skipped"),
