@@ -113,22 +113,21 @@ class HitRecount(Recount):
         hits_L22 = np.stack([[rank_L < 1, rank_L < 5] for rank_L in (max_rank_L, min_rank_L)]).transpose(2, 1, 0)
         np.add.at(self._hits_G22, self._group_N[rows][labelled], hits_L22.astype(np.int64))
 
-    def compare(self, stated: Statistics, report: Callable[[str, object, object], object]) -> None:
+    def compare(self, stated: Statistics, expect: Callable[[str, object, object], object]) -> None:
         counted_N = (self._label_N != NO_LABEL) & ~self._mixes_G[self._group_N]
         classes: Counter[int] = Counter()
         for label, num_rows in zip(
             self._label_N[counted_N].tolist(), self._num_rows_N[counted_N].tolist(), strict=True
         ):
             classes[label] += num_rows
-        if stated.labelled != classes.total() or stated.class_counts != dict(classes):
-            expected = dict(sorted(classes.items()))
-            report("the commit's class counts do not match the labels", stated.class_counts, expected)
+        expected = classes.total(), dict(sorted(classes.items()))
+        expect("the commit's class counts do not match the labels", (stated.labelled, stated.class_counts), expected)
         if not self._has_logits:
             return
         bounds_22 = self._hits_G22[~self._mixes_G].sum(0).tolist()
         for name, hits, (low, high) in zip((TOP1, TOP5), (stated.top1_hits, stated.top5_hits), bounds_22, strict=True):
-            if not low <= hits <= high:
-                report(f"the commit's {name} hits do not match the stored logits", hits, f"{low} to {high}")
+            nearest = min(max(hits, low), high)
+            expect(f"the commit's {name} hits do not match the stored logits", hits, nearest)
 
 
 class Classification(Task):

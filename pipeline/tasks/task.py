@@ -94,8 +94,8 @@ class Recount(ABC):
         """
 
     @abstractmethod
-    def compare(self, stated: Statistics, report: Callable[[str, object, object], object]) -> None:
-        """Calls ``report(what, got, expected)`` for each figure of a commit that does not match the part."""
+    def compare(self, stated: Statistics, expect: Callable[[str, object, object], object]) -> None:
+        """Calls ``expect(what, got, expected)`` for each figure of a commit: a problem if the last two differ."""
 
 
 class Task(ABC):

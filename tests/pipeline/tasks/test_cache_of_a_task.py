@@ -77,10 +77,10 @@ class ErrorRecount(Recount):
             assert exact
             self._sum.add({name: values}, {key: column[rows] for key, column in self._targets.items()})
 
-    def compare(self, stated: Statistics, report: Callable[[str, object, object], object]) -> None:
-        expected = self._sum.result()["sums"]
-        if stated.sums != pytest.approx(expected):
-            report("the commit's errors do not match the stored scores", stated.sums, expected)
+    def compare(self, stated: Statistics, expect: Callable[[str, object, object], object]) -> None:
+        expect(
+            "the commit's errors do not match the stored scores", stated.sums, pytest.approx(self._sum.result()["sums"])
+        )
 
 
 class Score(Task):

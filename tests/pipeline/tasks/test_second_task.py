@@ -73,6 +73,9 @@ class Point(Task):
     def has_target(self, targets: Targets) -> NDArray[np.bool_]:
         return targets["y"] != -7
 
+    def num_invalid(self, targets: Targets, *, num_classes: int) -> int:
+        raise NotImplementedError
+
     def outputs(self, cache: CacheConfig, *, num_classes: int, embedding_dim: int) -> tuple[OutputSpec, ...]:
         raise NotImplementedError
 
