@@ -88,7 +88,7 @@ def test_shards_packed_again_with_labels_give_a_cache_its_labels(tiny_config: Ti
     assert [cache.shard_url(shard) for shard in cache.shards] == [*again.values()]
     for given in (again, None):
         verified = verify_cache(url, shard_urls=given)
-        assert (verified.problems, verified.num_unnamed) == ((), 0)
+        assert (verified.problems, verified.num_unnamed) == ([], 0)
     moved: dict[str, Any] = {"data": {"cache": url, "shards": [*again.values()]}, "loss": CE, "train": {"epochs": 1}}
     assert train(run_config(config, tmp_path / "run", **moved))["steps"] == 3
 

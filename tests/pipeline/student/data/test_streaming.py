@@ -224,8 +224,7 @@ def test_mapped_columns_are_those_of_the_cache_and_lie_in_the_file(replays: Repl
         assert [*aug_params] == [*expected.aug_params]
         assert all(np.array_equal(values, expected.aug_params[name]) for name, values in aug_params.items())
         assert (tuple(proofs.digests), tuple(proofs.means)) == (expected.pixel_digest, expected.pixel_mean)
-        assert expected.logits is not None
-        assert np.array_equal(joined.encoded["logits"], raw_rows(expected.logits.column))
+        assert np.array_equal(joined.encoded["logits"], raw_rows(expected.outputs["logits"].column))
         assert not joined.encoded["logits"].flags.writeable
 
 
