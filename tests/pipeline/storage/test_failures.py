@@ -218,7 +218,7 @@ def test_a_failure_has_a_code_and_only_a_transient_one_is_retried_a_bounded_numb
     assert isinstance(caught.value, TransientStorageError) == is_transient
     assert store.num_requests == (5 if is_transient else 1)
     assert "hidden" not in str(caught.value)
-    # Only a file that the store says is not there is absent.
+    # Only a file that the store reports as missing is absent.
     for call in (storage.exists, storage.listing, storage.read_if_exists):
         if isinstance(failure, FileNotFoundError):
             assert not call("s3://bucket/a")
