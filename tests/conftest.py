@@ -72,6 +72,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _no_fsync() -> Iterator[None]:
+    """Tests kill processes and never the machine, so no file has to be on the disk; an ``fsync`` takes milliseconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _no_files_of_earlier_sessions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Trainings store files in the temporary folder; those of other sessions may come from different code."""
     with pytest.MonkeyPatch.context() as patch:

@@ -51,13 +51,18 @@ def numeric_env(device: torch.device, *, batch_size: int) -> dict[str, object]:
         # These two include the build, such as +cu132, which package metadata does not.
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
-        **{name: version(name) for name in _PACKAGES},
+        **_package_versions(),
         "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
         "threads": torch.get_num_threads(),
         "tf32": False,
         "cudnn_benchmark": False,
         "batch_size": batch_size,
     }
+
+
+@cache
+def _package_versions() -> dict[str, str]:
+    return {name: version(name) for name in _PACKAGES}
 
 
 @cache
