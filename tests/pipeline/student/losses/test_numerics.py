@@ -108,7 +108,7 @@ def test_no_gradient_reaches_the_teacher(variant: Variant) -> None:
 
 
 @variants
-def test_a_loss_learns_from_a_teacher_that_ran_in_inference_mode(variant: Variant) -> None:
+def test_a_loss_has_a_gradient_for_a_teacher_that_ran_in_inference_mode(variant: Variant) -> None:
     student_BK, _ = random_pair(0, 6, 10)
     with torch.inference_mode():
         teacher_BK = torch.ones(6, 10)
@@ -140,25 +140,11 @@ def test_partners_and_lambdas_come_together(name: str, mixed: dict[str, Tensor])
 
 
 @variants
-@dtypes
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_half_precision_costs_only_the_rounding_of_the_input(variant: Variant, dtype: torch.dtype) -> None:
     student_BK, teacher_BK = half_pair(dtype, 16, 10)
     loss = loss_of(variant, student_BK, teacher_BK, labels(16))
     assert torch.equal(loss, loss_of(variant, student_BK.float(), teacher_BK.float(), labels(16)))
-
-
-@variants
-def test_an_enclosing_autocast_changes_nothing(variant: Variant) -> None:
-    def value_and_gradient() -> tuple[Tensor, Tensor]:
-        student_BK, teacher_BK = random_pair(0, 16, 10)
-        loss = loss_of(variant, student_BK.requires_grad_(), teacher_BK, labels(16))
-        return loss.detach(), torch.autograd.grad(loss, student_BK)[0]
-
-    plain = value_and_gradient()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        under_autocast = value_and_gradient()
-    assert torch.equal(under_autocast[0], plain[0])
-    assert torch.equal(under_autocast[1], plain[1])
 
 
 class AutocastWatch(TorchFunctionMode):
@@ -174,12 +160,19 @@ class AutocastWatch(TorchFunctionMode):
 
 
 @variants
-def test_autocast_is_disabled_for_the_arithmetic_of_a_loss(variant: Variant) -> None:
+def test_an_enclosing_autocast_is_disabled_and_changes_nothing(variant: Variant) -> None:
+    def value_and_gradient() -> tuple[Tensor, Tensor]:
+        student_BK, teacher_BK = random_pair(0, 16, 10)
+        loss = loss_of(variant, student_BK.requires_grad_(), teacher_BK, labels(16))
+        return loss.detach(), torch.autograd.grad(loss, student_BK)[0]
+
+    with torch.autocast("cpu", dtype=torch.bfloat16), AutocastWatch() as watch:
+        under_autocast = value_and_gradient()
+    plain = value_and_gradient()
+    assert all(torch.equal(*pair) for pair in zip(under_autocast, plain, strict=True))
     # What `call` does to build arguments is not among these.
     arithmetic = {"clamp", "softmax", "log_softmax", "kl_div", "linalg_vector_norm", "lerp", "mean", "sum"}
     arithmetic |= {"logsumexp", "cosine_similarity", "mse_loss", "square", "linalg_vecdot"}
-    with torch.autocast("cpu", dtype=torch.bfloat16), AutocastWatch() as watch:
-        loss_of(variant, *random_pair(0, 16, 10), labels(16))
     seen = {(operation, enabled) for operation, enabled in watch.seen if operation in arithmetic}
     assert len(seen) >= 3
     assert not any(enabled for _, enabled in seen)

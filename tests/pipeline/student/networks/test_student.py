@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from pipeline.models import EmbeddingModel, load_model
 from pipeline.student.networks.student import Student
@@ -21,16 +20,19 @@ def model(section: dict[str, Any]) -> EmbeddingModel:
 @pytest.mark.parametrize("width", [16, 7])
 def test_the_embedding_comes_in_the_teachers_width(width: int) -> None:
     student = Student(model(SMALL), terms=["nd"], teacher_dims=[width])
-    logits_BK, embedding_BD, projected, _ = student(torch.rand(4, 3, 16, 16))
+    images = torch.rand(4, 3, 16, 16)
+    logits_BK, embedding_BD, projected, _ = student(images)
     (projected_BD,) = projected["nd"]
+    torch.testing.assert_close((logits_BK, embedding_BD), student.model(images))
     assert (logits_BK.shape, embedding_BD.shape, projected_BD.shape) == ((4, 10), (4, 16), (4, width))
     assert (not list(student.projectors.parameters())) == (width == 16)
 
 
-def test_without_a_loss_on_embeddings_nothing_is_projected() -> None:
+def test_without_losses_on_embeddings_and_maps_a_student_has_only_the_parameters_of_its_network() -> None:
     student = Student(model(SMALL), teacher_dims=[7])
-    _, embedding_BD, projected, _ = student(torch.rand(4, 3, 16, 16))
-    assert (embedding_BD.shape, projected) == ((4, 16), {})
+    _, embedding_BD, projected, maps = student(torch.rand(4, 3, 16, 16))
+    assert (embedding_BD.shape, projected, maps) == ((4, 16), {}, ())
+    assert not [name for name in student.state_dict() if not name.startswith("model.network.")]
     assert student.min_rows == 1
 
 
@@ -53,11 +55,6 @@ def test_a_term_changes_only_its_projector() -> None:
     assert {name.partition(".")[0] for name, value in parameters if value.grad is not None} == {"cosine"}
 
 
-def test_a_projector_leaves_the_networks_logits_as_they_are() -> None:
-    network, images = model(SMALL), torch.rand(4, 3, 16, 16)
-    torch.testing.assert_close(Student(network, terms=["nd"], teacher_dims=[7])(images)[0], network(images)[0])
-
-
 @pytest.mark.parametrize(
     ("section", "teacher_dim", "rows"), [(SMALL, 16, 1), (NORMALISED, 16, 2), (SMALL, 7, 2)], ids=str
 )
@@ -65,8 +62,3 @@ def test_the_minimum_of_rows_is_that_of_a_training_step(section: dict[str, Any],
     student = Student(model(section), terms=["nd"], teacher_dims=[teacher_dim]).train()
     assert student.min_rows == rows
     student(torch.rand(rows, 3, 16, 16))
-
-
-def test_torchs_batchnorm_refuses_a_single_row() -> None:
-    with pytest.raises(ValueError, match="more than 1 value per channel"):
-        nn.BatchNorm1d(3).train()(torch.rand(1, 3))
