@@ -41,7 +41,7 @@ def resnet(num_classes: int, depth: int, widths: Sequence[int] = (16, 16, 32, 64
             got=list(widths),
             expected="stem and three stages, above 0",
         )
-    return CifarResNet(num_classes, _blocks_per_stage(depth, step=6, rest=2), tuple(widths))
+    return CifarResNet(num_classes, _blocks_per_stage(depth, rest=2), tuple(widths))
 
 
 def wide_resnet(num_classes: int, depth: int, width_factor: int) -> nn.Module:
@@ -56,17 +56,18 @@ def wide_resnet(num_classes: int, depth: int, width_factor: int) -> nn.Module:
     """
     if width_factor < 1:
         raise ModelError("a wide ResNet's width_factor is at least 1", code="model.cifar-widths", got=width_factor)
-    return CifarWideResNet(num_classes, _blocks_per_stage(depth, step=6, rest=4), width_factor)
+    return CifarWideResNet(num_classes, _blocks_per_stage(depth, rest=4), width_factor)
 
 
-def _blocks_per_stage(depth: int, *, step: int, rest: int) -> int:
-    blocks, remainder = divmod(depth - rest, step)
+def _blocks_per_stage(depth: int, *, rest: int) -> int:
+    """Of a network of 6n + ``rest`` layers: n."""
+    blocks, remainder = divmod(depth - rest, 6)
     if remainder or blocks < 1:
         raise ModelError(
             "this depth does not split into three equal stages",
             code="model.cifar-depth",
             got=depth,
-            expected=f"{step}n + {rest}",
+            expected=f"6n + {rest}",
         )
     return blocks
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 _UNSAFE_CHANNELS = range(1, 9)
 
@@ -29,52 +28,23 @@ class EmbeddingModel(nn.Module):
 
     Attributes:
         network: the module of the library, with its parameter names; save and load *its* ``state_dict``.
+        heads: names of the submodules whose input is the embedding; empty with ``forward_embedding``.
         num_classes: K.
         embedding_dim: D.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        heads: tuple[str, ...],
-        *,
-        num_classes: int,
-        embedding_dim: int,
-        linear_head: str | None,
-    ) -> None:
-        """Called by ``pipeline.models.probe.wrap``, which registers the hooks and determines K, D and the linear head.
-
-        Args:
-            heads: names of the submodules whose input is the embedding; empty with ``forward_embedding``.
-            linear_head: name of the ``nn.Linear`` that maps the embedding to the logits, if there is one.
-        """
+    def __init__(self, network: nn.Module, heads: tuple[str, ...], *, num_classes: int, embedding_dim: int) -> None:
+        """Called by ``pipeline.models.probe.wrap``, which registers the hooks and determines D."""
         super().__init__()
-        self.network = network
-        self.num_classes = num_classes
-        self.embedding_dim = embedding_dim
-        self._heads = heads
-        self._linear_head = linear_head
-
-    @property
-    def heads(self) -> tuple[str, ...]:
-        """Names of the submodules that map the embedding to logits; empty with ``forward_embedding``."""
-        return self._heads
-
-    @property
-    def head(self) -> nn.Linear | None:
-        """The layer with ``head(embedding_BD) == logits_BK``; None if no single linear layer does that."""
-        if self._linear_head is None:
-            return None
-        layer = self.network.get_submodule(self._linear_head)
-        assert isinstance(layer, nn.Linear)
-        return layer
+        self.network, self.heads = network, heads
+        self.num_classes, self.embedding_dim = num_classes, embedding_dim
 
     def forward(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        return forward_with_embedding(self.network, self._heads, images_BCHW)
+        return forward_with_embedding(self.network, self.heads, images_BCHW)
 
     def logits(self, images_BCHW: Tensor) -> Tensor:
         """[B,K] without the embedding: the forward of the network itself if it has a head."""
-        return self.network(images_BCHW) if self._heads else self(images_BCHW)[0]
+        return self.network(images_BCHW) if self.heads else self(images_BCHW)[0]
 
 
 def move_to_device(module: nn.Module, device: torch.device, *, channels_last: bool = True) -> None:
@@ -146,11 +116,3 @@ def _mean_over_positions(x: Tensor, *, channels_first: bool) -> Tensor:
     if x.ndim <= 2:
         return x
     return x.flatten(2).mean(2) if channels_first else x.flatten(1, -2).mean(1)
-
-
-def reproduces(layer: nn.Linear, embedding_BD: Tensor, logits_BK: Tensor) -> bool:
-    """Whether the layer maps this embedding to these logits (to fp32 rounding)."""
-    if (layer.in_features, layer.out_features) != (embedding_BD.shape[1], logits_BK.shape[1]):
-        return False
-    expected_BK = linear(embedding_BD, layer.weight, layer.bias)
-    return torch.allclose(expected_BK, logits_BK, rtol=1e-4, atol=1e-5 * (1 + float(logits_BK.abs().max())))

@@ -1,13 +1,13 @@
-"""Trial forward passes determine K and D of a network, and whether a linear layer maps the embedding to the logits."""
+"""A trial forward pass checks the outputs of a network and determines the width D of its embedding."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.core.errors import ModelError, cause
-from pipeline.models.embedding import EmbeddingModel, forward_with_embedding, register_head_hooks, reproduces
-from pipeline.models.sources.base import BuildRequest, BuiltModel, last_layer
+from pipeline.models.embedding import EmbeddingModel, forward_with_embedding, register_head_hooks
+from pipeline.models.sources.base import BuildRequest, BuiltModel
 
 
 def wrap(built: BuiltModel, request: BuildRequest, *, size: int) -> EmbeddingModel:
@@ -21,14 +21,8 @@ def wrap(built: BuiltModel, request: BuildRequest, *, size: int) -> EmbeddingMod
     _check_finite(logits_BK, embedding_BD, request)
     if request.where == "student":
         _check_training(built, request, size=size)
-    model = EmbeddingModel(
-        built.network,
-        built.heads,
-        num_classes=request.num_classes,
-        embedding_dim=embedding_BD.shape[1],
-        linear_head=_linear_head(built, embedding_BD, logits_BK),
-    )
-    return model.eval()
+    width = embedding_BD.shape[1]
+    return EmbeddingModel(built.network, built.heads, num_classes=request.num_classes, embedding_dim=width).eval()
 
 
 def probe_outputs(built: BuiltModel, request: BuildRequest, *, size: int) -> tuple[Tensor, Tensor]:
@@ -58,10 +52,7 @@ def probe_outputs(built: BuiltModel, request: BuildRequest, *, size: int) -> tup
 
 
 def _images(built: BuiltModel, size: int) -> Tensor:
-    """A ramp [2,3,size,size] on the device of the network.
-
-    For black images the embedding could be zero, and then any layer would look like the head.
-    """
+    """A ramp [2,3,size,size] on the device of the network."""
     device = next(built.network.parameters(), torch.empty(0)).device
     return torch.linspace(-1, 1, 2 * 3 * size * size, device=device).reshape(2, 3, size, size)
 
@@ -138,15 +129,6 @@ def _check_finite(logits_BK: Tensor, embedding_BD: Tensor, request: BuildRequest
 
 def _shape(value: object) -> tuple[object, ...]:
     return tuple(value.shape) if isinstance(value, Tensor) else (type(value).__name__,)
-
-
-def _linear_head(built: BuiltModel, embedding_BD: Tensor, logits_BK: Tensor) -> str | None:
-    """The layer that maps the embedding to the logits: the only head, or the last nn.Linear with forward_embedding."""
-    if len(built.heads) > 1:
-        return None
-    name = built.heads[0] if built.heads else last_layer(built.network, nn.Linear)
-    layer = None if name is None else built.network.get_submodule(name)
-    return name if isinstance(layer, nn.Linear) and reproduces(layer, embedding_BD, logits_BK) else None
 
 
 def _size_hint(built: BuiltModel, request: BuildRequest, size: int) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import pickle
-import pickletools
 import shlex
 import zipfile
 from collections import OrderedDict
@@ -222,61 +221,42 @@ def load_pickled(data: bytes) -> Any:
 def _unpickle(data: bytes, url: str, where: str) -> object:
     if is_plain_pickle(data):
         read = 'import pickle, torch; c = pickle.load(open(%s, "rb"))'
-        raise _pickled_code("a pickle that torch.save did not write", read, data, url, where)
+        raise _pickled_code("a pickle that torch.save did not write", read, url, where)
     try:
         return load_pickled(data)
     except TorchScriptError as error:
         read = 'import torch; c = torch.jit.load(%s, map_location="cpu")'
-        raise _pickled_code(str(error), read, data, url, where) from error
+        raise _pickled_code(str(error), read, url, where) from error
     except pickle.UnpicklingError as error:
         read = 'import torch; c = torch.load(%s, map_location="cpu", weights_only=False)'
-        raise _pickled_code(_refused_global(error), read, data, url, where) from error
+        raise _pickled_code(_refused_global(error), read, url, where) from error
     except Exception as error:  # the reader raises anything for a damaged archive
         raise _unreadable(url, where, error) from error
 
 
-def _pickled_code(got: str, read: str, data: bytes, url: str, where: str) -> ModelError:
+def _pickled_code(got: str, read: str, url: str, where: str) -> ModelError:
     return ModelError(
         "the file contains more than tensors: pickled code is never run",
         code="weights.pickled-code",
         where=f"{where}: {redact(url)}",
         got=got,
         expected="a state dict (names to tensors), with nothing but plain values next to it",
-        next_step=f"if you trust the file, since this runs its code: {_conversion(read, data, url)}",
+        next_step=f"if you trust the file, since this runs its code: {_conversion(read, url)}",
     )
 
 
-def _conversion(read: str, data: bytes, url: str) -> str:
-    """A command that writes only the state dict, from the key that the pickle seems to store it under.
+def _conversion(read: str, url: str) -> str:
+    """A command that writes only the state dict, from the first key of a checkpoint that has one.
 
     Args:
         read: Python code that binds ``c`` to the content of ``%s``.
     """
     path = PurePosixPath(storage.local_path(url) or storage.last_name(redact(url)))
     target = path.with_name(f"{path.name.split('.')[0]}-weights.pt")
-    strings = _pickled_strings(data)
-    keys = [key for key in (*TRAINED_KEYS, *AVERAGED_KEYS) if key in strings]
-    select = (
-        f"c = next((c[k] for k in {json.dumps(keys)} if k in c), c) if isinstance(c, dict) else c; " if keys else ""
-    )
+    keys = " ".join((*TRAINED_KEYS, *AVERAGED_KEYS))
+    select = f'c = next((c[k] for k in "{keys}".split() if k in c), c) if isinstance(c, dict) else c'
     save = f"torch.save(c if isinstance(c, dict) else c.state_dict(), {json.dumps(str(target))})"
-    return f"python -c {shlex.quote(f'{read % json.dumps(str(path))}; {select}{save}')}"
-
-
-def _pickled_strings(data: bytes) -> set[str]:
-    """The strings of a pickle, as far as it can be read, without running it."""
-    strings: set[str] = set()
-    try:
-        if data.startswith(ZIP):
-            with zipfile.ZipFile(io.BytesIO(data)) as archive:
-                data = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
-        stream = io.BytesIO(data)
-        # The older format is a sequence of pickles.
-        while stream.tell() < len(data):
-            strings.update(argument for _, argument, _ in pickletools.genops(stream) if isinstance(argument, str))
-    except Exception:
-        return strings
-    return strings
+    return f"python -c {shlex.quote(f'{read % json.dumps(str(path))}; {select}; {save}')}"
 
 
 def _refused_global(error: BaseException) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -60,29 +61,67 @@ class PrecomputedTeacher:
         Raises:
             ShardError: the samples of the shard have changed since the outputs were computed.
         """
-        stored = self.groups[url]
-        num_groups = 0
-        for group in groups:
-            if num_groups == len(stored) or stored[num_groups][0] != _keys(group):
-                raise _changed_shard(url)
-            yield group, stored[num_groups][1]
-            num_groups += 1
-        if num_groups < len(stored):
-            raise _changed_shard(url)
+        for group, stored in zip_longest(groups, self.groups[url]):
+            if group is None or stored is None or stored[0] != _keys(group):
+                raise ShardError(
+                    "a validation shard was replaced during the run",
+                    code="shard.replaced",
+                    where=redact(url),
+                    got="other samples than those for which the teacher's outputs were computed before the first step",
+                    next_step="run the command again: it continues from its last checkpoint and computes the outputs "
+                    "again",
+                )
+            yield group, stored[1]
 
 
 def _keys(group: GroupViews) -> list[str]:
     return [sample.key for sample in group.samples]
 
 
-def _changed_shard(url: str) -> ShardError:
-    return ShardError(
-        "a validation shard was replaced during the run",
-        code="shard.replaced",
-        where=redact(url),
-        got="other samples than those for which the teacher's outputs were computed before the first step",
-        next_step="run the command again: it continues from its last checkpoint and computes the outputs again",
-    )
+@dataclass(frozen=True, slots=True)
+class _OpenShard:
+    """A shard as a file of this node, and the threads that render its images."""
+
+    url: str
+    path: Path
+    pool: ThreadPoolExecutor
+    data: DataConfig
+    plan: ViewsConfig
+
+    def new_builder(self) -> IndexBuilder:
+        return IndexBuilder(shard_id(self.url), task_of(self.data))
+
+    def groups(self, spec: InputSpec, builder: IndexBuilder) -> Iterator[GroupViews]:
+        """The mix groups of the shard, rendered for a network; ``builder`` collects the index of the shard."""
+        return read_groups(
+            read_samples(self.path, self.data, where=redact(self.url), notes=builder.notes),
+            Rendering(
+                plan=self.plan,
+                block=ViewBlock(start=0, stop=1, is_eval=True),
+                size=spec.size,
+                interpolation=spec.interpolation,
+            ),
+            self.pool,
+            shard_id=shard_id(self.url),
+            task=task_of(self.data),
+            max_pixels=self.data.max_pixels,
+            builder=builder,
+        )
+
+    def groups_with_teacher(
+        self, spec: InputSpec, teacher: Teacher | PrecomputedTeacher | None, builder: IndexBuilder
+    ) -> Iterator[tuple[GroupViews, Outputs | None]]:
+        """Each mix group rendered for the student, and the teacher's outputs for the same images."""
+        groups = self.groups(spec, builder)
+        if teacher is None:
+            return ((group, None) for group in groups)
+        if isinstance(teacher, PrecomputedTeacher):
+            return teacher.join(self.url, groups)
+        teacher_spec = teacher.loaded.input
+        if (teacher_spec.size, teacher_spec.interpolation) == (spec.size, spec.interpolation):
+            return ((group, _teacher_outputs(teacher, group)) for group in groups)
+        teacher_groups = self.groups(teacher_spec, self.new_builder())
+        return zip(groups, (_teacher_outputs(teacher, group) for group in teacher_groups), strict=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,13 +202,10 @@ class Evaluator:
         """A teacher's outputs for all images of this rank, for later evaluations."""
         stored: dict[str, list[tuple[list[str], Outputs]]] = {}
         for url in self.rank_urls:
-            with self._local_file(url) as local, ThreadPoolExecutor(self.num_threads) as pool:
-                groups = self._groups(
-                    local, url, teacher.loaded.input, pool, IndexBuilder(shard_id(url), task_of(self.data))
-                )
+            with self._open(url) as shard:
                 stored[url] = [
                     (_keys(group), _teacher_outputs(teacher, group, with_embeddings=with_embeddings))
-                    for group in groups
+                    for group in shard.groups(teacher.loaded.input, shard.new_builder())
                 ]
         return PrecomputedTeacher(stored)
 
@@ -183,10 +219,10 @@ class Evaluator:
         sums: MetricSums,
         projector: nn.Module | None,
     ) -> ShardIndex:
-        builder = IndexBuilder(shard_id(url), task_of(self.data))
         finite = FiniteRows()
-        with self._local_file(url) as local, ThreadPoolExecutor(self.num_threads) as pool:
-            for group, teacher_outputs in self._groups_with_teacher(local, url, spec, teacher, pool, builder):
+        with self._open(url) as shard:
+            builder = shard.new_builder()
+            for group, teacher_outputs in shard.groups_with_teacher(spec, teacher, builder):
                 outputs = _student_outputs(model, spec, group.pixels_VNCHW[0], self.distributed.device, projector)
                 if finite.add(_keys(group), outputs, teacher_outputs):
                     sums.add(outputs, teacher_outputs, group.targets)
@@ -196,53 +232,11 @@ class Evaluator:
         return index
 
     @contextmanager
-    def _local_file(self, url: str) -> Generator[Path]:
-        """The file of a shard on this node."""
+    def _open(self, url: str) -> Generator[_OpenShard]:
         with self.report_moved():
             lease = NodeStore.of(self.data).acquire_url(url)
-        with lease as file:
-            yield file.path
-
-    def _groups_with_teacher(
-        self,
-        local: Path,
-        url: str,
-        spec: InputSpec,
-        teacher: Teacher | PrecomputedTeacher | None,
-        pool: ThreadPoolExecutor,
-        builder: IndexBuilder,
-    ) -> Iterator[tuple[GroupViews, Outputs | None]]:
-        """Each mix group rendered for the student, and the teacher's outputs for the same images."""
-        groups = self._groups(local, url, spec, pool, builder)
-        if teacher is None:
-            return ((group, None) for group in groups)
-        if isinstance(teacher, PrecomputedTeacher):
-            return teacher.join(url, groups)
-        teacher_spec = teacher.loaded.input
-        if (teacher_spec.size, teacher_spec.interpolation) == (spec.size, spec.interpolation):
-            return ((group, _teacher_outputs(teacher, group)) for group in groups)
-        teacher_groups = self._groups(local, url, teacher_spec, pool, IndexBuilder(shard_id(url), task_of(self.data)))
-        return zip(groups, (_teacher_outputs(teacher, group) for group in teacher_groups), strict=True)
-
-    def _groups(
-        self, local: Path, url: str, spec: InputSpec, pool: ThreadPoolExecutor, builder: IndexBuilder
-    ) -> Iterator[GroupViews]:
-        rendering = Rendering(
-            plan=self.plan,
-            block=ViewBlock(start=0, stop=1, is_eval=True),
-            size=spec.size,
-            interpolation=spec.interpolation,
-        )
-        samples = read_samples(local, self.data, where=redact(url), notes=builder.notes)
-        return read_groups(
-            samples,
-            rendering,
-            pool,
-            shard_id=shard_id(url),
-            task=task_of(self.data),
-            max_pixels=self.data.max_pixels,
-            builder=builder,
-        )
+        with lease as file, ThreadPoolExecutor(self.num_threads) as pool:
+            yield _OpenShard(url, file.path, pool, self.data, self.plan)
 
 
 def _student_outputs(

@@ -79,7 +79,12 @@ def export_run(
         metadata["left_out"] = json.dumps(left_out)
     with storage.scratch_folder() as folder:
         path = folder / f"student.{chosen}"
-        difference = _write(run, path, chosen, metadata, left_out, with_normalization=with_normalization)
+        difference = None
+        if chosen in _GRAPHS:
+            classifier = Classifier(run.student.module, run.student.input, normalizes=with_normalization).eval()
+            difference = _GRAPHS[chosen](classifier, path, metadata)
+        else:
+            _write_weights(run, path, metadata, left_out)
         size_bytes = path.stat().st_size
         storage.put(path, out_url)
     return ExportedModel(redact(out_url), chosen, size_bytes, run.step, metadata["input"], difference, bool(left_out))
@@ -166,24 +171,11 @@ def _untrained_head(run: LoadedRun, format: ExportFormat, run_url: str) -> list[
     return [name for name in run.student.module.network.state_dict() if name.startswith(prefixes)]
 
 
-def _write(
-    run: LoadedRun,
-    path: Path,
-    format: ExportFormat,
-    metadata: Mapping[str, str],
-    left_out: Sequence[str],
-    *,
-    with_normalization: bool,
-) -> float | None:
-    student = run.student
-    if format in _GRAPHS:
-        classifier = Classifier(student.module, student.input, normalizes=with_normalization).eval()
-        return _GRAPHS[format](classifier, path, metadata)
+def _write_weights(run: LoadedRun, path: Path, metadata: Mapping[str, str], left_out: Sequence[str]) -> None:
     # Copies, since the format supports neither shared memory nor strides.
     state = {
         name: tensor.contiguous().clone()
-        for name, tensor in student.module.network.state_dict().items()
+        for name, tensor in run.student.module.network.state_dict().items()
         if name not in left_out
     }
     safetensors.torch.save_file(state, path, {"format": "pt", **metadata})
-    return None

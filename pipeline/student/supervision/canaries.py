@@ -35,17 +35,12 @@ class CanaryReport:
     num_drifted: int = 0
     levels: int = 0
 
-    def plus(self, other: CanaryReport) -> CanaryReport:
-        compared, drifted = self.num_compared + other.num_compared, self.num_drifted + other.num_drifted
-        return CanaryReport(compared, drifted, max(self.levels, other.levels))
-
     def over_ranks(self, distributed: DistributedContext) -> CanaryReport:
         """The report over all ranks, which may run on different machines. Every rank calls it."""
         counts = torch.tensor([self.num_compared, self.num_drifted], device=distributed.device)
         compared, drifted = distributed.sum(counts).tolist()
-        return CanaryReport(
-            compared, drifted, int(distributed.max(torch.tensor(self.levels, device=distributed.device)))
-        )
+        levels = distributed.max(torch.tensor(self.levels, device=distributed.device))
+        return CanaryReport(compared, drifted, int(levels))
 
     def warning(self) -> str:
         return (
@@ -53,12 +48,6 @@ class CanaryReport:
             f"{self.num_drifted} of {self.num_compared} "
             f"canaries differ, block means by up to {self.levels} of 255, which data.allow_pixel_drift allows"
         )
-
-
-@dataclass(frozen=True, slots=True)
-class _Drift:
-    sample_id: str
-    levels: int
 
 
 def check_canaries(source: CachedSource, data: DataConfig) -> CanaryReport:
@@ -72,24 +61,25 @@ def check_canaries(source: CachedSource, data: DataConfig) -> CanaryReport:
             not the cached one, or the cache has no pixel digest.
     """
     try:
-        report = CanaryReport()
-        for number in range(len(source.caches)):
-            report = report.plus(_check_cache(source, number, data.max_pixels, data.allow_pixel_drift))
-        return report
+        reports = [_check_cache(source, number, data) for number in range(len(source.caches))]
+        return CanaryReport(
+            sum(report.num_compared for report in reports),
+            sum(report.num_drifted for report in reports),
+            max(report.levels for report in reports),
+        )
     finally:
         # Shards open again when they are read; until then a training that does not start leaves none open.
         source.close()
 
 
-def _check_cache(source: CachedSource, number: int, max_pixels: int, allowed_levels: int) -> CanaryReport:
-    cache = source.caches[number]
-    compared, drifts = 0, list[_Drift]()
+def _check_cache(source: CachedSource, number: int, data: DataConfig) -> CanaryReport:
+    cache, compared, drifts = source.caches[number], 0, dict[str, int]()
     for shard in range(0, len(source.shard_ids), -(-len(source.shard_ids) // _MAX_SHARDS)):
-        in_shard, drifted = _check_shard(source, number, shard, max_pixels)
-        compared, drifts = compared + in_shard, drifts + drifted
-    levels = max((drift.levels for drift in drifts), default=0)
+        in_shard, drifted = _check_shard(source, number, shard, data.max_pixels)
+        compared, drifts = compared + in_shard, drifts | drifted
+    levels = max(drifts.values(), default=0)
     # Pixels that differ by less than a level of any block still differ.
-    if drifts and max(levels, 1) > allowed_levels:
+    if drifts and max(levels, 1) > data.allow_pixel_drift:
         raise _drift_error(cache, drifts, compared)
     if not compared:
         raise CacheError(
@@ -101,12 +91,12 @@ def _check_cache(source: CachedSource, number: int, max_pixels: int, allowed_lev
     return CanaryReport(compared, len(drifts), levels)
 
 
-def _drift_error(cache: TeacherCache, drifts: list[_Drift], compared: int) -> CacheError:
-    here, levels = numeric_env(torch.device("cpu"), batch_size=1), max(drift.levels for drift in drifts)
+def _drift_error(cache: TeacherCache, drifts: Mapping[str, int], compared: int) -> CacheError:
+    here, levels = numeric_env(torch.device("cpu"), batch_size=1), max(drifts.values())
     return CacheError(
         "this machine computes pixels that differ from the teacher's input",
         code="cache.pixel-drift",
-        where=f"{len(drifts)} of {compared} canaries, first {drifts[0].sample_id}",
+        where=f"{len(drifts)} of {compared} canaries, first {next(iter(drifts))}",
         got=f"block means differ by up to {levels} of 255; here: {_versions(here)}",
         expected=f"the cache was built with {_versions(cache.manifest.environment)}",
         next_step="install the versions the cache was built with, or build another cache; to train on these pixels "
@@ -114,20 +104,21 @@ def _drift_error(cache: TeacherCache, drifts: list[_Drift], compared: int) -> Ca
     )
 
 
-def _check_shard(source: CachedSource, number: int, shard: int, max_pixels: int) -> tuple[int, list[_Drift]]:
+def _check_shard(source: CachedSource, number: int, shard: int, max_pixels: int) -> tuple[int, dict[str, int]]:
+    """How many canaries the shard has, and by how many levels some differ, by their sample ids."""
     proofs = source.pixel_proofs(shard, 0)[number]
     teacher = source.caches[number].header.teacher
     size, interpolation = int(teacher["size"]), teacher["interpolation"]
     ordinals = [row for row, digest in enumerate(proofs.digests) if digest is not None]
     rows = source.rows(shard, np.array(ordinals, np.int32), 0)
-    drifts: list[_Drift] = []
+    drifts: dict[str, int] = {}
     for row, (ordinal, byte_range) in enumerate(zip(ordinals, rows.byte_ranges, strict=True)):
         image = read_image(source, shard, byte_range, sample_id=rows.sample_ids[row], max_pixels=max_pixels)
         box, flip = rows.rows_N["box"][row].tolist(), bool(rows.rows_N["flip"][row])
         aug_params = aug_params_row(rows.aug_params, row)
         view = apply_view(image, box, flip, aug_params, size=size, interpolation=interpolation)
         if pixel_digest(view) != proofs.digests[ordinal]:
-            drifts.append(_Drift(rows.sample_ids[row], _distance(pixel_mean(view), proofs.means[ordinal])))
+            drifts[rows.sample_ids[row]] = _distance(pixel_mean(view), proofs.means[ordinal])
     return len(ordinals), drifts
 
 

@@ -98,10 +98,10 @@ def spec_of_caches(
     # All caches have the same views, classes and reading rules.
     first = caches[0]
     sizes = [int(cache.header.teacher["size"]) for cache in caches]
-    read_by = _data_of(data, first)
+    data = _data_of(data, first)
     _check_one_size(sizes, student)
     return SupervisionSpec(
-        data=read_by,
+        data=data,
         plan=plan_of(first.header),
         student_views=None,
         num_classes=first.header.num_classes,

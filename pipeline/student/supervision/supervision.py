@@ -59,7 +59,8 @@ def open_supervision(
     source = open_indexed(index_url(config), spec.data, spec.plan)
     if refuses_unlabelled(config, loss):
         source.check_labelled()
-    _check_labels(spec, source, loss)
+    if loss.needs_labels:
+        check_any_labelled(source, spec.data)
     if config.teacher.mode == "none":
         return Supervision(spec, source, (), (), ())
     teachers = _load_teachers(config, spec, device) if teachers is None else tuple(teachers)
@@ -69,11 +70,6 @@ def open_supervision(
 def refuses_unlabelled(config: Config, loss: CompositeLoss) -> bool:
     """Whether a row without a label is an error."""
     return loss.needs_labels and config.data.missing_labels == "refuse"
-
-
-def _check_labels(spec: SupervisionSpec, source: RowSource, loss: CompositeLoss) -> None:
-    if loss.needs_labels:
-        check_any_labelled(source, spec.data)
 
 
 def _load_teachers(config: Config, spec: SupervisionSpec, device: torch.device) -> tuple[Teacher, ...]:
@@ -103,7 +99,8 @@ def _online_supervision(
 
 def _cached_supervision(spec: SupervisionSpec, loss: CompositeLoss, device: torch.device) -> Supervision:
     source = open_cached(spec.caches, spec.data, with_embeddings=loss.needs_teacher_embedding)
-    _check_labels(spec, source, loss)
+    if loss.needs_labels:
+        check_any_labelled(source, spec.data)
     # On every rank, since each may run on a machine whose decoder differs.
     canaries = check_canaries(source, spec.data)
     directions = tuple(

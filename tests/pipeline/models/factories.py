@@ -18,13 +18,6 @@ class Plain(nn.Module):
         return self.fc(self.stem(x).mean((2, 3)))
 
 
-class Scaled(Plain):
-    """The last linear layer alone does not give the logits."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return 3 * super().forward(x)
-
-
 class SelfDescribed(Plain):
     """Defines its embedding: twice the input of the head."""
 

@@ -32,6 +32,14 @@ def build(model: str, kwargs: dict[str, Any] | None = None) -> EmbeddingModel:
     return load(model, kwargs=kwargs, size=kwargs.get("img_size", 64), **declared).module
 
 
+def head_of(model: EmbeddingModel) -> nn.Linear:
+    """The single classifier of a network."""
+    (name,) = model.heads
+    layer = model.network.get_submodule(name)
+    assert isinstance(layer, nn.Linear)
+    return layer
+
+
 def refused(model: str | None, **keys: Any) -> InputError:
     with pytest.raises(InputError) as caught:
         load(model, **keys)

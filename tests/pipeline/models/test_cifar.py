@@ -18,7 +18,7 @@ from pipeline.models.cifar_bottleneck import bottleneck_resnet
 from pipeline.models.cifar_mobilenet import mobilenet_v2
 from pipeline.models.cifar_shufflenet import ShuffleUnit, shufflenet_v1, shufflenet_v2
 from tests.errors import raises
-from tests.pipeline.models.loading import build, millions
+from tests.pipeline.models.loading import build, head_of, millions
 
 K = 100
 # Shortcuts of the ResNet paper have no parameters. Projections, as in the distillation tables, add less than 1 %.
@@ -65,8 +65,7 @@ def test_the_embedding_is_the_input_of_the_head_and_has_the_published_width(
 ) -> None:
     module = build(f"python:pipeline.models.{factory}", kwargs)
     logits_BK, embedding_BD = module(torch.rand(2, 3, 16, 16))
-    assert module.head is not None
-    torch.testing.assert_close(module.head(embedding_BD), logits_BK)
+    torch.testing.assert_close(head_of(module)(embedding_BD), logits_BK)
     assert embedding_BD.shape[1] == module.embedding_dim == width
     assert embedding_BD.min() >= 0  # pooled after a ReLU
 

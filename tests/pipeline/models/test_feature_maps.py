@@ -67,7 +67,6 @@ def test_maps_equal_timms_forward_intermediates(
     [
         ("resnet18", {}, "layer3", (256, 4)),
         ("mobilenet_v3_small", {}, "features.3", (24, 8)),
-        slow("swin_t", {}, "features.1", (96, 16)),
         slow("vit_b_16", {"image_size": SIZE}, "encoder.layers.encoder_layer_0", (768, 4)),
         ("resnet18", {}, "avgpool", (512, 1)),
     ],
@@ -198,7 +197,7 @@ def test_layers_that_are_not_listed_shallow_to_deep_are_refused_with_their_order
 
 
 def _wrapped(network: nn.Module) -> EmbeddingModel:
-    return EmbeddingModel(network, (), num_classes=7, embedding_dim=5, linear_head=None).eval()
+    return EmbeddingModel(network, (), num_classes=7, embedding_dim=5).eval()
 
 
 class Pair(nn.Module):

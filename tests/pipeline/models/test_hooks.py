@@ -77,7 +77,7 @@ def test_a_copy_has_the_outputs_of_its_weights(capturing: Any, duplicate: Any) -
         twin.network.stem.bias.fill_(2.0)
         original, copied = capture(model, images()), capture(twin, images())
         logits_BK, embedding_BD = twin(images())
-        torch.testing.assert_close(twin.head(embedding_BD), logits_BK)
+        torch.testing.assert_close(twin.network.fc(embedding_BD), logits_BK)
     assert torch.equal(copied, torch.full_like(copied, 2.0))
     assert not torch.allclose(original, copied)
 

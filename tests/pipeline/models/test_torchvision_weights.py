@@ -209,8 +209,10 @@ def test_choices_on_behalf_of_the_user_are_noted_and_kwargs_override_them(publis
         assert with_heads.state_dict().keys() == state.keys()
 
 
-@pytest.mark.parametrize("transforms", [None, True, False])
-@pytest.mark.parametrize("exported", [True, False])
+@pytest.mark.parametrize(
+    ("transforms", "exported"),
+    [(None, True), slow(None, False), slow(True, True), (True, False), (False, True), slow(False, False)],
+)
 def test_a_student_as_a_teacher_has_the_input_transform_of_its_training(
     tmp_path: Path, transforms: bool | None, exported: bool
 ) -> None:

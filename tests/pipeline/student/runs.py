@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import pytest
 import torch
 from torch import Tensor
 
@@ -34,7 +35,7 @@ from pipeline.student.evaluation.metrics import Evaluation
 from pipeline.student.run import checkpoint
 from pipeline.student.training.run_log import Report, RunLog
 from pipeline.student.training.setup import prepare
-from pipeline.student.training.trainer import Trainer
+from pipeline.student.training.trainer import Trainer, train
 from pipeline.student.training.validator import Validator
 from schemas.config import Config, DataConfig, ViewsConfig
 from tests.pipeline.caches import TinyCache, read_commits, shard_urls
@@ -139,6 +140,34 @@ def trainer_of(
     setup = prepare(config, distributed)
     log = RunLog(setup.run_url, distributed, report)
     return Trainer(setup, Validator(setup, log.emit), log)
+
+
+def train_until(config: Config, is_last: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """The events of a training that is interrupted at the first event of which ``is_last`` is true."""
+    events: list[dict[str, Any]] = []
+
+    def report(event: dict[str, Any]) -> None:
+        events.append(event)
+        if is_last(event):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, report=report)
+    return events
+
+
+def state_of(run_url: Path | str, name: str = checkpoint.LAST) -> dict[str, Any]:
+    """A checkpoint of a run."""
+    state = checkpoint.load(str(run_url), name)
+    assert state is not None
+    return state
+
+
+def summary_of(run_url: Path | str) -> dict[str, Any]:
+    """The summary of a finished run."""
+    summary = checkpoint.read_summary(str(run_url))
+    assert summary is not None
+    return summary
 
 
 def evaluations(run_url: Path) -> list[dict[str, Any]]:

@@ -1,9 +1,10 @@
-"""Students that learn from embeddings alone: their metrics, exports and cached batches."""
+"""Students that are trained by losses on embeddings alone: their metrics, exports and cached batches."""
 
 from __future__ import annotations
 
 import json
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,49 +26,49 @@ from tests.pipeline.caches import build, cache_section
 from tests.pipeline.conftest import TinyConfig
 from tests.pipeline.student.conftest import Replay
 from tests.pipeline.student.evaluation.test_evaluator import one_by_one, teacher_of
-from tests.pipeline.student.runs import evaluated, evaluations, index_shards, run_config
+from tests.pipeline.student.runs import evaluated, evaluations, index_shards, run_config, state_of, summary_of
 from tests.tolerances import magnitude_of, network_operations, reordered
 
 COSINE = [{"name": "cosine"}, {"name": "mse"}]
 
 
-@pytest.fixture
-def config(replays: Replay, tmp_path: Path) -> Config:
-    """A student of width 16 learns from an online teacher of width 7, evaluated after each of four epochs."""
-    base = replays("crop").config
+@dataclass(frozen=True)
+class Run:
+    config: Config
+    url: str
+    events: list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def run(replays: Replay, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A student of width 16 and an online teacher of width 7, evaluated after each of four epochs; only read."""
+    base, folder = replays("crop").config, tmp_path_factory.mktemp("run")
     keys: dict[str, Any] = {"loss": COSINE, "train": {"epochs": 4, "lr": 0.02}}
-    config = run_config(base, tmp_path / "run", mode="online", data={"val_shards": base.data.shards}, **keys)
-    index_shards(config, tmp_path / "run" / "index")
-    return config
-
-
-def test_the_cosine_to_the_teacher_is_measured_and_selects_the_best_checkpoint(config: Config, tmp_path: Path) -> None:
+    config = run_config(base, folder, mode="online", data={"val_shards": base.data.shards}, **keys)
+    index_shards(config, folder / "index")
     events: list[dict[str, Any]] = []
     train(config, report=events.append)
-    lines = evaluations(tmp_path / "run")
+    return Run(config, str(folder), events)
+
+
+def test_the_cosine_to_the_teacher_is_measured_and_selects_the_best_checkpoint(run: Run) -> None:
+    lines = evaluations(Path(run.url))
     assert all(line[name] is None for line in lines for name in ("top1", "top5", "ece", "agreement", "kl"))
     cosines = [line["cosine"] for line in lines]
     assert cosines[-1] > cosines[0]
-    (text,) = [event["text"] for event in events if "no loss reads" in event.get("text", "")]
+    (text,) = [event["text"] for event in run.events if "no loss reads" in event.get("text", "")]
     assert text.endswith("no accuracy is measured, and checkpoints/best.pt follows the cosine to the teacher")
-    best, summary = (
-        checkpoint.load(str(tmp_path / "run"), checkpoint.BEST),
-        checkpoint.read_summary(str(tmp_path / "run")),
-    )
-    assert best is not None
-    assert summary is not None
+    best, summary = state_of(run.url, checkpoint.BEST), summary_of(run.url)
     assert best["best"] == {"metric": "cosine", "value": max(cosines)}
     assert (summary["top1"], summary["best_top1"], summary["best_metric"]) == (None, None, "cosine")
 
 
-def test_a_run_is_evaluated_by_the_cosine_of_a_loop_over_images(config: Config, tmp_path: Path) -> None:
-    train(config)
-    evaluation = evaluated(config)
-    trained, teacher = load_run(str(tmp_path / "run"), "last"), teacher_of(config)
+def test_a_run_is_evaluated_by_the_cosine_of_a_loop_over_images(run: Run) -> None:
+    config, evaluation = run.config, evaluated(run.config)
+    trained, teacher = load_run(run.url, "last"), teacher_of(config)
     student_ND, _ = one_by_one(config, trained.student.module, trained.student.input, output=1)
     teacher_ND, _ = one_by_one(config, teacher.module, teacher.loaded.input, output=1)
-    state = checkpoint.load(str(tmp_path / "run"), checkpoint.LAST)
-    assert state is not None
+    state = state_of(run.url)
     norm, linear = (
         {name.removeprefix(prefix): value for name, value in state["projectors"].items() if name.startswith(prefix)}
         for prefix in ("cosine.0.0.", "cosine.0.2.")
@@ -88,12 +89,11 @@ def test_a_run_is_evaluated_by_the_cosine_of_a_loop_over_images(config: Config, 
 
 
 @pytest.mark.slow
-def test_a_student_of_embeddings_is_exported_without_its_head(config: Config, tmp_path: Path) -> None:
-    train(config)
+def test_a_student_of_embeddings_is_exported_without_its_head(run: Run, tmp_path: Path) -> None:
     with raises("export.untrained-head") as caught:
-        export_run(str(tmp_path / "run"), str(tmp_path / "student.pt2"))
+        export_run(run.url, str(tmp_path / "student.pt2"))
     assert ".safetensors" in str(caught.value.next_step)
-    done = export_run(str(tmp_path / "run"), str(tmp_path / "student.safetensors"))
+    done = export_run(run.url, str(tmp_path / "student.safetensors"))
     assert done.head_left_out
     with safe_open(tmp_path / "student.safetensors", "pt") as file:
         assert {*file.keys()} == {"conv1.weight", "conv1.bias", "conv2.weight", "conv2.bias"}
@@ -125,7 +125,7 @@ def test_embeddings_that_are_not_read_or_not_stored_are_refused(replays: Replay,
     ):
         data[0].teacher_embeddings()
     assert "embeddings=True" in str(caught.value.next_step)
-    config = tiny_config(cache={"embeddings": "none"})
+    config = tiny_config(views={"count": 1}, cache={"embeddings": "none"})
     build(config)
     with raises("cache.no-embeddings"):
         CachedDataset(cache_section(config).url, global_batch_size=7, embeddings=True)

@@ -26,11 +26,20 @@ from pipeline.student.run import checkpoint
 from pipeline.student.training.config_checks import check_training
 from pipeline.student.training.trainer import train
 from pipeline.teacher.inference import Teacher, load_teacher
-from schemas.config import Config, StudentConfig
+from schemas.config import Config, StudentConfig, ViewsConfig
 from tests.errors import raises
 from tests.pipeline.caches import TinyCache, shard_urls
-from tests.pipeline.student.conftest import Replay
-from tests.pipeline.student.runs import CE, NORMALISED, evaluated, evaluations, index_shards, run_config
+from tests.pipeline.student.conftest import PLANS, Replay
+from tests.pipeline.student.runs import (
+    CE,
+    NORMALISED,
+    evaluated,
+    evaluations,
+    index_shards,
+    run_config,
+    state_of,
+    summary_of,
+)
 from tests.tolerances import log_softmax_error, magnitude_of, network_operations, reordered, ulps
 
 CPU = torch.device("cpu")
@@ -74,7 +83,9 @@ def one_by_one(config: Config, module: Any, spec: InputSpec, *, output: int = 0)
 @pytest.mark.parametrize("kind", ["crop", "everything"])
 def test_accuracy_and_agreement_are_those_of_a_loop_over_images(replays: Replay, kind: str) -> None:
     """For any training views: eval views are never augmented."""
-    config = replays(kind).config
+    config = replays("crop").config
+    views = ViewsConfig.model_validate({**config.views.model_dump(), **PLANS[kind]})
+    config = config.model_copy(update={"views": views})
     teacher = teacher_of(config)
     # The teacher's weights on smaller images: a student that agrees for some images.
     student = load_model(config.teacher, num_classes=10, size=12)
@@ -90,13 +101,13 @@ def test_accuracy_and_agreement_are_those_of_a_loop_over_images(replays: Replay,
     agrees_N = student_NK.argmax(1) == teacher_NK.argmax(1)
     assert metrics["agreement"] == pytest.approx(agrees_N.double().mean().item())
     assert metrics["teacher_top1"] == pytest.approx((teacher_NK.argmax(1) == label_N).double().mean().item())
-    own_error, their_error = logits_error(student, student_NK), logits_error(teacher.loaded, teacher_NK)
+    student_error, teacher_error = logits_error(student, student_NK), logits_error(teacher.loaded, teacher_NK)
     assert metrics["ece"] == pytest.approx(
-        calibration_error(student_NK, label_N), rel=0, abs=ece_error(student_NK, own_error)
+        calibration_error(student_NK, label_N), rel=0, abs=ece_error(student_NK, student_error)
     )
     # By a teacher's logit, KL changes by no more than p times the largest log(p / q), by a student's by q - p.
     log_p_NK, log_q_NK = (logits_NK.log_softmax(1) for logits_NK in (teacher_NK, student_NK))
-    error = 2 * own_error + 2 * magnitude_of(log_p_NK - log_q_NK) * their_error
+    error = 2 * student_error + 2 * magnitude_of(log_p_NK - log_q_NK) * teacher_error
     assert metrics["kl"] == pytest.approx(divergence(teacher_NK, student_NK), rel=0, abs=error)
     assert 0 < metrics["agreement"] < 1
 
@@ -166,26 +177,18 @@ def test_without_labels_agreement_is_all_that_is_measured(replays: Replay) -> No
     assert evaluation.metrics["agreement"] == 1
 
 
-def test_ties_of_a_student_are_broken_by_class_index(replays: Replay) -> None:
+def test_ties_are_broken_by_class_index(replays: Replay) -> None:
     """All logits of a row are equal: class 0 is predicted, and classes 0 to 4 are the top five."""
-    config, student = replays("crop").config, network()
-    torch.nn.init.zeros_(student.module.network.fc.weight)
-    torch.nn.init.zeros_(student.module.network.fc.bias)
-    _, label_N = one_by_one(config, student.module.eval(), student.input)
-    metrics = evaluator(config)(student.module, student.input).metrics
-    assert metrics["top1"] == pytest.approx((label_N == 0).double().mean().item())
-    assert metrics["top5"] == pytest.approx((label_N < 5).double().mean().item())
-
-
-def test_ties_of_a_teacher_are_broken_by_class_index(replays: Replay) -> None:
-    config, teacher = replays("crop").config, teacher_of(replays("crop").config)
-    for parameter in teacher.module.network.parameters():
+    config, student, teacher = replays("crop").config, network(), teacher_of(replays("crop").config)
+    for parameter in (*student.module.network.parameters(), *teacher.module.network.parameters()):
         torch.nn.init.zeros_(parameter)
-    student = network()
-    student_NK, label_N = one_by_one(config, student.module.eval(), student.input)
+    _, label_N = one_by_one(config, student.module.eval(), student.input)
     metrics = evaluator(config)(student.module, student.input, teacher).metrics
-    assert metrics["teacher_top1"] == pytest.approx((label_N == 0).double().mean().item())
-    assert metrics["agreement"] == pytest.approx((student_NK.argmax(1) == 0).double().mean().item())
+    share_of_0 = (label_N == 0).double().mean().item()
+    assert (metrics["top1"], metrics["teacher_top1"], metrics["agreement"]) == pytest.approx(
+        (share_of_0, share_of_0, 1)
+    )
+    assert metrics["top5"] == pytest.approx((label_N < 5).double().mean().item())
 
 
 def test_rows_that_are_not_finite_stop_an_evaluation_with_their_number(replays: Replay) -> None:
@@ -203,11 +206,10 @@ def test_rows_that_are_not_finite_stop_an_evaluation_with_their_number(replays: 
     assert str(caught.value.where).startswith(next(iter(shard_urls(config).values())))
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_teacher_that_is_not_finite_stops_an_evaluation(replays: Replay, value: float) -> None:
+def test_a_teacher_that_is_not_finite_stops_an_evaluation(replays: Replay) -> None:
     config, teacher, student = replays("crop").config, teacher_of(replays("crop").config), network()
     for parameter in teacher.module.network.parameters():
-        torch.nn.init.constant_(parameter, value)
+        torch.nn.init.constant_(parameter, math.inf)
     with raises("evaluate.teacher-not-finite") as caught:
         evaluator(config)(student.module, student.input, teacher)
     assert "teacher.weights" in str(caught.value.next_step)
@@ -269,9 +271,8 @@ def trained(cache: TinyCache, url: Path, **sections: Any) -> Config:
 
 def test_a_run_evaluates_as_it_did_while_it_was_trained(replays: Replay, tmp_path: Path) -> None:
     cache = replays("crop")
-    config = trained(cache, tmp_path, student=NORMALISED, train={"epochs": 6, "lr": 0.05})
-    summary = checkpoint.read_summary(str(tmp_path))
-    assert summary is not None
+    config = trained(cache, tmp_path, student=NORMALISED, train={"epochs": 3, "lr": 0.05})
+    summary = summary_of(tmp_path)
     for name, key in (("last", "top1"), ("best", "best_top1")):
         evaluation = evaluated(config, name)
         assert evaluation.metrics["top1"] == summary[key]
@@ -281,9 +282,8 @@ def test_a_run_evaluates_as_it_did_while_it_was_trained(replays: Replay, tmp_pat
 
 def test_averaged_weights_are_evaluated_and_stored_as_the_model(replays: Replay, tmp_path: Path) -> None:
     cache = replays("crop")
-    config = trained(cache, tmp_path, student=NORMALISED, train={"epochs": 4, "lr": 0.05, "ema": 0.9})
-    state = checkpoint.load(str(tmp_path), checkpoint.LAST)
-    assert state is not None
+    config = trained(cache, tmp_path, student=NORMALISED, train={"epochs": 2, "lr": 0.05, "ema": 0.9})
+    state = state_of(tmp_path)
     assert not torch.equal(state["model"]["fc.weight"], state["raw"]["fc.weight"])
     student = network(size=16)
     evaluation: dict[str, float | None] = {}
@@ -291,29 +291,24 @@ def test_averaged_weights_are_evaluated_and_stored_as_the_model(replays: Replay,
         student.module.network.load_state_dict(state[name])
         evaluation[name] = evaluator(config)(student.module, student.input).metrics["ece"]
     lines = evaluations(tmp_path)
-    assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
+    assert [line["epoch"] for line in lines] == [1, 2]
     assert lines[-1]["ece"] == evaluation["model"] != evaluation["raw"]
     assert evaluated(config).metrics["ece"] == evaluation["model"]
 
 
-def test_a_training_with_an_online_teacher_measures_agreement_and_kl(replays: Replay, tmp_path: Path) -> None:
-    base = replays("crop").config
-    config = run_config(base, tmp_path, mode="online", data={"val_shards": base.data.shards}, train={"epochs": 6})
-    index_shards(config, tmp_path / "index")
-    train(config)
-    evaluation = evaluations(tmp_path)
-    assert all(0 <= line["agreement"] <= 1 for line in evaluation)
-    assert 0 < evaluation[-1]["kl"] < evaluation[0]["kl"]
+def test_precomputed_embeddings_are_left_out_where_no_metric_needs_them(replays: Replay) -> None:
+    config = replays("crop").config
+    teacher = teacher_of(config)
+    assert evaluator(config).precompute(teacher, with_embeddings=False).size_bytes == 4 * 10 * 35
 
 
-@pytest.mark.parametrize("loss", ["kd", "mse"], ids=["of logits", "of embeddings"])
 def test_precomputed_teacher_outputs_give_the_metrics_of_an_evaluation_with_the_teacher(
-    replays: Replay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str
+    replays: Replay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By another code path; student and teacher take images of different sizes."""
     cache = replays("crop")
     keys: dict[str, Any] = {
-        "loss": [{"name": loss}],
+        "loss": [{"name": "kd"}, {"name": "mse"}],
         "student": {**NORMALISED, "size": 24},
         "data": {"val_shards": cache.config.data.shards},
     }
@@ -333,33 +328,33 @@ def test_precomputed_teacher_outputs_give_the_metrics_of_an_evaluation_with_the_
     assert len(evaluation) == 2
     assert sum(batches) == evaluation[0]["num_rows"]
     (event,) = (event for event in events if event["kind"] == "validation-teacher")
-    width = 10 if loss == "kd" else 10 + open_cache(cache.url).header.embedding_dim
+    width = 10 + open_cache(cache.url).header.embedding_dim
     assert event["size_bytes"] == 4 * width * evaluation[0]["num_rows"]
     last = evaluated(config)
     assert {**last.measured()} == {name: value for name, value in evaluation[-1].items() if name in last.measured()}
-    assert (last.metrics["cosine"] if loss == "mse" else last.metrics["agreement"]) is not None
-    states = [checkpoint.load(str(tmp_path / name), checkpoint.LAST) for name in ("without", "with")]
-    models = [state["model"] for state in states if state is not None]
-    assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
-    without = evaluations(tmp_path / "without")
-    assert all(line["agreement"] is None and line["cosine"] is None for line in without)
+    assert None not in (last.metrics["cosine"], last.metrics["agreement"])
+    without, with_teacher = (state_of(tmp_path / name)["model"] for name in ("without", "with"))
+    assert all(torch.equal(value, with_teacher[name]) for name, value in without.items())
+    lines = evaluations(tmp_path / "without")
+    assert all(line["agreement"] is None and line["cosine"] is None for line in lines)
 
 
-@pytest.mark.parametrize("measured", [False, True])
+@pytest.mark.parametrize(("measured", "epochs"), [(False, 1), (True, 4)])
 def test_agreement_with_an_online_teacher_is_measured_or_left_out_for_any_named_caches(
-    replays: Replay, tmp_path: Path, *, measured: bool
+    replays: Replay, tmp_path: Path, *, measured: bool, epochs: int
 ) -> None:
     base = replays("crop").config
     unread = ["other", "another"]
     keys: dict[str, Any] = {
         "data": {"val_shards": base.data.shards, "cache": unread},
-        "train": {"eval_agreement": measured},
+        "train": {"eval_agreement": measured, "epochs": epochs},
     }
     config = run_config(base, tmp_path, mode="online", **keys)
     index_shards(config, tmp_path / "index")
     train(config)
     evaluation = evaluations(tmp_path)
-    assert [line["agreement"] is not None for line in evaluation] == [measured, measured]
+    assert [line["agreement"] is not None for line in evaluation] == [measured] * epochs
+    assert not measured or 0 < evaluation[-1]["kl"] < evaluation[0]["kl"]
 
 
 @pytest.mark.parametrize(
@@ -414,9 +409,7 @@ def test_a_validation_shard_that_is_replaced_after_the_teachers_outputs_were_com
 
     with raises("shard.replaced"):
         train(config, report=replace)
-    state = checkpoint.load(str(tmp_path / "run"), checkpoint.LAST)
-    assert state is not None
-    assert state["step"] == 10
+    assert state_of(tmp_path / "run")["step"] == 10
 
 
 def test_another_architecture_than_the_caches_teacher_is_refused_before_training(

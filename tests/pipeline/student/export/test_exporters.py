@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from pipeline import storage
 from pipeline.models import InputSpec, LoadedModel, load_model
 from pipeline.student.evaluation.loaded_run import CheckpointName
 from pipeline.student.export.exporters import export_run
@@ -24,7 +26,7 @@ from schemas.config import StudentConfig
 from tests.errors import raises
 from tests.marks import slow
 from tests.pipeline.student.conftest import Replay
-from tests.pipeline.student.runs import CE, SMALL, run_config
+from tests.pipeline.student.runs import CE, SMALL, run_config, state_of, train_until
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "cifar": {
@@ -44,6 +46,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
         "model": "timm/deit_tiny_distilled_patch16_224",
         "kwargs": {"img_size": 32, "patch_size": 16, "depth": 1},
         "size": 32,
+        "interpolation": "bicubic",
     },
     "torchvision": {"model": "torchvision/mobilenet_v3_small", "size": 32},
 }
@@ -72,9 +75,7 @@ def student_of(url: str) -> LoadedModel:
     config = checkpoint.read_config(url)
     assert config.student is not None
     loaded = load_model(config.student, num_classes=10, size=config.student.size or 16, where="student")
-    state = checkpoint.load(url, checkpoint.LAST)
-    assert state is not None
-    loaded.module.network.load_state_dict(state["model"])
+    loaded.module.network.load_state_dict(state_of(url)["model"])
     return loaded
 
 
@@ -155,42 +156,37 @@ def test_exported_weights_have_no_projectors_and_initialise_another_student(
 @pytest.mark.parametrize("suffix", ["safetensors", slow("pt2"), slow("onnx")])
 def test_metadata_describe_the_network_and_its_input(finished: Finished, tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"student.{suffix}"
-    export_run(finished("timm"), str(path))
+    export_run(finished("distilled"), str(path))
     metadata = metadata_of(path)
-    spec = student_of(finished("timm")).input
-    assert metadata["model"] == "timm/vit_tiny_patch16_224"
-    assert json.loads(metadata["kwargs"]) == NETWORKS["timm"]["kwargs"]
+    spec = student_of(finished("distilled")).input
+    assert metadata["model"] == NETWORKS["distilled"]["model"]
+    assert json.loads(metadata["kwargs"]) == NETWORKS["distilled"]["kwargs"]
     assert (metadata["num_classes"], metadata["size"], metadata["interpolation"]) == ("10", "32", "bicubic")
     assert (json.loads(metadata["mean"]), json.loads(metadata["std"])) == (list(spec.mean), list(spec.std))
     assert (metadata["checkpoint"], metadata["step"]) == ("last", "5")
 
 
-@pytest.mark.parametrize(("name", "path"), [("best", checkpoint.BEST), ("last", checkpoint.LAST)])
-def test_the_named_checkpoint_is_exported(replays: Replay, tmp_path: Path, name: CheckpointName, path: str) -> None:
+def test_the_named_checkpoint_is_exported(replays: Replay, tmp_path: Path) -> None:
     """At this learning rate the last epoch is not the best."""
     base = replays("crop").config
     keys: dict[str, Any] = {"loss": CE, "data": {"val_shards": base.data.shards}}
     train(run_config(base, tmp_path / "run", train={"epochs": 3, "lr": 3.0}, **keys))
-    done = export_run(str(tmp_path / "run"), str(tmp_path / "a.safetensors"), checkpoint_name=name)
-    assert (done.step == 15) == (name == "last")
-    state = checkpoint.load(str(tmp_path / "run"), path)
-    assert state is not None
-    written = load_file(tmp_path / "a.safetensors")
-    assert written.keys() == state["model"].keys()
-    assert all(torch.equal(value, state["model"][key]) for key, value in written.items())
+    names: list[tuple[CheckpointName, str]] = [("best", checkpoint.BEST), ("last", checkpoint.LAST)]
+    for name, path in names:
+        done = export_run(str(tmp_path / "run"), str(tmp_path / "a.safetensors"), checkpoint_name=name)
+        assert (done.step == 15) == (name == "last")
+        expected, written = state_of(tmp_path / "run", path)["model"], load_file(tmp_path / "a.safetensors")
+        assert written.keys() == expected.keys()
+        assert all(torch.equal(value, expected[key]) for key, value in written.items())
 
 
-def test_the_format_option_overrides_the_suffix(finished: Finished, tmp_path: Path) -> None:
-    export_run(finished("cifar"), str(tmp_path / "weights"), format="safetensors")
-    assert load_file(tmp_path / "weights")
-
-
-def test_an_export_is_written_to_any_store(finished: Finished) -> None:
-    from pipeline import storage
-
-    done = export_run(finished("cifar"), "memory://exports/student.safetensors")
-    assert storage.size("memory://exports/student.safetensors") == done.size_bytes
-    storage.delete("memory://exports/student.safetensors")
+def test_an_export_is_written_to_any_store_in_the_format_of_the_option(finished: Finished) -> None:
+    url = "memory://exports/weights"
+    done = export_run(finished("cifar"), url, format="safetensors")
+    data = storage.read(url)
+    assert safetensors.torch.load(data)
+    assert len(data) == done.size_bytes
+    storage.delete(url)
 
 
 class Dropped(nn.Module):
@@ -229,15 +225,9 @@ def test_a_network_without_an_equal_graph_is_refused_and_leaves_no_file(
 
 def test_only_the_best_checkpoint_of_an_unfinished_run_is_exported(replays: Replay, tmp_path: Path) -> None:
     base = replays("crop").config
-    train_twice = {"data": {"val_shards": base.data.shards}, "train": {"epochs": 3}}
-    config = run_config(base, tmp_path / "run", **train_twice)
-
-    def report(event: dict[str, Any]) -> None:
-        if event["kind"] == "eval" and event["epoch"] == 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(config, report=report)
+    keys: dict[str, Any] = {"data": {"val_shards": base.data.shards}, "train": {"epochs": 3}}
+    config = run_config(base, tmp_path / "run", **keys)
+    train_until(config, lambda event: event["kind"] == "eval" and event["epoch"] == 2)
     out = str(tmp_path / "student.safetensors")
     with raises("run.not-finished"):
         export_run(str(tmp_path / "run"), out)

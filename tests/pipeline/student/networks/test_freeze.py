@@ -12,13 +12,12 @@ from torch import nn
 from pipeline.models import load_model
 from pipeline.student.networks.freeze import freeze
 from pipeline.student.networks.student import Student
-from pipeline.student.run import checkpoint
 from pipeline.student.training.config_checks import check_training
 from pipeline.student.training.trainer import train
 from schemas.config import StudentConfig
 from tests.errors import raises
 from tests.pipeline.student.conftest import Replay
-from tests.pipeline.student.runs import CE, NORMALISED, run_config
+from tests.pipeline.student.runs import CE, NORMALISED, run_config, state_of
 
 
 def network(seed: int = 0) -> nn.Module:
@@ -67,12 +66,10 @@ def test_a_frozen_batchnorm_needs_no_second_row() -> None:
 def test_only_frozen_parameters_are_bitwise_unchanged_after_a_training(replays: Replay, tmp_path: Path) -> None:
     """Also after an evaluation, which sets the student to evaluation mode and back; with decay and an average."""
     base = replays("crop").config
-    keys: dict[str, Any] = {"epochs": 3, "freeze": ["conv1"], "weight_decay": 0.1, "ema": 0.9}
+    keys: dict[str, Any] = {"epochs": 2, "freeze": ["conv1"], "weight_decay": 0.1, "ema": 0.9}
     train(run_config(base, tmp_path, loss=CE, student=NORMALISED, data={"val_shards": base.data.shards}, train=keys))
-    state = checkpoint.load(str(tmp_path), checkpoint.LAST)
-    assert state is not None
     first = network().state_dict()
-    for name, value in state["raw"].items():
+    for name, value in state_of(tmp_path)["raw"].items():
         assert torch.equal(value, first[name]) == name.startswith("conv1."), name
 
 

@@ -7,16 +7,14 @@ from typing import Any
 
 import pytest
 
-from pipeline.shards.index import index_shard
 from pipeline.shards.writer import pack_shards
 from pipeline.student.distributed import DistributedContext
 from pipeline.student.supervision.overlap import SeenImages
 from pipeline.student.training.trainer import train
 from schemas.config import Config
-from tests.pipeline.caches import TinyCache, digit_samples
+from tests.pipeline.caches import digit_samples
 from tests.pipeline.student.conftest import Replay
 from tests.pipeline.student.runs import CE, cached_source, indexed_source, run_config
-from tests.ranks import group, run_two_ranks
 
 
 @pytest.fixture
@@ -34,12 +32,12 @@ def warnings_of(config: Config) -> list[str]:
     return [text for text in texts if not text.startswith("teacher.weights is random")]
 
 
-@pytest.mark.parametrize("mode", ["cache", "none"])
+@pytest.mark.parametrize(("mode", "every"), [("cache", 1), ("none", 0)], ids=["each epoch", "only at the end"])
 def test_images_in_both_sets_are_warned_of_once_with_their_number_and_names(
-    replays: Replay, validation: list[str], tmp_path: Path, mode: str
+    replays: Replay, validation: list[str], tmp_path: Path, mode: str, every: int
 ) -> None:
     base = replays("crop").config
-    keys: dict[str, Any] = {"loss": CE, "data": {"val_shards": validation}, "train": {"epochs": 2}}
+    keys: dict[str, Any] = {"loss": CE, "data": {"val_shards": validation}, "train": {"eval_every_epochs": every}}
     if mode == "none":
         indexed_source(base, tmp_path / "run" / "index")
     (text,) = warnings_of(run_config(base, tmp_path / "run", mode=mode, **keys))
@@ -52,33 +50,6 @@ def test_disjoint_sets_are_not_warned_of(replays: Replay, validation: list[str],
     assert warnings_of(run_config(replays("crop").config, tmp_path / "run", **keys)) == []
 
 
-def test_a_run_that_evaluates_only_at_its_end_is_warned_then(
-    replays: Replay, validation: list[str], tmp_path: Path
-) -> None:
-    keys: dict[str, Any] = {"loss": CE, "data": {"val_shards": validation}, "train": {"eval_every_epochs": 0}}
-    assert len(warnings_of(run_config(replays("crop").config, tmp_path / "run", **keys))) == 1
-
-
 def test_nothing_seen_overlaps_with_nothing(replays: Replay) -> None:
-    found = SeenImages().overlap(cached_source(replays("crop")), DistributedContext())
-    assert (found.num_rows, found.sample_ids) == (0, ())
-
-
-def compare(rendezvous: Path, rank: int, cache: TinyCache, seen_by_rank: list[list[str]]) -> None:
-    """Training indexes are dealt to both ranks, shard 0 to one and shard 1 to the other."""
-    with group(rendezvous, rank) as distributed:
-        seen = SeenImages()
-        for url in seen_by_rank[rank]:
-            seen.add(index_shard(Path(url), cache.config.data, where=url))
-        source = cached_source(cache)
-        found = seen.overlap(source, distributed)
-        source.close()
-        assert found.num_rows == 9
-        assert found.sample_ids == ("digits-00/digit-0003", "digits-00/digit-0005", "digits-00/digit-0007")
-
-
-def test_ranks_count_the_images_that_either_has_read(replays: Replay, validation: list[str], tmp_path: Path) -> None:
-    """Rank 1 has read only images of rank 0's training shard, and vice versa."""
-    early = ((key, members) for row, (key, members) in enumerate(digit_samples(12)) if row in (3, 5, 7, 11))
-    seen_by_rank = [validation, pack_shards(early, f"{tmp_path}/early-%02d.tar", shard_size=24)]
-    run_two_ranks(compare, tmp_path, replays("crop"), seen_by_rank)
+    overlap = SeenImages().overlap(cached_source(replays("crop")), DistributedContext())
+    assert (overlap.num_rows, overlap.sample_ids) == (0, ())

@@ -54,8 +54,8 @@ def test_student_views_that_no_teacher_outputs_fit_are_refused(
     replays: Replay, tmp_path: Path, kind: str, mode: str, views: dict[str, Any] | None, reported: str
 ) -> None:
     base = replays(kind).config
-    own = base.views.model_dump(exclude={"count", "size"}) if views is None else views
-    config = run_config(base, tmp_path, mode=mode, student=with_views(**own))
+    views = base.views.model_dump(exclude={"count", "size"}) if views is None else views
+    config = run_config(base, tmp_path, mode=mode, student=with_views(**views))
     with raises("config.student-views") as caught:
         resolve_spec(config)
     assert caught.value.got == reported
@@ -105,7 +105,11 @@ def test_parity_loss_of_a_cached_and_an_online_run_whose_student_has_separate_vi
     assert cached == pytest.approx(online, rel=training_error(config, 10))
 
 
-@pytest.mark.parametrize("cached", [{"label": None, "num_classes": 7}, {"max_pixels": 1_000_000}], ids=str)
+@pytest.mark.parametrize(
+    "cached",
+    [{"label": None, "num_classes": 7, "max_pixels": 1_000_000}, slow({"max_pixels": 1_000_000})],
+    ids=str,
+)
 @pytest.mark.parametrize(
     "views", [{"kind": "eval", "count": 1}, slow({"kind": "crop", "seed": 3, "flip": 0.0})], ids=str
 )
@@ -127,10 +131,10 @@ def test_a_run_that_leaves_everything_to_its_cache_can_be_evaluated_exported_and
     summary = train(config)
     assert train(config) == summary
     assert base.data.shards is not None
-    found = evaluate_run(
+    evaluation = evaluate_run(
         str(tmp_path / "run"), base.data.shards, checkpoint_name="last", num_threads=1, device=torch.device("cpu")
     )
-    assert found.num_rows == 35
-    assert (found.metrics["top1"] is None) == ("label" in cached)
+    assert evaluation.num_rows == 35
+    assert (evaluation.metrics["top1"] is None) == ("label" in cached)
     exported = export_run(str(tmp_path / "run"), str(tmp_path / "student.safetensors"))
     assert exported.step == summary["steps"]
