@@ -13,7 +13,7 @@ from torch import Tensor, distributed, nn
 
 from pipeline.models import EmbeddingModel
 from pipeline.models.embedding import forward_with_embedding, register_head_hooks
-from tests.marks import long
+from tests.marks import slow
 from tests.pipeline.models.loading import FACTORIES, PLAIN, build, head_of, images
 from tests.tolerances import magnitude_of, network_operations, reordered, ulps
 
@@ -45,7 +45,7 @@ TORCHVISION: list[Any] = [
     ("torchvision/resnet18", {}),
     ("torchvision/mobilenet_v3_small", {}),
     ("torchvision/efficientnet_b0", {}),
-    long("torchvision/vit_b_16", {"image_size": 64}),
+    slow("torchvision/vit_b_16", {"image_size": 64}),
 ]
 
 
@@ -73,8 +73,8 @@ def test_embedding_times_head_is_the_logits(built: CachedBuild, name: str, kwarg
         ("timm/deit_tiny_distilled_patch16_224", {"img_size": 64}),
         ("timm/test_resnet", {"drop_rate": 0.5}),
         *[(f"timm/samvit_base_{name}", {"img_size": 64, "depth": 1}) for name in ("patch16", "patch16_224")],
-        ("timm/samvit_base_patch16_224", {"img_size": 96, "depth": 1}),
-        long("timm/caformer_s18", {}),
+        slow("timm/samvit_base_patch16_224", {"img_size": 96, "depth": 1}),
+        slow("timm/caformer_s18", {}),
     ],
 )
 def test_the_embedding_of_a_timm_model_is_its_pre_logits(built: CachedBuild, name: str, kwargs: dict[str, Any]) -> None:
@@ -114,7 +114,7 @@ def _squeezenet_reference(net: Any, x: Tensor) -> Tensor:
     [
         ("resnet18", {}, _resnet_reference),
         ("mobilenet_v3_small", {}, _mobilenet_reference),
-        long("vit_b_16", {"image_size": 64}, _vit_reference),
+        slow("vit_b_16", {"image_size": 64}, _vit_reference),
         ("squeezenet1_1", {}, _squeezenet_reference),
     ],
 )

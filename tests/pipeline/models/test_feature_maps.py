@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from functools import cache
 from typing import Any
 
 import pytest
@@ -17,6 +19,14 @@ SIZE = 64
 # Small networks of these families: a ViT with a class token and four registers, a Swin with one block in each stage.
 TIMM_VIT: dict[str, Any] = {"img_size": SIZE, "depth": 2, "embed_dim": 24, "num_heads": 2, "reg_tokens": 4}
 TIMM_SWIN: dict[str, Any] = {"img_size": SIZE, "embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 1, 1]}
+
+
+_built = cache(build)
+
+
+def resnet18() -> EmbeddingModel:
+    """A copy, since hooks of maps stay on a network."""
+    return copy.deepcopy(_built("torchvision/resnet18"))
 
 
 def find(model: EmbeddingModel, *layers: str) -> tuple[FeatureMap, ...]:
@@ -65,7 +75,7 @@ def test_maps_equal_timms_forward_intermediates(
 @pytest.mark.parametrize(
     ("name", "kwargs", "layer", "shape"),
     [
-        ("resnet18", {}, "layer3", (256, 4)),
+        slow("resnet18", {}, "layer3", (256, 4)),
         ("mobilenet_v3_small", {}, "features.3", (24, 8)),
         slow("vit_b_16", {"image_size": SIZE}, "encoder.layers.encoder_layer_0", (768, 4)),
         ("resnet18", {}, "avgpool", (512, 1)),
@@ -79,7 +89,7 @@ def test_maps_of_torchvision_have_the_sides_of_their_strides(
 
 
 def test_a_map_of_torchvision_equals_its_modules_run_one_by_one() -> None:
-    model = build("torchvision/resnet18")
+    model = resnet18()
     (output,) = captured(model, "layer1")
     network: Any = model.network
     with torch.no_grad():
@@ -87,7 +97,8 @@ def test_a_map_of_torchvision_equals_its_modules_run_one_by_one() -> None:
     torch.testing.assert_close(output, expected)
 
 
-@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_maps_of_a_torchvision_swin_are_channels_last() -> None:
     model = build("torchvision/swin_t")
     (output,) = captured(model, "features.1")
@@ -118,7 +129,7 @@ def test_tokens_before_the_class_token_is_added_are_a_grid_without_prefix() -> N
 @pytest.mark.parametrize("layer", ["layer1.1.bn2", "conv1", "bn1"])
 def test_an_output_that_is_overwritten_later_is_captured_before(layer: str) -> None:
     """torchvision adds the shortcut and activates in place, so the output of the layer changes during the forward."""
-    model = build("torchvision/resnet18")
+    model = resnet18()
     (feature_map,) = find(model, layer)
     (output,) = captured(model, layer)
     seen: list[Tensor] = []
@@ -131,7 +142,7 @@ def test_an_output_that_is_overwritten_later_is_captured_before(layer: str) -> N
 
 
 def test_the_outputs_are_the_same_with_and_without_maps() -> None:
-    model = build("torchvision/resnet18")
+    model = resnet18()
     with torch.no_grad():
         expected = model(images())
         maps = hooked(model, "layer1.1.bn2", "layer2")
@@ -143,7 +154,7 @@ def test_the_outputs_are_the_same_with_and_without_maps() -> None:
 
 
 def test_finding_maps_does_not_change_the_network() -> None:
-    model = build("torchvision/resnet18")
+    model = resnet18()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     hooks = [len(module._forward_hooks) for module in model.modules()]
     find(model, "layer1", "layer2")
@@ -162,7 +173,7 @@ def refused(model: EmbeddingModel, *layers: str) -> ModelError:
 
 
 def test_the_error_for_an_unknown_layer_has_near_names_and_the_last_layer_of_each_side() -> None:
-    error = refused(build("torchvision/resnet18"), "layer1", "layer5")
+    error = refused(resnet18(), "layer1", "layer5")
     assert (error.code, error.got) == ("model.unknown-layer", "layer5")
     assert "layer4" in str(error.expected)
     for suggestion in ("layer1 [64,16,16]", "layer2 [128,8,8]", "layer3 [256,4,4]", "layer4 [512,2,2]"):
@@ -191,7 +202,7 @@ def test_a_layer_that_does_not_run_once_is_refused(layer: str, times: int) -> No
 
 
 def test_layers_that_are_not_listed_shallow_to_deep_are_refused_with_their_order() -> None:
-    error = refused(build("torchvision/resnet18"), "layer3", "layer1", "layer2")
+    error = refused(resnet18(), "layer3", "layer1", "layer2")
     assert error.code == "model.layer-order"
     assert "layer1, layer2, layer3" in str(error.expected)
 

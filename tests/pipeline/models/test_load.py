@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pipeline.core.hashing import canonical_json, weights_digest
-from tests.marks import long
+from tests.marks import slow
 from tests.pipeline.models import factories
 from tests.pipeline.models.loading import FACTORIES, HALF, NORMALISED, PLAIN, load, refused
 
@@ -213,7 +213,8 @@ def test_kwargs_reach_the_factory_and_interpolation_is_bilinear_by_default() -> 
     ("model", "where", "steps"),
     [
         ("timm/vit_tiny_patch16_224", "teacher", ("set views.size to 224", "{img_size: 64}")),
-        long("torchvision/vit_b_16", "student", ("set student.size to 224", "student.kwargs: {image_size: 64}")),
+        ("timm/vit_tiny_patch16_224", "student", ("set student.size to 224", "student.kwargs: {img_size: 64}")),
+        slow("torchvision/vit_b_16", "student", ("set student.size to 224", "student.kwargs: {image_size: 64}")),
     ],
 )
 def test_the_error_for_a_size_that_does_not_fit_has_both_remedies(
@@ -228,7 +229,7 @@ def test_the_error_for_a_size_that_does_not_fit_has_both_remedies(
 # ---- randomness and fingerprint
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 2**63 - 1))
 def test_random_weights_are_a_function_of_the_seed(seed: int) -> None:
     first, again, other = (

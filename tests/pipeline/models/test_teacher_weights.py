@@ -22,7 +22,7 @@ from schemas.config import Config, StudentConfig, TeacherConfig
 from tests.errors import raises
 from tests.pipeline.caches import TinyCache
 from tests.pipeline.conftest import TinyConfig
-from tests.pipeline.student.runs import KD, index_shards, run_config
+from tests.pipeline.student.runs import KD, run_config
 
 NETWORK: dict[str, Any] = {
     "model": "python:pipeline.models.cifar:resnet",
@@ -93,14 +93,10 @@ def test_plan_build_and_training_warn_of_random_weights(
     assert [record.levelname for record in caplog.records if "teacher.weights is random" in record.getMessage()] == [
         "WARNING"
     ]
-    index_shards(config, tmp_path / "run-online" / "index")
-    for mode in ("online", "cache"):
-        events: list[dict[str, Any]] = []
-        train(
-            run_config(config, tmp_path / f"run-{mode}", mode=mode, loss=KD, train={"epochs": 1}), report=events.append
-        )
-        texts = [event["text"] for event in events if event["kind"] == "warning"]
-        assert sum("teacher.weights is random" in text for text in texts) == 1
+    events: list[dict[str, Any]] = []
+    train(run_config(config, tmp_path / "run", loss=KD, train={"epochs": 1}), report=events.append)
+    texts = [event["text"] for event in events if event["kind"] == "warning"]
+    assert sum("teacher.weights is random" in text for text in texts) == 1
 
 
 def test_there_is_no_warning_without_a_teacher_or_with_weights_from_a_file() -> None:

@@ -15,7 +15,7 @@ from pipeline.models.load import resolve
 from pipeline.models.probe import probe_outputs
 from pipeline.models.sources.base import BuiltModel
 from schemas.config import ModelConfig
-from tests.marks import long
+from tests.marks import slow
 from tests.pipeline.models.factories import Plain
 from tests.pipeline.models.loading import NORMALISED, load, refused
 
@@ -30,7 +30,7 @@ NUM_PARTS = 8
     ("name", "kwargs"),
     [
         ("efficientvim_m1_dist", {}),
-        long("deepseek_vit_412m_enc", {}),
+        slow("deepseek_vit_412m_enc", {}),
         ("test_resnet", {"features_only": True}),
     ],
 )

@@ -373,9 +373,9 @@ def _deflated(data: bytes) -> bytes:
 
 
 def test_compressed_archives_are_refused_although_torch_loads_them(tmp_path: Path) -> None:
-    data = _deflated(_bytes({"w": torch.zeros(10_000_000)}, ".pt"))
+    data = _deflated(_bytes({"w": torch.zeros(2_000_000)}, ".pt"))
     assert len(data) < 100_000
-    assert torch.load(io.BytesIO(data), weights_only=True)["w"].numel() == 10_000_000
+    assert torch.load(io.BytesIO(data), weights_only=True)["w"].numel() == 2_000_000
     (tmp_path / "bomb.pt").write_bytes(data)
     error = refused(str(tmp_path / "bomb.pt"))
     assert error.code == "weights.damaged"
