@@ -34,7 +34,7 @@ def parse_config(text: str, overrides: Sequence[str] = (), *, where: str) -> Con
             path = _apply_override(document, override, where)
             origins = {key: origin for key, origin in origins.items() if not is_inside(key, path)}
             origins[path] = f"override {echo(override)}"
-        return _validate(_resolve(document, where), where=where, origins=origins)
+        return build_section(Config, _resolve(document, where), where=where, origins=origins)
     except RecursionError as error:
         raise ConfigError(
             "this config is nested too deeply, or an alias in it refers to a value that contains the alias",
@@ -49,11 +49,16 @@ def build_config(tree: Mapping[str, Any], *, where: str) -> Config:
     Raises:
         ConfigError: names all problems of the tree.
     """
-    return _validate(tree, where=where, origins={})
+    return build_section(Config, tree, where=where)
 
 
-def build_section(kind: type[S], tree: Mapping[str, Any], *, where: str) -> S:
-    """Checks a tree of plain values against a model other than ``Config`` whose keys have the same names.
+def build_section(
+    kind: type[S], tree: Mapping[str, Any], *, where: str, origins: Mapping[KeyPath, str] | None = None
+) -> S:
+    """Checks a tree of plain values against ``Config``, or a model whose keys have the same names.
+
+    Args:
+        origins: the origin of each key in a text, such as ``line 7``.
 
     Raises:
         ConfigError: names all problems of the tree.
@@ -61,7 +66,7 @@ def build_section(kind: type[S], tree: Mapping[str, Any], *, where: str) -> S:
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        raise config_error(error, tree, where, {}) from error
+        raise config_error(error, tree, where, origins or {}) from error
 
 
 def require(config: BaseModel, *keys: str, command: str, section: str = "") -> None:
@@ -99,13 +104,6 @@ def _resolve(document: DictConfig, where: str) -> dict[str, Any]:
         raise omegaconf_error(error, where) from error
     assert isinstance(tree, dict), "parse_document returns mappings only"
     return {str(key): value for key, value in tree.items()}
-
-
-def _validate(tree: Mapping[str, Any], *, where: str, origins: Mapping[KeyPath, str]) -> Config:
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise config_error(error, tree, where, origins) from error
 
 
 def _apply_override(document: DictConfig, override: str, where: str) -> KeyPath:

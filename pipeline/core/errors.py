@@ -84,13 +84,6 @@ class TooLargeError(StorageInputError):
     code = "storage.too-large"
 
 
-class MissingPackageError(InputError):
-    """An optional package for the store of a URL is not installed. The file may exist, so this error must not be
-    handled as a missing file."""
-
-    code = "storage.missing-package"
-
-
 class ShardError(InputError):
     """A shard or a sample that breaks a rule of the format."""
 

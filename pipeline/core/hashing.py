@@ -29,6 +29,11 @@ def short_digest(value: object) -> str:
     return digest(canonical_json(value))[:16]
 
 
+def shuffle_key(seed: int, name: str) -> bytes:
+    """The sort key of a shuffled order, in which two names have an order that depends on no other name."""
+    return hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=16).digest()
+
+
 def seal(body: Mapping[str, Any]) -> bytes:
     """A JSON document with the digest of its other fields."""
     content = {key: value for key, value in body.items() if key != "digest"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from pipeline import storage
 from pipeline.core.errors import ShardError
+from pipeline.core.hashing import shuffle_key
 from pipeline.core.redaction import redact
 from pipeline.shards.members import image_extensions
 from pipeline.shards.shard_urls import shard_id, shard_ids
@@ -65,12 +65,8 @@ def draw_long_tail(labels: Mapping[str, int], imbalance: float, seed: int) -> se
     subset: set[str] = set()
     for rank, label in enumerate(sorted(by_class)):
         count = max(1, int(max_count * imbalance ** (-rank / last)))
-        subset |= set(sorted(by_class[label], key=lambda name: _sort_key(seed, name))[:count])
+        subset |= set(sorted(by_class[label], key=lambda name: shuffle_key(seed, name))[:count])
     return subset
-
-
-def _sort_key(seed: int, name: str) -> bytes:
-    return hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=16).digest()
 
 
 def _labelled(urls: Sequence[str], data: DataConfig) -> Iterator[tuple[str, int, Sample]]:

@@ -16,8 +16,8 @@ class Omissions:
     counts: Counter[str] = field(default_factory=Counter[str])
     examples: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
 
-    def add(self, kind: str, example: str, count: int = 1) -> None:
-        self.counts[kind] += count
+    def add(self, kind: str, example: str) -> None:
+        self.counts[kind] += 1
         if len(examples := self.examples.setdefault(kind, [])) < _NUM_EXAMPLES:
             examples.append(example)
 

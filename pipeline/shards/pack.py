@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import count
 from typing import Literal
 
@@ -73,12 +74,16 @@ def _write(
 
     def usable() -> Iterator[tuple[str, Members]]:
         num_bad = 0
-        for key, members, reason, path in _samples(source_url, images, checks=bad_images != "pack"):
+        read = partial(_read, source_url, decodes=bad_images != "pack")
+        for image, (data, reason) in zip(
+            images, map_ordered(read, images, threads=_READ_THREADS, ahead=_READ_AHEAD, name="pack"), strict=True
+        ):
             if reason is not None:
-                omissions.add(_BAD_IMAGES, f"{path}: {reason}")
+                omissions.add(_BAD_IMAGES, f"{image.path}: {reason}")
                 num_bad += 1
             elif not num_bad or bad_images == "skip":
-                yield key, members
+                label = {} if image.label is None else {"cls": Classification().encode(image.label)}
+                yield image.key, {image.extension: data, **label}
         # At the end, so that one run reports all bad images.
         if num_bad and (bad_images == "fail" or num_bad == len(images)):
             raise _UnusableShardError
@@ -148,41 +153,26 @@ def _next_folder(out_url: str) -> str:
     return next(url for url in (f"{base}-{number}" for number in count(2)) if not storage.listing(url))
 
 
-def _samples(
-    source_url: str, images: Sequence[SourceImage], *, checks: bool
-) -> Iterator[tuple[str, Members, str | None, str]]:
-    """Key, members, the reason why the image cannot be decoded if ``checks``, and path."""
+def _read(source_url: str, image: SourceImage, *, decodes: bool) -> tuple[bytes, str | None]:
+    """The bytes of an image, and the reason if it ``decodes`` them and they are no image.
 
-    def read(image: SourceImage) -> tuple[SourceImage, bytes, str | None]:
-        data = _read(source_url, image)
-        return image, data, _decoding_error(data) if checks else None
-
-    for image, data, reason in map_ordered(read, images, threads=_READ_THREADS, ahead=_READ_AHEAD, name="pack"):
-        label = {} if image.label is None else {"cls": Classification().encode(image.label)}
-        yield image.key, {image.extension: data, **label}, reason, image.path
-
-
-def _decoding_error(data: bytes) -> str | None:
-    try:
-        decode(data, max_pixels=_MAX_PIXELS)
-    except BadImageError as error:
-        return error.reason
-    return None
-
-
-def _read(source_url: str, image: SourceImage) -> bytes:
-    """
     Raises:
         ShardError: the size of the image differs from the listing.
     """
-    data = storage.read(storage.join(source_url, image.path))
+    url = storage.join(source_url, image.path)
+    data = storage.read(url)
     if len(data) != image.size_bytes:
         raise ShardError(
             "an image changed while it was packed",
             code="pack.image-changed",
-            where=redact(storage.join(source_url, image.path)),
+            where=redact(url),
             got=f"{len(data)} bytes",
             expected=f"{image.size_bytes} bytes",
             next_step="pack into another folder once the images no longer change",
         )
-    return data
+    try:
+        if decodes:
+            decode(data, max_pixels=_MAX_PIXELS)
+    except BadImageError as error:
+        return data, error.reason
+    return data, None

@@ -5,7 +5,6 @@ The same tree and settings give the same plan on every machine.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shlex
 from collections import Counter, defaultdict
@@ -15,7 +14,7 @@ from typing import Literal
 
 from pipeline import storage
 from pipeline.core.errors import ShardError
-from pipeline.core.hashing import canonical_json, digest, seal
+from pipeline.core.hashing import canonical_json, digest, seal, shuffle_key
 from pipeline.core.redaction import redact
 from pipeline.shards.omissions import Omissions
 from pipeline.shards.writer import check_name
@@ -335,7 +334,7 @@ def _shards(images: list[SourceImage], settings: PackSettings) -> dict[str, list
     Images are sorted by a hash of seed and path, so the order of two images depends neither on the other images nor on
     the order in which a store lists them.
     """
-    shuffled = sorted(images, key=lambda image: _shuffle_key(settings.seed, image.path))
+    shuffled = sorted(images, key=lambda image: shuffle_key(settings.seed, _readable(image.path)))
     val = _first_of_each_class(shuffled, settings.val_share)
     train = [image for image in shuffled if image.path not in val]
     splits = {_VAL: [image for image in shuffled if image.path in val], settings.name: train}
@@ -344,10 +343,6 @@ def _shards(images: list[SourceImage], settings: PackSettings) -> dict[str, list
         for name, members in splits.items()
         for number, shard in enumerate(_fill_shards(members, settings))
     }
-
-
-def _shuffle_key(seed: int, path: str) -> bytes:
-    return hashlib.blake2b(f"{seed}/{_readable(path)}".encode(), digest_size=16).digest()
 
 
 def _first_of_each_class(shuffled: list[SourceImage], share: float) -> set[str]:

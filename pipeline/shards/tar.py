@@ -8,7 +8,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal, Self
+from typing import IO, Any, Literal
 
 from pipeline.core.errors import ShardError
 from pipeline.core.redaction import redact
@@ -290,12 +290,6 @@ class ShardReader:
     def __init__(self, path: Path, *, where: str) -> None:
         self._where = redact(where)
         self._file = path.open("rb", buffering=0)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         self._file.close()

@@ -51,7 +51,11 @@ def write_shard(samples: Iterable[tuple[str, Members]], url: str) -> None:
     """
     with tempfile.TemporaryDirectory() as folder:
         local = Path(folder) / "shard.tar"
-        _write_tar(local, samples)
+        with TarWriter(str(local), encoder=False, user="", group="", mode=0o644, mtime=0) as writer:
+            for key, members in samples:
+                for extension in members:
+                    check_name(key, extension)
+                writer.write({"__key__": key, **members})
         put(local, url)
 
 
@@ -67,14 +71,6 @@ def _check_pattern(name: str, pattern: str) -> None:
             where=redact(pattern),
             expected="one printf number, as in %05d",
         )
-
-
-def _write_tar(path: Path, samples: Iterable[tuple[str, Members]]) -> None:
-    with TarWriter(str(path), encoder=False, user="", group="", mode=0o644, mtime=0) as writer:
-        for key, members in samples:
-            for extension in members:
-                check_name(key, extension)
-            writer.write({"__key__": key, **members})
 
 
 def check_name(key: str, extension: str) -> None:

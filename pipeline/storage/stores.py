@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import fsspec
 
-from pipeline.core.errors import MissingPackageError, TooLargeError
+from pipeline.core.errors import InputError, TooLargeError
 from pipeline.core.redaction import redact
 from pipeline.storage.failures import root_error, translated_errors
 from pipeline.storage.urls import expand_home, protocol
@@ -28,7 +28,7 @@ def open_filesystem(url: str) -> tuple[Any, str]:
 
     Raises:
         StorageInputError: the URL is refused.
-        MissingPackageError: the package of the store is not installed.
+        InputError: the package of the store is not installed.
     """
     name = protocol(url)
     try:
@@ -43,7 +43,8 @@ def open_filesystem(url: str) -> tuple[Any, str]:
         if isinstance(error, ValueError) and "Protocol not known" not in str(error):
             raise
         package = f"'stillroom[{_EXTRA[name]}]'" if name in _EXTRA else "aiohttp"
-        raise MissingPackageError(
+        # No StorageInputError, which some callers handle as a missing file.
+        raise InputError(
             f"{name}:// needs a package that is not installed",
             code="storage.missing-package",
             where=redact(url),
@@ -77,7 +78,7 @@ class Store:
 
     Raises:
         StorageInputError: the URL is refused.
-        MissingPackageError: the package of the store is not installed.
+        InputError: the package of the store is not installed.
     """
 
     can_create: ClassVar[bool] = False

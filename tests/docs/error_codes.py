@@ -70,9 +70,10 @@ def raised_messages() -> dict[str, set[str]]:
 
 @cache
 def product_nodes() -> tuple[tuple[Path, ast.AST], ...]:
-    """Every node of the product code's syntax trees, with the path of its file."""
+    """Every call and constant of the product code's syntax trees, with the path of its file."""
     paths = (path for layer in ("schemas", "pipeline", "jobs") for path in sorted((_ROOT / layer).rglob("*.py")))
-    return tuple((path, node) for path in paths for node in ast.walk(ast.parse(path.read_text())))
+    nodes = ((path, node) for path in paths for node in ast.walk(ast.parse(path.read_text())))
+    return tuple((path, node) for path, node in nodes if isinstance(node, ast.Call | ast.Constant))
 
 
 def _code(call: ast.Call) -> str | None:

@@ -18,7 +18,7 @@ from schemas.cache_format import Commit
 from tests.errors import raises
 from tests.jobs.conftest import Tree, config_of, files_below
 from tests.pipeline.caches import digit_samples
-from tests.pipeline.shards.tars import make_linked_tar
+from tests.pipeline.shards.tars import make_tar
 
 pytestmark = pytest.mark.ray
 
@@ -83,7 +83,7 @@ def test_members_left_out_of_shards_are_reported_once_with_counts_and_reasons(
     for key, sample in digit_samples(12):
         members += [(f"d/._{key}.png", b"x"), *((f"d/{key}.{name}", content) for name, content in sample.items())]
     members += [("d/bad.png", b"<html>"), ("d/bad.cls", b"1")]
-    (tmp_path / "odd.tar").write_bytes(make_linked_tar(members))
+    (tmp_path / "odd.tar").write_bytes(make_tar(members))
     data = {"shards": [str(tmp_path / "odd.tar")], "bad_samples": "skip", "max_bad_share": 0.5}
     config = config_of(tree(data=data, cache={"views_per_part": 1}))
     build_cache(config)

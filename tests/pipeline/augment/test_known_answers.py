@@ -122,16 +122,20 @@ def test_boxes_flips_and_weights(size: tuple[int, int], seed: int) -> None:
 
 
 @pytest.mark.parametrize("num_ok", [1, 2, 3, 9, 255, 256])
-@pytest.mark.parametrize(("group", "view"), [(0, 0), (5, 49), (2**31, 65_534)])
-def test_partners_are_neighbours_in_the_order_of_their_random_bits(num_ok: int, group: int, view: int) -> None:
-    plan = ViewsConfig(kind="function_matching", seed=7)
-    mix_key = key("mix", 7, "train-00012")
+@pytest.mark.parametrize(
+    ("seed", "shard", "group", "view"), [(7, "train-00012", 0, 0), (7, "ä", 5, 49), (0, "s", 2**31, 65_534)]
+)
+def test_partners_are_neighbours_in_the_order_of_their_random_bits(
+    num_ok: int, seed: int, shard: str, group: int, view: int
+) -> None:
+    plan = ViewsConfig(kind="function_matching", seed=seed)
+    mix_key = key("mix", seed, shard)
     words = [word for block in range(64) for word in philox(mix_key, (block, group, view, 0))]
     order = sorted(range(num_ok), key=lambda row: words[row])
     expected = list(range(num_ok))
     for first, second in zip(order[0::2], order[1::2], strict=False):
         expected[first], expected[second] = second, first
-    assert mix_partners(plan, "train-00012", group, view, num_ok).tolist() == expected
+    assert mix_partners(plan, shard, group, view, num_ok).tolist() == expected
 
 
 def test_canaries_are_the_rows_whose_uniform_is_below_a_thousandth() -> None:

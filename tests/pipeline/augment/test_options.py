@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import math
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,9 +15,8 @@ from hypothesis import strategies as st
 from scipy.stats import ks_2samp
 from torchvision.transforms import RandomErasing
 
-from pipeline.augment.options import OPS, aug_params_row, cutmix_boxes
+from pipeline.augment.options import OPS, cutmix_boxes
 from pipeline.augment.params import ViewParams, unmix
-from pipeline.augment.pixels import apply_view
 from pipeline.cache.format.header import views_body, views_id
 from schemas.cache_format import aug_param_columns
 from schemas.config import ViewsConfig
@@ -175,12 +172,13 @@ def test_augmentation_parameters_are_frozen() -> None:
     assert hashlib.sha256(columns.encode()).hexdigest() == FROZEN
 
 
-def test_a_row_without_a_partner_has_no_box() -> None:
+def test_a_row_without_a_partner_is_not_mixed_and_has_no_box() -> None:
     params = sampled(plan_of(cutmix=1.0), 3)
-    box_N4, unmixed_N4 = (
-        cutmix_boxes(params.aug_params),
-        cutmix_boxes(unmix(params, np.array([False, True, False])).aug_params),
-    )
+    unmixed = unmix(params, np.array([False, True, False]))
+    lambda_N = params.mix_lambda_N
+    assert unmixed.mix_lambda_N.dtype == np.float32
+    assert unmixed.mix_lambda_N.tolist() == [lambda_N[0], 1, lambda_N[2]]
+    box_N4, unmixed_N4 = cutmix_boxes(params.aug_params), cutmix_boxes(unmixed.aug_params)
     assert box_N4 is not None
     assert unmixed_N4 is not None
     assert (box_N4[:, 2] > 0).all()
@@ -226,41 +224,14 @@ PLANS = st.fixed_dictionaries(
     {"seed": st.integers(0, 2**62), "flip": UNIT},
     optional={"jitter": JITTERS, "randaugment": OPERATIONS, "erasing": ERASINGS, "cutmix": UNIT},
 ).map(lambda keys: plan_of(**keys))
-VIEW = st.one_of(st.integers(0, 65_534), st.integers(0, 2**40))
 
 
-def stored(plan: ViewsConfig, params: ViewParams) -> pa.Table:
-    """The columns as a part stores them, through Parquet."""
-    schema = pa.schema(list(aug_param_columns(plan).items()))
-    buffer = io.BytesIO()
-    pq.write_table(
-        pa.table([pa.array(params.aug_params[item.name], item.type) for item in schema], schema=schema), buffer
-    )
-    return pq.read_table(buffer)
-
-
-@given(PLANS, st.lists(VIEW, min_size=1, max_size=3), st.integers(5, 40))
+@given(PLANS)
 @settings(max_examples=40)
-def test_views_from_stored_columns_equal_views_sampled_again(plan: ViewsConfig, views: list[int], size: int) -> None:
-    names, sizes = ids(len(views)), [(31, 45)] * len(views)
-    params = sample(plan, names, views, sizes)
-    assert {name: values.dtype for name, values in params.aug_params.items()} == {
-        name: kind.to_pandas_dtype() for name, kind in aug_param_columns(plan).items()
-    }
-    table = stored(plan, params)
-    columns = {name: table[name].to_numpy() for name in table.column_names}
-    image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 45, 31), dtype=np.uint8))
-    for row, (name, view) in enumerate(zip(names, views, strict=True)):
-        again = sample(plan, [name], [view], sizes[:1])
-        replayed, sampled_again = (
-            apply_view(image, box, flip, aug_params_row(source, source_row), size=size, interpolation="bilinear")
-            for box, flip, source, source_row in (
-                (params.box_N4[row].tolist(), bool(params.flip_N[row]), columns, row),
-                (again.box_N4[0].tolist(), bool(again.flip_N[0]), again.aug_params, 0),
-            )
-        )
-        assert torch.equal(replayed, sampled_again)
-        assert aug_params_row(columns, row) == aug_params_row(again.aug_params, 0)
+def test_columns_have_the_types_that_a_part_stores(plan: ViewsConfig) -> None:
+    """So a replay from stored columns and an online run have the same values."""
+    types = {name: pa.from_numpy_dtype(values_N.dtype) for name, values_N in sampled(plan, 3).aug_params.items()}
+    assert types == aug_param_columns(plan)
 
 
 @given(PLANS, PLANS, st.integers(1, 65_535), st.integers(1, 512))

@@ -1,10 +1,9 @@
-"""View parameters against torchvision's statistics, frozen literals and laws."""
+"""View parameters against torchvision's statistics, and laws. Their values are in ``test_known_answers``."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import combinations
 
 import numpy as np
 import pytest
@@ -17,11 +16,9 @@ from torchvision.transforms import RandomResizedCrop
 from pipeline.augment.params import (
     ViewParams,
     eval_params,
-    is_canary,
     mix_partners,
     sample_keys,
     shard_partners,
-    unmix,
     view_params,
 )
 from schemas.config import ViewsConfig
@@ -30,12 +27,6 @@ CROP = ViewsConfig(kind="crop")
 MIX = ViewsConfig(kind="function_matching", count=50)
 SIDE = st.one_of(st.integers(1, 40), st.integers(1, 20_000))
 RANGES = st.sampled_from([((0.05, 1.0), (0.75, 4 / 3)), ((1.0, 1.0), (1.0, 1.0)), ((0.9, 1.0), (0.01, 0.02))])
-# Frozen: another value would be another format.
-FROZEN_BOXES = [[167, 7, 299, 331], [100, 191, 127, 152], [41, 26, 358, 340], [295, 148, 119, 129]]
-FROZEN_FLIPS = [False, True, True, False]
-FROZEN_LAMBDAS = ["0x1.18e9ea0000000p-1", "0x1.3d9a9e0000000p-1", "0x1.25fa9e0000000p-1", "0x1.d3f3120000000p-1"]
-FROZEN_CANARIES = [1044]
-FROZEN_PARTNERS = [1, 0, 4, 8, 2, 6, 5, 7, 3]
 
 
 def ids(count: int) -> list[str]:
@@ -49,18 +40,7 @@ def sample(
     return view_params(plan, sample_keys(plan.seed, names), np.array(views, dtype=np.int64), widths, heights)
 
 
-def test_parameters_are_frozen() -> None:
-    plan = ViewsConfig(kind="function_matching", seed=7)
-    params = sample(plan, ["train-00012/n01440764_18"] * 3 + ["val/ä"], [0, 1, 2**40, 65_534], [(500, 375)] * 4)
-    assert params.box_N4.tolist() == FROZEN_BOXES
-    assert params.flip_N.tolist() == FROZEN_FLIPS
-    assert [value.hex() for value in params.mix_lambda_N.tolist()] == FROZEN_LAMBDAS
-
-
-def test_matchings_are_frozen() -> None:
-    assert mix_partners(MIX, "train-00012", 3, 1, 9).tolist() == FROZEN_PARTNERS
-
-
+@settings(max_examples=40)
 @given(st.lists(st.tuples(SIDE, SIDE), min_size=1, max_size=20), RANGES, st.integers(0, 2**62))
 def test_boxes_lie_inside_any_image(
     sizes: list[tuple[int, int]], ranges: tuple[tuple[float, float], tuple[float, float]], view: int
@@ -99,31 +79,6 @@ def test_eval_side_is_rounded_half_to_even() -> None:
     assert params.box_N4.tolist() == [[1, 3, 2, 2], [1, 1, 4, 4], [156, 93, 188, 188], [0, 39, 1, 1]]
 
 
-@given(st.data())
-@settings(max_examples=50)
-def test_a_row_does_not_depend_on_the_other_rows(data: st.DataObject) -> None:
-    count = 40
-    sizes = [(17 + 13 * number, 900 - 20 * number) for number in range(count)]
-    views = [number % 5 for number in range(count)]
-    whole = sample(MIX, ids(count), views, sizes)
-    some = data.draw(st.lists(st.integers(0, count - 1), max_size=count))
-    part = sample(MIX, [ids(count)[row] for row in some], [views[row] for row in some], [sizes[row] for row in some])
-    assert np.array_equal(part.box_N4, whole.box_N4[some])
-    assert np.array_equal(part.flip_N, whole.flip_N[some])
-    assert np.array_equal(part.mix_lambda_N, whole.mix_lambda_N[some])
-
-
-def test_views_samples_and_seeds_have_different_crops() -> None:
-    sizes = [(5000, 4000)] * 64
-    base = sample(CROP, ids(64), [0] * 64, sizes).box_N4
-    others = [
-        sample(CROP, ids(64), [1] * 64, sizes).box_N4,
-        sample(CROP, [name + "x" for name in ids(64)], [0] * 64, sizes).box_N4,
-        sample(ViewsConfig(kind="crop", seed=1), ids(64), [0] * 64, sizes).box_N4,
-    ]
-    assert all((base != other).any(axis=1).all() for other in others)
-
-
 def test_function_matching_has_the_crops_of_kind_crop() -> None:
     sizes, views = [(640, 480)] * 50, list(range(50))
     mixed, plain = sample(MIX, ids(50), views, sizes), sample(CROP, ids(50), views, sizes)
@@ -158,12 +113,6 @@ def torchvision_boxes(count: int, size: tuple[int, int]) -> np.ndarray:
     return np.array([(left, top, width, height) for top, left, height, width in boxes], dtype=np.float64)
 
 
-@pytest.mark.parametrize(("flip", "flipped"), [(0.0, False), (1.0, True)])
-def test_a_flip_probability_of_0_or_1_is_exact(flip: float, flipped: bool) -> None:
-    params = sample(ViewsConfig(kind="crop", flip=flip), ids(500), [0] * 500, [(9, 9)] * 500)
-    assert (params.flip_N == flipped).all()
-
-
 @given(st.integers(0, 300), st.integers(0, 9), st.integers(0, 2**40))
 def test_partners_are_a_matching(num_ok: int, group: int, view: int) -> None:
     partners = mix_partners(ViewsConfig(kind="function_matching", mix_group=300), "s", group, view, num_ok)
@@ -180,31 +129,3 @@ def test_partners_of_a_shard_are_those_of_its_groups(num_ok: int, mix_group: int
         inside = mix_partners(plan, "s", group, 4, min(mix_group, num_ok - start))
         expected.extend(start + int(partner) for partner in inside)
     assert shard_partners(plan, "s", 4, num_ok).tolist() == expected
-
-
-def test_matchings_differ_between_views_groups_shards_and_seeds() -> None:
-    other_seed = ViewsConfig(kind="function_matching", seed=1)
-    matchings = [
-        mix_partners(plan, shard, group, view, 256).tolist()
-        for plan, shard, group, view in [
-            (MIX, "a", 0, 0),
-            (MIX, "a", 0, 1),
-            (MIX, "a", 1, 0),
-            (MIX, "b", 0, 0),
-            (other_seed, "a", 0, 0),
-        ]
-    ]
-    assert all(first != second for first, second in combinations(matchings, 2))
-
-
-def test_a_row_without_a_partner_is_not_mixed() -> None:
-    params = sample(MIX, ids(3), [0] * 3, [(9, 9)] * 3)
-    mixed = unmix(params, np.array([False, True, False]))
-    lambdas = params.mix_lambda_N.tolist()
-    assert mixed.mix_lambda_N.dtype == np.float32
-    assert mixed.mix_lambda_N.tolist() == [lambdas[0], 1.0, lambdas[2]]
-
-
-def test_canaries_are_frozen() -> None:
-    flags = is_canary(sample_keys(0, ids(5000)), np.full(5000, 3))
-    assert np.flatnonzero(flags).tolist() == FROZEN_CANARIES

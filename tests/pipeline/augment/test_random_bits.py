@@ -1,4 +1,4 @@
-"""Random bits against published vectors, NumPy's Philox, and literals that freeze the format."""
+"""Random bits against published vectors and NumPy's Philox."""
 
 from __future__ import annotations
 
@@ -30,9 +30,6 @@ PUBLISHED = [
         (0xA528F45403E61D95, 0x38C72DBD566E9788, 0xA5A1610E72FD18B5, 0x57BD43B5E52B7FE6),
     ),
 ]
-# Frozen: another value would be another format.
-KEY_VIEW = ["0x5058b01ccce05ed5", "0xafc3c9e988522a83"]
-KEY_NOTHING = ["0x3590142f7026a78", "0x72d2522585fdc6c6"]
 
 
 def numpy_philox(key: tuple[int, ...], counter: tuple[int, ...]) -> list[int]:
@@ -59,19 +56,6 @@ def test_random_bits_equal_numpys(rows: list[tuple[tuple[int, ...], tuple[int, .
     assert philox4x64(keys[:1], counters).tolist() == [numpy_philox(rows[0][0], counter) for _, counter in rows]
 
 
-def test_keys_are_frozen() -> None:
-    assert [hex(word) for word in key_of("view", 0, "train-00000/cat").tolist()] == KEY_VIEW
-    assert [hex(word) for word in key_of().tolist()] == KEY_NOTHING
-
-
-PART = st.one_of(st.text(max_size=4), st.integers(-(2**63), 2**63 - 1))
-
-
-@given(st.lists(PART, max_size=4), st.lists(PART, max_size=4))
-def test_different_arguments_have_different_keys(first: list[str | int], second: list[str | int]) -> None:
-    assert (key_of(*first).tolist() == key_of(*second).tolist()) == (first == second)
-
-
 @pytest.mark.parametrize(
     ("first", "second"), [(("ab", "c"), ("a", "bc")), ((1,), ("1",)), (("",), ()), (("\udcc3\udca9",), ("é",))]
 )
@@ -91,8 +75,9 @@ def test_a_permutation_sorts_the_first_uint64s_of_its_key(size: int, seed: int) 
     assert permutation(key, size).tolist() == sorted(range(size), key=lambda index: words[index])
 
 
-@given(st.lists(st.integers(0, 40_000), max_size=12))
-@settings(max_examples=30)
+# Short ones share a batch of bits, and long ones exceed it.
+@given(st.lists(st.integers(0, 99) | st.integers(16_000, 17_000), max_size=6))
+@settings(max_examples=20)
 def test_permutations_generated_together_equal_single_ones(sizes: list[int]) -> None:
     keys = [key_of("test", number) for number in range(len(sizes))]
     together = [*permutations(np.array(keys, np.uint64).reshape(-1, 2), sizes)]

@@ -31,7 +31,7 @@ def one_text(num_rows: int, *, size_bytes: int) -> pa.Table:
 BOMBS = {
     "one text in many rows": lambda: encoded(one_text(4_000, size_bytes=1 << 20), store_schema=False),
     "one number in many rows": lambda: encoded(pa.table({"n": np.zeros(150_000_000, np.int64)})),
-    "pages of zeros": lambda: encoded(pa.table({"n": np.zeros(80_000_000, np.int64)}), use_dictionary=False),
+    "pages of zeros": lambda: encoded(pa.table({"n": np.zeros(68_000_000, np.int64)}), use_dictionary=False),
 }
 
 

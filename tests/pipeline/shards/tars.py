@@ -26,33 +26,24 @@ def data_config(**keys: Any) -> DataConfig:
     return DataConfig.model_validate(keys)
 
 
-def make_tar(members: Iterable[tuple[str, bytes]], *, form: int = tarfile.PAX_FORMAT) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=form) as archive:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return buffer.getvalue()
-
-
-def make_linked_tar(
-    members: Iterable[tuple[str, bytes | str]], *, form: int = tarfile.PAX_FORMAT, kind: bytes = tarfile.LNKTYPE
+def make_tar(
+    members: Iterable[tuple[str, bytes | str | None]],
+    *,
+    form: int = tarfile.PAX_FORMAT,
+    kind: bytes = tarfile.LNKTYPE,
 ) -> bytes:
-    """Files, and links of this kind if the content is the name of a target. A name with a final slash is a folder."""
+    """Files; links of this kind if the content is the name of a target; folders if it is None."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=form) as archive:
         for name, content in members:
             info = tarfile.TarInfo(name)
-            if isinstance(content, str):
-                info.type, info.linkname = kind, content
-                archive.addfile(info)
-            elif name.endswith("/"):
-                info.type = tarfile.DIRTYPE
-                archive.addfile(info)
-            else:
+            if isinstance(content, bytes):
                 info.size = len(content)
-                archive.addfile(info, io.BytesIO(content))
+            elif content is None:
+                info.type = tarfile.DIRTYPE
+            else:
+                info.type, info.linkname = kind, content
+            archive.addfile(info, io.BytesIO(content) if isinstance(content, bytes) else None)
     return buffer.getvalue()
 
 

@@ -27,10 +27,14 @@ ROTATED_BY_XMP = (
 )
 
 
-def oriented(form: str, orientation: int, **options: Any) -> bytes:
+def exif_of(orientation: int) -> bytes:
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
-    return image_bytes(form, exif=exif, **options)
+    return exif.tobytes()
+
+
+def oriented(form: str, orientation: int) -> bytes:
+    return image_bytes(form, exif=exif_of(orientation))
 
 
 def pillow(data: bytes) -> np.ndarray[Any, Any]:
@@ -41,23 +45,35 @@ def pillow(data: bytes) -> np.ndarray[Any, Any]:
         return np.asarray(upright.convert("RGB")).transpose(2, 0, 1)
 
 
+def status(data: bytes, *, max_pixels: int = PLENTY) -> str:
+    """``ok``, or the status of the error."""
+    try:
+        decode(data, max_pixels=max_pixels)
+    except BadImageError as error:
+        return error.status
+    return "ok"
+
+
 def chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
+def png_of(rows: list[bytes], *, width: int, bits: int, color_type: int) -> bytes:
+    header = struct.pack(">IIBBBBB", width, len(rows), bits, color_type, 0, 0, 0)
+    pixels = zlib.compress(b"".join(b"\0" + row for row in rows))
+    return _PNG + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
 def sixteen_bit_png(values_HWC: np.ndarray[Any, Any], color_type: int) -> bytes:
-    height, width, _ = values_HWC.shape
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values_HWC)
-    header = struct.pack(">IIBBBBB", width, height, 16, color_type, 0, 0, 0)
-    return _PNG + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    rows = [row.astype(">u2").tobytes() for row in values_HWC]
+    return png_of(rows, width=values_HWC.shape[1], bits=16, color_type=color_type)
 
 
 def gray_png(bits: int) -> bytes:
     """All levels of this bit depth in one row."""
     levels = range(2**bits)
     row = int("".join(f"{level:0{bits}b}" for level in levels), 2).to_bytes(len(levels) * bits // 8, "big")
-    header = struct.pack(">IIBBBBB", len(levels), 1, bits, 0, 0, 0, 0)
-    return _PNG + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b"")
+    return png_of([row], width=len(levels), bits=bits, color_type=0)
 
 
 def with_segment(jpeg: bytes, marker: int, content: bytes) -> bytes:
@@ -154,10 +170,8 @@ def test_each_orientation_moves_the_first_pixel_to_its_corner(
 ) -> None:
     stored = Image.new("RGB", (2, 3))
     stored.putpixel((0, 0), (255, 255, 255))
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = orientation
     buffer = io.BytesIO()
-    stored.save(buffer, form, exif=exif, lossless=True)
+    stored.save(buffer, form, exif=exif_of(orientation), lossless=True)
     upright_HW = decode(buffer.getvalue(), max_pixels=6)[0]
     assert tuple(upright_HW.shape) == ((3, 2) if orientation < 5 else (2, 3))
     assert upright_HW.nonzero().tolist() == [list(corner)]
@@ -183,13 +197,9 @@ def test_levels_of_low_bit_depths_are_scaled_from_black_to_white(bits: int) -> N
 
 
 def flat_cmyk(cmyk: tuple[int, int, int, int], transform: int) -> bytes:
-    return adobe_transform(image_bytes_of(Image.new("CMYK", (8, 8), cmyk)), transform)
-
-
-def image_bytes_of(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=100)
-    return buffer.getvalue()
+    Image.new("CMYK", (8, 8), cmyk).save(buffer, "JPEG", quality=100)
+    return adobe_transform(buffer.getvalue(), transform)
 
 
 @pytest.mark.parametrize("ink", [(0, 0, 0, 0), (255, 0, 0, 0), (0, 255, 0, 0), (20, 90, 200, 60), (0, 0, 0, 255)])
@@ -212,13 +222,6 @@ def test_ycck_is_ycc_converted_to_inks_by_the_jfif_formula(stored: tuple[int, in
     assert decode(data, max_pixels=64)[:, 3, 3].tolist() == pytest.approx(expected, abs=3)
 
 
-@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
-def test_a_profile_changes_no_pixel(form: str) -> None:
-    plain, tagged = image_bytes(form), image_bytes(form, icc_profile=PROFILE)
-    assert len(tagged) > len(plain) + 100
-    assert torch.equal(decode(plain, max_pixels=PLENTY), decode(tagged, max_pixels=PLENTY))
-
-
 @pytest.mark.parametrize("default_image", [False, True])
 def test_an_animated_png_is_its_first_image(default_image: bool) -> None:
     data, first = several("PNG", default_image=default_image)
@@ -232,9 +235,7 @@ def test_a_multi_picture_jpeg_is_its_first_image() -> None:
 
 
 def test_an_animated_webp_is_undecodable() -> None:
-    with pytest.raises(BadImageError) as caught:
-        decode(several("WEBP")[0], max_pixels=PLENTY)
-    assert caught.value.status == "undecodable"
+    assert status(several("WEBP")[0]) == "undecodable"
 
 
 @pytest.mark.parametrize(
@@ -248,10 +249,7 @@ def test_alpha_is_dropped_and_the_stored_colour_stays(data: bytes) -> None:
 @pytest.mark.parametrize("name", ["jpeg", "jpeg progressive", "jpeg grayscale", "webp", "webp lossless"])
 def test_an_image_truncated_anywhere_is_undecodable(name: str) -> None:
     data = IMAGES[name]
-    for length in range(1, len(data)):
-        with pytest.raises(BadImageError) as caught:
-            decode(data[:length], max_pixels=PLENTY)
-        assert caught.value.status == "undecodable"
+    assert {status(data[:length]) for length in range(1, len(data))} == {"undecodable"}
 
 
 def test_a_truncated_png_is_undecodable_unless_it_has_every_pixel() -> None:
@@ -268,29 +266,18 @@ def test_a_truncated_png_is_undecodable_unless_it_has_every_pixel() -> None:
     assert num_whole < 12 + 4 + 4 + 5
 
 
-def test_no_bytes_are_empty() -> None:
-    for read in (image_size, lambda data: decode(data, max_pixels=PLENTY)):
-        with pytest.raises(BadImageError) as caught:
-            read(b"")
-        assert caught.value.status == "empty"
-
-
 @pytest.mark.parametrize(
-    "data", [b"x", b"not an image" * 9, image_bytes("GIF"), image_bytes("BMP"), image_bytes("TIFF")]
+    "data", [b"", b"x", b"not an image" * 9, image_bytes("GIF"), image_bytes("BMP"), image_bytes("TIFF")]
 )
-def test_other_formats_are_undecodable(data: bytes) -> None:
-    for read in (image_size, lambda data: decode(data, max_pixels=PLENTY)):
-        with pytest.raises(BadImageError) as caught:
-            read(data)
-        assert caught.value.status == "undecodable"
+def test_no_bytes_are_empty_and_other_formats_undecodable(data: bytes) -> None:
+    with pytest.raises(BadImageError) as caught:
+        image_size(data)
+    assert status(data) == caught.value.status == ("undecodable" if data else "empty")
 
 
 def test_the_pixel_limit_is_the_largest_size_that_decodes() -> None:
     data = image_bytes(size=(7, 5))
-    assert decode(data, max_pixels=35).shape == (3, 5, 7)
-    with pytest.raises(BadImageError) as caught:
-        decode(data, max_pixels=34)
-    assert caught.value.status == "too_large"
+    assert (status(data, max_pixels=35), status(data, max_pixels=34)) == ("ok", "too_large")
 
 
 def bomb() -> bytes:
@@ -302,17 +289,14 @@ def bomb() -> bytes:
 
 
 def test_a_bomb_is_too_large_by_max_pixels_and_without_a_warning() -> None:
-    with pytest.raises(BadImageError) as caught:
-        decode(bomb(), max_pixels=64_000_000)
-    assert caught.value.status == "too_large"
+    assert status(bomb(), max_pixels=64_000_000) == "too_large"
     assert image_size(bomb()) == (65_000, 65_000)
     assert Image.MAX_IMAGE_PIXELS is not None
 
 
 def test_an_image_with_broken_metadata_decodes_without_a_warning() -> None:
     data = IMAGES["jpeg"]
-    segment = b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01"
-    broken = data[:2] + b"\xff\xe1" + (len(segment) + 2).to_bytes(2, "big") + segment + data[2:]
+    broken = with_segment(data, 0xE1, b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01")
     np.testing.assert_array_equal(decode(broken, max_pixels=PLENTY).numpy(), pillow(data))
 
 
@@ -383,10 +367,8 @@ def wrong_stream(png: bytes) -> bytes:
     ids=["header", "palette", "pixels"],
 )
 def test_damage_to_chunks_that_pixels_depend_on_is_not_taken_for_metadata(png: bytes) -> None:
-    for data in (png, with_chunk(b"eXIf", b"garbage!", png=png, offset=png.index(b"IDAT") - 4)):
-        with pytest.raises(BadImageError) as caught:
-            decode(data, max_pixels=PLENTY)
-        assert caught.value.status == "undecodable"
+    tagged = with_chunk(b"eXIf", b"garbage!", png=png, offset=png.index(b"IDAT") - 4)
+    assert status(png) == status(tagged) == "undecodable"
 
 
 @pytest.mark.parametrize(
@@ -425,23 +407,17 @@ def test_an_exif_segment_after_other_segments_rotates_the_image() -> None:
             pillow(with_segment(rotated, marker, content)),
         )
     frame = (plain := image_bytes("JPEG", size=(9, 4))).index(b"\xff\xc0")
-    segment = with_segment(b"\xff\xd8", 0xE1, b"Exif\0\0" + exif_of(6))[2:]
+    segment = with_segment(b"\xff\xd8", 0xE1, exif_of(6))[2:]
     after = frame + 2 + int.from_bytes(plain[frame + 2 : frame + 4], "big")
     late = plain[:after] + segment + plain[after:]
     assert image_size(late) == (4, 9)
     np.testing.assert_array_equal(decode(late, max_pixels=PLENTY).numpy(), pillow(late))
 
 
-def exif_of(orientation: int) -> bytes:
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = orientation
-    return exif.tobytes().removeprefix(b"Exif\0\0")
-
-
 JPEGS = {name: data for name, data in IMAGES.items() if name.startswith("jpeg")}
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150)
 @given(name=st.sampled_from(sorted(JPEGS)), data=st.data())
 def test_the_header_of_a_jpeg_agrees_with_pillow(name: str, data: st.DataObject) -> None:
     """Also with damaged segments before the scan, if Pillow reads the header."""
@@ -463,7 +439,7 @@ def test_the_header_of_a_jpeg_agrees_with_pillow(name: str, data: st.DataObject)
     assert size == (image.size[::-1] if rotated else image.size)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100)
 @given(name=st.sampled_from(sorted(IMAGES)), data=st.data())
 def test_damaged_bytes_decode_to_the_size_in_their_header_or_are_refused(name: str, data: st.DataObject) -> None:
     damaged = bytearray(IMAGES[name])
@@ -480,10 +456,7 @@ def test_threads_decode_the_same_pixels_as_one_thread() -> None:
     many = [*IMAGES.values(), IMAGES["jpeg"][:-9], b""] * 8
 
     def outcome(data: bytes) -> object:
-        try:
-            return decode(data, max_pixels=PLENTY).tolist()
-        except BadImageError as error:
-            return error.status
+        return decode(data, max_pixels=PLENTY).tolist() if status(data) == "ok" else status(data)
 
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(outcome, many)) == [outcome(data) for data in many]

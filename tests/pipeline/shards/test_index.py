@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import subprocess
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,6 @@ from tests.errors import raises
 from tests.pipeline.shards.tars import (
     data_config,
     image_bytes,
-    make_linked_tar,
     make_tar,
     real_shard,
     webdataset_samples,
@@ -82,14 +82,14 @@ def test_every_sample_has_a_row_with_its_final_status(index: ShardIndex) -> None
 
 def test_byte_ranges_and_hashes_are_those_of_the_encoded_images(shard: Path, index: ShardIndex) -> None:
     images = [WHOLE, WHOLE[:-20], MEMBERS[4][1], b"", b"", MEMBERS[7][1], WHOLE]
-    with ShardReader(shard, where="x") as reader:
+    with closing(ShardReader(shard, where="x")) as reader:
         ranges = zip(index.offset.tolist(), index.size.tolist(), strict=True)
         assert [reader.read(offset, size) for offset, size in ranges] == images
     assert index.content_hash.tolist() == [xxhash.xxh3_64(image).intdigest() for image in images]
 
 
-@pytest.mark.parametrize("name", ["cifar10/val-00001.tar", "imagenet-samples/sample-00003.tar"])
-def test_the_index_of_a_real_shard_agrees_with_webdataset_and_pillow(name: str) -> None:
+def test_the_index_of_a_real_shard_agrees_with_webdataset_and_pillow() -> None:
+    name = "imagenet-samples/sample-00003.tar"
     path = real_shard(name)
     index = index_shard(path, data_config(num_classes=1000), where=name, threads=2)
     samples = webdataset_samples(path)
@@ -150,12 +150,11 @@ def test_a_truncated_index_is_damaged(index: ShardIndex, size_bytes: int) -> Non
         decode_index(encode_index(index, {})[:size_bytes], where="x")
 
 
-def rewritten(index: ShardIndex, change: dict[str, pa.Array]) -> bytes:
+def rewritten(index: ShardIndex, change: dict[str, pa.Array | None]) -> bytes:
     table = pq.read_table(io.BytesIO(encode_index(index, {})))
     for name, column in change.items():
-        table = table.set_column(
-            table.schema.get_field_index(name), pa.field(name, column.type, name == "label"), column
-        )
+        place, table = table.schema.get_field_index(name), table.drop_columns([name])
+        table = table if column is None else table.add_column(place, pa.field(name, column.type, False), column)
     sink = io.BytesIO()
     pq.write_table(table, sink)
     return sink.getvalue()
@@ -168,19 +167,15 @@ def rewritten(index: ShardIndex, change: dict[str, pa.Array]) -> bytes:
         ({"status": pa.array(["ok"] * 6 + ["fine"])}, "unknown status fine"),
         ({"size": pa.array([1] * 7, pa.int64())}, "other types"),
         ({"key": pa.array(["a"] * 7, pa.large_string())}, "other types"),
+        ({"label": None}, "not those of an index"),
     ],
 )
-def test_columns_that_break_the_schema_are_refused(index: ShardIndex, change: dict[str, pa.Array], reason: str) -> None:
+def test_columns_that_break_the_schema_are_refused(
+    index: ShardIndex, change: dict[str, pa.Array | None], reason: str
+) -> None:
     with raises("shard.index-damaged", CacheError) as caught:
         decode_index(rewritten(index, change), where="x")
     assert reason in str(caught.value.got)
-
-
-def test_parquet_that_is_no_index_is_refused() -> None:
-    sink = io.BytesIO()
-    pq.write_table(pa.table({"a": [1]}), sink)
-    with raises("shard.index-damaged", CacheError):
-        decode_index(sink.getvalue(), where="x")
 
 
 @pytest.mark.parametrize(
@@ -275,7 +270,7 @@ HIDDEN_OR_LINKED = {
 
 @pytest.mark.parametrize("name", HIDDEN_OR_LINKED)
 def test_an_index_stores_its_member_rules_only_if_they_matter(shard: Path, name: str) -> None:
-    shard.write_bytes(make_linked_tar(HIDDEN_OR_LINKED[name]))
+    shard.write_bytes(make_tar(HIDDEN_OR_LINKED[name]))
     old, new = (index_shard(shard, CONFIG, where="x.tar", rules=rules) for rules in (1, 2))
     assert (old.member_rules, new.member_rules) == (1, 2)
     assert len(old) != len(new)
@@ -301,9 +296,10 @@ def test_an_index_of_unknown_rules_is_refused(index: ShardIndex) -> None:
     assert "member_rules are 3" in str(caught.value.got)
 
 
-def test_intact_samples_pass_with_a_max_bad_share_of_zero(shard: Path) -> None:
-    shard.write_bytes(make_tar([("a.jpg", WHOLE)]))
-    config = CONFIG.model_copy(update={"bad_samples": "skip", "max_bad_share": 0.0})
+@pytest.mark.parametrize("bad_samples", ["fail", "skip"])
+def test_intact_samples_pass_under_fail_and_with_a_max_bad_share_of_zero(shard: Path, bad_samples: str) -> None:
+    shard.write_bytes(make_tar([("a.jpg", WHOLE), ("b.jpg", WHOLE)]))
+    config = CONFIG.model_copy(update={"bad_samples": bad_samples, "max_bad_share": 0.0})
     check_samples(index_shard(shard, config, where="x.tar"), config, where="x.tar")
 
 
@@ -319,8 +315,3 @@ def test_a_truncated_shard_is_indexed_up_to_its_end_under_skip(shard: Path) -> N
     assert same(back, index)
     with raises("shard.bad-samples", got="1 truncated; first c (truncated)"):
         check_samples(index, CONFIG, where="x.tar")
-
-
-def test_intact_samples_pass_under_fail(shard: Path) -> None:
-    shard.write_bytes(make_tar([("a.jpg", WHOLE), ("b.jpg", WHOLE)]))
-    check_samples(index_shard(shard, CONFIG, where="x.tar"), CONFIG, where="x.tar")

@@ -18,6 +18,7 @@ from tests.errors import raises
 from tests.pipeline.shards.tars import image_bytes, webdataset_samples
 
 NUM_IMAGES = {"ant": 30, "bee": 20, "cat": 10}
+IMAGE = image_bytes(size=(8, 9))
 
 
 @pytest.fixture
@@ -47,6 +48,16 @@ def packed(
     packing = plan_packing(str(tree), PackSettings(**settings), classes=classes, links_out=links_out)
     assert sum(write_packing(packing, str(out), bad_images=bad_images)) == packing.num_images
     return list(packing.shards)
+
+
+def tree_of(folder: Path, paths: list[str], image: bytes = IMAGE) -> str:
+    """Files with this image and their own path behind it. A path with a final slash is a folder."""
+    for path in paths:
+        target = folder / path
+        (target if path.endswith("/") else target.parent).mkdir(parents=True, exist_ok=True)
+        if not path.endswith("/"):
+            target.write_bytes(image + path.encode())
+    return str(folder)
 
 
 def read_all(out: Path, pattern: str = "*.tar") -> list[dict[str, Any]]:
@@ -119,14 +130,10 @@ def test_a_share_of_every_class_goes_into_validation_shards(tree: Path, tmp_path
 
 
 def test_names_that_would_be_one_sample_get_distinct_keys(tmp_path: Path) -> None:
-    names = ("a.jpg", "a.png", "a.b.png", "a_b.png", "A.PNG")
-    for name in names:
-        path = tmp_path / "tree" / "x" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(name.encode())
-    packed(tmp_path / "tree", tmp_path / "out", bad_images="pack", labels="none")
-    found = {sample["__key__"]: sample.get("png") or sample["jpg"] for sample in read_all(tmp_path / "out")}
-    assert found == {
+    source = tree_of(tmp_path / "tree", [f"x/{name}" for name in ("a.jpg", "a.png", "a.b.png", "a_b.png", "A.PNG")])
+    packed(source, tmp_path / "out", labels="none")
+    names = {sample["__key__"]: sample.get("png") or sample["jpg"] for sample in read_all(tmp_path / "out")}
+    assert {key: data.rpartition(b"x/")[2] for key, data in names.items()} == {
         "x/A": b"A.PNG",
         "x/a_b": b"a.b.png",
         "x/a": b"a.jpg",
@@ -246,29 +253,17 @@ BAD_TREES: dict[str, tuple[list[str], str, str]] = {
 @pytest.mark.parametrize("name", BAD_TREES)
 def test_a_tree_that_cannot_be_packed_is_refused_before_anything_is_written(name: str, tmp_path: Path) -> None:
     paths, code, got = BAD_TREES[name]
-    for path in paths:
-        target = tmp_path / "tree" / path
-        (target if path.endswith("/") else target.parent).mkdir(parents=True, exist_ok=True)
-        if not path.endswith("/"):
-            target.write_bytes(b"x")
     with raises(code, ShardError) as caught:
-        packed(tmp_path / "tree", tmp_path / "out")
+        packed(tree_of(tmp_path / "tree", paths), tmp_path / "out")
     assert str(caught.value.got) == got
     assert not (tmp_path / "out").exists()
 
 
 def test_without_labels_any_tree_is_packed(tmp_path: Path) -> None:
-    for path in ("x.png", "a/y.png", "a/b/z.png"):
-        target = tmp_path / "tree" / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(path.encode())
-    packed(tmp_path / "tree", tmp_path / "out", bad_images="pack", labels="none")
+    packed(tree_of(tmp_path / "tree", ["x.png", "a/y.png", "a/b/z.png"]), tmp_path / "out", labels="none")
     samples = read_all(tmp_path / "out")
-    assert {sample["__key__"]: sample["png"] for sample in samples} == {
-        "x": b"x.png",
-        "a/y": b"a/y.png",
-        "a/b/z": b"a/b/z.png",
-    }
+    assert {sample["__key__"] for sample in samples} == {"x", "a/y", "a/b/z"}
+    assert all(sample["png"].endswith(f"{sample['__key__']}.png".encode()) for sample in samples)
     assert not any("cls" in sample for sample in samples)
     assert not (tmp_path / "out" / "classes.json").exists()
 
@@ -315,20 +310,10 @@ def test_bad_images_are_copied_without_checks(tree: Path, tmp_path: Path) -> Non
 
 
 def test_a_shard_of_only_bad_images_is_refused_also_under_skip(tmp_path: Path) -> None:
-    for name in ("a/x.png", "b/y.png"):
-        (tmp_path / "tree" / name).parent.mkdir(parents=True)
-        (tmp_path / "tree" / name).write_bytes(b"x")
+    source = tree_of(tmp_path / "tree", ["a/x.png", "b/y.png"], image=b"")
     with raises("pack.bad-images", ShardError):
-        packed(tmp_path / "tree", tmp_path / "out", bad_images="skip")
+        packed(source, tmp_path / "out", bad_images="skip")
     assert not list((tmp_path / "out").glob("*.tar"))
-
-
-def tree_of(folder: Path, paths: list[str]) -> str:
-    for path in paths:
-        target = folder / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(image_bytes(size=(8, 9)) + path.encode())
-    return str(folder)
 
 
 SPLITS = {

@@ -9,7 +9,7 @@ from pipeline.core.errors import ShardError
 from pipeline.shards.index import index_shard
 from pipeline.shards.shard_head import read_shard_head
 from tests.errors import raises
-from tests.pipeline.shards.tars import data_config, image_bytes, make_linked_tar, make_tar
+from tests.pipeline.shards.tars import data_config, image_bytes, make_tar
 
 
 def shard_of(folder: Path, members: list[tuple[str, bytes]]) -> tuple[str, int]:
@@ -79,7 +79,7 @@ def test_hidden_members_do_not_count_and_links_do(tmp_path: Path, kind: bytes) -
         ("d/gone.jpg", "d/nothing.jpg"),
     ]
     path = tmp_path / "a.tar"
-    path.write_bytes(make_linked_tar(members, kind=kind))
+    path.write_bytes(make_tar(members, kind=kind))
     head = read_shard_head(str(path), data_config(), size_bytes=path.stat().st_size)
     assert head.targets["label"].tolist() == [3, 3]
     index = index_shard(path, data_config(), where=str(path))

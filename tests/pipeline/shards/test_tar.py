@@ -5,12 +5,13 @@ import gzip
 import io
 import lzma
 import os
-import re
 import string
 import subprocess
 import tarfile
 import tracemalloc
+from bisect import bisect_left
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ from tests.pipeline.shards.tars import (
     BLOCK,
     data_config,
     image_bytes,
-    make_linked_tar,
     make_tar,
     real_shard,
     webdataset_samples,
@@ -51,17 +51,12 @@ def shard(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "name", ["cifar10/train-00003.tar", "cifar10/val-00001.tar", "imagenet-samples/sample-00002.tar"]
 )
-def test_real_shards_read_as_webdataset_reads_them(name: str) -> None:
+def test_real_shards_read_as_webdataset_reads_them_also_by_byte_range(name: str) -> None:
     path = real_shard(name)
-    samples = [(s.key, s.target, s.data) for s in read_samples(path, data_config(num_classes=1000), where=name)]
-    assert samples == [(s["__key__"], int(s["cls"]), s["jpg"]) for s in webdataset_samples(path)]
-
-
-@pytest.mark.parametrize("name", ["cifar10/val-00000.tar", "imagenet-samples/sample-00001.tar"])
-def test_byte_ranges_of_real_shards_have_the_same_bytes(name: str) -> None:
-    path = real_shard(name)
-    samples = list(read_samples(path, data_config(), where=name))
-    with ShardReader(path, where=name) as reader, ThreadPoolExecutor(4) as pool:
+    samples = list(read_samples(path, data_config(num_classes=1000), where=name))
+    expected = [(s["__key__"], int(s["cls"]), s["jpg"]) for s in webdataset_samples(path)]
+    assert [(sample.key, sample.target, sample.data) for sample in samples] == expected
+    with closing(ShardReader(path, where=name)) as reader, ThreadPoolExecutor(4) as pool:
         ranges = pool.map(lambda sample: reader.read(sample.offset, sample.size), samples)
         assert list(ranges) == [sample.data for sample in samples]
 
@@ -117,9 +112,9 @@ def test_keys_and_images_are_those_of_webdataset_for_any_names(
         assert sample.data == best
 
 
+@pytest.mark.parametrize("key", ["/".join(["folder" * 20] * 5) + "/kéy", "n" * 100_000], ids=["folders", "longest"])
 @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
-def test_long_names_are_read_whole(shard: Path, form: int) -> None:
-    key = "/".join(["folder" * 20] * 5) + "/kéy"
+def test_long_names_are_read_whole(shard: Path, form: int, key: str) -> None:
     (sample,) = samples_of(shard, make_tar([(f"{key}.jpg", b"x")], form=form))
     assert sample.key == key
 
@@ -213,7 +208,7 @@ def test_links_are_read_as_the_files_of_the_extracted_tar(shard: Path, kind: byt
         ("d/l.jpg", f"d/{long}.jpg" if kind == tarfile.LNKTYPE else f"{long}.jpg"),
         ("d/l.cls", "./k.cls" if kind == tarfile.LNKTYPE else "../k.cls"),
     ]
-    samples, lines = notes_of(shard, make_linked_tar(members, form=form, kind=kind))
+    samples, lines = notes_of(shard, make_tar(members, form=form, kind=kind))
     assert lines == []
     with tarfile.open(shard) as archive:
         archive.extractall(shard.parent / "out", filter="data")
@@ -224,26 +219,26 @@ def test_links_are_read_as_the_files_of_the_extracted_tar(shard: Path, kind: byt
     assert [sample.key for sample in samples] == ["./a", f"d/{long}", "./k", "d/l"]
     # The range of a linked member is that of its target.
     assert (samples[2].offset, samples[2].size) == (samples[0].offset, samples[0].size)
-    with ShardReader(shard, where="x") as reader:
+    with closing(ShardReader(shard, where="x")) as reader:
         assert all(reader.read(sample.offset, sample.size) == sample.data for sample in samples)
 
 
 def test_a_symbolic_link_may_precede_its_target(shard: Path) -> None:
-    content = make_linked_tar([("a.jpg", "d/b.jpg"), ("d/b.jpg", b"B")], kind=tarfile.SYMTYPE)
+    content = make_tar([("a.jpg", "d/b.jpg"), ("d/b.jpg", b"B")], kind=tarfile.SYMTYPE)
     samples, lines = notes_of(shard, content)
     assert [(sample.key, sample.data) for sample in samples] == [("a", b"B"), ("d/b", b"B")]
     assert lines == []
 
 
 def test_a_hard_link_is_the_last_file_of_that_name_before_it(shard: Path) -> None:
-    content = make_linked_tar([("a.txt", b"old"), ("k.jpg", "a.txt"), ("a.txt", b"new"), ("l.jpg", "a.txt")])
+    content = make_tar([("a.txt", b"old"), ("k.jpg", "a.txt"), ("a.txt", b"new"), ("l.jpg", "a.txt")])
     samples, _ = notes_of(shard, content)
     assert [(sample.key, sample.data) for sample in samples if sample.data] == [("k", b"old"), ("l", b"new")]
 
 
 def test_links_without_a_file_in_the_tar_are_counted_with_the_reason(shard: Path) -> None:
-    members: list[tuple[str, bytes | str]] = [
-        ("d/", b""),
+    members: list[tuple[str, bytes | str | None]] = [
+        ("d/", None),
         ("a.jpg", b"A"),
         *((f"gone{row}.jpg", "nothing.jpg") for row in range(5)),
         ("folder.jpg", "d"),
@@ -254,7 +249,7 @@ def test_links_without_a_file_in_the_tar_are_counted_with_the_reason(shard: Path
         ("y.jpg", "x.jpg"),
         ("self.jpg", "self.jpg"),
     ]
-    samples, lines = notes_of(shard, make_linked_tar(members, kind=tarfile.SYMTYPE))
+    samples, lines = notes_of(shard, make_tar(members, kind=tarfile.SYMTYPE))
     assert [sample.key for sample in samples] == ["a"]
     assert lines == [
         "3 links in a circle (x.jpg, y.jpg, self.jpg)",
@@ -265,7 +260,7 @@ def test_links_without_a_file_in_the_tar_are_counted_with_the_reason(shard: Path
 
 
 def test_a_link_to_a_truncated_member_has_no_target(shard: Path) -> None:
-    content = make_linked_tar([("a.jpg", "z.bin"), ("b.jpg", b"B"), ("z.bin", b"Z" * 700)], kind=tarfile.SYMTYPE)
+    content = make_tar([("a.jpg", "z.bin"), ("b.jpg", b"B"), ("z.bin", b"Z" * 700)], kind=tarfile.SYMTYPE)
     truncated = content[: content.index(b"Z" * 700) + 100]
     samples, lines = notes_of(shard, truncated, bad_samples="skip")
     assert [(sample.key, sample.status) for sample in samples] == [("b", "ok"), ("z", "truncated")]
@@ -275,7 +270,7 @@ def test_a_link_to_a_truncated_member_has_no_target(shard: Path) -> None:
 
 
 def test_old_rules_read_a_tar_as_the_first_version_did(shard: Path) -> None:
-    shard.write_bytes(make_linked_tar([("d/.x", b""), ("d/a.jpg", b"A"), ("d/b.jpg", "d/a.jpg")]))
+    shard.write_bytes(make_tar([("d/.x", b""), ("d/a.jpg", b"A"), ("d/b.jpg", "d/a.jpg")]))
     notes = TarNotes()
     samples = list(read_samples(shard, data_config(), where="x", rules=1, notes=notes))
     assert [(sample.key, sample.status) for sample in samples] == [("d/", "no_image"), ("d/a", "ok")]
@@ -342,9 +337,7 @@ def test_no_label_is_none_and_a_null_label_reads_none(shard: Path) -> None:
     assert [s.target for s in samples_of(shard, content, label="other")] == [None, None]
 
 
-@pytest.mark.parametrize(
-    "text", [b"", b"x", b"1.0", b"-1", b"10", b"1_0", b"\xd9\xa3", b"\xff", b"1" * 70, b"+3", b"3 4"]
-)
+@pytest.mark.parametrize("text", [b"x", b"10", b"1" * 70], ids=["text", "no class", "too long"])
 def test_the_error_for_a_label_that_is_no_class_names_shard_and_key(shard: Path, text: bytes) -> None:
     content = make_tar([("a.jpg", b"1"), ("a.cls", b"9"), ("bad.jpg", b"2"), ("bad.cls", text)])
     with raises("shard.bad-label") as caught:
@@ -354,26 +347,8 @@ def test_the_error_for_a_label_that_is_no_class_names_shard_and_key(shard: Path,
     assert str(caught.value.where).endswith(", after 1 samples")
 
 
-def test_every_label_below_num_classes_is_read(shard: Path) -> None:
-    content = make_tar([(f"{k}.cls", f" {k}\n".encode()) for k in range(10)])
-    assert [s.target for s in samples_of(shard, content, num_classes=10)] == list(range(10))
-
-
 @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
-def test_a_tar_truncated_anywhere_is_refused_or_lost_nothing(shard: Path, form: int) -> None:
-    members = [("n" * 120 + "/a.jpg", b"A" * 700), ("n" * 120 + "/a.cls", b"3"), ("b.jpg", b"B" * BLOCK)]
-    content = make_tar(members, form=form)
-    end = len(content.rstrip(b"\0"))
-    end += -end % BLOCK + len(END_OF_ARCHIVE)
-    whole = samples_of(shard, content)
-    assert samples_of(shard, content[:end]) == whole
-    for size_bytes in range(0, end, 7):
-        with pytest.raises(ShardError):
-            samples_of(shard, content[:size_bytes])
-
-
-@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
-def test_a_tar_truncated_anywhere_has_its_complete_samples_under_skip(shard: Path, form: int) -> None:
+def test_a_tar_truncated_anywhere_is_refused_or_has_its_complete_samples_under_skip(shard: Path, form: int) -> None:
     members = [
         ("n" * 120 + "/a.jpg", b"A" * 700),
         ("n" * 120 + "/a.cls", b"3"),
@@ -386,23 +361,70 @@ def test_a_tar_truncated_anywhere_has_its_complete_samples_under_skip(shard: Pat
     header_ends = [content.index(data) for data in (b"A" * 700, b"B" * BLOCK, b"C" + b"\0" * 511)]
     end = len(content.rstrip(b"\0"))
     end += -end % BLOCK + len(END_OF_ARCHIVE)
-    assert samples_of(shard, content[:end], bad_samples="skip") == whole
-    for size_bytes in range(header_ends[0], end, 7):
+    assert samples_of(shard, content[:end]) == samples_of(shard, content[:end], bad_samples="skip") == whole
+    # The sides of every border of a block, and some places between.
+    lengths = sorted({*range(0, end, 61), *(border + side for border in range(0, end, BLOCK) for side in (0, 1, 511))})
+    for size_bytes in lengths:
+        for bad_samples in ("fail",) if size_bytes >= header_ends[0] else ("fail", "skip"):
+            with pytest.raises(ShardError):
+                samples_of(shard, content[:size_bytes], bad_samples=bad_samples)
+    for size_bytes in lengths[bisect_left(lengths, header_ends[0]) :]:
         *complete, last = samples_of(shard, content[:size_bytes], bad_samples="skip")
         assert len(complete) == sum(end <= size_bytes for end in header_ends) - 1
         assert complete == whole[: len(complete)]
         assert (last.row, last.key, last.status) == (len(complete), whole[len(complete)].key, "truncated")
-    for size_bytes in range(0, header_ends[0], 7):
-        with pytest.raises(ShardError):
-            samples_of(shard, content[:size_bytes], bad_samples="skip")
 
 
-@pytest.mark.parametrize("start", [1536, 2560])
-def test_other_damage_is_refused_also_under_skip(shard: Path, start: int) -> None:
-    content = bytearray(make_tar(PAIR))
-    content[start : start + BLOCK] = b"x" * BLOCK
-    with raises("shard.damaged"):
-        samples_of(shard, bytes(content), bad_samples="skip")
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [
+        (bytes(10240), "no-samples"),
+        (bytes(100), "not-a-tar"),
+        (make_tar([("__index__/a.json", b"{}"), ("README", b"hello")]), "no-samples"),
+    ],
+    ids=["zeros", "few zeros", "metadata"],
+)
+def test_tars_without_samples_are_refused(shard: Path, content: bytes, code: str) -> None:
+    with raises(f"shard.{code}", ShardError) as caught:
+        samples_of(shard, content)
+    assert str(caught.value.where).endswith(", after 0 samples")
+
+
+def with_checksum(header: bytes) -> bytes:
+    blank = header[:148] + b" " * 8 + header[156:]
+    return blank[:148] + b"%06o\0 " % sum(blank) + blank[156:]
+
+
+def replaced(content: bytes, start: int, data: bytes) -> bytes:
+    return content[:start] + data + content[start + len(data) :]
+
+
+def one_header(start: int, data: bytes, *, name: str = "a.jpg") -> bytes:
+    """A tar of one member without bytes, with this data in its header."""
+    header = make_tar([(name, b"")], form=tarfile.GNU_FORMAT)[:BLOCK]
+    return with_checksum(replaced(header, start, data)) + END_OF_ARCHIVE
+
+
+# Headers lie at 0, 1536, 2560 and 3584. The size of a member is at 124 in base 256, here −2048; its kind is at 156.
+NEGATIVE_SIZE = with_checksum(replaced(make_tar(PAIR)[1536:2048], 124, b"\xff" * 10 + b"\xf8\0"))
+DAMAGED = {
+    "a header of text": (replaced(make_tar(PAIR), 1536, b"x" * BLOCK), "damaged"),
+    "a later header of text": (replaced(make_tar(PAIR), 2560, b"x" * BLOCK), "damaged"),
+    "a header of zeros": (replaced(make_tar(PAIR), 1536, bytes(BLOCK)), "damaged"),
+    "a later header of zeros": (replaced(make_tar(PAIR), 2560, bytes(BLOCK)), "damaged"),
+    "zeros over several members": (replaced(make_tar(PAIR), 1536, bytes(1536)), "bytes-after-end"),
+    "a negative size, at which tarfile would loop": (replaced(make_tar(PAIR), 1536, NEGATIVE_SIZE), "damaged"),
+    "a sparse member": (one_header(156, tarfile.GNUTYPE_SPARSE), "sparse"),
+    "a name that is not UTF-8": (one_header(0, b"\xff"), "name-not-utf-8"),
+}
+
+
+@pytest.mark.parametrize("bad_samples", ["fail", "skip"])
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damage_other_than_truncation_is_refused_also_under_skip(shard: Path, name: str, bad_samples: str) -> None:
+    content, code = DAMAGED[name]
+    with raises(f"shard.{code}", ShardError):
+        samples_of(shard, content, bad_samples=bad_samples)
 
 
 def test_the_error_for_a_truncated_tar_names_the_byte_and_the_number_of_samples_before(shard: Path) -> None:
@@ -411,36 +433,6 @@ def test_the_error_for_a_truncated_tar_names_the_byte_and_the_number_of_samples_
     for size_bytes, position in ((3073, "byte 2560, after 0 samples"), (4100, "byte 3584, after 1 samples")):
         with raises("shard.truncated", where=f"s3://bucket/x.tar, {position}"):
             samples_of(shard, content[:size_bytes])
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"\0" * 10240, b"\0" * 100, b"x" * 2000, gzip.compress(make_tar(PAIR), mtime=0)]
-)
-def test_files_without_samples_are_refused(shard: Path, content: bytes) -> None:
-    with pytest.raises(ShardError) as caught:
-        samples_of(shard, content)
-    assert caught.value.code in ("shard.no-samples", "shard.not-a-tar", "shard.truncated")
-    assert str(caught.value.where).endswith(", after 0 samples")
-
-
-def test_a_tar_with_only_metadata_is_refused(shard: Path) -> None:
-    with raises("shard.no-samples"):
-        samples_of(shard, make_tar([("__index__/a.json", b"{}"), ("README", b"hello")]))
-
-
-@pytest.mark.parametrize("start", [1536, 2560])
-def test_a_header_wiped_to_zeros_is_refused(shard: Path, start: int) -> None:
-    content = bytearray(make_tar(PAIR))
-    content[start : start + BLOCK] = bytes(BLOCK)
-    with raises("shard.damaged"):
-        samples_of(shard, bytes(content))
-
-
-def test_a_hole_of_zeros_over_several_members_is_refused(shard: Path) -> None:
-    content = bytearray(make_tar(PAIR))
-    content[1536:3072] = bytes(1536)
-    with raises("shard.bytes-after-end"):
-        samples_of(shard, bytes(content))
 
 
 def test_two_tars_in_one_file_are_refused(shard: Path) -> None:
@@ -478,41 +470,16 @@ def test_random_damage_never_raises_another_error(shard: Path, data: st.DataObje
         return
 
 
-def with_checksum(header: bytearray) -> bytes:
-    header[148:156] = b" " * 8
-    header[148:156] = b"%06o\0 " % sum(header)
-    return bytes(header)
-
-
-def test_a_negative_member_size_causes_no_endless_loop(shard: Path) -> None:
-    content = bytearray(make_tar(PAIR))
-    header = content[1536 : 1536 + BLOCK]
-    header[124:136] = b"\xff" * 10 + b"\xf8\x00"  # base 256, two's complement: -2048
-    content[1536 : 1536 + BLOCK] = with_checksum(header)
-    with raises("shard.damaged"):
-        samples_of(shard, bytes(content))
-
-
-def test_a_sparse_member_is_refused(shard: Path) -> None:
-    header = bytearray(make_tar([("a.jpg", b"")], form=tarfile.GNU_FORMAT)[:BLOCK])
-    header[156:157] = tarfile.GNUTYPE_SPARSE
-    header[483:495] = b"%011o\0" % 512
-    with raises("shard.sparse"):
-        samples_of(shard, with_checksum(header) + END_OF_ARCHIVE)
-
-
 @pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME])
 @pytest.mark.parametrize("before", [[], [("a.jpg", b"1")]])
 def test_an_extended_header_that_would_fill_the_memory_is_refused_unread(
     shard: Path, kind: bytes, before: list[tuple[str, bytes]]
 ) -> None:
     size_bytes = 8 << 30
-    header = bytearray(make_tar([("x", b"")])[:BLOCK])
-    header[124:136] = b"\x80" + size_bytes.to_bytes(11, "big")
-    header[156:157] = kind
+    header = replaced(make_tar([("x", b"")])[:BLOCK], 124, b"\x80" + size_bytes.to_bytes(11, "big"))
     start = make_tar(before)[: 2 * BLOCK * len(before)]
     with shard.open("wb") as file:
-        file.write(start + with_checksum(header))
+        file.write(start + with_checksum(replaced(header, 156, kind)))
         file.truncate(len(start) + BLOCK + size_bytes + 4 * BLOCK)  # zeros that take no disk space
     for bad_samples in ("fail", "skip"):
         with raises("shard.extended-header-too-large") as caught:
@@ -520,22 +487,9 @@ def test_an_extended_header_that_would_fill_the_memory_is_refused_unread(
         assert f"byte {len(start)}," in str(caught.value.where)
 
 
-def test_very_long_names_are_read(shard: Path) -> None:
-    name = "n" * 100_000
-    for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
-        assert [s.key for s in samples_of(shard, make_tar([(f"{name}.jpg", b"1")], form=form))] == [name]
-
-
-def test_a_name_that_is_not_utf8_is_refused(shard: Path) -> None:
-    header = bytearray(make_tar([("a.jpg", b"")])[:BLOCK])
-    header[0:1] = b"\xff"
-    with raises("shard.name-not-utf-8"):
-        samples_of(shard, with_checksum(header) + END_OF_ARCHIVE)
-
-
 def test_reading_past_the_end_of_a_shard_is_an_error(shard: Path) -> None:
     shard.write_bytes(b"0123456789")
-    with ShardReader(shard, where="s3://bucket/x.tar") as reader:
+    with closing(ShardReader(shard, where="s3://bucket/x.tar")) as reader:
         assert reader.read(2, 3) == b"234"
         with raises("shard.too-short", where="s3://bucket/x.tar, byte 8"):
             reader.read(8, 3)
@@ -557,10 +511,3 @@ def test_memory_grows_with_the_keys_and_not_with_the_members(shard: Path) -> Non
     few, many = peak_of_reading(shard, 200), peak_of_reading(shard, 4200)
     # A TarInfo is about 1,500 bytes; a short key in a set is under 150.
     assert (many - few) / 4000 < 200
-
-
-def test_messages_have_no_credentials_of_the_url(shard: Path) -> None:
-    shard.write_bytes(b"")
-    with pytest.raises(ShardError) as caught:
-        list(read_samples(shard, data_config(), where="s3://key:secret@bucket/x.tar?token=abc"))
-    assert not re.search("secret|token", str(caught.value))

@@ -23,7 +23,7 @@ from s3fs.errors import translate_boto_error
 from pipeline import storage
 from pipeline.cache.format.files import read_file
 from pipeline.core.errors import (
-    MissingPackageError,
+    InputError,
     StillroomError,
     StorageError,
     StorageInputError,
@@ -60,8 +60,10 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(protocol: 
         lambda url: read_file(url, "header.json"),
     )
     for call in calls:
-        with raises("storage.missing-package", MissingPackageError) as caught:
+        with raises("storage.missing-package", InputError) as caught:
             call(url)
+        # Callers handle that as a missing file.
+        assert not isinstance(caught.value, StorageInputError)
         assert str(caught.value.next_step).startswith(f"pip install 'stillroom[{EXTRAS[protocol]}]'")
 
 

@@ -26,7 +26,7 @@ from schemas.cache_format import ViewBlock
 from schemas.config import Config
 from tests.pipeline.caches import build, cache_section, digit_samples, files, open_tasks, read_commits
 from tests.pipeline.conftest import TinyConfig
-from tests.pipeline.shards.tars import make_linked_tar
+from tests.pipeline.shards.tars import make_tar
 
 SKIP = {"bad_samples": "skip", "max_bad_share": 1.0}
 
@@ -74,7 +74,7 @@ def odd_tar(folder: Path) -> str:
     first = next(iter(digit_samples(1)))[0]
     for row in range(5):
         members += [(f"d/link-{row}.{extension}", f"d/{first}.{extension}") for extension in ("png", "cls")]
-    (folder / "odd.tar").write_bytes(make_linked_tar(members))
+    (folder / "odd.tar").write_bytes(make_tar(members))
     return str(folder / "odd.tar")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def one_by_one(config: Config, module: Any, spec: InputSpec, *, output: int = 0)
     mean, std = (torch.tensor(values)[:, None, None] for values in (spec.mean, spec.std))
     for url in shard_urls(config).values():
         index = index_shard(Path(url), config.data, where=url)
-        with ShardReader(Path(url), where=url) as reader:
+        with closing(ShardReader(Path(url), where=url)) as reader:
             for row in range(len(index)):
                 image = decode(reader.read(int(index.offset[row]), int(index.size[row])), max_pixels=10**6)
                 height, width = image.shape[1:]
