@@ -21,7 +21,6 @@ class Requirement:
 
     Attributes:
         key: of the ``cache`` section; with the value ``none`` a cache lacks this output.
-        losses: those that need it, for messages.
         values: of the key, with which a cache has it.
         remedy: how to train without it.
     """
@@ -29,7 +28,6 @@ class Requirement:
     name: str
     key: str
     code: str
-    losses: str
     values: str
     remedy: str
     is_needed: Callable[[CompositeLoss], bool]
@@ -42,12 +40,11 @@ class Requirement:
         """
         if not self.is_stored(cache):
             raise ConfigError(
-                f"{self.losses} the teacher's {self.name}, and this cache has none",
+                f"a loss needs the teacher's {self.name}, and this cache has none",
                 code=self.code,
-                where=redact(cache.url) if where is None else where,
+                where=where or redact(cache.url),
                 got=f"a cache built with cache.{self.key}=none",
-                next_step=f"{self.remedy}, or build a cache with cache.{self.key}={self.values} (into another "
-                "cache.url)",
+                next_step=f"{self.remedy}, or build another cache with cache.{self.key}={self.values}",
             )
 
     def check_planned(self, cache: CacheConfig) -> None:
@@ -57,7 +54,7 @@ class Requirement:
         """
         if getattr(cache, self.key) == "none":
             raise ConfigError(
-                f"{self.losses} the teacher's {self.name}, and this cache would have none",
+                f"a loss needs the teacher's {self.name}, and this cache would have none",
                 code=self.code,
                 where=f"cache.{self.key}",
                 got="none",
@@ -70,7 +67,6 @@ LOGITS = Requirement(
     "logits",
     key="logits",
     code="cache.no-logits",
-    losses="a loss needs",
     values="fp16 (or another encoding)",
     remedy="train with nd or ce alone",
     is_needed=lambda loss: loss.needs_logits,
@@ -80,7 +76,6 @@ EMBEDDINGS = Requirement(
     "embeddings",
     key="embeddings",
     code="cache.no-embeddings",
-    losses="a loss needs",
     values="fp16",
     remedy="leave out cosine and mse",
     is_needed=lambda loss: loss.needs_teacher_embedding,
@@ -90,7 +85,6 @@ CLASS_MEANS = Requirement(
     "class means",
     key="class_means",
     code="cache.no-class-means",
-    losses="nd needs",
     values="eval",
     remedy="leave out nd",
     is_needed=lambda loss: loss.needs_class_means,

@@ -13,7 +13,6 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
 
 from pipeline.core.hashing import canonical_json, weights_digest
 from tests.marks import slow
@@ -269,15 +268,10 @@ def test_the_architecture_is_a_json_copy_of_the_config() -> None:
     assert canonical_json(architecture) == canonical_json({"model": PLAIN, "kwargs": {"width": 9}, "num_classes": 7})
 
 
-def test_the_network_is_in_eval_mode_and_has_no_gradients() -> None:
+def test_the_trial_forward_leaves_a_network_in_eval_mode_without_gradients_and_with_fresh_statistics() -> None:
     module = load("timm/test_resnet").module
     assert not any(part.training for part in module.modules())
     assert all(parameter.grad is None and parameter.requires_grad for parameter in module.parameters())
-
-
-def test_the_dry_forward_does_not_change_running_statistics() -> None:
-    fresh = nn.BatchNorm2d(1).running_mean
-    for name, tensor in load("timm/test_resnet").module.network.state_dict().items():
-        if name.endswith("running_mean"):
-            assert isinstance(fresh, Tensor)
-            assert torch.equal(tensor, fresh.expand_as(tensor))
+    means = [tensor for name, tensor in module.network.state_dict().items() if name.endswith("running_mean")]
+    assert means
+    assert not any(mean.any() for mean in means)

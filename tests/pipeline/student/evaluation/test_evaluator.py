@@ -447,16 +447,10 @@ def test_a_missing_checkpoint_is_refused_with_how_to_get_it(replays: Replay, tmp
         evaluate_run(str(tmp_path / "nowhere"), shards, checkpoint_name="last", num_threads=1, device=CPU)
 
 
-def test_a_rank_without_a_shard_counts_nothing(replays: Replay) -> None:
-    """Two shards over three ranks: the counts of the ranks are of disjoint images."""
+def test_ranks_have_disjoint_shards_and_no_shards_are_no_images(replays: Replay) -> None:
     config, student = replays("crop").config, network()
-    rows: list[int] = []
-    for rank in range(3):
-        shards = evaluator(config).urls[rank::3]
-        share = replace(evaluator(config), urls=shards)
-        if shards:
-            rows.append(share(student.module, student.input).num_rows)
-        else:
-            with raises("data.no-validation-images"):
-                share(student.module, student.input)
-    assert rows == [20, 15]
+    whole = evaluator(config)
+    ranks = [replace(whole, distributed=DistributedContext(rank=rank, size=3)) for rank in range(3)]
+    assert [rank.rank_urls for rank in ranks] == [whole.urls[:1], whole.urls[1:], []]
+    with raises("data.no-validation-images"):
+        replace(whole, urls=[])(student.module, student.input)

@@ -6,12 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from pydantic import TypeAdapter
+from safetensors.torch import save_file
 
+from pipeline.cache.read.reader import open_cache
+from pipeline.models.cifar import resnet
 from pipeline.shards.writer import pack_shards
 from pipeline.student.data.sources import RowSource
-from pipeline.student.supervision.loss_warnings import loss_warnings
+from pipeline.student.supervision.loss_warnings import fidelity_warnings, loss_warnings
 from pipeline.student.supervision.spec import resolve_spec
-from schemas.config import Config
+from pipeline.student.training.trainer import train
+from schemas.cache_format import Header, Statistics
+from schemas.config import Config, LossConfig
 from tests.pipeline.caches import TinyCache, build, cache_section, digit_samples
 from tests.pipeline.conftest import TinyConfig
 from tests.pipeline.student.runs import KD, cached_source, indexed_source, run_config
@@ -87,3 +94,73 @@ def test_a_cached_run_warns_like_an_online_one(
     assert len(texts) == 1
     cached = run_config(base, tmp_path / "cached", **keys)
     assert warnings_of(cached, cached_source(TinyCache(cache_section(base).url, base))) == texts
+
+
+# ---- encodings that are too coarse for a loss
+
+
+SECTIONS: TypeAdapter[list[LossConfig]] = TypeAdapter(list[LossConfig])
+# Over 200 rows, by temperature.
+KL = {"1.0": 1.0, "2.0": 3.0, "4.0": 8.0}
+AT_4: dict[str, Any] = {"name": "kd", "temperature": 4.0}
+DIST_AT_2 = {**DIST, "temperature": 2.0}
+
+
+@pytest.fixture
+def header(built_cache: TinyCache) -> Header:
+    return open_cache(built_cache.url).header
+
+
+def fidelity_of(header: Header, encoding: str, losses: list[dict[str, Any]], **sums: Any) -> list[str]:
+    named = header.model_copy(update={"teacher": {**header.teacher, "logits": encoding}})
+    return fidelity_warnings(named, Statistics(fidelity_rows=200, **sums), SECTIONS.validate_python(losses))
+
+
+@pytest.mark.parametrize(
+    ("encoding", "loss", "sums", "parts"),
+    [
+        ("topk:5", AT_4, {}, ("kd at T = 4: logits in topk:5 are 0.04 nats of KL from", "cache.logits=int8 is closer")),
+        ("int8", {**AT_4, "temperature": 1.0}, {}, ()),
+        # Half way in log T between two temperatures: (3 + 8) / 2 over 200 rows.
+        ("int8", {**AT_4, "temperature": 8**0.5}, {}, ("0.028 nats", "more than 0.01; cache.logits=fp16")),
+        # Beyond the measured temperatures the nearest is named.
+        ("int4", {**AT_4, "temperature": 8.0}, {}, ("0.04 nats", "(measured at T = 4, the nearest)")),
+        ("int4", {**AT_4, "temperature": 0.5}, {"kl_sum": {**KL, "1.0": 5.0}}, ("0.025 nats", "T = 1, the nearest)")),
+        # DIST is judged by correlation and not by KL.
+        ("fp16", DIST_AT_2, {"pearson_sum": dict.fromkeys(KL, 0.1)}, ()),
+        ("fp16", DIST_AT_2, {"kl_sum": dict.fromkeys(KL, 0.0), "pearson_sum": KL}, ("fp16 are 0.015 of correlation",)),
+    ],
+)
+def test_a_warning_names_loss_temperature_number_and_a_better_encoding(
+    header: Header, encoding: str, loss: dict[str, Any], sums: dict[str, Any], parts: tuple[str, ...]
+) -> None:
+    texts = fidelity_of(header, encoding, [{"name": "ce"}, loss], **{"kl_sum": KL, **sums})
+    assert len(texts) == bool(parts)
+    assert all(part in text for text in texts for part in parts)
+
+
+def test_a_loss_of_no_weight_no_measured_rows_and_no_logits_warn_of_nothing(header: Header) -> None:
+    losses = [{"name": "kd", "weight": 0.0}, {"name": "nd"}]
+    assert fidelity_of(header, "topk:5", losses, kl_sum=KL) == []
+    kd = SECTIONS.validate_python([{"name": "kd"}])
+    assert fidelity_warnings(header, Statistics(kl_sum=KL), kd) == []
+    bare = header.model_copy(update={"outputs": ()})
+    assert fidelity_warnings(bare, Statistics(fidelity_rows=1, kl_sum=KL), kd) == []
+
+
+def test_a_training_warns_once_before_its_first_step(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    # One of the 35 digits is measured. The teacher has large logits, so that a single logit of ten changes little.
+    network = resnet(10, 8, (4, 4, 6, 7))
+    with torch.no_grad():
+        network.fc.weight.mul_(30)
+    save_file(network.state_dict(), tmp_path / "loud.safetensors")
+    config = tiny_config(
+        teacher={"weights": str(tmp_path / "loud.safetensors")}, cache={"logits": "topk:1", "class_means": "none"}
+    )
+    build(config)
+    losses = [{"name": "kd", "temperature": 4.0}, {"name": "ce"}]
+    events: list[dict[str, Any]] = []
+    train(run_config(config, tmp_path / "run", loss=losses, train={"epochs": 1}), report=events.append)
+    assert [event["kind"] for event in events].count("warning") == 1
+    assert events[0]["kind"] == "warning"
+    assert "kd at T = 4: logits in topk:1 are" in events[0]["text"]
