@@ -56,7 +56,7 @@ def _index(by_id: dict[str, str], config: Config, folder_url: str) -> int:
             omissions.append(index.omissions)
             progress.update(done, f"{num_ok} rows")
     warn_of_omissions("index", omissions)
-    labels = count_labels([*by_id], lambda shard: read_index(folder_url, shard))
+    labels = count_labels([*by_id], lambda shard: read_index(storage.join(folder_url, index_name(shard))))
     if (warning := label_warning(labels, config.data)) is not None:
         warn(f"index: {warning}")
     return num_ok

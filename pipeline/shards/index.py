@@ -35,7 +35,8 @@ from schemas.cache_format import FORMAT_VERSION, Status, index_schema
 from schemas.config import DataConfig
 
 STATUSES: tuple[Status, ...] = get_args(Status)
-"""``ShardIndex.status`` holds positions in this tuple; ok is 0."""
+"""``ShardIndex.status`` holds positions in this tuple."""
+_OK = STATUSES.index("ok")
 
 _METADATA_KEY = b"stillroom"
 _ROWS_PER_GROUP = 65_536
@@ -89,7 +90,7 @@ class ShardIndex:
     @cached_property
     def ok(self) -> NDArray[np.int64]:
         """Rows with a usable image, ascending. Pairing, order and counts use only these."""
-        return np.flatnonzero(self.status == STATUSES.index("ok"))
+        return np.flatnonzero(self.status == _OK)
 
     @property
     def num_ok(self) -> int:
@@ -197,16 +198,14 @@ def check_samples(index: ShardIndex, data: DataConfig, *, where: str) -> None:
     Raises:
         ShardError: names the counts, the first keys and their reasons.
     """
-    counts = _bad_counts(index)
+    rows = _bad_rows(index)
     skips = data.bad_samples == "skip"
-    if counts.total() <= (data.max_bad_share * len(index) if skips else 0):
+    if len(rows) <= (data.max_bad_share * len(index) if skips else 0):
         return
-    first = [
-        f"{index.keys[row].as_py()} ({_status_and_reason(index, row, data, where)})"
-        for row in _bad_rows(index)[:_NUM_NAMED]
-    ]
+    counts = Counter(STATUSES[index.status[row]] for row in rows)
+    first = [f"{index.keys[row].as_py()} ({_status_and_reason(index, row, data, where)})" for row in rows[:_NUM_NAMED]]
     raise ShardError(
-        f"{counts.total()} of {len(index)} samples cannot be used",
+        f"{len(rows)} of {len(index)} samples cannot be used",
         code="shard.bad-samples",
         where=redact(where),
         got=f"{', '.join(f'{count} {status}' for status, count in sorted(counts.items()))}; first {', '.join(first)}",
@@ -231,12 +230,8 @@ def _next_step(index: ShardIndex, *, skips: bool) -> str:
     return "repair the shard, or set data.bad_samples=skip to record and skip them"
 
 
-def _bad_counts(index: ShardIndex) -> Counter[str]:
-    return Counter(STATUSES[code] for code in index.status.tolist() if STATUSES[code] != "ok")
-
-
 def _bad_rows(index: ShardIndex) -> list[int]:
-    return np.flatnonzero(index.status != STATUSES.index("ok")).tolist()
+    return np.flatnonzero(index.status != _OK).tolist()
 
 
 def _status_and_reason(index: ShardIndex, row: int, data: DataConfig, url: str) -> str:
@@ -301,7 +296,9 @@ def decode_index(data: bytes, *, where: str, settings: Mapping[str, Any] | None 
         table = read_bounded(pa.BufferReader(data), size_bytes=len(data), page_checksum_verification=True)
         metadata = _metadata(table, settings, where)
         task = task_of(metadata["settings"])
-        index = replace(_from_table(table, metadata["shard_id"], task), member_rules=_rules(metadata))
+        if (rules := metadata.get("member_rules", 1)) not in get_args(MemberRules):
+            raise ValueError(f"its member_rules are {rules!r}")
+        return replace(_from_table(table, metadata["shard_id"], task), member_rules=rules)
     # pyarrow raises ArrowException or OSError for invalid bytes. The others are checks of this module.
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CacheError(
@@ -311,7 +308,6 @@ def decode_index(data: bytes, *, where: str, settings: Mapping[str, Any] | None 
             got=first_line(error),
             next_step="remove it, and index the shard again",
         ) from error
-    return index
 
 
 def _metadata(table: pa.Table, settings: Mapping[str, Any] | None, where: str) -> dict[str, Any]:
@@ -334,13 +330,6 @@ def _metadata(table: pa.Table, settings: Mapping[str, Any] | None, where: str) -
             next_step="use the settings of the index, or another data.index",
         )
     return metadata
-
-
-def _rules(metadata: Mapping[str, Any]) -> MemberRules:
-    rules = metadata.get("member_rules", 1)
-    if rules not in get_args(MemberRules):
-        raise ValueError(f"its member_rules are {rules!r}")
-    return rules
 
 
 def _schema(task: Task) -> pa.Schema:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -64,10 +64,6 @@ class LabelCount:
     def of_heads(cls, heads: Sequence[ShardHead], data: DataConfig) -> LabelCount:
         has_target = task_of(data).has_target
         return cls.of([has_target(head.targets) for head in heads], [head.members for head in heads])
-
-    def with_members_of(self, sampled: LabelCount) -> LabelCount:
-        """These counts with the members of other counts."""
-        return replace(self, members=sampled.members, readable=sampled.readable)
 
     def __str__(self) -> str:
         """``0 of 60; members seen: jpg, json``"""

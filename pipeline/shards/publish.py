@@ -36,13 +36,12 @@ def index_name(shard: str) -> str:
     return f"{shard}.parquet"
 
 
-def read_index(folder_url: str, shard: str) -> ShardIndex:
+def read_index(url: str) -> ShardIndex:
     """
     Raises:
         CacheError: the index is damaged.
         StorageInputError: it does not exist.
     """
-    url = storage.join(folder_url, index_name(shard))
     return decode_index(storage.read(url, max_bytes=storage.MAX_TABLE_BYTES), where=redact(url))
 
 

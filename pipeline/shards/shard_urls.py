@@ -228,8 +228,8 @@ def report_moved(urls: Sequence[str], place: str) -> Generator[None]:
         if error.code != storage.MISSING_FILE or error.where not in [redact(url) for url in urls]:
             raise
         looked_up = urls[:MAX_LOOK_UPS]
-        found = map_ordered(lambda url: _exists(url, if_unreachable=True), looked_up, threads=_LOOK_UP_THREADS)
-        num_missing = len(looked_up) - sum(found)
+        exists = map_ordered(lambda url: _exists(url, if_unreachable=True), looked_up, threads=_LOOK_UP_THREADS)
+        num_missing = len(looked_up) - sum(exists)
         among = f"the first {len(looked_up)} of {len(urls)}" if len(urls) > len(looked_up) else str(len(urls))
         raise StorageInputError(
             "shards are missing",

@@ -133,7 +133,7 @@ class _ShardScan:
 
     def samples(self) -> Iterator[Sample]:
         group: _Group | None = None
-        for member in self._members():
+        for member in filter(None, map(self._member, self._headers)):
             if group is None or member.key != group.key:
                 if group is not None:
                     yield self._finish(group)
@@ -151,12 +151,8 @@ class _ShardScan:
         group.truncated = self._headers.truncated
         yield self._finish(group)
 
-    def _members(self) -> Iterator[_Member]:
-        for info in self._headers:
-            if (member := self._member(info)) is not None:
-                yield member
-
     def _member(self, info: tarfile.TarInfo) -> _Member | None:
+        """None: it belongs to no sample."""
         is_link = info.islnk() or info.issym()
         name = split_name(info.name)
         if info.isdir() or not self._is_in_sample(info, is_link=is_link, has_key=name is not None) or name is None:

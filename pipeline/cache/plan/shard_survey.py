@@ -11,11 +11,9 @@ from typing import TypeVar
 
 from pipeline import storage
 from pipeline.cache.build.commit import CommitSummary
-from pipeline.core.redaction import redact
 from pipeline.core.threads import map_ordered
-from pipeline.shards.index import ShardIndex, decode_index
 from pipeline.shards.labels import LabelCount, evenly_spaced
-from pipeline.shards.publish import index_name
+from pipeline.shards.publish import index_name, read_index
 from pipeline.shards.shard_head import ShardHead, read_shard_head
 from pipeline.tasks import Targets, task_of
 from schemas.config import DataConfig
@@ -103,7 +101,7 @@ def survey_shards(
     counts = {commit.shard_id: commit.num_ok for commit in commits if commit.shard_id in urls}
     sampled = evenly_spaced(list(urls), _NUM_SAMPLED)
     indexed = [shard for shard in index_paths if shard not in counts or shard in sampled]
-    indexes = _in_threads(indexed, lambda shard: _read_index(index_paths[shard]))
+    indexes = _in_threads(indexed, lambda shard: read_index(index_paths[shard]))
     counts |= {shard: index.num_ok for shard, index in indexes.items()}
     uncounted = [shard for shard in urls if shard not in counts]
     uncounted_sample = evenly_spaced(uncounted, _NUM_SAMPLED)
@@ -137,10 +135,6 @@ def _index_paths(urls: Mapping[str, str], index_urls: Sequence[str]) -> dict[str
             if index_name(shard) in names:
                 paths.setdefault(shard, storage.join(folder, index_name(shard)))
     return paths
-
-
-def _read_index(url: str) -> ShardIndex:
-    return decode_index(storage.read(url, max_bytes=storage.MAX_TABLE_BYTES), where=redact(url))
 
 
 def _in_threads(shards: Sequence[str], read: Callable[[str], T]) -> dict[str, T]:

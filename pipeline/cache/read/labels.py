@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pipeline import storage
@@ -34,7 +35,8 @@ def cached_labels(cache: TeacherCache) -> LabelCount:
     except StillroomError:
         # A cache can be read where its shards are missing.
         return labels
-    return labels.with_members_of(LabelCount.of_heads([head], rules))
+    first_count = LabelCount.of_heads([head], rules)
+    return replace(labels, members=first_count.members, readable=first_count.readable)
 
 
 def committed_labels(cache_url: str, commits: Sequence[CommitSummary]) -> LabelCount:
