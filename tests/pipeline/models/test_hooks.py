@@ -71,13 +71,13 @@ def test_a_failed_forward_does_not_affect_the_next_one(capturing: Any) -> None:
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_has_the_outputs_of_its_weights(capturing: Any, duplicate: Any) -> None:
     model, capture = capturing(PLAIN)
-    twin = duplicate(model)
+    clone = duplicate(model)
     with torch.no_grad():
-        twin.network.stem.weight.zero_()
-        twin.network.stem.bias.fill_(2.0)
-        original, copied = capture(model, images()), capture(twin, images())
-        logits_BK, embedding_BD = twin(images())
-        torch.testing.assert_close(twin.network.fc(embedding_BD), logits_BK)
+        clone.network.stem.weight.zero_()
+        clone.network.stem.bias.fill_(2.0)
+        original, copied = capture(model, images()), capture(clone, images())
+        logits_BK, embedding_BD = clone(images())
+        torch.testing.assert_close(clone.network.fc(embedding_BD), logits_BK)
     assert torch.equal(copied, torch.full_like(copied, 2.0))
     assert not torch.allclose(original, copied)
 

@@ -22,7 +22,7 @@ from schemas.config import Config, StudentConfig, TeacherConfig
 from tests.errors import raises
 from tests.pipeline.caches import TinyCache
 from tests.pipeline.conftest import TinyConfig
-from tests.pipeline.student.runs import KD, run_config
+from tests.pipeline.student.runs import KD, run_config, warnings_of
 
 NETWORK: dict[str, Any] = {
     "model": "python:pipeline.models.cifar:resnet",
@@ -93,9 +93,7 @@ def test_plan_build_and_training_warn_of_random_weights(
     assert [record.levelname for record in caplog.records if "teacher.weights is random" in record.getMessage()] == [
         "WARNING"
     ]
-    events: list[dict[str, Any]] = []
-    train(run_config(config, tmp_path / "run", loss=KD, train={"epochs": 1}), report=events.append)
-    texts = [event["text"] for event in events if event["kind"] == "warning"]
+    texts = warnings_of(run_config(config, tmp_path / "run", loss=KD, train={"epochs": 1}))
     assert sum("teacher.weights is random" in text for text in texts) == 1
 
 

@@ -156,6 +156,13 @@ def train_until(config: Config, is_last: Callable[[dict[str, Any]], bool]) -> li
     return events
 
 
+def warnings_of(config: Config) -> list[str]:
+    """Trains; the texts of the warnings that it reports."""
+    events: list[dict[str, Any]] = []
+    train(config, report=events.append)
+    return [event["text"] for event in events if event["kind"] == "warning"]
+
+
 def state_of(run_url: Path | str, name: str = checkpoint.LAST) -> dict[str, Any]:
     """A checkpoint of a run."""
     state = checkpoint.load(str(run_url), name)

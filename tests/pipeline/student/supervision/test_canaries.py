@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +20,7 @@ from tests.errors import raises
 from tests.marks import slow
 from tests.pipeline.caches import TinyCache, shard_urls
 from tests.pipeline.student.conftest import Replay
-from tests.pipeline.student.runs import cached_source, rewrite_view, run_config, set_cell
+from tests.pipeline.student.runs import cached_source, rewrite_view, run_config, set_cell, warnings_of
 
 
 def check(cache: TinyCache, allowed_levels: int = 0) -> CanaryReport:
@@ -105,9 +104,8 @@ def test_drift_below_a_level_needs_an_allowance_of_1_and_of_unknown_size_one_of_
 
 
 def test_a_run_on_drifting_pixels_warns_and_records_that_it_was_allowed(replay_copy: Replay, tmp_path: Path) -> None:
-    cache, events = replay_copy("crop"), list[dict[str, Any]]()
+    cache = replay_copy("crop")
     rewrite_view(cache, "digits-00", 0, brighter(3, 50))
-    train(run_config(cache.config, tmp_path / "run", data={"allow_pixel_drift": 4}), report=events.append)
-    texts = [event["text"] for event in events if event["kind"] == "warning"]
+    texts = warnings_of(run_config(cache.config, tmp_path / "run", data={"allow_pixel_drift": 4}))
     assert sum("1 of 2 canaries differ, block means by up to 3 of 255" in text for text in texts) == 1
     assert read_config(str(tmp_path / "run")).data.allow_pixel_drift == 4

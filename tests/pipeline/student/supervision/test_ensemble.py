@@ -165,12 +165,12 @@ def test_parity_every_loss_of_two_cached_teachers_is_that_of_the_two_online(
     train(config)
     cached, online_metrics = metrics(tmp_path / "cached"), metrics(tmp_path / "online")
     assert len(cached) == 40
-    for one, other in zip(cached, online_metrics, strict=True):
-        assert {f"loss/{term['name']}/{number}" for term in EVERY_LOSS[1:] for number in (0, 1)} < one.keys()
-        assert one.keys() == other.keys()
-        error = training_error(config, one["step"] + 1)
-        for name in one:
-            assert one[name] == pytest.approx(other[name], rel=error), name
+    for from_cache, from_online in zip(cached, online_metrics, strict=True):
+        assert {f"loss/{term['name']}/{number}" for term in EVERY_LOSS[1:] for number in (0, 1)} < from_cache.keys()
+        assert from_cache.keys() == from_online.keys()
+        error = training_error(config, from_cache["step"] + 1)
+        for name, value in from_cache.items():
+            assert value == pytest.approx(from_online[name], rel=error), name
     for name, cache in zip(("manifest.json", "manifest-1.json"), caches, strict=True):
         assert (tmp_path / "online" / name).read_bytes() == storage.read(f"{cache.url}/manifest.json")
 
@@ -283,9 +283,9 @@ def test_caches_over_other_shards_need_those_that_all_hold_to_be_named(
     replays: Replay, rebuilt: Rebuild, digits_shards: list[str], tmp_path: Path
 ) -> None:
     caches = replays("crop"), rebuilt(data={"shards": digits_shards[1:]})
-    for one, other, got in ((0, 1, "1 missing: digits-00"), (1, 0, "1 only in the second: digits-00")):
+    for first, second, got in ((0, 1, "1 missing: digits-00"), (1, 0, "1 only in the second: digits-00")):
         with raises("cache.shards-differ") as caught:
-            check_same_shards(opened(caches[one], caches[other]))
+            check_same_shards(opened(caches[first], caches[second]))
         assert caught.value.got == got
     with raises("cache.shards-differ"):
         train(together(tmp_path / "all", *caches))
@@ -333,9 +333,10 @@ def test_where_the_bytes_of_a_sample_lie_in_its_tar_does_not_matter(
     samples = ((key, {"json": b"{}", **members}) for key, members in digit_samples(35))
     shards = pack_shards(samples, f"{tmp_path}/digits-%02d.tar", shard_size=20)
     other = rebuilt(data={"shards": shards})
-    one, two = opened(replays("crop"), other)
-    assert {shard.index_sha256 for shard in one.shards}.isdisjoint(shard.index_sha256 for shard in two.shards)
-    check_same_samples([one, two], ["digits-00", "digits-01"])
+    caches = opened(replays("crop"), other)
+    first, second = ({shard.index_sha256 for shard in cache.shards} for cache in caches)
+    assert first.isdisjoint(second)
+    check_same_samples(caches, ["digits-00", "digits-01"])
     train(together(tmp_path / "run", replays("crop"), other))
 
 
