@@ -18,6 +18,7 @@ from pipeline.cache.build.commit import stream_commits
 from pipeline.cache.build.context import prepare
 from pipeline.cache.build.manifest import publish_manifest
 from pipeline.cache.build.part import PartTask, build_part
+from pipeline.cache.read.reader import TeacherCache, open_cache
 from pipeline.shards.shard_urls import shard_ids
 from pipeline.shards.writer import Members
 from schemas.cache_format import Commit, Manifest
@@ -77,6 +78,12 @@ def build(config: Config, tasks: Iterable[PartTask] | None = None) -> Manifest:
     for task in open_tasks(config) if tasks is None else tasks:
         build_part(task)
     return publish_manifest(cache_section(config).url, shard_urls(config))
+
+
+def open_built(config: Config) -> TeacherCache:
+    """Builds a cache and opens it."""
+    build(config)
+    return open_cache(cache_section(config).url)
 
 
 def copy_of(cache: TinyCache, folder: Path) -> TinyCache:

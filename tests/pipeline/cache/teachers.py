@@ -33,13 +33,6 @@ class NanOnPlainImages(Scaled):
         return super().forward(x) * torch.where(_contrast(x) < 1e-3, torch.nan, 1.0)
 
 
-class Loud(Scaled):
-    """Logits beyond 65,504, the largest fp16 number."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + 1e5
-
-
 class NanOnNoise(Scaled):
     """Works on smooth images, so that it can be loaded, and produces NaN on rough ones."""
 

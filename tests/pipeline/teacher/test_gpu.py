@@ -17,6 +17,7 @@ from pipeline.teacher.numerics import pick_device, pin_numerics
 from pipeline.teacher.rendering import GroupViews
 from schemas.cache_format import Commit, ViewBlock
 from schemas.config import TeacherConfig
+from tests.errors import raises
 from tests.pipeline.conftest import TinyConfig
 from tests.tolerances import magnitude_of, network_operations, reordered
 
@@ -102,9 +103,8 @@ def test_the_error_for_too_little_memory_has_a_batch_size_that_fits() -> None:
     taken = min(free_bytes, 2 << 30)
     torch.cuda.set_per_process_memory_fraction(taken / total_bytes)
     try:
-        with pytest.raises(ResourceError) as caught:
+        with raises("model.out-of-memory", ResourceError) as caught:
             teacher(batch_size=1 << 18).infer(pixels)
-        assert caught.value.code == "model.out-of-memory"
         fits = int(str(caught.value.next_step).partition("batch_size=")[2].partition(",")[0])
         assert teacher(batch_size=fits).infer(pixels)["logits"].shape == (1, 1000)
     finally:

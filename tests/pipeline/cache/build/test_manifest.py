@@ -17,13 +17,23 @@ from pipeline.cache.build.manifest import locate, publish_manifest, read_manifes
 from pipeline.cache.build.part import PartTask, build_part
 from pipeline.cache.format import layout
 from pipeline.cache.ops.inspect import inspect_cache
-from pipeline.cache.read.reader import open_cache
+from pipeline.cache.read.reader import ViewColumns, open_cache
 from pipeline.core.errors import CacheError
 from pipeline.core.hashing import seal
 from pipeline.shards.writer import pack_shards
 from schemas.cache_format import ViewBlock
 from schemas.config import Config
-from tests.pipeline.caches import TinyCache, build, cache_section, digit_samples, files, read_commits, shard_urls
+from tests.errors import raises
+from tests.pipeline.caches import (
+    TinyCache,
+    build,
+    cache_section,
+    digit_samples,
+    files,
+    open_built,
+    read_commits,
+    shard_urls,
+)
 from tests.pipeline.conftest import TinyConfig
 
 
@@ -32,67 +42,57 @@ def url_of(config: Config) -> str:
 
 
 def test_a_missing_and_an_unfinished_cache_have_different_errors(tiny_config: TinyConfig, tmp_path: Path) -> None:
-    with pytest.raises(CacheError, match=r"cache\.missing\]"):
+    with raises("cache.missing", CacheError):
         open_cache(str(tmp_path))
     config = tiny_config()
     prepare(config)
-    with pytest.raises(CacheError, match=r"cache\.unfinished"):
+    with raises("cache.unfinished", CacheError):
         open_cache(url_of(config))
 
 
-def test_no_manifest_is_published_before_a_view_is_complete(tiny_config: TinyConfig) -> None:
-    config = tiny_config()
-    prepare(config)
-    urls = shard_urls(config)
-    build_part(PartTask(config, urls["digits-00"], ViewBlock(start=0, stop=2)))
-    with pytest.raises(CacheError, match=r"cache\.no-complete-view"):
-        publish_manifest(url_of(config), urls)
-
-
-def test_views_count_only_where_every_shard_has_them(tiny_config: TinyConfig) -> None:
-    config = tiny_config()
-    prepare(config)
-    urls = shard_urls(config)
-    build_part(PartTask(config, urls["digits-00"], ViewBlock(start=0, stop=3)))
-    build_part(PartTask(config, urls["digits-01"], ViewBlock(start=0, stop=1)))
-    build_part(PartTask(config, urls["digits-01"], ViewBlock(start=2, stop=3)))
-    assert publish_manifest(url_of(config), urls).num_views == 1
-    build_part(PartTask(config, urls["digits-01"], ViewBlock(start=1, stop=2)))
-    assert publish_manifest(url_of(config), urls).num_views == 3
-
-
-def test_more_views_leave_the_existing_files_unchanged(tiny_cache: TinyCache, tiny_config: TinyConfig) -> None:
+def test_more_views_leave_existing_files_unchanged_and_are_those_of_a_cache_built_at_once(
+    tiny_cache: TinyCache, tiny_config: TinyConfig, tmp_path: Path
+) -> None:
     before = files(tiny_cache.url)
-    manifest = build(tiny_config(views={"count": 5}))
+    extended = open_built(tiny_config(views={"count": 5}))
     after = files(tiny_cache.url)
-    assert manifest.num_views == 5
     unchanged = ("header", "index/", "parts/", "means/", "commits/", "class_means")
     assert all(after[path] == data for path, data in before.items() if path.startswith(unchanged))
     assert sorted(path for path in after if path.startswith("commits/digits-00") and path not in before) == [
         "commits/digits-00/v0003-0004.json"
     ]
+    # In one block of five views, which are here in three.
+    at_once = open_built(tiny_config(views={"count": 5}, cache={"url": str(tmp_path / "at-once"), "views_per_part": 5}))
+    assert extended.num_views == at_once.num_views == 5
+    for shard in ("digits-00", "digits-01"):
+        for view in range(5):
+            columns, expected = extended.view(shard, view), at_once.view(shard, view)
+            for name in ViewColumns.__slots__:
+                got, value = getattr(columns, name), getattr(expected, name)
+                assert np.array_equal(got, value) or got == value
+    same = ("index/", "means/", "class_means", "header")
+    blocks, block = (
+        {path: data for path, data in files(cache.url).items() if path.startswith(same)}
+        for cache in (extended, at_once)
+    )
+    assert blocks == block
 
 
-def test_added_views_are_those_of_a_cache_built_at_once(
-    tiny_cache: TinyCache, tiny_config: TinyConfig, tmp_path: Path
+def test_an_added_shard_extends_the_cache_and_its_means_and_a_run_reads_its_copy_of_the_manifest(
+    tiny_config: TinyConfig, digits_shards: list[str]
 ) -> None:
-    build(tiny_config(views={"count": 5}))
-    at_once = tiny_config(views={"count": 5}, cache={"url": str(tmp_path / "at-once")})
-    build(at_once)
-    for view in range(5):
-        extended, complete = (open_cache(url).view("digits-01", view) for url in (tiny_cache.url, url_of(at_once)))
-        assert np.array_equal(extended.logits_NK, complete.logits_NK)
-        assert np.array_equal(extended.box_N4, complete.box_N4)
-
-
-def test_an_added_shard_extends_the_cache_and_its_means(tiny_config: TinyConfig, digits_shards: list[str]) -> None:
-    first = tiny_config(data={"shards": digits_shards[:1]})
-    assert build(first).num_shards == 1
-    both = build(tiny_config())
-    assert (both.num_shards, both.num_ok) == (2, 35)
-    means = open_cache(url_of(first)).class_means()
-    assert means is not None
-    assert means.count_K.sum() == 35
+    first = open_built(tiny_config(data={"shards": digits_shards[:1]}, views={"count": 2}))
+    both = open_built(tiny_config())
+    pinned = open_cache(first.url, manifest_bytes=first.manifest_bytes)
+    for cache, num_shards, num_views, num_ok in ((both, 2, 3, 35), (pinned, 1, 2, 20)):
+        assert (cache.manifest.num_shards, cache.num_views, cache.manifest.num_ok) == (num_shards, num_views, num_ok)
+        means = cache.class_means()
+        assert means is not None
+        assert means.count_K.sum() == num_ok
+    assert [shard.shard_id for shard in pinned.shards] == ["digits-00"]
+    assert len(pinned.view("digits-00", 1).row_N) == 20
+    with raises("cache.missing-view", CacheError, expected="views 0..1"):
+        pinned.view("digits-00", 3)
 
 
 def test_commits_of_shards_that_the_config_no_longer_names_stay_and_do_not_count(
@@ -122,32 +122,21 @@ def test_class_means_without_any_label_are_refused_and_nothing_is_published(
     assert not [path for path in files(url_of(config)) if path.startswith("manifest")]
 
 
-def test_an_unfinished_build_shows_blocks_and_no_totals(tiny_config: TinyConfig) -> None:
+def test_an_unfinished_build_has_no_manifest_and_shows_its_blocks_without_totals(tiny_config: TinyConfig) -> None:
     config = tiny_config()
     prepare(config)
-    for shard in ("digits-00", "digits-01"):
-        build_part(PartTask(config, shard_urls(config)[shard], ViewBlock(start=0, stop=2)))
-    build_part(PartTask(config, shard_urls(config)["digits-00"], ViewBlock(start=2, stop=3)))
+    urls = shard_urls(config)
+    build_part(PartTask(config, urls["digits-00"], ViewBlock(start=0, stop=2)))
+    with raises("cache.no-complete-view", CacheError):
+        publish_manifest(url_of(config), urls)
+    build_part(PartTask(config, urls["digits-01"], ViewBlock(start=0, stop=1)))
+    build_part(PartTask(config, urls["digits-01"], ViewBlock(start=2, stop=3)))
     report = inspect_cache(url_of(config))
-    assert report.parts_by_block == {"v0000-0001": 2, "v0002-0002": 1}
-    assert report.rows_by_block == {"v0000-0001": 70, "v0002-0002": 20}
+    assert report.parts_by_block == {"v0000-0000": 1, "v0000-0001": 1, "v0002-0002": 1}
+    assert report.rows_by_block == {"v0000-0000": 15, "v0000-0001": 40, "v0002-0002": 15}
     assert (report.shards_begun, report.num_shards, report.num_ok, report.skipped) == (2, None, None, None)
-
-
-def test_a_run_reads_its_own_copy_of_the_manifest_after_the_cache_was_extended(
-    tiny_cache: TinyCache, tiny_config: TinyConfig, digits_shards: list[str]
-) -> None:
-    build(tiny_config(data={"shards": digits_shards[:1]}))
-    _, copied = read_manifest(tiny_cache.url)
-    build(tiny_config(views={"count": 5}))
-    cache = open_cache(tiny_cache.url, manifest_bytes=copied)
-    assert (cache.num_views, [shard.shard_id for shard in cache.shards]) == (3, ["digits-00"])
-    means = cache.class_means()
-    assert means is not None
-    assert means.count_K.sum() == 20
-    assert len(cache.view("digits-00", 2).row_N) == 20
-    with pytest.raises(CacheError, match=r"cache\.missing-view[\s\S]*0\.\.2"):
-        cache.view("digits-00", 3)
+    # View 1 is missing in one shard.
+    assert publish_manifest(url_of(config), urls).num_views == 1
 
 
 def test_a_manifest_has_the_shard_urls_of_the_build(built_cache: TinyCache, digits_shards: list[str]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import tarfile
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,35 +19,50 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import horizontal_flip, resized_crop
 
 from pipeline.augment.params import EVAL_VIEW, is_canary, sample_keys
-from pipeline.cache.read.reader import TeacherCache, ViewColumns, open_cache
+from pipeline.cache.read.reader import TeacherCache, ViewColumns
 from pipeline.cache.verify import verify_cache
 from pipeline.models.cifar import CifarResNet, resnet
-from tests.pipeline.caches import build
-from tests.pipeline.conftest import TinyConfig
+from tests.pipeline.caches import open_built
+from tests.pipeline.conftest import TinyConfig, tiny_config_of
 from tests.tolerances import magnitude_of, network_operations, reordered, ulps
 
 SIZE, SHARDS = 16, ("digits-00", "digits-01")
+CacheOf = Callable[[str], TeacherCache]
 
 
-@pytest.fixture
-def network(tmp_path: Path) -> CifarResNet:
-    """A teacher whose weights are in a file that the config names."""
+PLANS: dict[str, dict[str, Any]] = {
+    "function_matching": {},
+    "half": {"cache": {"logits": "fp16", "embeddings": "none"}},
+    "crop": {"views": {"kind": "crop", "count": 2}, "cache": {"class_means": "view0"}},
+    "eval": {"views": {"kind": "eval", "count": 1}, "cache": {"class_means": "none"}},
+}
+
+
+@pytest.fixture(scope="module")
+def network() -> CifarResNet:
     with torch.random.fork_rng():
         torch.manual_seed(7)
         network = resnet(10, 8, (4, 4, 6, 7))
         for name, buffer in network.named_buffers():
             if name.endswith("running_mean"):
                 buffer.normal_()
-    safetensors.torch.save_file(network.state_dict(), tmp_path / "teacher.safetensors")
     assert isinstance(network, CifarResNet)
     return network.eval()
 
 
-def open_built(tiny_config: TinyConfig, folder: Path, **overrides: Any) -> TeacherCache:
-    config = tiny_config(**{"teacher": {"weights": str(folder / "teacher.safetensors")}, **overrides})
-    build(config)
-    assert config.cache is not None
-    return open_cache(config.cache.url)
+@pytest.fixture(scope="module")
+def cache_of(network: CifarResNet, digits_shards: list[str], tmp_path_factory: pytest.TempPathFactory) -> CacheOf:
+    """The cache of the network's outputs under one of ``PLANS``, built once."""
+    folder = tmp_path_factory.mktemp("outputs")
+    weights = str(folder / "teacher.safetensors")
+    safetensors.torch.save_file(network.state_dict(), weights)
+
+    @cache
+    def built(plan: str) -> TeacherCache:
+        overrides = {"teacher": {"weights": weights}, **PLANS[plan]}
+        return open_built(tiny_config_of(digits_shards, f"{folder}/{plan}", overrides))
+
+    return built
 
 
 def images(url: str) -> list[torch.Tensor]:
@@ -102,12 +119,11 @@ def check_view(cache: TeacherCache, network: CifarResNet, url: str, shard: str, 
 
 
 def test_function_matching_equals_a_recomputation_by_hand(
-    tiny_config: TinyConfig, digits_shards: list[str], tmp_path: Path, network: CifarResNet
+    cache_of: CacheOf, digits_shards: list[str], network: CifarResNet
 ) -> None:
-    cache = open_built(tiny_config, tmp_path)
     for url, shard in zip(digits_shards, SHARDS, strict=True):
         for view in range(3):
-            columns = check_view(cache, network, url, shard, view)
+            columns = check_view(cache_of("function_matching"), network, url, shard, view)
             mixed_N = columns.mix_row_N != columns.row_N
             assert (columns.mix_lambda_N[~mixed_N] == 1).all()
             # Partners are mutual and of the same mix group of 8.
@@ -117,11 +133,8 @@ def test_function_matching_equals_a_recomputation_by_hand(
             assert (~mixed_N).sum() == (1 if shard == "digits-01" else 0)
 
 
-def test_the_eval_pass_is_the_unmixed_centre(
-    tiny_config: TinyConfig, digits_shards: list[str], tmp_path: Path, network: CifarResNet
-) -> None:
-    cache = open_built(tiny_config, tmp_path)
-    columns = check_view(cache, network, digits_shards[0], "digits-00", EVAL_VIEW)
+def test_the_eval_pass_is_the_unmixed_centre(cache_of: CacheOf, digits_shards: list[str], network: CifarResNet) -> None:
+    columns = check_view(cache_of("function_matching"), network, digits_shards[0], "digits-00", EVAL_VIEW)
     for image, box in zip(images(digits_shards[0]), columns.box_N4.tolist(), strict=True):
         height, width = image.shape[1:]
         side = round(0.875 * min(height, width))
@@ -132,22 +145,18 @@ def test_the_eval_pass_is_the_unmixed_centre(
 
 @pytest.mark.parametrize("kind", ["crop", "eval"])
 def test_plans_that_do_not_mix_equal_a_recomputation_by_hand(
-    kind: str, tiny_config: TinyConfig, digits_shards: list[str], tmp_path: Path, network: CifarResNet
+    kind: str, cache_of: CacheOf, digits_shards: list[str], network: CifarResNet
 ) -> None:
-    count = 1 if kind == "eval" else 2
-    cache = open_built(tiny_config, tmp_path, views={"kind": kind, "count": count}, cache={"class_means": "none"})
-    for view in range(count):
+    cache = cache_of(kind)
+    for view in range(cache.num_views):
         columns = check_view(cache, network, digits_shards[0], "digits-00", view)
         assert np.array_equal(columns.mix_row_N, columns.row_N)
         assert (columns.mix_lambda_N == 1).all()
 
 
-@pytest.mark.usefixtures("network")
-@pytest.mark.parametrize(("mode", "kind", "view"), [("eval", "function_matching", EVAL_VIEW), ("view0", "crop", 0)])
-def test_class_means_are_those_of_the_stored_embeddings(
-    mode: str, kind: str, view: int, tiny_config: TinyConfig, tmp_path: Path
-) -> None:
-    cache = open_built(tiny_config, tmp_path, views={"kind": kind, "count": 3}, cache={"class_means": mode})
+@pytest.mark.parametrize(("kind", "view"), [("function_matching", EVAL_VIEW), ("crop", 0)])
+def test_class_means_are_those_of_the_stored_embeddings(kind: str, view: int, cache_of: CacheOf) -> None:
+    cache = cache_of(kind)
     means = cache.class_means()
     assert means is not None
     total, count = np.zeros((10, 7)), np.zeros(10, int)
@@ -162,37 +171,16 @@ def test_class_means_are_those_of_the_stored_embeddings(
     np.testing.assert_allclose(means.mean_KD, total / count[:, None], rtol=ulps(1), atol=2.0**-25)
 
 
-def test_the_batch_size_changes_no_output(tiny_config: TinyConfig, tmp_path: Path, network: CifarResNet) -> None:
-    logits: list[torch.Tensor] = []
-    for batch_size in (3, 8, 64):
-        weights = str(tmp_path / "teacher.safetensors")
-        cache = open_built(
-            tiny_config,
-            tmp_path,
-            teacher={"weights": weights, "batch_size": batch_size},
-            cache={"url": str(tmp_path / f"batch-{batch_size}")},
-        )
-        logits.append(torch.from_numpy(np.concatenate([cache.view(shard, 2).logits_NK for shard in SHARDS])))
-    for logits_NK in logits[1:]:
-        torch.testing.assert_close(logits_NK, logits[0], rtol=0, atol=forward_error(network, logits[0]))
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("network")
-def test_half_precision_is_stored_to_half_a_unit_in_the_last_place(tiny_config: TinyConfig, tmp_path: Path) -> None:
-    full = open_built(tiny_config, tmp_path).view("digits-00", 0)
-    section = {"url": str(tmp_path / "half"), "logits": "fp16", "embeddings": "none"}
-    half = open_built(tiny_config, tmp_path, cache=section).view("digits-00", 0)
+def test_half_precision_is_stored_to_half_a_unit_in_the_last_place(cache_of: CacheOf) -> None:
+    full, half = (cache_of(plan).view("digits-00", 0) for plan in ("function_matching", "half"))
     assert half.embedding_ND is None
     assert np.array_equal(half.logits_NK, full.logits_NK.astype(np.float16).astype(np.float32))
     assert np.array_equal(half.embedding_norm_N, full.embedding_norm_N)
 
 
-@pytest.mark.usefixtures("network")
-def test_the_first_row_of_every_view_proves_its_pixels(
-    tiny_config: TinyConfig, digits_shards: list[str], tmp_path: Path
-) -> None:
-    cache = open_built(tiny_config, tmp_path)
+def test_the_first_row_of_every_view_proves_its_pixels(cache_of: CacheOf, digits_shards: list[str]) -> None:
+    cache = cache_of("function_matching")
     for url, shard in zip(digits_shards, SHARDS, strict=True):
         for view in (0, 1, 2, EVAL_VIEW):
             columns = cache.view(shard, view)
@@ -217,9 +205,8 @@ def test_about_one_row_in_a_thousand_is_a_canary() -> None:
     assert abs(share - 0.001) < 5e-4
 
 
-@pytest.mark.usefixtures("network")
-def test_statistics_count_the_hits_of_the_eval_pass(tiny_config: TinyConfig, tmp_path: Path) -> None:
-    cache = open_built(tiny_config, tmp_path)
+def test_statistics_count_the_hits_of_the_eval_pass(cache_of: CacheOf) -> None:
+    cache = cache_of("function_matching")
     top1 = top5 = 0
     for entry in cache.shards:
         logits_NK, labels = cache.view(entry.shard_id, EVAL_VIEW).logits_NK, cache.index(entry).targets["label"]
@@ -237,7 +224,7 @@ def test_a_teacher_of_equal_logits_hits_by_class_index_and_verifies(tiny_config:
     torch.nn.init.zeros_(network.fc.weight)
     torch.nn.init.zeros_(network.fc.bias)
     safetensors.torch.save_file(network.state_dict(), tmp_path / "teacher.safetensors")
-    cache = open_built(tiny_config, tmp_path)
+    cache = open_built(tiny_config(teacher={"weights": f"{tmp_path}/teacher.safetensors"}))
     label_N = np.concatenate([cache.index(entry).targets["label"] for entry in cache.shards])
     statistics = cache.manifest.statistics
     assert statistics.labelled == len(label_N) == 35

@@ -13,7 +13,7 @@ from pipeline.cache.build.statistics import StatisticsFold, cosine_sum, kl_sum, 
 from pipeline.cache.ops.inspect import inspect_cache
 from pipeline.cache.read.reader import open_cache
 from pipeline.tasks.classification import Classification
-from tests.pipeline.caches import TinyCache, build, read_commits
+from tests.pipeline.caches import TinyCache, open_built, read_commits
 from tests.pipeline.conftest import TinyConfig
 from tests.tolerances import ulps
 
@@ -58,12 +58,11 @@ def test_equal_logits_have_no_distance_even_if_all_classes_are_equal() -> None:
     assert pearson_sum(alike, EXACT[:2, :5], 2.0) == 2
 
 
-def test_commits_have_the_distance_of_stored_rows_from_those_of_an_exact_cache(
-    tiny_config: TinyConfig, built_cache: TinyCache, tmp_path_factory: pytest.TempPathFactory
+def test_commits_and_inspect_have_the_distance_of_stored_rows_from_those_of_an_exact_cache(
+    tiny_config: TinyConfig, built_cache: TinyCache
 ) -> None:
-    url = str(tmp_path_factory.mktemp("topk") / "cache")
-    build(tiny_config(cache={"url": url, "logits": "topk:2", "embeddings": "int8"}))
-    exact, packed = open_cache(built_cache.url), open_cache(url)
+    packed = open_built(tiny_config(cache={"logits": "topk:2", "embeddings": "int8"}))
+    exact, url = open_cache(built_cache.url), packed.url
     ids = [f"digits-01/digit-{number:04d}" for number in range(20, 35)]
     (row,) = np.flatnonzero(sample_keys(0, ids)[:, 0] % np.uint64(64) == 0)
     columns = [(exact.view("digits-01", view), packed.view("digits-01", view)) for view in range(3)]
@@ -84,13 +83,7 @@ def test_commits_have_the_distance_of_stored_rows_from_those_of_an_exact_cache(
     )
     assert total.embedding_cosine_sum == pytest.approx(cosines, rel=0, abs=rounding(3, 7))
     assert 2.99 < cosines < 3
-
-
-def test_inspect_shows_the_encodings_and_what_they_cost(tiny_config: TinyConfig) -> None:
-    config = tiny_config(cache={"logits": "topk:2", "embeddings": "int8"})
-    build(config)
-    assert config.cache is not None
-    report = inspect_cache(config.cache.url)
+    report = inspect_cache(url)
     assert report.outputs == {"logits": "topk:2 [10], 12 bytes a row", "embedding": "int8 [7], 15 bytes a row"}
     assert report.kl_nats.keys() == report.pearson.keys() == {"1.0", "2.0", "4.0"}
     assert 0 < report.kl_nats["1.0"] < 0.1
@@ -100,9 +93,7 @@ def test_inspect_shows_the_encodings_and_what_they_cost(tiny_config: TinyConfig)
 
 
 def test_inspect_omits_the_fidelity_of_outputs_that_are_not_stored(tiny_config: TinyConfig) -> None:
-    config = tiny_config(cache={"logits": "none", "embeddings": "none"})
-    build(config)
-    assert config.cache is not None
-    report = inspect_cache(config.cache.url)
+    section = {"logits": "none", "embeddings": "none", "class_means": "none"}
+    report = inspect_cache(open_built(tiny_config(views={"count": 1}, cache=section)).url)
     assert report.outputs == report.kl_nats == report.pearson == {}
     assert report.argmax_flips is report.embedding_cosine is None

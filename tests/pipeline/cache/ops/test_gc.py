@@ -16,6 +16,7 @@ from pipeline.cache.read.reader import open_cache
 from pipeline.cache.verify import verify_cache
 from pipeline.core.errors import CacheError
 from schemas.cache_format import ViewBlock
+from tests.errors import raises
 from tests.pipeline.caches import TinyCache, build, cache_section, files, read_commits, shard_urls
 from tests.pipeline.conftest import TinyConfig
 
@@ -92,9 +93,8 @@ def test_former_tables_are_removed_only_with_former(tiny_cache: TinyCache, tiny_
     assert report.num_former_files == 1
     assert open_cache(tiny_cache.url, manifest_bytes=pinned).view("digits-00", 0).row_N.size == 20
     assert collect(tiny_cache.url, former=True).freed_bytes == report.former_bytes
-    with pytest.raises(CacheError) as caught:
+    with raises("cache.changed-file", CacheError):
         open_cache(tiny_cache.url, manifest_bytes=pinned).view("digits-00", 0)
-    assert caught.value.code == "cache.changed-file"
 
 
 def test_a_part_that_the_manifest_names_stays_without_a_commit(tiny_cache: TinyCache) -> None:
@@ -128,7 +128,6 @@ def test_nothing_is_removed_while_a_record_is_damaged(tiny_cache: TinyCache, rec
 
 def test_a_folder_without_a_cache_is_bad_input(tmp_path: Path) -> None:
     (tmp_path / ".tmp-1").write_bytes(b"other data")
-    with pytest.raises(CacheError) as caught:
+    with raises("cache.missing", CacheError):
         collect(str(tmp_path))
-    assert caught.value.code == "cache.missing"
     assert (tmp_path / ".tmp-1").exists()

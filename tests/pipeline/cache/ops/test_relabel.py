@@ -21,8 +21,9 @@ from pipeline.core.errors import CacheError, ConfigError, ShardError
 from pipeline.shards.writer import Members, pack_shards
 from pipeline.student.training.trainer import train
 from schemas.config import Config
-from tests.pipeline.caches import build, cache_section, digit_samples, files, shard_urls
-from tests.pipeline.conftest import TinyConfig
+from tests.errors import raises
+from tests.pipeline.caches import TinyCache, build, copy_of, digit_samples, files, shard_urls
+from tests.pipeline.conftest import tiny_config_of
 from tests.pipeline.student.runs import CE, run_config
 
 NUM, SHARD_SIZE = 20, 10
@@ -46,20 +47,42 @@ def pack(folder: Path, label: str | None, *, shift: int = 0, swapped: bool = Fal
     return pack_shards(samples(), f"{folder}/s-%02d.tar", shard_size=SHARD_SIZE)
 
 
-def build_config(tiny_config: TinyConfig, shards: list[str], **sections: Any) -> Config:
-    keys = {"views": {"kind": "crop"}, "cache": {"class_means": "none"}, **sections}
-    config = tiny_config(**{**keys, "data": {"shards": shards, **keys.get("data", {})}})
+def cache_over(shards: list[str], url: str, **sections: Any) -> TinyCache:
+    keys = {"views": {"kind": "crop", "count": 1}, "cache": {"class_means": "none"}, **sections}
+    config = tiny_config_of(shards, url, keys)
     build(config)
-    return config
+    return TinyCache(url, config)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TinyCache]:
+    """Caches whose shards have the classes in a member ``cls``, which the config names, or in ``txt``."""
+    folder = tmp_path_factory.mktemp("relabel")
+    return {label: cache_over(pack(folder / label, label), f"{folder}/{label}/cache") for label in ("cls", "txt")}
+
+
+@pytest.fixture
+def labelled(built: dict[str, TinyCache], tmp_path: Path) -> TinyCache:
+    """A copy that the test may change."""
+    return copy_of(built["cls"], tmp_path / "cache")
+
+
+@pytest.fixture
+def unlabelled(built: dict[str, TinyCache], tmp_path: Path) -> TinyCache:
+    """A copy that the test may change; its labels are in another member."""
+    return copy_of(built["txt"], tmp_path / "cache")
+
+
+def extended(config: Config) -> Config:
+    return config.model_copy(update={"views": config.views.model_copy(update={"count": 2})})
 
 
 def labels(cache: TeacherCache) -> list[int]:
     return np.concatenate([cache.index(shard).targets["label"] for shard in cache.shards]).tolist()
 
 
-def test_shards_packed_again_with_labels_give_a_cache_its_labels(tiny_config: TinyConfig, tmp_path: Path) -> None:
-    config = build_config(tiny_config, pack(tmp_path / "json", None))
-    url = cache_section(config).url
+def test_shards_packed_again_with_labels_give_a_cache_its_labels(unlabelled: TinyCache, tmp_path: Path) -> None:
+    url, config = unlabelled.url, unlabelled.config
     before = files(url)
     assert labels(open_cache(url)) == [-1] * NUM
     again = dict(zip(shard_urls(config), pack(tmp_path / "cls", "cls"), strict=True))
@@ -95,21 +118,22 @@ def test_shards_packed_again_with_labels_give_a_cache_its_labels(tiny_config: Ti
 
 @pytest.mark.parametrize("data", [{}, {"label": "txt"}], ids=["default", "named"])
 def test_labels_may_be_in_another_member_of_the_same_shards(
-    tiny_config: TinyConfig, tmp_path: Path, data: dict[str, str]
+    unlabelled: TinyCache, tmp_path: Path, data: dict[str, str]
 ) -> None:
-    config = build_config(tiny_config, pack(tmp_path / "txt", "txt"))
-    url = cache_section(config).url
+    url = unlabelled.url
     relabel(url, label="txt")
     assert open_cache(url).data["label"] == "txt"
     assert not verify_cache(url).problems
-    assert train(run_config(config, tmp_path / "run", loss=CE, data=data, train={"epochs": 1}))["steps"] == 3
+    run = run_config(unlabelled.config, tmp_path / "run", loss=CE, data=data, train={"epochs": 1})
+    assert train(run)["steps"] == 3
 
 
-def test_a_pinned_manifest_has_its_former_labels(tiny_config: TinyConfig, tmp_path: Path) -> None:
-    config = build_config(tiny_config, pack(tmp_path / "a", "cls"))
-    url = cache_section(config).url
+def test_a_pinned_manifest_has_its_former_labels(labelled: TinyCache, tmp_path: Path) -> None:
+    url = labelled.url
     pinned = read_manifest(url)[1]
-    shifted = dict(zip(shard_urls(config), pack(tmp_path / "b", "cls", shift=3), strict=True))
+    # The manifest of a cache that was never relabelled has no such key.
+    assert "labels" not in json.loads(pinned)
+    shifted = dict(zip(shard_urls(labelled.config), pack(tmp_path / "b", "cls", shift=3), strict=True))
     relabel(url, shard_urls=shifted)
     assert labels(open_cache(url, manifest_bytes=pinned)) == CLASSES
     assert labels(open_cache(url)) == [(label + 3) % 10 for label in CLASSES]
@@ -119,101 +143,77 @@ def test_a_pinned_manifest_has_its_former_labels(tiny_config: TinyConfig, tmp_pa
     assert files(url) == before
 
 
-def test_other_images_are_refused_and_nothing_is_published(tiny_config: TinyConfig, tmp_path: Path) -> None:
-    config = build_config(tiny_config, pack(tmp_path / "a", "cls"))
-    url = cache_section(config).url
-    before = read_manifest(url)[1]
-    swapped = dict(zip(shard_urls(config), pack(tmp_path / "b", "cls", swapped=True), strict=True))
-    with pytest.raises(ShardError) as caught:
-        relabel(url, shard_urls=swapped)
-    assert caught.value.code == "cache.relabel-other-images"
+def test_other_images_are_refused_and_nothing_is_published(labelled: TinyCache, tmp_path: Path) -> None:
+    before = read_manifest(labelled.url)[1]
+    swapped = dict(zip(shard_urls(labelled.config), pack(tmp_path / "b", "cls", swapped=True), strict=True))
+    with raises("cache.relabel-other-images", ShardError) as caught:
+        relabel(labelled.url, shard_urls=swapped)
     assert "row 0, key digit-0000" in str(caught.value.where)
-    assert read_manifest(url)[1] == before
+    assert read_manifest(labelled.url)[1] == before
 
 
-def test_shards_that_the_cache_does_not_have_are_refused(tiny_config: TinyConfig, tmp_path: Path) -> None:
-    config = build_config(tiny_config, pack(tmp_path / "a", "cls"))
-    url = cache_section(config).url
-    before = files(url)
-    with pytest.raises(ConfigError) as caught:
-        relabel(url, shard_urls={**dict(shard_urls(config)), "zzz-00": f"{tmp_path}/zzz-00.tar"})
-    assert (caught.value.code, caught.value.where) == ("cache.relabel-unknown-shards", "--shards")
-    assert caught.value.got == "1 of 3 shards, such as zzz-00"
-    assert files(url) == before
+def test_shards_that_the_cache_does_not_have_are_refused(labelled: TinyCache, tmp_path: Path) -> None:
+    before = files(labelled.url)
+    got = "1 of 3 shards, such as zzz-00"
+    with raises("cache.relabel-unknown-shards", ConfigError, where="--shards", got=got):
+        relabel(labelled.url, shard_urls={**shard_urls(labelled.config), "zzz-00": f"{tmp_path}/zzz-00.tar"})
+    assert files(labelled.url) == before
 
 
-def test_moved_shards_may_be_some_of_all_and_are_counted(tiny_config: TinyConfig, tmp_path: Path) -> None:
-    config = build_config(tiny_config, pack(tmp_path / "a", "cls"))
-    url = cache_section(config).url
-    first, second = shard_urls(config)
+def test_moved_shards_may_be_some_of_all_and_are_counted(labelled: TinyCache, tmp_path: Path) -> None:
+    url, urls = labelled.url, shard_urls(labelled.config)
+    first, second = urls
     elsewhere = pack(tmp_path / "b", "cls", shift=3)[0]
     relabelling = relabel(url, shard_urls={first: elsewhere})
     assert (relabelling.num_given, relabelling.count.num_shards) == (1, 2)
     cache = open_cache(url)
-    assert [cache.shard_url(shard) for shard in cache.shards] == [elsewhere, shard_urls(config)[second]]
+    assert [cache.shard_url(shard) for shard in cache.shards] == [elsewhere, urls[second]]
     assert "shards: 1 read as --shards names them, 1 where the build read them" in describe_relabelling(relabelling)
     assert not verify_cache(url).problems
 
 
-def test_a_missing_label_option_and_a_wrong_member_are_refused(tiny_config: TinyConfig, tmp_path: Path) -> None:
-    config = build_config(tiny_config, pack(tmp_path / "a", None), data={"label": None})
-    url = cache_section(config).url
-    with pytest.raises(ConfigError) as no_label:
+def test_a_missing_label_option_and_a_wrong_member_are_refused(tmp_path: Path) -> None:
+    url = cache_over(pack(tmp_path / "a", None), f"{tmp_path}/cache", data={"label": None}).url
+    with raises("cache.relabel-without-label", ConfigError):
         relabel(url)
-    assert no_label.value.code == "cache.relabel-without-label"
-    with pytest.raises(ShardError) as wrong:
+    got = f"labels: 0 of {NUM}; members seen: json, png"
+    with raises("data.label-not-found", ShardError, got=got, next_step="append --label MEMBER"):
         relabel(url, label="cls")
-    assert wrong.value.code == "data.label-not-found"
-    assert wrong.value.got == f"labels: 0 of {NUM}; members seen: json, png"
-    assert wrong.value.next_step == "append --label MEMBER"
 
 
-def test_a_cache_that_was_changed_meanwhile_is_not_relabelled(tiny_config: TinyConfig, tmp_path: Path) -> None:
-    config = build_config(tiny_config, pack(tmp_path / "a", "cls"))
-    url = cache_section(config).url
-    extended = config.model_copy(update={"views": config.views.model_copy(update={"count": 4})})
-
+def test_a_cache_that_was_changed_meanwhile_is_not_relabelled(labelled: TinyCache) -> None:
     def extend(done: int, _: int) -> None:
         if done == 1:
-            build(extended)
+            build(extended(labelled.config))
 
-    with pytest.raises(CacheError) as caught:
-        relabel(url, progress=extend)
-    assert caught.value.code == "cache.changed-meanwhile"
-    assert open_cache(url).num_views == 4
+    with raises("cache.changed-meanwhile", CacheError):
+        relabel(labelled.url, progress=extend)
+    assert open_cache(labelled.url).num_views == 2
 
 
-def test_new_labels_stay_until_a_build_adds_something(tiny_config: TinyConfig, tmp_path: Path) -> None:
-    config = build_config(tiny_config, pack(tmp_path / "a", "txt"))
-    url = cache_section(config).url
+def test_new_labels_stay_until_a_build_adds_something(unlabelled: TinyCache) -> None:
+    url = unlabelled.url
     relabel(url, label="txt")
     stored = read_manifest(url)[1]
-    publish_manifest(url, shard_urls(config))
+    publish_manifest(url, shard_urls(unlabelled.config))
     assert read_manifest(url)[1] == stored
-    build(config.model_copy(update={"views": config.views.model_copy(update={"count": 4})}))
+    build(extended(unlabelled.config))
     assert labels(open_cache(url)) == [-1] * NUM
     relabel(url, label="txt")
     assert labels(open_cache(url)) == CLASSES
     assert not verify_cache(url).problems
 
 
-def test_class_means_of_the_former_labels_are_left_out(tiny_config: TinyConfig, tmp_path: Path) -> None:
-    url = cache_section(build_config(tiny_config, pack(tmp_path / "a", "cls"), cache={"class_means": "eval"})).url
+def test_class_means_of_the_former_labels_are_left_out(tmp_path: Path) -> None:
+    url = cache_over(pack(tmp_path / "a", "cls"), f"{tmp_path}/cache", cache={"class_means": "eval"}).url
     assert relabel(url).lost_means
     assert open_cache(url).class_means() is None
     assert not verify_cache(url).problems
 
 
-def test_a_damaged_index_with_new_labels_is_found(tiny_config: TinyConfig, tmp_path: Path) -> None:
-    url = cache_section(build_config(tiny_config, pack(tmp_path / "a", "cls"))).url
+def test_a_damaged_index_with_new_labels_is_found(labelled: TinyCache) -> None:
+    url = labelled.url
     relabel(url)
     path = next(path for path in files(url) if path.startswith("labels/"))
     Path(url, path).write_bytes(storage.read(storage.join(url, path))[:-9])
     assert {problem.file for problem in verify_cache(url).problems} == {path}
-
-
-def test_the_manifest_of_a_cache_that_was_never_relabelled_has_no_labels(
-    tiny_config: TinyConfig, tmp_path: Path
-) -> None:
-    url = cache_section(build_config(tiny_config, pack(tmp_path / "a", "cls"))).url
-    assert "labels" not in json.loads(read_manifest(url)[1])

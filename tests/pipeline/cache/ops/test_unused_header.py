@@ -18,6 +18,7 @@ from pipeline.cache.ops.gc import remove_unused_header
 from pipeline.cache.verify import verify_cache
 from pipeline.core.errors import CacheError
 from schemas.config import Config
+from tests.errors import raises
 from tests.pipeline.cache import teachers
 from tests.pipeline.caches import TinyCache, build, cache_section, open_tasks, read_commits, shard_urls
 from tests.pipeline.conftest import TinyConfig
@@ -34,12 +35,13 @@ def write_log(config: Config, *, renewed_s: float) -> BuildLogWriter:
 
 
 @pytest.fixture
-def disturbed(tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch) -> Any:
+def disturbed(tiny_config: TinyConfig, digits_shards: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
     """Configs, and a function that registers a call for their teacher's next forward."""
 
     def config(**overrides: Any) -> Config:
         teacher = {"model": "python:tests.pipeline.cache.teachers:Disturbed", "kwargs": {}, "mean": [0.5] * 3}
-        return tiny_config(teacher=teacher, **overrides)
+        few = {"data": {"shards": digits_shards[1:]}, "cache": {"class_means": "none"}}
+        return tiny_config(teacher=teacher, **few, **overrides)
 
     def during_the_next_part(act: Any) -> None:
         def once() -> None:
@@ -54,15 +56,13 @@ def disturbed(tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_the_error_about_an_unused_header_has_the_command_that_removes_it(tiny_config: TinyConfig) -> None:
     config = tiny_config()
     prepare(config)
-    with pytest.raises(CacheError) as caught:
+    with raises("cache.unused-header", CacheError) as caught:
         prepare(tiny_config(views={"seed": 1}))
-    assert caught.value.code == "cache.unused-header"
     assert f"stillroom cache gc {url_of(config)} --unused-header" in str(caught.value.next_step)
     assert find_header(url_of(config)) is not None
     build_part(open_tasks(config)[0])
-    with pytest.raises(CacheError) as caught:
+    with raises("cache.other-header", CacheError):
         prepare(tiny_config(views={"seed": 1}))
-    assert caught.value.code == "cache.other-header"
 
 
 def test_after_the_removal_another_config_builds_the_same_cache_as_without_the_first_build(
@@ -89,30 +89,26 @@ def test_a_dry_run_removes_nothing(tiny_config: TinyConfig) -> None:
 def test_a_header_with_a_commit_or_a_manifest_stays(tiny_cache: TinyCache) -> None:
     for path in Path(tiny_cache.url, "commits").rglob("*.json"):
         path.unlink()
-    with pytest.raises(CacheError) as caught:
+    with raises("cache.header-in-use", CacheError):
         remove_unused_header(tiny_cache.url, force=True)
-    assert caught.value.code == "cache.header-in-use"
     build(tiny_cache.config)
     Path(tiny_cache.url, layout.MANIFEST).unlink()
-    with pytest.raises(CacheError) as caught:
+    with raises("cache.header-in-use", CacheError):
         remove_unused_header(tiny_cache.url, force=True)
-    assert caught.value.code == "cache.header-in-use"
     assert find_header(tiny_cache.url) is not None
 
 
 def test_a_missing_cache_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(CacheError) as caught:
+    with raises("cache.missing", CacheError):
         remove_unused_header(str(tmp_path))
-    assert caught.value.code == "cache.missing"
 
 
 def test_the_header_of_a_running_build_stays_until_its_log_is_old_or_force_is_given(tiny_config: TinyConfig) -> None:
     config, now_s = tiny_config(), time.time()
     prepare(config)
     write_log(config, renewed_s=now_s)
-    with pytest.raises(CacheError) as caught:
+    with raises("cache.build-running", CacheError) as caught:
         remove_unused_header(url_of(config), now_s=now_s + STALE_S - 1)
-    assert caught.value.code == "cache.build-running"
     assert f"gc {url_of(config)} --unused-header --force" in str(caught.value.next_step)
     assert find_header(url_of(config)) is not None
     assert "header.json" in remove_unused_header(url_of(config), force=True, dry_run=True).removed
@@ -142,22 +138,20 @@ def test_a_builder_revokes_its_commit_and_stops_if_another_builder_claimed_the_c
         prepare(other)
 
     during_the_next_part(claim_for_another)
-    with pytest.raises(CacheError) as caught:
+    with raises("cache.other-header", CacheError):
         build_part(open_tasks(config)[0])
-    assert caught.value.code == "cache.other-header"
     assert read_commits(url_of(config)) == []
-    with pytest.raises(CacheError) as caught:
+    with raises("cache.unused-header", CacheError):
         build_part(open_tasks(config)[0])
-    assert caught.value.code == "cache.unused-header"
     manifest = build(other)
     assert {commit.fingerprint for commit in read_commits(url_of(other))} == {manifest.fingerprint}
     assert verify_cache(url_of(other)).ok
 
 
 def test_a_commit_during_the_removal_restores_the_header(
-    tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch
+    tiny_config: TinyConfig, digits_shards: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tiny_config()
+    config = tiny_config(data={"shards": digits_shards[1:]}, views={"count": 1})
     prepare(config)
     before, task, delete = read_header(url_of(config)), open_tasks(config)[0], storage.delete
 
@@ -167,9 +161,8 @@ def test_a_commit_during_the_removal_restores_the_header(
         delete(url)
 
     monkeypatch.setattr(storage, "delete", commit_first)
-    with pytest.raises(CacheError) as caught:
+    with raises("cache.header-in-use", CacheError):
         remove_unused_header(url_of(config))
-    assert caught.value.code == "cache.header-in-use"
     assert read_header(url_of(config)) == before
     monkeypatch.undo()
     build(config)
@@ -183,6 +176,5 @@ def test_a_commit_under_another_header_is_refused(tiny_config: TinyConfig) -> No
     build_part(task)
     storage.delete(storage.join(url_of(config), layout.HEADER))
     prepare(other)
-    with pytest.raises(CacheError) as caught:
+    with raises("cache.commit-of-another-header", CacheError):
         build_part(PartTask(other, task.shard_url, task.block))
-    assert caught.value.code == "cache.commit-of-another-header"

@@ -19,6 +19,7 @@ from pipeline.core.errors import ShardError, StorageInputError
 from pipeline.shards.publish import publish_shard_index
 from pipeline.shards.writer import pack_shards
 from schemas.config import Config
+from tests.errors import raises
 from tests.pipeline.caches import TinyCache, build, cache_section, digit_samples, files, open_tasks, shard_urls
 from tests.pipeline.conftest import TinyConfig
 from tests.pipeline.shards.tars import make_tar
@@ -234,18 +235,16 @@ def huge(tiny_config: TinyConfig, **cache: object) -> Config:
 
 
 def test_a_cache_that_cannot_fit_on_its_disk_is_refused(tiny_config: TinyConfig) -> None:
-    with pytest.raises(StorageInputError) as caught:
+    with raises("storage.not-enough-room", StorageInputError) as caught:
         check_space(inputs_of(huge(tiny_config)), num_tasks=0)
-    assert caught.value.code == "storage.not-enough-room"
     assert "cache.url" in str(caught.value.next_step)
 
 
 def test_a_part_that_cannot_fit_into_scratch_is_refused_even_if_the_cache_is_remote(tiny_config: TinyConfig) -> None:
     inputs = inputs_of(huge(tiny_config, url="memory://plan/huge"))
     assert check_space(inputs, num_tasks=0) == []
-    with pytest.raises(StorageInputError) as caught:
+    with raises("storage.not-enough-room", StorageInputError) as caught:
         check_space(inputs, num_tasks=8)
-    assert caught.value.code == "storage.not-enough-room"
     assert "8 parts" in caught.value.what
     assert "TMPDIR" in str(caught.value.next_step)
 

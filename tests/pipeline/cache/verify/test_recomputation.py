@@ -21,7 +21,7 @@ from pipeline.tasks import OutputSpec
 from schemas.config import Config
 from tests.marks import slow
 from tests.pipeline.cache.verify.forge import commit_of, replace_commit, republish, rewrite_part
-from tests.pipeline.caches import TinyCache, build, read_commits
+from tests.pipeline.caches import TinyCache, build, cache_section, read_commits
 from tests.pipeline.conftest import TinyConfig
 from tests.tolerances import ulps
 
@@ -61,7 +61,7 @@ def move_to_other_device(cache: TinyCache) -> None:
     "overrides",
     [
         slow({}),
-        {"cache": {"logits": "fp16", "embeddings": "fp16", "class_means": "none"}},
+        slow({"cache": {"logits": "fp16", "embeddings": "fp16", "class_means": "none"}}),
         slow({"views": {"kind": "crop"}, "teacher": {"precision": "bf16"}}),
         slow({"views": {"mix_group": 5}, "teacher": {"batch_size": 7}}),
         {"views": EVERY_OPTION, "cache": {"logits": "topk:3", "embeddings": "int8"}},
@@ -69,14 +69,13 @@ def move_to_other_device(cache: TinyCache) -> None:
     ids=["fp32", "fp16", "crop in bf16", "odd groups and batches", "every option of views"],
 )
 def test_every_row_has_the_same_bits_in_the_environment_of_the_build(
-    tiny_config: TinyConfig, tmp_path: Path, overrides: dict[str, Any]
+    tiny_config: TinyConfig, digits_shards: list[str], tmp_path: Path, overrides: dict[str, Any]
 ) -> None:
-    config = tiny_config(**overrides)
+    config = tiny_config(data={"shards": digits_shards[1:]}, **overrides)
     build(config)
     assert verify_cache(str(tmp_path / "cache")).problems == []
     findings, recomputed = recompute_rows(TinyCache(str(tmp_path / "cache"), config), 10_000)
-    has_eval = config.cache is not None and config.cache.class_means == "eval"
-    num_rows = 35 * (3 + has_eval)
+    num_rows = 15 * (3 + (cache_section(config).class_means == "eval"))
     assert findings.problems == []
     assert recomputed == Recomputed(
         rows=num_rows, same_environment=num_rows, identical=num_rows, largest_difference=0.0

@@ -11,9 +11,10 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
 from pipeline.cache.format.codec import decode, depends_on_temperature, encode, row_bytes, stored_outputs
-from pipeline.core.errors import CacheError
+from pipeline.core.errors import CacheError, ConfigError
 from pipeline.tasks.classification import Classification
 from schemas.config import CacheConfig
+from tests.errors import raises
 from tests.pipeline.cache.format.codec.kinds import logits_output, round_trip, stored, teacher_like
 
 HALF_MAX, SINGLE_MAX = 65_504.0, float(np.finfo(np.float32).max)
@@ -40,10 +41,36 @@ def test_fp16_errs_by_at_most_half_a_unit_in_the_last_place(values_ND: NDArray[n
     assert (np.abs(round_trip(values_ND, "fp16") - values_ND) <= bound).all()
 
 
-@given(st.floats(65_520, SINGLE_MAX, width=32), st.sampled_from([-1, 1]))
-def test_a_number_that_would_be_infinite_in_fp16_is_refused(value: float, sign: int) -> None:
-    with pytest.raises(CacheError, match=r"cache\.values-do-not-fit[\s\S]*cache.logits=fp32"):
-        encode(np.array([[0.0, sign * value]], np.float32), logits_output("fp16", 2))
+@pytest.mark.parametrize("kind", ["fp16", "int4", "topk:1"])
+@given(st.floats(65_520, SINGLE_MAX, width=32))
+def test_a_largest_number_that_would_be_infinite_in_fp16_is_refused(kind: str, value: float) -> None:
+    values = teacher_like(3, 130)
+    values[1, 7] = value
+    with pytest.raises(CacheError, match=r"cache\.values-do-not-fit[\s\S]*keys two\n[\s\S]*cache.logits=fp32"):
+        encode(values, logits_output(kind, 130), keys=["one", "two", "three"])
+
+
+def test_a_number_below_the_range_of_fp16_is_refused() -> None:
+    with pytest.raises(CacheError, match=r"cache\.values-do-not-fit"):
+        encode(np.array([[0.0, -65_520]], np.float32), logits_output("fp16", 2))
+
+
+@pytest.mark.parametrize("num_classes", [256, 257, 65_536, 65_537])
+@pytest.mark.parametrize("kind", ["int4", "topk:1"])
+def test_the_last_of_many_classes_is_decoded(kind: str, num_classes: int) -> None:
+    values = teacher_like(2, num_classes)
+    values[:, -1] = 50
+    assert (round_trip(values, kind).argmax(1) == num_classes - 1).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_classes", "minimum"), [("int4", 100, 128), ("topk:10", 10, 11), ("topk:11", 10, 12)]
+)
+def test_too_few_classes_are_refused(kind: str, num_classes: int, minimum: int) -> None:
+    got, expected = f"{num_classes} classes", f"at least {minimum}"
+    with raises("config.too-few-classes", ConfigError, got=got, expected=expected) as caught:
+        logits_output(kind, num_classes)
+    assert "cache.logits=int8" in str(caught.value.next_step)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

