@@ -26,7 +26,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 
 def test_import_loads_no_torch() -> None:
-    script = "import sys, stillroom; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
+    script = "import sys, stillroom, pipeline.student; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
 
 

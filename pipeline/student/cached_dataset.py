@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,24 +26,6 @@ from pipeline.student.supervision.class_means import cached_means
 from pipeline.student.supervision.requirements import CLASS_MEANS, EMBEDDINGS
 from pipeline.student.supervision.spec import SupervisionSpec, spec_of_caches
 from schemas.config import DataConfig, Interpolation, Section, StudentConfig, TrainConfig, Triple
-
-
-@dataclass(frozen=True, slots=True)
-class _Pass:
-    """The items that one process reads of an epoch: the first, and the distance between two. A loader deals items to
-    its processes in turn."""
-
-    epoch: int
-    start_step: int
-    first: int
-    stride: int
-
-    @classmethod
-    def here(cls, epoch: int, start_step: int) -> _Pass:
-        """That of this process."""
-        worker = get_worker_info()
-        first, stride = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        return cls(epoch, start_step, first, stride)
 
 
 class _Options(Section):
@@ -141,7 +122,7 @@ class CachedDataset(Dataset[CachedBatch]):
         # In shared memory, so that loader processes that outlive an epoch see the next one: epoch, start step, and
         # whether the first and the last remaining step of that epoch were taken, in any order where processes race.
         self._position = torch.zeros(4, dtype=torch.int64).share_memory_()
-        self._last: tuple[_Pass, int] | None = None
+        self._last: tuple[tuple[int, ...], int] | None = None
         self.set_epoch(epoch, start_step=start_step)
 
     @property
@@ -226,7 +207,7 @@ class CachedDataset(Dataset[CachedBatch]):
             raise IndexError(
                 f"step {index} of the {self.steps_per_epoch - start_step} remaining steps of epoch {epoch}"
             )
-        self._take(_Pass.here(epoch, start_step), index)
+        self._check_turn(epoch, start_step, index)
         if index == 0:
             if took_first and took_last:
                 warnings.warn(_repeated(epoch), stacklevel=2)
@@ -242,12 +223,28 @@ class CachedDataset(Dataset[CachedBatch]):
             ddp_weight=rows.num_rows * self._steps.world_size / rows.num_rows_global,
         )
 
-    def _take(self, now: _Pass, index: int) -> None:
-        """Refuses an item that neither starts a pass nor continues it. The same item again is allowed."""
-        last = self._last[1] if self._last is not None and self._last[0] == now else None
-        if index not in (now.first, last, None if last is None else last + now.stride):
-            raise _out_of_order(now, last, index)
-        self._last = (now, index)
+    def _check_turn(self, epoch: int, start_step: int, index: int) -> None:
+        """Refuses an item that neither starts a pass over the epoch nor continues it. The same item again is allowed.
+
+        A loader deals items to its processes in turn.
+        """
+        worker = get_worker_info()
+        first, stride = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        this_pass = (epoch, start_step, first, stride)
+        last = self._last[1] if self._last is not None and self._last[0] == this_pass else None
+        expected = first if last is None else last + stride
+        if index not in (first, last, expected):
+            raise OrderError(
+                "items of a CachedDataset were requested in an order that differs from that of training",
+                code="data.out-of-order",
+                where=f"epoch {epoch}, from step {start_step}",
+                got=f"item {index}" + ("" if last is None else f" after item {last}"),
+                expected=f"item {expected}: every rank takes all items, in order",
+                next_step="give the DataLoader neither shuffle nor a sampler; for Lightning: "
+                "Trainer(use_distributed_sampler=False); for accelerate: do not prepare the loader; to resume, or to "
+                "change the epoch: set_epoch, before the loader starts",
+            )
+        self._last = this_pass, index
 
     def close(self) -> None:
         """Closes the shards; they open again when they are read."""
@@ -257,19 +254,6 @@ class CachedDataset(Dataset[CachedBatch]):
         # Open files cannot go to a loader process that is spawned.
         self.close()
         return self.__dict__
-
-
-def _out_of_order(now: _Pass, last: int | None, index: int) -> OrderError:
-    return OrderError(
-        "items of a CachedDataset were requested in an order that differs from that of training",
-        code="data.out-of-order",
-        where=f"epoch {now.epoch}, from step {now.start_step}",
-        got=f"item {index}" + ("" if last is None else f" after item {last}"),
-        expected=f"item {now.first if last is None else last + now.stride}: every rank takes all items, in order",
-        next_step="give the DataLoader neither shuffle nor a sampler; for Lightning: "
-        "Trainer(use_distributed_sampler=False); for accelerate: do not prepare the loader; to resume, or to change "
-        "the epoch: set_epoch, before the loader starts",
-    )
 
 
 def _repeated(epoch: int) -> str:

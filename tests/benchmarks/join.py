@@ -21,7 +21,7 @@ from jobs.build_cache import build_cache
 from pipeline.cache.format.codec import raw_rows
 from pipeline.cache.read.reader import TeacherCache, open_cache
 from pipeline.student.data.dataset import group_by_shard, read_rows
-from pipeline.student.data.order import OrderedRows
+from pipeline.student.data.epoch_order import OrderedRows
 from pipeline.student.data.sources import CachedSource, open_cached
 from pipeline.student.data.teacher_outputs import decode_outputs
 from schemas.config import Config
@@ -88,7 +88,7 @@ def _compare(encoding: str, source: CachedSource, config: Config, folder: Path) 
 
 
 def _all_columns(source: CachedSource, rows: OrderedRows) -> torch.Tensor:
-    columns = read_rows(source, rows, group_by_shard(rows), 0).of_teacher(0)
+    columns = read_rows(source, rows, group_by_shard(rows), 0).teachers[0]
     return decode_outputs(columns, source.outputs[0], [1.0]).logits[None]
 
 

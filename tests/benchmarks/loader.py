@@ -19,8 +19,8 @@ from pipeline.shards.decode import decode
 from pipeline.shards.tar import ShardReader
 from pipeline.student.data.batch import InputSize
 from pipeline.student.data.dataset import StepDataset, group_by_shard, read_rows
+from pipeline.student.data.epoch_order import OrderedRows
 from pipeline.student.data.loader import load_batches
-from pipeline.student.data.order import OrderedRows
 from pipeline.student.data.sources import CachedSource, open_cached
 from schemas.config import Config
 from tests.benchmarks.join import built, random_teacher

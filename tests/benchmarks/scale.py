@@ -31,10 +31,10 @@ from pipeline.cache.format import layout
 from pipeline.cache.read.reader import open_cache
 from pipeline.core.hashing import seal
 from pipeline.shards.shard_urls import shard_ids
-from pipeline.student.data.order import TrainingOrder
+from pipeline.student.data.order import order_of
 from pipeline.teacher.numerics import numeric_env
 from schemas.cache_format import ByteRange, Commit, FileRef, Header, Output, RowField, Statistics, ViewBlock, ViewRange
-from schemas.config import Config, ViewsConfig
+from schemas.config import Config, TrainConfig, ViewsConfig
 
 _SIZES = (1_000, 10_000)
 _VIEWS, _ROWS, _CLASSES = 5, 1_000, 1_000
@@ -179,9 +179,7 @@ def _training_stages(url: str, plan: ViewsConfig) -> None:
 def _order_stages(shard_ids: list[str], num_ok: list[int], plan: ViewsConfig, *, num_ranks: int) -> None:
     order = _stage(
         "order of training",
-        lambda: TrainingOrder.build(
-            shard_ids, num_ok, seed=0, global_batch_size=1024, lanes=64, kind="global", tail="drop", plan=plan
-        ),
+        lambda: order_of(TrainConfig(global_batch_size=1024, lanes=64), shard_ids, num_ok, plan),
     )
     _stage(f"an epoch of it for one of {num_ranks} ranks", lambda: order.epoch(0, 0).rows(0, 0, num_ranks))
 

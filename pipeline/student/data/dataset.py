@@ -21,9 +21,10 @@ from pipeline.augment.params import sample_views
 from pipeline.augment.pixels import apply_view, stack_views
 from pipeline.core.errors import CacheError
 from pipeline.student.data.batch import Batch, InputSize, SharedMemoryBatch
-from pipeline.student.data.order import EpochOrder, OrderedRows, TrainingOrder
+from pipeline.student.data.epoch_order import EpochOrder, OrderedRows
+from pipeline.student.data.order import TrainingOrder
 from pipeline.student.data.rows import SampleRows, scatter
-from pipeline.student.data.sources import RowSource, check_labelled, read_image
+from pipeline.student.data.sources import RowSource, check_labelled
 from pipeline.student.data.teacher_outputs import decode_outputs
 from pipeline.tasks import Targets
 from schemas.config import ViewsConfig
@@ -90,8 +91,8 @@ class StepDataset(Dataset[Batch]):
             lambda_B=torch.from_numpy(rows.rows_N["mix_lambda"].copy()) if mixes else None,
             cutmix_box_B4=None if cutmix_box_B4 is None else torch.from_numpy(cutmix_box_B4),
             teacher_outputs=tuple(
-                decode_outputs(rows.of_teacher(number), outputs, self.temperatures)
-                for number, outputs in enumerate(self.source.outputs)
+                decode_outputs(columns, outputs, self.temperatures)
+                for columns, outputs in zip(rows.teachers, self.source.outputs, strict=True)
             ),
         )
         # Last: a loader process stacks them into the shared memory in which the whole batch travels.
@@ -123,8 +124,8 @@ class StepDataset(Dataset[Batch]):
         )
         for shard, position_N in by_shard:
             for row in position_N.tolist():
-                image = read_image(
-                    self.source, shard, byte_ranges[row], sample_id=sample_ids[row], max_pixels=self.max_pixels
+                image = self.source.files.image(
+                    shard, byte_ranges[row], sample_id=sample_ids[row], max_pixels=self.max_pixels
                 )
                 pixels[row] = student_views.render(image, row, self.student)
                 for size, views in teacher_pixels.items():

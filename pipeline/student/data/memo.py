@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Callable, Hashable
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 from cachetools import LRUCache
 
@@ -13,10 +13,19 @@ K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
 
-class _ReleasingCache(LRUCache[K, V]):
-    def __init__(self, size: int, release: Callable[[V], None] | None) -> None:
+class Memo(LRUCache[K, V]):
+    """``memo[key]`` is the result of a function; the last ``size`` are stored, and ``release`` is called on the others.
+
+    A pickled copy starts empty: open files cannot be sent.
+    """
+
+    def __init__(self, function: Callable[[K], V], size: int, release: Callable[[V], None] | None = None) -> None:
         super().__init__(size)
-        self._release = release
+        self._function, self._release = function, release
+
+    def __missing__(self, key: K) -> V:
+        value = self[key] = self._function(key)
+        return value
 
     def popitem(self) -> tuple[K, V]:
         key, value = super().popitem()
@@ -24,38 +33,12 @@ class _ReleasingCache(LRUCache[K, V]):
             self._release(value)
         return key, value
 
-
-class Memo(Generic[K, V]):
-    """The last ``size`` results of a function, by key. ``release`` is called on a result that leaves.
-
-    A pickled copy starts empty.
-    """
-
-    def __init__(self, function: Callable[[K], V], size: int, release: Callable[[V], None] | None = None) -> None:
-        self._function, self._size, self._release = function, size, release
-        self._results: _ReleasingCache[K, V] = _ReleasingCache(size, release)
-
-    def get(self, key: K) -> V:
-        if key not in self._results:
-            self._results[key] = self._function(key)
-        return self._results[key]
-
-    def pop(self, key: K) -> V | None:
-        """The result for this key, if there is one; the caller releases it."""
-        return self._results.pop(key, None)
-
     def clear(self) -> None:
-        """Releases all results."""
-        while self._results:
-            self._results.popitem()
+        while self:
+            self.popitem()
 
-    def __getstate__(self) -> tuple[object, ...]:
-        # Open files cannot be sent.
-        return self._function, self._size, self._release
-
-    def __setstate__(self, state: tuple[Callable[[K], V], int, Callable[[V], None] | None]) -> None:
-        self._function, self._size, self._release = state
-        self._results = _ReleasingCache(self._size, self._release)
+    def __reduce__(self) -> tuple[object, ...]:
+        return Memo, (self._function, self.maxsize, self._release)
 
 
 def max_open(files_each: int) -> int:

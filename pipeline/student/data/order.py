@@ -18,13 +18,8 @@ import numpy as np
 
 from pipeline.augment.random_bits import key_of, permutation
 from pipeline.core.errors import ConfigError
-from pipeline.student.data.epoch_order import EpochOrder, Ints, OrderedRows
+from pipeline.student.data.epoch_order import EpochOrder, Ints
 from schemas.config import TrainConfig, ViewsConfig
-
-__all__ = ["EpochOrder", "OrderKind", "OrderedRows", "Tail", "TrainingOrder", "order_of"]
-
-OrderKind = Literal["global", "pinned"]
-Tail = Literal["drop", "short"]
 
 _MAX_DEFAULT_LANES = 64
 _MAX_DROPPED_SHARE = 0.05
@@ -34,7 +29,7 @@ _WINDOW_STEPS = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingOrder:
-    """The order of a training. Build it with ``order_of`` or ``TrainingOrder.build``, which check the numbers.
+    """The order of a training. Build it with ``order_of``, which checks the numbers.
 
     Under mixing, mixup partners are adjacent in one batch. A row without a partner in its shard is joined
     with the next such row into one unit, so that full steps have G rows; the two are not mixed with each other. If the
@@ -51,45 +46,9 @@ class TrainingOrder:
     seed: int
     global_batch_size: int
     num_lanes: int
-    kind: OrderKind
-    tail: Tail
+    kind: Literal["global", "pinned"]
+    tail: Literal["drop", "short"]
     plan: ViewsConfig
-
-    @classmethod
-    def build(
-        cls,
-        shard_ids: Sequence[str],
-        num_ok: Sequence[int],
-        *,
-        seed: int,
-        global_batch_size: int,
-        lanes: int | None,
-        kind: OrderKind,
-        tail: Tail,
-        plan: ViewsConfig,
-    ) -> TrainingOrder:
-        """An order whose every full step has ``global_batch_size`` rows.
-
-        Args:
-            lanes: C; ``None`` takes the largest divisor of G (under mixing of G/2) up to 64.
-
-        Raises:
-            ConfigError: G is odd under mixing, C does not divide it, there are too few rows, or ``tail: drop`` would
-                drop more than 5 % of them.
-        """
-        assert len(shard_ids) == len(num_ok), "one count for each shard"
-        order = cls(
-            shard_ids=tuple(shard_ids),
-            num_ok_S=np.asarray(num_ok, dtype=np.int64),
-            seed=seed,
-            global_batch_size=global_batch_size,
-            num_lanes=_checked_lanes(global_batch_size, lanes, rows_per_unit=2 if plan.mixes else 1),
-            kind=kind,
-            tail=tail,
-            plan=plan,
-        )
-        _check_rows(order)
-        return order
 
     @property
     def num_rows(self) -> int:
@@ -214,21 +173,27 @@ class TrainingOrder:
 
 
 def order_of(train: TrainConfig, shard_ids: Sequence[str], num_ok: Sequence[int], plan: ViewsConfig) -> TrainingOrder:
-    """The order of a config's ``train`` section.
+    """The order of a config's ``train`` section, whose every full step has ``train.global_batch_size`` rows.
+
+    Without ``train.lanes``, C is the largest divisor of G (under mixing of G/2) up to 64.
 
     Raises:
-        ConfigError: as ``TrainingOrder.build``.
+        ConfigError: G is odd under mixing, C does not divide it, there are too few rows, or ``tail: drop`` would drop
+            more than 5 % of them.
     """
-    return TrainingOrder.build(
-        shard_ids,
-        num_ok,
+    assert len(shard_ids) == len(num_ok), "one count for each shard"
+    order = TrainingOrder(
+        shard_ids=tuple(shard_ids),
+        num_ok_S=np.asarray(num_ok, dtype=np.int64),
         seed=train.seed,
         global_batch_size=train.global_batch_size,
-        lanes=train.lanes,
+        num_lanes=_checked_lanes(train.global_batch_size, train.lanes, rows_per_unit=2 if plan.mixes else 1),
         kind=train.order,
         tail=train.tail,
         plan=plan,
     )
+    _check_rows(order)
+    return order
 
 
 def _checked_lanes(global_batch_size: int, lanes: int | None, *, rows_per_unit: int) -> int:

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 StructuredRows = NDArray[np.void]
 _AUG_PARAMS = "aug_params/"
 _BYTE_RANGE = ["offset", "size", "content_hash"]
-_ID, _ROW, _TEACHER = "sample_id", "row", "teacher"
 
 
 def as_structured_rows(fields: Mapping[str, NDArray[Any]], aug_params: Mapping[str, NDArray[Any]]) -> StructuredRows:
@@ -44,43 +43,24 @@ class SampleRows:
     """N rows under one view: where their bytes are, how they are cropped, and the encoded outputs of cached teachers.
 
     Attributes:
-        columns: ``sample_id`` (str objects), ``row`` (structured), and of each cached teacher ``teacher/<number>/norm``
-            (fp32), ``…/logits`` and ``…/embedding`` (uint8 [N,W], encoded), where the cache has them and a loss reads
-            them. Fields of ``row``: offset, size, content_hash (of the image's bytes in its shard), the task's target
+        sample_id_N: str objects.
+        rows_N: with the fields offset, size, content_hash (of the image's bytes in its shard), the task's target
             columns, width, height (pixels after EXIF rotation), box [4], flip, mix_lambda, partner (ordinal among the
             shard's ok rows; a row's own where it is not mixed), augmentation parameters, and possibly others.
+        teachers: columns of each cached teacher: ``norm`` (fp32), ``logits`` and ``embedding`` (uint8 [N,W], encoded),
+            where the cache has them and a loss reads them.
     """
 
-    columns: Mapping[str, NDArray[Any]]
-
-    @classmethod
-    def build(
-        cls,
-        sample_id_N: NDArray[np.object_],
-        rows_N: StructuredRows,
-        teachers: Sequence[Mapping[str, NDArray[Any]]] = (),
-    ) -> SampleRows:
-        """
-        Args:
-            teachers: the columns of each cached teacher.
-        """
-        outputs = {
-            f"{_TEACHER}/{number}/{name}": values
-            for number, columns in enumerate(teachers)
-            for name, values in columns.items()
-        }
-        return cls({_ID: sample_id_N, _ROW: rows_N, **outputs})
+    sample_id_N: NDArray[np.object_]
+    rows_N: StructuredRows
+    teachers: Sequence[Mapping[str, NDArray[Any]]] = ()
 
     def __len__(self) -> int:
         return len(self.rows_N)
 
     @property
     def sample_ids(self) -> list[str]:
-        return self.columns[_ID].tolist()
-
-    @property
-    def rows_N(self) -> StructuredRows:
-        return self.columns[_ROW]
+        return self.sample_id_N.tolist()
 
     @property
     def byte_ranges(self) -> list[tuple[int, int, int]]:
@@ -91,11 +71,6 @@ class SampleRows:
     def aug_params(self) -> dict[str, NDArray[Any]]:
         return aug_params_of(self.rows_N)
 
-    def of_teacher(self, number: int) -> dict[str, NDArray[Any]]:
-        """The columns of one cached teacher."""
-        prefix = f"{_TEACHER}/{number}/"
-        return {name.removeprefix(prefix): values for name, values in self.columns.items() if name.startswith(prefix)}
-
 
 def scatter(chunks: Sequence[SampleRows], positions: Sequence[NDArray[np.integer[Any]]]) -> SampleRows:
     """The rows of several shards as those of one batch.
@@ -105,10 +80,16 @@ def scatter(chunks: Sequence[SampleRows], positions: Sequence[NDArray[np.integer
         positions: of each chunk's rows in the batch; together they are 0 … B - 1.
     """
     num_rows = sum(map(len, positions))
-    columns = {
-        name: np.empty((num_rows, *values.shape[1:]), values.dtype) for name, values in chunks[0].columns.items()
-    }
-    for chunk, position_N in zip(chunks, positions, strict=True):
-        for name, values in chunk.columns.items():
-            columns[name][position_N] = values
-    return SampleRows(columns)
+
+    def scattered(columns: Sequence[NDArray[Any]]) -> NDArray[Any]:
+        batch = np.empty((num_rows, *columns[0].shape[1:]), columns[0].dtype)
+        for values, position_N in zip(columns, positions, strict=True):
+            batch[position_N] = values
+        return batch
+
+    teachers = zip(*(chunk.teachers for chunk in chunks), strict=True)
+    return SampleRows(
+        scattered([chunk.sample_id_N for chunk in chunks]),
+        scattered([chunk.rows_N for chunk in chunks]),
+        [{name: scattered([chunk[name] for chunk in teacher]) for name in teacher[0]} for teacher in teachers],
+    )

@@ -1,9 +1,14 @@
-"""The shards of a run, open for reading on this node."""
+"""The images of a run's shards, read on this node."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import xxhash
+from torch import Tensor
+
+from pipeline.core.errors import CacheError, ShardError
+from pipeline.shards.decode import BadImageError, decode
 from pipeline.shards.shard_urls import report_moved
 from pipeline.shards.tar import ShardReader
 from pipeline.student.data.local_store import CacheLease, NodeStore
@@ -27,7 +32,7 @@ class _OpenShard:
 class ShardFiles:
     """Shards by position, local or copied once a node; the last used stay open."""
 
-    def __init__(self, urls: list[str], store: NodeStore, *, name_shards: str = "append data.shards={}") -> None:
+    def __init__(self, urls: list[str], store: NodeStore, *, name_shards: str) -> None:
         """``name_shards``: as of ``open_cached``."""
         self._urls, self._store, self._name_shards = urls, store, name_shards
         self._opened = Memo(self._open, max_open(2), _OpenShard.close)
@@ -42,14 +47,40 @@ class ShardFiles:
         with report_moved(self._urls, self._name_shards):
             return self._store.acquire_url(self._urls[shard])
 
-    def read(self, shard: int, offset: int, size: int) -> bytes:
-        return self._opened.get(shard).reader.read(offset, size)
+    def image(self, shard: int, byte_range: tuple[int, int, int], *, sample_id: str, max_pixels: int) -> Tensor:
+        """The image at one of ``SampleRows.byte_ranges``, uint8 [3,H,W], verified to be the one that was indexed.
 
-    def reread(self, shard: int, offset: int, size: int) -> bytes:
-        """Reads from a new copy, after the old one turned out to have other bytes. A local shard is read again."""
-        if (opened := self._opened.pop(shard)) is not None:
-            opened.discard()
-        return self.read(shard, offset, size)
+        Raises:
+            CacheError: the tar holds other bytes now.
+            ShardError: they no longer decode, or the tar ends before them.
+        """
+        offset, size, expected = byte_range
+        data = self._opened[shard].reader.read(offset, size)
+        if (content_hash := xxhash.xxh3_64_intdigest(data)) != expected:
+            # Only this node's copy may be wrong: a new one is read, or the same file if it is local.
+            self._opened.pop(shard).discard()
+            data = self._opened[shard].reader.read(offset, size)
+            content_hash = xxhash.xxh3_64_intdigest(data)
+        if content_hash != expected:
+            raise CacheError(
+                "an image is not the one that was indexed",
+                code="shard.image-changed",
+                where=sample_id,
+                got=f"content hash {content_hash:016x}",
+                expected=f"{expected:016x}",
+                next_step="the shard changed since; restore it, or build another cache or index from it; after "
+                "cache relabel --shards, name those shards",
+            )
+        try:
+            return decode(data, max_pixels=max_pixels)
+        except BadImageError as error:
+            raise ShardError(
+                "an image that was usable when its shard was indexed is unusable now",
+                code="shard.image-undecodable-now",
+                where=sample_id,
+                got=f"{error.status}: {error.reason}",
+                next_step="use the decoder versions that built the index",
+            ) from error
 
     def fetch(self, shard: int) -> None:
         """Copies a shard to this node, unless it is local or copied already. Threads may share it."""

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
-from torch import Tensor
 
 from pipeline import storage
 from pipeline.augment.params import sample_views, shard_partners, unmix
 from pipeline.cache.read.reader import ShardEntry, TeacherCache
 from pipeline.core.errors import CacheError, ConfigError, ShardError
 from pipeline.core.redaction import redact
-from pipeline.shards.decode import BadImageError, decode
 from pipeline.shards.index import ShardIndex, decode_index, index_settings
 from pipeline.shards.publish import index_name
 from pipeline.shards.shard_urls import shard_ids, shard_urls
@@ -34,89 +31,56 @@ _MEMO_SIZE = 64
 _NUM_SAMPLED = 16
 
 
-class RowSource(Protocol):
-    """The rows of a training. Shards are numbered by position; ``rows`` takes ordinals among a shard's ok rows."""
+class RowSource(ABC):
+    """The rows of a training. Shards are numbered by position, and ordinals count a shard's ok rows.
+
+    Attributes:
+        num_ok: of each shard.
+        outputs: what each cached teacher's columns hold, by name.
+        files: the images.
+    """
+
+    def __init__(
+        self,
+        urls: list[str],
+        num_ok: list[int],
+        task: Task,
+        store: NodeStore,
+        *,
+        name_shards: str,
+        outputs: Sequence[Mapping[str, Output]] = (),
+    ) -> None:
+        self.shard_ids, self.num_ok, self.task, self.outputs = shard_ids(urls), num_ok, task, outputs
+        self.store, self.files = store, ShardFiles(urls, store, name_shards=name_shards)
+        self.are_shards_local = all(storage.protocol(url) == "file" for url in urls)
+
+    @abstractmethod
+    def view_of(self, epoch: int) -> int:
+        """The view that an epoch shows."""
+
+    @abstractmethod
+    def index(self, shard: int) -> ShardIndex: ...
+
+    @abstractmethod
+    def rows(self, shard: int, ordinal_N: NDArray[np.int32], epoch: int) -> SampleRows:
+        """These rows under the epoch's view, with the outputs of cached teachers."""
 
     @property
-    def shard_ids(self) -> list[str]: ...
-
-    @property
-    def num_ok(self) -> list[int]: ...
-
-    @property
-    def outputs(self) -> Sequence[Mapping[str, Output]]:
-        """What each cached teacher's columns hold, by name."""
-        ...
-
-    def view_of(self, epoch: int) -> int: ...
-
-    def rows(self, shard: int, ordinal_N: NDArray[np.int32], epoch: int) -> SampleRows: ...
-
-    @property
-    def task(self) -> Task: ...
+    @abstractmethod
+    def fetched_bytes(self) -> int:
+        """About how many bytes ``fetch`` brings of a shard, on average."""
 
     def targets(self, shard: int) -> Targets:
         """The target columns of a shard's ok rows."""
-        ...
+        return self.index(shard).ok_targets
 
-    def index(self, shard: int) -> ShardIndex: ...
+    def fetch(self, shard: int, epoch: int) -> None:  # noqa: ARG002
+        """Brings what an epoch reads of a shard to this node. Threads may share it."""
+        self.files.fetch(shard)
 
-    def read(self, shard: int, offset: int, size: int) -> bytes: ...
-
-    def reread(self, shard: int, offset: int, size: int) -> bytes: ...
-
-    def fetch(self, shard: int, epoch: int) -> None: ...
-
-    @property
-    def fetched_bytes(self) -> int: ...
-
-    @property
-    def store(self) -> NodeStore: ...
-
-    def close(self) -> None: ...
-
-
-def read_image(
-    source: RowSource, shard: int, byte_range: tuple[int, int, int], *, sample_id: str, max_pixels: int
-) -> Tensor:
-    """The image at one of ``SampleRows.byte_ranges``, uint8 [3,H,W], verified to be the one that was indexed.
-
-    Raises:
-        CacheError: the tar holds other bytes now.
-        ShardError: they no longer decode, or the tar ends before them.
-    """
-    offset, size, expected = byte_range
-    data = source.read(shard, offset, size)
-    content_hash = xxhash.xxh3_64_intdigest(data)
-    if content_hash != expected:
-        # Only this node's copy may be wrong.
-        data = source.reread(shard, offset, size)
-        content_hash = xxhash.xxh3_64_intdigest(data)
-    if content_hash != expected:
-        raise CacheError(
-            "an image is not the one that was indexed",
-            code="shard.image-changed",
-            where=sample_id,
-            got=f"content hash {content_hash:016x}",
-            expected=f"{expected:016x}",
-            next_step="the shard changed since; restore it, or build another cache or index from it; after "
-            "cache relabel --shards, name those shards",
-        )
-    try:
-        return decode(data, max_pixels=max_pixels)
-    except BadImageError as error:
-        raise ShardError(
-            "an image that was usable when its shard was indexed is unusable now",
-            code="shard.image-undecodable-now",
-            where=sample_id,
-            got=f"{error.status}: {error.reason}",
-            next_step="use the decoder versions that built the index",
-        ) from error
-
-
-def is_local(urls: Sequence[str]) -> bool:
-    """Whether all of these are files of this machine, which are read where they are."""
-    return all(storage.protocol(url) == "file" for url in urls)
+    def close(self) -> None:
+        """Closes the files; they open again when they are read."""
+        self.files.close()
 
 
 def check_labelled(sample_ids: list[str], labelled_N: NDArray[np.bool_]) -> None:
@@ -154,28 +118,18 @@ def check_any_labelled(source: RowSource, data: DataConfig) -> None:
         )
 
 
-class IndexedSource:
+class IndexedSource(RowSource):
     """Views sampled while training, without a cache: epoch e sees view e."""
 
-    outputs: Sequence[Mapping[str, Output]] = ()
-
     def __init__(self, urls: list[str], indexes: list[ShardIndex], plan: ViewsConfig, store: NodeStore) -> None:
-        self.shard_ids, self._urls = shard_ids(urls), urls
-        self.num_ok = [index.num_ok for index in indexes]
-        self.plan = plan
-        self.store, self._files = store, ShardFiles(urls, store, name_shards="correct data.shards={}")
-        self.read, self.reread, self.close = self._files.read, self._files.reread, self._files.close
-        self.task, self._indexes = indexes[0].task, indexes
+        num_ok = [index.num_ok for index in indexes]
+        super().__init__(urls, num_ok, indexes[0].task, store, name_shards="correct data.shards={}")
+        self.plan, self._indexes = plan, indexes
         self._partners = Memo(self._partners_of, _MEMO_SIZE)
-
-    def fetch(self, shard: int, epoch: int) -> None:  # noqa: ARG002
-        """Brings a shard to this node; the same in every epoch. Threads may share it."""
-        self._files.fetch(shard)
 
     @property
     def fetched_bytes(self) -> int:
-        """About how many bytes ``fetch`` brings of a shard, on average."""
-        if is_local(self._urls):
+        if self.are_shards_local:
             return 0
         ends = [int((index.offset + index.size).max(initial=0)) for index in self._indexes]
         return sum(ends) // len(ends)
@@ -187,9 +141,6 @@ class IndexedSource:
         """
         for index in self._indexes:
             check_labelled(index.sample_ids(index.ok), self.task.has_target(index.ok_targets))
-
-    def targets(self, shard: int) -> Targets:
-        return self._indexes[shard].ok_targets
 
     def index(self, shard: int) -> ShardIndex:
         return self._indexes[shard]
@@ -205,12 +156,11 @@ class IndexedSource:
         return shard_partners(self.plan, self.shard_ids[shard], view, num_ok)
 
     def rows(self, shard: int, ordinal_N: NDArray[np.int32], epoch: int) -> SampleRows:
-        """The rows with these ordinals among the shard's ok rows, under the epoch's view."""
         index, view = self._indexes[shard], self.view_of(epoch)
         position_N = index.ok[ordinal_N]
         sample_ids = index.sample_ids(position_N)
         width_N, height_N = index.width[position_N], index.height[position_N]
-        partner_N = self._partners.get((shard, view))[ordinal_N]
+        partner_N = self._partners[shard, view][ordinal_N]
         params = unmix(sample_views(self.plan, sample_ids, view, width_N, height_N), partner_N == ordinal_N)
         fields = {
             "offset": index.offset[position_N],
@@ -224,10 +174,10 @@ class IndexedSource:
             "mix_lambda": params.mix_lambda_N,
             "partner": partner_N,
         }
-        return SampleRows.build(np.array(sample_ids, object), as_structured_rows(fields, params.aug_params))
+        return SampleRows(np.array(sample_ids, object), as_structured_rows(fields, params.aug_params))
 
 
-class CachedSource:
+class CachedSource(RowSource):
     """Views and teacher outputs as the caches store them: epoch e sees view e mod V, the smallest V of all caches.
 
     All caches hold the same views of the same rows; index and views are those of the first.
@@ -243,48 +193,42 @@ class CachedSource:
         with_embeddings: bool,
         name_shards: str,
     ) -> None:
-        self.caches, self._shards, self._urls = tuple(caches), shards, urls
-        self.task = task_of(caches[0].data)
-        self.outputs = tuple({output.name: output for output in cache.header.outputs} for cache in caches)
-        self.num_views = min(cache.num_views for cache in caches)
-        self.shard_ids = [shard.shard_id for shard in shards]
-        self.num_ok = [shard.num_ok for shard in shards]
-        self.store = store
-        self._files, self._views = (
-            ShardFiles(urls, store, name_shards=name_shards),
-            ViewFiles(self.caches, shards, store, with_embeddings=with_embeddings),
+        super().__init__(
+            urls,
+            [shard.num_ok for shard in shards],
+            task_of(caches[0].data),
+            store,
+            name_shards=name_shards,
+            outputs=tuple({output.name: output for output in cache.header.outputs} for cache in caches),
         )
-        self.read, self.reread = self._files.read, self._files.reread
+        self.caches, self._shards = tuple(caches), shards
+        self.num_views = min(cache.num_views for cache in caches)
+        self._views = ViewFiles(self.caches, shards, store, with_embeddings=with_embeddings)
         # Training takes all but targets and content hashes from the views.
         self._indexes = Memo(self._read_index, _MEMO_SIZE)
 
     def view_of(self, epoch: int) -> int:
         return epoch % self.num_views
 
-    def targets(self, shard: int) -> Targets:
-        return self.index(shard).ok_targets
-
     def index(self, shard: int) -> ShardIndex:
-        return self._indexes.get(shard)
+        return self._indexes[shard]
 
     def _read_index(self, shard: int) -> ShardIndex:
         return self.caches[0].index(self._shards[shard])
 
     def fetch(self, shard: int, epoch: int) -> None:
-        """Brings what ``rows`` and ``read`` take of a shard in this epoch to this node. Threads may share it."""
         self._views.fetch(shard, self.view_of(epoch))
-        self._files.fetch(shard)
+        super().fetch(shard, epoch)
 
     @property
     def fetched_bytes(self) -> int:
-        """About how many bytes ``fetch`` brings of a shard, on average."""
         some = self._shards[:: -(-len(self._shards) // _NUM_SAMPLED)]
         views = sum(cache.committed_view(shard.shard_id, 0).size_bytes for shard in some for cache in self.caches)
-        shards = 0 if is_local(self._urls) else sum(shard.size_bytes for shard in some)
+        shards = 0 if self.are_shards_local else sum(shard.size_bytes for shard in some)
         return (views + shards) // len(some)
 
     def close(self) -> None:
-        self._files.close()
+        super().close()
         self._views.close()
 
     def pixel_proofs(self, shard: int, view: int) -> list[PixelProofs]:
@@ -292,13 +236,9 @@ class CachedSource:
         return self._views.proofs(shard, view)
 
     def rows(self, shard: int, ordinal_N: NDArray[np.int32], epoch: int) -> SampleRows:
-        """The rows with these ordinals among the shard's ok rows, under the epoch's view, with teacher outputs."""
         joined = self._views.get(shard, self.view_of(epoch))
-        return SampleRows.build(
-            joined[0].sample_ids(ordinal_N),
-            joined[0].rows_N[ordinal_N],
-            [rows.teacher_columns(ordinal_N) for rows in joined],
-        )
+        teachers = [rows.teacher_columns(ordinal_N) for rows in joined]
+        return SampleRows(joined[0].sample_ids(ordinal_N), joined[0].rows_N[ordinal_N], teachers)
 
 
 def open_cached(

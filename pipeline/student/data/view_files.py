@@ -61,11 +61,11 @@ class ViewFiles:
             CacheError: they are not, or two caches hold different views.
             StorageError: storage fails, or this node's disk does.
         """
-        return self._opened.get((shard, view)).rows
+        return self._opened[shard, view].rows
 
     def proofs(self, shard: int, view: int) -> list[PixelProofs]:
         """The pixel digests of the same rows, in each cache."""
-        return [read_proofs(lease.path) for lease in self._opened.get((shard, view)).leases]
+        return [read_proofs(lease.path) for lease in self._opened[shard, view].leases]
 
     def fetch(self, shard: int, view: int) -> None:
         """Creates the files, if they do not exist. Threads may share it."""

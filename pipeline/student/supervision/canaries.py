@@ -13,7 +13,7 @@ from pipeline.augment.pixels import apply_view, pixel_digest, pixel_mean
 from pipeline.cache.read.reader import TeacherCache
 from pipeline.core.errors import CacheError
 from pipeline.core.redaction import redact
-from pipeline.student.data.sources import CachedSource, read_image
+from pipeline.student.data.sources import CachedSource
 from pipeline.student.distributed import DistributedContext
 from pipeline.teacher.numerics import numeric_env
 from schemas.config import DataConfig
@@ -113,7 +113,7 @@ def _check_shard(source: CachedSource, number: int, shard: int, max_pixels: int)
     rows = source.rows(shard, np.array(ordinals, np.int32), 0)
     drifts: dict[str, int] = {}
     for row, (ordinal, byte_range) in enumerate(zip(ordinals, rows.byte_ranges, strict=True)):
-        image = read_image(source, shard, byte_range, sample_id=rows.sample_ids[row], max_pixels=max_pixels)
+        image = source.files.image(shard, byte_range, sample_id=rows.sample_ids[row], max_pixels=max_pixels)
         box, flip = rows.rows_N["box"][row].tolist(), bool(rows.rows_N["flip"][row])
         aug_params = aug_params_row(rows.aug_params, row)
         view = apply_view(image, box, flip, aug_params, size=size, interpolation=interpolation)

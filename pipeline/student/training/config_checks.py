@@ -83,8 +83,10 @@ def _check_tasks(config: Config) -> None:
 
 def _check_review(config: Config) -> None:
     """Feature maps are far larger than images, so no cache stores them."""
+    if review_section(config.loss) is None:
+        return
     mode = config.teacher.mode
-    if review_section(config.loss) is not None and mode != "online":
+    if mode != "online":
         raise ConfigError(
             "review_kd needs feature maps of the teacher, which no cache holds",
             code="config.review-needs-online",
@@ -93,7 +95,7 @@ def _check_review(config: Config) -> None:
             expected="online",
             next_step="set teacher.mode=online (with teacher.model and data.shards), or drop review_kd",
         )
-    if review_section(config.loss) is not None and config.teacher.others:
+    if config.teacher.others:
         raise ConfigError(
             "review_kd takes the feature maps of one teacher",
             code="config.review-needs-one-teacher",

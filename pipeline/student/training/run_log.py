@@ -20,12 +20,17 @@ Emit = Callable[..., None]
 
 
 class RunLog:
-    """What a run reports while it trains."""
+    """What a run reports while it trains.
+
+    Attributes:
+        steps: losses that are still on the device.
+        speed: throughput since the last record.
+    """
 
     def __init__(self, run_url: str, distributed: DistributedContext, report: Report) -> None:
         self._run_url, self._report = run_url, report
         self._is_main_rank = distributed.is_main_rank
-        self._steps, self._speed = StepLog(distributed), ThroughputMeter()
+        self.steps, self.speed = StepLog(distributed), ThroughputMeter()
         self._metrics: MetricsFile | None = None
 
     def emit(self, kind: str, **values: Any) -> None:
@@ -42,18 +47,10 @@ class RunLog:
         with MetricsFile(self._run_url, first_step=first_step, tensorboard=tensorboard) as self._metrics:
             yield
 
-    def watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Measures the throughput of a loop over these batches."""
-        return self._speed.watch(batches)
-
-    def restart_clock(self) -> None:
-        """Excludes the time since the last flush from the throughput."""
-        self._speed.reset()
-
     def add_step(self, batch: Batch, result: StepResult) -> None:
         """Without waiting for the device."""
         update = result.update
-        self._steps.add(
+        self.steps.add(
             batch.step,
             batch.epoch,
             update.lr,
@@ -63,23 +60,10 @@ class RunLog:
             scale=update.scale,
         )
 
-    @property
-    def num_pending(self) -> int:
-        """Steps since the last flush."""
-        return len(self._steps)
-
-    def flush(self) -> list[Record]:
-        """One record a step since the last flush, averaged over ranks. Every rank calls it.
-
-        Raises:
-            TrainingError: a loss or a gradient is not finite.
-        """
-        return self._steps.flush()
-
     def write(self, records: list[Record], *, total_steps: int, seconds: float) -> None:
-        """Adds flushed records to the metrics, and reports the last of them."""
+        """Adds flushed steps to the metrics, and reports the last of them."""
         if self._metrics is not None:
-            speed = self._speed.read()
+            speed = self.speed.read()
             self._metrics.add(records, speed)
             self.emit("step", total_steps=total_steps, seconds=seconds, **records[-1], **speed)
 

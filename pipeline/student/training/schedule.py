@@ -33,23 +33,9 @@ def plan_training(train: TrainConfig, views: ViewsConfig, num_rows: int) -> Trai
         ConfigError: as ``order_of`` and ``check_warmup``.
     """
     order = order_of(train, ["all"], [num_rows], views)
-    total = train.epochs * order.num_steps
-    check_warmup(train, total)
-    return TrainingPlan(
-        steps_per_epoch=order.num_steps,
-        total_steps=total,
-        rows_dropped=order.rows_dropped,
-        lr={step: _lr(train, step, order.num_steps) for step in _turns(train, order.num_steps)},
-    )
-
-
-def _turns(train: TrainConfig, steps_per_epoch: int) -> list[int]:
-    """First step, end of warm-up, milestones, last step."""
-    total = train.epochs * steps_per_epoch
-    milestones = [epoch * steps_per_epoch for epoch in train.milestones]
-    return sorted({0, train.warmup_steps, *(step for step in milestones if step < total), total - 1})
-
-
-def _lr(train: TrainConfig, step: int, steps_per_epoch: int) -> float:
-    total = train.epochs * steps_per_epoch
-    return train.lr * lr_factor(step, train=train, total_steps=total)
+    steps_per_epoch, total_steps = order.num_steps, train.epochs * order.num_steps
+    check_warmup(train, total_steps)
+    milestones = [epoch * steps_per_epoch for epoch in train.milestones if epoch < train.epochs]
+    turns = sorted({0, train.warmup_steps, *milestones, total_steps - 1})
+    lr = {step: train.lr * lr_factor(step, train=train, total_steps=total_steps) for step in turns}
+    return TrainingPlan(steps_per_epoch, total_steps, order.rows_dropped, lr)

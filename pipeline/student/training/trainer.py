@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from contextlib import closing
 from typing import Any
 
@@ -121,10 +120,10 @@ class Trainer:
             pin_memory=device.type == "cuda",
         )
         with closing(loading) as batches:
-            for batch in self.log.watch(batches):
+            for batch in self.log.speed.watch(batches):
                 self.log.add_step(batch, self.train_step(batch.to(device)))
                 progress.step, progress.seconds = batch.step + 1, time.monotonic() - began
-                if (saves := self._saves_now()) or self._ends_epoch or self.log.num_pending >= FLUSH_STEPS:
+                if (saves := self._saves_now()) or self._ends_epoch or len(self.log.steps) >= FLUSH_STEPS:
                     self._flush()
                     saves = self._saves_in_time() or saves
                 if saves and setup.distributed.is_main_rank:
@@ -133,7 +132,7 @@ class Trainer:
                 if self._evaluates_now:
                     evaluation = self._evaluate(publish=saves)
                 if saves or self._ends_epoch:
-                    self.log.restart_clock()
+                    self.log.speed.reset()
         return evaluation
 
     @property
@@ -179,7 +178,7 @@ class Trainer:
         self.checkpointer.save(self.progress, *permanent, checkpoint.LAST)
 
     def _flush(self) -> None:
-        records = self.log.flush()
+        records = self.log.steps.flush()
         if not records:
             return
         steps = f"between steps {records[0]['step']} and {records[-1]['step']}"
@@ -273,13 +272,12 @@ def _start_warnings(setup: TrainingSetup, validator: Validator) -> list[str]:
     return texts
 
 
-def _layout_warnings(student: BuiltStudent) -> Sequence[str]:
+def _layout_warnings(student: BuiltStudent) -> list[str]:
     if not student.unsafe_layers:
-        return ()
+        return []
     named = ", ".join(student.unsafe_layers[:_NUM_NAMED])
     cause = f"torch's backward pass of {named} in channels-last memory can crash on this CPU"
+    remedy = ": the student is trained in contiguous memory (train.channels_last)"
     if student.channels_last:
-        return (
-            f"{cause}, and train.channels_last is true: set it to null or false if the process is killed by a signal",
-        )
-    return (f"{cause}: the student is trained in contiguous memory (train.channels_last)",)
+        remedy = ", and train.channels_last is true: set it to null or false if the process is killed by a signal"
+    return [cause + remedy]

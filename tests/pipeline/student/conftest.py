@@ -1,4 +1,4 @@
-"""Caches that a training replays for twelve epochs, one of each kind of views, built once."""
+"""Caches that trainings replay, one of each kind of views, built once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from schemas.config import Config, ViewsConfig
 from tests.pipeline.caches import TinyCache, build, cache_section, copy_of
 from tests.pipeline.student.runs import close_sources
 
-NUM_VIEWS = 12
+NUM_VIEWS = 6
 PLANS: dict[str, dict[str, Any]] = {
     "crop": {"kind": "crop"},
     "function_matching": {"kind": "function_matching"},
@@ -29,7 +29,7 @@ PLANS: dict[str, dict[str, Any]] = {
 
 
 class Replay(Protocol):
-    """A cache of one of the plans, with twelve views by default."""
+    """A cache of one of the plans, with ``NUM_VIEWS`` views by default."""
 
     def __call__(self, kind: str, *, num_views: int = NUM_VIEWS) -> TinyCache: ...
 
@@ -51,7 +51,7 @@ def _with_views(config: Config, kind: str, url: str, num_views: int = NUM_VIEWS)
 
 @pytest.fixture(scope="session")
 def replays(built_cache: TinyCache, tmp_path_factory: pytest.TempPathFactory) -> Replay:
-    """``replays("crop")`` and so on through ``PLANS``: twelve fp32 views of 35 digits. Never written to."""
+    """``replays("crop")`` and so on through ``PLANS``: fp32 views of 35 digits. Never written to."""
     built: dict[tuple[str, int], TinyCache] = {}
 
     def get(kind: str, *, num_views: int = NUM_VIEWS) -> TinyCache:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from pipeline.cache.read.reader import open_cache
 from pipeline.core.hashing import seal
 from pipeline.models import load_model
 from pipeline.shards.publish import publish_shard_index
+from pipeline.student.data import order
 from pipeline.student.data.batch import InputSize
 from pipeline.student.data.dataset import StepDataset
 from pipeline.student.data.order import TrainingOrder
@@ -37,7 +40,7 @@ from pipeline.student.training.run_log import Report, RunLog
 from pipeline.student.training.setup import prepare
 from pipeline.student.training.trainer import Trainer, train
 from pipeline.student.training.validator import Validator
-from schemas.config import Config, DataConfig, ViewsConfig
+from schemas.config import Config, DataConfig, TrainConfig, ViewsConfig
 from tests.pipeline.caches import TinyCache, read_commits, shard_urls
 from tests.tolerances import magnitude_of, network_operations, reordered
 
@@ -49,9 +52,15 @@ SMALL: dict[str, Any] = {
 NORMALISED = {**SMALL, "model": "python:tests.pipeline.student.small_networks:Normalised"}
 KD = [{"name": "kd", "temperature": 1.0}]
 CE = [{"name": "ce"}]
-
+ALL_TERMS = [*CE, {"name": "kd", "temperature": 2.0, "warmup_epochs": 2}, {"name": "dist"}, {"name": "nd"}]
+Event = dict[str, Any]
 
 _opened: list[RowSource] = []
+_seeds = count(1)
+
+
+class ProcessKilledError(Exception):
+    """Ends a training like the death of its process."""
 
 
 def close_sources() -> None:
@@ -87,10 +96,10 @@ def training_error(config: Config, num_steps: float) -> float:
     return reordered(num_steps * network_operations(loaded.module, images_BCHW))
 
 
-def assert_weights_close(found: dict[str, Tensor], expected: dict[str, Tensor], error: float) -> None:
+def assert_weights_close(actual: dict[str, Tensor], expected: dict[str, Tensor], error: float) -> None:
     """``error`` is relative to the largest weight of each tensor."""
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=0, atol=error * magnitude_of(value))
+        torch.testing.assert_close(actual[name], value, rtol=0, atol=error * magnitude_of(value))
 
 
 def index_shards(config: Config, folder: Path) -> None:
@@ -108,15 +117,15 @@ def indexed_source(config: Config, folder: Path) -> IndexedSource:
 def cached_source(
     cache: TinyCache, *others: TinyCache, data: DataConfig | None = None, with_embeddings: bool = False
 ) -> CachedSource:
-    caches = [open_cache(one.url) for one in (cache, *others)]
+    caches = [open_cache(opened.url) for opened in (cache, *others)]
     source = open_cached(caches, cache.config.data if data is None else data, with_embeddings=with_embeddings)
     _opened.append(source)
     return source
 
 
 def order_of(source: RowSource, plan: ViewsConfig, **changes: Any) -> TrainingOrder:
-    keys: dict[str, Any] = {"seed": 0, "global_batch_size": 8, "lanes": None, "kind": "global", "tail": "short"}
-    return TrainingOrder.build(source.shard_ids, source.num_ok, plan=plan, **{**keys, **changes})
+    train = TrainConfig.model_validate({"global_batch_size": 8, "tail": "short", **changes})
+    return order.order_of(train, source.shard_ids, source.num_ok, plan)
 
 
 def dataset(source: RowSource, plan: ViewsConfig, **changes: Any) -> StepDataset:
@@ -156,6 +165,27 @@ def train_until(config: Config, is_last: Callable[[dict[str, Any]], bool]) -> li
     return events
 
 
+def run(config: Config, *, stop: tuple[str, int] | None = None) -> list[Event]:
+    """Trains; with ``stop`` the process dies at the n-th event of that kind. Returns what was reported.
+
+    The global seed of torch differs in each call, and must have no effect.
+    """
+    assert config.run is not None
+    if config.teacher.mode != "cache":
+        index_shards(config, Path(config.run.url) / "index")
+    torch.manual_seed(next(_seeds))
+    events: list[Event] = []
+
+    def report(event: Event) -> None:
+        events.append(event)
+        if stop is not None and sum(earlier["kind"] == stop[0] for earlier in events) == stop[1]:
+            raise ProcessKilledError
+
+    with nullcontext() if stop is None else pytest.raises(ProcessKilledError):
+        train(config, report=report)
+    return events
+
+
 def warnings_of(config: Config) -> list[str]:
     """Trains; the texts of the warnings that it reports."""
     events: list[dict[str, Any]] = []
@@ -175,6 +205,39 @@ def summary_of(run_url: Path | str) -> dict[str, Any]:
     summary = checkpoint.read_summary(str(run_url))
     assert summary is not None
     return summary
+
+
+def resumed_at(events: list[Event]) -> int:
+    return next(event["first_step"] for event in events if event["kind"] == "begin")
+
+
+def check_resume(config_of: Callable[[Path], Config], folder: Path, *, stop: tuple[str, int], first_step: int) -> None:
+    """A run whose process dies at the n-th event of a kind, and which resumes at this step, ends with the same bits as
+    an undisturbed one. It needs validation shards."""
+    straight, stopped = folder / "straight", folder / "stopped"
+    run(config_of(straight))
+    run(config_of(stopped), stop=stop)
+    assert checkpoint.read_summary(str(stopped)) is None
+    assert resumed_at(run(config_of(stopped))) == first_step
+    for name in (checkpoint.LAST, checkpoint.BEST):
+        assert_bitwise(state_of(straight, name), state_of(stopped, name))
+    assert metrics(stopped) == metrics(straight)
+    assert evaluations(stopped) == evaluations(straight)
+
+
+def assert_bitwise(actual: Any, expected: Any, path: str = "") -> None:
+    """Equal contents of checkpoints or summaries, but for their ``seconds``."""
+    if isinstance(actual, Tensor):
+        assert torch.equal(actual, expected), path
+    elif isinstance(actual, dict):
+        assert actual.keys() == expected.keys(), path
+        for key in actual.keys() - {"seconds"}:
+            assert_bitwise(actual[key], expected[key], f"{path}/{key}")
+    elif isinstance(actual, list):
+        for number, items in enumerate(zip(actual, expected, strict=True)):
+            assert_bitwise(*items, f"{path}/{number}")
+    else:
+        assert actual == expected, path
 
 
 def evaluations(run_url: Path) -> list[dict[str, Any]]:
@@ -197,6 +260,10 @@ def evaluated(config: Config, name: CheckpointName = "last", *, with_teacher: bo
 
 def metrics(run_url: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run_url / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run_url: Path) -> list[float]:
+    return [record["loss"] for record in metrics(run_url)]
 
 
 def rewrite_view(cache: TinyCache, shard_id: str, view: int, change: Callable[[pa.Table], pa.Table]) -> None:

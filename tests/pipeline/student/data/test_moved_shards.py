@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from jobs.index_shards import index_shards
 from pipeline import storage
 from pipeline.cache.ops.relabel import relabel
 from pipeline.cache.verify import verify_cache
-from pipeline.core.errors import ConfigError, StillroomError, StorageInputError
+from pipeline.core.errors import StillroomError, StorageInputError
 from pipeline.shards.shard_urls import new_place, report_moved
 from pipeline.student.evaluation.evaluator import evaluate_run
 from pipeline.student.run.checkpoint import check_same_config
@@ -23,39 +25,42 @@ from pipeline.student.training.config_checks import check_training
 from pipeline.student.training.trainer import train
 from schemas.config import Config
 from stillroom import CachedDataset
+from tests.errors import raises
 from tests.pipeline.caches import TinyCache, build, cache_section, shard_urls
-from tests.pipeline.conftest import TinyConfig
+from tests.pipeline.conftest import tiny_config_of
 from tests.pipeline.student.runs import CE, run_config
 
 NEW = "'NEW_FOLDER/digits-{00..01}.tar'"
-ALL = "2 of 2 shards are not where they are expected"
 
 
-@pytest.fixture
-def base(tiny_config: TinyConfig, digits_shards: list[str], tmp_path: Path) -> Config:
-    """Of a cache whose shards can be moved."""
-    here = tmp_path / "here"
-    here.mkdir()
-    config = tiny_config(
-        data={"shards": [shutil.copy(url, here) for url in digits_shards]},
-        views={"kind": "crop", "count": 1},
-        cache={"class_means": "none"},
-    )
+@pytest.fixture(scope="module")
+def base(digits_shards: list[str], tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Of a cache over copies of the shards in the folder ``here``."""
+    folder = tmp_path_factory.mktemp("moved")
+    (folder / "here").mkdir()
+    shards = [shutil.copy(url, folder / "here") for url in digits_shards]
+    changes = {"views": {"kind": "crop", "count": 1}, "cache": {"class_means": "none"}}
+    config = tiny_config_of(shards, str(folder / "cache"), changes)
     build(config)
     return config
 
 
-def moved(tmp_path: Path) -> str:
-    (tmp_path / "here").rename(tmp_path / "there")
-    return f"{tmp_path}/there/digits-{{00..01}}.tar"
+@contextmanager
+def moved(base: Config) -> Iterator[str]:
+    """Inside, the shards are in the folder ``there``, by this pattern."""
+    here = Path(cache_section(base).url).with_name("here")
+    there = here.rename(here.with_name("there"))
+    try:
+        yield f"{there}/digits-{{00..01}}.tar"
+    finally:
+        there.rename(here)
 
 
-def assert_moved(error: StillroomError, tmp_path: Path, *, got: str, option: str) -> None:
-    assert (error.code, error.exit_code, error.got) == ("data.shards-moved", 2, got)
-    assert error.where is not None
-    assert error.where.startswith(f"{tmp_path}/here/digits-0")
-    assert error.next_step is not None
-    assert option in error.next_step
+def assert_moved(error: StillroomError, option: str) -> None:
+    assert (error.code, error.exit_code) == ("data.shards-moved", 2)
+    assert error.got == "2 of 2 shards are not where they are expected"
+    assert "/here/digits-0" in str(error.where)
+    assert option in str(error.next_step)
 
 
 def of_cache_alone(base: Config, url: Path, **data: Any) -> Config:
@@ -64,98 +69,78 @@ def of_cache_alone(base: Config, url: Path, **data: Any) -> Config:
     return config.model_copy(update={"data": type(config.data)(cache=config.data.cache, **data)})
 
 
-def test_training_from_a_cache_names_data_shards_and_continues_from_the_new_place(base: Config, tmp_path: Path) -> None:
-    there = moved(tmp_path)
-    with pytest.raises(StorageInputError) as caught:
-        train(of_cache_alone(base, tmp_path / "run"))
-    assert_moved(caught.value, tmp_path, got=ALL, option=f"append data.shards={NEW}")
-    assert train(of_cache_alone(base, tmp_path / "run", shards=there))["steps"] > 0
+def without_labels(base: Config) -> Config:
+    return base.model_copy(update={"data": base.data.model_copy(update={"label": None})})
+
+
+COMMANDS: dict[str, tuple[Callable[[Config, Path], object], str]] = {
+    "train": (lambda base, folder: train(of_cache_alone(base, folder)), "append data.shards="),
+    "CachedDataset": (lambda base, _: CachedDataset(cache_section(base).url, global_batch_size=8), "shards="),
+    "relabel": (lambda base, _: relabel(cache_section(base).url), "append --shards "),
+    "build": (lambda base, _: check_shards(cache_section(base).url, shard_urls(base), []), "append data.shards="),
+    "index": (lambda base, folder: index_shards(base, str(folder)), "data.shards="),
+    "index without labels": (lambda base, folder: index_shards(without_labels(base), str(folder)), "data.shards="),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_names_its_option(base: Config, tmp_path: Path, command: str) -> None:
+    call, option = COMMANDS[command]
+    with moved(base), pytest.raises(StorageInputError) as caught:
+        call(base, tmp_path)
+    assert_moved(caught.value, option + NEW)
 
 
 def test_a_run_continues_with_moved_shards_but_not_with_other_shards(base: Config, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    train(of_cache_alone(base, run))
-    there = moved(tmp_path)
-    check_same_config(str(run), of_cache_alone(base, run, shards=there))
-    with pytest.raises(ConfigError) as caught:
-        check_same_config(str(run), of_cache_alone(base, run, shards=there.replace("00..01", "00..00")))
-    assert caught.value.code == "run.other-config"
-    check_same_config(str(run), of_cache_alone(base, run))
-
-
-def test_a_dataset_names_its_own_option(base: Config, tmp_path: Path) -> None:
-    (tmp_path / "here" / "digits-01.tar").unlink()
-    with pytest.raises(StorageInputError) as caught:
-        CachedDataset(cache_section(base).url, global_batch_size=8)
-    got = "1 of 2 shards are not where they are expected"
-    assert_moved(caught.value, tmp_path, got=got, option=f"shards={NEW}")
-
-
-def test_relabelling_names_its_own_option(base: Config, tmp_path: Path) -> None:
-    moved(tmp_path)
-    with pytest.raises(StorageInputError) as caught:
-        relabel(cache_section(base).url)
-    assert_moved(caught.value, tmp_path, got=ALL, option=f"append --shards {NEW}")
-
-
-def test_a_build_names_data_shards(base: Config, tmp_path: Path) -> None:
-    moved(tmp_path)
-    with pytest.raises(StorageInputError) as caught:
-        check_shards(cache_section(base).url, shard_urls(base), [])
-    assert_moved(caught.value, tmp_path, got=ALL, option=f"append data.shards={NEW}")
+    train(of_cache_alone(base, tmp_path))
+    with moved(base) as there:
+        check_same_config(str(tmp_path), of_cache_alone(base, tmp_path, shards=there))
+        with raises("run.other-config"):
+            check_same_config(str(tmp_path), of_cache_alone(base, tmp_path, shards=there.replace("00..01", "00..00")))
+        check_same_config(str(tmp_path), of_cache_alone(base, tmp_path))
 
 
 def test_validation_shards_have_an_option_in_each_command(base: Config, tmp_path: Path) -> None:
-    there = moved(tmp_path)
-    config = of_cache_alone(base, tmp_path / "run", shards=there, val_shards=base.data.shards)
-    for command in (check_training, train):
+    with moved(base) as there:
+        config = of_cache_alone(base, tmp_path / "run", shards=there, val_shards=base.data.shards)
+        for command in (check_training, train):
+            with pytest.raises(StorageInputError) as caught:
+                command(config)
+            assert_moved(caught.value, "data.val_shards")
+        assert train(of_cache_alone(base, tmp_path / "run", shards=there))["steps"] > 0
         with pytest.raises(StorageInputError) as caught:
-            command(config)
-        assert_moved(caught.value, tmp_path, got=ALL, option="data.val_shards")
-    train(of_cache_alone(base, tmp_path / "run", shards=there))
-    with pytest.raises(StorageInputError) as caught:
-        evaluate_run(
-            str(tmp_path / "run"),
-            tuple(shard_urls(base).values()),
-            checkpoint_name="last",
-            num_threads=1,
-            device=torch.device("cpu"),
-        )
-    assert_moved(caught.value, tmp_path, got=ALL, option=f"--shards to their place now, {NEW}")
+            evaluate_run(
+                str(tmp_path / "run"),
+                tuple(shard_urls(base).values()),
+                checkpoint_name="last",
+                num_threads=1,
+                device=torch.device("cpu"),
+            )
+    assert_moved(caught.value, f"--shards to their place now, {NEW}")
 
 
-def test_a_verification_without_shards_names_its_option(base: Config, tmp_path: Path) -> None:
+def test_a_verification_without_shards_names_its_option(base: Config) -> None:
     url = cache_section(base).url
     assert "--shards" not in describe_verification(verify_cache(url))
-    moved(tmp_path)
-    report = verify_cache(url)
+    with moved(base):
+        report = verify_cache(url)
     assert report.ok
     assert "append --shards" in describe_verification(report)
 
 
-@pytest.mark.parametrize("label", ["cls", None])
-def test_an_index_names_the_option(base: Config, tmp_path: Path, label: str | None) -> None:
-    moved(tmp_path)
-    config = base.model_copy(update={"data": base.data.model_copy(update={"label": label})})
-    with pytest.raises(StorageInputError) as caught:
-        index_shards(config, str(tmp_path / "index"))
-    assert_moved(caught.value, tmp_path, got=ALL, option=f"data.shards={NEW}")
-
-
 def test_missing_files_that_are_no_shards_are_not_called_shards(built_cache: TinyCache, tmp_path: Path) -> None:
     urls = [*shard_urls(built_cache.config).values()]
-    with pytest.raises(StorageInputError) as caught, report_moved(urls, "append --shards {}"):
+    with raises("storage.missing-file"), report_moved(urls, "append --shards {}"):
         storage.size(str(tmp_path / "weights.pt"))
-    assert caught.value.code == "storage.missing-file"
 
 
 def test_of_very_many_shards_a_part_is_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.shards.shard_urls.MAX_LOOK_UPS", 3)
     urls = [str(tmp_path / f"s-{number}.tar") for number in range(5)]
     Path(urls[1]).touch()
-    with pytest.raises(StorageInputError) as caught, report_moved(urls, "append --shards {}"):
+    got = "2 of the first 3 of 5 shards are not where they are expected"
+    with raises("data.shards-moved", got=got), report_moved(urls, "append --shards {}"):
         storage.size(urls[0])
-    assert caught.value.got == "2 of the first 3 of 5 shards are not where they are expected"
 
 
 def test_new_places_are_one_quoted_pattern() -> None:

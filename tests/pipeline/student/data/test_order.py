@@ -13,9 +13,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from pipeline.augment.params import mix_partners
-from pipeline.core.errors import ConfigError
-from pipeline.student.data.order import EpochOrder, OrderedRows, TrainingOrder
-from schemas.config import ViewsConfig
+from pipeline.student.data.epoch_order import EpochOrder, OrderedRows
+from pipeline.student.data.order import TrainingOrder, order_of
+from schemas.config import TrainConfig, ViewsConfig
+from tests.errors import raises
 from tests.marks import slow
 
 WORLD_SIZES = (1, 2, 3, 4, 8)
@@ -25,9 +26,10 @@ FROZEN_ORDER = [[(2, 0), (2, 4), (1, 1), (1, 2)], [(2, 1), (0, 1), (1, 0), (1, 3
 
 
 def build(num_ok: list[int], global_batch_size: int, **changes: Any) -> TrainingOrder:
-    settings_ = {"seed": 0, "lanes": None, "kind": "global", "tail": "short", "plan": ViewsConfig(kind="crop")}
     names = [f"train-{number:05d}" for number in range(len(num_ok))]
-    return TrainingOrder.build(names, num_ok, global_batch_size=global_batch_size, **{**settings_, **changes})
+    plan = changes.pop("plan", ViewsConfig(kind="crop"))
+    train = TrainConfig.model_validate({"global_batch_size": global_batch_size, "tail": "short", **changes})
+    return order_of(train, names, num_ok, plan)
 
 
 def pairs_of(rows: OrderedRows) -> list[Row]:
@@ -72,61 +74,51 @@ def cases(draw: st.DrawFn) -> Case:
         kind="function_matching" if mixed else "crop", count=5, mix_group=draw(st.sampled_from([2, 5, 8, 256]))
     )
     kind, seed = draw(st.sampled_from(["global", "pinned"])), draw(st.integers(0, 2**62))
-    order = build(num_ok, batch, seed=seed, lanes=lanes, kind=kind, tail=tail, plan=plan)
+    order = build(num_ok, batch, seed=seed, lanes=lanes, order=kind, tail=tail, plan=plan)
     return Case(order, draw(st.integers(0, 9)), draw(st.integers(0, 2**40)), world_size)
 
 
 LAW = settings(max_examples=60, deadline=None)
 
 
-@LAW
 @given(cases())
-def test_the_fewest_rows_are_those_of_the_rank_and_step_with_the_fewest(case: Case) -> None:
+@LAW
+def test_an_epoch_has_each_row_once_in_full_steps_and_a_last_one_of_what_remains(case: Case) -> None:
+    order, epoch = case.order, case.fresh
+    batches = [global_batch(epoch, step, case.world_size) for step in range(order.num_steps)]
+    seen = Counter(row for batch in batches for row in batch)
+    assert set(seen) <= every_row(order)
+    assert set(seen.values()) == {1}
+    assert len(seen) == order.num_rows - order.rows_dropped
+    assert order.rows_dropped < order.global_batch_size
+    assert order.tail == "drop" or order.rows_dropped == 0
+    assert [len(batch) for batch in batches] == [order.global_rows(step) for step in range(order.num_steps)]
+    assert {len(batch) for batch in batches[:-1]} <= {order.global_batch_size}
+
+
+@given(cases(), st.data())
+@LAW
+def test_global_batches_are_the_same_for_any_world_size_and_from_any_step(case: Case, data: st.DataObject) -> None:
+    """Resuming needs only a new order and a later step, also with a different world size."""
+    first = data.draw(st.integers(0, case.order.num_steps - 1))
+    undisturbed, resumed = case.fresh, case.fresh
+    batches = [global_batch(undisturbed, step, 1) for step in range(case.order.num_steps)]
+    suffix = [global_batch(resumed, step, case.world_size) for step in range(first, case.order.num_steps)]
+    assert suffix == batches[first:]
+
+
+@given(cases())
+@LAW
+def test_ranks_have_whole_lanes_and_the_fewest_rows_are_known_beforehand(case: Case) -> None:
+    lanes = [case.order.lanes_of(rank, case.world_size) for rank in range(case.world_size)]
+    assert [lane for rank_lanes in lanes for lane in rank_lanes] == list(range(case.order.num_lanes))
+    assert max(map(len, lanes)) - min(map(len, lanes)) <= 1
     epoch = case.fresh
-    rows = {
+    assert case.order.smallest_batch(case.world_size) == min(
         (len(epoch.rows(step, rank, case.world_size).row_B), step)
         for step in range(case.order.num_steps)
         for rank in range(case.world_size)
-    }
-    assert case.order.smallest_batch(case.world_size) == min(rows)
-
-
-@given(cases())
-@LAW
-def test_each_row_comes_once_an_epoch_or_is_counted_as_dropped(case: Case) -> None:
-    seen = Counter(all_rows(case.fresh, case.world_size))
-    assert set(seen) <= every_row(case.order)
-    assert set(seen.values()) == {1}
-    assert len(seen) == case.order.num_rows - case.order.rows_dropped
-    if case.order.tail == "short":
-        assert case.order.rows_dropped == 0
-    assert case.order.rows_dropped < case.order.global_batch_size
-
-
-@given(cases())
-@LAW
-def test_global_batches_are_the_same_for_any_world_size(case: Case) -> None:
-    alone, together = case.fresh, case.fresh
-    for step in range(case.order.num_steps):
-        assert global_batch(together, step, case.world_size) == global_batch(alone, step, 1)
-
-
-@given(cases())
-@LAW
-def test_full_steps_have_g_rows_and_the_last_has_what_remains(case: Case) -> None:
-    rows = case.fresh
-    sizes = [len(global_batch(rows, step, 1)) for step in range(case.order.num_steps)]
-    assert sizes == [case.order.global_rows(step) for step in range(case.order.num_steps)]
-    assert set(sizes[:-1]) <= {case.order.global_batch_size}
-    assert sum(sizes) == case.order.num_rows - case.order.rows_dropped
-
-
-@given(cases())
-@LAW
-def test_ranks_differ_by_one_lane_at_most(case: Case) -> None:
-    lanes = [case.order.lanes_of(rank, case.world_size) for rank in range(case.world_size)]
-    assert [lane for own in lanes for lane in own] == list(range(case.order.num_lanes))
-    assert max(map(len, lanes)) - min(map(len, lanes)) <= 1
+    )
 
 
 @given(cases())
@@ -137,7 +129,7 @@ def test_mixup_partners_share_a_rank_and_are_those_of_the_view(case: Case) -> No
         for rank in range(case.world_size):
             batch = epoch.rows(step, rank, case.world_size)
             rows = pairs_of(batch)
-            assert [rows[place] for place in batch.partner_B.tolist()] == [partners[row] for row in rows]
+            assert [rows[position] for position in batch.partner_B.tolist()] == [partners[row] for row in rows]
             assert batch.partner_B.dtype == batch.row_B.dtype == batch.shard_B.dtype == np.int32
 
 
@@ -149,19 +141,8 @@ def expected_partners(case: Case) -> dict[Row, Row]:
         for group, start in enumerate(range(0, count, plan.mix_group)):
             size = min(plan.mix_group, count - start)
             inside = mix_partners(plan, case.order.shard_ids[shard], group, case.view, size).tolist()
-            partners.update({(shard, start + place): (shard, start + mate) for place, mate in enumerate(inside)})
+            partners.update({(shard, start + row): (shard, start + partner) for row, partner in enumerate(inside)})
     return partners
-
-
-@given(cases(), st.data())
-@LAW
-def test_any_step_can_be_read_alone(case: Case, data: st.DataObject) -> None:
-    """Resuming needs only a new order and a later step, also with a different world size."""
-    step = data.draw(st.integers(0, case.order.num_steps - 1))
-    undisturbed, resumed = case.fresh, case.fresh
-    batches = [global_batch(undisturbed, number, case.world_size) for number in range(case.order.num_steps)]
-    suffix = [global_batch(resumed, number, 1) for number in range(step, case.order.num_steps)]
-    assert suffix == batches[step:]
 
 
 @pytest.mark.slow
@@ -182,7 +163,7 @@ def test_first_steps_are_those_at_which_rows_name_a_shard_first(case: Case, data
 @pytest.mark.parametrize("plan", ["crop", "function_matching"])
 def test_epochs_seeds_and_steps_differ(kind: str, plan: str) -> None:
     def epoch_rows(seed: int, epoch: int) -> list[Row]:
-        order = build([50] * 8, 40, kind=kind, seed=seed, plan=ViewsConfig(kind=plan, count=9))
+        order = build([50] * 8, 40, order=kind, seed=seed, plan=ViewsConfig(kind=plan, count=9))
         return all_rows(order.epoch(epoch, 0))
 
     assert epoch_rows(0, 0) == epoch_rows(0, 0)
@@ -199,7 +180,9 @@ def shards_by_lane(order: TrainingOrder, epoch: int) -> list[set[int]]:
 
 @pytest.mark.parametrize("plan", ["crop", "function_matching"])
 def test_pinned_lanes_keep_their_shards_over_epochs(plan: str) -> None:
-    order = build([31, 40, 27, 36] * 5, 16, lanes=4, kind="pinned", plan=ViewsConfig(kind=plan, count=9, mix_group=256))
+    order = build(
+        [31, 40, 27, 36] * 5, 16, lanes=4, order="pinned", plan=ViewsConfig(kind=plan, count=9, mix_group=256)
+    )
     first = shards_by_lane(order, 0)
     assert all(shards_by_lane(order, epoch) == first for epoch in range(1, 4))
     assert max(map(len, first)) <= 5 + 2
@@ -238,7 +221,7 @@ def test_a_rank_builds_only_its_lanes() -> None:
 @pytest.mark.parametrize("plan", ["crop", slow("function_matching")])
 def test_drop_loses_another_set_each_epoch_and_no_row_for_good(kind: str, plan: str) -> None:
     """Also where shards are smaller than what is lost, and their order is pinned."""
-    order = build([2] * 103, 40, lanes=2, kind=kind, tail="drop", plan=ViewsConfig(kind=plan, count=20))
+    order = build([2] * 103, 40, lanes=2, order=kind, tail="drop", plan=ViewsConfig(kind=plan, count=20))
     assert order.rows_dropped == 6
     lost = [every_row(order) - set(all_rows(order.epoch(epoch, epoch))) for epoch in range(20)]
     assert all(len(rows) == 6 for rows in lost)
@@ -269,53 +252,35 @@ def test_the_order_of_a_version_never_changes() -> None:
     assert [pairs_of(order.epoch(2, 1).rows(step, 0, 1)) for step in range(3)] == FROZEN_ORDER
 
 
-def refused(**arguments: Any) -> str:
-    with pytest.raises(ConfigError) as caught:
-        build(**arguments)
-    return str(caught.value)
+PAIRS = ViewsConfig(kind="function_matching")
 
 
-def test_lanes_that_do_not_divide_are_refused_with_a_number_that_does() -> None:
-    message = refused(num_ok=[100], global_batch_size=48, lanes=5)
-    assert "train.lanes" in message
-    assert "a divisor of 48" in message
-    assert "leave train.lanes out to get 48" in message
+@pytest.mark.parametrize(
+    ("num_ok", "batch", "changes", "code", "text"),
+    [
+        ([100], 48, {"lanes": 5}, "train.lanes-not-divisor", "leave train.lanes out to get 48"),
+        ([100], 48, {"lanes": 16, "plan": PAIRS}, "train.lanes-not-divisor", "a divisor of 24"),
+        ([100], 7, {"plan": PAIRS}, "train.odd-batch-size", "set train.global_batch_size=8"),
+        ([5, 4], 16, {"tail": "drop"}, "train.too-many-dropped", "9 rows"),
+        ([106], 100, {"tail": "drop"}, "train.too-many-dropped", "106 rows, batches of 100: 6 dropped"),
+        ([0, 0], 4, {}, "data.no-rows", "0 ok rows"),
+    ],
+)
+def test_numbers_that_do_not_fit_are_refused_with_the_remedy(
+    num_ok: list[int], batch: int, changes: dict[str, Any], code: str, text: str
+) -> None:
+    with raises(code) as caught:
+        build(num_ok, batch, **changes)
+    assert text in str(caught.value)
 
 
-def test_lanes_must_divide_the_pairs_of_a_mixed_batch() -> None:
-    assert "a divisor of 24" in refused(
-        num_ok=[100], global_batch_size=48, lanes=16, plan=ViewsConfig(kind="function_matching")
-    )
-
-
-def test_an_odd_batch_of_pairs_is_refused() -> None:
-    message = refused(num_ok=[100], global_batch_size=7, plan=ViewsConfig(kind="function_matching"))
-    assert "train.global_batch_size" in message
-    assert "set train.global_batch_size=8" in message
-
-
-def test_fewer_rows_than_a_batch_are_refused_unless_the_tail_is_short() -> None:
-    message = refused(num_ok=[5, 4], global_batch_size=16, tail="drop")
-    assert "9 rows" in message
-    assert "train.tail: short" in message
-    assert len(all_rows(build([5, 4], 16, tail="short").epoch(0, 0))) == 9
-
-
-def test_dropping_over_five_percent_is_refused_with_the_counts() -> None:
-    message = refused(num_ok=[106], global_batch_size=100, tail="drop")
-    assert "106 rows, batches of 100: 6 dropped" in message
+def test_up_to_five_percent_of_the_rows_may_be_dropped() -> None:
     assert build([105], 100, tail="drop").rows_dropped == 5
 
 
-def test_no_rows_are_refused() -> None:
-    assert "0 ok rows" in refused(num_ok=[0, 0], global_batch_size=4)
-
-
 def test_more_ranks_than_lanes_are_refused() -> None:
-    order = build([100], 10, lanes=5)
-    with pytest.raises(ConfigError) as caught:
-        order.lanes_of(0, 6)
-    assert (caught.value.code, caught.value.got) == ("train.more-ranks-than-lanes", "world size 6, 5 lanes")
+    with raises("train.more-ranks-than-lanes", got="world size 6, 5 lanes"):
+        build([100], 10, lanes=5).lanes_of(0, 6)
 
 
 @pytest.mark.parametrize("step", [-1, 10])

@@ -12,11 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from pipeline.core.hashing import seal
 from pipeline.student.run import checkpoint
-from pipeline.student.training.optim import build_optimizer, build_schedule
 from schemas.config import Config, TrainConfig
 from tests.errors import raises
 
@@ -122,37 +120,6 @@ def test_one_cache_is_pinned_by_the_same_name_as_the_first_of_several(tmp_path: 
     checkpoint.pin_manifests(str(tmp_path), [b"first"])
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
     assert checkpoint.pinned_manifests(str(tmp_path), 2) == (b"first", None)
-
-
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
-def test_optimizer_and_schedule_are_restored_bitwise(tmp_path: Path, name: str) -> None:
-    train = TrainConfig.model_validate({"optimizer": name, "warmup_steps": 2, "weight_decay": 0.1})
-
-    def begin() -> tuple[nn.Module, torch.optim.Optimizer, Any]:
-        layer = nn.Linear(3, 2)
-        optimizer = build_optimizer(layer, train)
-        return layer, optimizer, build_schedule(optimizer, train, total_steps=9)
-
-    def steps(layer: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any, count: int) -> None:
-        for number in range(count):
-            layer(torch.full((4, 3), float(number))).square().sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-
-    layer, optimizer, schedule = begin()
-    steps(layer, optimizer, schedule, 3)
-    state = {"model": layer.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-    checkpoint.save(str(tmp_path), checkpoint.LAST, state)
-    state = checkpoint.load(str(tmp_path), checkpoint.LAST)
-    assert state is not None
-    resumed = begin()
-    for part, name in zip(resumed, ("model", "optimizer", "schedule"), strict=True):
-        part.load_state_dict(state[name])
-    steps(layer, optimizer, schedule, 4)
-    steps(*resumed, 4)
-    for value, resumed_value in zip(layer.parameters(), resumed[0].parameters(), strict=True):
-        assert torch.equal(value, resumed_value)
 
 
 class Marker:

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.core.errors import ConfigError, InputError
+from pipeline.core.errors import InputError
 from pipeline.student.training.config_checks import check_config, check_distillation, check_training
 from schemas.config import Config
+from tests.errors import raises
 from tests.pipeline.student.conftest import Replay
 from tests.pipeline.student.runs import run_config
 
@@ -35,33 +36,29 @@ REVIEW: dict[str, Any] = {"name": "review_kd", "student_layers": ["conv2"], "tea
 def test_a_loss_that_this_teacher_mode_cannot_serve_is_refused_by_the_config_alone(
     sections: dict[str, Any], code: str, replays: Replay, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError) as caught:
+    with raises(code):
         check_config(run_config(replays("crop").config, tmp_path, **sections))
-    assert caught.value.code == code
 
 
 def test_a_loss_of_another_task_is_refused_by_the_config_alone(replays: Replay, tmp_path: Path) -> None:
     config = run_config(replays("crop").config, tmp_path, loss=[{"name": "ce"}, *KD])
     data = config.data.model_copy(update={"task": "parity"})
-    with pytest.raises(ConfigError) as caught:
+    with raises("loss.other-task", where="loss.0.name"):
         check_config(config.model_copy(update={"data": data}))
-    assert (caught.value.code, caught.value.where) == ("loss.other-task", "loss.0.name")
 
 
 def test_dist_over_all_ranks_and_micro_batches_do_not_go_together(replays: Replay, tmp_path: Path) -> None:
     gathered = [{"name": "dist", "gather": True}]
     base = replays("crop").config
     check_config(run_config(base, tmp_path, loss=gathered))
-    with pytest.raises(ConfigError) as caught:
+    with raises("config.gather-accumulate"):
         check_config(run_config(base, tmp_path, loss=gathered, train={"accumulate": 2}))
-    assert caught.value.code == "config.gather-accumulate"
 
 
 def test_a_run_in_the_folder_of_its_cache_is_refused(replays: Replay) -> None:
     cache = replays("crop")
-    with pytest.raises(ConfigError) as caught:
+    with raises("config.run-in-cache"):
         check_config(run_config(cache.config, Path(cache.url), loss=KD))
-    assert caught.value.code == "config.run-in-cache"
 
 
 @pytest.mark.parametrize(
@@ -90,28 +87,20 @@ def test_what_would_stop_a_training_later_stops_it_first(
     assert not list(tmp_path.iterdir())
 
 
-def to_build(replays: Replay, tmp_path: Path, class_means: str, loss: list[dict[str, str]]) -> Config:
-    cache = {"url": str(tmp_path / "cache"), "class_means": class_means}
+def planned(replays: Replay, tmp_path: Path, loss: list[dict[str, Any]], **cache: str) -> Config:
+    cache = {"url": str(tmp_path / "cache"), **cache}
     return run_config(replays("crop").config, tmp_path / "run", loss=loss, cache=cache)
 
 
 def test_a_sound_config_passes_and_writes_nothing(replays: Replay, tmp_path: Path) -> None:
     check_training(run_config(replays("crop").config, tmp_path, loss=KD))
-    check_distillation(to_build(replays, tmp_path, "eval", ND))
+    check_distillation(planned(replays, tmp_path, ND, logits="none", embeddings="none", class_means="eval"))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_cache_to_be_built_without_the_embeddings_that_a_loss_needs_is_refused(
-    replays: Replay, tmp_path: Path
+@pytest.mark.parametrize(("name", "key"), [("kd", "logits"), ("cosine", "embeddings"), ("nd", "class_means")])
+def test_a_cache_to_be_built_without_what_a_loss_reads_is_refused(
+    replays: Replay, tmp_path: Path, name: str, key: str
 ) -> None:
-    cache = {"url": str(tmp_path / "cache"), "embeddings": "none"}
-    config = run_config(replays("crop").config, tmp_path / "run", loss=[{"name": "cosine"}], cache=cache)
-    with pytest.raises(ConfigError) as caught:
-        check_distillation(config)
-    assert (caught.value.code, caught.value.where) == ("cache.no-embeddings", "cache.embeddings")
-
-
-def test_a_cache_to_be_built_without_the_means_that_nd_needs_is_refused(replays: Replay, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError) as caught:
-        check_distillation(to_build(replays, tmp_path, "none", ND))
-    assert caught.value.code == "cache.no-class-means"
+    with raises(f"cache.no-{key.replace('_', '-')}", where=f"cache.{key}"):
+        check_distillation(planned(replays, tmp_path, [{"name": name}], **{key: "none"}))

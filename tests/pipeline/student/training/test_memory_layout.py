@@ -22,19 +22,15 @@ def resnet(*widths: int) -> dict[str, Any]:
     return {"model": "python:pipeline.models.cifar:resnet", "kwargs": kwargs, "mean": [0.5] * 3, "std": [0.5] * 3}
 
 
-def unsafe(*widths: int) -> list[str]:
+@pytest.mark.parametrize(("widths", "num_layers"), [((16, 16, 32, 64), 0), ((8, 8, 16, 32), 1), ((3, 4, 8, 9), 2)])
+def test_narrow_convolutions_with_a_stride_are_found(widths: tuple[int, ...], num_layers: int) -> None:
     config = StudentConfig.model_validate(resnet(*widths))
-    return unsafe_in_channels_last(load_model(config, num_classes=10, size=32).module.network, CPU)
-
-
-def test_narrow_convolutions_with_a_stride_are_found() -> None:
-    assert len(unsafe(16, 16, 32, 64)) == 0
-    assert len(unsafe(8, 8, 16, 32)) == 1
-    assert len(unsafe(3, 4, 8, 9)) == 2
+    network = load_model(config, num_classes=10, size=32).module.network
+    assert len(unsafe_in_channels_last(network, CPU)) == num_layers
 
 
 @pytest.mark.parametrize(
-    ("layer", "found"),
+    ("layer", "is_unsafe"),
     [
         (nn.Conv2d(3, 4, 1, stride=2), True),
         (nn.Conv2d(8, 64, 1, stride=2, bias=False), True),
@@ -46,8 +42,8 @@ def test_narrow_convolutions_with_a_stride_are_found() -> None:
     ],
     ids=str,
 )
-def test_only_strided_1x1_convolutions_of_up_to_8_channels_are(layer: nn.Conv2d, found: bool) -> None:
-    assert unsafe_in_channels_last(layer, CPU) == ([""] if found else [])
+def test_only_strided_1x1_convolutions_of_up_to_8_channels_are(layer: nn.Conv2d, is_unsafe: bool) -> None:
+    assert unsafe_in_channels_last(layer, CPU) == ([""] if is_unsafe else [])
     assert unsafe_in_channels_last(layer, torch.device("cuda")) == []
 
 

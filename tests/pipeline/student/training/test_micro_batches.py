@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -11,12 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.shards.writer import pack_shards
-from pipeline.student.distributed import DistributedContext
 from pipeline.student.run import checkpoint
 from pipeline.student.training.micro_batches import micro_batches, num_micro_batches, smallest_micro_batch, split_rows
-from pipeline.student.training.setup import prepare
 from pipeline.student.training.trainer import train
-from tests.errors import raises
 from tests.marks import slow
 from tests.pipeline.caches import digit_samples
 from tests.pipeline.conftest import TinyConfig
@@ -24,8 +20,6 @@ from tests.pipeline.student.conftest import Replay
 from tests.pipeline.student.runs import (
     CE,
     KD,
-    NORMALISED,
-    SMALL,
     assert_weights_close,
     cached_source,
     dataset,
@@ -124,22 +118,3 @@ def test_a_mean_over_labelled_rows_is_that_of_the_step_and_not_of_its_micro_batc
         train(config)
         curves.append([record["loss"] for record in metrics(url)])
     assert curves[1] == pytest.approx(curves[0], rel=training_error(config, len(curves[0])))
-
-
-@pytest.mark.parametrize(
-    ("student", "accumulate", "refused"),
-    [(NORMALISED, 7, True), (NORMALISED, 4, True), (NORMALISED, 3, False), (SMALL, 7, False), (SMALL, 8, True)],
-    ids=str,
-)
-def test_micro_batches_have_the_rows_that_a_student_can_be_trained_on(
-    replays: Replay, tmp_path: Path, student: dict[str, Any], accumulate: int, refused: bool
-) -> None:
-    keys = {"global_batch_size": 7, "accumulate": accumulate}
-    config = run_config(replays("crop").config, tmp_path, student=student, train=keys)
-    if not refused:
-        prepare(config, DistributedContext()).close()
-        return
-    with raises("train.batch-too-small") as caught:
-        prepare(config, DistributedContext())
-    assert caught.value.got == f"7 of its 7 rows, over 1 ranks, split into {accumulate}"
-    assert "train.accumulate" in str(caught.value.next_step)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
 from torch import nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
 
 from pipeline.student.training.optim import build_optimizer, build_schedule, lr_factor
 from schemas.config import TrainConfig
@@ -21,16 +23,19 @@ def train(**keys: Any) -> TrainConfig:
     return TrainConfig.model_validate({"lr": 0.2, **keys})
 
 
-def rates(config: TrainConfig, total_steps: int) -> list[float]:
+def learning_rates(optimizer: torch.optim.Optimizer, schedule: LRScheduler, num_steps: int) -> list[float]:
     """The learning rate of each step, as a training would use them."""
-    optimizer = build_optimizer(nn.Linear(2, 2), config)
-    schedule = build_schedule(optimizer, config, total_steps=total_steps)
-    found: list[float] = []
-    for _ in range(total_steps):
-        found.append(optimizer.param_groups[0]["lr"])
+    used: list[float] = []
+    for _ in range(num_steps):
+        used.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         schedule.step()
-    return found
+    return used
+
+
+def rates(config: TrainConfig, total_steps: int) -> list[float]:
+    optimizer = build_optimizer(nn.Linear(2, 2), config)
+    return learning_rates(optimizer, build_schedule(optimizer, config, total_steps=total_steps), total_steps)
 
 
 def test_warm_up_is_linear_and_reaches_the_peak_in_its_last_step() -> None:
@@ -38,15 +43,21 @@ def test_warm_up_is_linear_and_reaches_the_peak_in_its_last_step() -> None:
     assert rates(config, 6) == pytest.approx([0.05, 0.1, 0.15, 0.2, 0.2, 0.2])
 
 
-def test_cosine_without_warm_up_is_torchs() -> None:
+@pytest.mark.parametrize(
+    ("keys", "torch_schedule"),
+    [
+        ({"schedule": "cosine"}, partial(CosineAnnealingLR, T_max=9)),
+        ({"schedule": "step", "milestones": [3, 7], "gamma": 0.3}, partial(MultiStepLR, milestones=[3, 7], gamma=0.3)),
+    ],
+    ids=["cosine", "step"],
+)
+def test_a_schedule_without_warm_up_is_torchs(
+    keys: dict[str, Any], torch_schedule: Callable[[torch.optim.Optimizer], LRScheduler]
+) -> None:
+    """Nine epochs of one step."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.2)
-    schedule = CosineAnnealingLR(optimizer, T_max=10)
-    expected: list[float] = []
-    for _ in range(10):
-        expected.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    assert rates(train(schedule="cosine"), 10) == pytest.approx(expected)
+    expected = learning_rates(optimizer, torch_schedule(optimizer), 9)
+    assert rates(train(**keys, epochs=9), 9) == pytest.approx(expected)
 
 
 def test_cosine_ends_at_zero_and_stays_there() -> None:
@@ -59,17 +70,6 @@ def test_a_step_schedule_decays_after_its_milestones_counted_from_the_start() ->
     """Five epochs of two steps."""
     config = train(schedule="step", milestones=[2, 4], gamma=0.1, epochs=5, warmup_steps=1)
     assert rates(config, 10) == pytest.approx([0.2] * 4 + [0.02] * 4 + [0.002] * 2)
-
-
-def test_a_step_schedule_is_torchs() -> None:
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.2)
-    schedule = MultiStepLR(optimizer, milestones=[3, 7], gamma=0.3)
-    expected: list[float] = []
-    for _ in range(9):
-        expected.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    assert rates(train(schedule="step", milestones=[3, 7], gamma=0.3, epochs=9), 9) == pytest.approx(expected)
 
 
 def test_an_exponential_schedule_decays_in_stairs_of_any_length() -> None:

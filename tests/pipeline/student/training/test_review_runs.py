@@ -23,14 +23,16 @@ from tests.pipeline.student.runs import (
     NORMALISED,
     SMALL,
     assert_weights_close,
+    check_resume,
     index_shards,
+    losses,
     metrics,
+    run,
     run_config,
+    state_of,
     trainer_of,
     training_error,
 )
-from tests.pipeline.student.training.test_ranks import weights
-from tests.pipeline.student.training.test_trainer import assert_bitwise, losses, run, state
 from tests.ranks import group, run_two_ranks
 from tests.tolerances import magnitude_of, network_operations, reordered, ulps
 
@@ -76,7 +78,7 @@ def test_a_student_learns_the_maps_of_another_family(replays: Replay, tmp_path: 
 def test_the_network_learns_through_its_maps_and_not_the_fusion_alone(replays: Replay, tmp_path: Path) -> None:
     run(review_run(replays("crop").config, tmp_path, loss=[REVIEW], train={"epochs": 1}))
     fresh = load_model(review_run(replays("crop").config, tmp_path).student, num_classes=10, size=16, where="student")
-    before, after = fresh.module.network.state_dict(), state(tmp_path)["model"]
+    before, after = fresh.module.network.state_dict(), state_of(tmp_path)["model"]
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert {"conv1.0.weight", "conv2.weight"} <= moved
     # No map reads the head.
@@ -84,7 +86,7 @@ def test_the_network_learns_through_its_maps_and_not_the_fusion_alone(replays: R
 
 
 def test_teacher_and_student_may_see_the_same_crop_at_their_own_sizes(replays: Replay, tmp_path: Path) -> None:
-    run(review_run(replays("everything").config, tmp_path, student={**NORMALISED, "size": 20}))
+    run(review_run(replays("function_matching").config, tmp_path, student={**NORMALISED, "size": 20}))
     assert all(value > 0 for value in curve(tmp_path))
 
 
@@ -132,16 +134,18 @@ def test_maps_in_bf16_cost_only_rounding(replays: Replay, tmp_path: Path) -> Non
 def test_the_checkpoint_holds_what_fuses_and_the_network_stays_as_it_is(replays: Replay, tmp_path: Path) -> None:
     config = review_run(replays("crop").config, tmp_path)
     run(config)
-    found = state(tmp_path)
+    found = state_of(tmp_path)
     assert {name.split(".")[0] for name in found["review"]} == {"fusions"}
     assert config.student is not None
     plain = load_model(config.student, num_classes=10, size=16, where="student").module.network.state_dict()
     assert found["model"].keys() == plain.keys()
 
 
-@pytest.mark.parametrize("stop", [("step", 3), slow(("step", 8)), slow(("eval", 2))], ids=str)
+@pytest.mark.parametrize(
+    ("stop", "first_step"), [(("step", 3), 0), slow(("step", 8), 5), slow(("eval", 2), 10)], ids=str
+)
 def test_kill_and_resume_with_feature_maps_is_bitwise(
-    replays: Replay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: tuple[str, int]
+    replays: Replay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: tuple[str, int], first_step: int
 ) -> None:
     monkeypatch.setattr("pipeline.student.training.trainer.FLUSH_STEPS", 1)
     base = replays("function_matching").config
@@ -150,15 +154,7 @@ def test_kill_and_resume_with_feature_maps_is_bitwise(
         "loss": [*CE, {**REVIEW, "warmup_epochs": 2}, {"name": "kd"}],
         "train": {"epochs": 3, "schedule": "cosine", "warmup_steps": 3, "clip_norm": 1.0},
     }
-    run(review_run(base, tmp_path / "straight", **keys))
-    stopped = review_run(base, tmp_path / "stopped", **keys)
-    run(stopped, stop=stop)
-    events = run(stopped)
-    first_step = next(event["first_step"] for event in events if event["kind"] == "begin")
-    assert first_step == {("step", 3): 0, ("step", 8): 5, ("eval", 2): 10}[stop]
-    for name in (checkpoint.LAST, checkpoint.BEST):
-        assert_bitwise(state(tmp_path / "straight", name), state(tmp_path / "stopped", name))
-    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "straight")
+    check_resume(lambda url: review_run(base, url, **keys), tmp_path, stop=stop, first_step=first_step)
 
 
 def train_unnormalised(config: Config, distributed: DistributedContext) -> None:
@@ -197,7 +193,7 @@ def test_two_ranks_review_as_one_process(replays: Replay, tmp_path: Path) -> Non
     expected = losses(tmp_path / "alone")
     # The fusion's layers are no more than the student's.
     error = training_error(alone, 2 * len(expected))
-    assert_weights_close(weights(tmp_path / "two"), weights(tmp_path / "alone"), error)
+    assert_weights_close(state_of(tmp_path / "two")["model"], state_of(tmp_path / "alone")["model"], error)
     assert losses(tmp_path / "two") == pytest.approx(expected, rel=error)
 
 
