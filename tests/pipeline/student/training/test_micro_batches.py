@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.shards.writer import pack_shards
-from pipeline.student.run import checkpoint
 from pipeline.student.training.micro_batches import micro_batches, num_micro_batches, smallest_micro_batch, split_rows
 from pipeline.student.training.trainer import train
 from tests.marks import slow
@@ -26,6 +25,7 @@ from tests.pipeline.student.runs import (
     index_shards,
     metrics,
     run_config,
+    state_of,
     training_error,
 )
 
@@ -88,15 +88,13 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(
     for accumulate in (1, chunks):
         config = {"loss": [*CE, *KD], "train": {**keys, "accumulate": accumulate}}
         train(run_config(base, tmp_path / str(accumulate), **config))
-    whole, cut = (metrics(tmp_path / str(accumulate)) for accumulate in (1, chunks))
+    whole, accumulated = (metrics(tmp_path / str(accumulate)) for accumulate in (1, chunks))
     error = training_error(run_config(base, tmp_path, train=keys), len(whole))
     for name in ("loss", "loss/ce", "loss/kd"):
-        losses = [[record[name] for record in records] for records in (whole, cut)]
-        assert losses[1] == pytest.approx(losses[0], rel=error)
-    weights = [checkpoint.load(str(tmp_path / str(accumulate)), checkpoint.LAST) for accumulate in (1, chunks)]
-    assert weights[0] is not None
-    assert weights[1] is not None
-    assert_weights_close(weights[1]["model"], weights[0]["model"], error)
+        expected = [record[name] for record in whole]
+        assert [record[name] for record in accumulated] == pytest.approx(expected, rel=error)
+    weights, expected_weights = (state_of(tmp_path / str(accumulate))["model"] for accumulate in (chunks, 1))
+    assert_weights_close(weights, expected_weights, error)
 
 
 def test_a_mean_over_labelled_rows_is_that_of_the_step_and_not_of_its_micro_batches(

@@ -16,7 +16,7 @@ from pipeline.student.run import checkpoint
 from pipeline.student.training.optimizer_step import OptimizerStep
 from schemas.config import StudentConfig, TrainConfig
 from tests.errors import raises
-from tests.pipeline.student.runs import NORMALISED
+from tests.pipeline.student.runs import NORMALISED, state_of
 from tests.tolerances import reordered, ulps
 
 CPU = torch.device("cpu")
@@ -39,8 +39,8 @@ def values(module: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in module.state_dict().items()}
 
 
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return all(torch.equal(value, other[name]) for name, value in one.items())
+def same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return all(torch.equal(value, expected[name]) for name, value in actual.items())
 
 
 def test_the_gradient_norm_is_reported_before_clipping_and_the_step_taken_after_it() -> None:
@@ -128,9 +128,9 @@ def test_averaged_weights_and_statistics_are_those_of_a_loop(decay: float) -> No
     for step in range(8):
         optimizer_step.backward(loss_of(student, step))
         optimizer_step.step()
-        kept = min(decay, step / (9 + step))
+        share = min(decay, step / (9 + step))
         for name, value in student.model.state_dict().items():
-            expected[name] = value.double() if step == 0 else kept * expected[name] + (1 - kept) * value.double()
+            expected[name] = value.double() if step == 0 else share * expected[name] + (1 - share) * value.double()
             largest[name] = max(largest.get(name, 0.0), value.double().abs().max().item())
     found = optimizer_step.evaluated.state_dict()
     assert "network.conv1.1.running_mean" in found
@@ -196,14 +196,13 @@ def test_every_optimiser_comes_back_bitwise(tmp_path: Path, keys: dict[str, Any]
     steps(student, optimizer_step, range(13))
     state = {"model": student.state_dict(), **optimizer_step.state_dict()}
     checkpoint.save(str(tmp_path), checkpoint.LAST, state)
-    found = checkpoint.load(str(tmp_path), checkpoint.LAST)
-    assert found is not None
-    again, its_updater = begin(**config)
-    again.load_state_dict(found["model"])
-    its_updater.load_state_dict(found)
+    saved = state_of(tmp_path)
+    resumed, resumed_step = begin(**config)
+    resumed.load_state_dict(saved["model"])
+    resumed_step.load_state_dict(saved)
     before = values(student)
     steps(student, optimizer_step, range(13, 26))
-    steps(again, its_updater, range(13, 26))
-    assert same(values(student), values(again))
+    steps(resumed, resumed_step, range(13, 26))
+    assert same(values(student), values(resumed))
     assert not same(values(student), before)
-    assert optimizer_step.num_updates == its_updater.num_updates == (21 if keys["precision"] == "fp16" else 26)
+    assert optimizer_step.num_updates == resumed_step.num_updates == (21 if keys["precision"] == "fp16" else 26)

@@ -205,8 +205,3 @@ def test_a_layer_that_is_not_there_stops_a_run_before_it_is_claimed(replays: Rep
     with raises("model.unknown-layer"):
         train(config)
     assert not (tmp_path / "run" / "config.json").exists()
-
-
-def test_a_cache_cannot_serve_feature_maps(replays: Replay, tmp_path: Path) -> None:
-    with raises("config.review-needs-online"):
-        train(run_config(replays("crop").config, tmp_path, loss=[REVIEW]))

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.student.run import checkpoint
 from pipeline.student.training.torch_switches import check_compiler, demand_workspace, deterministic
 from pipeline.student.training.trainer import train
 from tests.errors import raises
@@ -21,8 +20,10 @@ from tests.pipeline.student.runs import (
     NORMALISED,
     SMALL,
     assert_weights_close,
+    losses,
     metrics,
     run_config,
+    state_of,
     training_error,
 )
 
@@ -49,14 +50,12 @@ def test_a_compiled_student_learns_what_an_ordinary_one_does_under_the_same_name
         sections = {"student": NORMALISED, "loss": [*CE, *KD], "data": {"val_shards": base.data.shards}}
         config = run_config(base, tmp_path / str(compiled), train=keys, **sections)
         train(config)
-    one, other = ([record["loss"] for record in metrics(tmp_path / str(compiled))] for compiled in (False, True))
-    error = training_error(config, len(one))
-    assert other == pytest.approx(one, rel=error)
-    states = [checkpoint.load(str(tmp_path / str(compiled)), checkpoint.LAST) for compiled in (False, True)]
-    assert states[0] is not None
-    assert states[1] is not None
-    assert states[0]["model"].keys() == states[1]["model"].keys()
-    assert_weights_close(states[1]["model"], states[0]["model"], error)
+    ordinary, compiled_losses = (losses(tmp_path / name) for name in ("False", "True"))
+    error = training_error(config, len(ordinary))
+    assert compiled_losses == pytest.approx(ordinary, rel=error)
+    weights, expected = (state_of(tmp_path / name)["model"] for name in ("True", "False"))
+    assert weights.keys() == expected.keys()
+    assert_weights_close(weights, expected, error)
 
 
 @pytest.mark.slow
