@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pipeline import storage
 from pipeline.cache.build.class_means import encode_imported
 from pipeline.cache.format import layout
-from pipeline.cache.format.files import REBUILD, read_file
+from pipeline.cache.format.files import check_sha256, read_file
 from pipeline.cache.format.nd_json import max_size_bytes, parse_nd_json
-from pipeline.core.errors import CacheError, ConfigError, StorageInputError
+from pipeline.core.errors import ConfigError, StorageInputError
 from pipeline.core.hashing import digest
 from pipeline.core.redaction import redact
 from schemas.cache_format import Header
@@ -84,14 +84,6 @@ def encode_stored(cache_url: str, header: Header) -> bytes:
     limit = max_size_bytes(num_classes=header.num_classes, embedding_dim=header.embedding_dim)
     data = read_file(cache_url, layout.IMPORTED_MEANS, max_bytes=min(limit, storage.MAX_TABLE_BYTES))
     where, sha256 = redact(storage.join(cache_url, layout.IMPORTED_MEANS)), str(imported_sha256(header))
-    if (got := digest(data)) != sha256:
-        raise CacheError(
-            "these class means are not those with which the cache was started",
-            code="cache.changed-file",
-            where=where,
-            got=f"sha256 {got[:16]}",
-            expected=sha256[:16],
-            next_step=REBUILD,
-        )
+    check_sha256(data, sha256, where=where)
     means = parse_nd_json(data, num_classes=header.num_classes, embedding_dim=header.embedding_dim, where=where)
     return encode_imported(means.class_C, means.mean_CD, fingerprint=header.fingerprint, sha256=sha256)

@@ -78,6 +78,29 @@ def missing_file(url: str, error: StorageInputError) -> CacheError:
     )
 
 
+def check_sha256(data: bytes, sha256: str, *, where: str, next_step: str = REBUILD) -> None:
+    """
+    Raises:
+        CacheError: the bytes are not those with this SHA-256.
+    """
+    if (got := digest(data)) != sha256:
+        raise changed_file(where, got=f"sha256 {got[:16]}", expected=sha256[:16], next_step=next_step)
+
+
+def changed_file(
+    where: str | None, *, got: str | None = None, expected: str | None = None, next_step: str = REBUILD
+) -> CacheError:
+    """The error for bytes that are not those that a record names."""
+    return CacheError(
+        "this file was changed after it was written",
+        code="cache.changed-file",
+        where=where,
+        got=got,
+        expected=expected,
+        next_step=next_step,
+    )
+
+
 def empty_cells(name: str, column: pa.Array | pa.ChunkedArray) -> CacheError:
     """The error for a column that must not have nulls and does."""
     return CacheError(
@@ -110,20 +133,13 @@ def read_named(cache_url: str, ref: FileRef) -> bytes:
     """
     url = storage.join(cache_url, ref.path)
     data = read_file(cache_url, ref.path)
-    if (got := digest(data)) == ref.sha256:
-        return data
-    former_url = storage.join(cache_url, layout.former_path(ref.sha256))
-    former = storage.read_if_exists(former_url, max_bytes=storage.MAX_TABLE_BYTES)
-    if former is not None and digest(former) == ref.sha256:
-        return former
-    raise CacheError(
-        "this file was changed after it was written",
-        code="cache.changed-file",
-        where=redact(url),
-        got=f"sha256 {got[:16]}",
-        expected=ref.sha256[:16],
-        next_step=REBUILD,
-    )
+    if digest(data) != ref.sha256:
+        former_url = storage.join(cache_url, layout.former_path(ref.sha256))
+        former = storage.read_if_exists(former_url, max_bytes=storage.MAX_TABLE_BYTES)
+        if former is not None and digest(former) == ref.sha256:
+            return former
+    check_sha256(data, ref.sha256, where=redact(url))
+    return data
 
 
 def read_parquet(data: bytes, *, where: str | None = None, repeated: Sequence[str] = ()) -> pa.Table:

@@ -7,7 +7,7 @@ import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +20,15 @@ from pipeline.cache.build.class_means import ClassMeans, decode_means
 from pipeline.cache.build.manifest import locate, parse_manifest, read_manifest, read_table
 from pipeline.cache.format import layout
 from pipeline.cache.format.codec import column_of, decode, depends_on_temperature, raw_rows
-from pipeline.cache.format.files import REBUILD, empty_cells, missing_file, read_file, read_named
+from pipeline.cache.format.files import (
+    REBUILD,
+    changed_file,
+    check_sha256,
+    empty_cells,
+    missing_file,
+    read_file,
+    read_named,
+)
 from pipeline.cache.format.header import parse_header, plan_of, read_outputs
 from pipeline.core.bounded_parquet import read_bounded
 from pipeline.core.errors import CacheError, StorageError, StorageInputError
@@ -102,13 +110,20 @@ class ShardEntry:
         return [cls(*row) for row in zip(*columns, strict=True)]
 
 
-@dataclass(frozen=True, slots=True)
-class CommittedView:
-    """Size and digests of the bytes of one view of one shard."""
+class CommittedView(NamedTuple):
+    """The row of one view of one shard in the manifest's table of parts: its bytes and those of the part's footer."""
 
+    shard_id: str
+    view: int
+    path: str
+    part_sha256: str
+    part_size_bytes: int
+    offset: int
     size_bytes: int
-    digest: str
+    footer_offset: int
     footer_digest: str
+    rows: int
+    digest: str
 
 
 _REPEATED = ("shard_id", "path", "part_sha256", "footer_digest")
@@ -139,7 +154,7 @@ class PartsIndex:
         number = {shard: number for number, shard in enumerate(shards.dictionary.to_pylist())}
         return cls(table, number, key_P[row_P], row_P)
 
-    def entry(self, shard_id: str, view: int) -> dict[str, object] | None:
+    def entry(self, shard_id: str, view: int) -> dict[str, Any] | None:
         """The row as a dict, or None if the cache does not have this view."""
         number = self.number.get(shard_id)
         if number is None:
@@ -189,13 +204,8 @@ class TeacherCache:
         )
         where = redact(storage.join(self.url, path))
         data = read_file(self.url, path)
-        if digest(data) != shard.index_sha256:
-            raise CacheError(
-                "this index is not the one that the manifest names",
-                code="cache.changed-file",
-                where=where,
-                next_step=f"run: stillroom cache relabel {quoted(self.url)}" if is_relabelled else REBUILD,
-            )
+        remedy = f"run: stillroom cache relabel {quoted(self.url)}" if is_relabelled else REBUILD
+        check_sha256(data, shard.index_sha256, where=where, next_step=remedy)
         return decode_index(data, where=where)
 
     def shard_url(self, shard: ShardEntry) -> str:
@@ -214,7 +224,12 @@ class TeacherCache:
             where=redact(storage.join(self.url, ref.path)),
         )
 
-    def _entry(self, shard_id: str, view: int) -> dict[str, object]:
+    def committed_view(self, shard_id: str, view: int) -> CommittedView:
+        """Where the bytes of one view of one shard are, with their digests.
+
+        Raises:
+            CacheError: the cache does not have the view.
+        """
         entry = self._parts.entry(shard_id, view)
         if entry is None:
             raise CacheError(
@@ -224,16 +239,7 @@ class TeacherCache:
                 expected=f"views 0..{self.num_views - 1}",
                 next_step="raise views.count and run: stillroom cache build CONFIG",
             )
-        return entry
-
-    def committed_view(self, shard_id: str, view: int) -> CommittedView:
-        """Size and digests of one view of one shard.
-
-        Raises:
-            CacheError: the cache does not have the view.
-        """
-        entry = self._entry(shard_id, view)
-        return CommittedView(int(str(entry["size_bytes"])), str(entry["digest"]), str(entry["footer_digest"]))
+        return CommittedView(**entry)
 
     def view(self, shard_id: str, view: int) -> ViewColumns:
         """The columns of one view of one shard.
@@ -241,20 +247,17 @@ class TeacherCache:
         Raises:
             CacheError: the cache does not have the view, or its bytes were changed.
         """
-        entry = self._entry(shard_id, view)
+        committed = self.committed_view(shard_id, view)
         # The options of the plan do not apply to the eval pass.
         aug_params = {} if view == EVAL_VIEW else aug_param_columns(plan_of(self.header))
-        return _view_columns(self._fetch(entry), self.header, list(aug_params))
+        return _view_columns(self._fetch(committed), self.header, list(aug_params))
 
-    def _fetch(self, entry: dict[str, object]) -> pa.Table:
-        url = storage.join(self.url, str(entry["path"]))
-        where = f"view {entry['view']} of {redact(url)}"
-        offset, size_bytes = int(str(entry["offset"])), int(str(entry["size_bytes"]))
-        end, footer = int(str(entry["part_size_bytes"])), int(str(entry["footer_offset"]))
-        data = _read_range(url, offset, size_bytes, end=end, digest=entry["digest"], where=where)
-        tail = _read_range(
-            url, footer, end - footer, end=end, digest=entry["footer_digest"], where=f"footer of {where}"
-        )
+    def _fetch(self, view: CommittedView) -> pa.Table:
+        url = storage.join(self.url, view.path)
+        where = f"view {view.view} of {redact(url)}"
+        offset, size_bytes, end, footer = view.offset, view.size_bytes, view.part_size_bytes, view.footer_offset
+        data = _read_range(url, offset, size_bytes, end=end, digest=view.digest, where=where)
+        tail = _read_range(url, footer, end - footer, end=end, digest=view.footer_digest, where=f"footer of {where}")
         source = _Range(end, offset, data)
         try:
             # With its metadata given, Parquet does not read the last 64 KiB of the file to find the footer.
@@ -269,19 +272,19 @@ class TeacherCache:
             raise CacheError(
                 "this part is damaged", code="cache.damaged-part", where=where, got=str(error), next_step=REBUILD
             ) from error
-        if table.num_rows != entry["rows"]:
+        if table.num_rows != view.rows:
             raise CacheError(
                 "the number of rows of a view of this part differs from its commit",
                 code="cache.damaged-part",
                 where=where,
                 got=table.num_rows,
-                expected=entry["rows"],
+                expected=view.rows,
                 next_step=REBUILD,
             )
         return table
 
 
-def _read_range(url: str, offset: int, size_bytes: int, *, end: int, digest: object, where: str) -> bytes:
+def _read_range(url: str, offset: int, size_bytes: int, *, end: int, digest: str, where: str) -> bytes:
     try:
         data = storage.read_range(url, offset, size_bytes)
     except StorageInputError as error:
@@ -290,9 +293,7 @@ def _read_range(url: str, offset: int, size_bytes: int, *, end: int, digest: obj
         _check_size(url, end, error)
         raise
     if hashlib.sha256(data).hexdigest() != digest:
-        raise CacheError(
-            "this range was changed after it was written", code="cache.changed-file", where=where, next_step=REBUILD
-        )
+        raise changed_file(where)
     return data
 
 

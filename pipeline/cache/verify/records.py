@@ -18,7 +18,7 @@ from pipeline.cache.build.fold import fold_commits
 from pipeline.cache.build.imported_means import imported_sha256
 from pipeline.cache.build.manifest import locate, parse_manifest
 from pipeline.cache.format import layout
-from pipeline.cache.format.files import REBUILD, parse_record, read_file, read_parquet
+from pipeline.cache.format.files import changed_file, parse_record, read_file, read_parquet
 from pipeline.cache.format.header import parse_header, replayable_plan
 from pipeline.cache.read.reader import ShardEntry
 from pipeline.cache.verify.report import Findings, Problem
@@ -149,13 +149,8 @@ def check_digest(ref: FileRef, size_bytes: int, sha256: str) -> None:
         CacheError: a file with this size and digest is not the one that a record names.
     """
     if (size_bytes, sha256) != (ref.size_bytes, ref.sha256):
-        raise CacheError(
-            "this file was changed after it was written",
-            code="cache.changed-file",
-            got=f"{size_bytes} bytes, sha256 {sha256[:16]}",
-            expected=f"{ref.size_bytes} bytes, sha256 {ref.sha256[:16]}",
-            next_step=REBUILD,
-        )
+        got = f"{size_bytes} bytes, sha256 {sha256[:16]}"
+        raise changed_file(None, got=got, expected=f"{ref.size_bytes} bytes, sha256 {ref.sha256[:16]}")
 
 
 def _read_record(cache_url: str, path: str) -> bytes:
