@@ -17,7 +17,7 @@ from pipeline.models import LoadedModel, load_model, move_to_device
 from pipeline.tasks import TeacherOutputs
 from pipeline.tasks.classification import EMBEDDING, LOGITS
 from pipeline.teacher.numerics import autocast
-from pipeline.teacher.rendering import GroupViews
+from pipeline.teacher.rendering import GroupViews, Mixing
 from schemas.config import Precision, TeacherModelConfig
 
 _NETWORK_OUTPUTS = (LOGITS, EMBEDDING)
@@ -64,32 +64,20 @@ class Teacher:
             outputs = self.module(images_BCHW)
         return {name: tensor.float() for name, tensor in zip(_NETWORK_OUTPUTS, outputs, strict=True)}
 
-    def infer(
-        self,
-        pixels_NCHW: Tensor,
-        partner_N: NDArray[np.int32] | None = None,
-        lambda_N: NDArray[np.float32] | None = None,
-        cutmix_box_N4: NDArray[np.float32] | None = None,
-    ) -> TeacherOutputs:
+    def infer(self, pixels_NCHW: Tensor, mixing: Mixing | None = None) -> TeacherOutputs:
         """``infer_on_device``, then waits and copies the outputs to the CPU."""
-        outputs = self.infer_on_device(pixels_NCHW, partner_N, lambda_N, cutmix_box_N4)
+        outputs = self.infer_on_device(pixels_NCHW, mixing)
         return {name: tensor.cpu().numpy() for name, tensor in outputs.items()}
 
     @torch.inference_mode()
-    def infer_on_device(
-        self,
-        pixels_NCHW: Tensor,
-        partner_N: NDArray[np.int32] | None = None,
-        lambda_N: NDArray[np.float32] | None = None,
-        cutmix_box_N4: NDArray[np.float32] | None = None,
-    ) -> dict[str, Tensor]:
+    def infer_on_device(self, pixels_NCHW: Tensor, mixing: Mixing | None = None) -> dict[str, Tensor]:
         """Runs N rows in batches of exactly ``batch_size``, so that the arithmetic of a row does not depend on N.
 
         The last batch is padded. A partner may lie in another batch. A GPU may still be computing when this returns.
 
         Args:
             pixels_NCHW: uint8.
-            partner_N, lambda_N, cutmix_box_N4: as in ``to_input``; ``None``: rows are not mixed.
+            mixing: None: rows are not mixed.
 
         Returns:
             fp32 outputs by name, [N,…] each, on the teacher's device.
@@ -98,23 +86,16 @@ class Teacher:
             ResourceError: a batch does not fit into the device's memory; it names a batch size that does.
         """
         try:
-            return self._run_batches(self.batch_size, pixels_NCHW, partner_N, lambda_N, cutmix_box_N4)
+            return self._run_batches(self.batch_size, pixels_NCHW, mixing)
         except torch.OutOfMemoryError as error:
             message = first_line(error)
         # Outside of the handler, whose frames still hold the memory that ran out.
         raise self._out_of_memory_error(pixels_NCHW[:1], message)
 
-    def _run_batches(
-        self,
-        batch_size: int,
-        pixels_NCHW: Tensor,
-        partner_N: NDArray[np.int32] | None = None,
-        lambda_N: NDArray[np.float32] | None = None,
-        cutmix_box_N4: NDArray[np.float32] | None = None,
-    ) -> dict[str, Tensor]:
+    def _run_batches(self, batch_size: int, pixels_NCHW: Tensor, mixing: Mixing | None) -> dict[str, Tensor]:
         # One copy to the device for each call, without waiting, so that a GPU is not idle between batches.
         pixels_NCHW = pixels_NCHW.to(self.device, non_blocking=True)
-        partners_N, weights_N, boxes_N4 = (self._to_device(values) for values in (partner_N, lambda_N, cutmix_box_N4))
+        partners_N, weights_N, boxes_N4 = (self._to_device(values) for values in mixing or (None, None, None))
         batches: list[dict[str, Tensor]] = []
         for rows_B in torch.arange(len(pixels_NCHW), device=self.device).split(batch_size):
             padded_B = torch.cat([rows_B, rows_B[-1:].expand(batch_size - len(rows_B))])
@@ -150,7 +131,7 @@ class Teacher:
             torch.cuda.empty_cache()
         try:
             # Mixed with itself, since mixing needs a second batch of pixels.
-            self._run_batches(batch_size, pixels_1CHW, np.zeros(1, np.int32), np.ones(1, np.float32))
+            self._run_batches(batch_size, pixels_1CHW, Mixing(np.zeros(1, np.int32), np.ones(1, np.float32)))
         except torch.OutOfMemoryError:
             return False
         return True
@@ -213,11 +194,10 @@ class GroupOutputs:
 def run_inference(groups: Iterator[GroupViews], teacher: Teacher) -> Iterator[GroupOutputs]:
     """Each group with its teacher outputs, collected on the device and copied to the CPU at once."""
     for group in groups:
-        mixing = group.mixing if group.mixes else None
         started, start_s = _record_event(teacher.device), time.monotonic()
         views = [
-            teacher.infer_on_device(pixels_NCHW, *(mixing[view] if mixing else ()))
-            for view, pixels_NCHW in enumerate(group.pixels_VNCHW)
+            teacher.infer_on_device(pixels_NCHW, mixing)
+            for pixels_NCHW, mixing in zip(group.pixels_VNCHW, group.mixing, strict=True)
         ]
         # Without waiting: the next group is queued behind this one. torch uses page-locked memory for such a copy.
         tensors = {

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -55,6 +55,14 @@ class Rendering:
         return [EVAL_VIEW] if self.block.is_eval else list(self.block.views)
 
 
+class Mixing(NamedTuple):
+    """How N rows are mixed: arguments of ``to_input``. Without boxes, all rows are blended."""
+
+    partner_N: NDArray[np.int32]
+    lambda_N: NDArray[np.float32]
+    cutmix_box_N4: NDArray[np.float32] | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupViews:
     """One mix group: N consecutive ok rows of a shard under the V views of a block."""
@@ -76,12 +84,12 @@ class GroupViews:
         return bool((self.mix_lambda_VN != 1).any())
 
     @property
-    def mixing(self) -> list[tuple[NDArray[Any], ...]]:
-        """Arguments of ``Teacher.infer`` for each view: partners, λ and, if the plan has cutmix, boxes."""
-        cutmix_box_VN4 = cutmix_boxes(self.aug_params_VN)
-        return list(
-            zip(self.partner_VN, self.mix_lambda_VN, *([] if cutmix_box_VN4 is None else [cutmix_box_VN4]), strict=True)
-        )
+    def mixing(self) -> list[Mixing | None]:
+        """How the rows of each view are mixed; None if no row of the group is."""
+        if not self.mixes:
+            return [None] * len(self.pixels_VNCHW)
+        columns = [self.partner_VN, self.mix_lambda_VN, cutmix_boxes(self.aug_params_VN)]
+        return [Mixing(*view) for view in zip(*(column for column in columns if column is not None), strict=True)]
 
     @property
     def sample_ids(self) -> list[str]:

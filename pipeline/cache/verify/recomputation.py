@@ -36,6 +36,7 @@ from pipeline.tasks import TeacherOutputs
 from pipeline.tasks.classification import EMBEDDING
 from pipeline.teacher.inference import Teacher
 from pipeline.teacher.numerics import numeric_env
+from pipeline.teacher.rendering import Mixing
 from schemas.cache_format import Output
 
 _BATCHES_AT_ONCE = 4
@@ -232,7 +233,7 @@ def _infer(rows: list[_Row], teacher: Teacher) -> TeacherOutputs:
     else:
         partner_M = position_N[[row.partner for row in batched]].astype(np.int32)
         box_M4 = np.stack([row.cutmix_box_4 for row in batched])
-        outputs = teacher.infer(pixels_MCHW, partner_M, lambda_M, box_M4 if box_M4.any() else None)
+        outputs = teacher.infer(pixels_MCHW, Mixing(partner_M, lambda_M, box_M4 if box_M4.any() else None))
     return {name: values[position_N] for name, values in outputs.items()}
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pipeline.core.errors import LostGpuError, ResourceError
 from pipeline.teacher.inference import Teacher, load_teacher
 from pipeline.teacher.numerics import check_gpu, numeric_env, pick_device, pin_numerics, visible_gpus
+from pipeline.teacher.rendering import Mixing
 from schemas.config import TeacherConfig
 from tests.pipeline.cache import teachers
 from tests.processors import printed
@@ -81,11 +82,11 @@ def test_cutmix_partners_may_be_in_another_batch(four_at_a_time: Teacher) -> Non
     lambda_N = np.full(10, 0.75, np.float32)
     cutmix_box_N4 = np.tile(np.array([0.25, 0.0, 0.5, 0.5], np.float32), (10, 1))
     cutmix_box_N4[::3] = 0
-    actual = four_at_a_time.infer(pixels(10), partner_N, lambda_N, cutmix_box_N4)
+    actual = four_at_a_time.infer(pixels(10), Mixing(partner_N, lambda_N, cutmix_box_N4))
     boxed = pixels(10)
     boxed[:, :, 0:4, 2:6] = pixels(10)[partner_N.tolist(), :, 0:4, 2:6]
     with_boxes = four_at_a_time.infer(boxed)
-    blended = four_at_a_time.infer(pixels(10), partner_N, lambda_N)
+    blended = four_at_a_time.infer(pixels(10), Mixing(partner_N, lambda_N))
     for row in range(10):
         expected = blended if row % 3 == 0 else with_boxes
         assert np.array_equal(actual["logits"][row], expected["logits"][row])
@@ -94,7 +95,7 @@ def test_cutmix_partners_may_be_in_another_batch(four_at_a_time: Teacher) -> Non
 def test_mixup_partners_may_be_in_another_batch(four_at_a_time: Teacher) -> None:
     partner_N = np.array([9, 8, 7, 6, 5, 4, 3, 2, 1, 0], np.int32)
     lambda_N = np.linspace(0.5, 1, 10).astype(np.float32)
-    in_batches = four_at_a_time.infer(pixels(10), partner_N, lambda_N)
+    in_batches = four_at_a_time.infer(pixels(10), Mixing(partner_N, lambda_N))
     whole = four_at_a_time.forward(pixels(10), torch.from_numpy(partner_N), torch.from_numpy(lambda_N))
     assert list(in_batches) == list(whole) == ["logits", "embedding"]
     for name, found in in_batches.items():
@@ -102,7 +103,7 @@ def test_mixup_partners_may_be_in_another_batch(four_at_a_time: Teacher) -> None
 
 
 def test_a_row_that_is_its_own_partner_is_not_mixed(four_at_a_time: Teacher) -> None:
-    single = four_at_a_time.infer(pixels(6), np.arange(6, dtype=np.int32), np.ones(6, np.float32))
+    single = four_at_a_time.infer(pixels(6), Mixing(np.arange(6, dtype=np.int32), np.ones(6, np.float32)))
     assert np.array_equal(single["logits"], four_at_a_time.infer(pixels(6))["logits"])
 
 
