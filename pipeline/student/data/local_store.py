@@ -139,7 +139,7 @@ class NodeStore:
         with storage.on_disk(self.folder, "store a file"):
             self._prepare()
             while True:
-                lease = self._lease(name) or self._make(name, size_bytes, fill)
+                lease = self._lease(name) or self._create(name, size_bytes, fill)
                 # None: another process finished or removed the file meanwhile.
                 if lease is not None:
                     return lease
@@ -177,7 +177,7 @@ class NodeStore:
         os.utime(descriptor, ns=(now, now))
         return CacheLease(path, self, descriptor, over_budget)
 
-    def _make(self, name: str, size_bytes: int, fill: Fill) -> CacheLease | None:
+    def _create(self, name: str, size_bytes: int, fill: Fill) -> CacheLease | None:
         """The partial file is locked while it is filled: a killed process leaves it unlocked, and the next fills it."""
         part = self.folder / f".part-{size_bytes}-{name}"
         descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

@@ -121,7 +121,7 @@ def _shard_ids(run_url: str, config: Config) -> list[str] | None:
 
 
 def read_config(run_url: str) -> Config:
-    """The config that a run was begun with. Keys with their default value count as not set.
+    """The config that a run was started with. Keys with their default value count as not set.
 
     The file has every key, so that a later default changes no run, but not which keys the user set. A key that was
     left to the cache must stay unset, and a key that was set to its default agreed with the cache when the run began.

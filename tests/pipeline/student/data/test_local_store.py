@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,8 +32,8 @@ draw = random.Random(int(sys.argv[2]))
 store = NodeStore(Path(sys.argv[1]), int(sys.argv[3]))
 while True:
     number = draw.choice(list(SIZES))
-    with acquire(store, number, slowly=True) as held:
-        assert held.path.read_bytes() == content(number), number
+    with acquire(store, number, slowly=True) as lease:
+        assert lease.path.read_bytes() == content(number), number
     print(number, flush=True)
 """
 
@@ -66,6 +67,10 @@ def stored_numbers(store: NodeStore) -> list[int]:
     return sorted(number for number in SIZES if (store.folder / name(number)).exists())
 
 
+def total_bytes(numbers: Iterable[int]) -> int:
+    return sum(SIZES[number] for number in numbers)
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> NodeStore:
     return NodeStore(tmp_path / "store", 1000)
@@ -79,8 +84,8 @@ def test_a_file_is_created_once_for_all_threads(store: NodeStore) -> None:
         filling(3, slowly=True)(part)
 
     def read(_: int) -> bytes:
-        with store.acquire(name(3), 400, make) as held:
-            return held.path.read_bytes()
+        with store.acquire(name(3), 400, make) as lease:
+            return lease.path.read_bytes()
 
     with ThreadPoolExecutor(8) as pool:
         assert set(pool.map(read, range(32))) == {content(3)}
@@ -101,39 +106,39 @@ def test_the_least_recently_used_files_are_removed_first_and_files_in_use_stay(
         if number not in model:
             room = [*model, number]
             for old in model:
-                if sum(SIZES[one] for one in room) <= limit:
+                if total_bytes(room) <= limit:
                     break
                 if old not in in_use:
                     room.remove(old)
             model = room[:-1]
-        held = acquire(store, number)
-        assert held.over_budget == (number not in model and sum(SIZES[one] for one in {*model, number}) > limit)
-        model = [*(one for one in model if one != number), number]
+        lease = acquire(store, number)
+        assert lease.over_budget == (number not in model and total_bytes({*model, number}) > limit)
+        model = [*(stored for stored in model if stored != number), number]
         assert stored_numbers(store) == sorted(model)
-        if data.draw(st.booleans()) and not held.over_budget:
-            in_use.setdefault(number, []).append(held)
+        if data.draw(st.booleans()) and not lease.over_budget:
+            in_use.setdefault(number, []).append(lease)
             continue
-        held.close()
-        if held.over_budget:
+        lease.close()
+        if lease.over_budget:
             for old in list(model):
-                if sum(SIZES[one] for one in model) <= limit:
+                if total_bytes(model) <= limit:
                     break
                 if old not in in_use:
                     model.remove(old)
     assert stored_numbers(store) == sorted(model)
-    for helds in in_use.values():
-        for held in helds:
-            held.close()
+    for leases in in_use.values():
+        for lease in leases:
+            lease.close()
 
 
 def test_a_file_above_the_limit_is_used_and_then_removed(store: NodeStore) -> None:
     small = NodeStore(store.folder, 350)
-    with acquire(small, 5) as held:
-        assert held.over_budget
-        assert held.path.read_bytes() == content(5)
+    with acquire(small, 5) as lease:
+        assert lease.over_budget
+        assert lease.path.read_bytes() == content(5)
     assert stored_numbers(small) == []
-    with acquire(small, 0) as held:
-        assert not held.over_budget
+    with acquire(small, 0) as lease:
+        assert not lease.over_budget
     assert stored_numbers(small) == [0]
 
 
@@ -143,8 +148,8 @@ def test_a_partial_file_counts_with_its_final_size(store: NodeStore) -> None:
 
     def make(part: Path) -> None:
         for number in (0, 4):
-            with acquire(store, number) as held:
-                crowded.append(held.over_budget)
+            with acquire(store, number) as lease:
+                crowded.append(lease.over_budget)
         filling(5)(part)
 
     store.acquire(name(5), 600, make).close()
@@ -156,8 +161,8 @@ def test_a_partial_file_of_a_killed_process_is_filled_again_or_removed(store: No
     leftovers = [store.folder / f".part-{SIZES[number]}-{name(number)}" for number in (1, 2)]
     for part in leftovers:
         part.write_bytes(b"half")
-    with acquire(store, 1) as held:
-        assert held.path.read_bytes() == content(1)
+    with acquire(store, 1) as lease:
+        assert lease.path.read_bytes() == content(1)
     assert not any(part.exists() for part in leftovers)
 
 
@@ -217,9 +222,9 @@ def test_a_remote_object_is_copied_and_a_local_one_is_itself(store: NodeStore, t
     url = f"memory://{tmp_path.name}/a.tar"
     storage.write(url, b"x" * 900)
     (tmp_path / "b.tar").write_bytes(b"y")
-    with store.acquire_url(url) as held, store.acquire_url(str(tmp_path / "b.tar")) as local:
-        assert held.path.read_bytes() == b"x" * 900
-        assert (held.path.parent, local.path) == (store.folder, tmp_path / "b.tar")
+    with store.acquire_url(url) as lease, store.acquire_url(str(tmp_path / "b.tar")) as local:
+        assert lease.path.read_bytes() == b"x" * 900
+        assert (lease.path.parent, local.path) == (store.folder, tmp_path / "b.tar")
     local.discard()
     assert (tmp_path / "b.tar").exists()
     with raises("storage.missing-file"):
@@ -230,9 +235,9 @@ def test_a_remote_object_is_copied_and_a_local_one_is_itself(store: NodeStore, t
 def test_a_copy_that_lost_its_end_with_the_node_s_power_is_fetched_again(store: NodeStore, tmp_path: Path) -> None:
     url = f"memory://{tmp_path.name}/a.tar"
     storage.write(url, b"x" * 900)
-    held = store.acquire_url(url)
-    held.close()
-    held.path.write_bytes(b"x" * 512)
+    lease = store.acquire_url(url)
+    lease.close()
+    lease.path.write_bytes(b"x" * 512)
     with store.acquire_url(url) as again:
         assert again.path.read_bytes() == b"x" * 900
     storage.delete(url)
@@ -284,6 +289,6 @@ def test_processes_that_are_killed_at_any_moment_leave_right_files_within_the_li
     for number in stored_numbers(store):
         assert (store.folder / name(number)).read_bytes() == content(number)
     for number in SIZES:
-        with acquire(store, number) as held:
-            assert held.path.read_bytes() == content(number)
-    assert sum(SIZES[number] for number in stored_numbers(store)) <= 1300
+        with acquire(store, number) as lease:
+            assert lease.path.read_bytes() == content(number)
+    assert total_bytes(stored_numbers(store)) <= 1300
