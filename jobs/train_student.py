@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import ray
 import torch
-from ray.exceptions import RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train import ControllerError, FailureConfig, RunConfig, TrainingFailedError, get_context
 from ray.train.torch import TorchConfig, get_device
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -250,7 +250,8 @@ def _killed(error: TrainingFailedError) -> TrainingError | None:
     failures: dict[int, Exception] = getattr(error, "worker_failures", {})
     # Ray Train wraps the error of a dead actor in one of its health checks.
     causes = {rank: getattr(failure, "health_check_failure", failure) for rank, failure in failures.items()}
-    dead = {rank: cause for rank, cause in causes.items() if isinstance(cause, RayActorError)}
+    # Ray's memory monitor also kills actors.
+    dead = {rank: cause for rank, cause in causes.items() if isinstance(cause, RayActorError | OutOfMemoryError)}
     if not dead:
         return None
     return TrainingError(
@@ -258,7 +259,7 @@ def _killed(error: TrainingFailedError) -> TrainingError | None:
         code="train.worker-killed",
         where=f"rank {', '.join(map(str, sorted(dead)))}",
         got=_termination_cause(str(next(iter(dead.values())))),
-        next_step="SIGKILL: more memory a worker, or a smaller train.global_batch_size; SIGBUS: more /dev/shm, or "
+        next_step="SIGKILL or out of memory: more memory a worker, or a smaller train.global_batch_size; SIGBUS: more /dev/shm, or "
         "train.num_workers=0; SIGSEGV or SIGABRT: a crash in native code, on a CPU try train.channels_last=false; then "
         "(or after a lost node) run the command again: it resumes from the last checkpoint",
     )

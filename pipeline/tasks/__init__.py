@@ -21,16 +21,8 @@ from pipeline.tasks.task import (
 from schemas.config import DataConfig
 
 _DEFAULT = Classification.name
-_TASKS: dict[str, Task] = {}
-
-
-def register(task: Task) -> None:
-    """Makes a task available under its name."""
-    assert task.name not in _TASKS, f"two tasks are called {task.name}"
-    _TASKS[task.name] = task
-
-
-register(Classification())
+TASKS: dict[str, Task] = {task.name: task for task in (Classification(),)}
+"""By name."""
 
 
 def task_of(data: DataConfig | Mapping[str, Any]) -> Task:
@@ -40,9 +32,9 @@ def task_of(data: DataConfig | Mapping[str, Any]) -> Task:
         ValueError: this version does not have it.
     """
     name = data.task if isinstance(data, DataConfig) else data.get("task", _DEFAULT)
-    if name not in _TASKS:
+    if name not in TASKS:
         raise ValueError(f"the task is {name!r}, which this version does not have")
-    return _TASKS[name]
+    return TASKS[name]
 
 
 def task_settings(data: DataConfig) -> dict[str, Any]:
@@ -52,6 +44,7 @@ def task_settings(data: DataConfig) -> dict[str, Any]:
 
 
 __all__ = [
+    "TASKS",
     "BadTargetError",
     "OutputSpec",
     "Recount",
@@ -60,7 +53,6 @@ __all__ = [
     "Targets",
     "Task",
     "TeacherOutputs",
-    "register",
     "task_of",
     "task_settings",
 ]

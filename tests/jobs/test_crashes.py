@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 import yaml
+from ray.exceptions import OutOfMemoryError
+from ray.train import WorkerGroupError
 
 from jobs.build_cache import build_cache
+from jobs.ray.train_internals import RayTrainer
 from jobs.train_student import train_student
 from pipeline.core.errors import TrainingError
 from pipeline.student.training.trainer import train
@@ -85,3 +88,21 @@ def test_a_worker_that_a_signal_ends_is_one_message(tree: Tree) -> None:
         train_student(config_of(killed_at(tree, signal.SIGSEGV, ray=TWO)))
     assert "SIGSEGV" in str(caught.value.got)
     assert "train.channels_last=false" in str(caught.value.next_step)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_worker_that_the_memory_monitor_ends_is_the_same_message(
+    tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory limits hold for whole nodes, so the failure is the one that Ray Train would report."""
+    failures: dict[int, Exception] = {0: RuntimeError("Connection closed by peer"), 1: OutOfMemoryError("killed")}
+
+    def fit(_: RayTrainer) -> None:
+        raise WorkerGroupError("two workers failed", failures)
+
+    monkeypatch.setattr(RayTrainer, "fit", fit)
+    with raises("train.worker-killed", TrainingError, where="rank 1") as caught:
+        train_student(config_of(tree(teacher={"mode": "none"}, loss=[{"name": "ce"}], ray=TWO)))
+    assert "killed" in str(caught.value.got)

@@ -19,6 +19,7 @@ from pipeline.shards.labels import LabelCount
 from pipeline.shards.shard_head import read_shard_head
 from pipeline.shards.tar import read_samples
 from pipeline.tasks import (
+    TASKS,
     BadTargetError,
     OutputSpec,
     Recount,
@@ -26,7 +27,6 @@ from pipeline.tasks import (
     TargetColumn,
     Targets,
     Task,
-    register,
     task_of,
 )
 from pipeline.teacher.rendering import GroupViews, Rendering, indexed_samples, read_groups
@@ -92,7 +92,7 @@ class Point(Task):
         raise NotImplementedError
 
 
-register(Point())
+TASKS[Point.name] = Point()
 # The schema lists the tasks of the product.
 DATA = data_config(label="point", num_classes=3).model_copy(update={"task": NAME})
 IMAGE = image_bytes("JPEG", size=(40, 30))
