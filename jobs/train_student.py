@@ -259,9 +259,10 @@ def _killed(error: TrainingFailedError) -> TrainingError | None:
         code="train.worker-killed",
         where=f"rank {', '.join(map(str, sorted(dead)))}",
         got=_termination_cause(str(next(iter(dead.values())))),
-        next_step="SIGKILL or out of memory: more memory a worker, or a smaller train.global_batch_size; SIGBUS: more /dev/shm, or "
-        "train.num_workers=0; SIGSEGV or SIGABRT: a crash in native code, on a CPU try train.channels_last=false; then "
-        "(or after a lost node) run the command again: it resumes from the last checkpoint",
+        next_step="SIGKILL or out of memory: more memory a worker, or a smaller train.global_batch_size; SIGBUS: more "
+        "/dev/shm, or train.num_workers=0; SIGSEGV or SIGABRT: a crash in native code, on a CPU try "
+        "train.channels_last=false; then (or after a lost node) run the command again: it resumes from the last "
+        "checkpoint",
     )
 
 

@@ -93,9 +93,7 @@ def test_a_worker_that_a_signal_ends_is_one_message(tree: Tree) -> None:
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_worker_that_the_memory_monitor_ends_is_the_same_message(
-    tree: Tree, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_worker_that_the_memory_monitor_ends_is_the_same_message(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory limits hold for whole nodes, so the failure is the one that Ray Train would report."""
     failures: dict[int, Exception] = {0: RuntimeError("Connection closed by peer"), 1: OutOfMemoryError("killed")}
 
