@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import ray
 import yaml
 
+from jobs.build_cache import build_cache
 from pipeline.shards.writer import pack_shards
 from schemas.config import Config
 from tests.jobs import NUM_CPUS
@@ -77,6 +79,20 @@ def tree_below(folder: Path, shards: list[str], **sections: Any) -> dict[str, An
 @pytest.fixture
 def tree(shards: list[str], tmp_path: Path) -> Tree:
     return partial(tree_below, tmp_path, shards)
+
+
+@pytest.fixture(scope="session")
+def cache_of_session(shards: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache of ``tree()``, built once. Tests must not change it."""
+    folder = tmp_path_factory.mktemp("built")
+    build_cache(config_of(tree_below(folder, shards)))
+    return folder / "cache"
+
+
+@pytest.fixture
+def built_cache(cache_of_session: Path, tmp_path: Path) -> Path:
+    """The cache of ``tree()``: a copy that the test may change."""
+    return shutil.copytree(cache_of_session, tmp_path / "cache")
 
 
 @pytest.fixture

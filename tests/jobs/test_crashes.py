@@ -13,7 +13,6 @@ import yaml
 from ray.exceptions import OutOfMemoryError
 from ray.train import WorkerGroupError
 
-from jobs.build_cache import build_cache
 from jobs.ray.train_internals import RayTrainer
 from jobs.train_student import train_student
 from pipeline.core.errors import TrainingError
@@ -56,12 +55,10 @@ def test_a_command_that_a_signal_ends_names_it_on_stderr(
 
 
 def test_a_loader_process_that_is_killed_is_one_message(
-    tree: Tree, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    tree: Tree, built_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.student.training.trainer.FLUSH_STEPS", 1)
-    config = config_of(tree())
-    build_cache(config)
-    data = {"cache": str(tmp_path / "cache")}
+    data = {"cache": str(built_cache)}
     training = config_of(tree(data=data, train={"epochs": 50, "global_batch_size": 24, "num_workers": 1}))
 
     killed = []

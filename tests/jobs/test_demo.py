@@ -9,19 +9,25 @@ from typing import Any
 import pytest
 
 from jobs.demo import NUM_LABELLED, gains, pack_digits
-from pipeline import storage
 from pipeline.core.errors import TrainingError
 from pipeline.shards.tar import read_samples
 from schemas.config import DataConfig
 from tests.errors import raises
+from tests.jobs.conftest import files_below
 
 pytestmark = pytest.mark.long
 
 
-def test_the_digits_are_packed_with_few_labels_for_students_and_all_for_the_teacher(tmp_path: Path) -> None:
-    pack_digits(tmp_path)
-    shards = sorted(tmp_path.glob("train-*.tar"))
-    assert (len(shards), len(list(tmp_path.glob("val-*.tar")))) == (8, 2)
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("digits")
+    pack_digits(folder)
+    return folder
+
+
+def test_the_digits_are_packed_with_few_labels_for_students_and_all_for_the_teacher(digits: Path) -> None:
+    shards = sorted(digits.glob("train-*.tar"))
+    assert (len(shards), len(list(digits.glob("val-*.tar")))) == (8, 2)
     for member, expected in (("cls", NUM_LABELLED), ("full.cls", 1400)):
         data = DataConfig(label=member, num_classes=10)
         samples = [sample for path in shards for sample in read_samples(path, data, where=str(path))]
@@ -29,11 +35,9 @@ def test_the_digits_are_packed_with_few_labels_for_students_and_all_for_the_teac
         assert sum(sample.target is not None for sample in samples) == expected
 
 
-def test_packing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
-    for name in "ab":
-        pack_digits(tmp_path / name)
-    for path in storage.listing(str(tmp_path / "a")):
-        assert (tmp_path / "a" / path).read_bytes() == (tmp_path / "b" / path).read_bytes()
+def test_packing_twice_gives_the_same_bytes(digits: Path, tmp_path: Path) -> None:
+    pack_digits(tmp_path)
+    assert files_below(tmp_path) == files_below(digits)
 
 
 def results(**top1: float) -> dict[str, Any]:

@@ -18,50 +18,33 @@ from schemas.config import Config
 from tests.errors import raises
 
 
-@pytest.mark.parametrize("key", ["shards", "val_shards", "cache"])
-def test_one_path_or_a_list_of_them_becomes_absolute(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-    def absolute(given: object) -> object:
-        return getattr(with_absolute_paths(Config.model_validate({"data": {key: given}})).data, key)
-
-    assert absolute("some/where") == f"{tmp_path}/some/where"
-    assert absolute(["a", "s3://bucket/b", "/c"]) == (f"{tmp_path}/a", "s3://bucket/b", "/c")
-    assert absolute(None) is None
-
-
-def test_class_means_of_a_teacher_become_absolute_like_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    teacher = {"class_means": "caches/r50", "weights": "r50.pt"}
-    first = with_absolute_paths(Config.model_validate({"teacher": {**teacher, "others": [teacher]}})).teacher
-    for section in (first, *first.others):
-        assert (section.class_means, section.weights) == (f"{tmp_path}/caches/r50", f"{tmp_path}/r50.pt")
-
-
-def test_a_tilde_is_the_users_home_in_every_key_that_takes_a_path(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    teacher = {"weights": "~/w.pt", "class_means": "~/means"}
-    tree: dict[str, Any] = {
+def tree_of(prefix: str) -> dict[str, Any]:
+    """A config in which every key that takes a path has one with this prefix."""
+    teacher = {"weights": f"{prefix}w.pt", "class_means": f"{prefix}means"}
+    return {
         "data": {
-            "shards": "~/{a,b}.tar",
-            "val_shards": ["{~/c,~/d}.tar"],
-            "cache": ["~/e", "s3://bucket/~/e"],
-            "index": "~/index",
-            "local_dir": "~/local",
+            "shards": f"{prefix}{{a,b}}.tar",
+            "val_shards": [f"{prefix}c.tar", "s3://bucket/~/d.tar"],
+            "cache": [f"{prefix}e", "s3://bucket/~/f", "/g"],
+            "index": f"{prefix}index",
+            "local_dir": f"{prefix}local",
         },
         "teacher": {**teacher, "others": [teacher]},
-        "student": {"weights": "~/w.pt"},
-        "cache": {"url": "~/cache", "class_means": "~/means.json"},
-        "run": {"url": "~/run"},
+        "student": {"weights": f"{prefix}w.pt"},
+        "cache": {"url": f"{prefix}cache", "class_means": f"{prefix}means.json"},
+        "run": {"url": f"{prefix}run"},
     }
-    text = with_absolute_paths(Config.model_validate(tree)).model_dump_json(exclude_unset=True)
-    assert json.loads(text) == json.loads(
-        json.dumps({**tree, "data": {**tree["data"], "val_shards": ["~/c.tar", "~/d.tar"]}}).replace(
-            '"~', f'"{tmp_path}'
-        )
-    )
+
+
+@pytest.mark.parametrize("prefix", ["", "some/where/", "~/"])
+def test_every_path_becomes_absolute_a_tilde_is_the_users_home_and_urls_stay(
+    prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    folder = f"{tmp_path}/{prefix}".replace("~", "home")
+    text = with_absolute_paths(Config.model_validate(tree_of(prefix))).model_dump_json(exclude_unset=True)
+    assert json.loads(text) == tree_of(folder)
 
 
 def test_a_folder_of_each_node_is_a_path_and_no_url() -> None:

@@ -25,20 +25,17 @@ def test_a_plan_writes_nothing_and_counts_rows_and_steps(tree: Tree, tmp_path: P
     assert "4 steps of 24 rows, 0 rows dropped" in text
 
 
+@pytest.mark.usefixtures("built_cache")
 def test_a_finished_cache_leaves_nothing_to_do(tree: Tree) -> None:
-    config = config_of(tree())
-    build_cache(config)
-    plan = report(config, measured=False)
+    plan = report(config_of(tree()), measured=False)
     assert (plan.plan.work.num_parts, plan.plan.work.num_parts_open) == (12, 0)
     assert plan.plan.size.parts_open.high == 0
     assert [warning.partition(":")[0] for warning in plan.warnings] == ["teacher.weights is random"]
 
 
-def test_a_missing_part_is_planned_again_although_a_commit_names_it(tree: Tree, tmp_path: Path) -> None:
-    config = config_of(tree())
-    build_cache(config)
-    next((tmp_path / "cache").glob("parts/digits-02/v0000-0001.*")).unlink()
-    assert report(config, measured=False).plan.work.forwards_open.expected == 24 * 2
+def test_a_missing_part_is_planned_again_although_a_commit_names_it(tree: Tree, built_cache: Path) -> None:
+    next(built_cache.glob("parts/digits-02/v0000-0001.*")).unlink()
+    assert report(config_of(tree()), measured=False).plan.work.forwards_open.expected == 24 * 2
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from jobs.build_cache import build_cache
 from jobs.distill import distill
 from jobs.train_student import train_student
 from pipeline.core.errors import CacheError, ResourceError
@@ -44,14 +43,12 @@ def test_distill_builds_then_trains_with_two_workers_and_a_second_call_does_noth
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_workers_error_reaches_the_driver_as_its_one_message(tree: Tree, tmp_path: Path) -> None:
-    config = config_of(tree(ray={**TWO, "max_failures": 1}))
-    build_cache(config)
-    part = next((tmp_path / "cache" / "parts" / "digits-01").glob("v0000*"))
+def test_a_workers_error_reaches_the_driver_as_its_one_message(tree: Tree, built_cache: Path, tmp_path: Path) -> None:
+    part = next((built_cache / "parts" / "digits-01").glob("v0000*"))
     data = bytearray(part.read_bytes())
     data[200] ^= 1
     part.write_bytes(bytes(data))
-    training = config_of(tree(ray={**TWO, "max_failures": 1}, data={"cache": str(tmp_path / "cache")}))
+    training = config_of(tree(ray={**TWO, "max_failures": 1}, data={"cache": str(built_cache)}))
     with raises("cache.changed-file", CacheError):
         train_student(training)
     assert not (tmp_path / "run" / "summary.json").exists()

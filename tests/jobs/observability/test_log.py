@@ -40,13 +40,16 @@ def test_the_error_that_ends_a_command_is_an_object_too(json_log: JsonLog) -> No
     assert "train.lrr" in event["message"]
 
 
-def test_a_build_logs_each_part_once_and_names_the_shard_that_failed(
+def test_a_build_with_a_damaged_shard_publishes_no_manifest_and_logs_each_part_once(
     tree: Tree, shards: list[str], tmp_path: Path, json_log: JsonLog
 ) -> None:
     truncated = tmp_path / "cut.tar"
     truncated.write_bytes(Path(shards[0]).read_bytes()[:5000])
-    with pytest.raises(ShardError):
+    with pytest.raises(ShardError) as caught:
         build_cache(config_of(tree(data={"shards": [*shards[1:], str(truncated)]})))
+    assert "cut.tar" in str(caught.value)
+    assert not (tmp_path / "cache" / "manifest.json").exists()
+    assert not list((tmp_path / "cache").glob("*/cut*"))
     events = json_log()
     parts = {(item["shard"], item["part"]): item["event"] for item in events if "part" in item}
     blocks = ("eval", "v0000-0001", "v0002-0002")
