@@ -25,6 +25,7 @@ from schemas.config import Config
 from tests.docs import config_tables
 from tests.docs.error_codes import all_codes
 from tests.docs.pages import generated_files
+from tests.jobs.conftest import config_of, tree_below
 from tests.pipeline.caches import build, digit_samples
 from tests.tolerances import magnitude_of, ulps
 
@@ -110,11 +111,11 @@ def test_every_make_target_that_is_mentioned_exists(document: str) -> None:
 def test_every_command_that_is_mentioned_exists(document: str) -> None:
     root: Any = typer.main.get_command(app)
     commands: dict[str, Any] = root.commands
-    known = {name: set(getattr(command, "commands", {})) for name, command in commands.items()}
+    subcommands = {name: set(getattr(command, "commands", {})) for name, command in commands.items()}
     for line in code_lines(document):
         for name, rest in re.findall(r"(?<![\w/.-])(?<!from )stillroom ([a-z]+)(?: ([a-z]+))?", line):
-            assert name in known, line
-            assert not known[name] or rest in known[name], line
+            assert name in subcommands, line
+            assert not subcommands[name] or rest in subcommands[name], line
 
 
 def test_every_module_that_is_run_exists(document: str) -> None:
@@ -207,24 +208,9 @@ def decoding_error(logits_NK: NDArray[np.float32]) -> float:
 @pytest.mark.parametrize("logits", ["fp32", "fp16", "int8", "int4", "topk:5"])
 def test_the_snippet_of_the_format_reads_what_the_reader_reads(tmp_path: Path, logits: str) -> None:
     shards = pack_shards(digit_samples(12), f"{tmp_path}/digits-%02d.tar", shard_size=7)
-    config = Config.model_validate(
-        {
-            # int4 wants many classes, and an odd number leaves half a byte over.
-            "data": {"shards": shards, "num_classes": 131},
-            "teacher": {
-                "model": "python:pipeline.models.cifar:resnet",
-                "weights": "random",
-                "kwargs": {"depth": 8, "widths": [4, 4, 4, 4]},
-                "mean": [0.5, 0.5, 0.5],
-                "std": [0.5, 0.5, 0.5],
-                "batch_size": 4,
-            },
-            "views": {"count": 3, "size": 8},
-            "cache": {"url": str(tmp_path / "cache"), "views_per_part": 2, "logits": logits},
-            "ray": {"address": "none"},
-        }
-    )
-    build(config)
+    # int4 wants many classes, and an odd number leaves half a byte over.
+    sections = {"data": {"num_classes": 131}, "views": {"size": 8}, "cache": {"logits": logits}}
+    build(config_of(tree_below(tmp_path, shards, **sections)))
     names: dict[str, Any] = {}
     snippet = re.search(
         r"^```python\n(.*?)^```", (ROOT / "docs" / "reference" / "format.md").read_text(), re.MULTILINE | re.DOTALL
@@ -236,15 +222,13 @@ def test_the_snippet_of_the_format_reads_what_the_reader_reads(tmp_path: Path, l
     assert output is not None
     for shard in cache.shards:
         for view in range(3):
-            found = names["read_logits"](cache.url, shard.shard_id, view)
-            np.testing.assert_allclose(
-                found, cache.view(shard.shard_id, view).logits_NK, rtol=0, atol=decoding_error(found)
-            )
-    stored = encode(found, output)
+            read = names["read_logits"](cache.url, shard.shard_id, view)
+            expected = cache.view(shard.shard_id, view).logits_NK
+            np.testing.assert_allclose(read, expected, rtol=0, atol=decoding_error(read))
+    stored = encode(read, output)
     for temperature in (0.5, 1.0, 3.0, 4.0, 20.0):
         row_dtype = np.dtype([(field.name, field.dtype, (field.count,)) for field in output.fields])
         rows = np.frombuffer(b"".join(stored.to_pylist()), row_dtype)
-        found = names["unpack"](rows, output.model_dump(), temperature)
-        np.testing.assert_allclose(
-            found, decode(stored, output, temperature=temperature), rtol=0, atol=decoding_error(found)
-        )
+        unpacked = names["unpack"](rows, output.model_dump(), temperature)
+        expected = decode(stored, output, temperature=temperature)
+        np.testing.assert_allclose(unpacked, expected, rtol=0, atol=decoding_error(unpacked))

@@ -7,7 +7,7 @@ CONTRIBUTING.md has the rules; docs/upgrading.md lists former names and is exemp
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -61,24 +61,19 @@ REPLACED = {
 }
 
 
-def sources() -> Iterator[Path]:
-    """Product code, manifests and documentation; generated pages repeat the docstrings."""
-    for folder in ("pipeline", "jobs", "schemas", "stillroom", "docs", "examples", "infra"):
-        yield from (
-            path for path in (ROOT / folder).rglob("*") if path.suffix in _SUFFIXES or path.name == "Dockerfile"
-        )
-    yield from ROOT.glob("*.md")
+@cache
+def texts() -> dict[str, str]:
+    """Product code, manifests and documentation by path; generated pages repeat the docstrings."""
+    folders = ("pipeline", "jobs", "schemas", "stillroom", "docs", "examples", "infra")
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*")]
+    paths = [path for path in paths if path.suffix in _SUFFIXES or path.name == "Dockerfile"]
+    by_name = {str(path.relative_to(ROOT)): path.read_text() for path in [*paths, *ROOT.glob("*.md")]}
+    return {name: text for name, text in by_name.items() if name not in _EXEMPT}
 
 
 def uses(pattern: str) -> list[str]:
     expression = re.compile(pattern, re.IGNORECASE if pattern.islower() else 0)
-    return [
-        f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}"
-        for path in sources()
-        if str(path.relative_to(ROOT)) not in _EXEMPT
-        for number, line in enumerate(path.read_text().splitlines(), 1)
-        if expression.search(line)
-    ]
+    return [f"{name}: {match[0]}" for name, text in texts().items() for match in expression.finditer(text)]
 
 
 @pytest.mark.parametrize("pattern", REPLACED)
