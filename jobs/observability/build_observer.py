@@ -75,16 +75,6 @@ class NodeSums:
         return self.busy_s / max(self.seconds, 1e-9)
 
 
-@dataclass
-class _Shards:
-    """Progress by shard; ``open_parts`` counts the parts that are not built yet."""
-
-    open_parts: Counter[str]
-    done: int
-    retried: set[str] = field(default_factory=set)
-    failed: set[str] = field(default_factory=set)
-
-
 def part_name(task: PartTask) -> str:
     """The name of a part in messages."""
     return f"{redact(task.shard_url)}, {task.block.name}"
@@ -112,8 +102,11 @@ class BuildObserver(TaskObserver):
         self.nodes: dict[str, NodeSums] = {}
         self.num_failed, self._lost_s = 0, 0.0
         self._ray, self._clock, self.total = config.ray, clock, NodeSums(clock())
-        open_parts = Counter(shard_id(task.shard_url) for task in tasks)
-        self._shards, self._num_shards = _Shards(open_parts, num_shards - len(open_parts)), num_shards
+        self._num_shards = num_shards
+        # Parts that are not built yet, by shard.
+        self._open_parts = Counter(shard_id(task.shard_url) for task in tasks)
+        self._retried_shards: set[str] = set()
+        self._failed_shards: set[str] = set()
 
     def begin(self) -> None:
         """Sets the metrics before the first part; inside ``cluster``."""
@@ -127,10 +120,9 @@ class BuildObserver(TaskObserver):
         super().done(item, result, stats, attempt=attempt)
         self._add(stats, result)
         shard = shard_id(item.shard_url)
-        self._shards.open_parts[shard] -= 1
-        if not self._shards.open_parts[shard]:
-            del self._shards.open_parts[shard]
-            self._shards.done += 1
+        self._open_parts[shard] -= 1
+        if not self._open_parts[shard]:
+            del self._open_parts[shard]
         self._set_shards()
 
     def retried(
@@ -138,7 +130,7 @@ class BuildObserver(TaskObserver):
     ) -> None:
         super().retried(item, error, stats, attempt=attempt, kind=kind, pause_s=pause_s)
         self._lost_s += stats.seconds
-        self._shards.retried.add(shard_id(item.shard_url))
+        self._retried_shards.add(shard_id(item.shard_url))
         ray_metrics.PARTS_RETRIED.add(1, cache=self.cache, kind=kind)
         self._set_shards()
 
@@ -146,7 +138,7 @@ class BuildObserver(TaskObserver):
         super().failed(item, error, stats, attempt=attempt)
         self._lost_s += stats.seconds
         self.num_failed += 1
-        self._shards.failed.add(shard_id(item.shard_url))
+        self._failed_shards.add(shard_id(item.shard_url))
         ray_metrics.PARTS_FAILED.add(1, cache=self.cache)
         self._set_shards()
 
@@ -164,9 +156,9 @@ class BuildObserver(TaskObserver):
         ray_metrics.TEACHER_SECONDS.add(built.busy_s, **where)
 
     def _set_shards(self) -> None:
-        ray_metrics.SHARDS_DONE.set(self._shards.done, cache=self.cache)
-        ray_metrics.SHARDS_RETRIED.set(len(self._shards.retried), cache=self.cache)
-        ray_metrics.SHARDS_FAILED.set(len(self._shards.failed), cache=self.cache)
+        ray_metrics.SHARDS_DONE.set(self._num_shards - len(self._open_parts), cache=self.cache)
+        ray_metrics.SHARDS_RETRIED.set(len(self._retried_shards), cache=self.cache)
+        ray_metrics.SHARDS_FAILED.set(len(self._failed_shards), cache=self.cache)
 
     def note(self) -> str:
         """The state of the build in a few words."""

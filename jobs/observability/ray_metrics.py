@@ -19,13 +19,17 @@ if TYPE_CHECKING:
 _PREFIX = "stillroom_"
 
 
-@dataclass(frozen=True, slots=True)
-class Counter:
-    """A metric that only grows. Its name in Prometheus is ``exported``."""
+@dataclass(frozen=True)
+class _Metric:
+    """``exported`` is the name in Prometheus."""
 
     name: str
     text: str
-    tags: tuple[str, ...] = ()
+    tags: tuple[str, ...]
+
+
+class Counter(_Metric):
+    """A metric that only grows."""
 
     @property
     def exported(self) -> str:
@@ -34,16 +38,11 @@ class Counter:
     def add(self, amount: float, **tags: str) -> None:
         # Ray refuses an increment of 0.
         if amount > 0 and ray.is_initialized():
-            _metric(meters.Counter, self.name, self.text, self.tags).inc(amount, tags)
+            _ray_metric(meters.Counter, self).inc(amount, tags)
 
 
-@dataclass(frozen=True, slots=True)
-class Gauge:
-    """A metric that rises and falls. Its name in Prometheus is ``exported``."""
-
-    name: str
-    text: str
-    tags: tuple[str, ...] = ()
+class Gauge(_Metric):
+    """A metric that rises and falls."""
 
     @property
     def exported(self) -> str:
@@ -51,12 +50,13 @@ class Gauge:
 
     def set(self, value: float, **tags: str) -> None:
         if ray.is_initialized():
-            _metric(meters.Gauge, self.name, self.text, self.tags).set(value, tags)
+            _ray_metric(meters.Gauge, self).set(value, tags)
 
 
 @cache
-def _metric(kind: Any, name: str, text: str, tags: tuple[str, ...]) -> Any:
-    return kind(_PREFIX + name, text, tags)
+def _ray_metric(kind: Any, metric: _Metric) -> Any:
+    """The metric of Ray, which refuses a second one of the same name."""
+    return kind(_PREFIX + metric.name, metric.text, metric.tags)
 
 
 # The last name of the URL of a cache or a run.

@@ -7,8 +7,7 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,22 +46,12 @@ def _call(
 ) -> tuple[Any, StillroomError | None, AttemptStats]:
     began = time.monotonic()
     label.emit_begin()
-    with _exit_after(timeout_s):
-        return _attempt(work, item, label, began)
-
-
-@contextmanager
-def _exit_after(timeout_s: float | None) -> Generator[None]:
-    """Ends this process at the timeout, with the stacks of its threads in the worker's log.
-
-    The timer is a thread of C that needs no GIL: a teacher that hangs in a library may hold it.
-    """
-    if timeout_s is None:
-        yield
-        return
-    faulthandler.dump_traceback_later(timeout_s, exit=True)
+    if timeout_s is not None:
+        # Ends this process, with the stacks of its threads in the worker's log. The timer is a thread of C that needs
+        # no GIL: a teacher that hangs in a library may hold it.
+        faulthandler.dump_traceback_later(timeout_s, exit=True)
     try:
-        yield
+        return _attempt(work, item, label, began)
     finally:
         faulthandler.cancel_dump_traceback_later()
 
