@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import platform
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -45,13 +46,16 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    with (
-        many_nodes({"num_cpus": 2, "resources": {"spot": 1}}, {"num_cpus": 2, "num_gpus": 1}) as (nodes, ids),
-        driver() as pool,
-    ):
-        # One job for all tests, so that they share workers.
-        pool.submit(partial(ray.init, nodes.address, log_to_driver=False)).result()
-        yield Cluster(nodes, ids, pool)
+    with pytest.MonkeyPatch.context() as patch:
+        # The logs of drivers and workers are JSON.
+        patch.setenv("STILLROOM_LOG", "json")
+        with (
+            many_nodes({"num_cpus": 2, "resources": {"spot": 1}}, {"num_cpus": 2, "num_gpus": 1}) as (nodes, ids),
+            driver() as pool,
+        ):
+            # One job for all tests, so that they share workers.
+            pool.submit(partial(ray.init, nodes.address, log_to_driver=False)).result()
+            yield Cluster(nodes, ids, pool)
 
 
 @pytest.fixture
@@ -66,8 +70,26 @@ def _drive(work: Callable[[int], Any], num: int, keys: dict[str, Any], log: Path
     return [results[number] for number in range(num)]
 
 
-def test_parts_that_one_node_could_run_are_spread_over_all_nodes(cluster: Cluster, log: Path) -> None:
-    assert set(cluster.run(partial(node, 0.5), 2, log)) == {cluster.spot, cluster.gpu}
+def _worker_logs() -> str:
+    folder = Path(ray._private.worker.global_worker.node.get_logs_dir_path())
+    return "\n".join(path.read_text() for path in folder.glob("worker-*.err"))
+
+
+def nodes_by_item(log: str, event: str) -> dict[str, str]:
+    events = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
+    return {item["item"]: item["node"] for item in events if item["event"] == event}
+
+
+def test_parts_that_one_node_could_run_are_spread_over_all_nodes_and_logged_with_their_nodes(
+    cluster: Cluster, log: Path
+) -> None:
+    results = cluster.run(partial(node, 0.5), 2, log)
+    assert set(results) == {cluster.spot, cluster.gpu}
+    names = {str(number): f"{platform.node()}:{node_id[:8]}" for number, node_id in enumerate(results)}
+    assert nodes_by_item(log.read_text(), "done") == names
+    # This is the first test, so the workers have logged nothing else.
+    workers = cluster.pool.submit(_worker_logs).result()
+    assert nodes_by_item(workers, "began") == nodes_by_item(workers, "ended") == names
 
 
 def test_parts_run_on_nodes_with_the_gpus_or_custom_resources_they_need(cluster: Cluster, log: Path) -> None:
