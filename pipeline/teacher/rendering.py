@@ -31,10 +31,11 @@ from pipeline.augment.params import (
 from pipeline.augment.pixels import apply_view
 from pipeline.core.errors import ShardError
 from pipeline.core.hashing import differences
+from pipeline.models import InputSpec
 from pipeline.shards.decode import BadImageError, BadStatus, decode, image_size
 from pipeline.shards.index import STATUSES, IndexBuilder, ShardIndex
 from pipeline.shards.tar import Sample, TarNotes, read_samples
-from pipeline.tasks import Targets, Task
+from pipeline.tasks import Targets, Task, task_of
 from schemas.cache_format import Status, ViewBlock
 from schemas.config import DataConfig, Interpolation, ViewsConfig
 
@@ -43,12 +44,34 @@ _STATUSES_AFTER_DECODING = ("ok", *get_args(BadStatus))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rendering:
-    """The views of an image to render. ``size``: their height and width in pixels."""
+    """The views of a shard's images to render.
 
+    Attributes:
+        size: height and width of the views in pixels.
+        task: that of the samples' targets.
+        max_pixels: of an image; a larger one is not decoded.
+    """
+
+    shard_id: str
     plan: ViewsConfig
     block: ViewBlock
     size: int
     interpolation: Interpolation
+    task: Task
+    max_pixels: int
+
+    @classmethod
+    def of(cls, shard_id: str, plan: ViewsConfig, block: ViewBlock, spec: InputSpec, data: DataConfig) -> Rendering:
+        """For a network with this input, and samples that are read by this config."""
+        return cls(
+            shard_id=shard_id,
+            plan=plan,
+            block=block,
+            size=spec.size,
+            interpolation=spec.interpolation,
+            task=task_of(data),
+            max_pixels=data.max_pixels,
+        )
 
     @property
     def view_numbers(self) -> list[int]:
@@ -165,9 +188,6 @@ def read_groups(
     rendering: Rendering,
     pool: ThreadPoolExecutor,
     *,
-    shard_id: str,
-    task: Task,
-    max_pixels: int,
     builder: IndexBuilder | None,
     pinned: bool = False,
 ) -> Iterator[GroupViews]:
@@ -175,7 +195,6 @@ def read_groups(
 
     Args:
         samples: every sample of a shard without an index (``read_samples``), or ``indexed_samples``.
-        task: that of the samples' targets.
         builder: collects the index of a shard that has none. ``None``: every sample must decode.
         pinned: render into page-locked memory, which a GPU can copy from while it computes.
 
@@ -195,9 +214,9 @@ def read_groups(
             if not rendered:
                 buffer_VNHWC = _new_buffer(rendering, len(chunk), pinned)
             free_VMHWC = buffer_VNHWC[:, len(rendered) :]
-            rendered.extend(_render_chunk(chunk, free_VMHWC, rendering, pool, shard_id, max_pixels, builder))
+            rendered.extend(_render_chunk(chunk, free_VMHWC, rendering, pool, builder))
         if rendered:
-            yield _assemble(rendered, buffer_VNHWC[:, : len(rendered)], rendering, shard_id, task, number)
+            yield _assemble(rendered, buffer_VNHWC[:, : len(rendered)], rendering, number)
             number += 1
 
 
@@ -214,15 +233,13 @@ def _render_chunk(
     free_VMHWC: Tensor,
     rendering: Rendering,
     pool: ThreadPoolExecutor,
-    shard_id: str,
-    max_pixels: int,
     builder: IndexBuilder | None,
 ) -> list[tuple[Sample, ViewParams]]:
     """The candidates that decode. Their views fill ``free_VMHWC`` from its start, in the same order."""
     sizes_N2 = np.array(list(pool.map(_size_or_one, chunk)), np.int64).reshape(-1, 2)
-    params = _sample_params(rendering, [f"{shard_id}/{sample.key}" for sample in chunk], sizes_N2)
+    params = _sample_params(rendering, [f"{rendering.shard_id}/{sample.key}" for sample in chunk], sizes_N2)
     outcomes = pool.map(
-        lambda row, sample, params: _render(sample, params, free_VMHWC[:, row], rendering, max_pixels),
+        lambda row, sample, params: _render(sample, params, free_VMHWC[:, row], rendering),
         *(range(len(chunk)), chunk, params),
     )
     good: list[int] = []
@@ -233,7 +250,7 @@ def _render_chunk(
             raise ShardError(
                 "an image that was usable when its shard was indexed is unusable now",
                 code="shard.image-undecodable-now",
-                where=f"{shard_id}/{sample.key}",
+                where=f"{rendering.shard_id}/{sample.key}",
                 got=f"{outcome.status}: {outcome.reason}" if outcome.reason else outcome.status,
                 next_step="use the decoder versions that built the index",
             )
@@ -268,12 +285,12 @@ def _sample_params(rendering: Rendering, sample_ids: list[str], sizes_N2: NDArra
     return [params.take(slice(start, start + len(views))) for start in range(0, len(widths), len(views))]
 
 
-def _render(sample: Sample, params: ViewParams, views_VHWC: Tensor, rendering: Rendering, max_pixels: int) -> _Rendered:
+def _render(sample: Sample, params: ViewParams, views_VHWC: Tensor, rendering: Rendering) -> _Rendered:
     """Decodes the image once and fills ``views_VHWC``; a bad image leaves it unchanged."""
     if sample.status != "ok":
         return _Rendered(sample.status)
     try:
-        image = decode(sample.data, max_pixels=max_pixels)
+        image = decode(sample.data, max_pixels=rendering.max_pixels)
     except BadImageError as error:
         return _Rendered(error.status, reason=error.reason)
     for view, (box, flip) in enumerate(zip(params.box_N4.tolist(), params.flip_N.tolist(), strict=True)):
@@ -293,8 +310,6 @@ def _assemble(
     rendered: list[tuple[Sample, ViewParams]],
     pixels_VNHWC: Tensor,
     rendering: Rendering,
-    shard_id: str,
-    task: Task,
     number: int,
 ) -> GroupViews:
     samples = [sample for sample, _ in rendered]
@@ -302,15 +317,18 @@ def _assemble(
     unmixed_N = np.arange(num_ok, dtype=np.int32)
     mixes = rendering.plan.mixes and not rendering.block.is_eval
     partner_VN = np.stack(
-        [mix_partners(rendering.plan, shard_id, number, view, num_ok) if mixes else unmixed_N for view in views]
+        [
+            mix_partners(rendering.plan, rendering.shard_id, number, view, num_ok) if mixes else unmixed_N
+            for view in views
+        ]
     )
     params_VN = unmix(_stack([params for _, params in rendered]), partner_VN == unmixed_N)
     return GroupViews(
-        shard_id=shard_id,
+        shard_id=rendering.shard_id,
         samples=samples,
         row_N=np.array([sample.row for sample in samples], np.int32),
         content_hash_N=np.array([xxhash.xxh3_64_intdigest(sample.data) for sample in samples], np.uint64),
-        targets=task.rows(sample.target for sample in samples),
+        targets=rendering.task.rows(sample.target for sample in samples),
         box_VN4=params_VN.box_N4,
         flip_VN=params_VN.flip_N,
         partner_VN=partner_VN,

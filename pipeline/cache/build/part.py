@@ -43,7 +43,7 @@ from pipeline.shards.index import STATUSES, IndexBuilder, omissions_of
 from pipeline.shards.omissions import Omissions
 from pipeline.shards.shard_urls import shard_id
 from pipeline.shards.tar import Sample, TarNotes, read_samples, unread_links
-from pipeline.tasks import TeacherOutputs, task_of
+from pipeline.tasks import TeacherOutputs
 from pipeline.tasks.classification import EMBEDDING, LABEL
 from pipeline.teacher.inference import GroupOutputs, run_inference
 from pipeline.teacher.numerics import numeric_env, release_freed_memory
@@ -100,12 +100,12 @@ class PartBuild:
     def __init__(self, context: BuildContext, task: PartTask, scratch: Path, busy: BusyTime) -> None:
         plan, spec = context.config.views, context.teacher.loaded.input
         self.context, self.task, self.scratch, self.busy = context, task, scratch, busy
-        self.data, self.target_task = context.config.data, task_of(context.config.data)
+        self.data = context.config.data
         self.shard_id, self.where = shard_id(task.shard_url), redact(task.shard_url)
-        self.rendering = Rendering(plan=plan, block=task.block, size=spec.size, interpolation=spec.interpolation)
+        self.rendering = Rendering.of(self.shard_id, plan, task.block, spec, self.data)
         self.row_sizes = {output.name: row_bytes(output) for output in context.header.outputs}
         self.schema = part_schema(self.row_sizes, {} if task.block.is_eval else aug_param_columns(plan))
-        self.statistics = StatisticsSum(context.header.outputs, self.target_task)
+        self.statistics = StatisticsSum(context.header.outputs, self.rendering.task)
         self.sums: ClassSums | None = None
         self.omissions = Omissions()
         self.first_row: int | None = None
@@ -127,7 +127,7 @@ class PartBuild:
 
     def _fill_and_index(self, writer: PartWriter, local: Path) -> StoredIndex:
         """The first pass over a shard also indexes it. The index is published before any part, whose rows it names."""
-        builder = IndexBuilder(self.shard_id, self.target_task)
+        builder = IndexBuilder(self.shard_id, self.rendering.task)
         self._fill(writer, read_samples(local, self.data, where=self.where, notes=builder.notes), builder)
         index = builder.finish()
         stored = publish_new_index(self.context.cache.url, self.task.shard_url, index, self.data)
@@ -141,9 +141,6 @@ class PartBuild:
                 samples,
                 self.rendering,
                 pool,
-                shard_id=self.shard_id,
-                task=self.target_task,
-                max_pixels=self.data.max_pixels,
                 builder=builder,
                 pinned=self.context.teacher.device.type == "cuda",
             )
@@ -171,7 +168,7 @@ class PartBuild:
         release_freed_memory()
 
     def _labelled_rows(self, group: GroupViews) -> NDArray[np.bool_]:
-        labelled_N = self.target_task.has_target(group.targets)
+        labelled_N = self.rendering.task.has_target(group.targets)
         unlabelled = np.flatnonzero(~labelled_N)
         if len(unlabelled) and self.data.missing_labels == "refuse":
             raise ShardError(

@@ -151,26 +151,12 @@ def _time_stages(samples: list[Sample], config: Config, shard: str) -> Stages:
     teacher = load_teacher(config.teacher, num_classes=config.data.num_classes, size=config.views.size, device=device)
     samples, max_pixels = samples[:_NUM_RENDERED], config.data.max_pixels
     num_views, spec = min(config.views.count, _VIEWS_RENDERED), teacher.loaded.input
-    rendering = Rendering(
-        plan=config.views, block=ViewBlock(start=0, stop=num_views), size=spec.size, interpolation=spec.interpolation
-    )
+    rendering = Rendering.of(shard, config.views, ViewBlock(start=0, stop=num_views), spec, config.data)
     with ThreadPoolExecutor(config.ray.cpus_per_task) as pool:
         decode_s, _ = _repeated(
             lambda: list(pool.map(lambda sample: decode(sample.data, max_pixels=max_pixels), samples))
         )
-        render_s, (group, *_) = _repeated(
-            lambda: list(
-                read_groups(
-                    iter(samples),
-                    rendering,
-                    pool,
-                    shard_id=shard,
-                    task=task_of(config.data),
-                    max_pixels=max_pixels,
-                    builder=None,
-                )
-            )
-        )
+        render_s, (group, *_) = _repeated(lambda: list(read_groups(iter(samples), rendering, pool, builder=None)))
     # A short batch is padded, so the time is that of a full one.
     forward_s, _ = _repeated(lambda: teacher.infer(group.pixels_VNCHW[0][: teacher.batch_size]))
     return Stages(

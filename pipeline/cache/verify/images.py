@@ -44,19 +44,15 @@ class ShardImages:
         """
         teacher = self.header.teacher
         rendering = Rendering(
-            plan=self.plan, block=block, size=int(teacher["size"]), interpolation=teacher["interpolation"]
+            shard_id=self.index.shard_id,
+            plan=self.plan,
+            block=block,
+            size=int(teacher["size"]),
+            interpolation=teacher["interpolation"],
+            task=self.index.task,
+            max_pixels=int(self.header.data["max_pixels"]),
         )
-        return next(
-            read_groups(
-                map(self._sample, ordinals),
-                rendering,
-                self.decoders,
-                shard_id=self.index.shard_id,
-                task=self.index.task,
-                max_pixels=int(self.header.data["max_pixels"]),
-                builder=None,
-            )
-        )
+        return next(read_groups(map(self._sample, ordinals), rendering, self.decoders, builder=None))
 
     def key(self, ordinal: int) -> str:
         return self.index.keys[int(self.index.ok[ordinal])].as_py()

@@ -95,16 +95,8 @@ class _OpenShard:
         """The mix groups of the shard, rendered for a network; ``builder`` collects the index of the shard."""
         return read_groups(
             read_samples(self.path, self.data, where=redact(self.url), notes=builder.notes),
-            Rendering(
-                plan=self.plan,
-                block=ViewBlock(start=0, stop=1, is_eval=True),
-                size=spec.size,
-                interpolation=spec.interpolation,
-            ),
+            Rendering.of(shard_id(self.url), self.plan, ViewBlock(start=0, stop=1, is_eval=True), spec, self.data),
             self.pool,
-            shard_id=shard_id(self.url),
-            task=task_of(self.data),
-            max_pixels=self.data.max_pixels,
             builder=builder,
         )
 

@@ -178,10 +178,14 @@ def test_views_carry_the_targets_and_a_changed_target_is_found(shard: Path, inde
 
 def groups(shard: Path, index: ShardIndex) -> list[GroupViews]:
     rendering = Rendering(
-        plan=ViewsConfig(count=1, size=8), block=ViewBlock(start=0, stop=1), size=8, interpolation="bilinear"
+        shard_id="x",
+        plan=ViewsConfig(count=1, size=8),
+        block=ViewBlock(start=0, stop=1),
+        size=8,
+        interpolation="bilinear",
+        task=task_of(DATA),
+        max_pixels=DATA.max_pixels,
     )
-    samples, task = indexed_samples(shard, index, DATA, where="x"), task_of(DATA)
+    samples = indexed_samples(shard, index, DATA, where="x")
     with ThreadPoolExecutor(1) as pool:
-        return list(
-            read_groups(samples, rendering, pool, shard_id="x", task=task, max_pixels=DATA.max_pixels, builder=None)
-        )
+        return list(read_groups(samples, rendering, pool, builder=None))

@@ -38,18 +38,20 @@ def rendering(*, kind: str = "function_matching", views: int = 2, is_eval: bool 
     options = OPTIONS if kind == "function_matching" else {}
     plan = ViewsConfig.model_validate({"kind": kind, "count": views, "size": 8, "mix_group": MIX_GROUP, **options})
     block = ViewBlock(start=0, stop=1 if is_eval else views, is_eval=is_eval)
-    return Rendering(plan=plan, block=block, size=8, interpolation="bilinear")
+    return Rendering(
+        shard_id="s",
+        plan=plan,
+        block=block,
+        size=8,
+        interpolation="bilinear",
+        task=Classification(),
+        max_pixels=10_000,
+    )
 
 
-def groups_of(
-    samples: Iterator[Sample], spec: Rendering, builder: IndexBuilder | None, max_pixels: int = 10_000
-) -> list[GroupViews]:
+def groups_of(samples: Iterator[Sample], spec: Rendering, builder: IndexBuilder | None) -> list[GroupViews]:
     with ThreadPoolExecutor(2) as pool:
-        return list(
-            read_groups(
-                samples, spec, pool, shard_id="s", task=Classification(), max_pixels=max_pixels, builder=builder
-            )
-        )
+        return list(read_groups(samples, spec, pool, builder=builder))
 
 
 def sample(row: int, data: bytes) -> Sample:
@@ -158,7 +160,7 @@ def test_the_eval_pass_of_a_mixing_plan_is_neither_mixed_nor_flipped(digits_shar
 
 def test_an_image_beyond_the_pixel_limit_is_recorded_and_skipped() -> None:
     builder = IndexBuilder("s", Classification())
-    assert groups_of(iter([sample(0, PNG)]), rendering(kind="crop"), builder, max_pixels=10) == []
+    assert groups_of(iter([sample(0, PNG)]), replace(rendering(kind="crop"), max_pixels=10), builder) == []
     assert builder.finish().num_ok == 0
 
 
