@@ -1,9 +1,7 @@
-"""A second task, with another kind of target, through the same code as classification."""
+"""A second task, with another kind of target, output and statistic, through the same code as classification."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,89 +10,37 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from numpy.typing import NDArray
+import torch
 
+from pipeline.cache.build.context import BuildContext, current_context
+from pipeline.cache.build.header_claim import make_header
+from pipeline.cache.build.manifest import publish_manifest
+from pipeline.cache.build.part import BusyTime, PartBuild
+from pipeline.cache.format.header import read_header
+from pipeline.cache.ops.inspect import inspect_cache
+from pipeline.cache.read.reader import open_cache
+from pipeline.cache.verify import recompute, verify_cache
+from pipeline.cache.verify.report import Findings
 from pipeline.shards.index import ShardIndex, decode_index, encode_index, index_settings, index_shard
 from pipeline.shards.labels import LabelCount
 from pipeline.shards.shard_head import read_shard_head
 from pipeline.shards.tar import read_samples
-from pipeline.tasks import (
-    TASKS,
-    BadTargetError,
-    OutputSpec,
-    Recount,
-    StatisticsAccumulator,
-    TargetColumn,
-    Targets,
-    Task,
-    task_of,
-)
+from pipeline.shards.writer import pack_shards
+from pipeline.tasks import Targets, task_of
+from pipeline.teacher.inference import Teacher
 from pipeline.teacher.rendering import GroupViews, Rendering, indexed_samples, read_groups
-from schemas.cache_format import Statistics, ViewBlock, index_schema
-from schemas.config import CacheConfig, DataConfig, ViewsConfig
+from schemas.cache_format import ViewBlock, index_schema
+from schemas.config import ViewsConfig
 from tests.errors import raises
+from tests.pipeline.cache.verify.forge import replace_commit, republish
+from tests.pipeline.caches import TinyCache, cache_section, digit_samples, open_tasks, read_commits, shard_urls
+from tests.pipeline.conftest import TinyConfig
 from tests.pipeline.shards.tars import data_config, image_bytes, make_tar
+from tests.pipeline.tasks.second_task import Point
 
-NAME = "point"
-_POINT = re.compile(rb"(\d+),(\d+)")
-
-
-class Point(Task):
-    """The position of one point in an image, ``x,y`` in pixels. It is trained by no loss and counted nowhere."""
-
-    name = NAME
-    member_content = "x,y as text"
-    max_bytes = 12
-    columns = (TargetColumn("x", pa.int16(), -1), TargetColumn("y", pa.int64(), -7))
-    statistics_fields = ()
-
-    def settings(self, data: DataConfig) -> dict[str, Any]:
-        return {"label": self.member(data)}
-
-    def member(self, data: DataConfig) -> str | None:
-        return data.label
-
-    def parse(self, text: bytes, data: DataConfig) -> tuple[int, int]:  # noqa: ARG002
-        if (point := self.try_parse(text)) is None:
-            raise BadTargetError("x,y", next_step="write two numbers")
-        return point
-
-    def try_parse(self, text: bytes) -> tuple[int, int] | None:
-        match = _POINT.fullmatch(text)
-        return None if match is None else (int(match[1]), int(match[2]))
-
-    def encode(self, target: tuple[int, int]) -> bytes:
-        return b"%d,%d" % target
-
-    def rows(self, targets: Iterable[tuple[int, int] | None]) -> dict[str, NDArray[Any]]:
-        point_N2 = np.array([(-1, -7) if point is None else point for point in targets], np.int64).reshape(-1, 2)
-        return {"x": point_N2[:, 0].astype(np.int16), "y": point_N2[:, 1].copy()}
-
-    def has_target(self, targets: Targets) -> NDArray[np.bool_]:
-        return targets["y"] != -7
-
-    def num_invalid(self, targets: Targets, *, num_classes: int) -> int:
-        raise NotImplementedError
-
-    def outputs(self, cache: CacheConfig, *, num_classes: int, embedding_dim: int) -> tuple[OutputSpec, ...]:
-        raise NotImplementedError
-
-    def is_output(self, name: str) -> bool:
-        raise NotImplementedError
-
-    def accumulate(self) -> StatisticsAccumulator:
-        raise NotImplementedError
-
-    def recount(self, targets: Targets, *, mix_group: int, outputs: Iterable[str]) -> Recount:
-        raise NotImplementedError
-
-    def teacher_metrics(self, statistics: Statistics) -> dict[str, float | None]:
-        raise NotImplementedError
-
-
-TASKS[Point.name] = Point()
 # The schema lists the tasks of the product.
-DATA = data_config(label="point", num_classes=3).model_copy(update={"task": NAME})
+TASK = {"task": Point.name}
+DATA = data_config(label="point", num_classes=3).model_copy(update=TASK)
 IMAGE = image_bytes("JPEG", size=(40, 30))
 MEMBERS = [
     ("a.jpg", IMAGE),
@@ -105,7 +51,6 @@ MEMBERS = [
     ("c.jpg", IMAGE),
     ("c.point", b"0,0"),
 ]
-POINTS = [(3, 100000), None, (1, 2), (0, 0)]
 
 
 @pytest.fixture
@@ -125,16 +70,16 @@ def points(targets: Targets) -> list[tuple[int, int]]:
 
 
 def test_samples_have_the_tasks_targets(shard: Path) -> None:
-    assert [sample.target for sample in read_samples(shard, DATA, where="x")] == POINTS
+    targets = [sample.target for sample in read_samples(shard, DATA, where="x")]
+    assert targets == [(3, 100000), None, (1, 2), (0, 0)]
 
 
 def test_an_index_has_the_tasks_columns_and_is_read_back(index: ShardIndex) -> None:
     assert points(index.targets) == [(3, 100000), (-1, -7), (1, 2), (0, 0)]
     assert points(index.ok_targets) == [(3, 100000), (-1, -7), (0, 0)]
     settings = index_settings(DATA)
-    assert settings["task"] == NAME
+    assert settings["task"] == Point.name
     encoded = encode_index(index, settings)
-    assert encode_index(index, settings) == encoded
     table = pq.read_table(pa.BufferReader(encoded))
     assert table.schema.equals(index_schema({"x": pa.int16(), "y": pa.int64()}))
     assert table["x"].to_pylist() == [3, None, 1, 0]
@@ -189,3 +134,72 @@ def groups(shard: Path, index: ShardIndex) -> list[GroupViews]:
     samples = indexed_samples(shard, index, DATA, where="x")
     with ThreadPoolExecutor(1) as pool:
         return list(read_groups(samples, rendering, pool, builder=None))
+
+
+class PointTeacher(Teacher):
+    """Its x is the first logit; it stores no logits."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        outputs = super().forward(*args, **kwargs)
+        return {"x": outputs["logits"][:, :1], "embedding": outputs["embedding"]}
+
+
+@pytest.fixture
+def context(tiny_config: TinyConfig, tmp_path: Path) -> BuildContext:
+    """Of a finished cache with two unmixed views of 35 images. Like ``current_context``, for the second task."""
+    samples = (
+        (key, {"png": members["png"], "point": b"%d,%d" % (row, 7 * row)})
+        for row, (key, members) in enumerate(digit_samples(35))
+    )
+    shards = pack_shards(samples, f"{tmp_path}/points-%d.tar", shard_size=20)
+    config = tiny_config(
+        data={"shards": shards, "label": "point"},
+        views={"kind": "crop", "count": 2},
+        cache={"class_means": "none", "embeddings": "none"},
+    )
+    loaded = current_context(config).teacher
+    config = config.model_copy(update={"data": config.data.model_copy(update=TASK)})
+    teacher = PointTeacher(
+        loaded.loaded, device=loaded.device, precision=loaded.precision, batch_size=loaded.batch_size
+    )
+    cache = cache_section(config)
+    header = make_header(teacher, plan=config.views, cache=cache, data=config.data)
+    context = BuildContext(config, cache, teacher, header, None, gpus=None).claimed()
+    for number, task in enumerate(open_tasks(context.config)):
+        (scratch := tmp_path / f"scratch-{number}").mkdir()
+        PartBuild(context, task, scratch, BusyTime()).run()
+    publish_manifest(context.cache.url, shard_urls(context.config))
+    return context
+
+
+def test_a_cache_of_another_task_has_its_outputs_and_statistics_and_is_verified(
+    context: BuildContext,
+) -> None:
+    url = context.cache.url
+    header, cache = read_header(url), open_cache(url)
+    assert task_of(header.data).name == Point.name
+    assert [(output.name, output.shape) for output in header.outputs] == [("x", (1,))]
+    errors: list[float] = []
+    for shard in cache.shards:
+        x_N = cache.index(shard).targets["x"]
+        for view in range(2):
+            columns = cache.view(shard.shard_id, view)
+            assert columns.logits_NK is columns.embedding_ND is None
+            errors += np.abs(columns.outputs["x"].decode()[:, 0].astype(np.float64) - x_N).tolist()
+    statistics = cache.manifest.statistics
+    assert len(errors) == 70
+    assert statistics.sums == pytest.approx({"rows": 70, "absolute_error": sum(errors)})
+    assert (statistics.labelled, statistics.class_counts, statistics.fidelity_rows > 0) == (0, {}, True)
+    report = inspect_cache(url)
+    assert (report.teacher_top1, report.outputs) == (None, {"x": "dense [1], 4 bytes a row"})
+    assert verify_cache(url).problems == []
+    findings = Findings()
+    recomputed = recompute(url, context, findings, num_rows=1000, shard_urls={})
+    assert (findings.problems, recomputed.rows, recomputed.identical) == ([], 70, 70)
+    commit = read_commits(url)[0]
+    sums = {**commit.statistics.sums, "absolute_error": commit.statistics.sums["absolute_error"] + 1}
+    statistics = commit.statistics.model_copy(update={"sums": sums})
+    replace_commit(TinyCache(url, context.config), commit.model_copy(update={"statistics": statistics}))
+    republish(TinyCache(url, context.config))
+    (problem,) = verify_cache(url).problems
+    assert problem.file == commit.part.path

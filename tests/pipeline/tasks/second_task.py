@@ -1,0 +1,121 @@
+"""A second task, with another kind of target and output than classification: the position of one point."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from numpy.typing import NDArray
+
+from pipeline.tasks import (
+    TASKS,
+    BadTargetError,
+    OutputSpec,
+    Recount,
+    StatisticsAccumulator,
+    TargetColumn,
+    Targets,
+    Task,
+    TeacherOutputs,
+)
+from schemas.cache_format import Statistics
+from schemas.config import CacheConfig, DataConfig
+
+_POINT = re.compile(rb"(\d+),(\d+)")
+
+
+class ErrorSum(StatisticsAccumulator):
+    """Σ |x of the teacher − x| over the rows that have a target, and their number."""
+
+    def __init__(self) -> None:
+        self._sums = {"rows": 0.0, "absolute_error": 0.0}
+
+    def add(self, outputs: TeacherOutputs, targets: Targets) -> None:
+        has_target_N = targets["x"] != -1
+        error_M = np.abs(outputs["x"][has_target_N, 0].astype(np.float64) - targets["x"][has_target_N])
+        self._sums["rows"] += float(has_target_N.sum())
+        self._sums["absolute_error"] += float(error_M.sum())
+
+    def add_part(self, statistics: Statistics) -> None:
+        for name in self._sums:
+            self._sums[name] += statistics.sums[name]
+
+    def result(self) -> dict[str, Any]:
+        return {"sums": dict(self._sums)}
+
+
+class ErrorRecount(Recount):
+    """For plans that do not mix, and an encoding that stores fp32."""
+
+    def __init__(self, targets: Targets) -> None:
+        self._targets, self._sum = targets, ErrorSum()
+
+    def add_view(self, mix_lambda_M: NDArray[np.float32], rows: slice) -> None:  # noqa: ARG002
+        assert (mix_lambda_M == 1).all()
+
+    def add_outputs(self, name: str, values: NDArray[np.float32], rows: slice, *, exact: bool) -> None:
+        assert exact
+        self._sum.add({name: values}, {key: column[rows] for key, column in self._targets.items()})
+
+    def compare(self, stated: Statistics, expect: Callable[[str, object, object], object]) -> None:
+        expect("the commit's errors do not match", stated.sums, pytest.approx(self._sum.result()["sums"]))
+
+
+class Point(Task):
+    """``x,y`` in pixels. Its teacher has an output ``x``, and no loss trains it."""
+
+    name = "point"
+    member_content = "x,y as text"
+    max_bytes = 12
+    columns = (TargetColumn("x", pa.int16(), -1), TargetColumn("y", pa.int64(), -7))
+    statistics_fields = ("sums",)
+
+    def settings(self, data: DataConfig) -> dict[str, Any]:
+        return {"member": self.member(data)}
+
+    def member(self, data: DataConfig) -> str | None:
+        return data.label
+
+    def parse(self, text: bytes, data: DataConfig) -> tuple[int, int]:  # noqa: ARG002
+        if (point := self.try_parse(text)) is None:
+            raise BadTargetError("x,y", next_step="write two numbers")
+        return point
+
+    def try_parse(self, text: bytes) -> tuple[int, int] | None:
+        match = _POINT.fullmatch(text)
+        return None if match is None else (int(match[1]), int(match[2]))
+
+    def encode(self, target: tuple[int, int]) -> bytes:
+        return b"%d,%d" % target
+
+    def rows(self, targets: Iterable[tuple[int, int] | None]) -> dict[str, NDArray[Any]]:
+        point_N2 = np.array([(-1, -7) if point is None else point for point in targets], np.int64).reshape(-1, 2)
+        return {"x": point_N2[:, 0].astype(np.int16), "y": point_N2[:, 1].copy()}
+
+    def has_target(self, targets: Targets) -> NDArray[np.bool_]:
+        return targets["y"] != -7
+
+    def num_invalid(self, targets: Targets, *, num_classes: int) -> int:  # noqa: ARG002
+        return int((targets["x"] < -1).sum())
+
+    def outputs(self, cache: CacheConfig, *, num_classes: int, embedding_dim: int) -> tuple[OutputSpec, ...]:  # noqa: ARG002
+        return (OutputSpec("x", 1, cache.logits),)
+
+    def is_output(self, name: str) -> bool:
+        return name == "x"
+
+    def accumulate(self) -> ErrorSum:
+        return ErrorSum()
+
+    def recount(self, targets: Targets, *, mix_group: int, outputs: Iterable[str]) -> ErrorRecount:  # noqa: ARG002
+        return ErrorRecount(targets)
+
+    def teacher_metrics(self, statistics: Statistics) -> dict[str, float | None]:
+        return {"mean absolute error": statistics.sums["absolute_error"] / statistics.sums["rows"]}
+
+
+TASKS[Point.name] = Point()
