@@ -29,6 +29,8 @@ from tests.jobs.conftest import config_of, tree_below
 from tests.pipeline.caches import build, digit_samples
 from tests.tolerances import magnitude_of, ulps
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 PAGES = sorted((ROOT / "docs").rglob("*.md"))

@@ -15,6 +15,8 @@ from pipeline.core import errors
 from schemas.config import Config
 from tests.docs.error_codes import all_codes
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).resolve().parents[1]
 _MIN_CODES = 80
 _PHOTOGRAPHS = ROOT.parent / "shared" / "data" / "imagenet-samples"
