@@ -196,8 +196,8 @@ def test_links_are_read_as_the_files_of_the_extracted_tar(shard: Path, kind: byt
     ]
     samples, lines = notes_of(shard, make_tar(members, form=form, kind=kind))
     assert lines == []
-    with tarfile.open(shard) as archive:
-        archive.extractall(shard.parent / "out", filter="data")
+    (shard.parent / "out").mkdir()
+    subprocess.run(["tar", "-xf", shard, "-C", shard.parent / "out"], check=True)
     for sample in samples:
         path = shard.parent / "out" / sample.key
         assert sample.data == path.with_name(path.name + ".jpg").read_bytes()
