@@ -29,7 +29,7 @@ from pipeline.cache.format.files import (
     read_file,
     read_named,
 )
-from pipeline.cache.format.header import parse_header, plan_of, read_outputs
+from pipeline.cache.format.header import no_cache, parse_header, plan_of, read_outputs
 from pipeline.core.bounded_parquet import read_bounded
 from pipeline.core.errors import CacheError, StorageError, StorageInputError
 from pipeline.core.hashing import digest
@@ -380,7 +380,10 @@ def open_cache(url: str, *, manifest_bytes: bytes | None = None) -> TeacherCache
         manifest, manifest_bytes = read_manifest(url)
     else:
         manifest = parse_manifest(manifest_bytes, where=f"the run's copy of the manifest of {where}")
-    data = read_file(url, layout.HEADER, max_bytes=storage.MAX_RECORD_BYTES)
+    data = storage.read_if_exists(storage.join(url, layout.HEADER), max_bytes=storage.MAX_RECORD_BYTES)
+    if data is None:
+        # The folder of a run has a copy of a cache's manifest.
+        raise no_cache(url)
     if digest(data) != manifest.header_sha256:
         raise CacheError(
             "this header is not the one of the manifest",

@@ -379,7 +379,11 @@ def test_an_image_that_is_not_the_cached_one_gives_no_batch(
         list(DataLoader(dataset, batch_size=None, num_workers=num_workers))
 
 
-def test_no_cache_is_refused(opener: Opener, tmp_path: Path) -> None:
+def test_no_cache_is_refused(replays: Replay, opener: Opener, tmp_path: Path) -> None:
+    with raises("cache.missing"):
+        opener(tmp_path)
+    # A run has a copy of the manifest of its cache.
+    (tmp_path / "manifest.json").write_bytes((Path(replays("crop").url) / "manifest.json").read_bytes())
     with raises("cache.missing"):
         opener(tmp_path)
     with raises("config.missing-key"):
