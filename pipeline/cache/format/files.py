@@ -133,13 +133,13 @@ def read_named(cache_url: str, ref: FileRef) -> bytes:
     """
     url = storage.join(cache_url, ref.path)
     data = read_file(cache_url, ref.path)
-    if digest(data) != ref.sha256:
-        former_url = storage.join(cache_url, layout.former_path(ref.sha256))
-        former = storage.read_if_exists(former_url, max_bytes=storage.MAX_TABLE_BYTES)
-        if former is not None and digest(former) == ref.sha256:
-            return former
-    check_sha256(data, ref.sha256, where=redact(url))
-    return data
+    if (got := digest(data)) == ref.sha256:
+        return data
+    former_url = storage.join(cache_url, layout.former_path(ref.sha256))
+    former = storage.read_if_exists(former_url, max_bytes=storage.MAX_TABLE_BYTES)
+    if former is not None and digest(former) == ref.sha256:
+        return former
+    raise changed_file(redact(url), got=f"sha256 {got[:16]}", expected=ref.sha256[:16])
 
 
 def read_parquet(data: bytes, *, where: str | None = None, repeated: Sequence[str] = ()) -> pa.Table:
