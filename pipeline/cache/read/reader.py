@@ -380,10 +380,13 @@ def open_cache(url: str, *, manifest_bytes: bytes | None = None) -> TeacherCache
         manifest, manifest_bytes = read_manifest(url)
     else:
         manifest = parse_manifest(manifest_bytes, where=f"the run's copy of the manifest of {where}")
-    data = storage.read_if_exists(storage.join(url, layout.HEADER), max_bytes=storage.MAX_RECORD_BYTES)
-    if data is None:
-        # The folder of a run has a copy of a cache's manifest.
-        raise no_cache(url)
+    try:
+        data = read_file(url, layout.HEADER, max_bytes=storage.MAX_RECORD_BYTES)
+    except CacheError:
+        # The folder of a run has a copy of a cache's manifest, without the tables that the manifest names.
+        if not storage.exists(storage.join(url, manifest.parts.path)):
+            raise no_cache(url) from None
+        raise
     if digest(data) != manifest.header_sha256:
         raise CacheError(
             "this header is not the one of the manifest",
