@@ -1,12 +1,15 @@
-"""Logits and embedding of any classifier in one forward: the embedding is the input of its head."""
+"""Outputs of any network by name in one forward: what its head returns, and the embedding, the input of the head."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from pipeline.tasks import EMBEDDING
 
 _UNSAFE_CHANNELS = range(1, 9)
 
@@ -17,7 +20,7 @@ _captured: ContextVar[list[Tensor] | None] = ContextVar("captured head inputs", 
 
 
 class EmbeddingModel(nn.Module):
-    """A classifier with ``forward(images_BCHW) -> (logits_BK, embedding_BD)``.
+    """A network whose ``forward(images_BCHW)`` returns its outputs by name: that of its head, and the embedding.
 
     The embedding is the input of the head. A hook captures it, so it needs no second forward, has its gradient and is
     exact under autocast and DDP. If a head classifies positions one by one (a convolution over a feature map), the
@@ -29,22 +32,29 @@ class EmbeddingModel(nn.Module):
     Attributes:
         network: the module of the library, with its parameter names; save and load *its* ``state_dict``.
         heads: names of the submodules whose input is the embedding; empty with ``forward_embedding``.
-        num_classes: K.
-        embedding_dim: D.
+        widths: numbers in a row of each output, by its name.
+        head_output: the name of what the head returns.
     """
 
-    def __init__(self, network: nn.Module, heads: tuple[str, ...], *, num_classes: int, embedding_dim: int) -> None:
+    def __init__(self, network: nn.Module, heads: tuple[str, ...], *, widths: Mapping[str, int]) -> None:
         """Called by ``pipeline.models.probe.wrap``, which registers the hooks and determines D."""
         super().__init__()
         self.network, self.heads = network, heads
-        self.num_classes, self.embedding_dim = num_classes, embedding_dim
+        self.widths = dict(widths)
+        (self.head_output,) = (name for name in widths if name != EMBEDDING)
 
-    def forward(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        return forward_with_embedding(self.network, self.heads, images_BCHW)
+    @property
+    def embedding_dim(self) -> int:
+        """D."""
+        return self.widths[EMBEDDING]
 
-    def logits(self, images_BCHW: Tensor) -> Tensor:
-        """[B,K] without the embedding: the forward of the network itself if it has a head."""
-        return self.network(images_BCHW) if self.heads else self(images_BCHW)[0]
+    def forward(self, images_BCHW: Tensor) -> dict[str, Tensor]:
+        output, embedding_BD = forward_with_embedding(self.network, self.heads, images_BCHW)
+        return {self.head_output: output, EMBEDDING: embedding_BD}
+
+    def forward_head(self, images_BCHW: Tensor) -> Tensor:
+        """``head_output`` without the embedding: the forward of the network itself if it has a head."""
+        return self.network(images_BCHW) if self.heads else self(images_BCHW)[self.head_output]
 
 
 def move_to_device(module: nn.Module, device: torch.device, *, channels_last: bool = True) -> None:

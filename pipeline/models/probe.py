@@ -8,6 +8,8 @@ from torch import Tensor
 from pipeline.core.errors import ModelError, cause
 from pipeline.models.embedding import EmbeddingModel, forward_with_embedding, register_head_hooks
 from pipeline.models.sources.base import BuildRequest, BuiltModel
+from pipeline.tasks import EMBEDDING
+from pipeline.tasks.classification import LOGITS
 
 
 def wrap(built: BuiltModel, request: BuildRequest, *, size: int) -> EmbeddingModel:
@@ -21,8 +23,8 @@ def wrap(built: BuiltModel, request: BuildRequest, *, size: int) -> EmbeddingMod
     _check_finite(logits_BK, embedding_BD, request)
     if request.where == "student":
         _check_training(built, request, size=size)
-    width = embedding_BD.shape[1]
-    return EmbeddingModel(built.network, built.heads, num_classes=request.num_classes, embedding_dim=width).eval()
+    widths = {LOGITS: request.num_classes, EMBEDDING: embedding_BD.shape[1]}
+    return EmbeddingModel(built.network, built.heads, widths=widths).eval()
 
 
 def probe_outputs(built: BuiltModel, request: BuildRequest, *, size: int) -> tuple[Tensor, Tensor]:

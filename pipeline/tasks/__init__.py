@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.tasks.classification import Classification
 from pipeline.tasks.task import (
+    EMBEDDING,
     BadTargetError,
     OutputSpec,
     Recount,
@@ -44,6 +45,7 @@ def task_settings(data: DataConfig) -> dict[str, Any]:
 
 
 __all__ = [
+    "EMBEDDING",
     "TASKS",
     "BadTargetError",
     "OutputSpec",

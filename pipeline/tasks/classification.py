@@ -11,6 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.tasks.task import (
+    EMBEDDING,
     BadTargetError,
     OutputSpec,
     Recount,
@@ -24,7 +25,7 @@ from schemas.cache_format import Statistics
 from schemas.config import CacheConfig, DataConfig
 
 NO_LABEL = -1
-LABEL, LOGITS, EMBEDDING = "label", "logits", "embedding"
+LABEL, LOGITS = "label", "logits"
 TOP1, TOP5 = "top-1", "top-5"
 _HIT_COUNTS = ("labelled", "top1_hits", "top5_hits")
 _MAX_INT32 = 2**31 - 1

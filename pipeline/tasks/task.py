@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 from schemas.cache_format import Statistics
 from schemas.config import CacheConfig, DataConfig
 
+EMBEDDING = "embedding"
+"""The output that the networks of all tasks have: [B,D], the input of their heads."""
+
 Targets = Mapping[str, NDArray[Any]]
 """Target columns by name, [N] each; a row without a target has ``TargetColumn.missing``."""
 

@@ -15,13 +15,9 @@ from pipeline.augment.pixels import to_input
 from pipeline.core.errors import ResourceError, first_line
 from pipeline.models import LoadedModel, load_model, move_to_device
 from pipeline.tasks import TeacherOutputs
-from pipeline.tasks.classification import EMBEDDING, LOGITS
 from pipeline.teacher.numerics import autocast
 from pipeline.teacher.rendering import GroupViews, Mixing
 from schemas.config import Precision, TeacherModelConfig
-
-_NETWORK_OUTPUTS = (LOGITS, EMBEDDING)
-"""Names of what an ``EmbeddingModel`` returns, in its order."""
 
 
 class Teacher:
@@ -61,8 +57,8 @@ class Teacher:
             partner_pixels_NCHW=partner_pixels_NCHW,
         )
         with autocast(self.device, self.precision):
-            outputs = self.module(images_BCHW)
-        return {name: tensor.float() for name, tensor in zip(_NETWORK_OUTPUTS, outputs, strict=True)}
+            outputs: dict[str, Tensor] = self.module(images_BCHW)
+        return {name: tensor.float() for name, tensor in outputs.items()}
 
     def infer(self, pixels_NCHW: Tensor, mixing: Mixing | None = None) -> TeacherOutputs:
         """``infer_on_device``, then waits and copies the outputs to the CPU."""

@@ -127,6 +127,8 @@ def load_context(config_json: str, weights_stamp: str | None) -> BuildContext:  
     )
     imported, module = None, teacher.module
     if cache.class_means_url is not None:
-        imported = read_means(cache.class_means_url, num_classes=module.num_classes, embedding_dim=module.embedding_dim)
+        imported = read_means(
+            cache.class_means_url, num_classes=module.widths[module.head_output], embedding_dim=module.embedding_dim
+        )
     header = make_header(teacher, plan=config.views, cache=cache, data=config.data, imported=imported)
     return BuildContext(config, cache, teacher, header, imported, gpus=visible_gpus())

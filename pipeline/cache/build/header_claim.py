@@ -79,14 +79,16 @@ def make_header(
         class_means=cache.class_means if imported is None else imported.mode,
     )
     module = teacher.module
-    specs = task_of(data).outputs(cache, num_classes=module.num_classes, embedding_dim=module.embedding_dim)
+    specs = task_of(data).outputs(
+        cache, num_classes=module.widths[module.head_output], embedding_dim=module.embedding_dim
+    )
     return Header(
         views_id=views_id(plan),
         views=views_body(plan),
         fingerprint=short_digest(body),
         teacher=body,
         data=index_settings(data),
-        num_classes=module.num_classes,
+        num_classes=module.widths[module.head_output],
         embedding_dim=module.embedding_dim,
         outputs=stored_outputs(specs),
         probe_logits=tuple(tuple(float(value) for value in row) for row in _probe(teacher, specs[0].name)),

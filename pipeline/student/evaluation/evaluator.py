@@ -29,8 +29,7 @@ from pipeline.student.evaluation.finite import FiniteRows
 from pipeline.student.evaluation.loaded_run import CheckpointName, load_run
 from pipeline.student.evaluation.metrics import Evaluation, EvaluationScope, MetricSums, Outputs, metrics_of
 from pipeline.student.supervision.spec import SupervisionSpec
-from pipeline.tasks import task_of
-from pipeline.tasks.classification import EMBEDDING, LOGITS
+from pipeline.tasks import EMBEDDING, task_of
 from pipeline.teacher.inference import Teacher, load_teacher
 from pipeline.teacher.rendering import GroupViews, Rendering, read_groups
 from schemas.cache_format import ViewBlock
@@ -235,13 +234,13 @@ def _student_outputs(
     model: EmbeddingModel, spec: InputSpec, pixels_NCHW: Tensor, device: torch.device, projector: nn.Module | None
 ) -> Outputs:
     mean_C, std_C = torch.tensor(spec.mean, device=device), torch.tensor(spec.std, device=device)
-    logits: list[Tensor] = []
-    embeddings: list[Tensor] = []
+    batches: list[Outputs] = []
     for pixels_BCHW in pixels_NCHW.split(BATCH_SIZE):
-        logits_BK, embedding_BD = model(to_input(pixels_BCHW.to(device), mean_C=mean_C, std_C=std_C))
-        logits.append(logits_BK.float().cpu())
-        embeddings.append((embedding_BD if projector is None else projector(embedding_BD)).float().cpu())
-    return {LOGITS: torch.cat(logits), EMBEDDING: torch.cat(embeddings)}
+        outputs: dict[str, Tensor] = model(to_input(pixels_BCHW.to(device), mean_C=mean_C, std_C=std_C))
+        if projector is not None:
+            outputs[EMBEDDING] = projector(outputs[EMBEDDING])
+        batches.append({name: values.float().cpu() for name, values in outputs.items()})
+    return {name: torch.cat([outputs[name] for outputs in batches]) for name in batches[0]}
 
 
 def _teacher_outputs(teacher: Teacher, group: GroupViews, *, with_embeddings: bool = True) -> Outputs:

@@ -44,7 +44,7 @@ class Classifier(nn.Module):
     def forward(self, images_NCHW: Tensor) -> Tensor:
         if self.normalizes:
             images_NCHW = to_input(images_NCHW, mean_C=self.get_buffer("mean_C"), std_C=self.get_buffer("std_C"))
-        return self.model.logits(images_NCHW)
+        return self.model.forward_head(images_NCHW)
 
     def noise(self, count: int) -> Tensor:
         """Random input, the same at every call."""
@@ -75,7 +75,9 @@ def write_onnx(classifier: Classifier, path: Path, metadata: Mapping[str, str]) 
     check_onnx_packages()
     program = _program(classifier)
     try:
-        onnx = torch.onnx.export(program, dynamo=True, input_names=["images"], output_names=["logits"], verbose=False)
+        onnx = torch.onnx.export(
+            program, dynamo=True, input_names=["images"], output_names=[classifier.model.head_output], verbose=False
+        )
         assert onnx is not None, "without a file the exporter returns the program"
         onnx.model.metadata_props.update(metadata)
         onnx.save(path, external_data=False)

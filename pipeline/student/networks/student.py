@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pipeline.models import EmbeddingModel, forward_with_maps, register_map_hooks
 from pipeline.student.networks.review import Review, ReviewPlan
+from pipeline.tasks import EMBEDDING
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -17,14 +18,12 @@ class StudentOutputs(NamedTuple):
     """The student's outputs for losses. A tuple, in which DDP finds the tensors.
 
     Attributes:
-        logits_BK: [B,K].
-        embedding_BD: [B,D], in the student's width.
+        outputs: of the network, by name.
         projected: by term, one embedding [B,Dt] for each teacher, in the teacher's width.
         maps: one [B,C,H,W] for each level of ``review_kd``.
     """
 
-    logits_BK: Tensor
-    embedding_BD: Tensor
+    outputs: dict[str, Tensor]
     projected: Mapping[str, tuple[Tensor, ...]]
     maps: tuple[Tensor, ...]
 
@@ -65,11 +64,12 @@ class Student(nn.Module):
     def forward(self, images_BCHW: Tensor) -> StudentOutputs:
         review = self.review
         named = () if review is None else review.plan.student
-        (logits_BK, embedding_BD), maps = forward_with_maps(named, self.model, images_BCHW)
+        outputs, maps = forward_with_maps(named, self.model, images_BCHW)
+        embedding_BD = outputs[EMBEDDING]
         # Fused here and not in the loss: DDP expects all trained modules to run in this forward.
         fused = () if review is None else review(review.plan.levels(maps, embedding_BD))
         projected = {key: self._project(key, embedding_BD) for key in self.projectors}
-        return StudentOutputs(logits_BK, embedding_BD, projected, fused)
+        return StudentOutputs(outputs, projected, fused)
 
     def _project(self, key: str, embedding_BD: Tensor) -> tuple[Tensor, ...]:
         projectors: Any = self.projectors[key]

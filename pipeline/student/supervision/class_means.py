@@ -15,7 +15,7 @@ from pipeline.core.hashing import differences, weights_digest
 from pipeline.core.redaction import redact
 from pipeline.student.data.sources import RowSource
 from pipeline.student.losses import check_class_means
-from pipeline.tasks.classification import LABEL
+from pipeline.tasks.classification import LABEL, LOGITS
 from pipeline.teacher.inference import Teacher
 
 
@@ -48,7 +48,7 @@ def online_means(cache: TeacherCache, teacher: Teacher, source: RowSource, *, se
     assert means is not None, "ensured by check_online_class_means"
     means_KD = torch.from_numpy(means.mean_KD)
     check_class_means(
-        means_KD, torch.from_numpy(label_counts(source, teacher.module.num_classes)), where=redact(cache.url)
+        means_KD, torch.from_numpy(label_counts(source, teacher.module.widths[LOGITS])), where=redact(cache.url)
     )
     return means_KD
 

@@ -105,17 +105,17 @@ class TrainStep:
     def forward(self, images: Tensor, batch: Batch) -> LossInputs:
         """The outputs of the student and of each teacher on one batch."""
         with autocast(self.distributed.device, self._train.precision):
-            outputs: StudentOutputs = self.module(images)
+            student: StudentOutputs = self.module(images)
         return LossInputs(
-            student_BK=outputs.logits_BK,
+            student_BK=student.outputs[LOGITS],
             labels_B=batch.targets[LABEL],
-            embedding_BD=outputs.embedding_BD,
+            embedding_BD=student.outputs[EMBEDDING],
             teachers=tuple(
                 TeacherInputs(
                     outputs=teacher_outputs,
-                    projected={key: by_teacher[number] for key, by_teacher in outputs.projected.items()},
+                    projected={key: by_teacher[number] for key, by_teacher in student.projected.items()},
                     class_directions=self._supervision.class_directions[number],
-                    student_maps=outputs.maps or None,
+                    student_maps=student.maps or None,
                     teacher_maps=teacher_maps or None,
                 )
                 for number, (teacher_outputs, teacher_maps) in enumerate(self._teacher_outputs(batch))

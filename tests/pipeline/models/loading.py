@@ -40,6 +40,13 @@ def head_of(model: EmbeddingModel) -> nn.Linear:
     return layer
 
 
+def run(model: nn.Module, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    """(logits_BK, embedding_BD) of one forward of an ``EmbeddingModel``, which has no other outputs."""
+    outputs = model(images_BCHW)
+    assert list(outputs) == ["logits", "embedding"]
+    return outputs["logits"], outputs["embedding"]
+
+
 def refused(model: str | None, **keys: Any) -> InputError:
     with pytest.raises(InputError) as caught:
         load(model, **keys)

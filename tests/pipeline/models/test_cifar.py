@@ -18,7 +18,7 @@ from pipeline.models.cifar_bottleneck import bottleneck_resnet
 from pipeline.models.cifar_mobilenet import mobilenet_v2
 from pipeline.models.cifar_shufflenet import ShuffleUnit, shufflenet_v1, shufflenet_v2
 from tests.errors import raises
-from tests.pipeline.models.loading import build, head_of, millions
+from tests.pipeline.models.loading import build, head_of, millions, run
 
 K = 100
 # Shortcuts of the ResNet paper have no parameters. Projections, as in the distillation tables, add less than 1 %.
@@ -64,7 +64,7 @@ def test_the_embedding_is_the_input_of_the_head_and_has_the_published_width(
     factory: str, kwargs: dict[str, Any], width: int
 ) -> None:
     module = build(f"python:pipeline.models.{factory}", kwargs)
-    logits_BK, embedding_BD = module(torch.rand(2, 3, 16, 16))
+    logits_BK, embedding_BD = run(module, torch.rand(2, 3, 16, 16))
     torch.testing.assert_close(head_of(module)(embedding_BD), logits_BK)
     assert embedding_BD.shape[1] == module.embedding_dim == width
     assert embedding_BD.min() >= 0  # pooled after a ReLU

@@ -14,7 +14,7 @@ from torch import Tensor, distributed, nn
 from pipeline.models import EmbeddingModel
 from pipeline.models.embedding import forward_with_embedding, register_head_hooks
 from tests.marks import slow
-from tests.pipeline.models.loading import FACTORIES, PLAIN, build, head_of, images
+from tests.pipeline.models.loading import FACTORIES, PLAIN, build, head_of, images, run
 from tests.tolerances import magnitude_of, network_operations, reordered, ulps
 
 CachedBuild = Callable[[str, dict[str, Any]], EmbeddingModel]
@@ -53,9 +53,9 @@ TORCHVISION: list[Any] = [
 def test_embedding_times_head_is_the_logits(built: CachedBuild, name: str, kwargs: dict[str, Any]) -> None:
     model = built(name, kwargs)
     with torch.no_grad():
-        logits_BK, embedding_BD = model(images())
-    assert logits_BK.shape == (3, model.num_classes) == (3, 7)
-    assert embedding_BD.shape == (3, model.embedding_dim)
+        logits_BK, embedding_BD = run(model, images())
+    assert logits_BK.shape == (3, model.widths["logits"]) == (3, 7)
+    assert embedding_BD.shape == (3, model.embedding_dim) == (3, model.widths["embedding"])
     head = head_of(model)
     weight_DK, bias_K = head.weight.double().T, head.bias.double()
     expected_BK = embedding_BD.double() @ weight_DK + bias_K
@@ -82,7 +82,7 @@ def test_the_embedding_of_a_timm_model_is_its_pre_logits(built: CachedBuild, nam
     network: Any = model.network
     with torch.no_grad():
         pixels = images(kwargs.get("img_size", 64))
-        logits_BK, embedding_BD = model(pixels)
+        logits_BK, embedding_BD = run(model, pixels)
         expected_BD = network.forward_head(network.forward_features(pixels), pre_logits=True)
         torch.testing.assert_close(embedding_BD, expected_BD.flatten(1))
         torch.testing.assert_close(logits_BK, network(pixels))
@@ -123,7 +123,7 @@ def test_the_embedding_of_a_torchvision_model_equals_its_modules_run_one_by_one(
 ) -> None:
     model = built(f"torchvision/{name}", kwargs)
     with torch.no_grad():
-        _, embedding_BD = model(images())
+        _, embedding_BD = run(model, images())
         expected_BD = reference(model.network, images())
     error = reordered(network_operations(model.network, images(), backward=False), magnitude_of(expected_BD))
     torch.testing.assert_close(embedding_BD, expected_BD, rtol=0, atol=error)
@@ -131,14 +131,14 @@ def test_the_embedding_of_a_torchvision_model_equals_its_modules_run_one_by_one(
 
 def test_forward_embedding_of_the_network_defines_the_embedding() -> None:
     model = build(f"{FACTORIES}:SelfDescribed")
-    logits_BK, embedding_BD = model(images())
+    logits_BK, embedding_BD = run(model, images())
     torch.testing.assert_close(embedding_BD, 2 * model.network.stem(images()).mean((2, 3)))
     torch.testing.assert_close(logits_BK, model.network(images()))
 
 
 def test_the_embedding_of_a_head_over_positions_is_their_mean() -> None:
     model = build(f"{FACTORIES}:Tokens")
-    logits_BK, embedding_BD = model(images())
+    logits_BK, embedding_BD = run(model, images())
     assert embedding_BD.shape == (3, 5)
     torch.testing.assert_close(head_of(model)(embedding_BD), logits_BK)
 
@@ -146,7 +146,7 @@ def test_the_embedding_of_a_head_over_positions_is_their_mean() -> None:
 def test_under_autocast_the_embedding_still_gives_the_logits() -> None:
     model = build("timm/test_resnet")
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        logits_BK, embedding_BD = model(images())
+        logits_BK, embedding_BD = run(model, images())
         torch.testing.assert_close(head_of(model)(embedding_BD), logits_BK, rtol=0, atol=0)
     assert logits_BK.dtype == torch.bfloat16
 
@@ -157,7 +157,7 @@ def test_ddp_reduces_the_gradients_of_both_outputs(tmp_path: Path) -> None:
         bare = build(PLAIN)
         wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(bare))
         for model in (bare, wrapped):
-            logits_BK, embedding_BD = model(images())
+            logits_BK, embedding_BD = run(model, images())
             (logits_BK.sum() + embedding_BD.square().sum()).backward()
     finally:
         distributed.destroy_process_group()
@@ -167,7 +167,7 @@ def test_ddp_reduces_the_gradients_of_both_outputs(tmp_path: Path) -> None:
 
 def test_every_parameter_of_googlenet_has_a_gradient() -> None:
     model = build("torchvision/googlenet").train()
-    logits_BK, embedding_BD = model(images())
+    logits_BK, embedding_BD = run(model, images())
     (logits_BK.sum() + embedding_BD.sum()).backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 

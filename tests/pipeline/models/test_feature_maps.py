@@ -208,7 +208,7 @@ def test_layers_that_are_not_listed_shallow_to_deep_are_refused_with_their_order
 
 
 def _wrapped(network: nn.Module) -> EmbeddingModel:
-    return EmbeddingModel(network, (), num_classes=7, embedding_dim=5).eval()
+    return EmbeddingModel(network, (), widths={"logits": 7, "embedding": 5}).eval()
 
 
 class Pair(nn.Module):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.models import EmbeddingModel, find_maps, forward_with_maps, register_map_hooks
-from tests.pipeline.models.loading import PLAIN, build, images
+from tests.pipeline.models.loading import PLAIN, build, images, run
 
 Capture = Callable[[EmbeddingModel, Tensor], Tensor]
 RESNET = "timm/test_resnet"
@@ -29,7 +29,7 @@ def capture_map(name: str) -> tuple[EmbeddingModel, Capture]:
 
 
 def capture_embedding(name: str) -> tuple[EmbeddingModel, Capture]:
-    return build(name), lambda model, batch: model(batch)[1]
+    return build(name), lambda model, batch: model(batch)["embedding"]
 
 
 both = pytest.mark.parametrize("capturing", [capture_embedding, capture_map])
@@ -74,7 +74,7 @@ def test_a_copy_has_the_outputs_of_its_weights(capturing: Any, duplicate: Any) -
         clone.network.stem.weight.zero_()
         clone.network.stem.bias.fill_(2.0)
         original, copied = capture(model, images()), capture(clone, images())
-        logits_BK, embedding_BD = clone(images())
+        logits_BK, embedding_BD = run(clone, images())
         torch.testing.assert_close(clone.network.fc(embedding_BD), logits_BK)
     assert torch.equal(copied, torch.full_like(copied, 2.0))
     assert not torch.allclose(original, copied)

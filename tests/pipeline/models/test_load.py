@@ -188,7 +188,7 @@ def test_building_a_model_does_not_extend_the_import_path(tmp_path: Path) -> Non
     weights = tmp_path / "weights.safetensors"
     safetensors.torch.save_file(factories.Plain(7).state_dict(), weights)
     before = list(sys.path)
-    assert load(PLAIN, weights=str(weights), **NORMALISED).module.num_classes == 7
+    assert load(PLAIN, weights=str(weights), **NORMALISED).module.widths["logits"] == 7
     assert sys.path == before
     assert refused("python:next_to_weights:build", weights=str(weights), **NORMALISED).code == "model.factory-import"
 

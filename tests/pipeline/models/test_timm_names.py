@@ -90,7 +90,7 @@ HERE = "python:tests.pipeline.models.test_timm_names"
 )
 def test_a_student_with_several_outputs_in_training_mode_is_refused(model: str, kwargs: dict[str, Any]) -> None:
     keys: dict[str, Any] = {"kwargs": kwargs, **NORMALISED}
-    assert load(model, **keys).module.num_classes == 7  # a teacher never trains
+    assert load(model, **keys).module.widths["logits"] == 7  # a teacher never trains
     error = refused(model, where="student", **keys)
     assert (error.code, error.where) == ("model.training-outputs", "student.model")
     assert "tuple" in str(error.got) or "GoogLeNetOutputs" in str(error.got)

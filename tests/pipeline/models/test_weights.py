@@ -73,7 +73,7 @@ def test_weights_of_the_bare_library_model_load(tmp_path: Path) -> None:
     loaded = load(url, model="timm/test_resnet")
     images = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
-        torch.testing.assert_close(loaded.module(images)[0], bare.eval()(images), rtol=0, atol=0)
+        torch.testing.assert_close(loaded.module(images)["logits"], bare.eval()(images), rtol=0, atol=0)
 
 
 def test_weights_are_read_from_any_allowed_url(state: dict[str, Tensor]) -> None:

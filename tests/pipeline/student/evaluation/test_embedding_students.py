@@ -66,8 +66,8 @@ def test_the_cosine_to_the_teacher_is_measured_and_selects_the_best_checkpoint(r
 def test_a_run_is_evaluated_by_the_cosine_of_a_loop_over_images(run: Run) -> None:
     config, evaluation = run.config, evaluated(run.config)
     trained, teacher = load_run(run.url, "last"), teacher_of(config)
-    student_ND, _ = one_by_one(config, trained.student.module, trained.student.input, output=1)
-    teacher_ND, _ = one_by_one(config, teacher.module, teacher.loaded.input, output=1)
+    student_ND, _ = one_by_one(config, trained.student.module, trained.student.input, output="embedding")
+    teacher_ND, _ = one_by_one(config, teacher.module, teacher.loaded.input, output="embedding")
     state = state_of(run.url)
     norm, linear = (
         {name.removeprefix(prefix): value for name, value in state["projectors"].items() if name.startswith(prefix)}

@@ -61,8 +61,8 @@ def teacher_of(config: Config) -> Teacher:
     return load_teacher(config.teacher, num_classes=10, size=config.views.size, device=CPU)
 
 
-def one_by_one(config: Config, module: Any, spec: InputSpec, *, output: int = 0) -> tuple[Tensor, Tensor]:
-    """Logits (or embeddings, output 1) and labels, image by image: the central square of 7/8 of the shorter side,
+def one_by_one(config: Config, module: Any, spec: InputSpec, *, output: str = "logits") -> tuple[Tensor, Tensor]:
+    """Logits (or another output) and labels, image by image: the central square of 7/8 of the shorter side,
     resized, normalised."""
     logits, labels = list[Tensor](), list[int]()
     mean, std = (torch.tensor(values)[:, None, None] for values in (spec.mean, spec.std))

@@ -161,7 +161,7 @@ def test_a_students_maps_have_the_shapes_of_the_teachers_levels(embedding: bool,
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         outputs = student(torch.rand(4, 3, 16, 16))
     (projected_BD,) = outputs.projected["nd"]
-    assert (outputs.logits_BK.shape, projected_BD.shape) == ((4, 10), (4, 16))
+    assert (outputs.outputs["logits"].shape, projected_BD.shape) == ((4, 10), (4, 16))
     assert shapes(outputs.maps) == [(6, 8, 8), (7, 4, 4), (7, 1, 1)][: 2 + embedding]
     assert all(map_BCHW.isfinite().all() for map_BCHW in outputs.maps)
 
@@ -176,7 +176,7 @@ def test_the_students_levels_are_the_outputs_of_its_layers() -> None:
     conv1 = network.conv1(images)
     for level, expected in zip(seen[0], [conv1, network.conv2(conv1.relu())], strict=False):
         torch.testing.assert_close(level, expected)
-    torch.testing.assert_close(seen[0][2][:, :, 0, 0], student.model(images)[1])
+    torch.testing.assert_close(seen[0][2][:, :, 0, 0], student.model(images)["embedding"])
 
 
 def test_everything_but_the_head_gets_a_gradient_from_the_maps() -> None:

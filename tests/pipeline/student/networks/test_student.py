@@ -21,35 +21,36 @@ def model(section: dict[str, Any]) -> EmbeddingModel:
 def test_the_embedding_comes_in_the_teachers_width(width: int) -> None:
     student = Student(model(SMALL), terms=["nd"], teacher_dims=[width])
     images = torch.rand(4, 3, 16, 16)
-    logits_BK, embedding_BD, projected, _ = student(images)
+    outputs, projected, _ = student(images)
     (projected_BD,) = projected["nd"]
-    torch.testing.assert_close((logits_BK, embedding_BD), student.model(images))
-    assert (logits_BK.shape, embedding_BD.shape, projected_BD.shape) == ((4, 10), (4, 16), (4, width))
+    torch.testing.assert_close(outputs, student.model(images))
+    shapes = {name: values.shape for name, values in outputs.items()}
+    assert (shapes, projected_BD.shape) == ({"logits": (4, 10), "embedding": (4, 16)}, (4, width))
     assert (not list(student.projectors.parameters())) == (width == 16)
 
 
 def test_without_losses_on_embeddings_and_maps_a_student_has_only_the_parameters_of_its_network() -> None:
     student = Student(model(SMALL), teacher_dims=[7])
-    _, embedding_BD, projected, maps = student(torch.rand(4, 3, 16, 16))
-    assert (embedding_BD.shape, projected, maps) == ((4, 16), {}, ())
+    outputs, projected, maps = student(torch.rand(4, 3, 16, 16))
+    assert (outputs["embedding"].shape, projected, maps) == ((4, 16), {}, ())
     assert not [name for name in student.state_dict() if not name.startswith("model.network.")]
     assert student.min_rows == 1
 
 
 def test_each_teacher_and_each_term_has_a_separate_projector() -> None:
     student = Student(model(SMALL), terms=["nd", "cosine"], teacher_dims=[7, 16, 7])
-    _, embedding_BD, projected, _ = student.eval()(torch.rand(4, 3, 16, 16))
+    outputs, projected, _ = student.eval()(torch.rand(4, 3, 16, 16))
     assert list(projected) == ["nd", "cosine"]
     for embeddings in projected.values():
         assert [projected_BD.shape[1] for projected_BD in embeddings] == [7, 16, 7]
-        assert embeddings[1] is embedding_BD
+        assert embeddings[1] is outputs["embedding"]
         assert not torch.equal(embeddings[0], embeddings[2])
     assert not torch.equal(projected["nd"][0], projected["cosine"][0])
 
 
 def test_a_term_changes_only_its_projector() -> None:
     student = Student(model(SMALL), terms=["nd", "cosine"], teacher_dims=[7])
-    _, _, projected, _ = student(torch.rand(4, 3, 16, 16))
+    _, projected, _ = student(torch.rand(4, 3, 16, 16))
     projected["cosine"][0].square().sum().backward()
     parameters = student.projectors.named_parameters()
     assert {name.partition(".")[0] for name, value in parameters if value.grad is not None} == {"cosine"}

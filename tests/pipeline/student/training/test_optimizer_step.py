@@ -32,7 +32,7 @@ def begin(**keys: Any) -> tuple[Student, OptimizerStep]:
 
 
 def loss_of(student: Student, step: int = 0) -> Tensor:
-    return student(IMAGES + step)[0].square().mean()
+    return student(IMAGES + step).outputs["logits"].square().mean()
 
 
 def values(module: nn.Module) -> dict[str, Tensor]:
