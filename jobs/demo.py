@@ -20,6 +20,7 @@ from pipeline import storage
 from pipeline.core.errors import StorageInputError, TrainingError
 from pipeline.shards.writer import pack_shards
 from pipeline.student.evaluation.metrics import metrics_of
+from schemas.config import Config
 
 NUM_LABELLED = 150
 _NUM_VAL = 397
@@ -97,7 +98,7 @@ def gains(results: dict[str, Any]) -> str:
         TrainingError: a gain is below 10 points. The tested versions of torch and Ray gain at least 29 points, so this
             installation computes different results.
     """
-    accuracy = metrics_of("classification").main
+    accuracy = metrics_of(Config().data).main
     shares = {name: student[accuracy.key] for name, student in results["students"].items()}
     baseline = shares.pop("labels")
     text = f"points of {accuracy.title} above labels alone: "

@@ -9,7 +9,7 @@ from pipeline.shards.index import omissions_of
 from pipeline.shards.omissions import Omissions
 from pipeline.student.evaluation.evaluator import evaluate_run
 from pipeline.student.evaluation.loaded_run import CheckpointName
-from pipeline.student.evaluation.metrics import Evaluation, metrics_of
+from pipeline.student.evaluation.metrics import Evaluation
 from pipeline.student.export.exporters import ExportedModel
 
 
@@ -45,7 +45,7 @@ def evaluate(
 def describe_evaluation(evaluation: Evaluation) -> str:
     """The text of ``stillroom evaluate``."""
     lines = [("images", str(evaluation.num_rows))]
-    for metric in metrics_of(evaluation.task).metrics:
+    for metric in evaluation.definitions:
         value = evaluation.metrics[metric.key]
         # Few students have a projector.
         if value is not None or "projector" not in metric.needs:

@@ -107,7 +107,13 @@ class Recipe:
 
     @property
     def metrics(self) -> MetricSet:
-        return metrics_of(self.teacher.data.task)
+        """Those of the students."""
+        return metrics_of((self.runs[0].config if self.runs else self.teacher).data)
+
+    def published(self, name: str) -> str | None:
+        """The published number of a student or of ``teacher``: ``70.66 %``."""
+        number = self.document.published.get(name)
+        return None if number is None else f"{number:.2f} {self.metrics.main.scale.symbol}".rstrip()
 
 
 def load_recipe(source: str, overrides: list[str]) -> Recipe:

@@ -44,8 +44,7 @@ def _teacher_lines(recipe: Recipe) -> Iterator[str]:
         yield _line("", _training_text(config, training_plan(recipe, config)))
     else:
         yield _line("teacher", f"{_model_text(config.teacher, config, 'teacher')}; weights {_weights(config.teacher)}")
-    if "teacher" in recipe.document.published:
-        yield _line("", f"published {recipe.metrics.main.title} {recipe.document.published['teacher']:.2f} %")
+    yield from _published_line(recipe, "teacher")
 
 
 def _model_text(model: ModelConfig, config: Config, where: str) -> str:
@@ -84,8 +83,12 @@ def _student_lines(recipe: Recipe, runs: list[RunSpec]) -> Iterator[str]:
         yield _line("", _training_text(run.config, training_plan(recipe, run.config)))
     if (seeds := sorted({run.seed for run in runs})) != [0]:
         yield _line("", f"seeds {', '.join(map(str, seeds))}")
-    if name in recipe.document.published:
-        yield _line("", f"published {recipe.metrics.main.title} {recipe.document.published[name]:.2f} %")
+    yield from _published_line(recipe, name)
+
+
+def _published_line(recipe: Recipe, name: str) -> Iterator[str]:
+    if (number := recipe.published(name)) is not None:
+        yield _line("", f"published {recipe.metrics.main.title} {number}")
 
 
 def training_plan(recipe: Recipe, config: Config) -> TrainingPlan | None:

@@ -40,10 +40,10 @@ class Results:
     runs: tuple[tuple[RunSpec, Row], ...]
 
     def of_teacher(self, metrics: Sequence[Metric]) -> Entry:
-        """The teacher's values of those of these metrics that it has, on the validation shards."""
+        """Those of these metrics that a teacher has, on the validation shards; None for a metric of another task."""
         if self.teacher is not None:
-            values = self.teacher.evaluation.metrics
-            return {metric.key: values[metric.key] for metric in metrics if metric.teacher_key}
+            evaluation = self.teacher.evaluation
+            return {metric.key: evaluation.value_of(metric) for metric in metrics if metric.teacher_key}
         values = self.runs[0][1].evaluation.metrics
         return {metric.key: values[metric.teacher_key] for metric in metrics if metric.teacher_key}
 
@@ -136,7 +136,7 @@ def _exists(recipe: Recipe, entry: Entry) -> bool:
 
 def _entry(recipe: Recipe, run: RunSpec, row: Row) -> Entry:
     grid = {"epochs": run.epochs, "seed": run.seed} if has_grid(recipe) else {}
-    values = {key: row.evaluation.metrics[key] for key in recipe.metrics.table}
+    values = {metric.key: row.evaluation.value_of(metric) for metric in recipe.metrics.columns}
     return {"student": run.student, **grid, **values, "seconds": row.seconds}
 
 

@@ -36,10 +36,11 @@ def ray_meters() -> list[Any]:
     """All Ray metrics, of ``Counter`` and ``Gauge``."""
     from jobs.observability import ray_metrics
     from pipeline.student.evaluation.metrics import metrics_of
+    from schemas.config import Config
 
     kinds = ray_metrics.Counter | ray_metrics.Gauge
     meters = [meter for meter in vars(ray_metrics).values() if isinstance(meter, kinds)]
-    return [*meters, *ray_metrics.evaluation_gauges(metrics_of("classification")).values()]
+    return [*meters, *ray_metrics.evaluation_gauges(metrics_of(Config().data)).values()]
 
 
 def with_metrics(text: str) -> str:

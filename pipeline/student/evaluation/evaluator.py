@@ -161,7 +161,7 @@ class Evaluator:
         modes = {module: module.training for network in networks for module in network.modules()}
         for network in networks:
             network.eval()
-        metrics, distributed, num_rows = metrics_of(self.data.task), self.distributed, 0
+        metrics, distributed, num_rows = metrics_of(self.data), self.distributed, 0
         sums = metrics.sums(self.data, scope, distributed.device)
         try:
             for url in self.rank_urls:
@@ -182,7 +182,7 @@ class Evaluator:
             )
         values = sums.finish(distributed)
         return Evaluation(
-            task=self.data.task,
+            definitions=metrics.metrics,
             num_rows=total_rows,
             metrics={metric.key: values[metric.key] for metric in metrics.metrics},
             head_trained=scope.head_trained,

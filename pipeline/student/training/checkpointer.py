@@ -51,7 +51,7 @@ class Checkpointer:
     def __init__(self, setup: TrainingSetup) -> None:
         self._run_url, self._order, self._config = setup.run_url, setup.order, setup.config
         self._student, self._optimizer_step = setup.student.module, setup.optimizer_step
-        self._metrics = metrics_of(setup.config.data.task)
+        self._metrics = metrics_of(setup.spec.data)
 
     def save(self, progress: Progress, *names: str) -> None:
         """Replaces the checkpoints of these names, in this order."""

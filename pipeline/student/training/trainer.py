@@ -84,7 +84,7 @@ class Trainer:
     def __init__(self, setup: TrainingSetup, validator: Validator, log: RunLog) -> None:
         self.setup, self.validator, self.log = setup, validator, log
         self.train_step, self.checkpointer = TrainStep(setup), Checkpointer(setup)
-        self.progress, self._metrics = Progress(), metrics_of(setup.config.data.task)
+        self.progress, self._metrics = Progress(), metrics_of(setup.spec.data)
         student, optimizer_step = setup.student.module, setup.optimizer_step
         networks = (student, optimizer_step.evaluated) if optimizer_step.averaged else (student,)
         self._weights = FiniteWeights.of(networks)

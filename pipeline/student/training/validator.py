@@ -91,7 +91,7 @@ class Validator:
     def _best_without_labels(self) -> str | None:
         """The metric that the best checkpoint follows where it cannot be accuracy; None: there is none."""
         available = self._scope.available(teacher=self._teacher is not None)
-        metric = metrics_of(self._config.data.task).selected_by(available)
+        metric = metrics_of(self._spec.data).selected_by(available)
         return None if metric is None else metric.title
 
     def evaluate(self, model: EmbeddingModel, source: RowSource, *, step: int) -> Evaluation:

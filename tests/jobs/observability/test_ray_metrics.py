@@ -24,6 +24,7 @@ from pipeline.cache.build.part import PartTask
 from pipeline.core.errors import ShardError, TransientStorageError
 from pipeline.student.evaluation.metrics import metrics_of
 from schemas.cache_format import ViewBlock
+from schemas.config import Config
 from tests.docs.pages import ray_meters
 from tests.jobs.conftest import Tree, config_of
 
@@ -136,7 +137,7 @@ def test_every_metric_is_exported_and_every_query_of_the_dashboard_has_a_result(
         total(ray_metrics.TOTAL_STEPS, **run),
         total(ray_metrics.STARTS, **run),
     ) == (8, 8, 1)
-    gauges = ray_metrics.evaluation_gauges(metrics_of("classification"))
+    gauges = ray_metrics.evaluation_gauges(metrics_of(Config().data))
     assert 0 <= total(gauges["top1"], **run) <= total(gauges["top5"], **run) <= 1
 
     for query in queries():

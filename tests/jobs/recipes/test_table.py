@@ -13,7 +13,7 @@ from jobs.recipes.document import Recipe, RunSpec
 from jobs.recipes.runs import Row
 from jobs.recipes.table import Results, has_grid, print_tables, read_results, spread, write_results
 from pipeline.core.errors import ConfigError
-from pipeline.student.evaluation.metrics import Evaluation
+from pipeline.student.evaluation.metrics import Evaluation, metrics_of
 from schemas.config import Config
 from schemas.recipe import RecipeConfig
 from tests.errors import raises
@@ -40,7 +40,7 @@ def run_of(student: str, epochs: int, seed: int) -> RunSpec:
 
 def row(top1: float, *, agreement: float | None = 0.5, seconds: float = 10.0) -> Row:
     values = {"top1": top1, "top5": 1.0, "ece": 0.1, "agreement": agreement, "kl": 0.2, "teacher_top1": 0.75}
-    return Row(Evaluation(task="classification", num_rows=100, metrics=values), seconds)
+    return Row(Evaluation(definitions=metrics_of(Config().data).metrics, num_rows=100, metrics=values), seconds)
 
 
 def recipe_of(out: Path, *runs: RunSpec, **document: Any) -> Recipe:

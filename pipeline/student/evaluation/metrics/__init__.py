@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from pipeline.student.evaluation.metrics.classification import CLASSIFICATION
 from pipeline.student.evaluation.metrics.metric_set import (
     Evaluation,
@@ -14,14 +16,16 @@ from pipeline.student.evaluation.metrics.metric_set import (
     Score,
     Values,
 )
+from pipeline.tasks.classification import Classification
+from schemas.config import DataConfig
 
-METRIC_SETS: dict[str, MetricSet] = {"classification": CLASSIFICATION}
-"""By the name of the task."""
+METRIC_SETS: dict[str, Callable[[DataConfig], MetricSet]] = {Classification.name: lambda _: CLASSIFICATION}
+"""By the name of the task; a set may depend on the config, such as on the names of heads."""
 
 
-def metrics_of(task: str) -> MetricSet:
-    """The metrics of the task with this name, which ``data.task`` is."""
-    return METRIC_SETS[task]
+def metrics_of(data: DataConfig) -> MetricSet:
+    """The metrics of images with this config."""
+    return METRIC_SETS[data.task](data)
 
 
 __all__ = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,17 +24,28 @@ Values = Mapping[str, float | int | None]
 """Numbers by key; None for one that was not measured."""
 
 
+class Scale(NamedTuple):
+    """How numbers of a unit are shown: times ``factor``, with ``digits`` decimals and the symbol."""
+
+    symbol: str
+    factor: int
+    digits: int
+
+
+_SCALES = {"share": Scale("%", 100, 1), "nats": Scale("nats", 1, 4), "none": Scale("", 1, 4)}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metric:
     """One number of an evaluation.
 
     Attributes:
-        key: in JSON, events and checkpoints.
+        key: in JSON, events, checkpoints and curves; ``NAME``, or ``HEAD/NAME`` for one head of several.
         title: in tables and messages.
         unit: ``share``: from 0 to 1, shown in percent.
         needs: without any of these the metric is not measured.
         teacher_key: of the metric that is the same number of the teacher.
-        gauge: meaning of the Ray metric ``train_<key>``; None: there is none.
+        gauge: meaning of the Ray metric ``train_NAME``, whose label ``head`` is that of the key; None: there is none.
     """
 
     key: str
@@ -45,13 +56,22 @@ class Metric:
     teacher_key: str | None = None
     gauge: str | None = None
 
+    @property
+    def scale(self) -> Scale:
+        return _SCALES[self.unit]
+
+    @property
+    def heading(self) -> str:
+        """``top-1, %``: title and unit of a column of numbers without unit."""
+        return ", ".join(filter(None, (self.title, self.scale.symbol)))
+
     def text(self, value: float | None, *, digits: int = 1) -> str:
         """``97.2 %``, or a dash for None. ``digits`` are those of a percentage."""
         if value is None:
             return "-"
-        if self.unit == "share":
-            return f"{value:.{digits}%}".replace("%", " %")
-        return f"{value:.4f} nats" if self.unit == "nats" else f"{value:.4f}"
+        scale = self.scale
+        number = f"{scale.factor * value:.{digits if self.unit == 'share' else scale.digits}f}"
+        return f"{number} {scale.symbol}".rstrip()
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,15 +196,19 @@ class Evaluation:
     """Metrics of a student.
 
     Attributes:
-        task: whose metrics these are.
-        metrics: by key, in the order of the task; None for a metric that was not measured.
+        definitions: the metrics, in the order of the task.
+        metrics: their values by key, in the same order; None for a metric that was not measured.
         head_trained: see ``EvaluationScope``.
     """
 
-    task: str
+    definitions: tuple[Metric, ...]
     num_rows: int
     metrics: Mapping[str, float | None]
     head_trained: bool = True
+
+    def value_of(self, metric: Metric) -> float | None:
+        """None also for a metric of another task."""
+        return self.metrics[metric.key] if metric in self.definitions else None
 
     def as_dict(self) -> dict[str, float | int | None]:
         return {**self.measured(), "head_trained": self.head_trained}

@@ -27,7 +27,7 @@ from pipeline.student.evaluation.metrics import (
 )
 from pipeline.student.training.trainer import train
 from pipeline.tasks.classification import Classification
-from schemas.config import DataConfig
+from schemas.config import Config, DataConfig
 from tests.pipeline.student.conftest import Replay
 from tests.pipeline.student.evaluation.test_evaluator import CPU, evaluator, network, one_by_one
 from tests.pipeline.student.runs import evaluated, evaluations, run_config
@@ -76,7 +76,7 @@ def expected_metrics(logits_NK: Tensor, label_N: Tensor) -> dict[str, float | No
 
 
 def test_a_new_task_is_evaluated_by_its_metrics(replays: Replay, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(METRIC_SETS, "parity", PARITY)
+    monkeypatch.setitem(METRIC_SETS, "parity", lambda _: PARITY)
     config, student = replays("crop").config, network()
     evaluation = evaluator(config, task="parity")(student.module, student.input)
     expected = expected_metrics(*one_by_one(config, student.module.eval(), student.input))
@@ -90,7 +90,7 @@ def test_a_new_task_is_evaluated_by_its_metrics(replays: Replay, monkeypatch: py
 def test_files_of_a_run_and_its_best_checkpoint_follow_the_declaration(
     replays: Replay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(METRIC_SETS, "classification", PARITY)
+    monkeypatch.setitem(METRIC_SETS, "classification", lambda _: PARITY)
     base = replays("crop").config
     keys = {"data": {"val_shards": base.data.shards}, "train": {"epochs": 4, "lr": 0.05}}
     config = run_config(base, tmp_path, **keys)
@@ -105,7 +105,7 @@ def test_files_of_a_run_and_its_best_checkpoint_follow_the_declaration(
     assert (summary["best_metric"], summary["best_value"], summary["best_silent"]) == ("wrong_parity", least, None)
     assert evaluated(config, "best", with_teacher=False).metrics["wrong_parity"] == least
     assert "wrong parity" in describe(summary, config)
-    assert [*ray_metrics.evaluation_gauges(metrics_of(config.data.task))] == ["wrong_parity"]
+    assert [*ray_metrics.evaluation_gauges(metrics_of(config.data))] == ["wrong_parity"]
 
 
 def test_a_metric_of_which_less_is_better_improves_downwards() -> None:
@@ -115,6 +115,6 @@ def test_a_metric_of_which_less_is_better_improves_downwards() -> None:
     assert not PARITY.is_better(Score("wrong_parity", 0.75), before)
     # Another metric starts a new comparison.
     assert PARITY.is_better(Score("silent", 9.0), before)
-    accuracy = METRIC_SETS["classification"]
+    accuracy = metrics_of(Config().data)
     assert accuracy.is_better(Score("top1", 0.75), Score("top1", 0.5))
     assert not accuracy.is_better(Score("top1", 0.25), Score("top1", 0.5))

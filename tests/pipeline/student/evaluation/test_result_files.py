@@ -23,12 +23,13 @@ from schemas.recipe import RecipeConfig
 from tests.pipeline.student.conftest import Replay
 from tests.pipeline.student.runs import CE, evaluations, run_config, state_of
 
+METRICS = metrics_of(Config().data)
 KEYS = ["top1", "top5", "ece", "agreement", "kl", "teacher_top1", "cosine"]
 VALUES = dict(zip(KEYS, [0.5, 0.875, 0.0625, 0.75, 0.25, 0.625, None], strict=True))
 
 
 def evaluation(**changes: float | None) -> Evaluation:
-    return Evaluation(task="classification", num_rows=40, metrics={**VALUES, **changes})
+    return Evaluation(definitions=METRICS.metrics, num_rows=40, metrics={**VALUES, **changes})
 
 
 def test_an_evaluation_is_one_line_of_json_and_a_curve_for_each_measured_metric(tmp_path: Path) -> None:
@@ -75,7 +76,7 @@ def test_the_files_of_a_run_name_these_metrics_in_this_order(replays: Replay, tm
 
 
 def test_ray_has_a_gauge_for_three_metrics() -> None:
-    gauges = ray_metrics.evaluation_gauges(metrics_of("classification"))
+    gauges = ray_metrics.evaluation_gauges(METRICS)
     assert {key: (gauge.exported, gauge.text, gauge.tags) for key, gauge in gauges.items()} == {
         "top1": ("ray_stillroom_train_top1", "Accuracy of the last evaluation, 0 to 1.", ("run",)),
         "top5": ("ray_stillroom_train_top5", "Top-5 accuracy of that evaluation, 0 to 1.", ("run",)),
