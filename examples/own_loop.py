@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader
 from stillroom import CachedDataset, losses
 
 
-def main(cache_url: str, *, epochs: int = 10, temperature: float = 4.0) -> None:
-    dataset = CachedDataset(cache_url, global_batch_size=256, temperatures=(temperature,))
+def main(cache_url: str, *, epochs: int = 10, global_batch_size: int = 256, temperature: float = 4.0) -> None:
+    dataset = CachedDataset(cache_url, global_batch_size=global_batch_size, temperatures=(temperature,))
     model = timm.create_model("resnet18", num_classes=dataset.num_classes)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for epoch in range(epochs):
@@ -25,6 +25,7 @@ def main(cache_url: str, *, epochs: int = 10, temperature: float = 4.0) -> None:
             optimizer.step()
             optimizer.zero_grad()
         print(f"epoch {epoch}: loss {loss.item():.4f}")
+    dataset.close()
 
 
 if __name__ == "__main__":
