@@ -328,7 +328,7 @@ def evaluate(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure a trained student: top-1, top-5, calibration error, agreement with its teacher."""
+    """Measure a trained student: the metrics of its task, and its agreement with its teacher."""
     from jobs.run_ops import describe_evaluation
     from jobs.run_ops import evaluate as evaluate_on
 

@@ -88,9 +88,20 @@ DATA_WAIT = Gauge("train_data_wait_share", "Share of the main rank's time spent 
 
 
 def evaluation_gauges(metrics: MetricSet) -> dict[str, Gauge]:
-    """The gauges of a task's metrics, by their keys."""
+    """The gauges of a task's metrics, by their keys; metrics of several heads with the same name share one."""
     return {
-        metric.key: Gauge(f"train_{metric.key}", metric.gauge, _RUN)
+        metric.key: _evaluation_gauge(metric.key, metric.gauge)
         for metric in metrics.metrics
         if metric.gauge is not None
     }
+
+
+def _evaluation_gauge(key: str, text: str) -> Gauge:
+    head, _, name = key.rpartition("/")
+    return Gauge(f"train_head_{name}", text, (*_RUN, "head")) if head else Gauge(f"train_{name}", text, _RUN)
+
+
+def head_label(key: str) -> dict[str, str]:
+    """The label for the head of a key ``HEAD/NAME``; none for ``NAME``."""
+    head = key.rpartition("/")[0]
+    return {"head": head} if head else {}

@@ -136,7 +136,7 @@ class TrainingObserver:
         for name, gauge in gauges.items():
             if fields.get(name) is not None:
                 self._latest[name] = fields[name]
-                gauge.set(fields[name], run=self.run)
+                gauge.set(fields[name], run=self.run, **ray_metrics.head_label(name))
 
     def _panel(self) -> Table:
         """The latest values, for a terminal."""

@@ -5,7 +5,7 @@ Always in fp32, whatever the training precision: the metrics are those of the we
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Container, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -189,13 +189,14 @@ class Evaluator:
         )
 
     @torch.inference_mode()
-    def precompute(self, teacher: Teacher, *, with_embeddings: bool) -> PrecomputedTeacher:
-        """A teacher's outputs for all images of this rank, for later evaluations."""
+    def precompute(self, teacher: Teacher, *, scope: EvaluationScope = _DEFAULT_SCOPE) -> PrecomputedTeacher:
+        """A teacher's outputs for all images of this rank, for later evaluations in this scope."""
+        names = metrics_of(self.data).teacher_outputs(scope)
         stored: dict[str, list[tuple[list[str], Outputs]]] = {}
         for url in self.rank_urls:
             with self._open(url) as shard:
                 stored[url] = [
-                    (_keys(group), _teacher_outputs(teacher, group, with_embeddings=with_embeddings))
+                    (_keys(group), _teacher_outputs(teacher, group, names))
                     for group in shard.groups(teacher.loaded.input, shard.new_builder())
                 ]
         return PrecomputedTeacher(stored)
@@ -243,9 +244,10 @@ def _student_outputs(
     return {name: torch.cat([outputs[name] for outputs in batches]) for name in batches[0]}
 
 
-def _teacher_outputs(teacher: Teacher, group: GroupViews, *, with_embeddings: bool = True) -> Outputs:
+def _teacher_outputs(teacher: Teacher, group: GroupViews, names: Container[str] | None = None) -> Outputs:
+    """Those of these names; None: all."""
     outputs = teacher.infer_on_device(group.pixels_VNCHW[0])
-    return {name: values.cpu() for name, values in outputs.items() if with_embeddings or name != EMBEDDING}
+    return {name: values.cpu() for name, values in outputs.items() if names is None or name in names}
 
 
 def build_evaluator(

@@ -69,7 +69,8 @@ class FiniteRows:
         """Returns whether all outputs so far are finite."""
         self.rows += len(keys)
         for name, outputs in (("student", student), ("teacher", teacher)):
-            if outputs is not None:
+            # Precomputed outputs of a teacher that no metric reads are empty.
+            if outputs:
                 is_finite = torch.stack([values.isfinite().flatten(1).all(1) for values in outputs.values()]).all(0)
                 bad_rows: list[int] = (~is_finite).nonzero().flatten().tolist()
                 self.bad_keys[name].extend(keys[row] for row in bad_rows)

@@ -59,7 +59,7 @@ class ValidationSamples:
         if not head_trained:
             texts.append(f"validation: no loss reads the student's logits; {_not_measured(best_by)}")
         elif self.labelled < self.images:
-            labelled = "accuracy and calibration are those of the labelled samples"
+            labelled = "metrics that need labels are those of the labelled samples"
             effect = labelled if self.labelled else _not_measured(best_by)
             texts.append(f"validation: labels: {self.labelled} of {self.images} samples (data.label); {effect}")
         return [text for text in texts if text]

@@ -73,7 +73,7 @@ class Validator:
         )
         assert teacher is not None, "ensured by check_config"
         began = time.monotonic()
-        outputs = self._evaluator.precompute(teacher, with_embeddings=self._scope.projector is not None)
+        outputs = self._evaluator.precompute(teacher, scope=self._scope)
         seconds = time.monotonic() - began
         self._emit("validation-teacher", size_bytes=outputs.size_bytes, seconds=round(seconds, 3))
         return outputs

@@ -90,14 +90,28 @@ CLASSIFICATION = MetricSet(
             key="agreement",
             title="agreement with the teacher",
             needs=("teacher", "head"),
+            teacher_outputs=(LOGITS,),
             gauge="Agreement of student and teacher in that evaluation, 0 to 1.",
         ),
         # Mean over the rows of KL(teacher ‖ student) at T = 1.
-        Metric(key="kl", title="KL from the teacher", unit="nats", higher_is_better=False, needs=("teacher", "head")),
-        Metric(key="teacher_top1", title="teacher top-1", needs=("targets", "teacher")),
+        Metric(
+            key="kl",
+            title="KL from the teacher",
+            unit="nats",
+            higher_is_better=False,
+            needs=("teacher", "head"),
+            teacher_outputs=(LOGITS,),
+        ),
+        Metric(key="teacher_top1", title="teacher top-1", needs=("targets", "teacher"), teacher_outputs=(LOGITS,)),
         # Mean over the rows of the cosine between the embeddings of student and teacher, through the projector of the
         # first loss that has one; for students that learn from embeddings.
-        Metric(key="cosine", title="cosine to the teacher", unit="none", needs=("teacher", "projector")),
+        Metric(
+            key="cosine",
+            title="cosine to the teacher",
+            unit="none",
+            needs=("teacher", "projector"),
+            teacher_outputs=(EMBEDDING,),
+        ),
     ),
     selection=("top1", "agreement", "cosine"),
     table=("top1", "agreement"),

@@ -44,8 +44,10 @@ class Metric:
         title: in tables and messages.
         unit: ``share``: from 0 to 1, shown in percent.
         needs: without any of these the metric is not measured.
+        teacher_outputs: names of the teacher's outputs that it reads.
         teacher_key: of the metric that is the same number of the teacher.
-        gauge: meaning of the Ray metric ``train_NAME``, whose label ``head`` is that of the key; None: there is none.
+        gauge: meaning of the Ray metric ``train_NAME``, or ``train_head_NAME`` with a label ``head``; None: there is
+            none.
     """
 
     key: str
@@ -53,6 +55,7 @@ class Metric:
     unit: Literal["share", "nats", "none"] = "share"
     higher_is_better: bool = True
     needs: tuple[Need, ...] = ()
+    teacher_outputs: tuple[str, ...] = ()
     teacher_key: str | None = None
     gauge: str | None = None
 
@@ -169,6 +172,13 @@ class MetricSet:
     def without_teacher(self) -> list[Metric]:
         """Those that need no teacher."""
         return [metric for metric in self.metrics if "teacher" not in metric.needs]
+
+    def teacher_outputs(self, scope: EvaluationScope) -> set[str]:
+        """Names of the teacher's outputs that metrics of this scope read."""
+        available = {"targets", *scope.available(teacher=True)}
+        return {
+            name for metric in self.metrics if available.issuperset(metric.needs) for name in metric.teacher_outputs
+        }
 
     def selected_by(self, available: set[Need]) -> Metric | None:
         """The metric that selects the best checkpoint where only this is available; None: there is none."""

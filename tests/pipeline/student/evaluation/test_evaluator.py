@@ -300,7 +300,7 @@ def test_averaged_weights_are_evaluated_and_stored_as_the_model(replays: Replay,
 def test_precomputed_embeddings_are_left_out_where_no_metric_needs_them(replays: Replay) -> None:
     config = replays("crop").config
     teacher = teacher_of(config)
-    assert evaluator(config).precompute(teacher, with_embeddings=False).size_bytes == 4 * 10 * 35
+    assert evaluator(config).precompute(teacher).size_bytes == 4 * 10 * 35
 
 
 def test_precomputed_teacher_outputs_give_the_metrics_of_an_evaluation_with_the_teacher(
