@@ -24,7 +24,7 @@ from schemas.config import Config
 
 NUM_LABELLED = 150
 _NUM_VAL = 397
-_MIN_GAIN = 0.10  # of top-1
+_MIN_GAIN = 0.10  # of accuracy
 _TRAIN_SHARDS, _VAL_SHARDS = 8, 2
 _RECIPE = Path(__file__).parent / "configs" / "demo.yaml"
 _MAX_LEVEL = 16  # scikit-learn's digits have 17 gray levels
@@ -89,7 +89,7 @@ def run_demo(out: Path) -> Path:
 
 
 def gains(results: dict[str, Any]) -> str:
-    """The line with each distilled student's gain in points of top-1 over the student of labels alone.
+    """The line with each distilled student's gain in points of accuracy over the student of labels alone.
 
     Args:
         results: content of ``results.json``.

@@ -51,13 +51,13 @@ def describe_evaluation(evaluation: Evaluation) -> str:
         if value is not None or "projector" not in metric.needs:
             lines.append((metric.title, metric.text(value)))
     if not evaluation.head_trained:
-        lines.append(("head", "not trained: no loss reads the student's logits, so they are not evaluated"))
+        lines.append(("head", "not trained: no loss reads its outputs, so they are not evaluated"))
     return "\n".join(f"{name:<28}{value}" for name, value in lines)
 
 
 def describe_export(exported: ExportedModel) -> str:
     """The line of ``stillroom export``."""
-    checked = "" if exported.difference is None else f"; logits within {exported.difference:.1g} of the student's"
+    checked = "" if exported.difference is None else f"; outputs within {exported.difference:.1g} of the student's"
     backbone = "; the backbone alone: no loss trained the head" if exported.head_left_out else ""
     return (
         f"export: step {exported.step} as {exported.format} in {exported.url}, {exported.size_bytes / 1e6:.1f} MB; "

@@ -150,12 +150,12 @@ class Evaluator:
         Each module returns to its mode: frozen modules may have another mode than the others.
 
         Args:
-            scope: which metrics apply, besides what labels and teacher allow.
+            scope: which metrics apply, besides what targets and teacher allow.
             on_index: called with the index of each shard that this rank has read.
 
         Raises:
             ConfigError: the shards hold no images.
-            EvaluationError: student or teacher produce logits or embeddings that are not finite.
+            EvaluationError: student or teacher produce outputs that are not finite.
         """
         networks = [model] if scope.projector is None else [model, scope.projector]
         modes = {module: module.training for network in networks for module in network.modules()}

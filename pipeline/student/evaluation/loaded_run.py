@@ -31,7 +31,7 @@ class LoadedRun:
 
     Attributes:
         step: optimiser steps until the checkpoint.
-        head_trained: False: no loss read the student's logits, and its head began with random weights.
+        head_trained: False: no loss read what the student's head returns, and the head began with random weights.
         projectors: the state of all projectors.
     """
 
@@ -91,8 +91,8 @@ def load_run(run_url: str, checkpoint_name: CheckpointName) -> LoadedRun:
 def load_student(run_url: str, checkpoint_name: CheckpointName = "best") -> nn.Module:
     """The student of a finished or interrupted run, in evaluation mode on the CPU.
 
-    Its forward takes normalised images ``[B, 3, H, W]`` in fp32 and returns the network's output, for most
-    networks logits ``[B, K]``.
+    Its forward takes normalised images ``[B, 3, H, W]`` in fp32 and returns what the network does: in most networks
+    the output of its head, such as the logits of a classifier.
 
     Raises:
         StillroomError: there is no such run or checkpoint, or it cannot be loaded.
@@ -101,7 +101,7 @@ def load_student(run_url: str, checkpoint_name: CheckpointName = "best") -> nn.M
 
 
 def head_is_trained(config: Config) -> bool:
-    """Whether the student's head is trained: a loss reads the logits, or ``student.weights`` include the head."""
+    """Whether the student's head is trained: a loss reads its outputs, or ``student.weights`` include the head."""
     assert config.student is not None
     return CompositeLoss(config.loss, where="loss").trains_head or config.student.weights != "random"
 

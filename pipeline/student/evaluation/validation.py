@@ -52,12 +52,12 @@ class ValidationSamples:
         """Which samples are left out, and which metrics are not measured.
 
         Args:
-            head_trained: whether a loss reads the student's logits; see ``head_is_trained``.
+            head_trained: whether a loss reads what the student's head returns; see ``head_is_trained``.
             best_by: the metric that ``checkpoints/best.pt`` follows if no accuracy is measured; None: there is none.
         """
         texts = [self._left_out(), *(f"validation: left out {line}" for line in self.omitted)]
         if not head_trained:
-            texts.append(f"validation: no loss reads the student's logits; {_not_measured(best_by)}")
+            texts.append(f"validation: no loss reads the outputs of the student's head; {_not_measured(best_by)}")
         elif self.labelled < self.images:
             labelled = "metrics that need labels are those of the labelled samples"
             effect = labelled if self.labelled else _not_measured(best_by)

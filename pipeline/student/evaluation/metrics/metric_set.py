@@ -65,7 +65,7 @@ class Metric:
 
     @property
     def heading(self) -> str:
-        """``top-1, %``: title and unit of a column of numbers without unit."""
+        """``TITLE, %``: the heading of a column of numbers without unit."""
         return ", ".join(filter(None, (self.title, self.scale.symbol)))
 
     def text(self, value: float | None, *, digits: int = 1) -> str:
@@ -82,8 +82,8 @@ class EvaluationScope:
     """Which metrics apply to a student, besides what targets and teacher allow.
 
     Attributes:
-        head_trained: False: no loss read the student's logits, and its head began with random weights. Its logits are
-            then not measured.
+        head_trained: False: no loss read what the student's head returns, and the head began with random weights. Its
+            outputs are then not measured.
         projector: from the student's embedding to the teacher's width, if a loss compares embeddings.
     """
 
@@ -191,7 +191,7 @@ class MetricSet:
         return next((Score(key, value) for key, value in measured if value is not None), None)
 
     def text(self, score: Score) -> str:
-        """``top-1 97.21 %``."""
+        """``TITLE 97.21 %``."""
         return f"{self[score.metric].title} {self[score.metric].text(score.value, digits=2)}"
 
     def is_better(self, score: Score, best: Score | None) -> bool:
