@@ -13,6 +13,7 @@ Stage = dict[str, Any]
 
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Margin = Annotated[float, Field(gt=0)]
 
 
 class GridConfig(Section):
@@ -59,6 +60,14 @@ class RecipeConfig(Section):
     )
     only: tuple[str, ...] | None = Field(None, min_length=1, description="The students to train; null: all.")
     grid: GridConfig | None = Field(None, description="Lengths and seeds of all students.")
+    baseline: str | dict[str, str | tuple[str, ...]] | None = Field(
+        None,
+        description="The student that all others are compared with; or by student the name or names of its baselines.",
+    )
+    margins: dict[str, Margin] = Field(
+        default_factory=dict,
+        description="By metric, differences below this do not matter: set before the trainings, for shares in points.",
+    )
 
     @field_validator("out")
     @classmethod
@@ -73,3 +82,24 @@ class RecipeConfig(Section):
         if unknown:
             raise ValueError(f"only names {', '.join(unknown)}; expected some of {', '.join(self.students)}")
         return self
+
+    @model_validator(mode="after")
+    def _check_baselines(self) -> RecipeConfig:
+        names = set(self.baseline) if isinstance(self.baseline, dict) else set[str]()
+        unknown = sorted((names | {name for pair in self.compared for name in pair}) - set(self.students))
+        if unknown:
+            raise ValueError(f"baseline names {', '.join(unknown)}; expected some of {', '.join(self.students)}")
+        equal = [student for student, baseline in self.compared if student == baseline]
+        if equal:
+            raise ValueError(f"baseline compares {', '.join(equal)} with itself")
+        return self
+
+    @property
+    def compared(self) -> list[tuple[str, str]]:
+        """Each student with each of its baselines."""
+        if self.baseline is None:
+            return []
+        if isinstance(self.baseline, str):
+            return [(name, self.baseline) for name in self.students if name != self.baseline]
+        by_student = {key: (names,) if isinstance(names, str) else names for key, names in self.baseline.items()}
+        return [(student, name) for student, names in by_student.items() for name in names]

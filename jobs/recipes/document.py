@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import product
@@ -176,7 +176,19 @@ class _Resolver:
             self._check_training(f"students.{run.student}", run.config)
         for name, config in caches.items():
             self._require(self._cache_section(name), config, "data.shards", "data.num_classes", "teacher.model")
-        return Recipe(self.document, self.out, teacher, caches, runs)
+        recipe = Recipe(self.document, self.out, teacher, caches, runs)
+        self._check_margins(recipe.metrics.table)
+        return recipe
+
+    def _check_margins(self, metrics: Sequence[str]) -> None:
+        if unknown := sorted(set(self.document.margins) - set(metrics)):
+            raise ConfigError(
+                "the table of this recipe has no such metric",
+                code="recipe.unknown-metric",
+                where=f"{self.source}: margins",
+                got=", ".join(unknown),
+                expected=f"some of {', '.join(metrics)}",
+            )
 
     def _teacher(self) -> tuple[Config, Stage]:
         """The teacher's config, and the section ``teacher`` of the stages that use this teacher."""

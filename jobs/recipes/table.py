@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 from filelock import FileLock
@@ -21,6 +20,7 @@ from jobs.recipes.runs import Row
 from pipeline import storage
 from pipeline.core.errors import ConfigError
 from pipeline.core.redaction import quoted
+from pipeline.core.significance import MIN_SEEDS, Comparison, Interval, compare, seed_interval
 from pipeline.student.evaluation.metrics import Metric
 
 Tree = dict[str, Any]
@@ -147,19 +147,33 @@ def has_grid(recipe: Recipe) -> bool:
 
 
 def print_tables(recipe: Recipe, tree: Tree) -> None:
-    """Prints the content of ``results.json`` to standard output."""
-    console = Console(width=None if sys.stdout.isatty() else 100)
-    console.print(recipe.document.title, style="bold", highlight=False)
+    """Prints the content of ``results.json``, and what it shows about differences, to standard output."""
+    # Lines of a file are as long as they need to be.
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    console.print(recipe.document.title, style="bold")
     teacher, columns = tree["teacher"], recipe.metrics.columns
     if "students" in tree:
         console.print(_table(recipe, {"teacher": teacher, **tree["students"]}))
+        console.print("students: one training each (n = 1), so no difference between them is resolved")
     if "runs" in tree:
         values = ", ".join(metric.text(teacher[metric.key]) for metric in columns if metric.key in teacher)
-        console.print(f"teacher {values}; mean ± standard deviation over seeds", highlight=False)
+        console.print(f"teacher {values}; ±: half of the Student-t 95 % interval of the mean over n seeds")
         for metric in columns:
-            unit, factor, digits = _UNITS[metric.unit]
-            console.print(_grid_table(f"{metric.title}{unit}", tree["runs"], metric.key, factor, digits))
+            scale = metric.scale
+            console.print(_grid_table(metric.heading, tree["runs"], metric.key, scale.factor, scale.digits))
         console.print(_grid_table("seconds", tree["runs"], "seconds", 1, 0))
+        _print_comparisons(recipe, tree["runs"], console)
+    console.print("one teacher and one set of test images: no interval contains their variance")
+
+
+def _print_comparisons(recipe: Recipe, runs: Sequence[Entry], console: Console) -> None:
+    if not recipe.document.compared:
+        console.print("the recipe names no baseline: no difference between students is tested")
+        return
+    for metric in recipe.metrics.columns:
+        console.print(_comparison_table(recipe, runs, metric))
+    console.print("differences are paired by seed; p is that of the t-test after Holm's correction over the table")
+    console.print("distinguished: p < 0.05; no effect: the interval is within the margin of the recipe")
 
 
 def _table(recipe: Recipe, entries: Mapping[str, Entry]) -> Table:
@@ -181,10 +195,6 @@ def _published(name: str, published: Mapping[str, float]) -> list[str]:
     return [f"{published[name]:.2f} %" if name in published else "-"] if published else []
 
 
-_UNITS = {"share": (", %", 100, 1), "nats": (", nats", 1, 4), "none": ("", 1, 4)}
-"""In a grid's table: the unit after the heading, the factor of values, and their digits."""
-
-
 def _grid_table(heading: str, runs: Sequence[Entry], key: str, factor: float, digits: int) -> Table:
     """A Markdown table with a row for each student and a column for each number of epochs."""
     lengths = sorted({run["epochs"] for run in runs})
@@ -192,15 +202,58 @@ def _grid_table(heading: str, runs: Sequence[Entry], key: str, factor: float, di
     for epochs in lengths:
         table.add_column(f"{epochs} epochs", justify="right")
     for student in dict.fromkeys(run["student"] for run in runs):
-        columns = [[run[key] for run in runs if (run["student"], run["epochs"]) == (student, e)] for e in lengths]
-        values = ([factor * value for value in column if value is not None] for column in columns)
-        table.add_row(student, *(spread(of_seeds, digits) for of_seeds in values))
+        columns = (_scaled(_by_seed(runs, student, epochs, key).values(), factor) for epochs in lengths)
+        table.add_row(student, *(interval_text(seed_interval(values_S), digits) for values_S in columns))
     return table
 
 
-def spread(values: Sequence[float], digits: int) -> str:
-    """``57.8 ± 0.4``: mean and sample standard deviation; the mean alone of one value, a dash for none."""
-    if not values:
+def _comparison_table(recipe: Recipe, runs: Sequence[Entry], metric: Metric) -> Table:
+    """A Markdown table with a row for each student, baseline and number of epochs."""
+    table = Table(metric.heading.replace("%", "points"), box=box.MARKDOWN)
+    for heading in ("baseline", "epochs", "difference", "p", "verdict"):
+        table.add_column(heading, justify="right" if heading in ("epochs", "difference") else "left")
+    margin = recipe.document.margins.get(metric.key)
+    rows = _differences(recipe, runs, metric.key)
+    comparisons = compare([_scaled(values_S, metric.scale.factor) for *_, values_S in rows], [margin] * len(rows))
+    for (student, baseline, epochs, _), comparison in zip(rows, comparisons, strict=True):
+        difference = interval_text(comparison.difference, metric.scale.digits + 1, sign="+")
+        table.add_row(student, baseline, f"{epochs}", difference, *_verdict_texts(comparison, margin))
+    return table
+
+
+def _differences(recipe: Recipe, runs: Sequence[Entry], key: str) -> list[tuple[str, str, int, list[float]]]:
+    """For each student, baseline and number of epochs that both have, the difference of each seed that both have."""
+    rows: list[tuple[str, str, int, list[float]]] = []
+    for student, baseline in recipe.document.compared:
+        for epochs in sorted({run["epochs"] for run in runs}):
+            values, others = (_by_seed(runs, name, epochs, key) for name in (student, baseline))
+            differences_S = [values[seed] - others[seed] for seed in values if seed in others]
+            if values and others:
+                rows.append((student, baseline, epochs, differences_S))
+    return rows
+
+
+def _by_seed(runs: Sequence[Entry], student: str, epochs: int, key: str) -> dict[int, float]:
+    """The measured values of a student's runs of one length."""
+    chosen = [run for run in runs if (run["student"], run["epochs"]) == (student, epochs)]
+    return {run["seed"]: run[key] for run in chosen if run[key] is not None}
+
+
+def _scaled(values: Iterable[float], factor: float) -> list[float]:
+    return [factor * value for value in values]
+
+
+def interval_text(interval: Interval, digits: int, *, sign: str = "") -> str:
+    """``57.8 ± 1.2 (n = 3)``; without an interval for one value, a dash for none. ``sign="+"`` is for differences."""
+    if not interval.n:
         return "-"
-    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{mean(values):.{digits}f}{deviation}"
+    half_width = f" ± {interval.half_width:.{digits}f}" if interval.n > 1 else ""
+    return f"{interval.mean:{sign}.{digits}f}{half_width} (n = {interval.n})"
+
+
+def _verdict_texts(comparison: Comparison, margin: float | None) -> tuple[str, str]:
+    """The cells of p and of the verdict."""
+    if comparison.p is None:
+        return "-", f"{comparison.verdict}: n < {MIN_SEEDS}"
+    p = "< 0.001" if comparison.p < 0.001 else f"{comparison.p:.3f}"
+    return p, comparison.verdict + (f" (margin {margin:g})" if comparison.verdict == "no effect" else "")

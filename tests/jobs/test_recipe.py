@@ -163,6 +163,8 @@ def test_selected_students_need_only_their_caches(grid: Path) -> None:
         ("students.online.grid.sead=3", "sead"),
         ("cache.cache.logits=fp16", "cache and caches"),
         ("common.student.model=null", "student.model"),
+        ("baseline=cropp", "cropp"),
+        ("margins.top-1=0.5", "top1, agreement"),
     ],
 )
 def test_errors_in_a_grid_are_reported_before_anything_runs(grid: Path, override: str, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Tables of a recipe: means and deviations computed by hand, published and measured numbers."""
+"""Tables of a recipe: intervals and differences computed by hand, published and measured numbers."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
+from scipy.stats import ttest_rel
 
 from jobs.recipes.document import Recipe, RunSpec
 from jobs.recipes.runs import Row
-from jobs.recipes.table import Results, has_grid, print_tables, read_results, spread, write_results
+from jobs.recipes.table import Results, has_grid, interval_text, print_tables, read_results, write_results
 from pipeline.core.errors import ConfigError
+from pipeline.core.significance import seed_interval
 from pipeline.student.evaluation.metrics import Evaluation, metrics_of
 from schemas.config import Config
 from schemas.recipe import RecipeConfig
@@ -20,17 +23,21 @@ from tests.errors import raises
 
 
 @pytest.mark.parametrize(
-    ("values", "digits", "text"),
+    ("values", "digits", "sign", "text"),
     [
-        # The deviation of two values is their distance over the square root of two.
-        ([57.4, 58.2], 1, "57.8 ± 0.6"),
-        ([1.0, 2.0, 3.0, 4.0], 2, "2.50 ± 1.29"),
-        ([12.0], 0, "12"),
-        ([], 1, "-"),
+        # 12.7062 standard errors; that of two values is half of their distance.
+        ([57.4, 58.2], 1, "", "57.8 ± 5.1 (n = 2)"),
+        # 4.3027 / √3 deviations.
+        ([1.0, 2.0, 3.0], 2, "+", "+2.00 ± 2.48 (n = 3)"),
+        ([12.0], 0, "", "12 (n = 1)"),
+        ([-1.0], 1, "+", "-1.0 (n = 1)"),
+        ([], 1, "", "-"),
     ],
 )
-def test_a_spread_is_the_mean_and_the_sample_deviation(values: list[float], digits: int, text: str) -> None:
-    assert spread(values, digits) == text
+def test_an_interval_states_its_mean_half_width_and_number_of_seeds(
+    values: list[float], digits: int, sign: str, text: str
+) -> None:
+    assert interval_text(seed_interval(values), digits, sign=sign) == text
 
 
 def run_of(student: str, epochs: int, seed: int) -> RunSpec:
@@ -63,20 +70,115 @@ def printed(results: Results, out: Path, capsys: pytest.CaptureFixture[str], **d
     return capsys.readouterr().out
 
 
+def cells(text: str) -> list[list[str]]:
+    """The cells of the printed Markdown tables, by line."""
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line]
+
+
 def test_a_grid_is_a_table_of_students_by_epochs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = (
         *((run_of("kd", epochs, seed), row(0.5 + epochs / 100 + seed / 50)) for epochs in (8, 24) for seed in (0, 1)),
         (run_of("online", 24, 0), row(0.9, agreement=None, seconds=99.6)),
     )
-    lines = [
-        line.split("|") for line in printed(Results(None, runs), tmp_path, capsys, grid={}).splitlines() if "|" in line
-    ]
-    rows = [[text.strip() for text in line[1:-1]] for line in lines]
+    rows = cells(printed(Results(None, runs), tmp_path, capsys, grid={}))
     assert rows[0] == ["top-1, %", "8 epochs", "24 epochs"]
-    assert rows[2] == ["kd", "59.0 ± 1.4", "75.0 ± 1.4"]
-    assert rows[3] == ["online", "-", "90.0"]
+    assert rows[2] == ["kd", "59.0 ± 12.7 (n = 2)", "75.0 ± 12.7 (n = 2)"]
+    assert rows[3] == ["online", "-", "90.0 (n = 1)"]
     assert ["online", "-", "-"] in rows
-    assert rows[-1] == ["online", "-", "100"]
+    assert rows[-1] == ["online", "-", "100 (n = 1)"]
+
+
+# Top-1 of five seeds in per cent, by student. With seeds 0 to 4, kd is 10 points above ce, kd++ differs from kd by less
+# than 0.2 points, and noise has a mean difference of 1.2 points from ce with a half-width of 3.5.
+TOP1 = {
+    "ce": [60.0, 61.0, 60.5, 59.5, 60.2],
+    "kd": [70.1, 71.0, 70.6, 69.4, 70.3],
+    "kd++": [70.2, 70.9, 70.7, 69.4, 70.2],
+    "noise": [64.0, 60.0, 64.0, 57.0, 62.2],
+}
+
+
+def grid_of(num_seeds: int) -> Results:
+    return Results(
+        None,
+        tuple(
+            (run_of(name, 24, seed), row(top1 / 100))
+            for name, values in TOP1.items()
+            for seed, top1 in enumerate(values[:num_seeds])
+        ),
+    )
+
+
+BASELINES = {"kd": "ce", "kd++": ["kd"], "noise": ["ce"]}
+
+
+def test_differences_of_students_have_a_paired_interval_and_a_verdict(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = {"students": {name: {} for name in TOP1}, "grid": {}, "baseline": BASELINES, "margins": {"top1": 0.5}}
+    rows = cells(printed(grid_of(5), tmp_path, capsys, **document))
+    first = rows.index(["top-1, points", "baseline", "epochs", "difference", "p", "verdict"])
+    table = rows[first + 2 : first + 5]
+    assert [(line[0], line[1], line[2], line[5]) for line in table] == [
+        ("kd", "ce", "24", "distinguished"),
+        ("kd++", "kd", "24", "no effect (margin 0.5)"),
+        ("noise", "ce", "24", "not resolved"),
+    ]
+    # Differences by hand: 10.1, 10, 10.1, 9.9, 10.1 and 0.1, −0.1, 0.1, 0, −0.1; t for 4 degrees of freedom is 2.7764.
+    assert table[0][3:5] == ["+10.04 ± 0.11 (n = 5)", "< 0.001"]
+    assert table[1][3:5] == ["+0.00 ± 0.12 (n = 5)", "1.000"]
+    # Differences 4, −1, 3.5, −2.5, 2. Their p is the second smallest of three.
+    assert table[2][3] == "+1.20 ± 3.53 (n = 5)"
+    corrected = 2 * ttest_rel(TOP1["noise"], TOP1["ce"]).pvalue
+    assert float(table[2][4]) == pytest.approx(corrected, abs=0.0005)
+
+
+def test_only_runs_of_equal_length_and_seed_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = (
+        *((run_of("kd", 8, seed), row(0.5)) for seed in (0, 1, 2)),
+        *((run_of("online", 8, seed), row(0.6)) for seed in (1, 2, 3)),
+        (run_of("online", 24, 0), row(0.9)),
+    )
+    rows = cells(printed(Results(None, runs), tmp_path, capsys, grid={}, baseline="kd"))
+    first = rows.index(["top-1, points", "baseline", "epochs", "difference", "p", "verdict"])
+    assert rows[first + 2][:4] == ["online", "kd", "8", "+10.00 ± 0.00 (n = 2)"]
+    assert rows[first + 3][0].startswith("agreement")
+
+
+def test_two_seeds_get_no_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    document = {"students": {name: {} for name in TOP1}, "grid": {}, "baseline": "ce", "margins": {"top1": 50}}
+    text = printed(grid_of(2), tmp_path, capsys, **document)
+    verdicts = [line[5] for line in cells(text) if len(line) == 6 and line[1] == "ce"]
+    assert set(verdicts) == {"not resolved: n < 3"}
+    # Three students, for top-1 and agreement.
+    assert len(verdicts) == 6
+
+
+def test_a_table_states_what_its_intervals_lack(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    students = {name: {} for name in TOP1}
+    for number, results in enumerate((grid_of(3), Results(None, ((run_of("kd", 8, 0), row(0.7)),)))):
+        grid = {} if number == 0 else None
+        text = printed(results, tmp_path / str(number), capsys, students=students, grid=grid)
+        assert "one teacher and one set of test images" in text
+        assert ("no baseline" in text) == (number == 0)
+        assert ("(n = 1)" in text) == (number == 1)
+        assert "distinguished" not in text
+
+
+@pytest.mark.parametrize(
+    ("document", "key"),
+    [
+        ({"baseline": "labels"}, "labels"),
+        ({"baseline": {"labels": "kd"}}, "labels"),
+        ({"baseline": {"kd": ["online", "labels"]}}, "labels"),
+        ({"baseline": {"kd": "kd"}}, "itself"),
+        ({"margins": {"top1": 0}}, "margins.top1"),
+    ],
+)
+def test_a_baseline_is_another_student_and_a_margin_positive(document: dict[str, Any], key: str) -> None:
+    tree = {"title": "tiny", "out": "/out", "teacher": {}, "students": {"kd": {}, "online": {}}, **document}
+    with pytest.raises(ValidationError, match=key):
+        RecipeConfig.model_validate(tree)
 
 
 def test_published_numbers_have_a_column_of_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
