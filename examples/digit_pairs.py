@@ -10,7 +10,7 @@ Each image has two of scikit-learn's digits side by side. Its JSON member has
 `train` is balanced and `tail` has 50 times as many images of its most frequent pair as of its rarest; both have the
 domains noise and blur. `tune` has the same domains, and `test` also has occlusion. `tail`, `tune` and `test` show
 different digits. `pairs.json` lists the pairs in the order of their class index, which is also their order of
-frequency in `tail`: a random order, so that rarity says nothing of the other two targets.
+frequency in `tail`: a random order, so that rarity is independent of the other two targets.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def main(out: Path) -> dict[str, int]:
         rng = np.random.default_rng(seed)
         pairs = [pair for pair, count in zip(names, counts, strict=True) for _ in range(count)]
         # Each class has its domains in turn, and the shards are mixtures of all classes.
-        drawn = [(pair, domains[number % len(domains)]) for number, pair in enumerate(pairs)]
-        shuffled = [drawn[row] for row in rng.permutation(len(drawn))]
+        chosen = [(pair, domains[number % len(domains)]) for number, pair in enumerate(pairs)]
+        shuffled = [chosen[row] for row in rng.permutation(len(chosen))]
         pack_shards(samples(shuffled, digits[source], rng), f"{out}/{name}-%05d.tar", shard_size=SHARD_SIZE)
     return {name: sum(counts) for name, (_, counts, _) in sets.items()}
 
@@ -88,9 +88,9 @@ def targets(pair: str) -> dict[str, str | int]:
 
 
 def samples(
-    drawn: Sequence[tuple[str, str]], digits: DigitImages, rng: Random
+    chosen: Sequence[tuple[str, str]], digits: DigitImages, rng: Random
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
-    for number, (pair, domain) in enumerate(drawn):
+    for number, (pair, domain) in enumerate(chosen):
         sink = io.BytesIO()
         corrupt(draw(pair, digits, rng), domain, rng).save(sink, "PNG")
         text = json.dumps({**targets(pair), "domain": domain})
