@@ -26,6 +26,7 @@ from pipeline.core.redaction import redact
 from pipeline.models.summary import check_weights
 from pipeline.shards.shard_urls import urls_by_id
 from pipeline.student.data.order import order_of
+from pipeline.tasks import task_of
 from schemas.config import Config
 
 
@@ -83,7 +84,6 @@ def _inputs(config: Config) -> PlanInputs:
 def _build_warnings(inputs: PlanInputs, plan: CachePlan) -> list[str]:
     """A lack of space and weights that do not fit the teacher's network: a build would fail, a plan warns."""
     config, warnings = inputs.config, list[str]()
-    assert config.data.num_classes is not None
     try:
         warnings += check_space(inputs, num_tasks=num_local_tasks(config.ray))
     except StorageInputError as error:
@@ -91,7 +91,8 @@ def _build_warnings(inputs: PlanInputs, plan: CachePlan) -> list[str]:
     if not plan.work.num_parts_open:
         return warnings
     try:
-        check_weights(config.teacher, num_classes=config.data.num_classes, size=config.views.size, where="teacher")
+        widths = task_of(config.data).widths(config.data)
+        check_weights(config.teacher, widths=widths, size=config.views.size, where="teacher")
     except InputError as error:
         warnings.append(_would_fail("a build", error))
     return warnings

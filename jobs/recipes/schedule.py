@@ -8,6 +8,7 @@ from jobs.recipes.document import Recipe, RunSpec
 from pipeline.core.redaction import redact
 from pipeline.models.summary import summarize_model
 from pipeline.student.training.schedule import TrainingPlan, plan_training
+from pipeline.tasks import task_of
 from schemas.config import Config, LossSection, ModelConfig
 
 _PRETRAINED = "pretrained"
@@ -48,9 +49,8 @@ def _teacher_lines(recipe: Recipe) -> Iterator[str]:
 
 
 def _model_text(model: ModelConfig, config: Config, where: str) -> str:
-    assert config.data.num_classes is not None
     size = getattr(model, "size", None) or config.views.size
-    summary = summarize_model(model, num_classes=config.data.num_classes, size=size, where=where)
+    summary = summarize_model(model, widths=task_of(config.data).widths(config.data), size=size, where=where)
     kwargs = f" {model.kwargs}" if model.kwargs else ""
     return (
         f"{model.model}{kwargs}: {summary.num_parameters / 1e6:.2f} M parameters, embedding {summary.embedding_dim}, "

@@ -1,4 +1,4 @@
-"""Teachers and students: any network of timm, torchvision or the user, with logits and embedding in one forward."""
+"""Teachers and students: any network of timm, torchvision or the user, with all outputs in one forward."""
 
 from pipeline.models.embedding import EmbeddingModel, move_to_device, unsafe_in_channels_last
 from pipeline.models.feature_maps import FeatureMap, find_maps, forward_with_maps, register_map_hooks

@@ -1,4 +1,4 @@
-"""Builds the network of a YAML section, which returns logits and embedding, and its input spec."""
+"""Builds the network of a YAML section, which returns outputs by name, and its input spec."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class LoadedModel:
 def load_model(
     config: ModelConfig,
     *,
-    num_classes: int,
+    widths: Mapping[str, int],
     size: int | None,
     seed: int = 0,
     allow_new_head: bool = False,
@@ -75,7 +75,7 @@ def load_model(
     """Builds the network, loads its weights and checks both with one forward.
 
     Args:
-        num_classes: K, the number of logits.
+        widths: of what the head returns, by the output's name.
         size: input height and width in pixels; None: the size that the model declares.
         seed: random weights are a pure function of it and the config. Global generators do not change.
         allow_new_head: pretrained weights with another number of classes get a new, random head. For students only:
@@ -89,7 +89,7 @@ def load_model(
         ModelError: the model is unknown, cannot be built, does not run at this size, or its weights do not fit.
         StorageInputError: the URL of the weights is refused, missing or not readable.
     """
-    request = resolve(config, num_classes, allow_new_head, where)
+    request = resolve(config, widths, allow_new_head, where)
     require_weights(config, where=where)
     architecture = _architecture(request)
     if expected_weights is not None:
@@ -102,7 +102,7 @@ def load_model(
 
 
 def load_untrained(
-    config: ModelConfig, *, num_classes: int, size: int | None, likely_size: int | None = None
+    config: ModelConfig, *, widths: Mapping[str, int], size: int | None, likely_size: int | None = None
 ) -> LoadedModel:
     """Builds a teacher's network without loading its weights, for properties that do not depend on their values.
 
@@ -112,7 +112,7 @@ def load_untrained(
     Raises:
         ConfigError, ModelError: as in ``load_model``.
     """
-    request = resolve(config, num_classes, True, "teacher").without_weights(likely_size=likely_size or size)
+    request = resolve(config, widths, True, "teacher").without_weights(likely_size=likely_size or size)
     with _seeded(0):
         built = request.build()
     spec = input_spec(config, built.declared, size, request.where)
@@ -249,7 +249,7 @@ def _random_network(config: ModelConfig) -> str:
     return f"{config.model} is untrained, and its outputs carry no knowledge of any class"
 
 
-def resolve(config: ModelConfig, num_classes: int, allow_new_head: bool, where: str) -> BuildRequest:
+def resolve(config: ModelConfig, widths: Mapping[str, int], allow_new_head: bool, where: str) -> BuildRequest:
     """The request for this network. Arguments as in ``load_model``."""
     if config.model is None:
         raise ConfigError(
@@ -270,7 +270,7 @@ def resolve(config: ModelConfig, num_classes: int, allow_new_head: bool, where: 
                 source=source,
                 config=config,
                 name=name,
-                num_classes=num_classes,
+                widths=widths,
                 allow_new_head=allow_new_head,
                 where=where,
                 read=_reader(config, f"{where}.weights"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,6 @@ from pipeline.core.errors import ModelError, cause
 from pipeline.models.embedding import EmbeddingModel, forward_with_embedding, register_head_hooks
 from pipeline.models.sources.base import BuildRequest, BuiltModel
 from pipeline.tasks import EMBEDDING
-from pipeline.tasks.classification import LOGITS
 
 
 def wrap(built: BuiltModel, request: BuildRequest, *, size: int) -> EmbeddingModel:
@@ -19,16 +20,16 @@ def wrap(built: BuiltModel, request: BuildRequest, *, size: int) -> EmbeddingMod
         ModelError: the forward fails at this size, or its outputs are not finite [2,K] logits and a finite [2,D]
             embedding; or the network of a student does not return logits alone in training mode.
     """
-    logits_BK, embedding_BD = probe_outputs(built, request, size=size)
-    _check_finite(logits_BK, embedding_BD, request)
+    outputs = probe_outputs(built, request, size=size)
+    _check_finite(outputs, request)
     if request.where == "student":
         _check_training(built, request, size=size)
-    widths = {LOGITS: request.num_classes, EMBEDDING: embedding_BD.shape[1]}
+    widths = {name: output.shape[1] for name, output in outputs.items()}
     return EmbeddingModel(built.network, built.heads, widths=widths).eval()
 
 
-def probe_outputs(built: BuiltModel, request: BuildRequest, *, size: int) -> tuple[Tensor, Tensor]:
-    """logits_BK and embedding_BD of two images, in eval mode, on the device of the network (``meta`` has no values).
+def probe_outputs(built: BuiltModel, request: BuildRequest, *, size: int) -> dict[str, Tensor]:
+    """Outputs of two images by name, in eval mode, on the device of the network (``meta`` has no values).
 
     Raises:
         ModelError: the forward fails at this size, or its outputs are not [2,K] logits and a [2,D] embedding.
@@ -38,7 +39,7 @@ def probe_outputs(built: BuiltModel, request: BuildRequest, *, size: int) -> tup
     images_BCHW = _images(built, size)
     try:
         with torch.no_grad():
-            logits_BK, embedding_BD = forward_with_embedding(built.network, built.heads, images_BCHW)
+            output, embedding_BD = forward_with_embedding(built.network, built.heads, images_BCHW)
     except Exception as error:
         raise ModelError(
             f"{request.config.model} does not run on images of {size}×{size} pixels",
@@ -48,9 +49,10 @@ def probe_outputs(built: BuiltModel, request: BuildRequest, *, size: int) -> tup
             expected="logits of RGB images [B,3,H,W] at this size",
             next_step=_size_hint(built, request, size),
         ) from error
-    _check_shapes(logits_BK, embedding_BD, request)
+    outputs = {request.head_output: output, EMBEDDING: embedding_BD}
+    _check_shapes(outputs, request)
     _check_width(built, embedding_BD.shape[1], request)
-    return logits_BK, embedding_BD
+    return outputs
 
 
 def _images(built: BuiltModel, size: int) -> Tensor:
@@ -102,22 +104,24 @@ def _check_training(built: BuiltModel, request: BuildRequest, *, size: int) -> N
     ) from failure
 
 
-def _check_shapes(logits_BK: object, embedding_BD: object, request: BuildRequest) -> None:
-    logits_shape, embedding_shape = _shape(logits_BK), _shape(embedding_BD)
-    if logits_shape == (2, request.num_classes) and len(embedding_shape) == 2 and embedding_shape[0] == 2:
+def _check_shapes(outputs: Mapping[str, object], request: BuildRequest) -> None:
+    shapes = {name: _shape(output) for name, output in outputs.items()}
+    embedding_shape = shapes[EMBEDDING]
+    expected = {name: (2, width) for name, width in request.widths.items()}
+    if shapes == {**expected, EMBEDDING: embedding_shape} and len(embedding_shape) == 2 and embedding_shape[0] == 2:
         return
     raise ModelError(
         f"{request.config.model} does not return logits and an embedding",
         code="model.output-shape",
         where=f"{request.where}.model",
-        got=f"for 2 images: logits {logits_shape}, embedding {embedding_shape}",
-        expected=f"logits (2, {request.num_classes}), embedding (2, D)",
+        got=f"for 2 images: {', '.join(f'{name} {shape}' for name, shape in shapes.items())}",
+        expected=", ".join(f"{name} {shape}" for name, shape in {**expected, EMBEDDING: "(2, D)"}.items()),
         next_step="check kwargs; your network can define forward_embedding(x) -> (logits, embedding)",
     )
 
 
-def _check_finite(logits_BK: Tensor, embedding_BD: Tensor, request: BuildRequest) -> None:
-    if logits_BK.isfinite().all() and embedding_BD.isfinite().all():
+def _check_finite(outputs: Mapping[str, Tensor], request: BuildRequest) -> None:
+    if all(output.isfinite().all() for output in outputs.values()):
         return
     raise ModelError(
         "the network returns NaN or infinity",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from pipeline.core.errors import ModelError
 from pipeline.models.load import InputSpec, input_spec, load_weights, require_weights, resolve
 from pipeline.models.probe import probe_outputs
 from pipeline.models.sources.base import BuildRequest, BuiltModel
+from pipeline.tasks import EMBEDDING
 from schemas.config import ModelConfig
 
 
@@ -22,11 +24,11 @@ class ModelSummary:
     input: InputSpec
 
 
-def summarize_model(config: ModelConfig, *, num_classes: int, size: int | None, where: str) -> ModelSummary:
+def summarize_model(config: ModelConfig, *, widths: Mapping[str, int], size: int | None, where: str) -> ModelSummary:
     """Builds the network on torch's meta device and runs one forward there. Downloads nothing.
 
     Args:
-        num_classes: K.
+        widths: as in ``load_model``.
         size: input height and width in pixels; None: the size that the model declares.
         where: YAML section of ``config``, for messages.
 
@@ -34,12 +36,12 @@ def summarize_model(config: ModelConfig, *, num_classes: int, size: int | None, 
         ConfigError: a key is missing or contradicts another.
         ModelError: the model is unknown, cannot be built, or does not run at this size.
     """
-    request = resolve(config, num_classes, True, where).without_weights(likely_size=size)
+    request = resolve(config, widths, True, where).without_weights(likely_size=size)
     built = _on_meta(request)
     spec = input_spec(config, built.declared, size, where)
-    _, embedding_BD = probe_outputs(built, request, size=spec.size)
+    outputs = probe_outputs(built, request, size=spec.size)
     num_parameters = sum(parameter.numel() for parameter in built.network.parameters())
-    return ModelSummary(num_parameters, embedding_BD.shape[1], spec)
+    return ModelSummary(num_parameters, outputs[EMBEDDING].shape[1], spec)
 
 
 def _on_meta(request: BuildRequest) -> BuiltModel:
@@ -56,13 +58,13 @@ def _on_meta(request: BuildRequest) -> BuiltModel:
     return built
 
 
-def check_weights(config: ModelConfig, *, num_classes: int, size: int | None, where: str) -> None:
+def check_weights(config: ModelConfig, *, widths: Mapping[str, int], size: int | None, where: str) -> None:
     """Checks on the meta device that the weights of a teacher fit its network, as ``load_model`` does.
 
     Reads the whole weights file and computes no forward pass. Does not download the weights of a library.
 
     Args:
-        num_classes: K.
+        widths: as in ``load_model``.
         size: input height and width in pixels; None: the size that the model declares.
         where: YAML section of ``config``, for messages.
 
@@ -71,9 +73,9 @@ def check_weights(config: ModelConfig, *, num_classes: int, size: int | None, wh
         StorageInputError: the weights' URL is refused, missing or not readable.
     """
     require_weights(config, where=where)
-    request = resolve(config, num_classes, False, where)
+    request = resolve(config, widths, False, where)
     if request.read is None:
-        summarize_model(config, num_classes=num_classes, size=size, where=where)
+        summarize_model(config, widths=widths, size=size, where=where)
         return
     request.read()  # outside of the meta device, which would hold the tensors of the file
     built = _on_meta(request)

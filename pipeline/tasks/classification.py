@@ -171,6 +171,10 @@ class Classification(Task):
     def num_invalid(self, targets: Targets, *, num_classes: int) -> int:
         return int(((targets[LABEL] < NO_LABEL) | (targets[LABEL] >= num_classes)).sum())
 
+    def widths(self, data: DataConfig) -> dict[str, int]:
+        assert data.num_classes is not None
+        return {LOGITS: data.num_classes}
+
     def outputs(self, cache: CacheConfig, *, num_classes: int, embedding_dim: int) -> tuple[OutputSpec, ...]:
         return (
             OutputSpec(LOGITS, num_classes, cache.logits),

@@ -150,6 +150,10 @@ class Task(ABC):
         """The number of rows with a target that is not valid for a teacher of K classes."""
 
     @abstractmethod
+    def widths(self, data: DataConfig) -> dict[str, int]:
+        """Numbers in a row of each output that a network's head returns, by its name."""
+
+    @abstractmethod
     def outputs(self, cache: CacheConfig, *, num_classes: int, embedding_dim: int) -> tuple[OutputSpec, ...]:
         """What a cache with this config stores for each row."""
 

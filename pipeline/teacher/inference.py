@@ -142,17 +142,23 @@ def _take_rows(pixels_NCHW: Tensor, rows_B: Tensor) -> Tensor:
 
 
 def load_teacher(
-    config: TeacherModelConfig, *, num_classes: int, size: int | None, device: torch.device, where: str = "teacher"
+    config: TeacherModelConfig,
+    *,
+    widths: Mapping[str, int],
+    size: int | None,
+    device: torch.device,
+    where: str = "teacher",
 ) -> Teacher:
     """The teacher of a config on a device.
 
     Args:
+        widths: as in ``load_model``.
         where: YAML section of ``config``, for messages.
 
     Raises:
         ConfigError, ModelError, StorageInputError: as in ``load_model``.
     """
-    loaded = load_model(config, num_classes=num_classes, size=size, where=where)
+    loaded = load_model(config, widths=widths, size=size, where=where)
     return Teacher(loaded, device=device, precision=config.precision, batch_size=config.batch_size)
 
 

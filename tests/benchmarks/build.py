@@ -99,7 +99,7 @@ class _Bare:
         self.views = self.render()
         self.teacher: Teacher = load_teacher(
             config.teacher,
-            num_classes=config.data.num_classes,
+            widths={"logits": config.data.num_classes},
             size=config.views.size,
             device=torch.device("cpu"),
         )

@@ -38,7 +38,7 @@ def run() -> None:
 
 def _load(section: dict[str, Any], *, num_classes: int, size: int) -> Teacher:
     config = TeacherConfig.model_validate(section)
-    return load_teacher(config, num_classes=num_classes, size=size, device=torch.device("cpu"))
+    return load_teacher(config, widths={"logits": num_classes}, size=size, device=torch.device("cpu"))
 
 
 def _report(title: str, teacher: Teacher, shards: list[Path], fraction: float) -> None:

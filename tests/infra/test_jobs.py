@@ -88,7 +88,8 @@ def test_the_networks_and_the_schedule_match_the_comments_of_the_config() -> Non
     config = config_of("rayjob-distill")
     assert config.student is not None
     teacher, student = (
-        summarize_model(model, num_classes=1000, size=224, where="here") for model in (config.teacher, config.student)
+        summarize_model(model, widths={"logits": 1000}, size=224, where="here")
+        for model in (config.teacher, config.student)
     )
     # From the tables of torchvision and timm.
     assert round(teacher.num_parameters / 1e6, 2) == 60.19

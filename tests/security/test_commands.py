@@ -194,7 +194,9 @@ def test_no_command_unpickles_data_starts_a_program_or_writes_elsewhere_for_any_
         train={"num_workers": 0, "checkpoint_every_steps": 1},
     )
     # Pickled, as training loops save them.
-    weights = load_model(ModelConfig.model_validate(NETWORK), num_classes=10, size=16).module.network.state_dict()
+    weights = load_model(
+        ModelConfig.model_validate(NETWORK), widths={"logits": 10}, size=16
+    ).module.network.state_dict()
     torch.save({"state_dict": collections.OrderedDict(weights)}, tmp_path / "teacher.pt")
     config["teacher"]["weights"] = str(tmp_path / "teacher.pt")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))

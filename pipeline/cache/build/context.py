@@ -118,10 +118,9 @@ def load_context(config_json: str, weights_stamp: str | None) -> BuildContext:  
     """Loads the teacher. A process calls this once for any number of parts."""
     config = Config.model_validate_json(config_json)
     cache = cache_config(config)
-    assert config.data.num_classes is not None
     teacher = load_teacher(
         config.teacher,
-        num_classes=config.data.num_classes,
+        widths=task_of(config.data).widths(config.data),
         size=config.views.size,
         device=pick_device(config.ray.gpus_per_task > 0),
     )

@@ -160,12 +160,11 @@ def check_without_weights(stored: Header, config: Config) -> None:
     """
     teacher, cache = config.teacher, config.cache
     assert cache is not None
-    assert config.data.num_classes is not None
     size = config.views.size
     body = teacher_body(
         load_untrained(
             teacher,
-            num_classes=config.data.num_classes,
+            widths=task_of(config.data).widths(config.data),
             size=size,
             likely_size=size or int(str(stored.teacher["size"])),
         ),

@@ -146,9 +146,9 @@ def _unusable(sample: Sample, config: Config) -> str | None:
 
 
 def _time_stages(samples: list[Sample], config: Config, shard: str) -> Stages:
-    assert config.data.num_classes is not None
     device = pick_device(config.ray.gpus_per_task > 0)
-    teacher = load_teacher(config.teacher, num_classes=config.data.num_classes, size=config.views.size, device=device)
+    widths = task_of(config.data).widths(config.data)
+    teacher = load_teacher(config.teacher, widths=widths, size=config.views.size, device=device)
     samples, max_pixels = samples[:_NUM_RENDERED], config.data.max_pixels
     num_views, spec = min(config.views.count, _VIEWS_RENDERED), teacher.loaded.input
     rendering = Rendering.of(shard, config.views, ViewBlock(start=0, stop=num_views), spec, config.data)

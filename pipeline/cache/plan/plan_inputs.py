@@ -16,6 +16,7 @@ from pipeline.cache.plan.shard_survey import Estimate, ShardSurvey, survey_shard
 from pipeline.core.redaction import redact
 from pipeline.models import load_untrained
 from pipeline.shards.labels import check_label_member
+from pipeline.tasks import task_of
 from schemas.cache_format import Header, ViewBlock
 from schemas.config import CacheConfig, Config
 
@@ -133,8 +134,7 @@ def resolve_embedding_dim(inputs: PlanInputs) -> PlanInputs:
     is_needed = inputs.cache.embeddings != "none" or inputs.num_class_sums > 0
     if inputs.embedding_dim is not None or not is_needed:
         return inputs
-    assert config.data.num_classes is not None
-    teacher = load_untrained(config.teacher, num_classes=config.data.num_classes, size=config.views.size)
+    teacher = load_untrained(config.teacher, widths=task_of(config.data).widths(config.data), size=config.views.size)
     return replace(inputs, embedding_dim=teacher.module.embedding_dim)
 
 

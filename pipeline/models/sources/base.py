@@ -35,7 +35,7 @@ class BuildRequest:
     Attributes:
         source: builds networks of this name.
         name: what follows ``timm/``, ``torchvision/`` or ``python:``.
-        num_classes: K, the width of the head.
+        widths: of the head's output, by its name.
         allow_new_head: a pretrained head of another width is replaced by a random one.
         where: YAML section, such as ``teacher``.
         read: reads the weights that the caller loads into the network, for constructors that depend on them; None
@@ -47,12 +47,23 @@ class BuildRequest:
     source: Callable[[BuildRequest], BuiltModel]
     config: ModelConfig
     name: str
-    num_classes: int
+    widths: Mapping[str, int]
     allow_new_head: bool
     where: str
     read: Callable[[], WeightsFile] | None = None
     skips_weights: bool = False
     likely_size: int | None = None
+
+    @property
+    def head_output(self) -> str:
+        """The name of what the head returns."""
+        (name,) = self.widths
+        return name
+
+    @property
+    def num_classes(self) -> int:
+        """K, the width of the head, as the constructors of libraries call it."""
+        return self.widths[self.head_output]
 
     @property
     def pretrained(self) -> bool:

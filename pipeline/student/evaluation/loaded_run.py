@@ -19,6 +19,7 @@ from pipeline.student.losses import CompositeLoss
 from pipeline.student.networks.student import projector_for
 from pipeline.student.run import checkpoint
 from pipeline.student.supervision.spec import SupervisionSpec, resolve_spec
+from pipeline.tasks import task_of
 from schemas.config import Config
 
 CheckpointName = Literal["best", "last"]
@@ -77,7 +78,7 @@ def load_run(run_url: str, checkpoint_name: CheckpointName) -> LoadedRun:
         )
     student = load_model(
         config.student.model_copy(update={"weights": "random", "sha256": None}),
-        num_classes=supervision.num_classes,
+        widths=task_of(supervision.data).widths(supervision.data),
         size=config.student.size or supervision.size,
         where="student",
         expected_weights=WeightsFile(state["model"], transform_input=stored_transform_input(state)),

@@ -13,6 +13,7 @@ from pipeline.student.supervision.canaries import CanaryReport, check_canaries
 from pipeline.student.supervision.class_means import cached_means, online_means
 from pipeline.student.supervision.requirements import check_cached_outputs, check_online_class_means
 from pipeline.student.supervision.spec import SupervisionSpec, teacher_sizes
+from pipeline.tasks import task_of
 from pipeline.teacher.inference import Teacher, load_teacher
 from schemas.config import Config
 
@@ -74,7 +75,7 @@ def refuses_unlabelled(config: Config, loss: CompositeLoss) -> bool:
 
 def _load_teachers(config: Config, spec: SupervisionSpec, device: torch.device) -> tuple[Teacher, ...]:
     return tuple(
-        load_teacher(section, num_classes=spec.num_classes, size=size, device=device, where=name)
+        load_teacher(section, widths=task_of(spec.data).widths(spec.data), size=size, device=device, where=name)
         for (name, section), size in zip(config.teacher.models.items(), teacher_sizes(config), strict=True)
     )
 

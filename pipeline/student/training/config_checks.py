@@ -25,7 +25,8 @@ from pipeline.student.supervision.requirements import (
     check_teacher_mode,
 )
 from pipeline.student.supervision.spec import SupervisionSpec, resolve_spec, student_views, teacher_sizes
-from schemas.config import Config, DistLoss
+from pipeline.tasks import task_of
+from schemas.config import Config, DataConfig, DistLoss
 
 _LOOK_UPS = 16
 # A teacher's outputs depend on these keys and the input size.
@@ -209,7 +210,7 @@ def check_training(config: Config) -> list[str]:
     loss = CompositeLoss(config.loss, where="loss")
     check_cached_outputs(loss, spec.caches)
     check_online_class_means(config, loss, spec)
-    _check_layers(config, _check_student(config, spec.num_classes, spec.size))
+    _check_layers(config, _check_student(config, spec.data, spec.size))
     _check_val_shards(config)
     return _check_teacher_weights(config, spec)
 
@@ -259,8 +260,7 @@ def check_distillation(config: Config) -> None:
     """
     check_plan(config)
     student_views(config, config.views)
-    assert config.data.num_classes is not None
-    _check_layers(config, _check_student(config, config.data.num_classes, config.views.size))
+    _check_layers(config, _check_student(config, config.data, config.views.size))
     _check_val_shards(config)
 
 
@@ -277,11 +277,11 @@ def check_plan(config: Config) -> None:
         check_planned_outputs(CompositeLoss(config.loss, where="loss"), config.cache)
 
 
-def _check_student(config: Config, num_classes: int, size: int | None) -> LoadedModel:
+def _check_student(config: Config, data: DataConfig, size: int | None) -> LoadedModel:
     assert config.student is not None
     loaded = load_model(
         config.student,
-        num_classes=num_classes,
+        widths=task_of(data).widths(data),
         size=config.student.size or size,
         seed=config.train.seed,
         where="student",
@@ -296,8 +296,7 @@ def _check_layers(config: Config, student: LoadedModel) -> None:
     section = review_section(config.loss)
     if section is None:
         return
-    assert config.data.num_classes is not None
-    teacher = load_untrained(config.teacher, num_classes=config.data.num_classes, size=config.views.size)
+    teacher = load_untrained(config.teacher, widths=task_of(config.data).widths(config.data), size=config.views.size)
     plan_review(section, student, teacher)
 
 

@@ -30,6 +30,7 @@ from pipeline.student.supervision.supervision import Supervision, open_supervisi
 from pipeline.student.training.micro_batches import num_micro_batches, smallest_micro_batch
 from pipeline.student.training.optimizer_step import OptimizerStep
 from pipeline.student.training.torch_switches import check_compiler
+from pipeline.tasks import task_of
 from pipeline.teacher.inference import Teacher
 from schemas.config import Config
 
@@ -150,7 +151,7 @@ def build_student(config: Config, supervision: Supervision, loss: CompositeLoss,
     assert config.student is not None
     loaded = load_model(
         config.student,
-        num_classes=supervision.spec.num_classes,
+        widths=task_of(supervision.spec.data).widths(supervision.spec.data),
         size=config.student.size or supervision.spec.size,
         seed=config.train.seed,
         where="student",

@@ -144,8 +144,8 @@ def test_reviewkd_on_cifar100_compares_the_stages_of_both_networks_by_the_paper_
     assert config.student is not None
     plan = plan_review(
         section,
-        load_model(config.student, num_classes=100, size=32, where="student"),
-        load_model(config.teacher, num_classes=100, size=32, where="teacher"),
+        load_model(config.student, widths={"logits": 100}, size=32, where="student"),
+        load_model(config.teacher, widths={"logits": 100}, size=32, where="teacher"),
     )
     assert [[(level.channels, level.side) for level in maps] for maps in (plan.student, plan.teacher)] == expected
 

@@ -23,7 +23,7 @@ def load(model: str | None, *, num_classes: int = 7, size: int | None = 64, **ke
     """Keys of the section and options of ``load_model`` by name."""
     options = {name: keys.pop(name) for name in OPTIONS if name in keys}
     config = ModelConfig.model_validate({"model": model, **keys})
-    return load_model(config, num_classes=num_classes, size=size, **options)
+    return load_model(config, widths={"logits": num_classes}, size=size, **options)
 
 
 def build(model: str, kwargs: dict[str, Any] | None = None) -> EmbeddingModel:

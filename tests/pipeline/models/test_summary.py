@@ -37,8 +37,8 @@ def model(**keys: Any) -> ModelConfig:
     ids=lambda value: str(value.model) if isinstance(value, ModelConfig) else None,
 )
 def test_a_summary_equals_the_loaded_network(config: ModelConfig, size: int | None) -> None:
-    summary = summarize_model(config, num_classes=7, size=size, where="student")
-    loaded = load_model(config, num_classes=7, size=size, where="student")
+    summary = summarize_model(config, widths={"logits": 7}, size=size, where="student")
+    loaded = load_model(config, widths={"logits": 7}, size=size, where="student")
     assert summary.num_parameters == sum(parameter.numel() for parameter in loaded.module.network.parameters())
     assert (summary.embedding_dim, summary.input) == (loaded.module.embedding_dim, loaded.input)
 
@@ -46,7 +46,7 @@ def test_a_summary_equals_the_loaded_network(config: ModelConfig, size: int | No
 def test_a_network_whose_constructor_computes_with_tensors_has_a_summary() -> None:
     before = torch.get_rng_state()
     config = ModelConfig.model_validate({"model": "torchvision/regnet_y_400mf", "weights": "random"})
-    summary = summarize_model(config, num_classes=1000, size=64, where="teacher")
+    summary = summarize_model(config, widths={"logits": 1000}, size=64, where="teacher")
     published = models.RegNet_Y_400MF_Weights.DEFAULT.meta["num_params"]
     assert (summary.num_parameters, summary.embedding_dim) == (published, 440)
     assert torch.equal(torch.get_rng_state(), before)
@@ -69,14 +69,16 @@ def test_networks_of_the_recipes_are_those_of_the_papers_and_are_not_downloaded(
         raise AssertionError("a summary used the network")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    summary = summarize_model(model(model=name, weights="pretrained"), num_classes=1000, size=224, where="teacher")
+    summary = summarize_model(
+        model(model=name, weights="pretrained"), widths={"logits": 1000}, size=224, where="teacher"
+    )
     assert summary.num_parameters / 1e6 == pytest.approx(millions, abs=0.06)
     assert (summary.embedding_dim, summary.input.size) == (embedding, 224)
 
 
 def test_a_summary_does_not_change_the_global_generator() -> None:
     before = torch.get_rng_state()
-    summarize_model(model(**CIFAR), num_classes=10, size=32, where="student")
+    summarize_model(model(**CIFAR), widths={"logits": 10}, size=32, where="student")
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -90,4 +92,4 @@ def test_a_summary_does_not_change_the_global_generator() -> None:
 )
 def test_a_summary_has_the_errors_of_loading(keys: dict[str, Any], size: int, code: str) -> None:
     with raises(code, InputError):
-        summarize_model(model(**keys), num_classes=10, size=size, where="student")
+        summarize_model(model(**keys), widths={"logits": 10}, size=size, where="student")

@@ -77,10 +77,10 @@ def test_a_finished_cache_does_not_need_weights_of_the_teacher(built_cache: Tiny
 
 
 def test_only_a_student_has_random_weights_by_default() -> None:
-    student = load_model(StudentConfig.model_validate(NETWORK), num_classes=10, size=16, where="student")
+    student = load_model(StudentConfig.model_validate(NETWORK), widths={"logits": 10}, size=16, where="student")
     assert student.input.size == 16
     with missing():
-        load_model(TeacherConfig.model_validate(NETWORK), num_classes=10, size=16)
+        load_model(TeacherConfig.model_validate(NETWORK), widths={"logits": 10}, size=16)
 
 
 def test_plan_build_and_training_warn_of_random_weights(
@@ -114,16 +114,16 @@ def test_a_backbone_without_a_classifier_is_refused_as_a_teacher(tmp_path: Path)
     torch.save(backbone, tmp_path / "backbone.pt")
     config = TeacherConfig.model_validate({**NETWORK, "weights": str(tmp_path / "backbone.pt")})
     with raises("model.untrained-head", ModelError, got="no fc.bias, fc.weight"):
-        load_model(config, num_classes=10, size=16)
+        load_model(config, widths={"logits": 10}, size=16)
     # Weights of another network have another code.
     torch.save({"fc.weight": state["fc.weight"]}, tmp_path / "head.pt")
     with raises("weights.misfit", ModelError):
-        load_model(config.model_copy(update={"weights": str(tmp_path / "head.pt")}), num_classes=10, size=16)
+        load_model(config.model_copy(update={"weights": str(tmp_path / "head.pt")}), widths={"logits": 10}, size=16)
 
 
 @pytest.mark.parametrize("model", ["timm/vit_small_patch14_dinov2", "timm/vit_base_patch16_siglip_224"])
 def test_a_pretrained_teacher_without_a_classifier_is_refused_before_the_download(model: str) -> None:
     config = TeacherConfig.model_validate({"model": model, "weights": "pretrained"})
     with raises("model.untrained-head", ModelError) as caught:
-        load_model(config, num_classes=10, size=None)
+        load_model(config, widths={"logits": 10}, size=None)
     assert "no head" in str(caught.value.got)

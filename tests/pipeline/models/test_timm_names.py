@@ -144,7 +144,7 @@ def test_every_name_has_the_width_that_timm_declares_or_is_refused(part: int) ->
     wrong: dict[str, object] = {}
     for name in names:
         config = ModelConfig.model_validate({"model": f"timm/{name}", "weights": "random"})
-        request = resolve(config, 7, True, "teacher")
+        request = resolve(config, {"logits": 7}, True, "teacher")
         try:
             with torch.device("meta"):
                 built = request.build()

@@ -112,7 +112,7 @@ def check_structure(name: str, publish: Publish) -> None:
         publish(state)
         published = torchvision_model(name)
         config = ModelConfig.model_validate({"model": f"torchvision/{name}", "weights": "pretrained"})
-        request = resolve(config, 1000, False, "teacher")
+        request = resolve(config, {"logits": 1000}, False, "teacher")
         built = [request.build(), replace(request, read=lambda: WeightsFile(state)).build()]
     for network in (model.network for model in built):
         assert repr(network) == repr(published)
@@ -170,12 +170,12 @@ def test_a_vit_is_built_for_its_weights_even_if_they_cannot_be_read(tmp_path: Pa
     config = ModelConfig.model_validate({"model": "torchvision/vit_b_16", "weights": url})
     safetensors.torch.save_file(models.vit_b_16(image_size=64).state_dict(), url)
     for size in (64, None):
-        check_weights(config, num_classes=1000, size=size, where="teacher")
+        check_weights(config, widths={"logits": 1000}, size=size, where="teacher")
     (tmp_path / "swag.safetensors").unlink()
     for sizes in ({"size": 64}, {"size": None, "likely_size": 64}):
-        assert load_untrained(config, num_classes=1000, **sizes).input.size == 64
+        assert load_untrained(config, widths={"logits": 1000}, **sizes).input.size == 64
     published = ModelConfig.model_validate({"model": "torchvision/vit_h_14", "weights": "pretrained"})
-    assert summarize_model(published, num_classes=1000, size=None, where="teacher").input.size == 518
+    assert summarize_model(published, widths={"logits": 1000}, size=None, where="teacher").input.size == 518
 
 
 @pytest.mark.slow

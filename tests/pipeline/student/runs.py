@@ -91,7 +91,7 @@ def run_config(base: Config, url: Path, *, mode: str = "cache", **sections: Any)
 def training_error(config: Config, num_steps: float) -> float:
     """The relative distance of two trainings by this config whose sums have other orders: of losses and weights."""
     assert config.student is not None
-    loaded = load_model(config.student, num_classes=10, size=config.views.size, where="student")
+    loaded = load_model(config.student, widths={"logits": 10}, size=config.views.size, where="student")
     images_BCHW = torch.zeros(config.train.global_batch_size, 3, loaded.input.size, loaded.input.size)
     return reordered(num_steps * network_operations(loaded.module, images_BCHW))
 

@@ -66,7 +66,7 @@ class ErrorRecount(Recount):
 
 
 class Point(Task):
-    """``x,y`` in pixels. Its teacher has an output ``x``, and no loss trains it."""
+    """``x,y`` in pixels. The head of its teacher returns an output ``x``, and no loss trains it."""
 
     name = "point"
     member_content = "x,y as text"
@@ -101,6 +101,9 @@ class Point(Task):
 
     def num_invalid(self, targets: Targets, *, num_classes: int) -> int:  # noqa: ARG002
         return int((targets["x"] < -1).sum())
+
+    def widths(self, data: DataConfig) -> dict[str, int]:  # noqa: ARG002
+        return {"x": 1}
 
     def outputs(self, cache: CacheConfig, *, num_classes: int, embedding_dim: int) -> tuple[OutputSpec, ...]:  # noqa: ARG002
         return (OutputSpec("x", 1, cache.logits),)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline.cache.build.context import BuildContext, current_context
+from pipeline.cache.build.context import BuildContext
 from pipeline.cache.build.header_claim import make_header
 from pipeline.cache.build.manifest import publish_manifest
 from pipeline.cache.build.part import BusyTime, PartBuild
@@ -27,7 +26,7 @@ from pipeline.shards.shard_head import read_shard_head
 from pipeline.shards.tar import read_samples
 from pipeline.shards.writer import pack_shards
 from pipeline.tasks import Targets, task_of
-from pipeline.teacher.inference import Teacher
+from pipeline.teacher.inference import load_teacher
 from pipeline.teacher.rendering import GroupViews, Rendering, indexed_samples, read_groups
 from schemas.cache_format import ViewBlock, index_schema
 from schemas.config import ViewsConfig
@@ -136,14 +135,6 @@ def groups(shard: Path, index: ShardIndex) -> list[GroupViews]:
         return list(read_groups(samples, rendering, pool, builder=None))
 
 
-class PointTeacher(Teacher):
-    """Its x is the first logit; it stores no logits."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
-        outputs = super().forward(*args, **kwargs)
-        return {"x": outputs["logits"][:, :1], "embedding": outputs["embedding"]}
-
-
 @pytest.fixture
 def context(tiny_config: TinyConfig, tmp_path: Path) -> BuildContext:
     """Of a finished cache with two unmixed views of 35 images. Like ``current_context``, for the second task."""
@@ -157,11 +148,9 @@ def context(tiny_config: TinyConfig, tmp_path: Path) -> BuildContext:
         views={"kind": "crop", "count": 2},
         cache={"class_means": "none", "embeddings": "none"},
     )
-    loaded = current_context(config).teacher
     config = config.model_copy(update={"data": config.data.model_copy(update=TASK)})
-    teacher = PointTeacher(
-        loaded.loaded, device=loaded.device, precision=loaded.precision, batch_size=loaded.batch_size
-    )
+    widths = task_of(config.data).widths(config.data)
+    teacher = load_teacher(config.teacher, widths=widths, size=config.views.size, device=torch.device("cpu"))
     cache = cache_section(config)
     header = make_header(teacher, plan=config.views, cache=cache, data=config.data)
     context = BuildContext(config, cache, teacher, header, None, gpus=None).claimed()

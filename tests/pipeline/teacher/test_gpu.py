@@ -30,7 +30,7 @@ def teacher(*, precision: str = "fp32", batch_size: int = 8, use_gpu: bool = Tru
     config = TeacherConfig.model_validate(
         {"model": "timm/resnet18", "weights": "random", "batch_size": batch_size, "precision": precision}
     )
-    return load_teacher(config, num_classes=1000, size=SIZE, device=pick_device(use_gpu))
+    return load_teacher(config, widths={"logits": 1000}, size=SIZE, device=pick_device(use_gpu))
 
 
 def group(*, num_rows: int, num_views: int, pinned: bool) -> GroupViews:

@@ -37,7 +37,7 @@ def teacher(batch_size: int = 4, precision: str = "fp32", **keys: Any) -> Teache
             **keys,
         }
     )
-    return load_teacher(config, num_classes=10, size=8, device=CPU)
+    return load_teacher(config, widths={"logits": 10}, size=8, device=CPU)
 
 
 def pixels(count: int) -> torch.Tensor:

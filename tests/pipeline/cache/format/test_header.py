@@ -30,7 +30,10 @@ from tests.pipeline.conftest import TinyConfig
 def header_of(config: Config) -> Header:
     assert config.data.num_classes is not None
     teacher = load_teacher(
-        config.teacher, num_classes=config.data.num_classes, size=config.views.size, device=torch.device("cpu")
+        config.teacher,
+        widths={"logits": config.data.num_classes},
+        size=config.views.size,
+        device=torch.device("cpu"),
     )
     return make_header(teacher, plan=config.views, cache=cache_section(config), data=config.data)
 

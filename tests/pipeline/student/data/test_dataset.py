@@ -211,7 +211,7 @@ def test_parity_outputs_of_cached_and_online_teacher(
     student = InputSize(student_size, "bilinear")
     online = dataset(sampled, config.views, student=student, teachers=[size])
     replayed = dataset(stored, config.views, student=student)
-    teacher = load_teacher(config.teacher, num_classes=10, size=size.size, device=torch.device("cpu"))
+    teacher = load_teacher(config.teacher, widths={"logits": 10}, size=size.size, device=torch.device("cpu"))
     images_BCHW = torch.zeros(1, 3, size.size, size.size)
     error = reordered(network_operations(teacher.module, images_BCHW, backward=False))
     for step in range(0, NUM_VIEWS * STEPS_AN_EPOCH, 7):

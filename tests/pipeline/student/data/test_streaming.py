@@ -295,7 +295,7 @@ def test_validation_shards_come_through_the_same_store(remote: Any, monkeypatch:
     data: DataConfig = config.data
     assert data.shards is not None
     evaluator = build_evaluator(data.shards, data, config.views, DistributedContext(), num_threads=1)
-    loaded = load_model(config.teacher, num_classes=10, size=16, where="teacher")
+    loaded = load_model(config.teacher, widths={"logits": 10}, size=16, where="teacher")
     with counted(monkeypatch) as reads:
         first, second = (evaluator(loaded.module, loaded.input) for _ in range(2))
     assert first == second

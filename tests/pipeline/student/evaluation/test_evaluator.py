@@ -47,7 +47,9 @@ CPU = torch.device("cpu")
 
 
 def network(seed: int = 0, size: int = 12) -> LoadedModel:
-    return load_model(StudentConfig.model_validate(NORMALISED), num_classes=10, size=size, seed=seed, where="student")
+    return load_model(
+        StudentConfig.model_validate(NORMALISED), widths={"logits": 10}, size=size, seed=seed, where="student"
+    )
 
 
 def evaluator(config: Config, **data: Any) -> Evaluator:
@@ -58,7 +60,7 @@ def evaluator(config: Config, **data: Any) -> Evaluator:
 
 
 def teacher_of(config: Config) -> Teacher:
-    return load_teacher(config.teacher, num_classes=10, size=config.views.size, device=CPU)
+    return load_teacher(config.teacher, widths={"logits": 10}, size=config.views.size, device=CPU)
 
 
 def one_by_one(config: Config, module: Any, spec: InputSpec, *, output: str = "logits") -> tuple[Tensor, Tensor]:
@@ -89,7 +91,7 @@ def test_accuracy_and_agreement_are_those_of_a_loop_over_images(replays: Replay,
     config = config.model_copy(update={"views": views})
     teacher = teacher_of(config)
     # The teacher's weights on smaller images: a student that agrees for some images.
-    student = load_model(config.teacher, num_classes=10, size=12)
+    student = load_model(config.teacher, widths={"logits": 10}, size=12)
     student_NK, label_N = one_by_one(config, student.module, student.input)
     teacher_NK, _ = one_by_one(config, teacher.module, teacher.loaded.input)
     evaluation = evaluator(config)(student.module, student.input, teacher)
@@ -425,7 +427,7 @@ def test_another_architecture_than_the_caches_teacher_is_refused_before_training
 
 def test_other_weights_than_the_caches_teachers_are_refused(replays: Replay, tmp_path: Path) -> None:
     cache = replays("crop")
-    teacher = load_model(cache.config.teacher, num_classes=10, size=16, seed=1)
+    teacher = load_model(cache.config.teacher, widths={"logits": 10}, size=16, seed=1)
     torch.save(teacher.module.network.state_dict(), tmp_path / "other.pt")
     config = trained(cache, tmp_path / "run", teacher={"weights": str(tmp_path / "other.pt")}, train={"epochs": 1})
     with raises("cache.other-teacher"):

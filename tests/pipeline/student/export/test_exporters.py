@@ -74,7 +74,7 @@ def student_of(url: str) -> LoadedModel:
     """The run's student in eval mode, by hand."""
     config = checkpoint.read_config(url)
     assert config.student is not None
-    loaded = load_model(config.student, num_classes=10, size=config.student.size or 16, where="student")
+    loaded = load_model(config.student, widths={"logits": 10}, size=config.student.size or 16, where="student")
     loaded.module.network.load_state_dict(state_of(url)["model"])
     return loaded
 
@@ -148,7 +148,7 @@ def test_exported_weights_have_no_projectors_and_initialise_another_student(
     student = student_of(finished(network))
     assert load_file(path).keys() == student.module.network.state_dict().keys()
     section = StudentConfig.model_validate({**NETWORKS[network], "weights": str(path)})
-    again = load_model(section, num_classes=10, size=student.input.size, where="student")
+    again = load_model(section, widths={"logits": 10}, size=student.input.size, where="student")
     images = normalised(pixels(3, student.input.size), student.input)
     assert torch.equal(again.module(images)["logits"], student.module(images)["logits"])
 

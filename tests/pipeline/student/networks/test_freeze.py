@@ -22,7 +22,7 @@ from tests.pipeline.student.runs import CE, NORMALISED, run_config, state_of
 
 def network(seed: int = 0) -> nn.Module:
     section = StudentConfig.model_validate(NORMALISED)
-    return load_model(section, num_classes=10, size=16, seed=seed, where="student").module.network.train()
+    return load_model(section, widths={"logits": 10}, size=16, seed=seed, where="student").module.network.train()
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,9 @@ def test_a_student_without_trained_parameters_is_refused() -> None:
 
 def test_a_frozen_batchnorm_needs_no_second_row() -> None:
     section = StudentConfig.model_validate(NORMALISED)
-    student = Student(load_model(section, num_classes=10, size=16, where="student").module, teacher_dims=[]).train()
+    student = Student(
+        load_model(section, widths={"logits": 10}, size=16, where="student").module, teacher_dims=[]
+    ).train()
     assert student.min_rows == 2
     freeze(student.model.network, ["conv1"])
     assert student.min_rows == 1

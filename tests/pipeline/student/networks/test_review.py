@@ -32,7 +32,7 @@ def section(**keys: Any) -> ReviewKdLoss:
 
 
 def loaded(model: dict[str, Any], size: int = 16) -> LoadedModel:
-    return load_model(StudentConfig.model_validate(model), num_classes=10, size=size, where="student")
+    return load_model(StudentConfig.model_validate(model), widths={"logits": 10}, size=size, where="student")
 
 
 def feature_map(channels: int, side: int) -> FeatureMap:

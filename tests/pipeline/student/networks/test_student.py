@@ -14,7 +14,7 @@ from tests.pipeline.student.runs import NORMALISED, SMALL
 
 
 def model(section: dict[str, Any]) -> EmbeddingModel:
-    return load_model(StudentConfig.model_validate(section), num_classes=10, size=16, where="student").module
+    return load_model(StudentConfig.model_validate(section), widths={"logits": 10}, size=16, where="student").module
 
 
 @pytest.mark.parametrize("width", [16, 7])

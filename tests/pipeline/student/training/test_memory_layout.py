@@ -25,7 +25,7 @@ def resnet(*widths: int) -> dict[str, Any]:
 @pytest.mark.parametrize(("widths", "num_layers"), [((16, 16, 32, 64), 0), ((8, 8, 16, 32), 1), ((3, 4, 8, 9), 2)])
 def test_narrow_convolutions_with_a_stride_are_found(widths: tuple[int, ...], num_layers: int) -> None:
     config = StudentConfig.model_validate(resnet(*widths))
-    network = load_model(config, num_classes=10, size=32).module.network
+    network = load_model(config, widths={"logits": 10}, size=32).module.network
     assert len(unsafe_in_channels_last(network, CPU)) == num_layers
 
 

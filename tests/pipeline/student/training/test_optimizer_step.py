@@ -25,7 +25,7 @@ IMAGES = torch.rand(6, 3, 12, 12, generator=torch.Generator().manual_seed(3))
 
 def begin(**keys: Any) -> tuple[Student, OptimizerStep]:
     section = StudentConfig.model_validate(NORMALISED)
-    loaded = load_model(section, num_classes=10, size=12, seed=0, where="student")
+    loaded = load_model(section, widths={"logits": 10}, size=12, seed=0, where="student")
     student = Student(loaded.module, teacher_dims=[]).train()
     train = TrainConfig.model_validate({"lr": 0.1, "optimizer": "sgd", "schedule": "constant", **keys})
     return student, OptimizerStep(student, train, total_steps=100, device=CPU)

@@ -77,7 +77,9 @@ def test_a_student_learns_the_maps_of_another_family(replays: Replay, tmp_path: 
 
 def test_the_network_learns_through_its_maps_and_not_the_fusion_alone(replays: Replay, tmp_path: Path) -> None:
     run(review_run(replays("crop").config, tmp_path, loss=[REVIEW], train={"epochs": 1}))
-    fresh = load_model(review_run(replays("crop").config, tmp_path).student, num_classes=10, size=16, where="student")
+    fresh = load_model(
+        review_run(replays("crop").config, tmp_path).student, widths={"logits": 10}, size=16, where="student"
+    )
     before, after = fresh.module.network.state_dict(), state_of(tmp_path)["model"]
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert {"conv1.0.weight", "conv2.weight"} <= moved
@@ -137,7 +139,7 @@ def test_the_checkpoint_holds_what_fuses_and_the_network_stays_as_it_is(replays:
     found = state_of(tmp_path)
     assert {name.split(".")[0] for name in found["review"]} == {"fusions"}
     assert config.student is not None
-    plain = load_model(config.student, num_classes=10, size=16, where="student").module.network.state_dict()
+    plain = load_model(config.student, widths={"logits": 10}, size=16, where="student").module.network.state_dict()
     assert found["model"].keys() == plain.keys()
 
 
