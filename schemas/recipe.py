@@ -46,7 +46,8 @@ class RecipeConfig(Section):
         None, ge=1, description="Number of training images, from which a dry run computes steps."
     )
     published: dict[str, float] = Field(
-        default_factory=dict, description="Top-1 by name (teacher or a student's) in per cent, from the paper."
+        default_factory=dict,
+        description="Values of the main metric by name (teacher or a student's), from the paper; shares in per cent.",
     )
     subsets: dict[str, LongTailConfig] = Field(
         default_factory=dict, description="Written first, as out/shards/NAME-00000.tar and so on."

@@ -177,22 +177,17 @@ def _print_comparisons(recipe: Recipe, runs: Sequence[Entry], console: Console) 
 
 
 def _table(recipe: Recipe, entries: Mapping[str, Entry]) -> Table:
-    columns, published = recipe.metrics.columns, recipe.document.published
+    columns, has_published = recipe.metrics.columns, bool(recipe.document.published)
     headings = [*(metric.title for metric in columns), "seconds"]
-    headings += [f"published {recipe.metrics.main.title}"] if published else []
+    headings += [f"published {recipe.metrics.main.title}"] * has_published
     table = Table("")
     for heading in headings:
         table.add_column(heading, justify="right")
     for name, entry in entries.items():
         seconds = "-" if entry["seconds"] is None else f"{entry['seconds']:.1f}"
         values = (metric.text(entry.get(metric.key)) for metric in columns)
-        table.add_row(name, *values, seconds, *_published(name, published))
+        table.add_row(name, *values, seconds, *[recipe.published(name) or "-"] * has_published)
     return table
-
-
-def _published(name: str, published: Mapping[str, float]) -> list[str]:
-    """The cell of the last column, if there is such a column."""
-    return [f"{published[name]:.2f} %" if name in published else "-"] if published else []
 
 
 def _grid_table(heading: str, runs: Sequence[Entry], key: str, factor: float, digits: int) -> Table:
