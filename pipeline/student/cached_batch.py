@@ -13,7 +13,8 @@ from pipeline.core.errors import ConfigError
 from pipeline.student.data.batch import Batch
 from pipeline.student.data.batch_summary import Summarised
 from pipeline.student.data.teacher_outputs import TeacherOutputs
-from pipeline.tasks.classification import LABEL
+from pipeline.tasks import EMBEDDING
+from pipeline.tasks.classification import LABEL, LOGITS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -96,7 +97,7 @@ class CachedBatch(Summarised):
             ConfigError: the cache has no logits, or they were not decoded for this temperature.
         """
         outputs = self.rows.teacher_outputs[teacher]
-        logits_BK = outputs.logits_at(temperature)
+        logits_BK = outputs.at(LOGITS, temperature)
         if logits_BK is None:
             raise _no_logits(outputs, temperature)
         return logits_BK
@@ -110,7 +111,7 @@ class CachedBatch(Summarised):
         Raises:
             ConfigError: the dataset was opened without them.
         """
-        embedding_BD = self.rows.teacher_outputs[teacher].embedding_BD
+        embedding_BD = self.rows.teacher_outputs[teacher].at(EMBEDDING)
         if embedding_BD is None:
             raise ConfigError(
                 "there are no embeddings of this teacher in the batch",
@@ -122,7 +123,9 @@ class CachedBatch(Summarised):
 
     def teacher_norms(self, *, teacher: int = 0) -> Tensor:
         """float32 [B]: norms of the teacher's embeddings, an input of ``nd``."""
-        return self.rows.teacher_outputs[teacher].norm_B
+        norm_B = self.rows.teacher_outputs[teacher].norm_of(EMBEDDING)
+        assert norm_B is not None, "a cache stores them"
+        return norm_B
 
     def targets(self) -> Tensor:
         """float32 [B,K]: one-hot labels, mixed like the pixels. A missing label contributes zeros."""
@@ -146,7 +149,7 @@ class CachedBatch(Summarised):
 
 
 def _no_logits(outputs: TeacherOutputs, temperature: float) -> ConfigError:
-    decoded = [f"{key:g}" for key in outputs.logits if key is not None]
+    decoded = [f"{key:g}" for name, key in outputs.tensors if name == LOGITS and key is not None]
     if not decoded:
         return ConfigError(
             "there are no logits of this teacher",

@@ -21,10 +21,13 @@ from pipeline.student.data.batch import InputSize
 from pipeline.student.data.dataset import StepDataset
 from pipeline.student.data.order import TrainingOrder, order_of
 from pipeline.student.data.sources import CachedSource, check_any_labelled, open_cached
+from pipeline.student.data.teacher_outputs import Reads
 from pipeline.student.supervision.canaries import check_canaries
 from pipeline.student.supervision.class_means import cached_means
-from pipeline.student.supervision.requirements import CLASS_MEANS, EMBEDDINGS
+from pipeline.student.supervision.requirements import CLASS_MEANS, Requirement
 from pipeline.student.supervision.spec import SupervisionSpec, spec_of_caches
+from pipeline.tasks import EMBEDDING
+from pipeline.tasks.classification import LOGITS
 from schemas.config import DataConfig, Interpolation, Section, StudentConfig, TrainConfig, Triple
 
 
@@ -102,11 +105,10 @@ class CachedDataset(Dataset[CachedBatch]):
         _check_temperatures(temperatures)
         caches = tuple(open_cache(url) for url in options.data.caches)
         self._spec = spec_of_caches(caches, options.data, options.student)
+        reads = _reads(temperatures, embeddings=embeddings)
         for opened in caches if embeddings else ():
-            EMBEDDINGS.check_stored(opened)
-        self._source = _open_rows(
-            self._spec, verify_canaries=verify_canaries, require_labels=require_labels, with_embeddings=embeddings
-        )
+            Requirement.of_output(EMBEDDING, remedy="set embeddings=False").check_stored(opened)
+        self._source = _open_rows(self._spec, reads, verify_canaries=verify_canaries, require_labels=require_labels)
         self._order = _checked_order(options.train, self._spec, self._source, world_size)
         self._input = _input_spec(options.student, self._spec)
         self._steps = StepDataset(
@@ -117,7 +119,6 @@ class CachedDataset(Dataset[CachedBatch]):
             student=InputSize(self._input.size, self._input.interpolation),
             max_pixels=self._spec.data.max_pixels,
             needs_labels=require_labels,
-            temperatures=tuple(temperatures),
         )
         # In shared memory, so that loader processes that outlive an epoch see the next one: epoch, start step, and
         # whether the first and the last remaining step of that epoch were taken, in any order where processes race.
@@ -287,12 +288,13 @@ def _check_temperatures(temperatures: Sequence[float]) -> None:
         )
 
 
-def _open_rows(
-    spec: SupervisionSpec, *, verify_canaries: bool, require_labels: bool, with_embeddings: bool
-) -> CachedSource:
-    source = open_cached(
-        spec.caches, spec.data, with_embeddings=with_embeddings, name_shards="give CachedDataset shards={}"
-    )
+def _reads(temperatures: Sequence[float], *, embeddings: bool) -> Reads:
+    logits = {LOGITS: tuple(temperatures)} if temperatures else {}
+    return {**logits, EMBEDDING: (1.0,)} if embeddings else logits
+
+
+def _open_rows(spec: SupervisionSpec, reads: Reads, *, verify_canaries: bool, require_labels: bool) -> CachedSource:
+    source = open_cached(spec.caches, spec.data, reads=reads, name_shards="give CachedDataset shards={}")
     if require_labels:
         check_any_labelled(source, spec.data)
     if verify_canaries:

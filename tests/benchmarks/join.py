@@ -56,7 +56,7 @@ def built(config: Config) -> TeacherCache:
 def run() -> None:
     for encoding in ("fp16", "int8"):
         config = random_teacher(encoding)
-        source = open_cached([built(config)], config.data)
+        source = open_cached([built(config)], config.data, reads={"logits": (1.0,)})
         # Only now: a build sets its own.
         torch.set_num_threads(1)
         with tempfile.TemporaryDirectory() as folder:
@@ -89,7 +89,7 @@ def _compare(encoding: str, source: CachedSource, config: Config, folder: Path) 
 
 def _all_columns(source: CachedSource, rows: OrderedRows) -> torch.Tensor:
     columns = read_rows(source, rows, group_by_shard(rows), 0).teachers[0]
-    return decode_outputs(columns, source.outputs[0], [1.0]).logits[None]
+    return decode_outputs(columns, source.outputs[0], source.reads).tensors["logits", None]
 
 
 def _layouts(encoding: str, source: CachedSource, folder: Path) -> dict[str, Callable[[OrderedRows], torch.Tensor]]:

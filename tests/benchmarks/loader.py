@@ -85,7 +85,7 @@ def run() -> None:
 def _variants(case: _Case) -> tuple[int, dict[str, Callable[[], int]]]:
     """The images of a pass, and both ways to it."""
     config = case.config
-    source = open_cached([built(config)], config.data)
+    source = open_cached([built(config)], config.data, reads={"logits": (1.0,)})
     order = order_of(source, config.views, global_batch_size=case.batch)
     dataset = StepDataset(
         source,
@@ -95,7 +95,6 @@ def _variants(case: _Case) -> tuple[int, dict[str, Callable[[], int]]]:
         student=InputSize(case.size, "bilinear"),
         max_pixels=64_000_000,
         needs_labels=False,
-        temperatures=(1.0,),
     )
     listed: list[list[_Row]] = []
     for step in range(case.steps):

@@ -36,7 +36,6 @@ class StepDataset(Dataset[Batch]):
     Args:
         teachers: input sizes of the online teachers, which take the same views.
         student_views: the plan of a student whose views differ from its teacher's, a new view each epoch.
-        temperatures: those at which the losses read logits; if there are none, no logits are decoded.
         needs_labels: a row without a label is an error, raised here, where labels are still on the CPU.
     """
 
@@ -50,7 +49,6 @@ class StepDataset(Dataset[Batch]):
         student: InputSize,
         max_pixels: int,
         needs_labels: bool,
-        temperatures: tuple[float, ...],
         teachers: Sequence[InputSize] = (),
         student_views: ViewsConfig | None = None,
     ) -> None:
@@ -61,7 +59,7 @@ class StepDataset(Dataset[Batch]):
         # All networks with the same input share one rendering.
         shared = () if student_views is not None else (student,)
         self.teachers = tuple(size for size in dict.fromkeys(teachers) if size not in shared)
-        self.max_pixels, self.needs_labels, self.temperatures = max_pixels, needs_labels, temperatures
+        self.max_pixels, self.needs_labels = max_pixels, needs_labels
         self._epoch: EpochOrder | None = None
 
     def __getitem__(self, step: int) -> Batch:
@@ -91,7 +89,7 @@ class StepDataset(Dataset[Batch]):
             lambda_B=torch.from_numpy(rows.rows_N["mix_lambda"].copy()) if mixes else None,
             cutmix_box_B4=None if cutmix_box_B4 is None else torch.from_numpy(cutmix_box_B4),
             teacher_outputs=tuple(
-                decode_outputs(columns, outputs, self.temperatures)
+                decode_outputs(columns, outputs, self.source.reads)
                 for columns, outputs in zip(rows.teachers, self.source.outputs, strict=True)
             ),
         )

@@ -7,7 +7,7 @@ themselves: nothing is decoded or copied when a process opens the file, and all 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,6 @@ VERSION = 3
 """Of the file. Files of different versions have different names."""
 
 _DIGEST_BYTES = 16
-_OUTPUTS = ("logits", "embedding")
 
 
 class DamagedFileError(Exception):
@@ -160,7 +159,7 @@ def write_joined(batch: pa.RecordBatch, path: Path) -> None:
         file.write(xxhash.xxh3_128_digest(data))
 
 
-def map_joined(path: Path, *, outputs: Sequence[str] = _OUTPUTS) -> JoinedRows:
+def map_joined(path: Path, *, outputs: Iterable[str]) -> JoinedRows:
     """Maps a file and reads it once, to compare its digest.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Generator, Sequence
@@ -14,7 +15,7 @@ from pipeline.core.errors import ConfigError, ResourceError, StillroomError, Tra
 from pipeline.student.data.batch import Batch, SharedMemoryBatch
 from pipeline.student.data.dataset import StepDataset
 from pipeline.student.data.prefetcher import Prefetcher, ranks_on_node
-from schemas.cache_format import Header
+from schemas.cache_format import Output
 
 _PREFETCH_FACTOR = 2
 """Batches that each loader process prepares ahead."""
@@ -87,11 +88,10 @@ class _ErrorCapturingDataset(Dataset[Batch | SharedMemoryBatch | StillroomError]
         return batch if get_worker_info() is None else SharedMemoryBatch.of(batch)
 
 
-def check_loaders(dataset: StepDataset, headers: Sequence[Header], *, num_workers: int, reads_embeddings: bool) -> None:
+def check_loaders(dataset: StepDataset, *, num_workers: int) -> None:
     """Checks that this machine has what loader processes need to send their batches.
 
     Args:
-        headers: of the caches whose outputs travel with each batch.
         num_workers: loader processes of each rank; with 0 nothing is needed.
 
     Raises:
@@ -104,7 +104,7 @@ def check_loaders(dataset: StepDataset, headers: Sequence[Header], *, num_worker
     if not _FOLDER.is_dir():
         return
     volume = os.statvfs(_FOLDER)
-    ranks, batch = ranks_on_node(dataset.world_size), batch_bytes(dataset, headers, reads_embeddings=reads_embeddings)
+    ranks, batch = ranks_on_node(dataset.world_size), batch_bytes(dataset)
     # Those that the loaders hold or fill, and the batch in use.
     num_batches, free_bytes = _PREFETCH_FACTOR * num_workers + 1, volume.f_bavail * volume.f_frsize
     if (needed_bytes := ranks * num_batches * batch) <= free_bytes:
@@ -126,24 +126,22 @@ def _gigabytes(num_bytes: int) -> int:
     return -(-num_bytes // 2**30)
 
 
-def batch_bytes(dataset: StepDataset, headers: Sequence[Header], *, reads_embeddings: bool) -> int:
+def batch_bytes(dataset: StepDataset) -> int:
     """Bytes of shared memory that one full batch of this rank takes, without what aligns its tensors."""
     order = dataset.order
     lanes = len(order.lanes_of(dataset.rank, dataset.world_size))
     rows = min(lanes * order.units_per_lane_step * order.rows_per_unit, order.num_rows)
     pixels = sum(3 * network.size**2 for network in (dataset.student, *dataset.teachers))
-    outputs = sum(_output_bytes(header, dataset.temperatures, reads_embeddings) for header in headers)
+    reads = dataset.source.reads
+    outputs = sum(
+        _output_bytes(output, reads[name]) for teacher in dataset.source.outputs for name, output in teacher.items()
+    )
     return rows * (pixels + outputs)
 
 
-def _output_bytes(header: Header, temperatures: Sequence[float], reads_embeddings: bool) -> int:
+def _output_bytes(output: Output, temperatures: Sequence[float]) -> int:
     """Of one row, decoded."""
-    logits, size = header.output("logits"), 0
-    if logits is not None and temperatures:
-        size += header.num_classes * (len(temperatures) if depends_on_temperature(logits) else 1)
-    if reads_embeddings and header.output("embedding") is not None:
-        size += header.embedding_dim
-    return _FP32_BYTES * size
+    return _FP32_BYTES * math.prod(output.shape) * (len(temperatures) if depends_on_temperature(output) else 1)
 
 
 def _check_temporary_folder() -> None:

@@ -47,8 +47,8 @@ class SampleRows:
         rows_N: with the fields offset, size, content_hash (of the image's bytes in its shard), the task's target
             columns, width, height (pixels after EXIF rotation), box [4], flip, mix_lambda, partner (ordinal among the
             shard's ok rows; a row's own where it is not mixed), augmentation parameters, and possibly others.
-        teachers: columns of each cached teacher: ``norm`` (fp32), ``logits`` and ``embedding`` (uint8 [N,W], encoded),
-            where the cache has them and a loss reads them.
+        teachers: columns of each cached teacher: ``norm`` (fp32, of the embedding), and by name the outputs that
+            losses read (uint8 [N,W], encoded).
     """
 
     sample_id_N: NDArray[np.object_]

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from pipeline import storage
 from pipeline.augment.params import sample_views, shard_partners, unmix
+from pipeline.cache.format.header import read_outputs
 from pipeline.cache.read.reader import ShardEntry, TeacherCache
 from pipeline.core.errors import CacheError, ConfigError, ShardError
 from pipeline.core.redaction import redact
@@ -22,6 +23,7 @@ from pipeline.student.data.local_store import NodeStore
 from pipeline.student.data.memo import Memo
 from pipeline.student.data.rows import SampleRows, as_structured_rows
 from pipeline.student.data.shard_files import ShardFiles
+from pipeline.student.data.teacher_outputs import Reads
 from pipeline.student.data.view_files import ViewFiles
 from pipeline.tasks import Targets, Task, task_of
 from schemas.cache_format import Output
@@ -36,7 +38,8 @@ class RowSource(ABC):
 
     Attributes:
         num_ok: of each shard.
-        outputs: what each cached teacher's columns hold, by name.
+        outputs: those of each cached teacher that are read, by name.
+        reads: the outputs that losses read, whether or not a cache has them.
         files: the images.
     """
 
@@ -49,8 +52,10 @@ class RowSource(ABC):
         *,
         name_shards: str,
         outputs: Sequence[Mapping[str, Output]] = (),
+        reads: Reads | None = None,
     ) -> None:
-        self.shard_ids, self.num_ok, self.task, self.outputs = shard_ids(urls), num_ok, task, outputs
+        self.shard_ids, self.num_ok, self.task = shard_ids(urls), num_ok, task
+        self.outputs, self.reads = outputs, reads or {}
         self.store, self.files = store, ShardFiles(urls, store, name_shards=name_shards)
         self.are_shards_local = all(storage.protocol(url) == "file" for url in urls)
 
@@ -190,7 +195,7 @@ class CachedSource(RowSource):
         urls: list[str],
         store: NodeStore,
         *,
-        with_embeddings: bool,
+        reads: Reads,
         name_shards: str,
     ) -> None:
         super().__init__(
@@ -199,11 +204,15 @@ class CachedSource(RowSource):
             task_of(caches[0].data),
             store,
             name_shards=name_shards,
-            outputs=tuple({output.name: output for output in cache.header.outputs} for cache in caches),
+            outputs=tuple(
+                {output.name: output for output in read_outputs(cache.header) if output.name in reads}
+                for cache in caches
+            ),
+            reads=reads,
         )
         self.caches, self._shards = tuple(caches), shards
         self.num_views = min(cache.num_views for cache in caches)
-        self._views = ViewFiles(self.caches, shards, store, with_embeddings=with_embeddings)
+        self._views = ViewFiles(self.caches, shards, store, outputs=tuple(reads))
         # Training takes all but targets and content hashes from the views.
         self._indexes = Memo(self._read_index, _MEMO_SIZE)
 
@@ -245,13 +254,13 @@ def open_cached(
     caches: Sequence[TeacherCache],
     data: DataConfig,
     *,
-    with_embeddings: bool = False,
+    reads: Reads | None = None,
     name_shards: str = "append data.shards={}",
 ) -> CachedSource:
     """The rows of ``data.shards``, or of all shards of the caches, at the URLs in the first cache's manifest.
 
     Args:
-        with_embeddings: read the teachers' embeddings too.
+        reads: the teacher outputs that losses read, ``CompositeLoss.teacher_outputs``; None: none.
         name_shards: how a caller passes the URLs of the shards, ``{}``; for the error about missing ones.
 
     Raises:
@@ -273,7 +282,7 @@ def open_cached(
         [by_id[name] for name in names],
         urls,
         NodeStore.of(data),
-        with_embeddings=with_embeddings,
+        reads=reads or {},
         name_shards=name_shards,
     )
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -16,56 +15,52 @@ from pipeline.cache.read.reader import StoredRows
 from pipeline.student.data.batch_summary import Summarised
 from schemas.cache_format import Output
 
+Reads = Mapping[str, tuple[float, ...]]
+"""Outputs that losses read of each teacher: by name, the temperatures of these losses, ascending."""
+
 
 @dataclass(frozen=True, slots=True, repr=False)
 class TeacherOutputs(Summarised):
     """One teacher's outputs for B rows, as losses take them.
 
     Attributes:
-        logits: fp32 [B,K] by the temperature of the loss that reads them; under None where they do not depend on it.
-        norm_B: fp32, of the embeddings.
-        embedding_BD: fp32; None where no loss reads it, or the cache has none.
+        tensors: fp32 [B,…] by name and temperature of the loss that reads it; under the temperature None where it does
+            not depend on it.
+        norm_B: fp32, norms of the embeddings, as a cache stores them; None: it does not.
     """
 
-    logits: Mapping[float | None, Tensor]
-    norm_B: Tensor
-    embedding_BD: Tensor | None = None
+    tensors: Mapping[tuple[str, float | None], Tensor]
+    norm_B: Tensor | None = None
 
-    def logits_at(self, temperature: float) -> Tensor | None:
-        """[B,K] for a loss at this temperature; None: they were not decoded for it, or there are none."""
-        return self.logits.get(None, self.logits.get(temperature))
+    def at(self, name: str, temperature: float = 1.0) -> Tensor | None:
+        """An output for a loss at this temperature; None: it was not decoded for it, or there is none."""
+        return self.tensors.get((name, None), self.tensors.get((name, temperature)))
+
+    def norm_of(self, name: str) -> Tensor | None:
+        """fp32 [B]: the stored norms, else those of this output; None: there are neither."""
+        output_BD = self.at(name)
+        return self.norm_B if self.norm_B is not None or output_BD is None else output_BD.norm(dim=1)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> TeacherOutputs:
         """Applies a function to each tensor."""
         return TeacherOutputs(
-            {key: function(logits_BK) for key, logits_BK in self.logits.items()},
-            function(self.norm_B),
-            None if self.embedding_BD is None else function(self.embedding_BD),
+            {key: function(tensor) for key, tensor in self.tensors.items()},
+            None if self.norm_B is None else function(self.norm_B),
         )
 
 
-def decode_outputs(
-    columns: Mapping[str, NDArray[Any]], outputs: Mapping[str, Output], temperatures: Sequence[float]
-) -> TeacherOutputs:
+def decode_outputs(columns: Mapping[str, NDArray[Any]], outputs: Mapping[str, Output], reads: Reads) -> TeacherOutputs:
     """Decodes the columns of one cached teacher (see ``SampleRows``), for a whole batch at once.
 
     Args:
-        outputs: of the teacher's cache, by name.
-        temperatures: at which losses read logits; without any, none are decoded. Logits that do not depend on the
-            temperature are decoded once.
+        outputs: of the teacher's cache, by name; those that are read.
     """
-    stored = {
-        name: StoredRows(column_of(columns[name]), outputs[name]) for name in ("logits", "embedding") if name in columns
-    }
-    logits, embedding = stored.get("logits"), stored.get("embedding")
-    by_temperature: dict[float | None, NDArray[np.float32]] = {}
-    if logits is not None and temperatures:
-        if logits.depends_on_temperature:
-            by_temperature = {temperature: logits.decode(temperature=temperature) for temperature in temperatures}
+    tensors: dict[tuple[str, float | None], Tensor] = {}
+    for name, output in outputs.items():
+        stored = StoredRows(column_of(columns[name]), output)
+        if stored.depends_on_temperature:
+            decoded = {temperature: stored.decode(temperature=temperature) for temperature in reads[name]}
         else:
-            by_temperature = {None: logits.decode()}
-    return TeacherOutputs(
-        {key: torch.from_numpy(logits_BK) for key, logits_BK in by_temperature.items()},
-        torch.from_numpy(columns["norm"]),
-        None if embedding is None else torch.from_numpy(embedding.decode()),
-    )
+            decoded = {None: stored.decode()}
+        tensors |= {(name, temperature): torch.from_numpy(values) for temperature, values in decoded.items()}
+    return TeacherOutputs(tensors, torch.from_numpy(columns["norm"]))

@@ -47,11 +47,10 @@ class ViewFiles:
         shards: Sequence[ShardEntry],
         store: NodeStore,
         *,
-        with_embeddings: bool,
+        outputs: Sequence[str],
     ) -> None:
-        self._caches, self._shards, self._store = caches, shards, store
-        # Most losses take norms and class means only; no embedding is gathered for them.
-        self._outputs = ("logits", "embedding") if with_embeddings else ("logits",)
+        """``outputs``: names of those that are read. No rows of the others are gathered."""
+        self._caches, self._shards, self._store, self._outputs = caches, shards, store, outputs
         self._opened = Memo(self._open, max_open(len(caches)), _OpenView.close)
 
     def get(self, shard: int, view: int) -> tuple[JoinedRows, ...]:

@@ -4,12 +4,13 @@ Importing a loss here registers its name.
 """
 
 from pipeline.student.losses.ce import ce
-from pipeline.student.losses.composite import BatchShare, CompositeLoss, LossInputs, TeacherInputs
+from pipeline.student.losses.composite import BatchShare, CompositeLoss
 from pipeline.student.losses.dist import dist
 from pipeline.student.losses.dkd import dkd
 from pipeline.student.losses.embedding import cosine, mse, sifn
 from pipeline.student.losses.hard import hard
 from pipeline.student.losses.hcl import hcl
+from pipeline.student.losses.inputs import PARAMETERS, LossInputs, Parameter, TeacherInputs
 from pipeline.student.losses.kd import kd
 from pipeline.student.losses.nd import ClassDirections, check_class_means, nd
 from pipeline.student.losses.registry import LOSS_TASKS, LOSSES
@@ -17,10 +18,12 @@ from pipeline.student.losses.registry import LOSS_TASKS, LOSSES
 __all__ = [
     "LOSSES",
     "LOSS_TASKS",
+    "PARAMETERS",
     "BatchShare",
     "ClassDirections",
     "CompositeLoss",
     "LossInputs",
+    "Parameter",
     "TeacherInputs",
     "ce",
     "check_class_means",

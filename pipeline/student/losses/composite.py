@@ -4,71 +4,19 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipeline.core.errors import ConfigError, TrainingError
-from pipeline.student.data.teacher_outputs import TeacherOutputs
-from pipeline.student.losses.arithmetic import is_labelled
-from pipeline.student.losses.dist import SumOverRanks
-from pipeline.student.losses.nd import ClassDirections
+from pipeline.student.data.teacher_outputs import Reads
+from pipeline.student.losses.inputs import PARAMETERS, LossInputs, Parameter, TeacherInputs
 from pipeline.student.losses.registry import LOSSES
+from pipeline.tasks import EMBEDDING
 from schemas.config import LossConfig, LossSection
-
-_TEACHER_INPUTS = frozenset(
-    {"teacher_BK", "teacher_norm_B", "teacher_BD", "student_BD", "class_directions", "student_maps", "teacher_maps"}
-)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TeacherInputs:
-    """What losses may take of one teacher for one batch, on the batch's device."""
-
-    outputs: TeacherOutputs
-    projected: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
-    """The student's embedding in this teacher's width, by the key of the term."""
-    class_directions: ClassDirections | None = None
-    student_maps: tuple[Tensor, ...] | None = None
-    """[B,C,H,W] for each level, fused into the shapes of ``teacher_maps``."""
-    teacher_maps: tuple[Tensor, ...] | None = None
-
-    def at(self, key: str, temperature: float) -> dict[str, Any]:
-        """The inputs of one term by parameter name, with logits decoded for its temperature."""
-        return {
-            "teacher_BK": self.outputs.logits_at(temperature),
-            "teacher_norm_B": self.outputs.norm_B,
-            "teacher_BD": self.outputs.embedding_BD,
-            "student_BD": self.projected.get(key),
-            "class_directions": self.class_directions,
-            "student_maps": self.student_maps,
-            "teacher_maps": self.teacher_maps,
-        }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LossInputs:
-    """What losses may take of one batch on one rank, all on one device. B is the rank's number of rows."""
-
-    student_BK: Tensor  # logits
-    labels_B: Tensor  # int64, -1: none
-    embedding_BD: Tensor | None = None  # the student's, in its width
-    teachers: tuple[TeacherInputs, ...] = ()
-    partner_B: Tensor | None = None  # int64, position of each row's mixup partner in this batch; None: not mixed
-    lambda_B: Tensor | None = None  # share of the row's image in its mixed pixels; comes with partner_B
-    sum_over_ranks: SumOverRanks | None = None  # for terms that gather
-
-    @property
-    def mixed_labels_B(self) -> Tensor | None:
-        """int64 ``[B]``, the partners' labels; None: the batch is not mixed."""
-        return None if self.partner_B is None else self.labels_B[self.partner_B]
-
-    @property
-    def num_labelled(self) -> Tensor:
-        """0-d int64 on the batch's device: rows over which losses with labels average. Callers sum it over ranks."""
-        return is_labelled(self.labels_B, self.mixed_labels_B).sum()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,23 +26,25 @@ class BatchShare:
     DDP averages the ranks' gradients. A term that is a mean over ``num`` of ``num_global`` valid rows is therefore
     multiplied by ``num · W / num_global``, so that the mean over ranks is the mean over the global batch. Tensors are
     0-d and on the batch's device, so that no step waits for a count.
+
+    Attributes:
+        num_labelled, num_labelled_global: rows that have a target, by its column.
     """
 
     world_size: int
     num_rows: int | Tensor
     num_rows_global: int | Tensor
-    num_labelled: int | Tensor
-    num_labelled_global: int | Tensor
+    num_labelled: Mapping[str, int | Tensor]
+    num_labelled_global: Mapping[str, int | Tensor]
 
     @property
     def row_factor(self) -> float | Tensor:
         """Factor of a term that averages over all rows; 0 if no rank has any."""
         return self._factor(self.num_rows, self.num_rows_global)
 
-    @property
-    def labelled_factor(self) -> float | Tensor:
-        """Factor of a term that averages over the labelled rows; 0 if no rank has any."""
-        return self._factor(self.num_labelled, self.num_labelled_global)
+    def labelled_factor(self, column: str) -> float | Tensor:
+        """Factor of a term that averages over the rows that have this target; 0 if no rank has any."""
+        return self._factor(self.num_labelled[column], self.num_labelled_global[column])
 
     def _factor(self, num: int | Tensor, num_global: int | Tensor) -> float | Tensor:
         divisor = num_global.clamp_min(1) if isinstance(num_global, Tensor) else max(num_global, 1)
@@ -108,15 +58,24 @@ class _Term:
     key: str
     section: LossSection
     loss: Callable[..., Tensor]
-    required: frozenset[str]
-    optional: frozenset[str]
+    required: Mapping[str, Parameter]
+    optional: Mapping[str, Parameter]
     options: dict[str, Any]
 
     def factor(self, share: BatchShare) -> float | Tensor:
         """The factor that makes DDP's mean over ranks the mean over the global batch."""
         if "sum_over_ranks" in self.required:
             return 1.0
-        return share.labelled_factor if "labels_B" in self.required else share.row_factor
+        return share.row_factor if self.target is None else share.labelled_factor(self.target)
+
+    def names(self, *sources: str) -> list[str]:
+        """Of the required inputs from these sources."""
+        return [parameter.name for parameter in self.required.values() if parameter.source in sources]
+
+    @property
+    def target(self) -> str | None:
+        """The column of the target that the rows of its mean have; None: it averages over all rows."""
+        return next(iter(self.names("target")), None)
 
     def weight(self, epoch: int) -> float:
         """The weight in a 0-based epoch. Warm-up starts at 0 for the whole first epoch (Wang 2023)."""
@@ -125,21 +84,21 @@ class _Term:
 
     @property
     def temperature(self) -> float:
-        """At which this term takes the teacher's logits; 1 for a loss without temperature."""
+        """At which this term takes the teacher's outputs; 1 for a loss without temperature."""
         return self.options.get("temperature", 1.0)
 
     def values(self, inputs: LossInputs) -> list[Tensor]:
         """One value for each teacher if the loss takes an input of the teacher, else one value."""
-        teachers = inputs.teachers if self.required & _TEACHER_INPUTS else ()
-        by_teacher = [teacher.at(self.key, self.temperature) for teacher in teachers]
-        return [self._value(inputs, teacher_inputs) for teacher_inputs in by_teacher or [{}]]
+        takes_teacher = any(parameter.is_of_teacher for parameter in self.required.values())
+        teachers = inputs.teachers if takes_teacher else ()
+        return [self._value(inputs, teacher) for teacher in teachers or (None,)]
 
-    def _value(self, inputs: LossInputs, teacher_inputs: Mapping[str, Any]) -> Tensor:
-        tensors = {
-            name: teacher_inputs.get(name) if name in _TEACHER_INPUTS else getattr(inputs, name)
-            for name in self.required | self.optional
+    def _value(self, inputs: LossInputs, teacher: TeacherInputs | None) -> Tensor:
+        values = {
+            name: parameter.value(inputs, teacher, term=self.key, temperature=self.temperature)
+            for name, parameter in {**self.required, **self.optional}.items()
         }
-        missing = sorted(name for name in self.required if tensors[name] is None)
+        missing = sorted(name for name in self.required if values[name] is None)
         if missing:
             raise TrainingError(
                 f"the loss {self.key} lacks inputs",
@@ -147,9 +106,9 @@ class _Term:
                 where="LossInputs of one batch",
                 got=f"None for {', '.join(missing)}",
                 expected=", ".join(sorted(self.required)),
-                next_step="fill them; the needs_… properties of CompositeLoss list what the terms take",
+                next_step="fill them; the properties of CompositeLoss list what the terms take",
             )
-        return self.loss(**tensors, **self.options)
+        return self.loss(**values, **self.options)
 
 
 class CompositeLoss:
@@ -192,55 +151,56 @@ class CompositeLoss:
         Raises:
             TrainingError: the batch lacks an input of a term.
         """
-        # A 0 that depends on the logits: if no term reads them, DDP would wait for the gradient of the head.
-        total = inputs.student_BK[:0].float().sum()
+        # A 0 that depends on the outputs that no term reads: DDP would wait for the gradients of their layers.
+        read = self.student_outputs
+        summands = [output[:0].float().sum() for name, output in inputs.outputs.items() if name not in read]
         values: dict[str, Tensor] = {}
         for term in self._terms:
             parts = term.values(inputs)
             value = torch.stack(parts).sum()
-            total = total + term.weight(epoch) * term.factor(share) * value
+            summands.append(term.weight(epoch) * term.factor(share) * value)
             values[term.key] = value.detach()
             if len(parts) > 1:
                 values |= {f"{term.key}/{number}": part.detach() for number, part in enumerate(parts)}
-        return total, values
+        return reduce(torch.add, summands), values
 
     @property
-    def temperatures(self) -> tuple[float, ...]:
-        """At which terms read a teacher's logits, ascending."""
-        return tuple(sorted({term.temperature for term in self._terms if "teacher_BK" in term.required}))
+    def teacher_outputs(self) -> Reads:
+        """The teacher outputs that terms need for each row."""
+        reads: dict[str, set[float]] = {}
+        for term in self._terms:
+            for name in term.names("teacher output"):
+                reads.setdefault(name, set()).add(term.temperature)
+        return {name: tuple(sorted(temperatures)) for name, temperatures in reads.items()}
+
+    def terms_that_read(self, name: str) -> list[str]:
+        """The keys of the terms that need this output of a teacher."""
+        return [term.key for term in self._terms if name in term.names("teacher output")]
 
     @property
-    def needs_labels(self) -> bool:
-        """Some term averages over labelled rows."""
-        return self._needs("labels_B")
-
-    @property
-    def needs_logits(self) -> bool:
-        """Some term needs the teacher's logits."""
-        return self._needs("teacher_BK")
+    def student_outputs(self) -> frozenset[str]:
+        """The student outputs that terms read, as they are or projected."""
+        return frozenset(name for term in self._terms for name in term.names("student output", "projected output"))
 
     @property
     def trains_head(self) -> bool:
-        """Some term reads the student's logits; otherwise its head gets no gradient."""
-        return self._needs("student_BK")
+        """Some term reads a student output that is not the embedding; otherwise no head gets a gradient."""
+        return bool(self.student_outputs - {EMBEDDING})
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The columns of the targets over whose rows terms average."""
+        return tuple(dict.fromkeys(term.target for term in self._terms if term.target is not None))
 
     @property
     def needs_class_means(self) -> bool:
         """Some term needs the teacher's class means."""
-        return self._needs("class_directions")
-
-    @property
-    def needs_teacher_embedding(self) -> bool:
-        """Some term needs the teacher's embedding of each row."""
-        return self._needs("teacher_BD")
+        return any("class_directions" in term.required for term in self._terms)
 
     @property
     def projected(self) -> tuple[str, ...]:
-        """The keys of the terms that take the student's embedding in a teacher's width, by separate projectors."""
-        return tuple(term.key for term in self._terms if "student_BD" in term.required)
-
-    def _needs(self, name: str) -> bool:
-        return any(name in term.required for term in self._terms)
+        """The keys of the terms that take an output in a teacher's width, by separate projectors."""
+        return tuple(term.key for term in self._terms if term.names("projected output"))
 
 
 def _keys(terms: Sequence[LossConfig]) -> list[str]:
@@ -254,8 +214,15 @@ def _term(key: str, section: LossConfig) -> _Term:
     loss = LOSSES[section.name]
     options = section.model_dump(exclude={"name", *LossSection.model_fields, *section.network_keys})
     parameters = inspect.signature(loss).parameters
-    from_batch = parameters.keys() - options.keys()
-    optional = {name for name in from_batch if parameters[name].default is None}
+    optional = {name for name in parameters if name in PARAMETERS and parameters[name].default is None}
     if options.get("gather"):
         optional.discard("sum_over_ranks")
-    return _Term(key, section, loss, frozenset(from_batch - optional), frozenset(optional), options)
+    required = parameters.keys() - options.keys() - optional
+    return _Term(
+        key,
+        section,
+        loss,
+        {name: PARAMETERS[name] for name in sorted(required)},
+        {name: PARAMETERS[name] for name in sorted(optional)},
+        options,
+    )

@@ -100,18 +100,19 @@ def fidelity_warnings(header: Header, statistics: Statistics, losses: Sequence[L
 
     DIST reads correlations of probabilities, other losses with a temperature their KL.
     """
-    if header.output("logits") is None or not statistics.fidelity_rows:
+    if not statistics.fidelity_rows:
         return []
     return [text for loss in losses if loss.weight and (text := _fidelity_warning(header, statistics, loss))]
 
 
 def _fidelity_warning(header: Header, statistics: Statistics, loss: LossConfig) -> str | None:
     temperature: float | None = getattr(loss, "temperature", None)
-    if temperature is None:
-        return None
     sums, unit = (
         (statistics.pearson_sum, "of correlation") if loss.name == "dist" else (statistics.kl_sum, "nats of KL")
     )
+    # A cache without logits has no sums.
+    if temperature is None or not sums:
+        return None
     distance, measured_at = _at(sums, temperature)
     distance /= statistics.fidelity_rows
     if distance <= _MAX_DISTANCE:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pipeline.cache.format.codec import config_key
 from pipeline.cache.read.reader import TeacherCache
 from pipeline.core.config_loading import require
 from pipeline.core.errors import ConfigError
@@ -14,43 +15,63 @@ from pipeline.student.losses import CompositeLoss
 from pipeline.student.supervision.spec import SupervisionSpec
 from schemas.config import CacheConfig, Config
 
+_CODES = {
+    "logits": "cache.no-logits",
+    "embeddings": "cache.no-embeddings",
+    "class_means": "cache.no-class-means",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Requirement:
-    """One kind of teacher output.
+    """Something that losses need of a teacher.
 
     Attributes:
-        key: of the ``cache`` section; with the value ``none`` a cache lacks this output.
-        values: of the key, with which a cache has it.
+        output: the name of an output; None: the class means.
+        key: of the ``cache`` section; with the value ``none`` a cache lacks it.
         remedy: how to train without it.
     """
 
-    name: str
+    output: str | None
     key: str
-    code: str
-    values: str
     remedy: str
-    is_needed: Callable[[CompositeLoss], bool]
-    is_stored: Callable[[TeacherCache], bool]
+
+    @classmethod
+    def of_output(cls, name: str, *, remedy: str) -> Requirement:
+        return cls(name, config_key(name), remedy)
+
+    @property
+    def name(self) -> str:
+        return self.key.replace("_", " ")
+
+    @property
+    def code(self) -> str:
+        return _CODES.get(self.key, "cache.no-output")
+
+    @property
+    def value(self) -> str:
+        """Of the key, with which a cache has it."""
+        return "eval" if self.output is None else "fp16"
 
     def check_stored(self, cache: TeacherCache, *, where: str | None = None) -> None:
         """
         Raises:
-            ConfigError: the cache lacks this output.
+            ConfigError: the cache lacks it.
         """
-        if not self.is_stored(cache):
+        stored = cache.manifest.class_means if self.output is None else cache.header.output(self.output)
+        if stored is None:
             raise ConfigError(
                 f"a loss needs the teacher's {self.name}, and this cache has none",
                 code=self.code,
                 where=where or redact(cache.url),
                 got=f"a cache built with cache.{self.key}=none",
-                next_step=f"{self.remedy}, or build another cache with cache.{self.key}={self.values}",
+                next_step=f"{self.remedy}, or build another cache with cache.{self.key}={self.value}",
             )
 
     def check_planned(self, cache: CacheConfig) -> None:
         """
         Raises:
-            ConfigError: a cache that is built with this section would lack this output.
+            ConfigError: a cache that is built with this section would lack it.
         """
         if getattr(cache, self.key) == "none":
             raise ConfigError(
@@ -58,43 +79,21 @@ class Requirement:
                 code=self.code,
                 where=f"cache.{self.key}",
                 got="none",
-                expected=self.values,
+                expected=self.value,
                 next_step=f"set cache.{self.key}, or {self.remedy}",
             )
 
 
-LOGITS = Requirement(
-    "logits",
-    key="logits",
-    code="cache.no-logits",
-    values="fp16 (or another encoding)",
-    remedy="train with nd or ce alone",
-    is_needed=lambda loss: loss.needs_logits,
-    is_stored=lambda cache: cache.header.output("logits") is not None,
-)
-EMBEDDINGS = Requirement(
-    "embeddings",
-    key="embeddings",
-    code="cache.no-embeddings",
-    values="fp16",
-    remedy="leave out cosine and mse",
-    is_needed=lambda loss: loss.needs_teacher_embedding,
-    is_stored=lambda cache: cache.header.output("embedding") is not None,
-)
-CLASS_MEANS = Requirement(
-    "class means",
-    key="class_means",
-    code="cache.no-class-means",
-    values="eval",
-    remedy="leave out nd",
-    is_needed=lambda loss: loss.needs_class_means,
-    is_stored=lambda cache: cache.manifest.class_means is not None,
-)
+CLASS_MEANS = Requirement(None, "class_means", "leave out nd")
 
 
 def requirements_of(loss: CompositeLoss) -> list[Requirement]:
-    """The teacher outputs that a loss section needs."""
-    return [requirement for requirement in (LOGITS, EMBEDDINGS, CLASS_MEANS) if requirement.is_needed(loss)]
+    """What a loss section needs of its teachers."""
+    outputs = [
+        Requirement.of_output(name, remedy=f"leave out {', '.join(loss.terms_that_read(name))}")
+        for name in loss.teacher_outputs
+    ]
+    return [*outputs, *([CLASS_MEANS] if loss.needs_class_means else [])]
 
 
 def check_cached_outputs(loss: CompositeLoss, caches: Sequence[TeacherCache]) -> None:

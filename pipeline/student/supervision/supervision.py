@@ -60,7 +60,7 @@ def open_supervision(
     source = open_indexed(index_url(config), spec.data, spec.plan)
     if refuses_unlabelled(config, loss):
         source.check_labelled()
-    if loss.needs_labels:
+    if loss.targets:
         check_any_labelled(source, spec.data)
     if config.teacher.mode == "none":
         return Supervision(spec, source, (), (), ())
@@ -70,7 +70,7 @@ def open_supervision(
 
 def refuses_unlabelled(config: Config, loss: CompositeLoss) -> bool:
     """Whether a row without a label is an error."""
-    return loss.needs_labels and config.data.missing_labels == "refuse"
+    return bool(loss.targets) and config.data.missing_labels == "refuse"
 
 
 def _load_teachers(config: Config, spec: SupervisionSpec, device: torch.device) -> tuple[Teacher, ...]:
@@ -99,8 +99,8 @@ def _online_supervision(
 
 
 def _cached_supervision(spec: SupervisionSpec, loss: CompositeLoss, device: torch.device) -> Supervision:
-    source = open_cached(spec.caches, spec.data, with_embeddings=loss.needs_teacher_embedding)
-    if loss.needs_labels:
+    source = open_cached(spec.caches, spec.data, reads=loss.teacher_outputs)
+    if loss.targets:
         check_any_labelled(source, spec.data)
     # On every rank, since each may run on a machine whose decoder differs.
     canaries = check_canaries(source, spec.data)

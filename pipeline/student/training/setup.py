@@ -130,11 +130,9 @@ def _assemble(
         teachers=[input_size(teacher.loaded.input) for teacher in supervision.teachers],
         max_pixels=spec.data.max_pixels,
         needs_labels=refuses_unlabelled(config, loss),
-        temperatures=loss.temperatures,
         student_views=spec.student_views,
     )
-    headers = [cache.header for cache in spec.caches]
-    check_loaders(dataset, headers, num_workers=train.num_workers, reads_embeddings=loss.needs_teacher_embedding)
+    check_loaders(dataset, num_workers=train.num_workers)
     if train.compile:
         check_compiler(distributed.device)
     total_steps = train.epochs * order.num_steps

@@ -16,12 +16,11 @@ from pipeline.models import forward_with_maps
 from pipeline.student.data.batch import Batch
 from pipeline.student.data.teacher_outputs import TeacherOutputs
 from pipeline.student.losses import BatchShare, LossInputs, TeacherInputs
-from pipeline.student.losses.arithmetic import is_labelled
 from pipeline.student.networks.student import StudentOutputs
 from pipeline.student.training.micro_batches import combined, micro_batches, num_micro_batches
 from pipeline.student.training.optimizer_step import Update
 from pipeline.student.training.setup import TrainingSetup, input_size
-from pipeline.tasks.classification import EMBEDDING, LABEL, LOGITS
+from pipeline.tasks import EMBEDDING
 from pipeline.teacher.inference import Teacher
 from pipeline.teacher.numerics import autocast
 
@@ -44,7 +43,8 @@ class TrainStep:
         self.module: nn.Module = self.student
         self._train, self._supervision = setup.config.train, setup.supervision
         self._channels_last = setup.student.channels_last
-        self._may_lack_labels = self.loss.needs_labels and setup.config.data.missing_labels == "ignore"
+        self._targets = [column for column in self._supervision.source.task.columns if column.name in self.loss.targets]
+        self._may_lack_targets = setup.config.data.missing_labels == "ignore"
         self._mean_C, self._std_C = (
             torch.tensor(values, device=self.distributed.device)
             for values in (setup.student.input_spec.mean, setup.student.input_spec.std)
@@ -78,14 +78,14 @@ class TrainStep:
         return self.module.no_sync()
 
     def _accumulate(
-        self, batch: Batch, number: int, num_labelled_global: int | Tensor
+        self, batch: Batch, number: int, num_labelled_global: Mapping[str, int | Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Adds the gradients of one micro-batch. Returns its part of the total loss, and its terms."""
         # Dropout must not depend on what ran before, or a resumed run would differ from an undisturbed one.
         key = key_of("dropout", self._train.seed, batch.step, self.distributed.rank, *([number] if number else []))
         torch.manual_seed(int(key[0] >> 1))
         inputs = self.forward(self._images(batch), batch)
-        total, terms = self.loss(inputs, self._share(inputs, batch, num_labelled_global), epoch=batch.epoch)
+        total, terms = self.loss(inputs, self._share(batch, num_labelled_global), epoch=batch.epoch)
         self.optimizer_step.backward(total)
         return total.detach(), terms
 
@@ -107,9 +107,8 @@ class TrainStep:
         with autocast(self.distributed.device, self._train.precision):
             student: StudentOutputs = self.module(images)
         return LossInputs(
-            student_BK=student.outputs[LOGITS],
-            labels_B=batch.targets[LABEL],
-            embedding_BD=student.outputs[EMBEDDING],
+            outputs=student.outputs,
+            targets=batch.targets,
             teachers=tuple(
                 TeacherInputs(
                     outputs=teacher_outputs,
@@ -136,23 +135,32 @@ class TrainStep:
         mixing = batch.partner_B, batch.lambda_B, batch.cutmix_box_B4
         observed = () if review is None else review.plan.teacher
         outputs, maps = forward_with_maps(observed, teacher.forward, pixels_BCHW, *mixing)
-        teacher_BD = outputs[EMBEDDING]
-        levels = () if review is None else review.plan.levels(maps, teacher_BD)
-        return TeacherOutputs({None: outputs[LOGITS]}, teacher_BD.norm(dim=1), teacher_BD), levels
+        levels = () if review is None else review.plan.levels(maps, outputs[EMBEDDING])
+        return TeacherOutputs({(name, None): tensor for name, tensor in outputs.items()}), levels
 
-    def _num_labelled_global(self, batch: Batch) -> int | Tensor:
-        """Rows of the step with a label, over all ranks; every row where none may lack one."""
-        if not self._may_lack_labels:
-            return batch.num_rows_global
-        labels_B = batch.targets[LABEL]
-        mixed_labels_B = None if batch.partner_B is None else labels_B[batch.partner_B]
-        return self.distributed.sum(is_labelled(labels_B, mixed_labels_B).sum())
+    def _num_labelled(self, batch: Batch) -> dict[str, Tensor]:
+        """0-d, by the losses' targets: rows that have the target. A mixed row needs its partner's too."""
+        counts: dict[str, Tensor] = {}
+        for column in self._targets:
+            has_target_B = batch.targets[column.name] != column.missing
+            if batch.partner_B is not None:
+                has_target_B = has_target_B & has_target_B[batch.partner_B]
+            counts[column.name] = has_target_B.sum()
+        return counts
 
-    def _share(self, inputs: LossInputs, batch: Batch, num_labelled_global: int | Tensor) -> BatchShare:
+    def _num_labelled_global(self, batch: Batch) -> Mapping[str, int | Tensor]:
+        """The same over all ranks; every row where none may lack a target."""
+        names = [column.name for column in self._targets]
+        if not names or not self._may_lack_targets:
+            return dict.fromkeys(names, batch.num_rows_global)
+        counts = self.distributed.sum(torch.stack([*self._num_labelled(batch).values()]))
+        return dict(zip(names, counts.unbind(), strict=True))
+
+    def _share(self, batch: Batch, num_labelled_global: Mapping[str, int | Tensor]) -> BatchShare:
         return BatchShare(
             world_size=self.distributed.size,
             num_rows=batch.num_rows,
             num_rows_global=batch.num_rows_global,
-            num_labelled=inputs.num_labelled,
+            num_labelled=self._num_labelled(batch),
             num_labelled_global=num_labelled_global,
         )

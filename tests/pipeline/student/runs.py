@@ -31,6 +31,7 @@ from pipeline.student.data.batch import InputSize
 from pipeline.student.data.dataset import StepDataset
 from pipeline.student.data.order import TrainingOrder
 from pipeline.student.data.sources import CachedSource, IndexedSource, RowSource, open_cached, open_indexed
+from pipeline.student.data.teacher_outputs import Reads
 from pipeline.student.distributed import DistributedContext
 from pipeline.student.evaluation.evaluator import evaluate_run
 from pipeline.student.evaluation.loaded_run import CheckpointName
@@ -53,6 +54,7 @@ NORMALISED = {**SMALL, "model": "python:tests.pipeline.student.small_networks:No
 KD = [{"name": "kd", "temperature": 1.0}]
 CE = [{"name": "ce"}]
 ALL_TERMS = [*CE, {"name": "kd", "temperature": 2.0, "warmup_epochs": 2}, {"name": "dist"}, {"name": "nd"}]
+READS: Reads = {"logits": (1.0,)}
 Event = dict[str, Any]
 
 _opened: list[RowSource] = []
@@ -115,10 +117,10 @@ def indexed_source(config: Config, folder: Path) -> IndexedSource:
 
 
 def cached_source(
-    cache: TinyCache, *others: TinyCache, data: DataConfig | None = None, with_embeddings: bool = False
+    cache: TinyCache, *others: TinyCache, data: DataConfig | None = None, reads: Reads = READS
 ) -> CachedSource:
     caches = [open_cache(opened.url) for opened in (cache, *others)]
-    source = open_cached(caches, cache.config.data if data is None else data, with_embeddings=with_embeddings)
+    source = open_cached(caches, cache.config.data if data is None else data, reads=reads)
     _opened.append(source)
     return source
 
@@ -136,7 +138,6 @@ def dataset(source: RowSource, plan: ViewsConfig, **changes: Any) -> StepDataset
         "student": InputSize(16, "bilinear"),
         "max_pixels": 10**6,
         "needs_labels": False,
-        "temperatures": (1.0,),
     }
     return StepDataset(source, order_of(source, plan), **{**keys, **changes})
 

@@ -99,17 +99,16 @@ def test_student_and_loss_are_given_what_the_training_loop_gives_them(
     assert len(batches) == 2 * STEPS
     for batch, images_BCHW, (inputs, share) in zip(batches, images, spy.given, strict=True):
         assert torch.equal(batch.images(), images_BCHW)
-        assert torch.equal(batch.teacher_logits(), inputs.teachers[0].outputs.logits[None])
+        assert torch.equal(batch.teacher_logits(), inputs.teachers[0].outputs.at("logits"))
         assert torch.equal(batch.teacher_norms(), inputs.teachers[0].outputs.norm_B)
-        assert torch.equal(batch.labels_B, inputs.labels_B)
+        assert torch.equal(batch.labels_B, inputs.targets["label"])
         assert batch.ddp_weight == share.row_factor
         if kind == "crop":
             assert torch.equal(batch.mixed_labels_B, batch.labels_B)
             assert torch.equal(batch.lambda_B, torch.ones(len(batch)))
         else:
-            assert inputs.mixed_labels_B is not None
             assert inputs.lambda_B is not None
-            assert torch.equal(batch.mixed_labels_B, inputs.mixed_labels_B)
+            assert torch.equal(batch.mixed_labels_B, inputs.partner_target("label"))
             assert torch.equal(batch.lambda_B, inputs.lambda_B)
 
 
@@ -416,7 +415,7 @@ def test_the_text_of_a_batch_is_short_and_has_every_shape(replays: Replay, opene
         "pixels_BCHW=uint8[8,3,16,16]",
         "targets={'label': int64[8]}",
         "lambda_B=float32[8]",
-        "teacher_outputs=[TeacherOutputs(logits={None: float32[8,10]}, norm_B=float32[8])]",
+        "teacher_outputs=[TeacherOutputs(tensors={('logits', None): float32[8,10]}, norm_B=float32[8])]",
         "… 8 in all]",
         "mean_C=float32[3]",
         "ddp_weight=1.0)",

@@ -48,7 +48,7 @@ def assert_same(batches: Iterable[Batch], expected: Iterable[Batch]) -> None:
             actual, value = getattr(batch, item.name), getattr(same, item.name)
             if item.name == "teacher_outputs":
                 for outputs, same_outputs in zip(actual, value, strict=True):
-                    assert_same_tensors(outputs.logits, same_outputs.logits)
+                    assert_same_tensors(outputs.tensors, same_outputs.tensors)
                     assert torch.equal(outputs.norm_B, same_outputs.norm_B)
             elif item.name in ("targets", "teacher_pixels"):
                 assert_same_tensors(actual, value)
@@ -67,7 +67,7 @@ def assert_same_tensors(tensors: Mapping[Any, Tensor], expected: Mapping[Any, Te
 
 
 def logits(batch: Batch) -> Tensor:
-    logits_BK = batch.teacher_outputs[0].logits_at(1.0)
+    logits_BK = batch.teacher_outputs[0].at("logits")
     assert logits_BK is not None
     return logits_BK
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cache.read.reader import open_cache
 from pipeline.core.errors import ConfigError, ResourceError
 from pipeline.student.data.batch import InputSize
 from pipeline.student.data.dataset import StepDataset
@@ -33,25 +32,23 @@ def test_the_bytes_of_a_batch_are_those_of_a_loaded_one(replays: Replay, kind: s
     batches = _cached(cache, world_size=world_size, teachers=[InputSize(40, "bilinear")])
     batch, sizes = batches[0], []
     batch.map_columns(lambda tensor: sizes.append(tensor.nbytes))
-    assert cache.config.cache is not None
-    headers = [open_cache(cache.config.cache.url).header]
-    counted = batch_bytes(batches, headers, reads_embeddings=batch.teacher_outputs[0].embedding_BD is not None)
+    counted = batch_bytes(batches)
     assert 0 <= sum(sizes) - counted <= _MAX_SMALL_BYTES_PER_ROW * len(batch.sample_ids)
 
 
 def test_too_many_loaders_for_the_shared_memory_are_refused_with_a_number_that_fits(replays: Replay) -> None:
-    batches, headers = _cached(replays("crop")), []
+    batches = _cached(replays("crop"))
     with pytest.raises(ResourceError) as caught:
-        check_loaders(batches, headers, num_workers=10**9, reads_embeddings=False)
+        check_loaders(batches, num_workers=10**9)
     error = caught.value
     assert (error.code, error.where, error.exit_code) == ("train.shared-memory", _SHM, 2)
-    one = batch_bytes(batches, headers, reads_embeddings=False)
+    one = batch_bytes(batches)
     assert f"{(2 * 10**9 + 1) * one:,} bytes" in str(error.expected)
     fitting = int(str(error.next_step).partition("train.num_workers=")[2].partition(",")[0])
     found = os.statvfs(_SHM)
     assert abs((2 * fitting + 1) * one - found.f_bavail * found.f_frsize) < found.f_bavail * found.f_frsize / 2
-    check_loaders(batches, headers, num_workers=fitting // 2, reads_embeddings=False)
-    check_loaders(batches, headers, num_workers=0, reads_embeddings=False)
+    check_loaders(batches, num_workers=fitting // 2)
+    check_loaders(batches, num_workers=0)
 
 
 def test_a_temporary_folder_that_is_too_long_for_the_loaders_sockets_is_refused(
@@ -60,8 +57,8 @@ def test_a_temporary_folder_that_is_too_long_for_the_loaders_sockets_is_refused(
     batches, long = _cached(replays("crop")), tmp_path / ("x" * 77)
     monkeypatch.setattr(tempfile, "tempdir", str(long))
     with pytest.raises(ConfigError) as caught:
-        check_loaders(batches, [], num_workers=1, reads_embeddings=False)
+        check_loaders(batches, num_workers=1)
     assert (caught.value.code, caught.value.where) == ("train.temp-dir-too-long", "TMPDIR")
-    check_loaders(batches, [], num_workers=0, reads_embeddings=False)
+    check_loaders(batches, num_workers=0)
     monkeypatch.setattr(tempfile, "tempdir", "/" + "x" * 74)
-    check_loaders(batches, [], num_workers=1, reads_embeddings=False)
+    check_loaders(batches, num_workers=1)

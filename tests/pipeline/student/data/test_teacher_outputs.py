@@ -50,26 +50,27 @@ def without_outputs(digits_shards: list[str], tmp_path_factory: pytest.TempPathF
 
 def test_rows_stay_encoded_until_the_batch_decodes_them_at_their_positions(topk: TinyCache) -> None:
     cache = open_cache(topk.url)
-    source = cached_source(topk, with_embeddings=True)
+    source = cached_source(topk, reads={"logits": (0.5, 4.0), "embedding": (1.0,)})
     sizes = {name: values.nbytes for name, values in source.rows(0, ALL, 1).teachers[0].items()}
     logits_bytes = cache.view("digits-00", 1).outputs["logits"].column.nbytes
     assert sizes == {"norm": 20 * 4, "logits": logits_bytes, "embedding": 20 * 7 * 2}
     assert logits_bytes < 20 * 10 * 2
-    batch = dataset(source, topk.config.views, temperatures=(0.5, 4.0))[0]
+    batch = dataset(source, topk.config.views)[0]
     (outputs,) = batch.teacher_outputs
-    assert outputs.embedding_BD is not None
+    embedding_BD = outputs.at("embedding")
+    assert embedding_BD is not None
     assert len({sample_id.partition("/")[0] for sample_id in batch.sample_ids}) == 2
     for position, sample_id in enumerate(batch.sample_ids):
         shard, _, key = sample_id.partition("/")
         row = cache.index(cache.shards[int(shard[-1])]).keys.to_pylist().index(key)
         stored = cache.view(shard, 0)
         assert stored.embedding_ND is not None
-        np.testing.assert_array_equal(outputs.embedding_BD[position], stored.embedding_ND[row])
+        np.testing.assert_array_equal(embedding_BD[position], stored.embedding_ND[row])
         assert outputs.norm_B[position] == stored.embedding_norm_N[row]
         logits = stored.outputs["logits"]
         for temperature in (0.5, 4.0):
             expected_NK = codec.decode(logits.column, logits.output, temperature=temperature)
-            np.testing.assert_array_equal(outputs.logits[temperature][position], expected_NK[row])
+            np.testing.assert_array_equal(outputs.tensors["logits", temperature][position], expected_NK[row])
 
 
 def test_only_the_rows_of_a_batch_are_decoded_and_once_for_each_temperature(
@@ -82,24 +83,27 @@ def test_only_the_rows_of_a_batch_are_decoded_and_once_for_each_temperature(
         return codec.decode(column, output, temperature=temperature)
 
     monkeypatch.setattr("pipeline.cache.read.reader.decode", decode)
-    (outputs,) = dataset(cached_source(topk), topk.config.views, temperatures=(1.0, 4.0))[0].teacher_outputs
+    source = cached_source(topk, reads={"logits": (1.0, 4.0)})
+    (outputs,) = dataset(source, topk.config.views)[0].teacher_outputs
     assert sorted(calls) == [(8, 1.0), (8, 4.0)]
-    assert set(outputs.logits) == {1.0, 4.0}
-    assert not np.array_equal(outputs.logits[1.0], outputs.logits[4.0])
+    assert set(outputs.tensors) == {("logits", 1.0), ("logits", 4.0)}
+    assert not np.array_equal(outputs.tensors["logits", 1.0], outputs.tensors["logits", 4.0])
 
 
 def test_an_encoding_that_is_the_same_at_any_temperature_is_decoded_once(replays: Replay) -> None:
     cache = replays("crop")
-    (outputs,) = dataset(cached_source(cache), cache.config.views, temperatures=(1.0, 4.0))[0].teacher_outputs
-    assert list(outputs.logits) == [None]
-    assert outputs.logits_at(1.0) is outputs.logits_at(4.0) is outputs.logits[None]
+    source = cached_source(cache, reads={"logits": (1.0, 4.0)})
+    (outputs,) = dataset(source, cache.config.views)[0].teacher_outputs
+    assert list(outputs.tensors) == [("logits", None)]
+    assert outputs.at("logits", 1.0) is outputs.at("logits", 4.0) is outputs.tensors["logits", None]
 
 
-def test_outputs_that_no_loss_reads_are_not_decoded(replays: Replay, tmp_path: Path) -> None:
+def test_outputs_that_no_loss_reads_are_neither_gathered_nor_decoded(replays: Replay, tmp_path: Path) -> None:
     setup = prepare(run_config(replays("crop").config, tmp_path, loss=[*CE, *ND]), DistributedContext())
     (outputs,) = setup.dataset[0].teacher_outputs
+    assert (outputs.tensors, len(outputs.norm_B)) == ({}, 8)
+    assert [*setup.supervision.source.rows(0, ALL, 0).teachers[0]] == ["norm"]
     setup.close()
-    assert (outputs.logits, outputs.embedding_BD) == ({}, None)
 
 
 def test_each_term_of_a_training_reads_logits_of_its_temperature(topk: TinyCache, tmp_path: Path) -> None:

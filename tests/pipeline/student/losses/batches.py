@@ -12,7 +12,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.student.losses import LOSSES, ClassDirections
+from pipeline.student.data.teacher_outputs import TeacherOutputs
+from pipeline.student.losses import LOSSES, BatchShare, ClassDirections, LossInputs
 from schemas.config import LossSection
 
 # No deadline: a loaded machine must not fail a test.
@@ -56,6 +57,31 @@ def labelled_rows(batch: dict[str, Tensor]) -> list[tuple[int, list[tuple[int, f
 def mean_over(rows: list[Tensor], student: Tensor) -> Tensor:
     """The mean of the rows' losses; 0 on the graph if there are none."""
     return torch.stack(rows).mean() if rows else 0 * student.sum()
+
+
+def loss_inputs(
+    student_BK: Tensor, labels_B: Tensor, *, embedding_BD: Tensor | None = None, **others: Any
+) -> LossInputs:
+    """Of classification: the student's logits and embedding, and labels."""
+    embedding = {} if embedding_BD is None else {"embedding": embedding_BD}
+    return LossInputs(outputs={"logits": student_BK, **embedding}, targets={"label": labels_B}, **others)
+
+
+def teacher_outputs(
+    logits: dict[float | None, Tensor], norm_B: Tensor | None = None, embedding_BD: Tensor | None = None
+) -> TeacherOutputs:
+    """Of classification, from logits by temperature."""
+    embedding = {} if embedding_BD is None else {("embedding", None): embedding_BD}
+    return TeacherOutputs({**{("logits", key): value for key, value in logits.items()}, **embedding}, norm_B)
+
+
+def batch_share(*, num_labelled: int | Tensor, num_labelled_global: int | Tensor, **others: Any) -> BatchShare:
+    """Of classification, whose rows with a target are those with a label."""
+    counts: dict[str, Any] = {
+        "num_labelled": {"label": num_labelled},
+        "num_labelled_global": {"label": num_labelled_global},
+    }
+    return BatchShare(**counts, **others)
 
 
 Function = Callable[[Tensor], Tensor]

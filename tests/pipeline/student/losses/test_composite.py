@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.student.data.teacher_outputs import TeacherOutputs
 from pipeline.student.losses import (
     LOSSES,
     BatchShare,
@@ -32,7 +31,7 @@ from pipeline.student.losses import (
 )
 from schemas.config import Config
 from tests.errors import raises
-from tests.pipeline.student.losses.batches import SEEDS, law
+from tests.pipeline.student.losses.batches import SEEDS, batch_share, law, loss_inputs, teacher_outputs
 from tests.tolerances import log_softmax_error, ulps
 
 K, D, WIDTH = 5, 4, 3
@@ -87,13 +86,13 @@ class GlobalBatch:
 
     def inputs(self, rows: slice, weights_FN: Tensor) -> LossInputs:
         student_BN = self.features_BF[rows] @ weights_FN
-        return LossInputs(
-            student_BK=student_BN[:, :K],
-            labels_B=self.labels_B[rows],
+        return loss_inputs(
+            student_BN[:, :K],
+            self.labels_B[rows],
             embedding_BD=student_BN[:, K:],
             teachers=(
                 TeacherInputs(
-                    outputs=TeacherOutputs(
+                    outputs=teacher_outputs(
                         {None: self.teacher_BK[rows]}, self.teacher_BD[rows].norm(dim=1), self.teacher_BD[rows]
                     ),
                     projected=dict.fromkeys(PROJECTED, student_BN[:, K:]),
@@ -122,14 +121,14 @@ def gradient(loss: CompositeLoss, batch: GlobalBatch, sizes: Sequence[int]) -> T
     weights_FN = WEIGHTS_FN.clone().requires_grad_()
     ends = torch.tensor(sizes).cumsum(0).tolist()
     ranks = [batch.inputs(slice(end - size, end), weights_FN) for end, size in zip(ends, sizes, strict=True)]
-    num_labelled_global = torch.stack([rank.num_labelled for rank in ranks]).sum()
+    num_labelled_global = torch.stack([num_labelled(rank) for rank in ranks]).sum()
     gradients: list[Tensor] = []
     for rank, size in zip(ranks, sizes, strict=True):
-        share = BatchShare(
+        share = batch_share(
             world_size=len(sizes),
             num_rows=size,
             num_rows_global=sum(sizes),
-            num_labelled=rank.num_labelled,
+            num_labelled=num_labelled(rank),
             num_labelled_global=num_labelled_global,
         )
         total, values = loss(rank, share, epoch=1)
@@ -189,19 +188,25 @@ def test_the_mean_over_ranks_of_any_split_is_the_gradient_of_the_global_batch(
 @pytest.mark.parametrize("zero", [0, torch.tensor(0)], ids=["int", "tensor"])
 def test_a_term_without_a_label_on_any_rank_leaves_the_others_as_they_are(zero: int | Tensor) -> None:
     batch = inputs(missing=1.0)
-    share = BatchShare(world_size=2, num_rows=6, num_rows_global=12, num_labelled=zero, num_labelled_global=zero)
+    share = batch_share(world_size=2, num_rows=6, num_rows_global=12, num_labelled=zero, num_labelled_global=zero)
     total, values = compose({"name": "ce"}, {"name": "kd"})(batch, share, epoch=0)
     torch.testing.assert_close(total, values["kd"])
 
 
+def num_labelled(inputs: LossInputs) -> Tensor:
+    """Rows that have a label, and whose mixup partner has one."""
+    labelled_B = inputs.targets["label"] >= 0
+    return (labelled_B if inputs.partner_B is None else labelled_B & labelled_B[inputs.partner_B]).sum()
+
+
 def one_rank(inputs: LossInputs) -> BatchShare:
-    num_rows, num_labelled = len(inputs.labels_B), int(inputs.num_labelled)
-    return BatchShare(
+    num_rows, labelled = len(inputs.targets["label"]), int(num_labelled(inputs))
+    return batch_share(
         world_size=1,
         num_rows=num_rows,
         num_rows_global=num_rows,
-        num_labelled=num_labelled,
-        num_labelled_global=num_labelled,
+        num_labelled=labelled,
+        num_labelled_global=labelled,
     )
 
 
@@ -212,7 +217,9 @@ def inputs(*, mixed: bool = False, missing: float = 0.0) -> LossInputs:
 def nd_of(batch: LossInputs, number: int = 0, **mixed: Any) -> Tensor:
     """ND by hand from the parts of the batch."""
     teacher = batch.teachers[number]
-    return nd(teacher.projected["nd"], teacher.outputs.norm_B, teacher.class_directions, batch.labels_B, **mixed)
+    return nd(
+        teacher.projected["nd"], teacher.outputs.norm_B, teacher.class_directions, batch.targets["label"], **mixed
+    )
 
 
 def terms_by_hand(batch: LossInputs) -> dict[str, Tensor]:
@@ -222,12 +229,12 @@ def terms_by_hand(batch: LossInputs) -> dict[str, Tensor]:
     assert teacher.teacher_maps is not None
     mixed: dict[str, Any] = {}
     if batch.lambda_B is not None:
-        mixed = {"mixed_labels_B": batch.labels_B[[1, 0, 3, 2, 5, 4]], "lambda_B": batch.lambda_B}
-    logits = batch.student_BK, teacher.at("kd", 1.0)["teacher_BK"]
+        mixed = {"mixed_labels_B": batch.targets["label"][[1, 0, 3, 2, 5, 4]], "lambda_B": batch.lambda_B}
+    logits = batch.outputs["logits"], teacher.outputs.at("logits")
     return {
-        "ce": ce(batch.student_BK, batch.labels_B, label_smoothing=0.1, **mixed),
+        "ce": ce(batch.outputs["logits"], batch.targets["label"], label_smoothing=0.1, **mixed),
         "kd": kd(*logits, temperature=4.0),
-        "dkd": dkd(*logits, batch.labels_B, temperature=4.0, alpha=2.5, beta=4.0, **mixed),
+        "dkd": dkd(*logits, batch.targets["label"], temperature=4.0, alpha=2.5, beta=4.0, **mixed),
         "dist": dist(*logits, temperature=4.0, inter_weight=0.25, intra_weight=3.0),
         "review_kd": hcl(teacher.student_maps, teacher.teacher_maps),
         "nd": nd_of(batch, **mixed),
@@ -259,19 +266,23 @@ def test_each_loss_on_embeddings_takes_the_embedding_of_its_projector() -> None:
     batch, generator = inputs(), torch.Generator().manual_seed(1)
     projected = {name: torch.randn(6, D, generator=generator) for name in PROJECTED}
     (teacher,) = batch.teachers
-    batch = replace(batch, teachers=(replace(teacher, projected=projected),), embedding_BD=torch.ones(6, 2))
+    batch = replace(
+        batch,
+        teachers=(replace(teacher, projected=projected),),
+        outputs={"logits": torch.ones(6, K), "embedding": torch.ones(6, 2)},
+    )
     loss = compose(*OTHER_LOSSES, {"name": "nd"})
     assert loss.projected == ("cosine", "mse", "nd")
     _, values = loss(batch, one_rank(batch), epoch=0)
-    torch.testing.assert_close(values["cosine"], cosine(projected["cosine"], teacher.outputs.embedding_BD))
-    torch.testing.assert_close(values["mse"], mse(projected["mse"], teacher.outputs.embedding_BD))
+    torch.testing.assert_close(values["cosine"], cosine(projected["cosine"], teacher.outputs.at("embedding")))
+    torch.testing.assert_close(values["mse"], mse(projected["mse"], teacher.outputs.at("embedding")))
     torch.testing.assert_close(values["nd"], nd_of(batch))
     torch.testing.assert_close(values["sifn"], sifn(torch.ones(6, 2), increase=0.5))
 
 
 def test_a_gathered_term_is_not_weighted_by_the_rows_of_the_rank() -> None:
     batch = replace(inputs(), sum_over_ranks=lambda sums: sums)
-    share = BatchShare(world_size=2, num_rows=6, num_rows_global=8, num_labelled=6, num_labelled_global=8)
+    share = batch_share(world_size=2, num_rows=6, num_rows_global=8, num_labelled=6, num_labelled_global=8)
     total, values = compose({"name": "dist", "gather": True})(batch, share, epoch=0)
     torch.testing.assert_close(total, values["dist"])
 
@@ -296,14 +307,14 @@ def test_terms_of_one_loss_have_separate_names_and_read_the_logits_decoded_for_t
         temperature: torch.randn(6, K, generator=torch.Generator().manual_seed(seed))
         for seed, temperature in enumerate((1.0, 4.0))
     }
-    batch = replace(batch, teachers=(replace(batch.teachers[0], outputs=TeacherOutputs(outputs, torch.ones(6))),))
+    batch = replace(batch, teachers=(replace(batch.teachers[0], outputs=teacher_outputs(outputs, torch.ones(6))),))
     loss = compose({"name": "kd", "temperature": 4.0}, {"name": "dist"}, {"name": "kd", "temperature": 1.0})
-    assert loss.temperatures == (1.0, 4.0)
+    assert loss.teacher_outputs == {"logits": (1.0, 4.0)}
     _, values = loss(batch, one_rank(batch), epoch=0)
     assert list(values) == ["kd", "dist", "kd_2"]
-    torch.testing.assert_close(values["kd"], kd(batch.student_BK, outputs[4.0], temperature=4.0))
-    torch.testing.assert_close(values["dist"], dist(batch.student_BK, outputs[1.0], temperature=1.0))
-    torch.testing.assert_close(values["kd_2"], kd(batch.student_BK, outputs[1.0], temperature=1.0))
+    torch.testing.assert_close(values["kd"], kd(batch.outputs["logits"], outputs[4.0], temperature=4.0))
+    torch.testing.assert_close(values["dist"], dist(batch.outputs["logits"], outputs[1.0], temperature=1.0))
+    torch.testing.assert_close(values["kd_2"], kd(batch.outputs["logits"], outputs[1.0], temperature=1.0))
 
 
 def with_teachers(batch: LossInputs, num: int) -> LossInputs:
@@ -311,7 +322,7 @@ def with_teachers(batch: LossInputs, num: int) -> LossInputs:
     generator = torch.Generator().manual_seed(5)
     teachers = [
         TeacherInputs(
-            outputs=TeacherOutputs(
+            outputs=teacher_outputs(
                 {None: torch.randn(6, K, generator=generator)}, 4 * torch.rand(6, generator=generator)
             ),
             projected={"nd": torch.randn(6, 3 + number, generator=generator)},
@@ -327,9 +338,9 @@ def test_losses_of_several_teachers_are_summed_and_reported_one_by_one() -> None
     total, values = compose({"name": "kd", "weight": 2.0}, {"name": "ce"}, {"name": "nd", "weight": 0.5})(
         batch, one_rank(batch), epoch=0
     )
-    kds = [kd(batch.student_BK, teacher.outputs.logits[None], temperature=4.0) for teacher in batch.teachers]
+    kds = [kd(batch.outputs["logits"], teacher.outputs.at("logits"), temperature=4.0) for teacher in batch.teachers]
     nds = [nd_of(batch, number) for number in range(3)]
-    expected_ce = ce(batch.student_BK, batch.labels_B)
+    expected_ce = ce(batch.outputs["logits"], batch.targets["label"])
     assert list(values) == ["kd", "kd/0", "kd/1", "kd/2", "ce", "nd", "nd/0", "nd/1", "nd/2"]
     for number in range(3):
         torch.testing.assert_close(values[f"kd/{number}"], kds[number])
@@ -342,7 +353,7 @@ def test_losses_of_several_teachers_are_summed_and_reported_one_by_one() -> None
 
 def test_logits_that_no_term_reads_get_a_zero_gradient_whatever_they_are() -> None:
     student_BK = torch.full((6, K), torch.inf, requires_grad=True)
-    batch = replace(inputs(), student_BK=student_BK)
+    batch = replace(inputs(), outputs={"logits": student_BK})
     total, values = compose({"name": "nd"})(batch, one_rank(batch), epoch=0)
     total.backward()
     assert total == values["nd"]
@@ -352,24 +363,22 @@ def test_logits_that_no_term_reads_get_a_zero_gradient_whatever_they_are() -> No
 @pytest.mark.parametrize(
     ("name", "needs"),
     [
-        ("ce", {"labels"}),
-        ("cosine", {"teacher_embedding", "projector"}),
-        ("dist", {"logits"}),
-        ("dkd", {"labels", "logits"}),
-        ("hard", {"logits"}),
-        ("kd", {"logits"}),
-        ("mse", {"teacher_embedding", "projector"}),
-        ("nd", {"labels", "class_means", "projector"}),
+        ("ce", {"label", "head"}),
+        ("cosine", {"embedding", "projector"}),
+        ("dist", {"logits", "head"}),
+        ("dkd", {"label", "logits", "head"}),
+        ("hard", {"logits", "head"}),
+        ("kd", {"logits", "head"}),
+        ("mse", {"embedding", "projector"}),
+        ("nd", {"label", "class means", "projector"}),
         ("review_kd", set[str]()),
         ("sifn", set[str]()),
     ],
 )
 def test_a_loss_declares_what_it_needs(name: str, needs: set[str]) -> None:
     loss = compose(REVIEW if name == "review_kd" else {"name": name})
-    assert bool(loss.temperatures) == ("logits" in needs)
-    kinds = ("labels", "logits", "class_means", "teacher_embedding")
-    declared = {kind for kind in kinds if getattr(loss, f"needs_{kind}")}
-    assert declared | ({"projector"} if loss.projected else set()) == needs
+    flags = {"class means": loss.needs_class_means, "projector": loss.projected, "head": loss.trains_head}
+    assert {*loss.targets, *loss.teacher_outputs, *(name for name, flag in flags.items() if flag)} == needs
 
 
 def test_every_registered_loss_can_be_built_from_its_required_keys_alone_and_called() -> None:
@@ -390,7 +399,7 @@ def test_every_registered_loss_can_be_built_from_its_required_keys_alone_and_cal
     ],
 )
 def test_missing_inputs_of_a_term_are_refused_by_name(section: dict[str, Any], missing: str) -> None:
-    batch = LossInputs(student_BK=torch.zeros(2, K), labels_B=torch.zeros(2, dtype=torch.int64))
+    batch = loss_inputs(torch.zeros(2, K), torch.zeros(2, dtype=torch.int64))
     with raises("loss.missing-input", got=f"None for {missing}"):
         compose(section)(batch, one_rank(batch), epoch=0)
 

@@ -67,10 +67,8 @@ def test_micro_batches_hold_the_rows_of_the_batch_and_partners_stay_together(rep
         for name in ("pixels_BCHW", "lambda_B", "cutmix_box_B4"):
             assert torch.equal(torch.cat([getattr(chunk, name) for chunk in chunks]), getattr(whole, name))
         assert torch.equal(torch.cat([chunk.targets["label"] for chunk in chunks]), whole.targets["label"])
-        logits = [chunk.teacher_outputs[0].logits_at(1.0) for chunk in chunks]
-        assert torch.equal(
-            torch.cat([one for one in logits if one is not None]), whole.teacher_outputs[0].logits_at(1.0)
-        )
+        logits = [chunk.teacher_outputs[0].at("logits") for chunk in chunks]
+        assert torch.equal(torch.cat([one for one in logits if one is not None]), whole.teacher_outputs[0].at("logits"))
         partners = [chunk.sample_ids[row] for chunk in chunks for row in chunk.partner_B.tolist()]
         assert partners == [whole.sample_ids[row] for row in whole.partner_B.tolist()]
         assert {chunk.num_rows_global for chunk in chunks} == {whole.num_rows_global}

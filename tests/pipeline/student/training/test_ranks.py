@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.core.errors import TrainingError
-from pipeline.student.data.teacher_outputs import TeacherOutputs
 from pipeline.student.distributed import DistributedContext
-from pipeline.student.losses import BatchShare, CompositeLoss, LossInputs, TeacherInputs
+from pipeline.student.losses import CompositeLoss, TeacherInputs
 from pipeline.student.run import checkpoint
 from pipeline.student.run.metrics_files import StepLog
 from pipeline.student.training.trainer import train
 from schemas.config import Config, LossConfig
 from tests.pipeline.student.conftest import Replay
+from tests.pipeline.student.losses.batches import batch_share, loss_inputs, teacher_outputs
 from tests.pipeline.student.runs import (
     CE,
     KD,
@@ -187,17 +187,17 @@ def one_step(distributed: DistributedContext, sizes: list[int], side: int) -> tu
     loss = CompositeLoss(GATHERED if side == 1 else GATHERED[1:], where="a test")
     num = labels_B.numel()
     total, values = loss(
-        LossInputs(
-            student_BK=logits.flatten(1) if side == 1 else logits,
-            labels_B=labels_B,
+        loss_inputs(
+            logits.flatten(1) if side == 1 else logits,
+            labels_B,
             teachers=(
                 TeacherInputs(
-                    outputs=TeacherOutputs({None: teacher.flatten(1) if side == 1 else teacher}, labels_B.float())
+                    outputs=teacher_outputs({None: teacher.flatten(1) if side == 1 else teacher}, labels_B.float())
                 ),
             ),
             sum_over_ranks=distributed.sum_with_gradient,
         ),
-        BatchShare(
+        batch_share(
             world_size=distributed.size,
             num_rows=num,
             num_rows_global=sum(sizes),

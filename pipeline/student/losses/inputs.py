@@ -1,0 +1,132 @@
+"""What losses may take of one batch, and which of it each parameter of a loss is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor
+
+from pipeline.student.data.teacher_outputs import TeacherOutputs
+from pipeline.student.losses.dist import SumOverRanks
+from pipeline.student.losses.nd import ClassDirections
+from pipeline.tasks import EMBEDDING
+from pipeline.tasks.classification import LABEL, LOGITS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherInputs:
+    """What losses may take of one teacher for one batch, on the batch's device.
+
+    Attributes:
+        projected: the student's embedding in this teacher's width, by the key of the term.
+        student_maps: [B,C,H,W] for each level, fused into the shapes of ``teacher_maps``.
+    """
+
+    outputs: TeacherOutputs
+    projected: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    class_directions: ClassDirections | None = None
+    student_maps: tuple[Tensor, ...] | None = None
+    teacher_maps: tuple[Tensor, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossInputs:
+    """What losses may take of one batch on one rank, all on one device. B is the rank's number of rows.
+
+    Attributes:
+        outputs: of the student, [B,…] by name.
+        targets: int64 [B] by the name of the task's column.
+        partner_B: int64, position of each row's mixup partner in this batch; None: the batch is not mixed.
+        lambda_B: share of the row's image in its mixed pixels; comes with ``partner_B``.
+        sum_over_ranks: for terms that gather.
+    """
+
+    outputs: Mapping[str, Tensor]
+    targets: Mapping[str, Tensor]
+    teachers: tuple[TeacherInputs, ...] = ()
+    partner_B: Tensor | None = None
+    lambda_B: Tensor | None = None
+    sum_over_ranks: SumOverRanks | None = None
+
+    def partner_target(self, column: str) -> Tensor | None:
+        """The target of each row's mixup partner; None: the batch is not mixed."""
+        return None if self.partner_B is None else self.targets[column][self.partner_B]
+
+
+class Parameter(NamedTuple):
+    """What a parameter of a loss is.
+
+    Attributes:
+        source: an output or a target; or, for the last two, an attribute of ``LossInputs`` or ``TeacherInputs``.
+        name: of the output, of the target's column, or of the attribute.
+    """
+
+    source: Literal[
+        "student output",
+        "projected output",
+        "target",
+        "partner's target",
+        "teacher output",
+        "teacher norm",
+        "batch",
+        "teacher",
+    ]
+    name: str
+
+    @property
+    def is_of_teacher(self) -> bool:
+        """Whether there is one value for each teacher."""
+        return self.source in ("projected output", "teacher output", "teacher norm", "teacher")
+
+    def value(self, inputs: LossInputs, teacher: TeacherInputs | None, *, term: str, temperature: float) -> Any:
+        """The value for one term; None: the batch does not have it.
+
+        Args:
+            teacher: None: the batch has none.
+            temperature: at which the term reads outputs of the teacher.
+        """
+        if not self.is_of_teacher:
+            return self._of_batch(inputs)
+        return None if teacher is None else self._of_teacher(teacher, term, temperature)
+
+    def _of_batch(self, inputs: LossInputs) -> Any:
+        match self.source:
+            case "student output":
+                return inputs.outputs.get(self.name)
+            case "target":
+                return inputs.targets.get(self.name)
+            case "partner's target":
+                return inputs.partner_target(self.name)
+            case _:
+                return getattr(inputs, self.name)
+
+    def _of_teacher(self, teacher: TeacherInputs, term: str, temperature: float) -> Any:
+        match self.source:
+            case "projected output":
+                return teacher.projected.get(term)
+            case "teacher output":
+                return teacher.outputs.at(self.name, temperature)
+            case "teacher norm":
+                return teacher.outputs.norm_of(self.name)
+            case _:
+                return getattr(teacher, self.name)
+
+
+PARAMETERS: dict[str, Parameter] = {
+    "student_BK": Parameter("student output", LOGITS),
+    "embedding_BD": Parameter("student output", EMBEDDING),
+    "student_BD": Parameter("projected output", EMBEDDING),
+    "labels_B": Parameter("target", LABEL),
+    "mixed_labels_B": Parameter("partner's target", LABEL),
+    "lambda_B": Parameter("batch", "lambda_B"),
+    "sum_over_ranks": Parameter("batch", "sum_over_ranks"),
+    "teacher_BK": Parameter("teacher output", LOGITS),
+    "teacher_BD": Parameter("teacher output", EMBEDDING),
+    "teacher_norm_B": Parameter("teacher norm", EMBEDDING),
+    "class_directions": Parameter("teacher", "class_directions"),
+    "student_maps": Parameter("teacher", "student_maps"),
+    "teacher_maps": Parameter("teacher", "teacher_maps"),
+}
+"""By the names that losses have for them. All other parameters of a loss are keys of its config section."""
