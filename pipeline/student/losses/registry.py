@@ -1,10 +1,9 @@
 """Registers losses under their names in the YAML.
 
-The parameters of a loss declare what it needs. Those named like an attribute of ``LossInputs`` are filled from the
-batch, those named in ``TeacherInputs.at`` from a teacher, the others are the keys of its config section. A parameter
-with the default None is optional. A loss that takes labels averages over the labelled rows; a loss that takes an output
-of a teacher is summed over teachers; a loss whose section has ``gather: true`` returns the value of the global batch on
-every rank.
+The parameters of a loss declare what it needs. Those in ``PARAMETERS`` (``pipeline.student.losses.inputs``) are filled
+from the batch or a teacher, the others are the keys of its config section. A parameter with the default None is
+optional. A loss that takes a target averages over the rows that have it; a loss that takes an output of a teacher is
+summed over teachers; a loss whose section has ``gather: true`` returns the value of the global batch on every rank.
 """
 
 from __future__ import annotations
