@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.cache.format.codec import config_key
 from pipeline.models import random_weights_warnings
 from pipeline.student.data.sources import RowSource
+from pipeline.student.losses import CompositeLoss
 from pipeline.student.supervision.class_means import label_counts
 from pipeline.student.supervision.spec import SupervisionSpec
 from schemas.cache_format import Header, Statistics
@@ -96,7 +98,7 @@ def _spread(num_shards: int) -> Sequence[int]:
 
 
 def fidelity_warnings(header: Header, statistics: Statistics, losses: Sequence[LossConfig]) -> list[str]:
-    """One line for each loss at whose temperature the stored logits are far from the teacher's.
+    """One line for each loss at whose temperature the stored outputs are far from the teacher's.
 
     DIST reads correlations of probabilities, other losses with a temperature their KL.
     """
@@ -107,20 +109,21 @@ def fidelity_warnings(header: Header, statistics: Statistics, losses: Sequence[L
 
 def _fidelity_warning(header: Header, statistics: Statistics, loss: LossConfig) -> str | None:
     temperature: float | None = getattr(loss, "temperature", None)
+    stored = [name for name in CompositeLoss([loss], where="loss").teacher_outputs if header.output(name) is not None]
+    if temperature is None or not stored:
+        return None
     sums, unit = (
         (statistics.pearson_sum, "of correlation") if loss.name == "dist" else (statistics.kl_sum, "nats of KL")
     )
-    # A cache without logits has no sums.
-    if temperature is None or not sums:
-        return None
     distance, measured_at = _at(sums, temperature)
     distance /= statistics.fidelity_rows
     if distance <= _MAX_DISTANCE:
         return None
-    encoding = str(header.teacher["logits"])
+    key = config_key(stored[0])
+    encoding = str(header.teacher[key])
     return (
-        f"{loss.name} at T = {temperature:g}: logits in {encoding} are {distance:.2g} {unit} from the teacher's"
-        f"{measured_at}, more than {_MAX_DISTANCE}; cache.logits={_BETTER[encoding.partition(':')[0]]} is closer"
+        f"{loss.name} at T = {temperature:g}: {key} in {encoding} are {distance:.2g} {unit} from the teacher's"
+        f"{measured_at}, more than {_MAX_DISTANCE}; cache.{key}={_BETTER[encoding.partition(':')[0]]} is closer"
     )
 
 
