@@ -19,6 +19,7 @@ from pipeline.core.errors import ConfigError
 from pipeline.storage.config_files import read_document
 from pipeline.student.evaluation.metrics import MetricSet, metrics_of
 from pipeline.student.run.checkpoint import LAST
+from pipeline.tasks import task_of
 from schemas.config import Config, StudentConfig, TeacherConfig
 from schemas.recipe import GridConfig, RecipeConfig, Stage
 
@@ -175,7 +176,7 @@ class _Resolver:
         for run in runs:
             self._check_training(f"students.{run.student}", run.config)
         for name, config in caches.items():
-            self._require(self._cache_section(name), config, "data.shards", "data.num_classes", "teacher.model")
+            self._require(self._cache_section(name), config, "data.shards", "teacher.model")
         recipe = Recipe(self.document, self.out, teacher, caches, runs)
         self._check_margins(recipe.metrics.table)
         return recipe
@@ -279,11 +280,12 @@ class _Resolver:
 
     def _check_training(self, where: str, config: Config) -> None:
         """Every training needs validation shards for its row of the table."""
-        self._require(where, config, "student.model", "loss", "data.num_classes", "data.val_shards")
+        self._require(where, config, "student.model", "loss", "data.val_shards")
 
     def _require(self, where: str, config: Config, *keys: str) -> None:
-        """Missing keys of ``data`` are reported for the section ``common``, since all stages share them."""
-        command = f"the stage {where} of {self.source}"
+        """Also the keys of the task. Missing keys of ``data`` are reported for the section ``common``, since all stages
+        share them."""
+        command, keys = f"the stage {where} of {self.source}", (*keys, *task_of(config.data).required_keys)
         require(config, *(key for key in keys if key.startswith("data.")), command=command, section="common.")
         require(config, *(key for key in keys if not key.startswith("data.")), command=command, section=f"{where}.")
 

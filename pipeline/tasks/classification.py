@@ -137,6 +137,7 @@ class Classification(Task):
     name = "classification"
     member_content = "a class index as text"
     max_bytes = 64
+    required_keys = ("data.num_classes",)
     columns = (TargetColumn(LABEL, pa.int32(), NO_LABEL),)
     statistics_fields = (*_HIT_COUNTS, "class_counts")
 

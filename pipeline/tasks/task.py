@@ -109,6 +109,8 @@ class Task(ABC):
     """What a member with a target holds, for messages."""
     max_bytes: ClassVar[int]
     """Of a member with a target. A longer one is not read, and parsed as empty."""
+    required_keys: ClassVar[tuple[str, ...]] = ()
+    """Keys of a config without which no network can be built for the task."""
     columns: ClassVar[tuple[TargetColumn, ...]]
     statistics_fields: ClassVar[tuple[str, ...]]
     """Fields of ``Statistics`` that depend on targets, and therefore change when targets are read again."""

@@ -47,7 +47,8 @@ def cache_config(config: Config) -> CacheConfig:
     Raises:
         ConfigError: a key that a build needs is missing, or two keys contradict each other.
     """
-    require(config, "data.shards", "data.num_classes", "teacher.model", "cache.url", command="cache build")
+    keys = task_of(config.data).required_keys
+    require(config, "data.shards", *keys, "teacher.model", "cache.url", command="cache build")
     cache = config.cache
     assert cache is not None
     require_weights(config.teacher, where="teacher")

@@ -52,7 +52,7 @@ def check_config(config: Config) -> str:
         require(config, "data.cache", command="train")
         _check_caches(config.data.caches)
     else:
-        require(config, "data.shards", "data.num_classes", command="train")
+        require(config, "data.shards", *task_of(config.data).required_keys, command="train")
         check_teacher_mode(config, CompositeLoss(config.loss, where="loss"))
         _check_others(config)
     assert config.run is not None
@@ -237,7 +237,8 @@ def training_of(config: Config) -> Config:
     """
     require(
         config,
-        *("cache.url", "data.shards", "data.num_classes", "teacher.model", "student.model", "run.url", "loss"),
+        *("cache.url", "data.shards", *task_of(config.data).required_keys),
+        *("teacher.model", "student.model", "run.url", "loss"),
         command="distill",
     )
     assert config.cache is not None
