@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from torch import Tensor
 
 from pipeline.cache.build.context import BuildContext
 from pipeline.cache.build.header_claim import make_header
@@ -25,16 +28,23 @@ from pipeline.shards.labels import LabelCount
 from pipeline.shards.shard_head import read_shard_head
 from pipeline.shards.tar import read_samples
 from pipeline.shards.writer import pack_shards
+from pipeline.student.distributed import DistributedContext
+from pipeline.student.losses import LOSS_TASKS, LOSSES, PARAMETERS, Parameter
+from pipeline.student.losses.registry import register
+from pipeline.student.training.config_checks import check_config
+from pipeline.student.training.setup import prepare
+from pipeline.student.training.train_step import TrainStep
 from pipeline.tasks import Targets, task_of
 from pipeline.teacher.inference import load_teacher
 from pipeline.teacher.rendering import GroupViews, Rendering, indexed_samples, read_groups
 from schemas.cache_format import ViewBlock, index_schema
-from schemas.config import ViewsConfig
+from schemas.config import Config, LossSection, ViewsConfig
 from tests.errors import raises
 from tests.pipeline.cache.verify.forge import replace_commit, republish
 from tests.pipeline.caches import TinyCache, cache_section, digit_samples, open_tasks, read_commits, shard_urls
 from tests.pipeline.conftest import TinyConfig
 from tests.pipeline.shards.tars import data_config, image_bytes, make_tar
+from tests.pipeline.student.runs import run_config
 from tests.pipeline.tasks.second_task import Point
 
 # The schema lists the tasks of the product.
@@ -192,3 +202,72 @@ def test_a_cache_of_another_task_has_its_outputs_and_statistics_and_is_verified(
     republish(TinyCache(url, context.config))
     (problem,) = verify_cache(url).problems
     assert problem.file == commit.part.path
+
+
+class PointLoss(LossSection):
+    """The section of a loss that is registered by this module."""
+
+    name: Literal["point"] = "point"
+
+
+def point(output_B1: Tensor, teacher_x_B1: Tensor, x_B: Tensor) -> Tensor:
+    """Squared errors to the teacher and to the target, mean over the rows that have a target."""
+    error_B = (output_B1 - teacher_x_B1)[:, 0] ** 2 + (output_B1[:, 0] - x_B) ** 2
+    return torch.where(x_B != -1, error_B, 0.0).sum() / (x_B != -1).sum().clamp_min(1)
+
+
+@pytest.fixture
+def training(context: BuildContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Config]:
+    """Of a student by this loss from the cache, with rows that may lack a target."""
+    register("point", tasks=(Point.name,))(point)
+    for name, parameter in {
+        "output_B1": Parameter("student output", "x"),
+        "teacher_x_B1": Parameter("teacher output", "x"),
+        "x_B": Parameter("target", "x"),
+    }.items():
+        monkeypatch.setitem(PARAMETERS, name, parameter)
+    data = context.config.data.model_copy(update={"task": "classification"})
+    base = run_config(context.config.model_copy(update={"data": data}), tmp_path / "run")
+    data = base.data.model_copy(update={**TASK, "missing_labels": "ignore"})
+    yield base.model_copy(update={"data": data, "loss": (PointLoss(weight=2.0),)})
+    del LOSSES["point"], LOSS_TASKS["point"]
+
+
+def test_a_loss_of_the_task_trains_from_its_outputs_and_targets(training: Config) -> None:
+    check_config(training)
+    setup = prepare(training, DistributedContext())
+    (cache,) = setup.spec.caches
+    taken: list[dict[str, Tensor]] = []
+    setup.student.module.register_forward_hook(lambda _module, _args, student: taken.append(student.outputs))
+    before = [weight.clone() for weight in setup.student.module.parameters()]
+    batch = setup.dataset[1]
+    # As if some samples had no target.
+    batch.targets["x"][::3] = -1
+    result = TrainStep(setup)(batch)
+    errors: list[float] = []
+    for row, sample_id in enumerate(batch.sample_ids):
+        shard_id, _, key = sample_id.partition("/")
+        shard = next(shard for shard in cache.shards if shard.shard_id == shard_id)
+        index = cache.index(shard)
+        number = index.keys.to_pylist().index(key)
+        (teacher_x,) = cache.view(shard_id, 0).outputs["x"].decode()[number].tolist()
+        assert batch.targets["y"][row] == index.targets["y"][number]
+        output = taken[0]["x"][row, 0].item()
+        if row % 3:
+            assert batch.targets["x"][row] == index.targets["x"][number]
+            errors.append((output - teacher_x) ** 2 + (output - index.targets["x"][number]) ** 2)
+    assert result.terms["point"].item() == pytest.approx(np.mean(errors), rel=1e-5)
+    assert result.total.item() == pytest.approx(2 * np.mean(errors), rel=1e-5)
+    changed = [not torch.equal(*pair) for pair in zip(before, setup.student.module.parameters(), strict=True)]
+    assert all(changed)
+    setup.close()
+
+
+def test_a_loss_of_another_task_and_an_output_that_the_cache_lacks_are_refused(
+    training: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with raises("loss.other-task", where="loss.0.name", got="ce", expected="one of point"):
+        check_config(training.model_copy(update={"loss": Config.model_validate({"loss": [{"name": "ce"}]}).loss}))
+    monkeypatch.setitem(PARAMETERS, "teacher_x_B1", Parameter("teacher output", "y"))
+    with raises("cache.no-output"):
+        prepare(training, DistributedContext())
