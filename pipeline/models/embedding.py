@@ -89,23 +89,23 @@ def register_head_hooks(network: nn.Module, heads: tuple[str, ...]) -> None:
 
 
 def forward_with_embedding(network: nn.Module, heads: tuple[str, ...], images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-    """One forward of a network with registered hooks: (logits_BK, embedding_BD).
+    """One forward of a network with registered hooks: what its head returns, and the embedding [B,D].
 
     Raises:
         RuntimeError: a head did not run exactly once.
     """
     if not heads:
-        logits_BK, embedding_BD = network.forward_embedding(images_BCHW)  # pyright: ignore[reportCallIssue]
-        return logits_BK, embedding_BD
+        output, embedding_BD = network.forward_embedding(images_BCHW)  # pyright: ignore[reportCallIssue]
+        return output, embedding_BD
     inputs: list[Tensor] = []
     token = _captured.set(inputs)
     try:
-        logits_BK = network(images_BCHW)
+        output = network(images_BCHW)
     finally:
         _captured.reset(token)
     if len(inputs) != len(heads):
         raise RuntimeError(f"{' and '.join(heads)} ran {len(inputs)} times in one forward, not once each")
-    return logits_BK, _join(inputs)
+    return output, _join(inputs)
 
 
 def _capture(module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -17,8 +17,8 @@ def wrap(built: BuiltModel, request: BuildRequest, *, size: int) -> EmbeddingMod
     """The network as an ``EmbeddingModel`` in eval mode, checked by a forward of two images of ``size`` pixels.
 
     Raises:
-        ModelError: the forward fails at this size, or its outputs are not finite [2,K] logits and a finite [2,D]
-            embedding; or the network of a student does not return logits alone in training mode.
+        ModelError: the forward fails at this size, or its outputs are not finite, or not of the requested widths and a
+            [2,D] embedding; or a student's head does not return one tensor in training mode.
     """
     outputs = probe_outputs(built, request, size=size)
     _check_finite(outputs, request)
@@ -32,7 +32,8 @@ def probe_outputs(built: BuiltModel, request: BuildRequest, *, size: int) -> dic
     """Outputs of two images by name, in eval mode, on the device of the network (``meta`` has no values).
 
     Raises:
-        ModelError: the forward fails at this size, or its outputs are not [2,K] logits and a [2,D] embedding.
+        ModelError: the forward fails at this size, or its outputs are not of the requested widths and a [2,D]
+            embedding.
     """
     built.network.eval()
     register_head_hooks(built.network, built.heads)
@@ -46,7 +47,7 @@ def probe_outputs(built: BuiltModel, request: BuildRequest, *, size: int) -> dic
             code="model.forward-failed",
             where=f"{request.where}.model",
             got=cause(error),
-            expected="logits of RGB images [B,3,H,W] at this size",
+            expected=f"{request.head_output} of RGB images [B,3,H,W] at this size",
             next_step=_size_hint(built, request, size),
         ) from error
     outputs = {request.head_output: output, EMBEDDING: embedding_BD}
@@ -77,27 +78,28 @@ def _check_width(built: BuiltModel, width: int, request: BuildRequest) -> None:
 def _check_training(built: BuiltModel, request: BuildRequest, *, size: int) -> None:
     """One forward in training mode, in which some networks return auxiliary outputs. Changes no state."""
     buffers = {name: buffer.clone() for name, buffer in built.network.named_buffers()}
-    logits: object = None
+    output: object = None
     failure: Exception | None = None
     built.network.train()
     try:
         # Dropout uses the generator, and BatchNorm changes its statistics.
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            logits, _ = forward_with_embedding(built.network, built.heads, _images(built, size))
+            output, _ = forward_with_embedding(built.network, built.heads, _images(built, size))
     except Exception as error:
         failure = error
     built.network.eval()
     with torch.no_grad():
         for name, buffer in built.network.named_buffers():
             buffer.copy_(buffers[name])
-    if isinstance(logits, Tensor):
+    if isinstance(output, Tensor):
         return
     raised = failure is not None
+    problem = "fails" if raised else f"does not return {request.head_output} alone"
     raise ModelError(
-        f"{request.config.model} {'fails' if raised else 'does not return logits alone'} in training mode",
+        f"{request.config.model} {problem} in training mode",
         code="model.training-outputs",
         where=f"{request.where}.model",
-        got=cause(failure) if raised else type(logits).__name__,
+        got=cause(failure) if raised else type(output).__name__,
         expected=f"a tensor [B,{request.num_classes}], as in eval mode",
         next_step=f"turn auxiliary outputs off in {request.where}.kwargs, such as aux_logits: false"
         + (", or correct the network's forward" if raised else ""),
@@ -111,12 +113,12 @@ def _check_shapes(outputs: Mapping[str, object], request: BuildRequest) -> None:
     if shapes == {**expected, EMBEDDING: embedding_shape} and len(embedding_shape) == 2 and embedding_shape[0] == 2:
         return
     raise ModelError(
-        f"{request.config.model} does not return logits and an embedding",
+        f"{request.config.model} does not return the expected outputs",
         code="model.output-shape",
         where=f"{request.where}.model",
         got=f"for 2 images: {', '.join(f'{name} {shape}' for name, shape in shapes.items())}",
         expected=", ".join(f"{name} {shape}" for name, shape in {**expected, EMBEDDING: "(2, D)"}.items()),
-        next_step="check kwargs; your network can define forward_embedding(x) -> (logits, embedding)",
+        next_step=f"check kwargs; your network can define forward_embedding(x) -> ({request.head_output}, embedding)",
     )
 
 
@@ -128,7 +130,7 @@ def _check_finite(outputs: Mapping[str, Tensor], request: BuildRequest) -> None:
         code="model.not-finite",
         where=f"{request.where}.model",
         got=f"{request.config.model}, for two smooth images",
-        expected="finite logits and embedding",
+        expected=f"finite {' and '.join(outputs)}",
         next_step=f"check the weights ({request.where}.weights)",
     )
 

@@ -16,11 +16,11 @@ from pipeline.core.hashing import digest, weights_digest
 from pipeline.core.redaction import redact
 from pipeline.models.sources.torchvision import input_transform
 from pipeline.student.evaluation.loaded_run import CheckpointName, LoadedRun, load_run
-from pipeline.student.export.graphs import Classifier, check_onnx_packages, write_onnx, write_pt2
+from pipeline.student.export.graphs import StudentGraph, check_onnx_packages, write_onnx, write_pt2
 from pipeline.student.run import checkpoint
 
 ExportFormat = Literal["safetensors", "pt2", "onnx"]
-_GRAPHS: dict[ExportFormat, Callable[[Classifier, Path, Mapping[str, str]], float]] = {
+_GRAPHS: dict[ExportFormat, Callable[[StudentGraph, Path, Mapping[str, str]], float]] = {
     "pt2": write_pt2,
     "onnx": write_onnx,
 }
@@ -31,7 +31,7 @@ class ExportedModel:
     """The written file.
 
     Attributes:
-        difference: largest difference of the graph's logits from the network's; None for weights.
+        difference: largest difference of the graph's output from the network's; None for weights.
         head_left_out: the head was not trained, so the file has the backbone alone.
     """
 
@@ -54,7 +54,7 @@ def export_run(
 ) -> ExportedModel:
     """Writes the student of a run, without projectors and without a head that no loss trained.
 
-    A graph is published only if its logits equal the network's within ``TOLERANCE``.
+    A graph is published only if its output equals the network's within ``TOLERANCE``.
 
     Args:
         format: default: by the suffix of ``out_url``.
@@ -64,7 +64,7 @@ def export_run(
     Raises:
         ConfigError: there is no such run, it is not finished, the format is unknown, a package is missing, or the
             format is a graph and the student's head was not trained.
-        ModelError: the network cannot be exported as a graph, or the graph's logits differ.
+        ModelError: the network cannot be exported as a graph, or the graph's output differs.
         StorageInputError: ``out_url`` is refused or cannot be written.
     """
     chosen = format or _format_of(out_url)
@@ -81,8 +81,8 @@ def export_run(
         path = folder / f"student.{chosen}"
         difference = None
         if chosen in _GRAPHS:
-            classifier = Classifier(run.student.module, run.student.input, normalizes=with_normalization).eval()
-            difference = _GRAPHS[chosen](classifier, path, metadata)
+            graph = StudentGraph(run.student.module, run.student.input, normalizes=with_normalization).eval()
+            difference = _GRAPHS[chosen](graph, path, metadata)
         else:
             _write_weights(run, path, metadata, left_out)
         size_bytes = path.stat().st_size
@@ -155,7 +155,7 @@ def _untrained_head(run: LoadedRun, format: ExportFormat, run_url: str) -> list[
     """Names of the head's tensors if no loss trained it, which a file of weights leaves out.
 
     Raises:
-        ConfigError: a graph would return the logits of such a head.
+        ConfigError: a graph would return the output of such a head.
     """
     if run.head_trained:
         return []

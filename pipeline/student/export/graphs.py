@@ -19,7 +19,7 @@ from pipeline.core.errors import ConfigError, ModelError, cause
 from pipeline.models import EmbeddingModel, InputSpec
 
 TOLERANCE = 1e-4
-"""Largest difference of a graph's logits from the network's, relative to the largest logit: backends reorder sums."""
+"""Largest difference of a graph's output from the network's, relative to its largest number: backends reorder sums."""
 
 METADATA_FILE = "stillroom.json"
 """The name of the metadata inside a ``.pt2``."""
@@ -28,16 +28,20 @@ _CHECKED_BATCHES = (1, 3)
 _ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
-class Classifier(nn.Module):
-    """forward(images_NCHW) -> logits [N,K], without the embedding.
+class StudentGraph(nn.Module):
+    """forward(images_NCHW) -> what the student's head returns, [N,…], without the embedding.
 
     Args:
         normalizes: the input is uint8 RGB instead of normalised float32.
+
+    Attributes:
+        output: the name of what the head returns.
     """
 
     def __init__(self, model: EmbeddingModel, spec: InputSpec, *, normalizes: bool) -> None:
         super().__init__()
         self.model, self.size, self.normalizes = model, spec.size, normalizes
+        self.output = model.head_output
         self.register_buffer("mean_C", torch.tensor(spec.mean), persistent=False)
         self.register_buffer("std_C", torch.tensor(spec.std), persistent=False)
 
@@ -54,37 +58,37 @@ class Classifier(nn.Module):
         return torch.randn(shape, generator=generator)
 
 
-def write_pt2(classifier: Classifier, path: Path, metadata: Mapping[str, str]) -> float:
+def write_pt2(student: StudentGraph, path: Path, metadata: Mapping[str, str]) -> float:
     """Writes a ``torch.export`` program for any batch size, with its metadata in ``stillroom.json``. Returns the
-    largest difference of its logits from the network's.
+    largest difference of its output from the network's.
 
     Raises:
-        ModelError: the network is not exportable for any batch size, or the program's logits differ.
+        ModelError: the network is not exportable for any batch size, or the program's output differs.
     """
-    torch.export.save(_program(classifier), path, extra_files={METADATA_FILE: json.dumps(dict(metadata))})
-    return _largest_difference(classifier, torch.export.load(path).module(), "torch.export")
+    torch.export.save(_program(student), path, extra_files={METADATA_FILE: json.dumps(dict(metadata))})
+    return _largest_difference(student, torch.export.load(path).module(), "torch.export")
 
 
-def write_onnx(classifier: Classifier, path: Path, metadata: Mapping[str, str]) -> float:
-    """Writes ONNX for any batch size: input ``images``, output ``logits``, metadata in the model's properties.
+def write_onnx(student: StudentGraph, path: Path, metadata: Mapping[str, str]) -> float:
+    """Writes ONNX for any batch size: input ``images``, output by its name, metadata in the model's properties.
 
     Raises:
         ConfigError: a package is missing.
         ModelError: as ``write_pt2``, or an operator has no ONNX form.
     """
     check_onnx_packages()
-    program = _program(classifier)
+    program = _program(student)
     try:
         onnx = torch.onnx.export(
-            program, dynamo=True, input_names=["images"], output_names=[classifier.model.head_output], verbose=False
+            program, dynamo=True, input_names=["images"], output_names=[student.output], verbose=False
         )
         assert onnx is not None, "without a file the exporter returns the program"
         onnx.model.metadata_props.update(metadata)
         onnx.save(path, external_data=False)
-        run = _onnx_runner(path)
+        run = _onnx_runner(path, student.output)
     except Exception as error:
         raise _no_graph("ONNX", error) from error
-    return _largest_difference(classifier, run, "ONNX Runtime")
+    return _largest_difference(student, run, "ONNX Runtime")
 
 
 def check_onnx_packages() -> None:
@@ -102,10 +106,10 @@ def check_onnx_packages() -> None:
         )
 
 
-def _program(classifier: Classifier) -> ExportedProgram:
+def _program(student: StudentGraph) -> ExportedProgram:
     try:
         with torch.no_grad():
-            return torch.export.export(classifier, (classifier.noise(2),), dynamic_shapes=({0: Dim("batch")},))
+            return torch.export.export(student, (student.noise(2),), dynamic_shapes=({0: Dim("batch")},))
     except Exception as error:
         raise _no_graph("torch.export", error) from error
 
@@ -120,42 +124,42 @@ def _no_graph(kind: str, error: Exception) -> ModelError:
     )
 
 
-def _onnx_runner(path: Path) -> Callable[[Tensor], Tensor]:
+def _onnx_runner(path: Path, output: str) -> Callable[[Tensor], Tensor]:
     # Optional; check_onnx_packages has found it.
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
     def run(images_NCHW: Tensor) -> Tensor:
-        (logits_NK,) = session.run(["logits"], {"images": images_NCHW.numpy()})
-        return torch.from_numpy(np.asarray(logits_NK))
+        (values,) = session.run([output], {"images": images_NCHW.numpy()})
+        return torch.from_numpy(np.asarray(values))
 
     return run
 
 
 @torch.no_grad()
-def _largest_difference(classifier: Classifier, graph: Callable[[Tensor], Any], kind: str) -> float:
+def _largest_difference(student: StudentGraph, graph: Callable[[Tensor], Any], kind: str) -> float:
     largest = 0.0
     for count in _CHECKED_BATCHES:
-        images_NCHW = classifier.noise(count)
-        expected_NK = classifier(images_NCHW)
+        images_NCHW = student.noise(count)
+        expected = student(images_NCHW)
         try:
-            got_NK = graph(images_NCHW)
+            got = graph(images_NCHW)
         except Exception as error:
             raise _no_graph(f"{kind} for {count} images", error) from error
-        largest = max(largest, _difference(got_NK, expected_NK, kind))
+        largest = max(largest, _difference(got, expected, student.output, kind))
     return largest
 
 
-def _difference(got_NK: Tensor, expected_NK: Tensor, kind: str) -> float:
-    difference = float((got_NK - expected_NK).abs().max()) if got_NK.shape == expected_NK.shape else math.inf
-    if not difference <= TOLERANCE * float(expected_NK.abs().max()):
+def _difference(got: Tensor, expected: Tensor, output: str, kind: str) -> float:
+    difference = float((got - expected).abs().max()) if got.shape == expected.shape else math.inf
+    if not difference <= TOLERANCE * float(expected.abs().max()):
         raise ModelError(
-            f"the graph's logits differ from the network's ({kind})",
+            f"the graph's output differs from the network's ({kind})",
             code="export.graph-differs",
             where="student.model",
-            got=f"logits {tuple(got_NK.shape)} that differ by up to {difference:.2g}",
-            expected=f"logits {tuple(expected_NK.shape)} within {TOLERANCE:g} of the largest",
+            got=f"{output} {tuple(got.shape)} that differ by up to {difference:.2g}",
+            expected=f"{output} {tuple(expected.shape)} within {TOLERANCE:g} of the largest",
             next_step="export to another format",
         )
     return difference
