@@ -29,22 +29,33 @@ from pipeline.shards.shard_head import read_shard_head
 from pipeline.shards.tar import read_samples
 from pipeline.shards.writer import pack_shards
 from pipeline.student.distributed import DistributedContext
+from pipeline.student.evaluation.metrics import (
+    METRIC_SETS,
+    EvaluationScope,
+    Metric,
+    MetricSet,
+    MetricSums,
+    Outputs,
+    RowMeans,
+)
 from pipeline.student.losses import LOSS_TASKS, LOSSES, PARAMETERS, Parameter
 from pipeline.student.losses.registry import register
 from pipeline.student.training.config_checks import check_config
 from pipeline.student.training.setup import prepare
 from pipeline.student.training.train_step import TrainStep
+from pipeline.student.training.trainer import train
 from pipeline.tasks import Targets, task_of
 from pipeline.teacher.inference import load_teacher
 from pipeline.teacher.rendering import GroupViews, Rendering, indexed_samples, read_groups
 from schemas.cache_format import ViewBlock, index_schema
-from schemas.config import Config, LossSection, ViewsConfig
+from schemas.config import Config, DataConfig, LossSection, ViewsConfig
 from tests.errors import raises
 from tests.pipeline.cache.verify.forge import replace_commit, republish
 from tests.pipeline.caches import TinyCache, cache_section, digit_samples, open_tasks, read_commits, shard_urls
 from tests.pipeline.conftest import TinyConfig
 from tests.pipeline.shards.tars import data_config, image_bytes, make_tar
-from tests.pipeline.student.runs import run_config
+from tests.pipeline.student.evaluation.test_evaluator import one_by_one
+from tests.pipeline.student.runs import evaluations, run_config, state_of
 from tests.pipeline.tasks.second_task import Point
 
 # The schema lists the tasks of the product.
@@ -271,3 +282,53 @@ def test_a_loss_of_another_task_and_an_output_that_the_cache_lacks_are_refused(
     monkeypatch.setitem(PARAMETERS, "teacher_x_B1", Parameter("teacher output", "y"))
     with raises("cache.no-output"):
         prepare(training, DistributedContext())
+
+
+class ErrorSums(MetricSums):
+    def __init__(self, data: DataConfig, scope: EvaluationScope, device: torch.device) -> None:
+        assert (data.label, scope.head_trained, device.type) == ("point", True, "cpu")
+        self._means = RowMeans(["x/error"])
+
+    def add(self, student: Outputs, teacher: Outputs | None, targets: Targets) -> None:
+        assert teacher is None
+        error_N = (student["x"][:, 0] - torch.from_numpy(targets["x"])).abs()
+        self._means.add("x/error", float(error_N.sum()), len(error_N))
+
+    def finish(self, distributed: DistributedContext) -> dict[str, float | None]:
+        return self._means.over_ranks(distributed)
+
+
+ERROR = MetricSet(
+    metrics=(Metric(key="x/error", title="error of x", unit="none", higher_is_better=False, needs=("targets",)),),
+    selection=("x/error",),
+    table=("x/error",),
+    sums=ErrorSums,
+)
+
+
+# The schema has no section of this loss.
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
+def test_a_training_is_evaluated_and_selects_its_best_checkpoint_by_the_tasks_metric(
+    training: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METRIC_SETS, Point.name, lambda _: ERROR)
+    shards = tuple(shard_urls(training).values())
+    data = training.data.model_copy(update={"val_shards": shards})
+    train_keys = training.train.model_copy(update={"epochs": 4, "lr": 0.05})
+    config = training.model_copy(update={"data": data, "train": train_keys})
+    events: list[dict[str, object]] = []
+    summary = train(config, report=events.append)
+    errors = [line["x/error"] for line in evaluations(tmp_path / "run")]
+    assert len(errors) == 4
+    # A student that returns 0 has an error of 17.
+    assert min(errors) < 14
+    assert [event["x/error"] for event in events if event["kind"] == "eval"] == errors
+    assert (summary["x/error"], summary["best_x/error"]) == (errors[-1], min(errors))
+    state = state_of(tmp_path / "run", "checkpoints/best.pt")
+    assert state["best"] == {"metric": "x/error", "value": min(errors)}
+    setup = prepare(config, DistributedContext())
+    setup.student.module.model.network.load_state_dict(state["model"])
+    spec = setup.student.input_spec
+    x_N1, target_N = one_by_one(config, setup.student.module.model.eval(), spec, output="x", target="x")
+    setup.close()
+    assert min(errors) == pytest.approx((x_N1[:, 0] - target_N).abs().mean().item(), rel=1e-5)

@@ -63,9 +63,11 @@ def teacher_of(config: Config) -> Teacher:
     return load_teacher(config.teacher, widths={"logits": 10}, size=config.views.size, device=CPU)
 
 
-def one_by_one(config: Config, module: Any, spec: InputSpec, *, output: str = "logits") -> tuple[Tensor, Tensor]:
-    """Logits (or another output) and labels, image by image: the central square of 7/8 of the shorter side,
-    resized, normalised."""
+def one_by_one(
+    config: Config, module: Any, spec: InputSpec, *, output: str = "logits", target: str = "label"
+) -> tuple[Tensor, Tensor]:
+    """Logits (or another output) and labels (or another target), image by image: the central square of 7/8 of the
+    shorter side, resized, normalised."""
     logits, labels = list[Tensor](), list[int]()
     mean, std = (torch.tensor(values)[:, None, None] for values in (spec.mean, spec.std))
     for url in shard_urls(config).values():
@@ -79,7 +81,7 @@ def one_by_one(config: Config, module: Any, spec: InputSpec, *, output: str = "l
                 view = apply_view(image, box, False, size=spec.size, interpolation=spec.interpolation)
                 with torch.no_grad():
                     logits.append(module(((view / 255 - mean) / std)[None])[output][0])
-                labels.append(int(index.targets["label"][row]))
+                labels.append(int(index.targets[target][row]))
     return torch.stack(logits), torch.tensor(labels)
 
 
