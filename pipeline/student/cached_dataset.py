@@ -129,7 +129,9 @@ class CachedDataset(Dataset[CachedBatch]):
     @property
     def num_classes(self) -> int:
         """K, the number of classes."""
-        return self._spec.num_classes
+        num_classes = self._spec.data.num_classes
+        assert num_classes is not None, "a cache has it"
+        return num_classes
 
     @property
     def num_views(self) -> int:

@@ -126,13 +126,13 @@ def check_online_class_means(config: Config, loss: CompositeLoss, spec: Supervis
         assert cache is not None, "ensured by check_config"
         where = f"{name}.class_means: {redact(cache.url)}"
         CLASS_MEANS.check_stored(cache, where=where)
-        if cache.header.num_classes != spec.num_classes:
+        if cache.header.num_classes != spec.data.num_classes:
             raise ConfigError(
                 "these class means have a different number of classes",
                 code="config.class-means-mismatch",
                 where=where,
                 got=f"K = {cache.header.num_classes}",
-                expected=f"K = {spec.num_classes}, data.num_classes",
+                expected=f"K = {spec.data.num_classes}, data.num_classes",
             )
 
 

@@ -15,6 +15,7 @@ from pipeline.core.redaction import redact
 from pipeline.shards.index import index_settings
 from pipeline.student.data.ensemble import check_same_plans
 from pipeline.student.run import checkpoint
+from pipeline.tasks import task_of
 from schemas.config import Config, DataConfig, StudentConfig, ViewsConfig
 
 _TEACHER_KEYS = ("model", "kwargs", "mean", "std", "interpolation")
@@ -22,7 +23,7 @@ _TEACHER_KEYS = ("model", "kwargs", "mean", "std", "interpolation")
 
 @dataclass(frozen=True, slots=True)
 class SupervisionSpec:
-    """Views, classes, sizes and caches of a run, whether a cache or the config specifies them.
+    """Data, views, sizes and caches of a run, whether a cache or the config specifies them.
 
     Attributes:
         data: with the reading rules of the caches.
@@ -36,7 +37,6 @@ class SupervisionSpec:
     data: DataConfig
     plan: ViewsConfig
     student_views: ViewsConfig | None
-    num_classes: int
     size: int | None
     caches: tuple[TeacherCache, ...]
     means_caches: tuple[TeacherCache | None, ...] = ()
@@ -65,14 +65,12 @@ def resolve_spec(config: Config) -> SupervisionSpec:
         ConfigError: the config names one teacher or no size where there are several.
     """
     if config.teacher.mode != "cache":
-        require(config, "data.num_classes", command=f"teacher.mode={config.teacher.mode}")
-        assert config.data.num_classes is not None
+        require(config, *task_of(config.data).required_keys, command=f"teacher.mode={config.teacher.mode}")
         _check_one_size(teacher_sizes(config), config.student)
         return SupervisionSpec(
             data=config.data,
             plan=config.views,
             student_views=student_views(config, config.views),
-            num_classes=config.data.num_classes,
             size=config.views.size,
             caches=(),
             means_caches=_means_caches(config),
@@ -104,7 +102,6 @@ def spec_of_caches(
         data=data,
         plan=plan_of(first.header),
         student_views=None,
-        num_classes=first.header.num_classes,
         size=min(sizes),
         caches=caches,
     )

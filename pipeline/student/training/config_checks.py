@@ -108,14 +108,14 @@ def _check_review(config: Config) -> None:
 
 def _check_gathers(config: Config) -> None:
     """Relations over all ranks cover the rows of one backward pass, and a step that accumulates has several."""
-    gathers = any(isinstance(term, DistLoss) and term.gather for term in config.loss)
-    if gathers and config.train.accumulate > 1:
+    gathering = [term.name for term in config.loss if getattr(term, "gather", False)]
+    if gathering and config.train.accumulate > 1:
         raise ConfigError(
-            "dist gathers the rows of a step, and a micro-batch has only some of them",
+            f"{gathering[0]} gathers the rows of a step, and a micro-batch has only some of them",
             code="config.gather-accumulate",
             where="train.accumulate",
             got=config.train.accumulate,
-            expected="1 with gather: true of dist",
+            expected=f"1 with gather: true of {gathering[0]}",
             next_step="set train.accumulate=1, or gather: false, which relates the rows of one micro-batch",
         )
 
