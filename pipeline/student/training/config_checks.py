@@ -26,7 +26,7 @@ from pipeline.student.supervision.requirements import (
 )
 from pipeline.student.supervision.spec import SupervisionSpec, resolve_spec, student_views, teacher_sizes
 from pipeline.tasks import task_of
-from schemas.config import Config, DataConfig, DistLoss
+from schemas.config import Config, DataConfig
 
 _LOOK_UPS = 16
 # A teacher's outputs depend on these keys and the input size.
