@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from rich.table import Table
 
 from jobs.observability.log import emit
 from jobs.recipes.document import Recipe, RunSpec
+from jobs.recipes.images import Entry, Pairs, image_difference, run_names, write_images
 from jobs.recipes.runs import Row
 from pipeline import storage
 from pipeline.core.errors import ConfigError
@@ -24,9 +25,6 @@ from pipeline.core.significance import MIN_SEEDS, Comparison, Interval, compare,
 from pipeline.student.evaluation.metrics import Metric
 
 Tree = dict[str, Any]
-Entry = dict[str, Any]
-"""The numbers of one run, by their names in ``results.json``; runs of a grid also have ``epochs`` and ``seed``."""
-
 _RESULTS = "results.json"
 # The key of ``runs`` in files of versions before 0.1.0.
 _FORMER_RUNS_KEY = "cells"
@@ -50,7 +48,7 @@ class Results:
 
 def write_results(recipe: Recipe, results: Results) -> Path:
     """Writes ``results.json``: the metrics of the table and seconds of the teacher and each run. Earlier results stay,
-    unless their student or run was removed.
+    unless their student or run was removed. The metrics of each image are written next to it.
 
     Raises:
         ConfigError: the existing file contains no results.
@@ -71,6 +69,8 @@ def write_results(recipe: Recipe, results: Results) -> Path:
             "runs": [entry for entry in entries if "seed" in entry],
         }
         tree = {key: value for key, value in tree.items() if value}
+        images = {run.name: row.evaluation.images for run, row in results.runs}
+        write_images(recipe.out, {name: table for name, table in images.items() if table is not None})
         storage.write(str(path), json.dumps(tree, indent=2).encode() + b"\n")
     return path
 
@@ -129,9 +129,8 @@ def _key(entry: Entry) -> tuple[str, int, int]:
 
 def _exists(recipe: Recipe, entry: Entry) -> bool:
     """Whether the document has the student, and the folder of the run exists."""
-    student, epochs, seed = _key(entry)
-    names = {student} if "seed" not in entry else {f"{student}-epochs{epochs}-seed{seed}", f"{student}-seed{seed}"}
-    return student in recipe.document.students and any((recipe.out / "students" / name).is_dir() for name in names)
+    is_stored = any((recipe.out / "students" / name).is_dir() for name in run_names(entry))
+    return entry["student"] in recipe.document.students and is_stored
 
 
 def _entry(recipe: Recipe, run: RunSpec, row: Row) -> Entry:
@@ -162,18 +161,20 @@ def print_tables(recipe: Recipe, tree: Tree) -> None:
             scale = metric.scale
             console.print(_grid_table(metric.heading, tree["runs"], metric.key, scale.factor, scale.digits))
         console.print(_grid_table("seconds", tree["runs"], "seconds", 1, 0))
-        _print_comparisons(recipe, tree["runs"], console)
-    console.print("one teacher and one set of test images: no interval contains their variance")
+    if "runs" in tree or recipe.document.compared:
+        _print_comparisons(recipe, _entries(tree), console)
+    console.print("one teacher: no interval contains its variance")
 
 
 def _print_comparisons(recipe: Recipe, runs: Sequence[Entry], console: Console) -> None:
     if not recipe.document.compared:
-        console.print("the recipe names no baseline: no difference between students is tested")
+        console.print("the recipe names no baseline, so no difference between students is tested")
         return
     for metric in recipe.metrics.columns:
         console.print(_comparison_table(recipe, runs, metric))
     console.print("differences are paired by seed; p is that of the t-test after Holm's correction over the table")
     console.print("distinguished: p < 0.05; no effect: the interval is within the margin of the recipe")
+    console.print("over images: the bootstrap interval of the same difference for these runs, over n test images")
 
 
 def _table(recipe: Recipe, entries: Mapping[str, Entry]) -> Table:
@@ -197,7 +198,8 @@ def _grid_table(heading: str, runs: Sequence[Entry], key: str, factor: float, di
     for epochs in lengths:
         table.add_column(f"{epochs} epochs", justify="right")
     for student in dict.fromkeys(run["student"] for run in runs):
-        columns = (_scaled(_by_seed(runs, student, epochs, key).values(), factor) for epochs in lengths)
+        by_length = (_by_seed(runs, student, epochs, key).values() for epochs in lengths)
+        columns = ([factor * run[key] for run in runs_of] for runs_of in by_length)
         table.add_row(student, *(interval_text(seed_interval(values_S), digits) for values_S in columns))
     return table
 
@@ -205,37 +207,39 @@ def _grid_table(heading: str, runs: Sequence[Entry], key: str, factor: float, di
 def _comparison_table(recipe: Recipe, runs: Sequence[Entry], metric: Metric) -> Table:
     """A Markdown table with a row for each student, baseline and number of epochs."""
     table = Table(metric.heading.replace("%", "points"), box=box.MARKDOWN)
-    for heading in ("baseline", "epochs", "difference", "p", "verdict"):
+    for heading in ("baseline", "epochs", "difference", "p", "verdict", "over images"):
         table.add_column(heading, justify="right" if heading in ("epochs", "difference") else "left")
-    margin = recipe.document.margins.get(metric.key)
-    rows = _differences(recipe, runs, metric.key)
-    comparisons = compare([_scaled(values_S, metric.scale.factor) for *_, values_S in rows], [margin] * len(rows))
-    for (student, baseline, epochs, _), comparison in zip(rows, comparisons, strict=True):
-        difference = interval_text(comparison.difference, metric.scale.digits + 1, sign="+")
-        table.add_row(student, baseline, f"{epochs}", difference, *_verdict_texts(comparison, margin))
+    margin, digits = recipe.document.margins.get(metric.key), metric.scale.digits + 1
+    rows = _compared_runs(recipe, runs, metric.key)
+    differences = [[metric.scale.factor * (a[metric.key] - b[metric.key]) for a, b in pairs] for *_, pairs in rows]
+    comparisons = compare(differences, [margin] * len(rows))
+    for (student, baseline, epochs, pairs), comparison in zip(rows, comparisons, strict=True):
+        over_seeds = interval_text(comparison.difference, digits, sign="+")
+        over_images = image_difference(recipe.out, pairs, metric.key, metric.scale.factor)
+        bounds = "-" if over_images is None else f"{over_images.low:+.{digits}f} to {over_images.high:+.{digits}f}"
+        bounds += "" if over_images is None else f" (n = {over_images.n})"
+        names = student, baseline, "-" if epochs is None else str(epochs)
+        table.add_row(*names, over_seeds, *_verdict_texts(comparison, margin), bounds)
     return table
 
 
-def _differences(recipe: Recipe, runs: Sequence[Entry], key: str) -> list[tuple[str, str, int, list[float]]]:
-    """For each student, baseline and number of epochs that both have, the difference of each seed that both have."""
-    rows: list[tuple[str, str, int, list[float]]] = []
+def _compared_runs(recipe: Recipe, runs: Sequence[Entry], key: str) -> list[tuple[str, str, int | None, Pairs]]:
+    """For each student, baseline and number of epochs that both have, the runs with the same seed."""
+    rows: list[tuple[str, str, int | None, Pairs]] = []
+    lengths = dict.fromkeys(run.get("epochs") for run in sorted(runs, key=lambda run: run.get("epochs") or 0))
     for student, baseline in recipe.document.compared:
-        for epochs in sorted({run["epochs"] for run in runs}):
-            values, others = (_by_seed(runs, name, epochs, key) for name in (student, baseline))
-            differences_S = [values[seed] - others[seed] for seed in values if seed in others]
-            if values and others:
-                rows.append((student, baseline, epochs, differences_S))
+        for epochs in lengths:
+            runs_of, others = (_by_seed(runs, name, epochs, key) for name in (student, baseline))
+            if runs_of and others:
+                pairs = [(run, others[seed]) for seed, run in runs_of.items() if seed in others]
+                rows.append((student, baseline, epochs, pairs))
     return rows
 
 
-def _by_seed(runs: Sequence[Entry], student: str, epochs: int, key: str) -> dict[int, float]:
-    """The measured values of a student's runs of one length."""
-    chosen = [run for run in runs if (run["student"], run["epochs"]) == (student, epochs)]
-    return {run["seed"]: run[key] for run in chosen if run[key] is not None}
-
-
-def _scaled(values: Iterable[float], factor: float) -> list[float]:
-    return [factor * value for value in values]
+def _by_seed(runs: Sequence[Entry], student: str, epochs: int | None, key: str) -> dict[int | None, Entry]:
+    """The runs of a student and length in which a metric was measured."""
+    chosen = [run for run in runs if (run["student"], run.get("epochs")) == (student, epochs)]
+    return {run.get("seed"): run for run in chosen if run[key] is not None}
 
 
 def interval_text(interval: Interval, digits: int, *, sign: str = "") -> str:

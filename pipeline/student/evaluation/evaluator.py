@@ -5,13 +5,14 @@ Always in fp32, whatever the training precision: the metrics are those of the we
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Generator, Iterator, Mapping
+from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
+import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
@@ -161,18 +162,20 @@ class Evaluator:
         modes = {module: module.training for network in networks for module in network.modules()}
         for network in networks:
             network.eval()
-        metrics, distributed, num_rows = metrics_of(self.data), self.distributed, 0
+        metrics, distributed = metrics_of(self.data), self.distributed
         sums = metrics.sums(self.data, scope, distributed.device)
+        images: list[tuple[str, pa.StringArray]] = []
         try:
             for url in self.rank_urls:
                 index = self._add_shard(url, model, spec, teacher, sums, scope.projector)
-                num_rows += index.num_ok
+                images.append((index.shard_id, index.keys.take(pa.array(index.ok))))
                 if on_index is not None:
                     on_index(index)
         finally:
             for module, was_training in modes.items():
                 module.training = was_training
-        total_rows = int(distributed.sum(torch.tensor(num_rows, device=distributed.device)))
+        num_rows = torch.tensor(sum(len(keys) for _, keys in images), device=distributed.device)
+        total_rows = int(distributed.sum(num_rows))
         if not total_rows:
             raise ConfigError(
                 "there are no images to evaluate on",
@@ -186,6 +189,7 @@ class Evaluator:
             num_rows=total_rows,
             metrics={metric.key: values[metric.key] for metric in metrics.metrics},
             head_trained=scope.head_trained,
+            images=_images(images, sums),
         )
 
     @torch.inference_mode()
@@ -229,6 +233,14 @@ class Evaluator:
             lease = NodeStore.of(self.data).acquire_url(url)
         with lease as file, ThreadPoolExecutor(self.num_threads) as pool:
             yield _OpenShard(url, file.path, pool, self.data, self.plan)
+
+
+def _images(images: Sequence[tuple[str, pa.StringArray]], sums: MetricSums) -> pa.Table:
+    """See ``Evaluation.images``."""
+    shards = pa.array([shard for shard, keys in images for _ in range(len(keys))], pa.string())
+    samples = pa.chunked_array([keys for _, keys in images], pa.string())
+    values = {key: pa.array(values_N.numpy(), from_pandas=True) for key, values_N in sums.by_row().items()}
+    return pa.table({"shard": shards, "sample": samples, **values})
 
 
 def _student_outputs(

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 from pydantic import ValidationError
-from scipy.stats import ttest_rel
+from scipy.stats import bootstrap, ttest_rel
 
 from jobs.recipes.document import Recipe, RunSpec
 from jobs.recipes.runs import Row
@@ -109,6 +114,7 @@ def grid_of(num_seeds: int) -> Results:
     )
 
 
+COMPARISON = ["top-1, points", "baseline", "epochs", "difference", "p", "verdict", "over images"]
 BASELINES = {"kd": "ce", "kd++": ["kd"], "noise": ["ce"]}
 
 
@@ -117,7 +123,7 @@ def test_differences_of_students_have_a_paired_interval_and_a_verdict(
 ) -> None:
     document = {"students": {name: {} for name in TOP1}, "grid": {}, "baseline": BASELINES, "margins": {"top1": 0.5}}
     rows = cells(printed(grid_of(5), tmp_path, capsys, **document))
-    first = rows.index(["top-1, points", "baseline", "epochs", "difference", "p", "verdict"])
+    first = rows.index(COMPARISON)
     table = rows[first + 2 : first + 5]
     assert [(line[0], line[1], line[2], line[5]) for line in table] == [
         ("kd", "ce", "24", "distinguished"),
@@ -133,6 +139,87 @@ def test_differences_of_students_have_a_paired_interval_and_a_verdict(
     assert float(table[2][4]) == pytest.approx(corrected, abs=0.0005)
 
 
+def evaluated_images(hits: Sequence[float | None], shard: str = "val-00") -> pa.Table:
+    samples = [f"image{number}" for number in range(len(hits))]
+    return pa.table({"shard": [shard] * len(hits), "sample": samples, "top1": pa.array(hits, pa.float64())})
+
+
+def with_images(run: RunSpec, hits: Sequence[float | None], **images: Any) -> tuple[RunSpec, Row]:
+    counted = [hit for hit in hits if hit is not None]
+    measured = row(sum(counted) / len(counted))
+    return run, replace(measured, evaluation=replace(measured.evaluation, images=evaluated_images(hits, **images)))
+
+
+def images_column(text: str) -> list[str]:
+    """Of the comparisons in top-1."""
+    rows = cells(text)
+    lines = rows[rows.index(COMPARISON) + 2 :]
+    return [line[6] for line in takewhile(lambda line: len(line) == 7 and line[0] != AGREEMENT, lines)]
+
+
+AGREEMENT = "agreement with the teacher, points"
+
+
+def test_a_difference_has_an_interval_over_images_of_its_mean_over_seeds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    random = np.random.default_rng(0)
+    hits = {
+        (name, seed): (random.random(500) < share) for name, share in (("kd", 0.7), ("online", 0.6)) for seed in (0, 1)
+    }
+    runs = tuple(with_images(run_of(name, 8, seed), values.astype(float)) for (name, seed), values in hits.items())
+    text = printed(Results(None, runs), tmp_path, capsys, grid={}, baseline={"kd": "online"})
+    difference_N = np.mean([hits["kd", seed].astype(float) - hits["online", seed] for seed in (0, 1)], axis=0)
+    expected = bootstrap((100 * difference_N,), np.mean, method="percentile", rng=np.random.default_rng(1))
+    (cell,) = images_column(text)
+    low, to, high, *count = cell.split()
+    assert (to, " ".join(count)) == ("to", "(n = 500)")
+    # The bounds of two bootstraps with 10,000 samples; the interval is about 8 points wide.
+    assert (float(low), float(high)) == pytest.approx(tuple(expected.confidence_interval), abs=0.3)
+
+
+def test_images_that_do_not_count_for_a_metric_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Without a grid, the folder of a run has the name of its student.
+    kd, online = (
+        RunSpec(name, 8, 0, Config.model_validate({"run": {"url": f"/runs/{name}"}})) for name in ("kd", "online")
+    )
+    runs = (with_images(kd, [1, None, 1]), with_images(online, [0, None, 0]))
+    text = printed(Results(None, runs), tmp_path, capsys, baseline={"kd": "online"})
+    assert images_column(text) == ["+100.00 to +100.00 (n = 2)"]
+    assert "+100.00 (n = 1)" in text
+
+
+def test_without_the_same_stored_images_a_difference_has_no_interval_over_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kd = with_images(run_of("kd", 8, 0), [1, 0])
+    others = (
+        (run_of("online", 8, 0), row(0.5)),
+        with_images(run_of("online", 8, 0), [0, 1], shard="other"),
+        with_images(run_of("online", 8, 0), [0, 1, 1]),
+    )
+    for number, other in enumerate(others):
+        text = printed(Results(None, (kd, other)), tmp_path / str(number), capsys, grid={}, baseline={"kd": "online"})
+        assert images_column(text) == ["-"]
+
+
+def test_images_of_an_earlier_run_of_the_recipe_are_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(recipe_of(tmp_path, grid={}), Results(None, (with_images(run_of("online", 8, 0), [0, 1, 0]),)))
+    results = Results(None, (with_images(run_of("kd", 8, 0), [1, 1, 1]),))
+    text = printed(results, tmp_path, capsys, grid={}, baseline={"kd": "online"})
+    assert images_column(text)[0].endswith("(n = 3)")
+
+
+def test_a_damaged_file_of_images_is_reported(tmp_path: Path) -> None:
+    runs = tuple(with_images(run_of(name, 8, 0), [1, 0]) for name in ("kd", "online"))
+    recipe = recipe_of(tmp_path, grid={}, baseline="kd")
+    write(recipe, Results(None, runs))
+    path = tmp_path / "images" / "online-epochs8-seed0.parquet"
+    path.write_bytes(path.read_bytes()[:-20])
+    with raises("recipe.results-damaged", ConfigError, where=str(path)):
+        print_tables(recipe, read_results(recipe))
+
+
 def test_only_runs_of_equal_length_and_seed_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = (
         *((run_of("kd", 8, seed), row(0.5)) for seed in (0, 1, 2)),
@@ -140,7 +227,7 @@ def test_only_runs_of_equal_length_and_seed_are_compared(tmp_path: Path, capsys:
         (run_of("online", 24, 0), row(0.9)),
     )
     rows = cells(printed(Results(None, runs), tmp_path, capsys, grid={}, baseline="kd"))
-    first = rows.index(["top-1, points", "baseline", "epochs", "difference", "p", "verdict"])
+    first = rows.index(COMPARISON)
     assert rows[first + 2][:4] == ["online", "kd", "8", "+10.00 ± 0.00 (n = 2)"]
     assert rows[first + 3][0].startswith("agreement")
 
@@ -148,7 +235,7 @@ def test_only_runs_of_equal_length_and_seed_are_compared(tmp_path: Path, capsys:
 def test_two_seeds_get_no_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     document = {"students": {name: {} for name in TOP1}, "grid": {}, "baseline": "ce", "margins": {"top1": 50}}
     text = printed(grid_of(2), tmp_path, capsys, **document)
-    verdicts = [line[5] for line in cells(text) if len(line) == 6 and line[1] == "ce"]
+    verdicts = [line[5] for line in cells(text) if len(line) == 7 and line[1] == "ce"]
     assert set(verdicts) == {"not resolved: n < 3"}
     # Three students, for top-1 and agreement.
     assert len(verdicts) == 6
@@ -159,7 +246,7 @@ def test_a_table_states_what_its_intervals_lack(tmp_path: Path, capsys: pytest.C
     for number, results in enumerate((grid_of(3), Results(None, ((run_of("kd", 8, 0), row(0.7)),)))):
         grid = {} if number == 0 else None
         text = printed(results, tmp_path / str(number), capsys, students=students, grid=grid)
-        assert "one teacher and one set of test images" in text
+        assert "one teacher: no interval contains its variance" in text
         assert ("no baseline" in text) == (number == 0)
         assert ("(n = 1)" in text) == (number == 1)
         assert "distinguished" not in text

@@ -43,7 +43,9 @@ class ClassificationSums(MetricSums):
         is_labelled_N = label_N != NO_LABEL
         logits_MK, label_M = logits_NK[is_labelled_N], label_N[is_labelled_N].long()
         rank_M = class_ranks(logits_MK.numpy(), label_M.numpy())
-        self._means.add("top1", int((rank_M < 1).sum()), len(rank_M))
+        hit_N = torch.full((len(label_N),), torch.nan, dtype=torch.float64)
+        hit_N[is_labelled_N] = torch.from_numpy(rank_M < 1).double()
+        self._means.add_each("top1", hit_N)
         self._means.add("top5", int((rank_M < 5).sum()), len(rank_M))
         if len(label_M):
             # torchmetrics would take logits that lie in [0, 1] for probabilities.
@@ -55,13 +57,16 @@ class ClassificationSums(MetricSums):
         hits = int((class_N == label_N.numpy()).sum())
         self._means.add("teacher_top1", hits, int((label_N != NO_LABEL).sum()))
         if self._scope.head_trained:
-            agreed = int((predicted_classes(student[LOGITS].numpy()) == class_N).sum())
-            self._means.add("agreement", agreed, num_rows)
+            agrees_N = predicted_classes(student[LOGITS].numpy()) == class_N
+            self._means.add_each("agreement", torch.from_numpy(agrees_N).double())
             log_p, log_q = (outputs[LOGITS].double().log_softmax(1) for outputs in (teacher, student))
             self._means.add("kl", float(kl_div(log_q, log_p, reduction="sum", log_target=True)), num_rows)
         if self._scope.projector is not None:
             cosine_N = cosine_similarity(student[EMBEDDING].double(), teacher[EMBEDDING].double())
             self._means.add("cosine", float(cosine_N.sum()), num_rows)
+
+    def by_row(self) -> dict[str, Tensor]:
+        return self._means.by_row()
 
     def finish(self, distributed: DistributedContext) -> dict[str, float | None]:
         means = self._means.over_ranks(distributed)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
@@ -111,17 +112,33 @@ class MetricSums(ABC):
     def finish(self, distributed: DistributedContext) -> dict[str, float | None]:
         """The metrics over all ranks by key, each of which must call it; None: no row was measured."""
 
+    def by_row(self) -> dict[str, Tensor]:
+        """Of those metrics by key that are means over rows and that tables compare: their values for the rows of this
+        rank, fp64 [N] in the order of ``add``; NaN for a row that does not count."""
+        return {}
+
 
 class RowMeans:
     """Means over rows, each over those rows for which its quantity was added."""
 
     def __init__(self, keys: Iterable[str]) -> None:
         self._sums = {key: [0.0, 0.0] for key in keys}
+        self._rows: dict[str, list[Tensor]] = {}
 
     def add(self, key: str, total: float, num_rows: int) -> None:
         """Adds the sum of a quantity over some rows."""
         self._sums[key][0] += total
         self._sums[key][1] += num_rows
+
+    def add_each(self, key: str, value_N: Tensor) -> None:
+        """Adds a quantity of N rows, NaN where it does not count, and stores it for ``by_row``."""
+        counted_M = value_N[~value_N.isnan()]
+        self.add(key, float(counted_M.sum()), len(counted_M))
+        self._rows.setdefault(key, []).append(value_N)
+
+    def by_row(self) -> dict[str, Tensor]:
+        """Quantities of ``add_each`` by key, fp64 [N], of this rank."""
+        return {key: torch.cat(values) for key, values in self._rows.items()}
 
     def over_ranks(self, distributed: DistributedContext) -> dict[str, float | None]:
         """By key; None without rows. Every rank calls it."""
@@ -209,12 +226,15 @@ class Evaluation:
         definitions: the metrics, in the order of the task.
         metrics: their values by key, in the same order; None for a metric that was not measured.
         head_trained: see ``EvaluationScope``.
+        images: a row for each image that this rank has read, in this order, with the columns ``shard``, ``sample`` and,
+            by key, those of ``MetricSums.by_row``; null for a row that does not count. None: not stored.
     """
 
     definitions: tuple[Metric, ...]
     num_rows: int
     metrics: Mapping[str, float | None]
     head_trained: bool = True
+    images: pa.Table | None = field(default=None, compare=False, repr=False)
 
     def value_of(self, metric: Metric) -> float | None:
         """None also for a metric of another task."""

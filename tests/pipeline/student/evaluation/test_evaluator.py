@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import tarfile
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -117,6 +118,23 @@ def test_accuracy_and_agreement_are_those_of_a_loop_over_images(replays: Replay,
     assert 0 < metrics["agreement"] < 1
 
 
+def test_hits_and_agreement_of_each_image_are_stored_with_its_shard_and_key(replays: Replay) -> None:
+    config = replays("crop").config
+    teacher = teacher_of(config)
+    student = load_model(config.teacher, widths={"logits": 10}, size=12)
+    student_NK, label_N = one_by_one(config, student.module, student.input)
+    teacher_NK, _ = one_by_one(config, teacher.module, teacher.loaded.input)
+    images = evaluator(config)(student.module, student.input, teacher).images
+    assert images is not None
+    assert images["top1"].to_pylist() == (student_NK.argmax(1) == label_N).double().tolist()
+    assert images["agreement"].to_pylist() == (student_NK.argmax(1) == teacher_NK.argmax(1)).double().tolist()
+    expected: list[tuple[str, str]] = []
+    for shard, url in shard_urls(config).items():
+        with tarfile.open(url) as tar:
+            expected += [(shard, key) for key in dict.fromkeys(Path(name).stem for name in tar.getnames())]
+    assert [(row["shard"], row["sample"]) for row in images.to_pylist()] == expected
+
+
 def logits_error(loaded: LoadedModel, logits_NK: Tensor) -> float:
     """Of a network in batches of other sizes."""
     images_BCHW = torch.zeros(1, 3, loaded.input.size, loaded.input.size)
@@ -179,6 +197,9 @@ def test_without_labels_agreement_is_all_that_is_measured(replays: Replay) -> No
     assert evaluation.num_rows == 35
     measured = {key for key, value in evaluation.metrics.items() if value is not None}
     assert measured == {"agreement", "kl"}
+    assert evaluation.images is not None
+    assert evaluation.images["top1"].null_count == 35
+    assert evaluation.images["agreement"].null_count == 0
     assert evaluation.metrics["agreement"] == 1
 
 
