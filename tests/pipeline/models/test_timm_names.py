@@ -156,8 +156,8 @@ def test_every_name_has_the_width_that_timm_declares_or_is_refused(part: int) ->
             if width is None or kind not in CHECKED:
                 CHECKED.add(kind)
                 assert built.declared.size is not None
-                _, embedding_BD = probe_outputs(built, request, size=built.declared.size)
-                assert embedding_BD.shape[1] == built.embedding_dim
+                outputs = probe_outputs(built, request, size=built.declared.size)
+                assert outputs["embedding"].shape[1] == built.embedding_dim
         except ModelError as error:
             refused[name] = error.code
         except Exception as error:
