@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor, distributed, nn
 
-from pipeline.models import EmbeddingModel
+from pipeline.models import EmbeddingModel, load_model
 from pipeline.models.embedding import forward_with_embedding, register_head_hooks
+from schemas.config import ModelConfig
 from tests.marks import slow
-from tests.pipeline.models.loading import FACTORIES, PLAIN, build, head_of, images, run
+from tests.pipeline.models.loading import FACTORIES, NORMALISED, PLAIN, build, head_of, images, run
 from tests.tolerances import magnitude_of, network_operations, reordered, ulps
 
 CachedBuild = Callable[[str, dict[str, Any]], EmbeddingModel]
@@ -127,6 +128,17 @@ def test_the_embedding_of_a_torchvision_model_equals_its_modules_run_one_by_one(
         expected_BD = reference(model.network, images())
     error = reordered(network_operations(model.network, images(), backward=False), magnitude_of(expected_BD))
     torch.testing.assert_close(embedding_BD, expected_BD, rtol=0, atol=error)
+
+
+@pytest.mark.parametrize("factory", ["Plain", "SelfDescribed"])
+def test_the_head_returns_an_output_of_the_name_and_width_that_a_task_requests(factory: str) -> None:
+    section = ModelConfig.model_validate({"model": f"{FACTORIES}:{factory}", "weights": "random", **NORMALISED})
+    model = load_model(section, widths={"x": 3}, size=64).module
+    outputs = model(images())
+    assert model.widths == {name: output.shape[1] for name, output in outputs.items()}
+    assert (list(model.widths), model.widths["x"]) == (["x", "embedding"], 3)
+    torch.testing.assert_close(outputs["x"], model.network(images()))
+    torch.testing.assert_close(model.forward_head(images()), outputs["x"])
 
 
 def test_forward_embedding_of_the_network_defines_the_embedding() -> None:

@@ -19,7 +19,7 @@ from pipeline import storage
 from pipeline.models import InputSpec, LoadedModel, load_model
 from pipeline.student.evaluation.loaded_run import CheckpointName
 from pipeline.student.export.exporters import export_run
-from pipeline.student.export.graphs import TOLERANCE
+from pipeline.student.export.graphs import TOLERANCE, StudentGraph, write_onnx
 from pipeline.student.run import checkpoint
 from pipeline.student.training.trainer import train
 from schemas.config import StudentConfig
@@ -136,6 +136,19 @@ def test_a_graph_has_the_logits_of_the_runs_student_for_any_batch_size(
         torch.testing.assert_close(run_graph(path, given).detach(), expected_NK, rtol=0, atol=TOLERANCE * largest)
     kind = "uint8 RGB" if with_normalization else "float32 RGB"
     assert metadata_of(path)["input"].startswith(kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("output", ["logits", "x"])
+def test_an_onnx_graph_has_an_output_of_the_heads_name(tmp_path: Path, output: str) -> None:
+    import onnxruntime
+
+    section = StudentConfig.model_validate({**SMALL, "weights": "random"})
+    student = load_model(section, widths={output: 3}, size=16, where="student")
+    path = tmp_path / "student.onnx"
+    write_onnx(StudentGraph(student.module, student.input, normalizes=False).eval(), path, {})
+    (described,) = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).get_outputs()
+    assert (described.name, described.shape[1]) == (output, 3)
 
 
 @pytest.mark.parametrize("network", [slow(name) if name in ("timm", "torchvision") else name for name in NETWORKS])
