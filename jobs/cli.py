@@ -180,7 +180,7 @@ def cache_verify(
 def cache_relabel(
     cache: CacheArgument,
     label: Annotated[
-        str | None, typer.Option(help="Member extension of the class index; default: the cache's data.label.")
+        str | None, typer.Option(help="Member extension of the label; default: the cache's data.label.")
     ] = None,
     shards: ShardsOption = None,
     threads: ThreadsOption = 4,

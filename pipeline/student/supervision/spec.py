@@ -78,6 +78,7 @@ def resolve_spec(config: Config) -> SupervisionSpec:
     caches = _open(config, config.data.caches)
     check_same_plans(caches)
     plan = plan_of(caches[0].header)
+    _check_same_task(config, caches[0])
     _check_same_views(config, plan, caches[0])
     _check_same_teacher(config, caches)
     return replace(spec_of_caches(caches, config.data, config.student), student_views=student_views(config, plan))
@@ -167,6 +168,19 @@ def _check_one_size(sizes: Sequence[int | None], student: StudentConfig | None) 
             + (" and a model's default" if None in sizes else ""),
             next_step=f"set student.size={distinct_sizes[0]}, or any other",
         )
+
+
+def _check_same_task(config: Config, cache: TeacherCache) -> None:
+    """Losses and metrics are those of the config's task, also where the cache is not opened."""
+    task = task_of(cache.data).name
+    _require_same(
+        {"task": task},
+        {"task": config.data.task},
+        what="the task of this config is not that of the cache",
+        code="cache.other-reading-rules",
+        where=f"data, against {redact(cache.url)}",
+        next_step=f"set data.task={task}, or build another cache",
+    )
 
 
 def _check_same_views(config: Config, plan: ViewsConfig, cache: TeacherCache) -> None:

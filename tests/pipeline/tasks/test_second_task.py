@@ -332,3 +332,10 @@ def test_a_training_is_evaluated_and_selects_its_best_checkpoint_by_the_tasks_me
     x_N1, target_N = one_by_one(config, setup.student.module.model.eval(), spec, output="x", target="x")
     setup.close()
     assert min(errors) == pytest.approx((x_N1[:, 0] - target_N).abs().mean().item(), rel=1e-5)
+
+
+def test_a_config_names_the_task_of_its_cache(training: Config) -> None:
+    data = training.data.model_copy(update={"task": "classification"})
+    loss = Config.model_validate({"loss": [{"name": "kd"}]}).loss
+    with raises("cache.other-reading-rules", got="task: point -> classification"):
+        prepare(training.model_copy(update={"data": data, "loss": loss}), DistributedContext())
