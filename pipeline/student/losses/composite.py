@@ -74,7 +74,7 @@ class _Term:
 
     @property
     def target(self) -> str | None:
-        """The column of the target that the rows of its mean have; None: it averages over all rows."""
+        """The column of its (first) target, whose rows its mean is over; None: it is over all rows."""
         return next(iter(self.names("target")), None)
 
     def weight(self, epoch: int) -> float:

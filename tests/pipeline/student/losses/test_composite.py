@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from pipeline.student.losses import (
     LOSSES,
+    PARAMETERS,
     BatchShare,
     ClassDirections,
     CompositeLoss,
     LossInputs,
+    Parameter,
     TeacherInputs,
     ce,
     cosine,
@@ -29,7 +32,7 @@ from pipeline.student.losses import (
     nd,
     sifn,
 )
-from schemas.config import Config
+from schemas.config import Config, LossSection
 from tests.errors import raises
 from tests.pipeline.student.losses.batches import SEEDS, batch_share, law, loss_inputs, teacher_outputs
 from tests.tolerances import log_softmax_error, ulps
@@ -183,6 +186,44 @@ def test_the_mean_over_ranks_of_any_split_is_the_gradient_of_the_global_batch(
     # Both are fp32.
     error = gradient_error(batch, sections, len(sizes)) + gradient_error(batch, sections, 1)
     assert (gradient(loss, batch, sizes) - gradient(loss, batch, [sum(sizes)])).abs().max() <= error
+
+
+class DepthLoss(LossSection):
+    """Of a loss on a target that is no label."""
+
+    name: Literal["depth"] = "depth"
+
+
+def depth(student_BK: Tensor, depth_B: Tensor) -> Tensor:
+    has_depth_B = depth_B != -1
+    return torch.where(has_depth_B, (student_BK.sum(1) - depth_B) ** 2, 0.0).sum() / has_depth_B.sum().clamp_min(1)
+
+
+def test_each_term_averages_over_the_rows_of_all_ranks_that_have_its_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LOSSES, "depth", depth)
+    monkeypatch.setitem(PARAMETERS, "depth_B", Parameter("target", "depth"))
+    loss = CompositeLoss((*Config.model_validate({"loss": [{"name": "ce"}]}).loss, DepthLoss()), where="a test")
+    assert loss.targets == ("label", "depth")
+    student_BK = torch.randn(5, K, generator=torch.Generator().manual_seed(2))
+    targets = {"label": torch.tensor([0, -1, 2, 1, -1]), "depth": torch.tensor([-1, 4, -1, 1, 2])}
+
+    def total(rows: slice, world_size: int) -> Tensor:
+        chunk = {name: target[rows] for name, target in targets.items()}
+        share = BatchShare(
+            world_size=world_size,
+            num_rows=len(chunk["label"]),
+            num_rows_global=5,
+            num_labelled={name: (target != -1).sum() for name, target in chunk.items()},
+            num_labelled_global={"label": 3, "depth": 3},
+        )
+        return loss(LossInputs(outputs={"logits": student_BK[rows]}, targets=chunk), share, epoch=0)[0]
+
+    by_hand = (
+        cross_entropy(student_BK, targets["label"], ignore_index=-1)
+        + torch.stack([(student_BK[row].sum() - targets["depth"][row]) ** 2 for row in (1, 3, 4)]).mean()
+    )
+    torch.testing.assert_close(total(slice(0, 5), 1), by_hand)
+    torch.testing.assert_close((total(slice(0, 2), 2) + total(slice(2, 5), 2)) / 2, by_hand)
 
 
 @pytest.mark.parametrize("zero", [0, torch.tensor(0)], ids=["int", "tensor"])
