@@ -161,11 +161,11 @@ def _untrained_head(run: LoadedRun, format: ExportFormat, run_url: str) -> list[
         return []
     if format in _GRAPHS:
         raise ConfigError(
-            "the head of this student was not trained: no loss reads its logits, which a graph returns",
+            "the head of this student was not trained: no loss reads its output, which a graph returns",
             code="export.untrained-head",
             where=redact(run_url),
             got=f"format {format}, losses {', '.join(term.name for term in run.config.loss)}",
-            next_step="export to .safetensors, which has the backbone alone, or add a loss on logits",
+            next_step="export to .safetensors, which has the backbone alone, or add a loss on this output",
         )
     prefixes = tuple(f"{head}." for head in run.student.module.heads)
     return [name for name in run.student.module.network.state_dict() if name.startswith(prefixes)]
