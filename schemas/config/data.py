@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
+from schemas.config.heads import HEAD_NAME, HeadConfig
 from schemas.config.section import Section, local_path
 
 
 class DataConfig(Section):
     """Images, labels, and the treatment of bad samples."""
 
-    task: Literal["classification"] = Field(
-        "classification", description="The task; the label of a sample is a class index."
+    task: Literal["classification", "heads"] = Field(
+        "classification", description="classification: a class index per sample; heads: the targets of data.heads."
     )
     shards: str | tuple[str, ...] | None = Field(
         None, description="Training shards: URL with {a..b} braces, or a list."
@@ -24,6 +25,9 @@ class DataConfig(Section):
         "cls", description="Member extension that holds the class index as text; null: no labels."
     )
     num_classes: int | None = Field(None, ge=2, description="K. Labels must lie in [0, K).")
+    heads: dict[str, HeadConfig] = Field(
+        default_factory=dict[str, HeadConfig], description="task heads: the targets by name, each with a head."
+    )
     cache: str | tuple[str, ...] | None = Field(
         None, description="URL of a finished teacher cache to train from, or a list with one for each teacher."
     )
@@ -53,6 +57,23 @@ class DataConfig(Section):
     @classmethod
     def _check_local_dir(cls, local_dir: str | None) -> str | None:
         return local_dir if local_dir is None else local_path(local_dir, key="local_dir")
+
+    @field_validator("heads")
+    @classmethod
+    def _check_head_names(cls, heads: dict[str, HeadConfig]) -> dict[str, HeadConfig]:
+        if wrong := [name for name in heads if not HEAD_NAME.fullmatch(name)]:
+            raise ValueError(f"{wrong[0]!r} is no name of a head; expected lower-case letters, digits and _")
+        return heads
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> DataConfig:
+        if self.heads and self.task != "heads":
+            raise ValueError("heads are given, but task is classification; expected task: heads")
+        if self.task == "heads" and not self.heads:
+            raise ValueError("task is heads, but heads is empty; expected such as heads: {color: {num_classes: 8}}")
+        if self.task == "heads" and self.num_classes is not None:
+            raise ValueError("num_classes is given; with task: heads each head has its own")
+        return self
 
     @property
     def caches(self) -> tuple[str, ...]:
