@@ -33,7 +33,7 @@ from pipeline.cache.format import layout
 from pipeline.cache.format.header import find_header
 from pipeline.cache.plan.free_space import check_space
 from pipeline.cache.plan.plan_inputs import check_labels, collect_plan_inputs
-from pipeline.cache.read.labels import cached_labels
+from pipeline.cache.read.labels import cached_labels, reading_rules
 from pipeline.cache.read.reader import open_cache
 from pipeline.core.errors import CacheError, ShardError
 from pipeline.core.redaction import quoted, redact
@@ -85,7 +85,7 @@ def build_cache(config: Config) -> Manifest:
         manifest = publish_manifest(cache.url, by_id, add_up=partial(_sum_in_tasks, config.ray))
     remove_logs(cache.url)
     if relabelled is not None and relabelled.labels is not None and manifest.labels is None:
-        command = f"stillroom cache relabel {quoted(cache.url)} --label {relabelled.labels.data['label']}"
+        command = f"stillroom cache relabel {quoted(cache.url)} --label {reading_rules(relabelled.labels.data).label}"
         moved = "" if relabelled.base == manifest.base else " --shards (as before)"
         _warn(f"the cache again has the labels of its build; to relabel it, run: {command}{moved}")
     labels = cached_labels(open_cache(cache.url))

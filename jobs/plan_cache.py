@@ -91,7 +91,7 @@ def _build_warnings(inputs: PlanInputs, plan: CachePlan) -> list[str]:
     if not plan.work.num_parts_open:
         return warnings
     try:
-        widths = task_of(config.data).widths(config.data)
+        widths = task_of(config.data).widths
         check_weights(config.teacher, widths=widths, size=config.views.size, where="teacher")
     except InputError as error:
         warnings.append(_would_fail("a build", error))

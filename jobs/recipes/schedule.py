@@ -50,7 +50,7 @@ def _teacher_lines(recipe: Recipe) -> Iterator[str]:
 
 def _model_text(model: ModelConfig, config: Config, where: str) -> str:
     size = getattr(model, "size", None) or config.views.size
-    summary = summarize_model(model, widths=task_of(config.data).widths(config.data), size=size, where=where)
+    summary = summarize_model(model, widths=task_of(config.data).widths, size=size, where=where)
     kwargs = f" {model.kwargs}" if model.kwargs else ""
     return (
         f"{model.model}{kwargs}: {summary.num_parameters / 1e6:.2f} M parameters, embedding {summary.embedding_dim}, "

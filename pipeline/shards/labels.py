@@ -98,13 +98,13 @@ def check_label_member(count: LabelCount, data: DataConfig, *, where: str, optio
     Raises:
         ShardError: no counted image has a label, and no member has the extension ``data.label``.
     """
-    extension = task_of(data).member(data)
+    task = task_of(data)
     is_absent = (
-        extension is not None
+        task.members
         and count.num_images
         and not count.num_labelled
         and count.members is not None
-        and extension not in count.members
+        and set(task.members).isdisjoint(count.members)
     )
     if not is_absent or data.missing_labels == "ignore":
         return
@@ -118,7 +118,7 @@ def check_label_member(count: LabelCount, data: DataConfig, *, where: str, optio
         code="data.label-not-found",
         where=where,
         got=f"labels: {count}",
-        expected=f"members <key>.cls with {task_of(data).member_content}, or the name of the member that holds it",
+        expected=f"members <key>.cls with {task.member_content}, or the name of the member that holds it",
         next_step=next_step,
     )
 
@@ -129,7 +129,7 @@ def label_warning(count: LabelCount, data: DataConfig, *, finished_cache: str | 
     Args:
         finished_cache: URL of a finished cache with these labels, whose ``data.label`` can no longer change.
     """
-    if data.label is None or not count.num_images or count.num_labelled == count.num_images:
+    if not task_of(data).members or not count.num_images or count.num_labelled == count.num_images:
         return None
     num_missing = count.num_images - count.num_labelled
     if count.num_labelled:

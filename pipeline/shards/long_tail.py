@@ -71,10 +71,12 @@ def draw_long_tail(labels: Mapping[str, int], imbalance: float, seed: int) -> se
 
 def _labelled(urls: Sequence[str], data: DataConfig) -> Iterator[tuple[str, int, Sample]]:
     """Every sample with its id and class."""
+    task = task_of(data)
     with tempfile.TemporaryDirectory() as folder:
         for url in urls:
             for sample in read_samples(storage.local_copy(url, Path(folder)), data, where=url):
-                if sample.target is None or sample.status != "ok":
+                _, classes = task.class_ids(task.rows([sample.target]))
+                if len(classes) != 1 or sample.status != "ok":
                     raise ShardError(
                         "a sample of this long-tailed subset has no usable image or no label",
                         code="shard.long-tail-sample",
@@ -82,13 +84,12 @@ def _labelled(urls: Sequence[str], data: DataConfig) -> Iterator[tuple[str, int,
                         got=f"status {sample.status}, label {sample.target}",
                         next_step="name other shards, or correct data.label",
                     )
-                yield f"{shard_id(url)}/{sample.key}", sample.target, sample
+                yield f"{shard_id(url)}/{sample.key}", int(classes[0]), sample
 
 
 def _members(sample: Sample, data: DataConfig) -> Members:
-    assert data.label is not None
     readable = image_extensions(data)
     extension = _EXTENSIONS.get(sample.data[:2])
     if extension not in readable:
         extension = readable[0]
-    return {extension: sample.data, data.label: task_of(data).encode(sample.target)}
+    return {extension: sample.data, **task_of(data).encode(sample.target)}

@@ -82,7 +82,7 @@ def _write(
                 omissions.add(_BAD_IMAGES, f"{image.path}: {reason}")
                 num_bad += 1
             elif not num_bad or bad_images == "skip":
-                label = {} if image.label is None else {"cls": Classification().encode(image.label)}
+                label = {} if image.label is None else Classification().encode(image.label)
                 yield image.key, {image.extension: data, **label}
         # At the end, so that one run reports all bad images.
         if num_bad and (bad_images == "fail" or num_bad == len(images)):

@@ -68,7 +68,7 @@ def read_shard_head(url: str, data: DataConfig, *, size_bytes: int, first_bytes:
     complete = groups if is_complete else groups[:-1]
     if with_image := [group for group in complete if _has_image(group, data)]:
         covered = size_bytes if is_complete else groups[-1][0].offset
-        targets = task.rows(_target(group, task, task.member(data)) for group in with_image)
+        targets = task.rows(_target(group, task) for group in with_image)
         return ShardHead(covered, len(with_image), targets, _count_members(complete, task))
     if is_complete:
         raise ShardError(
@@ -112,7 +112,7 @@ def _members(head: bytes, infos: list[tarfile.TarInfo], *, max_bytes: int) -> It
 
 def _count_members(groups: list[list[_Member]], task: Task) -> tuple[Counter[str], Counter[str]]:
     members = [member for group in groups for member in group]
-    with_target = [member for member in members if task.try_parse(member.text) is not None]
+    with_target = [member for member in members if task.is_target(member.text)]
     return Counter(member.extension for member in members), Counter(member.extension for member in with_target)
 
 
@@ -120,5 +120,7 @@ def _has_image(group: list[_Member], data: DataConfig) -> bool:
     return not {member.extension for member in group}.isdisjoint(image_extensions(data))
 
 
-def _target(group: list[_Member], task: Task, extension: str | None) -> Any | None:
-    return next((task.try_parse(member.text) for member in group if member.extension == extension), None)
+def _target(group: list[_Member], task: Task) -> Any | None:
+    # The first one of repeated members counts.
+    texts = {member.extension: member.text for member in reversed(group)}
+    return task.try_parse({extension: texts[extension] for extension in task.members if extension in texts})

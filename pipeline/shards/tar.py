@@ -88,7 +88,7 @@ class _Group:
     extensions: set[str] = field(default_factory=set[str])
     repeated: bool = False
     truncated: bool = False
-    target: Any | None = None
+    texts: dict[str, tuple[_Member, bytes]] = field(default_factory=dict[str, tuple[_Member, bytes]])
     image: _Member | None = None
     data: bytes = b""
 
@@ -126,8 +126,8 @@ class _ShardScan:
         self._notes = notes
         self._links: LinkTable | None = None
         self._ranks = {name: rank for rank, name in enumerate(image_extensions(data))}
-        self._data, self._task = data, task_of(data)
-        self._target_extension = self._task.member(data)
+        self._task = task_of(data)
+        self._target_members = frozenset(self._task.members)
         self._max_bytes = min(_MAX_INT32, data.max_pixels * _BYTES_PER_PIXEL + _HEADROOM_BYTES)
         self._keys: set[str] = set()
 
@@ -217,8 +217,8 @@ class _ShardScan:
             group.repeated = True
             return
         group.extensions.add(member.extension)
-        if member.extension == self._target_extension:
-            group.target = self._parse_target(member, self._read(member, self._task.max_bytes))
+        if member.extension in self._target_members:
+            group.texts[member.extension] = member, self._read(member, self._task.max_bytes)
         rank = self._ranks.get(member.extension)
         if rank is not None and (group.image is None or rank < self._ranks[group.image.extension]):
             group.image = member
@@ -231,10 +231,11 @@ class _ShardScan:
         self._file.seek(member.offset)
         return self._file.read(member.size)
 
-    def _parse_target(self, member: _Member, text: bytes) -> Any:
+    def _parse_target(self, group: _Group) -> Any | None:
         try:
-            return self._task.parse(text, self._data)
+            return self._task.parse({extension: text for extension, (_, text) in group.texts.items()})
         except BadTargetError as error:
+            member, text = group.texts[error.member]
             raise self._headers.error(
                 f"sample {member.key!r}: its label cannot be used",
                 member.offset,
@@ -252,7 +253,7 @@ class _ShardScan:
             row=self._headers.num_samples,
             key=group.key,
             status=status,
-            target=group.target,
+            target=self._parse_target(group),
             offset=image.offset if image else 0,
             size=image.size if image else 0,
             data=group.data,

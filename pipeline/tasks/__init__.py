@@ -22,7 +22,7 @@ from pipeline.tasks.task import (
 from schemas.config import DataConfig
 
 _DEFAULT = Classification.name
-TASKS: dict[str, Task] = {task.name: task for task in (Classification(),)}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification,)}
 """By name."""
 
 
@@ -30,18 +30,19 @@ def task_of(data: DataConfig | Mapping[str, Any]) -> Task:
     """The task of a config, or of the settings of an index (``task_settings``).
 
     Raises:
-        ValueError: this version does not have it.
+        ValueError: this version does not have it, or its settings are not valid.
     """
-    name = data.task if isinstance(data, DataConfig) else data.get("task", _DEFAULT)
+    settings = dict(data)
+    name = settings.get("task", _DEFAULT)
     if name not in TASKS:
         raise ValueError(f"the task is {name!r}, which this version does not have")
-    return TASKS[name]
+    return TASKS[name].of(settings)
 
 
 def task_settings(data: DataConfig) -> dict[str, Any]:
     """``Task.settings``, and the task's name where it is not classification: format v1 names none."""
     name = {} if data.task == _DEFAULT else {"task": data.task}
-    return {**task_of(data).settings(data), **name}
+    return {**task_of(data).settings, **name}
 
 
 __all__ = [

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from pipeline.tasks.task import (
     TeacherOutputs,
 )
 from schemas.cache_format import Statistics
-from schemas.config import CacheConfig, DataConfig
+from schemas.config import CacheConfig
 
 NO_LABEL = -1
 LABEL, LOGITS = "label", "logits"
@@ -131,37 +132,71 @@ class HitRecount(Recount):
             expect(f"the commit's {name} hits do not match the stored logits", hits, nearest)
 
 
+@dataclass(frozen=True, slots=True)
 class Classification(Task):
-    """The task of format v1."""
+    """The task of format v1.
+
+    Attributes:
+        label: extension of the member with the label, in lower case; None: no labels are read.
+        max_classes: K, if the config has it: a label must be smaller.
+    """
+
+    label: str | None = "cls"
+    max_classes: int | None = None
 
     name = "classification"
     member_content = "a class index as text"
     max_bytes = 64
     required_keys = ("data.num_classes",)
-    columns = (TargetColumn(LABEL, pa.int32(), NO_LABEL),)
-    statistics_fields = (*_HIT_COUNTS, "class_counts")
 
-    def settings(self, data: DataConfig) -> dict[str, Any]:
-        return {"label": self.member(data), "num_classes": data.num_classes}
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Classification:
+        label, max_classes = settings.get("label"), settings.get("num_classes")
+        if not isinstance(max_classes, int | None):
+            raise ValueError(f"num_classes is {max_classes!r}")
+        return cls(None if label is None else str(label).lower(), max_classes)
 
-    def member(self, data: DataConfig) -> str | None:
-        return None if data.label is None else data.label.lower()
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"label": self.label, "num_classes": self.max_classes}
 
-    def parse(self, text: bytes, data: DataConfig) -> int:
-        bound = _MAX_INT32 + 1 if data.num_classes is None else data.num_classes
-        label = self.try_parse(text)
-        if label is None or label >= bound:
-            next_step = "correct the label, data.num_classes or data.label"
-            raise BadTargetError(f"an integer in [0, {bound}) as text", next_step=next_step)
+    @property
+    def members(self) -> tuple[str, ...]:
+        return () if self.label is None else (self.label,)
+
+    @property
+    def columns(self) -> tuple[TargetColumn, ...]:
+        return (TargetColumn(LABEL, pa.int32(), NO_LABEL),)
+
+    @property
+    def statistics_fields(self) -> tuple[str, ...]:
+        return (*_HIT_COUNTS, "class_counts")
+
+    @property
+    def statistics_outputs(self) -> tuple[str, ...]:
+        return (LOGITS,)
+
+    @property
+    def num_classes(self) -> int:
+        return self.max_classes or 0
+
+    def parse(self, texts: Mapping[str, bytes]) -> int | None:
+        bound = _MAX_INT32 + 1 if self.max_classes is None else self.max_classes
+        label = self.try_parse(texts)
+        for member in texts:
+            if label is None or label >= bound:
+                next_step = "correct the label, data.num_classes or data.label"
+                raise BadTargetError(member, f"an integer in [0, {bound}) as text", next_step=next_step)
         return label
 
-    def try_parse(self, text: bytes) -> int | None:
-        digits = text.strip()
-        # int() would also accept 1_000, signs and digits of other scripts.
-        return int(digits) if digits.isdigit() and int(digits) <= _MAX_INT32 else None
+    def try_parse(self, texts: Mapping[str, bytes]) -> int | None:
+        return next((_class_index(texts[member]) for member in self.members if member in texts), None)
 
-    def encode(self, target: int) -> bytes:
-        return str(target).encode()
+    def is_target(self, text: bytes) -> bool:
+        return _class_index(text) is not None
+
+    def encode(self, target: int) -> dict[str, bytes]:
+        return {member: str(target).encode() for member in self.members}
 
     def rows(self, targets: Iterable[int | None]) -> dict[str, NDArray[Any]]:
         return {LABEL: np.array([NO_LABEL if label is None else label for label in targets], np.int32)}
@@ -169,21 +204,25 @@ class Classification(Task):
     def has_target(self, targets: Targets) -> NDArray[np.bool_]:
         return targets[LABEL] != NO_LABEL
 
-    def num_invalid(self, targets: Targets, *, num_classes: int) -> int:
-        return int(((targets[LABEL] < NO_LABEL) | (targets[LABEL] >= num_classes)).sum())
+    def num_invalid(self, targets: Targets) -> int:
+        bound = _MAX_INT32 + 1 if self.max_classes is None else self.max_classes
+        return int(((targets[LABEL] < NO_LABEL) | (targets[LABEL] >= bound)).sum())
 
-    def widths(self, data: DataConfig) -> dict[str, int]:
-        assert data.num_classes is not None
-        return {LOGITS: data.num_classes}
+    def class_ids(self, targets: Targets) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+        labelled = np.flatnonzero(self.has_target(targets))
+        return labelled, targets[LABEL][labelled]
 
-    def outputs(self, cache: CacheConfig, *, num_classes: int, embedding_dim: int) -> tuple[OutputSpec, ...]:
-        return (
-            OutputSpec(LOGITS, num_classes, cache.logits),
-            OutputSpec(EMBEDDING, embedding_dim, cache.embeddings),
-        )
+    @property
+    def widths(self) -> dict[str, int]:
+        return {} if self.max_classes is None else {LOGITS: self.max_classes}
 
-    def is_output(self, name: str) -> bool:
-        return name in (LOGITS, EMBEDDING)
+    def outputs(self, cache: CacheConfig, widths: Mapping[str, int]) -> tuple[OutputSpec, ...]:
+        kinds = {LOGITS: cache.logits, EMBEDDING: cache.embeddings}
+        return tuple(OutputSpec(name, (widths[name],), kind) for name, kind in kinds.items() if name in widths)
+
+    @property
+    def roles(self) -> dict[str, str]:
+        return {LOGITS: "class", EMBEDDING: "embedding"}
 
     def accumulate(self) -> HitCounter:
         return HitCounter()
@@ -195,3 +234,9 @@ class Classification(Task):
         hits = {TOP1: statistics.top1_hits, TOP5: statistics.top5_hits}
         num_rows = statistics.labelled
         return {name: num_hits / num_rows if num_rows else None for name, num_hits in hits.items()}
+
+
+def _class_index(text: bytes) -> int | None:
+    digits = text.strip()
+    # int() would also accept 1_000, signs and digits of other scripts.
+    return int(digits) if digits.isdigit() and int(digits) <= _MAX_INT32 else None

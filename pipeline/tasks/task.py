@@ -5,14 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from schemas.cache_format import Statistics
-from schemas.config import CacheConfig, DataConfig
+from schemas.config import CacheConfig
 
 EMBEDDING = "embedding"
 """The output that the networks of all tasks have: [B,D], the input of their heads."""
@@ -48,21 +48,25 @@ class OutputSpec:
     """An output that a cache may store for each row.
 
     Attributes:
-        width: numbers in a row.
+        shape: without the batch.
         kind: the encoding by its name in ``cache``; ``none``: not stored.
     """
 
     name: str
-    width: int
+    shape: tuple[int, ...]
     kind: str
 
 
 class BadTargetError(ValueError):
-    """A member that is no target. The reader of the shard adds sample and place."""
+    """A member that is no target. The reader of the shard adds sample and place.
 
-    def __init__(self, expected: str, *, next_step: str) -> None:
+    Attributes:
+        member: its extension.
+    """
+
+    def __init__(self, member: str, expected: str, *, next_step: str) -> None:
         super().__init__(expected)
-        self.expected, self.next_step = expected, next_step
+        self.member, self.expected, self.next_step = member, expected, next_step
 
 
 class StatisticsAccumulator(ABC):
@@ -102,7 +106,7 @@ class Recount(ABC):
 
 
 class Task(ABC):
-    """One kind of target. A task has no state: all methods may be called in any process and thread."""
+    """One kind of target under one config. Immutable; equal configs have equal tasks."""
 
     name: ClassVar[str]
     member_content: ClassVar[str]
@@ -111,33 +115,69 @@ class Task(ABC):
     """Of a member with a target. A longer one is not read, and parsed as empty."""
     required_keys: ClassVar[tuple[str, ...]] = ()
     """Keys of a config without which no network can be built for the task."""
-    columns: ClassVar[tuple[TargetColumn, ...]]
-    statistics_fields: ClassVar[tuple[str, ...]]
-    """Fields of ``Statistics`` that depend on targets, and therefore change when targets are read again."""
+    embedding: ClassVar[str] = EMBEDDING
+    """The output that ``embedding_norm`` of a part is the norm of, and that class means average."""
 
+    @classmethod
     @abstractmethod
-    def settings(self, data: DataConfig) -> dict[str, Any]:
-        """Settings that determine the target columns together with the tar; part of an index's settings."""
-
-    @abstractmethod
-    def member(self, data: DataConfig) -> str | None:
-        """The extension, in lower case, of the member that holds the target; None: no targets are read."""
-
-    @abstractmethod
-    def parse(self, text: bytes, data: DataConfig) -> Any:
-        """The target in a member's bytes.
+    def of(cls, settings: Mapping[str, Any]) -> Self:
+        """The task of a ``data`` section, or of an index with these settings.
 
         Raises:
-            BadTargetError: it is no valid target.
+            ValueError: the settings are not valid.
+        """
+
+    @property
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """Keys of ``data`` that determine the target columns together with the tar; part of an index's settings."""
+
+    @property
+    @abstractmethod
+    def members(self) -> tuple[str, ...]:
+        """Extensions, in lower case, of the members that hold the target; empty: no targets are read."""
+
+    @property
+    @abstractmethod
+    def columns(self) -> tuple[TargetColumn, ...]: ...
+
+    @property
+    @abstractmethod
+    def statistics_fields(self) -> tuple[str, ...]:
+        """Fields of ``Statistics`` that depend on targets, and therefore change when targets are read again."""
+
+    @property
+    @abstractmethod
+    def statistics_outputs(self) -> tuple[str, ...]:
+        """The outputs from which these fields are computed."""
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes ``class_ids`` may return; 0: the task has no class means."""
+        return 0
+
+    @abstractmethod
+    def parse(self, texts: Mapping[str, bytes]) -> Any | None:
+        """The target in the members of a sample; None: it has none.
+
+        Args:
+            texts: bytes by extension, of those ``members`` that the sample has.
+
+        Raises:
+            BadTargetError: a member is no valid target.
         """
 
     @abstractmethod
-    def try_parse(self, text: bytes) -> Any | None:
-        """The target that some config would read in a member's bytes; None: they are a target under no config."""
+    def try_parse(self, texts: Mapping[str, bytes]) -> Any | None:
+        """The target that ``parse`` returns, or would return under a config with other limits; None: neither."""
 
     @abstractmethod
-    def encode(self, target: Any) -> bytes:
-        """The bytes of a member that ``parse`` reads as this target."""
+    def is_target(self, text: bytes) -> bool:
+        """Whether some config reads a target in these bytes of a member."""
+
+    @abstractmethod
+    def encode(self, target: Any) -> dict[str, bytes]:
+        """Members by extension that ``parse`` reads as this target."""
 
     @abstractmethod
     def rows(self, targets: Iterable[Any | None]) -> dict[str, NDArray[Any]]:
@@ -148,20 +188,35 @@ class Task(ABC):
         """[N]: which rows have a target."""
 
     @abstractmethod
-    def num_invalid(self, targets: Targets, *, num_classes: int) -> int:
-        """The number of rows with a target that is not valid for a teacher of K classes."""
+    def num_invalid(self, targets: Targets) -> int:
+        """The number of rows with a target that ``parse`` never returns."""
 
+    def class_ids(self, targets: Targets) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+        """The classes of rows, for class means and counts: positions of the rows [M] in order, and a class for each."""
+        del targets
+        return np.empty(0, np.int64), np.empty(0, np.int32)
+
+    @property
     @abstractmethod
-    def widths(self, data: DataConfig) -> dict[str, int]:
+    def widths(self) -> dict[str, int]:
         """Numbers in a row of each output that a network's head returns, by its name."""
 
     @abstractmethod
-    def outputs(self, cache: CacheConfig, *, num_classes: int, embedding_dim: int) -> tuple[OutputSpec, ...]:
-        """What a cache with this config stores for each row."""
+    def outputs(self, cache: CacheConfig, widths: Mapping[str, int]) -> tuple[OutputSpec, ...]:
+        """What a cache with this config stores for each row.
 
+        Args:
+            widths: of a teacher's outputs, by name; an output whose width is unknown is left out.
+        """
+
+    @property
     @abstractmethod
-    def is_output(self, name: str) -> bool:
-        """Whether this version reads an output with this name; a reader ignores the others of a cache."""
+    def roles(self) -> dict[str, str]:
+        """The role of each output that this version reads, by its name; a reader ignores the others of a cache.
+
+        The fidelity of encodings is measured by role: ``class``, logits of a softmax; ``embedding``, a vector that is
+        compared by its direction. That of outputs with another role is not measured.
+        """
 
     @abstractmethod
     def accumulate(self) -> StatisticsAccumulator: ...

@@ -84,7 +84,7 @@ def _other_settings(batches: list[pa.RecordBatch], path: Path) -> str:
 
 
 def _report(rows: pa.Table, logits_NK: NDArray[np.float32], kind: str) -> None:
-    (output,) = stored_outputs([OutputSpec("logits", logits_NK.shape[1], kind)])
+    (output,) = stored_outputs([OutputSpec("logits", (logits_NK.shape[1],), kind)])
     num_rows = len(logits_NK)
     batches = _batches(rows, logits_NK, output)
     with tempfile.TemporaryDirectory() as name:

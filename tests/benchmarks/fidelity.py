@@ -24,7 +24,7 @@ _ENTRY_BYTES = 4
 
 def _stored(exact_NK: Matrix, kind: str) -> tuple[int, Callable[[float], Matrix]]:
     """Bytes a row, and the logits that a loss at a temperature sees."""
-    (output,) = stored_outputs([OutputSpec("logits", exact_NK.shape[1], kind)])
+    (output,) = stored_outputs([OutputSpec("logits", (exact_NK.shape[1],), kind)])
     column = encode(exact_NK, output)
     return row_bytes(output), lambda temperature: decode(column, output, temperature=temperature)
 

@@ -47,8 +47,8 @@ def cache_config(config: Config) -> CacheConfig:
     Raises:
         ConfigError: a key that a build needs is missing, or two keys contradict each other.
     """
-    keys = task_of(config.data).required_keys
-    require(config, "data.shards", *keys, "teacher.model", "cache.url", command="cache build")
+    task = task_of(config.data)
+    require(config, "data.shards", *task.required_keys, "teacher.model", "cache.url", command="cache build")
     cache = config.cache
     assert cache is not None
     require_weights(config.teacher, where="teacher")
@@ -68,7 +68,7 @@ def cache_config(config: Config) -> CacheConfig:
             got="view0",
             expected="eval, none or the URL of a file under views.kind=function_matching",
         )
-    if cache.computes_class_means and config.data.label is None:
+    if cache.computes_class_means and not (task.members and task.num_classes):
         raise ConfigError(
             "class means need labels",
             code="config.class-means-without-labels",
@@ -77,9 +77,8 @@ def cache_config(config: Config) -> CacheConfig:
             expected="a member extension",
             next_step="set data.label, or cache.class_means=none",
         )
-    assert config.data.num_classes is not None
     # Fails before a teacher is loaded if an encoding needs more classes.
-    stored_outputs(task_of(config.data).outputs(cache, num_classes=config.data.num_classes, embedding_dim=1))
+    stored_outputs(task.outputs(cache, task.widths))
     return cache
 
 
@@ -118,17 +117,17 @@ def current_context(config: Config) -> BuildContext:
 def load_context(config_json: str, weights_stamp: str | None) -> BuildContext:  # noqa: ARG001 - part of the cache key
     """Loads the teacher. A process calls this once for any number of parts."""
     config = Config.model_validate_json(config_json)
-    cache = cache_config(config)
+    cache, task = cache_config(config), task_of(config.data)
     teacher = load_teacher(
         config.teacher,
-        widths=task_of(config.data).widths(config.data),
+        widths=task.widths,
         size=config.views.size,
         device=pick_device(config.ray.gpus_per_task > 0),
     )
-    imported, module = None, teacher.module
+    imported = None
     if cache.class_means_url is not None:
         imported = read_means(
-            cache.class_means_url, num_classes=module.widths[module.head_output], embedding_dim=module.embedding_dim
+            cache.class_means_url, num_classes=task.num_classes, embedding_dim=teacher.module.widths[task.embedding]
         )
     header = make_header(teacher, plan=config.views, cache=cache, data=config.data, imported=imported)
     return BuildContext(config, cache, teacher, header, imported, gpus=visible_gpus())

@@ -78,18 +78,16 @@ def make_header(
         cache=cache,
         class_means=cache.class_means if imported is None else imported.mode,
     )
-    module = teacher.module
-    specs = task_of(data).outputs(
-        cache, num_classes=module.widths[module.head_output], embedding_dim=module.embedding_dim
-    )
+    task, widths = task_of(data), teacher.module.widths
+    specs = task.outputs(cache, widths)
     return Header(
         views_id=views_id(plan),
         views=views_body(plan),
         fingerprint=short_digest(body),
         teacher=body,
         data=index_settings(data),
-        num_classes=module.widths[module.head_output],
-        embedding_dim=module.embedding_dim,
+        num_classes=task.num_classes,
+        embedding_dim=widths[task.embedding],
         outputs=stored_outputs(specs),
         probe_logits=tuple(tuple(float(value) for value in row) for row in _probe(teacher, specs[0].name)),
     )
@@ -164,7 +162,7 @@ def check_without_weights(stored: Header, config: Config) -> None:
     body = teacher_body(
         load_untrained(
             teacher,
-            widths=task_of(config.data).widths(config.data),
+            widths=task_of(config.data).widths,
             size=size,
             likely_size=size or int(str(stored.teacher["size"])),
         ),

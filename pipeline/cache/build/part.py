@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from pipeline import storage
 from pipeline.augment.params import is_canary, sample_keys
@@ -44,7 +43,6 @@ from pipeline.shards.omissions import Omissions
 from pipeline.shards.shard_urls import shard_id
 from pipeline.shards.tar import Sample, TarNotes, read_samples, unread_links
 from pipeline.tasks import TeacherOutputs
-from pipeline.tasks.classification import EMBEDDING, LABEL
 from pipeline.teacher.inference import GroupOutputs, run_inference
 from pipeline.teacher.numerics import numeric_env, release_freed_memory
 from pipeline.teacher.rendering import GroupViews, Rendering, indexed_samples, read_groups
@@ -162,14 +160,15 @@ class PartBuild:
             writer.add(view, self.record_batch(group, position, view, outputs))
             self.statistics.add(group, outputs)
         if holds_class_sums(self.context.cache.class_means, self.task.block):
-            labelled_N = self._labelled_rows(group)
-            sums = sum_rows(by_view[0][EMBEDDING][labelled_N], group.targets[LABEL][labelled_N])
+            self._check_labelled(group)
+            task = self.rendering.task
+            rows, class_M = task.class_ids(group.targets)
+            sums = sum_rows(by_view[0][task.embedding][rows], class_M)
             self.sums = sums if self.sums is None else merge([self.sums, sums])
         release_freed_memory()
 
-    def _labelled_rows(self, group: GroupViews) -> NDArray[np.bool_]:
-        labelled_N = self.rendering.task.has_target(group.targets)
-        unlabelled = np.flatnonzero(~labelled_N)
+    def _check_labelled(self, group: GroupViews) -> None:
+        unlabelled = np.flatnonzero(~self.rendering.task.has_target(group.targets))
         if len(unlabelled) and self.data.missing_labels == "refuse":
             raise ShardError(
                 "class means need a label for every sample",
@@ -177,7 +176,6 @@ class PartBuild:
                 where=f"{self.where}, keys {', '.join(group.samples[row].key for row in unlabelled[:_NUM_NAMED])}",
                 next_step="set data.missing_labels=ignore to average over the others, or cache.class_means=none",
             )
-        return labelled_N
 
     def _check_finite(self, group: GroupViews, view: int, outputs: TeacherOutputs) -> None:
         bad_N = ~np.all([np.isfinite(values.reshape(len(values), -1)).all(1) for values in outputs.values()], axis=0)
@@ -193,7 +191,7 @@ class PartBuild:
     def record_batch(self, group: GroupViews, position: int, view: int, outputs: TeacherOutputs) -> pa.RecordBatch:
         """The rows of one view of a group, as the part stores them."""
         row_N, box_N4 = group.row_N, group.box_VN4[position]
-        norm_N = np.linalg.norm(outputs[EMBEDDING].astype(np.float64), axis=1)
+        norm_N = np.linalg.norm(outputs[self.rendering.task.embedding].astype(np.float64), axis=1)
         digests, means = self._canaries(group, position, view)
         columns: dict[str, object] = {
             "row": row_N,

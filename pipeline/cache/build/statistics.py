@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from pipeline.augment.params import sample_keys
 from pipeline.cache.format.codec import decode, encode
-from pipeline.tasks import Task, TeacherOutputs
-from pipeline.tasks.classification import EMBEDDING, LOGITS, predicted_classes
+from pipeline.tasks import Task, TeacherOutputs, task_of
+from pipeline.tasks.classification import predicted_classes
 from pipeline.teacher.rendering import GroupViews
 from schemas.cache_format import Header, Output, Statistics
 
@@ -45,17 +45,22 @@ class _Fidelity:
 
 
 _MEASURES: dict[str, Callable[[_Fidelity, NDArray[np.float32], Output], None]] = {
-    LOGITS: _Fidelity.add_logits,
-    EMBEDDING: _Fidelity.add_embedding,
+    "class": _Fidelity.add_logits,
+    "embedding": _Fidelity.add_embedding,
 }
-"""How the fidelity of an output is measured, by its name; that of others is not."""
+"""How the fidelity of an output is measured, by its role; that of others is not."""
 
 
 class StatisticsSum:
     """Sums over the views and groups of one part."""
 
     def __init__(self, outputs: Iterable[Output], task: Task) -> None:
-        self._measured = [output for output in outputs if output.name in _MEASURES]
+        roles = task.roles
+        self._measured = [
+            (measure, output)
+            for output in outputs
+            if (measure := _MEASURES.get(roles.get(output.name, ""))) is not None
+        ]
         self._task_sums, self._fidelity = task.accumulate(), _Fidelity()
 
     def add(self, group: GroupViews, outputs: TeacherOutputs) -> None:
@@ -67,8 +72,8 @@ class StatisticsSum:
         if not chosen_N.any():
             return
         self._fidelity.fidelity_rows += int(chosen_N.sum())
-        for output in self._measured:
-            _MEASURES[output.name](self._fidelity, outputs[output.name][chosen_N], output)
+        for measure, output in self._measured:
+            measure(self._fidelity, outputs[output.name][chosen_N], output)
 
     def result(self) -> Statistics:
         return Statistics(**self._task_sums.result(), **asdict(self._fidelity))
@@ -107,8 +112,9 @@ class StatisticsFold:
 def mean_fidelity(header: Header, statistics: Statistics) -> dict[str, Any]:
     """Means over sampled rows of stored against fp32 outputs: KL and 1 − correlation at each temperature, share of rows
     with another largest class, cosine of embeddings. None or empty for outputs that are not stored."""
-    rows = statistics.fidelity_rows
-    logits, embedding = (rows if header.output(name) else 0 for name in (LOGITS, EMBEDDING))
+    roles = task_of(header.data).roles
+    measured = {roles.get(output.name) for output in header.outputs}
+    logits, embedding = (statistics.fidelity_rows if role in measured else 0 for role in ("class", "embedding"))
     return {
         "kl_nats": {key: total / logits for key, total in statistics.kl_sum.items()} if logits else {},
         "pearson": {key: total / logits for key, total in statistics.pearson_sum.items()} if logits else {},

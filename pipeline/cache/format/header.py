@@ -109,5 +109,5 @@ def parse_header(data: bytes, *, where: str) -> Header:
 
 def read_outputs(header: Header) -> tuple[Output, ...]:
     """The outputs that this version reads; it ignores all others."""
-    task = task_of(header.data)
-    return tuple(output for output in header.outputs if task.is_output(output.name))
+    roles = task_of(header.data).roles
+    return tuple(output for output in header.outputs if output.name in roles)

@@ -12,7 +12,6 @@ from pipeline.cache.format.nd_json import DECIMALS, format_nd_json
 from pipeline.cache.read.reader import TeacherCache, open_cache
 from pipeline.core.errors import CacheError
 from pipeline.core.redaction import redact
-from pipeline.tasks.classification import LABEL
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +57,8 @@ def _first_seen(cache: TeacherCache, has_mean_K: NDArray[np.bool_]) -> list[int]
         if len(order) == num_expected:
             break
         index = cache.index(shard)
-        label_M = index.ok_targets[LABEL][index.task.has_target(index.ok_targets)]
-        labels, firsts = np.unique(label_M, return_index=True)
-        seen = labels[np.argsort(firsts)].tolist()
-        order.update(dict.fromkeys(label for label in seen if has_mean_K[label]))
+        classes, firsts = np.unique(index.task.class_ids(index.ok_targets)[1], return_index=True)
+        seen = classes[np.argsort(firsts)].tolist()
+        order.update(dict.fromkeys(name for name in seen if has_mean_K[name]))
     order.update(dict.fromkeys(np.flatnonzero(has_mean_K).tolist()))
     return list(order)

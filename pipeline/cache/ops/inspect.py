@@ -21,7 +21,6 @@ from pipeline.core.errors import CacheError
 from pipeline.core.redaction import redact
 from pipeline.shards.labels import LabelCount, label_warning
 from pipeline.tasks import task_of
-from pipeline.tasks.classification import TOP1
 from schemas.cache_format import BuildLog, Header, Manifest, Output
 from schemas.config import ViewsConfig
 
@@ -61,16 +60,20 @@ class CacheReport:
     outputs: dict[str, str]
     class_means: str
     labels: str | None
-    teacher_top1: float | None
+    teacher_metrics: dict[str, float | None]
     kl_nats: dict[str, float]
     pearson: dict[str, float]
     argmax_flips: float | None
     embedding_cosine: float | None
     warnings: tuple[str, ...]
 
+    @property
+    def teacher_top1(self) -> float | None:
+        return self.teacher_metrics.get("top-1")
+
     def as_dict(self) -> dict[str, Any]:
-        """The fields by name, and ``last_heard_s``, the former name of ``log_age_s``."""
-        return {**asdict(self), "last_heard_s": self.log_age_s}
+        """The fields by name; ``log_age_s`` and the teacher's top-1 accuracy also by their former names."""
+        return {**asdict(self), "last_heard_s": self.log_age_s, "teacher_top1": self.teacher_top1}
 
 
 def inspect_cache(cache_url: str, *, now_s: float | None = None) -> CacheReport:
@@ -100,7 +103,9 @@ def inspect_cache(cache_url: str, *, now_s: float | None = None) -> CacheReport:
     labels = _labels(cache_url, header, commits, manifest)
     settings = manifest.labels.data if manifest and manifest.labels else header.data
     finished_cache = cache_url if finished else None
-    warning = None if labels is None else label_warning(labels, reading_rules(settings), finished_cache=finished_cache)
+    warning = None
+    if labels is not None and labels.num_labelled < labels.num_images:
+        warning = label_warning(labels, reading_rules(settings), finished_cache=finished_cache)
     size_bytes, model = sum(commit.part_size_bytes for commit in commits), header.teacher["architecture"]["model"]
     statistics = manifest.statistics if manifest else fold.result()
     return CacheReport(
@@ -127,7 +132,7 @@ def inspect_cache(cache_url: str, *, now_s: float | None = None) -> CacheReport:
         outputs={output.name: _encoding(header, output) for output in header.outputs},
         class_means=str(header.teacher["class_means"]),
         labels=None if labels is None else str(labels),
-        teacher_top1=task.teacher_metrics(statistics).get(TOP1),
+        teacher_metrics=task.teacher_metrics(statistics),
         **mean_fidelity(header, statistics),
         warnings=() if warning is None else (warning,),
     )
@@ -137,7 +142,7 @@ def _labels(
     cache_url: str, header: Header, commits: list[CommitSummary], manifest: Manifest | None
 ) -> LabelCount | None:
     """None if no labels are read, nothing is committed, or an index is not readable, which ``verify`` reports."""
-    reads_labels = header.data.get("label") is not None or (manifest is not None and manifest.labels is not None)
+    reads_labels = task_of(header.data).members or (manifest is not None and manifest.labels is not None)
     if not reads_labels or not commits:
         return None
     try:

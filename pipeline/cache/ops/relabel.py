@@ -30,7 +30,6 @@ from pipeline.shards.shard_head import read_shard_head
 from pipeline.shards.shard_urls import new_place, report_moved
 from pipeline.shards.tar import read_samples
 from pipeline.tasks import task_of
-from pipeline.tasks.classification import LOGITS
 from schemas.cache_format import Manifest, Relabelled, Statistics
 from schemas.config import DataConfig
 
@@ -76,7 +75,7 @@ def relabel(
     Shards may have been packed again with the same samples, order and image bytes as in the build.
 
     Args:
-        label: member extension of the class index; default: that of the cache.
+        label: ``data.label``: the member with the target; default: that of the cache.
         shard_urls: where the shards are, by id; default: where the build read them. The new manifest names these URLs.
         progress: called with the number of finished shards and of all shards.
 
@@ -125,8 +124,8 @@ def relabel(
 
 def _data_config(cache: TeacherCache, label: str | None) -> DataConfig:
     rules = reading_rules(cache.data)
-    label = label or rules.label
-    if label is None:
+    rules = rules if label is None else rules.model_copy(update={"label": label})
+    if not task_of(rules).members:
         raise ConfigError(
             "this cache was built without labels, and --label is missing",
             code="cache.relabel-without-label",
@@ -135,7 +134,7 @@ def _data_config(cache: TeacherCache, label: str | None) -> DataConfig:
             next_step=f"run: stillroom cache relabel {quoted(cache.url)} --label cls",
         )
     # The index of the build lists the skipped samples as well.
-    return rules.model_copy(update={"label": label, "bad_samples": "skip"})
+    return rules.model_copy(update={"bad_samples": "skip"})
 
 
 def _check_member(cache: TeacherCache, data: DataConfig, urls: Mapping[str, str]) -> None:
@@ -187,13 +186,14 @@ def _with_labels(index: ShardIndex, data: DataConfig, local: Path, *, where: str
 
 
 def _target_statistics(cache: TeacherCache, shard: ShardEntry, index: ShardIndex) -> Statistics:
-    """From the stored logits of view 0; empty if its images are mixed. One view suffices for the accuracy."""
-    if cache.header.views["kind"] == "function_matching" or cache.header.output(LOGITS) is None or not index.num_ok:
+    """From the stored outputs of view 0; empty if its images are mixed. One view suffices for the accuracy."""
+    names = index.task.statistics_outputs
+    lacks_output = any(cache.header.output(name) is None for name in names)
+    if cache.header.views["kind"] == "function_matching" or lacks_output or not index.num_ok:
         return Statistics()
-    logits_NK = cache.view(shard.shard_id, 0).logits_NK
-    assert logits_NK is not None, "the header has such an output"
+    stored = cache.view(shard.shard_id, 0).outputs
     accumulator = index.task.accumulate()
-    accumulator.add({LOGITS: logits_NK}, index.ok_targets)
+    accumulator.add({name: stored[name].decode() for name in names}, index.ok_targets)
     return Statistics(**accumulator.result())
 
 

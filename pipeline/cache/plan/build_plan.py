@@ -115,7 +115,7 @@ def plan_cache(inputs: PlanInputs) -> CachePlan:
         size=size,
         traffic=_traffic(inputs, size.row.expected),
         break_even=_break_even(inputs.config),
-        labels=None if task_of(data).member(data) is None else inputs.survey.label_count,
+        labels=inputs.survey.label_count if task_of(data).members else None,
     )
 
 
@@ -162,12 +162,8 @@ def plan_size(inputs: PlanInputs) -> Size:
 def _outputs(inputs: PlanInputs) -> tuple[Output, ...]:
     if inputs.header is not None:
         return inputs.header.outputs
-    data = inputs.config.data
-    assert data.num_classes is not None
     # Without D the embedding is left out, and the rest is a lower bound.
-    cache = inputs.cache if inputs.embedding_dim else inputs.cache.model_copy(update={"embeddings": "none"})
-    specs = task_of(data).outputs(cache, num_classes=data.num_classes, embedding_dim=inputs.embedding_dim or 1)
-    return stored_outputs(specs)
+    return stored_outputs(task_of(inputs.config.data).outputs(inputs.cache, inputs.widths))
 
 
 def _column_bytes(plan: ViewsConfig) -> float:
@@ -197,11 +193,8 @@ def _means_bytes(inputs: PlanInputs) -> int | None:
         return 0
     if inputs.embedding_dim is None:
         return None
-    assert inputs.config.data.num_classes is not None
-    class_bytes = 8 * inputs.embedding_dim + _CLASS_SUM_BYTES
-    return sum(
-        class_bytes * round(min(inputs.config.data.num_classes, rows.high)) for rows in inputs.survey.rows.values()
-    )
+    num_classes, class_bytes = task_of(inputs.config.data).num_classes, 8 * inputs.embedding_dim + _CLASS_SUM_BYTES
+    return sum(class_bytes * round(min(num_classes, rows.high)) for rows in inputs.survey.rows.values())
 
 
 def _scratch(inputs: PlanInputs, row: Estimate) -> Estimate:

@@ -11,7 +11,6 @@ from pipeline.augment.random_bits import key_of, permutation
 from pipeline.cache.plan.build_plan import CachePlan
 from pipeline.cache.plan.plan_inputs import PlanInputs
 from pipeline.tasks import task_of
-from pipeline.tasks.classification import LABEL
 
 _MIN_LABEL_SPREAD = 0.5
 # With so many labels a class, the last class is not absent by chance.
@@ -31,8 +30,7 @@ def sorted_by_class(inputs: PlanInputs, _: CachePlan) -> str | None:
 
 
 def class_range(inputs: PlanInputs, _: CachePlan) -> str | None:
-    num_classes = inputs.config.data.num_classes
-    assert num_classes is not None
+    num_classes = task_of(inputs.config.data).num_classes
     label_N = np.concatenate([np.empty(0, np.int32), *_labels(inputs)])
     if not len(label_N):
         return None
@@ -50,7 +48,7 @@ def class_range(inputs: PlanInputs, _: CachePlan) -> str | None:
 def _labels(inputs: PlanInputs) -> list[NDArray[np.int32]]:
     """The labels of each sampled shard, in tar order."""
     task = task_of(inputs.config.data)
-    return [columns[LABEL][task.has_target(columns)] for columns in inputs.survey.targets]
+    return [task.class_ids(columns)[1] for columns in inputs.survey.targets]
 
 
 def label_spread(labels: Sequence[NDArray[np.int32]], group: int) -> float | None:

@@ -147,7 +147,7 @@ def _unusable(sample: Sample, config: Config) -> str | None:
 
 def _time_stages(samples: list[Sample], config: Config, shard: str) -> Stages:
     device = pick_device(config.ray.gpus_per_task > 0)
-    widths = task_of(config.data).widths(config.data)
+    widths = task_of(config.data).widths
     teacher = load_teacher(config.teacher, widths=widths, size=config.views.size, device=device)
     samples, max_pixels = samples[:_NUM_RENDERED], config.data.max_pixels
     num_views, spec = min(config.views.count, _VIEWS_RENDERED), teacher.loaded.input
@@ -193,11 +193,8 @@ def _small_part(config: Config, samples: list[Sample], scratch: Path, num_views:
 
 def _members(sample: Sample, config: Config) -> tuple[str, Members]:
     members = {image_extensions(config.data)[0]: sample.data}
-    task = task_of(config.data)
-    extension = task.member(config.data)
-    if extension is not None and sample.target is not None:
-        members[extension] = task.encode(sample.target)
-    return sample.key, members
+    target = {} if sample.target is None else task_of(config.data).encode(sample.target)
+    return sample.key, {**members, **target}
 
 
 def forecast(plan: CachePlan, config: Config, measurement: Measurement, *, num_slots: int) -> Forecast:

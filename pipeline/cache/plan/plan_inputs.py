@@ -48,7 +48,7 @@ class PlanInputs:
     Attributes:
         sizes: bytes of each shard.
         header: None if no build has claimed the cache yet.
-        embedding_dim: D; None if it is unknown: then a plan leaves out embeddings and class sums.
+        widths: of the teacher's outputs, by name, as far as known.
     """
 
     config: Config
@@ -58,7 +58,7 @@ class PlanInputs:
     commits: Sequence[CommitSummary]
     survey: ShardSurvey
     header: Header | None
-    embedding_dim: int | None
+    widths: Mapping[str, int]
 
     @cached_property
     def blocks(self) -> dict[str, ShardBlocks]:
@@ -89,6 +89,11 @@ class PlanInputs:
         return any(storage.protocol(url) != "file" for url in self.urls.values())
 
     @property
+    def embedding_dim(self) -> int | None:
+        """D; None if it is unknown: then a plan leaves out embeddings and class sums."""
+        return self.widths.get(task_of(self.config.data).embedding)
+
+    @property
     def num_class_sums(self) -> int:
         """Files of class sums: one a shard."""
         return len(self.urls) if self.cache.computes_class_means else 0
@@ -107,7 +112,7 @@ def collect_plan_inputs(
         CacheError: the header or an index is damaged.
         ShardError: a shard has no sample with an image.
     """
-    header = find_header(cache.url)
+    header, task = find_header(cache.url), task_of(config.data)
     commits = [commit for commit in commits if commit.shard_id in urls]
     index_urls = [storage.join(cache.url, layout.INDEX), *filter(None, [config.data.index])]
     return PlanInputs(
@@ -118,14 +123,14 @@ def collect_plan_inputs(
         commits=commits,
         survey=survey_shards(urls, sizes, commits, config.data, index_urls=index_urls),
         header=header,
-        embedding_dim=header.embedding_dim if header else None,
+        widths={**task.widths, **({task.embedding: header.embedding_dim} if header else {})},
     )
 
 
 def resolve_embedding_dim(inputs: PlanInputs) -> PlanInputs:
-    """The inputs with D of the config's teacher, if the size of the cache depends on it and no header has it.
+    """The inputs with all widths of the config's teacher, if the size of the cache depends on D and no header has it.
 
-    D comes from the architecture: the teacher's weights are not read.
+    Widths come from the architecture: the teacher's weights are not read.
 
     Raises:
         ModelError: the network cannot be built from the config.
@@ -134,8 +139,8 @@ def resolve_embedding_dim(inputs: PlanInputs) -> PlanInputs:
     is_needed = inputs.cache.embeddings != "none" or inputs.num_class_sums > 0
     if inputs.embedding_dim is not None or not is_needed:
         return inputs
-    teacher = load_untrained(config.teacher, widths=task_of(config.data).widths(config.data), size=config.views.size)
-    return replace(inputs, embedding_dim=teacher.module.embedding_dim)
+    teacher = load_untrained(config.teacher, widths=task_of(config.data).widths, size=config.views.size)
+    return replace(inputs, widths=teacher.module.widths)
 
 
 def check_labels(inputs: PlanInputs) -> None:

@@ -12,6 +12,7 @@ from pipeline.core.hashing import differences
 from pipeline.models import random_weights_warnings
 from pipeline.shards.index import index_settings
 from pipeline.shards.labels import label_warning
+from pipeline.tasks import task_of
 
 _MANY_CLASSES = 1000
 _MANY_OBJECTS = 1_000_000
@@ -62,16 +63,18 @@ def _missing_labels(inputs: PlanInputs, _: CachePlan) -> str | None:
 
 
 def _int8_resolution(inputs: PlanInputs, plan: CachePlan) -> str | None:
-    num_classes, kind = inputs.config.data.num_classes, str(inputs.cache.logits)
-    assert num_classes is not None
-    if kind != "int8" or num_classes <= _MANY_CLASSES:
-        return None
-    size_bytes = plan.size.outputs["logits"]
-    return (
-        f"int8 spreads 256 levels over {num_classes} logits and stores {size_bytes} bytes per row, "
-        f"{size_bytes * plan.work.forwards.expected / 1e9:.1f} GB in all: close logits become equal; "
-        "cache.logits=int4 preserves differences between the largest logits in about half of the bytes"
-    )
+    task = task_of(inputs.config.data)
+    for output in task.outputs(inputs.cache, inputs.widths):
+        num_classes = output.shape[-1]
+        if output.kind != "int8" or task.roles[output.name] != "class" or num_classes <= _MANY_CLASSES:
+            continue
+        name, size_bytes = output.name, plan.size.outputs[output.name]
+        return (
+            f"int8 spreads 256 levels over {num_classes} {name} and stores {size_bytes} bytes per row, "
+            f"{size_bytes * plan.work.forwards.expected / 1e9:.1f} GB in all: close {name} become equal; "
+            f"cache.{name}=int4 preserves differences between the largest {name} in about half of the bytes"
+        )
+    return None
 
 
 def _many_objects(inputs: PlanInputs, plan: CachePlan) -> str | None:

@@ -111,7 +111,7 @@ def survey_shards(
     targets = [indexes[shard].ok_targets if shard in indexes else heads[shard].targets for shard in sampled]
     labelled = [task.has_target(columns) for columns in targets]
     label_count = LabelCount.of(labelled)
-    if task.member(data) is not None and not label_count.num_labelled:
+    if task.members and not label_count.num_labelled:
         # Only a shard's head lists the members, which the message about missing labels names.
         heads |= read_heads([shard for shard in sampled if shard not in heads])
         label_count = LabelCount.of(labelled, [heads[shard].members for shard in sampled])

@@ -33,7 +33,6 @@ from pipeline.core.bounded_parquet import read_bounded
 from pipeline.core.errors import CacheError
 from pipeline.shards.index import ShardIndex
 from pipeline.tasks import Recount
-from pipeline.tasks.classification import LABEL
 from schemas.cache_format import Commit, Header, Output, aug_param_columns, part_schema
 from schemas.config import ViewsConfig
 
@@ -223,7 +222,7 @@ class PartCheck:
             finite_M = np.asarray(np.isfinite(values_MD).all(1))
             if not self._check_rows(f"{output.name} has NaN or infinity", view, rows, finite_M):
                 continue
-            if output.name == "embedding":
+            if output.name == self._index.task.embedding:
                 stored_norm_M = np.linalg.norm(values_MD.astype(np.float64), axis=1)
                 is_close_M = np.abs(stored_norm_M - norm_M) <= _norm_error(values_MD, stored_norm_M, output.dtype)
                 what = "embedding_norm does not match the embedding"
@@ -239,9 +238,9 @@ class PartCheck:
         """Only fp32 embeddings give exactly the sums that the build computed from the teacher's outputs."""
         exact = output.dtype == "float32" and view == self._commit.views[0].view
         if exact and holds_class_sums(self._header.teacher.get("class_means"), self._commit.block):
-            targets = self._index.ok_targets
-            labelled_M = self._index.task.has_target(targets)[rows]
-            added = sum_rows(values_MD[labelled_M], targets[LABEL][rows][labelled_M])
+            targets = {name: column_N[rows] for name, column_N in self._index.ok_targets.items()}
+            ordinals, class_L = self._index.task.class_ids(targets)
+            added = sum_rows(values_MD[ordinals], class_L)
             sums = self._content.sums
             self._content.sums = added if sums is None else merge([sums, added])
 

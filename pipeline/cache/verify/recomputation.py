@@ -32,8 +32,7 @@ from pipeline.cache.verify.images import ShardImages, single_view
 from pipeline.cache.verify.report import Findings, Problem, Recomputed
 from pipeline.core.errors import CacheError
 from pipeline.shards.shard_urls import report_moved
-from pipeline.tasks import TeacherOutputs
-from pipeline.tasks.classification import EMBEDDING
+from pipeline.tasks import TeacherOutputs, task_of
 from pipeline.teacher.inference import Teacher
 from pipeline.teacher.numerics import numeric_env
 from pipeline.teacher.rendering import Mixing
@@ -249,7 +248,8 @@ def _compare(rows: list[_Row], context: BuildContext, findings: Findings) -> Rec
         _add_problems(rows, output.name, off_N / scale, allowed_N / scale, findings)
         differs_N |= off_N > 0
         largest = max(largest, float(off_N.max()) / scale)
-    norm_N = np.linalg.norm(new[EMBEDDING].astype(np.float64), axis=1).astype(np.float32)
+    embedding = task_of(context.config.data).embedding
+    norm_N = np.linalg.norm(new[embedding].astype(np.float64), axis=1).astype(np.float32)
     off_N = np.abs(norm_N - np.array([row.norm for row in rows])) / np.maximum(norm_N, 1e-6)
     _add_problems(rows, "embedding_norm", off_N, np.where(same_N, 0.0, drift), findings)
     differs_N |= off_N > 0

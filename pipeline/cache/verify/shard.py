@@ -24,7 +24,7 @@ from pipeline.core.hashing import digest
 from pipeline.core.redaction import redact
 from pipeline.core.temporary import temporary_folder
 from pipeline.shards.index import STATUSES, ShardIndex, decode_index
-from pipeline.tasks.classification import LABEL
+from pipeline.tasks import task_of
 from schemas.cache_format import Commit, FileRef
 
 SHARD_MISSING = "canaries: the shard is not available"
@@ -125,7 +125,7 @@ class _ShardCheck:
         with findings.capture(path, "indexes", shard=self._shard_id):
             index = check(findings)
             if header is not None:
-                num_invalid = index.task.num_invalid(index.targets, num_classes=header.num_classes)
+                num_invalid = task_of(header.data).num_invalid(index.targets)
                 findings.expect(path, "targets out of range", num_invalid, 0, shard=self._shard_id)
         self.findings.merge(findings)
         return None if findings.num_problems else index
@@ -156,8 +156,7 @@ class _ShardCheck:
             self.result.lost_sums |= in_manifest
             return
         if index is not None:
-            label_M = index.ok_targets[LABEL][index.task.has_target(index.ok_targets)]
-            classes, counts = np.unique(label_M, return_counts=True)
+            classes, counts = np.unique(index.task.class_ids(index.ok_targets)[1], return_counts=True)
             expected = dict(zip(classes.tolist(), counts.tolist(), strict=True))
             got = dict(zip(sums.class_C.tolist(), sums.count_C.tolist(), strict=True))
             what = "rows by class do not match the index"

@@ -110,7 +110,7 @@ def check_any_labelled(source: RowSource, data: DataConfig) -> None:
         ConfigError: no row has a label, so that losses that need one would learn nothing.
     """
     # Without a label member no index needs to be opened.
-    shards = range(len(source.shard_ids) if source.task.member(data) is not None else 0)
+    shards = range(len(source.shard_ids) if source.task.members else 0)
     if not any(source.task.has_target(source.targets(shard)).any() for shard in shards):
         raise ConfigError(
             "a loss needs labels, and no sample has one",

@@ -344,7 +344,7 @@ def teacher_of_run(config: Config, supervision: SupervisionSpec, device: torch.d
     """
     if config.teacher.model is None or config.teacher.weights is None or config.teacher.others:
         return None
-    widths = task_of(supervision.data).widths(supervision.data)
+    widths = task_of(supervision.data).widths
     teacher = load_teacher(config.teacher, widths=widths, size=config.views.size or supervision.size, device=device)
     # With several caches the config names no teacher.
     cached = [str(cache.header.teacher["weights"]) for cache in supervision.caches]

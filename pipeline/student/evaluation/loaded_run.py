@@ -78,7 +78,7 @@ def load_run(run_url: str, checkpoint_name: CheckpointName) -> LoadedRun:
         )
     student = load_model(
         config.student.model_copy(update={"weights": "random", "sha256": None}),
-        widths=task_of(supervision.data).widths(supervision.data),
+        widths=task_of(supervision.data).widths,
         size=config.student.size or supervision.size,
         where="student",
         expected_weights=WeightsFile(state["model"], transform_input=stored_transform_input(state)),

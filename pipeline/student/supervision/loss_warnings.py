@@ -84,7 +84,7 @@ def _label_shares(spec: SupervisionSpec, source: RowSource, num_classes: int) ->
 
     A cache counts labels on views that are not mixed.
     """
-    if source.task.member(spec.data) is None:
+    if not source.task.members:
         return None
     count_K = np.zeros(num_classes, np.int64)
     stored = spec.caches[0].manifest.statistics.class_counts if spec.caches else {}

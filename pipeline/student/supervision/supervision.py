@@ -75,7 +75,7 @@ def refuses_unlabelled(config: Config, loss: CompositeLoss) -> bool:
 
 def _load_teachers(config: Config, spec: SupervisionSpec, device: torch.device) -> tuple[Teacher, ...]:
     return tuple(
-        load_teacher(section, widths=task_of(spec.data).widths(spec.data), size=size, device=device, where=name)
+        load_teacher(section, widths=task_of(spec.data).widths, size=size, device=device, where=name)
         for (name, section), size in zip(config.teacher.models.items(), teacher_sizes(config), strict=True)
     )
 

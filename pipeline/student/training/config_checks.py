@@ -282,7 +282,7 @@ def _check_student(config: Config, data: DataConfig, size: int | None) -> Loaded
     assert config.student is not None
     loaded = load_model(
         config.student,
-        widths=task_of(data).widths(data),
+        widths=task_of(data).widths,
         size=config.student.size or size,
         seed=config.train.seed,
         where="student",
@@ -297,7 +297,7 @@ def _check_layers(config: Config, student: LoadedModel) -> None:
     section = review_section(config.loss)
     if section is None:
         return
-    teacher = load_untrained(config.teacher, widths=task_of(config.data).widths(config.data), size=config.views.size)
+    teacher = load_untrained(config.teacher, widths=task_of(config.data).widths, size=config.views.size)
     plan_review(section, student, teacher)
 
 

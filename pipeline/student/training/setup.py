@@ -149,7 +149,7 @@ def build_student(config: Config, supervision: Supervision, loss: CompositeLoss,
     assert config.student is not None
     loaded = load_model(
         config.student,
-        widths=task_of(supervision.spec.data).widths(supervision.spec.data),
+        widths=task_of(supervision.spec.data).widths,
         size=config.student.size or supervision.spec.size,
         seed=config.train.seed,
         where="student",

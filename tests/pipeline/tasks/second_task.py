@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from pipeline.tasks import (
     TeacherOutputs,
 )
 from schemas.cache_format import Statistics
-from schemas.config import CacheConfig, DataConfig
+from schemas.config import CacheConfig
 
 _POINT = re.compile(rb"(\d+),(\d+)")
 
@@ -65,32 +66,58 @@ class ErrorRecount(Recount):
         expect("the commit's errors do not match", stated.sums, pytest.approx(self._sum.result()["sums"]))
 
 
+@dataclass(frozen=True)
 class Point(Task):
-    """``x,y`` in pixels. The head of its teacher returns an output ``x``, and no loss trains it."""
+    """``x,y`` in pixels, of which a second member may replace y. The head of its teacher returns an output ``x``."""
+
+    label: str
 
     name = "point"
     member_content = "x,y as text"
     max_bytes = 12
-    columns = (TargetColumn("x", pa.int16(), -1), TargetColumn("y", pa.int64(), -7))
-    statistics_fields = ("sums",)
 
-    def settings(self, data: DataConfig) -> dict[str, Any]:
-        return {"member": self.member(data)}
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Point:
+        return cls(settings["label"])
 
-    def member(self, data: DataConfig) -> str | None:
-        return data.label
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"label": self.label}
 
-    def parse(self, text: bytes, data: DataConfig) -> tuple[int, int]:  # noqa: ARG002
-        if (point := self.try_parse(text)) is None:
-            raise BadTargetError("x,y", next_step="write two numbers")
-        return point
+    @property
+    def members(self) -> tuple[str, ...]:
+        return (self.label, "y")
 
-    def try_parse(self, text: bytes) -> tuple[int, int] | None:
-        match = _POINT.fullmatch(text)
-        return None if match is None else (int(match[1]), int(match[2]))
+    @property
+    def columns(self) -> tuple[TargetColumn, ...]:
+        return (TargetColumn("x", pa.int16(), -1), TargetColumn("y", pa.int64(), -7))
 
-    def encode(self, target: tuple[int, int]) -> bytes:
-        return b"%d,%d" % target
+    @property
+    def statistics_fields(self) -> tuple[str, ...]:
+        return ("sums",)
+
+    @property
+    def statistics_outputs(self) -> tuple[str, ...]:
+        return ("x",)
+
+    def parse(self, texts: Mapping[str, bytes]) -> tuple[int, int] | None:
+        if self.label not in texts:
+            return None
+        if not self.is_target(texts[self.label]):
+            raise BadTargetError(self.label, "x,y", next_step="write two numbers")
+        if "y" in texts and not texts["y"].isdigit():
+            raise BadTargetError("y", "a number", next_step="write one number")
+        return self.try_parse(texts)
+
+    def try_parse(self, texts: Mapping[str, bytes]) -> tuple[int, int] | None:
+        match = _POINT.fullmatch(texts.get(self.label, b""))
+        return None if match is None else (int(match[1]), int(texts.get("y", match[2])))
+
+    def is_target(self, text: bytes) -> bool:
+        return _POINT.fullmatch(text) is not None
+
+    def encode(self, target: tuple[int, int]) -> dict[str, bytes]:
+        return {self.label: b"%d,%d" % target}
 
     def rows(self, targets: Iterable[tuple[int, int] | None]) -> dict[str, NDArray[Any]]:
         point_N2 = np.array([(-1, -7) if point is None else point for point in targets], np.int64).reshape(-1, 2)
@@ -99,17 +126,19 @@ class Point(Task):
     def has_target(self, targets: Targets) -> NDArray[np.bool_]:
         return targets["y"] != -7
 
-    def num_invalid(self, targets: Targets, *, num_classes: int) -> int:  # noqa: ARG002
+    def num_invalid(self, targets: Targets) -> int:
         return int((targets["x"] < -1).sum())
 
-    def widths(self, data: DataConfig) -> dict[str, int]:  # noqa: ARG002
+    @property
+    def widths(self) -> dict[str, int]:
         return {"x": 1}
 
-    def outputs(self, cache: CacheConfig, *, num_classes: int, embedding_dim: int) -> tuple[OutputSpec, ...]:  # noqa: ARG002
-        return (OutputSpec("x", 1, cache.logits),)
+    def outputs(self, cache: CacheConfig, widths: Mapping[str, int]) -> tuple[OutputSpec, ...]:
+        return (OutputSpec("x", (widths["x"],), cache.logits),)
 
-    def is_output(self, name: str) -> bool:
-        return name == "x"
+    @property
+    def roles(self) -> dict[str, str]:
+        return {"x": "position"}
 
     def accumulate(self) -> ErrorSum:
         return ErrorSum()
@@ -121,4 +150,4 @@ class Point(Task):
         return {"mean absolute error": statistics.sums["absolute_error"] / statistics.sums["rows"]}
 
 
-TASKS[Point.name] = Point()
+TASKS[Point.name] = Point

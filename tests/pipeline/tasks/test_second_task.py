@@ -94,6 +94,17 @@ def test_samples_have_the_tasks_targets(shard: Path) -> None:
     assert targets == [(3, 100000), None, (1, 2), (0, 0)]
 
 
+def test_a_target_is_read_from_several_members_in_any_order(shard: Path) -> None:
+    members = [("a.y", b"8"), ("a.jpg", IMAGE), ("a.point", b"3,4"), ("b.jpg", IMAGE), ("b.y", b"8"), *MEMBERS[5:]]
+    shard.write_bytes(make_tar(members))
+    assert [sample.target for sample in read_samples(shard, DATA, where="x")] == [(3, 8), None, (0, 0)]
+    head = read_shard_head(str(shard), DATA, size_bytes=shard.stat().st_size)
+    assert points(head.targets) == [(3, 8), (-1, -7), (0, 0)]
+    shard.write_bytes(make_tar([("a.y", b"up"), ("a.jpg", IMAGE), ("a.point", b"3,4")]))
+    with raises("shard.bad-label", where="x, byte 0", got="b'up'", expected="a number in .y"):
+        list(read_samples(shard, DATA, where="x"))
+
+
 def test_an_index_has_the_tasks_columns_and_is_read_back(index: ShardIndex) -> None:
     assert points(index.targets) == [(3, 100000), (-1, -7), (1, 2), (0, 0)]
     assert points(index.ok_targets) == [(3, 100000), (-1, -7), (0, 0)]
@@ -104,7 +115,7 @@ def test_an_index_has_the_tasks_columns_and_is_read_back(index: ShardIndex) -> N
     assert table.schema.equals(index_schema({"x": pa.int16(), "y": pa.int64()}))
     assert table["x"].to_pylist() == [3, None, 1, 0]
     back = decode_index(encoded, where="x", settings=settings)
-    assert back.task is index.task is task_of(settings)
+    assert back.task == index.task == task_of(settings)
     assert points(back.targets) == points(index.targets)
     assert [back.targets[name].dtype for name in ("x", "y")] == [np.int16, np.int64]
     assert encode_index(back, settings) == encoded
@@ -170,7 +181,7 @@ def context(tiny_config: TinyConfig, tmp_path: Path) -> BuildContext:
         cache={"class_means": "none", "embeddings": "none"},
     )
     config = config.model_copy(update={"data": config.data.model_copy(update=TASK)})
-    widths = task_of(config.data).widths(config.data)
+    widths = task_of(config.data).widths
     teacher = load_teacher(config.teacher, widths=widths, size=config.views.size, device=torch.device("cpu"))
     cache = cache_section(config)
     header = make_header(teacher, plan=config.views, cache=cache, data=config.data)

@@ -43,42 +43,45 @@ CASES = [
 
 @pytest.mark.parametrize(("text", "label"), CASES)
 def test_only_ascii_digits_up_to_int32_are_a_class_index(text: bytes, label: int | None) -> None:
-    data = data_config()
-    assert TASK.try_parse(text) == label
+    texts = {"cls": text}
+    assert TASK.try_parse(texts) == label
+    assert TASK.is_target(text) == (label is not None)
     if label is None:
         with pytest.raises(BadTargetError):
-            TASK.parse(text, data)
+            TASK.parse(texts)
     else:
-        assert TASK.parse(text, data) == label
+        assert TASK.parse(texts) == label
 
 
 def test_a_label_must_be_below_num_classes() -> None:
-    data = data_config(num_classes=10)
-    assert TASK.parse(b"9", data) == 9
+    task = task_of(data_config(num_classes=10))
+    assert task.parse({"cls": b"9"}) == 9
     with pytest.raises(BadTargetError) as caught:
-        TASK.parse(b"10", data)
-    assert caught.value.expected == "an integer in [0, 10) as text"
-    assert TASK.try_parse(b"10") == 10, "another config may have more classes"
+        task.parse({"cls": b"10"})
+    assert (caught.value.member, caught.value.expected) == ("cls", "an integer in [0, 10) as text")
+    assert task.try_parse({"cls": b"10"}) == 10, "another config may have more classes"
 
 
 @given(st.integers(0, MAX_INT32))
 def test_an_encoded_label_is_parsed_as_the_same_label(label: int) -> None:
     encoded = TASK.encode(label)
-    assert TASK.parse(encoded, data_config()) == TASK.try_parse(encoded) == label
-    assert len(encoded) <= TASK.max_bytes
+    assert TASK.parse(encoded) == TASK.try_parse(encoded) == label
+    assert [(member, len(text) <= TASK.max_bytes) for member, text in encoded.items()] == [("cls", True)]
 
 
 def test_the_member_is_that_of_the_config_in_lower_case() -> None:
-    assert TASK.member(data_config()) == "cls"
-    assert TASK.member(data_config(label="Full.CLS")) == "full.cls"
-    assert TASK.member(data_config(label=None)) is None
+    assert TASK.members == ("cls",)
+    assert task_of(data_config(label="Full.CLS")).members == ("full.cls",)
+    unlabelled = task_of(data_config(label=None))
+    assert (unlabelled.members, unlabelled.parse({})) == ((), None)
 
 
 def test_the_settings_of_an_index_name_no_task() -> None:
     """Format v1 has these keys alone, in this order."""
     settings = task_settings(data_config(label="CLS", num_classes=10))
     assert list(settings.items()) == [("label", "cls"), ("num_classes", 10)]
-    assert task_of(settings) is task_of({}) is TASK
+    assert task_of(settings) == task_of(data_config(label="CLS", num_classes=10))
+    assert task_of({}).name == TASK.name == "classification"
 
 
 def test_an_unknown_task_is_refused() -> None:

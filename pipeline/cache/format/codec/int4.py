@@ -5,6 +5,8 @@ The sixteen would widen the steps of all others. Two codes share a byte.
 
 from __future__ import annotations
 
+from math import prod
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -53,7 +55,7 @@ def _pack(values_NK: NDArray[np.float32], rows_N: Rows) -> None:
 
 
 def _unpack(rows_N: Rows, output: Output, _temperature: float) -> NDArray[np.float32]:
-    packed_NC, (width,) = rows_N["codes"], output.shape
+    packed_NC, width = rows_N["codes"], prod(output.shape)
     codes_NC2 = np.stack([packed_NC & 0xF, packed_NC >> 4], axis=2)
     codes_NK = codes_NC2.reshape(len(rows_N), 2 * packed_NC.shape[1])[:, :width]
     sixteen_NL = rows_N["next"] - from_codes(np.arange(_MAX_CODE + 1)[None], rows_N["step"])

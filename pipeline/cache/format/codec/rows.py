@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from math import prod
 
 import numpy as np
 import pyarrow as pa
@@ -31,11 +32,9 @@ def stored_outputs(specs: Iterable[OutputSpec]) -> tuple[Output, ...]:
     Raises:
         ConfigError: an encoding needs more classes.
     """
-    return tuple(
-        _BY_KIND[spec.kind.partition(":")[0]].describe(spec.name, spec.width, spec.kind)
-        for spec in specs
-        if spec.kind != "none"
-    )
+    stored = [spec for spec in specs if spec.kind != "none"]
+    flat = [_BY_KIND[spec.kind.partition(":")[0]].describe(spec.name, prod(spec.shape), spec.kind) for spec in stored]
+    return tuple(output.model_copy(update={"shape": spec.shape}) for output, spec in zip(flat, stored, strict=True))
 
 
 def config_key(name: str) -> str:
@@ -80,12 +79,13 @@ def depends_on_temperature(output: Output) -> bool:
     return _encoding(output).depends_on_temperature
 
 
-def encode(values_ND: NDArray[np.float32], output: Output, *, keys: Sequence[str] = ()) -> pa.Array:
-    """[N,D] fp32 to N little-endian rows. ``keys`` name the rows in the error.
+def encode(values: NDArray[np.float32], output: Output, *, keys: Sequence[str] = ()) -> pa.Array:
+    """[N,…] fp32 to N little-endian rows. ``keys`` name the rows in the error.
 
     Raises:
         CacheError: a value is not finite, or would become infinite in the stored type.
     """
+    values_ND = values.reshape(len(values), prod(output.shape))
     rows_N = np.zeros(len(values_ND), _row_dtype(output))
     with np.errstate(over="ignore", invalid="ignore"):
         _encoding(output).pack(values_ND, rows_N)
@@ -126,7 +126,7 @@ def column_of(raw_NW: NDArray[np.uint8]) -> pa.Array:
 
 
 def decode(column: pa.Array | pa.ChunkedArray, output: Output, *, temperature: float = 1.0) -> NDArray[np.float32]:
-    """N stored rows to [N,D] fp32 at the temperature of the loss that reads them.
+    """N stored rows to [N,…] fp32 at the temperature of the loss that reads them.
 
     Raises:
         CacheError: the encoding is unknown, or a cell is empty.
@@ -137,4 +137,5 @@ def decode(column: pa.Array | pa.ChunkedArray, output: Output, *, temperature: f
         column = column.combine_chunks()
     if column.null_count:
         raise empty_cells(output.name, column)
-    return encoding.unpack(raw_rows(column).view(dtype)[:, 0], output, temperature)
+    values_ND = encoding.unpack(raw_rows(column).view(dtype)[:, 0], output, temperature)
+    return values_ND.reshape(len(values_ND), *output.shape) if len(output.shape) > 1 else values_ND

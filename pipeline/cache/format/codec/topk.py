@@ -8,6 +8,8 @@ linear where the others are normally distributed.
 
 from __future__ import annotations
 
+from math import prod
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -74,7 +76,7 @@ def _round_up(step_N1: NDArray[np.floating]) -> NDArray[np.floating]:
 def _unpack(rows_N: Rows, output: Output, temperature: float) -> NDArray[np.float32]:
     top_N1 = rows_N["top"].astype(np.float32)
     levels_N4 = top_N1 - from_codes(rows_N["levels"], rows_N["step"])
-    values_NK = np.repeat(_interpolate(levels_N4, output.temperatures, temperature), output.shape[0], axis=1)
+    values_NK = np.repeat(_interpolate(levels_N4, output.temperatures, temperature), prod(output.shape), axis=1)
     largest_Nk = top_N1 - from_codes(rows_N["codes"], rows_N["step"])
     np.put_along_axis(values_NK, rows_N["ids"].astype(np.int64), largest_Nk, axis=1)
     return values_NK

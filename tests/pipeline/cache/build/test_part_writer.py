@@ -18,7 +18,7 @@ from pipeline.tasks import OutputSpec
 from schemas.cache_format import ViewRange, part_schema
 from tests.pipeline.caches import TinyCache, read_commits
 
-(LOGITS,) = stored_outputs([OutputSpec("logits", 4, "fp32")])
+(LOGITS,) = stored_outputs([OutputSpec("logits", (4,), "fp32")])
 SCHEMA = part_schema({"logits": 16})
 ROWS, VIEWS, GROUP = 700, (3, 4), 100
 

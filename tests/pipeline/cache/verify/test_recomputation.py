@@ -123,7 +123,7 @@ def test_half_precision_may_differ_by_its_rounding_on_another_machine(tiny_confi
 
 
 def test_an_output_may_round_to_the_other_neighbour_on_another_machine_and_no_further() -> None:
-    (fp16,) = stored_outputs([OutputSpec("logits", 2, "fp16")])
+    (fp16,) = stored_outputs([OutputSpec("logits", (2,), "fp16")])
     # Between 512 and 1024 float16 has steps of 0.5: 1000.26 is stored as 1000.5, and a slightly smaller output as 1000.
     new = np.array([[1000.26, 0.0]] * 3, np.float32)
     stored = np.array([[1000.0, 0.0], [1000.5, 0.0], [999.5, 0.0]], np.float32)

@@ -62,7 +62,7 @@ PARITY = MetricSet(
     table=("odd",),
     sums=ParitySums,
 )
-tasks.TASKS[Parity.name] = Parity()
+tasks.TASKS[Parity.name] = Parity
 
 
 def expected_metrics(logits_NK: Tensor, label_N: Tensor) -> dict[str, float | None]:

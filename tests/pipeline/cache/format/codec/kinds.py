@@ -12,7 +12,7 @@ from tests.tolerances import ulps
 
 
 def logits_output(kind: str, num_classes: int) -> Output:
-    return stored_outputs([OutputSpec("logits", num_classes, kind)])[0]
+    return stored_outputs([OutputSpec("logits", (num_classes,), kind)])[0]
 
 
 def stored(values_NK: NDArray[np.float32], kind: str) -> list[bytes]:

@@ -142,7 +142,7 @@ def test_an_unknown_encoding_is_refused_by_name() -> None:
 def test_only_stored_outputs_are_listed() -> None:
     def listed(logits: str, embeddings: str) -> list[tuple[str, tuple[int, ...], str, str]]:
         config = CacheConfig.model_validate({"url": "x", "logits": logits, "embeddings": embeddings})
-        outputs = stored_outputs(Classification().outputs(config, num_classes=10, embedding_dim=4))
+        outputs = stored_outputs(Classification().outputs(config, {"logits": 10, "embedding": 4}))
         return [(item.name, item.shape, item.dtype, item.encoding) for item in outputs]
 
     assert listed("fp16", "none") == [("logits", (10,), "float16", "dense")]
