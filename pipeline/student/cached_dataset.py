@@ -129,9 +129,7 @@ class CachedDataset(Dataset[CachedBatch]):
     @property
     def num_classes(self) -> int:
         """K, the number of classes."""
-        num_classes = self._spec.data.num_classes
-        assert num_classes is not None, "a cache has it"
-        return num_classes
+        return self._source.task.num_classes
 
     @property
     def num_views(self) -> int:
@@ -298,7 +296,7 @@ def _reads(temperatures: Sequence[float], *, embeddings: bool) -> Reads:
 def _open_rows(spec: SupervisionSpec, reads: Reads, *, verify_canaries: bool, require_labels: bool) -> CachedSource:
     source = open_cached(spec.caches, spec.data, reads=reads, name_shards="give CachedDataset shards={}")
     if require_labels:
-        check_any_labelled(source, spec.data)
+        check_any_labelled(source)
     if verify_canaries:
         canaries = check_canaries(source, spec.data)
         if canaries.num_drifted:

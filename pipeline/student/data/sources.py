@@ -104,20 +104,21 @@ def check_labelled(sample_ids: list[str], labelled_N: NDArray[np.bool_]) -> None
         )
 
 
-def check_any_labelled(source: RowSource, data: DataConfig) -> None:
+def check_any_labelled(source: RowSource) -> None:
     """
     Raises:
         ConfigError: no row has a label, so that losses that need one would learn nothing.
     """
     # Without a label member no index needs to be opened.
-    shards = range(len(source.shard_ids) if source.task.members else 0)
-    if not any(source.task.has_target(source.targets(shard)).any() for shard in shards):
+    task = source.task
+    shards = range(len(source.shard_ids) if task.members else 0)
+    if not any(task.has_target(source.targets(shard)).any() for shard in shards):
         raise ConfigError(
             "a loss needs labels, and no sample has one",
             code="data.no-labels",
             where="data.label",
-            got=f"{data.label}, in {sum(source.num_ok)} samples",
-            expected="the member extension that holds the class",
+            got=f"{', '.join(task.members) or None}, in {sum(source.num_ok)} samples",
+            expected=f"the extension of a member with {task.member_content}",
             next_step="if the shards have labels, run: stillroom cache relabel CACHE --label MEMBER (of a cache), or "
             "index them into another data.index; else use kd or dist alone",
         )

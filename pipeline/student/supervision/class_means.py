@@ -15,7 +15,6 @@ from pipeline.core.hashing import differences, weights_digest
 from pipeline.core.redaction import redact
 from pipeline.student.data.sources import RowSource
 from pipeline.student.losses import check_class_means
-from pipeline.tasks.classification import LABEL, LOGITS
 from pipeline.teacher.inference import Teacher
 
 
@@ -29,7 +28,7 @@ def cached_means(cache: TeacherCache, source: RowSource) -> Tensor:
     assert means is not None, "ensured by check_cached_outputs"
     means_KD = torch.from_numpy(means.mean_KD)
     # A cache computes means of the labels that occur; imported ones may be of others.
-    count_K = label_counts(source, len(means_KD)) if means.count_K is None else means.count_K
+    count_K = label_counts(source) if means.count_K is None else means.count_K
     check_class_means(means_KD, torch.from_numpy(count_K), where=redact(cache.url))
     return means_KD
 
@@ -47,9 +46,7 @@ def online_means(cache: TeacherCache, teacher: Teacher, source: RowSource, *, se
     means = cache.class_means()
     assert means is not None, "ensured by check_online_class_means"
     means_KD = torch.from_numpy(means.mean_KD)
-    check_class_means(
-        means_KD, torch.from_numpy(label_counts(source, teacher.module.widths[LOGITS])), where=redact(cache.url)
-    )
+    check_class_means(means_KD, torch.from_numpy(label_counts(source)), where=redact(cache.url))
     return means_KD
 
 
@@ -72,10 +69,10 @@ def _check_same_teacher(cache: TeacherCache, teacher: Teacher, section: str) -> 
         )
 
 
-def label_counts(source: RowSource, num_classes: int, *, shards: Sequence[int] | None = None) -> NDArray[np.int64]:
-    """How many ok rows of all shards, or of these, have each label; reads their indexes. int64 [K]."""
-    counts = np.zeros(num_classes, np.int64)
+def label_counts(source: RowSource, *, shards: Sequence[int] | None = None) -> NDArray[np.int64]:
+    """How many ok rows of all shards, or of these, have each class; reads their indexes. int64 [K]."""
+    counts = np.zeros(source.task.num_classes, np.int64)
     for shard in range(len(source.shard_ids)) if shards is None else shards:
-        targets = source.targets(shard)
-        counts += np.bincount(targets[LABEL][source.task.has_target(targets)], minlength=num_classes)
+        _, class_M = source.task.class_ids(source.targets(shard))
+        counts += np.bincount(class_M, minlength=len(counts))
     return counts

@@ -33,10 +33,8 @@ def loss_warnings(config: Config, spec: SupervisionSpec, source: RowSource, *, w
     terms = [term for term in config.loss if isinstance(term, DistLoss) and term.weight]
     if not terms:
         return texts
-    num_classes = spec.data.num_classes
-    assert num_classes is not None, "dist takes classes"
-    texts += _few_classes(num_classes)
-    share_K = _label_shares(spec, source, num_classes)
+    texts += _few_classes(source.task.num_classes)
+    share_K = _label_shares(spec, source)
     if share_K is not None:
         texts += _imbalance(share_K)
         intra = [term for term in terms if term.intra_weight]
@@ -79,19 +77,19 @@ def _absent_classes(share_K: NDArray[np.float64], rows: int, *, may_gather: bool
     ]
 
 
-def _label_shares(spec: SupervisionSpec, source: RowSource, num_classes: int) -> NDArray[np.float64] | None:
+def _label_shares(spec: SupervisionSpec, source: RowSource) -> NDArray[np.float64] | None:
     """[K], from the cache's statistics, or from the indexes of a few shards; None if no row has a label.
 
     A cache counts labels on views that are not mixed.
     """
     if not source.task.members:
         return None
-    count_K = np.zeros(num_classes, np.int64)
+    count_K = np.zeros(source.task.num_classes, np.int64)
     stored = spec.caches[0].manifest.statistics.class_counts if spec.caches else {}
     if stored:
         count_K[list(stored)] = list(stored.values())
     else:
-        count_K = label_counts(source, num_classes, shards=_spread(len(source.shard_ids)))
+        count_K = label_counts(source, shards=_spread(len(source.shard_ids)))
     return count_K / count_K.sum() if count_K.any() else None
 
 

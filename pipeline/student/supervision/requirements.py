@@ -13,6 +13,7 @@ from pipeline.core.redaction import redact
 from pipeline.models import require_weights
 from pipeline.student.losses import CompositeLoss
 from pipeline.student.supervision.spec import SupervisionSpec
+from pipeline.tasks import Task, task_of
 from schemas.config import CacheConfig, Config
 
 _CODES = {
@@ -68,12 +69,15 @@ class Requirement:
                 next_step=f"{self.remedy}, or build another cache with cache.{self.key}={self.value}",
             )
 
-    def check_planned(self, cache: CacheConfig) -> None:
+    def check_planned(self, cache: CacheConfig, task: Task) -> None:
         """
         Raises:
             ConfigError: a cache that is built with this section would lack it.
         """
-        if getattr(cache, self.key) == "none":
+        # Whatever their width, the outputs are the same.
+        outputs = task.outputs(cache, dict.fromkeys((*task.widths, task.embedding), 1))
+        stored = [output.name for output in outputs if output.kind != "none"]
+        if cache.class_means == "none" if self.output is None else self.output not in stored:
             raise ConfigError(
                 f"a loss needs the teacher's {self.name}, and this cache would have none",
                 code=self.code,
@@ -106,13 +110,14 @@ def check_cached_outputs(loss: CompositeLoss, caches: Sequence[TeacherCache]) ->
             requirement.check_stored(cache)
 
 
-def check_planned_outputs(loss: CompositeLoss, cache: CacheConfig) -> None:
+def check_planned_outputs(loss: CompositeLoss, config: Config) -> None:
     """
     Raises:
-        ConfigError: a cache that is built with this section would not hold what the loss needs.
+        ConfigError: a cache that is built with this config would not hold what the loss needs.
     """
+    assert config.cache is not None
     for requirement in requirements_of(loss):
-        requirement.check_planned(cache)
+        requirement.check_planned(config.cache, task_of(config.data))
 
 
 def check_online_class_means(config: Config, loss: CompositeLoss, spec: SupervisionSpec) -> None:
@@ -126,13 +131,14 @@ def check_online_class_means(config: Config, loss: CompositeLoss, spec: Supervis
         assert cache is not None, "ensured by check_config"
         where = f"{name}.class_means: {redact(cache.url)}"
         CLASS_MEANS.check_stored(cache, where=where)
-        if cache.header.num_classes != spec.data.num_classes:
+        num_classes = task_of(spec.data).num_classes
+        if cache.header.num_classes != num_classes:
             raise ConfigError(
                 "these class means have a different number of classes",
                 code="config.class-means-mismatch",
                 where=where,
                 got=f"K = {cache.header.num_classes}",
-                expected=f"K = {spec.data.num_classes}, data.num_classes",
+                expected=f"K = {num_classes}, data.num_classes",
             )
 
 

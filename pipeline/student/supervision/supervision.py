@@ -61,7 +61,7 @@ def open_supervision(
     if refuses_unlabelled(config, loss):
         source.check_labelled()
     if loss.targets:
-        check_any_labelled(source, spec.data)
+        check_any_labelled(source)
     if config.teacher.mode == "none":
         return Supervision(spec, source, (), (), ())
     teachers = _load_teachers(config, spec, device) if teachers is None else tuple(teachers)
@@ -101,7 +101,7 @@ def _online_supervision(
 def _cached_supervision(spec: SupervisionSpec, loss: CompositeLoss, device: torch.device) -> Supervision:
     source = open_cached(spec.caches, spec.data, reads=loss.teacher_outputs)
     if loss.targets:
-        check_any_labelled(source, spec.data)
+        check_any_labelled(source)
     # On every rank, since each may run on a machine whose decoder differs.
     canaries = check_canaries(source, spec.data)
     directions = tuple(

@@ -275,7 +275,7 @@ def check_plan(config: Config) -> None:
     assert config.cache is not None
     if config.teacher.mode == "cache":
         require_weights(config.teacher, where="teacher")
-        check_planned_outputs(CompositeLoss(config.loss, where="loss"), config.cache)
+        check_planned_outputs(CompositeLoss(config.loss, where="loss"), config)
 
 
 def _check_student(config: Config, data: DataConfig, size: int | None) -> LoadedModel:

@@ -40,7 +40,7 @@ from pipeline.student.evaluation.metrics import (
 )
 from pipeline.student.losses import LOSS_TASKS, LOSSES, PARAMETERS, Parameter
 from pipeline.student.losses.registry import register
-from pipeline.student.training.config_checks import check_config
+from pipeline.student.training.config_checks import check_config, check_plan
 from pipeline.student.training.setup import prepare
 from pipeline.student.training.train_step import TrainStep
 from pipeline.student.training.trainer import train
@@ -286,13 +286,18 @@ def test_a_loss_of_the_task_trains_from_its_outputs_and_targets(training: Config
 
 
 def test_a_loss_of_another_task_and_an_output_that_the_cache_lacks_are_refused(
-    training: Config, monkeypatch: pytest.MonkeyPatch
+    context: BuildContext, training: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with raises("loss.other-task", where="loss.0.name", got="ce", expected="one of point"):
         check_config(training.model_copy(update={"loss": Config.model_validate({"loss": [{"name": "ce"}]}).loss}))
+    # A plan of the cache that the training reads.
+    planned = training.model_copy(update={"cache": context.cache})
+    check_plan(planned)
     monkeypatch.setitem(PARAMETERS, "teacher_x_B1", Parameter("teacher output", "y"))
     with raises("cache.no-output"):
         prepare(training, DistributedContext())
+    with raises("cache.no-output"):
+        check_plan(planned)
 
 
 class ErrorSums(MetricSums):
