@@ -70,7 +70,7 @@ class CachedBatch(Summarised):
     def lambda_B(self) -> Tensor:
         """float32; the weight of a row in its mixed pixels and label; its partner has 1 − λ. 1 for unmixed rows."""
         lambda_B = self.rows.lambda_B
-        return torch.ones_like(self.labels_B, dtype=torch.float32) if lambda_B is None else lambda_B
+        return torch.ones(len(self), device=self.rows.pixels_BCHW.device) if lambda_B is None else lambda_B
 
     def images(self) -> Tensor:
         """float32 [B,3,S,S] in channels-last memory, mixed as for the teacher and normalised for the student.
