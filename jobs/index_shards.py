@@ -22,6 +22,7 @@ from pipeline.shards.shard_head import ShardHead, read_shard_head
 from pipeline.shards.shard_urls import report_moved, urls_by_id
 from pipeline.storage.config_files import load_config
 from pipeline.student.data.sources import index_url
+from pipeline.tasks import task_of
 from schemas.config import Config, DataConfig
 
 _NUM_SAMPLED = 8
@@ -68,7 +69,7 @@ def _check_labels(by_id: dict[str, str], data: DataConfig, folder_url: str) -> N
     Raises:
         ShardError: no sampled shard has the member.
     """
-    if data.label is None or not {index_name(shard) for shard in by_id}.isdisjoint(storage.listing(folder_url)):
+    if not task_of(data).members or not {index_name(shard) for shard in by_id}.isdisjoint(storage.listing(folder_url)):
         return
     sampled = evenly_spaced([*by_id.values()], _NUM_SAMPLED)
     heads: list[ShardHead] = []

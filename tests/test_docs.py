@@ -225,7 +225,7 @@ def test_the_snippet_of_the_format_reads_what_the_reader_reads(tmp_path: Path, l
     for shard in cache.shards:
         for view in range(3):
             read = names["read_logits"](cache.url, shard.shard_id, view)
-            expected = cache.view(shard.shard_id, view).logits_NK
+            expected = cache.view(shard.shard_id, view).decoded("logits")
             np.testing.assert_allclose(read, expected, rtol=0, atol=decoding_error(read))
     stored = encode(read, output)
     for temperature in (0.5, 1.0, 3.0, 4.0, 20.0):

@@ -52,7 +52,7 @@ class BenchTeacher:
     def logits(self, views: str) -> NDArray[np.float32]:
         """fp32 [N, K] of 2,000 images that it was trained on: ``clean`` (eval views) or ``mixed`` ones."""
         cache = _cache(self, f"{self.name}-{views}", CIFAR / "train-{00000..00001}.tar", _VIEWS[views])
-        return np.concatenate([cache.view(shard.shard_id, 0).logits_NK for shard in cache.shards])
+        return np.concatenate([cache.view(shard.shard_id, 0).decoded("logits") for shard in cache.shards])
 
 
 def ten_classes() -> BenchTeacher:
@@ -137,7 +137,7 @@ def _pseudo_samples(teacher: BenchTeacher) -> Iterator[tuple[str, Members]]:
     views = {**_CROPS, "count": 4}
     cache = _cache(teacher, "crops", CIFAR / "train-{00000..00009}.tar", views, embeddings="fp32")
     columns = [(shard, cache.view(shard.shard_id, view)) for shard in cache.shards for view in range(4)]
-    embeddings = np.concatenate([column.embedding_ND for _, column in columns if column.embedding_ND is not None])
+    embeddings = np.concatenate([column.decoded("embedding") for _, column in columns])
     clusters = MiniBatchKMeans(_NUM_PSEUDO, random_state=0, n_init=1, batch_size=8192).fit_predict(embeddings)
     labels = np.split(clusters, np.cumsum([len(column.row_N) for _, column in columns])[:-1])
     for (shard, column), label_N, view in zip(columns, labels, [0, 1, 2, 3] * len(cache.shards), strict=True):

@@ -107,13 +107,14 @@ def inspect_cache(cache_url: str, *, now_s: float | None = None) -> CacheReport:
     if labels is not None and labels.num_labelled < labels.num_images:
         warning = label_warning(labels, reading_rules(settings), finished_cache=finished_cache)
     size_bytes, model = sum(commit.part_size_bytes for commit in commits), header.teacher["architecture"]["model"]
+    classes = [f"{header.num_classes} classes"] if header.num_classes else []
     statistics = manifest.statistics if manifest else fold.result()
     return CacheReport(
         url=redact(cache_url),
         finished=finished,
         fingerprint=header.fingerprint,
         views_id=header.views_id,
-        teacher=f"{model}, {header.num_classes} classes, {header.teacher['precision']}",
+        teacher=", ".join([model, *classes, header.teacher["precision"]]),
         views=f"{', '.join(_view_names(header))}, seed {header.views['seed']}, {header.teacher['size']} px",
         num_shards=manifest.num_shards if manifest else None,
         num_ok=manifest.num_ok if manifest else None,

@@ -191,9 +191,9 @@ def _target_statistics(cache: TeacherCache, shard: ShardEntry, index: ShardIndex
     lacks_output = any(cache.header.output(name) is None for name in names)
     if cache.header.views["kind"] == "function_matching" or lacks_output or not index.num_ok:
         return Statistics()
-    stored = cache.view(shard.shard_id, 0).outputs
+    columns = cache.view(shard.shard_id, 0)
     accumulator = index.task.accumulate()
-    accumulator.add({name: stored[name].decode() for name in names}, index.ok_targets)
+    accumulator.add({name: columns.decoded(name) for name in names}, index.ok_targets)
     return Statistics(**accumulator.result())
 
 

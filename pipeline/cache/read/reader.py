@@ -35,7 +35,6 @@ from pipeline.core.errors import CacheError, StorageError, StorageInputError
 from pipeline.core.hashing import digest
 from pipeline.core.redaction import quoted, redact
 from pipeline.shards.index import ShardIndex, decode_index
-from pipeline.tasks.classification import EMBEDDING, LOGITS
 from schemas.cache_format import Header, Manifest, Output, aug_param_columns
 
 
@@ -79,18 +78,9 @@ class ViewColumns:
     pixel_digest: tuple[bytes | None, ...]
     pixel_mean: tuple[bytes | None, ...]
 
-    @property
-    def logits_NK(self) -> NDArray[np.float32] | None:
-        """All rows, decoded at T = 1. None if the cache has no logits."""
-        return self._decoded(LOGITS)
-
-    @property
-    def embedding_ND(self) -> NDArray[np.float32] | None:
-        """All rows, decoded. None if the cache has no embeddings."""
-        return self._decoded(EMBEDDING)
-
-    def _decoded(self, name: str) -> NDArray[np.float32] | None:
-        return self.outputs[name].decode() if name in self.outputs else None
+    def decoded(self, name: str) -> NDArray[np.float32]:
+        """All rows of a stored output, decoded at T = 1."""
+        return self.outputs[name].decode()
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,10 +109,9 @@ def forward_error(network: CifarResNet, outputs: torch.Tensor) -> float:
 def check_view(cache: TeacherCache, network: CifarResNet, url: str, shard: str, view: int) -> ViewColumns:
     columns = cache.view(shard, view)
     logits, embedding = infer_by_hand(network, crops(images(url), columns), columns)
-    assert columns.embedding_ND is not None
-    for found, expected in ((columns.logits_NK, logits), (columns.embedding_ND, embedding)):
+    for found, expected in ((columns.decoded("logits"), logits), (columns.decoded("embedding"), embedding)):
         np.testing.assert_allclose(found, expected, rtol=0, atol=forward_error(network, expected))
-    norms = [np.sqrt((row.astype(np.float64) ** 2).sum()) for row in columns.embedding_ND]
+    norms = [np.sqrt((row.astype(np.float64) ** 2).sum()) for row in columns.decoded("embedding")]
     # Computed in float64, stored as fp32.
     np.testing.assert_allclose(columns.embedding_norm_N, norms, rtol=ulps(1))
     return columns
@@ -162,8 +161,7 @@ def test_class_means_are_those_of_the_stored_embeddings(kind: str, view: int, ca
     total, count = np.zeros((10, 7)), np.zeros(10, int)
     for entry in cache.shards:
         columns, labels = cache.view(entry.shard_id, view), cache.index(entry).targets["label"]
-        assert columns.embedding_ND is not None
-        for embedding_D, label in zip(columns.embedding_ND, labels, strict=True):
+        for embedding_D, label in zip(columns.decoded("embedding"), labels, strict=True):
             total[label] += embedding_D
             count[label] += 1
     assert means.count_K.tolist() == count.tolist()
@@ -174,8 +172,8 @@ def test_class_means_are_those_of_the_stored_embeddings(kind: str, view: int, ca
 @pytest.mark.slow
 def test_half_precision_is_stored_to_half_a_unit_in_the_last_place(cache_of: CacheOf) -> None:
     full, half = (cache_of(plan).view("digits-00", 0) for plan in ("function_matching", "half"))
-    assert half.embedding_ND is None
-    assert np.array_equal(half.logits_NK, full.logits_NK.astype(np.float16).astype(np.float32))
+    assert [*half.outputs] == ["logits"]
+    assert np.array_equal(half.decoded("logits"), full.decoded("logits").astype(np.float16).astype(np.float32))
     assert np.array_equal(half.embedding_norm_N, full.embedding_norm_N)
 
 
@@ -209,7 +207,7 @@ def test_statistics_count_the_hits_of_the_eval_pass(cache_of: CacheOf) -> None:
     cache = cache_of("function_matching")
     top1 = top5 = 0
     for entry in cache.shards:
-        logits_NK, labels = cache.view(entry.shard_id, EVAL_VIEW).logits_NK, cache.index(entry).targets["label"]
+        logits_NK, labels = cache.view(entry.shard_id, EVAL_VIEW).decoded("logits"), cache.index(entry).targets["label"]
         ranked_NK = np.argsort(-logits_NK, axis=1)
         top1 += int((ranked_NK[:, 0] == labels).sum())
         top5 += int((ranked_NK[:, :5] == labels[:, None]).any(1).sum())

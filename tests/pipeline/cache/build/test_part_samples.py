@@ -187,7 +187,7 @@ def test_a_shard_without_one_good_sample_is_a_cache_of_no_rows(tiny_config: Tiny
     manifest = build(config)
     cache = open_cache(cache_section(config).url)
     assert (manifest.num_ok, manifest.skipped) == (0, {"undecodable": 20})
-    assert cache.view("shard-00", 2).logits_NK.shape == (0, 10)
+    assert cache.view("shard-00", 2).decoded("logits").shape == (0, 10)
 
 
 def plain(row: int, members: dict[str, bytes]) -> Members:

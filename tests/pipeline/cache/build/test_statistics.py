@@ -72,15 +72,13 @@ def test_commits_and_inspect_have_the_distance_of_stored_rows_from_those_of_an_e
             fold.add(commit.statistics)
     total = fold.result()
     assert total.fidelity_rows == 3
-    p, q = ([softmax(pair[side].logits_NK[row].astype(np.float64)) for pair in columns] for side in (0, 1))
+    p, q = ([softmax(pair[side].decoded("logits")[row].astype(np.float64)) for pair in columns] for side in (0, 1))
     kl = sum(rel_entr(a, b).sum() for a, b in zip(p, q, strict=True))
     assert total.kl_sum["1.0"] == pytest.approx(kl, rel=0, abs=rounding(3, 10))
     pearson = sum(1 - pearsonr(a, b)[0] for a, b in zip(p, q, strict=True))
     assert total.pearson_sum["1.0"] == pytest.approx(pearson, rel=0, abs=rounding(3, 10))
     assert total.argmax_flips == 0
-    cosines = sum(
-        cosine_sum(*(side.embedding_ND[[row]] for side in pair if side.embedding_ND is not None)) for pair in columns
-    )
+    cosines = sum(cosine_sum(*(side.decoded("embedding")[[row]] for side in pair)) for pair in columns)
     assert total.embedding_cosine_sum == pytest.approx(cosines, rel=0, abs=rounding(3, 7))
     assert 2.99 < cosines < 3
     report = inspect_cache(url)

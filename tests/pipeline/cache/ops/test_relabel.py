@@ -92,9 +92,8 @@ def test_shards_packed_again_with_labels_give_a_cache_its_labels(unlabelled: Tin
     assert labels(cache) == CLASSES
     # Hits of the stored logits of view 0.
     hits = sum(
-        int((view.argmax(1) == cache.index(shard).targets["label"]).sum())
+        int((cache.view(shard.shard_id, 0).decoded("logits").argmax(1) == cache.index(shard).targets["label"]).sum())
         for shard in cache.shards
-        if (view := cache.view(shard.shard_id, 0).logits_NK) is not None
     )
     statistics = cache.manifest.statistics
     assert (statistics.labelled, statistics.top1_hits) == (NUM, hits)

@@ -75,7 +75,7 @@ def test_every_column_of_a_part_is_read_and_a_row_of_logits_decoded(
     header = json.loads(Path(config.cache.url, "header.json").read_text())
     output = next(output for output in header["outputs"] if output["name"] == "logits")
     decoded = decode_row(columns["logits"][15 + 4], output)
-    stored = open_cache(config.cache.url).view("digits-01", 1).logits_NK[4]
+    stored = open_cache(config.cache.url).view("digits-01", 1).decoded("logits")[4]
     # One side in float64. int8: a product and a sum. topk: an exponent of at most log(1 + span / 3), of which an error
     # weighs span + 3 times as much; then exp, factor and difference.
     span = float(np.ptp(decoded)) + 3

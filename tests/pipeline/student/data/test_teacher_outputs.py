@@ -64,8 +64,7 @@ def test_rows_stay_encoded_until_the_batch_decodes_them_at_their_positions(topk:
         shard, _, key = sample_id.partition("/")
         row = cache.index(cache.shards[int(shard[-1])]).keys.to_pylist().index(key)
         stored = cache.view(shard, 0)
-        assert stored.embedding_ND is not None
-        np.testing.assert_array_equal(embedding_BD[position], stored.embedding_ND[row])
+        np.testing.assert_array_equal(embedding_BD[position], stored.decoded("embedding")[row])
         assert outputs.norm_B[position] == stored.embedding_norm_N[row]
         logits = stored.outputs["logits"]
         for temperature in (0.5, 4.0):

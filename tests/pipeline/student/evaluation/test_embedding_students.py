@@ -109,8 +109,7 @@ def test_a_dataset_has_the_embeddings_of_its_cache(replays: Replay) -> None:
     reader, num_compared = open_cache(cache.url), 0
     for entry in reader.shards:
         columns, index = reader.view(entry.shard_id, 0), reader.index(entry)
-        assert columns.embedding_ND is not None
-        by_id = dict(zip(index.sample_ids(columns.row_N), torch.from_numpy(columns.embedding_ND), strict=True))
+        by_id = dict(zip(index.sample_ids(columns.row_N), torch.from_numpy(columns.decoded("embedding")), strict=True))
         for row, sample_id in enumerate(batch.sample_ids):
             if sample_id in by_id:
                 assert torch.equal(embedding_BD[row], by_id[sample_id])

@@ -233,7 +233,7 @@ def test_each_teachers_outputs_are_those_of_the_requested_rows(replays: Replay, 
     for number, (cache, outputs) in enumerate(zip(caches, source.outputs, strict=True)):
         teacher_outputs = decode_outputs(source_rows.teachers[number], outputs, source.reads)
         columns = open_cache(cache.url).view("digits-01", 3)
-        assert np.array_equal(teacher_outputs.at("logits"), columns.logits_NK[rows])
+        assert np.array_equal(teacher_outputs.at("logits"), columns.decoded("logits")[rows])
         assert np.array_equal(teacher_outputs.norm_B, columns.embedding_norm_N[rows])
 
 
