@@ -18,7 +18,7 @@ EMBEDDING = "embedding"
 """The output that the networks of all tasks have: [B,D], the input of their heads."""
 
 Targets = Mapping[str, NDArray[Any]]
-"""Target columns by name, [N] each; a row without a target has ``TargetColumn.missing``."""
+"""Target columns by name, [N,…] each; a row without a target consists of ``TargetColumn.missing``."""
 
 TeacherOutputs = Mapping[str, NDArray[np.float32]]
 """Outputs of a teacher by the names of ``OutputSpec``, [N,…] each."""
@@ -26,7 +26,9 @@ TeacherOutputs = Mapping[str, NDArray[np.float32]]
 
 @dataclass(frozen=True, slots=True)
 class TargetColumn:
-    """A column of integers that the index has for targets. Its name differs from those of ``index_schema``.
+    """A column that the index has for targets. Its name differs from those of ``index_schema``.
+
+    This class stores one integer a row; a subclass converts integers of another shape to another type.
 
     Attributes:
         missing: stands in arrays for a sample without a target, which is null in the index.

@@ -58,7 +58,7 @@ class StoredRows:
         return StoredRows(column_of(raw_rows(self.column).take(row_N, axis=0)), self.output)
 
     def decode(self, *, temperature: float = 1.0) -> NDArray[np.float32]:
-        """[N,D] fp32 at the temperature of the loss that reads them."""
+        """[N,…] fp32 at the temperature of the loss that reads them."""
         return decode(self.column, self.output, temperature=temperature)
 
 

@@ -219,7 +219,7 @@ class PartCheck:
         for output in self._header.outputs:
             with np.errstate(all="ignore"):
                 values_MD = decode(table[output.name], output)
-            finite_M = np.asarray(np.isfinite(values_MD).all(1))
+            finite_M = np.asarray(np.isfinite(values_MD.reshape(len(values_MD), -1)).all(1))
             if not self._check_rows(f"{output.name} has NaN or infinity", view, rows, finite_M):
                 continue
             if output.name == self._index.task.embedding:

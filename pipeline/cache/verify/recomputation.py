@@ -52,7 +52,7 @@ class _Row:
         slot: position in the teacher's batch during the build: the last bits of a row may depend on it.
         partner: position of the row that it is mixed with, in the list of sampled rows.
         cutmix_box_4: the part of the view that comes from the partner, as fractions; width 0: a blend.
-        stored: decoded rows [D] by the name of the output.
+        stored: decoded rows by the name of the output.
     """
 
     shard: str
@@ -243,8 +243,9 @@ def _compare(rows: list[_Row], context: BuildContext, findings: Findings) -> Rec
     same_N = np.array([row.same_environment for row in rows])
     for output in context.header.outputs:
         scale = max(float(new[output.name].std()), 1e-6)
-        stored_ND = np.stack([row.stored[output.name] for row in rows])
-        off_N, allowed_N = distance(stored_ND, new[output.name], output, drift=drift * scale, same_N=same_N)
+        stored_ND = np.stack([row.stored[output.name].ravel() for row in rows])
+        new_ND = new[output.name].reshape(len(rows), -1)
+        off_N, allowed_N = distance(stored_ND, new_ND, output, drift=drift * scale, same_N=same_N)
         _add_problems(rows, output.name, off_N / scale, allowed_N / scale, findings)
         differs_N |= off_N > 0
         largest = max(largest, float(off_N.max()) / scale)
@@ -270,7 +271,7 @@ def distance(
     same_N: NDArray[np.bool_],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The largest difference of each row from the new outputs, and the allowed one: 0 for rows of ``same_N``."""
-    encoded_ND = decode(encode(new_ND, output), output)
+    encoded_ND = decode(encode(new_ND, output), output).reshape(new_ND.shape)
     from_encoded_N, from_new_N = (
         np.abs(stored_ND.astype(np.float64) - values_ND).max(1) for values_ND in (encoded_ND, new_ND)
     )

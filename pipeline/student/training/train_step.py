@@ -142,7 +142,8 @@ class TrainStep:
         """0-d, by the losses' targets: rows that have the target. A mixed row needs its partner's too."""
         counts: dict[str, Tensor] = {}
         for column in self._targets:
-            has_target_B = batch.targets[column.name] != column.missing
+            target_B = batch.targets[column.name]
+            has_target_B = (target_B != column.missing).reshape(len(target_B), -1).any(1)
             if batch.partner_B is not None:
                 has_target_B = has_target_B & has_target_B[batch.partner_B]
             counts[column.name] = has_target_B.sum()

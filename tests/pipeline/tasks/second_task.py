@@ -60,10 +60,22 @@ class ErrorRecount(Recount):
 
     def add_outputs(self, name: str, values: NDArray[np.float32], rows: slice, *, exact: bool) -> None:
         assert exact
-        self._sum.add({name: values}, {key: column[rows] for key, column in self._targets.items()})
+        self._sum.add(
+            {name: values.reshape(len(values), -1)}, {key: column[rows] for key, column in self._targets.items()}
+        )
 
     def compare(self, stated: Statistics, expect: Callable[[str, object, object], object]) -> None:
         expect("the commit's errors do not match", stated.sums, pytest.approx(self._sum.result()["sums"]))
+
+
+class ParityColumn(TargetColumn):
+    """int8 [N,2], stored as a string of two bytes."""
+
+    def to_arrow(self, values_N: NDArray[Any]) -> pa.Array:
+        return pa.array([None if row[0] == self.missing else row.tobytes() for row in values_N], self.type)
+
+    def to_numpy(self, column: pa.ChunkedArray) -> NDArray[Any]:
+        return np.array([*b"".join(column.fill_null(b"\xff\xff").to_pylist())], np.uint8).astype(np.int8).reshape(-1, 2)
 
 
 @dataclass(frozen=True)
@@ -90,7 +102,11 @@ class Point(Task):
 
     @property
     def columns(self) -> tuple[TargetColumn, ...]:
-        return (TargetColumn("x", pa.int16(), -1), TargetColumn("y", pa.int64(), -7))
+        return (
+            TargetColumn("x", pa.int16(), -1),
+            TargetColumn("y", pa.int64(), -7),
+            ParityColumn("parity", pa.binary(2), -1),
+        )
 
     @property
     def statistics_fields(self) -> tuple[str, ...]:
@@ -121,7 +137,8 @@ class Point(Task):
 
     def rows(self, targets: Iterable[tuple[int, int] | None]) -> dict[str, NDArray[Any]]:
         point_N2 = np.array([(-1, -7) if point is None else point for point in targets], np.int64).reshape(-1, 2)
-        return {"x": point_N2[:, 0].astype(np.int16), "y": point_N2[:, 1].copy()}
+        parity_N2 = np.where(point_N2[:, 1:] == -7, -1, point_N2 % 2).astype(np.int8)
+        return {"x": point_N2[:, 0].astype(np.int16), "y": point_N2[:, 1].copy(), "parity": parity_N2}
 
     def has_target(self, targets: Targets) -> NDArray[np.bool_]:
         return targets["y"] != -7
@@ -150,4 +167,13 @@ class Point(Task):
         return {"mean absolute error": statistics.sums["absolute_error"] / statistics.sums["rows"]}
 
 
-TASKS[Point.name] = Point
+class GridPoint(Point):
+    """Its output is a map of one number."""
+
+    name = "grid point"
+
+    def outputs(self, cache: CacheConfig, widths: Mapping[str, int]) -> tuple[OutputSpec, ...]:
+        return (OutputSpec("x", (widths["x"], 1, 1), cache.logits),)
+
+
+TASKS.update({task.name: task for task in (Point, GridPoint)})

@@ -56,7 +56,7 @@ from tests.pipeline.conftest import TinyConfig
 from tests.pipeline.shards.tars import data_config, image_bytes, make_tar
 from tests.pipeline.student.evaluation.test_evaluator import one_by_one
 from tests.pipeline.student.runs import evaluations, run_config, state_of
-from tests.pipeline.tasks.second_task import Point
+from tests.pipeline.tasks.second_task import GridPoint, Point
 
 # The schema lists the tasks of the product.
 TASK = {"task": Point.name}
@@ -112,12 +112,14 @@ def test_an_index_has_the_tasks_columns_and_is_read_back(index: ShardIndex) -> N
     assert settings["task"] == Point.name
     encoded = encode_index(index, settings)
     table = pq.read_table(pa.BufferReader(encoded))
-    assert table.schema.equals(index_schema({"x": pa.int16(), "y": pa.int64()}))
+    assert table.schema.equals(index_schema({"x": pa.int16(), "y": pa.int64(), "parity": pa.binary(2)}))
     assert table["x"].to_pylist() == [3, None, 1, 0]
+    assert table["parity"].to_pylist() == [b"\1\0", None, b"\1\0", b"\0\0"]
     back = decode_index(encoded, where="x", settings=settings)
     assert back.task == index.task == task_of(settings)
     assert points(back.targets) == points(index.targets)
-    assert [back.targets[name].dtype for name in ("x", "y")] == [np.int16, np.int64]
+    assert [back.targets[name].dtype for name in ("x", "y", "parity")] == [np.int16, np.int64, np.int8]
+    assert back.targets["parity"].tolist() == index.targets["parity"].tolist() == [[1, 0], [-1, -1], [1, 0], [0, 0]]
     assert encode_index(back, settings) == encoded
 
 
@@ -168,8 +170,9 @@ def groups(shard: Path, index: ShardIndex) -> list[GroupViews]:
 
 
 @pytest.fixture
-def context(tiny_config: TinyConfig, tmp_path: Path) -> BuildContext:
+def context(tiny_config: TinyConfig, tmp_path: Path, request: pytest.FixtureRequest) -> BuildContext:
     """Of a finished cache with two unmixed views of 35 images. Like ``current_context``, for the second task."""
+    task_name = getattr(request, "param", Point.name)
     samples = (
         (key, {"png": members["png"], "point": b"%d,%d" % (row, 7 * row)})
         for row, (key, members) in enumerate(digit_samples(35))
@@ -180,7 +183,7 @@ def context(tiny_config: TinyConfig, tmp_path: Path) -> BuildContext:
         views={"kind": "crop", "count": 2},
         cache={"class_means": "none", "embeddings": "none"},
     )
-    config = config.model_copy(update={"data": config.data.model_copy(update=TASK)})
+    config = config.model_copy(update={"data": config.data.model_copy(update={"task": task_name})})
     widths = task_of(config.data).widths
     teacher = load_teacher(config.teacher, widths=widths, size=config.views.size, device=torch.device("cpu"))
     cache = cache_section(config)
@@ -224,6 +227,16 @@ def test_a_cache_of_another_task_has_its_outputs_and_statistics_and_is_verified(
     republish(TinyCache(url, context.config))
     (problem,) = verify_cache(url).problems
     assert problem.file == commit.part.path
+
+
+@pytest.mark.parametrize("context", [GridPoint.name], indirect=True)
+def test_an_output_of_several_dimensions_is_stored_and_verified(context: BuildContext) -> None:
+    url = context.cache.url
+    assert inspect_cache(url).outputs == {"x": "dense [1, 1, 1], 4 bytes a row"}
+    assert open_cache(url).view("points-0", 1).decoded("x").shape == (20, 1, 1, 1)
+    assert verify_cache(url).problems == []
+    recomputed = recompute(url, context, Findings(), num_rows=1000, shard_urls={})
+    assert (recomputed.rows, recomputed.identical, recomputed.largest_difference) == (70, 70, 0)
 
 
 class PointLoss(LossSection):
@@ -274,6 +287,7 @@ def test_a_loss_of_the_task_trains_from_its_outputs_and_targets(training: Config
         number = index.keys.to_pylist().index(key)
         (teacher_x,) = cache.view(shard_id, 0).outputs["x"].decode()[number].tolist()
         assert batch.targets["y"][row] == index.targets["y"][number]
+        assert batch.targets["parity"][row].tolist() == index.targets["parity"][number].tolist()
         output = taken[0]["x"][row, 0].item()
         if row % 3:
             assert batch.targets["x"][row] == index.targets["x"][number]

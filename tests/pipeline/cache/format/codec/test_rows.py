@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from pipeline.cache.format.codec import decode, depends_on_temperature, encode, row_bytes, stored_outputs
 from pipeline.core.errors import CacheError, ConfigError
+from pipeline.tasks import OutputSpec
 from pipeline.tasks.classification import Classification
 from schemas.config import CacheConfig
 from tests.errors import raises
@@ -91,6 +92,15 @@ def test_a_slice_decodes_to_the_slice(kind: str) -> None:
         assert np.array_equal(decode(column.slice(start, stop - start), output), rows[start:stop])
     chunks = pa.chunked_array([column.slice(2, 3), column])
     assert np.array_equal(decode(chunks, output), np.concatenate([rows[2:5], rows]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_output_of_any_shape_is_stored_as_its_numbers_in_order(kind: str) -> None:
+    values = teacher_like(3, 132)
+    (output,) = stored_outputs([OutputSpec("map", (2, 11, 6), kind)])
+    column = encode(values.reshape(3, 2, 11, 6), output)
+    assert (output.shape, column.to_pylist()) == ((2, 11, 6), stored(values, kind))
+    assert np.array_equal(decode(column, output), round_trip(values, kind).reshape(3, 2, 11, 6))
 
 
 @pytest.mark.parametrize("kind", KINDS)
