@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 
@@ -20,8 +20,15 @@ from pipeline.models.probe import wrap
 from pipeline.models.sources import python, timm, torchvision
 from pipeline.models.sources.base import BuildRequest, BuiltModel, DeclaredInput, WeightsFile
 from pipeline.models.state_dicts import rename_to_match
-from pipeline.models.weights import load_state, read_state
-from schemas.config import Interpolation, ModelConfig, Triple
+from pipeline.models.text_head import (
+    check_text_head_keys,
+    read_text_head,
+    text_head_notes,
+    with_text_head,
+    without_heads,
+)
+from pipeline.models.weights import load_state, read_state, weights_read_errors
+from schemas.config import Interpolation, ModelConfig, TeacherModelConfig, Triple
 
 _NAME_FORMS = "timm/NAME, torchvision/NAME or python:package.module:factory"
 _SOURCES: dict[str, Callable[[BuildRequest], BuiltModel]] = {
@@ -98,7 +105,8 @@ def load_model(
         built = request.build()
     spec = input_spec(config, built.declared, size, where)
     notes = load_weights(built, request) if expected_weights is None else ()
-    return LoadedModel(wrap(built, request, size=spec.size), spec, architecture, (*notes, *built.notes))
+    module = wrap(with_text_head(built, request), request, size=spec.size)
+    return LoadedModel(module, spec, architecture, (*notes, *built.notes, *text_head_notes(request)))
 
 
 def load_untrained(
@@ -116,7 +124,8 @@ def load_untrained(
     with _seeded(0):
         built = request.build()
     spec = input_spec(config, built.declared, size, request.where)
-    return LoadedModel(wrap(built, request, size=spec.size), spec, _architecture(request), built.notes)
+    module = wrap(with_text_head(built, request), request, size=spec.size)
+    return LoadedModel(module, spec, _architecture(request), built.notes)
 
 
 def load_weights(built: BuiltModel, request: BuildRequest) -> tuple[str, ...]:
@@ -140,9 +149,10 @@ def load_weights(built: BuiltModel, request: BuildRequest) -> tuple[str, ...]:
         state = cast("dict[str, torch.Tensor]", file.state)
         for name, tensor in state.items():
             state[name] = tensor.to(device)
-    if not request.allow_new_head:
+    if request.head == "task" and not request.allow_new_head:
         _refuse_missing_head(built, file.state, request)
-    load_state(built.network, file.state, source=redact(str(request.config.weights)), where=where)
+    state = without_heads(built, file.state) if request.head == "none" else file.state
+    load_state(built.network, state, source=redact(str(request.config.weights)), where=where)
     return file.notes
 
 
@@ -158,22 +168,6 @@ def _reader(config: ModelConfig, where: str) -> Callable[[], WeightsFile] | None
             return read_state(url, sha256=config.sha256, where=where)
 
     return read
-
-
-@contextlib.contextmanager
-def weights_read_errors(url: str, *, where: str) -> Generator[None]:
-    """Adds the YAML key ``where`` and a next step to errors of storage."""
-    try:
-        yield
-    except StorageInputError as error:
-        raise StorageInputError(
-            "the weights cannot be read",
-            code="weights.unreadable",
-            where=f"{where}: {redact(url)}",
-            got=error.what if error.got is None else f"{error.what}: {error.got}",
-            expected=error.expected,
-            next_step=error.next_step or f"restore the file, or append {where}=URL of a copy",
-        ) from error
 
 
 def unreadable_weights(config: ModelConfig) -> str | None:
@@ -263,6 +257,8 @@ def resolve(config: ModelConfig, widths: Mapping[str, int], allow_new_head: bool
             got=f"weights: {config.weights}",
             next_step="remove sha256, or give weights as a URL",
         )
+    check_text_head_keys(config, where=where)
+    text_head = read_text_head(config, widths, where=where)
     for prefix, source in _SOURCES.items():
         name = config.model.removeprefix(prefix)
         if name and name != config.model:
@@ -274,6 +270,8 @@ def resolve(config: ModelConfig, widths: Mapping[str, int], allow_new_head: bool
                 allow_new_head=allow_new_head,
                 where=where,
                 read=_reader(config, f"{where}.weights"),
+                head=_head_to_build(config),
+                text_head=text_head,
             )
     raise ModelError(
         "this model name has an unknown form",
@@ -284,12 +282,24 @@ def resolve(config: ModelConfig, widths: Mapping[str, int], allow_new_head: bool
     )
 
 
+def _head_to_build(config: ModelConfig) -> Literal["task", "none", "published"]:
+    if not isinstance(config, TeacherModelConfig) or config.text_head is None:
+        return "task"
+    return "published" if config.embedding == "output" else "none"
+
+
 def _architecture(request: BuildRequest) -> dict[str, object]:
-    described = {
+    described: dict[str, object] = {
         "model": request.config.model,
         "kwargs": request.config.kwargs,
-        "num_classes": request.num_classes,
+        "num_classes": request.widths[request.head_output],
     }
+    # Only if there is one, so that the fingerprints of all other teachers stay.
+    if request.text_head is not None:
+        described |= {
+            "text_head": request.text_head.sha256,
+            "embedding": "output" if request.head == "published" else "penultimate",
+        }
     try:
         return json.loads(canonical_json(described))
     except (TypeError, ValueError) as error:

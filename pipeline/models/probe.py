@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from pipeline.core.errors import ModelError, cause
+from pipeline.core.errors import ModelError, StillroomError, cause
 from pipeline.models.embedding import EmbeddingModel, forward_with_embedding, register_head_hooks
 from pipeline.models.sources.base import BuildRequest, BuiltModel
 from pipeline.tasks import EMBEDDING
@@ -41,6 +41,8 @@ def probe_outputs(built: BuiltModel, request: BuildRequest, *, size: int) -> dic
     try:
         with torch.no_grad():
             output, embedding_BD = forward_with_embedding(built.network, built.heads, images_BCHW)
+    except StillroomError:
+        raise
     except Exception as error:
         raise ModelError(
             f"{request.config.model} does not run on images of {size}×{size} pixels",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import pickle
 import shlex
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.serialization import safe_globals
 
 from pipeline import storage
-from pipeline.core.errors import ModelError, cause
+from pipeline.core.errors import ModelError, StorageInputError, cause
 from pipeline.core.hashing import digest
 from pipeline.core.redaction import redact
 from pipeline.models.file_formats import HEADER_BYTES, ZIP, detect_format, is_plain_pickle
@@ -75,12 +76,28 @@ def read_state(url: str, *, sha256: str | None, where: str) -> WeightsFile:
     """
     _check_name(url, where)
     data = storage.read(url)
-    _check_digest(data, sha256, url, where)
+    check_digest(data, sha256, url, where)
     if detect_format(data, url, where) == "safetensors":
-        content, metadata = _load_safetensors(data, url, where), _safetensors_metadata(data)
+        content, metadata = _load_safetensors(data, url, where), safetensors_metadata(data)
     else:
         content = metadata = _unpickle(data, url, where)
     return replace(_as_weights_file(content, url, where), transform_input=stored_transform_input(metadata))
+
+
+@contextlib.contextmanager
+def weights_read_errors(url: str, *, where: str) -> Generator[None]:
+    """Adds the YAML key ``where`` and a next step to errors of storage."""
+    try:
+        yield
+    except StorageInputError as error:
+        raise StorageInputError(
+            "the weights cannot be read",
+            code="weights.unreadable",
+            where=f"{where}: {redact(url)}",
+            got=error.what if error.got is None else f"{error.what}: {error.got}",
+            expected=error.expected,
+            next_step=error.next_step or f"restore the file, or append {where}=URL of a copy",
+        ) from error
 
 
 def stored_transform_input(metadata: object) -> bool | None:
@@ -169,7 +186,11 @@ def _check_name(url: str, where: str) -> None:
         )
 
 
-def _check_digest(data: bytes, sha256: str | None, url: str, where: str) -> None:
+def check_digest(data: bytes, sha256: str | None, url: str, where: str) -> None:
+    """
+    Raises:
+        ModelError: ``sha256`` is not None, and not the digest of the file.
+    """
     if sha256 is None or digest(data) == sha256:
         return
     raise ModelError(
@@ -189,7 +210,7 @@ def _load_safetensors(data: bytes, url: str, where: str) -> object:
         raise _unreadable(url, where, error) from error
 
 
-def _safetensors_metadata(data: bytes) -> object:
+def safetensors_metadata(data: bytes) -> object:
     """The metadata in the header of an undamaged safetensors file."""
     size = int.from_bytes(data[:HEADER_BYTES], "little")
     return json.loads(data[HEADER_BYTES : HEADER_BYTES + size]).get("__metadata__")

@@ -40,6 +40,16 @@ class TeacherModelConfig(ModelConfig):
     )
     precision: Precision = Field("fp32", description="Arithmetic of the forward pass (autocast below fp32).")
     batch_size: int = Field(64, ge=1, description="Rows per forward; the last batch of a mix group is padded to it.")
+    embedding: Literal["penultimate", "output"] = Field(
+        "penultimate",
+        description="With text_head: pooled features, or the output of timm's classifier (a CLIP tower's projection).",
+    )
+    text_head: str | None = Field(
+        None, min_length=1, description="URL of class embeddings (.safetensors), which make logits of the embedding."
+    )
+    text_head_sha256: str | None = Field(
+        None, pattern=r"^[0-9a-f]{64}$", description="Checked before text_head is loaded."
+    )
     class_means: str | None = Field(
         None, min_length=1, description="mode online, for nd: URL of a finished cache of this teacher with class means."
     )

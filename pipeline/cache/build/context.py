@@ -11,7 +11,8 @@ from pipeline.cache.build.imported_means import ImportedMeans, read_means, store
 from pipeline.cache.format.codec import stored_outputs
 from pipeline.core.config_loading import require
 from pipeline.core.errors import ConfigError
-from pipeline.models.load import require_weights, weights_read_errors
+from pipeline.models.load import require_weights
+from pipeline.models.weights import weights_read_errors
 from pipeline.tasks import task_of
 from pipeline.teacher.inference import Teacher, load_teacher
 from pipeline.teacher.numerics import check_gpu, pick_device, pin_numerics, visible_gpus
@@ -101,20 +102,22 @@ def prepare(config: Config) -> tuple[str, ...]:
 
 
 def current_context(config: Config) -> BuildContext:
-    """The context of this process for the config, loaded again if the weights file was replaced."""
+    """The context of this process for the config, loaded again if a file of the teacher was replaced."""
     # Every time: another job in this process may have set the number of threads.
     pin_numerics(config.ray.cpus_per_task)
-    weights, stamp = config.teacher.weights_url, None
-    if weights is not None:
-        with weights_read_errors(weights, where="teacher.weights"):
-            stamp = storage.stamp(weights)
-    context = load_context(config.model_dump_json(), stamp)
+    urls = {"teacher.weights": config.teacher.weights_url, "teacher.text_head": config.teacher.text_head}
+    stamps: list[str] = []
+    for where, url in urls.items():
+        if url is not None:
+            with weights_read_errors(url, where=where):
+                stamps.append(storage.stamp(url))
+    context = load_context(config.model_dump_json(), tuple(stamps))
     check_gpu(context.teacher.device, context.gpus)
     return context
 
 
 @lru_cache(maxsize=1)
-def load_context(config_json: str, weights_stamp: str | None) -> BuildContext:  # noqa: ARG001 - part of the cache key
+def load_context(config_json: str, stamps: tuple[str, ...]) -> BuildContext:  # noqa: ARG001 - part of the cache key
     """Loads the teacher. A process calls this once for any number of parts."""
     config = Config.model_validate_json(config_json)
     cache, task = cache_config(config), task_of(config.data)

@@ -6,11 +6,15 @@ import contextlib
 import difflib
 from collections.abc import Callable, Collection, Generator, Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor, nn
 
 from pipeline.core.errors import ConfigError, ModelError, StillroomError, cause
 from schemas.config import ModelConfig, Triple
+
+if TYPE_CHECKING:
+    from pipeline.models.text_head import TextHead
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,9 @@ class BuildRequest:
             without a weights file.
         skips_weights: build the network for its weights but do not load them, for example on the meta device.
         likely_size: input size in pixels that the weights were probably trained for, if they cannot be read.
+        head: the classifier of the network that the source builds: a layer of the task's width; ``none``, so that the
+            network returns its pooled features [B,D]; or ``published``, the layer of the library's weights.
+        text_head: makes logits of what a network without the task's head returns.
     """
 
     source: Callable[[BuildRequest], BuiltModel]
@@ -53,6 +60,8 @@ class BuildRequest:
     read: Callable[[], WeightsFile] | None = None
     skips_weights: bool = False
     likely_size: int | None = None
+    head: Literal["task", "none", "published"] = "task"
+    text_head: TextHead | None = None
 
     @property
     def head_output(self) -> str:
@@ -62,8 +71,8 @@ class BuildRequest:
 
     @property
     def num_classes(self) -> int:
-        """K, the width of the head, as the constructors of libraries call it."""
-        return self.widths[self.head_output]
+        """K, the width of the head, as the constructors of libraries call it; 0 for a network without one."""
+        return 0 if self.head == "none" else self.widths[self.head_output]
 
     @property
     def pretrained(self) -> bool:
@@ -93,7 +102,8 @@ class BuiltModel:
     """A network as its source built it.
 
     Attributes:
-        heads: names of the classifiers; empty if the network has ``forward_embedding``.
+        heads: names of the classifiers; empty if the network has ``forward_embedding``. Without the task's head, names
+            of the layers that were removed: tensors that a weights file has for them are not loaded.
         declared: the input that the network declares.
         size_kwarg: argument of the constructor for the input size, for messages.
         embedding_dim: D according to the library, to be compared with the heads; None if it declares none.
@@ -153,7 +163,7 @@ def refuse_reserved(request: BuildRequest, reserved: Collection[str]) -> None:
 
 def refuse_untrained_head(request: BuildRequest, width: int) -> None:
     """Refuses, before the download, a teacher whose pretrained head is not K wide."""
-    if width == request.num_classes or request.allow_new_head:
+    if request.head != "task" or width == request.num_classes or request.allow_new_head:
         return
     raise ModelError(
         "the pretrained head has another width, so the teacher's logits would come from an untrained one",

@@ -56,7 +56,8 @@ def build(request: BuildRequest) -> BuiltModel:
             got=type(network).__name__,
             expected="torch.nn.Module",
         )
-    return BuiltModel(network=network, heads=_heads(network, request), declared=DeclaredInput())
+    heads = _heads(network, request) if request.head == "task" else ()
+    return BuiltModel(network=network, heads=heads, declared=DeclaredInput())
 
 
 def _import_factory(request: BuildRequest) -> Callable[..., Any]:

@@ -56,7 +56,7 @@ def build(request: BuildRequest) -> BuiltModel:
     width = getattr(network, "head_hidden_size", None)
     return BuiltModel(
         network=network,
-        heads=_heads(network, request),
+        heads=_heads(network, request) if request.head == "task" else _removed_heads(network, request),
         declared=_declared_input(network, request.config.kwargs),
         size_kwarg="img_size",
         embedding_dim=width if isinstance(width, int) else None,
@@ -64,10 +64,10 @@ def build(request: BuildRequest) -> BuiltModel:
 
 
 def _create(request: BuildRequest) -> nn.Module:
+    # Without the argument, the classifier is that of the published weights.
+    width = {} if request.head == "published" else {"num_classes": request.num_classes}
     try:
-        return timm.create_model(
-            request.name, pretrained=request.pretrained, num_classes=request.num_classes, **request.config.kwargs
-        )
+        return timm.create_model(request.name, pretrained=request.pretrained, **width, **request.config.kwargs)
     except Exception as error:
         package = type(error).__module__.partition(".")[0]
         if request.pretrained and (isinstance(error, OSError) or package in _NETWORK_PACKAGES):
@@ -119,6 +119,12 @@ def _heads(network: Any, request: BuildRequest) -> tuple[str, ...]:
     if not layers or not all(names.get(id(layer)) and not isinstance(layer, nn.ModuleList) for layer in layers):
         raise _no_single_head(request, None if get_classifier is None else classifier)
     return tuple(names[id(layer)] for layer in layers)
+
+
+def _removed_heads(network: Any, request: BuildRequest) -> tuple[str, ...]:
+    """Names that the classifiers have in weights files, if the network was built without."""
+    names = network.pretrained_cfg.get("classifier") or () if request.head == "none" else ()
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _no_single_head(request: BuildRequest, classifier: object) -> ModelError:

@@ -47,7 +47,8 @@ def build(request: BuildRequest) -> BuiltModel:
         raise unknown_name(request, names)
     refuse_reserved(request, _RESERVED)
     published = models.get_model_weights(request.name)["DEFAULT"]
-    width = request.num_classes
+    # A network without a classifier is built with that of the published weights, which is then removed.
+    width = len(published.meta["categories"]) if request.head == "none" else request.num_classes
     if request.pretrained:
         width = len(published.meta["categories"])
         refuse_untrained_head(request, width)
@@ -60,11 +61,14 @@ def build(request: BuildRequest) -> BuiltModel:
     network.register_load_state_dict_pre_hook(_fix_legacy_names)
     if request.pretrained and file is not None:
         load_state(network, file.state, source=str(published), where=f"{request.where}.weights")
-        if width != request.num_classes:
-            _replace_head(network, request.num_classes)
+        if request.head == "task" and width != request.num_classes:
+            _replace_head(network, _new_head(network, request.num_classes))
+    head = _head(network)
+    if request.head == "none":
+        _replace_head(network, nn.Identity())
     return BuiltModel(
         network=network,
-        heads=(_head(network),),
+        heads=(head,),
         declared=_declared_input(network, published),
         size_kwarg="image_size",
         notes=notes,
@@ -159,15 +163,16 @@ def _head(network: nn.Module) -> str:
     return name
 
 
-def _replace_head(network: nn.Module, num_classes: int) -> None:
-    name = _head(network)
-    old = network.get_submodule(name)
+def _new_head(network: nn.Module, num_classes: int) -> nn.Module:
+    old = network.get_submodule(_head(network))
     if isinstance(old, nn.Conv2d):
-        new: nn.Module = nn.Conv2d(old.in_channels, num_classes, kernel_size=1)
-    else:
-        assert isinstance(old, nn.Linear)
-        new = nn.Linear(old.in_features, num_classes)
-    parent, _, leaf = name.rpartition(".")
+        return nn.Conv2d(old.in_channels, num_classes, kernel_size=1)
+    assert isinstance(old, nn.Linear)
+    return nn.Linear(old.in_features, num_classes)
+
+
+def _replace_head(network: nn.Module, new: nn.Module) -> None:
+    parent, _, leaf = _head(network).rpartition(".")
     setattr(network.get_submodule(parent), leaf, new)
 
 

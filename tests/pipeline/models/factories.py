@@ -92,3 +92,15 @@ class NanEmbedding(SelfDescribed):
     def forward_embedding(self, x: Tensor) -> tuple[Tensor, Tensor]:
         logits_BK, embedding_BD = super().forward_embedding(x)
         return logits_BK, embedding_BD / 0
+
+
+class ImageTower(nn.Module):
+    """Returns an embedding of width 6 if it is built without classes, as the factory of a teacher with a text head."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        assert num_classes == 0
+        self.stem = nn.Conv2d(3, 6, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.stem(x).relu().mean((2, 3))
