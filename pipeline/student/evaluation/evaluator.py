@@ -188,7 +188,9 @@ class Evaluator:
             definitions=metrics.metrics,
             num_rows=total_rows,
             metrics={metric.key: values[metric.key] for metric in metrics.metrics},
-            head_trained=scope.head_trained,
+            untrained=sorted(scope.untrained),
+            per_class=sums.per_class(),
+            by_domain=sums.by_domain(),
             images=_images(images, sums),
         )
 
@@ -308,7 +310,7 @@ def evaluate_run(
     without = f"measure the student alone: stillroom evaluate {quoted(run_url)} --shards … --without-teacher"
     teacher = teacher_for_agreement(loaded.config, supervision, device, or_else=without) if with_teacher else None
     projector = None if teacher is None else loaded.projector(teacher.module.embedding_dim)
-    scope = EvaluationScope(loaded.head_trained, None if projector is None else projector.to(device))
+    scope = EvaluationScope(loaded.untrained, None if projector is None else projector.to(device))
     evaluator = build_evaluator(
         shards,
         supervision.data,

@@ -20,7 +20,7 @@ from pipeline.student.networks.student import projector_for
 from pipeline.student.run import checkpoint
 from pipeline.student.supervision.spec import SupervisionSpec, resolve_spec
 from pipeline.tasks import task_of
-from schemas.config import Config
+from schemas.config import Config, DataConfig
 
 CheckpointName = Literal["best", "last"]
 _NUM_NAMED = 3
@@ -32,7 +32,7 @@ class LoadedRun:
 
     Attributes:
         step: optimiser steps until the checkpoint.
-        head_trained: False: no loss read what the student's head returns, and the head began with random weights.
+        untrained: names of the outputs whose heads are not trained; see ``untrained_outputs``.
         projectors: the state of all projectors.
     """
 
@@ -40,8 +40,13 @@ class LoadedRun:
     supervision: SupervisionSpec
     student: LoadedModel
     step: int
-    head_trained: bool
+    untrained: frozenset[str]
     projectors: Mapping[str, Tensor]
+
+    @property
+    def head_trained(self) -> bool:
+        """Whether all heads are trained."""
+        return not self.untrained
 
     def projector(self, teacher_dim: int) -> nn.Module | None:
         """Of the first loss that compares embeddings, to the first teacher's width; None: no loss does."""
@@ -86,7 +91,8 @@ def load_run(run_url: str, checkpoint_name: CheckpointName) -> LoadedRun:
     weights = FiniteWeights.of([student.module.network])
     student.module.network.load_state_dict(state["model"])
     _check_finite(weights, storage.join(run_url, name), int(state["step"]))
-    return LoadedRun(config, supervision, student, int(state["step"]), head_is_trained(config), state["projectors"])
+    untrained = untrained_outputs(config, supervision.data)
+    return LoadedRun(config, supervision, student, int(state["step"]), untrained, state["projectors"])
 
 
 def load_student(run_url: str, checkpoint_name: CheckpointName = "best") -> nn.Module:
@@ -101,10 +107,17 @@ def load_student(run_url: str, checkpoint_name: CheckpointName = "best") -> nn.M
     return load_run(run_url, checkpoint_name).student.module.network.eval()
 
 
-def head_is_trained(config: Config) -> bool:
-    """Whether the student's head is trained: a loss reads its outputs, or ``student.weights`` include the head."""
+def untrained_outputs(config: Config, data: DataConfig) -> frozenset[str]:
+    """Names of the student's outputs whose heads are not trained: no loss reads them, and ``student.weights`` are
+    random.
+
+    Args:
+        data: the section with which the heads are built.
+    """
     assert config.student is not None
-    return CompositeLoss(config.loss, where="loss").trains_head or config.student.weights != "random"
+    if config.student.weights != "random":
+        return frozenset()
+    return frozenset(task_of(data).widths(data)) - CompositeLoss(config.loss, where="loss").student_outputs
 
 
 def _check_finite(weights: FiniteWeights, url: str, step: int) -> None:

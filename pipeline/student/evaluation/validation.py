@@ -48,17 +48,23 @@ class ValidationSamples:
     was_read: bool
     omitted: Sequence[str] = ()
 
-    def warnings(self, *, head_trained: bool, best_by: str | None) -> list[str]:
+    def warnings(self, *, head_trained: bool, best_by: str | None, untrained: Sequence[str] = ()) -> list[str]:
         """Which samples are left out, and which metrics are not measured.
 
         Args:
-            head_trained: whether a loss reads what the student's head returns; see ``head_is_trained``.
+            head_trained: whether any of the student's heads is trained; see ``untrained_outputs``.
             best_by: the metric that ``checkpoints/best.pt`` follows if no accuracy is measured; None: there is none.
+            untrained: names of the outputs whose heads are not trained.
         """
         texts = [self._left_out(), *(f"validation: left out {line}" for line in self.omitted)]
         if not head_trained:
             texts.append(f"validation: no loss reads the outputs of the student's head; {_not_measured(best_by)}")
-        elif self.labelled < self.images:
+            return [text for text in texts if text]
+        if untrained:
+            texts.append(
+                f"validation: no loss reads the student's {', '.join(untrained)}, so nothing is measured on it"
+            )
+        if self.labelled < self.images:
             labelled = "metrics that need labels are those of the labelled samples"
             effect = labelled if self.labelled else _not_measured(best_by)
             texts.append(f"validation: labels: {self.labelled} of {self.images} samples (data.label); {effect}")

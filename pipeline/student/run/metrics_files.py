@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,7 +124,7 @@ class _JsonLines:
             earlier = [line for line in published.decode().splitlines() if json.loads(line)["step"] < first_step]
         self._local.write_text("".join(f"{line}\n" for line in earlier))
 
-    def add(self, records: Sequence[Record]) -> None:
+    def add(self, records: Sequence[Mapping[str, Any]]) -> None:
         with self._local.open("a") as handle:
             handle.writelines(json.dumps(record) + "\n" for record in records)
 
@@ -202,9 +203,15 @@ class MetricsFile:
             last = {name: value for name, value in records[-1].items() if name != "step"}
             self._tensorboard.add(int(records[-1]["step"] or 0), {**last, **(speed or {})})
 
-    def add_evaluation(self, step: int, epoch: int, evaluation: Mapping[str, float | int | None]) -> None:
-        """Adds the evaluation after this step, the last one of this 1-based epoch."""
-        self._evaluations.add([{"step": step, "epoch": epoch, **evaluation}])
+    def add_evaluation(
+        self,
+        step: int,
+        epoch: int,
+        evaluation: Mapping[str, float | int | None],
+        tables: Mapping[str, Mapping[str, Any]],
+    ) -> None:
+        """Adds the evaluation after this step, the last one of this 1-based epoch. TensorBoard gets no tables."""
+        self._evaluations.add([{"step": step, "epoch": epoch, **evaluation, **tables}])
         if self._tensorboard is not None:
             self._tensorboard.add(step, evaluation, prefix="eval/")
 

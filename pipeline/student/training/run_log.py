@@ -70,7 +70,7 @@ class RunLog:
     def write_evaluation(self, step: int, epoch: int, evaluation: Evaluation, *, publish: bool) -> None:
         """After this step, which ended the epoch with this 1-based number."""
         if self._metrics is not None:
-            self._metrics.add_evaluation(step, epoch, evaluation.measured())
+            self._metrics.add_evaluation(step, epoch, evaluation.measured(), evaluation.tables())
             if publish:
                 self._metrics.publish_evaluations()
 

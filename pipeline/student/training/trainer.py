@@ -234,6 +234,7 @@ class Trainer:
             # Resumed after its last step: the files have this evaluation already.
             evaluation = self._evaluate(record=False)
         measured = {} if evaluation is None else evaluation.metrics
+        tables = {} if evaluation is None else evaluation.tables()
         best, main = self.progress.best, self._metrics.main.key
         summary = {
             "steps": self.progress.step,
@@ -243,6 +244,7 @@ class Trainer:
             f"best_{main}": self.progress.best_value(main),
             "best_metric": None if best is None else best.metric,
             "best_value": None if best is None else best.value,
+            **tables,
         }
         if self.setup.distributed.is_main_rank:
             self.log.publish()

@@ -9,12 +9,13 @@ from pipeline.core.errors import EvaluationError, TrainingError
 from pipeline.models import EmbeddingModel
 from pipeline.student.data.sources import RowSource
 from pipeline.student.evaluation.evaluator import PrecomputedTeacher, build_evaluator, teacher_for_agreement
-from pipeline.student.evaluation.loaded_run import head_is_trained
+from pipeline.student.evaluation.loaded_run import untrained_outputs
 from pipeline.student.evaluation.metrics import Evaluation, EvaluationScope, metrics_of
 from pipeline.student.evaluation.validation import ValidationSamples, read_validation, record_validation
 from pipeline.student.supervision.overlap import SeenImages
 from pipeline.student.training.run_log import Emit
 from pipeline.student.training.setup import TrainingSetup
+from pipeline.tasks import task_of
 from pipeline.teacher.inference import Teacher
 
 
@@ -86,12 +87,16 @@ class Validator:
     def warnings(self) -> list[str]:
         if self._samples is None:
             return []
-        return self._samples.warnings(head_trained=self._scope.head_trained, best_by=self._best_without_labels())
+        heads = task_of(self._spec.data).widths(self._spec.data)
+        untrained = [name for name in heads if name in self._scope.untrained]
+        return self._samples.warnings(
+            head_trained=len(untrained) < len(heads), untrained=untrained, best_by=self._best_without_labels()
+        )
 
     def _best_without_labels(self) -> str | None:
         """The metric that the best checkpoint follows where it cannot be accuracy; None: there is none."""
-        available = self._scope.available(teacher=self._teacher is not None)
-        metric = metrics_of(self._spec.data).selected_by(available)
+        missing = {"targets", *self._scope.missing(teacher=self._teacher is not None)}
+        metric = metrics_of(self._spec.data).selected_without(missing)
         return None if metric is None else metric.title
 
     def evaluate(self, model: EmbeddingModel, source: RowSource, *, step: int) -> Evaluation:
@@ -127,4 +132,4 @@ def _scope(setup: TrainingSetup) -> EvaluationScope:
     """What evaluations measure besides what labels allow."""
     terms, one_teacher = setup.loss.projected, len(setup.supervision.teacher_dims) == 1
     projectors: Any = setup.student.module.projectors[terms[0]] if terms and one_teacher else [None]
-    return EvaluationScope(head_is_trained(setup.config), projectors[0])
+    return EvaluationScope(untrained_outputs(setup.config, setup.spec.data), projectors[0])

@@ -193,7 +193,7 @@ def test_keys_with_a_slash_are_curves_and_labels_of_gauges(
 ) -> None:
     evaluation = evaluated(evaluator)
     with MetricsFile(str(tmp_path), first_step=0, tensorboard=True) as files:
-        files.add_evaluation(9, 2, evaluation.measured())
+        files.add_evaluation(9, 2, evaluation.measured(), evaluation.tables())
         files.publish_evaluations()
     (line,) = (tmp_path / checkpoint.EVALUATIONS).read_text().splitlines()
     assert json.loads(line) == {"step": 9, "epoch": 2, **evaluation.measured()}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pipeline.student.evaluation.metrics.classification import CLASSIFICATION
+from pipeline.student.evaluation.metrics.classification import classification_metrics
+from pipeline.student.evaluation.metrics.heads import head_metrics, heads_of
 from pipeline.student.evaluation.metrics.metric_set import (
     Evaluation,
     EvaluationScope,
@@ -19,7 +20,10 @@ from pipeline.student.evaluation.metrics.metric_set import (
 from pipeline.tasks.classification import Classification
 from schemas.config import DataConfig
 
-METRIC_SETS: dict[str, Callable[[DataConfig], MetricSet]] = {Classification.name: lambda _: CLASSIFICATION}
+METRIC_SETS: dict[str, Callable[[DataConfig], MetricSet]] = {
+    Classification.name: classification_metrics,
+    "heads": lambda data: head_metrics(heads_of(data)),
+}
 """By the name of the task; a set may depend on the config, such as on the names of heads."""
 
 

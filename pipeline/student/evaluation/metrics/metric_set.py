@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 import torch
@@ -18,8 +18,9 @@ from schemas.config import DataConfig
 Outputs = Mapping[str, Tensor]
 """Outputs of one network for N images by name, [N,…] each, fp32 on the CPU."""
 
-Need = Literal["targets", "teacher", "head", "projector"]
-"""``head``: the student's head is trained. ``projector``: a loss compares embeddings."""
+Need = str
+"""``targets``; ``teacher``; ``projector``: a loss compares embeddings; or the name of a student output, whose head must
+be trained."""
 
 Values = Mapping[str, float | int | None]
 """Numbers by key; None for one that was not measured."""
@@ -83,22 +84,27 @@ class EvaluationScope:
     """Which metrics apply to a student, besides what targets and teacher allow.
 
     Attributes:
-        head_trained: False: no loss read what the student's head returns, and the head began with random weights. Its
-            outputs are then not measured.
+        untrained: names of the student's outputs that no loss read, and whose heads began with random weights. They are
+            not measured.
         projector: from the student's embedding to the teacher's width, if a loss compares embeddings.
     """
 
-    head_trained: bool = True
+    untrained: frozenset[str] = frozenset()
     projector: nn.Module | None = None
 
-    def available(self, *, teacher: bool) -> set[Need]:
-        """What metrics may need, but for targets."""
-        conditions: dict[Need, bool] = {
-            "teacher": teacher,
-            "head": self.head_trained,
-            "projector": self.projector is not None,
-        }
-        return {need for need, is_given in conditions.items() if is_given}
+    @property
+    def head_trained(self) -> bool:
+        """Whether all heads are trained."""
+        return not self.untrained
+
+    def missing(self, *, teacher: bool) -> set[Need]:
+        """What metrics may need and do not get, but for targets.
+
+        Args:
+            teacher: whether there is one.
+        """
+        given: dict[Need, bool] = {"teacher": teacher, "projector": self.projector is not None}
+        return {*self.untrained, *(need for need, is_given in given.items() if not is_given)}
 
 
 class MetricSums(ABC):
@@ -114,7 +120,17 @@ class MetricSums(ABC):
 
     def by_row(self) -> dict[str, Tensor]:
         """Of those metrics by key that are means over rows and that tables compare: their values for the rows of this
-        rank, fp64 [N] in the order of ``add``; NaN for a row that does not count."""
+        rank, fp64 [N] in the order of ``add``; NaN for a row that does not count. To be called after ``finish``."""
+        return {}
+
+    def per_class(self) -> dict[str, list[float | None]]:
+        """Numbers of each class by key, [K], over all ranks; None for a class that does not occur. To be called after
+        ``finish``."""
+        return {}
+
+    def by_domain(self) -> dict[str, Values]:
+        """The metrics of each domain and its number of rows (``num_rows``), over all ranks. To be called after
+        ``finish``."""
         return {}
 
 
@@ -164,12 +180,14 @@ class MetricSet:
         metrics: in the order of JSON and tables.
         selection: the first of these that was measured selects the best checkpoint.
         table: those that a table of several students has.
+        worst_domain: those whose lowest value over domains is a metric too, where the images have domains.
         sums: builds empty sums. The config is that of the images; the device is the one that evaluates.
     """
 
     metrics: tuple[Metric, ...]
     selection: tuple[str, ...]
     table: tuple[str, ...]
+    worst_domain: tuple[str, ...] = ()
     sums: Callable[[DataConfig, EvaluationScope, torch.device], MetricSums]
 
     def __getitem__(self, key: str) -> Metric:
@@ -192,15 +210,13 @@ class MetricSet:
 
     def teacher_outputs(self, scope: EvaluationScope) -> set[str]:
         """Names of the teacher's outputs that metrics of this scope read."""
-        available = {"targets", *scope.available(teacher=True)}
-        return {
-            name for metric in self.metrics if available.issuperset(metric.needs) for name in metric.teacher_outputs
-        }
+        missing = scope.missing(teacher=True)
+        return {name for metric in self.metrics if missing.isdisjoint(metric.needs) for name in metric.teacher_outputs}
 
-    def selected_by(self, available: set[Need]) -> Metric | None:
-        """The metric that selects the best checkpoint where only this is available; None: there is none."""
+    def selected_without(self, missing: Set[Need]) -> Metric | None:
+        """The metric that selects the best checkpoint where these are missing; None: there is none."""
         metrics = map(self.__getitem__, self.selection)
-        return next((metric for metric in metrics if available.issuperset(metric.needs)), None)
+        return next((metric for metric in metrics if missing.isdisjoint(metric.needs)), None)
 
     def score(self, values: Values) -> Score | None:
         """None if no metric of the selection was measured."""
@@ -225,7 +241,9 @@ class Evaluation:
     Attributes:
         definitions: the metrics, in the order of the task.
         metrics: their values by key, in the same order; None for a metric that was not measured.
-        head_trained: see ``EvaluationScope``.
+        untrained: see ``EvaluationScope``; sorted.
+        per_class: see ``MetricSums.per_class``.
+        by_domain: see ``MetricSums.by_domain``; empty where images have no domains.
         images: a row for each image that this rank has read, in this order, with the columns ``shard``, ``sample`` and,
             by key, those of ``MetricSums.by_row``; null for a row that does not count. None: not stored.
     """
@@ -233,16 +251,29 @@ class Evaluation:
     definitions: tuple[Metric, ...]
     num_rows: int
     metrics: Mapping[str, float | None]
-    head_trained: bool = True
+    untrained: Sequence[str] = ()
+    per_class: Mapping[str, Sequence[float | None]] = field(default_factory=dict[str, Sequence[float | None]])
+    by_domain: Mapping[str, Values] = field(default_factory=dict[str, Values])
     images: pa.Table | None = field(default=None, compare=False, repr=False)
 
     def value_of(self, metric: Metric) -> float | None:
         """None also for a metric of another task."""
         return self.metrics[metric.key] if metric in self.definitions else None
 
-    def as_dict(self) -> dict[str, float | int | None]:
-        return {**self.measured(), "head_trained": self.head_trained}
+    @property
+    def head_trained(self) -> bool:
+        """Whether all heads are trained."""
+        return not self.untrained
+
+    def as_dict(self) -> dict[str, Any]:
+        untrained = {"untrained_outputs": [*self.untrained]} if self.untrained else {}
+        return {**self.measured(), "head_trained": self.head_trained, **untrained, **self.tables()}
 
     def measured(self) -> dict[str, float | int | None]:
         """Only the numbers."""
         return {"num_rows": self.num_rows, **self.metrics}
+
+    def tables(self) -> dict[str, Mapping[str, Any]]:
+        """``per_class`` and ``by_domain`` by these names, without empty ones."""
+        tables = {"per_class": self.per_class, "by_domain": self.by_domain}
+        return {name: table for name, table in tables.items() if table}

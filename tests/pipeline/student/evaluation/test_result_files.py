@@ -24,21 +24,24 @@ from tests.pipeline.student.conftest import Replay
 from tests.pipeline.student.runs import CE, evaluations, run_config, state_of
 
 METRICS = metrics_of(Config().data)
-KEYS = ["top1", "top5", "ece", "agreement", "kl", "teacher_top1", "cosine"]
-VALUES = dict(zip(KEYS, [0.5, 0.875, 0.0625, 0.75, 0.25, 0.625, None], strict=True))
+KEYS = ["top1", "top5", "balanced_accuracy", "ece", "agreement", "kl", "teacher_top1", "cosine"]
+VALUES = dict(zip(KEYS, [0.5, 0.875, 0.4375, 0.0625, 0.75, 0.25, 0.625, None], strict=True))
 
 
 def evaluation(**changes: float | None) -> Evaluation:
-    return Evaluation(definitions=METRICS.metrics, num_rows=40, metrics={**VALUES, **changes})
+    return Evaluation(
+        definitions=METRICS.metrics, num_rows=40, metrics={**VALUES, **changes}, per_class={"recall": [0.5, None]}
+    )
 
 
 def test_an_evaluation_is_one_line_of_json_and_a_curve_for_each_measured_metric(tmp_path: Path) -> None:
     with MetricsFile(str(tmp_path), first_step=0, tensorboard=True) as files:
-        files.add_evaluation(9, 2, evaluation().measured())
+        files.add_evaluation(9, 2, evaluation().measured(), evaluation().tables())
         files.publish_evaluations()
     assert (tmp_path / checkpoint.EVALUATIONS).read_bytes() == (
-        b'{"step": 9, "epoch": 2, "num_rows": 40, "top1": 0.5, "top5": 0.875, "ece": 0.0625, "agreement": 0.75, '
-        b'"kl": 0.25, "teacher_top1": 0.625, "cosine": null}\n'
+        b'{"step": 9, "epoch": 2, "num_rows": 40, "top1": 0.5, "top5": 0.875, "balanced_accuracy": 0.4375, '
+        b'"ece": 0.0625, "agreement": 0.75, "kl": 0.25, "teacher_top1": 0.625, "cosine": null, '
+        b'"per_class": {"recall": [0.5, null]}}\n'
     )
     (events,) = (tmp_path / "tensorboard").iterdir()
     curves = EventAccumulator(str(events)).Reload().Tags()["scalars"]
@@ -47,13 +50,14 @@ def test_an_evaluation_is_one_line_of_json_and_a_curve_for_each_measured_metric(
 
 def test_an_evaluation_as_json_and_as_text() -> None:
     assert json.dumps(evaluation(ece=None).as_dict()) == (
-        '{"num_rows": 40, "top1": 0.5, "top5": 0.875, "ece": null, "agreement": 0.75, "kl": 0.25, '
-        '"teacher_top1": 0.625, "cosine": null, "head_trained": true}'
+        '{"num_rows": 40, "top1": 0.5, "top5": 0.875, "balanced_accuracy": 0.4375, "ece": null, "agreement": 0.75, '
+        '"kl": 0.25, "teacher_top1": 0.625, "cosine": null, "head_trained": true, "per_class": {"recall": [0.5, null]}}'
     )
     assert describe_evaluation(evaluation(ece=None)) == (
         "images                      40\n"
         "top-1                       50.0 %\n"
         "top-5                       87.5 %\n"
+        "balanced accuracy           43.8 %\n"
         "calibration error           -\n"
         "agreement with the teacher  75.0 %\n"
         "KL from the teacher         0.2500 nats\n"
@@ -65,21 +69,27 @@ def test_the_files_of_a_run_name_these_metrics_in_this_order(replays: Replay, tm
     base = replays("crop").config
     summary = train(run_config(base, tmp_path, loss=CE, data={"val_shards": base.data.shards}, train={"epochs": 1}))
     (line,) = evaluations(tmp_path)
-    assert [*line] == ["step", "epoch", "num_rows", *KEYS]
+    assert [*line] == ["step", "epoch", "num_rows", *KEYS, "per_class"]
     times = {"steps": 5, "epochs": 1, "seconds": summary["seconds"]}
     best = {"best_top1": line["top1"], "best_metric": "top1", "best_value": line["top1"]}
-    expected = {**times, "top1": line["top1"], "top5": line["top5"], "ece": line["ece"], **best}
+    measured = {key: line[key] for key in ("top1", "top5", "balanced_accuracy", "ece")}
+    expected = {**times, **measured, **best, "per_class": line["per_class"]}
     assert (tmp_path / checkpoint.SUMMARY).read_text() == json.dumps(expected, indent=2) + "\n"
     state = state_of(tmp_path, checkpoint.BEST)
     assert (state["best_top1"], state["best"]) == (line["top1"], {"metric": "top1", "value": line["top1"]})
     assert describe({**summary, "seconds": 1}, base) == f"5 steps in 1.0 s, top-1 {100 * line['top1']:.2f} %"
 
 
-def test_ray_has_a_gauge_for_three_metrics() -> None:
+def test_ray_has_a_gauge_for_four_metrics() -> None:
     gauges = ray_metrics.evaluation_gauges(METRICS)
     assert {key: (gauge.exported, gauge.text, gauge.tags) for key, gauge in gauges.items()} == {
         "top1": ("ray_stillroom_train_top1", "Accuracy of the last evaluation, 0 to 1.", ("run",)),
         "top5": ("ray_stillroom_train_top5", "Top-5 accuracy of that evaluation, 0 to 1.", ("run",)),
+        "balanced_accuracy": (
+            "ray_stillroom_train_balanced_accuracy",
+            "Balanced accuracy of that evaluation, 0 to 1.",
+            ("run",),
+        ),
         "agreement": (
             "ray_stillroom_train_agreement",
             "Agreement of student and teacher in that evaluation, 0 to 1.",
