@@ -117,7 +117,7 @@ def untrained_outputs(config: Config, data: DataConfig) -> frozenset[str]:
     assert config.student is not None
     if config.student.weights != "random":
         return frozenset()
-    return frozenset(task_of(data).widths(data)) - CompositeLoss(config.loss, where="loss").student_outputs
+    return frozenset(task_of(data).widths) - CompositeLoss(config.loss, where="loss").student_outputs
 
 
 def _check_finite(weights: FiniteWeights, url: str, step: int) -> None:

@@ -208,10 +208,10 @@ class MetricsFile:
         step: int,
         epoch: int,
         evaluation: Mapping[str, float | int | None],
-        tables: Mapping[str, Mapping[str, Any]],
+        tables: Mapping[str, Any] | None = None,
     ) -> None:
         """Adds the evaluation after this step, the last one of this 1-based epoch. TensorBoard gets no tables."""
-        self._evaluations.add([{"step": step, "epoch": epoch, **evaluation, **tables}])
+        self._evaluations.add([{"step": step, "epoch": epoch, **evaluation, **(tables or {})}])
         if self._tensorboard is not None:
             self._tensorboard.add(step, evaluation, prefix="eval/")
 

@@ -87,7 +87,7 @@ class Validator:
     def warnings(self) -> list[str]:
         if self._samples is None:
             return []
-        heads = task_of(self._spec.data).widths(self._spec.data)
+        heads = task_of(self._spec.data).widths
         untrained = [name for name in heads if name in self._scope.untrained]
         return self._samples.warnings(
             head_trained=len(untrained) < len(heads), untrained=untrained, best_by=self._best_without_labels()

@@ -105,4 +105,5 @@ def _over_ranks(names: Iterable[str], distributed: DistributedContext) -> list[s
 
 
 def _lowest(tables: Iterable[Mapping[str, float | None]], key: str) -> float | None:
-    return min((table[key] for table in tables if table[key] is not None), default=None)
+    values = (table[key] for table in tables)
+    return min((value for value in values if value is not None), default=None)

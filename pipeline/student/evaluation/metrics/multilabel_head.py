@@ -81,10 +81,10 @@ class MultilabelHeadSums(MetricSums):
         key = self._head.key
         values: dict[str, float | None] = {**self._means.over_ranks(distributed)}
         target_NK = self._target.over_ranks(distributed) > 0
-        occurs_K = target_NK.any(0)
+        occurs_K = target_NK.sum(0) > 0
         student_NK, teacher_NK = (logits.over_ranks(distributed) for logits in (self._student, self._teacher))
         has_student, has_teacher = len(student_NK) > 0, len(teacher_NK) > 0
-        f1_micro, precision_K, f1_K = None, np.full(len(occurs_K), np.nan), np.full(len(occurs_K), np.nan)
+        f1_micro, precision_K, f1_K = None, np.zeros(0), np.zeros(0)
         if has_student:
             precision_K = average_precisions(student_NK, target_NK)
             counts_3K = decision_counts(student_NK > 0, target_NK)
