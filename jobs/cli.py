@@ -326,13 +326,18 @@ def evaluate(
     without_teacher: Annotated[
         bool, typer.Option("--without-teacher", help="Do not measure agreement, which needs the teacher's weights.")
     ] = False,
+    rows: Annotated[
+        str | None, typer.Option(help="Parquet file or URL to write: hits and agreement of each image.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure a trained student: the metrics of its task, and its agreement with its teacher."""
     from jobs.run_ops import describe_evaluation
     from jobs.run_ops import evaluate as evaluate_on
 
-    evaluation = evaluate_on(run, shards, checkpoint=checkpoint, threads=threads, with_teacher=not without_teacher)
+    evaluation = evaluate_on(
+        run, shards, checkpoint=checkpoint, threads=threads, with_teacher=not without_teacher, rows_url=rows
+    )
     print_report(evaluation, describe_evaluation, as_json=as_json)
 
 

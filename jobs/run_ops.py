@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 
 from jobs.observability.log import warn_of_omissions
+from pipeline import storage
 from pipeline.shards.index import omissions_of
 from pipeline.shards.omissions import Omissions
 from pipeline.student.evaluation.evaluator import evaluate_run
+from pipeline.student.evaluation.images import write_images
 from pipeline.student.evaluation.loaded_run import CheckpointName
 from pipeline.student.evaluation.metrics import Evaluation
 from pipeline.student.export.exporters import ExportedModel
@@ -20,12 +22,18 @@ def evaluate(
     checkpoint: CheckpointName = "last",
     threads: int = 1,
     with_teacher: bool = True,
+    rows_url: str | None = None,
 ) -> Evaluation:
     """Evaluates a trained run on validation shards, on a GPU if there is one.
 
+    Args:
+        rows_url: a Parquet file to write, with the metrics of each image.
+
     Raises:
-        StillroomError: there is no such run or checkpoint, or a shard cannot be read.
+        StillroomError: there is no such run or checkpoint, a shard cannot be read, or ``rows_url`` cannot be written.
     """
+    if rows_url is not None:
+        storage.check_writable(rows_url)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(threads)
     omissions: list[Omissions] = []
@@ -39,6 +47,8 @@ def evaluate(
         on_index=lambda index: omissions.append(omissions_of(index)),
     )
     warn_of_omissions("evaluate", omissions)
+    if rows_url is not None and evaluation.images is not None:
+        write_images(rows_url, evaluation.images)
     return evaluation
 
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.core.bounded_parquet import read_bounded
 from pipeline.core.errors import ConfigError
 from pipeline.core.redaction import quoted
 from pipeline.core.significance import Interval, image_interval
+from pipeline.student.evaluation.images import write_images
 
 Entry = dict[str, Any]
 """The numbers of one run, by their names in ``results.json``; runs of a grid also have ``epochs`` and ``seed``."""
@@ -35,13 +35,11 @@ def run_names(entry: Entry) -> tuple[str, ...]:
     return f"{student}-epochs{entry['epochs'] or 0}-seed{entry['seed']}", f"{student}-seed{entry['seed']}"
 
 
-def write_images(out: Path, by_run: Mapping[str, pa.Table]) -> None:
+def write_images_of_runs(out: Path, by_run: Mapping[str, pa.Table]) -> None:
     """Writes the images of evaluations, by the names of the runs, below the output folder of a recipe."""
     (out / _FOLDER).mkdir(parents=True, exist_ok=True)
     for name, images in by_run.items():
-        sink = io.BytesIO()
-        pq.write_table(images, sink)
-        storage.write(str(out / _FOLDER / f"{name}.parquet"), sink.getvalue())
+        write_images(str(out / _FOLDER / f"{name}.parquet"), images)
 
 
 def image_difference(out: Path, pairs: Pairs, key: str, factor: float) -> Interval | None:

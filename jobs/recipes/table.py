@@ -16,7 +16,7 @@ from rich.table import Table
 
 from jobs.observability.log import emit
 from jobs.recipes.document import Recipe, RunSpec
-from jobs.recipes.images import Entry, Pairs, image_difference, run_names, write_images
+from jobs.recipes.images import Entry, Pairs, image_difference, run_names, write_images_of_runs
 from jobs.recipes.runs import Row
 from pipeline import storage
 from pipeline.core.errors import ConfigError
@@ -70,7 +70,7 @@ def write_results(recipe: Recipe, results: Results) -> Path:
         }
         tree = {key: value for key, value in tree.items() if value}
         images = {run.name: row.evaluation.images for run, row in results.runs}
-        write_images(recipe.out, {name: table for name, table in images.items() if table is not None})
+        write_images_of_runs(recipe.out, {name: table for name, table in images.items() if table is not None})
         storage.write(str(path), json.dumps(tree, indent=2).encode() + b"\n")
     return path
 

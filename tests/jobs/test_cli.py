@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from jobs import cli
@@ -88,10 +89,18 @@ def test_build_train_evaluate_inspect_from_one_yaml_with_overrides(
     out, _ = stillroom("cache", "inspect", str(tmp_path / "cache"))
     assert "fp32 [10]" in out
     stillroom("train", config, "views.count=2", "train.epochs=1", "loss.0.temperature=3")
-    out, _ = stillroom("evaluate", str(tmp_path / "run"), "--shards", shards[-1], "--json")
+    request = ["evaluate", str(tmp_path / "run"), "--shards", shards[-1]]
+    out, _ = stillroom(*request, "--json", "--rows", str(tmp_path / "rows.parquet"))
     evaluation = json.loads(out)
     assert evaluation["num_rows"] == 24
     assert 0 <= evaluation["agreement"] <= 1
+    rows = pq.read_table(tmp_path / "rows.parquet").to_pylist()
+    assert {row["shard"] for row in rows} == {Path(shards[-1]).stem}
+    assert len({row["sample"] for row in rows}) == 24
+    for name in ("top1", "agreement", "balanced_accuracy"):
+        assert sum(row[name] for row in rows) / 24 == pytest.approx(evaluation[name], rel=1e-12)
+    _, err = stillroom(*request, "--rows", "https://example.com/rows.parquet", code=2)
+    assert err.count("error:") == 1
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ Always in fp32, whatever the training precision: the metrics are those of the we
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -27,6 +27,7 @@ from pipeline.shards.tar import read_samples
 from pipeline.student.data.local_store import NodeStore
 from pipeline.student.distributed import DistributedContext
 from pipeline.student.evaluation.finite import FiniteRows
+from pipeline.student.evaluation.images import images_table
 from pipeline.student.evaluation.loaded_run import CheckpointName, load_run
 from pipeline.student.evaluation.metrics import Evaluation, EvaluationScope, MetricSums, Outputs, metrics_of
 from pipeline.student.supervision.spec import SupervisionSpec
@@ -191,7 +192,7 @@ class Evaluator:
             untrained=sorted(scope.untrained),
             per_class=sums.per_class(),
             by_domain=sums.by_domain(),
-            images=_images(images, sums),
+            images=images_table(images, sums),
         )
 
     @torch.inference_mode()
@@ -235,14 +236,6 @@ class Evaluator:
             lease = NodeStore.of(self.data).acquire_url(url)
         with lease as file, ThreadPoolExecutor(self.num_threads) as pool:
             yield _OpenShard(url, file.path, pool, self.data, self.plan)
-
-
-def _images(images: Sequence[tuple[str, pa.StringArray]], sums: MetricSums) -> pa.Table:
-    """See ``Evaluation.images``."""
-    shards = pa.array([shard for shard, keys in images for _ in range(len(keys))], pa.string())
-    samples = pa.chunked_array([keys for _, keys in images], pa.string())
-    values = {key: pa.array(values_N.numpy(), from_pandas=True) for key, values_N in sums.by_row().items()}
-    return pa.table({"shard": shards, "sample": samples, **values})
 
 
 def _student_outputs(
