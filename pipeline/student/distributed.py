@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -74,13 +75,28 @@ class DistributedContext:
         """The values [N] of all ranks, whose lengths may differ, concatenated in rank order, on every rank."""
         if self.size == 1:
             return values_N
+        start, stop, total = self._span(values_N)
+        # A sum of arrays that are zero but at each rank's positions: all backends have it, for any lengths.
+        joined = torch.zeros(total, dtype=values_N.dtype, device=values_N.device)
+        joined[start:stop] = values_N
+        return self.sum(joined)
+
+    def join_with_gradient(self, values_ND: Tensor) -> Tensor:
+        """As ``join``, for rows [N,D] that a loss depends on: a rank's rows get the gradient of all ranks' losses.
+
+        Every rank calls it, and backpropagates through it, as often as the others.
+        """
+        if self.size == 1:
+            return values_ND
+        start, stop, total = self._span(values_ND)
+        return self.sum_with_gradient(functional.pad(values_ND, (0, 0, start, total - stop)))
+
+    def _span(self, values_N: Tensor) -> tuple[int, int, int]:
+        """Where this rank's rows start and stop among those of all ranks, and their number; waits for all ranks."""
         lengths = torch.zeros(self.size, dtype=torch.int64, device=values_N.device)
         lengths[self.rank] = len(values_N)
         ends = self.sum(lengths).cumsum(0).tolist()
-        # A sum of arrays that are zero but at each rank's positions: all backends have it, for any lengths.
-        joined = torch.zeros(ends[-1], dtype=values_N.dtype, device=values_N.device)
-        joined[ends[self.rank] - len(values_N) : ends[self.rank]] = values_N
-        return self.sum(joined)
+        return ends[self.rank] - len(values_N), ends[self.rank], ends[-1]
 
     def copy_from_main_rank(self, tensors: Iterable[Tensor]) -> None:
         """Overwrites these tensors, in place, with those of rank 0."""

@@ -112,7 +112,36 @@ class MseLoss(LossSection):
     name: Literal["mse"]
 
 
+class SmoothL1Loss(LossSection):
+    """Mean squared difference of the embeddings below beta, mean absolute difference above; needs the same."""
+
+    name: Literal["smooth_l1"]
+    beta: float = Field(
+        1.0, gt=0, description="Where the square turns into an absolute value, in units of the embedding."
+    )
+
+
+class SimilarityLoss(LossSection):
+    """SEED, Fang 2021: similarities to the other rows of the batch, as probabilities; needs the same."""
+
+    name: Literal["similarity"]
+    student_temperature: float = Field(0.1, gt=0, description="T of the softmax of the student's cosines.")
+    teacher_temperature: float = Field(0.05, gt=0, description="T of the softmax of the teacher's cosines.")
+    gather: bool = Field(False, description="Relations over the global batch instead of the rows of each rank.")
+
+
 LossConfig = Annotated[
-    CeLoss | KdLoss | DistLoss | DkdLoss | HardLoss | NdLoss | SifnLoss | CosineLoss | MseLoss | ReviewKdLoss,
+    CeLoss
+    | KdLoss
+    | DistLoss
+    | DkdLoss
+    | HardLoss
+    | NdLoss
+    | SifnLoss
+    | CosineLoss
+    | MseLoss
+    | SmoothL1Loss
+    | SimilarityLoss
+    | ReviewKdLoss,
     Field(discriminator="name"),
 ]

@@ -7,13 +7,14 @@ from pipeline.student.losses.ce import ce
 from pipeline.student.losses.composite import BatchShare, CompositeLoss
 from pipeline.student.losses.dist import dist
 from pipeline.student.losses.dkd import dkd
-from pipeline.student.losses.embedding import cosine, mse, sifn
+from pipeline.student.losses.embedding import cosine, mse, sifn, smooth_l1
 from pipeline.student.losses.hard import hard
 from pipeline.student.losses.hcl import hcl
 from pipeline.student.losses.inputs import PARAMETERS, LossInputs, Parameter, TeacherInputs
 from pipeline.student.losses.kd import kd
 from pipeline.student.losses.nd import ClassDirections, check_class_means, nd
 from pipeline.student.losses.registry import LOSS_TASKS, LOSSES
+from pipeline.student.losses.similarity import similarity
 
 __all__ = [
     "LOSSES",
@@ -36,4 +37,6 @@ __all__ = [
     "mse",
     "nd",
     "sifn",
+    "similarity",
+    "smooth_l1",
 ]

@@ -64,7 +64,7 @@ class _Term:
 
     def factor(self, share: BatchShare) -> float | Tensor:
         """The factor that makes DDP's mean over ranks the mean over the global batch."""
-        if "sum_over_ranks" in self.required:
+        if self.options.get("gather"):
             return 1.0
         return share.row_factor if self.target is None else share.labelled_factor(self.target)
 
@@ -216,7 +216,7 @@ def _term(key: str, section: LossConfig) -> _Term:
     parameters = inspect.signature(loss).parameters
     optional = {name for name in parameters if name in PARAMETERS and parameters[name].default is None}
     if options.get("gather"):
-        optional.discard("sum_over_ranks")
+        optional -= {"sum_over_ranks", "join_over_ranks"}
     required = parameters.keys() - options.keys() - optional
     return _Term(
         key,

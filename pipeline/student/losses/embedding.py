@@ -1,4 +1,4 @@
-"""Losses on embeddings: towards the teacher's (cosine, mse), or towards a larger norm (sifn)."""
+"""Losses on embeddings: towards the teacher's (cosine, mse, smooth_l1), or towards a larger norm (sifn)."""
 
 from __future__ import annotations
 
@@ -54,6 +54,29 @@ def mse(student_BD: Tensor, teacher_BD: Tensor) -> Tensor:
         student_BD, teacher_BD = _pair(student_BD, teacher_BD)
         student_BD, teacher_BD = (side_BD.clamp(-_MAX_SQUARED, _MAX_SQUARED) for side_BD in (student_BD, teacher_BD))
         return _mean(functional.mse_loss(student_BD, teacher_BD, reduction="none").mean(dim=1))
+
+
+@register("smooth_l1")
+def smooth_l1(student_BD: Tensor, teacher_BD: Tensor, *, beta: float = 1.0) -> Tensor:
+    """``d² / 2beta`` where ``d = |student − teacher| < beta``, else ``d − beta / 2``; mean over rows and dimensions.
+
+    As ``mse`` near the teacher, but with a bounded gradient for the few large dimensions that some teachers have
+    (Girshick 2015, 1504.08083). 0 for a batch of no rows.
+
+    Args:
+        student_BD: embeddings ``[B,D]`` of the teacher's width, any floating type.
+        teacher_BD: embeddings ``[B,D]``; no gradient flows to them.
+        beta: above 0, in units of the embedding.
+
+    Returns:
+        fp32 scalar.
+
+    Raises:
+        ModelError: the two shapes differ.
+    """
+    with no_autocast(student_BD):
+        student_BD, teacher_BD = _pair(student_BD, teacher_BD)
+        return _mean(functional.smooth_l1_loss(student_BD, teacher_BD, reduction="none", beta=beta).mean(dim=1))
 
 
 @register("sifn")

@@ -11,6 +11,7 @@ from torch import Tensor
 from pipeline.student.data.teacher_outputs import TeacherOutputs
 from pipeline.student.losses.dist import SumOverRanks
 from pipeline.student.losses.nd import ClassDirections
+from pipeline.student.losses.similarity import JoinOverRanks
 from pipeline.tasks import EMBEDDING
 from pipeline.tasks.classification import LABEL, LOGITS
 
@@ -40,7 +41,7 @@ class LossInputs:
         targets: int64 [B] by the name of the task's column.
         partner_B: int64, position of each row's mixup partner in this batch; None: the batch is not mixed.
         lambda_B: share of the row's image in its mixed pixels; comes with ``partner_B``.
-        sum_over_ranks: for terms that gather.
+        sum_over_ranks, join_over_ranks: for terms that gather.
     """
 
     outputs: Mapping[str, Tensor]
@@ -49,6 +50,7 @@ class LossInputs:
     partner_B: Tensor | None = None
     lambda_B: Tensor | None = None
     sum_over_ranks: SumOverRanks | None = None
+    join_over_ranks: JoinOverRanks | None = None
 
     def partner_target(self, column: str) -> Tensor | None:
         """The target of each row's mixup partner; None: the batch is not mixed."""
@@ -122,6 +124,7 @@ PARAMETERS: dict[str, Parameter] = {
     "mixed_labels_B": Parameter("partner's target", LABEL),
     "lambda_B": Parameter("batch", "lambda_B"),
     "sum_over_ranks": Parameter("batch", "sum_over_ranks"),
+    "join_over_ranks": Parameter("batch", "join_over_ranks"),
     "teacher_BK": Parameter("teacher output", LOGITS),
     "teacher_BD": Parameter("teacher output", EMBEDDING),
     "teacher_norm_B": Parameter("teacher norm", EMBEDDING),

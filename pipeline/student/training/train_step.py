@@ -122,6 +122,7 @@ class TrainStep:
             partner_B=batch.partner_B,
             lambda_B=batch.lambda_B,
             sum_over_ranks=self.distributed.sum_with_gradient,
+            join_over_ranks=self.distributed.join_with_gradient,
         )
 
     def _teacher_outputs(self, batch: Batch) -> list[tuple[TeacherOutputs, tuple[Tensor, ...]]]:

@@ -55,7 +55,7 @@ DKD_PLUS_PLUS = [
 DIST = {"name": "dist", "weight": 2.0, "temperature": 4.0, "inter_weight": 0.25, "intra_weight": 3.0}
 DIST_PLUS_PLUS = [CE, DIST, {"name": "nd"}]
 OTHER_LOSSES = [{"name": "hard"}, {"name": "sifn", "increase": 0.5}, {"name": "cosine"}, {"name": "mse"}]
-PROJECTED = ("nd", "cosine", "mse")
+PROJECTED = ("nd", "cosine", "mse", "smooth_l1")
 
 
 def compose(*sections: dict[str, Any]) -> CompositeLoss:
@@ -414,6 +414,8 @@ def test_logits_that_no_term_reads_get_a_zero_gradient_whatever_they_are() -> No
         ("nd", {"label", "class means", "projector"}),
         ("review_kd", set[str]()),
         ("sifn", set[str]()),
+        ("similarity", {"embedding"}),
+        ("smooth_l1", {"embedding", "projector"}),
     ],
 )
 def test_a_loss_declares_what_it_needs(name: str, needs: set[str]) -> None:
@@ -437,6 +439,7 @@ def test_every_registered_loss_can_be_built_from_its_required_keys_alone_and_cal
         ({"name": "nd"}, "class_directions, student_BD, teacher_norm_B"),
         ({"name": "kd", "temperature": 2.0}, "teacher_BK"),
         ({"name": "dist", "gather": True}, "sum_over_ranks, teacher_BK"),
+        ({"name": "similarity", "gather": True}, "embedding_BD, join_over_ranks, teacher_BD"),
     ],
 )
 def test_missing_inputs_of_a_term_are_refused_by_name(section: dict[str, Any], missing: str) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.student.losses import cosine, mse, sifn
+from pipeline.student.losses import cosine, mse, sifn, smooth_l1
 from tests.pipeline.student.losses.batches import SEEDS, assert_equals_oracle, law, mean_over, random_pair
 from tests.tolerances import magnitude_of, ulps
 
@@ -78,6 +78,34 @@ def test_mse_equals_the_mean_in_float64(seed: int, num_rows: int) -> None:
         value_error=ulps(2 + 1 + 5 + num_rows + 2, difference_BD.square().mean().item()),
         # The difference, times 2, two divisions.
         gradient_error=ulps(4, magnitude_of(2 * difference_BD / difference_BD.numel())),
+    )
+
+
+def test_smooth_l1_gives_the_values_by_hand() -> None:
+    student_BD, teacher_BD = torch.tensor([[0.0, 0.0], [0.0, 2.0]]), torch.tensor([[0.5, 3.0], [-4.0, 2.0]])
+    assert smooth_l1(student_BD, teacher_BD).item() == (0.125 + 2.5 + 3.5 + 0) / 4
+    assert smooth_l1(student_BD, teacher_BD, beta=4.0).item() == (0.25 + 9 + 16) / 8 / 4
+
+
+@law
+@given(seed=SEEDS, num_rows=rows, beta=st.sampled_from([0.1, 1.0, 3.0]))
+def test_smooth_l1_equals_a_float64_loop(seed: int, num_rows: int, beta: float) -> None:
+    student_BD, teacher_BD = random_pair(seed, num_rows, 5, scale=4.0)
+    distance_BD = (student_BD.double() - teacher_BD.double()).abs()
+
+    def oracle(student_BD: Tensor) -> Tensor:
+        pairs = zip(student_BD.flatten(), teacher_BD.double().flatten(), strict=True)
+        distances = [(s - t).abs() for s, t in pairs]
+        return mean_over([d * d / (2 * beta) if d < beta else d - beta / 2 for d in distances], student_BD)
+
+    assert_equals_oracle(
+        lambda student_BD: smooth_l1(student_BD, teacher_BD, beta=beta),
+        oracle,
+        student_BD,
+        # The difference, its square over 2 beta or a difference more, 5 sums and B of positive numbers, 2 divisions.
+        value_error=ulps(2 + 3 + 5 + num_rows + 2, distance_BD.mean().item() + beta),
+        # The difference over beta, at most 1, and the two divisions.
+        gradient_error=ulps(4, 1 / distance_BD.numel()),
     )
 
 

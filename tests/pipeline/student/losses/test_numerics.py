@@ -25,6 +25,7 @@ VARIANTS: dict[str, Variant] = {
     "kd at T=20": ("kd", {"temperature": 20.0}),
     "dist at T=4": ("dist", {"temperature": 4.0}),
     "dist gathered": ("dist", {"gather": True, "sum_over_ranks": lambda sums: sums}),
+    "similarity gathered": ("similarity", {"gather": True, "join_over_ranks": lambda rows: rows}),
     "dkd mixed": ("dkd", {"temperature": 1.0, "mixed": True}),
     "nd mixed": ("nd", {"mixed": True}),
 }
@@ -114,7 +115,7 @@ def test_a_loss_has_a_gradient_for_a_teacher_that_ran_in_inference_mode(variant:
     assert student_BK.grad is not None
 
 
-@over(lambda name: takes(name, "teacher_BK", "teacher_BD", "teacher_maps"))
+@over(lambda name: name != "similarity" and takes(name, "teacher_BK", "teacher_BD", "teacher_maps"))
 @pytest.mark.parametrize(("num_student", "num_teacher"), [(10, 100), (7, 1)], ids=["other width", "broadcastable"])
 def test_student_and_teacher_of_different_shapes_are_refused(
     variant: Variant, num_student: int, num_teacher: int

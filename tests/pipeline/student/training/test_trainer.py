@@ -59,8 +59,8 @@ def test_training_learns(replays: Replay, tmp_path: Path, mode: str, terms: list
 
 EVERY_LOSS = [
     *CE,
-    *({"name": name} for name in ("kd", "dkd", "hard", "nd", "sifn", "cosine", "mse")),
-    {"name": "dist", "gather": True},
+    *({"name": name} for name in ("kd", "dkd", "hard", "nd", "sifn", "cosine", "mse", "smooth_l1")),
+    *({"name": name, "gather": True} for name in ("dist", "similarity")),
 ]
 
 
