@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipeline.cache.read.reader import TeacherCache, open_cache
     from pipeline.core.errors import StillroomError
+    from pipeline.models.heads import multi_head
     from pipeline.storage.config_files import load_config
     from pipeline.student import losses
     from pipeline.student.cached_batch import CachedBatch
@@ -27,6 +28,7 @@ __all__ = [
     "load_config",
     "load_student",
     "losses",
+    "multi_head",
     "open_cache",
 ]
 
@@ -39,6 +41,7 @@ _MODULES = {
     "load_config": "pipeline.storage.config_files",
     "load_student": "pipeline.student.evaluation.loaded_run",
     "losses": "pipeline.student.losses",
+    "multi_head": "pipeline.models.heads",
     "open_cache": "pipeline.cache.read.reader",
 }
 

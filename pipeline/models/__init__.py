@@ -2,6 +2,7 @@
 
 from pipeline.models.embedding import EmbeddingModel, move_to_device, unsafe_in_channels_last
 from pipeline.models.feature_maps import FeatureMap, find_maps, forward_with_maps, register_map_hooks
+from pipeline.models.heads import MultiHeadNetwork, multi_head, selected_widths
 from pipeline.models.load import (
     InputSpec,
     LoadedModel,
@@ -19,6 +20,7 @@ __all__ = [
     "FeatureMap",
     "InputSpec",
     "LoadedModel",
+    "MultiHeadNetwork",
     "WeightsFile",
     "find_maps",
     "forward_with_maps",
@@ -26,10 +28,12 @@ __all__ = [
     "load_state",
     "load_untrained",
     "move_to_device",
+    "multi_head",
     "random_weights_warnings",
     "read_state",
     "register_map_hooks",
     "require_weights",
+    "selected_widths",
     "unreadable_weights",
     "unsafe_in_channels_last",
 ]

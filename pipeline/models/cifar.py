@@ -22,8 +22,10 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, relu
 
 from pipeline.core.errors import ModelError
+from pipeline.models.heads import multi_head
 
 
+@multi_head
 def resnet(num_classes: int, depth: int, widths: Sequence[int] = (16, 16, 32, 64)) -> nn.Module:
     """ResNet of basic blocks in three stages (He 2016, 1512.03385, sec. 4.2), with projection shortcuts.
 
@@ -44,6 +46,7 @@ def resnet(num_classes: int, depth: int, widths: Sequence[int] = (16, 16, 32, 64
     return CifarResNet(num_classes, _blocks_per_stage(depth, rest=2), tuple(widths))
 
 
+@multi_head
 def wide_resnet(num_classes: int, depth: int, width_factor: int) -> nn.Module:
     """Wide ResNet of pre-activation blocks (Zagoruyko 2016, 1605.07146), without dropout.
 

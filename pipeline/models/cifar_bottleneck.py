@@ -13,11 +13,13 @@ from torch.nn.functional import adaptive_avg_pool2d, relu
 
 from pipeline.core.errors import ModelError
 from pipeline.models.cifar import conv1x1, conv3x3, init_convolutions, stage
+from pipeline.models.heads import multi_head
 
 _EXPANSION = 4
 _STEM, _WIDTHS = 64, (256, 512, 1024, 2048)
 
 
+@multi_head
 def bottleneck_resnet(num_classes: int, blocks: Sequence[int] = (3, 4, 6, 3)) -> nn.Module:
     """ResNet of bottleneck blocks in four stages (He 2016, 1512.03385, sec. 4.1); the embedding is 2048 wide.
 

@@ -13,12 +13,14 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from pipeline.core.errors import ModelError
 from pipeline.models.cifar import conv1x1, conv3x3, init_convolutions, stage
+from pipeline.models.heads import multi_head
 
 # Channels at width factor 1, number of blocks, stride of the first block.
 _STAGES = ((16, 1, 1), (24, 2, 1), (32, 3, 2), (64, 4, 2), (96, 3, 1), (160, 3, 2), (320, 1, 1))
 _STEM, _EMBEDDING = 32, 1280
 
 
+@multi_head
 def mobilenet_v2(num_classes: int, width_factor: float = 0.5, expansion: int = 6) -> nn.Module:
     """MobileNetV2; the embedding is 1280 wide, or more for a width factor above 1.
 

@@ -11,17 +11,20 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, relu
 
 from pipeline.models.cifar import conv1x1, conv3x3, stage
+from pipeline.models.heads import multi_head
 
 _STEM = 24
 _V1_WIDTHS, _V1_BLOCKS, _V1_GROUPS = (240, 480, 960), (4, 8, 4), 3
 _V2_WIDTHS, _V2_BLOCKS, _V2_EMBEDDING = (116, 232, 464), (4, 8, 4), 1024
 
 
+@multi_head
 def shufflenet_v1(num_classes: int) -> nn.Module:
     """ShuffleNet of 3 groups (Zhang 2018, 1707.01083); the embedding is 960 wide."""
     return CifarShuffleNetV1(num_classes)
 
 
+@multi_head
 def shufflenet_v2(num_classes: int) -> nn.Module:
     """ShuffleNetV2 of width 1 (Ma 2018, 1807.11164); the embedding is 1024 wide."""
     return CifarShuffleNetV2(num_classes)

@@ -1,14 +1,15 @@
-"""Outputs of any network by name in one forward: what its head returns, and the embedding, the input of the head."""
+"""Outputs of any network by name in one forward: what its heads return, and the embedding, the input of the heads."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.models.sources.base import head_name
 from pipeline.tasks import EMBEDDING
 
 _UNSAFE_CHANNELS = range(1, 9)
@@ -20,20 +21,21 @@ _captured: ContextVar[list[Tensor] | None] = ContextVar("captured head inputs", 
 
 
 class EmbeddingModel(nn.Module):
-    """A network whose ``forward(images_BCHW)`` returns its outputs by name: that of its head, and the embedding.
+    """A network whose ``forward(images_BCHW)`` returns its outputs by name: those of its heads, and the embedding.
 
     The embedding is the input of the head. A hook captures it, so it needs no second forward, has its gradient and is
     exact under autocast and DDP. If a head classifies positions one by one (a convolution over a feature map), the
     embedding is their mean. Inputs of several heads are averaged if their widths are equal (distilled ViTs), else
     concatenated (CrossViT). Dropout before the head applies to the embedding too.
 
-    If the network has ``forward_embedding(images_BCHW) -> (logits_BK, embedding_BD)``, this method is used instead.
+    If the network has ``forward_embedding(images_BCHW) -> (logits_BK, embedding_BD)``, this method is used instead. A
+    network with several heads returns a dict by head in place of a tensor.
 
     Attributes:
         network: the module of the library, with its parameter names; save and load *its* ``state_dict``.
         heads: names of the submodules whose input is the embedding; empty with ``forward_embedding``.
         widths: numbers in a row of each output, by its name.
-        head_output: the name of what the head returns.
+        head_outputs: names of what the heads return.
     """
 
     def __init__(self, network: nn.Module, heads: tuple[str, ...], *, widths: Mapping[str, int]) -> None:
@@ -41,7 +43,7 @@ class EmbeddingModel(nn.Module):
         super().__init__()
         self.network, self.heads = network, heads
         self.widths = dict(widths)
-        (self.head_output,) = (name for name in widths if name != EMBEDDING)
+        self.head_outputs = tuple(name for name in widths if name != EMBEDDING)
 
     @property
     def embedding_dim(self) -> int:
@@ -50,11 +52,20 @@ class EmbeddingModel(nn.Module):
 
     def forward(self, images_BCHW: Tensor) -> dict[str, Tensor]:
         output, embedding_BD = forward_with_embedding(self.network, self.heads, images_BCHW)
-        return {self.head_output: output, EMBEDDING: embedding_BD}
+        return {**named_outputs(output, self.head_outputs), EMBEDDING: embedding_BD}
 
-    def forward_head(self, images_BCHW: Tensor) -> Tensor:
-        """``head_output`` without the embedding: the forward of the network itself if it has a head."""
-        return self.network(images_BCHW) if self.heads else self(images_BCHW)[self.head_output]
+    def head_modules(self, output: str) -> tuple[str, ...]:
+        """Names of the submodules in ``heads`` that compute an output of the heads."""
+        if len(self.head_outputs) == 1:
+            return self.heads
+        return tuple(name for name in self.heads if name == f"heads.{head_name(output)}")
+
+    def forward_heads(self, images_BCHW: Tensor) -> dict[str, Tensor]:
+        """``head_outputs`` without the embedding: the forward of the network itself if it has heads."""
+        if self.heads:
+            return named_outputs(self.network(images_BCHW), self.head_outputs)
+        outputs = self(images_BCHW)
+        return {name: outputs[name] for name in self.head_outputs}
 
 
 def move_to_device(module: nn.Module, device: torch.device, *, channels_last: bool = True) -> None:
@@ -82,14 +93,26 @@ def _is_unsafe(layer: nn.Conv2d) -> bool:
     return layer.kernel_size == (1, 1) and max(layer.stride) > 1 and layer.in_channels in _UNSAFE_CHANNELS
 
 
+def named_outputs(output: Tensor | Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
+    """What a network returns, a tensor or a dict by head, by the names of the outputs.
+
+    Raises:
+        KeyError: the network returns no output for a head.
+    """
+    if isinstance(output, Tensor):
+        (name,) = names
+        return {name: output}
+    return {name: output[head_name(name)] for name in names}
+
+
 def register_head_hooks(network: nn.Module, heads: tuple[str, ...]) -> None:
     """Registers hooks that let ``forward_with_embedding`` read the inputs of these submodules. Once per network."""
     for name in heads:
         network.get_submodule(name).register_forward_pre_hook(_capture)
 
 
-def forward_with_embedding(network: nn.Module, heads: tuple[str, ...], images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-    """One forward of a network with registered hooks: what its head returns, and the embedding [B,D].
+def forward_with_embedding(network: nn.Module, heads: tuple[str, ...], images_BCHW: Tensor) -> tuple[Any, Tensor]:
+    """One forward of a network with registered hooks: what it returns, and the embedding [B,D].
 
     Raises:
         RuntimeError: a head did not run exactly once.
@@ -116,7 +139,7 @@ def _capture(module: nn.Module, args: tuple[Any, ...]) -> None:
 
 def _join(inputs: list[Tensor]) -> Tensor:
     """The inputs of the heads, each [B,Di], as one [B,D]."""
-    if len(inputs) == 1:
+    if all(tensor is inputs[0] for tensor in inputs):
         return inputs[0]
     return torch.stack(inputs).mean(0) if len({x.shape for x in inputs}) == 1 else torch.cat(inputs, dim=1)
 

@@ -16,10 +16,11 @@ from pipeline.core.errors import ConfigError, ModelError, StorageError, StorageI
 from pipeline.core.hashing import canonical_json
 from pipeline.core.redaction import redact
 from pipeline.models.embedding import EmbeddingModel
+from pipeline.models.head_weights import fit_heads
+from pipeline.models.heads import backbone_request, selected_widths, with_heads
 from pipeline.models.probe import wrap
 from pipeline.models.sources import python, timm, torchvision
 from pipeline.models.sources.base import BuildRequest, BuiltModel, DeclaredInput, WeightsFile
-from pipeline.models.state_dicts import rename_to_match
 from pipeline.models.text_head import (
     check_text_head_keys,
     read_text_head,
@@ -59,7 +60,8 @@ class LoadedModel:
     """A network on the CPU in eval mode, its input, and its part of the fingerprint.
 
     Attributes:
-        architecture: model name, kwargs and num_classes as JSON, which weights do not contain.
+        architecture: model name, kwargs and num_classes as JSON, which weights do not contain. With heads, num_classes
+            maps their names to their K.
         notes: choices made on behalf of the user, to be logged once.
     """
 
@@ -82,7 +84,8 @@ def load_model(
     """Builds the network, loads its weights and checks both with one forward.
 
     Args:
-        widths: of what the head returns, by the output's name.
+        widths: of what the heads return, by the outputs' names: one output, or several named ``logits.HEAD``. A teacher
+            gets those of its ``heads``.
         size: input height and width in pixels; None: the size that the model declares.
         seed: random weights are a pure function of it and the config. Global generators do not change.
         allow_new_head: pretrained weights with another number of classes get a new, random head. For students only:
@@ -102,8 +105,7 @@ def load_model(
     if expected_weights is not None:
         request = replace(request, read=lambda: expected_weights)
     with _seeded(seed):
-        built = request.build()
-    spec = input_spec(config, built.declared, size, where)
+        built, spec = build(request, size)
     notes = load_weights(built, request) if expected_weights is None else ()
     module = wrap(with_text_head(built, request), request, size=spec.size)
     return LoadedModel(module, spec, architecture, (*notes, *built.notes, *text_head_notes(request)))
@@ -122,10 +124,24 @@ def load_untrained(
     """
     request = resolve(config, widths, True, "teacher").without_weights(likely_size=likely_size or size)
     with _seeded(0):
-        built = request.build()
-    spec = input_spec(config, built.declared, size, request.where)
+        built, spec = build(request, size)
     module = wrap(with_text_head(built, request), request, size=spec.size)
     return LoadedModel(module, spec, _architecture(request), built.notes)
+
+
+def build(
+    request: BuildRequest, size: int | None, backbone: Callable[[BuildRequest], BuiltModel] = BuildRequest.build
+) -> tuple[BuiltModel, InputSpec]:
+    """The network with all of its heads, and its input. Factories of the user build several heads themselves.
+
+    Args:
+        size: as in ``load_model``.
+        backbone: builds what the source of the request does.
+    """
+    adds_heads = request.has_several_heads and request.source is not python.build
+    built = backbone(backbone_request(request) if adds_heads else request)
+    spec = input_spec(request.config, built.declared, size, request.where)
+    return with_heads(built, request, size=spec.size) if adds_heads else built, spec
 
 
 def load_weights(built: BuiltModel, request: BuildRequest) -> tuple[str, ...]:
@@ -149,11 +165,12 @@ def load_weights(built: BuiltModel, request: BuildRequest) -> tuple[str, ...]:
         state = cast("dict[str, torch.Tensor]", file.state)
         for name, tensor in state.items():
             state[name] = tensor.to(device)
-    if request.head == "task" and not request.allow_new_head:
-        _refuse_missing_head(built, file.state, request)
-    state = without_heads(built, file.state) if request.head == "none" else file.state
+    if request.head == "task":
+        state, notes = fit_heads(file.state, built, request)
+    else:
+        state, notes = without_heads(built, file.state), ()
     load_state(built.network, state, source=redact(str(request.config.weights)), where=where)
-    return file.notes
+    return (*file.notes, *notes)
 
 
 def _reader(config: ModelConfig, where: str) -> Callable[[], WeightsFile] | None:
@@ -185,23 +202,6 @@ def unreadable_weights(config: ModelConfig) -> str | None:
     except (StorageInputError, StorageError) as error:
         return error.what
     return None
-
-
-def _refuse_missing_head(built: BuiltModel, state: Mapping[str, torch.Tensor], request: BuildRequest) -> None:
-    """Refuses weights of a backbone, which fit except for the classifier."""
-    expected = built.network.state_dict().keys()
-    names = rename_to_match(state, expected).keys()
-    head_names = {name for name in expected if name.startswith(tuple(f"{head}." for head in built.heads))}
-    if not head_names or head_names & names or expected - head_names - names:
-        return
-    raise ModelError(
-        "these weights have no classifier, so the teacher's logits would come from an untrained one",
-        code="model.untrained-head",
-        where=f"{request.where}.weights: {redact(str(request.config.weights))}",
-        got=f"no {', '.join(sorted(head_names))}",
-        expected=f"weights with a classifier of {request.num_classes} classes (data.num_classes)",
-        next_step="train a classifier on these classes and give the whole network's weights as a URL",
-    )
 
 
 def require_weights(config: ModelConfig, *, where: str) -> None:
@@ -258,6 +258,7 @@ def resolve(config: ModelConfig, widths: Mapping[str, int], allow_new_head: bool
             next_step="remove sha256, or give weights as a URL",
         )
     check_text_head_keys(config, where=where)
+    widths = selected_widths(widths, config)
     text_head = read_text_head(config, widths, where=where)
     for prefix, source in _SOURCES.items():
         name = config.model.removeprefix(prefix)
@@ -289,10 +290,11 @@ def _head_to_build(config: ModelConfig) -> Literal["task", "none", "published"]:
 
 
 def _architecture(request: BuildRequest) -> dict[str, object]:
+    by_head = request.classes_by_head
     described: dict[str, object] = {
         "model": request.config.model,
         "kwargs": request.config.kwargs,
-        "num_classes": request.widths[request.head_output],
+        "num_classes": by_head if by_head.keys() != request.widths.keys() else sum(by_head.values()),
     }
     # Only if there is one, so that the fingerprints of all other teachers stay.
     if request.text_head is not None:

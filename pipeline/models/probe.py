@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from pipeline.core.errors import ModelError, StillroomError, cause
 from pipeline.models.embedding import EmbeddingModel, forward_with_embedding, register_head_hooks
-from pipeline.models.sources.base import BuildRequest, BuiltModel
+from pipeline.models.sources.base import BuildRequest, BuiltModel, head_name
 from pipeline.tasks import EMBEDDING
+
+_T = TypeVar("_T")
 
 
 def wrap(built: BuiltModel, request: BuildRequest, *, size: int) -> EmbeddingModel:
@@ -18,7 +21,7 @@ def wrap(built: BuiltModel, request: BuildRequest, *, size: int) -> EmbeddingMod
 
     Raises:
         ModelError: the forward fails at this size, or its outputs are not finite, or not of the requested widths and a
-            [2,D] embedding; or a student's head does not return one tensor in training mode.
+            [2,D] embedding; or a student's heads do not return the same outputs in training mode.
     """
     outputs = probe_outputs(built, request, size=size)
     _check_finite(outputs, request)
@@ -35,12 +38,41 @@ def probe_outputs(built: BuiltModel, request: BuildRequest, *, size: int) -> dic
         ModelError: the forward fails at this size, or its outputs are not of the requested widths and a [2,D]
             embedding.
     """
-    built.network.eval()
     register_head_hooks(built.network, built.heads)
-    images_BCHW = _images(built, size)
+    output, embedding_BD = _forward(
+        built, request, size, lambda images_BCHW: forward_with_embedding(built.network, built.heads, images_BCHW)
+    )
+    outputs = {**_by_name(output, request), EMBEDDING: embedding_BD}
+    _check_shapes(outputs, request)
+    _check_width(built, embedding_BD.shape[1], request)
+    return outputs
+
+
+def backbone_output(built: BuiltModel, request: BuildRequest, *, size: int) -> Tensor:
+    """What a network without a classifier returns for two images: the embedding [2,D].
+
+    Raises:
+        ModelError: the forward fails at this size, or does not return an embedding.
+    """
+    embedding_BD = _forward(built, request, size, built.network)
+    if isinstance(embedding_BD, Tensor) and embedding_BD.ndim == 2:
+        return embedding_BD
+    raise ModelError(
+        f"{request.config.model} without its classifier does not return an embedding",
+        code="model.output-shape",
+        where=f"{request.where}.model",
+        got=f"for 2 images: {_shape(embedding_BD)}",
+        expected="(2, D)",
+        next_step=f"check {request.where}.kwargs, such as global_pool, or choose another name",
+    )
+
+
+def _forward(built: BuiltModel, request: BuildRequest, size: int, forward: Callable[[Tensor], _T]) -> _T:
+    """One forward of two images in eval mode."""
+    built.network.eval()
     try:
         with torch.no_grad():
-            output, embedding_BD = forward_with_embedding(built.network, built.heads, images_BCHW)
+            return forward(_images(built, size))
     except StillroomError:
         raise
     except Exception as error:
@@ -49,13 +81,17 @@ def probe_outputs(built: BuiltModel, request: BuildRequest, *, size: int) -> dic
             code="model.forward-failed",
             where=f"{request.where}.model",
             got=cause(error),
-            expected=f"{request.head_output} of RGB images [B,3,H,W] at this size",
+            expected=f"{', '.join(request.widths)} of RGB images [B,3,H,W] at this size",
             next_step=_size_hint(built, request, size),
         ) from error
-    outputs = {request.head_output: output, EMBEDDING: embedding_BD}
-    _check_shapes(outputs, request)
-    _check_width(built, embedding_BD.shape[1], request)
-    return outputs
+
+
+def _by_name(output: object, request: BuildRequest) -> dict[str, Any]:
+    """What a network returned, by the names of the outputs; heads that it lacks have no tensor."""
+    if not isinstance(output, Mapping):
+        return {"one output": output} if request.has_several_heads else dict.fromkeys(request.widths, output)
+    heads: Mapping[str, Any] = {str(head): tensor for head, tensor in output.items()}
+    return {name: heads.get(head_name(name)) for name in request.widths}
 
 
 def _images(built: BuiltModel, size: int) -> Tensor:
@@ -80,29 +116,30 @@ def _check_width(built: BuiltModel, width: int, request: BuildRequest) -> None:
 def _check_training(built: BuiltModel, request: BuildRequest, *, size: int) -> None:
     """One forward in training mode, in which some networks return auxiliary outputs. Changes no state."""
     buffers = {name: buffer.clone() for name, buffer in built.network.named_buffers()}
-    output: object = None
+    outputs: dict[str, Any] = {}
     failure: Exception | None = None
     built.network.train()
     try:
         # Dropout uses the generator, and BatchNorm changes its statistics.
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             output, _ = forward_with_embedding(built.network, built.heads, _images(built, size))
+            outputs = _by_name(output, request)
     except Exception as error:
         failure = error
     built.network.eval()
     with torch.no_grad():
         for name, buffer in built.network.named_buffers():
             buffer.copy_(buffers[name])
-    if isinstance(output, Tensor):
+    if outputs.keys() == request.widths.keys() and all(isinstance(output, Tensor) for output in outputs.values()):
         return
     raised = failure is not None
-    problem = "fails" if raised else f"does not return {request.head_output} alone"
+    problem = "fails" if raised else f"does not return {' and '.join(request.widths)} alone"
     raise ModelError(
         f"{request.config.model} {problem} in training mode",
         code="model.training-outputs",
         where=f"{request.where}.model",
-        got=cause(failure) if raised else type(output).__name__,
-        expected=f"a tensor [B,{request.num_classes}], as in eval mode",
+        got=cause(failure) if raised else ", ".join(type(output).__name__ for output in outputs.values()),
+        expected=f"{', '.join(f'a tensor [B,{width}]' for width in request.widths.values())}, as in eval mode",
         next_step=f"turn auxiliary outputs off in {request.where}.kwargs, such as aux_logits: false"
         + (", or correct the network's forward" if raised else ""),
     ) from failure
@@ -114,13 +151,14 @@ def _check_shapes(outputs: Mapping[str, object], request: BuildRequest) -> None:
     expected = {name: (2, width) for name, width in request.widths.items()}
     if shapes == {**expected, EMBEDDING: embedding_shape} and len(embedding_shape) == 2 and embedding_shape[0] == 2:
         return
+    returned = "dict by head" if request.has_several_heads else " and ".join(request.widths)
     raise ModelError(
         f"{request.config.model} does not return the expected outputs",
         code="model.output-shape",
         where=f"{request.where}.model",
         got=f"for 2 images: {', '.join(f'{name} {shape}' for name, shape in shapes.items())}",
         expected=", ".join(f"{name} {shape}" for name, shape in {**expected, EMBEDDING: "(2, D)"}.items()),
-        next_step=f"check kwargs; your network can define forward_embedding(x) -> ({request.head_output}, embedding)",
+        next_step=f"check kwargs; your network can define forward_embedding(x) -> ({returned}, embedding)",
     )
 
 
@@ -137,8 +175,10 @@ def _check_finite(outputs: Mapping[str, Tensor], request: BuildRequest) -> None:
     )
 
 
-def _shape(value: object) -> tuple[object, ...]:
-    return tuple(value.shape) if isinstance(value, Tensor) else (type(value).__name__,)
+def _shape(value: object) -> tuple[object, ...] | str:
+    if isinstance(value, Tensor):
+        return tuple(value.shape)
+    return "missing" if value is None else (type(value).__name__,)
 
 
 def _size_hint(built: BuiltModel, request: BuildRequest, size: int) -> str:

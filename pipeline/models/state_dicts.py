@@ -62,15 +62,15 @@ def rename_to_match(state: Mapping[str, Tensor], names: Collection[str]) -> Orde
     Args:
         names: those of the state dict of the network.
     """
-    best = _renamed(state, lambda name: name)
+    best = renamed(state, lambda name: name)
     if _COUNTER not in names:
         best.pop(_COUNTER, None)
     if not any(_COMPILED in name.split(".") for name in names):
-        best = _renamed(best, lambda name: ".".join(part for part in name.split(".") if part != _COMPILED))
+        best = renamed(best, lambda name: ".".join(part for part in name.split(".") if part != _COMPILED))
     expected = set(names)
     stripped = best
     while prefix := _shared_prefix(stripped):
-        stripped = _renamed(stripped, _remover(prefix))
+        stripped = renamed(stripped, _remover(prefix))
         if len(expected & stripped.keys()) > len(expected & best.keys()):
             best = stripped
     return best
@@ -87,18 +87,18 @@ def _remover(prefix: str) -> Callable[[str], str | None]:
     return lambda name: name.removeprefix(prefix) if name.startswith(prefix) else None
 
 
-def _renamed(state: Mapping[str, Tensor], rename: Callable[[str], str | None]) -> OrderedDict[str, Tensor]:
-    """Renames tensors, and modules in the metadata; ``rename`` returns None to drop a module."""
-    renamed: OrderedDict[str, Tensor] = OrderedDict()
+def renamed(state: Mapping[str, Tensor], rename: Callable[[str], str | None]) -> OrderedDict[str, Tensor]:
+    """Renames tensors, and modules in the metadata; ``rename`` returns None to drop one."""
+    result: OrderedDict[str, Tensor] = OrderedDict()
     for name, tensor in state.items():
         new = rename(name)
-        assert new is not None, "all names share the prefix"
-        renamed[new] = tensor
+        if new is not None:
+            result[new] = tensor
     versions: Any = module_versions(state)
     if versions is not None:
         moved = ((rename(f"{module}.".lstrip(".")), version) for module, version in versions.items())
-        set_module_versions(renamed, {module.rstrip("."): version for module, version in moved if module is not None})
-    return renamed
+        set_module_versions(result, {module.rstrip("."): version for module, version in moved if module is not None})
+    return result
 
 
 def module_versions(state: Mapping[Any, Any]) -> dict[str, dict[str, int]] | None:

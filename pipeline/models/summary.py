@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from pipeline.core.errors import ModelError
-from pipeline.models.load import InputSpec, input_spec, load_weights, require_weights, resolve
+from pipeline.models.load import InputSpec, build, load_weights, require_weights, resolve
 from pipeline.models.probe import probe_outputs
 from pipeline.models.sources.base import BuildRequest, BuiltModel
 from pipeline.models.text_head import with_text_head
@@ -38,8 +38,7 @@ def summarize_model(config: ModelConfig, *, widths: Mapping[str, int], size: int
         ModelError: the model is unknown, cannot be built, or does not run at this size.
     """
     request = resolve(config, widths, True, where).without_weights(likely_size=size)
-    built = _on_meta(request)
-    spec = input_spec(config, built.declared, size, where)
+    built, spec = build(request, size, _on_meta)
     outputs = probe_outputs(with_text_head(built, request), request, size=spec.size)
     num_parameters = sum(parameter.numel() for parameter in built.network.parameters())
     return ModelSummary(num_parameters, outputs[EMBEDDING].shape[1], spec)
@@ -79,7 +78,6 @@ def check_weights(config: ModelConfig, *, widths: Mapping[str, int], size: int |
         summarize_model(config, widths=widths, size=size, where=where)
         return
     request.read()  # outside of the meta device, which would hold the tensors of the file
-    built = _on_meta(request)
-    spec = input_spec(config, built.declared, size, where)
+    built, spec = build(request, size, _on_meta)
     probe_outputs(with_text_head(built, request), request, size=spec.size)
     load_weights(built, request)

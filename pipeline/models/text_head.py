@@ -145,10 +145,11 @@ def read_text_head(config: ModelConfig, widths: Mapping[str, int], *, where: str
     """The text head of a config; None if it has none.
 
     Args:
-        widths: K of the task's only head, by the name of its output.
+        widths: K of each of the network's heads, by the names of their outputs.
         where: YAML section of ``config``, for messages.
 
     Raises:
+        ConfigError: the network has several heads.
         ModelError: the file has another digest, content or number of classes.
         StorageInputError: the URL is refused, missing, not readable or larger than 1 GiB.
     """
@@ -156,6 +157,15 @@ def read_text_head(config: ModelConfig, widths: Mapping[str, int], *, where: str
     if url is None:
         return None
     key = f"{where}.text_head"
+    if len(widths) > 1:
+        raise ConfigError(
+            "a text head is a single head, and this teacher has several",
+            code="config.text-head-of-several-heads",
+            where=key,
+            got=f"heads for {', '.join(widths)}",
+            expected="one head",
+            next_step=f"append {where}.heads=[NAME], with one cache for each other head",
+        )
     with weights_read_errors(url, where=key):
         data = storage.read(url, max_bytes=_MAX_BYTES)
     check_digest(data, cast("TeacherModelConfig", config).text_head_sha256, url, key)

@@ -5,7 +5,7 @@ Unknown keys are refused. This package does no I/O and loads no model.
 
 from __future__ import annotations
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from schemas.config.cache import CacheConfig
 from schemas.config.data import DataConfig
@@ -49,6 +49,17 @@ class Config(Section):
         if loss and not any(term.weight for term in loss):
             raise ValueError("every weight is 0, so there is nothing to learn")
         return loss
+
+    @model_validator(mode="after")
+    def _check_teacher_heads(self) -> Config:
+        for section, teacher in self.teacher.models.items():
+            heads = teacher.heads or ()
+            if unknown := [head for head in heads if head not in self.data.heads]:
+                expected = ", ".join(self.data.heads) or "none, since data.task is not heads"
+                raise ValueError(f"{section}.heads has {unknown[0]!r}, which is not in data.heads; expected {expected}")
+            if len(set(heads)) < len(heads):
+                raise ValueError(f"{section}.heads names a head twice")
+        return self
 
 
 __all__ = [

@@ -40,6 +40,9 @@ class TeacherModelConfig(ModelConfig):
     )
     precision: Precision = Field("fp32", description="Arithmetic of the forward pass (autocast below fp32).")
     batch_size: int = Field(64, ge=1, description="Rows per forward; the last batch of a mix group is padded to it.")
+    heads: tuple[str, ...] | None = Field(
+        None, min_length=1, description="task heads: the heads that the teacher has, from data.heads; null: all."
+    )
     embedding: Literal["penultimate", "output"] = Field(
         "penultimate",
         description="With text_head: pooled features, or the output of timm's classifier (a CLIP tower's projection).",

@@ -11,6 +11,7 @@ from pipeline.cache.build.imported_means import ImportedMeans, read_means, store
 from pipeline.cache.format.codec import stored_outputs
 from pipeline.core.config_loading import require
 from pipeline.core.errors import ConfigError
+from pipeline.models import selected_widths
 from pipeline.models.load import require_weights
 from pipeline.models.weights import weights_read_errors
 from pipeline.tasks import task_of
@@ -79,7 +80,7 @@ def cache_config(config: Config) -> CacheConfig:
             next_step="set data.label, or cache.class_means=none",
         )
     # Fails before a teacher is loaded if an encoding needs more classes.
-    stored_outputs(task.outputs(cache, task.widths))
+    stored_outputs(task.outputs(cache, selected_widths(task.widths, config.teacher)))
     return cache
 
 

@@ -14,7 +14,7 @@ from pipeline.cache.format import layout
 from pipeline.cache.format.header import find_header
 from pipeline.cache.plan.shard_survey import Estimate, ShardSurvey, survey_shards, total
 from pipeline.core.redaction import redact
-from pipeline.models import load_untrained
+from pipeline.models import load_untrained, selected_widths
 from pipeline.shards.labels import check_label_member
 from pipeline.tasks import task_of
 from schemas.cache_format import Header, ViewBlock
@@ -123,7 +123,10 @@ def collect_plan_inputs(
         commits=commits,
         survey=survey_shards(urls, sizes, commits, config.data, index_urls=index_urls),
         header=header,
-        widths={**task.widths, **({task.embedding: header.embedding_dim} if header else {})},
+        widths={
+            **selected_widths(task.widths, config.teacher),
+            **({task.embedding: header.embedding_dim} if header else {}),
+        },
     )
 
 

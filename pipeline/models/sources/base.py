@@ -16,6 +16,9 @@ from schemas.config import ModelConfig, Triple
 if TYPE_CHECKING:
     from pipeline.models.text_head import TextHead
 
+HEAD_PREFIX = "logits."
+"""Outputs of networks with several heads are named by this and the name of the head."""
+
 
 @dataclass(frozen=True, slots=True)
 class WeightsFile:
@@ -39,7 +42,7 @@ class BuildRequest:
     Attributes:
         source: builds networks of this name.
         name: what follows ``timm/``, ``torchvision/`` or ``python:``.
-        widths: of the head's output, by its name.
+        widths: of what the heads return, by the outputs' names: one output, or several named ``logits.HEAD``.
         allow_new_head: a pretrained head of another width is replaced by a random one.
         where: YAML section, such as ``teacher``.
         read: reads the weights that the caller loads into the network, for constructors that depend on them; None
@@ -64,15 +67,30 @@ class BuildRequest:
     text_head: TextHead | None = None
 
     @property
-    def head_output(self) -> str:
-        """The name of what the head returns."""
-        (name,) = self.widths
-        return name
+    def has_several_heads(self) -> bool:
+        return len(self.widths) > 1
 
     @property
     def num_classes(self) -> int:
-        """K, the width of the head, as the constructors of libraries call it; 0 for a network without one."""
-        return 0 if self.head == "none" else self.widths[self.head_output]
+        """K, the width of a single head, as the constructors of libraries call it; 0 for a network without one."""
+        if self.head == "none":
+            return 0
+        (width,) = self.widths.values()
+        return width
+
+    @property
+    def classes_by_head(self) -> dict[str, int]:
+        """K of each head."""
+        return {head_name(output): width for output, width in self.widths.items()}
+
+    @property
+    def described_classes(self) -> str:
+        """The numbers of classes with the keys of the config that set them, for messages."""
+        keys = (
+            (width, f"data.heads.{head}.num_classes" if head != output else "data.num_classes")
+            for (output, width), head in zip(self.widths.items(), self.classes_by_head, strict=True)
+        )
+        return ", ".join(f"{width} classes ({key})" for width, key in keys)
 
     @property
     def pretrained(self) -> bool:
@@ -118,6 +136,11 @@ class BuiltModel:
     notes: tuple[str, ...] = ()
 
 
+def head_name(output: str) -> str:
+    """The name of the head that returns an output: ``pair`` for ``logits.pair``, and the output's name for others."""
+    return output.removeprefix(HEAD_PREFIX)
+
+
 @contextlib.contextmanager
 def constructor_errors(request: BuildRequest) -> Generator[None]:
     """Turns every error of a constructor into a ModelError, since the user chose its arguments."""
@@ -156,21 +179,26 @@ def refuse_reserved(request: BuildRequest, reserved: Collection[str]) -> None:
             f"kwargs may not contain {', '.join(refused)}",
             code="config.reserved-kwargs",
             where=f"{request.where}.kwargs",
-            expected="classes from data.num_classes, weights from the section's weights key",
+            expected="classes from data.num_classes or data.heads, weights from the section's weights key",
             next_step=f"remove {', '.join(refused)} from kwargs",
         )
 
 
 def refuse_untrained_head(request: BuildRequest, width: int) -> None:
     """Refuses, before the download, a teacher whose pretrained head is not K wide."""
-    if request.head != "task" or width == request.num_classes or request.allow_new_head:
+    if request.head != "task" or request.allow_new_head or width == request.num_classes:
         return
-    raise ModelError(
+    raise untrained_head(request, width)
+
+
+def untrained_head(request: BuildRequest, width: int) -> ModelError:
+    """The error for a teacher whose pretrained weights, with a head of this width, have none of the requested heads."""
+    return ModelError(
         "the pretrained head has another width, so the teacher's logits would come from an untrained one",
         code="model.untrained-head",
         where=f"{request.where}.weights",
         got=f"{width} classes in {request.config.model}" if width else f"no head in {request.config.model}",
-        expected=f"{request.num_classes} classes (data.num_classes)",
+        expected=request.described_classes,
         next_step="fine-tune the teacher on these classes and give its weights as a URL",
     )
 

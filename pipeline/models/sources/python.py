@@ -1,5 +1,7 @@
 """``python:module:factory``: a network of the user, built by ``factory(num_classes=K, **kwargs) -> nn.Module``.
 
+With several heads, ``num_classes`` maps their names to their K, and the forward of the network returns a dict by name.
+
 A config names code and does not contain it: modules come from Python's import path, which in a submitted job is its
 working directory and the installed packages. Nothing here extends that path.
 """
@@ -47,7 +49,8 @@ def build(request: BuildRequest) -> BuiltModel:
         )
     factory = _import_factory(request)
     with constructor_errors(request):
-        network = factory(num_classes=request.num_classes, **request.config.kwargs)
+        classes = request.classes_by_head if request.has_several_heads else request.num_classes
+        network = factory(num_classes=classes, **request.config.kwargs)
     if not isinstance(network, nn.Module):
         raise ModelError(
             f"{request.config.model} did not return a network",
@@ -124,6 +127,8 @@ def _foreign_code_error(request: BuildRequest, got: str) -> ModelError:
 def _heads(network: nn.Module, request: BuildRequest) -> tuple[str, ...]:
     if callable(getattr(network, "forward_embedding", None)):
         return ()
+    if request.has_several_heads:
+        return _named_heads(network, request)
     name = last_layer(network, nn.Linear)
     layer = network.get_submodule(name) if name is not None else None
     if name is None or not isinstance(layer, nn.Linear) or layer.out_features != request.num_classes:
@@ -132,7 +137,23 @@ def _heads(network: nn.Module, request: BuildRequest) -> tuple[str, ...]:
             code="model.no-linear-head",
             where=f"{request.where}.model",
             got=f"{name}: {layer}" if name is not None else "no nn.Linear at all",
-            expected=f"a last nn.Linear with out_features={request.num_classes} (data.num_classes)",
+            expected=f"a last nn.Linear for {request.described_classes}",
             next_step="register the head last, or define forward_embedding(x) -> (logits, embedding)",
         )
     return (name,)
+
+
+def _named_heads(network: nn.Module, request: BuildRequest) -> tuple[str, ...]:
+    """The modules ``heads.NAME``, whose input is the embedding."""
+    names = tuple(f"heads.{head}" for head in request.classes_by_head)
+    missing = set(names) - dict(network.named_modules()).keys()
+    if missing:
+        raise ModelError(
+            "the embedding is the input of the heads, and this network does not have them under their names",
+            code="model.no-named-heads",
+            where=f"{request.where}.model",
+            got=f"no {', '.join(sorted(missing))} in {request.config.model}",
+            expected=f"a network with the modules {', '.join(names)}, whose forward returns a dict by head",
+            next_step="name them so, use stillroom.multi_head, or define forward_embedding(x) -> (dict, embedding)",
+        )
+    return names

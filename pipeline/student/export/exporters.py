@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal, get_args
@@ -14,6 +14,8 @@ from pipeline import storage
 from pipeline.core.errors import ConfigError
 from pipeline.core.hashing import digest, weights_digest
 from pipeline.core.redaction import redact
+from pipeline.models import EmbeddingModel
+from pipeline.models.sources.base import head_name
 from pipeline.models.sources.torchvision import input_transform
 from pipeline.student.evaluation.loaded_run import CheckpointName, LoadedRun, load_run
 from pipeline.student.export.graphs import StudentGraph, check_onnx_packages, write_onnx, write_pt2
@@ -73,7 +75,8 @@ def export_run(
     if checkpoint_name == "last":
         _check_finished(run_url)
     run = load_run(run_url, checkpoint_name)
-    left_out = _untrained_head(run, chosen, run_url)
+    untrained = _untrained_outputs(run, chosen, run_url)
+    left_out = _left_out(run.student.module, untrained)
     metadata = _metadata(run, run_url, checkpoint_name, with_normalization=with_normalization)
     if left_out:
         metadata["left_out"] = json.dumps(left_out)
@@ -81,7 +84,13 @@ def export_run(
         path = folder / f"student.{chosen}"
         difference = None
         if chosen in _GRAPHS:
-            graph = StudentGraph(run.student.module, run.student.input, normalizes=with_normalization).eval()
+            model = run.student.module
+            graph = StudentGraph(
+                model,
+                run.student.input,
+                normalizes=with_normalization,
+                outputs=[name for name in model.head_outputs if name not in untrained],
+            ).eval()
             difference = _GRAPHS[chosen](graph, path, metadata)
         else:
             _write_weights(run, path, metadata, left_out)
@@ -137,7 +146,8 @@ def _metadata(run: LoadedRun, run_url: str, checkpoint_name: str, *, with_normal
     return {
         "model": str(student.architecture["model"]),
         "kwargs": json.dumps(student.architecture["kwargs"]),
-        "num_classes": str(student.architecture["num_classes"]),
+        "num_classes": json.dumps(student.architecture["num_classes"]),
+        **_heads(run),
         "input": f"{kind}, [N,3,{size},{size}]",
         "size": str(size),
         "interpolation": student.input.interpolation,
@@ -151,15 +161,25 @@ def _metadata(run: LoadedRun, run_url: str, checkpoint_name: str, *, with_normal
     }
 
 
-def _untrained_head(run: LoadedRun, format: ExportFormat, run_url: str) -> list[str]:
-    """Names of the head's tensors if no loss trained it, which a file of weights leaves out.
+def _heads(run: LoadedRun) -> dict[str, str]:
+    """The heads of a student that has several targets, with the outputs of a graph that they return."""
+    configured = run.supervision.data.heads
+    outputs = {head_name(output): output for output in run.student.module.head_outputs}
+    heads = {
+        head: {**configured[head].model_dump(mode="json"), "output": output}
+        for head, output in outputs.items()
+        if head in configured
+    }
+    return {"heads": json.dumps(heads)} if heads else {}
+
+
+def _untrained_outputs(run: LoadedRun, format: ExportFormat, run_url: str) -> Collection[str]:
+    """Outputs of heads that no loss trained, which the file leaves out.
 
     Raises:
-        ConfigError: a graph would return the output of such a head.
+        ConfigError: a graph would have no output.
     """
-    if run.head_trained:
-        return []
-    if format in _GRAPHS:
+    if format in _GRAPHS and run.untrained.issuperset(run.student.module.head_outputs):
         raise ConfigError(
             "the head of this student was not trained: no loss reads its output, which a graph returns",
             code="export.untrained-head",
@@ -167,8 +187,13 @@ def _untrained_head(run: LoadedRun, format: ExportFormat, run_url: str) -> list[
             got=f"format {format}, losses {', '.join(term.name for term in run.config.loss)}",
             next_step="export to .safetensors, which has the backbone alone, or add a loss on this output",
         )
-    prefixes = tuple(f"{head}." for head in run.student.module.heads)
-    return [name for name in run.student.module.network.state_dict() if name.startswith(prefixes)]
+    return run.untrained
+
+
+def _left_out(model: EmbeddingModel, untrained: Collection[str]) -> list[str]:
+    """Names of the tensors of untrained heads."""
+    prefixes = tuple(f"{module}." for output in untrained for module in model.head_modules(output))
+    return [name for name in model.network.state_dict() if name.startswith(prefixes)]
 
 
 def _write_weights(run: LoadedRun, path: Path, metadata: Mapping[str, str], left_out: Sequence[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,26 +29,30 @@ _ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 class StudentGraph(nn.Module):
-    """forward(images_NCHW) -> what the student's head returns, [N,…], without the embedding.
+    """forward(images_NCHW) -> what the student's head returns, [N,…], without the embedding; a dict by output name if
+    the student has several heads.
 
     Args:
         normalizes: the input is uint8 RGB instead of normalised float32.
-
-    Attributes:
-        output: the name of what the head returns.
+        outputs: names of the outputs of heads that the graph returns; None: all.
     """
 
-    def __init__(self, model: EmbeddingModel, spec: InputSpec, *, normalizes: bool) -> None:
+    def __init__(
+        self, model: EmbeddingModel, spec: InputSpec, *, normalizes: bool, outputs: Sequence[str] | None = None
+    ) -> None:
         super().__init__()
         self.model, self.size, self.normalizes = model, spec.size, normalizes
-        self.output = model.head_output
+        self.outputs = tuple(model.head_outputs if outputs is None else outputs)
         self.register_buffer("mean_C", torch.tensor(spec.mean), persistent=False)
         self.register_buffer("std_C", torch.tensor(spec.std), persistent=False)
 
-    def forward(self, images_NCHW: Tensor) -> Tensor:
+    def forward(self, images_NCHW: Tensor) -> Tensor | dict[str, Tensor]:
         if self.normalizes:
             images_NCHW = to_input(images_NCHW, mean_C=self.get_buffer("mean_C"), std_C=self.get_buffer("std_C"))
-        return self.model.forward_head(images_NCHW)
+        outputs = self.model.forward_heads(images_NCHW)
+        if len(self.model.head_outputs) == 1:
+            return outputs[self.outputs[0]]
+        return {name: outputs[name] for name in self.outputs}
 
     def noise(self, count: int) -> Tensor:
         """Random input, the same at every call."""
@@ -70,7 +74,7 @@ def write_pt2(student: StudentGraph, path: Path, metadata: Mapping[str, str]) ->
 
 
 def write_onnx(student: StudentGraph, path: Path, metadata: Mapping[str, str]) -> float:
-    """Writes ONNX for any batch size: input ``images``, output by its name, metadata in the model's properties.
+    """Writes ONNX for any batch size: input ``images``, outputs by their names, metadata in the model's properties.
 
     Raises:
         ConfigError: a package is missing.
@@ -80,12 +84,12 @@ def write_onnx(student: StudentGraph, path: Path, metadata: Mapping[str, str]) -
     program = _program(student)
     try:
         onnx = torch.onnx.export(
-            program, dynamo=True, input_names=["images"], output_names=[student.output], verbose=False
+            program, dynamo=True, input_names=["images"], output_names=list(student.outputs), verbose=False
         )
         assert onnx is not None, "without a file the exporter returns the program"
         onnx.model.metadata_props.update(metadata)
         onnx.save(path, external_data=False)
-        run = _onnx_runner(path, student.output)
+        run = _onnx_runner(path, student.outputs)
     except Exception as error:
         raise _no_graph("ONNX", error) from error
     return _largest_difference(student, run, "ONNX Runtime")
@@ -124,15 +128,15 @@ def _no_graph(kind: str, error: Exception) -> ModelError:
     )
 
 
-def _onnx_runner(path: Path, output: str) -> Callable[[Tensor], Tensor]:
+def _onnx_runner(path: Path, outputs: Sequence[str]) -> Callable[[Tensor], dict[str, Tensor]]:
     # Optional; check_onnx_packages has found it.
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
-    def run(images_NCHW: Tensor) -> Tensor:
-        (values,) = session.run([output], {"images": images_NCHW.numpy()})
-        return torch.from_numpy(np.asarray(values))
+    def run(images_NCHW: Tensor) -> dict[str, Tensor]:
+        values = session.run(list(outputs), {"images": images_NCHW.numpy()})
+        return {name: torch.from_numpy(np.asarray(value)) for name, value in zip(outputs, values, strict=True)}
 
     return run
 
@@ -142,13 +146,17 @@ def _largest_difference(student: StudentGraph, graph: Callable[[Tensor], Any], k
     largest = 0.0
     for count in _CHECKED_BATCHES:
         images_NCHW = student.noise(count)
-        expected = student(images_NCHW)
+        expected = _by_name(student(images_NCHW), student)
         try:
-            got = graph(images_NCHW)
+            got = _by_name(graph(images_NCHW), student)
         except Exception as error:
             raise _no_graph(f"{kind} for {count} images", error) from error
-        largest = max(largest, _difference(got, expected, student.output, kind))
+        largest = max(largest, *(_difference(got[name], expected[name], name, kind) for name in student.outputs))
     return largest
+
+
+def _by_name(output: Tensor | Mapping[str, Tensor], student: StudentGraph) -> Mapping[str, Tensor]:
+    return dict.fromkeys(student.outputs, output) if isinstance(output, Tensor) else output
 
 
 def _difference(got: Tensor, expected: Tensor, output: str, kind: str) -> float:

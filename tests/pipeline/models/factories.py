@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
+
+from stillroom import multi_head
 
 
 class Plain(nn.Module):
@@ -104,3 +108,59 @@ class ImageTower(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.stem(x).relu().mean((2, 3))
+
+
+class TwoHeads(nn.Module):
+    """Several heads, the way a user would write them."""
+
+    def __init__(self, num_classes: Mapping[str, int]) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 5, 3)
+        self.heads = nn.ModuleDict({head: nn.Linear(5, width) for head, width in num_classes.items()})
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        features_BD = self.stem(x).mean((2, 3))
+        return {name: head(features_BD) for name, head in self.heads.items()}
+
+
+class TwoHeadsSelfDescribed(TwoHeads):
+    """Defines its embedding: twice the input of the heads. Its heads have other names than the default."""
+
+    def __init__(self, num_classes: Mapping[str, int]) -> None:
+        super().__init__(num_classes)
+        self.classifiers = self.heads
+        del self.heads
+
+    def forward_embedding(self, x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        features_BD = self.stem(x).mean((2, 3))
+        return {name: head(features_BD) for name, head in self.classifiers.items()}, 2 * features_BD
+
+
+class UnnamedHeads(TwoHeads):
+    """Has its heads under other names."""
+
+    def __init__(self, num_classes: Mapping[str, int]) -> None:
+        super().__init__(num_classes)
+        self.classifiers = self.heads
+        del self.heads
+
+
+class OneHeadIsMissing(TwoHeads):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {name: value for name, value in super().forward(x).items() if name != "even"} | {"other": x.mean((2, 3))}
+
+
+class OneTensor(TwoHeads):
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return torch.cat(list(super().forward(x).values()), 1)
+
+
+class OtherHeadsInTraining(TwoHeads):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        outputs = super().forward(x)
+        return {f"{name}_train" if self.training else name: value for name, value in outputs.items()}
+
+
+@multi_head
+def decorated(num_classes: int, width: int = 5) -> nn.Module:
+    return Plain(num_classes, width)

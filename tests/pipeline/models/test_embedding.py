@@ -138,7 +138,7 @@ def test_the_head_returns_an_output_of_the_name_and_width_that_a_task_requests(f
     assert model.widths == {name: output.shape[1] for name, output in outputs.items()}
     assert (list(model.widths), model.widths["x"]) == (["x", "embedding"], 3)
     torch.testing.assert_close(outputs["x"], model.network(images()))
-    torch.testing.assert_close(model.forward_head(images()), outputs["x"])
+    torch.testing.assert_close(model.forward_heads(images())["x"], outputs["x"])
 
 
 def test_forward_embedding_of_the_network_defines_the_embedding() -> None:
