@@ -97,11 +97,19 @@ URL_KEYS = (
     *("data.shards", "data.val_shards", "data.cache", "data.index", "data.local_dir", "run.url"),
     *("cache.url", "cache.class_means", "teacher.weights", "student.weights", "teacher.class_means"),
     *("teacher.others.0.weights", "teacher.others.0.class_means"),
+    *("teacher.text_head", "teacher.others.0.text_head"),
 )
 # Any text that is no URL: names of models, layers, members of a tar and encodings; and the address of Ray.
 OTHER_TEXTS = {
-    *("data.image", "data.label", "teacher.model", "teacher.sha256", "student.model", "student.sha256"),
-    *("teacher.others.0.model", "teacher.others.0.sha256", "cache.logits", "ray.address", "ray.resources_per_task"),
+    *("data.image", "data.label", "data.heads", "student.model", "student.sha256"),
+    *("teacher.model", "teacher.sha256", "teacher.text_head_sha256", "teacher.others.0.model"),
+    *(
+        "teacher.others.0.sha256",
+        "teacher.others.0.text_head_sha256",
+        "cache.logits",
+        "ray.address",
+        "ray.resources_per_task",
+    ),
     *("train.freeze", "loss.0.student_layers", "loss.0.teacher_layers"),
 }
 
@@ -139,9 +147,11 @@ def test_every_key_that_holds_a_url_refuses_commands_and_chains_and_other_protoc
 ) -> None:
     target = tmp_path / "created"
     override = f"{key}='{url.format(target=target)}'"
-    means = str(tmp_path / "means")
+    # Class means are read before a text head.
+    means = None if key.endswith(".text_head") else str(tmp_path / "means")
     others = [{**NETWORK, "weights": str(tmp_path / "x.pt"), "class_means": means}]
-    online = {"teacher": {"mode": "online", "class_means": means, "others": others}, "loss": [{"name": "nd"}]}
+    loss = [{"name": "kd" if means is None else "nd"}]
+    online = {"teacher": {"mode": "online", "class_means": means, "others": others}, "loss": loss}
     config = tree(**online if key.startswith("teacher.") else {})
     assert command(config, tmp_path / "documents", [override]) == 2
     message = capsys.readouterr().err
