@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from schemas.config.cache import CacheConfig
 from schemas.config.data import DataConfig
+from schemas.config.heads import HeadConfig
 from schemas.config.loss import (
     DistLoss,
     KdLoss,
@@ -68,6 +69,7 @@ __all__ = [
     "DataConfig",
     "DistLoss",
     "ErasingConfig",
+    "HeadConfig",
     "Interpolation",
     "JitterConfig",
     "KdLoss",

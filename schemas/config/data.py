@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from schemas.config.heads import HEAD_NAME, HeadConfig
 from schemas.config.section import Section, local_path
+
+_JSON_LABEL = r"(\S+\.)?(?i:json)(:[^\s:]+)?"
 
 
 class DataConfig(Section):
@@ -73,6 +76,11 @@ class DataConfig(Section):
             raise ValueError("task is heads, but heads is empty; expected such as heads: {color: {num_classes: 8}}")
         if self.task == "heads" and self.num_classes is not None:
             raise ValueError("num_classes is given; with task: heads each head has its own")
+        if self.task == "heads" and not re.fullmatch(_JSON_LABEL, self.label or ""):
+            raise ValueError(
+                f"label is {self.label!r}, but heads are fields of a JSON member: expected json, or json:FIELD for the "
+                "fields of an object"
+            )
         return self
 
     @property
