@@ -102,14 +102,9 @@ URL_KEYS = (
 # Any text that is no URL: names of models, layers, members of a tar and encodings; and the address of Ray.
 OTHER_TEXTS = {
     *("data.image", "data.label", "data.heads", "student.model", "student.sha256"),
-    *("teacher.model", "teacher.sha256", "teacher.text_head_sha256", "teacher.others.0.model"),
-    *(
-        "teacher.others.0.sha256",
-        "teacher.others.0.text_head_sha256",
-        "cache.logits",
-        "ray.address",
-        "ray.resources_per_task",
-    ),
+    *("teacher.model", "teacher.sha256", "teacher.text_head_sha256", "teacher.heads"),
+    *("teacher.others.0.model", "teacher.others.0.sha256", "teacher.others.0.text_head_sha256"),
+    *("teacher.others.0.heads", "cache.logits", "ray.address", "ray.resources_per_task"),
     *("train.freeze", "loss.0.student_layers", "loss.0.teacher_layers"),
 }
 
