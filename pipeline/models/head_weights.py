@@ -42,7 +42,7 @@ def fit_heads(
         raise _no_classifier(request, missing)
     where, notes = f"{request.where}.weights", []
     if left_out:
-        notes.append(f"{where}: tensors of other heads are left out ({_quoted(left_out)})")
+        notes.append(f"{where}: tensors of other heads are left out ({_quoted(sorted(left_out))})")
     if missing:
         notes.append(f"{where}: no {_quoted(missing)} in the file; the student begins with random values for them")
         adapted.update((name, expected[name]) for name in missing)

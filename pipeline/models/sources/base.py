@@ -154,7 +154,12 @@ def constructor_errors(request: BuildRequest) -> Generator[None]:
             code="model.constructor-failed",
             where=f"{request.where}.model",
             got=cause(error),
-            next_step=f"check {request.where}.kwargs, which go to the constructor: {dict(request.config.kwargs)}",
+            next_step=f"check {request.where}.kwargs, which go to the constructor: {dict(request.config.kwargs)}"
+            + (
+                "; num_classes maps heads to integers, which stillroom.multi_head handles for a single classifier"
+                if request.has_several_heads and request.head == "task"
+                else ""
+            ),
         ) from error
 
 

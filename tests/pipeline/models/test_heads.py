@@ -140,6 +140,7 @@ def test_a_factory_gets_the_heads_and_its_network_returns_a_dict(factory: str, s
 @pytest.mark.parametrize(
     ("factory", "code", "got"),
     [
+        ("Plain", "model.constructor-failed", "TypeError"),
         ("UnnamedHeads", "model.no-named-heads", "no heads.even, heads.pair"),
         ("OneHeadIsMissing", "model.output-shape", "logits.even missing"),
         ("OneTensor", "model.output-shape", "one output (2, 9)"),
@@ -264,7 +265,7 @@ def test_weights_of_other_heads_keep_the_common_ones(tmp_path: Path) -> None:
     expected, outputs = outputs_of(three), outputs_of(loaded.module)
     assert all(torch.equal(expected[name], output) for name, output in outputs.items())
     (note,) = loaded.notes
-    assert note == "teacher.weights: tensors of other heads are left out (heads.order.weight, heads.order.bias)"
+    assert note == "teacher.weights: tensors of other heads are left out (heads.order.bias, heads.order.weight)"
 
 
 @pytest.mark.parametrize("widths", [{**WIDTHS, "logits.order": 3}, {"logits.order": 3}, {"logits": 7}])

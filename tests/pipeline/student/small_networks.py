@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
+from stillroom import multi_head
+
 
 class Small(nn.Module):
     """Two convolutions and a linear head; each row is computed alone."""
@@ -26,6 +28,12 @@ class Normalised(Small):
     def __init__(self, num_classes: int, width: int = 8) -> None:
         super().__init__(num_classes, width)
         self.conv1 = nn.Sequential(self.conv1, nn.BatchNorm2d(width))
+
+
+@multi_head
+def normalised(num_classes: int, width: int = 8) -> nn.Module:
+    """``Normalised``, or its backbone with several heads."""
+    return Normalised(num_classes, width)
 
 
 class Undecided(Small):

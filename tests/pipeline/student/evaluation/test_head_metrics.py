@@ -30,7 +30,7 @@ HEADS = {
     "even": {"num_classes": 2},
     "tags": {"num_classes": 5, "kind": "multilabel"},
 }
-DATA = DataConfig.model_validate({"task": "heads", "heads": HEADS})
+DATA = DataConfig.model_validate({"task": "heads", "label": "json", "heads": HEADS})
 N = 200
 CLASS_METRICS = ("top1", "balanced_accuracy", "ece", "agreement", "kl", "teacher_top1")
 TAG_METRICS = ("map", "f1_micro", "f1_macro", "agreement", "kl", "teacher_map")

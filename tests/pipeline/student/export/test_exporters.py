@@ -19,7 +19,7 @@ from pipeline import storage
 from pipeline.models import InputSpec, LoadedModel, load_model
 from pipeline.student.evaluation.loaded_run import CheckpointName
 from pipeline.student.export.exporters import export_run
-from pipeline.student.export.graphs import TOLERANCE, StudentGraph, write_onnx
+from pipeline.student.export.graphs import TOLERANCE, StudentGraph, write_onnx, write_pt2
 from pipeline.student.run import checkpoint
 from pipeline.student.training.trainer import train
 from schemas.config import StudentConfig
@@ -149,6 +149,36 @@ def test_an_onnx_graph_has_an_output_of_the_heads_name(tmp_path: Path, output: s
     write_onnx(StudentGraph(student.module, student.input, normalizes=False).eval(), path, {})
     (described,) = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).get_outputs()
     assert (described.name, described.shape[1]) == (output, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("returned", [("logits.pair", "logits.even"), ("logits.even",)])
+@pytest.mark.parametrize("with_normalization", [False, True])
+def test_a_graph_of_several_heads_has_a_named_output_for_each_trained_head(
+    tmp_path: Path, returned: tuple[str, ...], with_normalization: bool
+) -> None:
+    import onnxruntime
+
+    section = StudentConfig.model_validate(
+        {**SMALL, "model": "python:tests.pipeline.student.small_networks:normalised"}
+    )
+    student = load_model(section, widths={"logits.pair": 3, "logits.even": 2}, size=16, where="student")
+    graph = StudentGraph(student.module, student.input, normalizes=with_normalization, outputs=returned).eval()
+    assert write_pt2(graph, tmp_path / "student.pt2", {}) == 0
+    assert write_onnx(graph, tmp_path / "student.onnx", {}) <= TOLERANCE
+    program = torch.export.load(tmp_path / "student.pt2").module()
+    session = onnxruntime.InferenceSession(tmp_path / "student.onnx", providers=["CPUExecutionProvider"])
+    assert tuple(output.name for output in session.get_outputs()) == returned
+    for count in (1, 4):
+        pixels_NCHW = pixels(count, 16)
+        images_NCHW = normalised(pixels_NCHW, student.input)
+        given = pixels_NCHW if with_normalization else images_NCHW
+        expected = {name: output.detach() for name, output in student.module(images_NCHW).items() if name in returned}
+        assert program(given).keys() == expected.keys()
+        for name, values in zip(returned, session.run(None, {"images": given.numpy()}), strict=True):
+            atol = TOLERANCE * float(expected[name].abs().max())
+            torch.testing.assert_close(program(given)[name].detach(), expected[name], rtol=0, atol=atol)
+            torch.testing.assert_close(torch.from_numpy(values), expected[name], rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("network", [slow(name) if name in ("timm", "torchvision") else name for name in NETWORKS])
