@@ -30,9 +30,10 @@ def sorted_by_class(inputs: PlanInputs, _: CachePlan) -> str | None:
 
 
 def class_range(inputs: PlanInputs, _: CachePlan) -> str | None:
-    num_classes = task_of(inputs.config.data).num_classes
+    num_classes = inputs.config.data.num_classes
     label_N = np.concatenate([np.empty(0, np.int32), *_labels(inputs)])
-    if not len(label_N):
+    # The classes of several heads have no common range.
+    if num_classes is None or not len(label_N):
         return None
     largest = int(label_N.max())
     if largest >= num_classes:
