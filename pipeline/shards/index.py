@@ -32,7 +32,7 @@ from pipeline.shards.shard_urls import shard_id
 from pipeline.shards.tar import MemberRules, Sample, TarNotes, read_samples
 from pipeline.tasks import Targets, Task, task_of, task_settings
 from schemas.cache_format import FORMAT_VERSION, Status, index_schema
-from schemas.config import DataConfig
+from schemas.config import DataConfig, HeadConfig
 
 STATUSES: tuple[Status, ...] = get_args(Status)
 """``ShardIndex.status`` holds positions in this tuple."""
@@ -154,6 +154,12 @@ def index_settings(data: DataConfig) -> dict[str, Any]:
         **task_settings(data),
         "max_pixels": data.max_pixels,
     }
+
+
+def data_keys(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of ``data`` that lead to these ``index_settings``, and their values."""
+    heads = {name: HeadConfig.model_validate(head) for name, head in settings.get("heads", {}).items()}
+    return {**settings, "image": ";".join(settings["image"]), **({"heads": heads} if heads else {})}
 
 
 def index_shard(path: Path, data: DataConfig, *, where: str, threads: int = 1, rules: MemberRules = 2) -> ShardIndex:

@@ -20,7 +20,7 @@ from pipeline.student.cached_batch import CachedBatch
 from pipeline.student.data.batch import InputSize
 from pipeline.student.data.dataset import StepDataset
 from pipeline.student.data.order import TrainingOrder, order_of
-from pipeline.student.data.sources import CachedSource, check_any_labelled, open_cached
+from pipeline.student.data.sources import CachedSource, RowSource, check_any_labelled, open_cached
 from pipeline.student.data.teacher_outputs import Reads
 from pipeline.student.supervision.canaries import check_canaries
 from pipeline.student.supervision.class_means import cached_means
@@ -118,7 +118,7 @@ class CachedDataset(Dataset[CachedBatch]):
             world_size=world_size,
             student=InputSize(self._input.size, self._input.interpolation),
             max_pixels=self._spec.data.max_pixels,
-            needs_labels=require_labels,
+            required_targets=_required(self._source, require_labels=require_labels),
         )
         # In shared memory, so that loader processes that outlive an epoch see the next one: epoch, start step, and
         # whether the first and the last remaining step of that epoch were taken, in any order where processes race.
@@ -153,7 +153,8 @@ class CachedDataset(Dataset[CachedBatch]):
         """
         cache = self._spec.caches[teacher]
         CLASS_MEANS.check_stored(cache)
-        return cached_means(cache, self._source)
+        heads = [head for head in self._source.task.heads if head.kind == "class"]
+        return torch.cat([*cached_means(cache, self._source, heads).values()])
 
     def set_epoch(self, epoch: int, *, start_step: int = 0) -> None:
         """Selects an epoch, with its order and view. Call it before you iterate over the loader.
@@ -293,10 +294,14 @@ def _reads(temperatures: Sequence[float], *, embeddings: bool) -> Reads:
     return {**logits, EMBEDDING: (1.0,)} if embeddings else logits
 
 
+def _required(source: RowSource, *, require_labels: bool) -> list[str]:
+    """The columns in which a row without a target is an error."""
+    return [head.column for head in source.task.heads] if require_labels else []
+
+
 def _open_rows(spec: SupervisionSpec, reads: Reads, *, verify_canaries: bool, require_labels: bool) -> CachedSource:
     source = open_cached(spec.caches, spec.data, reads=reads, name_shards="give CachedDataset shards={}")
-    if require_labels:
-        check_any_labelled(source)
+    check_any_labelled(source, _required(source, require_labels=require_labels))
     if verify_canaries:
         canaries = check_canaries(source, spec.data)
         if canaries.num_drifted:

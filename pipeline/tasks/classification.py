@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from pipeline.tasks.task import (
     EMBEDDING,
+    LABEL,
+    LOGITS,
     BadTargetError,
     OutputSpec,
     Recount,
@@ -20,13 +22,13 @@ from pipeline.tasks.task import (
     TargetColumn,
     Targets,
     Task,
+    TaskHead,
     TeacherOutputs,
 )
 from schemas.cache_format import Statistics
 from schemas.config import CacheConfig
 
 NO_LABEL = -1
-LABEL, LOGITS = "label", "logits"
 TOP1, TOP5 = "top-1", "top-5"
 _HIT_COUNTS = ("labelled", "top1_hits", "top5_hits")
 _MAX_INT32 = 2**31 - 1
@@ -177,8 +179,8 @@ class Classification(Task):
         return (LOGITS,)
 
     @property
-    def num_classes(self) -> int:
-        return self.max_classes or 0
+    def heads(self) -> tuple[TaskHead, ...]:
+        return (TaskHead(None, "class", self.max_classes),)
 
     def parse(self, texts: Mapping[str, bytes]) -> int | None:
         bound = _MAX_INT32 + 1 if self.max_classes is None else self.max_classes

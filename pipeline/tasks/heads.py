@@ -23,6 +23,7 @@ from pipeline.tasks.task import (
     TargetColumn,
     Targets,
     Task,
+    TaskHead,
     TeacherOutputs,
 )
 from schemas.cache_format import Statistics
@@ -65,7 +66,7 @@ class BitsColumn(TargetColumn):
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
+class Head(TaskHead):
     """One entry of ``data.heads``.
 
     Attributes:
@@ -75,17 +76,12 @@ class Head:
 
     name: str
     num_classes: int
-    is_multilabel: bool
     member: str
     path: tuple[str, ...]
 
     @property
-    def column(self) -> str:
-        return f"label_{self.name}"
-
-    @property
-    def output(self) -> str:
-        return f"logits.{self.name}"
+    def is_multilabel(self) -> bool:
+        return self.kind == "multilabel"
 
     @property
     def target_column(self) -> TargetColumn:
@@ -310,7 +306,7 @@ class Heads(Task):
         label: member that the heads read, with the path of an object in its JSON after a colon.
     """
 
-    heads: tuple[Head, ...]
+    entries: tuple[Head, ...]
     label: str | None
     sections: tuple[tuple[str, HeadConfig], ...]
 
@@ -334,11 +330,11 @@ class Heads(Task):
 
     @property
     def members(self) -> tuple[str, ...]:
-        return () if self.label is None else tuple(dict.fromkeys(head.member for head in self.heads))
+        return () if self.label is None else tuple(dict.fromkeys(head.member for head in self.entries))
 
     @property
     def columns(self) -> tuple[TargetColumn, ...]:
-        return tuple(head.target_column for head in self.heads)
+        return tuple(head.target_column for head in self.entries)
 
     @property
     def statistics_fields(self) -> tuple[str, ...]:
@@ -346,14 +342,14 @@ class Heads(Task):
 
     @property
     def statistics_outputs(self) -> tuple[str, ...]:
-        return tuple(head.output for head in self.heads)
+        return tuple(head.output for head in self.entries)
 
     @property
-    def num_classes(self) -> int:
-        return sum(head.num_classes for head in self.heads if not head.is_multilabel)
+    def heads(self) -> tuple[TaskHead, ...]:
+        return self.entries
 
     def parse(self, texts: Mapping[str, bytes]) -> tuple[Label | None, ...] | None:
-        labels = tuple(self._label(head, texts) for head in self.heads)
+        labels = tuple(self._label(head, texts) for head in self.entries)
         return None if all(label is None for label in labels) else labels
 
     def _label(self, head: Head, texts: Mapping[str, bytes]) -> Label | None:
@@ -370,7 +366,7 @@ class Heads(Task):
 
     def try_parse(self, texts: Mapping[str, bytes]) -> tuple[Label | None, ...] | None:
         labels: list[Label | None] = []
-        for head in self.heads:
+        for head in self.entries:
             try:
                 value = head.find(texts[head.member]) if head.member in texts else None
                 labels.append(None if value is None else head.label(value))
@@ -386,7 +382,7 @@ class Heads(Task):
 
     def encode(self, target: tuple[Label | None, ...]) -> dict[str, bytes]:
         documents: dict[str, Any] = {}
-        for head, label in zip(self.heads, target, strict=True):
+        for head, label in zip(self.entries, target, strict=True):
             if label is None:
                 continue
             place = documents.setdefault(head.member, {})
@@ -396,32 +392,32 @@ class Heads(Task):
         return {member: json.dumps(document).encode() for member, document in documents.items()}
 
     def rows(self, targets: Iterable[tuple[Label | None, ...] | None]) -> dict[str, NDArray[Any]]:
-        nothing: tuple[Label | None, ...] = (None,) * len(self.heads)
+        nothing: tuple[Label | None, ...] = (None,) * len(self.entries)
         rows = [nothing if target is None else target for target in targets]
-        return {head.column: head.rows(row[number] for row in rows) for number, head in enumerate(self.heads)}
+        return {head.column: head.rows(row[number] for row in rows) for number, head in enumerate(self.entries)}
 
     def has_target(self, targets: Targets) -> NDArray[np.bool_]:
-        return np.any([head.is_labelled(targets) for head in self.heads], axis=0)
+        return np.any([column.has_target(targets[column.name]) for column in self.columns], axis=0)
 
     def num_invalid(self, targets: Targets) -> int:
-        return sum(head.num_invalid(targets) for head in self.heads)
+        return sum(head.num_invalid(targets) for head in self.entries)
 
     def class_ids(self, targets: Targets) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
         """The classes of the class heads, laid end to end in that order."""
-        heads = [head for head in self.heads if not head.is_multilabel]
+        heads = [head for head in self.entries if not head.is_multilabel]
         if not heads:
             return Task.class_ids(self, targets)
         labels_NH = np.stack([targets[head.column] for head in heads], axis=1)
-        starts_H = np.cumsum([0, *(head.num_classes for head in heads[:-1])])
+        starts_H = np.array([self.class_range(head).start for head in heads])
         rows, numbers = np.nonzero(labels_NH != NO_LABEL)
         return rows, (labels_NH[rows, numbers] + starts_H[numbers]).astype(np.int32)
 
     @property
     def widths(self) -> dict[str, int]:
-        return {head.output: head.num_classes for head in self.heads}
+        return {head.output: head.num_classes for head in self.entries}
 
     def outputs(self, cache: CacheConfig, widths: Mapping[str, int]) -> tuple[OutputSpec, ...]:
-        multilabel = [head.name for head in self.heads if head.is_multilabel and head.output in widths]
+        multilabel = [head.name for head in self.entries if head.is_multilabel and head.output in widths]
         if multilabel and cache.logits.startswith("topk"):
             raise ConfigError(
                 "topk stores the largest classes of a softmax, and the sigmoids of a multilabel head have none",
@@ -431,23 +427,23 @@ class Heads(Task):
                 expected="fp32, fp16, int8, int4 or none",
                 next_step="set cache.logits=int8",
             )
-        kinds = {head.output: cache.logits for head in self.heads} | {EMBEDDING: cache.embeddings}
+        kinds = {head.output: cache.logits for head in self.entries} | {EMBEDDING: cache.embeddings}
         return tuple(OutputSpec(name, (widths[name],), kind) for name, kind in kinds.items() if name in widths)
 
     @property
     def roles(self) -> dict[str, str]:
-        roles = {head.output: "multilabel" if head.is_multilabel else "class" for head in self.heads}
+        roles = {head.output: "multilabel" if head.is_multilabel else "class" for head in self.entries}
         return roles | {EMBEDDING: "embedding"}
 
     def accumulate(self) -> HeadSums:
-        return HeadSums(self.heads)
+        return HeadSums(self.entries)
 
     def recount(self, targets: Targets, *, mix_group: int, outputs: Iterable[str]) -> HeadsRecount:
-        return HeadsRecount(self.heads, targets, mix_group=mix_group, outputs=outputs)
+        return HeadsRecount(self.entries, targets, mix_group=mix_group, outputs=outputs)
 
     def teacher_metrics(self, statistics: Statistics) -> dict[str, float | None]:
         metrics: dict[str, float | None] = {}
-        for head in self.heads:
+        for head in self.entries:
             sums = _sums_of(head, statistics)
             if head.is_multilabel:
                 positives = sum(n for key, n in sums.items() if key.startswith("classes/"))
@@ -471,7 +467,7 @@ def _head(name: str, head: HeadConfig, label: str | None) -> Head:
     if not is_json:
         raise ValueError(f"heads read fields of a JSON member, and data.label is {label}; expected json or json:FIELD")
     fields = (*path.split("."), name) if path else (name,)
-    return Head(name, head.num_classes, head.kind == "multilabel", member.lower(), fields)
+    return Head(name, head.kind, head.num_classes, member.lower(), fields)
 
 
 def _bad_target(head: Head) -> BadTargetError:

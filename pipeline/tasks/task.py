@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -14,11 +14,16 @@ from numpy.typing import NDArray
 from schemas.cache_format import Statistics
 from schemas.config import CacheConfig
 
+LABEL, LOGITS = "label", "logits"
+"""The target column and the output of a head without a name; those of others end in ``_NAME`` and ``.NAME``."""
+
 EMBEDDING = "embedding"
 """The output that the networks of all tasks have: [B,D], the input of their heads."""
 
 Targets = Mapping[str, NDArray[Any]]
 """Target columns by name, [N,…] each; a row without a target consists of ``TargetColumn.missing``."""
+
+HeadKind = Literal["class", "multilabel"]
 
 TeacherOutputs = Mapping[str, NDArray[np.float32]]
 """Outputs of a teacher by the names of ``OutputSpec``, [N,…] each."""
@@ -44,6 +49,10 @@ class TargetColumn:
     def to_numpy(self, column: pa.ChunkedArray) -> NDArray[Any]:
         return column.fill_null(self.missing).to_numpy()
 
+    def has_target(self, values_N: NDArray[Any]) -> NDArray[np.bool_]:
+        """[N]"""
+        return (values_N != self.missing).reshape(len(values_N), -1).any(1)
+
 
 @dataclass(frozen=True, slots=True)
 class OutputSpec:
@@ -57,6 +66,31 @@ class OutputSpec:
     name: str
     shape: tuple[int, ...]
     kind: str
+
+
+@dataclass(frozen=True, slots=True)
+class TaskHead:
+    """Logits of student and teacher, and the target that they predict.
+
+    Attributes:
+        name: None: the only head, which has none.
+        kind: class: one class a row, a softmax; multilabel: any number of classes, each with a sigmoid.
+        num_classes: K; None: not known yet.
+    """
+
+    name: str | None
+    kind: HeadKind
+    num_classes: int | None
+
+    @property
+    def column(self) -> str:
+        """Of the target."""
+        return LABEL if self.name is None else f"{LABEL}_{self.name}"
+
+    @property
+    def output(self) -> str:
+        """The name of the logits."""
+        return LOGITS if self.name is None else f"{LOGITS}.{self.name}"
 
 
 class BadTargetError(ValueError):
@@ -154,9 +188,20 @@ class Task(ABC):
         """The outputs from which these fields are computed."""
 
     @property
+    def heads(self) -> tuple[TaskHead, ...]:
+        """Those whose targets are classes."""
+        return ()
+
+    @property
     def num_classes(self) -> int:
-        """How many classes ``class_ids`` may return; 0: the task has no class means."""
-        return 0
+        """How many classes ``class_ids`` may return: those of all class heads; 0: the task has no class means."""
+        return sum(head.num_classes or 0 for head in self.heads if head.kind == "class")
+
+    def class_range(self, head: TaskHead) -> slice:
+        """Where the classes of a class head lie among those of ``class_ids``."""
+        before = self.heads[: self.heads.index(head)]
+        first = sum(other.num_classes or 0 for other in before if other.kind == "class")
+        return slice(first, first + (head.num_classes or 0))
 
     @abstractmethod
     def parse(self, texts: Mapping[str, bytes]) -> Any | None:
@@ -194,7 +239,8 @@ class Task(ABC):
         """The number of rows with a target that ``parse`` never returns."""
 
     def class_ids(self, targets: Targets) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-        """The classes of rows, for class means and counts: positions of the rows [M] in order, and a class for each."""
+        """The classes of rows, for class means and counts: positions of the rows [M] in order, and a class for each;
+        those of several class heads are laid end to end, in the order of ``heads``."""
         del targets
         return np.empty(0, np.int64), np.empty(0, np.int32)
 

@@ -12,6 +12,7 @@ from schemas.config.data import DataConfig
 from schemas.config.heads import HeadConfig
 from schemas.config.loss import (
     DistLoss,
+    HeadLossSection,
     KdLoss,
     LossConfig,
     LossSection,
@@ -70,6 +71,7 @@ __all__ = [
     "DistLoss",
     "ErasingConfig",
     "HeadConfig",
+    "HeadLossSection",
     "Interpolation",
     "JitterConfig",
     "KdLoss",

@@ -19,21 +19,29 @@ class LossSection(Section):
     warmup_epochs: int = Field(0, ge=0, description="The weight is scaled by min(1, epoch / warmup_epochs), 0-based.")
 
 
-class CeLoss(LossSection):
+class HeadLossSection(LossSection):
+    """One term that is computed for heads, each with its logits or its target, and summed over them."""
+
+    heads: tuple[str, ...] = Field(
+        (), description="task heads: the names of the heads; default: all of a kind that the loss takes."
+    )
+
+
+class CeLoss(HeadLossSection):
     """Cross-entropy against the labels."""
 
     name: Literal["ce"]
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share of the target spread over all classes.")
 
 
-class KdLoss(LossSection):
+class KdLoss(HeadLossSection):
     """Hinton 2015; FunMatch is this term alone."""
 
     name: Literal["kd"]
     temperature: float = Field(4.0, gt=0, description="T of both softmaxes; the loss is scaled by T².")
 
 
-class DistLoss(LossSection):
+class DistLoss(HeadLossSection):
     """DIST, Huang 2022."""
 
     name: Literal["dist"]
@@ -43,7 +51,7 @@ class DistLoss(LossSection):
     gather: bool = Field(False, description="Relations over the global batch instead of the rows of each rank.")
 
 
-class DkdLoss(LossSection):
+class DkdLoss(HeadLossSection):
     """DKD, Zhao 2022."""
 
     name: Literal["dkd"]
@@ -52,13 +60,13 @@ class DkdLoss(LossSection):
     beta: float = Field(8.0, ge=0, description="Weight of NCKD: relations among the other classes.")
 
 
-class HardLoss(LossSection):
+class HardLoss(HeadLossSection):
     """Cross-entropy against the teacher's argmax."""
 
     name: Literal["hard"]
 
 
-class NdLoss(LossSection):
+class NdLoss(HeadLossSection):
     """Norm and direction, Wang 2023; needs class means and embedding norms."""
 
     name: Literal["nd"]

@@ -94,7 +94,6 @@ def _variants(case: _Case) -> tuple[int, dict[str, Callable[[], int]]]:
         world_size=1,
         student=InputSize(case.size, "bilinear"),
         max_pixels=64_000_000,
-        needs_labels=False,
     )
     listed: list[list[_Row]] = []
     for step in range(case.steps):

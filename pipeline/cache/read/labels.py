@@ -12,7 +12,7 @@ from pipeline.cache.format.files import read_file
 from pipeline.cache.read.reader import TeacherCache
 from pipeline.core.errors import StillroomError
 from pipeline.core.redaction import redact
-from pipeline.shards.index import ShardIndex, decode_index
+from pipeline.shards.index import ShardIndex, data_keys, decode_index
 from pipeline.shards.labels import LabelCount, count_labels
 from pipeline.shards.shard_head import read_shard_head
 from schemas.config import DataConfig
@@ -54,4 +54,4 @@ def committed_labels(cache_url: str, commits: Sequence[CommitSummary]) -> LabelC
 
 def reading_rules(settings: Mapping[str, Any]) -> DataConfig:
     """A data section with the settings of a cache's indexes alone."""
-    return DataConfig.model_validate({**settings, "image": ";".join(settings["image"])})
+    return DataConfig.model_validate(data_keys(settings))

@@ -24,7 +24,7 @@ from pipeline.student.data.batch import Batch, InputSize, SharedMemoryBatch
 from pipeline.student.data.epoch_order import EpochOrder, OrderedRows
 from pipeline.student.data.order import TrainingOrder
 from pipeline.student.data.rows import SampleRows, scatter
-from pipeline.student.data.sources import RowSource, check_labelled
+from pipeline.student.data.sources import RowSource, check_labelled, has_targets
 from pipeline.student.data.teacher_outputs import decode_outputs
 from pipeline.tasks import Targets
 from schemas.config import ViewsConfig
@@ -36,7 +36,8 @@ class StepDataset(Dataset[Batch]):
     Args:
         teachers: input sizes of the online teachers, which take the same views.
         student_views: the plan of a student whose views differ from its teacher's, a new view each epoch.
-        needs_labels: a row without a label is an error, raised here, where labels are still on the CPU.
+        required_targets: columns in which a row without a target is an error, raised here, where targets are still on
+            the CPU.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class StepDataset(Dataset[Batch]):
         world_size: int,
         student: InputSize,
         max_pixels: int,
-        needs_labels: bool,
+        required_targets: Sequence[str] = (),
         teachers: Sequence[InputSize] = (),
         student_views: ViewsConfig | None = None,
     ) -> None:
@@ -59,7 +60,7 @@ class StepDataset(Dataset[Batch]):
         # All networks with the same input share one rendering.
         shared = () if student_views is not None else (student,)
         self.teachers = tuple(size for size in dict.fromkeys(teachers) if size not in shared)
-        self.max_pixels, self.needs_labels = max_pixels, needs_labels
+        self.max_pixels, self.required_targets = max_pixels, tuple(required_targets)
         self._epoch: EpochOrder | None = None
 
     def __getitem__(self, step: int) -> Batch:
@@ -107,8 +108,8 @@ class StepDataset(Dataset[Batch]):
                 where=rows.sample_ids[wrong[0]],
                 next_step="the cache was built by another version of the views; build another cache",
             )
-        if self.needs_labels:
-            check_labelled(rows.sample_ids, self.source.task.has_target(targets))
+        if self.required_targets:
+            check_labelled(rows.sample_ids, has_targets(self.source.task, targets, self.required_targets))
 
     def _pixels(
         self, rows: SampleRows, by_shard: ByShard, epoch: int

@@ -26,6 +26,7 @@ from pipeline.student.data.shard_files import ShardFiles
 from pipeline.student.data.teacher_outputs import Reads
 from pipeline.student.data.view_files import ViewFiles
 from pipeline.tasks import Targets, Task, task_of
+from pipeline.tasks.classification import LABEL
 from schemas.cache_format import Output
 from schemas.config import Config, DataConfig, ViewsConfig
 
@@ -88,6 +89,12 @@ class RowSource(ABC):
         self.files.close()
 
 
+def has_targets(task: Task, targets: Targets, columns: Sequence[str]) -> NDArray[np.bool_]:
+    """[N]: which rows have a target in each of these columns."""
+    has_target = [column.has_target(targets[column.name]) for column in task.columns if column.name in columns]
+    return np.logical_and.reduce(has_target)
+
+
 def check_labelled(sample_ids: list[str], labelled_N: NDArray[np.bool_]) -> None:
     """
     Raises:
@@ -104,19 +111,24 @@ def check_labelled(sample_ids: list[str], labelled_N: NDArray[np.bool_]) -> None
         )
 
 
-def check_any_labelled(source: RowSource) -> None:
+def check_any_labelled(source: RowSource, columns: Sequence[str]) -> None:
     """
+    Args:
+        columns: of the targets that losses need.
+
     Raises:
-        ConfigError: no row has a label, so that losses that need one would learn nothing.
+        ConfigError: no row has a target in one of them, so that a loss would learn nothing.
     """
     # Without a label member no index needs to be opened.
     task = source.task
     shards = range(len(source.shard_ids) if task.members else 0)
-    if not any(task.has_target(source.targets(shard)).any() for shard in shards):
+    for column in columns:
+        if any(has_targets(task, source.targets(shard), (column,)).any() for shard in shards):
+            continue
         raise ConfigError(
             "a loss needs labels, and no sample has one",
             code="data.no-labels",
-            where="data.label",
+            where="data.label" if column == LABEL else f"data.label, column {column}",
             got=f"{', '.join(task.members) or None}, in {sum(source.num_ok)} samples",
             expected=f"the extension of a member with {task.member_content}",
             next_step="if the shards have labels, run: stillroom cache relabel CACHE --label MEMBER (of a cache), or "
@@ -140,13 +152,13 @@ class IndexedSource(RowSource):
         ends = [int((index.offset + index.size).max(initial=0)) for index in self._indexes]
         return sum(ends) // len(ends)
 
-    def check_labelled(self) -> None:
+    def check_labelled(self, columns: Sequence[str]) -> None:
         """
         Raises:
-            ConfigError: an ok row has no label.
+            ConfigError: an ok row has no target in one of these columns.
         """
-        for index in self._indexes:
-            check_labelled(index.sample_ids(index.ok), self.task.has_target(index.ok_targets))
+        for index in self._indexes if columns else ():
+            check_labelled(index.sample_ids(index.ok), has_targets(self.task, index.ok_targets, columns))
 
     def index(self, shard: int) -> ShardIndex:
         return self._indexes[shard]

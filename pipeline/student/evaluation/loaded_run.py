@@ -50,7 +50,7 @@ class LoadedRun:
 
     def projector(self, teacher_dim: int) -> nn.Module | None:
         """Of the first loss that compares embeddings, to the first teacher's width; None: no loss does."""
-        terms = CompositeLoss(self.config.loss, where="loss").projected
+        terms = CompositeLoss(self.config.loss, task_of(self.supervision.data), where="loss").projected
         if not terms:
             return None
         module, prefix = projector_for(self.student.module.embedding_dim, teacher_dim), f"{terms[0]}.0."
@@ -117,7 +117,8 @@ def untrained_outputs(config: Config, data: DataConfig) -> frozenset[str]:
     assert config.student is not None
     if config.student.weights != "random":
         return frozenset()
-    return frozenset(task_of(data).widths) - CompositeLoss(config.loss, where="loss").student_outputs
+    task = task_of(data)
+    return frozenset(task.widths) - CompositeLoss(config.loss, task, where="loss").student_outputs
 
 
 def _check_finite(weights: FiniteWeights, url: str, step: int) -> None:

@@ -13,12 +13,12 @@ from pipeline.student.losses.hcl import hcl
 from pipeline.student.losses.inputs import PARAMETERS, LossInputs, Parameter, TeacherInputs
 from pipeline.student.losses.kd import kd
 from pipeline.student.losses.nd import ClassDirections, check_class_means, nd
-from pipeline.student.losses.registry import LOSS_TASKS, LOSSES
+from pipeline.student.losses.registry import LOSSES, MULTILABEL_LOSSES
 from pipeline.student.losses.similarity import similarity
 
 __all__ = [
     "LOSSES",
-    "LOSS_TASKS",
+    "MULTILABEL_LOSSES",
     "PARAMETERS",
     "BatchShare",
     "ClassDirections",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -14,9 +14,9 @@ from torch import Tensor
 from pipeline.core.errors import ConfigError, TrainingError
 from pipeline.student.data.teacher_outputs import Reads
 from pipeline.student.losses.inputs import PARAMETERS, LossInputs, Parameter, TeacherInputs
-from pipeline.student.losses.registry import LOSSES
-from pipeline.tasks import EMBEDDING
-from schemas.config import LossConfig, LossSection
+from pipeline.student.losses.registry import BY_KIND
+from pipeline.tasks import EMBEDDING, HeadKind, Task, TaskHead
+from schemas.config import HeadLossSection, LossConfig, LossSection
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,30 +52,46 @@ class BatchShare:
 
 
 @dataclass(frozen=True, slots=True)
-class _Term:
-    """One entry of the loss section, with its function."""
+class _Binding:
+    """The function of a term, for one head if it takes the logits or the target of one."""
 
-    key: str
-    section: LossSection
+    head: TaskHead | None
     loss: Callable[..., Tensor]
     required: Mapping[str, Parameter]
     optional: Mapping[str, Parameter]
-    options: dict[str, Any]
-
-    def factor(self, share: BatchShare) -> float | Tensor:
-        """The factor that makes DDP's mean over ranks the mean over the global batch."""
-        if self.options.get("gather"):
-            return 1.0
-        return share.row_factor if self.target is None else share.labelled_factor(self.target)
 
     def names(self, *sources: str) -> list[str]:
         """Of the required inputs from these sources."""
-        return [parameter.name for parameter in self.required.values() if parameter.source in sources]
+        return [str(parameter.name) for parameter in self.required.values() if parameter.source in sources]
 
     @property
     def target(self) -> str | None:
         """The column of its (first) target, whose rows its mean is over; None: it is over all rows."""
         return next(iter(self.names("target")), None)
+
+    @property
+    def takes_teacher(self) -> bool:
+        return any(parameter.is_of_teacher for parameter in self.required.values())
+
+
+@dataclass(frozen=True, slots=True)
+class _Term:
+    """One entry of the loss section, with its function for each of its heads."""
+
+    key: str
+    section: LossSection
+    bindings: tuple[_Binding, ...]
+    options: dict[str, Any]
+
+    def factor(self, binding: _Binding, share: BatchShare) -> float | Tensor:
+        """The factor that makes DDP's mean over ranks the mean over the global batch."""
+        if self.options.get("gather"):
+            return 1.0
+        return share.row_factor if binding.target is None else share.labelled_factor(binding.target)
+
+    def names(self, *sources: str) -> list[str]:
+        """Of the required inputs from these sources."""
+        return [name for binding in self.bindings for name in binding.names(*sources)]
 
     def weight(self, epoch: int) -> float:
         """The weight in a 0-based epoch. Warm-up starts at 0 for the whole first epoch (Wang 2023)."""
@@ -87,28 +103,35 @@ class _Term:
         """At which this term takes the teacher's outputs; 1 for a loss without temperature."""
         return self.options.get("temperature", 1.0)
 
-    def values(self, inputs: LossInputs) -> list[Tensor]:
-        """One value for each teacher if the loss takes an input of the teacher, else one value."""
-        takes_teacher = any(parameter.is_of_teacher for parameter in self.required.values())
-        teachers = inputs.teachers if takes_teacher else ()
-        return [self._value(inputs, teacher) for teacher in teachers or (None,)]
+    def details(self, binding: _Binding, parts: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Values of one head and of single teachers, where there are several: ``kd/HEAD``, ``kd/0``, ``kd/HEAD/0``."""
+        key, by_key = self.key, dict[str, Tensor]()
+        if len(self.bindings) > 1 and binding.head is not None:
+            key = f"{key}/{binding.head.name}"
+            by_key[key] = torch.stack([*parts]).sum()
+        return by_key | {f"{key}/{number}": part for number, part in enumerate(parts) if len(parts) > 1}
 
-    def _value(self, inputs: LossInputs, teacher: TeacherInputs | None) -> Tensor:
+    def values(self, binding: _Binding, inputs: LossInputs) -> list[Tensor]:
+        """One value for each teacher if the loss takes an input of the teacher, else one value."""
+        teachers = inputs.teachers if binding.takes_teacher else ()
+        return [self._value(binding, inputs, teacher) for teacher in teachers or (None,)]
+
+    def _value(self, binding: _Binding, inputs: LossInputs, teacher: TeacherInputs | None) -> Tensor:
         values = {
             name: parameter.value(inputs, teacher, term=self.key, temperature=self.temperature)
-            for name, parameter in {**self.required, **self.optional}.items()
+            for name, parameter in {**binding.required, **binding.optional}.items()
         }
-        missing = sorted(name for name in self.required if values[name] is None)
+        missing = sorted(name for name in binding.required if values[name] is None)
         if missing:
             raise TrainingError(
                 f"the loss {self.key} lacks inputs",
                 code="loss.missing-input",
                 where="LossInputs of one batch",
                 got=f"None for {', '.join(missing)}",
-                expected=", ".join(sorted(self.required)),
+                expected=", ".join(sorted(binding.required)),
                 next_step="fill them; the properties of CompositeLoss list what the terms take",
             )
-        return self.loss(**values, **self.options)
+        return binding.loss(**values, **self.options)
 
 
 class CompositeLoss:
@@ -117,22 +140,27 @@ class CompositeLoss:
     Args:
         terms: the ``loss`` section, in its order. The same loss may occur several times, for example at two
             temperatures.
+        task: of the training rows.
         where: the config, for messages.
 
     Raises:
-        ConfigError: the section is empty.
+        ConfigError: the section is empty; a loss does not take the targets and outputs of the task; or it names a head
+            that does not exist, or is of a kind that the loss does not take.
     """
 
-    def __init__(self, terms: Sequence[LossConfig], *, where: str) -> None:
+    def __init__(self, terms: Sequence[LossConfig], task: Task, *, where: str) -> None:
         if not terms:
             raise ConfigError(
                 "the loss section is missing",
                 code="config.no-loss",
                 where=where,
-                expected=f"one or more of {', '.join(sorted(LOSSES))}",
+                expected=f"one or more of {', '.join(sorted(set().union(*BY_KIND.values())))}",
                 next_step="add a section such as  loss: [{name: kd, weight: 1.0, temperature: 4.0}]",
             )
-        self._terms = [_term(key, section) for key, section in zip(_keys(terms), terms, strict=True)]
+        self._terms = [
+            _term(key, section, task, where=f"{where}.{number}")
+            for number, (key, section) in enumerate(zip(_keys(terms), terms, strict=True))
+        ]
 
     def __call__(self, inputs: LossInputs, share: BatchShare, *, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Computes the total loss and the value of each term.
@@ -146,7 +174,8 @@ class CompositeLoss:
             The total, an fp32 scalar, weighted and scaled for DDP's mean over ranks, on which to call ``backward``; and
             by term (``kd``, ``kd_2``, …) the fp32 mean over this rank's valid rows, unweighted, unscaled and detached.
             With several teachers a term is summed over them (FunMatch, Beyer 2022), and ``kd/0``, ``kd/1``, … are the
-            values of the individual teachers.
+            values of the individual teachers. With several heads it is summed over them, and ``kd/HEAD`` is the value
+            of one.
 
         Raises:
             TrainingError: the batch lacks an input of a term.
@@ -156,12 +185,14 @@ class CompositeLoss:
         summands = [output[:0].float().sum() for name, output in inputs.outputs.items() if name not in read]
         values: dict[str, Tensor] = {}
         for term in self._terms:
-            parts = term.values(inputs)
-            value = torch.stack(parts).sum()
-            summands.append(term.weight(epoch) * term.factor(share) * value)
-            values[term.key] = value.detach()
-            if len(parts) > 1:
-                values |= {f"{term.key}/{number}": part.detach() for number, part in enumerate(parts)}
+            of_heads: list[Tensor] = []
+            details: dict[str, Tensor] = {}
+            for binding in term.bindings:
+                parts = term.values(binding, inputs)
+                of_heads.append(torch.stack(parts).sum())
+                summands.append(term.weight(epoch) * term.factor(binding, share) * of_heads[-1])
+                details |= term.details(binding, parts)
+            values |= {key: value.detach() for key, value in {term.key: torch.stack(of_heads).sum(), **details}.items()}
         return reduce(torch.add, summands), values
 
     @property
@@ -190,12 +221,20 @@ class CompositeLoss:
     @property
     def targets(self) -> tuple[str, ...]:
         """The columns of the targets over whose rows terms average."""
-        return tuple(dict.fromkeys(term.target for term in self._terms if term.target is not None))
+        columns = [binding.target for term in self._terms for binding in term.bindings]
+        return tuple(dict.fromkeys(column for column in columns if column is not None))
 
     @property
-    def needs_class_means(self) -> bool:
-        """Some term needs the teacher's class means."""
-        return any("class_directions" in term.required for term in self._terms)
+    def heads_of_class_means(self) -> tuple[TaskHead, ...]:
+        """The heads for whose classes some term needs the teacher's class means."""
+        bindings = [binding for term in self._terms for binding in term.bindings if binding.names("class directions")]
+        return tuple(dict.fromkeys(binding.head for binding in bindings if binding.head is not None))
+
+    @property
+    def heads(self) -> dict[str, tuple[str, ...]]:
+        """By the key of a term, the names of the heads that it is computed for; only heads that have names."""
+        names = {term.key: [binding.head.name for binding in term.bindings if binding.head] for term in self._terms}
+        return {key: tuple(name for name in heads if name is not None) for key, heads in names.items() if any(heads)}
 
     @property
     def projected(self) -> tuple[str, ...]:
@@ -210,19 +249,71 @@ def _keys(terms: Sequence[LossConfig]) -> list[str]:
     return [name if count == 1 else f"{name}_{count}" for name, count in zip(names, counts, strict=True)]
 
 
-def _term(key: str, section: LossConfig) -> _Term:
-    loss = LOSSES[section.name]
-    options = section.model_dump(exclude={"name", *LossSection.model_fields, *section.network_keys})
+def _term(key: str, section: LossConfig, task: Task, *, where: str) -> _Term:
+    options = section.model_dump(exclude={"name", *HeadLossSection.model_fields, *section.network_keys})
+    functions: dict[HeadKind, Callable[..., Tensor]] = {
+        kind: losses[section.name] for kind, losses in BY_KIND.items() if section.name in losses
+    }
+    heads = (
+        _heads_of(section.name, section.heads, functions, task, where)
+        if isinstance(section, HeadLossSection)
+        else (None,)
+    )
+    bindings = tuple(_bind(functions["class" if head is None else head.kind], head, options) for head in heads)
+    unknown = {
+        f"{parameter.source} {parameter.name}"
+        for binding in bindings
+        for parameter in binding.required.values()
+        if not parameter.is_in(task)
+    }
+    if unknown or not bindings:
+        raise ConfigError(
+            f"this loss does not take the targets and outputs of the task {task.name}",
+            code="loss.other-task",
+            where=f"{where}.name",
+            got=section.name + (f", which takes {', '.join(sorted(unknown))}" if unknown else ""),
+            next_step="name a loss of this task, or set data.task to the task of the loss",
+        )
+    return _Term(key, section, bindings, options)
+
+
+def _heads_of(
+    loss: str, names: Sequence[str], kinds: Collection[HeadKind], task: Task, where: str
+) -> tuple[TaskHead, ...]:
+    """The heads of these names; without names, all of a kind that the loss takes."""
+    by_name = {head.name: head for head in task.heads if head.name is not None}
+    unknown = [name for name in names if name not in by_name]
+    if unknown:
+        raise ConfigError(
+            "a loss names a head that the data do not have",
+            code="loss.unknown-head",
+            where=f"{where}.heads",
+            got=", ".join(unknown),
+            expected=f"some of {', '.join(by_name)}" if by_name else "no heads, which only data.task=heads has",
+        )
+    other = [name for name in names if by_name[name].kind not in kinds]
+    if other:
+        raise ConfigError(
+            f"{loss} does not take heads of this kind",
+            code="loss.other-kind-of-head",
+            where=f"{where}.heads",
+            got=", ".join(f"{name} ({by_name[name].kind})" for name in other),
+            expected=f"heads of kind {', '.join(kinds)}",
+            next_step="remove them, and add a term whose loss takes them, such as bce or kd",
+        )
+    heads = tuple(by_name[name] for name in names) or task.heads
+    return tuple(head for head in heads if head.kind in kinds)
+
+
+def _bind(loss: Callable[..., Tensor], head: TaskHead | None, options: Mapping[str, Any]) -> _Binding:
     parameters = inspect.signature(loss).parameters
     optional = {name for name in parameters if name in PARAMETERS and parameters[name].default is None}
     if options.get("gather"):
         optional -= {"sum_over_ranks", "join_over_ranks"}
     required = parameters.keys() - options.keys() - optional
-    return _Term(
-        key,
-        section,
+    return _Binding(
+        head,
         loss,
-        {name: PARAMETERS[name] for name in sorted(required)},
-        {name: PARAMETERS[name] for name in sorted(optional)},
-        options,
+        {name: PARAMETERS[name].of(head) for name in sorted(required)},
+        {name: PARAMETERS[name].of(head) for name in sorted(optional)},
     )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -12,8 +12,7 @@ from pipeline.student.data.teacher_outputs import TeacherOutputs
 from pipeline.student.losses.dist import SumOverRanks
 from pipeline.student.losses.nd import ClassDirections
 from pipeline.student.losses.similarity import JoinOverRanks
-from pipeline.tasks import EMBEDDING
-from pipeline.tasks.classification import LABEL, LOGITS
+from pipeline.tasks import EMBEDDING, Task, TaskHead
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,12 +21,13 @@ class TeacherInputs:
 
     Attributes:
         projected: the student's embedding in this teacher's width, by the key of the term.
+        class_directions: by the column of the classes.
         student_maps: [B,C,H,W] for each level, fused into the shapes of ``teacher_maps``.
     """
 
     outputs: TeacherOutputs
     projected: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
-    class_directions: ClassDirections | None = None
+    class_directions: Mapping[str, ClassDirections] = field(default_factory=dict[str, ClassDirections])
     student_maps: tuple[Tensor, ...] | None = None
     teacher_maps: tuple[Tensor, ...] | None = None
 
@@ -38,7 +38,7 @@ class LossInputs:
 
     Attributes:
         outputs: of the student, [B,…] by name.
-        targets: int64 [B] by the name of the task's column.
+        targets: int64 [B,…] by the name of the task's column.
         partner_B: int64, position of each row's mixup partner in this batch; None: the batch is not mixed.
         lambda_B: share of the row's image in its mixed pixels; comes with ``partner_B``.
         sum_over_ranks, join_over_ranks: for terms that gather.
@@ -57,12 +57,15 @@ class LossInputs:
         return None if self.partner_B is None else self.targets[column][self.partner_B]
 
 
-class Parameter(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Parameter:
     """What a parameter of a loss is.
 
     Attributes:
-        source: an output or a target; or, for the last two, an attribute of ``LossInputs`` or ``TeacherInputs``.
-        name: of the output, of the target's column, or of the attribute.
+        source: an output, a target, or class directions; or, for the last two, an attribute of ``LossInputs`` or
+            ``TeacherInputs``.
+        name: of the output, of the target's column, or of the attribute; None: of the head for which the loss is
+            computed.
     """
 
     source: Literal[
@@ -72,15 +75,32 @@ class Parameter(NamedTuple):
         "partner's target",
         "teacher output",
         "teacher norm",
+        "class directions",
         "batch",
         "teacher",
     ]
-    name: str
+    name: str | None
+
+    def of(self, head: TaskHead | None) -> Parameter:
+        """The same for a head."""
+        if self.name is not None or head is None:
+            return self
+        return replace(self, name=head.output if self.source.endswith("output") else head.column)
+
+    def is_in(self, task: Task) -> bool:
+        """Whether data and networks of the task have it."""
+        match self.source:
+            case "target" | "partner's target":
+                return self.name in {column.name for column in task.columns}
+            case "student output" | "projected output" | "teacher output" | "teacher norm":
+                return self.name in {*task.widths, task.embedding}
+            case _:
+                return True
 
     @property
     def is_of_teacher(self) -> bool:
         """Whether there is one value for each teacher."""
-        return self.source in ("projected output", "teacher output", "teacher norm", "teacher")
+        return self.source in ("projected output", "teacher output", "teacher norm", "class directions", "teacher")
 
     def value(self, inputs: LossInputs, teacher: TeacherInputs | None, *, term: str, temperature: float) -> Any:
         """The value for one term; None: the batch does not have it.
@@ -89,46 +109,51 @@ class Parameter(NamedTuple):
             teacher: None: the batch has none.
             temperature: at which the term reads outputs of the teacher.
         """
+        assert self.name is not None, "the loss is computed for a head"
         if not self.is_of_teacher:
-            return self._of_batch(inputs)
-        return None if teacher is None else self._of_teacher(teacher, term, temperature)
+            return self._of_batch(inputs, self.name)
+        return None if teacher is None else self._of_teacher(teacher, self.name, term, temperature)
 
-    def _of_batch(self, inputs: LossInputs) -> Any:
+    def _of_batch(self, inputs: LossInputs, name: str) -> Any:
         match self.source:
             case "student output":
-                return inputs.outputs.get(self.name)
+                return inputs.outputs.get(name)
             case "target":
-                return inputs.targets.get(self.name)
+                return inputs.targets.get(name)
             case "partner's target":
-                return inputs.partner_target(self.name)
+                return inputs.partner_target(name)
             case _:
-                return getattr(inputs, self.name)
+                return getattr(inputs, name)
 
-    def _of_teacher(self, teacher: TeacherInputs, term: str, temperature: float) -> Any:
+    def _of_teacher(self, teacher: TeacherInputs, name: str, term: str, temperature: float) -> Any:
         match self.source:
             case "projected output":
                 return teacher.projected.get(term)
             case "teacher output":
-                return teacher.outputs.at(self.name, temperature)
+                return teacher.outputs.at(name, temperature)
             case "teacher norm":
-                return teacher.outputs.norm_of(self.name)
+                return teacher.outputs.norm_of(name)
+            case "class directions":
+                return teacher.class_directions.get(name)
             case _:
-                return getattr(teacher, self.name)
+                return getattr(teacher, name)
 
 
 PARAMETERS: dict[str, Parameter] = {
-    "student_BK": Parameter("student output", LOGITS),
+    "student_BK": Parameter("student output", None),
     "embedding_BD": Parameter("student output", EMBEDDING),
     "student_BD": Parameter("projected output", EMBEDDING),
-    "labels_B": Parameter("target", LABEL),
-    "mixed_labels_B": Parameter("partner's target", LABEL),
+    "labels_B": Parameter("target", None),
+    "mixed_labels_B": Parameter("partner's target", None),
+    "targets_BK": Parameter("target", None),
+    "mixed_targets_BK": Parameter("partner's target", None),
     "lambda_B": Parameter("batch", "lambda_B"),
     "sum_over_ranks": Parameter("batch", "sum_over_ranks"),
     "join_over_ranks": Parameter("batch", "join_over_ranks"),
-    "teacher_BK": Parameter("teacher output", LOGITS),
+    "teacher_BK": Parameter("teacher output", None),
     "teacher_BD": Parameter("teacher output", EMBEDDING),
     "teacher_norm_B": Parameter("teacher norm", EMBEDDING),
-    "class_directions": Parameter("teacher", "class_directions"),
+    "class_directions": Parameter("class directions", None),
     "student_maps": Parameter("teacher", "student_maps"),
     "teacher_maps": Parameter("teacher", "teacher_maps"),
 }

@@ -2,8 +2,9 @@
 
 The parameters of a loss declare what it needs. Those in ``PARAMETERS`` (``pipeline.student.losses.inputs``) are filled
 from the batch or a teacher, the others are the keys of its config section. A parameter with the default None is
-optional. A loss that takes a target averages over the rows that have it; a loss that takes an output of a teacher is
-summed over teachers; a loss whose section has ``gather: true`` returns the value of the global batch on every rank.
+optional. A loss that takes the logits or the target of a head is computed for each head of its kind; one that takes a
+target averages over the rows that have it; one that takes an output of a teacher is summed over teachers; a loss whose
+section has ``gather: true`` returns the value of the global batch on every rank.
 """
 
 from __future__ import annotations
@@ -13,18 +14,23 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from pipeline.tasks import HeadKind
+
 LossFunction = TypeVar("LossFunction", bound=Callable[..., Tensor])
 
 LOSSES: dict[str, Callable[..., Tensor]] = {}
-LOSS_TASKS: dict[str, tuple[str, ...]] = {}
-"""By the name of a loss, the tasks (``data.task``) whose targets and outputs it takes."""
+"""By name, the functions for class heads, and those that take nothing of a head."""
+MULTILABEL_LOSSES: dict[str, Callable[..., Tensor]] = {}
+"""By name, the functions for multilabel heads."""
+BY_KIND: dict[HeadKind, dict[str, Callable[..., Tensor]]] = {"class": LOSSES, "multilabel": MULTILABEL_LOSSES}
 
 
-def register(name: str, *, tasks: tuple[str, ...] = ("classification",)) -> Callable[[LossFunction], LossFunction]:
-    """Makes a function the loss of the config sections with this ``name``. Its module is imported in ``__init__``."""
+def register(name: str, *, kind: HeadKind = "class") -> Callable[[LossFunction], LossFunction]:
+    """Makes a function the loss of the config sections with this ``name``; for a head of another kind the name may have
+    another function. Its module is imported in ``__init__``."""
 
     def add(loss: LossFunction) -> LossFunction:
-        LOSSES[name], LOSS_TASKS[name] = loss, tasks
+        BY_KIND[kind][name] = loss
         return loss
 
     return add

@@ -9,32 +9,35 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.cache.build.class_means import ClassMeans
 from pipeline.cache.read.reader import TeacherCache
 from pipeline.core.errors import CacheError
 from pipeline.core.hashing import differences, weights_digest
 from pipeline.core.redaction import redact
 from pipeline.student.data.sources import RowSource
 from pipeline.student.losses import check_class_means
+from pipeline.tasks import Task, TaskHead
 from pipeline.teacher.inference import Teacher
 
 
-def cached_means(cache: TeacherCache, source: RowSource) -> Tensor:
-    """[K,D] on the CPU, from the cache of the training rows.
+def cached_means(cache: TeacherCache, source: RowSource, heads: Sequence[TaskHead]) -> dict[str, Tensor]:
+    """[K,D] on the CPU by the columns of these heads, from the cache of the training rows.
 
     Raises:
         CacheError: a class occurs in the labels but has no mean.
     """
-    means = cache.class_means()
-    assert means is not None, "ensured by check_cached_outputs"
-    means_KD = torch.from_numpy(means.mean_KD)
+    if not heads:
+        return {}
+    means = _means(cache)
     # A cache computes means of the labels that occur; imported ones may be of others.
     count_K = label_counts(source) if means.count_K is None else means.count_K
-    check_class_means(means_KD, torch.from_numpy(count_K), where=redact(cache.url))
-    return means_KD
+    return _by_head(cache, means.mean_KD, count_K, source.task, heads)
 
 
-def online_means(cache: TeacherCache, teacher: Teacher, source: RowSource, *, section: str) -> Tensor:
-    """[K,D] on the CPU, from a cache of this teacher, whose shards and views may differ from those of the training.
+def online_means(
+    cache: TeacherCache, teacher: Teacher, source: RowSource, heads: Sequence[TaskHead], *, section: str
+) -> dict[str, Tensor]:
+    """The same from a cache of this teacher, whose shards and views may differ from those of the training.
 
     Args:
         section: of the teacher in the YAML, for messages.
@@ -42,12 +45,28 @@ def online_means(cache: TeacherCache, teacher: Teacher, source: RowSource, *, se
     Raises:
         CacheError: the cache is another teacher's, or a class occurs in the labels but has no mean.
     """
+    if not heads:
+        return {}
     _check_same_teacher(cache, teacher, section)
+    return _by_head(cache, _means(cache).mean_KD, label_counts(source), source.task, heads)
+
+
+def _means(cache: TeacherCache) -> ClassMeans:
     means = cache.class_means()
-    assert means is not None, "ensured by check_online_class_means"
-    means_KD = torch.from_numpy(means.mean_KD)
-    check_class_means(means_KD, torch.from_numpy(label_counts(source)), where=redact(cache.url))
-    return means_KD
+    assert means is not None, "ensured by check_cached_outputs or check_online_class_means"
+    return means
+
+
+def _by_head(
+    cache: TeacherCache, mean_KD: NDArray[np.float32], count_K: NDArray[np.int64], task: Task, heads: Sequence[TaskHead]
+) -> dict[str, Tensor]:
+    means: dict[str, Tensor] = {}
+    for head in heads:
+        classes, where = task.class_range(head), redact(cache.url)
+        means[head.column] = torch.from_numpy(mean_KD[classes])
+        named = where if head.name is None else f"{where}, head {head.name}"
+        check_class_means(means[head.column], torch.from_numpy(count_K[classes]), where=named)
+    return means
 
 
 def _check_same_teacher(cache: TeacherCache, teacher: Teacher, section: str) -> None:

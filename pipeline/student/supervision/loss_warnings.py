@@ -13,6 +13,7 @@ from pipeline.student.data.sources import RowSource
 from pipeline.student.losses import CompositeLoss
 from pipeline.student.supervision.class_means import label_counts
 from pipeline.student.supervision.spec import SupervisionSpec
+from pipeline.tasks import task_of
 from schemas.cache_format import Header, Statistics
 from schemas.config import Config, DistLoss, LossConfig
 
@@ -109,7 +110,8 @@ def fidelity_warnings(header: Header, statistics: Statistics, losses: Sequence[L
 
 def _fidelity_warning(header: Header, statistics: Statistics, loss: LossConfig) -> str | None:
     temperature: float | None = getattr(loss, "temperature", None)
-    stored = [name for name in CompositeLoss([loss], where="loss").teacher_outputs if header.output(name) is not None]
+    read = CompositeLoss([loss], task_of(header.data), where="loss").teacher_outputs
+    stored = [name for name in read if header.output(name) is not None]
     if temperature is None or not stored:
         return None
     sums, unit = (

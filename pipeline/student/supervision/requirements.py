@@ -97,7 +97,7 @@ def requirements_of(loss: CompositeLoss) -> list[Requirement]:
         Requirement.of_output(name, remedy=f"leave out {', '.join(loss.terms_that_read(name))}")
         for name in loss.teacher_outputs
     ]
-    return [*outputs, *([CLASS_MEANS] if loss.needs_class_means else [])]
+    return [*outputs, *([CLASS_MEANS] if loss.heads_of_class_means else [])]
 
 
 def check_cached_outputs(loss: CompositeLoss, caches: Sequence[TeacherCache]) -> None:
@@ -125,21 +125,27 @@ def check_online_class_means(config: Config, loss: CompositeLoss, spec: Supervis
     Raises:
         ConfigError: the cache named for an online teacher has no class means, or another number of classes.
     """
-    if spec.caches or not loss.needs_class_means:
+    if spec.caches or not loss.heads_of_class_means:
         return
     for name, cache in zip(config.teacher.models, spec.means_caches, strict=True):
         assert cache is not None, "ensured by check_config"
         where = f"{name}.class_means: {redact(cache.url)}"
         CLASS_MEANS.check_stored(cache, where=where)
-        num_classes = task_of(spec.data).num_classes
-        if cache.header.num_classes != num_classes:
+        stored, expected = (_class_heads(task_of(data)) for data in (cache.data, spec.data))
+        if stored != expected:
             raise ConfigError(
                 "these class means have a different number of classes",
                 code="config.class-means-mismatch",
                 where=where,
-                got=f"K = {cache.header.num_classes}",
-                expected=f"K = {num_classes}, data.num_classes",
+                got=stored,
+                expected=expected,
             )
+
+
+def _class_heads(task: Task) -> str:
+    """``K = 10``, or ``K = 10 (color), K = 3 (shape)`` of several heads."""
+    heads = [head for head in task.heads if head.kind == "class"]
+    return ", ".join(f"K = {head.num_classes}" + (f" ({head.name})" if head.name else "") for head in heads)
 
 
 def check_teacher_mode(config: Config, loss: CompositeLoss) -> None:
@@ -161,7 +167,7 @@ def check_teacher_mode(config: Config, loss: CompositeLoss) -> None:
         require(config, *(f"{name}.model" for name in config.teacher.models), command="train with teacher.mode=online")
         for where, section in config.teacher.models.items():
             require_weights(section, where=where)
-        if loss.needs_class_means:
+        if loss.heads_of_class_means:
             _require_class_means(config)
 
 

@@ -12,7 +12,7 @@ from pipeline.core.config_loading import require
 from pipeline.core.errors import CacheError, ConfigError
 from pipeline.core.hashing import differences
 from pipeline.core.redaction import redact
-from pipeline.shards.index import index_settings
+from pipeline.shards.index import data_keys, index_settings
 from pipeline.student.data.ensemble import check_same_plans
 from pipeline.student.run import checkpoint
 from pipeline.tasks import task_of
@@ -232,7 +232,7 @@ def _data_of(data: DataConfig, cache: TeacherCache) -> DataConfig:
         where=f"data, against {redact(cache.url)}",
         next_step="remove these keys, or build another cache",
     )
-    return data.model_copy(update={**stored, "image": ";".join(stored["image"])})
+    return data.model_copy(update=data_keys(stored))
 
 
 def _require_same(

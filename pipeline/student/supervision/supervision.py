@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from pipeline.student.data.sources import RowSource, check_any_labelled, index_url, open_cached, open_indexed
 from pipeline.student.losses import ClassDirections, CompositeLoss
@@ -24,14 +25,14 @@ class Supervision:
 
     Attributes:
         teachers: the online ones; empty where outputs come from caches, or there is no teacher.
-        class_directions: one for each teacher; None where the loss does not need it.
+        class_directions: of each teacher, by the column of the classes; those that the loss needs.
         teacher_dims: widths D of the teachers' embeddings.
     """
 
     spec: SupervisionSpec
     source: RowSource
     teachers: tuple[Teacher, ...]
-    class_directions: tuple[ClassDirections | None, ...]
+    class_directions: tuple[Mapping[str, ClassDirections], ...]
     teacher_dims: tuple[int, ...]
     canaries: CanaryReport = field(default_factory=CanaryReport)
 
@@ -58,19 +59,17 @@ def open_supervision(
     if spec.caches:
         return _cached_supervision(spec, loss, device)
     source = open_indexed(index_url(config), spec.data, spec.plan)
-    if refuses_unlabelled(config, loss):
-        source.check_labelled()
-    if loss.targets:
-        check_any_labelled(source)
+    source.check_labelled(required_targets(config, loss))
+    check_any_labelled(source, loss.targets)
     if config.teacher.mode == "none":
         return Supervision(spec, source, (), (), ())
     teachers = _load_teachers(config, spec, device) if teachers is None else tuple(teachers)
     return _online_supervision(config, spec, source, loss, teachers, device)
 
 
-def refuses_unlabelled(config: Config, loss: CompositeLoss) -> bool:
-    """Whether a row without a label is an error."""
-    return bool(loss.targets) and config.data.missing_labels == "refuse"
+def required_targets(config: Config, loss: CompositeLoss) -> tuple[str, ...]:
+    """The columns in which a row without a target is an error."""
+    return loss.targets if config.data.missing_labels == "refuse" else ()
 
 
 def _load_teachers(config: Config, spec: SupervisionSpec, device: torch.device) -> tuple[Teacher, ...]:
@@ -88,10 +87,9 @@ def _online_supervision(
     teachers: tuple[Teacher, ...],
     device: torch.device,
 ) -> Supervision:
+    heads = loss.heads_of_class_means
     directions = tuple(
-        ClassDirections.of(online_means(cache, teacher, source, section=name).to(device))
-        if cache is not None and loss.needs_class_means
-        else None
+        {} if cache is None else _directions(online_means(cache, teacher, source, heads, section=name), device)
         for name, cache, teacher in zip(config.teacher.models, spec.means_caches, teachers, strict=True)
     )
     widths = tuple(teacher.module.embedding_dim for teacher in teachers)
@@ -100,13 +98,14 @@ def _online_supervision(
 
 def _cached_supervision(spec: SupervisionSpec, loss: CompositeLoss, device: torch.device) -> Supervision:
     source = open_cached(spec.caches, spec.data, reads=loss.teacher_outputs)
-    if loss.targets:
-        check_any_labelled(source)
+    check_any_labelled(source, loss.targets)
     # On every rank, since each may run on a machine whose decoder differs.
     canaries = check_canaries(source, spec.data)
-    directions = tuple(
-        ClassDirections.of(cached_means(cache, source).to(device)) if loss.needs_class_means else None
-        for cache in spec.caches
-    )
+    heads = loss.heads_of_class_means
+    directions = tuple(_directions(cached_means(cache, source, heads), device) for cache in spec.caches)
     widths = tuple(cache.header.embedding_dim for cache in spec.caches)
     return Supervision(spec, source, (), directions, widths, canaries)
+
+
+def _directions(means: Mapping[str, Tensor], device: torch.device) -> dict[str, ClassDirections]:
+    return {column: ClassDirections.of(means_KD.to(device)) for column, means_KD in means.items()}

@@ -15,7 +15,7 @@ from pipeline.core.threads import map_ordered
 from pipeline.models import LoadedModel, load_model, load_untrained, require_weights, unreadable_weights
 from pipeline.shards.shard_urls import report_moved, shard_ids, shard_urls
 from pipeline.student.evaluation.evaluator import teacher_of_run
-from pipeline.student.losses import LOSS_TASKS, CompositeLoss
+from pipeline.student.losses import CompositeLoss
 from pipeline.student.networks.freeze import freeze
 from pipeline.student.networks.review import plan_review, review_section
 from pipeline.student.supervision.requirements import (
@@ -41,7 +41,6 @@ def check_config(config: Config) -> str:
     """
     require(config, "student.model", "run.url", "loss", command="train")
     mode = config.teacher.mode
-    _check_tasks(config)
     _check_review(config)
     _check_gathers(config)
     _check_agreement(config)
@@ -53,7 +52,7 @@ def check_config(config: Config) -> str:
         _check_caches(config.data.caches)
     else:
         require(config, "data.shards", *task_of(config.data).required_keys, command="train")
-        check_teacher_mode(config, CompositeLoss(config.loss, where="loss"))
+        check_teacher_mode(config, CompositeLoss(config.loss, task_of(config.data), where="loss"))
         _check_others(config)
     assert config.run is not None
     if config.run.url in (*config.data.caches, config.cache.url if config.cache else None):
@@ -65,21 +64,6 @@ def check_config(config: Config) -> str:
             expected="another folder",
         )
     return config.run.url
-
-
-def _check_tasks(config: Config) -> None:
-    task = config.data.task
-    for number, term in enumerate(config.loss):
-        if task not in LOSS_TASKS[term.name]:
-            fitting = [name for name, tasks in LOSS_TASKS.items() if task in tasks]
-            raise ConfigError(
-                f"this loss does not take the targets and outputs of the task {task}",
-                code="loss.other-task",
-                where=f"loss.{number}.name",
-                got=term.name,
-                expected=f"one of {', '.join(sorted(fitting))}" if fitting else "a loss of this task; none exists",
-                next_step="name a loss of this task, or set data.task to the task of the loss",
-            )
 
 
 def _check_review(config: Config) -> None:
@@ -207,7 +191,7 @@ def check_training(config: Config) -> list[str]:
     """
     check_config(config)
     spec = resolve_spec(config)
-    loss = CompositeLoss(config.loss, where="loss")
+    loss = CompositeLoss(config.loss, task_of(spec.data), where="loss")
     check_cached_outputs(loss, spec.caches)
     check_online_class_means(config, loss, spec)
     _check_layers(config, _check_student(config, spec.data, spec.size))
@@ -275,7 +259,7 @@ def check_plan(config: Config) -> None:
     assert config.cache is not None
     if config.teacher.mode == "cache":
         require_weights(config.teacher, where="teacher")
-        check_planned_outputs(CompositeLoss(config.loss, where="loss"), config)
+        check_planned_outputs(CompositeLoss(config.loss, task_of(config.data), where="loss"), config)
 
 
 def _check_student(config: Config, data: DataConfig, size: int | None) -> LoadedModel:

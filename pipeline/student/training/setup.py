@@ -26,7 +26,7 @@ from pipeline.student.networks.freeze import freeze
 from pipeline.student.networks.review import ReviewPlan, plan_review, review_section
 from pipeline.student.networks.student import Student
 from pipeline.student.supervision.spec import SupervisionSpec, resolve_spec
-from pipeline.student.supervision.supervision import Supervision, open_supervision, refuses_unlabelled
+from pipeline.student.supervision.supervision import Supervision, open_supervision, required_targets
 from pipeline.student.training.micro_batches import num_micro_batches, smallest_micro_batch
 from pipeline.student.training.optimizer_step import OptimizerStep
 from pipeline.student.training.torch_switches import check_compiler
@@ -99,8 +99,9 @@ def prepare(config: Config, distributed: DistributedContext) -> TrainingSetup:
     Raises:
         StillroomError: bad input: config, shards, index, cache, models, or this machine's resources.
     """
-    loss = CompositeLoss(config.loss, where="loss")
-    supervision = open_supervision(config, resolve_spec(config), loss, distributed.device)
+    spec = resolve_spec(config)
+    loss = CompositeLoss(config.loss, task_of(spec.data), where="loss")
+    supervision = open_supervision(config, spec, loss, distributed.device)
     try:
         return _assemble(config, distributed, loss, supervision)
     except BaseException:
@@ -129,7 +130,7 @@ def _assemble(
         student=input_size(student.input_spec),
         teachers=[input_size(teacher.loaded.input) for teacher in supervision.teachers],
         max_pixels=spec.data.max_pixels,
-        needs_labels=refuses_unlabelled(config, loss),
+        required_targets=required_targets(config, loss),
         student_views=spec.student_views,
     )
     check_loaders(dataset, num_workers=train.num_workers)

@@ -137,7 +137,6 @@ def dataset(source: RowSource, plan: ViewsConfig, **changes: Any) -> StepDataset
         "world_size": 1,
         "student": InputSize(16, "bilinear"),
         "max_pixels": 10**6,
-        "needs_labels": False,
     }
     return StepDataset(source, order_of(source, plan), **{**keys, **changes})
 

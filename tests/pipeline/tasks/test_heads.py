@@ -19,17 +19,16 @@ from pipeline.cache.read.reader import open_cache
 from pipeline.cache.verify import verify_cache
 from pipeline.shards.index import decode_index, encode_index, index_settings, index_shard
 from pipeline.shards.tar import read_samples
-from pipeline.shards.writer import pack_shards
 from pipeline.tasks import BadTargetError, task_of
 from pipeline.tasks.heads import BitsColumn
 from schemas.config import CacheConfig, DataConfig
 from tests.errors import raises
 from tests.pipeline.cache.verify.forge import replace_commit, republish
-from tests.pipeline.caches import TinyCache, build, cache_section, digit_samples, read_commits
+from tests.pipeline.caches import TinyCache, cache_section, read_commits
 from tests.pipeline.conftest import TinyConfig
+from tests.pipeline.heads import HEADS, build_heads, document_of, heads_config
 from tests.pipeline.shards.tars import image_bytes, make_tar
 
-HEADS = {"pair": {"num_classes": 10}, "even": {"num_classes": 2}, "tags": {"num_classes": 11, "kind": "multilabel"}}
 DATA = DataConfig.model_validate({"task": "heads", "label": "json", "heads": HEADS})
 IMAGE = image_bytes("JPEG", size=(40, 30))
 DOCUMENTS: list[dict[str, Any] | None] = [
@@ -180,26 +179,9 @@ def test_the_largest_classes_alone_are_not_stored_of_a_multilabel_head() -> None
 
 @pytest.fixture(params=["fp32", "int8"])
 def cache(tiny_config: TinyConfig, tmp_path: Path, request: pytest.FixtureRequest) -> TinyCache:
-    """Of two unmixed views of 30 images, of which each third has no pair and each fifth no tags."""
-    samples = [
-        (key, {"png": members["png"], "json": json.dumps(document_of(row)).encode()})
-        for row, (key, members) in enumerate(digit_samples(30))
-    ]
-    shards = pack_shards(samples, f"{tmp_path}/heads-%d.tar", shard_size=20)
-    config = tiny_config(
-        data={"task": "heads", "label": "json", "num_classes": None, "heads": HEADS, "shards": shards},
-        views={"kind": "crop", "count": 2},
-        cache={"logits": request.param, "class_means": "view0"},
-    )
-    build(config)
-    return TinyCache(cache_section(config).url, config)
-
-
-def document_of(row: int) -> dict[str, Any]:
-    document: dict[str, Any] = {"pair": row % 10, "even": row % 2, "tags": [row % 11, (row + 1) % 11]}
-    return {name: label for name, label in document.items() if not (name == "pair" and row % 3 == 0)} | (
-        {"tags": None} if row % 5 == 0 else {}
-    )
+    """Of two unmixed views of 30 images."""
+    views = {"kind": "crop", "count": 2}
+    return build_heads(heads_config(tiny_config(), tmp_path, views=views, logits=request.param, class_means="view0"))
 
 
 def test_a_cache_has_the_outputs_and_statistics_of_each_head_and_is_verified(cache: TinyCache) -> None:

@@ -38,9 +38,9 @@ from pipeline.student.evaluation.metrics import (
     Outputs,
     RowMeans,
 )
-from pipeline.student.losses import LOSS_TASKS, LOSSES, PARAMETERS, Parameter
+from pipeline.student.losses import LOSSES, PARAMETERS, Parameter
 from pipeline.student.losses.registry import register
-from pipeline.student.training.config_checks import check_config, check_plan
+from pipeline.student.training.config_checks import check_config, check_plan, check_training
 from pipeline.student.training.setup import prepare
 from pipeline.student.training.train_step import TrainStep
 from pipeline.student.training.trainer import train
@@ -254,7 +254,7 @@ def point(output_B1: Tensor, teacher_x_B1: Tensor, x_B: Tensor) -> Tensor:
 @pytest.fixture
 def training(context: BuildContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Config]:
     """Of a student by this loss from the cache, with rows that may lack a target."""
-    register("point", tasks=(Point.name,))(point)
+    register("point")(point)
     for name, parameter in {
         "output_B1": Parameter("student output", "x"),
         "teacher_x_B1": Parameter("teacher output", "x"),
@@ -265,7 +265,7 @@ def training(context: BuildContext, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     base = run_config(context.config.model_copy(update={"data": data}), tmp_path / "run")
     data = base.data.model_copy(update={**TASK, "missing_labels": "ignore"})
     yield base.model_copy(update={"data": data, "loss": (PointLoss(weight=2.0),)})
-    del LOSSES["point"], LOSS_TASKS["point"]
+    del LOSSES["point"]
 
 
 def test_a_loss_of_the_task_trains_from_its_outputs_and_targets(training: Config) -> None:
@@ -302,12 +302,16 @@ def test_a_loss_of_the_task_trains_from_its_outputs_and_targets(training: Config
 def test_a_loss_of_another_task_and_an_output_that_the_cache_lacks_are_refused(
     context: BuildContext, training: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with raises("loss.other-task", where="loss.0.name", got="ce", expected="one of point"):
-        check_config(training.model_copy(update={"loss": Config.model_validate({"loss": [{"name": "ce"}]}).loss}))
+    with raises("loss.other-task", where="loss.0.name", got="ce"):
+        check_training(training.model_copy(update={"loss": Config.model_validate({"loss": [{"name": "ce"}]}).loss}))
     # A plan of the cache that the training reads.
     planned = training.model_copy(update={"cache": context.cache})
     check_plan(planned)
     monkeypatch.setitem(PARAMETERS, "teacher_x_B1", Parameter("teacher output", "y"))
+    with raises("loss.other-task", where="loss.0.name", got="point, which takes teacher output y"):
+        check_plan(planned)
+    # An output that a network of the task has, and the cache does not store.
+    monkeypatch.setattr(Point, "widths", {"x": 1, "y": 1})
     with raises("cache.no-output"):
         prepare(training, DistributedContext())
     with raises("cache.no-output"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 
@@ -11,23 +10,21 @@ from pipeline.student.evaluation.metrics.class_head import ClassHeadSums, class_
 from pipeline.student.evaluation.metrics.head import COSINE, CombinedSums, CosineSums, Head
 from pipeline.student.evaluation.metrics.metric_set import EvaluationScope, MetricSet, MetricSums
 from pipeline.student.evaluation.metrics.multilabel_head import MultilabelHeadSums, multilabel_head_metrics
+from pipeline.tasks import HeadKind, task_of
 from schemas.config import DataConfig
 
-Kind = Literal["class", "multilabel"]
 _METRICS = {"class": class_head_metrics, "multilabel": multilabel_head_metrics}
 _MAIN = {"class": "top1", "multilabel": "map"}
 _TABLE = {"class": ("top1", "balanced_accuracy", "agreement"), "multilabel": ("map", "agreement")}
 
 
-def heads_of(data: DataConfig) -> list[tuple[Head, Kind]]:
-    """The heads of ``data.heads``, in its order."""
-    return [
-        (Head(name, f"logits.{name}", f"label_{name}", config.num_classes), config.kind)
-        for name, config in data.heads.items()
-    ]
+def heads_of(data: DataConfig) -> list[tuple[Head, HeadKind]]:
+    """The heads of the task, in its order."""
+    heads = task_of(data).heads
+    return [(Head(head.name, head.output, head.column, head.num_classes), head.kind) for head in heads]
 
 
-def head_metrics(heads: Sequence[tuple[Head, Kind]]) -> MetricSet:
+def head_metrics(heads: Sequence[tuple[Head, HeadKind]]) -> MetricSet:
     """The metrics of these heads. The best checkpoint follows the top-1, or mAP, of the first head that is trained and
     has labels; without labels the agreement of the first head."""
 

@@ -371,7 +371,7 @@ def test_a_row_without_a_label_is_named_before_it_reaches_the_device(replay_copy
     cache = replay_copy("crop")
     unlabelled = cache.config.data.model_copy(update={"label": None})
     source = indexed_source(cache.config.model_copy(update={"data": unlabelled}), tmp_path / "index")
-    batches = dataset(source, cache.config.views, needs_labels=True)
+    batches = dataset(source, cache.config.views, required_targets=("label",))
     with raises("data.missing-labels") as caught:
         batches[0]
     assert str(caught.value.where).startswith("digits-0")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.student.data.teacher_outputs import TeacherOutputs
 from pipeline.student.losses import LOSSES, BatchShare, ClassDirections, LossInputs
-from schemas.config import LossSection
+from schemas.config import HeadLossSection, LossConfig
 
 # No deadline: a loaded machine must not fail a test.
 law = settings(deadline=None, max_examples=40)
@@ -134,11 +134,10 @@ def takes(name: str, *parameters: str) -> bool:
 
 def default_options(name: str) -> dict[str, Any]:
     """The keys of a loss with their defaults, from its config section."""
-    sections = {
-        get_args(section.model_fields["name"].annotation)[0]: section for section in LossSection.__subclasses__()
-    }
+    union, _ = get_args(LossConfig)
+    sections = {get_args(section.model_fields["name"].annotation)[0]: section for section in get_args(union)}
     section = sections[name]
-    excluded = {"name", *LossSection.model_fields, *section.network_keys}
+    excluded = {"name", *HeadLossSection.model_fields, *section.network_keys}
     return {key: field.default for key, field in section.model_fields.items() if key not in excluded}
 
 

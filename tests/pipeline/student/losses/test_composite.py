@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given
@@ -32,12 +33,15 @@ from pipeline.student.losses import (
     nd,
     sifn,
 )
-from schemas.config import Config, LossSection
+from pipeline.tasks import TargetColumn
+from pipeline.tasks.classification import Classification
+from schemas.config import Config, HeadLossSection
 from tests.errors import raises
 from tests.pipeline.student.losses.batches import SEEDS, batch_share, law, loss_inputs, teacher_outputs
 from tests.tolerances import log_softmax_error, ulps
 
 K, D, WIDTH = 5, 4, 3
+TASK = Classification("cls", K)
 WEIGHTS_FN = torch.linspace(-1, 1, WIDTH * (K + D)).reshape(WIDTH, K + D)
 CE = {"name": "ce", "label_smoothing": 0.1}
 KD_PLUS_PLUS = [
@@ -59,7 +63,7 @@ PROJECTED = ("nd", "cosine", "mse", "smooth_l1")
 
 
 def compose(*sections: dict[str, Any]) -> CompositeLoss:
-    return CompositeLoss(Config.model_validate({"loss": list(sections)}).loss, where="a test")
+    return CompositeLoss(Config.model_validate({"loss": list(sections)}).loss, TASK, where="a test")
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ class GlobalBatch:
                         {None: self.teacher_BK[rows]}, self.teacher_BD[rows].norm(dim=1), self.teacher_BD[rows]
                     ),
                     projected=dict.fromkeys(PROJECTED, student_BN[:, K:]),
-                    class_directions=ClassDirections.of(self.class_means_KD),
+                    class_directions={"label": ClassDirections.of(self.class_means_KD)},
                     student_maps=_as_maps(student_BN),
                     teacher_maps=_as_maps(self.teacher_BK[rows]),
                 ),
@@ -188,10 +192,16 @@ def test_the_mean_over_ranks_of_any_split_is_the_gradient_of_the_global_batch(
     assert (gradient(loss, batch, sizes) - gradient(loss, batch, [sum(sizes)])).abs().max() <= error
 
 
-class DepthLoss(LossSection):
+class DepthLoss(HeadLossSection):
     """Of a loss on a target that is no label."""
 
     name: Literal["depth"] = "depth"
+
+
+class LabelAndDepth(Classification):
+    @property
+    def columns(self) -> tuple[TargetColumn, ...]:
+        return (*super().columns, TargetColumn("depth", pa.int32(), -1))
 
 
 def depth(student_BK: Tensor, depth_B: Tensor) -> Tensor:
@@ -202,7 +212,8 @@ def depth(student_BK: Tensor, depth_B: Tensor) -> Tensor:
 def test_each_term_averages_over_the_rows_of_all_ranks_that_have_its_target(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(LOSSES, "depth", depth)
     monkeypatch.setitem(PARAMETERS, "depth_B", Parameter("target", "depth"))
-    loss = CompositeLoss((*Config.model_validate({"loss": [{"name": "ce"}]}).loss, DepthLoss()), where="a test")
+    task = LabelAndDepth("cls", K)
+    loss = CompositeLoss((*Config.model_validate({"loss": [{"name": "ce"}]}).loss, DepthLoss()), task, where="a test")
     assert loss.targets == ("label", "depth")
     student_BK = torch.randn(5, K, generator=torch.Generator().manual_seed(2))
     targets = {"label": torch.tensor([0, -1, 2, 1, -1]), "depth": torch.tensor([-1, 4, -1, 1, 2])}
@@ -259,7 +270,11 @@ def nd_of(batch: LossInputs, number: int = 0, **mixed: Any) -> Tensor:
     """ND by hand from the parts of the batch."""
     teacher = batch.teachers[number]
     return nd(
-        teacher.projected["nd"], teacher.outputs.norm_B, teacher.class_directions, batch.targets["label"], **mixed
+        teacher.projected["nd"],
+        teacher.outputs.norm_B,
+        teacher.class_directions["label"],
+        batch.targets["label"],
+        **mixed,
     )
 
 
@@ -367,7 +382,7 @@ def with_teachers(batch: LossInputs, num: int) -> LossInputs:
                 {None: torch.randn(6, K, generator=generator)}, 4 * torch.rand(6, generator=generator)
             ),
             projected={"nd": torch.randn(6, 3 + number, generator=generator)},
-            class_directions=ClassDirections.of(torch.randn(K, 3 + number, generator=generator)),
+            class_directions={"label": ClassDirections.of(torch.randn(K, 3 + number, generator=generator))},
         )
         for number in range(num)
     ]
@@ -420,7 +435,7 @@ def test_logits_that_no_term_reads_get_a_zero_gradient_whatever_they_are() -> No
 )
 def test_a_loss_declares_what_it_needs(name: str, needs: set[str]) -> None:
     loss = compose(REVIEW if name == "review_kd" else {"name": name})
-    flags = {"class means": loss.needs_class_means, "projector": loss.projected, "head": loss.trains_head}
+    flags = {"class means": bool(loss.heads_of_class_means), "projector": loss.projected, "head": loss.trains_head}
     assert {*loss.targets, *loss.teacher_outputs, *(name for name, flag in flags.items() if flag)} == needs
 
 
@@ -450,5 +465,5 @@ def test_missing_inputs_of_a_term_are_refused_by_name(section: dict[str, Any], m
 
 def test_an_empty_loss_section_is_refused_with_an_example() -> None:
     with raises("config.no-loss", where="train.yaml") as caught:
-        CompositeLoss((), where="train.yaml")
+        CompositeLoss((), TASK, where="train.yaml")
     assert "name: kd" in str(caught.value.next_step)

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.student.distributed import DistributedContext
 from pipeline.student.losses import CompositeLoss, TeacherInputs, similarity
+from pipeline.tasks.classification import Classification
 from schemas.config import Config, LossConfig
 from tests.errors import raises
 from tests.pipeline.student.losses.batches import (
@@ -133,7 +134,7 @@ def one_step(distributed: DistributedContext, sizes: list[int]) -> tuple[Tensor,
     student: nn.Module = DistributedDataParallel(linear) if distributed.size > 1 else linear
     embedding_BD = student(images_BF)
     num = len(images_BF)
-    total, values = CompositeLoss(GATHERED, where="a test")(
+    total, values = CompositeLoss(GATHERED, Classification("cls", 10), where="a test")(
         loss_inputs(
             embedding_BD[:, :2],
             torch.zeros(num, dtype=torch.int64),

@@ -40,13 +40,6 @@ def test_a_loss_that_this_teacher_mode_cannot_serve_is_refused_by_the_config_alo
         check_config(run_config(replays("crop").config, tmp_path, **sections))
 
 
-def test_a_loss_of_another_task_is_refused_by_the_config_alone(replays: Replay, tmp_path: Path) -> None:
-    config = run_config(replays("crop").config, tmp_path, loss=[{"name": "ce"}, *KD])
-    data = config.data.model_copy(update={"task": "parity"})
-    with raises("loss.other-task", where="loss.0.name"):
-        check_config(config.model_copy(update={"data": data}))
-
-
 def test_dist_over_all_ranks_and_micro_batches_do_not_go_together(replays: Replay, tmp_path: Path) -> None:
     gathered = [{"name": "dist", "gather": True}]
     base = replays("crop").config

@@ -18,6 +18,7 @@ from pipeline.student.losses import CompositeLoss, TeacherInputs
 from pipeline.student.run import checkpoint
 from pipeline.student.run.metrics_files import StepLog
 from pipeline.student.training.trainer import train
+from pipeline.tasks.classification import Classification
 from schemas.config import Config, LossConfig
 from tests.pipeline.student.conftest import Replay
 from tests.pipeline.student.losses.batches import batch_share, loss_inputs, teacher_outputs
@@ -184,7 +185,7 @@ def one_step(distributed: DistributedContext, sizes: list[int], side: int) -> tu
     if distributed.size > 1:
         student = DistributedDataParallel(student)
     logits = student(images)
-    loss = CompositeLoss(GATHERED if side == 1 else GATHERED[1:], where="a test")
+    loss = CompositeLoss(GATHERED if side == 1 else GATHERED[1:], Classification("cls", 10), where="a test")
     num = labels_B.numel()
     total, values = loss(
         loss_inputs(

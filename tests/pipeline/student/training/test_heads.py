@@ -1,0 +1,95 @@
+"""Trainings on several heads: bound to their logits and labels, replayed, resumed and exported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.student.evaluation.loaded_run import load_run
+from pipeline.student.training.config_checks import check_training
+from schemas.config import Config
+from tests.errors import raises
+from tests.pipeline.caches import TinyCache
+from tests.pipeline.heads import build_heads, heads_config
+from tests.pipeline.student.runs import check_resume, evaluated, evaluations, metrics, run, run_config, training_error
+from tests.tolerances import ulps
+
+STUDENT = {"model": "python:tests.pipeline.student.small_networks:normalised", "mean": [0.5] * 3, "std": [0.5] * 3}
+EVERY_LOSS = [
+    {"name": "ce"},
+    {"name": "kd"},
+    {"name": "dist", "heads": ["pair"]},
+    {"name": "dkd", "heads": ["pair"]},
+    {"name": "hard", "heads": ["pair", "even"]},
+    {"name": "nd"},
+]
+
+
+@pytest.fixture(scope="module")
+def cache(built_cache: TinyCache, tmp_path_factory: pytest.TempPathFactory) -> TinyCache:
+    """Of four mixed views of 30 images, in fp32. Never written to."""
+    folder = tmp_path_factory.mktemp("heads")
+    return build_heads(heads_config(built_cache.config, folder, views={"kind": "function_matching", "count": 4}))
+
+
+def config_of(cache: TinyCache, url: Path, *, mode: str = "cache", **sections: Any) -> Config:
+    keys: dict[str, Any] = {"student": STUDENT, "loss": EVERY_LOSS, **sections}
+    return run_config(
+        cache.config, url, mode=mode, **{**keys, "data": {"missing_labels": "ignore", **keys.get("data", {})}}
+    )
+
+
+def test_parity_every_loss_of_a_cached_run_is_that_of_an_online_run(cache: TinyCache, tmp_path: Path) -> None:
+    train = {"epochs": 4, "lr": 0.01}
+    run(config_of(cache, tmp_path / "cache", train=train))
+    config = config_of(cache, tmp_path / "online", mode="online", train=train, teacher={"class_means": cache.url})
+    run(config)
+    pairs = list(zip(metrics(tmp_path / "cache"), metrics(tmp_path / "online"), strict=True))
+    assert len(pairs) == 16
+    for cached, online in pairs:
+        names = [f"{loss}/{head}" for loss in ("ce", "kd", "hard", "nd") for head in ("even", "pair")]
+        assert {f"loss/{name}" for name in ("dist", "dkd", *names)} < cached.keys()
+        # A KL is a difference of rounded logarithms, here times T² = 16; near 0 its relative error has no bound.
+        error = training_error(config, cached["step"] + 1)
+        assert cached == pytest.approx(online, rel=error, abs=16 * 2 * ulps(11 + 12))
+
+
+def test_a_row_may_lack_only_the_labels_that_no_loss_reads(cache: TinyCache, tmp_path: Path) -> None:
+    refuse = {"missing_labels": "refuse"}
+    run(config_of(cache, tmp_path / "even", loss=[{"name": "ce", "heads": ["even"]}], data=refuse))
+    with raises("data.missing-labels"):
+        run(config_of(cache, tmp_path / "pair", loss=[{"name": "ce"}], data=refuse))
+
+
+@pytest.mark.parametrize(
+    ("loss", "code", "fields"),
+    [
+        ({"name": "kd", "heads": ["pair", "color"]}, "loss.unknown-head", {"where": "loss.0.heads", "got": "color"}),
+        ({"name": "ce", "heads": ["tags"]}, "loss.other-kind-of-head", {"got": "tags (multilabel)"}),
+    ],
+)
+def test_heads_that_a_loss_cannot_take_are_refused(
+    cache: TinyCache, tmp_path: Path, loss: dict[str, Any], code: str, fields: dict[str, str]
+) -> None:
+    for mode in ("cache", "online"):
+        with raises(code, **fields):
+            check_training(config_of(cache, tmp_path, mode=mode, loss=[loss]))
+
+
+def test_a_run_measures_the_heads_that_it_trains_and_resumes_bitwise(cache: TinyCache, tmp_path: Path) -> None:
+    val_shards = {"val_shards": cache.config.data.shards}
+
+    def config(url: Path) -> Config:
+        return config_of(cache, url, data={**val_shards, "missing_labels": "ignore"}, train={"epochs": 3})
+
+    run(config(tmp_path / "run"))
+    evaluation = evaluated(config(tmp_path / "run"))
+    assert evaluation.untrained == ["logits.tags"]
+    assert evaluation.metrics["tags/map"] is None
+    (*_, last) = evaluations(tmp_path / "run")
+    for key in ("even/top1", "pair/top1", "pair/balanced_accuracy"):
+        assert evaluation.metrics[key] == last[key]
+    assert load_run(str(tmp_path / "run"), "best").untrained == {"logits.tags"}
+    check_resume(config, tmp_path, stop=("eval", 2), first_step=8)
