@@ -15,6 +15,7 @@ from pipeline.cache.ops.relabel import Relabelling, relabel
 from pipeline.cache.verify import Recomputed, VerifyReport, recompute, verify_cache
 from pipeline.cache.verify.shard import SHARD_MISSING
 from pipeline.shards.shard_urls import urls_by_id
+from schemas.cache_format import Moments
 from schemas.config import Config
 
 _NUM_PROBLEMS = 20
@@ -168,6 +169,18 @@ def describe_means(means: ExportedMeans, out: str) -> str:
     return f"class means: {means.num_written} classes of {means.embedding_dim} numbers in {out}{absent}"
 
 
+def describe_moments(moments: Moments, *, is_new: bool) -> str:
+    """The line of ``stillroom cache moments``."""
+    mixed = f", {moments.num_mixed} of them mixed" if moments.num_mixed else ""
+    skipped = sum(moments.skipped.values())
+    left_out = [f"{skipped} samples without outputs"] if skipped else []
+    left_out += [f"{moments.num_further} rows of the eval pass or of incomplete views"] if moments.num_further else []
+    return (
+        f"moments: {moments.num_rows} rows{mixed}; left out: {', '.join(left_out) or 'none'}; "
+        f"{'written to' if is_new else 'already in'} {moments.table.path}, {moments.table.size_bytes / 1e6:.1f} MB"
+    )
+
+
 def describe_garbage(report: GcReport) -> str:
     """The text of ``stillroom cache gc``: one line for each file, and the sum."""
     verb, freed = ("would remove", "would free") if report.dry_run else ("removed", "freed")
@@ -178,7 +191,7 @@ def describe_garbage(report: GcReport) -> str:
         )
     if report.num_former_files:
         lines.append(
-            f"left {report.num_former_files} tables that an extension replaced, {report.former_bytes / 1e6:.1f} MB: "
-            "runs that began before it read them; --former removes them"
+            f"left {report.num_former_files} tables that an extension replaced, or moments of an older manifest, "
+            f"{report.former_bytes / 1e6:.1f} MB: runs that began before it read them; --former removes them"
         )
     return "\n".join([*lines, f"{report.url}: {len(report.removed)} files, {freed} {report.freed_bytes / 1e6:.1f} MB"])

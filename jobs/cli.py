@@ -143,6 +143,23 @@ def cache_means(
     emit(describe_means(export_means(cache, out, full_precision=full_precision), out), event="end")
 
 
+@add_command(cache_app, "moments")
+def cache_moments(
+    cache: CacheArgument,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Keys of the ray section, such as ray.address=auto; default: one process, ray.address=none.",
+            metavar="[RAY.K=V]...",
+        ),
+    ] = None,
+) -> None:
+    """Compute mean and covariance of a cache's embeddings, for standardised targets, and store them in the cache."""
+    from jobs.cache_moments import main
+
+    main(cache, overrides or [])
+
+
 @add_command(cache_app, "verify")
 def cache_verify(
     cache: CacheArgument,
@@ -201,7 +218,9 @@ def cache_gc(
     ] = 60.0,
     former: Annotated[
         bool,
-        typer.Option("--former", help="Also remove tables that an extension replaced; older runs may still read them."),
+        typer.Option(
+            "--former", help="Also remove tables and moments of older manifests; older runs may still read them."
+        ),
     ] = False,
     unused_header: Annotated[
         bool,

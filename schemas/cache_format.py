@@ -287,3 +287,15 @@ class Manifest(VersionedRecord):
         if self.labels is None:
             body.pop("labels", None)
         return body
+
+
+class Moments(VersionedRecord):
+    """Mean and covariance of the embeddings of a finished cache in one state. Created once, by ``cache moments``."""
+
+    manifest_sha256: str = Field(description="Of the manifest that describes the state.")
+    fingerprint: str
+    num_rows: int = Field(description="Of all views that are complete for every shard.")
+    num_mixed: int = Field(description="Rows whose pixels are mixed with those of another image.")
+    skipped: dict[str, int] = Field(description="Samples without outputs, by status, as in the manifest.")
+    num_further: int = Field(description="Rows of the eval pass and of views that some shards lack: left out.")
+    table: FileRef

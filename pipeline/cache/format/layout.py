@@ -17,10 +17,12 @@ CLASS_MEANS = "class_means.parquet"
 IMPORTED_MEANS = "class_means.json"
 FORMER = "manifest/former/"
 RELABELLED = "labels/"
+MOMENTS = "moments/"
 
 _BLOCK = r"(?:eval|v(?P<first>\d{4,})-(?P<last>\d{4,}))"
 _COMMIT = re.compile(rf"commits/(?P<shard>[^/]+)/{_BLOCK}\.json")
 _INDEX = re.compile(rf"{INDEX}/[^/]+\.parquet")
+_MOMENTS = re.compile(rf"{MOMENTS}(?P<manifest>[0-9a-f]{{16}})(\.json|\.[0-9a-f]{{16}}\.parquet)")
 _NAMED_BY_CONTENT = re.compile(rf"(?:parts|means)/(?P<shard>[^/]+)/{_BLOCK}\.[0-9a-f]{{16}}\.parquet")
 
 
@@ -50,6 +52,26 @@ def commit_path(shard_id: str, block: ViewBlock) -> str:
 def former_path(sha256: str) -> str:
     """The path of a table or of class means that an extended cache has replaced, for runs that still name them."""
     return f"{FORMER}{sha256}.parquet"
+
+
+def moments_path(manifest_sha256: str) -> str:
+    """The record of the moments of the state of a cache that this manifest describes."""
+    return f"{MOMENTS}{manifest_sha256[:16]}.json"
+
+
+def moments_table_path(manifest_sha256: str, sha256: str) -> str:
+    """The numbers that such a record names."""
+    return f"{MOMENTS}{manifest_sha256[:16]}.{sha256[:16]}.parquet"
+
+
+def moments_manifest(path: str) -> str | None:
+    """The first 16 hex characters of the manifest's SHA-256, for a file of ``moments/``; None for any other file."""
+    match = _MOMENTS.fullmatch(path)
+    return None if match is None else match["manifest"]
+
+
+def is_moments_record(path: str) -> bool:
+    return moments_manifest(path) is not None and path.endswith(".json")
 
 
 def is_commit(path: str) -> bool:

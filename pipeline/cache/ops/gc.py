@@ -13,7 +13,9 @@ from pipeline.cache.build.commit import is_unused, named_files, stream_commits
 from pipeline.cache.build.manifest import read_manifest, read_table
 from pipeline.cache.format import layout
 from pipeline.cache.format.header import no_cache, read_header
+from pipeline.cache.read.moments import read_moments_record
 from pipeline.core.errors import CacheError
+from pipeline.core.hashing import digest
 from pipeline.core.redaction import quoted, redact
 
 
@@ -25,8 +27,8 @@ class GcReport:
         removed: paths that were removed, or would be without ``dry_run``.
         freed_bytes: size of these files.
         num_recent: files that no record names, but that may belong to a running builder; they are not removed.
-        num_former_files: tables and class means that an extension replaced and that are not removed; ``former_bytes``
-            is their size.
+        num_former_files: tables and class means that an extension replaced, and moments of an older manifest, that are
+            not removed; ``former_bytes`` is their size.
     """
 
     url: str
@@ -49,7 +51,8 @@ def collect_garbage(
 
     Args:
         min_age_s: younger files stay, because a running builder publishes a part before the commit that names it.
-        former: also removes files that an extension replaced, and that runs with an older manifest read.
+        former: also removes files that an extension replaced, and moments of an older manifest. Runs with an older
+            manifest read them.
         now_s: seconds since 1970.
 
     Raises:
@@ -60,7 +63,7 @@ def collect_garbage(
     # Listed before the commits are read, so that every listed file of a new commit is named.
     entries = storage.entries(cache_url)
     unnamed = _unnamed(cache_url, entries)
-    former_entries = [entry for entry in entries if entry.path.startswith(layout.FORMER) and not entry.is_temporary]
+    former_entries = _former(cache_url, entries)
     if former:
         unnamed, former_entries = unnamed + former_entries, []
     # A running builder may be about to commit a part that uses an index which it did not write. The index may then be
@@ -163,10 +166,32 @@ def _is_old(entry: storage.Entry, limit_s: float) -> bool:
 
 
 def _unnamed(cache_url: str, entries: Sequence[storage.Entry]) -> list[storage.Entry]:
-    """Temporary files, and parts, class sums and indexes that neither a commit nor the manifest names."""
+    """Temporary files; parts, class sums and indexes that neither a commit nor the manifest names; unnamed moments."""
     built = {entry.path for entry in entries if layout.owner(entry.path) is not None or layout.is_index(entry.path)}
     unnamed = built - named_files(stream_commits(cache_url)) - _named_by_manifest(cache_url)
+    unnamed |= _unnamed_moments(cache_url, entries)
     return [entry for entry in entries if entry.is_temporary or entry.path in unnamed]
+
+
+def _unnamed_moments(cache_url: str, entries: Sequence[storage.Entry]) -> set[str]:
+    """Tables of moments that no record names: its writer was killed before it created the record, or was slower."""
+    paths = {entry.path for entry in entries if layout.moments_manifest(entry.path) is not None}
+    records = {path for path in paths if layout.is_moments_record(path)}
+    named = {read_moments_record(cache_url, path).table.path for path in records}
+    return paths - records - named
+
+
+def _former(cache_url: str, entries: Sequence[storage.Entry]) -> list[storage.Entry]:
+    """Files that only runs with an older manifest read."""
+    published = [entry for entry in entries if not entry.is_temporary]
+    # A cache without a manifest has no moments.
+    has_moments = any(layout.moments_manifest(entry.path) is not None for entry in published)
+    current = {digest(read_manifest(cache_url)[1])[:16]} if has_moments else set[str]()
+    return [
+        entry
+        for entry in published
+        if entry.path.startswith(layout.FORMER) or layout.moments_manifest(entry.path) not in {None, *current}
+    ]
 
 
 def _named_by_manifest(cache_url: str) -> set[str]:

@@ -16,6 +16,7 @@ from pipeline.cache.format import layout
 from pipeline.cache.format.codec import config_key, row_bytes
 from pipeline.cache.format.header import read_header
 from pipeline.cache.read.labels import cached_labels, committed_labels, reading_rules
+from pipeline.cache.read.moments import find_moments
 from pipeline.cache.read.reader import open_cache
 from pipeline.core.errors import CacheError
 from pipeline.core.redaction import redact
@@ -59,6 +60,7 @@ class CacheReport:
     skipped: dict[str, int] | None
     outputs: dict[str, str]
     class_means: str
+    moments: str | None
     labels: str | None
     teacher_metrics: dict[str, float | None]
     kl_nats: dict[str, float]
@@ -132,6 +134,7 @@ def inspect_cache(cache_url: str, *, now_s: float | None = None) -> CacheReport:
         skipped=manifest.skipped if manifest else None,
         outputs={output.name: _encoding(header, output) for output in header.outputs},
         class_means=str(header.teacher["class_means"]),
+        moments=_moments(cache_url) if manifest else None,
         labels=None if labels is None else str(labels),
         teacher_metrics=task.teacher_metrics(statistics),
         **mean_fidelity(header, statistics),
@@ -150,6 +153,11 @@ def _labels(
         return cached_labels(open_cache(cache_url)) if manifest else committed_labels(cache_url, commits)
     except CacheError:
         return None
+
+
+def _moments(cache_url: str) -> str | None:
+    record = find_moments(open_cache(cache_url))
+    return None if record is None else f"of {record.num_rows} rows, {record.num_mixed} of them mixed"
 
 
 def _eta_s(log: BuildLog, num_commits: int, now_s: float) -> float | None:

@@ -28,6 +28,7 @@ from pipeline.cache.build.class_means import ClassSums, merge, sum_rows
 from pipeline.cache.build.part_writer import view_ranges
 from pipeline.cache.format.codec import decode, depends_on_temperature, row_bytes
 from pipeline.cache.format.files import empty_cells
+from pipeline.cache.verify.moments import MomentsCheck
 from pipeline.cache.verify.report import Findings, Problem
 from pipeline.core.bounded_parquet import read_bounded
 from pipeline.core.errors import CacheError
@@ -62,10 +63,12 @@ class PartContent:
 
     Attributes:
         sums: class sums of the stored embeddings of its first view, if these are exact.
+        moment_sums_3: ``MomentsCheck.sums`` of all rows.
     """
 
     canaries: list[Canary] = field(default_factory=list[Canary])
     sums: ClassSums | None = None
+    moment_sums_3: NDArray[np.float64] = field(default_factory=lambda: np.zeros(3))
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +113,16 @@ class PartCheck:
     """Reads one part, a row group at a time. ``replayed`` is None if this version cannot replay the plan."""
 
     def __init__(
-        self, commit: Commit, header: Header, index: ShardIndex, replayed: ReplayedShard | None, findings: Findings
+        self,
+        commit: Commit,
+        header: Header,
+        index: ShardIndex,
+        replayed: ReplayedShard | None,
+        moments: MomentsCheck | None,
+        findings: Findings,
     ) -> None:
         self._commit, self._header, self._index = commit, header, index
-        self._replayed, self._findings = replayed, findings
+        self._replayed, self._moments, self._findings = replayed, moments, findings
         self._recount = None if replayed is None else _recount(header, index, mix_group=replayed.plan.mix_group)
         self._rows_by_view = {view.view: view.rows for view in commit.views}
         self._content = PartContent()
@@ -228,6 +237,8 @@ class PartCheck:
                 what = "embedding_norm does not match the embedding"
                 self._check_rows(what, view, rows, is_close_M, norm_M, stored_norm_M)
                 self._add_sums(values_MD, view, rows, output)
+                if self._moments is not None:
+                    self._content.moment_sums_3 += self._moments.sums(values_MD, view)
             if self._recount is not None:
                 exact = output.dtype.startswith("float") and not depends_on_temperature(output)
                 self._recount.add_outputs(output.name, values_MD, rows, exact=exact)

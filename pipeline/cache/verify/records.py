@@ -21,6 +21,7 @@ from pipeline.cache.format import layout
 from pipeline.cache.format.files import changed_file, parse_record, read_file, read_parquet
 from pipeline.cache.format.header import parse_header, replayable_plan
 from pipeline.cache.read.reader import ShardEntry
+from pipeline.cache.verify.moments import MomentsCheck, read_moments
 from pipeline.cache.verify.report import Findings, Problem
 from pipeline.core.errors import CacheError, ShardError
 from pipeline.core.hashing import digest, short_digest
@@ -63,6 +64,8 @@ class CacheRecords:
         damaged: paths of the other commits.
         manifest_parts: paths of the parts that the manifest names.
         shards: those of the manifest, by id.
+        moments_tables: paths of the tables that records of moments name.
+        moments: of the manifest; None: they were not computed, or have a problem.
     """
 
     header: Header | None
@@ -71,6 +74,8 @@ class CacheRecords:
     damaged: set[str]
     manifest_parts: set[str] = field(default_factory=set[str])
     shards: dict[str, ShardEntry] = field(default_factory=dict[str, ShardEntry])
+    moments_tables: set[str] = field(default_factory=set[str])
+    moments: MomentsCheck | None = None
 
     @property
     def complete(self) -> bool:
@@ -100,7 +105,8 @@ class CacheRecords:
 
     def unnamed(self, entries: Iterable[storage.Entry]) -> list[str]:
         """Temporary files, and files that no record names. Files that only a damaged commit may name are left out."""
-        named = {layout.HEADER, layout.MANIFEST, layout.SHARDS, layout.PARTS, layout.CLASS_MEANS, *self.manifest_parts}
+        named = {layout.HEADER, layout.MANIFEST, layout.SHARDS, layout.PARTS, layout.CLASS_MEANS}
+        named |= self.manifest_parts | self.moments_tables
         for commit in self.commits:
             named |= {commit.summary.part, commit.summary.index, *filter(None, [commit.summary.means])}
         if self.header is not None and imported_sha256(self.header) is not None:
@@ -109,7 +115,8 @@ class CacheRecords:
 
     def _is_named(self, path: str, named: set[str]) -> bool:
         # A pinned manifest may name any former table, and any index with earlier labels.
-        if path in named or layout.is_commit(path) or path.startswith((layout.FORMER, layout.RELABELLED)):
+        is_record = layout.is_commit(path) or layout.is_moments_record(path)
+        if path in named or is_record or path.startswith((layout.FORMER, layout.RELABELLED)):
             return True
         owner = layout.owner(path)
         if owner is not None:
@@ -122,7 +129,9 @@ def read_records(cache_url: str, entries: Sequence[storage.Entry], findings: Fin
     """Reads and compares all records and tables. A record with a problem is left out of the result."""
     header = _read_header(cache_url, findings)
     commits, damaged = _read_commits(cache_url, entries, header, findings)
-    records = CacheRecords(header, _read_manifest(cache_url, header, findings), commits, damaged)
+    manifest, manifest_sha256 = _read_manifest(cache_url, header, findings)
+    tables, moments = read_moments(cache_url, entries, header, manifest, manifest_sha256, findings)
+    records = CacheRecords(header, manifest, commits, damaged, moments_tables=tables, moments=moments)
     if records.manifest is not None:
         _check_tables(cache_url, records.manifest, records, findings)
     for entry in entries:
@@ -171,7 +180,8 @@ def _read_header(cache_url: str, findings: Findings) -> Header | None:
     return None
 
 
-def _read_manifest(cache_url: str, header: Header | None, findings: Findings) -> Manifest | None:
+def _read_manifest(cache_url: str, header: Header | None, findings: Findings) -> tuple[Manifest | None, str]:
+    """The manifest, and the SHA-256 of its bytes."""
     path = layout.MANIFEST
     with findings.capture(path, "records"):
         if not storage.exists(storage.join(cache_url, path)):
@@ -180,12 +190,13 @@ def _read_manifest(cache_url: str, header: Header | None, findings: Findings) ->
                 code="cache.unfinished",
                 next_step="run: stillroom cache build CONFIG (it resumes)",
             )
-        manifest = parse_manifest(_read_record(cache_url, path), where=path)
+        data = _read_record(cache_url, path)
+        manifest = parse_manifest(data, where=path)
         if header is not None:
             header_sha256 = digest(_read_record(cache_url, layout.HEADER))
             findings.expect(path, "this manifest belongs to another header", header_sha256, manifest.header_sha256)
-        return manifest
-    return None
+        return manifest, digest(data)
+    return None, ""
 
 
 def _read_commits(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline import storage
 from pipeline.cache.build.class_means import ClassSums, decode_sums, merge
@@ -41,11 +42,13 @@ class ShardResult:
     Attributes:
         sums: class sums of the parts that the manifest names.
         lost_sums: some of these sums could not be read.
+        moment_sums_3: ``MomentsCheck.sums`` of the parts that the manifest names.
     """
 
     findings: Findings = field(default_factory=Findings)
     sums: ClassSums | None = None
     lost_sums: bool = False
+    moment_sums_3: NDArray[np.float64] = field(default_factory=lambda: np.zeros(3))
 
 
 def check_shard(
@@ -72,6 +75,8 @@ def check_shard(
         for commit in check.commits:
             content = check.check_part(commit, index, replayed)
             check.check_sums(commit, index, content)
+            if content is not None and commit.part.path in records.manifest_parts:
+                check.result.moment_sums_3 += content.moment_sums_3
             if content is None or not content.canaries:
                 continue
             if images is None:
@@ -144,7 +149,7 @@ class _ShardCheck:
                 return None
             if replayed is None:
                 self.findings.not_checked[_NO_PLAN] += 1
-            return PartCheck(commit, header, index, replayed, self.findings).run(path)
+            return PartCheck(commit, header, index, replayed, self._records.moments, self.findings).run(path)
         return None
 
     def check_sums(self, commit: Commit, index: ShardIndex | None, content: PartContent | None) -> None:

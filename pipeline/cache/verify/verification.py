@@ -6,6 +6,8 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
+import numpy as np
+
 from pipeline import storage
 from pipeline.cache.build.class_means import ClassSums, encode_means, merge
 from pipeline.cache.build.commit import file_digest
@@ -60,15 +62,22 @@ def verify_cache(
 
     sums: ClassSums | None = None
     has_all_sums = records.complete
+    moment_sums_3 = np.zeros(3)
     for done, result in enumerate(map_ordered(check, [*commits_of_shard], threads=threads, name="verify"), start=1):
         report.merge(result.findings)
         has_all_sums &= not result.lost_sums
+        moment_sums_3 += result.moment_sums_3
         if result.sums is not None:
             sums = result.sums if sums is None else merge([sums, result.sums])
         if progress is not None:
             progress(done, len(commits_of_shard))
     _check_files_without_commit(cache_url, entries, records, report)
     _check_class_means(cache_url, records, sums, report, has_all_sums=has_all_sums)
+    if records.moments is not None:
+        if records.complete and not report.num_problems:
+            records.moments.compare(moment_sums_3, report)
+        else:
+            report.not_checked["moments against the rows: another file has a problem"] += 1
     unnamed = records.unnamed(entries)
     report.num_unnamed, report.unnamed = len(unnamed), tuple(unnamed[:_MAX_UNNAMED])
     report.fingerprint = None if records.header is None else records.header.fingerprint
