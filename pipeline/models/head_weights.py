@@ -18,14 +18,14 @@ _NUM_QUOTED_NAMES = 4
 
 def fit_heads(
     state: Mapping[str, Tensor], built: BuiltModel, request: BuildRequest
-) -> tuple[Mapping[str, Tensor], tuple[str, ...]]:
+) -> tuple[Mapping[str, Tensor], tuple[str, ...], list[str]]:
     """The tensors under the names of the network, from weights with one classifier or with several heads.
 
     A head of the network gets the tensors of the head of its name. Other heads are left out. A student gets new, random
     heads in place of missing ones.
 
     Returns:
-        The tensors, and choices made on behalf of the user.
+        The tensors, choices made on behalf of the user, and the names of the tensors that the weights lack.
 
     Raises:
         ModelError: a head of a teacher is missing.
@@ -46,7 +46,7 @@ def fit_heads(
     if missing:
         notes.append(f"{where}: no {_quoted(missing)} in the file; the student begins with random values for them")
         adapted.update((name, expected[name]) for name in missing)
-    return adapted, tuple(notes)
+    return adapted, tuple(notes), missing
 
 
 def _as_several_heads(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:

@@ -126,4 +126,5 @@ def with_heads(built: BuiltModel, request: BuildRequest, *, size: int) -> BuiltM
         removed=built.heads,
         device=embedding_BD.device,
     )
-    return replace(built, network=network, heads=tuple(f"{HEADS}{head}" for head in request.classes_by_head))
+    heads = tuple(f"{HEADS}{head}" for head in request.classes_by_head)
+    return replace(built, network=network, heads=heads, has_new_heads=request.pretrained)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal, cast, get_args
@@ -63,12 +63,14 @@ class LoadedModel:
         architecture: model name, kwargs and num_classes as JSON, which weights do not contain. With heads, num_classes
             maps their names to their K.
         notes: choices made on behalf of the user, to be logged once.
+        random_outputs: names of the outputs whose heads have random values.
     """
 
     module: EmbeddingModel
     input: InputSpec
     architecture: dict[str, object]
     notes: tuple[str, ...] = ()
+    random_outputs: frozenset[str] = frozenset()
 
 
 def load_model(
@@ -106,9 +108,14 @@ def load_model(
         request = replace(request, read=lambda: expected_weights)
     with _seeded(seed):
         built, spec = build(request, size)
-    notes = load_weights(built, request) if expected_weights is None else ()
+    loaded = load_weights(built, request) if expected_weights is None else LoadedWeights()
     module = wrap(with_text_head(built, request), request, size=spec.size)
-    return LoadedModel(module, spec, architecture, (*notes, *built.notes, *text_head_notes(request)))
+    are_random = built.has_new_heads or config.weights == "random"
+    random_outputs = {
+        output for output in module.head_outputs if are_random or loaded.lacks(module.head_modules(output))
+    }
+    notes = (*loaded.notes, *built.notes, *text_head_notes(request))
+    return LoadedModel(module, spec, architecture, notes, frozenset(random_outputs))
 
 
 def load_untrained(
@@ -144,20 +151,34 @@ def build(
     return with_heads(built, request, size=spec.size) if adds_heads else built, spec
 
 
-def load_weights(built: BuiltModel, request: BuildRequest) -> tuple[str, ...]:
+@dataclass(frozen=True, slots=True)
+class LoadedWeights:
+    """What a weights file brought.
+
+    Attributes:
+        notes: choices made on behalf of the user, to be logged once.
+        missing: names of the tensors that it lacks.
+    """
+
+    notes: tuple[str, ...] = ()
+    missing: Sequence[str] = ()
+
+    def lacks(self, modules: Iterable[str]) -> bool:
+        """Whether it lacks a tensor of these modules."""
+        return any(name.startswith(tuple(f"{module}." for module in modules)) for name in self.missing)
+
+
+def load_weights(built: BuiltModel, request: BuildRequest) -> LoadedWeights:
     """Copies the tensors of the weights URL, if there is one, into the network.
 
     On the meta device this compares names and shapes.
-
-    Returns:
-        Choices made on behalf of the user, to be logged once.
 
     Raises:
         ModelError: the weights do not fit, or their digest is not ``sha256``.
         StorageInputError: the URL is refused, missing or not readable.
     """
     if request.read is None:
-        return ()
+        return LoadedWeights()
     file, where = request.read(), f"{request.where}.weights"
     device = next(iter(built.network.state_dict().values()), torch.empty(0)).device
     if device.type == "meta":
@@ -166,11 +187,11 @@ def load_weights(built: BuiltModel, request: BuildRequest) -> tuple[str, ...]:
         for name, tensor in state.items():
             state[name] = tensor.to(device)
     if request.head == "task":
-        state, notes = fit_heads(file.state, built, request)
+        state, notes, missing = fit_heads(file.state, built, request)
     else:
-        state, notes = without_heads(built, file.state), ()
+        state, notes, missing = without_heads(built, file.state), (), []
     load_state(built.network, state, source=redact(str(request.config.weights)), where=where)
-    return (*file.notes, *notes)
+    return LoadedWeights((*file.notes, *notes), missing)
 
 
 def _reader(config: ModelConfig, where: str) -> Callable[[], WeightsFile] | None:

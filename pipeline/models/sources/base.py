@@ -126,6 +126,7 @@ class BuiltModel:
         size_kwarg: argument of the constructor for the input size, for messages.
         embedding_dim: D according to the library, to be compared with the heads; None if it declares none.
         notes: choices made on behalf of the user.
+        has_new_heads: the library's pretrained weights lack the heads, which have random values.
     """
 
     network: nn.Module
@@ -134,6 +135,7 @@ class BuiltModel:
     size_kwarg: str | None = None
     embedding_dim: int | None = None
     notes: tuple[str, ...] = ()
+    has_new_heads: bool = False
 
 
 def head_name(output: str) -> str:

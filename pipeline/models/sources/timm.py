@@ -54,12 +54,14 @@ def build(request: BuildRequest) -> BuiltModel:
     with constructor_errors(request):
         network = _create(request)
     width = getattr(network, "head_hidden_size", None)
+    stored = getattr(network, "pretrained_cfg", {}).get("num_classes")
     return BuiltModel(
         network=network,
         heads=_heads(network, request) if request.head == "task" else _removed_heads(network, request),
         declared=_declared_input(network, request.config.kwargs),
         size_kwarg="img_size",
         embedding_dim=width if isinstance(width, int) else None,
+        has_new_heads=request.pretrained and request.head == "task" and stored != request.num_classes,
     )
 
 

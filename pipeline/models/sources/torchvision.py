@@ -55,13 +55,14 @@ def build(request: BuildRequest) -> BuiltModel:
         file: WeightsFile | None = WeightsFile(_download(request, published), transform_input=True)
     else:
         file = None if request.read is None else request.read()
+    has_new_head = request.pretrained and request.head == "task" and width != request.num_classes
     kwargs, notes = _arguments(request, published, file)
     with constructor_errors(request):
         network = models.get_model(request.name, weights=None, num_classes=width, **kwargs)
     network.register_load_state_dict_pre_hook(_fix_legacy_names)
     if request.pretrained and file is not None:
         load_state(network, file.state, source=str(published), where=f"{request.where}.weights")
-        if request.head == "task" and width != request.num_classes:
+        if has_new_head:
             _replace_head(network, _new_head(network, request.num_classes))
     head = _head(network)
     if request.head == "none":
@@ -72,6 +73,7 @@ def build(request: BuildRequest) -> BuiltModel:
         declared=_declared_input(network, published),
         size_kwarg="image_size",
         notes=notes,
+        has_new_heads=has_new_head,
     )
 
 

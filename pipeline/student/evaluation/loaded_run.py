@@ -20,7 +20,7 @@ from pipeline.student.networks.student import projector_for
 from pipeline.student.run import checkpoint
 from pipeline.student.supervision.spec import SupervisionSpec, resolve_spec
 from pipeline.tasks import task_of
-from schemas.config import Config, DataConfig
+from schemas.config import Config
 
 CheckpointName = Literal["best", "last"]
 _NUM_NAMED = 3
@@ -32,7 +32,7 @@ class LoadedRun:
 
     Attributes:
         step: optimiser steps until the checkpoint.
-        untrained: names of the outputs whose heads are not trained; see ``untrained_outputs``.
+        untrained: names of the outputs whose heads are not trained; see ``TrainingSetup.untrained``.
         projectors: the state of all projectors.
     """
 
@@ -91,7 +91,7 @@ def load_run(run_url: str, checkpoint_name: CheckpointName) -> LoadedRun:
     weights = FiniteWeights.of([student.module.network])
     student.module.network.load_state_dict(state["model"])
     _check_finite(weights, storage.join(run_url, name), int(state["step"]))
-    untrained = untrained_outputs(config, supervision.data)
+    untrained = frozenset(state.get("untrained", _untrained(config, supervision)))
     return LoadedRun(config, supervision, student, int(state["step"]), untrained, state["projectors"])
 
 
@@ -107,17 +107,12 @@ def load_student(run_url: str, checkpoint_name: CheckpointName = "best") -> nn.M
     return load_run(run_url, checkpoint_name).student.module.network.eval()
 
 
-def untrained_outputs(config: Config, data: DataConfig) -> frozenset[str]:
-    """Names of the student's outputs whose heads are not trained: no loss reads them, and ``student.weights`` are
-    random.
-
-    Args:
-        data: the section with which the heads are built.
-    """
+def _untrained(config: Config, supervision: SupervisionSpec) -> frozenset[str]:
+    """Of a run of an earlier version, whose checkpoints do not name these outputs."""
     assert config.student is not None
     if config.student.weights != "random":
         return frozenset()
-    task = task_of(data)
+    task = task_of(supervision.data)
     return frozenset(task.widths) - CompositeLoss(config.loss, task, where="loss").student_outputs
 
 

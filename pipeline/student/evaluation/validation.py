@@ -52,7 +52,7 @@ class ValidationSamples:
         """Which samples are left out, and which metrics are not measured.
 
         Args:
-            head_trained: whether any of the student's heads is trained; see ``untrained_outputs``.
+            head_trained: whether any of the student's heads is trained; see ``TrainingSetup.untrained``.
             best_by: the metric that ``checkpoints/best.pt`` follows if no accuracy is measured; None: there is none.
             untrained: names of the outputs whose heads are not trained.
         """

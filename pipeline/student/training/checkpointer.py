@@ -51,7 +51,7 @@ class Checkpointer:
     def __init__(self, setup: TrainingSetup) -> None:
         self._run_url, self._order, self._config = setup.run_url, setup.order, setup.config
         self._student, self._optimizer_step = setup.student.module, setup.optimizer_step
-        self._metrics = metrics_of(setup.spec.data)
+        self._metrics, self._untrained = metrics_of(setup.spec.data), sorted(setup.untrained)
 
     def save(self, progress: Progress, *names: str) -> None:
         """Replaces the checkpoints of these names, in this order."""
@@ -68,6 +68,7 @@ class Checkpointer:
             "projectors": self._student.projectors.state_dict(),
             "review": None if self._student.review is None else self._student.review.state_dict(),
             **self._optimizer_step.state_dict(),
+            "untrained": self._untrained,
             "step": progress.step,
             f"best_{self._metrics.main.key}": progress.best_value(self._metrics.main.key),
             "best": None if progress.best is None else asdict(progress.best),

@@ -43,6 +43,7 @@ class BuiltStudent:
         channels_last: whether weights and images lie in channels-last memory.
         unsafe_layers: layers whose backward pass in channels-last memory can crash on this CPU.
         warnings: about the student's weights and memory layout.
+        random_outputs: names of the outputs whose heads begin with random values.
     """
 
     module: Student
@@ -50,6 +51,7 @@ class BuiltStudent:
     channels_last: bool
     unsafe_layers: Sequence[str]
     warnings: tuple[str, ...]
+    random_outputs: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,12 @@ class TrainingSetup:
     @property
     def spec(self) -> SupervisionSpec:
         return self.supervision.spec
+
+    @property
+    def untrained(self) -> frozenset[str]:
+        """Names of the student's outputs whose heads are not trained: they begin with random values, and no loss reads
+        them."""
+        return self.student.random_outputs - self.loss.student_outputs
 
     @property
     def total_steps(self) -> int:
@@ -164,7 +172,7 @@ def build_student(config: Config, supervision: Supervision, loss: CompositeLoss,
     channels_last = not unsafe_layers if config.train.channels_last is None else config.train.channels_last
     move_to_device(student.train(), device, channels_last=channels_last)
     freeze(student.model.network, config.train.freeze)
-    return BuiltStudent(student, loaded.input, channels_last, unsafe_layers, tuple(loaded.notes))
+    return BuiltStudent(student, loaded.input, channels_last, unsafe_layers, tuple(loaded.notes), loaded.random_outputs)
 
 
 def _review(config: Config, student: LoadedModel, teachers: Sequence[Teacher]) -> ReviewPlan | None:

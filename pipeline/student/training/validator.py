@@ -9,7 +9,6 @@ from pipeline.core.errors import EvaluationError, TrainingError
 from pipeline.models import EmbeddingModel
 from pipeline.student.data.sources import RowSource
 from pipeline.student.evaluation.evaluator import PrecomputedTeacher, build_evaluator, teacher_for_agreement
-from pipeline.student.evaluation.loaded_run import untrained_outputs
 from pipeline.student.evaluation.metrics import Evaluation, EvaluationScope, metrics_of
 from pipeline.student.evaluation.validation import ValidationSamples, read_validation, record_validation
 from pipeline.student.supervision.overlap import SeenImages
@@ -132,4 +131,4 @@ def _scope(setup: TrainingSetup) -> EvaluationScope:
     """What evaluations measure besides what labels allow."""
     terms, one_teacher = setup.loss.projected, len(setup.supervision.teacher_dims) == 1
     projectors: Any = setup.student.module.projectors[terms[0]] if terms and one_teacher else [None]
-    return EvaluationScope(untrained_outputs(setup.config, setup.spec.data), projectors[0])
+    return EvaluationScope(setup.untrained, projectors[0])

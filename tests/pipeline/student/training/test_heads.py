@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.student.evaluation.loaded_run import load_run
+from pipeline.student.export.exporters import export_run
 from pipeline.student.training.config_checks import check_training
 from schemas.config import Config
 from tests.errors import raises
@@ -93,3 +94,14 @@ def test_a_run_measures_the_heads_that_it_trains_and_resumes_bitwise(cache: Tiny
         assert evaluation.metrics[key] == last[key]
     assert load_run(str(tmp_path / "run"), "best").untrained == {"logits.tags"}
     check_resume(config, tmp_path, stop=("eval", 2), first_step=8)
+
+
+def test_a_head_that_the_weights_lack_and_no_loss_reads_is_not_trained(cache: TinyCache, tmp_path: Path) -> None:
+    kd_pair = [{"name": "kd", "heads": ["pair"]}]
+    run(config_of(cache, tmp_path / "first", loss=kd_pair))
+    export_run(str(tmp_path / "first"), f"{tmp_path}/pair.safetensors", checkpoint_name="last")
+    student = {**STUDENT, "weights": f"{tmp_path}/pair.safetensors"}
+    run(config_of(cache, tmp_path / "second", student=student, loss=[{"name": "ce", "heads": ["even"]}]))
+    assert load_run(str(tmp_path / "first"), "last").untrained == {"logits.even", "logits.tags"}
+    # The file has the head pair.
+    assert load_run(str(tmp_path / "second"), "last").untrained == {"logits.tags"}
