@@ -3,299 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.core.errors import ConfigError
-from pipeline.tasks.classification import LABEL, LOGITS, NO_LABEL, TOP1, TOP5, HitCounter, HitRecount
+from pipeline.tasks.classification import NO_LABEL, TOP1, TOP5
+from pipeline.tasks.head_statistics import DECISION_SUMS, HeadsRecount, HeadSums, sums_of
+from pipeline.tasks.head_targets import Head, Label, json_object
 from pipeline.tasks.task import (
     EMBEDDING,
     BadTargetError,
     OutputSpec,
-    Recount,
-    StatisticsAccumulator,
     TargetColumn,
     Targets,
     Task,
     TaskHead,
-    TeacherOutputs,
 )
 from schemas.cache_format import Statistics
 from schemas.config import CacheConfig, HeadConfig
-
-Label = int | tuple[int, ...]
-"""A class, or for a multilabel head its classes in ascending order."""
-
-DECISION_SUMS = ("true_positives", "false_positives")
-# Two encodings of a row with 16 or 256 levels move a logit by at most half a step of its range.
-_HALF_STEP = 1 / 30
-_ROUNDING = 2.0**-10
-
-
-@dataclass(frozen=True, slots=True)
-class BitsColumn(TargetColumn):
-    """int8 [N,K], 1 for the classes of a row and ``missing`` in all of a row without a target.
-
-    A row is stored as K bits: class k is bit k mod 8, from the lowest, of byte k div 8. Spare bits are 0.
-    """
-
-    num_classes: int = 0
-
-    def to_arrow(self, values_N: NDArray[Any]) -> pa.Array:
-        bytes_NB = np.packbits(values_N == 1, axis=1, bitorder="little")
-        is_missing_N = values_N[:, 0] == self.missing
-        rows = [None if is_missing else row.tobytes() for row, is_missing in zip(bytes_NB, is_missing_N, strict=True)]
-        return pa.array(rows, self.type)
-
-    def to_numpy(self, column: pa.ChunkedArray) -> NDArray[Any]:
-        is_missing_N = column.is_null().to_numpy()
-        data = b"".join(column.fill_null(bytes(self.type.byte_width)).to_pylist())
-        bytes_NB = np.frombuffer(data, np.uint8).reshape(-1, self.type.byte_width)
-        bits_NK = np.unpackbits(bytes_NB, axis=1, bitorder="little").astype(np.int8)
-        values_NK = bits_NK[:, : self.num_classes].copy()
-        # A class that does not exist is as invalid as a number out of range.
-        values_NK[bits_NK[:, self.num_classes :].any(1)] = 2
-        values_NK[is_missing_N] = self.missing
-        return values_NK
-
-
-@dataclass(frozen=True, slots=True)
-class Head(TaskHead):
-    """One entry of ``data.heads``.
-
-    Attributes:
-        member: extension of the member that has the label, in lower case.
-        path: of the label in that member's JSON.
-    """
-
-    name: str
-    num_classes: int
-    member: str
-    path: tuple[str, ...]
-
-    @property
-    def is_multilabel(self) -> bool:
-        return self.kind == "multilabel"
-
-    @property
-    def target_column(self) -> TargetColumn:
-        if not self.is_multilabel:
-            return TargetColumn(self.column, pa.int32(), NO_LABEL)
-        return BitsColumn(self.column, pa.binary(-(-self.num_classes // 8)), NO_LABEL, self.num_classes)
-
-    @property
-    def expected(self) -> str:
-        """What the member has, for messages."""
-        number = f"an integer in [0, {self.num_classes})"
-        content = f"a list of different integers in [0, {self.num_classes})" if self.is_multilabel else number
-        return f"{content}, or null, in {'.'.join(self.path)} of a JSON object"
-
-    def find(self, text: bytes) -> Any:
-        """What the member holds for this head; None: nothing.
-
-        Raises:
-            ValueError: the member is no JSON object.
-        """
-        value: Any = _json_object(text)
-        for key in self.path:
-            value = value.get(key) if isinstance(value, dict) else None
-        return value
-
-    def label(self, value: Any) -> Label:
-        """
-        Raises:
-            ValueError: this is no label, under any number of classes.
-        """
-        if not self.is_multilabel:
-            return _class(value)
-        if not isinstance(value, list):
-            raise ValueError
-        classes = tuple(sorted(map(_class, value)))
-        if len(set(classes)) < len(classes):
-            raise ValueError
-        return classes
-
-    def is_in_range(self, label: Label) -> bool:
-        return max(label if isinstance(label, tuple) else (label,), default=0) < self.num_classes
-
-    def rows(self, labels: Iterable[Label | None]) -> NDArray[Any]:
-        """int32 [N], or int8 [N,K] of a multilabel head."""
-        if not self.is_multilabel:
-            return np.array([NO_LABEL if label is None else label for label in labels], np.int32)
-        listed: list[Any] = list(labels)
-        values_NK = np.zeros((len(listed), self.num_classes), np.int8)
-        for row, classes in enumerate(listed):
-            if classes is None:
-                values_NK[row] = NO_LABEL
-            else:
-                # A head of a shard's first bytes may have classes that the config does not allow.
-                values_NK[row, [k for k in classes if k < self.num_classes]] = 1
-        return values_NK
-
-    def is_labelled(self, targets: Targets) -> NDArray[np.bool_]:
-        values = targets[self.column]
-        return (values[:, 0] if self.is_multilabel else values) != NO_LABEL
-
-    def num_invalid(self, targets: Targets) -> int:
-        values = targets[self.column]
-        if not self.is_multilabel:
-            return int(((values < NO_LABEL) | (values >= self.num_classes)).sum())
-        is_bit_NK = (values == 0) | (values == 1)
-        return int((~(is_bit_NK.all(1) | (values == NO_LABEL).all(1))).sum())
-
-
-def _class(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError
-    return value
-
-
-def _json_object(text: bytes) -> dict[str, Any]:
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError
-    return value
-
-
-class HeadSums(StatisticsAccumulator):
-    """``HEAD/NAME`` in ``Statistics.sums``: the counts of classification for each class head; for a multilabel head its
-    labelled rows, its labels by class, and its right and wrong positive decisions (logit above 0)."""
-
-    def __init__(self, heads: tuple[Head, ...]) -> None:
-        self._heads, self._sums = heads, Counter[str]()
-
-    def add(self, outputs: TeacherOutputs, targets: Targets) -> None:
-        for head in self._heads:
-            if head.output in outputs:
-                counts = _decisions if head.is_multilabel else _hits
-                self._sums.update({f"{head.name}/{key}": n for key, n in counts(head, outputs, targets).items()})
-
-    def add_part(self, statistics: Statistics) -> None:
-        self._sums.update({key: int(value) for key, value in statistics.sums.items()})
-
-    def result(self) -> dict[str, Any]:
-        return {"sums": {key: float(self._sums[key]) for key in sorted(self._sums)}}
-
-
-def _hits(head: Head, outputs: TeacherOutputs, targets: Targets) -> dict[str, int]:
-    counter = HitCounter()
-    counter.add({LOGITS: outputs[head.output]}, {LABEL: targets[head.column]})
-    counts = counter.result()
-    classes = counts.pop("class_counts")
-    return counts | {f"classes/{label}": num_rows for label, num_rows in classes.items()}
-
-
-def _decisions(head: Head, outputs: TeacherOutputs, targets: Targets) -> dict[str, int]:
-    labelled_N = head.is_labelled(targets)
-    is_set_MK, is_positive_MK = targets[head.column][labelled_N] == 1, outputs[head.output][labelled_N] > 0
-    return _label_counts(is_set_MK, np.ones(len(is_set_MK), np.int64)) | {
-        "true_positives": int((is_set_MK & is_positive_MK).sum()),
-        "false_positives": int((~is_set_MK & is_positive_MK).sum()),
-    }
-
-
-def _label_counts(is_set_MK: NDArray[np.bool_], num_rows_M: NDArray[np.int64]) -> dict[str, int]:
-    counts_K = (is_set_MK * num_rows_M[:, None]).sum(0).tolist()
-    return {"labelled": int(num_rows_M.sum())} | {f"classes/{label}": n for label, n in enumerate(counts_K) if n}
-
-
-class DecisionRecount:
-    """As ``HitRecount``, for a multilabel head: a mix group counts only if none of its rows is mixed."""
-
-    def __init__(self, target_NK: NDArray[np.int8], *, mix_group: int, has_logits: bool) -> None:
-        self._target_NK, self._has_logits = target_NK, has_logits
-        self._group_N = np.arange(len(target_NK)) // mix_group
-        num_groups = int(self._group_N[-1]) + 1 if len(self._group_N) else 0
-        self._mixes_G = np.zeros(num_groups, np.bool_)
-        # [G, true or false positives, all doubtful decisions negative or positive]
-        self._counts_G22 = np.zeros((num_groups, 2, 2), np.int64)
-        self._num_rows_N = np.zeros(len(target_NK), np.int64)
-
-    def add_view(self, mix_lambda_M: NDArray[np.float32], rows: slice) -> None:
-        np.logical_or.at(self._mixes_G, self._group_N[rows], mix_lambda_M != 1)
-        self._num_rows_N[rows] += 1
-
-    def add_logits(self, values: NDArray[np.float32], rows: slice, *, exact: bool) -> None:
-        target_MK = self._target_NK[rows]
-        labelled = np.flatnonzero(target_MK[:, 0] != NO_LABEL)
-        logits_LK, is_set_LK = values[labelled], target_MK[labelled] == 1
-        range_L1 = np.ptp(logits_LK, axis=1, keepdims=True) if len(labelled) else np.zeros((0, 1), np.float32)
-        margin_L1 = (
-            0 if exact else _HALF_STEP * range_L1 + _ROUNDING * np.abs(logits_LK).max(1, keepdims=True, initial=0)
-        )
-        # A small logit of either sign may be stored as 0.
-        for bound, is_positive_LK in enumerate((logits_LK > margin_L1, logits_LK >= -margin_L1)):
-            counts_L2 = np.stack([(is_set_LK & is_positive_LK).sum(1), (~is_set_LK & is_positive_LK).sum(1)], 1)
-            np.add.at(self._counts_G22[:, :, bound], self._group_N[rows][labelled], counts_L2)
-
-    def compare(self, name: str, stated: Mapping[str, int], expect: Callable[[str, object, object], object]) -> None:
-        counted_N = (self._target_NK[:, 0] != NO_LABEL) & ~self._mixes_G[self._group_N]
-        expected = _label_counts(self._target_NK[counted_N] == 1, self._num_rows_N[counted_N])
-        got = {key: n for key, n in stated.items() if key not in DECISION_SUMS}
-        expect(f"the commit's class counts of the head {name} do not match the labels", got, expected)
-        if self._has_logits:
-            bounds_22 = self._counts_G22[~self._mixes_G].sum(0).tolist()
-            for key, (low, high) in zip(DECISION_SUMS, bounds_22, strict=True):
-                count = stated.get(key, 0)
-                nearest = min(max(count, low), high)
-                expect(f"the commit's {key} of the head {name} do not match the stored logits", count, nearest)
-
-
-class HeadsRecount(Recount):
-    """The recounts of all heads whose logits the teacher has."""
-
-    def __init__(self, heads: tuple[Head, ...], targets: Targets, *, mix_group: int, outputs: Iterable[str]) -> None:
-        stored = set(outputs)
-        self._hits: dict[str, tuple[Head, HitRecount]] = {}
-        self._decisions: dict[str, tuple[Head, DecisionRecount]] = {}
-        for head in heads:
-            has_logits = head.output in stored
-            if head.is_multilabel:
-                counts = DecisionRecount(targets[head.column], mix_group=mix_group, has_logits=has_logits)
-                self._decisions[head.output] = head, counts
-            else:
-                hits = HitRecount(targets[head.column], mix_group=mix_group, has_logits=has_logits)
-                self._hits[head.output] = head, hits
-
-    def add_view(self, mix_lambda_M: NDArray[np.float32], rows: slice) -> None:
-        for _, recount in (*self._hits.values(), *self._decisions.values()):
-            recount.add_view(mix_lambda_M, rows)
-
-    def add_outputs(self, name: str, values: NDArray[np.float32], rows: slice, *, exact: bool) -> None:
-        if name in self._hits:
-            self._hits[name][1].add_outputs(LOGITS, values, rows, exact=exact)
-        if name in self._decisions:
-            self._decisions[name][1].add_logits(values, rows, exact=exact)
-
-    def compare(self, stated: Statistics, expect: Callable[[str, object, object], object]) -> None:
-        for head, hits in self._hits.values():
-            if sums := _sums_of(head, stated):
-                hits.compare(_as_classification(sums), _of_head(head, expect))
-        for head, decisions in self._decisions.values():
-            if sums := _sums_of(head, stated):
-                decisions.compare(head.name, sums, expect)
-
-
-def _sums_of(head: Head, statistics: Statistics) -> dict[str, int]:
-    prefix = f"{head.name}/"
-    return {key.removeprefix(prefix): int(n) for key, n in statistics.sums.items() if key.startswith(prefix)}
-
-
-def _as_classification(sums: Mapping[str, int]) -> Statistics:
-    classes = {int(key.removeprefix("classes/")): n for key, n in sums.items() if key.startswith("classes/")}
-    labelled, top1_hits, top5_hits = (sums.get(key, 0) for key in ("labelled", "top1_hits", "top5_hits"))
-    class_counts = dict(sorted(classes.items()))
-    return Statistics(labelled=labelled, top1_hits=top1_hits, top5_hits=top5_hits, class_counts=class_counts)
-
-
-def _of_head(head: Head, expect: Callable[[str, object, object], object]) -> Callable[[str, object, object], object]:
-    return lambda what, got, expected: expect(f"head {head.name}: {what}", got, expected)
 
 
 @dataclass(frozen=True, slots=True)
@@ -376,7 +105,7 @@ class Heads(Task):
 
     def is_target(self, text: bytes) -> bool:
         try:
-            return bool(_json_object(text))
+            return bool(json_object(text))
         except ValueError:
             return False
 
@@ -444,7 +173,7 @@ class Heads(Task):
     def teacher_metrics(self, statistics: Statistics) -> dict[str, float | None]:
         metrics: dict[str, float | None] = {}
         for head in self.entries:
-            sums = _sums_of(head, statistics)
+            sums = sums_of(head, statistics)
             if head.is_multilabel:
                 positives = sum(n for key, n in sums.items() if key.startswith("classes/"))
                 decided = positives + sum(sums.get(key, 0) for key in DECISION_SUMS)

@@ -20,7 +20,7 @@ from pipeline.cache.verify import verify_cache
 from pipeline.shards.index import decode_index, encode_index, index_settings, index_shard
 from pipeline.shards.tar import read_samples
 from pipeline.tasks import BadTargetError, task_of
-from pipeline.tasks.heads import BitsColumn
+from pipeline.tasks.head_targets import BitsColumn
 from schemas.config import CacheConfig, DataConfig
 from tests.errors import raises
 from tests.pipeline.cache.verify.forge import replace_commit, republish
