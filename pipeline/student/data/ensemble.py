@@ -91,7 +91,7 @@ def _difference(index: ShardIndex, other: ShardIndex) -> str | None:
         "content_hash": (index.content_hash, other.content_hash),
     }
     for name, (before, after) in columns.items():
-        changed = np.flatnonzero(before != after)
+        changed = np.flatnonzero((before != after).reshape(len(before), -1).any(1))
         if len(changed):
             row = changed[0]
             return f"{index.sample_ids(changed[:1])[0]} {name}: {before[row]} -> {after[row]}"

@@ -69,9 +69,19 @@ class _Binding:
         """The column of its (first) target, whose rows its mean is over; None: it is over all rows."""
         return next(iter(self.names("target")), None)
 
-    @property
-    def takes_teacher(self) -> bool:
-        return any(parameter.is_of_teacher for parameter in self.required.values())
+    def teachers(self, inputs: LossInputs, temperature: float) -> dict[int, TeacherInputs]:
+        """Those that the loss is computed for, by their positions: of several, those that have the head."""
+        if not any(parameter.is_of_teacher for parameter in self.required.values()):
+            return {}
+        outputs = self.names("teacher output")
+        numbered = dict(enumerate(inputs.teachers))
+        if self.head is None or len(numbered) < 2:
+            return numbered
+        return {
+            number: teacher
+            for number, teacher in numbered.items()
+            if all(teacher.outputs.at(name, temperature) is not None for name in outputs)
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,18 +113,18 @@ class _Term:
         """At which this term takes the teacher's outputs; 1 for a loss without temperature."""
         return self.options.get("temperature", 1.0)
 
-    def details(self, binding: _Binding, parts: Sequence[Tensor]) -> dict[str, Tensor]:
+    def details(self, binding: _Binding, parts: Mapping[int, Tensor]) -> dict[str, Tensor]:
         """Values of one head and of single teachers, where there are several: ``kd/HEAD``, ``kd/0``, ``kd/HEAD/0``."""
         key, by_key = self.key, dict[str, Tensor]()
         if len(self.bindings) > 1 and binding.head is not None:
             key = f"{key}/{binding.head.name}"
-            by_key[key] = torch.stack([*parts]).sum()
-        return by_key | {f"{key}/{number}": part for number, part in enumerate(parts) if len(parts) > 1}
+            by_key[key] = torch.stack([*parts.values()]).sum()
+        return by_key | {f"{key}/{number}": part for number, part in parts.items() if len(parts) > 1}
 
-    def values(self, binding: _Binding, inputs: LossInputs) -> list[Tensor]:
-        """One value for each teacher if the loss takes an input of the teacher, else one value."""
-        teachers = inputs.teachers if binding.takes_teacher else ()
-        return [self._value(binding, inputs, teacher) for teacher in teachers or (None,)]
+    def values(self, binding: _Binding, inputs: LossInputs) -> dict[int, Tensor]:
+        """One value for each teacher, by its position, if the loss takes an input of the teacher; else one value."""
+        teachers = binding.teachers(inputs, self.temperature) or {0: None}
+        return {number: self._value(binding, inputs, teacher) for number, teacher in teachers.items()}
 
     def _value(self, binding: _Binding, inputs: LossInputs, teacher: TeacherInputs | None) -> Tensor:
         values = {
@@ -173,9 +183,9 @@ class CompositeLoss:
         Returns:
             The total, an fp32 scalar, weighted and scaled for DDP's mean over ranks, on which to call ``backward``; and
             by term (``kd``, ``kd_2``, …) the fp32 mean over this rank's valid rows, unweighted, unscaled and detached.
-            With several teachers a term is summed over them (FunMatch, Beyer 2022), and ``kd/0``, ``kd/1``, … are the
-            values of the individual teachers. With several heads it is summed over them, and ``kd/HEAD`` is the value
-            of one.
+            With several teachers a term is summed over those that have its head (FunMatch, Beyer 2022), and ``kd/0``,
+            ``kd/1``, … are the values of the individual teachers. With several heads it is summed over them, and
+            ``kd/HEAD`` is the value of one.
 
         Raises:
             TrainingError: the batch lacks an input of a term.
@@ -189,7 +199,7 @@ class CompositeLoss:
             details: dict[str, Tensor] = {}
             for binding in term.bindings:
                 parts = term.values(binding, inputs)
-                of_heads.append(torch.stack(parts).sum())
+                of_heads.append(torch.stack([*parts.values()]).sum())
                 summands.append(term.weight(epoch) * term.factor(binding, share) * of_heads[-1])
                 details |= term.details(binding, parts)
             values |= {key: value.detach() for key, value in {term.key: torch.stack(of_heads).sum(), **details}.items()}

@@ -10,11 +10,11 @@ from pipeline.cache.read.reader import TeacherCache
 from pipeline.core.config_loading import require
 from pipeline.core.errors import ConfigError
 from pipeline.core.redaction import redact
-from pipeline.models import require_weights
+from pipeline.models import require_weights, selected_widths
 from pipeline.student.losses import CompositeLoss
 from pipeline.student.supervision.spec import SupervisionSpec
 from pipeline.tasks import Task, task_of
-from schemas.config import CacheConfig, Config
+from schemas.config import CacheConfig, Config, TeacherModelConfig
 
 _CODES = {
     "logits": "cache.no-logits",
@@ -43,7 +43,7 @@ class Requirement:
 
     @property
     def name(self) -> str:
-        return self.key.replace("_", " ")
+        return self.key.replace("_", " ") if self.output is None or self.key != "logits" else self.output
 
     @property
     def code(self) -> str:
@@ -53,6 +53,12 @@ class Requirement:
     def value(self) -> str:
         """Of the key, with which a cache has it."""
         return "eval" if self.output is None else "fp16"
+
+    def lacks_head(self, cache: TeacherCache) -> bool:
+        """Whether the cache stores logits, and its teacher does not have this head."""
+        header = cache.header
+        is_stored = self.output is None or header.output(self.output) is not None
+        return self.key == "logits" and not is_stored and header.teacher[self.key] != "none"
 
     def check_stored(self, cache: TeacherCache, *, where: str | None = None) -> None:
         """
@@ -69,13 +75,16 @@ class Requirement:
                 next_step=f"{self.remedy}, or build another cache with cache.{self.key}={self.value}",
             )
 
-    def check_planned(self, cache: CacheConfig, task: Task) -> None:
+    def check_planned(self, cache: CacheConfig, teacher: TeacherModelConfig, task: Task) -> None:
         """
         Raises:
-            ConfigError: a cache that is built with this section would lack it.
+            ConfigError: a cache that is built with these sections would lack it.
         """
+        widths = selected_widths(task.widths, teacher)
+        if self.output in task.widths and self.output not in widths:
+            raise _no_head(self, where="teacher.heads")
         # Whatever their width, the outputs are the same.
-        outputs = task.outputs(cache, dict.fromkeys((*task.widths, task.embedding), 1))
+        outputs = task.outputs(cache, dict.fromkeys((*widths, task.embedding), 1))
         stored = [output.name for output in outputs if output.kind != "none"]
         if cache.class_means == "none" if self.output is None else self.output not in stored:
             raise ConfigError(
@@ -103,11 +112,26 @@ def requirements_of(loss: CompositeLoss) -> list[Requirement]:
 def check_cached_outputs(loss: CompositeLoss, caches: Sequence[TeacherCache]) -> None:
     """
     Raises:
-        ConfigError: a cache does not hold what the loss needs.
+        ConfigError: a cache does not hold what the loss needs. Of several teachers, each may lack heads that another
+            has.
     """
-    for cache in caches:
-        for requirement in requirements_of(loss):
+    for requirement in requirements_of(loss):
+        with_head = [cache for cache in caches if not requirement.lacks_head(cache)]
+        if caches and not with_head:
+            raise _no_head(requirement, where=", ".join(redact(cache.url) for cache in caches))
+        for cache in with_head:
             requirement.check_stored(cache)
+
+
+def _no_head(requirement: Requirement, *, where: str) -> ConfigError:
+    return ConfigError(
+        "a loss compares a head that no teacher has",
+        code="loss.teacher-lacks-head",
+        where=where,
+        got=f"no {requirement.output}",
+        expected="a teacher with this head; of several teachers, one is enough",
+        next_step=f"leave the head out of `heads` of the loss, {requirement.remedy}, or correct teacher.heads",
+    )
 
 
 def check_planned_outputs(loss: CompositeLoss, config: Config) -> None:
@@ -117,7 +141,7 @@ def check_planned_outputs(loss: CompositeLoss, config: Config) -> None:
     """
     assert config.cache is not None
     for requirement in requirements_of(loss):
-        requirement.check_planned(config.cache, task_of(config.data))
+        requirement.check_planned(config.cache, config.teacher, task_of(config.data))
 
 
 def check_online_class_means(config: Config, loss: CompositeLoss, spec: SupervisionSpec) -> None:
@@ -167,8 +191,18 @@ def check_teacher_mode(config: Config, loss: CompositeLoss) -> None:
         require(config, *(f"{name}.model" for name in config.teacher.models), command="train with teacher.mode=online")
         for where, section in config.teacher.models.items():
             require_weights(section, where=where)
+        _check_online_heads(config, loss)
         if loss.heads_of_class_means:
             _require_class_means(config)
+
+
+def _check_online_heads(config: Config, loss: CompositeLoss) -> None:
+    widths = task_of(config.data).widths
+    teachers = config.teacher.models
+    outputs = {output for section in teachers.values() for output in selected_widths(widths, section)}
+    for requirement in requirements_of(loss):
+        if requirement.output in widths and requirement.output not in outputs:
+            raise _no_head(requirement, where=", ".join(f"{name}.heads" for name in teachers))
 
 
 def _require_class_means(config: Config) -> None:

@@ -39,7 +39,9 @@ def stored_outputs(specs: Iterable[OutputSpec]) -> tuple[Output, ...]:
 
 def config_key(name: str) -> str:
     """The key of ``cache``, and of ``teacher`` in a header, that has the encoding of an output."""
-    return _CONFIG_KEYS.get(name, name)
+    # All heads have the encoding of ``logits``.
+    kind, _, _ = name.partition(".")
+    return _CONFIG_KEYS.get(kind, kind)
 
 
 def _encoding(output: Output) -> Encoding:

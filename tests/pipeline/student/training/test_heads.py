@@ -9,10 +9,10 @@ import pytest
 
 from pipeline.student.evaluation.loaded_run import load_run
 from pipeline.student.export.exporters import export_run
-from pipeline.student.training.config_checks import check_training
+from pipeline.student.training.config_checks import check_config, check_plan, check_training
 from schemas.config import Config
 from tests.errors import raises
-from tests.pipeline.caches import TinyCache
+from tests.pipeline.caches import TinyCache, cache_section
 from tests.pipeline.heads import build_heads, heads_config
 from tests.pipeline.student.runs import check_resume, evaluated, evaluations, metrics, run, run_config, training_error
 from tests.tolerances import ulps
@@ -105,3 +105,32 @@ def test_a_head_that_the_weights_lack_and_no_loss_reads_is_not_trained(cache: Ti
     assert load_run(str(tmp_path / "first"), "last").untrained == {"logits.even", "logits.tags"}
     # The file has the head pair.
     assert load_run(str(tmp_path / "second"), "last").untrained == {"logits.tags"}
+
+
+def test_teachers_may_have_one_head_each(cache: TinyCache, tmp_path: Path) -> None:
+    """Each term is summed over the teachers that have its head; the rest of the training is that of one cache."""
+    even, pair = (
+        build_heads(with_heads(cache.config, f"{tmp_path}/{name}", heads=heads, depth=depth))
+        for name, heads, depth in (("even", ["even"], 8), ("pair", ["pair", "tags"], 14))
+    )
+    loss = [{"name": "kd", "heads": ["even", "pair"], "temperature": 1.0}]
+    run(config_of(cache, tmp_path / "both", loss=loss, data={"cache": [even.url, pair.url]}, teacher={"model": None}))
+    # Before the first update all runs have the same student.
+    for name, opened in (("even", even), ("pair", pair)):
+        one_head, data = [{**loss[0], "heads": [name]}], {"cache": opened.url}
+        run(config_of(cache, tmp_path / f"run-{name}", loss=one_head, data=data, teacher={"model": None}))
+        alone, both = metrics(tmp_path / f"run-{name}")[0]["loss/kd"], metrics(tmp_path / "both")[0][f"loss/kd/{name}"]
+        assert alone == pytest.approx(both, rel=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["cache", "online"])
+def test_a_head_that_no_teacher_has_is_refused(cache: TinyCache, tmp_path: Path, mode: str) -> None:
+    """By the plan of a cache, and by a training with an online teacher."""
+    config = config_of(cache, tmp_path, mode=mode, loss=[{"name": "kd"}], teacher={"heads": ["pair"]})
+    with raises("loss.teacher-lacks-head", got="no logits.even"):
+        check_plan(config.model_copy(update={"cache": cache.config.cache})) if mode == "cache" else check_config(config)
+
+
+def with_heads(base: Config, url: str, *, heads: list[str], depth: int) -> Config:
+    teacher = base.teacher.model_copy(update={"heads": tuple(heads), "kwargs": {**base.teacher.kwargs, "depth": depth}})
+    return base.model_copy(update={"teacher": teacher, "cache": cache_section(base).model_copy(update={"url": url})})
