@@ -20,7 +20,7 @@ from tests.errors import raises
 
 def tree_of(prefix: str) -> dict[str, Any]:
     """A config in which every key that takes a path has one with this prefix."""
-    teacher = {"weights": f"{prefix}w.pt", "class_means": f"{prefix}means"}
+    teacher = {"weights": f"{prefix}w.pt", "class_means": f"{prefix}means", "text_head": f"{prefix}head.safetensors"}
     return {
         "data": {
             "shards": f"{prefix}{{a,b}}.tar",

@@ -35,6 +35,8 @@ from pipeline.core.errors import CacheError, StorageError, StorageInputError
 from pipeline.core.hashing import digest
 from pipeline.core.redaction import quoted, redact
 from pipeline.shards.index import ShardIndex, decode_index
+from pipeline.tasks import EMBEDDING
+from pipeline.tasks.classification import LOGITS
 from schemas.cache_format import Header, Manifest, Output, aug_param_columns
 
 
@@ -81,6 +83,16 @@ class ViewColumns:
     def decoded(self, name: str) -> NDArray[np.float32]:
         """All rows of a stored output, decoded at T = 1."""
         return self.outputs[name].decode()
+
+    @property
+    def logits_NK(self) -> NDArray[np.float32] | None:
+        """``decoded("logits")``. None if the cache has no output of this name."""
+        return self.decoded(LOGITS) if LOGITS in self.outputs else None
+
+    @property
+    def embedding_ND(self) -> NDArray[np.float32] | None:
+        """``decoded("embedding")``. None if the cache has no embeddings."""
+        return self.decoded(EMBEDDING) if EMBEDDING in self.outputs else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pipeline.augment.pixels import to_input
 from pipeline.core.errors import CacheError, ConfigError, ShardError, StorageInputError
-from pipeline.core.hashing import weights_digest
+from pipeline.core.hashing import differences, weights_digest
 from pipeline.core.redaction import quoted, redact
 from pipeline.models import EmbeddingModel, InputSpec
 from pipeline.shards.index import IndexBuilder, ShardIndex, check_samples
@@ -34,10 +34,12 @@ from pipeline.student.supervision.spec import SupervisionSpec
 from pipeline.tasks import EMBEDDING, task_of
 from pipeline.teacher.inference import Teacher, load_teacher
 from pipeline.teacher.rendering import GroupViews, Rendering, read_groups
-from schemas.cache_format import ViewBlock
-from schemas.config import Config, DataConfig, ViewsConfig
+from schemas.cache_format import Header, ViewBlock
+from schemas.config import Config, DataConfig, TeacherConfig, ViewsConfig
 
 BATCH_SIZE = 128
+# In the architecture of teachers that have a text head.
+_TEXT_HEAD_KEYS = ("text_head", "embedding")
 _DEFAULT_SCOPE = EvaluationScope()
 
 
@@ -342,14 +344,31 @@ def teacher_of_run(config: Config, supervision: SupervisionSpec, device: torch.d
     widths = task_of(supervision.data).widths
     teacher = load_teacher(config.teacher, widths=widths, size=config.views.size or supervision.size, device=device)
     # With several caches the config names no teacher.
-    cached = [str(cache.header.teacher["weights"]) for cache in supervision.caches]
-    if cached and weights_digest(teacher.state()) != cached[0]:
-        raise CacheError(
-            "the teacher of this config is not the teacher of the cache",
-            code="cache.other-teacher",
-            where="teacher.weights",
-            got=redact(str(config.teacher.weights)),
-            expected=f"weights with digest {cached[0][:16]}",
-            next_step="name the cache's teacher or none; a run with teacher.mode=cache needs none",
-        )
+    if supervision.caches:
+        _check_same_teacher(config.teacher, teacher, supervision.caches[0].header)
     return teacher
+
+
+def _check_same_teacher(config: TeacherConfig, teacher: Teacher, header: Header) -> None:
+    """Compares what only a loaded teacher shows; the other keys were compared before."""
+    cached = header.teacher
+    stored, given = (
+        {key: architecture.get(key) for key in _TEXT_HEAD_KEYS}
+        for architecture in (cached["architecture"], teacher.loaded.architecture)
+    )
+    if weights_digest(teacher.state()) != cached["weights"]:
+        where, got = "teacher.weights", redact(str(config.weights))
+        expected = f"weights with digest {str(cached['weights'])[:16]}"
+    elif changed := differences(stored, given):
+        where, got = "teacher.text_head", "; ".join(changed)
+        expected = ", ".join(f"{key}: {value}" for key, value in stored.items())
+    else:
+        return
+    raise CacheError(
+        "the teacher of this config is not the teacher of the cache",
+        code="cache.other-teacher",
+        where=where,
+        got=got,
+        expected=expected,
+        next_step="name the cache's teacher or none; a run with teacher.mode=cache needs none",
+    )

@@ -20,6 +20,7 @@ from pipeline.cache.read.reader import open_cache
 from pipeline.core.errors import CacheError, ConfigError, ModelError, StorageInputError
 from pipeline.models import LoadedModel, load_model, load_untrained
 from pipeline.models.summary import check_weights, summarize_model
+from pipeline.student.training.config_checks import check_training
 from pipeline.student.training.trainer import train
 from schemas.config import TeacherConfig
 from tests.errors import raises
@@ -258,6 +259,12 @@ def test_a_cache_of_a_zero_shot_teacher_trains_a_student_by_every_kind_of_loss(
     torch.testing.assert_close(logits_NK, expected_NK, rtol=0, atol=ulps(3 * 9, 100.0))
     run = run_config(config, tmp_path / "run", loss=[*ALL_TERMS, {"name": "cosine"}], train={"epochs": 1})
     assert train(run)["steps"] == 5
+    keys: dict[str, Any] = {"data": {"val_shards": config.data.shards}, "train": {"eval_agreement": True}}
+    check_training(run_config(config, tmp_path / "measured", **keys))
+    other = {"text_head": write(tmp_path / "other", weight_KD.flip(0))}
+    with raises("cache.other-teacher", CacheError, where="teacher.text_head") as caught:
+        check_training(run_config(config, tmp_path / "measured", teacher=other, **keys))
+    assert hashlib.sha256(Path(url).read_bytes()).hexdigest() in str(caught.value.expected)
     fingerprint = current_context(config).header.fingerprint
     write(tmp_path / "head", weight_KD.flip(0))
     assert current_context(config).header.fingerprint != fingerprint

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,10 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import horizontal_flip, resized_crop
 
 from pipeline.augment.params import EVAL_VIEW, is_canary, sample_keys
-from pipeline.cache.read.reader import TeacherCache, ViewColumns
+from pipeline.cache.read.reader import TeacherCache, ViewColumns, open_cache
 from pipeline.cache.verify import verify_cache
 from pipeline.models.cifar import CifarResNet, resnet
-from tests.pipeline.caches import open_built
+from tests.pipeline.caches import TinyCache, open_built
 from tests.pipeline.conftest import TinyConfig, tiny_config_of
 from tests.tolerances import magnitude_of, network_operations, reordered, ulps
 
@@ -109,7 +110,8 @@ def forward_error(network: CifarResNet, outputs: torch.Tensor) -> float:
 def check_view(cache: TeacherCache, network: CifarResNet, url: str, shard: str, view: int) -> ViewColumns:
     columns = cache.view(shard, view)
     logits, embedding = infer_by_hand(network, crops(images(url), columns), columns)
-    for found, expected in ((columns.decoded("logits"), logits), (columns.decoded("embedding"), embedding)):
+    for found, expected in ((columns.logits_NK, logits), (columns.embedding_ND, embedding)):
+        assert found is not None
         np.testing.assert_allclose(found, expected, rtol=0, atol=forward_error(network, expected))
     norms = [np.sqrt((row.astype(np.float64) ** 2).sum()) for row in columns.decoded("embedding")]
     # Computed in float64, stored as fp32.
@@ -167,6 +169,13 @@ def test_class_means_are_those_of_the_stored_embeddings(kind: str, view: int, ca
     assert means.count_K.tolist() == count.tolist()
     # Fixed point rounds each row to 2^-25; the mean is then rounded to fp32.
     np.testing.assert_allclose(means.mean_KD, total / count[:, None], rtol=ulps(1), atol=2.0**-25)
+
+
+def test_decoded_outputs_that_a_cache_does_not_store_are_none(tiny_cache: TinyCache) -> None:
+    columns = open_cache(tiny_cache.url).view("digits-00", 0)
+    for name in ("logits", "embedding"):
+        stored = replace(columns, outputs={name: columns.outputs[name]})
+        assert (stored.logits_NK is None, stored.embedding_ND is None) == (name != "logits", name != "embedding")
 
 
 @pytest.mark.slow
