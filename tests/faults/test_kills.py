@@ -185,6 +185,7 @@ def test_ctrl_c_on_a_running_cluster_ends_the_tasks_in_flight(tmp_path: Path) ->
         wait_until(lambda: not node.busy_workers(), timeout_s=30)
 
 
+@pytest.mark.exhaustive
 def test_ctrl_c_in_a_ray_training_exits_130_and_the_same_command_resumes(shards: list[str], tmp_path: Path) -> None:
     config = training_file(tmp_path, "training", shards)
     process = start("train_student", config)

@@ -44,6 +44,7 @@ def new_requests(s3: str, tmp_path_factory: pytest.TempPathFactory) -> RequestLo
     return count
 
 
+@pytest.mark.exhaustive
 def test_sizes_of_many_shards_take_a_request_a_thousand_names(s3: str, new_requests: RequestLog) -> None:
     by_id = {f"s-{number:04d}": f"{s3}/many/s-{number:04d}.tar" for number in range(1_200)}
     fsspec.filesystem("s3", skip_instance_cache=True).pipe({url: shard.encode() for shard, url in by_id.items()})

@@ -42,6 +42,7 @@ def killed_at(tree: Tree, number: signal.Signals, **sections: Any) -> dict[str, 
         slow(signal.SIGABRT, "Aborted"),
     ],
 )
+@pytest.mark.exhaustive
 def test_a_command_that_a_signal_ends_names_it_on_stderr(
     tree: Tree, tmp_path: Path, number: signal.Signals, text: str
 ) -> None:

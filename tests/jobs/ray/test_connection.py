@@ -137,6 +137,7 @@ def test_a_folder_that_ray_cannot_write_is_one_error(variable: str, code: str, m
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.exhaustive
 def test_a_temporary_folder_too_long_for_sockets_is_replaced_by_a_short_one_with_a_warning(tmp_path: Path) -> None:
     long = tmp_path / ("x" * 80)
     long.mkdir()
@@ -150,6 +151,7 @@ def test_a_temporary_folder_too_long_for_sockets_is_replaced_by_a_short_one_with
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.exhaustive
 def test_a_given_token_makes_a_home_that_cannot_be_written_unnecessary(tmp_path: Path) -> None:
     """The remedy that the error names."""
     done = run_python("-c", _USE, HOME=_a_file(tmp_path), RAY_AUTH_TOKEN="0123456789abcdef" * 4)
@@ -158,6 +160,7 @@ def test_a_given_token_makes_a_home_that_cannot_be_written_unnecessary(tmp_path:
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.exhaustive
 def test_the_error_of_a_refused_token_names_the_variables_to_set(tmp_path: Path) -> None:
     with head_node(tmp_path, num_cpus=1) as head:
         home = {"HOME": str(tmp_path)}
@@ -171,6 +174,7 @@ def test_the_error_of_a_refused_token_names_the_variables_to_set(tmp_path: Path)
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.exhaustive
 def test_ctrl_c_leaves_no_temporary_folder_of_a_worker(tmp_path: Path) -> None:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         done = run_python("-c", _INTERRUPTED, TMPDIR=folder, STILLROOM_TEST_BEGAN=str(tmp_path / "began"))

@@ -40,6 +40,7 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_compiled_student_learns_what_an_ordinary_one_does_under_the_same_names(
     replays: Replay, tmp_path: Path
 ) -> None:
