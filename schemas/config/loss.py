@@ -34,8 +34,15 @@ class CeLoss(HeadLossSection):
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share of the target spread over all classes.")
 
 
+class BceLoss(HeadLossSection):
+    """Binary cross-entropy against the labels of multilabel heads."""
+
+    name: Literal["bce"]
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="ε: a target t becomes t · (1 - ε) + ε / 2.")
+
+
 class KdLoss(HeadLossSection):
-    """Hinton 2015; FunMatch is this term alone."""
+    """Hinton 2015; FunMatch is this term alone. Sigmoids of multilabel heads, else softmaxes."""
 
     name: Literal["kd"]
     temperature: float = Field(4.0, gt=0, description="T of both softmaxes; the loss is scaled by T².")
@@ -140,6 +147,7 @@ class SimilarityLoss(LossSection):
 
 LossConfig = Annotated[
     CeLoss
+    | BceLoss
     | KdLoss
     | DistLoss
     | DkdLoss

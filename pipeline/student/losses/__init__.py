@@ -5,13 +5,14 @@ Importing a loss here registers its name.
 
 from pipeline.student.losses.ce import ce
 from pipeline.student.losses.composite import BatchShare, CompositeLoss
-from pipeline.student.losses.dist import dist
+from pipeline.student.losses.dist import dist, dist_multilabel
 from pipeline.student.losses.dkd import dkd
 from pipeline.student.losses.embedding import cosine, mse, sifn, smooth_l1
 from pipeline.student.losses.hard import hard
 from pipeline.student.losses.hcl import hcl
 from pipeline.student.losses.inputs import PARAMETERS, LossInputs, Parameter, TeacherInputs
 from pipeline.student.losses.kd import kd
+from pipeline.student.losses.multilabel import bce, kd_multilabel
 from pipeline.student.losses.nd import ClassDirections, check_class_means, nd
 from pipeline.student.losses.registry import LOSSES, MULTILABEL_LOSSES
 from pipeline.student.losses.similarity import similarity
@@ -26,14 +27,17 @@ __all__ = [
     "LossInputs",
     "Parameter",
     "TeacherInputs",
+    "bce",
     "ce",
     "check_class_means",
     "cosine",
     "dist",
+    "dist_multilabel",
     "dkd",
     "hard",
     "hcl",
     "kd",
+    "kd_multilabel",
     "mse",
     "nd",
     "sifn",

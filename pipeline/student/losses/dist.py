@@ -19,6 +19,10 @@ _STUDENT_NORM_FLOOR = 1e-3
 # Keeps the gradient of the root finite where a class has no probability in any row; far below what _EPS masks.
 _MIN_SQUARE = 1e-30
 
+MIN_LABELS = 10
+"""Multilabel heads with fewer labels have no relations within a row. A correlation over so few values depends mostly on
+which label has the largest probability: over two labels it is 1 or -1."""
+
 SumOverRanks = Callable[[Tensor], Tensor]
 """The sum over ranks, on every rank; the gradient of each rank's summand is that of all ranks' losses."""
 
@@ -64,12 +68,54 @@ def dist(
     with no_autocast(student_BK):
         student_BK, teacher_BK = finite_pair(_rows(student_BK), _rows(teacher_BK))
         student_BK, teacher_BK = (student_BK / temperature).softmax(dim=1), (teacher_BK / temperature).softmax(dim=1)
-        inter_B = 1 - _correlation(student_BK, teacher_BK, dim=1, total=_rank_sum)
-        inter, num_rows = total(torch.stack([inter_B.sum(), inter_B.new_full((), len(inter_B))])).unbind()
-        intra = 1 - _correlation(student_BK, teacher_BK, dim=0, total=total).mean()
-        # 0 for a batch of no rows.
-        intra = intra * num_rows.clamp_max(1)
-        return temperature**2 * (inter_weight * inter / num_rows.clamp_min(1) + intra_weight * intra)
+        return temperature**2 * _relations(student_BK, teacher_BK, inter_weight, intra_weight, total)
+
+
+@register("dist", kind="multilabel")
+def dist_multilabel(
+    student_BK: Tensor,
+    teacher_BK: Tensor,
+    *,
+    temperature: float,
+    inter_weight: float = 1.0,
+    intra_weight: float = 1.0,
+    gather: bool = False,
+    sum_over_ranks: SumOverRanks | None = None,
+) -> Tensor:
+    """``dist`` over ``sigmoid(logits / T)``, a probability for each row and label.
+
+    inter is left out below ten labels. intra, the relations among the rows of a label, needs no number of labels.
+    The paper has softmax alone.
+
+    Args:
+        student_BK: logits ``[B,K]`` of any floating type and size. The other arguments are those of ``dist``.
+
+    Returns:
+        fp32 scalar.
+
+    Raises:
+        ModelError: the two shapes differ.
+    """
+    assert not gather or sum_over_ranks is not None, "gather comes with sum_over_ranks"
+    total = sum_over_ranks if gather and sum_over_ranks is not None else _rank_sum
+    with no_autocast(student_BK):
+        student_BK, teacher_BK = finite_pair(student_BK, teacher_BK)
+        student_BK, teacher_BK = (student_BK / temperature).sigmoid(), (teacher_BK / temperature).sigmoid()
+        if student_BK.shape[1] < MIN_LABELS:
+            inter_weight = 0.0
+        return temperature**2 * _relations(student_BK, teacher_BK, inter_weight, intra_weight, total)
+
+
+def _relations(
+    student_BK: Tensor, teacher_BK: Tensor, inter_weight: float, intra_weight: float, total: SumOverRanks
+) -> Tensor:
+    """Of probabilities."""
+    inter_B = 1 - _correlation(student_BK, teacher_BK, dim=1, total=_rank_sum)
+    inter, num_rows = total(torch.stack([inter_B.sum(), inter_B.new_full((), len(inter_B))])).unbind()
+    intra = 1 - _correlation(student_BK, teacher_BK, dim=0, total=total).mean()
+    # 0 for a batch of no rows.
+    intra = intra * num_rows.clamp_max(1)
+    return inter_weight * inter / num_rows.clamp_min(1) + intra_weight * intra
 
 
 def _rank_sum(sums: Tensor) -> Tensor:

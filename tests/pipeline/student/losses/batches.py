@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.student.data.teacher_outputs import TeacherOutputs
-from pipeline.student.losses import LOSSES, BatchShare, ClassDirections, LossInputs
+from pipeline.student.losses import LOSSES, MULTILABEL_LOSSES, BatchShare, ClassDirections, LossInputs
 from schemas.config import HeadLossSection, LossConfig
 
 # No deadline: a loaded machine must not fail a test.
@@ -105,6 +105,12 @@ def _class_directions(student_BD: Tensor) -> ClassDirections:
     return ClassDirections.of(torch.tensor([[1.0], [0.0], [math.nan]]).expand(3, student_BD.shape[1]))
 
 
+def _targets(student_BK: Tensor, labels_B: Tensor) -> Tensor:
+    """Every label up to that of the row; none of a row without a label."""
+    is_label_BK = torch.arange(student_BK.shape[1]) <= labels_B[:, None]
+    return torch.where(labels_B[:, None] < 0, -1, is_label_BK.long())
+
+
 def _maps(logits_BK: Tensor) -> list[Tensor]:
     """Two levels with these numbers, of 5×5 positions and of one."""
     level_BK11 = logits_BK[:, :, None, None]
@@ -124,19 +130,23 @@ _INPUTS: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
     "student_maps": lambda student, _teacher, _labels: _maps(student),
     "teacher_maps": lambda _student, teacher, _labels: _maps(teacher),
     "labels_B": lambda _student, _teacher, labels: labels,
+    "targets_BK": lambda student, _teacher, labels: _targets(student, labels),
 }
+
+FUNCTIONS = {**LOSSES, **{f"{name} multilabel": loss for name, loss in MULTILABEL_LOSSES.items()}}
+"""All registered losses, with a name for each."""
 
 
 def takes(name: str, *parameters: str) -> bool:
     """Whether the loss has one of these parameters."""
-    return not inspect.signature(LOSSES[name]).parameters.keys().isdisjoint(parameters)
+    return not inspect.signature(FUNCTIONS[name]).parameters.keys().isdisjoint(parameters)
 
 
 def default_options(name: str) -> dict[str, Any]:
     """The keys of a loss with their defaults, from its config section."""
     union, _ = get_args(LossConfig)
     sections = {get_args(section.model_fields["name"].annotation)[0]: section for section in get_args(union)}
-    section = sections[name]
+    section = sections[name.removesuffix(" multilabel")]
     excluded = {"name", *HeadLossSection.model_fields, *section.network_keys}
     return {key: field.default for key, field in section.model_fields.items() if key not in excluded}
 
@@ -147,9 +157,12 @@ def call(
     """The loss of this name on these logits; other inputs are derived from them."""
     inputs = {
         key: _INPUTS[key](student_BK, teacher_BK, labels_B)
-        for key in inspect.signature(LOSSES[name]).parameters
+        for key in inspect.signature(FUNCTIONS[name]).parameters
         if key in _INPUTS
     }
     if mixed:
-        options |= {"mixed_labels_B": labels_B.flip(0), "lambda_B": torch.full_like(teacher_BK[:, 0], 0.75)}
-    return LOSSES[name](**inputs, **{**default_options(name), **options})
+        partners: dict[str, Any] = {
+            f"mixed_{key}": inputs[key].flip(0) for key in ("labels_B", "targets_BK") if key in inputs
+        }
+        options |= {**partners, "lambda_B": torch.full_like(teacher_BK[:, 0], 0.75)}
+    return FUNCTIONS[name](**inputs, **{**default_options(name), **options})

@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from pipeline.student.losses import LOSSES
 from tests.errors import raises
 from tests.marks import slow
-from tests.pipeline.student.losses.batches import call, random_pair, takes
+from tests.pipeline.student.losses.batches import FUNCTIONS, call, random_pair, takes
 
 Variant = tuple[str, dict[str, Any]]
 # Every registered loss with the defaults of its section, and these.
 VARIANTS: dict[str, Variant] = {
-    **{name: (name, {}) for name in sorted(LOSSES)},
+    **{name: (name, {}) for name in sorted(FUNCTIONS)},
     "ce smoothed": ("ce", {"label_smoothing": 0.1}),
     "ce mixed": ("ce", {"mixed": True}),
     "kd at T=1": ("kd", {"temperature": 1.0}),
@@ -28,6 +27,9 @@ VARIANTS: dict[str, Variant] = {
     "similarity gathered": ("similarity", {"gather": True, "join_over_ranks": lambda rows: rows}),
     "dkd mixed": ("dkd", {"temperature": 1.0, "mixed": True}),
     "nd mixed": ("nd", {"mixed": True}),
+    "bce smoothed": ("bce multilabel", {"label_smoothing": 0.1}),
+    "bce mixed": ("bce multilabel", {"mixed": True}),
+    "dist multilabel gathered": ("dist multilabel", {"gather": True, "sum_over_ranks": lambda sums: sums}),
 }
 
 
@@ -89,7 +91,7 @@ def test_a_batch_of_no_rows_has_loss_zero_on_the_graph(variant: Variant) -> None
     assert student_BK.grad.shape == (0, 10)
 
 
-@over(lambda name: takes(name, "labels_B"))
+@over(lambda name: takes(name, "labels_B", "targets_BK"))
 def test_a_batch_without_labels_has_loss_zero_and_zero_gradient(variant: Variant) -> None:
     student_BK, teacher_BK = random_pair(0, 4, 5)
     loss = loss_of(variant, student_BK.requires_grad_(), teacher_BK, torch.full((4,), -1))
@@ -127,13 +129,15 @@ def test_student_and_teacher_of_different_shapes_are_refused(
     assert teacher.startswith(f"[2, {num_teacher}")
 
 
-@pytest.mark.parametrize("name", [name for name in sorted(LOSSES) if takes(name, "lambda_B")])
+@pytest.mark.parametrize("name", [name for name in sorted(FUNCTIONS) if takes(name, "lambda_B")])
 @pytest.mark.parametrize(
-    "mixed",
-    [{"mixed_labels_B": torch.zeros(2, dtype=torch.int64)}, {"lambda_B": torch.ones(2)}],
+    "has_lambdas",
+    [False, True],
     ids=["no lambdas", "no partners"],
 )
-def test_partners_and_lambdas_come_together(name: str, mixed: dict[str, Tensor]) -> None:
+def test_partners_and_lambdas_come_together(name: str, has_lambdas: bool) -> None:
+    partners = "mixed_labels_B" if takes(name, "labels_B") else "mixed_targets_BK"
+    mixed = {"lambda_B": torch.ones(2)} if has_lambdas else {partners: torch.zeros(2, 3, dtype=torch.int64)}
     with pytest.raises(AssertionError, match="come together"):
         call(name, torch.ones(2, 3), torch.ones(2, 3), torch.zeros(2, dtype=torch.int64), **mixed)
 
@@ -170,8 +174,26 @@ def test_an_enclosing_autocast_is_disabled_and_changes_nothing(variant: Variant)
     plain = value_and_gradient()
     assert all(torch.equal(*pair) for pair in zip(under_autocast, plain, strict=True))
     # What `call` does to build arguments is not among these.
-    arithmetic = {"clamp", "softmax", "log_softmax", "kl_div", "linalg_vector_norm", "lerp", "mean", "sum"}
-    arithmetic |= {"logsumexp", "cosine_similarity", "mse_loss", "square", "linalg_vecdot"}
+    arithmetic = {
+        "clamp",
+        "softmax",
+        "log_softmax",
+        "kl_div",
+        "linalg_vector_norm",
+        "lerp",
+        "mean",
+        "sum",
+        "sigmoid",
+        "log_sigmoid",
+    }
+    arithmetic |= {
+        "logsumexp",
+        "cosine_similarity",
+        "mse_loss",
+        "square",
+        "linalg_vecdot",
+        "binary_cross_entropy_with_logits",
+    }
     seen = {(operation, enabled) for operation, enabled in watch.seen if operation in arithmetic}
     assert len(seen) >= 3
     assert not any(enabled for _, enabled in seen)

@@ -21,7 +21,8 @@ STUDENT = {"model": "python:tests.pipeline.student.small_networks:normalised", "
 EVERY_LOSS = [
     {"name": "ce"},
     {"name": "kd"},
-    {"name": "dist", "heads": ["pair"]},
+    {"name": "bce", "label_smoothing": 0.1},
+    {"name": "dist", "heads": ["pair", "tags"]},
     {"name": "dkd", "heads": ["pair"]},
     {"name": "hard", "heads": ["pair", "even"]},
     {"name": "nd"},
@@ -51,7 +52,7 @@ def test_parity_every_loss_of_a_cached_run_is_that_of_an_online_run(cache: TinyC
     assert len(pairs) == 16
     for cached, online in pairs:
         names = [f"{loss}/{head}" for loss in ("ce", "kd", "hard", "nd") for head in ("even", "pair")]
-        assert {f"loss/{name}" for name in ("dist", "dkd", *names)} < cached.keys()
+        assert {f"loss/{name}" for name in ("bce", "dkd", "kd/tags", "dist/tags", *names)} < cached.keys()
         # A KL is a difference of rounded logarithms, here times T² = 16; near 0 its relative error has no bound.
         error = training_error(config, cached["step"] + 1)
         assert cached == pytest.approx(online, rel=error, abs=16 * 2 * ulps(11 + 12))
@@ -82,8 +83,11 @@ def test_heads_that_a_loss_cannot_take_are_refused(
 def test_a_run_measures_the_heads_that_it_trains_and_resumes_bitwise(cache: TinyCache, tmp_path: Path) -> None:
     val_shards = {"val_shards": cache.config.data.shards}
 
+    of_classes = [{"name": "ce"}, {"name": "kd", "heads": ["even", "pair"]}]
+
     def config(url: Path) -> Config:
-        return config_of(cache, url, data={**val_shards, "missing_labels": "ignore"}, train={"epochs": 3})
+        data = {**val_shards, "missing_labels": "ignore"}
+        return config_of(cache, url, loss=of_classes, data=data, train={"epochs": 3})
 
     run(config(tmp_path / "run"))
     evaluation = evaluated(config(tmp_path / "run"))
