@@ -28,7 +28,7 @@ from schemas.config.model import (
 )
 from schemas.config.ray import RayConfig
 from schemas.config.section import Section, Share, Triple, local_path
-from schemas.config.train import Optimizer, RunConfig, TrainConfig
+from schemas.config.train import BalanceConfig, Optimizer, RunConfig, TrainConfig
 from schemas.config.views import ErasingConfig, JitterConfig, RandAugmentConfig, ViewsConfig
 
 
@@ -65,6 +65,7 @@ class Config(Section):
 
 
 __all__ = [
+    "BalanceConfig",
     "CacheConfig",
     "Config",
     "DataConfig",

@@ -18,6 +18,11 @@ class LossSection(Section):
     weight: float = Field(1.0, ge=0, description="Factor of this term in the total.")
     warmup_epochs: int = Field(0, ge=0, description="The weight is scaled by min(1, epoch / warmup_epochs), 0-based.")
 
+    @property
+    def relates_rows(self) -> bool:
+        """Whether the loss compares rows of a batch with each other; others are means over rows."""
+        return False
+
 
 class HeadLossSection(LossSection):
     """One term that is computed for heads, each with its logits or its target, and summed over them."""
@@ -27,11 +32,20 @@ class HeadLossSection(LossSection):
     )
 
 
+class PriorConfig(Section):
+    """Logit adjustment with a factor."""
+
+    tau: float = Field(1.0, ge=0, description="Factor of the logarithms of the classes' frequencies.")
+
+
 class CeLoss(HeadLossSection):
     """Cross-entropy against the labels."""
 
     name: Literal["ce"]
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share of the target spread over all classes.")
+    prior: Literal["balanced"] | PriorConfig | None = Field(
+        None, description="balanced, or {tau: 1.0}: logits plus tau times the logarithms of the classes' frequencies."
+    )
 
 
 class BceLoss(HeadLossSection):
@@ -56,6 +70,10 @@ class DistLoss(HeadLossSection):
     inter_weight: float = Field(1.0, ge=0, description="β: relations among the classes of one sample.")
     intra_weight: float = Field(1.0, ge=0, description="γ: relations among the samples of one class.")
     gather: bool = Field(False, description="Relations over the global batch instead of the rows of each rank.")
+
+    @property
+    def relates_rows(self) -> bool:
+        return self.intra_weight > 0
 
 
 class DkdLoss(HeadLossSection):
@@ -143,6 +161,10 @@ class SimilarityLoss(LossSection):
     student_temperature: float = Field(0.1, gt=0, description="T of the softmax of the student's cosines.")
     teacher_temperature: float = Field(0.05, gt=0, description="T of the softmax of the teacher's cosines.")
     gather: bool = Field(False, description="Relations over the global batch instead of the rows of each rank.")
+
+    @property
+    def relates_rows(self) -> bool:
+        return True
 
 
 LossConfig = Annotated[

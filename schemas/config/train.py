@@ -21,6 +21,14 @@ _OPTIMIZER_KEYS: Mapping[Optimizer, tuple[str, ...]] = {
 }
 
 
+class BalanceConfig(Section):
+    """Weights of rows by the frequency of their class, for imbalanced data."""
+
+    head: str | None = Field(None, description="task heads: the class head whose labels determine the weights.")
+    power: float = Field(0.5, gt=0, le=1, description="A row of a class with n rows has weight n^-power; mean 1.")
+    max_weight: float = Field(10.0, gt=1, description="Weights are clipped to [1 / max_weight, max_weight].")
+
+
 class TrainConfig(Section):
     """Optimiser, schedule and order of training."""
 
@@ -54,6 +62,9 @@ class TrainConfig(Section):
     gamma: float = Field(0.1, gt=0, le=1, description="step and exponential: factor of lr.")
     decay_epochs: float | None = Field(None, gt=0, description="exponential: epochs between two factors gamma.")
     clip_norm: float | None = Field(None, gt=0, description="Global gradient norm.")
+    balance: BalanceConfig | None = Field(
+        None, description="Rows of rare classes have more weight in the gradients; null: all rows have the same."
+    )
     ema: float | None = Field(
         None,
         gt=0,
@@ -83,6 +94,9 @@ class TrainConfig(Section):
     checkpoint_every_epochs: int = Field(1, ge=1, description="Epochs that a killed run loses at most.")
     checkpoint_every_steps: int | None = Field(None, ge=1, description="Steps that it loses at most, for long epochs.")
     keep_every_epochs: int | None = Field(None, ge=1, description="Epochs between permanent checkpoints.")
+    gradient_norms_every_steps: int | None = Field(
+        None, ge=1, description="Steps between two measurements of each term's gradient at the embedding."
+    )
     tensorboard: bool = Field(False, description="Event files in <run url>/tensorboard.")
 
     @field_validator("milestones")
@@ -100,6 +114,12 @@ class TrainConfig(Section):
                 raise ValueError(f"{key} is for schedule {schedule}, and the schedule is {self.schedule}")
             if not given and self.schedule == schedule:
                 raise ValueError(f"schedule {schedule} needs {key}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_gradient_norms(self) -> TrainConfig:
+        if self.gradient_norms_every_steps is not None and self.compile:
+            raise ValueError("gradient_norms_every_steps needs the graph of single layers, which compile removes")
         return self
 
     @model_validator(mode="after")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Literal
+
 from torch import Tensor
 
 from pipeline.student.losses.arithmetic import finite_logits, is_labelled, labelled_mean, no_autocast
@@ -14,6 +17,8 @@ def ce(
     labels_B: Tensor,
     *,
     label_smoothing: float = 0.0,
+    prior: Literal["balanced"] | Mapping[str, float] | None = None,
+    log_prior_K: Tensor | None = None,
     mixed_labels_B: Tensor | None = None,
     lambda_B: Tensor | None = None,
 ) -> Tensor:
@@ -23,10 +28,16 @@ def ce(
     the row counts only if it has both labels. Smoothing then spreads ``label_smoothing`` of the target evenly over the
     K classes (Szegedy 2015, 1512.00567, sec. 7).
 
+    With ``prior``, ``tau * log_prior_K`` is added to the logits: a network trained with it and evaluated without it
+    minimises the error averaged over classes instead of rows (logit adjustment, Menon 2020, 2007.07314, eq. 10;
+    ``balanced`` is tau = 1, the balanced softmax of Ren 2020, 2007.10740).
+
     Args:
         student_BK: logits ``[B,K]`` of any floating type and size.
         labels_B: int64 ``[B]`` in ``[0, K)``; -1: no label.
         label_smoothing: share of the target to spread, in ``[0, 1)``.
+        prior: ``balanced``, or ``{"tau": …}``; comes with ``log_prior_K``.
+        log_prior_K: ``[K]``, logarithms of the classes' shares of the labels.
         mixed_labels_B: int64 ``[B]``, the labels of the mixup partners. Comes with ``lambda_B``.
         lambda_B: ``[B]``, the share of the row's image in its mixed pixels.
 
@@ -35,7 +46,11 @@ def ce(
     """
     assert (mixed_labels_B is None) == (lambda_B is None), "mixed_labels_B and lambda_B come together"
     with no_autocast(student_BK):
-        log_probs_BK = finite_logits(student_BK).log_softmax(dim=1)
+        logits_BK = finite_logits(student_BK)
+        if prior is not None:
+            assert log_prior_K is not None, "log_prior_K comes with prior"
+            logits_BK = logits_BK + (1.0 if prior == "balanced" else prior["tau"]) * log_prior_K
+        log_probs_BK = logits_BK.log_softmax(dim=1)
         target_B = _target_log_prob(log_probs_BK, labels_B)
         if mixed_labels_B is not None and lambda_B is not None:
             target_B = _target_log_prob(log_probs_BK, mixed_labels_B).lerp(target_B, lambda_B.float())

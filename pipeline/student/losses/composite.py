@@ -205,6 +205,17 @@ class CompositeLoss:
             values |= {key: value.detach() for key, value in {term.key: torch.stack(of_heads).sum(), **details}.items()}
         return reduce(torch.add, summands), values
 
+    def weighted(self, inputs: LossInputs, share: BatchShare, *, epoch: int) -> dict[str, Tensor]:
+        """The summands of the total by term, on the graph; arguments as in a call."""
+        weighted: dict[str, Tensor] = {}
+        for term in self._terms:
+            of_heads = [
+                term.factor(binding, share) * torch.stack([*term.values(binding, inputs).values()]).sum()
+                for binding in term.bindings
+            ]
+            weighted[term.key] = term.weight(epoch) * torch.stack(of_heads).sum()
+        return weighted
+
     @property
     def teacher_outputs(self) -> Reads:
         """The teacher outputs that terms need for each row."""
@@ -237,7 +248,15 @@ class CompositeLoss:
     @property
     def heads_of_class_means(self) -> tuple[TaskHead, ...]:
         """The heads for whose classes some term needs the teacher's class means."""
-        bindings = [binding for term in self._terms for binding in term.bindings if binding.names("class directions")]
+        return self._heads_that_need("class directions")
+
+    @property
+    def heads_of_priors(self) -> tuple[TaskHead, ...]:
+        """The heads for whose classes some term needs their frequencies."""
+        return self._heads_that_need("log prior")
+
+    def _heads_that_need(self, source: str) -> tuple[TaskHead, ...]:
+        bindings = [binding for term in self._terms for binding in term.bindings if binding.names(source)]
         return tuple(dict.fromkeys(binding.head for binding in bindings if binding.head is not None))
 
     @property
@@ -320,6 +339,8 @@ def _bind(loss: Callable[..., Tensor], head: TaskHead | None, options: Mapping[s
     optional = {name for name in parameters if name in PARAMETERS and parameters[name].default is None}
     if options.get("gather"):
         optional -= {"sum_over_ranks", "join_over_ranks"}
+    if options.get("prior"):
+        optional -= {"log_prior_K"}
     required = parameters.keys() - options.keys() - optional
     return _Binding(
         head,

@@ -41,6 +41,7 @@ class LossInputs:
         targets: int64 [B,…] by the name of the task's column.
         partner_B: int64, position of each row's mixup partner in this batch; None: the batch is not mixed.
         lambda_B: share of the row's image in its mixed pixels; comes with ``partner_B``.
+        log_priors: fp32 [K] by the column of the classes, for terms with a prior.
         sum_over_ranks, join_over_ranks: for terms that gather.
     """
 
@@ -49,6 +50,7 @@ class LossInputs:
     teachers: tuple[TeacherInputs, ...] = ()
     partner_B: Tensor | None = None
     lambda_B: Tensor | None = None
+    log_priors: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     sum_over_ranks: SumOverRanks | None = None
     join_over_ranks: JoinOverRanks | None = None
 
@@ -76,6 +78,7 @@ class Parameter:
         "teacher output",
         "teacher norm",
         "class directions",
+        "log prior",
         "batch",
         "teacher",
     ]
@@ -122,6 +125,8 @@ class Parameter:
                 return inputs.targets.get(name)
             case "partner's target":
                 return inputs.partner_target(name)
+            case "log prior":
+                return inputs.log_priors.get(name)
             case _:
                 return getattr(inputs, name)
 
@@ -148,6 +153,7 @@ PARAMETERS: dict[str, Parameter] = {
     "targets_BK": Parameter("target", None),
     "mixed_targets_BK": Parameter("partner's target", None),
     "lambda_B": Parameter("batch", "lambda_B"),
+    "log_prior_K": Parameter("log prior", None),
     "sum_over_ranks": Parameter("batch", "sum_over_ranks"),
     "join_over_ranks": Parameter("batch", "join_over_ranks"),
     "teacher_BK": Parameter("teacher output", None),

@@ -31,6 +31,7 @@ class _Step:
     lr: float
     scale: float | None
     values: Tensor
+    gradient_norms: Mapping[str, Tensor]
 
 
 @dataclass
@@ -58,13 +59,14 @@ class StepLog:
         *,
         grad_norm: Tensor | None = None,
         scale: float | None = None,
+        gradient_norms: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """``grad_norm`` is the same on every rank, as DDP's gradients are; ``scale`` is the loss scale under fp16."""
+        """``grad_norm`` and ``gradient_norms`` are the same on every rank; ``scale`` is the loss scale under fp16."""
         values = {"loss": total.detach(), **{f"loss/{name}": value for name, value in terms.items()}}
         if grad_norm is not None:
             values["grad_norm"] = grad_norm
         self._names = tuple(values)
-        self._steps.append(_Step(step, epoch, lr, scale, torch.stack([*values.values()])))
+        self._steps.append(_Step(step, epoch, lr, scale, torch.stack([*values.values()]), gradient_norms or {}))
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -88,7 +90,8 @@ class StepLog:
     def _record(self, step: _Step, values: Sequence[float]) -> Record:
         scale: Record = {} if step.scale is None else {"scale": step.scale}
         named = dict(zip(self._names, values, strict=True))
-        return {"step": step.step, "epoch": step.epoch, "lr": step.lr, **named, **scale}
+        norms = {f"gradient_norm/{term}": float(norm) for term, norm in step.gradient_norms.items()}
+        return {"step": step.step, "epoch": step.epoch, "lr": step.lr, **named, **scale, **norms}
 
 
 def _jsonable(value: float | int | None) -> float | int | None:

@@ -16,6 +16,7 @@ from pipeline.core.hashing import differences, weights_digest
 from pipeline.core.redaction import redact
 from pipeline.student.data.sources import RowSource
 from pipeline.student.losses import check_class_means
+from pipeline.student.supervision.class_frequencies import label_counts
 from pipeline.tasks import Task, TaskHead
 from pipeline.teacher.inference import Teacher
 
@@ -86,12 +87,3 @@ def _check_same_teacher(cache: TeacherCache, teacher: Teacher, section: str) -> 
             got="; ".join(changed),
             next_step="name a cache of the online teacher, or none and leave out nd",
         )
-
-
-def label_counts(source: RowSource, *, shards: Sequence[int] | None = None) -> NDArray[np.int64]:
-    """How many ok rows of all shards, or of these, have each class; reads their indexes. int64 [K]."""
-    counts = np.zeros(source.task.num_classes, np.int64)
-    for shard in range(len(source.shard_ids)) if shards is None else shards:
-        _, class_M = source.task.class_ids(source.targets(shard))
-        counts += np.bincount(class_M, minlength=len(counts))
-    return counts

@@ -11,7 +11,7 @@ from pipeline.cache.format.codec import config_key
 from pipeline.models import random_weights_warnings
 from pipeline.student.data.sources import RowSource
 from pipeline.student.losses import CompositeLoss
-from pipeline.student.supervision.class_means import label_counts
+from pipeline.student.supervision.class_frequencies import label_counts
 from pipeline.student.supervision.spec import SupervisionSpec
 from pipeline.tasks import task_of
 from schemas.cache_format import Header, Statistics

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from pipeline.student.data.sources import RowSource, check_any_labelled, index_url, open_cached, open_indexed
 from pipeline.student.losses import ClassDirections, CompositeLoss
 from pipeline.student.supervision.canaries import CanaryReport, check_canaries
+from pipeline.student.supervision.class_frequencies import log_priors
 from pipeline.student.supervision.class_means import cached_means, online_means
 from pipeline.student.supervision.requirements import check_cached_outputs, check_online_class_means
 from pipeline.student.supervision.spec import SupervisionSpec, teacher_sizes
@@ -27,6 +28,7 @@ class Supervision:
         teachers: the online ones; empty where outputs come from caches, or there is no teacher.
         class_directions: of each teacher, by the column of the classes; those that the loss needs.
         teacher_dims: widths D of the teachers' embeddings.
+        log_priors: logarithms of the classes' frequencies by their column; those that the loss needs.
     """
 
     spec: SupervisionSpec
@@ -35,6 +37,7 @@ class Supervision:
     class_directions: tuple[Mapping[str, ClassDirections], ...]
     teacher_dims: tuple[int, ...]
     canaries: CanaryReport = field(default_factory=CanaryReport)
+    log_priors: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
 
 def open_supervision(
@@ -54,6 +57,13 @@ def open_supervision(
         ConfigError: a loss needs what this teacher mode does not offer, or labels that are missing.
         CacheError: the cache is not usable, or this machine computes pixels that differ from the teacher's input.
     """
+    supervision = _open(config, spec, loss, device, teachers)
+    return replace(supervision, log_priors=log_priors(supervision.source, loss.heads_of_priors, device))
+
+
+def _open(
+    config: Config, spec: SupervisionSpec, loss: CompositeLoss, device: torch.device, teachers: Sequence[Teacher] | None
+) -> Supervision:
     check_cached_outputs(loss, spec.caches)
     check_online_class_means(config, loss, spec)
     if spec.caches:

@@ -43,6 +43,7 @@ def check_config(config: Config) -> str:
     mode = config.teacher.mode
     _check_review(config)
     _check_gathers(config)
+    _check_balance(config)
     _check_agreement(config)
     if mode != "online":
         _refuse_others(config)
@@ -101,6 +102,20 @@ def _check_gathers(config: Config) -> None:
             got=config.train.accumulate,
             expected=f"1 with gather: true of {gathering[0]}",
             next_step="set train.accumulate=1, or gather: false, which relates the rows of one micro-batch",
+        )
+
+
+def _check_balance(config: Config) -> None:
+    """A relation between two rows has no weight of a row."""
+    related = [term.name for term in config.loss if term.relates_rows]
+    if config.train.balance is not None and related:
+        raise ConfigError(
+            f"{related[0]} compares the rows of a batch with each other, so they cannot have weights of their own",
+            code="config.balance-relations",
+            where="train.balance",
+            got=f"with {', '.join(related)}",
+            expected="losses that are means over rows",
+            next_step="set train.balance=null, or leave them out; dist with intra_weight: 0 is a mean over rows",
         )
 
 

@@ -57,6 +57,11 @@ class OptimizerStep:
         """Adds to the gradients."""
         self.scaler.scale(loss).backward()
 
+    @property
+    def scale(self) -> float:
+        """Of the loss; 1 unless the precision is fp16."""
+        return self.scaler.get_scale()
+
     def step(self) -> Update:
         """Updates the weights, and clears the gradients."""
         lr = float(self.optimizer.param_groups[0]["lr"])

@@ -58,6 +58,7 @@ class RunLog:
             result.terms,
             grad_norm=update.grad_norm,
             scale=update.scale,
+            gradient_norms=result.gradient_norms,
         )
 
     def write(self, records: list[Record], *, total_steps: int, seconds: float) -> None:

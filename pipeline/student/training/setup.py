@@ -25,6 +25,7 @@ from pipeline.student.losses import CompositeLoss
 from pipeline.student.networks.freeze import freeze
 from pipeline.student.networks.review import ReviewPlan, plan_review, review_section
 from pipeline.student.networks.student import Student
+from pipeline.student.supervision.class_frequencies import RowWeights
 from pipeline.student.supervision.spec import SupervisionSpec, resolve_spec
 from pipeline.student.supervision.supervision import Supervision, open_supervision, required_targets
 from pipeline.student.training.micro_batches import num_micro_batches, smallest_micro_batch
@@ -60,6 +61,7 @@ class TrainingSetup:
 
     Attributes:
         dataset: this rank's batches, by global step.
+        row_weights: None: all rows have the same weight.
     """
 
     config: Config
@@ -70,6 +72,7 @@ class TrainingSetup:
     student: BuiltStudent
     dataset: StepDataset
     optimizer_step: OptimizerStep
+    row_weights: RowWeights | None
 
     @property
     def run_url(self) -> str:
@@ -146,7 +149,9 @@ def _assemble(
         check_compiler(distributed.device)
     total_steps = train.epochs * order.num_steps
     optimizer_step = OptimizerStep(student.module, train, total_steps=total_steps, device=distributed.device)
-    return TrainingSetup(config, distributed, loss, supervision, order, student, dataset, optimizer_step)
+    balance, device = train.balance, distributed.device
+    row_weights = None if balance is None else RowWeights.of(balance, source, device)
+    return TrainingSetup(config, distributed, loss, supervision, order, student, dataset, optimizer_step, row_weights)
 
 
 def input_size(spec: InputSpec) -> InputSize:

@@ -17,6 +17,7 @@ from pipeline.student.data.batch import Batch
 from pipeline.student.data.teacher_outputs import TeacherOutputs
 from pipeline.student.losses import BatchShare, LossInputs, TeacherInputs
 from pipeline.student.networks.student import StudentOutputs
+from pipeline.student.training.gradients import TermGradients, with_row_weights
 from pipeline.student.training.micro_batches import combined, micro_batches, num_micro_batches
 from pipeline.student.training.optimizer_step import Update
 from pipeline.student.training.setup import TrainingSetup, input_size
@@ -27,11 +28,16 @@ from pipeline.teacher.numerics import autocast
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """The total loss and its terms, 0-d on the device, and the update that they led to."""
+    """The total loss and its terms, 0-d on the device, and the update that they led to.
+
+    Attributes:
+        gradient_norms: by term, see ``TermGradients``; empty in a step that does not measure them.
+    """
 
     total: Tensor
     terms: Mapping[str, Tensor]
     update: Update
+    gradient_norms: Mapping[str, Tensor]
 
 
 class TrainStep:
@@ -42,7 +48,7 @@ class TrainStep:
         self.student, self.optimizer_step = setup.student.module, setup.optimizer_step
         self.module: nn.Module = self.student
         self._train, self._supervision = setup.config.train, setup.supervision
-        self._channels_last = setup.student.channels_last
+        self._channels_last, self._row_weights = setup.student.channels_last, setup.row_weights
         self._targets = [column for column in self._supervision.source.task.columns if column.name in self.loss.targets]
         self._may_lack_targets = setup.config.data.missing_labels == "ignore"
         self._mean_C, self._std_C = (
@@ -65,11 +71,15 @@ class TrainStep:
         )
         num_labelled_global = self._num_labelled_global(batch)
         losses: list[tuple[Tensor, dict[str, Tensor]]] = []
+        every_steps = train.gradient_norms_every_steps
+        measures = every_steps is not None and batch.step % every_steps == 0
+        gradients = TermGradients(self.distributed) if measures else None
         for number, chunk in enumerate(chunks):
             with self._gradient_sync(last=number == len(chunks) - 1):
-                losses.append(self._accumulate(chunk, number, num_labelled_global))
+                losses.append(self._accumulate(chunk, number, num_labelled_global, gradients))
         total, terms = combined(losses, [chunk.num_rows for chunk in chunks])
-        return StepResult(total, terms, self.optimizer_step.step())
+        norms = {} if gradients is None else gradients.norms()
+        return StepResult(total, terms, self.optimizer_step.step(), norms)
 
     def _gradient_sync(self, *, last: bool) -> AbstractContextManager[None]:
         """Ranks exchange gradients once a step, in its last backward pass."""
@@ -78,14 +88,23 @@ class TrainStep:
         return self.module.no_sync()
 
     def _accumulate(
-        self, batch: Batch, number: int, num_labelled_global: Mapping[str, int | Tensor]
+        self,
+        batch: Batch,
+        number: int,
+        num_labelled_global: Mapping[str, int | Tensor],
+        gradients: TermGradients | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Adds the gradients of one micro-batch. Returns its part of the total loss, and its terms."""
         # Dropout must not depend on what ran before, or a resumed run would differ from an undisturbed one.
         key = key_of("dropout", self._train.seed, batch.step, self.distributed.rank, *([number] if number else []))
         torch.manual_seed(int(key[0] >> 1))
-        inputs = self.forward(self._images(batch), batch)
-        total, terms = self.loss(inputs, self._share(batch, num_labelled_global), epoch=batch.epoch)
+        student = self.forward(self._images(batch))
+        inputs = self.loss_inputs(student, batch)
+        share = self._share(batch, num_labelled_global)
+        if gradients is not None:
+            weighted = self.loss.weighted(inputs, share, epoch=batch.epoch)
+            gradients.add(weighted, student.outputs[EMBEDDING], scale=self.optimizer_step.scale)
+        total, terms = self.loss(inputs, share, epoch=batch.epoch)
         self.optimizer_step.backward(total)
         return total.detach(), terms
 
@@ -102,10 +121,15 @@ class TrainStep:
         # A convolution takes the layout of its input, whatever that of its weights.
         return images if self._channels_last else images.contiguous()
 
-    def forward(self, images: Tensor, batch: Batch) -> LossInputs:
-        """The outputs of the student and of each teacher on one batch."""
+    def forward(self, images: Tensor) -> StudentOutputs:
         with autocast(self.distributed.device, self._train.precision):
             student: StudentOutputs = self.module(images)
+        return student
+
+    def loss_inputs(self, student: StudentOutputs, batch: Batch) -> LossInputs:
+        """The outputs of the student and of each teacher on one batch."""
+        if self._row_weights is not None:
+            student = with_row_weights(student, self._row_weights.of_rows(batch))
         return LossInputs(
             outputs=student.outputs,
             targets=batch.targets,
@@ -121,6 +145,7 @@ class TrainStep:
             ),
             partner_B=batch.partner_B,
             lambda_B=batch.lambda_B,
+            log_priors=self._supervision.log_priors,
             sum_over_ranks=self.distributed.sum_with_gradient,
             join_over_ranks=self.distributed.join_with_gradient,
         )

@@ -264,6 +264,7 @@ def _start_warnings(setup: TrainingSetup, validator: Validator) -> list[str]:
         return texts
     config, source, world_size = setup.config, setup.supervision.source, setup.distributed.size
     texts += setup.student.warnings
+    texts += [] if setup.row_weights is None else [setup.row_weights.warning()]
     texts += [note for teacher in setup.supervision.teachers for note in teacher.loaded.notes]
     texts += _layout_warnings(setup.student)
     for cache in setup.spec.caches:

@@ -134,7 +134,8 @@ def test_two_ranks_train_as_one_process(replays: Replay, wide_caches: Replay, tm
 
 @pytest.mark.slow
 def test_two_ranks_accumulate_clip_and_average_as_one_process(replays: Replay, tmp_path: Path) -> None:
-    """Micro-batches of one pair on each rank, of two in one process; part of the student is frozen."""
+    """Micro-batches of one pair on each rank, of two in one process; part of the student is frozen,
+    and rows are weighted."""
     base = replays("function_matching").config
     keys: dict[str, Any] = {
         "loss": [*CE, *KD],
@@ -149,6 +150,8 @@ def test_two_ranks_accumulate_clip_and_average_as_one_process(replays: Replay, t
             "clip_norm": 0.5,
             "ema": 0.9,
             "freeze": ["conv1"],
+            "balance": {"power": 1.0},
+            "gradient_norms_every_steps": 1,
         },
     }
     alone = run_config(base, tmp_path / "alone", **keys)
@@ -156,7 +159,7 @@ def test_two_ranks_accumulate_clip_and_average_as_one_process(replays: Replay, t
     train_with_two_ranks([run_config(base, tmp_path / "two", **keys, ray={"num_workers": 2})], tmp_path)
     records = [metrics(tmp_path / name) for name in ("alone", "two")]
     error = training_error(alone, len(records[0]))
-    for key in ("loss", "grad_norm"):
+    for key in ("loss", "grad_norm", "gradient_norm/ce", "gradient_norm/kd"):
         alone_values, values = ([record[key] for record in run] for run in records)
         assert values == pytest.approx(alone_values, rel=error)
     assert max(record["grad_norm"] for record in records[0]) > 0.5

@@ -99,7 +99,8 @@ def test_the_teachers_maps_are_of_the_mixed_pixels(replays: Replay, tmp_path: Pa
     try:
         with closing(load_batches(trainer.setup.dataset, range(1), num_workers=0, pin_memory=False)) as batches:
             batch = next(batches)
-        inputs = trainer.train_step.forward(torch.zeros(batch.num_rows, 3, 16, 16), batch)
+        step = trainer.train_step
+        inputs = step.loss_inputs(step.forward(torch.zeros(batch.num_rows, 3, 16, 16)), batch)
     finally:
         trainer.setup.close()
     (teacher,) = trainer.setup.supervision.teachers
