@@ -65,6 +65,9 @@ class RecipeConfig(Section):
         None,
         description="The student that all others are compared with; or by student the name or names of its baselines.",
     )
+    metrics: tuple[str, ...] | None = Field(
+        None, min_length=1, description="Columns of the tables, by the keys of metrics; null: those of the task."
+    )
     margins: dict[str, Margin] = Field(
         default_factory=dict,
         description="By metric, differences below this do not matter: set before the trainings, for shares in points.",
@@ -74,6 +77,13 @@ class RecipeConfig(Section):
     @classmethod
     def _check_out(cls, out: str) -> str:
         return local_path(out, key="out")
+
+    @field_validator("metrics")
+    @classmethod
+    def _check_metrics(cls, metrics: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if repeated := sorted({key for key in metrics or () if (metrics or ()).count(key) > 1}):
+            raise ValueError(f"metrics lists {', '.join(repeated)} twice")
+        return metrics
 
     @model_validator(mode="after")
     def _check_names(self) -> RecipeConfig:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import product
 from pathlib import Path, PurePath
@@ -108,8 +108,9 @@ class Recipe:
 
     @property
     def metrics(self) -> MetricSet:
-        """Those of the students."""
-        return metrics_of((self.runs[0].config if self.runs else self.teacher).data)
+        """Those of the students, with the columns that the document names."""
+        metrics = metrics_of((self.runs[0].config if self.runs else self.teacher).data)
+        return metrics if self.document.metrics is None else replace(metrics, table=self.document.metrics)
 
     def published(self, name: str) -> str | None:
         """The published number of a student or of ``teacher``: ``70.66 %``."""
@@ -178,15 +179,17 @@ class _Resolver:
         for name, config in caches.items():
             self._require(self._cache_section(name), config, "data.shards", "teacher.model")
         recipe = Recipe(self.document, self.out, teacher, caches, runs)
-        self._check_margins(recipe.metrics.table)
+        metrics = recipe.metrics
+        self._check_metrics("metrics", metrics.table, [metric.key for metric in metrics.metrics])
+        self._check_metrics("margins", self.document.margins, metrics.table)
         return recipe
 
-    def _check_margins(self, metrics: Sequence[str]) -> None:
-        if unknown := sorted(set(self.document.margins) - set(metrics)):
+    def _check_metrics(self, key: str, named: Iterable[str], metrics: Sequence[str]) -> None:
+        if unknown := sorted(set(named) - set(metrics)):
             raise ConfigError(
                 "the table of this recipe has no such metric",
                 code="recipe.unknown-metric",
-                where=f"{self.source}: margins",
+                where=f"{self.source}: {key}",
                 got=", ".join(unknown),
                 expected=f"some of {', '.join(metrics)}",
             )

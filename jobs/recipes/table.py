@@ -76,19 +76,19 @@ def write_results(recipe: Recipe, results: Results) -> Path:
 
 
 def read_results(recipe: Recipe) -> Tree:
-    """The content of ``results.json``; empty if there is no such file.
+    """The content of ``results.json``; empty if there is no such file. Entries may lack metrics.
 
     Raises:
         ConfigError: the file contains no results.
     """
     path = recipe.out / _RESULTS
     data = storage.read_if_exists(str(path), max_bytes=storage.MAX_RECORD_BYTES)
-    required = {*recipe.metrics.table, "seconds"}
     try:
         tree = {} if data is None else json.loads(data)
         if _FORMER_RUNS_KEY in tree:
             tree["runs"] = tree.pop(_FORMER_RUNS_KEY)
-        is_valid = all(entry.keys() >= required for entry in _entries(tree))
+        # An earlier version of the document may have had other metrics.
+        is_valid = all("seconds" in entry for entry in _entries(tree))
     except (ValueError, AttributeError, TypeError, RecursionError):
         tree, is_valid = {}, False
     if not is_valid:
@@ -155,7 +155,7 @@ def print_tables(recipe: Recipe, tree: Tree) -> None:
         console.print(_table(recipe, {"teacher": teacher, **tree["students"]}))
         console.print("students: one training each (n = 1), so no difference between them is resolved")
     if "runs" in tree:
-        values = ", ".join(metric.text(teacher[metric.key]) for metric in columns if metric.key in teacher)
+        values = ", ".join(f"{metric.title} {metric.text(teacher.get(metric.key))}" for metric in columns)
         console.print(f"teacher {values}; ±: half of the Student-t 95 % interval of the mean over n seeds")
         for metric in columns:
             scale = metric.scale
@@ -239,7 +239,7 @@ def _compared_runs(recipe: Recipe, runs: Sequence[Entry], key: str) -> list[tupl
 def _by_seed(runs: Sequence[Entry], student: str, epochs: int | None, key: str) -> dict[int | None, Entry]:
     """The runs of a student and length in which a metric was measured."""
     chosen = [run for run in runs if (run["student"], run.get("epochs")) == (student, epochs)]
-    return {run.get("seed"): run for run in chosen if run[key] is not None}
+    return {run.get("seed"): run for run in chosen if run.get(key) is not None}
 
 
 def interval_text(interval: Interval, digits: int, *, sign: str = "") -> str:

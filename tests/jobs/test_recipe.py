@@ -165,6 +165,8 @@ def test_selected_students_need_only_their_caches(grid: Path) -> None:
         ("common.student.model=null", "student.model"),
         ("baseline=cropp", "cropp"),
         ("margins.top-1=0.5", "top1, agreement"),
+        ("metrics=[accuracy]", "some of top1, top5, "),
+        ("metrics=[top1,top1]", "metrics lists top1 twice"),
     ],
 )
 def test_errors_in_a_grid_are_reported_before_anything_runs(grid: Path, override: str, text: str) -> None:

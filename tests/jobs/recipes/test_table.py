@@ -317,6 +317,54 @@ def test_results_without_their_student_or_run_are_left_out_and_counted(
     assert "results: 1 of this run, 1 of earlier ones; 1 left out" in capsys.readouterr().err
 
 
+HEADS = {"task": "heads", "label": "json", "heads": {"pair": {"num_classes": 4}, "even": {"num_classes": 2}}}
+
+
+def heads_row(config: Config, **values: float) -> Row:
+    metrics = metrics_of(config.data).metrics
+    measured = dict.fromkeys((metric.key for metric in metrics), None)
+    return Row(Evaluation(definitions=metrics, num_rows=100, metrics={**measured, **values}), 1.0)
+
+
+def test_a_recipe_chooses_the_columns_of_its_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = Config.model_validate({"data": HEADS})
+    runs: list[tuple[RunSpec, Row]] = []
+    for name, offset in (("kd", 0.1), ("online", 0.0)):
+        for seed, value in enumerate((0.5, 0.52, 0.54)):
+            values = {"pair/balanced_accuracy": value + offset, "pair/teacher_top1": 0.75, "even/top1": 0.9}
+            run = replace(
+                run_of(name, 8, seed), config=config.model_copy(update={"run": run_of(name, 8, seed).config.run})
+            )
+            runs.append((run, heads_row(config, **values)))
+    document = {"metrics": ["pair/balanced_accuracy", "even/top1"], "margins": {"even/top1": 1}}
+    results = Results(None, tuple(runs))
+    rows = cells(printed(results, tmp_path, capsys, grid={}, baseline="online", **document))
+    assert [line[0] for line in rows if line[0].endswith((", %", ", points"))] == [
+        "balanced accuracy (pair), %",
+        "top-1 (even), %",
+        "balanced accuracy (pair), points",
+        "top-1 (even), points",
+    ]
+    # 2 points between neighbours: 4.3027 · 2 / √3.
+    assert ["kd", "62.0 ± 5.0 (n = 3)"] in rows
+    assert [(line[3], line[5]) for line in rows if line[1:2] == ["online"]] == [
+        ("+10.00 ± 0.00 (n = 3)", "distinguished"),
+        ("+0.00 ± 0.00 (n = 3)", "no effect (margin 1)"),
+    ]
+
+
+def test_results_without_a_metric_that_the_recipe_has_now_stay(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(recipe_of(tmp_path), Results(None, ((run_of("online", 1, 0), row(0.5)),)))
+    recipe = recipe_of(tmp_path, metrics=["ece"])
+    tree = write(recipe, Results(None, ((run_of("kd", 1, 0), row(0.6)),)))
+    assert (tree["students"]["kd"]["ece"], tree["students"]["online"]["top1"]) == (0.1, 0.5)
+    print_tables(recipe, read_results(recipe))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "online" in line]
+    assert [cell.strip() for cell in line.split("│")[1:-1]] == ["online", "-", "10.0"]
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"students": {"kd": {"top1": 1}}}', '{"runs": [3]}'])
 def test_a_damaged_file_of_results_is_reported_and_not_changed(text: str, tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text(text)
