@@ -266,7 +266,7 @@ def _sum_in_tasks(ray: RayConfig, cache_url: str, refs: Sequence[FileRef]) -> Cl
 def describe(manifest: Manifest, data: DataConfig) -> str:
     """The line at the end of a build."""
     skipped = sum(manifest.skipped.values())
-    metric, share = next(iter(task_of(data).teacher_metrics(manifest.statistics).items()))
+    metric, share = next(iter(task_of(data).teacher_metrics(manifest.statistics).items()), ("", None))
     teacher = "" if share is None else f", teacher {metric} {share:.1%}"
     return (
         f"cache: {manifest.num_ok} images x {manifest.num_views} views in {manifest.num_shards} shards, "

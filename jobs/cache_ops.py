@@ -147,9 +147,10 @@ def relabel_cache(cache_url: str, *, label: str | None, shards: str | None, thre
 
 def describe_relabelling(relabelling: Relabelling) -> str:
     """The text of ``stillroom cache relabel``."""
-    count, (metric, share) = relabelling.count, next(iter(relabelling.teacher_metrics.items()))
-    quality = "not known" if share is None else f"{share:.1%}, on view 0"
-    lines = [f"labels: {count} (data.label is {relabelling.label})", f"teacher {metric}: {quality}"]
+    count = relabelling.count
+    lines = [f"labels: {count} (data.label is {relabelling.label})"]
+    for metric, share in [*relabelling.teacher_metrics.items()][:1]:
+        lines.append(f"teacher {metric}: {'not known' if share is None else f'{share:.1%}, on view 0'}")
     if 0 < relabelling.num_given < count.num_shards:
         num_others = count.num_shards - relabelling.num_given
         lines.append(

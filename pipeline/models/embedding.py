@@ -29,11 +29,12 @@ class EmbeddingModel(nn.Module):
     concatenated (CrossViT). Dropout before the head applies to the embedding too.
 
     If the network has ``forward_embedding(images_BCHW) -> (logits_BK, embedding_BD)``, this method is used instead. A
-    network with several heads returns a dict by head in place of a tensor.
+    network with several heads returns a dict by head in place of a tensor. What a network without heads and without
+    this method returns is its embedding.
 
     Attributes:
         network: the module of the library, with its parameter names; save and load *its* ``state_dict``.
-        heads: names of the submodules whose input is the embedding; empty with ``forward_embedding``.
+        heads: names of the submodules whose input is the embedding; empty with ``forward_embedding``, or without heads.
         widths: numbers in a row of each output, by its name.
         head_outputs: names of what the heads return.
     """
@@ -99,6 +100,8 @@ def named_outputs(output: Tensor | Mapping[str, Tensor], names: Collection[str])
     Raises:
         KeyError: the network returns no output for a head.
     """
+    if not names:
+        return {}
     if isinstance(output, Tensor):
         (name,) = names
         return {name: output}
@@ -118,7 +121,10 @@ def forward_with_embedding(network: nn.Module, heads: tuple[str, ...], images_BC
         RuntimeError: a head did not run exactly once.
     """
     if not heads:
-        output, embedding_BD = network.forward_embedding(images_BCHW)  # pyright: ignore[reportCallIssue]
+        forward_embedding = getattr(network, "forward_embedding", None)
+        output, embedding_BD = (
+            ({}, network(images_BCHW)) if forward_embedding is None else forward_embedding(images_BCHW)
+        )
         return output, embedding_BD
     inputs: list[Tensor] = []
     token = _captured.set(inputs)

@@ -104,7 +104,8 @@ def _no_classifier(request: BuildRequest, missing: Sequence[str]) -> ModelError:
         where=f"{request.where}.weights: {redact(str(request.config.weights))}",
         got=f"no {', '.join(sorted(missing))}",
         expected=f"weights with a classifier of {request.described_classes}",
-        next_step="train a classifier on these classes and give the whole network's weights as a URL"
+        next_step="train a classifier on these classes and give the whole network's weights as a URL, or set "
+        "data.task=embedding: such a network is a teacher of its embedding"
         + (f", or name the heads that they have in {request.where}.heads" if request.has_several_heads else ""),
     )
 

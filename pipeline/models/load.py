@@ -25,7 +25,7 @@ from pipeline.models.text_head import (
     check_text_head_keys,
     read_text_head,
     text_head_notes,
-    with_text_head,
+    with_outputs,
     without_heads,
 )
 from pipeline.models.weights import load_state, read_state, weights_read_errors
@@ -109,7 +109,7 @@ def load_model(
     with _seeded(seed):
         built, spec = build(request, size)
     loaded = load_weights(built, request) if expected_weights is None else LoadedWeights()
-    module = wrap(with_text_head(built, request), request, size=spec.size)
+    module = wrap(with_outputs(built, request), request, size=spec.size)
     are_random = built.has_new_heads or config.weights == "random"
     random_outputs = {
         output for output in module.head_outputs if are_random or loaded.lacks(module.head_modules(output))
@@ -132,7 +132,7 @@ def load_untrained(
     request = resolve(config, widths, True, "teacher").without_weights(likely_size=likely_size or size)
     with _seeded(0):
         built, spec = build(request, size)
-    module = wrap(with_text_head(built, request), request, size=spec.size)
+    module = wrap(with_outputs(built, request), request, size=spec.size)
     return LoadedModel(module, spec, _architecture(request), built.notes)
 
 
@@ -189,7 +189,8 @@ def load_weights(built: BuiltModel, request: BuildRequest) -> LoadedWeights:
     if request.head == "task":
         state, notes, missing = fit_heads(file.state, built, request)
     else:
-        state, notes, missing = without_heads(built, file.state), (), []
+        (state, removed), missing = without_heads(built, file.state), []
+        notes = (f"{where}: tensors of the classifier are left out ({', '.join(removed)})",) if removed else ()
     load_state(built.network, state, source=redact(str(request.config.weights)), where=where)
     return LoadedWeights((*file.notes, *notes), missing)
 
@@ -278,7 +279,7 @@ def resolve(config: ModelConfig, widths: Mapping[str, int], allow_new_head: bool
             got=f"weights: {config.weights}",
             next_step="remove sha256, or give weights as a URL",
         )
-    check_text_head_keys(config, where=where)
+    check_text_head_keys(config, widths, where=where)
     widths = selected_widths(widths, config)
     text_head = read_text_head(config, widths, where=where)
     for prefix, source in _SOURCES.items():
@@ -292,7 +293,7 @@ def resolve(config: ModelConfig, widths: Mapping[str, int], allow_new_head: bool
                 allow_new_head=allow_new_head,
                 where=where,
                 read=_reader(config, f"{where}.weights"),
-                head=_head_to_build(config),
+                head=_head_to_build(config, widths),
                 text_head=text_head,
             )
     raise ModelError(
@@ -304,10 +305,11 @@ def resolve(config: ModelConfig, widths: Mapping[str, int], allow_new_head: bool
     )
 
 
-def _head_to_build(config: ModelConfig) -> Literal["task", "none", "published"]:
-    if not isinstance(config, TeacherModelConfig) or config.text_head is None:
+def _head_to_build(config: ModelConfig, widths: Mapping[str, int]) -> Literal["task", "none", "published"]:
+    is_teacher = isinstance(config, TeacherModelConfig)
+    if widths and (not is_teacher or config.text_head is None):
         return "task"
-    return "published" if config.embedding == "output" else "none"
+    return "published" if is_teacher and config.embedding == "output" else "none"
 
 
 def _architecture(request: BuildRequest) -> dict[str, object]:
@@ -319,10 +321,9 @@ def _architecture(request: BuildRequest) -> dict[str, object]:
     }
     # Only if there is one, so that the fingerprints of all other teachers stay.
     if request.text_head is not None:
-        described |= {
-            "text_head": request.text_head.sha256,
-            "embedding": "output" if request.head == "published" else "penultimate",
-        }
+        described["text_head"] = request.text_head.sha256
+    if request.head != "task":
+        described["embedding"] = "output" if request.head == "published" else "penultimate"
     try:
         return json.loads(canonical_json(described))
     except (TypeError, ValueError) as error:

@@ -81,7 +81,7 @@ def _forward(built: BuiltModel, request: BuildRequest, size: int, forward: Calla
             code="model.forward-failed",
             where=f"{request.where}.model",
             got=cause(error),
-            expected=f"{', '.join(request.widths)} of RGB images [B,3,H,W] at this size",
+            expected=f"{', '.join(request.widths) or EMBEDDING} of RGB images [B,3,H,W] at this size",
             next_step=_size_hint(built, request, size),
         ) from error
 
@@ -122,24 +122,27 @@ def _check_training(built: BuiltModel, request: BuildRequest, *, size: int) -> N
     try:
         # Dropout uses the generator, and BatchNorm changes its statistics.
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            output, _ = forward_with_embedding(built.network, built.heads, _images(built, size))
-            outputs = _by_name(output, request)
+            output, embedding = forward_with_embedding(built.network, built.heads, _images(built, size))
+            outputs = _by_name(output, request) or {EMBEDDING: embedding}
     except Exception as error:
         failure = error
     built.network.eval()
     with torch.no_grad():
         for name, buffer in built.network.named_buffers():
             buffer.copy_(buffers[name])
-    if outputs.keys() == request.widths.keys() and all(isinstance(output, Tensor) for output in outputs.values()):
+    expected = {name: f"a tensor [B,{width}]" for name, width in request.widths.items()} or {
+        EMBEDDING: "a tensor [B,D]"
+    }
+    if outputs.keys() == expected.keys() and all(isinstance(output, Tensor) for output in outputs.values()):
         return
     raised = failure is not None
-    problem = "fails" if raised else f"does not return {' and '.join(request.widths)} alone"
+    problem = "fails" if raised else f"does not return {' and '.join(expected)} alone"
     raise ModelError(
         f"{request.config.model} {problem} in training mode",
         code="model.training-outputs",
         where=f"{request.where}.model",
         got=cause(failure) if raised else ", ".join(type(output).__name__ for output in outputs.values()),
-        expected=f"{', '.join(f'a tensor [B,{width}]' for width in request.widths.values())}, as in eval mode",
+        expected=f"{', '.join(expected.values())}, as in eval mode",
         next_step=f"turn auxiliary outputs off in {request.where}.kwargs, such as aux_logits: false"
         + (", or correct the network's forward" if raised else ""),
     ) from failure
@@ -149,7 +152,8 @@ def _check_shapes(outputs: Mapping[str, object], request: BuildRequest) -> None:
     shapes = {name: _shape(output) for name, output in outputs.items()}
     embedding_shape = shapes[EMBEDDING]
     expected = {name: (2, width) for name, width in request.widths.items()}
-    if shapes == {**expected, EMBEDDING: embedding_shape} and len(embedding_shape) == 2 and embedding_shape[0] == 2:
+    is_embedding = len(embedding_shape) == 2 and embedding_shape[0] == 2 and embedding_shape[1] != 0
+    if shapes == {**expected, EMBEDDING: embedding_shape} and is_embedding:
         return
     returned = "dict by head" if request.has_several_heads else " and ".join(request.widths)
     raise ModelError(
@@ -158,7 +162,9 @@ def _check_shapes(outputs: Mapping[str, object], request: BuildRequest) -> None:
         where=f"{request.where}.model",
         got=f"for 2 images: {', '.join(f'{name} {shape}' for name, shape in shapes.items())}",
         expected=", ".join(f"{name} {shape}" for name, shape in {**expected, EMBEDDING: "(2, D)"}.items()),
-        next_step=f"check kwargs; your network can define forward_embedding(x) -> ({returned}, embedding)",
+        next_step=f"check kwargs; your network can define forward_embedding(x) -> ({returned}, embedding)"
+        if request.widths
+        else "check kwargs, such as global_pool; a python: factory returns a network whose forward returns [B,D]",
     )
 
 

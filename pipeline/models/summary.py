@@ -11,7 +11,7 @@ from pipeline.core.errors import ModelError
 from pipeline.models.load import InputSpec, build, load_weights, require_weights, resolve
 from pipeline.models.probe import probe_outputs
 from pipeline.models.sources.base import BuildRequest, BuiltModel
-from pipeline.models.text_head import with_text_head
+from pipeline.models.text_head import with_outputs
 from pipeline.tasks import EMBEDDING
 from schemas.config import ModelConfig
 
@@ -39,7 +39,7 @@ def summarize_model(config: ModelConfig, *, widths: Mapping[str, int], size: int
     """
     request = resolve(config, widths, True, where).without_weights(likely_size=size)
     built, spec = build(request, size, _on_meta)
-    outputs = probe_outputs(with_text_head(built, request), request, size=spec.size)
+    outputs = probe_outputs(with_outputs(built, request), request, size=spec.size)
     num_parameters = sum(parameter.numel() for parameter in built.network.parameters())
     return ModelSummary(num_parameters, outputs[EMBEDDING].shape[1], spec)
 
@@ -79,5 +79,5 @@ def check_weights(config: ModelConfig, *, widths: Mapping[str, int], size: int |
         return
     request.read()  # outside of the meta device, which would hold the tensors of the file
     built, spec = build(request, size, _on_meta)
-    probe_outputs(with_text_head(built, request), request, size=spec.size)
+    probe_outputs(with_outputs(built, request), request, size=spec.size)
     load_weights(built, request)

@@ -102,9 +102,10 @@ class ZeroShotNetwork(nn.Module):
         return head(embedding_BD), embedding_BD
 
 
-def check_text_head_keys(config: ModelConfig, *, where: str) -> None:
+def check_text_head_keys(config: ModelConfig, widths: Mapping[str, int], *, where: str) -> None:
     """
     Args:
+        widths: of what the heads return, by the outputs' names; empty for a task without heads.
         where: YAML section of ``config``, for messages.
 
     Raises:
@@ -112,6 +113,14 @@ def check_text_head_keys(config: ModelConfig, *, where: str) -> None:
     """
     if not isinstance(config, TeacherModelConfig):
         return
+    if config.text_head is not None and not widths:
+        raise ConfigError(
+            "a text head makes logits, which networks of task embedding do not have",
+            code="config.text-head-without-classes",
+            where=f"{where}.text_head",
+            got=redact(config.text_head),
+            next_step=f"remove {where}.text_head, or set data.task=classification and data.num_classes",
+        )
     if config.text_head is None and config.text_head_sha256 is not None:
         raise ConfigError(
             "text_head_sha256 checks a text head, and there is none",
@@ -121,13 +130,13 @@ def check_text_head_keys(config: ModelConfig, *, where: str) -> None:
         )
     if config.embedding == "penultimate":
         return
-    if config.text_head is None:
+    if config.text_head is None and widths:
         raise ConfigError(
             "embedding: output replaces the classifier, so the logits need a text head",
             code="config.embedding-output",
             where=f"{where}.embedding",
             got=config.embedding,
-            expected=f"{where}.text_head, the URL of class embeddings",
+            expected=f"{where}.text_head, the URL of class embeddings, or data.task: embedding",
             next_step=f"remove {where}.embedding, or give {where}.text_head",
         )
     if not (config.model or "").startswith("timm/"):
@@ -230,8 +239,10 @@ def _quoted(names: tuple[str, ...]) -> str:
     return ", ".join(names[:_NUM_QUOTED_NAMES]) + (", …" if len(names) > _NUM_QUOTED_NAMES else "")
 
 
-def with_text_head(built: BuiltModel, request: BuildRequest) -> BuiltModel:
-    """The network with the text head of its section on its output, on the network's device; unchanged without one."""
+def with_outputs(built: BuiltModel, request: BuildRequest) -> BuiltModel:
+    """The network as it produces outputs: with the text head of its section, on its device, or without any head."""
+    if not request.widths:
+        return replace(built, heads=(), embedding_dim=None)
     if request.text_head is None:
         return built
     device = next(built.network.parameters(), torch.empty(0)).device
@@ -239,14 +250,16 @@ def with_text_head(built: BuiltModel, request: BuildRequest) -> BuiltModel:
     return replace(built, network=network, heads=(), embedding_dim=None)
 
 
-def without_heads(built: BuiltModel, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The tensors of a weights file without those of the classifiers that the network was built without."""
+def without_heads(built: BuiltModel, state: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], list[str]]:
+    """The tensors of a weights file without those of the classifiers that the network was built without, and the names
+    of the latter."""
     expected = built.network.state_dict().keys()
     heads = tuple(f"{head}." for head in built.heads)
     remaining = rename_to_match(state, expected)
-    for name in [name for name in remaining if name.startswith(heads) and name not in expected]:
+    removed = sorted(name for name in remaining if name.startswith(heads) and name not in expected)
+    for name in removed:
         del remaining[name]
-    return remaining
+    return remaining, removed
 
 
 def text_head_notes(request: BuildRequest) -> tuple[str, ...]:

@@ -100,7 +100,8 @@ def check_label_member(count: LabelCount, data: DataConfig, *, where: str, optio
     """
     task = task_of(data)
     is_absent = (
-        task.members
+        task.trains_on_targets
+        and task.members
         and count.num_images
         and not count.num_labelled
         and count.members is not None
@@ -129,7 +130,10 @@ def label_warning(count: LabelCount, data: DataConfig, *, finished_cache: str | 
     Args:
         finished_cache: URL of a finished cache with these labels, whose ``data.label`` can no longer change.
     """
-    if not task_of(data).members or not count.num_images or count.num_labelled == count.num_images:
+    task = task_of(data)
+    if not task.members or not count.num_images or count.num_labelled == count.num_images:
+        return None
+    if not count.num_labelled and not task.trains_on_targets:
         return None
     num_missing = count.num_images - count.num_labelled
     if count.num_labelled:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.tasks.classification import Classification
+from pipeline.tasks.embedding import Embedding
 from pipeline.tasks.heads import Heads
 from pipeline.tasks.task import (
     EMBEDDING,
@@ -25,7 +26,7 @@ from pipeline.tasks.task import (
 from schemas.config import DataConfig
 
 _DEFAULT = Classification.name
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, Heads)}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, Heads, Embedding)}
 """By name."""
 
 

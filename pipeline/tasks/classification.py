@@ -65,13 +65,16 @@ class HitCounter(StatisticsAccumulator):
         self._classes: Counter[int] = Counter()
 
     def add(self, outputs: TeacherOutputs, targets: Targets) -> None:
-        label_N = targets[LABEL]
-        labelled = label_N != NO_LABEL
-        label_M = label_N[labelled]
-        rank_M = class_ranks(outputs[LOGITS][labelled], label_M)
-        self._counts["labelled"] += len(label_M)
+        labelled = targets[LABEL] != NO_LABEL
+        rank_M = class_ranks(outputs[LOGITS][labelled], targets[LABEL][labelled])
         self._counts["top1_hits"] += int((rank_M < 1).sum())
         self._counts["top5_hits"] += int((rank_M < 5).sum())
+        self.add_labels(targets[LABEL])
+
+    def add_labels(self, label_N: NDArray[np.int32]) -> None:
+        """Adds the labels of N rows without hits."""
+        label_M = label_N[label_N != NO_LABEL]
+        self._counts["labelled"] += len(label_M)
         self._classes.update(label_M.tolist())
 
     def add_part(self, statistics: Statistics) -> None:

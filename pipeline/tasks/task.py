@@ -151,6 +151,8 @@ class Task(ABC):
     """Of a member with a target. A longer one is not read, and parsed as empty."""
     required_keys: ClassVar[tuple[str, ...]] = ()
     """Keys of a config without which no network can be built for the task."""
+    trains_on_targets: ClassVar[bool] = True
+    """Whether networks of the task learn targets. Otherwise these are for evaluation alone, and data need have none."""
     embedding: ClassVar[str] = EMBEDDING
     """The output that ``embedding_norm`` of a part is the norm of, and that class means average."""
 

@@ -5,6 +5,9 @@ Unknown keys are refused. This package does no I/O and loads no model.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from pydantic import Field, field_validator, model_validator
 
 from schemas.config.cache import CacheConfig
@@ -44,6 +47,20 @@ class Config(Section):
     train: TrainConfig = Field(default_factory=lambda: TrainConfig.model_validate({}))
     run: RunConfig | None = None
     ray: RayConfig = Field(default_factory=lambda: RayConfig.model_validate({}))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _store_embeddings(cls, tree: Any) -> Any:
+        """With task embedding a cache stores embeddings, by default in fp16, and no logits."""
+        data, cache = (tree.get(name) if isinstance(tree, Mapping) else None for name in ("data", "cache"))
+        if not isinstance(data, Mapping) or not isinstance(cache, Mapping) or data.get("task") != "embedding":
+            return tree
+        chosen = {"logits": "none", "embeddings": "fp16", **cache}
+        if chosen["logits"] != "none":
+            raise ValueError(f"cache.logits is {chosen['logits']}, but networks of task embedding have no logits")
+        if chosen["embeddings"] == "none":
+            raise ValueError("cache.embeddings is none, so a cache of task embedding would store nothing")
+        return {**tree, "cache": chosen}
 
     @field_validator("loss")
     @classmethod

@@ -14,9 +14,11 @@ class CacheConfig(Section):
     """Which teacher outputs are stored, and where."""
 
     url: str = Field(description="Folder of the cache; any allowed URL.")
-    logits: str = Field("fp16", description="fp32, fp16, int8, int4, topk:k or none: encoding of the logits.")
+    logits: str = Field(
+        "fp16", description="fp32, fp16, int8, int4, topk:k or none: encoding of the logits; task embedding: none."
+    )
     embeddings: Literal["fp32", "fp16", "int8", "none"] = Field(
-        "none", description="Encoding of the penultimate embedding."
+        "none", description="Encoding of the penultimate embedding; default of task embedding: fp16."
     )
     class_means: str = Field(
         "none", min_length=1, description="none, eval (one extra eval pass), view0, or the URL of ND's JSON."

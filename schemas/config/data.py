@@ -16,8 +16,10 @@ _JSON_LABEL = r"(\S+\.)?(?i:json)(:[^\s:]+)?"
 class DataConfig(Section):
     """Images, labels, and the treatment of bad samples."""
 
-    task: Literal["classification", "heads"] = Field(
-        "classification", description="classification: a class index per sample; heads: the targets of data.heads."
+    task: Literal["classification", "heads", "embedding"] = Field(
+        "classification",
+        description="classification: a class index per sample; heads: the targets of data.heads; embedding: teachers "
+        "and students without a classifier, labels for evaluation alone.",
     )
     shards: str | tuple[str, ...] | None = Field(
         None, description="Training shards: URL with {a..b} braces, or a list."
@@ -71,7 +73,7 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _check_heads(self) -> DataConfig:
         if self.heads and self.task != "heads":
-            raise ValueError("heads are given, but task is classification; expected task: heads")
+            raise ValueError(f"heads are given, but task is {self.task}; expected task: heads")
         if self.task == "heads" and not self.heads:
             raise ValueError("task is heads, but heads is empty; expected such as heads: {color: {num_classes: 8}}")
         if self.task == "heads" and self.num_classes is not None:

@@ -45,7 +45,8 @@ class TeacherModelConfig(ModelConfig):
     )
     embedding: Literal["penultimate", "output"] = Field(
         "penultimate",
-        description="With text_head: pooled features, or the output of timm's classifier (a CLIP tower's projection).",
+        description="With text_head or task embedding: pooled features, or the output of timm's classifier (a CLIP "
+        "tower's projection).",
     )
     text_head: str | None = Field(
         None, min_length=1, description="URL of class embeddings (.safetensors), which make logits of the embedding."

@@ -11,6 +11,7 @@ from pipeline.cache.build.imported_means import ImportedMeans, read_means, store
 from pipeline.cache.format.codec import stored_outputs
 from pipeline.core.config_loading import require
 from pipeline.core.errors import ConfigError
+from pipeline.core.redaction import redact
 from pipeline.models import selected_widths
 from pipeline.models.load import require_weights
 from pipeline.models.weights import weights_read_errors
@@ -61,6 +62,15 @@ def cache_config(config: Config) -> CacheConfig:
             where="teacher.others",
             got=f"{len(config.teacher.others)} more than teacher.model",
             next_step="append teacher.others=[], and build one cache for each other teacher, from one config each",
+        )
+    if cache.class_means != "none" and not task.heads:
+        raise ConfigError(
+            f"class means are those of classes, and networks of task {task.name} have none",
+            code="config.class-means-without-classes",
+            where="cache.class_means",
+            got=redact(cache.class_means),
+            expected="none",
+            next_step="set cache.class_means=none",
         )
     if config.views.mixes and cache.class_means == "view0":
         raise ConfigError(

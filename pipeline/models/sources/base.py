@@ -50,7 +50,8 @@ class BuildRequest:
         skips_weights: build the network for its weights but do not load them, for example on the meta device.
         likely_size: input size in pixels that the weights were probably trained for, if they cannot be read.
         head: the classifier of the network that the source builds: a layer of the task's width; ``none``, so that the
-            network returns its pooled features [B,D]; or ``published``, the layer of the library's weights.
+            network returns its pooled features [B,D]; or ``published``, the layer of the library's weights. Without
+            ``widths`` one of the last two: what the network returns is its embedding.
         text_head: makes logits of what a network without the task's head returns.
     """
 
@@ -206,7 +207,8 @@ def untrained_head(request: BuildRequest, width: int) -> ModelError:
         where=f"{request.where}.weights",
         got=f"{width} classes in {request.config.model}" if width else f"no head in {request.config.model}",
         expected=request.described_classes,
-        next_step="fine-tune the teacher on these classes and give its weights as a URL",
+        next_step="fine-tune the teacher on these classes and give its weights as a URL"
+        + ("" if width else ", or set data.task=embedding: such a network is a teacher of its embedding"),
     )
 
 

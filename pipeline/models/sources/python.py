@@ -1,6 +1,7 @@
 """``python:module:factory``: a network of the user, built by ``factory(num_classes=K, **kwargs) -> nn.Module``.
 
 With several heads, ``num_classes`` maps their names to their K, and the forward of the network returns a dict by name.
+Without heads (task embedding) it is 0, if the factory takes it, and the forward returns the embedding [B,D].
 
 A config names code and does not contain it: modules come from Python's import path, which in a submitted job is its
 working directory and the installed packages. Nothing here extends that path.
@@ -9,6 +10,7 @@ working directory and the installed packages. Nothing here extends that path.
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 import sys
 import types
@@ -50,7 +52,8 @@ def build(request: BuildRequest) -> BuiltModel:
     factory = _import_factory(request)
     with constructor_errors(request):
         classes = request.classes_by_head if request.has_several_heads else request.num_classes
-        network = factory(num_classes=classes, **request.config.kwargs)
+        arguments = {"num_classes": classes} if request.widths or _takes_classes(factory) else {}
+        network = factory(**arguments, **request.config.kwargs)
     if not isinstance(network, nn.Module):
         raise ModelError(
             f"{request.config.model} did not return a network",
@@ -87,6 +90,12 @@ def _import_factory(request: BuildRequest) -> Callable[..., Any]:
         )
     _check_origin(factory, request)
     return factory
+
+
+def _takes_classes(factory: Callable[..., Any]) -> bool:
+    """Whether it may be called with ``num_classes``. A network without a classifier need not depend on it."""
+    parameters = inspect.signature(factory).parameters
+    return "num_classes" in parameters or any(item.kind is item.VAR_KEYWORD for item in parameters.values())
 
 
 def _check_name(request: BuildRequest) -> None:
@@ -138,7 +147,8 @@ def _heads(network: nn.Module, request: BuildRequest) -> tuple[str, ...]:
             where=f"{request.where}.model",
             got=f"{name}: {layer}" if name is not None else "no nn.Linear at all",
             expected=f"a last nn.Linear for {request.described_classes}",
-            next_step="register the head last, or define forward_embedding(x) -> (logits, embedding)",
+            next_step="register the head last, or define forward_embedding(x) -> (logits, embedding); for a network "
+            "that returns an embedding, set data.task=embedding",
         )
     return (name,)
 

@@ -89,7 +89,9 @@ class Validator:
         heads = task_of(self._spec.data).widths
         untrained = [name for name in heads if name in self._scope.untrained]
         return self._samples.warnings(
-            head_trained=len(untrained) < len(heads), untrained=untrained, best_by=self._best_without_labels()
+            head_trained=not heads or len(untrained) < len(heads),
+            untrained=untrained,
+            best_by=self._best_without_labels(),
         )
 
     def _best_without_labels(self) -> str | None:

@@ -110,6 +110,18 @@ class ImageTower(nn.Module):
         return self.stem(x).relu().mean((2, 3))
 
 
+class Tower(nn.Module):
+    """Has no classifier and knows nothing of classes: an embedding of width 6, or another."""
+
+    def __init__(self, width: int = 6, *, pooled: bool = True) -> None:
+        super().__init__()
+        self.stem, self.pooled = nn.Conv2d(3, width, 3, stride=2), pooled
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps_BDHW = self.stem(x).relu()
+        return maps_BDHW.mean((2, 3)) if self.pooled else maps_BDHW
+
+
 class TwoHeads(nn.Module):
     """Several heads, the way a user would write them."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pipeline.student.evaluation.metrics.classification import classification_metrics
+from pipeline.student.evaluation.metrics.embedding import embedding_metrics
 from pipeline.student.evaluation.metrics.heads import head_metrics, heads_of
 from pipeline.student.evaluation.metrics.metric_set import (
     Evaluation,
@@ -23,6 +24,7 @@ from schemas.config import DataConfig
 METRIC_SETS: dict[str, Callable[[DataConfig], MetricSet]] = {
     Classification.name: classification_metrics,
     "heads": lambda data: head_metrics(heads_of(data)),
+    "embedding": embedding_metrics,
 }
 """By the name of the task; a set may depend on the config, such as on the names of heads."""
 
