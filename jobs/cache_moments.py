@@ -48,6 +48,12 @@ def _name(shards: tuple[str, ...], cache_url: str) -> str:
     return f"{first}{f' and {len(others)} more' if others else ''} in {redact(cache_url)}"
 
 
+def compute(cache_url: str, ray: RayConfig) -> None:
+    """As ``cache_moments``; logs the result."""
+    moments, is_new = cache_moments(cache_url, ray)
+    emit(describe_moments(moments, is_new=is_new), event="end", is_new=is_new, **moments.model_dump(mode="json"))
+
+
 def main(cache_url: str, overrides: list[str]) -> None:
     others = [override for override in overrides if not override.startswith("ray.")]
     if others:
@@ -60,5 +66,4 @@ def main(cache_url: str, overrides: list[str]) -> None:
         )
     ray = parse_config("{}", ["ray.address=none", *overrides], where="stillroom cache moments").ray
     announce(ray.address)
-    moments, is_new = cache_moments(cache_url, ray)
-    emit(describe_moments(moments, is_new=is_new), event="end", is_new=is_new, **moments.model_dump(mode="json"))
+    compute(cache_url, ray)

@@ -1,10 +1,11 @@
-"""Build the missing parts of a cache, then train. ``python -m jobs.distill CONFIG [k.k=v …]``."""
+"""Build what is missing of a cache, then train. ``python -m jobs.distill CONFIG [k.k=v …]``."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from jobs.build_cache import build_cache, describe
+from jobs.cache_moments import compute
 from jobs.entry import config_command
 from jobs.observability.log import emit
 from jobs.ray.cluster import cluster
@@ -26,6 +27,9 @@ def distill(config: Config) -> dict[str, Any]:
     with cluster(config.ray):
         if config.teacher.mode == "cache":
             emit(describe(build_cache(config), config.data), event="end")
+            if config.teacher.standardize != "none":
+                assert config.cache is not None, "ensured by check_distillation"
+                compute(config.cache.url, config.ray)
         return train_student(training)
 
 

@@ -12,7 +12,7 @@ from schemas.config import Config, Section
 S = TypeVar("S", bound=Section)
 Urls = str | tuple[str, ...]
 _PATTERNS = frozenset({"shards", "val_shards"})
-_NAMES = _PATTERNS | {"cache", "index", "local_dir", "weights", "text_head", "class_means", "url"}
+_NAMES = _PATTERNS | {"cache", "index", "local_dir", "weights", "text_head", "class_means", "moments", "url"}
 
 
 def with_absolute_paths(config: Config) -> Config:

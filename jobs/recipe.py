@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from jobs.build_cache import build_cache, describe
+from jobs.cache_moments import compute
 from jobs.entry import config_command
 from jobs.observability.log import emit
 from jobs.ray.cluster import cluster
@@ -19,7 +20,7 @@ from jobs.recipes.schedule import describe_plan
 from jobs.recipes.table import Results, print_tables, read_results, write_results
 from pipeline.shards.long_tail import write_long_tail
 from pipeline.shards.shard_urls import shard_urls
-from schemas.config import DataConfig
+from schemas.config import Config, DataConfig
 
 DRY_RUN = "--dry-run"
 
@@ -33,7 +34,13 @@ def run_recipe(recipe: Recipe) -> Results:
             assert config.cache is not None
             emit(f"2/3 teacher cache: {config.cache.url}", event="stage")
             emit(describe(build_cache(config), config.data), event="stage")
+            if any(_standardizes(run.config, config.cache.url) for run in recipe.runs):
+                compute(config.cache.url, config.ray)
         return Results(teacher, tuple(zip(recipe.runs, _train_students(recipe), strict=True)))
+
+
+def _standardizes(config: Config, cache_url: str) -> bool:
+    return config.teacher.standardize != "none" and cache_url in config.data.caches
 
 
 def _write_subsets(recipe: Recipe) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -11,6 +11,7 @@ from schemas.config.views import ViewsConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Interpolation = Literal["bilinear", "bicubic"]
+Standardize = Literal["none", "mean_std", "phi_s"]
 
 
 class ModelConfig(Section):
@@ -57,6 +58,9 @@ class TeacherModelConfig(ModelConfig):
     class_means: str | None = Field(
         None, min_length=1, description="mode online, for nd: URL of a finished cache of this teacher with class means."
     )
+    moments: str | None = Field(
+        None, min_length=1, description="mode online, for standardize: URL of a cache of this teacher with moments."
+    )
 
 
 class OtherTeacherConfig(TeacherModelConfig):
@@ -74,6 +78,18 @@ class TeacherConfig(TeacherModelConfig):
     others: tuple[OtherTeacherConfig, ...] = Field(
         (), description="mode online: further teachers, for the same views; losses are summed over all."
     )
+    standardize: Standardize | tuple[Standardize, ...] = Field(
+        "none",
+        description="Embeddings as losses compare them: mean_std or phi_s, by stored moments; or a list, one for each "
+        "teacher.",
+    )
+    loss_weights: tuple[Annotated[float, Field(ge=0)], ...] = Field(
+        (), description="Factor of the losses of each teacher, in the order of data.cache or teacher.others; default 1."
+    )
+
+    def standardizations(self, num_teachers: int) -> tuple[Standardize, ...]:
+        """``standardize`` of each teacher."""
+        return (self.standardize,) * num_teachers if isinstance(self.standardize, str) else self.standardize
 
     @property
     def models(self) -> dict[str, TeacherModelConfig]:

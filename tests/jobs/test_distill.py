@@ -15,7 +15,7 @@ from pipeline.core.errors import CacheError, ConfigError, StorageInputError
 from pipeline.models.cifar import resnet
 from schemas.config import Config
 from tests.errors import raises
-from tests.jobs.conftest import Tree, config_of, files_below
+from tests.jobs.conftest import JsonLog, Tree, config_of, files_below
 
 
 def test_several_caches_are_refused_before_one_is_built(tree: Tree, tmp_path: Path) -> None:
@@ -57,6 +57,16 @@ def test_a_finished_cache_needs_no_weights_of_its_teacher(
     assert "--without-teacher" in str(compared.value.next_step)
     measured = evaluate(str(tmp_path / "trained"), val_shards, with_teacher=False)
     assert (measured.num_rows, measured.metrics["agreement"]) == (24, None)
+
+
+def test_moments_are_computed_before_a_training_that_standardises_targets(tree: Tree, json_log: JsonLog) -> None:
+    sections = {"cache": {"embeddings": "fp16"}, "teacher": {"standardize": "phi_s"}, "train": {"epochs": 1}}
+    assert distill(config_of(tree(**sections, loss=[{"name": "mse"}])))["steps"] == 4
+    events = json_log()
+    (moments,) = [event for event in events if "is_new" in event]
+    begin = next(event for event in events if event["event"] == "begin")
+    assert (moments["is_new"], moments["num_rows"]) == (True, 96 * 3)
+    assert (begin["standardize"], begin["moments"]) == (["phi_s"], [moments["table"]["sha256"][:16]])
 
 
 def test_changed_weights_of_a_finished_cache_are_refused(tree: Tree, tmp_path: Path) -> None:

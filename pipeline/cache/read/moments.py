@@ -24,7 +24,7 @@ def find_moments(cache: TeacherCache) -> Moments | None:
     data = storage.read_if_exists(url, max_bytes=storage.MAX_RECORD_BYTES)
     if data is None:
         return None
-    record = parse_record(Moments, data, where=redact(url))
+    record = parse_moments(data, where=redact(url))
     if (record.fingerprint, record.manifest_sha256) != (cache.header.fingerprint, manifest_sha256):
         raise CacheError(
             "these moments belong to another teacher or to another state of the cache",
@@ -37,6 +37,14 @@ def find_moments(cache: TeacherCache) -> Moments | None:
     return record
 
 
+def parse_moments(data: bytes, *, where: str) -> Moments:
+    """
+    Raises:
+        CacheError: the record was changed after it was written.
+    """
+    return parse_record(Moments, data, where=where)
+
+
 def read_moments_record(cache_url: str, path: str) -> Moments:
     """A record of ``moments/``, of whatever state of the cache.
 
@@ -44,7 +52,7 @@ def read_moments_record(cache_url: str, path: str) -> Moments:
         CacheError: it was changed after it was written.
     """
     url = storage.join(cache_url, path)
-    return parse_record(Moments, read_file(cache_url, path, max_bytes=storage.MAX_RECORD_BYTES), where=redact(url))
+    return parse_moments(read_file(cache_url, path, max_bytes=storage.MAX_RECORD_BYTES), where=redact(url))
 
 
 def read_moments(cache: TeacherCache, record: Moments) -> EmbeddingMoments:

@@ -30,7 +30,9 @@ from pipeline.student.evaluation.finite import FiniteRows
 from pipeline.student.evaluation.images import images_table
 from pipeline.student.evaluation.loaded_run import CheckpointName, load_run
 from pipeline.student.evaluation.metrics import Evaluation, EvaluationScope, MetricSums, Outputs, metrics_of
+from pipeline.student.losses import CompositeLoss
 from pipeline.student.supervision.spec import SupervisionSpec
+from pipeline.student.supervision.standardization import standardizer_of, standardizers_of
 from pipeline.tasks import EMBEDDING, task_of
 from pipeline.teacher.inference import Teacher, load_teacher
 from pipeline.teacher.rendering import GroupViews, Rendering, read_groups
@@ -170,7 +172,7 @@ class Evaluator:
         images: list[tuple[str, pa.StringArray]] = []
         try:
             for url in self.rank_urls:
-                index = self._add_shard(url, model, spec, teacher, sums, scope.projector)
+                index = self._add_shard(url, model, spec, teacher, sums, scope)
                 images.append((index.shard_id, index.keys.take(pa.array(index.ok))))
                 if on_index is not None:
                     on_index(index)
@@ -218,13 +220,17 @@ class Evaluator:
         spec: InputSpec,
         teacher: Teacher | PrecomputedTeacher | None,
         sums: MetricSums,
-        projector: nn.Module | None,
+        scope: EvaluationScope,
     ) -> ShardIndex:
         finite = FiniteRows()
         with self._open(url) as shard:
             builder = shard.new_builder()
             for group, teacher_outputs in shard.groups_with_teacher(spec, teacher, builder):
-                outputs = _student_outputs(model, spec, group.pixels_VNCHW[0], self.distributed.device, projector)
+                pixels_NCHW = group.pixels_VNCHW[0]
+                outputs = _student_outputs(model, spec, pixels_NCHW, self.distributed.device, scope.projector)
+                if scope.standardize is not None and teacher_outputs and EMBEDDING in teacher_outputs:
+                    embedding_ND = scope.standardize(teacher_outputs[EMBEDDING].to(self.distributed.device)).cpu()
+                    teacher_outputs = {**teacher_outputs, EMBEDDING: embedding_ND}
                 if finite.add(_keys(group), outputs, teacher_outputs):
                     sums.add(outputs, teacher_outputs, group.targets)
         index = builder.finish()
@@ -305,7 +311,12 @@ def evaluate_run(
     without = f"measure the student alone: stillroom evaluate {quoted(run_url)} --shards … --without-teacher"
     teacher = teacher_for_agreement(loaded.config, supervision, device, or_else=without) if with_teacher else None
     projector = None if teacher is None else loaded.projector(teacher.module.embedding_dim)
-    scope = EvaluationScope(loaded.untrained, None if projector is None else projector.to(device))
+    loss = CompositeLoss(loaded.config.loss, task_of(supervision.data), where="loss")
+    scope = EvaluationScope(
+        loaded.untrained,
+        None if projector is None else projector.to(device),
+        None if projector is None else standardizer_of(loss, standardizers_of(loaded.config, supervision, device)),
+    )
     evaluator = build_evaluator(
         shards,
         supervision.data,

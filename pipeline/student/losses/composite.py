@@ -113,18 +113,21 @@ class _Term:
         """At which this term takes the teacher's outputs; 1 for a loss without temperature."""
         return self.options.get("temperature", 1.0)
 
-    def details(self, binding: _Binding, parts: Mapping[int, Tensor]) -> dict[str, Tensor]:
+    def details(self, binding: _Binding, parts: Mapping[int, Tensor], total: Tensor) -> dict[str, Tensor]:
         """Values of one head and of single teachers, where there are several: ``kd/HEAD``, ``kd/0``, ``kd/HEAD/0``."""
         key, by_key = self.key, dict[str, Tensor]()
         if len(self.bindings) > 1 and binding.head is not None:
             key = f"{key}/{binding.head.name}"
-            by_key[key] = torch.stack([*parts.values()]).sum()
+            by_key[key] = total
         return by_key | {f"{key}/{number}": part for number, part in parts.items() if len(parts) > 1}
 
-    def values(self, binding: _Binding, inputs: LossInputs) -> dict[int, Tensor]:
-        """One value for each teacher, by its position, if the loss takes an input of the teacher; else one value."""
+    def values(self, binding: _Binding, inputs: LossInputs) -> tuple[Tensor, dict[int, Tensor]]:
+        """The value, and that of each teacher by its position if the loss takes an input of the teacher: the value is
+        their sum, with the teachers' weights."""
         teachers = binding.teachers(inputs, self.temperature) or {0: None}
-        return {number: self._value(binding, inputs, teacher) for number, teacher in teachers.items()}
+        parts = {number: self._value(binding, inputs, teacher) for number, teacher in teachers.items()}
+        weighted = [part if (teacher := teachers[at]) is None else teacher.weight * part for at, part in parts.items()]
+        return torch.stack(weighted).sum(), parts
 
     def _value(self, binding: _Binding, inputs: LossInputs, teacher: TeacherInputs | None) -> Tensor:
         values = {
@@ -183,9 +186,9 @@ class CompositeLoss:
         Returns:
             The total, an fp32 scalar, weighted and scaled for DDP's mean over ranks, on which to call ``backward``; and
             by term (``kd``, ``kd_2``, …) the fp32 mean over this rank's valid rows, unweighted, unscaled and detached.
-            With several teachers a term is summed over those that have its head (FunMatch, Beyer 2022), and ``kd/0``,
-            ``kd/1``, … are the values of the individual teachers. With several heads it is summed over them, and
-            ``kd/HEAD`` is the value of one.
+            With several teachers a term is summed over those that have its head (FunMatch, Beyer 2022), with their
+            weights, and ``kd/0``, ``kd/1``, … are the unweighted values of the individual teachers. With several heads
+            it is summed over them, and ``kd/HEAD`` is the value of one.
 
         Raises:
             TrainingError: the batch lacks an input of a term.
@@ -198,10 +201,10 @@ class CompositeLoss:
             of_heads: list[Tensor] = []
             details: dict[str, Tensor] = {}
             for binding in term.bindings:
-                parts = term.values(binding, inputs)
-                of_heads.append(torch.stack([*parts.values()]).sum())
-                summands.append(term.weight(epoch) * term.factor(binding, share) * of_heads[-1])
-                details |= term.details(binding, parts)
+                value, parts = term.values(binding, inputs)
+                of_heads.append(value)
+                summands.append(term.weight(epoch) * term.factor(binding, share) * value)
+                details |= term.details(binding, parts, value)
             values |= {key: value.detach() for key, value in {term.key: torch.stack(of_heads).sum(), **details}.items()}
         return reduce(torch.add, summands), values
 
@@ -209,10 +212,7 @@ class CompositeLoss:
         """The summands of the total by term, on the graph; arguments as in a call."""
         weighted: dict[str, Tensor] = {}
         for term in self._terms:
-            of_heads = [
-                term.factor(binding, share) * torch.stack([*term.values(binding, inputs).values()]).sum()
-                for binding in term.bindings
-            ]
+            of_heads = [term.factor(binding, share) * term.values(binding, inputs)[0] for binding in term.bindings]
             weighted[term.key] = term.weight(epoch) * torch.stack(of_heads).sum()
         return weighted
 

@@ -20,12 +20,16 @@ class TeacherInputs:
     """What losses may take of one teacher for one batch, on the batch's device.
 
     Attributes:
+        weight: factor of the losses of this teacher.
+        standardized: outputs that losses take in this form, by name; nd takes the norms of ``outputs``.
         projected: the student's embedding in this teacher's width, by the key of the term.
         class_directions: by the column of the classes.
         student_maps: [B,C,H,W] for each level, fused into the shapes of ``teacher_maps``.
     """
 
     outputs: TeacherOutputs
+    weight: float = 1.0
+    standardized: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     projected: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     class_directions: Mapping[str, ClassDirections] = field(default_factory=dict[str, ClassDirections])
     student_maps: tuple[Tensor, ...] | None = None
@@ -135,7 +139,8 @@ class Parameter:
             case "projected output":
                 return teacher.projected.get(term)
             case "teacher output":
-                return teacher.outputs.at(name, temperature)
+                standardized = teacher.standardized.get(name)
+                return teacher.outputs.at(name, temperature) if standardized is None else standardized
             case "teacher norm":
                 return teacher.outputs.norm_of(name)
             case "class directions":

@@ -6,7 +6,7 @@ import io
 import json
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ _MAY_CHANGE = {
 }
 
 
-_PINNED = re.compile(r"manifest(-\d+)?\.json")
+_PINNED = re.compile(r"(manifest|moments)(-\d+)?\.json")
 
 
 def claim_run(run_url: str, config: Config) -> None:
@@ -174,9 +174,23 @@ def pinned_manifests(run_url: str, num_caches: int) -> tuple[bytes | None, ...]:
     return tuple(storage.read_if_exists(url, max_bytes=storage.MAX_RECORD_BYTES) for url in urls)
 
 
+def pin_moments(run_url: str, records: Mapping[int, bytes]) -> dict[int, bytes]:
+    """The same for the records of the moments with which targets are standardised, by the number of the teacher."""
+    return {number: _pin(_moments_url(run_url, number), data) for number, data in records.items()}
+
+
+def pinned_moments(run_url: str, number: int) -> bytes | None:
+    """Of one teacher; None: not pinned yet."""
+    return storage.read_if_exists(_moments_url(run_url, number), max_bytes=storage.MAX_RECORD_BYTES)
+
+
 def _manifest_url(run_url: str, number: int) -> str:
     """``manifest.json`` of the first cache, ``manifest-1.json`` of the next."""
     return storage.join(run_url, f"manifest-{number}.json" if number else MANIFEST)
+
+
+def _moments_url(run_url: str, number: int) -> str:
+    return storage.join(run_url, f"moments-{number}.json" if number else "moments.json")
 
 
 def _pin(url: str, data: bytes) -> bytes:

@@ -48,7 +48,7 @@ def online_means(
     """
     if not heads:
         return {}
-    _check_same_teacher(cache, teacher, section)
+    check_same_teacher(cache, teacher, f"{section}.class_means")
     return _by_head(cache, _means(cache).mean_KD, label_counts(source), source.task, heads)
 
 
@@ -70,8 +70,15 @@ def _by_head(
     return means
 
 
-def _check_same_teacher(cache: TeacherCache, teacher: Teacher, section: str) -> None:
-    """Means of another teacher may have the same width, and would load without an error."""
+def check_same_teacher(cache: TeacherCache, teacher: Teacher, key: str) -> None:
+    """Means of another teacher may have the same width, and would load without an error.
+
+    Args:
+        key: of the config, which names the cache.
+
+    Raises:
+        CacheError: the cache is another teacher's.
+    """
     online = {
         "architecture": teacher.loaded.architecture,
         "weights": weights_digest(teacher.state()),
@@ -81,9 +88,9 @@ def _check_same_teacher(cache: TeacherCache, teacher: Teacher, section: str) -> 
     changed = differences({key: cache.header.teacher[key] for key in online}, online)
     if changed:
         raise CacheError(
-            "these class means belong to another teacher",
+            "class means or moments of another teacher are named for this one",
             code="cache.other-teacher",
-            where=f"{section}.class_means: {redact(cache.url)}",
+            where=f"{key}: {redact(cache.url)}",
             got="; ".join(changed),
-            next_step="name a cache of the online teacher, or none and leave out nd",
+            next_step="name a cache of the online teacher, or none and leave out nd or standardize",
         )

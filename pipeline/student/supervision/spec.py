@@ -7,15 +7,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.cache.format.header import plan_of, views_id
+from pipeline.cache.read.moments import find_moments, parse_moments
 from pipeline.cache.read.reader import TeacherCache, open_cache
 from pipeline.core.config_loading import require
 from pipeline.core.errors import CacheError, ConfigError
-from pipeline.core.hashing import differences
-from pipeline.core.redaction import redact
+from pipeline.core.hashing import differences, seal
+from pipeline.core.redaction import quoted, redact
 from pipeline.shards.index import data_keys, index_settings
 from pipeline.student.data.ensemble import check_same_plans
 from pipeline.student.run import checkpoint
 from pipeline.tasks import task_of
+from schemas.cache_format import Moments
 from schemas.config import Config, DataConfig, StudentConfig, ViewsConfig
 
 _TEACHER_KEYS = ("model", "kwargs", "mean", "std", "interpolation")
@@ -32,6 +34,8 @@ class SupervisionSpec:
         size: input size in pixels; None: the model's default.
         caches: one for each teacher; empty with online teachers, or none.
         means_caches: the cache that holds the class means of each online teacher; None: there is none.
+        moments_caches: the same for moments.
+        moments: the record of the moments by which each teacher's embeddings are standardised; None: they are not.
     """
 
     data: DataConfig
@@ -40,16 +44,25 @@ class SupervisionSpec:
     size: int | None
     caches: tuple[TeacherCache, ...]
     means_caches: tuple[TeacherCache | None, ...] = ()
+    moments_caches: tuple[TeacherCache | None, ...] = ()
+    moments: tuple[Moments | None, ...] = ()
 
     @property
     def all_caches(self) -> tuple[TeacherCache, ...]:
         """All caches that the run reads, in the order in which it pins their manifests."""
-        return self.caches or tuple(cache for cache in self.means_caches if cache is not None)
+        online = (*self.means_caches, *self.moments_caches)
+        return self.caches or tuple(cache for cache in online if cache is not None)
 
     @property
     def manifests(self) -> tuple[bytes, ...]:
         """The states of ``all_caches``."""
         return tuple(cache.manifest_bytes for cache in self.all_caches)
+
+    @property
+    def moments_records(self) -> dict[int, bytes]:
+        """The records of ``moments``, by the number of the teacher."""
+        records = {number: record for number, record in enumerate(self.moments) if record is not None}
+        return {number: seal(record.model_dump(mode="json")) for number, record in records.items()}
 
     @property
     def student_plan(self) -> ViewsConfig:
@@ -67,13 +80,16 @@ def resolve_spec(config: Config) -> SupervisionSpec:
     if config.teacher.mode != "cache":
         require(config, *task_of(config.data).required_keys, command=f"teacher.mode={config.teacher.mode}")
         _check_one_size(teacher_sizes(config), config.student)
+        means_caches, moments_caches = _online_caches(config)
         return SupervisionSpec(
             data=config.data,
             plan=config.views,
             student_views=student_views(config, config.views),
             size=config.views.size,
             caches=(),
-            means_caches=_means_caches(config),
+            means_caches=means_caches,
+            moments_caches=moments_caches,
+            moments=_moments(config, moments_caches) if config.teacher.mode == "online" else (),
         )
     caches = _open(config, config.data.caches)
     check_same_plans(caches)
@@ -81,7 +97,8 @@ def resolve_spec(config: Config) -> SupervisionSpec:
     _check_same_task(config, caches[0])
     _check_same_views(config, plan, caches[0])
     _check_same_teacher(config, caches)
-    return replace(spec_of_caches(caches, config.data, config.student), student_views=student_views(config, plan))
+    spec = spec_of_caches(caches, config.data, config.student)
+    return replace(spec, student_views=student_views(config, plan), moments=_moments(config, caches))
 
 
 def spec_of_caches(
@@ -146,10 +163,42 @@ def _open(config: Config, urls: Sequence[str]) -> tuple[TeacherCache, ...]:
     return tuple(open_cache(url, manifest_bytes=manifest) for url, manifest in zip(urls, pinned, strict=True))
 
 
-def _means_caches(config: Config) -> tuple[TeacherCache | None, ...]:
-    urls = [section.class_means for section in config.teacher.models.values()]
+def _online_caches(config: Config) -> tuple[tuple[TeacherCache | None, ...], tuple[TeacherCache | None, ...]]:
+    """The caches with class means and those with moments of each online teacher."""
+    teachers = config.teacher.models.values()
+    urls = [*(section.class_means for section in teachers), *(section.moments for section in teachers)]
     opened = iter(_open(config, [url for url in urls if url is not None]))
-    return tuple(None if url is None else next(opened) for url in urls)
+    caches = tuple(None if url is None else next(opened) for url in urls)
+    return caches[: len(teachers)], caches[len(teachers) :]
+
+
+def _moments(config: Config, caches: Sequence[TeacherCache | None]) -> tuple[Moments | None, ...]:
+    """Of each teacher whose embeddings are standardised, in the state that the run has pinned, if it has.
+
+    Raises:
+        CacheError: a cache has no moments.
+    """
+    kinds = config.teacher.standardizations(len(caches))
+    return tuple(
+        None if kind == "none" or cache is None else _moments_of(config, cache, number)
+        for number, (kind, cache) in enumerate(zip(kinds, caches, strict=True))
+    )
+
+
+def _moments_of(config: Config, cache: TeacherCache, number: int) -> Moments:
+    assert config.run is not None
+    pinned = checkpoint.pinned_moments(config.run.url, number)
+    if pinned is not None:
+        return parse_moments(pinned, where=f"the run's copy of the record of the moments of {redact(cache.url)}")
+    record = find_moments(cache)
+    if record is None:
+        raise CacheError(
+            "teacher.standardize needs moments, and this cache has none in its current state",
+            code="cache.no-moments",
+            where=redact(cache.url),
+            next_step=f"run: stillroom cache moments {quoted(cache.url)}, or set teacher.standardize=none",
+        )
+    return record
 
 
 def teacher_sizes(config: Config) -> list[int | None]:

@@ -12,9 +12,10 @@ from pipeline.student.data.sources import RowSource, check_any_labelled, index_u
 from pipeline.student.losses import ClassDirections, CompositeLoss
 from pipeline.student.supervision.canaries import CanaryReport, check_canaries
 from pipeline.student.supervision.class_frequencies import log_priors
-from pipeline.student.supervision.class_means import cached_means, online_means
+from pipeline.student.supervision.class_means import cached_means, check_same_teacher, online_means
 from pipeline.student.supervision.requirements import check_cached_outputs, check_online_class_means
 from pipeline.student.supervision.spec import SupervisionSpec, teacher_sizes
+from pipeline.student.supervision.standardization import Standardizer, standardizers_of
 from pipeline.tasks import task_of
 from pipeline.teacher.inference import Teacher, load_teacher
 from schemas.config import Config
@@ -29,6 +30,8 @@ class Supervision:
         class_directions: of each teacher, by the column of the classes; those that the loss needs.
         teacher_dims: widths D of the teachers' embeddings.
         log_priors: logarithms of the classes' frequencies by their column; those that the loss needs.
+        standardizers: of each teacher's embeddings; None: losses compare them as they are.
+        weights: factors of the losses of each teacher.
     """
 
     spec: SupervisionSpec
@@ -38,6 +41,8 @@ class Supervision:
     teacher_dims: tuple[int, ...]
     canaries: CanaryReport = field(default_factory=CanaryReport)
     log_priors: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    standardizers: tuple[Standardizer | None, ...] = ()
+    weights: tuple[float, ...] = ()
 
 
 def open_supervision(
@@ -67,7 +72,7 @@ def _open(
     check_cached_outputs(loss, spec.caches)
     check_online_class_means(config, loss, spec)
     if spec.caches:
-        return _cached_supervision(spec, loss, device)
+        return _cached_supervision(config, spec, loss, device)
     source = open_indexed(index_url(config), spec.data, spec.plan)
     source.check_labelled(required_targets(config, loss))
     check_any_labelled(source, loss.targets)
@@ -102,11 +107,24 @@ def _online_supervision(
         {} if cache is None else _directions(online_means(cache, teacher, source, heads, section=name), device)
         for name, cache, teacher in zip(config.teacher.models, spec.means_caches, teachers, strict=True)
     )
+    for name, cache, teacher in zip(config.teacher.models, spec.moments_caches, teachers, strict=True):
+        if cache is not None:
+            check_same_teacher(cache, teacher, f"{name}.moments")
     widths = tuple(teacher.module.embedding_dim for teacher in teachers)
-    return Supervision(spec, source, teachers, directions, widths)
+    return Supervision(
+        spec,
+        source,
+        teachers,
+        directions,
+        widths,
+        standardizers=standardizers_of(config, spec, device),
+        weights=_weights(config, len(teachers)),
+    )
 
 
-def _cached_supervision(spec: SupervisionSpec, loss: CompositeLoss, device: torch.device) -> Supervision:
+def _cached_supervision(
+    config: Config, spec: SupervisionSpec, loss: CompositeLoss, device: torch.device
+) -> Supervision:
     source = open_cached(spec.caches, spec.data, reads=loss.teacher_outputs)
     check_any_labelled(source, loss.targets)
     # On every rank, since each may run on a machine whose decoder differs.
@@ -114,7 +132,20 @@ def _cached_supervision(spec: SupervisionSpec, loss: CompositeLoss, device: torc
     heads = loss.heads_of_class_means
     directions = tuple(_directions(cached_means(cache, source, heads), device) for cache in spec.caches)
     widths = tuple(cache.header.embedding_dim for cache in spec.caches)
-    return Supervision(spec, source, (), directions, widths, canaries)
+    return Supervision(
+        spec,
+        source,
+        (),
+        directions,
+        widths,
+        canaries,
+        standardizers=standardizers_of(config, spec, device),
+        weights=_weights(config, len(spec.caches)),
+    )
+
+
+def _weights(config: Config, num_teachers: int) -> tuple[float, ...]:
+    return config.teacher.loss_weights or (1.0,) * num_teachers
 
 
 def _directions(means: Mapping[str, Tensor], device: torch.device) -> dict[str, ClassDirections]:

@@ -25,6 +25,7 @@ from pipeline.student.supervision.requirements import (
     check_teacher_mode,
 )
 from pipeline.student.supervision.spec import SupervisionSpec, resolve_spec, student_views, teacher_sizes
+from pipeline.student.training.teacher_checks import check_standardized, check_teacher_keys
 from pipeline.tasks import task_of
 from schemas.config import Config, DataConfig
 
@@ -55,6 +56,7 @@ def check_config(config: Config) -> str:
         require(config, "data.shards", *task_of(config.data).required_keys, command="train")
         check_teacher_mode(config, CompositeLoss(config.loss, task_of(config.data), where="loss"))
         _check_others(config)
+    check_teacher_keys(config)
     assert config.run is not None
     if config.run.url in (*config.data.caches, config.cache.url if config.cache else None):
         raise ConfigError(
@@ -209,6 +211,7 @@ def check_training(config: Config) -> list[str]:
     loss = CompositeLoss(config.loss, task_of(spec.data), where="loss")
     check_cached_outputs(loss, spec.caches)
     check_online_class_means(config, loss, spec)
+    check_standardized(config, loss)
     _check_layers(config, _check_student(config, spec.data, spec.size))
     _check_val_shards(config)
     return _check_teacher_weights(config, spec)
@@ -274,7 +277,9 @@ def check_plan(config: Config) -> None:
     assert config.cache is not None
     if config.teacher.mode == "cache":
         require_weights(config.teacher, where="teacher")
-        check_planned_outputs(CompositeLoss(config.loss, task_of(config.data), where="loss"), config)
+        loss = CompositeLoss(config.loss, task_of(config.data), where="loss")
+        check_planned_outputs(loss, config)
+        check_standardized(config, loss)
 
 
 def _check_student(config: Config, data: DataConfig, size: int | None) -> LoadedModel:

@@ -30,6 +30,7 @@ from pipeline.student.supervision.spec import SupervisionSpec, resolve_spec
 from pipeline.student.supervision.supervision import Supervision, open_supervision, required_targets
 from pipeline.student.training.micro_batches import num_micro_batches, smallest_micro_batch
 from pipeline.student.training.optimizer_step import OptimizerStep
+from pipeline.student.training.teacher_checks import check_standardized
 from pipeline.student.training.torch_switches import check_compiler
 from pipeline.tasks import task_of
 from pipeline.teacher.inference import Teacher
@@ -112,6 +113,7 @@ def prepare(config: Config, distributed: DistributedContext) -> TrainingSetup:
     """
     spec = resolve_spec(config)
     loss = CompositeLoss(config.loss, task_of(spec.data), where="loss")
+    check_standardized(config, loss)
     supervision = open_supervision(config, spec, loss, distributed.device)
     try:
         return _assemble(config, distributed, loss, supervision)

@@ -136,6 +136,8 @@ class TrainStep:
             teachers=tuple(
                 TeacherInputs(
                     outputs=teacher_outputs,
+                    weight=self._supervision.weights[number],
+                    standardized=self._standardized(number, teacher_outputs),
                     projected={key: by_teacher[number] for key, by_teacher in student.projected.items()},
                     class_directions=self._supervision.class_directions[number],
                     student_maps=student.maps or None,
@@ -149,6 +151,10 @@ class TrainStep:
             sum_over_ranks=self.distributed.sum_with_gradient,
             join_over_ranks=self.distributed.join_with_gradient,
         )
+
+    def _standardized(self, number: int, outputs: TeacherOutputs) -> dict[str, Tensor]:
+        standardizer, embedding_BD = self._supervision.standardizers[number], outputs.at(EMBEDDING)
+        return {} if standardizer is None or embedding_BD is None else {EMBEDDING: standardizer(embedding_BD)}
 
     def _teacher_outputs(self, batch: Batch) -> list[tuple[TeacherOutputs, tuple[Tensor, ...]]]:
         """The outputs of each teacher, online or cached, and the feature maps that ``review_kd`` compares."""

@@ -74,8 +74,10 @@ def _claimed(setup: TrainingSetup) -> TrainingSetup:
     then opened again, in the state that was pinned.
     """
     checkpoint.claim_run(setup.run_url, setup.config)
-    pinned = checkpoint.pin_manifests(setup.run_url, setup.spec.manifests)
-    return setup if pinned == setup.spec.manifests else setup.reopened()
+    spec = setup.spec
+    pinned = checkpoint.pin_manifests(setup.run_url, spec.manifests)
+    moments = checkpoint.pin_moments(setup.run_url, spec.moments_records)
+    return setup if (pinned, moments) == (spec.manifests, spec.moments_records) else setup.reopened()
 
 
 class Trainer:
@@ -104,6 +106,7 @@ class Trainer:
             total_steps=setup.total_steps,
             steps_per_epoch=setup.order.num_steps,
             first_step=self.progress.step,
+            **_teachers(setup),
         )
         with self.log.files(first_step=self.progress.step, tensorboard=setup.config.train.tensorboard):
             return self._finish(self._train())
@@ -252,6 +255,18 @@ class Trainer:
         self.setup.distributed.wait()
         self.log.emit("end", **summary)
         return summary
+
+
+def _teachers(setup: TrainingSetup) -> dict[str, Any]:
+    """How the losses take the teachers, where that is not as they are and with weight 1."""
+    supervision, teacher = setup.supervision, setup.config.teacher
+    fields: dict[str, Any] = {}
+    if any(supervision.standardizers):
+        fields["standardize"] = teacher.standardizations(len(supervision.standardizers))
+        fields["moments"] = [record and record.table.sha256[:16] for record in setup.spec.moments]
+    if teacher.loss_weights:
+        fields["teacher_weights"] = supervision.weights
+    return fields
 
 
 def _start_warnings(setup: TrainingSetup, validator: Validator) -> list[str]:

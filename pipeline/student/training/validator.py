@@ -12,6 +12,7 @@ from pipeline.student.evaluation.evaluator import PrecomputedTeacher, build_eval
 from pipeline.student.evaluation.metrics import Evaluation, EvaluationScope, metrics_of
 from pipeline.student.evaluation.validation import ValidationSamples, read_validation, record_validation
 from pipeline.student.supervision.overlap import SeenImages
+from pipeline.student.supervision.standardization import standardizer_of
 from pipeline.student.training.run_log import Emit
 from pipeline.student.training.setup import TrainingSetup
 from pipeline.tasks import task_of
@@ -133,4 +134,5 @@ def _scope(setup: TrainingSetup) -> EvaluationScope:
     """What evaluations measure besides what labels allow."""
     terms, one_teacher = setup.loss.projected, len(setup.supervision.teacher_dims) == 1
     projectors: Any = setup.student.module.projectors[terms[0]] if terms and one_teacher else [None]
-    return EvaluationScope(setup.untrained, projectors[0])
+    standardizer = standardizer_of(setup.loss, setup.supervision.standardizers)
+    return EvaluationScope(setup.untrained, projectors[0], standardizer)

@@ -87,10 +87,12 @@ class EvaluationScope:
         untrained: names of the student's outputs that no loss read, and whose heads began with random weights. They are
             not measured.
         projector: from the student's embedding to the teacher's width, if a loss compares embeddings.
+        standardize: applied to the teacher's embeddings, as losses compare them; None: they compare them as they are.
     """
 
     untrained: frozenset[str] = frozenset()
     projector: nn.Module | None = None
+    standardize: Callable[[Tensor], Tensor] | None = None
 
     @property
     def head_trained(self) -> bool:
