@@ -15,6 +15,7 @@ from schemas.config.data import DataConfig
 from schemas.config.heads import HeadConfig
 from schemas.config.loss import (
     DistLoss,
+    DkdLoss,
     HeadLossSection,
     KdLoss,
     LossConfig,
@@ -87,6 +88,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "DistLoss",
+    "DkdLoss",
     "ErasingConfig",
     "HeadConfig",
     "HeadLossSection",

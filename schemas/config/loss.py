@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from schemas.config.section import Section
 
+# Keys of sections that are no arguments of the loss.
+_NOT_ARGUMENTS = frozenset({"name", "weight", "warmup_epochs", "heads", "allow_two_classes"})
+
 
 class LossSection(Section):
-    """One term of the total loss. Keys are the parameters of the loss, except ``network_keys``."""
+    """One term of the total loss."""
 
     network_keys: ClassVar[frozenset[str]] = frozenset()
     """Keys that define modules or outputs of the networks."""
 
     weight: float = Field(1.0, ge=0, description="Factor of this term in the total.")
     warmup_epochs: int = Field(0, ge=0, description="The weight is scaled by min(1, epoch / warmup_epochs), 0-based.")
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of the loss that the section determines, by name."""
+        return self.model_dump(exclude={*_NOT_ARGUMENTS, *self.network_keys})
 
     @property
     def relates_rows(self) -> bool:
@@ -29,6 +37,14 @@ class HeadLossSection(LossSection):
 
     heads: tuple[str, ...] = Field(
         (), description="task heads: the names of the heads; default: all of a kind that the loss takes."
+    )
+
+
+class RelationLossSection(HeadLossSection):
+    """A loss on the relations among classes, of which a head of two classes has none."""
+
+    allow_two_classes: bool = Field(
+        False, description="Train heads of two classes too, whose relations are empty: for measurements."
     )
 
 
@@ -62,7 +78,7 @@ class KdLoss(HeadLossSection):
     temperature: float = Field(4.0, gt=0, description="T of both softmaxes; the loss is scaled by T².")
 
 
-class DistLoss(HeadLossSection):
+class DistLoss(RelationLossSection):
     """DIST, Huang 2022."""
 
     name: Literal["dist"]
@@ -76,7 +92,7 @@ class DistLoss(HeadLossSection):
         return self.intra_weight > 0
 
 
-class DkdLoss(HeadLossSection):
+class DkdLoss(RelationLossSection):
     """DKD, Zhao 2022."""
 
     name: Literal["dkd"]

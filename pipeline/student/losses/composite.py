@@ -16,7 +16,7 @@ from pipeline.student.data.teacher_outputs import Reads
 from pipeline.student.losses.inputs import PARAMETERS, LossInputs, Parameter, TeacherInputs
 from pipeline.student.losses.registry import BY_KIND
 from pipeline.tasks import EMBEDDING, HeadKind, Task, TaskHead
-from schemas.config import HeadLossSection, LossConfig, LossSection
+from schemas.config import HeadLossSection, LossConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +89,7 @@ class _Term:
     """One entry of the loss section, with its function for each of its heads."""
 
     key: str
-    section: LossSection
+    section: LossConfig
     bindings: tuple[_Binding, ...]
     options: dict[str, Any]
 
@@ -260,6 +260,14 @@ class CompositeLoss:
         return tuple(dict.fromkeys(binding.head for binding in bindings if binding.head is not None))
 
     @property
+    def heads_by_term(self) -> tuple[tuple[LossConfig, tuple[TaskHead, ...]], ...]:
+        """The sections in their order, each with the heads that it is computed for."""
+        return tuple(
+            (term.section, tuple(binding.head for binding in term.bindings if binding.head is not None))
+            for term in self._terms
+        )
+
+    @property
     def heads(self) -> dict[str, tuple[str, ...]]:
         """By the key of a term, the names of the heads that it is computed for; only heads that have names."""
         names = {term.key: [binding.head.name for binding in term.bindings if binding.head] for term in self._terms}
@@ -279,7 +287,7 @@ def _keys(terms: Sequence[LossConfig]) -> list[str]:
 
 
 def _term(key: str, section: LossConfig, task: Task, *, where: str) -> _Term:
-    options = section.model_dump(exclude={"name", *HeadLossSection.model_fields, *section.network_keys})
+    options = section.arguments
     functions: dict[HeadKind, Callable[..., Tensor]] = {
         kind: losses[section.name] for kind, losses in BY_KIND.items() if section.name in losses
     }

@@ -64,12 +64,17 @@ def claim_run(run_url: str, config: Config) -> None:
         check_same_config(run_url, config)
 
 
+def has_begun(run_url: str) -> bool:
+    """Whether the folder has a run, which this or another config began."""
+    return storage.exists(storage.join(run_url, CONFIG))
+
+
 def check_same_config(run_url: str, config: Config) -> None:
     """
     Raises:
         ConfigError: there is a run with another config; ``got`` lists the differences.
     """
-    if not storage.exists(storage.join(run_url, CONFIG)):
+    if not has_begun(run_url):
         return
     stored = read_config(run_url)
     began, now = _comparable(stored), _comparable(config)

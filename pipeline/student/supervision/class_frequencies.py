@@ -26,18 +26,25 @@ def label_counts(source: RowSource, *, shards: Sequence[int] | None = None) -> N
     return counts
 
 
+def counts_by_head(
+    source: RowSource, heads: Sequence[TaskHead], *, shards: Sequence[int] | None = None
+) -> dict[str, NDArray[np.int64]]:
+    """``label_counts`` of each of these class heads, [K] by the column of the classes."""
+    if not heads:
+        return {}
+    count_K = label_counts(source, shards=shards)
+    return {head.column: count_K[source.task.class_range(head)] for head in heads}
+
+
 def log_priors(source: RowSource, heads: Sequence[TaskHead], device: torch.device) -> dict[str, Tensor]:
     """Logarithms of the classes' shares of the labels, fp32 [K], by the columns of these heads.
 
     A class without a row counts as half a row, so that its logarithm is finite.
     """
-    if not heads:
-        return {}
-    count_K = label_counts(source)
     priors: dict[str, Tensor] = {}
-    for head in heads:
-        counts = np.maximum(count_K[source.task.class_range(head)], 0.5)
-        priors[head.column] = torch.from_numpy(np.log(counts / counts.sum())).float().to(device)
+    for column, count_K in counts_by_head(source, heads).items():
+        counts = np.maximum(count_K, 0.5)
+        priors[column] = torch.from_numpy(np.log(counts / counts.sum())).float().to(device)
     return priors
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,9 +11,11 @@ from pipeline.cache.format.codec import config_key
 from pipeline.models import random_weights_warnings
 from pipeline.student.data.sources import RowSource
 from pipeline.student.losses import CompositeLoss
-from pipeline.student.supervision.class_frequencies import label_counts
+from pipeline.student.losses.dist import MIN_LABELS
+from pipeline.student.supervision.class_frequencies import counts_by_head
 from pipeline.student.supervision.spec import SupervisionSpec
-from pipeline.tasks import task_of
+from pipeline.student.supervision.two_classes import REASONS, two_class_heads
+from pipeline.tasks import TaskHead, task_of
 from schemas.cache_format import Header, Statistics
 from schemas.config import Config, DistLoss, LossConfig
 
@@ -22,6 +24,7 @@ _STRONG_IMBALANCE = 10
 # A few rare classes among many are no reason for a warning.
 _MANY_ABSENT = 0.1
 _NUM_SAMPLED_SHARDS = 16
+_NUM_NAMED = 5
 
 # A student ends some tenths of a nat, or of correlation, away from its teacher; a hundredth is a few per cent of that.
 _MAX_DISTANCE = 0.01
@@ -29,69 +32,103 @@ _BETTER = {"topk": "int8", "int4": "int8", "int8": "fp16", "fp16": "fp32"}
 
 
 def loss_warnings(config: Config, spec: SupervisionSpec, source: RowSource, *, world_size: int) -> list[str]:
-    """One line each. Labels are read only for DIST, the one loss that is known to suffer from their distribution."""
+    """One line each. Labels are read for priors, and for DIST, the one loss known to suffer from their distribution."""
     texts = random_weights_warnings(config.teacher.models) if config.teacher.mode != "none" else []
-    terms = [term for term in config.loss if isinstance(term, DistLoss) and term.weight]
-    if not terms:
-        return texts
-    texts += _few_classes(source.task.num_classes)
-    share_K = _label_shares(spec, source)
-    if share_K is not None:
-        texts += _imbalance(share_K)
-        intra = [term for term in terms if term.intra_weight]
+    loss = CompositeLoss(config.loss, source.task, where="loss")
+    texts += [
+        f"{_named(section.name, head)} with K = 2: {REASONS[section.name]}; use kd"
+        for _, section, head in two_class_heads(loss)
+    ]
+    texts += _few_labels(loss)
+    texts += _absent_priors(counts_by_head(source, loss.heads_of_priors), loss)
+    terms = [(section, heads) for section, heads in loss.heads_by_term if isinstance(section, DistLoss)]
+    by_head: dict[TaskHead, list[DistLoss]] = {}
+    for section, heads in terms:
+        for head in heads:
+            if head.kind == "class" and section.weight:
+                by_head.setdefault(head, []).append(section)
+    counts = _label_counts(spec, source, [*by_head]) if by_head else {}
+    for head, sections in by_head.items():
+        count_K = counts.get(head.column)
+        if count_K is None or not count_K.any():
+            continue
+        share_K = count_K / count_K.sum()
+        texts += _imbalance(_named("dist", head.name), share_K)
+        intra = [section for section in sections if section.intra_weight]
         if intra:
-            gathers = world_size == 1 or all(term.gather for term in intra)
+            gathers = world_size == 1 or all(section.gather for section in intra)
             rows = config.train.global_batch_size // (1 if gathers else world_size)
-            texts += _absent_classes(share_K, rows, may_gather=not gathers)
+            texts += _absent_classes(_named("dist", head.name), share_K, rows, may_gather=not gathers)
     return texts
 
 
-def _few_classes(num_classes: int) -> list[str]:
-    if num_classes > 2:
-        return []
+def _named(loss: str, head: str | None) -> str:
+    return loss if head is None else f"{loss} of head {head}"
+
+
+def _few_labels(loss: CompositeLoss) -> list[str]:
     return [
-        "dist with K = 2: 1 - correlation of two probabilities is 0 or 2, so inter shows only which class "
-        "has the larger probability; use kd, or raise the temperature and set inter_weight: 0"
+        f"{_named('dist', head.name)}: relations within a row need {MIN_LABELS} labels, and K = {head.num_classes}, so "
+        "inter_weight has no effect"
+        for section, heads in loss.heads_by_term
+        if isinstance(section, DistLoss) and section.weight and section.inter_weight
+        for head in heads
+        if head.kind == "multilabel" and (head.num_classes or 0) < MIN_LABELS
     ]
 
 
-def _imbalance(share_K: NDArray[np.float64]) -> list[str]:
+def _absent_priors(counts: Mapping[str, NDArray[np.int64]], loss: CompositeLoss) -> list[str]:
+    texts: list[str] = []
+    for head in loss.heads_of_priors:
+        absent = np.flatnonzero(counts[head.column] == 0)
+        if len(absent):
+            named = ", ".join(map(str, absent[:_NUM_NAMED])) + (", …" if len(absent) > _NUM_NAMED else "")
+            texts.append(
+                f"{_named('ce', head.name)} with a prior: {len(absent)} of {head.num_classes} classes have no training "
+                f"rows ({named}); each counts as half a row"
+            )
+    return texts
+
+
+def _imbalance(loss: str, share_K: NDArray[np.float64]) -> list[str]:
     occurring = share_K[share_K > 0]
     ratio = occurring.max() / occurring.min()
     if ratio < _STRONG_IMBALANCE:
         return []
     return [
-        f"dist on imbalanced classes: the most frequent has {occurring.max():.2%} of the labels, the rarest "
+        f"{loss} on imbalanced classes: the most frequent has {occurring.max():.2%} of the labels, the rarest "
         f"{occurring.min():.2%}, a ratio of {ratio:.0f}; users report DIST below plain KD here: compare with kd"
     ]
 
 
-def _absent_classes(share_K: NDArray[np.float64], rows: int, *, may_gather: bool) -> list[str]:
+def _absent_classes(loss: str, share_K: NDArray[np.float64], rows: int, *, may_gather: bool) -> list[str]:
     """For batches of rows sampled by these shares; the batches of the order are close to that."""
     absent = float(((1 - share_K) ** rows > 0.5).mean())
     if absent <= _MANY_ABSENT:
         return []
     gather = "set gather: true, " if may_gather else ""
     return [
-        f"dist in batches of {rows} rows: {absent:.0%} of the {len(share_K)} classes are absent from most of them, and "
-        f"intra relations of an absent class are noise; {gather}raise train.global_batch_size, or lower intra_weight"
+        f"{loss} in batches of {rows} rows: {absent:.0%} of the {len(share_K)} classes are absent from most of them, "
+        "and intra relations of an absent class are noise; "
+        f"{gather}raise train.global_batch_size, or lower intra_weight"
     ]
 
 
-def _label_shares(spec: SupervisionSpec, source: RowSource) -> NDArray[np.float64] | None:
-    """[K], from the cache's statistics, or from the indexes of a few shards; None if no row has a label.
+def _label_counts(
+    spec: SupervisionSpec, source: RowSource, heads: Sequence[TaskHead]
+) -> Mapping[str, NDArray[np.int64]]:
+    """[K] by the column of a head, from the cache's statistics, or from the indexes of a few shards.
 
-    A cache counts labels on views that are not mixed.
+    A cache counts labels on views that are not mixed, and those of a single head by class.
     """
     if not source.task.members:
-        return None
-    count_K = np.zeros(source.task.num_classes, np.int64)
+        return {}
     stored = spec.caches[0].manifest.statistics.class_counts if spec.caches else {}
     if stored:
+        count_K = np.zeros(source.task.num_classes, np.int64)
         count_K[list(stored)] = list(stored.values())
-    else:
-        count_K = label_counts(source, shards=_spread(len(source.shard_ids)))
-    return count_K / count_K.sum() if count_K.any() else None
+        return {head.column: count_K[source.task.class_range(head)] for head in heads}
+    return counts_by_head(source, heads, shards=_spread(len(source.shard_ids)))
 
 
 def _spread(num_shards: int) -> Sequence[int]:

@@ -25,6 +25,7 @@ from pipeline.student.supervision.requirements import (
     check_teacher_mode,
 )
 from pipeline.student.supervision.spec import SupervisionSpec, resolve_spec, student_views, teacher_sizes
+from pipeline.student.supervision.two_classes import check_two_classes
 from pipeline.student.training.teacher_checks import check_standardized, check_teacher_keys
 from pipeline.tasks import task_of
 from schemas.config import Config, DataConfig
@@ -206,9 +207,10 @@ def check_training(config: Config) -> list[str]:
         StillroomError: a model cannot be built, a validation shard is missing, or a cache is not there, not of the
             teacher that the config names, or lacks what the loss needs.
     """
-    check_config(config)
+    run_url = check_config(config)
     spec = resolve_spec(config)
     loss = CompositeLoss(config.loss, task_of(spec.data), where="loss")
+    check_two_classes(loss, run_url=run_url)
     check_cached_outputs(loss, spec.caches)
     check_online_class_means(config, loss, spec)
     check_standardized(config, loss)
@@ -262,6 +264,8 @@ def check_distillation(config: Config) -> None:
         StillroomError: as ``check_training``; or the cache would lack what the loss needs.
     """
     check_plan(config)
+    assert config.run is not None, "ensured by check_plan"
+    check_two_classes(CompositeLoss(config.loss, task_of(config.data), where="loss"), run_url=config.run.url)
     student_views(config, config.views)
     _check_layers(config, _check_student(config, config.data, config.views.size))
     _check_val_shards(config)

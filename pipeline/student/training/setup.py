@@ -28,6 +28,7 @@ from pipeline.student.networks.student import Student
 from pipeline.student.supervision.class_frequencies import RowWeights
 from pipeline.student.supervision.spec import SupervisionSpec, resolve_spec
 from pipeline.student.supervision.supervision import Supervision, open_supervision, required_targets
+from pipeline.student.supervision.two_classes import check_two_classes
 from pipeline.student.training.micro_batches import num_micro_batches, smallest_micro_batch
 from pipeline.student.training.optimizer_step import OptimizerStep
 from pipeline.student.training.teacher_checks import check_standardized
@@ -114,6 +115,8 @@ def prepare(config: Config, distributed: DistributedContext) -> TrainingSetup:
     spec = resolve_spec(config)
     loss = CompositeLoss(config.loss, task_of(spec.data), where="loss")
     check_standardized(config, loss)
+    assert config.run is not None, "ensured by check_config"
+    check_two_classes(loss, run_url=config.run.url)
     supervision = open_supervision(config, spec, loss, distributed.device)
     try:
         return _assemble(config, distributed, loss, supervision)

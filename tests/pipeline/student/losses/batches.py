@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.student.data.teacher_outputs import TeacherOutputs
 from pipeline.student.losses import LOSSES, MULTILABEL_LOSSES, BatchShare, ClassDirections, LossInputs
-from schemas.config import HeadLossSection, LossConfig
+from schemas.config import LossConfig
 
 # No deadline: a loaded machine must not fail a test.
 law = settings(deadline=None, max_examples=40)
@@ -146,9 +146,7 @@ def default_options(name: str) -> dict[str, Any]:
     """The keys of a loss with their defaults, from its config section."""
     union, _ = get_args(LossConfig)
     sections = {get_args(section.model_fields["name"].annotation)[0]: section for section in get_args(union)}
-    section = sections[name.removesuffix(" multilabel")]
-    excluded = {"name", *HeadLossSection.model_fields, *section.network_keys}
-    return {key: field.default for key, field in section.model_fields.items() if key not in excluded}
+    return sections[name.removesuffix(" multilabel")].model_construct().arguments
 
 
 def call(

@@ -53,7 +53,7 @@ def test_ce_equals_a_float64_loop_over_the_rows_with_each_label(
     largest = -student_BK.double().log_softmax(dim=1).min().item()
     of_logs = log_softmax_error(student_BK)
     assert_equals_oracle(
-        lambda student_BK: ce(student_BK, **batch, label_smoothing=smoothing),
+        lambda student_BK: ce(student_BK, **batch, label_smoothing=smoothing, prior=None),
         lambda student_BK: oracle(student_BK, batch, smoothing),
         student_BK,
         value_error=of_logs + ulps(num_classes + num_rows + 9, largest),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
@@ -26,7 +25,9 @@ def set_probs(logits_K: Tensor) -> Tensor:
     """``[2^K]``: of each set of labels."""
     probs_K = 1 / (1 + (-logits_K).exp())
     sets = itertools.product([0, 1], repeat=len(logits_K))
-    return torch.stack([math.prod(p if is_in else 1 - p for p, is_in in zip(probs_K, s, strict=True)) for s in sets])
+    return torch.stack(
+        [torch.stack([p if is_in else 1 - p for p, is_in in zip(probs_K, s, strict=True)]).prod() for s in sets]
+    )
 
 
 def kd_oracle(student_BK: Tensor, teacher_BK: Tensor, temperature: float) -> Tensor:

@@ -19,6 +19,7 @@ Variant = tuple[str, dict[str, Any]]
 VARIANTS: dict[str, Variant] = {
     **{name: (name, {}) for name in sorted(FUNCTIONS)},
     "ce smoothed": ("ce", {"label_smoothing": 0.1}),
+    "ce of a prior": ("ce", {"prior": "balanced", "log_prior_K": torch.tensor(-3.0)}),
     "ce mixed": ("ce", {"mixed": True}),
     "kd at T=1": ("kd", {"temperature": 1.0}),
     "kd at T=20": ("kd", {"temperature": 20.0}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tests.pipeline.student.runs import KD, cached_source, indexed_source, run_c
 
 DIST: dict[str, Any] = {"name": "dist"}
 NO_INTRA = {**DIST, "intra_weight": 0.0}
+BALANCED: dict[str, Any] = {"name": "ce", "prior": "balanced"}
 EVEN = list(range(10)) * 4
 
 
@@ -48,6 +50,8 @@ def warnings_of(config: Config, source: RowSource, *, world_size: int = 1) -> li
         (EVEN, 10, {**DIST, "gather": True}, 8, 2, ()),
         # A class that never occurs is absent and no imbalance.
         ([0, 1, 2, 3] * 4, 5, DIST, 16, 1, ("20% of the 5 classes are absent",)),
+        ([0, 1, 2, 3] * 4, 5, BALANCED, 16, 1, ("ce with a prior: 1 of 5 classes have no training rows (4)",)),
+        ([0, 1, 2, 3] * 4, 4, BALANCED, 16, 1, ()),
         ([0] * 15 + [1], 2, KD[0], 2, 1, ()),
         ([0] * 15 + [1], 2, {**DIST, "weight": 0.0}, 2, 1, ()),
         (EVEN, 10, NO_INTRA, 2, 1, ()),
@@ -75,6 +79,24 @@ def test_dist_gives_a_warning_with_its_number_where_it_suits_the_labels_badly(
     texts = warnings_of(config, indexed_source(config, tmp_path / "index"), world_size=world_size)
     assert len(texts) == bool(parts)
     assert all(part in text for text in texts for part in parts)
+
+
+def test_a_warning_names_the_head_that_it_is_about(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    samples = [
+        (key, {"png": members["png"], "json": json.dumps({"color": 2 * (row == 0), "tags": [row % 9]}).encode()})
+        for row, (key, members) in enumerate(digit_samples(20))
+    ]
+    heads = {"color": {"num_classes": 3}, "tags": {"num_classes": 9, "kind": "multilabel"}}
+    keys = {"task": "heads", "label": "json", "num_classes": None, "heads": heads}
+    base = tiny_config(data={"shards": pack_shards(samples, f"{tmp_path}/heads-%02d.tar", shard_size=20), **keys})
+    config = run_config(base, tmp_path / "run", mode="online", loss=[DIST], train={"global_batch_size": 10})
+    of_labels, imbalanced, absent = warnings_of(config, indexed_source(config, tmp_path / "index"))
+    assert "dist of head tags" in of_labels
+    assert "K = 9" in of_labels
+    assert "dist of head color on imbalanced classes" in imbalanced
+    assert "a ratio of 19" in imbalanced
+    # One row in twenty is in 10 rows with chance 1 - 0.95¹⁰ = 0.40; class 1 never.
+    assert "dist of head color in batches of 10 rows: 67% of the 3 classes" in absent
 
 
 @pytest.mark.slow
