@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tests.docs import command_line, config_tables, error_codes, figures, python_api
+from tests.docs import command_line, config_tables, error_codes, figures, loss_matrix, python_api
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -23,6 +23,7 @@ def generated_files() -> dict[Path, str]:
         reference / "modules.md": page(python_api.modules_title(), python_api.module_sections()),
         reference / "errors.md": page(error_codes.title(), error_codes.sections()),
         reference / "config.md": config_tables.filled((reference / "config.md").read_text()),
+        DOCS / "how-to" / "choose-a-loss.md": loss_matrix.filled((DOCS / "how-to" / "choose-a-loss.md").read_text()),
         DOCS / "how-to" / "watch.md": with_metrics((DOCS / "how-to" / "watch.md").read_text()),
         DOCS / "assets" / "results.svg": figures.results(),
     }
