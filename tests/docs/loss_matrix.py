@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline.core.errors import ConfigError
 from pipeline.student.losses import CompositeLoss
+from pipeline.student.supervision.two_classes import two_class_heads
 from pipeline.tasks import Task, task_of
 from schemas.config import Config, DataConfig
 from tests.docs.config_tables import losses
@@ -35,7 +36,7 @@ def _cells(name: str) -> list[str]:
     # Feature maps are no output that a cache has.
     needs = ["feature maps, online"] if name == "review_kd" else [need.partition(".")[0] for need in needs]
     return [
-        *("no" if loss is None else "yes" for loss in composed.values()),
+        *("no" if loss is None or two_class_heads(loss) else "yes" for loss in composed.values()),
         "yes" if loss.targets else "no",
         ", ".join(needs) or "nothing",
         "yes" if _section(name).relates_rows else "no",
