@@ -28,7 +28,7 @@ from pipeline.models.text_head import (
     with_outputs,
     without_heads,
 )
-from pipeline.models.weights import load_state, read_state, weights_read_errors
+from pipeline.models.weights import load_state, read_state, student_of_run, weights_read_errors
 from schemas.config import Interpolation, ModelConfig, TeacherModelConfig, Triple
 
 _NAME_FORMS = "timm/NAME, torchvision/NAME or python:package.module:factory"
@@ -204,7 +204,10 @@ def _reader(config: ModelConfig, where: str) -> Callable[[], WeightsFile] | None
     @cache
     def read() -> WeightsFile:
         with weights_read_errors(url, where=where):
-            return read_state(url, sha256=config.sha256, where=where)
+            file_url = url if isinstance(config, TeacherModelConfig) else student_of_run(url)
+            file = read_state(file_url, sha256=config.sha256, where=where)
+        note = f"{where}: those of the run's {storage.last_name(redact(file_url))}"
+        return file if file_url == url else replace(file, notes=(note, *file.notes))
 
     return read
 

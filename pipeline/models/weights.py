@@ -38,6 +38,7 @@ from pipeline.models.state_dicts import (
 _NUM_QUOTED_NAMES = 4
 # Keys that only files of Stillroom have: an exported student, a checkpoint of a run.
 _STILLROOM_KEYS = ("run_config_sha256", "projectors")
+_CHECKPOINTS = ("checkpoints/best.pt", "checkpoints/last.pt")
 _TORCHSCRIPT_MEMBER, _BYTEARRAY = "/constants.pkl", b"\nbytearray\n"
 
 
@@ -82,6 +83,14 @@ def read_state(url: str, *, sha256: str | None, where: str) -> WeightsFile:
     else:
         content = metadata = _unpickle(data, url, where)
     return replace(_as_weights_file(content, url, where), transform_input=stored_transform_input(metadata))
+
+
+def student_of_run(url: str) -> str:
+    """The URL of the checkpoint of a run: its best one, else its last; other URLs are returned as they are."""
+    if PurePosixPath(redact(url)).suffix:
+        return url
+    checkpoints = (storage.join(url, name) for name in _CHECKPOINTS)
+    return next((checkpoint for checkpoint in checkpoints if storage.exists(checkpoint)), url)
 
 
 @contextlib.contextmanager

@@ -100,6 +100,9 @@ class TeacherConfig(TeacherModelConfig):
 class StudentConfig(ModelConfig):
     """The network that is trained."""
 
+    weights: str | None = Field(
+        "random", description="pretrained, random, or URL of .safetensors/.pt (weights_only), or of a run."
+    )
     size: int | None = Field(None, ge=1, description="Input height and width in pixels; default views.size.")
     views: ViewsConfig | None = Field(
         None, description="Separate views for the student, new in each epoch; null: the views of the teacher."

@@ -179,7 +179,8 @@ def _untrained_outputs(run: LoadedRun, format: ExportFormat, run_url: str) -> Co
     Raises:
         ConfigError: a graph would have no output.
     """
-    if format in _GRAPHS and run.untrained.issuperset(run.student.module.head_outputs):
+    heads = run.student.module.head_outputs
+    if format in _GRAPHS and heads and run.untrained.issuperset(heads):
         raise ConfigError(
             "the head of this student was not trained: no loss reads its output, which a graph returns",
             code="export.untrained-head",

@@ -17,6 +17,7 @@ from torch.export import Dim, ExportedProgram
 from pipeline.augment.pixels import to_input
 from pipeline.core.errors import ConfigError, ModelError, cause
 from pipeline.models import EmbeddingModel, InputSpec
+from pipeline.tasks import EMBEDDING
 
 TOLERANCE = 1e-4
 """Largest difference of a graph's output from the network's, relative to its largest number: backends reorder sums."""
@@ -30,7 +31,7 @@ _ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 class StudentGraph(nn.Module):
     """forward(images_NCHW) -> what the student's head returns, [N,…], without the embedding; a dict by output name if
-    the student has several heads.
+    the student has several heads; the embedding [N,D] if it has none.
 
     Args:
         normalizes: the input is uint8 RGB instead of normalised float32.
@@ -42,15 +43,15 @@ class StudentGraph(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.size, self.normalizes = model, spec.size, normalizes
-        self.outputs = tuple(model.head_outputs if outputs is None else outputs)
+        self.outputs = tuple(model.head_outputs if outputs is None else outputs) or (EMBEDDING,)
         self.register_buffer("mean_C", torch.tensor(spec.mean), persistent=False)
         self.register_buffer("std_C", torch.tensor(spec.std), persistent=False)
 
     def forward(self, images_NCHW: Tensor) -> Tensor | dict[str, Tensor]:
         if self.normalizes:
             images_NCHW = to_input(images_NCHW, mean_C=self.get_buffer("mean_C"), std_C=self.get_buffer("std_C"))
-        outputs = self.model.forward_heads(images_NCHW)
-        if len(self.model.head_outputs) == 1:
+        outputs = self.model.forward_heads(images_NCHW) if self.model.head_outputs else self.model(images_NCHW)
+        if len(self.model.head_outputs) <= 1:
             return outputs[self.outputs[0]]
         return {name: outputs[name] for name in self.outputs}
 
