@@ -19,6 +19,7 @@ from pipeline.core.temporary import temporary_folder
 from pipeline.student.distributed import DistributedContext
 from pipeline.student.run.checkpoint import EVALUATIONS, METRICS, SPEED
 
+_GRADIENT_NORM = "gradient_norm/"
 Record = dict[str, float | int | None]
 
 
@@ -90,7 +91,7 @@ class StepLog:
     def _record(self, step: _Step, values: Sequence[float]) -> Record:
         scale: Record = {} if step.scale is None else {"scale": step.scale}
         named = dict(zip(self._names, values, strict=True))
-        norms = {f"gradient_norm/{term}": float(norm) for term, norm in step.gradient_norms.items()}
+        norms = {f"{_GRADIENT_NORM}{term}": float(norm) for term, norm in step.gradient_norms.items()}
         return {"step": step.step, "epoch": step.epoch, "lr": step.lr, **named, **scale, **norms}
 
 
@@ -198,11 +199,14 @@ class MetricsFile:
         self._folder.cleanup()
 
     def add(self, records: Sequence[Record], speed: Mapping[str, float] | None = None) -> None:
-        """Adds steps in order, and their throughput. TensorBoard gets the last of them."""
+        """Adds steps in order, and their throughput. TensorBoard gets the last of them, and all gradient norms."""
         self._metrics.add(records)
         if speed is not None:
             self._speed.add([{"step": records[-1]["step"], **speed}])
         if self._tensorboard is not None:
+            for record in records[:-1]:
+                norms = {name: value for name, value in record.items() if name.startswith(_GRADIENT_NORM)}
+                self._tensorboard.add(int(record["step"] or 0), norms)
             last = {name: value for name, value in records[-1].items() if name != "step"}
             self._tensorboard.add(int(records[-1]["step"] or 0), {**last, **(speed or {})})
 

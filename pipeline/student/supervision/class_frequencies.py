@@ -55,12 +55,14 @@ class RowWeights:
     Attributes:
         column: of the labels.
         weight_K: fp32 [K + 1]; the last is that of rows without a label, 1.
-        num_clipped: classes that occur and whose weight was clipped.
+        num_clipped: rows whose weight was clipped to ``[1 / max_weight, max_weight]``, of ``num_labelled``.
     """
 
     column: str
     weight_K: Tensor
+    max_weight: float
     num_clipped: int
+    num_labelled: int
 
     @classmethod
     def of(cls, balance: BalanceConfig, source: RowSource, device: torch.device) -> RowWeights:
@@ -72,7 +74,7 @@ class RowWeights:
         count_K = label_counts(source)[source.task.class_range(head)]
         weight_K, num_clipped = class_weights(count_K, power=balance.power, max_weight=balance.max_weight)
         weights = torch.from_numpy(np.append(weight_K, 1.0)).float()
-        return cls(head.column, weights.to(device), num_clipped)
+        return cls(head.column, weights.to(device), balance.max_weight, num_clipped, int(count_K.sum()))
 
     def of_rows(self, batch: Batch) -> Tensor:
         """[B]; of a mixed row, the mean of the weights of both images with their shares."""
@@ -84,8 +86,11 @@ class RowWeights:
     def warning(self) -> str:
         """What the weights are, in one line."""
         low, high = self.weight_K[:-1].min().item(), self.weight_K[:-1].max().item()
-        clipped = f"; those of {self.num_clipped} classes are clipped" if self.num_clipped else ""
-        return f"train.balance: rows have weights of {low:.3g} to {high:.3g} by their {self.column}{clipped}"
+        text = f"train.balance: rows have weights of {low:.3g} to {high:.3g} by their {self.column}"
+        if not self.num_clipped:
+            return text
+        bounds = f"[{1 / self.max_weight:.3g}, {self.max_weight:g}] (max_weight)"
+        return f"{text}; those of {self.num_clipped} of {self.num_labelled} rows are clipped to {bounds}"
 
 
 def _head_of(balance: BalanceConfig, task: Task) -> TaskHead:
@@ -104,11 +109,11 @@ def _head_of(balance: BalanceConfig, task: Task) -> TaskHead:
 
 def class_weights(count_K: NDArray[np.int64], *, power: float, max_weight: float) -> tuple[NDArray[np.float64], int]:
     """The weight of a row by its class: ``n^-power`` with mean 1 over the rows, clipped to ``max_weight`` and its
-    inverse; 1 for a class without rows. And the number of classes whose weight was clipped."""
+    inverse; 1 for a class without rows. And the number of rows whose weight was clipped."""
     occurs_K = count_K > 0
     weight_K = np.ones(len(count_K))
     weight_K[occurs_K] = count_K[occurs_K] ** -power
     if occurs_K.any():
         weight_K[occurs_K] *= count_K.sum() / (weight_K * count_K).sum()
     clipped_K = np.clip(weight_K, 1 / max_weight, max_weight)
-    return clipped_K, int((clipped_K != weight_K).sum())
+    return clipped_K, int(count_K[clipped_K != weight_K].sum())

@@ -135,6 +135,18 @@ def test_tensorboard_reads_one_curve_over_all_starts_of_a_run(tmp_path: Path) ->
     assert set(board.Tags()["scalars"]) == {"epoch", "loss", "images_per_s", "eval/top1"}
 
 
+def test_tensorboard_has_the_gradient_norms_of_every_measured_step(tmp_path: Path) -> None:
+    """Other values are those of the last step since the file was added to."""
+    records = [{**record(step)[0], **({"gradient_norm/kd": step + 0.5} if step % 3 == 0 else {})} for step in range(8)]
+    with MetricsFile(str(tmp_path), first_step=0, tensorboard=True) as file:
+        file.add(records[:5])
+        file.add(records[5:])
+        file.publish()
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in board.Scalars("gradient_norm/kd")] == [(0, 0.5), (3, 3.5), (6, 6.5)]
+    assert [event.step for event in board.Scalars("loss")] == [4, 7]
+
+
 def test_a_throughput_meter_counts_images_and_waiting_since_it_was_read() -> None:
     """Each reading of this clock advances it by a second: one to begin, two around each batch, one to read."""
     ticks = count()
