@@ -26,6 +26,7 @@ _TABLE = re.compile(rf"^{re.escape(_HEAD)}((?:\| .*\n)*)", re.MULTILINE)
 _TYPES = {
     "cache.logits": "`fp32` or `fp16` or `int8` or `int4` or `topk:k` or `none`",
     "cache.class_means": "`none` or `eval` or `view0` or URL",
+    "teacher.standardize": "`none` or `mean_std` or `phi_s`, or a list of these",
     "loss.name": "text",
 }
 

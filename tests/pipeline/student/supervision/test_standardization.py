@@ -38,6 +38,7 @@ from tests.pipeline.student.runs import (
     trainer_of,
     training_error,
 )
+from tests.pipeline.tasks.test_embedding import TOWER, embedding_config
 
 CPU = torch.device("cpu")
 EMBEDDING_LOSSES: list[dict[str, Any]] = [{"name": name} for name in ("cosine", "mse", "smooth_l1", "similarity")]
@@ -295,3 +296,31 @@ def test_teachers_have_weights_and_standardisations_of_their_own(
         expected = 0.5 * record["loss/cosine/0"] + 3.0 * record["loss/cosine/1"]
         assert record["loss/cosine"] == pytest.approx(expected, rel=1e-6)
         assert record["loss"] == pytest.approx(2 * expected, rel=1e-6)
+
+
+def test_parity_of_several_teachers_without_classifiers(built_cache: TinyCache, tmp_path: Path) -> None:
+    """Two towers, each standardised in another way and with another weight; cached and online, without labels."""
+    caches: list[TinyCache] = []
+    for number, kwargs in enumerate(({}, {"width": 9})):
+        section = {"url": str(tmp_path / f"cache-{number}"), "embeddings": "fp32"}
+        views = {"kind": "function_matching", "count": 2}
+        config = embedding_config(built_cache.config, cache=section, views=views, teacher={**TOWER, "kwargs": kwargs})
+        build(config)
+        compute_moments(section["url"])
+        caches.append(TinyCache(section["url"], config))
+    first, second = caches
+    student = {"model": "python:tests.pipeline.student.small_networks:normalised", "mean": [0.5] * 3, "std": [0.5] * 3}
+    keys: dict[str, Any] = {"student": student, "loss": EMBEDDING_LOSSES, "train": {"epochs": 2, "lr": 0.01}}
+    how = {"standardize": ["phi_s", "mean_std"], "loss_weights": [1.0, 0.25]}
+    alone = dict.fromkeys(("model", "weights", "mean", "std"))
+    data = {"cache": [first.url, second.url]}
+    run(run_config(first.config, tmp_path / "cached", **keys, data=data, teacher={**how, **alone, "kwargs": {}}))
+    other = second.config.teacher.model_dump(include={"model", "weights", "kwargs", "mean", "std"})
+    online = {**how, "moments": first.url, "others": [{**other, "moments": second.url}]}
+    config = run_config(first.config, tmp_path / "online", mode="online", **keys, teacher=online)
+    run(config)
+    pairs = list(zip(metrics(tmp_path / "cached"), metrics(tmp_path / "online"), strict=True))
+    assert len(pairs) == 10
+    for cached, record in pairs:
+        assert {f"loss/{term['name']}/{number}" for term in EMBEDDING_LOSSES for number in range(2)} < cached.keys()
+        assert cached == pytest.approx(record, rel=training_error(config, cached["step"] + 1))
