@@ -27,7 +27,7 @@ def distill(config: Config) -> dict[str, Any]:
     with cluster(config.ray):
         if config.teacher.mode == "cache":
             emit(describe(build_cache(config), config.data), event="end")
-            if config.teacher.standardize != "none":
+            if config.teacher.standardizes:
                 assert config.cache is not None, "ensured by check_distillation"
                 compute(config.cache.url, config.ray)
         return train_student(training)

@@ -40,7 +40,8 @@ def run_recipe(recipe: Recipe) -> Results:
 
 
 def _standardizes(config: Config, cache_url: str) -> bool:
-    return config.teacher.standardize != "none" and cache_url in config.data.caches
+    named = (section.moments for section in config.teacher.models.values())
+    return config.teacher.standardizes and cache_url in (*config.data.caches, *named)
 
 
 def _write_subsets(recipe: Recipe) -> None:

@@ -92,6 +92,11 @@ class TeacherConfig(TeacherModelConfig):
         return (self.standardize,) * num_teachers if isinstance(self.standardize, str) else self.standardize
 
     @property
+    def standardizes(self) -> bool:
+        """Whether losses take the embeddings of any teacher standardised."""
+        return self.standardize not in ("none", ()) and {*self.standardizations(1)} != {"none"}
+
+    @property
     def models(self) -> dict[str, TeacherModelConfig]:
         """All teachers of mode online, by the names of their sections."""
         return {"teacher": self, **{f"teacher.others.{number}": other for number, other in enumerate(self.others)}}

@@ -86,9 +86,13 @@ common:
   views: {{kind: function_matching, size: 16, mix_group: 8}}
   ray: {{address: none}}
 teacher: {{student: {NETWORK}, loss: [{{name: ce}}], train: {{global_batch_size: 24}}}}
-cache: {{views: {{count: 2}}, cache: {{logits: fp16}}}}
+cache: {{views: {{count: 2}}, cache: {{logits: fp16, embeddings: fp16}}}}
 students:
-  fm: {{student: {NETWORK}, loss: [{{name: kd, temperature: 1.0}}], train: {{epochs: 3, global_batch_size: 24}}}}
+  fm:
+    student: {NETWORK}
+    teacher: {{standardize: phi_s}}
+    loss: [{{name: kd, temperature: 1.0}}, {{name: mse}}]
+    train: {{epochs: 3, global_batch_size: 24}}
 """.replace("'", '"')
     )
     recipe = load_recipe(str(recipe_file), [])
@@ -97,6 +101,8 @@ students:
     assert run_recipe(recipe) == first
     assert (tmp_path / "out" / "students" / "fm" / "metrics.jsonl").stat().st_mtime_ns == metrics
     assert write_results(recipe, first).read_text().count("agreement") == 1
+    # The recipe computes the moments by which a student standardises its targets.
+    assert (tmp_path / "out" / "students" / "fm" / "moments.json").exists()
 
 
 GRID = """

@@ -48,6 +48,8 @@ def compute_moments(cache_url: str, run: Run | None = None) -> tuple[Moments, bo
         )
     if (stored := find_moments(cache)) is not None:
         return stored, False
+    # A store that cannot create a record once would fail only after hours of sums.
+    storage.probe(cache.url)
     sums = _sum_all(cache, run or _one_after_another)
     return _publish(cache, sums)
 

@@ -18,10 +18,10 @@ def check_teacher_keys(config: Config) -> None:
     """
     teacher = config.teacher
     num_teachers = {"none": 0, "cache": len(config.data.caches), "online": len(teacher.models)}[teacher.mode]
-    lists = {"teacher.standardize": teacher.standardize, "teacher.loss_weights": teacher.loss_weights}
-    for key, values in lists.items():
-        is_set = values not in ("none", ())
-        if is_set and (not num_teachers or (not isinstance(values, str) and len(values) != num_teachers)):
+    given = {"teacher.standardize": teacher.standardize} if teacher.standardize != "none" else {}
+    given |= {"teacher.loss_weights": teacher.loss_weights} if teacher.loss_weights else {}
+    for key, values in given.items():
+        if not num_teachers or (not isinstance(values, str) and len(values) != num_teachers):
             raise ConfigError(
                 f"{key} does not fit the number of teachers",
                 code="config.other-number-of-teachers",
@@ -62,7 +62,7 @@ def check_standardized(config: Config, loss: CompositeLoss) -> None:
     Raises:
         ConfigError: targets would be standardised, and no loss compares embeddings.
     """
-    if config.teacher.standardize != "none" and EMBEDDING not in loss.teacher_outputs:
+    if config.teacher.standardizes and EMBEDDING not in loss.teacher_outputs:
         raise ConfigError(
             "teacher.standardize has no effect: no loss compares the teacher's embeddings",
             code="config.standardize-unused",

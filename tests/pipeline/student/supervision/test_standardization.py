@@ -244,6 +244,7 @@ def test_moments_of_another_teacher_are_refused(cache: TinyCache, tmp_path: Path
     ("mode", "teacher", "code"),
     [
         ("cache", {"standardize": ["phi_s", "none"]}, "config.other-number-of-teachers"),
+        ("cache", {"standardize": []}, "config.other-number-of-teachers"),
         ("cache", {"loss_weights": [1.0, 2.0]}, "config.other-number-of-teachers"),
         ("none", {"standardize": "phi_s"}, "config.other-number-of-teachers"),
         ("none", {"loss_weights": [1.0]}, "config.other-number-of-teachers"),
@@ -267,6 +268,7 @@ def test_standardising_what_no_loss_compares_is_refused(cache: TinyCache, tmp_pa
     for refuse in (train, check_training):
         with raises("config.standardize-unused", ConfigError):
             refuse(config)
+    check_training(config_of(cache, tmp_path / "run", ["none"], loss=[{"name": "kd"}]))
     planned = config.model_copy(update={"cache": cache_section(cache.config)})
     with raises("config.standardize-unused", ConfigError):
         check_plan(planned)
