@@ -62,7 +62,9 @@ def describe_evaluation(evaluation: Evaluation) -> str:
             lines.append((metric.title, metric.text(value)))
     if not evaluation.head_trained:
         lines.append(("head", "not trained: no loss reads its outputs, so they are not evaluated"))
-    return "\n".join(f"{name:<28}{value}" for name, value in lines)
+    # Names with a head are longer.
+    width = max(28, *(len(name) + 2 for name, _ in lines))
+    return "\n".join(f"{name:<{width}}{value}" for name, value in lines)
 
 
 def describe_export(exported: ExportedModel) -> str:

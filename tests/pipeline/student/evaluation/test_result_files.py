@@ -18,8 +18,9 @@ from pipeline.student.evaluation.metrics import Evaluation, metrics_of
 from pipeline.student.run import checkpoint
 from pipeline.student.run.metrics_files import MetricsFile
 from pipeline.student.training.trainer import train
-from schemas.config import Config
+from schemas.config import Config, DataConfig
 from schemas.recipe import RecipeConfig
+from tests.pipeline.heads import DATA as HEADS_DATA
 from tests.pipeline.student.conftest import Replay
 from tests.pipeline.student.runs import CE, evaluations, run_config, state_of
 
@@ -63,6 +64,13 @@ def test_an_evaluation_as_json_and_as_text() -> None:
         "KL from the teacher         0.2500 nats\n"
         "teacher top-1               62.5 %"
     )
+
+
+def test_values_of_heads_with_long_names_are_a_column() -> None:
+    definitions = metrics_of(DataConfig.model_validate(HEADS_DATA)).metrics
+    measured = Evaluation(definitions=definitions, num_rows=40, metrics={metric.key: None for metric in definitions})
+    values = [line.split("  ")[-1].strip() for line in describe_evaluation(measured).splitlines()]
+    assert values == ["40", *["-"] * (len(values) - 1)]
 
 
 def test_the_files_of_a_run_name_these_metrics_in_this_order(replays: Replay, tmp_path: Path) -> None:
