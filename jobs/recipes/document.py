@@ -17,6 +17,7 @@ from pipeline import storage
 from pipeline.core.config_loading import build_config, require
 from pipeline.core.errors import ConfigError
 from pipeline.storage.config_files import read_document
+from pipeline.storage.label_files import with_label_files
 from pipeline.student.evaluation.metrics import MetricSet, metrics_of
 from pipeline.student.run.checkpoint import LAST
 from pipeline.tasks import task_of
@@ -28,7 +29,7 @@ _SINGLE_CACHE = "cache"
 # Keys of a student in a recipe that no config has.
 _RECIPE_KEYS = ("cache", "grid")
 # Keys whose mappings are values: they are replaced and not merged.
-_MAPPING_VALUES = ("kwargs", "resources_per_task")
+_MAPPING_VALUES = ("kwargs", "label_map", "resources_per_task")
 # A packaged recipe whose shards another command packs.
 _DEMO = "demo"
 _STUDENT_KEYS = set(StudentConfig.model_fields) - set(TeacherConfig.model_fields)
@@ -296,7 +297,7 @@ class _Resolver:
         return self._config(where, self.document.common, *parts)
 
     def _config(self, where: str, *parts: Mapping[str, Any]) -> Config:
-        return build_config(_merged(*parts), where=f"{self.source}: {where}")
+        return with_label_files(build_config(_merged(*parts), where=f"{self.source}: {where}"))
 
 
 def _merged(*trees: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipeline.core.errors import CacheError
+
+# Of values in messages.
+_NUM_LISTED, _MAX_CHARACTERS = 10, 400
 
 
 def canonical_json(value: object) -> bytes:
@@ -79,6 +83,20 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
         before, after = old.get(key), new.get(key)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             changes.extend(differences(before, after, f"{path}."))
+        elif isinstance(before, list) and isinstance(after, list) and min(len(before), len(after)) > _NUM_LISTED:
+            changes.extend(_list_differences(before, after, path))
         elif before != after:
-            changes.append(f"{path}: {before} -> {after}")
+            changes.append(f"{path}: {_short(before)} -> {_short(after)}")
     return changes
+
+
+def _list_differences(before: list[Any], after: list[Any], path: str) -> list[str]:
+    """The first item that differs, and the number of those that do."""
+    pairs = enumerate(zip_longest(before, after))
+    changed = [f"{path}.{number}: {old} -> {new}" for number, (old, new) in pairs if old != new]
+    return [f"{changed[0]} ({len(changed)} of {len(after)} differ)"] if changed else []
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= _MAX_CHARACTERS else f"{text[:_MAX_CHARACTERS]}…"

@@ -158,8 +158,12 @@ def index_settings(data: DataConfig) -> dict[str, Any]:
 
 def data_keys(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of ``data`` that lead to these ``index_settings``, and their values."""
-    heads = {name: HeadConfig.model_validate(head) for name, head in settings.get("heads", {}).items()}
-    return {**settings, "image": ";".join(settings["image"]), **({"heads": heads} if heads else {})}
+    keys = {**settings, "image": ";".join(settings["image"])}
+    if "classes" in settings:
+        keys["classes"] = tuple(settings["classes"])
+    if heads := settings.get("heads"):
+        keys["heads"] = {name: HeadConfig.model_validate(head) for name, head in heads.items()}
+    return keys
 
 
 def index_shard(path: Path, data: DataConfig, *, where: str, threads: int = 1, rules: MemberRules = 2) -> ShardIndex:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -14,6 +14,7 @@ from pipeline.core.errors import ShardError
 from pipeline.core.redaction import quoted
 from pipeline.core.threads import map_ordered
 from pipeline.shards.index import ShardIndex
+from pipeline.shards.members import count_text, image_extensions
 from pipeline.shards.shard_head import ShardHead
 from pipeline.tasks import task_of
 from schemas.config import DataConfig
@@ -21,6 +22,7 @@ from schemas.config import DataConfig
 T = TypeVar("T")
 _READ_THREADS = 16
 NUM_INDEXES_READ = 64
+_NUM_POSSIBLE = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,14 +31,14 @@ class LabelCount:
 
     Attributes:
         num_shards: number of these shards.
-        members: extensions of the samples' members, most frequent first; None: not read.
-        readable: the extensions that always hold a target.
+        members: how often each extension of a member occurs in the samples, most frequent first; None: not read.
+        readable: values of ``data.label`` under which all members with the extension hold a target.
     """
 
     num_labelled: int
     num_images: int
     num_shards: int
-    members: tuple[str, ...] | None = None
+    members: Mapping[str, int] | None = None
     readable: tuple[str, ...] = ()
 
     @classmethod
@@ -52,12 +54,13 @@ class LabelCount:
         num_images = sum(map(len, labelled))
         if members is None:
             return cls(num_labelled, num_images, len(labelled))
-        counts, counts_with_target = Counter[str](), Counter[str]()
-        for shard_counts, shard_counts_with_target in members:
+        counts, options = Counter[str](), Counter[str]()
+        for shard_counts, shard_options in members:
             counts += shard_counts
-            counts_with_target += shard_counts_with_target
-        ordered = tuple(sorted(counts, key=lambda name: (-counts[name], name)))
-        readable = tuple(name for name in ordered if counts_with_target[name] == counts[name])
+            options += shard_options
+        ordered = dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+        always = [option for option, count in options.items() if count == counts[option.partition(":")[0]]]
+        readable = tuple(option for name in ordered for option in always if option.partition(":")[0] == name)
         return cls(num_labelled, num_images, len(labelled), ordered, readable)
 
     @classmethod
@@ -66,8 +69,8 @@ class LabelCount:
         return cls.of([has_target(head.targets) for head in heads], [head.members for head in heads])
 
     def __str__(self) -> str:
-        """``0 of 60; members seen: jpg, json``"""
-        members = "" if self.members is None else f"; members seen: {', '.join(self.members)}"
+        """``0 of 60; members seen: 60 jpg, 58 json``"""
+        members = "" if self.members is None else f"; members seen: {count_text(self.members)}"
         return f"{self.num_labelled} of {self.num_images}{members}"
 
 
@@ -88,7 +91,8 @@ def evenly_spaced(shards: Sequence[T], max_shards: int) -> list[T]:
 
 
 def check_label_member(count: LabelCount, data: DataConfig, *, where: str, option: str = "data.label=") -> None:
-    """Refuses a ``data.label`` that no sample has, unless labels may be missing (``data.missing_labels: ignore``).
+    """Refuses a ``data.label`` that no sample has, unless labels may be missing (``data.missing_labels: ignore``): no
+    member has the extension, or no JSON has a label in the field.
 
     Shards outside the count may have labels, so callers check this at the start of the work, before a teacher runs.
 
@@ -96,7 +100,7 @@ def check_label_member(count: LabelCount, data: DataConfig, *, where: str, optio
         option: how the user passes the member.
 
     Raises:
-        ShardError: no counted image has a label, and no member has the extension ``data.label``.
+        ShardError: no counted image has a label, and no member has the extension or field ``data.label``.
     """
     task = task_of(data)
     is_absent = (
@@ -105,17 +109,17 @@ def check_label_member(count: LabelCount, data: DataConfig, *, where: str, optio
         and count.num_images
         and not count.num_labelled
         and count.members is not None
-        and set(task.members).isdisjoint(count.members)
+        and (set(task.members).isdisjoint(count.members) or ":" in (data.label or ""))
     )
     if not is_absent or data.missing_labels == "ignore":
         return
     if option == "data.label=":
         alternatives = "data.missing_labels=ignore if only other shards have labels, or data.label=null for none"
-        next_step = f"set {_candidates(count)}{alternatives}"
+        next_step = f"set {_candidates(count) or _possible(count, data)}{alternatives}"
     else:
         next_step = f"append {' or '.join(f'{option}{name}' for name in count.readable or ('MEMBER',))}"
     raise ShardError(
-        f"no sample has a label: data.label is {data.label}, and no member has this name",
+        f"no sample has a label: data.label is {data.label}, and no member has this name, or none has this field",
         code="data.label-not-found",
         where=where,
         got=f"labels: {count}",
@@ -152,5 +156,11 @@ def label_warning(count: LabelCount, data: DataConfig, *, finished_cache: str | 
     )
 
 
+def _possible(count: LabelCount, data: DataConfig) -> str:
+    """Members that may have names of classes."""
+    others = [name for name in count.members or () if name not in image_extensions(data) and not name.endswith("json")]
+    return "".join(f"data.label={name} with data.classes if it holds names, or " for name in others[:_NUM_POSSIBLE])
+
+
 def _candidates(count: LabelCount) -> str:
-    return "".join(f"data.label={name}, or " for name in count.readable)
+    return "".join(f"data.label={name}, or " for name in count.readable[:_NUM_POSSIBLE])

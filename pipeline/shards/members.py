@@ -5,7 +5,7 @@ from __future__ import annotations
 import posixpath
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from tarfile import TarInfo
 from typing import NamedTuple
 
@@ -41,6 +41,11 @@ def is_hidden(name: str) -> bool:
 def image_extensions(data: DataConfig) -> list[str]:
     """The extensions that may hold the image, best first."""
     return [name.strip().lower() for name in data.image.split(";") if name.strip()]
+
+
+def count_text(members: Mapping[str, int]) -> str:
+    """``60 jpg, 58 json``"""
+    return ", ".join(f"{count} {name}" for name, count in members.items())
 
 
 class ByteRange(NamedTuple):

@@ -14,12 +14,13 @@ from pipeline import storage
 from pipeline.core.errors import ShardError
 from pipeline.core.redaction import redact
 from pipeline.shards.file_kinds import file_kind, not_a_tar
-from pipeline.shards.members import ByteRange, LinkTable, image_extensions, is_hidden, split_name
+from pipeline.shards.members import ByteRange, LinkTable, count_text, image_extensions, is_hidden, split_name
 from pipeline.shards.tar_headers import BAD_HEADER
 from pipeline.tasks import Targets, Task, task_of
 from schemas.config import DataConfig
 
 _FIRST_BYTES = 8 << 20
+_IMAGE_KINDS, _KIND_BYTES = ("JPEG", "PNG", "WEBP"), 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ class ShardHead:
         covered_bytes: where the last whole sample ends; the size of the shard if the head covers all of it.
         num_samples: of those with an image.
         targets: target columns of these samples, which may not be valid under the config.
-        members: how often each extension occurs, and how often it holds a target under some config.
+        members: how often each extension occurs, and for how many each value of ``data.label`` reads a target.
     """
 
     covered_bytes: int
@@ -41,12 +42,13 @@ class ShardHead:
 
 @dataclass(slots=True)
 class _Member:
-    """One member's name and position; its text, if it is short."""
+    """One member's name and position; its text, if it is short; the kind of file that its bytes begin."""
 
     key: str
     extension: str
     offset: int
     text: bytes = field(repr=False)
+    kind: str
 
 
 def read_shard_head(url: str, data: DataConfig, *, size_bytes: int, first_bytes: int = _FIRST_BYTES) -> ShardHead:
@@ -71,12 +73,18 @@ def read_shard_head(url: str, data: DataConfig, *, size_bytes: int, first_bytes:
         targets = task.rows(_target(group, task) for group in with_image)
         return ShardHead(covered, len(with_image), targets, _count_members(complete, task))
     if is_complete:
+        members = [member for group in complete for member in group]
+        counts = Counter(member.extension for member in members)
+        images = Counter(member.extension for member in members if member.kind in _IMAGE_KINDS)
         raise ShardError(
             "this shard has no sample with an image",
             code="shard.no-samples",
             where=redact(url),
-            got=f"{len(groups)} samples",
+            got=f"{len(complete)} samples; members seen: {count_text(dict(counts.most_common()))}",
             expected=f"members called <key>.{{{','.join(image_extensions(data))}}}",
+            next_step=f"set {' or '.join(f'data.image={name}' for name, _ in images.most_common())}"
+            if images
+            else None,
         )
     return read_shard_head(url, data, size_bytes=size_bytes, first_bytes=8 * first_bytes)
 
@@ -107,13 +115,13 @@ def _members(head: bytes, infos: list[tarfile.TarInfo], *, max_bytes: int) -> It
             data = links.resolve(info)
         if isinstance(data, ByteRange):
             text = head[data.offset : data.offset + data.size] if data.size <= max_bytes else b""
-            yield _Member(*name, info.offset, text)
+            yield _Member(*name, info.offset, text, file_kind(head[data.offset : data.offset + _KIND_BYTES]))
 
 
 def _count_members(groups: list[list[_Member]], task: Task) -> tuple[Counter[str], Counter[str]]:
     members = [member for group in groups for member in group]
-    with_target = [member for member in members if task.is_target(member.text)]
-    return Counter(member.extension for member in members), Counter(member.extension for member in with_target)
+    options = (option for member in members for option in task.label_options(member.extension, member.text))
+    return Counter(member.extension for member in members), Counter(options)
 
 
 def _has_image(group: list[_Member], data: DataConfig) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,9 @@ from schemas.config import DataConfig
 _MAX_INT32 = 2**31 - 1
 # Sixteen-bit RGBA is the widest pixel of the supported formats. A longer member holds something else.
 _BYTES_PER_PIXEL, _HEADROOM_BYTES = 8, 1 << 20
+# Of messages about labels.
+_MAX_TEXT_BYTES, _MEMBER_BYTES = 64 << 20, 256
+_MAX_CHARACTERS, _NUM_NAMED = 80, 5
 MemberRules = Literal[1, 2]
 """Which members of a tar belong to samples. 1: dot files in folders form samples, links are ignored, as up to the
 first release. 2: hidden members are ignored, links count as the files they lead to."""
@@ -236,14 +240,44 @@ class _ShardScan:
             return self._task.parse({extension: text for extension, (_, text) in group.texts.items()})
         except BadTargetError as error:
             member, text = group.texts[error.member]
+            got = _short(text.decode("utf-8", "backslashreplace")) if text else f"{member.size} bytes"
+            samples = self._target_texts()
+            bad = Counter(filter(None, (self._bad_label(texts) for texts in samples)))
+            if bad.total() > 1:
+                first = ", ".join(f"{label} ({count})" for label, count in bad.most_common(_NUM_NAMED))
+                more = ", …" if len(bad) > _NUM_NAMED else ""
+                got = f"{got}; in this shard {bad.total()} of {len(samples)} labels are such: {first}{more}"
             raise self._headers.error(
                 f"sample {member.key!r}: its label cannot be used",
                 member.offset,
                 code="shard.bad-label",
-                got=repr(text.decode("utf-8", "backslashreplace")) if text else f"{member.size} bytes",
+                got=got,
                 expected=f"{error.expected} in .{member.extension}",
-                next_step=error.next_step,
+                next_step=self._task.hint(error, samples),
             ) from error
+
+    def _bad_label(self, texts: dict[str, bytes]) -> str | None:
+        try:
+            self._task.parse(texts)
+        except BadTargetError as error:
+            label = texts[error.member].decode("utf-8", "backslashreplace") if error.label is None else error.label
+            return _short(label.strip())
+        return None
+
+    def _target_texts(self) -> list[dict[str, bytes]]:
+        """Members with targets of the shard's samples, without links: of all, or of as many as memory allows."""
+        samples: dict[str, dict[str, bytes]] = {}
+        free_bytes = _MAX_TEXT_BYTES
+        for info in self._intact_headers():
+            name = split_name(info.name)
+            if name is None or name[1] not in self._target_members or not info.isreg() or is_hidden(info.name):
+                continue
+            text = self._read(_Member(*name, info.offset_data, info.size), self._task.max_bytes)
+            free_bytes -= len(text) + _MEMBER_BYTES
+            if free_bytes < 0:
+                break
+            samples.setdefault(name[0], {}).setdefault(name[1], text)
+        return [*samples.values()]
 
     def _finish(self, group: _Group) -> Sample:
         status = self._status(group)
@@ -271,6 +305,10 @@ class _ShardScan:
         if group.image.size > self._max_bytes:
             return "too_large"
         return "ok" if group.data else "empty"
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= _MAX_CHARACTERS else f"{text[:_MAX_CHARACTERS]}…")
 
 
 def _is_utf8(text: str) -> bool:

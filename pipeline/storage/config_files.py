@@ -10,6 +10,7 @@ from pipeline.core.config_loading import parse_config
 from pipeline.core.errors import ConfigError, StorageInputError
 from pipeline.core.redaction import redact
 from pipeline.core.yaml_document import parse_document
+from pipeline.storage.label_files import with_label_files
 from pipeline.storage.objects import read
 from schemas.config import Config
 
@@ -17,7 +18,8 @@ MAX_CONFIG_BYTES = 1 << 20
 
 
 def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
-    """Reads one YAML document, applies overrides, resolves references, and checks it.
+    """Reads one YAML document and the files of labels that it names, applies overrides, resolves references, and
+    checks it.
 
     Args:
         source: path or allowed URL of the document.
@@ -26,7 +28,7 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: the document is invalid; one message lists all problems.
     """
-    return parse_config(_read_text(source), overrides, where=redact(source))
+    return with_label_files(parse_config(_read_text(source), overrides, where=redact(source)))
 
 
 def read_document(source: str) -> DictConfig:

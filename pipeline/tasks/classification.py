@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipeline.tasks.class_labels import MAX_CLASS, ClassLabels, json_value
 from pipeline.tasks.task import (
     EMBEDDING,
     LABEL,
@@ -31,7 +35,8 @@ from schemas.config import CacheConfig
 NO_LABEL = -1
 TOP1, TOP5 = "top-1", "top-5"
 _HIT_COUNTS = ("labelled", "top1_hits", "top5_hits")
-_MAX_INT32 = 2**31 - 1
+# Of a field that probably has the label; others may have any number, such as a width.
+_LABEL_NAME = re.compile(r"(.+\.)?(labels?|cls|class(_(id|idx|name))?|target|category(_id)?|y)", re.IGNORECASE)
 # float16 rounding may swap the order of a stored float16 logit and a logit stored in finer steps.
 _ROUNDING = 2.0**-10
 
@@ -78,8 +83,8 @@ class HitCounter(StatisticsAccumulator):
         self._classes.update(label_M.tolist())
 
     def add_part(self, statistics: Statistics) -> None:
-        for field in _HIT_COUNTS:
-            self._counts[field] += getattr(statistics, field)
+        for name in _HIT_COUNTS:
+            self._counts[name] += getattr(statistics, name)
         self._classes.update(statistics.class_counts)
 
     def result(self) -> dict[str, Any]:
@@ -142,32 +147,43 @@ class Classification(Task):
     """The task of format v1.
 
     Attributes:
-        label: extension of the member with the label, in lower case; None: no labels are read.
+        label: extension of the member with the label, in lower case; for a field of its JSON, with the path after a
+            colon; None: no labels are read.
         max_classes: K, if the config has it: a label must be smaller.
+        labels: how labels are written.
     """
 
     label: str | None = "cls"
     max_classes: int | None = None
+    labels: ClassLabels = field(default_factory=ClassLabels)
 
     name = "classification"
-    member_content = "a class index as text"
-    max_bytes = 64
+    member_content = "a class index or name"
+    max_bytes = 2**20
     required_keys = ("data.num_classes",)
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Classification:
-        label, max_classes = settings.get("label"), settings.get("num_classes")
-        if not isinstance(max_classes, int | None):
-            raise ValueError(f"num_classes is {max_classes!r}")
-        return cls(None if label is None else str(label).lower(), max_classes)
+        label = settings.get("label")
+        labels, max_classes = ClassLabels.of(settings), settings.get("num_classes")
+        if label is None:
+            return cls(None, max_classes, labels)
+        member, colon, path = str(label).partition(":")
+        return cls(member.lower() + colon + path, max_classes, labels)
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"label": self.label, "num_classes": self.max_classes}
+        return {"label": self.label, "num_classes": self.max_classes, **self.labels.settings}
 
     @property
     def members(self) -> tuple[str, ...]:
-        return () if self.label is None else (self.label,)
+        return () if self.label is None else (self.label.partition(":")[0],)
+
+    @property
+    def path(self) -> tuple[str, ...]:
+        """Of the label in the JSON of the member; empty: the member has nothing else."""
+        path = (self.label or "").partition(":")[2]
+        return tuple(path.split(".")) if path else ()
 
     @property
     def columns(self) -> tuple[TargetColumn, ...]:
@@ -186,22 +202,87 @@ class Classification(Task):
         return (TaskHead(None, "class", self.max_classes),)
 
     def parse(self, texts: Mapping[str, bytes]) -> int | None:
-        bound = _MAX_INT32 + 1 if self.max_classes is None else self.max_classes
-        label = self.try_parse(texts)
-        for member in texts:
-            if label is None or label >= bound:
-                next_step = "correct the label, data.num_classes or data.label"
-                raise BadTargetError(member, f"an integer in [0, {bound}) as text", next_step=next_step)
-        return label
+        for member in self.members:
+            if member not in texts:
+                continue
+            value: object = None
+            try:
+                value = self._value(texts[member])
+                label = None if value is None else self.labels.find(value)
+            except ValueError as error:
+                raise self._bad_target(member, value) from error
+            if label is not None and label > self._largest:
+                raise self._bad_target(member, value)
+            return label
+        return None
 
     def try_parse(self, texts: Mapping[str, bytes]) -> int | None:
-        return next((_class_index(texts[member]) for member in self.members if member in texts), None)
+        try:
+            values = [self._value(texts[member]) for member in self.members if member in texts]
+            return next((self.labels.find(value) for value in values if value is not None), None)
+        except ValueError:
+            return None
+
+    def _value(self, text: bytes) -> object:
+        """What a member holds for the label; None: null in its JSON."""
+        if self.path:
+            return json_value(text, self.path)
+        content = text.decode().strip()
+        # A string or null in a JSON member, which may also hold digits that are no JSON, such as 007.
+        if self.members[0].endswith("json") and not content.isdigit():
+            return json_value(text, ())
+        return content
+
+    def _bad_target(self, member: str, value: object) -> BadTargetError:
+        where = f", or null, in {'.'.join(self.path)} of a JSON object" if self.path else " as text"
+        expected = f"{self.labels.expected(self.max_classes)}{where}"
+        next_step = "correct the label, data.num_classes or data.label"
+        return BadTargetError(member, expected, next_step=next_step, label=None if value is None else str(value))
+
+    @property
+    def _largest(self) -> int:
+        return MAX_CLASS if self.max_classes is None else self.max_classes - 1
+
+    def hint(self, error: BadTargetError, samples: Sequence[Mapping[str, bytes]]) -> str:
+        texts = [texts[error.member] for texts in samples if error.member in texts]
+        fields = () if self.path else self._fields(error.member, texts)
+        if fields:
+            return f"set {' or '.join(f'data.label={field}' for field in fields)}"
+        labels: set[str] = set()
+        for text in texts:
+            with suppress(ValueError):
+                labels.add(str(self._value(text)))
+        return self.labels.hint(labels - {"None"}, self.max_classes, "data.") if labels else error.next_step
+
+    def _fields(self, member: str, texts: Sequence[bytes]) -> tuple[str, ...]:
+        options = self.label_options(member, texts[0]) if texts else ()
+        return tuple(option for option in options if ":" in option)
 
     def is_target(self, text: bytes) -> bool:
-        return _class_index(text) is not None
+        try:
+            return self.labels.find(text.decode()) is not None
+        except ValueError:
+            return False
+
+    def label_options(self, member: str, text: bytes) -> tuple[str, ...]:
+        if self.is_target(text):
+            return (member,)
+        if not member.endswith("json"):
+            return ()
+        try:
+            fields = dict(_scalars(json_value(text, ())))
+        except ValueError:
+            return ()
+        options = [path for path, value in fields.items() if self.is_target(str(value).encode())]
+        named = [path for path in fields if _LABEL_NAME.fullmatch(path)]
+        return tuple(f"{member}:{path}" for path in named or options)
 
     def encode(self, target: int) -> dict[str, bytes]:
-        return {member: str(target).encode() for member in self.members}
+        value: Any = self.labels.label(target)
+        for key in reversed(self.path):
+            value = {key: value}
+        texts = {member: json.dumps(value) if member.endswith("json") else str(value) for member in self.members}
+        return {member: text.encode() for member, text in texts.items()}
 
     def rows(self, targets: Iterable[int | None]) -> dict[str, NDArray[Any]]:
         return {LABEL: np.array([NO_LABEL if label is None else label for label in targets], np.int32)}
@@ -210,8 +291,7 @@ class Classification(Task):
         return targets[LABEL] != NO_LABEL
 
     def num_invalid(self, targets: Targets) -> int:
-        bound = _MAX_INT32 + 1 if self.max_classes is None else self.max_classes
-        return int(((targets[LABEL] < NO_LABEL) | (targets[LABEL] >= bound)).sum())
+        return int(((targets[LABEL] < NO_LABEL) | (targets[LABEL] > self._largest)).sum())
 
     def class_ids(self, targets: Targets) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
         labelled = np.flatnonzero(self.has_target(targets))
@@ -241,7 +321,10 @@ class Classification(Task):
         return {name: num_hits / num_rows if num_rows else None for name, num_hits in hits.items()}
 
 
-def _class_index(text: bytes) -> int | None:
-    digits = text.strip()
-    # int() would also accept 1_000, signs and digits of other scripts.
-    return int(digits) if digits.isdigit() and int(digits) <= _MAX_INT32 else None
+def _scalars(value: Any, prefix: str = "", depth: int = 2) -> Iterator[tuple[str, object]]:
+    """Dotted paths and values of the numbers, texts and nulls in JSON objects."""
+    for key, part in value.items() if isinstance(value, dict) else ():
+        if isinstance(part, dict) and depth > 1:
+            yield from _scalars(part, f"{prefix}{key}.", depth - 1)
+        elif part is None or (isinstance(part, int | str) and not isinstance(part, bool)):
+            yield f"{prefix}{key}", part

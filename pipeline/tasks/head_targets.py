@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipeline.tasks.class_labels import ClassLabels, json_value
 from pipeline.tasks.classification import NO_LABEL
 from pipeline.tasks.task import (
     TargetColumn,
@@ -56,12 +57,14 @@ class Head(TaskHead):
     Attributes:
         member: extension of the member that has the label, in lower case.
         path: of the label in that member's JSON.
+        labels: how labels are written.
     """
 
     name: str
     num_classes: int
     member: str
     path: tuple[str, ...]
+    labels: ClassLabels = field(default_factory=ClassLabels)
 
     @property
     def is_multilabel(self) -> bool:
@@ -76,8 +79,8 @@ class Head(TaskHead):
     @property
     def expected(self) -> str:
         """What the member has, for messages."""
-        number = f"an integer in [0, {self.num_classes})"
-        content = f"a list of different integers in [0, {self.num_classes})" if self.is_multilabel else number
+        label = self.labels.expected(self.num_classes)
+        content = f"a list, each different and {label}" if self.is_multilabel else label
         return f"{content}, or null, in {'.'.join(self.path)} of a JSON object"
 
     def find(self, text: bytes) -> Any:
@@ -86,24 +89,26 @@ class Head(TaskHead):
         Raises:
             ValueError: the member is no JSON object.
         """
-        value: Any = json_object(text)
-        for key in self.path:
-            value = value.get(key) if isinstance(value, dict) else None
-        return value
+        return json_value(text, self.path)
 
-    def label(self, value: Any) -> Label:
+    def label(self, value: Any) -> Label | None:
         """
         Raises:
             ValueError: this is no label, under any number of classes.
         """
         if not self.is_multilabel:
-            return _class(value)
+            return self.labels.find(value)
         if not isinstance(value, list):
             raise ValueError
-        classes = tuple(sorted(map(_class, value)))
-        if len(set(classes)) < len(classes):
+        classes = [label for label in map(self.labels.find, value) if label is not None]
+        # A map may have one class for several labels.
+        if self.labels.entries is None and len(set(classes)) < len(classes):
             raise ValueError
-        return classes
+        return tuple(sorted({*classes}))
+
+    def encoded(self, label: Label) -> Any:
+        """A value that ``label`` reads as this."""
+        return [*map(self.labels.label, label)] if isinstance(label, tuple) else self.labels.label(label)
 
     def is_in_range(self, label: Label) -> bool:
         return max(label if isinstance(label, tuple) else (label,), default=0) < self.num_classes
@@ -132,12 +137,6 @@ class Head(TaskHead):
             return int(((values < NO_LABEL) | (values >= self.num_classes)).sum())
         is_bit_NK = (values == 0) | (values == 1)
         return int((~(is_bit_NK.all(1) | (values == NO_LABEL).all(1))).sum())
-
-
-def _class(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError
-    return value
 
 
 def json_object(text: bytes) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.core.errors import ConfigError
+from pipeline.tasks.class_labels import ClassLabels
 from pipeline.tasks.classification import NO_LABEL, TOP1, TOP5
 from pipeline.tasks.head_statistics import DECISION_SUMS, HeadsRecount, HeadSums, sums_of
 from pipeline.tasks.head_targets import Head, Label, json_object
@@ -54,7 +56,7 @@ class Heads(Task):
 
     @property
     def settings(self) -> dict[str, Any]:
-        heads = {name: section.model_dump(exclude_defaults=True) for name, section in self.sections}
+        heads = {name: section.model_dump(mode="json", exclude_defaults=True) for name, section in self.sections}
         return {"label": self.label, "heads": heads}
 
     @property
@@ -84,14 +86,28 @@ class Heads(Task):
     def _label(self, head: Head, texts: Mapping[str, bytes]) -> Label | None:
         if head.member not in texts:
             return None
+        value: object = None
         try:
             value = head.find(texts[head.member])
             label = None if value is None else head.label(value)
         except ValueError as error:
-            raise _bad_target(head) from error
+            raise _bad_target(head, value) from error
         if label is not None and not head.is_in_range(label):
-            raise _bad_target(head)
+            raise _bad_target(head, value)
         return label
+
+    def hint(self, error: BadTargetError, samples: Sequence[Mapping[str, bytes]]) -> str:
+        labels: set[str] = set()
+        for head in self.entries:
+            for texts in samples if head.name == error.head else ():
+                with suppress(ValueError, KeyError):
+                    value = head.find(texts[head.member])
+                    labels |= {
+                        str(label) for label in (value if isinstance(value, list) else [value]) if label is not None
+                    }
+            if labels:
+                return head.labels.hint(labels, head.num_classes, f"data.heads.{head.name}.")
+        return error.next_step
 
     def try_parse(self, texts: Mapping[str, bytes]) -> tuple[Label | None, ...] | None:
         labels: list[Label | None] = []
@@ -117,7 +133,7 @@ class Heads(Task):
             place = documents.setdefault(head.member, {})
             for key in head.path[:-1]:
                 place = place.setdefault(key, {})
-            place[head.path[-1]] = list(label) if isinstance(label, tuple) else label
+            place[head.path[-1]] = head.encoded(label)
         return {member: json.dumps(document).encode() for member, document in documents.items()}
 
     def rows(self, targets: Iterable[tuple[Label | None, ...] | None]) -> dict[str, NDArray[Any]]:
@@ -196,9 +212,13 @@ def _head(name: str, head: HeadConfig, label: str | None) -> Head:
     if not is_json:
         raise ValueError(f"heads read fields of a JSON member, and data.label is {label}; expected json or json:FIELD")
     fields = (*path.split("."), name) if path else (name,)
-    return Head(name, head.kind, head.num_classes, member.lower(), fields)
+    if head.num_classes is None:
+        raise ValueError(f"the head {name} has no num_classes")
+    labels = ClassLabels.of(head.model_dump())
+    return Head(name, head.kind, head.num_classes, member.lower(), fields, labels)
 
 
-def _bad_target(head: Head) -> BadTargetError:
+def _bad_target(head: Head, value: object) -> BadTargetError:
     next_step = f"correct the label, data.label or data.heads.{head.name}"
-    return BadTargetError(head.member, head.expected, next_step=next_step)
+    label = None if value is None else str(value)
+    return BadTargetError(head.member, head.expected, next_step=next_step, label=label, head=head.name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -98,11 +98,15 @@ class BadTargetError(ValueError):
 
     Attributes:
         member: its extension.
+        label: what is no label, if the member has more than that.
+        head: whose label it is, if the head has a name.
     """
 
-    def __init__(self, member: str, expected: str, *, next_step: str) -> None:
+    def __init__(
+        self, member: str, expected: str, *, next_step: str, label: str | None = None, head: str | None = None
+    ) -> None:
         super().__init__(expected)
-        self.member, self.expected, self.next_step = member, expected, next_step
+        self.member, self.expected, self.next_step, self.label, self.head = member, expected, next_step, label, head
 
 
 class StatisticsAccumulator(ABC):
@@ -216,6 +220,15 @@ class Task(ABC):
             BadTargetError: a member is no valid target.
         """
 
+    def hint(self, error: BadTargetError, samples: Sequence[Mapping[str, bytes]]) -> str:
+        """The next step after an error of ``parse``: keys that would read the labels of these samples.
+
+        Args:
+            samples: ``texts`` of a shard's samples, in part.
+        """
+        del samples
+        return error.next_step
+
     @abstractmethod
     def try_parse(self, texts: Mapping[str, bytes]) -> Any | None:
         """The target that ``parse`` returns, or would return under a config with other limits; None: neither."""
@@ -223,6 +236,10 @@ class Task(ABC):
     @abstractmethod
     def is_target(self, text: bytes) -> bool:
         """Whether some config reads a target in these bytes of a member."""
+
+    def label_options(self, member: str, text: bytes) -> tuple[str, ...]:
+        """The values of ``data.label`` under which some config reads a target in this member, best first."""
+        return (member,) if self.is_target(text) else ()
 
     @abstractmethod
     def encode(self, target: Any) -> dict[str, bytes]:

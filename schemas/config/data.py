@@ -8,12 +8,13 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from schemas.config.heads import HEAD_NAME, HeadConfig
-from schemas.config.section import Section, local_path
+from schemas.config.labels import LabelSection
+from schemas.config.section import local_path
 
 _JSON_LABEL = r"(\S+\.)?(?i:json)(:[^\s:]+)?"
 
 
-class DataConfig(Section):
+class DataConfig(LabelSection):
     """Images, labels, and the treatment of bad samples."""
 
     task: Literal["classification", "heads", "embedding"] = Field(
@@ -27,9 +28,10 @@ class DataConfig(Section):
     val_shards: str | tuple[str, ...] | None = Field(None, description="Validation shards, same form.")
     image: str = Field("jpg;jpeg;png;webp", description="Member extensions that hold the image, first match wins.")
     label: str | None = Field(
-        "cls", description="Member extension that holds the class index as text; null: no labels."
+        "cls",
+        description="Extension of the member that holds the class, as text or JSON; json:FIELD or json:a.b for a "
+        "field of its JSON object; null: no labels.",
     )
-    num_classes: int | None = Field(None, ge=2, description="K. Labels must lie in [0, K).")
     heads: dict[str, HeadConfig] = Field(
         default_factory=dict[str, HeadConfig], description="task heads: the targets by name, each with a head."
     )
@@ -76,14 +78,20 @@ class DataConfig(Section):
             raise ValueError(f"heads are given, but task is {self.task}; expected task: heads")
         if self.task == "heads" and not self.heads:
             raise ValueError("task is heads, but heads is empty; expected such as heads: {color: {num_classes: 8}}")
-        if self.task == "heads" and self.num_classes is not None:
-            raise ValueError("num_classes is given; with task: heads each head has its own")
+        if self.task == "heads" and (given := self._label_keys()):
+            raise ValueError(f"{given[0]} is given; with task: heads each head has its own")
         if self.task == "heads" and not re.fullmatch(_JSON_LABEL, self.label or ""):
             raise ValueError(
                 f"label is {self.label!r}, but heads are fields of a JSON member: expected json, or json:FIELD for the "
                 "fields of an object"
             )
+        if ":" in (self.label or "") and not re.fullmatch(_JSON_LABEL, self.label or ""):
+            raise ValueError(f"label is {self.label!r}, and only a JSON member has fields; expected such as json:FIELD")
         return self
+
+    def _label_keys(self) -> list[str]:
+        fields = LabelSection.model_fields
+        return [name for name, field in fields.items() if getattr(self, name) != field.default]
 
     @property
     def caches(self) -> tuple[str, ...]:

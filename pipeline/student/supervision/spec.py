@@ -272,16 +272,29 @@ def _check_same_teacher(config: Config, caches: Sequence[TeacherCache]) -> None:
 
 def _data_of(data: DataConfig, cache: TeacherCache) -> DataConfig:
     """The data section with the cache's reading rules, which a config may repeat but not change."""
-    stored = cache.data
+    settings = index_settings(data)
+    stored = _with_names(cache.data, settings)
     _require_same(
         stored,
-        {key: value for key, value in index_settings(data).items() if key in data.model_fields_set},
+        {key: settings.get(key) for key in {**settings, **stored} if key in data.model_fields_set},
         what="the reading rules of this config are not those of the cache",
         code="cache.other-reading-rules",
         where=f"data, against {redact(cache.url)}",
         next_step="remove these keys, or build another cache",
     )
     return data.model_copy(update=data_keys(stored))
+
+
+def _with_names(stored: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The reading rules of a cache with the names of classes of a config, where the cache has none: its labels are
+    numbers, and the names are for reports."""
+    stored = dict(stored)
+    if "classes" in settings:
+        stored.setdefault("classes", settings["classes"])
+    if "heads" in settings and "heads" in stored:
+        named: Mapping[str, Any] = settings["heads"]
+        stored["heads"] = {name: _with_names(head, named.get(name, {})) for name, head in stored["heads"].items()}
+    return stored
 
 
 def _require_same(
@@ -295,6 +308,6 @@ def _require_same(
     expected: str | None = None,
 ) -> None:
     """Each key that a config names must have the value that the cache stores."""
-    changed = differences({key: stored[key] for key in named}, named)
+    changed = differences({key: stored.get(key) for key in named}, named)
     if changed:
         raise CacheError(what, code=code, where=where, got="; ".join(changed), expected=expected, next_step=next_step)

@@ -115,7 +115,7 @@ def test_a_spare_bit_is_an_invalid_target() -> None:
         (b'{"pair": 10}', "pair"),
         (b'{"pair": -1}', "pair"),
         (b'{"pair": true}', "pair"),
-        (b'{"pair": "3"}', "pair"),
+        (b'{"pair": "three"}', "pair"),
         (b'{"pair": 3.0}', "pair"),
         (b'{"even": [0]}', "even"),
         (b'{"tags": 3}', "tags"),

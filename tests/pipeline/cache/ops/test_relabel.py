@@ -175,8 +175,8 @@ def test_a_missing_label_option_and_a_wrong_member_are_refused(tmp_path: Path) -
     url = cache_over(pack(tmp_path / "a", None), f"{tmp_path}/cache", data={"label": None}).url
     with raises("cache.relabel-without-label", ConfigError):
         relabel(url)
-    got = f"labels: 0 of {NUM}; members seen: json, png"
-    with raises("data.label-not-found", ShardError, got=got, next_step="append --label MEMBER"):
+    got = f"labels: 0 of {NUM}; members seen: {NUM} json, {NUM} png"
+    with raises("data.label-not-found", ShardError, got=got, next_step="append --label json:class"):
         relabel(url, label="cls")
 
 
