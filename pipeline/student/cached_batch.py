@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -58,7 +59,21 @@ class CachedBatch(Summarised):
     @property
     def labels_B(self) -> Tensor:
         """int64; -1 for a sample without a label."""
-        return self.rows.targets[LABEL]
+        return self.labels()
+
+    def labels(self, head: str | None = None) -> Tensor:
+        """int64 [B]; -1 for a sample without a label. Of a multilabel head [B,K], 1 for its classes.
+
+        Args:
+            head: its name, where the data have several.
+
+        Raises:
+            ConfigError: there is no such head.
+        """
+        column = LABEL if head is None else f"{LABEL}_{head}"
+        if column not in self.rows.targets:
+            raise _no_head(head, [name.removeprefix(f"{LABEL}_") for name in self.rows.targets])
+        return self.rows.targets[column]
 
     @property
     def mixed_labels_B(self) -> Tensor:
@@ -87,19 +102,21 @@ class CachedBatch(Summarised):
             cutmix_box_B4=rows.cutmix_box_B4,
         )
 
-    def teacher_logits(self, *, temperature: float = 1.0, teacher: int = 0) -> Tensor:
+    def teacher_logits(self, *, temperature: float = 1.0, teacher: int = 0, head: str | None = None) -> Tensor:
         """float32 [B,K], decoded for a loss at this temperature. Only ``topk`` logits depend on the temperature.
 
         Args:
             teacher: position in the list of caches.
+            head: its name, where the data have several.
 
         Raises:
-            ConfigError: the cache has no logits, or they were not decoded for this temperature.
+            ConfigError: the cache has no logits of this head, or they were not decoded for this temperature.
         """
         outputs = self.rows.teacher_outputs[teacher]
-        logits_BK = outputs.at(LOGITS, temperature)
+        name = LOGITS if head is None else f"{LOGITS}.{head}"
+        logits_BK = outputs.at(name, temperature)
         if logits_BK is None:
-            raise _no_logits(outputs, temperature)
+            raise _no_logits(outputs, name, temperature)
         return logits_BK
 
     def teacher_embeddings(self, *, teacher: int = 0) -> Tensor:
@@ -148,8 +165,22 @@ class CachedBatch(Summarised):
         )
 
 
-def _no_logits(outputs: TeacherOutputs, temperature: float) -> ConfigError:
-    decoded = [f"{key:g}" for name, key in outputs.tensors if name == LOGITS and key is not None]
+def _no_head(head: str | None, names: Sequence[str]) -> ConfigError:
+    return ConfigError(
+        "these data have no labels of this head",
+        code="data.no-such-head",
+        where="CachedBatch.labels",
+        got=head,
+        expected=f"one of {', '.join(names)}",
+        next_step="name the head: batch.labels(HEAD), batch.teacher_logits(head=HEAD)",
+    )
+
+
+def _no_logits(outputs: TeacherOutputs, output: str, temperature: float) -> ConfigError:
+    decoded = [f"{key:g}" for name, key in outputs.tensors if name == output and key is not None]
+    heads = [name.removeprefix(f"{LOGITS}.") for name, _ in outputs.tensors if name.startswith(f"{LOGITS}.")]
+    if not decoded and heads:
+        return _no_head(output.removeprefix(LOGITS).removeprefix(".") or None, heads)
     if not decoded:
         return ConfigError(
             "there are no logits of this teacher",

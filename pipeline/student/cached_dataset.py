@@ -26,8 +26,7 @@ from pipeline.student.supervision.canaries import check_canaries
 from pipeline.student.supervision.class_means import cached_means
 from pipeline.student.supervision.requirements import CLASS_MEANS, Requirement
 from pipeline.student.supervision.spec import SupervisionSpec, spec_of_caches
-from pipeline.tasks import EMBEDDING
-from pipeline.tasks.classification import LOGITS
+from pipeline.tasks import EMBEDDING, Task, task_of
 from schemas.config import DataConfig, Interpolation, Section, StudentConfig, TrainConfig, Triple
 
 
@@ -105,7 +104,7 @@ class CachedDataset(Dataset[CachedBatch]):
         _check_temperatures(temperatures)
         caches = tuple(open_cache(url) for url in options.data.caches)
         self._spec = spec_of_caches(caches, options.data, options.student)
-        reads = _reads(temperatures, embeddings=embeddings)
+        reads = _reads(task_of(self._spec.data), temperatures, embeddings=embeddings)
         for opened in caches if embeddings else ():
             Requirement.of_output(EMBEDDING, remedy="set embeddings=False").check_stored(opened)
         self._source = _open_rows(self._spec, reads, verify_canaries=verify_canaries, require_labels=require_labels)
@@ -141,11 +140,12 @@ class CachedDataset(Dataset[CachedBatch]):
         """The same for every rank, epoch and number of workers."""
         return self._order.num_steps
 
-    def class_means(self, *, teacher: int = 0) -> Tensor:
+    def class_means(self, *, teacher: int = 0, head: str | None = None) -> Tensor:
         """fp32 [K,D]: the teacher's mean embedding of each class, an input of ``nd``.
 
         Args:
             teacher: position of the cache in the list.
+            head: its name, where the data have several; default: the classes of all, in the order of their names.
 
         Raises:
             ConfigError: that cache has no class means.
@@ -153,7 +153,7 @@ class CachedDataset(Dataset[CachedBatch]):
         """
         cache = self._spec.caches[teacher]
         CLASS_MEANS.check_stored(cache)
-        heads = [head for head in self._source.task.heads if head.kind == "class"]
+        heads = [found for found in self._source.task.heads if found.kind == "class" and head in (None, found.name)]
         return torch.cat([*cached_means(cache, self._source, heads).values()])
 
     def set_epoch(self, epoch: int, *, start_step: int = 0) -> None:
@@ -289,8 +289,8 @@ def _check_temperatures(temperatures: Sequence[float]) -> None:
         )
 
 
-def _reads(temperatures: Sequence[float], *, embeddings: bool) -> Reads:
-    logits = {LOGITS: tuple(temperatures)} if temperatures else {}
+def _reads(task: Task, temperatures: Sequence[float], *, embeddings: bool) -> Reads:
+    logits = {head.output: tuple(temperatures) for head in task.heads} if temperatures else {}
     return {**logits, EMBEDDING: (1.0,)} if embeddings else logits
 
 

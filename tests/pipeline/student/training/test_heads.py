@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pipeline.student.cached_dataset import CachedDataset
 from pipeline.student.evaluation.loaded_run import load_run
 from pipeline.student.export.exporters import export_run
 from pipeline.student.training.config_checks import check_config, check_plan, check_training
 from schemas.config import Config
 from tests.errors import raises
 from tests.pipeline.caches import TinyCache, cache_section
-from tests.pipeline.heads import build_heads, heads_config
+from tests.pipeline.heads import build_heads, document_of, heads_config
 from tests.pipeline.student.runs import check_resume, evaluated, evaluations, metrics, run, run_config, training_error
 from tests.tolerances import ulps
 
@@ -138,3 +140,18 @@ def test_a_head_that_no_teacher_has_is_refused(cache: TinyCache, tmp_path: Path,
 def with_heads(base: Config, url: str, *, heads: list[str], depth: int) -> Config:
     teacher = base.teacher.model_copy(update={"heads": tuple(heads), "kwargs": {**base.teacher.kwargs, "depth": depth}})
     return base.model_copy(update={"teacher": teacher, "cache": cache_section(base).model_copy(update={"url": url})})
+
+
+def test_a_cached_dataset_has_labels_logits_and_means_by_head(cache: TinyCache) -> None:
+    with closing(CachedDataset(cache.url, global_batch_size=8, tail="short")) as dataset:
+        batch = dataset[0]
+        rows = [int(sample_id[-4:]) for sample_id in batch.sample_ids]
+        documents = [document_of(row) for row in rows]
+        assert batch.labels("pair").tolist() == [document.get("pair", -1) for document in documents]
+        tags = batch.labels("tags").tolist()
+        assert [[k for k in range(11) if row[k] == 1] for row in tags] == [sorted(d["tags"] or []) for d in documents]
+        assert batch.teacher_logits(head="tags").shape == (8, 11)
+        assert dataset.class_means(head="pair").shape == (10, 7)
+        for request in (lambda: batch.labels_B, lambda: batch.labels("color"), batch.teacher_logits):
+            with raises("data.no-such-head", expected="one of even, pair, tags"):
+                request()
