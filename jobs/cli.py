@@ -345,6 +345,10 @@ def evaluate(
     without_teacher: Annotated[
         bool, typer.Option("--without-teacher", help="Do not measure agreement, which needs the teacher's weights.")
     ] = False,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="Task embedding: labelled training shards, for nearest neighbours and a linear probe."),
+    ] = None,
     rows: Annotated[
         str | None, typer.Option(help="Parquet file or URL to write: hits and agreement of each image.")
     ] = None,
@@ -355,7 +359,13 @@ def evaluate(
     from jobs.run_ops import evaluate as evaluate_on
 
     evaluation = evaluate_on(
-        run, shards, checkpoint=checkpoint, threads=threads, with_teacher=not without_teacher, rows_url=rows
+        run,
+        shards,
+        checkpoint=checkpoint,
+        threads=threads,
+        with_teacher=not without_teacher,
+        reference=reference,
+        rows_url=rows,
     )
     print_report(evaluation, describe_evaluation, as_json=as_json)
 

@@ -22,11 +22,13 @@ def evaluate(
     checkpoint: CheckpointName = "last",
     threads: int = 1,
     with_teacher: bool = True,
+    reference: str | tuple[str, ...] | None = None,
     rows_url: str | None = None,
 ) -> Evaluation:
     """Evaluates a trained run on validation shards, on a GPU if there is one.
 
     Args:
+        reference: labelled shards, with whose embeddings metrics of task embedding compare.
         rows_url: a Parquet file to write, with the metrics of each image.
 
     Raises:
@@ -44,6 +46,7 @@ def evaluate(
         num_threads=threads,
         device=device,
         with_teacher=with_teacher,
+        reference=reference,
         on_index=lambda index: omissions.append(omissions_of(index)),
     )
     warn_of_omissions("evaluate", omissions)

@@ -91,6 +91,11 @@ class TrainConfig(Section):
         description="Agreement with the teacher in each evaluation; true: also for training from a cache, with the "
         "configured teacher. Default: with a single online teacher.",
     )
+    eval_reference: str | tuple[str, ...] | None = Field(
+        None,
+        description="task embedding: labelled training shards, for the accuracy of nearest neighbours in each "
+        "evaluation, and of a linear probe in the last.",
+    )
     checkpoint_every_epochs: int = Field(1, ge=1, description="Epochs that a killed run loses at most.")
     checkpoint_every_steps: int | None = Field(None, ge=1, description="Steps that it loses at most, for long epochs.")
     keep_every_epochs: int | None = Field(None, ge=1, description="Epochs between permanent checkpoints.")

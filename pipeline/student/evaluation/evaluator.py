@@ -5,10 +5,10 @@ Always in fp32, whatever the training precision: the metrics are those of the we
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Generator, Iterator, Mapping
+from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 
@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.augment.pixels import to_input
-from pipeline.core.errors import CacheError, ConfigError, ShardError, StorageInputError
-from pipeline.core.hashing import differences, weights_digest
+from pipeline.core.errors import ConfigError, ShardError
 from pipeline.core.redaction import quoted, redact
 from pipeline.models import EmbeddingModel, InputSpec
 from pipeline.shards.index import IndexBuilder, ShardIndex, check_samples
@@ -26,22 +25,22 @@ from pipeline.shards.shard_urls import report_moved, shard_id, shard_ids, shard_
 from pipeline.shards.tar import read_samples
 from pipeline.student.data.local_store import NodeStore
 from pipeline.student.distributed import DistributedContext
+from pipeline.student.evaluation.compared_teacher import teacher_for_agreement
 from pipeline.student.evaluation.finite import FiniteRows
 from pipeline.student.evaluation.images import images_table
 from pipeline.student.evaluation.loaded_run import CheckpointName, load_run
-from pipeline.student.evaluation.metrics import Evaluation, EvaluationScope, MetricSums, Outputs, metrics_of
+from pipeline.student.evaluation.metrics import BACKBONE, Evaluation, EvaluationScope, MetricSums, Outputs, metrics_of
+from pipeline.student.evaluation.metrics.reference import Reference
+from pipeline.student.evaluation.reference_images import ReferenceImages, check_reference
 from pipeline.student.losses import CompositeLoss
-from pipeline.student.supervision.spec import SupervisionSpec
 from pipeline.student.supervision.standardization import standardizer_of, standardizers_of
 from pipeline.tasks import EMBEDDING, task_of
-from pipeline.teacher.inference import Teacher, load_teacher
+from pipeline.teacher.inference import Teacher
 from pipeline.teacher.rendering import GroupViews, Rendering, read_groups
-from schemas.cache_format import Header, ViewBlock
-from schemas.config import Config, DataConfig, TeacherConfig, ViewsConfig
+from schemas.cache_format import ViewBlock
+from schemas.config import DataConfig, ViewsConfig
 
 BATCH_SIZE = 128
-# In the architecture of teachers that have a text head.
-_TEXT_HEAD_KEYS = ("text_head", "embedding")
 _DEFAULT_SCOPE = EvaluationScope()
 
 
@@ -132,6 +131,8 @@ class Evaluator:
     num_threads: int = 1
     key: str = "data.val_shards"
     """The configuration key or option that names the shards, for messages."""
+    reference: Evaluator | None = None
+    """Of the labelled shards with whose embeddings metrics compare."""
 
     def report_moved(self) -> AbstractContextManager[None]:
         """See ``pipeline.shards.shard_urls``."""
@@ -150,35 +151,30 @@ class Evaluator:
         *,
         scope: EvaluationScope = _DEFAULT_SCOPE,
         on_index: Callable[[ShardIndex], None] | None = None,
+        is_last: bool = True,
     ) -> Evaluation:
         """Evaluates a model. Every rank calls it.
-
-        Each module returns to its mode: frozen modules may have another mode than the others.
 
         Args:
             scope: which metrics apply, besides what targets and teacher allow.
             on_index: called with the index of each shard that this rank has read.
+            is_last: measure also what takes long.
 
         Raises:
-            ConfigError: the shards hold no images.
+            ConfigError: the shards hold no images, or the reference has no labels of two classes.
             EvaluationError: student or teacher produce outputs that are not finite.
         """
-        networks = [model] if scope.projector is None else [model, scope.projector]
-        modes = {module: module.training for network in networks for module in network.modules()}
-        for network in networks:
-            network.eval()
         metrics, distributed = metrics_of(self.data), self.distributed
-        sums = metrics.sums(self.data, scope, distributed.device)
         images: list[tuple[str, pa.StringArray]] = []
-        try:
+        if self.reference is not None:
+            scope = replace(scope, reference=self.reference.embed(model, spec, fits_probe=is_last))
+        sums = metrics.sums(self.data, scope, distributed.device)
+        with _eval_mode([model] if scope.projector is None else [model, scope.projector]):
             for url in self.rank_urls:
                 index = self._add_shard(url, model, spec, teacher, sums, scope)
                 images.append((index.shard_id, index.keys.take(pa.array(index.ok))))
                 if on_index is not None:
                     on_index(index)
-        finally:
-            for module, was_training in modes.items():
-                module.training = was_training
         num_rows = torch.tensor(sum(len(keys) for _, keys in images), device=distributed.device)
         total_rows = int(distributed.sum(num_rows))
         if not total_rows:
@@ -198,6 +194,28 @@ class Evaluator:
             by_domain=sums.by_domain(),
             images=images_table(images, sums),
         )
+
+    @torch.inference_mode()
+    def embed(self, model: EmbeddingModel, spec: InputSpec, *, fits_probe: bool) -> Reference:
+        """The embeddings of the labelled images of all ranks. Every rank calls it.
+
+        Raises:
+            ConfigError: the images have no labels of two classes.
+            EvaluationError: the model produces outputs that are not finite.
+        """
+        images = ReferenceImages()
+        with _eval_mode([model]):
+            for url in self.rank_urls:
+                finite = FiniteRows()
+                with self._open(url) as shard:
+                    builder = shard.new_builder()
+                    for group in shard.groups(spec, builder):
+                        outputs = _student_outputs(model, spec, group.pixels_VNCHW[0], self.distributed.device, None)
+                        if finite.add(_keys(group), outputs, None):
+                            images.add(outputs[EMBEDDING], group.targets, group.sample_ids)
+                finite.check(where=redact(url))
+                check_samples(builder.finish(), self.data, where=url)
+        return images.of_all_ranks(self.distributed, model.embedding_dim, fits_probe=fits_probe, where=self.key)
 
     @torch.inference_mode()
     def precompute(self, teacher: Teacher, *, scope: EvaluationScope = _DEFAULT_SCOPE) -> PrecomputedTeacher:
@@ -246,6 +264,19 @@ class Evaluator:
             yield _OpenShard(url, file.path, pool, self.data, self.plan)
 
 
+@contextmanager
+def _eval_mode(networks: Sequence[nn.Module]) -> Generator[None]:
+    """Each module returns to its mode: frozen modules may have another mode than the others."""
+    modes = {module: module.training for network in networks for module in network.modules()}
+    for network in networks:
+        network.eval()
+    try:
+        yield
+    finally:
+        for module, was_training in modes.items():
+            module.training = was_training
+
+
 def _student_outputs(
     model: EmbeddingModel, spec: InputSpec, pixels_NCHW: Tensor, device: torch.device, projector: nn.Module | None
 ) -> Outputs:
@@ -254,7 +285,7 @@ def _student_outputs(
     for pixels_BCHW in pixels_NCHW.split(BATCH_SIZE):
         outputs: dict[str, Tensor] = model(to_input(pixels_BCHW.to(device), mean_C=mean_C, std_C=std_C))
         if projector is not None:
-            outputs[EMBEDDING] = projector(outputs[EMBEDDING])
+            outputs |= {BACKBONE: outputs[EMBEDDING], EMBEDDING: projector(outputs[EMBEDDING])}
         batches.append({name: values.float().cpu() for name, values in outputs.items()})
     return {name: torch.cat([outputs[name] for outputs in batches]) for name in batches[0]}
 
@@ -273,15 +304,27 @@ def build_evaluator(
     *,
     num_threads: int,
     key: str = "data.val_shards",
+    reference: str | tuple[str, ...] | None = None,
+    reference_key: str = "train.eval_reference",
 ) -> Evaluator:
     """
+    Args:
+        reference: labelled shards with whose embeddings metrics compare.
+
     Raises:
+        ConfigError: no metric of the task compares with a reference, or it has a shard that is evaluated.
         ShardError: two shards share a name, or one is no plain tar.
         StorageInputError: a shard does not exist, or its URL is refused.
     """
     urls = shard_urls(shards, key=key)
     shard_ids(urls)
-    return Evaluator(urls, data, plan, distributed, num_threads, key)
+    evaluator = Evaluator(urls, data, plan, distributed, num_threads, key)
+    if reference is None:
+        return evaluator
+    reference_urls = shard_urls(reference, key=reference_key)
+    shard_ids(reference_urls)
+    check_reference(reference_urls, urls, data, key=reference_key)
+    return replace(evaluator, reference=replace(evaluator, urls=reference_urls, key=reference_key))
 
 
 def evaluate_run(
@@ -292,6 +335,7 @@ def evaluate_run(
     num_threads: int,
     device: torch.device,
     with_teacher: bool = True,
+    reference: str | tuple[str, ...] | None = None,
     on_index: Callable[[ShardIndex], None] | None = None,
 ) -> Evaluation:
     """Evaluates the student of a run on validation shards, with its agreement if the run's config names its teacher.
@@ -299,6 +343,7 @@ def evaluate_run(
     Args:
         checkpoint_name: ``best`` or ``last``.
         with_teacher: False measures no agreement and needs no teacher weights.
+        reference: as in ``build_evaluator``.
         on_index: called with the index of each shard.
 
     Raises:
@@ -324,62 +369,7 @@ def evaluate_run(
         DistributedContext(device=device),
         num_threads=num_threads,
         key="--shards",
+        reference=reference,
+        reference_key="--reference",
     )
     return evaluator(student.module.to(device), student.input, teacher, scope=scope, on_index=on_index)
-
-
-def teacher_for_agreement(
-    config: Config, supervision: SupervisionSpec, device: torch.device, *, or_else: str
-) -> Teacher | None:
-    """As ``teacher_of_run``; ``or_else`` is the remedy if the weights cannot be read."""
-    try:
-        return teacher_of_run(config, supervision, device)
-    except StorageInputError as error:
-        raise StorageInputError(
-            "the teacher's weights cannot be read, so agreement and KL cannot be measured",
-            code=error.code,
-            where=error.where,
-            got=error.got,
-            next_step=f"restore the file, or {or_else}",
-        ) from error
-
-
-def teacher_of_run(config: Config, supervision: SupervisionSpec, device: torch.device) -> Teacher | None:
-    """The teacher of a run, if its config names exactly one, with weights. Agreement is measured with one teacher.
-
-    Raises:
-        CacheError: the run's cache has the outputs of another teacher.
-    """
-    if config.teacher.model is None or config.teacher.weights is None or config.teacher.others:
-        return None
-    widths = task_of(supervision.data).widths
-    teacher = load_teacher(config.teacher, widths=widths, size=config.views.size or supervision.size, device=device)
-    # With several caches the config names no teacher.
-    if supervision.caches:
-        _check_same_teacher(config.teacher, teacher, supervision.caches[0].header)
-    return teacher
-
-
-def _check_same_teacher(config: TeacherConfig, teacher: Teacher, header: Header) -> None:
-    """Compares what only a loaded teacher shows; the other keys were compared before."""
-    cached = header.teacher
-    stored, given = (
-        {key: architecture.get(key) for key in _TEXT_HEAD_KEYS}
-        for architecture in (cached["architecture"], teacher.loaded.architecture)
-    )
-    if weights_digest(teacher.state()) != cached["weights"]:
-        where, got = "teacher.weights", redact(str(config.weights))
-        expected = f"weights with digest {str(cached['weights'])[:16]}"
-    elif changed := differences(stored, given):
-        where, got = "teacher.text_head", "; ".join(changed)
-        expected = ", ".join(f"{key}: {value}" for key, value in stored.items())
-    else:
-        return
-    raise CacheError(
-        "the teacher of this config is not the teacher of the cache",
-        code="cache.other-teacher",
-        where=where,
-        got=got,
-        expected=expected,
-        next_step="name the cache's teacher or none; a run with teacher.mode=cache needs none",
-    )

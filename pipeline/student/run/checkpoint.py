@@ -43,6 +43,7 @@ _MAY_CHANGE = {
         "keep_every_epochs",
         "tensorboard",
         "eval_agreement",
+        "eval_reference",
         # Rounds differently, but may avoid a crash.
         "channels_last",
     },

@@ -14,7 +14,8 @@ from pipeline.core.redaction import redact
 from pipeline.core.threads import map_ordered
 from pipeline.models import LoadedModel, load_model, load_untrained, require_weights, unreadable_weights
 from pipeline.shards.shard_urls import report_moved, shard_ids, shard_urls
-from pipeline.student.evaluation.evaluator import teacher_of_run
+from pipeline.student.evaluation.compared_teacher import teacher_of_run
+from pipeline.student.evaluation.reference_images import check_reference
 from pipeline.student.losses import CompositeLoss
 from pipeline.student.networks.freeze import freeze
 from pipeline.student.networks.review import plan_review, review_section
@@ -310,9 +311,26 @@ def _check_layers(config: Config, student: LoadedModel) -> None:
 
 
 def _check_val_shards(config: Config) -> None:
+    reference = config.train.eval_reference
     if config.data.val_shards is None:
+        if reference is not None:
+            raise ConfigError(
+                "a reference is for evaluations, and there are no shards to evaluate on",
+                code="config.reference-without-validation",
+                where="train.eval_reference",
+                next_step="name data.val_shards, or remove train.eval_reference",
+            )
         return
     urls = shard_urls(config.data.val_shards, key="data.val_shards")
     shard_ids(urls)
-    with report_moved(urls, "append data.val_shards={}"):
+    _look_up(urls, "data.val_shards")
+    if reference is not None:
+        reference_urls = shard_urls(reference, key="train.eval_reference")
+        shard_ids(reference_urls)
+        check_reference(reference_urls, urls, config.data, key="train.eval_reference")
+        _look_up(reference_urls, "train.eval_reference")
+
+
+def _look_up(urls: list[str], key: str) -> None:
+    with report_moved(urls, f"append {key}={{}}"):
         list(map_ordered(storage.size, urls, threads=_LOOK_UPS))

@@ -8,7 +8,8 @@ from typing import Any
 from pipeline.core.errors import EvaluationError, TrainingError
 from pipeline.models import EmbeddingModel
 from pipeline.student.data.sources import RowSource
-from pipeline.student.evaluation.evaluator import PrecomputedTeacher, build_evaluator, teacher_for_agreement
+from pipeline.student.evaluation.compared_teacher import teacher_for_agreement
+from pipeline.student.evaluation.evaluator import PrecomputedTeacher, build_evaluator
 from pipeline.student.evaluation.metrics import Evaluation, EvaluationScope, metrics_of
 from pipeline.student.evaluation.validation import ValidationSamples, read_validation, record_validation
 from pipeline.student.supervision.overlap import SeenImages
@@ -26,7 +27,8 @@ class Validator:
         config, spec = setup.config, setup.spec
         self._config, self._spec, self._distributed, self._emit = config, spec, setup.distributed, emit
         self._input_spec, self._teachers = setup.student.input_spec, setup.supervision.teachers
-        self._scope = _scope(setup)
+        self._scope, self._total_steps = _scope(setup), setup.total_steps
+        self._student = setup.student.module.model
         self._evaluator = None
         if config.data.val_shards is not None:
             self._evaluator = build_evaluator(
@@ -35,6 +37,7 @@ class Validator:
                 spec.student_plan,
                 setup.distributed,
                 num_threads=config.ray.cpus_per_worker,
+                reference=config.train.eval_reference,
             )
         self._samples: ValidationSamples | None = None
         self._teacher: Teacher | PrecomputedTeacher | None = None
@@ -59,6 +62,9 @@ class Validator:
         if samples.was_read:
             seconds = time.monotonic() - began
             self._emit("validation", samples=samples.samples, shards=len(samples.stamps), read_s=round(seconds, 3))
+        if self._evaluator.reference is not None:
+            # Read once before the first step, so that a bad sample cannot stop the training later.
+            self._evaluator.reference.embed(self._student, self._input_spec, fits_probe=False)
         self._teacher = self._compared_teacher()
 
     def _compared_teacher(self) -> Teacher | PrecomputedTeacher | None:
@@ -89,15 +95,28 @@ class Validator:
             return []
         heads = task_of(self._spec.data).widths
         untrained = [name for name in heads if name in self._scope.untrained]
-        return self._samples.warnings(
+        texts = self._samples.warnings(
             head_trained=not heads or len(untrained) < len(heads),
             untrained=untrained,
             best_by=self._best_without_labels(),
         )
+        if not heads and self._samples.labelled and self._best_by(set()) is None:
+            texts.append(
+                "validation: nothing is measured, and there will be no checkpoints/best.pt; train.eval_agreement=true "
+                "measures the cosine to the teacher of a cache, train.eval_reference=SHARDS the accuracy of neighbours"
+            )
+        return texts
 
     def _best_without_labels(self) -> str | None:
         """The metric that the best checkpoint follows where it cannot be accuracy; None: there is none."""
-        missing = {"targets", *self._scope.missing(teacher=self._teacher is not None)}
+        return self._best_by({"targets"})
+
+    def _best_by(self, missing: set[str]) -> str | None:
+        """The metric that the best checkpoint follows where these are missing besides what evaluations lack."""
+        assert self._evaluator is not None
+        missing = {*missing, *self._scope.missing(teacher=self._teacher is not None)}
+        if self._evaluator.reference is not None:
+            missing -= {"reference", "probe"}
         metric = metrics_of(self._spec.data).selected_without(missing)
         return None if metric is None else metric.title
 
@@ -112,7 +131,14 @@ class Validator:
         assert self._evaluator is not None
         seen = SeenImages()
         try:
-            evaluation = self._evaluator(model, self._input_spec, self._teacher, scope=self._scope, on_index=seen.add)
+            evaluation = self._evaluator(
+                model,
+                self._input_spec,
+                self._teacher,
+                scope=self._scope,
+                on_index=seen.add,
+                is_last=step >= self._total_steps,
+            )
         except EvaluationError as error:
             # The student's weights are finite and its outputs are not: this began in earlier steps.
             raise TrainingError(

@@ -8,6 +8,7 @@ from pipeline.student.evaluation.metrics.classification import classification_me
 from pipeline.student.evaluation.metrics.embedding import embedding_metrics
 from pipeline.student.evaluation.metrics.heads import head_metrics, heads_of
 from pipeline.student.evaluation.metrics.metric_set import (
+    BACKBONE,
     Evaluation,
     EvaluationScope,
     Metric,
@@ -35,6 +36,7 @@ def metrics_of(data: DataConfig) -> MetricSet:
 
 
 __all__ = [
+    "BACKBONE",
     "METRIC_SETS",
     "Evaluation",
     "EvaluationScope",

@@ -12,15 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.student.distributed import DistributedContext
+from pipeline.student.evaluation.metrics.reference import Reference
 from pipeline.tasks import Targets
 from schemas.config import DataConfig
 
 Outputs = Mapping[str, Tensor]
 """Outputs of one network for N images by name, [N,…] each, fp32 on the CPU."""
 
+BACKBONE = "backbone"
+"""The student's embedding before a projector, in the outputs of a student whose embedding is projected."""
+
 Need = str
-"""``targets``; ``teacher``; ``projector``: a loss compares embeddings; or the name of a student output, whose head must
-be trained."""
+"""``targets``; ``teacher``; ``projector``: a loss compares embeddings; ``reference``: embeddings of labelled images;
+``probe``: a classifier is fitted to them; or the name of a student output, whose head must be trained."""
 
 Values = Mapping[str, float | int | None]
 """Numbers by key; None for one that was not measured."""
@@ -88,11 +92,13 @@ class EvaluationScope:
             not measured.
         projector: from the student's embedding to the teacher's width, if a loss compares embeddings.
         standardize: applied to the teacher's embeddings, as losses compare them; None: they compare them as they are.
+        reference: embeddings of labelled images by the same student.
     """
 
     untrained: frozenset[str] = frozenset()
     projector: nn.Module | None = None
     standardize: Callable[[Tensor], Tensor] | None = None
+    reference: Reference | None = None
 
     @property
     def head_trained(self) -> bool:
@@ -105,7 +111,12 @@ class EvaluationScope:
         Args:
             teacher: whether there is one.
         """
-        given: dict[Need, bool] = {"teacher": teacher, "projector": self.projector is not None}
+        given: dict[Need, bool] = {
+            "teacher": teacher,
+            "projector": self.projector is not None,
+            "reference": self.reference is not None,
+            "probe": self.reference is not None and self.reference.fits_probe,
+        }
         return {*self.untrained, *(need for need, is_given in given.items() if not is_given)}
 
 
