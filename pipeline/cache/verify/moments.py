@@ -14,7 +14,7 @@ from pipeline.cache.format import layout
 from pipeline.cache.format.files import check_sha256, read_file
 from pipeline.cache.read.moments import read_moments_record
 from pipeline.cache.verify.report import Findings
-from schemas.cache_format import Header, Manifest
+from schemas.cache_format import Header, Manifest, Moments
 
 # Sums of float64 squares, of a cache of any size, against the variance that the covariance gives along a direction.
 _TOLERANCE = 1e-6
@@ -72,20 +72,29 @@ def read_moments(
             findings.expect(path, "the path of the table does not match the record", record.table.path, table_path)
             expected_path = layout.moments_path(record.manifest_sha256)
             findings.expect(path, "these moments belong to another manifest", path, expected_path)
-            data = read_file(cache_url, record.table.path)
-            check_sha256(data, record.table.sha256, where=record.table.path)
-            moments = decode_moments(data, where=record.table.path)
-            covariance_DD = moments.covariance_DD
-            valid = bool(np.isfinite(covariance_DD).all() and (covariance_DD == covariance_DD.T).all())
-            findings.expect(record.table.path, "whether the covariance is finite and symmetric", valid, True)
-            if header is None:
-                continue
-            width = header.embedding_dim
-            findings.expect(path, "these moments belong to another teacher", record.fingerprint, header.fingerprint)
-            has_width = findings.expect(record.table.path, "width", len(moments.mean_D), width)
-            if manifest is not None and record.manifest_sha256 == manifest_sha256 and has_width and valid:
+            if header is not None:
+                what = "these moments belong to another teacher"
+                findings.expect(path, what, record.fingerprint, header.fingerprint)
+            moments = _read_table(cache_url, record, header, findings)
+            if moments is not None and manifest is not None and record.manifest_sha256 == manifest_sha256:
                 num_rows = manifest.num_ok * manifest.num_views
                 findings.expect(path, "rows of these moments", record.num_rows, num_rows)
-                direction_D = np.random.default_rng(0).choice([-1.0, 1.0], width)
+                direction_D = np.random.default_rng(0).choice([-1.0, 1.0], len(moments.mean_D))
                 check = MomentsCheck(record.table.path, moments, manifest.num_views, direction_D)
     return named, check
+
+
+def _read_table(cache_url: str, record: Moments, header: Header | None, findings: Findings) -> EmbeddingMoments | None:
+    """The numbers of a record; None if they have a problem."""
+    path = record.table.path
+    with findings.capture(path):
+        data = read_file(cache_url, path)
+        check_sha256(data, record.table.sha256, where=path)
+        moments = decode_moments(data, where=path)
+        covariance_DD, width = moments.covariance_DD, len(moments.mean_D)
+        valid = bool(np.isfinite(covariance_DD).all() and (covariance_DD == covariance_DD.T).all())
+        valid = findings.expect(path, "whether the covariance is finite and symmetric", valid, True)
+        if header is not None:
+            valid &= findings.expect(path, "numbers of a row of the embedding", width, header.embedding_dim)
+        return moments if valid else None
+    return None

@@ -1,4 +1,4 @@
-"""A cache with each kind of file: class sums, two shards and blocks, an extension, a skipped sample."""
+"""A cache with each kind of file: class sums, two shards and blocks, an extension, a skipped sample, two moments."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.cache.ops.moments import compute_moments
 from pipeline.shards.writer import pack_shards
 from tests.pipeline.caches import TinyCache, build, copy_of, digit_samples
 from tests.pipeline.conftest import tiny_config_of
@@ -22,6 +23,7 @@ def grown_cache(tmp_path_factory: pytest.TempPathFactory) -> TinyCache:
         overrides = {"data": {"shards": shards, "bad_samples": "skip"}, "views": {"count": count}}
         config = tiny_config_of(shards, f"{folder}/cache", overrides)
         build(config)
+        compute_moments(f"{folder}/cache")
     return TinyCache(f"{folder}/cache", config)
 
 
