@@ -14,6 +14,8 @@ from pipeline.student.evaluation.loaded_run import CheckpointName
 from pipeline.student.evaluation.metrics import Evaluation
 from pipeline.student.export.exporters import ExportedModel
 
+_NUM_CLASSES = 5
+
 
 def evaluate(
     run_url: str,
@@ -63,6 +65,12 @@ def describe_evaluation(evaluation: Evaluation) -> str:
         # Few students have a projector.
         if value is not None or "projector" not in metric.needs:
             lines.append((metric.title, metric.text(value)))
+    for key, names in evaluation.class_names.items():
+        values = zip(names, evaluation.per_class[key], strict=True)
+        lowest = sorted(((value, name) for name, value in values if value is not None), key=lambda pair: pair[0])
+        lines.append(
+            (f"lowest {key}", ", ".join(f"{name} {value:.1%}" for value, name in lowest[:_NUM_CLASSES]) or "-")
+        )
     if not evaluation.head_trained:
         lines.append(("head", "not trained: no loss reads its outputs, so they are not evaluated"))
     # Names with a head are longer.

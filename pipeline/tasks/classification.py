@@ -201,6 +201,10 @@ class Classification(Task):
     def heads(self) -> tuple[TaskHead, ...]:
         return (TaskHead(None, "class", self.max_classes),)
 
+    @property
+    def class_names(self) -> Mapping[str | None, tuple[str, ...]]:
+        return {None: self.labels.names} if self.labels.names else {}
+
     def parse(self, texts: Mapping[str, bytes]) -> int | None:
         for member in self.members:
             if member not in texts:

@@ -79,6 +79,10 @@ class Heads(Task):
     def heads(self) -> tuple[TaskHead, ...]:
         return self.entries
 
+    @property
+    def class_names(self) -> Mapping[str | None, tuple[str, ...]]:
+        return {head.name: head.labels.names for head in self.entries if head.labels.names}
+
     def parse(self, texts: Mapping[str, bytes]) -> tuple[Label | None, ...] | None:
         labels = tuple(self._label(head, texts) for head in self.entries)
         return None if all(label is None for label in labels) else labels

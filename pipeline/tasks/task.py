@@ -199,6 +199,11 @@ class Task(ABC):
         return ()
 
     @property
+    def class_names(self) -> Mapping[str | None, tuple[str, ...]]:
+        """Names of the classes 0 … K - 1, by the name of each head whose classes have names."""
+        return {}
+
+    @property
     def num_classes(self) -> int:
         """How many classes ``class_ids`` may return: those of all class heads; 0: the task has no class means."""
         return sum(head.num_classes or 0 for head in self.heads if head.kind == "class")

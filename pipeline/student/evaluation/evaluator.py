@@ -184,13 +184,16 @@ class Evaluator:
                 where=self.key,
                 got=f"{len(self.urls)} shards",
             )
-        values = sums.finish(distributed)
+        values, names = sums.finish(distributed), task_of(self.data).class_names
+        per_class = sums.per_class()
+        heads = {key: key.rpartition("/")[0] or None for key in per_class}
         return Evaluation(
             definitions=metrics.metrics,
             num_rows=total_rows,
             metrics={metric.key: values[metric.key] for metric in metrics.metrics},
             untrained=sorted(scope.untrained),
-            per_class=sums.per_class(),
+            per_class=per_class,
+            class_names={key: names[head] for key, head in heads.items() if head in names},
             by_domain=sums.by_domain(),
             images=images_table(images, sums),
         )

@@ -27,6 +27,9 @@ _GRAPHS: dict[ExportFormat, Callable[[StudentGraph, Path, Mapping[str, str]], fl
     "onnx": write_onnx,
 }
 
+# Keys of a head that describe the data.
+_LABEL_FORMS = {"label_offset", "label_map"}
+
 
 @dataclass(frozen=True, slots=True)
 class ExportedModel:
@@ -162,15 +165,19 @@ def _metadata(run: LoadedRun, run_url: str, checkpoint_name: str, *, with_normal
 
 
 def _heads(run: LoadedRun) -> dict[str, str]:
-    """The heads of a student that has several targets, with the outputs of a graph that they return."""
-    configured = run.supervision.data.heads
+    """The heads of a student that has several targets, with the outputs of a graph that they return; the names of the
+    classes of a student with one."""
+    configured, classes = run.supervision.data.heads, run.supervision.data.classes
     outputs = {head_name(output): output for output in run.student.module.head_outputs}
     heads = {
-        head: {**configured[head].model_dump(mode="json"), "output": output}
+        head: {**configured[head].model_dump(mode="json", exclude=_LABEL_FORMS, exclude_none=True), "output": output}
         for head, output in outputs.items()
         if head in configured
     }
-    return {"heads": json.dumps(heads)} if heads else {}
+    return {
+        **({"heads": json.dumps(heads)} if heads else {}),
+        **({"classes": json.dumps(classes)} if classes and run.student.module.head_outputs else {}),
+    }
 
 
 def _untrained_outputs(run: LoadedRun, format: ExportFormat, run_url: str) -> Collection[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -13,6 +14,7 @@ from pipeline.core.errors import ShardError
 from pipeline.shards.long_tail import draw_long_tail, write_long_tail
 from pipeline.shards.tar import Sample, read_samples
 from pipeline.shards.writer import pack_shards
+from pipeline.tasks import task_of
 from schemas.config import DataConfig
 from schemas.recipe import LongTailConfig
 from tests.errors import raises
@@ -80,6 +82,33 @@ def test_another_seed_selects_other_images_with_the_same_profile() -> None:
     first, second = (draw_long_tail(labels, 10, seed) for seed in (0, 1))
     assert Counter(labels[name] for name in first) == Counter(labels[name] for name in second)
     assert first != second
+
+
+@pytest.mark.parametrize(
+    ("keys", "text"),
+    [
+        ({"label": "JSON:Meta.Label"}, '{{"Meta": {{"Label": {label}}}}}'),
+        ({"label": "CLS", "label_map": {f"n{label}": label for label in range(10)}}, "n{label}"),
+        ({"label": "CLS", "classes": [f"digit {label}" for label in range(10)]}, "digit {label}"),
+    ],
+)
+def test_a_subset_is_read_by_the_config_of_its_shards(tmp_path: Path, keys: dict[str, Any], text: str) -> None:
+    data = DataConfig(num_classes=10, **keys)
+    (member,) = task_of(data).members
+    source = pack_shards(
+        (
+            (key, {"png": sample["png"], member: text.format(label=sample["cls"].decode()).encode()})
+            for key, sample in digit_samples(40)
+        ),
+        f"{tmp_path}/all-%d.tar",
+        shard_size=40,
+    )
+    tail = LongTailConfig(shards=source[0], imbalance=1, shard_size=40)
+    (url,) = write_long_tail(source, f"{tmp_path}/tail-%d.tar", tail, data).urls
+    classes = {sample.key: sample.target for sample in read_samples(Path(url), data, where=url)}
+    expected = {f"all-0/{key}": int(sample["cls"]) for key, sample in digit_samples(40)}
+    assert len(classes) >= 10
+    assert classes.items() <= expected.items()
 
 
 def test_the_error_for_a_sample_without_a_label_names_it(tmp_path: Path) -> None:

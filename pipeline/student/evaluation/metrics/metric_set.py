@@ -256,6 +256,7 @@ class Evaluation:
         metrics: their values by key, in the same order; None for a metric that was not measured.
         untrained: see ``EvaluationScope``; sorted.
         per_class: see ``MetricSums.per_class``.
+        class_names: of the values of ``per_class``, by its keys, where the data names classes.
         by_domain: see ``MetricSums.by_domain``; empty where images have no domains.
         images: a row for each image that this rank has read, in this order, with the columns ``shard``, ``sample`` and,
             by key, those of ``MetricSums.by_row``; null for a row that does not count. None: not stored.
@@ -266,6 +267,7 @@ class Evaluation:
     metrics: Mapping[str, float | None]
     untrained: Sequence[str] = ()
     per_class: Mapping[str, Sequence[float | None]] = field(default_factory=dict[str, Sequence[float | None]])
+    class_names: Mapping[str, Sequence[str]] = field(default_factory=dict[str, Sequence[str]])
     by_domain: Mapping[str, Values] = field(default_factory=dict[str, Values])
     images: pa.Table | None = field(default=None, compare=False, repr=False)
 
@@ -280,7 +282,8 @@ class Evaluation:
 
     def as_dict(self) -> dict[str, Any]:
         untrained = {"untrained_outputs": [*self.untrained]} if self.untrained else {}
-        return {**self.measured(), "head_trained": self.head_trained, **untrained, **self.tables()}
+        names = {"class_names": self.class_names} if self.class_names else {}
+        return {**self.measured(), "head_trained": self.head_trained, **untrained, **self.tables(), **names}
 
     def measured(self) -> dict[str, float | int | None]:
         """Only the numbers."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,14 @@ def test_an_evaluation_as_json_and_as_text() -> None:
         "KL from the teacher         0.2500 nats\n"
         "teacher top-1               62.5 %"
     )
+
+
+def test_classes_with_names_and_the_lowest_recall_are_a_line() -> None:
+    named = replace(evaluation(), class_names={"recall": ["cat", "dog"]})
+    assert named.as_dict()["class_names"] == {"recall": ["cat", "dog"]}
+    (line,) = (line for line in describe_evaluation(named).splitlines() if line.startswith("lowest recall "))
+    # The dog does not occur.
+    assert line.split()[2:] == ["cat", "50.0%"]
 
 
 def test_values_of_heads_with_long_names_are_a_column() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors import safe_open
 
 from pipeline.student.evaluation.evaluator import evaluate_run
 from pipeline.student.export.exporters import export_run
@@ -138,3 +140,19 @@ def test_a_run_that_leaves_everything_to_its_cache_can_be_evaluated_exported_and
     assert (evaluation.metrics["top1"] is None) == ("label" in cached)
     exported = export_run(str(tmp_path / "run"), str(tmp_path / "student.safetensors"))
     assert exported.step == summary["steps"]
+
+
+def test_a_run_may_name_the_classes_of_a_cache_without_names(replays: Replay, tmp_path: Path) -> None:
+    names = [f"digit {number}" for number in range(10)]
+    base = replays("crop").config
+    config = run_config(base, tmp_path, loss=[{"name": "ce"}], data={"classes": names, "val_shards": base.data.shards})
+    assert config.run is not None
+    assert base.data.shards is not None
+    train(config)
+    evaluation = evaluate_run(
+        config.run.url, base.data.shards, checkpoint_name="last", num_threads=1, device=torch.device("cpu")
+    )
+    assert evaluation.class_names == {"recall": tuple(names)}
+    exported = export_run(config.run.url, str(tmp_path / "student.safetensors"))
+    with safe_open(exported.url, framework="pt") as file:
+        assert json.loads(file.metadata()["classes"]) == names

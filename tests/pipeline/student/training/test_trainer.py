@@ -468,6 +468,7 @@ def test_nd_refuses_imported_means_that_lack_a_class_that_occurs(replays: Replay
     [
         ({"views": {"seed": 5}}, "cache.other-views", "seed: 0 -> 5"),
         ({"data": {"max_pixels": 10**6}}, "cache.other-reading-rules", "max_pixels: 64000000 -> 1000000"),
+        ({"data": {"label_offset": 1}}, "cache.other-reading-rules", "label_offset: None -> 1"),
     ],
 )
 def test_a_config_that_contradicts_its_cache_is_refused(
