@@ -37,7 +37,13 @@ def describe_cache(report: CacheReport) -> str:
             name, value = name.removesuffix("_s"), duration(value)
         return f"{name.replace('_', ' '):<20}{text(value)}"
 
-    lines = [line(name, value) for name, value in asdict(report).items() if name != "warnings"]
+    def lines_of(name: str, value: object) -> list[str]:
+        if name == "teacher_by_domain":
+            return [line(f"  domain {domain}", metrics) for domain, metrics in report.teacher_by_domain.items()]
+        return [line(name, value)]
+
+    fields = asdict(report).items()
+    lines = [text for name, value in fields if name != "warnings" for text in lines_of(name, value)]
     return "\n".join([*lines, *(f"warning: {warning}" for warning in report.warnings)])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from jobs.observability.log import warn_of_omissions
@@ -11,7 +13,7 @@ from pipeline.shards.omissions import Omissions
 from pipeline.student.evaluation.evaluator import evaluate_run
 from pipeline.student.evaluation.images import write_images
 from pipeline.student.evaluation.loaded_run import CheckpointName
-from pipeline.student.evaluation.metrics import Evaluation
+from pipeline.student.evaluation.metrics import WORST_DOMAIN, Evaluation, Metric
 from pipeline.student.export.exporters import ExportedModel
 
 _NUM_CLASSES = 5
@@ -58,24 +60,53 @@ def evaluate(
 
 
 def describe_evaluation(evaluation: Evaluation) -> str:
-    """The text of ``stillroom evaluate``."""
+    """The text of ``stillroom evaluate``: a line for each metric, or for each head of several, and for each domain."""
     lines = [("images", str(evaluation.num_rows))]
+    by_head: dict[str, list[tuple[Metric, float]]] = {}
     for metric in evaluation.definitions:
-        value = evaluation.metrics[metric.key]
+        value, head = evaluation.metrics[metric.key], metric.key.removeprefix(WORST_DOMAIN).rpartition("/")[0]
+        if head:
+            # A head lacks the metrics of another kind of head, and those of an untrained one.
+            by_head.setdefault(head, []).extend([] if value is None else [(metric, value)])
         # Few students have a projector.
-        if value is not None or "projector" not in metric.needs:
+        elif value is not None or "projector" not in metric.needs:
             lines.append((metric.title, metric.text(value)))
+    lines += [(f"head {head}", _texts(values, of_head=head)) for head, values in by_head.items()]
     for key, names in evaluation.class_names.items():
         values = zip(names, evaluation.per_class[key], strict=True)
         lowest = sorted(((value, name) for name, value in values if value is not None), key=lambda pair: pair[0])
         lines.append(
             (f"lowest {key}", ", ".join(f"{name} {value:.1%}" for value, name in lowest[:_NUM_CLASSES]) or "-")
         )
+    lines += _domain_lines(evaluation)
     if not evaluation.head_trained:
-        lines.append(("head", "not trained: no loss reads its outputs, so they are not evaluated"))
-    # Names with a head are longer.
-    width = max(28, *(len(name) + 2 for name, _ in lines))
+        heads = [name.partition(".")[2] for name in evaluation.untrained]
+        name = f"head{'s' if len(heads) > 1 else ''} {', '.join(heads)}".strip()
+        lines.append((name, "not trained: no loss reads its outputs, so they are not evaluated"))
+    width = max(28, 2 + max(len(name) for name, _ in lines))
     return "\n".join(f"{name:<{width}}{value}" for name, value in lines)
+
+
+def _texts(values: Sequence[tuple[Metric, float]], *, of_head: str = "") -> str:
+    titled = ((metric.title.removesuffix(f" ({of_head})"), metric.text(value)) for metric, value in values)
+    return ", ".join(f"{title} {text}" for title, text in titled) or "-"
+
+
+def _domain_lines(evaluation: Evaluation) -> list[tuple[str, str]]:
+    """The main metrics of each domain, and how many images are in none."""
+    if not evaluation.by_domain:
+        return []
+    keys = {metric.key for metric in evaluation.definitions}
+    main = [metric for metric in evaluation.definitions if WORST_DOMAIN + metric.key in keys]
+    lines: list[tuple[str, str]] = []
+    for domain, values in evaluation.by_domain.items():
+        measured = ((metric, values.get(metric.key)) for metric in main)
+        texts = _texts([(metric, value) for metric, value in measured if value is not None])
+        lines.append((f"domain {domain}", f"{values['num_rows']} images, {texts}"))
+    in_domain = sum(int(values["num_rows"] or 0) for values in evaluation.by_domain.values())
+    if in_domain < evaluation.num_rows:
+        lines.append(("in no domain", f"{evaluation.num_rows - in_domain} images"))
+    return lines
 
 
 def describe_export(exported: ExportedModel) -> str:

@@ -308,7 +308,7 @@ def _first_exception(error: TrainingFailedError) -> str:
 
 def describe(summary: dict[str, Any], config: Config) -> str:
     """One line for the end of a training."""
-    metrics = metrics_of(config.data)
+    metrics = metrics_of(config.data, config.train.best)
     score = metrics.score(summary)
     measured = "" if score is None else f", {metrics.text(score)}"
     return f"{summary['steps']} steps in {summary['seconds']:.1f} s{measured}"

@@ -40,7 +40,7 @@ class TrainingObserver:
         self._speed, self._last_step = _MeanSpeed(config.train.global_batch_size), -1
         self._repeated_steps = 0
         self._latest: dict[str, float] = {}
-        self._metrics = metrics_of(config.data)
+        self._metrics = metrics_of(config.data, config.train.best)
         self._gauges = ray_metrics.evaluation_gauges(self._metrics)
 
     def __enter__(self) -> TrainingObserver:

@@ -110,7 +110,7 @@ class IndexBuilder:
     """Collects rows in tar order; about 50 bytes per row in addition to keys and targets."""
 
     def __init__(self, shard_id: str, task: Task) -> None:
-        self._shard_id, self._task = shard_id, task
+        self._shard_id, self._task = shard_id, task.of_shard(shard_id)
         self._keys: list[str] = []
         self._targets: list[Any | None] = []
         self._columns = {name: array(code) for name, code in _TYPE_CODES.items()}
@@ -305,7 +305,7 @@ def decode_index(data: bytes, *, where: str, settings: Mapping[str, Any] | None 
     try:
         table = read_bounded(pa.BufferReader(data), size_bytes=len(data), page_checksum_verification=True)
         metadata = _metadata(table, settings, where)
-        task = task_of(metadata["settings"])
+        task = task_of(metadata["settings"]).of_shard(metadata["shard_id"])
         if (rules := metadata.get("member_rules", 1)) not in get_args(MemberRules):
             raise ValueError(f"its member_rules are {rules!r}")
         return replace(_from_table(table, metadata["shard_id"], task), member_rules=rules)

@@ -15,6 +15,7 @@ from pipeline.core.errors import ShardError
 from pipeline.core.redaction import redact
 from pipeline.shards.file_kinds import file_kind, not_a_tar
 from pipeline.shards.members import ByteRange, LinkTable, count_text, image_extensions, is_hidden, split_name
+from pipeline.shards.shard_urls import shard_id
 from pipeline.shards.tar_headers import BAD_HEADER
 from pipeline.tasks import Targets, Task, task_of
 from schemas.config import DataConfig
@@ -57,7 +58,7 @@ def read_shard_head(url: str, data: DataConfig, *, size_bytes: int, first_bytes:
     Raises:
         ShardError: this is no tar, or there is no sample with an image.
     """
-    task = task_of(data)
+    task = task_of(data).of_shard(shard_id(url))
     head = storage.read_range(url, 0, min(size_bytes, first_bytes))
     is_complete = len(head) == size_bytes
     if not (infos := _headers(head)) and (is_complete or file_kind(head) not in ("a tar", "unknown bytes")):
@@ -131,4 +132,4 @@ def _has_image(group: list[_Member], data: DataConfig) -> bool:
 def _target(group: list[_Member], task: Task) -> Any | None:
     # The first one of repeated members counts.
     texts = {member.extension: member.text for member in reversed(group)}
-    return task.try_parse({extension: texts[extension] for extension in task.members if extension in texts})
+    return task.try_parse({extension: texts[extension] for extension in task.read_members if extension in texts})

@@ -131,7 +131,7 @@ class _ShardScan:
         self._links: LinkTable | None = None
         self._ranks = {name: rank for rank, name in enumerate(image_extensions(data))}
         self._task = task_of(data)
-        self._target_members = frozenset(self._task.members)
+        self._target_members = frozenset(self._task.read_members)
         self._max_bytes = min(_MAX_INT32, data.max_pixels * _BYTES_PER_PIXEL + _HEADROOM_BYTES)
         self._keys: set[str] = set()
 
@@ -242,24 +242,27 @@ class _ShardScan:
             member, text = group.texts[error.member]
             got = _short(text.decode("utf-8", "backslashreplace")) if text else f"{member.size} bytes"
             samples = self._target_texts()
-            bad = Counter(filter(None, (self._bad_label(texts) for texts in samples)))
+            bad = Counter(filter(None, (self._bad_label(texts, error.what) for texts in samples)))
             if bad.total() > 1:
                 first = ", ".join(f"{label} ({count})" for label, count in bad.most_common(_NUM_NAMED))
                 more = ", …" if len(bad) > _NUM_NAMED else ""
-                got = f"{got}; in this shard {bad.total()} of {len(samples)} labels are such: {first}{more}"
+                got = f"{got}; in this shard {bad.total()} of {len(samples)} {error.what}s are such: {first}{more}"
             raise self._headers.error(
-                f"sample {member.key!r}: its label cannot be used",
+                f"sample {member.key!r}: its {error.what} cannot be used",
                 member.offset,
-                code="shard.bad-label",
+                code="shard.bad-domain" if error.what == "domain" else "shard.bad-label",
                 got=got,
                 expected=f"{error.expected} in .{member.extension}",
                 next_step=self._task.hint(error, samples),
             ) from error
 
-    def _bad_label(self, texts: dict[str, bytes]) -> str | None:
+    def _bad_label(self, texts: dict[str, bytes], what: str) -> str | None:
+        """What cannot be used as a label, or as a domain."""
         try:
             self._task.parse(texts)
         except BadTargetError as error:
+            if error.what != what:
+                return None
             label = texts[error.member].decode("utf-8", "backslashreplace") if error.label is None else error.label
             return _short(label.strip())
         return None

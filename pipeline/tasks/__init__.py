@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.tasks.classification import Classification
+from pipeline.tasks.domains import check_num_domains, with_domain, without_domain
 from pipeline.tasks.embedding import Embedding
 from pipeline.tasks.heads import Heads
 from pipeline.tasks.task import (
+    DOMAIN,
     EMBEDDING,
     BadTargetError,
     HeadKind,
@@ -40,7 +42,8 @@ def task_of(data: DataConfig | Mapping[str, Any]) -> Task:
     name = settings.get("task", _DEFAULT)
     if name not in TASKS:
         raise ValueError(f"the task is {name!r}, which this version does not have")
-    return TASKS[name].of(settings)
+    task, domain = TASKS[name].of(settings), settings.get(DOMAIN)
+    return task if domain is None else with_domain(task, domain)
 
 
 def task_settings(data: DataConfig) -> dict[str, Any]:
@@ -50,6 +53,7 @@ def task_settings(data: DataConfig) -> dict[str, Any]:
 
 
 __all__ = [
+    "DOMAIN",
     "EMBEDDING",
     "TASKS",
     "BadTargetError",
@@ -62,6 +66,8 @@ __all__ = [
     "Task",
     "TaskHead",
     "TeacherOutputs",
+    "check_num_domains",
     "task_of",
     "task_settings",
+    "without_domain",
 ]

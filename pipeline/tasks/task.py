@@ -20,6 +20,9 @@ LABEL, LOGITS = "label", "logits"
 EMBEDDING = "embedding"
 """The output that the networks of all tasks have: [B,D], the input of their heads."""
 
+DOMAIN = "domain"
+"""The column of the domain of a sample, which is no target."""
+
 Targets = Mapping[str, NDArray[Any]]
 """Target columns by name, [N,…] each; a row without a target consists of ``TargetColumn.missing``."""
 
@@ -41,7 +44,7 @@ class TargetColumn:
 
     name: str
     type: pa.DataType
-    missing: int
+    missing: Any
 
     def to_arrow(self, values_N: NDArray[Any]) -> pa.Array:
         return pa.array(values_N, self.type, mask=values_N == self.missing)
@@ -51,7 +54,7 @@ class TargetColumn:
 
     def has_target(self, values_N: NDArray[Any]) -> NDArray[np.bool_]:
         """[N]"""
-        return (values_N != self.missing).reshape(len(values_N), -1).any(1)
+        return (values_N != self.missing).any(axis=tuple(range(1, values_N.ndim)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,15 +101,24 @@ class BadTargetError(ValueError):
 
     Attributes:
         member: its extension.
+        what: label or domain.
         label: what is no label, if the member has more than that.
         head: whose label it is, if the head has a name.
     """
 
     def __init__(
-        self, member: str, expected: str, *, next_step: str, label: str | None = None, head: str | None = None
+        self,
+        member: str,
+        expected: str,
+        *,
+        next_step: str,
+        what: str = "label",
+        label: str | None = None,
+        head: str | None = None,
     ) -> None:
         super().__init__(expected)
-        self.member, self.expected, self.next_step, self.label, self.head = member, expected, next_step, label, head
+        self.member, self.expected, self.next_step = member, expected, next_step
+        self.what, self.label, self.head = what, label, head
 
 
 class StatisticsAccumulator(ABC):
@@ -169,6 +181,11 @@ class Task(ABC):
             ValueError: the settings are not valid.
         """
 
+    def of_shard(self, shard_id: str) -> Task:
+        """The task of samples of this shard, which may determine their domain."""
+        del shard_id
+        return self
+
     @property
     @abstractmethod
     def settings(self) -> dict[str, Any]:
@@ -178,6 +195,11 @@ class Task(ABC):
     @abstractmethod
     def members(self) -> tuple[str, ...]:
         """Extensions, in lower case, of the members that hold the target; empty: no targets are read."""
+
+    @property
+    def read_members(self) -> tuple[str, ...]:
+        """All members that ``parse`` takes: also one with a domain."""
+        return self.members
 
     @property
     @abstractmethod
@@ -219,7 +241,7 @@ class Task(ABC):
         """The target in the members of a sample; None: it has none.
 
         Args:
-            texts: bytes by extension, of those ``members`` that the sample has.
+            texts: bytes by extension, of those ``read_members`` that the sample has.
 
         Raises:
             BadTargetError: a member is no valid target.
@@ -305,3 +327,8 @@ class Task(ABC):
     @abstractmethod
     def teacher_metrics(self, statistics: Statistics) -> dict[str, float | None]:
         """The teacher's quality as shares, by the names in texts, the most informative one first. None: unknown."""
+
+    def teacher_metrics_by_domain(self, statistics: Statistics) -> dict[str, dict[str, float | None]]:
+        """``teacher_metrics`` over the rows of each domain, by its name; empty: the samples have no domains."""
+        del statistics
+        return {}

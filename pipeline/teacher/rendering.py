@@ -69,7 +69,7 @@ class Rendering:
             block=block,
             size=spec.size,
             interpolation=spec.interpolation,
-            task=task_of(data),
+            task=task_of(data).of_shard(shard_id),
             max_pixels=data.max_pixels,
         )
 
@@ -153,7 +153,7 @@ def _check_indexed(sample: Sample, index: ShardIndex, key: str, where: str) -> N
     row, status = sample.row, STATUSES[index.status[sample.row]]
     indexed = {
         "key": key,
-        **{name: values[row].tolist() for name, values in index.targets.items()},
+        **{name: values[row : row + 1].tolist()[0] for name, values in index.targets.items()},
         "offset": int(index.offset[row]),
         "size": int(index.size[row]),
         "content_hash": int(index.content_hash[row]),
@@ -162,7 +162,7 @@ def _check_indexed(sample: Sample, index: ShardIndex, key: str, where: str) -> N
     }
     actual = {
         "key": sample.key,
-        **{name: values[0].tolist() for name, values in index.task.rows([sample.target]).items()},
+        **{name: values.tolist()[0] for name, values in index.task.rows([sample.target]).items()},
         "offset": sample.offset,
         "size": sample.size,
         "content_hash": xxhash.xxh3_64_intdigest(sample.data),

@@ -11,6 +11,8 @@ from schemas.config.heads import HEAD_NAME, HeadConfig
 from schemas.config.labels import LabelSection
 from schemas.config.section import local_path
 
+# A text member, or a field of a JSON member.
+_DOMAIN_MEMBER = r"(?!\S*(?i:json)$)[^\s:]+|(\S+\.)?(?i:json):[^\s:]+"
 _JSON_LABEL = r"(\S+\.)?(?i:json)(:[^\s:]+)?"
 
 
@@ -34,6 +36,11 @@ class DataConfig(LabelSection):
     )
     heads: dict[str, HeadConfig] = Field(
         default_factory=dict[str, HeadConfig], description="task heads: the targets by name, each with a head."
+    )
+    domain: str | dict[str, str] | None = Field(
+        None,
+        description="Domain of a sample, such as its camera: json:FIELD, the extension of a text member, or domains by "
+        "shard id or glob.",
     )
     cache: str | tuple[str, ...] | None = Field(
         None, description="URL of a finished teacher cache to train from, or a list with one for each teacher."
@@ -71,6 +78,18 @@ class DataConfig(LabelSection):
         if wrong := [name for name in heads if not HEAD_NAME.fullmatch(name)]:
             raise ValueError(f"{wrong[0]!r} is no name of a head; expected lower-case letters, digits and _")
         return heads
+
+    @field_validator("domain")
+    @classmethod
+    def _check_domain(cls, domain: str | dict[str, str] | None) -> str | dict[str, str] | None:
+        if isinstance(domain, dict):
+            if not domain or not all(name.strip() for name in domain.values()):
+                raise ValueError(
+                    "domain has no domains, or empty ones; expected such as {cam1-*: north, cam2-*: south}"
+                )
+        elif domain is not None and not re.fullmatch(_DOMAIN_MEMBER, domain):
+            raise ValueError(f"domain is {domain!r}; expected json:FIELD, or the extension of a text member")
+        return domain
 
     @model_validator(mode="after")
     def _check_heads(self) -> DataConfig:

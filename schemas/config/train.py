@@ -86,6 +86,11 @@ class TrainConfig(Section):
     tail: Literal["drop", "short"] = Field("drop", description="Rows beyond the last full global batch.")
     num_workers: int = Field(0, ge=0, description="Loader processes per rank.")
     eval_every_epochs: int = Field(1, ge=0, description="0: only after the last epoch.")
+    best: str | None = Field(
+        None,
+        description="Metric of the validation images that selects checkpoints/best.pt, such as balanced_accuracy, "
+        "HEAD/top1 or worst_domain/top1; default: the main metric of the task.",
+    )
     eval_agreement: bool | None = Field(
         None,
         description="Agreement with the teacher in each evaluation; true: also for training from a cache, with the "

@@ -63,6 +63,7 @@ class CacheReport:
     moments: str | None
     labels: str | None
     teacher_metrics: dict[str, float | None]
+    teacher_by_domain: dict[str, dict[str, float | None]]
     kl_nats: dict[str, float]
     pearson: dict[str, float]
     argmax_flips: float | None
@@ -137,6 +138,7 @@ def inspect_cache(cache_url: str, *, now_s: float | None = None) -> CacheReport:
         moments=_moments(cache_url) if manifest else None,
         labels=None if labels is None else str(labels),
         teacher_metrics=task.teacher_metrics(statistics),
+        teacher_by_domain=task.teacher_metrics_by_domain(statistics),
         **mean_fidelity(header, statistics),
         warnings=() if warning is None else (warning,),
     )

@@ -26,7 +26,7 @@ from pipeline.student.data.order import TrainingOrder
 from pipeline.student.data.rows import SampleRows, scatter
 from pipeline.student.data.sources import RowSource, check_labelled, has_targets
 from pipeline.student.data.teacher_outputs import decode_outputs
-from pipeline.tasks import Targets
+from pipeline.tasks import DOMAIN, Targets
 from schemas.config import ViewsConfig
 
 
@@ -73,7 +73,9 @@ class StepDataset(Dataset[Batch]):
     def _batch(self, step: int, epoch: int, ordered: OrderedRows, num_rows_global: int) -> Batch:
         by_shard = group_by_shard(ordered)
         rows = read_rows(self.source, ordered, by_shard, epoch)
-        targets = {column.name: rows.rows_N[column.name] for column in self.source.task.columns}
+        targets = {
+            column.name: rows.rows_N[column.name] for column in self.source.task.columns if column.name != DOMAIN
+        }
         self._check(ordered, rows, targets)
         pixels, teacher_pixels = self._pixels(rows, by_shard, epoch)
         mixes = self.order.plan.mixes

@@ -16,6 +16,7 @@ from pipeline.core.redaction import redact
 from pipeline.core.threads import map_ordered
 from pipeline.shards.index import ShardIndex
 from pipeline.student.data.rows import StructuredRows, is_aug_param
+from pipeline.tasks import without_domain
 
 _READ_THREADS = 16
 _NUM_NAMED = 5
@@ -87,7 +88,7 @@ def _difference(index: ShardIndex, other: ShardIndex) -> str | None:
     columns = {
         "key": (index.keys.to_numpy(zero_copy_only=False), other.keys.to_numpy(zero_copy_only=False)),
         "status": (index.status, other.status),
-        **{name: (values, other.targets[name]) for name, values in index.targets.items()},
+        **{name: (values, other.targets[name]) for name, values in without_domain(index.targets).items()},
         "content_hash": (index.content_hash, other.content_hash),
     }
     for name, (before, after) in columns.items():

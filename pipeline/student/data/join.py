@@ -21,6 +21,7 @@ from pipeline.cache.read.reader import ViewColumns
 from pipeline.core.errors import CacheError
 from pipeline.shards.index import ShardIndex
 from pipeline.student.data.rows import StructuredRows, as_structured_rows
+from pipeline.tasks import without_domain
 
 VERSION = 3
 """Of the file. Files of different versions have different names."""
@@ -80,7 +81,7 @@ def join_rows(columns: ViewColumns, index: ShardIndex, *, where: str) -> pa.Reco
         "embedding_norm": columns.embedding_norm_N,
         "offset": index.offset[index.ok],
         "size": index.size[index.ok],
-        **index.ok_targets,
+        **without_domain(index.ok_targets),
         "width": index.width[index.ok],
         "height": index.height[index.ok],
         "partner": np.searchsorted(columns.row_N, columns.mix_row_N).astype(np.int32),

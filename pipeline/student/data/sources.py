@@ -25,7 +25,7 @@ from pipeline.student.data.rows import SampleRows, as_structured_rows
 from pipeline.student.data.shard_files import ShardFiles
 from pipeline.student.data.teacher_outputs import Reads
 from pipeline.student.data.view_files import ViewFiles
-from pipeline.tasks import Targets, Task, task_of
+from pipeline.tasks import Targets, Task, task_of, without_domain
 from pipeline.tasks.classification import LABEL
 from schemas.cache_format import Output
 from schemas.config import Config, DataConfig, ViewsConfig
@@ -184,7 +184,7 @@ class IndexedSource(RowSource):
             "offset": index.offset[position_N],
             "size": index.size[position_N],
             "content_hash": index.content_hash[position_N],
-            **{name: values[position_N] for name, values in index.targets.items()},
+            **{name: values[position_N] for name, values in without_domain(index.targets).items()},
             "width": width_N,
             "height": height_N,
             "box": params.box_N4,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from pipeline.shards.shard_urls import shard_id
 from pipeline.student.data.local_store import NodeStore
 from pipeline.student.distributed import DistributedContext
 from pipeline.student.evaluation.evaluator import Evaluator
+from pipeline.tasks import DOMAIN, task_of
 
 VALIDATION = "validation.json"
 _NUM_THREADS = 16
@@ -36,6 +37,7 @@ class ValidationSamples:
         labelled: images with a label.
         left_out: number of the other samples by reason.
         stamps: by shard, a digest of its file's stamp in the store and of the reading rules; it changes with the file.
+        by_column: images with a value in each column of the task: a head's label, or the domain.
         omitted: ignored members of the tars, a line for each kind; see ``Omissions``.
         was_read: whether this start has read the images; False: an earlier start of the run has.
     """
@@ -46,6 +48,7 @@ class ValidationSamples:
     left_out: dict[str, int]
     stamps: dict[str, str]
     was_read: bool
+    by_column: Mapping[str, int] = field(default_factory=dict[str, int])
     omitted: Sequence[str] = ()
 
     def warnings(self, *, head_trained: bool, best_by: str | None, untrained: Sequence[str] = ()) -> list[str]:
@@ -56,7 +59,7 @@ class ValidationSamples:
             best_by: the metric that ``checkpoints/best.pt`` follows if no accuracy is measured; None: there is none.
             untrained: names of the outputs whose heads are not trained.
         """
-        texts = [self._left_out(), *(f"validation: left out {line}" for line in self.omitted)]
+        texts = [self._left_out(), self._without_domain(), *(f"validation: left out {line}" for line in self.omitted)]
         if not head_trained:
             texts.append(f"validation: no loss reads the outputs of the student's head; {_not_measured(best_by)}")
             return [text for text in texts if text]
@@ -69,6 +72,12 @@ class ValidationSamples:
             effect = labelled if self.labelled else _not_measured(best_by)
             texts.append(f"validation: labels: {self.labelled} of {self.images} samples (data.label); {effect}")
         return [text for text in texts if text]
+
+    def _without_domain(self) -> str:
+        in_domain = self.by_column.get(DOMAIN, self.images)
+        if in_domain == self.images:
+            return ""
+        return f"validation: {self.images - in_domain} of {self.images} images are in no domain (data.domain)"
 
     def _left_out(self) -> str:
         reasons = ", ".join(f"{count} {status}" for status, count in self.left_out.items())
@@ -97,7 +106,9 @@ def read_validation(evaluator: Evaluator, run_url: str) -> ValidationSamples:
         return recorded
     distributed = evaluator.distributed
     rank_counts, rank_omissions = _index_shards(evaluator)
-    *by_status, labelled = distributed.sum(rank_counts.to(distributed.device)).tolist()
+    columns = [column.name for column in task_of(evaluator.data).columns]
+    totals: list[int] = distributed.sum(rank_counts.to(distributed.device)).tolist()
+    by_status, (labelled, *in_columns) = totals[: len(STATUSES)], totals[len(STATUSES) :]
     omitted = _gather(rank_omissions, distributed).lines()
     counts: dict[str, int] = dict(zip(STATUSES, by_status, strict=True))
     images = counts.pop("ok")
@@ -114,7 +125,16 @@ def read_validation(evaluator: Evaluator, run_url: str) -> ValidationSamples:
     urls = evaluator.urls if distributed.is_main_rank else []
     stamps = dict(zip(map(shard_id, urls), _stamps(evaluator, urls), strict=True))
     samples = images + sum(left_out.values())
-    return ValidationSamples(samples, images, labelled, left_out, stamps=stamps, was_read=True, omitted=omitted)
+    return ValidationSamples(
+        samples,
+        images,
+        labelled,
+        left_out,
+        stamps=stamps,
+        was_read=True,
+        by_column=dict(zip(columns, in_columns, strict=True)),
+        omitted=omitted,
+    )
 
 
 def record_validation(samples: ValidationSamples, run_url: str) -> None:
@@ -124,8 +144,9 @@ def record_validation(samples: ValidationSamples, run_url: str) -> None:
 
 
 def _index_shards(evaluator: Evaluator) -> tuple[torch.Tensor, Omissions]:
-    """Over this rank's shards: number of samples by status, then of labelled images; and ignored members."""
-    counts = torch.zeros(len(STATUSES) + 1, dtype=torch.int64)
+    """Over this rank's shards: number of samples by status, then of labelled images, then of those with a value in each
+    column of the task; and ignored members."""
+    counts = torch.zeros(len(STATUSES) + 1 + len(task_of(evaluator.data).columns), dtype=torch.int64)
     omissions = Omissions()
     for url in evaluator.rank_urls:
         with evaluator.report_moved():
@@ -148,8 +169,9 @@ def _gather(omissions: Omissions, distributed: DistributedContext) -> Omissions:
 
 def _count(index: ShardIndex) -> torch.Tensor:
     by_status = torch.bincount(torch.from_numpy(index.status).long(), minlength=len(STATUSES))
-    labelled = int(index.task.has_target(index.ok_targets).sum())
-    return torch.cat([by_status, torch.tensor([labelled])])
+    targets = index.ok_targets
+    has_value = [index.task.has_target(targets), *(item.has_target(targets[item.name]) for item in index.task.columns)]
+    return torch.cat([by_status, torch.tensor([int(has_value_N.sum()) for has_value_N in has_value])])
 
 
 def _read_record(evaluator: Evaluator, run_url: str) -> ValidationSamples | None:
@@ -175,7 +197,7 @@ def _parse(data: bytes | None, url: str) -> dict[str, Any]:
         return {}
     body = {name: value for name, value in body.items() if name != "digest"}
     # Another version may have written other fields.
-    return body if body.keys() == {field.name for field in fields(ValidationSamples)} - {"was_read"} else {}
+    return body if body.keys() == {item.name for item in fields(ValidationSamples)} - {"was_read"} else {}
 
 
 def _stamps(evaluator: Evaluator, urls: list[str]) -> list[str]:

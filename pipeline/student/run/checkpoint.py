@@ -44,6 +44,7 @@ _MAY_CHANGE = {
         "tensorboard",
         "eval_agreement",
         "eval_reference",
+        "best",
         # Rounds differently, but may avoid a crash.
         "channels_last",
     },

@@ -217,10 +217,13 @@ class MetricsFile:
         evaluation: Mapping[str, float | int | None],
         tables: Mapping[str, Any] | None = None,
     ) -> None:
-        """Adds the evaluation after this step, the last one of this 1-based epoch. TensorBoard gets no tables."""
+        """Adds the evaluation after this step, the last one of this 1-based epoch. TensorBoard gets the metrics of
+        domains, as ``eval/domain/NAME/KEY``, and no other tables."""
         self._evaluations.add([{"step": step, "epoch": epoch, **evaluation, **(tables or {})}])
         if self._tensorboard is not None:
             self._tensorboard.add(step, evaluation, prefix="eval/")
+            for domain, values in (tables or {}).get("by_domain", {}).items():
+                self._tensorboard.add(step, values, prefix=f"eval/domain/{domain}/")
 
     def publish_evaluations(self) -> None:
         """Call it after their checkpoint is saved: a resumed run repeats evaluations that are not published."""

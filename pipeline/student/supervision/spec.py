@@ -16,7 +16,7 @@ from pipeline.core.redaction import quoted, redact
 from pipeline.shards.index import data_keys, index_settings
 from pipeline.student.data.ensemble import check_same_plans
 from pipeline.student.run import checkpoint
-from pipeline.tasks import task_of
+from pipeline.tasks import DOMAIN, task_of
 from schemas.cache_format import Moments
 from schemas.config import Config, DataConfig, StudentConfig, ViewsConfig
 
@@ -276,13 +276,14 @@ def _data_of(data: DataConfig, cache: TeacherCache) -> DataConfig:
     stored = _with_names(cache.data, settings)
     _require_same(
         stored,
-        {key: settings.get(key) for key in {**settings, **stored} if key in data.model_fields_set},
+        # Domains are of evaluations alone, and their names may come from elsewhere than in the cache.
+        {key: settings.get(key) for key in {**settings, **stored} if key in data.model_fields_set - {DOMAIN}},
         what="the reading rules of this config are not those of the cache",
         code="cache.other-reading-rules",
         where=f"data, against {redact(cache.url)}",
         next_step="remove these keys, or build another cache",
     )
-    return data.model_copy(update=data_keys(stored))
+    return data.model_copy(update={**data_keys(stored), DOMAIN: data.domain})
 
 
 def _with_names(stored: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,12 +25,14 @@ class Progress:
         seconds: of training, in all starts of the run.
         best: the score of the best evaluation.
         was_evaluated: whether the evaluation after ``step`` is published already.
+        former_best: the score of the best evaluation so far by a metric that no longer selects the best checkpoint.
     """
 
     step: int = 0
     seconds: float = 0.0
     best: Score | None = None
     was_evaluated: bool = False
+    former_best: Score | None = None
 
     def best_value(self, metric: str) -> float | None:
         """None: another metric selects the best checkpoint."""
@@ -51,7 +53,7 @@ class Checkpointer:
     def __init__(self, setup: TrainingSetup) -> None:
         self._run_url, self._order, self._config = setup.run_url, setup.order, setup.config
         self._student, self._optimizer_step = setup.student.module, setup.optimizer_step
-        self._metrics, self._untrained = metrics_of(setup.spec.data), sorted(setup.untrained)
+        self._metrics, self._untrained = metrics_of(setup.spec.data, setup.config.train.best), sorted(setup.untrained)
 
     def save(self, progress: Progress, *names: str) -> None:
         """Replaces the checkpoints of these names, in this order."""
@@ -126,10 +128,14 @@ class Checkpointer:
         progress = Progress(state["step"], state["seconds"])
         if (best := state.get("best")) is not None:
             progress.best = Score(**best)
-        elif (value := state[f"best_{self._metrics.main.key}"]) is not None:
+        elif (value := state.get(f"best_{self._metrics.main.key}")) is not None:
             # A run of a version that selected by no other metric.
             progress.best = Score(self._metrics.main.key, value)
         published = published_evaluation(self._run_url, progress.step - 1)
         progress.was_evaluated = published is not None
-        progress.improves(published or {}, self._metrics)
+        if progress.best is not None and progress.best.metric not in self._metrics.selection:
+            # Another train.best: no checkpoint is the best one yet.
+            progress.best, progress.former_best = None, progress.best
+        else:
+            progress.improves(published or {}, self._metrics)
         return progress

@@ -15,6 +15,7 @@ from pipeline.core.threads import map_ordered
 from pipeline.models import LoadedModel, load_model, load_untrained, require_weights, unreadable_weights
 from pipeline.shards.shard_urls import report_moved, shard_ids, shard_urls
 from pipeline.student.evaluation.compared_teacher import teacher_of_run
+from pipeline.student.evaluation.metrics import metrics_of
 from pipeline.student.evaluation.reference_images import check_reference
 from pipeline.student.losses import CompositeLoss
 from pipeline.student.networks.freeze import freeze
@@ -48,6 +49,7 @@ def check_config(config: Config) -> str:
     _check_gathers(config)
     _check_balance(config)
     _check_agreement(config)
+    _check_best(config)
     if mode != "online":
         _refuse_others(config)
         _refuse_class_means(config)
@@ -145,6 +147,21 @@ def _check_agreement(config: Config) -> None:
         got=True,
         next_step=f"{next_step}, or set train.eval_agreement=null",
     )
+
+
+def _check_best(config: Config) -> None:
+    """The metric that selects the best checkpoint exists, and there are images to measure it on."""
+    if config.train.best is None:
+        return
+    metrics_of(config.data, config.train.best)
+    if config.data.val_shards is None:
+        raise ConfigError(
+            "the best checkpoint is selected on validation shards, and none are named",
+            code="config.best-without-validation",
+            where="train.best",
+            got=config.train.best,
+            next_step="name data.val_shards, or set train.best=null",
+        )
 
 
 def _check_caches(urls: Sequence[str]) -> None:

@@ -86,7 +86,7 @@ class Trainer:
     def __init__(self, setup: TrainingSetup, validator: Validator, log: RunLog) -> None:
         self.setup, self.validator, self.log = setup, validator, log
         self.train_step, self.checkpointer = TrainStep(setup), Checkpointer(setup)
-        self.progress, self._metrics = Progress(), metrics_of(setup.spec.data)
+        self.progress, self._metrics = Progress(), metrics_of(setup.spec.data, setup.config.train.best)
         student, optimizer_step = setup.student.module, setup.optimizer_step
         networks = (student, optimizer_step.evaluated) if optimizer_step.averaged else (student,)
         self._weights = FiniteWeights.of(networks)
@@ -99,7 +99,7 @@ class Trainer:
             self.validator.record_samples(setup.run_url)
         self.progress = self.checkpointer.restore()
         self.train_step.wrap()
-        for text in _start_warnings(setup, self.validator):
+        for text in [*_start_warnings(setup, self.validator), *self._changed_selection()]:
             self.log.emit("warning", text=text)
         self.log.emit(
             "begin",
@@ -110,6 +110,15 @@ class Trainer:
         )
         with self.log.files(first_step=self.progress.step, tensorboard=setup.config.train.tensorboard):
             return self._finish(self._train())
+
+    def _changed_selection(self) -> list[str]:
+        former = self.progress.former_best
+        if former is None:
+            return []
+        return [
+            f"best.pt followed {former.metric} ({former.value:.4g}); from now on {self._metrics.main.key} selects it, "
+            "and the next evaluation replaces it"
+        ]
 
     def _train(self) -> Evaluation | None:
         """Takes all steps that are left. Returns the evaluation after the last epoch, if there was one."""
@@ -225,7 +234,8 @@ class Trainer:
         setup.distributed.copy_from_main_rank(setup.student.module.buffers())
         setup.distributed.copy_from_main_rank(setup.optimizer_step.averaged_buffers())
         evaluation = self.validator.evaluate(setup.optimizer_step.evaluated, setup.supervision.source, step=step)
-        self.log.emit("eval", epoch=self._epochs_done, **evaluation.measured())
+        domains = {"by_domain": evaluation.by_domain} if evaluation.by_domain else {}
+        self.log.emit("eval", epoch=self._epochs_done, **evaluation.measured(), **domains)
         if self.progress.improves(evaluation.measured(), self._metrics) and setup.distributed.is_main_rank:
             self.checkpointer.save(self.progress, checkpoint.BEST)
         if record:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from pipeline.core.errors import EvaluationError, TrainingError
+from pipeline.core.errors import ConfigError, EvaluationError, TrainingError
 from pipeline.models import EmbeddingModel
 from pipeline.student.data.sources import RowSource
 from pipeline.student.evaluation.compared_teacher import teacher_for_agreement
@@ -16,8 +16,18 @@ from pipeline.student.supervision.overlap import SeenImages
 from pipeline.student.supervision.standardization import standardizer_of
 from pipeline.student.training.run_log import Emit
 from pipeline.student.training.setup import TrainingSetup
-from pipeline.tasks import task_of
+from pipeline.tasks import DOMAIN, TaskHead, task_of
 from pipeline.teacher.inference import Teacher
+
+_NEEDS = {
+    "targets": "their labels",
+    DOMAIN: "their domains",
+    "teacher": "a teacher to compare with (train.eval_agreement)",
+    "projector": "a loss on embeddings",
+    "reference": "a reference (train.eval_reference)",
+    "probe": "a reference (train.eval_reference)",
+}
+"""What a metric may need, in words."""
 
 
 class Validator:
@@ -29,6 +39,7 @@ class Validator:
         self._input_spec, self._teachers = setup.student.input_spec, setup.supervision.teachers
         self._scope, self._total_steps = _scope(setup), setup.total_steps
         self._student = setup.student.module.model
+        self._metrics = metrics_of(spec.data, config.train.best)
         self._evaluator = None
         if config.data.val_shards is not None:
             self._evaluator = build_evaluator(
@@ -52,7 +63,7 @@ class Validator:
 
         Raises:
             ShardError: a validation shard is damaged, a label cannot be used, or ``data.bad_samples`` refuses a sample.
-            ConfigError: the shards hold no images.
+            ConfigError: the shards hold no images, or ``train.best`` cannot be measured on them.
             StillroomError: the weights of the cache's teacher cannot be read, or are not those that were cached.
         """
         if self._evaluator is None:
@@ -66,6 +77,28 @@ class Validator:
             # Read once before the first step, so that a bad sample cannot stop the training later.
             self._evaluator.reference.embed(self._student, self._input_spec, fits_probe=False)
         self._teacher = self._compared_teacher()
+        self._check_best(samples)
+
+    def _check_best(self, samples: ValidationSamples) -> None:
+        """
+        Raises:
+            ConfigError: the metric of ``train.best`` cannot be measured on these samples.
+        """
+        if self._config.train.best is None:
+            return
+        metric = self._metrics.main
+        columns = {head.column for head in task_of(self._spec.data).heads if _is_of(metric.key, head)}
+        num_labelled = sum(samples.by_column[column] for column in columns) if columns else samples.labelled
+        counts = {"targets": num_labelled, DOMAIN: samples.by_column.get(DOMAIN, 0)}
+        missing = self._missing() | {need for need, count in counts.items() if not count}
+        if absent := {_NEEDS.get(need, f"a loss that reads {need}"): None for need in metric.needs if need in missing}:
+            raise ConfigError(
+                "the metric that selects the best checkpoint cannot be measured",
+                code="train.best-not-measured",
+                where="train.best",
+                got=f"{metric.key} of {samples.images} images, without {' and without '.join(absent)}",
+                next_step="name another metric in train.best, or null for the main metric of the task",
+            )
 
     def _compared_teacher(self) -> Teacher | PrecomputedTeacher | None:
         """The online teacher, or the outputs of a cache's teacher, whose network is released again."""
@@ -107,17 +140,19 @@ class Validator:
             )
         return texts
 
+    def _missing(self) -> set[str]:
+        """What metrics may need and do not get, but for targets and domains."""
+        missing = self._scope.missing(teacher=self._teacher is not None)
+        has_reference = self._evaluator is not None and self._evaluator.reference is not None
+        return missing - {"reference", "probe"} if has_reference else missing
+
     def _best_without_labels(self) -> str | None:
         """The metric that the best checkpoint follows where it cannot be accuracy; None: there is none."""
         return self._best_by({"targets"})
 
     def _best_by(self, missing: set[str]) -> str | None:
         """The metric that the best checkpoint follows where these are missing besides what evaluations lack."""
-        assert self._evaluator is not None
-        missing = {*missing, *self._scope.missing(teacher=self._teacher is not None)}
-        if self._evaluator.reference is not None:
-            missing -= {"reference", "probe"}
-        metric = metrics_of(self._spec.data).selected_without(missing)
+        metric = self._metrics.selected_without(missing | self._missing())
         return None if metric is None else metric.title
 
     def evaluate(self, model: EmbeddingModel, source: RowSource, *, step: int) -> Evaluation:
@@ -154,6 +189,10 @@ class Validator:
             if overlap.num_rows:
                 self._emit("warning", text=overlap.warning())
         return evaluation
+
+
+def _is_of(key: str, head: TaskHead) -> bool:
+    return head.name is None or head.name in key.split("/")[:-1]
 
 
 def _scope(setup: TrainingSetup) -> EvaluationScope:

@@ -223,11 +223,8 @@ def test_texts_and_the_best_checkpoint_follow_the_declaration(evaluator: Evaluat
     evaluation, metrics = evaluated(evaluator, with_teacher=False), metrics_of(DATA)
     assert describe_evaluation(evaluation).splitlines() == [
         "images                      5",
-        "error of y                  4.7500",
-        "error of x                  3.0000",
-        "teacher's y                 -",
-        "teacher's x                 -",
-        "distance                    -",
+        "head y                      error of y 4.7500",
+        "head x                      error of x 3.0000",
     ]
     progress = Progress()
     assert progress.improves({"y/error": 9.0}, metrics)

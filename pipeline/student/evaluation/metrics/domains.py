@@ -15,11 +15,11 @@ from torch import Tensor
 
 from pipeline.student.distributed import DistributedContext
 from pipeline.student.evaluation.metrics.metric_set import EvaluationScope, MetricSet, MetricSums, Outputs, Values
-from pipeline.tasks import Targets
+from pipeline.tasks import DOMAIN, Targets, check_num_domains
 from schemas.config import DataConfig
 
-DOMAIN = "domain"
-_WORST = "worst_domain"
+WORST_DOMAIN = "worst_domain/"
+"""Prefix of the key of a metric's lowest value over domains."""
 
 
 def metrics_by_domain(metrics: MetricSet) -> MetricSet:
@@ -29,8 +29,9 @@ def metrics_by_domain(metrics: MetricSet) -> MetricSet:
     worst = [
         replace(
             metrics[key],
-            key=f"{_WORST}/{key}",
-            title=f"{metrics[key].title}, worst domain",
+            key=WORST_DOMAIN + key,
+            title=f"worst-domain {metrics[key].title}",
+            needs=(*metrics[key].needs, DOMAIN),
             teacher_key=None,
             gauge=None,
         )
@@ -73,15 +74,16 @@ class DomainSums(MetricSums):
             )
 
     def finish(self, distributed: DistributedContext) -> dict[str, float | None]:
-        overall = self._all.finish(distributed)
+        overall, names = self._all.finish(distributed), _over_ranks(self._domains, distributed)
+        check_num_domains(len(names))
         self._tables = {
             domain: {
                 "num_rows": int(distributed.sum(torch.tensor(self._num_rows[domain], device=distributed.device))),
                 **self._domains.setdefault(domain, self._build()).finish(distributed),
             }
-            for domain in _over_ranks(self._domains, distributed)
+            for domain in names
         }
-        return {**overall, **{f"{_WORST}/{key}": _lowest(self._tables.values(), key) for key in self._worst}}
+        return {**overall, **{WORST_DOMAIN + key: _lowest(self._tables.values(), key) for key in self._worst}}
 
     def by_row(self) -> dict[str, Tensor]:
         return self._all.by_row()

@@ -15,6 +15,7 @@ from schemas.config import DataConfig
 
 _METRICS = {"class": class_head_metrics, "multilabel": multilabel_head_metrics}
 _MAIN = {"class": "top1", "multilabel": "map"}
+_WORST_DOMAIN = {"class": ("top1", "balanced_accuracy"), "multilabel": ("map",)}
 _TABLE = {"class": ("top1", "balanced_accuracy", "agreement"), "multilabel": ("map", "agreement")}
 
 
@@ -41,6 +42,6 @@ def head_metrics(heads: Sequence[tuple[Head, HeadKind]]) -> MetricSet:
         metrics=(*(metric for head, kind in heads for metric in _METRICS[kind](head)), COSINE),
         selection=(*main, *agreements, COSINE.key),
         table=tuple(head.key(name) for head, kind in heads for name in _TABLE[kind]),
-        worst_domain=tuple(main),
+        worst_domain=tuple(head.key(name) for head, kind in heads for name in _WORST_DOMAIN[kind]),
         sums=build,
     )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
+from pipeline.core.errors import ConfigError
 from pipeline.student.distributed import DistributedContext
 from pipeline.student.evaluation.metrics.reference import Reference
 from pipeline.tasks import Targets
@@ -23,8 +24,9 @@ BACKBONE = "backbone"
 """The student's embedding before a projector, in the outputs of a student whose embedding is projected."""
 
 Need = str
-"""``targets``; ``teacher``; ``projector``: a loss compares embeddings; ``reference``: embeddings of labelled images;
-``probe``: a classifier is fitted to them; or the name of a student output, whose head must be trained."""
+"""``targets``; ``domain``; ``teacher``; ``projector``: a loss compares embeddings; ``reference``: embeddings of
+labelled images; ``probe``: a classifier is fitted to them; or the name of a student output, whose head must be trained.
+"""
 
 Values = Mapping[str, float | int | None]
 """Numbers by key; None for one that was not measured."""
@@ -106,7 +108,7 @@ class EvaluationScope:
         return not self.untrained
 
     def missing(self, *, teacher: bool) -> set[Need]:
-        """What metrics may need and do not get, but for targets.
+        """What metrics may need and do not get, but for targets and domains.
 
         Args:
             teacher: whether there is one.
@@ -230,6 +232,27 @@ class MetricSet:
         """The metric that selects the best checkpoint where these are missing; None: there is none."""
         metrics = map(self.__getitem__, self.selection)
         return next((metric for metric in metrics if missing.isdisjoint(metric.needs)), None)
+
+    def selecting(self, key: str) -> MetricSet:
+        """These metrics, of which this one alone selects the best checkpoint.
+
+        Raises:
+            ConfigError: there is no such metric.
+        """
+        if key not in self.keys:
+            raise ConfigError(
+                "the validation images of this config have no such metric",
+                code="config.unknown-metric",
+                where="train.best",
+                got=key,
+                expected=", ".join(self.keys),
+                next_step="name one of these; metrics of heads need data.heads, those of worst_domain data.domain",
+            )
+        return replace(self, selection=(key,))
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(metric.key for metric in self.metrics)
 
     def score(self, values: Values) -> Score | None:
         """None if no metric of the selection was measured."""
