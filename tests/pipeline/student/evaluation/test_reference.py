@@ -13,11 +13,13 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
+from pipeline.augment.params import sample_keys
 from pipeline.core.errors import ConfigError
 from pipeline.shards.writer import pack_shards
 from pipeline.student.evaluation.evaluator import evaluate_run
 from pipeline.student.evaluation.loaded_run import load_run
 from pipeline.student.evaluation.metrics.reference import Reference
+from pipeline.student.evaluation.reference_images import ReferenceImages
 from pipeline.student.training.config_checks import check_training
 from schemas.config import Config
 from tests.errors import raises
@@ -25,6 +27,7 @@ from tests.pipeline.caches import TinyCache, build, digit_samples
 from tests.pipeline.student.evaluation.test_evaluator import one_by_one
 from tests.pipeline.student.runs import evaluations, run, run_config, state_of, summary_of, warnings_of
 from tests.pipeline.tasks.test_embedding import embedding_config
+from tests.ranks import group, run_two_ranks
 
 CPU = torch.device("cpu")
 
@@ -92,6 +95,25 @@ def test_without_held_out_images_the_penalty_of_the_probe_is_1() -> None:
     model = LogisticRegression(C=1.0, max_iter=2000).fit((values_RD - mean_D) / std_D, reference.label_R.numpy())
     expected = model.predict((query_ND.double().numpy() - mean_D) / std_D)
     assert few.probe(query_ND).tolist() == expected.tolist()
+
+
+def _joined(rendezvous: Path, rank: int) -> tuple[list[list[float]], list[int], list[bool]]:
+    """Of two ranks, whose shards have 3 and 2 images, one of them without a label."""
+    rows = range(3) if rank == 0 else range(3, 5)
+    images = ReferenceImages()
+    targets = {"label": np.array([-1 if row == 1 else row % 2 for row in rows], np.int32)}
+    images.add(torch.tensor([[float(row), -float(row)] for row in rows]), targets, [f"a/{row}" for row in rows])
+    with group(rendezvous, rank) as distributed:
+        reference = images.of_all_ranks(distributed, 2, fits_probe=True, where="shards")
+    return reference.embedding_RD.tolist(), reference.label_R.tolist(), reference.is_held_out_R.tolist()
+
+
+def test_the_reference_has_the_labelled_images_of_all_ranks(tmp_path: Path) -> None:
+    embeddings, labels, held_out = run_two_ranks(_joined, tmp_path)
+    assert embeddings == [[0, 0], [2, -2], [3, -3], [4, -4]]
+    assert labels == [0, 0, 1, 0]
+    keys_N2 = sample_keys(0, [f"a/{row}" for row in (0, 2, 3, 4)])
+    assert held_out == [int(key) % 5 == 0 for key in keys_N2[:, 1]]
 
 
 @pytest.fixture(scope="module")
