@@ -109,7 +109,7 @@ def check_label_member(count: LabelCount, data: DataConfig, *, where: str, optio
         and count.num_images
         and not count.num_labelled
         and count.members is not None
-        and (set(task.members).isdisjoint(count.members) or ":" in (data.label or ""))
+        and (set(task.members).isdisjoint(count.members) or _lacks_field(count, data))
     )
     if not is_absent or data.missing_labels == "ignore":
         return
@@ -126,6 +126,12 @@ def check_label_member(count: LabelCount, data: DataConfig, *, where: str, optio
         expected=f"members <key>.cls with {task.member_content}, or the name of the member that holds it",
         next_step=next_step,
     )
+
+
+def _lacks_field(count: LabelCount, data: DataConfig) -> bool:
+    """Whether labels are read from JSON, and not from a field that a label may be in."""
+    member, colon, path = (data.label or "").partition(":")
+    return member.lower().endswith("json") and f"{member.lower()}{colon}{path}" not in count.readable
 
 
 def label_warning(count: LabelCount, data: DataConfig, *, finished_cache: str | None = None) -> str | None:

@@ -129,6 +129,16 @@ class Heads(Task):
         except ValueError:
             return False
 
+    def label_options(self, member: str, text: bytes) -> tuple[str, ...]:
+        """The JSON object, or those in it, that have a field with the name of a head."""
+        names = {head.name for head in self.entries}
+        try:
+            document = json_object(text)
+        except ValueError:
+            return ()
+        places = {f"{member}:{key}": value for key, value in document.items() if isinstance(value, dict)}
+        return tuple(place for place, value in {member: document, **places}.items() if names & value.keys())
+
     def encode(self, target: tuple[Label | None, ...]) -> dict[str, bytes]:
         documents: dict[str, Any] = {}
         for head, label in zip(self.entries, target, strict=True):

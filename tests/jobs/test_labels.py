@@ -116,7 +116,8 @@ def test_labels_that_may_be_missing_are_counted_by_plan_build_and_inspect(
     assert sum(labels in warning for warning in plan.warnings) == 1
     build_cache(config)
     # Of a finished cache the members of the first shard are read.
-    assert f"0 of 24; members seen: {SHARD_SIZE} json, {SHARD_SIZE} png" in caplog.text
+    labels = f"0 of 24; members seen: {SHARD_SIZE} json, {SHARD_SIZE} png"
+    assert labels in caplog.text
     # The rules of a finished cache cannot change: data.label would not help.
     command = f"run: stillroom cache relabel {tmp_path / 'cache'} --label json:label"
     assert command in caplog.text

@@ -112,7 +112,7 @@ def _check(path: Path, data: DataConfig) -> None:
 CORRECTED: dict[str, tuple[str, list[str], dict[str, Any], str, dict[str, Any]]] = {
     "txt": ("txt", ["0", "1"], {}, "data.label-not-found", {"label": "txt"}),
     "field": ("json", ['{"label": 1, "width": 0}'] * 2, {}, "data.label-not-found", {"label": "json:label"}),
-    "object": ("json", ['{"label": 1}'] * 2, {"label": "json"}, "shard.bad-label", {"label": "json:label"}),
+    "object": ("json", ['{"label": 1}'] * 2, {"label": "json"}, "data.label-not-found", {"label": "json:label"}),
     "typing error": ("json", ['{"a": {"y": 1}}'], {"label": "json:a.z"}, "data.label-not-found", {"label": "json:a.y"}),
     "from one": ("cls", ["1", "2", "3"], {}, "shard.bad-label", {"label_offset": 1}),
     "more": ("cls", ["0", "2", "4"], {}, "shard.bad-label", {"num_classes": 5}),
@@ -129,6 +129,24 @@ def test_the_next_step_of_an_error_reads_the_shard(tmp_path: Path, name: str) ->
     ((key, value),) = correction.items()
     assert f"data.{key}={value}" in str(caught.value.next_step)
     _check(path, data_config(**{**keys, **correction}))
+
+
+def test_names_in_a_field_need_classes(tmp_path: Path) -> None:
+    path = _shard(tmp_path, "json", ['{"label": "cat"}', '{"label": "dog"}'])
+    with raises("shard.bad-label") as caught:
+        _check(path, data_config(num_classes=2, label="json:label"))
+    assert "data.classes" in str(caught.value.next_step)
+    _check(path, data_config(classes=["cat", "dog"], label="json:label"))
+
+
+@pytest.mark.parametrize("label", ["json", "JSON:Mata"])
+def test_the_object_with_the_fields_of_heads_is_named(tmp_path: Path, label: str) -> None:
+    path = _shard(tmp_path, "json", ['{"Meta": {"color": 1}}', '{"Meta": {"color": null}}'])
+    keys: dict[str, Any] = {"task": "heads", "heads": {"color": {"num_classes": 2}}}
+    with raises("data.label-not-found") as caught:
+        _check(path, data_config(label=label, **keys))
+    assert "data.label=json:Meta, " in str(caught.value.next_step)
+    _check(path, data_config(label="json:Meta", **keys))
 
 
 def test_members_are_named_with_counts_where_none_is_an_image(tmp_path: Path) -> None:
