@@ -22,6 +22,7 @@ from schemas.config import DataConfig
 T = TypeVar("T")
 _READ_THREADS = 16
 NUM_INDEXES_READ = 64
+_DATA_LABEL = "data.label="
 _NUM_POSSIBLE = 3
 
 
@@ -90,7 +91,7 @@ def evenly_spaced(shards: Sequence[T], max_shards: int) -> list[T]:
     return [shards[(2 * number + 1) * len(shards) // (2 * count)] for number in range(count)]
 
 
-def check_label_member(count: LabelCount, data: DataConfig, *, where: str, option: str = "data.label=") -> None:
+def check_label_member(count: LabelCount, data: DataConfig, *, where: str, option: str = _DATA_LABEL) -> None:
     """Refuses a ``data.label`` that no sample has, unless labels may be missing (``data.missing_labels: ignore``): no
     member has the extension, or no JSON has a label in the field.
 
@@ -104,7 +105,7 @@ def check_label_member(count: LabelCount, data: DataConfig, *, where: str, optio
     """
     task = task_of(data)
     is_absent = (
-        task.trains_on_targets
+        (task.trains_on_targets or option != _DATA_LABEL)
         and task.members
         and count.num_images
         and not count.num_labelled
@@ -113,7 +114,7 @@ def check_label_member(count: LabelCount, data: DataConfig, *, where: str, optio
     )
     if not is_absent or data.missing_labels == "ignore":
         return
-    if option == "data.label=":
+    if option == _DATA_LABEL:
         alternatives = "data.missing_labels=ignore if only other shards have labels, or data.label=null for none"
         next_step = f"set {_candidates(count) or _possible(count, data)}{alternatives}"
     else:

@@ -84,6 +84,8 @@ def test_no_labels_are_needed(tiny_config: TinyConfig, tmp_path: Path) -> None:
     )
     check_label_member(count, config.data, where="shards")
     assert (count.num_labelled, label_warning(count, config.data)) == (0, None)
+    with raises("data.label-not-found"):
+        check_label_member(count, config.data, where="shards", option="--label ")
     build(config)
     opened = open_cache(cache_section(config).url)
     assert (opened.manifest.num_ok, opened.manifest.statistics.labelled) == (12, 0)
