@@ -55,7 +55,7 @@ def _header() -> Header:
         teacher={"precision": "fp32", "class_means": "none"},
         data={},
         num_classes=_CLASSES,
-        widths={"logits": 1000, "embedding": 2048},
+        embedding_dim=2048,
         outputs=(logits,),
         probe_logits=((0.0,),),
     )

@@ -62,7 +62,7 @@ class _Run:
     def block(self) -> None:
         for batch in itertools.islice(self.batches, STEPS_A_BLOCK):
             self.trainer.log.add_step(batch, self.trainer.train_step(batch))
-        self.trainer.log.flush()
+        self.trainer.log.steps.flush()
 
 
 def _forward(run: _Run) -> Callable[[], None]:
