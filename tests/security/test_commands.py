@@ -98,10 +98,13 @@ URL_KEYS = (
     *("cache.url", "cache.class_means", "teacher.weights", "student.weights", "teacher.class_means"),
     *("teacher.others.0.weights", "teacher.others.0.class_means"),
     *("teacher.text_head", "teacher.others.0.text_head"),
+    *("data.classes", "data.label_map", "teacher.moments", "teacher.others.0.moments", "train.eval_reference"),
 )
-# Any text that is no URL: names of models, layers, members of a tar and encodings; and the address of Ray.
+# Any text that is no URL: names of models, layers, heads, metrics, members of a tar and encodings; and the address of
+# Ray. Files of the labels of a head are read as those of ``data``.
 OTHER_TEXTS = {
-    *("data.image", "data.label", "data.heads", "student.model", "student.sha256"),
+    *("data.image", "data.label", "data.heads", "data.domain", "student.model", "student.sha256"),
+    *("data.heads.classes", "data.heads.label_map", "loss.0.heads", "train.balance.head", "train.best"),
     *("teacher.model", "teacher.sha256", "teacher.text_head_sha256", "teacher.heads"),
     *("teacher.others.0.model", "teacher.others.0.sha256", "teacher.others.0.text_head_sha256"),
     *("teacher.others.0.heads", "cache.logits", "ray.address", "ray.resources_per_task"),
@@ -144,9 +147,15 @@ def test_every_key_that_holds_a_url_refuses_commands_and_chains_and_other_protoc
     override = f"{key}='{url.format(target=target)}'"
     # Class means are read before a text head.
     means = None if key.endswith(".text_head") else str(tmp_path / "means")
-    others = [{**NETWORK, "weights": str(tmp_path / "x.pt"), "class_means": means}]
+    others: list[dict[str, Any]] = [{**NETWORK, "weights": str(tmp_path / "x.pt"), "class_means": means}]
     loss = [{"name": "kd" if means is None else "nd"}]
-    online = {"teacher": {"mode": "online", "class_means": means, "others": others}, "loss": loss}
+    online: dict[str, Any] = {"teacher": {"mode": "online", "class_means": means, "others": others}, "loss": loss}
+    if key.endswith(".moments"):
+        # Moments are read of the teachers that are standardised alone.
+        standardize = ["none", "mean_std"] if "others" in key else ["mean_std", "none"]
+        online["teacher"] |= {"standardize": standardize, "class_means": None}
+        others[0]["class_means"] = None
+        online["loss"] = [{"name": "mse"}]
     config = tree(**online if key.startswith("teacher.") else {})
     assert command(config, tmp_path / "documents", [override]) == 2
     message = capsys.readouterr().err
