@@ -188,7 +188,7 @@ class Statistics(Record):
     embedding_cosine_sum: float = 0.0
     sums: dict[str, float] = Field(
         default_factory=dict,
-        description="Of a task other than classification, by name; without any, not in the record.",
+        description="Of a task other than classification, and by domain; without any, not in the record.",
     )
 
     @model_serializer(mode="wrap")

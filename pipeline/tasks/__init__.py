@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.tasks.classification import Classification
-from pipeline.tasks.domains import check_num_domains, with_domain, without_domain
+from pipeline.tasks.domain_statistics import check_num_domains
+from pipeline.tasks.domains import with_domain, without_domain
 from pipeline.tasks.embedding import Embedding
 from pipeline.tasks.heads import Heads
 from pipeline.tasks.task import (

@@ -20,6 +20,7 @@ from pipeline.shards.shard_head import read_shard_head
 from pipeline.shards.writer import pack_shards
 from pipeline.tasks import BadTargetError, Task, task_of
 from pipeline.tasks.domains import WithDomain
+from schemas.cache_format import Statistics
 from schemas.config import DataConfig
 from tests.errors import raises
 from tests.pipeline.cache.verify.forge import replace_commit, republish
@@ -224,3 +225,13 @@ def test_labels_and_domains_are_read_again(cache: TinyCache, tmp_path: Path) -> 
     report = inspect_cache(cache.url)
     assert report.teacher_by_domain == {"north": report.teacher_metrics}
     assert verify_cache(cache.url).problems == []
+
+
+def test_a_teacher_without_classes_has_no_metrics_of_domains() -> None:
+    task = task_of(DataConfig.model_validate({"task": "embedding", "domain": "json:camera"}))
+    sums = task.accumulate()
+    targets = {"label": np.array([1, -1], np.int32), "domain": np.array(["north", None], object)}
+    sums.add({"embedding": np.zeros((2, 4), np.float32)}, targets)
+    statistics = Statistics.model_validate(sums.result())
+    assert statistics.sums["domain:north/labelled"] == 1
+    assert task.teacher_metrics_by_domain(statistics) == {}
