@@ -71,7 +71,11 @@ def describe_evaluation(evaluation: Evaluation) -> str:
         # Few students have a projector.
         elif value is not None or "projector" not in metric.needs:
             lines.append((metric.title, metric.text(value)))
-    lines += [(f"head {head}", _texts(values, of_head=head)) for head, values in by_head.items()]
+    # An untrained head has another line below.
+    measured = {
+        head: values for head, values in by_head.items() if values or f"logits.{head}" not in evaluation.untrained
+    }
+    lines += [(f"head {head}", _texts(values, of_head=head)) for head, values in measured.items()]
     for key, names in evaluation.class_names.items():
         values = zip(names, evaluation.per_class[key], strict=True)
         lowest = sorted(((value, name) for name, value in values if value is not None), key=lambda pair: pair[0])
