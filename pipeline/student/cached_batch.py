@@ -14,7 +14,7 @@ from pipeline.core.errors import ConfigError
 from pipeline.student.data.batch import Batch
 from pipeline.student.data.batch_summary import Summarised
 from pipeline.student.data.teacher_outputs import TeacherOutputs
-from pipeline.tasks import EMBEDDING
+from pipeline.tasks import EMBEDDING, TaskHead
 from pipeline.tasks.classification import LABEL, LOGITS
 
 
@@ -70,7 +70,7 @@ class CachedBatch(Summarised):
         Raises:
             ConfigError: there is no such head.
         """
-        column = LABEL if head is None else f"{LABEL}_{head}"
+        column = _head(head).column
         if column not in self.rows.targets:
             raise _no_head(head, [name.removeprefix(f"{LABEL}_") for name in self.rows.targets])
         return self.rows.targets[column]
@@ -113,7 +113,7 @@ class CachedBatch(Summarised):
             ConfigError: the cache has no logits of this head, or they were not decoded for this temperature.
         """
         outputs = self.rows.teacher_outputs[teacher]
-        name = LOGITS if head is None else f"{LOGITS}.{head}"
+        name = _head(head).output
         logits_BK = outputs.at(name, temperature)
         if logits_BK is None:
             raise _no_logits(outputs, name, temperature)
@@ -163,6 +163,10 @@ class CachedBatch(Summarised):
         return replace(
             self, rows=self.rows.pin_memory(), mean_C=self.mean_C.pin_memory(), std_C=self.std_C.pin_memory()
         )
+
+
+def _head(name: str | None) -> TaskHead:
+    return TaskHead(name, "class", None)
 
 
 def _no_head(head: str | None, names: Sequence[str]) -> ConfigError:

@@ -291,9 +291,6 @@ class Classification(Task):
     def rows(self, targets: Iterable[int | None]) -> dict[str, NDArray[Any]]:
         return {LABEL: np.array([NO_LABEL if label is None else label for label in targets], np.int32)}
 
-    def has_target(self, targets: Targets) -> NDArray[np.bool_]:
-        return targets[LABEL] != NO_LABEL
-
     def num_invalid(self, targets: Targets) -> int:
         return int(((targets[LABEL] < NO_LABEL) | (targets[LABEL] > self._largest)).sum())
 

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipeline.tasks.class_labels import json_value
 from pipeline.tasks.domain_statistics import (
     DomainAccumulator,
     DomainRecount,
@@ -80,22 +81,12 @@ class DomainSource:
         if self.member is None or text is None:
             return None
         try:
-            return _domain(self._value(text))
+            return _domain(json_value(text, self.path) if self.path else text.decode())
         except ValueError as error:
             place = f"{'.'.join(self.path)} of a JSON object" if self.path else "UTF-8"
             expected = f"a text of at most {_MAX_CHARACTERS} characters, an integer or null, as {place}"
             next_step = "correct the member or data.domain"
             raise BadTargetError(self.member, expected, next_step=next_step, what="domain") from error
-
-    def _value(self, text: bytes) -> Any:
-        if not self.path:
-            return text.decode()
-        value = json.loads(text)
-        if not isinstance(value, dict):
-            raise ValueError
-        for key in self.path:
-            value = value.get(key) if isinstance(value, dict) else None
-        return value
 
     def encode(self, domain: str, members: Mapping[str, bytes]) -> dict[str, bytes]:
         """These members and the one that ``parse`` reads as this domain; empty for that of a shard."""

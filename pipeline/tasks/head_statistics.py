@@ -54,7 +54,7 @@ def _hits(head: Head, outputs: TeacherOutputs, targets: Targets) -> dict[str, in
 
 
 def _decisions(head: Head, outputs: TeacherOutputs, targets: Targets) -> dict[str, int]:
-    labelled_N = head.is_labelled(targets)
+    labelled_N = head.target_column.has_target(targets[head.column])
     is_set_MK, is_positive_MK = targets[head.column][labelled_N] == 1, outputs[head.output][labelled_N] > 0
     return _label_counts(is_set_MK, np.ones(len(is_set_MK), np.int64)) | {
         "true_positives": int((is_set_MK & is_positive_MK).sum()),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -127,10 +126,6 @@ class Head(TaskHead):
                 values_NK[row, [k for k in classes if k < self.num_classes]] = 1
         return values_NK
 
-    def is_labelled(self, targets: Targets) -> NDArray[np.bool_]:
-        values = targets[self.column]
-        return (values[:, 0] if self.is_multilabel else values) != NO_LABEL
-
     def num_invalid(self, targets: Targets) -> int:
         values = targets[self.column]
         if not self.is_multilabel:
@@ -140,7 +135,7 @@ class Head(TaskHead):
 
 
 def json_object(text: bytes) -> dict[str, Any]:
-    value = json.loads(text)
+    value = json_value(text, ())
     if not isinstance(value, dict):
         raise ValueError
     return value

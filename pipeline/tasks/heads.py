@@ -155,9 +155,6 @@ class Heads(Task):
         rows = [nothing if target is None else target for target in targets]
         return {head.column: head.rows(row[number] for row in rows) for number, head in enumerate(self.entries)}
 
-    def has_target(self, targets: Targets) -> NDArray[np.bool_]:
-        return np.any([column.has_target(targets[column.name]) for column in self.columns], axis=0)
-
     def num_invalid(self, targets: Targets) -> int:
         return sum(head.num_invalid(targets) for head in self.entries)
 

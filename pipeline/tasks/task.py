@@ -276,9 +276,9 @@ class Task(ABC):
     def rows(self, targets: Iterable[Any | None]) -> dict[str, NDArray[Any]]:
         """The target columns of samples, from what ``parse`` returned for each; None: the sample has no target."""
 
-    @abstractmethod
     def has_target(self, targets: Targets) -> NDArray[np.bool_]:
-        """[N]: which rows have a target."""
+        """[N]: which rows have a target in some column."""
+        return np.any([column.has_target(targets[column.name]) for column in self.columns], axis=0)
 
     @abstractmethod
     def num_invalid(self, targets: Targets) -> int:

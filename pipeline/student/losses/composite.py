@@ -193,28 +193,35 @@ class CompositeLoss:
         Raises:
             TrainingError: the batch lacks an input of a term.
         """
-        # A 0 that depends on the outputs that no term reads: DDP would wait for the gradients of their layers.
-        read = self.student_outputs
-        summands = [output[:0].float().sum() for name, output in inputs.outputs.items() if name not in read]
+        summands, values = self.summands(inputs, share, epoch=epoch)
+        return self.total(inputs, summands), values
+
+    def summands(
+        self, inputs: LossInputs, share: BatchShare, *, epoch: int
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Of a call with these arguments: the weighted and scaled summands of the total by term, on the graph, and the
+        values."""
+        summands: dict[str, Tensor] = {}
         values: dict[str, Tensor] = {}
         for term in self._terms:
+            scaled: list[Tensor] = []
             of_heads: list[Tensor] = []
             details: dict[str, Tensor] = {}
             for binding in term.bindings:
                 value, parts = term.values(binding, inputs)
                 of_heads.append(value)
-                summands.append(term.weight(epoch) * term.factor(binding, share) * value)
+                scaled.append(term.weight(epoch) * term.factor(binding, share) * value)
                 details |= term.details(binding, parts, value)
+            summands[term.key] = reduce(torch.add, scaled)
             values |= {key: value.detach() for key, value in {term.key: torch.stack(of_heads).sum(), **details}.items()}
-        return reduce(torch.add, summands), values
+        return summands, values
 
-    def weighted(self, inputs: LossInputs, share: BatchShare, *, epoch: int) -> dict[str, Tensor]:
-        """The summands of the total by term, on the graph; arguments as in a call."""
-        weighted: dict[str, Tensor] = {}
-        for term in self._terms:
-            of_heads = [term.factor(binding, share) * term.values(binding, inputs)[0] for binding in term.bindings]
-            weighted[term.key] = term.weight(epoch) * torch.stack(of_heads).sum()
-        return weighted
+    def total(self, inputs: LossInputs, summands: Mapping[str, Tensor]) -> Tensor:
+        """The sum of ``summands``."""
+        # A 0 that depends on the outputs that no term reads: DDP would wait for the gradients of their layers.
+        read = self.student_outputs
+        unread = [output[:0].float().sum() for name, output in inputs.outputs.items() if name not in read]
+        return reduce(torch.add, [*unread, *summands.values()])
 
     @property
     def teacher_outputs(self) -> Reads:

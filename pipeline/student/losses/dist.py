@@ -63,8 +63,7 @@ def dist(
     Raises:
         ModelError: the two shapes differ.
     """
-    assert not gather or sum_over_ranks is not None, "gather comes with sum_over_ranks"
-    total = sum_over_ranks if gather and sum_over_ranks is not None else _rank_sum
+    total = _total(sum_over_ranks, gather=gather)
     with no_autocast(student_BK):
         student_BK, teacher_BK = finite_pair(_rows(student_BK), _rows(teacher_BK))
         student_BK, teacher_BK = (student_BK / temperature).softmax(dim=1), (teacher_BK / temperature).softmax(dim=1)
@@ -96,8 +95,7 @@ def dist_multilabel(
     Raises:
         ModelError: the two shapes differ.
     """
-    assert not gather or sum_over_ranks is not None, "gather comes with sum_over_ranks"
-    total = sum_over_ranks if gather and sum_over_ranks is not None else _rank_sum
+    total = _total(sum_over_ranks, gather=gather)
     with no_autocast(student_BK):
         student_BK, teacher_BK = finite_pair(student_BK, teacher_BK)
         student_BK, teacher_BK = (student_BK / temperature).sigmoid(), (teacher_BK / temperature).sigmoid()
@@ -116,6 +114,11 @@ def _relations(
     # 0 for a batch of no rows.
     intra = intra * num_rows.clamp_max(1)
     return inter_weight * inter / num_rows.clamp_min(1) + intra_weight * intra
+
+
+def _total(sum_over_ranks: SumOverRanks | None, *, gather: bool) -> SumOverRanks:
+    assert not gather or sum_over_ranks is not None, "gather comes with sum_over_ranks"
+    return sum_over_ranks if gather and sum_over_ranks is not None else _rank_sum
 
 
 def _rank_sum(sums: Tensor) -> Tensor:

@@ -36,16 +36,13 @@ def counts_by_head(
     return {head.column: count_K[source.task.class_range(head)] for head in heads}
 
 
-def log_priors(source: RowSource, heads: Sequence[TaskHead], device: torch.device) -> dict[str, Tensor]:
-    """Logarithms of the classes' shares of the labels, fp32 [K], by the columns of these heads.
+def log_prior(count_K: NDArray[np.int64], device: torch.device) -> Tensor:
+    """Logarithms of the classes' shares of the labels, fp32 [K].
 
     A class without a row counts as half a row, so that its logarithm is finite.
     """
-    priors: dict[str, Tensor] = {}
-    for column, count_K in counts_by_head(source, heads).items():
-        counts = np.maximum(count_K, 0.5)
-        priors[column] = torch.from_numpy(np.log(counts / counts.sum())).float().to(device)
-    return priors
+    counts = np.maximum(count_K, 0.5)
+    return torch.from_numpy(np.log(counts / counts.sum())).float().to(device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +62,14 @@ class RowWeights:
     num_labelled: int
 
     @classmethod
-    def of(cls, balance: BalanceConfig, source: RowSource, device: torch.device) -> RowWeights:
+    def of(cls, balance: BalanceConfig, column: str, count_K: NDArray[np.int64], device: torch.device) -> RowWeights:
         """
-        Raises:
-            ConfigError: the task does not have this class head.
+        Args:
+            count_K: how many training rows each class of the column has.
         """
-        head = _head_of(balance, source.task)
-        count_K = label_counts(source)[source.task.class_range(head)]
         weight_K, num_clipped = class_weights(count_K, power=balance.power, max_weight=balance.max_weight)
         weights = torch.from_numpy(np.append(weight_K, 1.0)).float()
-        return cls(head.column, weights.to(device), balance.max_weight, num_clipped, int(count_K.sum()))
+        return cls(column, weights.to(device), balance.max_weight, num_clipped, int(count_K.sum()))
 
     def of_rows(self, batch: Batch) -> Tensor:
         """[B]; of a mixed row, the mean of the weights of both images with their shares."""
@@ -93,7 +88,12 @@ class RowWeights:
         return f"{text}; those of {self.num_clipped} of {self.num_labelled} rows are clipped to {bounds}"
 
 
-def _head_of(balance: BalanceConfig, task: Task) -> TaskHead:
+def balanced_head(balance: BalanceConfig, task: Task) -> TaskHead:
+    """The head whose classes determine the weights of rows.
+
+    Raises:
+        ConfigError: the task does not have this class head.
+    """
     heads = [head for head in task.heads if head.kind == "class"]
     chosen = [head for head in heads if head.name == balance.head]
     if not chosen:

@@ -31,8 +31,19 @@ _MAX_DISTANCE = 0.01
 _BETTER = {"topk": "int8", "int4": "int8", "int8": "fp16", "fp16": "fp32"}
 
 
-def loss_warnings(config: Config, spec: SupervisionSpec, source: RowSource, *, world_size: int) -> list[str]:
-    """One line each. Labels are read for priors, and for DIST, the one loss known to suffer from their distribution."""
+def loss_warnings(
+    config: Config,
+    spec: SupervisionSpec,
+    source: RowSource,
+    class_counts: Mapping[str, NDArray[np.int64]],
+    *,
+    world_size: int,
+) -> list[str]:
+    """One line each. Labels are read only for DIST, the one loss that is known to suffer from their distribution.
+
+    Args:
+        class_counts: ``Supervision.class_counts``.
+    """
     texts = random_weights_warnings(config.teacher.models) if config.teacher.mode != "none" else []
     loss = CompositeLoss(config.loss, source.task, where="loss")
     texts += [
@@ -40,7 +51,7 @@ def loss_warnings(config: Config, spec: SupervisionSpec, source: RowSource, *, w
         for _, section, head in two_class_heads(loss)
     ]
     texts += _few_labels(loss)
-    texts += _absent_priors(counts_by_head(source, loss.heads_of_priors), loss)
+    texts += _absent_priors(class_counts, loss)
     terms = [(section, heads) for section, heads in loss.heads_by_term if isinstance(section, DistLoss)]
     by_head: dict[TaskHead, list[DistLoss]] = {}
     for section, heads in terms:

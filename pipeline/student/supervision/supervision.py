@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.student.data.sources import RowSource, check_any_labelled, index_url, open_cached, open_indexed
 from pipeline.student.losses import ClassDirections, CompositeLoss
 from pipeline.student.supervision.canaries import CanaryReport, check_canaries
-from pipeline.student.supervision.class_frequencies import log_priors
+from pipeline.student.supervision.class_frequencies import balanced_head, counts_by_head, log_prior
 from pipeline.student.supervision.class_means import cached_means, check_same_teacher, online_means
 from pipeline.student.supervision.requirements import check_cached_outputs, check_online_class_means
 from pipeline.student.supervision.spec import SupervisionSpec, teacher_sizes
@@ -29,6 +31,8 @@ class Supervision:
         teachers: the online ones; empty where outputs come from caches, or there is no teacher.
         class_directions: of each teacher, by the column of the classes; those that the loss needs.
         teacher_dims: widths D of the teachers' embeddings.
+        class_counts: how many training rows each class has, [K] by the column of the classes, where priors or weights
+            of rows need it.
         log_priors: logarithms of the classes' frequencies by their column; those that the loss needs.
         standardizers: of each teacher's embeddings; None: losses compare them as they are.
         weights: factors of the losses of each teacher.
@@ -40,6 +44,7 @@ class Supervision:
     class_directions: tuple[Mapping[str, ClassDirections], ...]
     teacher_dims: tuple[int, ...]
     canaries: CanaryReport = field(default_factory=CanaryReport)
+    class_counts: Mapping[str, NDArray[np.int64]] = field(default_factory=dict[str, NDArray[np.int64]])
     log_priors: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     standardizers: tuple[Standardizer | None, ...] = ()
     weights: tuple[float, ...] = ()
@@ -63,7 +68,16 @@ def open_supervision(
         CacheError: the cache is not usable, or this machine computes pixels that differ from the teacher's input.
     """
     supervision = _open(config, spec, loss, device, teachers)
-    return replace(supervision, log_priors=log_priors(supervision.source, loss.heads_of_priors, device))
+    source, balance = supervision.source, config.train.balance
+    balanced = [] if balance is None else [balanced_head(balance, source.task)]
+    counts = counts_by_head(source, [*loss.heads_of_priors, *balanced])
+    return replace(
+        supervision,
+        class_counts=counts,
+        log_priors={head.column: log_prior(counts[head.column], device) for head in loss.heads_of_priors},
+        standardizers=standardizers_of(config, spec, device) if supervision.teacher_dims else (),
+        weights=config.teacher.loss_weights or (1.0,) * len(supervision.teacher_dims),
+    )
 
 
 def _open(
@@ -72,7 +86,7 @@ def _open(
     check_cached_outputs(loss, spec.caches)
     check_online_class_means(config, loss, spec)
     if spec.caches:
-        return _cached_supervision(config, spec, loss, device)
+        return _cached_supervision(spec, loss, device)
     source = open_indexed(index_url(config), spec.data, spec.plan)
     source.check_labelled(required_targets(config, loss))
     check_any_labelled(source, loss.targets)
@@ -111,20 +125,10 @@ def _online_supervision(
         if cache is not None:
             check_same_teacher(cache, teacher, f"{name}.moments")
     widths = tuple(teacher.module.embedding_dim for teacher in teachers)
-    return Supervision(
-        spec,
-        source,
-        teachers,
-        directions,
-        widths,
-        standardizers=standardizers_of(config, spec, device),
-        weights=_weights(config, len(teachers)),
-    )
+    return Supervision(spec, source, teachers, directions, widths)
 
 
-def _cached_supervision(
-    config: Config, spec: SupervisionSpec, loss: CompositeLoss, device: torch.device
-) -> Supervision:
+def _cached_supervision(spec: SupervisionSpec, loss: CompositeLoss, device: torch.device) -> Supervision:
     source = open_cached(spec.caches, spec.data, reads=loss.teacher_outputs)
     check_any_labelled(source, loss.targets)
     # On every rank, since each may run on a machine whose decoder differs.
@@ -132,20 +136,7 @@ def _cached_supervision(
     heads = loss.heads_of_class_means
     directions = tuple(_directions(cached_means(cache, source, heads), device) for cache in spec.caches)
     widths = tuple(cache.header.embedding_dim for cache in spec.caches)
-    return Supervision(
-        spec,
-        source,
-        (),
-        directions,
-        widths,
-        canaries,
-        standardizers=standardizers_of(config, spec, device),
-        weights=_weights(config, len(spec.caches)),
-    )
-
-
-def _weights(config: Config, num_teachers: int) -> tuple[float, ...]:
-    return config.teacher.loss_weights or (1.0,) * num_teachers
+    return Supervision(spec, source, (), directions, widths, canaries)
 
 
 def _directions(means: Mapping[str, Tensor], device: torch.device) -> dict[str, ClassDirections]:

@@ -25,7 +25,7 @@ from pipeline.student.losses import CompositeLoss
 from pipeline.student.networks.freeze import freeze
 from pipeline.student.networks.review import ReviewPlan, plan_review, review_section
 from pipeline.student.networks.student import Student
-from pipeline.student.supervision.class_frequencies import RowWeights
+from pipeline.student.supervision.class_frequencies import RowWeights, balanced_head
 from pipeline.student.supervision.spec import SupervisionSpec, resolve_spec
 from pipeline.student.supervision.supervision import Supervision, open_supervision, required_targets
 from pipeline.student.supervision.two_classes import check_two_classes
@@ -155,7 +155,10 @@ def _assemble(
     total_steps = train.epochs * order.num_steps
     optimizer_step = OptimizerStep(student.module, train, total_steps=total_steps, device=distributed.device)
     balance, device = train.balance, distributed.device
-    row_weights = None if balance is None else RowWeights.of(balance, source, device)
+    row_weights = None
+    if balance is not None:
+        column = balanced_head(balance, source.task).column
+        row_weights = RowWeights.of(balance, column, supervision.class_counts[column], device)
     return TrainingSetup(config, distributed, loss, supervision, order, student, dataset, optimizer_step, row_weights)
 
 

@@ -101,10 +101,10 @@ class TrainStep:
         student = self.forward(self._images(batch))
         inputs = self.loss_inputs(student, batch)
         share = self._share(batch, num_labelled_global)
+        summands, terms = self.loss.summands(inputs, share, epoch=batch.epoch)
         if gradients is not None:
-            weighted = self.loss.weighted(inputs, share, epoch=batch.epoch)
-            gradients.add(weighted, student.outputs[EMBEDDING], scale=self.optimizer_step.scale)
-        total, terms = self.loss(inputs, share, epoch=batch.epoch)
+            gradients.add(summands, student.outputs[EMBEDDING], scale=self.optimizer_step.scale)
+        total = self.loss.total(inputs, summands)
         self.optimizer_step.backward(total)
         return total.detach(), terms
 

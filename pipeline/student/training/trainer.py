@@ -294,7 +294,7 @@ def _start_warnings(setup: TrainingSetup, validator: Validator) -> list[str]:
     texts += _layout_warnings(setup.student)
     for cache in setup.spec.caches:
         texts += fidelity_warnings(cache.header, cache.manifest.statistics, config.loss)
-    texts += loss_warnings(config, setup.spec, source, world_size=world_size)
+    texts += loss_warnings(config, setup.spec, source, setup.supervision.class_counts, world_size=world_size)
     texts += validator.warnings()
     texts += budget_warnings(source, setup.order, rank=setup.distributed.rank, world_size=world_size)
     return texts

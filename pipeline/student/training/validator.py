@@ -27,7 +27,7 @@ _NEEDS = {
     "reference": "a reference (train.eval_reference)",
     "probe": "a reference (train.eval_reference)",
 }
-"""What a metric may need, in words."""
+"""What a metric may need, for messages."""
 
 
 class Validator:

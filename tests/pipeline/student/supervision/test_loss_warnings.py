@@ -15,6 +15,8 @@ from pipeline.cache.read.reader import open_cache
 from pipeline.models.cifar import resnet
 from pipeline.shards.writer import pack_shards
 from pipeline.student.data.sources import RowSource
+from pipeline.student.losses import CompositeLoss
+from pipeline.student.supervision.class_frequencies import counts_by_head
 from pipeline.student.supervision.loss_warnings import fidelity_warnings, loss_warnings
 from pipeline.student.supervision.spec import resolve_spec
 from pipeline.student.training.trainer import train
@@ -32,7 +34,8 @@ EVEN = list(range(10)) * 4
 
 def warnings_of(config: Config, source: RowSource, *, world_size: int = 1) -> list[str]:
     """Without the warning that the tests' teacher has random weights."""
-    texts = loss_warnings(config, resolve_spec(config), source, world_size=world_size)
+    counts = counts_by_head(source, CompositeLoss(config.loss, source.task, where="a test").heads_of_priors)
+    texts = loss_warnings(config, resolve_spec(config), source, counts, world_size=world_size)
     return [text for text in texts if "teacher.weights is random" not in text]
 
 
