@@ -16,7 +16,7 @@ from jobs.observability.log import emit
 from jobs.ray.cluster import cluster
 from jobs.recipes.document import Recipe, load_recipe, titles
 from jobs.recipes.runs import Row, can_run_in_parallel, train_and_evaluate, train_in_parallel
-from jobs.recipes.schedule import describe_plan
+from jobs.recipes.schedule import check_schedules, describe_plan
 from jobs.recipes.table import Results, print_tables, read_results, write_results
 from pipeline.shards.long_tail import write_long_tail
 from pipeline.shards.shard_urls import shard_urls
@@ -26,7 +26,13 @@ DRY_RUN = "--dry-run"
 
 
 def run_recipe(recipe: Recipe) -> Results:
-    """Writes the subsets, trains the teacher, builds the caches, trains and evaluates the students."""
+    """Writes the subsets, trains the teacher, builds the caches, trains and evaluates the students.
+
+    Raises:
+        StillroomError: a stage fails; the schedule of a student fails before the first stage, if the document gives the
+            number of images.
+    """
+    check_schedules(recipe)
     _write_subsets(recipe)
     teacher = _train_teacher(recipe)
     with cluster(recipe.runs[0].config.ray):

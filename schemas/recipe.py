@@ -43,7 +43,7 @@ class RecipeConfig(Section):
         default_factory=dict, description="Values and choices of the recipe, for ${vars.name}."
     )
     images: int | None = Field(
-        None, ge=1, description="Number of training images, from which a dry run computes steps."
+        None, ge=1, description="Number of training images, which gives the steps of trainings before any runs."
     )
     published: dict[str, float] = Field(
         default_factory=dict,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from jobs.recipes.document import Recipe, RunSpec
+from pipeline import storage
+from pipeline.core.errors import ConfigError
 from pipeline.core.redaction import redact
 from pipeline.models.summary import summarize_model
 from pipeline.student.training.schedule import TrainingPlan, plan_training
@@ -91,14 +93,37 @@ def _published_line(recipe: Recipe, name: str) -> Iterator[str]:
         yield _line("", f"published {recipe.metrics.main.title} {number}")
 
 
+def check_schedules(recipe: Recipe) -> None:
+    """Checks the trainings whose number of images the document gives, as each would be checked at its start.
+
+    Raises:
+        ConfigError: as ``training_plan``.
+    """
+    for config in [*([recipe.teacher] if recipe.trains_teacher else []), *(run.config for run in recipe.runs)]:
+        training_plan(recipe, config)
+
+
 def training_plan(recipe: Recipe, config: Config) -> TrainingPlan | None:
-    """The plan of a training; None if the document does not give the number of its images."""
+    """The plan of a training; None if the document does not give the number of its images.
+
+    Raises:
+        ConfigError: as ``plan_training``; the error names the training.
+    """
     images = recipe.document.images
-    return (
-        None
-        if images is None or not _reads_common_shards(recipe, config)
-        else plan_training(config.train, config.views, images)
-    )
+    if images is None or not _reads_common_shards(recipe, config):
+        return None
+    try:
+        return plan_training(config.train, config.views, images)
+    except ConfigError as error:
+        assert config.run is not None
+        raise ConfigError(
+            error.what,
+            code=error.code,
+            where=f"{storage.last_name(config.run.url)}: {error.where}",
+            got=error.got,
+            expected=error.expected,
+            next_step=f"{error.next_step}, or correct images ({images}) of the recipe",
+        ) from error
 
 
 def _reads_common_shards(recipe: Recipe, config: Config) -> bool:

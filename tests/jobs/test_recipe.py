@@ -182,6 +182,25 @@ def test_errors_in_a_grid_are_reported_before_anything_runs(grid: Path, override
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("overrides", "code", "where"),
+    [
+        # 72 images are 3 steps an epoch, and the grid has lengths of 1 and 2 epochs.
+        (["students.crop.train.warmup_steps=3"], "train.warmup-too-long", "crop-epochs1-seed0"),
+        (["teacher.train.warmup_steps=900"], "train.warmup-too-long", "teacher"),
+        (["students.online.train.global_batch_size=50"], "train.too-many-dropped", "online-epochs2-seed5"),
+    ],
+)
+def test_an_impossible_schedule_is_refused_before_the_first_stage(
+    grid: Path, tmp_path: Path, overrides: list[str], code: str, where: str
+) -> None:
+    recipe = load_recipe(str(grid), ["images=72", *overrides])
+    with raises(code, ConfigError) as caught:
+        run_recipe(recipe)
+    assert str(caught.value.where).startswith(f"{where}: train.")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_grid_is_trained_once_and_its_results_contain_every_run(grid: Path, tmp_path: Path) -> None:
     recipe = load_recipe(str(grid), ["only=[crop,online]"])
     first = run_recipe(recipe)
