@@ -110,7 +110,8 @@ def inspect_cache(cache_url: str, *, now_s: float | None = None) -> CacheReport:
     if labels is not None and labels.num_labelled < labels.num_images:
         warning = label_warning(labels, reading_rules(settings), finished_cache=finished_cache)
     size_bytes, model = sum(commit.part_size_bytes for commit in commits), header.teacher["architecture"]["model"]
-    classes = [f"{header.num_classes} classes"] if header.num_classes else []
+    heads = [" ".join(filter(None, (head.name, str(head.num_classes)))) for head in task.heads]
+    classes = [f"{', '.join(heads)} classes"] if heads else []
     statistics = manifest.statistics if manifest else fold.result()
     return CacheReport(
         url=redact(cache_url),

@@ -214,7 +214,9 @@ def test_a_cache_has_the_outputs_and_statistics_of_each_head_and_is_verified(cac
                             expected[f"tags/{'true' if tag in document['tags'] else 'false'}_positives"] += 1
                 row += 1
         assert {key: sums.get(key, 0) for key in expected} == expected
-    metrics = inspect_cache(cache.url).teacher_metrics
+    report = inspect_cache(cache.url)
+    assert report.teacher.split(", ", 1)[1].startswith("even 2, pair 10, tags 11 classes, ")
+    metrics = report.teacher_metrics
     assert list(metrics) == ["even top-1", "pair top-1", "pair top-5", "tags micro F1"]
     assert metrics["pair top-1"] == sums["pair/top1_hits"] / sums["pair/labelled"]
 
