@@ -44,15 +44,16 @@ def ray_meters() -> list[Any]:
     return [*meters, *ray_metrics.evaluation_gauges(metrics_of(Config().data)).values()]
 
 
-def head_gauges() -> list[Any]:
-    """The Ray metrics of students with several heads, of all kinds."""
+def gauges_of_tasks() -> list[Any]:
+    """The Ray metrics of students with several heads, of all kinds, and of students of embeddings."""
     from jobs.observability import ray_metrics
     from pipeline.student.evaluation.metrics import metrics_of
     from schemas.config import DataConfig
 
     heads = {"class": {"num_classes": 10}, "tags": {"num_classes": 10, "kind": "multilabel"}}
-    data = DataConfig.model_validate({"task": "heads", "label": "json", "heads": heads})
-    gauges = ray_metrics.evaluation_gauges(metrics_of(data)).values()
+    sections = ({"task": "heads", "label": "json", "heads": heads}, {"task": "embedding"})
+    sets = [metrics_of(DataConfig.model_validate(section)) for section in sections]
+    gauges = [gauge for metrics in sets for gauge in ray_metrics.evaluation_gauges(metrics).values()]
     # Those of two heads are one metric with a label.
     return [*{gauge.exported: gauge for gauge in gauges}.values()]
 
@@ -61,7 +62,7 @@ def with_metrics(text: str) -> str:
     """Fills the table of Ray metrics, whose rows are those of the code."""
     rows = [
         f"| `{meter.exported}` | {', '.join(f'`{tag}`' for tag in meter.tags)} | {meter.text} |"
-        for meter in [*ray_meters(), *head_gauges()]
+        for meter in [*ray_meters(), *gauges_of_tasks()]
     ]
     table = "\n".join(["| metric | labels | meaning |", "|---|---|---|", *rows])
     return re.sub(r"^\| metric \| labels \|.*?(?=\n\n)", table, text, count=1, flags=re.MULTILINE | re.DOTALL)

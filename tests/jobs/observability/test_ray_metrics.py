@@ -25,7 +25,7 @@ from pipeline.core.errors import ShardError, TransientStorageError
 from pipeline.student.evaluation.metrics import metrics_of
 from schemas.cache_format import ViewBlock
 from schemas.config import Config
-from tests.docs.pages import head_gauges, ray_meters
+from tests.docs.pages import gauges_of_tasks, ray_meters
 from tests.jobs.conftest import Tree, config_of
 
 pytestmark = pytest.mark.ray
@@ -159,5 +159,5 @@ def test_without_ray_nothing_is_recorded(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_document_has_every_metric_with_its_labels_and_its_meaning() -> None:
     text = (ROOT / "docs" / "how-to" / "watch.md").read_text()
     rows = re.findall(r"^\| `(ray_stillroom_\w+)` \| ([^|]*) \| (.*) \|$", text, re.MULTILINE)
-    meters = [*METRICS, *head_gauges()]
+    meters = [*METRICS, *gauges_of_tasks()]
     assert rows == [(metric.exported, ", ".join(f"`{tag}`" for tag in metric.tags), metric.text) for metric in meters]

@@ -3,6 +3,8 @@ linear probe predict labels."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -21,14 +23,25 @@ from pipeline.tasks import EMBEDDING, Targets
 from pipeline.tasks.classification import LABEL, NO_LABEL
 from schemas.config import DataConfig
 
-KNN = Metric(key="knn_top1", title="k-NN top-1", needs=("targets", "reference"))
-PROBE = Metric(key="probe_top1", title="linear probe top-1", needs=("targets", "reference", "probe"))
+KNN = Metric(
+    key="knn_top1",
+    title="k-NN top-1",
+    needs=("targets", "reference"),
+    gauge="Accuracy of nearest neighbours in that evaluation, 0 to 1.",
+)
+PROBE = Metric(
+    key="probe_top1",
+    title="linear probe top-1",
+    needs=("targets", "reference", "probe"),
+    gauge="Accuracy of the linear probe in the last evaluation of the run, 0 to 1.",
+)
 
 
 def embedding_metrics(_: DataConfig) -> MetricSet:
     """The cosine to the teacher selects the best checkpoint; where it is not measured, the accuracy of neighbours."""
+    cosine = replace(COSINE, gauge="Mean cosine of the embeddings of student and teacher in the last evaluation.")
     return MetricSet(
-        metrics=(COSINE, KNN, PROBE),
+        metrics=(cosine, KNN, PROBE),
         selection=(COSINE.key, KNN.key),
         table=(KNN.key, PROBE.key, COSINE.key),
         worst_domain=(KNN.key, PROBE.key),

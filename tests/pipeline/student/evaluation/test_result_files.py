@@ -115,6 +115,13 @@ def test_ray_has_a_gauge_for_four_metrics() -> None:
     }
 
 
+def test_ray_has_a_gauge_for_each_metric_of_embeddings() -> None:
+    gauges = ray_metrics.evaluation_gauges(metrics_of(DataConfig.model_validate({"task": "embedding"})))
+    assert {key: (gauge.exported, gauge.tags) for key, gauge in gauges.items()} == {
+        key: (f"ray_stillroom_train_{key}", ("run",)) for key in ("cosine", "knn_top1", "probe_top1")
+    }
+
+
 def results_of(folder: Path, teacher: Row | None, **document: Any) -> dict[str, Any]:
     """``results.json`` of one run of the student ``kd``."""
     name = "kd-epochs8-seed1" if "grid" in document else "kd"
