@@ -186,6 +186,10 @@ class Statistics(Record):
     )
     argmax_flips: int = 0
     embedding_cosine_sum: float = 0.0
+    token_cosine_sum: float = Field(
+        0.0,
+        description="Mean over a row's patch tokens, summed over the sampled rows; without tokens, not in the record.",
+    )
     sums: dict[str, float] = Field(
         default_factory=dict,
         description="Of a task other than classification, and by domain; without any, not in the record.",
@@ -194,8 +198,9 @@ class Statistics(Record):
     @model_serializer(mode="wrap")
     def _without_absent_sums(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         body: dict[str, Any] = serialize(self)
-        if not self.sums:
-            body.pop("sums", None)
+        for name in ("token_cosine_sum", "sums"):
+            if not getattr(self, name):
+                body.pop(name, None)
         return body
 
 

@@ -73,7 +73,7 @@ def _record(feature_map: FeatureMap, _module: nn.Module, _args: tuple[Any, ...],
 def forward_with_maps(
     maps: Sequence[FeatureMap], forward: Callable[P, T], *args: P.args, **kwargs: P.kwargs
 ) -> tuple[T, tuple[Tensor, ...]]:
-    """Runs ``forward(*args, **kwargs)``, of a network with registered hooks.
+    """Runs ``forward(*args, **kwargs)``, of a network with registered hooks. It may call this function itself.
 
     Returns:
         Its outputs, and the maps [B,C,H,W], with gradient if the forward has one.
@@ -81,11 +81,13 @@ def forward_with_maps(
     if not maps:
         return forward(*args, **kwargs), ()
     recorded: dict[str, Tensor] = {}
-    token = _recorded.set(recorded)
+    outer, token = _recorded.get(), _recorded.set(recorded)
     try:
         outputs = forward(*args, **kwargs)
     finally:
         _recorded.reset(token)
+    if outer is not None:
+        outer |= recorded
     return outputs, tuple(feature_map.to_map(recorded[feature_map.layer]) for feature_map in maps)
 
 

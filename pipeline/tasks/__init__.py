@@ -15,6 +15,7 @@ from pipeline.tasks.heads import Heads
 from pipeline.tasks.task import (
     DOMAIN,
     EMBEDDING,
+    TOKENS,
     BadTargetError,
     HeadKind,
     OutputSpec,
@@ -25,6 +26,8 @@ from pipeline.tasks.task import (
     Task,
     TaskHead,
     TeacherOutputs,
+    output_roles,
+    planned_outputs,
 )
 from schemas.config import DataConfig
 
@@ -57,6 +60,7 @@ __all__ = [
     "DOMAIN",
     "EMBEDDING",
     "TASKS",
+    "TOKENS",
     "BadTargetError",
     "HeadKind",
     "OutputSpec",
@@ -68,6 +72,8 @@ __all__ = [
     "TaskHead",
     "TeacherOutputs",
     "check_num_domains",
+    "output_roles",
+    "planned_outputs",
     "task_of",
     "task_settings",
     "without_domain",

@@ -20,6 +20,9 @@ LABEL, LOGITS = "label", "logits"
 EMBEDDING = "embedding"
 """The output that the networks of all tasks have: [B,D], the input of their heads."""
 
+TOKENS = "tokens"
+"""The output of teachers whose patch tokens are wanted, in all tasks: [B,P,D], the positions of a layer's output."""
+
 DOMAIN = "domain"
 """The column of the domain of a sample, which is no target."""
 
@@ -332,3 +335,20 @@ class Task(ABC):
         """``teacher_metrics`` over the rows of each domain, by its name; empty: the samples have no domains."""
         del statistics
         return {}
+
+
+def planned_outputs(
+    task: Task, cache: CacheConfig, widths: Mapping[str, int], *, tokens: tuple[int, int] | None
+) -> tuple[OutputSpec, ...]:
+    """``task.outputs``, and after them the patch tokens, which do not depend on the task.
+
+    Args:
+        tokens: (P, D); None: unknown, or the teacher computes none.
+    """
+    outputs = task.outputs(cache, widths)
+    return outputs if tokens is None else (*outputs, OutputSpec(TOKENS, tokens, cache.tokens))
+
+
+def output_roles(task: Task) -> dict[str, str]:
+    """``task.roles``, and that of the patch tokens: vectors that are compared by their directions, one by one."""
+    return {**task.roles, TOKENS: "tokens"}

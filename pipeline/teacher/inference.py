@@ -13,21 +13,38 @@ from torch import Tensor
 
 from pipeline.augment.pixels import to_input
 from pipeline.core.errors import ResourceError, first_line
-from pipeline.models import LoadedModel, load_model, move_to_device
-from pipeline.tasks import TeacherOutputs
+from pipeline.models import LoadedModel, forward_with_maps, load_model, move_to_device, register_map_hooks
+from pipeline.tasks import TOKENS, TeacherOutputs
 from pipeline.teacher.numerics import autocast
 from pipeline.teacher.rendering import GroupViews, Mixing
+from pipeline.teacher.tokens import TokenPlan, TokenRequest
 from schemas.config import Precision, TeacherModelConfig
 
 
 class Teacher:
-    """A frozen network in eval mode on one device. A process can reuse it for as long as it runs."""
+    """A frozen network in eval mode on one device. A process can reuse it for as long as it runs.
 
-    def __init__(self, loaded: LoadedModel, *, device: torch.device, precision: Precision, batch_size: int) -> None:
+    Args:
+        tokens: of which layer it returns the patch tokens; None: it returns none.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        *,
+        device: torch.device,
+        precision: Precision,
+        batch_size: int,
+        tokens: TokenPlan | None = None,
+    ) -> None:
         self.loaded = loaded
         self.device = device
         self.precision: Precision = precision
         self.batch_size = batch_size
+        self.tokens = tokens
+        self._token_maps = () if tokens is None else (tokens.feature_map,)
+        if tokens is not None:
+            register_map_hooks(loaded.module.network, self._token_maps)
         self.module = loaded.module.eval().requires_grad_(False)
         move_to_device(self.module, device)
         self._mean_C = torch.tensor(loaded.input.mean, device=device)
@@ -57,8 +74,9 @@ class Teacher:
             partner_pixels_NCHW=partner_pixels_NCHW,
         )
         with autocast(self.device, self.precision):
-            outputs: dict[str, Tensor] = self.module(images_BCHW)
-        return {name: tensor.float() for name, tensor in outputs.items()}
+            outputs, maps = forward_with_maps(self._token_maps, self.module, images_BCHW)
+        named = {name: tensor.float() for name, tensor in outputs.items()}
+        return named if self.tokens is None else {**named, TOKENS: self.tokens.tokens(*maps)}
 
     def infer(self, pixels_NCHW: Tensor, mixing: Mixing | None = None) -> TeacherOutputs:
         """``infer_on_device``, then waits and copies the outputs to the CPU."""
@@ -148,18 +166,21 @@ def load_teacher(
     size: int | None,
     device: torch.device,
     where: str = "teacher",
+    tokens: TokenRequest | None = None,
 ) -> Teacher:
     """The teacher of a config on a device.
 
     Args:
         widths: as in ``load_model``.
         where: YAML section of ``config``, for messages.
+        tokens: None: without patch tokens.
 
     Raises:
-        ConfigError, ModelError, StorageInputError: as in ``load_model``.
+        ConfigError, ModelError, StorageInputError: as in ``load_model`` and ``TokenRequest.plan``.
     """
     loaded = load_model(config, widths=widths, size=size, where=where)
-    return Teacher(loaded, device=device, precision=config.precision, batch_size=config.batch_size)
+    plan = None if tokens is None else tokens.plan(loaded)
+    return Teacher(loaded, device=device, precision=config.precision, batch_size=config.batch_size, tokens=plan)
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,8 +59,10 @@ class Config(Section):
         chosen = {"logits": "none", "embeddings": "fp16", **cache}
         if chosen["logits"] != "none":
             raise ValueError(f"cache.logits is {chosen['logits']}, but networks of task embedding have no logits")
-        if chosen["embeddings"] == "none":
-            raise ValueError("cache.embeddings is none, so a cache of task embedding would store nothing")
+        if chosen["embeddings"] == "none" and chosen.get("tokens", "none") == "none":
+            raise ValueError(
+                "cache.embeddings and cache.tokens are none, so a cache of task embedding would store nothing"
+            )
         return {**tree, "cache": chosen}
 
     @field_validator("loss")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from schemas.config.section import Section
 
@@ -20,6 +20,12 @@ class CacheConfig(Section):
     embeddings: Literal["fp32", "fp16", "int8", "none"] = Field(
         "none", description="Encoding of the penultimate embedding; default of task embedding: fp16."
     )
+    tokens: Literal["fp32", "fp16", "int8", "none"] = Field(
+        "none", description="Encoding of the patch tokens, the positions of the output of teacher.tokens_layer."
+    )
+    tokens_grid: int | None = Field(
+        None, ge=1, description="Side of the grid to which tokens are pooled; null: that of the layer."
+    )
     class_means: str = Field(
         "none", min_length=1, description="none, eval (one extra eval pass), view0, or the URL of ND's JSON."
     )
@@ -33,6 +39,12 @@ class CacheConfig(Section):
         if not re.fullmatch(r"fp32|fp16|int8|int4|none|topk:[1-9][0-9]*", logits):
             raise ValueError(f"logits is {logits!r}; expected fp32, fp16, int8, int4, none or topk:k, such as topk:16")
         return logits
+
+    @model_validator(mode="after")
+    def _check_tokens(self) -> CacheConfig:
+        if self.tokens_grid is not None and self.tokens == "none":
+            raise ValueError(f"tokens_grid is {self.tokens_grid}, but tokens is none; expected fp32, fp16 or int8")
+        return self
 
     @property
     def computes_class_means(self) -> bool:

@@ -55,6 +55,9 @@ class TeacherModelConfig(ModelConfig):
     text_head_sha256: str | None = Field(
         None, pattern=r"^[0-9a-f]{64}$", description="Checked before text_head is loaded."
     )
+    tokens_layer: str | None = Field(
+        None, min_length=1, description="Layer whose positions are the patch tokens, in named_modules(); default norm."
+    )
     class_means: str | None = Field(
         None, min_length=1, description="mode online, for nd: URL of a finished cache of this teacher with class means."
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from pipeline import storage
-from pipeline.cache.build.header_claim import claim, make_header
+from pipeline.cache.build.header_claim import claim, make_header, token_request
 from pipeline.cache.build.imported_means import ImportedMeans, read_means, store_means
 from pipeline.cache.format.codec import stored_outputs
 from pipeline.core.config_loading import require
@@ -89,6 +89,14 @@ def cache_config(config: Config) -> CacheConfig:
             expected="a member extension",
             next_step="set data.label, or cache.class_means=none",
         )
+    if config.teacher.tokens_layer is not None and cache.tokens == "none":
+        raise ConfigError(
+            "this cache would store no patch tokens, and a layer is named for them",
+            code="config.tokens-unused",
+            where="teacher.tokens_layer",
+            got=f"{config.teacher.tokens_layer}, with cache.tokens=none",
+            next_step="set cache.tokens=fp16, or remove teacher.tokens_layer",
+        )
     # Fails before a teacher is loaded if an encoding needs more classes.
     stored_outputs(task.outputs(cache, selected_widths(task.widths, config.teacher)))
     return cache
@@ -137,6 +145,7 @@ def load_context(config_json: str, stamps: tuple[str, ...]) -> BuildContext:  # 
         widths=task.widths,
         size=config.views.size,
         device=pick_device(config.ray.gpus_per_task > 0),
+        tokens=token_request(config),
     )
     imported = None
     if cache.class_means_url is not None:

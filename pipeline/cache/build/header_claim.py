@@ -21,8 +21,9 @@ from pipeline.core.hashing import differences, seal, short_digest, weights_diges
 from pipeline.core.redaction import quoted, redact
 from pipeline.models import LoadedModel, load_untrained
 from pipeline.shards.index import index_settings
-from pipeline.tasks import task_of
+from pipeline.tasks import planned_outputs, task_of
 from pipeline.teacher.inference import Teacher
+from pipeline.teacher.tokens import TokenPlan, TokenRequest
 from schemas.cache_format import Header
 from schemas.config import CacheConfig, Config, DataConfig, Precision, ViewsConfig
 
@@ -33,7 +34,14 @@ another network differs by whole logits."""
 
 
 def teacher_body(
-    loaded: LoadedModel, *, weights: str, precision: Precision, plan: ViewsConfig, cache: CacheConfig, class_means: str
+    loaded: LoadedModel,
+    *,
+    weights: str,
+    precision: Precision,
+    plan: ViewsConfig,
+    cache: CacheConfig,
+    class_means: str,
+    tokens: TokenPlan | None,
 ) -> dict[str, Any]:
     """Everything that decides the teacher's outputs: its hash is the fingerprint.
 
@@ -54,7 +62,21 @@ def teacher_body(
         "embeddings": cache.embeddings,
         "class_means": class_means,
         "views_id": views_id(plan),
+        # Only with tokens, so that the fingerprints of all other caches stay.
+        **({} if tokens is None else _tokens_body(cache, tokens)),
     }
+
+
+def _tokens_body(cache: CacheConfig, tokens: TokenPlan) -> dict[str, Any]:
+    return {"tokens": cache.tokens, "tokens_layer": tokens.feature_map.layer, "tokens_grid": tokens.grid}
+
+
+def token_request(config: Config) -> TokenRequest | None:
+    """The patch tokens that a build with this config stores; None: it stores none."""
+    cache, teacher = config.cache, config.teacher
+    if cache is None or cache.tokens == "none":
+        return None
+    return TokenRequest(teacher.tokens_layer, cache.tokens_grid, "teacher.tokens_layer", "cache.tokens_grid")
 
 
 def make_header(
@@ -77,9 +99,11 @@ def make_header(
         plan=plan,
         cache=cache,
         class_means=cache.class_means if imported is None else imported.mode,
+        tokens=teacher.tokens,
     )
     task, widths = task_of(data), teacher.module.widths
-    specs = task.outputs(cache, widths)
+    shape = None if teacher.tokens is None else teacher.tokens.shape
+    specs = planned_outputs(task, cache, widths, tokens=shape)
     return Header(
         views_id=views_id(plan),
         views=views_body(plan),
@@ -158,20 +182,22 @@ def check_without_weights(stored: Header, config: Config) -> None:
     """
     teacher, cache = config.teacher, config.cache
     assert cache is not None
-    size = config.views.size
+    size, tokens = config.views.size, token_request(config)
+    loaded = load_untrained(
+        teacher,
+        widths=task_of(config.data).widths,
+        size=size,
+        likely_size=size or int(str(stored.teacher["size"])),
+    )
     body = teacher_body(
-        load_untrained(
-            teacher,
-            widths=task_of(config.data).widths,
-            size=size,
-            likely_size=size or int(str(stored.teacher["size"])),
-        ),
+        loaded,
         weights=str(stored.teacher["weights"]),
         precision=teacher.precision,
         plan=config.views,
         cache=cache,
         # The header has the digest of an imported file, which may be missing like the weights.
         class_means=cache.class_means if cache.class_means_url is None else str(stored.teacher["class_means"]),
+        tokens=None if tokens is None else tokens.plan(loaded),
     )
     _check_bodies(stored, views_body(config.views), body, index_settings(config.data), cache.url)
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pipeline.augment.params import sample_keys
 from pipeline.cache.format.codec import decode, encode
-from pipeline.tasks import Task, TeacherOutputs, task_of
+from pipeline.tasks import Task, TeacherOutputs, output_roles, task_of
 from pipeline.tasks.classification import predicted_classes
 from pipeline.teacher.rendering import GroupViews
 from schemas.cache_format import Header, Output, Statistics
@@ -30,6 +30,7 @@ class _Fidelity:
     kl_sum: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_TEMPERATURES, 0.0))
     pearson_sum: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_TEMPERATURES, 0.0))
     embedding_cosine_sum: float = 0.0
+    token_cosine_sum: float = 0.0
 
     def add_logits(self, exact_NK: NDArray[np.float32], output: Output) -> None:
         column = encode(exact_NK, output)
@@ -43,10 +44,15 @@ class _Fidelity:
     def add_embedding(self, exact_ND: NDArray[np.float32], output: Output) -> None:
         self.embedding_cosine_sum += cosine_sum(exact_ND, decode(encode(exact_ND, output), output))
 
+    def add_tokens(self, exact_NPD: NDArray[np.float32], output: Output) -> None:
+        stored_NPD, (num_tokens, width) = decode(encode(exact_NPD, output), output), output.shape
+        self.token_cosine_sum += cosine_sum(exact_NPD.reshape(-1, width), stored_NPD.reshape(-1, width)) / num_tokens
+
 
 _MEASURES: dict[str, Callable[[_Fidelity, NDArray[np.float32], Output], None]] = {
     "class": _Fidelity.add_logits,
     "embedding": _Fidelity.add_embedding,
+    "tokens": _Fidelity.add_tokens,
 }
 """How the fidelity of an output is measured, by its role; that of others is not."""
 
@@ -55,7 +61,7 @@ class StatisticsSum:
     """Sums over the views and groups of one part."""
 
     def __init__(self, outputs: Iterable[Output], task: Task) -> None:
-        roles = task.roles
+        roles = output_roles(task)
         self._measured = [
             (measure, output)
             for output in outputs
@@ -80,13 +86,13 @@ class StatisticsSum:
 
 
 class StatisticsFold:
-    """The sums of all parts, added in the given order, in 56 bytes per part."""
+    """The sums of all parts, added in the given order, in 64 bytes per part."""
 
     def __init__(self, task: Task) -> None:
         self._task_sums = task.accumulate()
         self._num_rows = self._num_flips = 0
         self._kl, self._pearson = ({key: array("d") for key in _TEMPERATURES} for _ in range(2))
-        self._cosine = array("d")
+        self._cosine, self._token_cosine = array("d"), array("d")
 
     def add(self, part: Statistics) -> None:
         self._task_sums.add_part(part)
@@ -96,6 +102,7 @@ class StatisticsFold:
             for key, values in sums.items():
                 values.append(part_sums.get(key, 0.0))
         self._cosine.append(part.embedding_cosine_sum)
+        self._token_cosine.append(part.token_cosine_sum)
 
     def result(self) -> Statistics:
         # Not a running sum: Python's ``sum`` compensates for rounding from 3.12 on.
@@ -106,20 +113,25 @@ class StatisticsFold:
             kl_sum={key: float(sum(values)) for key, values in self._kl.items()},
             pearson_sum={key: float(sum(values)) for key, values in self._pearson.items()},
             embedding_cosine_sum=float(sum(self._cosine)),
+            token_cosine_sum=float(sum(self._token_cosine)),
         )
 
 
 def mean_fidelity(header: Header, statistics: Statistics) -> dict[str, Any]:
     """Means over sampled rows of stored against fp32 outputs: KL and 1 − correlation at each temperature, share of rows
-    with another largest class, cosine of embeddings. None or empty for outputs that are not stored."""
-    roles = task_of(header.data).roles
+    with another largest class, cosine of embeddings and of single tokens. None or empty for outputs that are not
+    stored."""
+    roles = output_roles(task_of(header.data))
     measured = {roles.get(output.name) for output in header.outputs}
-    logits, embedding = (statistics.fidelity_rows if role in measured else 0 for role in ("class", "embedding"))
+    logits, embedding, tokens = (
+        statistics.fidelity_rows if role in measured else 0 for role in ("class", "embedding", "tokens")
+    )
     return {
         "kl_nats": {key: total / logits for key, total in statistics.kl_sum.items()} if logits else {},
         "pearson": {key: total / logits for key, total in statistics.pearson_sum.items()} if logits else {},
         "argmax_flips": statistics.argmax_flips / logits if logits else None,
         "embedding_cosine": statistics.embedding_cosine_sum / embedding if embedding else None,
+        "token_cosine": statistics.token_cosine_sum / tokens if tokens else None,
     }
 
 

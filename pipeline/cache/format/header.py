@@ -14,7 +14,7 @@ from pipeline.cache.format.files import parse_record
 from pipeline.core.errors import CacheError
 from pipeline.core.hashing import short_digest
 from pipeline.core.redaction import redact
-from pipeline.tasks import task_of
+from pipeline.tasks import output_roles, task_of
 from schemas.cache_format import Header, Output
 from schemas.config import ViewsConfig
 
@@ -109,5 +109,5 @@ def parse_header(data: bytes, *, where: str) -> Header:
 
 def read_outputs(header: Header) -> tuple[Output, ...]:
     """The outputs that this version reads; it ignores all others."""
-    roles = task_of(header.data).roles
+    roles = output_roles(task_of(header.data))
     return tuple(output for output in header.outputs if output.name in roles)

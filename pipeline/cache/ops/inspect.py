@@ -68,6 +68,7 @@ class CacheReport:
     pearson: dict[str, float]
     argmax_flips: float | None
     embedding_cosine: float | None
+    token_cosine: float | None
     warnings: tuple[str, ...]
 
     @property

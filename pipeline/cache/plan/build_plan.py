@@ -12,7 +12,7 @@ from pipeline.cache.plan.plan_inputs import PlanInputs
 from pipeline.cache.plan.s3_requests import Requests, build_requests, epoch_requests
 from pipeline.cache.plan.shard_survey import Estimate
 from pipeline.shards.labels import LabelCount
-from pipeline.tasks import task_of
+from pipeline.tasks import planned_outputs, task_of
 from schemas.cache_format import Output, aug_param_columns, part_schema
 from schemas.config import Config, ViewsConfig
 
@@ -138,7 +138,7 @@ def plan_size(inputs: PlanInputs) -> Size:
     Raises:
         CacheError: two commits overlap.
     """
-    outputs = {output.name: row_bytes(output) for output in _outputs(inputs)}
+    outputs = {output.name: row_bytes(output) for output in outputs_of(inputs)}
     columns = _column_bytes(inputs.config.views)
     raw = sum(outputs.values()) + columns
     measured = _measured_row(inputs.commits)
@@ -159,11 +159,13 @@ def plan_size(inputs: PlanInputs) -> Size:
     )
 
 
-def _outputs(inputs: PlanInputs) -> tuple[Output, ...]:
+def outputs_of(inputs: PlanInputs) -> tuple[Output, ...]:
+    """What the cache stores for each row."""
     if inputs.header is not None:
         return inputs.header.outputs
     # Without D the embedding is left out, and the rest is a lower bound.
-    return stored_outputs(task_of(inputs.config.data).outputs(inputs.cache, inputs.widths))
+    task = task_of(inputs.config.data)
+    return stored_outputs(planned_outputs(task, inputs.cache, inputs.widths, tokens=inputs.tokens))
 
 
 def _column_bytes(plan: ViewsConfig) -> float:

@@ -10,6 +10,7 @@ from functools import cached_property
 from pipeline import storage
 from pipeline.cache.build.blocks import BlockPlan
 from pipeline.cache.build.commit import CommitSummary
+from pipeline.cache.build.header_claim import token_request
 from pipeline.cache.format import layout
 from pipeline.cache.format.header import find_header
 from pipeline.cache.plan.shard_survey import Estimate, ShardSurvey, survey_shards, total
@@ -49,6 +50,7 @@ class PlanInputs:
         sizes: bytes of each shard.
         header: None if no build has claimed the cache yet.
         widths: of the teacher's outputs, by name, as far as known.
+        tokens: (P, D) of the patch tokens; None: unknown, or the cache has none.
     """
 
     config: Config
@@ -59,6 +61,7 @@ class PlanInputs:
     survey: ShardSurvey
     header: Header | None
     widths: Mapping[str, int]
+    tokens: tuple[int, int] | None = None
 
     @cached_property
     def blocks(self) -> dict[str, ShardBlocks]:
@@ -131,19 +134,20 @@ def collect_plan_inputs(
 
 
 def resolve_embedding_dim(inputs: PlanInputs) -> PlanInputs:
-    """The inputs with all widths of the config's teacher, if the size of the cache depends on D and no header has it.
+    """The inputs with all widths of the config's teacher, if the size of the cache depends on them and no header has
+    them.
 
     Widths come from the architecture: the teacher's weights are not read.
 
     Raises:
-        ModelError: the network cannot be built from the config.
+        ModelError: the network cannot be built from the config, or has no such patch tokens.
     """
-    config = inputs.config
-    is_needed = inputs.cache.embeddings != "none" or inputs.num_class_sums > 0
+    config, tokens = inputs.config, token_request(inputs.config)
+    is_needed = inputs.cache.embeddings != "none" or inputs.num_class_sums > 0 or tokens is not None
     if inputs.embedding_dim is not None or not is_needed:
         return inputs
     teacher = load_untrained(config.teacher, widths=task_of(config.data).widths, size=config.views.size)
-    return replace(inputs, widths=teacher.module.widths)
+    return replace(inputs, widths=teacher.module.widths, tokens=None if tokens is None else tokens.plan(teacher).shape)
 
 
 def check_labels(inputs: PlanInputs) -> None:

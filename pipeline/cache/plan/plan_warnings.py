@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 
 from pipeline.cache.format.header import views_body
-from pipeline.cache.plan.build_plan import CachePlan
+from pipeline.cache.plan.build_plan import CachePlan, outputs_of
 from pipeline.cache.plan.class_warnings import class_range, sorted_by_class
 from pipeline.cache.plan.plan_inputs import PlanInputs
 from pipeline.core.hashing import differences
@@ -17,6 +18,7 @@ from pipeline.tasks import task_of
 _MANY_CLASSES = 1000
 _MANY_OBJECTS = 1_000_000
 _MANY_READS = 5
+_LARGE_GROUP_BYTES = 4e9
 
 
 _Checks = tuple[Callable[[PlanInputs, CachePlan], str | None], ...]
@@ -41,9 +43,11 @@ def _different_header(inputs: PlanInputs, _: CachePlan) -> str | None:
     if cache.class_means_url is not None:
         # The header has the digest of this file, which a plan does not read.
         del expected["class_means"]
+    if cache.tokens != "none" or "tokens" in header.teacher:
+        expected["tokens"] = cache.tokens
     changed = [
         *differences(header.views, views_body(inputs.config.views), "views."),
-        *differences({key: header.teacher[key] for key in expected}, expected, "teacher."),
+        *differences({key: header.teacher.get(key, "none") for key in expected}, expected, "teacher."),
         *differences(header.data, index_settings(inputs.config.data), "data."),
     ]
     if not changed:
@@ -95,6 +99,20 @@ def _many_reads(inputs: PlanInputs, plan: CachePlan) -> str | None:
     )
 
 
+def _large_groups(inputs: PlanInputs, _: CachePlan) -> str | None:
+    """A task holds the outputs of the views of a mix group as fp32."""
+    numbers = {output.name: prod(output.shape) for output in outputs_of(inputs)}
+    num_views = min(inputs.cache.views_per_part, inputs.config.views.count)
+    size_bytes = 4 * sum(numbers.values()) * inputs.config.views.mix_group * num_views
+    if size_bytes <= _LARGE_GROUP_BYTES:
+        return None
+    largest = max(numbers, key=lambda name: numbers[name])
+    return (
+        f"the outputs of a mix group take {size_bytes / 1e9:.1f} GB of a task's memory as float32, most of it "
+        f"{largest}; cache.views_per_part below {num_views} or a smaller cache.tokens_grid needs less"
+    )
+
+
 def _large_class_sums(_: PlanInputs, plan: CachePlan) -> str | None:
     means, parts = plan.size.means, plan.size.parts.expected
     if means is None or means <= parts:
@@ -114,5 +132,6 @@ _SIZE_CHECKS: _Checks = (
     _int8_resolution,
     _many_objects,
     _many_reads,
+    _large_groups,
     _large_class_sums,
 )

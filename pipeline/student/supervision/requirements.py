@@ -13,13 +13,14 @@ from pipeline.core.redaction import redact
 from pipeline.models import require_weights, selected_widths
 from pipeline.student.losses import CompositeLoss
 from pipeline.student.supervision.spec import SupervisionSpec
-from pipeline.tasks import Task, task_of
+from pipeline.tasks import Task, planned_outputs, task_of
 from schemas.config import CacheConfig, Config, TeacherModelConfig
 
 _CODES = {
     "logits": "cache.no-logits",
     "embeddings": "cache.no-embeddings",
     "class_means": "cache.no-class-means",
+    "tokens": "cache.no-tokens",
 }
 
 
@@ -84,7 +85,7 @@ class Requirement:
         if self.output in task.widths and self.output not in widths:
             raise _no_head(self, where="teacher.heads")
         # Whatever their width, the outputs are the same.
-        outputs = task.outputs(cache, dict.fromkeys((*widths, task.embedding), 1))
+        outputs = planned_outputs(task, cache, dict.fromkeys((*widths, task.embedding), 1), tokens=(1, 1))
         stored = [output.name for output in outputs if output.kind != "none"]
         if cache.class_means == "none" if self.output is None else self.output not in stored:
             raise ConfigError(

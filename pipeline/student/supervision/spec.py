@@ -20,7 +20,7 @@ from pipeline.tasks import DOMAIN, task_of
 from schemas.cache_format import Moments
 from schemas.config import Config, DataConfig, StudentConfig, ViewsConfig
 
-_TEACHER_KEYS = ("model", "kwargs", "mean", "std", "interpolation")
+_TEACHER_KEYS = ("model", "kwargs", "mean", "std", "interpolation", "tokens_layer")
 
 
 @dataclass(frozen=True, slots=True)
