@@ -21,6 +21,7 @@ from schemas.config.loss import (
     LossConfig,
     LossSection,
     ReviewKdLoss,
+    TokenLossSection,
 )
 from schemas.config.model import (
     Interpolation,
@@ -111,6 +112,7 @@ __all__ = [
     "StudentConfig",
     "TeacherConfig",
     "TeacherModelConfig",
+    "TokenLossSection",
     "TrainConfig",
     "Triple",
     "ViewsConfig",

@@ -170,6 +170,28 @@ class SmoothL1Loss(LossSection):
     )
 
 
+class TokenLossSection(LossSection):
+    """A loss on patch tokens."""
+
+    network_keys: ClassVar[frozenset[str]] = frozenset({"student_layer"})
+
+    student_layer: str = Field(
+        "norm", min_length=1, description="The student's layer whose positions are its tokens, in named_modules()."
+    )
+
+
+class TokenCosineLoss(TokenLossSection):
+    """1 - cosine of the student's and the teacher's patch tokens; needs cached tokens or an online teacher."""
+
+    name: Literal["token_cosine"]
+
+
+class TokenMseLoss(TokenLossSection):
+    """Mean squared difference of the student's and the teacher's patch tokens; needs the same."""
+
+    name: Literal["token_mse"]
+
+
 class SimilarityLoss(LossSection):
     """SEED, Fang 2021: similarities to the other rows of the batch, as probabilities; needs the same."""
 
@@ -196,6 +218,8 @@ LossConfig = Annotated[
     | MseLoss
     | SmoothL1Loss
     | SimilarityLoss
+    | TokenCosineLoss
+    | TokenMseLoss
     | ReviewKdLoss,
     Field(discriminator="name"),
 ]

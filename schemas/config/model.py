@@ -58,6 +58,9 @@ class TeacherModelConfig(ModelConfig):
     tokens_layer: str | None = Field(
         None, min_length=1, description="Layer whose positions are the patch tokens, in named_modules(); default norm."
     )
+    tokens_grid: int | None = Field(
+        None, ge=1, description="mode online: side of the grid to which tokens are pooled; null: that of the layer."
+    )
     class_means: str | None = Field(
         None, min_length=1, description="mode online, for nd: URL of a finished cache of this teacher with class means."
     )

@@ -19,7 +19,7 @@ from pipeline.tasks import task_of
 from pipeline.teacher.inference import Teacher, load_teacher
 from pipeline.teacher.numerics import check_gpu, pick_device, pin_numerics, visible_gpus
 from schemas.cache_format import Header
-from schemas.config import CacheConfig, Config
+from schemas.config import CacheConfig, Config, TeacherConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,17 +89,29 @@ def cache_config(config: Config) -> CacheConfig:
             expected="a member extension",
             next_step="set data.label, or cache.class_means=none",
         )
-    if config.teacher.tokens_layer is not None and cache.tokens == "none":
+    _check_tokens(config.teacher, cache)
+    # Fails before a teacher is loaded if an encoding needs more classes.
+    stored_outputs(task.outputs(cache, selected_widths(task.widths, config.teacher)))
+    return cache
+
+
+def _check_tokens(teacher: TeacherConfig, cache: CacheConfig) -> None:
+    if teacher.tokens_layer is not None and cache.tokens == "none":
         raise ConfigError(
             "this cache would store no patch tokens, and a layer is named for them",
             code="config.tokens-unused",
             where="teacher.tokens_layer",
-            got=f"{config.teacher.tokens_layer}, with cache.tokens=none",
+            got=f"{teacher.tokens_layer}, with cache.tokens=none",
             next_step="set cache.tokens=fp16, or remove teacher.tokens_layer",
         )
-    # Fails before a teacher is loaded if an encoding needs more classes.
-    stored_outputs(task.outputs(cache, selected_widths(task.widths, config.teacher)))
-    return cache
+    if teacher.tokens_grid not in (None, cache.tokens_grid):
+        raise ConfigError(
+            "this grid of patch tokens is not that of the cache",
+            code="config.tokens-unused",
+            where="teacher.tokens_grid",
+            got=f"{teacher.tokens_grid}, with cache.tokens_grid={cache.tokens_grid}",
+            next_step="set cache.tokens_grid: that of the teacher section is for teacher.mode=online",
+        )
 
 
 def prepare(config: Config) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from pipeline.student.losses.multilabel import bce, kd_multilabel
 from pipeline.student.losses.nd import ClassDirections, check_class_means, nd
 from pipeline.student.losses.registry import LOSSES, MULTILABEL_LOSSES
 from pipeline.student.losses.similarity import similarity
+from pipeline.student.losses.tokens import token_cosine, token_mse
 
 __all__ = [
     "LOSSES",
@@ -43,4 +44,6 @@ __all__ = [
     "sifn",
     "similarity",
     "smooth_l1",
+    "token_cosine",
+    "token_mse",
 ]

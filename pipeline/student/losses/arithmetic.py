@@ -11,6 +11,8 @@ from pipeline.core.errors import ModelError
 _MAX_LOGIT = 1e30
 # Squares of entries this large still sum within fp32 at any width.
 _MAX_ENTRY = 1e15
+MAX_SQUARED = 3e4
+"""fp16 can represent the gradient of a squared difference up to this size, if two entries share it."""
 MIN_NORM = 1e-4
 """A shorter embedding has no meaningful direction, and 1/norm would overflow an fp16 gradient."""
 
@@ -61,6 +63,11 @@ def check_same_shape(student: Tensor, teacher: Tensor, *, of: str, expected: str
             expected=expected,
             next_step=next_step,
         )
+
+
+def row_mean(loss_B: Tensor) -> Tensor:
+    """0 for a batch of no rows, on the graph."""
+    return loss_B.sum() / max(len(loss_B), 1)
 
 
 def is_labelled(labels_B: Tensor, mixed_labels_B: Tensor | None) -> Tensor:

@@ -15,8 +15,8 @@ from pipeline.core.errors import ConfigError, TrainingError
 from pipeline.student.data.teacher_outputs import Reads
 from pipeline.student.losses.inputs import PARAMETERS, LossInputs, Parameter, TeacherInputs
 from pipeline.student.losses.registry import BY_KIND
-from pipeline.tasks import EMBEDDING, HeadKind, Task, TaskHead
-from schemas.config import HeadLossSection, LossConfig
+from pipeline.tasks import EMBEDDING, TOKENS, HeadKind, Task, TaskHead
+from schemas.config import HeadLossSection, LossConfig, TokenLossSection
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -243,8 +243,8 @@ class CompositeLoss:
 
     @property
     def trains_head(self) -> bool:
-        """Some term reads a student output that is not the embedding; otherwise no head gets a gradient."""
-        return bool(self.student_outputs - {EMBEDDING})
+        """Some term reads a student output that is that of a head; otherwise no head gets a gradient."""
+        return bool(self.student_outputs - {EMBEDDING, TOKENS})
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -282,8 +282,15 @@ class CompositeLoss:
 
     @property
     def projected(self) -> tuple[str, ...]:
-        """The keys of the terms that take an output in a teacher's width, by separate projectors."""
-        return tuple(term.key for term in self._terms if term.names("projected output"))
+        """The keys of the terms that take the embedding in a teacher's width, by separate projectors."""
+        return tuple(term.key for term in self._terms if EMBEDDING in term.names("projected output"))
+
+    @property
+    def token_layers(self) -> dict[str, str]:
+        """The layer of the student's patch tokens, by the key of each term that compares them."""
+        return {
+            term.key: term.section.student_layer for term in self._terms if isinstance(term.section, TokenLossSection)
+        }
 
 
 def _keys(terms: Sequence[LossConfig]) -> list[str]:

@@ -6,11 +6,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.student.losses.arithmetic import MIN_NORM, check_same_shape, finite_embedding, no_autocast
+from pipeline.student.losses.arithmetic import (
+    MAX_SQUARED,
+    MIN_NORM,
+    check_same_shape,
+    finite_embedding,
+    no_autocast,
+    row_mean,
+)
 from pipeline.student.losses.registry import register
-
-# fp16 can represent the gradient of a squared difference up to this size, if two entries share it.
-_MAX_SQUARED = 3e4
 
 
 @register("cosine")
@@ -31,7 +35,7 @@ def cosine(student_BD: Tensor, teacher_BD: Tensor) -> Tensor:
     """
     with no_autocast(student_BD):
         student_BD, teacher_BD = _pair(student_BD, teacher_BD)
-        return _mean(1 - functional.cosine_similarity(student_BD, teacher_BD, dim=1, eps=MIN_NORM))
+        return row_mean(1 - functional.cosine_similarity(student_BD, teacher_BD, dim=1, eps=MIN_NORM))
 
 
 @register("mse")
@@ -52,8 +56,8 @@ def mse(student_BD: Tensor, teacher_BD: Tensor) -> Tensor:
     """
     with no_autocast(student_BD):
         student_BD, teacher_BD = _pair(student_BD, teacher_BD)
-        student_BD, teacher_BD = (side_BD.clamp(-_MAX_SQUARED, _MAX_SQUARED) for side_BD in (student_BD, teacher_BD))
-        return _mean(functional.mse_loss(student_BD, teacher_BD, reduction="none").mean(dim=1))
+        student_BD, teacher_BD = (side_BD.clamp(-MAX_SQUARED, MAX_SQUARED) for side_BD in (student_BD, teacher_BD))
+        return row_mean(functional.mse_loss(student_BD, teacher_BD, reduction="none").mean(dim=1))
 
 
 @register("smooth_l1")
@@ -76,7 +80,7 @@ def smooth_l1(student_BD: Tensor, teacher_BD: Tensor, *, beta: float = 1.0) -> T
     """
     with no_autocast(student_BD):
         student_BD, teacher_BD = _pair(student_BD, teacher_BD)
-        return _mean(functional.smooth_l1_loss(student_BD, teacher_BD, reduction="none", beta=beta).mean(dim=1))
+        return row_mean(functional.smooth_l1_loss(student_BD, teacher_BD, reduction="none", beta=beta).mean(dim=1))
 
 
 @register("sifn")
@@ -96,7 +100,7 @@ def sifn(embedding_BD: Tensor, *, increase: float = 1.0) -> Tensor:
     with no_autocast(embedding_BD):
         norm_B = torch.linalg.vector_norm(finite_embedding(embedding_BD), dim=1)
         # Norms are subtracted first: a small increase would be lost in a large norm.
-        return _mean((norm_B - norm_B.detach() - increase).square())
+        return row_mean((norm_B - norm_B.detach() - increase).square())
 
 
 def _pair(student_BD: Tensor, teacher_BD: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,7 +112,3 @@ def _pair(student_BD: Tensor, teacher_BD: Tensor) -> tuple[Tensor, Tensor]:
         next_step="project the student's embedding to the teacher's width",
     )
     return finite_embedding(student_BD), finite_embedding(teacher_BD.detach())
-
-
-def _mean(loss_B: Tensor) -> Tensor:
-    return loss_B.sum() / max(len(loss_B), 1)

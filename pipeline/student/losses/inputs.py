@@ -12,7 +12,7 @@ from pipeline.student.data.teacher_outputs import TeacherOutputs
 from pipeline.student.losses.dist import SumOverRanks
 from pipeline.student.losses.nd import ClassDirections
 from pipeline.student.losses.similarity import JoinOverRanks
-from pipeline.tasks import EMBEDDING, Task, TaskHead
+from pipeline.tasks import EMBEDDING, TOKENS, Task, TaskHead
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +22,8 @@ class TeacherInputs:
     Attributes:
         weight: factor of the losses of this teacher.
         standardized: outputs that losses take in this form, by name; nd takes the norms of ``outputs``.
-        projected: the student's embedding in this teacher's width, by the key of the term.
+        projected: by the key of the term, the student's embedding in this teacher's width, or its patch tokens on this
+            teacher's grid and in its width.
         class_directions: by the column of the classes.
         student_maps: [B,C,H,W] for each level, fused into the shapes of ``teacher_maps``.
     """
@@ -100,7 +101,7 @@ class Parameter:
             case "target" | "partner's target":
                 return self.name in {column.name for column in task.columns}
             case "student output" | "projected output" | "teacher output" | "teacher norm":
-                return self.name in {*task.widths, task.embedding}
+                return self.name in {*task.widths, task.embedding, TOKENS}
             case _:
                 return True
 
@@ -163,6 +164,8 @@ PARAMETERS: dict[str, Parameter] = {
     "join_over_ranks": Parameter("batch", "join_over_ranks"),
     "teacher_BK": Parameter("teacher output", None),
     "teacher_BD": Parameter("teacher output", EMBEDDING),
+    "student_BPD": Parameter("projected output", TOKENS),
+    "teacher_BPD": Parameter("teacher output", TOKENS),
     "teacher_norm_B": Parameter("teacher norm", EMBEDDING),
     "class_directions": Parameter("class directions", None),
     "student_maps": Parameter("teacher", "student_maps"),

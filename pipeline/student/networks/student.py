@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from pipeline.models import EmbeddingModel, forward_with_maps, register_map_hooks
+from pipeline.models import EmbeddingModel, FeatureMap, forward_with_maps, register_map_hooks
 from pipeline.student.networks.review import Review, ReviewPlan
+from pipeline.student.networks.tokens import TokenProjector
 from pipeline.tasks import EMBEDDING
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -19,7 +20,7 @@ class StudentOutputs(NamedTuple):
 
     Attributes:
         outputs: of the network, by name.
-        projected: by term, one embedding [B,Dt] for each teacher, in the teacher's width.
+        projected: by term, one embedding [B,Dt] for each teacher, in the teacher's width; or patch tokens [B,Pt,Dt].
         maps: one [B,C,H,W] for each level of ``review_kd``.
     """
 
@@ -36,6 +37,8 @@ class Student(nn.Module):
     Args:
         terms: keys of the loss terms that take the embedding in a teacher's width.
         teacher_dims: Dt of each teacher.
+        token_maps: the student's map whose positions are the patch tokens of a term, by its key.
+        teacher_tokens: (Pt, Dt) of each teacher; empty without such terms.
         review: the feature maps that ``review_kd`` compares; None: the loss section has no ``review_kd``.
     """
 
@@ -45,16 +48,24 @@ class Student(nn.Module):
         *,
         terms: Sequence[str] = (),
         teacher_dims: Sequence[int] = (),
+        token_maps: Mapping[str, FeatureMap] | None = None,
+        teacher_tokens: Sequence[tuple[int, int]] = (),
         review: ReviewPlan | None = None,
     ) -> None:
         super().__init__()
         self.model = model
+        self.token_maps = dict(token_maps or {})
         self.projectors = nn.ModuleDict(
             {key: nn.ModuleList(projector_for(model.embedding_dim, dim) for dim in teacher_dims) for key in terms}
+            | {
+                key: nn.ModuleList(TokenProjector(feature_map, shape) for shape in teacher_tokens)
+                for key, feature_map in self.token_maps.items()
+            }
         )
         self.review = None if review is None else Review(review)
-        if review is not None:
-            register_map_hooks(model.network, review.student)
+        self._review_maps = () if review is None else review.student
+        by_layer = {item.layer: item for item in (*self._review_maps, *self.token_maps.values())}
+        register_map_hooks(model.network, [*by_layer.values()])
 
     @property
     def min_rows(self) -> int:
@@ -62,18 +73,20 @@ class Student(nn.Module):
         return 2 if any(isinstance(module, BATCH_NORMS) and module.training for module in self.modules()) else 1
 
     def forward(self, images_BCHW: Tensor) -> StudentOutputs:
-        review = self.review
-        named = () if review is None else review.plan.student
+        review, num_levels = self.review, len(self._review_maps)
+        named = (*self._review_maps, *self.token_maps.values())
         outputs, maps = forward_with_maps(named, self.model, images_BCHW)
         embedding_BD = outputs[EMBEDDING]
         # Fused here and not in the loss: DDP expects all trained modules to run in this forward.
-        fused = () if review is None else review(review.plan.levels(maps, embedding_BD))
-        projected = {key: self._project(key, embedding_BD) for key in self.projectors}
+        fused = () if review is None else review(review.plan.levels(maps[:num_levels], embedding_BD))
+        features: dict[str, Tensor] = dict.fromkeys(self.projectors, embedding_BD)
+        features |= zip(self.token_maps, maps[num_levels:], strict=True)
+        projected = {key: self._project(key, tensor) for key, tensor in features.items()}
         return StudentOutputs(outputs, projected, fused)
 
-    def _project(self, key: str, embedding_BD: Tensor) -> tuple[Tensor, ...]:
+    def _project(self, key: str, features: Tensor) -> tuple[Tensor, ...]:
         projectors: Any = self.projectors[key]
-        return tuple(projector(embedding_BD) for projector in projectors)
+        return tuple(projector(features) for projector in projectors)
 
 
 def projector_for(student_dim: int, teacher_dim: int) -> nn.Module:

@@ -15,9 +15,9 @@ from pipeline.student.losses.dist import MIN_LABELS
 from pipeline.student.supervision.class_frequencies import counts_by_head
 from pipeline.student.supervision.spec import SupervisionSpec
 from pipeline.student.supervision.two_classes import REASONS, two_class_heads
-from pipeline.tasks import TaskHead, task_of
+from pipeline.tasks import TOKENS, TaskHead, task_of
 from schemas.cache_format import Header, Statistics
-from schemas.config import Config, DistLoss, LossConfig
+from schemas.config import Config, DistLoss, LossConfig, TokenLossSection
 
 # The smallest ratio of long-tailed benchmarks.
 _STRONG_IMBALANCE = 10
@@ -28,6 +28,8 @@ _NUM_NAMED = 5
 
 # A student ends some tenths of a nat, or of correlation, away from its teacher; a hundredth is a few per cent of that.
 _MAX_DISTANCE = 0.01
+# 2.6 degrees between the stored token and the teacher's.
+_MIN_TOKEN_COSINE = 0.999
 _BETTER = {"topk": "int8", "int4": "int8", "int8": "fp16", "fp16": "fp32"}
 
 
@@ -153,7 +155,22 @@ def fidelity_warnings(header: Header, statistics: Statistics, losses: Sequence[L
     """
     if not statistics.fidelity_rows:
         return []
-    return [text for loss in losses if loss.weight and (text := _fidelity_warning(header, statistics, loss))]
+    checks = (_fidelity_warning, _token_warning)
+    texts = [check(header, statistics, loss) for loss in losses if loss.weight for check in checks]
+    return [text for text in texts if text is not None]
+
+
+def _token_warning(header: Header, statistics: Statistics, loss: LossConfig) -> str | None:
+    """A dimension with large numbers takes the levels of int8 from all others."""
+    if not isinstance(loss, TokenLossSection) or header.output(TOKENS) is None:
+        return None
+    cosine, encoding = statistics.token_cosine_sum / statistics.fidelity_rows, str(header.teacher["tokens"])
+    if cosine >= _MIN_TOKEN_COSINE:
+        return None
+    return (
+        f"{loss.name}: tokens in {encoding} have a mean cosine of {cosine:.4f} to the teacher's, below "
+        f"{_MIN_TOKEN_COSINE}; cache.tokens={_BETTER[encoding]} is closer"
+    )
 
 
 def _fidelity_warning(header: Header, statistics: Statistics, loss: LossConfig) -> str | None:

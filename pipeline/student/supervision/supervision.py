@@ -18,7 +18,8 @@ from pipeline.student.supervision.class_means import cached_means, check_same_te
 from pipeline.student.supervision.requirements import check_cached_outputs, check_online_class_means
 from pipeline.student.supervision.spec import SupervisionSpec, teacher_sizes
 from pipeline.student.supervision.standardization import Standardizer, standardizers_of
-from pipeline.tasks import task_of
+from pipeline.student.supervision.tokens import token_requests
+from pipeline.tasks import TOKENS, task_of
 from pipeline.teacher.inference import Teacher, load_teacher
 from schemas.config import Config
 
@@ -31,6 +32,7 @@ class Supervision:
         teachers: the online ones; empty where outputs come from caches, or there is no teacher.
         class_directions: of each teacher, by the column of the classes; those that the loss needs.
         teacher_dims: widths D of the teachers' embeddings.
+        teacher_tokens: (P, D) of the teachers' patch tokens; empty if the loss needs none.
         class_counts: how many training rows each class has, [K] by the column of the classes, where priors or weights
             of rows need it.
         log_priors: logarithms of the classes' frequencies by their column; those that the loss needs.
@@ -48,6 +50,7 @@ class Supervision:
     log_priors: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     standardizers: tuple[Standardizer | None, ...] = ()
     weights: tuple[float, ...] = ()
+    teacher_tokens: tuple[tuple[int, int], ...] = ()
 
 
 def open_supervision(
@@ -92,7 +95,7 @@ def _open(
     check_any_labelled(source, loss.targets)
     if config.teacher.mode == "none":
         return Supervision(spec, source, (), (), ())
-    teachers = _load_teachers(config, spec, device) if teachers is None else tuple(teachers)
+    teachers = _load_teachers(config, spec, loss, device) if teachers is None else tuple(teachers)
     return _online_supervision(config, spec, source, loss, teachers, device)
 
 
@@ -101,9 +104,12 @@ def required_targets(config: Config, loss: CompositeLoss) -> tuple[str, ...]:
     return loss.targets if config.data.missing_labels == "refuse" else ()
 
 
-def _load_teachers(config: Config, spec: SupervisionSpec, device: torch.device) -> tuple[Teacher, ...]:
+def _load_teachers(
+    config: Config, spec: SupervisionSpec, loss: CompositeLoss, device: torch.device
+) -> tuple[Teacher, ...]:
+    widths, requests = task_of(spec.data).widths, token_requests(config, loss)
     return tuple(
-        load_teacher(section, widths=task_of(spec.data).widths, size=size, device=device, where=name)
+        load_teacher(section, widths=widths, size=size, device=device, where=name, tokens=requests.get(name))
         for (name, section), size in zip(config.teacher.models.items(), teacher_sizes(config), strict=True)
     )
 
@@ -125,7 +131,8 @@ def _online_supervision(
         if cache is not None:
             check_same_teacher(cache, teacher, f"{name}.moments")
     widths = tuple(teacher.module.embedding_dim for teacher in teachers)
-    return Supervision(spec, source, teachers, directions, widths)
+    tokens = tuple(teacher.tokens.shape for teacher in teachers if teacher.tokens is not None)
+    return Supervision(spec, source, teachers, directions, widths, teacher_tokens=tokens)
 
 
 def _cached_supervision(spec: SupervisionSpec, loss: CompositeLoss, device: torch.device) -> Supervision:
@@ -136,7 +143,9 @@ def _cached_supervision(spec: SupervisionSpec, loss: CompositeLoss, device: torc
     heads = loss.heads_of_class_means
     directions = tuple(_directions(cached_means(cache, source, heads), device) for cache in spec.caches)
     widths = tuple(cache.header.embedding_dim for cache in spec.caches)
-    return Supervision(spec, source, (), directions, widths, canaries)
+    outputs = [cache.header.output(TOKENS) for cache in spec.caches if TOKENS in loss.teacher_outputs]
+    tokens = tuple((output.shape[0], output.shape[1]) for output in outputs if output is not None)
+    return Supervision(spec, source, (), directions, widths, canaries, teacher_tokens=tokens)
 
 
 def _directions(means: Mapping[str, Tensor], device: torch.device) -> dict[str, ClassDirections]:

@@ -20,6 +20,7 @@ from pipeline.student.evaluation.reference_images import check_reference
 from pipeline.student.losses import CompositeLoss
 from pipeline.student.networks.freeze import freeze
 from pipeline.student.networks.review import plan_review, review_section
+from pipeline.student.networks.tokens import token_maps
 from pipeline.student.supervision.requirements import (
     check_cached_outputs,
     check_online_class_means,
@@ -27,6 +28,7 @@ from pipeline.student.supervision.requirements import (
     check_teacher_mode,
 )
 from pipeline.student.supervision.spec import SupervisionSpec, resolve_spec, student_views, teacher_sizes
+from pipeline.student.supervision.tokens import check_token_keys, token_requests
 from pipeline.student.supervision.two_classes import check_two_classes
 from pipeline.student.training.teacher_checks import check_standardized, check_teacher_keys
 from pipeline.tasks import task_of
@@ -34,7 +36,10 @@ from schemas.config import Config, DataConfig
 
 _LOOK_UPS = 16
 # A teacher's outputs depend on these keys and the input size.
-_OUTPUT_KEYS = {"model", "kwargs", "weights", "mean", "std", "interpolation", "precision"}
+_OUTPUT_KEYS = {
+    *("model", "kwargs", "weights", "mean", "std", "interpolation", "precision"),
+    *("tokens_layer", "tokens_grid"),
+}
 
 
 def check_config(config: Config) -> str:
@@ -61,6 +66,7 @@ def check_config(config: Config) -> str:
         check_teacher_mode(config, CompositeLoss(config.loss, task_of(config.data), where="loss"))
         _check_others(config)
     check_teacher_keys(config)
+    check_token_keys(config)
     assert config.run is not None
     if config.run.url in (*config.data.caches, config.cache.url if config.cache else None):
         raise ConfigError(
@@ -232,7 +238,7 @@ def check_training(config: Config) -> list[str]:
     check_cached_outputs(loss, spec.caches)
     check_online_class_means(config, loss, spec)
     check_standardized(config, loss)
-    _check_layers(config, _check_student(config, spec.data, spec.size))
+    _check_layers(config, spec.data, _check_student(config, spec.data, spec.size))
     _check_val_shards(config)
     return _check_teacher_weights(config, spec)
 
@@ -285,7 +291,7 @@ def check_distillation(config: Config) -> None:
     assert config.run is not None, "ensured by check_plan"
     check_two_classes(CompositeLoss(config.loss, task_of(config.data), where="loss"), run_url=config.run.url)
     student_views(config, config.views)
-    _check_layers(config, _check_student(config, config.data, config.views.size))
+    _check_layers(config, config.data, _check_student(config, config.data, config.views.size))
     _check_val_shards(config)
 
 
@@ -318,13 +324,21 @@ def _check_student(config: Config, data: DataConfig, size: int | None) -> Loaded
     return loaded
 
 
-def _check_layers(config: Config, student: LoadedModel) -> None:
-    """Both networks have maps at the layers of ``review_kd``; weights do not matter."""
-    section = review_section(config.loss)
-    if section is None:
-        return
-    teacher = load_untrained(config.teacher, widths=task_of(config.data).widths, size=config.views.size)
-    plan_review(section, student, teacher)
+def _check_layers(config: Config, data: DataConfig, student: LoadedModel) -> None:
+    """Both networks have maps at the layers of ``review_kd``, and patch tokens for losses on them; weights do not
+    matter."""
+    task, section = task_of(data), review_section(config.loss)
+    loss = CompositeLoss(config.loss, task, where="loss")
+    token_maps(loss.token_layers, student)
+    requests = token_requests(config, loss)
+    for (name, teacher), size in zip(config.teacher.models.items(), teacher_sizes(config), strict=True):
+        if section is None and name not in requests:
+            continue
+        untrained = load_untrained(teacher, widths=task.widths, size=size)
+        if section is not None:
+            plan_review(section, student, untrained)
+        if name in requests:
+            requests[name].plan(untrained)
 
 
 def _check_val_shards(config: Config) -> None:

@@ -25,6 +25,7 @@ from pipeline.student.losses import CompositeLoss
 from pipeline.student.networks.freeze import freeze
 from pipeline.student.networks.review import ReviewPlan, plan_review, review_section
 from pipeline.student.networks.student import Student
+from pipeline.student.networks.tokens import token_maps
 from pipeline.student.supervision.class_frequencies import RowWeights, balanced_head
 from pipeline.student.supervision.spec import SupervisionSpec, resolve_spec
 from pipeline.student.supervision.supervision import Supervision, open_supervision, required_targets
@@ -177,10 +178,17 @@ def build_student(config: Config, supervision: Supervision, loss: CompositeLoss,
         where="student",
         allow_new_head=True,
     )
-    review = _review(config, loaded, supervision.teachers)
+    review, maps = _review(config, loaded, supervision.teachers), token_maps(loss.token_layers, loaded)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
-        student = Student(loaded.module, terms=loss.projected, teacher_dims=supervision.teacher_dims, review=review)
+        student = Student(
+            loaded.module,
+            terms=loss.projected,
+            teacher_dims=supervision.teacher_dims,
+            token_maps=maps,
+            teacher_tokens=supervision.teacher_tokens,
+            review=review,
+        )
     unsafe_layers = unsafe_in_channels_last(student, device)
     channels_last = not unsafe_layers if config.train.channels_last is None else config.train.channels_last
     move_to_device(student.train(), device, channels_last=channels_last)

@@ -68,11 +68,15 @@ def loss_inputs(
 
 
 def teacher_outputs(
-    logits: dict[float | None, Tensor], norm_B: Tensor | None = None, embedding_BD: Tensor | None = None
+    logits: dict[float | None, Tensor],
+    norm_B: Tensor | None = None,
+    embedding_BD: Tensor | None = None,
+    tokens_BPD: Tensor | None = None,
 ) -> TeacherOutputs:
     """Of classification, from logits by temperature."""
-    embedding = {} if embedding_BD is None else {("embedding", None): embedding_BD}
-    return TeacherOutputs({**{("logits", key): value for key, value in logits.items()}, **embedding}, norm_B)
+    others = {("embedding", None): embedding_BD, ("tokens", None): tokens_BPD}
+    given = {key: value for key, value in others.items() if value is not None}
+    return TeacherOutputs({**{("logits", key): value for key, value in logits.items()}, **given}, norm_B)
 
 
 def batch_share(*, num_labelled: int | Tensor, num_labelled_global: int | Tensor, **others: Any) -> BatchShare:
@@ -118,13 +122,20 @@ def _maps(logits_BK: Tensor) -> list[Tensor]:
     return [level_BK11 * torch.tensor([-1, 0.5, 1, 0.25, 0]).expand(5, 5).to(logits_BK), level_BK11]
 
 
-# By parameter, from logits of student and teacher; losses on embeddings or maps take the logits for these.
+def _tokens(logits_BK: Tensor) -> Tensor:
+    """Two positions with these numbers, one of them with the opposite sign."""
+    return torch.stack([logits_BK, -logits_BK], dim=1)
+
+
+# By parameter, from logits of student and teacher; losses on embeddings, tokens or maps take the logits for these.
 _INPUTS: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
     "student_BK": lambda student, _teacher, _labels: student,
     "student_BD": lambda student, _teacher, _labels: student,
     "embedding_BD": lambda student, _teacher, _labels: student,
     "teacher_BK": lambda _student, teacher, _labels: teacher,
     "teacher_BD": lambda _student, teacher, _labels: teacher,
+    "student_BPD": lambda student, _teacher, _labels: _tokens(student),
+    "teacher_BPD": lambda _student, teacher, _labels: _tokens(teacher),
     "teacher_norm_B": lambda _student, teacher, _labels: teacher.float().norm(dim=1),
     "class_directions": lambda student, _teacher, _labels: _class_directions(student),
     "student_maps": lambda student, _teacher, _labels: _maps(student),

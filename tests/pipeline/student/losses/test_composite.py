@@ -58,7 +58,10 @@ DKD_PLUS_PLUS = [
 ]
 DIST = {"name": "dist", "weight": 2.0, "temperature": 4.0, "inter_weight": 0.25, "intra_weight": 3.0}
 DIST_PLUS_PLUS = [CE, DIST, {"name": "nd"}]
-OTHER_LOSSES = [{"name": "hard"}, {"name": "sifn", "increase": 0.5}, {"name": "cosine"}, {"name": "mse"}]
+OTHER_LOSSES = [
+    *({"name": name} for name in ("hard", "cosine", "mse", "token_cosine", "token_mse")),
+    {"name": "sifn", "increase": 0.5},
+]
 PROJECTED = ("nd", "cosine", "mse", "smooth_l1")
 
 
@@ -100,9 +103,13 @@ class GlobalBatch:
             teachers=(
                 TeacherInputs(
                     outputs=teacher_outputs(
-                        {None: self.teacher_BK[rows]}, self.teacher_BD[rows].norm(dim=1), self.teacher_BD[rows]
+                        {None: self.teacher_BK[rows]},
+                        self.teacher_BD[rows].norm(dim=1),
+                        self.teacher_BD[rows],
+                        _as_tokens(self.teacher_BD[rows]),
                     ),
-                    projected=dict.fromkeys(PROJECTED, student_BN[:, K:]),
+                    projected=dict.fromkeys(PROJECTED, student_BN[:, K:])
+                    | dict.fromkeys(("token_cosine", "token_mse"), _as_tokens(student_BN[:, K:])),
                     class_directions={"label": ClassDirections.of(self.class_means_KD)},
                     student_maps=_as_maps(student_BN),
                     teacher_maps=_as_maps(self.teacher_BK[rows]),
@@ -121,6 +128,11 @@ def _partners(rows_BN: Tensor) -> Tensor:
 def _as_maps(x_BN: Tensor) -> tuple[Tensor, Tensor]:
     """The first numbers of each row as a level of four positions and one of one."""
     return x_BN[:, :4].reshape(-1, 1, 2, 2), x_BN[:, :3, None, None]
+
+
+def _as_tokens(x_BD: Tensor) -> Tensor:
+    """Two positions: each row, and the same with zeros in its second half."""
+    return torch.stack([x_BD, x_BD * (torch.arange(D) < D // 2)], dim=1)
 
 
 def gradient(loss: CompositeLoss, batch: GlobalBatch, sizes: Sequence[int]) -> Tensor:
@@ -324,11 +336,11 @@ def test_each_loss_on_embeddings_takes_the_embedding_of_its_projector() -> None:
     (teacher,) = batch.teachers
     batch = replace(
         batch,
-        teachers=(replace(teacher, projected=projected),),
+        teachers=(replace(teacher, projected={**teacher.projected, **projected}),),
         outputs={"logits": torch.ones(6, K), "embedding": torch.ones(6, 2)},
     )
     loss = compose(*OTHER_LOSSES, {"name": "nd"})
-    assert loss.projected == ("cosine", "mse", "nd")
+    assert (loss.projected, [*loss.token_layers]) == (("cosine", "mse", "nd"), ["token_cosine", "token_mse"])
     _, values = loss(batch, one_rank(batch), epoch=0)
     torch.testing.assert_close(values["cosine"], cosine(projected["cosine"], teacher.outputs.at("embedding")))
     torch.testing.assert_close(values["mse"], mse(projected["mse"], teacher.outputs.at("embedding")))
@@ -431,6 +443,8 @@ def test_logits_that_no_term_reads_get_a_zero_gradient_whatever_they_are() -> No
         ("sifn", set[str]()),
         ("similarity", {"embedding"}),
         ("smooth_l1", {"embedding", "projector"}),
+        ("token_cosine", {"tokens"}),
+        ("token_mse", {"tokens"}),
     ],
 )
 def test_a_loss_declares_what_it_needs(name: str, needs: set[str]) -> None:

@@ -20,7 +20,7 @@ from pipeline.student.supervision.class_frequencies import counts_by_head
 from pipeline.student.supervision.loss_warnings import fidelity_warnings, loss_warnings
 from pipeline.student.supervision.spec import resolve_spec
 from pipeline.student.training.trainer import train
-from schemas.cache_format import Header, Statistics
+from schemas.cache_format import Header, Output, Statistics
 from schemas.config import Config, LossConfig
 from tests.pipeline.caches import TinyCache, build, cache_section, digit_samples
 from tests.pipeline.conftest import TinyConfig
@@ -173,10 +173,23 @@ def test_a_loss_of_no_weight_no_measured_rows_and_no_logits_warn_of_nothing(head
     assert fidelity_warnings(bare, Statistics(fidelity_rows=1, kl_sum=KL), kd) == []
 
 
+def test_tokens_far_from_the_teachers_are_named_with_a_better_encoding(header: Header) -> None:
+    tokens = Output(name="tokens", shape=(4, 3), dtype="uint8", encoding="int8", fields=())
+    named = header.model_copy(
+        update={"teacher": {**header.teacher, "tokens": "int8"}, "outputs": (*header.outputs, tokens)}
+    )
+    losses = SECTIONS.validate_python([{"name": "token_mse"}, {"name": "cosine"}])
+    far, near = (Statistics(fidelity_rows=200, token_cosine_sum=200 * cosine) for cosine in (0.996, 0.9995))
+    (text,) = fidelity_warnings(named, far, losses)
+    assert all(part in text for part in ("token_mse", "0.9960", "cache.tokens=fp16"))
+    assert fidelity_warnings(named, near, losses) == fidelity_warnings(named, far, losses[1:]) == []
+
+
 def test_a_training_warns_once_before_its_first_step(tiny_config: TinyConfig, tmp_path: Path) -> None:
     # One of the 35 digits is measured. The teacher has large logits, so that a single logit of ten changes little.
-    network = resnet(10, 8, (4, 4, 6, 7))
-    with torch.no_grad():
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        network = resnet(10, 8, (4, 4, 6, 7))
         network.fc.weight.mul_(30)
     save_file(network.state_dict(), tmp_path / "loud.safetensors")
     config = tiny_config(

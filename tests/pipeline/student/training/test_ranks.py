@@ -114,12 +114,20 @@ def test_two_ranks_train_as_one_process(replays: Replay, wide_caches: Replay, tm
     caches = replays("function_matching"), wide_caches("function_matching")
     train(online(tmp_path / "two-teachers-alone", *caches, **keys))
     two.append(online(tmp_path / "two-teachers", *caches, **keys, **ranks))
+    tokens = {
+        **keys,
+        "loss": [{"name": "token_cosine", "student_layer": "conv1"}, {"name": "token_mse", "student_layer": "conv2"}],
+        "teacher": {"tokens_layer": "layer2", "tokens_grid": 4, "mode": "online"},
+    }
+    train(online(tmp_path / "tokens-alone", replays("function_matching"), **tokens))
+    two.append(online(tmp_path / "tokens", replays("function_matching"), **tokens, **ranks))
     # BatchNorm has separate statistics on each rank; both evaluate with those of the checkpoint.
     normalised = {**keys, "student": NORMALISED, "data": {"val_shards": shards}}
     normalised["train"] = {**keys["train"], "global_batch_size": 12}
     train_with_two_ranks([*two, run_config(base, tmp_path / "normalised", **normalised, **ranks)], tmp_path)
 
-    pairs = {"resumed": "alone"} | {name: f"{name}-alone" for name in ("untrained-head", "two-teachers", "gathered")}
+    names = ("untrained-head", "two-teachers", "tokens", "gathered")
+    pairs = {"resumed": "alone"} | {name: f"{name}-alone" for name in names}
     for name, alone_name in pairs.items():
         error = ulps(10 * STEEP) if name == "gathered" else training_error(alone, 10)
         assert_weights_close(state_of(tmp_path / name)["model"], state_of(tmp_path / alone_name)["model"], error)
