@@ -187,7 +187,7 @@ class Statistics(Record):
     argmax_flips: int = 0
     embedding_cosine_sum: float = 0.0
     token_cosine_sum: float = Field(
-        0.0,
+        default=0.0,
         description="Mean over a row's patch tokens, summed over the sampled rows; without tokens, not in the record.",
     )
     sums: dict[str, float] = Field(

@@ -14,7 +14,7 @@ from pipeline.core.errors import ConfigError
 from pipeline.student.data.batch import Batch
 from pipeline.student.data.batch_summary import Summarised
 from pipeline.student.data.teacher_outputs import TeacherOutputs
-from pipeline.tasks import EMBEDDING, TaskHead
+from pipeline.tasks import EMBEDDING, TOKENS, TaskHead
 from pipeline.tasks.classification import LABEL, LOGITS
 
 
@@ -137,6 +137,25 @@ class CachedBatch(Summarised):
                 next_step="open the dataset with embeddings=True; the cache needs cache.embeddings other than none",
             )
         return embedding_BD
+
+    def teacher_tokens(self, *, teacher: int = 0) -> Tensor:
+        """float32 [B,P,D]: the teacher's patch tokens, in the order of pixels on its square grid.
+
+        Args:
+            teacher: position in the list of caches.
+
+        Raises:
+            ConfigError: the dataset was opened without them.
+        """
+        tokens_BPD = self.rows.teacher_outputs[teacher].at(TOKENS)
+        if tokens_BPD is None:
+            raise ConfigError(
+                "there are no patch tokens of this teacher in the batch",
+                code="cache.tokens-not-read",
+                where="teacher_tokens",
+                next_step="open the dataset with tokens=True; the cache needs cache.tokens other than none",
+            )
+        return tokens_BPD
 
     def teacher_norms(self, *, teacher: int = 0) -> Tensor:
         """float32 [B]: norms of the teacher's embeddings, an input of ``nd``."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
+from pipeline.cache.format.codec import config_key
 from pipeline.cache.read.reader import open_cache
 from pipeline.core.config_loading import build_section, require
 from pipeline.core.errors import ConfigError, OrderError
@@ -26,7 +28,7 @@ from pipeline.student.supervision.canaries import check_canaries
 from pipeline.student.supervision.class_means import cached_means
 from pipeline.student.supervision.requirements import CLASS_MEANS, Requirement
 from pipeline.student.supervision.spec import SupervisionSpec, spec_of_caches
-from pipeline.tasks import EMBEDDING, Task, task_of
+from pipeline.tasks import EMBEDDING, TOKENS, Task, task_of
 from schemas.config import DataConfig, Interpolation, Section, StudentConfig, TrainConfig, Triple
 
 
@@ -69,6 +71,7 @@ class CachedDataset(Dataset[CachedBatch]):
         std: Triple | None = None,
         temperatures: Sequence[float] = (1.0,),
         embeddings: bool = False,
+        tokens: bool = False,
         require_labels: bool = False,
         verify_canaries: bool = True,
         allow_pixel_drift: int = 0,
@@ -87,6 +90,7 @@ class CachedDataset(Dataset[CachedBatch]):
             mean, std: per channel, of [0,1] RGB, for ``CachedBatch.images``; default: the teacher's.
             temperatures: at which ``topk`` logits are decoded; other encodings need no list. Empty: decode no logits.
             embeddings: whether to read the teachers' embeddings, for ``CachedBatch.teacher_embeddings``.
+            tokens: whether to read the teachers' patch tokens, for ``CachedBatch.teacher_tokens``.
             require_labels: whether a row without a label is an error.
             verify_canaries: False starts sooner, but a different decoder or resize goes unnoticed.
 
@@ -104,9 +108,10 @@ class CachedDataset(Dataset[CachedBatch]):
         _check_temperatures(temperatures)
         caches = tuple(open_cache(url) for url in options.data.caches)
         self._spec = spec_of_caches(caches, options.data, options.student)
-        reads = _reads(task_of(self._spec.data), temperatures, embeddings=embeddings)
-        for opened in caches if embeddings else ():
-            Requirement.of_output(EMBEDDING, remedy="set embeddings=False").check_stored(opened)
+        others = [name for name, is_read in ((EMBEDDING, embeddings), (TOKENS, tokens)) if is_read]
+        reads = _reads(task_of(self._spec.data), temperatures, others)
+        for opened, name in product(caches, others):
+            Requirement.of_output(name, remedy=f"set {config_key(name)}=False").check_stored(opened)
         self._source = _open_rows(self._spec, reads, verify_canaries=verify_canaries, require_labels=require_labels)
         self._order = _checked_order(options.train, self._spec, self._source, world_size)
         self._input = _input_spec(options.student, self._spec)
@@ -289,9 +294,9 @@ def _check_temperatures(temperatures: Sequence[float]) -> None:
         )
 
 
-def _reads(task: Task, temperatures: Sequence[float], *, embeddings: bool) -> Reads:
+def _reads(task: Task, temperatures: Sequence[float], others: Iterable[str]) -> Reads:
     logits = {head.output: tuple(temperatures) for head in task.heads} if temperatures else {}
-    return {**logits, EMBEDDING: (1.0,)} if embeddings else logits
+    return {**logits, **dict.fromkeys(others, (1.0,))}
 
 
 def _required(source: RowSource, *, require_labels: bool) -> list[str]:

@@ -14,6 +14,7 @@ from pipeline.models import random_weights_warnings
 from pipeline.shards.index import index_settings
 from pipeline.shards.labels import label_warning
 from pipeline.tasks import task_of
+from pipeline.teacher.tokens import DEFAULT_LAYER
 
 _MANY_CLASSES = 1000
 _MANY_OBJECTS = 1_000_000
@@ -45,6 +46,10 @@ def _different_header(inputs: PlanInputs, _: CachePlan) -> str | None:
         del expected["class_means"]
     if cache.tokens != "none" or "tokens" in header.teacher:
         expected["tokens"] = cache.tokens
+    if cache.tokens != "none":
+        expected["tokens_layer"] = teacher.tokens_layer or DEFAULT_LAYER
+    if cache.tokens_grid is not None:
+        expected["tokens_grid"] = cache.tokens_grid
     changed = [
         *differences(header.views, views_body(inputs.config.views), "views."),
         *differences({key: header.teacher.get(key, "none") for key in expected}, expected, "teacher."),

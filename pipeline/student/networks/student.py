@@ -76,7 +76,7 @@ class Student(nn.Module):
         review, num_levels = self.review, len(self._review_maps)
         named = (*self._review_maps, *self.token_maps.values())
         outputs, maps = forward_with_maps(named, self.model, images_BCHW)
-        embedding_BD = outputs[EMBEDDING]
+        embedding_BD: Tensor = outputs[EMBEDDING]
         # Fused here and not in the loss: DDP expects all trained modules to run in this forward.
         fused = () if review is None else review(review.plan.levels(maps[:num_levels], embedding_BD))
         features: dict[str, Tensor] = dict.fromkeys(self.projectors, embedding_BD)

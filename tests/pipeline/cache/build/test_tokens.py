@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,15 @@ def test_a_plan_knows_the_bytes_of_tokens_without_the_weights(
         inputs = collect_plan_inputs(config, cache_config(config), urls, sizes, commits)
         inputs = resolve_embedding_dim(inputs)
         assert plan_size(inputs).outputs == {"logits": 40, "embedding": 28, "tokens": 4 * 16 * 6}
+    for changes, named in (
+        ({"teacher": {"tokens_layer": "layer1"}}, "teacher.tokens_layer: layer2 -> layer1"),
+        ({"cache": {"tokens_grid": 2}}, "teacher.tokens_grid: 4 -> 2"),
+        ({"cache": {"tokens": "fp16"}}, "teacher.tokens: fp32 -> fp16"),
+    ):
+        other = tokens_config(tiny_config, **{**changes, "cache": {"url": exact.url, **changes.get("cache", {})}})
+        changed = replace(inputs, config=other, cache=cache_config(other))
+        assert any(named in warning for warning in plan_warnings(changed, plan_cache(changed)))
+    assert not any("another config" in warning for warning in plan_warnings(inputs, plan_cache(inputs)))
     large = tokens_config(tiny_config, views={"kind": "crop", "count": 500, "mix_group": 40_000})
     cache = cache_config(large).model_copy(update={"views_per_part": 500})
     inputs = resolve_embedding_dim(collect_plan_inputs(large, cache, urls, sizes, []))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pipeline.cache.read.reader import open_cache
 from pipeline.core.errors import ConfigError, ModelError
+from pipeline.student.cached_dataset import CachedDataset
 from pipeline.student.training.config_checks import check_distillation, check_training, training_of
 from schemas.config import Config
 from tests.errors import raises
@@ -110,6 +113,40 @@ def test_a_run_resumes_bitwise(caches: dict[str, TinyCache], tmp_path: Path, mon
     check_resume(config, tmp_path, stop=("step", 7), first_step=5)
     losses = [record["loss"] for record in metrics(tmp_path / "stopped")]
     assert losses[-1] < losses[0]
+
+
+def test_tokens_and_feature_maps_of_one_layer_are_taken_in_one_forward(
+    caches: dict[str, TinyCache], tmp_path: Path
+) -> None:
+    """The first step's losses on tokens do not change where ``review_kd`` takes maps of the same layers too."""
+    layers = {"student_layers": ["conv1", "conv2"], "teacher_layers": ["layer1", "layer2"], "mid_channels": 4}
+    tokens, review = LOSS[:2], {"name": "review_kd", "embedding": False, **layers}
+    run(online_of(caches["deep"], tmp_path / "tokens", loss=tokens, train={"epochs": 1}))
+    run(online_of(caches["deep"], tmp_path / "both", loss=[*tokens, review], train={"epochs": 1}))
+    alone, both = (metrics(tmp_path / name)[0] for name in ("tokens", "both"))
+    assert both["loss/review_kd"] > 0
+    assert {name: both[name] for name in ("loss/token_cosine", "loss/token_mse")} == {
+        name: value for name, value in alone.items() if name.startswith("loss/token")
+    }
+
+
+def test_a_dataset_for_other_loops_has_the_cached_tokens(caches: dict[str, TinyCache], built_cache: TinyCache) -> None:
+    options: dict[str, Any] = {"global_batch_size": 8, "tail": "short", "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    cache = open_cache(caches["int8"].url)
+    stored = {
+        f"{shard.shard_id}/{key.as_py()}": row
+        for shard in cache.shards
+        for key, row in zip(cache.index(shard).keys, cache.view(shard.shard_id, 1).decoded("tokens"), strict=True)
+    }
+    with closing(CachedDataset(caches["int8"].url, epoch=1, tokens=True, **options)) as dataset:
+        batch = dataset[0]
+    assert batch.teacher_tokens().shape == (8, 16, 6)
+    for name, tokens_PD in zip(batch.sample_ids, batch.teacher_tokens(), strict=True):
+        np.testing.assert_array_equal(tokens_PD, stored[name])
+    with raises("cache.no-tokens", ConfigError):
+        CachedDataset(built_cache.url, tokens=True, **options)
+    with closing(CachedDataset(caches["int8"].url, **options)) as dataset, raises("cache.tokens-not-read", ConfigError):
+        dataset[0].teacher_tokens()
 
 
 def test_what_does_not_fit_is_refused_before_the_first_step(
