@@ -22,6 +22,7 @@ from tests.benchmarks import (
     nodes,
     scale,
     step,
+    token_fidelity,
     view_options,
 )
 from tests.benchmarks.timing import CIFAR, SHARED, machine
@@ -42,6 +43,7 @@ BENCHMARKS = {
     "nodes": ("A build over two nodes of one CPU against one", nodes.run, None),
     "scale": ("What is done once for each shard, 1,000 and 10,000 of them", scale.run, None),
     "step": ("A training step: cached against labels alone, online against its parts", step.run, SHARED),
+    "token_fidelity": ("Fidelity of stored patch tokens", token_fidelity.run, None),
     "view_options": ("Options of views", view_options.run, SHARED),
 }
 

@@ -53,6 +53,9 @@ def loss_warnings(
         for _, section, head in two_class_heads(loss)
     ]
     texts += _few_labels(loss)
+    if config.teacher.standardizes and loss.token_layers:
+        named = ", ".join(loss.token_layers)
+        texts.append(f"teacher.standardize applies to the embedding alone, so {named} compares tokens as they are")
     texts += _absent_priors(class_counts, loss)
     terms = [(section, heads) for section, heads in loss.heads_by_term if isinstance(section, DistLoss)]
     by_head: dict[TaskHead, list[DistLoss]] = {}

@@ -147,10 +147,12 @@ def test_a_dinov2_architecture_teaches_a_small_network(built_cache: TinyCache, t
     teacher = {"model": "timm/vit_small_patch14_dinov2", "kwargs": {"img_size": 28}, "mean": None, "std": None}
     config = embedding_config(
         built_cache.config,
-        cache={"url": str(tmp_path / "cache")},
+        cache={"url": str(tmp_path / "cache"), "tokens": "int8", "tokens_grid": 1},
         teacher=teacher,
         views={"kind": "crop", "count": 1, "size": 28},
     )
     build(config)
-    run(run_config(config, tmp_path / "run", student=STUDENT, loss=[{"name": "cosine"}], train={"epochs": 1}))
+    loss = [{"name": "cosine"}, {"name": "token_cosine", "student_layer": "conv2"}]
+    run(run_config(config, tmp_path / "run", student=STUDENT, loss=loss, train={"epochs": 1}))
+    assert metrics(tmp_path / "run")[-1]["loss/token_cosine"] < 2
     assert load_run(str(tmp_path / "run"), "last").student.module.widths == {"embedding": 16}

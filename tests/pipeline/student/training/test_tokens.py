@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline.cache.ops.moments import compute_moments
 from pipeline.cache.read.reader import open_cache
 from pipeline.core.errors import ConfigError, ModelError
 from pipeline.student.cached_dataset import CachedDataset
@@ -16,7 +17,15 @@ from pipeline.student.training.config_checks import check_distillation, check_tr
 from schemas.config import Config
 from tests.errors import raises
 from tests.pipeline.caches import TinyCache, build, cache_section
-from tests.pipeline.student.runs import check_resume, metrics, run, run_config, state_of, training_error
+from tests.pipeline.student.runs import (
+    check_resume,
+    metrics,
+    run,
+    run_config,
+    state_of,
+    training_error,
+    warnings_of,
+)
 
 # At 16 pixels 8×8 positions of width 8, and 4×4 of width 16.
 STUDENT = {"model": "python:tests.pipeline.student.small_networks:normalised", "mean": [0.5] * 3, "std": [0.5] * 3}
@@ -42,7 +51,7 @@ def cache_of(base: Config, url: Path, encoding: str, which: str = "deep") -> Tin
 
 @pytest.fixture(scope="module")
 def caches(built_cache: TinyCache, tmp_path_factory: pytest.TempPathFactory) -> dict[str, TinyCache]:
-    """Of four mixed views of 35 images. Never written to."""
+    """Of four mixed views of 35 images. Only moments are added to them."""
     folder, base = tmp_path_factory.mktemp("tokens"), built_cache.config
     exact = {which: cache_of(base, folder / which, "fp32", which) for which in LAYERS}
     return {**exact, "int8": cache_of(base, folder / "int8", "int8")}
@@ -128,6 +137,13 @@ def test_tokens_and_feature_maps_of_one_layer_are_taken_in_one_forward(
     assert {name: both[name] for name in ("loss/token_cosine", "loss/token_mse")} == {
         name: value for name, value in alone.items() if name.startswith("loss/token")
     }
+
+
+def test_a_training_warns_that_tokens_are_not_standardised(caches: dict[str, TinyCache], tmp_path: Path) -> None:
+    compute_moments(caches["deep"].url)
+    teacher = {"standardize": "mean_std"}
+    texts = warnings_of(config_of(caches["deep"], tmp_path, loss=LOSS[1:], teacher=teacher, train={"epochs": 1}))
+    assert [text for text in texts if "teacher.standardize" in text and "token_mse" in text]
 
 
 def test_a_dataset_for_other_loops_has_the_cached_tokens(caches: dict[str, TinyCache], built_cache: TinyCache) -> None:
