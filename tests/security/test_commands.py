@@ -105,8 +105,9 @@ URL_KEYS = (
 OTHER_TEXTS = {
     *("data.image", "data.label", "data.heads", "data.domain", "student.model", "student.sha256"),
     *("data.heads.classes", "data.heads.label_map", "loss.0.heads", "train.balance.head", "train.best"),
-    *("teacher.model", "teacher.sha256", "teacher.text_head_sha256", "teacher.heads"),
+    *("teacher.model", "teacher.sha256", "teacher.text_head_sha256", "teacher.heads", "teacher.tokens_layer"),
     *("teacher.others.0.model", "teacher.others.0.sha256", "teacher.others.0.text_head_sha256"),
+    *("teacher.others.0.tokens_layer", "loss.0.student_layer"),
     *("teacher.others.0.heads", "cache.logits", "ray.address", "ray.resources_per_task"),
     *("train.freeze", "loss.0.student_layers", "loss.0.teacher_layers"),
 }

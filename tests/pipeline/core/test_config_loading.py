@@ -17,7 +17,9 @@ from schemas.config import Config
 from tests.errors import raises
 from tests.marks import slow
 
-LOSSES = "ce, bce, kd, dist, dkd, hard, nd, sifn, cosine, mse, smooth_l1, similarity, review_kd"
+LOSSES = (
+    "ce, bce, kd, dist, dkd, hard, nd, sifn, cosine, mse, smooth_l1, similarity, token_cosine, token_mse, review_kd"
+)
 TRAINING = """\
 data:
   cache: s3://bucket/caches/r152
