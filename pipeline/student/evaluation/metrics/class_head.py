@@ -89,10 +89,12 @@ class ClassHeadSums(MetricSums):
         num_classes = len(self._num_rows_K)
         self._num_rows_K += label_M.bincount(minlength=num_classes)
         self._num_hits_K += label_M[is_hit_M].bincount(minlength=num_classes)
-        if len(label_M):
-            # torchmetrics would take logits that lie in [0, 1] for probabilities.
-            device = self._calibration.device
-            self._calibration.update(logits_MK.softmax(1).to(device), label_M.to(device))
+        self._add_confidences(logits_MK, label_M)
+
+    def _add_confidences(self, logits_MK: Tensor, label_M: Tensor) -> None:
+        device = self._calibration.device
+        # torchmetrics would take logits that lie in [0, 1] for probabilities.
+        self._calibration.update(logits_MK.softmax(1).to(device), label_M.to(device))
 
     def _add_comparison(self, student: Outputs, teacher: Outputs, label_N: Tensor) -> None:
         head = self._head
@@ -111,7 +113,8 @@ class ClassHeadSums(MetricSums):
         self._num_rows_K, self._num_hits_K = distributed.sum(counts_2K).cpu()
         recalls = [recall for recall in self._recalls() if recall is not None]
         balanced = sum(recalls) / len(recalls) if recalls else None
-        # torchmetrics gathers the confidences of all ranks, also of ranks without any.
+        # torchmetrics gathers the confidences of all ranks, and warns of a rank that added none.
+        self._add_confidences(torch.empty(0, len(self._num_rows_K)), torch.empty(0, dtype=torch.int64))
         ece = float(self._calibration.compute()) if recalls else None
         return {**means, self._head.key("balanced_accuracy"): balanced, self._head.key("ece"): ece}
 

@@ -11,11 +11,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from jobs.run_ops import describe_evaluation
 from pipeline.student.run.metrics_files import published_evaluation
 from pipeline.student.training.config_checks import check_config
+from pipeline.student.training.trainer import train
 from schemas.config import Config
 from tests.errors import raises
 from tests.pipeline.caches import TinyCache, build, cache_section
 from tests.pipeline.domains import CAMERAS, camera_of, cameras_config
 from tests.pipeline.student.runs import CE, KD, evaluated, evaluations, run, run_config, state_of, summary_of
+from tests.ranks import group, run_two_ranks
 
 WORST = "worst_domain/top1"
 
@@ -70,6 +72,41 @@ def test_a_run_measures_each_domain_and_selects_by_the_worst(cache: TinyCache, t
         *(f"domain {name}" for name in sorted(CAMERAS)),
         "in no domain",
     ]
+
+
+def _train_all(rendezvous: Path, rank: int, bodies: list[str]) -> None:
+    with group(rendezvous, rank) as distributed:
+        for body in bodies:
+            train(Config.model_validate_json(body), distributed)
+
+
+@pytest.mark.long
+def test_two_ranks_measure_the_domains_of_one(cache: TinyCache, tmp_path: Path) -> None:
+    """Each rank evaluates one shard: with domains by shard, each has a domain that the other has not. Steps are too
+    small to change a prediction, so ranks cannot differ by the rounding of gradients."""
+    by_shard = {"cameras-*0": "first", "cameras-*1": "second"}
+    bodies: list[str] = []
+    for name, domain in {"member": "json:meta.camera", "shard": by_shard}.items():
+        sections = {"data": {"domain": domain}, "train": {"lr": 1e-12, "epochs": 1, "best": WORST}}
+        run(config_of(cache, tmp_path / f"{name}-alone", **sections))
+        two = config_of(cache, tmp_path / f"{name}-two", **sections, ray={"num_workers": 2})
+        bodies.append(two.model_dump_json(exclude_unset=True))
+    run_two_ranks(_train_all, tmp_path, bodies)
+    rows = {}
+    for name in ("member", "shard"):
+        (alone,), (two,) = (evaluations(tmp_path / f"{name}-{ranks}") for ranks in ("alone", "two"))
+        assert two["by_domain"].keys() == alone["by_domain"].keys()
+        for domain, values in alone["by_domain"].items():
+            measured = {key: value for key, value in values.items() if value is not None}
+            assert len(measured) > 3
+            assert {key: two["by_domain"][domain][key] for key in measured} == pytest.approx(measured)
+        assert two[WORST] == alone[WORST] == min(values["top1"] for values in alone["by_domain"].values())
+        assert state_of(tmp_path / f"{name}-two", "checkpoints/best.pt")["best"] == {
+            "metric": WORST,
+            "value": two[WORST],
+        }
+        rows[name] = {domain: values["num_rows"] for domain, values in two["by_domain"].items()}
+    assert rows == {"member": dict.fromkeys(sorted(CAMERAS), 8), "shard": {"first": 20, "second": 10}}
 
 
 def test_a_run_from_a_cache_without_domains_may_have_other_ones(built_cache: TinyCache, tmp_path: Path) -> None:
