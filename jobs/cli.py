@@ -347,7 +347,7 @@ def evaluate(
     ] = False,
     reference: Annotated[
         str | None,
-        typer.Option(help="Task embedding: labelled training shards, for nearest neighbours and a linear probe."),
+        typer.Option(help="Labelled training shards, for nearest neighbours and a linear probe of the embedding."),
     ] = None,
     rows: Annotated[
         str | None, typer.Option(help="Parquet file or URL to write: hits and agreement of each image.")

@@ -32,7 +32,7 @@ def evaluate(
     """Evaluates a trained run on validation shards, on a GPU if there is one.
 
     Args:
-        reference: labelled shards, with whose embeddings metrics of task embedding compare.
+        reference: labelled shards, for nearest neighbours and a linear probe.
         rows_url: a Parquet file to write, with the metrics of each image.
 
     Raises:
@@ -68,8 +68,8 @@ def describe_evaluation(evaluation: Evaluation) -> str:
         if head:
             # A head lacks the metrics of another kind of head, and those of an untrained one.
             by_head.setdefault(head, []).extend([] if value is None else [(metric, value)])
-        # Few students have a projector.
-        elif value is not None or "projector" not in metric.needs:
+        # Few students have a projector, and few evaluations a reference.
+        elif value is not None or {"projector", "reference"}.isdisjoint(metric.needs):
             lines.append((metric.title, metric.text(value)))
     # An untrained head has another line below.
     measured = {

@@ -34,7 +34,8 @@ def train_and_evaluate(config: Config) -> Row:
 def _evaluate(config: Config, seconds: float, *, threads: int) -> Row:
     assert config.run is not None
     assert config.data.val_shards is not None
-    return Row(evaluate(config.run.url, config.data.val_shards, threads=threads), seconds)
+    reference = config.train.eval_reference
+    return Row(evaluate(config.run.url, config.data.val_shards, threads=threads, reference=reference), seconds)
 
 
 def can_run_in_parallel(runs: Sequence[RunSpec]) -> bool:

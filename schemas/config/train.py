@@ -98,8 +98,8 @@ class TrainConfig(Section):
     )
     eval_reference: str | tuple[str, ...] | None = Field(
         None,
-        description="task embedding: labelled training shards, for the accuracy of nearest neighbours in each "
-        "evaluation, and of a linear probe in the last.",
+        description="Labelled training shards, for the accuracy of nearest neighbours of the embedding in each "
+        "evaluation, and of a linear probe in the last; not with task heads.",
     )
     checkpoint_every_epochs: int = Field(1, ge=1, description="Epochs that a killed run loses at most.")
     checkpoint_every_steps: int | None = Field(None, ge=1, description="Steps that it loses at most, for long epochs.")

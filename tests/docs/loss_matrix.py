@@ -13,8 +13,8 @@ from schemas.config import Config, DataConfig
 from tests.docs.config_tables import losses
 
 _TARGETS: dict[str, dict[str, Any]] = {
-    "one class of K": {"num_classes": 10},
-    "one class of 2": {"num_classes": 2},
+    "K classes": {"num_classes": 10},
+    "2 classes": {"num_classes": 2},
     "multilabel": {"task": "heads", "label": "json", "heads": {"x": {"num_classes": 10, "kind": "multilabel"}}},
     "no classes": {"task": "embedding", "label": None},
 }
@@ -26,7 +26,7 @@ def filled(text: str) -> str:
     rows = [f"| `{name}` | {' | '.join(_cells(name))} |" for name in losses()]
     head = ["loss", *_TARGETS, "labels", "of the teacher", "relates rows"]
     table = "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *rows])
-    return re.sub(r"^\| loss \| one class.*?(?=\n\n)", table, text, count=1, flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"^\| loss \| K classes.*?(?=\n\n)", table, text, count=1, flags=re.MULTILINE | re.DOTALL)
 
 
 def _cells(name: str) -> list[str]:

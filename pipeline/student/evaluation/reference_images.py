@@ -73,7 +73,7 @@ def check_reference(urls: Sequence[str], evaluated_urls: Sequence[str], data: Da
             code="evaluate.reference-unused",
             where=key,
             got=f"data.task: {data.task}",
-            expected="task embedding, whose metrics are those of neighbours and of a linear probe",
+            expected="task embedding or classification, which have metrics of neighbours and of a linear probe",
             next_step=f"remove {key}",
         )
     shared = [url for url in urls if url in set(evaluated_urls)]

@@ -19,9 +19,9 @@ from pipeline.shards.writer import pack_shards
 from pipeline.student.evaluation.evaluator import evaluate_run
 from pipeline.student.evaluation.loaded_run import load_run
 from pipeline.student.evaluation.metrics.reference import Reference
-from pipeline.student.evaluation.reference_images import ReferenceImages
+from pipeline.student.evaluation.reference_images import ReferenceImages, check_reference
 from pipeline.student.training.config_checks import check_training
-from schemas.config import Config
+from schemas.config import Config, DataConfig
 from tests.errors import raises
 from tests.pipeline.caches import TinyCache, build, digit_samples
 from tests.pipeline.student.evaluation.test_evaluator import one_by_one
@@ -29,6 +29,7 @@ from tests.pipeline.student.runs import evaluations, run, run_config, state_of, 
 from tests.pipeline.tasks.test_embedding import embedding_config
 from tests.ranks import group, run_two_ranks
 
+HEADS = {"task": "heads", "label": "json", "heads": {"even": {"num_classes": 2}}}
 CPU = torch.device("cpu")
 
 
@@ -152,6 +153,22 @@ def url_of(config: Config) -> str:
     return config.run.url
 
 
+def hits_of_neighbours(config: Config, shards: dict[str, list[str]]) -> float:
+    """The share of validation images that their neighbours classify correctly, embedded one by one."""
+    student = load_run(url_of(config), "last").student
+    embeddings: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, urls in shards.items():
+        of_shards = config.model_copy(update={"data": config.data.model_copy(update={"shards": tuple(urls)})})
+        embeddings[name] = one_by_one(of_shards, student.module, student.input, output="embedding")
+    embedding_RD, label_R = embeddings["reference"]
+    labelled_R = label_R >= 0
+    assert int(labelled_R.sum()) == 120 - 18
+    no_split = torch.zeros(int(labelled_R.sum()), dtype=torch.bool)
+    reference = Reference(embedding_RD[labelled_R], label_R[labelled_R], no_split, fits_probe=True)
+    query_ND, label_N = embeddings["val"]
+    return (reference.knn(query_ND) == label_N).double().mean().item()
+
+
 def test_a_run_measures_neighbours_in_each_evaluation_and_the_probe_in_the_last(
     trained: Config, shards: dict[str, list[str]]
 ) -> None:
@@ -162,18 +179,7 @@ def test_a_run_measures_neighbours_in_each_evaluation_and_the_probe_in_the_last(
     assert state_of(url_of(trained), "checkpoints/best.pt")["best"] == {"metric": "knn_top1", "value": best["knn_top1"]}
     assert summary_of(url_of(trained))["probe_top1"] == last["probe_top1"]
 
-    student = load_run(url_of(trained), "last").student
-    embeddings: dict[str, tuple[Tensor, Tensor]] = {}
-    for name, urls in shards.items():
-        config = trained.model_copy(update={"data": trained.data.model_copy(update={"shards": tuple(urls)})})
-        embeddings[name] = one_by_one(config, student.module, student.input, output="embedding")
-    embedding_RD, label_R = embeddings["reference"]
-    labelled_R = label_R >= 0
-    assert int(labelled_R.sum()) == 120 - 18
-    no_split = torch.zeros(int(labelled_R.sum()), dtype=torch.bool)
-    reference = Reference(embedding_RD[labelled_R], label_R[labelled_R], no_split, fits_probe=True)
-    query_ND, label_N = embeddings["val"]
-    hits = (reference.knn(query_ND) == label_N).double().mean().item()
+    hits = hits_of_neighbours(trained, shards)
     assert last["knn_top1"] == pytest.approx(hits, abs=1e-9)
     evaluation = evaluate_run(
         url_of(trained),
@@ -201,7 +207,7 @@ def test_an_evaluation_that_measures_nothing_is_warned_of(trained: Config, tmp_p
 
 
 def test_a_reference_that_cannot_be_used_is_refused(
-    trained: Config, shards: dict[str, list[str]], tmp_path: Path, built_cache: TinyCache
+    trained: Config, shards: dict[str, list[str]], tmp_path: Path
 ) -> None:
     def changed(**sections: Any) -> Config:
         tree = json.loads(trained.model_dump_json(exclude_unset=True)) | {"run": {"url": str(tmp_path / "run")}}
@@ -218,11 +224,21 @@ def test_a_reference_that_cannot_be_used_is_refused(
     )
     with raises("evaluate.reference-classes", ConfigError, where="train.eval_reference"):
         run(changed(train={"eval_reference": plain}))
+    with raises("evaluate.reference-unused", ConfigError, where="train.eval_reference"):
+        check_reference(plain, shards["val"], DataConfig.model_validate(HEADS), key="train.eval_reference")
+
+
+def test_the_embedding_of_a_classifier_is_measured_too(
+    built_cache: TinyCache, shards: dict[str, list[str]], tmp_path: Path
+) -> None:
     config = run_config(
         built_cache.config,
-        tmp_path / "classes",
-        data={"val_shards": shards["val"]},
-        train={"eval_reference": shards["reference"]},
+        tmp_path / "run",
+        data={"val_shards": shards["val"], "missing_labels": "ignore"},
+        train={"lr": 0.01, "eval_reference": shards["reference"]},
     )
-    with raises("evaluate.reference-unused", ConfigError, where="train.eval_reference"):
-        check_training(config)
+    run(config)
+    last = evaluations(tmp_path / "run")[-1]
+    assert last["knn_top1"] == pytest.approx(hits_of_neighbours(config, shards), abs=1e-9)
+    assert last["probe_top1"] > 1 / 10
+    assert last["top1"] not in (None, last["knn_top1"])

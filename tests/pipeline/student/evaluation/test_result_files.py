@@ -26,8 +26,8 @@ from tests.pipeline.student.conftest import Replay
 from tests.pipeline.student.runs import CE, evaluations, run_config, state_of
 
 METRICS = metrics_of(Config().data)
-KEYS = ["top1", "top5", "balanced_accuracy", "ece", "agreement", "kl", "teacher_top1", "cosine"]
-VALUES = dict(zip(KEYS, [0.5, 0.875, 0.4375, 0.0625, 0.75, 0.25, 0.625, None], strict=True))
+KEYS = ["top1", "top5", "balanced_accuracy", "ece", "agreement", "kl", "teacher_top1", "cosine", "knn_top1", "probe_top1"]
+VALUES = dict(zip(KEYS, [0.5, 0.875, 0.4375, 0.0625, 0.75, 0.25, 0.625, None, None, None], strict=True))
 
 
 def evaluation(**changes: float | None) -> Evaluation:
@@ -43,17 +43,18 @@ def test_an_evaluation_is_one_line_of_json_and_a_curve_for_each_measured_metric(
     assert (tmp_path / checkpoint.EVALUATIONS).read_bytes() == (
         b'{"step": 9, "epoch": 2, "num_rows": 40, "top1": 0.5, "top5": 0.875, "balanced_accuracy": 0.4375, '
         b'"ece": 0.0625, "agreement": 0.75, "kl": 0.25, "teacher_top1": 0.625, "cosine": null, '
-        b'"per_class": {"recall": [0.5, null]}}\n'
+        b'"knn_top1": null, "probe_top1": null, "per_class": {"recall": [0.5, null]}}\n'
     )
     (events,) = (tmp_path / "tensorboard").iterdir()
     curves = EventAccumulator(str(events)).Reload().Tags()["scalars"]
-    assert curves == ["eval/num_rows", *(f"eval/{key}" for key in KEYS[:-1])]
+    assert curves == ["eval/num_rows", *(f"eval/{key}" for key in KEYS[:-3])]
 
 
 def test_an_evaluation_as_json_and_as_text() -> None:
     assert json.dumps(evaluation(ece=None).as_dict()) == (
         '{"num_rows": 40, "top1": 0.5, "top5": 0.875, "balanced_accuracy": 0.4375, "ece": null, "agreement": 0.75, '
-        '"kl": 0.25, "teacher_top1": 0.625, "cosine": null, "head_trained": true, "per_class": {"recall": [0.5, null]}}'
+        '"kl": 0.25, "teacher_top1": 0.625, "cosine": null, "knn_top1": null, "probe_top1": null, "head_trained": true, '
+        '"per_class": {"recall": [0.5, null]}}'
     )
     assert describe_evaluation(evaluation(ece=None)) == (
         "images                      40\n"
@@ -89,7 +90,7 @@ def test_the_files_of_a_run_name_these_metrics_in_this_order(replays: Replay, tm
     assert [*line] == ["step", "epoch", "num_rows", *KEYS, "per_class"]
     times = {"steps": 5, "epochs": 1, "seconds": summary["seconds"]}
     best = {"best_top1": line["top1"], "best_metric": "top1", "best_value": line["top1"]}
-    measured = {key: line[key] for key in ("top1", "top5", "balanced_accuracy", "ece")}
+    measured = {key: line[key] for key in ("top1", "top5", "balanced_accuracy", "ece", "knn_top1", "probe_top1")}
     expected = {**times, **measured, **best, "per_class": line["per_class"]}
     assert (tmp_path / checkpoint.SUMMARY).read_text() == json.dumps(expected, indent=2) + "\n"
     state = state_of(tmp_path, checkpoint.BEST)
