@@ -1,9 +1,9 @@
-"""The files of ``data.classes`` and ``data.label_map``, read where a config is loaded: workers get their content."""
+"""The files of labels and domains that ``data`` names, read where a config is loaded: workers get their content."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pipeline.core.config_loading import build_config
@@ -16,7 +16,8 @@ _MAX_BYTES = 16 << 20
 
 
 def with_label_files(config: Config) -> Config:
-    """The config with the content of the files that ``data.classes`` and ``data.label_map`` name, also of heads.
+    """The config with the content of the files that ``data.classes`` and ``data.label_map`` name, also of heads, and
+    ``data.domain``.
 
     Raises:
         ConfigError: a file cannot be read, or its content does not fit the config.
@@ -29,6 +30,9 @@ def with_label_files(config: Config) -> Config:
             if isinstance(source := section.get(key), str):
                 section[key] = _read(source, parse, where=f"{where}.{key}")
                 sources[f"{where}.{key}"] = redact(source)
+    if (source := config.data.domain_file) is not None:
+        data["domain"] = _read(source, _parse_domains, where="data.domain")
+        sources["data.domain"] = redact(source)
     if not sources:
         return config
     where = ", ".join(f"{key} of {source}" for key, source in sources.items())
@@ -40,7 +44,7 @@ def _read(source: str, parse: Callable[[str], Any], *, where: str) -> Any:
         return parse(read(source, max_bytes=_MAX_BYTES).decode("utf-8-sig"))
     except StorageInputError as error:
         raise ConfigError(
-            "this file of labels cannot be read",
+            "this file cannot be read",
             code="config.label-file-unreadable",
             where=f"{where}: {redact(source)}",
             got=error.what if error.got is None else f"{error.what}: {error.got}",
@@ -49,7 +53,7 @@ def _read(source: str, parse: Callable[[str], Any], *, where: str) -> Any:
         ) from error
     except (ValueError, RecursionError) as error:
         raise ConfigError(
-            "this file of labels has another form",
+            "this file has another form",
             code="config.label-file-form",
             where=f"{where}: {redact(source)}",
             got=str(error),
@@ -73,16 +77,25 @@ def _parse_map(text: str) -> dict[str, Any]:
     """a JSON object with the class of each label, or text with a label, a space or tab, and its class a line"""
     if text.lstrip().startswith("{"):
         return json.loads(text, object_pairs_hook=_unique)
+    return _unique([(label, _class(value)) for label, value in _pairs(text)])
+
+
+def _parse_domains(text: str) -> dict[str, Any]:
+    """a JSON object with the domain of each shard id or glob, or text with a glob, a space or tab, and a domain a line"""
+    return json.loads(text, object_pairs_hook=_unique) if text.lstrip().startswith("{") else _unique(_pairs(text))
+
+
+def _pairs(text: str) -> list[tuple[str, str]]:
     pairs = [line.split("\t" if "\t" in line else None, 1) for line in _lines(text)]
     if wrong := [pair for pair in pairs if len(pair) < 2]:
-        raise ValueError(f"{len(wrong)} lines with a label and no class, such as {wrong[0]}")
-    return _unique([(label, _class(value.strip())) for label, value in pairs])
+        raise ValueError(f"{len(wrong)} lines with one word, such as {wrong[0]}")
+    return [(first, second.strip()) for first, second in pairs]
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
     if len(entries) < len(pairs):
-        raise ValueError(f"{len(pairs) - len(entries)} labels that occur more than once")
+        raise ValueError(f"{len(pairs) - len(entries)} entries that occur more than once")
     return entries
 
 

@@ -12,7 +12,7 @@ from schemas.config.labels import LabelSection
 from schemas.config.section import local_path
 
 # A text member, or a field of a JSON member.
-_DOMAIN_MEMBER = r"(?!\S*(?i:json)$)[^\s:]+|(\S+\.)?(?i:json):[^\s:]+"
+_DOMAIN_MEMBER = r"(?!\S*(?i:json)$)[^\s:/]+|(\S+\.)?(?i:json):[^\s:]+"
 _JSON_LABEL = r"(\S+\.)?(?i:json)(:[^\s:]+)?"
 
 
@@ -40,7 +40,7 @@ class DataConfig(LabelSection):
     domain: str | dict[str, str] | None = Field(
         None,
         description="Domain of a sample, such as its camera: json:FIELD, the extension of a text member, or domains by "
-        "shard id or glob.",
+        "shard id or glob, also in a file.",
     )
     cache: str | tuple[str, ...] | None = Field(
         None, description="URL of a finished teacher cache to train from, or a list with one for each teacher."
@@ -87,9 +87,18 @@ class DataConfig(LabelSection):
                 raise ValueError(
                     "domain has no domains, or empty ones; expected such as {cam1-*: north, cam2-*: south}"
                 )
-        elif domain is not None and not re.fullmatch(_DOMAIN_MEMBER, domain):
-            raise ValueError(f"domain is {domain!r}; expected json:FIELD, or the extension of a text member")
+        elif domain is not None and "/" not in domain and not re.fullmatch(_DOMAIN_MEMBER, domain):
+            raise ValueError(
+                f"domain is {domain!r}; expected json:FIELD, the extension of a text member, or a file with a / in its "
+                "name, such as ./domains.txt"
+            )
         return domain
+
+    @property
+    def domain_file(self) -> str | None:
+        """The path or URL of a file of domains, until its content replaces it: no extension of a member has a slash."""
+        is_file = isinstance(self.domain, str) and not re.fullmatch(_DOMAIN_MEMBER, self.domain)
+        return str(self.domain) if is_file else None
 
     @model_validator(mode="after")
     def _check_heads(self) -> DataConfig:

@@ -98,12 +98,19 @@ URL_KEYS = (
     *("cache.url", "cache.class_means", "teacher.weights", "student.weights", "teacher.class_means"),
     *("teacher.others.0.weights", "teacher.others.0.class_means"),
     *("teacher.text_head", "teacher.others.0.text_head"),
-    *("data.classes", "data.label_map", "teacher.moments", "teacher.others.0.moments", "train.eval_reference"),
+    *(
+        "data.classes",
+        "data.label_map",
+        "data.domain",
+        "teacher.moments",
+        "teacher.others.0.moments",
+        "train.eval_reference",
+    ),
 )
 # Any text that is no URL: names of models, layers, heads, metrics, members of a tar and encodings; and the address of
 # Ray. Files of the labels of a head are read as those of ``data``.
 OTHER_TEXTS = {
-    *("data.image", "data.label", "data.heads", "data.domain", "student.model", "student.sha256"),
+    *("data.image", "data.label", "data.heads", "student.model", "student.sha256"),
     *("data.heads.classes", "data.heads.label_map", "loss.0.heads", "train.balance.head", "train.best"),
     *("teacher.model", "teacher.sha256", "teacher.text_head_sha256", "teacher.heads", "teacher.tokens_layer"),
     *("teacher.others.0.model", "teacher.others.0.sha256", "teacher.others.0.text_head_sha256"),

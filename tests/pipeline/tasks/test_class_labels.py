@@ -128,9 +128,23 @@ def test_files_of_a_map_are_read(tmp_path: Path, text: str) -> None:
     assert data.label_map == {"n1": 2, "n2": "cat", "x": None}
 
 
+@pytest.mark.parametrize("text", ['{"cam-0": "1", "cam-*": "far north"}', "cam-0 1\ncam-*\tfar north\n"])
+def test_files_of_domains_are_read(tmp_path: Path, text: str) -> None:
+    (tmp_path / "domains").write_text(text)
+    data = _load(tmp_path, {"domain": str(tmp_path / "domains")})
+    assert data.domain == {"cam-0": "1", "cam-*": "far north"}
+    domains = [task_of(data).of_shard(shard).rows([None])["domain"].tolist() for shard in ("cam-0", "cam-7", "x")]
+    assert domains == [["1"], ["far north"], [None]]
+
+
 @pytest.mark.parametrize(
     ("key", "text", "code"),
     [
+        ("domain", None, "config.label-file-unreadable"),
+        ("domain", "cam-0\ncam-1 far", "config.label-file-form"),
+        ("domain", '{"a": "b", "a": "c"}', "config.label-file-form"),
+        ("domain", '{"a": " "}', "config.wrong-value"),
+        ("domain", "", "config.wrong-value"),
         ("classes", None, "config.label-file-unreadable"),
         ("classes", '["a", ', "config.label-file-form"),
         ("classes", '{"a": 0, "b": 2}', "config.label-file-form"),
