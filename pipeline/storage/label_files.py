@@ -81,7 +81,7 @@ def _parse_map(text: str) -> dict[str, Any]:
 
 
 def _parse_domains(text: str) -> dict[str, Any]:
-    """a JSON object with the domain of each shard id or glob, or text with a glob, a space or tab and a domain a line"""
+    """a JSON object with the domain of each shard id or glob, or text with a glob, a space and its domain a line"""
     return json.loads(text, object_pairs_hook=_unique) if text.lstrip().startswith("{") else _unique(_pairs(text))
 
 

@@ -26,7 +26,18 @@ from tests.pipeline.student.conftest import Replay
 from tests.pipeline.student.runs import CE, evaluations, run_config, state_of
 
 METRICS = metrics_of(Config().data)
-KEYS = ["top1", "top5", "balanced_accuracy", "ece", "agreement", "kl", "teacher_top1", "cosine", "knn_top1", "probe_top1"]
+KEYS = [
+    "top1",
+    "top5",
+    "balanced_accuracy",
+    "ece",
+    "agreement",
+    "kl",
+    "teacher_top1",
+    "cosine",
+    "knn_top1",
+    "probe_top1",
+]
 VALUES = dict(zip(KEYS, [0.5, 0.875, 0.4375, 0.0625, 0.75, 0.25, 0.625, None, None, None], strict=True))
 
 
@@ -53,8 +64,8 @@ def test_an_evaluation_is_one_line_of_json_and_a_curve_for_each_measured_metric(
 def test_an_evaluation_as_json_and_as_text() -> None:
     assert json.dumps(evaluation(ece=None).as_dict()) == (
         '{"num_rows": 40, "top1": 0.5, "top5": 0.875, "balanced_accuracy": 0.4375, "ece": null, "agreement": 0.75, '
-        '"kl": 0.25, "teacher_top1": 0.625, "cosine": null, "knn_top1": null, "probe_top1": null, "head_trained": true, '
-        '"per_class": {"recall": [0.5, null]}}'
+        '"kl": 0.25, "teacher_top1": 0.625, "cosine": null, "knn_top1": null, "probe_top1": null, '
+        '"head_trained": true, "per_class": {"recall": [0.5, null]}}'
     )
     assert describe_evaluation(evaluation(ece=None)) == (
         "images                      40\n"
