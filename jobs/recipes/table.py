@@ -38,13 +38,13 @@ class Results:
     runs: tuple[tuple[RunSpec, Row], ...]
 
     def of_teacher(self, metrics: Sequence[Metric]) -> Entry:
-        """Those of these metrics that were measured of the teacher, on the validation shards.
+        """Those of these metrics that the teacher has, on the validation shards; None for a metric of another task.
 
-        The evaluation of a student measures few of a teacher that the recipe did not train.
+        The evaluation of a student has few of a teacher that the recipe did not train.
         """
         if self.teacher is not None:
-            values = {metric.key: self.teacher.evaluation.value_of(metric) for metric in metrics}
-            return {key: value for key, value in values.items() if value is not None}
+            values = ((metric, self.teacher.evaluation.value_of(metric)) for metric in metrics)
+            return {metric.key: value for metric, value in values if metric.teacher_key or value is not None}
         values = self.runs[0][1].evaluation.metrics
         return {metric.key: values[metric.teacher_key] for metric in metrics if metric.teacher_key}
 

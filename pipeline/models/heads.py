@@ -69,7 +69,8 @@ def multi_head(factory: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     """Decorator of a ``python:`` factory whose network ends in an ``nn.Linear``: it then builds other heads too.
 
     The decorated factory takes ``num_classes`` as an integer, or as a mapping from heads to integers: then the last
-    ``nn.Linear`` is replaced by one for each head. 0 builds the network without that layer.
+    ``nn.Linear`` is replaced by one for each head. 0 builds the network without that layer, and its tensors in
+    weights are left out.
     """
 
     @wraps(factory)
@@ -85,6 +86,7 @@ def multi_head(factory: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         parent, _, leaf = name.rpartition(".")
         setattr(network.get_submodule(parent), leaf, nn.Identity())
         if isinstance(num_classes, int):
+            network.removed = (name,)  # pyright: ignore[reportAttributeAccessIssue]
             return network
         return MultiHeadNetwork(network, layer.in_features, num_classes, removed=(name,))
 

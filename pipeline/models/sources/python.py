@@ -62,7 +62,8 @@ def build(request: BuildRequest) -> BuiltModel:
             got=type(network).__name__,
             expected="torch.nn.Module",
         )
-    heads = _heads(network, request) if request.head == "task" else ()
+    # ``multi_head`` names the classifier that it removed.
+    heads = _heads(network, request) if request.head == "task" else tuple(getattr(network, "removed", ()))
     return BuiltModel(network=network, heads=heads, declared=DeclaredInput())
 
 

@@ -95,6 +95,17 @@ def test_the_classifier_in_a_weights_file_is_left_out_and_named(tmp_path: Path, 
     assert any("fc.bias, fc.weight" in note for note in loaded.notes)
 
 
+def test_the_classifier_that_a_decorated_factory_removes_is_left_out_of_its_weights(tmp_path: Path) -> None:
+    network = decorated(7)
+    torch.save(network.state_dict(), tmp_path / "classifier.pt")
+    loaded = load(f"{FACTORIES}:decorated", weights=str(tmp_path / "classifier.pt"))
+    state = loaded.module.network.state_dict()
+    left_out = network.state_dict().keys() - state.keys()
+    assert len(left_out) == 2
+    assert all(torch.equal(tensor, network.state_dict()[name]) for name, tensor in state.items())
+    assert any(", ".join(sorted(left_out)) in note for note in loaded.notes)
+
+
 @torch.no_grad()
 def test_the_weights_of_a_backbone_initialise_a_classifier(tmp_path: Path) -> None:
     backbone = decorated(0)
