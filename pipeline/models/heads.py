@@ -86,7 +86,7 @@ def multi_head(factory: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         parent, _, leaf = name.rpartition(".")
         setattr(network.get_submodule(parent), leaf, nn.Identity())
         if isinstance(num_classes, int):
-            network.removed = (name,)  # pyright: ignore[reportAttributeAccessIssue]
+            network.removed = (name,)  # pyright: ignore[reportArgumentType]
             return network
         return MultiHeadNetwork(network, layer.in_features, num_classes, removed=(name,))
 
