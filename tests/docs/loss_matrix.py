@@ -18,12 +18,13 @@ _TARGETS: dict[str, dict[str, Any]] = {
     "multilabel": {"task": "heads", "label": "json", "heads": {"x": {"num_classes": 10, "kind": "multilabel"}}},
     "no classes": {"task": "embedding", "label": None},
 }
+_DESCRIBED = "../reference/config.md#loss-"
 _REQUIRED = {"review_kd": {"student_layers": ["a"], "teacher_layers": ["b"]}}
 
 
 def filled(text: str) -> str:
     """The page with the table of the code."""
-    rows = [f"| `{name}` | {' | '.join(_cells(name))} |" for name in losses()]
+    rows = [f"| [`{name}`]({_DESCRIBED}{name}) | {' | '.join(_cells(name))} |" for name in losses()]
     head = ["loss", *_TARGETS, "labels", "of the teacher", "relates rows"]
     table = "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *rows])
     return re.sub(r"^\| loss \| K classes.*?(?=\n\n)", table, text, count=1, flags=re.MULTILINE | re.DOTALL)
