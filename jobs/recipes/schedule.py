@@ -128,7 +128,8 @@ def training_plan(recipe: Recipe, config: Config) -> TrainingPlan | None:
 
 def _reads_common_shards(recipe: Recipe, config: Config) -> bool:
     """Whether a stage reads the shards of ``common``, the number of whose images is ``images``."""
-    return config.data.shards == recipe.document.common.get("data", {}).get("shards")
+    shards = recipe.document.common.get("data", {}).get("shards")
+    return config.data.shards == (tuple(shards) if isinstance(shards, list) else shards)
 
 
 def _training_text(config: Config, plan: TrainingPlan | None) -> str:
