@@ -109,6 +109,7 @@ def _joined(rendezvous: Path, rank: int) -> tuple[list[list[float]], list[int], 
     return reference.embedding_RD.tolist(), reference.label_R.tolist(), reference.is_held_out_R.tolist()
 
 
+@pytest.mark.long
 def test_the_reference_has_the_labelled_images_of_all_ranks(tmp_path: Path) -> None:
     embeddings, labels, held_out = run_two_ranks(_joined, tmp_path)
     assert embeddings == [[0, 0], [2, -2], [3, -3], [4, -4]]
