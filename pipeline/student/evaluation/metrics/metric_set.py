@@ -65,7 +65,8 @@ class Metric:
     needs: tuple[Need, ...] = ()
     teacher_outputs: tuple[str, ...] = ()
     teacher_key: str | None = None
-    gauge: str | None = None
+    # Whether Ray has it or not, it is the same metric.
+    gauge: str | None = field(default=None, compare=False)
 
     @property
     def scale(self) -> Scale:

@@ -18,6 +18,7 @@ from pipeline.core.errors import ConfigError
 from pipeline.shards.writer import pack_shards
 from pipeline.student.evaluation.evaluator import evaluate_run
 from pipeline.student.evaluation.loaded_run import load_run
+from pipeline.student.evaluation.metrics.embedding import KNN, PROBE
 from pipeline.student.evaluation.metrics.reference import Reference
 from pipeline.student.evaluation.reference_images import ReferenceImages, check_reference
 from pipeline.student.training.config_checks import check_training
@@ -243,3 +244,13 @@ def test_the_embedding_of_a_classifier_is_measured_too(
     assert last["knn_top1"] == pytest.approx(hits_of_neighbours(config, shards), abs=1e-9)
     assert last["probe_top1"] > 1 / 10
     assert last["top1"] not in (None, last["knn_top1"])
+    evaluation = evaluate_run(
+        url_of(config),
+        tuple(shards["val"]),
+        checkpoint_name="last",
+        num_threads=1,
+        device=CPU,
+        reference=tuple(shards["reference"]),
+    )
+    # A table that compares it with students of task embedding has it too.
+    assert [evaluation.value_of(metric) for metric in (KNN, PROBE)] == [last["knn_top1"], last["probe_top1"]]
