@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from pipeline.core.config_loading import build_config
@@ -75,24 +75,24 @@ def _parse_classes(text: str) -> list[str]:
 
 def _parse_map(text: str) -> dict[str, Any]:
     """a JSON object with the class of each label, or text with a label, a space or tab, and its class a line"""
-    if text.lstrip().startswith("{"):
-        return json.loads(text, object_pairs_hook=_unique)
-    return _unique([(label, _class(value)) for label, value in _pairs(text)])
+    return _entries(text, _class)
 
 
 def _parse_domains(text: str) -> dict[str, Any]:
     """a JSON object with the domain of each shard id or glob, or text with a glob, a space and its domain a line"""
-    return json.loads(text, object_pairs_hook=_unique) if text.lstrip().startswith("{") else _unique(_pairs(text))
+    return _entries(text, str)
 
 
-def _pairs(text: str) -> list[tuple[str, str]]:
+def _entries(text: str, value_of: Callable[[str], Any]) -> dict[str, Any]:
+    if text.lstrip().startswith("{"):
+        return json.loads(text, object_pairs_hook=_unique)
     pairs = [line.split("\t" if "\t" in line else None, 1) for line in _lines(text)]
     if wrong := [pair for pair in pairs if len(pair) < 2]:
         raise ValueError(f"{len(wrong)} lines with one word, such as {wrong[0]}")
-    return [(first, second.strip()) for first, second in pairs]
+    return _unique([(first, value_of(second.strip())) for first, second in pairs])
 
 
-def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
     if len(entries) < len(pairs):
         raise ValueError(f"{len(pairs) - len(entries)} entries that occur more than once")

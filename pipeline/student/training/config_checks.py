@@ -238,7 +238,7 @@ def check_training(config: Config) -> list[str]:
     check_cached_outputs(loss, spec.caches)
     check_online_class_means(config, loss, spec)
     check_standardized(config, loss)
-    _check_layers(config, spec.data, _check_student(config, spec.data, spec.size))
+    _check_layers(config, loss, spec.data, _check_student(config, spec.data, spec.size))
     _check_val_shards(config)
     return _check_teacher_weights(config, spec)
 
@@ -289,9 +289,10 @@ def check_distillation(config: Config) -> None:
     """
     check_plan(config)
     assert config.run is not None, "ensured by check_plan"
-    check_two_classes(CompositeLoss(config.loss, task_of(config.data), where="loss"), run_url=config.run.url)
+    loss = CompositeLoss(config.loss, task_of(config.data), where="loss")
+    check_two_classes(loss, run_url=config.run.url)
     student_views(config, config.views)
-    _check_layers(config, config.data, _check_student(config, config.data, config.views.size))
+    _check_layers(config, loss, config.data, _check_student(config, config.data, config.views.size))
     _check_val_shards(config)
 
 
@@ -324,17 +325,15 @@ def _check_student(config: Config, data: DataConfig, size: int | None) -> Loaded
     return loaded
 
 
-def _check_layers(config: Config, data: DataConfig, student: LoadedModel) -> None:
+def _check_layers(config: Config, loss: CompositeLoss, data: DataConfig, student: LoadedModel) -> None:
     """Both networks have maps at the layers of ``review_kd``, and patch tokens for losses on them; weights do not
     matter."""
-    task, section = task_of(data), review_section(config.loss)
-    loss = CompositeLoss(config.loss, task, where="loss")
+    section, requests = review_section(config.loss), token_requests(config, loss)
     token_maps(loss.token_layers, student)
-    requests = token_requests(config, loss)
     for (name, teacher), size in zip(config.teacher.models.items(), teacher_sizes(config), strict=True):
         if section is None and name not in requests:
             continue
-        untrained = load_untrained(teacher, widths=task.widths, size=size)
+        untrained = load_untrained(teacher, widths=task_of(data).widths, size=size)
         if section is not None:
             plan_review(section, student, untrained)
         if name in requests:
