@@ -18,11 +18,12 @@ from pipeline.core.errors import ConfigError
 from pipeline.shards.writer import pack_shards
 from pipeline.student.evaluation.evaluator import evaluate_run
 from pipeline.student.evaluation.loaded_run import load_run
+from pipeline.student.evaluation.metrics import Evaluation
 from pipeline.student.evaluation.metrics.embedding import KNN, PROBE
 from pipeline.student.evaluation.metrics.reference import Reference
-from pipeline.student.evaluation.reference_images import ReferenceImages, check_reference
+from pipeline.student.evaluation.reference_images import ReferenceImages
 from pipeline.student.training.config_checks import check_training
-from schemas.config import Config, DataConfig
+from schemas.config import Config
 from tests.errors import raises
 from tests.pipeline.caches import TinyCache, build, digit_samples
 from tests.pipeline.student.evaluation.test_evaluator import one_by_one
@@ -171,6 +172,17 @@ def hits_of_neighbours(config: Config, shards: dict[str, list[str]]) -> float:
     return (reference.knn(query_ND) == label_N).double().mean().item()
 
 
+def evaluated_with_reference(config: Config, shards: dict[str, list[str]]) -> Evaluation:
+    return evaluate_run(
+        url_of(config),
+        tuple(shards["val"]),
+        checkpoint_name="last",
+        num_threads=1,
+        device=CPU,
+        reference=tuple(shards["reference"]),
+    )
+
+
 def test_a_run_measures_neighbours_in_each_evaluation_and_the_probe_in_the_last(
     trained: Config, shards: dict[str, list[str]]
 ) -> None:
@@ -183,14 +195,7 @@ def test_a_run_measures_neighbours_in_each_evaluation_and_the_probe_in_the_last(
 
     hits = hits_of_neighbours(trained, shards)
     assert last["knn_top1"] == pytest.approx(hits, abs=1e-9)
-    evaluation = evaluate_run(
-        url_of(trained),
-        tuple(shards["val"]),
-        checkpoint_name="last",
-        num_threads=1,
-        device=CPU,
-        reference=tuple(shards["reference"]),
-    )
+    evaluation = evaluated_with_reference(trained, shards)
     assert {key: last[key] for key in ("knn_top1", "probe_top1")} == {
         key: evaluation.metrics[key] for key in ("knn_top1", "probe_top1")
     }
@@ -214,7 +219,7 @@ def test_a_reference_that_cannot_be_used_is_refused(
     def changed(**sections: Any) -> Config:
         tree = json.loads(trained.model_dump_json(exclude_unset=True)) | {"run": {"url": str(tmp_path / "run")}}
         for section, keys in sections.items():
-            tree[section] = {**tree[section], **keys}
+            tree[section] = {**tree[section], **keys} if isinstance(keys, dict) else keys
         return Config.model_validate(tree)
 
     with raises("evaluate.reference-overlap", ConfigError, where="train.eval_reference"):
@@ -227,7 +232,14 @@ def test_a_reference_that_cannot_be_used_is_refused(
     with raises("evaluate.reference-classes", ConfigError, where="train.eval_reference"):
         run(changed(train={"eval_reference": plain}))
     with raises("evaluate.reference-unused", ConfigError, where="train.eval_reference"):
-        check_reference(plain, shards["val"], DataConfig.model_validate(HEADS), key="train.eval_reference")
+        check_training(
+            changed(
+                data={**HEADS, "cache": None, "shards": shards["reference"]},
+                teacher={"mode": "none"},
+                loss=[{"name": "ce"}],
+                views={"kind": "crop", "size": 16},
+            )
+        )
 
 
 def test_the_embedding_of_a_classifier_is_measured_too(
@@ -244,13 +256,6 @@ def test_the_embedding_of_a_classifier_is_measured_too(
     assert last["knn_top1"] == pytest.approx(hits_of_neighbours(config, shards), abs=1e-9)
     assert last["probe_top1"] > 1 / 10
     assert last["top1"] not in (None, last["knn_top1"])
-    evaluation = evaluate_run(
-        url_of(config),
-        tuple(shards["val"]),
-        checkpoint_name="last",
-        num_threads=1,
-        device=CPU,
-        reference=tuple(shards["reference"]),
-    )
+    evaluation = evaluated_with_reference(config, shards)
     # A table that compares it with students of task embedding has it too.
     assert [evaluation.value_of(metric) for metric in (KNN, PROBE)] == [last["knn_top1"], last["probe_top1"]]

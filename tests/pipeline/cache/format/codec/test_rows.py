@@ -144,11 +144,10 @@ def test_an_empty_cell_is_refused() -> None:
 
 def test_an_unknown_encoding_is_refused_by_name() -> None:
     output = logits_output("fp16", 2).model_copy(update={"encoding": "wavelet"})
+    names = dict.fromkeys(logits_output(kind, 130).encoding for kind in KINDS)
     for call in (lambda: decode(pa.array([b"1234"], pa.binary(4)), output), lambda: depends_on_temperature(output)):
-        with raises("cache.unknown-encoding", CacheError, got="wavelet") as caught:
+        with raises("cache.unknown-encoding", CacheError, got="wavelet", expected=", ".join(names)):
             call()
-        # Of this version, whichever it has.
-        assert {"dense", "int8", "int4", "topk"} <= set(str(caught.value.expected).split(", "))
 
 
 def test_only_stored_outputs_are_listed() -> None:
