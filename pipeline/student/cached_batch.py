@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from pipeline.augment.pixels import to_input
-from pipeline.cache.format.codec import config_key
 from pipeline.core.errors import ConfigError
 from pipeline.student.data.batch import Batch
 from pipeline.student.data.batch_summary import Summarised
@@ -129,7 +128,15 @@ class CachedBatch(Summarised):
         Raises:
             ConfigError: the dataset was opened without them.
         """
-        return self._read(EMBEDDING, teacher, what="embeddings", code="cache.embeddings-not-read")
+        embedding_BD = self.rows.teacher_outputs[teacher].at(EMBEDDING)
+        if embedding_BD is None:
+            raise ConfigError(
+                "there are no embeddings of this teacher in the batch",
+                code="cache.embeddings-not-read",
+                where="teacher_embeddings",
+                next_step="open the dataset with embeddings=True; the cache needs cache.embeddings other than none",
+            )
+        return embedding_BD
 
     def teacher_tokens(self, *, teacher: int = 0) -> Tensor:
         """float32 [B,P,D]: the teacher's patch tokens, in the order of pixels on its square grid.
@@ -140,19 +147,15 @@ class CachedBatch(Summarised):
         Raises:
             ConfigError: the dataset was opened without them.
         """
-        return self._read(TOKENS, teacher, what="patch tokens", code="cache.tokens-not-read")
-
-    def _read(self, output: str, teacher: int, *, what: str, code: str) -> Tensor:
-        values = self.rows.teacher_outputs[teacher].at(output)
-        if values is None:
-            key = config_key(output)
+        tokens_BPD = self.rows.teacher_outputs[teacher].at(TOKENS)
+        if tokens_BPD is None:
             raise ConfigError(
-                f"there are no {what} of this teacher in the batch",
-                code=code,
-                where=f"teacher_{key}",
-                next_step=f"open the dataset with {key}=True; the cache needs cache.{key} other than none",
+                "there are no patch tokens of this teacher in the batch",
+                code="cache.tokens-not-read",
+                where="teacher_tokens",
+                next_step="open the dataset with tokens=True; the cache needs cache.tokens other than none",
             )
-        return values
+        return tokens_BPD
 
     def teacher_norms(self, *, teacher: int = 0) -> Tensor:
         """float32 [B]: norms of the teacher's embeddings, an input of ``nd``."""
