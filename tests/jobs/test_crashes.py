@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,27 @@ def test_a_loader_process_that_is_killed_is_one_message(
     (pid,) = killed  # torch names the signal only if its handler comes before its queue's timeout
     assert str(pid) in str(caught.value.got)
     assert "train.num_workers" in str(caught.value.next_step)
+
+
+def test_a_killed_loader_process_whose_socket_closes_first_is_the_same_message(
+    tree: Tree, built_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel closes a process's sockets, then reports its death: a batch can travel in between."""
+    killed, without_loaders = [], {*multiprocessing.active_children()}
+
+    def detach(_: object) -> int:
+        (loader,) = {*multiprocessing.active_children()} - without_loaders
+        assert loader.pid is not None
+        killed.append(loader.pid)
+        threading.Timer(0.2, os.kill, (loader.pid, signal.SIGKILL)).start()
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    monkeypatch.setattr("multiprocessing.resource_sharer.DupFd.detach", detach)
+    training = config_of(tree(data={"cache": str(built_cache)}, train={"num_workers": 1}))
+    with raises("train.loader-killed", TrainingError) as caught:
+        train(training)
+    assert str(killed[0]) in str(caught.value.got)
+    assert "illed" in str(caught.value.got)
 
 
 @pytest.mark.slow

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
+import signal
 import tempfile
 from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -21,6 +26,8 @@ _PREFETCH_FACTOR = 2
 """Batches that each loader process prepares ahead."""
 _FOLDER = Path("/dev/shm")  # noqa: S108 - where torch itself allocates it
 _FP32_BYTES = 4
+_DEATH_S = 5.0
+"""What torch, too, waits for a loader process that sends nothing before it checks that the process is alive."""
 # Batches travel as file descriptors over a Unix socket that multiprocessing creates: the kernel's limit for its path,
 # and what multiprocessing appends to the temporary folder.
 _MAX_SOCKET_PATH_BYTES = 107
@@ -35,7 +42,9 @@ def load_batches(dataset: StepDataset, steps: range, *, num_workers: int, pin_me
 
     Raises:
         StillroomError: the error of the dataset, at its step, from any process.
+        TrainingError: a loader process was killed; ``killed_loaders`` raises it where torch notices the death first.
     """
+    others = multiprocessing.active_children()
     loader = DataLoader(
         _ErrorCapturingDataset(dataset),
         batch_size=None,
@@ -45,6 +54,7 @@ def load_batches(dataset: StepDataset, steps: range, *, num_workers: int, pin_me
         prefetch_factor=_PREFETCH_FACTOR if num_workers else None,
     )
     outcomes = iter(loader)
+    processes = [process for process in multiprocessing.active_children() if process not in others]
     ahead = Prefetcher(dataset.source, dataset.order, rank=dataset.rank, world_size=dataset.world_size, steps=steps)
     with ahead:
         try:
@@ -54,9 +64,48 @@ def load_batches(dataset: StepDataset, steps: range, *, num_workers: int, pin_me
                 batch = outcome.open() if isinstance(outcome, SharedMemoryBatch) else outcome
                 ahead.advance(batch.step)
                 yield batch
+        except (EOFError, OSError):
+            # A process that is killed closes its sockets before the system reports its death.
+            _raise_if_killed(processes)
+            raise
         finally:
             # Collected later, with an error's traceback, it would wait 5 s for each loader process.
             del outcomes
+
+
+@contextmanager
+def killed_loaders() -> Generator[None]:
+    """Turns the death of a loader process into one error: torch raises it at any place of the main thread.
+
+    Raises:
+        TrainingError: a loader process was killed by a signal, which is named.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if not text.startswith("DataLoader worker"):
+            raise
+        raise _killed(text.split(". ")[0].strip()) from error
+
+
+def _raise_if_killed(processes: Sequence[BaseProcess]) -> None:
+    ended = wait([process.sentinel for process in processes], _DEATH_S) if processes else ()
+    for process in (process for process in processes if process.sentinel in ended):
+        process.join()
+        if (code := process.exitcode or 0) < 0:
+            raise _killed(f"process {process.pid} is killed by signal: {signal.strsignal(-code)}")
+
+
+def _killed(got: str) -> TrainingError:
+    return TrainingError(
+        "a loader process was killed",
+        code="train.loader-killed",
+        where="train.num_workers",
+        got=got,
+        next_step="Killed: less memory (fewer train.num_workers, a smaller train.global_batch_size); Bus error: a "
+        "larger /dev/shm, or train.num_workers=0; then run the command again: it resumes from its last checkpoint",
+    )
 
 
 class _ErrorCapturingDataset(Dataset[Batch | SharedMemoryBatch | StillroomError]):

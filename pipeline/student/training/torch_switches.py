@@ -62,29 +62,6 @@ def deterministic(enabled: bool) -> Generator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-@contextmanager
-def killed_loaders() -> Generator[None]:
-    """Turns the death of a loader process into one error: torch raises it at any place of the main thread.
-
-    Raises:
-        TrainingError: a loader process was killed by a signal, which is named.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        text = str(error)
-        if not text.startswith("DataLoader worker"):
-            raise
-        raise TrainingError(
-            "a loader process was killed",
-            code="train.loader-killed",
-            where="train.num_workers",
-            got=text.split(". ")[0].strip(),
-            next_step="Killed: less memory (fewer train.num_workers, a smaller train.global_batch_size); Bus error: a "
-            "larger /dev/shm, or train.num_workers=0; then run the command again: it resumes from its last checkpoint",
-        ) from error
-
-
 def demand_workspace() -> None:
     """Sets the variable that makes cuBLAS deterministic. Call it before cuBLAS is first used, which reads it.
 

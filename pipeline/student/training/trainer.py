@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pipeline.core.errors import TrainingError
-from pipeline.student.data.loader import load_batches
+from pipeline.student.data.loader import killed_loaders, load_batches
 from pipeline.student.data.prefetcher import budget_warnings
 from pipeline.student.distributed import DistributedContext
 from pipeline.student.evaluation.finite import FiniteWeights
@@ -20,7 +20,7 @@ from pipeline.student.training.checkpointer import Checkpointer, Progress
 from pipeline.student.training.config_checks import check_config
 from pipeline.student.training.run_log import Report, RunLog
 from pipeline.student.training.setup import BuiltStudent, TrainingSetup, prepare
-from pipeline.student.training.torch_switches import demand_workspace, deterministic, killed_loaders
+from pipeline.student.training.torch_switches import demand_workspace, deterministic
 from pipeline.student.training.train_step import TrainStep
 from pipeline.student.training.validator import Validator
 from pipeline.teacher.numerics import pin_numerics, retain_freed_memory
