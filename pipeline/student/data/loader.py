@@ -91,7 +91,9 @@ def killed_loaders() -> Generator[None]:
 
 def _raise_if_killed(processes: Sequence[BaseProcess]) -> None:
     ended = wait([process.sentinel for process in processes], _DEATH_S) if processes else ()
-    for process in (process for process in processes if process.sentinel in ended):
+    for process in processes:
+        if process.sentinel not in ended:
+            continue
         process.join()
         if (code := process.exitcode or 0) < 0:
             raise _killed(f"process {process.pid} is killed by signal: {signal.strsignal(-code)}")
