@@ -65,6 +65,7 @@ class CachedDataset(Dataset[CachedBatch]):
         order: Literal["global", "pinned"] = "global",
         tail: Literal["drop", "short"] = "drop",
         lanes: int | None = None,
+        num_views: int | None = None,
         size: int | None = None,
         interpolation: Interpolation | None = None,
         mean: Triple | None = None,
@@ -86,6 +87,7 @@ class CachedDataset(Dataset[CachedBatch]):
             shards: URLs or paths with ``{a..b}`` braces; default: all shards of the cache, at the URLs of its build.
             epoch, start_step: see ``set_epoch``.
             global_batch_size: rows of a step over all ranks.
+            num_views: the first n views of the caches alone; default: all.
             size, interpolation: of the student's square input; default: the teacher's.
             mean, std: per channel, of [0,1] RGB, for ``CachedBatch.images``; default: the teacher's.
             temperatures: at which ``topk`` logits are decoded; other encodings need no list. Empty: decode no logits.
@@ -99,7 +101,8 @@ class CachedDataset(Dataset[CachedBatch]):
             CacheError: a cache is unfinished or damaged, the caches differ in their views or samples, or this machine
                 computes other pixels.
         """
-        data = {"cache": _plain(cache), "shards": _plain(shards), "allow_pixel_drift": allow_pixel_drift}
+        data = {"cache": _plain(cache), "shards": _plain(shards), "num_views": num_views}
+        data["allow_pixel_drift"] = allow_pixel_drift
         student = {"size": size, "interpolation": interpolation, "mean": mean, "std": std}
         train = {"global_batch_size": global_batch_size, "seed": seed, "order": order, "tail": tail, "lanes": lanes}
         options = build_section(_Options, {"data": data, "student": student, "train": train}, where="CachedDataset")
@@ -137,7 +140,7 @@ class CachedDataset(Dataset[CachedBatch]):
 
     @property
     def num_views(self) -> int:
-        """V, the number of views; epoch e shows view e mod V."""
+        """V, the number of views that are shown; epoch e shows view e mod V."""
         return self._source.num_views
 
     @property

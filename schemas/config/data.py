@@ -45,6 +45,9 @@ class DataConfig(LabelSection):
     cache: str | tuple[str, ...] | None = Field(
         None, description="URL of a finished teacher cache to train from, or a list with one for each teacher."
     )
+    num_views: int | None = Field(
+        None, ge=1, description="With a cache: train on its first n views alone; default: on all of them."
+    )
     index: str | None = Field(None, description="URL of the folder with <shard_id>.parquet; default <run url>/index.")
     bad_samples: Literal["fail", "skip"] = Field(
         "fail", description="Action for images that cannot be used: stop, or record and skip."

@@ -196,7 +196,9 @@ class IndexedSource(RowSource):
 
 
 class CachedSource(RowSource):
-    """Views and teacher outputs as the caches store them: epoch e sees view e mod V, the smallest V of all caches.
+    """Views and teacher outputs as the caches store them: epoch e sees view e mod V.
+
+    V is the smallest number of views of all caches, or ``data.num_views``.
 
     All caches hold the same views of the same rows; index and views are those of the first.
     """
@@ -210,6 +212,7 @@ class CachedSource(RowSource):
         *,
         reads: Reads,
         name_shards: str,
+        num_views: int,
     ) -> None:
         super().__init__(
             urls,
@@ -224,7 +227,7 @@ class CachedSource(RowSource):
             reads=reads,
         )
         self.caches, self._shards = tuple(caches), shards
-        self.num_views = min(cache.num_views for cache in caches)
+        self.num_views = num_views
         self._views = ViewFiles(self.caches, shards, store, outputs=tuple(reads))
         # Training takes all but targets and content hashes from the views.
         self._indexes = Memo(self._read_index, _MEMO_SIZE)
@@ -278,8 +281,9 @@ def open_cached(
 
     Raises:
         CacheError: a shard is not in a cache, or two caches do not hold the same shards or the same samples in them.
+        ConfigError: ``data.num_views`` is more than a cache has.
     """
-    first = caches[0]
+    first, num_views = caches[0], views_in_use(caches, data)
     if data.shards is None:
         check_same_shards(caches)
         urls = [first.shard_url(shard) for shard in first.shards]
@@ -297,7 +301,37 @@ def open_cached(
         NodeStore.of(data),
         reads=reads or {},
         name_shards=name_shards,
+        num_views=num_views,
     )
+
+
+def views_in_use(caches: Sequence[TeacherCache], data: DataConfig) -> int:
+    """V, the number of views that a training shows.
+
+    Raises:
+        ConfigError: ``data.num_views`` is more than a cache has.
+    """
+    smallest = min(caches, key=lambda cache: cache.num_views)
+    if data.num_views is None:
+        return smallest.num_views
+    check_num_views(data.num_views, smallest.num_views, of=redact(smallest.url))
+    return data.num_views
+
+
+def check_num_views(num_views: int, num_stored: int, *, of: str) -> None:
+    """
+    Raises:
+        ConfigError: ``data.num_views`` is more than the cache ``of`` has.
+    """
+    if num_views > num_stored:
+        raise ConfigError(
+            "data.num_views is more than the number of views of the cache",
+            code="config.num-views",
+            where=f"data.num_views, against {of}",
+            got=num_views,
+            expected=f"1 to {num_stored}",
+            next_step="set a smaller data.num_views, or raise views.count and run: stillroom cache build CONFIG",
+        )
 
 
 def _check_holds(cache: TeacherCache, names: list[str]) -> None:

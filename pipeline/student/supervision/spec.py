@@ -15,6 +15,7 @@ from pipeline.core.hashing import differences, seal
 from pipeline.core.redaction import quoted, redact
 from pipeline.shards.index import data_keys, index_settings
 from pipeline.student.data.ensemble import check_same_plans
+from pipeline.student.data.sources import views_in_use
 from pipeline.student.run import checkpoint
 from pipeline.tasks import DOMAIN, task_of
 from schemas.cache_format import Moments
@@ -108,9 +109,11 @@ def spec_of_caches(
 
     Raises:
         CacheError: ``data`` contradicts the caches, or two of them are incompatible.
-        ConfigError: the teachers have different input sizes, and the student has none.
+        ConfigError: the teachers have different input sizes, and the student has none; or ``data.num_views`` is more
+            than a cache has.
     """
     check_same_plans(caches)
+    views_in_use(caches, data)
     # All caches have the same views, classes and reading rules.
     first = caches[0]
     sizes = [int(cache.header.teacher["size"]) for cache in caches]

@@ -14,6 +14,7 @@ from pipeline.core.redaction import redact
 from pipeline.core.threads import map_ordered
 from pipeline.models import LoadedModel, load_model, load_untrained, require_weights, unreadable_weights
 from pipeline.shards.shard_urls import report_moved, shard_ids, shard_urls
+from pipeline.student.data.sources import check_num_views
 from pipeline.student.evaluation.compared_teacher import teacher_of_run
 from pipeline.student.evaluation.metrics import metrics_of
 from pipeline.student.evaluation.reference_images import check_reference
@@ -62,6 +63,7 @@ def check_config(config: Config) -> str:
         require(config, "data.cache", command="train")
         _check_caches(config.data.caches)
     else:
+        _refuse_num_views(config)
         require(config, "data.shards", *task_of(config.data).required_keys, command="train")
         check_teacher_mode(config, CompositeLoss(config.loss, task_of(config.data), where="loss"))
         _check_others(config)
@@ -221,6 +223,18 @@ def _refuse_class_means(config: Config) -> None:
         )
 
 
+def _refuse_num_views(config: Config) -> None:
+    if config.data.num_views is not None:
+        raise ConfigError(
+            "data.num_views selects views of a cache, and this training reads none",
+            code="config.num-views",
+            where="data.num_views",
+            got=f"{config.data.num_views}, with teacher.mode={config.teacher.mode}",
+            expected="null",
+            next_step="remove data.num_views, or set teacher.mode=cache",
+        )
+
+
 def check_training(config: Config) -> list[str]:
     """Checks a config against the cache's header, the models and the validation shards; writes nothing.
 
@@ -305,6 +319,8 @@ def check_plan(config: Config) -> None:
     check_config(config)
     assert config.cache is not None
     if config.teacher.mode == "cache":
+        if config.data.num_views is not None:
+            check_num_views(config.data.num_views, config.views.count, of="views.count")
         require_weights(config.teacher, where="teacher")
         loss = CompositeLoss(config.loss, task_of(config.data), where="loss")
         check_planned_outputs(loss, config)

@@ -107,6 +107,7 @@ class Trainer:
             steps_per_epoch=setup.order.num_steps,
             first_step=self.progress.step,
             **_teachers(setup),
+            **_num_views(setup),
         )
         with self.log.files(first_step=self.progress.step, tensorboard=setup.config.train.tensorboard):
             return self._finish(self._train())
@@ -253,6 +254,7 @@ class Trainer:
             "steps": self.progress.step,
             "epochs": self.setup.config.train.epochs,
             "seconds": round(self.progress.seconds, 3),
+            **_num_views(self.setup),
             **{metric.key: measured.get(metric.key) for metric in self._metrics.without_teacher},
             f"best_{main}": self.progress.best_value(main),
             "best_metric": None if best is None else best.metric,
@@ -277,6 +279,14 @@ def _teachers(setup: TrainingSetup) -> dict[str, Any]:
     if teacher.loss_weights:
         fields["teacher_weights"] = supervision.weights
     return fields
+
+
+def _num_views(setup: TrainingSetup) -> dict[str, int]:
+    """Of a training that shows fewer views than its caches have."""
+    num_views, caches = setup.config.data.num_views, setup.spec.caches
+    if num_views is None:
+        return {}
+    return {"num_views": num_views, "num_cached_views": min(cache.num_views for cache in caches)}
 
 
 def _start_warnings(setup: TrainingSetup, validator: Validator) -> list[str]:
