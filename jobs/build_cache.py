@@ -25,6 +25,7 @@ from pipeline.cache.build.commit import (
     revoke,
 )
 from pipeline.cache.build.context import cache_config, prepare
+from pipeline.cache.build.encodings import with_encodings
 from pipeline.cache.build.header_claim import check_without_weights
 from pipeline.cache.build.manifest import find_relabelled, publish_manifest, read_manifest, read_sums, read_table
 from pipeline.cache.build.part import BusyTime, PartTask, build_part
@@ -63,7 +64,7 @@ def build_cache(config: Config) -> Manifest:
         ResourceError: no node could run a task.
         StorageInputError: a local disk has too little room for the cache.
     """
-    config = with_absolute_paths(config)
+    config = with_encodings(with_absolute_paths(config))
     cache = cache_config(config)
     assert config.data.shards is not None
     by_id = urls_by_id(config.data.shards)

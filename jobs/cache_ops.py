@@ -8,6 +8,7 @@ from jobs.observability.progress import ProgressView, duration
 from jobs.paths import with_absolute_paths
 from pipeline import storage
 from pipeline.cache.build.context import current_context
+from pipeline.cache.build.encodings import with_encodings
 from pipeline.cache.ops.export_means import ExportedMeans
 from pipeline.cache.ops.gc import GcReport
 from pipeline.cache.ops.inspect import CacheReport
@@ -69,7 +70,7 @@ def verify(
         ConfigError, ModelError: the config names no teacher that can be loaded.
     """
     # First, so that a wrong config does not fail after an hour of reading.
-    context = None if config is None else current_context(with_absolute_paths(config))
+    context = None if config is None else current_context(with_encodings(with_absolute_paths(config), cache_url))
     if shards is not None:
         by_id = urls_by_id(shards, key="--shards")
     else:

@@ -15,6 +15,7 @@ from jobs.ray.cluster import cluster, num_local_tasks, num_parallel_tasks
 from jobs.ray.fan_out import fan_out
 from pipeline.cache.build.commit import files_present, is_dangling, read_commit_summaries
 from pipeline.cache.build.context import cache_config
+from pipeline.cache.build.encodings import with_encodings
 from pipeline.cache.plan.build_plan import CachePlan, plan_cache
 from pipeline.cache.plan.free_space import check_space
 from pipeline.cache.plan.measurement import Forecast, Measurement, forecast, measure, part_time_warnings
@@ -58,7 +59,7 @@ def report(config: Config, *, measured: bool) -> Report:
         ShardError: a shard is missing, changed, or contains no image, or no sample has the member ``data.label``.
         CacheError: the existing cache is damaged.
     """
-    config = with_absolute_paths(config)
+    config = with_encodings(with_absolute_paths(config))
     inputs = _inputs(config)
     plan = plan_cache(inputs)
     warnings = plan_warnings(inputs, plan) + _build_warnings(inputs, plan)

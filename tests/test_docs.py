@@ -207,11 +207,11 @@ def decoding_error(logits_NK: NDArray[np.float32]) -> float:
     return ulps(6, 2 * magnitude_of(logits_NK))
 
 
-@pytest.mark.parametrize("logits", ["fp32", "fp16", "int8", "int4", "topk:5"])
+@pytest.mark.parametrize("logits", ["fp32", "fp16", "int8", "int8t", "int4", "topk:5"])
 def test_the_snippet_of_the_format_reads_what_the_reader_reads(tmp_path: Path, logits: str) -> None:
     shards = pack_shards(digit_samples(12), f"{tmp_path}/digits-%02d.tar", shard_size=7)
-    # int4 wants many classes, and an odd number leaves half a byte over.
-    sections = {"data": {"num_classes": 131}, "views": {"size": 8}, "cache": {"logits": logits}}
+    # int8t and int4 want many classes, and an odd number leaves half a byte of int4 over.
+    sections = {"data": {"num_classes": 257}, "views": {"size": 8}, "cache": {"logits": logits}}
     build(config_of(tree_below(tmp_path, shards, **sections)))
     names: dict[str, Any] = {}
     snippet = re.search(

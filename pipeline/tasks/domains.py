@@ -243,6 +243,10 @@ class WithDomain(Task):
         return self.base.outputs(cache, widths)
 
     @property
+    def default_logits(self) -> str:
+        return self.base.default_logits
+
+    @property
     def roles(self) -> dict[str, str]:
         return self.base.roles
 

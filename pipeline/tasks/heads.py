@@ -180,7 +180,7 @@ class Heads(Task):
                 code="config.multilabel-topk",
                 where="cache.logits",
                 got=f"{cache.logits}, and multilabel heads {', '.join(multilabel)}",
-                expected="fp32, fp16, int8, int4 or none",
+                expected="fp32, fp16, int8, int8t, int4 or none",
                 next_step="set cache.logits=int8",
             )
         kinds = {head.output: cache.logits for head in self.entries} | {EMBEDDING: cache.embeddings}

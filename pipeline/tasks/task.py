@@ -307,6 +307,11 @@ class Task(ABC):
         """
 
     @property
+    def default_logits(self) -> str:
+        """``cache.logits`` of a new cache under ``auto``."""
+        return "fp16"
+
+    @property
     @abstractmethod
     def roles(self) -> dict[str, str]:
         """The role of each output that this version reads, by its name; a reader ignores the others of a cache.

@@ -15,7 +15,9 @@ class CacheConfig(Section):
 
     url: str = Field(description="Folder of the cache; any allowed URL.")
     logits: str = Field(
-        "fp16", description="fp32, fp16, int8, int4, topk:k or none: encoding of the logits; task embedding: none."
+        "auto",
+        description="fp32, fp16, int8, int8t, int4, topk:k or none: encoding of the logits; task embedding: none. "
+        "auto: that of an existing cache; of a new one int8t from 256 classes, below that and with several heads fp16.",
     )
     embeddings: Literal["fp32", "fp16", "int8", "none"] = Field(
         "none", description="Encoding of the penultimate embedding; default of task embedding: fp16."
@@ -36,8 +38,10 @@ class CacheConfig(Section):
     @field_validator("logits")
     @classmethod
     def _check_logits(cls, logits: str) -> str:
-        if not re.fullmatch(r"fp32|fp16|int8|int4|none|topk:[1-9][0-9]*", logits):
-            raise ValueError(f"logits is {logits!r}; expected fp32, fp16, int8, int4, none or topk:k, such as topk:16")
+        if not re.fullmatch(r"auto|fp32|fp16|int8|int8t|int4|none|topk:[1-9][0-9]*", logits):
+            raise ValueError(
+                f"logits is {logits!r}; expected auto, fp32, fp16, int8, int8t, int4, none or topk:k, such as topk:16"
+            )
         return logits
 
     @model_validator(mode="after")

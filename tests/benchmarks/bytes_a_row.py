@@ -117,7 +117,7 @@ def run() -> None:
     titles = "".join(f"{stage:>8}" for stage in _STAGES)
     for teacher, kinds in (
         (ten_classes(), ("fp32", "fp16", "int8", "topk:4")),
-        (thousand_classes(), ("fp32", "fp16", "int8", "int4", "topk:10", "topk:100")),
+        (thousand_classes(), ("fp32", "fp16", "int8", "int8t", "int4", "topk:10", "topk:100")),
     ):
         logits_NK = teacher.logits("mixed")
         url = BENCH / f"{teacher.name}-mixed"

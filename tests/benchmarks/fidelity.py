@@ -15,10 +15,12 @@ from pipeline.cache.build.statistics import kl_sum, pearson_sum
 from pipeline.cache.format.codec import decode, encode, row_bytes, stored_outputs
 from pipeline.tasks import OutputSpec
 from tests.benchmarks.teachers import ten_classes, thousand_classes
+from tests.pipeline.cache.format.codec.kinds import teacher_like
 
 Matrix = NDArray[np.float32]
 _FEW = ("fp32", "fp16", "int8", "topk:4", "topk:5", "topk:6")
-_MANY = ("fp32", "fp16", "int8", "int4", "topk:5", "topk:10", "topk:20", "topk:50", "topk:100", "topk:188")
+_MANY = ("fp32", "fp16", "int8", "int8t", "int4", "topk:5", "topk:10", "topk:20", "topk:50", "topk:100", "topk:188")
+_NUMBERS_OF_CLASSES = (256, 1000, 5000, 21_841)
 _ENTRY_BYTES = 4
 
 
@@ -66,6 +68,8 @@ def _table(title: str, exact_NK: Matrix, kinds: tuple[str, ...]) -> None:
 
 
 def run() -> None:
+    for num_classes in _NUMBERS_OF_CLASSES:
+        _table(f"synthetic, {num_classes} classes", teacher_like(500, num_classes), ("fp16", "int8", "int8t", "int4"))
     for teacher, kinds in ((ten_classes(), _FEW), (thousand_classes(), _MANY)):
         for views in ("clean", "mixed"):
             logits_NK = teacher.logits(views)

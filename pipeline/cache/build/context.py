@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from pipeline import storage
+from pipeline.cache.build.encodings import resolve, with_encodings
 from pipeline.cache.build.header_claim import claim, make_header, token_request
 from pipeline.cache.build.imported_means import ImportedMeans, read_means, store_means
 from pipeline.cache.format.codec import stored_outputs
@@ -45,15 +46,16 @@ class BuildContext:
 
 
 def cache_config(config: Config) -> CacheConfig:
-    """The cache section, checked against the sections that it depends on.
+    """The cache section, checked against the sections that it depends on. Reads nothing: under ``cache.logits: auto``
+    it has the encoding of a new cache, see ``with_encodings``.
 
     Raises:
         ConfigError: a key that a build needs is missing, or two keys contradict each other.
     """
     task = task_of(config.data)
     require(config, "data.shards", *task.required_keys, "teacher.model", "cache.url", command="cache build")
-    cache = config.cache
-    assert cache is not None
+    assert config.cache is not None
+    cache = resolve(config, config.cache)
     require_weights(config.teacher, where="teacher")
     if config.teacher.others:
         raise ConfigError(
@@ -134,6 +136,7 @@ def prepare(config: Config) -> tuple[str, ...]:
 
 def current_context(config: Config) -> BuildContext:
     """The context of this process for the config, loaded again if a file of the teacher was replaced."""
+    config = with_encodings(config)
     # Every time: another job in this process may have set the number of threads.
     pin_numerics(config.ray.cpus_per_task)
     urls = {"teacher.weights": config.teacher.weights_url, "teacher.text_head": config.teacher.text_head}

@@ -12,6 +12,7 @@ from pipeline import storage
 from pipeline.augment.params import sample_keys
 from pipeline.augment.random_bits import philox4x64
 from pipeline.cache.build.commit import is_unused
+from pipeline.cache.build.encodings import resolve
 from pipeline.cache.build.imported_means import ImportedMeans
 from pipeline.cache.format import layout
 from pipeline.cache.format.codec import stored_outputs
@@ -180,8 +181,8 @@ def check_without_weights(stored: Header, config: Config) -> None:
         CacheError: a build with this config would write another header.
         ConfigError, ModelError: the teacher's network cannot be built.
     """
-    teacher, cache = config.teacher, config.cache
-    assert cache is not None
+    assert config.cache is not None
+    teacher, cache = config.teacher, resolve(config, config.cache, stored)
     size, tokens = config.views.size, token_request(config)
     loaded = load_untrained(
         teacher,

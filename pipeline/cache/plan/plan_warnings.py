@@ -81,7 +81,7 @@ def _int8_resolution(inputs: PlanInputs, plan: CachePlan) -> str | None:
         return (
             f"int8 spreads 256 levels over {num_classes} {name} and stores {size_bytes} bytes per row, "
             f"{size_bytes * plan.work.forwards.expected / 1e9:.1f} GB in all: close {name} become equal; "
-            f"cache.{name}=int4 preserves differences between the largest {name} in about half of the bytes"
+            "cache.logits=int8t preserves differences between the largest of them in hardly more bytes, int4 in half"
         )
     return None
 

@@ -30,7 +30,7 @@ _NUM_NAMED = 5
 _MAX_DISTANCE = 0.01
 # 2.6 degrees between the stored token and the teacher's.
 _MIN_TOKEN_COSINE = 0.999
-_BETTER = {"topk": "int8", "int4": "int8", "int8": "fp16", "fp16": "fp32"}
+_BETTER = {"topk": "int8", "int4": "int8", "int8": "fp16", "int8t": "fp16", "fp16": "fp32"}
 
 
 def loss_warnings(

@@ -13,13 +13,14 @@ from pipeline.cache.format.codec.dense import DENSE
 from pipeline.cache.format.codec.encoding import Encoding, Rows
 from pipeline.cache.format.codec.int4 import INT4
 from pipeline.cache.format.codec.int8 import INT8
+from pipeline.cache.format.codec.int8t import INT8T
 from pipeline.cache.format.codec.topk import TOPK
 from pipeline.cache.format.files import empty_cells
 from pipeline.core.errors import CacheError
 from pipeline.tasks import OutputSpec
 from schemas.cache_format import Output
 
-_ENCODINGS = (DENSE, INT8, INT4, TOPK)
+_ENCODINGS = (DENSE, INT8, INT8T, INT4, TOPK)
 _BY_NAME = {encoding.name: encoding for encoding in _ENCODINGS}
 _BY_KIND = {kind: encoding for encoding in _ENCODINGS for kind in encoding.kinds}
 _CONFIG_KEYS = {"embedding": "embeddings"}

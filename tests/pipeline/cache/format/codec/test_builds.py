@@ -15,7 +15,7 @@ from tests.pipeline.caches import build
 from tests.pipeline.conftest import TinyConfig
 
 
-@pytest.mark.parametrize("logits", ["topk:10", "int4"])
+@pytest.mark.parametrize("logits", ["topk:10", "int4", "int8t"])
 def test_too_few_classes_are_found_before_a_teacher_is_loaded(
     tiny_config: TinyConfig, tmp_path: Path, logits: str
 ) -> None:
@@ -40,5 +40,5 @@ def test_logits_that_do_not_fit_stop_the_build_with_their_keys(
 
 @pytest.mark.parametrize("logits", ["int16", "topk", "topk:0", "topk:-1", "topk:1.5", "topk:01"])
 def test_a_value_that_names_no_encoding_is_refused(tiny_config: TinyConfig, logits: str) -> None:
-    with pytest.raises(ValueError, match=r"expected fp32, fp16, int8, int4, none or topk:k"):
+    with pytest.raises(ValueError, match=r"expected auto, fp32, fp16, int8, int8t, int4, none or topk:k"):
         tiny_config(cache={"logits": logits})

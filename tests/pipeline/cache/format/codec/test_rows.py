@@ -21,7 +21,7 @@ from tests.pipeline.cache.format.codec.kinds import logits_output, round_trip, s
 HALF_MAX, SINGLE_MAX = 65_504.0, float(np.finfo(np.float32).max)
 
 
-KINDS = ("fp32", "fp16", "int8", "int4", "topk:3")
+KINDS = ("fp32", "fp16", "int8", "int8t", "int4", "topk:3")
 
 
 def matrices(limit: float) -> st.SearchStrategy[NDArray[np.float32]]:
@@ -45,10 +45,10 @@ def test_fp16_errs_by_at_most_half_a_unit_in_the_last_place(values_ND: NDArray[n
 @pytest.mark.parametrize("kind", ["fp16", "int4", "topk:1"])
 @given(st.floats(65_520, SINGLE_MAX, width=32))
 def test_a_largest_number_that_would_be_infinite_in_fp16_is_refused(kind: str, value: float) -> None:
-    values = teacher_like(3, 130)
+    values = teacher_like(3, 258)
     values[1, 7] = value
     with pytest.raises(CacheError, match=r"cache\.values-do-not-fit[\s\S]*keys two\n[\s\S]*cache.logits=fp32"):
-        encode(values, logits_output(kind, 130), keys=["one", "two", "three"])
+        encode(values, logits_output(kind, 258), keys=["one", "two", "three"])
 
 
 def test_a_number_below_the_range_of_fp16_is_refused() -> None:
@@ -57,7 +57,7 @@ def test_a_number_below_the_range_of_fp16_is_refused() -> None:
 
 
 @pytest.mark.parametrize("num_classes", [256, 257, 65_536, 65_537])
-@pytest.mark.parametrize("kind", ["int4", "topk:1"])
+@pytest.mark.parametrize("kind", ["int8t", "int4", "topk:1"])
 def test_the_last_of_many_classes_is_decoded(kind: str, num_classes: int) -> None:
     values = teacher_like(2, num_classes)
     values[:, -1] = 50
@@ -65,7 +65,8 @@ def test_the_last_of_many_classes_is_decoded(kind: str, num_classes: int) -> Non
 
 
 @pytest.mark.parametrize(
-    ("kind", "num_classes", "minimum"), [("int4", 100, 128), ("topk:10", 10, 11), ("topk:11", 10, 12)]
+    ("kind", "num_classes", "minimum"),
+    [("int8t", 255, 256), ("int4", 100, 128), ("topk:10", 10, 11), ("topk:11", 10, 12)],
 )
 def test_too_few_classes_are_refused(kind: str, num_classes: int, minimum: int) -> None:
     got, expected = f"{num_classes} classes", f"at least {minimum}"
@@ -77,15 +78,15 @@ def test_too_few_classes_are_refused(kind: str, num_classes: int, minimum: int) 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_encoding_takes_nan_or_infinity(kind: str, value: float) -> None:
-    values = teacher_like(3, 130)
+    values = teacher_like(3, 258)
     values[1, values[1].argmin()] = value
     with pytest.raises(CacheError, match=r"cache\.values-do-not-fit[\s\S]*keys two\n[\s\S]*got: +1 rows"):
-        encode(values, logits_output(kind, 130), keys=["one", "two", "three"])
+        encode(values, logits_output(kind, 258), keys=["one", "two", "three"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_slice_decodes_to_the_slice(kind: str) -> None:
-    output, values = logits_output(kind, 130), teacher_like(7, 130)
+    output, values = logits_output(kind, 258), teacher_like(7, 258)
     column = encode(values, output)
     rows = decode(column, output)
     for start, stop in ((0, 7), (2, 5), (6, 7), (3, 3)):
@@ -96,33 +97,33 @@ def test_a_slice_decodes_to_the_slice(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_output_of_any_shape_is_stored_as_its_numbers_in_order(kind: str) -> None:
-    values = teacher_like(3, 132)
-    (output,) = stored_outputs([OutputSpec("map", (2, 11, 6), kind)])
-    column = encode(values.reshape(3, 2, 11, 6), output)
-    assert (output.shape, column.to_pylist()) == ((2, 11, 6), stored(values, kind))
-    assert np.array_equal(decode(column, output), round_trip(values, kind).reshape(3, 2, 11, 6))
+    values = teacher_like(3, 264)
+    (output,) = stored_outputs([OutputSpec("map", (2, 11, 12), kind)])
+    column = encode(values.reshape(3, 2, 11, 12), output)
+    assert (output.shape, column.to_pylist()) == ((2, 11, 12), stored(values, kind))
+    assert np.array_equal(decode(column, output), round_trip(values, kind).reshape(3, 2, 11, 12))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_does_not_depend_on_the_other_rows(kind: str) -> None:
-    values = teacher_like(9, 131)
+    values = teacher_like(9, 259)
     assert stored(values, kind) == [row for number in range(9) for row in stored(values[number : number + 1], kind)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_rows_encode_to_no_rows_and_back(kind: str) -> None:
-    output = logits_output(kind, 130)
-    column = encode(np.empty((0, 130), np.float32), output)
+    output = logits_output(kind, 258)
+    column = encode(np.empty((0, 258), np.float32), output)
     assert column.type == pa.binary(row_bytes(output))
-    assert decode(column, output).shape == (0, 130)
-    assert decode(pa.chunked_array([], column.type), output).shape == (0, 130)
+    assert decode(column, output).shape == (0, 258)
+    assert decode(pa.chunked_array([], column.type), output).shape == (0, 258)
 
 
 def test_only_topk_depends_on_the_temperature() -> None:
-    values = teacher_like(4, 130)
+    values = teacher_like(4, 258)
     for kind in KINDS:
         cold, hot = (round_trip(values, kind, temperature=temperature) for temperature in (1.0, 4.0))
-        assert depends_on_temperature(logits_output(kind, 130)) == (kind == "topk:3") != np.array_equal(cold, hot)
+        assert depends_on_temperature(logits_output(kind, 258)) == (kind == "topk:3") != np.array_equal(cold, hot)
 
 
 def test_rows_are_little_endian_and_dense() -> None:
@@ -132,7 +133,7 @@ def test_rows_are_little_endian_and_dense() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_fields_of_an_output_are_its_row(kind: str) -> None:
-    output = logits_output(kind, 130)
+    output = logits_output(kind, 258)
     assert sum(np.dtype(field.dtype).itemsize * field.count for field in output.fields) == row_bytes(output)
     assert {np.dtype(field.dtype).byteorder for field in output.fields} <= {"<", "=", "|"}
 
@@ -144,7 +145,7 @@ def test_an_empty_cell_is_refused() -> None:
 
 def test_an_unknown_encoding_is_refused_by_name() -> None:
     output = logits_output("fp16", 2).model_copy(update={"encoding": "wavelet"})
-    names = dict.fromkeys(logits_output(kind, 130).encoding for kind in KINDS)
+    names = dict.fromkeys(logits_output(kind, 258).encoding for kind in KINDS)
     for call in (lambda: decode(pa.array([b"1234"], pa.binary(4)), output), lambda: depends_on_temperature(output)):
         with raises("cache.unknown-encoding", CacheError, got="wavelet", expected=", ".join(names)):
             call()
