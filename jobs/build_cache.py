@@ -267,8 +267,10 @@ def _sum_in_tasks(ray: RayConfig, cache_url: str, refs: Sequence[FileRef]) -> Cl
 def describe(manifest: Manifest, data: DataConfig) -> str:
     """The line at the end of a build."""
     skipped = sum(manifest.skipped.values())
-    metric, share = next(iter(task_of(data).teacher_metrics(manifest.statistics).items()), ("", None))
-    teacher = "" if share is None else f", teacher {metric} {share:.1%}"
+    # One figure: a teacher of some of the heads has none in the others.
+    metrics = task_of(data).teacher_metrics(manifest.statistics)
+    measured = [f", teacher {metric} {share:.1%}" for metric, share in metrics.items() if share is not None]
+    teacher = measured[0] if measured else ""
     return (
         f"cache: {manifest.num_ok} images x {manifest.num_views} views in {manifest.num_shards} shards, "
         f"{manifest.size_bytes / 1e6:.1f} MB, {skipped} skipped{teacher}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from functools import partial
 
 from jobs.entry import config_command
@@ -33,7 +32,7 @@ def index_shards(config: Config, folder_url: str) -> int:
 
     Raises:
         ShardError: a shard is damaged, has a bad sample under ``bad_samples: fail``, or changed since it was indexed;
-            or no sample has the member ``data.label``.
+            or a shard has no member ``data.image``, or no sample the member ``data.label``.
         StorageInputError: shards are missing.
     """
     require(config, "data.shards", command="shards index")
@@ -45,7 +44,7 @@ def index_shards(config: Config, folder_url: str) -> int:
 
 
 def _index(by_id: dict[str, str], config: Config, folder_url: str) -> int:
-    _check_labels(by_id, config.data, folder_url)
+    _check_members(by_id, config.data, folder_url)
     # Every task reads the config, and a list of 100,000 URLs takes megabytes.
     data = config.data.model_copy(update={"shards": None, "val_shards": None})
     work = partial(publish_shard_index, data=data, folder_url=folder_url, threads=config.ray.cpus_per_task)
@@ -63,21 +62,25 @@ def _index(by_id: dict[str, str], config: Config, folder_url: str) -> int:
     return num_ok
 
 
-def _check_labels(by_id: dict[str, str], data: DataConfig, folder_url: str) -> None:
-    """Detects a wrong ``data.label`` before the first shard is indexed, since an index is never replaced.
+def _check_members(by_id: dict[str, str], data: DataConfig, folder_url: str) -> None:
+    """Detects a wrong ``data.image`` or ``data.label`` before the first shard is indexed: no index is ever replaced.
 
     Raises:
-        ShardError: no sampled shard has the member.
+        ShardError: a sampled shard has no image, or none has the member of the label.
     """
-    if not task_of(data).members or not {index_name(shard) for shard in by_id}.isdisjoint(storage.listing(folder_url)):
+    if not {index_name(shard) for shard in by_id}.isdisjoint(storage.listing(folder_url)):
         return
     sampled = evenly_spaced([*by_id.values()], _NUM_SAMPLED)
     heads: list[ShardHead] = []
     for url in sampled:
-        # Indexing reports a bad shard.
-        with contextlib.suppress(ShardError):
+        try:
             heads.append(read_shard_head(url, data, size_bytes=storage.size(url)))
-    check_label_member(LabelCount.of_heads(heads, data), data, where=redact(sampled[0]))
+        except ShardError as error:
+            # Indexing reports other damage.
+            if error.code == "shard.no-samples":
+                raise
+    if task_of(data).members:
+        check_label_member(LabelCount.of_heads(heads, data), data, where=redact(sampled[0]))
 
 
 def main(source: str, overrides: list[str]) -> None:

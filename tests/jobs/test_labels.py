@@ -89,6 +89,16 @@ def test_an_index_for_online_training_is_refused_too(tree: Tree, shards_of: Shar
     assert not (tmp_path / "index").exists()
 
 
+@pytest.mark.parametrize("label", ["cls", None])
+def test_an_index_without_images_is_refused_with_the_member_that_has_them(
+    tree: Tree, shards_of: Shards, tmp_path: Path, label: str | None
+) -> None:
+    config = unlabelled(tree, shards_of(in_json), image="input.jpg", label=label)
+    with raises("shard.no-samples", ShardError, next_step="set data.image=png"):
+        index_shards(config, str(tmp_path / "index"))
+    assert not (tmp_path / "index").exists()
+
+
 def test_an_index_of_partly_labelled_shards_is_written_with_a_count(
     tree: Tree, shards_of: Shards, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

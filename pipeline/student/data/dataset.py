@@ -24,7 +24,7 @@ from pipeline.student.data.batch import Batch, InputSize, SharedMemoryBatch
 from pipeline.student.data.epoch_order import EpochOrder, OrderedRows
 from pipeline.student.data.order import TrainingOrder
 from pipeline.student.data.rows import SampleRows, scatter
-from pipeline.student.data.sources import RowSource, check_labelled, has_targets
+from pipeline.student.data.sources import RowSource, check_labelled
 from pipeline.student.data.teacher_outputs import decode_outputs
 from pipeline.tasks import DOMAIN, Targets
 from schemas.config import ViewsConfig
@@ -111,7 +111,7 @@ class StepDataset(Dataset[Batch]):
                 next_step="the cache was built by another version of the views; build another cache",
             )
         if self.required_targets:
-            check_labelled(rows.sample_ids, has_targets(self.source.task, targets, self.required_targets))
+            check_labelled(rows.sample_ids, self.source.task, targets, self.required_targets)
 
     def _pixels(
         self, rows: SampleRows, by_shard: ByShard, epoch: int

@@ -91,22 +91,29 @@ class RowSource(ABC):
 
 def has_targets(task: Task, targets: Targets, columns: Sequence[str]) -> NDArray[np.bool_]:
     """[N]: which rows have a target in each of these columns."""
-    has_target = [column.has_target(targets[column.name]) for column in task.columns if column.name in columns]
-    return np.logical_and.reduce(has_target)
+    return np.logical_and.reduce(list(_has_target(task, targets, columns).values()))
 
 
-def check_labelled(sample_ids: list[str], labelled_N: NDArray[np.bool_]) -> None:
+def _has_target(task: Task, targets: Targets, columns: Sequence[str]) -> dict[str, NDArray[np.bool_]]:
+    named = [column for column in task.columns if column.name in columns]
+    return {column.name: column.has_target(targets[column.name]) for column in named}
+
+
+def check_labelled(sample_ids: list[str], task: Task, targets: Targets, columns: Sequence[str]) -> None:
     """
     Raises:
-        ConfigError: some of these samples have no label; the first are named.
+        ConfigError: some of these samples have no label in one of these columns; the first are named.
     """
-    unlabelled = np.flatnonzero(~labelled_N)
+    by_column = _has_target(task, targets, columns)
+    unlabelled = np.flatnonzero(~np.logical_and.reduce(list(by_column.values())))
     if len(unlabelled):
+        counts = [f"{name} {int((~labelled_N).sum())}" for name, labelled_N in by_column.items()]
         raise ConfigError(
             "a loss needs labels, and some samples have none",
             code="data.missing-labels",
             where=", ".join(sample_ids[row] for row in unlabelled[:3]),
-            got=f"{len(unlabelled)} of {len(labelled_N)} samples without a label",
+            got=f"{len(unlabelled)} of {len(sample_ids)} samples without a label"
+            + (f" ({', '.join(counts)})" if len(counts) > 1 else ""),
             next_step="set data.missing_labels=ignore to average over labelled rows, or use kd or dist alone",
         )
 
@@ -158,7 +165,7 @@ class IndexedSource(RowSource):
             ConfigError: an ok row has no target in one of these columns.
         """
         for index in self._indexes if columns else ():
-            check_labelled(index.sample_ids(index.ok), has_targets(self.task, index.ok_targets, columns))
+            check_labelled(index.sample_ids(index.ok), self.task, index.ok_targets, columns)
 
     def index(self, shard: int) -> ShardIndex:
         return self._indexes[shard]

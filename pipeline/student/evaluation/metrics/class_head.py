@@ -17,8 +17,7 @@ _MIN_CLASSES_OF_TOP5 = 6
 
 
 def class_head_metrics(head: Head) -> tuple[Metric, ...]:
-    """In the order of JSON and tables. Top-5 is left out where it would be 1."""
-    has_top5 = head.num_classes is None or head.name is None or head.num_classes >= _MIN_CLASSES_OF_TOP5
+    """In the order of JSON and tables."""
     top5 = head.metric("top5", "top-5", "targets", "student", gauge="Top-5 accuracy of that evaluation, 0 to 1.")
     return (
         # Shares of the labelled rows, by the rank of ``class_ranks``.
@@ -30,7 +29,7 @@ def class_head_metrics(head: Head) -> tuple[Metric, ...]:
             teacher_key="teacher_top1",
             gauge="Accuracy of the last evaluation, 0 to 1.",
         ),
-        *([top5] if has_top5 else []),
+        *([top5] if _has_top5(head) else []),
         # Mean of the recalls of the classes that occur.
         head.metric(
             "balanced_accuracy",
@@ -55,6 +54,11 @@ def class_head_metrics(head: Head) -> tuple[Metric, ...]:
     )
 
 
+def _has_top5(head: Head) -> bool:
+    """Of named heads, those in which it is not always 1."""
+    return head.num_classes is None or head.name is None or head.num_classes >= _MIN_CLASSES_OF_TOP5
+
+
 class ClassHeadSums(MetricSums):
     """Sums of ``class_head_metrics``."""
 
@@ -64,7 +68,8 @@ class ClassHeadSums(MetricSums):
 
         assert head.num_classes is not None
         self._head, self._is_measured = head, head.is_measured(scope)
-        self._means = RowMeans(map(head.key, ("top1", "top5", "agreement", "kl", "teacher_top1")))
+        top5 = ["top5"] if _has_top5(head) else []
+        self._means = RowMeans(map(head.key, ("top1", *top5, "agreement", "kl", "teacher_top1")))
         self._calibration = MulticlassCalibrationError(head.num_classes, n_bins=_ECE_BINS, norm="l1").to(device)
         self._num_rows_K, self._num_hits_K = torch.zeros(2, head.num_classes, dtype=torch.int64)
         self._labels: list[Tensor] = []
@@ -84,7 +89,8 @@ class ClassHeadSums(MetricSums):
         hit_N = torch.full((len(label_N),), torch.nan, dtype=torch.float64)
         hit_N[is_labelled_N] = is_hit_M.double()
         self._means.add_each(self._head.key("top1"), hit_N)
-        self._means.add(self._head.key("top5"), int((rank_M < 5).sum()), len(rank_M))
+        if _has_top5(self._head):
+            self._means.add(self._head.key("top5"), int((rank_M < 5).sum()), len(rank_M))
         self._labels.append(label_N)
         num_classes = len(self._num_rows_K)
         self._num_rows_K += label_M.bincount(minlength=num_classes)

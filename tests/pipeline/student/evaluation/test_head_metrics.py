@@ -234,6 +234,7 @@ def test_metrics_of_each_domain_are_those_of_its_rows_alone() -> None:
         is_chosen_N = domain_N == domain
         alone = summed(metrics_of(DATA), batches(chosen(all_rows, is_chosen_N))).finish(DistributedContext())
         assert table["num_rows"] == is_chosen_N.sum()
+        assert table.keys() - {"num_rows"} == {metric.key for metric in metrics_of(DATA).metrics}
         assert {key: table[key] for key in alone} == approximately_or_none(alone)
         expected = expected_of_pair(*chosen(all_rows, is_chosen_N))
         assert {key: table[key] for key in expected} == approximately(expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,10 @@ def test_parity_every_loss_of_a_cached_run_is_that_of_an_online_run(cache: TinyC
 def test_a_row_may_lack_only_the_labels_that_no_loss_reads(cache: TinyCache, tmp_path: Path) -> None:
     refuse = {"missing_labels": "refuse"}
     run(config_of(cache, tmp_path / "even", loss=[{"name": "ce", "heads": ["even"]}], data=refuse))
-    with raises("data.missing-labels"):
+    with raises("data.missing-labels") as caught:
         run(config_of(cache, tmp_path / "pair", loss=[{"name": "ce"}], data=refuse))
+    # Every head is counted, and ``even`` lacks none.
+    assert re.search(r"without a label \(label_even 0, label_pair [1-9]\d*\)$", str(caught.value.got))
 
 
 @pytest.mark.parametrize(
