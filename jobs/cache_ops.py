@@ -9,6 +9,7 @@ from jobs.paths import with_absolute_paths
 from pipeline import storage
 from pipeline.cache.build.context import current_context
 from pipeline.cache.build.encodings import with_encodings
+from pipeline.cache.ops.copy import CopyReport, copy_cache
 from pipeline.cache.ops.export_means import ExportedMeans
 from pipeline.cache.ops.gc import GcReport
 from pipeline.cache.ops.inspect import CacheReport
@@ -168,6 +169,32 @@ def describe_relabelling(relabelling: Relabelling) -> str:
     if relabelling.lost_means:
         lines.append("warning: class means came from the labels of the build and are left out; nd needs another build")
     return "\n".join(lines)
+
+
+def copy(source_url: str, destination_url: str, *, threads: int) -> CopyReport:
+    """Copies a finished cache. Progress goes to standard error.
+
+    Raises:
+        StillroomError: as ``copy_cache`` does.
+    """
+    with ProgressView("copy", 0) as progress:
+        return copy_cache(
+            source_url,
+            destination_url,
+            threads=threads,
+            progress=lambda done, total: progress.update(done, "shards", total=total),
+        )
+
+
+def describe_copy(report: CopyReport) -> str:
+    """The text of ``stillroom cache copy``."""
+    present = report.num_files - report.num_written
+    lines = [f"left out: {', '.join(f'{count} {kind}' for kind, count in report.left_out.items()) or 'nothing'}"]
+    lines.append(
+        f"copied {report.num_written} of {report.num_files} files, {report.bytes_written / 1e6:.1f} of "
+        f"{report.num_bytes / 1e6:.1f} MB; {present} were there with the same digest"
+    )
+    return "\n".join([*lines, f"{report.destination}: {report.num_shards} shards, all digests equal"])
 
 
 def describe_means(means: ExportedMeans, out: str) -> str:

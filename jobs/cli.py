@@ -208,6 +208,19 @@ def cache_relabel(
     print(describe_relabelling(relabel_cache(cache, label=label, shards=shards, threads=threads)))
 
 
+@add_command(cache_app, "copy")
+def cache_copy(
+    source: Annotated[str, typer.Argument(help="URL of a finished cache.", metavar="SRC")],
+    destination: Annotated[str, typer.Argument(help="URL of the copy, in any store.", metavar="DST")],
+    threads: ThreadsOption = 4,
+    as_json: JsonOption = False,
+) -> None:
+    """Copy a finished cache, and compare the digest of every file on both sides. Repeat it to continue."""
+    from jobs.cache_ops import copy, describe_copy
+
+    print_report(copy(source, destination, threads=threads), describe_copy, as_json=as_json)
+
+
 @add_command(cache_app, "gc")
 def cache_gc(
     cache: CacheArgument,
