@@ -40,7 +40,7 @@ from pipeline.core.errors import CacheError, ShardError
 from pipeline.core.redaction import quoted, redact
 from pipeline.core.threads import map_ordered
 from pipeline.models import random_weights_warnings, unreadable_weights
-from pipeline.shards.labels import label_warning
+from pipeline.shards.labels import domain_warning, label_warning
 from pipeline.shards.omissions import Omissions
 from pipeline.shards.publish import index_name
 from pipeline.shards.shard_urls import report_moved, urls_by_id
@@ -90,8 +90,8 @@ def build_cache(config: Config) -> Manifest:
         moved = "" if relabelled.base == manifest.base else " --shards (as before)"
         _warn(f"the cache again has the labels of its build; to relabel it, run: {command}{moved}")
     labels = cached_labels(open_cache(cache.url))
-    if (warning := label_warning(labels, config.data, finished_cache=cache.url)) is not None:
-        _warn(warning)
+    found = (label_warning(labels, config.data, finished_cache=cache.url), domain_warning(labels, config.data))
+    _warn(*filter(None, found))
     return manifest
 
 

@@ -14,7 +14,14 @@ from pipeline import storage
 from pipeline.core.config_loading import require
 from pipeline.core.errors import ShardError
 from pipeline.core.redaction import redact
-from pipeline.shards.labels import LabelCount, check_label_member, count_labels, evenly_spaced, label_warning
+from pipeline.shards.labels import (
+    LabelCount,
+    check_label_member,
+    count_labels,
+    domain_warning,
+    evenly_spaced,
+    label_warning,
+)
 from pipeline.shards.omissions import Omissions
 from pipeline.shards.publish import index_name, publish_shard_index, read_index
 from pipeline.shards.shard_head import ShardHead, read_shard_head
@@ -57,7 +64,7 @@ def _index(by_id: dict[str, str], config: Config, folder_url: str) -> int:
             progress.update(done, f"{num_ok} rows")
     warn_of_omissions("index", omissions)
     labels = count_labels([*by_id], lambda shard: read_index(storage.join(folder_url, index_name(shard))))
-    if (warning := label_warning(labels, config.data)) is not None:
+    for warning in filter(None, (label_warning(labels, config.data), domain_warning(labels, config.data))):
         warn(f"index: {warning}")
     return num_ok
 

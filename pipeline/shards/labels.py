@@ -1,4 +1,4 @@
-"""Counts of labels, and the errors and warnings for a ``data.label`` that names the wrong member."""
+"""Counts of labels and domains, and the errors and warnings for a key of ``data`` that names the wrong member."""
 
 from __future__ import annotations
 
@@ -7,16 +7,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
 from pipeline.core.errors import ShardError
 from pipeline.core.redaction import quoted
 from pipeline.core.threads import map_ordered
 from pipeline.shards.index import ShardIndex
 from pipeline.shards.members import count_text, image_extensions
 from pipeline.shards.shard_head import ShardHead
-from pipeline.tasks import task_of
+from pipeline.tasks import DOMAIN, Targets, Task, task_of
 from schemas.config import DataConfig
 
 T = TypeVar("T")
@@ -34,6 +31,7 @@ class LabelCount:
         num_shards: number of these shards.
         members: how often each extension of a member occurs in the samples, most frequent first; None: not read.
         readable: values of ``data.label`` under which all members with the extension hold a target.
+        num_without_domain: images in no domain; 0 without ``data.domain``.
     """
 
     num_labelled: int
@@ -41,20 +39,25 @@ class LabelCount:
     num_shards: int
     members: Mapping[str, int] | None = None
     readable: tuple[str, ...] = ()
+    num_without_domain: int = 0
 
     @classmethod
     def of(
-        cls, labelled: Sequence[NDArray[np.bool_]], members: Iterable[tuple[Counter[str], Counter[str]]] | None = None
+        cls,
+        targets: Sequence[tuple[Task, Targets]],
+        members: Iterable[tuple[Counter[str], Counter[str]]] | None = None,
     ) -> LabelCount:
         """
         Args:
-            labelled: of each shard which images have a label.
+            targets: of the usable images of each shard.
             members: of some of these shards: ``ShardHead.members``.
         """
+        labelled = [task.has_target(columns) for task, columns in targets]
         num_labelled = sum(int(labelled_N.sum()) for labelled_N in labelled)
         num_images = sum(map(len, labelled))
+        num_without = sum(columns[DOMAIN].tolist().count(None) for _, columns in targets if DOMAIN in columns)
         if members is None:
-            return cls(num_labelled, num_images, len(labelled))
+            return cls(num_labelled, num_images, len(labelled), num_without_domain=num_without)
         counts, options = Counter[str](), Counter[str]()
         for shard_counts, shard_options in members:
             counts += shard_counts
@@ -62,12 +65,12 @@ class LabelCount:
         ordered = dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
         always = [option for option, count in options.items() if count == counts[option.partition(":")[0]]]
         readable = tuple(option for name in ordered for option in always if option.partition(":")[0] == name)
-        return cls(num_labelled, num_images, len(labelled), ordered, readable)
+        return cls(num_labelled, num_images, len(labelled), ordered, readable, num_without)
 
     @classmethod
     def of_heads(cls, heads: Sequence[ShardHead], data: DataConfig) -> LabelCount:
-        has_target = task_of(data).has_target
-        return cls.of([has_target(head.targets) for head in heads], [head.members for head in heads])
+        task = task_of(data)
+        return cls.of([(task, head.targets) for head in heads], [head.members for head in heads])
 
     def __str__(self) -> str:
         """``0 of 60; members seen: 60 jpg, 58 json``"""
@@ -82,7 +85,7 @@ def count_labels(shards: Sequence[T], read: Callable[[T], ShardIndex]) -> LabelC
         read: returns the index of a shard; called in threads.
     """
     indexes = map_ordered(read, evenly_spaced(shards, NUM_INDEXES_READ), threads=_READ_THREADS)
-    return LabelCount.of([index.task.has_target(index.ok_targets) for index in indexes])
+    return LabelCount.of([(index.task, index.ok_targets) for index in indexes])
 
 
 def evenly_spaced(shards: Sequence[T], max_shards: int) -> list[T]:
@@ -161,6 +164,14 @@ def label_warning(count: LabelCount, data: DataConfig, *, finished_cache: str | 
         f"labels: {count}, so losses and class means that need labels cannot use them (data.label is {data.label}); "
         f"{next_step}"
     )
+
+
+def domain_warning(count: LabelCount, data: DataConfig) -> str | None:
+    """The warning for images in no domain, which no figure of a domain includes."""
+    if not count.num_without_domain:
+        return None
+    setting = data.domain if isinstance(data.domain, str) else "a mapping of shards"
+    return f"domains: {count.num_without_domain} of {count.num_images} images are in none (data.domain is {setting})"
 
 
 def _possible(count: LabelCount, data: DataConfig) -> str:

@@ -14,12 +14,13 @@ from jobs.build_cache import build_cache
 from jobs.cli import app
 from jobs.index_shards import index_shards
 from jobs.plan_cache import describe, report
+from pipeline.cache.ops.inspect import inspect_cache
 from pipeline.core.errors import ShardError, StillroomError
 from pipeline.shards.writer import Members, pack_shards
 from schemas.config import Config
 from tests.errors import raises
 from tests.jobs.conftest import Tree, config_of, files_below
-from tests.pipeline.caches import digit_samples
+from tests.pipeline.caches import cache_section, digit_samples
 
 Shards = Callable[..., list[str]]
 NUM_SAMPLES, SHARD_SIZE = 24, 8
@@ -138,6 +139,27 @@ def test_labels_that_may_be_missing_are_counted_by_plan_build_and_inspect(
         assert "data.label=" not in result.stdout
         assert labels in result.stdout
         assert "warning" in result.stdout
+
+
+def test_images_in_no_domain_are_counted_by_plan_build_index_and_inspect(
+    tree: Tree, shards_of: Shards, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = unlabelled(tree, shards_of(lambda row, label: {"cls": label.encode(), **in_json(row, label)}))
+    for domain, num_missing in (("json:place", NUM_SAMPLES), ({"s-00": "north", "s-01": "south"}, SHARD_SIZE)):
+        cache = tmp_path / f"without-{num_missing}"
+        data = config.data.model_copy(update={"domain": domain})
+        named = config.model_copy(
+            update={"data": data, "cache": cache_section(config).model_copy(update={"url": str(cache)})}
+        )
+        count = f"domains: {num_missing} of {NUM_SAMPLES} images are in none"
+        assert sum(count in warning for warning in report(named, measured=False).warnings) == 1
+        build_cache(named)
+        assert caplog.text.count(count) == 1
+        index_shards(named, str(tmp_path / f"index-{num_missing}"))
+        assert caplog.text.count(count) == 2
+        assert sum(count in warning for warning in inspect_cache(str(cache)).warnings) == 1
+    without = report(config, measured=False)
+    assert not [warning for warning in without.warnings if "domain" in warning]
 
 
 def test_partly_labelled_data_is_built_with_a_count(

@@ -20,7 +20,7 @@ from pipeline.cache.read.moments import find_moments
 from pipeline.cache.read.reader import open_cache
 from pipeline.core.errors import CacheError
 from pipeline.core.redaction import redact
-from pipeline.shards.labels import LabelCount, label_warning
+from pipeline.shards.labels import LabelCount, domain_warning, label_warning
 from pipeline.tasks import task_of
 from schemas.cache_format import BuildLog, Header, Manifest, Output
 from schemas.config import ViewsConfig
@@ -107,9 +107,10 @@ def inspect_cache(cache_url: str, *, now_s: float | None = None) -> CacheReport:
     labels = _labels(cache_url, header, commits, manifest)
     settings = manifest.labels.data if manifest and manifest.labels else header.data
     finished_cache = cache_url if finished else None
-    warning = None
-    if labels is not None and labels.num_labelled < labels.num_images:
-        warning = label_warning(labels, reading_rules(settings), finished_cache=finished_cache)
+    warnings: tuple[str | None, ...] = ()
+    if labels is not None and (labels.num_labelled < labels.num_images or labels.num_without_domain):
+        rules = reading_rules(settings)
+        warnings = (label_warning(labels, rules, finished_cache=finished_cache), domain_warning(labels, rules))
     size_bytes, model = sum(commit.part_size_bytes for commit in commits), header.teacher["architecture"]["model"]
     heads = [" ".join(filter(None, (head.name, str(head.num_classes)))) for head in task.heads]
     classes = [f"{', '.join(heads)} classes"] if heads else []
@@ -142,7 +143,7 @@ def inspect_cache(cache_url: str, *, now_s: float | None = None) -> CacheReport:
         teacher_metrics=task.teacher_metrics(statistics),
         teacher_by_domain=task.teacher_metrics_by_domain(statistics),
         **mean_fidelity(header, statistics),
-        warnings=() if warning is None else (warning,),
+        warnings=tuple(filter(None, warnings)),
     )
 
 

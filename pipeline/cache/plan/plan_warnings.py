@@ -12,7 +12,7 @@ from pipeline.cache.plan.plan_inputs import PlanInputs
 from pipeline.core.hashing import differences
 from pipeline.models import random_weights_warnings
 from pipeline.shards.index import index_settings
-from pipeline.shards.labels import label_warning
+from pipeline.shards.labels import domain_warning, label_warning
 from pipeline.tasks import task_of
 from pipeline.teacher.tokens import DEFAULT_LAYER
 
@@ -69,6 +69,10 @@ def _missing_labels(inputs: PlanInputs, _: CachePlan) -> str | None:
         f"{missing} of {count.num_images} sampled images have no label, which class means refuse; "
         "data.missing_labels=ignore averages over the other images"
     )
+
+
+def _missing_domains(inputs: PlanInputs, _: CachePlan) -> str | None:
+    return domain_warning(inputs.survey.label_count, inputs.config.data)
 
 
 def _int8_resolution(inputs: PlanInputs, plan: CachePlan) -> str | None:
@@ -134,6 +138,7 @@ _TARGET_CHECKS: dict[str, _Checks] = {"classification": (sorted_by_class, class_
 """By the name of the task."""
 _SIZE_CHECKS: _Checks = (
     _missing_labels,
+    _missing_domains,
     _int8_resolution,
     _many_objects,
     _many_reads,

@@ -109,12 +109,12 @@ def survey_shards(
     heads = read_heads(list(dict.fromkeys([*uncounted_sample, *without_index])))
     task = task_of(data)
     targets = [indexes[shard].ok_targets if shard in indexes else heads[shard].targets for shard in sampled]
-    labelled = [task.has_target(columns) for columns in targets]
-    label_count = LabelCount.of(labelled)
+    by_shard = [(task, columns) for columns in targets]
+    label_count = LabelCount.of(by_shard)
     if task.members and not label_count.num_labelled:
         # Only a shard's head lists the members, which the message about missing labels names.
         heads |= read_heads([shard for shard in sampled if shard not in heads])
-        label_count = LabelCount.of(labelled, [heads[shard].members for shard in sampled])
+        label_count = LabelCount.of(by_shard, [heads[shard].members for shard in sampled])
     rows = {shard: Estimate.exactly(count) for shard, count in counts.items()}
     if uncounted:
         rows |= _estimate_rows(uncounted, sizes, {shard: heads[shard] for shard in uncounted_sample})
