@@ -275,18 +275,19 @@ def _check_same_teacher(config: Config, caches: Sequence[TeacherCache]) -> None:
 
 def _data_of(data: DataConfig, cache: TeacherCache) -> DataConfig:
     """The data section with the cache's reading rules, which a config may repeat but not change."""
-    settings = index_settings(data)
+    settings, task = index_settings(data), task_of(data)
     stored = _with_names(cache.data, settings)
+    # Of evaluations alone, whose shards may have other domains than the cache, or labels where the cache reads none.
+    free = {DOMAIN} if task.trains_on_targets or stored["label"] is not None else {DOMAIN, *task.settings}
     _require_same(
         stored,
-        # Domains are of evaluations alone, and their names may come from elsewhere than in the cache.
-        {key: settings.get(key) for key in {**settings, **stored} if key in data.model_fields_set - {DOMAIN}},
+        {key: settings.get(key) for key in {**settings, **stored} if key in data.model_fields_set - free},
         what="the reading rules of this config are not those of the cache",
         code="cache.other-reading-rules",
         where=f"data, against {redact(cache.url)}",
         next_step="remove these keys, or build another cache",
     )
-    return data.model_copy(update={**data_keys(stored), DOMAIN: data.domain})
+    return data.model_copy(update={**data_keys(stored), **{key: getattr(data, key) for key in free}})
 
 
 def _with_names(stored: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -133,22 +133,27 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     }
 
 
-@pytest.fixture(scope="module")
-def trained(built_cache: TinyCache, shards: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """A run of two epochs without a teacher in its evaluations. Only read."""
-    folder = tmp_path_factory.mktemp("run")
-    config = embedding_config(built_cache.config, cache={"url": f"{folder}/cache"}, views={"kind": "crop", "count": 1})
+def train(base: Config, folder: Path, shards: dict[str, list[str]], *, cached_label: str | None) -> Config:
+    """A run of two epochs on a cache that reads these labels, without a teacher in its evaluations."""
+    url, views = f"{folder}/cache", {"kind": "crop", "count": 1}
+    config = embedding_config(base, cache={"url": url}, views=views, data={"label": cached_label})
     build(config)
     config = run_config(
         config,
         folder / "run",
         loss=[{"name": "cosine"}],
         student={"model": "python:tests.pipeline.student.small_networks:normalised"},
-        data={"val_shards": shards["val"]},
+        data={"label": "cls", "val_shards": shards["val"]},
         train={"lr": 0.01, "eval_reference": shards["reference"]},
     )
     run(config)
     return config
+
+
+@pytest.fixture(scope="module")
+def trained(built_cache: TinyCache, shards: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Only read."""
+    return train(built_cache.config, tmp_path_factory.mktemp("run"), shards, cached_label="cls")
 
 
 def url_of(config: Config) -> str:
@@ -202,6 +207,16 @@ def test_a_run_measures_neighbours_in_each_evaluation_and_the_probe_in_the_last(
     assert evaluation.metrics["cosine"] is not None
     assert evaluation.images is not None
     assert np.nanmean(evaluation.images["knn_top1"].to_numpy()) == pytest.approx(hits)
+
+
+def test_a_student_of_a_cache_without_labels_is_evaluated_with_those_of_other_shards(
+    trained: Config, built_cache: TinyCache, shards: dict[str, list[str]], tmp_path: Path
+) -> None:
+    config = train(built_cache.config, tmp_path, shards, cached_label=None)
+    assert evaluations(tmp_path / "run") == evaluations(Path(url_of(trained)))
+    metrics = evaluated_with_reference(config, shards).metrics
+    assert metrics == evaluated_with_reference(trained, shards).metrics
+    assert metrics["knn_top1"] is not None
 
 
 def test_an_evaluation_that_measures_nothing_is_warned_of(trained: Config, tmp_path: Path) -> None:
