@@ -1,9 +1,9 @@
 """Decodes an image to upright 8-bit RGB, with the same pixels on every machine with the same decoder.
 
-Pillow reads headers, except those of plain JPEGs, and decodes PNG. torchvision decodes JPEG and WebP, to the same
-pixels: for JPEG it is 25 % faster on photographs and three times as fast on thumbnails, and Pillow's WebP holds the
-GIL. torchvision's PNG decoder crashes the process on damaged files, so it is not used. Other images become 8-bit RGB
-by these rules:
+Pillow reads headers, except those of plain JPEGs and PNGs, and decodes PNG. torchvision decodes JPEG and WebP, to the
+same pixels: for JPEG it is 25 % faster on photographs and three times as fast on thumbnails, and Pillow's WebP holds
+the GIL. torchvision's PNG decoder crashes the process on damaged files, so it only decodes thumbnails whose whole
+content is checked before (``plain_png``). Other images become 8-bit RGB by these rules:
 
 - grayscale images of any bit depth and palette images are expanded to three channels;
 - CMYK and YCCK are read as inverted, as Adobe stores them, and a channel is C·K / 255 of the stored values;
@@ -34,10 +34,12 @@ from torch import Tensor
 
 from pipeline.core.errors import first_line
 from pipeline.shards.file_kinds import file_kind
+from pipeline.shards.plain_png import plain_png_size
 
 BadStatus = Literal["undecodable", "empty", "too_large"]
 
 _FORMATS = ("JPEG", "PNG", "WEBP")
+_PLAIN_PNG = "plain PNG"
 _JPEG_START, _JPEG_SCAN = b"\xff\xd8", 0xDA
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 # Tables, restart interval, comment and application data, except APP1, which holds EXIF and XMP.
@@ -65,7 +67,10 @@ class BadImageError(Exception):
 
 
 class _Header(NamedTuple):
-    """Format, stored width and height in pixels, before rotation, and the EXIF orientation (1 to 8)."""
+    """Format, stored width and height in pixels, before rotation, and the EXIF orientation (1 to 8).
+
+    The format of a PNG that torchvision can decode is ``_PLAIN_PNG``.
+    """
 
     format: str | None
     width: int
@@ -109,7 +114,12 @@ def decode(data: bytes, *, max_pixels: int) -> Tensor:
 def _header(data: bytes) -> _Header:
     if not data:
         raise BadImageError("empty", "0 bytes")
-    return _plain_jpeg_header(data) or _pillow_header(data)
+    return _plain_jpeg_header(data) or _plain_png_header(data) or _pillow_header(data)
+
+
+def _plain_png_header(data: bytes) -> _Header | None:
+    size = plain_png_size(data)
+    return None if size is None else _Header(_PLAIN_PNG, *size, 1)
 
 
 def _plain_jpeg_header(data: bytes) -> _Header | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import random
+import zlib
 from functools import cache
 from multiprocessing.sharedctypes import Synchronized
 
@@ -13,8 +14,10 @@ import torch
 from pipeline.shards.decode import BadImageError, decode, image_size
 from tests.pipeline.shards.tars import image_bytes
 from tests.pipeline.shards.test_decode import IMAGES, translucent
+from tests.pipeline.shards.test_plain_png import ROWS, STREAM, header, png
 
 MAX_PIXELS = 20_000
+PLAIN = "PNG with right CRCs"
 NUM_DAMAGED = 12_000
 # Where decoders switch tables, and where sizes and lengths are largest.
 EDGES = (b"\0", b"\xff", b"\x7f", b"\x80", b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\1")
@@ -54,7 +57,19 @@ def damaged(data: bytes, generator: random.Random) -> bytes:
 def case(form: str, number: int) -> bytes:
     """The damaged image with this number, which a failure names."""
     generator = random.Random(f"{form}/{number}")
+    if form == PLAIN:
+        return damaged_plain(generator)
     return damaged(generator.choice(seeds(form)), generator)
+
+
+def damaged_plain(generator: random.Random) -> bytes:
+    """A small PNG whose header, rows or stream is damaged; its CRCs are right."""
+    parts = {"ihdr": header(), "rows": ROWS, "stream": b""}
+    part = generator.choice([*parts])
+    if part == "stream":
+        return png(damaged(STREAM, generator))
+    parts[part] = damaged(parts[part], generator)
+    return png(zlib.compress(parts["rows"]), ihdr=parts["ihdr"])
 
 
 def decode_many(form: str, reached: Synchronized[int]) -> None:
@@ -76,7 +91,7 @@ def decode_many(form: str, reached: Synchronized[int]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("form", ["JPEG", "PNG", PLAIN, "WEBP"])
 def test_no_damaged_image_crashes_hangs_or_raises_another_error(form: str) -> None:
     context = multiprocessing.get_context("spawn")
     reached: Synchronized[int] = context.Value("q", -1)
