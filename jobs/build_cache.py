@@ -33,6 +33,7 @@ from pipeline.cache.build.shard_index import IndexTask, restore_index
 from pipeline.cache.format import layout
 from pipeline.cache.format.header import find_header
 from pipeline.cache.plan.free_space import check_space
+from pipeline.cache.plan.pixel_sample import sample_pixels
 from pipeline.cache.plan.plan_inputs import check_labels, collect_plan_inputs
 from pipeline.cache.read.labels import cached_labels, reading_rules
 from pipeline.cache.read.reader import open_cache
@@ -72,7 +73,7 @@ def build_cache(config: Config) -> Manifest:
     relabelled = find_relabelled(cache.url)
     commits = read_commit_summaries(cache.url)
     sizes = check_shards(cache.url, by_id, commits)
-    inputs = collect_plan_inputs(config, cache, by_id, sizes, commits)
+    inputs = sample_pixels(collect_plan_inputs(config, cache, by_id, sizes, commits))
     check_labels(inputs)
     _warn(*random_weights_warnings({"teacher": config.teacher}))
     _warn(*check_space(inputs, num_tasks=num_local_tasks(config.ray)))

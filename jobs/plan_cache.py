@@ -19,6 +19,7 @@ from pipeline.cache.build.encodings import with_encodings
 from pipeline.cache.plan.build_plan import CachePlan, plan_cache
 from pipeline.cache.plan.free_space import check_space
 from pipeline.cache.plan.measurement import Forecast, Measurement, forecast, measure, part_time_warnings
+from pipeline.cache.plan.pixel_sample import sample_pixels
 from pipeline.cache.plan.plan_inputs import PlanInputs, check_labels, collect_plan_inputs, resolve_embedding_dim
 from pipeline.cache.plan.plan_warnings import plan_warnings
 from pipeline.cache.plan.shard_survey import Estimate
@@ -79,7 +80,7 @@ def _inputs(config: Config) -> PlanInputs:
     sizes = check_shards(cache.url, by_id, commits)
     inputs = collect_plan_inputs(config, cache, by_id, sizes, commits)
     check_labels(inputs)
-    return resolve_embedding_dim(inputs)
+    return sample_pixels(resolve_embedding_dim(inputs))
 
 
 def _build_warnings(inputs: PlanInputs, plan: CachePlan) -> list[str]:
@@ -143,6 +144,7 @@ def _plan_lines(plan: CachePlan) -> list[tuple[str, str]]:
     stored = "as measured in its parts" if size.is_measured else "before compression"
     columns = ", ".join([f"{name} {num_bytes}" for name, num_bytes in size.outputs.items()])
     build, epoch = traffic.build, traffic.epoch
+    columns += f", pixels {size.pixels.size_bytes:.0f}" if size.pixels is not None else ""
     lines = [
         ("images", f"{_count(work.rows)} in {work.num_shards} shards ({how})"),
         ("labels", "none (data.label is null)" if plan.labels is None else str(plan.labels)),
@@ -160,6 +162,15 @@ def _plan_lines(plan: CachePlan) -> list[tuple[str, str]]:
         ("teacher", f"{_count(work.forwards)} forwards, {_count(work.forwards_open)} still to do"),
         ("break-even", _break_even(plan)),
     ]
+    if size.pixels is not None and size.pixels.num_sampled:
+        lines.insert(
+            4,
+            (
+                "pixels",
+                f"{size.pixels.size_bytes:.0f} bytes and {1e6 * size.pixels.encode_s:.0f} us of CPU a view, by "
+                f"{size.pixels.num_sampled} images of the first shard",
+            ),
+        )
     if size.means:
         lines.insert(6, ("class sums", f"at most {decimal(size.means)}"))
     return lines

@@ -65,13 +65,35 @@ def aug_param_columns(plan: ViewsConfig) -> dict[str, pa.DataType]:
     return columns
 
 
-def part_schema(outputs: Mapping[str, int], aug_params: Mapping[str, pa.DataType] | None = None) -> pa.Schema:
+PIXELS, PIXEL_HASH = "pixels", "pixel_hash"
+"""Columns of parts whose views are stored."""
+
+
+def pixel_type(pixels: str | None, size: int) -> pa.DataType | None:
+    """The type of the column ``pixels``; None: there is none.
+
+    Args:
+        pixels: ``views.pixels`` of the plan.
+        size: height and width of a view.
+    """
+    if pixels in (None, "none"):
+        return None
+    return pa.binary(3 * size * size) if pixels == "raw" else pa.large_binary()
+
+
+def part_schema(
+    outputs: Mapping[str, int],
+    aug_params: Mapping[str, pa.DataType] | None = None,
+    pixels: pa.DataType | None = None,
+) -> pa.Schema:
     """``parts/<shard_id>/<block>.<sha16>.parquet``: one row per ok sample and view, view-major.
 
     Args:
         outputs: bytes of one stored row of each tensor, by name.
         aug_params: ``aug_param_columns`` of the plan; None for an eval pass.
+        pixels: ``pixel_type``; None for an eval pass.
     """
+    stored = {} if pixels is None else {PIXEL_HASH: pa.uint64(), PIXELS: pixels}
     return pa.schema(
         [
             _required("row", pa.int32()),  # of the index
@@ -89,6 +111,7 @@ def part_schema(outputs: Mapping[str, int], aug_params: Mapping[str, pa.DataType
             pa.field("pixel_digest", pa.binary(16)),  # canary rows: XXH3-128 of the uint8 view
             pa.field("pixel_mean", pa.binary(192)),  # canary rows: uint8 [8,8,3] block means
             *(_required(name, pa.binary(size_bytes)) for name, size_bytes in outputs.items()),
+            *(_required(name, kind) for name, kind in stored.items()),  # xxh3 of the stored bytes, before mixing
         ]
     )
 
@@ -216,6 +239,21 @@ class Header(VersionedRecord):
     embedding_dim: int
     outputs: tuple[Output, ...]
     probe_logits: tuple[tuple[float, ...], ...] = Field(description="fp32 logits on four fixed images.")
+    pixels: str | None = Field(
+        None, description="raw or jpeg:Q: how the parts store the views. Absent from the record if they do not."
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_absent_pixels(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        body: dict[str, Any] = serialize(self)
+        if self.pixels is None:
+            body.pop("pixels", None)
+        return body
+
+    @property
+    def pixel_type(self) -> pa.DataType | None:
+        """The type of the column of the stored views; None: the parts have none."""
+        return pixel_type(self.pixels, int(self.teacher["size"]))
 
     def output(self, name: str) -> Output | None:
         return next((output for output in self.outputs if output.name == name), None)

@@ -28,6 +28,8 @@ def read_bounded(
     metadata: pq.FileMetaData | None = None,
     row_groups: Sequence[int] | None = None,
     repeated: Collection[str] = (),
+    distinct: Collection[str] = (),
+    left_out: Collection[str] = (),
     **options: Any,
 ) -> pa.Table:
     """Reads row groups of a file, in the calling thread.
@@ -37,6 +39,8 @@ def read_bounded(
         size_bytes: bytes of the file that are read.
         row_groups: their numbers; None: all.
         repeated: columns that stay dictionaries, which store each distinct text once.
+        distinct: columns of long values that do not repeat, for which no dictionary is built.
+        left_out: columns that are not read.
 
     Raises:
         ArrowInvalid: the table would exceed the memory limit, or the file is no Parquet.
@@ -44,17 +48,35 @@ def read_bounded(
     limit = max(ALWAYS_ALLOWED_BYTES, MAX_EXPANSION * size_bytes)
     footer = pq.read_metadata(source) if metadata is None else metadata
     groups = range(footer.num_row_groups) if row_groups is None else row_groups
-    texts = _text_columns(footer.schema)
+    apart = {*distinct, *left_out}
+    texts = [name for name in _text_columns(footer.schema) if name not in apart]
     _check(sum(_declared_bytes(footer, group) for group in groups), limit, size_bytes)
     file = pq.ParquetFile(source, metadata=footer, pre_buffer=False, read_dictionary=texts, **options)
-    table = file.read_row_groups([*groups], use_threads=False)
+    columns = [name for name in footer.schema.names if name not in apart] if apart else None
+    table = file.read_row_groups([*groups], columns, use_threads=False)
     dense = [name for name in texts if name not in repeated]
     _check(sum(_dense_bytes(table[name]) for name in dense), limit, size_bytes)
     schema = footer.schema.to_arrow_schema()
     for name in dense:
         field = schema.field(name)
         table = table.set_column(table.schema.get_field_index(name), field, table[name].cast(field.type))
+    for name in distinct:
+        table = table.append_column(schema.field(name), _read_distinct(file, groups, name, limit, size_bytes))
     return table
+
+
+def _read_distinct(
+    file: pq.ParquetFile, groups: Sequence[int], name: str, limit: int, size_bytes: int
+) -> pa.ChunkedArray:
+    """No value can be longer than its row group, so a batch of these rows stays within the limit, and is checked before
+    the next is read."""
+    chunks: list[pa.Array] = []
+    needed_bytes = 0
+    for batch in file.iter_batches(MAX_EXPANSION, row_groups=[*groups], columns=[name], use_threads=False):
+        needed_bytes += batch.nbytes
+        _check(needed_bytes, limit, size_bytes)
+        chunks.append(batch.column(0))
+    return pa.chunked_array(chunks, file.schema_arrow.field(name).type)
 
 
 def _text_columns(schema: pq.ParquetSchema) -> list[str]:

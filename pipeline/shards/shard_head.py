@@ -90,6 +90,16 @@ def read_shard_head(url: str, data: DataConfig, *, size_bytes: int, first_bytes:
     return read_shard_head(url, data, size_bytes=size_bytes, first_bytes=8 * first_bytes)
 
 
+def first_images(url: str, data: DataConfig, *, size_bytes: int, count: int) -> list[bytes]:
+    """The encoded images of the first samples, as far as one range read of the first bytes has them whole."""
+    head, images = storage.read_range(url, 0, min(size_bytes, _FIRST_BYTES)), list[bytes]()
+    for info in _headers(head):
+        name, end = split_name(info.name), info.offset_data + info.size
+        if name is not None and name[1] in image_extensions(data) and info.isreg() and end <= len(head):
+            images.append(head[info.offset_data : end])
+    return images[:count]
+
+
 def _headers(head: bytes) -> list[tarfile.TarInfo]:
     """Members whose headers lie in these bytes, which may end anywhere."""
     infos: list[tarfile.TarInfo] = []

@@ -26,6 +26,7 @@ from pipeline.student.data.sources import CachedSource, RowSource, check_any_lab
 from pipeline.student.data.teacher_outputs import Reads
 from pipeline.student.supervision.canaries import check_canaries
 from pipeline.student.supervision.class_means import cached_means
+from pipeline.student.supervision.pixel_inputs import cache_inputs, check_same_input, input_of
 from pipeline.student.supervision.requirements import CLASS_MEANS, Requirement
 from pipeline.student.supervision.spec import SupervisionSpec, spec_of_caches
 from pipeline.tasks import EMBEDDING, TOKENS, Task, task_of
@@ -118,6 +119,7 @@ class CachedDataset(Dataset[CachedBatch]):
         self._source = _open_rows(self._spec, reads, verify_canaries=verify_canaries, require_labels=require_labels)
         self._order = _checked_order(options.train, self._spec, self._source, world_size)
         self._input = _input_spec(options.student, self._spec)
+        check_same_input(self._spec.plan, {**cache_inputs(caches), "the student": input_of(self._input)})
         self._steps = StepDataset(
             self._source,
             self._order,

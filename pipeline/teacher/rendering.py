@@ -28,7 +28,7 @@ from pipeline.augment.params import (
     unmix,
     view_params,
 )
-from pipeline.augment.pixels import apply_view
+from pipeline.augment.stored_pixels import render_view
 from pipeline.core.errors import ShardError
 from pipeline.core.hashing import differences
 from pipeline.models import InputSpec
@@ -74,6 +74,11 @@ class Rendering:
         )
 
     @property
+    def jpeg_quality(self) -> int | None:
+        """Of the JPEGs that the views are decoded from; None: they are not encoded, like those of the eval pass."""
+        return None if self.block.is_eval else self.plan.jpeg_quality
+
+    @property
     def view_numbers(self) -> list[int]:
         return [EVAL_VIEW] if self.block.is_eval else list(self.block.views)
 
@@ -88,7 +93,12 @@ class Mixing(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupViews:
-    """One mix group: N consecutive ok rows of a shard under the V views of a block."""
+    """One mix group: N consecutive ok rows of a shard under the V views of a block.
+
+    Attributes:
+        pixels_VNCHW: what the networks see, before mixing.
+        encoded_VN: the same pixels as JPEG, of a plan that encodes with loss.
+    """
 
     shard_id: str
     samples: list[Sample]
@@ -101,6 +111,7 @@ class GroupViews:
     mix_lambda_VN: NDArray[np.float32]
     aug_params_VN: dict[str, NDArray[Any]]
     pixels_VNCHW: Tensor
+    encoded_VN: list[list[bytes]] | None = None
 
     @property
     def mixes(self) -> bool:
@@ -121,12 +132,21 @@ class GroupViews:
 
 @dataclass(frozen=True, slots=True)
 class _Rendered:
-    """The status of one candidate; width and height in pixels, 0 unless ok."""
+    """The status of one candidate; width and height in pixels, 0 unless ok; its views as JPEG, if they are encoded."""
 
     status: Status
     width: int = 0
     height: int = 0
     reason: str | None = None
+    encoded_V: tuple[bytes, ...] = ()
+
+
+class _Row(NamedTuple):
+    """A candidate that decodes."""
+
+    sample: Sample
+    params: ViewParams
+    encoded_V: tuple[bytes, ...]
 
 
 def indexed_samples(
@@ -204,7 +224,7 @@ def read_groups(
     number = 0
     exhausted = False
     while not exhausted:
-        rendered: list[tuple[Sample, ViewParams]] = []
+        rendered: list[_Row] = []
         buffer_VNHWC = torch.empty(0)
         # The next candidate takes the place of a bad image, so that every group but the last is full.
         while len(rendered) < rendering.plan.mix_group and not exhausted:
@@ -234,7 +254,7 @@ def _render_chunk(
     rendering: Rendering,
     pool: ThreadPoolExecutor,
     builder: IndexBuilder | None,
-) -> list[tuple[Sample, ViewParams]]:
+) -> list[_Row]:
     """The candidates that decode. Their views fill ``free_VMHWC`` from its start, in the same order."""
     sizes_N2 = np.array(list(pool.map(_size_or_one, chunk)), np.int64).reshape(-1, 2)
     params = _sample_params(rendering, [f"{rendering.shard_id}/{sample.key}" for sample in chunk], sizes_N2)
@@ -242,7 +262,7 @@ def _render_chunk(
         lambda row, sample, params: _render(sample, params, free_VMHWC[:, row], rendering),
         *(range(len(chunk)), chunk, params),
     )
-    good: list[int] = []
+    good: dict[int, _Row] = {}
     for row, (sample, outcome) in enumerate(zip(chunk, outcomes, strict=True)):
         if builder is not None:
             builder.add(sample, outcome.status, outcome.width, outcome.height, outcome.reason)
@@ -255,10 +275,10 @@ def _render_chunk(
                 next_step="use the decoder versions that built the index",
             )
         if outcome.status == "ok":
-            good.append(row)
+            good[row] = _Row(sample, params[row], outcome.encoded_V)
     if len(good) < len(chunk):
-        free_VMHWC[:, : len(good)] = free_VMHWC[:, good]
-    return [(chunk[row], params[row]) for row in good]
+        free_VMHWC[:, : len(good)] = free_VMHWC[:, [*good]]
+    return [*good.values()]
 
 
 def _size_or_one(sample: Sample) -> tuple[int, int]:
@@ -293,26 +313,29 @@ def _render(sample: Sample, params: ViewParams, views_VHWC: Tensor, rendering: R
         image = decode(sample.data, max_pixels=rendering.max_pixels)
     except BadImageError as error:
         return _Rendered(error.status, reason=error.reason)
+    encoded_V: list[bytes] = []
     for view, (box, flip) in enumerate(zip(params.box_N4.tolist(), params.flip_N.tolist(), strict=True)):
-        view_CHW = apply_view(
+        view_CHW, encoded = render_view(
             image,
             box,
             flip,
             aug_params_row(params.aug_params, view),
+            quality=rendering.jpeg_quality,
             size=rendering.size,
             interpolation=rendering.interpolation,
         )
         views_VHWC[view].copy_(view_CHW.permute(1, 2, 0))
-    return _Rendered("ok", image.shape[2], image.shape[1])
+        encoded_V += [] if encoded is None else [encoded]
+    return _Rendered("ok", image.shape[2], image.shape[1], encoded_V=tuple(encoded_V))
 
 
 def _assemble(
-    rendered: list[tuple[Sample, ViewParams]],
+    rendered: list[_Row],
     pixels_VNHWC: Tensor,
     rendering: Rendering,
     number: int,
 ) -> GroupViews:
-    samples = [sample for sample, _ in rendered]
+    samples = [row.sample for row in rendered]
     num_ok, views = len(rendered), rendering.view_numbers
     unmixed_N = np.arange(num_ok, dtype=np.int32)
     mixes = rendering.plan.mixes and not rendering.block.is_eval
@@ -322,7 +345,7 @@ def _assemble(
             for view in views
         ]
     )
-    params_VN = unmix(_stack([params for _, params in rendered]), partner_VN == unmixed_N)
+    params_VN = unmix(_stack([row.params for row in rendered]), partner_VN == unmixed_N)
     return GroupViews(
         shard_id=rendering.shard_id,
         samples=samples,
@@ -335,6 +358,9 @@ def _assemble(
         mix_lambda_VN=params_VN.mix_lambda_N,
         aug_params_VN=dict(params_VN.aug_params),
         pixels_VNCHW=pixels_VNHWC.movedim(-1, -3),
+        encoded_VN=None
+        if rendering.jpeg_quality is None
+        else [*map(list, zip(*(row.encoded_V for row in rendered), strict=True))],
     )
 
 

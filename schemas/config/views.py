@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from schemas.config.section import Level, Section
 
 _AUGMENTING = ("jitter", "randaugment", "erasing")
+_JPEG = "jpeg:"
 
 
 class JitterConfig(Section):
@@ -59,7 +61,7 @@ def _check_area_and_aspect(area: tuple[float, float], aspect: tuple[float, float
 
 
 class ViewsConfig(Section):
-    """The plan of augmented views. The views id depends on all keys except count and size."""
+    """The plan of augmented views. The views id depends on all keys except count, size and raw pixels."""
 
     kind: Literal["eval", "crop", "function_matching"] = Field("crop", description="See docs/reference/format.md.")
     count: int = Field(1, ge=1, le=65_535, description="V, views per image in a cache.")
@@ -80,6 +82,21 @@ class ViewsConfig(Section):
         None, gt=0, le=1, description="Share of the mixed rows whose partner is pasted as a box instead of blended."
     )
 
+    pixels: str = Field(
+        "none",
+        description="none, raw or jpeg:Q, quality 1 to 100: how a cache stores the views, for training without shards. "
+        "With jpeg:Q teacher and student see the decoded JPEG.",
+    )
+
+    @field_validator("pixels")
+    @classmethod
+    def _check_pixels(cls, pixels: str) -> str:
+        if not re.fullmatch(rf"none|raw|{_JPEG}([1-9][0-9]?|100)", pixels):
+            raise ValueError(
+                f"pixels is {pixels!r}; expected none, raw or jpeg:Q with Q from 1 to 100, such as jpeg:90"
+            )
+        return pixels
+
     @model_validator(mode="after")
     def _check_ranges(self) -> ViewsConfig:
         _check_area_and_aspect(self.area, self.aspect)
@@ -94,3 +111,8 @@ class ViewsConfig(Section):
     @property
     def mixes(self) -> bool:
         return self.kind == "function_matching"
+
+    @property
+    def jpeg_quality(self) -> int | None:
+        """None: the pixels of a view are those that were rendered."""
+        return int(self.pixels.removeprefix(_JPEG)) if self.pixels.startswith(_JPEG) else None

@@ -116,7 +116,7 @@ OTHER_TEXTS = {
     *("teacher.others.0.model", "teacher.others.0.sha256", "teacher.others.0.text_head_sha256"),
     *("teacher.others.0.tokens_layer", "loss.0.student_layer"),
     *("teacher.others.0.heads", "cache.logits", "ray.address", "ray.resources_per_task"),
-    *("train.freeze", "loss.0.student_layers", "loss.0.teacher_layers"),
+    *("train.freeze", "loss.0.student_layers", "loss.0.teacher_layers", "views.pixels", "student.views.pixels"),
 }
 
 

@@ -16,7 +16,14 @@ from pipeline.cache.build.encodings import resolve
 from pipeline.cache.build.imported_means import ImportedMeans
 from pipeline.cache.format import layout
 from pipeline.cache.format.codec import stored_outputs
-from pipeline.cache.format.header import find_header, read_header, views_body, views_id
+from pipeline.cache.format.header import (
+    find_header,
+    planned_views,
+    read_header,
+    stored_views,
+    views_body,
+    views_id,
+)
 from pipeline.core.errors import CacheError, ModelError
 from pipeline.core.hashing import differences, seal, short_digest, weights_digest
 from pipeline.core.redaction import quoted, redact
@@ -62,7 +69,7 @@ def teacher_body(
         "logits": cache.logits,
         "embeddings": cache.embeddings,
         "class_means": class_means,
-        "views_id": views_id(plan),
+        "views_id": views_id(plan, size=spec.size, interpolation=spec.interpolation),
         # Only with tokens, so that the fingerprints of all other caches stay.
         **({} if tokens is None else _tokens_body(cache, tokens)),
     }
@@ -102,12 +109,12 @@ def make_header(
         class_means=cache.class_means if imported is None else imported.mode,
         tokens=teacher.tokens,
     )
-    task, widths = task_of(data), teacher.module.widths
+    task, widths, spec = task_of(data), teacher.module.widths, teacher.loaded.input
     shape = None if teacher.tokens is None else teacher.tokens.shape
     specs = planned_outputs(task, cache, widths, tokens=shape)
     return Header(
-        views_id=views_id(plan),
-        views=views_body(plan),
+        views_id=str(body["views_id"]),
+        views=views_body(plan, size=spec.size, interpolation=spec.interpolation),
         fingerprint=short_digest(body),
         teacher=body,
         data=index_settings(data),
@@ -115,6 +122,7 @@ def make_header(
         embedding_dim=widths[task.embedding],
         outputs=stored_outputs(specs),
         probe_logits=tuple(tuple(float(value) for value in row) for row in _probe(teacher, specs[0].name)),
+        pixels=None if plan.pixels == "none" else plan.pixels,
     )
 
 
@@ -159,7 +167,7 @@ def check_same(stored: Header, expected: Header, cache_url: str) -> None:
     Raises:
         CacheError: a build with the header ``expected`` may not write to a cache with the header ``stored``.
     """
-    _check_bodies(stored, expected.views, expected.teacher, expected.data, cache_url)
+    _check_bodies(stored, stored_views(expected), expected.teacher, expected.data, cache_url)
     old, new = np.array(stored.probe_logits), np.array(expected.probe_logits)
     drift = float(np.abs(old - new).max() / max(float(old.std()), 1e-6))
     tolerance = MAX_DRIFT[str(expected.teacher["precision"])]
@@ -200,14 +208,14 @@ def check_without_weights(stored: Header, config: Config) -> None:
         class_means=cache.class_means if cache.class_means_url is None else str(stored.teacher["class_means"]),
         tokens=None if tokens is None else tokens.plan(loaded),
     )
-    _check_bodies(stored, views_body(config.views), body, index_settings(config.data), cache.url)
+    _check_bodies(stored, planned_views(config.views), body, index_settings(config.data), cache.url)
 
 
 def _check_bodies(
     stored: Header, views: dict[str, Any], teacher: dict[str, Any], data: dict[str, Any], cache_url: str
 ) -> None:
     changed = [
-        *differences(stored.views, views, "views."),
+        *differences(stored_views(stored), views, "views."),
         *differences(stored.teacher, teacher, "teacher."),
         *differences(stored.data, data, "data."),
     ]

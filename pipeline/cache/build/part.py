@@ -14,10 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import xxhash
+from numpy.typing import NDArray
 
 from pipeline import storage
 from pipeline.augment.params import is_canary, sample_keys
 from pipeline.augment.pixels import pixel_digest, pixel_mean
+from pipeline.augment.stored_pixels import encoder_environment
 from pipeline.cache.build.blocks import holds_class_sums
 from pipeline.cache.build.class_means import ClassSums, encode_sums, merge, sum_rows
 from pipeline.cache.build.commit import (
@@ -34,7 +37,7 @@ from pipeline.cache.build.part_writer import PartWriter, view_ranges
 from pipeline.cache.build.shard_index import StoredIndex, find_index, publish_new_index
 from pipeline.cache.build.statistics import StatisticsSum
 from pipeline.cache.format import layout
-from pipeline.cache.format.codec import encode, row_bytes
+from pipeline.cache.format.codec import column_of, encode, row_bytes
 from pipeline.core.errors import CacheError, ShardError
 from pipeline.core.redaction import redact
 from pipeline.core.threads import prefetch
@@ -46,7 +49,7 @@ from pipeline.tasks import TeacherOutputs
 from pipeline.teacher.inference import GroupOutputs, run_inference
 from pipeline.teacher.numerics import numeric_env, release_freed_memory
 from pipeline.teacher.rendering import GroupViews, Rendering, indexed_samples, read_groups
-from schemas.cache_format import Commit, FileRef, ViewBlock, aug_param_columns, part_schema
+from schemas.cache_format import PIXEL_HASH, PIXELS, Commit, FileRef, ViewBlock, aug_param_columns, part_schema
 from schemas.config import Config
 
 _NUM_NAMED = 5
@@ -102,7 +105,9 @@ class PartBuild:
         self.shard_id, self.where = shard_id(task.shard_url), redact(task.shard_url)
         self.rendering = Rendering.of(self.shard_id, plan, task.block, spec, self.data)
         self.row_sizes = {output.name: row_bytes(output) for output in context.header.outputs}
-        self.schema = part_schema(self.row_sizes, {} if task.block.is_eval else aug_param_columns(plan))
+        # The eval pass has neither the options of the plan nor stored views.
+        columns = () if task.block.is_eval else (aug_param_columns(plan), context.header.pixel_type)
+        self.schema = part_schema(self.row_sizes, *columns)
         self.statistics = StatisticsSum(context.header.outputs, self.rendering.task)
         self.sums: ClassSums | None = None
         self.omissions = Omissions()
@@ -211,6 +216,8 @@ class PartBuild:
         }
         for output in self.context.header.outputs:
             columns[output.name] = encode(outputs[output.name], output, keys=[sample.key for sample in group.samples])
+        if PIXELS in self.schema.names:
+            columns |= _stored_pixels(group, position)
         return pa.record_batch([pa.array(columns[item.name], item.type) for item in self.schema], schema=self.schema)
 
     def _canaries(self, group: GroupViews, position: int, view: int) -> tuple[list[bytes | None], list[bytes | None]]:
@@ -242,7 +249,10 @@ class PartBuild:
             views=ranges,
             footer=footer,
             statistics=self.statistics.result(),
-            environment=numeric_env(teacher.device, batch_size=teacher.batch_size),
+            environment={
+                **numeric_env(teacher.device, batch_size=teacher.batch_size),
+                **encoder_environment(self.context.config.views),
+            },
         )
         return self._publish_commit(commit)
 
@@ -266,3 +276,13 @@ class PartBuild:
                 revoke(url, [CommitSummary.of(commit)])
             raise
         return published
+
+
+def _stored_pixels(group: GroupViews, position: int) -> dict[str, object]:
+    """The columns of the stored views of one view of a group: before mixing, as JPEG or raw in H×W×C order."""
+    if group.encoded_VN is not None:
+        encoded_N = group.encoded_VN[position]
+        return {PIXELS: encoded_N, PIXEL_HASH: np.array([*map(xxhash.xxh3_64_intdigest, encoded_N)], np.uint64)}
+    raw_NW: NDArray[np.uint8] = group.pixels_VNCHW[position].permute(0, 2, 3, 1).numpy().reshape(len(group.samples), -1)
+    hashes = [xxhash.xxh3_64_intdigest(raw_NW[row].data) for row in range(len(raw_NW))]
+    return {PIXELS: column_of(raw_NW), PIXEL_HASH: np.array(hashes, np.uint64)}

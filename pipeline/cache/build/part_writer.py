@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.core.errors import StorageError
-from schemas.cache_format import ByteRange, ViewRange
+from schemas.cache_format import PIXELS, ByteRange, ViewRange
 
 _ROW_GROUP_BYTES = 32 << 20
 _PAGE_BYTES = 1 << 20
+_PIXEL_PAGE_BYTES = _PAGE_BYTES // 2
 _ZSTD_LEVEL = 3
 
 
@@ -49,10 +51,13 @@ class PartWriter:
             StorageError: the file does not have the rows that were added.
         """
         path = self._scratch / "part.parquet"
-        with pq.ParquetWriter(path, self._schema, **parquet_settings(self._schema)) as writer:
+        max_pixel_bytes = max(spill.max_pixel_bytes for spill in self._spills.values())
+        settings = parquet_settings(self._schema, max_pixel_bytes=max_pixel_bytes)
+        with pq.ParquetWriter(path, self._schema, **settings) as writer:
             for spill in self._spills.values():
-                for table in spill.tables(self._rows_per_group):
-                    writer.write_table(table, row_group_size=self._rows_per_group)
+                rows_per_group = spill.rows_in(_ROW_GROUP_BYTES) if max_pixel_bytes else self._rows_per_group
+                for table in spill.tables(rows_per_group):
+                    writer.write_table(table, row_group_size=rows_per_group)
                     del table  # frees it before the next table is read
         self._check(path)
         return path
@@ -71,21 +76,38 @@ class PartWriter:
             )
 
 
-def parquet_settings(schema: pa.Schema) -> dict[str, Any]:
+def parquet_settings(schema: pa.Schema, *, max_pixel_bytes: int = 0) -> dict[str, Any]:
     """The Parquet settings with the smallest files among those that take microseconds a row.
 
     Numbers that do not repeat gain nothing from dictionaries. The high bytes of small integers and floats are similar
     and compress well next to each other. Statistics of packed rows would be meaningless, and as long as rows.
+
+    Args:
+        max_pixel_bytes: of the largest stored view; 0: there are none.
     """
-    numbers = [field for field in schema if not pa.types.is_fixed_size_binary(field.type)]
+    packed = (pa.types.is_fixed_size_binary, pa.types.is_large_binary)
+    numbers = [field for field in schema if not any(is_packed(field.type) for is_packed in packed)]
     split = {field.name: "BYTE_STREAM_SPLIT" for field in numbers if field.type in (pa.int32(), pa.float32())}
-    return {
+    settings: dict[str, Any] = {
         "compression": "zstd",
         "compression_level": _ZSTD_LEVEL,
         "use_dictionary": False,
         "column_encoding": {**split, "row": "DELTA_BINARY_PACKED"},
         "write_statistics": [field.name for field in numbers],
         "data_page_size": _PAGE_BYTES,
+    }
+    if not max_pixel_bytes:
+        return settings
+    others = [name for name in schema.names if name != PIXELS]
+    return {
+        **settings,
+        # JPEG and photographs do not compress.
+        "compression": {PIXELS: "none", **dict.fromkeys(others, "zstd")},
+        "compression_level": dict.fromkeys(others, _ZSTD_LEVEL),
+        "column_encoding": {**settings["column_encoding"], PIXELS: "PLAIN"},
+        # The writer compares a page with its limit once in so many rows, 1,024 by default.
+        "data_page_size": _PIXEL_PAGE_BYTES,
+        "write_batch_size": max(1, _PIXEL_PAGE_BYTES // max_pixel_bytes),
     }
 
 
@@ -94,7 +116,7 @@ class _Spill:
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self.path = path
-        self.num_rows = 0
+        self.num_rows = self.size_bytes = self.max_pixel_bytes = 0
         self._schema = schema
         self._sink = pa.OSFile(str(path), "wb")
         self._stream = pa.ipc.new_stream(self._sink, schema)
@@ -102,6 +124,14 @@ class _Spill:
     def write(self, batch: pa.RecordBatch) -> None:
         self._stream.write_batch(batch)
         self.num_rows += batch.num_rows
+        self.size_bytes += batch.nbytes
+        if PIXELS in batch.schema.names:
+            sizes = pc.call_function("binary_length", [batch[PIXELS]]).to_pylist()
+            self.max_pixel_bytes = max([self.max_pixel_bytes, *sizes])
+
+    def rows_in(self, size_bytes: int) -> int:
+        """How many rows of mean size take so many bytes; at least 1."""
+        return max(1, size_bytes * self.num_rows // max(1, self.size_bytes))
 
     def tables(self, max_rows: int) -> Iterator[pa.Table]:
         """The rows in order, as tables of at most ``max_rows`` rows unless a single batch has more."""

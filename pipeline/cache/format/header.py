@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from pipeline import storage
 from pipeline.augment.random_bits import RNG_VERSION
+from pipeline.augment.stored_pixels import jpeg_settings
 from pipeline.cache.format import layout
 from pipeline.cache.format.codec import check_encodings
 from pipeline.cache.format.files import parse_record
@@ -16,22 +17,42 @@ from pipeline.core.hashing import short_digest
 from pipeline.core.redaction import redact
 from pipeline.tasks import output_roles, task_of
 from schemas.cache_format import Header, Output
-from schemas.config import ViewsConfig
+from schemas.config import Interpolation, ViewsConfig
 
 
-def views_body(plan: ViewsConfig) -> dict[str, Any]:
-    """Every key that decides the pixels of a view, except the teacher's input size: its hash is the views id."""
-    body = plan.model_dump(mode="json", exclude={"count", "size"}, exclude_none=True)
+def views_body(
+    plan: ViewsConfig, *, size: int | None = None, interpolation: Interpolation | None = None
+) -> dict[str, Any]:
+    """Every key that decides the pixels of a view, except the teacher's input size: its hash is the views id.
+
+    Args:
+        size, interpolation: of the teacher's input. They decide the pixels of views that are encoded with loss, and
+            have no effect on the body of others.
+    """
+    body = plan.model_dump(mode="json", exclude={"count", "size", "pixels"}, exclude_none=True)
+    if plan.jpeg_quality is not None:
+        body["pixels"] = {**jpeg_settings(plan.jpeg_quality), "size": size, "interpolation": interpolation}
     return {**body, "rng_version": RNG_VERSION}
 
 
-def views_id(plan: ViewsConfig) -> str:
-    return short_digest(views_body(plan))
+def views_id(plan: ViewsConfig, *, size: int | None = None, interpolation: Interpolation | None = None) -> str:
+    return short_digest(views_body(plan, size=size, interpolation=interpolation))
+
+
+def stored_views(header: Header) -> dict[str, Any]:
+    """``Header.views``, with how the parts store the views: what a config can differ in."""
+    return {**header.views, "pixels": header.pixels or "none"}
+
+
+def planned_views(plan: ViewsConfig) -> dict[str, Any]:
+    """``stored_views`` of a cache that is built by this plan."""
+    return {**views_body(plan), "pixels": plan.pixels}
 
 
 def plan_of(header: Header) -> ViewsConfig:
     """The plan of a cache's views, without their count and size."""
-    return ViewsConfig.model_validate({key: value for key, value in header.views.items() if key != "rng_version"})
+    keys = {key: value for key, value in stored_views(header).items() if key != "rng_version"}
+    return ViewsConfig.model_validate(keys)
 
 
 def replayable_plan(header: Header) -> ViewsConfig:

@@ -179,7 +179,8 @@ def _eta_s(log: BuildLog, num_commits: int, now_s: float) -> float | None:
 def _view_names(header: Header) -> list[str]:
     """The kind of the views and the options of the plan."""
     options = (name for name, field in ViewsConfig.model_fields.items() if field.default is None)
-    return [str(header.views["kind"]), *(name for name in options if name in header.views)]
+    stored = [] if header.pixels is None else [f"stored as {header.pixels}"]
+    return [str(header.views["kind"]), *(name for name in options if name in header.views), *stored]
 
 
 def _encoding(header: Header, output: Output) -> str:

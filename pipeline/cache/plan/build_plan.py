@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pipeline import storage
 from pipeline.cache.build.commit import CommitSummary
 from pipeline.cache.format.codec import row_bytes, stored_outputs
-from pipeline.cache.plan.plan_inputs import PlanInputs
+from pipeline.cache.plan.plan_inputs import PlanInputs, PlannedPixels
 from pipeline.cache.plan.s3_requests import Requests, build_requests, epoch_requests
 from pipeline.cache.plan.shard_survey import Estimate
 from pipeline.shards.labels import LabelCount
@@ -21,6 +21,8 @@ _CANARY_SHARE = 0.001
 _MIN_COMPRESSED_SHARE = 0.5
 # How far the bytes of new rows may differ from those of committed rows.
 _MEASURED_SPREAD = 0.1
+# The same of JPEGs of a few sampled images.
+_SAMPLED_SPREAD = 0.25
 _CLASS_SUM_BYTES = 12  # class and count, besides 8 a dimension
 
 
@@ -51,6 +53,7 @@ class Size:
 
     Attributes:
         outputs: of one row of each tensor, before compression; ``columns`` those of all other columns.
+        pixels: of one stored view; None: views are not stored.
         row: of one row in a part; measured on committed parts if there are any (``is_measured``), else bounded.
         parts: all parts; ``parts_open`` those still to build; ``parts_of_shard`` those of a shard of median size.
         means: class sums, at most; None if D is unknown.
@@ -60,6 +63,7 @@ class Size:
 
     outputs: dict[str, int]
     columns: float
+    pixels: PlannedPixels | None
     row: Estimate
     is_measured: bool
     parts: Estimate
@@ -140,14 +144,16 @@ def plan_size(inputs: PlanInputs) -> Size:
     """
     outputs = {output.name: row_bytes(output) for output in outputs_of(inputs)}
     columns = _column_bytes(inputs.config.views)
-    raw = sum(outputs.values()) + columns
+    others, pixels = sum(outputs.values()) + columns, _pixel_bytes(inputs)
+    raw = others + pixels.expected
     measured = _measured_row(inputs.commits)
-    row = measured or Estimate(_MIN_COMPRESSED_SHARE * raw, raw, raw)
+    row = measured or Estimate(_MIN_COMPRESSED_SHARE * others, others, others) + pixels
     parts_open = inputs.forwards_open * row
     committed = sum(commit.part_size_bytes for blocks in inputs.blocks.values() for commit in blocks.committed)
     return Size(
         outputs=outputs,
         columns=columns,
+        pixels=inputs.pixels,
         row=row,
         is_measured=measured is not None,
         parts=parts_open + Estimate.exactly(committed),
@@ -157,6 +163,17 @@ def plan_size(inputs: PlanInputs) -> Size:
         scratch=_scratch(inputs, row + Estimate.exactly(raw)),
         read=sum(inputs.sizes[shard] * len(blocks.missing) for shard, blocks in inputs.blocks.items()),
     )
+
+
+def _pixel_bytes(inputs: PlanInputs) -> Estimate:
+    """Of the stored view of a row, as a mean over all rows: those of the eval pass have none."""
+    if inputs.pixels is None:
+        return Estimate.exactly(0)
+    views = inputs.config.views.count
+    mean = inputs.pixels.size_bytes * views / (views + (inputs.cache.class_means == "eval"))
+    if not inputs.pixels.num_sampled:
+        return Estimate.exactly(mean)
+    return Estimate((1 - _SAMPLED_SPREAD) * mean, mean, (1 + _SAMPLED_SPREAD) * mean)
 
 
 def outputs_of(inputs: PlanInputs) -> tuple[Output, ...]:

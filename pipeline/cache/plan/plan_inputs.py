@@ -42,6 +42,15 @@ class ShardBlocks:
         return self.num_missing_views + sum(len(commit.block.views) for commit in self.committed)
 
 
+@dataclass(frozen=True, slots=True)
+class PlannedPixels:
+    """Mean bytes of a stored view; of how many sampled images, and CPU seconds to encode and decode a view of one."""
+
+    size_bytes: float
+    num_sampled: int = 0
+    encode_s: float = 0.0
+
+
 @dataclass(frozen=True)
 class PlanInputs:
     """The inputs of a plan. ``urls``, ``sizes`` and ``blocks`` are by shard id.
@@ -51,6 +60,7 @@ class PlanInputs:
         header: None if no build has claimed the cache yet.
         widths: of the teacher's outputs, by name, as far as known.
         tokens: (P, D) of the patch tokens; None: unknown, or the cache has none.
+        pixels: of the stored views; None: the cache has none.
     """
 
     config: Config
@@ -62,6 +72,7 @@ class PlanInputs:
     header: Header | None
     widths: Mapping[str, int]
     tokens: tuple[int, int] | None = None
+    pixels: PlannedPixels | None = None
 
     @cached_property
     def blocks(self) -> dict[str, ShardBlocks]:

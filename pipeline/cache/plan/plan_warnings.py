@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from math import prod
 
-from pipeline.cache.format.header import views_body
+from pipeline.cache.format.header import planned_views, stored_views
 from pipeline.cache.plan.build_plan import CachePlan, outputs_of
 from pipeline.cache.plan.class_warnings import class_range, sorted_by_class
 from pipeline.cache.plan.plan_inputs import PlanInputs
@@ -51,7 +51,7 @@ def _different_header(inputs: PlanInputs, _: CachePlan) -> str | None:
     if cache.tokens_grid is not None:
         expected["tokens_grid"] = cache.tokens_grid
     changed = [
-        *differences(header.views, views_body(inputs.config.views), "views."),
+        *differences(stored_views(header), planned_views(inputs.config.views), "views."),
         *differences({key: header.teacher.get(key, "none") for key in expected}, expected, "teacher."),
         *differences(header.data, index_settings(inputs.config.data), "data."),
     ]

@@ -62,8 +62,11 @@ def build_requests(inputs: PlanInputs, *, row_bytes: float, num_objects: int) ->
 def epoch_requests(inputs: PlanInputs) -> Requests:
     """Requests of the first epoch of a training on one node, at most; later epochs may find shards on its disk.
 
-    A rank fetches ahead, and each of its loader processes opens the shards of its rows.
+    A rank fetches ahead, and each of its loader processes opens the shards of its rows. No shard is read where the
+    cache stores the views.
     """
+    if inputs.config.views.pixels != "none":
+        return Requests(get=len(inputs.urls) * _GETS_PER_VIEW)
     num_opens = 1 + max(1, inputs.config.train.num_workers)
     return Requests(
         get=sum(_gets_per_fetch(inputs, shard, num_opens=num_opens) + _GETS_PER_VIEW for shard in inputs.urls)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline import storage
@@ -22,22 +20,20 @@ from pipeline.cache.format import layout
 from pipeline.cache.format.codec import column_of, decode, depends_on_temperature, raw_rows
 from pipeline.cache.format.files import (
     REBUILD,
-    changed_file,
     check_sha256,
     empty_cells,
-    missing_file,
     read_file,
     read_named,
 )
 from pipeline.cache.format.header import no_cache, parse_header, plan_of, read_outputs
-from pipeline.core.bounded_parquet import read_bounded
-from pipeline.core.errors import CacheError, StorageError, StorageInputError
+from pipeline.cache.read.view_range import CommittedView, read_view
+from pipeline.core.errors import CacheError
 from pipeline.core.hashing import digest
 from pipeline.core.redaction import quoted, redact
 from pipeline.shards.index import ShardIndex, decode_index
 from pipeline.tasks import EMBEDDING
 from pipeline.tasks.classification import LOGITS
-from schemas.cache_format import Header, Manifest, Output, aug_param_columns
+from schemas.cache_format import PIXEL_HASH, PIXELS, Header, Manifest, Output, aug_param_columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +61,22 @@ class StoredRows:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredPixels:
+    """Where the views of N rows are in the file to which they were copied, and the xxh3 of their bytes."""
+
+    offset_N: NDArray[np.int64]
+    size_N: NDArray[np.int64]
+    hash_N: NDArray[np.uint64]
+
+
+@dataclass(frozen=True, slots=True)
 class ViewColumns:
-    """The columns of one view of one shard: N ok rows in tar order. ``outputs`` are the stored ones, by name."""
+    """The columns of one view of one shard: N ok rows in tar order.
+
+    Attributes:
+        outputs: the stored ones, by name.
+        pixels: None: the views are not stored, or were not copied.
+    """
 
     row_N: NDArray[np.int32]
     content_hash_N: NDArray[np.uint64]
@@ -79,6 +89,7 @@ class ViewColumns:
     outputs: Mapping[str, StoredRows]
     pixel_digest: tuple[bytes | None, ...]
     pixel_mean: tuple[bytes | None, ...]
+    pixels: StoredPixels | None = None
 
     def decoded(self, name: str) -> NDArray[np.float32]:
         """All rows of a stored output, decoded at T = 1."""
@@ -110,22 +121,6 @@ class ShardEntry:
         """The rows of the manifest's table of shards."""
         columns = (table[name].to_pylist() for name in ("shard_id", "path", "size_bytes", "num_ok", "index_sha256"))
         return [cls(*row) for row in zip(*columns, strict=True)]
-
-
-class CommittedView(NamedTuple):
-    """The row of one view of one shard in the manifest's table of parts: its bytes and those of the part's footer."""
-
-    shard_id: str
-    view: int
-    path: str
-    part_sha256: str
-    part_size_bytes: int
-    offset: int
-    size_bytes: int
-    footer_offset: int
-    footer_digest: str
-    rows: int
-    digest: str
 
 
 _REPEATED = ("shard_id", "path", "part_sha256", "footer_digest")
@@ -243,112 +238,59 @@ class TeacherCache:
             )
         return CommittedView(**entry)
 
-    def view(self, shard_id: str, view: int) -> ViewColumns:
+    def view(self, shard_id: str, view: int, *, pixels: BinaryIO | None = None) -> ViewColumns:
         """The columns of one view of one shard.
+
+        Args:
+            pixels: the stored views are appended to this file, if the cache has them. What was written has no meaning
+                if an error is raised.
 
         Raises:
             CacheError: the cache does not have the view, or its bytes were changed.
         """
         committed = self.committed_view(shard_id, view)
-        # The options of the plan do not apply to the eval pass.
-        aug_params = {} if view == EVAL_VIEW else aug_param_columns(plan_of(self.header))
-        return _view_columns(self._fetch(committed), self.header, list(aug_params))
-
-    def _fetch(self, view: CommittedView) -> pa.Table:
-        url = storage.join(self.url, view.path)
-        where = f"view {view.view} of {redact(url)}"
-        offset, size_bytes, end, footer = view.offset, view.size_bytes, view.part_size_bytes, view.footer_offset
-        data = _read_range(url, offset, size_bytes, end=end, digest=view.digest, where=where)
-        tail = _read_range(url, footer, end - footer, end=end, digest=view.footer_digest, where=f"footer of {where}")
-        source = _Range(end, offset, data)
-        try:
-            # With its metadata given, Parquet does not read the last 64 KiB of the file to find the footer.
-            metadata = pq.read_metadata(pa.BufferReader(b"PAR1" + tail))
-            table = read_bounded(
-                pa.PythonFile(source, mode="r"),
-                size_bytes=size_bytes,
-                metadata=metadata,
-                row_groups=_row_groups(metadata, offset, offset + size_bytes),
-            )
-        except (pa.ArrowInvalid, OSError) as error:
-            raise CacheError(
-                "this part is damaged", code="cache.damaged-part", where=where, got=str(error), next_step=REBUILD
-            ) from error
-        if table.num_rows != view.rows:
-            raise CacheError(
-                "the number of rows of a view of this part differs from its commit",
-                code="cache.damaged-part",
-                where=where,
-                got=table.num_rows,
-                expected=view.rows,
-                next_step=REBUILD,
-            )
-        return table
+        is_eval = view == EVAL_VIEW
+        # Neither the options of the plan nor stored views are part of the eval pass.
+        aug_params = {} if is_eval else aug_param_columns(plan_of(self.header))
+        has_pixels = self.header.pixels is not None and not is_eval
+        tables: list[pa.Table] = []
+        sizes: list[NDArray[np.int64]] = []
+        reads_pixels = has_pixels and pixels is not None
+        for table in read_view(self.url, committed, has_pixels=has_pixels, reads_pixels=reads_pixels):
+            if has_pixels and pixels is not None:
+                sizes.append(_copy_pixels(table[PIXELS], pixels))
+            tables.append(table.drop_columns([PIXELS]) if reads_pixels else table)
+        table = pa.concat_tables(tables)
+        columns = _view_columns(table, self.header, list(aug_params))
+        if not sizes:
+            return columns
+        size_N = np.concatenate(sizes)
+        _check_filled(table, PIXEL_HASH)
+        stored = StoredPixels(np.cumsum(size_N) - size_N, size_N, table[PIXEL_HASH].to_numpy())
+        return replace(columns, pixels=stored)
 
 
-def _read_range(url: str, offset: int, size_bytes: int, *, end: int, digest: str, where: str) -> bytes:
-    try:
-        data = storage.read_range(url, offset, size_bytes)
-    except StorageInputError as error:
-        raise missing_file(url, error) from error
-    except StorageError as error:
-        _check_size(url, end, error)
-        raise
-    if hashlib.sha256(data).hexdigest() != digest:
-        raise changed_file(where)
-    return data
+def _copy_pixels(column: pa.ChunkedArray, file: BinaryIO) -> NDArray[np.int64]:
+    """Appends the stored views to the file. Returns their sizes in bytes.
 
-
-def _check_size(url: str, expected: int, cause: StorageError) -> None:
-    """Raises for a truncated part, which no retry repairs, so that the caller can raise the error of storage."""
-    if (got := storage.size(url)) != expected:
-        raise CacheError(
-            "the size of this part differs from that in its commit",
-            code="cache.truncated-part",
-            where=redact(url),
-            got=f"{got} bytes",
-            expected=f"{expected} bytes",
-            next_step=REBUILD,
-        ) from cause
-
-
-class _Range(io.RawIOBase):
-    """A file of which one range was fetched. Reading outside of the range raises OSError."""
-
-    def __init__(self, size_bytes: int, offset: int, data: bytes) -> None:
-        self._size, self._offset, self._data, self._position = size_bytes, offset, data, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        self._position = start + offset
-        return self._position
-
-    def read(self, size: int = -1) -> bytes:
-        start, stop = self._position, self._size if size < 0 else min(self._size, self._position + size)
-        if start < self._offset or stop > self._offset + len(self._data):
-            raise OSError(f"bytes {start}..{stop} were not fetched")
-        self._position = stop
-        return self._data[start - self._offset : stop - self._offset]
-
-
-def _row_groups(metadata: pq.FileMetaData, start: int, stop: int) -> list[int]:
-    return [
-        number
-        for number in range(metadata.num_row_groups)
-        if start <= metadata.row_group(number).column(0).data_page_offset < stop
-    ]
+    Raises:
+        CacheError: a cell is empty.
+    """
+    if column.null_count:
+        raise empty_cells(PIXELS, column)
+    for chunk in column.chunks:
+        # The bytes of all rows, one after another.
+        if pa.types.is_fixed_size_binary(chunk.type):
+            file.write(raw_rows(chunk).data)
+        else:
+            offsets = np.frombuffer(chunk.buffers()[1], np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
+            file.write(chunk.buffers()[2][int(offsets[0]) : int(offsets[-1])])
+    return pc.call_function("binary_length", [column]).to_numpy().astype(np.int64)
 
 
 def _view_columns(table: pa.Table, header: Header, aug_params: list[str]) -> ViewColumns:
     for name in ("row", "content_hash", "embedding_norm", "mix_row", "mix_lambda", "flip", *aug_params):
-        if table[name].null_count:
-            raise empty_cells(name, table[name])
+        _check_filled(table, name)
     box = [table[f"box_{side}"].to_numpy() for side in ("left", "top", "width", "height")]
     return ViewColumns(
         row_N=table["row"].to_numpy(),
@@ -365,9 +307,13 @@ def _view_columns(table: pa.Table, header: Header, aug_params: list[str]) -> Vie
     )
 
 
+def _check_filled(table: pa.Table, name: str) -> None:
+    if table[name].null_count:
+        raise empty_cells(name, table[name])
+
+
 def _stored(table: pa.Table, output: Output) -> StoredRows:
-    if table[output.name].null_count:
-        raise empty_cells(output.name, table[output.name])
+    _check_filled(table, output.name)
     return StoredRows(table[output.name].combine_chunks(), output)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 from numpy.typing import NDArray
 
 from pipeline.augment.params import (
@@ -23,6 +24,8 @@ from pipeline.augment.params import (
     unmix,
     view_params,
 )
+from pipeline.augment.pixels import pixel_digest
+from pipeline.augment.stored_pixels import decode_view
 from pipeline.cache.build.blocks import holds_class_sums
 from pipeline.cache.build.class_means import ClassSums, merge, sum_rows
 from pipeline.cache.build.part_writer import view_ranges
@@ -32,9 +35,10 @@ from pipeline.cache.verify.moments import MomentsCheck
 from pipeline.cache.verify.report import Findings, Problem
 from pipeline.core.bounded_parquet import read_bounded
 from pipeline.core.errors import CacheError
+from pipeline.shards.decode import BadImageError
 from pipeline.shards.index import ShardIndex
 from pipeline.tasks import Recount
-from schemas.cache_format import Commit, Header, Output, aug_param_columns, part_schema
+from schemas.cache_format import PIXEL_HASH, PIXELS, Commit, Header, Output, aug_param_columns, part_schema
 from schemas.config import ViewsConfig
 
 Columns = dict[str, NDArray[Any]]
@@ -135,7 +139,9 @@ class PartCheck:
         try:
             with pq.ParquetFile(path) as file:
                 groups = self._check_structure(file, path)
-                read = partial(read_bounded, path, size_bytes=path.stat().st_size, metadata=file.metadata)
+                stored = [PIXELS] if PIXELS in file.schema_arrow.names else []
+                size_bytes = path.stat().st_size
+                read = partial(read_bounded, path, size_bytes=size_bytes, metadata=file.metadata, distinct=stored)
                 for (view, num_rows), numbers in zip(self._rows_by_view.items(), groups, strict=True):
                     self._check_view(view, num_rows, (read(row_groups=[number]) for number in numbers))
         # pyarrow and NumPy raise these for damaged bytes.
@@ -153,7 +159,10 @@ class PartCheck:
         """The numbers of the row groups of each view."""
         if self._replayed is not None:
             aug_params = {} if self._commit.block.is_eval else aug_param_columns(self._replayed.plan)
-            schema = part_schema({output.name: row_bytes(output) for output in self._header.outputs}, aug_params)
+            pixels = None if self._commit.block.is_eval else self._header.pixel_type
+            schema = part_schema(
+                {output.name: row_bytes(output) for output in self._header.outputs}, aug_params, pixels
+            )
             if not file.schema_arrow.equals(schema):
                 got = file.schema_arrow.names
                 raise CacheError(
@@ -190,6 +199,8 @@ class PartCheck:
                 self._check_rows(what, view, rows, got_N == expected_M, got_N, expected_M)
             self._check_outputs(table, view, rows)
             self._check_canaries(table, view, rows, None if canary_N is None else canary_N[rows])
+            if PIXELS in table.schema.names:
+                self._check_pixels(table, view, rows)
             self._findings.checked["rows"] += len(table)
         assert start == num_rows
 
@@ -268,6 +279,35 @@ class PartCheck:
         for position, (digest, mean) in enumerate(zip(digests, means, strict=True)):
             if digest is not None and mean is not None:
                 self._content.canaries.append(Canary(rows.start + position, view, digest, mean))
+
+    def _check_pixels(self, table: pa.Table, view: int, rows: slice) -> None:
+        """Stored views against their hashes and, of canaries, their decoded pixels against the digest."""
+        if table[PIXELS].null_count:
+            raise empty_cells(PIXELS, table[PIXELS])
+        stored = [value.as_buffer() for value in table[PIXELS]]
+        got_M = np.array([*map(xxhash.xxh3_64_intdigest, stored)], np.uint64)
+        hash_M = _array(table, PIXEL_HASH)
+        self._findings.checked["stored views"] += len(stored)
+        if not self._check_rows(
+            "a stored view does not match its pixel_hash", view, rows, got_M == hash_M, got_M, hash_M
+        ):
+            return
+        digests: list[bytes | None] = table["pixel_digest"].to_pylist()
+        size, pixels = int(self._header.teacher["size"]), self._header.pixels or "none"
+        correct_M = [
+            digest is None or _digest_of(data.to_pybytes(), pixels, size) == digest
+            for data, digest in zip(stored, digests, strict=True)
+        ]
+        what = "the pixels of a stored view are not those of its canary"
+        self._check_rows(what, view, rows, np.array(correct_M, np.bool_))
+
+
+def _digest_of(data: bytes, pixels: str, size: int) -> bytes | None:
+    """Of the pixels of a stored view; None: its bytes are no such view."""
+    try:
+        return pixel_digest(decode_view(data, pixels=pixels, size=size))
+    except BadImageError:
+        return None
 
 
 def _recount(header: Header, index: ShardIndex, *, mix_group: int) -> Recount:

@@ -18,7 +18,8 @@ from torch.utils.data import Dataset, get_worker_info
 
 from pipeline.augment.options import aug_params_row, cutmix_boxes
 from pipeline.augment.params import sample_views
-from pipeline.augment.pixels import apply_view, stack_views
+from pipeline.augment.pixels import stack_views
+from pipeline.augment.stored_pixels import render_view
 from pipeline.core.errors import CacheError
 from pipeline.student.data.batch import Batch, InputSize, SharedMemoryBatch
 from pipeline.student.data.epoch_order import EpochOrder, OrderedRows
@@ -117,21 +118,33 @@ class StepDataset(Dataset[Batch]):
         self, rows: SampleRows, by_shard: ByShard, epoch: int
     ) -> tuple[list[Tensor | None], dict[InputSize, list[Tensor | None]]]:
         """The views of each row, for the student and for teachers with another input; each image is decoded once."""
+        if self.source.stores_views:
+            return self._stored_views(rows, by_shard, epoch), {}
         pixels: list[Tensor | None] = [None] * len(rows)
         teacher_pixels: dict[InputSize, list[Tensor | None]] = {size: [None] * len(rows) for size in self.teachers}
         teacher_views, byte_ranges, sample_ids = _RowViews.of(rows), rows.byte_ranges, rows.sample_ids
         student_views = (
             teacher_views if self.student_views is None else _RowViews.sampled(rows, self.student_views, epoch)
         )
+        quality = self.order.plan.jpeg_quality
         for shard, position_N in by_shard:
             for row in position_N.tolist():
                 image = self.source.files.image(
                     shard, byte_ranges[row], sample_id=sample_ids[row], max_pixels=self.max_pixels
                 )
-                pixels[row] = student_views.render(image, row, self.student)
+                pixels[row] = student_views.render(image, row, self.student, quality)
                 for size, views in teacher_pixels.items():
-                    views[row] = teacher_views.render(image, row, size)
+                    views[row] = teacher_views.render(image, row, size, quality)
         return pixels, teacher_pixels
+
+    def _stored_views(self, rows: SampleRows, by_shard: ByShard, epoch: int) -> list[Tensor | None]:
+        """The views that the cache stores, at the size of all networks."""
+        pixels: list[Tensor | None] = [None] * len(rows)
+        byte_ranges, sample_ids = rows.pixel_ranges, rows.sample_ids
+        for shard, position_N in by_shard:
+            for row in position_N.tolist():
+                pixels[row] = self.source.stored_view(shard, epoch, byte_ranges[row], sample_id=sample_ids[row])
+        return pixels
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,10 +165,11 @@ class _RowViews:
         params = sample_views(plan, rows.sample_ids, view, rows.rows_N["width"], rows.rows_N["height"])
         return cls(params.box_N4.tolist(), params.flip_N.tolist(), params.aug_params)
 
-    def render(self, image_CHW: Tensor, row: int, target: InputSize) -> Tensor:
+    def render(self, image_CHW: Tensor, row: int, target: InputSize, quality: int | None) -> Tensor:
         """uint8 [3,size,size]; the box is in pixels of the original, so any size shows the same crop."""
         box, flip, aug_params = self.boxes[row], self.flips[row], aug_params_row(self.aug_params, row)
-        return apply_view(image_CHW, box, flip, aug_params, size=target.size, interpolation=target.interpolation)
+        size, interpolation = target.size, target.interpolation
+        return render_view(image_CHW, box, flip, aug_params, quality=quality, size=size, interpolation=interpolation)[0]
 
 
 ByShard = list[tuple[int, NDArray[np.int64]]]

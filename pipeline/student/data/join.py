@@ -1,7 +1,9 @@
 """One view of one shard, joined with the shard's index: a file that every loader process of a node maps.
 
-An Arrow stream of one uncompressed batch, and after its end the XXH3-128 of all before. Mapped columns are the arrays
-themselves: nothing is decoded or copied when a process opens the file, and all processes share its pages.
+The stored views, if the cache has them; an Arrow stream of one uncompressed batch, and its offset; the XXH3-128 of the
+stream and the offset. Mapped columns are the arrays themselves: nothing is decoded or copied when a process opens the
+file, and all processes share its pages. The digest leaves out the views, each of which has a hash: a process reads only
+those of its rows.
 """
 
 from __future__ import annotations
@@ -23,10 +25,10 @@ from pipeline.shards.index import ShardIndex
 from pipeline.student.data.rows import StructuredRows, as_structured_rows
 from pipeline.tasks import without_domain
 
-VERSION = 3
+VERSION = 4
 """Of the file. Files of different versions have different names."""
 
-_DIGEST_BYTES = 16
+_OFFSET_BYTES, _DIGEST_BYTES = 8, 16
 
 
 class DamagedFileError(Exception):
@@ -41,11 +43,13 @@ class JoinedRows:
         ids: ``shard_id/key``.
         rows_N: fields as in ``SampleRows``, and ``row``, ``mix_row`` and ``embedding_norm`` of the cache.
         encoded: uint8 [N,W] by name of the output: rows as the cache stores them.
+        file: all bytes, for the stored views.
     """
 
     ids: pa.StringArray
     rows_N: StructuredRows
     encoded: Mapping[str, NDArray[np.uint8]]
+    file: pa.Buffer
 
     def sample_ids(self, ordinal_N: NDArray[np.int32]) -> NDArray[np.object_]:
         return self.ids.take(pa.array(ordinal_N)).to_numpy(zero_copy_only=False)
@@ -86,6 +90,8 @@ def join_rows(columns: ViewColumns, index: ShardIndex, *, where: str) -> pa.Reco
         "height": index.height[index.ok],
         "partner": np.searchsorted(columns.row_N, columns.mix_row_N).astype(np.int32),
     }
+    if (pixels := columns.pixels) is not None:
+        fields |= {"pixel_offset": pixels.offset_N, "pixel_size": pixels.size_N, "pixel_hash": pixels.hash_N}
     rows_N = as_structured_rows(fields, columns.aug_params)
     batch = pa.record_batch(
         {
@@ -150,18 +156,26 @@ def _misplaced(row_N: NDArray[np.int32], expected_N: NDArray[np.int32]) -> str:
 
 
 def write_joined(batch: pa.RecordBatch, path: Path) -> None:
-    """Fills an existing file, in place."""
+    """Appends to a file that is empty or holds the stored views."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, batch.schema) as stream:
         stream.write_batch(batch)
     data = sink.getvalue()
-    with path.open("wb") as file:
+    with path.open("ab") as file:
+        offset = file.tell().to_bytes(_OFFSET_BYTES, "little")
         file.write(data)
-        file.write(xxhash.xxh3_128_digest(data))
+        file.write(offset)
+        file.write(_digest(data, offset))
+
+
+def _digest(data: pa.Buffer, offset: bytes) -> bytes:
+    hasher = xxhash.xxh3_128(data)
+    hasher.update(offset)
+    return hasher.digest()
 
 
 def map_joined(path: Path, *, outputs: Iterable[str]) -> JoinedRows:
-    """Maps a file and reads it once, to compare its digest.
+    """Maps a file and reads it once except for the stored views, to compare its digest.
 
     Args:
         outputs: names of those to take, if the file has them.
@@ -169,11 +183,11 @@ def map_joined(path: Path, *, outputs: Iterable[str]) -> JoinedRows:
     Raises:
         DamagedFileError: its bytes are not those that were written.
     """
-    batch = _mapped(path)
+    batch, file = _mapped(path)
     fields = [(name, kind, *map(tuple, shape)) for name, kind, *shape in json.loads(batch.schema.metadata[b"fields"])]
     rows_N = raw_rows(batch["row"]).reshape(-1).view(fields)
     encoded = {name: raw_rows(batch[name]) for name in outputs if name in batch.schema.names}
-    return JoinedRows(batch["id"], rows_N, encoded)
+    return JoinedRows(batch["id"], rows_N, encoded, file)
 
 
 def read_proofs(path: Path) -> PixelProofs:
@@ -181,14 +195,18 @@ def read_proofs(path: Path) -> PixelProofs:
     Raises:
         DamagedFileError: its bytes are not those that were written.
     """
-    batch = _mapped(path)
+    batch, _ = _mapped(path)
     return PixelProofs(batch["pixel_digest"].to_pylist(), batch["pixel_mean"].to_pylist())
 
 
-def _mapped(path: Path) -> pa.RecordBatch:
+def _mapped(path: Path) -> tuple[pa.RecordBatch, pa.Buffer]:
     with pa.memory_map(str(path)) as file:
         data = file.read_buffer()
-    body, digest = data[:-_DIGEST_BYTES], data[-_DIGEST_BYTES:]
-    if len(digest) < _DIGEST_BYTES or xxhash.xxh3_128_digest(body) != digest.to_pybytes():
+    end = data.size - _OFFSET_BYTES - _DIGEST_BYTES
+    if end < 0:
         raise DamagedFileError(str(path))
-    return pa.ipc.open_stream(body).read_next_batch()
+    offset, digest = data[end : end + _OFFSET_BYTES].to_pybytes(), data[end + _OFFSET_BYTES :].to_pybytes()
+    start = int.from_bytes(offset, "little")
+    if start > end or _digest(body := data[start:end], offset) != digest:
+        raise DamagedFileError(str(path))
+    return pa.ipc.open_stream(body).read_next_batch(), data

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 StructuredRows = NDArray[np.void]
 _AUG_PARAMS = "aug_params/"
 _BYTE_RANGE = ["offset", "size", "content_hash"]
+_PIXEL_RANGE = ["pixel_offset", "pixel_size", "pixel_hash"]
 
 
 def as_structured_rows(fields: Mapping[str, NDArray[Any]], aug_params: Mapping[str, NDArray[Any]]) -> StructuredRows:
@@ -46,7 +47,8 @@ class SampleRows:
         sample_id_N: str objects.
         rows_N: with the fields offset, size, content_hash (of the image's bytes in its shard), the task's target
             columns, width, height (pixels after EXIF rotation), box [4], flip, mix_lambda, partner (ordinal among the
-            shard's ok rows; a row's own where it is not mixed), augmentation parameters, and possibly others.
+            shard's ok rows; a row's own where it is not mixed), augmentation parameters, and possibly others; of a
+            cache with stored views pixel_offset, pixel_size (in its file) and pixel_hash (of these bytes).
         teachers: columns of each cached teacher: ``norm`` (fp32, of the embedding), and by name the outputs that
             losses read (uint8 [N,W], encoded).
     """
@@ -66,6 +68,11 @@ class SampleRows:
     def byte_ranges(self) -> list[tuple[int, int, int]]:
         """Offset and size in bytes in the shard, and content hash, of each row's image."""
         return self.rows_N[_BYTE_RANGE].tolist()
+
+    @property
+    def pixel_ranges(self) -> list[tuple[int, int, int]]:
+        """Offset and size in bytes in the file of the view, and hash, of each row's stored view."""
+        return self.rows_N[_PIXEL_RANGE].tolist()
 
     @property
     def aug_params(self) -> dict[str, NDArray[Any]]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from pipeline import storage
 from pipeline.augment.params import sample_views, shard_partners, unmix
@@ -42,7 +43,10 @@ class RowSource(ABC):
         outputs: those of each cached teacher that are read, by name.
         reads: the outputs that losses read, whether or not a cache has them.
         files: the images.
+        stores_views: whether ``stored_view`` has the views; else they are rendered from ``files``.
     """
+
+    stores_views: bool = False
 
     def __init__(
         self,
@@ -83,6 +87,14 @@ class RowSource(ABC):
     def fetch(self, shard: int, epoch: int) -> None:  # noqa: ARG002
         """Brings what an epoch reads of a shard to this node. Threads may share it."""
         self.files.fetch(shard)
+
+    def stored_view(self, shard: int, epoch: int, byte_range: tuple[int, int, int], *, sample_id: str) -> Tensor:
+        """uint8 [3,size,size]: the view of an epoch, at one of ``SampleRows.pixel_ranges``.
+
+        Raises:
+            CacheError: its bytes were changed.
+        """
+        raise NotImplementedError("this source renders its views")
 
     def close(self) -> None:
         """Closes the files; they open again when they are read."""
@@ -236,6 +248,7 @@ class CachedSource(RowSource):
         self.caches, self._shards = tuple(caches), shards
         self.num_views = num_views
         self._views = ViewFiles(self.caches, shards, store, outputs=tuple(reads))
+        self.stores_views = self._views.pixels is not None
         # Training takes all but targets and content hashes from the views.
         self._indexes = Memo(self._read_index, _MEMO_SIZE)
 
@@ -250,13 +263,17 @@ class CachedSource(RowSource):
 
     def fetch(self, shard: int, epoch: int) -> None:
         self._views.fetch(shard, self.view_of(epoch))
-        super().fetch(shard, epoch)
+        if not self.stores_views:
+            super().fetch(shard, epoch)
+
+    def stored_view(self, shard: int, epoch: int, byte_range: tuple[int, int, int], *, sample_id: str) -> Tensor:
+        return self._views.stored_view(shard, self.view_of(epoch), byte_range, sample_id=sample_id)
 
     @property
     def fetched_bytes(self) -> int:
         some = self._shards[:: -(-len(self._shards) // _NUM_SAMPLED)]
         views = sum(cache.committed_view(shard.shard_id, 0).size_bytes for shard in some for cache in self.caches)
-        shards = 0 if self.are_shards_local else sum(shard.size_bytes for shard in some)
+        shards = 0 if self.stores_views or self.are_shards_local else sum(shard.size_bytes for shard in some)
         return (views + shards) // len(some)
 
     def close(self) -> None:
@@ -270,7 +287,8 @@ class CachedSource(RowSource):
     def rows(self, shard: int, ordinal_N: NDArray[np.int32], epoch: int) -> SampleRows:
         joined = self._views.get(shard, self.view_of(epoch))
         teachers = [rows.teacher_columns(ordinal_N) for rows in joined]
-        return SampleRows(joined[0].sample_ids(ordinal_N), joined[0].rows_N[ordinal_N], teachers)
+        rows = joined[self._views.first]
+        return SampleRows(rows.sample_ids(ordinal_N), rows.rows_N[ordinal_N], teachers)
 
 
 def open_cached(

@@ -7,10 +7,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import xxhash
+from torch import Tensor
+
+from pipeline.augment.stored_pixels import decode_view
 from pipeline.cache.read.reader import ShardEntry, TeacherCache
-from pipeline.core.errors import StorageError
+from pipeline.core.errors import CacheError, StorageError
 from pipeline.core.hashing import short_digest
 from pipeline.core.redaction import redact
+from pipeline.shards.decode import BadImageError
 from pipeline.student.data.ensemble import check_same_views
 from pipeline.student.data.join import (
     VERSION,
@@ -37,9 +42,20 @@ class _OpenView:
     def close(self) -> None:
         self.files.close()
 
+    def discard(self) -> None:
+        """Removes the files, so that they are fetched again."""
+        self.files.pop_all()
+        for lease in self.leases:
+            lease.discard()
+
 
 class ViewFiles:
-    """Views by (position of the shard, view); the last used stay mapped. All caches hold the samples of the first."""
+    """Views by (position of the shard, view); the last used stay mapped. All caches hold the samples of the first.
+
+    Attributes:
+        first: number of the first cache that stores the pixels of its views; 0 if none does.
+        pixels: how it stores them, as ``views.pixels``; None: it does not.
+    """
 
     def __init__(
         self,
@@ -51,6 +67,11 @@ class ViewFiles:
     ) -> None:
         """``outputs``: names of those that are read. No rows of the others are gathered."""
         self._caches, self._shards, self._store, self._outputs = caches, shards, store, outputs
+        stored = [number for number, cache in enumerate(caches) if cache.header.pixels is not None]
+        # All caches hold the views of the first, but not all may store their pixels.
+        self.first = stored[0] if stored else 0
+        header = caches[self.first].header
+        self.pixels, self._size = header.pixels, int(header.teacher["size"])
         self._opened = Memo(self._open, max_open(len(caches)), _OpenView.close)
 
     def get(self, shard: int, view: int) -> tuple[JoinedRows, ...]:
@@ -61,6 +82,28 @@ class ViewFiles:
             StorageError: storage fails, or this node's disk does.
         """
         return self._opened[shard, view].rows
+
+    def stored_view(self, shard: int, view: int, byte_range: tuple[int, int, int], *, sample_id: str) -> Tensor:
+        """uint8 [3,size,size]: the view at one of ``SampleRows.pixel_ranges``, verified to be the stored one.
+
+        Raises:
+            CacheError: its bytes are other ones, or do not decode.
+        """
+        offset, size, expected = byte_range
+        problem = ""
+        for _ in range(2):
+            data = self._opened[shard, view].rows[self.first].file[offset : offset + size].to_pybytes()
+            if (pixel_hash := xxhash.xxh3_64_intdigest(data)) == expected:
+                break
+            # Only this node's copy may be wrong.
+            self._opened.pop((shard, view)).discard()
+            problem = f"pixel_hash {pixel_hash:016x}, expected {expected:016x}"
+        else:
+            raise _changed_pixels(f"{sample_id}, view {view}", problem)
+        try:
+            return decode_view(data, pixels=self.pixels or "none", size=self._size)
+        except BadImageError as error:
+            raise _changed_pixels(f"{sample_id}, view {view}", f"{error.status}: {error.reason}") from error
 
     def proofs(self, shard: int, view: int) -> list[PixelProofs]:
         """The pixel digests of the same rows, in each cache."""
@@ -107,10 +150,27 @@ class ViewFiles:
         committed = cache.committed_view(entry.shard_id, view)
         # The content that the file is built from, at any location: runs share files, even for copies of a cache.
         content = [VERSION, cache.header.fingerprint, committed.digest, committed.footer_digest, entry.index_sha256]
+        content += ["pixels"] if self._reads_pixels(cache) else []
         name = name_of(short_digest([*content, entry.shard_id, view]), f"{entry.shard_id}-v{view:04d}.arrow")
         return self._store.acquire(name, committed.size_bytes, lambda path: self._write(cache, entry, view, path))
+
+    def _reads_pixels(self, cache: TeacherCache) -> bool:
+        return self.pixels is not None and cache is self._caches[self.first]
 
     def _write(self, cache: TeacherCache, entry: ShardEntry, view: int, path: Path) -> None:
         # The index is the first cache's: another cache may store the same index in other bytes.
         index, where = self._caches[0].index(entry), f"view {view} of {entry.shard_id} in {redact(cache.url)}"
-        write_joined(join_rows(cache.view(entry.shard_id, view), index, where=where), path)
+        # A killed process may have written to it.
+        with path.open("wb") as file:
+            columns = cache.view(entry.shard_id, view, pixels=file if self._reads_pixels(cache) else None)
+        write_joined(join_rows(columns, index, where=where), path)
+
+
+def _changed_pixels(where: str, got: str) -> CacheError:
+    return CacheError(
+        "a stored view is not the one that the teacher saw",
+        code="cache.pixels-changed",
+        where=where,
+        got=got,
+        next_step="run: stillroom cache verify CACHE; then build another cache, or set data.local_dir to another disk",
+    )

@@ -17,6 +17,7 @@ from pipeline.shards.index import data_keys, index_settings
 from pipeline.student.data.ensemble import check_same_plans
 from pipeline.student.data.sources import views_in_use
 from pipeline.student.run import checkpoint
+from pipeline.student.supervision.pixel_inputs import cache_inputs, check_same_input
 from pipeline.tasks import DOMAIN, task_of
 from schemas.cache_format import Moments
 from schemas.config import Config, DataConfig, StudentConfig, ViewsConfig
@@ -94,7 +95,7 @@ def resolve_spec(config: Config) -> SupervisionSpec:
         )
     caches = _open(config, config.data.caches)
     check_same_plans(caches)
-    plan = plan_of(caches[0].header)
+    plan = _plan_of(caches)
     _check_same_task(config, caches[0])
     _check_same_views(config, plan, caches[0])
     _check_same_teacher(config, caches)
@@ -109,23 +110,29 @@ def spec_of_caches(
 
     Raises:
         CacheError: ``data`` contradicts the caches, or two of them are incompatible.
-        ConfigError: the teachers have different input sizes, and the student has none; or ``data.num_views`` is more
-            than a cache has.
+        ConfigError: the teachers have different input sizes, and the student has none, or a cache stores pixels; or
+            ``data.num_views`` is more than a cache has.
     """
     check_same_plans(caches)
     views_in_use(caches, data)
     # All caches have the same views, classes and reading rules.
     first = caches[0]
     sizes = [int(cache.header.teacher["size"]) for cache in caches]
-    data = _data_of(data, first)
+    data, plan = _data_of(data, first), _plan_of(caches)
+    check_same_input(plan, cache_inputs(caches))
     _check_one_size(sizes, student)
     return SupervisionSpec(
         data=data,
-        plan=plan_of(first.header),
+        plan=plan,
         student_views=None,
         size=min(sizes),
         caches=caches,
     )
+
+
+def _plan_of(caches: Sequence[TeacherCache]) -> ViewsConfig:
+    """That of all caches. Raw pixels are no difference: training reads those of the first cache that stores them."""
+    return plan_of(next((cache for cache in caches if cache.header.pixels is not None), caches[0]).header)
 
 
 def student_views(config: Config, plan: ViewsConfig) -> ViewsConfig | None:
@@ -133,13 +140,19 @@ def student_views(config: Config, plan: ViewsConfig) -> ViewsConfig | None:
     *independent* if it has other crops (Beyer 2022, sec. 3.1).
 
     Raises:
-        ConfigError: ``student.views`` with a teacher of mixed images or the same views, or without a teacher.
+        ConfigError: ``student.views`` with a teacher of mixed images, stored pixels or the same views, or without a
+            teacher.
     """
     views = None if config.student is None else config.student.views
     if views is None:
         return None
     if config.teacher.mode == "none":
         got, next_step = "teacher.mode: none", "without a teacher, set the views section"
+    elif views.pixels != "none":
+        got, next_step = f"student.views.pixels: {views.pixels}", "remove it: a cache stores the teacher's views"
+    elif plan.pixels != "none":
+        got = f"views.pixels: {plan.pixels}, the pixels that the student sees"
+        next_step = "remove student.views, or use views.pixels=none, which needs the shards in training"
     elif plan.mixes:
         got, next_step = (
             f"a teacher with views of kind {plan.kind}",
@@ -243,7 +256,7 @@ def _check_same_views(config: Config, plan: ViewsConfig, cache: TeacherCache) ->
         what="the views of this config are not those of the cache",
         code="cache.other-views",
         where=redact(cache.url),
-        expected=f"views id {cache.header.views_id}, not {views_id(config.views)}",
+        expected=f"views id {cache.header.views_id}",
         next_step="remove the views section, or build another cache",
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from pipeline.student.losses import CompositeLoss
 from pipeline.student.networks.freeze import freeze
 from pipeline.student.networks.review import plan_review, review_section
 from pipeline.student.networks.tokens import token_maps
+from pipeline.student.supervision.pixel_inputs import Input, cache_inputs, check_same_input, input_of
 from pipeline.student.supervision.requirements import (
     check_cached_outputs,
     check_online_class_means,
@@ -33,7 +34,7 @@ from pipeline.student.supervision.tokens import check_token_keys, token_requests
 from pipeline.student.supervision.two_classes import check_two_classes
 from pipeline.student.training.teacher_checks import check_standardized, check_teacher_keys
 from pipeline.tasks import task_of
-from schemas.config import Config, DataConfig
+from schemas.config import Config, DataConfig, ViewsConfig
 
 _LOOK_UPS = 16
 # A teacher's outputs depend on these keys and the input size.
@@ -252,7 +253,9 @@ def check_training(config: Config) -> list[str]:
     check_cached_outputs(loss, spec.caches)
     check_online_class_means(config, loss, spec)
     check_standardized(config, loss)
-    _check_layers(config, loss, spec.data, _check_student(config, spec.data, spec.size))
+    student = _check_student(config, spec.data, spec.size)
+    _check_inputs(config, spec.plan, spec.data, cache_inputs(spec.caches), student)
+    _check_layers(config, loss, spec.data, student)
     _check_val_shards(config)
     return _check_teacher_weights(config, spec)
 
@@ -306,7 +309,9 @@ def check_distillation(config: Config) -> None:
     loss = CompositeLoss(config.loss, task_of(config.data), where="loss")
     check_two_classes(loss, run_url=config.run.url)
     student_views(config, config.views)
-    _check_layers(config, loss, config.data, _check_student(config, config.data, config.views.size))
+    student = _check_student(config, config.data, config.views.size)
+    _check_inputs(config, config.views, config.data, {}, student)
+    _check_layers(config, loss, config.data, student)
     _check_val_shards(config)
 
 
@@ -339,6 +344,18 @@ def _check_student(config: Config, data: DataConfig, size: int | None) -> Loaded
     )
     freeze(loaded.module.network, config.train.freeze)
     return loaded
+
+
+def _check_inputs(
+    config: Config, plan: ViewsConfig, data: DataConfig, cached: Mapping[str, Input], student: LoadedModel
+) -> None:
+    """All networks take the same input, if the plan fixes the pixels; weights do not matter."""
+    teachers = {} if cached or plan.pixels == "none" or config.teacher.mode == "none" else config.teacher.models
+    inputs = dict(cached)
+    for (name, teacher), size in zip(teachers.items(), teacher_sizes(config), strict=False):
+        loaded = load_untrained(teacher, widths=task_of(data).widths, size=size)
+        inputs[f"the teacher of {name}"] = input_of(loaded.input)
+    check_same_input(plan, {**inputs, "the student": input_of(student.input)})
 
 
 def _check_layers(config: Config, loss: CompositeLoss, data: DataConfig, student: LoadedModel) -> None:

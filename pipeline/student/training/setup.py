@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,7 @@ from pipeline.student.networks.review import ReviewPlan, plan_review, review_sec
 from pipeline.student.networks.student import Student
 from pipeline.student.networks.tokens import token_maps
 from pipeline.student.supervision.class_frequencies import RowWeights, balanced_head
+from pipeline.student.supervision.pixel_inputs import cache_inputs, check_same_input, input_of
 from pipeline.student.supervision.spec import SupervisionSpec, resolve_spec
 from pipeline.student.supervision.supervision import Supervision, open_supervision, required_targets
 from pipeline.student.supervision.two_classes import check_two_classes
@@ -137,6 +138,8 @@ def _assemble(
     train, source, spec = config.train, supervision.source, supervision.spec
     order = order_of(train, source.shard_ids, source.num_ok, spec.plan)
     student = student or build_student(config, supervision, loss, distributed.device)
+    inputs = {f"the teacher of {name}": input_of(teacher.loaded.input) for name, teacher in _named(config, supervision)}
+    check_same_input(spec.plan, {**cache_inputs(spec.caches), **inputs, "the student": input_of(student.input_spec)})
     # With elastic workers, a batch that is too small for all of them is refused before the first is lost.
     _check_batches(order, student.module, max(distributed.size, config.ray.num_workers), train.accumulate)
     dataset = StepDataset(
@@ -161,6 +164,11 @@ def _assemble(
         column = balanced_head(balance, source.task).column
         row_weights = RowWeights.of(balance, column, supervision.class_counts[column], device)
     return TrainingSetup(config, distributed, loss, supervision, order, student, dataset, optimizer_step, row_weights)
+
+
+def _named(config: Config, supervision: Supervision) -> Iterator[tuple[str, Teacher]]:
+    """The online teachers, with their sections."""
+    return zip(config.teacher.models, supervision.teachers, strict=False)
 
 
 def input_size(spec: InputSpec) -> InputSize:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline import storage
@@ -13,6 +15,7 @@ from pipeline.cache.build.part import build_part
 from pipeline.cache.plan.build_plan import plan_cache
 from pipeline.cache.plan.class_warnings import label_spread
 from pipeline.cache.plan.free_space import check_space
+from pipeline.cache.plan.pixel_sample import sample_pixels
 from pipeline.cache.plan.plan_inputs import PlanInputs, collect_plan_inputs, resolve_embedding_dim
 from pipeline.cache.plan.plan_warnings import plan_warnings
 from pipeline.core.errors import ShardError, StorageInputError
@@ -263,3 +266,24 @@ def test_a_cache_that_may_not_fit_gives_a_warning(
 
 def test_a_cache_that_fits_is_neither_refused_nor_warned_of(tiny_config: TinyConfig) -> None:
     assert check_space(inputs_of(tiny_config()), num_tasks=2) == []
+
+
+@pytest.mark.parametrize("pixels", ["raw", "jpeg:90"])
+def test_a_plan_counts_the_stored_views(tiny_config: TinyConfig, pixels: str) -> None:
+    config = tiny_config(views={"pixels": pixels})
+    inputs = sample_pixels(inputs_of(config))
+    plan = plan_cache(inputs)
+    build(config)
+    rows, views = NUM_DIGITS * (NUM_VIEWS + 1), NUM_DIGITS * NUM_VIEWS
+    parts = [pq.read_table(path) for path in Path(cache_section(config).url).glob("parts/*/v*.parquet")]
+    stored = sum(len(value) for part in parts for value in part["pixels"].to_pylist())
+    assert plan.size.pixels is not None
+    if pixels == "raw":
+        assert plan.size.pixels.size_bytes == stored / views == 3 * 16 * 16
+    else:
+        # Sixteen images stand for all.
+        assert plan.size.pixels.size_bytes == pytest.approx(stored / views, rel=0.1)
+        assert (plan.size.pixels.num_sampled, plan.size.pixels.encode_s > 0) == (16, True)
+    without = plan_cache(replace(inputs, pixels=None))
+    assert (plan.size.row.expected - without.size.row.expected) * rows == pytest.approx(stored, rel=0.1)
+    assert plan.traffic.epoch.get == 3 * NUM_SHARDS
