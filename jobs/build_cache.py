@@ -84,7 +84,7 @@ def build_cache(config: Config) -> Manifest:
             for _, warnings in fan_out(prepare, first, config.ray, what="a cache task", name=lambda _: name):
                 _warn(*warnings)
         _build_parts(config, by_id, commits)
-        manifest = publish_manifest(cache.url, by_id, add_up=partial(_sum_in_tasks, config.ray))
+        manifest = publish_manifest(cache.url, by_id, add_up=partial(sum_in_tasks, config.ray))
     remove_logs(cache.url)
     if relabelled is not None and relabelled.labels is not None and manifest.labels is None:
         command = f"stillroom cache relabel {quoted(cache.url)} --label {reading_rules(relabelled.labels.data).label}"
@@ -252,7 +252,7 @@ def plan_tasks(config: Config, by_id: dict[str, str], commits: Sequence[CommitSu
     return [PartTask(small, by_id[shard], block) for shard, blocks in missing.items() for block in blocks]
 
 
-def _sum_in_tasks(ray: RayConfig, cache_url: str, refs: Sequence[FileRef]) -> ClassSums:
+def sum_in_tasks(ray: RayConfig, cache_url: str, refs: Sequence[FileRef]) -> ClassSums:
     """The sum over all files, read by tasks: those of 100,000 shards have up to 1.6 TB, too much for one machine."""
     chunks = [refs[start : start + SUMS_PER_TASK] for start in range(0, len(refs), SUMS_PER_TASK)]
     sums = fan_out(

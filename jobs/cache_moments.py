@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from jobs.cache_derive import ray_section
 from jobs.cache_ops import describe_moments
 from jobs.observability.log import emit
 from jobs.observability.progress import ProgressView
@@ -13,8 +14,6 @@ from jobs.ray.fan_out import fan_out
 from pipeline import storage
 from pipeline.cache.build.moments import MomentSums
 from pipeline.cache.ops.moments import ShardSums, compute_moments
-from pipeline.core.config_loading import parse_config
-from pipeline.core.errors import ConfigError
 from pipeline.core.redaction import redact
 from schemas.cache_format import Moments
 from schemas.config import RayConfig
@@ -55,15 +54,6 @@ def compute(cache_url: str, ray: RayConfig) -> None:
 
 
 def main(cache_url: str, overrides: list[str]) -> None:
-    others = [override for override in overrides if not override.startswith("ray.")]
-    if others:
-        raise ConfigError(
-            "this command takes keys of the ray section alone",
-            code="config.only-ray-keys",
-            where="stillroom cache moments",
-            got=" ".join(others),
-            expected="such as ray.address=auto ray.cpus_per_task=4",
-        )
-    ray = parse_config("{}", ["ray.address=none", *overrides], where="stillroom cache moments").ray
+    ray = ray_section(overrides, "stillroom cache moments")
     announce(ray.address)
     compute(cache_url, ray)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from jobs.observability.progress import ProgressView, duration
@@ -14,12 +15,13 @@ from pipeline.cache.ops.export_means import ExportedMeans
 from pipeline.cache.ops.gc import GcReport
 from pipeline.cache.ops.inspect import CacheReport
 from pipeline.cache.ops.relabel import Relabelling, relabel
-from pipeline.cache.verify import Recomputed, VerifyReport, recompute, verify_cache
+from pipeline.cache.verify import Recomputed, VerifyReport, compare_with_sources, recompute, verify_cache
 from pipeline.cache.verify.shard import SHARD_MISSING
 from pipeline.shards.shard_urls import urls_by_id
 from schemas.cache_format import Moments
 from schemas.config import Config
 
+NO_SOURCE = "outputs against the caches from which this one was derived (--source)"
 _NUM_PROBLEMS = 20
 _NUM_CLASSES = 10
 
@@ -57,6 +59,7 @@ def verify(
     config: Config | None = None,
     num_rows: int = 256,
     allow_pixel_drift: int = 0,
+    sources: Sequence[str] = (),
 ) -> VerifyReport:
     """Verifies every file of the cache; with a config, also the teacher outputs of ``num_rows`` rows. Progress goes to
     standard error.
@@ -65,9 +68,11 @@ def verify(
         shards: where the images are; default: ``data.shards`` of the config, or where the build read them.
         config: the config of the build.
         allow_pixel_drift: levels of 255 by which canaries may differ on this machine.
+        sources: of a derived cache; its outputs are compared with those of the sources.
 
     Raises:
         CacheError: there is no cache at this URL.
+        ConfigError: the cache was derived from other sources, or from none.
         ConfigError, ModelError: the config names no teacher that can be loaded.
     """
     # First, so that a wrong config does not fail after an hour of reading.
@@ -84,6 +89,17 @@ def verify(
             allowed_levels=allow_pixel_drift,
             progress=lambda done, total: progress.update(done, "shards", total=total),
         )
+    if sources:
+        with ProgressView("sources", 0) as progress:
+            compare_with_sources(
+                cache_url,
+                sources,
+                report,
+                threads=threads,
+                progress=lambda done, total: progress.update(done, "blocks", total=total),
+            )
+    elif report.derived is not None:
+        report.not_checked[NO_SOURCE] += 1
     if context is None:
         return report
     with ProgressView("recompute", 0) as progress:

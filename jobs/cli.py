@@ -14,6 +14,7 @@ from jobs.command_line import (
     JsonOption,
     OverridesArgument,
     PixelDriftOption,
+    RayArgument,
     RunArgument,
     ShardsOption,
     ThreadsOption,
@@ -146,13 +147,7 @@ def cache_means(
 @add_command(cache_app, "moments")
 def cache_moments(
     cache: CacheArgument,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="Keys of the ray section, such as ray.address=auto; default: one process, ray.address=none.",
-            metavar="[RAY.K=V]...",
-        ),
-    ] = None,
+    overrides: RayArgument = None,
 ) -> None:
     """Compute mean and covariance of a cache's embeddings, for standardised targets, and store them in the cache."""
     from jobs.cache_moments import main
@@ -172,6 +167,10 @@ def cache_verify(
         int,
         typer.Option(min=0, max=255, metavar="N", help="Levels of 255 by which canaries may differ on this machine."),
     ] = 0,
+    source: Annotated[
+        list[str] | None,
+        typer.Option(metavar="URL", help="A cache from which this one was derived, to compare with. Repeatable."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check files, rows and pixels of a cache; with --config, also teacher outputs. Exit code 1: problems."""
@@ -187,6 +186,7 @@ def cache_verify(
         config=None if config is None else load_config(config, overrides or []),
         num_rows=sample,
         allow_pixel_drift=allow_pixel_drift,
+        sources=source or [],
     )
     print_report(report, describe_verification, as_json=as_json)
     if not report.ok:
@@ -219,6 +219,27 @@ def cache_copy(
     from jobs.cache_ops import copy, describe_copy
 
     print_report(copy(source, destination, threads=threads), describe_copy, as_json=as_json)
+
+
+@add_command(cache_app, "convert")
+def cache_convert(
+    source: Annotated[str, typer.Argument(help="URL of a finished cache.", metavar="SRC")],
+    destination: Annotated[str, typer.Argument(help="URL of the new cache.", metavar="DST")],
+    overrides: RayArgument = None,
+    logits: Annotated[str | None, typer.Option(help="Encoding of the logits, as in cache.logits; none: drop.")] = None,
+    embeddings: Annotated[
+        str | None, typer.Option(help="Encoding of the embeddings, as in cache.embeddings; none: drop.")
+    ] = None,
+    tokens: Annotated[str | None, typer.Option(help="Encoding of the patch tokens; none: drop.")] = None,
+    views: Annotated[str | None, typer.Option(help="The first views alone, such as 0-9; whole blocks.")] = None,
+    shards: Annotated[str | None, typer.Option(help="These shards alone: file names, {a..b} braces allowed.")] = None,
+) -> None:
+    """Encode the outputs of a cache again, or take some views or shards, without the teacher. Resumes automatically."""
+    from jobs.cache_derive import main
+
+    given = {"logits": logits, "embeddings": embeddings, "tokens": tokens}
+    encodings = {key: kind for key, kind in given.items() if kind is not None}
+    main(source, destination, overrides or [], encodings=encodings, views=views, shards=shards)
 
 
 @add_command(cache_app, "gc")

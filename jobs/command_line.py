@@ -20,6 +20,13 @@ OverridesArgument = Annotated[
     list[str] | None,
     typer.Argument(help="Override section.key=value; the value is parsed as YAML.", metavar="[K.K=V]..."),
 ]
+RayArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="Keys of the ray section, such as ray.address=auto; default: one process, ray.address=none.",
+        metavar="[RAY.K=V]...",
+    ),
+]
 CacheArgument = Annotated[str, typer.Argument(help="URL of the cache.", metavar="CACHE")]
 RunArgument = Annotated[str, typer.Argument(help="URL of a run.")]
 ShardsOption = Annotated[

@@ -227,6 +227,16 @@ class Statistics(Record):
         return body
 
 
+class Derived(Record):
+    """How a cache was made from other caches, without a teacher."""
+
+    kind: Literal["convert"]
+    sources: tuple[str, ...] = Field(description="SHA-256 of the manifests of the source caches.")
+    encodings: dict[str, tuple[str, str]] = Field(
+        default_factory=dict, description="convert: those of the source and of this cache, by key, where they differ."
+    )
+
+
 class Header(VersionedRecord):
     """What a cache is built from. Created before any work; a builder with another header stops."""
 
@@ -242,12 +252,14 @@ class Header(VersionedRecord):
     pixels: str | None = Field(
         None, description="raw or jpeg:Q: how the parts store the views. Absent from the record if they do not."
     )
+    derived: Derived | None = Field(default=None, description="Absent from the record of a cache that a teacher built.")
 
     @model_serializer(mode="wrap")
-    def _without_absent_pixels(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_absent_fields(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         body: dict[str, Any] = serialize(self)
-        if self.pixels is None:
-            body.pop("pixels", None)
+        for name in ("pixels", "derived"):
+            if getattr(self, name) is None:
+                body.pop(name, None)
         return body
 
     @property

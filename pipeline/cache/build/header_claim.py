@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pipeline import storage
 from pipeline.augment.params import sample_keys
 from pipeline.augment.random_bits import philox4x64
-from pipeline.cache.build.commit import is_unused
+from pipeline.cache.build.commit import CommitSummary, check_fingerprint, is_unused, publish_commit, revoke
 from pipeline.cache.build.encodings import resolve
 from pipeline.cache.build.imported_means import ImportedMeans
 from pipeline.cache.format import layout
@@ -32,7 +32,7 @@ from pipeline.shards.index import index_settings
 from pipeline.tasks import planned_outputs, task_of
 from pipeline.teacher.inference import Teacher
 from pipeline.teacher.tokens import TokenPlan, TokenRequest
-from schemas.cache_format import Header
+from schemas.cache_format import Commit, Header
 from schemas.config import CacheConfig, Config, DataConfig, Precision, ViewsConfig
 
 _NUM_PROBES = 4
@@ -150,7 +150,8 @@ def claim(cache_url: str, header: Header) -> Header:
     """Writes the header if there is none. Otherwise checks the header in the cache, and returns it.
 
     Raises:
-        CacheError: the cache is of another teacher, transform, plan or encoding; the error names the difference.
+        CacheError: the cache is of another teacher, transform, plan or encoding, or was derived from other caches; the
+            error names the difference.
     """
     # Reads first, because every part claims: an attempt to create takes 12 ms on a local disk, a read 0.05 ms.
     stored = find_header(cache_url)
@@ -159,7 +160,41 @@ def claim(cache_url: str, header: Header) -> Header:
             return header
         stored = read_header(cache_url)
     check_same(stored, header, cache_url)
+    _check_derived(stored, header, cache_url)
     return stored
+
+
+def publish_under_header(cache_url: str, header: Header, commit: Commit) -> Commit:
+    """``publish_commit``. A commit counts only under its header: ``gc --unused-header`` may have removed this header
+    while there was no commit, and another builder may have claimed the cache since.
+
+    Raises:
+        CacheError: the cache is another one now.
+    """
+    published = publish_commit(cache_url, commit)
+    check_fingerprint(published, header.fingerprint, cache_url)
+    try:
+        claim(cache_url, header)
+    except CacheError as error:
+        if published is commit and error.code in ("cache.other-header", "cache.derived"):
+            revoke(cache_url, [CommitSummary.of(commit)])
+        raise
+    return published
+
+
+def _check_derived(stored: Header, expected: Header, cache_url: str) -> None:
+    """A teacher adds nothing to a derived cache, and another derivation neither, even with equal outputs: its header
+    describes what it was made from."""
+    before, after = (header.derived and header.derived.model_dump(mode="json") for header in (stored, expected))
+    if before != after:
+        raise CacheError(
+            "this cache was derived from other caches" if before else "this cache was built by its teacher",
+            code="cache.derived",
+            where=redact(cache_url),
+            got="; ".join(differences(before or {}, after or {}, "derived.")),
+            expected="the same command on the same state of the same caches",
+            next_step="choose another URL; to add views or shards, extend the sources and derive again",
+        )
 
 
 def check_same(stored: Header, expected: Header, cache_url: str) -> None:

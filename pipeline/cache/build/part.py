@@ -23,22 +23,15 @@ from pipeline.augment.pixels import pixel_digest, pixel_mean
 from pipeline.augment.stored_pixels import encoder_environment
 from pipeline.cache.build.blocks import holds_class_sums
 from pipeline.cache.build.class_means import ClassSums, encode_sums, merge, sum_rows
-from pipeline.cache.build.commit import (
-    CommitSummary,
-    check_fingerprint,
-    find_commit,
-    publish_commit,
-    publish_file,
-    revoke,
-)
+from pipeline.cache.build.commit import check_fingerprint, find_commit, publish_file
 from pipeline.cache.build.context import BuildContext, current_context
-from pipeline.cache.build.header_claim import claim
+from pipeline.cache.build.header_claim import publish_under_header
 from pipeline.cache.build.part_writer import PartWriter, view_ranges
 from pipeline.cache.build.shard_index import StoredIndex, find_index, publish_new_index
 from pipeline.cache.build.statistics import StatisticsSum
 from pipeline.cache.format import layout
 from pipeline.cache.format.codec import column_of, encode, row_bytes
-from pipeline.core.errors import CacheError, ShardError
+from pipeline.core.errors import ShardError
 from pipeline.core.redaction import redact
 from pipeline.core.threads import prefetch
 from pipeline.shards.index import STATUSES, IndexBuilder, omissions_of
@@ -254,7 +247,7 @@ class PartBuild:
                 **encoder_environment(self.context.config.views),
             },
         )
-        return self._publish_commit(commit)
+        return publish_under_header(url, self.context.header, commit)
 
     def _publish_sums(self) -> FileRef | None:
         if self.sums is None:
@@ -262,20 +255,6 @@ class PartBuild:
         local = self.scratch / "means.parquet"
         local.write_bytes(encode_sums(self.sums))
         return publish_file(self.context.cache.url, local, layout.means_path(self.shard_id, self.task.block))
-
-    def _publish_commit(self, commit: Commit) -> Commit:
-        """A commit counts only under its header. ``gc --unused-header`` may have removed this header while there was no
-        commit, and another builder may have claimed the cache since."""
-        url, header = self.context.cache.url, self.context.header
-        published = publish_commit(url, commit)
-        check_fingerprint(published, header.fingerprint, url)
-        try:
-            claim(url, header)
-        except CacheError as error:
-            if published is commit and error.code == "cache.other-header":
-                revoke(url, [CommitSummary.of(commit)])
-            raise
-        return published
 
 
 def _stored_pixels(group: GroupViews, position: int) -> dict[str, object]:

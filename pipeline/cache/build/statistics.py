@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -73,8 +73,12 @@ class StatisticsSum:
         """Adds one view of one group. The task's statistics are of images that are not mixed."""
         if not group.mixes:
             self._task_sums.add(outputs, group.targets)
+        self.add_fidelity(group.sample_ids, outputs)
+
+    def add_fidelity(self, sample_ids: Sequence[str], outputs: TeacherOutputs) -> None:
+        """Adds the sampled ones of some rows of a view to the fidelity alone."""
         # Keyed by the sample, so that the same rows are measured for any order of work.
-        chosen_N = sample_keys(0, group.sample_ids)[:, 0] % np.uint64(_SAMPLE_ONE_IN) == 0
+        chosen_N = sample_keys(0, sample_ids)[:, 0] % np.uint64(_SAMPLE_ONE_IN) == 0
         if not chosen_N.any():
             return
         self._fidelity.fidelity_rows += int(chosen_N.sum())

@@ -128,6 +128,16 @@ def parse_header(data: bytes, *, where: str) -> Header:
     return header
 
 
+def decoded_from(header: Header, key: str) -> tuple[str, ...]:
+    """The lossy encodings from which outputs were decoded before they were stored in this cache, first to last; empty:
+    they are the teacher's.
+
+    Args:
+        key: of the ``cache`` section, such as ``logits``.
+    """
+    return tuple(header.teacher.get("decoded_from", {}).get(key, ()))
+
+
 def read_outputs(header: Header) -> tuple[Output, ...]:
     """The outputs that this version reads; it ignores all others."""
     roles = output_roles(task_of(header.data))

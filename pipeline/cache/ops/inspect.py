@@ -59,6 +59,7 @@ class CacheReport:
     bytes_per_row: float | None
     skipped: dict[str, int] | None
     outputs: dict[str, str]
+    derived: str | None
     class_means: str
     moments: str | None
     labels: str | None
@@ -137,6 +138,7 @@ def inspect_cache(cache_url: str, *, now_s: float | None = None) -> CacheReport:
         bytes_per_row=size_bytes / rows.total() if rows.total() else None,
         skipped=manifest.skipped if manifest else None,
         outputs={output.name: _encoding(header, output) for output in header.outputs},
+        derived=_derived(header),
         class_means=str(header.teacher["class_means"]),
         moments=_moments(cache_url) if manifest else None,
         labels=None if labels is None else str(labels),
@@ -181,6 +183,16 @@ def _view_names(header: Header) -> list[str]:
     options = (name for name, field in ViewsConfig.model_fields.items() if field.default is None)
     stored = [] if header.pixels is None else [f"stored as {header.pixels}"]
     return [str(header.views["kind"]), *(name for name in options if name in header.views), *stored]
+
+
+def _derived(header: Header) -> str | None:
+    """What the cache was made from, if that is not a teacher."""
+    derived = header.derived
+    if derived is None:
+        return None
+    changes = [f"{key} {old} -> {new}" for key, (old, new) in derived.encodings.items()]
+    sources = ", ".join(sha256[:16] for sha256 in derived.sources)
+    return ", ".join([derived.kind, *changes, f"from the manifests {sources}"])
 
 
 def _encoding(header: Header, output: Output) -> str:

@@ -29,8 +29,9 @@ from pipeline.augment.stored_pixels import decode_view
 from pipeline.cache.build.blocks import holds_class_sums
 from pipeline.cache.build.class_means import ClassSums, merge, sum_rows
 from pipeline.cache.build.part_writer import view_ranges
-from pipeline.cache.format.codec import decode, depends_on_temperature, row_bytes
+from pipeline.cache.format.codec import config_key, decode, depends_on_temperature, row_bytes
 from pipeline.cache.format.files import empty_cells
+from pipeline.cache.format.header import decoded_from
 from pipeline.cache.verify.moments import MomentsCheck
 from pipeline.cache.verify.report import Findings, Problem
 from pipeline.core.bounded_parquet import read_bounded
@@ -49,6 +50,7 @@ Columns = dict[str, NDArray[Any]]
 _ROUNDING = {"float32": 2.0**-22, "float16": 2.0**-10}
 _MIN_SUBNORMAL = {"float32": 0.0, "float16": 2.0**-24}
 _STEPS = 255
+_DTYPES = {"fp32": "float32", "fp16": "float16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +246,7 @@ class PartCheck:
                 continue
             if output.name == self._index.task.embedding:
                 stored_norm_M = np.linalg.norm(values_MD.astype(np.float64), axis=1)
-                is_close_M = np.abs(stored_norm_M - norm_M) <= _norm_error(values_MD, stored_norm_M, output.dtype)
+                is_close_M = np.abs(stored_norm_M - norm_M) <= self._norm_error(values_MD, stored_norm_M, output)
                 what = "embedding_norm does not match the embedding"
                 self._check_rows(what, view, rows, is_close_M, norm_M, stored_norm_M)
                 self._add_sums(values_MD, view, rows, output)
@@ -252,13 +254,24 @@ class PartCheck:
                     self._content.moment_sums_3 += self._moments.sums(values_MD, view)
             if self._recount is not None:
                 exact = output.dtype.startswith("float") and not depends_on_temperature(output)
+                exact = exact and not self._decoded_from(output)
                 self._recount.add_outputs(output.name, values_MD, rows, exact=exact)
         if self._recount is not None:
             self._recount.add_view(_array(table, "mix_lambda"), rows)
 
+    def _decoded_from(self, output: Output) -> tuple[str, ...]:
+        return decoded_from(self._header, config_key(output.name))
+
+    def _norm_error(
+        self, values_MD: NDArray[np.float32], norm_M: NDArray[np.float64], output: Output
+    ) -> NDArray[np.float64]:
+        """The errors of all encodings through which the embeddings went, added up."""
+        dtypes = [output.dtype, *(_DTYPES.get(kind, "uint8") for kind in self._decoded_from(output))]
+        return np.sum([_norm_error(values_MD, norm_M, dtype) for dtype in dtypes], axis=0)
+
     def _add_sums(self, values_MD: NDArray[np.float32], view: int, rows: slice, output: Output) -> None:
         """Only fp32 embeddings give exactly the sums that the build computed from the teacher's outputs."""
-        exact = output.dtype == "float32" and view == self._commit.views[0].view
+        exact = output.dtype == "float32" and view == self._commit.views[0].view and not self._decoded_from(output)
         if exact and holds_class_sums(self._header.teacher.get("class_means"), self._commit.block):
             targets = {name: column_N[rows] for name, column_N in self._index.ok_targets.items()}
             ordinals, class_L = self._index.task.class_ids(targets)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pipeline.core.errors import StillroomError
+from schemas.cache_format import Derived
 
 MAX_PROBLEMS = 200
 """Further problems are counted, and not stored."""
@@ -130,6 +131,7 @@ class VerifyReport(Findings):
     """The result for a screen or for ``--json``. ``problems`` are the first of ``num_problems``.
 
     Attributes:
+        derived: of the header.
         unnamed: the first of ``num_unnamed`` files that no record names, and that killed writers left. They are
             harmless, and ``stillroom cache gc`` removes them.
         recomputed: the result of ``recompute``, if that was called.
@@ -137,6 +139,7 @@ class VerifyReport(Findings):
 
     url: str
     fingerprint: str | None = None
+    derived: Derived | None = None
     num_unnamed: int = 0
     unnamed: tuple[str, ...] = ()
     recomputed: Recomputed | None = None
@@ -149,6 +152,7 @@ class VerifyReport(Findings):
         counts = {name: dict(getattr(self, name)) for name in ("checked", "not_checked", "drift")}
         return {
             "ok": self.ok,
-            **asdict(replace(self, checked=Counter(), not_checked=Counter(), drift=Counter())),
+            **asdict(replace(self, checked=Counter(), not_checked=Counter(), drift=Counter(), derived=None)),
+            "derived": self.derived and self.derived.model_dump(mode="json"),
             **counts,
         }

@@ -81,6 +81,7 @@ def verify_cache(
     unnamed = records.unnamed(entries)
     report.num_unnamed, report.unnamed = len(unnamed), tuple(unnamed[:_MAX_UNNAMED])
     report.fingerprint = None if records.header is None else records.header.fingerprint
+    report.derived = None if records.header is None else records.header.derived
     return report
 
 

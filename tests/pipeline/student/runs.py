@@ -278,7 +278,7 @@ def rewrite_view(cache: TinyCache, shard_id: str, view: int, change: Callable[[p
     views = {number: whole.filter(pc.equal(whole["view"], number)) for number in commit.block.views}
     views[view] = change(views[view])
     with tempfile.TemporaryDirectory() as folder:
-        with PartWriter(Path(folder), list(views), whole.schema, row_size_bytes=64) as writer:
+        with PartWriter(Path(folder), list(views), views[view].schema, row_size_bytes=64) as writer:
             for number, table in views.items():
                 for batch in table.combine_chunks().to_batches():
                     writer.add(number, batch)

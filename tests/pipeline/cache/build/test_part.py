@@ -167,7 +167,7 @@ def test_the_files_of_a_builder_killed_before_its_commit_are_removed(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.cache.build.part.publish_commit", killed)
+        patch.setattr("pipeline.cache.build.header_claim.publish_commit", killed)
         with pytest.raises(KeyboardInterrupt):
             build_part(open_tasks(config)[1])
     url = cache_section(config).url

@@ -1,0 +1,73 @@
+"""Derivations by Ray tasks have the bytes of a plain loop; a killed command leaves no cache, and continues."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobs.build_cache import build_cache
+from jobs.cache_derive import convert_cache, main
+from pipeline.cache.verify import verify_cache
+from pipeline.core.errors import ConfigError
+from schemas.config import RayConfig
+from tests.errors import raises
+from tests.jobs.conftest import JsonLog, Tree, config_of, files_below
+from tests.pipeline.caches import files
+from tests.waiting import wait_until
+
+INT8 = {"logits": "int8"}
+
+
+@pytest.fixture
+def cache(tree: Tree, tmp_path: Path) -> Path:
+    """96 images in four shards, with two views and an eval pass."""
+    build_cache(config_of(tree(cache={"logits": "fp32", "views_per_part": 1}, views={"count": 2})))
+    return tmp_path / "cache"
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_tasks_give_the_bytes_of_a_loop(cache: Path, tmp_path: Path) -> None:
+    for name, address in (("loop", "none"), ("tasks", "auto")):
+        convert_cache(str(cache), str(tmp_path / name), RayConfig.model_validate({"address": address}), encodings=INT8)
+    assert files_below(tmp_path / "tasks") == files_below(tmp_path / "loop")
+    assert verify_cache(str(tmp_path / "tasks")).ok
+
+
+def test_the_command_says_what_was_converted_and_from_what(cache: Path, tmp_path: Path, json_log: JsonLog) -> None:
+    options = {"views": "0-0", "shards": "digits-{00..01}.tar"}
+    main(str(cache), str(tmp_path / "new"), [], encodings=INT8, **options)
+    (end,) = [event for event in json_log() if event["event"] == "end"]
+    assert (end["num_views"], end["num_shards"], end["num_ok"]) == (1, 2, 48)
+
+
+def test_wrong_options_are_refused(cache: Path, tmp_path: Path) -> None:
+    url, new = str(cache), str(tmp_path / "new")
+    for code, encodings, views, overrides in (
+        ("config.only-ray-keys", INT8, None, ["cache.logits=int8"]),
+        ("config.wrong-value", {"logits": "int7"}, None, []),
+        ("config.nothing-to-convert", {"logits": "auto"}, None, []),
+        ("config.views-range", INT8, "1-1", []),
+        ("config.views-range", INT8, "3", []),
+    ):
+        with raises(code, ConfigError):
+            main(url, new, overrides, encodings=encodings, views=views, shards=None)
+    assert not Path(new).exists()
+
+
+@pytest.mark.slow
+def test_a_killed_command_leaves_no_cache_and_continues_to_the_same_bytes(cache: Path, tmp_path: Path) -> None:
+    convert_cache(str(cache), str(tmp_path / "whole"), RayConfig.model_validate({"address": "none"}), encodings=INT8)
+    target = tmp_path / "killed"
+    command = [sys.executable, "-m", "jobs.cli", "cache", "convert", str(cache), str(target), "--logits", "int8"]
+    for num_commits in (1, 7):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        wait_until(lambda: process.poll() is not None or len([*target.glob("commits/*/*.json")]) >= num_commits)  # noqa: B023
+        process.send_signal(signal.SIGKILL)
+        process.wait(60)
+    assert subprocess.run(command, check=False, capture_output=True).returncode == 0
+    # Without the temporary files of killed writers.
+    assert files(str(target)) == files(str(tmp_path / "whole"))
