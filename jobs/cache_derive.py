@@ -16,6 +16,7 @@ from pipeline import storage
 from pipeline.cache.build.statistics import mean_fidelity
 from pipeline.cache.derive.convert import convert
 from pipeline.cache.derive.derivation import Item, Run
+from pipeline.cache.derive.merge import merge
 from pipeline.cache.read.reader import open_cache
 from pipeline.core.config_loading import build_section, parse_config
 from pipeline.core.errors import ConfigError
@@ -125,6 +126,18 @@ def convert_cache(
         )
 
 
+def merge_caches(source_urls: Sequence[str], destination_url: str, ray: RayConfig) -> Manifest:
+    """The manifest of the merged cache.
+
+    Raises:
+        StillroomError: as ``merge`` does; or no node could run a task.
+    """
+    destination_url = storage.absolute(destination_url)
+    with cluster(ray):
+        run, add_up = tasks_of(ray, destination_url, "merge"), partial(sum_in_tasks, ray)
+        return merge([storage.absolute(url) for url in source_urls], destination_url, run=run, add_up=add_up)
+
+
 def describe_derived(header: Header, manifest: Manifest) -> str:
     """The lines at the end of a derivation."""
     assert header.derived is not None
@@ -167,6 +180,15 @@ def main(
     announce(ray.address)
     manifest = convert_cache(source_url, destination_url, ray, encodings=encodings, views=views, shards=shards)
     report(destination_url, manifest)
+
+
+def merge_main(arguments: Sequence[str], destination_url: str) -> None:
+    """``stillroom cache merge``. Keys of the ray section may be among the URLs."""
+    overrides = [argument for argument in arguments if argument.startswith("ray.")]
+    ray = ray_section(overrides, "stillroom cache merge")
+    announce(ray.address)
+    sources = [argument for argument in arguments if argument not in overrides]
+    report(destination_url, merge_caches(sources, destination_url, ray))
 
 
 def report(destination_url: str, manifest: Manifest) -> None:

@@ -242,6 +242,23 @@ def cache_convert(
     main(source, destination, overrides or [], encodings=encodings, views=views, shards=shards)
 
 
+@add_command(cache_app, "merge")
+def cache_merge(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="URLs of caches of one teacher over different shards or views; also keys of the ray section.",
+            metavar="SRC... [RAY.K=V]...",
+        ),
+    ],
+    out: Annotated[str, typer.Option(help="URL of the new cache.")],
+) -> None:
+    """Make one cache of several of the same teacher, without the teacher. Resumes automatically."""
+    from jobs.cache_derive import merge_main
+
+    merge_main(sources, out)
+
+
 @add_command(cache_app, "gc")
 def cache_gc(
     cache: CacheArgument,

@@ -230,8 +230,10 @@ class Statistics(Record):
 class Derived(Record):
     """How a cache was made from other caches, without a teacher."""
 
-    kind: Literal["convert"]
-    sources: tuple[str, ...] = Field(description="SHA-256 of the manifests of the source caches.")
+    kind: Literal["convert", "merge"]
+    sources: tuple[str, ...] = Field(
+        description="SHA-256 of the manifests of the source caches; merge: of an unfinished one, of its commits."
+    )
     encodings: dict[str, tuple[str, str]] = Field(
         default_factory=dict, description="convert: those of the source and of this cache, by key, where they differ."
     )

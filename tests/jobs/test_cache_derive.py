@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jobs.build_cache import build_cache
-from jobs.cache_derive import convert_cache, main
+from jobs.cache_derive import convert_cache, main, merge_main
 from pipeline.cache.verify import verify_cache
 from pipeline.core.errors import ConfigError
 from schemas.config import RayConfig
@@ -42,6 +42,14 @@ def test_the_command_says_what_was_converted_and_from_what(cache: Path, tmp_path
     main(str(cache), str(tmp_path / "new"), [], encodings=INT8, **options)
     (end,) = [event for event in json_log() if event["event"] == "end"]
     assert (end["num_views"], end["num_shards"], end["num_ok"]) == (1, 2, 48)
+
+
+def test_merged_shards_are_one_cache(cache: Path, tmp_path: Path, json_log: JsonLog) -> None:
+    for name, shards in (("a", "digits-{00..01}.tar"), ("b", "digits-{02..03}.tar")):
+        main(str(cache), str(tmp_path / name), [], encodings={}, views=None, shards=shards)
+    merge_main([str(tmp_path / "a"), "ray.cpus_per_task=1", str(tmp_path / "b")], str(tmp_path / "out"))
+    end = [event for event in json_log() if event["event"] == "end"][-1]
+    assert (end["num_views"], end["num_shards"], end["num_ok"]) == (2, 4, 96)
 
 
 def test_wrong_options_are_refused(cache: Path, tmp_path: Path) -> None:

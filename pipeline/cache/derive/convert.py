@@ -208,12 +208,12 @@ def convert_block(derivation: Derivation, item: Item) -> Commit:
     (source,) = derivation.opened()
     commit, header = source_commit(source, item), derivation.header
     with storage.scratch_folder() as scratch:
-        publish_same(derivation, source, commit.index, scratch)
-        publish_same(derivation, source, commit.means, scratch)
+        publish_same(derivation, source.url, commit.index, scratch)
+        publish_same(derivation, source.url, commit.means, scratch)
         if header.fingerprint == source.header.fingerprint:
-            publish_same(derivation, source, commit.part, scratch)
+            publish_same(derivation, source.url, commit.part, scratch)
             return commit
-        converter = BlockConverter(source, header, commit, fetch(source, commit.part, scratch))
+        converter = BlockConverter(source, header, commit, fetch(source.url, commit.part, scratch))
         sizes, views = sum(row_bytes(output) for output in header.outputs), [view.view for view in commit.views]
         with PartWriter(scratch, views, converter.schema, row_size_bytes=sizes) as writer:
             for view, batch in converter.batches():

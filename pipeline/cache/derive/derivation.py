@@ -48,7 +48,8 @@ class Derivation:
     """Everything that a process needs to derive a block.
 
     Attributes:
-        sources: URL and manifest of each source, in the order of ``header.derived.sources``.
+        sources: URL and manifest of each source, in the order of ``header.derived.sources``; no bytes: it is
+            unfinished.
     """
 
     sources: tuple[tuple[str, bytes], ...]
@@ -56,7 +57,8 @@ class Derivation:
     header: Header
 
     def opened(self) -> tuple[TeacherCache, ...]:
-        return tuple(_opened(url, manifest) for url, manifest in self.sources)
+        """The finished sources."""
+        return tuple(_opened(url, manifest) for url, manifest in self.sources if manifest)
 
 
 @lru_cache(maxsize=8)
@@ -193,23 +195,23 @@ def source_commit(cache: TeacherCache, item: Item) -> Commit:
     return commit
 
 
-def fetch(cache: TeacherCache, ref: FileRef, scratch: Path) -> Path:
+def fetch(cache_url: str, ref: FileRef, scratch: Path) -> Path:
     """A local path of a file of a source.
 
     Raises:
         CacheError: its bytes are not those that the record names.
     """
-    url = storage.join(cache.url, ref.path)
+    url = storage.join(cache_url, ref.path)
     local = storage.local_copy(url, scratch)
     if (got := file_digest(local)) != ref.sha256:
         raise changed_file(redact(url), got=f"sha256 {got[:16]}", expected=ref.sha256[:16])
     return local
 
 
-def publish_same(derivation: Derivation, cache: TeacherCache, ref: FileRef | None, scratch: Path) -> None:
+def publish_same(derivation: Derivation, source_url: str, ref: FileRef | None, scratch: Path) -> None:
     """Publishes a file of a source in the destination under the same path."""
     if ref is not None:
-        storage.put(fetch(cache, ref, scratch), storage.join(derivation.destination, ref.path))
+        storage.put(fetch(source_url, ref, scratch), storage.join(derivation.destination, ref.path))
 
 
 def row_chunks(path: Path, commit: Commit, num_rows: int) -> Iterator[tuple[int, pa.Table]]:

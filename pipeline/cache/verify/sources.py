@@ -13,10 +13,10 @@ from pipeline.cache.derive.derivation import (
     Item,
     blocks_of,
     fetch,
-    manifest_sha256,
     row_chunks,
     source_commit,
 )
+from pipeline.cache.derive.merge import MergeSource, find_source, merged_header
 from pipeline.cache.format import layout
 from pipeline.cache.read.reader import TeacherCache, open_cache
 from pipeline.cache.verify.report import Findings, Problem
@@ -70,7 +70,7 @@ def _derivation(cache: TeacherCache, source_urls: Sequence[str]) -> Derivation:
             where=redact(cache.url),
             next_step="leave out --source; to compare a cache with its teacher, pass --config",
         )
-    opened = {manifest_sha256(source): source for source in map(open_cache, source_urls)}
+    opened = {source.sha256: source for source in map(MergeSource.of, source_urls)}
     missing = [sha256 for sha256 in derived.sources if sha256 not in opened]
     if missing or len(opened) > len(derived.sources):
         raise ConfigError(
@@ -88,23 +88,30 @@ def _derivation(cache: TeacherCache, source_urls: Sequence[str]) -> Derivation:
 def _check_header(cache: TeacherCache, derivation: Derivation, findings: Findings) -> None:
     header = cache.header
     assert header.derived is not None
-    (source,) = derivation.opened()
-    expected = converted_header(source, {key: kind for key, (_, kind) in header.derived.encodings.items()})
+    if header.derived.kind == "merge":
+        expected = merged_header([MergeSource.of(url) for url, _ in derivation.sources])
+    else:
+        (source,) = derivation.opened()
+        expected = converted_header(source, {key: kind for key, (_, kind) in header.derived.encodings.items()})
     findings.expect(layout.HEADER, "this header does not follow from the source", header, expected)
 
 
 def _compare_block(cache: TeacherCache, derivation: Derivation, item: Item, findings: Findings) -> None:
+    path, shard, got = layout.commit_path(*item), item[0], source_commit(cache, item)
+    what = "this commit differs from that of the source"
+    if cache.header.derived is not None and cache.header.derived.kind == "merge":
+        findings.expect(path, what, got, find_source(derivation, item)[1], shard=shard)
+        return
     (source,) = derivation.opened()
-    got, expected = source_commit(cache, item), source_commit(source, item)
-    path, shard = layout.commit_path(*item), item[0]
+    expected = source_commit(source, item)
     if cache.header.fingerprint == source.header.fingerprint:
-        findings.expect(path, "this commit differs from that of the source", got, expected, shard=shard)
+        findings.expect(path, what, got, expected, shard=shard)
         return
     rows = [{view.view: view.rows for view in commit.views} for commit in (got, expected)]
     if not findings.expect(path, "rows by view", rows[0], rows[1], shard=shard):
         return
     with storage.scratch_folder() as scratch:
-        parts = [fetch(opened, commit.part, scratch) for opened, commit in ((source, expected), (cache, got))]
+        parts = [fetch(opened.url, commit.part, scratch) for opened, commit in ((source, expected), (cache, got))]
         converter = BlockConverter(source, cache.header, expected, parts[0])
         stored = row_chunks(parts[1], got, converter.chunk_rows)
         for (view, batch), (_, chunk) in zip(converter.batches(), stored, strict=True):
