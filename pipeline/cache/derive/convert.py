@@ -43,6 +43,7 @@ from pipeline.core.redaction import redact
 from pipeline.tasks import OutputSpec, output_roles
 from schemas.cache_format import Commit, Derived, FileRef, Header, Manifest, Output, Statistics, ViewBlock
 
+_HEAD = "head"
 _FIELDS = {
     "class": ("kl_sum", "pearson_sum", "argmax_flips"),
     "embedding": ("embedding_cosine_sum",),
@@ -127,6 +128,16 @@ def _check_convertible(source: TeacherCache, key: str, stored: str, kind: str) -
             next_step=f"leave out --{key}, or build a cache with cache.{key}={kind}",
         )
     outputs = [output for output in source.header.outputs if config_key(output.name) == key]
+    computed = [output.name for output in source.header.outputs if output.encoding == _HEAD]
+    if kind == _HEAD or (computed and key in ("logits", "embeddings")):
+        raise CacheError(
+            "logits that a linear head computes from stored embeddings are bound to the encoding of these",
+            code="cache.not-convertible",
+            where=redact(source.url),
+            got=f"cache.{key}: {stored} -> {kind}",
+            expected="stored logits, before and after",
+            next_step="convert a cache that stores logits, or build one with cache.logits=head",
+        )
     if kind != "none" and any(map(depends_on_temperature, outputs)):
         raise CacheError(
             f"the {key} of this cache are stored for a few temperatures, and other encodings have to serve all",

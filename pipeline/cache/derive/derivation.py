@@ -30,7 +30,7 @@ from pipeline.cache.build.commit import (
     revoke,
 )
 from pipeline.cache.build.header_claim import claim, publish_under_header
-from pipeline.cache.build.imported_means import imported_sha256
+from pipeline.cache.build.header_files import header_files
 from pipeline.cache.build.manifest import publish_manifest, read_table
 from pipeline.cache.format import layout
 from pipeline.cache.format.files import changed_file, check_sha256, read_file
@@ -138,11 +138,12 @@ def derive(
     storage.probe(url)
     storage.check_names(url, map(index_name, shard_urls))
     claim(url, header)
-    if (sha256 := imported_sha256(header)) is not None:
-        # Equal in all sources: its digest is part of their fingerprints.
-        data = read_file(derivation.sources[0][0], layout.IMPORTED_MEANS)
-        check_sha256(data, sha256, where=redact(storage.join(derivation.sources[0][0], layout.IMPORTED_MEANS)))
-        storage.create(storage.join(url, layout.IMPORTED_MEANS), data)
+    source_url = derivation.sources[0][0]
+    for path, sha256 in header_files(header).items():
+        # Equal in all sources: the digests are part of their fingerprints.
+        data = read_file(source_url, path)
+        check_sha256(data, sha256, where=redact(storage.join(source_url, path)))
+        storage.create(storage.join(url, path), data)
     done = _valid_commits(url)
     open_items = [item for item in items if item not in done]
     num_done = len(items) - len(open_items)

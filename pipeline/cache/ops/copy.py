@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.cache.build.commit import file_digest
-from pipeline.cache.build.imported_means import imported_sha256
+from pipeline.cache.build.header_files import header_files
 from pipeline.cache.build.manifest import read_table
 from pipeline.cache.format import layout
 from pipeline.cache.format.files import (
@@ -35,7 +35,7 @@ from pipeline.core.redaction import redact
 from pipeline.core.threads import map_ordered
 from schemas.cache_format import Commit, FileRef
 
-_NAMED_BY_CONTENT = ("parts/", "means/", layout.RELABELLED, layout.MOMENTS, layout.IMPORTED_MEANS)
+_NAMED_BY_CONTENT = ("parts/", "means/", layout.RELABELLED, layout.MOMENTS, layout.IMPORTED_MEANS, layout.HEAD)
 
 
 @dataclass(slots=True)
@@ -82,8 +82,8 @@ def copy_cache(
     storage.check_names(destination_url, (Path(layout.index_path(shard.shard_id)).name for shard in cache.shards))
     copying = _Copying(cache, destination_url)
     copying.create(layout.HEADER, copying.read_record(layout.HEADER))
-    if (sha256 := imported_sha256(cache.header)) is not None:
-        copying.copy(layout.IMPORTED_MEANS, sha256)
+    for path, sha256 in header_files(cache.header).items():
+        copying.copy(path, sha256)
 
     def copy_shard(shard: ShardEntry) -> None:
         copying.copy_shard(shard, commits[shard.shard_id])

@@ -224,6 +224,7 @@ def test_imported_class_means_are_carried_over(tiny_config: TinyConfig, tmp_path
         ({}, "config.nothing-to-convert"),
         ({"encodings": {"logits": "fp32"}}, "config.nothing-to-convert"),
         ({"encodings": {"tokens": "fp16"}}, "cache.output-not-stored"),
+        ({"encodings": {"logits": "head"}}, "cache.not-convertible"),
         ({"encodings": {"logits": "topk:10"}}, "config.too-few-classes"),
         ({"num_views": 1}, "cache.views-not-whole"),
         ({"num_views": 4}, "cache.views-not-whole"),

@@ -12,11 +12,13 @@ from pipeline import storage
 from pipeline.cache.build.manifest import read_manifest
 from pipeline.cache.build.part import build_part
 from pipeline.cache.format import layout
+from pipeline.cache.format.header import read_header
 from pipeline.cache.ops.copy import CopyReport, copy_cache
 from pipeline.cache.ops.moments import compute_moments
 from pipeline.cache.ops.relabel import relabel
 from pipeline.cache.read.reader import open_cache
 from pipeline.cache.verify import verify_cache
+from pipeline.core.hashing import digest, seal
 from tests.errors import raises
 from tests.pipeline.caches import TinyCache, build, cache_section, files, open_tasks, shard_urls
 from tests.pipeline.conftest import TinyConfig
@@ -82,6 +84,21 @@ def test_moments_and_labels_that_were_read_again_are_copied(tiny_cache: TinyCach
     assert any(path.startswith(layout.RELABELLED) for path in copied)
     assert any(path.startswith(layout.MOMENTS) for path in copied)
     assert verify_cache(target).ok
+
+
+def test_a_file_that_the_header_names_by_its_digest_is_copied(tiny_cache: TinyCache, target: str) -> None:
+    header, manifest = read_header(tiny_cache.url), read_manifest(tiny_cache.url)[0]
+    teacher = {**header.teacher, "head": digest(b"weights")}
+    data = seal(header.model_copy(update={"teacher": teacher}).model_dump(mode="json"))
+    changed = manifest.model_copy(update={"header_sha256": digest(data)})
+    Path(tiny_cache.url, layout.HEADER).write_bytes(data)
+    Path(tiny_cache.url, layout.MANIFEST).write_bytes(seal(changed.model_dump(mode="json")))
+    Path(tiny_cache.url, layout.HEAD).write_bytes(b"weights")
+    copy_cache(tiny_cache.url, target)
+    assert files(target) == files(tiny_cache.url)
+    Path(tiny_cache.url, layout.HEAD).write_bytes(b"others")
+    with raises("cache.changed-file"):
+        copy_cache(tiny_cache.url, f"{target}-2")
 
 
 def test_what_the_manifest_does_not_describe_is_left_out_and_counted(tiny_cache: TinyCache, target: str) -> None:
