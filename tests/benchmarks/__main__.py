@@ -23,6 +23,7 @@ from tests.benchmarks import (
     peers,
     scale,
     step,
+    stored_views,
     token_fidelity,
     view_options,
 )
@@ -45,6 +46,7 @@ BENCHMARKS = {
     "peers": ("Whole loaders over the same photographs", peers.run, None),
     "scale": ("What is done once for each shard, 1,000 and 10,000 of them", scale.run, None),
     "step": ("A training step: cached against labels alone, online against its parts", step.run, SHARED),
+    "stored_views": ("Stored views against decode and crop", stored_views.run, SHARED),
     "token_fidelity": ("Fidelity of stored patch tokens", token_fidelity.run, None),
     "view_options": ("Options of views", view_options.run, SHARED),
 }

@@ -98,6 +98,7 @@ def _peers(shards: list[Path], folder: Path) -> dict[str, Drain]:
         BASELINE: _webdataset(shards),
         "Pillow + ImageFolder": _image_folder(shards, folder / "images"),
         "Stillroom": _stillroom(shards, folder / "cache"),
+        "Stillroom, stored views": _stillroom(shards, folder / "stored", pixels="jpeg:90"),
     }
 
 
@@ -139,14 +140,14 @@ def _image_folder(shards: list[Path], folder: Path) -> Drain:
     return drain
 
 
-def _stillroom(shards: list[Path], url: Path) -> Drain:
+def _stillroom(shards: list[Path], url: Path, *, pixels: str = "none") -> Drain:
     """From a cache of one view with 1000 classes."""
     tree = random_teacher("fp16").model_dump(mode="json", exclude_unset=True)
     sections = {
         # Narrow: what the outputs are makes no difference, and the build takes seconds.
         "teacher": random_resnet(kwargs={"depth": 8, "widths": [4, 4, 4, 8]}),
         "data": {"shards": [str(path) for path in shards], "num_classes": 1000},
-        "views": {"kind": "crop", "count": 1, "size": SIZE, "area": [0.08, 1.0]},
+        "views": {"kind": "crop", "count": 1, "size": SIZE, "area": [0.08, 1.0], "pixels": pixels},
         "cache": {"url": str(url), "logits": "fp16"},
     }
     config = Config.model_validate({**tree, **sections})

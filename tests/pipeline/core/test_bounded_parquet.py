@@ -89,3 +89,19 @@ def test_texts_in_lists_are_refused() -> None:
     data = encoded(pa.table({"names": pa.array([["a"]], pa.list_(pa.string()))}))
     with pytest.raises(pa.ArrowInvalid, match=r"lists of strings in names\.list\.element"):
         read_bounded(pa.BufferReader(data), size_bytes=len(data))
+
+
+def test_a_long_value_that_is_repeated_is_not_expanded_without_a_dictionary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The footer shows neither how often a value of a page's dictionary is repeated, nor its length."""
+    path, limit = tmp_path / "bomb.parquet", 1 << 23
+    monkeypatch.setattr("pipeline.core.bounded_parquet.ALWAYS_ALLOWED_BYTES", limit)
+    table = pa.table({"pixels": pa.array([b"x" * 10_000] * 4_000, pa.large_binary())})
+    pq.write_table(table, path, use_dictionary=True)
+    size_bytes = path.stat().st_size
+    assert 100 * size_bytes < 20_000_000
+    allocated = pa.total_allocated_bytes()
+    with pytest.raises(pa.ArrowInvalid):
+        read_bounded(path, size_bytes=size_bytes, distinct=["pixels"])
+    assert pa.total_allocated_bytes() - allocated < 2_000_000

@@ -124,7 +124,7 @@ def test_a_view_costs_two_range_reads(tiny_cache: TinyCache, monkeypatch: pytest
     monkeypatch.setattr(storage, "read_range", counted)
     cache.view("digits-00", 1)
     view, footer = commit.views[1], commit.footer
-    assert reads == [(view.offset, view.size_bytes), (footer.offset, footer.size_bytes)]
+    assert reads == [(footer.offset, footer.size_bytes), (view.offset, view.size_bytes)]
 
 
 def test_the_name_of_a_part_has_the_hash_of_its_content(built_cache: TinyCache) -> None:
@@ -145,3 +145,64 @@ def _destroy_all_but(path: Path, view: ViewRange, footer_offset: int) -> None:
     data[: view.offset] = bytes([0xFF]) * view.offset
     data[end:footer_offset] = bytes([0xFF]) * (footer_offset - end)
     path.write_bytes(data)
+
+
+def _pages(chunk: bytes) -> list[int]:
+    """Bytes of the pages of a column chunk without statistics: Thrift's compact protocol, as in parquet.thrift."""
+    sizes, at = list[int](), 0
+
+    def number() -> int:
+        """The next field, an int32: its header, then a zigzag varint."""
+        nonlocal at
+        assert chunk[at] == 0x15
+        value = shift = 0
+        while True:
+            at += 1
+            value |= (chunk[at] & 0x7F) << shift
+            shift += 7
+            if chunk[at] < 0x80:
+                at += 1
+                return value >> 1 ^ -(value & 1)
+
+    while at < len(chunk):
+        kind, _, compressed = number(), number(), number()
+        assert kind == 0, "a page of data"
+        assert chunk[at] == 0x2C
+        at += 1
+        rows, encoding, _, _ = number(), number(), number(), number()
+        # Empty statistics; the ends of three structures.
+        assert (encoding, chunk[at : at + 4]) == (0, b"\x1c\0\0\0"), "plain"
+        assert rows
+        at += 4 + compressed
+        sizes.append(compressed)
+    assert at == len(chunk)
+    return sizes
+
+
+@pytest.mark.parametrize("pixels", [pa.large_binary(), pa.binary(3 * 224 * 224)])
+def test_pages_and_row_groups_of_stored_views_are_bounded_by_bytes(tmp_path: Path, pixels: pa.DataType) -> None:
+    """300 rows that no page or row group of a part without pixels would separate."""
+    schema, rng = part_schema({"logits": 16}, {}, pixels), np.random.default_rng(0)
+    largest = pixels.byte_width if pa.types.is_fixed_size_binary(pixels) else 200_000
+    sizes = np.full(300, largest) if pixels != pa.large_binary() else rng.integers(1, largest, 300)
+    views = [rng.bytes(size) for size in sizes.tolist()]
+    columns: dict[str, pa.Array] = {}
+    for field in schema:
+        empty = [None] * 300 if field.nullable else [b"0" * 16 if field.name == "logits" else 0] * 300
+        values = {"pixels": views, "flip": [False] * 300, "row": range(300)}.get(field.name, empty)
+        columns[field.name] = pa.array(values, field.type)
+    with PartWriter(tmp_path, [0], schema, row_size_bytes=16) as writer:
+        writer.add(0, pa.record_batch(columns, schema=schema))
+        part = writer.close()
+    metadata, data = pq.read_metadata(part), part.read_bytes()
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    assert len(groups) > 1 or sizes.sum() < 32 << 20
+    stored = [group.column(schema.get_field_index("pixels")) for group in groups]
+    for chunk in stored:
+        assert (chunk.compression, chunk.has_dictionary_page, chunk.is_stats_set) == ("UNCOMPRESSED", False, False)
+        assert chunk.total_compressed_size <= (32 << 20) * 1.1
+        start = chunk.data_page_offset
+        pages = _pages(data[start : start + chunk.total_compressed_size])
+        assert len(pages) > 1
+        assert max(pages) <= 1 << 20
+    assert pq.read_table(part)["pixels"].to_pylist() == views
