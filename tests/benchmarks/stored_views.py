@@ -53,7 +53,7 @@ def _images() -> list[bytes]:
 def _crop_of(number: int, data: bytes) -> Callable[[], Tensor]:
     height, width = decode(data, max_pixels=MAX_PIXELS).shape[1:]
     sides = (np.array([side], np.int32) for side in (width, height))
-    params = sample_views(ViewsConfig(), [f"photograph/{number}"], 0, *sides)
+    params = sample_views(ViewsConfig.model_validate({}), [f"photograph/{number}"], 0, *sides)
     box, flip = params.box_N4[0].tolist(), bool(params.flip_N[0])
     return lambda: apply_view(decode(data, max_pixels=MAX_PIXELS), box, flip, size=SIZE, interpolation="bilinear")
 
